@@ -1,0 +1,430 @@
+"""Which blocks of weights exist: the one description of a sparse layer's graph.
+
+Kernels, dynamic sparse training, plots and checkpoints all read a :class:`BlockMask`. It holds indices only; the
+weights themselves are *packed*, one [unit_rows, unit_cols] tile per present unit, in a tensor of the caller's.
+"""
+
+import torch
+from torch import nn
+
+from g2g_kernels.groups import GroupLayout
+
+
+class UnitAxis(nn.Module):
+    """One side of a weight matrix, sorted by group and cut into ranges of at most ``block_size`` neurons.
+
+    No range crosses a group's edge; the last range of a group is clipped.
+
+    Attributes (buffers, derived from the layout and never saved):
+        order: int64 [size], the neuron at each place of the group-sorted order.
+        bounds: int32 [num_units + 1], range u covers places ``bounds[u] … bounds[u + 1] − 1`` of that order.
+        group_of_unit: int64 [num_units], the group that range u belongs to.
+        padded: int64 [num_units · width], the neuron at each place when every range is padded to ``width``
+            places; ``size`` where there is none.
+        position: int64 [size], the padded place of each neuron (the inverse of ``padded``).
+    """
+
+    order: torch.Tensor
+    bounds: torch.Tensor
+    group_of_unit: torch.Tensor
+    padded: torch.Tensor
+    position: torch.Tensor
+
+    def __init__(self, layout: GroupLayout, block_size: int) -> None:
+        super().__init__()
+        self.layout = layout
+        self.size = layout.size
+        lengths: list[int] = []
+        groups: list[int] = []
+        for group, group_size in enumerate(layout.sizes.tolist()):
+            whole, rest = divmod(group_size, block_size)
+            pieces = [block_size] * whole + ([rest] if rest else [])
+            lengths += pieces
+            groups += [group] * len(pieces)
+        self.num_units = len(lengths)
+        self.width = max(lengths)
+        #: every range is full and neurons already stand in group order, so no permutation or padding is needed
+        self.trivial = min(lengths) == self.width and layout.kind == "index"
+
+        order = torch.argsort(layout.group_of, stable=True)
+        length = torch.tensor(lengths)
+        bounds = torch.cat([torch.zeros(1, dtype=torch.int64), length.cumsum(0)])
+        unit_of_place = torch.repeat_interleave(torch.arange(self.num_units), length)
+        padded_place = unit_of_place * self.width + torch.arange(self.size) - bounds[unit_of_place]
+        padded = torch.full((self.num_units * self.width,), self.size)
+        padded[padded_place] = order
+        position = torch.empty(self.size, dtype=torch.int64)
+        position[order] = padded_place
+        for name, tensor in {
+            "order": order,
+            "bounds": bounds.to(torch.int32),
+            "group_of_unit": torch.tensor(groups),
+            "padded": padded,
+            "position": position,
+        }.items():
+            self.register_buffer(name, tensor, persistent=False)
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """int64 [num_units], the number of neurons in each range."""
+        return self.bounds.diff().long()
+
+
+class BlockMask(nn.Module):
+    """The units (blocks of weights) that a sparse [out, in] weight matrix has.
+
+    A unit is a block of ``block_size`` × ``block_size`` weights in group-sorted order that never crosses a group's
+    edge and is clipped where a group ends. Each present unit has a *slot*, its place in the packed values
+    [num_units, unit_rows, unit_cols]; weights outside a clipped unit are zero there and stay zero.
+
+    The mask is an ``nn.Module`` that holds only index buffers, so it moves, copies, pickles and saves with the layer
+    that owns it. :meth:`relabel_` gives slots to other units in place: shapes and addresses never change.
+
+    Args:
+        out_layout, in_layout: the groups of the output and input neurons.
+        unit_row, unit_col: integer tensors [num_units], the unit coordinates of each slot.
+        block_size: the side of a unit in weights.
+
+    Attributes:
+        rows, cols: :class:`UnitAxis` of the output and the input side.
+        unit_row, unit_col: int32 [num_units], the coordinates of the unit in each slot.
+        row_ptr, row_slot: int32 [rows.num_units + 1], int32 [num_units]: the slots of block row r, by column, are
+            ``row_slot[row_ptr[r] : row_ptr[r + 1]]``.
+        col_ptr, col_slot: the same for block columns (the transposed index), by row.
+
+    Raises:
+        ValueError: for coordinates outside the grid, or a unit given twice.
+    """
+
+    unit_row: torch.Tensor
+    unit_col: torch.Tensor
+    row_ptr: torch.Tensor
+    row_slot: torch.Tensor
+    col_ptr: torch.Tensor
+    col_slot: torch.Tensor
+
+    def __init__(
+        self,
+        out_layout: GroupLayout,
+        in_layout: GroupLayout,
+        unit_row: torch.Tensor,
+        unit_col: torch.Tensor,
+        block_size: int = 64,
+    ) -> None:
+        super().__init__()
+        if block_size < 1:
+            raise ValueError(f"block_size={block_size} must be at least 1")
+        self.block_size = block_size
+        self.rows = UnitAxis(out_layout, block_size)
+        self.cols = UnitAxis(in_layout, block_size)
+        self._set_units(unit_row, unit_col)
+
+    # --- construction -------------------------------------------------------------------------------------------
+
+    @classmethod
+    def sample(
+        cls,
+        out_layout: GroupLayout,
+        in_layout: GroupLayout,
+        p_intra: float = 1.0,
+        p_inter: float = 0.15,
+        block_size: int = 64,
+        generator: torch.Generator | None = None,
+    ) -> "BlockMask":
+        """Draws a random graph: units inside a group with probability ``p_intra``, between groups ``p_inter``.
+
+        Each block row gets ⌊p·n⌋ or ⌈p·n⌉ of its n candidate units of either sort (randomised rounding, so that
+        the probability of each unit is exactly p), at uniformly drawn places: rows carry equal work.
+        """
+        for name, p in (("p_intra", p_intra), ("p_inter", p_inter)):
+            if not 0.0 <= p <= 1.0:
+                raise ValueError(f"{name}={p} is not a probability; give a value from 0 to 1")
+        if out_layout.num_groups != in_layout.num_groups:
+            raise ValueError(f"both sides need the same groups, not {out_layout.num_groups} and {in_layout.num_groups}")
+        empty = torch.zeros(0, dtype=torch.int64)
+        mask = cls(out_layout, in_layout, empty, empty, block_size)
+        same_group = mask.rows.group_of_unit[:, None] == mask.cols.group_of_unit[None, :]
+        present = torch.zeros_like(same_group)
+        for candidates, p in ((same_group, p_intra), (~same_group, p_inter)):
+            rounding = torch.rand(mask.rows.num_units, generator=generator, dtype=torch.float64)
+            count = torch.floor(candidates.sum(1) * p + rounding).long()
+            # candidates in uniformly random order first, the others behind them
+            key = torch.rand(candidates.shape, generator=generator).masked_fill_(~candidates, 2.0)
+            rank = torch.empty_like(key, dtype=torch.int64)
+            rank.scatter_(1, key.argsort(dim=1), torch.arange(key.shape[1]).expand_as(rank))
+            present |= candidates & (rank < count[:, None])
+        mask._set_units(*present.nonzero(as_tuple=True))
+        return mask
+
+    @classmethod
+    def full(cls, out_layout: GroupLayout, in_layout: GroupLayout, block_size: int = 64) -> "BlockMask":
+        """Every unit present: a dense layer in the packed form."""
+        return cls.sample(out_layout, in_layout, p_intra=1.0, p_inter=1.0, block_size=block_size)
+
+    @classmethod
+    def from_dense(cls, mask: torch.Tensor, block_size: int = 1) -> "BlockMask":
+        """The mask whose dense form is ``mask``, bool [out, in], in one group cut into units from the first neuron on.
+
+        Raises:
+            ValueError: if a unit is only partly true, since a unit is present as a whole.
+        """
+        if mask.dim() != 2:
+            raise ValueError(f"mask must be a matrix [out, in], not of shape {tuple(mask.shape)}")
+        dense = mask.detach().to("cpu", torch.bool)
+        empty = torch.zeros(0, dtype=torch.int64)
+        result = cls(GroupLayout(dense.shape[0], 1), GroupLayout(dense.shape[1], 1), empty, empty, block_size)
+        active = result._tiles(dense.float()).sum((2, 3))
+        size = result.rows.lengths[:, None] * result.cols.lengths[None, :]
+        partial = ((active > 0) & (active < size)).nonzero()
+        if len(partial):
+            row, col = partial[0].tolist()
+            raise ValueError(
+                f"unit ({row}, {col}) of {block_size} × {block_size} weights is only partly present "
+                f"({len(partial)} such units); use a smaller block_size, 1 always works"
+            )
+        result._set_units(*(active > 0).nonzero(as_tuple=True))
+        return result
+
+    def _set_units(self, unit_row: torch.Tensor, unit_col: torch.Tensor) -> None:
+        """Checks the coordinates, stores them and builds both indices anew (other shapes are allowed)."""
+        device = self.rows.order.device
+        unit_row = unit_row.detach().to(device, torch.int64)
+        unit_col = unit_col.detach().to(device, torch.int64)
+        if unit_row.shape != unit_col.shape or unit_row.dim() != 1:
+            raise ValueError(f"unit_row {tuple(unit_row.shape)} and unit_col {tuple(unit_col.shape)} must match, 1-D")
+        for name, coordinate, limit in (
+            ("unit_row", unit_row, self.rows.num_units),
+            ("unit_col", unit_col, self.cols.num_units),
+        ):
+            if coordinate.numel() and (coordinate.min() < 0 or coordinate.max() >= limit):
+                raise ValueError(f"{name} must lie in 0 … {limit - 1}, not {coordinate.min()} … {coordinate.max()}")
+        if torch.unique(unit_row * self.cols.num_units + unit_col).numel() != unit_row.numel():
+            raise ValueError("the mask names a unit twice")
+        for name, tensor in (("unit_row", unit_row), ("unit_col", unit_col)):
+            self.register_buffer(name, tensor.to(torch.int32), persistent=False)
+        for axis, prefix in ((self.rows, "row"), (self.cols, "col")):
+            for name, shape in ((f"{prefix}_ptr", axis.num_units + 1), (f"{prefix}_slot", unit_row.numel())):
+                self.register_buffer(name, torch.zeros(shape, dtype=torch.int32, device=device), persistent=False)
+        self._build_index()
+
+    def _build_index(self) -> None:
+        """Sorts the slots by (row, column) and by (column, row), into the existing buffers."""
+        row, col = self.unit_row.long(), self.unit_col.long()
+        for major, minor, num_major, num_minor, ptr, slot in (
+            (row, col, self.rows.num_units, self.cols.num_units, self.row_ptr, self.row_slot),
+            (col, row, self.cols.num_units, self.rows.num_units, self.col_ptr, self.col_slot),
+        ):
+            order = torch.argsort(major * num_minor + minor, stable=True)
+            slot.copy_(order)
+            ptr.copy_(torch.searchsorted(major[order], torch.arange(num_major + 1, device=major.device)))
+
+    def relabel_(self, slots: torch.Tensor, unit_row: torch.Tensor, unit_col: torch.Tensor) -> None:
+        """Gives ``slots`` (integer [k]) to the units at these coordinates, in place; the count stays.
+
+        The caller sees to it that no unit is named twice (checking would stop an accelerator's queue).
+        """
+        self.unit_row[slots] = unit_row.to(torch.int32)
+        self.unit_col[slots] = unit_col.to(torch.int32)
+        self._build_index()
+
+    # --- what is in it ------------------------------------------------------------------------------------------
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the weight matrix."""
+        return self.rows.size, self.cols.size
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(block rows, block columns) of the unit grid."""
+        return self.rows.num_units, self.cols.num_units
+
+    @property
+    def unit_shape(self) -> tuple[int, int]:
+        """(rows, columns) of a packed tile: ``block_size``, or less where no group is that large."""
+        return self.rows.width, self.cols.width
+
+    @property
+    def num_units(self) -> int:
+        """The number of present units (the number of slots)."""
+        return self.unit_row.numel()
+
+    @property
+    def is_full(self) -> bool:
+        """True if every unit is present."""
+        return self.num_units == self.rows.num_units * self.cols.num_units
+
+    @property
+    def unit_sizes(self) -> torch.Tensor:
+        """int64 [num_units], the number of weights in the unit of each slot."""
+        return self.rows.lengths[self.unit_row.long()] * self.cols.lengths[self.unit_col.long()]
+
+    @property
+    def density(self) -> float:
+        """The share of the [out, in] weights that exist, 0 to 1."""
+        return int(self.unit_sizes.sum()) / (self.rows.size * self.cols.size)
+
+    def sparsity(self) -> float:
+        """The share of the [out, in] weights that do not exist, 1 − density."""
+        return 1.0 - self.density
+
+    def valid(self) -> torch.Tensor:
+        """bool [num_units, unit_rows, unit_cols], false in the padding of clipped units."""
+        place_row = torch.arange(self.rows.width, device=self.unit_row.device)
+        place_col = torch.arange(self.cols.width, device=self.unit_row.device)
+        row_ok = place_row < self.rows.lengths[self.unit_row.long()][:, None]
+        col_ok = place_col < self.cols.lengths[self.unit_col.long()][:, None]
+        return row_ok[:, :, None] & col_ok[:, None, :]
+
+    def fan_in(self) -> torch.Tensor:
+        """int64 [out], the number of present weights of each output neuron, in neuron order."""
+        per_row = torch.zeros(self.rows.num_units, dtype=torch.int64, device=self.unit_row.device)
+        per_row.index_add_(0, self.unit_row.long(), self.cols.lengths[self.unit_col.long()])
+        return per_row[self.rows.position // self.rows.width]
+
+    # --- dense and packed weights -------------------------------------------------------------------------------
+
+    def pack(self, weight: torch.Tensor) -> torch.Tensor:
+        """The present units of a dense [out, in] weight: [num_units, unit_rows, unit_cols]; differentiable."""
+        if tuple(weight.shape) != self.shape:
+            raise ValueError(f"weight has shape {tuple(weight.shape)}, this mask describes {self.shape}")
+        return _Pack.apply(weight, self)
+
+    def unpack(self, values: torch.Tensor) -> torch.Tensor:
+        """The dense [out, in] weight of packed ``values``, zero where there is no unit; differentiable."""
+        self.check_values(values)
+        return _Unpack.apply(values, self)
+
+    def check_values(self, values: torch.Tensor) -> None:
+        """Raises ValueError unless ``values`` has this mask's packed shape."""
+        if tuple(values.shape) != (self.num_units, *self.unit_shape):
+            raise ValueError(
+                f"values have shape {tuple(values.shape)}, this mask's packed weights {(self.num_units, *self.unit_shape)}"
+            )
+
+    def to_dense(self) -> torch.Tensor:
+        """bool [out, in] in neuron order, true where a weight exists."""
+        ones = torch.ones(self.num_units, *self.unit_shape, device=self.unit_row.device)
+        return self.unpack(ones) > 0
+
+    def _flat_unit(self) -> torch.Tensor:
+        return self.unit_row.long() * self.cols.num_units + self.unit_col.long()
+
+    def _tiles(self, weight: torch.Tensor) -> torch.Tensor:
+        """Dense [out, in] cut into tiles [grid_rows, grid_cols, unit_rows, unit_cols], zero in the padding."""
+        if not self.rows.trivial:
+            weight = torch.cat([weight, weight.new_zeros(1, weight.shape[1])]).index_select(0, self.rows.padded)
+        if not self.cols.trivial:
+            weight = torch.cat([weight, weight.new_zeros(weight.shape[0], 1)], 1).index_select(1, self.cols.padded)
+        (grid_rows, grid_cols), (unit_rows, unit_cols) = self.grid, self.unit_shape
+        return weight.reshape(grid_rows, unit_rows, grid_cols, unit_cols).permute(0, 2, 1, 3)
+
+    def _untile(self, tiles: torch.Tensor) -> torch.Tensor:
+        """The inverse of :meth:`_tiles`; what stands in the padding is dropped."""
+        (grid_rows, grid_cols), (unit_rows, unit_cols) = self.grid, self.unit_shape
+        weight = tiles.permute(0, 2, 1, 3).reshape(grid_rows * unit_rows, grid_cols * unit_cols)
+        if not self.rows.trivial:
+            weight = weight.index_select(0, self.rows.position)
+        if not self.cols.trivial:
+            weight = weight.index_select(1, self.cols.position)
+        return weight
+
+    # --- pictures -----------------------------------------------------------------------------------------------
+
+    def to_string(self, max_cells: int = 64) -> str:
+        """A picture of the unit grid, one character a cell: ``█`` all units of the cell present, ``░`` none.
+
+        A grid larger than ``max_cells`` in either direction is drawn with several units to a cell, and ``▒`` and
+        ``▓`` stand for up to and above half of them.
+        """
+        grid = torch.zeros(self.rows.num_units * self.cols.num_units)
+        grid[self._flat_unit().cpu()] = 1.0
+        grid = grid.view(1, 1, *self.grid)
+        if max(self.grid) > max_cells:
+            cells = [min(side, max_cells) for side in self.grid]
+            grid = nn.functional.adaptive_avg_pool2d(grid, cells)
+        lines = []
+        for line in grid[0, 0].tolist():
+            lines.append("".join("░" if c == 0 else "█" if c == 1 else "▒" if c <= 0.5 else "▓" for c in line))
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        kinds = self.rows.layout.kind
+        if self.cols.layout.kind != kinds:
+            kinds = f"{kinds} ← {self.cols.layout.kind}"
+        return (
+            f"BlockMask({self.rows.size}×{self.cols.size}, {self.rows.layout.num_groups} groups ({kinds}), "
+            f"block_size={self.block_size}, {self.num_units} of {self.grid[0] * self.grid[1]} units, "
+            f"density={self.density:.4f}, device={self.unit_row.device})"
+        )
+
+    # --- saving -------------------------------------------------------------------------------------------------
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        destination[prefix + "block_size"] = torch.tensor(self.block_size)
+        destination[prefix + "out_group_of"] = self.rows.layout.group_of
+        destination[prefix + "in_group_of"] = self.cols.layout.group_of
+        destination[prefix + "unit_row"] = self.unit_row
+        destination[prefix + "unit_col"] = self.unit_col
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        names = ("block_size", "out_group_of", "in_group_of", "unit_row", "unit_col")
+        absent = [prefix + name for name in names if prefix + name not in state_dict]
+        if absent:
+            missing_keys += absent
+            return
+        block_size, out_group_of, in_group_of, unit_row, unit_col = (state_dict[prefix + name] for name in names)
+        device = self.unit_row.device
+        try:
+            loaded = BlockMask(
+                GroupLayout.from_assignment(out_group_of),
+                GroupLayout.from_assignment(in_group_of),
+                unit_row,
+                unit_col,
+                int(block_size),
+            ).to(device)
+        except ValueError as error:
+            error_msgs.append(f"{prefix.rstrip('.')}: {error}")
+            return
+        if loaded.shape != self.shape:
+            error_msgs.append(f"{prefix.rstrip('.')}: saved mask is {loaded.shape}, this layer is {self.shape}")
+            return
+        self.block_size = loaded.block_size
+        self.rows, self.cols = loaded.rows, loaded.cols
+        if loaded.num_units == self.num_units and loaded.row_ptr.shape == self.row_ptr.shape:
+            # in place, so that whoever holds these buffers (a captured graph, say) sees the loaded units
+            for name in ("unit_row", "unit_col", "row_ptr", "row_slot", "col_ptr", "col_slot"):
+                getattr(self, name).copy_(getattr(loaded, name))
+        else:
+            self._set_units(loaded.unit_row, loaded.unit_col)
+
+
+class _Pack(torch.autograd.Function):
+    """values[s] = tile of slot s; the adjoint of :class:`_Unpack`."""
+
+    @staticmethod
+    def forward(ctx, weight, mask):
+        ctx.mask = mask
+        tiles = mask._tiles(weight)
+        return tiles.reshape(-1, *mask.unit_shape).index_select(0, mask._flat_unit())
+
+    @staticmethod
+    def backward(ctx, grad_values):
+        return _Unpack.apply(grad_values, ctx.mask), None
+
+
+class _Unpack(torch.autograd.Function):
+    """The dense weight of packed values; the adjoint of :class:`_Pack`."""
+
+    @staticmethod
+    def forward(ctx, values, mask):
+        ctx.mask = mask
+        tiles = values.new_zeros(mask.grid[0] * mask.grid[1], *mask.unit_shape)
+        tiles.index_copy_(0, mask._flat_unit(), values)
+        return mask._untile(tiles.view(*mask.grid, *mask.unit_shape))
+
+    @staticmethod
+    def backward(ctx, grad_weight):
+        return _Pack.apply(grad_weight, ctx.mask), None

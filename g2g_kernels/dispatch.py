@@ -1,0 +1,110 @@
+"""Which backend serves a call.
+
+Every operator (``g2g_kernels/ops/*``) registers one implementation a backend, with a function that says *why* it
+cannot serve a given call. A call goes to the first backend in :data:`BACKENDS` that serves it, or to the one forced by
+the ``backend`` argument or the environment variable ``G2G_BACKEND``; the choice is logged once.
+"""
+
+import functools
+import logging
+import os
+from collections.abc import Callable
+
+#: the backends, in order of preference
+BACKENDS = ("triton", "cpu", "torch")
+
+logger = logging.getLogger("g2g_kernels")
+
+
+class BackendError(RuntimeError):
+    """No backend, or not the one asked for, can serve a call; the message lists every reason."""
+
+
+#: says why a backend cannot be used on this machine at all, or None where it can; each backend's module replaces its own
+_unavailable: dict[str, Callable[[], str | None]] = {
+    "triton": lambda: "this version of g2g has no Triton kernels yet",
+    "cpu": lambda: "this version of g2g has no compiled CPU kernels yet",
+    "torch": lambda: None,
+}
+
+
+def register_backend(name: str, unavailable: Callable[[], str | None]) -> None:
+    """Declares how to find out whether backend ``name`` can be used here: None, or the reason why not."""
+    _unavailable[name] = unavailable
+
+
+def backend_status() -> dict[str, str | None]:
+    """Every backend in order of preference, with None where it can be used here and else the reason why not."""
+    return {name: _unavailable[name]() for name in BACKENDS}
+
+
+def available_backends() -> list[str]:
+    """The backends that can be used on this machine, in order of preference (``"torch"`` always can)."""
+    return [name for name, reason in backend_status().items() if reason is None]
+
+
+def forced_backend(backend: str | None) -> str | None:
+    """The backend that the argument or ``G2G_BACKEND`` asks for; None (or ``"auto"``) leaves the choice open.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    source = "backend" if backend is not None else "G2G_BACKEND"
+    name = backend if backend is not None else os.environ.get("G2G_BACKEND", "")
+    if name in ("", "auto"):
+        return None
+    if name not in BACKENDS:
+        raise ValueError(f"{source}={name!r} is not a backend; choose one of auto, {', '.join(BACKENDS)}")
+    return name
+
+
+def require_backend(backend: str | None) -> None:
+    """Raises unless the forced backend, if any, is known and can be used on this machine."""
+    name = forced_backend(backend)
+    reason = _unavailable[name]() if name else None
+    if reason:
+        raise BackendError(
+            f"backend {name!r} cannot be used here: {reason}; available: {', '.join(available_backends())}"
+        )
+
+
+class Operator:
+    """The implementations of one operator, one a backend."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._implementations: dict[str, tuple[Callable, Callable[..., str | None]]] = {}
+
+    def register(self, backend: str, function: Callable, refuses: Callable[..., str | None] | None = None) -> None:
+        """Adds an implementation; ``refuses`` takes the same arguments and returns why it cannot serve them, or None."""
+        self._implementations[backend] = (function, refuses or (lambda *args, **kwargs: None))
+
+    def __call__(self, *args, backend: str | None = None, **kwargs):
+        """Runs the operator on the forced backend, or on the first that serves this call.
+
+        Raises:
+            BackendError: if none does, with every backend's reason.
+        """
+        forced = forced_backend(backend)
+        reasons: dict[str, str] = {}
+        for name in (forced,) if forced else BACKENDS:
+            reason = _unavailable[name]()
+            if reason is None:
+                if name in self._implementations:
+                    function, refuses = self._implementations[name]
+                    reason = refuses(*args, **kwargs)
+                    if reason is None:
+                        _log_choice(self.name, name, tuple(reasons.items()))
+                        return function(*args, **kwargs)
+                else:
+                    reason = f"has no {self.name}"
+            reasons[name] = reason
+        listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        asked = f"backend {forced!r}" if forced else "no backend"
+        raise BackendError(f"{asked} {'cannot serve' if forced else 'serves'} this call of {self.name}: {listed}")
+
+
+@functools.cache
+def _log_choice(operator: str, backend: str, reasons: tuple[tuple[str, str], ...]) -> None:
+    passed_over = "".join(f" ({name}: {reason})" for name, reason in reasons)
+    logger.info("%s runs on backend %s%s", operator, backend, passed_over)

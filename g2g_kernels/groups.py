@@ -1,0 +1,81 @@
+"""How the neurons of one population are divided into groups.
+
+Only the assignment lives here; which groups are connected is :mod:`g2g_kernels.block_mask`'s business.
+"""
+
+import torch
+
+GROUP_KINDS = ("index", "interleaved", "random")
+
+
+class GroupLayout:
+    """A balanced division of ``size`` neurons into ``num_groups`` groups.
+
+    Group sizes differ by at most one; the first ``size % num_groups`` groups are the larger ones
+    (10 neurons in 8 groups: 2, 2, 1, 1, 1, 1, 1, 1).
+
+    Args:
+        size: number of neurons, at least ``num_groups``.
+        num_groups: number of groups, at least 1.
+        kind: ``"index"`` gives contiguous ranges, ``"interleaved"`` gives group = i mod ``num_groups``,
+            ``"random"`` a uniformly drawn balanced assignment.
+        generator: source of randomness for ``"random"`` (PyTorch's global one if None).
+
+    Attributes:
+        group_of: int64 tensor [size] on the CPU, the group of each neuron.
+
+    Raises:
+        ValueError: for an unknown kind, or sizes that leave a group without a neuron.
+    """
+
+    def __init__(
+        self, size: int, num_groups: int = 8, kind: str = "index", generator: torch.Generator | None = None
+    ) -> None:
+        if kind not in GROUP_KINDS:
+            raise ValueError(f"kind={kind!r} is not a group layout; choose one of {', '.join(GROUP_KINDS)}")
+        if num_groups < 1:
+            raise ValueError(f"num_groups={num_groups} must be at least 1")
+        if size < num_groups:
+            raise ValueError(
+                f"{size} neurons cannot fill num_groups={num_groups} groups; use at most {size} groups or more neurons"
+            )
+        self.size = size
+        self.num_groups = num_groups
+        self.kind = kind
+        neurons = torch.arange(size)
+        if kind == "interleaved":
+            self.group_of = neurons % num_groups
+        else:
+            sizes = size // num_groups + (torch.arange(num_groups) < size % num_groups).long()
+            self.group_of = torch.repeat_interleave(torch.arange(num_groups), sizes)
+            if kind == "random":
+                self.group_of = self.group_of[torch.randperm(size, generator=generator)]
+
+    @classmethod
+    def from_assignment(cls, group_of: torch.Tensor) -> "GroupLayout":
+        """The layout with a given assignment, int64 [size] with values 0 … G−1, sizes differing by at most one.
+
+        Raises:
+            ValueError: if the assignment is not balanced or leaves a group empty.
+        """
+        group_of = group_of.detach().to("cpu", torch.int64)
+        if group_of.dim() != 1 or group_of.numel() == 0 or group_of.min() < 0 or group_of.max() >= group_of.numel():
+            raise ValueError(f"group_of must hold group numbers 0 … G−1 for a row of neurons, not {group_of}")
+        num_groups = int(group_of.max()) + 1
+        sizes = torch.bincount(group_of, minlength=num_groups)
+        if sizes.min() == 0 or sizes.max() - sizes.min() > 1:
+            raise ValueError(f"group sizes {sizes.tolist()} must differ by at most one and none may be 0")
+        layout = cls(group_of.numel(), num_groups)
+        if not torch.equal(layout.group_of, group_of):
+            interleaved = torch.equal(torch.arange(group_of.numel()) % num_groups, group_of)
+            layout.kind = "interleaved" if interleaved else "random"
+            layout.group_of = group_of.clone()
+        return layout
+
+    @property
+    def sizes(self) -> torch.Tensor:
+        """int64 tensor [num_groups], the number of neurons in each group."""
+        return torch.bincount(self.group_of, minlength=self.num_groups)
+
+    def __repr__(self) -> str:
+        return f"GroupLayout({self.size}, num_groups={self.num_groups}, kind={self.kind!r})"

@@ -1,0 +1,46 @@
+"""Surrogate derivatives of the spike S = 1[U > θ], as functions of x = U − θ and the sharpness α.
+
+Each is the derivative of a smooth step (the *primitive*) that runs from 0 to 1; at the default α = 2 every one of them
+has unit area, so that they can be exchanged for one another.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+
+class Surrogate(NamedTuple):
+    """``derivative(x, alpha)`` stands in for dS/dU; ``primitive(x, alpha)`` is the smooth step that it belongs to."""
+
+    derivative: Callable[[torch.Tensor, float], torch.Tensor]
+    primitive: Callable[[torch.Tensor, float], torch.Tensor]
+
+
+def _sigmoid_derivative(x: torch.Tensor, alpha: float) -> torch.Tensor:
+    s = torch.sigmoid(alpha * x)
+    return alpha * s * (1 - s)
+
+
+def _triangle_primitive(x: torch.Tensor, alpha: float) -> torch.Tensor:
+    z = (alpha * x).clamp(-1, 1)
+    return 0.5 + z - 0.5 * z * z.abs()
+
+
+SURROGATES: dict[str, Surrogate] = {
+    # (α/2) / (1 + (π/2·α·x)²): Fang et al. 2021, as in snnTorch
+    "atan": Surrogate(
+        lambda x, alpha: (alpha / 2) / (1 + (math.pi / 2 * alpha * x) ** 2),
+        lambda x, alpha: torch.atan(math.pi / 2 * alpha * x) / math.pi + 0.5,
+    ),
+    # 1 / (1 + α|x|)²: Zenke & Ganguli 2018
+    "fast_sigmoid": Surrogate(
+        lambda x, alpha: 1 / (1 + alpha * x.abs()) ** 2,
+        lambda x, alpha: x / (1 + alpha * x.abs()) + 0.5,
+    ),
+    # α·σ(αx)·(1 − σ(αx))
+    "sigmoid": Surrogate(_sigmoid_derivative, lambda x, alpha: torch.sigmoid(alpha * x)),
+    # α·max(0, 1 − α|x|): Bellec et al. 2018, scaled to unit area
+    "triangle": Surrogate(lambda x, alpha: alpha * (1 - alpha * x.abs()).clamp(min=0), _triangle_primitive),
+}

@@ -297,10 +297,9 @@ class BlockMask(nn.Module):
 
     def check_values(self, values: torch.Tensor) -> None:
         """Raises ValueError unless ``values`` has this mask's packed shape."""
-        if tuple(values.shape) != (self.num_units, *self.unit_shape):
-            raise ValueError(
-                f"values have shape {tuple(values.shape)}, this mask's packed weights {(self.num_units, *self.unit_shape)}"
-            )
+        packed = (self.num_units, *self.unit_shape)
+        if tuple(values.shape) != packed:
+            raise ValueError(f"values have shape {tuple(values.shape)}, this mask's packed weights {packed}")
 
     def to_dense(self) -> torch.Tensor:
         """bool [out, in] in neuron order, true where a weight exists."""
@@ -341,12 +340,13 @@ class BlockMask(nn.Module):
         grid[self._flat_unit().cpu()] = 1.0
         grid = grid.view(1, 1, *self.grid)
         if max(self.grid) > max_cells:
-            cells = [min(side, max_cells) for side in self.grid]
-            grid = nn.functional.adaptive_avg_pool2d(grid, cells)
-        lines = []
-        for line in grid[0, 0].tolist():
-            lines.append("".join("░" if c == 0 else "█" if c == 1 else "▒" if c <= 0.5 else "▓" for c in line))
-        return "\n".join(lines)
+            height, width = (min(side, max_cells) for side in self.grid)
+            grid = nn.functional.adaptive_avg_pool2d(grid, (height, width))
+
+        def character(present: float) -> str:
+            return "░" if present == 0 else "█" if present == 1 else "▒" if present <= 0.5 else "▓"
+
+        return "\n".join("".join(map(character, line)) for line in grid[0, 0].tolist())
 
     def __repr__(self) -> str:
         kinds = self.rows.layout.kind

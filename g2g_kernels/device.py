@@ -6,7 +6,7 @@ import torch
 
 
 def _directml_device() -> torch.device | None:
-    """The default DirectML device, or None where the optional package ``torch-directml`` is missing or finds no adapter."""
+    """The default DirectML device, or None without the optional package ``torch-directml`` or without an adapter."""
     try:
         torch_directml = importlib.import_module("torch_directml")
     except ImportError:

@@ -9,6 +9,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable
+from typing import Any
 
 #: the backends, in order of preference
 BACKENDS = ("triton", "cpu", "torch")
@@ -20,7 +21,7 @@ class BackendError(RuntimeError):
     """No backend, or not the one asked for, can serve a call; the message lists every reason."""
 
 
-#: says why a backend cannot be used on this machine at all, or None where it can; each backend's module replaces its own
+#: says why a backend cannot be used on this machine at all, or None where it can
 _unavailable: dict[str, Callable[[], str | None]] = {
     "triton": lambda: "this version of g2g has no Triton kernels yet",
     "cpu": lambda: "this version of g2g has no compiled CPU kernels yet",
@@ -76,10 +77,10 @@ class Operator:
         self._implementations: dict[str, tuple[Callable, Callable[..., str | None]]] = {}
 
     def register(self, backend: str, function: Callable, refuses: Callable[..., str | None] | None = None) -> None:
-        """Adds an implementation; ``refuses`` takes the same arguments and returns why it cannot serve them, or None."""
+        """Adds an implementation; ``refuses`` takes the same arguments and says why it cannot serve them, or None."""
         self._implementations[backend] = (function, refuses or (lambda *args, **kwargs: None))
 
-    def __call__(self, *args, backend: str | None = None, **kwargs):
+    def __call__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> Any:
         """Runs the operator on the forced backend, or on the first that serves this call.
 
         Raises:

@@ -5,7 +5,7 @@ own order of neurons) and what lives how long.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -52,8 +52,8 @@ class Activity(NamedTuple):
     spikes: tuple[DenseSpikes, ...]
 
 
-def _torch(x, layers, steps, reset, surrogate, alpha) -> Activity:
-    spikes = reference.g2g_lif(x, layers, steps, reset, surrogate, alpha)
+def _torch(x: torch.Tensor, layers: Sequence[LIFLayer], *options: Any) -> Activity:
+    spikes = reference.g2g_lif(x, layers, *options)
     return Activity(
         counts=spikes[-1].float().sum(0) if spikes[-1].dtype.itemsize < 4 else spikes[-1].sum(0),
         rates=tuple(s.mean((0, 1), dtype=torch.promote_types(s.dtype, torch.float32)) for s in spikes),

@@ -1,0 +1,8 @@
+"""Sparse, modular spiking networks on top of :mod:`g2g_kernels`: models, dynamic sparse training, data, training."""
+
+from g2gnet.dst import DSTScheduler
+from g2gnet.layers import LIF, G2GLinear
+from g2gnet.network import G2GNet
+
+__version__ = "0.1.0"
+__all__ = ["LIF", "DSTScheduler", "G2GLinear", "G2GNet"]

@@ -1,0 +1,117 @@
+"""Command-line flags made from :class:`TrainSettings`, shared by the programs at the top of the repository."""
+
+import argparse
+import dataclasses
+import logging
+import sys
+import types
+import typing
+from collections.abc import Callable
+from typing import Any
+
+from g2g_kernels import BackendError, select_device
+from g2g_kernels.dispatch import BACKENDS, require_backend
+from g2gnet.data import DataError
+from g2gnet.training import CheckpointError, SettingsError, TrainingError, TrainSettings
+from g2gnet.training.settings import describe_range
+
+
+def add_settings_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds one flag for each field of :class:`TrainSettings`, in the fields' groups."""
+    types_of = typing.get_type_hints(TrainSettings)
+    groups: dict[str, Any] = {}
+    for field in dataclasses.fields(TrainSettings):
+        about, flag_type = field.metadata, types_of[field.name]
+        if about["group"] not in groups:
+            groups[about["group"]] = parser.add_argument_group(about["group"])
+        group = groups[about["group"]]
+        if flag_type is bool:
+            group.add_argument(f"--{field.name}", action="store_true", help=about["text"])
+            continue
+        if isinstance(flag_type, types.UnionType):  # int | None
+            flag_type = typing.get_args(flag_type)[0]
+        text = about["text"]
+        if flag_type in (int, float) and about["low"] is not None:
+            text += f"; {describe_range(about)}"
+        if field.default is not None:
+            text += f" (default: {field.default})"
+        group.add_argument(
+            f"--{field.name}",
+            type=flag_type,
+            default=field.default,
+            choices=about["choices"],
+            metavar=None if about["choices"] else "N" if flag_type is int else "X",
+            help=text,
+        )
+
+
+def add_machine_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that say where to compute and where files lie; they do not decide what is computed."""
+    group = parser.add_argument_group("machine and files")
+    group.add_argument("--data_dir", default="data", metavar="DIR", help="where data sets lie (default: data)")
+    group.add_argument(
+        "--checkpoint_dir", default="checkpoints", metavar="DIR", help="where results go (default: checkpoints)"
+    )
+    group.add_argument(
+        "--device", default="auto", help="auto (DirectML, then CUDA, then CPU), cpu, cuda, cuda:N or directml"
+    )
+    group.add_argument(
+        "--backend", default="auto", choices=("auto", *BACKENDS), help="kernels to use (default: the device decides)"
+    )
+
+
+def settings_from(arguments: argparse.Namespace) -> TrainSettings:
+    """The settings that the flags gave.
+
+    Raises:
+        SettingsError: if they are out of range or at odds.
+    """
+    return TrainSettings(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(TrainSettings)})
+
+
+def run_program(parser: argparse.ArgumentParser, program: Callable[[argparse.Namespace], None], argv: Any) -> int:
+    """Runs ``program`` on the parsed flags and turns the errors that users cause into a message and an exit status.
+
+    Returns:
+        0 on success, 1 if data, files or training failed, 2 for flags that cannot be used, 130 after Ctrl-C.
+    """
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("g2g_kernels").setLevel(logging.INFO)
+    try:
+        program(arguments)
+    except (SettingsError, BackendError, FlagError) as error:
+        return _fail(parser, error, 2)
+    except (DataError, CheckpointError, TrainingError) as error:
+        return _fail(parser, error, 1)
+    except KeyboardInterrupt:
+        print(f"\n{parser.prog}: interrupted; the same command goes on after the last finished epoch", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _fail(parser: argparse.ArgumentParser, error: Exception, status: int) -> int:
+    print(f"{parser.prog}: error: {error}", file=sys.stderr)
+    return status
+
+
+class FlagError(ValueError):
+    """A machine flag that cannot be used here."""
+
+
+def machine_from(arguments: argparse.Namespace) -> tuple[Any, str | None]:
+    """The device and the backend (None: the device decides) that the flags ask for.
+
+    Raises:
+        FlagError: for a device that this machine does not have.
+        BackendError: for a backend that cannot be used here.
+    """
+    backend = None if arguments.backend == "auto" else arguments.backend
+    try:
+        require_backend(backend)
+        device = select_device(arguments.device)
+    except ValueError as error:
+        raise FlagError(str(error)) from error
+    if device.type not in ("cpu", "cuda") and getattr(arguments, "precision", "fp32") == "bf16":
+        raise FlagError(f"precision=bf16 needs a CPU or CUDA device, not {arguments.device}; give --precision fp32")
+    return device, backend

@@ -1,0 +1,129 @@
+"""Fashion-MNIST (Xiao et al. 2017): the full set through torchvision's reader, and the subset inside the package.
+
+``python -m g2gnet.data.fashion_mnist`` writes the subset anew from the full set.
+"""
+
+import shutil
+import tempfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torchvision.datasets import FashionMNIST
+from torchvision.datasets.utils import extract_archive
+
+from g2gnet.data.image_data import DataError, ImageData
+
+#: where the Debian package dataset-fashion-mnist puts its files
+SYSTEM_DIR = Path("/usr/share/datasets/fashion-mnist")
+MINI_FILE = Path(__file__).with_name("fashion_mnist_mini.npz")
+MINI_TRAIN, MINI_TEST, MINI_SEED = 6000, 1000, 0
+
+FILES = tuple(Path(name).stem for name, _ in FashionMNIST.resources)  # without their .gz
+SHAPES = {"train": (60000, 28, 28), "test": (10000, 28, 28)}
+
+
+def load(data_dir: Path) -> ImageData:
+    """Reads the full set from ``data_dir`` or the system's copy, or downloads it into ``data_dir``.
+
+    In ``data_dir`` the four IDX files, gzipped or not, may lie as torchvision leaves them (``FashionMNIST/raw``) or
+    directly.
+    """
+    for folder in (data_dir / "FashionMNIST" / "raw", data_dir, SYSTEM_DIR):
+        if all(_find(folder, name) for name in FILES):
+            return _read(folder)
+    try:
+        FashionMNIST(str(data_dir), download=True)
+    except (OSError, RuntimeError) as error:  # torchvision raises RuntimeError when every mirror failed
+        raise DataError(
+            f"Fashion-MNIST is neither in {data_dir} nor in {SYSTEM_DIR}, and could not be downloaded ({error}). "
+            "Do one of these:\n"
+            "  1. connect to the internet and run this again;\n"
+            "  2. on Debian or Ubuntu: apt-get install dataset-fashion-mnist;\n"
+            f"  3. put the files {', '.join(name + '.gz' for name in FILES)} into {data_dir}, "
+            "or name their folder by --data_dir.\n"
+            "--dataset fashionmnist-mini needs no files at all."
+        ) from error
+    return _read(data_dir / "FashionMNIST" / "raw")
+
+
+def _find(folder: Path, name: str) -> Path | None:
+    return next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
+
+
+def _read(folder: Path) -> ImageData:
+    """Reads the four files in ``folder`` with torchvision, from a temporary copy in the layout that it expects."""
+    with tempfile.TemporaryDirectory(prefix="fashion-mnist-") as root:
+        raw = Path(root) / "FashionMNIST" / "raw"
+        raw.mkdir(parents=True)
+        for name in FILES:
+            path = _find(folder, name)
+            assert path is not None  # the callers made sure
+            try:
+                if path.suffix == ".gz":
+                    extract_archive(str(path), str(raw))
+                else:
+                    shutil.copyfile(path, raw / name)
+            except (OSError, EOFError, zlib.error) as error:
+                raise DataError(f"{path} is damaged or unreadable ({error}); delete it and fetch it again") from error
+        parts = {}
+        for part in ("train", "test"):
+            try:
+                data = FashionMNIST(root, train=part == "train")
+            except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+                raise DataError(
+                    f"the {part} files in {folder} are damaged ({error}); delete them and fetch them again"
+                ) from error
+            if data.data.shape != SHAPES[part] or data.targets.shape != SHAPES[part][:1]:
+                raise DataError(
+                    f"the {part} files in {folder} hold {tuple(data.data.shape)} images and "
+                    f"{len(data.targets)} labels, not {SHAPES[part]}; delete them and fetch them again"
+                )
+            if data.targets.max() > 9:
+                raise DataError(f"the {part} labels in {folder} go up to {data.targets.max()}, not 9; fetch them again")
+            parts[part] = data
+    return ImageData(
+        name="fashionmnist",
+        train_images=parts["train"].data,
+        train_labels=parts["train"].targets,
+        test_images=parts["test"].data,
+        test_labels=parts["test"].targets,
+        num_classes=10,
+    )
+
+
+def load_mini() -> ImageData:
+    """Reads the class-balanced subset of 6,000 training and 1,000 test images that ships with the package."""
+    with np.load(MINI_FILE, allow_pickle=False) as arrays:
+        tensors = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    labels = {name: tensors[name].long() for name in ("train_labels", "test_labels")}
+    return ImageData(name="fashionmnist-mini", num_classes=10, **{**tensors, **labels})
+
+
+def balanced_subset(labels: torch.Tensor, size: int, seed: int) -> torch.Tensor:
+    """Indices, ascending, of ``size`` samples with equally many of each of the ten classes, drawn uniformly."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = []
+    for label in range(10):
+        members = (labels == label).nonzero()[:, 0]
+        chosen.append(members[torch.randperm(len(members), generator=generator)[: size // 10]])
+    return torch.cat(chosen).sort().values
+
+
+def write_mini(full: ImageData, path: Path = MINI_FILE) -> None:
+    """Writes the subset of ``full`` that :func:`load_mini` reads."""
+    train = balanced_subset(full.train_labels, MINI_TRAIN, MINI_SEED)
+    test = balanced_subset(full.test_labels, MINI_TEST, MINI_SEED)
+    np.savez_compressed(
+        path,
+        train_images=full.train_images[train].numpy(),
+        train_labels=full.train_labels[train].to(torch.uint8).numpy(),
+        test_images=full.test_images[test].numpy(),
+        test_labels=full.test_labels[test].to(torch.uint8).numpy(),
+    )
+
+
+if __name__ == "__main__":
+    write_mini(load(Path("data")))
+    print(f"wrote {MINI_FILE}")

@@ -1,0 +1,53 @@
+"""The form in which the rest of the program sees a data set."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+
+class DataError(RuntimeError):
+    """A data set is missing or damaged; the message names the file and the remedies."""
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A data set held whole in memory, so that batches are gathered by index on its device.
+
+    Attributes:
+        name: as in ``--dataset``.
+        train_images, test_images: uint8 [N, ...], one flattened image being a sample.
+        train_labels, test_labels: int64 [N].
+        num_classes: number of classes.
+    """
+
+    name: str
+    train_images: torch.Tensor
+    train_labels: torch.Tensor
+    test_images: torch.Tensor
+    test_labels: torch.Tensor
+    num_classes: int
+
+    @property
+    def input_dim(self) -> int:
+        """Values in one sample."""
+        return self.train_images[0].numel()
+
+    def to(self, device: torch.device | str) -> "ImageData":
+        """The same data on ``device``."""
+        fields = ("train_images", "train_labels", "test_images", "test_labels")
+        return replace(self, **{name: getattr(self, name).to(device) for name in fields})
+
+    def limited(self, train: int | None, test: int | None) -> "ImageData":
+        """The first ``train`` training and ``test`` test images (None: all of them)."""
+        return replace(
+            self,
+            train_images=self.train_images[:train],
+            train_labels=self.train_labels[:train],
+            test_images=self.test_images[:test],
+            test_labels=self.test_labels[:test],
+        )
+
+
+def as_samples(images: torch.Tensor) -> torch.Tensor:
+    """uint8 images [B, ...] as float32 samples [B, D] from 0 to 1."""
+    return images.reshape(len(images), -1).float() / 255

@@ -1,0 +1,126 @@
+"""The two layer types: a sparse linear layer over a :class:`BlockMask`, and LIF neurons."""
+
+import torch
+from torch import nn
+
+from g2g_kernels import BlockMask, g2g_linear, lif
+
+
+class G2GLinear(nn.Module):
+    """y = x·Wᵀ + b with a weight of which only the units of ``mask`` exist.
+
+    Initial values: the active weights of output neuron i are uniform in ±1/√k_i with k_i its active fan-in (Kaiming-
+    uniform with a = √5, rescaled to the active fan-in), the bias uniform in ±1/√(mean k).
+
+    Args:
+        mask: the units that exist; the layer owns it from now on (``.to``, ``state_dict`` and DST act on it).
+        bias: whether to add a learnable bias.
+        backend: ``"triton"``, ``"cpu"`` or ``"torch"``; None lets the device decide.
+        generator: source of randomness for the initial values (PyTorch's global one if None), on the CPU.
+
+    Attributes:
+        values: packed weights, Parameter [num_units, unit_rows, unit_cols].
+        bias: Parameter [out], or None.
+    """
+
+    def __init__(
+        self,
+        mask: BlockMask,
+        bias: bool = True,
+        backend: str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.mask = mask
+        self.backend = backend
+        device = mask.unit_row.device
+        self.values = nn.Parameter(torch.empty(mask.num_units, *mask.unit_shape, device=device))
+        self.bias = nn.Parameter(torch.empty(mask.shape[0], device=device)) if bias else None
+        self.reset_parameters(generator)
+
+    @property
+    def in_features(self) -> int:
+        return self.mask.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.mask.shape[0]
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draws the initial values anew."""
+        fan_in = self.mask.fan_in()
+        # every neuron of a block row has the same fan-in: read it off the row's first place
+        first_neuron = self.mask.rows.order[self.mask.rows.bounds[:-1].long()]
+        bound = fan_in[first_neuron].clamp(min=1).rsqrt()[self.mask.unit_row.long(), None, None]
+        uniform = torch.rand(self.values.shape, generator=generator).to(self.values.device) * 2 - 1
+        self.values.copy_(uniform * bound * self.mask.valid())
+        if self.bias is not None:
+            bound = fan_in.float().mean().clamp(min=1).rsqrt()
+            uniform = torch.rand(self.bias.shape, generator=generator).to(self.bias.device) * 2 - 1
+            self.bias.copy_(uniform * bound)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., in] → [..., out]."""
+        return g2g_linear(x, self.values, self.mask, self.bias, backend=self.backend)
+
+    def dense_weight(self) -> torch.Tensor:
+        """The weight in dense form, [out, in], zero where nothing exists; differentiable."""
+        return self.mask.unpack(self.values)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        # another graph of the same layer may have another number of units: take it on, the mask follows by itself
+        values = state_dict.get(prefix + "values")
+        if values is not None and values.shape != self.values.shape:
+            self.values.data = self.values.new_empty(values.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class LIF(nn.Module):
+    """A population of leaky integrate-and-fire neurons, run over all time steps at once (:func:`g2g_kernels.lif`).
+
+    Args:
+        neurons: None for one β and one θ shared by the layer; a number N for one of each per neuron.
+        beta, threshold: the values to begin with.
+        learn_beta, learn_threshold: whether they are parameters (else buffers).
+        reset, surrogate, alpha, backend: as for :func:`g2g_kernels.lif`.
+    """
+
+    def __init__(
+        self,
+        neurons: int | None = None,
+        beta: float = 0.9,
+        threshold: float = 1.0,
+        learn_beta: bool = True,
+        learn_threshold: bool = True,
+        reset: str = "subtract",
+        surrogate: str = "atan",
+        alpha: float = 2.0,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.reset = reset
+        self.surrogate = surrogate
+        self.alpha = alpha
+        self.backend = backend
+        shape = () if neurons is None else (neurons,)
+        self.beta: torch.Tensor
+        self.threshold: torch.Tensor
+        for name, value, learn in (("beta", beta, learn_beta), ("threshold", threshold, learn_threshold)):
+            tensor = torch.full(shape, float(value))
+            if learn:
+                self.register_parameter(name, nn.Parameter(tensor))
+            else:
+                self.register_buffer(name, tensor)
+
+    def forward(self, current: torch.Tensor, steps: int | None = None) -> torch.Tensor:
+        """Currents [T, ..., N], or one current [..., N] held for ``steps`` steps → spikes [T, ..., N]."""
+        return lif(
+            current, self.beta, self.threshold, steps, self.reset, self.surrogate, self.alpha, backend=self.backend
+        )
+
+    def extra_repr(self) -> str:
+        return f"reset={self.reset!r}, surrogate={self.surrogate!r}, alpha={self.alpha}"

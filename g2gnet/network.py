@@ -1,0 +1,149 @@
+"""G2GNet: three layers of LIF neurons joined by dense or group-sparse connections."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from g2g_kernels import Activity, BlockMask, GroupLayout, LIFLayer, g2g_lif
+from g2gnet.encoding import ENCODINGS, encode
+from g2gnet.layers import LIF, G2GLinear
+
+#: for each sparse model, how the neurons on both sides of fc1, fc2 and fc3 are grouped
+GROUPINGS = {
+    "index": ("index", "index", "index"),
+    "random": ("random", "random", "random"),
+    "mixer": ("index", "interleaved", "index"),
+}
+MODELS = ("dense", *GROUPINGS)
+
+
+class G2GNet(nn.Module):
+    """Input → hidden 1 → hidden 2 → output, each connection a :class:`G2GLinear`, each population :class:`LIF`.
+
+    Args:
+        input_dim, hidden_dim, num_classes: the sizes of the populations; the two hidden ones are equal.
+        model: ``"dense"``, or how neurons are grouped. ``"index"``: contiguous ranges. ``"random"``: drawn anew for
+            each side of each layer. ``"mixer"``: contiguous for fc1 and fc3 (spatial mixing), interleaved for fc2
+            (feature mixing).
+        p_inter, p_intra: the probability of a unit between and inside groups (ignored for dense).
+        block_size: side of a connection unit, in weights.
+        T: number of time steps of a sample [B, D].
+        num_groups: groups on each side of a sparse layer.
+        enc, enc_scale, enc_bias: how samples become input (:func:`g2gnet.encoding.encode`).
+        beta, threshold, learn_beta, learn_threshold: of all LIF layers, to begin with.
+        per_neuron: one β and θ a neuron instead of one a layer.
+        reset, surrogate, alpha: as for :func:`g2g_kernels.lif`.
+        backend: ``"triton"``, ``"cpu"`` or ``"torch"``; None lets the device decide.
+        generator: source of randomness for masks and weights, on the CPU (PyTorch's global one if None).
+
+    Raises:
+        ValueError: for a value out of range.
+    """
+
+    fc1: G2GLinear
+    lif1: LIF
+    fc2: G2GLinear
+    lif2: LIF
+    fc3: G2GLinear
+    lif3: LIF
+
+    def __init__(
+        self,
+        input_dim: int,
+        hidden_dim: int,
+        num_classes: int,
+        model: str = "index",
+        p_inter: float = 0.15,
+        block_size: int = 64,
+        T: int = 50,  # noqa: N803  (the field's name for it)
+        *,
+        p_intra: float = 1.0,
+        num_groups: int = 8,
+        enc: str = "current",
+        enc_scale: float = 1.0,
+        enc_bias: float = 0.0,
+        beta: float = 0.9,
+        threshold: float = 1.0,
+        learn_beta: bool = True,
+        learn_threshold: bool = True,
+        per_neuron: bool = False,
+        reset: str = "subtract",
+        surrogate: str = "atan",
+        alpha: float = 2.0,
+        backend: str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        if model not in MODELS:
+            raise ValueError(f"model={model!r} is unknown; choose one of {', '.join(MODELS)}")
+        if T < 1:
+            raise ValueError(f"T={T} must be at least 1 time step")
+        if enc not in ENCODINGS:
+            raise ValueError(f"enc={enc!r} is unknown; choose one of {', '.join(ENCODINGS)}")
+        self.model = model
+        self.T = T
+        self.enc = enc
+        self.enc_scale = enc_scale
+        self.enc_bias = enc_bias
+        self.backend = backend
+
+        sizes = (input_dim, hidden_dim, hidden_dim, num_classes)
+        for number in (1, 2, 3):
+            in_size, out_size = sizes[number - 1 : number + 1]
+            if model == "dense":
+                mask = BlockMask.full(GroupLayout(out_size, 1), GroupLayout(in_size, 1), block_size)
+            else:
+                kind = GROUPINGS[model][number - 1]
+                out_layout = GroupLayout(out_size, num_groups, kind, generator)
+                in_layout = GroupLayout(in_size, num_groups, kind, generator)
+                mask = BlockMask.sample(out_layout, in_layout, p_intra, p_inter, block_size, generator)
+            neurons = LIF(
+                neurons=out_size if per_neuron else None,
+                beta=beta,
+                threshold=threshold,
+                learn_beta=learn_beta,
+                learn_threshold=learn_threshold,
+                reset=reset,
+                surrogate=surrogate,
+                alpha=alpha,
+                backend=backend,
+            )
+            self.add_module(f"fc{number}", G2GLinear(mask, backend=backend, generator=generator))
+            self.add_module(f"lif{number}", neurons)
+
+    def layers(self) -> Iterator[tuple[G2GLinear, LIF]]:
+        """The three pairs (connection, neurons), from input to output."""
+        yield self.fc1, self.lif1
+        yield self.fc2, self.lif2
+        yield self.fc3, self.lif3
+
+    def encode(self, x: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        """What fc1 receives: samples [B, D] as [B, D] (held at every step) or [T, B, D]; x [T, B, D] as it is."""
+        if x.dim() == 3:
+            return x
+        return encode(x, self.enc, self.T, self.enc_scale, self.enc_bias, generator)
+
+    def simulate(self, inputs: torch.Tensor) -> Activity:
+        """Runs the network on encoded inputs: [B, D] held for T steps, or [T, B, D].
+
+        Returns:
+            Activity: differentiable spike counts of the output [B, C] and firing rates of each layer, and the spikes.
+        """
+        layers = [
+            LIFLayer(connection.values, connection.mask, connection.bias, neurons.beta, neurons.threshold)
+            for connection, neurons in self.layers()
+        ]
+        return g2g_lif(
+            inputs,
+            layers,
+            steps=self.T if inputs.dim() == 2 else None,
+            reset=self.lif1.reset,
+            surrogate=self.lif1.surrogate,
+            alpha=self.lif1.alpha,
+            backend=self.backend,
+        )
+
+    def forward(self, x: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        """Samples [B, D], or inputs over time [T, B, D] → spike counts of the output neurons [B, C] (the logits)."""
+        return self.simulate(self.encode(x, generator)).counts

@@ -1,0 +1,30 @@
+"""The firing-rate regulariser: draws the mean rate of every hidden neuron towards a falling target."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+
+class RateTarget(NamedTuple):
+    """The regulariser's strength λ and target rate (spikes per step) in one epoch."""
+
+    strength: float
+    rate: float
+
+
+def rate_target(epoch: int, epochs: int, warmup_epochs: int) -> RateTarget:
+    """The schedule for ``epoch``, counted from 1 to ``epochs``.
+
+    λ = 0 through the warm-up; then, with u = (epoch − warm-up) / (epochs − warm-up) rising to 1 in the last epoch,
+    λ = 1e-4 + u·(1e-2 − 1e-4) and target = 0.25 − 0.16·u.
+    """
+    if epoch <= warmup_epochs:
+        return RateTarget(0.0, 0.25)
+    u = (epoch - warmup_epochs) / (epochs - warmup_epochs)
+    return RateTarget(1e-4 + u * (1e-2 - 1e-4), 0.25 - 0.16 * u)
+
+
+def rate_penalty(hidden_rates: Sequence[torch.Tensor], target: RateTarget) -> torch.Tensor:
+    """λ·Σ over hidden layers and neurons (rate − target)², from rates [N] a layer (mean over steps and samples)."""
+    return target.strength * torch.stack([((rates - target.rate) ** 2).sum() for rates in hidden_rates]).sum()

@@ -1,0 +1,35 @@
+"""Randomness that can be resumed: every draw comes from a stream named by the seed, a purpose and a counter.
+
+Since no generator's state runs on from one step to the next, a resumed run draws what the uninterrupted one would
+have drawn, with nothing to save, and so does every process of a distributed run.
+"""
+
+import os
+import random
+
+import numpy as np
+import torch
+
+#: the purposes, so that no two of them share a stream
+STREAMS = ("network", "order", "encode_train", "encode_test", "dst")
+
+
+def stream(seed: int, purpose: str, *counters: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator for one purpose (see :data:`STREAMS`) at one count, such as the epoch or the step."""
+    entropy = np.random.SeedSequence([seed, STREAMS.index(purpose), *counters])
+    generator = torch.Generator(device=device)
+    return generator.manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
+
+
+def draw_device(device: torch.device) -> torch.device:
+    """Where to draw random numbers meant for ``device``: there if it has generators (CPU, CUDA), else on the CPU."""
+    return device if device.type in ("cpu", "cuda") else torch.device("cpu")
+
+
+def make_deterministic(seed: int) -> None:
+    """Seeds Python, NumPy and PyTorch and makes PyTorch choose deterministic algorithms only."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for this to be deterministic
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(True)

@@ -1,0 +1,91 @@
+"""A training run from start to marker: resume, epochs with progress, checkpoints, history."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from g2gnet.data import ImageData
+from g2gnet.seeding import make_deterministic
+from g2gnet.training.run_files import CheckpointError, RunFiles
+from g2gnet.training.settings import TrainSettings
+from g2gnet.training.trainer import Trainer
+
+
+def run_training(
+    settings: TrainSettings,
+    load_data: Callable[[], ImageData],
+    checkpoint_dir: Path | str,
+    device: torch.device,
+    backend: str | None = None,
+) -> dict[str, Any]:
+    """Trains as ``settings`` say, or goes on from the run's checkpoint, or skips a finished run.
+
+    After each epoch the checkpoint is replaced, one line is printed and one line of JSON added to the history.
+    The data is loaded only when there is something to train.
+
+    Returns:
+        The record of the last epoch.
+
+    Raises:
+        CheckpointError: if the run's files cannot be used.
+        DataError: if the data cannot be had.
+        TrainingError: if the loss is not finite any more.
+    """
+    files = RunFiles(checkpoint_dir, settings.stem)
+    result = files.load_marker(settings.as_dict())
+    if result is not None:
+        print(
+            f"{settings.stem} is finished: test_acc={result['test_acc']:.4f}. To run it again, delete {files.names()}."
+        )
+        return result
+    checkpoint = files.load_checkpoint(settings.as_dict())
+
+    make_deterministic(settings.seed)
+    trainer = Trainer(settings, load_data(), device, backend)
+    history: list[dict[str, Any]] = []
+    if checkpoint is not None:
+        try:
+            trainer.load_state_dict(checkpoint)
+            history = checkpoint["history"]
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{files.checkpoint} does not fit the network it names ({error}). It was left alone; move it away, "
+                f"or give another --checkpoint_dir than {files.directory}."
+            ) from error
+        print(f"resuming {files.checkpoint} after epoch {trainer.epoch}")
+    files.write_history(history)
+
+    while trainer.epoch < settings.epochs:
+        record = _epoch(trainer)
+        history.append(record)
+        files.save_checkpoint({"settings": settings.as_dict(), "history": history, **trainer.state_dict()})
+        files.append_history(record)
+        print(
+            f"Epoch {record['epoch']:02d} | train_acc={record['train_acc']:.4f} | test_acc={record['test_acc']:.4f}",
+            flush=True,
+        )
+    files.mark_done(settings.as_dict(), history[-1])
+    return history[-1]
+
+
+def _epoch(trainer: Trainer) -> dict[str, Any]:
+    """One epoch under a progress bar, where there is a terminal to show it."""
+    with tqdm(
+        total=len(trainer.data.train_labels),
+        desc=f"Epoch {trainer.epoch + 1:02d}/{trainer.settings.epochs}",
+        unit=" samples",
+        unit_scale=True,
+        leave=False,
+        disable=not sys.stderr.isatty(),
+    ) as bar:
+
+        def show(images: int, loss: torch.Tensor, accuracy: torch.Tensor) -> None:
+            # reading the loss waits for the device: only as often as the bar is drawn anew
+            if bar.update(images):
+                bar.set_postfix(loss=f"{loss.item():.3f}", acc=f"{accuracy.item():.3f}", refresh=False)
+
+        return trainer.train_epoch(None if bar.disable else show)

@@ -1,0 +1,141 @@
+"""Every setting that decides a training run's results, with its default, range and meaning, in one place."""
+
+import dataclasses
+import math
+from typing import Any
+
+from g2gnet.data import DATASETS, check_supported
+from g2gnet.dst import GROW_RULES, PRUNE_RULES
+from g2gnet.encoding import ENCODINGS
+from g2gnet.network import MODELS
+
+SPARSITY_MODES = ("static", "dynamic")
+PRECISIONS = ("fp32", "bf16")
+
+
+class SettingsError(ValueError):
+    """Settings out of range or at odds with one another; the message names each value, its range and a remedy."""
+
+
+def _setting(
+    default: Any,
+    group: str,
+    text: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    open_low: bool = False,
+) -> Any:
+    """A field with its description, and for numbers the range ``low`` (excluded if ``open_low``) to ``high``."""
+    metadata = {"group": group, "text": text, "choices": choices, "low": low, "high": high, "open_low": open_low}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings:
+    """The settings of one training run; two runs with equal settings on one machine give equal weights."""
+
+    dataset: str = _setting("fashionmnist", "data", "data set", choices=tuple(DATASETS))
+    limit_train: int | None = _setting(None, "data", "use only the first N training images", low=1)
+    limit_test: int | None = _setting(None, "data", "use only the first N test images", low=1)
+    use_resnet: bool = _setting(False, "data", "train on the features of a frozen ResNet-32 (CIFAR only)")
+
+    model: str = _setting("dense", "model", "fully connected, or how neurons are grouped", choices=MODELS)
+    hidden_dim: int = _setting(2048, "model", "neurons in each of the two hidden layers", low=1)
+    num_groups: int = _setting(8, "model", "groups on each side of a sparse layer", low=1)
+    p_inter: float = _setting(0.15, "model", "probability of a connection unit between groups", low=0, high=1)
+    p_intra: float = _setting(1.0, "model", "probability of a connection unit inside a group", low=0, high=1)
+    block_size: int = _setting(64, "model", "side of a connection unit in weights; 1 is one weight", low=1)
+    T: int = _setting(50, "model", "time steps of a sample", low=1)
+    enc: str = _setting("current", "model", "input held as a current, or Bernoulli spikes", choices=ENCODINGS)
+    enc_scale: float = _setting(1.0, "model", "input x becomes enc_scale*x + enc_bias")
+    enc_bias: float = _setting(0.0, "model", "see enc_scale")
+
+    epochs: int = _setting(20, "training", "passes over the training images", low=1)
+    batch_size: int = _setting(256, "training", "images in a step", low=1)
+    lr: float = _setting(1e-3, "training", "Adam's learning rate", low=0, open_low=True)
+    weight_decay: float = _setting(1e-4, "training", "Adam's L2 penalty", low=0)
+    seed: int = _setting(42, "training", "seed of every random draw", low=0)
+    precision: str = _setting("fp32", "training", "arithmetic of the products", choices=PRECISIONS)
+    enforce_sparsity: bool = _setting(False, "training", "pull firing rates down after the warm-up")
+    warmup_epochs: int = _setting(10, "training", "epochs before --enforce_sparsity begins", low=0)
+
+    sparsity_mode: str = _setting(
+        "static", "dynamic sparse training", "keep or rewire the units", choices=SPARSITY_MODES
+    )
+    cp: str = _setting(
+        "set", "dynamic sparse training", "prune rule: smallest weight, random, least correlated", choices=PRUNE_RULES
+    )
+    cg: str = _setting("hebb", "dynamic sparse training", "grow rule: most correlated, random", choices=GROW_RULES)
+    dst_interval: int = _setting(1000, "dynamic sparse training", "optimizer steps between updates", low=1)
+    dst_fraction: float = _setting(
+        0.1, "dynamic sparse training", "share of units replaced in an update", low=0, high=1, open_low=True
+    )
+
+    def __post_init__(self) -> None:
+        problems = self._out_of_range() or self._at_odds()
+        if problems:
+            raise SettingsError("\n".join(problems))
+
+    def _out_of_range(self) -> list[str]:
+        problems = []
+        for field in dataclasses.fields(self):
+            value, about = getattr(self, field.name), field.metadata
+            if about["choices"]:
+                if value not in about["choices"]:
+                    problems.append(f"{field.name}={value!r} is unknown; choose one of {', '.join(about['choices'])}")
+            elif value is not None and not isinstance(value, bool):
+                low, high, open_low = about["low"], about["high"], about["open_low"]
+                too_low = low is not None and (value <= low if open_low else value < low)
+                if too_low or (high is not None and value > high) or not math.isfinite(value):
+                    problems.append(f"{field.name}={value} is out of range; give {describe_range(about)}")
+        return problems
+
+    def _at_odds(self) -> list[str]:
+        problems = []
+        try:
+            check_supported(self.dataset)
+        except ValueError as error:
+            problems.append(str(error))
+        if self.use_resnet and not self.dataset.startswith("cifar"):
+            problems.append(f"use_resnet needs --dataset cifar10 or cifar100, not {self.dataset}")
+        elif self.use_resnet:
+            problems.append("use_resnet is not supported yet; leave it out")
+        if self.model != "dense":
+            input_dim, num_classes = DATASETS[self.dataset]
+            for name, size in (
+                (f"hidden_dim={self.hidden_dim}", self.hidden_dim),
+                (f"{self.dataset} with {num_classes} classes", num_classes),
+                (f"{self.dataset} with {input_dim} inputs", input_dim),
+            ):
+                if size < self.num_groups:
+                    problems.append(
+                        f"{name} leaves some of num_groups={self.num_groups} groups empty; "
+                        f"give --num_groups {size} or less, or more neurons"
+                    )
+        if self.sparsity_mode == "dynamic":
+            if self.model == "dense":
+                problems.append("sparsity_mode=dynamic needs a sparse model; give --model index, random or mixer")
+            elif self.p_inter == 1 and self.p_intra == 1:
+                problems.append("sparsity_mode=dynamic has nothing to grow at p_inter=1 and p_intra=1; lower p_inter")
+        return problems
+
+    @property
+    def stem(self) -> str:
+        """The name of the run's files. It leaves out some settings; the files carry them all."""
+        resnet = "resnet_" if self.use_resnet else ""
+        rules = f"_cp{self.cp}_cg{self.cg}" if self.sparsity_mode == "dynamic" else ""
+        return f"{resnet}{self.dataset}_{self.model}_p{self.p_inter}_T{self.T}_{self.enc}{rules}"
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def describe_range(metadata: Any) -> str:
+    """The range in a field's metadata, in words."""
+    low, high = metadata["low"], metadata["high"]
+    if low is None:
+        return "a finite number"
+    least = f"above {low}" if metadata["open_low"] else f"at least {low}"
+    return f"a value {least}" if high is None else f"a value {least} and at most {high}"

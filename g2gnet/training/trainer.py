@@ -1,0 +1,191 @@
+"""The optimisation of one network: steps, epochs, evaluation, and a state from which to go on."""
+
+import contextlib
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from g2gnet.data import ImageData, as_samples
+from g2gnet.dst import DSTScheduler
+from g2gnet.network import G2GNet
+from g2gnet.regularizer import rate_penalty, rate_target
+from g2gnet.seeding import draw_device, stream
+from g2gnet.training.settings import TrainSettings
+
+#: called after each training step with the images seen in it, and the mean loss and accuracy of the epoch so far
+StepCallback = Callable[[int, torch.Tensor, torch.Tensor], None]
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says why and what to do."""
+
+
+class _StepResult(NamedTuple):
+    loss: torch.Tensor  # cross-entropy, a scalar
+    correct: torch.Tensor  # correctly classified images, a scalar
+    firing_rates: torch.Tensor  # mean rate of each layer [3]
+
+
+class Trainer:
+    """Trains one :class:`G2GNet` on one data set.
+
+    Every random draw comes from a stream named by the seed and a counter (:mod:`g2gnet.seeding`), so that
+    :meth:`state_dict` restores a run to the last bit.
+
+    Args:
+        settings: what to train and how.
+        data: the images, on any device; they are moved to ``device``.
+        device: where to compute.
+        backend: kernels to use (None: the device decides).
+    """
+
+    def __init__(
+        self, settings: TrainSettings, data: ImageData, device: torch.device, backend: str | None = None
+    ) -> None:
+        self.settings = settings
+        self.device = device
+        self.data = data.limited(settings.limit_train, settings.limit_test).to(device)
+        self.net = G2GNet(
+            data.input_dim,
+            settings.hidden_dim,
+            data.num_classes,
+            settings.model,
+            settings.p_inter,
+            settings.block_size,
+            settings.T,
+            p_intra=settings.p_intra,
+            num_groups=settings.num_groups,
+            enc=settings.enc,
+            enc_scale=settings.enc_scale,
+            enc_bias=settings.enc_bias,
+            backend=backend,
+            generator=stream(settings.seed, "network"),
+        ).to(device)
+        # PyTorch's fused update is for CPU and CUDA; DirectML takes the plain loop
+        fused = device.type in ("cpu", "cuda")
+        self.optimizer = torch.optim.Adam(
+            self.net.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=fused, foreach=False
+        )
+        self.dst: DSTScheduler | None = None
+        if settings.sparsity_mode == "dynamic":
+            self.dst = DSTScheduler(
+                [connection for connection, _ in self.net.layers()],
+                self.optimizer,
+                settings.dst_interval,
+                settings.dst_fraction,
+                settings.cp,
+                settings.cg,
+                settings.seed,
+            )
+        self.epoch = 0
+        self.step = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a later :class:`Trainer` with the same settings needs to go on after this epoch."""
+        return {
+            "epoch": self.epoch,
+            "step": self.step,
+            "model": self.net.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "dst": self.dst.state_dict() if self.dst else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a saved state.
+
+        Raises:
+            RuntimeError, ValueError, KeyError: if the state does not fit the network.
+        """
+        self.net.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.dst:
+            self.dst.load_state_dict(state["dst"])
+        self.epoch, self.step = state["epoch"], state["step"]
+
+    def train_epoch(self, on_step: StepCallback | None = None) -> dict[str, Any]:
+        """Trains for one epoch, evaluates, and returns the epoch's record.
+
+        Raises:
+            TrainingError: if the loss is not finite any more.
+        """
+        self.epoch += 1
+        count = len(self.data.train_labels)
+        order = torch.randperm(count, generator=stream(self.settings.seed, "order", self.epoch)).to(self.device)
+        loss_sum = torch.zeros((), device=self.device)
+        correct = torch.zeros((), device=self.device)
+        firing_rates = torch.zeros(3, device=self.device)
+        start = time.perf_counter()
+        self.net.train()
+        for first in range(0, count, self.settings.batch_size):
+            index = order[first : first + self.settings.batch_size]
+            result = self._train_step(index)
+            loss_sum += result.loss * len(index)
+            correct += result.correct
+            firing_rates += result.firing_rates * len(index)
+            if on_step:
+                seen = first + len(index)
+                on_step(len(index), loss_sum / seen, correct / seen)
+        train_loss = loss_sum.item() / count
+        seconds = time.perf_counter() - start
+        if not torch.isfinite(loss_sum).item():
+            raise TrainingError(
+                f"the training loss of epoch {self.epoch} is {train_loss}; lower --lr (now {self.settings.lr})"
+            )
+        connections = [connection for connection, _ in self.net.layers()]
+        return {
+            "epoch": self.epoch,
+            "train_loss": train_loss,
+            "train_acc": correct.item() / count,
+            "test_acc": self.evaluate(),
+            "seconds": round(seconds, 3),
+            "samples_per_s": round(count / seconds, 1),
+            "firing_rate": {f"lif{i + 1}": rate / count for i, rate in enumerate(firing_rates.tolist())},
+            "density": {f"fc{i + 1}": layer.mask.density for i, layer in enumerate(connections)},
+            "units_pruned": self.dst.pruned if self.dst else 0,
+            "units_grown": self.dst.grown if self.dst else 0,
+        }
+
+    def _train_step(self, index: torch.Tensor) -> _StepResult:
+        labels = self.data.train_labels[index]
+        generator = stream(self.settings.seed, "encode_train", self.step, device=draw_device(self.device))
+        inputs = self.net.encode(as_samples(self.data.train_images[index]), generator)
+        with self._autocast():
+            activity = self.net.simulate(inputs)
+        loss = F.cross_entropy(activity.counts, labels)
+        objective = loss
+        if self.settings.enforce_sparsity:
+            target = rate_target(self.epoch, self.settings.epochs, self.settings.warmup_epochs)
+            if target.strength > 0:
+                objective = loss + rate_penalty(activity.rates[:-1], target)
+        self.optimizer.zero_grad(set_to_none=True)
+        objective.backward()
+        self.optimizer.step()
+        self.step += 1
+        if self.dst:
+            self.dst.step(inputs, activity)
+        with torch.no_grad():
+            correct = (activity.counts.argmax(1) == labels).sum()
+            firing_rates = torch.stack([rates.mean() for rates in activity.rates])
+        return _StepResult(loss.detach(), correct, firing_rates)
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """The share of test images that are classified correctly."""
+        self.net.eval()
+        images, labels = self.data.test_images, self.data.test_labels
+        correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        for first in range(0, len(labels), self.settings.batch_size):
+            part = slice(first, first + self.settings.batch_size)
+            generator = stream(self.settings.seed, "encode_test", self.epoch, first, device=draw_device(self.device))
+            with self._autocast():
+                counts = self.net(as_samples(images[part]), generator)
+            correct += (counts.argmax(1) == labels[part]).sum()
+        return correct.item() / len(labels)
+
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        if self.settings.precision == "bf16":
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return contextlib.nullcontext()

@@ -1,0 +1,53 @@
+"""Trains a spiking network: the Dense baseline or a G2GNet, statically sparse or with dynamic sparse training."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import g2gnet
+from g2gnet import cli
+from g2gnet.data import load_dataset
+from g2gnet.training import run_training
+
+EXAMPLES = """\
+examples:
+  python train.py --dataset fashionmnist-mini --model mixer --epochs 5
+  python train.py --model index --p_inter 0.15
+  python train.py --model mixer --sparsity_mode dynamic --cp set --cg hebb
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="train.py", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    cli.add_settings_flags(parser)
+    cli.add_machine_flags(parser)
+    parser.add_argument("--version", action="version", version=f"g2g {g2gnet.__version__}")
+    return parser
+
+
+def train(arguments: argparse.Namespace) -> None:
+    settings = cli.settings_from(arguments)
+    device, backend = cli.machine_from(arguments)
+    if settings.enforce_sparsity and settings.warmup_epochs >= settings.epochs:
+        print(
+            f"train.py: warning: --enforce_sparsity never begins: warmup_epochs={settings.warmup_epochs} is not below "
+            f"epochs={settings.epochs}",
+            file=sys.stderr,
+        )
+    shown = " ".join(
+        f"{name}={value}" for name, value in settings.as_dict().items() if value is not None and value is not False
+    )
+    print(f"g2g {g2gnet.__version__} | device={device} backend={backend or 'auto'} | {shown}", flush=True)
+    run_training(
+        settings, lambda: load_dataset(settings.dataset, arguments.data_dir), arguments.checkpoint_dir, device, backend
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.run_program(build_parser(), train, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -11,6 +11,8 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from g2g_kernels.cpu.library import unavailable
+
 #: the backends, in order of preference
 BACKENDS = ("triton", "cpu", "torch")
 
@@ -24,7 +26,7 @@ class BackendError(RuntimeError):
 #: says why a backend cannot be used on this machine at all, or None where it can
 _unavailable: dict[str, Callable[[], str | None]] = {
     "triton": lambda: "this version of g2g has no Triton kernels yet",
-    "cpu": lambda: "this version of g2g has no compiled CPU kernels yet",
+    "cpu": unavailable,
     "torch": lambda: None,
 }
 

@@ -11,7 +11,7 @@ import torch
 
 from g2g_kernels.block_mask import BlockMask
 from g2g_kernels.dispatch import Operator
-from g2g_kernels.ops.g2g_lif import reference
+from g2g_kernels.ops.g2g_lif import cpu, reference
 from g2g_kernels.ops.lif import check_options, check_parameter
 
 operator = Operator("g2g_lif")
@@ -61,6 +61,7 @@ def _torch(x: torch.Tensor, layers: Sequence[LIFLayer], *options: Any) -> Activi
     )
 
 
+operator.register("cpu", cpu.g2g_lif, cpu.refuses)
 operator.register("torch", _torch)
 
 

@@ -1,0 +1,147 @@
+"""Finds and loads the compiled CPU kernels, and mirrors the structures of ``csrc/kernels.h``.
+
+Environment: ``G2G_CPU_LIBRARY`` names another build of the library (a sanitizer build, say); ``G2G_CPU_ISA`` asks for
+one instruction set (``baseline``, ``avx2``, ``avx512``, ``avx512_bf16``) instead of the best that the CPU has.
+"""
+
+import ctypes
+import functools
+import os
+import sys
+from collections.abc import Callable
+from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+
+from g2g_kernels.cpu.workspace import workspace
+
+ABI = 1
+RESETS = {"subtract": 0, "zero": 1, "none": 2}
+SURROGATES = {"atan": 0, "fast_sigmoid": 1, "sigmoid": 2, "triangle": 3}
+
+
+def _fields(**groups: str) -> list[tuple[str, type]]:
+    kinds = {"pointer": c_void_p, "int32": c_int32, "int64": c_int64, "float": c_float, "double": c_double}
+    return [(name, kinds[kind.rstrip("_")]) for kind, names in groups.items() for name in names.split()]
+
+
+class AxisSource(Structure):
+    _fields_ = _fields(int32="size num_units width", pointer="order bounds")
+
+
+class LayerArguments(Structure):
+    _fields_ = _fields(
+        pointer="plan values bias beta theta",
+        int32="beta_per_neuron theta_per_neuron",
+        pointer_="spikes inputs state rates grad_rates grad_values grad_bias grad_beta grad_theta",
+        double="input_rate",
+    )
+
+
+class StackArguments(Structure):
+    _fields_ = _fields(
+        pointer="layers",
+        int32="count batch steps threads reset surrogate bf16 held",
+        float="alpha event_limit",
+        pointer_="x counts grad_counts grad_x",
+        int32_="x_spikes",
+    )
+
+
+class LinearArguments(Structure):
+    _fields_ = _fields(
+        pointer="plan values bias x grad_y y grad_x grad_values grad_bias",
+        int64="rows",
+        int32="threads bf16",
+        float="event_limit",
+    )
+
+
+class LIFArguments(Structure):
+    _fields_ = _fields(
+        pointer="current beta theta",
+        int32="beta_per_neuron theta_per_neuron",
+        int64="samples",
+        int32_="neurons steps threads reset surrogate held",
+        float="alpha",
+        pointer_="spikes grad_spikes grad_current grad_beta grad_theta",
+    )
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    """The library, or the reason why there is none."""
+    if sys.byteorder != "little":
+        return None, "the compiled kernels are for little-endian machines"
+    given = os.environ.get("G2G_CPU_LIBRARY")
+    path = Path(given) if given else Path(__file__).with_name("libg2g_cpu.so")
+    if not path.exists():
+        remedy = "check G2G_CPU_LIBRARY" if given else "reinstall g2g with a C++17 compiler at hand"
+        return None, f"the compiled kernels {path} were not built ({remedy})"
+    try:
+        library = ctypes.CDLL(str(path))
+        if library.g2g_abi() != ABI:
+            return None, f"{path} was built from another version of g2g; reinstall"
+    except (OSError, AttributeError) as error:
+        return None, f"{path} cannot be loaded: {error}"
+    axis, layer_pointer = POINTER(AxisSource), c_void_p
+    signatures: dict[str, tuple[type | None, list[type]]] = {
+        "g2g_isa": (c_char_p, []),
+        "g2g_has_bf16": (c_int32, []),
+        "g2g_plan_new": (c_void_p, [axis, axis, c_void_p, c_void_p, c_int32]),
+        "g2g_plan_free": (None, [c_void_p]),
+        "g2g_plan_matches": (c_int32, [c_void_p] * 3),
+        "g2g_plan_row_blocks": (c_int32, [c_void_p]),
+        "g2g_plan_col_blocks": (c_int32, [c_void_p]),
+        "g2g_plans_aligned": (c_int32, [c_void_p] * 2),
+        "g2g_unpack": (None, [c_void_p, c_void_p, c_int32, c_int32, c_int32, c_void_p]),
+    }
+    for operator in ("stack", "linear", "lif"):
+        for direction in ("forward", "backward"):
+            signatures[f"g2g_{operator}_{direction}"] = (c_int64, [layer_pointer, c_void_p])
+    for name, (result, arguments) in signatures.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library, None
+
+
+def unavailable() -> str | None:
+    """Why the compiled kernels cannot be used here, or None."""
+    return _load()[1]
+
+
+def library() -> ctypes.CDLL:
+    """The loaded library.
+
+    Raises:
+        RuntimeError: if there is none.
+    """
+    loaded, reason = _load()
+    if loaded is None:
+        raise RuntimeError(reason)
+    return loaded
+
+
+def instruction_set() -> str:
+    """The instruction set whose kernels run here."""
+    return library().g2g_isa().decode()
+
+
+def run(kernel: Callable[..., int], arguments: Structure) -> None:
+    """Calls a kernel, with as much scratch memory as it asks for."""
+    address = ctypes.addressof(arguments)
+    size = kernel(address, None)
+    scratch = workspace.bytes(max(size, 64))
+    if size < 0 or kernel(address, scratch.data_ptr()) < 0:
+        raise MemoryError("the compiled CPU kernels ran out of memory")
+
+
+def pointer(tensor: torch.Tensor | None) -> int | None:
+    """The address of a tensor's first element, None for no tensor or one without elements."""
+    return tensor.data_ptr() if tensor is not None and tensor.numel() else None
+
+
+def bf16_wanted() -> bool:
+    """True under CPU autocast to bfloat16."""
+    return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16

@@ -1,0 +1,83 @@
+"""The compiled kernels' view of a mask (``csrc/plan.h``), built when a mask is first used or has changed.
+
+A mask's index buffers change in place (dynamic sparse training), so a cached plan is compared with them on every use:
+a memory comparison of 8 bytes a unit, which no kind of in-place change can slip past.
+"""
+
+import ctypes
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+
+from g2g_kernels.block_mask import BlockMask
+from g2g_kernels.cpu.library import AxisSource, library
+
+#: tensors that describe one mask to an operator
+INDICES = 6
+_MOST_PLANS = 64
+_lock = threading.Lock()
+_plans: "OrderedDict[tuple, Plan]" = OrderedDict()
+
+
+def indices(mask: BlockMask) -> list[torch.Tensor]:
+    """The tensors from which :func:`plan_for` builds a plan."""
+    rows, cols = mask.rows, mask.cols
+    return [mask.unit_row, mask.unit_col, rows.order, rows.bounds, cols.order, cols.bounds]
+
+
+def blocks(units: int, width: int) -> int:
+    """The number of 64-lane blocks of an axis with that many unit ranges of that width."""
+    return units * -(-width // 64) if width > 64 else -(-units // (64 // width))
+
+
+class Plan:
+    """A built plan; ``address`` is what the kernels take."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor], width: tuple[int, int]) -> None:
+        unit_row, unit_col, *axes = tensors
+        self._axes = [tensor.clone() for tensor in axes]
+        sources = [
+            AxisSource(order.numel(), bounds.numel() - 1, width[side], order.data_ptr(), bounds.data_ptr())
+            for side, (order, bounds) in enumerate((axes[:2], axes[2:]))
+        ]
+        lib = library()
+        address = lib.g2g_plan_new(
+            ctypes.byref(sources[0]), ctypes.byref(sources[1]), unit_row.data_ptr(), unit_col.data_ptr(), len(unit_row)
+        )
+        if not address:
+            raise ValueError("the mask's indices do not describe a valid mask")
+        self.address: int = address
+        weakref.finalize(self, lib.g2g_plan_free, address).atexit = False
+
+    def matches(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """True if this is still the plan of these tensors."""
+        same = library().g2g_plan_matches(self.address, tensors[0].data_ptr(), tensors[1].data_ptr())
+        return bool(same) and all(map(torch.equal, self._axes, tensors[2:]))
+
+
+def plan_for(tensors: Sequence[torch.Tensor], values: torch.Tensor) -> Plan:
+    """The plan of a mask (see :func:`indices`) whose packed weights are ``values``.
+
+    Raises:
+        ValueError: for tensors that are not a mask's.
+    """
+    unit_row, unit_col, row_order, row_bounds, col_order, col_bounds = tensors
+    for tensor, dtype in ((unit_row, torch.int32), (unit_col, torch.int32), (row_bounds, torch.int32),
+                          (col_bounds, torch.int32), (row_order, torch.int64), (col_order, torch.int64)):  # fmt: skip
+        if tensor.dtype != dtype or tensor.dim() != 1 or not tensor.is_contiguous() or tensor.device.type != "cpu":
+            raise ValueError("the mask's index buffers must be contiguous tensors on the CPU")
+    if values.dim() != 3 or len(unit_row) != len(values) or len(unit_col) != len(values):
+        raise ValueError(f"values of shape {tuple(values.shape)} do not fit a mask of {len(unit_row)} units")
+    width = (values.shape[1], values.shape[2])
+    key = (*(tensor.data_ptr() for tensor in tensors), *(tensor.numel() for tensor in tensors), *width)
+    with _lock:
+        plan = _plans.get(key)
+        if plan is None or not plan.matches(tensors):
+            plan = _plans[key] = Plan(tensors, width)
+        _plans.move_to_end(key)
+        while len(_plans) > _MOST_PLANS:
+            _plans.popitem(last=False)
+    return plan

@@ -1,0 +1,92 @@
+"""Memory that is used again: fresh pages cost a CPU as much as the arithmetic on them.
+
+A tensor handed out here lies in an anonymous memory map; when the last tensor over it is gone, however it was used,
+the map returns to the pool and serves a later request of about its size.
+"""
+
+import ctypes
+import math
+import mmap
+import os
+import threading
+import weakref
+
+import torch
+
+PAGE = 2 << 20  # maps are multiples of a huge page
+SMALL = 256 << 10  # below this PyTorch's own allocator serves, whose small blocks are used again anyway
+
+
+class Workspace:
+    """A pool of memory maps.
+
+    Attributes:
+        poison: fill what is handed out with NaN (for tests; also by the environment variable ``G2G_CPU_POISON=1``).
+    """
+
+    def __init__(self) -> None:
+        self.poison = os.environ.get("G2G_CPU_POISON", "") not in ("", "0")
+        self._lock = threading.Lock()
+        self._free: list[mmap.mmap] = []  # the one returned last at the end
+        self._in_use = 0
+        self._most_in_use = 0
+
+    def bytes(self, size: int) -> torch.Tensor:
+        """An uninitialised uint8 tensor of ``size`` elements, aligned to 64 bytes."""
+        if size < SMALL:
+            tensor = torch.empty(size + 64, dtype=torch.uint8)
+            tensor = tensor[-tensor.data_ptr() % 64 :][:size]
+        else:
+            memory = self._take(size)
+            array = (ctypes.c_char * len(memory)).from_buffer(memory)
+            weakref.finalize(array, self._give_back, memory).atexit = False
+            tensor = torch.frombuffer(array, dtype=torch.uint8, count=size)
+        if self.poison:
+            tensor.fill_(0xFF)
+        return tensor
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """An uninitialised contiguous tensor."""
+        count = math.prod(shape)
+        if not self.poison and count * dtype.itemsize < SMALL:
+            return torch.empty(shape, dtype=dtype)
+        return self.bytes(count * dtype.itemsize).view(dtype).view(shape)
+
+    def clear(self) -> None:
+        """Returns the memory that is not in use to the system."""
+        with self._lock:
+            self._free.clear()
+
+    def _take(self, size: int) -> mmap.mmap:
+        length = -(-size // PAGE) * PAGE
+        with self._lock:
+            fitting = [m for m in self._free if length <= len(m) <= length + max(length // 4, PAGE)]
+            if fitting:
+                memory = min(fitting, key=len)
+                self._free.remove(memory)
+            else:
+                # what nobody asked for lately goes before more is added than was ever needed at once
+                spare = self._most_in_use - self._in_use - length
+                while self._free and sum(map(len, self._free)) > max(spare, 0):
+                    self._free.pop(0)
+                memory = _map(length)
+            self._in_use += len(memory)
+            self._most_in_use = max(self._most_in_use, self._in_use)
+        return memory
+
+    def _give_back(self, memory: mmap.mmap) -> None:
+        with self._lock:
+            self._in_use -= len(memory)
+            self._free.append(memory)
+
+
+def _map(length: int) -> mmap.mmap:
+    if not hasattr(mmap, "MAP_PRIVATE"):
+        return mmap.mmap(-1, length)
+    memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # private: a forked child has its own
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
+
+
+workspace = Workspace()

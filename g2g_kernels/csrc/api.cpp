@@ -1,0 +1,119 @@
+// The C interface that Python loads with ctypes: plans, and the kernels of the best instruction set this CPU has.
+//
+// A kernel is called twice: with scratch null it returns how many bytes of scratch memory it needs, then it runs.
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+
+#include "kernels.h"
+
+namespace g2g {
+
+namespace baseline {
+extern const Kernels kernels;
+}
+#if defined(G2G_X86)
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+namespace avx512_bf16 {
+extern const Kernels kernels;
+}
+#endif
+
+namespace {
+
+// The best set that the CPU has and, for tests, that is no better than the one named by G2G_CPU_ISA.
+const Kernels& choose() {
+    const char* asked = std::getenv("G2G_CPU_ISA");
+    const auto allowed = [&](const Kernels& k) { return !asked || !*asked || !std::strcmp(asked, k.name); };
+#if defined(G2G_X86)
+    __builtin_cpu_init();
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    if (avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi2") &&
+        allowed(avx512_bf16::kernels))
+        return avx512_bf16::kernels;
+    if (avx512 && allowed(avx512::kernels)) return avx512::kernels;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && allowed(avx2::kernels)) return avx2::kernels;
+#endif
+    (void)allowed;
+    return baseline::kernels;
+}
+
+const Kernels& kernels() {
+    static const Kernels& chosen = choose();
+    return chosen;
+}
+
+constexpr int64_t kFailed = -1;
+
+template <class Arguments>
+int64_t call(void (*kernel)(Arguments&, Arena&), Arguments* arguments, void* scratch) try {
+    Arena arena{static_cast<char*>(scratch)};
+    kernel(*arguments, arena);
+    return static_cast<int64_t>(arena.used);
+} catch (const std::exception&) {
+    return kFailed;
+}
+
+}  // namespace
+}  // namespace g2g
+
+#define G2G_EXPORT extern "C" __attribute__((visibility("default")))
+
+G2G_EXPORT int32_t g2g_abi() { return 1; }
+G2G_EXPORT const char* g2g_isa() { return g2g::kernels().name; }
+G2G_EXPORT int32_t g2g_has_bf16() { return g2g::kernels().bf16; }
+
+// nullptr if an index is out of range or memory runs out.
+G2G_EXPORT g2g::Plan* g2g_plan_new(const g2g::AxisSource* rows, const g2g::AxisSource* cols, const int32_t* unit_row,
+                                   const int32_t* unit_col, int32_t units) try {
+    return g2g::build_plan(*rows, *cols, unit_row, unit_col, units);
+} catch (const std::exception&) {
+    return nullptr;
+}
+
+G2G_EXPORT void g2g_plan_free(g2g::Plan* plan) { delete plan; }
+
+// 1 if the plan was built from these coordinates (a mask's buffers change in place).
+G2G_EXPORT int32_t g2g_plan_matches(const g2g::Plan* plan, const int32_t* unit_row, const int32_t* unit_col) {
+    const size_t bytes = plan->unit_row.size() * sizeof(int32_t);
+    return !bytes || (!std::memcmp(plan->unit_row.data(), unit_row, bytes) &&
+                      !std::memcmp(plan->unit_col.data(), unit_col, bytes));
+}
+
+G2G_EXPORT int32_t g2g_plan_row_blocks(const g2g::Plan* plan) { return plan->rows.blocks; }
+G2G_EXPORT int32_t g2g_plan_col_blocks(const g2g::Plan* plan) { return plan->cols.blocks; }
+
+// 1 if the spike words of `lower`'s outputs are in the order that `upper` reads.
+G2G_EXPORT int32_t g2g_plans_aligned(const g2g::Plan* lower, const g2g::Plan* upper) {
+    return lower->rows.neuron == upper->cols.neuron;
+}
+
+G2G_EXPORT int64_t g2g_stack_forward(g2g::Stack* s, void* scratch) {
+    return g2g::call(g2g::kernels().stack_forward, s, scratch);
+}
+G2G_EXPORT int64_t g2g_stack_backward(g2g::Stack* s, void* scratch) {
+    return g2g::call(g2g::kernels().stack_backward, s, scratch);
+}
+G2G_EXPORT int64_t g2g_linear_forward(g2g::Linear* a, void* scratch) {
+    return g2g::call(g2g::kernels().linear_forward, a, scratch);
+}
+G2G_EXPORT int64_t g2g_linear_backward(g2g::Linear* a, void* scratch) {
+    return g2g::call(g2g::kernels().linear_backward, a, scratch);
+}
+G2G_EXPORT int64_t g2g_lif_forward(g2g::LIF* a, void* scratch) {
+    return g2g::call(g2g::kernels().lif_forward, a, scratch);
+}
+G2G_EXPORT int64_t g2g_lif_backward(g2g::LIF* a, void* scratch) {
+    return g2g::call(g2g::kernels().lif_backward, a, scratch);
+}
+
+G2G_EXPORT void g2g_unpack(const g2g::Plan* plan, const uint64_t* words, int32_t batch, int32_t steps, int32_t threads,
+                           float* spikes) {
+    g2g::kernels().unpack(*plan, words, batch, steps, threads, spikes);
+}

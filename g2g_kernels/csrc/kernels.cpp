@@ -1,0 +1,26 @@
+// All kernels for one instruction set: compiled once for each, with -DG2G_ISA=<name> and that set's flags. Everything
+// lives in namespace g2g::<name>, so that no function compiled for one CPU can be linked in for another.
+#include "kernels.h"
+
+#include "linear.h"
+#include "neurons.h"
+#include "stack.h"
+
+namespace g2g::G2G_ISA {
+
+#define G2G_TEXT_(x) #x
+#define G2G_TEXT(x) G2G_TEXT_(x)
+
+#if defined(__AVX512BF16__)
+constexpr bool kBf16 = true;
+#else
+constexpr bool kBf16 = false;
+#endif
+
+extern const Kernels kernels;
+const Kernels kernels = {
+    G2G_TEXT(G2G_ISA), kBf16,           stack_forward,      stack_backward, linear_forward,
+    linear_backward,   lif_forward_alone, lif_backward_alone, unpack,
+};
+
+}  // namespace g2g::G2G_ISA

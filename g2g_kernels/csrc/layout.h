@@ -1,0 +1,219 @@
+// Copies between the user's layouts (neuron order, packed units) and the kernels' (lanes, tiles, spike words).
+#pragma once
+
+#include "kernels.h"
+#include "pool.h"
+#include "product.h"
+#include "vec.h"
+
+namespace g2g::G2G_ISA {
+
+template <class F>
+void parallel(int threads, int64_t tasks, int64_t grain, const F& f) {
+    parallel_run(
+        threads, tasks, grain,
+        [](void* context, int64_t task, int worker) { (*static_cast<const F*>(context))(task, worker); },
+        const_cast<void*>(static_cast<const void*>(&f)));
+}
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// --- weights ----------------------------------------------------------------------------------------------------
+
+// Calls f(weight index, lane row, lane column) for every weight of a tile, in the order of the packed values.
+template <class F>
+inline void for_each_weight(const Plan& plan, int64_t tile, const F& f) {
+    for (int64_t p = plan.piece_first[tile]; p < plan.piece_first[tile + 1]; ++p) {
+        const Piece& piece = plan.pieces[p];
+        for (int32_t r = 0; r < piece.rows; ++r) {
+            const int64_t index = (static_cast<int64_t>(piece.slot) * plan.unit_rows + piece.unit_row + r) *
+                                      plan.unit_cols + piece.unit_col;
+            for (int32_t c = 0; c < piece.cols; ++c) f(index + c, piece.lane_row + r, piece.lane_col + c);
+        }
+    }
+}
+
+inline void zero(void* p, size_t bytes) { __builtin_memset(p, 0, bytes); }
+
+// Wᵀ: [tile][source lane][output lane], for products that give row blocks.
+inline void forward_tiles(const Plan& plan, const float* values, int threads, float* tiles) {
+    parallel(threads, plan.tiles, 4, [&](int64_t tile, int) {
+        float* t = tiles + tile * kTile;
+        zero(t, kTile * 4);
+        for_each_weight(plan, tile, [&](int64_t i, int32_t row, int32_t col) { t[col * kLanes + row] = values[i]; });
+    });
+}
+
+// W: [tile][output lane][source lane], for products that give column blocks.
+inline void backward_tiles(const Plan& plan, const float* values, int threads, float* tiles) {
+    parallel(threads, plan.tiles, 4, [&](int64_t tile, int) {
+        float* t = tiles + tile * kTile;
+        zero(t, kTile * 4);
+        for_each_weight(plan, tile, [&](int64_t i, int32_t row, int32_t col) { t[row * kLanes + col] = values[i]; });
+    });
+}
+
+// The same in bfloat16, two k side by side: [tile][k / 2][64][2]; k is the source lane if `forward`, else the output lane.
+inline void bf16_tiles(const Plan& plan, const float* values, bool forward, int threads, uint16_t* pairs) {
+    parallel(threads, plan.tiles, 4, [&](int64_t tile, int) {
+        uint16_t* t = pairs + tile * kTile;
+        zero(t, kTile * 2);
+        for_each_weight(plan, tile, [&](int64_t i, int32_t row, int32_t col) {
+            const int32_t k = forward ? col : row, out = forward ? row : col;
+            t[(k / 2) * 2 * kLanes + out * 2 + k % 2] = to_bf16(values[i]);
+        });
+    });
+}
+
+// Gradients of the packed values from tiles [source lane][output lane]; padding becomes 0.
+inline void unpack_gradient(const Plan& plan, const float* tiles, int threads, float* grad_values) {
+    const int64_t size = static_cast<int64_t>(plan.unit_rows) * plan.unit_cols;
+    parallel(threads, (plan.units + 255) / 256, 1, [&](int64_t part, int) {
+        zero(grad_values + part * 256 * size, (least(plan.units, part * 256 + 256) - part * 256) * size * 4);
+    });
+    parallel(threads, plan.tiles, 4, [&](int64_t tile, int) {
+        const float* t = tiles + tile * kTile;
+        for_each_weight(plan, tile,
+                        [&](int64_t i, int32_t row, int32_t col) { grad_values[i] = t[col * kLanes + row]; });
+    });
+}
+
+// --- dense rows -------------------------------------------------------------------------------------------------
+
+// Where row r of a chunk lies in a user's matrix: rows are samples, or (sample, t) pairs of a [T, B, N] tensor.
+struct Rows {
+    int64_t first, steps, batch, size;  // first sample of the chunk; steps = 1 for plain rows; size = N
+    int64_t operator()(int64_t r) const { return ((r % steps) * batch + first + r / steps) * size; }
+};
+
+// panel[block][r][·] = the lanes of one block from rows of a matrix in neuron order, 0 in padding.
+inline void load_block(const Axis& axis, int64_t block, const float* x, const Rows& at, int64_t rows, float* panel) {
+    const int32_t from = axis.contiguous[block];
+    const int32_t* neuron = axis.neuron.data() + block * kLanes;
+    for (int64_t r = 0; r < rows; ++r, panel += kLanes) {
+        const float* source = x + at(r);
+        if (from >= 0)
+            __builtin_memcpy(panel, source + from, kLanes * 4);
+        else
+            for (int i = 0; i < kLanes; ++i) panel[i] = neuron[i] >= 0 ? source[neuron[i]] : 0.0f;
+    }
+}
+
+inline void store_block(const Axis& axis, int64_t block, const float* panel, const Rows& at, int64_t rows, float* x) {
+    const int32_t from = axis.contiguous[block];
+    const int32_t* neuron = axis.neuron.data() + block * kLanes;
+    for (int64_t r = 0; r < rows; ++r, panel += kLanes) {
+        float* target = x + at(r);
+        if (from >= 0)
+            __builtin_memcpy(target + from, panel, kLanes * 4);
+        else
+            for (int i = 0; i < kLanes; ++i)
+                if (neuron[i] >= 0) target[neuron[i]] = panel[i];
+    }
+}
+
+// Packs rows into spike words; false, with words unfinished, as soon as a value is neither 0 nor 1. Adds to `count`.
+inline bool pack_block(const Axis& axis, int64_t block, const float* x, const Rows& at, int64_t rows, uint64_t* words,
+                       int64_t* count) {
+    const int32_t from = axis.contiguous[block];
+    const int32_t* neuron = axis.neuron.data() + block * kLanes;
+    const Vec one = all(1.0f);
+    for (int64_t r = 0; r < rows; ++r) {
+        float lanes[kLanes];
+        const float* source = x + at(r);
+        if (from < 0)
+            for (int i = 0; i < kLanes; ++i) lanes[i] = neuron[i] >= 0 ? source[neuron[i]] : 0.0f;
+        else
+            source += from;
+        const float* value = from < 0 ? lanes : source;
+        uint64_t word = 0;
+        IntVec other = {};
+        for (int v = 0; v < kVecs; ++v) {
+            const Vec s = load(value + v * W);
+            other |= (s != Vec{}) & (s != one);
+            word |= greater_bits(s, Vec{}) << (v * W);
+        }
+        int32_t bad = 0;
+        for (int i = 0; i < W; ++i) bad |= other[i];
+        if (bad) return false;
+        words[r] = word;
+        *count += __builtin_popcountll(word);
+    }
+    return true;
+}
+
+// panel[r][·] = the bits of words[r] as 0 or 1.
+inline void expand_words(const uint64_t* words, int64_t rows, float* panel) {
+    for (int64_t r = 0; r < rows; ++r, panel += kLanes) {
+        const uint64_t word = words[r];
+#if defined(__AVX512F__)
+        for (int v = 0; v < kVecs; ++v)
+            store(panel + v * W, _mm512_maskz_mov_ps(static_cast<__mmask16>(word >> (v * W)), all(1.0f)));
+#else
+        for (int i = 0; i < kLanes; ++i) panel[i] = static_cast<float>((word >> i) & 1);
+#endif
+    }
+}
+
+inline void convert_bf16(const float* from, int64_t count, uint16_t* to) {
+    for (int64_t i = 0; i < count; i += W) store_bf16(to + i, load(from + i));
+}
+
+// to[c][r] = from[r][c] for one 64 × 64 tile of which `rows` rows exist; the other columns of `to` become 0.
+inline void transpose(const float* from, int64_t rows, float* to) {
+    for (int64_t r0 = 0; r0 < kLanes; r0 += 16)
+        for (int64_t c = 0; c < kLanes; ++c)
+            for (int64_t r = r0; r < r0 + 16; ++r) to[c * kLanes + r] = r < rows ? from[r * kLanes + c] : 0.0f;
+}
+
+// --- neurons ----------------------------------------------------------------------------------------------------
+
+// A scalar or per-neuron parameter as one float a lane.
+inline void spread(const Axis& axis, const float* value, bool per_neuron, float padding, float* lanes) {
+    for (int64_t i = 0; i < static_cast<int64_t>(axis.blocks) * kLanes; ++i) {
+        const int32_t n = axis.neuron[i];
+        lanes[i] = n < 0 ? padding : value ? value[per_neuron ? n : 0] : 0.0f;
+    }
+}
+
+inline float clamp_decay(float beta) { return beta < 0.0f ? 0.0f : beta > 1.0f ? 1.0f : beta; }
+
+inline bool same_order(const Axis& a, const Axis& b) {
+    if (a.blocks != b.blocks) return false;
+    return __builtin_memcmp(a.neuron.data(), b.neuron.data(), a.neuron.size() * 4) == 0;
+}
+
+// Spike words of one order of lanes in another: every set bit moves to its neuron's other lane.
+inline void reorder_words(const Axis& from, const Axis& to, const uint64_t* source, int64_t batch, int64_t steps,
+                          int threads, uint64_t* target) {
+    parallel(threads, batch, 1, [&](int64_t b, int) {
+        const uint64_t* in = source + b * from.blocks * steps;
+        uint64_t* out = target + b * to.blocks * steps;
+        zero(out, to.blocks * steps * 8);
+        for (int64_t block = 0; block < from.blocks; ++block) {
+            const int32_t* neuron = from.neuron.data() + block * kLanes;
+            for (int64_t t = 0; t < steps; ++t)
+                for (uint64_t word = in[block * steps + t]; word; word &= word - 1) {
+                    const int32_t lane = to.lane[neuron[__builtin_ctzll(word)]];
+                    out[(lane / kLanes) * steps + t] |= uint64_t{1} << (lane % kLanes);
+                }
+        }
+    });
+}
+
+// spikes[t][b][n], 0 or 1, of packed words.
+inline void unpack(const Plan& plan, const uint64_t* words, int32_t batch, int32_t steps, int32_t threads,
+                   float* spikes) {
+    const Axis& axis = plan.rows;
+    parallel(threads, batch, 1, [&](int64_t b, int) {
+        float panel[kLanes];
+        for (int64_t t = 0; t < steps; ++t)
+            for (int64_t block = 0; block < axis.blocks; ++block) {
+                expand_words(words + (b * axis.blocks + block) * steps + t, 1, panel);
+                store_block(axis, block, panel, Rows{0, 1, batch, axis.size}, 1, spikes + (t * batch + b) * axis.size);
+            }
+    });
+}
+
+}  // namespace g2g::G2G_ISA

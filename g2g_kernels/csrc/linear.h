@@ -1,0 +1,139 @@
+// One linear layer alone: y = x·Wᵀ + b on rows in neuron order, in pieces of 800 rows that stay in cache. Rows that turn
+// out to be spikes (0 and 1 only, at a low rate) take the event-driven products.
+#pragma once
+
+#include "stack.h"
+
+namespace g2g::G2G_ISA {
+
+struct LinearInput {
+    Panel<float> floats;
+    uint64_t* words;  // [column blocks][rows]
+    int64_t* ones;    // [column blocks]
+    bool events;      // of the chunk loaded last
+
+    LinearInput(const Plan& plan, int64_t rows, Arena& arena)
+        : floats{arena.take<float>(plan.cols.blocks * rows * kLanes), rows},
+          words(arena.take<uint64_t>(plan.cols.blocks * rows)),
+          ones(arena.take<int64_t>(plan.cols.blocks)) {}
+
+    void load(const Linear& a, int64_t begin, int64_t rows) {
+        const Axis& axis = a.plan->cols;
+        const Rows at{0, 1, a.rows, axis.size};
+        const float* x = a.x + begin * axis.size;
+        parallel(a.threads, axis.blocks, 1, [&](int64_t block, int) {
+            ones[block] = 0;
+            if (!pack_block(axis, block, x, at, rows, words + block * floats.rows, &ones[block])) ones[block] = -1;
+        });
+        events = true;
+        int64_t total = 0;
+        for (int64_t block = 0; block < axis.blocks; ++block) {
+            events = events && ones[block] >= 0;
+            total += ones[block];
+        }
+        events = events && total <= a.event_limit * static_cast<double>(rows) * axis.size;
+        if (events) return;
+        parallel(a.threads, axis.blocks, 1,
+                 [&](int64_t block, int) { load_block(axis, block, x, at, rows, floats.at(block, 0)); });
+    }
+};
+
+inline void linear_forward(Linear& a, Arena& arena) {
+    const Plan& plan = *a.plan;
+    const Axis& axis = plan.rows;
+    const int64_t chunk = least(kChunkRows, most(1, a.rows)), group = 2 * kGroupRows;
+    float* bias = arena.take<float>(static_cast<size_t>(axis.blocks) * kLanes);
+    float* tiles = arena.take<float>(static_cast<size_t>(plan.tiles) * kTile);
+    uint16_t* pairs = a.bf16 ? arena.take<uint16_t>(static_cast<size_t>(plan.tiles) * kTile) : nullptr;
+    LinearInput input(plan, chunk, arena);
+    uint16_t* half_rows = a.bf16 ? arena.take<uint16_t>(plan.cols.blocks * chunk * kLanes) : nullptr;
+    const Panel<uint16_t> halves{half_rows, chunk};
+    float* scratch = arena.take<float>(group * kLanes * a.threads);
+    if (!arena.base) return;
+
+    spread(axis, a.bias, true, 0.0f, bias);
+    forward_tiles(plan, a.values, a.threads, tiles);
+    if (a.bf16) bf16_tiles(plan, a.values, true, a.threads, pairs);
+    const Weights weights{&plan.forward, plan.rows.strip, tiles, pairs};
+    for (int64_t begin = 0; begin < a.rows; begin += chunk) {
+        const int64_t rows = least(chunk, a.rows - begin), groups = (rows + group - 1) / group;
+        input.load(a, begin, rows);
+        if (a.bf16 && !input.events)
+            parallel(a.threads, plan.cols.blocks, 1, [&](int64_t block, int) {
+                convert_bf16(input.floats.at(block, 0), rows * kLanes, halves.at(block, 0));
+            });
+        parallel(a.threads, axis.blocks * groups, 2, [&](int64_t task, int worker) {
+            const int64_t r = task / groups, first = task % groups * group, count = least(group, rows - first);
+            float* out = scratch + worker * group * kLanes;
+            if (input.events) {
+                const EventCurrent current{&plan, r, input.words + first, chunk, tiles, bias + r * kLanes};
+                for (int64_t i = 0; i < count; ++i) {
+                    Vec y[kVecs];
+                    current(i, y);
+                    for (int v = 0; v < kVecs; ++v) store(out + i * kLanes + v * W, y[v]);
+                }
+            } else {
+                product(weights, r, {input.floats.data, chunk}, {halves.data, chunk}, first, count, bias + r * kLanes,
+                        out);
+            }
+            store_block(axis, r, out, Rows{0, 1, a.rows, axis.size}, count, a.y + (begin + first) * axis.size);
+        });
+    }
+}
+
+inline void linear_backward(Linear& a, Arena& arena) {
+    const Plan& plan = *a.plan;
+    const int64_t chunk = least(kChunkRows, most(1, a.rows)), R = plan.rows.blocks;
+    const int64_t lanes = R * kLanes;
+    const Panel<float> grad{arena.take<float>(lanes * chunk), chunk};
+    const Panel<uint16_t> halves{a.bf16 && a.grad_x ? arena.take<uint16_t>(lanes * chunk) : nullptr, chunk};
+    double* bias = arena.take<double>(lanes);
+    InputGradient down = a.grad_x ? InputGradient(plan, chunk, a.bf16, arena) : InputGradient(plan);
+    float* grad_tiles = a.grad_values ? arena.take<float>(static_cast<size_t>(plan.tiles) * kTile) : nullptr;
+    LinearInput input(plan, chunk, arena);
+    float* scratch = arena.take<float>(kTile * a.threads);
+    if (!arena.base) return;
+
+    zero(bias, lanes * sizeof(double));
+    if (a.grad_x) down.load(a.values, a.threads);
+    if (a.grad_values)
+        parallel(a.threads, plan.tiles, 8, [&](int64_t tile, int) { zero(grad_tiles + tile * kTile, kTile * 4); });
+    for (int64_t begin = 0; begin < a.rows; begin += chunk) {
+        const int64_t rows = least(chunk, a.rows - begin);
+        parallel(a.threads, R, 1, [&](int64_t r, int) {
+            float* panel = grad.at(r, 0);
+            load_block(plan.rows, r, a.grad_y + begin * plan.rows.size, Rows{0, 1, a.rows, plan.rows.size}, rows, panel);
+            if (halves.data) convert_bf16(panel, rows * kLanes, halves.at(r, 0));
+            for (int64_t i = 0; i < rows; ++i)
+                for (int64_t lane = 0; lane < kLanes; ++lane) bias[r * kLanes + lane] += panel[i * kLanes + lane];
+        });
+        if (a.grad_values) {
+            input.load(a, begin, rows);
+            parallel(a.threads, plan.tiles, 2, [&](int64_t tile, int) {
+                const float* dy = grad.at(plan.tile_row[tile], 0);
+                const int64_t col = plan.tile_col[tile];
+                if (input.events)
+                    event_gradient(input.words + col * chunk, dy, rows, grad_tiles + tile * kTile);
+                else
+                    outer(input.floats.at(col, 0), dy, rows, grad_tiles + tile * kTile);
+            });
+        }
+        if (!a.grad_x) continue;
+        const Panel<const float> dy{grad.data, chunk};
+        const int64_t pieces = (rows + kLanes - 1) / kLanes;
+        down.prepare(dy, rows, a.threads);
+        parallel(a.threads, plan.cols.blocks * pieces, 1, [&](int64_t task, int worker) {
+            const int64_t block = task / pieces, row = task % pieces * kLanes, height = least(kLanes, rows - row);
+            float* out = scratch + worker * kTile;
+            down.run(block, dy, {halves.data, chunk}, row, height, out);
+            store_block(plan.cols, block, out, Rows{0, 1, a.rows, plan.cols.size}, height,
+                        a.grad_x + (begin + row) * plan.cols.size);
+        });
+    }
+    if (a.grad_values) unpack_gradient(plan, grad_tiles, a.threads, a.grad_values);
+    if (a.grad_bias)
+        for (int64_t i = 0; i < lanes; ++i)
+            if (plan.rows.neuron[i] >= 0) a.grad_bias[plan.rows.neuron[i]] = static_cast<float>(bias[i]);
+}
+
+}  // namespace g2g::G2G_ISA

@@ -1,0 +1,212 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <array>
+#include <numeric>
+
+namespace g2g {
+namespace {
+
+// Where unit range u of an axis of that unit width starts, in lanes.
+struct Placing {
+    int32_t width;
+    int32_t per_block = std::max(1, kLanes / width);                // ranges side by side in a block
+    int32_t blocks_each = (width + kLanes - 1) / kLanes;            // blocks that one range spans
+    int32_t operator()(int32_t u) const {
+        return width > kLanes ? u * blocks_each * kLanes : (u / per_block) * kLanes + (u % per_block) * width;
+    }
+    int32_t blocks(int32_t units) const {
+        return width > kLanes ? units * blocks_each : (units + per_block - 1) / per_block;
+    }
+};
+
+bool lay_out(const AxisSource& source, Axis& axis) {
+    if (source.size < 1 || source.num_units < 1 || source.width < 1) return false;
+    if (source.bounds[0] != 0 || source.bounds[source.num_units] != source.size) return false;
+    const Placing place{source.width};
+    axis.size = source.size;
+    axis.blocks = place.blocks(source.num_units);
+    axis.neuron.assign(static_cast<size_t>(axis.blocks) * kLanes, -1);
+    axis.lane.assign(axis.size, -1);
+    for (int32_t u = 0; u < source.num_units; ++u) {
+        const int32_t begin = source.bounds[u], end = source.bounds[u + 1];
+        if (end < begin || end - begin > source.width) return false;
+        for (int32_t i = begin; i < end; ++i) {
+            const int64_t neuron = source.order[i];
+            if (neuron < 0 || neuron >= axis.size || axis.lane[neuron] >= 0) return false;
+            const int32_t lane = place(u) + i - begin;
+            axis.neuron[lane] = static_cast<int32_t>(neuron);
+            axis.lane[neuron] = lane;
+        }
+    }
+    for (int32_t b = 0; b < axis.blocks; ++b) {
+        const int32_t* neuron = &axis.neuron[b * kLanes];
+        bool run = neuron[0] >= 0;
+        for (int32_t i = 1; run && i < kLanes; ++i) run = neuron[i] == neuron[0] + i;
+        axis.contiguous.push_back(run ? neuron[0] : -1);
+    }
+    axis.strip = source.width == 16 || source.width == 32 ? source.width : kLanes;
+    return true;
+}
+
+// first[i] = number of entries of `key` below i.
+std::vector<int32_t> offsets(const std::vector<int32_t>& key, int32_t count) {
+    std::vector<int32_t> first(count + 1, 0);
+    for (int32_t k : key) ++first[k + 1];
+    std::partial_sum(first.begin(), first.end(), first.begin());
+    return first;
+}
+
+constexpr int32_t kGap = 4;  // shorter gaps are run over (zeros are stored there): cheaper than a new run
+
+// For every strip of the output side, the runs of source lanes that its units have. `by_row`: the output is the rows.
+Segments segments(const Plan& plan, bool by_row, const std::vector<char>& skip) {
+    const Axis& out = by_row ? plan.rows : plan.cols;
+    const int32_t strips = kLanes / out.strip;
+    Segments result;
+    result.first.push_back(0);
+    for (int32_t block = 0; block < out.blocks; ++block) {
+        const int32_t begin = (by_row ? plan.row_first : plan.col_first)[block];
+        const int32_t end = (by_row ? plan.row_first : plan.col_first)[block + 1];
+        std::vector<std::vector<Segment>> runs(strips);
+        for (int32_t i = begin; i < end; ++i) {
+            const int32_t tile = by_row ? i : plan.col_tile[i];
+            if (skip[tile]) continue;
+            std::array<std::array<bool, kLanes>, 4> used{};
+            for (int64_t p = plan.piece_first[tile]; p < plan.piece_first[tile + 1]; ++p) {
+                const Piece& piece = plan.pieces[p];
+                const int32_t lane = by_row ? piece.lane_row : piece.lane_col;
+                const int32_t length = by_row ? piece.rows : piece.cols;
+                const int32_t from = by_row ? piece.lane_col : piece.lane_row;
+                const int32_t count = by_row ? piece.cols : piece.rows;
+                for (int32_t s = lane / out.strip; s <= (lane + length - 1) / out.strip; ++s)
+                    std::fill_n(used[s].begin() + from, count, true);
+            }
+            for (int32_t s = 0; s < strips; ++s)
+                for (int32_t k = 0; k < kLanes; ++k) {
+                    if (!used[s][k]) continue;
+                    int32_t stop = k + 1;
+                    for (int32_t i = k; i < kLanes && i <= stop + kGap; ++i)
+                        if (used[s][i]) stop = i + 1;
+                    runs[s].push_back({tile, by_row ? plan.tile_col[tile] : plan.tile_row[tile], k, stop - k});
+                    k = stop;
+                }
+        }
+        for (const auto& strip : runs) {
+            result.list.insert(result.list.end(), strip.begin(), strip.end());
+            result.first.push_back(static_cast<int32_t>(result.list.size()));
+        }
+    }
+    return result;
+}
+
+// Which tiles the input gradient visits weight by weight: those of units too small for a strip, less than half full
+// (a dense tile costs 64 · 64 multiply-adds at full rate, a single weight about twice its share).
+std::vector<char> sparse_tiles(const Plan& plan) {
+    std::vector<char> sparse(plan.tiles, 0);
+    const bool fitting = (plan.unit_rows >= 16) && (plan.cols.strip < kLanes || plan.unit_cols > 32);
+    for (int32_t tile = 0; tile < plan.tiles && !fitting; ++tile) {
+        int32_t weights = 0;
+        for (int64_t p = plan.piece_first[tile]; p < plan.piece_first[tile + 1]; ++p)
+            weights += plan.pieces[p].rows * plan.pieces[p].cols;
+        sparse[tile] = weights < kTile / 2;
+    }
+    return sparse;
+}
+
+SparseTiles list_weights(const Plan& plan, const std::vector<char>& sparse) {
+    SparseTiles result;
+    result.col_first.push_back(0);
+    result.lane_first.push_back(0);
+    std::vector<int32_t> index(kTile);
+    for (int32_t block = 0; block < plan.cols.blocks; ++block) {
+        for (int32_t i = plan.col_first[block]; i < plan.col_first[block + 1]; ++i) {
+            const int32_t tile = plan.col_tile[i];
+            if (!sparse[tile]) continue;
+            std::fill(index.begin(), index.end(), -1);  // [source lane][output lane]
+            for (int64_t p = plan.piece_first[tile]; p < plan.piece_first[tile + 1]; ++p) {
+                const Piece& piece = plan.pieces[p];
+                for (int32_t r = 0; r < piece.rows; ++r)
+                    for (int32_t c = 0; c < piece.cols; ++c)
+                        index[(piece.lane_col + c) * kLanes + piece.lane_row + r] =
+                            (piece.slot * plan.unit_rows + piece.unit_row + r) * plan.unit_cols + piece.unit_col + c;
+            }
+            for (int32_t lane = 0; lane < kLanes; ++lane) {
+                for (int32_t row = 0; row < kLanes; ++row) {
+                    if (index[lane * kLanes + row] < 0) continue;
+                    result.row.push_back(static_cast<uint8_t>(row));
+                    result.source.push_back(index[lane * kLanes + row]);
+                }
+                result.lane_first.push_back(static_cast<int32_t>(result.row.size()));
+            }
+            result.tile.push_back(tile);
+        }
+        result.col_first.push_back(static_cast<int32_t>(result.tile.size()));
+    }
+    return result;
+}
+
+}  // namespace
+
+Plan* build_plan(const AxisSource& rows, const AxisSource& cols, const int32_t* unit_row, const int32_t* unit_col,
+                 int32_t units) {
+    Plan plan;
+    if (!lay_out(rows, plan.rows) || !lay_out(cols, plan.cols)) return nullptr;
+    if (static_cast<int64_t>(units) * rows.width * cols.width > INT32_MAX) return nullptr;
+    for (int32_t u = 0; u < units; ++u)
+        if (unit_row[u] < 0 || unit_row[u] >= rows.num_units || unit_col[u] < 0 || unit_col[u] >= cols.num_units)
+            return nullptr;
+    plan.units = units;
+    plan.unit_rows = rows.width;
+    plan.unit_cols = cols.width;
+    plan.unit_row.assign(unit_row, unit_row + units);
+    plan.unit_col.assign(unit_col, unit_col + units);
+
+    // Cut the units into pieces, `tile` being the place in the grid of blocks for now.
+    const Placing place_row{rows.width}, place_col{cols.width};
+    std::vector<Piece> pieces;
+    pieces.reserve(units);
+    for (int32_t u = 0; u < units; ++u) {
+        const int32_t height = rows.bounds[unit_row[u] + 1] - rows.bounds[unit_row[u]];
+        const int32_t breadth = cols.bounds[unit_col[u] + 1] - cols.bounds[unit_col[u]];
+        const int32_t row = place_row(unit_row[u]), col = place_col(unit_col[u]);
+        for (int32_t r = 0; r < height; r += kLanes)
+            for (int32_t c = 0; c < breadth; c += kLanes)
+                pieces.push_back({u, (row + r) / kLanes * plan.cols.blocks + (col + c) / kLanes, r, c,
+                                  (row + r) % kLanes, (col + c) % kLanes, std::min(height - r, kLanes),
+                                  std::min(breadth - c, kLanes)});
+    }
+
+    // Number the tiles that exist and sort the pieces by tile.
+    std::vector<int32_t> number(static_cast<size_t>(plan.rows.blocks) * plan.cols.blocks, -1);
+    for (const Piece& piece : pieces) number[piece.tile] = 0;
+    for (size_t i = 0; i < number.size(); ++i) {
+        if (number[i] < 0) continue;
+        number[i] = plan.tiles++;
+        plan.tile_row.push_back(static_cast<int32_t>(i / plan.cols.blocks));
+        plan.tile_col.push_back(static_cast<int32_t>(i % plan.cols.blocks));
+    }
+    plan.piece_first.assign(plan.tiles + 1, 0);
+    for (Piece& piece : pieces) {
+        piece.tile = number[piece.tile];
+        ++plan.piece_first[piece.tile + 1];
+    }
+    std::partial_sum(plan.piece_first.begin(), plan.piece_first.end(), plan.piece_first.begin());
+    std::vector<int64_t> next(plan.piece_first.begin(), plan.piece_first.end() - 1);
+    plan.pieces.resize(pieces.size());
+    for (const Piece& piece : pieces) plan.pieces[next[piece.tile]++] = piece;
+
+    plan.row_first = offsets(plan.tile_row, plan.rows.blocks);
+    plan.col_first = offsets(plan.tile_col, plan.cols.blocks);
+    std::vector<int32_t> next_col(plan.col_first.begin(), plan.col_first.end() - 1);
+    plan.col_tile.resize(plan.tiles);
+    for (int32_t tile = 0; tile < plan.tiles; ++tile) plan.col_tile[next_col[plan.tile_col[tile]]++] = tile;
+
+    plan.forward = segments(plan, true, std::vector<char>(plan.tiles, 0));
+    const std::vector<char> sparse = sparse_tiles(plan);
+    plan.backward = segments(plan, false, sparse);
+    plan.sparse = list_weights(plan, sparse);
+    return new Plan(std::move(plan));
+}
+
+}  // namespace g2g

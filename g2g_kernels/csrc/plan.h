@@ -1,0 +1,79 @@
+// The kernels' own view of a BlockMask: a grid of 64 × 64 tiles.
+//
+// Each side of the weight matrix is laid out in *lanes*: blocks of 64 places, each holding whole unit ranges (several
+// small ones side by side, or a part of one larger than 64), padded where they do not fill it. One block of source
+// neurons is one 64-bit spike word. A tile exists where at least one unit lies in it; weights of a tile that belong to
+// no unit are stored as zeros. Tiles are numbered by (row block, column block), so a row block's tiles are contiguous.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace g2g {
+
+constexpr int kLanes = 64;              // neurons of one block
+constexpr int kTile = kLanes * kLanes;  // weights of one tile
+
+struct Axis {
+    int32_t size = 0;                 // neurons
+    int32_t blocks = 0;               // blocks of 64 lanes
+    std::vector<int32_t> neuron;      // [blocks · 64] the neuron of each lane, −1 in padding
+    std::vector<int32_t> lane;        // [size] the lane of each neuron
+    std::vector<int32_t> contiguous;  // [blocks] n where the block's lanes are neurons n … n + 63 in order, else −1
+    int32_t strip = kLanes;           // lanes that always share their units: 16, 32 or 64
+};
+
+// The part of one unit that lies in one tile.
+struct Piece {
+    int32_t slot, tile;
+    int32_t unit_row, unit_col;  // first row and column inside the unit
+    int32_t lane_row, lane_col;  // the same weight's place inside the tile
+    int32_t rows, cols;
+};
+
+// A run of the sum over k in a product: lanes lane … lane + count − 1 of block `block`, weights from `tile`.
+struct Segment {
+    int32_t tile, block, lane, count;
+};
+
+// What every output strip of a product sums over; strip s covers lanes s·strip … of its axis.
+struct Segments {
+    std::vector<int32_t> first;  // [strips + 1]
+    std::vector<Segment> list;
+};
+
+// Tiles with few weights, one entry a weight, for the input gradient (which visits weights, not spikes).
+struct SparseTiles {
+    std::vector<int32_t> col_first;   // [column blocks + 1] into `tile`
+    std::vector<int32_t> tile;        // [sparse tiles], by column block
+    std::vector<int32_t> lane_first;  // [sparse tiles · 64 + 1] into the entries: those of one source lane
+    std::vector<uint8_t> row;         // [entries] the output lane inside the tile
+    std::vector<int32_t> source;      // [entries] index of the weight in the packed values
+};
+
+struct Plan {
+    Axis rows, cols;
+    int32_t units = 0, unit_rows = 0, unit_cols = 0;
+    int32_t tiles = 0;
+    std::vector<int32_t> tile_row, tile_col;    // [tiles]
+    std::vector<int32_t> row_first;             // [row blocks + 1]: tiles of a row block
+    std::vector<int32_t> col_first, col_tile;   // [column blocks + 1], [tiles]: tiles of a column block, by row
+    std::vector<Piece> pieces;                  // by tile
+    std::vector<int64_t> piece_first;           // [tiles + 1]
+    Segments forward, backward;                 // products that give row strips, and column strips
+    SparseTiles sparse;
+    std::vector<int32_t> unit_row, unit_col;    // the coordinates this was built from
+};
+
+// One side of the mask as Python hands it over.
+struct AxisSource {
+    int32_t size, num_units, width;
+    const int64_t* order;
+    const int32_t* bounds;
+};
+
+// Returns nullptr if an index is out of range.
+Plan* build_plan(const AxisSource& rows, const AxisSource& cols, const int32_t* unit_row, const int32_t* unit_col,
+                 int32_t units);
+
+}  // namespace g2g

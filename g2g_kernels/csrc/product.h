@@ -1,0 +1,179 @@
+// Matrix products over the tiles of a plan: dense left sides (dense inputs, gradients of currents).
+//
+//   forward    Y[m][i] = Σ_j X[m][j]·W[i][j]      output strips are lanes of a row block
+//   backward   X[m][j] = Σ_i Y[m][i]·W[i][j]      output strips are lanes of a column block
+//   outer      G[j][i] += Σ_m X[m][j]·Y[m][i]     one 64 × 64 tile
+//
+// The register tile is R rows × L lanes, accumulators staying in registers over all active tiles of a block (K is 64 for
+// each tile). AVX-512: 6 × 64, 24 of 32 registers; per k 24 multiply-adds on 4 loads of weights and 6 broadcasts, so the
+// multiply-add units bound it; weights stream from L2 at 256 B per 24 multiply-adds (11 B a cycle).
+#pragma once
+
+#include "kernels.h"
+#include "vec.h"
+
+namespace g2g::G2G_ISA {
+
+#if defined(__AVX512F__)
+constexpr int rows_at_once(int lanes) { return lanes == 64 ? 6 : 12; }
+constexpr int kWidest = 64;
+constexpr int kOuterRows = 4;
+#elif defined(__AVX2__)
+constexpr int rows_at_once(int) { return 6; }
+constexpr int kWidest = 16;
+constexpr int kOuterRows = 4;
+#else
+constexpr int rows_at_once(int) { return 3; }
+constexpr int kWidest = 16;
+constexpr int kOuterRows = 2;
+#endif
+
+// The left side of a product: rows of a panel [blocks][panel rows][64], in float32 or bfloat16.
+template <class T>
+struct Panel {
+    T* data;
+    int64_t rows;
+    T* at(int64_t block, int64_t row) const { return data + (block * rows + row) * kLanes; }
+};
+
+// Weights of one direction of a plan: float32 [tile][k][64], or bfloat16 pairs [tile][k / 2][64][2] (one of them null).
+struct Weights {
+    const Segments* segments;
+    int strip;
+    const float* tiles;
+    const uint16_t* pairs;
+};
+
+template <int R, int L>
+inline void product_rows(const Segment* s, const Segment* end, Panel<const float> left, int64_t row, const float* tiles,
+                         int lane, const float* start, float* out) {
+    constexpr int N = L / W;
+    Vec sum[R][N];
+    for (int r = 0; r < R; ++r)
+        for (int v = 0; v < N; ++v) sum[r][v] = start ? load(start + v * W) : Vec{};
+    for (; s < end; ++s) {
+        const float* a = left.at(s->block, row) + s->lane;
+        const float* b = tiles + static_cast<int64_t>(s->tile) * kTile + s->lane * kLanes + lane;
+        for (int k = 0; k < s->count; ++k, ++a, b += kLanes) {
+            Vec weight[N];
+            for (int v = 0; v < N; ++v) weight[v] = load(b + v * W);
+            for (int r = 0; r < R; ++r) {
+                const Vec x = all(a[r * kLanes]);
+                for (int v = 0; v < N; ++v) sum[r][v] = fma(x, weight[v], sum[r][v]);
+            }
+        }
+    }
+    for (int r = 0; r < R; ++r)
+        for (int v = 0; v < N; ++v) store(out + r * kLanes + v * W, sum[r][v]);
+}
+
+#if defined(__AVX512BF16__)
+// The same with two k at a time: dot products of bfloat16 pairs, added in float32. Twice the rate, half the bytes.
+template <int R, int L>
+inline void product_rows(const Segment* s, const Segment* end, Panel<const uint16_t> left, int64_t row,
+                         const uint16_t* pairs, int lane, const float* start, float* out) {
+    constexpr int N = L / W;
+    __m512 sum[R][N];
+    for (int r = 0; r < R; ++r)
+        for (int v = 0; v < N; ++v) sum[r][v] = start ? load(start + v * W) : Vec{};
+    for (; s < end; ++s) {
+        const int first = s->lane & ~1;  // zeros are stored beside a run, and runs lie more than two lanes apart
+        const uint16_t* a = left.at(s->block, row) + first;
+        const uint16_t* b = pairs + static_cast<int64_t>(s->tile) * kTile + first * kLanes + lane * 2;
+        for (int k = first; k < s->lane + s->count; k += 2, a += 2, b += 2 * kLanes) {
+            __m512bh weight[N];
+            for (int v = 0; v < N; ++v) weight[v] = (__m512bh)_mm512_loadu_si512(b + v * 2 * W);
+            for (int r = 0; r < R; ++r) {
+                int pair;
+                __builtin_memcpy(&pair, a + r * kLanes, 4);
+                const __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
+                for (int v = 0; v < N; ++v) sum[r][v] = _mm512_dpbf16_ps(sum[r][v], x, weight[v]);
+            }
+        }
+    }
+    for (int r = 0; r < R; ++r)
+        for (int v = 0; v < N; ++v) store(out + r * kLanes + v * W, sum[r][v]);
+}
+#endif
+
+// Cuts `rows` rows into register tiles of nearly equal height (50 rows: 9 tiles of 5 or 6).
+template <int L, int R = rows_at_once(L), class T>
+void product_strip(const Segment* s, const Segment* end, Panel<const T> left, int64_t row, int64_t rows, const T* tiles,
+                   int lane, const float* start, float* out) {
+    constexpr int most = rows_at_once(L);
+    if constexpr (R == most) {
+        const int64_t pieces = (rows + most - 1) / most;
+        for (int64_t p = 0; p < pieces; ++p) {
+            const int64_t begin = rows * p / pieces, stop = rows * (p + 1) / pieces;
+            float* target = out + begin * kLanes;
+            if (stop - begin == most)
+                product_rows<most, L>(s, end, left, row + begin, tiles, lane, start, target);
+            else if constexpr (most > 1)
+                product_strip<L, R - 1>(s, end, left, row + begin, stop - begin, tiles, lane, start, target);
+        }
+    } else if (rows == R) {
+        product_rows<R, L>(s, end, left, row, tiles, lane, start, out);
+    } else if constexpr (R > 1) {
+        product_strip<L, R - 1>(s, end, left, row, rows, tiles, lane, start, out);
+    }
+}
+
+template <class T>
+void product_block(const Weights& weights, const T* tiles, int64_t block, Panel<const T> left, int64_t row,
+                   int64_t rows, const float* start, float* out) {
+    const int strips = kLanes / weights.strip;
+    for (int s = 0; s < strips; ++s) {
+        const int32_t* first = weights.segments->first.data() + block * strips + s;
+        const Segment* begin = weights.segments->list.data() + first[0];
+        const Segment* end = weights.segments->list.data() + first[1];
+        const int width = weights.strip < kWidest ? weights.strip : kWidest;
+        for (int lane = s * weights.strip; lane < (s + 1) * weights.strip; lane += width) {
+            const float* from = start ? start + lane : nullptr;
+            if constexpr (kWidest == 64) {
+                if (width == 64) {
+                    product_strip<64>(begin, end, left, row, rows, tiles, lane, from, out + lane);
+                    continue;
+                }
+                if (width == 32) {
+                    product_strip<32>(begin, end, left, row, rows, tiles, lane, from, out + lane);
+                    continue;
+                }
+            }
+            product_strip<16>(begin, end, left, row, rows, tiles, lane, from, out + lane);
+        }
+    }
+}
+
+// out[r][·] = start + Σ over the active tiles of output block `block`, for rows row … row + rows − 1 of the left side.
+inline void product(const Weights& weights, int64_t block, Panel<const float> left, Panel<const uint16_t> left_bf16,
+                    int64_t row, int64_t rows, const float* start, float* out) {
+#if defined(__AVX512BF16__)
+    if (weights.pairs) return product_block(weights, weights.pairs, block, left_bf16, row, rows, start, out);
+#endif
+    (void)left_bf16;
+    product_block(weights, weights.tiles, block, left, row, rows, start, out);
+}
+
+// grad[j][i] += Σ_m x[m][j]·y[m][i] over `rows` rows of two panel blocks; grad is one tile [64][64].
+inline void outer(const float* x, const float* y, int64_t rows, float* grad) {
+    constexpr int R = kOuterRows, L = kWidest, N = L / W;
+    for (int j = 0; j < kLanes; j += R) {
+        for (int i = 0; i < kLanes; i += L) {
+            Vec sum[R][N];
+            for (int r = 0; r < R; ++r)
+                for (int v = 0; v < N; ++v) sum[r][v] = load(grad + (j + r) * kLanes + i + v * W);
+            for (int64_t m = 0; m < rows; ++m) {
+                Vec right[N];
+                for (int v = 0; v < N; ++v) right[v] = load(y + m * kLanes + i + v * W);
+                for (int r = 0; r < R; ++r) {
+                    const Vec left = all(x[m * kLanes + j + r]);
+                    for (int v = 0; v < N; ++v) sum[r][v] = fma(left, right[v], sum[r][v]);
+                }
+            }
+            for (int r = 0; r < R; ++r)
+                for (int v = 0; v < N; ++v) store(grad + (j + r) * kLanes + i + v * W, sum[r][v]);
+        }
+    }
+}
+
+}  // namespace g2g::G2G_ISA

@@ -1,0 +1,109 @@
+// One native vector of floats, whatever the instruction set; kernels are written once against this header and
+// compiled several times. Arithmetic uses GCC's vector extensions; only what they cannot say is an intrinsic.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#if !defined(G2G_ISA)
+#error "compile with -DG2G_ISA=<namespace of this instruction set>"
+#endif
+
+namespace g2g::G2G_ISA {
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#elif defined(__AVX2__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(4 * W)));
+typedef int32_t IntVec __attribute__((vector_size(4 * W)));
+typedef float UnalignedVec __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef int32_t UnalignedIntVec __attribute__((vector_size(4 * W), aligned(4), may_alias));
+
+inline Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
+inline void store(float* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p) = v; }
+inline Vec all(float x) { return x - Vec{}; }
+
+// a·b + c rounded once where the machine can. Plain a * b + c is never contracted (-ffp-contract=off), so that
+// membranes equal PyTorch's to the last bit.
+inline Vec fma(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+    return _mm512_fmadd_ps(a, b, c);
+#elif defined(__FMA__)
+    return _mm256_fmadd_ps(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
+// Bit i is set where a[i] > b[i].
+inline uint64_t greater_bits(Vec a, Vec b) {
+#if defined(__AVX512F__)
+    return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ);
+#elif defined(__AVX2__)
+    return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)));
+#elif defined(__SSE2__)
+    return static_cast<uint32_t>(_mm_movemask_ps(_mm_cmpgt_ps(a, b)));
+#else
+    const IntVec mask = a > b;
+    uint64_t bits = 0;
+    for (int i = 0; i < W; ++i) bits |= static_cast<uint64_t>(mask[i] & 1) << i;
+    return bits;
+#endif
+}
+
+// 1 where a > b, else 0.
+inline Vec step(Vec a, Vec b) { return a > b ? all(1.0f) : Vec{}; }
+
+inline Vec absolute(Vec x) { return x < Vec{} ? -x : x; }
+
+// Loads base[index[i]].
+inline Vec gather(const float* base, const int32_t* index) {
+#if defined(__AVX512F__)
+    return _mm512_i32gather_ps(_mm512_loadu_si512(index), base, 4);
+#elif defined(__AVX2__)
+    return _mm256_i32gather_ps(base, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index)), 4);
+#else
+    Vec v;
+    for (int i = 0; i < W; ++i) v[i] = base[index[i]];
+    return v;
+#endif
+}
+
+// exp(x) for x ≤ 0, relative error about 1e-7; 0 below −87.
+inline Vec exp_negative(Vec x) {
+    const Vec clamped = x < all(-87.0f) ? all(-87.0f) : x;
+    const Vec magic = all(12582912.0f);  // 1.5·2²³: adding it rounds to an integer, kept in the low mantissa bits
+    const Vec shifted = clamped * all(1.44269504f) + magic;
+    const Vec n = shifted - magic;
+    const Vec r = (clamped - n * all(0.693359375f)) - n * all(-2.12194440e-4f);
+    Vec p = all(1.0f / 720);
+    for (const float c : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = p * r + all(c);
+    const IntVec exponent = reinterpret_cast<IntVec>(shifted) - 0x4B400000;
+    return x < all(-87.0f) ? Vec{} : reinterpret_cast<Vec>(reinterpret_cast<IntVec>(p) + (exponent << 23));
+}
+
+// float → bfloat16, round to nearest even (no NaN care: a NaN stays a NaN unless its payload is all ones).
+inline uint16_t to_bf16(float x) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &x, 4);
+    return static_cast<uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+}
+
+inline void store_bf16(uint16_t* p, Vec v) {
+#if defined(__AVX512BF16__)
+    const __m256bh h = _mm512_cvtneps_pbh(v);
+    __builtin_memcpy(p, &h, 32);
+#else
+    for (int i = 0; i < W; ++i) p[i] = to_bf16(v[i]);
+#endif
+}
+
+}  // namespace g2g::G2G_ISA

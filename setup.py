@@ -1,0 +1,87 @@
+"""Builds the compiled CPU kernels (everything else is in pyproject.toml).
+
+One shared library with a C interface, loaded by ctypes: it needs neither PyTorch nor Python headers. The kernels are
+compiled once for each instruction set and chosen at run time. Without a C++ compiler, or with ``G2G_BUILD_CPU=0``, the
+package installs without them and runs on its other backends.
+"""
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+SOURCES = Path("g2g_kernels/csrc")
+LIBRARY = Path("g2g_kernels/cpu/libg2g_cpu.so")
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
+INSTRUCTION_SETS = {
+    "baseline": [],
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": AVX512,
+    "avx512_bf16": [*AVX512, "-mavx512bf16", "-mavx512vbmi2"],
+}
+
+
+class BuildKernels(build_ext):
+    """Compiles ``csrc`` into one shared library; a failure is a note, not an error."""
+
+    def run(self) -> None:
+        if os.environ.get("G2G_BUILD_CPU", "1") == "0":
+            print("g2g: G2G_BUILD_CPU=0, installing without the compiled CPU kernels", file=sys.stderr)
+            return
+        target = LIBRARY if self.inplace else Path(self.build_lib) / LIBRARY
+        try:
+            build_library(target, Path(self.build_temp))
+        except (OSError, subprocess.CalledProcessError) as error:
+            output = getattr(error, "stderr", None) or ""
+            print(
+                f"g2g: NOTE: the compiled CPU kernels were not built and will not be available ({error}).\n{output}"
+                "g2g: install a C++17 compiler (or set CXX) and reinstall to get them.",
+                file=sys.stderr,
+            )
+
+    def get_outputs(self) -> list[str]:
+        target = Path(self.build_lib) / LIBRARY
+        return [str(target)] if target.exists() else []
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+
+def build_library(target: Path, scratch: Path) -> None:
+    """Compiles and links the library; raises OSError without a compiler, CalledProcessError if it fails."""
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wno-psabi", "-pthread"]
+    flags += shlex.split(os.environ.get("G2G_CXXFLAGS", ""))
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    scratch.mkdir(parents=True, exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+
+    objects = [(source, scratch / f"{source}.o", ["-DG2G_X86"] if x86 else []) for source in ("api", "plan", "pool")]
+    for name, options in INSTRUCTION_SETS.items():
+        if x86 or name == "baseline":
+            objects.append(("kernels", scratch / f"kernels-{name}.o", [f"-DG2G_ISA={name}", *options]))
+
+    def run(command: list[str]) -> None:
+        subprocess.run(command, check=True, capture_output=True, text=True)
+
+    with ThreadPoolExecutor(os.cpu_count()) as workers:
+        jobs = [
+            workers.submit(run, [*compiler, *flags, *options, "-c", str(SOURCES / f"{source}.cpp"), "-o", str(path)])
+            for source, path, options in objects
+        ]
+    for job in jobs:
+        job.result()
+    run([*compiler, *flags, "-shared", "-o", str(target), *(str(path) for _, path, _ in objects)])
+
+
+if __name__ == "__main__":
+    setup(
+        ext_modules=[Extension("g2g_kernels.cpu.libg2g_cpu", sources=[])],
+        cmdclass={"build_ext": BuildKernels},
+    )

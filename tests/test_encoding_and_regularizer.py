@@ -1,0 +1,54 @@
+"""Input encodings and the firing-rate regulariser against their formulas."""
+
+import pytest
+import torch
+
+from g2gnet.encoding import encode
+from g2gnet.regularizer import rate_penalty, rate_target
+
+
+def test_current_is_scaled_and_shifted():
+    x = torch.rand(3, 4)
+    assert torch.equal(encode(x, "current", steps=9, scale=2.0, bias=-0.5), 2 * x - 0.5)
+
+
+def test_rate_draws_spikes_with_the_clamped_value_as_probability_anew_at_each_step():
+    x = torch.tensor([[-0.5, 0.0, 0.1, 0.5, 0.9, 1.0, 1.5]])
+    spikes = encode(x, "rate", steps=4000, generator=torch.Generator().manual_seed(0))
+    assert spikes.shape == (4000, 1, 7)
+    assert set(spikes.unique().tolist()) == {0.0, 1.0}
+    p = x.clamp(0, 1)[0]
+    # five standard errors of a Bernoulli mean
+    assert ((spikes.mean((0, 1)) - p).abs() <= 5 * (p * (1 - p) / 4000).sqrt()).all()
+    assert not torch.equal(spikes[0], spikes[1]) or not torch.equal(spikes[1], spikes[2])
+
+
+def test_rate_is_scaled_before_it_is_drawn_and_repeats_with_its_generator():
+    x = torch.full((1, 2000), 0.2)
+    first, second = (encode(x, "rate", 2, 2.0, 0.1, torch.Generator().manual_seed(1)) for _ in range(2))
+    assert torch.equal(first, second)
+    assert first.mean().item() == pytest.approx(0.5, abs=5 * 0.5 / 4000**0.5)
+
+
+def test_unknown_encodings_are_named():
+    with pytest.raises(ValueError, match=r"enc='latency' is unknown; choose one of current, rate"):
+        encode(torch.rand(1, 1), "latency", 3)
+
+
+def test_the_schedule_waits_for_the_warm_up_and_ends_at_its_final_values():
+    assert [rate_target(epoch, 20, 10).strength for epoch in (1, 10)] == [0.0, 0.0]
+    middle = rate_target(15, 20, 10)
+    assert middle.strength == pytest.approx(1e-4 + 0.5 * (1e-2 - 1e-4))
+    assert middle.rate == pytest.approx(0.17)
+    last = rate_target(20, 20, 10)
+    assert last.strength == pytest.approx(1e-2)
+    assert last.rate == pytest.approx(0.09)
+
+
+def test_the_penalty_sums_squares_over_layers_and_neurons_and_is_differentiable():
+    rates = [torch.tensor([0.1, 0.3], requires_grad=True), torch.tensor([0.2], requires_grad=True)]
+    target = rate_target(20, 20, 10)
+    penalty = rate_penalty(rates, target)
+    assert penalty.item() == pytest.approx(1e-2 * (0.01**2 + 0.21**2 + 0.11**2))
+    penalty.backward()
+    torch.testing.assert_close(rates[0].grad, 2e-2 * (rates[0].detach() - 0.09))

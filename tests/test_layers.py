@@ -1,0 +1,98 @@
+"""G2GLinear and LIF as modules: initial values, saving, and life inside other modules."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from g2g_kernels import BlockMask, GroupLayout, g2g_linear, lif
+from g2gnet import LIF, G2GLinear
+
+
+def sample_mask(out_size=50, in_size=98, block_size=8, seed=0, **kwargs):
+    generator = torch.Generator().manual_seed(seed)
+    layouts = (GroupLayout(size, 8, "random", generator) for size in (out_size, in_size))
+    return BlockMask.sample(*layouts, block_size=block_size, generator=generator, **kwargs)
+
+
+def test_initial_weights_are_uniform_within_the_bound_of_each_neurons_active_fan_in():
+    mask = sample_mask(400, 784, block_size=16)
+    layer = G2GLinear(mask, generator=torch.Generator().manual_seed(1))
+    weight, present = layer.dense_weight().detach(), mask.to_dense()
+    bound = present.sum(1).double().rsqrt()[:, None]
+    scaled = (weight / bound)[present]
+    assert scaled.abs().max() <= 1
+    assert scaled.abs().max() > 0.999
+    # uniform in ±1: mean 0 (standard error 0.58/√n), variance 1/3
+    n = scaled.numel()
+    assert abs(scaled.mean()) < 5 * 0.58 / n**0.5
+    assert scaled.var() == pytest.approx(1 / 3, abs=5 * 0.3 / n**0.5)
+    assert torch.equal(weight != 0, present)
+
+
+def test_initial_bias_is_uniform_within_the_bound_of_the_mean_fan_in():
+    mask = sample_mask(2000, 784, block_size=16)
+    bias = G2GLinear(mask, generator=torch.Generator().manual_seed(1)).bias.detach()
+    bound = mask.to_dense().sum(1).double().mean().item() ** -0.5
+    assert 0.99 * bound < bias.abs().max() <= bound
+
+
+def test_neurons_without_inputs_have_finite_initial_values():
+    layer = G2GLinear(sample_mask(p_intra=0.0, p_inter=0.0))
+    assert layer.values.numel() == 0
+    assert torch.isfinite(layer.bias).all()
+    assert torch.equal(layer(torch.ones(3, 98)), layer.bias.expand(3, 50))
+
+
+def test_the_same_generator_gives_the_same_layer():
+    first, second = (G2GLinear(sample_mask(), generator=torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(first.values, second.values)
+    assert torch.equal(first.bias, second.bias)
+
+
+def test_modules_call_the_operators():
+    layer, neurons = G2GLinear(sample_mask()), LIF(neurons=50, reset="zero", surrogate="sigmoid", alpha=3.0)
+    x = torch.rand(5, 3, 98)
+    current = g2g_linear(x, layer.values, layer.mask, layer.bias)
+    torch.testing.assert_close(layer(x), current, rtol=0, atol=0)
+    expected = lif(current, neurons.beta, neurons.threshold, reset="zero", surrogate="sigmoid", alpha=3.0)
+    torch.testing.assert_close(neurons(current), expected, rtol=0, atol=0)
+
+
+def test_layers_work_in_a_sequential_beside_other_modules():
+    model = nn.Sequential(nn.Linear(12, 98), G2GLinear(sample_mask()), LIF(), nn.Linear(50, 3))
+    model(torch.randn(6, 2, 12)).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert torch.isfinite(parameter.grad).all()
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_copies_are_equal_and_independent(duplicate):
+    layer = G2GLinear(sample_mask())
+    other = duplicate(layer)
+    assert torch.equal(other.dense_weight(), layer.dense_weight())
+    other.values.data.zero_()
+    assert layer.values.abs().sum() > 0
+    assert other.mask.unit_row.data_ptr() != layer.mask.unit_row.data_ptr()
+
+
+def test_a_state_dict_restores_graph_and_weights_into_a_layer_drawn_otherwise():
+    saved = G2GLinear(sample_mask(seed=0))
+    loaded = G2GLinear(sample_mask(seed=1, p_inter=0.4))
+    assert loaded.mask.num_units != saved.mask.num_units
+    parameter = loaded.values
+    loaded.load_state_dict(saved.state_dict())
+    assert loaded.values is parameter, "an optimizer that holds the parameter must still see it"
+    assert torch.equal(loaded.dense_weight(), saved.dense_weight())
+    assert torch.equal(loaded.mask.to_dense(), saved.mask.to_dense())
+
+
+def test_lif_keeps_scalars_or_one_value_a_neuron_learnable_or_not():
+    assert LIF().beta.shape == ()
+    assert LIF(neurons=7, beta=0.8).beta.tolist() == pytest.approx([0.8] * 7)
+    fixed = LIF(learn_beta=False, learn_threshold=True)
+    assert [name for name, _ in fixed.named_parameters()] == ["threshold"]
+    assert set(fixed.state_dict()) == {"beta", "threshold"}

@@ -1,0 +1,161 @@
+"""G2GNet: its graph, its input forms, and equality with the same network in snnTorch."""
+
+import pytest
+import snntorch
+import torch
+from snntorch import surrogate
+
+from g2g_kernels import g2g_lif
+from g2gnet import G2GNet
+from g2gnet.network import MODELS
+
+SPARSE = [model for model in MODELS if model != "dense"]
+
+
+def small_net(model="index", seed=0, **kwargs):
+    options = {"block_size": 4, "T": 12, **kwargs}
+    return G2GNet(30, 40, 10, model, generator=torch.Generator().manual_seed(seed), **options)
+
+
+def assert_near(ours, theirs):
+    """Within 1e-5 of the gradient's norm: snnTorch's gradients pass through float32 spikes, single entries that nearly
+    cancel therefore have a larger relative error of their own."""
+    assert torch.linalg.vector_norm(ours - theirs) <= 1e-5 * torch.linalg.vector_norm(theirs)
+    assert torch.linalg.vector_norm(theirs) > 0
+
+
+def test_dense_has_every_unit_and_sparse_models_the_groups_of_their_name():
+    assert all(connection.mask.is_full for connection, _ in small_net("dense").layers())
+    kinds = {
+        model: [(c.mask.rows.layout.kind, c.mask.cols.layout.kind) for c, _ in small_net(model).layers()]
+        for model in SPARSE
+    }
+    assert kinds["index"] == [("index", "index")] * 3
+    assert kinds["random"] == [("random", "random")] * 3
+    assert kinds["mixer"] == [("index", "index"), ("interleaved", "interleaved"), ("index", "index")]
+
+
+def test_random_groups_are_drawn_anew_for_each_side_of_each_layer():
+    net = small_net("random")
+    hidden_sides = [net.fc1.mask.rows, net.fc2.mask.cols, net.fc2.mask.rows, net.fc3.mask.cols]
+    assignments = {tuple(side.layout.group_of.tolist()) for side in hidden_sides}
+    assert len(assignments) == 4
+
+
+def test_the_default_sizes_have_the_density_of_the_paper():
+    net = G2GNet(784, 2048, 10, "mixer", generator=torch.Generator().manual_seed(0))
+    # 1/8 + 7/8·0.15 = 0.25625; the largest deviation of a row's rounding over 32 or more rows
+    assert net.fc2.mask.density == pytest.approx(0.25625, abs=0.008)
+    assert net.lif1.beta.item() == pytest.approx(0.9)
+    assert net.lif3.threshold.item() == 1.0
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("per_neuron", [False, True])
+def test_the_network_equals_snntorchs(model, per_neuron):
+    net = small_net(model, per_neuron=per_neuron, backend="torch").double()
+    x = torch.rand(6, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 3
+    labels = torch.arange(6)
+
+    inputs = x.clone().requires_grad_()
+    activity = net.simulate(inputs)
+    torch.nn.functional.cross_entropy(activity.counts, labels).backward()
+
+    weights, biases, neurons = [], [], []
+    for connection, population in net.layers():
+        weights.append(connection.dense_weight().detach().requires_grad_())
+        biases.append(connection.bias.detach().clone().requires_grad_())
+        leaky = snntorch.Leaky(
+            beta=population.beta.detach().clone(),
+            threshold=population.threshold.detach().clone(),
+            learn_beta=True,
+            learn_threshold=True,
+            spike_grad=surrogate.atan(alpha=2.0),
+        )
+        neurons.append(leaky.double())
+    # both ways of writing a parameter are snnTorch's own: its state dict has the names that ours has
+    assert {"beta", "threshold"} <= set(neurons[0].state_dict())
+    theirs = x.clone().requires_grad_()
+    membranes = [torch.zeros(6, len(bias), dtype=torch.float64) for bias in biases]
+    trains = [[], [], []]
+    for _ in range(net.T):
+        spikes = theirs
+        for number, (weight, bias, leaky) in enumerate(zip(weights, biases, neurons, strict=True)):
+            current = torch.nn.functional.linear(spikes, weight, bias)
+            spikes, membranes[number] = leaky(current, membranes[number])
+            spikes = spikes.double()  # snnTorch casts spikes to float32
+            trains[number].append(spikes)
+    torch.nn.functional.cross_entropy(torch.stack(trains[2]).sum(0), labels).backward()
+
+    for number in range(3):
+        assert torch.equal(activity.spikes[number].dense(), torch.stack(trains[number]))
+        assert activity.spikes[number].dense().sum() > 0
+    assert_near(inputs.grad, theirs.grad)
+    for (connection, population), weight, bias, leaky in zip(net.layers(), weights, biases, neurons, strict=True):
+        assert_near(connection.values.grad, connection.mask.pack(weight.grad))
+        assert_near(connection.bias.grad, bias.grad)
+        assert_near(population.beta.grad, leaky.beta.grad)
+        assert_near(population.threshold.grad, leaky.threshold.grad)
+
+
+def test_forward_returns_the_counts_of_the_simulation():
+    net, x = small_net(), torch.rand(5, 30) * 3
+    counts = net(x)
+    assert counts.shape == (5, 10)
+    assert torch.equal(counts, net.simulate(x).counts)
+    assert 0 < counts.max() <= net.T
+
+
+def test_held_input_equals_the_same_input_at_every_step():
+    net, x = small_net().double(), torch.rand(5, 30, dtype=torch.float64) * 3
+    assert torch.equal(net(x), net(x.expand(net.T, 5, 30)))
+
+
+def test_current_input_reaches_the_first_layer_once_not_once_a_step(monkeypatch):
+    shapes = []
+
+    def spy(x, *args, **kwargs):
+        shapes.append(tuple(x.shape))
+        return g2g_lif(x, *args, **kwargs)
+
+    monkeypatch.setattr("g2gnet.network.g2g_lif", spy)
+    small_net()(torch.rand(5, 30))
+    small_net(enc="rate")(torch.rand(5, 30))
+    assert shapes == [(5, 30), (12, 5, 30)]
+
+
+def test_encoding_is_applied_to_samples_but_not_to_inputs_over_time():
+    net = small_net(enc_scale=2.0, enc_bias=0.5)
+    x = torch.rand(5, 30)
+    assert torch.equal(net.encode(x), 2 * x + 0.5)
+    over_time = torch.rand(3, 5, 30)
+    assert net.encode(over_time) is over_time
+    assert net(over_time).shape == (5, 10)
+
+
+def test_a_state_dict_carries_masks_and_groups():
+    saved, loaded = small_net("random", seed=0), small_net("random", seed=1)
+    x = torch.rand(5, 30) * 3
+    assert not torch.equal(saved(x), loaded(x))
+    loaded.load_state_dict(saved.state_dict())
+    assert torch.equal(saved(x), loaded(x))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": "ring"}, "model='ring' is unknown; choose one of dense, index, random, mixer"),
+        ({"T": 0}, "T=0 must be at least 1"),
+        ({"enc": "latency"}, "enc='latency' is unknown"),
+        ({"p_inter": 1.5}, "p_inter=1.5 is not a probability"),
+        ({"num_groups": 11}, "10 neurons cannot fill num_groups=11"),
+        ({"block_size": 0}, "block_size=0 must be at least 1"),
+    ],
+)
+def test_values_out_of_range_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        small_net(**options)
+
+
+def test_dense_takes_any_number_of_groups():
+    assert small_net("dense", num_groups=64)(torch.rand(2, 30)).shape == (2, 10)

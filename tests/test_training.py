@@ -1,0 +1,300 @@
+"""The training engine on a few real images: what it writes, how it goes on, and what it refuses."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from g2gnet.data import load_dataset
+from g2gnet.training import CheckpointError, Trainer, TrainingError, TrainSettings, run_training
+from g2gnet.training.run_files import RunFiles
+
+ROOT = Path(__file__).parents[1]
+SMALL = {
+    "dataset": "fashionmnist-mini",
+    "model": "mixer",
+    "hidden_dim": 64,
+    "block_size": 8,
+    "T": 8,
+    "enc_scale": 3.0,  # so that the output neurons of so small a network fire
+    "batch_size": 64,
+    "limit_train": 200,
+    "limit_test": 100,
+    "epochs": 3,
+}
+VARIANTS = {
+    "static": {},
+    "dense": {"model": "dense"},
+    "rate": {"enc": "rate", "enc_scale": 2.0},
+    "bf16": {"precision": "bf16"},
+    "regularised": {"enforce_sparsity": True, "warmup_epochs": 1},
+    "dynamic": {"sparsity_mode": "dynamic", "dst_interval": 2, "cp": "hebb"},
+    "random rules, single weights": {
+        "sparsity_mode": "dynamic",
+        "dst_interval": 2,
+        "cp": "random",
+        "cg": "random",
+        "block_size": 1,
+    },
+}
+
+
+def run(directory, **options):
+    settings = TrainSettings(**{**SMALL, **options})
+    run_training(settings, lambda: load_dataset(settings.dataset), directory, torch.device("cpu"))
+    return RunFiles(directory, settings.stem)
+
+
+def load(files):
+    return torch.load(files.checkpoint, weights_only=True)
+
+
+def assert_equal(first, second, where=""):
+    """Equal to the last bit, through nested containers."""
+    assert type(first) is type(second), where
+    if isinstance(first, torch.Tensor):
+        assert torch.equal(first, second), where
+    elif isinstance(first, dict):
+        assert first.keys() == second.keys(), where
+        for key in first:
+            if key not in ("seconds", "samples_per_s"):
+                assert_equal(first[key], second[key], f"{where}/{key}")
+    elif isinstance(first, list | tuple):
+        assert len(first) == len(second), where
+        for number, (a, b) in enumerate(zip(first, second, strict=True)):
+            assert_equal(a, b, f"{where}/{number}")
+    else:
+        assert first == second, where
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(tmp_path, monkeypatch, capsys, variant):
+    whole = run(tmp_path / "whole", **VARIANTS[variant])
+
+    def stop_in_epoch_two(self, on_step=None, train_epoch=Trainer.train_epoch):
+        if self.epoch == 1:
+            raise KeyboardInterrupt
+        return train_epoch(self, on_step)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "train_epoch", stop_in_epoch_two)
+        run(tmp_path / "parts", **VARIANTS[variant])
+    parts = run(tmp_path / "parts", **VARIANTS[variant])
+    assert "resuming" in capsys.readouterr().out
+    assert_equal(load(whole), load(parts))
+    records = [json.loads(line) for line in parts.history.read_text().splitlines()]
+    assert_equal(records, load(parts)["history"])
+
+
+def test_an_epoch_is_printed_and_recorded(tmp_path, capsys):
+    files = run(tmp_path, sparsity_mode="dynamic", dst_interval=3)
+    lines = capsys.readouterr().out.splitlines()
+    records = [json.loads(line) for line in files.history.read_text().splitlines()]
+    assert [record["epoch"] for record in records] == [1, 2, 3]
+    for line, record in zip(lines, records, strict=True):
+        expected = f"Epoch {record['epoch']:02d} | train_acc={record['train_acc']:.4f}"
+        assert line == f"{expected} | test_acc={record['test_acc']:.4f}"
+    last = records[-1]
+    assert set(last) == {
+        "epoch",
+        "train_loss",
+        "train_acc",
+        "test_acc",
+        "seconds",
+        "samples_per_s",
+        "firing_rate",
+        "density",
+        "units_pruned",
+        "units_grown",
+    }
+    assert set(last["firing_rate"]) == {"lif1", "lif2", "lif3"}
+    assert all(0 <= rate <= 1 for rate in last["firing_rate"].values())
+    assert last["firing_rate"]["lif1"] > 0
+    # 12 steps, an update after every third; the number of units stays, ragged ones may change the density a little
+    counts = [state for name, state in load(files)["model"].items() if name.endswith("unit_row")]
+    assert last["units_pruned"] == last["units_grown"] == 4 * sum(int(0.1 * len(rows)) for rows in counts)
+    assert last["train_loss"] < records[0]["train_loss"]
+
+
+def test_a_finished_run_is_skipped_and_says_how_to_rerun(tmp_path, capsys):
+    files = run(tmp_path)
+    before = files.checkpoint.stat().st_mtime_ns
+    capsys.readouterr()
+
+    def no_data():
+        raise AssertionError("a finished run needs no data")
+
+    run_training(TrainSettings(**SMALL), no_data, tmp_path, torch.device("cpu"))
+    printed = capsys.readouterr().out
+    assert "is finished" in printed
+    assert f"delete {files.checkpoint}" in printed
+    assert files.checkpoint.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_other_settings_than_the_files_are_refused_by_name(tmp_path, finished):
+    files = run(tmp_path)
+    if not finished:
+        files.marker.unlink()
+    content = files.checkpoint.read_bytes()
+    with pytest.raises(CheckpointError) as error:
+        run(tmp_path, lr=0.01, seed=7)
+    message = str(error.value)
+    assert "lr: 0.001 there, 0.01 now" in message
+    assert "seed: 42 there, 7 now" in message
+    assert "epochs" not in message
+    assert "--checkpoint_dir" in message
+    assert files.checkpoint.read_bytes() == content
+
+
+def test_a_run_killed_between_checkpoint_and_marker_only_writes_the_marker(tmp_path):
+    files = run(tmp_path)
+    before = load(files)
+    files.marker.unlink()
+    files.history.write_text("")
+    run(tmp_path)
+    assert files.marker.exists()
+    assert_equal(load(files), before)
+    assert len(files.history.read_text().splitlines()) == 3
+
+
+DAMAGES = {
+    "truncated": lambda content: content[: len(content) // 2],
+    "empty": lambda content: b"",
+    "foreign text": lambda content: b"not a checkpoint at all",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_damaged_checkpoints_are_refused_and_left_alone(tmp_path, damage):
+    files = run(tmp_path)
+    files.marker.unlink()
+    damaged = damage(files.checkpoint.read_bytes())
+    files.checkpoint.write_bytes(damaged)
+    with pytest.raises(CheckpointError, match="cannot be read") as error:
+        run(tmp_path)
+    assert "--checkpoint_dir" in str(error.value)
+    assert files.checkpoint.read_bytes() == damaged
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: [1, 2], "not a checkpoint of this version"),
+        (lambda state: {**state, "format": 99}, "not a checkpoint of this version"),
+        (lambda state: {"weight": torch.ones(3)}, "not a checkpoint of this version"),
+        (lambda state: {k: v for k, v in state.items() if k != "model"}, "does not fit"),
+        (lambda state: {**state, "model": {}}, "does not fit"),
+    ],
+)
+def test_foreign_checkpoints_are_refused(tmp_path, change, message):
+    files = run(tmp_path)
+    files.marker.unlink()
+    torch.save(change(load(files)), files.checkpoint)
+    with pytest.raises(CheckpointError, match=message):
+        run(tmp_path)
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
+    files = run(tmp_path)
+    files.marker.unlink()
+    trace = tmp_path / "ran"
+
+    class Payload:
+        def __reduce__(self):
+            return Path.touch, (trace,)
+
+    torch.save({"format": 1, "settings": Payload()}, files.checkpoint)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        run(tmp_path)
+    assert not trace.exists()
+
+
+def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    files = run(tmp_path)
+    content = files.checkpoint.read_bytes()
+
+    def disk_full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="No space left"):
+        patch.setattr(os, "fsync", disk_full)
+        files.save_checkpoint({"settings": {}})
+    assert files.checkpoint.read_bytes() == content
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        path.name for path in (files.checkpoint, files.history, files.marker)
+    )
+
+
+def test_an_unusable_directory_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="--checkpoint_dir"):
+        run(tmp_path / "file" / "checkpoints")
+
+
+def test_a_loss_that_is_not_finite_stops_training_before_the_checkpoint(tmp_path):
+    settings = TrainSettings(**SMALL)
+    trainer = Trainer(settings, load_dataset(settings.dataset), torch.device("cpu"))
+    with torch.no_grad():
+        trainer.net.fc3.bias.fill_(torch.nan)
+    trainer.net.fc3.bias.requires_grad_(False)
+    record = trainer.train_epoch()
+    assert record["train_loss"] == pytest.approx(2.302585, abs=1e-5), "NaN membranes never fire: counts are all zero"
+    trainer.data.train_labels.fill_(0)
+    trainer.net.simulate = lambda inputs: net_with_nan_counts(trainer, inputs)
+    with pytest.raises(TrainingError, match="epoch 2 is nan; lower --lr"):
+        trainer.train_epoch()
+
+
+def net_with_nan_counts(trainer, inputs):
+    activity = type(trainer.net).simulate(trainer.net, inputs)
+    return activity._replace(counts=activity.counts * torch.nan)
+
+
+def test_the_regulariser_brings_firing_rates_to_its_target():
+    options = {**SMALL, "epochs": 2, "enforce_sparsity": True, "warmup_epochs": 0, "T": 10}
+    distances = {}
+    for enforced in (True, False):
+        settings = TrainSettings(**{**options, "enforce_sparsity": enforced})
+        trainer = Trainer(settings, load_dataset(settings.dataset), torch.device("cpu"))
+        for _ in range(settings.epochs):
+            record = trainer.train_epoch()
+        rates = [record["firing_rate"][name] for name in ("lif1", "lif2")]
+        distances[enforced] = sum((rate - 0.09) ** 2 for rate in rates)
+    assert distances[True] < distances[False]
+
+
+def test_killed_at_random_instants_the_final_weights_are_the_same(tmp_path):
+    """SIGKILL while it trains, evaluates and writes; each restart goes on, and nothing is lost or changed."""
+    command = [sys.executable, "train.py", *flags_of({**SMALL, "sparsity_mode": "dynamic", "dst_interval": 2})]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run([*command, "--epochs", "12", "--checkpoint_dir", whole], cwd=ROOT, check=True, capture_output=True)
+    draw = random.Random(0)
+    kills = 0
+    for _ in range(4):
+        process = subprocess.Popen(
+            [*command, "--epochs", "12", "--checkpoint_dir", killed], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
+        for line in process.stdout:
+            if line.startswith("Epoch"):
+                time.sleep(draw.uniform(0, 0.15))
+                process.send_signal(signal.SIGKILL)
+                break
+        process.stdout.close()
+        kills += process.wait() == -signal.SIGKILL
+    assert kills >= 2, "the runs ended before they could be killed"
+    subprocess.run([*command, "--epochs", "12", "--checkpoint_dir", killed], cwd=ROOT, check=True, capture_output=True)
+    (first,), (second,) = (list(folder.glob("*.pth")) for folder in (whole, killed))
+    assert_equal(torch.load(first, weights_only=True), torch.load(second, weights_only=True))
+    assert len(list(killed.glob("*.jsonl"))) == len(list(killed.glob("*.DONE"))) == 1
+
+
+def flags_of(options):
+    return [text for name, value in options.items() if name != "epochs" for text in (f"--{name}", str(value))]

@@ -1,0 +1,37 @@
+"""The README says what is so: its flags, defaults and commands are the program's."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import train
+from g2gnet.training import TrainSettings
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+COMMANDS = re.findall(r"python train\.py ([^`\n]*)", README)
+
+
+def test_the_flag_tables_are_complete_and_their_defaults_right():
+    rows = dict(re.findall(r"^\| `--(\w+)` \| `?([^`|]+?)`? \|", README, flags=re.MULTILINE))
+    defaults = vars(train.build_parser().parse_args([]))
+    assert set(rows) == set(defaults)
+    for name, default in defaults.items():
+        expected = "off" if default is False else "all" if default is None else str(default)
+        assert rows[name] == expected, name
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_example_commands_have_settings_that_work(command):
+    arguments = vars(train.build_parser().parse_args(shlex.split(command)))
+    names = TrainSettings().as_dict()
+    settings = TrainSettings(**{name: arguments[name] for name in names})
+    assert settings.stem
+
+
+def test_the_python_example_runs(capsys):
+    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    # the same program at a tenth of the size
+    exec(compile(example.replace("2048", "256").replace("T=50", "T=5"), "README.md", "exec"), {})
+    assert capsys.readouterr().out.startswith("BlockMask(256×256, 8 groups (interleaved)")

@@ -91,6 +91,8 @@ inline void linear_backward(Linear& a, Arena& arena) {
     InputGradient down = a.grad_x ? InputGradient(plan, chunk, a.bf16, arena) : InputGradient(plan);
     float* grad_tiles = a.grad_values ? arena.take<float>(static_cast<size_t>(plan.tiles) * kTile) : nullptr;
     LinearInput input(plan, chunk, arena);
+    EventsByLane events(plan.cols.blocks, chunk, arena);
+    uint64_t* bits = arena.take<uint64_t>(EventsByLane::scratch_words(1, chunk) * a.threads);
     float* scratch = arena.take<float>(kTile * a.threads);
     if (!arena.base) return;
 
@@ -109,11 +111,16 @@ inline void linear_backward(Linear& a, Arena& arena) {
         });
         if (a.grad_values) {
             input.load(a, begin, rows);
+            if (input.events)
+                parallel(a.threads, plan.cols.blocks, 1, [&](int64_t c, int worker) {
+                    events.load(c, input.words + c * chunk, 1, rows, chunk,
+                                bits + worker * EventsByLane::scratch_words(1, chunk));
+                });
             parallel(a.threads, plan.tiles, 2, [&](int64_t tile, int) {
                 const float* dy = grad.at(plan.tile_row[tile], 0);
                 const int64_t col = plan.tile_col[tile];
                 if (input.events)
-                    event_gradient(input.words + col * chunk, dy, rows, grad_tiles + tile * kTile);
+                    event_gradient(events, col, dy, grad_tiles + tile * kTile);
                 else
                     outer(input.floats.at(col, 0), dy, rows, grad_tiles + tile * kTile);
             });

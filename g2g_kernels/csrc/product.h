@@ -44,6 +44,14 @@ struct Weights {
     const uint16_t* pairs;
 };
 
+// Left rows of the next segment lie elsewhere, where no hardware prefetcher looks.
+template <int R, class T>
+inline void fetch_next(const Segment* s, const Segment* end, Panel<const T> left, int64_t row) {
+    if (s + 1 == end) return;
+    const char* next = reinterpret_cast<const char*>(left.at(s[1].block, row));
+    for (size_t byte = 0; byte < R * kLanes * sizeof(T); byte += 64) __builtin_prefetch(next + byte);
+}
+
 template <int R, int L>
 inline void product_rows(const Segment* s, const Segment* end, Panel<const float> left, int64_t row, const float* tiles,
                          int lane, const float* start, float* out) {
@@ -52,16 +60,19 @@ inline void product_rows(const Segment* s, const Segment* end, Panel<const float
     for (int r = 0; r < R; ++r)
         for (int v = 0; v < N; ++v) sum[r][v] = start ? load(start + v * W) : Vec{};
     for (; s < end; ++s) {
+        fetch_next<R>(s, end, left, row);
         const float* a = left.at(s->block, row) + s->lane;
         const float* b = tiles + static_cast<int64_t>(s->tile) * kTile + s->lane * kLanes + lane;
-        for (int k = 0; k < s->count; ++k, ++a, b += kLanes) {
+        const float* const stop = a + s->count;
+        do {  // a segment is never empty; a loop that might not run makes the compiler spill the sums around it
             Vec weight[N];
             for (int v = 0; v < N; ++v) weight[v] = load(b + v * W);
             for (int r = 0; r < R; ++r) {
                 const Vec x = all(a[r * kLanes]);
                 for (int v = 0; v < N; ++v) sum[r][v] = fma(x, weight[v], sum[r][v]);
             }
-        }
+            ++a, b += kLanes;
+        } while (a < stop);
     }
     for (int r = 0; r < R; ++r)
         for (int v = 0; v < N; ++v) store(out + r * kLanes + v * W, sum[r][v]);
@@ -77,10 +88,12 @@ inline void product_rows(const Segment* s, const Segment* end, Panel<const uint1
     for (int r = 0; r < R; ++r)
         for (int v = 0; v < N; ++v) sum[r][v] = start ? load(start + v * W) : Vec{};
     for (; s < end; ++s) {
+        fetch_next<R>(s, end, left, row);
         const int first = s->lane & ~1;  // zeros are stored beside a run, and runs lie more than two lanes apart
         const uint16_t* a = left.at(s->block, row) + first;
         const uint16_t* b = pairs + static_cast<int64_t>(s->tile) * kTile + first * kLanes + lane * 2;
-        for (int k = first; k < s->lane + s->count; k += 2, a += 2, b += 2 * kLanes) {
+        const uint16_t* const stop = a + (s->lane - first + s->count);
+        do {
             __m512bh weight[N];
             for (int v = 0; v < N; ++v) weight[v] = (__m512bh)_mm512_loadu_si512(b + v * 2 * W);
             for (int r = 0; r < R; ++r) {
@@ -89,7 +102,8 @@ inline void product_rows(const Segment* s, const Segment* end, Panel<const uint1
                 const __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
                 for (int v = 0; v < N; ++v) sum[r][v] = _mm512_dpbf16_ps(sum[r][v], x, weight[v]);
             }
-        }
+            a += 2, b += 2 * kLanes;
+        } while (a < stop);
     }
     for (int r = 0; r < R; ++r)
         for (int v = 0; v < N; ++v) store(out + r * kLanes + v * W, sum[r][v]);
@@ -154,24 +168,30 @@ inline void product(const Weights& weights, int64_t block, Panel<const float> le
     product_block(weights, weights.tiles, block, left, row, rows, start, out);
 }
 
-// grad[j][i] += Σ_m x[m][j]·y[m][i] over `rows` rows of two panel blocks; grad is one tile [64][64].
+// grad[j][i] += Σ_m x[m][j]·y[m][i] over `rows` rows of two panel blocks; grad is one tile [64][64]. Summed in pieces of
+// 128 rows: their 64 KB stay in L2, and rounding errors grow with the length of a piece, not of the whole sum.
 inline void outer(const float* x, const float* y, int64_t rows, float* grad) {
     constexpr int R = kOuterRows, L = kWidest, N = L / W;
-    for (int j = 0; j < kLanes; j += R) {
-        for (int i = 0; i < kLanes; i += L) {
-            Vec sum[R][N];
-            for (int r = 0; r < R; ++r)
-                for (int v = 0; v < N; ++v) sum[r][v] = load(grad + (j + r) * kLanes + i + v * W);
-            for (int64_t m = 0; m < rows; ++m) {
-                Vec right[N];
-                for (int v = 0; v < N; ++v) right[v] = load(y + m * kLanes + i + v * W);
-                for (int r = 0; r < R; ++r) {
-                    const Vec left = all(x[m * kLanes + j + r]);
-                    for (int v = 0; v < N; ++v) sum[r][v] = fma(left, right[v], sum[r][v]);
+    constexpr int64_t piece = 128;
+    for (int64_t begin = 0; begin < rows; begin += piece) {
+        const int64_t end = begin + piece < rows ? begin + piece : rows;
+        for (int j = 0; j < kLanes; j += R) {
+            for (int i = 0; i < kLanes; i += L) {
+                Vec sum[R][N] = {};
+                for (int64_t m = begin; m < end; ++m) {
+                    Vec right[N];
+                    for (int v = 0; v < N; ++v) right[v] = load(y + m * kLanes + i + v * W);
+                    for (int r = 0; r < R; ++r) {
+                        const Vec left = all(x[m * kLanes + j + r]);
+                        for (int v = 0; v < N; ++v) sum[r][v] = fma(left, right[v], sum[r][v]);
+                    }
                 }
+                for (int r = 0; r < R; ++r)
+                    for (int v = 0; v < N; ++v) {
+                        float* target = grad + (j + r) * kLanes + i + v * W;
+                        store(target, load(target) + sum[r][v]);
+                    }
             }
-            for (int r = 0; r < R; ++r)
-                for (int v = 0; v < N; ++v) store(grad + (j + r) * kLanes + i + v * W, sum[r][v]);
         }
     }
 }

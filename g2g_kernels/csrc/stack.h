@@ -186,19 +186,28 @@ void forward_layer(const Stack& s, const Layer& layer, Input kind, const LanePar
     }
 }
 
-// Sums the spike counts of every lane: rates per neuron; returns the number of spikes.
-inline double sum_rates(const Stack& s, const Layer& layer, const float* counts) {
+// totals[lane] = Σ_b sums[b][lane], over the samples in order.
+inline void sum_over_samples(const float* sums, int64_t batch, int64_t lanes, int threads, double* totals) {
+    parallel(threads, lanes / kLanes, 1, [&](int64_t block, int) {
+        double total[kLanes] = {};
+        for (int64_t b = 0; b < batch; ++b)
+            for (int i = 0; i < kLanes; ++i) total[i] += sums[b * lanes + block * kLanes + i];
+        for (int i = 0; i < kLanes; ++i) totals[block * kLanes + i] = total[i];
+    });
+}
+
+// Firing rates per neuron from spike counts [B][lanes]; returns the number of spikes.
+inline double sum_rates(const Stack& s, const Layer& layer, const float* counts, double* totals) {
     const Axis& axis = layer.plan->rows;
     const int64_t lanes = static_cast<int64_t>(axis.blocks) * kLanes;
-    double all_spikes = 0;
+    sum_over_samples(counts, s.batch, lanes, s.threads, totals);
+    double spikes = 0;
     for (int64_t i = 0; i < lanes; ++i) {
         if (axis.neuron[i] < 0) continue;
-        double spikes = 0;
-        for (int64_t b = 0; b < s.batch; ++b) spikes += counts[b * lanes + i];
-        layer.rates[axis.neuron[i]] = static_cast<float>(spikes / (static_cast<double>(s.batch) * s.steps));
-        all_spikes += spikes;
+        layer.rates[axis.neuron[i]] = static_cast<float>(totals[i] / (static_cast<double>(s.batch) * s.steps));
+        spikes += totals[i];
     }
-    return all_spikes;
+    return spikes;
 }
 
 inline void stack_forward(Stack& s, Arena& arena) {
@@ -222,6 +231,7 @@ inline void stack_forward(Stack& s, Arena& arena) {
         const Plan& plan = *layer.plan;
         const LaneParameters lanes(layer, arena);
         float* counts = arena.take<float>(static_cast<size_t>(s.batch) * plan.rows.blocks * kLanes);
+        double* totals = arena.take<double>(static_cast<size_t>(plan.rows.blocks) * kLanes);
         const ForwardWeights weights(plan, s.bf16, arena);
         const InputPanel panel(plan.cols.blocks, l == 0 && s.held ? s.batch : chunks.rows(), s.bf16, arena);
         needed = most(needed, arena.used);
@@ -239,7 +249,7 @@ inline void stack_forward(Stack& s, Arena& arena) {
         with_reset(s.reset, [&](auto reset) {
             forward_layer<decltype(reset)::value>(s, layer, kind, lanes, weights, panel, counts, scratch, scratch_size);
         });
-        const double spikes = sum_rates(s, layer, counts);
+        const double spikes = sum_rates(s, layer, counts, totals);
         rate = spikes / (static_cast<double>(s.batch) * s.steps * plan.rows.size);
         if (l + 1 == s.count)
             for (int64_t b = 0; b < s.batch; ++b)
@@ -338,16 +348,6 @@ struct TileUpstream {
     }
 };
 
-// The same from a panel whose lanes are in another order.
-struct GatheredUpstream {
-    const float* panel;      // at this sample's first row
-    const int32_t* offset;   // [64] of each lane
-    const float* constant;
-    void operator()(int64_t t, Vec* g) const {
-        for (int v = 0; v < kVecs; ++v) g[v] = load(constant + v * W) + gather(panel + t * kLanes, offset + v * W);
-    }
-};
-
 // Everything that the backward pass of one layer keeps while the chunks go by.
 struct BackwardLayer {
     Layer* layer;
@@ -361,25 +361,57 @@ struct BackwardLayer {
     Panel<uint16_t> grad_halves{nullptr, 0};
     Panel<float> spike_grad{nullptr, 0};  // ∂L/∂S from above where the LIF sweep cannot follow the product directly
     int32_t* offset = nullptr;            // of each lane in spike_grad
+    int32_t *lines = nullptr, *line_count = nullptr;  // [row blocks][64], [row blocks]: the cache lines these lie in
     float *current_sum = nullptr, *beta_sum = nullptr, *theta_sum = nullptr;  // [B][row blocks][64]
     float* constant = nullptr;  // ∂L/∂S that does not depend on t: [row blocks][64], in the last layer [B] of it
 };
 
-inline double parameter_gradient(const Axis& axis, const float* sums, int64_t batch, const float* parameter,
-                                 bool per_neuron, bool clamped, float* grad) {
-    const int64_t lanes = static_cast<int64_t>(axis.blocks) * kLanes;
+// A parameter's gradient from sums over the samples: per neuron, or their total for a scalar one.
+inline void parameter_gradient(const Axis& axis, const double* totals, bool per_neuron, float* grad) {
     double total = 0;
-    for (int64_t i = 0; i < lanes; ++i) {
-        const int32_t n = axis.neuron[i];
-        if (n < 0) continue;
-        double sum = 0;
-        for (int64_t b = 0; b < batch; ++b) sum += sums[b * lanes + i];
-        if (clamped && !(parameter[per_neuron ? n : 0] >= 0.0f && parameter[per_neuron ? n : 0] <= 1.0f)) sum = 0;
-        if (per_neuron) grad[n] = static_cast<float>(sum);
-        total += sum;
+    for (int64_t i = 0; i < static_cast<int64_t>(axis.blocks) * kLanes; ++i) {
+        if (axis.neuron[i] < 0) continue;
+        if (per_neuron) grad[axis.neuron[i]] = static_cast<float>(totals[i]);
+        total += totals[i];
     }
     if (!per_neuron) grad[0] = static_cast<float>(total);
-    return total;
+}
+
+// Zero where clamp(β, 0, 1) is flat.
+inline void mask_clamped(const float* beta, int64_t count, float* grad) {
+    for (int64_t i = 0; i < count; ++i)
+        if (!(beta[i] >= 0.0f && beta[i] <= 1.0f)) grad[i] = 0.0f;
+}
+
+// Where each lane of a layer lies in the panel of the columns above, and which cache lines that touches.
+inline void find_offsets(const BackwardLayer& x, const Axis& above) {
+    const Axis& axis = x.plan->rows;
+    for (int64_t block = 0; block < axis.blocks; ++block) {
+        int32_t* lines = x.lines + block * kLanes;
+        int32_t& count = x.line_count[block];
+        count = 0;
+        for (int64_t i = block * kLanes; i < (block + 1) * kLanes; ++i) {
+            const int32_t lane = axis.neuron[i] < 0 ? 0 : above.lane[axis.neuron[i]];  // any finite value does in padding
+            x.offset[i] = static_cast<int32_t>(lane / kLanes * x.spike_grad.rows * kLanes + lane % kLanes);
+            const int32_t line = x.offset[i] / 16 * 16;
+            int32_t k = 0;
+            while (k < count && lines[k] != line) ++k;
+            if (k == count) lines[count++] = line;
+        }
+    }
+}
+
+// own[t][·] = the lanes of one block from wherever they lie in a panel. 64 plain copies beat 4 gather instructions; the
+// lines of later steps are fetched ahead, since no hardware prefetcher follows so many short streams.
+__attribute__((noinline, optimize("no-tree-vectorize", "no-tree-slp-vectorize")))
+inline void bring_together(const float* panel, const int32_t* offset, const int32_t* lines, int32_t line_count,
+                           int64_t steps, float* own) {
+    constexpr int64_t ahead = 6;
+    for (int64_t t = 0; t < steps; ++t) {
+        if (t + ahead < steps)
+            for (int32_t i = 0; i < line_count; ++i) __builtin_prefetch(panel + (t + ahead) * kLanes + lines[i]);
+        for (int i = 0; i < kLanes; ++i) own[t * kLanes + i] = panel[t * kLanes + offset[i]];
+    }
 }
 
 template <int RESET, int SURROGATE>
@@ -400,16 +432,17 @@ void sweep_block(const Stack& s, const BackwardLayer& x, int64_t b, int64_t r, i
     const Derivative derivative(s.alpha);
     float* grad = held ? nullptr : x.grad.at(r, row);
     uint16_t* halves = x.grad_halves.data && !held ? x.grad_halves.at(r, row) : nullptr;
+    if (panel) {
+        float* own = membranes + T * kLanes;
+        bring_together(panel, x.offset + lane, x.lines + lane, x.line_count[r], T, own);
+        tile = own;
+    }
     const auto emit = [&](int64_t t, int v, Vec g) {
         if (grad) store(grad + t * kLanes + v * W, g);
         if (halves) store_bf16(halves + t * kLanes + v * W, g);
     };
-    if (panel)
-        lif_backward<RESET, SURROGATE>(GatheredUpstream{panel, x.offset + lane, constant}, u, s.steps,
-                                       x.lanes.decay + lane, x.lanes.theta + lane, derivative, sums, emit);
-    else
-        lif_backward<RESET, SURROGATE>(TileUpstream{tile, constant}, u, s.steps, x.lanes.decay + lane,
-                                       x.lanes.theta + lane, derivative, sums, emit);
+    lif_backward<RESET, SURROGATE>(TileUpstream{tile, constant}, u, s.steps, x.lanes.decay + lane,
+                                   x.lanes.theta + lane, derivative, sums, emit);
     if (held) {
         for (int v = 0; v < kVecs; ++v) {
             store(x.grad.at(r, b) + v * W, load(sums.current + v * W));
@@ -419,17 +452,23 @@ void sweep_block(const Stack& s, const BackwardLayer& x, int64_t b, int64_t r, i
 }
 
 // ∂L/∂W of one layer for the samples of a chunk (for a held input: of the whole batch).
-inline void weight_gradient(const Stack& s, const BackwardLayer& x, int64_t begin, int64_t samples,
-                            Panel<float> panel) {
+inline void weight_gradient(const Stack& s, const BackwardLayer& x, int64_t begin, int64_t samples, Panel<float> panel,
+                            EventsByLane& events, uint64_t* scratch) {
     const Plan& plan = *x.plan;
     const int64_t C = plan.cols.blocks, T = s.steps;
-    if (x.kind != Input::kEvents) fill_panel(s, *x.layer, x.kind, begin, samples, panel);
+    const bool by_events = x.kind == Input::kEvents;
+    if (by_events)
+        parallel(s.threads, C, 1, [&](int64_t c, int worker) {
+            events.load(c, x.layer->inputs + (begin * C + c) * T, samples, T, C * T,
+                        scratch + worker * EventsByLane::scratch_words(samples, T));
+        });
+    else
+        fill_panel(s, *x.layer, x.kind, begin, samples, panel);
     parallel(s.threads, plan.tiles, 2, [&](int64_t tile, int) {
         float* grad = x.grad_tiles + tile * kTile;
         const int64_t row = plan.tile_row[tile], col = plan.tile_col[tile];
-        if (x.kind == Input::kEvents)
-            for (int64_t b = 0; b < samples; ++b)
-                event_gradient(x.layer->inputs + ((begin + b) * C + col) * T, x.grad.at(row, b * T), T, grad);
+        if (by_events)
+            event_gradient(events, col, x.grad.at(row, 0), grad);
         else
             outer(panel.at(col, 0), x.grad.at(row, 0), x.kind == Input::kHeld ? samples : samples * T, grad);
     });
@@ -484,8 +523,8 @@ void sweep_layer(const Stack& s, const BackwardLayer& x, const BackwardLayer* ab
                                           nullptr, membranes);
     });
     if (!x.spike_grad.data) return;
-    parallel(s.threads, R * samples, 4, [&](int64_t task, int worker) {
-        const int64_t r = task / samples, b = task % samples;
+    parallel(s.threads, samples * R, R, [&](int64_t task, int worker) {  // one sample's panel (400 KB) stays in L2
+        const int64_t r = task % R, b = task / R;
         float* membranes = scratch + worker * scratch_size;
         const float* tile = x.aligned ? x.spike_grad.at(r, b * T) : nullptr;
         const float* panel = x.aligned ? nullptr : x.spike_grad.at(0, b * T);
@@ -516,9 +555,12 @@ inline void stack_backward(Stack& s, Arena& arena) {
         if (!last) {
             const Plan& next = *s.layers[l + 1].plan;
             if (!x.aligned || !next.sparse.tile.empty())
-                x.spike_grad = {arena.take<float>(static_cast<size_t>(next.cols.blocks) * chunks.rows() * kLanes),
-                                chunks.rows()};
-            if (!x.aligned) x.offset = arena.take<int32_t>(lanes);
+                // one row more than is used: blocks a multiple of 4 KiB apart would share few sets of the cache
+                x.spike_grad = {arena.take<float>(next.cols.blocks * (chunks.rows() + 1) * kLanes), chunks.rows() + 1};
+            if (!x.aligned) {
+                x.offset = arena.take<int32_t>(lanes), x.lines = arena.take<int32_t>(lanes);
+                x.line_count = arena.take<int32_t>(plan.rows.blocks);
+            }
         }
         layers.push_back(x);
         products.push_back(x.input_gradient ? InputGradient(plan, rows, s.bf16, arena) : InputGradient(plan));
@@ -528,7 +570,15 @@ inline void stack_backward(Stack& s, Arena& arena) {
         if (layers[l].kind != Input::kEvents)
             panel_size = most(panel_size, layers[l].plan->cols.blocks *
                                               (layers[l].kind == Input::kHeld ? s.batch : chunks.rows()));
+    int64_t most_lanes = 0;
+    for (const BackwardLayer& x : layers) most_lanes = most(most_lanes, x.plan->rows.blocks * kLanes);
+    double* totals = arena.take<double>(most_lanes);
     float* panel_memory = arena.take<float>(panel_size * kLanes);
+    int64_t event_blocks = 0;
+    for (const BackwardLayer& x : layers)
+        if (x.kind == Input::kEvents) event_blocks = most(event_blocks, x.plan->cols.blocks);
+    EventsByLane events(event_blocks, chunks.rows(), arena);
+    uint64_t* bits = arena.take<uint64_t>(EventsByLane::scratch_words(chunks.samples, T) * s.threads);
     const int64_t scratch_size = (T + most(kLanes, chunks.group * T)) * kLanes;
     float* scratch = arena.take<float>(scratch_size * s.threads);
     if (!arena.base) return;
@@ -549,11 +599,7 @@ inline void stack_backward(Stack& s, Arena& arena) {
                 if (last && n >= 0 && s.grad_counts) g += s.grad_counts[b * axis.size + n];
                 x.constant[b * lanes + i] = g;
             }
-        if (x.offset)
-            for (int64_t i = 0; i < lanes; ++i) {
-                const int32_t lane = axis.neuron[i] < 0 ? 0 : layers[l + 1].plan->cols.lane[axis.neuron[i]];
-                x.offset[i] = static_cast<int32_t>(lane / kLanes * chunks.rows() * kLanes + lane % kLanes);
-            }
+        if (x.offset) find_offsets(x, layers[l + 1].plan->cols);
     }
 
     for (int64_t begin = 0; begin < s.batch; begin += chunks.samples) {
@@ -569,13 +615,13 @@ inline void stack_backward(Stack& s, Arena& arena) {
                 });
             });
             if (x.kind == Input::kHeld) continue;
-            weight_gradient(s, x, begin, samples, Panel<float>{panel_memory, chunks.rows()});
+            weight_gradient(s, x, begin, samples, {panel_memory, chunks.rows()}, events, bits);
             if (l == 0 && s.grad_x)
                 input_gradient(s, products[0], x, begin, samples, T, scratch, scratch_size);
         }
     }
     if (layers[0].kind == Input::kHeld) {
-        weight_gradient(s, layers[0], 0, s.batch, Panel<float>{panel_memory, s.batch});
+        weight_gradient(s, layers[0], 0, s.batch, {panel_memory, s.batch}, events, bits);
         if (s.grad_x) input_gradient(s, products[0], layers[0], 0, s.batch, 1, scratch, scratch_size);
     }
 
@@ -583,15 +629,20 @@ inline void stack_backward(Stack& s, Arena& arena) {
         const Layer& layer = *x.layer;
         const Axis& axis = x.plan->rows;
         if (layer.grad_values) unpack_gradient(*x.plan, x.grad_tiles, s.threads, layer.grad_values);
-        parallel(s.threads, 3, 1, [&](int64_t task, int) {
-            if (task == 0 && layer.grad_bias)
-                parameter_gradient(axis, x.current_sum, s.batch, nullptr, true, false, layer.grad_bias);
-            if (task == 1 && layer.grad_beta)
-                parameter_gradient(axis, x.beta_sum, s.batch, layer.beta, layer.beta_per_neuron, true, layer.grad_beta);
-            if (task == 2 && layer.grad_theta)
-                parameter_gradient(axis, x.theta_sum, s.batch, layer.theta, layer.theta_per_neuron, false,
-                                   layer.grad_theta);
-        });
+        const int64_t lanes = static_cast<int64_t>(axis.blocks) * kLanes;
+        if (layer.grad_bias) {
+            sum_over_samples(x.current_sum, s.batch, lanes, s.threads, totals);
+            parameter_gradient(axis, totals, true, layer.grad_bias);
+        }
+        if (layer.grad_beta) {
+            sum_over_samples(x.beta_sum, s.batch, lanes, s.threads, totals);
+            parameter_gradient(axis, totals, layer.beta_per_neuron, layer.grad_beta);
+            mask_clamped(layer.beta, layer.beta_per_neuron ? axis.size : 1, layer.grad_beta);
+        }
+        if (layer.grad_theta) {
+            sum_over_samples(x.theta_sum, s.batch, lanes, s.threads, totals);
+            parameter_gradient(axis, totals, layer.theta_per_neuron, layer.grad_theta);
+        }
     }
 }
 

@@ -64,19 +64,6 @@ inline Vec step(Vec a, Vec b) { return a > b ? all(1.0f) : Vec{}; }
 
 inline Vec absolute(Vec x) { return x < Vec{} ? -x : x; }
 
-// Loads base[index[i]].
-inline Vec gather(const float* base, const int32_t* index) {
-#if defined(__AVX512F__)
-    return _mm512_i32gather_ps(_mm512_loadu_si512(index), base, 4);
-#elif defined(__AVX2__)
-    return _mm256_i32gather_ps(base, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index)), 4);
-#else
-    Vec v;
-    for (int i = 0; i < W; ++i) v[i] = base[index[i]];
-    return v;
-#endif
-}
-
 // exp(x) for x ≤ 0, relative error about 1e-7; 0 below −87.
 inline Vec exp_negative(Vec x) {
     const Vec clamped = x < all(-87.0f) ? all(-87.0f) : x;

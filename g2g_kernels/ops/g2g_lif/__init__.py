@@ -5,7 +5,7 @@ own order of neurons) and what lives how long.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -25,6 +25,14 @@ class LIFLayer(NamedTuple):
     bias: torch.Tensor | None
     beta: torch.Tensor
     threshold: torch.Tensor
+
+
+class Spikes(Protocol):
+    """Spikes of one layer, in whatever form a backend keeps them."""
+
+    def dense(self) -> torch.Tensor:
+        """The spikes, 0 or 1, float [T, B, N] in neuron order, without gradient."""
+        ...
 
 
 class DenseSpikes:
@@ -49,7 +57,7 @@ class Activity(NamedTuple):
 
     counts: torch.Tensor
     rates: tuple[torch.Tensor, ...]
-    spikes: tuple[DenseSpikes, ...]
+    spikes: tuple[Spikes, ...]
 
 
 def _torch(x: torch.Tensor, layers: Sequence[LIFLayer], *options: Any) -> Activity:

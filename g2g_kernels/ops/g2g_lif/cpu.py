@@ -4,8 +4,8 @@ Three ``torch.library`` operators: ``g2g::stack_forward`` (with its autograd for
 ``g2g::unpack_spikes``. What the forward pass keeps for the backward pass travels in two int64 tensors:
 
     spikes  the spike words of every layer, [B][row blocks][T] one after the other
-    state   input rates and what kind of input x was, then the spike words that each layer reads in its own order,
-            then float32 membranes [B][row blocks][T][64] of every layer (for a held input, currents [row blocks][B][64])
+    state   input rates and what kind of input x was, then the spike words that each layer reads in its own order, then
+            float32 membranes [B][row blocks][T][64] of every layer (for a held input, currents [row blocks][B][64])
 """
 
 import ctypes
@@ -33,10 +33,15 @@ if TYPE_CHECKING:
 #: Inputs that spike more often than this are multiplied by the matrix kernels (see docs/cpu-performance.md).
 EVENT_LIMIT = {False: 0.7, True: 0.25}
 
+#: rows of a chunk are numbered in 16 bits
+MOST_STEPS = 1 << 16
+
+Tensors = Sequence[torch.Tensor]
+
 _HEADER = 64  # int64 words at the start of `state`
 
 
-def refuses(x: torch.Tensor, layers: "Sequence[LIFLayer]", *options: object) -> str | None:
+def refuses(x: torch.Tensor, layers: "Sequence[LIFLayer]", steps: int | None, *options: object) -> str | None:
     """Why these kernels cannot serve a call, or None."""
     tensors = [x, *(t for values, _, *rest in layers for t in (values, *rest) if t is not None)]
     for tensor in tensors:
@@ -46,6 +51,8 @@ def refuses(x: torch.Tensor, layers: "Sequence[LIFLayer]", *options: object) -> 
             return f"needs float32 tensors, not {tensor.dtype}"
     if len(layers) > _HEADER - 2:
         return f"serves at most {_HEADER - 2} layers"
+    if (steps or len(x)) > MOST_STEPS:
+        return f"serves at most {MOST_STEPS} time steps"
     if x.numel() == 0:
         return "needs a batch that is not empty"
     return None
@@ -102,19 +109,19 @@ class PackedSpikes:
 # --- sizes ------------------------------------------------------------------------------------------------------
 
 
-def _rows(values: torch.Tensor, all_indices: Sequence[torch.Tensor], layer: int) -> tuple[int, int]:
+def _rows(values: torch.Tensor, all_indices: Tensors, layer: int) -> tuple[int, int]:
     """(unit ranges, their width) of a layer's output side."""
     return all_indices[layer * INDICES + 3].shape[0] - 1, values.shape[1]
 
 
-def _cols(values: torch.Tensor, all_indices: Sequence[torch.Tensor], layer: int) -> tuple[int, int]:
+def _cols(values: torch.Tensor, all_indices: Tensors, layer: int) -> tuple[int, int]:
     return all_indices[layer * INDICES + 5].shape[0] - 1, values.shape[2]
 
 
 class _Sizes:
     """Shapes of a stack, from tensor shapes alone (they are also asked for while compiling)."""
 
-    def __init__(self, x: torch.Tensor, values: Sequence[torch.Tensor], all_indices: Sequence[torch.Tensor], held: int):
+    def __init__(self, x: torch.Tensor, values: Tensors, all_indices: Tensors, held: int):
         self.held = held > 0
         self.steps, self.batch = (held, x.shape[0]) if self.held else (x.shape[0], x.shape[1])
         layers = range(len(values))
@@ -152,7 +159,20 @@ class _Call:
     """The arguments of one call of the C kernels, and everything that must outlive it."""
 
     def __init__(
-        self, x, values, biases, betas, thresholds, all_indices, held, reset, surrogate, alpha, bf16, spikes, state
+        self,
+        x: torch.Tensor,
+        values: Tensors,
+        biases: Tensors,
+        betas: Tensors,
+        thresholds: Tensors,
+        all_indices: Tensors,
+        held: int,
+        reset: str,
+        surrogate: str,
+        alpha: float,
+        bf16: bool,
+        spikes: torch.Tensor,
+        state: torch.Tensor,
     ) -> None:
         count = len(values)
         self.sizes = sizes = _Sizes(x, values, all_indices, held)
@@ -212,14 +232,23 @@ def _aligned(lower: Plan, upper: Plan) -> bool:
 
 
 def _forward(
-    x, values, biases, betas, thresholds, all_indices, steps, reset, surrogate, alpha, bf16, keep
+    x: torch.Tensor,
+    values: Tensors,
+    biases: Tensors,
+    betas: Tensors,
+    thresholds: Tensors,
+    all_indices: Tensors,
+    steps: int,
+    reset: str,
+    surrogate: str,
+    alpha: float,
+    bf16: bool,
+    keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     sizes = _Sizes(x, values, all_indices, steps)
     spikes = workspace.empty((sum(sizes.spikes),), torch.int64)
     state = workspace.empty((sizes.state(keep),), torch.int64)
-    call = _Call(
-        x, values, biases, betas, thresholds, all_indices, steps, reset, surrogate, alpha, bf16, spikes, state
-    )
+    call = _Call(x, values, biases, betas, thresholds, all_indices, steps, reset, surrogate, alpha, bf16, spikes, state)
     counts = workspace.empty((sizes.batch, sizes.neurons[-1]))
     rates = workspace.empty((sum(sizes.neurons),))
     place = rates.data_ptr()
@@ -236,7 +265,20 @@ def _forward(
     return counts, rates, spikes, state
 
 
-def _forward_fake(x, values, biases, betas, thresholds, all_indices, steps, reset, surrogate, alpha, bf16, keep):
+def _forward_fake(
+    x: torch.Tensor,
+    values: Tensors,
+    biases: Tensors,
+    betas: Tensors,
+    thresholds: Tensors,
+    all_indices: Tensors,
+    steps: int,
+    reset: str,
+    surrogate: str,
+    alpha: float,
+    bf16: bool,
+    keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     sizes = _Sizes(x, values, all_indices, steps)
     return (
         x.new_empty(sizes.batch, sizes.neurons[-1]),
@@ -247,12 +289,24 @@ def _forward_fake(x, values, biases, betas, thresholds, all_indices, steps, rese
 
 
 def _backward(
-    grad_counts, grad_rates, x, values, biases, betas, thresholds, all_indices, spikes, state, steps, reset, surrogate,
-    alpha, bf16, grad_x,
-) -> list[torch.Tensor]:  # fmt: skip
-    call = _Call(
-        x, values, biases, betas, thresholds, all_indices, steps, reset, surrogate, alpha, bf16, spikes, state
-    )
+    grad_counts: torch.Tensor | None,
+    grad_rates: torch.Tensor | None,
+    x: torch.Tensor,
+    values: Tensors,
+    biases: Tensors,
+    betas: Tensors,
+    thresholds: Tensors,
+    all_indices: Tensors,
+    spikes: torch.Tensor,
+    state: torch.Tensor,
+    steps: int,
+    reset: str,
+    surrogate: str,
+    alpha: float,
+    bf16: bool,
+    grad_x: bool,
+) -> list[torch.Tensor]:
+    call = _Call(x, values, biases, betas, thresholds, all_indices, steps, reset, surrogate, alpha, bf16, spikes, state)
     sizes, stack = call.sizes, call.stack
     if state.numel() != sizes.state(True) or spikes.numel() != sum(sizes.spikes):
         raise ValueError("spikes and state are not those of a forward pass over these tensors")
@@ -275,14 +329,28 @@ def _backward(
 
 
 def _backward_fake(
-    grad_counts, grad_rates, x, values, biases, betas, thresholds, all_indices, spikes, state, steps, reset, surrogate,
-    alpha, bf16, grad_x,
-):  # fmt: skip
+    grad_counts: torch.Tensor | None,
+    grad_rates: torch.Tensor | None,
+    x: torch.Tensor,
+    values: Tensors,
+    biases: Tensors,
+    betas: Tensors,
+    thresholds: Tensors,
+    all_indices: Tensors,
+    spikes: torch.Tensor,
+    state: torch.Tensor,
+    steps: int,
+    reset: str,
+    surrogate: str,
+    alpha: float,
+    bf16: bool,
+    grad_x: bool,
+) -> list[torch.Tensor]:
     groups = (values, biases, betas, thresholds)
     return [x.new_empty(x.shape if grad_x else 0), *(t.new_empty(t.shape) for group in groups for t in group)]
 
 
-def _unpack(words, values, mask_indices, batch, steps) -> torch.Tensor:
+def _unpack(words: torch.Tensor, values: torch.Tensor, mask_indices: Tensors, batch: int, steps: int) -> torch.Tensor:
     plan = plan_for(mask_indices, values)
     neurons = mask_indices[2].shape[0]
     if words.dtype != torch.int64 or words.numel() != batch * steps * library().g2g_plan_row_blocks(plan.address):
@@ -294,11 +362,13 @@ def _unpack(words, values, mask_indices, batch, steps) -> torch.Tensor:
     return spikes
 
 
-def _unpack_fake(words, values, mask_indices, batch, steps) -> torch.Tensor:
+def _unpack_fake(
+    words: torch.Tensor, values: torch.Tensor, mask_indices: Tensors, batch: int, steps: int
+) -> torch.Tensor:
     return values.new_empty(steps, batch, mask_indices[2].shape[0])
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx, inputs, output):
     x, values, biases, betas, thresholds, all_indices, *options, _ = inputs
     _, _, spikes, state = output
     ctx.set_materialize_grads(False)

@@ -4,9 +4,10 @@ import torch
 
 from g2g_kernels.block_mask import BlockMask
 from g2g_kernels.dispatch import Operator
-from g2g_kernels.ops.g2g_linear import reference
+from g2g_kernels.ops.g2g_linear import cpu, reference
 
 operator = Operator("g2g_linear")
+operator.register("cpu", cpu.g2g_linear, cpu.refuses)
 operator.register("torch", reference.g2g_linear)
 
 

@@ -3,12 +3,13 @@
 import torch
 
 from g2g_kernels.dispatch import Operator
-from g2g_kernels.ops.lif import reference
+from g2g_kernels.ops.lif import cpu, reference
 from g2g_kernels.ops.lif.surrogates import SURROGATES
 
 RESETS = ("subtract", "zero", "none")
 
 operator = Operator("lif")
+operator.register("cpu", cpu.lif, cpu.refuses)
 operator.register("torch", reference.lif)
 
 

@@ -1,0 +1,164 @@
+"""``g2g_linear`` on the compiled CPU kernels: operators ``g2g::linear_forward`` (with its autograd formula) and
+``g2g::linear_backward``. Inputs that hold nothing but 0 and 1, at a low rate, take the event-driven products.
+
+Under autocast to bfloat16, products of dense inputs use bfloat16 factors and float32 sums (where the CPU has the
+instructions; it rounds nothing elsewhere), and the output is bfloat16.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from g2g_kernels.block_mask import BlockMask
+from g2g_kernels.cpu.library import LinearArguments, bf16_wanted, library, pointer, run
+from g2g_kernels.cpu.plans import INDICES, indices, plan_for
+from g2g_kernels.cpu.workspace import workspace
+
+#: Inputs that spike more often than this take the matrix kernels (see docs/cpu-performance.md).
+EVENT_LIMIT = {False: 0.7, True: 0.25}
+
+
+def refuses(x: torch.Tensor, values: torch.Tensor, mask: BlockMask, bias: torch.Tensor | None) -> str | None:
+    """Why these kernels cannot serve a call, or None."""
+    for tensor in (x, values, bias):
+        if tensor is None:
+            continue
+        if tensor.device.type != "cpu":
+            return f"needs tensors on the CPU, not on {tensor.device}"
+        if tensor.dtype != torch.float32 and not (tensor is x and x.dtype == torch.bfloat16 and bf16_wanted()):
+            return f"needs float32 tensors, not {tensor.dtype}"
+    if x.numel() == 0:
+        return "needs an input that is not empty"
+    return None
+
+
+def g2g_linear(x: torch.Tensor, values: torch.Tensor, mask: BlockMask, bias: torch.Tensor | None) -> torch.Tensor:
+    bf16 = bf16_wanted()
+    flat = x.reshape(-1, x.shape[-1]).to(torch.float32).contiguous()
+    y = torch.ops.g2g.linear_forward(
+        flat,
+        values.contiguous(),
+        None if bias is None else bias.contiguous(),
+        indices(mask),
+        bf16,
+    )
+    y = y.view(*x.shape[:-1], y.shape[-1])
+    return y.to(torch.bfloat16) if bf16 else y
+
+
+_library = torch.library.Library("g2g", "FRAGMENT")
+_library.define("linear_forward(Tensor x, Tensor values, Tensor? bias, Tensor[] indices, bool bf16) -> Tensor")
+_library.define(
+    "linear_backward(Tensor grad_y, Tensor x, Tensor values, Tensor[] indices, bool bf16, bool grad_x, "
+    "bool grad_values) -> (Tensor, Tensor, Tensor)"
+)
+
+
+def _arguments(
+    x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None, mask_indices: Sequence[torch.Tensor], bf16: bool
+) -> LinearArguments:
+    if len(mask_indices) != INDICES:
+        raise ValueError(f"a mask is described by {INDICES} tensors, not {len(mask_indices)}")
+    out_size, in_size = mask_indices[2].shape[0], mask_indices[4].shape[0]
+    for tensor in (x, values, bias):
+        if tensor is not None and not (
+            tensor.dtype == torch.float32 and tensor.is_contiguous() and tensor.device.type == "cpu"
+        ):
+            raise ValueError("the compiled kernels need contiguous float32 tensors on the CPU")
+    if x.dim() != 2 or x.shape[1] != in_size or (bias is not None and bias.numel() != out_size):
+        raise ValueError(f"x {tuple(x.shape)} or the bias does not fit a mask of [{out_size}, {in_size}] weights")
+    plan = plan_for(mask_indices, values)
+    bf16 = bool(bf16 and library().g2g_has_bf16())
+    arguments = LinearArguments(
+        plan=plan.address,
+        values=pointer(values),
+        bias=pointer(bias),
+        x=x.data_ptr(),
+        rows=len(x),
+        threads=torch.get_num_threads(),
+        bf16=bf16,
+        event_limit=EVENT_LIMIT[bf16],
+    )
+    arguments.owner = plan  # outlives the call
+    return arguments
+
+
+def _forward(
+    x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None, mask_indices: Sequence[torch.Tensor], bf16: bool
+) -> torch.Tensor:
+    arguments = _arguments(x, values, bias, mask_indices, bf16)
+    y = workspace.empty((len(x), mask_indices[2].shape[0]))
+    arguments.y = y.data_ptr()
+    run(library().g2g_linear_forward, arguments)
+    return y
+
+
+def _forward_fake(
+    x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None, mask_indices: Sequence[torch.Tensor], bf16: bool
+) -> torch.Tensor:
+    return x.new_empty(x.shape[0], mask_indices[2].shape[0])
+
+
+def _backward(
+    grad_y: torch.Tensor,
+    x: torch.Tensor,
+    values: torch.Tensor,
+    mask_indices: Sequence[torch.Tensor],
+    bf16: bool,
+    grad_x: bool,
+    grad_values: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    arguments = _arguments(x, values, None, mask_indices, bf16)
+    out_size = mask_indices[2].shape[0]
+    if grad_y.shape != (len(x), out_size) or grad_y.dtype != torch.float32 or not grad_y.is_contiguous():
+        raise ValueError("grad_y must be contiguous float32 and of the output's shape")
+    to_x = workspace.empty(tuple(x.shape)) if grad_x else x.new_empty(0)
+    to_values = workspace.empty(tuple(values.shape)) if grad_values else x.new_empty(0)
+    to_bias = x.new_empty(out_size)
+    arguments.grad_y = grad_y.data_ptr()
+    arguments.grad_x, arguments.grad_values = pointer(to_x), pointer(to_values)
+    arguments.grad_bias = to_bias.data_ptr()
+    run(library().g2g_linear_backward, arguments)
+    return to_x, to_values, to_bias
+
+
+def _backward_fake(
+    grad_y: torch.Tensor,
+    x: torch.Tensor,
+    values: torch.Tensor,
+    mask_indices: Sequence[torch.Tensor],
+    bf16: bool,
+    grad_x: bool,
+    grad_values: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    to_x, to_values = x.new_empty(x.shape if grad_x else 0), x.new_empty(values.shape if grad_values else 0)
+    return to_x, to_values, x.new_empty(mask_indices[2].shape[0])
+
+
+def _setup_context(ctx, inputs, output):
+    x, values, _, mask_indices, ctx.bf16 = inputs
+    ctx.save_for_backward(x, values, *mask_indices)
+
+
+def _autograd(ctx, grad_y):
+    x, values, *mask_indices = ctx.saved_tensors
+    need_x, need_values, need_bias, *_ = ctx.needs_input_grad
+    to_x, to_values, to_bias = torch.ops.g2g.linear_backward(
+        grad_y.contiguous(), x, values, mask_indices, ctx.bf16, need_x, need_values
+    )
+    return (
+        to_x if need_x else None,
+        to_values if need_values else None,
+        to_bias if need_bias else None,
+        [None] * len(mask_indices),
+        None,
+    )
+
+
+for _name, _function, _fake in (
+    ("linear_forward", _forward, _forward_fake),
+    ("linear_backward", _backward, _backward_fake),
+):
+    _library.impl(_name, _function, "CPU")
+    torch.library.register_fake(f"g2g::{_name}", _fake, lib=_library)
+torch.library.register_autograd("g2g::linear_forward", _autograd, setup_context=_setup_context, lib=_library)

@@ -1,0 +1,176 @@
+"""``lif`` on the compiled CPU kernels: ``g2g::lif_forward`` (with its autograd formula) and ``g2g::lif_backward``.
+
+Nothing but the currents is kept for the backward pass, which computes the membranes again, strip by strip.
+"""
+
+import math
+
+import torch
+
+from g2g_kernels.cpu.library import RESETS, SURROGATES, LIFArguments, library, pointer, run
+from g2g_kernels.cpu.workspace import workspace
+
+
+def refuses(
+    current: torch.Tensor, beta: torch.Tensor, threshold: torch.Tensor, steps: int | None, *options: object
+) -> str | None:
+    """Why these kernels cannot serve a call, or None."""
+    for tensor in (current, beta, threshold):
+        if tensor.device.type != "cpu":
+            return f"needs tensors on the CPU, not on {tensor.device}"
+        if tensor.dtype != torch.float32:
+            return f"needs float32 tensors, not {tensor.dtype}"
+    if current.numel() == 0:
+        return "needs currents that are not empty"
+    return None
+
+
+def lif(
+    current: torch.Tensor,
+    beta: torch.Tensor,
+    threshold: torch.Tensor,
+    steps: int | None,
+    reset: str,
+    surrogate: str,
+    alpha: float,
+) -> torch.Tensor:
+    return torch.ops.g2g.lif_forward(
+        current.contiguous(), beta.contiguous(), threshold.contiguous(), steps or 0, reset, surrogate, alpha
+    )
+
+
+_library = torch.library.Library("g2g", "FRAGMENT")
+_library.define(
+    "lif_forward(Tensor current, Tensor beta, Tensor threshold, int steps, str reset, str surrogate, float alpha) "
+    "-> Tensor"
+)
+_library.define(
+    "lif_backward(Tensor grad_spikes, Tensor current, Tensor beta, Tensor threshold, int steps, str reset, "
+    "str surrogate, float alpha, bool grad_current) -> (Tensor, Tensor, Tensor)"
+)
+
+
+def _arguments(
+    current: torch.Tensor,
+    beta: torch.Tensor,
+    threshold: torch.Tensor,
+    steps: int,
+    reset: str,
+    surrogate: str,
+    alpha: float,
+) -> LIFArguments:
+    neurons = current.shape[-1]
+    for name, tensor, allowed in (
+        ("current", current, (current.numel(),)),
+        ("beta", beta, (1, neurons)),
+        ("threshold", threshold, (1, neurons)),
+    ):
+        if tensor.dtype != torch.float32 or not tensor.is_contiguous() or tensor.device.type != "cpu":
+            raise ValueError(f"{name} must be a contiguous float32 tensor on the CPU")
+        if tensor.numel() not in allowed:
+            raise ValueError(f"{name} has {tensor.numel()} entries, expected one of {allowed}")
+    return LIFArguments(
+        current=current.data_ptr(),
+        beta=beta.data_ptr(),
+        theta=threshold.data_ptr(),
+        beta_per_neuron=beta.numel() > 1,
+        theta_per_neuron=threshold.numel() > 1,
+        samples=math.prod(current.shape[:-1] if steps else current.shape[1:-1]),
+        neurons=neurons,
+        steps=steps or current.shape[0],
+        threads=torch.get_num_threads(),
+        reset=RESETS[reset],
+        surrogate=SURROGATES[surrogate],
+        held=steps > 0,
+        alpha=alpha,
+    )
+
+
+def _shape(current: torch.Tensor, steps: int) -> tuple[int, ...]:
+    return (steps, *current.shape) if steps else tuple(current.shape)
+
+
+def _forward(
+    current: torch.Tensor,
+    beta: torch.Tensor,
+    threshold: torch.Tensor,
+    steps: int,
+    reset: str,
+    surrogate: str,
+    alpha: float,
+) -> torch.Tensor:
+    arguments = _arguments(current, beta, threshold, steps, reset, surrogate, alpha)
+    spikes = workspace.empty(_shape(current, steps))
+    arguments.spikes = spikes.data_ptr()
+    run(library().g2g_lif_forward, arguments)
+    return spikes
+
+
+def _forward_fake(
+    current: torch.Tensor,
+    beta: torch.Tensor,
+    threshold: torch.Tensor,
+    steps: int,
+    reset: str,
+    surrogate: str,
+    alpha: float,
+) -> torch.Tensor:
+    return current.new_empty(_shape(current, steps))
+
+
+def _backward(
+    grad_spikes: torch.Tensor,
+    current: torch.Tensor,
+    beta: torch.Tensor,
+    threshold: torch.Tensor,
+    steps: int,
+    reset: str,
+    surrogate: str,
+    alpha: float,
+    grad_current: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    arguments = _arguments(current, beta, threshold, steps, reset, surrogate, alpha)
+    if tuple(grad_spikes.shape) != _shape(current, steps) or not grad_spikes.is_contiguous():
+        raise ValueError("grad_spikes must be contiguous and of the spikes' shape")
+    to_current = workspace.empty(tuple(current.shape)) if grad_current else current.new_empty(0)
+    to_beta, to_threshold = torch.empty_like(beta), torch.empty_like(threshold)
+    arguments.grad_spikes = grad_spikes.data_ptr()
+    arguments.grad_current = pointer(to_current)
+    arguments.grad_beta, arguments.grad_theta = to_beta.data_ptr(), to_threshold.data_ptr()
+    run(library().g2g_lif_backward, arguments)
+    return to_current, to_beta, to_threshold
+
+
+def _backward_fake(
+    grad_spikes: torch.Tensor,
+    current: torch.Tensor,
+    beta: torch.Tensor,
+    threshold: torch.Tensor,
+    steps: int,
+    reset: str,
+    surrogate: str,
+    alpha: float,
+    grad_current: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    to_current = current.new_empty(current.shape if grad_current else 0)
+    return to_current, torch.empty_like(beta), torch.empty_like(threshold)
+
+
+def _setup_context(ctx, inputs, output):
+    current, beta, threshold, *ctx.options = inputs
+    ctx.save_for_backward(current, beta, threshold)
+
+
+def _autograd(ctx, grad_spikes):
+    needed = ctx.needs_input_grad
+    grads = torch.ops.g2g.lif_backward(grad_spikes.contiguous(), *ctx.saved_tensors, *ctx.options, needed[0])
+    return (*(grad if wanted else None for grad, wanted in zip(grads, needed[:3], strict=True)), *(None,) * 4)
+
+
+for _name, _function, _fake in (
+    ("lif_forward", _forward, _forward_fake),
+    ("lif_backward", _backward, _backward_fake),
+):
+    _library.impl(_name, _function, "CPU")
+    torch.library.register_fake(f"g2g::{_name}", _fake, lib=_library)
+torch.library.register_autograd("g2g::lif_forward", _autograd, setup_context=_setup_context, lib=_library)

@@ -147,7 +147,7 @@ class BlockMask(nn.Module):
         present = torch.zeros_like(same_group)
         for candidates, p in ((same_group, p_intra), (~same_group, p_inter)):
             rounding = torch.rand(mask.rows.num_units, generator=generator, dtype=torch.float64)
-            count = torch.floor(candidates.sum(1) * p + rounding).long()
+            count = torch.floor(candidates.sum(1).double() * p + rounding).long()
             # candidates in uniformly random order first, the others behind them
             key = torch.rand(candidates.shape, generator=generator).masked_fill_(~candidates, 2.0)
             rank = torch.empty_like(key, dtype=torch.int64)
@@ -159,7 +159,10 @@ class BlockMask(nn.Module):
     @classmethod
     def full(cls, out_layout: GroupLayout, in_layout: GroupLayout, block_size: int = 64) -> "BlockMask":
         """Every unit present: a dense layer in the packed form."""
-        return cls.sample(out_layout, in_layout, p_intra=1.0, p_inter=1.0, block_size=block_size)
+        empty = torch.zeros(0, dtype=torch.int64)
+        mask = cls(out_layout, in_layout, empty, empty, block_size)
+        mask._set_units(*torch.ones(mask.grid).nonzero(as_tuple=True))
+        return mask
 
     @classmethod
     def from_dense(cls, mask: torch.Tensor, block_size: int = 1) -> "BlockMask":
@@ -392,12 +395,15 @@ class BlockMask(nn.Module):
             error_msgs.append(f"{prefix.rstrip('.')}: saved mask is {loaded.shape}, this layer is {self.shape}")
             return
         self.block_size = loaded.block_size
-        self.rows, self.cols = loaded.rows, loaded.cols
-        if loaded.num_units == self.num_units and loaded.row_ptr.shape == self.row_ptr.shape:
+        mine, theirs = dict(self.named_buffers()), dict(loaded.named_buffers())
+        if all(mine[name].shape == tensor.shape for name, tensor in theirs.items()):
             # in place, so that whoever holds these buffers (a captured graph, say) sees the loaded units
-            for name in ("unit_row", "unit_col", "row_ptr", "row_slot", "col_ptr", "col_slot"):
-                getattr(self, name).copy_(getattr(loaded, name))
+            for name, tensor in theirs.items():
+                mine[name].copy_(tensor)
+            for axis, loaded_axis in ((self.rows, loaded.rows), (self.cols, loaded.cols)):
+                axis.layout, axis.trivial = loaded_axis.layout, loaded_axis.trivial
         else:
+            self.rows, self.cols = loaded.rows, loaded.cols
             self._set_units(loaded.unit_row, loaded.unit_col)
 
 

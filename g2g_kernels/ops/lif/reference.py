@@ -26,6 +26,8 @@ def lif(
     surrogate: str,
     alpha: float,
 ) -> torch.Tensor:
+    if not torch.is_grad_enabled():  # the Function would see parameters that require grad, and keep all membranes
+        current, beta, threshold = current.detach(), beta.detach(), threshold.detach()
     return _LIF.apply(current, beta, threshold, steps, reset, surrogate, alpha)
 
 

@@ -1,0 +1,167 @@
+"""Slow, independent descriptions of what the kernels compute, and the rule by which a backend is judged."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from g2g_kernels import BackendError, BlockMask, GroupLayout, available_backends
+from g2g_kernels.dispatch import Operator
+
+
+def backends_of(operator: Operator) -> list[str]:
+    """Every backend of an operator that can be used on this machine; the parity tests run on each."""
+    return [name for name in available_backends() if name in operator._implementations]
+
+
+def device_of(backend: str | None) -> str:
+    """Where the tests of ``backend`` keep their tensors (None, the library's own choice, is tested on the CPU)."""
+    return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    """Lets PyTorch, and a backend that follows it, use ``number`` threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# --- masks --------------------------------------------------------------------------------------------------------
+
+
+class MaskCase(NamedTuple):
+    """A layer's sizes, groups and unit size; the sizes are odd where they can be."""
+
+    out_size: int
+    in_size: int
+    groups: int
+    out_kind: str
+    in_kind: str
+    block_size: int
+
+    def mask(self, p_inter: float = 0.4, p_intra: float = 1.0, seed: int = 0) -> BlockMask:
+        draw = seeded(seed)
+        out_layout = GroupLayout(self.out_size, self.groups, self.out_kind, draw)
+        in_layout = GroupLayout(self.in_size, self.groups, self.in_kind, draw)
+        return BlockMask.sample(out_layout, in_layout, p_intra, p_inter, self.block_size, draw)
+
+
+MASK_CASES = {
+    "whole units": MaskCase(16, 24, 4, "index", "index", 4),
+    "whole units, interleaved": MaskCase(16, 24, 4, "interleaved", "interleaved", 2),
+    "784 to 2048, an eighth": MaskCase(256, 98, 8, "index", "index", 16),
+    "ten outputs": MaskCase(10, 43, 8, "index", "index", 3),
+    "single weights": MaskCase(13, 11, 3, "random", "random", 1),
+    "ragged groups of 64": MaskCase(264, 300, 4, "random", "interleaved", 64),
+    "groups smaller than a unit": MaskCase(29, 50, 8, "interleaved", "random", 64),
+    "one group": MaskCase(7, 5, 1, "index", "index", 3),
+}
+
+
+def neurons_of_units(layout: GroupLayout, block_size: int) -> list[list[int]]:
+    """The neurons in each range of units: group by group, ``block_size`` at a time."""
+    ranges = []
+    for group in range(layout.num_groups):
+        neurons = [i for i, g in enumerate(layout.group_of.tolist()) if g == group]
+        ranges += [neurons[start : start + block_size] for start in range(0, len(neurons), block_size)]
+    return ranges
+
+
+def dense_by_loop(mask: BlockMask, values: torch.Tensor) -> torch.Tensor:
+    """The dense weight of packed values, unit by unit."""
+    rows = neurons_of_units(mask.rows.layout, mask.block_size)
+    cols = neurons_of_units(mask.cols.layout, mask.block_size)
+    dense = torch.zeros(mask.shape, dtype=values.dtype)
+    for slot, (row, col) in enumerate(zip(mask.unit_row.tolist(), mask.unit_col.tolist(), strict=True)):
+        r, c = torch.tensor(rows[row]), torch.tensor(cols[col])
+        dense[r[:, None], c[None, :]] = values[slot, : len(r), : len(c)]
+    return dense
+
+
+def packed_randn(mask: BlockMask, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Random packed values, zero in the padding, scaled to the fan-in."""
+    values = torch.randn(mask.num_units, *mask.unit_shape, generator=seeded(seed)) * mask.valid()
+    return (values / max(1.0, mask.density * mask.shape[1]) ** 0.5).to(dtype)
+
+
+# --- neurons ------------------------------------------------------------------------------------------------------
+
+
+def lif_by_autograd(
+    current: torch.Tensor,
+    beta: torch.Tensor,
+    threshold: torch.Tensor,
+    reset: str,
+    primitive: Callable[[torch.Tensor, float], torch.Tensor],
+    alpha: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Spikes and membranes of DESIGN's formula, differentiated by autograd through the surrogate's primitive."""
+    membrane = torch.zeros_like(current[0])
+    spikes, membranes = [], []
+    for current_t in current:
+        fired = (membrane > threshold).to(current.dtype)
+        if reset == "zero":
+            membrane = (1 - fired) * membrane
+        membrane = beta.clamp(0, 1) * membrane + current_t
+        if reset == "subtract":
+            membrane = membrane - threshold * fired
+        smooth = primitive(membrane - threshold, alpha)
+        spikes.append((membrane > threshold).to(current.dtype) + (smooth - smooth.detach()))
+        membranes.append(membrane)
+    return torch.stack(spikes), torch.stack(membranes)
+
+
+# --- the rule -----------------------------------------------------------------------------------------------------
+
+
+def rms(tensor: torch.Tensor) -> float:
+    """The root mean square of all elements."""
+    return tensor.double().square().mean().sqrt().item()
+
+
+class ErrorRatios:
+    """The rule for kernels: an error against float64 of at most 1.5 times that of plain PyTorch in the same dtype.
+
+    A tensor of a few elements is nearer to or farther from the exact result by luck (single ratios run from 0.2 to 5),
+    so the rule is applied to the geometric mean over many cases, tensor by tensor. An error below half a unit in the
+    last place counts as that: no result can be expected to be nearer, while plain PyTorch may happen upon exact values.
+    """
+
+    def __init__(self) -> None:
+        self._logarithms: dict[str, list[float]] = {}
+
+    def add(self, name: str, actual: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> None:
+        """One case: a backend's result, the ``torch`` backend's in the same dtype, and that in float64."""
+        assert actual.dtype == plain.dtype, f"{name} has dtype {actual.dtype}, the torch backend gives {plain.dtype}"
+        assert actual.shape == plain.shape == exact.shape, f"{name} has shape {tuple(actual.shape)}"
+        assert torch.isfinite(actual).all(), f"{name} is not finite everywhere"
+        least = torch.finfo(actual.dtype).eps / 2 * rms(exact)
+        error, plain_error = (max(rms(tensor.double() - exact.double()), least) for tensor in (actual, plain))
+        self._logarithms.setdefault(name, []).append(math.log(error / plain_error))
+
+    def check(self, cases: int, at_most: float = 1.5) -> None:
+        assert self._logarithms, "no case was compared"
+        ratios = {name: math.exp(sum(logs) / len(logs)) for name, logs in self._logarithms.items()}
+        assert {len(logs) for logs in self._logarithms.values()} == {cases}
+        too_large = {name: f"{ratio:.2f}" for name, ratio in ratios.items() if ratio > at_most}
+        assert not too_large, f"errors are above {at_most} times those of plain PyTorch: {too_large}"
+
+
+@contextmanager
+def skip_where_refused() -> Iterator[None]:
+    """For calls that a backend may decline, with a reason: the test is skipped, and says why."""
+    try:
+        yield
+    except BackendError as refusal:
+        pytest.skip(str(refusal))

@@ -1,0 +1,623 @@
+"""BlockMask: how its graph is drawn, what it says about itself, packed weights, relabelling and saving."""
+
+import copy
+import io
+import itertools
+import math
+import pickle
+from fractions import Fraction
+
+import pytest
+import torch
+from helpers import MASK_CASES, MaskCase, dense_by_loop, neurons_of_units, packed_randn, seeded
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from g2g_kernels import BlockMask, GroupLayout
+
+BUFFERS = ("unit_row", "unit_col", "row_ptr", "row_slot", "col_ptr", "col_slot")
+
+
+@pytest.fixture(params=MASK_CASES.values(), ids=MASK_CASES.keys())
+def mask(request) -> BlockMask:
+    return request.param.mask()
+
+
+def unit_grid(mask: BlockMask) -> torch.Tensor:
+    """bool [block rows, block columns], true where a unit is present."""
+    grid = torch.zeros(mask.grid, dtype=torch.bool)
+    grid[mask.unit_row.long(), mask.unit_col.long()] = True
+    return grid
+
+
+def same_group(mask: BlockMask) -> torch.Tensor:
+    """bool [block rows, block columns], true inside a group; from the neurons' groups, not the mask's own notes."""
+    row, col = (
+        torch.tensor(
+            [int(axis.layout.group_of[neurons[0]]) for neurons in neurons_of_units(axis.layout, mask.block_size)]
+        )
+        for axis in (mask.rows, mask.cols)
+    )
+    return row[:, None] == col[None, :]
+
+
+def assert_index_is_right(mask: BlockMask) -> None:
+    """Both indices, read row by row and column by column, against the coordinates of the slots."""
+    coordinates = list(zip(mask.unit_row.tolist(), mask.unit_col.tolist(), strict=True))
+    for axis, ptr, slot in ((0, mask.row_ptr, mask.row_slot), (1, mask.col_ptr, mask.col_slot)):
+        ptr, slot = ptr.tolist(), slot.tolist()
+        assert ptr[0] == 0
+        assert ptr[-1] == len(coordinates)
+        assert len(ptr) == mask.grid[axis] + 1
+        for place in range(mask.grid[axis]):
+            expected = sorted((c for c in coordinates if c[axis] == place), key=lambda c: c[1 - axis])
+            assert [coordinates[s] for s in slot[ptr[place] : ptr[place + 1]]] == expected
+
+
+def shuffled(mask: BlockMask, seed: int = 0) -> BlockMask:
+    """The same graph with its units in other slots."""
+    order = torch.randperm(mask.num_units, generator=seeded(seed))
+    return BlockMask(mask.rows.layout, mask.cols.layout, mask.unit_row[order], mask.unit_col[order], mask.block_size)
+
+
+# --- sampling -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", MASK_CASES.values(), ids=MASK_CASES.keys())
+def test_p_inter_0_gives_the_groups_and_nothing_else(case):
+    mask = case.mask(p_inter=0.0)
+    dense = mask.rows.layout.group_of[:, None] == mask.cols.layout.group_of[None, :]
+    assert torch.equal(mask.to_dense(), dense)
+
+
+@pytest.mark.parametrize("case", MASK_CASES.values(), ids=MASK_CASES.keys())
+def test_p_inter_1_gives_every_weight(case):
+    mask = case.mask(p_inter=1.0)
+    assert mask.to_dense().all()
+    assert mask.is_full
+    assert mask.density == 1.0
+
+
+@pytest.mark.parametrize("case", MASK_CASES.values(), ids=MASK_CASES.keys())
+def test_both_probabilities_0_give_no_unit(case):
+    mask = case.mask(p_inter=0.0, p_intra=0.0)
+    assert mask.num_units == 0
+    assert not mask.to_dense().any()
+    assert mask.sparsity() == 1.0
+
+
+def test_p_intra_0_leaves_only_units_between_groups():
+    mask = MASK_CASES["ten outputs"].mask(p_inter=1.0, p_intra=0.0)
+    dense = mask.rows.layout.group_of[:, None] != mask.cols.layout.group_of[None, :]
+    assert torch.equal(mask.to_dense(), dense)
+
+
+@given(
+    out_size=st.integers(1, 90),
+    in_size=st.integers(1, 90),
+    groups=st.integers(1, 9),
+    kind=st.sampled_from(("index", "interleaved", "random")),
+    block_size=st.sampled_from((1, 2, 3, 7, 16, 64)),
+    p_inter=st.floats(0, 1),
+    p_intra=st.floats(0, 1),
+    seed=st.integers(0, 2**32),
+)
+def test_every_row_has_floor_or_ceil_of_its_share(out_size, in_size, groups, kind, block_size, p_inter, p_intra, seed):
+    groups = min(groups, out_size, in_size)
+    mask = MaskCase(out_size, in_size, groups, kind, kind, block_size).mask(p_inter, p_intra, seed)
+    grid, inside = unit_grid(mask), same_group(mask)
+    assert mask.num_units == grid.sum()
+    for candidates, p in ((inside, p_intra), (~inside, p_inter)):
+        for present, n in zip((grid & candidates).sum(1).tolist(), candidates.sum(1).tolist(), strict=True):
+            share = Fraction(p) * n
+            assert math.floor(share) <= present <= math.ceil(share)
+
+
+def test_units_stop_at_group_edges():
+    for case in MASK_CASES.values():
+        mask = case.mask()
+        for axis in (mask.rows, mask.cols):
+            bounds = axis.bounds.tolist()
+            ranges = [axis.order[a:b].tolist() for a, b in itertools.pairwise(bounds)]
+            assert sorted(neuron for neurons in ranges for neuron in neurons) == list(range(axis.size))
+            assert all(1 <= len(neurons) <= case.block_size for neurons in ranges)
+            groups = [{int(axis.layout.group_of[neuron]) for neuron in neurons} for neurons in ranges]
+            assert all(len(group) == 1 for group in groups)
+            assert [group.pop() for group in groups] == axis.group_of_unit.tolist()
+            # as few ranges as can be: only the last one of a group may be clipped
+            assert len(ranges) == sum(math.ceil(size / case.block_size) for size in axis.layout.sizes.tolist())
+
+
+@pytest.mark.parametrize("p_inter", [0.03, 0.15, 0.5, 0.77])
+def test_each_unit_between_groups_is_present_with_probability_p_inter(p_inter):
+    """Over 600 seeds: each unit's own share within 5 σ, and all together within 5 σ of p_inter."""
+    seeds = 600
+    case = MaskCase(13, 22, 4, "random", "index", 2)
+    layouts = GroupLayout(case.out_size, 4, "random", seeded(0)), GroupLayout(case.in_size, 4)
+    draw = seeded(1)
+    grids = torch.stack(
+        [unit_grid(mask) for mask in (BlockMask.sample(*layouts, 1.0, p_inter, 2, draw) for _ in range(seeds))]
+    )
+    inter = ~same_group(BlockMask.full(*layouts, 2))
+    assert grids[:, ~inter].all()
+    share = grids.double().mean(0)[inter]
+    assert (share - p_inter).abs().max() < 5 * math.sqrt(p_inter * (1 - p_inter) / seeds)
+    # a row's count only varies by its rounding, so the total is known far better than the single units
+    variance = 0.0
+    for n in inter.sum(1).tolist():
+        rest = p_inter * n - math.floor(p_inter * n)
+        variance += rest * (1 - rest)
+    total = grids[:, inter].double().sum() / seeds
+    assert abs(total - p_inter * inter.sum()) < 5 * math.sqrt(variance / seeds)
+
+
+def test_each_unit_inside_groups_is_present_with_probability_p_intra():
+    """As above for p_intra = 0.3 over 600 seeds: within 5 σ for each unit."""
+    draw = seeded(4)
+    layout = GroupLayout(24, 4)
+    grids = torch.stack([unit_grid(BlockMask.sample(layout, layout, 0.3, 0.0, 2, draw)) for _ in range(600)])
+    inside = same_group(BlockMask.full(layout, layout, 2))
+    assert not grids[:, ~inside].any()
+    assert (grids.double().mean(0)[inside] - 0.3).abs().max() < 5 * math.sqrt(0.3 * 0.7 / 600)
+
+
+def test_places_within_a_row_are_uniform_and_independent():
+    """3 of 20 places in each of 4,000 rows: every place, and every pair of neighbours, as often as chance has it.
+
+    A place is drawn with probability 3/20, a pair with 3·2/(20·19). Counts of 4,000 rows must lie within 5 σ.
+    """
+    rows, draw = 4000, seeded(2)
+    mask = BlockMask.sample(GroupLayout(rows, 2), GroupLayout(40, 2), 0.0, 0.15, 1, draw)
+    dense = mask.to_dense()
+    drawn = torch.cat([dense[: rows // 2, 20:], dense[rows // 2 :, :20]])
+    assert drawn.sum(1).tolist() == [3] * rows
+    p, pair = 3 / 20, 6 / 380
+    assert (drawn.sum(0) - rows * p).abs().max() < 5 * math.sqrt(rows * p * (1 - p))
+    together = (drawn & drawn.roll(1, dims=1)).sum(0)
+    assert (together - rows * pair).abs().max() < 5 * math.sqrt(rows * pair * (1 - pair))
+    # neighbouring rows are drawn apart: as many places in common as two independent draws share
+    common = (drawn[1:] & drawn[:-1]).sum().item()
+    assert abs(common - (rows - 1) * 20 * p * p) < 5 * math.sqrt(rows * 20 * p * p)
+
+
+def test_expected_density_is_25_6_percent_by_default():
+    """1/G + (1 − 1/G)·p_inter with G = 8 and p_inter = 0.15, over 100 seeds, within 5 σ.
+
+    Each of 32 block rows has 28·0.15 = 4.2 units between groups, rounded up with probability 0.2.
+    """
+    draw, layout = seeded(0), GroupLayout(512)
+    density = [BlockMask.sample(layout, layout, block_size=16, generator=draw).density for _ in range(100)]
+    sigma = math.sqrt(32 * 0.2 * 0.8) / 32**2 / math.sqrt(100)
+    assert abs(sum(density) / 100 - 0.25625) < 5 * sigma
+
+
+def test_sampling_follows_the_generator():
+    case = MASK_CASES["784 to 2048, an eighth"]
+    assert torch.equal(case.mask(seed=3).to_dense(), case.mask(seed=3).to_dense())
+    assert not torch.equal(case.mask(seed=3).to_dense(), case.mask(seed=4).to_dense())
+
+
+def test_defaults_are_p_intra_1_p_inter_015_and_units_of_64():
+    mask = BlockMask.sample(GroupLayout(2048), GroupLayout(784), generator=seeded(0))
+    assert mask.block_size == 64
+    assert mask.grid == (32, 16)
+    grid, inside = unit_grid(mask), same_group(mask)
+    assert grid[inside].all()
+    assert set((grid & ~inside).sum(1).tolist()) == {2, 3}  # ⌊0.15·14⌋ and ⌈0.15·14⌉
+
+
+@pytest.mark.parametrize("name", ["p_intra", "p_inter"])
+@pytest.mark.parametrize("p", [-0.01, 1.01, math.nan])
+def test_what_is_no_probability_is_refused(name, p):
+    with pytest.raises(ValueError, match=f"{name}=.* is not a probability"):
+        BlockMask.sample(GroupLayout(8), GroupLayout(8), **{name: p})
+
+
+def test_sides_with_different_groups_are_refused():
+    with pytest.raises(ValueError, match="same groups, not 4 and 8"):
+        BlockMask.sample(GroupLayout(8, 4), GroupLayout(8, 8))
+
+
+# --- construction from indices and from a dense mask ---------------------------------------------------------------
+
+
+def test_units_stand_where_their_coordinates_say():
+    """Seven outputs in groups 0 0 0 1 1 2 2, units of two: block rows {0,1} {2} {3,4} {5,6}."""
+    mask = BlockMask(GroupLayout(7, 3), GroupLayout(4, 2), torch.tensor([3, 0, 1]), torch.tensor([0, 1, 0]), 2)
+    expected = torch.zeros(7, 4, dtype=torch.bool)
+    expected[5:7, 0:2] = expected[0:2, 2:4] = expected[2, 0:2] = True
+    assert torch.equal(mask.to_dense(), expected)
+    assert mask.grid == (4, 2)
+    assert mask.shape == (7, 4)
+    assert mask.unit_shape == (2, 2)
+    assert mask.unit_sizes.tolist() == [4, 4, 2]
+
+
+@pytest.mark.parametrize(
+    ("unit_row", "unit_col", "block_size", "message"),
+    [
+        ([0, 4], [0, 0], 2, r"unit_row must lie in 0 … 3, not 0 … 4"),
+        ([0, -1], [0, 0], 2, r"unit_row must lie in 0 … 3, not -1 … 0"),
+        ([0, 1], [0, 2], 2, r"unit_col must lie in 0 … 1, not 0 … 2"),
+        ([1, 1], [0, 0], 2, "the mask names a unit twice"),
+        ([0, 1], [0], 2, "must match"),
+        ([[0], [1]], [[0], [1]], 2, "must match, 1-D"),
+        ([0], [0], 0, "block_size=0 must be at least 1"),
+    ],
+)
+def test_impossible_units_are_refused(unit_row, unit_col, block_size, message):
+    with pytest.raises(ValueError, match=message):
+        BlockMask(GroupLayout(7, 3), GroupLayout(4, 2), torch.tensor(unit_row), torch.tensor(unit_col), block_size)
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 16])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 9), (33, 50)])
+def test_from_dense_gives_back_its_mask(shape, block_size):
+    grid = torch.rand(*(math.ceil(side / block_size) for side in shape), generator=seeded(0)) < 0.4
+    whole = grid.repeat_interleave(block_size, 0).repeat_interleave(block_size, 1)
+    dense = whole[: shape[0], : shape[1]]
+    mask = BlockMask.from_dense(dense, block_size)
+    assert torch.equal(mask.to_dense(), dense)
+    assert mask.num_units == grid.sum()
+    assert_index_is_right(mask)
+
+
+def test_from_dense_takes_numbers_and_empty_masks():
+    assert torch.equal(
+        BlockMask.from_dense(torch.tensor([[0.0, 2.5], [1.0, 0.0]])).to_dense(), torch.eye(2).flip(0).bool()
+    )
+    assert BlockMask.from_dense(torch.zeros(3, 5, dtype=torch.bool), 2).num_units == 0
+
+
+def test_from_dense_refuses_units_present_in_part():
+    dense = torch.ones(4, 6, dtype=torch.bool)
+    dense[2, 5] = False
+    with pytest.raises(ValueError, match=r"unit \(1, 2\) of 2 × 2 weights is only partly present \(1 such units\)"):
+        BlockMask.from_dense(dense, 2)
+    assert torch.equal(BlockMask.from_dense(dense, 1).to_dense(), dense)
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 2, 2)])
+def test_from_dense_refuses_what_is_no_matrix(shape):
+    with pytest.raises(ValueError, match="mask must be a matrix"):
+        BlockMask.from_dense(torch.ones(shape))
+
+
+# --- what a mask says about itself --------------------------------------------------------------------------------
+
+
+def test_index_and_transposed_index(mask):
+    assert_index_is_right(mask)
+    assert_index_is_right(shuffled(mask))
+
+
+def test_index_of_a_mask_with_empty_rows_and_columns():
+    mask = BlockMask(GroupLayout(9, 1), GroupLayout(9, 1), torch.tensor([4, 1, 4]), torch.tensor([2, 2, 0]), 2)
+    assert mask.row_ptr.tolist() == [0, 0, 1, 1, 1, 3]
+    assert mask.row_slot.tolist() == [1, 2, 0]
+    assert mask.col_ptr.tolist() == [0, 1, 1, 3, 3, 3]
+    assert mask.col_slot.tolist() == [2, 1, 0]
+
+
+def test_dense_form_is_the_one_of_the_coordinates(mask):
+    ones = torch.ones(mask.num_units, *mask.unit_shape)
+    assert torch.equal(mask.to_dense(), dense_by_loop(mask, ones).bool())
+
+
+def test_counts_agree_with_the_dense_form(mask):
+    dense = mask.to_dense()
+    assert torch.equal(mask.fan_in(), dense.sum(1))
+    assert mask.density == dense.sum().item() / dense.numel()
+    assert mask.sparsity() == 1.0 - mask.density
+    assert mask.unit_sizes.sum() == dense.sum()
+    assert torch.equal(mask.valid().sum((1, 2)), mask.unit_sizes)
+    assert mask.is_full == bool(dense.all())
+
+
+def test_picture_of_a_small_mask():
+    layout = GroupLayout(8, 2)
+    mask = BlockMask(layout, GroupLayout(6, 2), torch.tensor([0, 1, 3, 2]), torch.tensor([0, 3, 1, 2]), 2)
+    assert mask.to_string() == "█░░░\n░░░█\n░░█░\n░█░░"
+    assert BlockMask.full(layout, layout, 4).to_string() == "██\n██"
+
+
+def test_picture_of_a_large_mask_is_limited():
+    """Cells of 2 × 2 units: all four, two, three and none of them present, then one."""
+    present = torch.zeros(4, 4, dtype=torch.bool)
+    present[0:2, 0:2] = present[0, 2:4] = present[2:4, 0:2] = True
+    present[3, 1] = False
+    assert BlockMask.from_dense(present).to_string(max_cells=2) == "█▒\n▓░"
+    present[0, 3] = False
+    assert BlockMask.from_dense(present).to_string(max_cells=2) == "█▒\n▓░"
+    large = MaskCase(300, 700, 2, "index", "index", 1).mask().to_string().splitlines()
+    assert len(large) == 64
+    assert {len(line) for line in large} == {64}
+
+
+def test_repr_tells_shape_groups_units_and_density():
+    mask = BlockMask(GroupLayout(8, 2), GroupLayout(6, 2), torch.tensor([0, 3]), torch.tensor([0, 2]), 2)
+    assert repr(mask) == ("BlockMask(8×6, 2 groups (index), block_size=2, 2 of 16 units, density=0.1667, device=cpu)")
+    mixed = BlockMask.full(GroupLayout(4, 2, "interleaved"), GroupLayout(4, 2), 2)
+    assert "2 groups (interleaved ← index)" in repr(mixed)
+
+
+# --- packed and dense weights -------------------------------------------------------------------------------------
+
+
+def test_unpack_puts_each_unit_in_its_place(mask):
+    mask = shuffled(mask)
+    values = torch.randn(mask.num_units, *mask.unit_shape, generator=seeded(1))  # random in the padding too
+    assert torch.equal(mask.unpack(values), dense_by_loop(mask, values))
+
+
+def test_pack_takes_the_present_weights(mask):
+    mask = shuffled(mask)
+    weight = torch.randn(mask.shape, generator=seeded(1))
+    packed = mask.pack(weight)
+    assert packed.shape == (mask.num_units, *mask.unit_shape)
+    assert torch.equal(dense_by_loop(mask, packed), weight * mask.to_dense())
+    assert not packed[~mask.valid()].any()  # the padding of clipped units is zero
+
+
+def test_pack_and_unpack_are_inverses(mask):
+    weight = torch.randn(mask.shape, generator=seeded(1)) * mask.to_dense()
+    values = packed_randn(mask, 2)
+    assert torch.equal(mask.unpack(mask.pack(weight)), weight)
+    assert torch.equal(mask.pack(mask.unpack(values)), values)
+
+
+def test_pack_and_unpack_are_adjoint(mask):
+    """⟨pack(W), V⟩ = ⟨W, unpack(V)⟩ for any W and any V."""
+    weight = torch.randn(mask.shape, generator=seeded(1), dtype=torch.float64)
+    values = torch.randn(mask.num_units, *mask.unit_shape, generator=seeded(2), dtype=torch.float64)
+    left, right = (mask.pack(weight) * values).sum(), (weight * mask.unpack(values)).sum()
+    # the same products summed in another order: float64 rounding only
+    torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-12)
+
+
+@given(
+    out_size=st.integers(1, 40),
+    in_size=st.integers(1, 40),
+    groups=st.integers(1, 8),
+    kinds=st.tuples(*[st.sampled_from(("index", "interleaved", "random"))] * 2),
+    block_size=st.sampled_from((1, 2, 3, 5, 16, 64)),
+    seed=st.integers(0, 2**32),
+)
+def test_pack_and_unpack_for_any_sizes(out_size, in_size, groups, kinds, block_size, seed):
+    mask = shuffled(MaskCase(out_size, in_size, min(groups, out_size, in_size), *kinds, block_size).mask(seed=seed))
+    weight = torch.randn(mask.shape, generator=seeded(seed))
+    assert torch.equal(mask.unpack(mask.pack(weight)), weight * mask.to_dense())
+    assert torch.equal(dense_by_loop(mask, mask.pack(weight)), weight * mask.to_dense())
+    assert_index_is_right(mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_pack_and_unpack_keep_the_dtype(dtype):
+    mask = MASK_CASES["ten outputs"].mask()
+    weight = torch.randn(mask.shape, generator=seeded(1)).to(dtype) * mask.to_dense()
+    packed = mask.pack(weight)
+    assert packed.dtype == dtype
+    assert mask.unpack(packed).dtype == dtype
+    assert torch.equal(mask.unpack(packed), weight)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [MaskCase(6, 4, 2, "index", "index", 2), MaskCase(5, 7, 3, "random", "index", 2)],
+    ids=["whole units", "clipped units"],
+)
+def test_gradients_of_pack_and_unpack(case):
+    mask = shuffled(case.mask())
+    weight = torch.randn(mask.shape, generator=seeded(1), dtype=torch.float64, requires_grad=True)
+    values = packed_randn(mask, 2, torch.float64).requires_grad_()
+    # cubes, so that second derivatives depend on the input and the double-backward graph is needed
+    for function, tensor in ((mask.pack, weight), (mask.unpack, values)):
+        assert torch.autograd.gradcheck(lambda t, f=function: f(t) ** 3, (tensor,))
+        assert torch.autograd.gradgradcheck(lambda t, f=function: f(t**3), (tensor,))
+
+
+def test_wrong_shapes_are_refused():
+    mask = MASK_CASES["ten outputs"].mask()
+    with pytest.raises(ValueError, match=r"weight has shape \(43, 10\), this mask describes \(10, 43\)"):
+        mask.pack(torch.zeros(43, 10))
+    values = torch.zeros(mask.num_units + 1, *mask.unit_shape)
+    with pytest.raises(ValueError, match=r"values have shape .* this mask's packed weights"):
+        mask.unpack(values)
+    with pytest.raises(ValueError, match=r"values have shape"):
+        mask.check_values(values[:-1].transpose(0, 1))
+
+
+# --- relabelling --------------------------------------------------------------------------------------------------
+
+
+def test_relabel_moves_slots_in_place(mask):
+    mask = shuffled(mask)
+    absent = (~unit_grid(mask)).nonzero()
+    k = min(3, len(absent), mask.num_units)
+    slots = torch.randperm(mask.num_units, generator=seeded(1))[:k]
+    grown = absent[torch.randperm(len(absent), generator=seeded(2))[:k]]
+    addresses = [getattr(mask, name).data_ptr() for name in BUFFERS]
+    shapes = [getattr(mask, name).shape for name in BUFFERS]
+    expected = unit_grid(mask)
+    expected[mask.unit_row[slots].long(), mask.unit_col[slots].long()] = False
+    expected[grown[:, 0], grown[:, 1]] = True
+
+    mask.relabel_(slots, grown[:, 0], grown[:, 1])
+
+    assert torch.equal(unit_grid(mask), expected)
+    assert mask.unit_row[slots].tolist() == grown[:, 0].tolist()
+    assert mask.unit_col[slots].tolist() == grown[:, 1].tolist()
+    assert [getattr(mask, name).data_ptr() for name in BUFFERS] == addresses
+    assert [getattr(mask, name).shape for name in BUFFERS] == shapes
+    assert_index_is_right(mask)
+
+
+def test_relabel_carries_the_values_of_a_slot_with_it():
+    mask = BlockMask(GroupLayout(4, 1), GroupLayout(4, 1), torch.tensor([0, 1]), torch.tensor([0, 1]), 2)
+    values = torch.tensor([1.0, 2.0]).view(2, 1, 1).expand(2, 2, 2)
+    mask.relabel_(torch.tensor([0]), torch.tensor([1]), torch.tensor([0]))
+    expected = torch.tensor([[0.0, 0, 0, 0], [0, 0, 0, 0], [1, 1, 2, 2], [1, 1, 2, 2]])
+    assert torch.equal(mask.unpack(values), expected)
+
+
+def test_relabel_of_nothing_changes_nothing():
+    mask = MASK_CASES["ten outputs"].mask()
+    before = [getattr(mask, name).clone() for name in BUFFERS]
+    none = torch.zeros(0, dtype=torch.int64)
+    mask.relabel_(none, none, none)
+    assert all(torch.equal(getattr(mask, name), old) for name, old in zip(BUFFERS, before, strict=True))
+
+
+# --- moving, copying, saving --------------------------------------------------------------------------------------
+
+
+def test_to_moves_every_index_and_keeps_it_an_integer(mask):
+    moved = copy.deepcopy(mask).to("meta")
+    assert {buffer.device.type for buffer in moved.buffers()} == {"meta"}
+    retyped = copy.deepcopy(mask).to(torch.float16)
+    for old, new in zip(mask.buffers(), retyped.buffers(), strict=True):
+        assert torch.equal(old, new)
+        assert old.dtype == new.dtype
+
+
+def test_a_mask_has_no_parameters_and_saves_no_derived_index(mask):
+    assert list(mask.parameters()) == []
+    assert set(mask.state_dict()) == {"block_size", "out_group_of", "in_group_of", "unit_row", "unit_col"}
+
+
+def test_deepcopy_is_independent():
+    mask = MASK_CASES["ten outputs"].mask()
+    before = mask.to_dense()
+    twin = copy.deepcopy(mask)
+    row, col = (~unit_grid(mask)).nonzero()[0]
+    twin.relabel_(torch.tensor([0]), row[None], col[None])
+    assert torch.equal(mask.to_dense(), before)
+    assert not torch.equal(twin.to_dense(), before)
+    assert_index_is_right(mask)
+    assert_index_is_right(twin)
+
+
+def test_pickle_gives_the_mask_back(mask):
+    mask = shuffled(mask)
+    again = pickle.loads(pickle.dumps(mask))
+    assert torch.equal(again.to_dense(), mask.to_dense())
+    assert torch.equal(again.unit_row, mask.unit_row)
+    assert repr(again) == repr(mask)
+    assert_index_is_right(again)
+
+
+def saved_and_read(mask: BlockMask) -> dict:
+    """The state dict through a file, read the safe way."""
+    file = io.BytesIO()
+    torch.save(mask.state_dict(), file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def assert_same_mask(loaded: BlockMask, saved: BlockMask) -> None:
+    values = torch.randn(saved.num_units, *saved.unit_shape, generator=seeded(0))
+    assert torch.equal(loaded.to_dense(), saved.to_dense())
+    assert torch.equal(loaded.unpack(values), saved.unpack(values))  # each slot means the same unit
+    assert torch.equal(loaded.rows.layout.group_of, saved.rows.layout.group_of)
+    assert torch.equal(loaded.cols.layout.group_of, saved.cols.layout.group_of)
+    assert loaded.block_size == saved.block_size
+    assert_index_is_right(loaded)
+
+
+@pytest.mark.parametrize("case", MASK_CASES.values(), ids=MASK_CASES.keys())
+@pytest.mark.parametrize("p_inter", [0.0, 0.2, 0.9])
+def test_state_dict_into_a_mask_drawn_differently(case, p_inter):
+    """Other units, another number of them and, for random layouts, other groups."""
+    saved = shuffled(case.mask(seed=1))
+    loaded = case.mask(p_inter=p_inter, seed=2)
+    loaded.load_state_dict(saved_and_read(saved))
+    assert_same_mask(loaded, saved)
+
+
+def test_state_dict_into_a_mask_of_the_same_size_is_loaded_in_place():
+    case = MaskCase(64, 64, 4, "random", "random", 4)
+    saved, loaded = (case.mask(p_inter=0.25, seed=seed) for seed in (1, 2))
+    assert saved.num_units == loaded.num_units
+    assert not torch.equal(saved.to_dense(), loaded.to_dense())
+    addresses = {name: buffer.data_ptr() for name, buffer in loaded.named_buffers()}
+    loaded.load_state_dict(saved_and_read(saved))
+    assert {name: buffer.data_ptr() for name, buffer in loaded.named_buffers()} == addresses
+    assert_same_mask(loaded, saved)
+
+
+def test_state_dict_with_another_block_size():
+    saved = MaskCase(30, 50, 4, "index", "random", 8).mask(seed=1)
+    loaded = MaskCase(30, 50, 4, "random", "index", 3).mask(seed=2)
+    loaded.load_state_dict(saved_and_read(saved))
+    assert_same_mask(loaded, saved)
+
+
+def test_state_dict_with_as_many_units_and_rows_but_other_columns():
+    """Units of 2 instead of 4 on one output neuron: two units and one block row in both, 6 and 3 block columns."""
+    out_layout, in_layout = GroupLayout(1, 1), GroupLayout(12, 1)
+    saved = BlockMask(out_layout, in_layout, torch.tensor([0, 0]), torch.tensor([5, 1]), 2)
+    loaded = BlockMask(out_layout, in_layout, torch.tensor([0, 0]), torch.tensor([0, 2]), 4)
+    loaded.load_state_dict(saved_and_read(saved))
+    assert_same_mask(loaded, saved)
+
+
+def test_state_dict_does_not_share_memory_with_the_loaded_mask():
+    saved, loaded = (MASK_CASES["single weights"].mask(p_inter=p, seed=1) for p in (0.5, 0.1))
+    state = saved.state_dict()
+    loaded.load_state_dict(state)
+    before = saved.to_dense()
+    row, col = (~unit_grid(loaded)).nonzero()[0]
+    loaded.relabel_(torch.tensor([0]), row[None], col[None])
+    assert torch.equal(saved.to_dense(), before)
+
+
+def corrupted(**changes) -> dict:
+    state = {name: tensor.clone() for name, tensor in MASK_CASES["ten outputs"].mask().state_dict().items()}
+    for name, change in changes.items():
+        state[name] = change(state[name])
+    return {f"mask.{name}": tensor for name, tensor in state.items()}
+
+
+def with_first(value: int):
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        tensor[0] = value
+        return tensor
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"unit_row": with_first(99)}, r"mask: unit_row must lie in 0 … 7, not 0 … 99"),
+        ({"unit_col": with_first(-1)}, r"mask: unit_col must lie in 0 … \d+, not -1"),
+        (
+            {"unit_row": lambda t: torch.cat([t, t[:1]]), "unit_col": lambda t: torch.cat([t, t[:1]])},
+            "mask: the mask names a unit twice",
+        ),
+        ({"unit_row": lambda t: t[:-1]}, r"mask: unit_row \(\d+,\) and unit_col \(\d+,\) must match"),
+        ({"unit_row": lambda t: t[None], "unit_col": lambda t: t[None]}, "mask: unit_row .* must match, 1-D"),
+        ({"block_size": lambda t: t * 0}, "mask: block_size=0 must be at least 1"),
+        ({"in_group_of": lambda t: t * 0}, r"mask: unit_col must lie in"),
+        ({"out_group_of": lambda t: t.clamp(max=1)}, r"mask: group sizes \[2, 8\] must differ by at most one"),
+        ({"out_group_of": with_first(-3)}, r"mask: group_of must hold group numbers"),
+        ({"out_group_of": lambda t: torch.cat([t, t[-1:] + 1])}, r"saved mask is \(11, 43\), this layer is \(10, 43\)"),
+    ],
+)
+def test_corrupted_state_is_refused_and_leaves_the_mask_alone(changes, message):
+    layer = nn.ModuleDict({"mask": MASK_CASES["ten outputs"].mask(seed=5)})
+    mask = layer["mask"]
+    before = {name: buffer.clone() for name, buffer in mask.named_buffers()}
+    with pytest.raises(RuntimeError, match=message):
+        layer.load_state_dict(corrupted(**changes))
+    assert all(torch.equal(buffer, before[name]) for name, buffer in mask.named_buffers())
+    assert mask.block_size == 3
+
+
+def test_missing_keys_are_named():
+    state = corrupted()
+    del state["mask.unit_col"]
+    layer = nn.ModuleDict({"mask": MASK_CASES["ten outputs"].mask()})
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "mask.unit_col"'):
+        layer.load_state_dict(state)

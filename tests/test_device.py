@@ -1,0 +1,250 @@
+"""select_device's order of preference and errors, and what a training step would ask of DirectML.
+
+DirectML needs Windows and the package ``torch-directml``; a module of that name stands in for it here.
+"""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import MaskCase, packed_randn, seeded
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from g2g_kernels import LIFLayer, g2g_lif, select_device
+from g2g_kernels.ops.lif import RESETS
+from g2g_kernels.ops.lif.surrogates import SURROGATES
+
+DML = torch.device("privateuseone:0")  # what torch_directml.device() gives
+
+
+def directml(monkeypatch, device: torch.device | None = DML, adapter: bool = True) -> None:
+    """Installs a stand-in for torch_directml, or with ``device=None`` makes its import fail."""
+    module = SimpleNamespace(device=lambda: device, is_available=lambda: adapter) if device is not None else None
+    monkeypatch.setitem(sys.modules, "torch_directml", module)
+
+
+def cuda(monkeypatch, devices: int) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: devices > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+
+
+# --- the picker ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("package", "adapter", "cuda_devices", "expected"),
+    [
+        (True, True, 1, DML),
+        (True, True, 0, DML),
+        (True, False, 1, torch.device("cuda")),
+        (False, False, 1, torch.device("cuda")),
+        (True, False, 0, torch.device("cpu")),
+        (False, False, 0, torch.device("cpu")),
+    ],
+)
+def test_directml_then_cuda_then_cpu(monkeypatch, package, adapter, cuda_devices, expected):
+    directml(monkeypatch, DML if package else None, adapter)
+    cuda(monkeypatch, cuda_devices)
+    assert select_device() == expected
+    assert select_device("auto") == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("cpu", torch.device("cpu")),
+        ("cuda", torch.device("cuda")),
+        ("cuda:0", torch.device("cuda:0")),
+        ("cuda:1", torch.device("cuda:1")),
+        ("directml", DML),
+    ],
+)
+def test_a_named_device_is_that_device(monkeypatch, name, expected):
+    directml(monkeypatch)
+    cuda(monkeypatch, 2)
+    assert select_device(name) == expected
+
+
+@pytest.mark.parametrize("name", ["tpu", "gpu", "", "cpu:x", "mps", "meta"])
+def test_unknown_devices_are_refused(monkeypatch, name):
+    directml(monkeypatch)
+    cuda(monkeypatch, 1)
+    with pytest.raises(ValueError, match=f"device='{name}' is .*; give auto, cpu, cuda, cuda:N or directml"):
+        select_device(name)
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:0"])
+def test_cuda_where_there_is_none(monkeypatch, name):
+    cuda(monkeypatch, 0)
+    with pytest.raises(ValueError, match=f"device='{name}': PyTorch .* finds no CUDA device here; give cpu or auto"):
+        select_device(name)
+
+
+def test_a_cuda_device_beyond_the_last(monkeypatch):
+    cuda(monkeypatch, 2)
+    with pytest.raises(ValueError, match="device='cuda:2': this machine has CUDA devices 0 … 1"):
+        select_device("cuda:2")
+
+
+@pytest.mark.parametrize(("package", "adapter"), [(False, False), (True, False)], ids=["no package", "no adapter"])
+def test_directml_where_there_is_none(monkeypatch, package, adapter):
+    directml(monkeypatch, DML if package else None, adapter)
+    with pytest.raises(ValueError, match=r"device='directml' needs the package torch-directml \(pip install"):
+        select_device("directml")
+
+
+# --- the operators that a training step needs -----------------------------------------------------------------------
+
+# torch-directml 0.2.5 is built for torch 2.4. An operator it lacks runs on the CPU, with a copy there and back at each
+# call and a warning, or fails (as aten::_foreach_* and aten::_thnn_fused_lstm_cell do, microsoft/DirectML issues 604
+# and 654). So the plain backend keeps to element-wise arithmetic, matrix products, reductions over whole dimensions,
+# views and copies along one index. Every entry was looked at; add to these lists only what is of that kind.
+
+#: no computation on a device: queries of dtypes and views of the same memory
+VIEWS = {
+    "detach.default",
+    "expand.default",
+    "permute.default",
+    "promote_types.default",
+    "select.int",
+    "t.default",
+    "unsqueeze.default",
+    "view.default",
+    "_unsafe_view.default",
+}
+FORWARD_AND_BACKWARD = VIEWS | {
+    # memory and copies
+    "_to_copy.default",
+    "cat.default",
+    "clone.default",
+    "copy_.default",
+    "empty_like.default",
+    "new_empty.default",
+    "new_zeros.default",
+    "ones_like.default",
+    "zeros.default",
+    # packing: whole tiles by a list of distinct indices, nothing is summed
+    "index_copy_.default",
+    "index_select.default",
+    # element-wise
+    "abs.default",
+    "add.Tensor",
+    "add_.Tensor",
+    "bitwise_and.Tensor",
+    "clamp.default",
+    "div.Scalar",
+    "ge.Scalar",
+    "gt.Tensor",  # U > θ, which Python asks as θ < U where θ is a Parameter (a subclass of Tensor)
+    "lt.Tensor",
+    "le.Scalar",
+    "mul.Scalar",
+    "mul.Tensor",
+    "pow.Tensor_Scalar",
+    "reciprocal.default",
+    "rsub.Scalar",
+    "sigmoid.default",
+    "sub.Tensor",
+    "sub_.Tensor",
+    # products and reductions
+    "addmm.default",
+    "mean.dim",
+    "mm.default",
+    "sum.dim_IntList",
+    # cross-entropy
+    "_log_softmax.default",
+    "_log_softmax_backward_data.default",
+    "nll_loss_backward.default",
+    "nll_loss_forward.default",
+}
+ADAM = {
+    "_local_scalar_dense.default",  # the step count, which Adam keeps on the CPU
+    "lift_fresh.default",  # the same, made from a number
+    "add.Tensor",
+    "add_.Tensor",
+    "addcdiv_.default",
+    "addcmul_.default",
+    "div.Tensor",
+    # DirectML has no lerp: it falls back to the CPU (microsoft/DirectML issue 675), right but slow. PyTorch's own Adam
+    # uses it, in torch 2.4 too, so only an optimizer written without it would stay on the device.
+    "lerp_.Scalar",
+    "mul_.Tensor",
+    "sqrt.default",
+    "zeros_like.default",
+}
+
+
+class Recorder(TorchDispatchMode):
+    """Notes every operator, and checks that each result is a plain tensor of no more than 32-bit floats."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        namespace, name = str(function).split(".", 1)
+        if namespace != "profiler":  # the optimizer's marks for the profiler: no tensors
+            self.operators.add(name if namespace == "aten" else str(function))
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                assert tensor.layout == torch.strided, f"{function} gives a tensor of layout {tensor.layout}"
+                assert tensor.dtype not in (torch.float64, torch.complex128), f"{function} gives {tensor.dtype}"
+        return result
+
+
+CASES = {
+    "whole units": (MaskCase(16, 12, 2, "index", "index", 2), MaskCase(8, 16, 2, "index", "index", 2)),
+    "clipped units": (MaskCase(17, 11, 3, "random", "interleaved", 4), MaskCase(10, 17, 3, "interleaved", "random", 4)),
+}
+
+
+@pytest.mark.parametrize("per_neuron", [False, True], ids=["scalar", "per neuron"])
+@pytest.mark.parametrize("steps", [None, 4], ids=["varying", "held"])
+@pytest.mark.parametrize("cases", CASES.values(), ids=CASES.keys())
+def test_a_training_step_uses_plain_operators_only(monkeypatch, plain_memory, cases, steps, per_neuron):
+    """Forward, cross-entropy on the counts, a rate penalty, backward and Adam, for every reset and surrogate."""
+    directml(monkeypatch, torch.device("cpu"))
+    device = select_device("directml")
+    masks = [case.mask().to(device) for case in cases]
+    layers, learned = [], []
+    for number, mask in enumerate(masks):
+        neurons = (mask.shape[0],) if per_neuron else ()
+        tensors = packed_randn(mask, number), torch.zeros(mask.shape[0]), torch.full(neurons, 0.9), torch.ones(neurons)
+        values, bias, beta, threshold = (torch.nn.Parameter(tensor.to(device)) for tensor in tensors)
+        layers.append(LIFLayer(values, mask, bias, beta, threshold))
+        learned += [values, bias, beta, threshold]
+    samples = 6
+    shape = (samples, cases[0].in_size) if steps else (4, samples, cases[0].in_size)
+    x = (3 * torch.rand(shape, generator=seeded(1))).to(device)
+    labels = torch.randint(cases[1].out_size, (samples,), generator=seeded(2)).to(device)
+
+    used: dict[str, set[str]] = {"step": set(), "adam": set()}
+    for reset in RESETS:
+        for surrogate in SURROGATES:
+            optimizer = torch.optim.Adam(learned, lr=1e-3, weight_decay=1e-4, foreach=False)
+            before = [tensor.detach().clone() for tensor in learned]
+            with Recorder() as step:
+                activity = g2g_lif(x, layers, steps, reset, surrogate, backend="torch")
+                loss = torch.nn.functional.cross_entropy(activity.counts, labels)
+                loss = loss + 1e-2 * (activity.rates[0] - 0.1).square().sum(0)
+                optimizer.zero_grad()
+                loss.backward()
+            with Recorder() as adam:
+                optimizer.step()
+            used["step"] |= step.operators
+            used["adam"] |= adam.operators
+            assert all(not torch.equal(old, new) for old, new in zip(before, learned, strict=True))
+    assert used["step"] <= FORWARD_AND_BACKWARD
+    assert used["adam"] <= ADAM
+    # the recorder was at work
+    assert {"mm.default", "index_copy_.default", "sigmoid.default"} <= used["step"]
+    assert {"lerp_.Scalar", "addcdiv_.default"} <= used["adam"]
+
+
+def test_the_lists_hold_nothing_that_directml_lacks():
+    """No scatter with a reduction, no sparse or custom operator, no multi-tensor update."""
+    for name in FORWARD_AND_BACKWARD | ADAM:
+        assert "::" not in name
+        for word in ("scatter", "index_add", "index_put", "sparse", "foreach", "fused", "embedding", "sort", "cumsum"):
+            assert word not in name, name

@@ -1,0 +1,225 @@
+"""Which backend serves a call: forced, preferred, refused, and told once."""
+
+import logging
+
+import pytest
+import torch
+
+from g2g_kernels import BackendError, available_backends, backend_status, dispatch, lif
+from g2g_kernels.dispatch import BACKENDS, Operator, forced_backend, register_backend, require_backend
+
+
+@pytest.fixture(autouse=True)
+def _nothing_forced(monkeypatch):
+    monkeypatch.delenv("G2G_BACKEND", raising=False)
+
+
+@pytest.fixture
+def available(monkeypatch):
+    """Makes all three backends available, whatever this machine has."""
+    for name in BACKENDS:
+        monkeypatch.setitem(dispatch._unavailable, name, lambda: None)
+
+
+@pytest.fixture
+def double() -> Operator:
+    """An operator that all three backends serve; its result tells which one did."""
+    operator = Operator("double")
+    for name in BACKENDS:
+        operator.register(name, lambda x, scale=1, name=name: (name, 2 * x * scale))
+    return operator
+
+
+def unavailable(monkeypatch, **reasons: str) -> None:
+    for name, reason in reasons.items():
+        monkeypatch.setitem(dispatch._unavailable, name, lambda reason=reason: reason)
+
+
+# --- the choice ---------------------------------------------------------------------------------------------------
+
+
+def test_backends_are_preferred_in_the_order_triton_cpu_torch(monkeypatch, available, double):
+    assert double(3) == ("triton", 6)
+    unavailable(monkeypatch, triton="no GPU")
+    assert double(3) == ("cpu", 6)
+    unavailable(monkeypatch, cpu="no compiler")
+    assert double(3) == ("torch", 6)
+
+
+def test_a_backend_that_refuses_a_call_is_passed_over(available):
+    operator = Operator("half")
+    operator.register("triton", lambda x: ("triton", x / 2), lambda x: "odd number" if x % 2 else None)
+    operator.register("torch", lambda x: ("torch", x / 2))
+    assert operator(4) == ("triton", 2)
+    assert operator(5) == ("torch", 2.5)
+
+
+def test_arguments_reach_the_backend_and_its_refusal(available):
+    operator = Operator("scale")
+    seen = []
+    operator.register(
+        "cpu", lambda *args, **kwargs: (args, kwargs), lambda *args, **kwargs: seen.append((args, kwargs))
+    )
+    assert operator(1, 2, scale=3) == ((1, 2), {"scale": 3})
+    assert seen == [((1, 2), {"scale": 3})]
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_the_argument_forces_a_backend(available, double, name):
+    assert double(3, backend=name) == (name, 6)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_the_environment_forces_a_backend(monkeypatch, available, double, name):
+    monkeypatch.setenv("G2G_BACKEND", name)
+    assert double(3) == (name, 6)
+
+
+def test_the_argument_wins_over_the_environment(monkeypatch, available, double):
+    monkeypatch.setenv("G2G_BACKEND", "torch")
+    assert double(3, backend="cpu") == ("cpu", 6)
+
+
+@pytest.mark.parametrize("name", ["", "auto"])
+def test_auto_leaves_the_choice_open(monkeypatch, available, double, name):
+    monkeypatch.setenv("G2G_BACKEND", name)
+    assert double(3) == ("triton", 6)
+    assert double(3, backend="auto") == ("triton", 6)
+    assert forced_backend(None) is None
+
+
+# --- errors -------------------------------------------------------------------------------------------------------
+
+
+def test_unknown_names_are_refused_and_say_where_they_come_from(monkeypatch, double):
+    with pytest.raises(ValueError, match="backend='cuda' is not a backend; choose one of auto, triton, cpu, torch"):
+        double(3, backend="cuda")
+    monkeypatch.setenv("G2G_BACKEND", "Triton")
+    with pytest.raises(ValueError, match="G2G_BACKEND='Triton' is not a backend; choose one of auto, triton, cpu"):
+        double(3)
+    with pytest.raises(ValueError, match="G2G_BACKEND='Triton'"):
+        lif(torch.zeros(2, 3), 0.9, 1.0)
+
+
+def test_a_forced_backend_that_cannot_serve_is_an_error_and_no_other_is_tried(monkeypatch, available):
+    operator = Operator("half")
+    operator.register("cpu", lambda x: x / 2, lambda x: "only even numbers")
+    operator.register("torch", lambda x: x / 2)
+    expected = r"^backend 'cpu' cannot serve this call of half: cpu: only even numbers$"
+    with pytest.raises(BackendError, match=expected):
+        operator(5, backend="cpu")
+    monkeypatch.setenv("G2G_BACKEND", "cpu")
+    with pytest.raises(BackendError, match=expected):
+        operator(5)
+    with pytest.raises(BackendError, match=r"^backend 'triton' cannot serve this call of half: triton: has no half$"):
+        operator(5, backend="triton")
+
+
+def test_when_nobody_serves_every_reason_is_listed(monkeypatch, available):
+    operator = Operator("half")
+    unavailable(monkeypatch, triton="no GPU here")
+    operator.register("torch", lambda x: x / 2, lambda x: f"{x} is odd")
+    with pytest.raises(BackendError) as error:
+        operator(5)
+    assert str(error.value) == (
+        "no backend serves this call of half: triton: no GPU here; cpu: has no half; torch: 5 is odd"
+    )
+
+
+def test_an_unavailable_backend_is_not_asked_for_the_call(monkeypatch, available):
+    operator = Operator("half")
+    asked = []
+    operator.register("triton", lambda x: x / 2, asked.append)
+    unavailable(monkeypatch, triton="no GPU here")
+    with pytest.raises(BackendError, match="triton: no GPU here"):
+        operator(4, backend="triton")
+    assert asked == []
+
+
+def test_an_error_inside_a_backend_is_not_hidden_by_another(available):
+    operator = Operator("half")
+
+    def broken(x):
+        raise ZeroDivisionError("from the kernel")
+
+    operator.register("triton", broken)
+    operator.register("torch", lambda x: x / 2)
+    with pytest.raises(ZeroDivisionError, match="from the kernel"):
+        operator(4)
+
+
+# --- status -------------------------------------------------------------------------------------------------------
+
+
+def test_status_tells_every_backend_and_its_reason(monkeypatch, available):
+    unavailable(monkeypatch, cpu="no compiler")
+    assert backend_status() == {"triton": None, "cpu": "no compiler", "torch": None}
+    assert list(backend_status()) == ["triton", "cpu", "torch"]
+    assert available_backends() == ["triton", "torch"]
+
+
+def test_torch_is_always_available():
+    assert available_backends()[-1] == "torch"
+    assert backend_status()["torch"] is None
+    assert all(reason is None or len(reason) > 10 for reason in backend_status().values())
+
+
+def test_register_backend_replaces_the_check(monkeypatch):
+    monkeypatch.setattr(dispatch, "_unavailable", dict(dispatch._unavailable))
+    register_backend("cpu", lambda: "the library does not load")
+    assert backend_status()["cpu"] == "the library does not load"
+    register_backend("cpu", lambda: None)
+    assert "cpu" in available_backends()
+
+
+def test_require_backend(monkeypatch, available):
+    unavailable(monkeypatch, triton="no GPU here")
+    require_backend(None)
+    require_backend("cpu")
+    message = "backend 'triton' cannot be used here: no GPU here; available: cpu, torch"
+    with pytest.raises(BackendError, match=message):
+        require_backend("triton")
+    monkeypatch.setenv("G2G_BACKEND", "triton")
+    with pytest.raises(BackendError, match=message):
+        require_backend(None)
+    with pytest.raises(ValueError, match="backend='gpu' is not a backend"):
+        require_backend("gpu")
+
+
+# --- the log ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def log(caplog):
+    """The messages of g2g_kernels, as if nothing had been told yet."""
+    dispatch._log_choice.cache_clear()
+    with caplog.at_level(logging.INFO, logger="g2g_kernels"):
+        yield lambda: [record.getMessage() for record in caplog.records if record.name == "g2g_kernels"]
+    dispatch._log_choice.cache_clear()
+
+
+def test_the_choice_is_logged_once_with_what_was_passed_over(monkeypatch, available, double, log):
+    unavailable(monkeypatch, triton="no GPU here", cpu="no compiler")
+    for x in range(5):
+        double(x)
+    assert log() == ["double runs on backend torch (triton: no GPU here) (cpu: no compiler)"]
+
+
+def test_each_operator_and_each_change_of_choice_is_logged(monkeypatch, available, double, log):
+    other = Operator("other")
+    other.register("cpu", lambda x: x)
+    double(1)
+    other(1)
+    double(1, backend="torch")
+    double(2)
+    assert log() == [
+        "double runs on backend triton",
+        "other runs on backend cpu (triton: has no other)",
+        "double runs on backend torch",
+    ]
+
+
+def test_public_operators_log_their_choice(log):
+    for _ in range(2):
+        lif(torch.zeros(2, 3), 0.9, 1.0, backend="torch")
+    assert log() == ["lif runs on backend torch"]

@@ -1,0 +1,124 @@
+"""GroupLayout: who belongs to which group."""
+
+import pytest
+import torch
+from helpers import seeded
+from hypothesis import given
+from hypothesis import strategies as st
+
+from g2g_kernels import GroupLayout
+
+
+def test_ten_neurons_in_eight_groups():
+    layout = GroupLayout(10, 8)
+    assert layout.sizes.tolist() == [2, 2, 1, 1, 1, 1, 1, 1]
+    assert layout.group_of.tolist() == [0, 0, 1, 1, 2, 3, 4, 5, 6, 7]
+
+
+def test_index_groups_are_contiguous_ranges():
+    assert GroupLayout(7, 3, "index").group_of.tolist() == [0, 0, 0, 1, 1, 2, 2]
+
+
+def test_interleaved_group_is_i_mod_g():
+    assert GroupLayout(7, 3, "interleaved").group_of.tolist() == [0, 1, 2, 0, 1, 2, 0]
+
+
+def test_defaults_are_eight_contiguous_groups():
+    layout = GroupLayout(2048)
+    assert layout.num_groups == 8
+    assert layout.group_of.tolist() == [i // 256 for i in range(2048)]
+
+
+@given(
+    size=st.integers(1, 300),
+    num_groups=st.integers(1, 17),
+    kind=st.sampled_from(("index", "interleaved", "random")),
+    seed=st.integers(0, 99),
+)
+def test_groups_are_balanced_and_the_first_are_the_larger(size, num_groups, kind, seed):
+    num_groups = min(size, num_groups)
+    layout = GroupLayout(size, num_groups, kind, seeded(seed))
+    assert layout.group_of.shape == (size,)
+    assert layout.group_of.dtype == torch.int64
+    whole, larger = divmod(size, num_groups)
+    counted = [layout.group_of.tolist().count(group) for group in range(num_groups)]
+    assert counted == [whole + 1] * larger + [whole] * (num_groups - larger)
+    assert layout.sizes.tolist() == counted
+
+
+def test_random_groups_follow_the_generator():
+    drawn = GroupLayout(100, 8, "random", seeded(1)).group_of
+    assert torch.equal(drawn, GroupLayout(100, 8, "random", seeded(1)).group_of)
+    assert not torch.equal(drawn, GroupLayout(100, 8, "random", seeded(2)).group_of)
+    assert not torch.equal(drawn, GroupLayout(100, 8, "index").group_of)
+
+
+def test_random_groups_without_a_generator_follow_the_global_seed():
+    torch.manual_seed(5)
+    first = GroupLayout(50, 4, "random").group_of
+    torch.manual_seed(5)
+    assert torch.equal(first, GroupLayout(50, 4, "random").group_of)
+
+
+def test_random_assignment_is_uniform():
+    """Each neuron is in group 0 with probability 3/10: over 2,000 draws within 5 σ (σ = √(n·p·q) = 20.5)."""
+    draw = seeded(0)
+    in_group_0 = sum((GroupLayout(10, 4, "random", draw).group_of == 0).long() for _ in range(2000))
+    assert (in_group_0 - 600).abs().max() < 5 * 20.5
+
+
+@given(
+    size=st.integers(1, 60),
+    num_groups=st.integers(1, 9),
+    kind=st.sampled_from(("index", "interleaved", "random")),
+)
+def test_from_assignment_gives_back_the_layout(size, num_groups, kind):
+    layout = GroupLayout(size, min(size, num_groups), kind, seeded(3))
+    again = GroupLayout.from_assignment(layout.group_of)
+    assert torch.equal(again.group_of, layout.group_of)
+    assert (again.size, again.num_groups) == (layout.size, layout.num_groups)
+
+
+@pytest.mark.parametrize("kind", ["index", "interleaved", "random"])
+def test_from_assignment_recognises_the_kind(kind):
+    assert GroupLayout.from_assignment(GroupLayout(30, 4, kind, seeded(0)).group_of).kind == kind
+
+
+def test_from_assignment_keeps_a_copy():
+    group_of = torch.tensor([1, 0, 1, 0])
+    layout = GroupLayout.from_assignment(group_of)
+    group_of.zero_()
+    assert layout.group_of.tolist() == [1, 0, 1, 0]
+
+
+def test_repr_names_size_groups_and_kind():
+    assert repr(GroupLayout(10, 5, "interleaved")) == "GroupLayout(10, num_groups=5, kind='interleaved')"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"size": 10, "kind": "rows"}, "kind='rows' is not a group layout; choose one of index, interleaved, random"),
+        ({"size": 10, "num_groups": 0}, "num_groups=0 must be at least 1"),
+        ({"size": 3, "num_groups": 4}, "3 neurons cannot fill num_groups=4 groups"),
+    ],
+)
+def test_impossible_layouts_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        GroupLayout(**arguments)
+
+
+@pytest.mark.parametrize(
+    "group_of",
+    [
+        [0, 0, 0, 1],  # sizes 3 and 1
+        [0, 2, 0, 2],  # nobody in group 1
+        [0, 5, 0, 1],  # more groups than neurons
+        [0, -1, 1],  # below 0
+        [],
+        [[0, 1], [0, 1]],
+    ],
+)
+def test_unbalanced_or_malformed_assignments_are_refused(group_of):
+    with pytest.raises(ValueError, match="group"):
+        GroupLayout.from_assignment(torch.tensor(group_of, dtype=torch.int64))

@@ -111,15 +111,18 @@ def test_an_epoch_is_printed_and_recorded(tmp_path, capsys):
         "samples_per_s",
         "firing_rate",
         "density",
+        "units",
         "units_pruned",
         "units_grown",
     }
     assert set(last["firing_rate"]) == {"lif1", "lif2", "lif3"}
     assert all(0 <= rate <= 1 for rate in last["firing_rate"].values())
     assert last["firing_rate"]["lif1"] > 0
-    # 12 steps, an update after every third; the number of units stays, ragged ones may change the density a little
-    counts = [state for name, state in load(files)["model"].items() if name.endswith("unit_row")]
-    assert last["units_pruned"] == last["units_grown"] == 4 * sum(int(0.1 * len(rows)) for rows in counts)
+    # 12 steps, an update after every third
+    assert last["units_pruned"] == last["units_grown"] == 4 * sum(int(0.1 * n) for n in last["units"].values())
+    assert last["units"] == records[0]["units"]
+    saved = load(files)["model"]
+    assert last["units"] == {name: len(saved[f"{name}.mask.unit_row"]) for name in ("fc1", "fc2", "fc3")}
     assert last["train_loss"] < records[0]["train_loss"]
 
 

@@ -144,6 +144,7 @@ class Trainer:
             "samples_per_s": round(count / seconds, 1),
             "firing_rate": {f"lif{i + 1}": rate / count for i, rate in enumerate(firing_rates.tolist())},
             "density": {f"fc{i + 1}": layer.mask.density for i, layer in enumerate(connections)},
+            "units": {f"fc{i + 1}": layer.mask.num_units for i, layer in enumerate(connections)},
             "units_pruned": self.dst.pruned if self.dst else 0,
             "units_grown": self.dst.grown if self.dst else 0,
         }

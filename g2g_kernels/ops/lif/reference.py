@@ -44,15 +44,17 @@ class _LIF(torch.autograd.Function):
         spikes = current.new_empty((num_steps, *shape))
         membranes = current.new_empty((num_steps if keep else 0, *shape), dtype=dtype)
         membrane = torch.zeros(shape, dtype=dtype, device=current.device)
+        fired = (membrane > theta).to(dtype)
         for t in range(num_steps):
-            fired = (membrane > theta).to(dtype)
             if reset == "zero":
-                membrane = membrane * (1 - fired)
+                membrane *= 1 - fired
             # the order of operations is snnTorch's, so that float32 membranes are equal to the last bit
-            membrane = decay * membrane + (current if held else current[t]).to(dtype)
+            membrane *= decay
+            membrane += (current if held else current[t]).to(dtype)
             if reset == "subtract":
-                membrane = membrane - fired * theta
-            spikes[t] = membrane > theta
+                membrane -= fired * theta
+            fired = (membrane > theta).to(dtype)
+            spikes[t] = fired
             if keep:
                 membranes[t] = membrane
         if keep:
@@ -71,12 +73,11 @@ class _LIF(torch.autograd.Function):
 
         shape = membranes.shape[1:]
         zeros = torch.zeros(shape, dtype=dtype, device=membranes.device)
-        grad_membrane = zeros
+        grad_membrane, grad_beta, grad_theta = zeros.clone(), zeros.clone(), zeros.clone()
         grad_current = zeros.clone() if held else torch.empty_like(membranes, dtype=current_dtype)
-        grad_beta, grad_theta = zeros.clone(), zeros.clone()
         for t in range(len(membranes) - 1, -1, -1):
-            through_spike = grad_spikes[t].to(dtype) * derivative(membranes[t] - theta, alpha)
-            grad_membrane = through_spike + grad_membrane
+            through_spike = derivative(membranes[t] - theta, alpha).mul_(grad_spikes[t])
+            grad_membrane += through_spike
             if need_current:
                 if held:
                     grad_current += grad_membrane
@@ -87,15 +88,14 @@ class _LIF(torch.autograd.Function):
             if need_theta:
                 grad_theta -= through_spike
                 if reset == "subtract":
-                    grad_theta -= fired * grad_membrane
+                    grad_theta.addcmul_(fired, grad_membrane, value=-1)
             if reset == "zero":
-                if need_beta:
-                    grad_beta += grad_membrane * before * (1 - fired)
-                grad_membrane = decay * grad_membrane * (1 - fired)
-            else:
-                if need_beta:
-                    grad_beta += grad_membrane * before
-                grad_membrane = decay * grad_membrane
+                before = before * (1 - fired)
+            if need_beta:
+                grad_beta.addcmul_(grad_membrane, before)
+            grad_membrane *= decay
+            if reset == "zero":
+                grad_membrane *= 1 - fired
         if need_beta:
             inside = ((beta >= 0) & (beta <= 1)).to(dtype)  # the clamp's own derivative
             grad_beta = (grad_beta.sum_to_size(_as_seen(beta, shape)) * inside).reshape(beta.shape).to(beta.dtype)

@@ -11,6 +11,8 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from g2g_kernels.cpu.library import unavailable
 
 #: the backends, in order of preference
@@ -97,7 +99,8 @@ class Operator:
                     function, refuses = self._implementations[name]
                     reason = refuses(*args, **kwargs)
                     if reason is None:
-                        _log_choice(self.name, name, tuple(reasons.items()))
+                        if not torch.compiler.is_compiling():
+                            _log_choice(self.name, name, tuple(reasons.items()))
                         return function(*args, **kwargs)
                 else:
                     reason = f"has no {self.name}"

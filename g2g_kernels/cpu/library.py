@@ -106,6 +106,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     return library, None
 
 
+@torch.compiler.assume_constant_result
 def unavailable() -> str | None:
     """Why the compiled kernels cannot be used here, or None."""
     return _load()[1]

@@ -53,6 +53,7 @@ struct EventCurrent {
     const float *tiles, *bias;
 
     void operator()(int64_t t, Vec* current) const {
+        Vec odd[kVecs] = {};  // two chains of sums, for smaller rounding errors
         for (int v = 0; v < kVecs; ++v) current[v] = load(bias + v * W);
         const int32_t* col = plan->tile_col.data();
         for (int32_t tile = plan->row_first[row], end = plan->row_first[row + 1]; tile < end;) {
@@ -62,11 +63,15 @@ struct EventCurrent {
             const int32_t stop = end - tile > kAtOnce ? tile + kAtOnce : end;
             for (int number = 0; tile < stop; ++number, ++tile)
                 size += append_bits(events + size, words[col[tile] * stride + t], number * 64);
-            for (int e = 0; e < size; ++e) {
-                const float* w = weights + events[e] * kLanes;
-                for (int v = 0; v < kVecs; ++v) current[v] += load(w + v * W);
+            int e = 0;
+            for (; e + 1 < size; e += 2) {
+                const float *w = weights + events[e] * kLanes, *x = weights + events[e + 1] * kLanes;
+                for (int v = 0; v < kVecs; ++v) current[v] += load(w + v * W), odd[v] += load(x + v * W);
             }
+            if (e < size)
+                for (int v = 0; v < kVecs; ++v) current[v] += load(weights + events[e] * kLanes + v * W);
         }
+        for (int v = 0; v < kVecs; ++v) current[v] += odd[v];
     }
 };
 
@@ -120,18 +125,24 @@ struct EventsByLane {
 inline void event_gradient(const EventsByLane& events, int64_t c, const float* grad_current, float* grad) {
     const uint16_t* rows = events.rows + c * events.capacity;
     const int32_t* first = events.first + c * (kLanes + 1);
+    constexpr int32_t kPiece = 64;  // events of a partial sum: rounding errors grow with its length
     for (int lane = 0; lane < kLanes; ++lane) {
         if (first[lane] == first[lane + 1]) continue;
-        Vec even[kVecs] = {}, odd[kVecs] = {};  // two chains: shorter waits and smaller rounding errors
-        int32_t e = first[lane];
-        for (; e + 1 < first[lane + 1]; e += 2) {
-            const float *g = grad_current + rows[e] * kLanes, *h = grad_current + rows[e + 1] * kLanes;
-            for (int v = 0; v < kVecs; ++v) even[v] += load(g + v * W), odd[v] += load(h + v * W);
+        Vec sum[kVecs] = {};
+        for (int32_t begin = first[lane], end = first[lane + 1]; begin < end; begin += kPiece) {
+            Vec even[kVecs] = {}, odd[kVecs] = {};
+            const int32_t stop = end - begin < kPiece ? end : begin + kPiece;
+            int32_t e = begin;
+            for (; e + 1 < stop; e += 2) {
+                const float *g = grad_current + rows[e] * kLanes, *h = grad_current + rows[e + 1] * kLanes;
+                for (int v = 0; v < kVecs; ++v) even[v] += load(g + v * W), odd[v] += load(h + v * W);
+            }
+            if (e < stop)
+                for (int v = 0; v < kVecs; ++v) even[v] += load(grad_current + rows[e] * kLanes + v * W);
+            for (int v = 0; v < kVecs; ++v) sum[v] += even[v] + odd[v];
         }
-        if (e < first[lane + 1])
-            for (int v = 0; v < kVecs; ++v) even[v] += load(grad_current + rows[e] * kLanes + v * W);
         float* target = grad + lane * kLanes;
-        for (int v = 0; v < kVecs; ++v) store(target + v * W, load(target + v * W) + (even[v] + odd[v]));
+        for (int v = 0; v < kVecs; ++v) store(target + v * W, load(target + v * W) + sum[v]);
     }
 }
 

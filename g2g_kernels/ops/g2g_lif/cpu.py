@@ -175,9 +175,9 @@ class _Call:
         state: torch.Tensor,
     ) -> None:
         count = len(values)
-        self.sizes = sizes = _Sizes(x, values, all_indices, held)
         if not (len(biases) == len(betas) == len(thresholds) == count and len(all_indices) == count * INDICES):
             raise ValueError("a stack needs as many biases, betas, thresholds and masks as values")
+        self.sizes = sizes = _Sizes(x, values, all_indices, held)
         self.plans = [plan_for(all_indices[i * INDICES : (i + 1) * INDICES], values[i]) for i in range(count)]
         self.layers = (LayerArguments * count)()
         self.stack = StackArguments(
@@ -245,6 +245,8 @@ def _forward(
     bf16: bool,
     keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    if not values or len(all_indices) != INDICES * len(values):
+        raise ValueError(f"{len(values)} layers need {INDICES * len(values)} tensors of masks, not {len(all_indices)}")
     sizes = _Sizes(x, values, all_indices, steps)
     spikes = workspace.empty((sum(sizes.spikes),), torch.int64)
     state = workspace.empty((sizes.state(keep),), torch.int64)

@@ -1,0 +1,567 @@
+"""The compiled CPU kernels where they differ from other backends: tiles, strips, chunks, events, threads, memory.
+
+What every backend must do is tested beside each operator (test_lif, test_g2g_linear, test_g2g_lif); here are the sizes
+at which these kernels take other paths, compared with plain PyTorch in float64.
+"""
+
+import gc
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import ErrorRatios, rms, seeded, threads
+
+from g2g_kernels import BlockMask, GroupLayout, LIFLayer, g2g_lif, g2g_linear, lif
+from g2g_kernels.cpu import library
+from g2g_kernels.cpu.plans import indices
+from g2g_kernels.cpu.workspace import Workspace, workspace
+from g2g_kernels.ops.lif import RESETS
+from g2g_kernels.ops.lif.surrogates import SURROGATES
+
+pytestmark = pytest.mark.skipif(library.unavailable() is not None, reason=str(library.unavailable()))
+
+UNITS = (1, 7, 16, 20, 32, 48, 64, 100)
+KINDS = {
+    "index": (("index", "index"),) * 3,
+    "random": (("random", "random"),) * 3,
+    "mixer": (("index", "index"), ("interleaved", "interleaved"), ("index", "index")),
+}
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_workspace(monkeypatch):
+    """What the kernels get to write on starts as NaN."""
+    monkeypatch.setattr(workspace, "poison", True)
+
+
+class Network:
+    """Three layers of 98 → 200 → 136 → 10 neurons, and inputs that keep every membrane clear of its threshold.
+
+    A membrane within rounding of the threshold may spike in one precision and not in another, and everything after
+    it differs; so seeds are tried until, in float64, none comes nearer than 3e-6.
+    """
+
+    def __init__(
+        self, kind: str, unit: int, steps: int = 9, batch: int = 5, x: str = "held", per_neuron: bool = True, **options
+    ) -> None:
+        for self.seed in range(200):
+            self._draw(kind, unit, steps, batch, x, per_neuron)
+            self.options = options
+            if self._margin() > 3e-6:
+                return
+        pytest.fail("no seed keeps the membranes clear of the threshold")
+
+    def _draw(self, kind, unit, steps, batch, x, per_neuron) -> None:
+        draw = seeded(self.seed)
+        sizes = (98, 200, 136, 10)
+        self.steps = steps if x == "held" else None
+        shape = (batch, 98) if x == "held" else (steps, batch, 98)
+        drawn = torch.rand(shape, generator=draw)
+        rate = {"held": None, "dense": None, "spikes": 0.2, "many spikes": 0.9}[x]
+        self.tensors = {"x": drawn if rate is None else (drawn < rate).float()}
+        self.masks = []
+        for k, (out_kind, in_kind) in enumerate(KINDS[kind]):
+            layouts = GroupLayout(sizes[k + 1], 4, out_kind, draw), GroupLayout(sizes[k], 4, in_kind, draw)
+            mask = BlockMask.sample(*layouts, p_intra=0.9, p_inter=0.3, block_size=unit, generator=draw)
+            if k == 1:  # a row and a column of units without any
+                keep = (mask.unit_row != 1) & (mask.unit_col != 0)
+                mask = BlockMask(*layouts, mask.unit_row[keep], mask.unit_col[keep], unit)
+            # slots in an order of their own, as after an update of the mask
+            order = torch.randperm(mask.num_units, generator=draw)
+            mask.relabel_(torch.arange(mask.num_units), mask.unit_row[order].clone(), mask.unit_col[order].clone())
+            self.masks.append(mask)
+            n = sizes[k + 1]
+            weight = (torch.rand(n, sizes[k], generator=draw) * 2 - 0.8) / mask.fan_in().clamp(min=4)[:, None] ** 0.5
+            size = n if per_neuron else 1
+            self.tensors |= {
+                f"values{k}": mask.pack(weight),
+                f"bias{k}": torch.rand(n, generator=draw) * 0.2,
+                f"beta{k}": torch.rand(size, generator=draw) * (1.6 if per_neuron else 0.4)
+                - (0.3 if per_neuron else -0.5),
+                f"threshold{k}": 0.5 + 0.5 * torch.rand(size, generator=draw),
+            }
+
+    def _layers(self, tensors) -> list[LIFLayer]:
+        names = ("bias", "beta", "threshold")
+        return [
+            LIFLayer(tensors[f"values{k}"], m, *(tensors[n + str(k)] for n in names)) for k, m in enumerate(self.masks)
+        ]
+
+    def _margin(self) -> float:
+        """The least distance of any membrane to its threshold, in float64."""
+        t = {name: tensor.double() for name, tensor in self.tensors.items()}
+        x = t["x"].expand(self.steps, *t["x"].shape) if self.steps else t["x"]
+        reset, least = self.options.get("reset", "subtract") if hasattr(self, "options") else "subtract", float("inf")
+        for layer in self._layers(t):
+            current = g2g_linear(x, layer.values, layer.mask, layer.bias, backend="torch")
+            u, out = torch.zeros_like(current[0]), []
+            for i in current:
+                fired = (u > layer.threshold).double()
+                u = u * (1 - fired) if reset == "zero" else u
+                u = layer.beta.clamp(0, 1) * u + i - (fired * layer.threshold if reset == "subtract" else 0)
+                least = min(least, (u - layer.threshold).abs().min().item())
+                out.append((u > layer.threshold).double())
+            x = torch.stack(out)
+        return least
+
+    def run(self, dtype: torch.dtype, backend: str, tensors=None) -> dict[str, torch.Tensor]:
+        """Counts, rates, spikes and every gradient of a loss that weighs each count and rate differently."""
+        leaves = {n: t.to(dtype).clone().requires_grad_() for n, t in (tensors or self.tensors).items()}
+        result = g2g_lif(leaves["x"], self._layers(leaves), self.steps, backend=backend, **self.options)
+        draw = seeded(7)
+        loss = (result.counts * torch.randn(result.counts.shape, generator=draw).to(dtype)).sum()
+        for rates in result.rates:
+            loss = loss + (rates * torch.randn(rates.shape, generator=draw).to(dtype) * 50).sum()
+        loss.backward()
+        outputs = {"counts": result.counts.detach()}
+        outputs |= {f"rates{k}": rates.detach() for k, rates in enumerate(result.rates)}
+        outputs |= {f"spikes{k}": spikes.dense() for k, spikes in enumerate(result.spikes)}
+        return outputs | {f"grad of {n}": leaf.grad for n, leaf in leaves.items()}
+
+
+def compare(network: Network, ratios: ErrorRatios) -> None:
+    actual = network.run(torch.float32, "cpu")
+    plain, exact = network.run(torch.float32, "torch"), network.run(torch.float64, "torch")
+    for name in actual:
+        if name.startswith(("spikes", "counts")):
+            assert torch.equal(actual[name].double(), exact[name]), name
+        else:
+            # parameters shared by a layer are one number each; the rule needs a mean, which tensor groups give
+            if rms(exact[name]) == 0:  # the gradient of β in one time step, for one
+                assert (actual[name] == 0).all(), name
+                continue
+            ratios.add(name.rstrip("012") if "grad" in name else "rates", actual[name], plain[name], exact[name])
+            scale = max(rms(exact[name]), 1e-30)
+            assert rms(actual[name].double() - exact[name]) / scale < 3e-5, f"{name} is wrong"
+    for k, mask in enumerate(network.masks):
+        assert (actual[f"grad of values{k}"][~mask.valid()] == 0).all(), "padding got a gradient"
+
+
+def check(ratios: ErrorRatios) -> None:
+    """The 1.5 rule where the number of comparisons differs by tensor (x has one a network, the others three)."""
+    logs = ratios._logarithms
+    for name in list(logs):
+        fresh = ErrorRatios()
+        fresh._logarithms = {name: logs[name]}
+        fresh.check(len(logs[name]))
+
+
+# --- the stack ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("x", ["held", "dense", "spikes", "many spikes"])
+def test_every_unit_size_and_order_of_neurons(x):
+    ratios = ErrorRatios()
+    for kind in KINDS:
+        for unit in UNITS:
+            compare(Network(kind, unit, x=x), ratios)
+    check(ratios)
+
+
+@pytest.mark.parametrize(("steps", "batch"), [(1, 1), (1, 5), (2, 1), (24, 3), (63, 2), (64, 1), (65, 2), (70, 3)])
+@pytest.mark.parametrize("x", ["held", "spikes"])
+def test_time_steps_and_batches(steps, batch, x):
+    ratios = ErrorRatios()
+    for unit in (1, 64):
+        compare(Network("mixer", unit, steps, batch, x), ratios)
+
+
+def test_more_rows_than_a_chunk():
+    ratios = ErrorRatios()
+    for unit in UNITS:
+        compare(Network("random", unit, steps=13, batch=70, x="spikes"), ratios)
+    check(ratios)
+
+
+@pytest.mark.parametrize("reset", RESETS)
+@pytest.mark.parametrize("surrogate", SURROGATES)
+@pytest.mark.parametrize("per_neuron", [False, True])
+def test_resets_and_surrogates(reset, surrogate, per_neuron):
+    ratios = ErrorRatios()
+    for alpha in (2.0, 0.7):
+        network = Network("mixer", 32, reset=reset, surrogate=surrogate, alpha=alpha, per_neuron=per_neuron)
+        compare(network, ratios)
+
+
+def test_input_rates_on_both_sides_of_the_crossing(monkeypatch):
+    """The same spikes through the event-driven products and through the matrix kernels."""
+    from g2g_kernels.ops.g2g_lif import cpu
+
+    network = Network("index", 64, x="spikes")
+    results = []
+    for limit in (1.0, -1.0):
+        monkeypatch.setattr(cpu, "EVENT_LIMIT", {False: limit, True: limit})
+        ratios = ErrorRatios()
+        compare(network, ratios)
+        check(ratios)
+        results.append(network.run(torch.float32, "cpu"))
+    assert torch.equal(results[0]["spikes1"], results[1]["spikes1"])
+    assert not torch.equal(results[0]["grad of values1"], results[1]["grad of values1"]), "only one path was taken"
+
+
+@pytest.mark.parametrize("x", ["held", "dense", "spikes"])
+@pytest.mark.parametrize("unit", [1, 16, 64])
+def test_bits_do_not_depend_on_the_threads(unit, x):
+    network = Network("mixer", unit, steps=11, batch=40, x=x)
+    results = []
+    for number in (1, 2, 3, 7):
+        with threads(number):
+            results.append(network.run(torch.float32, "cpu"))
+    for other in results[1:]:
+        for name, tensor in results[0].items():
+            assert torch.equal(tensor, other[name]), name
+
+
+def test_a_changed_mask_is_noticed():
+    """Slots that get other units in place, by whatever means, count from the next call on."""
+    network = Network("index", 16, x="spikes")
+    mask = network.masks[1]
+    taken = set(zip(mask.unit_row.tolist(), mask.unit_col.tolist(), strict=True))
+    free = [(r, c) for r in range(mask.grid[0]) for c in range(mask.grid[1]) if (r, c) not in taken][:3]
+    network.run(torch.float32, "cpu")
+    row, col = (torch.tensor(side) for side in zip(*free, strict=True))
+    with torch.inference_mode():
+        mask.relabel_(torch.tensor([4, 0, 9]), row, col)
+    actual, exact = network.run(torch.float32, "cpu"), network.run(torch.float64, "torch")
+    assert torch.equal(actual["spikes1"].double(), exact["spikes1"])
+    assert rms(actual["grad of values1"].double() - exact["grad of values1"]) < 1e-5 * rms(exact["grad of values1"])
+
+
+def test_graphs_that_outlive_one_another():
+    """Two forward passes before their backward passes, one graph walked twice, one dropped: nobody's memory is lost."""
+    network = Network("mixer", 64, steps=30, batch=40)  # large enough for memory from the pool
+    expected = network.run(torch.float32, "cpu")
+
+    def forward():
+        leaves = {n: t.clone().requires_grad_() for n, t in network.tensors.items()}
+        return leaves, g2g_lif(leaves["x"], network._layers(leaves), network.steps, backend="cpu")
+
+    def backward(leaves, result, retain=False):
+        draw = seeded(7)
+        loss = (result.counts * torch.randn(result.counts.shape, generator=draw)).sum()
+        for rates in result.rates:
+            loss = loss + (rates * torch.randn(rates.shape, generator=draw) * 50).sum()
+        return torch.autograd.grad(loss, list(leaves.values()), retain_graph=retain)
+
+    first, dropped, second = forward(), forward(), forward()
+    del dropped
+    gc.collect()
+    spikes = first[1].spikes[0].dense()
+    for call in (lambda: backward(*second), lambda: backward(*first, retain=True), lambda: backward(*first)):
+        for (name, _), grad in zip(network.tensors.items(), call(), strict=True):
+            assert torch.equal(grad, expected[f"grad of {name}"]), name
+    assert torch.equal(spikes, expected["spikes0"])
+
+
+def test_without_gradients_nothing_is_kept():
+    network = Network("index", 64)
+    with torch.no_grad():
+        result = g2g_lif(network.tensors["x"], network._layers(network.tensors), network.steps, backend="cpu")
+    expected = network.run(torch.float32, "cpu")
+    assert torch.equal(result.counts, expected["counts"])
+    assert torch.equal(result.spikes[1].dense(), expected["spikes1"])
+
+
+def test_bfloat16_leaves_products_of_events_exact(monkeypatch):
+    """Under autocast only dense factors are rounded; spikes and weights of event-driven products stay float32."""
+    from g2g_kernels.ops.g2g_lif import cpu
+
+    monkeypatch.setattr(cpu, "EVENT_LIMIT", dict.fromkeys((False, True), 1.0))
+    network = Network("mixer", 32, x="spikes")
+    exact = network.run(torch.float64, "torch")
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = network.run(torch.float32, "cpu")
+    for name, tensor in actual.items():
+        assert tensor.dtype == torch.float32, name
+        if name.startswith("spikes"):
+            assert torch.equal(tensor.double(), exact[name])
+        else:
+            assert rms(tensor.double() - exact[name]) < 0.01 * rms(exact[name]), name
+
+
+@pytest.mark.parametrize("x", ["held", "dense", "many spikes"])
+def test_bfloat16_matrix_kernels(x, monkeypatch):
+    """Rounded factors change some spikes: no more of them, and no more of the gradients, than in plain PyTorch."""
+    from g2g_kernels.ops.g2g_lif import cpu
+
+    monkeypatch.setattr(cpu, "EVENT_LIMIT", dict.fromkeys((False, True), -1.0))
+    errors = {"cpu": 0.0, "torch": 0.0}
+    for unit in (1, 16, 32, 64):
+        network = Network("mixer", unit, x=x)
+        exact = network.run(torch.float64, "torch")
+        for backend in errors:
+            with torch.autocast("cpu", torch.bfloat16):
+                actual = network.run(torch.float32, backend)
+            for name in ("spikes0", "spikes1", "grad of values0", "grad of values1", "grad of beta1"):
+                errors[backend] += rms(actual[name].double() - exact[name]) / rms(exact[name])
+    assert errors["cpu"] <= 1.5 * errors["torch"], errors
+
+
+# --- the parts alone ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("x", ["dense", "spikes", "many spikes"])
+@pytest.mark.parametrize("rows", [(3,), (1,), (7, 130), (1700,)])
+def test_linear_alone(x, rows):
+    ratios = ErrorRatios()
+    for unit in UNITS:
+        draw = seeded(unit)
+        layouts = GroupLayout(150, 4, "random", draw), GroupLayout(131, 4, "interleaved", draw)
+        mask = BlockMask.sample(*layouts, p_inter=0.3, block_size=unit, generator=draw)
+        drawn = torch.randn(*rows, 131, generator=draw)
+        tensors = {
+            "x": drawn if x == "dense" else (drawn > (1.2 if x == "spikes" else -1.2)).float(),
+            "values": mask.pack(torch.randn(150, 131, generator=draw)),
+            "bias": torch.randn(150, generator=draw),
+        }
+        outcome = []
+        for dtype, backend in ((torch.float32, "cpu"), (torch.float32, "torch"), (torch.float64, "torch")):
+            leaves = {n: t.to(dtype).clone().requires_grad_() for n, t in tensors.items()}
+            y = g2g_linear(leaves["x"], leaves["values"], mask, leaves["bias"], backend=backend)
+            y.backward(torch.randn(y.shape, generator=seeded(1)).to(dtype))
+            outcome.append({"y": y.detach(), **{n: leaf.grad for n, leaf in leaves.items()}})
+        for name in outcome[0]:
+            ratios.add(name, *(results[name] for results in outcome))
+        assert (outcome[0]["values"][~mask.valid()] == 0).all()
+    ratios.check(len(UNITS))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (70, 3, 5), (4, 2, 515), (3, 1030), (2, 3, 4, 17)])
+@pytest.mark.parametrize("steps", [None, 6])
+def test_lif_alone_has_the_very_bits_of_plain_pytorch(shape, steps):
+    """The forward pass rounds as PyTorch does, so spikes are equal; gradients of ∂L/∂I too, up to the surrogate."""
+    draw = seeded(0)
+    tensors = (
+        torch.randn(shape, generator=draw),
+        torch.rand(shape[-1], generator=draw) * 1.6 - 0.3,
+        torch.rand(shape[-1], generator=draw) + 0.2,
+    )
+    for reset in RESETS:
+        outcome = []
+        for backend in ("cpu", "torch"):
+            leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+            spikes = lif(*leaves, steps=steps, reset=reset, backend=backend)
+            spikes.backward(torch.randn(spikes.shape, generator=seeded(1)))
+            outcome.append((spikes.detach(), *(leaf.grad for leaf in leaves)))
+        assert torch.equal(outcome[0][0], outcome[1][0])
+        torch.testing.assert_close(outcome[0][1:], outcome[1][1:], rtol=2e-5, atol=2e-5)
+
+
+# --- operators ----------------------------------------------------------------------------------------------------
+
+
+def test_opcheck():
+    network = Network("mixer", 16, steps=3, batch=2)
+    t = {name: tensor.clone().requires_grad_() for name, tensor in network.tensors.items()}
+    groups = [[t[f"{name}{k}"] for k in range(3)] for name in ("values", "bias", "beta", "threshold")]
+    tensors = [tensor for mask in network.masks for tensor in indices(mask)]
+    options = (3, "subtract", "atan", 2.0, False)
+    torch.library.opcheck(torch.ops.g2g.stack_forward.default, (t["x"], *groups, tensors, *options, True))
+    detached = [[tensor.detach() for tensor in group] for group in groups]
+    x = network.tensors["x"]
+    counts, rates, spikes, state = torch.ops.g2g.stack_forward(x, *detached, tensors, *options, True)
+    torch.library.opcheck(
+        torch.ops.g2g.stack_backward.default, (counts, rates, x, *detached, tensors, spikes, state, *options, True)
+    )
+    mask = network.masks[0]
+    torch.library.opcheck(
+        torch.ops.g2g.unpack_spikes.default,
+        (spikes[: _words(mask, 2, 3)], detached[0][0], indices(mask), 2, 3),
+    )
+    torch.library.opcheck(
+        torch.ops.g2g.linear_forward.default, (t["x"], groups[0][0], t["bias0"], indices(mask), False)
+    )
+    dy = torch.randn(2, 200)
+    torch.library.opcheck(
+        torch.ops.g2g.linear_backward.default, (dy, x, detached[0][0], indices(mask), False, True, True)
+    )
+    current = torch.randn(4, 3, 10, requires_grad=True)
+    beta, theta = torch.tensor(0.9, requires_grad=True), torch.rand(10, requires_grad=True)
+    torch.library.opcheck(torch.ops.g2g.lif_forward.default, (current, beta, theta, 0, "zero", "sigmoid", 2.0))
+    torch.library.opcheck(
+        torch.ops.g2g.lif_backward.default,
+        (torch.randn(4, 3, 10), current.detach(), beta.detach(), theta.detach(), 0, "zero", "sigmoid", 2.0, True),
+    )
+
+
+def _words(mask: BlockMask, batch: int, steps: int) -> int:
+    from g2g_kernels.cpu.plans import blocks
+
+    return batch * steps * blocks(mask.rows.num_units, mask.rows.width)
+
+
+def test_operators_refuse_what_would_read_out_of_bounds():
+    """Called directly, past the checks of the public functions, with wrong sizes and wrong indices."""
+    network = Network("index", 16, steps=3, batch=2)
+    t = network.tensors
+    groups = [[t[f"{name}{k}"] for k in range(3)] for name in ("values", "bias", "beta", "threshold")]
+    tensors = [tensor for mask in network.masks for tensor in indices(mask)]
+    options = (3, "subtract", "atan", 2.0, False, True)
+
+    def call(x=t["x"], groups=groups, tensors=tensors):
+        return torch.ops.g2g.stack_forward(x, *groups, tensors, *options)
+
+    call()
+    for number, wrong in ((0, 1000), (1, -1), (2, -5), (2, 98), (3, 7), (4, 400), (5, -3)):
+        bad = [tensor.clone() for tensor in tensors]
+        bad[number][1] = wrong
+        with pytest.raises(ValueError, match="mask"):
+            call(tensors=bad)
+    with pytest.raises(ValueError, match="receives"):
+        call(x=t["x"][:, :50].contiguous())
+    for place, change in ((0, lambda v: v[:-1].contiguous()), (1, lambda v: v[:5]), (2, lambda v: v[:3])):
+        bad = [list(group) for group in groups]
+        bad[place][0] = change(bad[place][0])
+        with pytest.raises(ValueError, match=r"values|bias|beta"):
+            call(groups=bad)
+    with pytest.raises(ValueError, match="float32"):
+        call(x=t["x"].double())
+    with pytest.raises(ValueError, match="masks"):
+        call(tensors=tensors[:-1])
+
+
+def test_compiled_with_a_full_graph():
+    network = Network("index", 32)
+    expected = network.run(torch.float32, "cpu")
+    leaves = {n: t.clone().requires_grad_() for n, t in network.tensors.items()}
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def forward(x):
+        result = g2g_lif(x, network._layers(leaves), network.steps, backend="cpu")
+        return result.counts, result.rates
+
+    counts, rates = forward(leaves["x"])
+    draw = seeded(7)
+    loss = (counts * torch.randn(counts.shape, generator=draw)).sum()
+    for r in rates:
+        loss = loss + (r * torch.randn(r.shape, generator=draw) * 50).sum()
+    loss.backward()
+    assert torch.equal(counts, expected["counts"])
+    for name, leaf in leaves.items():
+        assert torch.equal(leaf.grad, expected[f"grad of {name}"]), name
+
+
+# --- memory, processes, instruction sets --------------------------------------------------------------------------
+
+
+def test_workspace_gives_memory_again_and_never_twice():
+    pool = Workspace()
+    first = pool.empty((1 << 20,))
+    address = first.data_ptr()
+    view = first[5:].view(-1)
+    del first
+    gc.collect()
+    second = pool.empty((1 << 20,))
+    assert second.data_ptr() != address, "a view still lives there"
+    del view
+    gc.collect()
+    assert pool.empty((1 << 20,)).data_ptr() == address
+    assert pool.bytes(100).data_ptr() % 64 == 0
+    pool.poison = True
+    assert pool.empty((3, 5)).isnan().all()
+    pool.clear()
+
+
+def test_workspace_does_not_hoard():
+    pool = Workspace()
+    for megabytes in range(4, 80, 4):
+        pool.bytes(megabytes << 20)
+    assert sum(map(len, pool._free)) <= 2 * (80 << 20)
+
+
+PROGRAM = """
+import torch
+from g2g_kernels import BlockMask, GroupLayout, LIFLayer, g2g_lif
+torch.manual_seed(3)
+torch.set_num_threads(2)
+draw = torch.Generator().manual_seed(0)
+mask = BlockMask.sample(GroupLayout(200, 4), GroupLayout(90, 4), block_size=16, generator=draw)
+values = mask.pack(torch.randn(200, 90) / 5).requires_grad_()
+layer = LIFLayer(values, mask, torch.zeros(200), torch.tensor(0.9), torch.tensor(1.0))
+x = torch.rand(8, 90)
+def step():
+    values.grad = None
+    result = g2g_lif(x, [layer], steps=6, backend="cpu")
+    result.counts.square().sum().backward()
+    return result.counts.detach().clone(), values.grad.clone()
+"""
+
+
+def _python(program: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM + program],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_child_computes_the_same():
+    program = """
+import os, warnings
+warnings.simplefilter("ignore")
+expected = step()
+child = os.fork()
+if child == 0:
+    # tensors are small: PyTorch's own OpenMP must not run here, it hangs in forked children
+    same = all(map(torch.equal, step(), expected))
+    os._exit(0 if same else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), all(map(torch.equal, step(), expected)))
+"""
+    assert _python(program).split() == ["0", "True"]
+
+
+def test_calls_from_several_python_threads():
+    program = """
+from concurrent.futures import ThreadPoolExecutor
+def counts(_):
+    with torch.no_grad():
+        return g2g_lif(x, [layer], steps=20, backend="cpu").counts
+expected = counts(0)
+with ThreadPoolExecutor(4) as callers:
+    print(all(torch.equal(expected, other) for other in callers.map(counts, range(40))))
+"""
+    assert _python(program).split() == ["True"]
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16"])
+def test_instruction_sets_agree(isa):
+    """Each set this CPU has, against the one it prefers: equal spikes, gradients up to rounding."""
+    program = """
+import sys
+from g2g_kernels.cpu.library import instruction_set
+counts, grad = step()
+torch.save((instruction_set(), counts, grad), sys.stdout.buffer)
+"""
+    import io
+
+    def run(**environment: str):
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM + program],
+            env={**os.environ, **environment},
+            capture_output=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return torch.load(io.BytesIO(done.stdout))
+
+    name, counts, grad = run(G2G_CPU_ISA=isa)
+    if name != isa:
+        pytest.skip(f"this CPU has no {isa}")
+    _, expected_counts, expected_grad = run()
+    assert torch.equal(counts, expected_counts)
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-6 * expected_grad.abs().max().item())
+
+
+def test_without_the_library_the_reason_is_told():
+    program = """
+from g2g_kernels import backend_status
+print(backend_status()["cpu"])
+"""
+    assert "not built" in _python(program, G2G_CPU_LIBRARY="/nowhere/lib.so")

@@ -1,0 +1,122 @@
+"""The flags that the benchmarks share, and what they do before measuring."""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import g2gnet
+from benchmarks.workload import Prepared, Workload, load, prepare
+from g2g_kernels import BackendError, select_device
+from g2gnet.data import DataError
+from g2gnet.network import MODELS
+
+#: the sizes of ``--quick``, which flags may still override
+QUICK = {"batch_size": 64, "T": 20, "hidden_dim": 1024}
+QUICK_REPEATS = 5
+
+
+def add_flags(parser: argparse.ArgumentParser, repeats: int) -> None:
+    """Adds the workload's sizes and where, how often and how to report."""
+    default = {field.name: field.default for field in dataclasses.fields(Workload)}
+    group = parser.add_argument_group("workload")
+    for name, kind, text in (
+        ("batch_size", int, "images in a step"),
+        ("T", int, "time steps of a sample"),
+        ("hidden_dim", int, "neurons in each of the two hidden layers"),
+        ("p_inter", float, "probability of a connection unit between groups"),
+        ("block_size", int, "side of a connection unit in weights"),
+        ("train_steps", int, "optimizer steps before anything is measured"),
+        ("seed", int, "seed of the network and its training"),
+    ):
+        quick = f", {QUICK[name]} with --quick" if name in QUICK else ""
+        metavar = "N" if kind is int else "X"
+        group.add_argument(f"--{name}", type=kind, metavar=metavar, help=f"{text} (default: {default[name]}{quick})")
+    group.add_argument("--model", choices=MODELS, help=f"network (default: {default['model']})")
+    group.add_argument(
+        "--dataset", choices=("fashionmnist", "fashionmnist-mini"), help=f"images (default: {default['dataset']})"
+    )
+    group.add_argument("--data_dir", default="data", metavar="DIR", help="where data sets lie (default: data)")
+    group = parser.add_argument_group("measurement")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    text = f"timed turns (default: {repeats}, {QUICK_REPEATS} with --quick)"
+    group.add_argument("--repeats", type=int, metavar="N", help=text)
+    parser.set_defaults(usual_repeats=repeats)
+    group.add_argument("--quick", action="store_true", help="smaller sizes: under two minutes on two cores")
+    group.add_argument("--json", metavar="FILE", help="write the record, with every timing, to FILE")
+
+
+def workload_from(arguments: argparse.Namespace, **changes: Any) -> Workload:
+    """The workload that the flags ask for, with ``changes``; raises SettingsError where it is out of range."""
+    names = [field.name for field in dataclasses.fields(Workload)]
+    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    return Workload(**{**(QUICK if arguments.quick else {}), **given, **changes})
+
+
+def device_from(arguments: argparse.Namespace) -> torch.device:
+    """The device to measure on.
+
+    Raises:
+        ValueError: unless this is a CPU or a CUDA device that this machine has.
+    """
+    device = select_device(arguments.device)
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device={arguments.device!r}: benchmarks run on cpu and cuda only")
+    return device
+
+
+def prepare_with_bar(workload: Workload, data_dir: str) -> tuple[Path, Prepared]:
+    """Prepares the workload under a progress bar, and reads it."""
+    with tqdm(total=workload.train_steps, desc="training", unit=" steps", leave=False, disable=None) as bar:
+        path = prepare(workload, data_dir, lambda steps: bar.update(steps - bar.n) and None)
+    prepared = load(path)
+    if prepared.note:
+        print(prepared.note, file=sys.stderr)
+    return path, prepared
+
+
+def headline(machine: dict[str, Any]) -> str:
+    """The machine in one line."""
+    device = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads, {machine['cpu_capability']}"
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
+    commit, changes = (machine["commit"] or "no commit"), ""
+    if commit.endswith("+changes"):
+        commit, changes = commit.removesuffix("+changes"), " with changes"
+    return f"g2g {g2gnet.__version__} ({commit[:8]}{changes}) on {device}; {versions}"
+
+
+def warn_if_busy(machine: dict[str, Any], rates: dict[str, float]) -> None:
+    """Says so if other programs took part of the machine while we measured."""
+    busy = rates.get("others_busy_cores", 0.0)
+    if busy > 0.1:
+        print(
+            f"Other programs kept {busy:.1f} of {machine['cores']} cores busy: these times are not worth much, least "
+            "of all those of loops over many small operations."
+        )
+
+
+def run(parser: argparse.ArgumentParser, program: Callable[[argparse.Namespace], int], argv: Any) -> int:
+    """Runs ``program`` on the parsed flags; returns its exit status, or 2 with a message for what users get wrong."""
+    arguments = parser.parse_args(argv)
+    try:
+        if arguments.repeats is None:
+            arguments.repeats = QUICK_REPEATS if arguments.quick else arguments.usual_repeats
+        if arguments.repeats < 1:
+            raise ValueError(f"repeats={arguments.repeats} is out of range; give a value at least 1")
+        return program(arguments)
+    except (ValueError, BackendError, DataError) as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\n{parser.prog}: interrupted", file=sys.stderr)
+        return 130
+
+
+def numbers(text: str, kind: Callable[[str], Any]) -> Sequence[Any]:
+    """A comma-separated list."""
+    return [kind(part) for part in text.split(",")]

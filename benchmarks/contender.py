@@ -1,0 +1,183 @@
+"""What a contender is: something that takes the workload's training step, in its own way, and can be checked.
+
+Adam runs with a learning rate of zero: it does all of its work, and leaves the weights as they are, so that every
+repeat times the network that was checked, at the firing rates that are printed.
+"""
+
+import contextlib
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from benchmarks.reference import Results
+from benchmarks.workload import Prepared
+from g2gnet import G2GLinear
+
+
+class Contender(ABC):
+    """One way to compute the workload, built on one device in one precision.
+
+    Attributes:
+        reset: the reset that it computes, as named in :mod:`benchmarks.reference`.
+        masked: whether weights outside the mask do not exist for it.
+        omits: the names of the results that it does not compute.
+        differs: what else a reader should know of what it computes, in a few words, or "".
+    """
+
+    reset: ClassVar[str] = "after decay"
+    masked: ClassVar[bool] = True
+    omits: ClassVar[tuple[str, ...]] = ()
+    differs: ClassVar[str] = ""
+
+    @abstractmethod
+    def __init__(self, prepared: Prepared, device: torch.device, precision: str, **options: Any) -> None: ...
+
+    @classmethod
+    def preload(cls, prepared: Prepared) -> None:
+        """Loads what is data rather than the contender's own; called before its memory is counted."""
+        return None
+
+    @abstractmethod
+    def step(self) -> None:
+        """Takes one training step; for neurons alone, forward and backward."""
+
+    @abstractmethod
+    def results(self) -> Results:
+        """What :mod:`benchmarks.reference` computes, from the code that :meth:`step` runs."""
+
+    def forward(self) -> torch.Tensor:
+        """Evaluates the batch without gradients: spike counts [B, C]."""
+        raise NotImplementedError
+
+    def firing_rates(self) -> list[float]:
+        """Spikes per neuron, step and sample of each layer."""
+        raise NotImplementedError
+
+
+class NetworkContender(Contender):
+    """A network from samples [B, D] to spike counts [B, C], trained with cross-entropy and fused Adam.
+
+    Its modules are called ``fc1``, ``lif1``, … ``lif3``; subclasses whose modules are not like ``nn.Linear`` and have
+    no parameters called ``beta`` and ``threshold`` override :meth:`gradients`.
+    """
+
+    def __init__(self, prepared: Prepared, device: torch.device, precision: str) -> None:
+        self.device = device
+        self.precision = precision
+        self.images, self.labels = prepared.images.to(device), prepared.labels.to(device)
+        self.net = self.build(prepared).to(device)
+        settings = prepared.workload.settings()
+        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=0.0, weight_decay=settings.weight_decay, fused=True)
+
+    @abstractmethod
+    def build(self, prepared: Prepared) -> nn.Module:
+        """The network with the workload's weights, on the CPU."""
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        if self.precision == "bf16":
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def _backward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        self.optimizer.zero_grad(set_to_none=True)
+        with self.autocast():
+            counts = self.net(self.images)
+        loss = F.cross_entropy(counts.float(), self.labels)
+        loss.backward()
+        return loss.detach(), counts.detach()
+
+    def step(self) -> None:
+        self._backward()
+        self.optimizer.step()
+
+    @torch.no_grad()
+    def forward(self) -> torch.Tensor:
+        with self.autocast():
+            return self.net(self.images)
+
+    def results(self) -> Results:
+        loss, counts = self._backward()
+        results = {"loss": loss, "counts": counts, **self.gradients()}
+        self.optimizer.zero_grad(set_to_none=True)
+        return results
+
+    def gradients(self) -> Results:
+        """The gradients of the last :meth:`_backward`, those of weights as dense [out, in]."""
+        kept = ("weight", "bias", "beta", "threshold")
+        return {
+            name: parameter.grad
+            for name, parameter in self.net.named_parameters()
+            if name.rpartition(".")[2] in kept and parameter.grad is not None
+        }
+
+    @torch.no_grad()
+    def firing_rates(self) -> list[float]:
+        seen: dict[str, list[torch.Tensor]] = {}
+
+        def listen(name: str) -> torch.utils.hooks.RemovableHandle:
+            def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+                spikes = output[0] if isinstance(output, tuple) else output
+                seen.setdefault(name, []).append(spikes.float().mean())
+
+            return self.net.get_submodule(name).register_forward_hook(hook)
+
+        handles = [listen(f"lif{number}") for number in (1, 2, 3)]
+        self.forward()
+        for handle in handles:
+            handle.remove()
+        return [float(torch.stack(means).mean()) for _, means in sorted(seen.items())]
+
+
+def dense_linear(connection: G2GLinear, kind: type[nn.Linear] = nn.Linear, **options: Any) -> nn.Linear:
+    """A dense layer with the weights of ``connection``, zero where it has none."""
+    linear = kind(connection.in_features, connection.out_features, **options)
+    assert connection.bias is not None
+    with torch.no_grad():
+        linear.weight.copy_(connection.dense_weight())
+        linear.bias.copy_(connection.bias)
+    return linear
+
+
+class NeuronContender(Contender):
+    """LIF neurons alone, from currents [T, B, N] to spikes, forward and backward.
+
+    Attributes:
+        beta, threshold: the learnable scalars; subclasses whose library makes its own put those here.
+    """
+
+    def __init__(self, prepared: Prepared, device: torch.device, precision: str) -> None:
+        if precision != "fp32":
+            raise ValueError(f"neurons alone are measured in fp32 only, not in {precision}")
+        current, grad_spikes, beta, threshold = (tensor.to(device) for tensor in prepared.neuron_inputs)
+        self.current = current.detach().requires_grad_()
+        self.grad_spikes = grad_spikes
+        self.beta = beta.clone().requires_grad_()
+        self.threshold = threshold.clone().requires_grad_()
+
+    @classmethod
+    def preload(cls, prepared: Prepared) -> None:
+        _ = prepared.neuron_inputs
+
+    @abstractmethod
+    def run(self) -> torch.Tensor | list[torch.Tensor]:
+        """Runs forward and backward and returns the spikes, [T, B, N] or a list of [B, N]."""
+
+    def _run(self) -> torch.Tensor | list[torch.Tensor]:
+        self.current.grad = self.beta.grad = self.threshold.grad = None
+        return self.run()
+
+    def step(self) -> None:
+        self._run()
+
+    def results(self) -> Results:
+        spikes = self._run()
+        spikes = torch.stack(spikes) if isinstance(spikes, list) else spikes
+        gradients = {"current": self.current.grad, "beta": self.beta.grad, "threshold": self.threshold.grad}
+        computed = {name: tensor for name, tensor in gradients.items() if tensor is not None}
+        return {"spikes": spikes.detach() > 0.5, **computed}
+
+    def firing_rates(self) -> list[float]:
+        return [float(self.results()["spikes"].float().mean())]

@@ -1,0 +1,100 @@
+"""The gate: whoever computes something else than asked gets no time.
+
+The error of a tensor is Σ|actual − exact| / Σ|exact|, with the exact values from a float64 run of
+:mod:`benchmarks.reference`; where the tensor is a sum over neurons (the gradient of a shared β or θ), its difference
+is divided by the sum of the terms' magnitudes, since terms of either sign may cancel to next to nothing.
+
+Rounding alone makes some membranes fall on the other side of their threshold, and a spike more or less changes all
+that follows in that sample. How much that is depends on the network and on T, so it is measured: the largest error of
+the reference itself, run in the contender's precision. A contender may have ``ALLOWANCE`` times as much: in float32
+few spikes flip, and which ones is chance; in bfloat16 thousands do, and their sum is steady. It may always have
+``FLOOR``, for where the reference happened to flip none.
+
+At the default workload the float32 reference is off by 2e-4 to 8e-4, depending on the weights; 1e-3 to 2.3e-3 may
+pass. A surrogate sharper by 1 % would be off by 1e-2, a β larger by 0.001 by 8e-2, one missing unit of weights by
+1e-1, a missing bias by 8e-1. In bfloat16 rounding alone is worth 6e-2 to 8e-2: there the gate tells a wrong formula
+from a right one (SpikingJelly's reset judged by g2g's would be off by 3e-1), and the float32 run of the same code has
+to tell the rest.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.reference import Results, network_results, neuron_results
+from benchmarks.workload import Prepared
+
+ALLOWANCE = {"fp32": 3.0, "bf16": 1.5}
+FLOOR = {"fp32": 1e-3, "bf16": 1e-2}
+
+
+class Verdict(NamedTuple):
+    """Errors by tensor, the bound on each, and why the contender fails ("" if it does not)."""
+
+    errors: dict[str, float]
+    bound: float
+    objection: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """In JSON's terms, which has no NaN."""
+        errors = {name: value if math.isfinite(value) else str(value) for name, value in self.errors.items()}
+        return {"errors": errors, "bound": self.bound, "objection": self.objection}
+
+
+def error(actual: torch.Tensor, exact: torch.Tensor) -> float:
+    """The relative error as this module defines it; NaN if ``actual`` is not finite."""
+    actual, exact = actual.cpu().double(), exact.double()
+    scale = exact.abs().sum()
+    if actual.dim() == 0:
+        exact = exact.sum()
+    if actual.shape != exact.shape:
+        return math.nan
+    difference = (actual - exact).abs().sum()
+    return float(difference / scale) if scale > 0 else float(difference)
+
+
+class Judge:
+    """Judges the results of contenders for one workload and kernel."""
+
+    def __init__(self, prepared: Prepared, kernel: str) -> None:
+        self._prepared = prepared
+        self._kernel = kernel
+        self._masks = {
+            f"fc{number}.weight": connection.mask.to_dense()
+            for number, (connection, _) in enumerate(prepared.network("torch").layers(), 1)
+        }
+        self._reference = functools.cache(self._compute)  # of this judge alone
+
+    def _compute(self, reset: str, precision: str) -> Results:
+        if self._kernel == "lif":
+            return neuron_results(self._prepared.neuron_inputs, reset, precision)
+        results = network_results(self._prepared, reset, precision)
+        return {"counts": results["counts"]} if self._kernel == "forward" else results
+
+    def bound(self, reset: str, precision: str) -> float:
+        """The largest error that rounding explains."""
+        exact, rounded = self._reference(reset, "float64"), self._reference(reset, precision)
+        return max(FLOOR[precision], ALLOWANCE[precision] * max(error(rounded[name], exact[name]) for name in exact))
+
+    def verdict(self, results: Results, reset: str, precision: str, masked: bool, omits: tuple[str, ...]) -> Verdict:
+        """Compares ``results`` with the reference of the contender's own formula.
+
+        Args:
+            results: by the reference's names.
+            reset: the contender's reset formula, as in :mod:`benchmarks.reference`.
+            precision: ``"fp32"`` or ``"bf16"``.
+            masked: whether weights outside the mask do not exist for the contender, so that their gradient is zero.
+            omits: the names of what the contender does not compute.
+        """
+        exact = {name: tensor for name, tensor in self._reference(reset, "float64").items() if name not in omits}
+        bound = self.bound(reset, precision)
+        if results.keys() != exact.keys():
+            missing, extra = sorted(exact.keys() - results.keys()), sorted(results.keys() - exact.keys())
+            return Verdict({}, bound, f"does not give {missing}, gives {extra} unasked")
+        if masked:
+            exact |= {name: exact[name] * mask for name, mask in self._masks.items() if name in exact}
+        errors = {name: error(results[name], tensor) for name, tensor in exact.items()}
+        wrong = [f"{name} is off by {value:.1e}" for name, value in errors.items() if not value <= bound]
+        return Verdict(errors, bound, f"{', '.join(wrong)}; at most {bound:.1e} is allowed" if wrong else "")

@@ -1,0 +1,30 @@
+"""The least time that the workload's arithmetic and memory traffic can take at the machine's own rates.
+
+Floating-point operations count active weights only: 2·T·B a weight for each of forward, input gradient and weight
+gradient. ``fc1`` sees the same input at every step and needs no input gradient: 2·B a weight, forward and once more.
+Bytes count the passes over [T, B, N] float32 that LIF neurons cannot do without: two forward (currents in, spikes
+out), three backward (the spikes' gradient and the membranes in, the currents' gradient out). A kernel that skips
+silent neurons or packs spikes can come below this floor.
+"""
+
+from benchmarks.workload import Prepared
+
+
+def work(prepared: Prepared, kernel: str) -> dict[str, int]:
+    """``flop`` and ``bytes`` of one turn."""
+    w = prepared.workload
+    samples = w.T * w.batch_size
+    if kernel == "lif":
+        return {"flop": 0, "bytes": 5 * 4 * samples * w.hidden_dim}
+    first, *rest = prepared.active_weights()
+    neurons = 2 * w.hidden_dim + prepared.num_classes
+    training = kernel == "step"
+    return {
+        "flop": (2 if training else 1) * 2 * w.batch_size * first + (3 if training else 1) * 2 * samples * sum(rest),
+        "bytes": (5 if training else 2) * 4 * samples * neurons,
+    }
+
+
+def floor_seconds(done: dict[str, int], rates: dict[str, float]) -> float:
+    """The time of that work, products and traffic one after the other, at :meth:`benchmarks.machine.Limits.rates`."""
+    return done["flop"] / rates["matrix_flop_per_s"] + done["bytes"] / rates["copy_bytes_per_s"]

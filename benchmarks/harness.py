@@ -1,0 +1,231 @@
+"""Runs contenders side by side, each in a process of its own, and times them in turn.
+
+A process of its own makes peak memory each contender's own, and one that waits on its pipe takes no processor time.
+Turns are interleaved, round by round and in an order that rotates, so that whatever else the machine does meets all
+of them alike. Nobody is timed before the judge has found its results right.
+"""
+
+import contextlib
+import importlib
+import multiprocessing
+import signal
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.contender import Contender
+from benchmarks.correctness import Judge, Verdict
+from benchmarks.machine import PeakMemory, load_lazy_parts, synchronize
+from benchmarks.registry import KERNELS, Entry
+from benchmarks.workload import load
+
+
+@dataclass(frozen=True)
+class Job:
+    """A contender to run on a prepared workload."""
+
+    entry: Entry
+    path: Path
+    kernel: str = "step"
+    device: str = "cpu"
+
+
+@dataclass
+class Outcome:
+    """What became of a job.
+
+    Attributes:
+        status: ``"timed"``, or why there is no time: ``"skipped"`` (cannot run here), ``"refused"`` (says it cannot
+            do this), ``"wrong"`` (its results are).
+        reason: the same in words, or "".
+        seconds: one a repeat.
+        peak_bytes: above the process with its imports and the data.
+        differs: what it computes differently from the others, in words.
+    """
+
+    job: Job
+    status: str = "timed"
+    reason: str = ""
+    seconds: list[float] = field(default_factory=list)
+    peak_bytes: int | None = None
+    firing_rates: list[float] | None = None
+    differs: str = ""
+    verdict: Verdict | None = None
+
+
+class WorkerError(RuntimeError):
+    """A worker could not do what it was asked to."""
+
+
+class _Worker:
+    """The parent's end of a contender's process."""
+
+    def __init__(self, job: Job) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, job), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def ask(self, request: str, *arguments: Any) -> Any:
+        try:
+            self._connection.send((request, *arguments))
+            succeeded, answer = self._connection.recv()
+        except (EOFError, OSError):
+            self._process.join(10)
+            raise WorkerError(f"its process died (exit code {self._process.exitcode})") from None
+        if not succeeded:
+            raise WorkerError(answer)
+        return answer
+
+    def close(self) -> None:
+        self._connection.close()
+        self._process.terminate()
+        self._process.join()
+
+
+def _serve(connection: Connection, job: Job) -> None:
+    """The child's life: answers requests until the pipe is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
+    session = _Session(job)
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            request, *arguments = connection.recv()
+            try:
+                answer = True, getattr(session, request)(*arguments)
+            except Exception as error:
+                where = traceback.extract_tb(error.__traceback__)[-1]
+                answer = False, f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
+            connection.send(answer)
+
+
+class _Session:
+    """The child's side of each request."""
+
+    contender: Contender
+    memory: PeakMemory
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.device = torch.device(job.device)
+
+    def build(self) -> None:
+        module, _, name = self.job.entry.target.partition(":")
+        kind: type[Contender] = getattr(importlib.import_module(module), name)
+        prepared = load(self.job.path)
+        kind.preload(prepared)
+        load_lazy_parts(self.device)
+        self.memory = PeakMemory(self.device)
+        self.contender = kind(prepared, self.device, self.job.entry.precision, **self.job.entry.options)
+
+    def time(self) -> float:
+        """Seconds for one turn."""
+        work = getattr(self.contender, KERNELS[self.job.kernel])
+        synchronize(self.device)
+        start = time.perf_counter()
+        work()
+        synchronize(self.device)
+        return time.perf_counter() - start
+
+    def peak(self) -> int:
+        return self.memory.above()
+
+    def results(self) -> dict[str, Any]:
+        forward_only = self.job.kernel == "forward"
+        results = {"counts": self.contender.forward()} if forward_only else self.contender.results()
+        # numpy goes through the pipe as it is; tensors would go through shared memory that dies with this process
+        return {
+            "results": {name: tensor.detach().cpu().numpy() for name, tensor in results.items()},
+            "firing_rates": self.contender.firing_rates(),
+            "reset": self.contender.reset,
+            "masked": self.contender.masked,
+            "omits": self.contender.omits,
+            "differs": self.contender.differs,
+        }
+
+
+def measure(
+    jobs: Sequence[Job],
+    repeats: int = 10,
+    warm_up: int = 2,
+    progress: Callable[[str], None] = lambda text: None,
+    between_rounds: Callable[[], None] = lambda: None,
+) -> list[Outcome]:
+    """Checks and times the jobs.
+
+    Args:
+        jobs: what to run; jobs whose entry is unavailable come back as skipped.
+        repeats: timed turns each.
+        warm_up: untimed turns before them; memory is what these take.
+        progress: called with what is being done, once a job for its check and once a job and round.
+        between_rounds: called after each round, when no contender computes.
+    """
+    outcomes = [Outcome(job) for job in jobs]
+    judges: dict[tuple[Path, str], Judge] = {}
+    with contextlib.ExitStack() as stack:
+        racers: list[tuple[_Worker, Outcome]] = []
+        for outcome in outcomes:
+            progress(f"checking {outcome.job.entry.label}")
+            if outcome.job.entry.unavailable:
+                outcome.status, outcome.reason = "skipped", outcome.job.entry.unavailable
+                continue
+            key = outcome.job.path, outcome.job.kernel
+            if key not in judges:
+                judges[key] = Judge(load(outcome.job.path), outcome.job.kernel)
+            worker = _Worker(outcome.job)
+            stack.callback(worker.close)
+            if _admit(worker, outcome, judges[key], warm_up):
+                racers.append((worker, outcome))
+            else:
+                worker.close()
+        judges.clear()
+        for turn, (worker, outcome) in _turns(racers, repeats):
+            if turn == 0:
+                between_rounds()
+            progress(outcome.job.entry.label)
+            if outcome.status == "timed":
+                with _noting_failure(outcome):
+                    outcome.seconds.append(worker.ask("time"))
+    return outcomes
+
+
+def _turns(racers: Sequence[tuple[_Worker, Outcome]], rounds: int) -> Iterator[tuple[int, tuple[_Worker, Outcome]]]:
+    """Everyone once a round, each round begun by the next one; numbered within the round."""
+    for number in range(rounds):
+        first = number % len(racers) if racers else 0
+        yield from enumerate((*racers[first:], *racers[:first]))
+
+
+def _admit(worker: _Worker, outcome: Outcome, judge: Judge, warm_up: int) -> bool:
+    """Builds and warms up the contender, counts its memory and has its results judged."""
+    with _noting_failure(outcome):
+        worker.ask("build")
+        for _ in range(max(1, warm_up)):
+            worker.ask("time")
+        outcome.peak_bytes = worker.ask("peak")
+        answer = worker.ask("results")
+        outcome.firing_rates, outcome.differs = answer["firing_rates"], answer["differs"]
+        outcome.verdict = judge.verdict(
+            {name: torch.as_tensor(array) for name, array in answer["results"].items()},
+            answer["reset"],
+            outcome.job.entry.precision,
+            answer["masked"],
+            answer["omits"],
+        )
+        if outcome.verdict.objection:
+            outcome.status, outcome.reason = "wrong", outcome.verdict.objection
+    return outcome.status == "timed"
+
+
+@contextlib.contextmanager
+def _noting_failure(outcome: Outcome) -> Iterator[None]:
+    try:
+        yield
+    except WorkerError as error:
+        outcome.status, outcome.reason, outcome.seconds = "refused", str(error), []

@@ -1,0 +1,184 @@
+"""The machine that a number was measured on: its name and versions, the memory in use, its own rates."""
+
+import contextlib
+import datetime
+import importlib.metadata
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "numpy", "snntorch", "spikingjelly", "triton")
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """What a record must say for someone else to judge or repeat it."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "memory_gb": round(_memory_bytes() / 1e9, 1),
+        "device": str(device),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "cuda": torch.version.cuda,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def commit() -> str | None:
+    """The commit of this repository, marked ``+changes`` where the working tree differs from it; None without git."""
+    folder = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(("git", *arguments), cwd=folder, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _memory_bytes() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return 0
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+class PeakMemory:
+    """The most memory this process (or its CUDA device) held at once, above what it held when this was made.
+
+    On Linux the kernel's high-water mark is first set back to what is resident now, so that neither imports nor the
+    parent process count (``ru_maxrss`` is inherited through fork and exec); elsewhere ``ru_maxrss`` has to do, and on
+    Windows nothing is counted.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        else:
+            with contextlib.suppress(OSError):  # where it fails the mark stays, and less is counted
+                Path("/proc/self/clear_refs").write_text("5")
+        self.before = self._mark()
+
+    def above(self) -> int:
+        """Bytes."""
+        return self._mark() - self.before
+
+    def _mark(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        try:
+            lines = Path("/proc/self/status").read_text().splitlines()
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+        except (OSError, StopIteration):
+            if sys.platform == "win32":
+                return 0
+            import resource
+
+            unit = 1 if sys.platform == "darwin" else 1024
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def load_lazy_parts(device: torch.device) -> None:
+    """Takes a training step of next to nothing, so that what PyTorch loads on first use counts as imports."""
+    layer = torch.nn.Linear(64, 64).to(device)
+    optimizer = torch.optim.Adam(layer.parameters(), fused=True)
+    layer(torch.ones(64, 64, device=device)).sum().backward()
+    optimizer.step()
+    synchronize(device)
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until ``device`` has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def busy_cores(seconds: float = 0.2) -> float:
+    """How many cores worked during the next ``seconds``, in which the caller sleeps; NaN where nothing tells."""
+
+    def ticks() -> tuple[int, int]:
+        user, nice, system, idle, iowait, irq, softirq, steal, *_ = map(
+            int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+        )
+        return user + nice + system + irq + softirq + steal, idle + iowait
+
+    try:
+        busy, idle = ticks()
+        time.sleep(seconds)
+        busy, idle = (after - before for after, before in zip(ticks(), (busy, idle), strict=True))
+    except (OSError, ValueError):
+        return math.nan
+    return (os.cpu_count() or 1) * busy / max(1, busy + idle)
+
+
+class Limits:
+    """The machine's own rates, measured along with everything else: call :meth:`measure` now and then.
+
+    ``matrix``: FLOP/s of a 2048 × 2048 × 2048 product in float32 (TF32 off, as PyTorch has it); ``copy``: bytes/s read
+    and written by a copy of 256 MiB into memory that is already there. Both stand for what the machine can do, so the
+    best sample counts. With them goes how many cores others kept busy while all that is ours was waiting.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        side, size = 2048, 64 << 20
+        self._factors = torch.rand(2, side, side, device=device)
+        self._product = torch.empty(side, side, device=device)
+        self._source = torch.ones(size, device=device)
+        self._target = torch.zeros(size, device=device)
+        self._seconds: dict[str, list[float]] = {"matrix": [], "copy": []}
+        self._work = {"matrix": 2 * side**3, "copy": 2 * 4 * size}
+        self._busy: list[float] = []
+        self.measure()
+
+    def measure(self) -> None:
+        """Takes one more sample of each."""
+        self._busy.append(busy_cores())
+        self._time("matrix", lambda: torch.mm(self._factors[0], self._factors[1], out=self._product))
+        self._time("copy", lambda: self._target.copy_(self._source))
+
+    def _time(self, name: str, work: Callable[[], Any]) -> None:
+        synchronize(self.device)
+        start = time.perf_counter()
+        work()
+        synchronize(self.device)
+        self._seconds[name].append(time.perf_counter() - start)
+
+    def rates(self) -> dict[str, float]:
+        """``matrix_flop_per_s``, ``copy_bytes_per_s`` and, where it can be known, ``others_busy_cores``."""
+        rates = {name: self._work[name] / min(taken) for name, taken in self._seconds.items()}
+        busy = statistics.mean(self._busy)
+        known = {} if math.isnan(busy) else {"others_busy_cores": busy}
+        return {"matrix_flop_per_s": rates["matrix"], "copy_bytes_per_s": rates["copy"], **known}

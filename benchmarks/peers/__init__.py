@@ -1,0 +1,1 @@
+"""The named peers, one module a library, each in its strongest form."""

@@ -1,0 +1,42 @@
+"""Dense ``nn.Linear`` over all time steps with g2g's LIF: what layer-by-layer evaluation alone is worth, no sparsity.
+
+The LIF runs on the best backend that the machine has; ``fc1`` is computed once, its input being the same at every step.
+"""
+
+import torch
+from torch import nn
+
+from benchmarks.contender import NetworkContender, dense_linear
+from benchmarks.workload import Prepared
+from g2gnet import LIF
+
+
+class _Network(nn.Module):
+    fc1: nn.Linear
+    fc2: nn.Linear
+    fc3: nn.Linear
+    lif1: LIF
+    lif2: LIF
+    lif3: LIF
+
+    def __init__(self, prepared: Prepared) -> None:
+        super().__init__()
+        self.steps = prepared.workload.T
+        for number, (connection, neurons) in enumerate(prepared.network().layers(), 1):
+            self.add_module(f"fc{number}", dense_linear(connection))
+            self.add_module(f"lif{number}", neurons)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.lif1(self.fc1(images), steps=self.steps)
+        x = self.lif2(self.fc2(x))
+        return self.lif3(self.fc3(x)).sum(0, dtype=torch.float32)
+
+
+class DenseLIF(NetworkContender):
+    """The network with dense weights: those outside the mask start at zero and are trained like the rest."""
+
+    masked = False
+    differs = "computes and trains the absent weights too"
+
+    def build(self, prepared: Prepared) -> nn.Module:
+        return _Network(prepared)

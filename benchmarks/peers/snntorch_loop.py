@@ -1,0 +1,97 @@
+"""The same network as people write it with snnTorch: a Python loop over time steps.
+
+The neurons are ``snntorch.Leaky`` with learnable β and θ, reset by subtraction and the ATan surrogate: g2g's formula
+to the letter. All three products stand inside the loop, as in snnTorch's tutorials (``fc1`` too, although its input
+stays the same); what the masked loop adds is ``weight * mask`` at every step, the way in which sparse layers are
+trained where a library has none.
+
+Given to the peer beyond the tutorials: membranes in float32 under bfloat16 autocast, spike counts added up as they
+come instead of stacked, the fused Adam, and for the neurons alone no stacking of spikes before the backward pass.
+"""
+
+import snntorch
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from benchmarks.contender import NetworkContender, NeuronContender, dense_linear
+from benchmarks.workload import Prepared
+
+
+def leaky(beta: torch.Tensor, threshold: torch.Tensor) -> snntorch.Leaky:
+    """g2g's default neurons as snnTorch has them."""
+    neurons = snntorch.Leaky(
+        beta=beta.detach().clone(),
+        threshold=threshold.detach().clone(),
+        spike_grad=snntorch.surrogate.atan(alpha=2.0),
+        learn_beta=True,
+        learn_threshold=True,
+        reset_mechanism="subtract",
+    )
+    snntorch.SpikingNeuron.init()  # forget it in the library's list of all neurons, which would keep it for ever
+    return neurons
+
+
+class _Loop(nn.Module):
+    def __init__(self, prepared: Prepared, masked: bool) -> None:
+        super().__init__()
+        self.steps = prepared.workload.T
+        self.masked = masked
+        for number, (connection, neurons) in enumerate(prepared.network("torch").layers(), 1):
+            self.add_module(f"fc{number}", dense_linear(connection))
+            self.add_module(f"lif{number}", leaky(neurons.beta, neurons.threshold))
+            if masked:
+                self.register_buffer(f"mask{number}", connection.mask.to_dense().float())
+
+    def product(self, number: int, x: torch.Tensor) -> torch.Tensor:
+        fc = getattr(self, f"fc{number}")
+        return F.linear(x, fc.weight * getattr(self, f"mask{number}"), fc.bias) if self.masked else fc(x)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        layers = [(number, getattr(self, f"lif{number}")) for number in (1, 2, 3)]
+        membranes = [
+            torch.zeros(len(images), getattr(self, f"fc{number}").out_features, device=images.device)
+            for number, _ in layers
+        ]
+        counts = torch.zeros_like(membranes[-1])
+        for _ in range(self.steps):
+            spikes = images
+            for index, (number, lif) in enumerate(layers):
+                spikes, membranes[index] = lif(self.product(number, spikes), membranes[index])
+            counts = counts + spikes
+        return counts
+
+
+class DenseLoop(NetworkContender):
+    """The loop with dense weights: those outside the mask start at zero and are trained like the rest."""
+
+    masked = False
+    differs = "computes and trains the absent weights too"
+
+    def build(self, prepared: Prepared) -> nn.Module:
+        return _Loop(prepared, masked=False)
+
+
+class MaskedLoop(NetworkContender):
+    """The loop with dense weights times a mask."""
+
+    def build(self, prepared: Prepared) -> nn.Module:
+        return _Loop(prepared, masked=True)
+
+
+class Neurons(NeuronContender):
+    """``snntorch.Leaky`` in a loop over time steps."""
+
+    def __init__(self, prepared: Prepared, device: torch.device, precision: str) -> None:
+        super().__init__(prepared, device, precision)
+        self.neurons = leaky(self.beta, self.threshold).to(device)
+        self.beta, self.threshold = self.neurons.beta, self.neurons.threshold
+
+    def run(self) -> list[torch.Tensor]:
+        membrane = torch.zeros_like(self.current[0])
+        spikes = []
+        for current in self.current.unbind():
+            spike, membrane = self.neurons(current, membrane)
+            spikes.append(spike)
+        torch.autograd.backward(spikes, list(self.grad_spikes.unbind()))
+        return spikes

@@ -1,0 +1,112 @@
+"""SpikingJelly 2 in multi-step mode: dense linear layers over all time steps at once, then its LIF over all of them.
+
+Its mathematics is as near to g2g's as ``LIFNode`` allows (``decay_input=False``, soft reset, ``detach_reset=True``,
+ATan with α = 2, τ = 1/(1 − β), the workload's θ). What differs:
+
+- a soft reset takes θ away before the membrane decays, U_t = β·(U_{t−1} − θ·R_t) + I_t, where snnTorch and g2g take
+  it away afterwards; so its numbers are checked against the reference with that formula;
+- a neuron fires at U ≥ θ, not only above it (they differ on a set that no float hits but by chance);
+- τ and θ are Python numbers: there are no gradients of β and θ to compute, which is less work than the others do
+  (``ParametricLIFNode`` learns τ, nothing learns θ);
+- on a CPU its multi-step LIF is a loop of PyTorch operations under autograd; CUDA gets its fused kernels, for which
+  membranes have to be float32. That is why the function behind ``LIFNode(step_mode="m")`` is called with a float32
+  state here: the module itself would keep its state in bfloat16 under autocast, and leave the fused kernel.
+
+The input is the same at every step, so ``fc1`` is computed once and expanded without a copy.
+"""
+
+import logging
+
+import torch
+from torch import nn
+
+from benchmarks.contender import NetworkContender, NeuronContender, dense_linear
+from benchmarks.workload import Prepared
+
+logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # importing it without Triton warns twice
+
+from spikingjelly.activation_based import functional, layer, surrogate  # type: ignore # noqa: E402
+
+LIF_GRADIENTS = tuple(f"lif{number}.{name}" for number in (1, 2, 3) for name in ("beta", "threshold"))
+
+
+class _MultiStepLIF(nn.Module):
+    """What ``LIFNode(step_mode="m")`` computes, with a float32 state whatever the dtype of its input."""
+
+    def __init__(self, beta: float, threshold: float) -> None:
+        super().__init__()
+        if not 0 < beta < 1:
+            raise ValueError(
+                f"SpikingJelly's τ = 1/(1 − β) has to be above 1 and finite, which β = {beta} does not give"
+            )
+        self.tau = 1 / (1 - beta)
+        self.threshold = threshold
+        self.surrogate = surrogate.ATan(alpha=2.0)
+
+    def forward(self, current: torch.Tensor) -> torch.Tensor:
+        state = torch.zeros(current.shape[1:], dtype=torch.float32, device=current.device)
+        spikes, _, _ = functional.lif_multi_step(
+            current,
+            state,
+            tau=self.tau,
+            decay_input=False,
+            v_threshold=self.threshold,
+            v_reset=None,
+            surrogate_function=self.surrogate,
+            detach_reset=True,
+        )
+        return spikes
+
+
+class _Network(nn.Module):
+    fc1: nn.Linear
+    fc2: nn.Linear
+    fc3: nn.Linear
+    lif1: _MultiStepLIF
+    lif2: _MultiStepLIF
+    lif3: _MultiStepLIF
+
+    def __init__(self, prepared: Prepared) -> None:
+        super().__init__()
+        self.steps = prepared.workload.T
+        for number, (connection, neurons) in enumerate(prepared.network("torch").layers(), 1):
+            beta, threshold = neurons.beta.item(), neurons.threshold.item()
+            self.add_module(f"fc{number}", dense_linear(connection, layer.Linear, step_mode="m"))
+            self.add_module(f"lif{number}", _MultiStepLIF(beta, threshold))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.fc1(images).expand(self.steps, -1, -1)
+        x = self.lif1(x)
+        x = self.lif2(self.fc2(x))
+        return self.lif3(self.fc3(x)).sum(0)
+
+
+class MultiStep(NetworkContender):
+    """The network with dense weights: those outside the mask start at zero and are trained like the rest."""
+
+    reset = "before decay"
+    masked = False
+    omits = LIF_GRADIENTS
+    differs = (
+        "resets before the decay and is checked against that; no gradients of β and θ; trains the absent weights too"
+    )
+
+    def build(self, prepared: Prepared) -> nn.Module:
+        return _Network(prepared)
+
+
+class Neurons(NeuronContender):
+    """Its multi-step LIF alone."""
+
+    reset = "before decay"
+    omits = ("beta", "threshold")
+    differs = "resets before the decay and is checked against that; no gradients of β and θ"
+
+    def __init__(self, prepared: Prepared, device: torch.device, precision: str) -> None:
+        super().__init__(prepared, device, precision)
+        self.neurons = _MultiStepLIF(self.beta.item(), self.threshold.item())
+
+    def run(self) -> torch.Tensor:
+        spikes = self.neurons(self.current)
+        spikes.backward(self.grad_spikes)
+        return spikes

@@ -1,0 +1,79 @@
+"""From outcomes to a record that can be kept, and from the record to a table that can be read."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.harness import Outcome
+
+
+def summary(outcome: Outcome) -> dict[str, Any]:
+    """One contender's part of a record; there are no times in it unless its results were right."""
+    entry = outcome.job.entry
+    row: dict[str, Any] = {
+        "contender": entry.label,
+        "precision": entry.precision,
+        "status": outcome.status,
+        "reason": outcome.reason,
+        "differs": outcome.differs,
+        "firing_rates": outcome.firing_rates,
+        "correctness": outcome.verdict.as_dict() if outcome.verdict else None,
+    }
+    if outcome.status == "timed":
+        p20, median, p80 = np.percentile(outcome.seconds, (20, 50, 80)).tolist()
+        row |= {"median": median, "p20": p20, "p80": p80, "seconds": outcome.seconds, "peak_bytes": outcome.peak_bytes}
+    return row
+
+
+def write_json(path: Path | str, record: dict[str, Any]) -> None:
+    Path(path).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def seconds(value: float) -> str:
+    """A time with three digits and its unit."""
+    unit, scale = next(
+        (pair for pair in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)) if abs(value) >= pair[1]), ("ns", 1e-9)
+    )
+    return f"{value / scale:.3g} {unit}"
+
+
+def grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns under a header, the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *rest = zip(cells, widths, strict=True)
+        return "  ".join([f"{first[0]:<{first[1]}}"] + [f"{cell:>{width}}" for cell, width in rest]).rstrip()
+
+    return "\n".join([line(header), "  ".join("─" * width for width in widths), *map(line, rows)])
+
+
+def throughput_table(record: dict[str, Any]) -> str:
+    """The contenders of a throughput record; then what some do differently, and everyone that has no time and why."""
+    timed = [row for row in record["contenders"] if row["status"] == "timed"]
+    baseline = next((row["median"] for row in timed if row["contender"] == record["baseline"]), None)
+    rows = [
+        (
+            row["contender"],
+            seconds(row["median"]),
+            f"{seconds(row['p20'])} – {seconds(row['p80'])}",
+            f"{baseline / row['median']:.2f}×" if baseline else "–",
+            f"{row['peak_bytes'] / 1e6:.0f}",
+            f"{record['floor_seconds'] / row['median']:.0%}",
+            " ".join(f"{100 * rate:.1f}" for rate in row["firing_rates"]),
+            f"{max(row['correctness']['errors'].values()):.1e} ≤ {row['correctness']['bound']:.1e}",
+        )
+        for row in timed
+    ]
+    header = ("contender", "median", "p20 – p80", "speed-up", "peak MB", "of floor", "rates %", "max error")
+    parts = [grid(header, rows)] if rows else ["no contender has a time"]
+    parts += [f"{row['contender']}: {row['differs']}" for row in timed if row["differs"]]
+    parts += [
+        f"{row['contender']}: {row['status']}: {row['reason']}"
+        for row in record["contenders"]
+        if row["status"] != "timed"
+    ]
+    return "\n".join(parts)

@@ -1,0 +1,216 @@
+"""What is measured: a network trained for a while on real images, and the next batch of them.
+
+A workload is prepared once, by the library's own trainer, and kept in a temporary folder under a name made of its
+settings, so that every contender loads the same weights, masks and images. What runs it is none of this module's
+business.
+"""
+
+import dataclasses
+import functools
+import getpass
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import g2gnet
+from g2g_kernels import lif
+from g2gnet import G2GNet
+from g2gnet.data import DATASETS, DataError, ImageData, as_samples, load_dataset
+from g2gnet.training import SettingsError, TrainSettings
+from g2gnet.training.trainer import Trainer
+
+#: stands in for Fashion-MNIST where that can neither be found nor downloaded
+FALLBACK = "fashionmnist-mini"
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """The settings of the measured training step; the defaults are those of ``train.py``, with an index network.
+
+    Attributes:
+        train_steps: optimizer steps taken before anything is measured, since firing rates decide what events cost.
+    """
+
+    batch_size: int = 256
+    T: int = 50
+    hidden_dim: int = 2048
+    p_inter: float = 0.15
+    block_size: int = 64
+    model: str = "index"
+    dataset: str = "fashionmnist"
+    train_steps: int = 100
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        if self.train_steps < 0:
+            raise SettingsError(f"train_steps={self.train_steps} is out of range; give a value at least 0")
+        self.settings()
+
+    def settings(self) -> TrainSettings:
+        """The trainer's settings; raises SettingsError where they are out of range."""
+        return TrainSettings(
+            dataset=self.dataset,
+            limit_train=max(1, self.train_steps) * self.batch_size,
+            limit_test=1000,
+            model=self.model,
+            hidden_dim=self.hidden_dim,
+            p_inter=self.p_inter,
+            block_size=self.block_size,
+            T=self.T,
+            batch_size=self.batch_size,
+            seed=self.seed,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @property
+    def path(self) -> Path:
+        """Where the prepared workload lies, or will."""
+        key = json.dumps({**self.as_dict(), "g2g": g2gnet.__version__, "torch": torch.__version__}, sort_keys=True)
+        return cache_dir() / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
+
+
+def cache_dir() -> Path:
+    """The folder of prepared workloads; delete it to have them prepared anew."""
+    return Path(tempfile.gettempdir()) / f"g2g-benchmarks-{getpass.getuser()}"
+
+
+class NeuronInputs(NamedTuple):
+    """What LIF neurons alone are measured with.
+
+    Attributes:
+        current: float32 [T, B, N].
+        grad_spikes: float32 [T, B, N], the gradient that comes back.
+        beta, threshold: float32 scalars.
+    """
+
+    current: torch.Tensor
+    grad_spikes: torch.Tensor
+    beta: torch.Tensor
+    threshold: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A workload with its weights and its batch.
+
+    Attributes:
+        workload: the settings; ``workload.dataset`` is the data set that was really used.
+        images: float32 [B, D], samples from 0 to 1.
+        labels: int64 [B].
+        test_accuracy: of the network as it is, on 1,000 test images.
+        note: what the reader should know about the preparation, or "".
+    """
+
+    workload: Workload
+    state: dict[str, torch.Tensor]
+    images: torch.Tensor
+    labels: torch.Tensor
+    test_accuracy: float
+    note: str
+
+    @property
+    def num_classes(self) -> int:
+        return DATASETS[self.workload.dataset].num_classes
+
+    def network(self, backend: str | None = None) -> G2GNet:
+        """The network, on the CPU, with its trained weights."""
+        sizes = DATASETS[self.workload.dataset]
+        w = self.workload
+        net = G2GNet(
+            sizes.input_dim,
+            w.hidden_dim,
+            sizes.num_classes,
+            w.model,
+            w.p_inter,
+            w.block_size,
+            w.T,
+            backend=backend,
+            generator=torch.Generator().manual_seed(0),
+        )
+        net.load_state_dict(self.state)
+        return net
+
+    @functools.cached_property
+    @torch.no_grad()
+    def neuron_inputs(self) -> NeuronInputs:
+        """The currents that the second hidden layer receives, its β and θ, and a random gradient."""
+        net = self.network("torch")
+        spikes = lif(net.fc1(self.images), net.lif1.beta, net.lif1.threshold, steps=net.T, backend="torch")
+        current = net.fc2(spikes)
+        gradient = torch.randn(current.shape, generator=torch.Generator().manual_seed(self.workload.seed))
+        return NeuronInputs(current, gradient, net.lif2.beta.detach(), net.lif2.threshold.detach())
+
+    def active_weights(self) -> list[int]:
+        """The number of weights that exist in each layer."""
+        masks = (connection.mask for connection, _ in self.network("torch").layers())
+        return [int(mask.unit_sizes.sum()) for mask in masks]
+
+    def density(self) -> float:
+        """The share of the weights of all layers together that exist."""
+        sizes = (connection.mask.shape for connection, _ in self.network("torch").layers())
+        return sum(self.active_weights()) / sum(rows * cols for rows, cols in sizes)
+
+    @torch.no_grad()
+    def firing_rates(self) -> list[float]:
+        """Spikes per neuron, step and sample of each layer for the batch."""
+        net = self.network("torch")
+        return [float(rates.mean()) for rates in net.simulate(self.images).rates]
+
+
+def load(path: Path) -> Prepared:
+    """Reads what :func:`prepare` wrote."""
+    fields = torch.load(path, weights_only=True)
+    return Prepared(**{**fields, "workload": Workload(**fields["workload"])})
+
+
+def prepare(workload: Workload, data_dir: str = "data", on_step: Callable[[int], None] | None = None) -> Path:
+    """Trains the workload's network unless that was done before; returns the file to :func:`load`.
+
+    Args:
+        workload: what to prepare. Where Fashion-MNIST cannot be had, the subset inside the package takes its place.
+        data_dir: where the data set lies.
+        on_step: called after each training step with the number of steps so far.
+    """
+    if workload.path.exists():
+        return workload.path
+    try:
+        return _train(workload, load_dataset(workload.dataset, data_dir), "", on_step)
+    except DataError:
+        if workload.dataset != "fashionmnist":
+            raise
+    stand_in = dataclasses.replace(workload, dataset=FALLBACK)
+    if stand_in.path.exists():
+        return stand_in.path
+    note = f"Fashion-MNIST could not be had: this is {FALLBACK}, 6,000 of its images"
+    return _train(stand_in, load_dataset(FALLBACK), note, on_step)
+
+
+def _train(workload: Workload, data: ImageData, note: str, on_step: Callable[[int], None] | None) -> Path:
+    if workload.batch_size > len(data.train_labels):
+        raise SettingsError(f"batch_size={workload.batch_size} exceeds the {len(data.train_labels)} training images")
+    trainer = Trainer(workload.settings(), data, torch.device("cpu"))
+    while trainer.step < workload.train_steps:
+        trainer.train_epoch((lambda *_: on_step(trainer.step)) if on_step else None)
+    prepared = {
+        "workload": workload.as_dict(),
+        "state": trainer.net.state_dict(),
+        # the last images: the trainer took its from the front
+        "images": as_samples(data.train_images[-workload.batch_size :]),
+        "labels": data.train_labels[-workload.batch_size :].clone(),
+        "test_accuracy": trainer.evaluate(),
+        "note": note,
+    }
+    path = workload.path
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}")
+    torch.save(prepared, partial)
+    partial.replace(path)
+    return path

@@ -1,0 +1,294 @@
+"""The benchmarks: who is let through to be timed, and what a record and its table say. No test looks at a time."""
+
+import dataclasses
+import importlib
+import json
+import math
+
+import pytest
+import torch
+
+import benchmarks.workload
+from benchmarks import report, scaling, throughput
+from benchmarks.contender import Contender
+from benchmarks.correctness import Judge, Verdict, error
+from benchmarks.floor import floor_seconds, work
+from benchmarks.harness import Job, Outcome, measure
+from benchmarks.machine import PeakMemory, describe
+from benchmarks.ours import Network
+from benchmarks.registry import Entry, choose, entries
+from benchmarks.workload import Prepared, Workload, load, prepare
+from g2g_kernels import BackendError
+from g2gnet.data import DataError, load_dataset
+
+TINY = Workload(batch_size=40, T=6, hidden_dim=48, block_size=8, dataset="fashionmnist-mini", train_steps=3)
+FLAGS = "--batch_size 40 --T 6 --hidden_dim 48 --block_size 8 --dataset fashionmnist-mini --train_steps 3 --device cpu"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cache(tmp_path_factory):
+    """Prepared workloads of these tests go to a folder of their own."""
+    folder = tmp_path_factory.mktemp("workloads")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmarks.workload, "cache_dir", lambda: folder)
+        yield
+
+
+@pytest.fixture(scope="module")
+def path(_cache):
+    return prepare(TINY)
+
+
+@pytest.fixture(scope="module")
+def prepared(path) -> Prepared:
+    return load(path)
+
+
+@pytest.fixture(scope="module")
+def judges(prepared) -> dict[str, Judge]:
+    return {kernel: Judge(prepared, kernel) for kernel in ("step", "lif")}
+
+
+class HalfTheGradient(Network):
+    """A wrong contender: one of its gradients is half of what it should be."""
+
+    def gradients(self):
+        gradients = super().gradients()
+        return {**gradients, "lif1.threshold": gradients["lif1.threshold"] / 2}
+
+
+class CannotBeBuilt(Network):
+    """A contender that says it cannot do this."""
+
+    def build(self, prepared):
+        raise RuntimeError("there is no such instruction here")
+
+
+def entry(name: str, kind: str, **options) -> Entry:
+    return Entry(name, f"test_benchmarks:{kind}", options=options)
+
+
+def judged(contender: Contender, judge: Judge, precision: str = "fp32", **changes) -> Verdict:
+    results = {**contender.results(), **changes}
+    return judge.verdict(results, contender.reset, precision, contender.masked, contender.omits)
+
+
+def built(entry: Entry, prepared: Prepared) -> Contender:
+    if entry.unavailable:
+        pytest.skip(entry.unavailable)
+    module, _, name = entry.target.partition(":")
+    kind = getattr(importlib.import_module(module), name)
+    return kind(prepared, torch.device("cpu"), entry.precision, **entry.options)
+
+
+# --- the gate -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("default")  # importing a peer is not ours to keep free of warnings
+@pytest.mark.parametrize("label", [label for label in entries("step") if "triton" not in label])
+def test_every_network_passes_the_gate(label, prepared, judges):
+    chosen = entries("step")[label]
+    verdict = judged(built(chosen, prepared), judges["step"], chosen.precision)
+    assert not verdict.objection
+    assert verdict.errors.keys() >= {"loss", "counts", "fc1.weight", "fc2.weight", "fc3.weight", "fc3.bias"}
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("label", [label for label in entries("lif") if "triton" not in label])
+def test_all_neurons_pass_the_gate(label, prepared, judges):
+    try:
+        contender = built(entries("lif")[label], prepared)
+        verdict = judged(contender, judges["lif"])
+    except BackendError as refusal:  # a backend may have no neurons alone
+        pytest.skip(str(refusal))
+    assert not verdict.objection
+    assert verdict.errors.keys() >= {"spikes", "current"}
+
+
+def test_our_reset_is_not_the_other_one(prepared, judges):
+    ours = Network(prepared, torch.device("cpu"), "fp32", backend="torch")
+    results = ours.results()
+    assert not judges["step"].verdict(results, "after decay", "fp32", True, ()).objection
+    assert judges["step"].verdict(results, "before decay", "fp32", True, ()).objection
+
+
+@pytest.mark.parametrize("change", [0.99, math.nan])
+@pytest.mark.parametrize("name", ["loss", "counts", "fc1.weight", "fc2.bias", "lif3.beta"])
+def test_the_gate_refuses_what_is_off_by_a_hundredth_or_not_finite(name, change, prepared, judges):
+    ours = Network(prepared, torch.device("cpu"), "fp32", backend="torch")
+    verdict = judged(ours, judges["step"], **{name: ours.results()[name] * change})
+    assert verdict.objection.startswith(f"{name} is off by ")
+    assert "nan" in verdict.objection or not math.isnan(change)
+
+
+def test_the_gate_wants_every_result(prepared, judges):
+    ours = Network(prepared, torch.device("cpu"), "fp32", backend="torch")
+    results = ours.results()
+    del results["fc2.bias"]
+    assert judges["step"].verdict(results, "after decay", "fp32", True, ()).objection.startswith("does not give ['fc2.")
+
+
+def test_a_gradient_outside_the_mask_is_an_error_unless_the_contender_is_dense(prepared, judges):
+    ours = Network(prepared, torch.device("cpu"), "fp32", backend="torch")
+    weight = ours.results()["fc2.weight"]
+    stray = torch.where(prepared.network().fc2.mask.to_dense(), weight, weight.abs().mean())
+    assert "fc2.weight is off" in judged(ours, judges["step"], **{"fc2.weight": stray}).objection
+
+
+def test_the_error_of_a_sum_is_measured_by_its_terms():
+    terms = torch.tensor([5.0, -5.0, 0.1])
+    assert error(torch.tensor(0.2), terms) == pytest.approx(0.1 / 10.1)
+    assert error(torch.tensor([5.0, -5.0, 0.2]), terms) == pytest.approx(0.1 / 10.1)
+    assert math.isnan(error(torch.zeros(2), terms))
+
+
+def test_a_step_leaves_the_network_as_it_was_checked(prepared):
+    ours = Network(prepared, torch.device("cpu"), "fp32", backend="torch")
+    before = {name: tensor.clone() for name, tensor in ours.net.state_dict().items()}
+    ours.step()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in ours.net.state_dict().items())
+    assert any(state["exp_avg"].any() for state in ours.optimizer.state.values())  # Adam did its work
+
+
+# --- the harness ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def outcomes(path) -> list[Outcome]:
+    jobs = [
+        entry("right", "Network", backend="torch"),
+        entry("wrong", "HalfTheGradient", backend="torch"),
+        entry("unable", "CannotBeBuilt", backend="torch"),
+        dataclasses.replace(entry("absent", "Network"), unavailable="absent is not installed (pip install absent)"),
+    ]
+    return measure([Job(entry, path) for entry in jobs], repeats=3, warm_up=1)
+
+
+def test_only_a_right_contender_has_a_time(outcomes):
+    right, wrong, unable, absent = outcomes
+    assert right.status == "timed"
+    assert len(right.seconds) == 3
+    assert right.peak_bytes is not None
+    assert len(right.firing_rates) == 3
+    assert wrong.status == "wrong"
+    assert wrong.reason.startswith("lif1.threshold is off by ")
+    assert unable.status == "refused"
+    assert "there is no such instruction here" in unable.reason
+    assert absent.status == "skipped"
+    assert not any(outcome.seconds for outcome in (wrong, unable, absent))
+
+
+def test_the_table_names_everyone_without_a_time(outcomes):
+    summaries = [report.summary(outcome) for outcome in outcomes]
+    assert [set(row) >= {"median", "p20", "p80", "seconds"} for row in summaries] == [True, False, False, False]
+    table = report.throughput_table({"contenders": summaries, "baseline": "right", "floor_seconds": 1e-6})
+    assert "1.00×" in table
+    assert "absent: skipped: absent is not installed (pip install absent)" in table
+    assert "wrong: wrong: lif1.threshold is off by" in table
+    assert "unable: refused: RuntimeError: there is no such instruction here" in table
+
+
+def test_peak_memory_is_counted_from_here():
+    memory = PeakMemory(torch.device("cpu"))
+    block = torch.zeros(32 << 20, dtype=torch.uint8)
+    del block
+    assert 30e6 < memory.above() < 60e6
+
+
+# --- the programs ---------------------------------------------------------------------------------------------------
+
+
+def test_throughput_writes_a_record_with_its_environment(tmp_path, capsys, path):
+    file = tmp_path / "record.json"
+    flags = [*FLAGS.split(), "--kernel", "forward", "--contenders", "g2g-torch", "--repeats", "2", "--json", str(file)]
+    assert throughput.main(flags) == 0
+    record = json.loads(file.read_text())
+    assert record["workload"]["hidden_dim"] == 48
+    assert {"cpu", "cores", "threads", "gpu", "python", "versions", "commit", "date"} <= record["machine"].keys()
+    assert record["machine"]["versions"]["torch"] == torch.__version__
+    assert record["limits"].keys() >= {"matrix_flop_per_s", "copy_bytes_per_s"}
+    (row,) = record["contenders"]
+    assert len(row["seconds"]) == 2
+    assert row["correctness"]["errors"].keys() == {"counts"}
+    assert "g2g-torch" in capsys.readouterr().out
+
+
+def test_scaling_fits_a_line(tmp_path, capsys):
+    file = tmp_path / "record.json"
+    flags = [*FLAGS.split(), "--quantity", "B", "--values", "40,20", "--contenders", "g2g-torch", "--repeats", "1"]
+    assert scaling.main([*flags, "--json", str(file)]) == 0
+    (curve,) = json.loads(file.read_text())["contenders"]
+    assert [point["x"] for point in curve["points"]] == [40, 20]
+    assert curve["line"].keys() == {"slope", "intercept", "r_squared"}
+    assert "R²" in capsys.readouterr().out
+
+
+def test_the_line_is_the_least_squares_line():
+    assert scaling.fit([1, 2, 4], [5, 7, 11]) == pytest.approx((2, 3, 1))
+    slope, intercept, r_squared = scaling.fit([0, 1, 2], [0, 1, 0])
+    assert (slope, intercept, r_squared) == pytest.approx((0, 1 / 3, 0), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--contenders g2g-torch,nobody", "contender 'nobody' is unknown; --kernel step has g2g-triton, g2g-cpu"),
+        ("--kernel lif --contenders snntorch-masked", "contender 'snntorch-masked' is unknown; --kernel lif has"),
+        ("--p_inter 1.5", "p_inter=1.5 is out of range"),
+        ("--repeats 0", "repeats=0 is out of range"),
+        ("--train_steps -1", "train_steps=-1 is out of range"),
+        ("--device tpu", "device='tpu' is unknown"),
+    ],
+)
+def test_unusable_flags_are_refused(flags, message, capsys):
+    assert throughput.main(["--device", "cpu", *flags.split()]) == 2
+    assert message in capsys.readouterr().err
+
+
+# --- the workload and the machine -----------------------------------------------------------------------------------
+
+
+def test_a_workload_is_prepared_once(path):
+    assert prepare(TINY, on_step=lambda steps: pytest.fail("trained again")) == path
+    assert dataclasses.replace(TINY, seed=1).path != path
+
+
+def test_the_network_is_trained(prepared):
+    untrained = load(prepare(dataclasses.replace(TINY, train_steps=0)))
+    assert not torch.equal(untrained.network().fc2.values, prepared.network().fc2.values)
+    assert prepared.images.shape == (40, 784)
+
+
+def test_the_subset_stands_in_for_fashion_mnist_with_a_note(monkeypatch):
+    def load_only_mini(name: str, data_dir: str = "data"):
+        if name == "fashionmnist":
+            raise DataError("no network here")
+        return load_dataset(name, data_dir)
+
+    monkeypatch.setattr(benchmarks.workload, "load_dataset", load_only_mini)
+    stand_in = load(prepare(dataclasses.replace(TINY, dataset="fashionmnist", train_steps=1)))
+    assert stand_in.workload.dataset == "fashionmnist-mini"
+    assert "could not be had" in stand_in.note
+
+
+def test_work_counts_active_weights(prepared):
+    first, second, third = prepared.active_weights()
+    assert first + second + third == pytest.approx(prepared.density() * (784 * 48 + 48 * 48 + 48 * 10))
+    assert work(prepared, "step")["flop"] == 4 * 40 * first + 6 * 40 * 6 * (second + third)
+    assert work(prepared, "forward")["flop"] == 2 * 40 * first + 2 * 40 * 6 * (second + third)
+    assert work(prepared, "lif") == {"flop": 0, "bytes": 5 * 4 * 40 * 6 * 48}
+    assert floor_seconds({"flop": 10, "bytes": 6}, {"matrix_flop_per_s": 5.0, "copy_bytes_per_s": 3.0}) == 4.0
+
+
+def test_by_default_everyone_in_float32_takes_part():
+    labels = [entry.label for entry in choose("step", None)]
+    for label in ("g2g-torch", "snntorch-masked", "snntorch-dense", "spikingjelly-dense", "dense-lif", "g2g-triton"):
+        assert label in labels
+    assert "snntorch-masked-bf16" not in labels
+
+
+def test_the_machine_is_described():
+    machine = describe(torch.device("cpu"))
+    assert machine["cpu"]
+    assert machine["cores"] >= 1
+    assert json.dumps(machine)

@@ -12,7 +12,7 @@ from matplotlib.colors import ListedColormap
 from g2gnet import G2GNet
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  (the backend has to be chosen first)
+from matplotlib import pyplot as plt
 
 HIDDEN, BLOCK = 256, 8
 NOTES = {

@@ -91,7 +91,7 @@ def test_a_truncated_file_is_named_with_the_remedy(tmp_path, small_files, compre
 def test_files_of_another_data_set_are_refused(tmp_path, small_files):
     small_files["train-labels-idx1-ubyte"] = idx_bytes(np.full(60, 11))
     write(tmp_path, small_files, compress=False)
-    with pytest.raises(DataError, match="labels in .* go up to 11, not 9"):
+    with pytest.raises(DataError, match=r"labels in .* go up to 11, not 9"):
         load_dataset("fashionmnist", tmp_path)
     small_files["train-labels-idx1-ubyte"] = idx_bytes(np.zeros(59))
     write(tmp_path, small_files, compress=False)

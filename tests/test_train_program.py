@@ -1,6 +1,7 @@
 """``train.py`` as its users meet it: help, flags, messages and exit statuses."""
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +12,10 @@ from test_settings import DEFAULTS
 import train
 
 ROOT = Path(__file__).parents[1]
-TINY = (
+TINY = shlex.split(
     "--dataset fashionmnist-mini --model mixer --hidden_dim 64 --block_size 8 --T 3 --limit_train 100 --limit_test 50 "
     "--epochs 1"
-).split()
+)
 MACHINE_FLAGS = {"data_dir": "data", "checkpoint_dir": "checkpoints", "device": "auto", "backend": "auto"}
 
 

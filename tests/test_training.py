@@ -83,9 +83,10 @@ def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(tmp_path, mo
             raise KeyboardInterrupt
         return train_epoch(self, on_step)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train_epoch", stop_in_epoch_two)
-        run(tmp_path / "parts", **VARIANTS[variant])
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "parts", **VARIANTS[variant])
     parts = run(tmp_path / "parts", **VARIANTS[variant])
     assert "resuming" in capsys.readouterr().out
     assert_equal(load(whole), load(parts))
@@ -227,9 +228,10 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     def disk_full(descriptor):
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="No space left"):
+    with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", disk_full)
-        files.save_checkpoint({"settings": {}})
+        with pytest.raises(CheckpointError, match="No space left"):
+            files.save_checkpoint({"settings": {}})
     assert files.checkpoint.read_bytes() == content
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         path.name for path in (files.checkpoint, files.history, files.marker)

@@ -8,6 +8,7 @@ import ctypes
 import math
 import mmap
 import os
+import sys
 import threading
 import weakref
 
@@ -15,6 +16,8 @@ import torch
 
 PAGE = 2 << 20  # maps are multiples of a huge page
 SMALL = 256 << 10  # below this PyTorch's own allocator serves, whose small blocks are used again anyway
+if os.environ.get("G2G_CPU_POOL") == "0":
+    SMALL = sys.maxsize  # no pool: memory checkers see every access past an end
 
 
 class Workspace:

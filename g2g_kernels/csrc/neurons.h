@@ -2,7 +2,8 @@
 //
 // Memory-bound: forward reads the currents and writes the spikes; backward reads the currents (it computes the membranes
 // again, for one strip at a time, rather than keep them) and ∂L/∂S and writes ∂L/∂I. Five passes over [T, samples, N] in
-// all. A strip is kStrip lanes of one row, so every access runs over whole cache lines and few pages are open at once.
+// all, the two written ones past the caches. A strip is kStrip lanes of one row, so every access runs over whole cache
+// lines and few pages are open at once.
 #pragma once
 
 #include "layout.h"
@@ -10,7 +11,7 @@
 
 namespace g2g::G2G_ISA {
 
-constexpr int64_t kStrip = 512;
+constexpr int64_t kStrip = 1024;
 
 struct NeuronParameters {
     float *decay, *theta;
@@ -34,9 +35,14 @@ inline Vec load_part(const float* p, int64_t width) {
     return load(lanes);
 }
 
-inline void store_part(float* p, Vec v, int64_t width) {
-    if (width >= W) return store(p, v);
+inline void stream_part(float* p, Vec v, int64_t width) {
+    if (width >= W) return stream(p, v);
     for (int64_t i = 0; i < width; ++i) p[i] = v[i];
+}
+
+// The row of the next step lies megabytes away, where no hardware prefetcher looks.
+inline void fetch(const float* p) {
+    for (int i = 0; i < W; i += 16) __builtin_prefetch(p + i);
 }
 
 template <class F>
@@ -45,6 +51,10 @@ void for_each_strip(const LIF& a, const F& f) {
     parallel(a.threads, a.samples * strips, 1, [&](int64_t task, int worker) {
         const int64_t sample = task / strips, n = task % strips * kStrip;
         f(sample * a.neurons + n, n, least(kStrip, a.neurons - n), sample, worker);
+#if defined(__AVX512F__)
+        _mm_sfence();  // streamed stores are visible before the task counts as done
+#endif
+        stream_fence();
     });
 }
 
@@ -61,11 +71,12 @@ inline void lif_forward_alone(LIF& a, Arena& arena) {
                 const float* current = a.current + place + (a.held ? 0 : t * stride);
                 float* spikes = a.spikes + place + t * stride;
                 for (int64_t i = 0; i < width; i += W) {
+                    if (!a.held && t + 1 < a.steps) fetch(current + stride + i);
                     const Vec theta = load(p.theta + n + i);
                     const Vec u = charge<decltype(reset)::value>(load(membrane + i), load_part(current + i, width - i),
                                                                  load(p.decay + n + i), theta);
                     store(membrane + i, u);
-                    store_part(spikes + i, step(u, theta), width - i);
+                    stream_part(spikes + i, step(u, theta), width - i);
                 }
             }
         });
@@ -82,6 +93,7 @@ void backward_strip(const LIF& a, const NeuronParameters& p, int64_t place, int6
         const float* current = a.current + place + (a.held ? 0 : t * stride);
         for (int64_t i = 0; i < width; i += W) {
             const Vec before = t ? load(membranes + (t - 1) * kStrip + i) : Vec{};
+            if (!a.held && t + 1 < a.steps) fetch(current + stride + i);
             store(membranes + t * kStrip + i, charge<RESET>(before, load_part(current + i, width - i),
                                                             load(p.decay + n + i), load(p.theta + n + i)));
         }
@@ -91,6 +103,7 @@ void backward_strip(const LIF& a, const NeuronParameters& p, int64_t place, int6
     zero(theta_sum, kStrip * 4);
     for (int64_t t = a.steps - 1; t >= 0; --t) {
         for (int64_t i = 0; i < width; i += W) {
+            if (t) fetch(a.grad_spikes + place + (t - 1) * stride + i);
             const Vec theta = load(p.theta + n + i);
             const Vec u = load(membranes + t * kStrip + i);
             const Vec before = t ? load(membranes + (t - 1) * kStrip + i) : Vec{};
@@ -101,7 +114,7 @@ void backward_strip(const LIF& a, const NeuronParameters& p, int64_t place, int6
             if (a.held)
                 store(running + kStrip + i, load(running + kStrip + i) + now);
             else if (a.grad_current)
-                store_part(a.grad_current + place + t * stride + i, now, width - i);
+                stream_part(a.grad_current + place + t * stride + i, now, width - i);
             Vec to_theta = load(theta_sum + i) - through;
             if (RESET == kSubtract) to_theta -= fired ? now : Vec{};
             store(theta_sum + i, to_theta);
@@ -112,7 +125,7 @@ void backward_strip(const LIF& a, const NeuronParameters& p, int64_t place, int6
     }
     if (a.held && a.grad_current)
         for (int64_t i = 0; i < width; i += W)
-            store_part(a.grad_current + place + i, load(running + kStrip + i), width - i);
+            stream_part(a.grad_current + place + i, load(running + kStrip + i), width - i);
 }
 
 // Per-neuron sums of the strips' sums, over the samples in order.

@@ -29,6 +29,29 @@ typedef int32_t UnalignedIntVec __attribute__((vector_size(4 * W), aligned(4), m
 
 inline Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
 inline void store(float* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p) = v; }
+// Stores past the caches if p is aligned: a line that is written whole need not be read first. For results too large to
+// be still in a cache when they are read; stream_fence() before another thread may read them.
+inline void stream(float* p, Vec v) {
+#if defined(__SSE2__)
+    if (reinterpret_cast<uintptr_t>(p) % sizeof(Vec) == 0) {
+#if defined(__AVX512F__)
+        return _mm512_stream_ps(p, v);
+#elif defined(__AVX2__)
+        return _mm256_stream_ps(p, v);
+#else
+        return _mm_stream_ps(p, v);
+#endif
+    }
+#endif
+    store(p, v);
+}
+
+inline void stream_fence() {
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
+}
+
 inline Vec all(float x) { return x - Vec{}; }
 
 // a·b + c rounded once where the machine can. Plain a * b + c is never contracted (-ffp-contract=off), so that

@@ -1,0 +1,22 @@
+#!/bin/sh
+# Builds the CPU kernels with AddressSanitizer and UndefinedBehaviorSanitizer and runs the parity tests on them.
+# Usage: tests/sanitize.sh [pytest arguments]
+set -eu
+cd "$(dirname "$0")/.."
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+export G2G_CXXFLAGS="-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
+export G2G_CPU_LIBRARY="$scratch/libg2g_cpu.so"
+python -c "
+from pathlib import Path
+from setup import build_library
+build_library(Path('$G2G_CPU_LIBRARY'), Path('$scratch'))"
+compiler=${CXX:-c++}
+# Python is not instrumented, so the runtime comes first; its leaks are not ours
+LD_PRELOAD="$($compiler -print-file-name=libasan.so) $($compiler -print-file-name=libubsan.so) $($compiler -print-file-name=libstdc++.so)"
+export LD_PRELOAD ASAN_OPTIONS="detect_leaks=0" UBSAN_OPTIONS="print_stacktrace=1"
+export G2G_CPU_POOL=0  # memory maps have no guard zones, malloc has
+if [ $# -eq 0 ]; then
+    set -- tests/test_cpu_backend.py tests/test_g2g_lif.py tests/test_g2g_linear.py tests/test_lif.py
+fi
+python -m pytest -q -p no:cacheprovider "$@"

@@ -51,10 +51,7 @@ void for_each_strip(const LIF& a, const F& f) {
     parallel(a.threads, a.samples * strips, 1, [&](int64_t task, int worker) {
         const int64_t sample = task / strips, n = task % strips * kStrip;
         f(sample * a.neurons + n, n, least(kStrip, a.neurons - n), sample, worker);
-#if defined(__AVX512F__)
-        _mm_sfence();  // streamed stores are visible before the task counts as done
-#endif
-        stream_fence();
+        stream_fence();  // streamed stores are visible before the task counts as done
     });
 }
 

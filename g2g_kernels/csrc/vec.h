@@ -29,6 +29,7 @@ typedef int32_t UnalignedIntVec __attribute__((vector_size(4 * W), aligned(4), m
 
 inline Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
 inline void store(float* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p) = v; }
+
 // Stores past the caches if p is aligned: a line that is written whole need not be read first. For results too large to
 // be still in a cache when they are read; stream_fence() before another thread may read them.
 inline void stream(float* p, Vec v) {

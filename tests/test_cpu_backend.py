@@ -185,14 +185,17 @@ def test_resets_and_surrogates(reset, surrogate, per_neuron):
         compare(network, ratios)
 
 
+def _limit_events(monkeypatch, limit: float) -> None:
+    for name in ("EVENT_LIMIT_FORWARD", "EVENT_LIMIT_BACKWARD"):
+        monkeypatch.setattr(library, name, {False: limit, True: limit})
+
+
 def test_input_rates_on_both_sides_of_the_crossing(monkeypatch):
     """The same spikes through the event-driven products and through the matrix kernels."""
-    from g2g_kernels.ops.g2g_lif import cpu
-
     network = Network("index", 64, x="spikes")
     results = []
     for limit in (1.0, -1.0):
-        monkeypatch.setattr(cpu, "EVENT_LIMIT", {False: limit, True: limit})
+        _limit_events(monkeypatch, limit)
         ratios = ErrorRatios()
         compare(network, ratios)
         check(ratios)
@@ -266,9 +269,7 @@ def test_without_gradients_nothing_is_kept():
 
 def test_bfloat16_leaves_products_of_events_exact(monkeypatch):
     """Under autocast only dense factors are rounded; spikes and weights of event-driven products stay float32."""
-    from g2g_kernels.ops.g2g_lif import cpu
-
-    monkeypatch.setattr(cpu, "EVENT_LIMIT", dict.fromkeys((False, True), 1.0))
+    _limit_events(monkeypatch, 1.0)
     network = Network("mixer", 32, x="spikes")
     exact = network.run(torch.float64, "torch")
     with torch.autocast("cpu", torch.bfloat16):
@@ -284,9 +285,7 @@ def test_bfloat16_leaves_products_of_events_exact(monkeypatch):
 @pytest.mark.parametrize("x", ["held", "dense", "many spikes"])
 def test_bfloat16_matrix_kernels(x, monkeypatch):
     """Rounded factors change some spikes: no more of them, and no more of the gradients, than in plain PyTorch."""
-    from g2g_kernels.ops.g2g_lif import cpu
-
-    monkeypatch.setattr(cpu, "EVENT_LIMIT", dict.fromkeys((False, True), -1.0))
+    _limit_events(monkeypatch, -1.0)
     errors = {"cpu": 0.0, "torch": 0.0}
     for unit in (1, 16, 32, 64):
         network = Network("mixer", unit, x=x)

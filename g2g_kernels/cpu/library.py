@@ -18,6 +18,11 @@ from g2g_kernels.cpu.workspace import workspace
 
 ABI = 1
 RESETS = {"subtract": 0, "zero": 1, "none": 2}
+#: Inputs that are spikes more often than this are multiplied by the matrix kernels, in float32 and under bfloat16: where
+#: the two take equally long (docs/cpu-performance.md). Weight gradients are summed in float32 in either case.
+EVENT_LIMIT_FORWARD = {False: 0.5, True: 0.28}
+EVENT_LIMIT_BACKWARD = {False: 0.5, True: 0.5}
+
 SURROGATES = {"atan": 0, "fast_sigmoid": 1, "sigmoid": 2, "triangle": 3}
 
 
@@ -141,6 +146,11 @@ def run(kernel: Callable[..., int], arguments: Structure) -> None:
 def pointer(tensor: torch.Tensor | None) -> int | None:
     """The address of a tensor's first element, None for no tensor or one without elements."""
     return tensor.data_ptr() if tensor is not None and tensor.numel() else None
+
+
+def event_limit(bf16: bool, backward: bool) -> float:
+    """The share of ones up to which spikes are multiplied event by event."""
+    return (EVENT_LIMIT_BACKWARD if backward else EVENT_LIMIT_FORWARD)[bool(bf16)]
 
 
 def bf16_wanted() -> bool:

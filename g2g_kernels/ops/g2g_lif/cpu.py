@@ -20,6 +20,7 @@ from g2g_kernels.cpu.library import (
     LayerArguments,
     StackArguments,
     bf16_wanted,
+    event_limit,
     library,
     pointer,
     run,
@@ -29,9 +30,6 @@ from g2g_kernels.cpu.workspace import workspace
 
 if TYPE_CHECKING:
     from g2g_kernels.ops.g2g_lif import Activity, LIFLayer
-
-#: Inputs that spike more often than this are multiplied by the matrix kernels (see docs/cpu-performance.md).
-EVENT_LIMIT = {False: 0.7, True: 0.25}
 
 #: rows of a chunk are numbered in 16 bits
 MOST_STEPS = 1 << 16
@@ -193,7 +191,6 @@ class _Call:
             alpha=alpha,
             x=x.data_ptr(),
         )
-        self.stack.event_limit = EVENT_LIMIT[bool(self.stack.bf16)]
         keep = state.numel() == sizes.state(True)
         inputs_at = state.data_ptr() + _HEADER * 8
         kept_at = inputs_at + sum(sizes.inputs) * 8
@@ -258,6 +255,7 @@ def _forward(
         layer.rates = place
         place += neurons * 4
     call.stack.counts = counts.data_ptr()
+    call.stack.event_limit = event_limit(call.stack.bf16, backward=False)
     run(library().g2g_stack_forward, call.stack)
     if not keep:
         return counts, rates, spikes, state.new_empty(0)
@@ -313,6 +311,7 @@ def _backward(
     if state.numel() != sizes.state(True) or spikes.numel() != sum(sizes.spikes):
         raise ValueError("spikes and state are not those of a forward pass over these tensors")
     stack.x_spikes = int(state[0])
+    stack.event_limit = event_limit(stack.bf16, backward=True)
     grads = [workspace.empty(tuple(t.shape)) for group in (values, biases, betas, thresholds) for t in group]
     number = len(values)
     place = grad_rates.data_ptr() if grad_rates is not None else 0

@@ -10,12 +10,9 @@ from collections.abc import Sequence
 import torch
 
 from g2g_kernels.block_mask import BlockMask
-from g2g_kernels.cpu.library import LinearArguments, bf16_wanted, library, pointer, run
+from g2g_kernels.cpu.library import LinearArguments, bf16_wanted, event_limit, library, pointer, run
 from g2g_kernels.cpu.plans import INDICES, indices, plan_for
 from g2g_kernels.cpu.workspace import workspace
-
-#: Inputs that spike more often than this take the matrix kernels (see docs/cpu-performance.md).
-EVENT_LIMIT = {False: 0.7, True: 0.25}
 
 
 def refuses(x: torch.Tensor, values: torch.Tensor, mask: BlockMask, bias: torch.Tensor | None) -> str | None:
@@ -77,7 +74,6 @@ def _arguments(
         rows=len(x),
         threads=torch.get_num_threads(),
         bf16=bf16,
-        event_limit=EVENT_LIMIT[bf16],
     )
     arguments.owner = plan  # outlives the call
     return arguments
@@ -89,6 +85,7 @@ def _forward(
     arguments = _arguments(x, values, bias, mask_indices, bf16)
     y = workspace.empty((len(x), mask_indices[2].shape[0]))
     arguments.y = y.data_ptr()
+    arguments.event_limit = event_limit(arguments.bf16, backward=False)
     run(library().g2g_linear_forward, arguments)
     return y
 
@@ -116,6 +113,7 @@ def _backward(
     to_values = workspace.empty(tuple(values.shape)) if grad_values else x.new_empty(0)
     to_bias = x.new_empty(out_size)
     arguments.grad_y = grad_y.data_ptr()
+    arguments.event_limit = event_limit(arguments.bf16, backward=True)
     arguments.grad_x, arguments.grad_values = pointer(to_x), pointer(to_values)
     arguments.grad_bias = to_bias.data_ptr()
     run(library().g2g_linear_backward, arguments)

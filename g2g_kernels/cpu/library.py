@@ -18,7 +18,7 @@ from g2g_kernels.cpu.workspace import workspace
 
 ABI = 1
 RESETS = {"subtract": 0, "zero": 1, "none": 2}
-#: Inputs that are spikes more often than this are multiplied by the matrix kernels, in float32 and under bfloat16: where
+#: Inputs that are spikes more often than this are multiplied by the matrix kernels (in float32, under bfloat16): where
 #: the two take equally long (docs/cpu-performance.md). Weight gradients are summed in float32 in either case.
 EVENT_LIMIT_FORWARD = {False: 0.5, True: 0.28}
 EVENT_LIMIT_BACKWARD = {False: 0.5, True: 0.5}

@@ -54,7 +54,7 @@ inline void linear_forward(Linear& a, Arena& arena) {
     spread(axis, a.bias, true, 0.0f, bias);
     forward_tiles(plan, a.values, a.threads, tiles);
     if (a.bf16) bf16_tiles(plan, a.values, true, a.threads, pairs);
-    const Weights weights{&plan.forward, plan.rows.strip, tiles, pairs};
+    const Weights weights{&plan.forward, plan.rows.strip, tiles, pairs, kForwardPiece};
     for (int64_t begin = 0; begin < a.rows; begin += chunk) {
         const int64_t rows = least(chunk, a.rows - begin), groups = (rows + group - 1) / group;
         input.load(a, begin, rows);
@@ -73,8 +73,8 @@ inline void linear_forward(Linear& a, Arena& arena) {
                     for (int v = 0; v < kVecs; ++v) store(out + i * kLanes + v * W, y[v]);
                 }
             } else {
-                product(weights, r, {input.floats.data, chunk}, {halves.data, chunk}, first, count, bias + r * kLanes,
-                        out);
+                product(weights, r, {input.floats.data, chunk}, {halves.data, chunk}, first, count,
+                        {bias + r * kLanes, 0}, out);
             }
             store_block(axis, r, out, Rows{0, 1, a.rows, axis.size}, count, a.y + (begin + first) * axis.size);
         });

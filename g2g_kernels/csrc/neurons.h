@@ -11,7 +11,7 @@
 
 namespace g2g::G2G_ISA {
 
-constexpr int64_t kStrip = 1024;
+constexpr int64_t kStrip = 2048;
 
 struct NeuronParameters {
     float *decay, *theta;

@@ -28,6 +28,13 @@ constexpr int kWidest = 16;
 constexpr int kOuterRows = 2;
 #endif
 
+constexpr int kHalf = kWidest == 64 ? 32 : 16;
+
+// Currents feed thresholds and add up over time, so their sums are cut after every tile (48 more loads and stores per
+// 1536 multiply-adds); gradients are summed in one go, as accurately as PyTorch's own products.
+constexpr int kForwardPiece = 1;
+constexpr int kBackwardPiece = 1 << 30;
+
 // The left side of a product: rows of a panel [blocks][panel rows][64], in float32 or bfloat16.
 template <class T>
 struct Panel {
@@ -42,6 +49,7 @@ struct Weights {
     int strip;
     const float* tiles;
     const uint16_t* pairs;
+    int piece;  // segments of a partial sum, which stays in registers: rounding errors grow with its length
 };
 
 // Left rows of the next segment lie elsewhere, where no hardware prefetcher looks.
@@ -52,13 +60,30 @@ inline void fetch_next(const Segment* s, const Segment* end, Panel<const T> left
     for (size_t byte = 0; byte < R * kLanes * sizeof(T); byte += 64) __builtin_prefetch(next + byte);
 }
 
+// What is added to a product: rows of 64 floats, `stride` apart (0: the same for every row).
+struct Start {
+    const float* lanes;
+    int64_t stride;
+    Start from(int64_t row, int64_t lane) const { return {lanes + row * stride + lane, stride}; }
+};
+
+inline Start nothing() {
+    alignas(64) static constexpr float zeros[kLanes] = {};
+    return {zeros, 0};
+}
+
+template <int R, int N, class V>
+inline void put(const V (&sum)[R][N], Start start, float* out) {
+    for (int r = 0; r < R; ++r)
+        for (int v = 0; v < N; ++v)
+            store(out + r * kLanes + v * W, load(start.lanes + r * start.stride + v * W) + static_cast<Vec>(sum[r][v]));
+}
+
 template <int R, int L>
 inline void product_rows(const Segment* s, const Segment* end, Panel<const float> left, int64_t row, const float* tiles,
-                         int lane, const float* start, float* out) {
+                         int lane, Start start, float* out) {
     constexpr int N = L / W;
-    Vec sum[R][N];
-    for (int r = 0; r < R; ++r)
-        for (int v = 0; v < N; ++v) sum[r][v] = start ? load(start + v * W) : Vec{};
+    Vec sum[R][N] = {};
     for (; s < end; ++s) {
         fetch_next<R>(s, end, left, row);
         const float* a = left.at(s->block, row) + s->lane;
@@ -74,19 +99,16 @@ inline void product_rows(const Segment* s, const Segment* end, Panel<const float
             ++a, b += kLanes;
         } while (a < stop);
     }
-    for (int r = 0; r < R; ++r)
-        for (int v = 0; v < N; ++v) store(out + r * kLanes + v * W, sum[r][v]);
+    put(sum, start, out);
 }
 
 #if defined(__AVX512BF16__)
 // The same with two k at a time: dot products of bfloat16 pairs, added in float32. Twice the rate, half the bytes.
 template <int R, int L>
 inline void product_rows(const Segment* s, const Segment* end, Panel<const uint16_t> left, int64_t row,
-                         const uint16_t* pairs, int lane, const float* start, float* out) {
+                         const uint16_t* pairs, int lane, Start start, float* out) {
     constexpr int N = L / W;
-    __m512 sum[R][N];
-    for (int r = 0; r < R; ++r)
-        for (int v = 0; v < N; ++v) sum[r][v] = start ? load(start + v * W) : Vec{};
+    __m512 sum[R][N] = {};
     for (; s < end; ++s) {
         fetch_next<R>(s, end, left, row);
         const int first = s->lane & ~1;  // zeros are stored beside a run, and runs lie more than two lanes apart
@@ -105,15 +127,14 @@ inline void product_rows(const Segment* s, const Segment* end, Panel<const uint1
             a += 2, b += 2 * kLanes;
         } while (a < stop);
     }
-    for (int r = 0; r < R; ++r)
-        for (int v = 0; v < N; ++v) store(out + r * kLanes + v * W, sum[r][v]);
+    put(sum, start, out);
 }
 #endif
 
 // Cuts `rows` rows into register tiles of nearly equal height (50 rows: 9 tiles of 5 or 6).
 template <int L, int R = rows_at_once(L), class T>
 void product_strip(const Segment* s, const Segment* end, Panel<const T> left, int64_t row, int64_t rows, const T* tiles,
-                   int lane, const float* start, float* out) {
+                   int lane, Start start, float* out) {
     constexpr int most = rows_at_once(L);
     if constexpr (R == most) {
         const int64_t pieces = (rows + most - 1) / most;
@@ -121,9 +142,9 @@ void product_strip(const Segment* s, const Segment* end, Panel<const T> left, in
             const int64_t begin = rows * p / pieces, stop = rows * (p + 1) / pieces;
             float* target = out + begin * kLanes;
             if (stop - begin == most)
-                product_rows<most, L>(s, end, left, row + begin, tiles, lane, start, target);
+                product_rows<most, L>(s, end, left, row + begin, tiles, lane, start.from(begin, 0), target);
             else if constexpr (most > 1)
-                product_strip<L, R - 1>(s, end, left, row + begin, stop - begin, tiles, lane, start, target);
+                product_strip<L, R - 1>(s, end, left, row + begin, stop - begin, tiles, lane, start.from(begin, 0), target);
         }
     } else if (rows == R) {
         product_rows<R, L>(s, end, left, row, tiles, lane, start, out);
@@ -134,33 +155,33 @@ void product_strip(const Segment* s, const Segment* end, Panel<const T> left, in
 
 template <class T>
 void product_block(const Weights& weights, const T* tiles, int64_t block, Panel<const T> left, int64_t row,
-                   int64_t rows, const float* start, float* out) {
+                   int64_t rows, Start start, float* out) {
     const int strips = kLanes / weights.strip;
+    const int width = weights.strip < kWidest ? weights.strip : kWidest;
     for (int s = 0; s < strips; ++s) {
         const int32_t* first = weights.segments->first.data() + block * strips + s;
-        const Segment* begin = weights.segments->list.data() + first[0];
         const Segment* end = weights.segments->list.data() + first[1];
-        const int width = weights.strip < kWidest ? weights.strip : kWidest;
         for (int lane = s * weights.strip; lane < (s + 1) * weights.strip; lane += width) {
-            const float* from = start ? start + lane : nullptr;
-            if constexpr (kWidest == 64) {
-                if (width == 64) {
-                    product_strip<64>(begin, end, left, row, rows, tiles, lane, from, out + lane);
-                    continue;
-                }
-                if (width == 32) {
-                    product_strip<32>(begin, end, left, row, rows, tiles, lane, from, out + lane);
-                    continue;
-                }
-            }
-            product_strip<16>(begin, end, left, row, rows, tiles, lane, from, out + lane);
+            const Segment* piece = weights.segments->list.data() + first[0];
+            Start before = start.from(0, lane);
+            do {
+                const Segment* stop = end - piece > weights.piece ? piece + weights.piece : end;
+                if (kWidest == 64 && width == 64)
+                    product_strip<kWidest>(piece, stop, left, row, rows, tiles, lane, before, out + lane);
+                else if (kWidest == 64 && width == 32)
+                    product_strip<kHalf>(piece, stop, left, row, rows, tiles, lane, before, out + lane);
+                else
+                    product_strip<16>(piece, stop, left, row, rows, tiles, lane, before, out + lane);
+                before = {out + lane, kLanes};
+                piece = stop;
+            } while (piece < end);
         }
     }
 }
 
 // out[r][·] = start + Σ over the active tiles of output block `block`, for rows row … row + rows − 1 of the left side.
 inline void product(const Weights& weights, int64_t block, Panel<const float> left, Panel<const uint16_t> left_bf16,
-                    int64_t row, int64_t rows, const float* start, float* out) {
+                    int64_t row, int64_t rows, Start start, float* out) {
 #if defined(__AVX512BF16__)
     if (weights.pairs) return product_block(weights, weights.pairs, block, left_bf16, row, rows, start, out);
 #endif

@@ -61,7 +61,7 @@ struct ForwardWeights {
         tiles = arena.take<float>(static_cast<size_t>(plan.tiles) * kTile);
         if (bf16) pairs = arena.take<uint16_t>(static_cast<size_t>(plan.tiles) * kTile);
     }
-    Weights product(const Plan& plan) const { return {&plan.forward, plan.rows.strip, tiles, pairs}; }
+    Weights product(const Plan& plan) const { return {&plan.forward, plan.rows.strip, tiles, pairs, kForwardPiece}; }
 };
 
 // A panel of dense inputs in float32, and in bfloat16 beside it where products take that.
@@ -158,7 +158,7 @@ void forward_layer(const Stack& s, const Layer& layer, Input kind, const LanePar
             const int64_t samples = least(group, s.batch - first);
             float* currents =
                 layer.state ? layer.state + (r * s.batch + first) * kLanes : scratch + worker * scratch_size;
-            product(product_weights, r, panel.f(), panel.h(), first, samples, lanes.bias + lane, currents);
+            product(product_weights, r, panel.f(), panel.h(), first, samples, {lanes.bias + lane, 0}, currents);
             for (int64_t i = 0; i < samples; ++i)
                 lif_forward<RESET>(HeldCurrent{currents + i * kLanes}, s.steps, lanes.decay + lane, lanes.theta + lane,
                                    spikes_of(first + i, r), nullptr, counts + ((first + i) * R + r) * kLanes);
@@ -175,7 +175,7 @@ void forward_layer(const Stack& s, const Layer& layer, Input kind, const LanePar
             const int64_t r = task / groups, first = task % groups * chunks.group, lane = r * kLanes;
             const int64_t count = least(chunks.group, samples - first);
             float* currents = scratch + worker * scratch_size;
-            product(product_weights, r, panel.f(), panel.h(), first * T, count * T, lanes.bias + lane, currents);
+            product(product_weights, r, panel.f(), panel.h(), first * T, count * T, {lanes.bias + lane, 0}, currents);
             for (int64_t i = 0; i < count; ++i) {
                 const int64_t b = begin + first + i;
                 lif_forward<RESET>(TileCurrent{currents + i * T * kLanes}, s.steps, lanes.decay + lane,
@@ -312,7 +312,8 @@ struct InputGradient {
     // out[rows][64] for column block `block`; with sparse tiles, `row` must be a multiple of 64 and rows at most 64.
     void run(int64_t block, Panel<const float> grad, Panel<const uint16_t> halves, int64_t row, int64_t rows,
              float* out) const {
-        product({&plan->backward, plan->cols.strip, tiles, pairs}, block, grad, halves, row, rows, nullptr, out);
+        product({&plan->backward, plan->cols.strip, tiles, pairs, kBackwardPiece}, block, grad, halves, row, rows, nothing(),
+                out);
         const SparseTiles& list = plan->sparse;
         if (!sparse() || list.col_first[block] == list.col_first[block + 1]) return;
         alignas(64) float sum[kTile] = {};  // [source lane][row]

@@ -31,10 +31,12 @@ class BuildKernels(build_ext):
     """Compiles ``csrc`` into one shared library; a failure is a note, not an error."""
 
     def run(self) -> None:
+        target = LIBRARY if self.inplace else Path(self.build_lib) / LIBRARY
+        if not self.inplace:
+            target.unlink(missing_ok=True)  # left by an earlier build
         if os.environ.get("G2G_BUILD_CPU", "1") == "0":
             print("g2g: G2G_BUILD_CPU=0, installing without the compiled CPU kernels", file=sys.stderr)
             return
-        target = LIBRARY if self.inplace else Path(self.build_lib) / LIBRARY
         try:
             build_library(target, Path(self.build_temp))
         except (OSError, subprocess.CalledProcessError) as error:

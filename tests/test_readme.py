@@ -1,5 +1,6 @@
 """The README says what is so: its flags, defaults and commands are the program's."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -9,7 +10,8 @@ import pytest
 import train
 from g2gnet.training import TrainSettings
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 COMMANDS = re.findall(r"python train\.py ([^`\n]*)", README)
 
 
@@ -35,3 +37,18 @@ def test_the_python_example_runs(capsys):
     # the same program at a tenth of the size
     exec(compile(example.replace("2048", "256").replace("T=50", "T=5"), "README.md", "exec"), {})
     assert capsys.readouterr().out.startswith("BlockMask(256×256, 8 groups (interleaved)")
+
+
+def test_the_speed_table_shows_what_was_recorded():
+    record = json.loads((ROOT / "benchmarks/results/step-2-core-zen4.json").read_text())
+    timed = {entry["contender"]: entry for entry in record["contenders"] if entry["status"] == "timed"}
+    rows = re.findall(r"^\| (.+) \| ([\d.]+) s \| ([\d.]+)(?: ×)? \| (\d+) MB \|$", README, flags=re.MULTILINE)
+    ours = ["g2g-cpu", "g2g-cpu-bf16", "g2g-torch"]
+    names = [*ours, "snntorch-masked", "snntorch-dense", "spikingjelly-dense", "dense-lif"]
+    assert len(rows) == len(timed) == len(names)
+    baseline = timed["snntorch-masked"]["median"]
+    for name, (_, median, ratio, megabytes) in zip(names, rows, strict=True):
+        # half a unit of the last digit shown
+        assert float(median) == pytest.approx(timed[name]["median"], abs=0.0051), name
+        assert float(ratio) == pytest.approx(baseline / timed[name]["median"], abs=0.051), name
+        assert int(megabytes) == pytest.approx(timed[name]["peak_bytes"] / 1e6, abs=0.51), name

@@ -25,7 +25,7 @@ from benchmarks.workload import Prepared
 
 logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # importing it without Triton warns twice
 
-from spikingjelly.activation_based import functional, layer, surrogate
+from spikingjelly.activation_based import functional, layer, surrogate  # noqa: E402  (see above)
 
 LIF_GRADIENTS = tuple(f"lif{number}.{name}" for number in (1, 2, 3) for name in ("beta", "threshold"))
 

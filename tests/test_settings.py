@@ -7,6 +7,7 @@ from g2gnet.training import SettingsError, TrainSettings
 #: the flags and defaults that users of the original programs know
 DEFAULTS = {
     "dataset": "fashionmnist",
+    "augment": "auto",
     "model": "dense",
     "epochs": 20,
     "p_inter": 0.15,
@@ -76,7 +77,8 @@ def test_the_stem_names_the_run(options, stem):
         ({"dst_fraction": 0.0}, "dst_fraction=0.0"),
         ({"limit_train": 0}, "limit_train=0"),
         ({"model": "ring"}, "model='ring' is unknown; choose one of dense, index, random, mixer"),
-        ({"dataset": "cifar10"}, "dataset='cifar10' is not supported yet"),
+        ({"dataset": "mnist"}, "dataset='mnist' is unknown; choose one of fashionmnist, "),
+        ({"augment": "flip"}, "augment='flip' is unknown; choose one of auto, crop-flip, none"),
         ({"use_resnet": True}, "use_resnet needs --dataset cifar10 or cifar100"),
         ({"model": "index", "hidden_dim": 7}, "hidden_dim=7 leaves some of num_groups=8 groups empty"),
         ({"model": "index", "num_groups": 11}, "fashionmnist with 10 classes leaves some of num_groups=11"),
@@ -87,6 +89,20 @@ def test_the_stem_names_the_run(options, stem):
 def test_bad_values_are_named_with_range_and_remedy(options, message):
     with pytest.raises(SettingsError, match=message):
         TrainSettings(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "augments"),
+    [
+        ({}, False),
+        ({"augment": "crop-flip"}, True),
+        ({"dataset": "cifar10"}, True),
+        ({"dataset": "cifar100"}, True),
+        ({"dataset": "cifar100", "augment": "none"}, False),
+    ],
+)
+def test_raw_cifar_images_are_augmented_unless_told_otherwise(options, augments):
+    assert TrainSettings(**options).augments == augments
 
 
 def test_all_bad_values_are_listed_at_once():

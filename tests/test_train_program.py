@@ -57,7 +57,6 @@ def test_a_run_from_the_command_line(tmp_path, capsys):
         ("--model index --hidden_dim 4", "hidden_dim=4 leaves some"),
         ("--model index --num_groups 12", "10 classes leaves some"),
         ("--sparsity_mode dynamic", "needs a sparse model"),
-        ("--dataset cifar10", "not supported yet"),
         ("--use_resnet", "use_resnet needs"),
         ("--device cuda:99", "cuda"),
         ("--device tpu", "device='tpu' is unknown"),

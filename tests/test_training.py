@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from g2gnet.data import load_dataset
+from g2gnet.data import as_samples, load_dataset, random_crop_and_flip
+from g2gnet.seeding import stream
 from g2gnet.training import CheckpointError, Trainer, TrainingError, TrainSettings, run_training
 from g2gnet.training.run_files import RunFiles
 
@@ -34,6 +35,7 @@ VARIANTS = {
     "dense": {"model": "dense"},
     "rate": {"enc": "rate", "enc_scale": 2.0},
     "bf16": {"precision": "bf16"},
+    "augmented": {"augment": "crop-flip"},
     "regularised": {"enforce_sparsity": True, "warmup_epochs": 1},
     "dynamic": {"sparsity_mode": "dynamic", "dst_interval": 2, "cp": "hebb"},
     "random rules, single weights": {
@@ -92,6 +94,21 @@ def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(tmp_path, mo
     assert_equal(load(whole), load(parts))
     records = [json.loads(line) for line in parts.history.read_text().splitlines()]
     assert_equal(records, load(parts)["history"])
+
+
+def test_each_batch_is_augmented_with_the_draws_of_its_step():
+    settings = TrainSettings(**SMALL, augment="crop-flip")
+    data = load_dataset(settings.dataset)
+    trainer = Trainer(settings, data, torch.device("cpu"))
+    seen = []
+    trainer.net.encode = lambda x, generator: seen.append(x) or x
+    trainer.train_epoch()
+    order = torch.randperm(200, generator=stream(42, "order", 1))
+    for step in range(4):
+        images = data.train_images[order[64 * step : 64 * (step + 1)]]
+        assert torch.equal(seen[step], as_samples(random_crop_and_flip(images, stream(42, "augment", step))))
+    # test images are shown as they are
+    assert torch.equal(seen[4], as_samples(data.test_images[:64]))
 
 
 def test_an_epoch_is_printed_and_recorded(tmp_path, capsys):

@@ -23,26 +23,21 @@ DATASETS = {
 }
 
 
-def check_supported(name: str) -> None:
-    """Raises ValueError unless ``name`` is a data set that this version can read."""
-    if name not in DATASETS:
-        raise ValueError(f"dataset={name!r} is unknown; choose one of {', '.join(DATASETS)}")
-    if name.startswith("cifar"):
-        raise ValueError(f"dataset={name!r} is not supported yet; this version trains on fashionmnist(-mini)")
-
-
 def load_dataset(name: str, data_dir: Path | str = "data") -> ImageData:
     """Reads a data set from ``data_dir``, from where the system keeps it, or by downloading it.
 
     Raises:
-        ValueError: for an unknown name, or a data set that this version does not have yet.
+        ValueError: for an unknown name.
         DataError: if it cannot be found, downloaded or read.
     """
-    check_supported(name)
-    from g2gnet.data import fashion_mnist  # torchvision takes a second to import: only where data is read
+    if name not in DATASETS:
+        raise ValueError(f"dataset={name!r} is unknown; choose one of {', '.join(DATASETS)}")
+    from g2gnet.data import cifar, fashion_mnist  # torchvision takes a second to import: only where data is read
 
     readers: dict[str, Callable[[Path], ImageData]] = {
         "fashionmnist": fashion_mnist.load,
         "fashionmnist-mini": lambda _: fashion_mnist.load_mini(),
+        "cifar10": lambda data_dir: cifar.load("cifar10", data_dir),
+        "cifar100": lambda data_dir: cifar.load("cifar100", data_dir),
     }
     return readers[name](Path(data_dir))

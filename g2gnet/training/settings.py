@@ -4,13 +4,14 @@ import dataclasses
 import math
 from typing import Any
 
-from g2gnet.data import DATASETS, check_supported
+from g2gnet.data import DATASETS
 from g2gnet.dst import GROW_RULES, PRUNE_RULES
 from g2gnet.encoding import ENCODINGS
 from g2gnet.network import MODELS
 
 SPARSITY_MODES = ("static", "dynamic")
 PRECISIONS = ("fp32", "bf16")
+AUGMENTATIONS = ("auto", "crop-flip", "none")
 
 
 class SettingsError(ValueError):
@@ -39,6 +40,12 @@ class TrainSettings:
     dataset: str = _setting("fashionmnist", "data", "data set", choices=tuple(DATASETS))
     limit_train: int | None = _setting(None, "data", "use only the first N training images", low=1)
     limit_test: int | None = _setting(None, "data", "use only the first N test images", low=1)
+    augment: str = _setting(
+        "auto",
+        "data",
+        "shift (by up to 4 pixels) and mirror training images at random; auto: raw CIFAR images only",
+        choices=AUGMENTATIONS,
+    )
     use_resnet: bool = _setting(False, "data", "train on the features of a frozen ResNet-32 (CIFAR only)")
 
     model: str = _setting("dense", "model", "fully connected, or how neurons are grouped", choices=MODELS)
@@ -94,10 +101,6 @@ class TrainSettings:
 
     def _at_odds(self) -> list[str]:
         problems = []
-        try:
-            check_supported(self.dataset)
-        except ValueError as error:
-            problems.append(str(error))
         if self.use_resnet and not self.dataset.startswith("cifar"):
             problems.append(f"use_resnet needs --dataset cifar10 or cifar100, not {self.dataset}")
         elif self.use_resnet:
@@ -120,6 +123,13 @@ class TrainSettings:
             elif self.p_inter == 1 and self.p_intra == 1:
                 problems.append("sparsity_mode=dynamic has nothing to grow at p_inter=1 and p_intra=1; lower p_inter")
         return problems
+
+    @property
+    def augments(self) -> bool:
+        """Whether training images are augmented."""
+        return self.augment == "crop-flip" or (
+            self.augment == "auto" and self.dataset.startswith("cifar") and not self.use_resnet
+        )
 
     @property
     def stem(self) -> str:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional as F
 
-from g2gnet.data import ImageData, as_samples
+from g2gnet.data import ImageData, as_samples, random_crop_and_flip
 from g2gnet.dst import DSTScheduler
 from g2gnet.network import G2GNet
 from g2gnet.regularizer import rate_penalty, rate_target
@@ -151,8 +151,10 @@ class Trainer:
 
     def _train_step(self, index: torch.Tensor) -> _StepResult:
         labels = self.data.train_labels[index]
-        generator = stream(self.settings.seed, "encode_train", self.step, device=draw_device(self.device))
-        inputs = self.net.encode(as_samples(self.data.train_images[index]), generator)
+        images = self.data.train_images[index]
+        if self.settings.augments:
+            images = random_crop_and_flip(images, self._stream("augment", self.step))
+        inputs = self.net.encode(as_samples(images), self._stream("encode_train", self.step))
         with self._autocast():
             activity = self.net.simulate(inputs)
         loss = F.cross_entropy(activity.counts, labels)
@@ -180,11 +182,14 @@ class Trainer:
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
         for first in range(0, len(labels), self.settings.batch_size):
             part = slice(first, first + self.settings.batch_size)
-            generator = stream(self.settings.seed, "encode_test", self.epoch, first, device=draw_device(self.device))
             with self._autocast():
-                counts = self.net(as_samples(images[part]), generator)
+                counts = self.net(as_samples(images[part]), self._stream("encode_test", self.epoch, first))
             correct += (counts.argmax(1) == labels[part]).sum()
         return correct.item() / len(labels)
+
+    def _stream(self, purpose: str, *counters: int) -> torch.Generator:
+        """The run's stream of that name, on the device if it has generators."""
+        return stream(self.settings.seed, purpose, *counters, device=draw_device(self.device))
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         if self.settings.precision == "bf16":

@@ -1,0 +1,91 @@
+"""CIFAR-10 and CIFAR-100 (Krizhevsky 2009) through torchvision's readers."""
+
+import hashlib
+import tempfile
+from pathlib import Path
+
+import torch
+from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets.utils import check_integrity, download_url, extract_archive
+
+from g2gnet.data.image_data import DataError, ImageData
+
+#: torchvision's reader of each data set; its class attributes hold the names, checksums and address of the files
+READERS: dict[str, type[CIFAR10]] = {"cifar10": CIFAR10, "cifar100": CIFAR100}
+
+
+def load(name: str, data_dir: Path) -> ImageData:
+    """Reads ``"cifar10"`` or ``"cifar100"`` (fine labels); images are uint8 [N, 3, 32, 32].
+
+    The batches may lie in ``data_dir`` as torchvision leaves them (``cifar-10-batches-py``, ``cifar-100-python``), or
+    in the original archive; else the archive is downloaded. They are pickles, which can run any code: they are opened
+    only if they have the published checksums.
+
+    Raises:
+        DataError: if they cannot be found, downloaded or read.
+    """
+    reader = READERS[name]
+    folder = data_dir / reader.base_folder
+    if not folder.is_dir():
+        _fetch(name, data_dir)
+    parts = {}
+    for part in ("train", "test"):
+        try:
+            data = reader(str(data_dir), train=part == "train")
+        except (RuntimeError, OSError) as error:  # RuntimeError: a checksum differs
+            raise DataError(_damage(name, folder) or f"the files in {folder} cannot be read ({error})") from error
+        # torchvision moves the channels last, for pictures; the files have them first
+        parts[f"{part}_images"] = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
+        parts[f"{part}_labels"] = torch.tensor(data.targets)
+    return ImageData(name=name, num_classes=len(data.classes), **parts)
+
+
+def fingerprint(name: str) -> str:
+    """The SHA-256 of the checksums that the files of ``name`` must have: it names their content."""
+    return hashlib.sha256(repr(_files(READERS[name])).encode()).hexdigest()
+
+
+def _files(reader: type[CIFAR10]) -> list[tuple[str, str]]:
+    """Name and MD5 of every file that is read."""
+    batches = [(file, md5) for file, md5 in [*reader.train_list, *reader.test_list]]
+    return [*batches, (reader.meta["filename"], reader.meta["md5"])]
+
+
+def _damage(name: str, folder: Path) -> str | None:
+    """What is wrong with the files in ``folder``, and the remedy."""
+    for file, md5 in _files(READERS[name]):
+        if not (folder / file).is_file():
+            problem = f"{folder / file} is missing"
+        elif not check_integrity(folder / file, md5):
+            problem = f"{folder / file} is damaged (its checksum is not the published one)"
+        else:
+            continue
+        return f"{problem}; move {folder} away and run this again to have it fetched anew"
+    return None
+
+
+def _fetch(name: str, data_dir: Path) -> None:
+    """Puts the folder of batches into ``data_dir``, whole or not at all, from the archive lying there or downloaded."""
+    reader = READERS[name]
+    archive = data_dir / reader.filename
+    if archive.exists() and not check_integrity(archive, reader.tgz_md5):
+        raise DataError(
+            f"{archive} is damaged (its checksum is not the published one); delete it and run this again to have it "
+            "fetched anew"
+        )
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=data_dir, prefix=f".{name}-") as scratch:
+            if not archive.exists():
+                download_url(reader.url, scratch, reader.filename, reader.tgz_md5)
+                archive = Path(scratch, reader.filename)
+            extract_archive(archive, scratch)
+            Path(scratch, reader.base_folder).replace(data_dir / reader.base_folder)
+    except (OSError, RuntimeError) as error:  # torchvision raises RuntimeError when the checksum differs
+        raise DataError(
+            f"{name} is not in {data_dir} and could not be put there ({error}). Do one of these:\n"
+            "  1. connect to the internet and run this again;\n"
+            f"  2. put {reader.filename} into {data_dir}, or the folder {reader.base_folder} that it holds, or name "
+            "the directory that has one of them by --data_dir.\n"
+            "--dataset fashionmnist-mini needs no files at all."
+        ) from error

@@ -1,0 +1,104 @@
+"""Small data sets in the exact format of the published files, for the real reading code.
+
+Where that code knows the size or the checksum of the published files, it is told those of the small ones.
+"""
+
+import gzip
+import hashlib
+import io
+import pickle
+import struct
+import tarfile
+from pathlib import Path
+
+import numpy as np
+from torchvision.datasets import FashionMNIST
+
+from g2gnet.data import cifar, fashion_mnist
+
+NOBODY_LISTENS = "http://127.0.0.1:9/"  # refused at once
+
+
+def idx_bytes(array):
+    """An array in the IDX format: magic (type 8 = uint8, dimensions), big-endian sizes, the values."""
+    return struct.pack(f">I{array.ndim}I", 0x0800 | array.ndim, *array.shape) + array.astype(np.uint8).tobytes()
+
+
+def labels_of(count, classes):
+    """As many of each class as can be, in random order."""
+    return np.random.default_rng(1).permutation(np.arange(count) % classes)
+
+
+def fashion_mnist_files(monkeypatch, train, test):
+    """The four files of a small Fashion-MNIST as bytes by name, of random pixels."""
+    monkeypatch.setattr(fashion_mnist, "SHAPES", {"train": (train, 28, 28), "test": (test, 28, 28)})
+    monkeypatch.setattr(fashion_mnist, "SYSTEM_DIR", Path("/nonexistent"))
+    monkeypatch.setattr(FashionMNIST, "mirrors", [NOBODY_LISTENS])
+    generator = np.random.default_rng(0)
+    files = {}
+    for part, count in (("train", train), ("t10k", test)):
+        files[f"{part}-images-idx3-ubyte"] = idx_bytes(generator.integers(0, 256, (count, 28, 28)))
+        files[f"{part}-labels-idx1-ubyte"] = idx_bytes(labels_of(count, 10))
+    return files
+
+
+def cifar_files(monkeypatch, name, train, test):
+    """The files of a small CIFAR-10 or CIFAR-100 as bytes by name, of random pixels; ``train`` is divisible by 5."""
+    generator = np.random.default_rng(0)
+    classes = 10 if name == "cifar10" else 100
+    reader = cifar.READERS[name]
+    batches = {}
+    for names, count in ((reader.train_list, train), (reader.test_list, test)):
+        labels = labels_of(count, classes)
+        for (batch, _), part in zip(names, np.split(labels, len(names)), strict=True):
+            # as published: rows of 1,024 red, 1,024 green and 1,024 blue values, each channel row by row
+            batches[batch] = {
+                "batch_label": f"part of {name}",
+                "data": generator.integers(0, 256, (len(part), 3072), dtype=np.uint8),
+                "filenames": [f"image_{number}.png" for number in range(len(part))],
+            }
+            if name == "cifar10":
+                batches[batch]["labels"] = part.tolist()
+            else:
+                batches[batch] |= {"fine_labels": part.tolist(), "coarse_labels": (part // 5).tolist()}
+    meta = {reader.meta["key"]: [f"class {number}" for number in range(classes)]}
+    contents = {**batches, reader.meta["filename"]: meta}
+    files = {file: pickle.dumps(content, protocol=2) for file, content in contents.items()}
+    expect_files(monkeypatch, name, files)
+    return files
+
+
+def expect_files(monkeypatch, name, files):
+    """Makes the checksums of ``files`` those that the reader of ``name`` expects."""
+    reader = cifar.READERS[name]
+    md5 = {file: hashlib.md5(content).hexdigest() for file, content in files.items()}
+
+    expected = {
+        "url": NOBODY_LISTENS + reader.filename,
+        "tgz_md5": hashlib.md5(cifar_archive(name, files)).hexdigest(),
+        "train_list": [(file, md5[file]) for file, _ in reader.train_list],
+        "test_list": [(file, md5[file]) for file, _ in reader.test_list],
+        "meta": {**reader.meta, "md5": md5[reader.meta["filename"]]},
+    }
+    monkeypatch.setitem(cifar.READERS, name, type("SmallReader", (reader,), expected))
+
+
+def cifar_archive(name, files):
+    """``files`` packed as they are published."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as tar:
+        for file, content in files.items():
+            member = tarfile.TarInfo(f"{cifar.READERS[name].base_folder}/{file}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return gzip.compress(packed.getvalue(), mtime=0)
+
+
+def write(folder, files, compress=False):
+    """Writes files, given as bytes by name, gzipped if asked to."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        if compress:
+            (folder / f"{name}.gz").write_bytes(gzip.compress(content))
+        else:
+            (folder / name).write_bytes(content)

@@ -1,0 +1,164 @@
+"""CIFAR-10 and CIFAR-100: the real reading code on small files in the true format, and the augmentation."""
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_data import cifar_archive, cifar_files, expect_files, write
+
+from g2gnet.data import DataError, as_samples, cifar, load_dataset, random_crop_and_flip
+from g2gnet.seeding import stream
+
+NAMES = ("cifar10", "cifar100")
+ALL_FILES = {
+    "cifar10": ("cifar-10-batches-py", [*(f"data_batch_{n}" for n in range(1, 6)), "test_batch", "batches.meta"]),
+    "cifar100": ("cifar-100-python", ["train", "test", "meta"]),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("packed", [False, True], ids=["folder", "archive"])
+def test_files_are_found_and_read(tmp_path, monkeypatch, name, packed):
+    files = cifar_files(monkeypatch, name, train=50, test=20)
+    folder, names = ALL_FILES[name]
+    assert sorted(files) == sorted(names)
+    if packed:
+        (tmp_path / cifar.READERS[name].filename).write_bytes(cifar_archive(name, files))
+    else:
+        write(tmp_path / folder, files)
+    data = load_dataset(name, tmp_path)
+    assert (data.name, data.input_dim, data.num_classes) == (name, 3072, 10 if name == "cifar10" else 100)
+    batches = [pickle.loads(files[batch]) for batch in names[:-1]]
+    # the samples are the rows of the files: channel first, and each channel row by row
+    rows = torch.from_numpy(np.concatenate([batch["data"] for batch in batches]))
+    labels = [label for batch in batches for label in batch.get("labels", batch.get("fine_labels"))]
+    assert data.train_images.shape == (50, 3, 32, 32)
+    assert torch.equal(torch.cat([data.train_images, data.test_images]).view(70, 3072), rows)
+    assert torch.cat([data.train_labels, data.test_labels]).tolist() == labels
+    torch.testing.assert_close(as_samples(data.train_images), rows[:50] / 255)
+    # the folder of batches is all that was added, and it is found the next time
+    assert sorted(path.name for path in (tmp_path / folder).iterdir()) == sorted(names)
+    assert len(list(tmp_path.iterdir())) == 1 + packed
+    assert torch.equal(load_dataset(name, tmp_path).train_images, data.train_images)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_without_files_and_network_one_message_lists_the_remedies(tmp_path, monkeypatch, name):
+    cifar_files(monkeypatch, name, train=50, test=20)
+    with pytest.raises(DataError) as error:
+        load_dataset(name, tmp_path / "data")
+    archive = cifar.READERS[name].filename
+    for remedy in ("connect to the internet", f"{archive} into", "--data_dir", "fashionmnist-mini"):
+        assert remedy in str(error.value)
+    assert not list((tmp_path / "data").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "file"), [("cifar10", "data_batch_3"), ("cifar10", "batches.meta"), ("cifar100", "test")]
+)
+@pytest.mark.parametrize("damage", ["missing", "changed"])
+def test_a_damaged_file_is_named_and_left_alone(tmp_path, monkeypatch, name, file, damage):
+    files = cifar_files(monkeypatch, name, train=50, test=20)
+    path = tmp_path / ALL_FILES[name][0] / file
+    write(path.parent, files)
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(files[file][:-1])
+    with pytest.raises(DataError, match=f"{path} is {'missing' if damage == 'missing' else 'damaged'}.*; move .* away"):
+        load_dataset(name, tmp_path)
+    assert damage == "missing" or path.read_bytes() == files[file][:-1]
+
+
+def test_a_damaged_archive_is_named_and_left_alone(tmp_path, monkeypatch):
+    archive = tmp_path / cifar.READERS["cifar10"].filename
+    content = cifar_archive("cifar10", cifar_files(monkeypatch, "cifar10", train=50, test=20))[:-1]
+    archive.write_bytes(content)
+    with pytest.raises(DataError, match=f"{archive} is damaged .*; delete it"):
+        load_dataset("cifar10", tmp_path)
+    assert archive.read_bytes() == content
+    assert list(tmp_path.iterdir()) == [archive]
+
+
+def test_only_files_with_the_published_checksum_are_unpickled(tmp_path, monkeypatch):
+    trace = tmp_path / "ran"
+
+    class Payload:
+        def __reduce__(self):
+            return Path.touch, (trace,)
+
+    files = cifar_files(monkeypatch, "cifar10", train=50, test=20)
+    harmful = {**files, "batches.meta": pickle.dumps(Payload())}
+    write(tmp_path / "cifar-10-batches-py", harmful)
+    with pytest.raises(DataError, match="damaged"):
+        load_dataset("cifar10", tmp_path)
+    assert not trace.exists()
+    # the payload works, were it not for the checksum
+    expect_files(monkeypatch, "cifar10", harmful)
+    with pytest.raises(TypeError):
+        load_dataset("cifar10", tmp_path)
+    assert trace.exists()
+
+
+def test_the_published_checksums_are_in_force():
+    assert cifar.READERS["cifar10"].tgz_md5 == "c58f30108f718f92721af3b95e74349a"
+    assert cifar.READERS["cifar100"].tgz_md5 == "eb9058c3a382ffc7106e4002c42a8d85"
+
+
+def test_the_fingerprint_names_the_content(monkeypatch):
+    published = {name: cifar.fingerprint(name) for name in NAMES}
+    assert len({*published.values()}) == 2
+    cifar_files(monkeypatch, "cifar10", train=50, test=20)
+    small = cifar.fingerprint("cifar10")
+    assert small != published["cifar10"]
+    cifar_files(monkeypatch, "cifar10", train=45, test=20)
+    assert cifar.fingerprint("cifar10") not in (small, published["cifar10"])
+
+
+# --- augmentation -------------------------------------------------------------------------------------------------
+
+
+def by_loop(images, generator):
+    """The same draws, applied to one image after another with slices."""
+    count = len(images)
+    top, left = torch.randint(9, (2, count, 1), generator=generator)
+    flipped = torch.randint(2, (count, 1), generator=generator)
+    changed = []
+    for image, y, x, flip in zip(images, top, left, flipped, strict=True):
+        padded = torch.zeros(*image.shape[:-2], image.shape[-2] + 8, image.shape[-1] + 8, dtype=image.dtype)
+        padded[..., 4:-4, 4:-4] = image
+        crop = padded[..., y : y + image.shape[-2], x : x + image.shape[-1]]
+        changed.append(crop.flip(-1) if flip else crop)
+    return torch.stack(changed)
+
+
+@pytest.mark.parametrize("shape", [(50, 3, 32, 32), (20, 28, 28), (3, 2, 5, 7), (1, 1, 1, 1)])
+def test_crops_and_flips_are_those_of_a_loop(shape):
+    images = torch.randint(1, 256, shape, dtype=torch.uint8, generator=stream(0, "network"))
+    changed = random_crop_and_flip(images, stream(5, "augment", 3))
+    assert changed.dtype == torch.uint8
+    assert torch.equal(changed, by_loop(images, stream(5, "augment", 3)))
+    # images that are not contiguous are the same images
+    assert torch.equal(random_crop_and_flip(images.mT.contiguous().mT, stream(5, "augment", 3)), changed)
+
+
+def test_every_shift_and_flip_is_drawn_equally_often():
+    """χ² over the 9·9·2 cases of one pixel's place: 161 degrees of freedom, 99.9 % of draws stay below 222."""
+    image = torch.zeros(1, 1, 32, 32, dtype=torch.uint8)
+    image[0, 0, 10, 7] = 1  # off centre: a flip moves it out of the reach of the shifts
+    count = 162 * 100
+    changed = random_crop_and_flip(image.expand(count, -1, -1, -1), stream(0, "augment", 0))
+    assert changed.sum() == count
+    seen = changed.sum((0, 1)).flatten()
+    seen = seen[seen > 0]
+    assert len(seen) == 162
+    assert ((seen - 100.0).square() / 100).sum() < 222
+
+
+def test_each_step_has_its_own_draws_that_can_be_repeated():
+    images = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8)
+    first, again, next_step = (random_crop_and_flip(images, stream(1, "augment", step)) for step in (7, 7, 8))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, next_step)

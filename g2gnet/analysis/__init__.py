@@ -1,0 +1,29 @@
+"""A look inside trained networks: how groups are wired and what their neurons do together."""
+
+from g2gnet.analysis.activity import (
+    CountCorrelation,
+    SpikeSums,
+    coherence,
+    count_correlation,
+    firing_rates,
+    group_means,
+    temporal_synchrony,
+)
+from g2gnet.analysis.network import LayerAnalysis, NetworkAnalysis, analyze_network
+from g2gnet.analysis.wiring import cross_group_share, group_density, input_group_entropy
+
+__all__ = [
+    "CountCorrelation",
+    "LayerAnalysis",
+    "NetworkAnalysis",
+    "SpikeSums",
+    "analyze_network",
+    "coherence",
+    "count_correlation",
+    "cross_group_share",
+    "firing_rates",
+    "group_density",
+    "group_means",
+    "input_group_entropy",
+    "temporal_synchrony",
+]

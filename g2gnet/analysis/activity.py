@@ -1,0 +1,197 @@
+"""What the spikes of a population in groups show: rates, synchrony, correlation, coherence.
+
+Neurons that see the same image fire alike without anything joining them. What an image of this *class* does to a neuron
+on average is therefore kept apart from the rest: the mean over the images of a class is the *signal*, what an image
+deviates from it the *noise* (in a deterministic network, the part that the class does not explain). Taking the mean of
+a class out at each time step is the shift predictor of the neurosciences: it removes what is locked to the onset.
+
+The heavy part, three sums over the spikes [T, B, N], runs on their device (:meth:`SpikeSums.of`); they are whole
+numbers and exact. The quantities are computed from those sums in float64 on the CPU. No matrix of neurons × neurons is
+formed: the sum over pairs (i, j) of two groups is the product of the groups' sums.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from g2g_kernels import GroupLayout
+
+#: below this share of a sum of squares, what is left after subtracting means is rounding and counts as zero
+ROUNDING = 1e-12
+
+
+@dataclass(frozen=True)
+class SpikeSums:
+    """Sums over the spikes of one population from which every quantity follows, on the CPU.
+
+    Attributes:
+        layout: the groups of the N neurons.
+        labels: int64 [B], the class of each sample.
+        counts: float64 [B, N], spikes in each sample.
+        class_sums: float64 [T, C, N], spikes at each step over the samples of a class.
+        activity: float64 [T, B, G], spikes of each group at each step.
+    """
+
+    layout: GroupLayout
+    labels: torch.Tensor
+    counts: torch.Tensor
+    class_sums: torch.Tensor
+    activity: torch.Tensor
+
+    @classmethod
+    def of(cls, spikes: torch.Tensor, labels: torch.Tensor, num_classes: int, layout: GroupLayout) -> "SpikeSums":
+        """The sums of ``spikes`` [T, B, N], each 0 or 1; ``labels`` are int64 [B], 0 to ``num_classes`` − 1."""
+        spikes = spikes.float()
+        group = F.one_hot(layout.group_of, layout.num_groups).to(spikes)
+        label = F.one_hot(labels.cpu(), num_classes).to(spikes)
+        sums = (spikes.sum(0), label.T @ spikes, spikes @ group)
+        return cls(layout, labels.cpu(), *(tensor.cpu().double() for tensor in sums))
+
+    @classmethod
+    def join(cls, parts: Sequence["SpikeSums"]) -> "SpikeSums":
+        """The sums over all samples of ``parts``."""
+        return cls(
+            parts[0].layout,
+            torch.cat([part.labels for part in parts]),
+            torch.cat([part.counts for part in parts]),
+            torch.stack([part.class_sums for part in parts]).sum(0),
+            torch.cat([part.activity for part in parts], 1),
+        )
+
+    @property
+    def steps(self) -> int:
+        """T."""
+        return len(self.activity)
+
+
+def firing_rates(sums: SpikeSums) -> torch.Tensor:
+    """Spikes of each neuron per step and sample: float64 [N], 0 to 1."""
+    return sums.counts.mean(0) / sums.steps
+
+
+def group_means(values: torch.Tensor, layout: GroupLayout) -> torch.Tensor:
+    """The mean of ``values`` [N] over the neurons of each group, [G]."""
+    return torch.zeros(layout.num_groups, dtype=values.dtype).index_add_(0, layout.group_of, values) / layout.sizes
+
+
+def temporal_synchrony(sums: SpikeSums) -> torch.Tensor:
+    """How far the neurons of a group fire at the same steps: float64 [G], from −1/(N_g − 1) to 1, about 0 by chance.
+
+    synchrony_g = mean over pairs i ≠ j of ⟨e_i·e_j⟩ / mean over i of ⟨e_i²⟩, with ⟨·⟩ over steps and samples and
+    e_i(t, b) = s_i(t, b) − mean over steps − mean over the samples of b's class + mean over both.
+
+    This is Golomb's synchrony measure χ² (variance of the group's mean over mean variance; Golomb & Rinzel 1993)
+    without the 1/N_g that N_g independent neurons would give it: (N_g·χ² − 1)/(N_g − 1). It is 1 only if all neurons do
+    the same. The share of neurons that fire together would grow with the rate instead, and onsets that every image
+    brings about would count as synchrony: e has neither the rate of a sample nor what is locked to its onset. NaN for a
+    group of one neuron, or where e = 0 throughout: silent neurons, T = 1, one sample a class.
+    """
+    size = sums.layout.sizes
+    variance = _noise_power(sums)
+    together = _group_noise(sums).square().sum((0, 1))
+    return _defined(together - variance, (size - 1) * variance)
+
+
+def coherence(first: SpikeSums, second: SpikeSums) -> torch.Tensor:
+    """How far groups fluctuate in the same rhythms, at whatever delay: float64 [G of first, G of second], 0 to 1.
+
+    coherence_gh = Σ_f |S_gh(f)| / √(Σ_f P_g(f) · Σ_f P_h(f)) over all frequencies but 0, with e as in
+    :func:`temporal_synchrony`, S_gh the cross-spectrum ⟨E_i(f)·E_j(f)*⟩ averaged over samples and pairs i ∈ g, j ∈ h,
+    and P_g the power ⟨|E_i(f)|²⟩ of single neurons i ∈ g, averaged alike.
+
+    The coherence of the groups' *summed* spikes nears 1 for large groups however weak the pairs are (pairs that
+    correlate at 0.05 make sums over 256 neurons cohere at 0.93), and from a single sample it is 1 always. Pairs and
+    many samples have neither fault. Independent neurons give about 0.9/√(B·N_g·N_h), not 0. The diagonal of a
+    population with itself holds the pairs i = j too: read :func:`temporal_synchrony` there. NaN where e = 0 throughout
+    a group.
+    """
+    steps = first.steps
+    # the real transform leaves out frequencies above one half, equal to those below: these count twice
+    frequency = torch.arange(1, steps // 2 + 1)
+    weight = torch.where(2 * frequency == steps, 1.0, 2.0).double()
+    spectrum = [torch.fft.rfft(_group_noise(sums), dim=0)[1:] for sums in (first, second)]
+    cross = torch.einsum("fbg,fbh->fgh", spectrum[0], spectrum[1].conj()).abs()
+    shared = torch.einsum("f,fgh->gh", weight, cross) / (first.layout.sizes[:, None] * second.layout.sizes)
+    power = [steps * _noise_power(sums) / sums.layout.sizes for sums in (first, second)]
+    return _defined(shared, (power[0][:, None] * power[1]).sqrt())
+
+
+class CountCorrelation(NamedTuple):
+    """Mean Pearson correlation of spike counts over pairs of two groups, three float64 [G, G], −1 to 1."""
+
+    total: torch.Tensor
+    signal: torch.Tensor
+    noise: torch.Tensor
+
+
+def count_correlation(sums: SpikeSums) -> CountCorrelation:
+    """The mean correlation of spike counts over pairs i ∈ g, j ∈ h, i ≠ j; the diagonal is that within groups.
+
+    total: over all samples. signal: between the mean counts in each class, that is, how alike two neurons are tuned; at
+    least three classes are needed. noise: over samples, each less the mean of its class.
+
+    The total mixes two things: two neurons that prefer the same class correlate even if nothing joins them. Neurons
+    whose count never changes (silent ones) have no correlation and are left out; NaN where no pair is left.
+    """
+    labels, counts = sums.labels, sums.counts
+    per_class = torch.bincount(labels, minlength=sums.class_sums.shape[1])
+    present = per_class > 0
+    means = sums.class_sums.sum(0) / per_class[:, None]
+    signal = means[present] if present.sum() >= 3 else means[:0]
+    group = F.one_hot(sums.layout.group_of, sums.layout.num_groups).double()
+    return CountCorrelation(
+        _mean_correlation(counts - counts.mean(0), counts, group),
+        _mean_correlation(signal - signal.mean(0), signal, group),
+        _mean_correlation(counts - means[labels], counts, group),
+    )
+
+
+def _mean_correlation(deviations: torch.Tensor, of: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+    """The mean cosine of pairs of columns of ``deviations`` [M, N] by group, given as indicators [N, G]."""
+    power = deviations.square().sum(0)
+    active = power > ROUNDING * of.square().sum(0)
+    scaled = torch.where(active, deviations / power.sqrt(), 0.0) @ group
+    number = (active[:, None] * group).sum(0)
+    pairs = number[:, None] * number - number.diag()
+    return _defined(scaled.T @ scaled - number.diag(), pairs)
+
+
+def _noise_power(sums: SpikeSums) -> torch.Tensor:
+    """Σ over steps, samples and the group's neurons of e², [G] (:func:`temporal_synchrony` has e)."""
+    # e is what is left after subtracting two sets of means, so its power is what they leave of Σ s² = Σ s
+    total = sums.counts.sum(0)
+    per_class = torch.bincount(sums.labels, minlength=sums.class_sums.shape[1]).clamp(min=1)
+    of_samples = sums.counts.square().sum(0) / sums.steps
+    locked = sums.class_sums.square().sum(0) - sums.class_sums.sum(0).square() / sums.steps
+    power = total - of_samples - (locked / per_class[:, None]).sum(0)
+    power = torch.where(power > ROUNDING * total, power, 0.0)
+    return torch.zeros(sums.layout.num_groups).double().index_add_(0, sums.layout.group_of, power)
+
+
+def _group_noise(sums: SpikeSums) -> torch.Tensor:
+    """Σ of e over the neurons of each group, [T, B, G]."""
+    label = F.one_hot(sums.labels, sums.class_sums.shape[1]).double()
+    means = (label / label.sum(0).clamp(min=1)).T @ sums.activity
+    noise = sums.activity - means[:, sums.labels]
+    return noise - noise.mean(0)
+
+
+def _defined(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
+    """The quotient, NaN where the denominator is zero."""
+    return torch.where(denominator > 0, numerator / denominator, torch.nan)
+
+
+def pearson(x: torch.Tensor, y: torch.Tensor) -> float:
+    """Pearson's r of the pairs (x, y) where both are numbers, −1 to 1; NaN for under three, or a constant."""
+    both = ~(x.isnan() | y.isnan())
+    if both.sum() < 3:
+        return torch.nan
+    x, y = x[both].double(), y[both].double()
+    deviation_x, deviation_y = x - x.mean(), y - y.mean()
+    power_x, power_y = deviation_x.square().sum(), deviation_y.square().sum()
+    if power_x <= ROUNDING * x.square().sum() or power_y <= ROUNDING * y.square().sum():
+        return torch.nan
+    return float(deviation_x @ deviation_y / (power_x * power_y).sqrt())

@@ -1,0 +1,200 @@
+"""The analysis of a whole network: every quantity of every layer, from one pass over labelled samples."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from g2g_kernels import Activity
+from g2gnet.analysis.activity import (
+    CountCorrelation,
+    SpikeSums,
+    coherence,
+    count_correlation,
+    firing_rates,
+    group_means,
+    pearson,
+    temporal_synchrony,
+)
+from g2gnet.analysis.wiring import cross_group_share, group_density, input_group_entropy
+from g2gnet.network import G2GNet
+
+#: what the network received [B, D] or [T, B, D], what it did, and the samples' labels [B]
+Batch = tuple[torch.Tensor, Activity, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class LayerAnalysis:
+    """One layer: its connection's wiring and its neurons' activity, by group. Tensors are float64, NaN: not defined.
+
+    Attributes:
+        name: ``lif1``, ``lif2`` or ``lif3``.
+        group_sizes: int64 [G], neurons in each group.
+        neuron_rates: [N], spikes of each neuron per step (:func:`firing_rates`).
+        group_rates: [G], their mean in each group.
+        synchrony: [G] (:func:`temporal_synchrony`).
+        correlation: three [G, G] (:func:`count_correlation`).
+        coherence: [G, G] between the layer's groups, NaN on the diagonal (:func:`coherence`).
+        pathway_coherence: [G, G] between the layer's groups and those of its inputs, or None if these do not change in
+            time (encoding ``current``).
+        density: [G, G], output by input group (:func:`group_density`).
+        cross_group_share: [G], share of the inputs from other groups (:func:`cross_group_share`).
+        input_entropy, weight_entropy: [G], by connections and by weight (:func:`input_group_entropy`).
+    """
+
+    name: str
+    group_sizes: torch.Tensor
+    neuron_rates: torch.Tensor
+    group_rates: torch.Tensor
+    synchrony: torch.Tensor
+    correlation: CountCorrelation
+    coherence: torch.Tensor
+    pathway_coherence: torch.Tensor | None
+    density: torch.Tensor
+    cross_group_share: torch.Tensor
+    input_entropy: torch.Tensor
+    weight_entropy: torch.Tensor
+
+    @property
+    def firing_rate(self) -> float:
+        """Spikes per neuron and step, 0 to 1."""
+        return float(self.neuron_rates.mean())
+
+    @property
+    def silent(self) -> float:
+        """The share of neurons that never fired, 0 to 1."""
+        return float((self.neuron_rates == 0).double().mean())
+
+    @property
+    def cross_group_coherence(self) -> torch.Tensor:
+        """[G], the mean coherence of each group with the others of its layer."""
+        return self.coherence.nanmean(1)
+
+    @property
+    def coherence_by_share(self) -> float:
+        """Pearson's r over the G groups: coherence with the others of the layer against share of inputs from others.
+
+        The share hardly differs from group to group unless DST or a small layer makes it, and for eight groups chance
+        alone gives |r| > 0.7 in one of twenty cases; :attr:`coherence_by_pathway` has more to go by.
+        """
+        return pearson(self.cross_group_coherence, self.cross_group_share)
+
+    @property
+    def coherence_by_pathway(self) -> float:
+        """Pearson's r over the G·(G − 1) pairs g ≠ h: coherence of group g with input group h against their density.
+
+        That is: does a group keep time with the other groups that it gets inputs from?
+        """
+        if self.pathway_coherence is None:
+            return math.nan
+        other = ~torch.eye(len(self.group_sizes), dtype=torch.bool)
+        return pearson(self.pathway_coherence[other], self.density[other])
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it but the single neurons' rates as lists and numbers, None where not defined."""
+        values = {
+            "neurons": len(self.neuron_rates),
+            "group_sizes": self.group_sizes,
+            "firing_rate": self.firing_rate,
+            "silent": self.silent,
+            "group_firing_rate": self.group_rates,
+            "temporal_synchrony": self.synchrony,
+            **{f"{name}_correlation": matrix for name, matrix in self.correlation._asdict().items()},
+            "coherence": self.coherence,
+            "pathway_coherence": self.pathway_coherence,
+            "cross_group_coherence": self.cross_group_coherence,
+            "cross_group_share": self.cross_group_share,
+            "coherence_by_share": self.coherence_by_share,
+            "coherence_by_pathway": self.coherence_by_pathway,
+            "density": self.density,
+            "input_entropy": self.input_entropy,
+            "weight_entropy": self.weight_entropy,
+        }
+        return {name: _plain(value) for name, value in values.items()}
+
+
+@dataclass(frozen=True)
+class NetworkAnalysis:
+    """What :func:`analyze_network` found.
+
+    Attributes:
+        samples, steps: B and T of what was analysed.
+        accuracy: share of the samples that were classified correctly.
+        layers: from input to output.
+    """
+
+    samples: int
+    steps: int
+    accuracy: float
+    layers: tuple[LayerAnalysis, ...]
+
+    @property
+    def firing_rate(self) -> float:
+        """Spikes per neuron and step over all layers, 0 to 1."""
+        return float(torch.cat([layer.neuron_rates for layer in self.layers]).mean())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Numbers, lists and strings only, None where a quantity is not defined."""
+        return {
+            "samples": self.samples,
+            "steps": self.steps,
+            "accuracy": self.accuracy,
+            "firing_rate": self.firing_rate,
+            "layers": {layer.name: layer.as_dict() for layer in self.layers},
+        }
+
+
+@torch.no_grad()
+def analyze_network(net: G2GNet, batches: Iterable[Batch], num_classes: int) -> NetworkAnalysis:
+    """Analyses what ``net`` did in ``batches``; spikes are summed batch by batch on the device and not kept.
+
+    A layer's neurons are grouped as the output side of its connection; its inputs as the input side, which may be
+    another grouping of the same neurons.
+    """
+    connections = [connection for connection, _ in net.layers()]
+    outputs: list[list[SpikeSums]] = [[] for _ in connections]
+    inputs: list[list[SpikeSums]] = [[] for _ in connections]
+    correct = 0
+    for received, activity, labels in batches:
+        pre = received if received.dim() == 3 else None
+        correct += int((activity.counts.argmax(1) == labels).sum())
+        for number, connection in enumerate(connections):
+            if pre is not None:
+                inputs[number].append(SpikeSums.of(pre, labels, num_classes, connection.mask.cols.layout))
+            pre = activity.spikes[number].dense()
+            outputs[number].append(SpikeSums.of(pre, labels, num_classes, connection.mask.rows.layout))
+
+    layers = []
+    for number, connection in enumerate(connections):
+        sums = SpikeSums.join(outputs[number])
+        pre_sums = SpikeSums.join(inputs[number]) if inputs[number] else None
+        rates = firing_rates(sums)
+        layers.append(
+            LayerAnalysis(
+                name=f"lif{number + 1}",
+                group_sizes=sums.layout.sizes,
+                neuron_rates=rates,
+                group_rates=group_means(rates, sums.layout),
+                synchrony=temporal_synchrony(sums),
+                correlation=count_correlation(sums),
+                coherence=coherence(sums, sums).fill_diagonal_(math.nan),
+                pathway_coherence=None if pre_sums is None else coherence(sums, pre_sums),
+                density=group_density(connection.mask),
+                cross_group_share=cross_group_share(connection.mask),
+                input_entropy=input_group_entropy(connection.mask),
+                weight_entropy=input_group_entropy(connection.mask, connection.values),
+            )
+        )
+    samples = len(sums.labels)
+    return NetworkAnalysis(samples, sums.steps, correct / samples, tuple(layers))
+
+
+def _plain(value: Any) -> Any:
+    """Tensors as lists, NaN as None (JSON has no NaN)."""
+    if isinstance(value, torch.Tensor):
+        value = value.tolist()
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

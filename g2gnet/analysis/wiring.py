@@ -1,0 +1,57 @@
+"""How a layer's groups are wired, read off its :class:`BlockMask`: no activity is involved."""
+
+import math
+
+import torch
+
+from g2g_kernels import BlockMask
+
+
+def group_density(mask: BlockMask) -> torch.Tensor:
+    """The share of the weights between each pair of groups that exist: float64 [groups out, groups in], 0 to 1.
+
+    density_gh = weights present from input group h to output group g / (N_g · N_h)
+    """
+    row_group, col_group = _groups_of_units(mask)
+    out_sizes, in_sizes = mask.rows.layout.sizes, mask.cols.layout.sizes
+    present = torch.zeros(len(out_sizes) * len(in_sizes), dtype=torch.float64)
+    present.index_add_(0, row_group * len(in_sizes) + col_group, mask.unit_sizes.cpu().double())
+    return present.view(len(out_sizes), len(in_sizes)) / (out_sizes[:, None] * in_sizes)
+
+
+def cross_group_share(mask: BlockMask) -> torch.Tensor:
+    """The share of each output group's inputs that come from input groups of another number: float64 [groups], 0 to 1.
+
+    NaN for a group without inputs.
+    """
+    inputs = group_density(mask) * mask.cols.layout.sizes
+    return 1 - inputs.diagonal() / inputs.sum(1)
+
+
+def input_group_entropy(mask: BlockMask, values: torch.Tensor | None = None) -> torch.Tensor:
+    """How evenly a neuron draws on the input groups, the mean over each output group: float64 [groups], 0 to 1.
+
+    H_i = −Σ_h p_ih·ln p_ih / ln G with p_ih = d_ih / Σ_h d_ih, where d_ih is the share of the weights from input group
+    h to neuron i that exist, or with packed ``values`` [num_units, unit_rows, unit_cols] their mean |w| over all of the
+    group. 0: all inputs come from one group; 1: from every group alike, as in a dense layer.
+
+    Shares d, not numbers of inputs, make 1 mean "as in a dense layer" when groups differ in size. The entropy is taken
+    neuron by neuron: pooled over a group it would near 1 even if each of its neurons saw only two input groups.
+    Neurons without inputs are left out; NaN where no neuron is left, and for a single input group.
+    """
+    strength = (mask.valid() if values is None else values.detach().abs()).sum(2).cpu().double()
+    row, (_, col_group) = mask.unit_row.long().cpu(), _groups_of_units(mask)
+    in_sizes = mask.cols.layout.sizes
+    share = torch.zeros(mask.rows.num_units, len(in_sizes), mask.rows.width, dtype=torch.float64)
+    share.index_put_((row, col_group), strength, accumulate=True)
+    share = share.transpose(1, 2).reshape(-1, len(in_sizes))[mask.rows.position.cpu()] / in_sizes
+    p = share / share.sum(1, keepdim=True)
+    entropy = torch.special.entr(p).sum(1) / (math.log(len(in_sizes)) or math.nan)
+    return torch.stack([entropy[mask.rows.layout.group_of == g].nanmean() for g in range(mask.rows.layout.num_groups)])
+
+
+def _groups_of_units(mask: BlockMask) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output and the input group of the unit in each slot, int64 [num_units] each, on the CPU."""
+    row_group = mask.rows.group_of_unit[mask.unit_row.long()]
+    col_group = mask.cols.group_of_unit[mask.unit_col.long()]
+    return row_group.cpu(), col_group.cpu()

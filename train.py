@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 import g2gnet
 from g2gnet import cli
-from g2gnet.data import load_dataset
-from g2gnet.training import run_training
+from g2gnet.training import TrainSettings, run_training
 
 EXAMPLES = """\
 examples:
@@ -28,7 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def train(arguments: argparse.Namespace) -> None:
-    settings = cli.settings_from(arguments)
+    settings = cli.settings_from(arguments, TrainSettings)
     device, backend = cli.machine_from(arguments)
     if settings.enforce_sparsity and settings.warmup_epochs >= settings.epochs:
         print(
@@ -41,7 +40,7 @@ def train(arguments: argparse.Namespace) -> None:
     )
     print(f"g2g {g2gnet.__version__} | device={device} backend={backend or 'auto'} | {shown}", flush=True)
     run_training(
-        settings, lambda: load_dataset(settings.dataset, arguments.data_dir), arguments.checkpoint_dir, device, backend
+        settings, lambda: cli.load_data(arguments, settings, device), arguments.checkpoint_dir, device, backend
     )
 
 

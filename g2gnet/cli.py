@@ -9,18 +9,24 @@ import typing
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from g2g_kernels import BackendError, select_device
 from g2g_kernels.dispatch import BACKENDS, require_backend
-from g2gnet.data import DataError
-from g2gnet.training import CheckpointError, SettingsError, TrainingError, TrainSettings
+from g2gnet.data import DataError, ImageData, load_dataset
+from g2gnet.features import load_features, weights_digest
+from g2gnet.training import CheckpointError, Settings, SettingsError, TrainingError, TrainSettings
 from g2gnet.training.settings import describe_range
 
+#: what stands for a flag's value in the help
+METAVARS = {int: "N", float: "X", str: "FILE"}
 
-def add_settings_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds one flag for each field of :class:`TrainSettings`, in the fields' groups."""
-    types_of = typing.get_type_hints(TrainSettings)
+
+def add_settings_flags(parser: argparse.ArgumentParser, settings: type = TrainSettings) -> None:
+    """Adds one flag for each field of ``settings``, in the fields' groups."""
+    types_of = typing.get_type_hints(settings)
     groups: dict[str, Any] = {}
-    for field in dataclasses.fields(TrainSettings):
+    for field in dataclasses.fields(settings):
         about, flag_type = field.metadata, types_of[field.name]
         if about["group"] not in groups:
             groups[about["group"]] = parser.add_argument_group(about["group"])
@@ -28,7 +34,7 @@ def add_settings_flags(parser: argparse.ArgumentParser) -> None:
         if flag_type is bool:
             group.add_argument(f"--{field.name}", action="store_true", help=about["text"])
             continue
-        if isinstance(flag_type, types.UnionType):  # int | None
+        if isinstance(flag_type, types.UnionType):  # int | None, str | None
             flag_type = typing.get_args(flag_type)[0]
         text = about["text"]
         if flag_type in (int, float) and about["low"] is not None:
@@ -40,13 +46,16 @@ def add_settings_flags(parser: argparse.ArgumentParser) -> None:
             type=flag_type,
             default=field.default,
             choices=about["choices"],
-            metavar=None if about["choices"] else "N" if flag_type is int else "X",
+            metavar=None if about["choices"] else METAVARS[flag_type],
             help=text,
         )
 
 
-def add_machine_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that say where to compute and where files lie; they do not decide what is computed."""
+def add_machine_flags(parser: argparse.ArgumentParser, kernels: bool = True) -> None:
+    """Adds the flags that say where to compute (``kernels``: and with which kernels) and where files lie.
+
+    They do not decide what is computed.
+    """
     group = parser.add_argument_group("machine and files")
     group.add_argument("--data_dir", default="data", metavar="DIR", help="where data sets lie (default: data)")
     group.add_argument(
@@ -55,18 +64,38 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--device", default="auto", help="auto (DirectML, then CUDA, then CPU), cpu, cuda, cuda:N or directml"
     )
-    group.add_argument(
-        "--backend", default="auto", choices=("auto", *BACKENDS), help="kernels to use (default: the device decides)"
-    )
+    if kernels:
+        text = "kernels to use (default: the device decides)"
+        group.add_argument("--backend", default="auto", choices=("auto", *BACKENDS), help=text)
 
 
-def settings_from(arguments: argparse.Namespace) -> TrainSettings:
-    """The settings that the flags gave.
+SettingsT = typing.TypeVar("SettingsT", bound=Settings)
+
+
+def settings_from(arguments: argparse.Namespace, kind: type[SettingsT]) -> SettingsT:
+    """The settings that the flags gave, with the content of a weights file in place of its name.
 
     Raises:
         SettingsError: if they are out of range or at odds.
+        DataError: if the weights file cannot be read.
     """
-    return TrainSettings(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(TrainSettings)})
+    fields = dataclasses.fields(kind)  # type: ignore[arg-type]  # every Settings is a dataclass
+    settings = kind(**{field.name: getattr(arguments, field.name) for field in fields})
+    if isinstance(settings, TrainSettings) and settings.use_resnet:
+        digest = weights_digest(settings.dataset, settings.resnet_weights)
+        settings = dataclasses.replace(settings, resnet_weights=digest)
+    return settings
+
+
+def load_data(arguments: argparse.Namespace, settings: TrainSettings, device: torch.device) -> ImageData:
+    """The images or features that the flags ask for.
+
+    Raises:
+        DataError: if they cannot be had.
+    """
+    if settings.use_resnet:
+        return load_features(settings.dataset, arguments.data_dir, arguments.resnet_weights, device)
+    return load_dataset(settings.dataset, arguments.data_dir)
 
 
 def run_program(parser: argparse.ArgumentParser, program: Callable[[argparse.Namespace], None], argv: Any) -> int:
@@ -106,7 +135,8 @@ def machine_from(arguments: argparse.Namespace) -> tuple[Any, str | None]:
         FlagError: for a device that this machine does not have.
         BackendError: for a backend that cannot be used here.
     """
-    backend = None if arguments.backend == "auto" else arguments.backend
+    backend = getattr(arguments, "backend", "auto")
+    backend = None if backend == "auto" else backend
     try:
         require_backend(backend)
         device = select_device(arguments.device)

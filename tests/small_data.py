@@ -3,6 +3,7 @@
 Where that code knows the size or the checksum of the published files, it is told those of the small ones.
 """
 
+import functools
 import gzip
 import hashlib
 import io
@@ -12,9 +13,11 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import torch
 from torchvision.datasets import FashionMNIST
 
 from g2gnet.data import cifar, fashion_mnist
+from g2gnet.features import new_resnet, weights
 
 NOBODY_LISTENS = "http://127.0.0.1:9/"  # refused at once
 
@@ -102,3 +105,43 @@ def write(folder, files, compress=False):
             (folder / f"{name}.gz").write_bytes(gzip.compress(content))
         else:
             (folder / name).write_bytes(content)
+
+
+def write_cifar(monkeypatch, data_dir, name, train=50, test=20):
+    """Writes a small CIFAR in torchvision's layout."""
+    files = cifar_files(monkeypatch, name, train, test)
+    write(data_dir / cifar.READERS[name].base_folder, files)
+
+
+@functools.cache
+def resnet_weights(name, seed):
+    """A file with random weights of a ResNet-32 for ``name``, as bytes; its running statistics are those of noise."""
+    torch.manual_seed(seed)
+    network = new_resnet(name)
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = None  # running statistics are plain means: one batch sets them
+    with torch.no_grad():
+        network(torch.randint(256, (16, 3, 32, 32), dtype=torch.uint8))
+    file = io.BytesIO()
+    torch.save(network.state_dict(), file)
+    return file.getvalue()
+
+
+def write_resnet(path, name, seed=0):
+    """Writes such a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(resnet_weights(name, seed))
+    return path
+
+
+def publish_resnet(monkeypatch, hub, name):
+    """Puts weights into PyTorch's hub directory ``hub`` as if they were the published ones for ``name``."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(hub))
+    path = write_resnet(hub / "checkpoints" / "new.pt", name)
+    digest = weights.weights_digest(name, path)
+    published = path.with_name(f"{name}_resnet32-{digest}.pt")
+    path.rename(published)
+    release = weights.RELEASES[name]._replace(url=NOBODY_LISTENS + published.name)
+    monkeypatch.setitem(weights.RELEASES, name, release)
+    return published

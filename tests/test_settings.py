@@ -21,6 +21,7 @@ DEFAULTS = {
     "enc_scale": 1.0,
     "enc_bias": 0.0,
     "use_resnet": False,
+    "resnet_weights": None,
     "enforce_sparsity": False,
     "warmup_epochs": 10,
     "seed": 42,
@@ -51,6 +52,7 @@ def test_the_defaults():
             "fashionmnist_index_p0.15_T50_current_cphebb_cgrandom",
         ),
         ({"cp": "hebb"}, "fashionmnist_dense_p0.15_T50_current"),
+        ({"dataset": "cifar10", "use_resnet": True}, "resnet_cifar10_dense_p0.15_T50_current"),
     ],
 )
 def test_the_stem_names_the_run(options, stem):
@@ -80,6 +82,12 @@ def test_the_stem_names_the_run(options, stem):
         ({"dataset": "mnist"}, "dataset='mnist' is unknown; choose one of fashionmnist, "),
         ({"augment": "flip"}, "augment='flip' is unknown; choose one of auto, crop-flip, none"),
         ({"use_resnet": True}, "use_resnet needs --dataset cifar10 or cifar100"),
+        ({"dataset": "cifar10", "use_resnet": True, "augment": "crop-flip"}, "augment=crop-flip needs images"),
+        ({"dataset": "cifar10", "resnet_weights": "w.pt"}, "resnet_weights is of no use without use_resnet"),
+        (
+            {"dataset": "cifar100", "use_resnet": True, "model": "index", "num_groups": 600, "hidden_dim": 600},
+            "cifar100 with 512 inputs leaves some of num_groups=600",
+        ),
         ({"model": "index", "hidden_dim": 7}, "hidden_dim=7 leaves some of num_groups=8 groups empty"),
         ({"model": "index", "num_groups": 11}, "fashionmnist with 10 classes leaves some of num_groups=11"),
         ({"sparsity_mode": "dynamic"}, "sparsity_mode=dynamic needs a sparse model; give --model index"),
@@ -99,6 +107,7 @@ def test_bad_values_are_named_with_range_and_remedy(options, message):
         ({"dataset": "cifar10"}, True),
         ({"dataset": "cifar100"}, True),
         ({"dataset": "cifar100", "augment": "none"}, False),
+        ({"dataset": "cifar100", "use_resnet": True}, False),
     ],
 )
 def test_raw_cifar_images_are_augmented_unless_told_otherwise(options, augments):

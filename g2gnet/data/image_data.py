@@ -15,7 +15,7 @@ class ImageData:
 
     Attributes:
         name: as in ``--dataset``.
-        train_images, test_images: uint8 [N, ...], one flattened image being a sample.
+        train_images, test_images: uint8 [N, ...], one flattened image being a sample; or float32 features [N, D].
         train_labels, test_labels: int64 [N].
         num_classes: number of classes.
     """
@@ -49,5 +49,6 @@ class ImageData:
 
 
 def as_samples(images: torch.Tensor) -> torch.Tensor:
-    """uint8 images [B, ...] as float32 samples [B, D] from 0 to 1."""
-    return images.reshape(len(images), -1).float() / 255
+    """uint8 images [B, ...] as float32 samples [B, D] from 0 to 1; float32 features [B, D] as they are."""
+    samples = images.reshape(len(images), -1)
+    return samples.float() / 255 if samples.dtype == torch.uint8 else samples

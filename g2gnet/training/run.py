@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from tqdm import tqdm
@@ -11,8 +11,19 @@ from tqdm import tqdm
 from g2gnet.data import ImageData
 from g2gnet.seeding import make_deterministic
 from g2gnet.training.run_files import CheckpointError, RunFiles
-from g2gnet.training.settings import TrainSettings
-from g2gnet.training.trainer import Trainer
+from g2gnet.training.settings import Settings, TrainSettings
+from g2gnet.training.trainer import StepCallback, Trainer
+
+
+class EpochTrainer(Protocol):
+    """What :func:`run_epochs` drives, such as :class:`Trainer`."""
+
+    data: ImageData
+    epoch: int
+
+    def train_epoch(self, on_step: StepCallback | None = None) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 def run_training(
@@ -24,7 +35,6 @@ def run_training(
 ) -> dict[str, Any]:
     """Trains as ``settings`` say, or goes on from the run's checkpoint, or skips a finished run.
 
-    After each epoch the checkpoint is replaced, one line is printed and one line of JSON added to the history.
     The data is loaded only when there is something to train.
 
     Returns:
@@ -34,6 +44,27 @@ def run_training(
         CheckpointError: if the run's files cannot be used.
         DataError: if the data cannot be had.
         TrainingError: if the loss is not finite any more.
+    """
+    return run_epochs(settings, lambda: Trainer(settings, load_data(), device, backend), checkpoint_dir)
+
+
+def run_epochs(
+    settings: Settings, make_trainer: Callable[[], EpochTrainer], checkpoint_dir: Path | str
+) -> dict[str, Any]:
+    """Trains ``settings.epochs`` epochs, or goes on from the run's checkpoint, or skips a finished run.
+
+    After each epoch the checkpoint is replaced, one line is printed and one line of JSON added to the history.
+
+    Args:
+        settings: of the run; its files carry them, and are refused if they were made with others.
+        make_trainer: called when there is something to train, after everything random was seeded.
+        checkpoint_dir: where the files lie.
+
+    Returns:
+        The record of the last epoch.
+
+    Raises:
+        CheckpointError: if the run's files cannot be used.
     """
     files = RunFiles(checkpoint_dir, settings.stem)
     result = files.load_marker(settings.as_dict())
@@ -45,7 +76,7 @@ def run_training(
     checkpoint = files.load_checkpoint(settings.as_dict())
 
     make_deterministic(settings.seed)
-    trainer = Trainer(settings, load_data(), device, backend)
+    trainer = make_trainer()
     history: list[dict[str, Any]] = []
     if checkpoint is not None:
         try:
@@ -60,7 +91,7 @@ def run_training(
     files.write_history(history)
 
     while trainer.epoch < settings.epochs:
-        record = _epoch(trainer)
+        record = _epoch(trainer, settings.epochs)
         history.append(record)
         files.save_checkpoint({"settings": settings.as_dict(), "history": history, **trainer.state_dict()})
         files.append_history(record)
@@ -72,11 +103,11 @@ def run_training(
     return history[-1]
 
 
-def _epoch(trainer: Trainer) -> dict[str, Any]:
+def _epoch(trainer: EpochTrainer, epochs: int) -> dict[str, Any]:
     """One epoch under a progress bar, where there is a terminal to show it."""
     with tqdm(
         total=len(trainer.data.train_labels),
-        desc=f"Epoch {trainer.epoch + 1:02d}/{trainer.settings.epochs}",
+        desc=f"Epoch {trainer.epoch + 1:02d}/{epochs}",
         unit=" samples",
         unit_scale=True,
         leave=False,

@@ -1,13 +1,13 @@
 """The files of a run: checkpoint, history and marker. Written so that a crash leaves the old or the new one whole."""
 
 import json
-import os
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
+
+from g2gnet.files import replace_file
 
 #: version of the checkpoint's structure
 FORMAT = 1
@@ -46,7 +46,7 @@ class RunFiles:
             CheckpointError: if it cannot be written (a full disk, say); the previous checkpoint is still there.
         """
         try:
-            _replace(self.checkpoint, lambda file: torch.save({"format": FORMAT, **state}, file))
+            replace_file(self.checkpoint, lambda file: torch.save({"format": FORMAT, **state}, file))
         except (OSError, RuntimeError) as error:  # torch.save turns a failed write into a RuntimeError
             raise CheckpointError(
                 f"cannot write {self.checkpoint} ({error}); the last one that was written is untouched. "
@@ -75,7 +75,7 @@ class RunFiles:
     def mark_done(self, settings: dict[str, Any], result: dict[str, Any]) -> None:
         """Writes the marker of a finished run."""
         text = json.dumps({"settings": settings, "result": result}, indent=2) + "\n"
-        _replace(self.marker, lambda file: file.write(text.encode()))
+        replace_file(self.marker, lambda file: file.write(text.encode()))
 
     def load_marker(self, settings: dict[str, Any]) -> dict[str, Any] | None:
         """The result of the finished run, or None if it is not finished.
@@ -115,29 +115,9 @@ class RunFiles:
         """Makes the history hold just these records, one line of JSON each."""
         text = "".join(json.dumps(record) + "\n" for record in records)
         if not self.history.exists() or self.history.read_text() != text:
-            _replace(self.history, lambda file: file.write(text.encode()))
+            replace_file(self.history, lambda file: file.write(text.encode()))
 
     def append_history(self, record: dict[str, Any]) -> None:
         """Adds one line of JSON."""
         with self.history.open("a") as file:
             file.write(json.dumps(record) + "\n")
-
-
-def _replace(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Writes a file beside ``path``, flushes it to the disk and renames it: at any instant one of the two is whole."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
-    if os.name == "posix":  # the rename itself is only safe once the directory is on the disk
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)

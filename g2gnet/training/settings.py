@@ -7,6 +7,7 @@ from typing import Any
 from g2gnet.data import DATASETS
 from g2gnet.dst import GROW_RULES, PRUNE_RULES
 from g2gnet.encoding import ENCODINGS
+from g2gnet.features import FEATURES
 from g2gnet.network import MODELS
 
 SPARSITY_MODES = ("static", "dynamic")
@@ -18,7 +19,7 @@ class SettingsError(ValueError):
     """Settings out of range or at odds with one another; the message names each value, its range and a remedy."""
 
 
-def _setting(
+def setting(
     default: Any,
     group: str,
     text: str,
@@ -33,52 +34,15 @@ def _setting(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainSettings:
-    """The settings of one training run; two runs with equal settings on one machine give equal weights."""
+class Settings:
+    """Base of frozen dataclasses with fields made by :func:`setting`; values out of range are refused.
 
-    dataset: str = _setting("fashionmnist", "data", "data set", choices=tuple(DATASETS))
-    limit_train: int | None = _setting(None, "data", "use only the first N training images", low=1)
-    limit_test: int | None = _setting(None, "data", "use only the first N test images", low=1)
-    augment: str = _setting(
-        "auto",
-        "data",
-        "shift (by up to 4 pixels) and mirror training images at random; auto: raw CIFAR images only",
-        choices=AUGMENTATIONS,
-    )
-    use_resnet: bool = _setting(False, "data", "train on the features of a frozen ResNet-32 (CIFAR only)")
+    Raises:
+        SettingsError: naming each value that cannot be used.
+    """
 
-    model: str = _setting("dense", "model", "fully connected, or how neurons are grouped", choices=MODELS)
-    hidden_dim: int = _setting(2048, "model", "neurons in each of the two hidden layers", low=1)
-    num_groups: int = _setting(8, "model", "groups on each side of a sparse layer", low=1)
-    p_inter: float = _setting(0.15, "model", "probability of a connection unit between groups", low=0, high=1)
-    p_intra: float = _setting(1.0, "model", "probability of a connection unit inside a group", low=0, high=1)
-    block_size: int = _setting(64, "model", "side of a connection unit in weights; 1 is one weight", low=1)
-    T: int = _setting(50, "model", "time steps of a sample", low=1)
-    enc: str = _setting("current", "model", "input held as a current, or Bernoulli spikes", choices=ENCODINGS)
-    enc_scale: float = _setting(1.0, "model", "input x becomes enc_scale*x + enc_bias")
-    enc_bias: float = _setting(0.0, "model", "see enc_scale")
-
-    epochs: int = _setting(20, "training", "passes over the training images", low=1)
-    batch_size: int = _setting(256, "training", "images in a step", low=1)
-    lr: float = _setting(1e-3, "training", "Adam's learning rate", low=0, open_low=True)
-    weight_decay: float = _setting(1e-4, "training", "Adam's L2 penalty", low=0)
-    seed: int = _setting(42, "training", "seed of every random draw", low=0)
-    precision: str = _setting("fp32", "training", "arithmetic of the products", choices=PRECISIONS)
-    enforce_sparsity: bool = _setting(False, "training", "pull firing rates down after the warm-up")
-    warmup_epochs: int = _setting(10, "training", "epochs before --enforce_sparsity begins", low=0)
-
-    sparsity_mode: str = _setting(
-        "static", "dynamic sparse training", "keep or rewire the units", choices=SPARSITY_MODES
-    )
-    cp: str = _setting(
-        "set", "dynamic sparse training", "prune rule: smallest weight, random, least correlated", choices=PRUNE_RULES
-    )
-    cg: str = _setting("hebb", "dynamic sparse training", "grow rule: most correlated, random", choices=GROW_RULES)
-    dst_interval: int = _setting(1000, "dynamic sparse training", "optimizer steps between updates", low=1)
-    dst_fraction: float = _setting(
-        0.1, "dynamic sparse training", "share of units replaced in an update", low=0, high=1, open_low=True
-    )
+    epochs: int
+    seed: int
 
     def __post_init__(self) -> None:
         problems = self._out_of_range() or self._at_odds()
@@ -87,12 +51,12 @@ class TrainSettings:
 
     def _out_of_range(self) -> list[str]:
         problems = []
-        for field in dataclasses.fields(self):
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]  # the subclasses are dataclasses
             value, about = getattr(self, field.name), field.metadata
             if about["choices"]:
                 if value not in about["choices"]:
                     problems.append(f"{field.name}={value!r} is unknown; choose one of {', '.join(about['choices'])}")
-            elif value is not None and not isinstance(value, bool):
+            elif isinstance(value, int | float) and not isinstance(value, bool):
                 low, high, open_low = about["low"], about["high"], about["open_low"]
                 too_low = low is not None and (value <= low if open_low else value < low)
                 if too_low or (high is not None and value > high) or not math.isfinite(value):
@@ -100,13 +64,82 @@ class TrainSettings:
         return problems
 
     def _at_odds(self) -> list[str]:
+        """What is wrong with the values together, when each is in its range."""
+        return []
+
+    @property
+    def stem(self) -> str:
+        """The name of the run's files. It leaves out some settings; the files carry them all."""
+        raise NotImplementedError
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)  # type: ignore[call-overload]  # the same
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings(Settings):
+    """The settings of one training run; two runs with equal settings on one machine give equal weights.
+
+    ``resnet_weights`` stands for the content of that file: the first eight hexadecimal digits of its SHA-256
+    (:func:`g2gnet.features.weights_digest`).
+    """
+
+    dataset: str = setting("fashionmnist", "data", "data set", choices=tuple(DATASETS))
+    limit_train: int | None = setting(None, "data", "use only the first N training images", low=1)
+    limit_test: int | None = setting(None, "data", "use only the first N test images", low=1)
+    augment: str = setting(
+        "auto",
+        "data",
+        "shift (by up to 4 pixels) and mirror training images at random; auto: raw CIFAR images only",
+        choices=AUGMENTATIONS,
+    )
+    use_resnet: bool = setting(False, "data", "train on the features of a frozen ResNet-32 (CIFAR only)")
+    resnet_weights: str | None = setting(None, "data", "weights of that ResNet-32 (default: the published ones)")
+
+    model: str = setting("dense", "model", "fully connected, or how neurons are grouped", choices=MODELS)
+    hidden_dim: int = setting(2048, "model", "neurons in each of the two hidden layers", low=1)
+    num_groups: int = setting(8, "model", "groups on each side of a sparse layer", low=1)
+    p_inter: float = setting(0.15, "model", "probability of a connection unit between groups", low=0, high=1)
+    p_intra: float = setting(1.0, "model", "probability of a connection unit inside a group", low=0, high=1)
+    block_size: int = setting(64, "model", "side of a connection unit in weights; 1 is one weight", low=1)
+    T: int = setting(50, "model", "time steps of a sample", low=1)
+    enc: str = setting("current", "model", "input held as a current, or Bernoulli spikes", choices=ENCODINGS)
+    enc_scale: float = setting(1.0, "model", "input x becomes enc_scale*x + enc_bias")
+    enc_bias: float = setting(0.0, "model", "see enc_scale")
+
+    epochs: int = setting(20, "training", "passes over the training images", low=1)
+    batch_size: int = setting(256, "training", "images in a step", low=1)
+    lr: float = setting(1e-3, "training", "Adam's learning rate", low=0, open_low=True)
+    weight_decay: float = setting(1e-4, "training", "Adam's L2 penalty", low=0)
+    seed: int = setting(42, "training", "seed of every random draw", low=0)
+    precision: str = setting("fp32", "training", "arithmetic of the products", choices=PRECISIONS)
+    enforce_sparsity: bool = setting(False, "training", "pull firing rates down after the warm-up")
+    warmup_epochs: int = setting(10, "training", "epochs before --enforce_sparsity begins", low=0)
+
+    sparsity_mode: str = setting(
+        "static", "dynamic sparse training", "keep or rewire the units", choices=SPARSITY_MODES
+    )
+    cp: str = setting(
+        "set", "dynamic sparse training", "prune rule: smallest weight, random, least correlated", choices=PRUNE_RULES
+    )
+    cg: str = setting("hebb", "dynamic sparse training", "grow rule: most correlated, random", choices=GROW_RULES)
+    dst_interval: int = setting(1000, "dynamic sparse training", "optimizer steps between updates", low=1)
+    dst_fraction: float = setting(
+        0.1, "dynamic sparse training", "share of units replaced in an update", low=0, high=1, open_low=True
+    )
+
+    def _at_odds(self) -> list[str]:
         problems = []
         if self.use_resnet and not self.dataset.startswith("cifar"):
             problems.append(f"use_resnet needs --dataset cifar10 or cifar100, not {self.dataset}")
-        elif self.use_resnet:
-            problems.append("use_resnet is not supported yet; leave it out")
+        if self.use_resnet and self.augment == "crop-flip":
+            problems.append("augment=crop-flip needs images, but use_resnet trains on features; leave one of them out")
+        if self.resnet_weights is not None and not self.use_resnet:
+            problems.append("resnet_weights is of no use without use_resnet; give --use_resnet, or leave it out")
         if self.model != "dense":
             input_dim, num_classes = DATASETS[self.dataset]
+            if self.use_resnet:
+                input_dim = FEATURES
             for name, size in (
                 (f"hidden_dim={self.hidden_dim}", self.hidden_dim),
                 (f"{self.dataset} with {num_classes} classes", num_classes),
@@ -133,13 +166,9 @@ class TrainSettings:
 
     @property
     def stem(self) -> str:
-        """The name of the run's files. It leaves out some settings; the files carry them all."""
         resnet = "resnet_" if self.use_resnet else ""
         rules = f"_cp{self.cp}_cg{self.cg}" if self.sparsity_mode == "dynamic" else ""
         return f"{resnet}{self.dataset}_{self.model}_p{self.p_inter}_T{self.T}_{self.enc}{rules}"
-
-    def as_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
 
 
 def describe_range(metadata: Any) -> str:

@@ -1,0 +1,95 @@
+"""The features of a data set, computed once and kept in a file."""
+
+import hashlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from g2gnet.data import DATASETS, ImageData, load_dataset
+from g2gnet.features.resnet import ResNet32
+from g2gnet.features.weights import load_resnet, weights_digest
+from g2gnet.files import replace_file
+
+#: what is computed from an image; another computation needs another name here
+CUT = "layer2, mean over 4x4, min-max"
+BATCH = 500
+PARTS = ("train_images", "train_labels", "test_images", "test_labels")
+
+
+def load_features(
+    dataset: str, data_dir: Path | str = "data", weights: Path | str | None = None, device: torch.device | str = "cpu"
+) -> ImageData:
+    """The ResNet-32 features of CIFAR-10 or CIFAR-100 in place of the images: float32 [N, 512] from 0 to 1.
+
+    They are kept in ``<data_dir>/features``, in a file named after the data, the weights and the cut, and read from
+    there if they were computed before.
+
+    Args:
+        dataset: ``"cifar10"`` or ``"cifar100"``.
+        data_dir: where the data set lies.
+        weights: file with the weights of the network (None: the published ones).
+        device: where to compute.
+
+    Raises:
+        DataError: if the data or the weights cannot be had.
+    """
+    from g2gnet.data import cifar  # imports torchvision, which takes a second
+
+    digest = weights_digest(dataset, weights)
+    key = hashlib.sha256(repr((cifar.fingerprint(dataset), digest, CUT)).encode()).hexdigest()
+    file = Path(data_dir) / "features" / f"{dataset}_resnet32-{digest}_{key[:16]}.pt"
+    parts = _cached(file)
+    if parts is None:
+        network = load_resnet(dataset, weights).to(device)
+        images = load_dataset(dataset, data_dir)
+        print(f"computing the ResNet-32 features of {dataset}", flush=True)
+        parts = _compute(network, images, device)
+        _keep(file, parts)
+    return ImageData(name=dataset, num_classes=DATASETS[dataset].num_classes, **parts)
+
+
+def _compute(network: ResNet32, images: ImageData, device: torch.device | str) -> dict[str, torch.Tensor]:
+    count = len(images.train_labels) + len(images.test_labels)
+    with tqdm(total=count, desc="features", unit=" images", leave=False, disable=not sys.stderr.isatty()) as bar:
+        return {
+            "train_images": _features(network, images.train_images, device, bar.update),
+            "train_labels": images.train_labels,
+            "test_images": _features(network, images.test_images, device, bar.update),
+            "test_labels": images.test_labels,
+        }
+
+
+@torch.no_grad()
+def _features(
+    network: ResNet32, images: torch.Tensor, device: torch.device | str, on_batch: Callable[[int], object]
+) -> torch.Tensor:
+    parts = []
+    for batch in images.split(BATCH):
+        parts.append(network.features(batch.to(device)).cpu())
+        on_batch(len(batch))
+    return torch.cat(parts)
+
+
+def _cached(file: Path) -> dict[str, torch.Tensor] | None:
+    """What the file holds, or None if there is none that can be read."""
+    if not file.exists():
+        return None
+    try:
+        content = torch.load(file, weights_only=True)
+        parts = {name: content[name] for name in PARTS}
+    except Exception as error:  # what a damaged file makes torch.load raise is an open list
+        print(f"{file} is damaged ({type(error).__name__}) and will be written anew", file=sys.stderr)
+        return None
+    print(f"reading the ResNet-32 features from {file}", flush=True)
+    return parts
+
+
+def _keep(file: Path, parts: dict[str, torch.Tensor]) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(file, lambda target: torch.save(parts, target))
+    except (OSError, RuntimeError) as error:  # torch.save turns a failed write into a RuntimeError
+        print(f"the features cannot be kept in {file} ({error}): the next run computes them again", file=sys.stderr)

@@ -1,0 +1,84 @@
+"""The ResNet-32 for CIFAR (He et al. 2016, section 4.2) and its features after the second stage.
+
+Modules are named as in the published models of chenyaofo/pytorch-cifar-models, whose files load as they are.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+#: values in the features of one image: 32 channels of 4×4
+FEATURES = 512
+
+
+class BasicBlock(nn.Module):
+    """Two 3×3 convolutions with batch normalisation beside a shortcut, which is projected where the shape changes."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.downsample: nn.Sequential | None = None
+        if stride != 1 or in_channels != channels:
+            projection = nn.Conv2d(in_channels, channels, 1, stride, bias=False)
+            self.downsample = nn.Sequential(projection, nn.BatchNorm2d(channels))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(x)) + shortcut)
+
+
+def _stage(in_channels: int, channels: int, stride: int) -> nn.Sequential:
+    """Five blocks, the first of which changes the shape."""
+    return nn.Sequential(
+        BasicBlock(in_channels, channels, stride), *(BasicBlock(channels, channels, 1) for _ in range(4))
+    )
+
+
+class ResNet32(nn.Module):
+    """Three stages of five blocks with 16, 32 and 64 channels, on uint8 images [B, 3, 32, 32].
+
+    Args:
+        num_classes: number of classes.
+        mean, std: of the three channels, values from 0 to 1; the pixels are normalised with them. They are not part of
+            the state dict.
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, num_classes: int, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = _stage(16, 16, stride=1)
+        self.layer2 = _stage(16, 32, stride=2)
+        self.layer3 = _stage(32, 64, stride=2)
+        self.fc = nn.Linear(64, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def _two_stages(self, images: torch.Tensor) -> torch.Tensor:
+        x = (images.float() / 255 - self.mean) / self.std
+        return self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x)))))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits [B, num_classes]."""
+        return self.fc(self.layer3(self._two_stages(images)).mean((2, 3)))
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """The second stage's output [B, 32, 16, 16], averaged over 4×4 pixels and scaled: [B, 512] from 0 to 1.
+
+        Each sample is scaled by itself, (x − min)/(max − min); a sample whose values are all equal becomes zeros.
+        """
+        x = F.avg_pool2d(self._two_stages(images), 4).flatten(1)
+        low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
+        return torch.where(high > low, (x - low) / (high - low), 0.0)

@@ -1,0 +1,27 @@
+"""Writing files so that a crash leaves the old or the new one whole."""
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+
+def replace_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Writes a file beside ``path``, flushes it to the disk and renames it: at any instant one of the two is whole."""
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+    if os.name == "posix":  # the rename itself is only safe once the directory is on the disk
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)

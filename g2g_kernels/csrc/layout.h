@@ -216,4 +216,22 @@ inline void unpack(const Plan& plan, const uint64_t* words, int32_t batch, int32
     });
 }
 
+// --- gradients of parameters ------------------------------------------------------------------------------------
+
+// totals[lane] = Σ_b sums[b][lane], over the samples in order.
+inline void sum_over_samples(const float* sums, int64_t batch, int64_t lanes, int threads, double* totals) {
+    parallel(threads, lanes / kLanes, 1, [&](int64_t block, int) {
+        double total[kLanes] = {};
+        for (int64_t b = 0; b < batch; ++b)
+            for (int i = 0; i < kLanes; ++i) total[i] += sums[b * lanes + block * kLanes + i];
+        for (int i = 0; i < kLanes; ++i) totals[block * kLanes + i] = total[i];
+    });
+}
+
+// Zero where clamp(β, 0, 1) is flat.
+inline void mask_clamped(const float* beta, int64_t count, float* grad) {
+    for (int64_t i = 0; i < count; ++i)
+        if (!(beta[i] >= 0.0f && beta[i] <= 1.0f)) grad[i] = 0.0f;
+}
+
 }  // namespace g2g::G2G_ISA

@@ -80,63 +80,109 @@ inline void lif_forward_alone(LIF& a, Arena& arena) {
     });
 }
 
+// Steps whose rows are visited together, and vectors of a row that stay in registers meanwhile. What runs on from step to
+// step (40 KB a strip) is then loaded and stored once every kSteps steps, and few rows are open at once.
+constexpr int64_t kSteps = 10;
+constexpr int64_t kTogether = 4;
+
+// Calls f(i, lanes, Constant<V>) over a strip in pieces of V vectors; the last piece may be cut short.
+template <class F>
+inline void for_each_piece(int64_t width, const F& f) {
+    int64_t i = 0;
+    for (; i + kTogether * W <= width; i += kTogether * W) f(i, kTogether * W, Constant<kTogether>{});
+    for (; i < width; i += W) f(i, width - i, Constant<1>{});
+}
+
+template <int RESET>
+void membranes_of_strip(const LIF& a, const NeuronParameters& p, int64_t place, int64_t n, int64_t width,
+                        float* membranes) {
+    const int64_t stride = a.held ? 0 : a.samples * a.neurons;
+    for (int64_t first = 0; first < a.steps; first += kSteps) {
+        const int64_t last = least(first + kSteps, a.steps);
+        for_each_piece(width, [&](int64_t i, int64_t lanes, auto vectors) {
+            constexpr int V = decltype(vectors)::value;
+            Vec u[V], decay[V], theta[V];
+            for (int v = 0; v < V; ++v) {
+                u[v] = first ? load(membranes + (first - 1) * kStrip + i + v * W) : Vec{};
+                decay[v] = load(p.decay + n + i + v * W);
+                theta[v] = load(p.theta + n + i + v * W);
+            }
+            for (int64_t t = first; t < last; ++t) {
+                const float* current = a.current + place + t * stride + i;
+                for (int v = 0; v < V; ++v) {
+                    fetch(current + (V + v) * W);
+                    u[v] = charge<RESET>(u[v], load_part(current + v * W, lanes - v * W), decay[v], theta[v]);
+                    store(membranes + t * kStrip + i + v * W, u[v]);
+                }
+            }
+        });
+    }
+}
+
 template <int RESET, int SURROGATE>
 void backward_strip(const LIF& a, const NeuronParameters& p, int64_t place, int64_t n, int64_t width, float* membranes,
                     float* beta_sum, float* theta_sum) {
     const int64_t stride = a.samples * a.neurons;
     const Derivative derivative(a.alpha);
-    float* running = membranes + a.steps * kStrip;  // g_{t+1} and the sum of g over t
-    for (int64_t t = 0; t < a.steps; ++t) {
-        const float* current = a.current + place + (a.held ? 0 : t * stride);
-        for (int64_t i = 0; i < width; i += W) {
-            const Vec before = t ? load(membranes + (t - 1) * kStrip + i) : Vec{};
-            if (!a.held && t + 1 < a.steps) fetch(current + stride + i);
-            store(membranes + t * kStrip + i, charge<RESET>(before, load_part(current + i, width - i),
-                                                            load(p.decay + n + i), load(p.theta + n + i)));
-        }
-    }
+    float* running = membranes + a.steps * kStrip;  // g_{t+1} and, for a held current, the sum of g over t
+    float* current_sum = running + kStrip;
+    membranes_of_strip<RESET>(a, p, place, n, width, membranes);
     zero(running, 2 * kStrip * 4);
     zero(beta_sum, kStrip * 4);
     zero(theta_sum, kStrip * 4);
-    for (int64_t t = a.steps - 1; t >= 0; --t) {
-        for (int64_t i = 0; i < width; i += W) {
-            if (t) fetch(a.grad_spikes + place + (t - 1) * stride + i);
-            const Vec theta = load(p.theta + n + i);
-            const Vec u = load(membranes + t * kStrip + i);
-            const Vec before = t ? load(membranes + (t - 1) * kStrip + i) : Vec{};
-            const IntVec fired = before > theta;
-            const Vec upstream = load_part(a.grad_spikes + place + t * stride + i, width - i);
-            const Vec through = upstream * derivative.at<SURROGATE>(u - theta);
-            const Vec now = through + load(running + i);
-            if (a.held)
-                store(running + kStrip + i, load(running + kStrip + i) + now);
-            else if (a.grad_current)
-                stream_part(a.grad_current + place + t * stride + i, now, width - i);
-            Vec to_theta = load(theta_sum + i) - through;
-            if (RESET == kSubtract) to_theta -= fired ? now : Vec{};
-            store(theta_sum + i, to_theta);
-            const Vec reaching = RESET == kZero ? (fired ? Vec{} : now) : now;
-            store(beta_sum + i, load(beta_sum + i) + reaching * before);
-            store(running + i, load(p.decay + n + i) * reaching);
-        }
+    for (int64_t last = a.steps; last > 0; last -= kSteps) {
+        const int64_t first = most(last - kSteps, int64_t{0});
+        for_each_piece(width, [&](int64_t i, int64_t lanes, auto vectors) {
+            constexpr int V = decltype(vectors)::value;
+            Vec g[V], to_beta[V], to_theta[V], u[V];
+            for (int v = 0; v < V; ++v) {
+                g[v] = load(running + i + v * W);
+                to_beta[v] = load(beta_sum + i + v * W);
+                to_theta[v] = load(theta_sum + i + v * W);
+                u[v] = load(membranes + (last - 1) * kStrip + i + v * W);
+            }
+            for (int64_t t = last - 1; t >= first; --t) {
+                const float* upstream = a.grad_spikes + place + t * stride + i;
+                for (int v = 0; v < V; ++v) {
+                    fetch(upstream + (V + v) * W);
+                    const Vec theta = load(p.theta + n + i + v * W);
+                    const Vec before = t ? load(membranes + (t - 1) * kStrip + i + v * W) : Vec{};
+                    const IntVec fired = before > theta;
+                    const Vec through =
+                        load_part(upstream + v * W, lanes - v * W) * derivative.at<SURROGATE>(u[v] - theta);
+                    const Vec now = through + g[v];
+                    if (a.held)
+                        store(current_sum + i + v * W, load(current_sum + i + v * W) + now);
+                    else if (a.grad_current)
+                        stream_part(a.grad_current + place + t * stride + i + v * W, now, lanes - v * W);
+                    to_theta[v] -= through;
+                    if (RESET == kSubtract) to_theta[v] -= fired ? now : Vec{};
+                    const Vec reaching = RESET == kZero ? (fired ? Vec{} : now) : now;
+                    to_beta[v] += reaching * before;
+                    g[v] = load(p.decay + n + i + v * W) * reaching;
+                    u[v] = before;
+                }
+            }
+            for (int v = 0; v < V; ++v) {
+                store(running + i + v * W, g[v]);
+                store(beta_sum + i + v * W, to_beta[v]);
+                store(theta_sum + i + v * W, to_theta[v]);
+            }
+        });
     }
     if (a.held && a.grad_current)
         for (int64_t i = 0; i < width; i += W)
-            stream_part(a.grad_current + place + i, load(running + kStrip + i), width - i);
+            stream_part(a.grad_current + place + i, load(current_sum + i), width - i);
 }
 
-// Per-neuron sums of the strips' sums, over the samples in order.
-inline void reduce(const LIF& a, const float* sums, const float* parameter, bool per_neuron, bool clamped,
-                   float* grad) {
-    const int64_t padded = (a.neurons + kStrip - 1) / kStrip * kStrip;
+// The gradient of a parameter from what each sample adds to it, [samples][padded neurons].
+inline void parameter_gradient(const LIF& a, const float* sums, int64_t padded, bool per_neuron, double* totals,
+                               float* grad) {
+    sum_over_samples(sums, a.samples, padded, a.threads, totals);
     double total = 0;
     for (int64_t n = 0; n < a.neurons; ++n) {
-        double sum = 0;
-        for (int64_t sample = 0; sample < a.samples; ++sample) sum += sums[sample * padded + n];
-        const float value = parameter[per_neuron ? n : 0];
-        if (clamped && !(value >= 0.0f && value <= 1.0f)) sum = 0;
-        if (per_neuron) grad[n] = static_cast<float>(sum);
-        total += sum;
+        if (per_neuron) grad[n] = static_cast<float>(totals[n]);
+        total += totals[n];
     }
     if (!per_neuron) grad[0] = static_cast<float>(total);
 }
@@ -146,6 +192,7 @@ inline void lif_backward_alone(LIF& a, Arena& arena) {
     const int64_t padded = (a.neurons + kStrip - 1) / kStrip * kStrip;
     float* beta_sums = arena.take<float>(padded * a.samples);
     float* theta_sums = arena.take<float>(padded * a.samples);
+    double* totals = arena.take<double>(padded);
     const int64_t scratch_size = (a.steps + 2) * kStrip;
     float* scratch = arena.take<float>(scratch_size * a.threads);
     if (!arena.base) return;
@@ -158,8 +205,11 @@ inline void lif_backward_alone(LIF& a, Arena& arena) {
             });
         });
     });
-    if (a.grad_beta) reduce(a, beta_sums, a.beta, a.beta_per_neuron, true, a.grad_beta);
-    if (a.grad_theta) reduce(a, theta_sums, a.theta, a.theta_per_neuron, false, a.grad_theta);
+    if (a.grad_beta) {
+        parameter_gradient(a, beta_sums, padded, a.beta_per_neuron, totals, a.grad_beta);
+        mask_clamped(a.beta, a.beta_per_neuron ? a.neurons : 1, a.grad_beta);
+    }
+    if (a.grad_theta) parameter_gradient(a, theta_sums, padded, a.theta_per_neuron, totals, a.grad_theta);
 }
 
 }  // namespace g2g::G2G_ISA

@@ -186,16 +186,6 @@ void forward_layer(const Stack& s, const Layer& layer, Input kind, const LanePar
     }
 }
 
-// totals[lane] = Σ_b sums[b][lane], over the samples in order.
-inline void sum_over_samples(const float* sums, int64_t batch, int64_t lanes, int threads, double* totals) {
-    parallel(threads, lanes / kLanes, 1, [&](int64_t block, int) {
-        double total[kLanes] = {};
-        for (int64_t b = 0; b < batch; ++b)
-            for (int i = 0; i < kLanes; ++i) total[i] += sums[b * lanes + block * kLanes + i];
-        for (int i = 0; i < kLanes; ++i) totals[block * kLanes + i] = total[i];
-    });
-}
-
 // Firing rates per neuron from spike counts [B][lanes]; returns the number of spikes.
 inline double sum_rates(const Stack& s, const Layer& layer, const float* counts, double* totals) {
     const Axis& axis = layer.plan->rows;
@@ -376,12 +366,6 @@ inline void parameter_gradient(const Axis& axis, const double* totals, bool per_
         total += totals[i];
     }
     if (!per_neuron) grad[0] = static_cast<float>(total);
-}
-
-// Zero where clamp(β, 0, 1) is flat.
-inline void mask_clamped(const float* beta, int64_t count, float* grad) {
-    for (int64_t i = 0; i < count; ++i)
-        if (!(beta[i] >= 0.0f && beta[i] <= 1.0f)) grad[i] = 0.0f;
 }
 
 // Where each lane of a layer lies in the panel of the columns above, and which cache lines that touches.

@@ -1,0 +1,94 @@
+"""Test accuracy of every model over several seeds on Fashion-MNIST, by ``train.py`` itself; prints a Markdown table.
+
+The last row of the static ones is the control that keeps such tables honest: an unstructured random graph with as many
+weights. Each run has a folder of its own under ``--runs``, so that a second start goes on where the first one stopped.
+"""
+
+import argparse
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+TRAIN = Path(__file__).resolve().parent.parent / "train.py"
+COMMON = "--dataset fashionmnist --T 10 --hidden_dim 1024"
+DST = "--sparsity_mode dynamic --cp hebb --cg hebb --dst_interval 200"
+#: the flags of each row
+VARIANTS = {
+    "dense": "--model dense",
+    "index": "--model index",
+    "random": "--model random",
+    "mixer": "--model mixer",
+    "index, DST": f"--model index {DST}",
+    "random, DST": f"--model random {DST}",
+    "mixer, DST": f"--model mixer {DST}",
+    "index, units of 32": "--model index --block_size 32",
+    "index, units of 16": "--model index --block_size 16",
+    "index, single weights": "--model index --block_size 1",
+    "unstructured random graph": "--model index --block_size 1 --num_groups 1 --p_intra 0.25625",
+}
+
+
+def command(flags: str, epochs: int, seed: int, folder: Path) -> list[str]:
+    """The ``train.py`` command of one run."""
+    return [
+        sys.executable,
+        str(TRAIN),
+        *shlex.split(f"{COMMON} {flags} --epochs {epochs} --seed {seed}"),
+        "--checkpoint_dir",
+        str(folder),
+    ]
+
+
+def run(flags: str, epochs: int, seed: int, folder: Path) -> dict[str, Any]:
+    """Trains, unless that was done before, and returns the record of the last epoch."""
+    subprocess.run(command(flags, epochs, seed, folder), check=True, stdout=subprocess.DEVNULL)
+    (marker,) = folder.glob("*.DONE")
+    return json.loads(marker.read_text())["result"]
+
+
+def table(results: dict[str, list[dict[str, Any]]]) -> str:
+    """Markdown: mean ± standard deviation (n − 1) over the seeds, in per cent; density and the median epoch's time."""
+    lines = [
+        "| model | test accuracy, % | training accuracy, % | weights of fc2 that exist | flags |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name, records in results.items():
+        test, train = ([100 * record[key] for record in records] for key in ("test_acc", "train_acc"))
+        lines.append(
+            f"| {name} | {_spread(test)} | {_spread(train)} | {100 * records[0]['density']['fc2']:.1f} % "
+            f"| `{VARIANTS[name]}` |"
+        )
+    return "\n".join(lines)
+
+
+def _spread(values: list[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.model_comparison", description=__doc__)
+    parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where runs go (default: runs)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], metavar="N", help="default: 1 2 3")
+    parser.add_argument("--epochs", type=int, default=5, metavar="N", help="epochs of each run (default: 5)")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
+    arguments = parser.parse_args(argv)
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in arguments.variants}
+    for seed in arguments.seeds:
+        for name in arguments.variants:
+            folder = arguments.runs / f"{name.replace(', ', '-').replace(' ', '-')}-seed{seed}"
+            record = run(VARIANTS[name], arguments.epochs, seed, folder)
+            results[name].append(record)
+            print(f"{name}, seed {seed}: test accuracy {record['test_acc']:.4f}", file=sys.stderr, flush=True)
+    print(table(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

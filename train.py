@@ -29,16 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
 def train(arguments: argparse.Namespace) -> None:
     settings = cli.settings_from(arguments, TrainSettings)
     device, backend = cli.machine_from(arguments)
-    if settings.enforce_sparsity and settings.warmup_epochs >= settings.epochs:
-        print(
-            f"train.py: warning: --enforce_sparsity never begins: warmup_epochs={settings.warmup_epochs} is not below "
-            f"epochs={settings.epochs}",
-            file=sys.stderr,
-        )
-    shown = " ".join(
-        f"{name}={value}" for name, value in settings.as_dict().items() if value is not None and value is not False
-    )
-    print(f"g2g {g2gnet.__version__} | device={device} backend={backend or 'auto'} | {shown}", flush=True)
+    cli.announce(settings, device, backend)
     run_training(
         settings, lambda: cli.load_data(arguments, settings, device), arguments.checkpoint_dir, device, backend
     )

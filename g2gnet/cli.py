@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+import g2gnet
 from g2g_kernels import BackendError, select_device
 from g2g_kernels.dispatch import BACKENDS, require_backend
 from g2gnet.data import DataError, ImageData, load_dataset
@@ -23,11 +24,13 @@ METAVARS = {int: "N", float: "X", str: "FILE"}
 
 
 def add_settings_flags(parser: argparse.ArgumentParser, settings: type = TrainSettings) -> None:
-    """Adds one flag for each field of ``settings``, in the fields' groups."""
+    """Adds one flag for each field of ``settings`` that has a group, in these groups."""
     types_of = typing.get_type_hints(settings)
     groups: dict[str, Any] = {}
     for field in dataclasses.fields(settings):
         about, flag_type = field.metadata, types_of[field.name]
+        if about["group"] is None:
+            continue
         if about["group"] not in groups:
             groups[about["group"]] = parser.add_argument_group(about["group"])
         group = groups[about["group"]]
@@ -80,7 +83,7 @@ def settings_from(arguments: argparse.Namespace, kind: type[SettingsT]) -> Setti
         DataError: if the weights file cannot be read.
     """
     fields = dataclasses.fields(kind)  # type: ignore[arg-type]  # every Settings is a dataclass
-    settings = kind(**{field.name: getattr(arguments, field.name) for field in fields})
+    settings = kind(**{field.name: getattr(arguments, field.name) for field in fields if field.metadata["group"]})
     if isinstance(settings, TrainSettings) and settings.use_resnet:
         digest = weights_digest(settings.dataset, settings.resnet_weights)
         settings = dataclasses.replace(settings, resnet_weights=digest)
@@ -96,6 +99,20 @@ def load_data(arguments: argparse.Namespace, settings: TrainSettings, device: to
     if settings.use_resnet:
         return load_features(settings.dataset, arguments.data_dir, arguments.resnet_weights, device)
     return load_dataset(settings.dataset, arguments.data_dir)
+
+
+def announce(settings: TrainSettings, device: torch.device, backend: str | None) -> None:
+    """Prints the settings in one line, and a warning where a setting is without effect."""
+    if settings.enforce_sparsity and settings.warmup_epochs >= settings.epochs:
+        print(
+            f"warning: --enforce_sparsity never begins: warmup_epochs={settings.warmup_epochs} is not below "
+            f"epochs={settings.epochs}",
+            file=sys.stderr,
+        )
+    shown = " ".join(
+        f"{name}={value}" for name, value in settings.given().items() if value is not None and value is not False
+    )
+    print(f"g2g {g2gnet.__version__} | device={device} backend={backend or 'auto'} | {shown}", flush=True)
 
 
 def run_program(parser: argparse.ArgumentParser, program: Callable[[argparse.Namespace], None], argv: Any) -> int:

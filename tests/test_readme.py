@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import crossval
 import train
 from g2gnet.training import TrainSettings
 
@@ -17,10 +18,21 @@ COMMANDS = re.findall(r"python train\.py ([^`\n]*)", README)
 WITHOUT_VALUE = {"limit_train": "all", "limit_test": "all", "resnet_weights": "published"}
 
 
+def flag_rows(program):
+    """Flags and defaults in the tables of the program's section."""
+    section = README.partition(f"## Flags of `{program}`\n")[2].partition("\n## ")[0]
+    return dict(re.findall(r"^\| `--(\w+)` \| `?([^`|]+?)`? \|", section, flags=re.MULTILINE))
+
+
 def test_the_flag_tables_are_complete_and_their_defaults_right():
-    rows = dict(re.findall(r"^\| `--(\w+)` \| `?([^`|]+?)`? \|", README, flags=re.MULTILINE))
+    rows = flag_rows("train.py")
     defaults = vars(train.build_parser().parse_args([]))
     assert set(rows) == set(defaults)
+    assert flag_rows("crossval.py") == {
+        name: str(value)
+        for name, value in vars(crossval.build_parser().parse_args([])).items()
+        if name not in defaults or value != defaults[name]
+    }
     for name, default in defaults.items():
         expected = "off" if default is False else WITHOUT_VALUE.get(name, str(default))
         assert rows[name] == expected, name

@@ -1,6 +1,7 @@
 """The form in which the rest of the program sees a data set."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -18,6 +19,7 @@ class ImageData:
         train_images, test_images: uint8 [N, ...], one flattened image being a sample; or float32 features [N, D].
         train_labels, test_labels: int64 [N].
         num_classes: number of classes.
+        val_images, val_labels: images held back from training to validate on, or None.
     """
 
     name: str
@@ -26,6 +28,8 @@ class ImageData:
     test_images: torch.Tensor
     test_labels: torch.Tensor
     num_classes: int
+    val_images: torch.Tensor | None = None
+    val_labels: torch.Tensor | None = None
 
     @property
     def input_dim(self) -> int:
@@ -34,8 +38,10 @@ class ImageData:
 
     def to(self, device: torch.device | str) -> "ImageData":
         """The same data on ``device``."""
-        fields = ("train_images", "train_labels", "test_images", "test_labels")
-        return replace(self, **{name: getattr(self, name).to(device) for name in fields})
+        tensors: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)
+        }
+        return replace(self, **tensors)
 
     def limited(self, train: int | None, test: int | None) -> "ImageData":
         """The first ``train`` training and ``test`` test images (None: all of them)."""

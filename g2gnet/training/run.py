@@ -95,10 +95,8 @@ def run_epochs(
         history.append(record)
         files.save_checkpoint({"settings": settings.as_dict(), "history": history, **trainer.state_dict()})
         files.append_history(record)
-        print(
-            f"Epoch {record['epoch']:02d} | train_acc={record['train_acc']:.4f} | test_acc={record['test_acc']:.4f}",
-            flush=True,
-        )
+        accuracies = [f"{name}={record[name]:.4f}" for name in ("train_acc", "val_acc", "test_acc") if name in record]
+        print(f"Epoch {record['epoch']:02d} | {' | '.join(accuracies)}", flush=True)
     files.mark_done(settings.as_dict(), history[-1])
     return history[-1]
 

@@ -21,7 +21,7 @@ class SettingsError(ValueError):
 
 def setting(
     default: Any,
-    group: str,
+    group: str | None,
     text: str,
     *,
     choices: tuple[str, ...] | None = None,
@@ -29,7 +29,10 @@ def setting(
     high: float | None = None,
     open_low: bool = False,
 ) -> Any:
-    """A field with its description, and for numbers the range ``low`` (excluded if ``open_low``) to ``high``."""
+    """A field with its description, and for numbers the range ``low`` (excluded if ``open_low``) to ``high``.
+
+    Users give it by a flag in the help's ``group``; None: there is no flag for it.
+    """
     metadata = {"group": group, "text": text, "choices": choices, "low": low, "high": high, "open_low": open_low}
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -71,6 +74,11 @@ class Settings:
     def stem(self) -> str:
         """The name of the run's files. It leaves out some settings; the files carry them all."""
         raise NotImplementedError
+
+    def given(self) -> dict[str, Any]:
+        """Those of the settings that users give by flags."""
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]  # the same
+        return {field.name: getattr(self, field.name) for field in fields if field.metadata["group"]}
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)  # type: ignore[call-overload]  # the same

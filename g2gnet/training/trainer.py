@@ -139,7 +139,8 @@ class Trainer:
             "epoch": self.epoch,
             "train_loss": train_loss,
             "train_acc": correct.item() / count,
-            "test_acc": self.evaluate(),
+            **({"val_acc": self.evaluate("val")} if self.data.val_images is not None else {}),
+            "test_acc": self.evaluate("test"),
             "seconds": round(seconds, 3),
             "samples_per_s": round(count / seconds, 1),
             "firing_rate": {f"lif{i + 1}": rate / count for i, rate in enumerate(firing_rates.tolist())},
@@ -175,16 +176,16 @@ class Trainer:
         return _StepResult(loss.detach(), correct, firing_rates)
 
     @torch.no_grad()
-    def evaluate(self) -> float:
-        """The share of test images that are classified correctly."""
+    def evaluate(self, part: str = "test") -> float:
+        """The share of the ``"test"`` or ``"val"`` images that are classified correctly."""
         self.net.eval()
-        images, labels = self.data.test_images, self.data.test_labels
+        images, labels = getattr(self.data, f"{part}_images"), getattr(self.data, f"{part}_labels")
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
         for first in range(0, len(labels), self.settings.batch_size):
-            part = slice(first, first + self.settings.batch_size)
+            batch = slice(first, first + self.settings.batch_size)
             with self._autocast():
-                counts = self.net(as_samples(images[part]), self._stream("encode_test", self.epoch, first))
-            correct += (counts.argmax(1) == labels[part]).sum()
+                counts = self.net(as_samples(images[batch]), self._stream(f"encode_{part}", self.epoch, first))
+            correct += (counts.argmax(1) == labels[batch]).sum()
         return correct.item() / len(labels)
 
     def _stream(self, purpose: str, *counters: int) -> torch.Generator:

@@ -1,0 +1,111 @@
+"""K-fold cross-validation: the training images in k parts, each of which validates the model trained on the others."""
+
+import dataclasses
+import functools
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.model_selection import StratifiedKFold
+
+from g2gnet.data import ImageData
+from g2gnet.training.run import run_training
+from g2gnet.training.settings import SettingsError, TrainSettings, setting
+
+ACCURACIES = ("train_acc", "val_acc", "test_acc")
+
+
+@dataclasses.dataclass(frozen=True)
+class FoldSettings(TrainSettings):
+    """The settings of the training run of one fold."""
+
+    epochs: int = setting(5, "training", "passes over the training images", low=1)
+    warmup_epochs: int = setting(2, "training", "epochs before --enforce_sparsity begins", low=0)
+    k_folds: int = setting(5, "cross-validation", "parts of the training images; each validates once", low=2)
+    fold: int = setting(1, None, "the part that validates, from 1", low=1)
+
+    @property
+    def stem(self) -> str:
+        return f"{super().stem}_fold{self.fold}of{self.k_folds}"
+
+    @property
+    def summary_stem(self) -> str:
+        """The name of the results of all folds."""
+        return f"{super().stem}_{self.k_folds}folds"
+
+
+def cross_validate(
+    settings: FoldSettings,
+    load_data: Callable[[], ImageData],
+    checkpoint_dir: Path | str,
+    device: torch.device,
+    backend: str | None = None,
+) -> dict[str, Any]:
+    """Trains one model for each fold, from fresh masks and weights; finished folds are skipped.
+
+    The images are shuffled and divided with equal shares of each class (seed s of the settings). The model of fold n is
+    drawn and trained with seed s + n − 1: the spread over the folds shows that of masks, initial values and the order
+    of images as well as that of the data. Each fold is a run of its own, with a checkpoint, a history and a marker.
+
+    Args:
+        settings: with ``fold`` = 1.
+        load_data: the whole data set; called once if there is something to train.
+        checkpoint_dir, device, backend: as for :func:`g2gnet.training.run_training`.
+
+    Returns:
+        ``folds``: for each fold its number, seed and accuracies after the last epoch; ``mean`` and ``std`` (of the
+        sample, that is with k − 1) of the accuracies.
+
+    Raises:
+        SettingsError: if a class has too few images for so many folds.
+        CheckpointError, DataError, TrainingError: as for :func:`g2gnet.training.run_training`.
+    """
+    whole = functools.cache(lambda: load_data().limited(settings.limit_train, settings.limit_test))
+    folds = []
+    for fold in range(1, settings.k_folds + 1):
+        run = dataclasses.replace(settings, fold=fold, seed=settings.seed + fold - 1)
+        data = functools.partial(_fold_data, whole, settings, fold)
+        print(f"Fold {fold}/{run.k_folds}, seed {run.seed}", flush=True)
+        record = run_training(run, data, checkpoint_dir, device, backend)
+        folds.append({"fold": fold, "seed": run.seed, **{name: record[name] for name in ACCURACIES}})
+    columns = {name: [result[name] for result in folds] for name in ACCURACIES}
+    return {
+        "folds": folds,
+        "mean": {name: statistics.mean(values) for name, values in columns.items()},
+        "std": {name: statistics.stdev(values) for name, values in columns.items()},
+    }
+
+
+def _fold_data(whole: Callable[[], ImageData], settings: FoldSettings, fold: int) -> ImageData:
+    """The data set with part ``fold`` of its training images held back for validation."""
+    data = whole()
+    train, val = stratified_folds(data.train_labels, settings.k_folds, settings.seed)[fold - 1]
+    return dataclasses.replace(
+        data,
+        train_images=data.train_images[train],
+        train_labels=data.train_labels[train],
+        val_images=data.train_images[val],
+        val_labels=data.train_labels[val],
+    )
+
+
+def stratified_folds(labels: torch.Tensor, k_folds: int, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Indices to train and to validate on for each fold: shuffled, with equal shares of each class.
+
+    Raises:
+        SettingsError: if a class has fewer than ``k_folds`` images.
+    """
+    members = labels.bincount()
+    label, fewest = min(((label, count) for label, count in enumerate(members.tolist()) if count), key=lambda it: it[1])
+    if fewest < k_folds:
+        raise SettingsError(
+            f"k_folds={k_folds} is out of range: class {label} has only {fewest} of the {len(labels)} training images; "
+            f"give fewer folds, or a larger --limit_train"
+        )
+    # scikit-learn takes seeds of 32 bits
+    folds = StratifiedKFold(k_folds, shuffle=True, random_state=seed % 2**32)
+    splits = folds.split(np.zeros(len(labels)), labels.numpy())
+    return [(torch.from_numpy(train), torch.from_numpy(val)) for train, val in splits]

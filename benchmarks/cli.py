@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +12,8 @@ import torch
 from tqdm import tqdm
 
 import g2gnet
+from benchmarks import report
+from benchmarks.registry import PRECISIONS
 from benchmarks.workload import Prepared, Workload, load, prepare
 from g2g_kernels import BackendError, select_device
 from g2gnet.data import DataError
@@ -31,6 +34,7 @@ def add_flags(parser: argparse.ArgumentParser, repeats: int) -> None:
         ("hidden_dim", int, "neurons in each of the two hidden layers"),
         ("p_inter", float, "probability of a connection unit between groups"),
         ("block_size", int, "side of a connection unit in weights"),
+        ("num_groups", int, "groups on each side of a layer"),
         ("train_steps", int, "optimizer steps before anything is measured"),
         ("seed", int, "seed of the network and its training"),
     ):
@@ -48,7 +52,45 @@ def add_flags(parser: argparse.ArgumentParser, repeats: int) -> None:
     group.add_argument("--repeats", type=int, metavar="N", help=text)
     parser.set_defaults(usual_repeats=repeats)
     group.add_argument("--quick", action="store_true", help="smaller sizes: under two minutes on two cores")
+    group = parser.add_argument_group("who takes part (default: everyone in float32, our own kernels in bfloat16 too)")
+    group.add_argument("--contenders", metavar="A,B,...", help="these only; add -bf16 to a name for bfloat16")
+    group.add_argument("--backend", metavar="A,B,...", help="of our own backends these only: triton, cpu, torch")
+    group.add_argument("--precision", choices=PRECISIONS, help="everyone in this precision only")
+    add_report_flags(parser)
+
+
+def add_report_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds where to put what was measured."""
+    group = parser.add_argument_group("report")
     group.add_argument("--json", metavar="FILE", help="write the record, with every timing, to FILE")
+    group.add_argument("--csv", metavar="FILE", help="write one line a point to FILE")
+    group.add_argument("--plot", metavar="FILE", help='draw into FILE (.png, .svg; pip install -e ".[plots]")')
+
+
+def check_report_flags(arguments: argparse.Namespace) -> None:
+    """Finds out before anything is measured that a report could not be written.
+
+    Raises:
+        ValueError: for a folder that does not exist, or a picture without matplotlib.
+    """
+    for name in ("json", "csv", "plot"):
+        path = getattr(arguments, name)
+        if path is not None and not Path(path).absolute().parent.is_dir():
+            raise ValueError(f"{name}={path!r}: the folder {Path(path).absolute().parent} does not exist")
+    if arguments.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError('plot: matplotlib is not installed (pip install -e ".[plots]")')
+
+
+def write_reports(arguments: argparse.Namespace, record: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
+    """Writes the files that the flags ask for; ``rows`` are those of the CSV file."""
+    if arguments.json:
+        report.write_json(arguments.json, record)
+    if arguments.csv:
+        report.write_csv(arguments.csv, rows, record["machine"])
+    if arguments.plot:
+        from benchmarks import plots  # needs matplotlib
+
+        plots.draw(record, arguments.plot)
 
 
 def workload_from(arguments: argparse.Namespace, **changes: Any) -> Workload:
@@ -108,6 +150,7 @@ def run(parser: argparse.ArgumentParser, program: Callable[[argparse.Namespace],
             arguments.repeats = QUICK_REPEATS if arguments.quick else arguments.usual_repeats
         if arguments.repeats < 1:
             raise ValueError(f"repeats={arguments.repeats} is out of range; give a value at least 1")
+        check_report_flags(arguments)
         return program(arguments)
     except (ValueError, BackendError, DataError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.reference import Results
-from benchmarks.workload import Prepared
+from benchmarks.reference import Results, mean_weights
+from benchmarks.workload import LinearInputs, Prepared
 from g2gnet import G2GLinear
 
 
@@ -36,13 +36,17 @@ class Contender(ABC):
     def __init__(self, prepared: Prepared, device: torch.device, precision: str, **options: Any) -> None: ...
 
     @classmethod
-    def preload(cls, prepared: Prepared) -> None:
+    def preload(cls, prepared: Prepared, **options: Any) -> None:
         """Loads what is data rather than the contender's own; called before its memory is counted."""
+        return None
+
+    def before_turn(self) -> None:
+        """Puts back what a turn changes; called before each one, outside its time."""
         return None
 
     @abstractmethod
     def step(self) -> None:
-        """Takes one training step; for neurons alone, forward and backward."""
+        """Takes one training step, or what else the kernel is."""
 
     @abstractmethod
     def results(self) -> Results:
@@ -55,6 +59,11 @@ class Contender(ABC):
     def firing_rates(self) -> list[float]:
         """Spikes per neuron, step and sample of each layer."""
         raise NotImplementedError
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    """Products in bfloat16 for ``"bf16"``, nothing for ``"fp32"``."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
 
 
 class NetworkContender(Contender):
@@ -77,9 +86,7 @@ class NetworkContender(Contender):
         """The network with the workload's weights, on the CPU."""
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        if self.precision == "bf16":
-            return torch.autocast(self.device.type, torch.bfloat16)
-        return contextlib.nullcontext()
+        return autocast(self.device, self.precision)
 
     def _backward(self) -> tuple[torch.Tensor, torch.Tensor]:
         self.optimizer.zero_grad(set_to_none=True)
@@ -158,7 +165,7 @@ class NeuronContender(Contender):
         self.threshold = threshold.clone().requires_grad_()
 
     @classmethod
-    def preload(cls, prepared: Prepared) -> None:
+    def preload(cls, prepared: Prepared, **options: Any) -> None:
         _ = prepared.neuron_inputs
 
     @abstractmethod
@@ -181,3 +188,93 @@ class NeuronContender(Contender):
 
     def firing_rates(self) -> list[float]:
         return [float(self.results()["spikes"].float().mean())]
+
+
+class LinearContender(Contender):
+    """The second layer's product alone, forward and backward, with the gradients of input, weights and bias.
+
+    In bfloat16 its input is bfloat16 already, and so is the gradient that comes back, as inside a network.
+    """
+
+    def __init__(self, prepared: Prepared, device: torch.device, precision: str, inputs: str) -> None:
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        x, grad_y = (tensor.to(device, dtype) for tensor in self._inputs(prepared, inputs))
+        self.device = device
+        self.precision = precision
+        self.x = x.detach().requires_grad_()
+        self.grad_y = grad_y
+        self.layer = self.build(prepared.network("torch").fc2).to(device)
+
+    @classmethod
+    def preload(cls, prepared: Prepared, **options: Any) -> None:
+        cls._inputs(prepared, options["inputs"])
+
+    @staticmethod
+    def _inputs(prepared: Prepared, inputs: str) -> LinearInputs:
+        return getattr(prepared, inputs)
+
+    @abstractmethod
+    def build(self, connection: G2GLinear) -> nn.Module:
+        """A module from [T, B, in] to [T, B, out] with a parameter called ``bias``, on the CPU."""
+
+    @abstractmethod
+    def weight_gradient(self) -> torch.Tensor:
+        """The gradient that the weights have received, as dense [out, in]."""
+
+    def _run(self) -> torch.Tensor:
+        self.x.grad = None
+        self.layer.zero_grad(set_to_none=True)
+        with autocast(self.device, self.precision):
+            y = self.layer(self.x)
+        y.backward(self.grad_y)
+        return y.detach()
+
+    def step(self) -> None:
+        self._run()
+
+    def results(self) -> Results:
+        y = self._run()
+        assert self.x.grad is not None
+        bias = self.layer.get_parameter("bias").grad
+        assert bias is not None
+        return {"y": y, "x": self.x.grad, "weight": self.weight_gradient(), "bias": bias}
+
+    def firing_rates(self) -> list[float]:
+        return [float((self.x != 0).float().mean())]
+
+
+class UpdateContender(Contender):
+    """One update of dynamic sparse training in all three layers: a tenth of the units pruned by mean |w|, as many grown
+    by the correlation of the spikes before and after them.
+    """
+
+    def __init__(self, prepared: Prepared, device: torch.device, precision: str) -> None:
+        if precision != "fp32":
+            raise ValueError(f"updates are measured in fp32 only, not in {precision}")
+        self.device = device
+        self.images = prepared.images.to(device)
+        self._weights = mean_weights(prepared)
+
+    @abstractmethod
+    def correlations(self) -> list[torch.Tensor]:
+        """What :meth:`step` finds as the mean correlation of every unit of each layer, [block rows, block columns]."""
+
+    @abstractmethod
+    def units(self) -> list[torch.Tensor]:
+        """Which units each layer has now, bool [block rows, block columns]."""
+
+    def results(self) -> Results:
+        self.before_turn()
+        correlations = [correlation.cpu() for correlation in self.correlations()]
+        before = [units.cpu() for units in self.units()]
+        self.step()
+        results: Results = {}
+        for number, (had, has, correlation, weights) in enumerate(
+            zip(before, self.units(), correlations, self._weights, strict=True), 1
+        ):
+            has = has.cpu()
+            results[f"fc{number}.correlation"] = correlation
+            # as scores, since units of equal score may stand in for one another
+            results[f"fc{number}.pruned"] = weights[had & ~has].sort().values
+            results[f"fc{number}.grown"] = correlation[has & ~had].sort(descending=True).values
+        return results

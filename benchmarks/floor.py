@@ -5,6 +5,9 @@ gradient. ``fc1`` sees the same input at every step and needs no input gradient:
 Bytes count the passes over [T, B, N] float32 that LIF neurons cannot do without: two forward (currents in, spikes
 out), three backward (the spikes' gradient and the membranes in, the currents' gradient out). A kernel that skips
 silent neurons or packs spikes can come below this floor.
+
+A product alone reads x and writes y, then reads x and the gradient of y and writes that of x, all [T, B, H] float32.
+An update has to read every spike once; its products, of sums over units, are counted as nothing.
 """
 
 from benchmarks.workload import Prepared
@@ -17,7 +20,11 @@ def work(prepared: Prepared, kernel: str) -> dict[str, int]:
     if kernel == "lif":
         return {"flop": 0, "bytes": 5 * 4 * samples * w.hidden_dim}
     first, *rest = prepared.active_weights()
+    if kernel.startswith("linear"):
+        return {"flop": 3 * 2 * samples * rest[0], "bytes": 5 * 4 * samples * w.hidden_dim}
     neurons = 2 * w.hidden_dim + prepared.num_classes
+    if kernel == "dst":
+        return {"flop": 0, "bytes": 4 * (samples * neurons + prepared.images.numel())}
     training = kernel == "step"
     return {
         "flop": (2 if training else 1) * 2 * w.batch_size * first + (3 if training else 1) * 2 * samples * sum(rest),

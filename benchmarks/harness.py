@@ -45,7 +45,8 @@ class Outcome:
             do this), ``"wrong"`` (its results are).
         reason: the same in words, or "".
         seconds: one a repeat.
-        peak_bytes: above the process with its imports and the data.
+        first_seconds: of the first turn, which may compile, plan and allocate.
+        peak_bytes: during the later turns, above the process with its imports and the data.
         differs: what it computes differently from the others, in words.
     """
 
@@ -53,6 +54,7 @@ class Outcome:
     status: str = "timed"
     reason: str = ""
     seconds: list[float] = field(default_factory=list)
+    first_seconds: float | None = None
     peak_bytes: int | None = None
     firing_rates: list[float] | None = None
     differs: str = ""
@@ -85,7 +87,8 @@ class _Worker:
         return answer
 
     def close(self) -> None:
-        self._connection.close()
+        self._connection.close()  # upon which it ends by itself
+        self._process.join(5)
         self._process.terminate()
         self._process.join()
 
@@ -119,19 +122,23 @@ class _Session:
         module, _, name = self.job.entry.target.partition(":")
         kind: type[Contender] = getattr(importlib.import_module(module), name)
         prepared = load(self.job.path)
-        kind.preload(prepared)
+        kind.preload(prepared, **self.job.entry.options)
         load_lazy_parts(self.device)
         self.memory = PeakMemory(self.device)
         self.contender = kind(prepared, self.device, self.job.entry.precision, **self.job.entry.options)
 
     def time(self) -> float:
         """Seconds for one turn."""
-        work = getattr(self.contender, KERNELS[self.job.kernel])
+        work = getattr(self.contender, KERNELS[self.job.kernel].method)
+        self.contender.before_turn()
         synchronize(self.device)
         start = time.perf_counter()
         work()
         synchronize(self.device)
         return time.perf_counter() - start
+
+    def forget_peak(self) -> None:
+        self.memory.restart()
 
     def peak(self) -> int:
         return self.memory.above()
@@ -162,7 +169,7 @@ def measure(
     Args:
         jobs: what to run; jobs whose entry is unavailable come back as skipped.
         repeats: timed turns each.
-        warm_up: untimed turns before them; memory is what these take.
+        warm_up: untimed turns before them, at least two; memory is what those after the first take.
         progress: called with what is being done, once a job for its check and once a job and round.
         between_rounds: called after each round, when no contender computes.
     """
@@ -206,7 +213,9 @@ def _admit(worker: _Worker, outcome: Outcome, judge: Judge, warm_up: int) -> boo
     """Builds and warms up the contender, counts its memory and has its results judged."""
     with _noting_failure(outcome):
         worker.ask("build")
-        for _ in range(max(1, warm_up)):
+        outcome.first_seconds = worker.ask("time")
+        worker.ask("forget_peak")
+        for _ in range(max(1, warm_up - 1)):
             worker.ask("time")
         outcome.peak_bytes = worker.ask("peak")
         answer = worker.ask("results")

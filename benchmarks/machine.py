@@ -84,16 +84,23 @@ class PeakMemory:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        else:
-            with contextlib.suppress(OSError):  # where it fails the mark stays, and less is counted
-                Path("/proc/self/clear_refs").write_text("5")
+        self._lower_mark()
         self.before = self._mark()
+
+    def restart(self) -> None:
+        """Forgets the peak so far; what is held now still counts."""
+        self._lower_mark()
 
     def above(self) -> int:
         """Bytes."""
         return self._mark() - self.before
+
+    def _lower_mark(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            with contextlib.suppress(OSError):  # where it fails the mark stays, and less is counted
+                Path("/proc/self/clear_refs").write_text("5")
 
     def _mark(self) -> int:
         if self.device.type == "cuda":

@@ -1,13 +1,14 @@
-"""g2g itself: the network on one backend, and its neurons alone."""
+"""g2g itself on one backend: the network, its neurons, its product and its sparse-training update alone."""
 
 import torch
 from torch import nn
 
-from benchmarks.contender import NetworkContender, NeuronContender
-from benchmarks.reference import Results
+from benchmarks.contender import LinearContender, NetworkContender, NeuronContender, UpdateContender
+from benchmarks.reference import UPDATE_FRACTION, Results
 from benchmarks.workload import Prepared
 from g2g_kernels import lif
-from g2gnet import G2GNet
+from g2gnet import DSTScheduler, G2GLinear, G2GNet
+from g2gnet.dst import unit_correlation
 
 
 class Network(NetworkContender):
@@ -53,3 +54,61 @@ class Neurons(NeuronContender):
         spikes = lif(self.current, self.beta, self.threshold, backend=self.backend)
         spikes.backward(self.grad_spikes)
         return spikes
+
+
+class Linear(LinearContender):
+    """:func:`g2g_kernels.g2g_linear` on the backend called ``backend``."""
+
+    layer: G2GLinear
+
+    def __init__(self, prepared: Prepared, device: torch.device, precision: str, inputs: str, backend: str) -> None:
+        self.backend = backend
+        super().__init__(prepared, device, precision, inputs)
+
+    def build(self, connection: G2GLinear) -> nn.Module:
+        connection.backend = self.backend
+        return connection
+
+    def weight_gradient(self) -> torch.Tensor:
+        assert self.layer.values.grad is not None
+        return self.layer.mask.unpack(self.layer.values.grad)
+
+
+class Update(UpdateContender):
+    """:class:`g2gnet.DSTScheduler` on spikes as the backend called ``backend`` keeps them."""
+
+    def __init__(self, prepared: Prepared, device: torch.device, precision: str, backend: str) -> None:
+        super().__init__(prepared, device, precision)
+        self.net = prepared.network(backend).to(device)
+        optimizer = torch.optim.Adam(self.net.parameters(), lr=0.0, fused=True)
+        self.activity = self.net.simulate(self.images)
+        self.activity.counts.sum().backward()
+        optimizer.step()  # moments, which an update resets
+        self.connections = [connection for connection, _ in self.net.layers()]
+        self.scheduler = DSTScheduler(self.connections, optimizer, interval=1, fraction=UPDATE_FRACTION)
+        self.start = {name: tensor.clone() for name, tensor in self.net.state_dict().items()}
+
+    def before_turn(self) -> None:
+        self.net.load_state_dict(self.start)
+        self.scheduler.steps = 0
+
+    def step(self) -> None:
+        self.scheduler.step(self.images, self.activity)
+
+    def correlations(self) -> list[torch.Tensor]:
+        spikes = [self.images, *(layer.dense() for layer in self.activity.spikes)]
+        return [
+            unit_correlation(pre, post, connection.mask)
+            for pre, post, connection in zip(spikes, spikes[1:], self.connections, strict=False)
+        ]
+
+    def units(self) -> list[torch.Tensor]:
+        grids = []
+        for mask in (connection.mask for connection in self.connections):
+            grid = torch.zeros(mask.grid, dtype=torch.bool, device=self.device)
+            grid[mask.unit_row.long(), mask.unit_col.long()] = True
+            grids.append(grid)
+        return grids
+
+    def firing_rates(self) -> list[float]:
+        return [float(rates.detach().mean()) for rates in self.activity.rates]

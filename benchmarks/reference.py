@@ -1,25 +1,28 @@
 """The judge's own computation: the formulas in plain PyTorch, in float64, differentiated by autograd.
 
-It shares no code with :mod:`g2g_kernels` or with any peer: dense weights, one loop over time, the surrogate written as
-the smooth step that it is the derivative of. The batch passes through in pieces, since samples only meet in sums, so
-that the graph over all time steps stays small.
+It shares no code with :mod:`g2g_kernels` (of a mask it reads which weight lies in which unit) or with any peer: dense
+weights, one loop over time, the surrogate written as the smooth step that it is the derivative of. The batch passes
+through in pieces, since samples only meet in sums, so that the graph over all time steps stays small.
 
 β and θ are taken as one a neuron here, so that their gradients come as the terms whose sum a shared β or θ receives.
 """
 
-import contextlib
 import math
 
 import torch
 from torch.nn import functional as F
 
 from benchmarks.workload import NeuronInputs, Prepared
+from g2g_kernels import BlockMask
 
 #: named tensors; of a network "loss", "counts" [B, C] and the gradients "fc1.weight" [out, in] … "lif3.threshold",
-#: of neurons alone "spikes" and the gradients "current" [T, B, N], "beta" and "threshold"
+#: of neurons alone "spikes" and the gradients "current" [T, B, N], "beta" and "threshold", of a product alone "y"
+#: [T, B, out] and the gradients "x", "weight" and "bias", of an update what :func:`update_results` says
 Results = dict[str, torch.Tensor]
 
 CHUNK = 32  # samples in a piece
+
+UPDATE_FRACTION = 0.1  # share of a layer's units that an update replaces
 
 #: precisions: "float64" is the truth; "fp32" and "bf16" (products in bfloat16) show what rounding alone does to it
 DTYPES = {"float64": torch.float64, "fp32": torch.float32, "bf16": torch.float32}
@@ -48,9 +51,8 @@ def _lif(currents: list[torch.Tensor], beta: torch.Tensor, theta: torch.Tensor, 
     return spikes
 
 
-def network_results(prepared: Prepared, reset: str = "after decay", precision: str = "float64") -> Results:
-    """Loss, spike counts and gradients of the workload's network on its batch."""
-    dtype = DTYPES[precision]
+def _parameters(prepared: Prepared, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Copies of the network's parameters by the names of :data:`Results`, weights dense."""
     parameters: dict[str, torch.Tensor] = {}
     for number, (connection, neurons) in enumerate(prepared.network("torch").layers(), 1):
         assert connection.bias is not None
@@ -61,19 +63,35 @@ def network_results(prepared: Prepared, reset: str = "after decay", precision: s
             f"lif{number}.threshold": neurons.threshold.expand(connection.out_features),
         }.items():
             parameters[name] = tensor.detach().to(dtype, copy=True).requires_grad_()
+    return parameters
+
+
+def _simulate(
+    images: torch.Tensor, parameters: dict[str, torch.Tensor], steps: int, reset: str, precision: str
+) -> list[list[torch.Tensor]]:
+    """The spikes of the three layers, one [B, N] a time step."""
 
     def product(number: int, x: torch.Tensor) -> torch.Tensor:
-        autocast = torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
-        with autocast:
-            return F.linear(x, parameters[f"fc{number}.weight"], parameters[f"fc{number}.bias"]).to(dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            y = F.linear(x, parameters[f"fc{number}.weight"], parameters[f"fc{number}.bias"])
+        return y.to(DTYPES[precision])
 
+    currents = [product(1, images)] * steps
+    layers = []
+    for number in (1, 2, 3):
+        layers.append(_lif(currents, parameters[f"lif{number}.beta"], parameters[f"lif{number}.threshold"], reset))
+        if number < 3:
+            currents = list(product(number + 1, torch.stack(layers[-1])))
+    return layers
+
+
+def network_results(prepared: Prepared, reset: str = "after decay", precision: str = "float64") -> Results:
+    """Loss, spike counts and gradients of the workload's network on its batch."""
+    dtype = DTYPES[precision]
+    parameters = _parameters(prepared, dtype)
     loss, counts = torch.zeros((), dtype=dtype), []
     for images, labels in zip(prepared.images.to(dtype).split(CHUNK), prepared.labels.split(CHUNK), strict=True):
-        currents = [product(1, images)] * prepared.workload.T
-        for number in (1, 2, 3):
-            spikes = _lif(currents, parameters[f"lif{number}.beta"], parameters[f"lif{number}.threshold"], reset)
-            if number < 3:
-                currents = list(product(number + 1, torch.stack(spikes)))
+        *_, spikes = _simulate(images, parameters, prepared.workload.T, reset, precision)
         count = torch.stack(spikes).sum(0)
         piece = F.cross_entropy(count, labels, reduction="sum") / len(prepared.labels)
         piece.backward()
@@ -103,3 +121,74 @@ def neuron_results(inputs: NeuronInputs, reset: str = "after decay", precision: 
     assert beta.grad is not None
     assert threshold.grad is not None
     return {"spikes": spikes, "current": gradient, "beta": beta.grad, "threshold": threshold.grad}
+
+
+def linear_results(prepared: Prepared, inputs: str, precision: str = "float64") -> Results:
+    """Outputs and gradients of the second layer's product alone, for one of the inputs of a :class:`Prepared`."""
+    dtype = DTYPES[precision]
+    parameters = _parameters(prepared, dtype)
+    weight, bias = parameters["fc2.weight"], parameters["fc2.bias"]
+    outputs, gradients = [], []
+    for given, grad_y in zip(*getattr(prepared, inputs), strict=True):  # a time step after the other
+        x = given.to(dtype, copy=True).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            y = F.linear(x, weight, bias)
+        y.backward(grad_y.to(y.dtype))
+        assert x.grad is not None
+        # kept in float32 to save memory: that rounding is a hundred times below the smallest bound
+        outputs.append(y.detach().float())
+        gradients.append(x.grad.float())
+    assert weight.grad is not None
+    assert bias.grad is not None
+    return {"y": torch.stack(outputs), "x": torch.stack(gradients), "weight": weight.grad, "bias": bias.grad}
+
+
+@torch.no_grad()
+def update_results(prepared: Prepared, reset: str = "after decay", precision: str = "float64") -> Results:
+    """Of an update of dynamic sparse training, for each layer: the mean correlation of every unit "fc1.correlation"
+    [block rows, block columns], and the scores of those that go "fc1.pruned" and come "fc1.grown", the first to go or
+    come first.
+    """
+    dtype = DTYPES[precision]
+    parameters, steps = _parameters(prepared, dtype), prepared.workload.T
+    populations = [(name, parameters[f"{name}.weight"].shape) for name in ("fc1", "fc2", "fc3")]
+    products = [torch.zeros(shape, dtype=dtype) for _, shape in populations]
+    squares = [torch.zeros(shape[1], dtype=dtype) for _, shape in populations]
+    squares.append(torch.zeros(populations[-1][1][0], dtype=dtype))
+    for images in prepared.images.to(dtype).split(CHUNK):
+        layers = [[images] * steps, *_simulate(images, parameters, steps, reset, precision)]
+        samples = [torch.cat(layer) for layer in layers]
+        for square, sample in zip(squares, samples, strict=True):
+            square += sample.square().sum(0)
+        for product, pre, post in zip(products, samples, samples[1:], strict=False):
+            product += post.T @ pre
+
+    results: Results = {}
+    weights = mean_weights(prepared)
+    for number, (connection, _) in enumerate(prepared.network("torch").layers()):
+        norms = squares[number + 1].sqrt()[:, None] * squares[number].sqrt()[None, :]
+        cosine = torch.where(norms > 0, products[number] / norms, 0.0)
+        correlation = _unit_means(cosine, connection.mask)
+        present = _unit_means(connection.mask.to_dense().double(), connection.mask) > 0
+        count = min(int(UPDATE_FRACTION * int(present.sum())), int((~present).sum()))
+        name = f"fc{number + 1}"
+        results[f"{name}.correlation"] = correlation
+        results[f"{name}.pruned"] = weights[number][present].sort().values[:count]
+        results[f"{name}.grown"] = correlation[~present].sort(descending=True).values[:count]
+    return results
+
+
+def mean_weights(prepared: Prepared) -> list[torch.Tensor]:
+    """The mean magnitude of the weights of every unit of each layer, float64 [block rows, block columns]."""
+    return [
+        _unit_means(connection.dense_weight().detach().double().abs(), connection.mask)
+        for connection, _ in prepared.network("torch").layers()
+    ]
+
+
+def _unit_means(matrix: torch.Tensor, mask: BlockMask) -> torch.Tensor:
+    """The mean of an [out, in] matrix over every unit of the grid of ``mask``."""
+    row_of, col_of = (axis.position // axis.width for axis in (mask.rows, mask.cols))
+    by_row = matrix.new_zeros(mask.grid[0], matrix.shape[1]).index_add_(0, row_of, matrix)
+    sums = matrix.new_zeros(mask.grid).index_add_(1, col_of, by_row)
+    return sums / (mask.rows.lengths[:, None] * mask.cols.lengths[None, :])

@@ -1,16 +1,16 @@
-"""The contenders by name, and which of them this machine can run."""
+"""What can be timed, the contenders by name, and which of them this machine can run."""
 
 import importlib.util
+import os
+import shutil
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from g2g_kernels import available_backends, backend_status
+from g2g_kernels.dispatch import BACKENDS
 
-#: what ``--kernel`` takes: the method of a contender that is timed
-KERNELS = {"step": "step", "forward": "forward", "lif": "step"}
-
-#: the contender whose time is divided by everyone's
-BASELINE = {"step": "snntorch-masked", "forward": "snntorch-masked", "lif": "snntorch"}
+PRECISIONS = ("fp32", "bf16")
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,8 @@ class Entry:
         target: ``"module:Class"``.
         options: further arguments of the class.
         unavailable: why it cannot run here, or None.
+        compiles: whether its first turn compiles for a minute or so.
+        backend: the g2g backend that it runs on, None for a peer.
     """
 
     label: str
@@ -29,49 +31,156 @@ class Entry:
     precision: str = "fp32"
     options: dict[str, Any] = field(default_factory=dict)
     unavailable: str | None = None
+    compiles: bool = False
+    backend: str | None = None
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What ``--kernel`` names.
+
+    Attributes:
+        about: what one turn is, in words.
+        baseline: the contender whose time is divided by everyone's.
+        ours: the class in :mod:`benchmarks.ours`.
+        peers: the others: name, target in :mod:`benchmarks.peers`, what each needs.
+        method: the method of a contender that is timed.
+        bf16: whether it exists in bfloat16 too.
+        options: further arguments of every contender.
+    """
+
+    about: str
+    baseline: str
+    ours: str
+    peers: tuple[tuple[str, str, tuple[str, ...]], ...]
+    method: str = "step"
+    bf16: bool = True
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+COMPILER = "a C++ compiler"
+
+_NETWORKS = (
+    ("snntorch-masked", "snntorch_loop:MaskedLoop", ("snntorch",)),
+    ("snntorch-dense", "snntorch_loop:DenseLoop", ("snntorch",)),
+    ("compiled-masked", "compiled_loop:MaskedLoop", ("snntorch", COMPILER)),
+    ("compiled-dense", "compiled_loop:DenseLoop", ("snntorch", COMPILER)),
+    ("spikingjelly-dense", "spikingjelly_multistep:MultiStep", ("spikingjelly",)),
+    ("dense-lif", "dense_lif:DenseLIF", ()),
+    ("bsr-lif", "block_sparse:BlockSparseLIF", ()),
+)
+_LINEARS = (
+    ("masked", "linear:Masked", ()),
+    ("dense", "linear:Dense", ()),
+    ("bsr", "block_sparse:BlockSparse", ()),
+)
+_NEURONS = (
+    ("snntorch", "snntorch_loop:Neurons", ("snntorch",)),
+    ("spikingjelly", "spikingjelly_multistep:Neurons", ("spikingjelly",)),
+)
+
+KERNELS = {
+    "step": Kernel(
+        "training step (forward, cross-entropy, backward, fused Adam)", "snntorch-masked", "Network", _NETWORKS
+    ),
+    "forward": Kernel("forward pass without gradients", "snntorch-masked", "Network", _NETWORKS, method="forward"),
+    "lif": Kernel("LIF neurons alone, forward and backward", "snntorch", "Neurons", _NEURONS, bf16=False),
+    "linear": Kernel(
+        "the product of fc2 alone with all three gradients, at the spikes it receives",
+        "masked",
+        "Linear",
+        _LINEARS,
+        options={"inputs": "spike_inputs"},
+    ),
+    "linear-dense": Kernel(
+        "the product of fc2 alone with all three gradients, at inputs without a zero",
+        "masked",
+        "Linear",
+        _LINEARS,
+        options={"inputs": "dense_inputs"},
+    ),
+    "dst": Kernel(
+        "one update of dynamic sparse training: scores, prune by weight, grow by correlation, relabel",
+        "dense-correlation",
+        "Update",
+        (("dense-correlation", "dense_correlation:Update", ()),),
+        bf16=False,
+    ),
+}
 
 
 def entries(kernel: str) -> dict[str, Entry]:
     """Every contender for ``kernel``, available or not, by its label."""
-    ours = "Neurons" if kernel == "lif" else "Network"
+    about = KERNELS[kernel]
     found = [
-        Entry(f"g2g-{backend}", f"benchmarks.ours:{ours}", options={"backend": backend}, unavailable=reason)
+        Entry(
+            f"g2g-{backend}",
+            f"benchmarks.ours:{about.ours}",
+            options={"backend": backend, **about.options},
+            unavailable=reason,
+            backend=backend,
+        )
         for backend, reason in backend_status().items()
     ]
-    if kernel == "lif":
-        found += [
-            _peer("snntorch", "snntorch_loop:Neurons", "snntorch"),
-            _peer("spikingjelly", "spikingjelly_multistep:Neurons", "spikingjelly"),
-        ]
-        return {entry.label: entry for entry in found}
     found += [
-        _peer("snntorch-masked", "snntorch_loop:MaskedLoop", "snntorch"),
-        _peer("snntorch-dense", "snntorch_loop:DenseLoop", "snntorch"),
-        _peer("spikingjelly-dense", "spikingjelly_multistep:MultiStep", "spikingjelly"),
-        _peer("dense-lif", "dense_lif:DenseLIF"),
+        Entry(
+            label,
+            f"benchmarks.peers.{target}",
+            options=about.options,
+            unavailable=_missing(needs),
+            compiles=COMPILER in needs,
+        )
+        for label, target, needs in about.peers
     ]
-    found += [replace(entry, label=f"{entry.label}-bf16", precision="bf16") for entry in found]
+    if about.bf16:
+        found += [replace(entry, label=f"{entry.label}-bf16", precision="bf16") for entry in found]
     return {entry.label: entry for entry in found}
 
 
-def _peer(label: str, target: str, package: str | None = None) -> Entry:
-    absent = package is not None and importlib.util.find_spec(package) is None
-    reason = f"{package} is not installed (pip install {package})" if absent else None
-    return Entry(label, f"benchmarks.peers.{target}", unavailable=reason)
+def _missing(needs: tuple[str, ...]) -> str | None:
+    """What a peer needs and this machine lacks, in words; None where it lacks nothing."""
+    for need in needs:
+        if need == COMPILER:
+            if not any(map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++", "cl"))):
+                return f"torch.compile needs {COMPILER}, and none is on PATH"
+        elif importlib.util.find_spec(need) is None:
+            return f"{need} is not installed (pip install {need})"
+    return None
 
 
-def choose(kernel: str, labels: str | None) -> list[Entry]:
-    """The contenders named in a comma-separated list; by default everyone in float32, our kernels in bfloat16 too.
+def choose(
+    kernel: str, labels: str | None = None, backends: str | None = None, precision: str | None = None
+) -> list[Entry]:
+    """The contenders to run: everyone in float32, our kernels in bfloat16 too, unless asked otherwise.
+
+    Args:
+        kernel: one of :data:`KERNELS`.
+        labels: a comma-separated list of names: these, and no others.
+        backends: a comma-separated list of g2g's backends, to the exclusion of its others.
+        precision: ``"fp32"`` or ``"bf16"``: everyone in this precision only.
 
     Raises:
-        ValueError: for a name that is none.
+        ValueError: for a name that is none, or if nobody is left.
     """
     known = entries(kernel)
-    if labels is None:
-        native = [f"g2g-{backend}-bf16" for backend in available_backends() if backend != "torch"]
-        return [entry for entry in known.values() if entry.precision == "fp32" or entry.label in native]
-    names = [name.strip() for name in labels.split(",")]
+    if labels is not None:
+        if backends is not None or precision is not None:
+            raise ValueError(f"contenders={labels!r} says it all; leave out the backend and the precision")
+        return [known[name] for name in _names("contender", labels, known, f"--kernel {kernel} has")]
+    ours = BACKENDS if backends is None else _names("backend", backends, BACKENDS, "g2g has")
+    everyone = [entry for entry in known.values() if entry.backend is None or entry.backend in ours]
+    if precision is not None:
+        everyone = [entry for entry in everyone if entry.precision == precision]
+        if not everyone:
+            raise ValueError(f"precision={precision!r}: --kernel {kernel} is measured in fp32 only")
+        return everyone
+    native = [name for name in available_backends() if name != "torch"]
+    return [entry for entry in everyone if entry.precision == "fp32" or entry.backend in native]
+
+
+def _names(what: str, text: str, known: Collection[str], who: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
     for name in names:
         if name not in known:
-            raise ValueError(f"contender {name!r} is unknown; --kernel {kernel} has {', '.join(known)}")
-    return [known[name] for name in names]
+            raise ValueError(f"{what} {name!r} is unknown; {who} {', '.join(known)}")
+    return names

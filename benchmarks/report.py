@@ -1,5 +1,6 @@
-"""From outcomes to a record that can be kept, and from the record to a table that can be read."""
+"""From outcomes to a record that can be kept, and from the record to tables that can be read."""
 
+import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,12 +25,54 @@ def summary(outcome: Outcome) -> dict[str, Any]:
     }
     if outcome.status == "timed":
         p20, median, p80 = np.percentile(outcome.seconds, (20, 50, 80)).tolist()
-        row |= {"median": median, "p20": p20, "p80": p80, "seconds": outcome.seconds, "peak_bytes": outcome.peak_bytes}
+        row |= {"median": median, "p20": p20, "p80": p80, "seconds": outcome.seconds}
+        row |= {"first_seconds": outcome.first_seconds, "peak_bytes": outcome.peak_bytes}
     return row
 
 
 def write_json(path: Path | str, record: dict[str, Any]) -> None:
     Path(path).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_csv(path: Path | str, rows: Sequence[dict[str, Any]], machine: dict[str, Any]) -> None:
+    """One line a measured point, each with the machine and the versions, so that files of many runs can be joined."""
+    where = {name: machine[name] for name in ("cpu", "threads", "gpu", "commit", "date")}
+    where |= {name: version or "" for name, version in machine["versions"].items()}
+    with Path(path).open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], *where], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({**row, **where} for row in rows)
+
+
+def flat(row: dict[str, Any]) -> dict[str, Any]:
+    """The columns of a CSV file that a contender's :func:`summary` fills; empty where it has no time."""
+    names = ("contender", "precision", "status", "reason", "p20", "median", "p80", "first_seconds", "peak_bytes")
+    return {name: row.get(name, "") for name in names}
+
+
+TITLES = {
+    "g2g-triton": "g2g, Triton kernels",
+    "g2g-cpu": "g2g, compiled CPU kernels",
+    "g2g-torch": "g2g, plain PyTorch",
+    "snntorch-masked": "snnTorch loop, dense weights × mask",
+    "snntorch-dense": "snnTorch loop, dense",
+    "compiled-masked": "torch.compile of the snnTorch loop, × mask",
+    "compiled-dense": "torch.compile of the snnTorch loop, dense",
+    "spikingjelly-dense": "SpikingJelly 2, multi-step, dense",
+    "dense-lif": "nn.Linear over all T with our LIF, dense",
+    "bsr-lif": "PyTorch's block-sparse product with our LIF",
+    "masked": "nn.Linear, weight × mask",
+    "dense": "nn.Linear, dense",
+    "bsr": "PyTorch's block-sparse product (BSR)",
+    "snntorch": "snnTorch Leaky, a loop over T",
+    "spikingjelly": "SpikingJelly 2, multi-step LIF",
+    "dense-correlation": "dense masks, full correlation matrix",
+}
+
+
+def title(label: str) -> str:
+    """A contender's name in words."""
+    return TITLES[label.removesuffix("-bf16")] + (", bfloat16" if label.endswith("-bf16") else "")
 
 
 def seconds(value: float) -> str:
@@ -52,8 +95,12 @@ def grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def throughput_table(record: dict[str, Any]) -> str:
-    """The contenders of a throughput record; then what some do differently, and everyone that has no time and why."""
+    """The contenders of a throughput record; then what some do differently, and everyone that has no time and why.
+
+    GFLOP/s count multiplications and additions of active weights, whatever the contender really does.
+    """
     timed = [row for row in record["contenders"] if row["status"] == "timed"]
+    flop = record["workload"]["flop"]
     baseline = next((row["median"] for row in timed if row["contender"] == record["baseline"]), None)
     rows = [
         (
@@ -61,15 +108,17 @@ def throughput_table(record: dict[str, Any]) -> str:
             seconds(row["median"]),
             f"{seconds(row['p20'])} – {seconds(row['p80'])}",
             f"{baseline / row['median']:.2f}×" if baseline else "–",
-            f"{row['peak_bytes'] / 1e6:.0f}",
+            f"{flop / row['median'] / 1e9:.3g}" if flop else "–",
             f"{record['floor_seconds'] / row['median']:.0%}",
+            f"{row['peak_bytes'] / 1e6:.0f}",
+            seconds(row["first_seconds"]),
             " ".join(f"{100 * rate:.1f}" for rate in row["firing_rates"]),
             f"{max(row['correctness']['errors'].values()):.1e} ≤ {row['correctness']['bound']:.1e}",
         )
         for row in timed
     ]
-    header = ("contender", "median", "p20 – p80", "speed-up", "peak MB", "of floor", "rates %", "max error")
-    parts = [grid(header, rows)] if rows else ["no contender has a time"]
+    columns = "contender,median,p20 – p80,speed-up,GFLOP/s,of floor,peak MB,first turn,rates %,error"
+    parts = [grid(columns.split(","), rows)] if rows else ["no contender has a time"]
     parts += [f"{row['contender']}: {row['differs']}" for row in timed if row["differs"]]
     parts += [
         f"{row['contender']}: {row['status']}: {row['reason']}"

@@ -1,7 +1,8 @@
-"""How the time of a step grows: ``python -m benchmarks.scaling --quantity p_inter``.
+"""How the time and the memory of a step grow: ``python -m benchmarks.scaling --quantity p_inter``.
 
 One network is trained for each value of the quantity, everyone takes every step in turn, and a straight line is fitted
-to the medians by least squares: against the density of all weights (for ``p_inter``), T, or the batch size B.
+to the medians by least squares: seconds against the multiplications and additions of the active weights. A sparse
+network costs what its active weights cost when that line fits and begins near zero.
 """
 
 import argparse
@@ -13,16 +14,28 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks import cli, report
+from benchmarks.floor import work
 from benchmarks.harness import Job, Outcome, measure
 from benchmarks.machine import Limits, describe
-from benchmarks.registry import choose
+from benchmarks.registry import Entry, choose
 from g2g_kernels import available_backends
 
-#: for each quantity the workload's field and the values it takes by default
-QUANTITIES: dict[str, tuple[str, list[Any]]] = {
-    "p_inter": ("p_inter", [0.0, 0.05, 0.15, 0.3, 0.6, 1.0]),
-    "T": ("T", [10, 20, 30, 40, 50]),
-    "B": ("batch_size", [32, 64, 128, 192, 256]),
+
+class Quantity(NamedTuple):
+    """What can grow: the workload's field, the values it takes by default, and what x is in words."""
+
+    field: str
+    values: tuple[Any, ...]
+    x_is: str
+
+
+QUANTITIES = {
+    "p_inter": Quantity("p_inter", (0.0, 0.05, 0.15, 0.3, 0.6, 1.0), "density of all weights"),
+    "block_size": Quantity("block_size", (1, 4, 16, 32, 64), "side of a connection unit, weights"),
+    "groups": Quantity("num_groups", (1, 2, 4, 8, 10), "groups on each side of a layer"),
+    "T": Quantity("T", (10, 20, 30, 40, 50), "time steps T"),
+    "B": Quantity("batch_size", (32, 64, 128, 192, 256), "batch size B"),
+    "H": Quantity("hidden_dim", (256, 512, 1024, 2048), "hidden neurons H"),
 }
 
 
@@ -44,32 +57,46 @@ def fit(x: Sequence[float], y: Sequence[float]) -> Line:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.scaling",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="By default g2g on its best backend takes part, the masked snnTorch loop and the dense layers with our "
+        "LIF.\nNames are those of benchmarks.throughput.",
+    )
     parser.add_argument(
         "--quantity", default="p_inter", choices=tuple(QUANTITIES), help="what grows (default: p_inter)"
     )
-    parser.add_argument("--values", metavar="X,Y,...", help="its values (default: as in the design)")
+    values = "; ".join(f"{name} {','.join(map(str, each.values))}" for name, each in QUANTITIES.items())
+    parser.add_argument("--values", metavar="X,Y,...", help=f"its values (default: {values})")
     parser.add_argument("--kernel", default="step", choices=("step", "forward"), help="what to time (default: step)")
-    parser.add_argument(
-        "--contenders", metavar="A,B,...", help="who takes part, by the names of benchmarks.throughput (default: g2g)"
-    )
     cli.add_flags(parser, repeats=7)
     return parser
 
 
 def scaling(arguments: argparse.Namespace) -> int:
     device = cli.device_from(arguments)
-    entries = choose(arguments.kernel, arguments.contenders or ",".join(f"g2g-{name}" for name in available_backends()))
-    name, values = QUANTITIES[arguments.quantity]
+    entries = contenders(arguments)
+    quantity = QUANTITIES[arguments.quantity]
+    values = list(quantity.values)
     if arguments.values:
-        values = list(cli.numbers(arguments.values, float if name == "p_inter" else int))
+        values = list(cli.numbers(arguments.values, type(values[0])))
     if len(set(values)) < 2:
         raise ValueError(f"values={arguments.values!r}: a line needs at least two different values")
-    workloads = [cli.workload_from(arguments, **{name: value}) for value in values]
+    workloads = [cli.workload_from(arguments, **{quantity.field: value}) for value in values]
     machine = describe(device)
     print(cli.headline(machine))
     prepared = [cli.prepare_with_bar(workload, arguments.data_dir) for workload in workloads]
-    x = [one.density() if name == "p_inter" else getattr(one.workload, name) for _, one in prepared]
+    places = [
+        {
+            **one.workload.as_dict(),
+            "x": one.density() if quantity.field == "p_inter" else getattr(one.workload, quantity.field),
+            "density": one.density(),
+            "note": one.note,
+            **work(one, arguments.kernel),
+        }
+        for _, one in prepared
+    ]
 
     jobs = [Job(entry, path, arguments.kernel, str(device)) for entry in entries for path, _ in prepared]
     limits = Limits(device)
@@ -81,60 +108,94 @@ def scaling(arguments: argparse.Namespace) -> int:
 
         outcomes = measure(jobs, arguments.repeats, progress=progress, between_rounds=limits.measure)
 
-    groups = {entry.label: outcomes[number * len(x) : (number + 1) * len(x)] for number, entry in enumerate(entries)}
+    size = len(places)
+    curves = [
+        curve(entry.label, places, outcomes[number * size : (number + 1) * size])
+        for number, entry in enumerate(entries)
+    ]
     record: dict[str, Any] = {
         "benchmark": "scaling",
         "kernel": arguments.kernel,
         "quantity": arguments.quantity,
-        "x_is": "density of all weights" if name == "p_inter" else name,
+        "x_is": quantity.x_is,
         "machine": machine,
         "limits": limits.rates(),
-        "workloads": [
-            {**one.workload.as_dict(), "x": place, "note": one.note}
-            for (_, one), place in zip(prepared, x, strict=True)
-        ],
-        "contenders": [curve(label, x, group) for label, group in groups.items()],
+        "workloads": places,
+        "contenders": curves,
     }
     print(table(record))
     cli.warn_if_busy(machine, limits.rates())
-    if arguments.json:
-        report.write_json(arguments.json, record)
+    cli.write_reports(arguments, record, csv_rows(record))
     return 1 if any(outcome.status == "wrong" for outcome in outcomes) else 0
 
 
-def curve(label: str, x: Sequence[float], outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """One contender's part of the record: every point, and the line through those that have a time."""
-    points = [{"x": place, **report.summary(outcome)} for place, outcome in zip(x, outcomes, strict=True)]
-    timed = [point for point in points if point["status"] == "timed"]
-    found = [point["x"] for point in timed]
-    line = fit(found, [point["median"] for point in timed])._asdict() if len(set(found)) > 1 else None
+def contenders(arguments: argparse.Namespace) -> list[Entry]:
+    """Those that the flags ask for; without any g2g at its best, and a masked and a dense network."""
+    asked = arguments.contenders, arguments.backend, arguments.precision
+    if any(asked):
+        return choose(arguments.kernel, *asked)
+    return choose(arguments.kernel, f"g2g-{available_backends()[0]},snntorch-masked,dense-lif")
+
+
+def curve(label: str, places: Sequence[dict[str, Any]], outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """One contender's part of the record: every point, and the line through those that have a time.
+
+    Args:
+        label: the contender.
+        places: the workloads, each with its ``"x"`` and its ``"flop"``.
+        outcomes: one a workload.
+    """
+    points = [{"x": place["x"], **report.summary(outcome)} for place, outcome in zip(places, outcomes, strict=True)]
+    timed = [
+        (place["flop"], point["median"])
+        for place, point in zip(places, points, strict=True)
+        if point["status"] == "timed"
+    ]
+    flop, medians = zip(*timed, strict=True) if timed else ((), ())
+    line = fit(flop, medians)._asdict() if len(set(flop)) > 1 else None
     return {"contender": label, "points": points, "line": line}
 
 
 def table(record: dict[str, Any]) -> str:
-    """A row a contender: the medians, then the line."""
-    workloads = record["workloads"]
-    header = (record["x_is"], *(f"{place['x']:.3g}" for place in workloads), "slope", "intercept", "of largest", "R²")
-    rows, notes = [], []
+    """A row a contender: the medians and the line; then the same with the memory; then who has no time and why."""
+    places = [f"{place['x']:.3g}" for place in record["workloads"]]
+    times, memory, notes = [], [], []
     for one in record["contenders"]:
         medians = [point.get("median") for point in one["points"]]
+        peaks = [point.get("peak_bytes") for point in one["points"]]
         notes += [
             f"{one['contender']} at {point['x']:.3g}: {point['status']}: {point['reason']}"
             for point in one["points"]
             if point["status"] != "timed"
         ]
-        line = one["line"]
-        fitted = ["–"] * 4
+        line, fitted = one["line"], ["–"] * 3
         if line:
             largest = max(median for median in medians if median)
             fitted = [
-                report.seconds(line["slope"]),
                 report.seconds(line["intercept"]),
                 f"{line['intercept'] / largest:.0%}",
                 f"{line['r_squared']:.4f}",
             ]
-        rows.append((one["contender"], *(report.seconds(m) if m else "–" for m in medians), *fitted))
-    return "\n".join([report.grid(header, rows), *notes])
+        times.append((one["contender"], *(report.seconds(m) if m else "–" for m in medians), *fitted))
+        memory.append((one["contender"], *(f"{peak / 1e6:.0f}" if peak else "–" for peak in peaks)))
+    return "\n".join(
+        [
+            f"{record['x_is']}: median time, and the line over active multiply-adds",
+            report.grid(("", *places, "intercept", "of largest", "R²"), times),
+            "peak memory, MB",
+            report.grid(("", *places), memory),
+            *notes,
+        ]
+    )
+
+
+def csv_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row a point."""
+    return [
+        {"quantity": record["quantity"], "x": point["x"], "flop": place["flop"], **report.flat(point)}
+        for one in record["contenders"]
+        for place, point in zip(record["workloads"], one["points"], strict=True)
+    ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

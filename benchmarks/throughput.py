@@ -1,10 +1,11 @@
 """Times g2g beside the libraries that people use: ``python -m benchmarks.throughput``.
 
-A training step (forward, cross-entropy, backward, fused Adam), its forward pass alone, or LIF neurons alone; same
-sizes, same weights, same images for everyone, results compared with a float64 reference before anything is timed.
+A training step (forward, cross-entropy, backward, fused Adam), its forward pass, or one of its parts alone; same sizes,
+same weights, same images for everyone, results compared with a float64 reference before anything is timed.
 """
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -15,37 +16,33 @@ from benchmarks import cli, report
 from benchmarks.floor import floor_seconds, work
 from benchmarks.harness import Job, measure
 from benchmarks.machine import Limits, describe
-from benchmarks.registry import BASELINE, KERNELS, choose
+from benchmarks.registry import KERNELS, Entry, choose
 from benchmarks.workload import Prepared
-
-ABOUT = {
-    "step": "training step (forward, cross-entropy, backward, fused Adam)",
-    "forward": "forward pass without gradients",
-    "lif": "LIF neurons alone, forward and backward",
-}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.throughput", description=__doc__)
-    parser.add_argument("--kernel", default="step", choices=tuple(KERNELS), help="what to time (default: step)")
-    parser.add_argument(
-        "--contenders",
-        metavar="A,B,...",
-        help="who takes part (default: everyone in float32, our own kernels in bfloat16 too); "
-        "add -bf16 to a name for bfloat16",
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.throughput",
+        description=__doc__,
+        epilog="\n".join(["kernels:", *(f"  {name:13} {kernel.about}" for name, kernel in KERNELS.items())]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--kernel", default="step", choices=tuple(KERNELS), help="what to time (default: step)")
     cli.add_flags(parser, repeats=10)
     return parser
 
 
 def throughput(arguments: argparse.Namespace) -> int:
     device = cli.device_from(arguments)
-    entries = choose(arguments.kernel, arguments.contenders)
+    kernel = KERNELS[arguments.kernel]
+    entries = choose(arguments.kernel, arguments.contenders, arguments.backend, arguments.precision)
+    if arguments.quick and not arguments.contenders:
+        entries = [leave_out(entry) if entry.compiles else entry for entry in entries]
     workload = cli.workload_from(arguments)
     machine = describe(device)
     print(cli.headline(machine))
     path, prepared = cli.prepare_with_bar(workload, arguments.data_dir)
-    print(f"{ABOUT[arguments.kernel]}: {about(prepared)}", flush=True)
+    print(f"{kernel.about}: {about(prepared)}", flush=True)
 
     jobs = [Job(entry, path, arguments.kernel, str(device)) for entry in entries]
     limits = Limits(device)
@@ -62,7 +59,7 @@ def throughput(arguments: argparse.Namespace) -> int:
     record: dict[str, Any] = {
         "benchmark": "throughput",
         "kernel": arguments.kernel,
-        "baseline": BASELINE[arguments.kernel],
+        "baseline": kernel.baseline,
         "machine": machine,
         "limits": rates,
         "workload": {
@@ -81,9 +78,26 @@ def throughput(arguments: argparse.Namespace) -> int:
         f"{rates['copy_bytes_per_s'] / 1e9:.0f} GB/s: the floor of this is {report.seconds(record['floor_seconds'])}."
     )
     cli.warn_if_busy(machine, rates)
-    if arguments.json:
-        report.write_json(arguments.json, record)
+    cli.write_reports(arguments, record, csv_rows(record))
     return 1 if any(outcome.status == "wrong" for outcome in outcomes) else 0
+
+
+def leave_out(entry: Entry) -> Entry:
+    """The entry with the reason why ``--quick`` passes over it."""
+    reason = entry.unavailable or "--quick leaves out what compiles for a minute; name it in --contenders to have it"
+    return dataclasses.replace(entry, unavailable=reason)
+
+
+def csv_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row a contender."""
+    rows = []
+    for row in record["contenders"]:
+        derived: dict[str, Any] = {"gflop_per_s": "", "of_floor": ""}
+        if row["status"] == "timed":
+            derived["gflop_per_s"] = record["workload"]["flop"] / row["median"] / 1e9
+            derived["of_floor"] = record["floor_seconds"] / row["median"]
+        rows.append({"kernel": record["kernel"], **report.flat(row), **derived})
+    return rows
 
 
 def about(prepared: Prepared) -> str:

@@ -42,6 +42,7 @@ class Workload:
     hidden_dim: int = 2048
     p_inter: float = 0.15
     block_size: int = 64
+    num_groups: int = 8
     model: str = "index"
     dataset: str = "fashionmnist"
     train_steps: int = 100
@@ -62,6 +63,7 @@ class Workload:
             hidden_dim=self.hidden_dim,
             p_inter=self.p_inter,
             block_size=self.block_size,
+            num_groups=self.num_groups,
             T=self.T,
             batch_size=self.batch_size,
             seed=self.seed,
@@ -95,6 +97,18 @@ class NeuronInputs(NamedTuple):
     grad_spikes: torch.Tensor
     beta: torch.Tensor
     threshold: torch.Tensor
+
+
+class LinearInputs(NamedTuple):
+    """What the second layer's product alone is measured with.
+
+    Attributes:
+        x: float32 [T, B, H], its inputs.
+        grad_y: float32 [T, B, H], the gradient that comes back.
+    """
+
+    x: torch.Tensor
+    grad_y: torch.Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +146,7 @@ class Prepared:
             w.p_inter,
             w.block_size,
             w.T,
+            num_groups=w.num_groups,
             backend=backend,
             generator=torch.Generator().manual_seed(0),
         )
@@ -143,10 +158,31 @@ class Prepared:
     def neuron_inputs(self) -> NeuronInputs:
         """The currents that the second hidden layer receives, its β and θ, and a random gradient."""
         net = self.network("torch")
-        spikes = lif(net.fc1(self.images), net.lif1.beta, net.lif1.threshold, steps=net.T, backend="torch")
-        current = net.fc2(spikes)
-        gradient = torch.randn(current.shape, generator=torch.Generator().manual_seed(self.workload.seed))
-        return NeuronInputs(current, gradient, net.lif2.beta.detach(), net.lif2.threshold.detach())
+        current = net.fc2(self._first_spikes)
+        return NeuronInputs(current, self._noise(1)[0], net.lif2.beta.detach(), net.lif2.threshold.detach())
+
+    @functools.cached_property
+    def spike_inputs(self) -> LinearInputs:
+        """The spikes that the second layer receives, and a random gradient."""
+        return LinearInputs(self._first_spikes, self._noise(1)[0])
+
+    @functools.cached_property
+    def dense_inputs(self) -> LinearInputs:
+        """Random numbers without a zero among them in place of the spikes, and a random gradient."""
+        gradient, x = self._noise(2)
+        return LinearInputs(x, gradient)
+
+    @functools.cached_property
+    @torch.no_grad()
+    def _first_spikes(self) -> torch.Tensor:
+        net = self.network("torch")
+        return lif(net.fc1(self.images), net.lif1.beta, net.lif1.threshold, steps=net.T, backend="torch")
+
+    def _noise(self, count: int) -> torch.Tensor:
+        """Standard normal numbers [count, T, B, H]."""
+        w = self.workload
+        generator = torch.Generator().manual_seed(w.seed)
+        return torch.randn(count, w.T, len(self.images), w.hidden_dim, generator=generator)
 
     def active_weights(self) -> list[int]:
         """The number of weights that exist in each layer."""

@@ -1,9 +1,11 @@
 """The benchmarks: who is let through to be timed, and what a record and its table say. No test looks at a time."""
 
+import csv
 import dataclasses
 import importlib
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from benchmarks.floor import floor_seconds, work
 from benchmarks.harness import Job, Outcome, measure
 from benchmarks.machine import PeakMemory, describe
 from benchmarks.ours import Network
-from benchmarks.registry import Entry, choose, entries
+from benchmarks.registry import KERNELS, Entry, choose, entries
 from benchmarks.workload import Prepared, Workload, load, prepare
 from g2g_kernels import BackendError
 from g2gnet.data import DataError, load_dataset
@@ -46,7 +48,7 @@ def prepared(path) -> Prepared:
 
 @pytest.fixture(scope="module")
 def judges(prepared) -> dict[str, Judge]:
-    return {kernel: Judge(prepared, kernel) for kernel in ("step", "lif")}
+    return {kernel: Judge(prepared, kernel) for kernel in KERNELS}
 
 
 class HalfTheGradient(Network):
@@ -78,14 +80,22 @@ def built(entry: Entry, prepared: Prepared) -> Contender:
         pytest.skip(entry.unavailable)
     module, _, name = entry.target.partition(":")
     kind = getattr(importlib.import_module(module), name)
-    return kind(prepared, torch.device("cpu"), entry.precision, **entry.options)
+    # everything that a compiler does before it writes machine code
+    options = {**entry.options, "compiler": "aot_eager"} if entry.compiles else entry.options
+    return kind(prepared, torch.device("cpu"), entry.precision, **options)
+
+
+def contenders(kernel: str) -> list[str]:
+    """Those that can be run on a CPU."""
+    on_a_cpu = [entry for entry in entries(kernel).values() if "triton" not in entry.label]
+    return [entry.label for entry in on_a_cpu if not entry.label.startswith("bsr") or entry.precision == "fp32"]
 
 
 # --- the gate -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("default")  # importing a peer is not ours to keep free of warnings
-@pytest.mark.parametrize("label", [label for label in entries("step") if "triton" not in label])
+@pytest.mark.parametrize("label", contenders("step"))
 def test_every_network_passes_the_gate(label, prepared, judges):
     chosen = entries("step")[label]
     verdict = judged(built(chosen, prepared), judges["step"], chosen.precision)
@@ -94,7 +104,51 @@ def test_every_network_passes_the_gate(label, prepared, judges):
 
 
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("label", [label for label in entries("lif") if "triton" not in label])
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(
+    ("kernel", "label"), [(k, label) for k in ("linear", "linear-dense") for label in contenders(k)]
+)
+def test_every_product_passes_the_gate(kernel, label, prepared, judges):
+    chosen = entries(kernel)[label]
+    contender = built(chosen, prepared)
+    verdict = judged(contender, judges[kernel], chosen.precision)
+    assert not verdict.objection
+    assert verdict.errors.keys() == {"y", "x", "weight", "bias"}
+    assert contender.firing_rates() == [1.0] if kernel == "linear-dense" else contender.firing_rates()[0] < 0.5
+
+
+@pytest.mark.parametrize("label", contenders("dst"))
+def test_every_update_passes_the_gate_again_and_again(label, prepared, judges):
+    contender = built(entries("dst")[label], prepared)
+    start = contender.units()
+    for _ in range(2):  # a turn begins where the one before it began
+        verdict = judged(contender, judges["dst"])
+        assert not verdict.objection
+        assert verdict.errors.keys() >= {"fc1.correlation", "fc2.pruned", "fc3.grown"}
+        assert any(not torch.equal(*grids) for grids in zip(start, contender.units(), strict=True))
+
+
+@pytest.mark.parametrize("model", ["random", "mixer"])
+@pytest.mark.parametrize(("kernel", "label"), [("step", "bsr-lif"), ("dst", "dense-correlation")])
+@pytest.mark.filterwarnings("default")
+def test_peers_that_know_of_units_follow_any_grouping(model, kernel, label):
+    prepared = load(prepare(dataclasses.replace(TINY, model=model, train_steps=1)))
+    assert not judged(built(entries(kernel)[label], prepared), Judge(prepared, kernel)).objection
+
+
+def test_an_update_that_grows_at_random_has_no_time(prepared, judges):
+    contender = built(entries("dst")["g2g-torch"], prepared)
+    contender.scheduler.grow = "random"
+    assert "fc2.grown is off by" in judged(contender, judges["dst"]).objection
+
+
+def test_a_product_is_held_to_float32(prepared, judges):
+    contender = built(entries("linear")["g2g-torch"], prepared)
+    halved = contender.results()["x"].half().float()  # an error of 2e-4, which a network's results may have
+    assert judged(contender, judges["linear"], x=halved).objection.startswith("x is off by ")
+
+
+@pytest.mark.parametrize("label", contenders("lif"))
 def test_all_neurons_pass_the_gate(label, prepared, judges):
     try:
         contender = built(entries("lif")[label], prepared)
@@ -181,7 +235,9 @@ def test_only_a_right_contender_has_a_time(outcomes):
 def test_the_table_names_everyone_without_a_time(outcomes):
     summaries = [report.summary(outcome) for outcome in outcomes]
     assert [set(row) >= {"median", "p20", "p80", "seconds"} for row in summaries] == [True, False, False, False]
-    table = report.throughput_table({"contenders": summaries, "baseline": "right", "floor_seconds": 1e-6})
+    table = report.throughput_table(
+        {"contenders": summaries, "baseline": "right", "floor_seconds": 1e-6, "workload": {"flop": 9}}
+    )
     assert "1.00×" in table
     assert "absent: skipped: absent is not installed (pip install absent)" in table
     assert "wrong: wrong: lif1.threshold is off by" in table
@@ -200,8 +256,8 @@ def test_peak_memory_is_counted_from_here():
 
 def test_throughput_writes_a_record_with_its_environment(tmp_path, capsys, path):
     file = tmp_path / "record.json"
-    flags = [*FLAGS.split(), "--kernel", "forward", "--contenders", "g2g-torch", "--repeats", "2", "--json", str(file)]
-    assert throughput.main(flags) == 0
+    flags = [*FLAGS.split(), "--kernel", "forward", "--contenders", "g2g-torch", "--repeats", "2"]
+    assert throughput.main([*flags, "--json", str(file), "--csv", str(tmp_path / "record.csv")]) == 0
     record = json.loads(file.read_text())
     assert record["workload"]["hidden_dim"] == 48
     assert {"cpu", "cores", "threads", "gpu", "python", "versions", "commit", "date"} <= record["machine"].keys()
@@ -209,6 +265,12 @@ def test_throughput_writes_a_record_with_its_environment(tmp_path, capsys, path)
     assert record["limits"].keys() >= {"matrix_flop_per_s", "copy_bytes_per_s"}
     (row,) = record["contenders"]
     assert len(row["seconds"]) == 2
+    assert row["first_seconds"] > 0
+    with (tmp_path / "record.csv").open() as lines:
+        (line,) = csv.DictReader(lines)
+    assert float(line["median"]) == row["median"]
+    assert float(line["gflop_per_s"]) == pytest.approx(record["workload"]["flop"] / row["median"] / 1e9)
+    assert line["torch"] == torch.__version__
     assert row["correctness"]["errors"].keys() == {"counts"}
     assert "g2g-torch" in capsys.readouterr().out
 
@@ -217,10 +279,34 @@ def test_scaling_fits_a_line(tmp_path, capsys):
     file = tmp_path / "record.json"
     flags = [*FLAGS.split(), "--quantity", "B", "--values", "40,20", "--contenders", "g2g-torch", "--repeats", "1"]
     assert scaling.main([*flags, "--json", str(file)]) == 0
-    (curve,) = json.loads(file.read_text())["contenders"]
+    record = json.loads(file.read_text())
+    (curve,) = record["contenders"]
     assert [point["x"] for point in curve["points"]] == [40, 20]
+    assert record["workloads"][0]["flop"] == 2 * record["workloads"][1]["flop"]
     assert curve["line"].keys() == {"slope", "intercept", "r_squared"}
     assert "R²" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("quantity", "values", "densities"),
+    [("groups", (1, 4), (1.0, 1 / 4)), ("block_size", (2, 4), (1 / 8, 1 / 8)), ("p_inter", (0.0, 1.0), (1 / 8, 1.0))],
+)
+def test_a_quantity_grows_and_nothing_else(quantity, values, densities):
+    for value, density in zip(values, densities, strict=True):
+        changes = {"p_inter": 0.0, scaling.QUANTITIES[quantity].field: value}
+        prepared = load(prepare(dataclasses.replace(TINY, hidden_dim=64, train_steps=0, **changes)))
+        mask = prepared.network().fc2.mask
+        assert mask.density == pytest.approx(density)
+        assert mask.block_size == (value if quantity == "block_size" else TINY.block_size)
+
+
+def test_the_line_is_fitted_to_the_work(outcomes):
+    right, _, _, absent = outcomes
+    places = [{"x": x, "flop": flop} for x, flop in ((1, 10), (2, 40), (3, 90), (4, 100))]
+    found = scaling.curve("right", places, [right, dataclasses.replace(right, seconds=[1.0]), right, absent])
+    medians = [float(torch.tensor(right.seconds).median()), 1.0, float(torch.tensor(right.seconds).median())]
+    assert tuple(found["line"].values()) == pytest.approx(scaling.fit([10, 40, 90], medians), rel=1e-5)
+    assert scaling.curve("absent", places, [absent] * 4)["line"] is None
 
 
 def test_the_line_is_the_least_squares_line():
@@ -234,6 +320,10 @@ def test_the_line_is_the_least_squares_line():
     [
         ("--contenders g2g-torch,nobody", "contender 'nobody' is unknown; --kernel step has g2g-triton, g2g-cpu"),
         ("--kernel lif --contenders snntorch-masked", "contender 'snntorch-masked' is unknown; --kernel lif has"),
+        ("--backend cpu,gpu", "backend 'gpu' is unknown; g2g has triton, cpu, torch"),
+        ("--kernel lif --precision bf16", "precision='bf16': --kernel lif is measured in fp32 only"),
+        ("--contenders g2g-torch --backend cpu", "contenders='g2g-torch' says it all; leave out the backend"),
+        ("--json /nowhere/record.json", "json='/nowhere/record.json': the folder /nowhere does not exist"),
         ("--p_inter 1.5", "p_inter=1.5 is out of range"),
         ("--repeats 0", "repeats=0 is out of range"),
         ("--train_steps -1", "train_steps=-1 is out of range"),
@@ -277,6 +367,8 @@ def test_work_counts_active_weights(prepared):
     assert work(prepared, "step")["flop"] == 4 * 40 * first + 6 * 40 * 6 * (second + third)
     assert work(prepared, "forward")["flop"] == 2 * 40 * first + 2 * 40 * 6 * (second + third)
     assert work(prepared, "lif") == {"flop": 0, "bytes": 5 * 4 * 40 * 6 * 48}
+    assert work(prepared, "linear") == {"flop": 6 * 40 * 6 * second, "bytes": 5 * 4 * 40 * 6 * 48}
+    assert work(prepared, "dst") == {"flop": 0, "bytes": 4 * (40 * 6 * (48 + 48 + 10) + 40 * 784)}
     assert floor_seconds({"flop": 10, "bytes": 6}, {"matrix_flop_per_s": 5.0, "copy_bytes_per_s": 3.0}) == 4.0
 
 
@@ -284,7 +376,37 @@ def test_by_default_everyone_in_float32_takes_part():
     labels = [entry.label for entry in choose("step", None)]
     for label in ("g2g-torch", "snntorch-masked", "snntorch-dense", "spikingjelly-dense", "dense-lif", "g2g-triton"):
         assert label in labels
+    assert "compiled-masked" in labels
+    assert "bsr-lif" in labels
     assert "snntorch-masked-bf16" not in labels
+
+
+def test_backends_and_precisions_can_be_chosen():
+    ours = [entry.label for entry in choose("linear", backends="torch,cpu") if entry.backend]
+    assert ours[:2] == ["g2g-cpu", "g2g-torch"]
+    assert "g2g-triton" not in ours
+    labels = [entry.label for entry in choose("linear", backends="torch", precision="bf16")]
+    assert labels == ["g2g-torch-bf16", "masked-bf16", "dense-bf16", "bsr-bf16"]
+
+
+def test_quick_names_the_peers_that_it_leaves_out(capsys, monkeypatch, path):
+    monkeypatch.setattr(throughput, "measure", lambda jobs, *_, **__: [skipped(job) for job in jobs])
+    assert throughput.main([*FLAGS.split(), "--quick"]) == 0
+    assert "compiled-masked: skipped: --quick leaves out what compiles" in capsys.readouterr().out
+
+
+def skipped(job: Job) -> Outcome:
+    return Outcome(job, "skipped", job.entry.unavailable or "not needed here")
+
+
+def test_the_peers_say_what_they_lack(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "snntorch" else object())
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    everyone = entries("step")
+    assert everyone["snntorch-dense"].unavailable == "snntorch is not installed (pip install snntorch)"
+    assert everyone["spikingjelly-dense"].unavailable is None
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert "torch.compile needs a C++ compiler" in entries("step")["compiled-dense"].unavailable
 
 
 def test_the_machine_is_described():

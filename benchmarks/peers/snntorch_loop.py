@@ -32,7 +32,9 @@ def leaky(beta: torch.Tensor, threshold: torch.Tensor) -> snntorch.Leaky:
     return neurons
 
 
-class _Loop(nn.Module):
+class Loop(nn.Module):
+    """The network; ``masked`` multiplies weights by their mask at every step."""
+
     def __init__(self, prepared: Prepared, masked: bool) -> None:
         super().__init__()
         self.steps = prepared.workload.T
@@ -69,14 +71,14 @@ class DenseLoop(NetworkContender):
     differs = "computes and trains the absent weights too"
 
     def build(self, prepared: Prepared) -> nn.Module:
-        return _Loop(prepared, masked=False)
+        return Loop(prepared, masked=False)
 
 
 class MaskedLoop(NetworkContender):
     """The loop with dense weights times a mask."""
 
     def build(self, prepared: Prepared) -> nn.Module:
-        return _Loop(prepared, masked=True)
+        return Loop(prepared, masked=True)
 
 
 class Neurons(NeuronContender):

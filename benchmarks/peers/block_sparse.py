@@ -1,0 +1,150 @@
+"""PyTorch's own block-sparse (BSR) matrix product in place of g2g's, with g2g's LIF.
+
+``weight @ xᵀ`` with a ``torch.sparse_bsr_tensor``, forward and for the input gradient. PyTorch differentiates such a
+product by way of the dense gradient; here the input gradient is a block-sparse product with the transposed weight, and
+the weight gradient one dense product of which the blocks are kept (faster on the CPU than a product for each row of
+blocks, which would need copies of its inputs, and PyTorch has no sampled product for blocks).
+
+On a CPU the product is MKL's: float32, square blocks. It wants xᵀ contiguous, so inputs and gradients are copied into
+that order (without the copy it takes twice as long). Layers whose units are not square are dense products with a mask.
+"""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from benchmarks.contender import LinearContender, NetworkContender
+from benchmarks.reference import Results
+from benchmarks.workload import Prepared
+from g2g_kernels import BlockMask
+from g2gnet import LIF, G2GLinear
+
+warnings.filterwarnings("ignore", message="Sparse BSR tensor support is in beta state")
+
+
+class _Product(torch.autograd.Function):
+    """Y [out, M] = W·X for packed values of W and X [in, M], both sides in padded group order."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, values: torch.Tensor, mask: BlockMask) -> torch.Tensor:
+        ctx.save_for_backward(x, values)
+        ctx.mask = mask
+        (rows, cols), (height, width) = mask.grid, mask.unit_shape
+        slot = mask.row_slot.long()
+        weight = torch.sparse_bsr_tensor(
+            mask.row_ptr, mask.unit_col[slot], values[slot], (rows * height, cols * width), check_invariants=False
+        )
+        return weight @ x
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        (grad_y,) = gradients
+        x, values = ctx.saved_tensors
+        mask = ctx.mask
+        (rows, cols), (height, width) = mask.grid, mask.unit_shape
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            slot = mask.col_slot.long()
+            weight = torch.sparse_bsr_tensor(
+                mask.col_ptr,
+                mask.unit_row[slot],
+                values[slot].transpose(1, 2).contiguous(),
+                (cols * width, rows * height),
+                check_invariants=False,
+            )
+            grad_x = weight @ grad_y.contiguous()
+        tiles = (grad_y @ x.T).view(rows, height, cols, width)
+        return grad_x, tiles[mask.unit_row.long(), :, mask.unit_col.long(), :], None
+
+
+class _BlockSparseLinear(nn.Module):
+    """A :class:`G2GLinear` of square units with PyTorch's product; [..., in] → [..., out]."""
+
+    def __init__(self, connection: G2GLinear) -> None:
+        super().__init__()
+        self.mask, self.values, self.bias = connection.mask, connection.values, connection.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows, cols = self.mask.rows, self.mask.cols
+        columns = x.reshape(-1, x.shape[-1]).T
+        columns = columns.contiguous() if cols.trivial else F.pad(columns, (0, 0, 0, 1)).index_select(0, cols.padded)
+        y = _Product.apply(columns, self.values, self.mask)
+        y = y.T if rows.trivial else y.index_select(0, rows.position).T
+        return (y + self.bias).view(*x.shape[:-1], -1)
+
+
+def _block_sparse(connection: G2GLinear) -> nn.Module:
+    """The product that PyTorch has for this layer."""
+    height, width = connection.mask.unit_shape
+    if height == width:
+        return _BlockSparseLinear(connection)
+    connection.backend = "torch"  # unpacked, then a dense product
+    return connection
+
+
+def _check(device: torch.device, precision: str) -> None:
+    if device.type == "cpu" and precision != "fp32":
+        raise ValueError("PyTorch's block-sparse product on a CPU is in float32 only")
+
+
+class _Network(nn.Module):
+    def __init__(self, prepared: Prepared) -> None:
+        super().__init__()
+        self.steps = prepared.workload.T
+        for number, (connection, neurons) in enumerate(prepared.network().layers(), 1):
+            self.add_module(f"fc{number}", _block_sparse(connection))
+            self.add_module(f"lif{number}", neurons)
+
+    fc1: nn.Module
+    fc2: nn.Module
+    fc3: nn.Module
+    lif1: LIF
+    lif2: LIF
+    lif3: LIF
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.lif1(self.fc1(images), steps=self.steps)
+        x = self.lif2(self.fc2(x))
+        return self.lif3(self.fc3(x)).sum(0, dtype=torch.float32)
+
+
+class BlockSparseLIF(NetworkContender):
+    """The network over all time steps at once, with block-sparse products."""
+
+    net: _Network
+
+    def __init__(self, prepared: Prepared, device: torch.device, precision: str) -> None:
+        _check(device, precision)
+        super().__init__(prepared, device, precision)
+
+    def build(self, prepared: Prepared) -> nn.Module:
+        return _Network(prepared)
+
+    def gradients(self) -> Results:
+        gradients = super().gradients()
+        for name in ("fc1", "fc2", "fc3"):
+            layer = self.net.get_submodule(name)
+            assert isinstance(layer, (_BlockSparseLinear, G2GLinear))
+            assert layer.values.grad is not None
+            gradients[f"{name}.weight"] = layer.mask.unpack(layer.values.grad)
+        return gradients
+
+
+class BlockSparse(LinearContender):
+    """The second layer's product alone."""
+
+    layer: _BlockSparseLinear
+
+    def __init__(self, prepared: Prepared, device: torch.device, precision: str, inputs: str) -> None:
+        _check(device, precision)
+        super().__init__(prepared, device, precision, inputs)
+
+    def build(self, connection: G2GLinear) -> nn.Module:
+        return _BlockSparseLinear(connection)
+
+    def weight_gradient(self) -> torch.Tensor:
+        assert self.layer.values.grad is not None
+        return self.layer.mask.unpack(self.layer.values.grad)

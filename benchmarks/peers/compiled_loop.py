@@ -1,0 +1,41 @@
+"""snnTorch's loop over time steps through ``torch.compile``: what a compiler makes of it.
+
+The whole loop is one graph, unrolled: the compiler then sees that ``fc1`` has the same input and ``weight * mask`` the
+same value at every step, and fuses the neurons of a step. (A step compiled by itself and called from a Python loop
+gains next to nothing.) The graph grows with T and takes a minute or so to compile at the first call, which is outside
+the timing and shown beside it.
+"""
+
+import torch
+from torch import nn
+
+from benchmarks.contender import NetworkContender
+from benchmarks.peers.snntorch_loop import Loop
+from benchmarks.workload import Prepared
+
+
+class _Compiled(NetworkContender):
+    def __init__(self, prepared: Prepared, device: torch.device, precision: str, compiler: str = "inductor") -> None:
+        super().__init__(prepared, device, precision)
+        self.net.compile(fullgraph=True, backend=compiler)
+
+    def firing_rates(self) -> list[float]:
+        with torch.compiler.set_stance("force_eager"):  # the hooks that listen would have it compiled again
+            return super().firing_rates()
+
+
+class DenseLoop(_Compiled):
+    """The loop with dense weights: those outside the mask start at zero and are trained like the rest."""
+
+    masked = False
+    differs = "computes and trains the absent weights too"
+
+    def build(self, prepared: Prepared) -> nn.Module:
+        return Loop(prepared, masked=False)
+
+
+class MaskedLoop(_Compiled):
+    """The loop with dense weights times a mask."""
+
+    def build(self, prepared: Prepared) -> nn.Module:
+        return Loop(prepared, masked=True)

@@ -1,0 +1,45 @@
+"""``nn.Linear`` as it is, and times a mask: what the second layer's product costs where nothing uses its sparsity."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from benchmarks.contender import LinearContender, dense_linear
+from g2gnet import G2GLinear
+
+
+class Dense(LinearContender):
+    """The dense layer: weights outside the mask are zero and receive gradients like the rest."""
+
+    masked = False
+    differs = "computes gradients of the absent weights too"
+    layer: nn.Linear
+
+    def build(self, connection: G2GLinear) -> nn.Module:
+        return dense_linear(connection)
+
+    def weight_gradient(self) -> torch.Tensor:
+        assert self.layer.weight.grad is not None
+        return self.layer.weight.grad
+
+
+class _MaskedLinear(nn.Linear):
+    mask: torch.Tensor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight * self.mask, self.bias)
+
+
+class Masked(LinearContender):
+    """The dense layer, its weight times a mask at every call."""
+
+    layer: _MaskedLinear
+
+    def build(self, connection: G2GLinear) -> nn.Module:
+        linear = dense_linear(connection, _MaskedLinear)
+        linear.register_buffer("mask", connection.mask.to_dense().float())
+        return linear
+
+    def weight_gradient(self) -> torch.Tensor:
+        assert self.layer.weight.grad is not None
+        return self.layer.weight.grad

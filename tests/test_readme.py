@@ -1,19 +1,130 @@
-"""The README says what is so: its flags, defaults and commands are the program's."""
+"""The README says what is so: its flags, defaults and figures are the programs', and each of its commands runs."""
 
+import importlib
 import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+import torch
+from small_data import fashion_mnist_files, publish_resnet, write, write_cifar, write_resnet
 
 import crossval
 import train
+from g2gnet import cli, pretrain
+from g2gnet.pretrain import PretrainSettings
 from g2gnet.training import TrainSettings
+from g2gnet.training.cross_validation import FoldSettings
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-COMMANDS = re.findall(r"python train\.py ([^`\n]*)", README)
+COMMANDS = re.findall(r"python ((?:-m )?[\w.]+(?: [^`\n]*)?)", README)
+
+#: of each program: its module, its settings, and flags that make a run small without another name for its files
+SMALL = "--hidden_dim 16 --batch_size 16 --dst_interval 2 --limit_test 20 --epochs 1 --warmup_epochs 0"
+PROGRAMS = {
+    "train.py": (train, TrainSettings, f"{SMALL} --limit_train 40"),
+    "crossval.py": (crossval, FoldSettings, f"{SMALL} --k_folds 2"),
+    "-m g2gnet.pretrain": (pretrain, PretrainSettings, "--epochs 1 --batch_size 16"),
+}
+
+
+@pytest.fixture(scope="module")
+def small_world(tmp_path_factory):
+    """A directory with small files in the true format for every data set, and weights that pass for the published."""
+    root = tmp_path_factory.mktemp("world")
+    with pytest.MonkeyPatch.context() as patch:
+        write(root / "data", fashion_mnist_files(patch, train=60, test=20))
+        write_cifar(patch, root / "data", "cifar10", train=50, test=20)
+        write_cifar(patch, root / "data", "cifar100", train=200, test=20)
+        for name in ("cifar10", "cifar100"):
+            publish_resnet(patch, root / "hub", name)
+        yield root
+
+
+@pytest.fixture
+def workplace(small_world, tmp_path, monkeypatch):
+    """An empty working directory beside that world, with the weights that ``g2gnet.pretrain`` would have written."""
+    (tmp_path / "data").symlink_to(small_world / "data")
+    write_resnet(tmp_path / "checkpoints" / "resnet32_cifar10.pt", "cifar10", seed=1)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def split(command):
+    """The program and its arguments."""
+    program = re.match(r"(-m )?\S+", command)[0]
+    return program, shlex.split(command.removeprefix(program))
+
+
+def run(program, arguments):
+    module, kind, small = PROGRAMS[program]
+    arguments = [*arguments, *shlex.split(small)]
+    parser = module.build_parser()
+    assert module.main(arguments) == 0
+    return cli.settings_from(parser.parse_args(arguments), kind)
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if split(command)[0] in PROGRAMS])
+def test_each_example_runs(workplace, command):
+    program, arguments = split(command)
+    settings = run(program, arguments)
+    # what was run is what the README says, but for the flags that make it small
+    module, _, small = PROGRAMS[program]
+    asked = vars(module.build_parser().parse_args(arguments))
+    for flag in re.findall(r"--(\w+)", command):
+        if f"--{flag} " not in small and flag != "resnet_weights":
+            assert getattr(settings, flag) == asked[flag], flag
+    folds = getattr(settings, "k_folds", 0)
+    stems = [settings.stem.replace("_fold1of2", f"_fold{fold}of2") for fold in range(1, folds + 1)] or [settings.stem]
+    for stem in stems:
+        assert (workplace / "checkpoints" / f"{stem}.DONE").exists()
+        checkpoint = torch.load(workplace / "checkpoints" / f"{stem}.pth", weights_only=True)
+        record = checkpoint["history"][-1]
+        assert record["epoch"] == 1
+        if getattr(settings, "sparsity_mode", "static") == "dynamic":
+            assert record["units_pruned"] == record["units_grown"] > 0
+    if folds:
+        assert len(json.loads((workplace / f"checkpoints/{settings.summary_stem}.json").read_text())["folds"]) == 2
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if split(command)[0] not in PROGRAMS])
+def test_other_commands_are_of_programs_that_have_these_flags(capsys, command):
+    """Those of benchmarks and of programs that take a checkpoint have tests of their own."""
+    program, arguments = split(command)
+    module = importlib.import_module(program.removeprefix("-m "))
+    with pytest.raises(SystemExit) as stop:
+        module.main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for flag in arguments:
+        assert not flag.startswith("-") or flag in text
+
+
+def test_the_examples_are_complete():
+    """Each data set with each model, with and without features, each pair of DST rules, and cross-validation."""
+    seen = set()
+    for program, arguments in map(split, COMMANDS):
+        if program in ("train.py", "crossval.py"):
+            module, kind, _ = PROGRAMS[program]
+            asked = vars(module.build_parser().parse_args(arguments))
+            settings = kind(**{name: asked[name] for name in kind().given()})
+            seen.add((program, settings.dataset, settings.model, settings.use_resnet))
+            if settings.sparsity_mode == "dynamic":
+                seen |= {(settings.cp, settings.cg), ("dynamic", settings.model), ("dynamic", settings.dataset)}
+            if settings.enforce_sparsity:
+                seen.add(("enforced", settings.model))
+    models, sparse = ("dense", "index", "random", "mixer"), ("index", "random", "mixer")
+    data = [("fashionmnist", False), ("cifar10", False), ("cifar100", False), ("cifar10", True), ("cifar100", True)]
+    expected = {("train.py", name, model, features) for name, features in data for model in models}
+    expected |= {("crossval.py", "fashionmnist", model, False) for model in models}
+    expected |= {(prune, grow) for prune in ("set", "random", "hebb") for grow in ("hebb", "random")}
+    expected |= {("dynamic", name) for name in (*sparse, "fashionmnist", "cifar10", "cifar100")}
+    expected |= {("enforced", model) for model in models}
+    assert expected <= seen
+
+
 #: what stands in the tables for a default of None
 WITHOUT_VALUE = {"limit_train": "all", "limit_test": "all", "resnet_weights": "published"}
 
@@ -36,14 +147,6 @@ def test_the_flag_tables_are_complete_and_their_defaults_right():
     for name, default in defaults.items():
         expected = "off" if default is False else WITHOUT_VALUE.get(name, str(default))
         assert rows[name] == expected, name
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_example_commands_have_settings_that_work(command):
-    arguments = vars(train.build_parser().parse_args(shlex.split(command)))
-    names = TrainSettings().as_dict()
-    settings = TrainSettings(**{name: arguments[name] for name in names})
-    assert settings.stem
 
 
 def test_the_python_example_runs(capsys):

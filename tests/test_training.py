@@ -132,6 +132,8 @@ def test_an_epoch_is_printed_and_recorded(tmp_path, capsys):
         "units",
         "units_pruned",
         "units_grown",
+        "units_kept",
+        "initial_units_kept",
     }
     assert set(last["firing_rate"]) == {"lif1", "lif2", "lif3"}
     assert all(0 <= rate <= 1 for rate in last["firing_rate"].values())

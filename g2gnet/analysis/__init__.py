@@ -10,6 +10,7 @@ from g2gnet.analysis.activity import (
     temporal_synchrony,
 )
 from g2gnet.analysis.network import LayerAnalysis, NetworkAnalysis, analyze_network
+from g2gnet.analysis.tables import Table, groups_table, headline, layers_table
 from g2gnet.analysis.wiring import cross_group_share, group_density, input_group_entropy
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "LayerAnalysis",
     "NetworkAnalysis",
     "SpikeSums",
+    "Table",
     "analyze_network",
     "coherence",
     "count_correlation",
@@ -24,6 +26,9 @@ __all__ = [
     "firing_rates",
     "group_density",
     "group_means",
+    "groups_table",
+    "headline",
     "input_group_entropy",
+    "layers_table",
     "temporal_synchrony",
 ]

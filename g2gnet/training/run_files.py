@@ -17,6 +17,24 @@ class CheckpointError(RuntimeError):
     """A run's files cannot be used or written; the message says why, and what to do. The files are left alone."""
 
 
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The state that :meth:`RunFiles.save_checkpoint` wrote, on the CPU. Nothing in the file is executed.
+
+    Raises:
+        CheckpointError: if it is missing, damaged or not one of ours.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}).") from error
+    except Exception as error:  # what a damaged file makes torch.load raise is an open list
+        summary = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{path} cannot be read ({summary}).") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT or not isinstance(state.get("settings"), dict):
+        raise CheckpointError(f"{path} is not a checkpoint of this version of g2g.")
+    return state
+
+
 class RunFiles:
     """``<directory>/<stem>`` with the endings .pth (checkpoint), .jsonl (history) and .DONE (marker).
 
@@ -63,12 +81,9 @@ class RunFiles:
             return None
         way_out = f"It was left alone; move it away, or give another --checkpoint_dir than {self.directory}"
         try:
-            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-        except Exception as error:  # what a damaged file makes torch.load raise is an open list
-            summary = (str(error).splitlines() or [type(error).__name__])[0]
-            raise CheckpointError(f"{self.checkpoint} cannot be read ({summary}). {way_out}.") from error
-        if not isinstance(state, dict) or state.get("format") != FORMAT or not isinstance(state.get("settings"), dict):
-            raise CheckpointError(f"{self.checkpoint} is not a checkpoint of this version of g2g. {way_out}.")
+            state = read_checkpoint(self.checkpoint)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error} {way_out}.") from error
         self._check_settings(self.checkpoint, state["settings"], settings)
         return state
 

@@ -1,8 +1,7 @@
 """The optimisation of one network: steps, epochs, evaluation, and a state from which to go on."""
 
-import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -10,9 +9,10 @@ from torch.nn import functional as F
 
 from g2gnet.data import ImageData, as_samples, random_crop_and_flip
 from g2gnet.dst import DSTScheduler
-from g2gnet.network import G2GNet
+from g2gnet.layers import G2GLinear
 from g2gnet.regularizer import rate_penalty, rate_target
 from g2gnet.seeding import draw_device, stream
+from g2gnet.training.evaluation import Batch, autocast, build_network, run_images
 from g2gnet.training.settings import TrainSettings
 
 #: called after each training step with the images seen in it, and the mean loss and accuracy of the epoch so far
@@ -48,22 +48,8 @@ class Trainer:
         self.settings = settings
         self.device = device
         self.data = data.limited(settings.limit_train, settings.limit_test).to(device)
-        self.net = G2GNet(
-            data.input_dim,
-            settings.hidden_dim,
-            data.num_classes,
-            settings.model,
-            settings.p_inter,
-            settings.block_size,
-            settings.T,
-            p_intra=settings.p_intra,
-            num_groups=settings.num_groups,
-            enc=settings.enc,
-            enc_scale=settings.enc_scale,
-            enc_bias=settings.enc_bias,
-            backend=backend,
-            generator=stream(settings.seed, "network"),
-        ).to(device)
+        self.net = build_network(settings, data.input_dim, data.num_classes, backend).to(device)
+        self._initial_units = self._units()
         # PyTorch's fused update is for CPU and CUDA; DirectML takes the plain loop
         fused = device.type in ("cpu", "cuda")
         self.optimizer = torch.optim.Adam(
@@ -112,6 +98,7 @@ class Trainer:
             TrainingError: if the loss is not finite any more.
         """
         self.epoch += 1
+        units_before = self._units()
         count = len(self.data.train_labels)
         order = torch.randperm(count, generator=stream(self.settings.seed, "order", self.epoch)).to(self.device)
         loss_sum = torch.zeros((), device=self.device)
@@ -134,7 +121,7 @@ class Trainer:
             raise TrainingError(
                 f"the training loss of epoch {self.epoch} is {train_loss}; lower --lr (now {self.settings.lr})"
             )
-        connections = [connection for connection, _ in self.net.layers()]
+        connections = self._connections()
         return {
             "epoch": self.epoch,
             "train_loss": train_loss,
@@ -144,10 +131,13 @@ class Trainer:
             "seconds": round(seconds, 3),
             "samples_per_s": round(count / seconds, 1),
             "firing_rate": {f"lif{i + 1}": rate / count for i, rate in enumerate(firing_rates.tolist())},
-            "density": {f"fc{i + 1}": layer.mask.density for i, layer in enumerate(connections)},
-            "units": {f"fc{i + 1}": layer.mask.num_units for i, layer in enumerate(connections)},
+            "density": {name: layer.mask.density for name, layer in connections.items()},
+            "units": {name: layer.mask.num_units for name, layer in connections.items()},
             "units_pruned": self.dst.pruned if self.dst else 0,
             "units_grown": self.dst.grown if self.dst else 0,
+            # of the units there were when this epoch began, and when training began
+            "units_kept": self._kept(units_before),
+            "initial_units_kept": self._kept(self._initial_units),
         }
 
     def _train_step(self, index: torch.Tensor) -> _StepResult:
@@ -156,7 +146,7 @@ class Trainer:
         if self.settings.augments:
             images = random_crop_and_flip(images, self._stream("augment", self.step))
         inputs = self.net.encode(as_samples(images), self._stream("encode_train", self.step))
-        with self._autocast():
+        with autocast(self.settings, self.device):
             activity = self.net.simulate(inputs)
         loss = F.cross_entropy(activity.counts, labels)
         objective = loss
@@ -175,24 +165,32 @@ class Trainer:
             firing_rates = torch.stack([rates.mean() for rates in activity.rates])
         return _StepResult(loss.detach(), correct, firing_rates)
 
-    @torch.no_grad()
+    def run_images(self, part: str = "test", count: int | None = None) -> Iterator[Batch]:
+        """What the network does with the first ``count`` (None: all) of the ``"test"`` or ``"val"`` images."""
+        return run_images(self.net, self.settings, self.epoch, self.data, part, count)
+
     def evaluate(self, part: str = "test") -> float:
         """The share of the ``"test"`` or ``"val"`` images that are classified correctly."""
-        self.net.eval()
-        images, labels = getattr(self.data, f"{part}_images"), getattr(self.data, f"{part}_labels")
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
-        for first in range(0, len(labels), self.settings.batch_size):
-            batch = slice(first, first + self.settings.batch_size)
-            with self._autocast():
-                counts = self.net(as_samples(images[batch]), self._stream(f"encode_{part}", self.epoch, first))
-            correct += (counts.argmax(1) == labels[batch]).sum()
-        return correct.item() / len(labels)
+        for batch in self.run_images(part):
+            correct += (batch.activity.counts.argmax(1) == batch.labels).sum()
+        return correct.item() / len(getattr(self.data, f"{part}_labels"))
+
+    def _units(self) -> dict[str, torch.Tensor]:
+        """Which units each connection has now: bool [block rows, block columns]."""
+        units = {}
+        for name, layer in self._connections().items():
+            units[name] = torch.zeros(layer.mask.grid, dtype=torch.bool, device=self.device)
+            units[name][layer.mask.unit_row.long(), layer.mask.unit_col.long()] = True
+        return units
+
+    def _kept(self, units: dict[str, torch.Tensor]) -> dict[str, float]:
+        """The share of ``units`` that each connection still has, 0 to 1."""
+        return {name: int((units[name] & now).sum()) / max(1, int(now.sum())) for name, now in self._units().items()}
+
+    def _connections(self) -> dict[str, G2GLinear]:
+        return {f"fc{number}": connection for number, (connection, _) in enumerate(self.net.layers(), 1)}
 
     def _stream(self, purpose: str, *counters: int) -> torch.Generator:
         """The run's stream of that name, on the device if it has generators."""
         return stream(self.settings.seed, purpose, *counters, device=draw_device(self.device))
-
-    def _autocast(self) -> contextlib.AbstractContextManager:
-        if self.settings.precision == "bf16":
-            return torch.autocast(self.device.type, torch.bfloat16)
-        return contextlib.nullcontext()

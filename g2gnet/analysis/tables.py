@@ -1,0 +1,98 @@
+"""The analysis as tables: rows of text for a page, and set in columns for a terminal."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from g2gnet.analysis.network import LayerAnalysis, NetworkAnalysis
+
+
+class Table(NamedTuple):
+    """A heading for each column, and rows of as many cells."""
+
+    header: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+    def __str__(self) -> str:
+        """Set in columns, the first to the left, the others to the right."""
+        widths = [max(map(len, column)) for column in zip(self.header, *self.rows, strict=True)]
+
+        def line(cells: Sequence[str]) -> str:
+            first, *rest = zip(cells, widths, strict=True)
+            return "  ".join([f"{first[0]:<{first[1]}}"] + [f"{cell:>{width}}" for cell, width in rest]).rstrip()
+
+        return "\n".join([line(self.header), "  ".join("─" * width for width in widths), *map(line, self.rows)])
+
+
+def headline(analysis: NetworkAnalysis) -> str:
+    """What was analysed, and the two numbers of the whole network."""
+    return (
+        f"{analysis.samples} test images, {analysis.steps} steps: accuracy {analysis.accuracy:.4f}, "
+        f"firing rate {analysis.firing_rate:.3g} spikes per neuron and step"
+    )
+
+
+def layers_table(analysis: NetworkAnalysis) -> Table:
+    """One column a layer; where a quantity belongs to groups, its mean over them. – where it is not defined."""
+    layers = analysis.layers
+    rows = {
+        "neurons": [str(len(layer.neuron_rates)) for layer in layers],
+        "groups": [str(len(layer.group_sizes)) for layer in layers],
+        "firing rate (spikes per neuron and step)": [number(layer.firing_rate) for layer in layers],
+        "neurons that never fired": [percent(layer.silent) for layer in layers],
+        "temporal synchrony within groups": [_mean(layer.synchrony) for layer in layers],
+        **{
+            f"correlation of spike counts within groups, {part}": [
+                _mean(getattr(layer.correlation, part).diagonal()) for layer in layers
+            ]
+            for part in ("total", "signal", "noise")
+        },
+        "correlation of spike counts between groups, noise": [
+            _mean(layer.correlation.noise[~torch.eye(len(layer.group_sizes), dtype=torch.bool)]) for layer in layers
+        ],
+        "coherence between groups": [_mean(layer.cross_group_coherence) for layer in layers],
+        "inputs from other groups": [percent(float(layer.cross_group_share.nanmean())) for layer in layers],
+        "r: coherence of a group, its inputs from others": [number(layer.coherence_by_share) for layer in layers],
+        "r: coherence with an input group, density": [number(layer.coherence_by_pathway) for layer in layers],
+        "entropy of input groups, by connections": [_mean(layer.input_entropy) for layer in layers],
+        "entropy of input groups, by weight": [_mean(layer.weight_entropy) for layer in layers],
+    }
+    return Table(("", *(layer.name for layer in layers)), [(label, *cells) for label, cells in rows.items()])
+
+
+def groups_table(layer: LayerAnalysis) -> Table:
+    """One row a group."""
+    columns = {
+        f"{layer.name} group": [str(group + 1) for group in range(len(layer.group_sizes))],
+        "neurons": [str(size) for size in layer.group_sizes.tolist()],
+        "rate": _numbers(layer.group_rates),
+        "synchrony": _numbers(layer.synchrony),
+        "corr. total": _numbers(layer.correlation.total.diagonal()),
+        "signal": _numbers(layer.correlation.signal.diagonal()),
+        "noise": _numbers(layer.correlation.noise.diagonal()),
+        "coherence": _numbers(layer.cross_group_coherence),
+        "other inputs": [percent(share) for share in layer.cross_group_share.tolist()],
+        "entropy": _numbers(layer.input_entropy),
+        "by weight": _numbers(layer.weight_entropy),
+    }
+    return Table(tuple(columns), list(zip(*columns.values(), strict=True)))
+
+
+def number(value: float) -> str:
+    """Three digits, or – for NaN."""
+    return "–" if math.isnan(value) else "0" if value == 0 else f"{value:#.3g}" if abs(value) >= 1e-3 else f"{value:.1e}"
+
+
+def percent(share: float) -> str:
+    """A share of 1 in per cent, or – for NaN."""
+    return "–" if math.isnan(share) else f"{100 * share:.1f} %"
+
+
+def _numbers(values: torch.Tensor) -> list[str]:
+    return [number(value) for value in values.tolist()]
+
+
+def _mean(values: torch.Tensor) -> str:
+    return number(float(values.nanmean()))

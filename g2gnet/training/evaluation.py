@@ -1,0 +1,67 @@
+"""From settings to a network, and how it runs on images: in the evaluation after an epoch and in the analysis."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from g2g_kernels import Activity
+from g2gnet.data import ImageData, as_samples
+from g2gnet.network import G2GNet
+from g2gnet.seeding import draw_device, stream
+from g2gnet.training.settings import TrainSettings
+
+
+class Batch(NamedTuple):
+    """What a network received ([B, D] held, or [T, B, D]), what it did, and the right classes [B]."""
+
+    inputs: torch.Tensor
+    activity: Activity
+    labels: torch.Tensor
+
+
+def build_network(settings: TrainSettings, input_dim: int, num_classes: int, backend: str | None = None) -> G2GNet:
+    """The network with which a run of ``settings`` begins, on the CPU: masks and weights are drawn from the seed."""
+    return G2GNet(
+        input_dim,
+        settings.hidden_dim,
+        num_classes,
+        settings.model,
+        settings.p_inter,
+        settings.block_size,
+        settings.T,
+        p_intra=settings.p_intra,
+        num_groups=settings.num_groups,
+        enc=settings.enc,
+        enc_scale=settings.enc_scale,
+        enc_bias=settings.enc_bias,
+        backend=backend,
+        generator=stream(settings.seed, "network"),
+    )
+
+
+def autocast(settings: TrainSettings, device: torch.device) -> contextlib.AbstractContextManager:
+    """The arithmetic that ``settings.precision`` asks for."""
+    if settings.precision == "bf16":
+        return torch.autocast(device.type, torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def run_images(
+    net: G2GNet, settings: TrainSettings, epoch: int, data: ImageData, part: str = "test", count: int | None = None
+) -> Iterator[Batch]:
+    """Runs ``net`` in batches on the first ``count`` (None: all) of the ``"test"`` or ``"val"`` images of ``data``.
+
+    Both are on one device. Each ``epoch`` has its own rate-coded spikes.
+    """
+    net.eval()
+    images, labels = getattr(data, f"{part}_images")[:count], getattr(data, f"{part}_labels")[:count]
+    device = images.device
+    for first in range(0, len(labels), settings.batch_size):
+        batch = slice(first, first + settings.batch_size)
+        generator = stream(settings.seed, f"encode_{part}", epoch, first, device=draw_device(device))
+        with torch.no_grad(), autocast(settings, device):
+            inputs = net.encode(as_samples(images[batch]), generator)
+            activity = net.simulate(inputs)
+        yield Batch(inputs, activity, labels[batch])

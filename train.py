@@ -3,9 +3,11 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import g2gnet
 from g2gnet import cli
+from g2gnet.analysis import NetworkAnalysis, headline, summary_table
 from g2gnet.training import TrainSettings, run_training
 
 EXAMPLES = """\
@@ -31,8 +33,17 @@ def train(arguments: argparse.Namespace) -> None:
     device, backend = cli.machine_from(arguments)
     cli.announce(settings, device, backend)
     run_training(
-        settings, lambda: cli.load_data(arguments, settings, device), arguments.checkpoint_dir, device, backend
+        settings,
+        lambda: cli.load_data(arguments, settings, device),
+        arguments.checkpoint_dir,
+        device,
+        backend,
+        show_analysis,
     )
+
+
+def show_analysis(analysis: NetworkAnalysis, path: Path) -> None:
+    print(f"{headline(analysis)}\n{summary_table(analysis)}\nin full: {path}", flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,15 +4,15 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from g2gnet import cli
-from g2gnet.analysis import analyze_network, groups_table, headline, layers_table
-from g2gnet.files import replace_file
-from g2gnet.training import read_run
-from g2gnet.training.evaluation import run_test_images
+from g2gnet.analysis import NetworkAnalysis, analyze_network, groups_table, headline, layers_table
+from g2gnet.data import ImageData
+from g2gnet.network import G2GNet
+from g2gnet.training import SavedRun, read_run
+from g2gnet.training.evaluation import run_images
 
-EXAMPLES = """\
+EXAMPLE = """\
 example:
   python -m g2gnet.analyze checkpoints/fashionmnist_mixer_p0.15_T50_current.pth --json analysis.json
 """
@@ -22,11 +22,40 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m g2gnet.analyze",
         description=__doc__,
-        epilog=EXAMPLES,
+        epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="the .pth file of a training run, finished or not")
-    cli.add_samples_flag(parser)
-    parser.add_argument("--json", metavar="FILE", help="write everything, with matrices between groups, to FILE")
-    cli.add_machine_flags(parser)
+    parser.add_argument("--json", metavar="FILE", help="write everything, matrices between groups too, to FILE")
+    cli.add_inspection_flags(parser)
     return parser
+
+
+def analyze_run(run: SavedRun, net: G2GNet, data: ImageData, samples: int) -> NetworkAnalysis:
+    """Analyses ``net``, the network of ``run``, on its first ``samples`` test images."""
+    batches = run_images(net, run.settings, run.epoch, data, count=samples)
+    return analyze_network(net, batches, data.num_classes)
+
+
+def analyze(arguments: argparse.Namespace) -> None:
+    device, backend = cli.machine_from(arguments)
+    run = read_run(arguments.checkpoint)
+    data = cli.load_run_data(arguments, run.settings, device)
+    analysis = analyze_run(run, run.network(device, backend), data, arguments.samples)
+    print(f"{run.path}: {run.settings.model} on {run.settings.dataset}, epoch {run.epoch} of {run.settings.epochs}")
+    print(f"{headline(analysis)}\n\n{layers_table(analysis)}")
+    for layer in analysis.layers:
+        print(f"\n{groups_table(layer)}")
+    if len(analysis.layers[0].group_sizes) == 1:
+        print("\nEach layer is a single group: there is nothing between groups, and no entropy of input groups.")
+    if arguments.json:
+        content = {"checkpoint": str(run.path), "epoch": run.epoch, "settings": run.settings.as_dict()}
+        cli.write_output(arguments.json, json.dumps({**content, **analysis.as_dict()}, indent=1) + "\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.run_program(build_parser(), analyze, argv, interrupted="nothing was written")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -7,6 +7,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ import torch
 import g2gnet
 from g2g_kernels import BackendError, select_device
 from g2g_kernels.dispatch import BACKENDS, require_backend
+from g2gnet.analysis import ANALYSIS_SAMPLES
 from g2gnet.data import DataError, ImageData, load_dataset
 from g2gnet.features import load_features, weights_digest
+from g2gnet.files import replace_file
 from g2gnet.training import CheckpointError, Settings, SettingsError, TrainingError, TrainSettings
 from g2gnet.training.settings import describe_range
 
@@ -54,16 +57,16 @@ def add_settings_flags(parser: argparse.ArgumentParser, settings: type = TrainSe
         )
 
 
-def add_machine_flags(parser: argparse.ArgumentParser, kernels: bool = True) -> None:
+def add_machine_flags(parser: argparse.ArgumentParser, kernels: bool = True, results: bool = True) -> None:
     """Adds the flags that say where to compute (``kernels``: and with which kernels) and where files lie.
 
-    They do not decide what is computed.
+    They do not decide what is computed. ``results``: the program writes checkpoints.
     """
     group = parser.add_argument_group("machine and files")
     group.add_argument("--data_dir", default="data", metavar="DIR", help="where data sets lie (default: data)")
-    group.add_argument(
-        "--checkpoint_dir", default="checkpoints", metavar="DIR", help="where results go (default: checkpoints)"
-    )
+    if results:
+        text = "where results go (default: checkpoints)"
+        group.add_argument("--checkpoint_dir", default="checkpoints", metavar="DIR", help=text)
     group.add_argument(
         "--device", default="auto", help="auto (DirectML, then CUDA, then CPU), cpu, cuda, cuda:N or directml"
     )
@@ -115,8 +118,52 @@ def announce(settings: TrainSettings, device: torch.device, backend: str | None)
     print(f"g2g {g2gnet.__version__} | device={device} backend={backend or 'auto'} | {shown}", flush=True)
 
 
-def run_program(parser: argparse.ArgumentParser, program: Callable[[argparse.Namespace], None], argv: Any) -> int:
+def add_inspection_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of the programs that run a trained network on test images."""
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=ANALYSIS_SAMPLES,
+        metavar="N",
+        help=f"run the network on the first N test images (default: {ANALYSIS_SAMPLES})",
+    )
+    text = "the weights that a run with --use_resnet had, if not the published ones"
+    parser.add_argument("--resnet_weights", metavar="FILE", help=text)
+    add_machine_flags(parser, results=False)
+
+
+def load_run_data(arguments: argparse.Namespace, settings: TrainSettings, device: torch.device) -> ImageData:
+    """The images or features of a run that was made with ``settings``, as far as it used them, on ``device``.
+
+    Raises:
+        FlagError: if ``--samples`` is not at least 1, or ``--resnet_weights`` are not those of the run.
+        DataError: if they cannot be had.
+    """
+    if arguments.samples < 1:
+        raise FlagError(f"samples={arguments.samples} is out of range; give a value of at least 1")
+    if settings.use_resnet:
+        given = weights_digest(settings.dataset, arguments.resnet_weights)
+        if given != settings.resnet_weights:
+            raise FlagError(
+                f"the run had the ResNet weights {settings.resnet_weights}, these are {given}; name the file with the "
+                "run's weights by --resnet_weights"
+            )
+    return load_data(arguments, settings, device).limited(settings.limit_train, settings.limit_test).to(device)
+
+
+def run_program(
+    parser: argparse.ArgumentParser,
+    program: Callable[[argparse.Namespace], None],
+    argv: Any,
+    interrupted: str = "the same command goes on after the last finished epoch",
+) -> int:
     """Runs ``program`` on the parsed flags and turns the errors that users cause into a message and an exit status.
+
+    Args:
+        parser: the program's flags.
+        program: takes the parsed flags.
+        argv: the flags as given.
+        interrupted: what to say after Ctrl-C.
 
     Returns:
         0 on success, 1 if data, files or training failed, 2 for flags that cannot be used, 130 after Ctrl-C.
@@ -128,10 +175,10 @@ def run_program(parser: argparse.ArgumentParser, program: Callable[[argparse.Nam
         program(arguments)
     except (SettingsError, BackendError, FlagError) as error:
         return _fail(parser, error, 2)
-    except (DataError, CheckpointError, TrainingError) as error:
+    except (DataError, CheckpointError, TrainingError, OutputError) as error:
         return _fail(parser, error, 1)
     except KeyboardInterrupt:
-        print(f"\n{parser.prog}: interrupted; the same command goes on after the last finished epoch", file=sys.stderr)
+        print(f"\n{parser.prog}: interrupted; {interrupted}", file=sys.stderr)
         return 130
     return 0
 
@@ -139,6 +186,22 @@ def run_program(parser: argparse.ArgumentParser, program: Callable[[argparse.Nam
 def _fail(parser: argparse.ArgumentParser, error: Exception, status: int) -> int:
     print(f"{parser.prog}: error: {error}", file=sys.stderr)
     return status
+
+
+class OutputError(RuntimeError):
+    """A file that a flag names cannot be written."""
+
+
+def write_output(path: Path | str, text: str) -> None:
+    """Writes ``text`` to a file that a flag named, whole or not at all.
+
+    Raises:
+        OutputError: if it cannot be written.
+    """
+    try:
+        replace_file(Path(path), lambda file: file.write(text.encode()))
+    except OSError as error:
+        raise OutputError(f"cannot write {path} ({error.strerror}); give another file") from error
 
 
 class FlagError(ValueError):

@@ -14,6 +14,7 @@ from g2gnet import G2GNet
 from g2gnet.analysis import (
     SpikeSums,
     analyze_network,
+    chance_coherence,
     coherence,
     count_correlation,
     cross_group_share,
@@ -145,16 +146,17 @@ def test_neurons_that_do_the_same_are_fully_synchronous_correlated_and_coherent(
 def test_independent_neurons_are_none_of_this_whatever_their_rate():
     layout = GroupLayout(60, 3)
     for rate in (0.02, 0.5):
-        spikes = (np.random.default_rng(0).uniform(size=(20, 300, 60)) < rate).astype(float)
+        draw = np.random.default_rng(0)
+        spikes = (draw.uniform(size=(20, 300, 60)) < rate).astype(float)
         labels = np.arange(300) % C
         sums = sums_of(spikes, labels, layout)
+        others = sums_of((draw.uniform(size=(20, 300, 12)) < rate).astype(float), labels, GroupLayout(12, 2))
         # three groups' mean over 190 pairs × 5700 independent products: standard error 1e-3
         assert temporal_synchrony(sums).abs().max() < 0.004
         matrices = count_correlation(sums)
         assert max(matrices.total.abs().max(), matrices.noise.abs().max()) < 0.02
-        chance = math.sqrt(math.pi / 4 / (300 * 20 * 20))
-        between = coherence(sums, sums)[~torch.eye(3, dtype=torch.bool)]
-        torch.testing.assert_close(between, torch.full((6,), chance, dtype=torch.float64), rtol=0.35, atol=0)
+        # ten frequencies: a mean of ten lengths, each with a standard deviation of half its mean
+        torch.testing.assert_close(coherence(sums, others), chance_coherence(sums, others), rtol=0.35, atol=0)
 
 
 def test_what_the_class_and_the_onset_explain_is_neither_synchrony_nor_noise_correlation():

@@ -177,13 +177,15 @@ def test_other_settings_than_the_files_are_refused_by_name(tmp_path, finished):
     assert files.checkpoint.read_bytes() == content
 
 
-def test_a_run_killed_between_checkpoint_and_marker_only_writes_the_marker(tmp_path):
+def test_a_run_killed_between_checkpoint_and_marker_only_writes_the_analysis_and_the_marker(tmp_path):
     files = run(tmp_path)
-    before = load(files)
+    before, analysis = load(files), files.analysis.read_text()
     files.marker.unlink()
+    files.analysis.unlink()
     files.history.write_text("")
     run(tmp_path)
     assert files.marker.exists()
+    assert files.analysis.read_text() == analysis
     assert_equal(load(files), before)
     assert len(files.history.read_text().splitlines()) == 3
 
@@ -251,9 +253,11 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
         patch.setattr(os, "fsync", disk_full)
         with pytest.raises(CheckpointError, match="No space left"):
             files.save_checkpoint({"settings": {}})
+        with pytest.raises(CheckpointError, match=r"analysis.json \(No space left on device\); every epoch is kept"):
+            files.write_analysis({})
     assert files.checkpoint.read_bytes() == content
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        path.name for path in (files.checkpoint, files.history, files.marker)
+        path.name for path in (files.checkpoint, files.history, files.analysis, files.marker)
     )
 
 

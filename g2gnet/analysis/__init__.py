@@ -3,23 +3,26 @@
 from g2gnet.analysis.activity import (
     CountCorrelation,
     SpikeSums,
+    chance_coherence,
     coherence,
     count_correlation,
     firing_rates,
     group_means,
     temporal_synchrony,
 )
-from g2gnet.analysis.network import LayerAnalysis, NetworkAnalysis, analyze_network
-from g2gnet.analysis.tables import Table, groups_table, headline, layers_table
+from g2gnet.analysis.network import ANALYSIS_SAMPLES, LayerAnalysis, NetworkAnalysis, analyze_network
+from g2gnet.analysis.tables import Table, groups_table, headline, layers_table, summary_table
 from g2gnet.analysis.wiring import cross_group_share, group_density, input_group_entropy
 
 __all__ = [
+    "ANALYSIS_SAMPLES",
     "CountCorrelation",
     "LayerAnalysis",
     "NetworkAnalysis",
     "SpikeSums",
     "Table",
     "analyze_network",
+    "chance_coherence",
     "coherence",
     "count_correlation",
     "cross_group_share",
@@ -30,5 +33,6 @@ __all__ = [
     "headline",
     "input_group_entropy",
     "layers_table",
+    "summary_table",
     "temporal_synchrony",
 ]

@@ -10,6 +10,7 @@ numbers and exact. The quantities are computed from those sums in float64 on the
 formed: the sum over pairs (i, j) of two groups is the product of the groups' sums.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -104,7 +105,7 @@ def coherence(first: SpikeSums, second: SpikeSums) -> torch.Tensor:
 
     The coherence of the groups' *summed* spikes nears 1 for large groups however weak the pairs are (pairs that
     correlate at 0.05 make sums over 256 neurons cohere at 0.93), and from a single sample it is 1 always. Pairs and
-    many samples have neither fault. Independent neurons give about 0.9/√(B·N_g·N_h), not 0. The diagonal of a
+    many samples have neither fault. Independent neurons do not give 0 but :func:`chance_coherence`. The diagonal of a
     population with itself holds the pairs i = j too: read :func:`temporal_synchrony` there. NaN where e = 0 throughout
     a group.
     """
@@ -117,6 +118,17 @@ def coherence(first: SpikeSums, second: SpikeSums) -> torch.Tensor:
     shared = torch.einsum("f,fgh->gh", weight, cross) / (first.layout.sizes[:, None] * second.layout.sizes)
     power = [steps * _noise_power(sums) / sums.layout.sizes for sums in (first, second)]
     return _defined(shared, (power[0][:, None] * power[1]).sqrt())
+
+
+def chance_coherence(first: SpikeSums, second: SpikeSums) -> torch.Tensor:
+    """About what :func:`coherence` gives for independent neurons: float64 [G of first, G of second].
+
+    √(π/4 / (n·N_g·N_h)), the mean length of a sum of n·N_g·N_h unit steps in random directions over their number, with
+    n = B − classes for the means that were subtracted; NaN for one sample a class.
+    """
+    free = len(first.labels) - len(first.labels.unique())
+    pairs = (first.layout.sizes[:, None] * second.layout.sizes).double()
+    return _defined(torch.full_like(pairs, math.pi / 4), free * pairs).sqrt()
 
 
 class CountCorrelation(NamedTuple):

@@ -11,6 +11,7 @@ from g2g_kernels import Activity
 from g2gnet.analysis.activity import (
     CountCorrelation,
     SpikeSums,
+    chance_coherence,
     coherence,
     count_correlation,
     firing_rates,
@@ -20,6 +21,9 @@ from g2gnet.analysis.activity import (
 )
 from g2gnet.analysis.wiring import cross_group_share, group_density, input_group_entropy
 from g2gnet.network import G2GNet
+
+#: how many test images are analysed unless one asks for another number
+ANALYSIS_SAMPLES = 1000
 
 #: what the network received [B, D] or [T, B, D], what it did, and the samples' labels [B]
 Batch = tuple[torch.Tensor, Activity, torch.Tensor]
@@ -37,6 +41,7 @@ class LayerAnalysis:
         synchrony: [G] (:func:`temporal_synchrony`).
         correlation: three [G, G] (:func:`count_correlation`).
         coherence: [G, G] between the layer's groups, NaN on the diagonal (:func:`coherence`).
+        chance_coherence: [G, G], what independent neurons would give, NaN on the diagonal (:func:`chance_coherence`).
         pathway_coherence: [G, G] between the layer's groups and those of its inputs, or None if these do not change in
             time (encoding ``current``).
         density: [G, G], output by input group (:func:`group_density`).
@@ -51,6 +56,7 @@ class LayerAnalysis:
     synchrony: torch.Tensor
     correlation: CountCorrelation
     coherence: torch.Tensor
+    chance_coherence: torch.Tensor
     pathway_coherence: torch.Tensor | None
     density: torch.Tensor
     cross_group_share: torch.Tensor
@@ -103,6 +109,7 @@ class LayerAnalysis:
             "temporal_synchrony": self.synchrony,
             **{f"{name}_correlation": matrix for name, matrix in self.correlation._asdict().items()},
             "coherence": self.coherence,
+            "chance_coherence": self.chance_coherence,
             "pathway_coherence": self.pathway_coherence,
             "cross_group_coherence": self.cross_group_coherence,
             "cross_group_share": self.cross_group_share,
@@ -180,6 +187,7 @@ def analyze_network(net: G2GNet, batches: Iterable[Batch], num_classes: int) -> 
                 synchrony=temporal_synchrony(sums),
                 correlation=count_correlation(sums),
                 coherence=coherence(sums, sums).fill_diagonal_(math.nan),
+                chance_coherence=chance_coherence(sums, sums).fill_diagonal_(math.nan),
                 pathway_coherence=None if pre_sums is None else coherence(sums, pre_sums),
                 density=group_density(connection.mask),
                 cross_group_share=cross_group_share(connection.mask),

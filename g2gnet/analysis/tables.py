@@ -34,6 +34,26 @@ def headline(analysis: NetworkAnalysis) -> str:
     )
 
 
+def summary_table(analysis: NetworkAnalysis) -> Table:
+    """The main quantities, one row a layer: means over neurons or groups."""
+    header = ("", "rate", "silent", "synchrony", "signal corr.", "noise corr.", "coherence", "other inputs", "entropy")
+    rows: list[tuple[str, ...]] = [
+        (
+            layer.name,
+            number(layer.firing_rate),
+            percent(layer.silent),
+            _mean(layer.synchrony),
+            _mean(layer.correlation.signal.diagonal()),
+            _mean(layer.correlation.noise.diagonal()),
+            _mean(layer.cross_group_coherence),
+            percent(float(layer.cross_group_share.nanmean())),
+            _mean(layer.input_entropy),
+        )
+        for layer in analysis.layers
+    ]
+    return Table(header, rows)
+
+
 def layers_table(analysis: NetworkAnalysis) -> Table:
     """One column a layer; where a quantity belongs to groups, its mean over them. – where it is not defined."""
     layers = analysis.layers
@@ -53,6 +73,7 @@ def layers_table(analysis: NetworkAnalysis) -> Table:
             _mean(layer.correlation.noise[~torch.eye(len(layer.group_sizes), dtype=torch.bool)]) for layer in layers
         ],
         "coherence between groups": [_mean(layer.cross_group_coherence) for layer in layers],
+        "coherence between groups by chance alone": [_mean(layer.chance_coherence) for layer in layers],
         "inputs from other groups": [percent(float(layer.cross_group_share.nanmean())) for layer in layers],
         "r: coherence of a group, its inputs from others": [number(layer.coherence_by_share) for layer in layers],
         "r: coherence with an input group, density": [number(layer.coherence_by_pathway) for layer in layers],
@@ -82,7 +103,11 @@ def groups_table(layer: LayerAnalysis) -> Table:
 
 def number(value: float) -> str:
     """Three digits, or – for NaN."""
-    return "–" if math.isnan(value) else "0" if value == 0 else f"{value:#.3g}" if abs(value) >= 1e-3 else f"{value:.1e}"
+    if math.isnan(value):
+        return "–"
+    if abs(value) < 1e-9:  # zero but for rounding
+        return "0"
+    return f"{value:.1e}" if abs(value) < 1e-3 else f"{value:#.3g}"
 
 
 def percent(share: float) -> str:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.model_selection import StratifiedKFold
 
 from g2gnet.data import ImageData
 from g2gnet.training.run import run_training
@@ -106,6 +105,8 @@ def stratified_folds(labels: torch.Tensor, k_folds: int, seed: int) -> list[tupl
             f"give fewer folds, or a larger --limit_train"
         )
     # scikit-learn takes seeds of 32 bits
+    from sklearn.model_selection import StratifiedKFold  # takes a second to import: only where folds are made
+
     folds = StratifiedKFold(k_folds, shuffle=True, random_state=seed % 2**32)
     splits = folds.split(np.zeros(len(labels)), labels.numpy())
     return [(torch.from_numpy(train), torch.from_numpy(val)) for train, val in splits]

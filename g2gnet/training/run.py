@@ -3,11 +3,12 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from tqdm import tqdm
 
+from g2gnet.analysis import ANALYSIS_SAMPLES, NetworkAnalysis, analyze_network
 from g2gnet.data import ImageData
 from g2gnet.seeding import make_deterministic
 from g2gnet.training.run_files import CheckpointError, RunFiles
@@ -32,10 +33,12 @@ def run_training(
     checkpoint_dir: Path | str,
     device: torch.device,
     backend: str | None = None,
+    show_analysis: Callable[[NetworkAnalysis, Path], None] | None = None,
 ) -> dict[str, Any]:
     """Trains as ``settings`` say, or goes on from the run's checkpoint, or skips a finished run.
 
-    The data is loaded only when there is something to train.
+    The data is loaded only when there is something to train. A network that has been trained is analysed on some of the
+    test images; the analysis is written, and passed with the file's name to ``show_analysis``.
 
     Returns:
         The record of the last epoch.
@@ -45,11 +48,25 @@ def run_training(
         DataError: if the data cannot be had.
         TrainingError: if the loss is not finite any more.
     """
-    return run_epochs(settings, lambda: Trainer(settings, load_data(), device, backend), checkpoint_dir)
+
+    def analyze(trainer: Trainer, files: RunFiles) -> None:
+        batches = trainer.run_images("test", ANALYSIS_SAMPLES)
+        analysis = analyze_network(trainer.net, batches, trainer.data.num_classes)
+        files.write_analysis(analysis.as_dict())
+        if show_analysis:
+            show_analysis(analysis, files.analysis)
+
+    return run_epochs(settings, lambda: Trainer(settings, load_data(), device, backend), checkpoint_dir, analyze)
+
+
+TrainerT = TypeVar("TrainerT", bound=EpochTrainer)
 
 
 def run_epochs(
-    settings: Settings, make_trainer: Callable[[], EpochTrainer], checkpoint_dir: Path | str
+    settings: Settings,
+    make_trainer: Callable[[], TrainerT],
+    checkpoint_dir: Path | str,
+    finish: Callable[[TrainerT, RunFiles], None] | None = None,
 ) -> dict[str, Any]:
     """Trains ``settings.epochs`` epochs, or goes on from the run's checkpoint, or skips a finished run.
 
@@ -59,6 +76,7 @@ def run_epochs(
         settings: of the run; its files carry them, and are refused if they were made with others.
         make_trainer: called when there is something to train, after everything random was seeded.
         checkpoint_dir: where the files lie.
+        finish: called after the last epoch, before the run is marked as finished.
 
     Returns:
         The record of the last epoch.
@@ -97,6 +115,8 @@ def run_epochs(
         files.append_history(record)
         accuracies = [f"{name}={record[name]:.4f}" for name in ("train_acc", "val_acc", "test_acc") if name in record]
         print(f"Epoch {record['epoch']:02d} | {' | '.join(accuracies)}", flush=True)
+    if finish:
+        finish(trainer, files)
     files.mark_done(settings.as_dict(), history[-1])
     return history[-1]
 

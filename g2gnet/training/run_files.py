@@ -36,7 +36,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 class RunFiles:
-    """``<directory>/<stem>`` with the endings .pth (checkpoint), .jsonl (history) and .DONE (marker).
+    """``<directory>/<stem>`` with the endings .pth (checkpoint), .jsonl (history), .analysis.json and .DONE (marker).
 
     Raises:
         CheckpointError: if the directory cannot be made or written to.
@@ -46,6 +46,7 @@ class RunFiles:
         self.directory = Path(directory)
         self.checkpoint = self.directory / f"{stem}.pth"
         self.history = self.directory / f"{stem}.jsonl"
+        self.analysis = self.directory / f"{stem}.analysis.json"
         self.marker = self.directory / f"{stem}.DONE"
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -92,6 +93,20 @@ class RunFiles:
         text = json.dumps({"settings": settings, "result": result}, indent=2) + "\n"
         replace_file(self.marker, lambda file: file.write(text.encode()))
 
+    def write_analysis(self, analysis: dict[str, Any]) -> None:
+        """Writes the analysis of the trained network.
+
+        Raises:
+            CheckpointError: if it cannot be written.
+        """
+        text = json.dumps(analysis) + "\n"
+        try:
+            replace_file(self.analysis, lambda file: file.write(text.encode()))
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write {self.analysis} ({error.strerror}); every epoch is kept. Make room, then run the same command"
+            ) from error
+
     def load_marker(self, settings: dict[str, Any]) -> dict[str, Any] | None:
         """The result of the finished run, or None if it is not finished.
 
@@ -124,7 +139,8 @@ class RunFiles:
 
     def names(self) -> str:
         """The files that exist, in words."""
-        return ", ".join(str(path) for path in (self.checkpoint, self.history, self.marker) if path.exists())
+        files = (self.checkpoint, self.history, self.analysis, self.marker)
+        return ", ".join(str(path) for path in files if path.exists())
 
     def write_history(self, records: list[dict[str, Any]]) -> None:
         """Makes the history hold just these records, one line of JSON each."""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from g2gnet.network import G2GNet
+from g2gnet.training.cross_validation import FoldSettings
 from g2gnet.training.evaluation import build_network
 from g2gnet.training.run_files import CheckpointError, read_checkpoint
 from g2gnet.training.settings import SettingsError, TrainSettings
@@ -47,7 +48,7 @@ class SavedRun:
 
 
 def read_run(checkpoint: Path | str) -> SavedRun:
-    """Reads a checkpoint that :func:`g2gnet.training.run_training` wrote; nothing in the file is executed.
+    """Reads the checkpoint of a training run, or of one fold of a cross-validation; nothing in the file is executed.
 
     Raises:
         CheckpointError: if it is missing, damaged, or not the checkpoint of a training run.
@@ -55,13 +56,14 @@ def read_run(checkpoint: Path | str) -> SavedRun:
     path = Path(checkpoint)
     content = read_checkpoint(path)
     try:
-        settings = TrainSettings(**content["settings"])
+        kind = FoldSettings if "fold" in content["settings"] else TrainSettings
+        settings = kind(**content["settings"])
         run = SavedRun(path, settings, content["epoch"], content["history"], content["model"])
         for record in run.history:
             if not all(isinstance(record[name], int | float) for name in MEASURES):
                 raise ValueError(f"the record of an epoch lacks numbers: {record}")
         run.network()
     except (SettingsError, RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
-        summary = (str(error).splitlines() or [type(error).__name__])[0]
+        summary = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(f"{path} is not the checkpoint of a training run ({summary}).") from error
     return run

@@ -104,7 +104,7 @@ class RunFiles:
             replace_file(self.analysis, lambda file: file.write(text.encode()))
         except OSError as error:
             raise CheckpointError(
-                f"cannot write {self.analysis} ({error.strerror}); every epoch is kept. Make room, then run the same command"
+                f"cannot write {self.analysis} ({error.strerror}); every epoch is kept. Make room and run this again"
             ) from error
 
     def load_marker(self, settings: dict[str, Any]) -> dict[str, Any] | None:

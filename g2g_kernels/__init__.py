@@ -7,6 +7,7 @@ from g2g_kernels.groups import GroupLayout
 from g2g_kernels.ops.g2g_lif import Activity, LIFLayer, g2g_lif
 from g2g_kernels.ops.g2g_linear import g2g_linear
 from g2g_kernels.ops.lif import lif
+from g2g_kernels.ops.lif.step import lif_step
 
 __all__ = [
     "Activity",
@@ -19,5 +20,6 @@ __all__ = [
     "g2g_lif",
     "g2g_linear",
     "lif",
+    "lif_step",
     "select_device",
 ]

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from g2g_kernels import BlockMask, g2g_linear, lif
+from g2g_kernels import BlockMask, g2g_linear, lif, lif_step
 
 
 class G2GLinear(nn.Module):
@@ -121,6 +121,18 @@ class LIF(nn.Module):
         return lif(
             current, self.beta, self.threshold, steps, self.reset, self.surrogate, self.alpha, backend=self.backend
         )
+
+    def step(self, current: torch.Tensor, state: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """One time step (:func:`g2g_kernels.lif_step`), for online input and recurrent networks.
+
+        Args:
+            current: [..., N].
+            state: what the last step returned; None at the first.
+
+        Returns:
+            spikes [..., N] and the state, which is the membrane [..., N].
+        """
+        return lif_step(current, state, self.beta, self.threshold, self.reset, self.surrogate, self.alpha)
 
     def extra_repr(self) -> str:
         return f"reset={self.reset!r}, surrogate={self.surrogate!r}, alpha={self.alpha}"

@@ -1,13 +1,11 @@
 """G2GNet: three layers of LIF neurons joined by dense or group-sparse connections."""
 
-from collections.abc import Iterator
-
 import torch
-from torch import nn
 
-from g2g_kernels import Activity, BlockMask, GroupLayout, LIFLayer, g2g_lif
+from g2g_kernels import BlockMask, GroupLayout
 from g2gnet.encoding import ENCODINGS, encode
 from g2gnet.layers import LIF, G2GLinear
+from g2gnet.stack import SpikingStack
 
 #: for each sparse model, how the neurons on both sides of fc1, fc2 and fc3 are grouped
 GROUPINGS = {
@@ -18,7 +16,7 @@ GROUPINGS = {
 MODELS = ("dense", *GROUPINGS)
 
 
-class G2GNet(nn.Module):
+class G2GNet(SpikingStack):
     """Input → hidden 1 → hidden 2 → output, each connection a :class:`G2GLinear`, each population :class:`LIF`.
 
     Args:
@@ -74,20 +72,11 @@ class G2GNet(nn.Module):
         backend: str | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__()
         if model not in MODELS:
             raise ValueError(f"model={model!r} is unknown; choose one of {', '.join(MODELS)}")
-        if T < 1:
-            raise ValueError(f"T={T} must be at least 1 time step")
         if enc not in ENCODINGS:
             raise ValueError(f"enc={enc!r} is unknown; choose one of {', '.join(ENCODINGS)}")
-        self.model = model
-        self.T = T
-        self.enc = enc
-        self.enc_scale = enc_scale
-        self.enc_bias = enc_bias
-        self.backend = backend
-
+        layers = []
         sizes = (input_dim, hidden_dim, hidden_dim, num_classes)
         for number in (1, 2, 3):
             in_size, out_size = sizes[number - 1 : number + 1]
@@ -109,40 +98,18 @@ class G2GNet(nn.Module):
                 alpha=alpha,
                 backend=backend,
             )
-            self.add_module(f"fc{number}", G2GLinear(mask, backend=backend, generator=generator))
-            self.add_module(f"lif{number}", neurons)
-
-    def layers(self) -> Iterator[tuple[G2GLinear, LIF]]:
-        """The three pairs (connection, neurons), from input to output."""
-        yield self.fc1, self.lif1
-        yield self.fc2, self.lif2
-        yield self.fc3, self.lif3
+            layers.append((G2GLinear(mask, backend=backend, generator=generator), neurons))
+        super().__init__(layers, T, backend)
+        self.model = model
+        self.enc = enc
+        self.enc_scale = enc_scale
+        self.enc_bias = enc_bias
 
     def encode(self, x: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         """What fc1 receives: samples [B, D] as [B, D] (held at every step) or [T, B, D]; x [T, B, D] as it is."""
         if x.dim() == 3:
             return x
         return encode(x, self.enc, self.T, self.enc_scale, self.enc_bias, generator)
-
-    def simulate(self, inputs: torch.Tensor) -> Activity:
-        """Runs the network on encoded inputs: [B, D] held for T steps, or [T, B, D].
-
-        Returns:
-            Activity: differentiable spike counts of the output [B, C] and firing rates of each layer, and the spikes.
-        """
-        layers = [
-            LIFLayer(connection.values, connection.mask, connection.bias, neurons.beta, neurons.threshold)
-            for connection, neurons in self.layers()
-        ]
-        return g2g_lif(
-            inputs,
-            layers,
-            steps=self.T if inputs.dim() == 2 else None,
-            reset=self.lif1.reset,
-            surrogate=self.lif1.surrogate,
-            alpha=self.lif1.alpha,
-            backend=self.backend,
-        )
 
     def forward(self, x: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         """Samples [B, D], or inputs over time [T, B, D] → spike counts of the output neurons [B, C] (the logits)."""

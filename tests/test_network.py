@@ -118,7 +118,7 @@ def test_current_input_reaches_the_first_layer_once_not_once_a_step(monkeypatch)
         shapes.append(tuple(x.shape))
         return g2g_lif(x, *args, **kwargs)
 
-    monkeypatch.setattr("g2gnet.network.g2g_lif", spy)
+    monkeypatch.setattr("g2gnet.stack.g2g_lif", spy)
     small_net()(torch.rand(5, 30))
     small_net(enc="rate")(torch.rand(5, 30))
     assert shapes == [(5, 30), (12, 5, 30)]

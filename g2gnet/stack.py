@@ -1,0 +1,99 @@
+"""A stack of spiking layers, each a connection and its LIF neurons: all time steps in one call, or step by step."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+
+from g2g_kernels import Activity, LIFLayer, g2g_lif
+from g2gnet.layers import LIF, G2GLinear
+
+#: the membranes of every layer, from input to output
+StackState = tuple[torch.Tensor, ...]
+
+
+class SpikingStack(nn.Module):
+    """Connections and neurons ``fc1``, ``lif1``, ``fc2``, ``lif2``, …, the spikes of one layer the inputs of the next.
+
+    Args:
+        layers: pairs (connection, neurons), from input to output. All neurons share reset, surrogate and alpha.
+        T: number of time steps for which inputs [B, D] are held.
+        backend: ``"triton"``, ``"cpu"`` or ``"torch"``; None lets the device decide.
+
+    Raises:
+        ValueError: for T below 1, no layers, or sizes that do not follow one another.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[tuple[G2GLinear, LIF]],
+        T: int = 50,  # noqa: N803  (the field's name for it)
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        if T < 1:
+            raise ValueError(f"T={T} must be at least 1 time step")
+        if not layers:
+            raise ValueError("layers is empty; give at least one pair of a G2GLinear and a LIF")
+        for number, ((lower, _), (upper, _)) in enumerate(itertools.pairwise(layers), 1):
+            if lower.out_features != upper.in_features:
+                raise ValueError(
+                    f"fc{number} has {lower.out_features} outputs, but fc{number + 1} {upper.in_features} inputs"
+                )
+        self.T = T
+        self.backend = backend
+        self.depth = len(layers)
+        for number, (connection, neurons) in enumerate(layers, 1):
+            self.add_module(f"fc{number}", connection)
+            self.add_module(f"lif{number}", neurons)
+
+    def layers(self) -> Iterator[tuple[G2GLinear, LIF]]:
+        """The pairs (connection, neurons), from input to output."""
+        for number in range(1, self.depth + 1):
+            yield getattr(self, f"fc{number}"), getattr(self, f"lif{number}")
+
+    def simulate(self, inputs: torch.Tensor) -> Activity:
+        """Runs the stack on inputs [B, D] held for T steps, or [T, B, D].
+
+        Returns:
+            Activity: differentiable spike counts of the output [B, C] and firing rates of each layer, and the spikes.
+
+        Raises:
+            ValueError: if the neurons' resets or surrogates differ, or the inputs have another shape.
+        """
+        options = [(neurons.reset, neurons.surrogate, neurons.alpha) for _, neurons in self.layers()]
+        if any(other != options[0] for other in options):
+            raise ValueError(f"all LIF layers of a stack need the same reset, surrogate and alpha, not {options}")
+        reset, surrogate, alpha = options[0]
+        layers = [
+            LIFLayer(connection.values, connection.mask, connection.bias, neurons.beta, neurons.threshold)
+            for connection, neurons in self.layers()
+        ]
+        steps = self.T if inputs.dim() == 2 else None
+        return g2g_lif(inputs, layers, steps, reset, surrogate, alpha, self.backend)
+
+    def step(self, x: torch.Tensor, state: StackState | None = None) -> tuple[torch.Tensor, StackState]:
+        """Runs the stack for one time step; T steps give the spikes of :meth:`simulate`.
+
+        For online input and recurrent use. Over a whole sequence :meth:`simulate` computes the same, faster.
+
+        Args:
+            x: inputs of this step [B, D].
+            state: what the last step returned; None at the first.
+
+        Returns:
+            output spikes of this step [B, C], and the state.
+        """
+        states: tuple[torch.Tensor | None, ...] = (None,) * self.depth if state is None else state
+        if len(states) != self.depth:
+            raise ValueError(f"state holds {len(states)} membranes, this stack has {self.depth} layers")
+        membranes = []
+        for (connection, neurons), before in zip(self.layers(), states, strict=True):
+            x, membrane = neurons.step(connection(x), before)
+            membranes.append(membrane)
+        return x, tuple(membranes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Inputs [B, D] held for T steps, or [T, B, D] → spike counts of the output neurons [B, C] (the logits)."""
+        return self.simulate(x).counts

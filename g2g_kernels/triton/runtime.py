@@ -1,0 +1,106 @@
+"""Where Triton kernels can run, how they are launched, and in which precision they multiply.
+
+Triton itself is imported by the modules that hold kernels, when a call is first served by them. With the environment
+variable ``TRITON_INTERPRET=1``, set before that, kernels run on CPU tensors in Triton's interpreter: thousands of times
+slower, to check values where no GPU is at hand.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+
+def interpreted() -> bool:
+    """True if kernels run in Triton's interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+@functools.cache
+def _unavailable(interpreter: bool) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        remedy = "pip install triton" if sys.platform == "linux" else "it exists for Linux"
+        return f"the package triton is not installed ({remedy})"
+    if not interpreter and not torch.cuda.is_available():
+        return f"PyTorch {torch.__version__} finds no CUDA or ROCm device"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def unavailable() -> str | None:
+    """Why the Triton kernels cannot be used here, or None."""
+    return _unavailable(interpreted())
+
+
+@torch.compiler.assume_constant_result
+def only_by_name() -> str | None:
+    """Why a call has to ask for these kernels by name to be served by them, or None."""
+    return "its interpreter is for checking values; ask for it by name" if interpreted() else None
+
+
+def refuses(*tensors: torch.Tensor | None) -> str | None:
+    """Why kernels cannot serve these tensors, or None: a wrong device or number format."""
+    device_type = "cpu" if interpreted() else "cuda"
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if tensor.device.type != device_type:
+            return f"needs tensors on {device_type}, not on {tensor.device}"
+        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            return f"needs float32, float16 or bfloat16 tensors, not {tensor.dtype}"
+    return None
+
+
+def input_precision() -> str:
+    """How float32 factors are multiplied: ``"tf32"`` (10-bit mantissas, on tensor cores) or ``"ieee"`` (all 23 bits).
+
+    PyTorch's own switch decides, as for its dense products: ``torch.set_float32_matmul_precision`` (or
+    ``torch.backends.cuda.matmul.allow_tf32``), whose default is full precision.
+    """
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype of products under ``torch.autocast``, None outside of it."""
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+
+
+class Launch(NamedTuple):
+    """One kernel launch: the kernel, its grid, its arguments, and its compile-time values and launch options."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+_recorded: list[Launch] | None = None
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Inside, launches are listed instead of done, so that tensors on the ``meta`` device will do.
+
+    ``benchmarks/aot.py`` compiles what is listed, for GPUs that are not at hand.
+    """
+    global _recorded
+    _recorded = launches = []
+    try:
+        yield launches
+    finally:
+        _recorded = None
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """Runs ``kernel[grid](*arguments, **options)`` on the device of its first tensor."""
+    if _recorded is not None:
+        _recorded.append(Launch(kernel, grid, arguments, options))
+        return
+    device = next(a.device for a in arguments if isinstance(a, torch.Tensor))
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[grid](*arguments, **options)

@@ -6,6 +6,7 @@ the ``backend`` argument or the environment variable ``G2G_BACKEND``; the choice
 """
 
 import functools
+import importlib
 import logging
 import os
 from collections.abc import Callable
@@ -13,7 +14,8 @@ from typing import Any
 
 import torch
 
-from g2g_kernels.cpu.library import unavailable
+from g2g_kernels.cpu import library
+from g2g_kernels.triton import runtime
 
 #: the backends, in order of preference
 BACKENDS = ("triton", "cpu", "torch")
@@ -27,8 +29,8 @@ class BackendError(RuntimeError):
 
 #: says why a backend cannot be used on this machine at all, or None where it can
 _unavailable: dict[str, Callable[[], str | None]] = {
-    "triton": lambda: "this version of g2g has no Triton kernels yet",
-    "cpu": unavailable,
+    "triton": runtime.unavailable,
+    "cpu": library.unavailable,
     "torch": lambda: None,
 }
 
@@ -84,6 +86,20 @@ class Operator:
         """Adds an implementation; ``refuses`` takes the same arguments and says why it cannot serve them, or None."""
         self._implementations[backend] = (function, refuses or (lambda *args, **kwargs: None))
 
+    def register_module(self, backend: str, module: str) -> None:
+        """Adds the implementation in a module that is imported when a call first comes to it.
+
+        Its function has the operator's name; its function ``refuses`` is as for :meth:`register`.
+        """
+
+        def function(*args: Any, **kwargs: Any) -> Any:
+            return getattr(importlib.import_module(module), self.name)(*args, **kwargs)
+
+        def refuses(*args: Any, **kwargs: Any) -> str | None:
+            return importlib.import_module(module).refuses(*args, **kwargs)
+
+        self.register(backend, function, refuses)
+
     def __call__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> Any:
         """Runs the operator on the forced backend, or on the first that serves this call.
 
@@ -94,6 +110,8 @@ class Operator:
         reasons: dict[str, str] = {}
         for name in (forced,) if forced else BACKENDS:
             reason = _unavailable[name]()
+            if reason is None and name == "triton" and not forced:
+                reason = runtime.only_by_name()
             if reason is None:
                 if name in self._implementations:
                     function, refuses = self._implementations[name]

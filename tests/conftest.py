@@ -1,10 +1,15 @@
 """What holds for every test: fresh memory is poisoned, and hypothesis draws the same examples every time."""
 
 import functools
+import os
 
 import pytest
 import torch
 from hypothesis import settings
+
+# Without a GPU, Triton kernels run in its interpreter (tests/test_triton_*.py), which has to be said before it is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # No deadline: nothing here is a timing assertion, and the first example of a test pays for imports.
 settings.register_profile("g2g", derandomize=True, database=None, deadline=None, max_examples=25)

@@ -10,11 +10,16 @@ import torch
 
 from g2g_kernels import BackendError, BlockMask, GroupLayout, available_backends
 from g2g_kernels.dispatch import Operator
+from g2g_kernels.triton.runtime import interpreted
 
 
 def backends_of(operator: Operator) -> list[str]:
-    """Every backend of an operator that can be used on this machine; the parity tests run on each."""
-    return [name for name in available_backends() if name in operator._implementations]
+    """Every backend of an operator that can be used on this machine; the parity tests run on each.
+
+    Triton's interpreter is too slow for them: it has tests of its own, ``test_triton_*.py``.
+    """
+    names = [name for name in available_backends() if name in operator._implementations]
+    return [name for name in names if name != "triton" or not interpreted()]
 
 
 def device_of(backend: str | None) -> str:

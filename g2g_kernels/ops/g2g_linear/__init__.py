@@ -7,6 +7,7 @@ from g2g_kernels.dispatch import Operator
 from g2g_kernels.ops.g2g_linear import cpu, reference
 
 operator = Operator("g2g_linear")
+operator.register_module("triton", "g2g_kernels.ops.g2g_linear.triton")
 operator.register("cpu", cpu.g2g_linear, cpu.refuses)
 operator.register("torch", reference.g2g_linear)
 

@@ -1,0 +1,618 @@
+"""``g2g_linear`` in Triton: operators ``g2g::triton_linear_forward`` (with its autograd formula) and
+``g2g::triton_linear_backward``.
+
+With M samples (T·B in training), U units of R × C weights, and per block row the slots that ``row_ptr`` and
+``row_slot`` list (per block column ``col_ptr`` and ``col_slot``):
+
+    y[m][i]  = b[i] + Σ_{units of i's row}    Σ_j x[m][j]·W[i][j]     product_kernel, by rows
+    dx[m][j] =        Σ_{units of j's column} Σ_i dy[m][i]·W[i][j]    product_kernel, by columns: the transposed index,
+                                                                      the same packed values, read the other way round
+    dW[i][j] =        Σ_m dy[m][i]·x[m][j],   db[i] = Σ_m dy[m][i]    weight_gradient_kernel
+
+Each of the three takes 2·M·U·R·C FLOPs. Samples always stand on the rows of what a tensor core multiplies, or (weight
+gradient) on the summed side with a whole unit's 64 rows as its M: so every product is a ``wgmma`` on sm_90.
+
+Neurons are read and written where they lie in memory. :class:`Places` translates from the padded group order of a
+:class:`BlockMask` (*places*); the translation happens in the loads and stores of these kernels, in no pass of its own.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch.nn import functional as F
+
+from g2g_kernels.block_mask import BlockMask
+from g2g_kernels.triton import runtime
+from g2g_kernels.triton.runtime import launch
+
+# --- the graph as kernels read it -------------------------------------------------------------------------------
+
+
+class Places(NamedTuple):
+    """One side of a layer: ``num_units`` ranges of ``width`` places, and where the neuron of each place is in memory.
+
+    Attributes:
+        size: number of columns in memory.
+        column: int64 [num_units · width], the column of each place, ``size`` where there is no neuron; None if place
+            p is column p.
+        place: int64 [size], the place of each column (one past the last place where there is none); None likewise.
+        holes: there are columns without a neuron.
+    """
+
+    num_units: int
+    width: int
+    size: int
+    column: torch.Tensor | None = None
+    place: torch.Tensor | None = None
+    holes: bool = False
+
+    @property
+    def tile(self) -> int:
+        """The side of a tile that covers a range, or a part of one wider than 64: 16, 32 or 64."""
+        return min(64, max(16, triton.next_power_of_2(self.width)))
+
+    @property
+    def tiles(self) -> int:
+        """How many tiles cover a range."""
+        return triton.cdiv(self.width, self.tile)
+
+    def in_order(self) -> "Places":
+        """These neurons, in memory at their places."""
+        return Places(self.num_units, self.width, self.num_units * self.width)
+
+    def read_by(self, readers: "Places") -> "Places":
+        """These neurons, in memory at the places of ``readers``: another layer's view of the same neurons."""
+        count = readers.num_units * readers.width
+        mapped = next((places.column for places in (self, readers) if places.column is not None), None)
+        if mapped is None:
+            return self
+        neurons = torch.arange(self.size, device=mapped.device)
+        column_of, place_of, reader_column, reader_place = (
+            neurons if index is None else index
+            for index in (self.column, self.place, readers.column, readers.place)
+        )
+        return Places(
+            self.num_units,
+            self.width,
+            count,
+            torch.cat([reader_place, reader_place.new_full((1,), count)])[column_of],
+            torch.cat([place_of, place_of.new_full((1,), self.num_units * self.width)])[reader_column],
+            holes=count > self.size,
+        )
+
+
+class Units(NamedTuple):
+    """Which units a layer has: the index buffers of its :class:`BlockMask`, and its two sides."""
+
+    unit_row: torch.Tensor
+    unit_col: torch.Tensor
+    row_ptr: torch.Tensor
+    row_slot: torch.Tensor
+    col_ptr: torch.Tensor
+    col_slot: torch.Tensor
+    rows: Places
+    cols: Places
+
+    @property
+    def dense_pays(self) -> bool:
+        """True if the dense product with stored zeros multiplies less than the units' tiles do.
+
+        So it is for full masks, and for units below 16, of which a tile (16 × 16 at least) is mostly padding: at the
+        default density a mask of single weights has no empty 16 × 16 block at all.
+        """
+        tiles = len(self.unit_row) * self.rows.tiles * self.cols.tiles
+        return tiles * self.rows.tile * self.cols.tile >= self.rows.size * self.cols.size
+
+
+#: tensors that describe one mask to an operator, and whether its two sides are in memory as they are in the mask
+INDICES = 10
+
+
+def indices(mask: BlockMask) -> tuple[list[torch.Tensor], list[bool]]:
+    """What :func:`units_of` builds :class:`Units` from."""
+    rows, cols = mask.rows, mask.cols
+    tensors = [mask.unit_row, mask.unit_col, mask.row_ptr, mask.row_slot, mask.col_ptr, mask.col_slot]
+    return [*tensors, rows.padded, rows.position, cols.padded, cols.position], [rows.trivial, cols.trivial]
+
+
+def units_of(tensors: Sequence[torch.Tensor], trivial: Sequence[bool], values: torch.Tensor) -> Units:
+    """The units of a mask (see :func:`indices`) with packed weights ``values``.
+
+    Raises:
+        ValueError: for tensors that are not a mask's.
+    """
+    if len(tensors) != INDICES or len(trivial) != 2:
+        raise ValueError(f"a mask is described by {INDICES} tensors and two booleans")
+    *graph, row_column, row_place, col_column, col_place = tensors
+    if values.dim() != 3 or len(values) != len(graph[0]):
+        raise ValueError(f"values of shape {tuple(values.shape)} do not fit a mask of {len(graph[0])} units")
+    sides = []
+    for side, ptr, column, place in ((0, graph[2], row_column, row_place), (1, graph[4], col_column, col_place)):
+        num_units, width = len(ptr) - 1, values.shape[1 + side]
+        if len(column) != num_units * width:
+            raise ValueError(f"values of shape {tuple(values.shape)} do not fit {len(column)} places")
+        identical = trivial[side]
+        sides.append(Places(num_units, width, len(place), None if identical else column, None if identical else place))
+    return Units(*graph, *sides)
+
+
+# --- forward and input gradient ---------------------------------------------------------------------------------
+#
+# One program computes BLOCK_M samples × one tile of BLOCK_N outputs; it walks over the units of its block row, each a
+# [BLOCK_M, BLOCK_K] tile of x times a [BLOCK_K, BLOCK_N] tile of weights. Programs of one sample tile are neighbours in
+# the grid, so that its x is read from memory once and then from L2: 2·M·K + 2·U·R·C + 2·M·N bytes of memory in 16 bits
+# (M·K for spikes in uint8), and U·R·C/64·(2·M/64 + …) from L2.
+
+
+@triton.jit
+def columns(place, column_of, ok, size, PLACED: tl.constexpr):
+    """The memory columns of some places, and which of them exist."""
+    if PLACED:
+        column = tl.load(column_of + place, mask=ok, other=size)
+        return column, ok & (column < size)
+    else:
+        return place, ok
+
+
+@triton.jit
+def product_kernel(
+    x,
+    x_column,
+    values,
+    ptr,
+    slots,
+    others,
+    bias,
+    y,
+    y_column,
+    samples,
+    num_n,
+    x_size,
+    y_size,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    BY_ROWS: tl.constexpr,
+    X_PLACED: tl.constexpr,
+    Y_PLACED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    TILES_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    TILES_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    tile = tl.program_id(0) % (num_n * TILES_N)
+    unit = tile // TILES_N
+    m = (tl.program_id(0) // (num_n * TILES_N)) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_ok = m < samples
+    n = (tile % TILES_N) * BLOCK_N + tl.arange(0, BLOCK_N)
+    x_row = x + m.to(tl.int64)[:, None] * x_size
+
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for i in range(tl.load(ptr + unit) * TILES_K, tl.load(ptr + unit + 1) * TILES_K):
+        slot = tl.load(slots + i // TILES_K).to(tl.int64)
+        other = tl.load(others + slot)
+        k = (i % TILES_K) * BLOCK_K + tl.arange(0, BLOCK_K)
+        column, k_ok = columns(other * K + k, x_column, k < K, x_size, X_PLACED)
+        x_tile = tl.load(x_row + column[None, :], mask=m_ok[:, None] & k_ok[None, :], other=0)
+        if BY_ROWS:  # values are [slot, N, K]
+            address = values + slot * (N * K) + k[:, None] + n[None, :] * K
+        else:  # [slot, K, N]
+            address = values + slot * (N * K) + k[:, None] * N + n[None, :]
+        weights = tl.load(address, mask=(k < K)[:, None] & (n < N)[None, :], other=0)
+        total = tl.dot(x_tile.to(weights.dtype), weights, total, input_precision=PRECISION)
+
+    column, n_ok = columns(unit * N + n, y_column, n < N, y_size, Y_PLACED)
+    if HAS_BIAS:
+        total += tl.load(bias + column, mask=n_ok, other=0).to(tl.float32)[None, :]
+    y_address = y + m.to(tl.int64)[:, None] * y_size + column[None, :]
+    tl.store(y_address, total.to(y.dtype.element_ty), mask=m_ok[:, None] & n_ok[None, :])
+
+
+def product_tiles(samples: int, dtype: torch.dtype) -> dict[str, int]:
+    """Rows of a tile and how many loads are under way.
+
+    128 rows are two ``wgmma`` of 64, and reuse each weight tile for 64 FLOPs a byte; few samples take 16, the least that
+    a tensor core multiplies. Three stages of 16 KB of x and 8 KB of weights leave room for a second program on an SM,
+    and fit the 99 KB of consumer cards. In float32 both are twice as large, and sums take twice the registers in
+    ``ieee`` products: 64 rows and two stages.
+    """
+    if dtype == torch.float32:
+        return {"BLOCK_M": 64 if samples > 32 else 16, "num_warps": 4, "num_stages": 2}
+    return {"BLOCK_M": 128 if samples > 32 else 16, "num_warps": 4, "num_stages": 3}
+
+
+def _launch_product(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    by_rows: bool,
+    units: Units,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+) -> None:
+    if by_rows:
+        inner, outer, index = units.cols, units.rows, (units.row_ptr, units.row_slot, units.unit_col)
+    else:
+        inner, outer, index = units.rows, units.cols, (units.col_ptr, units.col_slot, units.unit_row)
+    options = product_tiles(len(x), values.dtype)
+    launch(
+        product_kernel,
+        (outer.num_units * outer.tiles * triton.cdiv(len(x), options["BLOCK_M"]),),
+        x,
+        inner.column,
+        values,
+        *index,
+        bias,
+        y,
+        outer.column,
+        len(x),
+        outer.num_units,
+        inner.size,
+        outer.size,
+        K=inner.width,
+        N=outer.width,
+        BY_ROWS=by_rows,
+        X_PLACED=inner.column is not None,
+        Y_PLACED=outer.column is not None,
+        HAS_BIAS=bias is not None,
+        PRECISION=runtime.input_precision(),
+        BLOCK_N=outer.tile,
+        BLOCK_K=inner.tile,
+        **options,
+    )
+
+
+def product(
+    x: torch.Tensor, values: torch.Tensor, units: Units, bias: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """y [M, out] of ``dtype``: x [M, in] (floats, or spikes in uint8), ``bias`` [out] in the order of y's columns."""
+    if units.dense_pays:
+        weight = dense_weight(values, units)
+        return F.linear(x.to(values.dtype), weight, None if bias is None else bias.to(values.dtype)).to(dtype)
+    # nothing is stored to columns without a neuron
+    allocate = torch.zeros if units.rows.holes else torch.empty
+    y = allocate((len(x), units.rows.size), dtype=dtype, device=x.device)
+    if y.numel():
+        _launch_product(x, values, True, units, bias, y)
+    return y
+
+
+def input_gradient(grad_y: torch.Tensor, values: torch.Tensor, units: Units, dtype: torch.dtype) -> torch.Tensor:
+    """dx [M, in] of ``dtype``, from dy [M, out] of the dtype of ``values``."""
+    if units.dense_pays:
+        return (grad_y @ dense_weight(values, units)).to(dtype)
+    grad_x = torch.empty((len(grad_y), units.cols.size), dtype=dtype, device=grad_y.device)
+    if grad_x.numel():
+        _launch_product(grad_y, values, False, units, None, grad_x)
+    return grad_x
+
+
+# --- weight gradient --------------------------------------------------------------------------------------------
+#
+# One program computes [R, GROUP · C] weights: GROUP units of one block row side by side, which share the tiles of dy,
+# over one part of the samples. Per step it reads a [BLOCK_S, R] tile of dy and a [BLOCK_S, GROUP · C] tile of x. The
+# parts go to memory in float32 and are added by a second launch, always in the same order: no atomics. Bytes from L2
+# for 16-bit dy and uint8 x: U·M·(2·R/GROUP + C); memory: 2·4·PARTS·U·R·C for the parts.
+#
+# Rows have different numbers of units, which dynamic sparse training changes on the device. The grid is therefore sized
+# for the most groups that there can be, each program finds its own row, and programs without work leave at once.
+
+
+@triton.jit
+def weight_gradient_kernel(
+    grad_y,
+    y_column,
+    x,
+    x_column,
+    row_ptr,
+    row_slot,
+    unit_col,
+    grad_values,
+    grad_bias,
+    samples,
+    samples_of_part,
+    num_rows,
+    num_units,
+    y_size,
+    x_size,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    Y_PLACED: tl.constexpr,
+    X_PLACED: tl.constexpr,
+    WANT_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    TILES_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    part = tl.program_id(1)
+    tile_r, tile_c = tl.program_id(2) // TILES_C, tl.program_id(2) % TILES_C
+
+    # the row and the group of its units that this program takes; an empty row has one group, for its bias
+    rows = tl.arange(0, ROWS)
+    first = tl.load(row_ptr + rows, mask=rows < num_rows, other=0)
+    end = tl.load(row_ptr + rows + 1, mask=rows < num_rows, other=0)
+    groups = tl.where(rows < num_rows, tl.maximum((end - first + GROUP - 1) // GROUP, 1), 0)
+    groups_before = tl.cumsum(groups, 0)
+    row = tl.sum((groups_before <= tl.program_id(0)).to(tl.int32), 0)
+    if row >= num_rows:
+        return
+    group = tl.program_id(0) - tl.sum(tl.where(rows == row, groups_before - groups, 0), 0)
+
+    lane = tl.arange(0, GROUP * BLOCK_C)
+    position = tl.load(row_ptr + row) + group * GROUP + lane // BLOCK_C
+    c = tile_c * BLOCK_C + lane % BLOCK_C
+    c_ok = (position < tl.load(row_ptr + row + 1)) & (c < C)
+    slot = tl.load(row_slot + position, mask=c_ok, other=0).to(tl.int64)
+    # BLOCK_C neighbouring lanes share a unit, so their columns are neighbours: loads can be wide
+    place = tl.max_contiguous(tl.load(unit_col + slot, mask=c_ok, other=0) * C + c, BLOCK_C)
+    if C % BLOCK_C == 0:
+        place = tl.multiple_of(place, BLOCK_C)
+    column, column_ok = columns(place, x_column, c_ok, x_size, X_PLACED)
+    r = tile_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    y_col, y_ok = columns(row * R + r, y_column, r < R, y_size, Y_PLACED)
+
+    total = tl.zeros((BLOCK_R, GROUP * BLOCK_C), tl.float32)
+    summed = tl.zeros((BLOCK_S, BLOCK_R), tl.float32)
+    for start in range(part * samples_of_part, tl.minimum((part + 1) * samples_of_part, samples), BLOCK_S):
+        s = start + tl.arange(0, BLOCK_S)
+        s_ok = (s < samples)[:, None]
+        y_tile = tl.load(
+            grad_y + s.to(tl.int64)[:, None] * y_size + y_col[None, :], mask=s_ok & y_ok[None, :], other=0
+        )
+        x_tile = tl.load(
+            x + s.to(tl.int64)[:, None] * x_size + column[None, :], mask=s_ok & column_ok[None, :], other=0
+        )
+        total = tl.dot(tl.trans(y_tile), x_tile.to(y_tile.dtype), total, input_precision=PRECISION)
+        if WANT_BIAS:
+            summed += y_tile.to(tl.float32)
+
+    address = grad_values + (part * num_units + slot)[None, :] * (R * C) + r[:, None] * C + c[None, :]
+    tl.store(address, total, mask=(r < R)[:, None] & c_ok[None, :])
+    if WANT_BIAS:
+        if (group == 0) & (tile_c == 0):
+            tl.store(grad_bias + part * y_size + y_col, tl.sum(summed, 0), mask=y_ok)
+
+
+#: programs of the weight gradient: four for each of an H100's 132 SMs. A constant, so that sums have the same order
+#: whatever the card.
+_PROGRAMS = 528
+
+
+def weight_gradient_tiles(units: Units, dtype: torch.dtype) -> dict[str, int]:
+    """How many units share a tile of dy, samples of a step, loads under way.
+
+    128 columns of x to one tile of dy: with 256, most rows of the default mask (8 or 9 units) would leave a last group
+    almost empty. 64 samples a step are four ``wgmma`` deep; three stages take 72 KB at most, float32 in two 96 KB.
+    """
+    stages = 2 if dtype == torch.float32 else 3
+    return {"GROUP": max(1, 128 // units.cols.tile), "BLOCK_S": 64, "num_warps": 4, "num_stages": stages}
+
+
+def weight_gradient(
+    grad_y: torch.Tensor, x: torch.Tensor, units: Units, dtype: torch.dtype, want_bias: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dW, packed, of ``dtype``, and db [out] float32 in the order of dy's columns (empty unless wanted).
+
+    Args:
+        grad_y: [M, out].
+        x: [M, in], floats or spikes in uint8.
+    """
+    rows, cols = units.rows, units.cols
+    num_units = len(units.unit_row)
+    if units.dense_pays:
+        grad_values = packed(grad_y.T @ x.to(grad_y.dtype), units).to(dtype)
+        grad_bias = grad_y.sum(0, dtype=torch.float32) if want_bias else grad_y.new_empty(0, dtype=torch.float32)
+        return grad_values, grad_bias
+    options = weight_gradient_tiles(units, grad_y.dtype)
+    groups = num_units // options["GROUP"] + rows.num_units
+    tiles = rows.tiles * cols.tiles
+    parts = max(1, min(_PROGRAMS // (groups * tiles), triton.cdiv(len(x), 16 * options["BLOCK_S"])))
+    samples_of_part = triton.cdiv(triton.cdiv(len(x), parts), options["BLOCK_S"]) * options["BLOCK_S"]
+    allocate = torch.zeros if rows.holes else torch.empty
+    grad_values = torch.empty((parts, num_units, rows.width, cols.width), dtype=torch.float32, device=x.device)
+    grad_bias = allocate((parts, rows.size if want_bias else 0), dtype=torch.float32, device=x.device)
+    launch(
+        weight_gradient_kernel,
+        (groups, parts, tiles),
+        grad_y,
+        rows.column,
+        x,
+        cols.column,
+        units.row_ptr,
+        units.row_slot,
+        units.unit_col,
+        grad_values,
+        grad_bias,
+        len(x),
+        samples_of_part,
+        rows.num_units,
+        num_units,
+        rows.size,
+        cols.size,
+        R=rows.width,
+        C=cols.width,
+        Y_PLACED=rows.column is not None,
+        X_PLACED=cols.column is not None,
+        WANT_BIAS=want_bias,
+        PRECISION=runtime.input_precision(),
+        ROWS=triton.next_power_of_2(rows.num_units),
+        BLOCK_R=rows.tile,
+        BLOCK_C=cols.tile,
+        **options,
+    )
+    # the second stage: a plain sum over the parts, always in the same order
+    return grad_values.sum(0).to(dtype), grad_bias.sum(0)
+
+
+# --- the dense product with stored zeros ------------------------------------------------------------------------
+#
+# Plain PyTorch operations, since cuBLAS's dense products cannot be bettered here: unpack, multiply, and of the dense
+# weight gradient keep what the mask samples.
+
+
+def dense_weight(values: torch.Tensor, units: Units) -> torch.Tensor:
+    """The weights [out, in] in the order of columns, zero where there is no unit."""
+    rows, cols = units.rows, units.cols
+    tiles = values.new_zeros(rows.num_units * cols.num_units, rows.width, cols.width)
+    tiles.index_copy_(0, _flat_unit(units), values)
+    weight = tiles.view(rows.num_units, cols.num_units, rows.width, cols.width).permute(0, 2, 1, 3)
+    weight = weight.reshape(rows.num_units * rows.width, cols.num_units * cols.width)
+    return _gathered(_gathered(weight, 0, rows.place), 1, cols.place)
+
+
+def packed(weight: torch.Tensor, units: Units) -> torch.Tensor:
+    """The units of a matrix [out, in] in the order of columns: [num_units, R, C], zero in the padding."""
+    rows, cols = units.rows, units.cols
+    weight = _gathered(_gathered(weight, 0, rows.column), 1, cols.column)
+    tiles = weight.view(rows.num_units, rows.width, cols.num_units, cols.width).permute(0, 2, 1, 3)
+    return tiles.reshape(-1, rows.width, cols.width).index_select(0, _flat_unit(units))
+
+
+def _gathered(matrix: torch.Tensor, dim: int, index: torch.Tensor | None) -> torch.Tensor:
+    """``matrix`` at ``index`` along ``dim``, with zeros for the index one past the end."""
+    if index is None:
+        return matrix
+    return F.pad(matrix, (0, 0, 0, 1) if dim == 0 else (0, 1)).index_select(dim, index)
+
+
+def _flat_unit(units: Units) -> torch.Tensor:
+    return units.unit_row.long() * units.cols.num_units + units.unit_col.long()
+
+
+# --- operators --------------------------------------------------------------------------------------------------
+
+
+def refuses(x: torch.Tensor, values: torch.Tensor, mask: BlockMask, bias: torch.Tensor | None) -> str | None:
+    """Why these kernels cannot serve a call, or None."""
+    reason = runtime.refuses(None if x.dtype == torch.uint8 else x, values, bias)
+    if reason is None and runtime.autocast_dtype(x.device.type) is None and x.dtype not in (values.dtype, torch.uint8):
+        reason = f"needs x and values of one dtype (or autocast), not {x.dtype} and {values.dtype}"
+    return reason
+
+
+def g2g_linear(x: torch.Tensor, values: torch.Tensor, mask: BlockMask, bias: torch.Tensor | None) -> torch.Tensor:
+    tensors, trivial = indices(mask)
+    y = torch.ops.g2g.triton_linear_forward(
+        x.reshape(-1, x.shape[-1]).contiguous(),
+        values.contiguous(),
+        None if bias is None else bias.contiguous(),
+        tensors,
+        trivial,
+        runtime.autocast_dtype(x.device.type) or values.dtype,
+    )
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+_library = torch.library.Library("g2g", "FRAGMENT")
+_library.define(
+    "triton_linear_forward(Tensor x, Tensor values, Tensor? bias, Tensor[] indices, bool[] trivial, ScalarType dtype) "
+    "-> Tensor"
+)
+_library.define(
+    "triton_linear_backward(Tensor grad_y, Tensor x, Tensor values, Tensor[] indices, bool[] trivial, bool grad_x, "
+    "bool grad_values, bool grad_bias) -> (Tensor, Tensor, Tensor)"
+)
+
+Tensors = Sequence[torch.Tensor]
+
+
+def _forward(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    bias: torch.Tensor | None,
+    mask_indices: Tensors,
+    trivial: Sequence[bool],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    units = units_of(mask_indices, trivial, values)
+    return product(x, values.to(dtype), units, bias, dtype)
+
+
+def _forward_fake(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    bias: torch.Tensor | None,
+    mask_indices: Tensors,
+    trivial: Sequence[bool],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    return x.new_empty((x.shape[0], mask_indices[7].shape[0]), dtype=dtype)
+
+
+def _backward(
+    grad_y: torch.Tensor,
+    x: torch.Tensor,
+    values: torch.Tensor,
+    mask_indices: Tensors,
+    trivial: Sequence[bool],
+    grad_x: bool,
+    grad_values: bool,
+    grad_bias: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    units = units_of(mask_indices, trivial, values)
+    to_x, to_values = x.new_empty(0), values.new_empty(0)
+    to_bias = values.new_empty(0, dtype=torch.float32)
+    if grad_x:
+        to_x = input_gradient(grad_y, values.to(grad_y.dtype), units, x.dtype)
+    if grad_values:
+        to_values, to_bias = weight_gradient(grad_y, x, units, values.dtype, grad_bias)
+    elif grad_bias:
+        to_bias = grad_y.sum(0, dtype=torch.float32)
+    return to_x, to_values, to_bias
+
+
+def _backward_fake(
+    grad_y: torch.Tensor,
+    x: torch.Tensor,
+    values: torch.Tensor,
+    mask_indices: Tensors,
+    trivial: Sequence[bool],
+    grad_x: bool,
+    grad_values: bool,
+    grad_bias: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return (
+        x.new_empty(x.shape if grad_x else 0),
+        values.new_empty(values.shape if grad_values else 0),
+        values.new_empty(mask_indices[7].shape[0] if grad_bias else 0, dtype=torch.float32),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    x, values, bias, mask_indices, ctx.trivial, _ = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(x, values, *mask_indices)
+
+
+def _autograd(ctx, grad_y):
+    x, values, *mask_indices = ctx.saved_tensors
+    need_x, need_values, need_bias, *_ = ctx.needs_input_grad
+    to_x, to_values, to_bias = torch.ops.g2g.triton_linear_backward(
+        grad_y.contiguous(), x, values, mask_indices, ctx.trivial, need_x, need_values, need_bias
+    )
+    return (
+        to_x if need_x else None,
+        to_values if need_values else None,
+        to_bias.to(ctx.bias_dtype) if need_bias else None,
+        [None] * len(mask_indices),
+        None,
+        None,
+    )
+
+
+for _name, _function, _fake in (
+    ("triton_linear_forward", _forward, _forward_fake),
+    ("triton_linear_backward", _backward, _backward_fake),
+):
+    for _key in ("CPU", "CUDA"):  # the CPU for Triton's interpreter
+        _library.impl(_name, _function, _key)
+    torch.library.register_fake(f"g2g::{_name}", _fake, lib=_library)
+torch.library.register_autograd("g2g::triton_linear_forward", _autograd, setup_context=_setup_context, lib=_library)

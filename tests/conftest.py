@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-# Without a GPU, Triton kernels run in its interpreter (tests/test_triton_*.py), which has to be said before it is imported.
+# Without a GPU, Triton kernels run in its interpreter (test_triton_*.py); that has to be said before it is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 

@@ -97,7 +97,11 @@ def recorded() -> Iterator[list[Launch]]:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """Runs ``kernel[grid](*arguments, **options)`` on the device of its first tensor."""
+    """Runs ``kernel[grid](*arguments, **options)`` on the device of its first tensor.
+
+    Multiplications and additions may be contracted to fused multiply-adds unless the options say otherwise.
+    """
+    options = {"enable_fp_fusion": True} | options
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, arguments, options))
         return

@@ -9,8 +9,8 @@ With M samples (T·B in training), U units of R × C weights, and per block row 
                                                                       the same packed values, read the other way round
     dW[i][j] =        Σ_m dy[m][i]·x[m][j],   db[i] = Σ_m dy[m][i]    weight_gradient_kernel
 
-Each of the three takes 2·M·U·R·C FLOPs. Samples always stand on the rows of what a tensor core multiplies, or (weight
-gradient) on the summed side with a whole unit's 64 rows as its M: so every product is a ``wgmma`` on sm_90.
+Each of the three takes 2·M·U·R·C FLOPs. A ``wgmma`` of sm_90 takes 64 rows of its left factor: samples stand there, and
+in the weight gradient, which sums over them, a unit's 64 outputs or the inputs of several units.
 
 Neurons are read and written where they lie in memory. :class:`Places` translates from the padded group order of a
 :class:`BlockMask` (*places*); the translation happens in the loads and stores of these kernels, in no pass of its own.
@@ -60,27 +60,26 @@ class Places(NamedTuple):
         return triton.cdiv(self.width, self.tile)
 
     def in_order(self) -> "Places":
-        """These neurons, in memory at their places."""
+        """The same places, in memory one after the other."""
         return Places(self.num_units, self.width, self.num_units * self.width)
 
     def read_by(self, readers: "Places") -> "Places":
-        """These neurons, in memory at the places of ``readers``: another layer's view of the same neurons."""
-        count = readers.num_units * readers.width
+        """These neurons, in memory at the places of ``readers``: the order in which the next layer reads them."""
         mapped = next((places.column for places in (self, readers) if places.column is not None), None)
         if mapped is None:
             return self
         neurons = torch.arange(self.size, device=mapped.device)
-        column_of, place_of, reader_column, reader_place = (
-            neurons if index is None else index
-            for index in (self.column, self.place, readers.column, readers.place)
+        column, place, reader_column, reader_place = (
+            neurons if index is None else index for index in (self.column, self.place, readers.column, readers.place)
         )
+        size = readers.num_units * readers.width
         return Places(
             self.num_units,
             self.width,
-            count,
-            torch.cat([reader_place, reader_place.new_full((1,), count)])[column_of],
-            torch.cat([place_of, place_of.new_full((1,), self.num_units * self.width)])[reader_column],
-            holes=count > self.size,
+            size,
+            torch.cat([reader_place, reader_place.new_full((1,), size)])[column],
+            torch.cat([place, place.new_full((1,), self.num_units * self.width)])[reader_column],
+            holes=size > self.size,
         )
 
 
@@ -129,14 +128,15 @@ def units_of(tensors: Sequence[torch.Tensor], trivial: Sequence[bool], values: t
     *graph, row_column, row_place, col_column, col_place = tensors
     if values.dim() != 3 or len(values) != len(graph[0]):
         raise ValueError(f"values of shape {tuple(values.shape)} do not fit a mask of {len(graph[0])} units")
-    sides = []
+    sides: list[Places] = []
     for side, ptr, column, place in ((0, graph[2], row_column, row_place), (1, graph[4], col_column, col_place)):
         num_units, width = len(ptr) - 1, values.shape[1 + side]
         if len(column) != num_units * width:
             raise ValueError(f"values of shape {tuple(values.shape)} do not fit {len(column)} places")
         identical = trivial[side]
         sides.append(Places(num_units, width, len(place), None if identical else column, None if identical else place))
-    return Units(*graph, *sides)
+    unit_row, unit_col, row_ptr, row_slot, col_ptr, col_slot = graph
+    return Units(unit_row, unit_col, row_ptr, row_slot, col_ptr, col_slot, *sides)
 
 
 # --- forward and input gradient ---------------------------------------------------------------------------------
@@ -213,17 +213,19 @@ def product_kernel(
     tl.store(y_address, total.to(y.dtype.element_ty), mask=m_ok[:, None] & n_ok[None, :])
 
 
-def product_tiles(samples: int, dtype: torch.dtype) -> dict[str, int]:
-    """Rows of a tile and how many loads are under way.
+def product_tiles(samples: int, width: int, dtype: torch.dtype) -> dict[str, int]:
+    """Rows and depth of a tile for units ``width`` deep, and how many loads are under way.
 
-    128 rows are two ``wgmma`` of 64, and reuse each weight tile for 64 FLOPs a byte; few samples take 16, the least that
-    a tensor core multiplies. Three stages of 16 KB of x and 8 KB of weights leave room for a second program on an SM,
-    and fit the 99 KB of consumer cards. In float32 both are twice as large, and sums take twice the registers in
-    ``ieee`` products: 64 rows and two stages.
+    128 rows are two ``wgmma`` of 64, and reuse each weight tile for 128 FLOPs a byte; few samples take 16, the least
+    that a tensor core multiplies. Three stages of 16 KB of x and 8 KB of weights leave room for other programs on an
+    SM, and fit the 99 KB of consumer cards. In float32 numbers are twice as large, so tiles have half the rows and
+    depth; ``ieee`` products run on the ordinary cores, whose fully unrolled loops are kept to a depth of 16.
     """
+    tiles = {"num_warps": 4, "num_stages": 3}
     if dtype == torch.float32:
-        return {"BLOCK_M": 64 if samples > 32 else 16, "num_warps": 4, "num_stages": 2}
-    return {"BLOCK_M": 128 if samples > 32 else 16, "num_warps": 4, "num_stages": 3}
+        depth = 16 if runtime.input_precision() == "ieee" else 32
+        return tiles | {"BLOCK_M": 64 if samples > 32 else 16, "BLOCK_K": min(depth, width)}
+    return tiles | {"BLOCK_M": 128 if samples > 32 else 16, "BLOCK_K": width}
 
 
 def _launch_product(
@@ -238,7 +240,7 @@ def _launch_product(
         inner, outer, index = units.cols, units.rows, (units.row_ptr, units.row_slot, units.unit_col)
     else:
         inner, outer, index = units.rows, units.cols, (units.col_ptr, units.col_slot, units.unit_row)
-    options = product_tiles(len(x), values.dtype)
+    options = product_tiles(len(x), inner.tile, values.dtype)
     launch(
         product_kernel,
         (outer.num_units * outer.tiles * triton.cdiv(len(x), options["BLOCK_M"]),),
@@ -261,7 +263,6 @@ def _launch_product(
         HAS_BIAS=bias is not None,
         PRECISION=runtime.input_precision(),
         BLOCK_N=outer.tile,
-        BLOCK_K=inner.tile,
         **options,
     )
 
@@ -359,22 +360,27 @@ def weight_gradient_kernel(
     r = tile_r * BLOCK_R + tl.arange(0, BLOCK_R)
     y_col, y_ok = columns(row * R + r, y_column, r < R, y_size, Y_PLACED)
 
-    total = tl.zeros((BLOCK_R, GROUP * BLOCK_C), tl.float32)
+    # a wgmma takes 64 rows of its left factor: those of dy where a unit has as many, else those of several units' x
+    total = tl.zeros((BLOCK_R, GROUP * BLOCK_C) if BLOCK_R >= 64 else (GROUP * BLOCK_C, BLOCK_R), tl.float32)
     summed = tl.zeros((BLOCK_S, BLOCK_R), tl.float32)
     for start in range(part * samples_of_part, tl.minimum((part + 1) * samples_of_part, samples), BLOCK_S):
         s = start + tl.arange(0, BLOCK_S)
         s_ok = (s < samples)[:, None]
-        y_tile = tl.load(
-            grad_y + s.to(tl.int64)[:, None] * y_size + y_col[None, :], mask=s_ok & y_ok[None, :], other=0
-        )
+        y_tile = tl.load(grad_y + s.to(tl.int64)[:, None] * y_size + y_col[None, :], mask=s_ok & y_ok[None, :], other=0)
         x_tile = tl.load(
             x + s.to(tl.int64)[:, None] * x_size + column[None, :], mask=s_ok & column_ok[None, :], other=0
         )
-        total = tl.dot(tl.trans(y_tile), x_tile.to(y_tile.dtype), total, input_precision=PRECISION)
+        x_tile = x_tile.to(y_tile.dtype)
+        if BLOCK_R >= 64:
+            total = tl.dot(tl.trans(y_tile), x_tile, total, input_precision=PRECISION)
+        else:
+            total = tl.dot(tl.trans(x_tile), y_tile, total, input_precision=PRECISION)
         if WANT_BIAS:
             summed += y_tile.to(tl.float32)
 
     address = grad_values + (part * num_units + slot)[None, :] * (R * C) + r[:, None] * C + c[None, :]
+    if BLOCK_R < 64:
+        total = tl.trans(total)
     tl.store(address, total, mask=(r < R)[:, None] & c_ok[None, :])
     if WANT_BIAS:
         if (group == 0) & (tile_c == 0):
@@ -386,14 +392,17 @@ def weight_gradient_kernel(
 _PROGRAMS = 528
 
 
-def weight_gradient_tiles(units: Units, dtype: torch.dtype) -> dict[str, int]:
-    """How many units share a tile of dy, samples of a step, loads under way.
+def weight_gradient_tiles(width: int, dtype: torch.dtype) -> dict[str, int]:
+    """How many units ``width`` wide share a tile of dy, samples of a step, loads under way.
 
-    128 columns of x to one tile of dy: with 256, most rows of the default mask (8 or 9 units) would leave a last group
-    almost empty. 64 samples a step are four ``wgmma`` deep; three stages take 72 KB at most, float32 in two 96 KB.
+    128 columns of x, as wide as a ``wgmma`` or two of them deep: with 256, most rows of the default mask (8 or 9 units
+    of 64) would leave a last group almost empty. 64 samples a step are four ``wgmma`` deep; three stages take 72 KB at
+    most. In float32, half of each, and in ``ieee`` products steps of 16 (see :func:`product_tiles`).
     """
-    stages = 2 if dtype == torch.float32 else 3
-    return {"GROUP": max(1, 128 // units.cols.tile), "BLOCK_S": 64, "num_warps": 4, "num_stages": stages}
+    tiles = {"num_warps": 4, "num_stages": 3}
+    if dtype == torch.float32:
+        return tiles | {"GROUP": 64 // width, "BLOCK_S": 16 if runtime.input_precision() == "ieee" else 32}
+    return tiles | {"GROUP": 128 // width, "BLOCK_S": 64}
 
 
 def weight_gradient(
@@ -411,13 +420,13 @@ def weight_gradient(
         grad_values = packed(grad_y.T @ x.to(grad_y.dtype), units).to(dtype)
         grad_bias = grad_y.sum(0, dtype=torch.float32) if want_bias else grad_y.new_empty(0, dtype=torch.float32)
         return grad_values, grad_bias
-    options = weight_gradient_tiles(units, grad_y.dtype)
+    options = weight_gradient_tiles(cols.tile, grad_y.dtype)
     groups = num_units // options["GROUP"] + rows.num_units
     tiles = rows.tiles * cols.tiles
-    parts = max(1, min(_PROGRAMS // (groups * tiles), triton.cdiv(len(x), 16 * options["BLOCK_S"])))
+    parts = max(1, min(_PROGRAMS // (groups * tiles), len(x) // 1024))
     samples_of_part = triton.cdiv(triton.cdiv(len(x), parts), options["BLOCK_S"]) * options["BLOCK_S"]
-    allocate = torch.zeros if rows.holes else torch.empty
     grad_values = torch.empty((parts, num_units, rows.width, cols.width), dtype=torch.float32, device=x.device)
+    allocate = torch.zeros if rows.holes else torch.empty
     grad_bias = allocate((parts, rows.size if want_bias else 0), dtype=torch.float32, device=x.device)
     launch(
         weight_gradient_kernel,

@@ -9,6 +9,7 @@ from g2g_kernels.ops.lif.surrogates import SURROGATES
 RESETS = ("subtract", "zero", "none")
 
 operator = Operator("lif")
+operator.register_module("triton", "g2g_kernels.ops.lif.triton")
 operator.register("cpu", cpu.lif, cpu.refuses)
 operator.register("torch", reference.lif)
 

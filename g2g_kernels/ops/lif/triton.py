@@ -27,10 +27,13 @@ its whole tile for a parameter of the layer), and :func:`_sum_kernel` adds those
 results are the same on every run.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 
+from g2g_kernels.triton import runtime
 from g2g_kernels.triton.neuron import EXACT, charge, decaying, fires, surrogate_derivative
 from g2g_kernels.triton.runtime import launch
 
@@ -41,22 +44,16 @@ NUM_WARPS = 4
 
 
 @triton.jit
-def _tile(batch, neurons, columns, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
-    """This program's samples and neurons, which of those exist, the column of each one's spikes, and if it has one."""
-    rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
-    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    exists = cols < neurons
-    if columns is None:
-        return rows, cols, exists, cols, exists
-    else:
-        column = tl.load(columns + cols, mask=exists, other=-1)
-        return rows, cols, exists, column, column >= 0
+def _tile(BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The samples and the neurons of this program."""
+    samples = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    return samples, tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
 
 
 @triton.jit
-def _inside(rows, cols_exist, batch, t, steps):
+def _inside(sample, neuron, batch, neurons, t, steps):
     """Which elements of a tile there are at step t: none from T on."""
-    return (rows < tl.where(t < steps, batch, 0))[:, None] & cols_exist[None, :]
+    return (sample < tl.where(t < steps, batch, 0))[:, None] & (neuron < neurons)[None, :]
 
 
 @triton.jit
@@ -64,7 +61,6 @@ def _forward_kernel(
     current,
     beta,
     theta,
-    columns,
     spikes,
     checkpoints,
     counts,
@@ -72,7 +68,6 @@ def _forward_kernel(
     steps,
     batch,
     neurons,
-    spike_columns,
     beta_stride,
     theta_stride,
     HELD: tl.constexpr,
@@ -81,14 +76,13 @@ def _forward_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    rows, cols, exists, spike_cols, spike_exists = _tile(batch, neurons, columns, BLOCK_B, BLOCK_N)
-    inside = (rows < batch)[:, None] & exists[None, :]
-    offsets = rows[:, None] * neurons + cols[None, :]
-    spike_offsets = rows[:, None] * spike_columns + spike_cols[None, :]
+    sample, neuron = _tile(BLOCK_B, BLOCK_N)
+    exists = neuron < neurons
+    inside = (sample < batch)[:, None] & exists[None, :]
+    offsets = sample[:, None] * neurons + neuron[None, :]
     step = tl.cast(batch, tl.int64) * neurons
-    spike_step = tl.cast(batch, tl.int64) * spike_columns
-    decay = tl.clamp(tl.load(beta + cols * beta_stride, mask=exists, other=0.0), 0.0, 1.0)[None, :]
-    threshold = tl.load(theta + cols * theta_stride, mask=exists, other=0.0)[None, :]
+    decay = tl.clamp(tl.load(beta + neuron * beta_stride, mask=exists, other=0.0), 0.0, 1.0)[None, :]
+    threshold = tl.load(theta + neuron * theta_stride, mask=exists, other=0.0)[None, :]
     if HELD:
         held = tl.load(current + offsets, mask=inside, other=0.0).to(tl.float32)
 
@@ -104,28 +98,28 @@ def _forward_kernel(
                 currents += (held,)
             else:
                 t = segment * SEGMENT + k
-                now = _inside(rows, exists, batch, t, steps)
+                now = _inside(sample, neuron, batch, neurons, t, steps)
                 currents += (tl.load(current + t * step + offsets, mask=now, other=0.0),)
         for k in tl.static_range(SEGMENT):
             t = segment * SEGMENT + k
             fired = fires(membrane, threshold)
             membrane = charge(membrane, fired, currents[k].to(tl.float32), decay, threshold, RESET)
-            spike = fires(membrane, threshold)
-            now = _inside(rows, spike_exists, batch, t, steps)
-            tl.store(spikes + t * spike_step + spike_offsets, spike.to(spikes.dtype.element_ty), mask=now)
-            count += tl.where(t < steps, spike.to(tl.float32), 0.0)
+            spike = fires(membrane, threshold).to(tl.float32)
+            now = _inside(sample, neuron, batch, neurons, t, steps)
+            tl.store(spikes + t * step + offsets, spike.to(spikes.dtype.element_ty), mask=now)
+            count += tl.where(t < steps, spike, 0.0)
     if counts is not None:
         tl.store(counts + offsets, count, mask=inside)
     if rate_sums is not None:
         total = tl.sum(tl.where(inside, count, 0.0), 0)
-        tl.store(rate_sums + tl.program_id(0) * neurons + cols, total, mask=exists)
+        tl.store(rate_sums + tl.program_id(0) * neurons + neuron, total, mask=exists)
 
 
 @triton.jit
-def _store_partial(partial, tile, cols, neurons, PER_NEURON: tl.constexpr):
+def _store_partial(partial, tile, neuron, neurons, PER_NEURON: tl.constexpr):
     """Writes this program's share of a parameter's gradient: [row tiles, N], or one number for the whole tile."""
     if PER_NEURON:
-        tl.store(partial + tl.program_id(0) * neurons + cols, tl.sum(tile, 0), mask=cols < neurons)
+        tl.store(partial + tl.program_id(0) * neurons + neuron, tl.sum(tile, 0), mask=neuron < neurons)
     else:
         tl.store(partial + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.sum(tl.sum(tile, 0), 0))
 
@@ -136,7 +130,6 @@ def _backward_kernel(
     checkpoints,
     beta,
     theta,
-    columns,
     grad_spikes,
     grad_counts,
     grad_rates,
@@ -146,7 +139,6 @@ def _backward_kernel(
     steps,
     batch,
     neurons,
-    spike_columns,
     beta_stride,
     theta_stride,
     alpha,
@@ -160,14 +152,13 @@ def _backward_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    rows, cols, exists, spike_cols, spike_exists = _tile(batch, neurons, columns, BLOCK_B, BLOCK_N)
-    inside = (rows < batch)[:, None] & exists[None, :]
-    offsets = rows[:, None] * neurons + cols[None, :]
-    spike_offsets = rows[:, None] * spike_columns + spike_cols[None, :]
+    sample, neuron = _tile(BLOCK_B, BLOCK_N)
+    exists = neuron < neurons
+    inside = (sample < batch)[:, None] & exists[None, :]
+    offsets = sample[:, None] * neurons + neuron[None, :]
     step = tl.cast(batch, tl.int64) * neurons
-    spike_step = tl.cast(batch, tl.int64) * spike_columns
-    decay = tl.clamp(tl.load(beta + cols * beta_stride, mask=exists, other=0.0), 0.0, 1.0)[None, :]
-    threshold = tl.load(theta + cols * theta_stride, mask=exists, other=0.0)[None, :]
+    decay = tl.clamp(tl.load(beta + neuron * beta_stride, mask=exists, other=0.0), 0.0, 1.0)[None, :]
+    threshold = tl.load(theta + neuron * theta_stride, mask=exists, other=0.0)[None, :]
     if HELD:
         held = tl.load(current + offsets, mask=inside, other=0.0).to(tl.float32)
 
@@ -176,7 +167,7 @@ def _backward_kernel(
     if grad_counts is not None:
         at_all_steps += tl.load(grad_counts + offsets, mask=inside, other=0.0).to(tl.float32)
     if grad_rates is not None:
-        at_all_steps += tl.load(grad_rates + cols, mask=exists, other=0.0).to(tl.float32)[None, :] * rate_scale
+        at_all_steps += tl.load(grad_rates + neuron, mask=exists, other=0.0).to(tl.float32)[None, :] * rate_scale
 
     grad_membrane = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
     grad_held = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
@@ -189,14 +180,13 @@ def _backward_kernel(
         grads = ()
         for k in tl.static_range(SEGMENT):
             t = segment * SEGMENT + k
+            now = _inside(sample, neuron, batch, neurons, t, steps)
             if HELD:
                 currents += (held,)
             else:
-                now = _inside(rows, exists, batch, t, steps)
                 currents += (tl.load(current + t * step + offsets, mask=now, other=0.0),)
             if grad_spikes is not None:
-                now = _inside(rows, spike_exists, batch, t, steps)
-                grads += (tl.load(grad_spikes + t * spike_step + spike_offsets, mask=now, other=0.0),)
+                grads += (tl.load(grad_spikes + t * step + offsets, mask=now, other=0.0),)
         membrane = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
         if segment > 0:
             membrane = tl.load(checkpoints + (segment - 1) * step + offsets, mask=inside, other=0.0)
@@ -219,7 +209,8 @@ def _backward_kernel(
                 grad_held += grad_membrane
             elif grad_current is not None:
                 out = grad_membrane.to(grad_current.dtype.element_ty)
-                tl.store(grad_current + t * step + offsets, out, mask=_inside(rows, exists, batch, t, steps))
+                now = _inside(sample, neuron, batch, neurons, t, steps)
+                tl.store(grad_current + t * step + offsets, out, mask=now)
             grad_theta -= through_spike
             if RESET == "subtract":
                 grad_theta -= tl.where(fired, grad_membrane, 0.0)
@@ -228,9 +219,9 @@ def _backward_kernel(
     if HELD and grad_current is not None:
         tl.store(grad_current + offsets, grad_held.to(grad_current.dtype.element_ty), mask=inside)
     if beta_sums is not None:
-        _store_partial(beta_sums, tl.where(inside, grad_beta, 0.0), cols, neurons, BETA_PER_NEURON)
+        _store_partial(beta_sums, tl.where(inside, grad_beta, 0.0), neuron, neurons, BETA_PER_NEURON)
     if theta_sums is not None:
-        _store_partial(theta_sums, tl.where(inside, grad_theta, 0.0), cols, neurons, THETA_PER_NEURON)
+        _store_partial(theta_sums, tl.where(inside, grad_theta, 0.0), neuron, neurons, THETA_PER_NEURON)
 
 
 @triton.jit
@@ -297,7 +288,6 @@ def launch_forward(
     checkpoints: torch.Tensor | None = None,
     counts: torch.Tensor | None = None,
     rates: torch.Tensor | None = None,
-    columns: torch.Tensor | None = None,
 ) -> None:
     """Runs the neurons over all steps; everything is contiguous and on one device.
 
@@ -305,12 +295,10 @@ def launch_forward(
         current: float32, float16 or bfloat16 [T, B, N]; [B, N] if ``held``.
         beta, theta: float32 [1] or [N].
         steps: T.
-        spikes: written, [T, B, N] of any dtype (uint8 is the smallest); [T, B, M] with ``columns``.
+        spikes: written, [T, B, N] of any dtype (uint8 is the smallest).
         checkpoints: written if given, float32 of :func:`checkpoint_shape`; what the backward pass needs.
         counts: written if given, float32 [B, N], spikes over all steps.
         rates: written if given, float32 [N], the mean of the spikes over steps and samples.
-        columns: int32 [N], the column of ``spikes`` that takes each neuron's (−1: none does), so that the next layer's
-            order of neurons costs no pass of its own; columns that none goes to are not written.
     """
     batch, neurons = current.shape[-2:]
     block_b, block_n = _blocks(neurons)
@@ -322,7 +310,6 @@ def launch_forward(
         current,
         beta,
         theta,
-        columns,
         spikes,
         checkpoints,
         counts,
@@ -330,7 +317,6 @@ def launch_forward(
         steps,
         batch,
         neurons,
-        spikes.shape[-1],
         int(beta.numel() > 1),
         int(theta.numel() > 1),
         HELD=held,
@@ -361,13 +347,12 @@ def launch_backward(
     grad_theta: torch.Tensor | None,
     grad_counts: torch.Tensor | None = None,
     grad_rates: torch.Tensor | None = None,
-    columns: torch.Tensor | None = None,
 ) -> None:
     """Writes the gradients that are given; everything is contiguous and on one device.
 
     Args:
-        current, checkpoints, beta, theta, steps, held, reset, columns: as the forward pass had them.
-        grad_spikes: ∂L/∂S [T, B, N] ([T, B, M] with ``columns``) of any floating-point dtype, or None for zeros.
+        current, checkpoints, beta, theta, steps, held, reset: as the forward pass had them.
+        grad_spikes: ∂L/∂S [T, B, N] of any floating-point dtype, or None for zeros.
         surrogate, alpha: the stand-in for dS/dU.
         grad_current: written if given, of the shape of ``current`` (summed over time if ``held``), of any dtype.
         grad_beta, grad_theta: written if given, of the shapes of ``beta`` and ``theta``, of any dtype.
@@ -392,7 +377,6 @@ def launch_backward(
         checkpoints,
         beta,
         theta,
-        columns,
         grad_spikes,
         grad_counts,
         grad_rates,
@@ -402,7 +386,6 @@ def launch_backward(
         steps,
         batch,
         neurons,
-        neurons if grad_spikes is None else grad_spikes.shape[-1],
         int(beta.numel() > 1),
         int(theta.numel() > 1),
         alpha,
@@ -422,3 +405,188 @@ def launch_backward(
         _sum(beta_sums, grad_beta, beta=beta)
     if theta_sums is not None:
         _sum(theta_sums, grad_theta)
+
+
+# --- operators ----------------------------------------------------------------------------------------------------
+
+
+def refuses(
+    current: torch.Tensor, beta: torch.Tensor, threshold: torch.Tensor, steps: int | None, *options: object
+) -> str | None:
+    """Why these kernels cannot serve a call, or None."""
+    if current.numel() == 0:
+        return "needs currents that are not empty"
+    if math.prod(current.shape[0 if steps else 1 :]) >= 1 << 31:
+        return "serves less than 2³¹ neurons and samples a step"
+    return runtime.refuses(current, beta, threshold)
+
+
+def lif(
+    current: torch.Tensor,
+    beta: torch.Tensor,
+    threshold: torch.Tensor,
+    steps: int | None,
+    reset: str,
+    surrogate: str,
+    alpha: float,
+) -> torch.Tensor:
+    tensors = current.contiguous(), beta.contiguous(), threshold.contiguous()
+    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return torch.ops.g2g.triton_lif_forward(*tensors, steps or 0, reset, surrogate, alpha, keep)[0]
+
+
+_library = torch.library.Library("g2g", "FRAGMENT")
+_library.define(
+    "triton_lif_forward(Tensor current, Tensor beta, Tensor threshold, int steps, str reset, str surrogate, "
+    "float alpha, bool keep) -> (Tensor, Tensor)"
+)
+_library.define(
+    "triton_lif_backward(Tensor grad_spikes, Tensor current, Tensor checkpoints, Tensor beta, Tensor threshold, "
+    "int steps, str reset, str surrogate, float alpha, bool grad_current, bool grad_beta, bool grad_threshold) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+
+
+def _sizes(current: torch.Tensor, steps: int) -> tuple[int, int, int]:
+    """T, B and N."""
+    shape = current.shape if steps else current.shape[1:]
+    return steps or current.shape[0], math.prod(shape[:-1]), shape[-1]
+
+
+def _flat(current: torch.Tensor, steps: int) -> torch.Tensor:
+    """The currents as [T, B, N], or [B, N] held for ``steps`` steps."""
+    num_steps, batch, neurons = _sizes(current, steps)
+    return current.view(batch, neurons) if steps else current.view(num_steps, batch, neurons)
+
+
+def _parameter(name: str, parameter: torch.Tensor, neurons: int) -> torch.Tensor:
+    """``parameter`` in float32, [1] or [N]."""
+    if parameter.numel() not in (1, neurons):
+        raise ValueError(f"{name} has {parameter.numel()} entries, expected 1 or {neurons}")
+    return parameter.reshape(-1).to(torch.float32)
+
+
+def _forward(
+    current: torch.Tensor,
+    beta: torch.Tensor,
+    threshold: torch.Tensor,
+    steps: int,
+    reset: str,
+    surrogate: str,
+    alpha: float,
+    keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    spikes, checkpoints = _forward_fake(current, beta, threshold, steps, reset, surrogate, alpha, keep)
+    num_steps, batch, neurons = _sizes(current, steps)
+    launch_forward(
+        _flat(current, steps),
+        _parameter("beta", beta, neurons),
+        _parameter("threshold", threshold, neurons),
+        num_steps,
+        steps > 0,
+        reset,
+        spikes.view(num_steps, batch, neurons),
+        checkpoints if keep else None,
+    )
+    return spikes, checkpoints
+
+
+def _forward_fake(
+    current: torch.Tensor,
+    beta: torch.Tensor,
+    threshold: torch.Tensor,
+    steps: int,
+    reset: str,
+    surrogate: str,
+    alpha: float,
+    keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    spikes = current.new_empty((steps, *current.shape) if steps else current.shape)
+    shape = checkpoint_shape(*_sizes(current, steps)) if keep else (0,)
+    return spikes, current.new_empty(shape, dtype=torch.float32)
+
+
+def _backward(
+    grad_spikes: torch.Tensor,
+    current: torch.Tensor,
+    checkpoints: torch.Tensor,
+    beta: torch.Tensor,
+    threshold: torch.Tensor,
+    steps: int,
+    reset: str,
+    surrogate: str,
+    alpha: float,
+    grad_current: bool,
+    grad_beta: bool,
+    grad_threshold: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    num_steps, batch, neurons = _sizes(current, steps)
+    if checkpoints.shape != checkpoint_shape(num_steps, batch, neurons):
+        raise ValueError("checkpoints are not those of a forward pass over these currents")
+    wanted = grad_current, grad_beta, grad_threshold
+    grads = _wanted((current, beta, threshold), wanted)
+    launch_backward(
+        _flat(current, steps),
+        checkpoints,
+        _parameter("beta", beta, neurons),
+        _parameter("threshold", threshold, neurons),
+        grad_spikes.view(num_steps, batch, neurons),
+        num_steps,
+        steps > 0,
+        reset,
+        surrogate,
+        alpha,
+        *(grad if want else None for grad, want in zip(grads, wanted, strict=True)),
+    )
+    return grads
+
+
+def _backward_fake(
+    grad_spikes: torch.Tensor,
+    current: torch.Tensor,
+    checkpoints: torch.Tensor,
+    beta: torch.Tensor,
+    threshold: torch.Tensor,
+    steps: int,
+    reset: str,
+    surrogate: str,
+    alpha: float,
+    grad_current: bool,
+    grad_beta: bool,
+    grad_threshold: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _wanted((current, beta, threshold), (grad_current, grad_beta, grad_threshold))
+
+
+def _wanted(
+    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor], wanted: tuple[bool, bool, bool]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Room for the gradients of ``tensors``, nothing for those that are not wanted."""
+    current, beta, threshold = (
+        tensor.new_empty(tensor.shape if want else 0) for tensor, want in zip(tensors, wanted, strict=True)
+    )
+    return current, beta, threshold
+
+
+def _setup_context(ctx, inputs, output):
+    current, beta, threshold, *options, _ = inputs
+    _, checkpoints = output
+    ctx.options = options
+    ctx.mark_non_differentiable(checkpoints)
+    ctx.save_for_backward(current, checkpoints, beta, threshold)
+
+
+def _autograd(ctx, grad_spikes, _):
+    needed = ctx.needs_input_grad[:3]
+    grads = torch.ops.g2g.triton_lif_backward(grad_spikes.contiguous(), *ctx.saved_tensors, *ctx.options, *needed)
+    return (*(grad if wanted else None for grad, wanted in zip(grads, needed, strict=True)), *(None,) * 5)
+
+
+for _name, _function, _fake in (
+    ("triton_lif_forward", _forward, _forward_fake),
+    ("triton_lif_backward", _backward, _backward_fake),
+):
+    for _key in ("CPU", "CUDA"):  # the CPU for Triton's interpreter
+        _library.impl(_name, _function, _key)
+    torch.library.register_fake(f"g2g::{_name}", _fake, lib=_library)
+torch.library.register_autograd("g2g::triton_lif_forward", _autograd, setup_context=_setup_context, lib=_library)

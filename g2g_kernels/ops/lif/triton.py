@@ -12,10 +12,11 @@ Tiling
 What is kept for the backward pass
     The currents, which exist anyway, and the float32 membrane at the start of every segment but the first (a
     *checkpoint*: 0.32 B an element at T = 50). The backward pass charges a segment's membranes again from its
-    checkpoint, into registers, and then walks the segment downwards. Membranes, and with them R and σ', are equal to the
-    forward pass's to the last bit. Keeping the membranes in bfloat16 instead would move more (2 B an element written and
-    2 B read, where the currents are kept alive by whoever computed them in no more memory) and would put an error of
-    2⁻⁹·|U| into σ' and ∂L/∂β, thousands of times that of the reference, which keeps them in float32.
+    checkpoint, into registers, and then walks the segment downwards. Membranes, and with them R and σ', are equal to
+    those of the forward pass to the last bit. Membranes kept in 16 bits instead would move more bytes (2 an element
+    written, for currents of 16 bits as many read) and cost accuracy: at T = 50 the gradients of β and θ came out
+    4,400 to 5,000 (bfloat16) and 450 to 950 (float16) times as wrong as those of the reference, whose membranes are
+    float32.
 
 Bytes an element of [T, B, N], for currents of c bytes and spikes of s (1 inside a stack, else c)
     forward     c read (a held current: once, not T times), s written, 4/10 of checkpoints written

@@ -6,10 +6,10 @@ the ``backend`` argument or the environment variable ``G2G_BACKEND``; the choice
 """
 
 import functools
-import importlib
 import logging
 import os
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -86,17 +86,17 @@ class Operator:
         """Adds an implementation; ``refuses`` takes the same arguments and says why it cannot serve them, or None."""
         self._implementations[backend] = (function, refuses or (lambda *args, **kwargs: None))
 
-    def register_module(self, backend: str, module: str) -> None:
-        """Adds the implementation in a module that is imported when a call first comes to it.
+    def register_module(self, backend: str, load: Callable[[], ModuleType]) -> None:
+        """Adds the implementation in a module that ``load`` imports when a call first comes to it.
 
         Its function has the operator's name; its function ``refuses`` is as for :meth:`register`.
         """
 
         def function(*args: Any, **kwargs: Any) -> Any:
-            return getattr(importlib.import_module(module), self.name)(*args, **kwargs)
+            return getattr(load(), self.name)(*args, **kwargs)
 
         def refuses(*args: Any, **kwargs: Any) -> str | None:
-            return importlib.import_module(module).refuses(*args, **kwargs)
+            return load().refuses(*args, **kwargs)
 
         self.register(backend, function, refuses)
 

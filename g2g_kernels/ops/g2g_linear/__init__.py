@@ -1,13 +1,22 @@
 """``g2g_linear``: y = x·Wᵀ + b with a weight of which only the units of a :class:`BlockMask` exist."""
 
+from types import ModuleType
+
 import torch
 
 from g2g_kernels.block_mask import BlockMask
 from g2g_kernels.dispatch import Operator
 from g2g_kernels.ops.g2g_linear import cpu, reference
 
+
+def _triton() -> ModuleType:
+    from g2g_kernels.ops.g2g_linear import triton  # imports Triton, which not everyone has
+
+    return triton
+
+
 operator = Operator("g2g_linear")
-operator.register_module("triton", "g2g_kernels.ops.g2g_linear.triton")
+operator.register_module("triton", _triton)
 operator.register("cpu", cpu.g2g_linear, cpu.refuses)
 operator.register("torch", reference.g2g_linear)
 

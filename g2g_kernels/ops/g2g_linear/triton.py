@@ -100,10 +100,11 @@ class Units(NamedTuple):
         """True if the dense product with stored zeros multiplies less than the units' tiles do.
 
         So it is for full masks, and for units below 16, of which a tile (16 × 16 at least) is mostly padding: at the
-        default density a mask of single weights has no empty 16 × 16 block at all.
+        default density a mask of single weights has no empty 16 × 16 block at all. A dense product has tiles of its
+        own, 64 wide at least.
         """
         tiles = len(self.unit_row) * self.rows.tiles * self.cols.tiles
-        return tiles * self.rows.tile * self.cols.tile >= self.rows.size * self.cols.size
+        return tiles * self.rows.tile * self.cols.tile >= max(64, self.rows.size) * max(64, self.cols.size)
 
 
 #: tensors that describe one mask to an operator, and whether its two sides are in memory as they are in the mask

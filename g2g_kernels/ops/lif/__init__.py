@@ -1,5 +1,7 @@
 """``lif``: leaky integrate-and-fire neurons over all time steps in one call."""
 
+from types import ModuleType
+
 import torch
 
 from g2g_kernels.dispatch import Operator
@@ -8,8 +10,15 @@ from g2g_kernels.ops.lif.surrogates import SURROGATES
 
 RESETS = ("subtract", "zero", "none")
 
+
+def _triton() -> ModuleType:
+    from g2g_kernels.ops.lif import triton  # imports Triton, which not everyone has
+
+    return triton
+
+
 operator = Operator("lif")
-operator.register_module("triton", "g2g_kernels.ops.lif.triton")
+operator.register_module("triton", _triton)
 operator.register("cpu", cpu.lif, cpu.refuses)
 operator.register("torch", reference.lif)
 

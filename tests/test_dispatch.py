@@ -16,7 +16,8 @@ def _nothing_forced(monkeypatch):
 
 @pytest.fixture
 def available(monkeypatch):
-    """Makes all three backends available, whatever this machine has."""
+    """Makes all three backends available, whatever this machine has, and Triton's kernels no interpreted ones."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     for name in BACKENDS:
         monkeypatch.setitem(dispatch._unavailable, name, lambda: None)
 
@@ -62,6 +63,12 @@ def test_arguments_reach_the_backend_and_its_refusal(available):
     )
     assert operator(1, 2, scale=3) == ((1, 2), {"scale": 3})
     assert seen == [((1, 2), {"scale": 3})]
+
+
+def test_an_interpreter_serves_only_calls_that_ask_for_it_by_name(monkeypatch, available, double):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert double(3) == ("cpu", 6)
+    assert double(3, backend="triton") == ("triton", 6)
 
 
 @pytest.mark.parametrize("name", BACKENDS)

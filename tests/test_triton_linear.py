@@ -208,15 +208,6 @@ def test_what_the_kernels_cannot_serve_is_refused_with_the_reason():
             g2g_linear(*arguments, backend="triton")
 
 
-@pytest.mark.skipif(not runtime.interpreted(), reason="about the interpreter")
-def test_the_interpreter_serves_only_calls_that_ask_for_it(caplog):
-    mask = sparse_mask(CASES["single weights"])
-    x, values, bias = inputs(mask, 3)
-    with caplog.at_level("INFO", logger="g2g_kernels"):
-        g2g_linear(x, values, mask, bias)
-    assert not any("runs on backend triton" in message for message in caplog.messages)
-
-
 @pytest.mark.parametrize("name", ["units of 16, ragged", "single weights"])
 def test_operator_registration(name, plain_memory):
     from g2g_kernels.ops.g2g_linear import triton

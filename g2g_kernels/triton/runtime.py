@@ -89,7 +89,8 @@ def recorded() -> Iterator[list[Launch]]:
     ``benchmarks/aot.py`` compiles what is listed, for GPUs that are not at hand.
     """
     global _recorded
-    _recorded = launches = []
+    launches: list[Launch] = []
+    _recorded = launches
     try:
         yield launches
     finally:

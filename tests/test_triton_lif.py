@@ -1,4 +1,4 @@
-"""lif on Triton: on the GPU where there is one, else on the CPU in Triton's interpreter (which is why sizes are small)."""
+"""lif on Triton: on the GPU where there is one, else on the CPU, in Triton's interpreter (hence the small sizes)."""
 
 import itertools
 import math
@@ -131,7 +131,7 @@ def test_thresholds_at_and_below_zero(reset):
 
 
 def test_counts_rates_and_their_gradients():
-    """uint8 spikes, counts and rates of several tiles, and gradients that come through those two, alone and beside ∂S."""
+    """uint8 spikes, counts and rates of several tiles; gradients that come through those two, alone and beside ∂S."""
     from g2g_kernels.ops.lif.triton import checkpoint_shape, launch_backward, launch_forward
 
     ratios = ErrorRatios()

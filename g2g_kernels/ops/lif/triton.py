@@ -328,7 +328,7 @@ def launch_forward(
         num_warps=NUM_WARPS,
         **EXACT,
     )
-    if rate_sums is not None:
+    if rates is not None and rate_sums is not None:
         _sum(rate_sums, rates, 1 / (steps * batch))
 
 
@@ -402,9 +402,9 @@ def launch_backward(
         num_warps=NUM_WARPS,
         **EXACT,
     )
-    if beta_sums is not None:
+    if beta_sums is not None and grad_beta is not None:
         _sum(beta_sums, grad_beta, beta=beta)
-    if theta_sums is not None:
+    if theta_sums is not None and grad_theta is not None:
         _sum(theta_sums, grad_theta)
 
 

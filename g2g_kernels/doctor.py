@@ -1,0 +1,290 @@
+"""Which kernels this machine can use, and whether they compute what they should: ``python -m g2g_kernels.doctor``.
+
+Shows versions, devices and backends, then runs every operator of every usable backend forward and backward and
+compares with a float64 reference. It takes seconds (on a GPU the first run compiles the kernels as well). The exit
+status is 0 if all that could be checked is right, 1 if something is wrong, 2 for a device that is not there.
+
+The numbers are chosen so that a single wrong spike is noticed: what the neurons see are multiples of powers of two, so
+currents (in bfloat16 too) and float32 membranes are exact whatever the order of summation. Spikes and counts therefore
+have to be *equal* to the reference's; everything else has to be within rounding of it.
+"""
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import functools
+import importlib.metadata
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from g2g_kernels.block_mask import BlockMask
+from g2g_kernels.cpu.library import instruction_set
+from g2g_kernels.device import select_device
+from g2g_kernels.dispatch import BackendError, available_backends, backend_status
+from g2g_kernels.groups import GroupLayout
+from g2g_kernels.ops.g2g_lif import LIFLayer, g2g_lif
+from g2g_kernels.ops.g2g_lif import reference as g2g_lif_reference
+from g2g_kernels.ops.g2g_linear import g2g_linear
+from g2g_kernels.ops.g2g_linear import reference as g2g_linear_reference
+from g2g_kernels.ops.lif import lif
+from g2g_kernels.ops.lif import reference as lif_reference
+from g2g_kernels.triton.runtime import interpreted
+
+#: the largest root-mean-square error relative to the reference, in either precision
+ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+#: outputs of whole numbers, which have to be equal
+EXACT = ("spikes", "counts")
+#: where tensors have to be for a backend; plain PyTorch runs anywhere
+DEVICE_TYPES = {"triton": "cuda", "cpu": "cpu"}
+
+SIZE, GROUPS, BATCH, STEPS = 300, 4, 33, 10
+
+Tensors = dict[str, torch.Tensor]
+
+
+# --- what is checked ----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One case of one operator.
+
+    Attributes:
+        operator, case: what is checked, in words.
+        leaves: float64 tensors on the CPU, whose gradients are compared.
+        run: calls the operator on such leaves and the backend of that name, or the reference for None; returns the
+            outputs.
+    """
+
+    operator: str
+    case: str
+    leaves: Tensors
+    run: Callable[[Tensors, str | None], Tensors]
+
+    @functools.cached_property
+    def reference(self) -> Tensors:
+        return self._results(None, torch.device("cpu"), torch.float64)
+
+    def errors(self, backend: str, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+        """The error of every output and gradient, relative to its size; infinite for an output that has to be equal."""
+        errors = {}
+        for name, actual in self._results(backend, device, dtype).items():
+            expected = self.reference[name]
+            difference = _rms(actual - expected)
+            size = _rms(expected)
+            if name in EXACT:
+                errors[name] = 0.0 if difference == 0 else math.inf
+            else:
+                errors[name] = difference / size if math.isfinite(difference) and size else math.inf
+        return errors
+
+    def _results(self, backend: str | None, device: torch.device, dtype: torch.dtype) -> Tensors:
+        """Outputs, and gradients of a fixed weighted sum of them, in float64 on the CPU.
+
+        float32 leaves stand for bfloat16, and ``torch.autocast`` makes that of them where it does.
+        """
+        low = dtype == torch.bfloat16
+        leaves = {
+            name: leaf.to(torch.float32 if low else dtype, copy=True).to(device).requires_grad_()
+            for name, leaf in self.leaves.items()
+        }
+        with torch.autocast(device.type, dtype) if low else torch.enable_grad():
+            outputs = self.run(leaves, backend)
+        draw = torch.Generator().manual_seed(1)
+        weights = {name: torch.randint(-8, 9, output.shape, generator=draw) / 8 for name, output in outputs.items()}
+        torch.autograd.backward(list(outputs.values()), [weights[name].to(outputs[name]) for name in outputs])
+        gradients = {f"∂{name}": leaf.grad for name, leaf in leaves.items()}
+        return {
+            name: torch.full((1,), math.nan) if tensor is None else tensor.detach().cpu().double()
+            for name, tensor in {**outputs, **gradients}.items()
+        }
+
+
+def _rms(tensor: torch.Tensor) -> float:
+    return tensor.square().mean().sqrt().item()
+
+
+def checks() -> Iterator[Check]:
+    """Units of 1, 16, 32 and 64 weights with clipped ones among them, all kinds of groups, resets and surrogates."""
+    draw = torch.Generator().manual_seed(0)
+
+    def multiples(of: float, least: int, most: int, *shape: int) -> torch.Tensor:
+        """Random multiples of ``of``, from ``least`` to ``most`` times it."""
+        return torch.randint(least, most + 1, shape, generator=draw).double() * of
+
+    for block_size, kind in ((1, "interleaved"), (16, "random"), (32, "interleaved"), (64, "index"), (64, "random")):
+        layouts = GroupLayout(SIZE, GROUPS, kind, draw), GroupLayout(SIZE, GROUPS, "index")
+        mask = BlockMask.sample(*layouts, 1.0, 0.2, block_size, draw)
+        values, bias = multiples(0.25, -1, 1, mask.num_units, *mask.unit_shape), multiples(0.25, -1, 2, SIZE)
+        case = f"units of {block_size}, {kind} groups"
+        weights = {"values": values * mask.valid(), "bias": bias}
+        x = torch.randn(BATCH, SIZE, generator=draw, dtype=torch.float64)
+        yield Check("g2g_linear", case, {"x": x, **weights}, functools.partial(_linear, mask))
+        neurons = {"beta": multiples(0.5, 1, 1, 1), "threshold": multiples(0.25, 3, 5, SIZE)}
+        held = {"x": multiples(0.5, 0, 2, BATCH, SIZE), **weights, **neurons}
+        yield Check("g2g_lif", case, held, functools.partial(_stack, mask))
+    cases = (("subtract", "atan"), ("zero", "fast_sigmoid"), ("none", "sigmoid"), ("subtract", "triangle"))
+    for number, (reset, surrogate) in enumerate(cases):
+        neurons = {"beta": multiples(0.5, 1, 1, 1), "threshold": multiples(0.25, 3, 5, SIZE)}
+        if number % 2:
+            neurons = {"beta": multiples(0.5, 1, 1, SIZE), "threshold": multiples(0.25, 3, 5, 1)}
+        leaves = {"current": multiples(0.25, -4, 6, STEPS, BATCH, SIZE), **neurons}
+        yield Check("lif", f"reset {reset}, surrogate {surrogate}", leaves, functools.partial(_lif, reset, surrogate))
+
+
+def _on_device(mask: BlockMask, like: torch.Tensor) -> BlockMask:
+    return copy.deepcopy(mask).to(like.device)
+
+
+def _linear(mask: BlockMask, leaves: Tensors, backend: str | None) -> Tensors:
+    arguments = leaves["x"], leaves["values"], _on_device(mask, leaves["x"]), leaves["bias"]
+    if backend is None:
+        return {"y": g2g_linear_reference.g2g_linear(*arguments)}
+    return {"y": g2g_linear(*arguments, backend=backend)}
+
+
+def _lif(reset: str, surrogate: str, leaves: Tensors, backend: str | None) -> Tensors:
+    current, beta, threshold = leaves.values()
+    if torch.is_autocast_enabled(current.device.type):
+        current = current.to(torch.get_autocast_dtype(current.device.type))
+    arguments = current, beta, threshold, None, reset, surrogate, 2.0
+    return {"spikes": lif_reference.lif(*arguments) if backend is None else lif(*arguments, backend=backend)}
+
+
+def _stack(mask: BlockMask, leaves: Tensors, backend: str | None) -> Tensors:
+    """Two layers of the same weights: the second reads neurons in another order than the first writes them."""
+    x, *tensors = leaves.values()
+    values, bias, beta, threshold = tensors
+    layers = [LIFLayer(values, _on_device(mask, x), bias, beta, threshold)] * 2
+    options = STEPS, "subtract", "atan", 2.0
+    if backend is None:
+        first, second = g2g_lif_reference.g2g_lif(x, layers, *options)
+        return {"counts": second.sum(0), "rates 1": first.mean((0, 1)), "rates 2": second.mean((0, 1))}
+    activity = g2g_lif(x, layers, *options, backend=backend)
+    return {"counts": activity.counts, "rates 1": activity.rates[0], "rates 2": activity.rates[1]}
+
+
+# --- the report ---------------------------------------------------------------------------------------------------
+
+
+def devices() -> dict[str, str]:
+    """The devices of this machine by name, as :func:`g2g_kernels.select_device` takes it, and what they are."""
+    found = {"cpu": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"}
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        version = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+        capability = ".".join(map(str, torch.cuda.get_device_capability(index)))
+        memory = f"{properties.total_memory / 2**30:.0f} GiB"
+        found[f"cuda:{index}"] = f"{properties.name}, compute capability {capability}, {memory}, {version}"
+    with contextlib.suppress(ValueError):
+        found["directml"] = str(select_device("directml"))
+    return found
+
+
+def version(package: str) -> str:
+    """The installed version of a package, or that there is none."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def describe() -> str:
+    """Versions, devices, and every backend with the reason why it cannot be used."""
+    names = ("g2g", "torch", "triton")
+    lines = [f"Python {platform.python_version()}, " + ", ".join(f"{name} {version(name)}" for name in names)]
+    lines += ["", "devices"] + [f"  {name:<9} {what}" for name, what in devices().items()]
+    lines += ["", "backends"]
+    for name, reason in backend_status().items():
+        detail = f" ({instruction_set()})" if name == "cpu" and reason is None else ""
+        lines.append(f"  {name:<9} {f'no: {reason}' if reason else f'yes{detail}'}")
+    forced = os.environ.get("G2G_BACKEND")
+    return "\n".join([*lines, *([f"  G2G_BACKEND={forced} forces one"] if forced else []), ""])
+
+
+def examine(device: torch.device) -> Iterator[tuple[str, list[str]]]:
+    """Runs every check on ``device``; for each backend, operator and precision a line of the table and its findings."""
+    every = list(checks())
+    for backend in available_backends():
+        if DEVICE_TYPES.get(backend, device.type) != device.type:
+            continue
+        if backend == "triton" and interpreted():
+            continue
+        for operator in dict.fromkeys(check.operator for check in every):
+            for dtype, allowed in ALLOWED.items():
+                cases = [check for check in every if check.operator == operator]
+                yield _line(cases, backend, device, dtype, allowed)
+
+
+def _line(
+    cases: list[Check], backend: str, device: torch.device, dtype: torch.dtype, allowed: float
+) -> tuple[str, list[str]]:
+    precision = str(dtype).removeprefix("torch.")
+    start = f"{device!s:<9}{backend:<9}{cases[0].operator:<12}{precision:<10}"
+    wrong, largest = [], 0.0
+    for check in cases:
+        try:
+            errors = check.errors(backend, device, dtype)
+        except BackendError as refusal:
+            return f"{start}not served: {str(refusal).rsplit(f'{backend}: ', 1)[-1]}", []
+        except Exception as error:  # whatever a kernel throws is a finding, and the other kernels' turn comes next
+            wrong.append(f"{check.case}: {type(error).__name__}: {error}")
+            largest = math.inf
+            continue
+        largest = max(largest, *errors.values())
+        worse = [
+            f"{name} differs" if name in EXACT else f"{name} by {error:.1e}"
+            for name, error in errors.items()
+            if error > allowed
+        ]
+        if worse:
+            wrong.append(f"{check.case}: {', '.join(worse)}")
+    verdict = "WRONG" if wrong else "right"
+    return f"{start}{len(cases):>5}{largest:>15.1e}{allowed:>10.0e}  {verdict}", wrong
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m g2g_kernels.doctor", description=__doc__.split("\n\n")[0])
+    parser.add_argument(
+        "--device", default="all", help="where to check: cpu, cuda, cuda:N or directml (default: wherever it can)"
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = build_parser().parse_args(argv)
+    names = list(devices()) if arguments.device == "all" else [arguments.device]
+    try:
+        chosen = [select_device(name) for name in names]
+    except ValueError as error:
+        print(f"python -m g2g_kernels.doctor: error: {error}", file=sys.stderr)
+        return 2
+    print(describe())
+    began = time.perf_counter()
+    print(
+        f"{'device':<9}{'backend':<9}{'operator':<12}{'precision':<10}{'cases':>5}{'largest error':>15}{'allowed':>10}"
+    )
+    lines = findings = 0
+    for device in chosen:
+        for line, wrong in examine(device):
+            print(line, flush=True)
+            for finding in wrong:
+                print(f"    {finding}")
+            lines += 1
+            findings += len(wrong)
+    if interpreted() and "triton" in available_backends():
+        print("triton: only in its interpreter, which the test suite checks (pytest tests/test_triton_*.py)")
+    seconds = time.perf_counter() - began
+    print(f"\n{f'{findings} cases are WRONG' if findings else 'Everything checked is right'} ({seconds:.1f} s)")
+    return 1 if findings else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

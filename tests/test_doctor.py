@@ -1,0 +1,143 @@
+"""The doctor finds what is wrong, and says what it could not look at."""
+
+import pytest
+import torch
+
+from g2g_kernels import BackendError, backend_status, doctor
+from g2g_kernels.ops import lif as lif_package
+from g2g_kernels.ops.g2g_lif import operator as g2g_lif_operator
+from g2g_kernels.ops.lif import operator as lif_operator
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def only_lif(monkeypatch):
+    """The checks of ``lif`` alone, on the backend ``torch`` alone."""
+    cases = [check for check in doctor.checks() if check.operator == "lif"]
+    monkeypatch.setattr(doctor, "checks", lambda: iter(cases))
+    monkeypatch.setattr(doctor, "available_backends", lambda: ["torch"])
+
+
+def replace_lif(monkeypatch, function):
+    monkeypatch.setitem(lif_operator._implementations, "torch", (function, lambda *args: None))
+
+
+def test_everything_on_this_machine_is_right(capsys):
+    status = doctor.main(["--device", "cpu"])
+    out = capsys.readouterr().out
+    assert status == 0, out
+    assert "Everything checked is right" in out
+    for name, reason in backend_status().items():
+        assert f"  {name:<9} {f'no: {reason}' if reason else 'yes'}" in out
+    rows = [line.split()[:4] for line in out.splitlines() if line.startswith("cpu  ")]
+    for backend in set(doctor.available_backends()) - {"triton"}:
+        for operator in ("g2g_linear", "g2g_lif", "lif"):
+            for precision in ("float32", "bfloat16"):
+                assert ["cpu", backend, operator, precision] in rows
+
+
+def test_checks_cover_units_groups_resets_and_surrogates():
+    every = list(doctor.checks())
+    for operator in ("g2g_linear", "g2g_lif"):
+        masks = [check.run.args[0] for check in every if check.operator == operator]
+        assert {mask.block_size for mask in masks} == {1, 16, 32, 64}
+        assert {mask.rows.layout.kind for mask in masks} == {"index", "interleaved", "random"}
+        assert any(len(mask.rows.lengths.unique()) > 1 for mask in masks)  # clipped units
+    options = [check.run.args for check in every if check.operator == "lif"]
+    assert {reset for reset, _ in options} == set(lif_package.RESETS)
+    assert {surrogate for _, surrogate in options} == set(lif_package.SURROGATES)
+
+
+def test_neurons_are_neither_silent_nor_always_firing_in_any_check():
+    for check in doctor.checks():
+        for name, tensor in check.reference.items():
+            if name == "spikes":
+                assert 0.05 < tensor.mean() < 0.6, check.case
+            if name.startswith("rates"):
+                assert 0.05 < tensor.mean() < 0.6, check.case
+            assert tensor.any(), f"{check.case}: {name} is zero everywhere, and would be so if nobody computed it"
+
+
+def test_a_wrong_gradient_is_reported(monkeypatch, capsys, only_lif):
+    right = lif_package.reference.lif
+
+    def another_sharpness(*arguments):
+        *rest, alpha = arguments
+        return right(*rest, 1.001 * alpha)
+
+    replace_lif(monkeypatch, another_sharpness)
+    assert doctor.main(["--device", "cpu"]) == 1
+    out = capsys.readouterr().out
+    assert "WRONG" in out
+    assert "reset zero, surrogate fast_sigmoid: ∂current by" in out
+    assert "cases are WRONG" in out
+    assert "is right" not in out
+
+
+def test_a_single_wrong_spike_is_reported(monkeypatch, only_lif):
+    right = lif_package.reference.lif
+
+    def one_spike_too_many(*arguments):
+        spikes = right(*arguments)
+        first_silent = (spikes == 0).nonzero()[0].tolist()
+        extra = torch.zeros_like(spikes)
+        extra[tuple(first_silent)] = 1
+        return spikes + extra
+
+    replace_lif(monkeypatch, one_spike_too_many)
+    findings = [wrong for _, wrong in doctor.examine(CPU)]
+    assert all(len(wrong) == 4 for wrong in findings)  # all cases, in both precisions
+    assert findings[0][0] == "reset subtract, surrogate atan: spikes differs"
+
+
+def test_a_missing_gradient_and_one_that_is_not_a_number_are_reported(monkeypatch, only_lif):
+    right = lif_package.reference.lif
+    replace_lif(monkeypatch, lambda current, beta, *rest: right(current, beta.detach(), *rest))
+    assert all("∂beta by inf" in finding for _, wrong in doctor.examine(CPU) for finding in wrong)
+
+    def not_a_number(current, *rest):
+        current.register_hook(lambda gradient: gradient * torch.nan)
+        return right(current, *rest)
+
+    replace_lif(monkeypatch, not_a_number)
+    findings = [wrong for _, wrong in doctor.examine(CPU)]
+    assert all(len(wrong) == 4 and "∂current by inf" in wrong[0] for wrong in findings)
+
+
+def test_a_backend_that_raises_is_a_finding_and_the_others_are_still_checked(monkeypatch, capsys):
+    def raises(*arguments):
+        raise RuntimeError("out of registers")
+
+    cases = [check for check in doctor.checks() if check.operator != "g2g_linear"]
+    monkeypatch.setattr(doctor, "checks", lambda: iter(cases))
+    monkeypatch.setattr(doctor, "available_backends", lambda: ["torch"])
+    monkeypatch.setitem(g2g_lif_operator._implementations, "torch", (raises, lambda *args: None))
+    assert doctor.main(["--device", "cpu"]) == 1
+    out = capsys.readouterr().out
+    assert "units of 64, index groups: RuntimeError: out of registers" in out
+    assert "right" in next(line for line in out.splitlines() if "lif         float32" in line and "g2g" not in line)
+
+
+def test_what_a_backend_declines_is_told_and_is_no_failure(monkeypatch, capsys, only_lif):
+    def refuses(current, *rest):
+        return "only in float32" if current.dtype != torch.float32 else None
+
+    monkeypatch.setitem(lif_operator._implementations, "torch", (lif_package.reference.lif, refuses))
+    assert doctor.main(["--device", "cpu"]) == 0
+    assert "bfloat16  not served: only in float32" in capsys.readouterr().out
+    with pytest.raises(BackendError):
+        lif_package.lif(torch.zeros(2, 3, dtype=torch.float16), 0.9, 1.0, backend="torch")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_a_device_that_is_not_there_is_refused(capsys):
+    assert doctor.main(["--device", "cuda"]) == 2
+    assert "finds no CUDA device here" in capsys.readouterr().err
+
+
+def test_the_forced_backend_is_shown(monkeypatch):
+    monkeypatch.setenv("G2G_BACKEND", "torch")
+    assert "G2G_BACKEND=torch forces one" in doctor.describe()
+    monkeypatch.delenv("G2G_BACKEND")
+    assert "forces" not in doctor.describe()

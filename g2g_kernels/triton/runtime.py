@@ -27,7 +27,9 @@ def _unavailable(interpreter: bool) -> str | None:
         remedy = "pip install triton" if sys.platform == "linux" else "it exists for Linux"
         return f"the package triton is not installed ({remedy})"
     if not interpreter and not torch.cuda.is_available():
-        return f"PyTorch {torch.__version__} finds no CUDA or ROCm device"
+        if torch.version.cuda is None and torch.version.hip is None:
+            return f"PyTorch {torch.__version__} is built for the CPU only (install a CUDA or ROCm build: pytorch.org)"
+        return f"PyTorch {torch.__version__} finds no CUDA or ROCm device (see nvidia-smi or rocm-smi for the driver)"
     return None
 
 

@@ -5,6 +5,7 @@ own order of neurons) and what lives how long.
 """
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -13,6 +14,13 @@ from g2g_kernels.block_mask import BlockMask
 from g2g_kernels.dispatch import Operator
 from g2g_kernels.ops.g2g_lif import cpu, reference
 from g2g_kernels.ops.lif import check_options, check_parameter
+
+
+def _triton() -> ModuleType:
+    from g2g_kernels.ops.g2g_lif import triton  # imports Triton, which not everyone has
+
+    return triton
+
 
 operator = Operator("g2g_lif")
 
@@ -69,6 +77,7 @@ def _torch(x: torch.Tensor, layers: Sequence[LIFLayer], *options: Any) -> Activi
     )
 
 
+operator.register_module("triton", _triton)
 operator.register("cpu", cpu.g2g_lif, cpu.refuses)
 operator.register("torch", _torch)
 

@@ -149,9 +149,9 @@ def units_of(tensors: Sequence[torch.Tensor], trivial: Sequence[bool], values: t
 
 
 @triton.jit
-def columns(place, column_of, ok, size, PLACED: tl.constexpr):
+def columns(place, column_of, ok, size):
     """The memory columns of some places, and which of them exist."""
-    if PLACED:
+    if column_of is not None:
         column = tl.load(column_of + place, mask=ok, other=size)
         return column, ok & (column < size)
     else:
@@ -176,9 +176,6 @@ def product_kernel(
     K: tl.constexpr,
     N: tl.constexpr,
     BY_ROWS: tl.constexpr,
-    X_PLACED: tl.constexpr,
-    Y_PLACED: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -198,7 +195,7 @@ def product_kernel(
         slot = tl.load(slots + i // TILES_K).to(tl.int64)
         other = tl.load(others + slot)
         k = (i % TILES_K) * BLOCK_K + tl.arange(0, BLOCK_K)
-        column, k_ok = columns(other * K + k, x_column, k < K, x_size, X_PLACED)
+        column, k_ok = columns(other * K + k, x_column, k < K, x_size)
         x_tile = tl.load(x_row + column[None, :], mask=m_ok[:, None] & k_ok[None, :], other=0)
         if BY_ROWS:  # values are [slot, N, K]
             address = values + slot * (N * K) + k[:, None] + n[None, :] * K
@@ -207,8 +204,8 @@ def product_kernel(
         weights = tl.load(address, mask=(k < K)[:, None] & (n < N)[None, :], other=0)
         total = tl.dot(x_tile.to(weights.dtype), weights, total, input_precision=PRECISION)
 
-    column, n_ok = columns(unit * N + n, y_column, n < N, y_size, Y_PLACED)
-    if HAS_BIAS:
+    column, n_ok = columns(unit * N + n, y_column, n < N, y_size)
+    if bias is not None:
         total += tl.load(bias + column, mask=n_ok, other=0).to(tl.float32)[None, :]
     y_address = y + m.to(tl.int64)[:, None] * y_size + column[None, :]
     tl.store(y_address, total.to(y.dtype.element_ty), mask=m_ok[:, None] & n_ok[None, :])
@@ -259,9 +256,6 @@ def _launch_product(
         K=inner.width,
         N=outer.width,
         BY_ROWS=by_rows,
-        X_PLACED=inner.column is not None,
-        Y_PLACED=outer.column is not None,
-        HAS_BIAS=bias is not None,
         PRECISION=runtime.input_precision(),
         BLOCK_N=outer.tile,
         **options,
@@ -323,9 +317,6 @@ def weight_gradient_kernel(
     x_size,
     R: tl.constexpr,
     C: tl.constexpr,
-    Y_PLACED: tl.constexpr,
-    X_PLACED: tl.constexpr,
-    WANT_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -357,9 +348,9 @@ def weight_gradient_kernel(
     place = tl.max_contiguous(tl.load(unit_col + slot, mask=c_ok, other=0) * C + c, BLOCK_C)
     if C % BLOCK_C == 0:
         place = tl.multiple_of(place, BLOCK_C)
-    column, column_ok = columns(place, x_column, c_ok, x_size, X_PLACED)
+    column, column_ok = columns(place, x_column, c_ok, x_size)
     r = tile_r * BLOCK_R + tl.arange(0, BLOCK_R)
-    y_col, y_ok = columns(row * R + r, y_column, r < R, y_size, Y_PLACED)
+    y_col, y_ok = columns(row * R + r, y_column, r < R, y_size)
 
     # a wgmma takes 64 rows of its left factor: those of dy where a unit has as many, else those of several units' x
     total = tl.zeros((BLOCK_R, GROUP * BLOCK_C) if BLOCK_R >= 64 else (GROUP * BLOCK_C, BLOCK_R), tl.float32)
@@ -376,14 +367,14 @@ def weight_gradient_kernel(
             total = tl.dot(tl.trans(y_tile), x_tile, total, input_precision=PRECISION)
         else:
             total = tl.dot(tl.trans(x_tile), y_tile, total, input_precision=PRECISION)
-        if WANT_BIAS:
+        if grad_bias is not None:
             summed += y_tile.to(tl.float32)
 
     address = grad_values + (part * num_units + slot)[None, :] * (R * C) + r[:, None] * C + c[None, :]
     if BLOCK_R < 64:
         total = tl.trans(total)
     tl.store(address, total, mask=(r < R)[:, None] & c_ok[None, :])
-    if WANT_BIAS:
+    if grad_bias is not None:
         if (group == 0) & (tile_c == 0):
             tl.store(grad_bias + part * y_size + y_col, tl.sum(summed, 0), mask=y_ok)
 
@@ -408,8 +399,8 @@ def weight_gradient_tiles(width: int, dtype: torch.dtype) -> dict[str, int]:
 
 def weight_gradient(
     grad_y: torch.Tensor, x: torch.Tensor, units: Units, dtype: torch.dtype, want_bias: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """dW, packed, of ``dtype``, and db [out] float32 in the order of dy's columns (empty unless wanted).
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """dW, packed, of ``dtype``, and db [out] float32 in the order of dy's columns (None unless wanted).
 
     Args:
         grad_y: [M, out].
@@ -419,8 +410,7 @@ def weight_gradient(
     num_units = len(units.unit_row)
     if units.dense_pays:
         grad_values = packed(grad_y.T @ x.to(grad_y.dtype), units).to(dtype)
-        grad_bias = grad_y.sum(0, dtype=torch.float32) if want_bias else grad_y.new_empty(0, dtype=torch.float32)
-        return grad_values, grad_bias
+        return grad_values, grad_y.sum(0, dtype=torch.float32) if want_bias else None
     options = weight_gradient_tiles(cols.tile, grad_y.dtype)
     groups = num_units // options["GROUP"] + rows.num_units
     tiles = rows.tiles * cols.tiles
@@ -428,7 +418,7 @@ def weight_gradient(
     samples_of_part = triton.cdiv(triton.cdiv(len(x), parts), options["BLOCK_S"]) * options["BLOCK_S"]
     grad_values = torch.empty((parts, num_units, rows.width, cols.width), dtype=torch.float32, device=x.device)
     allocate = torch.zeros if rows.holes else torch.empty
-    grad_bias = allocate((parts, rows.size if want_bias else 0), dtype=torch.float32, device=x.device)
+    grad_bias = allocate((parts, rows.size), dtype=torch.float32, device=x.device) if want_bias else None
     launch(
         weight_gradient_kernel,
         (groups, parts, tiles),
@@ -449,9 +439,6 @@ def weight_gradient(
         cols.size,
         R=rows.width,
         C=cols.width,
-        Y_PLACED=rows.column is not None,
-        X_PLACED=cols.column is not None,
-        WANT_BIAS=want_bias,
         PRECISION=runtime.input_precision(),
         ROWS=triton.next_power_of_2(rows.num_units),
         BLOCK_R=rows.tile,
@@ -459,7 +446,7 @@ def weight_gradient(
         **options,
     )
     # the second stage: a plain sum over the parts, always in the same order
-    return grad_values.sum(0).to(dtype), grad_bias.sum(0)
+    return grad_values.sum(0).to(dtype), None if grad_bias is None else grad_bias.sum(0)
 
 
 # --- the dense product with stored zeros ------------------------------------------------------------------------
@@ -568,15 +555,14 @@ def _backward(
     grad_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     units = units_of(mask_indices, trivial, values)
-    to_x, to_values = x.new_empty(0), values.new_empty(0)
-    to_bias = values.new_empty(0, dtype=torch.float32)
+    to_x, to_values, to_bias = x.new_empty(0), values.new_empty(0), None
     if grad_x:
         to_x = input_gradient(grad_y, values.to(grad_y.dtype), units, x.dtype)
     if grad_values:
         to_values, to_bias = weight_gradient(grad_y, x, units, values.dtype, grad_bias)
     elif grad_bias:
         to_bias = grad_y.sum(0, dtype=torch.float32)
-    return to_x, to_values, to_bias
+    return to_x, to_values, values.new_empty(0, dtype=torch.float32) if to_bias is None else to_bias
 
 
 def _backward_fake(

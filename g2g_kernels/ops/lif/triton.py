@@ -24,7 +24,7 @@ Bytes an element of [T, B, N], for currents of c bytes and spikes of s (1 inside
     FLOPs are a handful an element: both kernels run at the speed of memory.
 
 Gradients of β and θ, and firing rates, are summed in two stages: every program writes one partial sum (a neuron, or of
-its whole tile for a parameter of the layer), and :func:`_sum_kernel` adds those in a fixed order. There are no atomics:
+its whole tile for a parameter of the layer), and :func:`sum_kernel` adds those in a fixed order. There are no atomics:
 results are the same on every run.
 """
 
@@ -58,7 +58,7 @@ def _inside(sample, neuron, batch, neurons, t, steps):
 
 
 @triton.jit
-def _forward_kernel(
+def lif_forward_kernel(
     current,
     beta,
     theta,
@@ -126,7 +126,7 @@ def _store_partial(partial, tile, neuron, neurons, PER_NEURON: tl.constexpr):
 
 
 @triton.jit
-def _backward_kernel(
+def lif_backward_kernel(
     current,
     checkpoints,
     beta,
@@ -226,7 +226,7 @@ def _backward_kernel(
 
 
 @triton.jit
-def _sum_kernel(partial, beta, out, rows, cols, scale, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+def sum_kernel(partial, beta, out, rows, cols, scale, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
     """out[c] = scale·Σ_r partial[r][c], added in a fixed order; 0 where ``beta`` is given and its clamp has slope 0."""
     col = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     total = tl.zeros([BLOCK_C], tl.float32)
@@ -264,7 +264,7 @@ def _sum(partial: torch.Tensor, out: torch.Tensor, scale: float = 1.0, beta: tor
     rows, cols = partial.shape
     block_c = min(64, triton.next_power_of_2(cols))
     launch(
-        _sum_kernel,
+        sum_kernel,
         (triton.cdiv(cols, block_c),),
         partial,
         beta,
@@ -306,7 +306,7 @@ def launch_forward(
     grid = triton.cdiv(batch, block_b), triton.cdiv(neurons, block_n)
     rate_sums = current.new_empty(grid[0], neurons, dtype=torch.float32) if rates is not None else None
     launch(
-        _forward_kernel,
+        lif_forward_kernel,
         grid,
         current,
         beta,
@@ -372,7 +372,7 @@ def launch_backward(
 
     beta_sums, theta_sums = partial(beta, grad_beta), partial(theta, grad_theta)
     launch(
-        _backward_kernel,
+        lif_backward_kernel,
         grid,
         current,
         checkpoints,

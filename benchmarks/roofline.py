@@ -1,0 +1,193 @@
+"""The least time of a training step on a named GPU, kernel by kernel: ``python -m benchmarks.roofline``.
+
+A model, not a measurement. For each kernel of the Triton backend (as :mod:`benchmarks.launches` lists them):
+the floating-point operations of its matrix products over the weights that exist, the bytes of every tensor that it
+reads or writes, each once, and the longer of the two times that those take at the card's rates. Kernels do not overlap.
+Left out: what a kernel reads again because no cache holds it any more, arithmetic outside of matrix products, the gaps
+between launches, the loss.
+"""
+
+import argparse
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.launches import Operation, training_step
+from g2gnet import G2GNet
+from g2gnet.network import MODELS
+
+
+class Card(NamedTuple):
+    """Rates of a GPU: dense matrix FLOP/s by precision, memory bytes/s, and where those are from."""
+
+    flop_per_s: dict[str, float]
+    bytes_per_s: float
+    source: str
+
+
+CARDS = {
+    "h100": Card({"bf16": 798e12, "fp32": 67e12}, 3.0e12, "H100 SXM, as measured on one (fp32: data sheet)"),
+    "h200": Card({"bf16": 989e12, "fp32": 67e12}, 4.8e12, "H200 SXM, peak rates of the data sheet"),
+    "a100": Card({"bf16": 312e12, "fp32": 19.5e12}, 2.039e12, "A100 SXM 80 GB, peak rates of the data sheet"),
+}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+INPUT_DIM, NUM_CLASSES = 784, 10  # Fashion-MNIST
+
+#: operations below this share of the whole are shown in one line
+SMALL = 0.01
+
+#: what the tensors of neurons over time are, by the name of a kernel's argument; spikes are known by their dtype
+KINDS = {
+    "current": "currents",
+    "margins": "margins U − θ",
+    "checkpoints": "membranes",
+    "grad_spikes": "∂L/∂S",
+    "grad_current": "∂L/∂I",
+    "grad_y": "∂L/∂I",
+}
+PRODUCTS = {"forward": {"y": "currents"}, "backward": {"x": "∂L/∂I", "y": "∂L/∂S"}}
+
+
+def kinds(operation: Operation) -> dict[str, int]:
+    """The bytes of an operation by what they are."""
+    names = KINDS | (PRODUCTS[operation.phase] if operation.name == "product_kernel" else {})
+    moved: dict[str, int] = defaultdict(int)
+    for name, tensor in operation.tensors.items():
+        kind = "spikes" if tensor.dtype == torch.uint8 else names.get(name, "weights, sums")
+        moved[kind] += tensor.numel() * tensor.itemsize
+    return dict(moved)
+
+
+def seconds(operation: Operation, card: Card, precision: str) -> float:
+    """The floor of one operation."""
+    return max(operation.flop / card.flop_per_s[precision], operation.bytes / card.bytes_per_s)
+
+
+def adam(net: G2GNet) -> Operation:
+    """The fused optimizer: reads float32 weights, gradients and two moments, writes all of them but the gradients."""
+    weights = sum(parameter.numel() for parameter in net.parameters())
+    passes = ("weights", "gradients", "moments", "squares", "new weights", "new moments", "new squares")
+    return Operation("optimizer", "fused Adam", {name: torch.empty(weights, device="meta") for name in passes}, 0)
+
+
+def table(operations: Sequence[Operation], card: Card, precision: str) -> str:
+    """The floor of every operation and of all together, as Markdown."""
+    floors = [seconds(operation, card, precision) for operation in operations]
+    total = sum(floors)
+
+    def row(phase: str, name: str, chosen: Sequence[Operation], bound: str, moved: str) -> str:
+        flop = sum(operation.flop for operation in chosen) / 1e9
+        megabytes = sum(operation.bytes for operation in chosen) / 1e6
+        floor = sum(seconds(operation, card, precision) for operation in chosen) * 1e6
+        return f"| {phase} | {name} | {flop:.1f} | {megabytes:.1f} | {floor:.1f} | {bound} | {moved} |"
+
+    lines = [
+        "| pass | kernel | GFLOP | MB | floor, µs | bound by | of which, MB |",
+        "| --- | --- | --: | --: | --: | --- | --- |",
+    ]
+    small = []
+    for operation, floor in zip(operations, floors, strict=True):
+        if floor < SMALL * total:
+            small.append(operation)
+            continue
+        bound = "memory" if floor == operation.bytes / card.bytes_per_s else "arithmetic"
+        parts = [f"{size / 1e6:.1f} {kind}" for kind, size in kinds(operation).items() if size > 0.01 * operation.bytes]
+        lines.append(row(operation.phase, operation.name, [operation], bound, ", ".join(parts)))
+    lines.append(row("", f"{len(small)} smaller ones", small, "", ""))
+    lines.append(row("", f"**all {len(operations)}**", operations, "", ""))
+    return "\n".join(lines)
+
+
+def bytes_left(operations: Sequence[Operation], card: Card) -> str:
+    """What the bytes of a step are, as Markdown."""
+    moved: dict[str, int] = defaultdict(int)
+    for operation in operations:
+        for kind, size in kinds(operation).items():
+            moved[kind] += size
+    lines = ["| what moves | MB | µs at the card's bandwidth |", "| --- | --: | --: |"]
+    for kind, size in sorted(moved.items(), key=lambda item: -item[1]):
+        lines.append(f"| {kind} | {size / 1e6:.0f} | {size / card.bytes_per_s * 1e6:.0f} |")
+    return "\n".join(lines)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--batch_size", type=int, default=256, metavar="N", help="images in a step (default: 256)")
+    parser.add_argument("--T", type=int, default=50, metavar="N", help="time steps of a sample (default: 50)")
+    parser.add_argument("--hidden_dim", type=int, default=2048, metavar="N", help="neurons a layer (default: 2048)")
+    text = "probability of a connection unit between groups (default: 0.15)"
+    parser.add_argument("--p_inter", type=float, default=0.15, metavar="X", help=text)
+    text = "side of a connection unit in weights (default: 64)"
+    parser.add_argument("--block_size", type=int, default=64, metavar="N", help=text)
+    parser.add_argument("--model", choices=MODELS, default="index", help="network (default: index)")
+    parser.add_argument("--precision", choices=tuple(DTYPES), default="bf16", help="of products (default: bf16)")
+    parser.add_argument("--card", choices=tuple(CARDS), default="h100", help="whose rates to take (default: h100)")
+    return parser
+
+
+def roofline(arguments: argparse.Namespace) -> str:
+    """The whole report, as Markdown.
+
+    Raises:
+        ValueError: for sizes out of range.
+        ModuleNotFoundError: without Triton, whose kernels this is about.
+    """
+    if arguments.batch_size < 1:
+        raise ValueError(f"batch_size={arguments.batch_size} is out of range; give a value at least 1")
+    net = G2GNet(
+        INPUT_DIM,
+        arguments.hidden_dim,
+        NUM_CLASSES,
+        arguments.model,
+        arguments.p_inter,
+        arguments.block_size,
+        arguments.T,
+        generator=torch.Generator().manual_seed(42),
+    )
+    masks = [connection.mask for connection, _ in net.layers()]
+    weights = sum(int(mask.unit_sizes.sum()) for mask in masks)
+    density = weights / sum(rows * cols for rows, cols in (mask.shape for mask in masks))
+    card = CARDS[arguments.card]
+    operations = training_step(net, arguments.batch_size, INPUT_DIM, DTYPES[arguments.precision])
+    operations.append(adam(net))
+    total = sum(seconds(operation, card, arguments.precision) for operation in operations)
+    return f"""\
+# Floor of a training step: {total * 1e3:.3f} ms
+
+A model, not a measurement: these kernels have not been run on a GPU. `python -m benchmarks.roofline` prints it.
+
+{arguments.model}, B {arguments.batch_size}, T {arguments.T}, H {arguments.hidden_dim}, p_inter {arguments.p_inter}, \
+units of {arguments.block_size}, {arguments.precision}: {weights:,} weights, {density:.1%} of the dense network's.
+{card.source}: {card.flop_per_s[arguments.precision] / 1e12:.0f} TFLOP/s, {card.bytes_per_s / 1e12:.1f} TB/s.
+
+{table(operations, card, arguments.precision)}
+
+A kernel's floor is the longer of its arithmetic and its memory traffic; every tensor counts once a kernel. Kernels
+stand in the order of their launches, layers 1 to 3 forward and 3 to 1 backward. Gaps between them and the loss are left
+out.
+
+## Which bytes are left
+
+{bytes_left(operations, card)}
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    try:
+        print(roofline(arguments), end="")
+    except ModuleNotFoundError as error:
+        print(f"{parser.prog}: error: {error}; the model is of the Triton kernels: pip install triton", file=sys.stderr)
+        return 2
+    except ValueError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

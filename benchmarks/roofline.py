@@ -56,7 +56,7 @@ def kinds(operation: Operation) -> dict[str, int]:
     names = KINDS | (PRODUCTS[operation.phase] if operation.name == "product_kernel" else {})
     moved: dict[str, int] = defaultdict(int)
     for name, tensor in operation.tensors.items():
-        kind = "spikes" if tensor.dtype == torch.uint8 else names.get(name, "weights, sums")
+        kind = "spikes" if tensor.dtype == torch.uint8 else names.get(name, "weights and sums")
         moved[kind] += tensor.numel() * tensor.itemsize
     return dict(moved)
 
@@ -172,6 +172,10 @@ out.
 ## Which bytes are left
 
 {bytes_left(operations, card)}
+
+∂L/∂S and ∂L/∂I of a hidden layer are each written by one kernel and read by the next ones. Neurons' backward pass inside
+the input gradient of the layer above would save the trip of ∂L/∂S (4 bytes an element of [T, B, H] in 16 bits), as the
+fused forward kernel saves that of the currents; such a kernel would have to walk through time from the end.
 """
 
 

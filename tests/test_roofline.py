@@ -78,7 +78,7 @@ def test_floors_by_hand():
     assert "| forward | copy | 0.0 | 0.0 | 4000.0 | memory |" in text
     assert "| forward | product_kernel | 0.0 | 0.0 | 5000.0 | arithmetic |" in text
     assert "**all 2** | 0.0 | 0.0 | 9000.0 |" in text
-    assert "| weights, sums | 0 | 5000 |" in bytes_left([memory, both], card)
+    assert "| weights and sums | 0 | 5000 |" in bytes_left([memory, both], card)
 
 
 @pytest.mark.parametrize("model", ["index", "mixer"])

@@ -233,8 +233,8 @@ def fused_backward_kernel(
     margin = tl.load(margins + last * step + offset, mask=_if(last < steps, b, batch, n_ok), other=0.0).to(tl.float32)
     for turn in range(segments):
         first = (segments - 1 - turn) * SEGMENT
-        earlier = ()
-        grads = ()
+        earlier: tuple = ()
+        grads: tuple = ()
         for k in tl.static_range(SEGMENT):
             t = first + k
             there = _if((t > 0) & (t <= steps), b, batch, n_ok)

@@ -1,4 +1,4 @@
-"""The Triton kernels of g2g_lif, in pairs and fused: on a GPU where there is one, else in the interpreter, on the CPU."""
+"""The stack of layers in Triton, in pairs of kernels and fused; without a GPU in the interpreter, on the CPU."""
 
 import itertools
 

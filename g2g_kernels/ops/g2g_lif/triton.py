@@ -233,8 +233,8 @@ def fused_backward_kernel(
     margin = tl.load(margins + last * step + offset, mask=_if(last < steps, b, batch, n_ok), other=0.0).to(tl.float32)
     for turn in range(segments):
         first = (segments - 1 - turn) * SEGMENT
-        earlier: tuple = ()
-        grads: tuple = ()
+        earlier = ()
+        grads = ()
         for k in tl.static_range(SEGMENT):
             t = first + k
             there = _if((t > 0) & (t <= steps), b, batch, n_ok)
@@ -609,12 +609,16 @@ def _backward(
     num_steps, _ = _sizes(x, steps)
     layers = _layers(x, values, biases, betas, thresholds, all_indices, trivial, steps, dtype)
     neurons = [all_indices[i * INDICES + 7].shape[0] for i in range(len(values))]
-    rates_of = [None] * len(layers) if grad_rates is None else grad_rates.split(neurons)
+    rates_of: Sequence[torch.Tensor | None] = [None] * len(layers)
+    if grad_rates is not None:
+        rates_of = grad_rates.split(neurons)
     grads: list[list[torch.Tensor]] = []
     grad_spikes = None
     for i in reversed(range(len(layers))):
         layer, (state, checkpoints) = layers[i], kept[2 * i : 2 * i + 2]
-        to_rates = None if rates_of[i] is None else layer.to_columns(rates_of[i])
+        to_rates = rates_of[i]
+        if to_rates is not None:
+            to_rates = layer.to_columns(to_rates)
         grad_current = torch.empty_like(state, dtype=dtype)
         if layer.fused:
             grad_bias, grad_beta, grad_theta = _launch_fused_backward(
@@ -636,10 +640,11 @@ def _backward(
         received = (all_spikes[i - 1] if i else x).view(-1, layer.units.cols.size)
         want_bias = layer.bias is not None and grad_bias is None
         grad_values, summed = weight_gradient(grad_current, received, layer.units, values[i].dtype, want_bias)
-        if layer.bias is None:
+        grad_bias = summed if grad_bias is None else grad_bias
+        if layer.bias is None or grad_bias is None:
             grad_bias = torch.empty_like(biases[i])
         else:
-            grad_bias = layer.to_neurons(summed if grad_bias is None else grad_bias).to(biases[i].dtype)
+            grad_bias = layer.to_neurons(grad_bias).to(biases[i].dtype)
         grads.insert(0, [grad_values, grad_bias, grad_beta, grad_theta])
         grad_counts = None
         if i > 0:

@@ -1,0 +1,272 @@
+"""Machine code of the Triton kernels for GPUs that are not at hand: ``python -m benchmarks.aot`` prints a table.
+
+Every kernel that a training step launches is compiled at the tile sizes that the launch would choose, for NVIDIA's
+sm_80, sm_90 and sm_100 and AMD's gfx942 and gfx1100, and read: registers, stack, shared memory, how many programs fit
+on one multiprocessor, and which matrix instructions there are. Nothing is run: this says that the code is what it
+should be, not how long it takes.
+"""
+
+import argparse
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from benchmarks.launches import training_step
+from g2g_kernels.triton import runtime
+from g2g_kernels.triton.runtime import Launch
+from g2gnet import G2GNet
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A kind of GPU.
+
+    Attributes:
+        name: what compilers call it.
+        arch: Triton's number or name of it.
+        warp: threads of a warp.
+        shared: bytes of shared memory that one program may have.
+        shared_of_sm: bytes that all programs on one multiprocessor share.
+        registers_of_sm, threads_of_sm: 32-bit registers and threads of a multiprocessor (AMD: of a compute unit).
+        matrix: the instruction that matrix products should become.
+    """
+
+    name: str
+    arch: int | str
+    warp: int
+    shared: int
+    shared_of_sm: int
+    registers_of_sm: int
+    threads_of_sm: int
+    matrix: str
+
+    @property
+    def backend(self) -> str:
+        return "cuda" if isinstance(self.arch, int) else "hip"
+
+
+KIB = 1024
+TARGETS = {
+    target.name: target
+    for target in (
+        Target("sm_80", 80, 32, 163 * KIB, 164 * KIB, 65536, 2048, "mma.sync"),
+        Target("sm_90", 90, 32, 227 * KIB, 228 * KIB, 65536, 2048, "wgmma.mma_async"),
+        Target("sm_100", 100, 32, 227 * KIB, 228 * KIB, 65536, 2048, "tcgen05.mma"),
+        Target("gfx942", "gfx942", 64, 64 * KIB, 64 * KIB, 4 * 512 * 64, 2048, "mfma"),
+        Target("gfx1100", "gfx1100", 32, 64 * KIB, 128 * KIB, 4 * 1536 * 32, 2048, "wmma"),
+    )
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A network's training step: batch 256, T = 50, hidden sizes 2048."""
+
+    name: str
+    dtype: torch.dtype = torch.bfloat16
+    precision: str = "highest"  # of float32 products
+    model: str = "index"
+    block_size: int = 64
+    enc: str = "current"
+    batch: int = 256
+
+    def launches(self) -> list[Launch]:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(self.precision)
+        try:
+            draw = torch.Generator().manual_seed(0)
+            net = G2GNet(784, 2048, 10, self.model, block_size=self.block_size, enc=self.enc, generator=draw)
+            operations = training_step(net, self.batch, 784, self.dtype)
+        finally:
+            torch.set_float32_matmul_precision(before)
+        return [operation.launch for operation in operations if operation.launch]
+
+
+CASES = {
+    case.name: case
+    for case in (
+        Case("default step, bf16"),
+        Case("random groups, bf16", model="random"),
+        Case("units of 32, bf16", block_size=32),
+        Case("units of 16, bf16", block_size=16),
+        Case("batch of 32, bf16", batch=32),
+        Case("float32, tf32 products", torch.float32, "high"),
+        Case("float32, ieee products", torch.float32),
+    )
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One kernel on one kind of GPU."""
+
+    case: str
+    kernel: str
+    tile: str
+    factors: str
+    target: str
+    registers: int
+    stack: int
+    shared: int
+    programs: int
+    matrix: int
+
+    def cells(self) -> list[str]:
+        matrix = f"{self.matrix} {TARGETS[self.target].matrix}" if self.matrix else "–"
+        numbers = (self.registers, self.stack, self.shared, self.programs)
+        return [self.case, f"`{self.kernel}`", self.tile, self.factors, self.target, *map(str, numbers), matrix]
+
+
+HEADINGS = ["step", "kernel", "tile", "factors", "target", "registers", "stack", "shared", "programs/SM", "matrix"]
+
+
+def line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A launch's kernel as Triton's compiler takes it; equal for launches that share their machine code."""
+
+    kernel: Any
+    signature: tuple
+    constants: tuple
+    attributes: tuple
+    options: tuple
+    factors: str
+    tile: str
+
+
+def source_of(launch: Launch, target: Target) -> Source:
+    """What Triton would compile for a launch on ``target``, by its own rules for specialising arguments."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    kernel, keywords = launch.kernel, {"debug": False, **launch.options}
+    backend = make_backend(GPUTarget(target.backend, target.arch, target.warp))
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, rest = bind(*launch.arguments, **keywords)
+    options, signature, constants, attributes = kernel._pack_args(backend, keywords, bound, specialization, rest)
+    names = {torch.uint8: "u8", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float16: "fp16"}
+    read = [bound.get(name) for name in ("x", "grad_y", "values", "current", "margins", "grad_spikes")]
+    tile = [f"{name[6:]}{value}" for name, value in launch.options.items() if name.startswith("BLOCK_")]
+    return Source(
+        kernel,
+        tuple(signature.items()),
+        tuple(constants.items()),
+        tuple((path, tuple(map(tuple, values))) for path, values in attributes.items()),
+        tuple((name, launch.options[name]) for name in ("num_warps", "num_stages", "enable_fp_fusion")
+              if name in launch.options),
+        " × ".join(names[tensor.dtype] for tensor in read if isinstance(tensor, torch.Tensor)),
+        " ".join([*tile, f"w{options.num_warps}", f"s{options.num_stages}"]),
+    )  # fmt: skip
+
+
+def compile_for(source: Source, target: Target) -> Any:
+    """The compiled kernel."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    return triton.compile(
+        ASTSource(
+            source.kernel,
+            dict(source.signature),
+            dict(source.constants),
+            {path: [list(value) for value in values] for path, values in source.attributes},
+        ),
+        target=GPUTarget(target.backend, target.arch, target.warp),
+        options=dict(source.options),
+    )
+
+
+def resources(compiled: Any, target: Target) -> tuple[int, int]:
+    """Registers a thread, and bytes of stack (AMD: scratch) a thread."""
+    if target.backend == "hip":
+        text = compiled.asm["amdgcn"]
+        registers, stack = (
+            int(re.findall(rf"\.{name}:\s+(\d+)", text)[-1]) for name in ("vgpr_count", "private_segment_fixed_size")
+        )
+        return registers, stack
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = map(int, re.findall(r"REG:(\d+) STACK:(\d+)", text)[0])
+    return registers, stack
+
+
+def programs_of_sm(registers: int, shared: int, num_warps: int, target: Target) -> int:
+    """How many programs one multiprocessor holds at a time.
+
+    Registers are handed out to warps by 8 a thread, shared memory by 1 KiB with 1 KiB for the system (NVIDIA).
+    """
+    threads = num_warps * target.warp
+    by_registers = target.registers_of_sm // (-(-registers // 8) * 8 * threads)
+    taken = -(-shared // KIB) * KIB + (KIB if target.backend == "cuda" else 0)
+    by_shared = target.shared_of_sm // taken if taken else 32
+    return min(32, target.threads_of_sm // threads, by_registers, by_shared)
+
+
+def rows(cases: Sequence[Case], targets: Sequence[Target]) -> Iterator[Row]:
+    """Each kernel of these steps on each target, once."""
+    seen: set[tuple[str, Source]] = set()
+    for case in cases:
+        for launch in case.launches():
+            for target in targets:
+                source = source_of(launch, target)
+                if (target.name, source) in seen:
+                    continue
+                seen.add((target.name, source))
+                compiled = compile_for(source, target)
+                registers, stack = resources(compiled, target)
+                shared = compiled.metadata.shared
+                text = compiled.asm["ptx" if target.backend == "cuda" else "amdgcn"]
+                yield Row(
+                    case.name,
+                    launch.kernel.fn.__name__,
+                    source.tile,
+                    source.factors,
+                    target.name,
+                    registers,
+                    stack,
+                    shared,
+                    programs_of_sm(registers, shared, compiled.metadata.num_warps, target),
+                    len(re.findall(rf"^\s+(?:@%p\d+ )?(?:v_)?{re.escape(target.matrix)}", text, re.MULTILINE)),
+                )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.aot", description=__doc__.splitlines()[0])
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="kinds of GPU")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="training steps")
+    arguments = parser.parse_args(argv)
+    if runtime.interpreted():
+        parser.error("TRITON_INTERPRET is set; unset it to compile kernels")
+    try:
+        import triton
+    except ImportError:
+        parser.error("the package triton is not installed (pip install triton)")
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache  # what an earlier run compiled is no evidence
+        print(f"Triton {triton.__version__}, `python -m benchmarks.aot`. Compiled, not run on a GPU.\n")
+        print(line(HEADINGS))
+        print(line(["---"] * len(HEADINGS)))
+        for row in rows([CASES[name] for name in arguments.cases], [TARGETS[name] for name in arguments.targets]):
+            print(line(row.cells()), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

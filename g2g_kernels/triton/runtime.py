@@ -15,6 +15,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+#: the least compute capability: bfloat16 on tensor cores came with Ampere
+OLDEST = (8, 0)
+
 
 def interpreted() -> bool:
     """True if kernels run in Triton's interpreter, on CPU tensors."""
@@ -26,10 +29,16 @@ def _unavailable(interpreter: bool) -> str | None:
     if importlib.util.find_spec("triton") is None:
         remedy = "pip install triton" if sys.platform == "linux" else "it exists for Linux"
         return f"the package triton is not installed ({remedy})"
-    if not interpreter and not torch.cuda.is_available():
-        if torch.version.cuda is None and torch.version.hip is None:
-            return f"PyTorch {torch.__version__} is built for the CPU only (install a CUDA or ROCm build: pytorch.org)"
+    if interpreter:
+        return None
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"PyTorch {torch.__version__} is built for the CPU only (install a CUDA or ROCm build: pytorch.org)"
+    if not torch.cuda.is_available():
         return f"PyTorch {torch.__version__} finds no CUDA or ROCm device (see nvidia-smi or rocm-smi for the driver)"
+    newest = max(torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count()))
+    if newest < OLDEST:
+        required, found = (".".join(map(str, capability)) for capability in (OLDEST, newest))
+        return f"the kernels need a GPU of compute capability {required} or more, this one has {found}"
     return None
 
 

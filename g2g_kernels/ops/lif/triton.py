@@ -325,7 +325,8 @@ def launch_forward(
         SEGMENT=segment_of(steps),
         BLOCK_B=block_b,
         BLOCK_N=block_n,
-        num_warps=NUM_WARPS,
+        # rows that are not whole tiles wide take a mask an element: two a thread, or registers run out on sm_80
+        num_warps=NUM_WARPS if neurons % block_n == 0 else 2 * NUM_WARPS,
         **EXACT,
     )
     if rates is not None and rate_sums is not None:

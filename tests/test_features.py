@@ -193,9 +193,9 @@ def test_features_are_computed_once(data_dir, weights_file, monkeypatch, capsys)
     network = load_resnet("cifar10", weights_file)
     assert (first.input_dim, first.num_classes) == (512, 10)
     for part in ("train", "test"):
-        # BATCH is larger than this data set: the same batch gives the same values
         expected = network.features(getattr(images, f"{part}_images"))
-        assert torch.equal(getattr(first, f"{part}_images"), expected)
+        # a convolution may add in another order in another memory format
+        torch.testing.assert_close(getattr(first, f"{part}_images"), expected, rtol=0, atol=1e-5)
         assert torch.equal(getattr(first, f"{part}_labels"), getattr(images, f"{part}_labels"))
 
     def unused(*args):

@@ -15,7 +15,7 @@ from g2gnet.files import replace_file
 
 #: what is computed from an image; another computation needs another name here
 CUT = "layer2, mean over 4x4, min-max"
-BATCH = 500
+BATCH = 100
 PARTS = ("train_images", "train_labels", "test_images", "test_labels")
 
 
@@ -44,6 +44,9 @@ def load_features(
     parts = _cached(file)
     if parts is None:
         network = load_resnet(dataset, weights).to(device)
+        if torch.device(device).type in ("cpu", "cuda"):
+            # twice as fast on a CPU with AVX-512, in batches that stay in its caches
+            network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         images = load_dataset(dataset, data_dir)
         print(f"computing the ResNet-32 features of {dataset}", flush=True)
         parts = _compute(network, images, device)

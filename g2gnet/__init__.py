@@ -3,7 +3,8 @@
 from g2gnet.dst import DSTScheduler
 from g2gnet.layers import LIF, G2GLinear
 from g2gnet.network import G2GNet
+from g2gnet.sparsify import sparsify
 from g2gnet.stack import SpikingStack
 
 __version__ = "0.1.0"
-__all__ = ["LIF", "DSTScheduler", "G2GLinear", "G2GNet", "SpikingStack"]
+__all__ = ["LIF", "DSTScheduler", "G2GLinear", "G2GNet", "SpikingStack", "sparsify"]

@@ -3,13 +3,16 @@
 Works on :class:`G2GLinear` layers and any optimizer that keeps per-weight state in tensors of the weights' shape.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 from g2g_kernels import Activity, BlockMask
 from g2g_kernels.block_mask import UnitAxis
 from g2gnet.layers import G2GLinear
+from g2gnet.recording import ActivityRecorder, Recording, Train, dense
 from g2gnet.seeding import draw_device, stream
 
 PRUNE_RULES = ("set", "random", "hebb")
@@ -47,6 +50,30 @@ def _unit_sums(samples: torch.Tensor, norm: torch.Tensor, axis: UnitAxis) -> tor
     return padded.view(len(samples), axis.num_units, axis.width).sum(2)
 
 
+def _samples(recordings: list[Recording] | None, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The pre- and postsynaptic samples of layer ``number``, in the form that :func:`unit_correlation` takes.
+
+    Raises:
+        RuntimeError: if there are none.
+    """
+    if not recordings or not recordings[number]:
+        raise RuntimeError(
+            f"no activity of layer {number} was seen in this step: give step() the inputs and the activity, or make "
+            "the scheduler of the model (not of a compiled one) and run it in training mode before each step(). "
+            "prune='set' or 'random' with grow='random' need none"
+        )
+    pairs = [(dense(pre), dense(post)) for pre, post in recordings[number]]
+    if len(pairs) == 1 and pairs[0][1].dim() == 3:
+        return pairs[0]
+    flat_pre, flat_post = [], []
+    for pre, post in pairs:
+        if pre.dim() < post.dim():  # an input that was held for all time steps
+            pre = pre.expand(len(post), *pre.shape)
+        flat_pre.append(pre.reshape(-1, pre.shape[-1]))
+        flat_post.append(post.reshape(-1, post.shape[-1]))
+    return torch.cat(flat_pre)[None], torch.cat(flat_post)[None]
+
+
 def _lowest(scores: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
     """Indices of the ``count`` lowest scores [n], ties broken by a uniform draw: shuffle, then sort stably."""
     shuffle = torch.randperm(len(scores), generator=generator, device=generator.device).to(scores.device)
@@ -56,12 +83,14 @@ def _lowest(scores: torch.Tensor, count: int, generator: torch.Generator) -> tor
 class DSTScheduler:
     """Prunes and regrows units every ``interval`` optimizer steps; the number of units never changes.
 
-    Call :meth:`step` after each ``optimizer.step()``. In an update, each layer loses the ``fraction`` of its units with
-    the lowest prune score and gains as many, with the highest grow score, among those that were inactive before.
-    A unit's score is the mean over its weights. Grown weights and their optimizer state start at zero.
+    As with a learning-rate scheduler, call :meth:`step` after each ``optimizer.step()``. In an update, each layer loses
+    the ``fraction`` of its units with the lowest prune score and gains as many, with the highest grow score, among
+    those that were inactive before. A unit's score is the mean over its weights. Grown weights and their optimizer
+    state start at zero. Frozen layers stay as they are.
 
     Args:
-        layers: the sparse layers, from input to output.
+        model: a model, all of whose :class:`G2GLinear` layers are rewired and whose activity is recorded where a rule
+            needs it (:class:`ActivityRecorder`); or the layers, from input to output, whose activity :meth:`step` gets.
         optimizer: holds the layers' ``values``.
         interval: optimizer steps between updates.
         fraction: share of the units replaced in an update, 0 to 1.
@@ -73,12 +102,13 @@ class DSTScheduler:
         pruned, grown: units pruned and grown so far, over all layers.
 
     Raises:
-        ValueError: for an option out of range, or if every unit is present, so that nothing could grow.
+        ValueError: for an option out of range, no layer, a layer that the optimizer does not hold, or if every unit is
+            present, so that nothing could grow.
     """
 
     def __init__(
         self,
-        layers: Sequence[G2GLinear],
+        model: nn.Module | Sequence[G2GLinear],
         optimizer: torch.optim.Optimizer,
         interval: int = 1000,
         fraction: float = 0.1,
@@ -94,9 +124,21 @@ class DSTScheduler:
             raise ValueError(f"interval={interval} must be at least 1 step")
         if not 0.0 < fraction <= 1.0:
             raise ValueError(f"fraction={fraction} must be above 0 and at most 1")
-        if all(layer.mask.is_full for layer in layers):
+        if isinstance(model, nn.Module):
+            self.layers = [module for module in model.modules() if isinstance(module, G2GLinear)]
+        else:
+            self.layers = list(model)
+        if not self.layers:
+            raise ValueError("there is no G2GLinear layer to rewire; g2gnet.sparsify(model) makes them")
+        if all(layer.mask.is_full for layer in self.layers):
             raise ValueError("every unit of every layer is present, so none can grow; lower p_inter or p_intra")
-        self.layers = list(layers)
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for number, layer in enumerate(self.layers):
+            if layer.values.requires_grad and id(layer.values) not in held:
+                raise ValueError(
+                    f"the optimizer does not hold the weights of layer {number}, {layer.out_features} × "
+                    f"{layer.in_features}; make the optimizer after the layers, of model.parameters()"
+                )
         self.optimizer = optimizer
         self.interval = interval
         self.fraction = fraction
@@ -106,6 +148,14 @@ class DSTScheduler:
         self.steps = 0
         self.pruned = 0
         self.grown = 0
+        self._needs_activity = "hebb" in (prune, grow)
+        self._recorder = ActivityRecorder(model, self.layers) if isinstance(model, nn.Module) else None
+        self._record_if_due()
+
+    def _record_if_due(self) -> None:
+        """Has the model's activity recorded through the optimizer step after which the next update comes, if any."""
+        if self._recorder is not None and self._needs_activity and (self.steps + 1) % self.interval == 0:
+            self._recorder.start()
 
     def state_dict(self) -> dict[str, int]:
         """The counters; masks and weights are in the layers' own state."""
@@ -113,28 +163,38 @@ class DSTScheduler:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.steps, self.pruned, self.grown = state["steps"], state["pruned"], state["grown"]
+        if self._recorder is not None:
+            self._recorder.stop()
+        self._record_if_due()
 
-    def step(self, inputs: torch.Tensor, activity: Activity) -> bool:
+    def step(self, inputs: torch.Tensor | None = None, activity: Activity | None = None) -> bool:
         """Counts an optimizer step and, every ``interval`` of them, updates the layers; returns whether it did.
 
         Args:
             inputs: what the first layer received in this step, [B, in] or [T, B, in].
-            activity: what the stack did in this step; its spikes are the samples of the correlation.
+            activity: what the stack of these layers did in this step; its spikes are the samples of the correlation.
+                Both are left out where the scheduler was given a model, which it then watches by itself.
+
+        Raises:
+            RuntimeError: if a rule needs activity, and none was given or recorded.
         """
         self.steps += 1
-        if self.steps % self.interval:
-            return False
-        pre = inputs.detach()
-        needs_spikes = "hebb" in (self.prune, self.grow)
-        for number, layer in enumerate(self.layers):
-            correlation = None
-            if needs_spikes:
-                post = activity.spikes[number].dense()
-                correlation = unit_correlation(pre, post, layer.mask).flatten()
-                pre = post
-            device = draw_device(layer.values.device)
-            self._update(layer, correlation, stream(self.seed, "dst", self.steps, number, device=device))
-        return True
+        recorded = self._recorder.stop() if self._recorder is not None else None
+        due = self.steps % self.interval == 0
+        if due:
+            if inputs is not None and activity is not None:
+                pre: list[Train] = [inputs.detach(), *activity.spikes]
+                recorded = [[pair] for pair in itertools.pairwise(pre)]
+            for number, layer in enumerate(self.layers):
+                if not layer.values.requires_grad:
+                    continue
+                correlation = None
+                if self._needs_activity:
+                    correlation = unit_correlation(*_samples(recorded, number), layer.mask).flatten()
+                device = draw_device(layer.values.device)
+                self._update(layer, correlation, stream(self.seed, "dst", self.steps, number, device=device))
+        self._record_if_due()
+        return due
 
     @torch.no_grad()
     def _update(self, layer: G2GLinear, correlation: torch.Tensor | None, generator: torch.Generator) -> None:

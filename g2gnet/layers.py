@@ -1,9 +1,11 @@
 """The two layer types: a sparse linear layer over a :class:`BlockMask`, and LIF neurons."""
 
+import copy
+
 import torch
 from torch import nn
 
-from g2g_kernels import BlockMask, g2g_linear, lif, lif_step
+from g2g_kernels import BlockMask, GroupLayout, g2g_linear, lif, lif_step
 
 
 class G2GLinear(nn.Module):
@@ -37,6 +39,45 @@ class G2GLinear(nn.Module):
         self.values = nn.Parameter(torch.empty(mask.num_units, *mask.unit_shape, device=device))
         self.bias = nn.Parameter(torch.empty(mask.shape[0], device=device)) if bias else None
         self.reset_parameters(generator)
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, mask: BlockMask | torch.Tensor | None = None, backend: str | None = None
+    ) -> "G2GLinear":
+        """The layer that computes what ``linear`` would with its weight times ``mask``, of the same device and dtype.
+
+        Args:
+            linear: its weights that exist and its bias are copied.
+            mask: a :class:`BlockMask`, copied too, or bool [out, in], taken as units of single weights. None: the
+                mask that ``torch.nn.utils.prune`` put on the layer, and where there is none every weight.
+            backend: as for the layer.
+
+        Raises:
+            ValueError: if the mask has another shape than the weight.
+        """
+        pruned: torch.Tensor | None = getattr(linear, "weight_mask", None)
+        # under pruning linear.weight is a product of the last forward pass
+        weight: torch.Tensor = linear.weight if pruned is None else linear.get_parameter("weight_orig")
+        if mask is None:
+            if pruned is None:
+                mask = BlockMask.full(GroupLayout(weight.shape[0], 1), GroupLayout(weight.shape[1], 1))
+            else:
+                mask = BlockMask.from_dense(pruned != 0)
+        elif isinstance(mask, torch.Tensor):
+            mask = BlockMask.from_dense(mask)
+        else:
+            mask = copy.deepcopy(mask)
+        if mask.shape != tuple(weight.shape):
+            raise ValueError(f"mask describes {mask.shape} weights, the linear layer has {tuple(weight.shape)}")
+        # initial values are drawn only to be replaced: not from the user's generator
+        layer = cls(mask, bias=linear.bias is not None, backend=backend, generator=torch.Generator())
+        layer.to(weight.device, weight.dtype).train(linear.training)
+        layer.values.data.copy_(layer.mask.pack(weight.detach()))
+        layer.values.requires_grad_(weight.requires_grad)
+        if layer.bias is not None:
+            layer.bias.data.copy_(linear.bias.detach())
+            layer.bias.requires_grad_(linear.bias.requires_grad)
+        return layer
 
     @property
     def in_features(self) -> int:

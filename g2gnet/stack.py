@@ -1,14 +1,18 @@
 """A stack of spiking layers, each a connection and its LIF neurons: all time steps in one call, or step by step."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from g2g_kernels import Activity, LIFLayer, g2g_lif
 from g2gnet.layers import LIF, G2GLinear
 
+#: called with the inputs and the activity of a run over all time steps
+ActivityHook = Callable[[torch.Tensor, Activity], None]
 #: the membranes of every layer, from input to output
 StackState = tuple[torch.Tensor, ...]
 
@@ -44,6 +48,7 @@ class SpikingStack(nn.Module):
         self.T = T
         self.backend = backend
         self.depth = len(layers)
+        self._activity_hooks: OrderedDict[int, ActivityHook] = OrderedDict()
         for number, (connection, neurons) in enumerate(layers, 1):
             self.add_module(f"fc{number}", connection)
             self.add_module(f"lif{number}", neurons)
@@ -71,7 +76,16 @@ class SpikingStack(nn.Module):
             for connection, neurons in self.layers()
         ]
         steps = self.T if inputs.dim() == 2 else None
-        return g2g_lif(inputs, layers, steps, reset, surrogate, alpha, self.backend)
+        activity = g2g_lif(inputs, layers, steps, reset, surrogate, alpha, self.backend)
+        for hook in self._activity_hooks.values():
+            hook(inputs, activity)
+        return activity
+
+    def register_activity_hook(self, hook: ActivityHook) -> RemovableHandle:
+        """Has ``hook(inputs, activity)`` called after every :meth:`simulate`; the handle's ``remove()`` ends that."""
+        handle = RemovableHandle(self._activity_hooks)
+        self._activity_hooks[handle.id] = hook
+        return handle
 
     def step(self, x: torch.Tensor, state: StackState | None = None) -> tuple[torch.Tensor, StackState]:
         """Runs the stack for one time step; T steps give the spikes of :meth:`simulate`.

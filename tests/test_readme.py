@@ -19,7 +19,12 @@ from g2gnet.training.cross_validation import FoldSettings
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-COMMANDS = re.findall(r"python ((?:-m )?[\w.]+(?: [^`\n]*)?)", README)
+#: every command there and in the programs' help
+COMMANDS = [
+    *dict.fromkeys(
+        re.findall(r"python ((?:-m )?[\w.]+(?: [^`\n]*)?)", "\n".join([README, train.EXAMPLES, crossval.EXAMPLES]))
+    )
+]
 
 #: of each program: its module, its settings, and flags that make a run small without another name for its files
 SMALL = "--hidden_dim 16 --batch_size 16 --dst_interval 2 --limit_test 20 --epochs 1 --warmup_epochs 0"
@@ -89,9 +94,24 @@ def test_each_example_runs(workplace, command):
         assert len(json.loads((workplace / f"checkpoints/{settings.summary_stem}.json").read_text())["folds"]) == 2
 
 
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command.endswith(".pth")])
+def test_each_example_with_checkpoints_runs_after_those_that_make_them(workplace, command):
+    program, arguments = split(command)
+    makers = {stem_of(arguments): arguments for name, arguments in map(split, COMMANDS) if name == "train.py"}
+    for argument in arguments:
+        if argument.endswith(".pth"):
+            run("train.py", makers[Path(argument).stem])
+    assert importlib.import_module(program.removeprefix("-m ")).main(arguments) == 0
+
+
+def stem_of(arguments):
+    asked = vars(train.build_parser().parse_args(arguments))
+    return TrainSettings(**{name: asked[name] for name in TrainSettings().given()}).stem
+
+
 @pytest.mark.parametrize("command", [command for command in COMMANDS if split(command)[0] not in PROGRAMS])
 def test_other_commands_are_of_programs_that_have_these_flags(capsys, command):
-    """Those of benchmarks and of programs that take a checkpoint have tests of their own."""
+    """Benchmarks run in tests of their own."""
     program, arguments = split(command)
     module = importlib.import_module(program.removeprefix("-m "))
     with pytest.raises(SystemExit) as stop:

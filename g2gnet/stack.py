@@ -21,7 +21,7 @@ class SpikingStack(nn.Module):
     """Connections and neurons ``fc1``, ``lif1``, ``fc2``, ``lif2``, …, the spikes of one layer the inputs of the next.
 
     Args:
-        layers: pairs (connection, neurons), from input to output. All neurons share reset, surrogate and alpha.
+        layers: pairs (connection, neurons), from input to output. All neurons need the same reset, surrogate and alpha.
         T: number of time steps for which inputs [B, D] are held.
         backend: ``"triton"``, ``"cpu"`` or ``"torch"``; None lets the device decide.
 
@@ -58,6 +58,17 @@ class SpikingStack(nn.Module):
         for number in range(1, self.depth + 1):
             yield getattr(self, f"fc{number}"), getattr(self, f"lif{number}")
 
+    def lif_options(self) -> tuple[str, str, float]:
+        """The (reset, surrogate, alpha) of all neurons.
+
+        Raises:
+            ValueError: if they differ from layer to layer.
+        """
+        options = [(neurons.reset, neurons.surrogate, neurons.alpha) for _, neurons in self.layers()]
+        if any(other != options[0] for other in options):
+            raise ValueError(f"all LIF layers of a stack need the same reset, surrogate and alpha, not {options}")
+        return options[0]
+
     def simulate(self, inputs: torch.Tensor) -> Activity:
         """Runs the stack on inputs [B, D] held for T steps, or [T, B, D].
 
@@ -67,10 +78,7 @@ class SpikingStack(nn.Module):
         Raises:
             ValueError: if the neurons' resets or surrogates differ, or the inputs have another shape.
         """
-        options = [(neurons.reset, neurons.surrogate, neurons.alpha) for _, neurons in self.layers()]
-        if any(other != options[0] for other in options):
-            raise ValueError(f"all LIF layers of a stack need the same reset, surrogate and alpha, not {options}")
-        reset, surrogate, alpha = options[0]
+        reset, surrogate, alpha = self.lif_options()
         layers = [
             LIFLayer(connection.values, connection.mask, connection.bias, neurons.beta, neurons.threshold)
             for connection, neurons in self.layers()

@@ -1,0 +1,6 @@
+"""Networks from and to other libraries: snnTorch, and the exchange format NIR. Install them with ``g2g[interop]``."""
+
+from g2gnet.interop.nir import from_nir, to_nir
+from g2gnet.interop.snntorch import from_snntorch, to_snntorch
+
+__all__ = ["from_nir", "from_snntorch", "to_nir", "to_snntorch"]

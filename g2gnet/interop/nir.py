@@ -1,0 +1,217 @@
+"""Stacks to and from NIR, the Neuromorphic Intermediate Representation (Pedersen et al. 2024).
+
+NIR describes neurons in continuous time and leaves the time step Δt to whoever runs them. Its LIF is
+
+    τ·dv/dt = (v_leak − v) + R·I,    v ← v_reset after a spike, where v > v_threshold
+
+and an Euler step of it, v ← (1 − Δt/τ)·v + (Δt/τ)·(v_leak + R·I), is our U ← β·U + I with
+
+    β = 1 − Δt/τ,    U = v/g,    θ = v_threshold/g,    g = R·Δt/τ,    v_leak = v_reset = 0.
+
+Of the pairs (R, v_threshold) that describe the same neuron, :func:`to_nir` writes R = 1, v_threshold = (1 − β)·θ, since
+Norse's importer takes R to be 1. A spike resets our membrane before the next step's decay, which with reset to zero is
+NIR's reset at once. NIR cannot carry
+
+- the reset by subtraction, delayed or not: its LIF has reset to a value only (train with ``reset="zero"``);
+- β = 1: no leak means an infinite τ;
+- surrogates, what is learnable, groups and units: they travel in the nodes' metadata, which other tools do not read;
+- how samples are encoded: the graph's input is what fc1 receives.
+"""
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from g2g_kernels import BlockMask, GroupLayout
+from g2gnet.interop.optional import optional_package
+from g2gnet.layers import LIF, G2GLinear
+from g2gnet.stack import SpikingStack
+
+#: the time step of snnTorch's and most other NIR converters, in seconds
+DEFAULT_DT = 1e-4
+
+#: what describes a mask in a node's metadata
+_MASK_KEYS = ("block_size", "out_group_of", "in_group_of", "unit_row", "unit_col")
+
+
+def to_nir(stack: SpikingStack, dt: float = DEFAULT_DT) -> Any:
+    """The ``nir.NIRGraph`` of a stack: input → fc1 → lif1 → fc2 → … → output.
+
+    Args:
+        stack: its neurons have reset to zero.
+        dt: the time step, in seconds, with which the graph is to be run.
+
+    Raises:
+        ValueError: for what NIR cannot carry.
+        ImportError: if the package ``nir`` is not installed.
+    """
+    nir = optional_package("nir")
+    reset = stack.lif_options()[0]
+    if reset != "zero":
+        raise ValueError(
+            f"reset={reset!r} has no form in NIR, whose LIF resets to a value; train the network with reset='zero'"
+        )
+    if not dt > 0:
+        raise ValueError(f"dt={dt} must be above 0 seconds")
+    layers = list(stack.layers())
+    nodes = {"input": nir.Input(input_type={"input": np.array([layers[0][0].in_features])})}
+    for number, (connection, neurons) in enumerate(layers, 1):
+        weight, metadata = _array(connection.dense_weight()), _mask_metadata(connection.mask)
+        if connection.bias is None:
+            nodes[f"fc{number}"] = nir.Linear(weight=weight, metadata=metadata)
+        else:
+            nodes[f"fc{number}"] = nir.Affine(weight=weight, bias=_array(connection.bias), metadata=metadata)
+        nodes[f"lif{number}"] = _lif_node(f"lif{number}", neurons, connection.out_features, dt)
+    nodes["output"] = nir.Output(output_type={"output": np.array([layers[-1][0].out_features])})
+    names = list(nodes)
+    return nir.NIRGraph(nodes=nodes, edges=list(itertools.pairwise(names)))
+
+
+def from_nir(
+    graph: Any,
+    dt: float = DEFAULT_DT,
+    masks: Mapping[str, BlockMask | torch.Tensor] | None = None,
+    T: int = 50,  # noqa: N803  (the field's name for it)
+    backend: str | None = None,
+) -> SpikingStack:
+    """The stack of a NIR graph in which linear or affine nodes and LIF nodes take turns.
+
+    Args:
+        graph: a ``nir.NIRGraph``, as ``nir.read(file)`` gives it.
+        dt: the time step, in seconds, for which the graph was made.
+        masks: by name of a node, the weights that exist, as for :meth:`G2GLinear.from_linear`. A node that is not named
+            here has the mask in its metadata, and without that every weight.
+        T: for how many steps the stack holds inputs [B, D].
+        backend: ``"triton"``, ``"cpu"`` or ``"torch"``; None lets the device decide.
+
+    Raises:
+        ValueError: for a graph of another form, or neurons that the stack does not have.
+        ImportError: if the package ``nir`` is not installed.
+    """
+    nir = optional_package("nir")
+    if not dt > 0:
+        raise ValueError(f"dt={dt} must be above 0 seconds")
+    masks = masks or {}
+    chain = [
+        (name, node) for name, node in _chain(graph, nir) if not isinstance(node, nir.Input | nir.Output | nir.Flatten)
+    ]
+    linear, neurons = chain[::2], chain[1::2]
+    for expected, found in (((nir.Affine, nir.Linear), linear), ((nir.LIF,), neurons)):
+        for name, node in found:
+            if not isinstance(node, expected):
+                raise ValueError(
+                    f"node {name} is a {type(node).__name__}; a stack takes Affine or Linear and LIF nodes in turn"
+                )
+    if not linear or len(linear) != len(neurons):
+        raise ValueError(f"the graph has {len(linear)} linear and {len(neurons)} LIF nodes; each needs the other")
+    unknown = set(masks) - {name for name, _ in linear}
+    if unknown:
+        raise ValueError(f"masks names {', '.join(sorted(unknown))}, the graph {', '.join(n for n, _ in linear)}")
+    layers = [
+        (
+            _connection(name, node, masks.get(name), backend),
+            _lif(lif_name, lif_node, dt, backend),
+        )
+        for (name, node), (lif_name, lif_node) in zip(linear, neurons, strict=True)
+    ]
+    return SpikingStack(layers, T, backend)
+
+
+def _chain(graph: Any, nir: Any) -> list[tuple[str, Any]]:
+    """The nodes of a graph without branches, from its input to its output."""
+    followers: dict[str, list[str]] = {name: [] for name in graph.nodes}
+    for source, target in graph.edges:
+        followers[source].append(target)
+    starts = [name for name, node in graph.nodes.items() if isinstance(node, nir.Input)]
+    if len(starts) != 1:
+        raise ValueError(f"the graph has {len(starts)} inputs; a stack has one")
+    chain = [starts[0]]
+    while followers[chain[-1]]:
+        if len(followers[chain[-1]]) > 1 or followers[chain[-1]][0] in chain:
+            raise ValueError(f"node {chain[-1]} leads to {followers[chain[-1]]}; a stack has no branches and no loops")
+        chain.append(followers[chain[-1]][0])
+    return [(name, graph.nodes[name]) for name in chain]
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.detach().to("cpu", torch.promote_types(tensor.dtype, torch.float32)).numpy().copy()
+
+
+def _mask_metadata(mask: BlockMask) -> dict[str, Any]:
+    if mask.is_full:
+        return {}
+    state = mask.state_dict()
+    indices = {key: state[key].cpu().numpy().copy() for key in _MASK_KEYS}
+    return {**indices, "block_size": mask.block_size}  # NIR files take numbers, but no arrays without dimensions
+
+
+def _connection(name: str, node: Any, mask: BlockMask | torch.Tensor | None, backend: str | None) -> G2GLinear:
+    weight = torch.from_numpy(np.asarray(node.weight)).float()
+    bias = getattr(node, "bias", None)
+    linear = torch.nn.utils.skip_init(torch.nn.Linear, weight.shape[1], weight.shape[0], bias=bias is not None)
+    linear.weight.data.copy_(weight)
+    if bias is not None:
+        linear.bias.data.copy_(torch.from_numpy(np.asarray(bias)))
+    if mask is None and set(_MASK_KEYS) <= set(node.metadata):
+        state = {key: torch.as_tensor(node.metadata[key]) for key in _MASK_KEYS}
+        mask = BlockMask(
+            GroupLayout.from_assignment(state["out_group_of"]),
+            GroupLayout.from_assignment(state["in_group_of"]),
+            state["unit_row"],
+            state["unit_col"],
+            int(state["block_size"]),
+        )
+        if weight[~mask.to_dense()].any():
+            raise ValueError(f"node {name} has weights that its metadata calls absent; give masks={{{name!r}: ...}}")
+    return G2GLinear.from_linear(linear, mask, backend)
+
+
+def _lif_node(name: str, neurons: LIF, size: int, dt: float) -> Any:
+    nir = optional_package("nir")
+    beta, threshold = (
+        tensor.detach().cpu().double().expand(size).numpy() for tensor in (neurons.beta.clamp(0, 1), neurons.threshold)
+    )
+    if (beta == 1).any():
+        raise ValueError(f"{name} has beta=1, no leak: the time constant that NIR asks for is infinite")
+    return nir.LIF(
+        tau=dt / (1 - beta),
+        r=np.ones(size),
+        v_leak=np.zeros(size),
+        v_reset=np.zeros(size),
+        v_threshold=(1 - beta) * threshold,
+        metadata={
+            "surrogate": neurons.surrogate,
+            "alpha": neurons.alpha,
+            "beta_per_neuron": neurons.beta.dim() > 0,
+            "threshold_per_neuron": neurons.threshold.dim() > 0,
+            "learn_beta": isinstance(neurons.beta, torch.nn.Parameter),
+            "learn_threshold": isinstance(neurons.threshold, torch.nn.Parameter),
+        },
+    )
+
+
+def _lif(name: str, node: Any, dt: float, backend: str | None) -> LIF:
+    for option in ("v_leak", "v_reset"):
+        if np.any(getattr(node, option) != 0):
+            raise ValueError(f"node {name} has {option} other than 0, which our LIF has not")
+    decay = dt / np.asarray(node.tau, dtype=np.float64)
+    if np.any(decay > 1) or np.any(decay < 0):
+        raise ValueError(f"node {name} has a time constant below dt={dt} s; give the dt that the graph was made for")
+    values = {"beta": 1 - decay, "threshold": node.v_threshold / (node.r * decay)}
+    about = node.metadata
+    population = LIF(
+        learn_beta=bool(about.get("learn_beta", True)),
+        learn_threshold=bool(about.get("learn_threshold", True)),
+        reset="zero",
+        surrogate=about.get("surrogate", "atan"),
+        alpha=float(about.get("alpha", 2.0)),
+        backend=backend,
+    )
+    for parameter, value in values.items():
+        tensor = torch.from_numpy(np.asarray(value)).float()
+        per_neuron = about.get(f"{parameter}_per_neuron", bool((tensor != tensor.flatten()[0]).any()))
+        getattr(population, parameter).data = tensor.flatten() if per_neuron else tensor.flatten()[0]
+    return population

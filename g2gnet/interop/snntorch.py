@@ -1,0 +1,195 @@
+"""Networks of ``nn.Linear`` and ``snntorch.Leaky`` as stacks of ours, and back.
+
+Weights, masks, biases, β, θ, what of them is learnable, reset and surrogate are carried over; the spikes are equal,
+since our neurons are snnTorch's to the letter. A PyTorch mask is that of ``torch.nn.utils.prune``, which knows single
+weights only: groups and units of more than one weight come back through the argument ``masks``.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import prune
+
+from g2g_kernels import BlockMask
+from g2g_kernels.ops.lif.surrogates import SURROGATES
+from g2gnet.interop.optional import optional_package
+from g2gnet.layers import LIF, G2GLinear
+from g2gnet.stack import SpikingStack
+
+
+def from_snntorch(
+    model: nn.Module,
+    masks: Mapping[str, BlockMask | torch.Tensor] | None = None,
+    T: int = 50,  # noqa: N803  (the field's name for it)
+    backend: str | None = None,
+) -> SpikingStack:
+    """The stack that does what the ``nn.Linear`` and ``snn.Leaky`` layers of ``model`` do, called in turn at each step.
+
+    The layers are taken in the order in which the model registered them (the order of ``model.named_modules()``);
+    ``nn.Flatten`` and ``nn.Identity`` are left out. What a ``forward`` of the model's own adds is not seen.
+
+    Args:
+        model: alternates ``nn.Linear`` and ``snn.Leaky``.
+        masks: by name of an ``nn.Linear``, the weights that exist, as for :meth:`G2GLinear.from_linear`. A layer that
+            is not named here has the mask that ``torch.nn.utils.prune`` gave it, and without that every weight.
+        T: for how many steps the stack holds inputs [B, D].
+        backend: ``"triton"``, ``"cpu"`` or ``"torch"``; None lets the device decide.
+
+    Raises:
+        ValueError: for layers or options of neurons that the stack does not have.
+        ImportError: if snnTorch is not installed.
+    """
+    snn = optional_package("snntorch")
+    linears: dict[str, nn.Linear] = {}
+    neurons: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        expected = nn.Linear if len(linears) == len(neurons) else snn.Leaky
+        if isinstance(module, nn.Linear | snn.Leaky):
+            if not isinstance(module, expected):
+                raise ValueError(f"{name} is a {type(module).__name__}, but a {expected.__name__} should come next")
+            (linears if expected is nn.Linear else neurons)[name] = module
+        elif not list(module.children()) and not isinstance(module, nn.Flatten | nn.Identity):
+            raise ValueError(
+                f"{name or 'the model'} is a {type(module).__name__}; from_snntorch takes networks of nn.Linear and "
+                "snn.Leaky. G2GLinear and LIF can be put into a model of another form one by one"
+            )
+    if not linears or len(linears) != len(neurons):
+        raise ValueError(f"the model has {len(linears)} nn.Linear and {len(neurons)} snn.Leaky; each needs the other")
+    masks = masks or {}
+    unknown = set(masks) - set(linears)
+    if unknown:
+        raise ValueError(f"masks names {', '.join(sorted(unknown))}; the linear layers are {', '.join(linears)}")
+    layers = [
+        (
+            G2GLinear.from_linear(linear, masks.get(name), backend),
+            _lif_from_leaky(leaky_name, leaky, linear.out_features, linear.weight, backend),
+        )
+        for (name, linear), (leaky_name, leaky) in zip(linears.items(), neurons.items(), strict=True)
+    ]
+    stack = SpikingStack(layers, T, backend).train(model.training)
+    stack.lif_options()  # refuses a mixture now, not at the first run
+    return stack
+
+
+def to_snntorch(stack: SpikingStack) -> nn.Sequential:
+    """snnTorch's form of a stack: ``nn.Linear`` and ``snn.Leaky`` with the stack's names, one time step a call.
+
+    The neurons keep their membranes between calls (``init_hidden=True``): ``snntorch.utils.reset(model)`` begins anew.
+    A sparse layer is an ``nn.Linear`` with a mask of ``torch.nn.utils.prune``, so it stays sparse in training. Groups,
+    units and the encoding of a :class:`G2GNet` have no place there (``stack.encode`` gives what the model receives).
+
+    Raises:
+        ImportError: if snnTorch is not installed.
+    """
+    snn = optional_package("snntorch")
+    modules: OrderedDict[str, nn.Module] = OrderedDict()
+    for number, (connection, neurons) in enumerate(stack.layers(), 1):
+        modules[f"fc{number}"] = _linear_from_connection(connection)
+        leaky = snn.Leaky(
+            beta=neurons.beta.detach().clone(),
+            threshold=neurons.threshold.detach().clone(),
+            learn_beta=isinstance(neurons.beta, nn.Parameter),
+            learn_threshold=isinstance(neurons.threshold, nn.Parameter),
+            reset_mechanism=neurons.reset,
+            spike_grad=_spike_function(neurons.surrogate, neurons.alpha),
+            init_hidden=True,
+        )
+        for name in ("beta", "threshold"):
+            getattr(leaky, name).requires_grad_(getattr(neurons, name).requires_grad)
+        modules[f"lif{number}"] = leaky.to(neurons.beta.device)
+    return nn.Sequential(modules).train(stack.training)
+
+
+def _lif_from_leaky(name: str, leaky: Any, neurons: int, like: torch.Tensor, backend: str | None) -> LIF:
+    for option, value, remedy in (
+        ("inhibition", leaky.inhibition, "False"),
+        ("state_quant", leaky.state_quant, "False"),
+        ("reset_delay=False", not leaky.reset_delay and leaky.reset_mechanism == "subtract", "True"),
+        ("graded_spikes_factor", bool((leaky.graded_spikes_factor != 1).any()), "1"),
+        ("surrogate_disable", leaky.surrogate_disable, "False"),
+    ):
+        if value:
+            raise ValueError(f"{name}: our LIF has no {option}; only snn.Leaky with {option.split('=')[0]}={remedy}")
+    surrogate, alpha = _surrogate_of(name, leaky.spike_grad)
+    population = LIF(
+        learn_beta=isinstance(leaky.beta, nn.Parameter),
+        learn_threshold=isinstance(leaky.threshold, nn.Parameter),
+        reset=leaky.reset_mechanism,
+        surrogate=surrogate,
+        alpha=alpha,
+        backend=backend,
+    )
+    for parameter in ("beta", "threshold"):
+        theirs, ours = getattr(leaky, parameter), getattr(population, parameter)
+        if theirs.numel() not in (1, neurons):
+            raise ValueError(f"{name}: {parameter} has {theirs.numel()} entries for {neurons} neurons")
+        shape = () if theirs.numel() == 1 else (neurons,)
+        # a whole number would have made it an integer there
+        dtype = theirs.dtype if theirs.is_floating_point() else torch.float32
+        ours.data = theirs.detach().to(like.device, dtype, copy=True).reshape(shape)
+        ours.requires_grad_(theirs.requires_grad)
+    return population
+
+
+def _linear_from_connection(connection: G2GLinear) -> nn.Linear:
+    values, bias = connection.values, connection.bias
+    linear = nn.utils.skip_init(
+        nn.Linear,
+        connection.in_features,
+        connection.out_features,
+        bias=bias is not None,
+        device=values.device,
+        dtype=values.dtype,
+    )
+    linear.weight.data.copy_(connection.dense_weight().detach())
+    linear.weight.requires_grad_(values.requires_grad)
+    if bias is not None:
+        linear.bias.data.copy_(bias.detach())
+        linear.bias.requires_grad_(bias.requires_grad)
+    if not connection.mask.is_full:
+        prune.custom_from_mask(linear, "weight", connection.mask.to_dense().to(values.dtype))
+    return linear
+
+
+#: where each surrogate's derivative shows its α: the point x, and α as a function of the value there
+_ALPHA_AT: dict[str, tuple[float, Callable[[float], float]]] = {
+    "atan": (0.0, lambda value: 2 * value),
+    "fast_sigmoid": (1.0, lambda value: value**-0.5 - 1),
+    "sigmoid": (0.0, lambda value: 4 * value),
+    "triangle": (0.0, lambda value: value),
+}
+
+
+def _surrogate_of(name: str, spike_grad: Callable[[torch.Tensor], torch.Tensor]) -> tuple[str, float]:
+    """Our name and α of a surrogate, told by its derivative on a grid of membranes (snnTorch keeps it in a closure)."""
+    x = torch.linspace(-1, 1, 41, dtype=torch.float64)
+    probe = x.clone().requires_grad_()
+    with torch.enable_grad():
+        (derivative,) = torch.autograd.grad(spike_grad(probe).sum(), probe)
+    for surrogate, (point, alpha_of) in _ALPHA_AT.items():
+        value = derivative[int((x - point).abs().argmin())].item()
+        if not 0 < value < float("inf"):
+            continue
+        alpha = float(f"{alpha_of(value):.6g}")
+        if alpha > 0 and torch.allclose(SURROGATES[surrogate].derivative(x, alpha), derivative, rtol=1e-4, atol=1e-9):
+            return surrogate, alpha
+    raise ValueError(
+        f"{name}: spike_grad is none of g2g's surrogates ({', '.join(SURROGATES)}); give it one of them before, "
+        f"for example {name}.spike_grad = snntorch.surrogate.atan()"
+    )
+
+
+def _spike_function(surrogate: str, alpha: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    functions = optional_package("snntorch.surrogate")
+    if surrogate != "triangle":
+        return getattr(functions, surrogate)(alpha)
+    primitive = SURROGATES[surrogate].primitive
+
+    def triangle(x: torch.Tensor) -> torch.Tensor:  # snnTorch's triangular is another function
+        smooth = primitive(x, alpha)
+        return (x > 0).to(x.dtype) + (smooth - smooth.detach())
+
+    return triangle

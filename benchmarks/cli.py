@@ -18,6 +18,7 @@ from benchmarks.workload import Prepared, Workload, load, prepare
 from g2g_kernels import BackendError, select_device
 from g2gnet.data import DataError
 from g2gnet.network import MODELS
+from g2gnet.training import TrainingError
 
 #: the sizes of ``--quick``, which flags may still override
 QUICK = {"batch_size": 64, "T": 20, "hidden_dim": 1024}
@@ -100,6 +101,15 @@ def workload_from(arguments: argparse.Namespace, **changes: Any) -> Workload:
     return Workload(**{**(QUICK if arguments.quick else {}), **given, **changes})
 
 
+def repeats_from(arguments: argparse.Namespace) -> int:
+    """How many turns to time; raises ValueError where the flag is out of range."""
+    if arguments.repeats is None:
+        return QUICK_REPEATS if arguments.quick else arguments.usual_repeats
+    if arguments.repeats < 1:
+        raise ValueError(f"repeats={arguments.repeats} is out of range; give a value at least 1")
+    return arguments.repeats
+
+
 def device_from(arguments: argparse.Namespace) -> torch.device:
     """The device to measure on.
 
@@ -146,13 +156,9 @@ def run(parser: argparse.ArgumentParser, program: Callable[[argparse.Namespace],
     """Runs ``program`` on the parsed flags; returns its exit status, or 2 with a message for what users get wrong."""
     arguments = parser.parse_args(argv)
     try:
-        if arguments.repeats is None:
-            arguments.repeats = QUICK_REPEATS if arguments.quick else arguments.usual_repeats
-        if arguments.repeats < 1:
-            raise ValueError(f"repeats={arguments.repeats} is out of range; give a value at least 1")
         check_report_flags(arguments)
         return program(arguments)
-    except (ValueError, BackendError, DataError) as error:
+    except (ValueError, BackendError, DataError, TrainingError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

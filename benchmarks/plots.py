@@ -1,14 +1,12 @@
 """The pictures of the records: one function a benchmark, all in the same colours."""
 
-import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 
-from benchmarks.report import seconds, title
+from benchmarks.report import digest, seconds, title
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -38,11 +36,6 @@ def draw(record: dict[str, Any], path: Path | str) -> None:
     metadata = {"Description": digest(record)} if Path(path).suffix == ".png" else None
     figure.savefig(path, dpi=110, metadata=metadata)
     plt.close(figure)
-
-
-def digest(record: dict[str, Any]) -> str:
-    """Tells one record from another."""
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def _throughput(record: dict[str, Any]) -> Figure:
@@ -105,6 +98,7 @@ def _scaling(record: dict[str, Any]) -> Figure:
 def _accuracy(record: dict[str, Any]) -> Figure:
     figure, axis = plt.subplots(figsize=(7.6, 4.3), layout="constrained")
     styles = {"dense": ("#6b6b6b", "o"), "static": (OURS, "o"), "dynamic": ("#c4552d", "s")}
+    named = set()
     for run in record["runs"]:
         colour, marker = styles[run["kind"]]
         axis.plot(
@@ -113,11 +107,12 @@ def _accuracy(record: dict[str, Any]) -> Figure:
             color=colour,
             marker=marker,
             markersize=5,
-            label=run["title"],
+            label=None if run["kind"] in named else run["title"],  # once, however many seeds there are
         )
+        named.add(run["kind"])
     axis.set_xlabel("seconds of training so far (a mark is an epoch)")
     axis.set_ylabel("test accuracy")
-    axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0))
     axis.set_xlim(left=0)
     axis.legend(frameon=False, loc="lower right")
     _tidy(axis)

@@ -1,6 +1,7 @@
 """From outcomes to a record that can be kept, and from the record to tables that can be read."""
 
 import csv
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +33,11 @@ def summary(outcome: Outcome) -> dict[str, Any]:
 
 def write_json(path: Path | str, record: dict[str, Any]) -> None:
     Path(path).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def digest(record: dict[str, Any]) -> str:
+    """Tells one record from another."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def write_csv(path: Path | str, rows: Sequence[dict[str, Any]], machine: dict[str, Any]) -> None:

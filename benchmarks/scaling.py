@@ -34,8 +34,8 @@ QUANTITIES = {
     "block_size": Quantity("block_size", (1, 4, 16, 32, 64), "side of a connection unit, weights"),
     "groups": Quantity("num_groups", (1, 2, 4, 8, 10), "groups on each side of a layer"),
     "T": Quantity("T", (10, 20, 30, 40, 50), "time steps T"),
-    "B": Quantity("batch_size", (32, 64, 128, 192, 256), "batch size B"),
-    "H": Quantity("hidden_dim", (256, 512, 1024, 2048), "hidden neurons H"),
+    "B": Quantity("batch_size", (1, 8, 32, 128, 256), "batch size B"),
+    "H": Quantity("hidden_dim", (128, 256, 512, 1024, 2048), "hidden neurons H"),
 }
 
 
@@ -75,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def scaling(arguments: argparse.Namespace) -> int:
-    device = cli.device_from(arguments)
+    device, repeats = cli.device_from(arguments), cli.repeats_from(arguments)
     entries = contenders(arguments)
     quantity = QUANTITIES[arguments.quantity]
     values = list(quantity.values)
@@ -100,13 +100,13 @@ def scaling(arguments: argparse.Namespace) -> int:
 
     jobs = [Job(entry, path, arguments.kernel, str(device)) for entry in entries for path, _ in prepared]
     limits = Limits(device)
-    with tqdm(total=len(jobs) * (1 + arguments.repeats), leave=False, disable=None) as bar:
+    with tqdm(total=len(jobs) * (1 + repeats), leave=False, disable=None) as bar:
 
         def progress(text: str) -> None:
             bar.set_description(text)
             bar.update()
 
-        outcomes = measure(jobs, arguments.repeats, progress=progress, between_rounds=limits.measure)
+        outcomes = measure(jobs, repeats, progress=progress, between_rounds=limits.measure)
 
     size = len(places)
     curves = [

@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def throughput(arguments: argparse.Namespace) -> int:
-    device = cli.device_from(arguments)
+    device, repeats = cli.device_from(arguments), cli.repeats_from(arguments)
     kernel = KERNELS[arguments.kernel]
     entries = choose(arguments.kernel, arguments.contenders, arguments.backend, arguments.precision)
     if arguments.quick and not arguments.contenders:
@@ -46,14 +46,14 @@ def throughput(arguments: argparse.Namespace) -> int:
 
     jobs = [Job(entry, path, arguments.kernel, str(device)) for entry in entries]
     limits = Limits(device)
-    total = len(jobs) + arguments.repeats * sum(entry.unavailable is None for entry in entries)
+    total = len(jobs) + repeats * sum(entry.unavailable is None for entry in entries)
     with tqdm(total=total, leave=False, disable=None) as bar:
 
         def progress(text: str) -> None:
             bar.set_description(text)
             bar.update()
 
-        outcomes = measure(jobs, arguments.repeats, progress=progress, between_rounds=limits.measure)
+        outcomes = measure(jobs, repeats, progress=progress, between_rounds=limits.measure)
 
     done, rates = work(prepared, arguments.kernel), limits.rates()
     record: dict[str, Any] = {

@@ -86,9 +86,13 @@ def built(entry: Entry, prepared: Prepared) -> Contender:
 
 
 def contenders(kernel: str) -> list[str]:
-    """Those that can be run on a CPU."""
-    on_a_cpu = [entry for entry in entries(kernel).values() if "triton" not in entry.label]
-    return [entry.label for entry in on_a_cpu if not entry.label.startswith("bsr") or entry.precision == "fp32"]
+    """Those that can be run on a CPU; of those that compile, one precision is enough here."""
+    return [
+        entry.label
+        for entry in entries(kernel).values()
+        if "triton" not in entry.label
+        and not (entry.precision == "bf16" and (entry.compiles or entry.label.startswith("bsr")))
+    ]
 
 
 # --- the gate -------------------------------------------------------------------------------------------------------
@@ -103,7 +107,6 @@ def test_every_network_passes_the_gate(label, prepared, judges):
     assert verdict.errors.keys() >= {"loss", "counts", "fc1.weight", "fc2.weight", "fc3.weight", "fc3.bias"}
 
 
-@pytest.mark.filterwarnings("default")
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize(
     ("kernel", "label"), [(k, label) for k in ("linear", "linear-dense") for label in contenders(k)]

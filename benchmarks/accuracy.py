@@ -1,0 +1,142 @@
+"""Test accuracy against the time spent in training: ``python -m benchmarks.accuracy``.
+
+The dense network, a sparse one with a fixed graph and the same one with dynamic sparse training, each by the library's
+own trainer (the code behind ``train.py``) on the same data, with the same settings and seed, one after the other. The
+time is that of the training steps, the first included; evaluation stands outside. Another seed is another graph and
+other weights: give several to see what of a difference is chance.
+"""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+import g2gnet.cli
+from benchmarks import cli, report
+from benchmarks.machine import describe
+from g2g_kernels.dispatch import BACKENDS
+from g2gnet.data import ImageData
+from g2gnet.seeding import make_deterministic
+from g2gnet.training import SettingsError, TrainSettings
+from g2gnet.training.trainer import Trainer
+
+#: small enough for a few minutes on two cores; flags may override them
+DEFAULTS = {"model": "index", "T": 10, "epochs": 5, "dst_interval": 100}
+KINDS = ("dense", "static", "dynamic")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__)
+    g2gnet.cli.add_settings_flags(parser)
+    parser.set_defaults(**DEFAULTS)
+    group = parser.add_argument_group("comparison")
+    group.add_argument("--kinds", default=",".join(KINDS), metavar="A,B,...", help="which of dense, static, dynamic")
+    group.add_argument("--seeds", metavar="N,N,...", help="seeds, each of which gives one run a kind (default: --seed)")
+    group = parser.add_argument_group("machine")
+    group.add_argument("--data_dir", default="data", metavar="DIR", help="where data sets lie (default: data)")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or directml")
+    group.add_argument("--backend", default="auto", choices=("auto", *BACKENDS), help="kernels to use (default: auto)")
+    cli.add_report_flags(parser)
+    return parser
+
+
+def accuracy(arguments: argparse.Namespace) -> int:
+    device, backend = g2gnet.cli.machine_from(arguments)
+    runs = planned(arguments)
+    machine = describe(device)
+    print(cli.headline(machine))
+    data = g2gnet.cli.load_data(arguments, runs[0][1], device)
+    record: dict[str, Any] = {
+        "benchmark": "accuracy",
+        "machine": machine,
+        "backend": backend or "auto",
+        "settings": runs[0][1].given(),
+        "images": {"train": len(data.train_labels), "test": len(data.test_labels)},
+        "runs": [],
+    }
+    for kind, settings in runs:
+        epochs = train(settings, data, device, backend)
+        title = {"dense": "dense", "static": f"{settings.model}, fixed graph", "dynamic": f"{settings.model}, dynamic"}
+        record["runs"].append({"kind": kind, "title": title[kind], "seed": settings.seed, "epochs": epochs})
+        last = epochs[-1]
+        print(
+            f"{title[kind]}, seed {settings.seed}: {last['test_acc']:.4f} after {last['epoch']} epochs in "
+            f"{report.seconds(last['wall_seconds'])}",
+            flush=True,
+        )
+    print(table(record))
+    cli.write_reports(arguments, record, csv_rows(record))
+    return 0
+
+
+def planned(arguments: argparse.Namespace) -> list[tuple[str, TrainSettings]]:
+    """The runs in their order: kind and settings.
+
+    Raises:
+        ValueError: for a kind that is none, or settings out of range.
+    """
+    if arguments.model == "dense" or arguments.sparsity_mode != "static":
+        raise SettingsError("--model names the sparse network, and --kinds says dense, static or dynamic")
+    seeds = [arguments.seed] if arguments.seeds is None else list(cli.numbers(arguments.seeds, int))
+    kinds = arguments.kinds.split(",")
+    for kind in kinds:
+        if kind not in KINDS:
+            raise ValueError(f"kind {kind!r} is unknown; choose among {', '.join(KINDS)}")
+    static = g2gnet.cli.settings_from(arguments, TrainSettings)
+    changes: dict[str, dict[str, Any]] = {
+        "dense": {"model": "dense"},
+        "static": {},
+        "dynamic": {"sparsity_mode": "dynamic"},
+    }
+    return [(kind, dataclasses.replace(static, seed=seed, **changes[kind])) for seed in seeds for kind in kinds]
+
+
+def train(settings: TrainSettings, data: ImageData, device: Any, backend: str | None) -> list[dict[str, Any]]:
+    """The records of all epochs, each with the seconds of training so far."""
+    make_deterministic(settings.seed)
+    trainer = Trainer(settings, data, device, backend)
+    epochs: list[dict[str, Any]] = []
+    total = settings.epochs * len(trainer.data.train_labels)
+    wall = 0.0
+    with tqdm(total=total, unit=" samples", unit_scale=True, leave=False, disable=None) as bar:
+        bar.set_description(f"{settings.model}, {settings.sparsity_mode}")
+        while trainer.epoch < settings.epochs:
+            epoch = trainer.train_epoch(lambda images, *_: bar.update(images) and None)
+            wall += epoch["seconds"]
+            epochs.append({**epoch, "wall_seconds": wall})
+    return epochs
+
+
+def table(record: dict[str, Any]) -> str:
+    """A row a run: the time of an epoch and the accuracy after each."""
+    numbers = [str(epoch["epoch"]) for epoch in record["runs"][0]["epochs"]]
+    rows = [
+        (
+            f"{run['title']}, seed {run['seed']}",
+            report.seconds(run["epochs"][-1]["wall_seconds"] / len(run["epochs"])),
+            *(f"{100 * epoch['test_acc']:.1f}" for epoch in run["epochs"]),
+        )
+        for run in record["runs"]
+    ]
+    return report.grid(("test accuracy, %, after epoch", "an epoch", *numbers), rows)
+
+
+def csv_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row an epoch."""
+    names = ("epoch", "wall_seconds", "train_loss", "train_acc", "test_acc")
+    return [
+        {"kind": run["kind"], "seed": run["seed"], **{name: epoch[name] for name in names}}
+        for run in record["runs"]
+        for epoch in run["epochs"]
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.run(build_parser(), accuracy, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

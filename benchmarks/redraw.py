@@ -1,0 +1,221 @@
+"""Redraws every measured table and picture of the documentation from the records: ``python -m benchmarks.redraw``.
+
+A page marks the places of its drawn parts with ``<!-- drawn: NAME -->`` and ``<!-- end -->``. NAME is ``step`` or
+another kernel (``step, in short`` has fewer columns), ``scaling-p_inter`` or another quantity, or ``accuracy``. A part
+shows every such record in ``benchmarks/results``, whatever machine it is from, and is empty where there is none.
+Pictures lie in ``docs``, under the names of their records. Numbers stand nowhere else, so a page cannot disagree with
+what was measured; ``tests/test_readme.py`` holds it to that.
+"""
+
+import argparse
+import functools
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.registry import KERNELS
+from benchmarks.report import seconds, title
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PICTURES = ROOT / "docs"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+PICTURED = ("scaling", "accuracy")
+
+_PART = re.compile(r"(?<=<!-- drawn: )([^>]+)( -->\n)(.*?)(?=<!-- end -->)", re.DOTALL)
+
+
+class Record(NamedTuple):
+    """A record and the file that it is kept in."""
+
+    path: Path
+    content: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """What it measures: a kernel, ``scaling-`` and a quantity, or ``accuracy``."""
+        benchmark = self.content["benchmark"]
+        if benchmark == "throughput":
+            return self.content["kernel"]
+        return f"scaling-{self.content['quantity']}" if benchmark == "scaling" else benchmark
+
+    @property
+    def picture(self) -> Path | None:
+        """Where its picture belongs, if it has one."""
+        if self.content["benchmark"] in PICTURED:
+            return PICTURES / self.path.with_suffix(".png").name
+        return None
+
+
+def records(folder: Path = RESULTS) -> list[Record]:
+    """All records, by the names of their files."""
+    return [Record(path, json.loads(path.read_text(encoding="utf-8"))) for path in sorted(folder.glob("*.json"))]
+
+
+def redrawn(page: str, folder: Path, kept: Sequence[Record]) -> str:
+    """The text of a page that lies in ``folder`` with its drawn parts as the records have them.
+
+    Raises:
+        ValueError: for a part of an unknown name.
+    """
+
+    def part(found: re.Match[str]) -> str:
+        name = found[1]
+        if name not in PARTS:
+            raise ValueError(f"part {name!r} is unknown; choose one of {', '.join(PARTS)}")
+        wanted, draw = PARTS[name]
+        texts = [draw(record, functools.partial(_link, folder)) for record in kept if record.name == wanted]
+        return name + found[2] + "".join(f"\n{text}\n\n" for text in texts)
+
+    return _PART.sub(part, page)
+
+
+def _link(folder: Path, target: Path) -> str:
+    return Path(os.path.relpath(target, folder)).as_posix()
+
+
+Link = Callable[[Path], str]
+
+
+def _machine(record: Record, link: Link) -> str:
+    """Where and with what it was measured, and where to look it up."""
+    machine = record.content["machine"]
+    device = machine["gpu"] or f"{machine['cpu']} with {machine['threads']} threads ({machine['cpu_capability']})"
+    return (
+        f"{device}, PyTorch {machine['versions']['torch']}, {machine['date'][:10]}; every timing, the versions and the "
+        f"commit are in the [record]({link(record.path)})"
+    )
+
+
+def _workload(workload: dict[str, Any]) -> str:
+    return (
+        f"{workload['model']}, B {workload['batch_size']}, T {workload['T']}, H {workload['hidden_dim']}, p_inter "
+        f"{workload['p_inter']}, units of {workload['block_size']}: {_percent(workload['density'])} of the weights; "
+        f"{workload['dataset']}, after {workload['train_steps']} training steps"
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _throughput(record: Record, link: Link, short: bool) -> str:
+    content = record.content
+    rows = content["contenders"]
+    timed = [row for row in rows if row["status"] == "timed"]
+    baseline = next(row["median"] for row in timed if row["contender"] == content["baseline"])
+    flop = content["workload"]["flop"]
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "": lambda row: title(row["contender"]),
+        "median": lambda row: seconds(row["median"]),
+        "20–80 %": lambda row: f"{seconds(row['p20'])} – {seconds(row['p80'])}",
+        f"against {title(content['baseline'])}": lambda row: f"{baseline / row['median']:.3g} ×",
+        "GFLOP/s": lambda row: f"{flop / row['median'] / 1e9:.3g}",
+        "of the floor": lambda row: f"{100 * content['floor_seconds'] / row['median']:.0f} %",
+        "peak memory": lambda row: f"{row['peak_bytes'] / 1e6:.0f} MB",
+        "first turn": lambda row: seconds(row["first_seconds"]) if "first_seconds" in row else "–",
+    }
+    left_out = {"GFLOP/s", "of the floor", "first turn"} if short else set() if flop else {"GFLOP/s"}
+    shown = {name: cell for name, cell in columns.items() if name not in left_out}
+    table = _table(list(shown), [[cell(row) for cell in shown.values()] for row in timed])
+    kernel = KERNELS[content["kernel"]].about
+    text = (
+        f"{kernel[0].upper()}{kernel[1:]}: {_workload(content['workload'])}. {len(timed[0]['seconds'])} interleaved "
+        f"repeats on {_machine(record, link)}.\n\n{table}"
+    )
+    absent = [f"{title(row['contender'])} ({row['status']}: {row['reason']})" for row in rows if row not in timed]
+    if absent:
+        text += f"\n\nNot timed: {'; '.join(absent)}."
+    return text
+
+
+def _scaling(record: Record, link: Link) -> str:
+    content = record.content
+    places = content["workloads"]
+    rows = []
+    for one in content["contenders"]:
+        medians = [point.get("median") for point in one["points"]]
+        fitted = ["–", "–"]
+        if one["line"]:
+            largest = max(median for median in medians if median)
+            fitted = [f"{100 * one['line']['intercept'] / largest:.0f} %", f"{one['line']['r_squared']:.3f}"]
+        rows.append([title(one["contender"]), *(seconds(m) if m else "–" for m in medians), *fitted])
+    first = places[0]
+    fixed = [
+        f"{words} {first[field]}"
+        for words, field, quantity in (
+            ("B", "batch_size", "B"),
+            ("T", "T", "T"),
+            ("H", "hidden_dim", "H"),
+            ("p_inter", "p_inter", "p_inter"),
+            ("units of", "block_size", "block_size"),
+        )
+        if quantity != content["quantity"]
+    ]
+    assert record.picture is not None
+    what = "A training step" if content["kernel"] == "step" else "A forward pass"
+    header = [content["x_is"], *(f"{place['x']:.3g}" for place in places), "begins at", "R²"]
+    return (
+        f"![{what} against {content['x_is']}]({link(record.picture)})\n\n"
+        f"{what} of {first['model']}, {', '.join(fixed)}, on {_machine(record, link)}.\n\n{_table(header, rows)}"
+    )
+
+
+def _accuracy(record: Record, link: Link) -> str:
+    content = record.content
+    settings = content["settings"]
+    last = content["runs"][0]["epochs"][-1]["epoch"]
+    rows = [
+        [
+            run["title"],
+            str(run["seed"]),
+            seconds(run["epochs"][-1]["wall_seconds"] / last),
+            _percent(run["epochs"][-1]["test_acc"]),
+        ]
+        for run in content["runs"]
+    ]
+    assert record.picture is not None
+    return (
+        f"![Test accuracy against training time]({link(record.picture)})\n\n"
+        f"{settings['dataset']}, {settings['limit_train'] or content['images']['train']:,} training images, T "
+        f"{settings['T']}, H {settings['hidden_dim']}, batches of {settings['batch_size']}; dynamic: an update every "
+        f"{settings['dst_interval']} steps. On {_machine(record, link)}.\n\n"
+        f"{_table(['', 'seed', 'an epoch', f'test accuracy after {last} epochs'], rows)}"
+    )
+
+
+#: the parts that a page may ask for: the record's name, and who writes it
+PARTS: dict[str, tuple[str, Callable[[Record, Link], str]]] = {
+    **{name: (name, functools.partial(_throughput, short=False)) for name in KERNELS},
+    "step, in short": ("step", functools.partial(_throughput, short=True)),
+    **{f"scaling-{name}": (f"scaling-{name}", _scaling) for name in ("p_inter", "block_size", "groups", "T", "B", "H")},
+    "accuracy": ("accuracy", _accuracy),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argparse.ArgumentParser(prog="python -m benchmarks.redraw", description=__doc__.split("\n")[0]).parse_args(argv)
+    from benchmarks import plots  # needs matplotlib
+
+    kept = records()
+    for record in kept:
+        if record.picture:
+            plots.draw(record.content, record.picture)
+            print(f"{record.picture.relative_to(ROOT)}: {record.name}")
+    for page in PAGES:
+        page.write_text(redrawn(page.read_text(encoding="utf-8"), page.parent, kept), encoding="utf-8")
+        print(page.relative_to(ROOT))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,192 @@
+"""Pictures, redrawn pages and the accuracy benchmark: they show what was recorded, and nothing without a record."""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from benchmarks import accuracy, redraw
+from benchmarks.report import digest
+
+MACHINE = {
+    "cpu": "a processor",
+    "cpu_capability": "AVX512",
+    "threads": 2,
+    "gpu": None,
+    "date": "2026-01-02T03:04:05+00:00",
+    "versions": {"torch": "2.13.0"},
+}
+WORKLOAD = {
+    "model": "index",
+    "batch_size": 8,
+    "T": 3,
+    "hidden_dim": 16,
+    "p_inter": 0.15,
+    "block_size": 4,
+    "density": 0.25,
+    "dataset": "fashionmnist",
+    "train_steps": 1,
+    "flop": 4_000_000,
+}
+
+
+def timed(contender: str, median: float) -> dict:
+    spread = {"p20": 0.9 * median, "p80": 1.1 * median, "seconds": [median] * 3, "first_seconds": 1.5}
+    return {"contender": contender, "status": "timed", "median": median, "peak_bytes": 7_000_000, **spread}
+
+
+STEP = {
+    "benchmark": "throughput",
+    "kernel": "step",
+    "baseline": "snntorch-masked",
+    "machine": MACHINE,
+    "workload": WORKLOAD,
+    "floor_seconds": 0.001,
+    "contenders": [
+        timed("g2g-cpu", 0.002),
+        timed("snntorch-masked", 0.008),
+        {"contender": "bsr-lif", "status": "wrong", "reason": "counts is off by 3.0e-01"},
+    ],
+}
+SCALING = {
+    "benchmark": "scaling",
+    "kernel": "step",
+    "quantity": "p_inter",
+    "x_is": "density of all weights",
+    "machine": MACHINE,
+    "workloads": [{**WORKLOAD, "x": x, "flop": int(100 * x)} for x in (0.25, 0.5, 1.0)],
+    "contenders": [
+        {
+            "contender": "g2g-cpu",
+            "points": [{**timed("g2g-cpu", 0.1 + x), "x": x} for x in (0.25, 0.5, 1.0)],
+            "line": {"slope": 0.01, "intercept": 0.1, "r_squared": 1.0},
+        },
+        {
+            "contender": "snntorch-masked",
+            "points": [
+                {**timed("snntorch-masked", 2.0), "x": 0.25},
+                {"contender": "snntorch-masked", "status": "wrong", "reason": "loss is off by 1", "x": 0.5},
+                {**timed("snntorch-masked", 2.0), "x": 1.0},
+            ],
+            "line": None,
+        },
+    ],
+}
+PAGE = "before\n<!-- drawn: step -->\nold\n<!-- end -->\nbetween\n<!-- drawn: dst -->\n<!-- end -->\nafter\n"
+
+
+def record(content: dict) -> redraw.Record:
+    return redraw.Record(redraw.RESULTS / "some-machine.json", content)
+
+
+def test_a_page_shows_the_record_and_is_left_alone_elsewhere():
+    page = redraw.redrawn(PAGE, redraw.ROOT, [record(STEP)])
+    assert "| g2g, compiled CPU kernels | 2 ms | 1.8 ms – 2.2 ms | 4 × | 2 | 50 % | 7 MB | 1.5 s |" in page
+    assert "Not timed: PyTorch's block-sparse product with our LIF (wrong: counts is off by 3.0e-01)." in page
+    assert "3 interleaved repeats on a processor with 2 threads (AVX512), PyTorch 2.13.0, 2026-01-02" in page
+    assert "(benchmarks/results/some-machine.json)" in page
+    assert "old" not in page
+    assert re.sub(r"(?<=step -->\n).*?(?=<!-- end)", "", page, flags=re.DOTALL) == PAGE.replace("old\n", "")
+    assert redraw.redrawn(page, redraw.ROOT, [record(STEP)]) == page  # once more changes nothing
+
+
+def test_a_part_without_a_record_is_empty():
+    assert redraw.redrawn(PAGE, redraw.ROOT, []) == PAGE.replace("old\n", "")
+
+
+def test_an_unknown_part_is_refused():
+    with pytest.raises(ValueError, match="part 'speed' is unknown; choose one of step, forward"):
+        redraw.redrawn("<!-- drawn: speed -->\n<!-- end -->\n", redraw.ROOT, [])
+
+
+def test_a_scaling_part_says_which_points_have_no_time():
+    page = redraw.redrawn("<!-- drawn: scaling-p_inter -->\n<!-- end -->\n", redraw.ROOT / "docs", [record(SCALING)])
+    assert "![A training step against density of all weights](some-machine.png)" in page
+    assert "(../benchmarks/results/some-machine.json)" in page
+    assert "| g2g, compiled CPU kernels | 350 ms | 600 ms | 1.1 s | 9 % | 1.000 |" in page
+    assert "| snnTorch loop, dense weights × mask | 2 s | – | 2 s | – | – |" in page
+
+
+@pytest.mark.parametrize("content", [STEP, SCALING], ids=lambda content: content["benchmark"])
+def test_a_picture_names_its_record(content, tmp_path):
+    plots = pytest.importorskip("benchmarks.plots", reason="needs matplotlib", exc_type=ImportError)
+    plots.draw(content, tmp_path / "picture.png")
+    with Image.open(tmp_path / "picture.png") as picture:
+        assert picture.text["Description"] == digest(content)
+        assert min(picture.size) > 100
+
+
+def test_every_part_of_the_documentation_is_known():
+    for page in redraw.PAGES:
+        names = re.findall(r"<!-- drawn: ([^>]+) -->", Path(page).read_text(encoding="utf-8"))
+        assert names
+        assert set(names) <= redraw.PARTS.keys()
+
+
+@pytest.mark.parametrize("page", redraw.PAGES, ids=lambda page: page.name)
+def test_measured_tables_are_those_of_the_records(page):
+    text = page.read_text(encoding="utf-8")
+    assert redraw.redrawn(text, page.parent, redraw.records()) == text, "run python -m benchmarks.redraw"
+
+
+@pytest.mark.parametrize("kept", redraw.records(), ids=lambda kept: kept.path.stem)
+def test_records_keep_their_environment_and_pictures_show_them(kept):
+    machine = kept.content["machine"]
+    assert {"cpu", "cores", "threads", "gpu", "python", "versions", "commit", "date"} <= machine.keys()
+    if kept.picture:
+        with Image.open(kept.picture) as picture:
+            assert picture.text["Description"] == digest(kept.content), "run python -m benchmarks.redraw"
+
+
+@pytest.mark.parametrize("page", redraw.PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_that_exist(page):
+    for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / link).exists(), link
+
+
+# --- accuracy -------------------------------------------------------------------------------------------------------
+
+FLAGS = ["--dataset", "fashionmnist-mini", "--limit_train", "256", "--limit_test", "64"]
+FLAGS += ["--hidden_dim", "32", "--block_size", "4", "--T", "3"]
+
+
+def test_accuracy_records_every_epoch_of_every_run(tmp_path, capsys):
+    flags = [*FLAGS, "--batch_size", "64", "--epochs", "2", "--dst_interval", "2", "--seeds", "1,2", "--device", "cpu"]
+    file = tmp_path / "accuracy.json"
+    assert accuracy.main([*flags, "--json", str(file), "--csv", str(tmp_path / "accuracy.csv")]) == 0
+    content = json.loads(file.read_text())
+    runs = content["runs"]
+    assert [(run["kind"], run["seed"]) for run in runs] == [
+        (kind, seed) for seed in (1, 2) for kind in ("dense", "static", "dynamic")
+    ]
+    for run in runs:
+        first, second = run["epochs"]
+        assert 0 < first["wall_seconds"] == first["seconds"]
+        assert second["wall_seconds"] == pytest.approx(first["seconds"] + second["seconds"])
+        assert (first["density"]["fc2"] == 1) == (run["kind"] == "dense")
+        assert (second["units_grown"] > 0) == (run["kind"] == "dynamic")
+    with (tmp_path / "accuracy.csv").open() as lines:
+        rows = list(csv.DictReader(lines))
+    assert [float(row["test_acc"]) for row in rows] == [e["test_acc"] for run in runs for e in run["epochs"]]
+    assert "index, dynamic, seed 2" in capsys.readouterr().out
+    page = redraw.redrawn("<!-- drawn: accuracy -->\n<!-- end -->\n", redraw.ROOT, [record(content)])
+    assert f"| dense | 1 | {redraw.seconds(runs[0]['epochs'][1]['wall_seconds'] / 2)} |" in page
+    assert "256 training images" in page
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--model dense", "--model names the sparse network"),
+        ("--sparsity_mode dynamic", "--kinds says dense, static or dynamic"),
+        ("--kinds dense,sparse", "kind 'sparse' is unknown; choose among dense, static, dynamic"),
+        ("--epochs 0", "epochs=0 is out of range"),
+        ("--plot /nowhere/picture.png", "the folder /nowhere does not exist"),
+    ],
+)
+def test_unusable_flags_of_accuracy_are_refused(flags, message, capsys):
+    assert accuracy.main([*FLAGS, *flags.split()]) == 2
+    assert message in capsys.readouterr().err

@@ -7,6 +7,7 @@ Outside the normal test run. Every kernel's results are compared with plain PyTo
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def mask_of(block_size: int) -> BlockMask:
     return BlockMask.sample(layout, layout, block_size=block_size, generator=generator())
 
 
-def timed(benchmark, backend: str, work: Callable[[], object]) -> None:
+def timed(benchmark: Any, backend: str, work: Callable[[], object]) -> None:
     """Times ``work``, the device's share included."""
 
     def turn() -> None:
@@ -48,7 +49,9 @@ def differentiate(function: Callable, tensors: list[torch.Tensor], gradient: tor
     return [result.detach(), *torch.autograd.grad(result, tensors, gradient)]
 
 
-def compared(benchmark, backend: str, function: Callable, tensors: list[torch.Tensor], gradient: torch.Tensor) -> None:
+def compared(
+    benchmark: Any, backend: str, function: Callable, tensors: list[torch.Tensor], gradient: torch.Tensor
+) -> None:
     """Checks ``function(backend, …)``, forward and backward, against plain PyTorch in float64, and times it."""
     leaves = [tensor.to(device_of(backend)).requires_grad_() for tensor in tensors]
     exact = [tensor.double().requires_grad_() for tensor in tensors]
@@ -91,7 +94,13 @@ def test_lif(benchmark, backend):
     current = torch.randint(-8, 9, (STEPS, BATCH, HIDDEN), generator=draw) / 8 + 0.03
     gradient = torch.randn(current.shape, generator=draw)
     parameters = [torch.tensor(0.875), torch.tensor(1.0)]
-    compared(benchmark, backend, lambda name, *given: lif(*given, backend=name), [current, *parameters], gradient)
+    compared(
+        benchmark,
+        backend,
+        lambda name, x, beta, threshold: lif(x, beta, threshold, backend=name),
+        [current, *parameters],
+        gradient,
+    )
 
 
 def network(backend: str, block_size: int) -> G2GNet:

@@ -38,6 +38,8 @@ def analyze_run(run: SavedRun, net: G2GNet, data: ImageData, samples: int) -> Ne
 
 
 def analyze(arguments: argparse.Namespace) -> None:
+    if arguments.json:
+        cli.check_output(arguments.json)
     device, backend = cli.machine_from(arguments)
     run = read_run(arguments.checkpoint)
     data = cli.load_run_data(arguments, run.settings, device)

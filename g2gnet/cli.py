@@ -2,8 +2,11 @@
 
 import argparse
 import dataclasses
+import errno
 import logging
+import os
 import sys
+import tempfile
 import types
 import typing
 from collections.abc import Callable
@@ -190,6 +193,17 @@ def _fail(parser: argparse.ArgumentParser, error: Exception, status: int) -> int
 
 class OutputError(RuntimeError):
     """A file that a flag names cannot be written."""
+
+
+def check_output(path: Path | str) -> None:
+    """Raises OutputError if a file that a flag named cannot be written; asked before there is anything to write."""
+    try:
+        if Path(path).is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=Path(path).parent):
+            pass
+    except OSError as error:
+        raise OutputError(f"cannot write {path} ({error.strerror}); give another file") from error
 
 
 def write_output(path: Path | str, text: str) -> None:

@@ -15,6 +15,9 @@ def replace_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        umask = os.umask(0)  # there is no other way to read it
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)  # a temporary file is its owner's alone
         os.replace(name, path)
     except BaseException:
         os.unlink(name)

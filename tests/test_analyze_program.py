@@ -103,7 +103,7 @@ def rewrite(checkpoint, target, **changes):
         (lambda state: {"settings": {**state["settings"], "model": "<script>"}}, "model='<script>' is unknown"),
         (lambda state: {"settings": {**state["settings"], "p_inter": "<script>"}}, "not the checkpoint of"),
         (lambda state: {"settings": {**state["settings"], "colour": 1}}, "colour"),
-        (lambda state: {"history": [{"epoch": 1}]}, "train_loss"),
+        (lambda state: {"history": [{"epoch": 1}]}, "units_kept"),
         (lambda state: {"history": ["<b>"]}, "not the checkpoint of a training run"),
         (lambda state: {"history": [{**state["history"][0], "test_acc": "<b>"}]}, "lacks numbers"),
         (lambda state: {"model": {}}, "fc1"),

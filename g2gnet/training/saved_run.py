@@ -12,8 +12,9 @@ from g2gnet.training.evaluation import build_network
 from g2gnet.training.run_files import CheckpointError, read_checkpoint
 from g2gnet.training.settings import SettingsError, TrainSettings
 
-#: what every epoch's record has to hold, in numbers
-MEASURES = ("epoch", "train_loss", "train_acc", "test_acc")
+#: what every epoch's record has to hold: numbers, and numbers by layer
+MEASURES = ("epoch", "train_loss", "train_acc", "test_acc", "seconds")
+MEASURES_BY_LAYER = ("units_kept", "initial_units_kept")
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ def read_run(checkpoint: Path | str) -> SavedRun:
         settings = kind(**content["settings"])
         run = SavedRun(path, settings, content["epoch"], content["history"], content["model"])
         for record in run.history:
-            if not all(isinstance(record[name], int | float) for name in MEASURES):
+            by_layer = [value for name in MEASURES_BY_LAYER for value in record[name].values()]
+            if not all(isinstance(value, int | float) for value in (*(record[name] for name in MEASURES), *by_layer)):
                 raise ValueError(f"the record of an epoch lacks numbers: {record}")
         run.network()
     except (SettingsError, RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:

@@ -1,0 +1,5 @@
+"""Pictures of training runs, and a page that shows them beside settings, results and analysis."""
+
+from g2gnet.report.program import build_parser, main
+
+__all__ = ["build_parser", "main"]

@@ -1,0 +1,209 @@
+"""The pictures of a run, each a matplotlib figure; nothing here touches pyplot's global state or needs a display.
+
+Colours are Okabe and Ito's for lines and viridis for maps, which colour-blind readers can tell apart.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from g2g_kernels import BlockMask, GroupLayout
+from g2gnet.analysis import NetworkAnalysis, group_density
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+WIDTH = 9.6  # inches, the width of the page
+#: at most this many groups of a layer are drawn
+SHOWN_GROUPS = 8
+
+History = Sequence[Mapping[str, Any]]
+
+
+class Raster(NamedTuple):
+    """Spikes [T, N] of one layer for one sample, on the CPU, and the groups of its neurons."""
+
+    name: str
+    spikes: torch.Tensor
+    layout: GroupLayout
+
+
+def training_curves(histories: Mapping[str, History]) -> Figure:
+    """Accuracy and loss after each epoch, one colour a run; its test accuracy solid, its training accuracy dotted."""
+    several = len(histories) > 1
+    figure, (accuracy, loss) = _figure(1, 2, 3.2 + (0.22 * -(-len(histories) // 2) if several else 0))
+    for number, (label, history) in enumerate(histories.items()):
+        epochs = [record["epoch"] for record in history]
+        style = {"color": COLOURS[number % len(COLOURS)], "marker": "o", "markersize": 3}
+        accuracy.plot(epochs, [record["test_acc"] for record in history], label="test", **style)
+        accuracy.plot(epochs, [record["train_acc"] for record in history], label="training", ls=":", **style)
+        loss.plot(epochs, [record["train_loss"] for record in history], label=label, **style)
+    accuracy.set(title="Accuracy", xlabel="epoch", ylabel="classified correctly")
+    accuracy.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+    loss.set(title="Training loss", xlabel="epoch", ylabel="cross-entropy (nats)")
+    for axis in (accuracy, loss):
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    if several:
+        figure.legend(*loss.get_legend_handles_labels(), loc="outside lower left", ncols=2, frameon=False)
+    else:
+        accuracy.legend(frameon=False)
+    return figure
+
+
+def connection_density(masks: Mapping[str, Sequence[BlockMask]]) -> Figure:
+    """The share of the weights between each pair of groups that exist: a row for each state, a column a layer."""
+    layers = len(next(iter(masks.values())))
+    figure, axes = _figure(len(masks), layers, 3.4 * len(masks))
+    for row, (state, of_layers) in enumerate(masks.items()):
+        for column, mask in enumerate(of_layers):
+            axis: Axes = axes.reshape(len(masks), layers)[row, column]
+            density = group_density(mask)
+            image = axis.imshow(density.numpy(), vmin=0, vmax=1, cmap="viridis")
+            axis.set(title=f"fc{column + 1}, {state}", xlabel="input group", ylabel="output group")
+            groups = len(density)
+            step = 1 if groups <= 16 else groups // 8
+            ticks = range(0, groups, step)
+            axis.set_xticks(ticks, [str(tick + 1) for tick in ticks])
+            axis.set_yticks(ticks, [str(tick + 1) for tick in ticks])
+            if groups <= 10:
+                for g, h in torch.cartesian_prod(torch.arange(groups), torch.arange(groups)).tolist():
+                    value = 100 * float(density[g, h])
+                    if value > 0:
+                        colour = "black" if value > 60 else "white"
+                        axis.text(h, g, f"{value:.0f}", ha="center", va="center", fontsize=7, color=colour)
+    bar = figure.colorbar(image, ax=axes, shrink=0.8, pad=0.02)
+    bar.set_label("weights that exist (%)" if groups <= 10 else "share of the weights that exist")
+    bar.ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
+    return figure
+
+
+def group_inputs(mask: BlockMask, shape: tuple[int, ...], name: str, inputs: str) -> Figure:
+    """Which inputs the neurons of each group see: one map of the inputs a group, at most eight of them.
+
+    Args:
+        mask: of the connection.
+        shape: in which the inputs are laid out: (rows, columns), or (3, rows, columns) for the planes of a colour
+            image, which are drawn side by side.
+        name: of the connection.
+        inputs: what an input is, in words.
+    """
+    dense = mask.to_dense().float().cpu()
+    layout = mask.rows.layout
+    groups = min(layout.num_groups, SHOWN_GROUPS)
+    columns = min(4, groups)
+    rows = -(-groups // columns)
+    height, width = shape[-2], shape[-1] * (shape[0] if len(shape) == 3 else 1)
+    cell = WIDTH / 4.6
+    figure, axes = _figure(rows, columns, rows * (cell * min(1.2, height / width) + 0.35) + 0.5)
+    for group, axis in enumerate(axes.flat):
+        if group >= groups:
+            axis.set_axis_off()
+            continue
+        share = dense[layout.group_of == group].mean(0).reshape(shape)
+        picture = torch.cat(list(share), 1) if len(shape) == 3 else share
+        image = axis.imshow(picture.numpy(), vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
+        axis.set_title(f"group {group + 1}")
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+        if len(shape) == 3:
+            for plane in range(1, shape[0]):
+                axis.axvline(plane * shape[-1] - 0.5, color="white", linewidth=1)
+            axis.set_xticks([(plane + 0.5) * shape[-1] for plane in range(3)], ["red", "green", "blue"])
+    bar = figure.colorbar(image, ax=axes, pad=0.02, aspect=25)
+    bar.set_label("neurons of the group that see it")
+    bar.ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+    figure.suptitle(f"{name}: {inputs} seen by the neurons of each group", fontsize=10)
+    return figure
+
+
+def spike_rasters(rasters: Sequence[Raster], title: str) -> Figure:
+    """One dash a spike; neurons stand group by group, neighbouring groups in two colours."""
+    heights = [1.0 if raster.spikes.shape[1] > 20 else 0.45 for raster in rasters]
+    figure, axes = _figure(len(rasters), 1, 2.6 * sum(heights) + 0.7, height_ratios=heights, sharex=True)
+    for axis, raster, height in zip(axes, rasters, heights, strict=True):
+        steps, neurons = raster.spikes.shape
+        order = torch.argsort(raster.layout.group_of, stable=True)
+        step, place = raster.spikes[:, order].nonzero(as_tuple=True)
+        shades = [COLOURS[group % 2] for group in raster.layout.group_of[order][place].tolist()]
+        start = (step + 0.6).numpy()  # steps count from 1
+        points = 72 * 2.6 * height / neurons  # of each neuron's line, in typographic points
+        axis.hlines(place.numpy(), start, start + 0.8, colors=shades, linewidth=min(4.0, max(0.6, 0.8 * points)))
+        edges = raster.layout.sizes.cumsum(0)
+        if neurons > 20:
+            shown = slice(None, None, -(-raster.layout.num_groups // 16))
+            labels = [str(group + 1) for group in range(raster.layout.num_groups)]
+            axis.set_yticks((edges - raster.layout.sizes / 2)[shown].tolist(), labels[shown])
+            axis.tick_params(axis="y", length=0)
+            axis.set_ylabel(f"{raster.name} ({neurons} neurons)\ngroup")
+            for edge in edges[:-1].tolist():
+                axis.axhline(edge - 0.5, color="0.85", linewidth=0.6, zorder=0)
+        else:
+            axis.set_ylabel(f"{raster.name}\nneuron")
+            axis.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axis.set_ylim(neurons - 0.25, -0.75)
+        axis.set_xlim(0.5, steps + 0.5)
+    axes[-1].set_xlabel("time step")
+    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    figure.align_ylabels(axes)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def rate_histograms(analysis: NetworkAnalysis) -> Figure:
+    """How many neurons of each layer fire how often."""
+    figure, axes = _figure(1, len(analysis.layers), 2.9)
+    for axis, layer in zip(axes, analysis.layers, strict=True):
+        rates = layer.neuron_rates
+        bins = min(40, max(10, len(rates) // 12))
+        fires = rates[rates > 0]
+        top = float(rates.max()) or 1.0
+        axis.hist(fires.numpy(), bins=bins, range=(0, top), color=COLOURS[0])
+        axis.axvline(float(rates.mean()), color=COLOURS[1], linestyle="--", label=f"mean {float(rates.mean()):.3f}")
+        axis.set(
+            title=f"{layer.name}: {layer.silent:.1%} of {len(rates)} silent".replace("%", " %"),
+            xlabel="firing rate (spikes per step)",
+            ylabel="neurons that fire",
+        )
+        axis.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axis.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def turnover(history: History) -> Figure:
+    """What dynamic sparse training replaced: in each epoch, and of the units there were to begin with."""
+    figure, (replaced, kept) = _figure(1, 2, 3.0)
+    epochs = [record["epoch"] for record in history]
+    for number, name in enumerate(history[0]["units_kept"]):
+        style = {"color": COLOURS[number], "marker": "os^"[number], "markersize": 4, "label": name}
+        replaced.plot(epochs, [1 - record["units_kept"][name] for record in history], **style)
+        kept.plot([0, *epochs], [1, *(record["initial_units_kept"][name] for record in history)], **style)
+    replaced.set(title="Replaced in each epoch", xlabel="epoch", ylabel="units of the layer")
+    kept.set(title="Initial units still there", xlabel="epoch", ylabel="units of the layer")
+    for axis in (replaced, kept):
+        axis.set_ylim(0, None)
+        axis.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    kept.set_ylim(0, 1.05)
+    kept.legend(frameon=False)
+    return figure
+
+
+def input_shape(size: int) -> tuple[int, ...]:
+    """How ``size`` inputs are laid out: 28 × 28 and 3 × 32 × 32 images as such, anything else about square."""
+    if size == 784:
+        return 28, 28
+    if size == 3072:
+        return 3, 32, 32
+    rows = max(divisor for divisor in range(1, int(size**0.5) + 1) if size % divisor == 0)
+    return rows, size // rows
+
+
+def _figure(rows: int, columns: int, height: float, **options: Any) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    sharex = options.pop("sharex", False)
+    axes = figure.subplots(rows, columns, sharex=sharex, gridspec_kw=options)
+    for axis in [axes] if isinstance(axes, Axes) else axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes

@@ -1,0 +1,74 @@
+"""The report as one HTML page that needs nothing else: text is escaped, pictures are inside it."""
+
+import base64
+import html
+import io
+from collections.abc import Iterable, Sequence
+
+from matplotlib.figure import Figure
+
+#: pixels per inch of the pictures: two to a pixel of a page as wide as they are
+DPI = 150
+
+#: only what is in the page may be shown
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.7rem; } h2 { margin-top: 3rem; border-bottom: 2px solid #0072b2; } h3 { margin-top: 2rem; }
+table { border-collapse: collapse; font-size: 0.875rem; font-variant-numeric: tabular-nums; }
+th, td { padding: 0.2rem 0.6rem; border-bottom: 1px solid #ddd; text-align: right; }
+th:first-child, td:first-child { text-align: left; }
+td + td { white-space: nowrap; }
+thead th { border-bottom: 2px solid #888; vertical-align: bottom; }
+div.wide { overflow-x: auto; margin: 1rem 0; }
+figure { margin: 1.5rem 0; } img { max-width: 100%; }
+figcaption { font-size: 0.875rem; color: #444; max-width: 50rem; }
+details { margin: 1rem 0; } summary { cursor: pointer; color: #0072b2; }
+"""
+
+
+def page(title: str, body: Iterable[str]) -> str:
+    """A whole page of the parts that the functions below made."""
+    return "\n".join(
+        [
+            '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
+            f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>",
+            heading(1, title),
+            *body,
+            "</body>\n</html>\n",
+        ]
+    )
+
+
+def heading(level: int, text: str) -> str:
+    return f"<h{level}>{html.escape(text)}</h{level}>"
+
+
+def paragraph(text: str) -> str:
+    return f"<p>{html.escape(text)}</p>"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table with a row of headings; the first column names the rows."""
+    head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in header)
+    lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
+    body = "\n".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
+
+
+def details(summary: str, parts: Iterable[str]) -> str:
+    """Parts that are shown on a click."""
+    return "\n".join([f"<details>\n<summary>{html.escape(summary)}</summary>", *parts, "</details>"])
+
+
+def picture(figure: Figure, caption: str) -> str:
+    """A figure with its caption, which says how to read it."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=DPI)
+    data = base64.b64encode(content.getvalue()).decode()
+    text = html.escape(caption)
+    return (
+        f'<figure>\n<img alt="{text}" src="data:image/png;base64,{data}">\n<figcaption>{text}</figcaption>\n</figure>'
+    )

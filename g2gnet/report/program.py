@@ -1,0 +1,51 @@
+"""``python -m g2gnet.report``: from checkpoints to a page."""
+
+import argparse
+from collections.abc import Sequence
+
+from g2gnet import cli
+from g2gnet.data import ImageData
+from g2gnet.training import read_run
+
+EXAMPLE = """\
+example:
+  python -m g2gnet.report checkpoints/*.pth --output report.html
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m g2gnet.report",
+        description="Writes one HTML page with the settings, results, analysis and pictures of training runs.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "checkpoints", nargs="+", metavar="CHECKPOINT", help="the .pth files of training runs, finished or not"
+    )
+    parser.add_argument("--output", default="report.html", metavar="FILE", help="the page (default: report.html)")
+    cli.add_inspection_flags(parser)
+    return parser
+
+
+def make_report(arguments: argparse.Namespace) -> None:
+    try:
+        from g2gnet.report import content  # the only part that needs matplotlib
+    except ImportError as error:
+        raise cli.FlagError(f'the report needs matplotlib ({error}); pip install -e ".[plots]"') from error
+    cli.check_output(arguments.output)
+    device, backend = cli.machine_from(arguments)
+    runs = [read_run(path) for path in arguments.checkpoints]
+    data: dict[tuple, ImageData] = {}
+    inspected = []
+    for run in runs:
+        key = (run.settings.dataset, run.settings.use_resnet, run.settings.resnet_weights, run.settings.limit_test)
+        if key not in data:
+            data[key] = cli.load_run_data(arguments, run.settings, device)
+        inspected.append(content.inspect(run, run.network(device, backend), data[key], arguments.samples))
+    cli.write_output(arguments.output, content.report(inspected))
+    print(f"wrote {arguments.output}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.run_program(build_parser(), make_report, argv, interrupted="nothing was written")

@@ -152,7 +152,10 @@ class PretrainTrainer:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="g2gnet.pretrain", description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="g2gnet.pretrain",
+        description="Trains a CIFAR ResNet-32, whose features train.py --use_resnet --resnet_weights FILE can use.",
+    )
     cli.add_settings_flags(parser, PretrainSettings)
     cli.add_machine_flags(parser, kernels=False)
     return parser

@@ -2,10 +2,13 @@
 
 import json
 import shlex
+from pathlib import Path
 
 import pytest
 import torch
+from small_data import publish_resnet, write_cifar, write_resnet
 
+import crossval
 import train
 from g2gnet import analyze
 from g2gnet.analysis import analyze_network, layers_table
@@ -104,6 +107,7 @@ def rewrite(checkpoint, target, **changes):
         (lambda state: {"settings": {**state["settings"], "p_inter": "<script>"}}, "not the checkpoint of"),
         (lambda state: {"settings": {**state["settings"], "colour": 1}}, "colour"),
         (lambda state: {"history": [{"epoch": 1}]}, "units_kept"),
+        (lambda state: {"history": []}, "no finished epoch"),
         (lambda state: {"history": ["<b>"]}, "not the checkpoint of a training run"),
         (lambda state: {"history": [{**state["history"][0], "test_acc": "<b>"}]}, "lacks numbers"),
         (lambda state: {"model": {}}, "fc1"),
@@ -138,6 +142,35 @@ def test_damaged_checkpoints_are_named(checkpoint, tmp_path, capsys):
     damaged.write_bytes(checkpoint.read_bytes()[:1000])
     assert analyze.main([str(damaged)]) == 1
     assert f"{damaged} cannot be read" in capsys.readouterr().err
+
+
+def test_a_fold_of_a_cross_validation_is_a_run_too(tmp_path, capsys):
+    flags = [*TINY, "--model", "mixer", "--k_folds", "2", "--checkpoint_dir", str(tmp_path)]
+    assert crossval.main(flags) == 0
+    (checkpoint,) = tmp_path.glob("*_fold2of2.pth")
+    run = read_run(checkpoint)
+    assert (run.settings.fold, run.settings.k_folds) == (2, 2)
+    capsys.readouterr()
+    assert analyze.main([str(checkpoint), "--json", str(tmp_path / "a.json")]) == 0
+    assert json.loads((tmp_path / "a.json").read_text())["accuracy"] == run.history[-1]["test_acc"]
+
+
+def test_a_run_on_features_needs_the_weights_that_it_had(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_cifar(monkeypatch, tmp_path / "data", "cifar10", train=50, test=20)
+    publish_resnet(monkeypatch, tmp_path / "hub", "cifar10")
+    write_resnet(tmp_path / "own.pt", "cifar10", seed=1)
+    flags = "--dataset cifar10 --use_resnet --model index --hidden_dim 16 --T 3 --epochs 1 --resnet_weights own.pt"
+    assert train.main(shlex.split(flags)) == 0
+    (checkpoint,) = Path("checkpoints").glob("*.pth")
+    capsys.readouterr()
+    assert analyze.main([str(checkpoint)]) == 2
+    assert "name the file with the run's weights by --resnet_weights" in capsys.readouterr().err
+    assert analyze.main([str(checkpoint), "--resnet_weights", "own.pt", "--json", "a.json"]) == 0
+    again, after_training = (
+        json.loads(Path(name).read_text()) for name in ("a.json", f"checkpoints/{checkpoint.stem}.analysis.json")
+    )
+    assert {name: again[name] for name in after_training} == after_training
 
 
 def test_ctrl_c_ends_without_a_traceback(checkpoint, capsys, monkeypatch):

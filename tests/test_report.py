@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import MASK_CASES, seeded
+from small_data import publish_resnet, write_cifar
 from test_analyze_program import VARIANTS, rewrite, train_tiny
 
 import train
@@ -188,6 +189,26 @@ def test_the_page_of_one_run_shows_its_settings_results_and_pictures(checkpoints
     assert "Comparison" not in reader.text
 
 
+@pytest.mark.parametrize(
+    ("flags", "pictures", "words"),
+    [
+        ("--dataset cifar10 --use_resnet --model index --sparsity_mode dynamic --dst_interval 1", 7, "ResNet features"),
+        ("--dataset cifar10 --model mixer --num_groups 10 --enc rate", 6, "one neuron in 10"),
+        ("--dataset cifar10 --model index --num_groups 1 --p_intra 0.2", 6, "which of its pixels"),
+    ],
+)
+def test_every_kind_of_data_and_grouping_can_be_drawn(tmp_path, monkeypatch, flags, pictures, words):
+    """T = 1 in all of them, and untrained networks of which many neurons are silent."""
+    monkeypatch.chdir(tmp_path)
+    write_cifar(monkeypatch, tmp_path / "data", "cifar10", train=50, test=20)
+    publish_resnet(monkeypatch, tmp_path / "hub", "cifar10")
+    assert train.main([*shlex.split(flags), *shlex.split("--hidden_dim 32 --block_size 4 --T 1 --epochs 1")]) == 0
+    assert report.main([str(path) for path in Path("checkpoints").glob("*.pth")]) == 0
+    reader = read_page(Path("report.html"))
+    assert len(reader.images) == pictures
+    assert words in reader.text
+
+
 def test_the_page_of_several_runs_compares_them(checkpoints, tmp_path):
     target = tmp_path / "report.html"
     paths = [str(checkpoints[name]) for name in ("mixer", "dense", "index, dynamic")]
@@ -278,7 +299,6 @@ def test_without_matplotlib_the_report_says_what_to_install(checkpoints, tmp_pat
     for name in ("content", "figures", "page"):
         monkeypatch.delitem(sys.modules, f"g2gnet.report.{name}", raising=False)
         monkeypatch.delattr(report, name, raising=False)
-    monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert report.main([str(checkpoints["mixer"]), "--output", str(tmp_path / "report.html")]) == 2
     assert 'pip install -e ".[plots]"' in capsys.readouterr().err

@@ -6,8 +6,8 @@ Colours are Okabe and Ito's for lines and viridis for maps, which colour-blind r
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -33,7 +33,8 @@ class Raster(NamedTuple):
 def training_curves(histories: Mapping[str, History]) -> Figure:
     """Accuracy and loss after each epoch, one colour a run; its test accuracy solid, its training accuracy dotted."""
     several = len(histories) > 1
-    figure, (accuracy, loss) = _figure(1, 2, 3.2 + (0.22 * -(-len(histories) // 2) if several else 0))
+    figure, axes = _figure(1, 2, 3.2 + (0.22 * -(-len(histories) // 2) if several else 0))
+    accuracy, loss = axes.flat
     for number, (label, history) in enumerate(histories.items()):
         epochs = [record["epoch"] for record in history]
         style = {"color": COLOURS[number % len(COLOURS)], "marker": "o", "markersize": 3}
@@ -58,7 +59,7 @@ def connection_density(masks: Mapping[str, Sequence[BlockMask]]) -> Figure:
     figure, axes = _figure(len(masks), layers, 3.4 * len(masks))
     for row, (state, of_layers) in enumerate(masks.items()):
         for column, mask in enumerate(of_layers):
-            axis: Axes = axes.reshape(len(masks), layers)[row, column]
+            axis = axes[row, column]
             density = group_density(mask)
             image = axis.imshow(density.numpy(), vmin=0, vmax=1, cmap="viridis")
             axis.set(title=f"fc{column + 1}, {state}", xlabel="input group", ylabel="output group")
@@ -122,7 +123,7 @@ def spike_rasters(rasters: Sequence[Raster], title: str) -> Figure:
     """One dash a spike; neurons stand group by group, neighbouring groups in two colours."""
     heights = [1.0 if raster.spikes.shape[1] > 20 else 0.45 for raster in rasters]
     figure, axes = _figure(len(rasters), 1, 2.6 * sum(heights) + 0.7, height_ratios=heights, sharex=True)
-    for axis, raster, height in zip(axes, rasters, heights, strict=True):
+    for axis, raster, height in zip(axes.flat, rasters, heights, strict=True):
         steps, neurons = raster.spikes.shape
         order = torch.argsort(raster.layout.group_of, stable=True)
         step, place = raster.spikes[:, order].nonzero(as_tuple=True)
@@ -144,9 +145,9 @@ def spike_rasters(rasters: Sequence[Raster], title: str) -> Figure:
             axis.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axis.set_ylim(neurons - 0.25, -0.75)
         axis.set_xlim(0.5, steps + 0.5)
-    axes[-1].set_xlabel("time step")
-    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    figure.align_ylabels(axes)
+    axes[-1, 0].set_xlabel("time step")
+    axes[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    figure.align_ylabels(list(axes.flat))
     figure.suptitle(title, fontsize=10)
     return figure
 
@@ -154,7 +155,7 @@ def spike_rasters(rasters: Sequence[Raster], title: str) -> Figure:
 def rate_histograms(analysis: NetworkAnalysis) -> Figure:
     """How many neurons of each layer fire how often."""
     figure, axes = _figure(1, len(analysis.layers), 2.9)
-    for axis, layer in zip(axes, analysis.layers, strict=True):
+    for axis, layer in zip(axes.flat, analysis.layers, strict=True):
         rates = layer.neuron_rates
         bins = min(40, max(10, len(rates) // 12))
         fires = rates[rates > 0]
@@ -173,7 +174,8 @@ def rate_histograms(analysis: NetworkAnalysis) -> Figure:
 
 def turnover(history: History) -> Figure:
     """What dynamic sparse training replaced: in each epoch, and of the units there were to begin with."""
-    figure, (replaced, kept) = _figure(1, 2, 3.0)
+    figure, axes = _figure(1, 2, 3.0)
+    replaced, kept = axes.flat
     epochs = [record["epoch"] for record in history]
     for number, name in enumerate(history[0]["units_kept"]):
         style = {"color": COLOURS[number], "marker": "os^"[number], "markersize": 4, "label": name}
@@ -200,10 +202,10 @@ def input_shape(size: int) -> tuple[int, ...]:
     return rows, size // rows
 
 
-def _figure(rows: int, columns: int, height: float, **options: Any) -> tuple[Figure, Any]:
+def _figure(rows: int, columns: int, height: float, **options: Any) -> tuple[Figure, np.ndarray]:
+    """A figure as wide as the page and its axes, [rows, columns]."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    sharex = options.pop("sharex", False)
-    axes = figure.subplots(rows, columns, sharex=sharex, gridspec_kw=options)
-    for axis in [axes] if isinstance(axes, Axes) else axes.flat:
+    axes = figure.subplots(rows, columns, squeeze=False, **options)
+    for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
     return figure, axes

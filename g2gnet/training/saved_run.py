@@ -60,6 +60,8 @@ def read_run(checkpoint: Path | str) -> SavedRun:
         kind = FoldSettings if "fold" in content["settings"] else TrainSettings
         settings = kind(**content["settings"])
         run = SavedRun(path, settings, content["epoch"], content["history"], content["model"])
+        if not run.history:
+            raise ValueError("it holds no finished epoch")
         for record in run.history:
             by_layer = [value for name in MEASURES_BY_LAYER for value in record[name].values()]
             if not all(isinstance(value, int | float) for value in (*(record[name] for name in MEASURES), *by_layer)):

@@ -75,7 +75,7 @@ def connection_density(masks: Mapping[str, Sequence[BlockMask]]) -> Figure:
                         colour = "black" if value > 60 else "white"
                         axis.text(h, g, f"{value:.0f}", ha="center", va="center", fontsize=7, color=colour)
     bar = figure.colorbar(image, ax=axes, shrink=0.8, pad=0.02)
-    bar.set_label("weights that exist (%)" if groups <= 10 else "share of the weights that exist")
+    bar.set_label("weights that exist (%)")
     bar.ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
     return figure
 
@@ -113,8 +113,8 @@ def group_inputs(mask: BlockMask, shape: tuple[int, ...], name: str, inputs: str
                 axis.axvline(plane * shape[-1] - 0.5, color="white", linewidth=1)
             axis.set_xticks([(plane + 0.5) * shape[-1] for plane in range(3)], ["red", "green", "blue"])
     bar = figure.colorbar(image, ax=axes, pad=0.02, aspect=25)
-    bar.set_label("neurons of the group that see it")
-    bar.ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+    bar.set_label("neurons that see it (%)")
+    bar.ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
     figure.suptitle(f"{name}: {inputs} seen by the neurons of each group", fontsize=10)
     return figure
 

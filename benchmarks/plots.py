@@ -76,7 +76,7 @@ def _scaling(record: dict[str, Any]) -> Figure:
         if colour == OURS:
             largest = max(points, key=lambda point: flop[point["x"]])
             ideal = [largest["median"] * flop[place] / flop[largest["x"]] for place in x]
-            left.plot(x, ideal, color="black", linestyle="--", linewidth=1, label="ideal: as many as active weights")
+            left.plot(x, ideal, color="black", linestyle="--", linewidth=1, label="ideal: proportional to active multiply-adds")
     left.set_ylabel("seconds a training step" if record["kernel"] == "step" else "seconds a forward pass")
     right.set_ylabel("peak memory, MB")
     for axis in (left, right):

@@ -76,7 +76,8 @@ def _scaling(record: dict[str, Any]) -> Figure:
         if colour == OURS:
             largest = max(points, key=lambda point: flop[point["x"]])
             ideal = [largest["median"] * flop[place] / flop[largest["x"]] for place in x]
-            left.plot(x, ideal, color="black", linestyle="--", linewidth=1, label="ideal: proportional to active multiply-adds")
+            name = "ideal: proportional to active multiply-adds"
+            left.plot(x, ideal, color="black", linestyle="--", linewidth=1, label=name)
     left.set_ylabel("seconds a training step" if record["kernel"] == "step" else "seconds a forward pass")
     right.set_ylabel("peak memory, MB")
     for axis in (left, right):

@@ -1,62 +1,10 @@
-"""Cross-validates a spiking network: k models, each trained without one k-th of the training images."""
+"""``g2g-crossval`` from a checkout: see :mod:`g2gnet.crossval`."""
 
-import argparse
-import json
 import sys
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
-import g2gnet
-from g2gnet import cli
-from g2gnet.files import replace_file
-from g2gnet.training.cross_validation import ACCURACIES, FoldSettings, cross_validate
+from g2gnet.crossval import build_parser, main
 
-EXAMPLES = """\
-examples:
-  python crossval.py --dataset fashionmnist --model mixer --p_inter 0.15 --epochs 5 --k_folds 5
-  python crossval.py --dataset cifar10 --model index --sparsity_mode dynamic
-"""
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="crossval.py", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    cli.add_settings_flags(parser, FoldSettings)
-    cli.add_machine_flags(parser)
-    parser.add_argument("--version", action="version", version=f"g2g {g2gnet.__version__}")
-    return parser
-
-
-def table(results: dict[str, Any]) -> str:
-    """The accuracies of each fold, their mean and standard deviation, as a Markdown table."""
-    lines = [f"| fold | seed | {' | '.join(ACCURACIES)} |", f"| --- {'| --- ' * (1 + len(ACCURACIES))}|"]
-    rows = [(str(result["fold"]), str(result["seed"]), result) for result in results["folds"]]
-    rows += [("mean", "", results["mean"]), ("std", "", results["std"])]
-    for name, seed, values in rows:
-        cells = " | ".join(f"{values[accuracy]:.4f}" for accuracy in ACCURACIES)
-        lines.append(f"| {name} | {seed} | {cells} |")
-    return "\n".join(lines)
-
-
-def crossval(arguments: argparse.Namespace) -> None:
-    settings = cli.settings_from(arguments, FoldSettings)
-    device, backend = cli.machine_from(arguments)
-    cli.announce(settings, device, backend)
-    results = cross_validate(
-        settings, lambda: cli.load_data(arguments, settings, device), arguments.checkpoint_dir, device, backend
-    )
-    print(table(results))
-    text = json.dumps({"settings": settings.given(), **results}, indent=2) + "\n"
-    file = Path(arguments.checkpoint_dir) / f"{settings.summary_stem}.json"
-    replace_file(file, lambda target: target.write(text.encode()))
-    print(f"wrote {file}")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return cli.run_program(build_parser(), crossval, argv)
-
+__all__ = ["build_parser", "main"]
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,54 +1,10 @@
-"""Trains a spiking network: the Dense baseline or a G2GNet, statically sparse or with dynamic sparse training."""
+"""``g2g-train`` from a checkout: see :mod:`g2gnet.train`."""
 
-import argparse
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 
-import g2gnet
-from g2gnet import cli
-from g2gnet.analysis import NetworkAnalysis, headline, summary_table
-from g2gnet.training import TrainSettings, run_training
+from g2gnet.train import build_parser, main
 
-EXAMPLES = """\
-examples:
-  python train.py --dataset fashionmnist-mini --model mixer --epochs 5
-  python train.py --model index --p_inter 0.15
-  python train.py --model mixer --sparsity_mode dynamic --cp set --cg hebb
-"""
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="train.py", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    cli.add_settings_flags(parser)
-    cli.add_machine_flags(parser)
-    parser.add_argument("--version", action="version", version=f"g2g {g2gnet.__version__}")
-    return parser
-
-
-def train(arguments: argparse.Namespace) -> None:
-    settings = cli.settings_from(arguments, TrainSettings)
-    device, backend = cli.machine_from(arguments)
-    cli.announce(settings, device, backend)
-    run_training(
-        settings,
-        lambda: cli.load_data(arguments, settings, device),
-        arguments.checkpoint_dir,
-        device,
-        backend,
-        show_analysis,
-    )
-
-
-def show_analysis(analysis: NetworkAnalysis, path: Path) -> None:
-    print(f"{headline(analysis)}\n{summary_table(analysis)}\nin full: {path}", flush=True)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return cli.run_program(build_parser(), train, argv)
-
+__all__ = ["build_parser", "main"]
 
 if __name__ == "__main__":
     sys.exit(main())

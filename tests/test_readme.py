@@ -10,9 +10,7 @@ import pytest
 import torch
 from small_data import fashion_mnist_files, publish_resnet, write, write_cifar, write_resnet
 
-import crossval
-import train
-from g2gnet import cli, pretrain
+from g2gnet import cli, crossval, pretrain, train
 from g2gnet.pretrain import PretrainSettings
 from g2gnet.training import TrainSettings
 from g2gnet.training.cross_validation import FoldSettings
@@ -113,7 +111,8 @@ def stem_of(arguments):
 def test_other_commands_are_of_programs_that_have_these_flags(capsys, command):
     """Benchmarks run in tests of their own."""
     program, arguments = split(command)
-    module = importlib.import_module(program.removeprefix("-m "))
+    name = program.removeprefix("-m ")
+    module = importlib.import_module("g2gnet.__main__" if name == "g2gnet" else name)
     with pytest.raises(SystemExit) as stop:
         module.main(["--help"])
     assert stop.value.code == 0
@@ -169,8 +168,9 @@ def test_the_flag_tables_are_complete_and_their_defaults_right():
         assert rows[name] == expected, name
 
 
-def test_the_python_example_runs(capsys):
-    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    # the same program at a tenth of the size
-    exec(compile(example.replace("2048", "256").replace("T=50", "T=5"), "README.md", "exec"), {})
-    assert capsys.readouterr().out.startswith("BlockMask(256×256, 8 groups (interleaved)")
+def test_the_python_examples_run(capsys):
+    network, foreign_model = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    for example in (network, foreign_model):
+        # the same program at a tenth of the size
+        exec(compile(example.replace("2048", "256").replace("T=50", "T=5"), "README.md", "exec"), {})
+        assert capsys.readouterr().out.startswith("BlockMask(256×256, 8 groups (interleaved)")

@@ -1,0 +1,35 @@
+"""Prints which programs there are and which kernels this machine runs."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import g2gnet
+from g2g_kernels import backend_status
+
+#: each program, and what it does
+PROGRAMS = {
+    "g2g-train": "trains a network: dense, or sparse between groups, statically or dynamically",
+    "g2g-crossval": "cross-validates one: k models, each without one k-th of the training images",
+    "python -m g2gnet.analyze": "prints what the neurons of a trained network do, by layer and group",
+    "python -m g2gnet.report": "one page with settings, results, analysis and pictures of runs",
+    "python -m g2gnet.pretrain": "trains the CIFAR ResNet-32 whose features --use_resnet takes",
+    "python -m g2g_kernels.doctor": "checks every kernel of this machine against the reference",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argparse.ArgumentParser(prog="python -m g2gnet", description=__doc__).parse_args(argv)
+    width = max(map(len, PROGRAMS))
+    print(f"g2g {g2gnet.__version__}\n\nPrograms; each explains itself with --help:")
+    for program, purpose in PROGRAMS.items():
+        print(f"  {program:{width}}  {purpose}")
+    print("\nKernels on this machine:")
+    for backend, reason in backend_status().items():
+        print(f"  {backend:{width}}  {'yes' if reason is None else f'no: {reason}'}")
+    print("\nTo begin with:\n  g2g-train --dataset fashionmnist-mini --model mixer --epochs 5")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

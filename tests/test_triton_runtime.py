@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+import types
 
 import pytest
 import torch
@@ -14,7 +15,10 @@ from g2g_kernels.triton import runtime
 def machine(monkeypatch):
     """Describes a machine: a GPU at hand, Triton installed, a CUDA build of PyTorch, unless changed."""
 
-    def describe(installed=True, platform="linux", cuda="12.8", hip=None, capabilities=((9, 0),)) -> None:
+    def describe(
+        installed=True, platform="linux", cuda="12.8", hip=None, capabilities=((9, 0),), triton="3.3.1"
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__=triton))
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
         monkeypatch.setattr(sys, "platform", platform)
         monkeypatch.setattr(torch.version, "cuda", cuda)
@@ -36,6 +40,11 @@ def machine(monkeypatch):
         ({"cuda": None, "capabilities": ()}, "is built for the CPU only (install a CUDA or ROCm build: pytorch.org)"),
         ({"capabilities": ()}, "finds no CUDA or ROCm device (see nvidia-smi or rocm-smi for the driver)"),
         ({"capabilities": ((7, 5),)}, "need a GPU of compute capability 8.0 or more, this one has 7.5"),
+        (
+            {"triton": "3.2.0"},
+            "the kernels need Triton 3.3 or newer, not 3.2.0 (it comes with PyTorch 2.7 and newer)",
+        ),
+        ({"triton": "3.10.0+git1234"}, None),
         ({}, None),
         ({"capabilities": ((7, 5), (8, 6))}, None),
         ({"cuda": None, "hip": "6.2", "capabilities": ((9, 4),)}, None),

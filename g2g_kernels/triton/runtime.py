@@ -17,6 +17,8 @@ import torch
 
 #: the least compute capability: bfloat16 on tensor cores came with Ampere
 OLDEST = (8, 0)
+#: the least version of Triton (that of PyTorch 2.7): kernels hold the steps of a segment in tuples
+OLDEST_TRITON = (3, 3)
 
 
 def interpreted() -> bool:
@@ -39,6 +41,9 @@ def _unavailable(interpreter: bool) -> str | None:
     if newest < OLDEST:
         required, found = (".".join(map(str, capability)) for capability in (OLDEST, newest))
         return f"the kernels need a GPU of compute capability {required} or more, this one has {found}"
+    triton = importlib.import_module("triton").__version__
+    if tuple(map(int, triton.split(".")[:2])) < OLDEST_TRITON:
+        return f"the kernels need Triton 3.3 or newer, not {triton} (it comes with PyTorch 2.7 and newer)"
     return None
 
 

@@ -116,12 +116,11 @@ class Row:
     stack: int
     shared: int
     programs: int
-    matrix: int
+    matrix: str
 
     def cells(self) -> list[str]:
-        matrix = f"{self.matrix} {TARGETS[self.target].matrix}" if self.matrix else "–"
         numbers = (self.registers, self.stack, self.shared, self.programs)
-        return [self.case, f"`{self.kernel}`", self.tile, self.factors, self.target, *map(str, numbers), matrix]
+        return [self.case, f"`{self.kernel}`", self.tile, self.factors, self.target, *map(str, numbers), self.matrix]
 
 
 KERNELS = [
@@ -216,6 +215,16 @@ def resources(compiled: Any, target: Target) -> tuple[int, int]:
     return registers, stack
 
 
+def matrix_instructions(compiled: Any, target: Target) -> str:
+    """How many of the target's matrix instructions, or of those that tiles too small for them take; – for none."""
+    text = compiled.asm["ptx" if target.backend == "cuda" else "amdgcn"]
+    for name in (target.matrix, "mma.sync"):
+        number = len(re.findall(rf"^\s+(?:@%p\d+ )?(?:v_)?{re.escape(name)}", text, re.MULTILINE))
+        if number:
+            return f"{number} {name}"
+    return "–"
+
+
 def programs_of_sm(registers: int, shared: int, num_warps: int, target: Target) -> int:
     """How many programs one multiprocessor holds at a time.
 
@@ -241,7 +250,6 @@ def rows(cases: Sequence[Case], targets: Sequence[Target], kernels: Sequence[str
                 compiled = compile_for(source, target)
                 registers, stack = resources(compiled, target)
                 shared = compiled.metadata.shared
-                text = compiled.asm["ptx" if target.backend == "cuda" else "amdgcn"]
                 yield Row(
                     case.name,
                     launch.kernel.fn.__name__,
@@ -252,7 +260,7 @@ def rows(cases: Sequence[Case], targets: Sequence[Target], kernels: Sequence[str
                     stack,
                     shared,
                     programs_of_sm(registers, shared, compiled.metadata.num_warps, target),
-                    len(re.findall(rf"^\s+(?:@%p\d+ )?(?:v_)?{re.escape(target.matrix)}", text, re.MULTILINE)),
+                    matrix_instructions(compiled, target),
                 )
 
 

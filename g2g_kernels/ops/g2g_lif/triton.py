@@ -126,7 +126,7 @@ def fused_forward_kernel(
         other = tl.load(unit_col + slot, mask=i < end, other=0)
         x_col, x_ok = columns(other * K + k, x_column, k_ok, x_size)
         x_tile = tl.load(
-            x + t * batch * x_size + x_offset + x_col[None, :], mask=(b < batch)[:, None] & x_ok[None, :], other=0
+            x + t * batch * x_size + (x_offset + x_col[None, :]), mask=(b < batch)[:, None] & x_ok[None, :], other=0
         )
         weights = tl.load(
             values + slot * (N * K) + k[:, None] + n[None, :] * K, mask=k_ok[:, None] & (n < N)[None, :], other=0
@@ -136,19 +136,19 @@ def fused_forward_kernel(
             membrane = charge(membrane, fires(membrane, threshold), current, decay, threshold, RESET)
             spike = fires(membrane, threshold)
             count += spike.to(tl.float32)
-            here = t * batch * y_size + y_offset
-            tl.store(spikes + here, spike.to(spikes.dtype.element_ty), mask=inside)
+            here = t * batch * y_size
+            tl.store(spikes + here + y_offset, spike.to(spikes.dtype.element_ty), mask=inside)
             if margins is not None:
-                tl.store(margins + here, (membrane - threshold).to(margins.dtype.element_ty), mask=inside)
+                tl.store(margins + here + y_offset, (membrane - threshold).to(margins.dtype.element_ty), mask=inside)
             current = start
     tl.store(counts + y_offset, count, mask=inside)
 
 
-def fused_tiles(batch: int, width: int, dtype: torch.dtype) -> dict[str, int]:
+def fused_tiles(batch: int, width: int, x: torch.dtype, products: torch.dtype) -> dict[str, int]:
     """As for the product, with 64 samples at most: two row tiles of a batch of 256 times 32 block rows would leave half
-    of an H100's 132 SMs without work."""
-    tiles = product_tiles(batch, width, dtype)
-    return tiles | {"BLOCK_M": min(64, tiles["BLOCK_M"])}
+    of an H100's 132 SMs without work. Membranes and counts are registers too, so 8 warps share a tile."""
+    tiles = product_tiles(batch, width, x, products)
+    return tiles | {"BLOCK_M": min(64, tiles["BLOCK_M"]), "num_warps": 8}
 
 
 #: SMs of an H100, where no device can be asked
@@ -166,7 +166,7 @@ def fused_pays(units: Units, batch: int, dtype: torch.dtype, device: torch.devic
     if units.dense_pays:
         return False
     sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else _H100_SMS
-    block_m = fused_tiles(batch, units.cols.tile, dtype)["BLOCK_M"]
+    block_m = fused_tiles(batch, units.cols.tile, torch.uint8, dtype)["BLOCK_M"]
     programs = units.rows.num_units * units.rows.tiles * triton.cdiv(batch, block_m)
     return 4 * programs >= 3 * sms
 
@@ -347,7 +347,7 @@ def _launch_fused(
     """Writes spikes [T, B, N'], margins of the same shape if given, and counts [B, N'], from x [T·B, in]."""
     units = layer.units
     steps, batch, _ = spikes.shape
-    options = fused_tiles(batch, units.cols.tile, values.dtype)
+    options = fused_tiles(batch, units.cols.tile, x.dtype, values.dtype)
     launch(
         fused_forward_kernel,
         (units.rows.num_units * units.rows.tiles * triton.cdiv(batch, options["BLOCK_M"]),),

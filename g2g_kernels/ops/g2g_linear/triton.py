@@ -152,7 +152,7 @@ def units_of(tensors: Sequence[torch.Tensor], trivial: Sequence[bool], values: t
 def columns(place, column_of, ok, size):
     """The memory columns of some places, and which of them exist."""
     if column_of is not None:
-        column = tl.load(column_of + place, mask=ok, other=size)
+        column = tl.load(column_of + place, mask=ok, other=size).to(tl.int32)
         return column, ok & (column < size)
     else:
         return place, ok
@@ -185,10 +185,10 @@ def product_kernel(
     TILES_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     tile = tl.program_id(0) % (num_n * TILES_N)
     unit = tile // TILES_N
-    m = (tl.program_id(0) // (num_n * TILES_N)) * BLOCK_M + tl.arange(0, BLOCK_M)
-    m_ok = m < samples
+    first_m = (tl.program_id(0) // (num_n * TILES_N)).to(tl.int64) * BLOCK_M
+    m = tl.arange(0, BLOCK_M)
+    m_ok = m < samples - first_m
     n = (tile % TILES_N) * BLOCK_N + tl.arange(0, BLOCK_N)
-    x_row = x + m.to(tl.int64)[:, None] * x_size
 
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for i in range(tl.load(ptr + unit) * TILES_K, tl.load(ptr + unit + 1) * TILES_K):
@@ -196,7 +196,8 @@ def product_kernel(
         other = tl.load(others + slot)
         k = (i % TILES_K) * BLOCK_K + tl.arange(0, BLOCK_K)
         column, k_ok = columns(other * K + k, x_column, k < K, x_size)
-        x_tile = tl.load(x_row + column[None, :], mask=m_ok[:, None] & k_ok[None, :], other=0)
+        x_address = x + first_m * x_size + (m[:, None] * x_size + column[None, :])
+        x_tile = tl.load(x_address, mask=m_ok[:, None] & k_ok[None, :], other=0)
         if BY_ROWS:  # values are [slot, N, K]
             address = values + slot * (N * K) + k[:, None] + n[None, :] * K
         else:  # [slot, K, N]
@@ -207,23 +208,29 @@ def product_kernel(
     column, n_ok = columns(unit * N + n, y_column, n < N, y_size)
     if bias is not None:
         total += tl.load(bias + column, mask=n_ok, other=0).to(tl.float32)[None, :]
-    y_address = y + m.to(tl.int64)[:, None] * y_size + column[None, :]
+    y_address = y + first_m * y_size + (m[:, None] * y_size + column[None, :])
     tl.store(y_address, total.to(y.dtype.element_ty), mask=m_ok[:, None] & n_ok[None, :])
 
 
-def product_tiles(samples: int, width: int, dtype: torch.dtype) -> dict[str, int]:
+def product_tiles(samples: int, width: int, x: torch.dtype, products: torch.dtype) -> dict[str, int]:
     """Rows and depth of a tile for units ``width`` deep, and how many loads are under way.
 
     128 rows are two ``wgmma`` of 64, and reuse each weight tile for 128 FLOPs a byte; few samples take 16, the least
     that a tensor core multiplies. Three stages of 16 KB of x and 8 KB of weights leave room for other programs on an
-    SM, and fit the 99 KB of consumer cards. In float32 numbers are twice as large, so tiles have half the rows and
-    depth; ``ieee`` products run on the ordinary cores, whose fully unrolled loops are kept to a depth of 16.
+    SM, and fit the 99 KB of consumer cards. What is loaded as float32, whatever it becomes, takes twice the registers:
+    half the rows, half the depth, two stages. ``ieee`` products run on the ordinary cores, whose loops are unrolled
+    whole: a depth of 16 and three stages. With these numbers no kernel has anything on the stack
+    (``benchmarks/results/aot.md``).
     """
-    tiles = {"num_warps": 4, "num_stages": 3}
-    if dtype == torch.float32:
-        depth = 16 if runtime.input_precision() == "ieee" else 32
-        return tiles | {"BLOCK_M": 64 if samples > 32 else 16, "BLOCK_K": min(depth, width)}
-    return tiles | {"BLOCK_M": 128 if samples > 32 else 16, "BLOCK_K": width}
+    block_m = 16 if samples <= 32 else 64 if torch.float32 in (x, products) else 128
+    depth, stages = _depth_and_stages(x, products)
+    return {"BLOCK_M": block_m, "BLOCK_K": min(depth, width), "num_warps": 4, "num_stages": stages}
+
+
+def _depth_and_stages(x: torch.dtype, products: torch.dtype) -> tuple[int, int]:
+    if products == torch.float32 and runtime.input_precision() == "ieee":
+        return 16, 3
+    return (32, 2) if torch.float32 in (x, products) else (64, 3)
 
 
 def _launch_product(
@@ -238,7 +245,7 @@ def _launch_product(
         inner, outer, index = units.cols, units.rows, (units.row_ptr, units.row_slot, units.unit_col)
     else:
         inner, outer, index = units.rows, units.cols, (units.col_ptr, units.col_slot, units.unit_row)
-    options = product_tiles(len(x), inner.tile, values.dtype)
+    options = product_tiles(len(x), inner.tile, x.dtype, values.dtype)
     launch(
         product_kernel,
         (outer.num_units * outer.tiles * triton.cdiv(len(x), options["BLOCK_M"]),),
@@ -356,12 +363,13 @@ def weight_gradient_kernel(
     total = tl.zeros((BLOCK_R, GROUP * BLOCK_C) if BLOCK_R >= 64 else (GROUP * BLOCK_C, BLOCK_R), tl.float32)
     summed = tl.zeros((BLOCK_S, BLOCK_R), tl.float32)
     for start in range(part * samples_of_part, tl.minimum((part + 1) * samples_of_part, samples), BLOCK_S):
-        s = start + tl.arange(0, BLOCK_S)
-        s_ok = (s < samples)[:, None]
-        y_tile = tl.load(grad_y + s.to(tl.int64)[:, None] * y_size + y_col[None, :], mask=s_ok & y_ok[None, :], other=0)
-        x_tile = tl.load(
-            x + s.to(tl.int64)[:, None] * x_size + column[None, :], mask=s_ok & column_ok[None, :], other=0
-        )
+        s = tl.arange(0, BLOCK_S)
+        s_ok = (s < samples - start)[:, None]
+        row_start = tl.cast(start, tl.int64)
+        y_address = grad_y + row_start * y_size + (s[:, None] * y_size + y_col[None, :])
+        y_tile = tl.load(y_address, mask=s_ok & y_ok[None, :], other=0)
+        x_address = x + row_start * x_size + (s[:, None] * x_size + column[None, :])
+        x_tile = tl.load(x_address, mask=s_ok & column_ok[None, :], other=0)
         x_tile = x_tile.to(y_tile.dtype)
         if BLOCK_R >= 64:
             total = tl.dot(tl.trans(y_tile), x_tile, total, input_precision=PRECISION)
@@ -384,17 +392,16 @@ def weight_gradient_kernel(
 _PROGRAMS = 528
 
 
-def weight_gradient_tiles(width: int, dtype: torch.dtype) -> dict[str, int]:
+def weight_gradient_tiles(width: int, x: torch.dtype, products: torch.dtype) -> dict[str, int]:
     """How many units ``width`` wide share a tile of dy, samples of a step, loads under way.
 
     128 columns of x, as wide as a ``wgmma`` or two of them deep: with 256, most rows of the default mask (8 or 9 units
     of 64) would leave a last group almost empty. 64 samples a step are four ``wgmma`` deep; three stages take 72 KB at
-    most. In float32, half of each, and in ``ieee`` products steps of 16 (see :func:`product_tiles`).
+    most. In float32 half of each, as in :func:`product_tiles`.
     """
-    tiles = {"num_warps": 4, "num_stages": 3}
-    if dtype == torch.float32:
-        return tiles | {"GROUP": 64 // width, "BLOCK_S": 16 if runtime.input_precision() == "ieee" else 32}
-    return tiles | {"GROUP": 128 // width, "BLOCK_S": 64}
+    depth, stages = _depth_and_stages(x, products)
+    lanes = 64 if torch.float32 in (x, products) else 128
+    return {"GROUP": lanes // width, "BLOCK_S": depth, "num_warps": 4, "num_stages": stages}
 
 
 def weight_gradient(
@@ -411,7 +418,7 @@ def weight_gradient(
     if units.dense_pays:
         grad_values = packed(grad_y.T @ x.to(grad_y.dtype), units).to(dtype)
         return grad_values, grad_y.sum(0, dtype=torch.float32) if want_bias else None
-    options = weight_gradient_tiles(cols.tile, grad_y.dtype)
+    options = weight_gradient_tiles(cols.tile, x.dtype, grad_y.dtype)
     groups = num_units // options["GROUP"] + rows.num_units
     tiles = rows.tiles * cols.tiles
     parts = max(1, min(_PROGRAMS // (groups * tiles), len(x) // 1024))

@@ -24,6 +24,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     cli.add_settings_flags(parser)
     cli.add_machine_flags(parser)
+    parser.add_argument(
+        "--cuda_graph", action="store_true", help="replay each training step as a CUDA graph; not run on a GPU yet"
+    )
     parser.add_argument("--version", action="version", version=f"g2g {g2gnet.__version__}")
     return parser
 
@@ -31,6 +34,8 @@ def build_parser() -> argparse.ArgumentParser:
 def train(arguments: argparse.Namespace) -> None:
     settings = cli.settings_from(arguments, TrainSettings)
     device, backend = cli.machine_from(arguments)
+    if arguments.cuda_graph and device.type != "cuda":
+        raise cli.FlagError(f"--cuda_graph needs a CUDA device, not {device}; leave it out, or give --device cuda")
     cli.announce(settings, device, backend)
     run_training(
         settings,
@@ -39,6 +44,7 @@ def train(arguments: argparse.Namespace) -> None:
         device,
         backend,
         show_analysis,
+        arguments.cuda_graph,
     )
 
 

@@ -34,6 +34,7 @@ def run_training(
     device: torch.device,
     backend: str | None = None,
     show_analysis: Callable[[NetworkAnalysis, Path], None] | None = None,
+    cuda_graph: bool = False,
 ) -> dict[str, Any]:
     """Trains as ``settings`` say, or goes on from the run's checkpoint, or skips a finished run.
 
@@ -56,7 +57,10 @@ def run_training(
         if show_analysis:
             show_analysis(analysis, files.analysis)
 
-    return run_epochs(settings, lambda: Trainer(settings, load_data(), device, backend), checkpoint_dir, analyze)
+    def make_trainer() -> Trainer:
+        return Trainer(settings, load_data(), device, backend, cuda_graph)
+
+    return run_epochs(settings, make_trainer, checkpoint_dir, analyze)
 
 
 TrainerT = TypeVar("TrainerT", bound=EpochTrainer)

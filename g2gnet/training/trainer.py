@@ -7,11 +7,13 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional as F
 
+from g2g_kernels import Activity
 from g2gnet.data import ImageData, as_samples, random_crop_and_flip
 from g2gnet.dst import DSTScheduler
 from g2gnet.layers import G2GLinear
-from g2gnet.regularizer import rate_penalty, rate_target
+from g2gnet.regularizer import RateTarget, rate_penalty, rate_target
 from g2gnet.seeding import draw_device, stream
+from g2gnet.training.cuda_graph import CapturedStep
 from g2gnet.training.evaluation import Batch, autocast, build_network, run_images
 from g2gnet.training.settings import TrainSettings
 
@@ -40,10 +42,16 @@ class Trainer:
         data: the images, on any device; they are moved to ``device``.
         device: where to compute.
         backend: kernels to use (None: the device decides).
+        cuda_graph: replay each whole batch's step as a CUDA graph.
     """
 
     def __init__(
-        self, settings: TrainSettings, data: ImageData, device: torch.device, backend: str | None = None
+        self,
+        settings: TrainSettings,
+        data: ImageData,
+        device: torch.device,
+        backend: str | None = None,
+        cuda_graph: bool = False,
     ) -> None:
         self.settings = settings
         self.device = device
@@ -53,8 +61,14 @@ class Trainer:
         # PyTorch's fused update is for CPU and CUDA; DirectML takes the plain loop
         fused = device.type in ("cpu", "cuda")
         self.optimizer = torch.optim.Adam(
-            self.net.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=fused, foreach=False
+            self.net.parameters(),
+            lr=settings.lr,
+            weight_decay=settings.weight_decay,
+            fused=fused,
+            foreach=False,
+            capturable=cuda_graph,
         )
+        self._captured = CapturedStep(self._learn) if cuda_graph else None
         self.dst: DSTScheduler | None = None
         if settings.sparsity_mode == "dynamic":
             self.dst = DSTScheduler(
@@ -89,6 +103,8 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.dst:
             self.dst.load_state_dict(state["dst"])
+        for group in self.optimizer.param_groups:  # how to compute is not the checkpoint's to say
+            group["capturable"] = self._captured is not None
         self.epoch, self.step = state["epoch"], state["step"]
 
     def train_epoch(self, on_step: StepCallback | None = None) -> dict[str, Any]:
@@ -146,24 +162,34 @@ class Trainer:
         if self.settings.augments:
             images = random_crop_and_flip(images, self._stream("augment", self.step))
         inputs = self.net.encode(as_samples(images), self._stream("encode_train", self.step))
+        target = None
+        if self.settings.enforce_sparsity:
+            target = rate_target(self.epoch, self.settings.epochs, self.settings.warmup_epochs)
+        whole = len(index) == self.settings.batch_size
+        learn = self._captured if self._captured and whole else self._learn
+        result, activity = learn(inputs, labels, target)
+        self.step += 1
+        if self.dst:
+            self.dst.step(inputs, activity)
+        return result
+
+    def _learn(
+        self, inputs: torch.Tensor, labels: torch.Tensor, target: RateTarget | None
+    ) -> tuple[_StepResult, Activity]:
+        """Forward pass, loss, backward pass, update. Nothing here waits for the device, so that it can be captured."""
         with autocast(self.settings, self.device):
             activity = self.net.simulate(inputs)
         loss = F.cross_entropy(activity.counts, labels)
         objective = loss
-        if self.settings.enforce_sparsity:
-            target = rate_target(self.epoch, self.settings.epochs, self.settings.warmup_epochs)
-            if target.strength > 0:
-                objective = loss + rate_penalty(activity.rates[:-1], target)
+        if target and target.strength > 0:
+            objective = loss + rate_penalty(activity.rates[:-1], target)
         self.optimizer.zero_grad(set_to_none=True)
         objective.backward()
         self.optimizer.step()
-        self.step += 1
-        if self.dst:
-            self.dst.step(inputs, activity)
         with torch.no_grad():
             correct = (activity.counts.argmax(1) == labels).sum()
             firing_rates = torch.stack([rates.mean() for rates in activity.rates])
-        return _StepResult(loss.detach(), correct, firing_rates)
+        return _StepResult(loss.detach(), correct, firing_rates), activity
 
     def run_images(self, part: str = "test", count: int | None = None) -> Iterator[Batch]:
         """What the network does with the first ``count`` (None: all) of the ``"test"`` or ``"val"`` images."""

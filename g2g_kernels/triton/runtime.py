@@ -76,9 +76,9 @@ def input_precision() -> str:
     """How float32 factors are multiplied: ``"tf32"`` (10-bit mantissas, on tensor cores) or ``"ieee"`` (all 23 bits).
 
     PyTorch's own switch decides, as for its dense products: ``torch.set_float32_matmul_precision`` (or
-    ``torch.backends.cuda.matmul.allow_tf32``), whose default is full precision.
+    ``torch.backends.cuda.matmul.allow_tf32``), whose default is full precision. AMD's cards always take the latter.
     """
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if torch.get_float32_matmul_precision() != "highest" and torch.version.hip is None else "ieee"
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:

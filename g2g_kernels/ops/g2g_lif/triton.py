@@ -546,7 +546,7 @@ def _forward(
             if keep:
                 checkpoints = torch.empty(checkpoint_shape(*shape), dtype=torch.float32, device=x.device)
             launch_forward(current, layer.beta, layer.theta, num_steps, layer.held, reset, spikes, checkpoints, counts)
-            kept += [counts.new_empty(0)] * 2 if checkpoints is None else [current, checkpoints]
+            kept += [counts.new_empty(0), counts.new_empty(0)] if checkpoints is None else [current, checkpoints]
         rates.append(layer.to_neurons(counts.sum(0) / (num_steps * batch)))
         all_spikes.append(spikes)
         received = spikes

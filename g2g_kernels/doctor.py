@@ -219,6 +219,8 @@ def examine(device: torch.device) -> Iterator[tuple[str, list[str]]]:
             continue
         for operator in dict.fromkeys(check.operator for check in every):
             for dtype, allowed in ALLOWED.items():
+                if dtype != torch.float32 and device.type not in ("cpu", "cuda"):
+                    continue  # no autocast there
                 cases = [check for check in every if check.operator == operator]
                 yield _line(cases, backend, device, dtype, allowed)
 

@@ -16,7 +16,13 @@ TINY = shlex.split(
     "--dataset fashionmnist-mini --model mixer --hidden_dim 64 --block_size 8 --T 3 --limit_train 100 --limit_test 50 "
     "--epochs 1"
 )
-MACHINE_FLAGS = {"data_dir": "data", "checkpoint_dir": "checkpoints", "device": "auto", "backend": "auto"}
+MACHINE_FLAGS = {
+    "data_dir": "data",
+    "checkpoint_dir": "checkpoints",
+    "device": "auto",
+    "backend": "auto",
+    "cuda_graph": False,
+}
 
 
 def test_the_flags_and_their_defaults_are_the_documented_ones():

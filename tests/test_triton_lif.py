@@ -256,9 +256,9 @@ def test_a_layer_compiles_with_a_full_graph(plain_memory):
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [
-        ({"current": torch.zeros(4, 0, 5)}, "needs currents that are not empty"),
-        ({"current": torch.zeros(4, 2, 5, dtype=torch.float64)}, "not torch.float64"),
-        ({"beta": torch.zeros(1, dtype=torch.float64)}, "not torch.float64"),
+        ({"current": torch.zeros(4, 0, 5, device=DEVICE)}, "needs currents that are not empty"),
+        ({"current": torch.zeros(4, 2, 5, dtype=torch.float64, device=DEVICE)}, "not torch.float64"),
+        ({"beta": torch.zeros(1, dtype=torch.float64, device=DEVICE)}, "not torch.float64"),
         ({"current": torch.zeros(4, 2, 5, device="meta")}, "not on meta"),
         ({"current": torch.zeros(1, 1, 1).expand(3, 1 << 16, 1 << 15)}, "serves less than 2³¹"),
     ],

@@ -7,7 +7,7 @@ weights themselves are *packed*, one [unit_rows, unit_cols] tile per present uni
 import torch
 from torch import nn
 
-from g2g_kernels.groups import GroupLayout
+from g2g_kernels.groups import GroupLayout, check_integers
 
 
 class UnitAxis(nn.Module):
@@ -191,10 +191,14 @@ class BlockMask(nn.Module):
     def _set_units(self, unit_row: torch.Tensor, unit_col: torch.Tensor) -> None:
         """Checks the coordinates, stores them and builds both indices anew (other shapes are allowed)."""
         device = self.rows.order.device
-        unit_row = unit_row.detach().to(device, torch.int64)
-        unit_col = unit_col.detach().to(device, torch.int64)
+        check_integers("unit_row", unit_row)
+        check_integers("unit_col", unit_col)
         if unit_row.shape != unit_col.shape or unit_row.dim() != 1:
             raise ValueError(f"unit_row {tuple(unit_row.shape)} and unit_col {tuple(unit_col.shape)} must match, 1-D")
+        if unit_row.numel() > self.rows.num_units * self.cols.num_units:
+            raise ValueError(f"unit_row names {unit_row.numel()} units, but there are only {self.grid} in the grid")
+        unit_row = unit_row.detach().to(device, torch.int64)
+        unit_col = unit_col.detach().to(device, torch.int64)
         for name, coordinate, limit in (
             ("unit_row", unit_row, self.rows.num_units),
             ("unit_col", unit_col, self.cols.num_units),
@@ -381,6 +385,13 @@ class BlockMask(nn.Module):
         block_size, out_group_of, in_group_of, unit_row, unit_col = (state_dict[prefix + name] for name in names)
         device = self.unit_row.device
         try:
+            for name in names:
+                check_integers(name, state_dict[prefix + name])
+            shape = (out_group_of.numel(), in_group_of.numel())
+            if shape != self.shape:
+                raise ValueError(f"the saved mask is {shape}, this layer is {self.shape}")
+            if block_size.numel() != 1:
+                raise ValueError(f"block_size has shape {tuple(block_size.shape)}, expected one number")
             loaded = BlockMask(
                 GroupLayout.from_assignment(out_group_of),
                 GroupLayout.from_assignment(in_group_of),
@@ -390,9 +401,6 @@ class BlockMask(nn.Module):
             ).to(device)
         except ValueError as error:
             error_msgs.append(f"{prefix.rstrip('.')}: {error}")
-            return
-        if loaded.shape != self.shape:
-            error_msgs.append(f"{prefix.rstrip('.')}: saved mask is {loaded.shape}, this layer is {self.shape}")
             return
         self.block_size = loaded.block_size
         mine, theirs = dict(self.named_buffers()), dict(loaded.named_buffers())

@@ -58,6 +58,7 @@ class GroupLayout:
         Raises:
             ValueError: if the assignment is not balanced or leaves a group empty.
         """
+        check_integers("group_of", group_of)
         group_of = group_of.detach().to("cpu", torch.int64)
         if group_of.dim() != 1 or group_of.numel() == 0 or group_of.min() < 0 or group_of.max() >= group_of.numel():
             raise ValueError(f"group_of must hold group numbers 0 … G−1 for a row of neurons, not {group_of}")
@@ -79,3 +80,11 @@ class GroupLayout:
 
     def __repr__(self) -> str:
         return f"GroupLayout({self.size}, num_groups={self.num_groups}, kind={self.kind!r})"
+
+
+def check_integers(name: str, tensor: object) -> None:
+    """Raises ValueError, naming the argument, unless it is a tensor of integers."""
+    if not isinstance(tensor, torch.Tensor):
+        raise ValueError(f"{name} must be a tensor of integers, not {type(tensor).__name__}")
+    if tensor.dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
+        raise ValueError(f"{name} must be a tensor of integers, not of {tensor.dtype}")

@@ -22,7 +22,7 @@ from g2gnet.analysis import ANALYSIS_SAMPLES
 from g2gnet.data import DataError, ImageData, load_dataset
 from g2gnet.features import load_features, weights_digest
 from g2gnet.files import replace_file
-from g2gnet.training import CheckpointError, Settings, SettingsError, TrainingError, TrainSettings
+from g2gnet.training import CheckpointError, Interrupted, Settings, SettingsError, TrainingError, TrainSettings
 from g2gnet.training.settings import describe_range
 
 #: what stands for a flag's value in the help
@@ -169,7 +169,8 @@ def run_program(
         interrupted: what to say after Ctrl-C.
 
     Returns:
-        0 on success, 1 if data, files or training failed, 2 for flags that cannot be used, 130 after Ctrl-C.
+        0 on success, 1 if data, files or training failed, 2 for flags that cannot be used, 128 + the number
+        of a signal that ended it (130 after Ctrl-C).
     """
     arguments = parser.parse_args(argv)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
@@ -180,6 +181,9 @@ def run_program(
         return _fail(parser, error, 2)
     except (DataError, CheckpointError, TrainingError, OutputError) as error:
         return _fail(parser, error, 1)
+    except Interrupted as interruption:
+        print(f"{parser.prog}: {interruption}", file=sys.stderr)
+        return 128 + interruption.signal
     except KeyboardInterrupt:
         print(f"\n{parser.prog}: interrupted; {interrupted}", file=sys.stderr)
         return 130

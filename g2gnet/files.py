@@ -1,5 +1,6 @@
 """Writing files so that a crash leaves the old or the new one whole."""
 
+import glob
 import os
 import tempfile
 from collections.abc import Callable
@@ -7,8 +8,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 
-def replace_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Writes a file beside ``path``, flushes it to the disk and renames it: at any instant one of the two is whole."""
+def replace_file(path: Path, write: Callable[[BinaryIO], Any], keep: Path | None = None) -> None:
+    """Writes a file beside ``path``, flushes it to the disk and renames it: at any instant one of the two is whole.
+
+    With ``keep``, the file that was at ``path`` gets that name just before.
+    """
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -18,6 +22,8 @@ def replace_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         umask = os.umask(0)  # there is no other way to read it
         os.umask(umask)
         os.chmod(name, 0o666 & ~umask)  # a temporary file is its owner's alone
+        if keep is not None:
+            os.replace(path, keep)
         os.replace(name, path)
     except BaseException:
         os.unlink(name)
@@ -28,3 +34,8 @@ def replace_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
             os.fsync(directory)
         finally:
             os.close(directory)
+
+
+def leftovers(path: Path) -> list[Path]:
+    """What :func:`replace_file` left behind for ``path`` where its process was killed."""
+    return list(path.parent.glob(f".{glob.escape(path.name)}.*"))

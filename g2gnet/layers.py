@@ -112,12 +112,23 @@ class G2GLinear(nn.Module):
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        # another graph of the same layer may have another number of units: take it on, the mask follows by itself
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        # The mask first, since it says which shape the values have. Loaded again as a child it reports what is wrong.
+        problems: list[str] = []
+        self.mask._load_from_state_dict(state_dict, prefix + "mask.", local_metadata, strict, [], [], problems)
+        packed = (self.mask.num_units, *self.mask.unit_shape)
+        if self.values.shape != packed:
+            self.values.data = self.values.new_empty(packed)
         values = state_dict.get(prefix + "values")
-        if values is not None and values.shape != self.values.shape:
-            self.values.data = self.values.new_empty(values.shape)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        if not problems and isinstance(values, torch.Tensor) and values.shape == packed:
+            padding = ~self.mask.valid()
+            if values.detach().to(padding.device)[padding].any():
+                error_msgs.append(f"{prefix}values: there are weights outside of the mask's units")
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
 
 class LIF(nn.Module):

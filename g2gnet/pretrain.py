@@ -22,9 +22,11 @@ from g2gnet.features import new_resnet
 from g2gnet.features.weights import RELEASES
 from g2gnet.files import replace_file
 from g2gnet.seeding import draw_device, stream
-from g2gnet.training import CheckpointError, Settings, TrainingError, run_epochs
+from g2gnet.training import CheckpointError, Settings, run_epochs
+from g2gnet.training.health import CHECK_INTERVAL, FiniteWatch
 from g2gnet.training.run_files import RunFiles
 from g2gnet.training.settings import setting
+from g2gnet.training.state import check_like, check_position, load_optimizer
 from g2gnet.training.trainer import StepCallback
 
 
@@ -48,6 +50,15 @@ class PretrainSettings(Settings):
         return f"resnet32_{self.dataset}"
 
 
+@dataclasses.dataclass
+class PretrainProgress:
+    """What the steps of an unfinished epoch add up to."""
+
+    loss: torch.Tensor  # Σ over images of the cross-entropy, a scalar
+    correct: torch.Tensor  # correctly classified images, a scalar
+    seconds: float = 0.0
+
+
 class PretrainTrainer:
     """Trains one ResNet-32; every draw comes from a named stream, so that its state resumes to the last bit.
 
@@ -69,14 +80,23 @@ class PretrainTrainer:
             weight_decay=settings.weight_decay,
             nesterov=True,
         )
-        self.epoch = 0
+        self.epoch = 0  # finished epochs
         self.step = 0
+        self.progress: PretrainProgress | None = None  # of an epoch that has begun
+        self._batches = math.ceil(len(self.data.train_labels) / settings.batch_size)
+        self._finite = FiniteWatch(self.network, device, f"lower --lr (now {settings.lr})")
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a later trainer with the same settings needs to go on after this epoch."""
+        """All that a later trainer with the same settings needs to go on after this step.
+
+        Raises:
+            TrainingError: if the loss or a gradient was not finite: there is nothing to go on from.
+        """
+        self._finite.check()
         return {
             "epoch": self.epoch,
             "step": self.step,
+            "progress": vars(self.progress) if self.progress else None,
             "model": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
@@ -85,32 +105,43 @@ class PretrainTrainer:
         """Goes on from a saved state.
 
         Raises:
-            RuntimeError, ValueError, KeyError: if the state does not fit the network.
+            RuntimeError, ValueError, KeyError, TypeError, AttributeError: if the state does not fit the network.
         """
+        check_position(state, self._batches)
         self.network.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"], ("momentum_buffer",))
         self.epoch, self.step = state["epoch"], state["step"]
+        self.progress = None
+        if state["progress"] is not None:
+            saved, zero = state["progress"], torch.zeros((), device=self.device)
+            self.progress = PretrainProgress(
+                check_like("progress/loss", saved["loss"], zero),
+                check_like("progress/correct", saved["correct"], zero),
+                float(saved["seconds"]),
+            )
 
     def learning_rate(self) -> float:
         """lr·½(1 + cos(π·step/steps)) (Loshchilov & Hutter 2017, without restarts)."""
-        steps = self.settings.epochs * math.ceil(len(self.data.train_labels) / self.settings.batch_size)
+        steps = self.settings.epochs * self._batches
         return self.settings.lr * (1 + math.cos(math.pi * self.step / steps)) / 2
 
     def train_epoch(self, on_step: StepCallback | None = None) -> dict[str, Any]:
-        """Trains for one epoch, evaluates, and returns the epoch's record.
+        """Trains for one epoch, or what is left of it, evaluates, and returns the epoch's record.
+
+        ``on_step`` may end it by an exception, as for :meth:`g2gnet.training.Trainer.train_epoch`.
 
         Raises:
-            TrainingError: if the loss is not finite any more.
+            TrainingError: if the loss or a gradient is not finite any more.
         """
-        self.epoch += 1
-        count = len(self.data.train_labels)
-        order = torch.randperm(count, generator=stream(self.settings.seed, "order", self.epoch)).to(self.device)
-        loss_sum = torch.zeros((), device=self.device)
-        correct = torch.zeros((), device=self.device)
-        seen = 0
-        start = time.perf_counter()
+        count, size = len(self.data.train_labels), self.settings.batch_size
+        generator = stream(self.settings.seed, "order", self.epoch + 1)
+        order = torch.randperm(count, generator=generator).to(self.device)
+        zero = torch.zeros((), device=self.device)
+        self.progress = progress = self.progress or PretrainProgress(zero, zero.clone())
         self.network.train()
-        for index in order.split(self.settings.batch_size):
+        for first in range((self.step - self.epoch * self._batches) * size, count, size):
+            start = time.perf_counter()
+            index = order[first : first + size]
             generator = stream(self.settings.seed, "augment", self.step, device=draw_device(self.device))
             labels = self.data.train_labels[index]
             logits = self.network(random_crop_and_flip(self.data.train_images[index], generator))
@@ -118,23 +149,27 @@ class PretrainTrainer:
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             self.optimizer.param_groups[0]["lr"] = self.learning_rate()
-            self.optimizer.step()
             self.step += 1
-            loss_sum += loss.detach() * len(index)
-            correct += (logits.argmax(1) == labels).sum()
-            seen += len(index)
+            self._finite.note(self.step, loss.detach())
+            if self.step % CHECK_INTERVAL == 0:
+                self._finite.check()
+            self.optimizer.step()
+            progress.loss += loss.detach() * len(index)
+            progress.correct += (logits.argmax(1) == labels).sum()
+            progress.seconds += time.perf_counter() - start
             if on_step:
-                on_step(len(index), loss_sum / seen, correct / seen)
-        train_loss = loss_sum.item() / count
-        seconds = time.perf_counter() - start
-        if not math.isfinite(train_loss):
-            raise TrainingError(
-                f"the training loss of epoch {self.epoch} is {train_loss}; lower --lr (now {self.settings.lr})"
-            )
+                seen = first + len(index)
+                on_step(seen, progress.loss / seen, progress.correct / seen)
+        start = time.perf_counter()
+        self._finite.check()
+        train_loss = progress.loss.item() / count
+        seconds = progress.seconds + time.perf_counter() - start
+        self.epoch += 1
+        self.progress = None
         return {
             "epoch": self.epoch,
             "train_loss": train_loss,
-            "train_acc": correct.item() / count,
+            "train_acc": progress.correct.item() / count,
             "test_acc": self.evaluate(),
             "seconds": round(seconds, 3),
             "samples_per_s": round(count / seconds, 1),
@@ -174,7 +209,7 @@ def pretrain(arguments: argparse.Namespace) -> None:
     if checkpoint is None:
         raise CheckpointError(f"{files.checkpoint} is gone; delete {files.marker} to train again")
     weights = Path(arguments.checkpoint_dir) / f"{settings.stem}.pt"
-    replace_file(weights, lambda file: torch.save(checkpoint["model"], file))
+    replace_file(weights, lambda file: torch.save(checkpoint.state["model"], file))
     print(f"wrote {weights}, for train.py --dataset {settings.dataset} --use_resnet --resnet_weights {weights}")
 
 

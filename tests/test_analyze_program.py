@@ -14,6 +14,7 @@ from g2gnet import analyze
 from g2gnet.analysis import analyze_network, layers_table
 from g2gnet.data import as_samples, load_dataset
 from g2gnet.seeding import stream
+from g2gnet.tensor_file import write_tensors
 from g2gnet.training import CheckpointError, read_run
 from g2gnet.training.run_files import read_checkpoint
 
@@ -96,7 +97,7 @@ def test_a_run_without_rewiring_keeps_all_units(checkpoint):
 
 
 def rewrite(checkpoint, target, **changes):
-    torch.save({**read_checkpoint(checkpoint), **changes}, target)
+    write_tensors(target, {**read_checkpoint(checkpoint), **changes})
     return target
 
 

@@ -48,7 +48,7 @@ def test_a_run_from_the_command_line(tmp_path, capsys):
     assert "model=mixer" in lines[0]
     assert lines[1].startswith("Epoch 01 | train_acc=")
     stem = "fashionmnist-mini_mixer_p0.15_T3_current"
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
+    assert sorted(path.name for path in tmp_path.glob("[!.]*")) == [
         f"{stem}{ending}" for ending in (".DONE", ".analysis.json", ".jsonl", ".pth")
     ]
     assert train.main([*TINY, "--checkpoint_dir", str(tmp_path)]) == 0

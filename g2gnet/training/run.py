@@ -11,6 +11,8 @@ from tqdm import tqdm
 from g2gnet.analysis import ANALYSIS_SAMPLES, NetworkAnalysis, analyze_network
 from g2gnet.data import ImageData
 from g2gnet.seeding import make_deterministic
+from g2gnet.training.health import TrainingError
+from g2gnet.training.interruption import Interrupted, StopSignals
 from g2gnet.training.run_files import CheckpointError, RunFiles
 from g2gnet.training.settings import Settings, TrainSettings
 from g2gnet.training.trainer import StepCallback, Trainer
@@ -21,6 +23,7 @@ class EpochTrainer(Protocol):
 
     data: ImageData
     epoch: int
+    step: int
 
     def train_epoch(self, on_step: StepCallback | None = None) -> dict[str, Any]: ...
     def state_dict(self) -> dict[str, Any]: ...
@@ -47,7 +50,8 @@ def run_training(
     Raises:
         CheckpointError: if the run's files cannot be used.
         DataError: if the data cannot be had.
-        TrainingError: if the loss is not finite any more.
+        TrainingError: if the loss or a gradient is not finite any more.
+        Interrupted: after a signal, when everything is saved.
     """
 
     def analyze(trainer: Trainer, files: RunFiles) -> None:
@@ -74,7 +78,8 @@ def run_epochs(
 ) -> dict[str, Any]:
     """Trains ``settings.epochs`` epochs, or goes on from the run's checkpoint, or skips a finished run.
 
-    After each epoch the checkpoint is replaced, one line is printed and one line of JSON added to the history.
+    After each epoch the checkpoint is replaced, one line is printed and one line of JSON added to the history. At
+    SIGINT or SIGTERM the step is finished and a checkpoint written from which the same call goes on after that step.
 
     Args:
         settings: of the run; its files carry them, and are refused if they were made with others.
@@ -86,9 +91,21 @@ def run_epochs(
         The record of the last epoch.
 
     Raises:
-        CheckpointError: if the run's files cannot be used.
+        CheckpointError: if the run's files cannot be used, or another process is at work on them.
+        TrainingError: if the loss or a gradient is not finite any more.
+        Interrupted: after a signal, when everything is saved.
     """
     files = RunFiles(checkpoint_dir, settings.stem)
+    with files.locked():
+        return _run_epochs(settings, make_trainer, files, finish)
+
+
+def _run_epochs(
+    settings: Settings,
+    make_trainer: Callable[[], TrainerT],
+    files: RunFiles,
+    finish: Callable[[TrainerT, RunFiles], None] | None,
+) -> dict[str, Any]:
     result = files.load_marker(settings.as_dict())
     if result is not None:
         print(
@@ -102,31 +119,52 @@ def run_epochs(
     history: list[dict[str, Any]] = []
     if checkpoint is not None:
         try:
-            trainer.load_state_dict(checkpoint)
-            history = checkpoint["history"]
-        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            trainer.load_state_dict(checkpoint.state)
+            history = checkpoint.state["history"]
+            if [record["epoch"] for record in history] != list(range(1, trainer.epoch + 1)):
+                raise ValueError(f"history does not hold one record for each of {trainer.epoch} epochs")
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
-                f"{files.checkpoint} does not fit the network it names ({error}). It was left alone; move it away, "
+                f"{checkpoint.path} does not fit the network it names ({error}). It was left alone; move it away, "
                 f"or give another --checkpoint_dir than {files.directory}."
             ) from error
-        print(f"resuming {files.checkpoint} after epoch {trainer.epoch}")
+        print(f"resuming {checkpoint.path} after epoch {trainer.epoch}, step {trainer.step}", flush=True)
     files.write_history(history)
 
-    while trainer.epoch < settings.epochs:
-        record = _epoch(trainer, settings.epochs)
-        history.append(record)
-        files.save_checkpoint({"settings": settings.as_dict(), "history": history, **trainer.state_dict()})
-        files.append_history(record)
-        accuracies = [f"{name}={record[name]:.4f}" for name in ("train_acc", "val_acc", "test_acc") if name in record]
-        print(f"Epoch {record['epoch']:02d} | {' | '.join(accuracies)}", flush=True)
-    if finish:
-        finish(trainer, files)
-    files.mark_done(settings.as_dict(), history[-1])
+    with StopSignals() as stop:
+        while trainer.epoch < settings.epochs:
+            try:
+                record = _epoch(trainer, settings.epochs, stop)
+                if record is not None:
+                    history.append(record)
+                files.save_checkpoint({"settings": settings.as_dict(), "history": history, **trainer.state_dict()})
+            except TrainingError as error:
+                raise TrainingError(f"{error}. {files.last_checkpoint()}") from error
+            if record is not None:
+                files.append_history(record)
+                names = [name for name in ("train_acc", "val_acc", "test_acc") if name in record]
+                accuracies = [f"{name}={record[name]:.4f}" for name in names]
+                print(f"Epoch {record['epoch']:02d} | {' | '.join(accuracies)}", flush=True)
+            if stop.received:
+                raise Interrupted(
+                    f"stopped by {stop.received.name} after step {trainer.step}, with {trainer.epoch} of "
+                    f"{settings.epochs} epochs done; saved in {files.checkpoint}: the same command goes on from there",
+                    stop.received,
+                )
+        if finish:
+            finish(trainer, files)
+        files.mark_done(settings.as_dict(), history[-1])
+        if stop.received:
+            raise Interrupted(f"{stop.received.name} came when {settings.stem} was all but finished", stop.received)
     return history[-1]
 
 
-def _epoch(trainer: EpochTrainer, epochs: int) -> dict[str, Any]:
-    """One epoch under a progress bar, where there is a terminal to show it."""
+class _Stopped(Exception):  # noqa: N818  (nothing is wrong)
+    """Leaves an epoch after a step."""
+
+
+def _epoch(trainer: EpochTrainer, epochs: int, stop: StopSignals) -> dict[str, Any] | None:
+    """One epoch under a progress bar, where there is a terminal to show it; None if a signal came before its end."""
     with tqdm(
         total=len(trainer.data.train_labels),
         desc=f"Epoch {trainer.epoch + 1:02d}/{epochs}",
@@ -136,9 +174,14 @@ def _epoch(trainer: EpochTrainer, epochs: int) -> dict[str, Any]:
         disable=not sys.stderr.isatty(),
     ) as bar:
 
-        def show(images: int, loss: torch.Tensor, accuracy: torch.Tensor) -> None:
+        def after_step(seen: int, loss: torch.Tensor, accuracy: torch.Tensor) -> None:
             # reading the loss waits for the device: only as often as the bar is drawn anew
-            if bar.update(images):
+            if bar.update(seen - bar.n):
                 bar.set_postfix(loss=f"{loss.item():.3f}", acc=f"{accuracy.item():.3f}", refresh=False)
+            if stop.received:
+                raise _Stopped
 
-        return trainer.train_epoch(None if bar.disable else show)
+        try:
+            return trainer.train_epoch(after_step)
+        except _Stopped:
+            return None

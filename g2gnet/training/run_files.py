@@ -1,16 +1,20 @@
 """The files of a run: checkpoint, history and marker. Written so that a crash leaves the old or the new one whole."""
 
+import contextlib
 import json
+import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
+from filelock import FileLock, Timeout
 
-from g2gnet.files import replace_file
+from g2gnet.files import leftovers, replace_file
+from g2gnet.tensor_file import TensorFileError, read_tensors, write_tensors
 
 #: version of the checkpoint's structure
-FORMAT = 1
+FORMAT = 2
 
 
 class CheckpointError(RuntimeError):
@@ -24,19 +28,27 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         CheckpointError: if it is missing, damaged or not one of ours.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = read_tensors(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}).") from error
-    except Exception as error:  # what a damaged file makes torch.load raise is an open list
-        summary = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path} cannot be read ({summary}).") from error
+    except TensorFileError as error:
+        raise CheckpointError(f"{path} cannot be read ({error}).") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT or not isinstance(state.get("settings"), dict):
         raise CheckpointError(f"{path} is not a checkpoint of this version of g2g.")
     return state
 
 
+class Checkpoint(NamedTuple):
+    """A checkpoint that was read, and the file it was in."""
+
+    path: Path
+    state: dict[str, Any]
+
+
 class RunFiles:
     """``<directory>/<stem>`` with the endings .pth (checkpoint), .jsonl (history), .analysis.json and .DONE (marker).
+
+    Until the run is finished, .previous.pth is the checkpoint before the last one: it is used where that is damaged.
 
     Raises:
         CheckpointError: if the directory cannot be made or written to.
@@ -45,9 +57,13 @@ class RunFiles:
     def __init__(self, directory: Path | str, stem: str) -> None:
         self.directory = Path(directory)
         self.checkpoint = self.directory / f"{stem}.pth"
+        self.previous = self.directory / f"{stem}.previous.pth"
         self.history = self.directory / f"{stem}.jsonl"
         self.analysis = self.directory / f"{stem}.analysis.json"
         self.marker = self.directory / f"{stem}.DONE"
+        self._whole = False  # whether self.checkpoint is known to be, so that it may replace self.previous
+        self.lock = self.directory / f".{stem}.lock"
+        self._lock = FileLock(self.lock)
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.directory):
@@ -58,40 +74,78 @@ class RunFiles:
                 "give another one by --checkpoint_dir"
             ) from error
 
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """While it is entered, no other process can enter it for these files; the lock ends with its process.
+
+        What a killed process was writing, or had yet to delete, is cleared away.
+
+        Raises:
+            CheckpointError: if another run has entered.
+        """
+        try:
+            self._lock.acquire(blocking=False)
+        except Timeout as error:
+            raise CheckpointError(
+                f"another run of this name is at work on {self.checkpoint} (it holds {self.lock}); "
+                f"wait for its end, or give another --checkpoint_dir than {self.directory}"
+            ) from error
+        try:
+            for path in (self.checkpoint, self.history, self.analysis, self.marker):
+                for leftover in leftovers(path):
+                    leftover.unlink(missing_ok=True)
+            if self.marker.exists():
+                self.previous.unlink(missing_ok=True)
+            yield
+        finally:
+            self._lock.release()
+
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Replaces the checkpoint by ``state`` (tensors, numbers, strings and containers of them).
 
         Raises:
             CheckpointError: if it cannot be written (a full disk, say); the previous checkpoint is still there.
         """
-        try:
-            replace_file(self.checkpoint, lambda file: torch.save({"format": FORMAT, **state}, file))
-        except (OSError, RuntimeError) as error:  # torch.save turns a failed write into a RuntimeError
-            raise CheckpointError(
-                f"cannot write {self.checkpoint} ({error}); the last one that was written is untouched. "
-                "Make room, then run the same command to go on from it"
-            ) from error
+        keep = self.previous if self._whole else None
+        with self._writing(self.checkpoint):
+            write_tensors(self.checkpoint, {"format": FORMAT, **state}, keep)
+        self._whole = True
 
-    def load_checkpoint(self, settings: dict[str, Any]) -> dict[str, Any] | None:
-        """The checkpoint on the CPU, or None if there is none.
+    def load_checkpoint(self, settings: dict[str, Any]) -> Checkpoint | None:
+        """The checkpoint on the CPU, or where it is damaged or missing the one before it, or None if there is none.
 
         Raises:
-            CheckpointError: if it is damaged, not one of ours, or made with other settings.
+            CheckpointError: if neither can be used, or if it was made with other settings.
         """
-        if not self.checkpoint.exists():
-            return None
-        way_out = f"It was left alone; move it away, or give another --checkpoint_dir than {self.directory}"
-        try:
-            state = read_checkpoint(self.checkpoint)
-        except CheckpointError as error:
-            raise CheckpointError(f"{error} {way_out}.") from error
-        self._check_settings(self.checkpoint, state["settings"], settings)
-        return state
+        problems = []
+        for path in (self.checkpoint, self.previous):
+            if not path.exists():
+                continue
+            try:
+                state = read_checkpoint(path)
+            except CheckpointError as error:
+                problems.append(str(error))
+                continue
+            self._check_settings(path, state["settings"], settings)
+            self._whole = path == self.checkpoint
+            if problems:
+                print(f"{problems[0]} Going back to the checkpoint before it.", file=sys.stderr)
+            return Checkpoint(path, state)
+        if problems:
+            raise CheckpointError(
+                f"{' '.join(problems)} Nothing was changed; move {self.names()} away to start anew, or give another "
+                f"--checkpoint_dir than {self.directory}."
+            )
+        return None
 
     def mark_done(self, settings: dict[str, Any], result: dict[str, Any]) -> None:
-        """Writes the marker of a finished run."""
-        text = json.dumps({"settings": settings, "result": result}, indent=2) + "\n"
-        replace_file(self.marker, lambda file: file.write(text.encode()))
+        """Writes the marker of a finished run, which needs no second checkpoint any more.
+
+        Raises:
+            CheckpointError: if it cannot be written.
+        """
+        self._write_text(self.marker, json.dumps({"settings": settings, "result": result}, indent=2) + "\n")
+        self.previous.unlink(missing_ok=True)
 
     def write_analysis(self, analysis: dict[str, Any]) -> None:
         """Writes the analysis of the trained network.
@@ -99,13 +153,7 @@ class RunFiles:
         Raises:
             CheckpointError: if it cannot be written.
         """
-        text = json.dumps(analysis) + "\n"
-        try:
-            replace_file(self.analysis, lambda file: file.write(text.encode()))
-        except OSError as error:
-            raise CheckpointError(
-                f"cannot write {self.analysis} ({error.strerror}); every epoch is kept. Make room and run this again"
-            ) from error
+        self._write_text(self.analysis, json.dumps(analysis) + "\n")
 
     def load_marker(self, settings: dict[str, Any]) -> dict[str, Any] | None:
         """The result of the finished run, or None if it is not finished.
@@ -139,16 +187,47 @@ class RunFiles:
 
     def names(self) -> str:
         """The files that exist, in words."""
-        files = (self.checkpoint, self.history, self.analysis, self.marker)
+        files = (self.checkpoint, self.previous, self.history, self.analysis, self.marker)
         return ", ".join(str(path) for path in files if path.exists())
 
+    def last_checkpoint(self) -> str:
+        """Where the last good checkpoint is, in a sentence."""
+        if not self.checkpoint.exists():
+            return "No checkpoint was written yet."
+        return f"{self.checkpoint} is the last good checkpoint; it was left alone."
+
     def write_history(self, records: list[dict[str, Any]]) -> None:
-        """Makes the history hold just these records, one line of JSON each."""
+        """Makes the history hold just these records, one line of JSON each.
+
+        Raises:
+            CheckpointError: if it cannot be written.
+        """
         text = "".join(json.dumps(record) + "\n" for record in records)
         if not self.history.exists() or self.history.read_text() != text:
-            replace_file(self.history, lambda file: file.write(text.encode()))
+            self._write_text(self.history, text)
 
     def append_history(self, record: dict[str, Any]) -> None:
-        """Adds one line of JSON."""
-        with self.history.open("a") as file:
+        """Adds one line of JSON.
+
+        Raises:
+            CheckpointError: if it cannot be written.
+        """
+        with self._writing(self.history), self.history.open("a") as file:
             file.write(json.dumps(record) + "\n")
+
+    def _write_text(self, path: Path, text: str) -> None:
+        with self._writing(path):
+            replace_file(path, lambda file: file.write(text.encode()))
+
+    @contextlib.contextmanager
+    def _writing(self, path: Path) -> Iterator[None]:
+        """Turns the failures of a write into CheckpointError."""
+        try:
+            yield
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write {path} ({error.strerror}); the last checkpoint that was written is untouched. "
+                "Make room, then run the same command to go on from it"
+            ) from error
+        except TensorFileError as error:
+            raise CheckpointError(f"{path} was not written: {error}") from error

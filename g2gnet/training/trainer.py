@@ -1,5 +1,7 @@
 """The optimisation of one network: steps, epochs, evaluation, and a state from which to go on."""
 
+import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -15,20 +17,29 @@ from g2gnet.regularizer import RateTarget, rate_penalty, rate_target
 from g2gnet.seeding import draw_device, stream
 from g2gnet.training.cuda_graph import CapturedStep
 from g2gnet.training.evaluation import Batch, autocast, build_network, run_images
+from g2gnet.training.health import CHECK_INTERVAL, FiniteWatch, LayerWatch
 from g2gnet.training.settings import TrainSettings
+from g2gnet.training.state import check_like, check_position, load_optimizer
 
-#: called after each training step with the images seen in it, and the mean loss and accuracy of the epoch so far
+#: called after each training step with the images seen in the epoch so far, and their mean loss and accuracy
 StepCallback = Callable[[int, torch.Tensor, torch.Tensor], None]
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says why and what to do."""
 
 
 class _StepResult(NamedTuple):
     loss: torch.Tensor  # cross-entropy, a scalar
     correct: torch.Tensor  # correctly classified images, a scalar
     firing_rates: torch.Tensor  # mean rate of each layer [3]
+
+
+@dataclasses.dataclass
+class EpochProgress:
+    """What the steps of an unfinished epoch add up to; saved with it, so that its record is that of all its steps."""
+
+    loss: torch.Tensor  # Σ over images of the cross-entropy, a scalar
+    correct: torch.Tensor  # correctly classified images, a scalar
+    firing_rates: torch.Tensor  # Σ over images of the mean rate of each layer [3]
+    units: dict[str, torch.Tensor]  # that each connection had when the epoch began, bool [block rows, block columns]
+    seconds: float = 0.0
 
 
 class Trainer:
@@ -80,14 +91,24 @@ class Trainer:
                 settings.cg,
                 settings.seed,
             )
-        self.epoch = 0
+        self.epoch = 0  # finished epochs
         self.step = 0
+        self.progress: EpochProgress | None = None  # of an epoch that has begun
+        self._batches = math.ceil(len(self.data.train_labels) / settings.batch_size)
+        self._finite = FiniteWatch(self.net, device, f"lower --lr (now {settings.lr})")
+        self._layers = LayerWatch()
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a later :class:`Trainer` with the same settings needs to go on after this epoch."""
+        """All that a later :class:`Trainer` with the same settings needs to go on after this step.
+
+        Raises:
+            TrainingError: if the loss or a gradient was not finite: there is nothing to go on from.
+        """
+        self._finite.check()
         return {
             "epoch": self.epoch,
             "step": self.step,
+            "progress": vars(self.progress) if self.progress else None,
             "model": self.net.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "dst": self.dst.state_dict() if self.dst else None,
@@ -97,62 +118,79 @@ class Trainer:
         """Goes on from a saved state.
 
         Raises:
-            RuntimeError, ValueError, KeyError: if the state does not fit the network.
+            RuntimeError, ValueError, KeyError, TypeError, AttributeError: if the state does not fit the network.
         """
+        check_position(state, self._batches)
         self.net.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"], ("step", "exp_avg", "exp_avg_sq"))
         if self.dst:
+            if state["dst"]["steps"] != state["step"]:
+                raise ValueError(f"dst/steps={state['dst']['steps']} and step={state['step']} are at odds")
             self.dst.load_state_dict(state["dst"])
-        for group in self.optimizer.param_groups:  # how to compute is not the checkpoint's to say
-            group["capturable"] = self._captured is not None
         self.epoch, self.step = state["epoch"], state["step"]
+        self.progress = None
+        if state["progress"] is not None:
+            self.progress = self._no_progress()
+            saved = state["progress"]
+            for name in ("loss", "correct", "firing_rates"):
+                setattr(self.progress, name, check_like(f"progress/{name}", saved[name], getattr(self.progress, name)))
+            for name, units in self.progress.units.items():
+                self.progress.units[name] = check_like(f"progress/units/{name}", saved["units"][name], units)
+            self.progress.seconds = float(saved["seconds"])
+
+    def _no_progress(self) -> EpochProgress:
+        zero = torch.zeros((), device=self.device)
+        return EpochProgress(zero, zero.clone(), torch.zeros(3, device=self.device), self._units())
 
     def train_epoch(self, on_step: StepCallback | None = None) -> dict[str, Any]:
-        """Trains for one epoch, evaluates, and returns the epoch's record.
+        """Trains for one epoch, or what is left of it, evaluates, and returns the epoch's record.
+
+        ``on_step`` may end it by an exception: :meth:`state_dict` is then that after its step, and calling
+        :meth:`train_epoch` again goes on after that step.
 
         Raises:
-            TrainingError: if the loss is not finite any more.
+            TrainingError: if the loss or a gradient is not finite any more.
         """
-        self.epoch += 1
-        units_before = self._units()
-        count = len(self.data.train_labels)
-        order = torch.randperm(count, generator=stream(self.settings.seed, "order", self.epoch)).to(self.device)
-        loss_sum = torch.zeros((), device=self.device)
-        correct = torch.zeros((), device=self.device)
-        firing_rates = torch.zeros(3, device=self.device)
-        start = time.perf_counter()
+        count, size = len(self.data.train_labels), self.settings.batch_size
+        generator = stream(self.settings.seed, "order", self.epoch + 1)
+        order = torch.randperm(count, generator=generator).to(self.device)
+        self.progress = progress = self.progress or self._no_progress()
         self.net.train()
-        for first in range(0, count, self.settings.batch_size):
-            index = order[first : first + self.settings.batch_size]
+        for first in range((self.step - self.epoch * self._batches) * size, count, size):
+            start = time.perf_counter()
+            index = order[first : first + size]
             result = self._train_step(index)
-            loss_sum += result.loss * len(index)
-            correct += result.correct
-            firing_rates += result.firing_rates * len(index)
+            progress.loss += result.loss * len(index)
+            progress.correct += result.correct
+            progress.firing_rates += result.firing_rates * len(index)
+            progress.seconds += time.perf_counter() - start
             if on_step:
                 seen = first + len(index)
-                on_step(len(index), loss_sum / seen, correct / seen)
-        train_loss = loss_sum.item() / count
-        seconds = time.perf_counter() - start
-        if not torch.isfinite(loss_sum).item():
-            raise TrainingError(
-                f"the training loss of epoch {self.epoch} is {train_loss}; lower --lr (now {self.settings.lr})"
-            )
+                on_step(seen, progress.loss / seen, progress.correct / seen)
+        start = time.perf_counter()
+        self._finite.check()
+        train_loss = progress.loss.item() / count
+        seconds = progress.seconds + time.perf_counter() - start
+        self.epoch += 1
+        self.progress = None
+        firing_rate = {f"lif{i + 1}": rate / count for i, rate in enumerate(progress.firing_rates.tolist())}
+        self._layers.check(self.epoch, firing_rate, {f"lif{i}": lif for i, (_, lif) in enumerate(self.net.layers(), 1)})
         connections = self._connections()
         return {
             "epoch": self.epoch,
             "train_loss": train_loss,
-            "train_acc": correct.item() / count,
+            "train_acc": progress.correct.item() / count,
             **({"val_acc": self.evaluate("val")} if self.data.val_images is not None else {}),
             "test_acc": self.evaluate("test"),
             "seconds": round(seconds, 3),
             "samples_per_s": round(count / seconds, 1),
-            "firing_rate": {f"lif{i + 1}": rate / count for i, rate in enumerate(firing_rates.tolist())},
+            "firing_rate": firing_rate,
             "density": {name: layer.mask.density for name, layer in connections.items()},
             "units": {name: layer.mask.num_units for name, layer in connections.items()},
             "units_pruned": self.dst.pruned if self.dst else 0,
             "units_grown": self.dst.grown if self.dst else 0,
             # of the units there were when this epoch began, and when training began
-            "units_kept": self._kept(units_before),
+            "units_kept": self._kept(progress.units),
             "initial_units_kept": self._kept(self._initial_units),
         }
 
@@ -164,11 +202,14 @@ class Trainer:
         inputs = self.net.encode(as_samples(images), self._stream("encode_train", self.step))
         target = None
         if self.settings.enforce_sparsity:
-            target = rate_target(self.epoch, self.settings.epochs, self.settings.warmup_epochs)
+            target = rate_target(self.epoch + 1, self.settings.epochs, self.settings.warmup_epochs)
         whole = len(index) == self.settings.batch_size
         learn = self._captured if self._captured and whole else self._learn
         result, activity = learn(inputs, labels, target)
         self.step += 1
+        self._finite.note(self.step, result.loss)
+        if self.step % CHECK_INTERVAL == 0:
+            self._finite.check()
         if self.dst:
             self.dst.step(inputs, activity)
         return result

@@ -1,0 +1,110 @@
+"""Files of tensors: written whole and with a checksum; read without executing or believing anything in them.
+
+A file is the zip archive that ``torch.save`` writes, so that ``torch.load`` reads it too. The archive's comment is the
+SHA-256 of all bytes before it: a truncated file has no such ending, and a flipped bit anywhere changes one of the two.
+"""
+
+import hashlib
+import io
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from g2gnet.files import replace_file
+
+DIGEST_BYTES = 32
+
+
+class TensorFileError(ValueError):
+    """A file's content cannot be used; the message says why."""
+
+
+def write_tensors(path: Path, content: Any, keep: Path | None = None) -> None:
+    """Replaces ``path`` by a file of ``content``: tensors, numbers, strings, None, and dicts, lists, tuples of them.
+
+    With ``keep``, the file that was at ``path`` gets that name.
+
+    Raises:
+        OSError: if it cannot be written; what was there before is untouched.
+        TensorFileError: for content that :func:`read_tensors` would refuse; likewise.
+    """
+    _check(content)
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    archive = buffer.getvalue()
+    # the last field of a zip archive is the length of the comment that follows, 0 as PyTorch writes it
+    signed = archive[:-2] + struct.pack("<H", DIGEST_BYTES)
+    replace_file(path, lambda file: file.write(signed + hashlib.sha256(signed).digest()), keep)
+
+
+def read_tensors(path: Path) -> Any:
+    """What :func:`write_tensors` wrote, on the CPU.
+
+    Raises:
+        OSError: if the file cannot be opened.
+        TensorFileError: if it is damaged, or :func:`parse_tensors` refuses it.
+    """
+    data = path.read_bytes()
+    if data[-DIGEST_BYTES:] != hashlib.sha256(data[:-DIGEST_BYTES]).digest():
+        raise TensorFileError("its checksum is wrong: the file is damaged, or not one of ours")
+    return parse_tensors(data)
+
+
+def parse_tensors(data: bytes) -> Any:
+    """The content of a file that ``torch.save`` wrote, whoever called it, on the CPU.
+
+    Nothing in it is executed, and no more memory is used than a small multiple of the file's size.
+
+    Raises:
+        TensorFileError: if it is not such a file, if it holds anything but tensors, numbers, strings, None and
+            containers of them, or a tensor that is larger than its data, or a value that is not finite.
+    """
+    try:
+        # PyTorch's older formats are not opened at all, nor archives that unpack to more than they are
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            records = archive.infolist()
+        if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+            raise TensorFileError("its records are compressed, which PyTorch's never are")
+        if sum(record.file_size for record in records) > len(data):
+            raise TensorFileError("its records overlap")
+        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        _check(content)
+    except TensorFileError:
+        raise
+    except Exception as error:  # what a damaged file makes zipfile and torch.load raise is an open list
+        summary = (str(error).splitlines() or [type(error).__name__])[0]
+        raise TensorFileError(f"it cannot be read ({summary})") from error
+    return content
+
+
+def _check(content: Any) -> None:
+    """Raises TensorFileError, naming the place, unless everything in ``content`` is plain and finite."""
+    pending = [("", content)]
+    seen: set[int] = set()  # containers may hold one another
+    while pending:
+        place, item = pending.pop()
+        name = place.removeprefix("/") or "the content"
+        if isinstance(item, torch.Tensor):
+            _check_tensor(name, item)
+        elif isinstance(item, dict | list | tuple):
+            if id(item) in seen:
+                continue
+            seen.add(id(item))
+            pairs = item.items() if isinstance(item, dict) else enumerate(item)
+            pending += [(f"{place}/{key}", value) for key, value in pairs]
+        elif isinstance(item, float) and not -float("inf") < item < float("inf"):
+            raise TensorFileError(f"{name} is {item}")
+        elif item is not None and not isinstance(item, str | int | float):
+            raise TensorFileError(f"{name} is a {type(item).__name__}, which has no place in such a file")
+
+
+def _check_tensor(name: str, tensor: torch.Tensor) -> None:
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_nested:
+        raise TensorFileError(f"{name} is not a plain tensor")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise TensorFileError(f"{name} has shape {tuple(tensor.shape)}, but not as many values")
+    if not torch.isfinite(tensor).all():
+        raise TensorFileError(f"{name} holds values that are not finite")

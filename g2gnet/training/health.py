@@ -1,0 +1,87 @@
+"""Numbers that go wrong in training: found without making the device wait, and named."""
+
+import logging
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from g2gnet.layers import LIF
+
+logger = logging.getLogger("g2gnet")
+
+#: steps between two readings of a :class:`FiniteWatch`
+CHECK_INTERVAL = 100
+#: mean firing rates below and above which a layer carries next to no information
+SILENT, SATURATED = 1e-4, 0.99
+
+_NEVER = torch.iinfo(torch.int64).max
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says why and what to do."""
+
+
+class FiniteWatch:
+    """Notes on the device in which step the loss and each gradient were first not finite.
+
+    Noting costs one pass over the gradients; only :meth:`check` waits for the device.
+
+    Args:
+        module: whose parameters' gradients are watched, from input to output.
+        device: where they are.
+        remedy: what to do when one is not finite.
+    """
+
+    def __init__(self, module: nn.Module, device: torch.device, remedy: str) -> None:
+        self._remedy = remedy
+        self._parameters = dict(module.named_parameters())
+        self._first = torch.full((1 + len(self._parameters),), _NEVER, device=device)
+
+    @torch.no_grad()
+    def note(self, step: int, loss: torch.Tensor) -> None:
+        """Looks at the loss (a scalar) and the gradients of a step; later steps have larger numbers."""
+        # 0·∞ and 0·NaN are NaN
+        zeros = [loss * 0]
+        for parameter in self._parameters.values():
+            zeros.append(zeros[0] if parameter.grad is None else (parameter.grad * 0).sum())
+        self._first = torch.where(torch.stack(zeros) == 0, self._first, self._first.clamp(max=step))
+
+    def check(self) -> None:
+        """Raises TrainingError, naming the step and the layer, if anything noted so far was not finite."""
+        steps = self._first.tolist()
+        step = min(steps)
+        if step < _NEVER:
+            names = [name for name, bad in zip(self._parameters, steps[1:], strict=True) if bad == step]
+            what = ["the loss"] if steps[0] == step else []
+            # the backward pass runs from output to input: what is last in the network went wrong first
+            what += [f"the gradient of {name}" for name in names[-1:]]
+            raise TrainingError(f"in step {step} {' and '.join(what)} ceased to be finite; {self._remedy}")
+
+
+class LayerWatch:
+    """Warns, once for each layer and problem, of neurons that do nothing useful; through the logger ``g2gnet``."""
+
+    def __init__(self) -> None:
+        self._said: set[tuple[str, str]] = set()
+
+    def check(self, epoch: int, rates: Mapping[str, float], neurons: Mapping[str, LIF]) -> None:
+        """Looks at the mean firing rate of each layer in an epoch (0 to 1), and at β after it."""
+        for name, rate in rates.items():
+            if rate < SILENT:
+                text = f"fell silent in epoch {epoch} (firing rate {rate:.2g}); raise --enc_scale or --T"
+                self._warn(name, "silent", text)
+            elif rate > SATURATED:
+                text = f"saturates in epoch {epoch} (firing rate {rate:.2g}); lower --enc_scale, or --enforce_sparsity"
+                self._warn(name, "saturated", text)
+        for name, layer in neurons.items():
+            low, high = layer.beta.min().item(), layer.beta.max().item()
+            if low < 0 or high > 1:
+                value = f"{low:.4g}" if low < 0 else f"{high:.4g}"
+                text = f"has learned beta = {value} in epoch {epoch}, outside 0 … 1: it counts as {int(low >= 0)}"
+                self._warn(name, "beta", text)
+
+    def _warn(self, layer: str, problem: str, text: str) -> None:
+        if (layer, problem) not in self._said:
+            self._said.add((layer, problem))
+            logger.warning("%s %s", layer, text)

@@ -1,0 +1,53 @@
+"""What a checkpoint says, held against what it must be before a trainer takes it on."""
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+
+
+def check_position(state: dict[str, Any], batches: int) -> None:
+    """Raises ValueError unless the finished ``epoch``\\ s and optimizer ``step``\\ s fit each other.
+
+    Args:
+        state: of a trainer; its ``progress`` is None between two epochs.
+        batches: steps in an epoch.
+    """
+    epoch, step = state["epoch"], state["step"]
+    if not isinstance(epoch, int) or not isinstance(step, int) or epoch < 0:
+        raise ValueError(f"epoch={epoch!r}, step={step!r} are not counts")
+    inside = step - epoch * batches
+    if inside != 0 if state["progress"] is None else not 0 < inside <= batches:
+        raise ValueError(f"epoch={epoch} and step={step} are at odds: an epoch has {batches} steps")
+
+
+def check_like(name: str, saved: Any, like: torch.Tensor) -> torch.Tensor:
+    """``saved`` beside ``like``; raises ValueError unless it is a tensor of the same shape and dtype."""
+    if not isinstance(saved, torch.Tensor) or saved.shape != like.shape or saved.dtype != like.dtype:
+        what = f"{saved.dtype} {tuple(saved.shape)}" if isinstance(saved, torch.Tensor) else type(saved).__name__
+        raise ValueError(f"{name} is {what}, not {like.dtype} {tuple(like.shape)}")
+    return saved.to(like.device)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], names: Collection[str]) -> None:
+    """Loads what the optimizer knows of each parameter. Its options stay those that it was made with.
+
+    Args:
+        optimizer: with the parameters of the saved one.
+        saved: its ``state_dict()``.
+        names: of the tensors for each parameter, all of its shape but ``step``.
+
+    Raises:
+        ValueError: if the state is not that of these parameters.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state = saved["state"]
+    if state.keys() != set(range(len(parameters))):
+        raise ValueError(f"the optimizer's state is of other parameters than the {len(parameters)} of the network")
+    for number, parameter in enumerate(parameters):
+        if state[number].keys() != set(names):
+            raise ValueError(f"optimizer state {number} has {sorted(state[number])}, not {sorted(names)}")
+        for name, value in state[number].items():
+            like = torch.zeros(()) if name == "step" else parameter.detach()
+            check_like(f"optimizer state {number}/{name}", value, like)
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

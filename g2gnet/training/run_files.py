@@ -226,7 +226,7 @@ class RunFiles:
             yield
         except OSError as error:
             raise CheckpointError(
-                f"cannot write {path} ({error.strerror}); the last checkpoint that was written is untouched. "
+                f"cannot write {path} ({error.strerror}); every epoch is kept in the last checkpoint. "
                 "Make room, then run the same command to go on from it"
             ) from error
         except TensorFileError as error:

@@ -10,7 +10,6 @@ import functools
 import getpass
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,7 @@ import g2gnet
 from g2g_kernels import lif
 from g2gnet import G2GNet
 from g2gnet.data import DATASETS, DataError, ImageData, as_samples, load_dataset
+from g2gnet.tensor_file import read_tensors, write_tensors
 from g2gnet.training import SettingsError, TrainSettings
 from g2gnet.training.trainer import Trainer
 
@@ -203,7 +203,7 @@ class Prepared:
 
 def load(path: Path) -> Prepared:
     """Reads what :func:`prepare` wrote."""
-    fields = torch.load(path, weights_only=True)
+    fields = read_tensors(path)
     return Prepared(**{**fields, "workload": Workload(**fields["workload"])})
 
 
@@ -246,7 +246,5 @@ def _train(workload: Workload, data: ImageData, note: str, on_step: Callable[[in
     }
     path = workload.path
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}")
-    torch.save(prepared, partial)
-    partial.replace(path)
+    write_tensors(path, prepared)
     return path

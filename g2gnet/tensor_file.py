@@ -31,13 +31,17 @@ def write_tensors(path: Path, content: Any, keep: Path | None = None) -> None:
         OSError: if it cannot be written; what was there before is untouched.
         TensorFileError: for content that :func:`read_tensors` would refuse; likewise.
     """
-    _check(content)
+    check_plain(content)
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    archive = buffer.getvalue()
-    # the last field of a zip archive is the length of the comment that follows, 0 as PyTorch writes it
-    signed = archive[:-2] + struct.pack("<H", DIGEST_BYTES)
-    replace_file(path, lambda file: file.write(signed + hashlib.sha256(signed).digest()), keep)
+    replace_file(path, lambda file: file.write(with_digest(buffer.getvalue())), keep)
+
+
+def with_digest(archive: bytes) -> bytes:
+    """A zip archive without comment, with its digest as the comment."""
+    # the last field of an archive is the length of the comment that follows
+    begin = archive[:-2] + struct.pack("<H", DIGEST_BYTES)
+    return begin + hashlib.sha256(begin).digest()
 
 
 def read_tensors(path: Path) -> Any:
@@ -71,7 +75,7 @@ def parse_tensors(data: bytes) -> Any:
         if sum(record.file_size for record in records) > len(data):
             raise TensorFileError("its records overlap")
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        _check(content)
+        check_plain(content)
     except TensorFileError:
         raise
     except Exception as error:  # what a damaged file makes zipfile and torch.load raise is an open list
@@ -80,8 +84,8 @@ def parse_tensors(data: bytes) -> Any:
     return content
 
 
-def _check(content: Any) -> None:
-    """Raises TensorFileError, naming the place, unless everything in ``content`` is plain and finite."""
+def check_plain(content: Any) -> None:
+    """Raises TensorFileError, naming the place, for anything but finite numbers, strings, None and plain tensors."""
     pending = [("", content)]
     seen: set[int] = set()  # containers may hold one another
     while pending:

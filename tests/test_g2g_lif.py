@@ -474,7 +474,7 @@ def change(stack: Stack, number: int, **fields) -> list[LIFLayer]:
     ("number", "fields", "message"),
     [
         (0, {"values": torch.zeros(1, 4, 4)}, r"values have shape \(1, 4, 4\)"),
-        (1, {"bias": torch.zeros(38)}, r"bias of layer 1 has shape \(38,\), expected \(26,\)"),
+        (1, {"bias": torch.zeros(38)}, r"bias of layer 1 has shape \(38,\), the mask has 26 outputs"),
         (2, {"beta": torch.zeros(9)}, r"beta of layer 2 has shape \(9,\); expected a scalar or \[10\]"),
         (0, {"threshold": torch.zeros(2, 38)}, r"threshold of layer 0 has shape \(2, 38\)"),
     ],

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from g2gnet.data import DATASETS, ImageData, load_dataset
 from g2gnet.features.resnet import ResNet32
 from g2gnet.features.weights import load_resnet, weights_digest
-from g2gnet.files import replace_file
+from g2gnet.tensor_file import TensorFileError, read_tensors, write_tensors
 
 #: what is computed from an image; another computation needs another name here
 CUT = "layer2, mean over 4x4, min-max"
@@ -81,10 +81,10 @@ def _cached(file: Path) -> dict[str, torch.Tensor] | None:
     if not file.exists():
         return None
     try:
-        content = torch.load(file, weights_only=True)
+        content = read_tensors(file)
         parts = {name: content[name] for name in PARTS}
-    except Exception as error:  # what a damaged file makes torch.load raise is an open list
-        print(f"{file} is damaged ({type(error).__name__}) and will be written anew", file=sys.stderr)
+    except (OSError, TensorFileError, KeyError, TypeError) as error:
+        print(f"{file} is damaged ({error}) and will be written anew", file=sys.stderr)
         return None
     print(f"reading the ResNet-32 features from {file}", flush=True)
     return parts
@@ -93,6 +93,6 @@ def _cached(file: Path) -> dict[str, torch.Tensor] | None:
 def _keep(file: Path, parts: dict[str, torch.Tensor]) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(file, lambda target: torch.save(parts, target))
-    except (OSError, RuntimeError) as error:  # torch.save turns a failed write into a RuntimeError
+        write_tensors(file, parts)
+    except OSError as error:
         print(f"the features cannot be kept in {file} ({error}): the next run computes them again", file=sys.stderr)

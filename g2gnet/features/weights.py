@@ -9,6 +9,7 @@ import torch
 
 from g2gnet.data import DATASETS, DataError
 from g2gnet.features.resnet import ResNet32
+from g2gnet.tensor_file import check_plain
 
 #: hexadecimal digits of a file's SHA-256 that name its content, as in the names of the published files
 DIGITS = 8
@@ -67,7 +68,9 @@ def load_resnet(dataset: str, file: Path | str | None = None) -> ResNet32:
     network = new_resnet(dataset)
     content = _read(path)
     try:
-        network.load_state_dict(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        check_plain(state)
+        network.load_state_dict(state)
     except Exception as error:  # what a damaged file makes torch.load raise is an open list
         raise DataError(
             f"{path} does not hold the weights of a CIFAR ResNet-32 for {dataset}: {_summary(error)}\n"

@@ -15,6 +15,7 @@ from g2gnet.training.health import TrainingError
 from g2gnet.training.interruption import Interrupted, StopSignals
 from g2gnet.training.run_files import CheckpointError, RunFiles
 from g2gnet.training.settings import Settings, TrainSettings
+from g2gnet.training.state import UNFIT
 from g2gnet.training.trainer import StepCallback, Trainer
 
 
@@ -123,7 +124,7 @@ def _run_epochs(
             history = checkpoint.state["history"]
             if [record["epoch"] for record in history] != list(range(1, trainer.epoch + 1)):
                 raise ValueError(f"history does not hold one record for each of {trainer.epoch} epochs")
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except UNFIT as error:
             raise CheckpointError(
                 f"{checkpoint.path} does not fit the network it names ({error}). It was left alone; move it away, "
                 f"or give another --checkpoint_dir than {files.directory}."

@@ -39,6 +39,9 @@ class SavedRun:
         """The network before the first step, on the CPU."""
         input_dim = len(self.state["fc1.mask.in_group_of"])
         num_classes = len(self.state["fc3.mask.out_group_of"])
+        hidden_dim = len(self.state["fc1.mask.out_group_of"])
+        if hidden_dim != self.settings.hidden_dim:  # the settings alone could ask for any amount of memory
+            raise ValueError(f"hidden_dim is {self.settings.hidden_dim}, the network has {hidden_dim}")
         return build_network(self.settings, input_dim, num_classes, backend)
 
     def network(self, device: torch.device | str = "cpu", backend: str | None = None) -> G2GNet:

@@ -6,6 +6,10 @@ from typing import Any
 import torch
 
 
+#: what a state that does not fit makes ``load_state_dict`` of a trainer raise
+UNFIT = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
+
+
 def check_position(state: dict[str, Any], batches: int) -> None:
     """Raises ValueError unless the finished ``epoch``\\ s and optimizer ``step``\\ s fit each other.
 

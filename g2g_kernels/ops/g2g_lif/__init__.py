@@ -12,6 +12,7 @@ import torch
 
 from g2g_kernels.block_mask import BlockMask
 from g2g_kernels.dispatch import Operator
+from g2g_kernels.ops.checks import check_connection, check_tensor
 from g2g_kernels.ops.g2g_lif import cpu, reference
 from g2g_kernels.ops.lif import check_options, check_parameter
 
@@ -100,24 +101,25 @@ def g2g_lif(
         steps, reset, surrogate, alpha, backend: as for :func:`g2g_kernels.lif`.
 
     Raises:
-        ValueError: for options or shapes that do not fit.
+        ValueError: for options out of range, or tensors that do not fit one another.
         BackendError: if the forced backend cannot serve the call.
     """
     check_options(steps, reset, surrogate, alpha)
+    check_tensor("x", x)
     if not layers:
         raise ValueError("layers is empty; give at least one LIFLayer")
     expected = 2 if steps is not None else 3
     if x.dim() != expected:
         raise ValueError(f"x has shape {tuple(x.shape)}; expected [T, B, in], or [B, in] with steps")
+    if steps is None and len(x) == 0:
+        raise ValueError(f"x has shape {tuple(x.shape)}: there must be at least one time step")
     size = x.shape[-1]
     checked = []
     for number, layer in enumerate(layers):
-        layer.mask.check_values(layer.values)
+        check_connection(f" of layer {number}", layer.values, layer.mask, layer.bias, like=x)
         out_size, in_size = layer.mask.shape
         if in_size != size:
             raise ValueError(f"layer {number} has {in_size} inputs but receives {size}")
-        if layer.bias is not None and tuple(layer.bias.shape) != (out_size,):
-            raise ValueError(f"bias of layer {number} has shape {tuple(layer.bias.shape)}, expected ({out_size},)")
         beta, threshold = (
             check_parameter(f"{name} of layer {number}", value, out_size, x)
             for name, value in (("beta", layer.beta), ("threshold", layer.threshold))

@@ -6,6 +6,7 @@ import torch
 
 from g2g_kernels.block_mask import BlockMask
 from g2g_kernels.dispatch import Operator
+from g2g_kernels.ops.checks import check_connection, check_tensor
 from g2g_kernels.ops.g2g_linear import cpu, reference
 
 
@@ -42,13 +43,11 @@ def g2g_linear(
         [..., out], in neuron order.
 
     Raises:
-        ValueError: for shapes that do not fit the mask, or an unknown backend.
+        ValueError: for tensors that do not fit one another, or an unknown backend.
         BackendError: if the forced backend cannot serve the call.
     """
-    mask.check_values(values)
-    out_size, in_size = mask.shape
-    if x.dim() < 1 or x.shape[-1] != in_size:
-        raise ValueError(f"x has shape {tuple(x.shape)}, its last dimension must be the mask's {in_size} inputs")
-    if bias is not None and tuple(bias.shape) != (out_size,):
-        raise ValueError(f"bias has shape {tuple(bias.shape)}, the mask has {out_size} outputs")
+    check_tensor("x", x)
+    check_connection("", values, mask, bias, like=x)
+    if x.dim() < 1 or x.shape[-1] != mask.shape[1]:
+        raise ValueError(f"x has shape {tuple(x.shape)}, its last dimension must be the mask's {mask.shape[1]} inputs")
     return operator(x, values, mask, bias, backend=backend)

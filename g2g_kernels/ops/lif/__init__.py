@@ -5,6 +5,7 @@ from types import ModuleType
 import torch
 
 from g2g_kernels.dispatch import Operator
+from g2g_kernels.ops.checks import check_tensor
 from g2g_kernels.ops.lif import cpu, reference
 from g2g_kernels.ops.lif.surrogates import SURROGATES
 
@@ -61,8 +62,7 @@ def lif(
         BackendError: if the forced backend cannot serve the call.
     """
     check_options(steps, reset, surrogate, alpha)
-    if not current.is_floating_point():
-        raise ValueError(f"current must be a floating-point tensor, not {current.dtype}")
+    check_tensor("current", current)
     if current.dim() < (1 if steps is not None else 2):
         raise ValueError(f"current has shape {tuple(current.shape)}; expected [T, ..., N], or [..., N] with steps")
     beta, threshold = (
@@ -74,20 +74,23 @@ def lif(
 
 def check_options(steps: int | None, reset: str, surrogate: str, alpha: float) -> None:
     """Raises ValueError for a LIF option out of range."""
-    if steps is not None and steps < 1:
+    if steps is not None and (not isinstance(steps, int | torch.SymInt) or steps < 1):
         raise ValueError(f"steps={steps} must be at least 1")
     if reset not in RESETS:
         raise ValueError(f"reset={reset!r} is unknown; choose one of {', '.join(RESETS)}")
     if surrogate not in SURROGATES:
         raise ValueError(f"surrogate={surrogate!r} is unknown; choose one of {', '.join(SURROGATES)}")
-    if not alpha > 0:
+    if not isinstance(alpha, int | float | torch.SymFloat) or not 0 < alpha < float("inf"):
         raise ValueError(f"alpha={alpha} must be above 0")
 
 
 def check_parameter(name: str, value: torch.Tensor | float, neurons: int, like: torch.Tensor) -> torch.Tensor:
     """``value`` as a tensor beside ``like``; raises ValueError unless it is a scalar or has one entry a neuron."""
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=dtype, device=like.device)
-    if tensor.numel() != 1 and tuple(tensor.shape) != (neurons,):
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected a scalar or [{neurons}], one a neuron")
-    return tensor
+    if isinstance(value, int | float):
+        value = torch.tensor(value, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+    check_tensor(name, value)
+    if value.device != like.device:
+        raise ValueError(f"{name} is on {value.device}, the currents on {like.device}")
+    if tuple(value.shape) not in ((), (1,), (neurons,)):
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; expected a scalar or [{neurons}], one a neuron")
+    return value

@@ -6,6 +6,7 @@ computes the same, faster and with less memory.
 
 import torch
 
+from g2g_kernels.ops.checks import check_tensor
 from g2g_kernels.ops.lif import check_options, check_parameter
 from g2g_kernels.ops.lif.surrogates import SURROGATES
 
@@ -36,8 +37,7 @@ def lif_step(
         ValueError: for an option or a shape out of range.
     """
     check_options(None, reset, surrogate, alpha)
-    if not current.is_floating_point():
-        raise ValueError(f"current must be a floating-point tensor, not {current.dtype}")
+    check_tensor("current", current)
     beta, threshold = (
         check_parameter(name, value, current.shape[-1], current)
         for name, value in (("beta", beta), ("threshold", threshold))

@@ -1,7 +1,4 @@
-"""Nobody let in: crafted files are refused within bounds of memory, and arbitrary ones never crash the process.
-
-What is drawn by hypothesis is counted: see the tests' ``max_examples``.
-"""
+"""Nobody let in: crafted files are refused within bounds of memory, and arbitrary ones never crash the process."""
 
 import io
 import os
@@ -114,9 +111,9 @@ CRAFTED = {
         ),
         "fc2.mask: the mask names a unit twice",
     ),
-    "a block size of 10^12": (
-        lambda state: saved(replaced(state, "model/fc2.mask.block_size", torch.tensor(10**12))),
-        "does not fit",
+    "a block size of 0": (
+        lambda state: saved(replaced(state, "model/fc2.mask.block_size", torch.tensor(0))),
+        "block_size=0 must be at least 1",
     ),
     "weights outside of units": (
         lambda state: saved(replaced(state, "model/fc3.values", torch.ones_like(state["model"]["fc3.values"]))),

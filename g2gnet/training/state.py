@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-
 #: what a state that does not fit makes ``load_state_dict`` of a trainer raise
 UNFIT = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
 

@@ -265,7 +265,8 @@ def test_a_layer_compiles_with_a_full_graph(plain_memory):
     ids=["empty", "double", "double beta", "device", "huge"],
 )
 def test_what_it_cannot_serve_is_refused_with_the_reason(changed, reason):
-    tensors = {"current": torch.zeros(4, 2, 5, device=DEVICE), "beta": 0.9, "threshold": 1.0} | changed
+    tensors = {"current": torch.zeros(4, 2, 5), "beta": torch.full((1,), 0.9), "threshold": torch.ones(1)}
+    tensors = {name: tensor.to(DEVICE) for name, tensor in tensors.items()} | changed
     with pytest.raises(BackendError, match=reason):
         lif(**tensors, backend="triton")
 

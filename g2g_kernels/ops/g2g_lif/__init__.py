@@ -116,7 +116,7 @@ def g2g_lif(
     size = x.shape[-1]
     checked = []
     for number, layer in enumerate(layers):
-        check_connection(f" of layer {number}", layer.values, layer.mask, layer.bias, like=x)
+        check_connection(f" of layer {number}", layer.values, layer.mask, layer.bias)
         out_size, in_size = layer.mask.shape
         if in_size != size:
             raise ValueError(f"layer {number} has {in_size} inputs but receives {size}")

@@ -47,7 +47,7 @@ def g2g_linear(
         BackendError: if the forced backend cannot serve the call.
     """
     check_tensor("x", x)
-    check_connection("", values, mask, bias, like=x)
+    check_connection("", values, mask, bias)
     if x.dim() < 1 or x.shape[-1] != mask.shape[1]:
         raise ValueError(f"x has shape {tuple(x.shape)}, its last dimension must be the mask's {mask.shape[1]} inputs")
     return operator(x, values, mask, bias, backend=backend)

@@ -89,8 +89,6 @@ def check_parameter(name: str, value: torch.Tensor | float, neurons: int, like: 
     if isinstance(value, int | float):
         value = torch.tensor(value, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
     check_tensor(name, value)
-    if value.device != like.device:
-        raise ValueError(f"{name} is on {value.device}, the currents on {like.device}")
     if tuple(value.shape) not in ((), (1,), (neurons,)):
         raise ValueError(f"{name} has shape {tuple(value.shape)}; expected a scalar or [{neurons}], one a neuron")
     return value

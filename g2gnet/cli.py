@@ -22,8 +22,18 @@ from g2gnet.analysis import ANALYSIS_SAMPLES
 from g2gnet.data import DataError, ImageData, load_dataset
 from g2gnet.features import load_features, weights_digest
 from g2gnet.files import replace_file
-from g2gnet.training import CheckpointError, Interrupted, Settings, SettingsError, TrainingError, TrainSettings
+from g2gnet.training import (
+    CheckpointError,
+    EpochCallback,
+    Interrupted,
+    Settings,
+    SettingsError,
+    Trainer,
+    TrainingError,
+    TrainSettings,
+)
 from g2gnet.training.settings import describe_range
+from g2gnet.training.tensorboard import TensorBoardLog
 
 #: what stands for a flag's value in the help
 METAVARS = {int: "N", float: "X", str: "FILE"}
@@ -60,10 +70,10 @@ def add_settings_flags(parser: argparse.ArgumentParser, settings: type = TrainSe
         )
 
 
-def add_machine_flags(parser: argparse.ArgumentParser, kernels: bool = True, results: bool = True) -> None:
+def add_machine_flags(parser: argparse.ArgumentParser, kernels: bool = True, results: bool = True) -> Any:
     """Adds the flags that say where to compute (``kernels``: and with which kernels) and where files lie.
 
-    They do not decide what is computed. ``results``: the program writes checkpoints.
+    They do not decide what is computed. ``results``: the program writes checkpoints. Returns their group.
     """
     group = parser.add_argument_group("machine and files")
     group.add_argument("--data_dir", default="data", metavar="DIR", help="where data sets lie (default: data)")
@@ -76,6 +86,27 @@ def add_machine_flags(parser: argparse.ArgumentParser, kernels: bool = True, res
     if kernels:
         text = "kernels to use (default: the device decides)"
         group.add_argument("--backend", default="auto", choices=("auto", *BACKENDS), help=text)
+    return group
+
+
+def add_log_flag(group: Any) -> None:
+    """Adds the flag that asks for TensorBoard's files."""
+    text = "write scalars, histograms and heat maps for TensorBoard to DIR (default: none)"
+    group.add_argument("--log_dir", metavar="DIR", help=text)
+
+
+def log_from(arguments: argparse.Namespace) -> list[EpochCallback[Trainer]]:
+    """What is to be called after each epoch, according to the flags.
+
+    Raises:
+        FlagError: if TensorBoard's package is missing, or the directory cannot be made.
+    """
+    if arguments.log_dir is None:
+        return []
+    try:
+        return [TensorBoardLog(arguments.log_dir)]
+    except (ImportError, OSError) as error:
+        raise FlagError(f"log_dir={arguments.log_dir}: {error}") from error
 
 
 SettingsT = typing.TypeVar("SettingsT", bound=Settings)

@@ -24,7 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     cli.add_settings_flags(parser, FoldSettings)
-    cli.add_machine_flags(parser)
+    cli.add_log_flag(cli.add_machine_flags(parser))
     parser.add_argument("--version", action="version", version=f"g2g {g2gnet.__version__}")
     return parser
 
@@ -45,7 +45,12 @@ def crossval(arguments: argparse.Namespace) -> None:
     device, backend = cli.machine_from(arguments)
     cli.announce(settings, device, backend)
     results = cross_validate(
-        settings, lambda: cli.load_data(arguments, settings, device), arguments.checkpoint_dir, device, backend
+        settings,
+        lambda: cli.load_data(arguments, settings, device),
+        arguments.checkpoint_dir,
+        device,
+        backend,
+        on_epoch=cli.log_from(arguments),
     )
     print(table(results))
     text = json.dumps({"settings": settings.given(), **results}, indent=2) + "\n"

@@ -23,7 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     cli.add_settings_flags(parser)
-    cli.add_machine_flags(parser)
+    cli.add_log_flag(cli.add_machine_flags(parser))
     parser.add_argument(
         "--cuda_graph", action="store_true", help="replay each training step as a CUDA graph; not run on a GPU yet"
     )
@@ -45,6 +45,7 @@ def train(arguments: argparse.Namespace) -> None:
         backend,
         show_analysis,
         arguments.cuda_graph,
+        on_epoch=cli.log_from(arguments),
     )
 
 

@@ -22,6 +22,7 @@ MACHINE_FLAGS = {
     "device": "auto",
     "backend": "auto",
     "cuda_graph": False,
+    "log_dir": None,
 }
 
 

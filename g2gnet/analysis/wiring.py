@@ -12,11 +12,25 @@ def group_density(mask: BlockMask) -> torch.Tensor:
 
     density_gh = weights present from input group h to output group g / (N_g · N_h)
     """
+    return _mean_between_groups(mask, mask.unit_sizes)
+
+
+def group_weight(mask: BlockMask, values: torch.Tensor) -> torch.Tensor:
+    """The mean |w| between each pair of groups, absent weights counted as 0: float64 [groups out, groups in].
+
+    Args:
+        values: packed weights [num_units, unit_rows, unit_cols].
+    """
+    return _mean_between_groups(mask, values.detach().abs().sum((1, 2)))
+
+
+def _mean_between_groups(mask: BlockMask, sum_of_unit: torch.Tensor) -> torch.Tensor:
+    """Sums over units, [num_units], made means over all weights between two groups, present or not."""
     row_group, col_group = _groups_of_units(mask)
     out_sizes, in_sizes = mask.rows.layout.sizes, mask.cols.layout.sizes
-    present = torch.zeros(len(out_sizes) * len(in_sizes), dtype=torch.float64)
-    present.index_add_(0, row_group * len(in_sizes) + col_group, mask.unit_sizes.cpu().double())
-    return present.view(len(out_sizes), len(in_sizes)) / (out_sizes[:, None] * in_sizes)
+    total = torch.zeros(len(out_sizes) * len(in_sizes), dtype=torch.float64)
+    total.index_add_(0, row_group * len(in_sizes) + col_group, sum_of_unit.cpu().double())
+    return total.view(len(out_sizes), len(in_sizes)) / (out_sizes[:, None] * in_sizes)
 
 
 def cross_group_share(mask: BlockMask) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from g2gnet.training.health import TrainingError
 from g2gnet.training.interruption import Interrupted
-from g2gnet.training.run import run_epochs, run_training
+from g2gnet.training.run import EpochCallback, run_epochs, run_training
 from g2gnet.training.run_files import CheckpointError
 from g2gnet.training.saved_run import SavedRun, read_run
 from g2gnet.training.settings import Settings, SettingsError, TrainSettings
@@ -10,6 +10,7 @@ from g2gnet.training.trainer import Trainer
 
 __all__ = [
     "CheckpointError",
+    "EpochCallback",
     "Interrupted",
     "SavedRun",
     "Settings",

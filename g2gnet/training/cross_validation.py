@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from g2gnet.data import ImageData
-from g2gnet.training.run import run_training
+from g2gnet.training.run import EpochCallback, run_training
 from g2gnet.training.settings import SettingsError, TrainSettings, setting
+from g2gnet.training.trainer import Trainer
 
 ACCURACIES = ("train_acc", "val_acc", "test_acc")
 
@@ -42,6 +43,7 @@ def cross_validate(
     checkpoint_dir: Path | str,
     device: torch.device,
     backend: str | None = None,
+    on_epoch: Sequence[EpochCallback[Trainer]] = (),
 ) -> dict[str, Any]:
     """Trains one model for each fold, from fresh masks and weights; finished folds are skipped.
 
@@ -52,7 +54,7 @@ def cross_validate(
     Args:
         settings: with ``fold`` = 1.
         load_data: the whole data set; called once if there is something to train.
-        checkpoint_dir, device, backend: as for :func:`g2gnet.training.run_training`.
+        checkpoint_dir, device, backend, on_epoch: as for :func:`g2gnet.training.run_training`.
 
     Returns:
         ``folds``: for each fold its number, seed and accuracies after the last epoch; ``mean`` and ``std`` (of the
@@ -68,7 +70,7 @@ def cross_validate(
         run = dataclasses.replace(settings, fold=fold, seed=settings.seed + fold - 1)
         data = functools.partial(_fold_data, whole, settings, fold)
         print(f"Fold {fold}/{run.k_folds}, seed {run.seed}", flush=True)
-        record = run_training(run, data, checkpoint_dir, device, backend)
+        record = run_training(run, data, checkpoint_dir, device, backend, on_epoch=on_epoch)
         folds.append({"fold": fold, "seed": run.seed, **{name: record[name] for name in ACCURACIES}})
     columns = {name: [result[name] for result in folds] for name in ACCURACIES}
     return {

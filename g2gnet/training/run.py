@@ -1,7 +1,7 @@
 """A training run from start to marker: resume, epochs with progress, checkpoints, history."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -31,6 +31,11 @@ class EpochTrainer(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+TrainerT = TypeVar("TrainerT", bound=EpochTrainer)
+#: called after each epoch, when its checkpoint is written, with the epoch's record and the trainer
+EpochCallback = Callable[[dict[str, Any], TrainerT], None]
+
+
 def run_training(
     settings: TrainSettings,
     load_data: Callable[[], ImageData],
@@ -39,11 +44,13 @@ def run_training(
     backend: str | None = None,
     show_analysis: Callable[[NetworkAnalysis, Path], None] | None = None,
     cuda_graph: bool = False,
+    on_epoch: Sequence[EpochCallback[Trainer]] = (),
 ) -> dict[str, Any]:
     """Trains as ``settings`` say, or goes on from the run's checkpoint, or skips a finished run.
 
     The data is loaded only when there is something to train. A network that has been trained is analysed on some of the
-    test images; the analysis is written, and passed with the file's name to ``show_analysis``.
+    test images; the analysis is written, and passed with the file's name to ``show_analysis``. Each of ``on_epoch`` is
+    called after each epoch.
 
     Returns:
         The record of the last epoch.
@@ -65,10 +72,7 @@ def run_training(
     def make_trainer() -> Trainer:
         return Trainer(settings, load_data(), device, backend, cuda_graph)
 
-    return run_epochs(settings, make_trainer, checkpoint_dir, analyze)
-
-
-TrainerT = TypeVar("TrainerT", bound=EpochTrainer)
+    return run_epochs(settings, make_trainer, checkpoint_dir, analyze, on_epoch)
 
 
 def run_epochs(
@@ -76,6 +80,7 @@ def run_epochs(
     make_trainer: Callable[[], TrainerT],
     checkpoint_dir: Path | str,
     finish: Callable[[TrainerT, RunFiles], None] | None = None,
+    on_epoch: Sequence[EpochCallback[TrainerT]] = (),
 ) -> dict[str, Any]:
     """Trains ``settings.epochs`` epochs, or goes on from the run's checkpoint, or skips a finished run.
 
@@ -87,6 +92,7 @@ def run_epochs(
         make_trainer: called when there is something to train, after everything random was seeded.
         checkpoint_dir: where the files lie.
         finish: called after the last epoch, before the run is marked as finished.
+        on_epoch: called after each epoch.
 
     Returns:
         The record of the last epoch.
@@ -98,7 +104,7 @@ def run_epochs(
     """
     files = RunFiles(checkpoint_dir, settings.stem)
     with files.locked():
-        return _run_epochs(settings, make_trainer, files, finish)
+        return _run_epochs(settings, make_trainer, files, finish, on_epoch)
 
 
 def _run_epochs(
@@ -106,6 +112,7 @@ def _run_epochs(
     make_trainer: Callable[[], TrainerT],
     files: RunFiles,
     finish: Callable[[TrainerT, RunFiles], None] | None,
+    on_epoch: Sequence[EpochCallback[TrainerT]],
 ) -> dict[str, Any]:
     result = files.load_marker(settings.as_dict())
     if result is not None:
@@ -146,6 +153,8 @@ def _run_epochs(
                 names = [name for name in ("train_acc", "val_acc", "test_acc") if name in record]
                 accuracies = [f"{name}={record[name]:.4f}" for name in names]
                 print(f"Epoch {record['epoch']:02d} | {' | '.join(accuracies)}", flush=True)
+                for callback in on_epoch:
+                    callback(record, trainer)
             if stop.received:
                 raise Interrupted(
                     f"stopped by {stop.received.name} after step {trainer.step}, with {trainer.epoch} of "

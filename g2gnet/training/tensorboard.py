@@ -1,0 +1,65 @@
+"""TensorBoard curves, histograms and heat maps of a training run: a callback of :func:`run_training`."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from g2gnet.analysis.wiring import group_weight
+from g2gnet.training.trainer import Trainer
+
+#: side of a cell of a heat map, in pixels
+CELL = 16
+
+
+class TensorBoardLog:
+    """Writes what an epoch gave to ``log_dir/<stem of the run>``, for ``tensorboard --logdir log_dir``.
+
+    Scalars: every number of the epoch's record, and β and θ of layers that have one of each. Histograms: the weights
+    that exist, and β and θ of layers with one a neuron. Images: the mean |w| between each pair of groups, output groups
+    downwards, white the largest. A run that is resumed goes on in its curves.
+
+    Raises:
+        ImportError: if the package ``tensorboard`` is not installed.
+        OSError: if the directory cannot be made.
+    """
+
+    def __init__(self, log_dir: Path | str) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ImportError(
+                f"TensorBoard's package is missing; pip install 'g2g[tensorboard]' brings it ({error})"
+            ) from error
+        self._make_writer: Any = SummaryWriter
+        self._log_dir = Path(log_dir)
+        self._log_dir.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, record: dict[str, Any], trainer: Trainer) -> None:
+        """Writes one epoch."""
+        epoch = record["epoch"]
+        # what a run wrote beyond the epoch from which it was resumed is purged
+        with self._make_writer(str(self._log_dir / trainer.settings.stem), purge_step=epoch) as writer:
+            for name, value in _numbers(record):
+                writer.add_scalar(name, value, epoch)
+            for number, (connection, neurons) in enumerate(trainer.net.layers(), 1):
+                weights = connection.values.detach()[connection.mask.valid()].float().cpu()
+                writer.add_histogram(f"weights/fc{number}", weights, epoch)
+                heat = group_weight(connection.mask, connection.values)
+                image = (heat / heat.max().clamp(min=1e-12)).float()
+                pixels = image.repeat_interleave(CELL, 0).repeat_interleave(CELL, 1)
+                writer.add_image(f"weight between groups/fc{number}", pixels[None], epoch)
+                for name in ("beta", "threshold"):
+                    values = getattr(neurons, name).detach().float().cpu()
+                    if values.dim() == 0:
+                        writer.add_scalar(f"{name}/lif{number}", values, epoch)
+                    else:
+                        writer.add_histogram(f"{name}/lif{number}", values, epoch)
+
+
+def _numbers(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers of a record, those of dictionaries inside it as ``name/key``."""
+    for name, value in record.items():
+        if isinstance(value, dict):
+            yield from _numbers(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float) and name != "epoch":
+            yield f"{prefix}{name}", value

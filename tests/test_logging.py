@@ -1,0 +1,160 @@
+"""What a run tells TensorBoard and other loggers, and the examples of docs/other-libraries.md."""
+
+import re
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torchvision.io import decode_png
+
+import train
+from g2g_kernels import BlockMask, GroupLayout
+from g2gnet.analysis.wiring import group_weight
+from g2gnet.data import load_dataset
+from g2gnet.training import TrainSettings, run_training
+from g2gnet.training.tensorboard import TensorBoardLog
+from tests.helpers import packed_randn, seeded
+
+ROOT = Path(__file__).parents[1]
+SMALL = {
+    "dataset": "fashionmnist-mini",
+    "model": "mixer",
+    "hidden_dim": 32,
+    "block_size": 4,
+    "T": 4,
+    "limit_train": 60,
+    "limit_test": 20,
+    "batch_size": 30,
+}
+
+
+def run(directory, on_epoch, **options):
+    settings = TrainSettings(**{**SMALL, **options})
+    return run_training(
+        settings, lambda: load_dataset(settings.dataset), directory, torch.device("cpu"), on_epoch=on_epoch
+    )
+
+
+def events_of(directory):
+    events = EventAccumulator(str(directory), size_guidance={"scalars": 0, "histograms": 0, "images": 0})
+    return events.Reload()
+
+
+def test_group_weights_are_the_mean_of_the_dense_matrix_between_groups():
+    mask = BlockMask.sample(
+        GroupLayout(13, 4, "random", seeded(0)), GroupLayout(22, 4, "interleaved"), block_size=2, generator=seeded(0)
+    )
+    values = packed_randn(mask, 1)
+    dense = mask.unpack(values).abs().double()
+    rows, cols = mask.rows.layout.group_of, mask.cols.layout.group_of
+    expected = torch.stack([torch.stack([dense[rows == g][:, cols == h].mean() for h in range(4)]) for g in range(4)])
+    torch.testing.assert_close(group_weight(mask, values), expected)
+
+
+def test_callbacks_get_each_epochs_record_and_the_trainer_after_its_checkpoint(tmp_path):
+    seen = []
+
+    def callback(record, trainer):
+        checkpoint = torch.load(tmp_path / f"{trainer.settings.stem}.pth", weights_only=True)
+        assert checkpoint["history"][-1] == record
+        seen.append((record["epoch"], trainer.epoch))
+
+    result = run(tmp_path, [callback, callback], epochs=2)
+    assert seen == [(1, 1), (1, 1), (2, 2), (2, 2)]
+    assert result["epoch"] == 2
+
+
+def test_tensorboard_shows_the_record_the_weights_and_the_groups(tmp_path):
+    trainers = []
+    records = []
+
+    def keep(record, trainer):
+        records.append(record)
+        trainers.append(trainer)
+
+    run(tmp_path / "checkpoints", [TensorBoardLog(tmp_path / "log"), keep], epochs=2)
+    trainer = trainers[-1]
+    events = events_of(tmp_path / "log" / trainer.settings.stem)
+
+    for name in ("train_loss", "test_acc", "samples_per_s"):
+        values = [(event.step, event.value) for event in events.Scalars(name)]
+        assert values == [(record["epoch"], pytest.approx(record[name])) for record in records]
+    assert events.Scalars("firing_rate/lif2")[-1].value == pytest.approx(records[-1]["firing_rate"]["lif2"])
+    assert events.Scalars("beta/lif1")[-1].value == pytest.approx(trainer.net.lif1.beta.item())
+
+    mask, values = trainer.net.fc2.mask, trainer.net.fc2.values
+    histogram = events.Histograms("weights/fc2")[-1].histogram_value
+    assert histogram.num == mask.unit_sizes.sum()
+    assert histogram.sum == pytest.approx(values.sum().item(), rel=1e-3)
+
+    image = events.Images("weight between groups/fc2")[-1]
+    assert (image.height, image.width) == (128, 128)  # 8 × 8 groups, 16 pixels each
+    pixels = decode_png(torch.frombuffer(bytearray(image.encoded_image_string), dtype=torch.uint8))[0][8::16, 8::16]
+    heat = group_weight(mask, values)
+    assert (pixels / 255 - heat / heat.max()).abs().max() < 0.005  # 8 bits
+
+
+def test_a_resumed_run_goes_on_in_its_curves(tmp_path):
+    log = TensorBoardLog(tmp_path / "log")
+
+    def stop(record, trainer):
+        if record["epoch"] == 2:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        run(tmp_path / "checkpoints", [log, stop], epochs=3)
+    run(tmp_path / "checkpoints", [TensorBoardLog(tmp_path / "log")], epochs=3)
+    (directory,) = (tmp_path / "log").iterdir()
+    assert [event.step for event in events_of(directory).Scalars("test_acc")] == [1, 2, 3]
+
+
+def test_log_dir_writes_and_what_stands_in_its_way_is_named(tmp_path, monkeypatch, capsys):
+    flags = [f"--{name}={value}" for name, value in {**SMALL, "epochs": 1}.items()]
+    flags.append(f"--checkpoint_dir={tmp_path / 'checkpoints'}")
+    assert train.main([*flags, f"--log_dir={tmp_path / 'log'}"]) == 0
+    (directory,) = (tmp_path / "log").iterdir()
+    assert events_of(directory).Scalars("test_acc")
+
+    (tmp_path / "file").touch()
+    assert train.main([*flags, f"--log_dir={tmp_path / 'file'}"]) == 2
+    assert "File exists" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert train.main([*flags, f"--log_dir={tmp_path / 'log'}"]) == 2
+    assert "pip install 'g2g[tensorboard]' brings it" in capsys.readouterr().err
+
+
+class Listener(types.ModuleType):
+    """Stands for ``wandb`` and ``mlflow``, which the examples only call."""
+
+    def __init__(self, name):
+        super().__init__(name)
+        self.heard = []
+
+    def init(self, project):
+        assert project == "g2g"
+        return self
+
+    def log(self, values, step):
+        self.heard.append((step, values["test_acc"]))
+
+    log_metrics = log
+
+
+def test_the_examples_of_the_documentation_run(tmp_path, monkeypatch):
+    text = (ROOT / "docs" / "other-libraries.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    small = ", ".join(f"{name}={value!r}" for name, value in {**SMALL, "epochs": 2}.items())
+    program = re.sub(r"TrainSettings\(.*\)", f"TrainSettings({small})", "\n".join(blocks))
+    listeners = [Listener(name) for name in ("wandb", "mlflow")]
+    for listener in listeners:
+        monkeypatch.setitem(sys.modules, listener.__name__, listener)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(compile(program, "other-libraries.md", "exec"), names)
+    for listener in listeners:
+        assert [step for step, _ in listener.heard] == [1, 2]
+    state, again = names["net"].state_dict(), names["again"].state_dict()
+    assert all(torch.equal(state[name], again[name]) for name in state)

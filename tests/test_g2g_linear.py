@@ -106,6 +106,22 @@ def test_any_number_of_leading_dimensions(batch, backend):
 
 
 @pytest.mark.parametrize("backend", [None, *backends_of(operator)])
+def test_spikes_in_bytes_are_those_in_floats(backend):
+    mask = MASK_CASES["784 to 2048, an eighth"].mask()
+    device = device_of(backend)
+    x, values, bias = (tensor.to(device) for tensor in inputs(mask, 6, 9))
+    grad_output = torch.randn(6, 9, mask.shape[0], generator=seeded(4)).to(device)
+    results = []
+    for dtype in (torch.uint8, torch.float32):
+        leaves = [values.detach().requires_grad_(), bias.detach().requires_grad_()]
+        output = g2g_linear((x > 0.8).to(dtype), leaves[0], mask.to(device), leaves[1], backend=backend)
+        output.backward(grad_output)
+        results.append([output, *(leaf.grad for leaf in leaves)])
+    for as_bytes, as_floats in zip(*results, strict=True):
+        assert torch.equal(as_bytes, as_floats)
+
+
+@pytest.mark.parametrize("backend", [None, *backends_of(operator)])
 def test_no_samples(backend):
     mask = MASK_CASES["ten outputs"].mask()
     x, values, bias = inputs(mask, 0)

@@ -7,12 +7,17 @@ from g2g_kernels.block_mask import BlockMask
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_tensor(name: str, tensor: torch.Tensor) -> None:
-    """Raises ValueError unless ``tensor`` is a dense tensor of floats; on which device and how wide, backends judge."""
+def check_tensor(name: str, tensor: torch.Tensor, spikes: bool = False) -> None:
+    """Raises ValueError unless ``tensor`` is a dense tensor of floats, or with ``spikes`` of bytes.
+
+    On which device it is and how wide, backends judge.
+    """
     if not isinstance(tensor, torch.Tensor):
         raise ValueError(f"{name} must be a tensor, not {type(tensor).__name__}")
-    if tensor.layout != torch.strided or tensor.dtype not in DTYPES:
-        raise ValueError(f"{name} must be a dense floating-point tensor, not {tensor.layout} of {tensor.dtype}")
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{name} must be a dense tensor, not one of layout {tensor.layout}")
+    if tensor.dtype not in DTYPES and not (spikes and tensor.dtype == torch.uint8):
+        raise ValueError(f"{name} must be a floating-point tensor, not {tensor.dtype}")
 
 
 def check_connection(suffix: str, values: torch.Tensor, mask: BlockMask, bias: torch.Tensor | None) -> None:

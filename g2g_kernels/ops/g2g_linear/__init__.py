@@ -32,9 +32,9 @@ def g2g_linear(
     """Applies a block-sparse linear layer; differentiable in ``x``, ``values`` and ``bias``.
 
     Args:
-        x: [..., in], in neuron order.
-        values: packed weights [num_units, unit_rows, unit_cols] (see :meth:`BlockMask.pack`), of x's dtype unless
-            autocast is on.
+        x: [..., in], in neuron order: floats, or spikes in uint8.
+        values: packed weights [num_units, unit_rows, unit_cols] (see :meth:`BlockMask.pack`), of x's dtype unless x is
+            uint8 or autocast is on.
         mask: the units that exist, on the same device.
         bias: [out], or None.
         backend: ``"triton"``, ``"cpu"`` or ``"torch"``; None lets the device decide.
@@ -46,7 +46,7 @@ def g2g_linear(
         ValueError: for tensors that do not fit one another, or an unknown backend.
         BackendError: if the forced backend cannot serve the call.
     """
-    check_tensor("x", x)
+    check_tensor("x", x, spikes=True)
     check_connection("", values, mask, bias)
     if x.dim() < 1 or x.shape[-1] != mask.shape[1]:
         raise ValueError(f"x has shape {tuple(x.shape)}, its last dimension must be the mask's {mask.shape[1]} inputs")

@@ -22,11 +22,16 @@ def refuses(x: torch.Tensor, values: torch.Tensor, mask: BlockMask, bias: torch.
             continue
         if tensor.device.type != "cpu":
             return f"needs tensors on the CPU, not on {tensor.device}"
-        if tensor.dtype != torch.float32 and not (tensor is x and x.dtype == torch.bfloat16 and bf16_wanted()):
+        if tensor.dtype != torch.float32 and not (tensor is x and _converts(x.dtype)):
             return f"needs float32 tensors, not {tensor.dtype}"
     if x.numel() == 0:
         return "needs an input that is not empty"
     return None
+
+
+def _converts(dtype: torch.dtype) -> bool:
+    """Whether x of ``dtype`` becomes float32 without a change of results: spikes in bytes, bfloat16 under autocast."""
+    return dtype == torch.uint8 or (dtype == torch.bfloat16 and bf16_wanted())
 
 
 def g2g_linear(x: torch.Tensor, values: torch.Tensor, mask: BlockMask, bias: torch.Tensor | None) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """g2g_lif: the stack equals its parts, an snnTorch network of masked layers, and float64 on every backend."""
 
 import itertools
+from collections.abc import Iterator
 
 import pytest
 import snntorch
@@ -284,10 +285,15 @@ def clear_of_thresholds(stack: Stack, reset: str) -> bool:
     return True
 
 
+def clear_stacks(cases, steps: int | None, reset: str = "subtract", **options) -> Iterator[Stack]:
+    """Draws in which float32 rounding cannot change a spike, so that gradients are comparable."""
+    draws = (Stack(cases, steps, seed=1000 * k, **options) for k in itertools.count())
+    return (stack for stack in draws if clear_of_thresholds(stack, reset))
+
+
 def clear_stack(cases, steps: int | None, reset: str = "subtract", batch: int = B) -> Stack:
-    """The first of a few draws in which float32 rounding cannot change a spike, so that gradients are comparable."""
-    draws = (Stack(cases, steps, seed=1000 * k, batch=batch) for k in range(20))
-    return next(stack for stack in draws if clear_of_thresholds(stack, reset))
+    """The first of them."""
+    return next(clear_stacks(cases, steps, reset, batch=batch))
 
 
 @pytest.mark.parametrize("surrogate", SURROGATES)

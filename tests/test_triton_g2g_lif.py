@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from helpers import ErrorRatios, MaskCase, device_of, rms, seeded
-from test_g2g_lif import STACKS, Stack, clear_of_thresholds, clear_stack, loss
+from test_g2g_lif import STACKS, Stack, clear_of_thresholds, clear_stack, clear_stacks, loss
 
 from g2g_kernels import BackendError, BlockMask, GroupLayout, g2g_lif
 from g2g_kernels.ops.lif import RESETS
@@ -21,6 +21,9 @@ STACKS_OF_UNITS = [
     STACKS["one unit a group"],
 ]  # fmt: skip
 T = 9
+#: stacks that differ by their seed alone, and the limit for the mean ratio of so few errors of one number (one β a
+#: layer) or ten, which scatters by a quarter; the rule itself is applied to more cases
+FEW, AT_MOST = 8, 2
 
 
 @pytest.fixture(params=["pair", "fused"])
@@ -118,25 +121,26 @@ def test_numbers_of_steps(way, steps):
 
 def test_more_samples_than_a_tile(way):
     ratios = ErrorRatios()
-    compare(ratios, clear_stack(STACKS_OF_UNITS[0], None, batch=67))
-    ratios.check(cases=1, at_most=3)  # single tensors are nearer or farther by luck
+    for stack in itertools.islice(clear_stacks(STACKS_OF_UNITS[0], None, batch=67), 3):
+        compare(ratios, stack)
+    ratios.check(cases=3, at_most=AT_MOST)
 
 
 @pytest.mark.parametrize("steps", [None, T], ids=["varying", "held"])
 def test_single_weights(steps):
     """Dense products with stored zeros, as pairs."""
     ratios = ErrorRatios()
-    compare(ratios, clear_stack(STACKS["random single weights"], steps))
-    ratios.check(cases=1, at_most=3)  # single tensors are nearer or farther by luck
+    for stack in itertools.islice(clear_stacks(STACKS["random single weights"], steps), FEW):
+        compare(ratios, stack)
+    ratios.check(cases=FEW, at_most=AT_MOST)
 
 
 def test_one_beta_and_threshold_a_layer_and_no_bias(way):
-    draws = (Stack(STACKS_OF_UNITS[0], T, per_neuron=False, bias=False, seed=1000 * k) for k in range(20))
-    stack = next(stack for stack in draws if clear_of_thresholds(stack, "subtract"))
     ratios = ErrorRatios()
-    compare(ratios, stack)
-    ratios.check(cases=1, at_most=10)  # sums of all samples, steps and neurons in one number: luck decides
-    assert not any(name.startswith("bias") for name in stack.tensors)
+    for stack in itertools.islice(clear_stacks(STACKS_OF_UNITS[0], T, per_neuron=False, bias=False), FEW):
+        assert not any(name.startswith("bias") for name in stack.tensors)
+        compare(ratios, stack)
+    ratios.check(cases=FEW, at_most=AT_MOST)
 
 
 @pytest.mark.parametrize("used", ["counts", "rates0"])

@@ -1,9 +1,9 @@
 """Prints what the neurons of a trained network do, layer by layer and group by group."""
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from g2gnet import cli
 from g2gnet.analysis import NetworkAnalysis, analyze_network, groups_table, headline, layers_table
@@ -26,8 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="the .pth file of a training run, finished or not")
-    parser.add_argument("--json", metavar="FILE", help="write everything, matrices between groups too, to FILE")
-    cli.add_inspection_flags(parser)
+    cli.add_json_flag(cli.add_inspection_flags(parser), "everything, matrices between groups too,")
     return parser
 
 
@@ -37,9 +36,7 @@ def analyze_run(run: SavedRun, net: G2GNet, data: ImageData, samples: int) -> Ne
     return analyze_network(net, batches, data.num_classes)
 
 
-def analyze(arguments: argparse.Namespace) -> None:
-    if arguments.json:
-        cli.check_output(arguments.json)
+def analyze(arguments: argparse.Namespace) -> dict[str, Any]:
     device, backend = cli.machine_from(arguments)
     run = read_run(arguments.checkpoint)
     data = cli.load_run_data(arguments, run.settings, device)
@@ -50,9 +47,12 @@ def analyze(arguments: argparse.Namespace) -> None:
         print(f"\n{groups_table(layer)}")
     if len(analysis.layers[0].group_sizes) == 1:
         print("\nEach layer is a single group: there is nothing between groups, and no entropy of input groups.")
-    if arguments.json:
-        content = {"checkpoint": str(run.path), "epoch": run.epoch, "settings": run.settings.as_dict()}
-        cli.write_output(arguments.json, json.dumps({**content, **analysis.as_dict()}, indent=1) + "\n")
+    return {
+        "checkpoint": str(run.path),
+        "epoch": run.epoch,
+        "settings": run.settings.as_dict(),
+        **analysis.as_dict(),
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:

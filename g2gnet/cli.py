@@ -1,15 +1,17 @@
 """Command-line flags made from :class:`TrainSettings`, shared by the programs at the top of the repository."""
 
 import argparse
+import contextlib
 import dataclasses
 import errno
+import json
 import logging
 import os
 import sys
 import tempfile
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,10 @@ from g2gnet.training.tensorboard import TensorBoardLog
 
 #: what stands for a flag's value in the help
 METAVARS = {int: "N", float: "X", str: "FILE"}
+#: in place of a file's name: standard output
+STDOUT = "-"
+#: exit status of a program whose reader has left, as ``head`` does: 128 + SIGPIPE, which Windows does not have
+READER_LEFT = 128 + 13
 
 
 def add_settings_flags(parser: argparse.ArgumentParser, settings: type = TrainSettings) -> None:
@@ -109,6 +115,12 @@ def log_from(arguments: argparse.Namespace) -> list[EpochCallback[Trainer]]:
         raise FlagError(f"log_dir={arguments.log_dir}: {error}") from error
 
 
+def add_json_flag(parser: Any, content: str) -> None:
+    """Adds the flag that asks for ``content``, what a program returns, in a form for other programs."""
+    text = f"write {content} as JSON to FILE; without FILE to standard output, and what is for people to standard error"
+    parser.add_argument("--json", nargs="?", const=STDOUT, metavar="FILE", help=text)
+
+
 SettingsT = typing.TypeVar("SettingsT", bound=Settings)
 
 
@@ -152,8 +164,8 @@ def announce(settings: TrainSettings, device: torch.device, backend: str | None)
     print(f"g2g {g2gnet.__version__} | device={device} backend={backend or 'auto'} | {shown}", flush=True)
 
 
-def add_inspection_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of the programs that run a trained network on test images."""
+def add_inspection_flags(parser: argparse.ArgumentParser) -> Any:
+    """Adds the flags of the programs that run a trained network on test images; returns the last group of them."""
     parser.add_argument(
         "--samples",
         type=int,
@@ -163,7 +175,7 @@ def add_inspection_flags(parser: argparse.ArgumentParser) -> None:
     )
     text = "the weights that a run with --use_resnet had, if not the published ones"
     parser.add_argument("--resnet_weights", metavar="FILE", help=text)
-    add_machine_flags(parser, results=False)
+    return add_machine_flags(parser, results=False)
 
 
 def load_run_data(arguments: argparse.Namespace, settings: TrainSettings, device: torch.device) -> ImageData:
@@ -185,9 +197,36 @@ def load_run_data(arguments: argparse.Namespace, settings: TrainSettings, device
     return load_data(arguments, settings, device).limited(settings.limit_train, settings.limit_test).to(device)
 
 
+@contextlib.contextmanager
+def standard_output(json_file: str | None) -> Iterator[None]:
+    """While it is entered, what is printed goes to standard error if ``--json`` wants standard output for itself.
+
+    Raises:
+        OutputError: on entering, if the file that it names cannot be written.
+    """
+    if json_file not in (None, STDOUT):
+        check_output(json_file)
+    with contextlib.redirect_stdout(sys.stderr) if json_file == STDOUT else contextlib.nullcontext():
+        yield
+
+
+def write_json(json_file: str, document: dict[str, Any]) -> None:
+    """Writes one JSON document, with the version of g2g, to where ``--json`` says.
+
+    Raises:
+        OutputError: if the file cannot be written.
+    """
+    document = {"g2g": g2gnet.__version__, **document}
+    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    if json_file == STDOUT:
+        sys.stdout.write(text)
+    else:
+        write_output(json_file, text)
+
+
 def run_program(
     parser: argparse.ArgumentParser,
-    program: Callable[[argparse.Namespace], None],
+    program: Callable[[argparse.Namespace], dict[str, Any] | None],
     argv: Any,
     interrupted: str = "the same command goes on after the last finished epoch",
 ) -> int:
@@ -195,19 +234,24 @@ def run_program(
 
     Args:
         parser: the program's flags.
-        program: takes the parsed flags.
+        program: takes the parsed flags; returns what ``--json`` writes, where there is that flag.
         argv: the flags as given.
         interrupted: what to say after Ctrl-C.
 
     Returns:
         0 on success, 1 if data, files or training failed, 2 for flags that cannot be used, 128 + the number
-        of a signal that ended it (130 after Ctrl-C).
+        of a signal that ended it (130 after Ctrl-C, 141 when nobody reads its output any more).
     """
     arguments = parser.parse_args(argv)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("g2g_kernels").setLevel(logging.INFO)
+    json_file = getattr(arguments, "json", None)
     try:
-        program(arguments)
+        with standard_output(json_file):
+            document = program(arguments)
+        if json_file and document is not None:
+            write_json(json_file, document)
+        sys.stdout.flush()
     except (SettingsError, BackendError, FlagError) as error:
         return _fail(parser, error, 2)
     except (DataError, CheckpointError, TrainingError, OutputError) as error:
@@ -215,6 +259,9 @@ def run_program(
     except Interrupted as interruption:
         print(f"{parser.prog}: {interruption}", file=sys.stderr)
         return 128 + interruption.signal
+    except BrokenPipeError:
+        discard_output()
+        return READER_LEFT
     except KeyboardInterrupt:
         print(f"\n{parser.prog}: interrupted; {interrupted}", file=sys.stderr)
         return 130
@@ -224,6 +271,11 @@ def run_program(
 def _fail(parser: argparse.ArgumentParser, error: Exception, status: int) -> int:
     print(f"{parser.prog}: error: {error}", file=sys.stderr)
     return status
+
+
+def discard_output() -> None:
+    """Lets the interpreter flush its last output without an error when nobody reads it any more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class OutputError(RuntimeError):

@@ -1,6 +1,7 @@
 """Cross-validates a spiking network: k models, each trained without one k-th of the training images."""
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ import g2gnet
 from g2gnet import cli
 from g2gnet.files import replace_file
 from g2gnet.training.cross_validation import ACCURACIES, FoldSettings, cross_validate
+from g2gnet.training.run_files import RunFiles
 
 EXAMPLES = """\
 examples:
@@ -24,7 +26,9 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     cli.add_settings_flags(parser, FoldSettings)
-    cli.add_log_flag(cli.add_machine_flags(parser))
+    group = cli.add_machine_flags(parser)
+    cli.add_log_flag(group)
+    cli.add_json_flag(group, "the settings, the results of all folds and the files' names")
     parser.add_argument("--version", action="version", version=f"g2g {g2gnet.__version__}")
     return parser
 
@@ -40,7 +44,7 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def crossval(arguments: argparse.Namespace) -> None:
+def crossval(arguments: argparse.Namespace) -> dict[str, Any]:
     settings = cli.settings_from(arguments, FoldSettings)
     device, backend = cli.machine_from(arguments)
     cli.announce(settings, device, backend)
@@ -53,10 +57,14 @@ def crossval(arguments: argparse.Namespace) -> None:
         on_epoch=cli.log_from(arguments),
     )
     print(table(results))
-    text = json.dumps({"settings": settings.given(), **results}, indent=2) + "\n"
+    document = {"settings": settings.given(), **results}
+    text = json.dumps(document, indent=2) + "\n"
     file = Path(arguments.checkpoint_dir) / f"{settings.summary_stem}.json"
     replace_file(file, lambda target: target.write(text.encode()))
     print(f"wrote {file}")
+    folds = [dataclasses.replace(settings, fold=result["fold"]).stem for result in results["folds"]]
+    files = {"results": str(file), "folds": [RunFiles(arguments.checkpoint_dir, stem).paths() for stem in folds]}
+    return {**document, "files": files}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -188,18 +188,19 @@ class PretrainTrainer:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="g2gnet.pretrain",
+        prog="python -m g2gnet.pretrain",
         description="Trains a CIFAR ResNet-32, whose features train.py --use_resnet --resnet_weights FILE can use.",
     )
     cli.add_settings_flags(parser, PretrainSettings)
-    cli.add_machine_flags(parser, kernels=False)
+    group = cli.add_machine_flags(parser, kernels=False)
+    cli.add_json_flag(group, "the settings, the last epoch's results and the files' names")
     return parser
 
 
-def pretrain(arguments: argparse.Namespace) -> None:
+def pretrain(arguments: argparse.Namespace) -> dict[str, Any]:
     settings = cli.settings_from(arguments, PretrainSettings)
     device, _ = cli.machine_from(arguments)
-    run_epochs(
+    result = run_epochs(
         settings,
         lambda: PretrainTrainer(settings, load_dataset(settings.dataset, arguments.data_dir), device),
         arguments.checkpoint_dir,
@@ -211,6 +212,8 @@ def pretrain(arguments: argparse.Namespace) -> None:
     weights = Path(arguments.checkpoint_dir) / f"{settings.stem}.pt"
     replace_file(weights, lambda file: torch.save(checkpoint.state["model"], file))
     print(f"wrote {weights}, for train.py --dataset {settings.dataset} --use_resnet --resnet_weights {weights}")
+    paths = {**files.paths(), "weights": str(weights)}
+    return {"settings": settings.given(), "result": result, "files": paths}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

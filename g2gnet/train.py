@@ -4,11 +4,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import g2gnet
 from g2gnet import cli
 from g2gnet.analysis import NetworkAnalysis, headline, summary_table
 from g2gnet.training import TrainSettings, run_training
+from g2gnet.training.run_files import RunFiles
 
 EXAMPLES = """\
 examples:
@@ -23,7 +25,9 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     cli.add_settings_flags(parser)
-    cli.add_log_flag(cli.add_machine_flags(parser))
+    group = cli.add_machine_flags(parser)
+    cli.add_log_flag(group)
+    cli.add_json_flag(group, "the settings, the last epoch's results and the files' names")
     parser.add_argument(
         "--cuda_graph", action="store_true", help="replay each training step as a CUDA graph; not run on a GPU yet"
     )
@@ -31,13 +35,13 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def train(arguments: argparse.Namespace) -> None:
+def train(arguments: argparse.Namespace) -> dict[str, Any]:
     settings = cli.settings_from(arguments, TrainSettings)
     device, backend = cli.machine_from(arguments)
     if arguments.cuda_graph and device.type != "cuda":
         raise cli.FlagError(f"--cuda_graph needs a CUDA device, not {device}; leave it out, or give --device cuda")
     cli.announce(settings, device, backend)
-    run_training(
+    result = run_training(
         settings,
         lambda: cli.load_data(arguments, settings, device),
         arguments.checkpoint_dir,
@@ -47,6 +51,8 @@ def train(arguments: argparse.Namespace) -> None:
         arguments.cuda_graph,
         on_epoch=cli.log_from(arguments),
     )
+    files = RunFiles(arguments.checkpoint_dir, settings.stem)
+    return {"settings": settings.given(), "result": result, "files": files.paths()}
 
 
 def show_analysis(analysis: NetworkAnalysis, path: Path) -> None:

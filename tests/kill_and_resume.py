@@ -105,7 +105,7 @@ def content(directory):
     assert files.marker.exists()
     left = sorted(path.name for path in directory.iterdir())
     assert left == sorted(
-        path.name for path in (files.checkpoint, files.history, files.analysis, files.marker, files.lock)
+        path.name for path in (files.checkpoint, files.history, files.table, files.analysis, files.marker, files.lock)
     ), f"{left} were left"
     return read_tensors(files.checkpoint)
 

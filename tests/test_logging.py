@@ -1,5 +1,7 @@
-"""What a run tells TensorBoard and other loggers, and the examples of docs/other-libraries.md."""
+"""A run's history, what it tells TensorBoard and other loggers, and the examples of docs/other-libraries.md."""
 
+import csv
+import json
 import re
 import sys
 import types
@@ -15,6 +17,7 @@ from g2g_kernels import BlockMask, GroupLayout
 from g2gnet.analysis.wiring import group_weight
 from g2gnet.data import load_dataset
 from g2gnet.training import TrainSettings, run_training
+from g2gnet.training.run_files import RunFiles
 from g2gnet.training.tensorboard import TensorBoardLog
 from tests.helpers import packed_randn, seeded
 
@@ -52,6 +55,39 @@ def test_group_weights_are_the_mean_of_the_dense_matrix_between_groups():
     rows, cols = mask.rows.layout.group_of, mask.cols.layout.group_of
     expected = torch.stack([torch.stack([dense[rows == g][:, cols == h].mean() for h in range(4)]) for g in range(4)])
     torch.testing.assert_close(group_weight(mask, values), expected)
+
+
+def test_the_history_is_kept_as_lines_of_json_and_as_csv(tmp_path):
+    run(tmp_path, [], epochs=2, sparsity_mode="dynamic", dst_interval=2)
+    (lines,), (table,) = tmp_path.glob("*.jsonl"), tmp_path.glob("*.csv")
+    records = [json.loads(line) for line in lines.read_text().splitlines()]
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [record["epoch"] for record in records] == [1, 2]
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    for record, row in zip(records, rows, strict=True):
+        assert float(row["train_loss"]) == record["train_loss"]
+        assert float(row["firing_rate/lif2"]) == record["firing_rate"]["lif2"]
+        assert int(row["units_pruned"]) == record["units_pruned"] > 0
+        assert len(row) == sum(len(value) if isinstance(value, dict) else 1 for value in record.values())
+
+
+def test_a_history_grows_by_lines_and_is_mended_where_it_differs(tmp_path):
+    files = RunFiles(tmp_path, "run")
+    first, second = {"epoch": 1, "units": {"fc1": 3}}, {"epoch": 2, "units": {"fc1": 4}}
+    files.write_history([])
+    assert files.table.read_text() == files.history.read_text() == ""
+    files.write_history([first])
+    followed = files.table.stat().st_ino
+    files.write_history([first, second])
+    assert files.table.read_text() == "epoch,units/fc1\n1,3\n2,4\n"
+    assert files.table.stat().st_ino == followed, "a program that reads along sees the new line"
+    files.history.write_text('{"epoch": 1, "un')  # as a crash may leave it
+    files.write_history([first, {**second, "new": 0.5}])
+    assert [json.loads(line)["epoch"] for line in files.history.read_text().splitlines()] == [1, 2]
+    assert files.table.read_text() == "epoch,units/fc1,new\n1,3,\n2,4,0.5\n"
+    files.write_history([first])
+    assert files.table.read_text() == "epoch,units/fc1\n1,3\n"
 
 
 def test_callbacks_get_each_epochs_record_and_the_trainer_after_its_checkpoint(tmp_path):

@@ -43,14 +43,14 @@ def test_an_interrupted_run_ends_with_the_same_weights_and_train_py_takes_them(r
         assert run("parts") == 130
     assert run("parts") == 0
     assert "resuming" in capsys.readouterr().out
-    names = ["resnet32_cifar10.DONE", "resnet32_cifar10.jsonl", "resnet32_cifar10.pt", "resnet32_cifar10.pth"]
+    names = [f"resnet32_cifar10{ending}" for ending in (".DONE", ".csv", ".jsonl", ".pt", ".pth")]
     for directory in ("whole", "parts"):
         assert sorted(path.name for path in (tmp_path / directory).glob("[!.]*")) == names
-    whole, parts = (torch.load(tmp_path / name / names[3], weights_only=True) for name in ("whole", "parts"))
+    whole, parts = (torch.load(tmp_path / name / names[4], weights_only=True) for name in ("whole", "parts"))
     assert_equal(whole, parts)
     # the weights files are equal byte by byte: a run that uses one may go on with the other
-    assert (tmp_path / "whole" / names[2]).read_bytes() == (tmp_path / "parts" / names[2]).read_bytes()
-    assert_equal(dict(load_resnet("cifar10", tmp_path / "whole" / names[2]).state_dict()), dict(whole["model"]))
+    assert (tmp_path / "whole" / names[3]).read_bytes() == (tmp_path / "parts" / names[3]).read_bytes()
+    assert_equal(dict(load_resnet("cifar10", tmp_path / "whole" / names[3]).state_dict()), dict(whole["model"]))
 
     assert "Epoch 03 | train_acc=" in output
     (command,) = [line for line in output.splitlines() if line.startswith("wrote ")]

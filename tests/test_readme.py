@@ -145,7 +145,13 @@ def test_the_examples_are_complete():
 
 
 #: what stands in the tables for a default of None
-WITHOUT_VALUE = {"limit_train": "all", "limit_test": "all", "resnet_weights": "published", "log_dir": "none"}
+WITHOUT_VALUE = {
+    "limit_train": "all",
+    "limit_test": "all",
+    "resnet_weights": "published",
+    "log_dir": "none",
+    "json": "none",
+}
 
 
 def flag_rows(program):

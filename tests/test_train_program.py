@@ -23,6 +23,7 @@ MACHINE_FLAGS = {
     "backend": "auto",
     "cuda_graph": False,
     "log_dir": None,
+    "json": None,
 }
 
 
@@ -50,7 +51,7 @@ def test_a_run_from_the_command_line(tmp_path, capsys):
     assert lines[1].startswith("Epoch 01 | train_acc=")
     stem = "fashionmnist-mini_mixer_p0.15_T3_current"
     assert sorted(path.name for path in tmp_path.glob("[!.]*")) == [
-        f"{stem}{ending}" for ending in (".DONE", ".analysis.json", ".jsonl", ".pth")
+        f"{stem}{ending}" for ending in (".DONE", ".analysis.json", ".csv", ".jsonl", ".pth")
     ]
     assert train.main([*TINY, "--checkpoint_dir", str(tmp_path)]) == 0
     assert "is finished" in capsys.readouterr().out

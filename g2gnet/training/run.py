@@ -84,8 +84,9 @@ def run_epochs(
 ) -> dict[str, Any]:
     """Trains ``settings.epochs`` epochs, or goes on from the run's checkpoint, or skips a finished run.
 
-    After each epoch the checkpoint is replaced, one line is printed and one line of JSON added to the history. At
-    SIGINT or SIGTERM the step is finished and a checkpoint written from which the same call goes on after that step.
+    After each epoch the checkpoint is replaced, one line is printed and one line added to the history, as JSON and as
+    CSV. At SIGINT or SIGTERM the step is finished and a checkpoint written from which the same call goes on after that
+    step.
 
     Args:
         settings: of the run; its files carry them, and are refused if they were made with others.
@@ -149,7 +150,7 @@ def _run_epochs(
             except TrainingError as error:
                 raise TrainingError(f"{error}. {files.last_checkpoint()}") from error
             if record is not None:
-                files.append_history(record)
+                files.write_history(history)
                 names = [name for name in ("train_acc", "val_acc", "test_acc") if name in record]
                 accuracies = [f"{name}={record[name]:.4f}" for name in names]
                 print(f"Epoch {record['epoch']:02d} | {' | '.join(accuracies)}", flush=True)

@@ -1,10 +1,12 @@
 """The files of a run: checkpoint, history and marker. Written so that a crash leaves the old or the new one whole."""
 
 import contextlib
+import csv
+import io
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,7 +48,8 @@ class Checkpoint(NamedTuple):
 
 
 class RunFiles:
-    """``<directory>/<stem>`` with the endings .pth (checkpoint), .jsonl (history), .analysis.json and .DONE (marker).
+    """``<directory>/<stem>`` with the endings .pth (checkpoint), .jsonl and .csv (history), .analysis.json and .DONE
+    (marker).
 
     Until the run is finished, .previous.pth is the checkpoint before the last one: it is used where that is damaged.
 
@@ -59,6 +62,7 @@ class RunFiles:
         self.checkpoint = self.directory / f"{stem}.pth"
         self.previous = self.directory / f"{stem}.previous.pth"
         self.history = self.directory / f"{stem}.jsonl"
+        self.table = self.directory / f"{stem}.csv"
         self.analysis = self.directory / f"{stem}.analysis.json"
         self.marker = self.directory / f"{stem}.DONE"
         self._whole = False  # whether self.checkpoint is known to be, so that it may replace self.previous
@@ -91,7 +95,7 @@ class RunFiles:
                 f"wait for its end, or give another --checkpoint_dir than {self.directory}"
             ) from error
         try:
-            for path in (self.checkpoint, self.history, self.analysis, self.marker):
+            for path in (self.checkpoint, self.history, self.table, self.analysis, self.marker):
                 for leftover in leftovers(path):
                     leftover.unlink(missing_ok=True)
             if self.marker.exists():
@@ -187,8 +191,12 @@ class RunFiles:
 
     def names(self) -> str:
         """The files that exist, in words."""
-        files = (self.checkpoint, self.previous, self.history, self.analysis, self.marker)
-        return ", ".join(str(path) for path in files if path.exists())
+        return ", ".join(self.paths().values())
+
+    def paths(self) -> dict[str, str]:
+        """The files that exist, each under what it is."""
+        files = ("checkpoint", "previous", "history", "table", "analysis", "marker")
+        return {name: str(getattr(self, name)) for name in files if getattr(self, name).exists()}
 
     def last_checkpoint(self) -> str:
         """Where the last good checkpoint is, in a sentence."""
@@ -196,24 +204,26 @@ class RunFiles:
             return "No checkpoint was written yet."
         return f"{self.checkpoint} is the last good checkpoint; it was left alone."
 
-    def write_history(self, records: list[dict[str, Any]]) -> None:
-        """Makes the history hold just these records, one line of JSON each.
+    def write_history(self, records: Sequence[dict[str, Any]]) -> None:
+        """Makes the history hold just these records: a line of JSON each, and the same as a table for spreadsheets.
+
+        Lines that are there already stay as they are, so that a program can follow the growing file.
 
         Raises:
             CheckpointError: if it cannot be written.
         """
-        text = "".join(json.dumps(record) + "\n" for record in records)
-        if not self.history.exists() or self.history.read_text() != text:
-            self._write_text(self.history, text)
+        self._write_lines(self.history, "".join(json.dumps(record) + "\n" for record in records))
+        self._write_lines(self.table, as_csv(records))
 
-    def append_history(self, record: dict[str, Any]) -> None:
-        """Adds one line of JSON.
-
-        Raises:
-            CheckpointError: if it cannot be written.
-        """
-        with self._writing(self.history), self.history.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+    def _write_lines(self, path: Path, text: str) -> None:
+        """Makes ``text`` the content of the file, by adding to it if that will do."""
+        with self._writing(path):
+            content, there = text.encode(), path.read_bytes() if path.exists() else None
+            if there is None or not content.startswith(there):
+                replace_file(path, lambda file: file.write(content))
+            else:
+                with path.open("ab") as file:
+                    file.write(content[len(there) :])
 
     def _write_text(self, path: Path, text: str) -> None:
         with self._writing(path):
@@ -231,3 +241,24 @@ class RunFiles:
             ) from error
         except TensorFileError as error:
             raise CheckpointError(f"{path} was not written: {error}") from error
+
+
+def numbers(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers of an epoch's record, those of dictionaries inside it as ``name/key``."""
+    for name, value in record.items():
+        if isinstance(value, dict):
+            yield from numbers(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float):
+            yield f"{prefix}{name}", value
+
+
+def as_csv(records: Sequence[dict[str, Any]]) -> str:
+    """A header and a row a record; empty where a record lacks what another one has."""
+    rows = [dict(numbers(record)) for record in records]
+    columns = dict.fromkeys(name for row in rows for name in row)
+    text = io.StringIO()
+    if rows:
+        writer = csv.DictWriter(text, list(columns), restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return text.getvalue()

@@ -1,10 +1,10 @@
 """TensorBoard curves, histograms and heat maps of a training run: a callback of :func:`run_training`."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from g2gnet.analysis.wiring import group_weight
+from g2gnet.training.run_files import numbers
 from g2gnet.training.trainer import Trainer
 
 #: side of a cell of a heat map, in pixels
@@ -39,8 +39,9 @@ class TensorBoardLog:
         epoch = record["epoch"]
         # what a run wrote beyond the epoch from which it was resumed is purged
         with self._make_writer(str(self._log_dir / trainer.settings.stem), purge_step=epoch) as writer:
-            for name, value in _numbers(record):
-                writer.add_scalar(name, value, epoch)
+            for name, value in numbers(record):
+                if name != "epoch":
+                    writer.add_scalar(name, value, epoch)
             for number, (connection, neurons) in enumerate(trainer.net.layers(), 1):
                 weights = connection.values.detach()[connection.mask.valid()].float().cpu()
                 writer.add_histogram(f"weights/fc{number}", weights, epoch)
@@ -54,12 +55,3 @@ class TensorBoardLog:
                         writer.add_scalar(f"{name}/lif{number}", values, epoch)
                     else:
                         writer.add_histogram(f"{name}/lif{number}", values, epoch)
-
-
-def _numbers(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers of a record, those of dictionaries inside it as ``name/key``."""
-    for name, value in record.items():
-        if isinstance(value, dict):
-            yield from _numbers(value, f"{prefix}{name}/")
-        elif isinstance(value, int | float) and name != "epoch":
-            yield f"{prefix}{name}", value

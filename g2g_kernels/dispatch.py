@@ -50,6 +50,11 @@ def available_backends() -> list[str]:
     return [name for name, reason in backend_status().items() if reason is None]
 
 
+@torch.compiler.assume_constant_result  # what torch.compile traced keeps the backend that was forced then
+def _environment() -> str:
+    return os.environ.get("G2G_BACKEND", "")
+
+
 def forced_backend(backend: str | None) -> str | None:
     """The backend that the argument or ``G2G_BACKEND`` asks for; None (or ``"auto"``) leaves the choice open.
 
@@ -57,7 +62,7 @@ def forced_backend(backend: str | None) -> str | None:
         ValueError: for an unknown name.
     """
     source = "backend" if backend is not None else "G2G_BACKEND"
-    name = backend if backend is not None else os.environ.get("G2G_BACKEND", "")
+    name = backend if backend is not None else _environment()
     if name in ("", "auto"):
         return None
     if name not in BACKENDS:

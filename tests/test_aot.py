@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.aot import HEADINGS, TARGETS, programs_of_sm
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.3")
 ROOT = Path(__file__).parents[1]
 RECORD = (ROOT / "benchmarks/results/aot.md").read_text()
 PRODUCTS = {"product_kernel", "fused_forward_kernel", "weight_gradient_kernel"}

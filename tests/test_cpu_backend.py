@@ -421,7 +421,7 @@ def test_operators_refuse_what_would_read_out_of_bounds():
         call(tensors=tensors[:-1])
 
 
-def test_compiled_with_a_full_graph():
+def test_compiled_with_a_full_graph(plain_memory):
     network = Network("index", 32)
     expected = network.run(torch.float32, "cpu")
     leaves = {n: t.clone().requires_grad_() for n, t in network.tensors.items()}
@@ -549,7 +549,7 @@ torch.save((instruction_set(), counts, grad), sys.stdout.buffer)
             timeout=120,
         )
         assert done.returncode == 0, done.stderr[-3000:]
-        return torch.load(io.BytesIO(done.stdout))
+        return torch.load(io.BytesIO(done.stdout), weights_only=True)
 
     name, counts, grad = run(G2G_CPU_ISA=isa)
     if name != isa:

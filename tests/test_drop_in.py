@@ -257,7 +257,7 @@ dynamo = pytest.mark.filterwarnings("ignore:.*should not be instantiated:Depreca
 
 @dynamo
 @pytest.mark.parametrize("backend", STACK_BACKENDS)
-def test_a_compiled_network_is_one_graph_with_equal_results(backend):
+def test_a_compiled_network_is_one_graph_with_equal_results(backend, plain_memory):
     net, plain = (small_net(backend=backend, T=2, threshold=0.3) for _ in range(2))
     # the graph and its gradients without the minutes of generating code for it
     compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
@@ -271,7 +271,7 @@ def test_a_compiled_network_is_one_graph_with_equal_results(backend):
 
 
 @dynamo
-def test_compiled_steps_are_one_graph_with_equal_results():
+def test_compiled_steps_are_one_graph_with_equal_results(plain_memory):
     net = small_net(backend="torch")
     compiled = torch.compile(net.step, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
@@ -282,7 +282,14 @@ def test_compiled_steps_are_one_graph_with_equal_results():
     assert all(map(torch.equal, after, expected_after))
 
 
-@dynamo
+def exports(test):
+    """Marks a test that exports: PyTorch 2.4 warns of every custom operator, and of how it loads by itself."""
+    for message in ("At pre-dispatch tracing.*:UserWarning", "You are using `torch.load`.*:FutureWarning"):
+        test = pytest.mark.filterwarnings(f"ignore:{message}")(test)
+    return dynamo(test)
+
+
+@exports
 @pytest.mark.parametrize("backend", STACK_BACKENDS)
 def test_an_exported_network_is_saved_and_takes_other_batches(backend):
     net = small_net(backend=backend, T=2, threshold=0.3)
@@ -297,7 +304,7 @@ def test_an_exported_network_is_saved_and_takes_other_batches(backend):
     assert net(SAMPLES).sum() > 0
 
 
-@dynamo
+@exports
 def test_a_sequential_is_exported():
     model = nn.Sequential(small_layer(), LIF(), nn.Linear(40, 3))
     x = SAMPLES.expand(4, 5, 30).contiguous()

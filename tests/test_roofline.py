@@ -9,7 +9,7 @@ from benchmarks import roofline
 from benchmarks.roofline import CARDS, Card, adam, bytes_left, kinds, seconds, table
 from g2gnet import G2GNet
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.3")
 from benchmarks.launches import Operation, training_step
 
 T, B, IN, H, OUT = 3, 5, 32, 64, 4

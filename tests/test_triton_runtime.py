@@ -62,6 +62,11 @@ def test_the_interpreter_needs_no_gpu(machine):
     assert runtime._unavailable(interpreter=True) is None
 
 
+def test_the_interpreter_needs_the_same_version(machine):
+    machine(triton="3.0.0")
+    assert runtime._unavailable(interpreter=True).startswith("the kernels need Triton 3.3 or newer, not 3.0.0")
+
+
 def test_the_reason_reaches_whoever_asks_for_triton(machine, monkeypatch):
     machine(capabilities=())
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

@@ -32,7 +32,7 @@ def _unavailable(interpreter: bool) -> str | None:
         remedy = "pip install triton" if sys.platform == "linux" else "it exists for Linux"
         return f"the package triton is not installed ({remedy})"
     if interpreter:
-        return None
+        return _too_old()
     if torch.version.cuda is None and torch.version.hip is None:
         return f"PyTorch {torch.__version__} is built for the CPU only (install a CUDA or ROCm build: pytorch.org)"
     if not torch.cuda.is_available():
@@ -41,6 +41,10 @@ def _unavailable(interpreter: bool) -> str | None:
     if newest < OLDEST:
         required, found = (".".join(map(str, capability)) for capability in (OLDEST, newest))
         return f"the kernels need a GPU of compute capability {required} or more, this one has {found}"
+    return _too_old()
+
+
+def _too_old() -> str | None:
     triton = importlib.import_module("triton").__version__
     if tuple(map(int, triton.split(".")[:2])) < OLDEST_TRITON:
         return f"the kernels need Triton 3.3 or newer, not {triton} (it comes with PyTorch 2.7 and newer)"

@@ -74,19 +74,19 @@ def lif(
 
 def check_options(steps: int | None, reset: str, surrogate: str, alpha: float) -> None:
     """Raises ValueError for a LIF option out of range."""
-    if steps is not None and (not isinstance(steps, int | torch.SymInt) or steps < 1):
+    if steps is not None and (not isinstance(steps, (int, torch.SymInt)) or steps < 1):
         raise ValueError(f"steps={steps} must be at least 1")
     if reset not in RESETS:
         raise ValueError(f"reset={reset!r} is unknown; choose one of {', '.join(RESETS)}")
     if surrogate not in SURROGATES:
         raise ValueError(f"surrogate={surrogate!r} is unknown; choose one of {', '.join(SURROGATES)}")
-    if not isinstance(alpha, int | float | torch.SymFloat) or not 0 < alpha < float("inf"):
+    if not isinstance(alpha, (int, float, torch.SymFloat)) or not 0 < alpha < float("inf"):
         raise ValueError(f"alpha={alpha} must be above 0")
 
 
 def check_parameter(name: str, value: torch.Tensor | float, neurons: int, like: torch.Tensor) -> torch.Tensor:
     """``value`` as a tensor beside ``like``; raises ValueError unless it is a scalar or has one entry a neuron."""
-    if isinstance(value, int | float):
+    if isinstance(value, (int, float)):
         value = torch.tensor(value, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
     check_tensor(name, value)
     if tuple(value.shape) not in ((), (1,), (neurons,)):

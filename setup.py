@@ -1,4 +1,4 @@
-"""Builds the compiled CPU kernels (everything else is in pyproject.toml).
+"""Builds the compiled CPU kernels, and says which packages there are (everything else is in pyproject.toml).
 
 One shared library with a C interface, loaded by ctypes: it needs neither PyTorch nor Python headers. The kernels are
 compiled once for each instruction set and chosen at run time. Without a C++ compiler, or with ``G2G_BUILD_CPU=0``, the
@@ -13,7 +13,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 SOURCES = Path("g2g_kernels/csrc")
@@ -55,6 +56,13 @@ class BuildKernels(build_ext):
         return {}
 
 
+class PlatformWheel(bdist_wheel):
+    """A wheel for every Python 3 of its platform: the library knows nothing of Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
 def build_library(target: Path, scratch: Path) -> None:
     """Compiles and links the library; raises OSError without a compiler, CalledProcessError if it fails."""
     compiler = shlex.split(os.environ.get("CXX", "c++"))
@@ -84,6 +92,9 @@ def build_library(target: Path, scratch: Path) -> None:
 
 if __name__ == "__main__":
     setup(
+        # under the name benchmarks they would be in everyone's way
+        packages=[*find_packages(include=["g2g_kernels*", "g2gnet*"]), "g2g_benchmarks", "g2g_benchmarks.peers"],
+        package_dir={"g2g_benchmarks": "benchmarks"},
         ext_modules=[Extension("g2g_kernels.cpu.libg2g_cpu", sources=[])],
-        cmdclass={"build_ext": BuildKernels},
+        cmdclass={"build_ext": BuildKernels, "bdist_wheel": PlatformWheel},
     )

@@ -15,13 +15,14 @@ from typing import Any
 from tqdm import tqdm
 
 import g2gnet.cli
-from benchmarks import cli, report
-from benchmarks.machine import describe
 from g2g_kernels.dispatch import BACKENDS
 from g2gnet.data import ImageData
 from g2gnet.seeding import make_deterministic
 from g2gnet.training import SettingsError, TrainSettings
 from g2gnet.training.trainer import Trainer
+
+from . import cli, report
+from .machine import describe
 
 #: small enough for a few minutes on two cores; flags may override them
 DEFAULTS = {"model": "index", "T": 10, "epochs": 5, "dst_interval": 100}
@@ -29,7 +30,7 @@ KINDS = ("dense", "static", "dynamic")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__)
+    parser = argparse.ArgumentParser(prog=f"python -m {__package__}.accuracy", description=__doc__)
     g2gnet.cli.add_settings_flags(parser)
     parser.set_defaults(**DEFAULTS)
     group = parser.add_argument_group("comparison")
@@ -43,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def accuracy(arguments: argparse.Namespace) -> int:
+def accuracy(arguments: argparse.Namespace) -> cli.Report:
     device, backend = g2gnet.cli.machine_from(arguments)
     runs = planned(arguments)
     machine = describe(device)
@@ -68,8 +69,7 @@ def accuracy(arguments: argparse.Namespace) -> int:
             flush=True,
         )
     print(table(record))
-    cli.write_reports(arguments, record, csv_rows(record))
-    return 0
+    return cli.Report(record, csv_rows(record))
 
 
 def planned(arguments: argparse.Namespace) -> list[tuple[str, TrainSettings]]:

@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.launches import training_step
 from g2g_kernels.triton import runtime
 from g2g_kernels.triton.runtime import Launch
 from g2gnet import G2GNet
+
+from .launches import training_step
 
 
 @dataclasses.dataclass(frozen=True)

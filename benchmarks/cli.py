@@ -6,19 +6,19 @@ import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
 
 import g2gnet
-from benchmarks import report
-from benchmarks.registry import PRECISIONS
-from benchmarks.workload import Prepared, Workload, load, prepare
-from g2g_kernels import BackendError, select_device
-from g2gnet.data import DataError
+from g2g_kernels import select_device
+from g2gnet.cli import FlagError, add_json_flag, check_output, run_program
 from g2gnet.network import MODELS
-from g2gnet.training import TrainingError
+
+from . import report
+from .registry import PRECISIONS
+from .workload import Prepared, Workload, load, prepare
 
 #: the sizes of ``--quick``, which flags may still override
 QUICK = {"batch_size": 64, "T": 20, "hidden_dim": 1024}
@@ -63,35 +63,41 @@ def add_flags(parser: argparse.ArgumentParser, repeats: int) -> None:
 def add_report_flags(parser: argparse.ArgumentParser) -> None:
     """Adds where to put what was measured."""
     group = parser.add_argument_group("report")
-    group.add_argument("--json", metavar="FILE", help="write the record, with every timing, to FILE")
+    add_json_flag(group, "the record, with every timing,")
     group.add_argument("--csv", metavar="FILE", help="write one line a point to FILE")
-    group.add_argument("--plot", metavar="FILE", help='draw into FILE (.png, .svg; pip install -e ".[plots]")')
+    group.add_argument("--plot", metavar="FILE", help="draw into FILE (.png, .svg; needs matplotlib)")
+
+
+class Report(NamedTuple):
+    """What a benchmark found: its record, the rows of a CSV file, and its exit status."""
+
+    record: dict[str, Any]
+    rows: Sequence[dict[str, Any]]
+    status: int = 0
 
 
 def check_report_flags(arguments: argparse.Namespace) -> None:
     """Finds out before anything is measured that a report could not be written.
 
     Raises:
-        ValueError: for a folder that does not exist, or a picture without matplotlib.
+        OutputError: for a file that cannot be written.
+        ValueError: for a picture without matplotlib.
     """
-    for name in ("json", "csv", "plot"):
-        path = getattr(arguments, name)
-        if path is not None and not Path(path).absolute().parent.is_dir():
-            raise ValueError(f"{name}={path!r}: the folder {Path(path).absolute().parent} does not exist")
+    for path in (arguments.csv, arguments.plot):
+        if path is not None:
+            check_output(path)
     if arguments.plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError('plot: matplotlib is not installed (pip install -e ".[plots]")')
+        raise ValueError("plot: matplotlib is not installed (pip install matplotlib)")
 
 
-def write_reports(arguments: argparse.Namespace, record: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
-    """Writes the files that the flags ask for; ``rows`` are those of the CSV file."""
-    if arguments.json:
-        report.write_json(arguments.json, record)
+def write_files(arguments: argparse.Namespace, made: Report) -> None:
+    """Writes the table and the picture that the flags ask for."""
     if arguments.csv:
-        report.write_csv(arguments.csv, rows, record["machine"])
+        report.write_csv(arguments.csv, made.rows, made.record["machine"])
     if arguments.plot:
-        from benchmarks import plots  # needs matplotlib
+        from . import plots  # needs matplotlib
 
-        plots.draw(record, arguments.plot)
+        plots.draw(made.record, arguments.plot)
 
 
 def workload_from(arguments: argparse.Namespace, **changes: Any) -> Workload:
@@ -152,18 +158,26 @@ def warn_if_busy(machine: dict[str, Any], rates: dict[str, float]) -> None:
         )
 
 
-def run(parser: argparse.ArgumentParser, program: Callable[[argparse.Namespace], int], argv: Any) -> int:
-    """Runs ``program`` on the parsed flags; returns its exit status, or 2 with a message for what users get wrong."""
-    arguments = parser.parse_args(argv)
-    try:
-        check_report_flags(arguments)
-        return program(arguments)
-    except (ValueError, BackendError, DataError, TrainingError) as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"\n{parser.prog}: interrupted", file=sys.stderr)
-        return 130
+def run(parser: argparse.ArgumentParser, benchmark: Callable[[argparse.Namespace], Report], argv: Any) -> int:
+    """Runs ``benchmark`` on the parsed flags as :func:`g2gnet.cli.run_program` does, and writes its reports.
+
+    Returns:
+        The exit status: the report's, or what :func:`g2gnet.cli.run_program` has for what went wrong.
+    """
+    status = 0
+
+    def program(arguments: argparse.Namespace) -> dict[str, Any]:
+        nonlocal status
+        try:
+            check_report_flags(arguments)
+            made = benchmark(arguments)
+        except ValueError as error:
+            raise FlagError(str(error)) from error
+        write_files(arguments, made)
+        status = made.status
+        return made.record
+
+    return run_program(parser, program, argv, interrupted="nothing was written") or status
 
 
 def numbers(text: str, kind: Callable[[str], Any]) -> Sequence[Any]:

@@ -12,9 +12,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.reference import Results, mean_weights
-from benchmarks.workload import LinearInputs, Prepared
 from g2gnet import G2GLinear
+
+from .reference import Results, mean_weights
+from .workload import LinearInputs, Prepared
 
 
 class Contender(ABC):

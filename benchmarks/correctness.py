@@ -25,9 +25,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.reference import Results, linear_results, network_results, neuron_results, update_results
-from benchmarks.registry import KERNELS
-from benchmarks.workload import Prepared
+from .reference import Results, linear_results, network_results, neuron_results, update_results
+from .registry import KERNELS
+from .workload import Prepared
 
 ALLOWANCE = {"fp32": 3.0, "bf16": 1.5}
 FLOOR = {"fp32": 1e-3, "bf16": 1e-2}

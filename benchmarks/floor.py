@@ -10,7 +10,7 @@ A product alone reads x and writes y, then reads x and the gradient of y and wri
 An update has to read every spike once; its products, of sums over units, are counted as nothing.
 """
 
-from benchmarks.workload import Prepared
+from .workload import Prepared
 
 
 def work(prepared: Prepared, kernel: str) -> dict[str, int]:

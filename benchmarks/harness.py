@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.contender import Contender
-from benchmarks.correctness import Judge, Verdict
-from benchmarks.machine import PeakMemory, load_lazy_parts, synchronize
-from benchmarks.registry import KERNELS, Entry
-from benchmarks.workload import load
+from .contender import Contender
+from .correctness import Judge, Verdict
+from .machine import PeakMemory, load_lazy_parts, synchronize
+from .registry import KERNELS, Entry
+from .workload import load
 
 
 @dataclass(frozen=True)

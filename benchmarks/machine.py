@@ -39,7 +39,10 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit of this repository, marked ``+changes`` where the working tree differs from it; None without git."""
+    """The commit that this file is of, marked ``+changes`` where the working tree differs from it.
+
+    None without git, and where this package is installed: a repository around that is another one.
+    """
     folder = Path(__file__).parent
 
     def git(*arguments: str) -> str:
@@ -47,6 +50,7 @@ def commit() -> str | None:
         return done.stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
         return None

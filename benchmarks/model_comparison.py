@@ -1,4 +1,4 @@
-"""Test accuracy of every model over several seeds on Fashion-MNIST, by ``train.py`` itself; prints a Markdown table.
+"""Test accuracy of every model over several seeds on Fashion-MNIST, by ``g2g-train`` itself; prints a Markdown table.
 
 The last row of the static ones is the control that keeps such tables honest: an unstructured random graph with as many
 weights. Each run has a folder of its own under ``--runs``, so that a second start goes on where the first one stopped.
@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 COMMON = "--dataset fashionmnist --T 10 --hidden_dim 1024"
 DST = "--sparsity_mode dynamic --cp hebb --cg hebb --dst_interval 200"
 #: the flags of each row
@@ -34,10 +33,11 @@ VARIANTS = {
 
 
 def command(flags: str, epochs: int, seed: int, folder: Path) -> list[str]:
-    """The ``train.py`` command of one run."""
+    """The command of one run."""
     return [
         sys.executable,
-        str(TRAIN),
+        "-m",
+        "g2gnet.train",
         *shlex.split(f"{COMMON} {flags} --epochs {epochs} --seed {seed}"),
         "--checkpoint_dir",
         str(folder),
@@ -73,7 +73,7 @@ def _spread(values: list[float]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.model_comparison", description=__doc__)
+    parser = argparse.ArgumentParser(prog=f"python -m {__package__}.model_comparison", description=__doc__)
     parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where runs go (default: runs)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], metavar="N", help="default: 1 2 3")
     parser.add_argument("--epochs", type=int, default=5, metavar="N", help="epochs of each run (default: 5)")

@@ -3,12 +3,13 @@
 import torch
 from torch import nn
 
-from benchmarks.contender import LinearContender, NetworkContender, NeuronContender, UpdateContender
-from benchmarks.reference import UPDATE_FRACTION, Results
-from benchmarks.workload import Prepared
 from g2g_kernels import lif
 from g2gnet import DSTScheduler, G2GLinear, G2GNet
 from g2gnet.dst import unit_correlation
+
+from .contender import LinearContender, NetworkContender, NeuronContender, UpdateContender
+from .reference import UPDATE_FRACTION, Results
+from .workload import Prepared
 
 
 class Network(NetworkContender):

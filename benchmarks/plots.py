@@ -6,7 +6,7 @@ from typing import Any
 
 import matplotlib
 
-from benchmarks.report import digest, seconds, title
+from .report import digest, seconds, title
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

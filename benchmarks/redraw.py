@@ -17,8 +17,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.registry import KERNELS
-from benchmarks.report import seconds, title
+from .registry import KERNELS
+from .report import seconds, title
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -204,7 +204,7 @@ PARTS: dict[str, tuple[str, Callable[[Record, Link], str]]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     argparse.ArgumentParser(prog="python -m benchmarks.redraw", description=__doc__.split("\n")[0]).parse_args(argv)
-    from benchmarks import plots  # needs matplotlib
+    from . import plots  # needs matplotlib
 
     kept = records()
     for record in kept:

@@ -12,8 +12,9 @@ import math
 import torch
 from torch.nn import functional as F
 
-from benchmarks.workload import NeuronInputs, Prepared
 from g2g_kernels import BlockMask
+
+from .workload import NeuronInputs, Prepared
 
 #: named tensors; of a network "loss", "counts" [B, C] and the gradients "fc1.weight" [out, in] … "lif3.threshold",
 #: of neurons alone "spikes" and the gradients "current" [T, B, N], "beta" and "threshold", of a product alone "y"

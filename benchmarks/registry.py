@@ -115,7 +115,7 @@ def entries(kernel: str) -> dict[str, Entry]:
     found = [
         Entry(
             f"g2g-{backend}",
-            f"benchmarks.ours:{about.ours}",
+            f"{__package__}.ours:{about.ours}",
             options={"backend": backend, **about.options},
             unavailable=reason,
             backend=backend,
@@ -125,7 +125,7 @@ def entries(kernel: str) -> dict[str, Entry]:
     found += [
         Entry(
             label,
-            f"benchmarks.peers.{target}",
+            f"{__package__}.peers.{target}",
             options=about.options,
             unavailable=_missing(needs),
             compiles=COMPILER in needs,

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness import Outcome
+from .harness import Outcome
 
 
 def summary(outcome: Outcome) -> dict[str, Any]:
@@ -29,10 +29,6 @@ def summary(outcome: Outcome) -> dict[str, Any]:
         row |= {"median": median, "p20": p20, "p80": p80, "seconds": outcome.seconds}
         row |= {"first_seconds": outcome.first_seconds, "peak_bytes": outcome.peak_bytes}
     return row
-
-
-def write_json(path: Path | str, record: dict[str, Any]) -> None:
-    Path(path).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def digest(record: dict[str, Any]) -> str:

@@ -15,9 +15,10 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.launches import Operation, training_step
 from g2gnet import G2GNet
 from g2gnet.network import MODELS
+
+from .launches import Operation, training_step
 
 
 class Card(NamedTuple):

@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks import cli, report
-from benchmarks.floor import work
-from benchmarks.harness import Job, Outcome, measure
-from benchmarks.machine import Limits, describe
-from benchmarks.registry import Entry, choose
 from g2g_kernels import available_backends
+
+from . import cli, report
+from .floor import work
+from .harness import Job, Outcome, measure
+from .machine import Limits, describe
+from .registry import Entry, choose
 
 
 class Quantity(NamedTuple):
@@ -58,7 +59,7 @@ def fit(x: Sequence[float], y: Sequence[float]) -> Line:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.scaling",
+        prog=f"python -m {__package__}.scaling",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="By default g2g on its best backend takes part, the masked snnTorch loop and the dense layers with our "
@@ -74,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def scaling(arguments: argparse.Namespace) -> int:
+def scaling(arguments: argparse.Namespace) -> cli.Report:
     device, repeats = cli.device_from(arguments), cli.repeats_from(arguments)
     entries = contenders(arguments)
     quantity = QUANTITIES[arguments.quantity]
@@ -125,8 +126,7 @@ def scaling(arguments: argparse.Namespace) -> int:
     }
     print(table(record))
     cli.warn_if_busy(machine, limits.rates())
-    cli.write_reports(arguments, record, csv_rows(record))
-    return 1 if any(outcome.status == "wrong" for outcome in outcomes) else 0
+    return cli.Report(record, csv_rows(record), status=int(any(outcome.status == "wrong" for outcome in outcomes)))
 
 
 def contenders(arguments: argparse.Namespace) -> list[Entry]:

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.machine import synchronize
 from g2g_kernels import BlockMask, GroupLayout, available_backends, g2g_linear, lif
 from g2gnet import DSTScheduler, G2GNet
+
+from .machine import synchronize
 
 BATCH, STEPS, HIDDEN = 64, 20, 1024
 UNITS = (64, 16, 1)

@@ -8,21 +8,22 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks import cli, report
-from benchmarks.floor import floor_seconds, work
-from benchmarks.harness import Job, measure
-from benchmarks.machine import Limits, describe
-from benchmarks.registry import KERNELS, Entry, choose
-from benchmarks.workload import Prepared
+from . import cli, report
+from .floor import floor_seconds, work
+from .harness import Job, measure
+from .machine import Limits, describe
+from .registry import KERNELS, Entry, choose
+from .workload import Prepared
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.throughput",
+        prog="g2g-bench" if Path(sys.argv[0]).stem == "g2g-bench" else f"python -m {__package__}.throughput",
         description=__doc__,
         epilog="\n".join(["kernels:", *(f"  {name:13} {kernel.about}" for name, kernel in KERNELS.items())]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -32,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def throughput(arguments: argparse.Namespace) -> int:
+def throughput(arguments: argparse.Namespace) -> cli.Report:
     device, repeats = cli.device_from(arguments), cli.repeats_from(arguments)
     kernel = KERNELS[arguments.kernel]
     entries = choose(arguments.kernel, arguments.contenders, arguments.backend, arguments.precision)
@@ -78,8 +79,7 @@ def throughput(arguments: argparse.Namespace) -> int:
         f"{rates['copy_bytes_per_s'] / 1e9:.0f} GB/s: the floor of this is {report.seconds(record['floor_seconds'])}."
     )
     cli.warn_if_busy(machine, rates)
-    cli.write_reports(arguments, record, csv_rows(record))
-    return 1 if any(outcome.status == "wrong" for outcome in outcomes) else 0
+    return cli.Report(record, csv_rows(record), status=int(any(outcome.status == "wrong" for outcome in outcomes)))
 
 
 def leave_out(entry: Entry) -> Entry:

@@ -11,6 +11,7 @@ from g2g_kernels import backend_status
 PROGRAMS = {
     "g2g-train": "trains a network: dense, or sparse between groups, statically or dynamically",
     "g2g-crossval": "cross-validates one: k models, each without one k-th of the training images",
+    "g2g-bench": "times g2g beside snnTorch, SpikingJelly and PyTorch's own sparse products",
     "python -m g2gnet.analyze": "prints what the neurons of a trained network do, by layer and group",
     "python -m g2gnet.report": "one page with settings, results, analysis and pictures of runs",
     "python -m g2gnet.pretrain": "trains the CIFAR ResNet-32 whose features --use_resnet takes",

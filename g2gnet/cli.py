@@ -217,7 +217,7 @@ def write_json(json_file: str, document: dict[str, Any]) -> None:
         OutputError: if the file cannot be written.
     """
     document = {"g2g": g2gnet.__version__, **document}
-    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
     if json_file == STDOUT:
         sys.stdout.write(text)
     else:

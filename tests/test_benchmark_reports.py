@@ -184,9 +184,15 @@ def test_accuracy_records_every_epoch_of_every_run(tmp_path, capsys):
         ("--sparsity_mode dynamic", "--kinds says dense, static or dynamic"),
         ("--kinds dense,sparse", "kind 'sparse' is unknown; choose among dense, static, dynamic"),
         ("--epochs 0", "epochs=0 is out of range"),
-        ("--plot /nowhere/picture.png", "the folder /nowhere does not exist"),
     ],
 )
 def test_unusable_flags_of_accuracy_are_refused(flags, message, capsys):
     assert accuracy.main([*FLAGS, *flags.split()]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--json", "--csv", "--plot"])
+def test_a_report_that_cannot_be_written_is_known_before_anything_is_measured(flag, capsys, monkeypatch):
+    monkeypatch.setattr(accuracy, "train", lambda *_: pytest.fail("measured"))
+    assert accuracy.main([*FLAGS, flag, "/nowhere/file.png"]) == 1
+    assert "cannot write /nowhere/file.png (No such file or directory)" in capsys.readouterr().err

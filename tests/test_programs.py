@@ -27,7 +27,7 @@ SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scrip
 def module_of(program):
     """What runs when a console script or ``python -m MODULE`` is called."""
     name = SCRIPTS[program].removesuffix(":main") if program in SCRIPTS else program.removeprefix("python -m ")
-    return importlib.import_module(name)
+    return importlib.import_module(name.replace("g2g_benchmarks", "benchmarks"))  # installed it has another name
 
 
 @pytest.mark.parametrize("program", overview.PROGRAMS)

@@ -16,11 +16,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.contender import LinearContender, NetworkContender
-from benchmarks.reference import Results
-from benchmarks.workload import Prepared
 from g2g_kernels import BlockMask
 from g2gnet import LIF, G2GLinear
+
+from ..contender import LinearContender, NetworkContender
+from ..reference import Results
+from ..workload import Prepared
 
 warnings.filterwarnings("ignore", message="Sparse BSR tensor support is in beta state")
 

@@ -9,9 +9,9 @@ the timing and shown beside it.
 import torch
 from torch import nn
 
-from benchmarks.contender import NetworkContender
-from benchmarks.peers.snntorch_loop import Loop
-from benchmarks.workload import Prepared
+from ..contender import NetworkContender
+from ..workload import Prepared
+from .snntorch_loop import Loop
 
 
 class _Compiled(NetworkContender):

@@ -7,10 +7,11 @@ the spikes over time instead of at every step, and where all units are equal blo
 
 import torch
 
-from benchmarks.contender import UpdateContender
-from benchmarks.reference import UPDATE_FRACTION
-from benchmarks.workload import Prepared
 from g2g_kernels import BlockMask
+
+from ..contender import UpdateContender
+from ..reference import UPDATE_FRACTION
+from ..workload import Prepared
 
 
 class _Layer:

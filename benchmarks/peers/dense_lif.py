@@ -6,9 +6,10 @@ The LIF runs on the best backend that the machine has; ``fc1`` is computed once,
 import torch
 from torch import nn
 
-from benchmarks.contender import NetworkContender, dense_linear
-from benchmarks.workload import Prepared
 from g2gnet import LIF
+
+from ..contender import NetworkContender, dense_linear
+from ..workload import Prepared
 
 
 class _Network(nn.Module):

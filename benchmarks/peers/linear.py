@@ -4,8 +4,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.contender import LinearContender, dense_linear
 from g2gnet import G2GLinear
+
+from ..contender import LinearContender, dense_linear
 
 
 class Dense(LinearContender):

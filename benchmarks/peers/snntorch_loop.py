@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.contender import NetworkContender, NeuronContender, dense_linear
-from benchmarks.workload import Prepared
+from ..contender import NetworkContender, NeuronContender, dense_linear
+from ..workload import Prepared
 
 
 def leaky(beta: torch.Tensor, threshold: torch.Tensor) -> snntorch.Leaky:

@@ -20,8 +20,8 @@ import logging
 import torch
 from torch import nn
 
-from benchmarks.contender import NetworkContender, NeuronContender, dense_linear
-from benchmarks.workload import Prepared
+from ..contender import NetworkContender, NeuronContender, dense_linear
+from ..workload import Prepared
 
 logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # importing it without Triton warns twice
 

@@ -1,0 +1,159 @@
+"""The source distribution and the wheel: what is in them, and that what they install works far from the repository.
+
+No step asks the network: this environment's setuptools builds, and what g2g depends on is this environment's.
+"""
+
+import json
+import os
+import shlex
+import shutil
+import site
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from g2gnet import __version__
+
+ROOT = Path(__file__).parents[1]
+NAME = f"g2g-{__version__}"
+OFFLINE = ("--no-index", "--no-deps", "--no-build-isolation")
+SIZES = "--hidden_dim 16 --T 2 --batch_size 16 --dataset fashionmnist-mini"
+
+if not (ROOT / ".git").exists():
+    pytest.skip("packages are built from the repository", allow_module_level=True)
+
+
+def run(*command, **options):
+    """Standard output of a program that knows nothing of the paths and settings of this one."""
+    foreign = ("PYTHONPATH", "PYTHONHOME", "TRITON_INTERPRET", "G2G_BACKEND")
+    environment = {name: value for name, value in os.environ.items() if name not in foreign}
+    environment |= options.pop("variables", {})
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def pip(*arguments, **variables):
+    return run(sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments, variables=variables)
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
+    """A copy of the files that git knows, for what is built leaves traces."""
+    folder = tmp_path_factory.mktemp("repository")
+    for name in run("git", "ls-files", cwd=ROOT).splitlines():
+        if (ROOT / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def source(repository, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("source")
+    build = f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})"
+    run(sys.executable, "-c", build, cwd=repository)
+    return folder / f"{NAME}.tar.gz"
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory):
+    """Built from the source distribution; unoptimised, as that compiles in a quarter of the time."""
+    folder = tmp_path_factory.mktemp("wheel")
+    pip("wheel", *OFFLINE, "--wheel-dir", folder, source, G2G_CXXFLAGS="-O0")
+    (file,) = folder.iterdir()
+    return file
+
+
+def install(folder, *what, **variables):
+    """A virtual environment with g2g installed, beside all that this environment has; returns its programs' folder."""
+    venv.create(folder, with_pip=False, symlinks=os.name != "nt")
+    programs = folder / ("Scripts" if os.name == "nt" else "bin")
+    query = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    packages = run(programs / "python", "-c", query).strip()
+    Path(packages, "others.pth").write_text("\n".join(site.getsitepackages()))
+    pip("--python", programs / "python", "install", "--ignore-installed", *OFFLINE, *what, **variables)
+    return programs
+
+
+def where(programs, cwd):
+    """In which folder each package is found, None where there is none."""
+    names = ("g2gnet", "g2g_kernels", "g2g_benchmarks", "benchmarks", "tests")
+    query = (
+        "import json, importlib.util, pathlib;"
+        "found = {name: importlib.util.find_spec(name) for name in %r};"
+        "print(json.dumps({name: spec and str(pathlib.Path(spec.origin).parent) for name, spec in found.items()}))"
+    )
+    return json.loads(run(programs / "python", "-c", query % (names,), cwd=cwd))
+
+
+def test_the_source_distribution_is_the_repository(repository, source):
+    with tarfile.open(source) as archive:
+        held = {name.removeprefix(f"{NAME}/") for name in archive.getnames() if archive.getmember(name).isfile()}
+    files = {path.relative_to(repository).as_posix() for path in repository.rglob("*") if path.is_file()}
+    made = {name for name in held if name.startswith("g2g.egg-info/") or name in ("PKG-INFO", "setup.cfg")}
+    expected = {name for name in files if not name.startswith((".", "g2g.egg-info/"))}
+    assert held - made == expected
+    assert "g2g_kernels/csrc/kernels.cpp" in held
+    assert "tests/test_packaging.py" in held
+
+
+def test_the_wheel_holds_the_packages_and_serves_every_python(repository, wheel):
+    assert wheel.name.startswith(f"{NAME}-py3-none-")
+    with zipfile.ZipFile(wheel) as archive:
+        held = set(archive.namelist())
+    assert {name.split("/")[0] for name in held} == {
+        "g2gnet", "g2g_kernels", "g2g_benchmarks", f"{NAME}.dist-info",
+    }  # fmt: skip
+    modules = {
+        path.relative_to(repository).as_posix().replace("benchmarks/", "g2g_benchmarks/")
+        for package in ("g2gnet", "g2g_kernels", "benchmarks")
+        for path in (repository / package).rglob("*.py")
+    }
+    assert {name for name in held if name.endswith(".py")} == modules
+    data = {"g2gnet/py.typed", "g2g_kernels/py.typed", "g2gnet/data/fashion_mnist_mini.npz"}
+    licences = {f"{NAME}.dist-info/licenses/{name}" for name in ("LICENSE", "g2gnet/data/LICENSE-fashion-mnist")}
+    assert data | licences <= held
+    assert ("g2g_kernels/cpu/libg2g_cpu.so" in held) == (shutil.which(os.environ.get("CXX", "c++")) is not None)
+
+
+def test_the_installed_wheel_works_far_from_the_repository(wheel, tmp_path):
+    programs = install(tmp_path / "environment", wheel)
+    packages = where(programs, tmp_path)
+    assert packages.pop("benchmarks") is packages.pop("tests") is None, "these names are other people's"
+    assert all(folder.startswith(str(tmp_path / "environment")) for folder in packages.values())
+    assert run(programs / "g2g-train", "--version", cwd=tmp_path) == f"g2g {__version__}\n"
+    small = shlex.split(f"{SIZES} --model mixer --block_size 4 --limit_train 60 --limit_test 20 --epochs 1 --json")
+    told = json.loads(run(programs / "g2g-train", *small, cwd=tmp_path))
+    assert told["result"]["epoch"] == 1
+    assert (tmp_path / told["files"]["marker"]).is_file()
+    flags = shlex.split(f"{SIZES} --block_size 4 --train_steps 1 --kernel forward --contenders g2g-torch --repeats 2")
+    record = json.loads(
+        run(programs / "g2g-bench", *flags, "--json", cwd=tmp_path, variables={"TMPDIR": str(tmp_path)})
+    )
+    assert [row["status"] for row in record["contenders"]] == ["timed"]
+    assert record["machine"]["commit"] is None
+
+
+def test_the_source_distribution_installs_without_a_compiler(source, tmp_path):
+    programs = install(tmp_path / "environment", source, G2G_BUILD_CPU="0")
+    small = shlex.split(f"{SIZES} --model index --block_size 4 --limit_train 60 --limit_test 20 --epochs 1 --json")
+    told = json.loads(run(programs / "g2g-crossval", *small, "--k_folds", "2", cwd=tmp_path))
+    assert [fold["fold"] for fold in told["folds"]] == [1, 2]
+    query = "from g2g_kernels import available_backends; print(available_backends())"
+    assert "cpu" not in run(programs / "python", "-c", query, cwd=tmp_path)
+
+
+def test_an_editable_installation_is_the_repository(repository, tmp_path):
+    programs = install(tmp_path / "environment", "--editable", repository, G2G_BUILD_CPU="0")
+    names = ("g2gnet", "g2g_kernels", "benchmarks")
+    packages = where(programs, tmp_path)
+    assert [packages[name] for name in ("g2gnet", "g2g_kernels", "g2g_benchmarks", "benchmarks")] == [
+        *(str(repository / name) for name in names), None,
+    ]  # fmt: skip
+    assert run(programs / "g2g-bench", "--help", cwd=tmp_path).startswith("usage: g2g-bench ")

@@ -17,8 +17,8 @@ import torch
 from g2g_kernels.cpu import library
 from g2g_kernels.triton import runtime
 
-#: the backends, in order of preference
-BACKENDS = ("triton", "cpu", "torch")
+#: the backends, in order of preference; :func:`register_backend` adds to them
+BACKENDS = ["triton", "cpu", "torch"]
 
 logger = logging.getLogger("g2g_kernels")
 
@@ -35,8 +35,13 @@ _unavailable: dict[str, Callable[[], str | None]] = {
 }
 
 
-def register_backend(name: str, unavailable: Callable[[], str | None]) -> None:
-    """Declares how to find out whether backend ``name`` can be used here: None, or the reason why not."""
+def register_backend(name: str, unavailable: Callable[[], str | None], before: str = "torch") -> None:
+    """Declares how to find out whether backend ``name`` can be used here: None, or the reason why not.
+
+    A name that is new is preferred to the backend ``before`` from now on.
+    """
+    if name not in BACKENDS:
+        BACKENDS.insert(BACKENDS.index(before), name)
     _unavailable[name] = unavailable
 
 

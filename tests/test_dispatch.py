@@ -179,6 +179,22 @@ def test_register_backend_replaces_the_check(monkeypatch):
     assert "cpu" in available_backends()
 
 
+def test_register_backend_adds_a_name_before_another(monkeypatch, available, double):
+    names = list(BACKENDS)
+    monkeypatch.setattr(dispatch, "_unavailable", dict(dispatch._unavailable))
+    monkeypatch.setattr(dispatch, "BACKENDS", names)
+    register_backend("units", lambda: None)
+    register_backend("first", lambda: "not built", before="triton")
+    register_backend("units", lambda: None, before="triton")  # known: where it was
+    assert names == ["first", "triton", "cpu", "units", "torch"]
+    assert next(iter(backend_status().items())) == ("first", "not built")
+    double.register("units", lambda x: ("units", x))
+    assert double(3, backend="units") == ("units", 3)
+    assert double(3) == ("triton", 6)
+    unavailable(monkeypatch, triton="no GPU", cpu="no compiler")
+    assert double(3) == ("units", 3)
+
+
 def test_require_backend(monkeypatch, available):
     unavailable(monkeypatch, triton="no GPU here")
     require_backend(None)

@@ -282,6 +282,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("the package triton is not installed (pip install triton)")
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache  # what an earlier run compiled is no evidence
+        print("# Machine code of the Triton kernels\n")
         print(f"Triton {triton.__version__}, `python -m benchmarks.aot`. Compiled, not run on a GPU.\n")
         print(line(HEADINGS))
         print(line(["---"] * len(HEADINGS)))

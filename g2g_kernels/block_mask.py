@@ -13,9 +13,10 @@ from g2g_kernels.groups import GroupLayout, check_integers
 class UnitAxis(nn.Module):
     """One side of a weight matrix, sorted by group and cut into ranges of at most ``block_size`` neurons.
 
-    No range crosses a group's edge; the last range of a group is clipped.
+    No range crosses a group's edge; the last range of a group is clipped. All tensors are buffers, derived from the
+    layout and never saved.
 
-    Attributes (buffers, derived from the layout and never saved):
+    Attributes:
         order: int64 [size], the neuron at each place of the group-sorted order.
         bounds: int32 [num_units + 1], range u covers places ``bounds[u] … bounds[u + 1] − 1`` of that order.
         group_of_unit: int64 [num_units], the group that range u belongs to.
@@ -248,7 +249,7 @@ class BlockMask(nn.Module):
 
     @property
     def unit_shape(self) -> tuple[int, int]:
-        """(rows, columns) of a packed tile: ``block_size``, or less where no group is that large."""
+        """(rows, columns) of a packed tile, ``block_size`` or less where no group is that large."""
         return self.rows.width, self.cols.width
 
     @property

@@ -24,7 +24,7 @@ def unit_correlation(pre: torch.Tensor, post: torch.Tensor, mask: BlockMask) -> 
 
     The correlation of input j and output i is the uncentred cosine Σ post_i·pre_j / (‖post_i‖·‖pre_j‖) over all T·B
     samples, 0 where either is silent. Its mean over a unit separates into sums over the unit's normalised outputs and
-    inputs, so that the dense [out, in] matrix is never formed:
+    inputs, so that the dense [out, in] matrix is never formed::
 
         mean over unit (r, c) = Σ_samples (Σ_{i∈r} post_i/‖post_i‖) · (Σ_{j∈c} pre_j/‖pre_j‖) / (|r|·|c|)
 
@@ -94,7 +94,7 @@ class DSTScheduler:
         optimizer: holds the layers' ``values``.
         interval: optimizer steps between updates.
         fraction: share of the units replaced in an update, 0 to 1.
-        prune: ``"set"`` lowest mean |w| (Mocanu et al. 2018); ``"random"``; ``"hebb"`` lowest correlation.
+        prune: ``"set"`` lowest mean ``|w|`` (Mocanu et al. 2018); ``"random"``; ``"hebb"`` lowest correlation.
         grow: ``"hebb"`` highest correlation; ``"random"``.
         seed: of the draws that break ties and make the random rules.
 

@@ -105,7 +105,7 @@ class PretrainTrainer:
         """Goes on from a saved state.
 
         Raises:
-            one of :data:`g2gnet.training.state.UNFIT`: if the state does not fit the network.
+            Exception: of a kind in ``g2gnet.training.state.UNFIT``, if the state does not fit the network.
         """
         check_position(state, self._batches)
         self.network.load_state_dict(state["model"])

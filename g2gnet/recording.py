@@ -30,8 +30,8 @@ class ActivityRecorder:
     The postsynaptic activity is what comes out of the module that takes a layer's output (a :class:`LIF`, an
     ``snn.Leaky``, an ``nn.ReLU``; of a tuple its first element), and where no module takes it, as behind the last layer
     of a classifier, that output itself. Calls in evaluation mode or without gradients are left out, and so are those
-    inside a model that was compiled before. In a :class:`SpikingStack` the spikes come from :meth:`~SpikingStack.
-    simulate`.
+    inside a model that was compiled before. In a :class:`SpikingStack` the spikes come from
+    :meth:`~SpikingStack.simulate`.
 
     Args:
         model: runs the layers.

@@ -99,9 +99,12 @@ def temporal_synchrony(sums: SpikeSums) -> torch.Tensor:
 def coherence(first: SpikeSums, second: SpikeSums) -> torch.Tensor:
     """How far groups fluctuate in the same rhythms, at whatever delay: float64 [G of first, G of second], 0 to 1.
 
-    coherence_gh = Σ_f |S_gh(f)| / √(Σ_f P_g(f) · Σ_f P_h(f)) over all frequencies but 0, with e as in
-    :func:`temporal_synchrony`, S_gh the cross-spectrum ⟨E_i(f)·E_j(f)*⟩ averaged over samples and pairs i ∈ g, j ∈ h,
-    and P_g the power ⟨|E_i(f)|²⟩ of single neurons i ∈ g, averaged alike.
+    Over all frequencies but 0, with e as in :func:`temporal_synchrony`::
+
+        coherence_gh = Σ_f |S_gh(f)| / √(Σ_f P_g(f) · Σ_f P_h(f))
+
+    S_gh is the cross-spectrum ``⟨E_i(f)·E_j(f)*⟩`` averaged over samples and pairs i ∈ g, j ∈ h, and P_g the power
+    ``⟨|E_i(f)|²⟩`` of single neurons i ∈ g, averaged alike.
 
     The coherence of the groups' *summed* spikes nears 1 for large groups however weak the pairs are (pairs that
     correlate at 0.05 make sums over 256 neurons cohere at 0.93), and from a single sample it is 1 always. Pairs and

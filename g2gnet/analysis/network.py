@@ -80,16 +80,16 @@ class LayerAnalysis:
 
     @property
     def coherence_by_share(self) -> float:
-        """Pearson's r over the G groups: coherence with the others of the layer against share of inputs from others.
+        """Pearson's r over the G groups, of coherence with the others of the layer against share of inputs from others.
 
         The share hardly differs from group to group unless DST or a small layer makes it, and for eight groups chance
-        alone gives |r| > 0.7 in one of twenty cases; :attr:`coherence_by_pathway` has more to go by.
+        alone gives ``|r| > 0.7`` in one of twenty cases; :attr:`coherence_by_pathway` has more to go by.
         """
         return pearson(self.cross_group_coherence, self.cross_group_share)
 
     @property
     def coherence_by_pathway(self) -> float:
-        """Pearson's r over the G·(G − 1) pairs g ≠ h: coherence of group g with input group h against their density.
+        """Pearson's r over the G·(G − 1) pairs g ≠ h, of coherence of group g with input group h against their density.
 
         That is: does a group keep time with the other groups that it gets inputs from?
         """

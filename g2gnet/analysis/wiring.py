@@ -16,7 +16,7 @@ def group_density(mask: BlockMask) -> torch.Tensor:
 
 
 def group_weight(mask: BlockMask, values: torch.Tensor) -> torch.Tensor:
-    """The mean |w| between each pair of groups, absent weights counted as 0: float64 [groups out, groups in].
+    """The mean ``|w|`` between each pair of groups, absent weights counted as 0: float64 [groups out, groups in].
 
     Args:
         values: packed weights [num_units, unit_rows, unit_cols].
@@ -46,8 +46,8 @@ def input_group_entropy(mask: BlockMask, values: torch.Tensor | None = None) -> 
     """How evenly a neuron draws on the input groups, the mean over each output group: float64 [groups], 0 to 1.
 
     H_i = −Σ_h p_ih·ln p_ih / ln G with p_ih = d_ih / Σ_h d_ih, where d_ih is the share of the weights from input group
-    h to neuron i that exist, or with packed ``values`` [num_units, unit_rows, unit_cols] their mean |w| over all of the
-    group. 0: all inputs come from one group; 1: from every group alike, as in a dense layer.
+    h to neuron i that exist, or with packed ``values`` [num_units, unit_rows, unit_cols] their mean ``|w|`` over all of
+    the group. 0: all inputs come from one group; 1: from every group alike, as in a dense layer.
 
     Shares d, not numbers of inputs, make 1 mean "as in a dense layer" when groups differ in size. The entropy is taken
     neuron by neuron: pooled over a group it would near 1 even if each of its neurons saw only two input groups.

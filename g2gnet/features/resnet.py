@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-#: values in the features of one image: 32 channels of 4×4
+#: values in the features of one image, 32 channels of 4×4
 FEATURES = 512
 
 

@@ -38,7 +38,7 @@ def setting(
 
 
 class Settings:
-    """Base of frozen dataclasses with fields made by :func:`setting`; values out of range are refused.
+    """Base of frozen dataclasses with fields made by ``setting``; values out of range are refused.
 
     Raises:
         SettingsError: naming each value that cannot be used.

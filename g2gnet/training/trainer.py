@@ -118,7 +118,7 @@ class Trainer:
         """Goes on from a saved state.
 
         Raises:
-            one of :data:`g2gnet.training.state.UNFIT`: if the state does not fit the network.
+            Exception: of a kind in ``g2gnet.training.state.UNFIT``, if the state does not fit the network.
         """
         check_position(state, self._batches)
         self.net.load_state_dict(state["model"])

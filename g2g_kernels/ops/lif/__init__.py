@@ -36,7 +36,7 @@ def lif(
 ) -> torch.Tensor:
     """Runs LIF neurons over time; differentiable in ``current``, ``beta`` and ``threshold``.
 
-    With U_0 = 0, R_t = 1[U_{t−1} > θ] and S_t = 1[U_t > θ] (strict):
+    With U_0 = 0, R_t = 1[U_{t−1} > θ] and S_t = 1[U_t > θ] (strict)::
 
         subtract:  U_t = clamp(β, 0, 1)·U_{t−1} + I_t − θ·R_t
         zero:      U_t = clamp(β, 0, 1)·(1 − R_t)·U_{t−1} + I_t

@@ -22,7 +22,7 @@ NOTES = {
 }
 
 
-def draw(path: Path) -> None:
+def draw(folder: Path) -> None:
     figure, axes = plt.subplots(3, 3, figsize=(8.2, 8.6), layout="constrained", width_ratios=(0.72, 1, 1))
     colours = ListedColormap(["#f1efe8", "#1f5a7a"])
     for row, (model, note) in enumerate(NOTES.items()):
@@ -37,14 +37,16 @@ def draw(path: Path) -> None:
             )
         ):
             axis = axes[row, column]
-            axis.imshow(picture, cmap=colours, interpolation="nearest", aspect="auto" if column == 1 else "equal")
+            axis.imshow(
+                picture.numpy(), cmap=colours, interpolation="nearest", aspect="auto" if column == 1 else "equal"
+            )
             axis.set(xticks=[], yticks=[])
             if row == 0:
                 axis.set_title(title, fontsize=10)
             if column == 0:
                 axis.set_ylabel(f"{model}\n{note}", fontsize=9)
-    figure.savefig(path, dpi=110)
+    figure.savefig(folder / "groupings.png", dpi=110)
 
 
 if __name__ == "__main__":
-    draw(Path(__file__).with_name("groupings.png"))
+    draw(Path(__file__).parent)

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import re
 import sys
 import types
 from pathlib import Path
@@ -19,6 +18,7 @@ from g2gnet.data import load_dataset
 from g2gnet.training import TrainSettings, run_training
 from g2gnet.training.run_files import RunFiles
 from g2gnet.training.tensorboard import TensorBoardLog
+from tests.code_blocks import run_blocks
 from tests.helpers import packed_randn, seeded
 
 ROOT = Path(__file__).parents[1]
@@ -180,16 +180,14 @@ class Listener(types.ModuleType):
 
 
 def test_the_examples_of_the_documentation_run(tmp_path, monkeypatch):
-    text = (ROOT / "docs" / "other-libraries.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     small = ", ".join(f"{name}={value!r}" for name, value in {**SMALL, "epochs": 2}.items())
-    program = re.sub(r"TrainSettings\(.*\)", f"TrainSettings({small})", "\n".join(blocks))
     listeners = [Listener(name) for name in ("wandb", "mlflow")]
     for listener in listeners:
         monkeypatch.setitem(sys.modules, listener.__name__, listener)
     monkeypatch.chdir(tmp_path)
-    names = {}
-    exec(compile(program, "other-libraries.md", "exec"), names)
+    names = run_blocks(
+        ROOT / "docs" / "other-libraries.md", {'dataset="fashionmnist-mini", model="mixer", epochs=5': small}
+    )
     for listener in listeners:
         assert [step for step, _ in listener.heard] == [1, 2]
     state, again = names["net"].state_dict(), names["again"].state_dict()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from code_blocks import run_blocks
 from small_data import fashion_mnist_files, publish_resnet, write, write_cifar, write_resnet
 
 from g2gnet import cli, crossval, pretrain, train
@@ -174,9 +175,7 @@ def test_the_flag_tables_are_complete_and_their_defaults_right():
         assert rows[name] == expected, name
 
 
-def test_the_python_examples_run(capsys):
-    network, foreign_model = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    for example in (network, foreign_model):
-        # the same program at a tenth of the size
-        exec(compile(example.replace("2048", "256").replace("T=50", "T=5"), "README.md", "exec"), {})
-        assert capsys.readouterr().out.startswith("BlockMask(256×256, 8 groups (interleaved)")
+def test_the_python_examples_run():
+    names = run_blocks(ROOT / "README.md", {"2048": "256", "T=50": "T=5"})
+    for mask in (names["net"].fc2.mask, names["model"][2].mask):
+        assert repr(mask).startswith("BlockMask(256×256, 8 groups (interleaved)")

@@ -1,0 +1,110 @@
+"""How the site is built: ``sphinx-build -W -c docs . build/docs``, from the root of the repository.
+
+Its pages lie where a reader of the repository looks for them (``README.md``, ``docs/``, the operators' own READMEs) and
+link to one another and to source files relatively, so that all of it reads as well on a git host. ``nitpicky`` and
+``-W`` make a failure of every link that leads nowhere, in docstrings too.
+"""
+
+import sys
+from pathlib import Path
+
+from docutils import nodes
+from docutils.transforms import Transform
+from sphinx.addnodes import desc_signature, pending_xref
+from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
+from sphinx.util.nodes import make_refnode
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # documents this copy, whichever is installed
+
+import g2gnet  # noqa: E402
+
+project = "g2g"
+version = release = g2gnet.__version__
+root_doc = "docs/index"
+include_patterns = [
+    "README.md",
+    "CHANGELOG.md",
+    "docs/*.md",
+    "docs/api/*.rst",
+    "g2g_kernels/ops/*/README.md",
+    "benchmarks/results/*.md",
+]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+myst_heading_anchors = 3
+
+autodoc_default_options = {"members": True, "member-order": "bysource"}
+autodoc_inherit_docstrings = False  # else PyTorch's own text for every method that overrides one of nn.Module
+python_maximum_signature_line_length = 100
+add_module_names = False
+nitpicky = True
+# other projects' names, which only a connection could look up
+nitpick_ignore_regex = [("py:.*", r"(collections|nir|pathlib|torch|types)\..*|.*\.TrainerT")]
+
+html_theme = "furo"
+html_title = f"g2g {version}"
+html_static_path = ["site/wide.css"]
+html_css_files = ["wide.css"]
+html_extra_path = ["site/index.html"]  # leads from the top of the site to the front page
+html_copy_source = False
+html_show_copyright = False
+
+
+class FoldersAsText(Transform):
+    """Leaves the words of links to folders, which have a page on a git host but none here."""
+
+    default_priority = 1
+
+    def apply(self) -> None:
+        here = Path(self.document["source"]).parent
+        for link in list(self.document.findall(pending_xref)):
+            if (here / link["reftarget"]).is_dir():
+                link.replace_self(link.children)
+
+
+def find_by_last_name(
+    app: Sphinx, env: BuildEnvironment, link: pending_xref, text: nodes.Element
+) -> nodes.Element | None:
+    """Resolves a name to the one documented object that ends with it.
+
+    A class is documented under its package (``g2g_kernels.BlockMask``), while annotations have the module in which it
+    is defined, and docstrings its bare name.
+    """
+    if link.get("refdomain") != "py":
+        return None
+    python = env.domains["py"]
+    kinds = python.objtypes_for_role(link["reftype"]) or []
+    last = link["reftarget"].rpartition(".")[2]
+    found = [
+        entry
+        for name, entry in python.objects.items()
+        if name.rpartition(".")[2] == last and entry.objtype in kinds and not entry.aliased
+    ]
+    if len(found) != 1:
+        return None
+    return make_refnode(app.builder, link["refdoc"], found[0].docname, found[0].node_id, [text])
+
+
+def add_names_under_packages(app: Sphinx, doctree: nodes.document) -> None:
+    """Gives what is documented under its module a place under the packages above too.
+
+    The pages of source code lead back to one of them for all of a module, whichever came first.
+    """
+    for signature in doctree.findall(desc_signature):
+        module = signature.get("module", "")
+        while signature["ids"] and "." in module:
+            module = module.rpartition(".")[0]
+            signature["ids"].append(f"{module}.{signature['fullname']}")
+
+
+def skip_field(app: Sphinx, what: str, name: str, member: object, skip: bool, options: object) -> bool | None:
+    """Leaves out "Alias for field number 0" of named tuples, whose fields their docstrings tell."""
+    return True if type(member).__name__ == "_tuplegetter" else None
+
+
+def setup(app: Sphinx) -> None:
+    app.add_transform(FoldersAsText)
+    app.connect("missing-reference", find_by_last_name)
+    app.connect("doctree-read", add_names_under_packages)
+    app.connect("autodoc-skip-member", skip_field)

@@ -1,0 +1,200 @@
+"""Draws the pictures of docs/concepts.md, each from what the library itself computes.
+
+pip install -e ".[plots]" && python docs/draw_concepts.py
+"""
+
+from pathlib import Path
+
+import matplotlib
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
+
+from g2g_kernels import BlockMask, GroupLayout, lif_step
+from g2g_kernels.ops.lif.surrogates import SURROGATES
+from g2gnet import DSTScheduler, G2GLinear, G2GNet
+from g2gnet.data import as_samples, load_dataset
+from g2gnet.dst import unit_correlation
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+#: the optimizer step after which docs/dst.png shows an update
+UPDATE = 46
+PAPER, INK, DARK, BRIGHT = "#f1efe8", "#333333", "#1f5a7a", "#d9822b"
+
+
+# --- units and their packed weights -------------------------------------------------------------------------------
+
+
+def draw_units() -> Figure:
+    """A layer of 32 × 40 weights in group order and in neuron order, and its packed weights."""
+    draw = torch.Generator().manual_seed(1)
+    layouts = GroupLayout(32, 4, "interleaved"), GroupLayout(40, 4, "interleaved")
+    mask = BlockMask.sample(*layouts, p_inter=0.2, block_size=4, generator=draw)
+    layer = G2GLinear(mask, generator=draw)
+    weight = layer.dense_weight().detach().masked_fill(~mask.to_dense(), torch.nan)
+    colours = plt.get_cmap("RdBu_r").with_extremes(bad=PAPER)
+    shown = {"cmap": colours, "vmin": -0.35, "vmax": 0.35, "interpolation": "nearest"}
+
+    figure, places = plt.subplot_mosaic(
+        [["grouped", "neurons"], ["packed", "packed"]],
+        figsize=(9, 5.8),
+        layout="constrained",
+        height_ratios=(3.4, 1.0),
+    )
+    grouped = places["grouped"]
+    grouped.imshow(weight[mask.rows.order][:, mask.cols.order].numpy(), **shown)
+    _lines(grouped, mask)
+    for slot, (row, col) in enumerate(zip(mask.unit_row.tolist(), mask.unit_col.tolist(), strict=True)):
+        y, x = (_middle(axis.bounds, place) for axis, place in ((mask.rows, row), (mask.cols, col)))
+        number = grouped.text(x, y, str(slot), fontsize=7, ha="center", va="center")
+        number.set_path_effects([withStroke(linewidth=2, foreground="white")])
+    grouped.set_title("neurons in the order of their groups:\nunits of 4 × 4, clipped where a group ends", fontsize=10)
+    grouped.set(xlabel="40 inputs, 10 a group", ylabel="32 outputs, 8 a group")
+
+    neurons = places["neurons"]
+    neurons.imshow(weight.numpy(), **shown)
+    neurons.set_title("the same weights in the order of the neurons\n(group = i mod 4)", fontsize=10)
+    neurons.set(xlabel="input", ylabel="output")
+    for axis in (grouped, neurons):
+        axis.set(xticks=[], yticks=[])
+
+    columns = -(-mask.num_units // 2)
+    strip = torch.full((2 * 5, columns * 5), torch.nan)
+    packed = layer.values.detach().masked_fill(~mask.valid(), torch.nan)
+    for slot, unit in enumerate(packed):
+        top, left = divmod(slot, columns)
+        strip[5 * top : 5 * top + 4, 5 * left : 5 * left + 4] = unit
+    axis = places["packed"]
+    axis.imshow(strip.numpy(), **{**shown, "cmap": colours.with_extremes(bad="white")})
+    for slot in range(mask.num_units):
+        top, left = divmod(slot, columns)
+        axis.add_patch(Rectangle((5 * left - 0.5, 5 * top - 0.5), 4, 4, fill=False, edgecolor=INK, linewidth=0.5))
+        axis.text(5 * left + 1.5, 5 * top + 4.1, str(slot), fontsize=6.5, ha="center", va="center")
+    axis.set_title(f"the parameter: values {list(layer.values.shape)}, one tile a slot", fontsize=10)
+    axis.axis("off")
+    return figure
+
+
+def _lines(axis: Axes, mask: BlockMask, in_units: bool = False) -> None:
+    """Thin lines between units, thick ones between groups; the picture has a cell a weight, or a cell a unit."""
+    for side, line in ((mask.rows, axis.axhline), (mask.cols, axis.axvline)):
+        groups = side.group_of_unit.tolist()
+        for unit in range(1, side.num_units):
+            edge = groups[unit] != groups[unit - 1]
+            place = unit if in_units else side.bounds[unit].item()
+            line(place - 0.5, color=INK if edge else "#bbbbbb", linewidth=0.9 if edge else 0.4)
+
+
+def _middle(bounds: torch.Tensor, unit: int) -> float:
+    return (bounds[unit] + bounds[unit + 1]).item() / 2 - 0.5
+
+
+# --- dynamic sparse training --------------------------------------------------------------------------------------
+
+
+def draw_dst() -> Figure:
+    """One update of fc2 of a network that has learned for a while: scores, what goes, what comes."""
+    data = load_dataset("fashionmnist-mini")
+    draw = torch.Generator().manual_seed(0)
+    net = G2GNet(784, 128, 10, block_size=8, T=20, generator=draw)
+    optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
+    dst = DSTScheduler([net.fc1, net.fc2, net.fc3], optimizer, interval=UPDATE)
+    for _ in range(UPDATE):
+        index = torch.randint(len(data.train_labels), (256,), generator=draw)
+        x = as_samples(data.train_images[index])
+        activity = net.simulate(x)
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(activity.counts, data.train_labels[index]).backward()
+        optimizer.step()
+        before = present(net.fc2.mask)
+        strength = torch.full_like(before, torch.nan, dtype=torch.float32)
+        strength[before] = net.fc2.values.detach().abs().mean((1, 2))[net.fc2.mask.row_slot.long()]
+        dst.step(x, activity)
+    correlation = unit_correlation(activity.spikes[0].dense(), activity.spikes[1].dense(), net.fc2.mask)
+    after = present(net.fc2.mask)
+    kept, pruned, grown = before & after, before & ~after, after & ~before
+
+    figure, axes = plt.subplots(1, 3, figsize=(10, 4.5), layout="constrained")
+    weakest = "mean |w| of the units that exist;\n× the weakest tenth, which is pruned"
+    strongest = "correlation of every unit;\n+ highest where there was none: grown"
+    for axis, score, colours, title, marked, marker in (
+        (axes[0], strength, "Blues", weakest, pruned, "x"),
+        (axes[1], correlation, "Oranges", strongest, grown, "+"),
+    ):
+        picture = axis.imshow(score.numpy(), cmap=plt.get_cmap(colours).with_extremes(bad=PAPER), vmin=0)
+        figure.colorbar(picture, ax=axis, orientation="horizontal", shrink=0.8, pad=0.02)
+        y, x = marked.nonzero(as_tuple=True)
+        axis.scatter(x.numpy(), y.numpy(), marker=marker, color="black", s=34, linewidths=1.4)
+        axis.set_title(title, fontsize=10)
+    picture = axes[2].imshow((kept + 2 * grown).numpy(), cmap=ListedColormap([PAPER, DARK, BRIGHT]), vmin=0, vmax=3)
+    key = figure.colorbar(picture, ax=axes[2], orientation="horizontal", shrink=0.8, pad=0.02)
+    key.set_ticks([0.5, 1.5, 2.5], labels=["none", "kept", "grown"])
+    axes[2].set_title(f"after: {kept.sum()} units kept,\n{grown.sum()} grown, their weights zero", fontsize=10)
+    for axis in axes:
+        axis.set(xticks=[], yticks=[], xlabel="units of inputs (hidden 1)")
+        _lines(axis, net.fc2.mask, in_units=True)
+    axes[0].set_ylabel("units of outputs (hidden 2)")
+    return figure
+
+
+def present(mask: BlockMask) -> torch.Tensor:
+    """bool [block rows, block columns]: the units that exist."""
+    grid = torch.zeros(mask.grid, dtype=torch.bool)
+    grid[mask.unit_row.long(), mask.unit_col.long()] = True
+    return grid
+
+
+# --- neurons ------------------------------------------------------------------------------------------------------
+
+
+def draw_lif() -> Figure:
+    """The membrane under a current that begins, and the four surrogate derivatives."""
+    steps, beta, theta = 40, 0.9, 1.0
+    current = torch.zeros(steps)
+    current[5:32] = 0.55
+    figure, (axis, slopes) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained", width_ratios=(1.6, 1))
+    for reset, colour, style in (("subtract", DARK, "-"), ("zero", BRIGHT, "--")):
+        membrane, membranes, spikes = None, [], []
+        for current_t in current:
+            fired, membrane = lif_step(current_t[None], membrane, beta, theta, reset)
+            membranes.append(membrane.item())
+            spikes.append(fired.item() == 1)
+        axis.plot(membranes, style, color=colour, label=f'membrane U, reset="{reset}"')
+        at = [t for t, fired in enumerate(spikes) if fired]
+        axis.scatter(at, [1.95 if reset == "subtract" else 1.8] * len(at), marker="|", s=60, color=colour)
+    axis.axhline(theta, color=INK, linewidth=0.8, linestyle=":")
+    axis.step(range(steps), current.numpy(), where="mid", color="#999999", linewidth=1, label="input current I")
+    axis.text(-1.7, theta + 0.03, "threshold θ", fontsize=9)
+    axis.text(-1.7, 1.84, "spikes S", fontsize=9)
+    axis.set(xlabel="time step t", ylim=(-0.05, 2.1))
+    axis.set_title(f"β = {beta}, θ = {theta}, I = 0.55 from step 5 to step 31", fontsize=10)
+    axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, frameon=False)
+
+    distance = torch.linspace(-2, 2, 401)
+    for (name, surrogate), style in zip(SURROGATES.items(), ("-", "--", "-.", ":"), strict=True):
+        slopes.plot(distance.numpy(), surrogate.derivative(distance, 2.0).numpy(), style, label=name)
+    slopes.set(xlabel="U − θ", ylabel="what stands for dS/dU")
+    slopes.set_title("surrogate derivatives, α = 2", fontsize=10)
+    slopes.legend(fontsize=8)
+    for side in (axis, slopes):
+        side.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+PICTURES = {"units.png": draw_units, "dst.png": draw_dst, "lif.png": draw_lif}
+
+
+def draw(folder: Path) -> None:
+    for name, picture in PICTURES.items():
+        figure = picture()
+        figure.savefig(folder / name, dpi=110)
+        plt.close(figure)
+
+
+if __name__ == "__main__":
+    draw(Path(__file__).parent)

@@ -1,0 +1,152 @@
+"""The documentation is true and whole: its code prints what it says, its site builds strictly and stands alone."""
+
+import importlib
+import importlib.util
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from code_blocks import BLOCK, run_blocks
+from PIL import Image
+
+from g2g_kernels import dispatch
+from g2g_kernels.ops.g2g_linear import operator
+
+ROOT = Path(__file__).parents[1]
+#: pages whose code needs more than a directory to run in, and the tests that give it that
+ELSEWHERE = {"README.md": "test_readme.py", "docs/other-libraries.md": "test_logging.py"}
+PAGES = {
+    str(page.relative_to(ROOT)): page
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *ROOT.glob("g2g_kernels/ops/*/README.md"))
+}
+WITH_CODE = [name for name, page in PAGES.items() if BLOCK.search(page.read_text(encoding="utf-8"))]
+
+#: packages whose every public name has an entry in the reference
+PACKAGES = ("g2g_kernels", "g2gnet", "g2gnet.interop", "g2gnet.data", "g2gnet.features", "g2gnet.training")
+PACKAGES += ("g2gnet.analysis",)
+
+
+# --- code ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in WITH_CODE if name not in ELSEWHERE])
+def test_the_code_of_a_page_prints_what_the_page_says(name, tmp_path, monkeypatch):
+    # backends that a page registers are gone afterwards
+    monkeypatch.setattr(dispatch, "BACKENDS", list(dispatch.BACKENDS))
+    monkeypatch.setattr(dispatch, "_unavailable", dict(dispatch._unavailable))
+    monkeypatch.setattr(operator, "_implementations", dict(operator._implementations))
+    monkeypatch.chdir(tmp_path)
+    run_blocks(PAGES[name])
+
+
+def test_every_page_with_code_is_run():
+    assert {"docs/tutorial.md", "docs/concepts.md", "docs/backends.md", *ELSEWHERE} <= set(WITH_CODE)
+    for page, test in ELSEWHERE.items():
+        assert "run_blocks(" in (ROOT / "tests" / test).read_text(encoding="utf-8"), page
+
+
+def test_a_page_that_says_something_else_than_its_code_prints_is_noticed(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("```python\nx = 1\n```\n\nand\n\n```python\nprint(x + 1)\n```\n\n```text\n3\n```\n")
+    with pytest.raises(AssertionError, match=r"page.md says\n3\nbut its code prints\n2\n"):
+        run_blocks(page)
+    assert run_blocks(page, {"x + 1": "x + 2"})["x"] == 1
+
+
+@pytest.mark.parametrize("name", ["draw_groupings", "draw_concepts"])
+def test_the_pictures_can_be_drawn_again(name, tmp_path):
+    pytest.importorskip("matplotlib")
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.draw(tmp_path)
+    drawn = list(tmp_path.iterdir())
+    assert drawn
+    for path in drawn:
+        with Image.open(path) as picture, Image.open(ROOT / "docs" / path.name) as committed:
+            # text is laid out in whole pixels, which differ with the fonts' version
+            assert all(abs(a - b) < 30 for a, b in zip(picture.size, committed.size, strict=True)), path.name
+
+
+# --- the site -----------------------------------------------------------------------------------------------------
+
+
+class Links(HTMLParser):
+    """What one page of the site refers to, and the places in it that can be referred to."""
+
+    def __init__(self, page: Path) -> None:
+        super().__init__()
+        self.loaded: list[str] = []  # a browser gets these by itself
+        self.followed: list[str] = []
+        self.places: set[str] = set()
+        self.feed(page.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
+        self.places |= {attributes[key] for key in ("id", "name") if attributes.get(key)}
+        if "src" in attributes:
+            self.loaded.append(attributes["src"])
+        if "href" in attributes:
+            (self.followed if tag == "a" else self.loaded).append(attributes["href"])
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The site, built by the README's command elsewhere."""
+    for package in ("sphinx", "myst_parser", "furo"):
+        pytest.importorskip(package, reason="the generator is not installed (pip install -e '.[docs]')")
+    folder = tmp_path_factory.mktemp("docs")
+    command = "sphinx-build -W -c docs . build/docs"
+    assert command in PAGES["README.md"].read_text(encoding="utf-8")
+    arguments = command.replace("build/docs", str(folder / "site")).split()[1:]
+    result = subprocess.run(
+        [sys.executable, "-m", "sphinx", "-q", "-d", str(folder / "read"), *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    return folder / "site"
+
+
+@pytest.fixture(scope="module")
+def pages(site):
+    return {page: Links(page) for page in site.rglob("*.html")}
+
+
+def test_the_site_has_every_page(site):
+    for name in PAGES:
+        assert (site / name).with_suffix(".html").exists(), name
+
+
+def test_the_site_loads_nothing_from_elsewhere(site, pages):
+    assert len(pages) > len(PAGES)
+    for page, links in pages.items():
+        for address in links.loaded:
+            assert not urlsplit(address).netloc, f"{page.name} loads {address}"
+    for sheet in site.rglob("*.css"):
+        text = sheet.read_text(encoding="utf-8")
+        assert "@import" not in text
+        assert "url(http" not in text.replace('"', "").replace("'", "")
+
+
+def test_every_link_inside_of_the_site_leads_somewhere(pages):
+    for page, links in pages.items():
+        for address in {*links.loaded, *links.followed}:
+            parts = urlsplit(address)
+            if parts.scheme or parts.netloc:
+                continue
+            target = (page.parent / unquote(parts.path)).resolve() if parts.path else page
+            assert target.is_file(), f"{page.name} refers to {address}"
+            if parts.fragment and target in pages:
+                assert unquote(parts.fragment) in pages[target].places, f"{page.name} refers to {address}"
+
+
+def test_every_public_name_is_in_the_reference(site, pages):
+    described = set().union(*(links.places for page, links in pages.items() if page.parent == site / "docs" / "api"))
+    for package in PACKAGES:
+        for name in importlib.import_module(package).__all__:
+            assert f"{package}.{name}" in described

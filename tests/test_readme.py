@@ -1,4 +1,7 @@
-"""The README says what is so: its flags, defaults and figures are the programs', and each of its commands runs."""
+"""The README says what is so: its flags, defaults and figures are the programs', and each of its commands runs.
+
+So does each command in ``docs/``. What is not a program for users (``docs/draw_*.py``, ``tests``) has tests elsewhere.
+"""
 
 import importlib
 import json
@@ -18,10 +21,14 @@ from g2gnet.training.cross_validation import FoldSettings
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = [README, *(page.read_text() for page in sorted((ROOT / "docs").glob("*.md")))]
 #: every command there and in the programs' help
 COMMANDS = [
     *dict.fromkeys(
-        re.findall(r"python ((?:-m )?[\w.]+(?: [^`\n]*)?)", "\n".join([README, train.EXAMPLES, crossval.EXAMPLES]))
+        re.findall(
+            r"python ((?:-m (?!tests))?[\w.]+(?![\w./])(?: [^`\n]*)?)",
+            re.sub(r"\\\n *", "", "\n".join([*PAGES, train.EXAMPLES, crossval.EXAMPLES])),
+        )
     )
 ]
 

@@ -22,6 +22,7 @@ from g2g_kernels import BackendError, select_device
 from g2g_kernels.dispatch import BACKENDS, require_backend
 from g2gnet.analysis import ANALYSIS_SAMPLES
 from g2gnet.data import DataError, ImageData, load_dataset
+from g2gnet.distributed import DistributedError, launched, local_rank, rank
 from g2gnet.features import load_features, weights_digest
 from g2gnet.files import replace_file
 from g2gnet.training import (
@@ -150,7 +151,7 @@ def load_data(arguments: argparse.Namespace, settings: TrainSettings, device: to
     return load_dataset(settings.dataset, arguments.data_dir)
 
 
-def announce(settings: TrainSettings, device: torch.device, backend: str | None) -> None:
+def announce(settings: TrainSettings, device: torch.device, backend: str | None, processes: int = 1) -> None:
     """Prints the settings in one line, and a warning where a setting is without effect."""
     if settings.enforce_sparsity and settings.warmup_epochs >= settings.epochs:
         print(
@@ -161,7 +162,10 @@ def announce(settings: TrainSettings, device: torch.device, backend: str | None)
     shown = " ".join(
         f"{name}={value}" for name, value in settings.given().items() if value is not None and value is not False
     )
-    print(f"g2g {g2gnet.__version__} | device={device} backend={backend or 'auto'} | {shown}", flush=True)
+    machine = f"device={device} backend={backend or 'auto'}"
+    if processes > 1:
+        machine += f" processes={processes}"
+    print(f"g2g {g2gnet.__version__} | {machine} | {shown}", flush=True)
 
 
 def add_inspection_flags(parser: argparse.ArgumentParser) -> Any:
@@ -244,7 +248,8 @@ def run_program(
     """
     arguments = parser.parse_args(argv)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("g2g_kernels").setLevel(logging.INFO)
+    if rank() == 0:
+        logging.getLogger("g2g_kernels").setLevel(logging.INFO)
     json_file = getattr(arguments, "json", None)
     try:
         with standard_output(json_file):
@@ -254,10 +259,11 @@ def run_program(
         sys.stdout.flush()
     except (SettingsError, BackendError, FlagError) as error:
         return _fail(parser, error, 2)
-    except (DataError, CheckpointError, TrainingError, OutputError) as error:
+    except (DataError, CheckpointError, TrainingError, DistributedError, OutputError) as error:
         return _fail(parser, error, 1)
     except Interrupted as interruption:
-        print(f"{parser.prog}: {interruption}", file=sys.stderr)
+        if rank() == 0:
+            print(f"{parser.prog}: {interruption}", file=sys.stderr)
         return 128 + interruption.signal
     except BrokenPipeError:
         discard_output()
@@ -269,7 +275,8 @@ def run_program(
 
 
 def _fail(parser: argparse.ArgumentParser, error: Exception, status: int) -> int:
-    print(f"{parser.prog}: error: {error}", file=sys.stderr)
+    speaker = f"{parser.prog}, rank {rank()}" if launched() else parser.prog
+    print(f"{speaker}: error: {error}", file=sys.stderr, flush=True)
     return status
 
 
@@ -321,6 +328,10 @@ def machine_from(arguments: argparse.Namespace) -> tuple[Any, str | None]:
     try:
         require_backend(backend)
         device = select_device(arguments.device)
+        if launched() and device.type == "cuda":
+            if device.index is not None:
+                raise FlagError(f"device={device} is one for all processes; give cuda, and each takes one of its own")
+            device = select_device(f"cuda:{local_rank()}")
     except ValueError as error:
         raise FlagError(str(error)) from error
     if device.type not in ("cpu", "cuda") and getattr(arguments, "precision", "fp32") == "bf16":

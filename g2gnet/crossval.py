@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import datetime
 import json
 import sys
 from collections.abc import Sequence
@@ -10,9 +11,13 @@ from typing import Any
 
 import g2gnet
 from g2gnet import cli
+from g2gnet.distributed import join
 from g2gnet.files import replace_file
 from g2gnet.training.cross_validation import ACCURACIES, FoldSettings, cross_validate
 from g2gnet.training.run_files import RunFiles
+
+#: for how long processes that have done their folds wait for the others
+PATIENCE = datetime.timedelta(days=365)
 
 EXAMPLES = """\
 examples:
@@ -44,18 +49,23 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def crossval(arguments: argparse.Namespace) -> dict[str, Any]:
+def crossval(arguments: argparse.Namespace) -> dict[str, Any] | None:
     settings = cli.settings_from(arguments, FoldSettings)
     device, backend = cli.machine_from(arguments)
-    cli.announce(settings, device, backend)
-    results = cross_validate(
-        settings,
-        lambda: cli.load_data(arguments, settings, device),
-        arguments.checkpoint_dir,
-        device,
-        backend,
-        on_epoch=cli.log_from(arguments),
-    )
+    with join(device, PATIENCE) as world:
+        if world.leads:
+            cli.announce(settings, device, backend, world.size)
+        results = cross_validate(
+            settings,
+            lambda: cli.load_data(arguments, settings, device),
+            arguments.checkpoint_dir,
+            device,
+            backend,
+            cli.log_from(arguments),
+            world,
+        )
+        if not world.leads:
+            return None
     print(table(results))
     document = {"settings": settings.given(), **results}
     text = json.dumps(document, indent=2) + "\n"

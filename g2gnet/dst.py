@@ -7,10 +7,12 @@ import itertools
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from g2g_kernels import Activity, BlockMask
 from g2g_kernels.block_mask import UnitAxis
+from g2gnet.distributed import ALONE, World
 from g2gnet.layers import G2GLinear
 from g2gnet.recording import ActivityRecorder, Recording, Train, dense
 from g2gnet.seeding import draw_device, stream
@@ -19,7 +21,7 @@ PRUNE_RULES = ("set", "random", "hebb")
 GROW_RULES = ("hebb", "random")
 
 
-def unit_correlation(pre: torch.Tensor, post: torch.Tensor, mask: BlockMask) -> torch.Tensor:
+def unit_correlation(pre: torch.Tensor, post: torch.Tensor, mask: BlockMask, world: World = ALONE) -> torch.Tensor:
     """The mean pre/post correlation of every unit of the grid, [block rows, block columns], between −1 and 1.
 
     The correlation of input j and output i is the uncentred cosine Σ post_i·pre_j / (‖post_i‖·‖pre_j‖) over all T·B
@@ -31,16 +33,17 @@ def unit_correlation(pre: torch.Tensor, post: torch.Tensor, mask: BlockMask) -> 
     Args:
         pre: inputs [T, B, in], or [B, in] held at every step.
         post: output spikes [T, B, out].
+        world: processes, each of which has some of the samples; all get the correlation over all samples.
     """
     post = post.float()
-    norm_post = post.square().sum((0, 1)).sqrt()
-    norm_pre = pre.float().square().sum(tuple(range(pre.dim() - 1))).sqrt()
+    norm_post = world.sum_(post.square().sum((0, 1))).sqrt()
+    norm_pre = world.sum_(pre.float().square().sum(tuple(range(pre.dim() - 1)))).sqrt()
     if pre.dim() == 2:
         norm_pre = norm_pre * len(post) ** 0.5
         post = post.sum(0)
     post_sums = _unit_sums(post.reshape(-1, post.shape[-1]), norm_post, mask.rows)
     pre_sums = _unit_sums(pre.reshape(-1, pre.shape[-1]).float(), norm_pre, mask.cols)
-    return post_sums.T @ pre_sums / (mask.rows.lengths[:, None] * mask.cols.lengths[None, :])
+    return world.sum_(post_sums.T @ pre_sums) / (mask.rows.lengths[:, None] * mask.cols.lengths[None, :])
 
 
 def _unit_sums(samples: torch.Tensor, norm: torch.Tensor, axis: UnitAxis) -> torch.Tensor:
@@ -97,6 +100,9 @@ class DSTScheduler:
         prune: ``"set"`` lowest mean ``|w|`` (Mocanu et al. 2018); ``"random"``; ``"hebb"`` lowest correlation.
         grow: ``"hebb"`` highest correlation; ``"random"``.
         seed: of the draws that break ties and make the random rules.
+        process_group: the processes of data-parallel training, each of which has a scheduler like this one and sees a
+            part of the samples: correlations are those over all samples, and after every update the processes make
+            sure that they have the same units. None: this process is alone.
 
     Attributes:
         pruned, grown: units pruned and grown so far, over all layers.
@@ -115,6 +121,7 @@ class DSTScheduler:
         prune: str = "set",
         grow: str = "hebb",
         seed: int = 42,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         if prune not in PRUNE_RULES:
             raise ValueError(f"prune={prune!r} is unknown; choose one of {', '.join(PRUNE_RULES)}")
@@ -145,6 +152,7 @@ class DSTScheduler:
         self.prune = prune
         self.grow = grow
         self.seed = seed
+        self._world = World(process_group)
         self.steps = 0
         self.pruned = 0
         self.grown = 0
@@ -177,6 +185,7 @@ class DSTScheduler:
 
         Raises:
             RuntimeError: if a rule needs activity, and none was given or recorded.
+            DistributedError: if the processes of the group have different units after an update.
         """
         self.steps += 1
         recorded = self._recorder.stop() if self._recorder is not None else None
@@ -190,9 +199,11 @@ class DSTScheduler:
                     continue
                 correlation = None
                 if self._needs_activity:
-                    correlation = unit_correlation(*_samples(recorded, number), layer.mask).flatten()
+                    correlation = unit_correlation(*_samples(recorded, number), layer.mask, self._world).flatten()
                 device = draw_device(layer.values.device)
                 self._update(layer, correlation, stream(self.seed, "dst", self.steps, number, device=device))
+            units = [units for layer in self.layers for units in (layer.mask.unit_row, layer.mask.unit_col)]
+            self._world.check_same(f"the wiring after step {self.steps}", self.pruned, units)
         self._record_if_due()
         return due
 

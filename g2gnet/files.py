@@ -1,11 +1,15 @@
 """Writing files so that a crash leaves the old or the new one whole."""
 
+import contextlib
 import glob
+import hashlib
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from filelock import FileLock
 
 
 def replace_file(path: Path, write: Callable[[BinaryIO], Any], keep: Path | None = None) -> None:
@@ -34,6 +38,15 @@ def replace_file(path: Path, write: Callable[[BinaryIO], Any], keep: Path | None
             os.fsync(directory)
         finally:
             os.close(directory)
+
+
+@contextlib.contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """While it is entered, the user's other processes on this machine wait to enter it for the same ``path``."""
+    # the lock's file stays, and the directory of path may be a read-only one: it lies among the temporary files
+    name = hashlib.sha256(f"{getattr(os, 'getuid', int)()} {path.resolve()}".encode()).hexdigest()
+    with FileLock(Path(tempfile.gettempdir(), f"g2g-{name[:16]}.lock")):
+        yield
 
 
 def leftovers(path: Path) -> list[Path]:

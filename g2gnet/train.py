@@ -9,6 +9,7 @@ from typing import Any
 import g2gnet
 from g2gnet import cli
 from g2gnet.analysis import NetworkAnalysis, headline, summary_table
+from g2gnet.distributed import join, launched
 from g2gnet.training import TrainSettings, run_training
 from g2gnet.training.run_files import RunFiles
 
@@ -35,22 +36,29 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def train(arguments: argparse.Namespace) -> dict[str, Any]:
+def train(arguments: argparse.Namespace) -> dict[str, Any] | None:
     settings = cli.settings_from(arguments, TrainSettings)
     device, backend = cli.machine_from(arguments)
     if arguments.cuda_graph and device.type != "cuda":
         raise cli.FlagError(f"--cuda_graph needs a CUDA device, not {device}; leave it out, or give --device cuda")
-    cli.announce(settings, device, backend)
-    result = run_training(
-        settings,
-        lambda: cli.load_data(arguments, settings, device),
-        arguments.checkpoint_dir,
-        device,
-        backend,
-        show_analysis,
-        arguments.cuda_graph,
-        on_epoch=cli.log_from(arguments),
-    )
+    if arguments.cuda_graph and launched():
+        raise cli.FlagError("--cuda_graph is of one process; leave it out, or start one without torchrun")
+    with join(device) as world:
+        if world.leads:
+            cli.announce(settings, device, backend, world.size)
+        result = run_training(
+            settings,
+            lambda: cli.load_data(arguments, settings, device),
+            arguments.checkpoint_dir,
+            device,
+            backend,
+            show_analysis,
+            arguments.cuda_graph,
+            cli.log_from(arguments) if world.leads else (),
+            world,
+        )
+        if not world.leads:
+            return None
     files = RunFiles(arguments.checkpoint_dir, settings.stem)
     return {"settings": settings.given(), "result": result, "files": files.paths()}
 

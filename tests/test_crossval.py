@@ -96,10 +96,9 @@ def test_the_results_are_printed_and_written(tmp_path, capsys):
     results = json.loads((tmp_path / f"{STEM}_3folds.json").read_text())
     expected = []
     for fold, history in enumerate(histories, 1):
-        expected.append(f"Fold {fold}/3, seed {41 + fold}")
         for record in history:
             accuracies = " | ".join(f"{name}={record[name]:.4f}" for name in ("train_acc", "val_acc", "test_acc"))
-            expected.append(f"Epoch {record['epoch']:02d} | {accuracies}")
+            expected.append(f"Fold {fold}/3, seed {41 + fold} | Epoch {record['epoch']:02d} | {accuracies}")
     expected += ["| fold | seed | train_acc | val_acc | test_acc |", "| --- | --- | --- | --- | --- |"]
     columns = {name: [history[-1][name] for history in histories] for name in ("train_acc", "val_acc", "test_acc")}
     for fold in range(3):
@@ -141,8 +140,8 @@ def test_an_interrupted_cross_validation_goes_on_where_it_was(tmp_path, monkeypa
     capsys.readouterr()
     assert crossval.main([*FLAGS, *variant, "--checkpoint_dir", str(tmp_path / "parts")]) == 0
     parts = capsys.readouterr().out.splitlines()
-    assert "is finished" in parts[2]
-    assert "resuming" in parts[4]
+    assert "is finished" in parts[1]
+    assert "resuming" in parts[2]
     assert whole[-8:-1] == parts[-8:-1]
     for path in (tmp_path / "whole").glob("*.pth"):
         first, second = (torch.load(tmp_path / name / path.name, weights_only=True) for name in ("whole", "parts"))

@@ -220,7 +220,7 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     assert files.checkpoint.read_bytes() == content
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         [f".{files.marker.stem}.lock"]
-        + [path.name for path in (files.checkpoint, files.history, files.analysis, files.marker)]
+        + [path.name for path in (files.checkpoint, files.history, files.table, files.analysis, files.marker)]
     )
 
 

@@ -9,6 +9,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import check_integrity, download_url, extract_archive
 
 from g2gnet.data.image_data import DataError, ImageData
+from g2gnet.files import one_at_a_time
 
 #: torchvision's reader of each data set; its class attributes hold the names, checksums and address of the files
 READERS: dict[str, type[CIFAR10]] = {"cifar10": CIFAR10, "cifar100": CIFAR100}
@@ -27,7 +28,7 @@ def load(name: str, data_dir: Path) -> ImageData:
     reader = READERS[name]
     folder = data_dir / reader.base_folder
     if not folder.is_dir():
-        _fetch(name, data_dir)
+        _fetch(name, data_dir, folder)
     parts = {}
     for part in ("train", "test"):
         try:
@@ -64,7 +65,7 @@ def _damage(name: str, folder: Path) -> str | None:
     return None
 
 
-def _fetch(name: str, data_dir: Path) -> None:
+def _fetch(name: str, data_dir: Path, folder: Path) -> None:
     """Puts the folder of batches into ``data_dir``, whole or not at all, from the archive lying there or downloaded."""
     reader = READERS[name]
     archive = data_dir / reader.filename
@@ -75,12 +76,14 @@ def _fetch(name: str, data_dir: Path) -> None:
         )
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=data_dir, prefix=f".{name}-") as scratch:
+        with one_at_a_time(folder), tempfile.TemporaryDirectory(dir=data_dir, prefix=f".{name}-") as scratch:
+            if folder.is_dir():  # another process has put it there in the meantime
+                return
             if not archive.exists():
                 download_url(reader.url, scratch, reader.filename, reader.tgz_md5)
                 archive = Path(scratch, reader.filename)
             extract_archive(archive, scratch)
-            Path(scratch, reader.base_folder).replace(data_dir / reader.base_folder)
+            Path(scratch, reader.base_folder).replace(folder)
     except (OSError, RuntimeError) as error:  # torchvision raises RuntimeError when the checksum differs
         raise DataError(
             f"{name} is not in {data_dir} and could not be put there ({error}). Do one of these:\n"

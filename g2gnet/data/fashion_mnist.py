@@ -14,6 +14,7 @@ from torchvision.datasets import FashionMNIST
 from torchvision.datasets.utils import extract_archive
 
 from g2gnet.data.image_data import DataError, ImageData
+from g2gnet.files import one_at_a_time
 
 #: where the Debian package dataset-fashion-mnist puts its files
 SYSTEM_DIR = Path("/usr/share/datasets/fashion-mnist")
@@ -30,11 +31,14 @@ def load(data_dir: Path) -> ImageData:
     In ``data_dir`` the four IDX files, gzipped or not, may lie as torchvision leaves them (``FashionMNIST/raw``) or
     directly.
     """
-    for folder in (data_dir / "FashionMNIST" / "raw", data_dir, SYSTEM_DIR):
-        if all(_find(folder, name) for name in FILES):
+    raw = data_dir / "FashionMNIST" / "raw"
+    for folder in (raw, data_dir, SYSTEM_DIR):
+        if _complete(folder):
             return _read(folder)
     try:
-        FashionMNIST(str(data_dir), download=True)
+        with one_at_a_time(raw):
+            if not _complete(raw):  # else another process has fetched it in the meantime
+                _fetch(raw)
     except (OSError, RuntimeError) as error:  # torchvision raises RuntimeError when every mirror failed
         raise DataError(
             f"Fashion-MNIST is neither in {data_dir} nor in {SYSTEM_DIR}, and could not be downloaded ({error}). "
@@ -45,7 +49,20 @@ def load(data_dir: Path) -> ImageData:
             "or name their folder by --data_dir.\n"
             "--dataset fashionmnist-mini needs no files at all."
         ) from error
-    return _read(data_dir / "FashionMNIST" / "raw")
+    return _read(raw)
+
+
+def _fetch(folder: Path) -> None:
+    """Downloads the four files with torchvision, and puts them into ``folder`` when all are there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as scratch:
+        FashionMNIST(scratch, download=True)
+        for file in Path(scratch, "FashionMNIST", "raw").iterdir():
+            file.replace(folder / file.name)
+
+
+def _complete(folder: Path) -> bool:
+    return all(_find(folder, name) for name in FILES)
 
 
 def _find(folder: Path, name: str) -> Path | None:

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from g2gnet.data import DATASETS, ImageData, load_dataset
 from g2gnet.features.resnet import ResNet32
 from g2gnet.features.weights import load_resnet, weights_digest
+from g2gnet.files import one_at_a_time
 from g2gnet.tensor_file import TensorFileError, read_tensors, write_tensors
 
 #: what is computed from an image; another computation needs another name here
@@ -41,16 +42,17 @@ def load_features(
     digest = weights_digest(dataset, weights)
     key = hashlib.sha256(repr((cifar.fingerprint(dataset), digest, CUT)).encode()).hexdigest()
     file = Path(data_dir) / "features" / f"{dataset}_resnet32-{digest}_{key[:16]}.pt"
-    parts = _cached(file)
-    if parts is None:
-        network = load_resnet(dataset, weights).to(device)
-        if torch.device(device).type in ("cpu", "cuda"):
-            # twice as fast on a CPU with AVX-512, in batches that stay in its caches
-            network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        images = load_dataset(dataset, data_dir)
-        print(f"computing the ResNet-32 features of {dataset}", flush=True)
-        parts = _compute(network, images, device)
-        _keep(file, parts)
+    with one_at_a_time(file):
+        parts = _cached(file)
+        if parts is None:
+            network = load_resnet(dataset, weights).to(device)
+            if torch.device(device).type in ("cpu", "cuda"):
+                # twice as fast on a CPU with AVX-512, in batches that stay in its caches
+                network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            images = load_dataset(dataset, data_dir)
+            print(f"computing the ResNet-32 features of {dataset}", flush=True)
+            parts = _compute(network, images, device)
+            _keep(file, parts)
     return ImageData(name=dataset, num_classes=DATASETS[dataset].num_classes, **parts)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 
 from g2gnet.data import ImageData
+from g2gnet.distributed import ALONE, World
 from g2gnet.training.run import EpochCallback, run_training
 from g2gnet.training.settings import SettingsError, TrainSettings, setting
 from g2gnet.training.trainer import Trainer
@@ -32,6 +34,10 @@ class FoldSettings(TrainSettings):
         return f"{super().stem}_fold{self.fold}of{self.k_folds}"
 
     @property
+    def label(self) -> str:
+        return f"Fold {self.fold}/{self.k_folds}, seed {self.seed} | "
+
+    @property
     def summary_stem(self) -> str:
         """The name of the results of all folds."""
         return f"{super().stem}_{self.k_folds}folds"
@@ -44,6 +50,7 @@ def cross_validate(
     device: torch.device,
     backend: str | None = None,
     on_epoch: Sequence[EpochCallback[Trainer]] = (),
+    world: World = ALONE,
 ) -> dict[str, Any]:
     """Trains one model for each fold, from fresh masks and weights; finished folds are skipped.
 
@@ -55,23 +62,28 @@ def cross_validate(
         settings: with ``fold`` = 1.
         load_data: the whole data set; called once if there is something to train.
         checkpoint_dir, device, backend, on_epoch: as for :func:`g2gnet.training.run_training`.
+        world: processes that call this alike, with the same ``checkpoint_dir``. The folds are dealt out to them.
 
     Returns:
         ``folds``: for each fold its number, seed and accuracies after the last epoch; ``mean`` and ``std`` (of the
         sample, that is with k − 1) of the accuracies.
 
     Raises:
-        SettingsError: if a class has too few images for so many folds.
+        SettingsError: if a class has too few images for so many folds, or there are more processes than folds.
         CheckpointError, DataError, TrainingError: as for :func:`g2gnet.training.run_training`.
     """
+    if world.size > settings.k_folds:
+        raise SettingsError(
+            f"k_folds={settings.k_folds} leaves some of {world.size} processes without one; start fewer, or give more"
+        )
     whole = functools.cache(lambda: load_data().limited(settings.limit_train, settings.limit_test))
     folds = []
-    for fold in range(1, settings.k_folds + 1):
+    for fold in range(1, settings.k_folds + 1)[world.rank :: world.size]:
         run = dataclasses.replace(settings, fold=fold, seed=settings.seed + fold - 1)
         data = functools.partial(_fold_data, whole, settings, fold)
-        print(f"Fold {fold}/{run.k_folds}, seed {run.seed}", flush=True)
         record = run_training(run, data, checkpoint_dir, device, backend, on_epoch=on_epoch)
         folds.append({"fold": fold, "seed": run.seed, **{name: record[name] for name in ACCURACIES}})
+    folds = sorted(itertools.chain(*world.gather(folds)), key=lambda result: result["fold"])
     columns = {name: [result[name] for result in folds] for name in ACCURACIES}
     return {
         "folds": folds,

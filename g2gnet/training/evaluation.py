@@ -8,6 +8,7 @@ import torch
 
 from g2g_kernels import Activity
 from g2gnet.data import ImageData, as_samples
+from g2gnet.distributed import ALONE, World
 from g2gnet.network import G2GNet
 from g2gnet.seeding import draw_device, stream
 from g2gnet.training.settings import TrainSettings
@@ -49,16 +50,23 @@ def autocast(settings: TrainSettings, device: torch.device) -> contextlib.Abstra
 
 
 def run_images(
-    net: G2GNet, settings: TrainSettings, epoch: int, data: ImageData, part: str = "test", count: int | None = None
+    net: G2GNet,
+    settings: TrainSettings,
+    epoch: int,
+    data: ImageData,
+    part: str = "test",
+    count: int | None = None,
+    world: World = ALONE,
 ) -> Iterator[Batch]:
     """Runs ``net`` in batches on the first ``count`` (None: all) of the ``"test"`` or ``"val"`` images of ``data``.
 
-    Both are on one device. Each ``epoch`` has its own rate-coded spikes.
+    Both are on one device. Each ``epoch`` has its own rate-coded spikes. The batches are dealt out to the processes of
+    ``world``, whole, so that their results are those of one process.
     """
     net.eval()
     images, labels = getattr(data, f"{part}_images")[:count], getattr(data, f"{part}_labels")[:count]
     device = images.device
-    for first in range(0, len(labels), settings.batch_size):
+    for first in range(0, len(labels), settings.batch_size)[world.rank :: world.size]:
         batch = slice(first, first + settings.batch_size)
         generator = stream(settings.seed, f"encode_{part}", epoch, first, device=draw_device(device))
         with torch.no_grad(), autocast(settings, device):

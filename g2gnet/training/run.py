@@ -1,5 +1,7 @@
 """A training run from start to marker: resume, epochs with progress, checkpoints, history."""
 
+import contextlib
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,6 +12,7 @@ from tqdm import tqdm
 
 from g2gnet.analysis import ANALYSIS_SAMPLES, NetworkAnalysis, analyze_network
 from g2gnet.data import ImageData
+from g2gnet.distributed import ALONE, World, rank
 from g2gnet.seeding import make_deterministic
 from g2gnet.training.health import TrainingError
 from g2gnet.training.interruption import Interrupted, StopSignals
@@ -45,12 +48,13 @@ def run_training(
     show_analysis: Callable[[NetworkAnalysis, Path], None] | None = None,
     cuda_graph: bool = False,
     on_epoch: Sequence[EpochCallback[Trainer]] = (),
+    world: World = ALONE,
 ) -> dict[str, Any]:
     """Trains as ``settings`` say, or goes on from the run's checkpoint, or skips a finished run.
 
     The data is loaded only when there is something to train. A network that has been trained is analysed on some of the
     test images; the analysis is written, and passed with the file's name to ``show_analysis``. Each of ``on_epoch`` is
-    called after each epoch.
+    called after each epoch. All processes of ``world`` call this alike; the first one writes, prints and calls.
 
     Returns:
         The record of the last epoch.
@@ -59,6 +63,8 @@ def run_training(
         CheckpointError: if the run's files cannot be used.
         DataError: if the data cannot be had.
         TrainingError: if the loss or a gradient is not finite any more.
+        SettingsError: if there are too many processes for a batch.
+        DistributedError: if the processes are not in one state any more.
         Interrupted: after a signal, when everything is saved.
     """
 
@@ -70,9 +76,9 @@ def run_training(
             show_analysis(analysis, files.analysis)
 
     def make_trainer() -> Trainer:
-        return Trainer(settings, load_data(), device, backend, cuda_graph)
+        return Trainer(settings, load_data(), device, backend, cuda_graph, world)
 
-    return run_epochs(settings, make_trainer, checkpoint_dir, analyze, on_epoch)
+    return run_epochs(settings, make_trainer, checkpoint_dir, analyze, on_epoch, world)
 
 
 def run_epochs(
@@ -81,6 +87,7 @@ def run_epochs(
     checkpoint_dir: Path | str,
     finish: Callable[[TrainerT, RunFiles], None] | None = None,
     on_epoch: Sequence[EpochCallback[TrainerT]] = (),
+    world: World = ALONE,
 ) -> dict[str, Any]:
     """Trains ``settings.epochs`` epochs, or goes on from the run's checkpoint, or skips a finished run.
 
@@ -94,6 +101,8 @@ def run_epochs(
         checkpoint_dir: where the files lie.
         finish: called after the last epoch, before the run is marked as finished.
         on_epoch: called after each epoch.
+        world: the processes that call this alike, with trainers that work together. All read the run's files; the first
+            one writes them, prints, and calls ``finish`` and ``on_epoch``.
 
     Returns:
         The record of the last epoch.
@@ -104,8 +113,10 @@ def run_epochs(
         Interrupted: after a signal, when everything is saved.
     """
     files = RunFiles(checkpoint_dir, settings.stem)
-    with files.locked():
-        return _run_epochs(settings, make_trainer, files, finish, on_epoch)
+    # the first process has the files and standard output to itself
+    with files.locked() if world.leads else contextlib.redirect_stdout(None):
+        world.wait()  # until the files are this run's
+        return _run_epochs(settings, make_trainer, files, finish, on_epoch, world)
 
 
 def _run_epochs(
@@ -114,8 +125,10 @@ def _run_epochs(
     files: RunFiles,
     finish: Callable[[TrainerT, RunFiles], None] | None,
     on_epoch: Sequence[EpochCallback[TrainerT]],
+    world: World,
 ) -> dict[str, Any]:
     result = files.load_marker(settings.as_dict())
+    world.check_same(f"what is in {files.directory}", result)
     if result is not None:
         print(
             f"{settings.stem} is finished: test_acc={result['test_acc']:.4f}. To run it again, delete {files.names()}."
@@ -138,35 +151,55 @@ def _run_epochs(
                 f"or give another --checkpoint_dir than {files.directory}."
             ) from error
         print(f"resuming {checkpoint.path} after epoch {trainer.epoch}, step {trainer.step}", flush=True)
-    files.write_history(history)
+    if world.leads:
+        files.write_history(history)
 
-    with StopSignals() as stop:
+    def snapshot() -> dict[str, Any]:
+        state = trainer.state_dict()
+        world.check_same(f"the network after step {trainer.step}", trainer.step, state["model"].values())
+        return {"settings": settings.as_dict(), "history": history, **state}
+
+    snapshot()  # of which nothing is kept: where there are several processes, they begin with one and the same
+    with StopSignals() as signals:
+
+        def told_to_stop() -> signal.Signals | None:
+            """The signal that one of the processes has received, the same in all, which wait for one another here."""
+            number = world.largest(signals.received or 0)
+            return signal.Signals(number) if number else None
+
         while trainer.epoch < settings.epochs:
             try:
-                record = _epoch(trainer, settings.epochs, stop)
+                record = _epoch(trainer, settings.epochs, told_to_stop)
                 if record is not None:
                     history.append(record)
-                files.save_checkpoint({"settings": settings.as_dict(), "history": history, **trainer.state_dict()})
+                state = snapshot()
+                if world.leads:
+                    files.save_checkpoint(state)
+                    files.write_history(history)
             except TrainingError as error:
                 raise TrainingError(f"{error}. {files.last_checkpoint()}") from error
             if record is not None:
-                files.write_history(history)
                 names = [name for name in ("train_acc", "val_acc", "test_acc") if name in record]
                 accuracies = [f"{name}={record[name]:.4f}" for name in names]
-                print(f"Epoch {record['epoch']:02d} | {' | '.join(accuracies)}", flush=True)
-                for callback in on_epoch:
-                    callback(record, trainer)
-            if stop.received:
+                print(f"{settings.label}Epoch {record['epoch']:02d} | {' | '.join(accuracies)}", flush=True)
+                if world.leads:
+                    for callback in on_epoch:
+                        callback(record, trainer)
+            # asked in any case: where one process ends, torchrun ends the others, and all must be written by then
+            stop = told_to_stop()
+            if stop:
                 raise Interrupted(
-                    f"stopped by {stop.received.name} after step {trainer.step}, with {trainer.epoch} of "
+                    f"stopped by {stop.name} after step {trainer.step}, with {trainer.epoch} of "
                     f"{settings.epochs} epochs done; saved in {files.checkpoint}: the same command goes on from there",
-                    stop.received,
+                    stop,
                 )
-        if finish:
-            finish(trainer, files)
-        files.mark_done(settings.as_dict(), history[-1])
-        if stop.received:
-            raise Interrupted(f"{stop.received.name} came when {settings.stem} was all but finished", stop.received)
+        if world.leads:
+            if finish:
+                finish(trainer, files)
+            files.mark_done(settings.as_dict(), history[-1])
+        stop = told_to_stop()
+        if stop:
+            raise Interrupted(f"{stop.name} came when {settings.stem} was all but finished", stop)
     return history[-1]
 
 
@@ -174,22 +207,22 @@ class _Stopped(Exception):  # noqa: N818  (nothing is wrong)
     """Leaves an epoch after a step."""
 
 
-def _epoch(trainer: EpochTrainer, epochs: int, stop: StopSignals) -> dict[str, Any] | None:
-    """One epoch under a progress bar, where there is a terminal to show it; None if a signal came before its end."""
+def _epoch(trainer: EpochTrainer, epochs: int, told_to_stop: Callable[[], Any]) -> dict[str, Any] | None:
+    """One epoch under a progress bar, where there is a terminal to show it; None if it was stopped before its end."""
     with tqdm(
         total=len(trainer.data.train_labels),
         desc=f"Epoch {trainer.epoch + 1:02d}/{epochs}",
         unit=" samples",
         unit_scale=True,
         leave=False,
-        disable=not sys.stderr.isatty(),
+        disable=rank() > 0 or not sys.stderr.isatty(),
     ) as bar:
 
         def after_step(seen: int, loss: torch.Tensor, accuracy: torch.Tensor) -> None:
             # reading the loss waits for the device: only as often as the bar is drawn anew
             if bar.update(seen - bar.n):
                 bar.set_postfix(loss=f"{loss.item():.3f}", acc=f"{accuracy.item():.3f}", refresh=False)
-            if stop.received:
+            if told_to_stop():
                 raise _Stopped
 
         try:

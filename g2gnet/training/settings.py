@@ -75,6 +75,11 @@ class Settings:
         """The name of the run's files. It leaves out some settings; the files carry them all."""
         raise NotImplementedError
 
+    @property
+    def label(self) -> str:
+        """What the lines of this run begin with, where several runs are printed together."""
+        return ""
+
     def given(self) -> dict[str, Any]:
         """Those of the settings that users give by flags."""
         fields = dataclasses.fields(self)  # type: ignore[arg-type]  # the same

@@ -7,28 +7,49 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from g2g_kernels import Activity
 from g2gnet.data import ImageData, as_samples, random_crop_and_flip
+from g2gnet.distributed import ALONE, World
 from g2gnet.dst import DSTScheduler
 from g2gnet.layers import G2GLinear
+from g2gnet.network import G2GNet
 from g2gnet.regularizer import RateTarget, rate_penalty, rate_target
 from g2gnet.seeding import draw_device, stream
 from g2gnet.training.cuda_graph import CapturedStep
 from g2gnet.training.evaluation import Batch, autocast, build_network, run_images
 from g2gnet.training.health import CHECK_INTERVAL, FiniteWatch, LayerWatch
-from g2gnet.training.settings import TrainSettings
+from g2gnet.training.settings import SettingsError, TrainSettings
 from g2gnet.training.state import check_like, check_position, load_optimizer
 
 #: called after each training step with the images seen in the epoch so far, and their mean loss and accuracy
 StepCallback = Callable[[int, torch.Tensor, torch.Tensor], None]
 
 
-class _StepResult(NamedTuple):
-    loss: torch.Tensor  # cross-entropy, a scalar
-    correct: torch.Tensor  # correctly classified images, a scalar
-    firing_rates: torch.Tensor  # mean rate of each layer [3]
+class _StepConstants(NamedTuple):
+    """What a step is told beside its batch, and a captured one has built in."""
+
+    target: RateTarget | None
+    share: float  # of the batch's images that this process has
+
+
+class _Simulation(nn.Module):
+    """``simulate`` of a network in the form that DistributedDataParallel takes: as ``forward`` of a module.
+
+    It has the network's parameters alone. Masks need not be sent at every step, as DistributedDataParallel would do
+    with buffers: they are the same in all processes, which is checked whenever they change.
+    """
+
+    def __init__(self, net: G2GNet) -> None:
+        super().__init__()
+        self.net_parameters = nn.ParameterList(net.parameters())
+        self._simulate = net.simulate
+
+    def forward(self, inputs: torch.Tensor) -> Activity:
+        return self._simulate(inputs)
 
 
 @dataclasses.dataclass
@@ -54,6 +75,11 @@ class Trainer:
         device: where to compute.
         backend: kernels to use (None: the device decides).
         cuda_graph: replay each whole batch's step as a CUDA graph.
+        world: processes with a trainer like this one, each of which computes its share of every batch. They do what one
+            process would do, but for the order of floating-point sums.
+
+    Raises:
+        SettingsError: if a batch has fewer images than there are processes.
     """
 
     def __init__(
@@ -63,10 +89,20 @@ class Trainer:
         device: torch.device,
         backend: str | None = None,
         cuda_graph: bool = False,
+        world: World = ALONE,
     ) -> None:
         self.settings = settings
         self.device = device
+        self.world = world
         self.data = data.limited(settings.limit_train, settings.limit_test).to(device)
+        count = len(self.data.train_labels)
+        self._batches = math.ceil(count / settings.batch_size)
+        smallest = count - (self._batches - 1) * settings.batch_size
+        if smallest < world.size:
+            raise SettingsError(
+                f"batch_size={settings.batch_size} leaves {smallest} of {count} images to the last batch of an epoch, "
+                f"less than one for each of {world.size} processes; give another one, or start fewer processes"
+            )
         self.net = build_network(settings, data.input_dim, data.num_classes, backend).to(device)
         self._initial_units = self._units()
         # PyTorch's fused update is for CPU and CUDA; DirectML takes the plain loop
@@ -79,6 +115,14 @@ class Trainer:
             foreach=False,
             capturable=cuda_graph,
         )
+        self._parallel: DistributedDataParallel | None = None
+        if world.size > 1:
+            self._parallel = DistributedDataParallel(
+                _Simulation(self.net),
+                device_ids=[device] if device.type == "cuda" else None,
+                process_group=world.group,
+                gradient_as_bucket_view=True,
+            )
         self._captured = CapturedStep(self._learn) if cuda_graph else None
         self.dst: DSTScheduler | None = None
         if settings.sparsity_mode == "dynamic":
@@ -90,11 +134,11 @@ class Trainer:
                 settings.cp,
                 settings.cg,
                 settings.seed,
+                world.group,
             )
         self.epoch = 0  # finished epochs
         self.step = 0
         self.progress: EpochProgress | None = None  # of an epoch that has begun
-        self._batches = math.ceil(len(self.data.train_labels) / settings.batch_size)
         self._finite = FiniteWatch(self.net, device, f"lower --lr (now {settings.lr})")
         self._layers = LayerWatch()
 
@@ -160,9 +204,9 @@ class Trainer:
             start = time.perf_counter()
             index = order[first : first + size]
             result = self._train_step(index)
-            progress.loss += result.loss * len(index)
-            progress.correct += result.correct
-            progress.firing_rates += result.firing_rates * len(index)
+            progress.loss += result[0] * len(index)
+            progress.correct += result[1]
+            progress.firing_rates += result[2:] * len(index)
             progress.seconds += time.perf_counter() - start
             if on_step:
                 seen = first + len(index)
@@ -174,7 +218,9 @@ class Trainer:
         self.epoch += 1
         self.progress = None
         firing_rate = {f"lif{i + 1}": rate / count for i, rate in enumerate(progress.firing_rates.tolist())}
-        self._layers.check(self.epoch, firing_rate, {f"lif{i}": lif for i, (_, lif) in enumerate(self.net.layers(), 1)})
+        if self.world.leads:
+            neurons = {f"lif{i}": lif for i, (_, lif) in enumerate(self.net.layers(), 1)}
+            self._layers.check(self.epoch, firing_rate, neurons)
         connections = self._connections()
         return {
             "epoch": self.epoch,
@@ -194,20 +240,25 @@ class Trainer:
             "initial_units_kept": self._kept(self._initial_units),
         }
 
-    def _train_step(self, index: torch.Tensor) -> _StepResult:
+    def _train_step(self, index: torch.Tensor) -> torch.Tensor:
+        """One step on the images of a batch: its mean loss, number of correct ones and mean rate of each layer [5]."""
         labels = self.data.train_labels[index]
         images = self.data.train_images[index]
         if self.settings.augments:
             images = random_crop_and_flip(images, self._stream("augment", self.step))
         inputs = self.net.encode(as_samples(images), self._stream("encode_train", self.step))
+        # every process draws for the whole batch, so that each image gets what it would get in one process
+        share = self.world.share(len(index))
+        inputs, labels = inputs[..., share, :], labels[share]
         target = None
         if self.settings.enforce_sparsity:
             target = rate_target(self.epoch + 1, self.settings.epochs, self.settings.warmup_epochs)
         whole = len(index) == self.settings.batch_size
         learn = self._captured if self._captured and whole else self._learn
-        result, activity = learn(inputs, labels, target)
+        result, activity = learn(inputs, labels, _StepConstants(target, len(labels) / len(index)))
+        self.world.sum_(result)
         self.step += 1
-        self._finite.note(self.step, result.loss)
+        self._finite.note(self.step, result[0])
         if self.step % CHECK_INTERVAL == 0:
             self._finite.check()
         if self.dst:
@@ -215,22 +266,34 @@ class Trainer:
         return result
 
     def _learn(
-        self, inputs: torch.Tensor, labels: torch.Tensor, target: RateTarget | None
-    ) -> tuple[_StepResult, Activity]:
-        """Forward pass, loss, backward pass, update. Nothing here waits for the device, so that it can be captured."""
+        self, inputs: torch.Tensor, labels: torch.Tensor, constants: _StepConstants
+    ) -> tuple[torch.Tensor, Activity]:
+        """Forward pass, loss, backward pass, update. Nothing here waits for the device, so that it can be captured.
+
+        Returns this process's part of the sums that :meth:`_train_step` returns, and the activity.
+        """
+        target, share = constants
         with autocast(self.settings, self.device):
-            activity = self.net.simulate(inputs)
+            activity = self._parallel(inputs) if self._parallel else self.net.simulate(inputs)
         loss = F.cross_entropy(activity.counts, labels)
-        objective = loss
+        objective = share * loss
         if target and target.strength > 0:
-            objective = loss + rate_penalty(activity.rates[:-1], target)
+            rates = [self._whole_batch(share * rates) for rates in activity.rates[:-1]]
+            objective = objective + rate_penalty(rates, target)
         self.optimizer.zero_grad(set_to_none=True)
-        objective.backward()
+        # DistributedDataParallel takes the mean of the processes' gradients, where their sum is wanted
+        (objective * self.world.size).backward()
         self.optimizer.step()
         with torch.no_grad():
-            correct = (activity.counts.argmax(1) == labels).sum()
-            firing_rates = torch.stack([rates.mean() for rates in activity.rates])
-        return _StepResult(loss.detach(), correct, firing_rates), activity
+            correct = (activity.counts.argmax(1) == labels).sum().to(loss.dtype)
+            firing_rates = [share * rates.mean() for rates in activity.rates]
+            return torch.stack([share * loss, correct, *firing_rates]), activity
+
+    def _whole_batch(self, part: torch.Tensor) -> torch.Tensor:
+        """The sum over the processes; its gradient goes to this process's part alone, since each sends its own."""
+        if self.world.size == 1:
+            return part
+        return part + (self.world.sum_(part.detach().clone()) - part.detach())
 
     def run_images(self, part: str = "test", count: int | None = None) -> Iterator[Batch]:
         """What the network does with the first ``count`` (None: all) of the ``"test"`` or ``"val"`` images."""
@@ -239,9 +302,9 @@ class Trainer:
     def evaluate(self, part: str = "test") -> float:
         """The share of the ``"test"`` or ``"val"`` images that are classified correctly."""
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
-        for batch in self.run_images(part):
+        for batch in run_images(self.net, self.settings, self.epoch, self.data, part, world=self.world):
             correct += (batch.activity.counts.argmax(1) == batch.labels).sum()
-        return correct.item() / len(getattr(self.data, f"{part}_labels"))
+        return self.world.sum_(correct).item() / len(getattr(self.data, f"{part}_labels"))
 
     def _units(self) -> dict[str, torch.Tensor]:
         """Which units each connection has now: bool [block rows, block columns]."""

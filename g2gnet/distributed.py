@@ -1,0 +1,136 @@
+"""Several processes that work on one run, as ``torchrun`` starts them: what they share, and what they agree on."""
+
+import contextlib
+import datetime
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+#: PyTorch's communication for each kind of device; tensors on the CPU always go through gloo
+BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
+
+
+class DistributedError(RuntimeError):
+    """The processes of a run do not fit together, or are not in one state any more; the message says what differs."""
+
+
+class World:
+    """The processes that work on one run. Every method but :meth:`share` is to be called by all of them alike.
+
+    Args:
+        group: PyTorch's group of these processes, or None: this one works alone, and nothing is ever sent.
+
+    Attributes:
+        rank: which of them this one is, from 0.
+        size: how many they are.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self.size = 1 if group is None else dist.get_world_size(group)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process is the one that writes and prints."""
+        return self.rank == 0
+
+    def share(self, count: int) -> slice:
+        """This process's part of ``count`` samples: the parts are contiguous and differ by one sample at most."""
+        return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Puts the sum over the processes into ``tensor``, the same to the last bit in each, and returns it."""
+        if self.size > 1:
+            dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def largest(self, value: int) -> int:
+        """The largest of the processes' values. Does not wait for a GPU."""
+        if self.size == 1:
+            return value
+        tensor = torch.tensor(value)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
+        return int(tensor)
+
+    def wait(self) -> None:
+        """Waits until all have come here."""
+        self.largest(0)
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes, by rank."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def check_same(self, what: str, value: Any, tensors: Iterable[torch.Tensor] = ()) -> None:
+        """Raises DistributedError, in every process, unless ``value`` and the tensors' bits are the same in all."""
+        if self.size == 1:
+            return
+        digest = hashlib.sha256()
+        for tensor in tensors:
+            digest.update(tensor.detach().cpu().numpy().tobytes())
+        values = self.gather((value, digest.digest()))
+        differing = [str(rank) for rank, other in enumerate(values) if other != values[0]]
+        if differing:
+            raise DistributedError(f"{what} of rank {', '.join(differing)} is not that of rank 0")
+
+
+#: one process by itself
+ALONE = World()
+
+
+def launched() -> bool:
+    """Whether ``torchrun``, or what sets the same variables, has started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
+def rank() -> int:
+    """Which of them this one is, from 0."""
+    return int(os.environ["RANK"]) if launched() else 0
+
+
+def local_rank() -> int:
+    """Which of those on this machine this one is, from 0."""
+    return int(os.environ["LOCAL_RANK"]) if launched() else 0
+
+
+@contextlib.contextmanager
+def join(device: torch.device, timeout: datetime.timedelta | None = None) -> Iterator[World]:
+    """The processes that ``torchrun`` has started, while it is entered; :data:`ALONE` without it.
+
+    Args:
+        device: on which this process computes.
+        timeout: for how long processes wait for one another (None: PyTorch's own, some minutes).
+
+    Raises:
+        DistributedError: for a device between which nothing can be sent, or when another process has ended.
+    """
+    if not launched():
+        yield ALONE
+        return
+    if device.type not in BACKENDS:
+        raise DistributedError(
+            f"several processes need CPUs or CUDA devices, not {device}; start one, without torchrun"
+        )
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(BACKENDS[device.type], timeout=timeout)
+    try:
+        yield World(dist.group.WORLD)
+    except RuntimeError as error:
+        # gloo has no type of its own for them
+        if isinstance(error, dist.DistError) or "gloo/transport" in str(error):
+            raise DistributedError(
+                "lost the connection to another process; the same command goes on from the last checkpoint, with any "
+                f"number of processes. PyTorch says: {error}"
+            ) from error
+        raise
+    finally:
+        dist.destroy_process_group()

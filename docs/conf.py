@@ -31,6 +31,7 @@ include_patterns = [
     "g2g_kernels/ops/*/README.md",
     "benchmarks/results/*.md",
 ]
+exclude_patterns = [".*", "build", "data"]  # folders that need not be searched
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 myst_heading_anchors = 3
 
@@ -38,6 +39,7 @@ autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_inherit_docstrings = False  # else PyTorch's own text for every method that overrides one of nn.Module
 python_maximum_signature_line_length = 100
 add_module_names = False
+toc_object_entries_show_parents = "hide"
 nitpicky = True
 # other projects' names, which only a connection could look up
 nitpick_ignore_regex = [("py:.*", r"(collections|nir|pathlib|torch|types)\..*|.*\.TrainerT")]
@@ -59,7 +61,7 @@ class FoldersAsText(Transform):
     def apply(self) -> None:
         here = Path(self.document["source"]).parent
         for link in list(self.document.findall(pending_xref)):
-            if (here / link["reftarget"]).is_dir():
+            if link["reftype"] == "myst" and (here / link["reftarget"]).is_dir():
                 link.replace_self(link.children)
 
 

@@ -36,7 +36,7 @@ def small_layer(out_size=40, in_size=30, **options):
 @pytest.mark.parametrize("surrogate", SURROGATES)
 def test_steps_of_lif_equal_the_run_over_all_steps(reset, surrogate):
     current = torch.randn(9, 4, 7, generator=seeded(0), dtype=torch.float64).mul_(1.5).requires_grad_()
-    beta = torch.linspace(0.2, 1.1, 7, dtype=torch.float64).requires_grad_()  # one beyond the clamp
+    beta = torch.tensor([-0.1, 0, 0.2, 0.5, 0.9, 1, 1.1], dtype=torch.float64).requires_grad_()
     threshold = torch.linspace(0.5, 1.2, 7, dtype=torch.float64).requires_grad_()
     weight = torch.randn(9, 4, 7, generator=seeded(1), dtype=torch.float64)
     leaves = (current, beta, threshold)

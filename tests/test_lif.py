@@ -7,7 +7,17 @@ import weakref
 import pytest
 import snntorch
 import torch
-from helpers import ErrorRatios, backends_of, device_of, lif_by_autograd, rms, seeded, skip_where_refused, threads
+from helpers import (
+    ErrorRatios,
+    backends_of,
+    clamps_alike,
+    device_of,
+    lif_by_autograd,
+    rms,
+    seeded,
+    skip_where_refused,
+    threads,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from snntorch import surrogate as snn_surrogate
@@ -141,7 +151,7 @@ def test_a_membrane_exactly_at_the_threshold_does_not_fire(reset):
 
 @every_reset
 def test_beta_is_clamped_and_has_no_gradient_outside_0_to_1(reset):
-    """0 and 1 themselves are inside, as in torch.clamp."""
+    """0 and 1 themselves are inside, as in the torch.clamp of most versions."""
     beta = torch.tensor([-0.3, 0.0, 0.5, 0.9, 1.0, 1.0001, 1.7], dtype=torch.float64)
     threshold = torch.tensor([0.8], dtype=torch.float64)
     current, weights = currents(T, B, N), output_weights(T, B, N)
@@ -149,7 +159,8 @@ def test_beta_is_clamped_and_has_no_gradient_outside_0_to_1(reset):
     ours = gradients(lambda *t: lif(*t, reset=reset, backend="torch"), current, beta, threshold, weights)
     assert torch.equal(ours["spikes"], theirs["spikes"])
     assert [bool(g) for g in ours["beta.grad"]] == [False, True, True, True, True, False, False]
-    torch.testing.assert_close(ours["beta.grad"], theirs["beta.grad"], rtol=1e-11, atol=1e-12)
+    agree = clamps_alike(beta)
+    torch.testing.assert_close(ours["beta.grad"][agree], theirs["beta.grad"][agree], rtol=1e-11, atol=1e-12)
     clamped = lif(current, beta.clamp(0, 1), threshold, reset=reset, backend="torch")
     assert torch.equal(ours["spikes"], clamped)
 

@@ -50,7 +50,9 @@ def lif_step(
             f"membrane has shape {tuple(membrane.shape)}, the current {tuple(current.shape)}; "
             "give None to begin with another batch"
         )
-    decay, theta = beta.to(dtype).clamp(0, 1), threshold.to(dtype)
+    beta, theta = beta.to(dtype), threshold.to(dtype)
+    # clamped, with a slope at 0 and 1 themselves whatever torch.clamp has there (PyTorch 2.15 has none)
+    decay = torch.where((beta >= 0) & (beta <= 1), beta, beta.detach().clamp(0, 1))
 
     fired = (membrane > theta).to(dtype)  # R_t: a comparison, so no gradient passes through it
     if reset == "zero":

@@ -58,16 +58,20 @@ def accuracy(arguments: argparse.Namespace) -> cli.Report:
         "images": {"train": len(data.train_labels), "test": len(data.test_labels)},
         "runs": [],
     }
-    for kind, settings in runs:
-        epochs = train(settings, data, device, backend)
-        title = {"dense": "dense", "static": f"{settings.model}, fixed graph", "dynamic": f"{settings.model}, dynamic"}
-        record["runs"].append({"kind": kind, "title": title[kind], "seed": settings.seed, "epochs": epochs})
-        last = epochs[-1]
-        print(
-            f"{title[kind]}, seed {settings.seed}: {last['test_acc']:.4f} after {last['epoch']} epochs in "
-            f"{report.seconds(last['wall_seconds'])}",
-            flush=True,
-        )
+    images = sum(settings.epochs * len(data.train_labels[: settings.limit_train]) for _, settings in runs)
+    with tqdm(total=images, unit=" samples", unit_scale=True, leave=False, disable=None) as bar:
+        for kind, settings in runs:
+            static = f"{settings.model}, fixed graph"
+            title = {"dense": "dense", "static": static, "dynamic": f"{settings.model}, dynamic"}[kind]
+            bar.set_description(f"{title}, seed {settings.seed}")
+            epochs = train(settings, data, device, backend, bar)
+            record["runs"].append({"kind": kind, "title": title, "seed": settings.seed, "epochs": epochs})
+            last = epochs[-1]
+            bar.write(
+                f"{title}, seed {settings.seed}: {last['test_acc']:.4f} after {last['epoch']} epochs in "
+                f"{report.seconds(last['wall_seconds'])}"
+            )
+            sys.stdout.flush()
     print(table(record))
     return cli.Report(record, csv_rows(record))
 
@@ -94,19 +98,22 @@ def planned(arguments: argparse.Namespace) -> list[tuple[str, TrainSettings]]:
     return [(kind, dataclasses.replace(static, seed=seed, **changes[kind])) for seed in seeds for kind in kinds]
 
 
-def train(settings: TrainSettings, data: ImageData, device: Any, backend: str | None) -> list[dict[str, Any]]:
-    """The records of all epochs, each with the seconds of training so far."""
+def train(
+    settings: TrainSettings, data: ImageData, device: Any, backend: str | None, bar: tqdm
+) -> list[dict[str, Any]]:
+    """The records of all epochs, each with the seconds of training so far; ``bar`` counts the images."""
     make_deterministic(settings.seed)
     trainer = Trainer(settings, data, device, backend)
     epochs: list[dict[str, Any]] = []
-    total = settings.epochs * len(trainer.data.train_labels)
-    wall = 0.0
-    with tqdm(total=total, unit=" samples", unit_scale=True, leave=False, disable=None) as bar:
-        bar.set_description(f"{settings.model}, {settings.sparsity_mode}")
-        while trainer.epoch < settings.epochs:
-            epoch = trainer.train_epoch(lambda images, *_: bar.update(images) and None)
-            wall += epoch["seconds"]
-            epochs.append({**epoch, "wall_seconds": wall})
+    before, wall = bar.n, 0.0
+
+    def after_step(seen: int, *_: Any) -> None:
+        bar.update(before + trainer.epoch * len(trainer.data.train_labels) + seen - bar.n)
+
+    while trainer.epoch < settings.epochs:
+        epoch = trainer.train_epoch(after_step)
+        wall += epoch["seconds"]
+        epochs.append({**epoch, "wall_seconds": wall})
     return epochs
 
 

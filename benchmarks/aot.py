@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from g2g_kernels.triton import runtime
 from g2g_kernels.triton.runtime import Launch
@@ -239,33 +240,31 @@ def programs_of_sm(registers: int, shared: int, num_warps: int, target: Target) 
 
 def rows(cases: Sequence[Case], targets: Sequence[Target], kernels: Sequence[str]) -> Iterator[Row]:
     """Each of these kernels of these steps on each target, once."""
-    seen: set[tuple[str, Source]] = set()
+    jobs: dict[tuple[str, Source], tuple[str, str, Target]] = {}
     for case in cases:
         for launch in case.launches():
-            if launch.kernel.fn.__name__ not in kernels:
-                continue
-            for target in targets:
+            name = launch.kernel.fn.__name__
+            for target in targets if name in kernels else ():
                 if case.precision == "high" and target.backend == "hip":
                     continue  # tf32 is NVIDIA's; on AMD's cards nothing asks for it
-                source = source_of(launch, target)
-                if (target.name, source) in seen:
-                    continue
-                seen.add((target.name, source))
-                compiled = compile_for(source, target)
-                registers, stack = resources(compiled, target)
-                shared = compiled.metadata.shared
-                yield Row(
-                    case.name,
-                    launch.kernel.fn.__name__,
-                    source.tile,
-                    source.factors,
-                    target.name,
-                    registers,
-                    stack,
-                    shared,
-                    programs_of_sm(registers, shared, compiled.metadata.num_warps, target),
-                    matrix_instructions(compiled, target),
-                )
+                jobs.setdefault((target.name, source_of(launch, target)), (case.name, name, target))
+    bar = tqdm(jobs.items(), desc="compiling", unit=" kernels", leave=False, disable=None)
+    for (_, source), (case_name, name, target) in bar:
+        compiled = compile_for(source, target)
+        registers, stack = resources(compiled, target)
+        shared = compiled.metadata.shared
+        yield Row(
+            case_name,
+            name,
+            source.tile,
+            source.factors,
+            target.name,
+            registers,
+            stack,
+            shared,
+            programs_of_sm(registers, shared, compiled.metadata.num_warps, target),
+            matrix_instructions(compiled, target),
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -291,7 +290,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for row in rows(cases, targets, arguments.kernels):
             unlike = dataclasses.replace(row, case="")  # steps differ in arguments that change nothing of this
             if unlike not in printed:
-                print(line(row.cells()), flush=True)
+                tqdm.write(line(row.cells()))
+                sys.stdout.flush()
             printed.add(unlike)
     return 0
 

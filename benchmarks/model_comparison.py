@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 COMMON = "--dataset fashionmnist --T 10 --hidden_dim 1024"
 DST = "--sparsity_mode dynamic --cp hebb --cg hebb --dst_interval 200"
 #: the flags of each row
@@ -80,12 +82,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
     arguments = parser.parse_args(argv)
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in arguments.variants}
-    for seed in arguments.seeds:
-        for name in arguments.variants:
+    runs = [(seed, name) for seed in arguments.seeds for name in arguments.variants]
+    # one line below the bar that each run draws for itself
+    with tqdm(runs, desc="all", unit=" runs", position=1, leave=False, disable=None) as bar:
+        for seed, name in bar:
             folder = arguments.runs / f"{name.replace(', ', '-').replace(' ', '-')}-seed{seed}"
             record = run(VARIANTS[name], arguments.epochs, seed, folder)
             results[name].append(record)
-            print(f"{name}, seed {seed}: test accuracy {record['test_acc']:.4f}", file=sys.stderr, flush=True)
+            bar.write(f"{name}, seed {seed}: test accuracy {record['test_acc']:.4f}", file=sys.stderr)
     print(table(results))
     return 0
 

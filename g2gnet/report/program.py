@@ -3,6 +3,8 @@
 import argparse
 from collections.abc import Sequence
 
+from tqdm import tqdm
+
 from g2gnet import cli
 from g2gnet.data import ImageData
 from g2gnet.training import read_run
@@ -38,7 +40,7 @@ def make_report(arguments: argparse.Namespace) -> None:
     runs = [read_run(path) for path in arguments.checkpoints]
     data: dict[tuple, ImageData] = {}
     inspected = []
-    for run in runs:
+    for run in tqdm(runs, desc="inspecting", unit=" runs", leave=False, disable=None):
         key = (run.settings.dataset, run.settings.use_resnet, run.settings.resnet_weights, run.settings.limit_test)
         if key not in data:
             data[key] = cli.load_run_data(arguments, run.settings, device)

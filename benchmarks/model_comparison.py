@@ -14,7 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
+
+from g2gnet.cli import add_json_flag, run_program
+
+from .machine import describe
 
 COMMON = "--dataset fashionmnist --T 10 --hidden_dim 1024"
 DST = "--sparsity_mode dynamic --cp hebb --cg hebb --dst_interval 200"
@@ -53,17 +58,17 @@ def run(flags: str, epochs: int, seed: int, folder: Path) -> dict[str, Any]:
     return json.loads(marker.read_text())["result"]
 
 
-def table(results: dict[str, list[dict[str, Any]]]) -> str:
-    """Markdown: mean ± standard deviation (n − 1) over the seeds, in per cent; density and the median epoch's time."""
+def table(record: dict[str, Any]) -> str:
+    """Markdown: mean ± standard deviation (n − 1) over the seeds, in per cent, and the density at the end."""
     lines = [
         "| model | test accuracy, % | training accuracy, % | weights of fc2 that exist | flags |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for name, records in results.items():
-        test, train = ([100 * record[key] for record in records] for key in ("test_acc", "train_acc"))
+    for row in record["models"]:
+        test, train = ([100 * end[key] for end in row["last_epochs"]] for key in ("test_acc", "train_acc"))
+        density = row["last_epochs"][0]["density"]["fc2"]
         lines.append(
-            f"| {name} | {_spread(test)} | {_spread(train)} | {100 * records[0]['density']['fc2']:.1f} % "
-            f"| `{VARIANTS[name]}` |"
+            f"| {row['model']} | {_spread(test)} | {_spread(train)} | {100 * density:.1f} % | `{row['flags']}` |"
         )
     return "\n".join(lines)
 
@@ -74,24 +79,39 @@ def _spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"python -m {__package__}.model_comparison", description=__doc__)
     parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where runs go (default: runs)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], metavar="N", help="default: 1 2 3")
     parser.add_argument("--epochs", type=int, default=5, metavar="N", help="epochs of each run (default: 5)")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
-    arguments = parser.parse_args(argv)
-    results: dict[str, list[dict[str, Any]]] = {name: [] for name in arguments.variants}
-    runs = [(seed, name) for seed in arguments.seeds for name in arguments.variants]
+    add_json_flag(parser, "the last epoch of every run")
+    return parser
+
+
+def compare(arguments: argparse.Namespace) -> dict[str, Any]:
+    record = {
+        "benchmark": "model_comparison",
+        "machine": describe(torch.device("cpu")),
+        "settings": COMMON,
+        "epochs": arguments.epochs,
+        "seeds": arguments.seeds,
+        "models": [{"model": name, "flags": VARIANTS[name], "last_epochs": []} for name in arguments.variants],
+    }
+    runs = [(seed, row) for seed in arguments.seeds for row in record["models"]]
     # one line below the bar that each run draws for itself
     with tqdm(runs, desc="all", unit=" runs", position=1, leave=False, disable=None) as bar:
-        for seed, name in bar:
-            folder = arguments.runs / f"{name.replace(', ', '-').replace(' ', '-')}-seed{seed}"
-            record = run(VARIANTS[name], arguments.epochs, seed, folder)
-            results[name].append(record)
-            bar.write(f"{name}, seed {seed}: test accuracy {record['test_acc']:.4f}", file=sys.stderr)
-    print(table(results))
-    return 0
+        for seed, row in bar:
+            folder = arguments.runs / f"{row['model'].replace(', ', '-').replace(' ', '-')}-seed{seed}"
+            end = run(row["flags"], arguments.epochs, seed, folder)
+            row["last_epochs"].append(end)
+            bar.write(f"{row['model']}, seed {seed}: test accuracy {end['test_acc']:.4f}", file=sys.stderr)
+    print(table(record))
+    return record
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_program(build_parser(), compare, argv)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Redraws every measured table and picture of the documentation from the records: ``python -m benchmarks.redraw``.
 
 A page marks the places of its drawn parts with ``<!-- drawn: NAME -->`` and ``<!-- end -->``. NAME is ``step`` or
-another kernel (``step, in short`` has fewer columns), ``scaling-p_inter`` or another quantity, or ``accuracy``. A part
-shows every such record in ``benchmarks/results``, whatever machine it is from, and is empty where there is none.
-Pictures lie in ``docs``, under the names of their records. Numbers stand nowhere else, so a page cannot disagree with
-what was measured; ``tests/test_readme.py`` holds it to that.
+another kernel (``step, in short`` has fewer columns), ``scaling-p_inter`` or another quantity, ``accuracy`` or
+``model_comparison``. A part shows every such record in ``benchmarks/results``, whatever machine it is from, and is
+empty where there is none. Pictures lie in ``docs``, under the names of their records. Numbers stand nowhere else, so a
+page cannot disagree with what was measured; ``tests/test_benchmark_reports.py`` holds it to that.
 """
 
 import argparse
@@ -17,13 +17,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .model_comparison import table
 from .registry import KERNELS
 from .report import seconds, title
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PICTURES = ROOT / "docs"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "results.md")
 PICTURED = ("scaling", "accuracy")
 
 _PART = re.compile(r"(?<=<!-- drawn: )([^>]+)( -->\n)(.*?)(?=<!-- end -->)", re.DOTALL)
@@ -37,7 +38,7 @@ class Record(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What it measures: a kernel, ``scaling-`` and a quantity, or ``accuracy``."""
+        """What it measures: a kernel, ``scaling-`` and a quantity, or another benchmark."""
         benchmark = self.content["benchmark"]
         if benchmark == "throughput":
             return self.content["kernel"]
@@ -193,12 +194,21 @@ def _accuracy(record: Record, link: Link) -> str:
     )
 
 
+def _model_comparison(record: Record, link: Link) -> str:
+    content = record.content
+    return (
+        f"`{content['settings']} --epochs {content['epochs']}`, seeds {', '.join(map(str, content['seeds']))}: mean ± "
+        f"standard deviation after the last epoch. On {_machine(record, link)}.\n\n{table(content)}"
+    )
+
+
 #: the parts that a page may ask for: the record's name, and who writes it
 PARTS: dict[str, tuple[str, Callable[[Record, Link], str]]] = {
     **{name: (name, functools.partial(_throughput, short=False)) for name in KERNELS},
     "step, in short": ("step", functools.partial(_throughput, short=True)),
     **{f"scaling-{name}": (f"scaling-{name}", _scaling) for name in ("p_inter", "block_size", "groups", "T", "B", "H")},
     "accuracy": ("accuracy", _accuracy),
+    "model_comparison": ("model_comparison", _model_comparison),
 }
 
 

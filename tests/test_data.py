@@ -1,11 +1,18 @@
 """Data sets: real reading code on small files in the true format, and a message for whatever can be wrong."""
 
+import gzip
+import hashlib
+import io
+import re
+import sys
+
 import numpy as np
 import pytest
 import torch
-from small_data import fashion_mnist_files, idx_bytes, write
+from small_data import NOBODY_LISTENS, cifar_archive, cifar_files, fashion_mnist_files, idx_bytes, write
+from torchvision.datasets import FashionMNIST
 
-from g2gnet.data import DataError, as_samples, fashion_mnist, load_dataset
+from g2gnet.data import DataError, as_samples, cifar, fashion_mnist, load_dataset
 
 
 @pytest.fixture
@@ -32,6 +39,56 @@ def test_the_system_copy_is_used_when_the_data_folder_has_none(tmp_path, small_f
     write(tmp_path / "system", small_files, compress=True)
     monkeypatch.setattr(fashion_mnist, "SYSTEM_DIR", tmp_path / "system")
     assert len(load_dataset("fashionmnist", tmp_path / "empty").train_labels) == 60
+
+
+@pytest.fixture
+def server(tmp_path, small_files, monkeypatch):
+    """A folder that stands for a mirror, the second one after one that is down, with the published archives."""
+    folder = tmp_path / "server"
+    write(folder, small_files, compress=True)
+    archives = {path.name: path.read_bytes() for path in folder.iterdir()}
+    published = [(name, hashlib.md5(archives[name]).hexdigest()) for name, _ in FashionMNIST.resources]
+    monkeypatch.setattr(FashionMNIST, "resources", published)
+    monkeypatch.setattr(FashionMNIST, "mirrors", [NOBODY_LISTENS, f"{folder.as_uri()}/"])
+    return folder
+
+
+def test_files_are_downloaded_once_from_the_mirror_that_has_them(tmp_path, small_files, server, monkeypatch, capsys):
+    data = load_dataset("fashionmnist", tmp_path / "data")
+    raw = np.frombuffer(small_files["train-images-idx3-ubyte"][16:], np.uint8).reshape(60, 28, 28)
+    assert np.array_equal(data.train_images.numpy(), raw)
+    # as torchvision leaves them
+    files = {path.name for path in (tmp_path / "data/FashionMNIST/raw").iterdir() if path.is_file()}
+    assert files == {*small_files, *(f"{name}.gz" for name in small_files)}
+    monkeypatch.setattr(FashionMNIST, "mirrors", [])
+    assert torch.equal(load_dataset("fashionmnist", tmp_path / "data").train_images, data.train_images)
+    assert capsys.readouterr().err == "", "no bar where there is no terminal"
+
+
+def test_a_download_with_another_checksum_is_refused(tmp_path, server):
+    (server / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(b"something else"))
+    with pytest.raises(
+        DataError, match=r"Connection refused.*t10k-labels-idx1-ubyte.gz: what is there has not the publ"
+    ):
+        load_dataset("fashionmnist", tmp_path / "data")
+    assert not [path for path in (tmp_path / "data").rglob("*.gz") if path.is_file()]
+
+
+def test_a_download_shows_the_time_left_on_a_terminal(tmp_path, monkeypatch):
+    files = cifar_files(monkeypatch, "cifar10", train=50, test=20)
+    reader = cifar.READERS["cifar10"]
+    (tmp_path / reader.filename).write_bytes(cifar_archive("cifar10", files))
+    monkeypatch.setattr(reader, "url", (tmp_path / reader.filename).as_uri())
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", Terminal())
+        assert len(load_dataset("cifar10", tmp_path / "data").train_labels) == 50
+        assert re.search(r"\r100%\|.*\[00:00<00:00, ", sys.stderr.getvalue())
+    assert [path.name for path in (tmp_path / "data").glob("[!.]*")] == [reader.base_folder]
 
 
 @pytest.mark.usefixtures("small_files")

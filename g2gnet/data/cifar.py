@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.datasets.utils import check_integrity, download_url, extract_archive
+from torchvision.datasets.utils import check_integrity, extract_archive
 
+from g2gnet.data.download import download
 from g2gnet.data.image_data import DataError, ImageData
 from g2gnet.files import one_at_a_time
 
@@ -80,11 +81,11 @@ def _fetch(name: str, data_dir: Path, folder: Path) -> None:
             if folder.is_dir():  # another process has put it there in the meantime
                 return
             if not archive.exists():
-                download_url(reader.url, scratch, reader.filename, reader.tgz_md5)
                 archive = Path(scratch, reader.filename)
+                download([reader.url], archive, reader.tgz_md5)
             extract_archive(archive, scratch)
             Path(scratch, reader.base_folder).replace(folder)
-    except (OSError, RuntimeError) as error:  # torchvision raises RuntimeError when the checksum differs
+    except OSError as error:
         raise DataError(
             f"{name} is not in {data_dir} and could not be put there ({error}). Do one of these:\n"
             "  1. connect to the internet and run this again;\n"

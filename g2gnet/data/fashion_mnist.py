@@ -13,6 +13,7 @@ import torch
 from torchvision.datasets import FashionMNIST
 from torchvision.datasets.utils import extract_archive
 
+from g2gnet.data.download import download
 from g2gnet.data.image_data import DataError, ImageData
 from g2gnet.files import one_at_a_time
 
@@ -39,7 +40,7 @@ def load(data_dir: Path) -> ImageData:
         with one_at_a_time(raw):
             if not _complete(raw):  # else another process has fetched it in the meantime
                 _fetch(raw)
-    except (OSError, RuntimeError) as error:  # torchvision raises RuntimeError when every mirror failed
+    except OSError as error:
         raise DataError(
             f"Fashion-MNIST is neither in {data_dir} nor in {SYSTEM_DIR}, and could not be downloaded ({error}). "
             "Do one of these:\n"
@@ -53,11 +54,14 @@ def load(data_dir: Path) -> ImageData:
 
 
 def _fetch(folder: Path) -> None:
-    """Downloads the four files with torchvision, and puts them into ``folder`` when all are there."""
+    """Downloads the four files, and puts them into ``folder`` as torchvision would, when all are there."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as scratch:
-        FashionMNIST(scratch, download=True)
-        for file in Path(scratch, "FashionMNIST", "raw").iterdir():
+        for name, md5 in FashionMNIST.resources:
+            archive = Path(scratch, name)
+            download([f"{mirror}{name}" for mirror in FashionMNIST.mirrors], archive, md5)
+            extract_archive(str(archive), scratch)
+        for file in Path(scratch).iterdir():
             file.replace(folder / file.name)
 
 

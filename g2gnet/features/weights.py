@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -88,7 +89,9 @@ def _published(dataset: str) -> Path:
     if not path.exists():
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            torch.hub.load_state_dict_from_url(release.url, check_hash=True, weights_only=True)
+            torch.hub.load_state_dict_from_url(
+                release.url, check_hash=True, weights_only=True, progress=sys.stderr.isatty()
+            )
         except (OSError, RuntimeError) as error:  # RuntimeError: the hash differs
             raise DataError(
                 f"the published ResNet-32 for {dataset} is not at {path} and could not be downloaded ({error}). "

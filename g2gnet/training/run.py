@@ -209,9 +209,12 @@ class _Stopped(Exception):  # noqa: N818  (nothing is wrong)
 
 def _epoch(trainer: EpochTrainer, epochs: int, told_to_stop: Callable[[], Any]) -> dict[str, Any] | None:
     """One epoch under a progress bar, where there is a terminal to show it; None if it was stopped before its end."""
+    images = len(trainer.data.train_labels)
+    name = f"Epoch {trainer.epoch + 1:02d}/{epochs}"
+    later = (epochs - trainer.epoch - 1) * images  # in the epochs after this one
     with tqdm(
-        total=len(trainer.data.train_labels),
-        desc=f"Epoch {trainer.epoch + 1:02d}/{epochs}",
+        total=images,
+        desc=name,
         unit=" samples",
         unit_scale=True,
         leave=False,
@@ -221,7 +224,10 @@ def _epoch(trainer: EpochTrainer, epochs: int, told_to_stop: Callable[[], Any]) 
         def after_step(seen: int, loss: torch.Tensor, accuracy: torch.Tensor) -> None:
             # reading the loss waits for the device: only as often as the bar is drawn anew
             if bar.update(seen - bar.n):
-                bar.set_postfix(loss=f"{loss.item():.3f}", acc=f"{accuracy.item():.3f}", refresh=False)
+                left = bar.format_interval((later + images - seen) * bar.format_dict["elapsed"] / seen)
+                bar.set_postfix(loss=f"{loss.item():.3f}", acc=f"{accuracy.item():.3f}", run_left=left, refresh=False)
+            if seen == images:
+                bar.set_description(f"{name}, testing")
             if told_to_stop():
                 raise _Stopped
 

@@ -334,6 +334,8 @@ dist.destroy_process_group()
 
 
 def test_the_scheduler_in_ones_own_loop(tmp_path):
+    (shown,) = re.findall(r"```py\n(.*?)```", (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8"), re.S)
+    assert shown.replace("interval=1000", 'interval=2, fraction=0.3, prune="hebb"') in OWN_LOOP
     program = tmp_path / "own_loop.py"
     program.write_text(OWN_LOOP)
     for processes in (1, 2):

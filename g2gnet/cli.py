@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import errno
+import io
 import json
 import logging
 import os
@@ -221,7 +222,7 @@ def write_json(json_file: str, document: dict[str, Any]) -> None:
         OutputError: if the file cannot be written.
     """
     document = {"g2g": g2gnet.__version__, **document}
-    text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(document, indent=2, ensure_ascii=json_file == STDOUT) + "\n"
     if json_file == STDOUT:
         sys.stdout.write(text)
     else:
@@ -247,6 +248,9 @@ def run_program(
         of a signal that ended it (130 after Ctrl-C, 141 when nobody reads its output any more).
     """
     arguments = parser.parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a pipe on Windows has a code page without the lines of our tables
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     if rank() == 0:
         logging.getLogger("g2g_kernels").setLevel(logging.INFO)

@@ -1,6 +1,7 @@
 """What the programs have in common: names, the list that ``python -m g2gnet`` prints, ``--json``, exit statuses."""
 
 import importlib
+import io
 import json
 import shlex
 import signal
@@ -152,6 +153,17 @@ def test_json_goes_to_a_file_too_and_the_text_stays(at_work, capsys):
     told, text = document(capsys)
     assert told["checkpoint"] == f"checkpoints/{STEM}.pth"
     assert "lif3" in text
+
+
+def test_what_a_code_page_lacks_is_replaced(at_work, monkeypatch):
+    """As in a pipe on Windows: the rules of tables are not in its code page."""
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        assert train.main(SMALL) == 0
+    stream.seek(0)
+    assert "\nlif1  " in stream.read()
+    assert (at_work / f"checkpoints/{STEM}.DONE").exists()
 
 
 def test_cross_validation_tells_the_files_of_every_fold(at_work, capsys):

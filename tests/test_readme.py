@@ -1,6 +1,7 @@
 """The README says what is so: its flags, defaults and figures are the programs', and each of its commands runs.
 
-So does each command in ``docs/``. What is not a program for users (``docs/draw_*.py``, ``tests``) has tests elsewhere.
+So does each command in ``docs/``. What is not a program for users (``docs/draw_*.py``, ``tests``) has tests elsewhere;
+``build`` and ``venv`` are not ours.
 """
 
 import importlib
@@ -26,7 +27,7 @@ PAGES = [README, *(page.read_text() for page in sorted((ROOT / "docs").glob("*.m
 COMMANDS = [
     *dict.fromkeys(
         re.findall(
-            r"python ((?:-m (?!tests))?[\w.]+(?![\w./])(?: [^`\n]*)?)",
+            r"python ((?:-m (?!tests|build|venv))?[\w.]+(?![\w./])(?: [^`\n]*)?)",
             re.sub(r"\\\n *", "", "\n".join([*PAGES, train.EXAMPLES, crossval.EXAMPLES])),
         )
     )

@@ -197,9 +197,9 @@ def recorded_correlations(model, run, monkeypatch):
     """The samples that an update gets to see, from one step of ``run``."""
     seen = []
 
-    def spy(pre, post, mask):
+    def spy(pre, post, *rest):
         seen.append((pre.reshape(-1, pre.shape[-1]), post.reshape(-1, post.shape[-1])))
-        return unit_correlation(pre, post, mask)
+        return unit_correlation(pre, post, *rest)
 
     monkeypatch.setattr("g2gnet.dst.unit_correlation", spy)
     dst = DSTScheduler(model, torch.optim.SGD(model.parameters(), lr=0.1), interval=1)

@@ -84,18 +84,27 @@ inline void lif_forward_alone(LIF& a, Arena& arena) {
 // step (40 KB a strip) is then loaded and stored once every kSteps steps, and few rows are open at once.
 constexpr int64_t kSteps = 10;
 constexpr int64_t kTogether = 4;
+constexpr int64_t kPiece = kTogether * W;
+
+// A strip's membranes [kStrip / kPiece][T][kPiece]. What is visited together lies together: rows 8 KB apart would meet in
+// the same sets of the cache, where those of the currents, often a power of two apart as well, are already.
+struct Membranes {
+    float* base;
+    int64_t steps;
+    float* at(int64_t t, int64_t i) const { return base + (i / kPiece * steps + t) * kPiece + i % kPiece; }
+};
 
 // Calls f(i, lanes, Constant<V>) over a strip in pieces of V vectors; the last piece may be cut short.
 template <class F>
 inline void for_each_piece(int64_t width, const F& f) {
     int64_t i = 0;
-    for (; i + kTogether * W <= width; i += kTogether * W) f(i, kTogether * W, Constant<kTogether>{});
+    for (; i + kPiece <= width; i += kPiece) f(i, kPiece, Constant<kTogether>{});
     for (; i < width; i += W) f(i, width - i, Constant<1>{});
 }
 
 template <int RESET>
 void membranes_of_strip(const LIF& a, const NeuronParameters& p, int64_t place, int64_t n, int64_t width,
-                        float* membranes) {
+                        Membranes membranes) {
     const int64_t stride = a.held ? 0 : a.samples * a.neurons;
     for (int64_t first = 0; first < a.steps; first += kSteps) {
         const int64_t last = least(first + kSteps, a.steps);
@@ -103,7 +112,7 @@ void membranes_of_strip(const LIF& a, const NeuronParameters& p, int64_t place, 
             constexpr int V = decltype(vectors)::value;
             Vec u[V], decay[V], theta[V];
             for (int v = 0; v < V; ++v) {
-                u[v] = first ? load(membranes + (first - 1) * kStrip + i + v * W) : Vec{};
+                u[v] = first ? load(membranes.at(first - 1, i) + v * W) : Vec{};
                 decay[v] = load(p.decay + n + i + v * W);
                 theta[v] = load(p.theta + n + i + v * W);
             }
@@ -112,7 +121,7 @@ void membranes_of_strip(const LIF& a, const NeuronParameters& p, int64_t place, 
                 for (int v = 0; v < V; ++v) {
                     fetch(current + (V + v) * W);
                     u[v] = charge<RESET>(u[v], load_part(current + v * W, lanes - v * W), decay[v], theta[v]);
-                    store(membranes + t * kStrip + i + v * W, u[v]);
+                    store(membranes.at(t, i) + v * W, u[v]);
                 }
             }
         });
@@ -120,11 +129,12 @@ void membranes_of_strip(const LIF& a, const NeuronParameters& p, int64_t place, 
 }
 
 template <int RESET, int SURROGATE>
-void backward_strip(const LIF& a, const NeuronParameters& p, int64_t place, int64_t n, int64_t width, float* membranes,
+void backward_strip(const LIF& a, const NeuronParameters& p, int64_t place, int64_t n, int64_t width, float* scratch,
                     float* beta_sum, float* theta_sum) {
     const int64_t stride = a.samples * a.neurons;
     const Derivative derivative(a.alpha);
-    float* running = membranes + a.steps * kStrip;  // g_{t+1} and, for a held current, the sum of g over t
+    const Membranes membranes{scratch, a.steps};
+    float* running = scratch + a.steps * kStrip;  // g_{t+1} and, for a held current, the sum of g over t
     float* current_sum = running + kStrip;
     membranes_of_strip<RESET>(a, p, place, n, width, membranes);
     zero(running, 2 * kStrip * 4);
@@ -139,14 +149,14 @@ void backward_strip(const LIF& a, const NeuronParameters& p, int64_t place, int6
                 g[v] = load(running + i + v * W);
                 to_beta[v] = load(beta_sum + i + v * W);
                 to_theta[v] = load(theta_sum + i + v * W);
-                u[v] = load(membranes + (last - 1) * kStrip + i + v * W);
+                u[v] = load(membranes.at(last - 1, i) + v * W);
             }
             for (int64_t t = last - 1; t >= first; --t) {
                 const float* upstream = a.grad_spikes + place + t * stride + i;
                 for (int v = 0; v < V; ++v) {
                     fetch(upstream + (V + v) * W);
                     const Vec theta = load(p.theta + n + i + v * W);
-                    const Vec before = t ? load(membranes + (t - 1) * kStrip + i + v * W) : Vec{};
+                    const Vec before = t ? load(membranes.at(t - 1, i) + v * W) : Vec{};
                     const IntVec fired = before > theta;
                     const Vec through =
                         load_part(upstream + v * W, lanes - v * W) * derivative.at<SURROGATE>(u[v] - theta);

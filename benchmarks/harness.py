@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from .contender import Contender
@@ -148,13 +149,19 @@ class _Session:
         results = {"counts": self.contender.forward()} if forward_only else self.contender.results()
         # numpy goes through the pipe as it is; tensors would go through shared memory that dies with this process
         return {
-            "results": {name: tensor.detach().cpu().numpy() for name, tensor in results.items()},
+            "results": {name: _to_numpy(tensor) for name, tensor in results.items()},
             "firing_rates": self.contender.firing_rates(),
             "reset": self.contender.reset,
             "masked": self.contender.masked,
             "omits": self.contender.omits,
             "differs": self.contender.differs,
         }
+
+
+def _to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """On the host, and wider where numpy has no such type."""
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 def measure(

@@ -1,13 +1,15 @@
 """Redraws every measured table and picture of the documentation from the records: ``python -m benchmarks.redraw``.
 
 A page marks the places of its drawn parts with ``<!-- drawn: NAME -->`` and ``<!-- end -->``. NAME is ``step`` or
-another kernel (``step, in short`` has fewer columns), ``scaling-p_inter`` or another quantity, ``accuracy`` or
-``model_comparison``. A part shows every such record in ``benchmarks/results``, whatever machine it is from, and is
-empty where there is none. Pictures lie in ``docs``, under the names of their records. Numbers stand nowhere else, so a
-page cannot disagree with what was measured; ``tests/test_benchmark_reports.py`` holds it to that.
+another kernel of the default network (``step, in short`` has fewer columns; ``step, block_size 1`` and the like are of
+other networks), ``scaling-p_inter`` or another quantity, ``accuracy`` or ``model_comparison``. A part shows every such
+record in ``benchmarks/results``, whatever machine it is from, and is empty where there is none. Pictures lie in
+``docs``, under the names of their records. Numbers stand nowhere else, so a page cannot disagree with what was
+measured; ``tests/test_benchmark_reports.py`` holds it to that.
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import os
@@ -20,12 +22,15 @@ from typing import Any, NamedTuple
 from .model_comparison import table
 from .registry import KERNELS
 from .report import seconds, title
+from .workload import Workload
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PICTURES = ROOT / "docs"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "results.md")
 PICTURED = ("scaling", "accuracy")
+#: what a throughput record is named after where it differs
+USUAL = {field.name: field.default for field in dataclasses.fields(Workload) if field.name in ("model", "block_size")}
 
 _PART = re.compile(r"(?<=<!-- drawn: )([^>]+)( -->\n)(.*?)(?=<!-- end -->)", re.DOTALL)
 
@@ -38,10 +43,12 @@ class Record(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What it measures: a kernel, ``scaling-`` and a quantity, or another benchmark."""
+        """What it measures: a kernel and how its network is not the default one, or another benchmark."""
         benchmark = self.content["benchmark"]
         if benchmark == "throughput":
-            return self.content["kernel"]
+            workload = self.content["workload"]
+            other = (f", {name} {workload[name]}" for name, usual in USUAL.items() if workload[name] != usual)
+            return self.content["kernel"] + "".join(other)
         return f"scaling-{self.content['quantity']}" if benchmark == "scaling" else benchmark
 
     @property
@@ -87,7 +94,7 @@ def _machine(record: Record, link: Link) -> str:
     machine = record.content["machine"]
     device = machine["gpu"] or f"{machine['cpu']} with {machine['threads']} threads ({machine['cpu_capability']})"
     return (
-        f"{device}, PyTorch {machine['versions']['torch']}, {machine['date'][:10]}; every timing, the versions and the "
+        f"{device}, PyTorch {machine['versions']['torch']}, {machine['date'][:10]}; every number, the versions and the "
         f"commit are in the [record]({link(record.path)})"
     )
 
@@ -123,7 +130,7 @@ def _throughput(record: Record, link: Link, short: bool) -> str:
         "GFLOP/s": lambda row: f"{flop / row['median'] / 1e9:.3g}",
         "of the floor": lambda row: f"{100 * content['floor_seconds'] / row['median']:.0f} %",
         "peak memory": lambda row: f"{row['peak_bytes'] / 1e6:.0f} MB",
-        "first turn": lambda row: seconds(row["first_seconds"]) if "first_seconds" in row else "–",
+        "first turn": lambda row: seconds(row["first_seconds"]),
     }
     left_out = {"GFLOP/s", "of the floor", "first turn"} if short else set() if flop else {"GFLOP/s"}
     shown = {name: cell for name, cell in columns.items() if name not in left_out}
@@ -206,6 +213,10 @@ def _model_comparison(record: Record, link: Link) -> str:
 PARTS: dict[str, tuple[str, Callable[[Record, Link], str]]] = {
     **{name: (name, functools.partial(_throughput, short=False)) for name in KERNELS},
     "step, in short": ("step", functools.partial(_throughput, short=True)),
+    **{
+        f"step, {other}": (f"step, {other}", functools.partial(_throughput, short=False))
+        for other in ("block_size 32", "block_size 1", "model dense")
+    },
     **{f"scaling-{name}": (f"scaling-{name}", _scaling) for name in ("p_inter", "block_size", "groups", "T", "B", "H")},
     "accuracy": ("accuracy", _accuracy),
     "model_comparison": ("model_comparison", _model_comparison),

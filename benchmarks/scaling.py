@@ -152,7 +152,8 @@ def curve(label: str, places: Sequence[dict[str, Any]], outcomes: Sequence[Outco
         if point["status"] == "timed"
     ]
     flop, medians = zip(*timed, strict=True) if timed else ((), ())
-    line = fit(flop, medians)._asdict() if len(set(flop)) > 1 else None
+    # where the work hardly differs (units of another size), a line through it would say nothing
+    line = fit(flop, medians)._asdict() if timed and max(flop) > 1.5 * min(flop) else None
     return {"contender": label, "points": points, "line": line}
 
 

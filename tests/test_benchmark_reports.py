@@ -25,7 +25,7 @@ WORKLOAD = {
     "T": 3,
     "hidden_dim": 16,
     "p_inter": 0.15,
-    "block_size": 4,
+    "block_size": 64,
     "density": 0.25,
     "dataset": "fashionmnist",
     "train_steps": 1,
@@ -93,6 +93,16 @@ def test_a_page_shows_the_record_and_is_left_alone_elsewhere():
     assert redraw.redrawn(page, redraw.ROOT, [record(STEP)]) == page  # once more changes nothing
 
 
+def test_another_network_has_a_part_of_its_own():
+    single = {**STEP, "workload": {**WORKLOAD, "block_size": 1}}
+    dense = {**STEP, "workload": {**WORKLOAD, "model": "dense"}}
+    page = redraw.redrawn(PAGE.replace("dst", "step, block_size 1"), redraw.ROOT, [record(single), record(dense)])
+    ordinary, other = page.split("between")
+    assert "median" not in ordinary
+    assert "units of 1:" in other
+    assert other.count("median") == 1
+
+
 def test_a_part_without_a_record_is_empty():
     assert redraw.redrawn(PAGE, redraw.ROOT, []) == PAGE.replace("old\n", "")
 
@@ -124,6 +134,12 @@ def test_every_part_of_the_documentation_is_known():
         names = re.findall(r"<!-- drawn: ([^>]+) -->", Path(page).read_text(encoding="utf-8"))
         assert names
         assert set(names) <= redraw.PARTS.keys()
+
+
+def test_every_record_is_shown_somewhere():
+    text = "".join(Path(page).read_text(encoding="utf-8") for page in redraw.PAGES)
+    wanted = {redraw.PARTS[name][0] for name in re.findall(r"<!-- drawn: ([^>]+) -->", text)}
+    assert {kept.name for kept in redraw.records()} <= wanted
 
 
 @pytest.mark.parametrize("page", redraw.PAGES, ids=lambda page: page.name)

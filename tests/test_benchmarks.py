@@ -281,6 +281,15 @@ def test_throughput_writes_a_record_with_its_environment(tmp_path, capsys, path)
     assert "g2g-torch" in capsys.readouterr().out
 
 
+def test_a_product_in_bfloat16_has_a_time(tmp_path, path):
+    """numpy has no bfloat16, and results pass between processes as its arrays."""
+    file = tmp_path / "record.json"
+    flags = [*FLAGS.split(), "--kernel", "linear", "--contenders", "g2g-torch-bf16", "--repeats", "1"]
+    assert throughput.main([*flags, "--json", str(file)]) == 0
+    (row,) = json.loads(file.read_text())["contenders"]
+    assert row["status"] == "timed", row["reason"]
+
+
 def test_scaling_fits_a_line(tmp_path, capsys):
     file = tmp_path / "record.json"
     flags = [*FLAGS.split(), "--quantity", "B", "--values", "40,20", "--contenders", "g2g-torch", "--repeats", "1"]
@@ -313,6 +322,8 @@ def test_the_line_is_fitted_to_the_work(outcomes):
     medians = [float(torch.tensor(right.seconds).median()), 1.0, float(torch.tensor(right.seconds).median())]
     assert tuple(found["line"].values()) == pytest.approx(scaling.fit([10, 40, 90], medians), rel=1e-5)
     assert scaling.curve("absent", places, [absent] * 4)["line"] is None
+    alike = [{**place, "flop": places[0]["flop"] + number} for number, place in enumerate(places)]
+    assert scaling.curve("right", alike, [right] * 4)["line"] is None
 
 
 def test_the_line_is_the_least_squares_line():

@@ -266,6 +266,11 @@ def test_without_gradients_nothing_is_kept():
     assert torch.equal(result.counts, expected["counts"])
     assert torch.equal(result.spikes[1].dense(), expected["spikes1"])
 
+    current, beta, threshold = torch.rand(12, 3, 10), torch.tensor(0.9), torch.rand(10)
+    both = [torch.ops.g2g.lif_forward(current, beta, threshold, 0, "zero", "atan", 2.0, keep) for keep in (True, False)]
+    assert torch.equal(both[0][0], both[1][0])
+    assert [kept.shape for _, kept in both] == [(2, 3, 10), (0,)]
+
 
 def test_bfloat16_leaves_products_of_events_exact(monkeypatch):
     """Under autocast only dense factors are rounded; spikes and weights of event-driven products stay float32."""
@@ -327,7 +332,9 @@ def test_linear_alone(x, rows):
     ratios.check(len(UNITS))
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (70, 3, 5), (4, 2, 515), (3, 1030), (2, 3, 4, 17)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (70, 3, 5), (4, 2, 515), (3, 1030), (2, 3, 4, 17), (5, 9, 7), (10, 1, 64), (12, 3, 4100)]
+)
 @pytest.mark.parametrize("steps", [None, 6])
 def test_lif_alone_has_the_very_bits_of_plain_pytorch(shape, steps):
     """The forward pass rounds as PyTorch does, so spikes are equal; gradients of ∂L/∂I too, up to the surrogate."""
@@ -346,6 +353,26 @@ def test_lif_alone_has_the_very_bits_of_plain_pytorch(shape, steps):
             outcome.append((spikes.detach(), *(leaf.grad for leaf in leaves)))
         assert torch.equal(outcome[0][0], outcome[1][0])
         torch.testing.assert_close(outcome[0][1:], outcome[1][1:], rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("shape", [(11, 40, 130), (6, 1, 9000), (7, 3000, 3)])
+@pytest.mark.parametrize("per_neuron", [False, True])
+def test_bits_of_lif_alone_do_not_depend_on_the_threads(shape, per_neuron):
+    """Which depends on them is how the lanes are divided, in the midst of a sample or not."""
+    draw = seeded(0)
+    current = torch.randn(shape, generator=draw)
+    beta, threshold = torch.rand(2, shape[-1] if per_neuron else 1, generator=draw)
+    upstream = torch.randn(shape, generator=draw)
+    results = []
+    for number in (1, 2, 3, 7):
+        with threads(number):
+            leaves = [tensor.clone().requires_grad_() for tensor in (current, beta, threshold)]
+            spikes = lif(*leaves, backend="cpu")
+            spikes.backward(upstream)
+        results.append((spikes.detach(), *(leaf.grad for leaf in leaves)))
+    for other in results[1:]:
+        for first, tensor in zip(results[0], other, strict=True):
+            assert torch.equal(first, tensor)
 
 
 # --- operators ----------------------------------------------------------------------------------------------------
@@ -376,13 +403,13 @@ def test_opcheck():
     torch.library.opcheck(
         torch.ops.g2g.linear_backward.default, (dy, x, detached[0][0], indices(mask), False, True, True)
     )
-    current = torch.randn(4, 3, 10, requires_grad=True)
+    current = torch.randn(7, 3, 10, requires_grad=True)
     beta, theta = torch.tensor(0.9, requires_grad=True), torch.rand(10, requires_grad=True)
-    torch.library.opcheck(torch.ops.g2g.lif_forward.default, (current, beta, theta, 0, "zero", "sigmoid", 2.0))
-    torch.library.opcheck(
-        torch.ops.g2g.lif_backward.default,
-        (torch.randn(4, 3, 10), current.detach(), beta.detach(), theta.detach(), 0, "zero", "sigmoid", 2.0, True),
-    )
+    options = 0, "zero", "sigmoid", 2.0
+    torch.library.opcheck(torch.ops.g2g.lif_forward.default, (current, beta, theta, *options, True))
+    detached = [tensor.detach() for tensor in (current, beta, theta)]
+    _, kept = torch.ops.g2g.lif_forward(*detached, *options, True)
+    torch.library.opcheck(torch.ops.g2g.lif_backward.default, (torch.randn(7, 3, 10), *detached, kept, *options, True))
 
 
 def _words(mask: BlockMask, batch: int, steps: int) -> int:
@@ -419,6 +446,14 @@ def test_operators_refuse_what_would_read_out_of_bounds():
         call(x=t["x"].double())
     with pytest.raises(ValueError, match="masks"):
         call(tensors=tensors[:-1])
+
+    lif_tensors, options = (torch.rand(12, 3, 10), torch.tensor(0.9), torch.rand(10)), (0, "zero", "sigmoid", 2.0)
+    _, kept = torch.ops.g2g.lif_forward(*lif_tensors, *options, True)
+    for wrong in (kept[:-1].contiguous(), kept[:, :2].contiguous(), kept.double(), torch.empty(0)):
+        with pytest.raises(ValueError, match="kept"):
+            torch.ops.g2g.lif_backward(torch.rand(12, 3, 10), *lif_tensors, wrong, *options, True)
+    with pytest.raises(ValueError, match="grad_spikes"):
+        torch.ops.g2g.lif_backward(torch.rand(12, 3, 9), *lif_tensors, kept, *options, True)
 
 
 def test_compiled_with_a_full_graph(plain_memory):
@@ -535,9 +570,15 @@ def test_instruction_sets_agree(isa):
     """Each set this CPU has, against the one it prefers: equal spikes, gradients up to rounding."""
     program = """
 import sys
+from g2g_kernels import lif
 from g2g_kernels.cpu.library import instruction_set
 counts, grad = step()
-torch.save((instruction_set(), counts, grad), sys.stdout.buffer)
+draw.manual_seed(1)
+current = torch.randn(12, 3, 45, generator=draw).requires_grad_()
+spikes = lif(current, 0.8, torch.rand(45, generator=draw), backend="cpu")
+spikes.backward(torch.randn(spikes.shape, generator=draw))
+spikes, grads = (counts, spikes.detach()), (grad, current.grad)
+torch.save((instruction_set(), spikes, grads), sys.stdout.buffer)
 """
     import io
 
@@ -551,12 +592,14 @@ torch.save((instruction_set(), counts, grad), sys.stdout.buffer)
         assert done.returncode == 0, done.stderr[-3000:]
         return torch.load(io.BytesIO(done.stdout), weights_only=True)
 
-    name, counts, grad = run(G2G_CPU_ISA=isa)
+    name, spikes, grads = run(G2G_CPU_ISA=isa)
     if name != isa:
         pytest.skip(f"this CPU has no {isa}")
-    _, expected_counts, expected_grad = run()
-    assert torch.equal(counts, expected_counts)
-    torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-6 * expected_grad.abs().max().item())
+    _, expected_spikes, expected_grads = run()
+    for actual, expected in zip(spikes, expected_spikes, strict=True):
+        assert torch.equal(actual, expected)
+    for actual, expected in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6 * expected.abs().max().item())
 
 
 def test_without_the_library_the_reason_is_told():

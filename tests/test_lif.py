@@ -449,6 +449,20 @@ def test_gradients_have_the_shape_of_their_tensor(backend):
     assert results["current.grad"].shape == (T, B, N)
 
 
+@pytest.mark.parametrize("steps", [None, T])
+@every_backend
+def test_a_gradient_asked_for_alone_is_the_same(backend, steps):
+    shape = (T, B, N) if steps is None else (B, N)
+    tensors = currents(*shape, dtype=torch.float32), *parameters(True, torch.float32)
+    run, weights = lif_on(backend, steps=steps), output_weights(T, B, N)
+    every = gradients(run, *tensors, weights)
+    for number, name in enumerate(("current.grad", "beta.grad", "threshold.grad")):
+        leaves = [tensor.clone().requires_grad_(number == i) for i, tensor in enumerate(tensors)]
+        (run(*leaves) * weights.float()).sum().backward()
+        assert torch.equal(leaves[number].grad, every[name]), name
+        assert all(leaf.grad is None for i, leaf in enumerate(leaves) if i != number)
+
+
 @every_reset
 @every_backend
 def test_results_are_reproducible(backend, reset):

@@ -16,7 +16,7 @@ import torch
 
 from g2g_kernels.cpu.workspace import workspace
 
-ABI = 1
+ABI = 2
 RESETS = {"subtract": 0, "zero": 1, "none": 2}
 #: Inputs that are spikes more often than this are multiplied by the matrix kernels (in float32, under bfloat16): where
 #: the two take equally long (docs/cpu-performance.md). Weight gradients are summed in float32 in either case.
@@ -68,9 +68,9 @@ class LIFArguments(Structure):
         pointer="current beta theta",
         int32="beta_per_neuron theta_per_neuron",
         int64="samples",
-        int32_="neurons steps threads reset surrogate held",
+        int32_="neurons steps threads reset surrogate held every",
         float="alpha",
-        pointer_="spikes grad_spikes grad_current grad_beta grad_theta",
+        pointer_="spikes kept grad_spikes grad_current grad_beta grad_theta",
     )
 
 

@@ -65,7 +65,7 @@ int64_t call(void (*kernel)(Arguments&, Arena&), Arguments* arguments, void* scr
 
 #define G2G_EXPORT extern "C" __attribute__((visibility("default")))
 
-G2G_EXPORT int32_t g2g_abi() { return 1; }
+G2G_EXPORT int32_t g2g_abi() { return 2; }
 G2G_EXPORT const char* g2g_isa() { return g2g::kernels().name; }
 G2G_EXPORT int32_t g2g_has_bf16() { return g2g::kernels().bf16; }
 

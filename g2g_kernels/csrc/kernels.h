@@ -57,8 +57,9 @@ struct LIF {
     int32_t beta_per_neuron, theta_per_neuron;
     int64_t samples;        // everything between T and N
     int32_t neurons, steps, threads, reset, surrogate, held;
+    int32_t every;          // `kept` has the membranes after each `every` steps, but the last
     float alpha;
-    float* spikes;
+    float *spikes, *kept;   // kept: [(T − 1) / every][samples][N], null: not wanted
     const float* grad_spikes;
     float *grad_current, *grad_beta, *grad_theta;
 };

@@ -220,11 +220,12 @@ inline void unpack(const Plan& plan, const uint64_t* words, int32_t batch, int32
 
 // totals[lane] = Σ_b sums[b][lane], over the samples in order.
 inline void sum_over_samples(const float* sums, int64_t batch, int64_t lanes, int threads, double* totals) {
-    parallel(threads, lanes / kLanes, 1, [&](int64_t block, int) {
+    parallel(threads, (lanes + kLanes - 1) / kLanes, 1, [&](int64_t block, int) {
+        const int64_t first = block * kLanes, width = least(kLanes, lanes - first);
         double total[kLanes] = {};
         for (int64_t b = 0; b < batch; ++b)
-            for (int i = 0; i < kLanes; ++i) total[i] += sums[b * lanes + block * kLanes + i];
-        for (int i = 0; i < kLanes; ++i) totals[block * kLanes + i] = total[i];
+            for (int64_t i = 0; i < width; ++i) total[i] += sums[b * lanes + first + i];
+        for (int64_t i = 0; i < width; ++i) totals[first + i] = total[i];
     });
 }
 

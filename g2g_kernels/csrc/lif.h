@@ -115,12 +115,7 @@ inline void lif_backward(const Upstream& upstream, const float* membranes, int s
     }
 }
 
-// Turns run-time options into template arguments: call(std::integral_constant…).
-template <int V>
-struct Constant {
-    static constexpr int value = V;
-};
-
+// Turns run-time options into template arguments: call(Constant<…>{}).
 template <class F>
 inline void with_reset(int reset, const F& call) {
     if (reset == kSubtract) return call(Constant<kSubtract>{});

@@ -1,9 +1,13 @@
-// LIF neurons alone: currents [T][samples · N] → spikes of the same shape, in strips of lanes.
+// LIF neurons alone: currents [T][L] → spikes [T][L], where a lane is one neuron of one sample and L = samples · N.
 //
-// Memory-bound: forward reads the currents and writes the spikes; backward reads the currents (it computes the membranes
-// again, for one strip at a time, rather than keep them) and ∂L/∂S and writes ∂L/∂I. Five passes over [T, samples, N] in
-// all, the two written ones past the caches. A strip is kStrip lanes of one row, so every access runs over whole cache
-// lines and few pages are open at once.
+// Memory-bound, so what counts is how often memory is passed over and in what order. Forward reads the currents, writes
+// the spikes and keeps the membranes of every few steps. Backward computes the membranes of those few steps again from
+// the currents and the kept ones, reads ∂L/∂S and writes ∂L/∂I. Five passes over [T, L] in all, the two written ones past
+// the caches.
+//
+// A task is a span of lanes over all T. It visits `every` steps of one piece of the span before it goes on to the next
+// piece: what runs on from step to step stays in registers meanwhile, and the rows of those steps, often a power of two
+// apart, are no more than the ways of one set of the L1 cache.
 #pragma once
 
 #include "layout.h"
@@ -11,184 +15,233 @@
 
 namespace g2g::G2G_ISA {
 
-constexpr int64_t kStrip = 2048;
+constexpr int64_t kSpan = 4096;   // at most; what a span adds up stays in L2
+constexpr int kTogether = 4;      // vectors of a piece
+constexpr int64_t kPiece = kTogether * W;
+constexpr int64_t kAhead = 512;   // lanes: a row is fetched into L2 this far ahead
 
+// How the lanes of a call are divided into tasks.
+struct Spans {
+    int64_t lanes, span, count;
+    explicit Spans(const LIF& a) : lanes(a.samples * a.neurons) {
+        const int64_t share = lanes / (4 * a.threads);  // four tasks a thread, unless lanes are few
+        span = most(least(share, kSpan) / kPiece, int64_t{4}) * kPiece;
+        count = (lanes + span - 1) / span;
+    }
+    int64_t padded() const { return count * span; }
+};
+
+// β and θ of lanes that follow each other.
+struct Parameters {
+    const float *decay, *theta;
+    Parameters operator+(int64_t i) const { return {decay + i, theta + i}; }
+};
+
+// The parameters of the neurons, and once more of the first ones, for spans that begin with any neuron.
 struct NeuronParameters {
+    int64_t neurons;
     float *decay, *theta;
-    NeuronParameters(const LIF& a, Arena& arena) {
-        const int64_t padded = (a.neurons + kStrip - 1) / kStrip * kStrip;
-        decay = arena.take<float>(padded), theta = arena.take<float>(padded);
+    NeuronParameters(const LIF& a, int64_t span, Arena& arena) : neurons(a.neurons) {
+        const int64_t count = neurons + span;
+        decay = arena.take<float>(count), theta = arena.take<float>(count);
         if (!arena.base) return;
-        for (int64_t n = 0; n < padded; ++n) {
-            const bool real = n < a.neurons;
-            decay[n] = real ? clamp_decay(a.beta[a.beta_per_neuron ? n : 0]) : 0.0f;
-            theta[n] = real ? a.theta[a.theta_per_neuron ? n : 0] : __builtin_inff();
+        for (int64_t i = 0; i < count; ++i) {
+            decay[i] = clamp_decay(a.beta[a.beta_per_neuron ? i % neurons : 0]);
+            theta[i] = a.theta[a.theta_per_neuron ? i % neurons : 0];
         }
+    }
+    Parameters of(int64_t lane) const { return {decay + lane % neurons, theta + lane % neurons}; }
+};
+
+inline void fetch(const float* p) {
+    for (int i = 0; i < W; i += 16) __builtin_prefetch(p + i, 0, 2);
+}
+
+// V vectors of neighbouring lanes or, if V is 0, as many lanes as are left for a last vector.
+template <int V>
+struct Lanes {
+    static constexpr int vectors = V ? V : 1;
+    int64_t count = V * W;
+
+    Vec load(const float* p, int v) const {
+        if (V) return G2G_ISA::load(p + v * W);
+        alignas(64) float lanes[W] = {};
+        for (int64_t i = 0; i < count; ++i) lanes[i] = p[i];
+        return G2G_ISA::load(lanes);
+    }
+    void stream(float* p, int v, Vec x) const {
+        if (V) return G2G_ISA::stream(p + v * W, x);
+        for (int64_t i = 0; i < count; ++i) p[i] = x[i];
     }
 };
 
-// Loads `width` floats, zeros behind them.
-inline Vec load_part(const float* p, int64_t width) {
-    if (width >= W) return load(p);
-    alignas(64) float lanes[W] = {};
-    for (int64_t i = 0; i < width; ++i) lanes[i] = p[i];
-    return load(lanes);
-}
-
-inline void stream_part(float* p, Vec v, int64_t width) {
-    if (width >= W) return stream(p, v);
-    for (int64_t i = 0; i < width; ++i) p[i] = v[i];
-}
-
-// The row of the next step lies megabytes away, where no hardware prefetcher looks.
-inline void fetch(const float* p) {
-    for (int i = 0; i < W; i += 16) __builtin_prefetch(p + i);
-}
-
+// Calls f(first lane, lanes, worker) for every span.
 template <class F>
-void for_each_strip(const LIF& a, const F& f) {
-    const int64_t strips = (a.neurons + kStrip - 1) / kStrip;
-    parallel(a.threads, a.samples * strips, 1, [&](int64_t task, int worker) {
-        const int64_t sample = task / strips, n = task % strips * kStrip;
-        f(sample * a.neurons + n, n, least(kStrip, a.neurons - n), sample, worker);
+void for_each_span(const LIF& a, const Spans& spans, const F& f) {
+    parallel(a.threads, spans.count, 1, [&](int64_t task, int worker) {
+        const int64_t first = task * spans.span;
+        f(first, least(spans.span, spans.lanes - first), worker);
         stream_fence();  // streamed stores are visible before the task counts as done
     });
 }
 
+// Calls f(i, Lanes<…>) over a span in pieces.
+template <class F>
+inline void for_each_piece(int64_t width, const F& f) {
+    int64_t i = 0;
+    for (; i + kPiece <= width; i += kPiece) f(i, Lanes<kTogether>{});
+    for (; i < width; i += W) f(i, Lanes<0>{least(W, width - i)});
+}
+
+// The steps that are visited together: how many, and how far apart their rows lie.
+struct Steps {
+    int64_t count, current_stride, stride;  // stride: of every row but those of a held current, which is one for all steps
+};
+
+template <int RESET, class L>
+void forward_piece(const L& lanes, const Steps& steps, const Parameters& p, const float* current, float* membrane,
+                   float* spikes, float* kept) {
+    constexpr int V = L::vectors;
+    Vec u[V], decay[V], theta[V];
+    unrolled<V>([&](auto k) {
+        constexpr int v = decltype(k)::value;
+        u[v] = load(membrane + v * W), decay[v] = load(p.decay + v * W), theta[v] = load(p.theta + v * W);
+    });
+    for (int64_t t = 0; t < steps.count; ++t, current += steps.current_stride, spikes += steps.stride)
+        unrolled<V>([&](auto k) {
+            constexpr int v = decltype(k)::value;
+            fetch(current + kAhead + v * W);
+            u[v] = charge<RESET>(u[v], lanes.load(current, v), decay[v], theta[v]);
+            lanes.stream(spikes, v, step(u[v], theta[v]));
+        });
+    unrolled<V>([&](auto k) {
+        constexpr int v = decltype(k)::value;
+        store(membrane + v * W, u[v]);
+        if (kept) lanes.stream(kept, v, u[v]);
+    });
+}
+
 inline void lif_forward_alone(LIF& a, Arena& arena) {
-    const NeuronParameters p(a, arena);
-    float* scratch = arena.take<float>(kStrip * a.threads);
+    const Spans spans(a);
+    const NeuronParameters neurons(a, spans.span, arena);
+    float* scratch = arena.take<float>(spans.span * a.threads);
     if (!arena.base) return;
-    const int64_t stride = a.samples * a.neurons;
+    const int64_t row = spans.lanes, current_row = a.held ? 0 : row;
     with_reset(a.reset, [&](auto reset) {
-        for_each_strip(a, [&](int64_t place, int64_t n, int64_t width, int64_t, int worker) {
-            float* membrane = scratch + worker * kStrip;
-            zero(membrane, kStrip * 4);
-            for (int64_t t = 0; t < a.steps; ++t) {
-                const float* current = a.current + place + (a.held ? 0 : t * stride);
-                float* spikes = a.spikes + place + t * stride;
-                for (int64_t i = 0; i < width; i += W) {
-                    if (!a.held && t + 1 < a.steps) fetch(current + stride + i);
-                    const Vec theta = load(p.theta + n + i);
-                    const Vec u = charge<decltype(reset)::value>(load(membrane + i), load_part(current + i, width - i),
-                                                                 load(p.decay + n + i), theta);
-                    store(membrane + i, u);
-                    stream_part(spikes + i, step(u, theta), width - i);
-                }
+        for_each_span(a, spans, [&](int64_t place, int64_t width, int worker) {
+            const Parameters p = neurons.of(place);
+            float* membrane = scratch + worker * spans.span;
+            zero(membrane, spans.span * 4);
+            for (int64_t first = 0; first < a.steps; first += a.every) {
+                const Steps steps{least(a.every, a.steps - first), current_row, row};
+                const bool keep = a.kept && first + a.every < a.steps;
+                for_each_piece(width, [&](int64_t i, auto lanes) {
+                    forward_piece<decltype(reset)::value>(
+                        lanes, steps, p + i, a.current + first * current_row + place + i, membrane + i,
+                        a.spikes + first * row + place + i,
+                        keep ? a.kept + first / a.every * row + place + i : nullptr);
+                });
             }
         });
     });
 }
 
-// Steps whose rows are visited together, and vectors of a row that stay in registers meanwhile. What runs on from step to
-// step (40 KB a strip) is then loaded and stored once every kSteps steps, and few rows are open at once.
-constexpr int64_t kSteps = 10;
-constexpr int64_t kTogether = 4;
-constexpr int64_t kPiece = kTogether * W;
-
-// A strip's membranes [kStrip / kPiece][T][kPiece]. What is visited together lies together: rows 8 KB apart would meet in
-// the same sets of the cache, where those of the currents, often a power of two apart as well, are already.
-struct Membranes {
-    float* base;
-    int64_t steps;
-    float* at(int64_t t, int64_t i) const { return base + (i / kPiece * steps + t) * kPiece + i % kPiece; }
+// What lanes add up: what reaches U_t from later steps, ∂L/∂I of a held current, ∂L/∂β and ∂L/∂θ.
+struct LaneSums {
+    float *running, *current, *beta, *theta;
+    LaneSums operator+(int64_t i) const { return {running + i, current + i, beta + i, theta + i}; }
 };
 
-// Calls f(i, lanes, Constant<V>) over a strip in pieces of V vectors; the last piece may be cut short.
-template <class F>
-inline void for_each_piece(int64_t width, const F& f) {
-    int64_t i = 0;
-    for (; i + kPiece <= width; i += kPiece) f(i, kPiece, Constant<kTogether>{});
-    for (; i < width; i += W) f(i, width - i, Constant<1>{});
-}
+// Where ∂L/∂I_t goes: nowhere, to a row of its own, to the sum over t.
+enum Target { kNowhere, kRows, kSum };
 
-template <int RESET>
-void membranes_of_strip(const LIF& a, const NeuronParameters& p, int64_t place, int64_t n, int64_t width,
-                        Membranes membranes) {
-    const int64_t stride = a.held ? 0 : a.samples * a.neurons;
-    for (int64_t first = 0; first < a.steps; first += kSteps) {
-        const int64_t last = least(first + kSteps, a.steps);
-        for_each_piece(width, [&](int64_t i, int64_t lanes, auto vectors) {
-            constexpr int V = decltype(vectors)::value;
-            Vec u[V], decay[V], theta[V];
-            for (int v = 0; v < V; ++v) {
-                u[v] = first ? load(membranes.at(first - 1, i) + v * W) : Vec{};
-                decay[v] = load(p.decay + n + i + v * W);
-                theta[v] = load(p.theta + n + i + v * W);
-            }
-            for (int64_t t = first; t < last; ++t) {
-                const float* current = a.current + place + t * stride + i;
-                for (int v = 0; v < V; ++v) {
-                    fetch(current + (V + v) * W);
-                    u[v] = charge<RESET>(u[v], load_part(current + v * W, lanes - v * W), decay[v], theta[v]);
-                    store(membranes.at(t, i) + v * W, u[v]);
-                }
-            }
+// `membranes` has room for those before the first step and after each one, [steps + 1][kPiece].
+template <int RESET, int SURROGATE, int TARGET, class L>
+void backward_piece(const L& lanes, const Steps& steps, const Parameters& p, Derivative derivative,
+                    const float* kept, const float* current, float* membranes, const float* upstream, float* target,
+                    const LaneSums& sums) {
+    constexpr int V = L::vectors;
+    Vec u[V], g[V], to_beta[V], to_theta[V], to_current[V];
+    unrolled<V>([&](auto k) {
+        constexpr int v = decltype(k)::value;
+        u[v] = Vec{};
+        if (kept) {
+            fetch(kept + kAhead + v * W);
+            u[v] = lanes.load(kept, v);
+        }
+        store(membranes + v * W, u[v]);
+        g[v] = load(sums.running + v * W);
+        to_beta[v] = load(sums.beta + v * W);
+        to_theta[v] = load(sums.theta + v * W);
+        if (TARGET == kSum) to_current[v] = load(sums.current + v * W);
+    });
+    for (int64_t t = 1; t <= steps.count; ++t, current += steps.current_stride)
+        unrolled<V>([&](auto k) {
+            constexpr int v = decltype(k)::value;
+            fetch(current + kAhead + v * W);
+            u[v] = charge<RESET>(u[v], lanes.load(current, v), load(p.decay + v * W), load(p.theta + v * W));
+            store(membranes + t * kPiece + v * W, u[v]);
         });
-    }
+    for (int64_t t = steps.count - 1; t >= 0; --t)
+        unrolled<V>([&](auto k) {
+            constexpr int v = decltype(k)::value;
+            const float* from = upstream + t * steps.stride;
+            fetch(from + kAhead + v * W);
+            const Vec theta = load(p.theta + v * W), before = load(membranes + t * kPiece + v * W);
+            const IntVec fired = before > theta;
+            const Vec through = lanes.load(from, v) * derivative.at<SURROGATE>(u[v] - theta);
+            const Vec now = through + g[v];
+            if (TARGET == kSum) to_current[v] += now;
+            if (TARGET == kRows) lanes.stream(target + t * steps.stride, v, now);
+            to_theta[v] -= through;
+            if (RESET == kSubtract) to_theta[v] -= fired ? now : Vec{};
+            const Vec reaching = RESET == kZero ? (fired ? Vec{} : now) : now;
+            to_beta[v] += reaching * before;
+            g[v] = load(p.decay + v * W) * reaching;
+            u[v] = before;
+        });
+    unrolled<V>([&](auto k) {
+        constexpr int v = decltype(k)::value;
+        store(sums.running + v * W, g[v]);
+        store(sums.beta + v * W, to_beta[v]);
+        store(sums.theta + v * W, to_theta[v]);
+        if (TARGET == kSum) store(sums.current + v * W, to_current[v]);
+    });
 }
 
-template <int RESET, int SURROGATE>
-void backward_strip(const LIF& a, const NeuronParameters& p, int64_t place, int64_t n, int64_t width, float* scratch,
-                    float* beta_sum, float* theta_sum) {
-    const int64_t stride = a.samples * a.neurons;
+template <int RESET, int SURROGATE, int TARGET>
+void backward_span(const LIF& a, int64_t row, const Parameters& p, int64_t place, int64_t width, float* membranes,
+                   const LaneSums& sums) {
     const Derivative derivative(a.alpha);
-    const Membranes membranes{scratch, a.steps};
-    float* running = scratch + a.steps * kStrip;  // g_{t+1} and, for a held current, the sum of g over t
-    float* current_sum = running + kStrip;
-    membranes_of_strip<RESET>(a, p, place, n, width, membranes);
-    zero(running, 2 * kStrip * 4);
-    zero(beta_sum, kStrip * 4);
-    zero(theta_sum, kStrip * 4);
-    for (int64_t last = a.steps; last > 0; last -= kSteps) {
-        const int64_t first = most(last - kSteps, int64_t{0});
-        for_each_piece(width, [&](int64_t i, int64_t lanes, auto vectors) {
-            constexpr int V = decltype(vectors)::value;
-            Vec g[V], to_beta[V], to_theta[V], u[V];
-            for (int v = 0; v < V; ++v) {
-                g[v] = load(running + i + v * W);
-                to_beta[v] = load(beta_sum + i + v * W);
-                to_theta[v] = load(theta_sum + i + v * W);
-                u[v] = load(membranes.at(last - 1, i) + v * W);
-            }
-            for (int64_t t = last - 1; t >= first; --t) {
-                const float* upstream = a.grad_spikes + place + t * stride + i;
-                for (int v = 0; v < V; ++v) {
-                    fetch(upstream + (V + v) * W);
-                    const Vec theta = load(p.theta + n + i + v * W);
-                    const Vec before = t ? load(membranes.at(t - 1, i) + v * W) : Vec{};
-                    const IntVec fired = before > theta;
-                    const Vec through =
-                        load_part(upstream + v * W, lanes - v * W) * derivative.at<SURROGATE>(u[v] - theta);
-                    const Vec now = through + g[v];
-                    if (a.held)
-                        store(current_sum + i + v * W, load(current_sum + i + v * W) + now);
-                    else if (a.grad_current)
-                        stream_part(a.grad_current + place + t * stride + i + v * W, now, lanes - v * W);
-                    to_theta[v] -= through;
-                    if (RESET == kSubtract) to_theta[v] -= fired ? now : Vec{};
-                    const Vec reaching = RESET == kZero ? (fired ? Vec{} : now) : now;
-                    to_beta[v] += reaching * before;
-                    g[v] = load(p.decay + n + i + v * W) * reaching;
-                    u[v] = before;
-                }
-            }
-            for (int v = 0; v < V; ++v) {
-                store(running + i + v * W, g[v]);
-                store(beta_sum + i + v * W, to_beta[v]);
-                store(theta_sum + i + v * W, to_theta[v]);
-            }
+    const int64_t current_row = a.held ? 0 : row;
+    for (int64_t first = (a.steps - 1) / a.every * a.every; first >= 0; first -= a.every) {
+        const Steps steps{least(a.every, a.steps - first), current_row, row};
+        for_each_piece(width, [&](int64_t i, auto lanes) {
+            const int64_t at = first * row + place + i;
+            backward_piece<RESET, SURROGATE, TARGET>(
+                lanes, steps, p + i, derivative, first ? a.kept + (first / a.every - 1) * row + place + i : nullptr,
+                a.current + first * current_row + place + i, membranes, a.grad_spikes + at,
+                TARGET == kRows ? a.grad_current + at : nullptr, sums + i);
         });
     }
-    if (a.held && a.grad_current)
-        for (int64_t i = 0; i < width; i += W)
-            stream_part(a.grad_current + place + i, load(current_sum + i), width - i);
+    if (TARGET == kSum)
+        for_each_piece(width, [&](int64_t i, auto lanes) {
+            for (int v = 0; v < lanes.vectors; ++v)
+                lanes.stream(a.grad_current + place + i, v, load(sums.current + i + v * W));
+        });
 }
 
-// The gradient of a parameter from what each sample adds to it, [samples][padded neurons].
-inline void parameter_gradient(const LIF& a, const float* sums, int64_t padded, bool per_neuron, double* totals,
-                               float* grad) {
-    sum_over_samples(sums, a.samples, padded, a.threads, totals);
+// Turns where ∂L/∂I_t goes into a template argument, as with_reset() does.
+template <class F>
+inline void with_target(const LIF& a, const F& call) {
+    if (!a.grad_current) return call(Constant<kNowhere>{});
+    if (a.held) return call(Constant<kSum>{});
+    call(Constant<kRows>{});
+}
+
+// The gradient of a parameter from what each lane adds to it.
+inline void parameter_gradient(const LIF& a, const float* sums, bool per_neuron, double* totals, float* grad) {
+    sum_over_samples(sums, a.samples, a.neurons, a.threads, totals);
     double total = 0;
     for (int64_t n = 0; n < a.neurons; ++n) {
         if (per_neuron) grad[n] = static_cast<float>(totals[n]);
@@ -198,28 +251,33 @@ inline void parameter_gradient(const LIF& a, const float* sums, int64_t padded, 
 }
 
 inline void lif_backward_alone(LIF& a, Arena& arena) {
-    const NeuronParameters p(a, arena);
-    const int64_t padded = (a.neurons + kStrip - 1) / kStrip * kStrip;
-    float* beta_sums = arena.take<float>(padded * a.samples);
-    float* theta_sums = arena.take<float>(padded * a.samples);
-    double* totals = arena.take<double>(padded);
-    const int64_t scratch_size = (a.steps + 2) * kStrip;
+    const Spans spans(a);
+    const NeuronParameters neurons(a, spans.span, arena);
+    float* beta_sums = arena.take<float>(spans.padded());
+    float* theta_sums = arena.take<float>(spans.padded());
+    double* totals = arena.take<double>(a.neurons);
+    const int64_t scratch_size = 2 * spans.span + (a.every + 1) * kPiece;
     float* scratch = arena.take<float>(scratch_size * a.threads);
     if (!arena.base) return;
-    with_reset(a.reset, [&](auto reset) {
-        with_surrogate(a.surrogate, [&](auto surrogate) {
-            for_each_strip(a, [&](int64_t place, int64_t n, int64_t width, int64_t sample, int worker) {
-                backward_strip<decltype(reset)::value, decltype(surrogate)::value>(
-                    a, p, place, n, width, scratch + worker * scratch_size, beta_sums + sample * padded + n,
-                    theta_sums + sample * padded + n);
+    with_target(a, [&](auto target) {
+        with_reset(a.reset, [&](auto reset) {
+            with_surrogate(a.surrogate, [&](auto surrogate) {
+                for_each_span(a, spans, [&](int64_t place, int64_t width, int worker) {
+                    float* mine = scratch + worker * scratch_size;
+                    const LaneSums sums{mine, mine + spans.span, beta_sums + place, theta_sums + place};
+                    for (float* lanes : {sums.running, sums.current, sums.beta, sums.theta})
+                        zero(lanes, spans.span * 4);
+                    backward_span<decltype(reset)::value, decltype(surrogate)::value, decltype(target)::value>(
+                        a, spans.lanes, neurons.of(place), place, width, mine + 2 * spans.span, sums);
+                });
             });
         });
     });
     if (a.grad_beta) {
-        parameter_gradient(a, beta_sums, padded, a.beta_per_neuron, totals, a.grad_beta);
+        parameter_gradient(a, beta_sums, a.beta_per_neuron, totals, a.grad_beta);
         mask_clamped(a.beta, a.beta_per_neuron ? a.neurons : 1, a.grad_beta);
     }
-    if (a.grad_theta) parameter_gradient(a, theta_sums, padded, a.theta_per_neuron, totals, a.grad_theta);
+    if (a.grad_theta) parameter_gradient(a, theta_sums, a.theta_per_neuron, totals, a.grad_theta);
 }
 
 }  // namespace g2g::G2G_ISA

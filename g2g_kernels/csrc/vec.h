@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -27,6 +28,23 @@ typedef int32_t IntVec __attribute__((vector_size(4 * W)));
 typedef float UnalignedVec __attribute__((vector_size(4 * W), aligned(4), may_alias));
 typedef int32_t UnalignedIntVec __attribute__((vector_size(4 * W), aligned(4), may_alias));
 
+// A number known to the compiler.
+template <int V>
+struct Constant {
+    static constexpr int value = V;
+};
+
+template <int... I, class F>
+inline __attribute__((always_inline)) void unrolled(std::integer_sequence<int, I...>, const F& f) {
+    (f(Constant<I>{}), ...);
+}
+
+// f(Constant<0>{}), …, f(Constant<N − 1>{}): a loop whose arrays, indexed by constants, stay in registers.
+template <int N, class F>
+inline __attribute__((always_inline)) void unrolled(const F& f) {
+    unrolled(std::make_integer_sequence<int, N>{}, f);
+}
+
 inline Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
 inline void store(float* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p) = v; }
 
@@ -34,7 +52,7 @@ inline void store(float* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p) = v; }
 // be still in a cache when they are read; stream_fence() before another thread may read them.
 inline void stream(float* p, Vec v) {
 #if defined(__SSE2__)
-    if (reinterpret_cast<uintptr_t>(p) % sizeof(Vec) == 0) {
+    if (__builtin_expect(reinterpret_cast<uintptr_t>(p) % sizeof(Vec) == 0, 1)) {
 #if defined(__AVX512F__)
         return _mm512_stream_ps(p, v);
 #elif defined(__AVX2__)

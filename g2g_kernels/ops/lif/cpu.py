@@ -1,6 +1,7 @@
 """``lif`` on the compiled CPU kernels: ``g2g::lif_forward`` (with its autograd formula) and ``g2g::lif_backward``.
 
-Nothing but the currents is kept for the backward pass, which computes the membranes again, strip by strip.
+The backward pass computes the membranes again from the currents and from those that the forward pass kept: the ones
+after every ``EVERY`` steps, float32 [(T − 1) // EVERY, ..., N].
 """
 
 import math
@@ -9,6 +10,9 @@ import torch
 
 from g2g_kernels.cpu.library import RESETS, SURROGATES, LIFArguments, library, pointer, run
 from g2g_kernels.cpu.workspace import workspace
+
+#: steps from one kept membrane to the next (docs/cpu-performance.md, 16)
+EVERY = 5
 
 
 def refuses(
@@ -34,19 +38,21 @@ def lif(
     surrogate: str,
     alpha: float,
 ) -> torch.Tensor:
-    return torch.ops.g2g.lif_forward(
-        current.contiguous(), beta.contiguous(), threshold.contiguous(), steps or 0, reset, surrogate, alpha
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (current, beta, threshold))
+    spikes, _ = torch.ops.g2g.lif_forward(
+        current.contiguous(), beta.contiguous(), threshold.contiguous(), steps or 0, reset, surrogate, alpha, keep
     )
+    return spikes
 
 
 _library = torch.library.Library("g2g", "FRAGMENT")
 _library.define(
-    "lif_forward(Tensor current, Tensor beta, Tensor threshold, int steps, str reset, str surrogate, float alpha) "
-    "-> Tensor"
+    "lif_forward(Tensor current, Tensor beta, Tensor threshold, int steps, str reset, str surrogate, float alpha, "
+    "bool keep) -> (Tensor, Tensor)"
 )
 _library.define(
-    "lif_backward(Tensor grad_spikes, Tensor current, Tensor beta, Tensor threshold, int steps, str reset, "
-    "str surrogate, float alpha, bool grad_current) -> (Tensor, Tensor, Tensor)"
+    "lif_backward(Tensor grad_spikes, Tensor current, Tensor beta, Tensor threshold, Tensor kept, int steps, "
+    "str reset, str surrogate, float alpha, bool grad_current) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -82,12 +88,18 @@ def _arguments(
         reset=RESETS[reset],
         surrogate=SURROGATES[surrogate],
         held=steps > 0,
+        every=EVERY,
         alpha=alpha,
     )
 
 
 def _shape(current: torch.Tensor, steps: int) -> tuple[int, ...]:
     return (steps, *current.shape) if steps else tuple(current.shape)
+
+
+def _kept_shape(current: torch.Tensor, steps: int, keep: bool) -> tuple[int, ...]:
+    shape = _shape(current, steps)
+    return ((shape[0] - 1) // EVERY, *shape[1:]) if keep else (0,)
 
 
 def _forward(
@@ -98,12 +110,14 @@ def _forward(
     reset: str,
     surrogate: str,
     alpha: float,
-) -> torch.Tensor:
+    keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
     arguments = _arguments(current, beta, threshold, steps, reset, surrogate, alpha)
     spikes = workspace.empty(_shape(current, steps))
-    arguments.spikes = spikes.data_ptr()
+    kept = workspace.empty(_kept_shape(current, steps, keep))
+    arguments.spikes, arguments.kept = spikes.data_ptr(), pointer(kept)
     run(library().g2g_lif_forward, arguments)
-    return spikes
+    return spikes, kept
 
 
 def _forward_fake(
@@ -114,8 +128,9 @@ def _forward_fake(
     reset: str,
     surrogate: str,
     alpha: float,
-) -> torch.Tensor:
-    return current.new_empty(_shape(current, steps))
+    keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return current.new_empty(_shape(current, steps)), current.new_empty(_kept_shape(current, steps, keep))
 
 
 def _backward(
@@ -123,6 +138,7 @@ def _backward(
     current: torch.Tensor,
     beta: torch.Tensor,
     threshold: torch.Tensor,
+    kept: torch.Tensor,
     steps: int,
     reset: str,
     surrogate: str,
@@ -130,11 +146,15 @@ def _backward(
     grad_current: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     arguments = _arguments(current, beta, threshold, steps, reset, surrogate, alpha)
-    if tuple(grad_spikes.shape) != _shape(current, steps) or not grad_spikes.is_contiguous():
-        raise ValueError("grad_spikes must be contiguous and of the spikes' shape")
+    for name, tensor, shape in (
+        ("grad_spikes", grad_spikes, _shape(current, steps)),
+        ("kept", kept, _kept_shape(current, steps, keep=True)),
+    ):
+        if tuple(tensor.shape) != shape or tensor.dtype != torch.float32 or not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous and float32 {list(shape)}")
     to_current = workspace.empty(tuple(current.shape)) if grad_current else current.new_empty(0)
     to_beta, to_threshold = torch.empty_like(beta), torch.empty_like(threshold)
-    arguments.grad_spikes = grad_spikes.data_ptr()
+    arguments.grad_spikes, arguments.kept = grad_spikes.data_ptr(), pointer(kept)
     arguments.grad_current = pointer(to_current)
     arguments.grad_beta, arguments.grad_theta = to_beta.data_ptr(), to_threshold.data_ptr()
     run(library().g2g_lif_backward, arguments)
@@ -146,6 +166,7 @@ def _backward_fake(
     current: torch.Tensor,
     beta: torch.Tensor,
     threshold: torch.Tensor,
+    kept: torch.Tensor,
     steps: int,
     reset: str,
     surrogate: str,
@@ -157,14 +178,17 @@ def _backward_fake(
 
 
 def _setup_context(ctx, inputs, output):
-    current, beta, threshold, *ctx.options = inputs
-    ctx.save_for_backward(current, beta, threshold)
+    current, beta, threshold, *ctx.options, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(current, beta, threshold, output[1])
 
 
-def _autograd(ctx, grad_spikes):
+def _autograd(ctx, grad_spikes, _kept):
+    if grad_spikes is None:
+        return (None,) * 8
     needed = ctx.needs_input_grad
     grads = torch.ops.g2g.lif_backward(grad_spikes.contiguous(), *ctx.saved_tensors, *ctx.options, needed[0])
-    return (*(grad if wanted else None for grad, wanted in zip(grads, needed[:3], strict=True)), *(None,) * 4)
+    return (*(grad if wanted else None for grad, wanted in zip(grads, needed[:3], strict=True)), *(None,) * 5)
 
 
 for _name, _function, _fake in (

@@ -332,6 +332,37 @@ def test_linear_alone(x, rows):
     ratios.check(len(UNITS))
 
 
+@pytest.mark.parametrize("x", ["dense", "spikes"])
+@pytest.mark.parametrize("kinds", [("index", "index"), ("random", "interleaved")])
+def test_linear_reads_and_writes_bfloat16(x, kinds):
+    """An input in bfloat16 gives the very bits that it gives in float32; its gradient is that one, rounded."""
+    draw = seeded(3)
+    layouts = (GroupLayout(size, 4, kind, draw) for size, kind in zip((300, 280), kinds, strict=True))
+    mask = BlockMask.sample(*layouts, p_inter=0.3, block_size=16, generator=draw)
+    drawn = torch.randn(900, 280, generator=draw).bfloat16()
+    given = drawn if x == "dense" else (drawn > 1.2).bfloat16()
+    values, bias = mask.pack(torch.randn(300, 280, generator=draw)), torch.randn(300, generator=draw)
+    upstream = torch.randn(900, 300, generator=draw).bfloat16()
+    upstream[5, 7] = float("nan")
+    outcome = []
+    for dtype in (torch.bfloat16, torch.float32):
+        leaves = [
+            given.to(dtype, copy=True).requires_grad_(),
+            values.clone().requires_grad_(),
+            bias.clone().requires_grad_(),
+        ]
+        with torch.autocast("cpu", torch.bfloat16):
+            y = g2g_linear(leaves[0], leaves[1], mask, leaves[2], backend="cpu")
+        y.backward(upstream)
+        assert y.dtype == torch.bfloat16
+        assert leaves[0].grad.dtype == dtype
+        outcome.append([y.detach(), leaves[0].grad.bfloat16(), leaves[1].grad, leaves[2].grad])
+    for half, single in zip(*outcome, strict=True):
+        torch.testing.assert_close(half, single, rtol=0, atol=0, equal_nan=True)
+    assert outcome[0][1][5].isnan().any()
+    assert not outcome[0][1][6].isnan().any()
+
+
 @pytest.mark.parametrize(
     "shape", [(1, 1), (70, 3, 5), (4, 2, 515), (3, 1030), (2, 3, 4, 17), (5, 9, 7), (10, 1, 64), (12, 3, 4100)]
 )
@@ -396,9 +427,10 @@ def test_opcheck():
         torch.ops.g2g.unpack_spikes.default,
         (spikes[: _words(mask, 2, 3)], detached[0][0], indices(mask), 2, 3),
     )
-    torch.library.opcheck(
-        torch.ops.g2g.linear_forward.default, (t["x"], groups[0][0], t["bias0"], indices(mask), False)
-    )
+    for half in (False, True):
+        torch.library.opcheck(
+            torch.ops.g2g.linear_forward.default, (t["x"], groups[0][0], t["bias0"], indices(mask), half)
+        )
     dy = torch.randn(2, 200)
     torch.library.opcheck(
         torch.ops.g2g.linear_backward.default, (dy, x, detached[0][0], indices(mask), False, True, True)

@@ -58,7 +58,7 @@ class LinearArguments(Structure):
     _fields_ = _fields(
         pointer="plan values bias x grad_y y grad_x grad_values grad_bias",
         int64="rows",
-        int32="threads bf16",
+        int32="threads bf16 x_half y_half",
         float="event_limit",
     )
 

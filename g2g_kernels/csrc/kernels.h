@@ -45,10 +45,13 @@ struct Stack {
 
 struct Linear {
     const Plan* plan;
-    const float *values, *bias, *x, *grad_y;
-    float *y, *grad_x, *grad_values, *grad_bias;
+    const float *values, *bias;
+    const void *x, *grad_y;
+    void *y, *grad_x;
+    float *grad_values, *grad_bias;
     int64_t rows;
-    int32_t threads, bf16;
+    int32_t threads, bf16;  // bf16: factors of products are rounded to bfloat16
+    int32_t x_half, y_half;  // x and grad_x, or y and grad_y, are bfloat16, not float
     float event_limit;
 };
 

@@ -87,46 +87,50 @@ struct Rows {
     int64_t operator()(int64_t r) const { return ((r % steps) * batch + first + r / steps) * size; }
 };
 
-// panel[block][r][·] = the lanes of one block from rows of a matrix in neuron order, 0 in padding.
-inline void load_block(const Axis& axis, int64_t block, const float* x, const Rows& at, int64_t rows, float* panel) {
+// panel[block][r][·] = the lanes of one block from rows of a matrix in neuron order, 0 in padding. Matrices are float or
+// bfloat16 (uint16_t), panels float.
+template <class E>
+inline void load_block(const Axis& axis, int64_t block, const E* x, const Rows& at, int64_t rows, float* panel) {
     const int32_t from = axis.contiguous[block];
     const int32_t* neuron = axis.neuron.data() + block * kLanes;
     for (int64_t r = 0; r < rows; ++r, panel += kLanes) {
-        const float* source = x + at(r);
+        const E* source = x + at(r);
         if (from >= 0)
-            __builtin_memcpy(panel, source + from, kLanes * 4);
+            for (int v = 0; v < kVecs; ++v) store(panel + v * W, load(source + from + v * W));
         else
-            for (int i = 0; i < kLanes; ++i) panel[i] = neuron[i] >= 0 ? source[neuron[i]] : 0.0f;
+            for (int i = 0; i < kLanes; ++i) panel[i] = neuron[i] >= 0 ? get(source + neuron[i]) : 0.0f;
     }
 }
 
-inline void store_block(const Axis& axis, int64_t block, const float* panel, const Rows& at, int64_t rows, float* x) {
+template <class E>
+inline void store_block(const Axis& axis, int64_t block, const float* panel, const Rows& at, int64_t rows, E* x) {
     const int32_t from = axis.contiguous[block];
     const int32_t* neuron = axis.neuron.data() + block * kLanes;
     for (int64_t r = 0; r < rows; ++r, panel += kLanes) {
-        float* target = x + at(r);
+        E* target = x + at(r);
         if (from >= 0)
-            __builtin_memcpy(target + from, panel, kLanes * 4);
+            for (int v = 0; v < kVecs; ++v) store(target + from + v * W, load(panel + v * W));
         else
             for (int i = 0; i < kLanes; ++i)
-                if (neuron[i] >= 0) target[neuron[i]] = panel[i];
+                if (neuron[i] >= 0) put(target + neuron[i], panel[i]);
     }
 }
 
 // Packs rows into spike words; false, with words unfinished, as soon as a value is neither 0 nor 1. Adds to `count`.
-inline bool pack_block(const Axis& axis, int64_t block, const float* x, const Rows& at, int64_t rows, uint64_t* words,
+template <class E>
+inline bool pack_block(const Axis& axis, int64_t block, const E* x, const Rows& at, int64_t rows, uint64_t* words,
                        int64_t* count) {
     const int32_t from = axis.contiguous[block];
     const int32_t* neuron = axis.neuron.data() + block * kLanes;
     const Vec one = all(1.0f);
     for (int64_t r = 0; r < rows; ++r) {
-        float lanes[kLanes];
-        const float* source = x + at(r);
+        E lanes[kLanes];
+        const E* source = x + at(r);
         if (from < 0)
-            for (int i = 0; i < kLanes; ++i) lanes[i] = neuron[i] >= 0 ? source[neuron[i]] : 0.0f;
+            for (int i = 0; i < kLanes; ++i) lanes[i] = neuron[i] >= 0 ? source[neuron[i]] : E{};
         else
             source += from;
-        const float* value = from < 0 ? lanes : source;
+        const E* value = from < 0 ? lanes : source;
         uint64_t word = 0;
         IntVec other = {};
         for (int v = 0; v < kVecs; ++v) {
@@ -157,7 +161,7 @@ inline void expand_words(const uint64_t* words, int64_t rows, float* panel) {
 }
 
 inline void convert_bf16(const float* from, int64_t count, uint16_t* to) {
-    for (int64_t i = 0; i < count; i += W) store_bf16(to + i, load(from + i));
+    for (int64_t i = 0; i < count; i += W) store(to + i, load(from + i));
 }
 
 // to[c][r] = from[r][c] for one 64 × 64 tile of which `rows` rows exist; the other columns of `to` become 0.

@@ -6,6 +6,19 @@
 
 namespace g2g::G2G_ISA {
 
+// call(pointer to element begin): x of the type that `half` says, float or bfloat16.
+template <class F>
+inline void with_elements(const void* x, int32_t half, int64_t begin, const F& call) {
+    if (half) return call(static_cast<const uint16_t*>(x) + begin);
+    call(static_cast<const float*>(x) + begin);
+}
+
+template <class F>
+inline void with_elements(void* x, int32_t half, int64_t begin, const F& call) {
+    if (half) return call(static_cast<uint16_t*>(x) + begin);
+    call(static_cast<float*>(x) + begin);
+}
+
 struct LinearInput {
     Panel<float> floats;
     uint64_t* words;  // [column blocks][rows]
@@ -20,10 +33,11 @@ struct LinearInput {
     void load(const Linear& a, int64_t begin, int64_t rows) {
         const Axis& axis = a.plan->cols;
         const Rows at{0, 1, a.rows, axis.size};
-        const float* x = a.x + begin * axis.size;
-        parallel(a.threads, axis.blocks, 1, [&](int64_t block, int) {
-            ones[block] = 0;
-            if (!pack_block(axis, block, x, at, rows, words + block * floats.rows, &ones[block])) ones[block] = -1;
+        with_elements(a.x, a.x_half, begin * axis.size, [&](const auto* x) {
+            parallel(a.threads, axis.blocks, 1, [&](int64_t block, int) {
+                ones[block] = 0;
+                if (!pack_block(axis, block, x, at, rows, words + block * floats.rows, &ones[block])) ones[block] = -1;
+            });
         });
         events = true;
         int64_t total = 0;
@@ -33,8 +47,10 @@ struct LinearInput {
         }
         events = events && total <= a.event_limit * static_cast<double>(rows) * axis.size;
         if (events) return;
-        parallel(a.threads, axis.blocks, 1,
-                 [&](int64_t block, int) { load_block(axis, block, x, at, rows, floats.at(block, 0)); });
+        with_elements(a.x, a.x_half, begin * axis.size, [&](const auto* x) {
+            parallel(a.threads, axis.blocks, 1,
+                     [&](int64_t block, int) { load_block(axis, block, x, at, rows, floats.at(block, 0)); });
+        });
     }
 };
 
@@ -76,7 +92,9 @@ inline void linear_forward(Linear& a, Arena& arena) {
                 product(weights, r, {input.floats.data, chunk}, {halves.data, chunk}, first, count,
                         {bias + r * kLanes, 0}, out);
             }
-            store_block(axis, r, out, Rows{0, 1, a.rows, axis.size}, count, a.y + (begin + first) * axis.size);
+            with_elements(a.y, a.y_half, (begin + first) * axis.size, [&](auto* y) {
+                store_block(axis, r, out, Rows{0, 1, a.rows, axis.size}, count, y);
+            });
         });
     }
 }
@@ -104,7 +122,9 @@ inline void linear_backward(Linear& a, Arena& arena) {
         const int64_t rows = least(chunk, a.rows - begin);
         parallel(a.threads, R, 1, [&](int64_t r, int) {
             float* panel = grad.at(r, 0);
-            load_block(plan.rows, r, a.grad_y + begin * plan.rows.size, Rows{0, 1, a.rows, plan.rows.size}, rows, panel);
+            with_elements(a.grad_y, a.y_half, begin * plan.rows.size, [&](const auto* grad_y) {
+                load_block(plan.rows, r, grad_y, Rows{0, 1, a.rows, plan.rows.size}, rows, panel);
+            });
             if (halves.data) convert_bf16(panel, rows * kLanes, halves.at(r, 0));
             for (int64_t i = 0; i < rows; ++i)
                 for (int64_t lane = 0; lane < kLanes; ++lane) bias[r * kLanes + lane] += panel[i * kLanes + lane];
@@ -133,8 +153,9 @@ inline void linear_backward(Linear& a, Arena& arena) {
             const int64_t block = task / pieces, row = task % pieces * kLanes, height = least(kLanes, rows - row);
             float* out = scratch + worker * kTile;
             down.run(block, dy, {halves.data, chunk}, row, height, out);
-            store_block(plan.cols, block, out, Rows{0, 1, a.rows, plan.cols.size}, height,
-                        a.grad_x + (begin + row) * plan.cols.size);
+            with_elements(a.grad_x, a.x_half, (begin + row) * plan.cols.size, [&](auto* grad_x) {
+                store_block(plan.cols, block, out, Rows{0, 1, a.rows, plan.cols.size}, height, grad_x);
+            });
         });
     }
     if (a.grad_values) unpack_gradient(plan, grad_tiles, a.threads, a.grad_values);

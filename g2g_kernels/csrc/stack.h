@@ -424,14 +424,14 @@ void sweep_block(const Stack& s, const BackwardLayer& x, int64_t b, int64_t r, i
     }
     const auto emit = [&](int64_t t, int v, Vec g) {
         if (grad) store(grad + t * kLanes + v * W, g);
-        if (halves) store_bf16(halves + t * kLanes + v * W, g);
+        if (halves) store(halves + t * kLanes + v * W, g);
     };
     lif_backward<RESET, SURROGATE>(TileUpstream{tile, constant}, u, s.steps, x.lanes.decay + lane,
                                    x.lanes.theta + lane, derivative, sums, emit);
     if (held) {
         for (int v = 0; v < kVecs; ++v) {
             store(x.grad.at(r, b) + v * W, load(sums.current + v * W));
-            if (x.grad_halves.data) store_bf16(x.grad_halves.at(r, b) + v * W, load(sums.current + v * W));
+            if (x.grad_halves.data) store(x.grad_halves.at(r, b) + v * W, load(sums.current + v * W));
         }
     }
 }

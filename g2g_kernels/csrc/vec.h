@@ -119,14 +119,15 @@ inline Vec exp_negative(Vec x) {
     return x < all(-87.0f) ? Vec{} : reinterpret_cast<Vec>(reinterpret_cast<IntVec>(p) + (exponent << 23));
 }
 
-// float → bfloat16, round to nearest even (no NaN care: a NaN stays a NaN unless its payload is all ones).
+// float → bfloat16, round to nearest even; a NaN stays one.
 inline uint16_t to_bf16(float x) {
     uint32_t bits;
     __builtin_memcpy(&bits, &x, 4);
+    if (x != x) return static_cast<uint16_t>(bits >> 16 | 0x40);
     return static_cast<uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
 }
 
-inline void store_bf16(uint16_t* p, Vec v) {
+inline void store(uint16_t* p, Vec v) {
 #if defined(__AVX512BF16__)
     const __m256bh h = _mm512_cvtneps_pbh(v);
     __builtin_memcpy(p, &h, 32);
@@ -134,5 +135,23 @@ inline void store_bf16(uint16_t* p, Vec v) {
     for (int i = 0; i < W; ++i) p[i] = to_bf16(v[i]);
 #endif
 }
+
+inline Vec load(const uint16_t* p) {
+    typedef uint16_t Halves __attribute__((vector_size(2 * W)));
+    Halves h;
+    __builtin_memcpy(&h, p, sizeof h);
+    return reinterpret_cast<Vec>(__builtin_convertvector(h, IntVec) << 16);
+}
+
+// One number of either kind of matrix.
+inline float get(const float* p) { return *p; }
+inline float get(const uint16_t* p) {
+    const uint32_t bits = static_cast<uint32_t>(*p) << 16;
+    float x;
+    __builtin_memcpy(&x, &bits, 4);
+    return x;
+}
+inline void put(float* p, float x) { *p = x; }
+inline void put(uint16_t* p, float x) { *p = to_bf16(x); }
 
 }  // namespace g2g::G2G_ISA

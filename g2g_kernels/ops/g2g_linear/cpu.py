@@ -2,7 +2,8 @@
 ``g2g::linear_backward``. Inputs that hold nothing but 0 and 1, at a low rate, take the event-driven products.
 
 Under autocast to bfloat16, products of dense inputs use bfloat16 factors and float32 sums (where the CPU has the
-instructions; it rounds nothing elsewhere), and the output is bfloat16.
+instructions; it rounds nothing elsewhere), and the output is bfloat16. Inputs and gradients that are bfloat16 are read
+and written as such.
 """
 
 from collections.abc import Sequence
@@ -30,22 +31,20 @@ def refuses(x: torch.Tensor, values: torch.Tensor, mask: BlockMask, bias: torch.
 
 
 def _converts(dtype: torch.dtype) -> bool:
-    """Whether x of ``dtype`` becomes float32 without a change of results: spikes in bytes, bfloat16 under autocast."""
+    """Whether x of ``dtype`` gives what float32 would: spikes in bytes, bfloat16 under autocast."""
     return dtype == torch.uint8 or (dtype == torch.bfloat16 and bf16_wanted())
 
 
 def g2g_linear(x: torch.Tensor, values: torch.Tensor, mask: BlockMask, bias: torch.Tensor | None) -> torch.Tensor:
-    bf16 = bf16_wanted()
-    flat = x.reshape(-1, x.shape[-1]).to(torch.float32).contiguous()
+    flat = x.reshape(-1, x.shape[-1])
     y = torch.ops.g2g.linear_forward(
-        flat,
+        (flat if flat.dtype == torch.bfloat16 else flat.to(torch.float32)).contiguous(),
         values.contiguous(),
         None if bias is None else bias.contiguous(),
         indices(mask),
-        bf16,
+        bf16_wanted(),
     )
-    y = y.view(*x.shape[:-1], y.shape[-1])
-    return y.to(torch.bfloat16) if bf16 else y
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 _library = torch.library.Library("g2g", "FRAGMENT")
@@ -56,21 +55,24 @@ _library.define(
 )
 
 
+def _output_dtype(bf16: bool) -> torch.dtype:
+    return torch.bfloat16 if bf16 else torch.float32
+
+
 def _arguments(
     x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None, mask_indices: Sequence[torch.Tensor], bf16: bool
 ) -> LinearArguments:
     if len(mask_indices) != INDICES:
         raise ValueError(f"a mask is described by {INDICES} tensors, not {len(mask_indices)}")
     out_size, in_size = mask_indices[2].shape[0], mask_indices[4].shape[0]
-    for tensor in (x, values, bias):
+    for tensor, dtypes in ((x, (torch.float32, torch.bfloat16)), (values, (torch.float32,)), (bias, (torch.float32,))):
         if tensor is not None and not (
-            tensor.dtype == torch.float32 and tensor.is_contiguous() and tensor.device.type == "cpu"
+            tensor.dtype in dtypes and tensor.is_contiguous() and tensor.device.type == "cpu"
         ):
-            raise ValueError("the compiled kernels need contiguous float32 tensors on the CPU")
+            raise ValueError("the compiled kernels need contiguous float32 tensors on the CPU; x may be bfloat16")
     if x.dim() != 2 or x.shape[1] != in_size or (bias is not None and bias.numel() != out_size):
         raise ValueError(f"x {tuple(x.shape)} or the bias does not fit a mask of [{out_size}, {in_size}] weights")
     plan = plan_for(mask_indices, values)
-    bf16 = bool(bf16 and library().g2g_has_bf16())
     arguments = LinearArguments(
         plan=plan.address,
         values=pointer(values),
@@ -78,7 +80,9 @@ def _arguments(
         x=x.data_ptr(),
         rows=len(x),
         threads=torch.get_num_threads(),
-        bf16=bf16,
+        bf16=bf16 and library().g2g_has_bf16(),
+        x_half=x.dtype == torch.bfloat16,
+        y_half=bf16,
     )
     arguments.owner = plan  # outlives the call
     return arguments
@@ -88,7 +92,7 @@ def _forward(
     x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None, mask_indices: Sequence[torch.Tensor], bf16: bool
 ) -> torch.Tensor:
     arguments = _arguments(x, values, bias, mask_indices, bf16)
-    y = workspace.empty((len(x), mask_indices[2].shape[0]))
+    y = workspace.empty((len(x), mask_indices[2].shape[0]), _output_dtype(bf16))
     arguments.y = y.data_ptr()
     arguments.event_limit = event_limit(arguments.bf16, backward=False)
     run(library().g2g_linear_forward, arguments)
@@ -98,7 +102,7 @@ def _forward(
 def _forward_fake(
     x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None, mask_indices: Sequence[torch.Tensor], bf16: bool
 ) -> torch.Tensor:
-    return x.new_empty(x.shape[0], mask_indices[2].shape[0])
+    return x.new_empty(x.shape[0], mask_indices[2].shape[0], dtype=_output_dtype(bf16))
 
 
 def _backward(
@@ -112,11 +116,11 @@ def _backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     arguments = _arguments(x, values, None, mask_indices, bf16)
     out_size = mask_indices[2].shape[0]
-    if grad_y.shape != (len(x), out_size) or grad_y.dtype != torch.float32 or not grad_y.is_contiguous():
-        raise ValueError("grad_y must be contiguous float32 and of the output's shape")
-    to_x = workspace.empty(tuple(x.shape)) if grad_x else x.new_empty(0)
-    to_values = workspace.empty(tuple(values.shape)) if grad_values else x.new_empty(0)
-    to_bias = x.new_empty(out_size)
+    if grad_y.shape != (len(x), out_size) or grad_y.dtype != _output_dtype(bf16) or not grad_y.is_contiguous():
+        raise ValueError("grad_y must be contiguous and of the output's shape and dtype")
+    to_x = workspace.empty(tuple(x.shape), x.dtype) if grad_x else x.new_empty(0)
+    to_values = workspace.empty(tuple(values.shape)) if grad_values else values.new_empty(0)
+    to_bias = values.new_empty(out_size)
     arguments.grad_y = grad_y.data_ptr()
     arguments.event_limit = event_limit(arguments.bf16, backward=True)
     arguments.grad_x, arguments.grad_values = pointer(to_x), pointer(to_values)
@@ -134,8 +138,8 @@ def _backward_fake(
     grad_x: bool,
     grad_values: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    to_x, to_values = x.new_empty(x.shape if grad_x else 0), x.new_empty(values.shape if grad_values else 0)
-    return to_x, to_values, x.new_empty(mask_indices[2].shape[0])
+    to_x, to_values = x.new_empty(x.shape if grad_x else 0), values.new_empty(values.shape if grad_values else 0)
+    return to_x, to_values, values.new_empty(mask_indices[2].shape[0])
 
 
 def _setup_context(ctx, inputs, output):

@@ -17,6 +17,9 @@ from g2gnet.layers import G2GLinear
 from g2gnet.recording import ActivityRecorder, Recording, Train, dense
 from g2gnet.seeding import draw_device, stream
 
+#: units of this many neurons on a side, and wider ones, are added up by a product: one pass over the samples, where
+#: scaling, padding and ordering them takes many
+PRODUCT_WIDTH = 4
 PRUNE_RULES = ("set", "random", "hebb")
 GROW_RULES = ("hebb", "random")
 
@@ -35,29 +38,41 @@ def unit_correlation(pre: torch.Tensor, post: torch.Tensor, mask: BlockMask, wor
         post: output spikes [T, B, out].
         world: processes, each of which has some of the samples; all get the correlation over all samples.
     """
-    post = post.float()
-    norm_post = world.sum_(post.square().sum((0, 1))).sqrt()
-    norm_pre = world.sum_(pre.float().square().sum(tuple(range(pre.dim() - 1)))).sqrt()
+    pre, post = pre.float(), post.float()
+    norm_post = world.sum_(_squares(post)).sqrt()
+    norm_pre = world.sum_(_squares(pre)).sqrt()
     if pre.dim() == 2:
         norm_pre = norm_pre * len(post) ** 0.5
         post = post.sum(0)
     post_sums = _unit_sums(post.reshape(-1, post.shape[-1]), norm_post, mask.rows)
-    pre_sums = _unit_sums(pre.reshape(-1, pre.shape[-1]).float(), norm_pre, mask.cols)
+    pre_sums = _unit_sums(pre.reshape(-1, pre.shape[-1]), norm_pre, mask.cols)
     return world.sum_(post_sums.T @ pre_sums) / (mask.rows.lengths[:, None] * mask.cols.lengths[None, :])
+
+
+def _squares(train: torch.Tensor) -> torch.Tensor:
+    """Σ x² over the samples of a train [..., N], for each neuron: [N]; exact for spikes."""
+    total = train.new_zeros(train.shape[-1])
+    for samples in train.reshape(-1, train.shape[-1]).split(512):  # whose squares stay in a cache
+        total += samples.square().sum(0)
+    return total
 
 
 def _unit_sums(samples: torch.Tensor, norm: torch.Tensor, axis: UnitAxis) -> torch.Tensor:
     """Σ over the neurons of each unit range of samples/norm (0 for silent neurons): [M, size] → [M, num_units]."""
-    normalised = samples * torch.where(norm > 0, 1 / norm, 0.0)
-    padded = torch.cat([normalised, normalised.new_zeros(len(normalised), 1)], 1).index_select(1, axis.padded)
-    return padded.view(len(samples), axis.num_units, axis.width).sum(2)
+    scale = torch.where(norm > 0, 1 / norm, 0.0)
+    if axis.width < PRODUCT_WIDTH:
+        padded = torch.cat([samples * scale, samples.new_zeros(len(samples), 1)], 1).index_select(1, axis.padded)
+        return padded.view(len(samples), axis.num_units, axis.width).sum(2)
+    membership = scale.new_zeros(axis.size, axis.num_units)
+    membership[torch.arange(axis.size, device=scale.device), axis.position // axis.width] = scale
+    return samples @ membership
 
 
-def _samples(recordings: list[Recording] | None, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The pre- and postsynaptic samples of layer ``number``, in the form that :func:`unit_correlation` takes.
+def _recorded(recordings: list[Recording] | None, number: int) -> Recording:
+    """What was recorded of layer ``number``.
 
     Raises:
-        RuntimeError: if there are none.
+        RuntimeError: if that is nothing.
     """
     if not recordings or not recordings[number]:
         raise RuntimeError(
@@ -65,7 +80,11 @@ def _samples(recordings: list[Recording] | None, number: int) -> tuple[torch.Ten
             "the scheduler of the model (not of a compiled one) and run it in training mode before each step(). "
             "prune='set' or 'random' with grow='random' need none"
         )
-    pairs = [(dense(pre), dense(post)) for pre, post in recordings[number]]
+    return recordings[number]
+
+
+def _samples(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The pre- and postsynaptic samples of all calls of a layer, in the form that :func:`unit_correlation` takes."""
     if len(pairs) == 1 and pairs[0][1].dim() == 3:
         return pairs[0]
     flat_pre, flat_post = [], []
@@ -194,12 +213,19 @@ class DSTScheduler:
             if inputs is not None and activity is not None:
                 pre: list[Train] = [inputs.detach(), *activity.spikes]
                 recorded = [[pair] for pair in itertools.pairwise(pre)]
+            unpacked: dict[int, torch.Tensor] = {}  # by the train's id; what a layer fires, the next one receives
             for number, layer in enumerate(self.layers):
                 if not layer.values.requires_grad:
                     continue
                 correlation = None
                 if self._needs_activity:
-                    correlation = unit_correlation(*_samples(recorded, number), layer.mask, self._world).flatten()
+                    pairs = _recorded(recorded, number)
+                    trains = {id(train): train for pair in pairs for train in pair}
+                    unpacked = {
+                        key: unpacked[key] if key in unpacked else dense(train) for key, train in trains.items()
+                    }
+                    samples = _samples([(unpacked[id(pre)], unpacked[id(post)]) for pre, post in pairs])
+                    correlation = unit_correlation(*samples, layer.mask, self._world).flatten()
                 device = draw_device(layer.values.device)
                 self._update(layer, correlation, stream(self.seed, "dst", self.steps, number, device=device))
             units = [units for layer in self.layers for units in (layer.mask.unit_row, layer.mask.unit_col)]

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from g2gnet import G2GLinear
 
 from .reference import Results, mean_weights
-from .workload import LinearInputs, Prepared
+from .workload import Prepared
 
 
 class Contender(ABC):
@@ -37,7 +37,7 @@ class Contender(ABC):
     def __init__(self, prepared: Prepared, device: torch.device, precision: str, **options: Any) -> None: ...
 
     @classmethod
-    def preload(cls, prepared: Prepared, **options: Any) -> None:
+    def preload(cls, prepared: Prepared, precision: str, **options: Any) -> None:
         """Loads what is data rather than the contender's own; called before its memory is counted."""
         return None
 
@@ -166,7 +166,7 @@ class NeuronContender(Contender):
         self.threshold = threshold.clone().requires_grad_()
 
     @classmethod
-    def preload(cls, prepared: Prepared, **options: Any) -> None:
+    def preload(cls, prepared: Prepared, precision: str, **options: Any) -> None:
         _ = prepared.neuron_inputs
 
     @abstractmethod
@@ -198,8 +198,8 @@ class LinearContender(Contender):
     """
 
     def __init__(self, prepared: Prepared, device: torch.device, precision: str, inputs: str) -> None:
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        x, grad_y = (tensor.to(device, dtype) for tensor in self._inputs(prepared, inputs))
+        dtype = self._dtype(precision)
+        x, grad_y = (tensor.to(device, dtype) for tensor in getattr(prepared, inputs))
         self.device = device
         self.precision = precision
         self.x = x.detach().requires_grad_()
@@ -207,12 +207,12 @@ class LinearContender(Contender):
         self.layer = self.build(prepared.network("torch").fc2).to(device)
 
     @classmethod
-    def preload(cls, prepared: Prepared, **options: Any) -> None:
-        cls._inputs(prepared, options["inputs"])
+    def preload(cls, prepared: Prepared, precision: str, **options: Any) -> None:
+        prepared.convert(options["inputs"], cls._dtype(precision))
 
     @staticmethod
-    def _inputs(prepared: Prepared, inputs: str) -> LinearInputs:
-        return getattr(prepared, inputs)
+    def _dtype(precision: str) -> torch.dtype:
+        return torch.bfloat16 if precision == "bf16" else torch.float32
 
     @abstractmethod
     def build(self, connection: G2GLinear) -> nn.Module:

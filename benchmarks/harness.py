@@ -24,7 +24,7 @@ from .contender import Contender
 from .correctness import Judge, Verdict
 from .machine import PeakMemory, load_lazy_parts, synchronize
 from .registry import KERNELS, Entry
-from .workload import load
+from .workload import Prepared, load
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,7 @@ def _serve(connection: Connection, job: Job) -> None:
 class _Session:
     """The child's side of each request."""
 
+    prepared: Prepared
     contender: Contender
     memory: PeakMemory
 
@@ -122,8 +123,8 @@ class _Session:
     def build(self) -> None:
         module, _, name = self.job.entry.target.partition(":")
         kind: type[Contender] = getattr(importlib.import_module(module), name)
-        prepared = load(self.job.path)
-        kind.preload(prepared, **self.job.entry.options)
+        self.prepared = prepared = load(self.job.path)  # kept: if it went, so much less memory would seem to be used
+        kind.preload(prepared, self.job.entry.precision, **self.job.entry.options)
         load_lazy_parts(self.device)
         self.memory = PeakMemory(self.device)
         self.contender = kind(prepared, self.device, self.job.entry.precision, **self.job.entry.options)

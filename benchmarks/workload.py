@@ -172,6 +172,10 @@ class Prepared:
         gradient, x = self._noise(2)
         return LinearInputs(x, gradient)
 
+    def convert(self, inputs: str, dtype: torch.dtype) -> None:
+        """Has ``spike_inputs`` or ``dense_inputs`` in ``dtype`` from now on."""
+        self.__dict__[inputs] = LinearInputs(*(tensor.to(dtype) for tensor in getattr(self, inputs)))
+
     @functools.cached_property
     @torch.no_grad()
     def _first_spikes(self) -> torch.Tensor:

@@ -70,6 +70,11 @@ class UnitAxis(nn.Module):
         """int64 [num_units], the number of neurons in each range."""
         return self.bounds.diff().long()
 
+    @property
+    def unit_of(self) -> torch.Tensor:
+        """int64 [size], the range that each neuron belongs to."""
+        return self.position // self.width
+
 
 class BlockMask(nn.Module):
     """The units (blocks of weights) that a sparse [out, in] weight matrix has.
@@ -288,7 +293,7 @@ class BlockMask(nn.Module):
         """int64 [out], the number of present weights of each output neuron, in neuron order."""
         per_row = torch.zeros(self.rows.num_units, dtype=torch.int64, device=self.unit_row.device)
         per_row.index_add_(0, self.unit_row.long(), self.cols.lengths[self.unit_col.long()])
-        return per_row[self.rows.position // self.rows.width]
+        return per_row[self.rows.unit_of]
 
     # --- dense and packed weights -------------------------------------------------------------------------------
 

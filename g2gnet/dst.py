@@ -64,7 +64,7 @@ def _unit_sums(samples: torch.Tensor, norm: torch.Tensor, axis: UnitAxis) -> tor
         padded = torch.cat([samples * scale, samples.new_zeros(len(samples), 1)], 1).index_select(1, axis.padded)
         return padded.view(len(samples), axis.num_units, axis.width).sum(2)
     membership = scale.new_zeros(axis.size, axis.num_units)
-    membership[torch.arange(axis.size, device=scale.device), axis.position // axis.width] = scale
+    membership[torch.arange(axis.size, device=scale.device), axis.unit_of] = scale
     return samples @ membership
 
 

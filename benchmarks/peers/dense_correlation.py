@@ -20,7 +20,7 @@ class _Layer:
     def __init__(self, weight: torch.Tensor, mask: BlockMask) -> None:
         self.blocks = mask
         self.start = weight, mask.to_dense()
-        self.row_of, self.col_of = (axis.position // axis.width for axis in (mask.rows, mask.cols))
+        self.row_of, self.col_of = mask.rows.unit_of, mask.cols.unit_of
         self.size = mask.rows.lengths[:, None] * mask.cols.lengths[None, :]
         self.reset()
 

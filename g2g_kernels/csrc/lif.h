@@ -28,6 +28,20 @@ inline Vec charge(Vec u, Vec current, Vec decay, Vec theta) {
     return u;
 }
 
+// charge() backwards. What reaches the membrane that it gave: g from later steps, `through` from its own spike. Returns
+// ∂L/∂I, moves g on to the membrane `before`, and adds to the gradients of β and θ.
+template <int R>
+inline Vec charge_backward(Vec through, Vec before, Vec decay, Vec threshold, Vec& g, Vec& beta, Vec& theta) {
+    const IntVec fired = before > threshold;
+    const Vec now = through + g;
+    theta -= through;
+    if (R == kSubtract) theta -= fired ? now : Vec{};
+    const Vec reaching = R == kZero ? (fired ? Vec{} : now) : now;
+    beta += reaching * before;
+    g = decay * reaching;
+    return now;
+}
+
 // current(t, I) fills I[kVecs]. `words`, `membranes` [T][64] and `count` [64] (spikes of each lane) may be null.
 template <int R, class Current>
 inline void lif_forward(const Current& current, int steps, const float* decays, const float* thetas, uint64_t* words,
@@ -96,16 +110,11 @@ inline void lif_backward(const Upstream& upstream, const float* membranes, int s
             const Vec threshold = load(thetas + v * W);
             const Vec u = load(membranes + t * kLanes + v * W);
             const Vec before = t ? load(membranes + (t - 1) * kLanes + v * W) : Vec{};
-            const IntVec fired = before > threshold;
             const Vec through = spike_grad[v] * derivative.at<S>(u - threshold);
-            const Vec now = through + g[v];
+            const Vec now =
+                charge_backward<R>(through, before, load(decays + v * W), threshold, g[v], beta[v], theta[v]);
             sum[v] += now;
             emit(t, v, now);
-            theta[v] -= through;
-            if (R == kSubtract) theta[v] -= fired ? now : Vec{};
-            const Vec reaching = R == kZero ? (fired ? Vec{} : now) : now;
-            beta[v] += reaching * before;
-            g[v] = load(decays + v * W) * reaching;
         }
     }
     for (int v = 0; v < kVecs; ++v) {

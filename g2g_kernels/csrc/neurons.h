@@ -188,16 +188,11 @@ void backward_piece(const L& lanes, const Steps& steps, const Parameters& p, Der
             const float* from = upstream + t * steps.stride;
             fetch(from + kAhead + v * W);
             const Vec theta = load(p.theta + v * W), before = load(membranes + t * kPiece + v * W);
-            const IntVec fired = before > theta;
             const Vec through = lanes.load(from, v) * derivative.at<SURROGATE>(u[v] - theta);
-            const Vec now = through + g[v];
+            const Vec now = charge_backward<RESET>(through, before, load(p.decay + v * W), theta, g[v], to_beta[v],
+                                                   to_theta[v]);
             if (TARGET == kSum) to_current[v] += now;
             if (TARGET == kRows) lanes.stream(target + t * steps.stride, v, now);
-            to_theta[v] -= through;
-            if (RESET == kSubtract) to_theta[v] -= fired ? now : Vec{};
-            const Vec reaching = RESET == kZero ? (fired ? Vec{} : now) : now;
-            to_beta[v] += reaching * before;
-            g[v] = load(p.decay + v * W) * reaching;
             u[v] = before;
         });
     unrolled<V>([&](auto k) {

@@ -5,7 +5,7 @@ another kernel of the default network (``step, in short`` has fewer columns; ``s
 other networks), ``scaling-p_inter`` or another quantity, ``accuracy`` or ``model_comparison``. A part shows every such
 record in ``benchmarks/results``, whatever machine it is from, and is empty where there is none. Pictures lie in
 ``docs``, under the names of their records. Numbers stand nowhere else, so a page cannot disagree with what was
-measured; ``tests/test_benchmark_reports.py`` holds it to that.
+measured; ``tests/benchmarks/test_benchmark_reports.py`` holds it to that.
 """
 
 import argparse

@@ -282,7 +282,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             lines += 1
             findings += len(wrong)
     if interpreted() and "triton" in available_backends():
-        print("triton: only in its interpreter, which the test suite checks (pytest tests/test_triton_*.py)")
+        print("triton: only in its interpreter, which the test suite checks (pytest tests/g2g_kernels/ops)")
     seconds = time.perf_counter() - began
     print(f"\n{f'{findings} cases are WRONG' if findings else 'Everything checked is right'} ({seconds:.1f} s)")
     return 1 if findings else 0

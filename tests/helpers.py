@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -11,6 +12,9 @@ import torch
 from g2g_kernels import BackendError, BlockMask, GroupLayout, available_backends
 from g2g_kernels.dispatch import Operator
 from g2g_kernels.triton.runtime import interpreted
+
+#: the repository
+ROOT = Path(__file__).parents[1]
 
 
 def backends_of(operator: Operator) -> list[str]:

@@ -22,7 +22,7 @@ from g2gnet.dst import DSTScheduler
 from g2gnet.tensor_file import read_tensors
 from g2gnet.training import Trainer, TrainSettings, run_training
 from g2gnet.training.run_files import RunFiles
-from tests.test_training import SMALL, assert_equal
+from tests.training_runs import SMALL, assert_equal
 
 SETTINGS = TrainSettings(
     **{**SMALL, "limit_train": 96, "batch_size": 32, "limit_test": 32, "epochs": 2},

@@ -10,14 +10,14 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 from code_blocks import BLOCK, run_blocks
+from helpers import ROOT
 from PIL import Image
 
 from g2g_kernels import dispatch
 from g2g_kernels.ops.g2g_linear import operator
 
-ROOT = Path(__file__).parents[1]
 #: pages whose code needs more than a directory to run in, and the tests that give it that
-ELSEWHERE = {"README.md": "test_readme.py", "docs/other-libraries.md": "test_logging.py"}
+ELSEWHERE = {"README.md": "test_readme.py", "docs/other-libraries.md": "g2gnet/training/test_logging.py"}
 PAGES = {
     str(page.relative_to(ROOT)): page
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *ROOT.glob("g2g_kernels/ops/*/README.md"))

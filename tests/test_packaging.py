@@ -16,10 +16,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
 from g2gnet import __version__
 
-ROOT = Path(__file__).parents[1]
 NAME = f"g2g-{__version__}"
 OFFLINE = ("--no-index", "--no-deps", "--no-build-isolation")
 SIZES = "--hidden_dim 16 --T 2 --batch_size 16 --dataset fashionmnist-mini"

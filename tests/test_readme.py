@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from code_blocks import run_blocks
+from helpers import ROOT
 from small_data import fashion_mnist_files, publish_resnet, write, write_cifar, write_resnet
 
 from g2gnet import cli, crossval, pretrain, train
@@ -20,7 +21,6 @@ from g2gnet.pretrain import PretrainSettings
 from g2gnet.training import TrainSettings
 from g2gnet.training.cross_validation import FoldSettings
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PAGES = [README, *(page.read_text() for page in sorted((ROOT / "docs").glob("*.md")))]
 #: every command there and in the programs' help

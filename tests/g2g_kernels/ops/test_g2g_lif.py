@@ -1,0 +1,424 @@
+"""g2g_lif: the stack equals its parts, an snnTorch network of masked layers, and float64 on every backend."""
+
+import itertools
+
+import pytest
+import snntorch
+import torch
+from helpers import ErrorRatios, MaskCase, backends_of, dense_by_loop, device_of, rms, seeded, threads
+from snntorch import surrogate as snn_surrogate
+from stack_cases import SIZES, STACKS, B, Stack, T, clear_stack, loss, results
+from torch import nn
+
+from g2g_kernels import Activity, BackendError, LIFLayer, dispatch, g2g_lif, g2g_linear, lif
+from g2g_kernels.ops.g2g_lif import operator
+from g2g_kernels.ops.lif import RESETS
+from g2g_kernels.ops.lif.surrogates import SURROGATES
+
+every_backend = pytest.mark.parametrize("backend", backends_of(operator))
+every_reset = pytest.mark.parametrize("reset", RESETS)
+held_or_varying = pytest.mark.parametrize("steps", [None, 9], ids=["varying", "held"])
+
+every_stack = pytest.mark.parametrize("cases", STACKS.values(), ids=STACKS.keys())
+
+
+def composed(stack: Stack, dtype: torch.dtype, **options) -> dict[str, torch.Tensor]:
+    """The same from ``lif(g2g_linear(·))`` layer by layer, counts and rates from the spikes."""
+    leaves = stack.leaves(dtype)
+    x, steps, spikes = leaves["x"], stack.steps, []
+    for layer in stack.layers(leaves):
+        current = g2g_linear(x, layer.values, layer.mask, layer.bias, backend="torch")
+        x = lif(current, layer.beta, layer.threshold, steps, backend="torch", **options)
+        spikes.append(x)
+        steps = None
+    counts, rates = spikes[-1].sum(0), [layer_spikes.mean((0, 1)) for layer_spikes in spikes]
+    loss(counts, rates).backward()
+    return results(counts, rates, [layer_spikes.detach() for layer_spikes in spikes], leaves)
+
+
+def assert_lively(named: dict[str, torch.Tensor]) -> None:
+    """Every layer fires, none all the time, and every tensor has a gradient: else a comparison says little."""
+    for name, tensor in named.items():
+        if name.startswith("spikes"):
+            assert 0.05 < tensor.float().mean() < 0.9, f"{name}: rate {tensor.float().mean():.2f}"
+        if name.endswith(".grad"):
+            assert tensor.any(), name
+
+
+# --- the parts ----------------------------------------------------------------------------------------------------
+
+
+@every_reset
+@held_or_varying
+@every_stack
+def test_stack_equals_its_parts(cases, steps, reset):
+    stack = Stack(cases, steps)
+    expected = composed(stack, torch.float64, reset=reset)
+    assert_lively(expected)
+    for name, actual in stack.run(torch.float64, "torch", reset=reset).items():
+        # float64 rounding: counts and rates may be summed in another order
+        torch.testing.assert_close(actual, expected[name], rtol=1e-12, atol=1e-13, msg=name)
+        if name.startswith("spikes"):
+            assert torch.equal(actual, expected[name])
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES)
+@pytest.mark.parametrize("per_neuron", [False, True], ids=["scalar", "per neuron"])
+def test_options_reach_every_layer(surrogate, per_neuron):
+    stack = Stack(STACKS["mixer"], None, per_neuron, bias=False)
+    options = {"reset": "zero", "surrogate": surrogate, "alpha": 1.3}
+    expected = composed(stack, torch.float64, **options)
+    assert_lively(expected)
+    for name, actual in stack.run(torch.float64, "torch", **options).items():
+        torch.testing.assert_close(actual, expected[name], rtol=1e-12, atol=1e-13, msg=name)  # float64 rounding
+
+
+@every_backend
+def test_counts_and_rates_are_those_of_the_spikes(backend):
+    named = Stack(STACKS["ragged index"], T).run(torch.float32, backend)
+    assert_lively(named)
+    assert named["counts"].shape == (B, 10)
+    assert torch.equal(named["counts"], named["spikes2"].sum(0))
+    for k, neurons in enumerate(SIZES[1:]):
+        spikes = named[f"spikes{k}"]
+        assert spikes.shape == (T, B, neurons)
+        assert set(spikes.unique().tolist()) == {0.0, 1.0}
+        torch.testing.assert_close(named[f"rates{k}"], spikes.mean((0, 1)))
+
+
+@every_backend
+def test_spikes_carry_no_gradient_and_counts_and_rates_do(backend):
+    device = device_of(backend)
+    stack = Stack(STACKS["mixer"], T)
+    leaves = stack.leaves(torch.float32, device)
+    for mask in stack.masks:
+        mask.to(device)
+    activity = g2g_lif(leaves["x"], stack.layers(leaves), T, backend=backend)
+    assert isinstance(activity, Activity)
+    assert not any(spikes.dense().requires_grad for spikes in activity.spikes)
+    assert activity.counts.requires_grad
+    assert all(rate.requires_grad for rate in activity.rates)
+
+
+@every_backend
+def test_without_gradients_the_numbers_are_the_same(backend):
+    device = device_of(backend)
+    stack = Stack(STACKS["mixer"], T)
+    trained = stack.run(torch.float32, backend)
+    tensors = {name: tensor.to(device) for name, tensor in stack.tensors.items()}
+    for mask in stack.masks:
+        mask.to(device)
+    with torch.no_grad():
+        activity = g2g_lif(tensors["x"], stack.layers(tensors), T, backend=backend)
+    assert not activity.counts.requires_grad
+    assert torch.equal(activity.counts.cpu(), trained["counts"])
+    assert all(torch.equal(s.dense().cpu(), trained[f"spikes{k}"]) for k, s in enumerate(activity.spikes))
+
+
+# --- snnTorch is the judge ----------------------------------------------------------------------------------------
+
+
+class SnnTorchNetwork(nn.Module):
+    """The network that snnTorch's users write: masked dense layers and Leaky neurons, step by step."""
+
+    def __init__(self, stack: Stack, reset: str, spike_grad) -> None:
+        super().__init__()
+        self.linear, self.neurons, self.connected = nn.ModuleList(), nn.ModuleList(), []
+        for k, mask in enumerate(stack.masks):
+            tensors = {name: stack.tensors[f"{name}{k}"].double() for name in ("values", "bias", "beta", "threshold")}
+            linear = nn.Linear(mask.shape[1], mask.shape[0], dtype=torch.float64)
+            with torch.no_grad():
+                linear.weight.copy_(dense_by_loop(mask, tensors["values"]))
+                linear.bias.copy_(tensors["bias"])
+            self.linear.append(linear)
+            self.neurons.append(
+                snntorch.Leaky(
+                    tensors["beta"], tensors["threshold"], spike_grad,
+                    learn_beta=True, learn_threshold=True, reset_mechanism=reset,
+                )
+            )  # fmt: skip
+            self.connected.append(dense_by_loop(mask, torch.ones_like(tensors["values"])))
+
+    def forward(self, x: torch.Tensor, steps: int | None) -> list[torch.Tensor]:
+        membranes = [torch.zeros(B, size, dtype=torch.float64) for size in SIZES[1:]]
+        spikes: list[list[torch.Tensor]] = [[] for _ in membranes]
+        for t in range(steps or len(x)):
+            signal = x if steps else x[t]
+            for k, (linear, neuron, connected) in enumerate(
+                zip(self.linear, self.neurons, self.connected, strict=True)
+            ):
+                current = nn.functional.linear(signal, linear.weight * connected, linear.bias)
+                signal, membranes[k] = neuron(current, membranes[k])
+                signal = signal.double()
+                spikes[k].append(signal)
+        return [torch.stack(layer) for layer in spikes]
+
+
+@pytest.mark.parametrize("surrogate", ["atan", "fast_sigmoid", "sigmoid"])
+@every_reset
+@held_or_varying
+@every_stack
+def test_stack_equals_an_snntorch_network(cases, steps, reset, surrogate):
+    """Spikes identical; gradients within 1e-5 relative, as snnTorch rounds the gradient at each spike to float32.
+
+    Its spikes are float32 whatever the membranes are, so that a gradient passes through float32 at each of the layers
+    and steps. The bound is relative to each tensor's largest gradient: single elements may cancel.
+    """
+    stack = Stack(cases, steps)
+    network = SnnTorchNetwork(stack, reset, getattr(snn_surrogate, surrogate)(2.0))
+    x = stack.tensors["x"].double().requires_grad_()
+    spikes = network(x, steps)
+    loss(spikes[-1].sum(0), [layer.mean((0, 1)) for layer in spikes]).backward()
+    expected = {"x.grad": x.grad}
+    for k, (linear, neuron, mask) in enumerate(zip(network.linear, network.neurons, stack.masks, strict=True)):
+        expected |= {
+            f"spikes{k}": spikes[k].detach(),
+            f"values{k}.grad": mask.pack(linear.weight.grad),
+            f"bias{k}.grad": linear.bias.grad,
+            f"beta{k}.grad": neuron.beta.grad,
+            f"threshold{k}.grad": neuron.threshold.grad,
+        }
+    assert_lively(expected)
+    actual = stack.run(torch.float64, "torch", reset=reset, surrogate=surrogate)
+    assert len(expected) == 16
+    for name, theirs in expected.items():
+        if name.startswith("spikes"):
+            assert torch.equal(actual[name], theirs), name
+        else:
+            error = (actual[name] - theirs).abs().max() / theirs.abs().max()
+            assert error < 1e-5, f"{name}: {error:.1e}"
+
+
+# --- every backend ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES)
+@every_reset
+@held_or_varying
+@every_stack
+@every_backend
+def test_backend_against_float64(backend, cases, steps, reset, surrogate):
+    stack = clear_stack(cases, steps, reset)
+    options = {"reset": reset, "surrogate": surrogate}
+    exact = stack.run(torch.float64, "torch", **options)
+    actual = stack.run(torch.float32, backend, **options)
+    assert_lively(exact)
+    assert actual.keys() == exact.keys()
+    for name, expected in exact.items():
+        if name.startswith(("spikes", "counts")):
+            assert torch.equal(actual[name].double(), expected), name
+        else:
+            # float32 rounding through three layers and nine steps
+            assert rms(actual[name] - expected) <= 1e-4 * rms(expected), name
+
+
+@held_or_varying
+@every_backend
+def test_errors_are_at_most_1_5_times_those_of_plain_pytorch(backend, steps):
+    """Over all stacks, resets and surrogates, with 60 samples, so that sums over T·B have 540 terms."""
+    ratios = ErrorRatios()
+    for cases, reset in itertools.product(STACKS.values(), RESETS):
+        stack = clear_stack(cases, steps, reset, batch=60)
+        for surrogate in SURROGATES:
+            options = {"reset": reset, "surrogate": surrogate}
+            exact = stack.run(torch.float64, "torch", **options)
+            plain = stack.run(torch.float32, "torch", **options)
+            actual = stack.run(torch.float32, backend, **options)
+            for name, expected in exact.items():
+                if not name.startswith(("spikes", "counts")):
+                    ratios.add(name, actual[name], plain[name], expected)
+    ratios.check(cases=48)
+
+
+@every_backend
+def test_one_layer_one_step_one_sample_by_hand(backend):
+    """Two units of 2 × 2 on the diagonal; I = W·x + b = (3, 3, 14, 14) / 8 + (0, 1, −1, 0)."""
+    device = device_of(backend)
+    mask = MaskCase(4, 4, 2, "index", "index", 2).mask(p_inter=0.0).to(device)
+    values = torch.tensor([1.0, 2.0], device=device).view(2, 1, 1).expand(2, 2, 2).contiguous() / 8
+    bias = torch.tensor([0.0, 1.0, -1.0, 0.0], device=device)
+    layer = LIFLayer(values, mask, bias, torch.tensor(0.9, device=device), torch.tensor(1.0, device=device))
+    activity = g2g_lif(torch.tensor([[1.0, 2.0, 3.0, 4.0]], device=device), [layer], steps=1, backend=backend)
+    assert activity.counts.tolist() == [[0, 1, 0, 1]]
+    assert activity.rates[0].tolist() == [0, 1, 0, 1]
+    assert activity.spikes[0].dense().tolist() == [[[0, 1, 0, 1]]]
+
+
+@every_backend
+def test_silent_and_saturated_layers(backend):
+    """No spike at all, and a spike of every neuron at every step."""
+    stack = Stack(STACKS["ragged index"], T)
+    for k in range(3):
+        stack.tensors[f"threshold{k}"].fill_(1e6)
+    silent = stack.run(torch.float32, backend)
+    assert not any(silent[f"spikes{k}"].any() for k in range(3))
+    assert all(tensor.isfinite().all() for tensor in silent.values())
+    for k in range(3):
+        stack.tensors[f"threshold{k}"].fill_(0.5)
+        stack.tensors[f"bias{k}"].fill_(100.0)
+    saturated = stack.run(torch.float32, backend)
+    assert all(saturated[f"spikes{k}"].all() for k in range(3))
+    assert saturated["counts"].tolist() == [[T] * 10] * B
+
+
+@every_backend
+def test_input_need_not_be_contiguous(backend):
+    device = device_of(backend)
+    stack = Stack(STACKS["random single weights"], None)
+    contiguous = stack.run(torch.float32, backend)
+    leaves = stack.leaves(torch.float32, device)
+    for mask in stack.masks:
+        mask.to(device)
+    batch_first = leaves["x"].detach().transpose(0, 1).contiguous().requires_grad_()
+    x = batch_first.transpose(0, 1)
+    assert not x.is_contiguous()
+    activity = g2g_lif(x, stack.layers(leaves), backend=backend)
+    loss(activity.counts, activity.rates).backward()
+    assert torch.equal(activity.counts.cpu(), contiguous["counts"])
+    expected = contiguous["x.grad"].transpose(0, 1)
+    assert rms(batch_first.grad.cpu() - expected) <= 1e-5 * rms(expected)  # float32 rounding
+
+
+@every_backend
+def test_results_are_reproducible(backend):
+    stack = Stack(STACKS["mixer"], T)
+    first, second = (stack.run(torch.float32, backend) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@held_or_varying
+@every_backend
+def test_with_several_threads(backend, steps):
+    """More samples than one thread takes at a time; another division of the sums is float32 rounding."""
+    stack = clear_stack(STACKS["mixer"], steps, batch=150)
+    single = stack.run(torch.float32, backend)
+    with threads(3):
+        several = stack.run(torch.float32, backend)
+    for name, expected in single.items():
+        if name.startswith(("spikes", "counts")):
+            assert torch.equal(several[name], expected), name
+        else:
+            assert rms(several[name] - expected) <= 1e-5 * rms(expected), name
+
+
+@pytest.mark.parametrize("needed", ["x", "values1", "bias0", "beta2", "threshold0"])
+@every_backend
+def test_one_gradient_alone(backend, needed):
+    device = device_of(backend)
+    stack = Stack(STACKS["mixer"], T)
+    expected = stack.run(torch.float32, backend)[f"{needed}.grad"]
+    for mask in stack.masks:
+        mask.to(device)
+    tensors = {name: tensor.to(device) for name, tensor in stack.tensors.items()}
+    tensors[needed] = tensors[needed].clone().requires_grad_()
+    activity = g2g_lif(tensors["x"], stack.layers(tensors), T, backend=backend)
+    loss(activity.counts, activity.rates).backward()
+    assert rms(tensors[needed].grad.cpu() - expected) <= 1e-6 * rms(expected)  # float32 rounding
+
+
+@pytest.mark.parametrize("used", ["counts", "rates0", "rates2"])
+@every_backend
+def test_one_output_alone(backend, used):
+    """A loss on the counts only, or on one layer's rates only."""
+
+    def part(activity: Activity) -> torch.Tensor:
+        output = activity.counts if used == "counts" else activity.rates[int(used[-1])]
+        return (output * torch.randn(output.shape, generator=seeded(3)).to(output)).sum()
+
+    stack = clear_stack(STACKS["mixer"], T)
+    gradients = {}
+    for key, dtype, name in (("exact", torch.float64, "torch"), ("actual", torch.float32, backend)):
+        device = device_of(name)
+        leaves = stack.leaves(dtype, device)
+        for mask in stack.masks:
+            mask.to(device)
+        part(g2g_lif(leaves["x"], stack.layers(leaves), T, backend=name)).backward()
+        gradients[key] = {
+            name: torch.zeros(leaf.shape) if leaf.grad is None else leaf.grad.cpu() for name, leaf in leaves.items()
+        }
+    assert rms(gradients["exact"]["x"]) > 0
+    for name, expected in gradients["exact"].items():
+        # float32 rounding through three layers; layers behind the output used get no gradient
+        assert rms(gradients["actual"][name] - expected) <= 1e-4 * rms(expected), name
+
+
+@every_backend
+def test_autocast_to_bfloat16(backend):
+    """Counts and rates are float32, and so are the gradients of float32 parameters."""
+    stack = Stack(STACKS["ragged index"], T)
+    with torch.autocast(device_of(backend), torch.bfloat16):
+        named = stack.run(torch.float32, backend)
+    assert_lively(named)
+    assert torch.equal(named["counts"], named["spikes2"].float().sum(0))
+    assert named["counts"].dtype == torch.float32
+    for k in range(3):
+        assert named[f"rates{k}"].dtype == torch.float32
+        torch.testing.assert_close(named[f"rates{k}"], named[f"spikes{k}"].float().mean((0, 1)))
+    for name, tensor in named.items():
+        if name.endswith(".grad"):
+            assert tensor.dtype == torch.float32, name
+            assert tensor.isfinite().all(), name
+    # weights rounded to 8 bits move some membranes across θ, but not many: most spikes are those of float32
+    single = stack.run(torch.float32, backend)
+    assert (named["spikes0"].float() == single["spikes0"]).float().mean() > 0.97
+
+
+# --- errors -------------------------------------------------------------------------------------------------------
+
+
+def change(stack: Stack, number: int, **fields) -> list[LIFLayer]:
+    layers = stack.layers(stack.tensors)
+    layers[number] = layers[number]._replace(**fields)
+    return layers
+
+
+@pytest.mark.parametrize(
+    ("number", "fields", "message"),
+    [
+        (0, {"values": torch.zeros(1, 4, 4)}, r"values have shape \(1, 4, 4\)"),
+        (1, {"bias": torch.zeros(38)}, r"bias of layer 1 has shape \(38,\), the mask has 26 outputs"),
+        (2, {"beta": torch.zeros(9)}, r"beta of layer 2 has shape \(9,\); expected a scalar or \[10\]"),
+        (0, {"threshold": torch.zeros(2, 38)}, r"threshold of layer 0 has shape \(2, 38\)"),
+    ],
+)
+def test_layers_that_do_not_fit_are_refused(number, fields, message):
+    stack = Stack(STACKS["ragged index"], T)
+    with pytest.raises(ValueError, match=message):
+        g2g_lif(stack.tensors["x"], change(stack, number, **fields), T)
+
+
+def test_sizes_that_do_not_follow_one_another_are_refused():
+    stack = Stack(STACKS["ragged index"], T)
+    layers = stack.layers(stack.tensors)
+    with pytest.raises(ValueError, match="layer 1 has 26 inputs but receives 38"):
+        g2g_lif(stack.tensors["x"], [layers[0], layers[2]], T)
+    with pytest.raises(ValueError, match="layer 0 has 21 inputs but receives 20"):
+        g2g_lif(stack.tensors["x"][:, :20], layers, T)
+    with pytest.raises(ValueError, match="layers is empty"):
+        g2g_lif(stack.tensors["x"], [], T)
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "message"),
+    [
+        ((T, B, 21), {"steps": T}, r"x has shape \(9, 5, 21\); expected \[T, B, in\], or \[B, in\] with steps"),
+        ((B, 21), {}, r"x has shape \(5, 21\); expected"),
+        ((21,), {"steps": T}, r"x has shape \(21,\)"),
+        ((B, 21), {"steps": 0}, "steps=0 must be at least 1"),
+        ((B, 21), {"steps": T, "reset": "soft"}, "reset='soft' is unknown"),
+        ((B, 21), {"steps": T, "surrogate": "step"}, "surrogate='step' is unknown"),
+        ((B, 21), {"steps": T, "alpha": 0}, "alpha=0 must be above 0"),
+        ((B, 21), {"steps": T, "backend": "jax"}, "backend='jax' is not a backend"),
+    ],
+)
+def test_options_out_of_range_are_refused(shape, options, message):
+    stack = Stack(STACKS["ragged index"], T)
+    with pytest.raises(ValueError, match=message):
+        g2g_lif(torch.zeros(shape), stack.layers(stack.tensors), **options)
+
+
+def test_a_backend_that_is_not_there_is_an_error(monkeypatch):
+    monkeypatch.setitem(dispatch._unavailable, "cpu", lambda: "no compiler")
+    stack = Stack(STACKS["ragged index"], T)
+    with pytest.raises(BackendError, match="backend 'cpu' cannot serve this call of g2g_lif: cpu: no compiler"):
+        g2g_lif(stack.tensors["x"], stack.layers(stack.tensors), T, backend="cpu")

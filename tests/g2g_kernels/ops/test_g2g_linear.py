@@ -1,0 +1,328 @@
+"""g2g_linear on every backend against the dense product in float64."""
+
+import pytest
+import torch
+from helpers import (
+    MASK_CASES,
+    ErrorRatios,
+    MaskCase,
+    backends_of,
+    dense_by_loop,
+    device_of,
+    rms,
+    seeded,
+    skip_where_refused,
+    threads,
+)
+from linear_cases import backend_result, dense_result, inputs
+
+from g2g_kernels import BackendError, BlockMask, GroupLayout, dispatch, g2g_linear
+from g2g_kernels.ops.g2g_linear import operator
+
+every_backend = pytest.mark.parametrize("backend", backends_of(operator))
+every_mask = pytest.mark.parametrize("case", MASK_CASES.values(), ids=MASK_CASES.keys())
+
+
+@every_mask
+@every_backend
+def test_output_and_gradients_in_float32(case, backend):
+    mask = case.mask()
+    x, values, bias = inputs(mask, 37)
+    grad_output = torch.randn(37, mask.shape[0], generator=seeded(4))
+    exact = dense_result(mask, x, values, bias, grad_output)
+    for name, actual in backend_result(mask, x, values, bias, grad_output, backend).items():
+        assert rms(actual - exact[name]) <= 1e-6 * rms(exact[name]), name  # float32 rounding of sums
+
+
+@pytest.mark.parametrize("samples", [37, 6000])
+@pytest.mark.parametrize("kind", ["dense", "spikes"])
+@every_backend
+def test_errors_are_at_most_1_5_times_those_of_plain_pytorch(backend, kind, samples):
+    """Over all masks and two draws. 6,000 samples are summed in a weight gradient, as T·B of them are in training."""
+    ratios = ErrorRatios()
+    for case in MASK_CASES.values():
+        for seed in (0, 1):
+            mask = case.mask(seed=seed)
+            x, values, bias = inputs(mask, samples)
+            if kind == "spikes":
+                x = (x > 1.3).float()
+            grad_output = torch.randn(samples, mask.shape[0], generator=seeded(4 + seed))
+            exact = dense_result(mask, x, values, bias, grad_output)
+            plain = backend_result(mask, x, values, bias, grad_output, "torch")
+            for name, actual in backend_result(mask, x, values, bias, grad_output, backend).items():
+                ratios.add(name, actual, plain[name], exact[name])
+    ratios.check(cases=16)
+
+
+@every_mask
+def test_output_and_gradients_in_float64(case):
+    mask = case.mask()
+    x, values, bias = (tensor.double() for tensor in inputs(mask, 5))
+    grad_output = torch.randn(5, mask.shape[0], generator=seeded(4), dtype=torch.float64)
+    exact = dense_result(mask, x, values, bias, grad_output)
+    for name, actual in backend_result(mask, x, values, bias, grad_output, "torch").items():
+        torch.testing.assert_close(actual, exact[name], rtol=1e-12, atol=1e-12)  # rounding of float64 sums
+
+
+@pytest.mark.parametrize("batch", [(), (1,), (6,), (3, 5), (2, 1, 3)], ids=str)
+@every_backend
+def test_any_number_of_leading_dimensions(batch, backend):
+    mask = MASK_CASES["ten outputs"].mask()
+    x, values, bias = inputs(mask, *batch)
+    grad_output = torch.randn(*batch, mask.shape[0], generator=seeded(4))
+    exact = dense_result(mask, x, values, bias, grad_output)
+    for name, actual in backend_result(mask, x, values, bias, grad_output, backend).items():
+        assert actual.shape == exact[name].shape, name
+        assert rms(actual - exact[name]) <= 1e-6 * rms(exact[name]), name  # float32 rounding
+
+
+@pytest.mark.parametrize("backend", [None, *backends_of(operator)])
+def test_spikes_in_bytes_are_those_in_floats(backend):
+    mask = MASK_CASES["784 to 2048, an eighth"].mask()
+    device = device_of(backend)
+    x, values, bias = (tensor.to(device) for tensor in inputs(mask, 6, 9))
+    grad_output = torch.randn(6, 9, mask.shape[0], generator=seeded(4)).to(device)
+    results = []
+    for dtype in (torch.uint8, torch.float32):
+        leaves = [values.detach().requires_grad_(), bias.detach().requires_grad_()]
+        output = g2g_linear((x > 0.8).to(dtype), leaves[0], mask.to(device), leaves[1], backend=backend)
+        output.backward(grad_output)
+        results.append([output, *(leaf.grad for leaf in leaves)])
+    for as_bytes, as_floats in zip(*results, strict=True):
+        assert torch.equal(as_bytes, as_floats)
+
+
+@pytest.mark.parametrize("backend", [None, *backends_of(operator)])
+def test_no_samples(backend):
+    mask = MASK_CASES["ten outputs"].mask()
+    x, values, bias = inputs(mask, 0)
+    with skip_where_refused():
+        results = backend_result(mask, x, values, bias, torch.zeros(0, mask.shape[0]), backend)
+    assert results["output"].shape == (0, mask.shape[0])
+    assert results["values.grad"].shape == values.shape
+    assert not results["values.grad"].any()
+    assert not results["bias.grad"].any()
+
+
+@every_backend
+def test_input_and_gradient_need_not_be_contiguous(backend):
+    mask = MASK_CASES["784 to 2048, an eighth"].mask()
+    x, values, bias = inputs(mask, 6, 9)
+    grad_output = torch.randn(6, 9, mask.shape[0], generator=seeded(4))
+    contiguous = backend_result(mask, x, values, bias, grad_output, backend)
+    strided = {
+        "time and batch exchanged": lambda tensor: tensor.transpose(0, 1).contiguous().transpose(0, 1),
+        "features first": lambda tensor: tensor.movedim(-1, 0).contiguous().movedim(0, -1),
+        "every second": lambda tensor: tensor.repeat_interleave(2, -1)[..., ::2],
+    }
+    for how, rearranged in strided.items():
+        assert not rearranged(x).is_contiguous()
+        results = backend_result(mask, rearranged(x), values, bias, rearranged(grad_output), backend)
+        for name, actual in results.items():
+            # a backend may choose another order of summation for another layout: float32 rounding
+            assert rms(actual - contiguous[name]) <= 1e-6 * rms(contiguous[name]), f"{name}, {how}"
+
+
+@every_backend
+def test_gradient_of_a_sum_has_no_strides(backend):
+    """``sum().backward()`` sends back one element expanded to the whole output."""
+    device = device_of(backend)
+    mask = MASK_CASES["ten outputs"].mask()
+    x, values, bias = inputs(mask, 4)
+    exact = dense_result(mask, x, values, bias, torch.ones(4, mask.shape[0]))
+    values, bias = (tensor.to(device).requires_grad_() for tensor in (values, bias))
+    g2g_linear(x.to(device), values, mask.to(device), bias, backend=backend).sum().backward()
+    assert bias.grad.tolist() == [4.0] * mask.shape[0]
+    assert rms(values.grad.cpu() - exact["values.grad"]) <= 1e-6 * rms(exact["values.grad"])  # float32 rounding
+
+
+@every_backend
+def test_without_bias(backend):
+    device = device_of(backend)
+    mask = MASK_CASES["single weights"].mask()
+    x, values, _ = inputs(mask, 7)
+    expected = x.double() @ dense_by_loop(mask, values).double().T
+    actual = g2g_linear(x.to(device), values.to(device), mask.to(device), backend=backend).cpu()
+    assert rms(actual - expected) <= 1e-6 * rms(expected)  # float32 rounding
+
+
+@pytest.mark.parametrize("needed", ["x", "values", "bias"])
+@every_backend
+def test_one_gradient_alone(needed, backend):
+    device = device_of(backend)
+    mask = MASK_CASES["ragged groups of 64"].mask()
+    x, values, bias = inputs(mask, 11)
+    grad_output = torch.randn(11, mask.shape[0], generator=seeded(4))
+    exact = dense_result(mask, x, values, bias, grad_output)[f"{needed}.grad"]
+    tensors = {"x": x.to(device), "values": values.to(device), "bias": bias.to(device)}
+    tensors[needed].requires_grad_()
+    output = g2g_linear(tensors["x"], tensors["values"], mask.to(device), tensors["bias"], backend=backend)
+    output.backward(grad_output.to(device))
+    assert rms(tensors[needed].grad.cpu() - exact) <= 1e-6 * rms(exact)  # float32 rounding
+    assert [name for name, tensor in tensors.items() if tensor.grad is not None] == [needed]
+
+
+@every_backend
+def test_the_padding_of_clipped_units_gets_no_gradient(backend):
+    mask = MASK_CASES["ten outputs"].mask()
+    x, values, bias = inputs(mask, 9)
+    results = backend_result(mask, x, values, bias, torch.ones(9, mask.shape[0]), backend)
+    assert not mask.valid().all()
+    assert not results["values.grad"][~mask.valid()].any()
+    assert results["values.grad"][mask.valid()].all()
+
+
+@every_backend
+def test_rows_and_columns_without_units(backend):
+    """Block rows 0 and 3 and block columns 1 and 4 are empty: y is the bias there, and x gets no gradient."""
+    layout = GroupLayout(15, 1)
+    mask = BlockMask(layout, layout, torch.tensor([1, 2, 4, 2]), torch.tensor([0, 3, 2, 0]), 3)
+    x, values, bias = inputs(mask, 8)
+    grad_output = torch.randn(8, 15, generator=seeded(4))
+    exact = dense_result(mask, x, values, bias, grad_output)
+    results = backend_result(mask, x, values, bias, grad_output, backend)
+    for rows in (slice(0, 3), slice(9, 12)):
+        assert torch.equal(results["output"][:, rows], bias[rows].expand(8, 3))
+    for columns in (slice(3, 6), slice(12, 15)):
+        assert not results["x.grad"][:, columns].any()
+    for name, actual in results.items():
+        assert rms(actual - exact[name]) <= 1e-6 * rms(exact[name]), name  # float32 rounding
+
+
+@every_backend
+def test_mask_without_any_unit(backend):
+    mask = MASK_CASES["ten outputs"].mask(p_inter=0.0, p_intra=0.0)
+    x, values, bias = inputs(mask, 4)
+    results = backend_result(mask, x, values, bias, torch.ones(4, mask.shape[0]), backend)
+    assert torch.equal(results["output"], bias.expand(4, -1))
+    assert not results["x.grad"].any()
+    assert results["values.grad"].shape == (0, *mask.unit_shape)
+
+
+@every_backend
+def test_full_mask_is_the_dense_layer(backend):
+    mask = MaskCase(20, 33, 4, "random", "interleaved", 4).mask(p_inter=1.0)
+    x = torch.randn(6, 33, generator=seeded(1))
+    weight = torch.randn(20, 33, generator=seeded(2))
+    expected = x.double() @ weight.double().T
+    device = device_of(backend)
+    values = mask.pack(weight).to(device)
+    actual = g2g_linear(x.to(device), values, mask.to(device), backend=backend).cpu()
+    assert rms(actual - expected) <= 1e-6 * rms(expected)  # float32 rounding
+
+
+@every_backend
+def test_results_are_reproducible(backend):
+    mask = MASK_CASES["ragged groups of 64"].mask()
+    x, values, bias = inputs(mask, 50)
+    grad_output = torch.randn(50, mask.shape[0], generator=seeded(4))
+    first, second = (backend_result(mask, x, values, bias, grad_output, backend) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@every_backend
+def test_with_several_threads(backend):
+    """More samples than one thread takes at a time; another division of the sums is float32 rounding."""
+    mask = MASK_CASES["784 to 2048, an eighth"].mask()
+    x, values, bias = inputs(mask, 700)
+    grad_output = torch.randn(700, mask.shape[0], generator=seeded(4))
+    exact = dense_result(mask, x, values, bias, grad_output)
+    with threads(3):
+        results = backend_result(mask, x, values, bias, grad_output, backend)
+    for name, actual in results.items():
+        assert rms(actual - exact[name]) <= 1e-6 * rms(exact[name]), name
+
+
+@every_backend
+def test_the_mask_is_read_at_each_call(backend):
+    """After a relabelling the same values stand elsewhere."""
+    device = device_of(backend)
+    mask = BlockMask(GroupLayout(4, 1), GroupLayout(4, 1), torch.tensor([0, 1]), torch.tensor([0, 1]), 2).to(device)
+    values = torch.tensor([1.0, 10.0], device=device).view(2, 1, 1).expand(2, 2, 2).contiguous()
+    x = torch.tensor([1.0, 2.0, 3.0, 4.0], device=device)
+    assert g2g_linear(x, values, mask, backend=backend).tolist() == [3.0, 3.0, 70.0, 70.0]
+    mask.relabel_(torch.tensor([0], device=device), *(torch.tensor([k], device=device) for k in (1, 0)))
+    assert g2g_linear(x, values, mask, backend=backend).tolist() == [0.0, 0.0, 73.0, 73.0]
+
+
+@every_backend
+def test_a_mask_loaded_in_place_is_read_anew(backend):
+    """Other units and other random groups come into the same buffers; nothing of the old mask may be remembered."""
+    case = MaskCase(24, 32, 4, "random", "random", 3)
+    saved, mask = case.mask(p_inter=1 / 3, seed=1), case.mask(p_inter=1 / 3, seed=2)
+    assert saved.num_units == mask.num_units
+    x, values, bias = inputs(mask, 5)
+    device = device_of(backend)
+    for state in (mask.state_dict(), saved.state_dict()):
+        mask.load_state_dict(state)
+        expected = x.double() @ dense_by_loop(mask.to("cpu"), values).double().T + bias.double()
+        actual = g2g_linear(x.to(device), values.to(device), mask.to(device), bias.to(device), backend=backend).cpu()
+        assert rms(actual - expected) <= 1e-6 * rms(expected)  # float32 rounding
+
+
+@every_backend
+def test_autocast_to_bfloat16(backend):
+    """Weights stay float32 and get float32 gradients; the product is bfloat16, of operands rounded to bfloat16."""
+    ratios = ErrorRatios()
+    for case in MASK_CASES.values():
+        mask = case.mask()
+        x, values, bias = inputs(mask, 37)
+        # operands that bfloat16 holds exactly, so that the float64 result needs no rounding of its own
+        x, values, bias = (tensor.bfloat16().float() for tensor in (x, values, bias))
+        grad_output = torch.randn(37, mask.shape[0], generator=seeded(4)).bfloat16().float()
+        exact = dense_result(mask, x, values, bias, grad_output)
+        results = {}
+        for name in ("torch", backend):
+            with torch.autocast(device_of(name), torch.bfloat16):
+                results[name] = backend_result(mask, x, values, bias, grad_output, name)
+        assert results[backend]["output"].dtype == torch.bfloat16
+        assert results[backend]["values.grad"].dtype == torch.float32
+        for name, actual in results[backend].items():
+            ratios.add(name, actual, results["torch"][name], exact[name])
+            # bfloat16 keeps 8 bits: 2⁻⁹ relative for each rounding of a result
+            assert rms(actual - exact[name]) <= 2**-8 * rms(exact[name]), name
+    ratios.check(cases=len(MASK_CASES))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        MaskCase(6, 4, 2, "index", "index", 2),
+        MaskCase(5, 7, 3, "random", "interleaved", 2),
+        MaskCase(4, 3, 1, "index", "index", 1),
+    ],
+    ids=["whole units", "clipped units", "single weights"],
+)
+def test_gradcheck(case):
+    mask = case.mask()
+    x, values, bias = (tensor.double().requires_grad_() for tensor in inputs(mask, 3))
+    assert torch.autograd.gradcheck(lambda *tensors: g2g_linear(*tensors[:2], mask, tensors[2]), (x, values, bias))
+    assert torch.autograd.gradgradcheck(
+        lambda *tensors: g2g_linear(*tensors[:2], mask, tensors[2], backend="torch"), (x, values, bias)
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(4, 10)}, r"x has shape \(4, 10\), its last dimension must be the mask's 43 inputs"),
+        ({"x": torch.tensor(1.0)}, r"x has shape \(\)"),
+        ({"values": torch.zeros(3, 3, 3)}, r"values have shape \(3, 3, 3\), this mask's packed weights"),
+        ({"bias": torch.zeros(43)}, r"bias has shape \(43,\), the mask has 10 outputs"),
+        ({"bias": torch.zeros(1)}, r"bias has shape \(1,\), the mask has 10 outputs"),
+        ({"backend": "mkl"}, "backend='mkl' is not a backend; choose one of auto, triton, cpu, torch"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, message):
+    mask = MASK_CASES["ten outputs"].mask()
+    x, values, bias = inputs(mask, 4)
+    with pytest.raises(ValueError, match=message):
+        g2g_linear(**{"x": x, "values": values, "mask": mask, "bias": bias} | change)
+
+
+def test_a_backend_that_is_not_there_is_an_error(monkeypatch):
+    monkeypatch.setitem(dispatch._unavailable, "cpu", lambda: "no C++")
+    mask = MASK_CASES["ten outputs"].mask()
+    x, values, bias = inputs(mask, 4)
+    with pytest.raises(BackendError, match="backend 'cpu' cannot serve this call of g2g_linear: cpu: no C"):
+        g2g_linear(x, values, mask, bias, backend="cpu")

@@ -1,0 +1,591 @@
+"""lif against snnTorch's own Leaky, against autograd through each surrogate's primitive, and on every backend."""
+
+import itertools
+import math
+import weakref
+
+import pytest
+import torch
+from helpers import ErrorRatios, backends_of, clamps_alike, device_of, lif_by_autograd, rms, skip_where_refused, threads
+from hypothesis import given
+from hypothesis import strategies as st
+from neuron_cases import (
+    SNNTORCH,
+    B,
+    N,
+    T,
+    by_snntorch,
+    clear_of_threshold,
+    currents,
+    gradients,
+    lif_on,
+    output_weights,
+    parameters,
+)
+from snntorch import surrogate as snn_surrogate
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from g2g_kernels import BackendError, dispatch, lif
+from g2g_kernels.ops.lif import RESETS, operator
+from g2g_kernels.ops.lif.surrogates import SURROGATES
+
+every_backend = pytest.mark.parametrize("backend", backends_of(operator))
+every_reset = pytest.mark.parametrize("reset", RESETS)
+every_surrogate = pytest.mark.parametrize("surrogate", SURROGATES)
+
+
+# --- snnTorch is the judge ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("per_neuron", [False, True], ids=["scalar", "per neuron"])
+@pytest.mark.parametrize(
+    ("surrogate", "alpha"), [("atan", 2.0), ("atan", 5.0), ("fast_sigmoid", 3.0), ("sigmoid", 4.0)]
+)
+@every_reset
+def test_gradients_equal_snntorch_in_float64(reset, surrogate, alpha, per_neuron):
+    """Everything but the spikes, 0 or 1, is float64 in snnTorch too, so only float64 rounding separates the two.
+
+    (Its sigmoid multiplies the spikes' float32 gradient by the slope, which is exact for a slope of 4.)
+    """
+    current, (beta, threshold) = currents(T, B, N), parameters(per_neuron)
+    weights = output_weights(T, B, N)
+    spike_grad = SNNTORCH[surrogate](alpha)
+    theirs = gradients(lambda *t: by_snntorch(*t, reset, spike_grad), current, beta, threshold, weights)
+    ours = gradients(
+        lambda *t: lif(*t, reset=reset, surrogate=surrogate, alpha=alpha, backend="torch"),
+        current, beta, threshold, weights,
+    )  # fmt: skip
+    assert torch.equal(ours["spikes"], theirs["spikes"])
+    assert 0.1 < ours["spikes"].mean() < 0.7
+    for name in ("current.grad", "beta.grad", "threshold.grad"):
+        assert theirs[name].abs().min() > 0, name
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-11, atol=1e-12)
+
+
+@every_reset
+def test_gradients_equal_snntorch_with_scalar_tensors(reset):
+    """With a 0-dimensional θ snnTorch's θ·R is float32, and ∂L/∂θ through it: hence 1e-5 instead of 1e-11.
+
+    θ = 0.75 is exact in float32, so that the membranes, and with them the spikes, are the same all the same.
+    """
+    beta, threshold = torch.tensor(0.9, dtype=torch.float64), torch.tensor(0.75, dtype=torch.float64)
+    current, weights = currents(T, B, N), output_weights(T, B, N)
+    theirs = gradients(lambda *t: by_snntorch(*t, reset, snn_surrogate.atan(2.0)), current, beta, threshold, weights)
+    ours = gradients(lambda *t: lif(*t, reset=reset, backend="torch"), current, beta, threshold, weights)
+    assert torch.equal(ours["spikes"], theirs["spikes"])
+    for name in ("current.grad", "beta.grad", "threshold.grad"):
+        assert ours[name].shape == theirs[name].shape
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("per_neuron", [False, True], ids=["scalar", "per neuron"])
+@every_reset
+def test_spikes_equal_snntorch_in_float32(reset, per_neuron):
+    """To the last bit: the same operations in the same order. 20,000 membranes, many of them close to θ."""
+    current = currents(50, 60, N, seed=3, dtype=torch.float32)
+    beta, threshold = parameters(per_neuron, torch.float32)
+    spikes = lif(current, beta, threshold, reset=reset, backend="torch")
+    assert spikes.dtype == torch.float32
+    assert torch.equal(spikes, by_snntorch(current, beta, threshold, reset, None))
+
+
+@every_reset
+def test_a_membrane_exactly_at_the_threshold_does_not_fire(reset):
+    """The comparison is strict, in the spike as in the reset (β = 1/2, so that every value is exact)."""
+    current = torch.tensor([1.0, 0.5, 0.5, 1.0, -1.0, 2.0, 1.5]).view(-1, 1)
+    spikes = lif(current, 0.5, 1.0, reset=reset, backend="torch")
+    expected = {  # U = 1, 1, 1, 1.5, then by reset
+        "subtract": [0, 0, 0, 1, 0, 1, 1],  # U = −1.25, 1.375, 1.1875
+        "zero": [0, 0, 0, 1, 0, 1, 1],  # U = −1, 1.5, 1.5
+        "none": [0, 0, 0, 1, 0, 1, 1],  # U = −0.25, 1.875, 2.4375
+    }[reset]
+    assert spikes.flatten().tolist() == expected
+    neuron = torch.tensor([0.5]), torch.tensor([1.0])
+    assert torch.equal(spikes, by_snntorch(current, *neuron, reset, None))
+
+
+@every_reset
+def test_beta_is_clamped_and_has_no_gradient_outside_0_to_1(reset):
+    """0 and 1 themselves are inside, as in the torch.clamp of most versions."""
+    beta = torch.tensor([-0.3, 0.0, 0.5, 0.9, 1.0, 1.0001, 1.7], dtype=torch.float64)
+    threshold = torch.tensor([0.8], dtype=torch.float64)
+    current, weights = currents(T, B, N), output_weights(T, B, N)
+    theirs = gradients(lambda *t: by_snntorch(*t, reset, snn_surrogate.atan(2.0)), current, beta, threshold, weights)
+    ours = gradients(lambda *t: lif(*t, reset=reset, backend="torch"), current, beta, threshold, weights)
+    assert torch.equal(ours["spikes"], theirs["spikes"])
+    assert [bool(g) for g in ours["beta.grad"]] == [False, True, True, True, True, False, False]
+    agree = clamps_alike(beta)
+    torch.testing.assert_close(ours["beta.grad"][agree], theirs["beta.grad"][agree], rtol=1e-11, atol=1e-12)
+    clamped = lif(current, beta.clamp(0, 1), threshold, reset=reset, backend="torch")
+    assert torch.equal(ours["spikes"], clamped)
+
+
+@every_reset
+def test_thresholds_at_and_below_zero(reset):
+    """U_0 = 0 already exceeds a negative threshold, so that such a neuron starts with a reset, as snnTorch's does."""
+    threshold = torch.tensor([-0.5, 0.0, 0.5, 1.0, 2.0, -1.0, 0.3], dtype=torch.float64)
+    beta = torch.tensor([0.9], dtype=torch.float64)
+    current, weights = currents(T, B, N) - 0.3, output_weights(T, B, N)
+    theirs = gradients(lambda *t: by_snntorch(*t, reset, snn_surrogate.atan(2.0)), current, beta, threshold, weights)
+    ours = gradients(lambda *t: lif(*t, reset=reset, backend="torch"), current, beta, threshold, weights)
+    assert torch.equal(ours["spikes"], theirs["spikes"])
+    for name in ("current.grad", "beta.grad", "threshold.grad"):
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-11, atol=1e-12)
+
+
+# --- surrogates ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("alpha", [0.5, 2.0, 7.0])
+@every_surrogate
+def test_derivative_is_that_of_the_primitive(surrogate, alpha):
+    """Central differences with h = 1e-6: their own error is h²·|f'''|/6 + ε/h < 1e-8 for these functions.
+
+    The points keep clear of the kinks at 0 (fast sigmoid, triangle) and ±1/α (triangle).
+    """
+    x = torch.linspace(-3, 3, 1001, dtype=torch.float64)
+    x = x[(x.abs() > 1e-3) & ((x.abs() - 1 / alpha).abs() > 1e-3)]
+    derivative, primitive = SURROGATES[surrogate]
+    h = 1e-6
+    difference = (primitive(x + h, alpha) - primitive(x - h, alpha)) / (2 * h)
+    torch.testing.assert_close(derivative(x, alpha), difference, rtol=1e-7, atol=1e-8)
+    assert difference.max() > 0.1
+
+
+@every_surrogate
+def test_primitive_is_a_symmetric_step_of_unit_height_at_alpha_2(surrogate):
+    primitive = SURROGATES[surrogate].primitive
+    ends = primitive(torch.tensor([-1e12, 0.0, 1e12], dtype=torch.float64), 2.0)
+    torch.testing.assert_close(ends, torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64), rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("surrogate", "peak", "at_a_half"),
+    [
+        ("atan", 1.0, 1 / (1 + (math.pi / 2) ** 2)),
+        ("fast_sigmoid", 1.0, 0.25),
+        ("sigmoid", 0.5, 2 * math.e / (1 + math.e) ** 2),
+        ("triangle", 2.0, 0.0),
+    ],
+)
+def test_derivatives_at_alpha_2_by_hand(surrogate, peak, at_a_half):
+    """Values at x = 0 and x = ±1/2, where α·x is ±1."""
+    actual = SURROGATES[surrogate].derivative(torch.tensor([-0.5, 0.0, 0.5], dtype=torch.float64), 2.0)
+    expected = torch.tensor([at_a_half, peak, at_a_half], dtype=torch.float64)
+    torch.testing.assert_close(actual, expected, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("per_neuron", [False, True], ids=["scalar", "per neuron"])
+@pytest.mark.parametrize("alpha", [2.0, 0.6])
+@every_surrogate
+@every_reset
+def test_gradients_equal_autograd_through_the_primitive(reset, surrogate, alpha, per_neuron):
+    """For every surrogate, the triangle that snnTorch lacks among them."""
+    current, (beta, threshold) = currents(T, B, N, seed=1), parameters(per_neuron)
+    weights = output_weights(T, B, N)
+    primitive = SURROGATES[surrogate].primitive
+    expected = gradients(lambda *t: lif_by_autograd(*t, reset, primitive, alpha)[0], current, beta, threshold, weights)
+    ours = gradients(
+        lambda *t: lif(*t, reset=reset, surrogate=surrogate, alpha=alpha, backend="torch"),
+        current, beta, threshold, weights,
+    )  # fmt: skip
+    assert torch.equal(ours["spikes"], expected["spikes"])
+    for name in ("current.grad", "beta.grad", "threshold.grad"):
+        assert expected[name].any(), name
+        torch.testing.assert_close(ours[name], expected[name], rtol=1e-11, atol=1e-12)  # float64 rounding
+
+
+# --- every backend ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("per_neuron", [False, True], ids=["scalar", "per neuron"])
+@pytest.mark.parametrize("alpha", [2.0, 3.5])
+@every_surrogate
+@every_reset
+@every_backend
+def test_backend_against_float64(backend, reset, surrogate, alpha, per_neuron):
+    current, (beta, threshold) = currents(T, B, N, seed=2, dtype=torch.float32), parameters(per_neuron, torch.float32)
+    clear = clear_of_threshold(current, beta, threshold, reset)
+    weights = output_weights(T, B, N) * clear  # no gradient enters a history that may differ
+    options = {"reset": reset, "surrogate": surrogate, "alpha": alpha}
+    exact = gradients(lif_on("torch", **options), current.double(), beta.double(), threshold.double(), weights)
+    actual = gradients(lif_on(backend, **options), current, beta, threshold, weights)
+    assert torch.equal(actual["spikes"][:, clear].double(), exact["spikes"][:, clear])
+    for name in ("current.grad", "beta.grad", "threshold.grad"):
+        # T steps of float32 rounding; β and θ sum over terms of both signs, which may leave a tenth of their magnitude
+        bound = 1e-5 if name == "current.grad" else 1e-4
+        assert rms(actual[name] - exact[name]) <= bound * rms(exact[name]), name
+
+
+@pytest.mark.parametrize("per_neuron", [False, True], ids=["scalar", "per neuron"])
+@pytest.mark.parametrize("batch", [5, 400])
+@every_backend
+def test_errors_are_at_most_1_5_times_those_of_plain_pytorch(backend, batch, per_neuron):
+    """Over all resets and surrogates, two sharpnesses of each. The gradients of β and θ sum over T·batch terms."""
+    ratios = ErrorRatios()
+    for number, (reset, surrogate) in enumerate(itertools.product(RESETS, SURROGATES)):
+        current = currents(T, batch, N, seed=number, dtype=torch.float32)
+        beta, threshold = parameters(per_neuron, torch.float32)
+        clear = clear_of_threshold(current, beta, threshold, reset)
+        weights = output_weights(T, batch, N) * clear
+        for alpha in (2.0, 3.5):
+            options = {"reset": reset, "surrogate": surrogate, "alpha": alpha}
+            exact = gradients(lif_on("torch", **options), current.double(), beta.double(), threshold.double(), weights)
+            plain = gradients(lif_on("torch", **options), current, beta, threshold, weights)
+            actual = gradients(lif_on(backend, **options), current, beta, threshold, weights)
+            for name in ("current.grad", "beta.grad", "threshold.grad"):
+                ratios.add(name, actual[name], plain[name], exact[name])
+    ratios.check(cases=24)
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (6, 3), (3, 1, 9), (1, 4, 6), (9, 2, 3, 5)], ids=str)
+@every_backend
+def test_any_number_of_dimensions(backend, shape):
+    """[T, N], [T, B, N] and more, T = 1 and B = 1 among them."""
+    current = currents(*shape, seed=4, dtype=torch.float32)
+    beta, threshold = torch.tensor(0.875), torch.tensor(0.75)
+    weights = output_weights(*shape)
+    primitive = SURROGATES["atan"].primitive
+    exact = gradients(
+        lambda *t: lif_by_autograd(*t, "subtract", primitive, 2.0)[0],
+        current.double(), beta.double(), threshold.double(), weights,
+    )  # fmt: skip
+    assert clear_of_threshold(current, beta, threshold, "subtract").all()
+    actual = gradients(lif_on(backend), current, beta, threshold, weights)
+    assert torch.equal(actual["spikes"].double(), exact["spikes"])
+    for name in ("current.grad", "beta.grad", "threshold.grad"):
+        assert actual[name].shape == exact[name].shape
+        assert rms(actual[name] - exact[name]) <= 1e-5 * rms(exact[name]), name  # float32 rounding over T steps
+
+
+@every_reset
+@every_backend
+def test_one_step_by_hand(backend, reset):
+    """U_1 = I_1, since U_0 = 0 (and no reset with θ > 0): S = 1[I > θ], ∂S/∂I = σ'(I − θ) = −∂S/∂θ, ∂S/∂β = 0."""
+    current = torch.tensor([[-1.0, 0.5, 1.0, 1.25, 3.0]], dtype=torch.float32)
+    results = gradients(
+        lif_on(backend, reset=reset), current, torch.tensor([0.9]), torch.tensor([1.0]), torch.ones(1, 5)
+    )
+    slope = 1 / (1 + (math.pi * (current - 1)) ** 2)
+    assert results["spikes"].tolist() == [[0, 0, 0, 1, 1]]
+    torch.testing.assert_close(results["current.grad"], slope)
+    torch.testing.assert_close(results["threshold.grad"], -slope.sum(1))
+    assert results["beta.grad"].tolist() == [0]
+
+
+@every_reset
+@every_backend
+def test_held_current_equals_repeated_current(backend, reset):
+    current, (beta, threshold) = currents(B, N, seed=6, dtype=torch.float32), parameters(True, torch.float32)
+    clear = clear_of_threshold(current.expand(T, B, N), beta, threshold, reset)
+    weights = output_weights(T, B, N) * clear
+    held = gradients(lif_on(backend, steps=T, reset=reset), current, beta, threshold, weights)
+    run = lif_on(backend, reset=reset)
+    repeated = gradients(lambda c, *rest: run(c.expand(T, B, N), *rest), current, beta, threshold, weights)
+    assert held["spikes"].shape == (T, B, N)
+    assert held["current.grad"].shape == (B, N)
+    assert torch.equal(held["spikes"], repeated["spikes"])
+    for name in ("current.grad", "beta.grad", "threshold.grad"):
+        # the same terms, summed over time in another order: float32 rounding
+        assert rms(held[name] - repeated[name]) <= 1e-6 * rms(repeated[name]), name
+
+
+def test_held_current_equals_repeated_current_in_float64():
+    current, (beta, threshold) = currents(B, N, seed=6), parameters(False)
+    weights = output_weights(T, B, N)
+    held = gradients(lambda *t: lif(*t, steps=T, backend="torch"), current, beta, threshold, weights)
+    repeated = gradients(
+        lambda c, *rest: lif(c.expand(T, B, N), *rest, backend="torch"), current, beta, threshold, weights
+    )
+    assert torch.equal(held["spikes"], repeated["spikes"])
+    for name in ("current.grad", "beta.grad", "threshold.grad"):
+        torch.testing.assert_close(held[name], repeated[name], rtol=1e-12, atol=1e-13)
+
+
+@every_backend
+def test_current_and_gradient_need_not_be_contiguous(backend):
+    current, (beta, threshold) = currents(T, B, N, seed=2, dtype=torch.float32), parameters(True, torch.float32)
+    weights = output_weights(T, B, N)
+    contiguous = gradients(lif_on(backend), current, beta, threshold, weights)
+    for order in ((1, 0, 2), (2, 0, 1), (0, 2, 1)):
+        back = sorted(range(3), key=order.__getitem__)
+
+        def rearranged(tensor, order=order, back=back):
+            return tensor.permute(order).contiguous().permute(back)
+
+        leaves = [rearranged(current).requires_grad_(), beta.clone().requires_grad_(), threshold.clone()]
+        assert not leaves[0].is_contiguous()
+        spikes = lif_on(backend)(*leaves)
+        spikes.backward(rearranged(weights.float()))
+        assert torch.equal(spikes, contiguous["spikes"])
+        assert torch.equal(leaves[0].grad, contiguous["current.grad"])
+        # summed over the batch, perhaps in another order: float32 rounding
+        torch.testing.assert_close(leaves[1].grad, contiguous["beta.grad"], rtol=1e-5, atol=0)
+
+
+@every_backend
+def test_gradient_of_a_sum_has_no_strides(backend):
+    """``sum().backward()`` sends back one element expanded to [T, B, N]."""
+    current, (beta, threshold) = currents(T, B, N, seed=2, dtype=torch.float32), parameters(False, torch.float32)
+    expected = gradients(lif_on(backend), current, beta, threshold, torch.ones(T, B, N))
+    leaf = current.clone().requires_grad_()
+    lif_on(backend)(leaf, beta, threshold).sum().backward()
+    assert torch.equal(leaf.grad, expected["current.grad"])
+
+
+@pytest.mark.parametrize("needed", [(0,), (1,), (2,), (0, 2), (1, 2)], ids=str)
+@every_backend
+def test_some_gradients_alone(backend, needed):
+    tensors = [currents(T, B, N, seed=2, dtype=torch.float32), *parameters(True, torch.float32)]
+    weights = output_weights(T, B, N)
+    names = ("current.grad", "beta.grad", "threshold.grad")
+    every = gradients(lif_on(backend), *tensors, weights)
+    for index in needed:
+        tensors[index] = tensors[index].clone().requires_grad_()
+    (lif_on(backend)(*tensors) * weights).sum().backward()
+    for index, (name, tensor) in enumerate(zip(names, tensors, strict=True)):
+        if index in needed:
+            torch.testing.assert_close(tensor.grad, every[name], rtol=1e-6, atol=0)  # float32 rounding
+        else:
+            assert tensor.grad is None
+
+
+@every_backend
+def test_numbers_for_beta_and_threshold(backend):
+    current = currents(T, B, N, seed=2, dtype=torch.float32)
+    expected = lif_on(backend)(current, torch.tensor(0.9), torch.tensor(0.7))
+    actual = lif(current.to(device_of(backend)), 0.9, 0.7, backend=backend).cpu()
+    assert torch.equal(actual, expected)
+    assert 0.1 < actual.mean() < 0.6
+
+
+@pytest.mark.parametrize("backend", [None, *backends_of(operator)])
+def test_gradients_have_the_dtype_and_shape_of_their_tensor(backend):
+    """float64 parameters with float32 currents, one of them 0-dimensional, the other [1]."""
+    beta = torch.tensor(0.9, dtype=torch.float64)
+    threshold = torch.tensor([0.7], dtype=torch.float64)
+    current, weights = currents(T, B, N, dtype=torch.float32), output_weights(T, B, N)
+    with skip_where_refused():
+        results = gradients(lif_on(backend), current, beta, threshold, weights)
+    assert (results["beta.grad"].dtype, results["beta.grad"].shape) == (torch.float64, ())
+    assert (results["threshold.grad"].dtype, results["threshold.grad"].shape) == (torch.float64, (1,))
+    assert results["current.grad"].dtype == torch.float32
+
+
+@every_backend
+def test_gradients_have_the_shape_of_their_tensor(backend):
+    beta, threshold = torch.tensor(0.9), torch.tensor([0.7])
+    current, weights = currents(T, B, N, dtype=torch.float32), output_weights(T, B, N)
+    results = gradients(lif_on(backend), current, beta, threshold, weights)
+    assert results["beta.grad"].shape == ()
+    assert results["threshold.grad"].shape == (1,)
+    assert results["current.grad"].shape == (T, B, N)
+
+
+@pytest.mark.parametrize("steps", [None, T])
+@every_backend
+def test_a_gradient_asked_for_alone_is_the_same(backend, steps):
+    shape = (T, B, N) if steps is None else (B, N)
+    tensors = currents(*shape, dtype=torch.float32), *parameters(True, torch.float32)
+    run, weights = lif_on(backend, steps=steps), output_weights(T, B, N)
+    every = gradients(run, *tensors, weights)
+    for number, name in enumerate(("current.grad", "beta.grad", "threshold.grad")):
+        leaves = [tensor.clone().requires_grad_(number == i) for i, tensor in enumerate(tensors)]
+        (run(*leaves) * weights.float()).sum().backward()
+        assert torch.equal(leaves[number].grad, every[name]), name
+        assert all(leaf.grad is None for i, leaf in enumerate(leaves) if i != number)
+
+
+@every_reset
+@every_backend
+def test_results_are_reproducible(backend, reset):
+    current, (beta, threshold) = currents(T, 40, N, seed=2, dtype=torch.float32), parameters(False, torch.float32)
+    weights = output_weights(T, 40, N)
+    first, second = (gradients(lif_on(backend, reset=reset), current, beta, threshold, weights) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@every_backend
+def test_with_several_threads(backend):
+    """More neurons than one thread takes at a time; β and θ may be summed in another order: float32 rounding."""
+    current, (beta, threshold) = currents(T, 900, N, seed=2, dtype=torch.float32), parameters(True, torch.float32)
+    weights = output_weights(T, 900, N)
+    single = gradients(lif_on(backend), current, beta, threshold, weights)
+    with threads(3):
+        several = gradients(lif_on(backend), current, beta, threshold, weights)
+    assert torch.equal(several["spikes"], single["spikes"])
+    assert torch.equal(several["current.grad"], single["current.grad"])
+    for name in ("beta.grad", "threshold.grad"):
+        assert rms(several[name] - single[name]) <= 1e-5 * rms(single[name]), name
+
+
+# --- half precision -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("steps", [None, T], ids=["varying", "held"])
+def test_half_precision_currents_have_float32_membranes(dtype, steps):
+    """Spikes are those of the same currents in float32, not those of a loop in half precision."""
+    shape = (60, N) if steps else (T, 60, N)
+    half = currents(*shape, seed=8).to(dtype)
+    beta, threshold = parameters(True, torch.float32)
+    weights = output_weights(T, 60, N).to(dtype)
+    options = {"steps": steps, "backend": "torch"}
+    ours = gradients(lambda *t: lif(*t, **options), half, beta, threshold, weights)
+    single = gradients(lambda *t: lif(*t, **options), half.float(), beta, threshold, weights)
+    assert ours["spikes"].dtype == ours["current.grad"].dtype == dtype
+    assert ours["beta.grad"].dtype == torch.float32
+    assert torch.equal(ours["spikes"].float(), single["spikes"])
+    assert torch.equal(ours["current.grad"], single["current.grad"].to(dtype))
+    assert torch.equal(ours["beta.grad"], single["beta.grad"])
+    assert torch.equal(ours["threshold.grad"], single["threshold.grad"])
+    held = half.expand(T, 60, N)
+    in_half, _ = lif_by_autograd(
+        held, beta.to(dtype), threshold.to(dtype), "subtract", SURROGATES["atan"].primitive, 2.0
+    )
+    assert not torch.equal(ours["spikes"], in_half)  # the difference is there to be seen
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", [None, *backends_of(operator)])
+def test_half_precision_on_every_backend(backend, dtype):
+    ratios = ErrorRatios()
+    for reset, seed in itertools.product(RESETS, range(4)):
+        half = currents(T, B, N, seed=seed).to(dtype)
+        beta, threshold = parameters(True, torch.float32)
+        clear = clear_of_threshold(half, beta, threshold, reset)
+        weights = (output_weights(T, B, N) * clear).to(dtype)
+        run, run_plain = lif_on(backend, reset=reset), lif_on("torch", reset=reset)
+        exact = gradients(run_plain, half.double(), beta.double(), threshold.double(), weights.double())
+        plain = gradients(run_plain, half, beta, threshold, weights)
+        with skip_where_refused():
+            actual = gradients(run, half, beta, threshold, weights)
+        assert torch.equal(actual["spikes"][:, clear].double(), exact["spikes"][:, clear])
+        for name in ("current.grad", "beta.grad", "threshold.grad"):
+            ratios.add(name, actual[name], plain[name], exact[name])
+    ratios.check(cases=12)
+
+
+# --- memory -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("steps", [None, T], ids=["varying", "held"])
+def test_only_membranes_are_kept_for_the_backward_pass(dtype, steps):
+    """One [T, B, N] tensor of float32 beside β and θ: neither the currents nor the spikes."""
+    leaf = currents(*((B, N) if steps else (T, B, N)), dtype=dtype).requires_grad_()
+    beta, threshold = (tensor.requires_grad_() for tensor in parameters(True, torch.float32))
+    current = leaf + 0  # an intermediate result, as in a network; addition itself keeps nothing
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        spikes = lif(current, beta, threshold, steps=steps, backend="torch")
+    assert sorted((tuple(tensor.shape), tensor.dtype) for tensor in kept) == sorted(
+        [((T, B, N), torch.float32), ((N,), torch.float32), ((N,), torch.float32)]
+    )
+    membranes = max(kept, key=torch.Tensor.numel)
+    storages = {tensor.untyped_storage().data_ptr() for tensor in (current, spikes)}
+    assert membranes.untyped_storage().data_ptr() not in storages
+    kept_alive = weakref.ref(current)
+    del current
+    assert kept_alive() is None  # nothing in the graph holds on to the currents
+    spikes.sum().backward()
+    assert leaf.grad.abs().max() > 0
+
+
+class Allocations(TorchDispatchMode):
+    """Notes the memory of every result that has as many elements as ``given``, beside the memory of ``given``."""
+
+    def __init__(self, given: torch.Tensor) -> None:
+        super().__init__()
+        self.given = given
+        self.storages: dict[int, torch.Tensor] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.numel() >= self.given.numel():
+            address = result.untyped_storage().data_ptr()
+            if address != self.given.untyped_storage().data_ptr():
+                self.storages[address] = result  # kept, so that no address is used twice
+        return result
+
+
+def test_without_gradients_no_membranes_are_kept(plain_memory):
+    """Under no_grad the spikes are the only [T, B, N] tensor, although β and θ require gradients."""
+    current = currents(T, B, N, dtype=torch.float32)
+    beta, threshold = (tensor.requires_grad_() for tensor in parameters(True, torch.float32))
+    with torch.no_grad(), Allocations(current) as allocations:
+        spikes = lif(current, beta, threshold, backend="torch")
+    assert len(allocations.storages) == 1
+    assert not spikes.requires_grad
+    with Allocations(current) as allocations:
+        trained = lif(current, beta, threshold, backend="torch")
+    assert len(allocations.storages) == 2
+    assert torch.equal(trained, spikes)
+
+
+def test_memory_starts_as_nan():
+    """The fixture of conftest.py is at work."""
+    assert torch.empty(3).isnan().all()
+    assert torch.empty_like(torch.zeros(2, 2)).isnan().all()
+    assert torch.zeros(1).new_empty(4).isnan().all()
+    assert torch.empty(2, dtype=torch.int32).tolist() == [-(2**31)] * 2
+
+
+# --- properties and errors ----------------------------------------------------------------------------------------
+
+
+@given(
+    steps=st.integers(1, 12),
+    batch=st.integers(1, 4),
+    neurons=st.integers(1, 6),
+    beta=st.floats(-0.5, 1.5),
+    threshold=st.floats(0.125, 2.0, width=32),
+    reset=st.sampled_from(RESETS),
+    seed=st.integers(0, 1000),
+)
+def test_spikes_equal_snntorch_for_any_sizes(steps, batch, neurons, beta, threshold, reset, seed):
+    current = currents(steps, batch, neurons, seed=seed)
+    beta, threshold = torch.tensor([beta], dtype=torch.float64), torch.tensor([threshold], dtype=torch.float64)
+    spikes = lif(current, beta, threshold, reset=reset, backend="torch")
+    assert torch.equal(spikes, by_snntorch(current, beta, threshold, reset, None))
+
+
+def test_second_derivatives_are_refused():
+    """The backward pass is not itself differentiable; that must be an error, not a wrong number."""
+    current = currents(T, B, N).requires_grad_()
+    weights = output_weights(T, B, N).requires_grad_()
+    (grad,) = torch.autograd.grad((lif(current, 0.9, 1.0, backend="torch") * weights).sum(), current, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"current": torch.zeros(5)}, r"current has shape \(5,\); expected \[T, ..., N\], or \[..., N\] with steps"),
+        ({"current": torch.tensor(1.0), "steps": 3}, r"current has shape \(\)"),
+        (
+            {"current": torch.zeros(4, 2, 5, dtype=torch.int64)},
+            "current must be a floating-point tensor, not torch.int64",
+        ),
+        ({"beta": torch.zeros(4)}, r"beta has shape \(4,\); expected a scalar or \[5\], one a neuron"),
+        ({"beta": torch.zeros(2, 5)}, r"beta has shape \(2, 5\)"),
+        ({"threshold": torch.ones(2)}, r"threshold has shape \(2,\); expected a scalar or \[5\]"),
+        ({"steps": 0}, "steps=0 must be at least 1"),
+        ({"reset": "hard"}, "reset='hard' is unknown; choose one of subtract, zero, none"),
+        ({"surrogate": "relu"}, "surrogate='relu' is unknown; choose one of atan, fast_sigmoid, sigmoid, triangle"),
+        ({"alpha": 0.0}, "alpha=0.0 must be above 0"),
+        ({"alpha": -1.0}, "alpha=-1.0 must be above 0"),
+        ({"alpha": math.nan}, "alpha=nan must be above 0"),
+        ({"backend": "numpy"}, "backend='numpy' is not a backend"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        lif(**{"current": torch.zeros(4, 2, 5), "beta": 0.9, "threshold": 1.0} | change)
+
+
+def test_a_backend_that_is_not_there_is_an_error(monkeypatch):
+    monkeypatch.setitem(dispatch._unavailable, "triton", lambda: "there is no GPU")
+    with pytest.raises(BackendError, match="backend 'triton' cannot serve this call of lif: triton: there is no GPU"):
+        lif(torch.zeros(4, 2, 5), 0.9, 1.0, backend="triton")

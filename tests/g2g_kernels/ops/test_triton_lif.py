@@ -1,0 +1,280 @@
+"""lif on Triton: on the GPU where there is one, else on the CPU, in Triton's interpreter (hence the small sizes)."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from helpers import ErrorRatios, clamps_alike, device_of
+from neuron_cases import by_snntorch, clear_of_threshold, currents, gradients, lif_on, output_weights
+from snntorch import surrogate as snn_surrogate
+
+from g2g_kernels import BackendError, lif
+from g2g_kernels.ops.lif import RESETS
+from g2g_kernels.ops.lif.surrogates import SURROGATES
+from g2g_kernels.triton.runtime import interpreted
+from g2g_kernels.triton.runtime import unavailable as triton_unavailable
+from g2gnet.layers import LIF
+
+pytestmark = pytest.mark.skipif(triton_unavailable() is not None, reason=str(triton_unavailable()))
+
+every_reset = pytest.mark.parametrize("reset", RESETS)
+DEVICE = device_of("triton")
+GRADIENTS = ("current.grad", "beta.grad", "threshold.grad")
+
+
+def parameters(neurons: int | None, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    """β and θ, one a neuron or (None) one a layer."""
+    if neurons is None:
+        return torch.tensor([0.9], dtype=dtype), torch.tensor([0.7], dtype=dtype)
+    return torch.linspace(0.5, 1, neurons).to(dtype), torch.linspace(1.25, 0.5, neurons).to(dtype)
+
+
+# --- the 1.5× rule ------------------------------------------------------------------------------------------------
+
+#: T, B, N: segments that T does and does not fill, tiles that B and N do and do not fill
+SIZES = ((2, 9, 5), (7, 1, 33), (10, 5, 7), (23, 9, 13), (31, 70, 9), (50, 3, 131))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("per_neuron", [False, True], ids=["scalar", "per neuron"])
+def test_errors_are_at_most_1_5_times_those_of_plain_pytorch(per_neuron, dtype):
+    """Over all resets and surrogates, every size twice, held currents and others in turn."""
+    ratios = ErrorRatios()
+    for number, (reset, surrogate) in enumerate(itertools.product(RESETS, SURROGATES)):
+        steps, batch, neurons = SIZES[number % len(SIZES)]
+        held = number % 2 == per_neuron
+        current = currents(*((batch, neurons) if held else (steps, batch, neurons)), seed=number).to(dtype)
+        beta, threshold = parameters(neurons if per_neuron else None)
+        clear = clear_of_threshold(current.expand(steps, batch, neurons), beta, threshold, reset)
+        # no gradient enters a history that may differ from that in float64
+        weights = (output_weights(steps, batch, neurons) * clear).to(dtype)
+        options = {"steps": steps if held else None, "reset": reset, "surrogate": surrogate, "alpha": 1.5 + number / 4}
+        run_plain = lif_on("torch", **options)
+        exact = gradients(run_plain, current.double(), beta.double(), threshold.double(), weights.double())
+        plain = gradients(run_plain, current, beta, threshold, weights)
+        actual = gradients(lif_on("triton", **options), current, beta, threshold, weights)
+        assert torch.equal(actual["spikes"][:, clear].double(), exact["spikes"][:, clear])
+        for name in GRADIENTS:
+            ratios.add(name, actual[name], plain[name], exact[name])
+    ratios.check(cases=12)
+
+
+@every_reset
+def test_one_step_by_hand(reset):
+    """U_1 = I_1, since U_0 = 0: S = 1[I > θ], strict; ∂S/∂I = σ'(I − θ) = −∂S/∂θ; ∂S/∂β = 0 exactly."""
+    current = torch.tensor([[-1.0, 0.5, 1.0, 1.25, 3.0]])
+    run = lif_on("triton", reset=reset)
+    results = gradients(run, current, torch.tensor([0.9]), torch.tensor([1.0]), torch.ones(1, 5))
+    slope = 1 / (1 + (math.pi * (current - 1)) ** 2)
+    assert results["spikes"].tolist() == [[0, 0, 0, 1, 1]]
+    torch.testing.assert_close(results["current.grad"], slope)
+    torch.testing.assert_close(results["threshold.grad"], -slope.sum(1))
+    assert results["beta.grad"].tolist() == [0]
+
+
+# --- snnTorch -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("per_neuron", [False, True], ids=["scalar", "per neuron"])
+@every_reset
+def test_spikes_equal_snntorch_to_the_last_bit(reset, per_neuron):
+    """The same roundings in the same order: 20,000 float32 membranes, many of them close to θ."""
+    current = currents(50, 25, 16, seed=3, dtype=torch.float32)
+    beta, threshold = parameters(16 if per_neuron else None)
+    spikes = lif_on("triton", reset=reset)(current, beta, threshold)
+    assert torch.equal(spikes, by_snntorch(current, beta, threshold, reset, None))
+    assert 0.05 < spikes.mean() < 0.8
+
+
+def test_the_decay_is_rounded_before_the_current_is_added():
+    """A fused multiply-add rounds once, and fires where snnTorch's two roundings leave the membrane at θ exactly."""
+    beta, threshold = torch.tensor([0.9]), torch.ones(1)
+    first = torch.linspace(4, 6, 2001)
+    second = threshold - beta * first  # exact in float32, and so is the sum: 1
+    fused = (beta.double() * first.double() + second.double()).float()
+    assert (fused > threshold).float().mean() > 0.2
+    spikes = lif_on("triton", reset="none")(torch.stack([first, second]), beta, threshold)
+    assert spikes[0].all()
+    assert not spikes[1].any()
+
+
+@every_reset
+def test_beta_is_clamped_and_has_no_gradient_outside_0_to_1(reset):
+    beta = torch.tensor([-0.3, 0.0, 0.5, 0.9, 1.0, 1.0001, 1.7])
+    threshold = torch.tensor([0.75])
+    current, weights = currents(11, 5, 7, dtype=torch.float32), output_weights(11, 5, 7).float()
+    theirs = gradients(lambda *t: by_snntorch(*t, reset, snn_surrogate.atan(2.0)), current, beta, threshold, weights)
+    ours = gradients(lif_on("triton", reset=reset), current, beta, threshold, weights)
+    assert torch.equal(ours["spikes"], theirs["spikes"])
+    assert [bool(g) for g in ours["beta.grad"]] == [False, True, True, True, True, False, False]
+    for name in GRADIENTS:  # float32 rounding over 11 steps
+        where = clamps_alike(beta) if name == "beta.grad" else ...
+        torch.testing.assert_close(ours[name][where], theirs[name][where], rtol=1e-4, atol=1e-5)
+    scalar = gradients(lif_on("triton", reset=reset), current, torch.tensor(1.5), threshold, weights)
+    assert scalar["beta.grad"].tolist() == 0
+
+
+@every_reset
+def test_thresholds_at_and_below_zero(reset):
+    """U_0 = 0 already exceeds a negative threshold: such a neuron starts with a reset."""
+    threshold = torch.tensor([-0.5, 0.0, 0.5, 1.0, 2.0, -1.0, 0.25])
+    beta = torch.tensor([0.875])
+    current, weights = currents(11, 5, 7, dtype=torch.float32) - 0.3, output_weights(11, 5, 7).float()
+    theirs = gradients(lambda *t: by_snntorch(*t, reset, snn_surrogate.atan(2.0)), current, beta, threshold, weights)
+    ours = gradients(lif_on("triton", reset=reset), current, beta, threshold, weights)
+    assert torch.equal(ours["spikes"], theirs["spikes"])
+    for name in GRADIENTS:  # float32 rounding over 11 steps
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-5)
+
+
+# --- what the stack asks of the launchers -------------------------------------------------------------------------
+
+
+def test_counts_rates_and_their_gradients():
+    """uint8 spikes, counts and rates of several tiles; gradients that come through those two, alone and beside ∂S."""
+    from g2g_kernels.ops.lif.triton import checkpoint_shape, launch_backward, launch_forward
+
+    ratios = ErrorRatios()
+    for shape, held in itertools.product([(13, 70, 9), (4, 5, 130)], [False, True]):
+        steps, batch, neurons = shape
+        current = currents(*(shape[1:] if held else shape), seed=7, dtype=torch.float32)
+        tensors = [current, *parameters(neurons)]
+        to_spikes, to_counts, to_rates = output_weights(*shape), output_weights(*shape[1:]), output_weights(neurons)
+        run = lif_on("torch", steps=steps if held else None)
+        expected = run(*tensors)
+
+        on_device = [tensor.to(DEVICE) for tensor in tensors]
+        spikes = torch.full(shape, 77, dtype=torch.uint8, device=DEVICE)
+        checkpoints = torch.empty(checkpoint_shape(*shape), device=DEVICE)
+        counts, rates = torch.empty(shape[1:], device=DEVICE), torch.empty(neurons, device=DEVICE)
+        launch_forward(*on_device, steps, held, "subtract", spikes, checkpoints, counts, rates)
+        assert torch.equal(spikes.cpu(), expected.to(torch.uint8))
+        assert torch.equal(counts.cpu(), expected.sum(0))
+        torch.testing.assert_close(rates.cpu(), expected.mean((0, 1)))
+
+        for through_spikes in (True, False):
+            weights = to_counts + to_rates / (steps * batch) + through_spikes * to_spikes
+            exact = gradients(run, *(tensor.double() for tensor in tensors), weights)
+            plain = gradients(run, *tensors, weights.float())
+            assert torch.equal(exact["spikes"].float(), expected)
+            grads = [torch.empty_like(tensor) for tensor in on_device]
+            launch_backward(
+                on_device[0], checkpoints, *on_device[1:], to_spikes.float().to(DEVICE) if through_spikes else None,
+                steps, held, "subtract", "atan", 2.0, *grads,
+                grad_counts=to_counts.float().to(DEVICE), grad_rates=to_rates.float().to(DEVICE),
+            )  # fmt: skip
+            for name, grad in zip(GRADIENTS, grads, strict=True):
+                ratios.add(name, grad.cpu(), plain[name], exact[name])
+    ratios.check(cases=8)
+
+
+def test_checkpoints_are_the_membranes_between_segments():
+    """No more than a membrane every tenth step is kept; none without gradients."""
+    from g2g_kernels.ops.lif.triton import checkpoint_shape
+
+    assert [checkpoint_shape(steps, 2, 3)[0] for steps in (1, 10, 11, 20, 25, 50)] == [0, 0, 1, 1, 2, 4]
+    current = currents(25, 4, 3, dtype=torch.float32).to(DEVICE)
+    beta, threshold = torch.tensor(0.9, device=DEVICE), torch.tensor(100.0, device=DEVICE)  # never fires
+    spikes, kept = torch.ops.g2g.triton_lif_forward(current, beta, threshold, 0, "subtract", "atan", 2.0, True)
+    membrane, membranes = torch.zeros_like(current[0]), []
+    for current_t in current:
+        membrane = beta * membrane + current_t
+        membranes.append(membrane)
+    assert torch.equal(kept, torch.stack([membranes[8], membranes[17]]))  # three segments of 9 steps
+    without, nothing = torch.ops.g2g.triton_lif_forward(current, beta, threshold, 0, "subtract", "atan", 2.0, False)
+    assert torch.equal(without, spikes)
+    assert nothing.numel() == 0
+
+
+# --- as any other backend -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (3, 1, 9), (9, 2, 3, 5)], ids=str)
+def test_any_number_of_dimensions_and_no_particular_strides(shape):
+    current, weights = currents(*shape, seed=4, dtype=torch.float32), output_weights(*shape)
+    beta, threshold = torch.tensor(0.875), torch.tensor(0.75)
+    expected = gradients(lif_on("torch"), current, beta, threshold, weights)
+    backwards = current.permute(*range(len(shape) - 1, -1, -1)).contiguous().permute(*range(len(shape) - 1, -1, -1))
+    actual = gradients(lif_on("triton"), backwards, beta, threshold, weights)
+    assert torch.equal(actual["spikes"], expected["spikes"])
+    for name in GRADIENTS:
+        assert actual[name].shape == expected[name].shape
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-5, atol=1e-6)  # float32 rounding
+
+
+@pytest.mark.parametrize("needed", [(0,), (1,), (2,), (1, 2)], ids=str)
+def test_some_gradients_alone(needed):
+    tensors = [currents(11, 5, 7, seed=2, dtype=torch.float32), *parameters(7)]
+    weights = output_weights(11, 5, 7)
+    every = gradients(lif_on("triton"), *tensors, weights)
+    leaves = [tensor.clone().requires_grad_(index in needed) for index, tensor in enumerate(tensors)]
+    (lif_on("triton")(*leaves) * weights).sum().backward()
+    for index, (name, leaf) in enumerate(zip(GRADIENTS, leaves, strict=True)):
+        if index in needed:
+            assert torch.equal(leaf.grad, every[name])
+        else:
+            assert leaf.grad is None
+
+
+def test_results_are_reproducible():
+    """Nothing is added in an order that chance decides: several tiles of samples, twice, to the last bit."""
+    current, weights = currents(11, 150, 7, seed=2, dtype=torch.float32), output_weights(11, 150, 7)
+    first, second = (gradients(lif_on("triton"), current, *parameters(None), weights) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("steps", [0, 11], ids=["varying", "held"])
+def test_opcheck(steps, plain_memory):
+    """Schema, fake implementations, autograd registration and use under torch.compile, as torch checks them."""
+    draw = currents(*((4, 3) if steps else (11, 4, 3)), dtype=torch.float32).to(DEVICE)
+    beta, threshold = (tensor.to(DEVICE).requires_grad_() for tensor in parameters(3))
+    options = (steps, "subtract", "atan", 2.0)
+    forward = torch.ops.g2g.triton_lif_forward
+    torch.library.opcheck(forward.default, (draw.requires_grad_(), beta, threshold, *options, True))
+    torch.library.opcheck(forward.default, (draw.detach(), beta.detach(), threshold.detach(), *options, False))
+    spikes, kept = forward(draw, beta, threshold, *options, True)
+    tensors = [tensor.detach() for tensor in (torch.ones_like(spikes), draw, kept, beta, threshold)]
+    torch.library.opcheck(torch.ops.g2g.triton_lif_backward.default, (*tensors, *options, True, True, False))
+
+
+def test_a_layer_compiles_with_a_full_graph(plain_memory):
+    """torch.compile sees one operator: no break in the graph, the same spikes and gradients."""
+    torch.compiler.reset()
+    layer = LIF(backend="triton").to(DEVICE)
+    current = currents(11, 4, 3, dtype=torch.float32).to(DEVICE)
+    results = []
+    for run in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        layer.zero_grad()
+        leaf = current.clone().requires_grad_()
+        spikes = run(leaf)
+        (spikes * torch.arange(11.0, device=DEVICE)[:, None, None]).sum().backward()
+        results.append((spikes.detach(), leaf.grad, layer.beta.grad, layer.threshold.grad))
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    assert results[0][1].any()
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"current": torch.zeros(4, 0, 5, device=DEVICE)}, "needs currents that are not empty"),
+        ({"current": torch.zeros(4, 2, 5, dtype=torch.float64, device=DEVICE)}, "not torch.float64"),
+        ({"beta": torch.zeros(1, dtype=torch.float64, device=DEVICE)}, "not torch.float64"),
+        ({"current": torch.zeros(4, 2, 5, device="meta")}, "not on meta"),
+        ({"current": torch.zeros(1, 1, 1).expand(3, 1 << 16, 1 << 15)}, "serves less than 2³¹"),
+    ],
+    ids=["empty", "double", "double beta", "device", "huge"],
+)
+def test_what_it_cannot_serve_is_refused_with_the_reason(changed, reason):
+    tensors = {"current": torch.zeros(4, 2, 5), "beta": torch.full((1,), 0.9), "threshold": torch.ones(1)}
+    tensors = {name: tensor.to(DEVICE) for name, tensor in tensors.items()} | changed
+    with pytest.raises(BackendError, match=reason):
+        lif(**tensors, backend="triton")
+
+
+@pytest.mark.skipif(not interpreted(), reason="on a GPU Triton is the first choice")
+def test_the_interpreter_serves_nobody_who_did_not_ask_for_it(caplog):
+    with caplog.at_level("INFO", "g2g_kernels"):
+        spikes = lif(currents(3, 2, 5, dtype=torch.float32), 0.9, 1.0)
+    assert spikes.grad_fn is None
+    assert not any("runs on backend triton" in message for message in caplog.messages)

@@ -1,0 +1,251 @@
+"""g2g_linear's Triton kernels: on a GPU where there is one, else small sizes in Triton's interpreter on the CPU.
+
+bfloat16 is tested on a GPU only: the interpreter's bfloat16 arithmetic is wrong.
+"""
+
+import pytest
+import torch
+from helpers import ErrorRatios, MaskCase, dense_by_loop, device_of, packed_randn, rms, seeded
+from linear_cases import backend_result, dense_result, inputs
+
+from g2g_kernels import BackendError, BlockMask, GroupLayout, g2g_linear
+from g2g_kernels.triton import runtime
+
+pytestmark = pytest.mark.skipif(runtime.unavailable() is not None, reason=str(runtime.unavailable()))
+
+#: sparse enough for the units' own kernels, whole and ragged, in and out of group order, and single weights
+CASES = {
+    "units of 16, ragged": MaskCase(82, 101, 2, "interleaved", "index", 16),
+    "units of 16, whole": MaskCase(96, 128, 2, "index", "index", 16),
+    "units of 32, ragged": MaskCase(108, 140, 3, "index", "random", 32),
+    "units of 32, whole": MaskCase(128, 192, 2, "interleaved", "index", 32),
+    "units of 64, ragged": MaskCase(150, 290, 2, "random", "interleaved", 64),
+    "units of 64, whole": MaskCase(256, 192, 1, "index", "index", 64),
+    "two outputs a group": MaskCase(10, 300, 4, "index", "interleaved", 64),
+    "units of 128": MaskCase(256, 300, 1, "index", "index", 128),
+    "single weights": MaskCase(13, 29, 3, "random", "interleaved", 1),
+}
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if not runtime.interpreted() else [])
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+def sparse_mask(case: MaskCase, seed: int = 0) -> BlockMask:
+    """Some units of every case, in some block rows none."""
+    return case.mask(p_inter=0.15, p_intra=0.3, seed=seed)
+
+
+def uses_own_kernels(mask: BlockMask) -> bool:
+    from g2g_kernels.ops.g2g_linear import triton
+
+    tensors, trivial = triton.indices(mask)
+    return not triton.units_of(tensors, trivial, torch.empty(mask.num_units, *mask.unit_shape)).dense_pays
+
+
+def test_the_cases_are_what_they_should_be():
+    masks = {name: sparse_mask(case) for name, case in CASES.items()}
+    assert [name for name, mask in masks.items() if not uses_own_kernels(mask)] == ["single weights"]
+    assert all(mask.num_units > 0 for mask in masks.values())
+    empty_rows = [name for name, mask in masks.items() if (mask.row_ptr.diff() == 0).any()]
+    empty_columns = [name for name, mask in masks.items() if (mask.col_ptr.diff() == 0).any()]
+    assert empty_rows
+    assert empty_columns
+
+
+@pytest.mark.parametrize("kind", ["dense", "spikes"])
+@every_dtype
+def test_errors_are_at_most_1_5_times_those_of_plain_pytorch(dtype, kind):
+    """Over all masks and two draws, with odd numbers of samples that take one tile or several."""
+    ratios = ErrorRatios()
+    for case in CASES.values():
+        for seed, samples in ((0, 37), (1, 7)):
+            mask = sparse_mask(case, seed)
+            x, values, bias = (tensor.to(dtype) for tensor in inputs(mask, samples))
+            if kind == "spikes":
+                x = (x > 0.8).to(dtype)
+            grad_output = torch.randn(samples, mask.shape[0], generator=seeded(4 + seed)).to(dtype)
+            exact = dense_result(mask, x, values, bias, grad_output)
+            plain = backend_result(mask, x, values, bias, grad_output, "torch")
+            for name, actual in backend_result(mask, x, values, bias, grad_output, "triton").items():
+                ratios.add(name, actual, plain[name], exact[name])
+    ratios.check(cases=2 * len(CASES))
+
+
+def test_sums_over_many_samples_in_several_parts():
+    """2,200 samples make two parts of a weight gradient, added by a second launch."""
+    layout = GroupLayout(32, 2)
+    mask = BlockMask(layout, layout, torch.tensor([0, 1]), torch.tensor([1, 0]), 16)
+    ratios = ErrorRatios()
+    x, values, bias = inputs(mask, 2200)
+    grad_output = torch.randn(2200, 32, generator=seeded(4))
+    exact = dense_result(mask, x, values, bias, grad_output)
+    plain = backend_result(mask, x, values, bias, grad_output, "torch")
+    first, second = (backend_result(mask, x, values, bias, grad_output, "triton") for _ in range(2))
+    for name, actual in first.items():
+        ratios.add(name, actual, plain[name], exact[name])
+        assert torch.equal(actual, second[name]), f"{name} is not reproducible"
+    ratios.check(cases=1)
+
+
+@every_case
+def test_spikes_in_bytes_are_those_in_floats(case):
+    mask = sparse_mask(case).to(device_of("triton"))
+    x, values, bias = (tensor.to(device_of("triton")) for tensor in inputs(mask, 21))
+    x = x > 0.8
+    as_bytes, as_floats = (
+        g2g_linear(x.to(dtype), values, mask, bias, backend="triton") for dtype in (torch.uint8, torch.float32)
+    )
+    assert torch.equal(as_bytes, as_floats)
+
+
+@pytest.mark.parametrize("needed", ["x", "values", "bias"])
+def test_one_gradient_alone(needed):
+    device = device_of("triton")
+    mask = sparse_mask(CASES["units of 32, ragged"])
+    x, values, bias = inputs(mask, 5)
+    grad_output = torch.randn(5, mask.shape[0], generator=seeded(4))
+    exact = dense_result(mask, x, values, bias, grad_output)[f"{needed}.grad"]
+    tensors = {"x": x.to(device), "values": values.to(device), "bias": bias.to(device)}
+    tensors[needed].requires_grad_()
+    output = g2g_linear(tensors["x"], tensors["values"], mask.to(device), tensors["bias"], backend="triton")
+    output.backward(grad_output.to(device))
+    assert rms(tensors[needed].grad.cpu() - exact) <= 1e-6 * rms(exact)  # float32 rounding
+
+
+@every_case
+def test_the_padding_of_clipped_units_gets_no_gradient(case):
+    mask = sparse_mask(case)
+    x, values, bias = inputs(mask, 9)
+    results = backend_result(mask, x.abs(), values, bias, torch.ones(9, mask.shape[0]), "triton")
+    assert not results["values.grad"][~mask.valid()].any()
+    assert results["values.grad"][mask.valid()].all()
+
+
+@pytest.mark.parametrize("block_size", [2, 16])
+def test_rows_and_columns_without_units(block_size):
+    """y is the bias there, and x gets no gradient."""
+    layout = GroupLayout(6 * block_size, 1)
+    mask = BlockMask(layout, layout, torch.tensor([1, 2, 4, 2]), torch.tensor([0, 3, 2, 0]), block_size)
+    x, values, bias = inputs(mask, 8)
+    results = backend_result(mask, x, values, bias, torch.ones(8, mask.shape[0]), "triton")
+    for row in (0, 3, 5):
+        rows = slice(row * block_size, (row + 1) * block_size)
+        assert torch.equal(results["output"][:, rows], bias[rows].expand(8, block_size))
+    for col in (1, 4, 5):
+        assert not results["x.grad"][:, col * block_size : (col + 1) * block_size].any()
+    assert results["bias.grad"].tolist() == [8.0] * mask.shape[0]
+
+
+def test_a_mask_without_any_unit():
+    mask = CASES["units of 16, ragged"].mask(p_inter=0.0, p_intra=0.0)
+    x, values, bias = inputs(mask, 4)
+    results = backend_result(mask, x, values, bias, torch.ones(4, mask.shape[0]), "triton")
+    assert torch.equal(results["output"], bias.expand(4, -1))
+    assert not results["x.grad"].any()
+    assert results["values.grad"].shape == (0, *mask.unit_shape)
+    assert results["bias.grad"].tolist() == [4.0] * mask.shape[0]
+
+
+@pytest.mark.parametrize("batch", [(), (0,), (3, 5)], ids=str)
+def test_any_number_of_leading_dimensions_and_no_bias(batch):
+    device = device_of("triton")
+    mask = sparse_mask(CASES["units of 16, whole"])
+    x, values, _ = inputs(mask, *batch)
+    expected = x.double() @ dense_by_loop(mask, values).double().T
+    values = values.to(device).requires_grad_()
+    actual = g2g_linear(x.to(device), values, mask.to(device), backend="triton")
+    actual.sum().backward()
+    assert actual.shape == expected.shape
+    torch.testing.assert_close(actual.detach().double().cpu(), expected, rtol=0, atol=1e-5)  # float32 rounding
+    assert values.grad.any() == (0 not in batch)
+
+
+def test_units_relabelled_in_place_are_seen():
+    """The transposed index too; values stay where they are."""
+    device = device_of("triton")
+    mask = sparse_mask(CASES["units of 16, whole"])
+    x, values, bias = inputs(mask, 6)
+    present = mask._flat_unit().tolist()
+    absent = next(unit for unit in range(mask.grid[0] * mask.grid[1]) if unit not in present)
+    mask.to(device).relabel_(*(torch.tensor([n], device=device) for n in (1, *divmod(absent, mask.grid[1]))))
+    grad_output = torch.randn(6, mask.shape[0], generator=seeded(4))
+    results = backend_result(mask, x, values, bias, grad_output, "triton")
+    exact = dense_result(mask, x, values, bias, grad_output)
+    for name, actual in results.items():
+        assert rms(actual - exact[name]) <= 1e-6 * rms(exact[name]), name  # float32 rounding
+
+
+def test_autocast_to_float16():
+    """Weights stay float32 and get float32 gradients; the product is float16, of operands rounded to float16."""
+    ratios = ErrorRatios()
+    for case in CASES.values():
+        mask = sparse_mask(case)
+        # operands that float16 holds exactly, so that the float64 result needs no rounding of its own
+        x, values, bias = (tensor.half().float() for tensor in inputs(mask, 9))
+        grad_output = torch.randn(9, mask.shape[0], generator=seeded(4)).half().float()
+        exact = dense_result(mask, x, values, bias, grad_output)
+        results = {}
+        for name in ("torch", "triton"):
+            with torch.autocast(device_of(name), torch.float16):
+                results[name] = backend_result(mask, x, values, bias, grad_output, name)
+        assert results["triton"]["output"].dtype == torch.float16
+        assert results["triton"]["values.grad"].dtype == torch.float32
+        for name, actual in results["triton"].items():
+            ratios.add(name, actual, results["torch"][name], exact[name])
+    ratios.check(cases=len(CASES))
+
+
+def test_what_the_kernels_cannot_serve_is_refused_with_the_reason():
+    device = device_of("triton")
+    mask = sparse_mask(CASES["units of 16, whole"]).to(device)
+    x, values, bias = (tensor.to(device) for tensor in inputs(mask, 3))
+    for arguments, reason in (
+        ((x.double(), values, mask, bias), "needs float32, float16 or bfloat16 tensors, not torch.float64"),
+        ((x.half(), values, mask, bias), r"needs x and values of one dtype \(or autocast\), not torch.float16"),
+        ((x.to("meta"), values, mask, bias), f"needs tensors on {device}, not on meta"),
+    ):
+        with pytest.raises(BackendError, match=f"cannot serve this call of g2g_linear: triton: {reason}"):
+            g2g_linear(*arguments, backend="triton")
+
+
+@pytest.mark.parametrize("name", ["units of 16, ragged", "single weights"])
+def test_operator_registration(name, plain_memory):
+    from g2g_kernels.ops.g2g_linear import triton
+
+    device = device_of("triton")
+    mask = sparse_mask(CASES[name]).to(device)
+    x, values, bias = (tensor.to(device).requires_grad_() for tensor in inputs(mask, 3))
+    tensors, trivial = triton.indices(mask)
+    forward = (x, values, bias, tensors, trivial, torch.float32)
+    torch.library.opcheck(torch.ops.g2g.triton_linear_forward.default, forward)
+    grad_y = torch.randn(3, mask.shape[0], generator=seeded(4)).to(device)
+    backward = (grad_y, x.detach(), values.detach(), tensors, trivial, True, True, True)
+    torch.library.opcheck(torch.ops.g2g.triton_linear_backward.default, backward)
+
+
+def test_compiled_with_a_full_graph():
+    device = device_of("triton")
+    mask = sparse_mask(CASES["units of 16, ragged"]).to(device)
+    x, values, bias = (tensor.to(device).requires_grad_() for tensor in inputs(mask, 3))
+
+    def function(x, values, bias):
+        return g2g_linear(x, values, mask, bias, backend="triton")
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    results = []
+    for run in (function, compiled):
+        output = run(x, values, bias)
+        results.append((output, *torch.autograd.grad(output.square().sum(), (x, values, bias))))
+    assert all(torch.equal(eager, graph) for eager, graph in zip(*results, strict=True))
+
+
+def test_padding_is_never_read():
+    """What stands in the padding of clipped units and beyond the last sample has no influence."""
+    device = device_of("triton")
+    mask = sparse_mask(CASES["units of 64, ragged"]).to(device)
+    values = packed_randn(mask.to("cpu"), 2)
+    x = torch.full((40, mask.shape[1]), float("nan"))
+    x[:19] = torch.randn(19, mask.shape[1], generator=seeded(1))
+    y = g2g_linear(x[:19].to(device), values.to(device), mask.to(device), backend="triton").cpu()
+    expected = x[:19].double() @ dense_by_loop(mask.to("cpu"), values).double().T
+    assert rms(y - expected) <= 1e-6 * rms(expected)  # float32 rounding

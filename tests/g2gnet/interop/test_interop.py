@@ -1,0 +1,291 @@
+"""Networks from and to snnTorch and NIR: equal spikes on both sides, and a round trip that loses nothing."""
+
+import sys
+import warnings
+
+import nir
+import numpy as np
+import pytest
+import snntorch
+import torch
+from helpers import seeded
+from snntorch import surrogate
+from snntorch.import_nir import import_from_nir
+from torch import nn
+from torch.nn.utils import prune
+
+from g2g_kernels import BlockMask, GroupLayout
+from g2g_kernels.ops.lif.surrogates import SURROGATES
+from g2gnet import LIF, G2GLinear, G2GNet, SpikingStack
+from g2gnet.interop import from_nir, from_snntorch, to_nir, to_snntorch
+
+STEPS = 12
+SAMPLES = torch.rand(STEPS, 6, 30, generator=seeded(1)) * 3
+
+
+def small_net(**options):
+    return G2GNet(30, 40, 10, "mixer", generator=seeded(0), **{"block_size": 4, "T": STEPS, **options})
+
+
+def trained_net(**options):
+    net = small_net(**options)
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+    for _ in range(10):
+        loss = nn.functional.cross_entropy(net(SAMPLES), torch.arange(6))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return net
+
+
+def output_spikes(net):
+    """Of a stack of ours, [T, B, C], with something in them to compare."""
+    spikes = net.simulate(SAMPLES).spikes[-1].dense()
+    assert 0 < spikes.sum() < spikes.numel()
+    return spikes
+
+
+def assert_equal_states(one, other):
+    state, expected = one.state_dict(), other.state_dict()
+    assert set(state) == set(expected)
+    for name, tensor in expected.items():
+        assert torch.equal(state[name], tensor), name
+
+
+# --- snnTorch -----------------------------------------------------------------------------------------------------
+
+
+class TutorialNet(nn.Module):
+    """A network as snnTorch's tutorials write it, its second layer pruned."""
+
+    def __init__(self, **options):
+        super().__init__()
+        torch.manual_seed(0)
+        self.flatten = nn.Flatten()
+        self.fc1 = nn.Linear(30, 40)
+        self.lif1 = snntorch.Leaky(beta=0.8, **options)
+        self.fc2 = nn.Linear(40, 10, bias=False)
+        self.lif2 = snntorch.Leaky(beta=torch.linspace(0.5, 0.9, 10), threshold=0.7, learn_beta=True, **options)
+        prune.custom_from_mask(self.fc2, "weight", torch.rand(10, 40, generator=seeded(2)) < 0.5)
+
+    def forward(self, x):
+        mem1, mem2, spikes = self.lif1.reset_mem(), self.lif2.reset_mem(), []
+        for x_t in x:
+            spk1, mem1 = self.lif1(self.fc1(self.flatten(x_t)), mem1)
+            spk2, mem2 = self.lif2(self.fc2(spk1), mem2)
+            spikes.append(spk2)
+        return torch.stack(spikes)
+
+
+@pytest.mark.parametrize("reset", ["subtract", "zero", "none"])
+def test_a_network_from_snntorch_has_its_spikes_and_gradients(reset):
+    theirs = TutorialNet(reset_mechanism=reset, spike_grad=surrogate.fast_sigmoid(slope=5))
+    ours = from_snntorch(theirs)
+    expected = theirs(SAMPLES)
+    assert torch.equal(output_spikes(ours), expected.detach())
+    assert ours.lif_options() == (reset, "fast_sigmoid", 5.0)
+    assert ours.fc1.mask.is_full
+    assert torch.equal(ours.fc2.mask.to_dense(), theirs.fc2.weight_mask.bool())
+    assert not isinstance(ours.lif1.beta, nn.Parameter)
+    assert isinstance(ours.lif2.beta, nn.Parameter)
+
+    expected.sum(0).square().sum().backward()
+    ours(SAMPLES).square().sum().backward()
+    for one, other in (
+        (ours.fc1.values.grad, ours.fc1.mask.pack(theirs.fc1.weight.grad)),
+        (ours.fc2.values.grad, ours.fc2.mask.pack(theirs.fc2.weight_orig.grad)),
+        (ours.lif2.beta.grad, theirs.lif2.beta.grad),
+    ):
+        # float32 through 12 steps, summed in another order
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * other.abs().max().item())
+
+
+@pytest.mark.parametrize("options", [{}, {"per_neuron": True, "reset": "zero"}, {"learn_beta": False, "alpha": 3.0}])
+def test_there_and_back_again_is_the_same_network(options):
+    net = small_net(**options)
+    net.fc2.requires_grad_(False)
+    theirs = to_snntorch(net)
+    spikes = torch.stack([theirs(x_t) for x_t in SAMPLES])
+    assert torch.equal(spikes, output_spikes(net))
+
+    back = from_snntorch(theirs, masks={name: net.get_submodule(name).mask for name in ("fc1", "fc2", "fc3")})
+    assert_equal_states(back, net)
+    assert back.lif_options() == net.lif_options()
+    learnable = {name: parameter.requires_grad for name, parameter in net.named_parameters()}
+    assert {name: parameter.requires_grad for name, parameter in back.named_parameters()} == learnable
+    # without the masks, the same graph as single weights
+    assert torch.equal(from_snntorch(theirs).fc1.mask.to_dense(), net.fc1.mask.to_dense())
+
+
+def test_a_network_in_snntorch_stays_sparse_while_it_trains():
+    net = small_net()
+    theirs = to_snntorch(net)
+    optimizer = torch.optim.SGD(theirs.parameters(), lr=1.0)
+    sum(theirs(x_t) for x_t in SAMPLES).square().sum().backward()
+    optimizer.step()
+    trained = from_snntorch(theirs)
+    assert not torch.equal(trained.fc2.dense_weight(), net.fc2.dense_weight())
+    assert torch.equal(trained.fc2.dense_weight() != 0, net.fc2.mask.to_dense())
+
+
+@pytest.mark.parametrize("name", SURROGATES)
+@pytest.mark.parametrize("alpha", [0.5, 2.0, 25.0])
+def test_every_surrogate_is_told_by_its_derivative(name, alpha):
+    stack = SpikingStack([(G2GLinear.from_linear(nn.Linear(4, 3)), LIF(surrogate=name, alpha=alpha))])
+    assert from_snntorch(to_snntorch(stack)).lif_options() == ("subtract", name, alpha)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"inhibition": True}, "lif1: our LIF has no inhibition"),
+        ({"reset_delay": False}, "lif1: our LIF has no reset_delay=False; only snn.Leaky with reset_delay=True"),
+        ({"graded_spikes_factor": 2.0}, "lif1: our LIF has no graded_spikes_factor; only snn.Leaky with .*=1"),
+        ({"state_quant": lambda x: x}, "lif1: our LIF has no state_quant"),
+        ({"spike_grad": surrogate.triangular()}, "lif1: spike_grad is none of g2g's surrogates"),
+    ],
+)
+def test_neurons_that_the_stack_lacks_are_refused(options, message):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # snnTorch's own, of inhibition
+        model = TutorialNet(**options)
+    with pytest.raises(ValueError, match=message):
+        from_snntorch(model)
+
+
+def test_models_of_another_form_are_refused():
+    leaky = snntorch.Leaky(beta=0.9)
+    for model, message in (
+        (nn.Sequential(nn.Conv2d(1, 1, 3), leaky), "0 is a Conv2d; from_snntorch takes networks of nn.Linear and"),
+        (nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), "1 is a Linear, but a Leaky should come next"),
+        (nn.Sequential(nn.Linear(3, 3)), "the model has 1 nn.Linear and 0 snn.Leaky"),
+        (nn.Sequential(nn.Linear(3, 4), leaky, nn.Linear(3, 3), leaky), "the model has 2 nn.Linear and 1 snn.Leaky"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            from_snntorch(model)
+    with pytest.raises(ValueError, match="masks names fc9; the linear layers are fc1, fc2"):
+        from_snntorch(TutorialNet(), masks={"fc9": torch.ones(1, 1)})
+    other = TutorialNet()
+    other.lif2.reset_mechanism = "zero"
+    with pytest.raises(ValueError, match="need the same reset, surrogate and alpha"):
+        from_snntorch(other)
+
+
+# --- NIR ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"per_neuron": True, "surrogate": "sigmoid", "learn_threshold": False}])
+def test_a_file_of_nir_gives_the_same_network_back(options, tmp_path):
+    net = trained_net(reset="zero", **options)
+    nir.write(tmp_path / "net.nir", to_nir(net))
+    back = from_nir(nir.read(tmp_path / "net.nir"), T=STEPS)
+    assert_equal_states(back, net)
+    assert back.lif_options() == net.lif_options()
+    assert [name for name, _ in back.named_parameters()] == [name for name, _ in net.named_parameters()]
+    assert torch.equal(back(SAMPLES), net(SAMPLES))
+    assert net(SAMPLES).sum() > 0
+
+
+@pytest.mark.parametrize("dt", [1e-4, 1e-3])
+def test_the_graph_is_the_differential_equation_of_the_layer(dt):
+    """An Euler step of NIR's equation, written out, spikes as the network does."""
+    net = trained_net(reset="zero", per_neuron=True)
+    nodes = to_nir(net, dt).nodes
+    assert list(nodes) == ["input", "fc1", "lif1", "fc2", "lif2", "fc3", "lif3", "output"]
+    membranes = {name: np.zeros((6, 1)) for name in ("lif1", "lif2", "lif3")}
+    trains = []
+    for x in SAMPLES.double().numpy():
+        for number in (1, 2, 3):
+            affine, lif = nodes[f"fc{number}"], nodes[f"lif{number}"]
+            current = x @ affine.weight.T + affine.bias
+            v = membranes[f"lif{number}"]
+            v = v + dt / lif.tau * (lif.v_leak - v + lif.r * current)
+            x = (v > lif.v_threshold).astype(float)
+            membranes[f"lif{number}"] = np.where(x > 0, lif.v_reset, v)
+        trains.append(torch.from_numpy(x))
+    assert torch.equal(torch.stack(trains).float(), output_spikes(net))
+
+
+def test_snntorchs_importer_runs_the_graph_with_the_same_counts(capsys):
+    net = trained_net(reset="zero")
+    theirs = import_from_nir(to_nir(net))
+    with torch.no_grad():
+        counts = sum(theirs(x_t)[0] for x_t in SAMPLES)
+    assert torch.equal(counts, output_spikes(net).sum(0))
+    capsys.readouterr()  # it prints that it scales the threshold
+
+
+def test_norses_importer_runs_the_graph_with_the_same_counts():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        norse = pytest.importorskip("norse.torch")
+        net = trained_net(reset="zero", per_neuron=True)
+        theirs = norse.from_nir(to_nir(net), dt=1e-4)
+        state, counts = None, torch.zeros(6, 10)
+        with torch.no_grad():
+            for x_t in SAMPLES:
+                spikes, state = theirs(x_t, state)
+                counts += spikes
+    assert torch.equal(counts, output_spikes(net).sum(0))
+
+
+def test_a_graph_of_another_tool_is_read_with_its_own_resistance_and_time_step():
+    weight = torch.randn(5, 30, generator=seeded(3)).numpy()
+    dt, beta, gain, threshold = 1e-3, np.linspace(0.5, 0.9, 5), 0.25, 0.8
+    tau = dt / (1 - beta)
+    graph = nir.NIRGraph(
+        nodes={
+            "input": nir.Input(input_type={"input": np.array([30])}),
+            "w": nir.Linear(weight=weight),
+            "n": nir.LIF(
+                tau=tau, r=gain * tau / dt, v_leak=np.zeros(5), v_reset=np.zeros(5), v_threshold=np.full(5, threshold)
+            ),
+            "output": nir.Output(output_type={"output": np.array([5])}),
+        },
+        edges=[("input", "w"), ("w", "n"), ("n", "output")],
+    )
+    mask = BlockMask.full(GroupLayout(5, 1), GroupLayout(30, 1), 8)
+    stack = from_nir(graph, dt, masks={"w": mask})
+    torch.testing.assert_close(stack.lif1.beta.detach(), torch.from_numpy(beta).float())
+    torch.testing.assert_close(stack.lif1.threshold.detach(), torch.tensor(threshold / gain))
+    assert torch.equal(stack.fc1.dense_weight(), torch.from_numpy(weight))
+    assert stack.fc1.bias is None
+    assert stack.fc1.mask.block_size == 8
+    assert from_nir(graph, dt).fc1.mask.is_full
+    with pytest.raises(ValueError, match=r"node n has a time constant below dt=0.1 s"):
+        from_nir(graph, 0.1)
+
+
+def test_what_nir_cannot_carry_is_refused():
+    with pytest.raises(
+        ValueError, match=r"reset='subtract' has no form in NIR, .*; train the network with reset='zero'"
+    ):
+        to_nir(small_net())
+    with pytest.raises(ValueError, match="lif1 has beta=1, no leak"):
+        to_nir(small_net(reset="zero", beta=1.2))
+    with pytest.raises(ValueError, match="dt=0 must be above 0 seconds"):
+        to_nir(small_net(reset="zero"), dt=0)
+
+
+def test_graphs_of_another_form_are_refused():
+    graph = to_nir(small_net(reset="zero"))
+    node = graph.nodes["lif1"]
+    for changes, message in (
+        ({"lif1": nir.IF(r=node.r, v_threshold=node.v_threshold)}, "node lif1 is a IF"),
+        ({"lif1": nir.LIF(node.tau, node.r, node.v_leak + 1, node.v_threshold, node.v_reset)}, "lif1 has v_leak other"),
+        ({"lif1": nir.LIF(node.tau, node.r, node.v_leak, node.v_threshold, node.v_reset + 1)}, "has v_reset other"),
+        ({"fc2": nir.Affine(np.ones((40, 40)), np.ones(40), metadata=graph.nodes["fc2"].metadata)}, "calls absent"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            from_nir(nir.NIRGraph(nodes={**graph.nodes, **changes}, edges=graph.edges))
+    with pytest.raises(ValueError, match="no branches and no loops"):
+        from_nir(nir.NIRGraph(nodes=graph.nodes, edges=[*graph.edges, ("lif1", "fc3")], type_check=False))
+    with pytest.raises(ValueError, match="masks names fc9"):
+        from_nir(graph, masks={"fc9": torch.ones(1, 1)})
+
+
+@pytest.mark.parametrize(("package", "convert"), [("nir", from_nir), ("nir", to_nir), ("snntorch", from_snntorch)])
+def test_without_the_package_the_error_names_the_extra(package, convert, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=rf"this needs the package {package}; pip install 'g2g\[interop\]' brings it"):
+        convert(small_net(reset="zero"))

@@ -1,0 +1,311 @@
+"""G2GLinear, LIF and whole networks inside other people's modules, loops and tools."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import snntorch
+import torch
+from helpers import backends_of, seeded
+from torch import nn
+
+from g2g_kernels import BlockMask, GroupLayout, lif, lif_step
+from g2g_kernels.ops.g2g_lif import operator
+from g2g_kernels.ops.lif import RESETS
+from g2g_kernels.ops.lif.surrogates import SURROGATES
+from g2gnet import LIF, G2GLinear, G2GNet, SpikingStack
+
+STACK_BACKENDS = backends_of(operator)
+SAMPLES = torch.rand(5, 30, generator=seeded(1)) * 3
+
+
+def small_net(model="mixer", **options):
+    return G2GNet(30, 40, 10, model, generator=seeded(0), **{"block_size": 4, "T": 6, **options})
+
+
+def small_layer(out_size=40, in_size=30, **options):
+    mask = BlockMask.sample(GroupLayout(out_size), GroupLayout(in_size), block_size=4, generator=seeded(2))
+    return G2GLinear(mask, generator=seeded(3), **options)
+
+
+# --- step by step -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reset", RESETS)
+@pytest.mark.parametrize("surrogate", SURROGATES)
+def test_steps_of_lif_equal_the_run_over_all_steps(reset, surrogate):
+    current = torch.randn(9, 4, 7, generator=seeded(0), dtype=torch.float64).mul_(1.5).requires_grad_()
+    beta = torch.tensor([-0.1, 0, 0.2, 0.5, 0.9, 1, 1.1], dtype=torch.float64).requires_grad_()
+    threshold = torch.linspace(0.5, 1.2, 7, dtype=torch.float64).requires_grad_()
+    weight = torch.randn(9, 4, 7, generator=seeded(1), dtype=torch.float64)
+    leaves = (current, beta, threshold)
+
+    whole = lif(current, beta, threshold, reset=reset, surrogate=surrogate, alpha=1.5)
+    spikes, membrane = [], None
+    for current_t in current:
+        s, membrane = lif_step(current_t, membrane, beta, threshold, reset, surrogate, 1.5)
+        spikes.append(s)
+    stepped = torch.stack(spikes)
+    assert 0 < stepped.sum() < stepped.numel()
+    assert torch.equal(stepped, whole)
+    for one, other in zip(
+        torch.autograd.grad((stepped * weight).sum(), leaves),
+        torch.autograd.grad((whole * weight).sum(), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_steps_without_gradients_and_in_half_precision_give_the_same_spikes():
+    neurons = LIF(neurons=7)
+    current = torch.randn(9, 4, 7, generator=seeded(0)) * 1.5
+    for dtype in (torch.float32, torch.bfloat16):
+        state, spikes = None, []
+        with torch.no_grad():
+            for current_t in current.to(dtype):
+                s, state = neurons.step(current_t, state)
+                spikes.append(s)
+        assert state.dtype == torch.float32
+        assert spikes[0].dtype == dtype
+        assert torch.equal(torch.stack(spikes), neurons(current.to(dtype)))
+
+
+@pytest.mark.parametrize("backend", STACK_BACKENDS)
+@pytest.mark.parametrize("reset", ["subtract", "zero"])
+def test_steps_of_a_network_equal_the_run_over_all_steps(backend, reset):
+    net = small_net(backend=backend, reset=reset, per_neuron=True)
+    x = torch.rand(6, 5, 30, generator=seeded(1)) * 3
+    whole = net.simulate(x)
+    whole.counts.square().sum().backward()
+    expected = {name: parameter.grad.clone() for name, parameter in net.named_parameters()}
+    net.zero_grad()
+
+    state, trains = None, []
+    for x_t in x:
+        spikes, state = net.step(x_t, state)
+        trains.append(spikes)
+    assert torch.equal(torch.stack(trains), whole.spikes[-1].dense())
+    assert torch.stack(trains).sum() > 0
+    assert [membrane.shape[-1] for membrane in state] == [40, 40, 10]
+    torch.stack(trains).sum(0).square().sum().backward()
+    for name, parameter in net.named_parameters():
+        # float32 sums in two orders, through 6 steps and 3 layers
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-3)
+
+
+def test_a_held_sample_step_by_step():
+    net, state, counts = small_net(), None, 0
+    for _ in range(net.T):
+        spikes, state = net.step(net.encode(SAMPLES), state)
+        counts = counts + spikes
+    assert torch.equal(counts, net(SAMPLES))
+
+
+def test_wrong_states_are_named():
+    with pytest.raises(ValueError, match=r"membrane has shape \(4, 7\), the current \(3, 7\); give None"):
+        LIF().step(torch.rand(3, 7), torch.zeros(4, 7))
+    with pytest.raises(ValueError, match="state holds 1 membranes, this stack has 3 layers"):
+        small_net().step(SAMPLES, (torch.zeros(5, 40),))
+
+
+# --- beside other modules -----------------------------------------------------------------------------------------
+
+
+class ConvolutionOverTime(nn.Module):
+    """A user's module: images at every step [T, B, 1, 6, 6] → features [T, B, 32]."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 2, 3)
+
+    def forward(self, x):
+        return self.conv(x.flatten(0, 1)).flatten(1).unflatten(0, x.shape[:2])
+
+
+def test_beside_convolutions_and_users_modules_in_a_sequential():
+    torch.manual_seed(0)
+    model = nn.Sequential(ConvolutionOverTime(), small_layer(40, 32), LIF(neurons=40), nn.Linear(40, 3))
+    images = torch.rand(4, 2, 1, 6, 6) * 4
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(12):
+        loss = nn.functional.cross_entropy(model(images).mean(0), torch.tensor([0, 2]))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
+
+
+def test_beside_snntorchs_neurons_step_by_step():
+    connection, ours = small_layer(), LIF(beta=0.8)
+    theirs = snntorch.Leaky(beta=0.8)
+    our_state, their_state = None, theirs.reset_mem()
+    for x_t in torch.rand(6, 5, 30, generator=seeded(1)) * 3:
+        current = connection(x_t)
+        spikes, our_state = ours.step(current, our_state)
+        their_spikes, their_state = theirs(current, their_state)
+        assert torch.equal(spikes, their_spikes)
+        assert torch.equal(our_state, their_state)
+    assert our_state.abs().sum() > 0
+
+
+def test_a_stack_of_any_depth():
+    layers = [(small_layer(40, 30), LIF()), (small_layer(16, 40), LIF(neurons=16))]
+    stack = SpikingStack(layers, T=4)
+    assert [name for name, _ in stack.named_children()] == ["fc1", "lif1", "fc2", "lif2"]
+    spikes = nn.Sequential(*(module for pair in layers for module in pair))(SAMPLES.expand(4, 5, 30))
+    assert torch.equal(stack(SAMPLES), spikes.sum(0))
+    assert spikes.sum() > 0
+
+
+def test_stacks_that_cannot_be_are_named():
+    pair = (small_layer(), LIF())
+    with pytest.raises(ValueError, match="fc1 has 40 outputs, but fc2 30 inputs"):
+        SpikingStack([pair, pair])
+    with pytest.raises(ValueError, match="layers is empty"):
+        SpikingStack([])
+    net = small_net()
+    net.lif2.reset = "zero"
+    with pytest.raises(ValueError, match="need the same reset, surrogate and alpha"):
+        net(SAMPLES)
+
+
+# --- copied, cast, frozen, compiled, exported ---------------------------------------------------------------------
+
+
+def through_torch_save(net):
+    file = io.BytesIO()
+    torch.save(net, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def through_state_dict(net):
+    file = io.BytesIO()
+    torch.save(net.state_dict(), file)
+    file.seek(0)
+    other = G2GNet(30, 40, 10, "random", block_size=4, T=6, p_inter=0.5)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    return other
+
+
+@pytest.mark.parametrize(
+    "duplicate",
+    [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net)), through_torch_save, through_state_dict],
+    ids=["deepcopy", "pickle", "torch.save", "state_dict"],
+)
+def test_duplicates_of_a_network_in_use_are_equal_and_apart(duplicate):
+    net = small_net()
+    net(SAMPLES).sum().backward()  # whatever a first run leaves behind goes along
+    before = net(SAMPLES).detach()
+    other = duplicate(net)
+    assert torch.equal(other(SAMPLES), before)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    assert torch.equal(net(SAMPLES), before)
+    assert before.sum() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_a_cast_network_computes_in_its_type(dtype):
+    net = small_net()
+    cast = copy.deepcopy(net).to(dtype)
+    x = SAMPLES.to(dtype)
+    counts = cast(x)
+    counts.sum().backward()
+    assert all(parameter.grad.dtype == parameter.dtype == dtype for parameter in cast.parameters())
+    assert cast.fc1.mask.unit_row.dtype == torch.int32
+    # the same values in double precision: few spikes are as near to the threshold as half precision's rounding
+    reference = copy.deepcopy(cast).double()(x.double())
+    tolerance = 0 if dtype == torch.float64 else 0.05 * reference.sum()
+    assert (counts.double() - reference).abs().sum() <= tolerance
+    assert reference.sum() > 0
+
+
+def test_frozen_networks_and_layers_get_no_gradients():
+    net = small_net().requires_grad_(False)
+    assert not net(SAMPLES).requires_grad
+    x = SAMPLES.clone().requires_grad_()
+    net(x).sum().backward()
+    assert x.grad.abs().sum() > 0
+    assert all(parameter.grad is None for parameter in net.parameters())
+
+    net.requires_grad_(True)
+    net.fc2.requires_grad_(False)
+    net(SAMPLES).sum().backward()
+    without = {name for name, parameter in net.named_parameters() if parameter.grad is None}
+    assert without == {"fc2.values", "fc2.bias"}
+
+
+def test_parameters_can_be_substituted():
+    net = small_net()
+    doubled = {name: 2 * parameter.detach() for name, parameter in net.fc1.named_parameters(prefix="fc1")}
+    expected = copy.deepcopy(net)
+    expected.load_state_dict(doubled, strict=False)
+    counts = torch.func.functional_call(net, doubled, (SAMPLES,))
+    assert torch.equal(counts, expected(SAMPLES))
+    assert not torch.equal(counts, net(SAMPLES))
+
+
+# Dynamo itself makes an object of torch.autograd.Function, which PyTorch deprecates
+dynamo = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+
+
+@dynamo
+@pytest.mark.parametrize("backend", STACK_BACKENDS)
+def test_a_compiled_network_is_one_graph_with_equal_results(backend, plain_memory):
+    net, plain = (small_net(backend=backend, T=2, threshold=0.3) for _ in range(2))
+    # the graph and its gradients without the minutes of generating code for it
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    counts, expected = compiled(SAMPLES), plain(SAMPLES)
+    assert torch.equal(counts, expected)
+    assert expected.sum() > 0
+    counts.square().sum().backward()
+    expected.square().sum().backward()
+    for one, other in zip(net.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+@dynamo
+def test_compiled_steps_are_one_graph_with_equal_results(plain_memory):
+    net = small_net(backend="torch")
+    compiled = torch.compile(net.step, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        state = net.step(SAMPLES)[1]
+        spikes, after = compiled(SAMPLES, state)
+        expected, expected_after = net.step(SAMPLES, state)
+    assert torch.equal(spikes, expected)
+    assert all(map(torch.equal, after, expected_after))
+
+
+def exports(test):
+    """Marks a test that exports: PyTorch 2.4 warns of every custom operator, and of how it loads by itself."""
+    for message in ("At pre-dispatch tracing.*:UserWarning", "You are using `torch.load`.*:FutureWarning"):
+        test = pytest.mark.filterwarnings(f"ignore:{message}")(test)
+    return dynamo(test)
+
+
+@exports
+@pytest.mark.parametrize("backend", STACK_BACKENDS)
+def test_an_exported_network_is_saved_and_takes_other_batches(backend):
+    net = small_net(backend=backend, T=2, threshold=0.3)
+    with torch.no_grad():  # with gradients on, PyTorch 2.13 cannot load what it exports of an autograd.Function
+        program = torch.export.export(net, (SAMPLES,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},))
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    for x in (SAMPLES, SAMPLES[:3]):
+        assert torch.equal(loaded(x), net(x))
+    assert net(SAMPLES).sum() > 0
+
+
+@exports
+def test_a_sequential_is_exported():
+    model = nn.Sequential(small_layer(), LIF(), nn.Linear(40, 3))
+    x = SAMPLES.expand(4, 5, 30).contiguous()
+    assert torch.equal(torch.export.export(model, (x,)).module()(x), model(x))

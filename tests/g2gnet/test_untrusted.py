@@ -1,0 +1,483 @@
+"""Nobody let in: crafted files are refused within bounds of memory, and arbitrary ones never crash the process."""
+
+import io
+import os
+import pickle
+import re
+import struct
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import MASK_CASES, ROOT, backends_of, dense_by_loop, packed_randn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from training_runs import SMALL, load, run
+
+from g2g_kernels import BackendError, BlockMask, GroupLayout, LIFLayer, g2g_lif, g2g_linear, lif
+from g2g_kernels.ops import g2g_lif as g2g_lif_module
+from g2g_kernels.ops import g2g_linear as g2g_linear_module
+from g2g_kernels.ops import lif as lif_module
+from g2gnet.data import load_dataset
+from g2gnet.layers import G2GLinear
+from g2gnet.tensor_file import TensorFileError, parse_tensors, with_digest
+from g2gnet.training import Trainer, TrainSettings
+from g2gnet.training.state import UNFIT
+
+
+def saved(content):
+    """As PyTorch saves it, with the digest of a file of ours."""
+    file = io.BytesIO()
+    torch.save(content, file)
+    return with_digest(file.getvalue())
+
+
+# --- crafted files ------------------------------------------------------------------------------------------------
+
+
+class Command:
+    """Unpickled, it would make a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def replaced(state, name, value):
+    """The state with another entry, "a/b" being entry b of entry a."""
+    first, _, rest = name.partition("/")
+    first = int(first) if first.isdigit() else first
+    return {**state, first: replaced(state[first], rest, value) if rest else value}
+
+
+def changed(state, name, index, value):
+    tensor = state
+    for part in name.split("/"):
+        tensor = tensor[int(part) if part.isdigit() else part]
+    tensor = tensor.clone()
+    tensor[index] = value
+    return replaced(state, name, tensor)
+
+
+def repacked(archive, change, compression=zipfile.ZIP_STORED):
+    """The archive with its pickle changed."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(archive)) as old, zipfile.ZipFile(file, "w", compression) as new:
+        for name in old.namelist():
+            new.writestr(name, change(old.read(name)) if name.endswith("data.pkl") else old.read(name))
+    return with_digest(file.getvalue())
+
+
+def claiming_a_terabyte():
+    """A tensor of 77,777 values whose pickle says that it has 10^12."""
+    small, large = b"J" + struct.pack("<i", 77777), b"\x8a\x06" + (10**12).to_bytes(6, "little")
+    return repacked(saved({"values": torch.zeros(77777)}), lambda pickled: pickled.replace(small, large))
+
+
+huge = torch.zeros(1).expand(10**6, 10**3, 10**3)
+many = torch.zeros(1, dtype=torch.int32).expand(10**12)
+CRAFTED = {
+    "a command": (lambda state: saved({**state, "settings": Command(Path("ran"))}), "cannot be read"),
+    "a bare pickle": (lambda state: with_digest(pickle.dumps(Command(Path("ran")))), "cannot be read"),
+    "a compressed archive": (
+        lambda state: repacked(saved({**state, "zeros": torch.zeros(10**7)}), bytes, zipfile.ZIP_DEFLATED),
+        "its records are compressed",
+    ),
+    "a terabyte claimed": (lambda state: claiming_a_terabyte(), "cannot be read"),
+    "weights of 10^12": (
+        lambda state: saved(replaced(state, "model/fc2.values", huge)),
+        r"model/fc2\.values has shape \(1000000, 1000, 1000\), but not as many values",
+    ),
+    "10^12 units": (lambda state: saved(replaced(state, "model/fc2.mask.unit_row", many)), "fc2.mask.unit_row has"),
+    "10^12 neurons": (lambda state: saved(replaced(state, "model/fc1.mask.in_group_of", many)), "in_group_of has"),
+    "an index out of range": (
+        lambda state: saved(changed(state, "model/fc2.mask.unit_row", 0, 10**6)),
+        r"fc2\.mask: unit_row must lie in 0 … 7, not 0 … 1000000",
+    ),
+    "a negative index": (
+        lambda state: saved(changed(state, "model/fc2.mask.unit_col", 0, -1)),
+        r"fc2\.mask: unit_col must lie in 0 … 7, not -1",
+    ),
+    "units that overlap": (
+        lambda state: saved(
+            changed(changed(state, "model/fc2.mask.unit_row", slice(2), 0), "model/fc2.mask.unit_col", slice(2), 0)
+        ),
+        "fc2.mask: the mask names a unit twice",
+    ),
+    "a block size of 0": (
+        lambda state: saved(replaced(state, "model/fc2.mask.block_size", torch.tensor(0))),
+        "block_size=0 must be at least 1",
+    ),
+    "weights outside of units": (
+        lambda state: saved(replaced(state, "model/fc3.values", torch.ones_like(state["model"]["fc3.values"]))),
+        r"fc3\.values: there are weights outside of the mask's units",
+    ),
+    "NaN weights": (
+        lambda state: saved(changed(state, "model/fc2.values", (0, 0, 0), torch.nan)),
+        r"model/fc2\.values holds values that are not finite",
+    ),
+    "too few weights": (
+        lambda state: saved(replaced(state, "model/fc2.values", state["model"]["fc2.values"][1:].clone())),
+        r"size mismatch for fc2\.values",
+    ),
+    "moments of another shape": (
+        lambda state: saved(replaced(state, "optimizer/state/0/exp_avg", torch.zeros(3))),
+        r"optimizer state 0/exp_avg is torch.float32 \(3,\)",
+    ),
+    "moments of another network": (
+        lambda state: saved(replaced(state, "optimizer/state", {})),
+        "the optimizer's state is of other parameters",
+    ),
+    "a step from nowhere": (
+        lambda state: saved({**state, "step": 10**12}),
+        "epoch=3 and step=1000000000000 are at odds",
+    ),
+    "a history that is too short": (lambda state: saved({**state, "history": []}), "history does not hold one record"),
+    "another format": (lambda state: saved({**state, "format": 99}), "not a checkpoint of this version"),
+}
+
+PROGRAM = """
+import resource, sys, torch
+from pathlib import Path
+from g2gnet.data import load_dataset
+from g2gnet.training import CheckpointError, TrainSettings, read_run, run_training
+settings = TrainSettings(**{small!r})
+data = load_dataset(settings.dataset)
+used = next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmSize"))
+resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30),) * 2)
+for directory in sorted(Path(sys.argv[1]).iterdir()):
+    for read in (
+        lambda: run_training(settings, lambda: data, directory, torch.device("cpu")),
+        lambda: read_run(directory / (settings.stem + ".pth")),
+    ):
+        try:
+            read()
+            print(directory.name, "was taken")
+        except CheckpointError as error:
+            print(directory.name, "refused:", " ".join(str(error).split()))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the limit on memory is Linux's")
+def test_crafted_checkpoints_are_refused_for_a_reason_within_a_gigabyte(tmp_path):
+    files = run(tmp_path / "run")
+    state = load(files)
+    for name, (craft, _) in CRAFTED.items():
+        (tmp_path / "crafted" / name).mkdir(parents=True)
+        (tmp_path / "crafted" / name / files.checkpoint.name).write_bytes(craft(state))
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM.format(small=SMALL), tmp_path / "crafted"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not (ROOT / "ran").exists()
+    for name, (_, message) in CRAFTED.items():
+        training, analysis = (line for line in done.stdout.splitlines() if line.startswith(f"{name} "))
+        assert re.search(rf"refused: .*{message}", training), training
+        # what only training needs is not looked at by those who read the network alone
+        if not any(word in name for word in ("moments", "step", "history")):
+            assert re.search(r"refused: .*", analysis), analysis
+
+
+def test_a_network_larger_than_its_file_is_not_built(tmp_path):
+    from g2gnet.training import CheckpointError, read_run
+
+    files = run(tmp_path)
+    state = load(files)
+    files.checkpoint.write_bytes(saved(replaced(state, "settings/hidden_dim", 10**9)))
+    with pytest.raises(CheckpointError, match="hidden_dim is 1000000000, the network has 64"):
+        read_run(files.checkpoint)
+
+
+def test_containers_that_hold_one_another_a_billion_times_are_read_at_once():
+    nested = [0]
+    for _ in range(60):
+        nested = [nested, nested]
+    assert len(parse_tensors(saved(nested))) == 2
+
+
+# --- drawn at random ----------------------------------------------------------------------------------------------
+
+
+ARCHIVE = saved({"mask": MASK_CASES["ten outputs"].mask().state_dict(), "epoch": 1, "history": [{"loss": 0.5}]})
+
+
+@settings(max_examples=600)
+@given(st.data())
+def test_arbitrary_bytes_are_read_or_refused(data):
+    """Bytes of a checkpoint replaced, inserted and removed, behind a right checksum."""
+    content = bytearray(ARCHIVE)
+    for _ in range(data.draw(st.integers(1, 4))):
+        place = data.draw(st.integers(0, len(content) - 1))
+        content[place : place + data.draw(st.integers(0, 4))] = data.draw(st.binary(max_size=4))
+    try:
+        result = parse_tensors(bytes(content))
+    except TensorFileError:
+        return
+    assert isinstance(result, dict | list | tuple | torch.Tensor | int | float | str | None)
+
+
+numbers = st.integers(-(2**40), 2**40) | st.integers(-2, 12)
+dtypes = st.sampled_from([torch.int32, torch.int64, torch.uint8, torch.float32, torch.bool])
+tensors = st.builds(
+    lambda shape, number, dtype: torch.full(shape, float(number)).to(dtype),
+    st.lists(st.integers(0, 12), max_size=3),
+    numbers,
+    dtypes,
+)
+anything = tensors | numbers | st.none() | st.text(max_size=3) | st.floats() | st.lists(numbers, max_size=3)
+
+
+@st.composite
+def spoiled(draw, content):
+    """A nest of dicts with one entry replaced, changed in one place, cut, or removed."""
+    if not isinstance(content, dict):
+        if isinstance(content, torch.Tensor) and content.numel() and draw(st.booleans()):
+            tensor = content.clone().flatten()
+            tensor[draw(st.integers(0, len(tensor) - 1))] = draw(st.integers(-2, 12))
+            return tensor.reshape(content.shape) if draw(st.booleans()) else tensor[: draw(st.integers(0, len(tensor)))]
+        return draw(anything)
+    content = dict(content)
+    key = draw(st.sampled_from(list(content)))
+    if draw(st.integers(0, 9)) == 0:
+        del content[key]
+    else:
+        content[key] = draw(spoiled(content[key]))
+    return content
+
+
+@settings(max_examples=600)
+@given(st.data())
+def test_arbitrary_masks_are_loaded_right_or_refused(data):
+    layer = G2GLinear(MASK_CASES["ten outputs"].mask())
+    state = data.draw(spoiled(dict(layer.state_dict())))
+    other = G2GLinear(MASK_CASES["ten outputs"].mask(seed=1), backend="torch")
+    try:
+        other.load_state_dict(state)
+    except RuntimeError as refusal:
+        assert re.search(r"mask|values|bias", str(refusal)), refusal  # noqa: PT017  (it may as well be taken)
+        return
+    mask = other.mask
+    for name in ("unit_row", "unit_col"):
+        assert torch.equal(getattr(mask, name).long(), state[f"mask.{name}"].long())
+    values = other.values.detach()
+    assert torch.equal(other.dense_weight().detach(), dense_by_loop(mask, values))
+    x = torch.ones(2, mask.shape[1])
+    for backend in backends_of(g2g_linear_module.operator):
+        y = g2g_linear(x, values, mask, other.bias, backend=backend)
+        torch.testing.assert_close(y, other(x), equal_nan=True, rtol=1e-4, atol=1e-4)
+
+
+TRAINER = TrainSettings(
+    **{**SMALL, "limit_train": 64, "limit_test": 8, "T": 2}, sparsity_mode="dynamic", dst_interval=1
+)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    data = load_dataset(TRAINER.dataset)
+    trainer = Trainer(TRAINER, data, torch.device("cpu"))
+    trainer.train_epoch()
+    return data, torch.load(io.BytesIO(saved(trainer.state_dict())), weights_only=True)
+
+
+@settings(max_examples=100)
+@given(st.data())
+def test_arbitrary_checkpoints_are_gone_on_from_or_refused(trained, data):
+    images, state = trained
+    trainer = Trainer(TRAINER, images, torch.device("cpu"))
+    try:
+        trainer.load_state_dict(parse_tensors(saved(data.draw(spoiled(state)))))
+    except (TensorFileError, *UNFIT):
+        return
+    trainer.evaluate()
+    assert all(parameter.isfinite().all() for parameter in trainer.net.parameters())
+
+
+# Everything a multiple of a power of two, so that every sum and product is exact and backends agree to the last bit.
+quarters = st.integers(-8, 8).map(lambda number: number / 4)
+
+
+@st.composite
+def tensor_of(draw, *shape):
+    count = torch.Size(shape).numel()
+    return torch.tensor(draw(st.lists(quarters, min_size=count, max_size=count))).reshape(shape)
+
+
+@st.composite
+def masks(draw):
+    groups = draw(st.integers(1, 3))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    kinds = st.sampled_from(["index", "interleaved", "random"])
+    layouts = [GroupLayout(draw(st.integers(groups, 7)), groups, draw(kinds), generator) for _ in range(2)]
+    return BlockMask.sample(*layouts, 1.0, draw(st.sampled_from([0.0, 0.5, 1.0])), draw(st.integers(1, 4)), generator)
+
+
+def packed(mask, seed):
+    return (packed_randn(mask, seed) * 8).round() / 4
+
+
+wrong_tensors = st.sampled_from(
+    [
+        torch.zeros(3, 3, 3, 13),
+        torch.zeros(0),
+        torch.zeros(2, 11),
+        torch.zeros(4, dtype=torch.int64),
+        torch.zeros(4, dtype=torch.complex64),
+        torch.zeros(4).to_sparse(),
+        torch.zeros(1).expand(10**12),
+        None,
+        "text",
+        [1.0, 2.0],
+    ]
+)
+ERRORS = (ValueError, BackendError)
+
+
+def check_call(operator, function, arguments, wrong, data, expected):
+    """Right arguments give the exact result on every backend; a wrong one an error that names it, before any work."""
+    name = data.draw(st.sampled_from(["", *wrong]))
+    for backend in backends_of(operator):
+        if name:
+            with pytest.raises(ERRORS, match=rf"\b{name}\b"):
+                function(**{**arguments, name: wrong[name]}, backend=backend)
+        else:
+            assert torch.equal(function(**arguments, backend=backend), expected())
+
+
+@settings(max_examples=300)
+@given(st.data())
+def test_g2g_linear_is_exact_or_names_the_argument(data):
+    mask = data.draw(masks())
+    rows = data.draw(st.integers(1, 3))
+    arguments = {
+        "x": data.draw(tensor_of(rows, mask.shape[1])),
+        "values": packed(mask, data.draw(st.integers(0, 9))),
+        "mask": mask,
+        "bias": data.draw(st.none() | tensor_of(mask.shape[0])),
+    }
+    wrong = {name: data.draw(wrong_tensors) for name in ("x", "values", "mask")}
+    wrong["bias"] = data.draw(wrong_tensors.filter(lambda value: value is not None))
+    dense = dense_by_loop(mask, arguments["values"]).double()
+    bias = 0 if arguments["bias"] is None else arguments["bias"].double()
+    check_call(
+        g2g_linear_module.operator,
+        g2g_linear,
+        arguments,
+        wrong,
+        data,
+        lambda: (arguments["x"].double() @ dense.T + bias).float(),
+    )
+
+
+def spikes_by_loop(current, beta, threshold, steps, reset):
+    """DESIGN's formula in float64, step by step."""
+    currents = [current] * steps if steps else list(current)
+    membrane = torch.zeros_like(currents[0], dtype=torch.float64)
+    spikes = []
+    for current_t in currents:
+        fired = (membrane > threshold).double()
+        membrane = beta * (membrane * (1 - fired) if reset == "zero" else membrane) + current_t.double()
+        membrane = membrane - threshold * fired if reset == "subtract" else membrane
+        spikes.append((membrane > threshold).float())
+    return torch.stack(spikes)
+
+
+@st.composite
+def neurons(draw, size):
+    """Exact β and θ: scalars, or one a neuron."""
+    value = st.sampled_from([0.0, 0.5, 1.0])
+    per_neuron = st.lists(value, min_size=size, max_size=size).map(torch.tensor)
+    return draw(value | value.map(torch.tensor) | per_neuron)
+
+
+@settings(max_examples=300)
+@given(st.data())
+def test_lif_is_exact_or_names_the_argument(data):
+    steps = data.draw(st.none() | st.integers(1, 6))
+    shape = data.draw(st.lists(st.integers(1, 5), min_size=2 if steps else 3, max_size=3))
+    reset = data.draw(st.sampled_from(lif_module.RESETS))
+    arguments = {
+        "current": data.draw(tensor_of(*shape)),
+        "beta": data.draw(neurons(shape[-1])),
+        "threshold": data.draw(neurons(shape[-1])),
+        "steps": steps,
+        "reset": reset,
+    }
+    parameters = wrong_tensors.filter(
+        lambda value: not (isinstance(value, torch.Tensor) and value.shape == (shape[-1],))
+    )
+    wrong = {
+        "current": data.draw(st.sampled_from([torch.tensor(1.0), torch.zeros(2, 2, dtype=torch.int64), None, "text"])),
+        "beta": data.draw(parameters),
+        "threshold": data.draw(parameters),
+        "steps": data.draw(st.sampled_from([0, -1, 1.5, "2", torch.zeros(3)])),
+        "reset": data.draw(st.sampled_from(["", "soft", None, 1])),
+        "surrogate": data.draw(st.sampled_from(["", "step", None, 1])),
+        "alpha": data.draw(st.sampled_from([0, -1.0, float("nan"), float("inf"), "2", None])),
+    }
+    check_call(
+        lif_module.operator,
+        lif,
+        arguments,
+        wrong,
+        data,
+        lambda: spikes_by_loop(*(arguments[name] for name in ("current", "beta", "threshold", "steps", "reset"))),
+    )
+
+
+@settings(max_examples=200)
+@given(st.data())
+def test_g2g_lif_is_exact_or_names_the_argument(data):
+    first = data.draw(masks())
+    inner = BlockMask.full(GroupLayout(data.draw(st.integers(1, 6)), 1), GroupLayout(first.shape[0], 1), 3)
+    layers = [
+        LIFLayer(
+            packed(mask, number),
+            mask,
+            data.draw(st.none() | tensor_of(mask.shape[0])),
+            *(torch.as_tensor(data.draw(neurons(mask.shape[0]))) for _ in range(2)),
+        )
+        for number, mask in enumerate((first, inner))
+    ]
+    steps = data.draw(st.none() | st.integers(1, 5))
+    shape = [*([] if steps else [data.draw(st.integers(1, 5))]), data.draw(st.integers(1, 3)), first.shape[1]]
+    x, reset = data.draw(tensor_of(*shape)), data.draw(st.sampled_from(lif_module.RESETS))
+    name = data.draw(st.sampled_from(["", "x", "values", "mask", "bias", "beta", "threshold"]))
+    number = data.draw(st.integers(0, 1))
+    allowed = {(), (1,), (layers[number].mask.shape[0],)} if name in ("beta", "threshold") else set()
+    wrong = data.draw(
+        wrong_tensors.filter(
+            lambda value: (
+                not (name == "bias" and value is None)
+                and not (isinstance(value, torch.Tensor) and value.shape in allowed)
+            )
+        )
+    )
+    for backend in backends_of(g2g_lif_module.operator):
+        if name == "x":
+            with pytest.raises(ERRORS, match=r"\bx\b"):
+                g2g_lif(wrong, layers, steps, reset, backend=backend)
+        elif name:
+            spoiled_layers = list(layers)
+            spoiled_layers[number] = layers[number]._replace(**{name: wrong})
+            with pytest.raises(ERRORS, match=rf"\b{name}\b"):
+                g2g_lif(x, spoiled_layers, steps, reset, backend=backend)
+        else:
+            activity = g2g_lif(x, layers, steps, reset, backend=backend)
+            spikes, held = x, steps
+            for layer, computed in zip(layers, activity.spikes, strict=True):
+                dense = dense_by_loop(layer.mask, layer.values).double()
+                currents = spikes.double() @ dense.T + (0 if layer.bias is None else layer.bias.double())
+                spikes = spikes_by_loop(currents, layer.beta.double(), layer.threshold.double(), held, reset)
+                assert torch.equal(computed.dense(), spikes)
+                held = None
+            assert torch.equal(activity.counts, spikes.sum(0))

@@ -1,0 +1,372 @@
+"""Several processes train one network as one process would, as ``torchrun`` starts them: by gloo, on the CPU."""
+
+import itertools
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import ROOT, rms
+from training_runs import SMALL, VARIANTS, assert_equal, flags_of, load, run
+
+import train
+from g2gnet.data import load_dataset
+from g2gnet.distributed import ALONE, DistributedError, World, join
+from g2gnet.training import SettingsError, Trainer, TrainSettings
+from g2gnet.training.cross_validation import FoldSettings, cross_validate
+from g2gnet.training.run_files import RunFiles
+
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available() or os.name != "posix", reason="needs gloo and signals")
+
+#: no two steps of an epoch alike, two updates of the units, rate-coded input, penalised rates, images changed at random
+EVERYTHING = {
+    **VARIANTS["dynamic"],
+    "enc": "rate",
+    "enc_scale": 2.0,
+    "enforce_sparsity": True,
+    "warmup_epochs": 0,
+    "augment": "crop-flip",
+}
+
+
+def environment(**variables):
+    path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **variables}
+
+
+def torchrun(processes, program, *flags, launcher=("--standalone",)):
+    """The command; ``program`` is a file or ``-m`` and a module."""
+    launch = [sys.executable, "-m", "torch.distributed.run", *launcher, "--nproc_per_node", str(processes)]
+    return [*launch, program, *map(str, flags)]
+
+
+def torchrun_train(processes, directory, program=ROOT / "train.py", **options):
+    flags = flags_of({name: value for name, value in {**SMALL, **options}.items() if value is not True})
+    flags += [f"--{name}" for name, value in options.items() if value is True]
+    command = torchrun(processes, program, *flags, "--checkpoint_dir", directory)
+    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+
+
+def assert_same_course(one, several):
+    """Equal wiring, position and number of hits; weights and losses equal but for the order of sums in float32."""
+    assert one.keys() == several.keys()
+    for name in ("epoch", "step", "dst", "settings", "progress"):
+        assert one[name] == several[name]
+    for name, tensor in one["model"].items():
+        other = several["model"][name]
+        if tensor.is_floating_point():
+            # as a whole: Adam makes the rounding of a gradient that all but cancels out a step of full size
+            assert rms(other - tensor) <= 1e-6 * rms(tensor), name
+        else:
+            assert torch.equal(other, tensor), name
+    for alone, shared in zip(one["history"], several["history"], strict=True):
+        assert shared["train_loss"] == pytest.approx(alone["train_loss"], rel=1e-6)
+        for layer, rate in alone["firing_rate"].items():
+            assert shared["firing_rate"][layer] == pytest.approx(rate, rel=1e-6)
+        for name in ("train_acc", "test_acc", "density", "units", "units_grown", "units_kept", "initial_units_kept"):
+            assert shared[name] == alone[name]
+
+
+# --- training -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("processes", "options"),
+    [(2, {}), (2, {"model": "dense", "batch_size": 67}), (3, EVERYTHING)],
+    ids=["static", "dense, uneven shares", "dynamic and all else, three"],
+)
+def test_processes_train_as_one(tmp_path, processes, options):
+    one = run(tmp_path / "one", **options)
+    done = torchrun_train(processes, tmp_path / "several", **options)
+    assert done.returncode == 0, done.stderr
+    several = RunFiles(tmp_path / "several", one.checkpoint.stem)
+    assert_same_course(load(one), load(several))
+    assert several.marker.exists()
+    assert several.analysis.exists()
+    # one of them prints
+    assert f"processes={processes}" in done.stdout
+    assert [line[:9] for line in done.stdout.splitlines() if "Epoch" in line] == ["Epoch 01 ", "Epoch 02 ", "Epoch 03 "]
+    assert done.stdout.count("test images, 8 steps") == 1
+
+
+#: train.py with a fault in rank 1, after step 5 (in the second epoch of three, at four steps an epoch)
+FAULTY = """
+import os, signal, sys
+import train
+from g2gnet import dst
+from g2gnet.training import Trainer
+fault, rank = sys.argv.pop(1), int(os.environ["RANK"])
+train_step = Trainer._train_step
+def step(self, index):
+    result = train_step(self, index)
+    if rank == 1 and self.step == 6:
+        if fault == "drift":
+            self.net.fc2.bias.data[3] += 1e-7
+        elif fault in ("SIGKILL", "SIGTERM"):
+            os.kill(os.getpid(), getattr(signal, fault))
+    return result
+Trainer._train_step = step
+if fault == "other draws" and rank == 1:
+    stream = dst.stream
+    dst.stream = lambda seed, *rest, **options: stream(seed + 1, *rest, **options)
+if fault == "other directory" and rank == 1:
+    sys.argv[sys.argv.index("--checkpoint_dir") + 1] += "-of-rank-1"
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def faulty(tmp_path):
+    """Trains by two processes, the second of which has the fault; returns what is in the files, and the errors."""
+    program = tmp_path / "faulty.py"
+    program.write_text(FAULTY)
+
+    def run_faulty(fault, **options):
+        flags = [*flags_of({**SMALL, **options}), "--checkpoint_dir", tmp_path / "run"]
+        command = torchrun(2, program, fault, *flags)
+        done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+        assert done.returncode == 1
+        return RunFiles(tmp_path / "run", TrainSettings(**{**SMALL, **options}).stem), done.stderr
+
+    return run_faulty
+
+
+def test_a_signal_to_one_stops_all_after_the_same_step_and_more_go_on(tmp_path, faulty):
+    whole = run(tmp_path / "whole", **VARIANTS["dynamic"])
+    files, errors = faulty("SIGTERM", **VARIANTS["dynamic"])
+    message = "faulty.py: stopped by SIGTERM after step 6, with 1 of 3 epochs done; saved in"
+    assert errors.count(message) == 1, errors
+    assert load(files)["step"] == 6
+    done = torchrun_train(3, tmp_path / "run", **VARIANTS["dynamic"])
+    assert done.stdout.count("resuming") == 1
+    assert "after epoch 1, step 6" in done.stdout
+    assert files.marker.exists()
+    assert_same_course(load(whole), load(files))
+
+
+def test_where_one_dies_the_job_ends_with_a_message_and_one_goes_on(tmp_path, faulty):
+    files, errors = faulty("SIGKILL")
+    assert "faulty.py, rank 0: error: lost the connection to another process; the same command goes on" in errors
+    assert re.search(r"rank\s+: 1 .*\n\s+exitcode\s+: -9", errors), errors  # torchrun's own words
+    assert load(files)["step"] == 4
+    assert not files.marker.exists()
+    whole = run(tmp_path / "whole")
+    run(tmp_path / "run")
+    assert_same_course(load(whole), load(files))
+
+
+def test_other_decisions_are_noticed_at_once(faulty):
+    _, errors = faulty("other draws", **VARIANTS["random rules, single weights"])
+    assert "error: the wiring after step 2 of rank 1 is not that of rank 0" in errors
+
+
+def test_weights_that_drift_apart_are_noticed_before_they_are_saved(faulty):
+    files, errors = faulty("drift")
+    assert "error: the network after step 8 of rank 1 is not that of rank 0" in errors
+    assert load(files)["step"] == 4
+
+
+def test_processes_must_see_the_same_files(tmp_path, faulty):
+    run(tmp_path / "run", epochs=3)
+    files = RunFiles(tmp_path / "run", TrainSettings(**SMALL).stem)
+    files.marker.unlink()
+    before = files.checkpoint.read_bytes()
+    _, errors = faulty("other directory")
+    assert re.search(r"error: the network after step (12|0) of rank 1 is not that of rank 0", errors), errors
+    assert files.checkpoint.read_bytes() == before
+
+
+def test_two_machines(tmp_path):
+    """Two calls of torchrun that find each other at a port, as on two machines."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    machines = []
+    for number in range(2):
+        launcher = ("--nnodes=2", f"--node_rank={number}", "--master_addr=localhost", f"--master_port={port}")
+        flags = [*flags_of(SMALL), "--checkpoint_dir", tmp_path / "several"]
+        machines.append(
+            subprocess.Popen(
+                torchrun(1, ROOT / "train.py", *flags, launcher=launcher),
+                cwd=ROOT,
+                env=environment(),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    outputs = [machine.communicate()[0] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], outputs
+    assert "Epoch 03" in outputs[0]
+    assert "Epoch" not in outputs[1]
+    one = run(tmp_path / "one")
+    assert_same_course(load(one), load(RunFiles(tmp_path / "several", one.checkpoint.stem)))
+
+
+# --- what is refused ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def as_rank_1_of_2(monkeypatch):
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+
+
+def cuda(monkeypatch, devices):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+
+
+@pytest.mark.parametrize(
+    ("flags", "devices", "message"),
+    [
+        (["--device", "cuda:0"], 2, "device=cuda:0 is one for all processes; give cuda, and each takes one of its own"),
+        (["--device", "cuda"], 1, "device='cuda:1': this machine has CUDA devices 0 … 0"),
+        (["--device", "cuda", "--cuda_graph"], 2, "--cuda_graph is of one process; leave it out, or start one without"),
+    ],
+)
+def test_flags_of_one_process_are_refused_before_anything_is_sent(
+    tmp_path, monkeypatch, capsys, as_rank_1_of_2, flags, devices, message
+):
+    cuda(monkeypatch, devices)
+    assert train.main([*flags, "--checkpoint_dir", str(tmp_path / "none")]) == 2
+    assert f"rank 1: error: {message}" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_directml_is_refused(as_rank_1_of_2):
+    message = r"several processes need CPUs or CUDA devices, not privateuseone:0; start one, without torchrun"
+    with pytest.raises(DistributedError, match=message), join(torch.device("privateuseone:0")):
+        pass
+
+
+class Two(World):
+    """Two processes without the other one."""
+
+    size = 2
+
+    def __init__(self):
+        self.group, self.rank = None, 0
+
+
+def test_too_many_processes_are_refused_before_any_work():
+    settings = TrainSettings(**{**SMALL, "batch_size": 199})
+    message = "batch_size=199 leaves 1 of 200 images to the last batch of an epoch, less than one for each of 2"
+    with pytest.raises(SettingsError, match=message):
+        Trainer(settings, load_dataset(settings.dataset), torch.device("cpu"), world=Two())
+    three = Two()
+    three.size = 3
+    with pytest.raises(SettingsError, match="k_folds=2 leaves some of 3 processes without one; start fewer"):
+        cross_validate(FoldSettings(k_folds=2), None, "", torch.device("cpu"), world=three)
+
+
+def test_shares_are_contiguous_and_nearly_equal():
+    world = Two()
+    for size, count in ((1, 5), (2, 5), (3, 7), (4, 4), (5, 256)):
+        parts = []
+        for rank in range(size):
+            world.size, world.rank = size, rank
+            parts.append(list(range(count))[world.share(count)])
+        assert list(itertools.chain(*parts)) == list(range(count))
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+        assert all(parts)
+    assert ALONE.share(5) == slice(0, 5)
+
+
+# --- cross-validation ---------------------------------------------------------------------------------------------
+
+
+def test_folds_are_dealt_out(tmp_path):
+    """Each fold is trained by one process: its files are those of a cross-validation by one, to the last bit."""
+    options = {**SMALL, "k_folds": 3, "epochs": 1}
+    settings = FoldSettings(**options)
+    expected = cross_validate(settings, lambda: load_dataset(settings.dataset), tmp_path / "one", torch.device("cpu"))
+    command = torchrun(2, ROOT / "crossval.py", *flags_of(options), "--checkpoint_dir", tmp_path / "two")
+    for again in (False, True):
+        done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        results = json.loads((tmp_path / "two" / f"{settings.summary_stem}.json").read_text())
+        for name in ("folds", "mean", "std"):
+            assert results[name] == expected[name]
+        assert done.stdout.count("| mean |") == 1
+        for fold in (1, 2, 3):
+            line = rf"^Fold {fold}/3, seed {41 + fold} \| Epoch 01 "
+            assert len(re.findall(line, done.stdout, re.M)) == (0 if again else 1), done.stdout
+    stems = [path.name for path in (tmp_path / "one").glob("*.pth")]
+    assert len(stems) == 3
+    for stem in stems:
+        assert_equal(*(torch.load(tmp_path / place / stem, weights_only=True) for place in ("one", "two")))
+
+
+# --- in one's own loop --------------------------------------------------------------------------------------------
+
+OWN_LOOP = """
+import sys
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from g2gnet import DSTScheduler, G2GNet
+
+dist.init_process_group("gloo")
+net = G2GNet(16, 32, 4, model="random", block_size=4, T=6, num_groups=4, generator=torch.Generator().manual_seed(1))
+model = DistributedDataParallel(net)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+dst = DSTScheduler(model, optimizer, interval=2, fraction=0.3, prune="hebb", process_group=dist.group.WORLD)
+data = torch.Generator().manual_seed(2)
+for _ in range(4):
+    x, labels = 3 * torch.rand(8, 16, generator=data), torch.randint(4, (8,), generator=data)
+    part = slice(dist.get_rank(), None, dist.get_world_size())
+    optimizer.zero_grad()
+    torch.nn.functional.cross_entropy(model(x[part]), labels[part]).backward()
+    optimizer.step()
+    dst.step()
+torch.save(net.state_dict(), f"{sys.argv[1]}/{dist.get_world_size()}-{dist.get_rank()}.pt")
+dist.destroy_process_group()
+"""
+
+
+def test_the_scheduler_in_ones_own_loop(tmp_path):
+    (shown,) = re.findall(r"```py\n(.*?)```", (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8"), re.S)
+    assert shown.replace("interval=1000", 'interval=2, fraction=0.3, prune="hebb"') in OWN_LOOP
+    program = tmp_path / "own_loop.py"
+    program.write_text(OWN_LOOP)
+    for processes in (1, 2):
+        subprocess.run(torchrun(processes, program, tmp_path), cwd=ROOT, env=environment(), check=True)
+    one, first, second = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1"))
+    assert (one["fc2.values"] == 0).flatten(1).all(1).any()  # a unit has just grown
+    for name, tensor in one.items():
+        assert torch.equal(first[name], second[name]), name
+        if tensor.is_floating_point():
+            torch.testing.assert_close(first[name], tensor, rtol=1e-5, atol=1e-6)  # another order of sums
+        else:
+            assert torch.equal(first[name], tensor), name
+
+
+# --- files that several processes need ----------------------------------------------------------------------------
+
+MAKER = """
+import sys, time
+from pathlib import Path
+from g2gnet.files import one_at_a_time
+file = Path(sys.argv[1])
+with one_at_a_time(file):
+    if not file.exists():
+        time.sleep(0.5)
+        with file.open("x") as new:  # an error if another process has made it since
+            new.write("made")
+        print("made")
+"""
+
+
+def test_processes_that_need_the_same_file_make_it_once(tmp_path):
+    command = [sys.executable, "-c", MAKER, tmp_path / "file"]
+    processes = [subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    outputs = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    assert sorted(outputs) == ["", "", "made\n"]
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -1,0 +1,405 @@
+"""Nothing is lost: signals, kills, damaged files, full disks, two runs at once."""
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import ROOT
+from torch.utils._python_dispatch import TorchDispatchMode
+from training_runs import SMALL, VARIANTS, assert_equal, flags_of, load, run
+
+from g2gnet.data import load_dataset
+from g2gnet.layers import LIF
+from g2gnet.tensor_file import TensorFileError, read_tensors, write_tensors
+from g2gnet.training import CheckpointError, Interrupted, Trainer, TrainingError, TrainSettings
+from g2gnet.training.health import FiniteWatch, LayerWatch
+from g2gnet.training.run_files import RunFiles
+
+posix = pytest.mark.skipif(os.name != "posix", reason="signals and forks are those of POSIX")
+
+
+def signalled(step, number=signal.SIGTERM, train_step=Trainer._train_step):
+    """A training step in which the signal comes when the step has that number."""
+
+    def train_step_signalled(self, index):
+        if self.step == step:
+            os.kill(os.getpid(), number)
+        return train_step(self, index)
+
+    return train_step_signalled
+
+
+# --- signals ------------------------------------------------------------------------------------------------------
+
+
+@posix
+@pytest.mark.parametrize("variant", ["static", "rate", "regularised", "dynamic"])
+def test_a_signal_inside_an_epoch_loses_no_step(tmp_path, monkeypatch, capsys, variant):
+    """4 steps an epoch, 3 epochs; the run is stopped in the first, a middle and the last step of an epoch."""
+    whole = run(tmp_path / "whole", **VARIANTS[variant])
+    for step, epochs_done in ((0, 0), (5, 1), (11, 2)):
+        monkeypatch.setattr(Trainer, "_train_step", signalled(step))
+        message = f"after step {step + 1}, with {epochs_done} of 3 epochs done; saved in .*: the same command goes on"
+        with pytest.raises(Interrupted, match=message):
+            run(tmp_path / "parts", **VARIANTS[variant])
+        monkeypatch.undo()
+        files = RunFiles(tmp_path / "parts", whole.checkpoint.stem)
+        assert load(files)["step"] == step + 1
+        assert not files.marker.exists()
+    parts = run(tmp_path / "parts", **VARIANTS[variant])
+    assert "after epoch 1, step 6" in capsys.readouterr().out
+    assert_equal(load(whole), load(parts))
+    assert parts.analysis.read_text() == whole.analysis.read_text()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@posix
+def test_a_signal_between_epochs_or_after_the_last_loses_nothing(tmp_path, monkeypatch):
+    whole = run(tmp_path / "whole")
+    evaluate = Trainer.evaluate
+    for epoch in (1, 3):
+
+        def evaluate_signalled(self, part, epoch=epoch):
+            if self.epoch == epoch:
+                os.kill(os.getpid(), signal.SIGINT)
+            return evaluate(self, part)
+
+        monkeypatch.setattr(Trainer, "evaluate", evaluate_signalled)
+        with pytest.raises(Interrupted, match=f"stopped by SIGINT after step {4 * epoch}, with {epoch} of 3"):
+            run(tmp_path / "parts")
+    assert_equal(load(whole), load(run(tmp_path / "parts")))
+
+
+PROGRAM = """
+import sys, time
+import train
+from g2gnet.training import Trainer
+seconds = float(sys.argv.pop())
+train_step = Trainer._train_step
+def slow_step(self, index):
+    if self.step == 5:
+        print("in the step", flush=True)
+        time.sleep(seconds)
+    return train_step(self, index)
+Trainer._train_step = slow_step
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+@posix
+@pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGINT, signal.SIGINT]], ids=["once", "twice"])
+def test_the_program_stops_after_the_step_or_at_once(tmp_path, signals):
+    # the second signal must not wait for the step, which would take an hour
+    seconds = "3600" if len(signals) == 2 else "0.5"
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, *flags_of(SMALL), "--checkpoint_dir", tmp_path, seconds],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert "in the step\n" in iter(process.stdout.readline, "")
+    process.send_signal(signals[0])
+    assert any("once more ends at once" in line for line in iter(process.stderr.readline, ""))
+    for number in signals[1:]:
+        process.send_signal(number)
+    output, rest = process.communicate()
+    checkpoint = read_tensors(next(tmp_path.glob("*current.pth")))
+    if len(signals) == 1:
+        assert process.returncode == 128 + signal.SIGTERM
+        assert "after step 6, with 1 of 3 epochs done" in rest
+        assert checkpoint["step"] == 6
+    else:
+        assert process.returncode == -signal.SIGINT
+        assert checkpoint["step"] == 4
+    assert "Traceback" not in output + rest
+
+
+@posix
+def test_killed_at_random_instants_runs_end_with_the_same_weights():
+    """50 SIGKILLs: in steps, in updates of the units, in writes of the checkpoint and of the marker."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kill_and_resume", "50"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("50 kills: ")
+    assert "every run ended with the same weights" in done.stdout
+    for place in ("step", "units update", "checkpoint write", "marker write"):
+        assert re.search(rf"[1-9]\d* in a {place}", done.stdout), done.stdout
+
+
+# --- damaged files ------------------------------------------------------------------------------------------------
+
+
+def test_every_truncation_and_a_flipped_bit_in_every_byte_is_noticed(tmp_path):
+    path = tmp_path / "file.pth"
+    content = {"weights": torch.arange(3.0), "epoch": 1}
+    write_tensors(path, content)
+    assert_equal(read_tensors(path), content)
+    assert_equal(torch.load(path, weights_only=True), content)
+    whole = path.read_bytes()
+    damaged = [whole[:length] for length in range(len(whole))]
+    damaged += [flipped(whole, 8 * byte + byte % 8) for byte in range(len(whole))]
+    noticed = 0
+    for content in damaged:
+        path.write_bytes(content)
+        try:
+            read_tensors(path)
+        except TensorFileError:
+            noticed += 1
+    assert noticed == len(damaged) == 2 * len(whole)
+
+
+def stop_at(directory, step, monkeypatch, **options):
+    """Files of a run that was stopped after that many steps."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_train_step", signalled(step - 1))
+        with pytest.raises(Interrupted):
+            run(directory, **options)
+    return RunFiles(directory, TrainSettings(**{**SMALL, **options}).stem)
+
+
+DAMAGES = {
+    "truncated": lambda content, draw: content[: draw.randrange(len(content))],
+    "longer": lambda content, draw: content + b"\0",
+    "empty": lambda content, draw: b"",
+    "foreign text": lambda content, draw: b"not a checkpoint at all",
+    "a flipped bit": lambda content, draw: flipped(content, draw.randrange(8 * len(content))),
+}
+
+
+def flipped(content, bit):
+    damaged = bytearray(content)
+    damaged[bit // 8] ^= 1 << bit % 8
+    return bytes(damaged)
+
+
+@posix
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_the_checkpoint_before_a_damaged_one_is_used(tmp_path, monkeypatch, capsys, damage):
+    whole = run(tmp_path / "whole")
+    files = stop_at(tmp_path / "parts", 10, monkeypatch)
+    assert (load(files)["step"], read_tensors(files.previous)["step"]) == (10, 8)
+    files.checkpoint.write_bytes(damage(files.checkpoint.read_bytes(), random.Random(0)))
+    files = stop_at(tmp_path / "parts", 9, monkeypatch)
+    output = capsys.readouterr()
+    assert f"{files.checkpoint} cannot be read" in output.err
+    assert "Going back to the checkpoint before it" in output.err
+    assert f"resuming {files.previous} after epoch 2, step 8" in output.out
+    # the damaged file did not take the place of the whole one
+    assert (load(files)["step"], read_tensors(files.previous)["step"]) == (9, 8)
+    assert_equal(load(run(tmp_path / "parts")), load(whole))
+    assert not files.previous.exists()
+
+
+@posix
+def test_where_both_are_damaged_nothing_is_touched(tmp_path, monkeypatch):
+    files = stop_at(tmp_path, 6, monkeypatch)
+    for path in (files.checkpoint, files.previous):
+        path.write_bytes(path.read_bytes()[:-1])
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(CheckpointError, match="cannot be read") as error:
+        run(tmp_path)
+    assert all(str(text) in str(error.value) for text in (files.checkpoint, files.previous, "--checkpoint_dir"))
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+# --- disks and locks ----------------------------------------------------------------------------------------------
+
+
+@posix
+def test_what_a_killed_process_was_writing_is_cleared_away(tmp_path):
+    stem = TrainSettings(**SMALL).stem
+    (tmp_path / f".{stem}.pth.abcdefgh").write_text("half a checkpoint")
+    (tmp_path / ".other.pth.abcdefgh").write_text("another run's")
+    run(tmp_path)
+    hidden = sorted(path.name for path in tmp_path.glob(".*"))
+    assert hidden == [f".{stem}.lock", ".other.pth.abcdefgh"]
+
+
+@posix
+def test_a_full_disk_is_named_and_costs_no_checkpoint(tmp_path):
+    """A limit on the size of files stands for the full disk: the checkpoint of the third epoch does not fit."""
+    program = f"""
+import resource, signal, sys, train
+from g2gnet.training import Trainer
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+evaluate = Trainer.evaluate
+def fill_the_disk(self, part):
+    if self.epoch == 3:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+    return evaluate(self, part)
+Trainer.evaluate = fill_the_disk
+sys.exit(train.main({[*flags_of(SMALL), "--checkpoint_dir", str(tmp_path)]!r}))
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    files = RunFiles(tmp_path, TrainSettings(**SMALL).stem)
+    assert f"cannot write {files.checkpoint} (File too large)" in done.stderr
+    assert "Make room, then run the same command to go on" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert load(files)["epoch"] == 2
+    assert run(tmp_path).marker.exists()
+
+
+def test_a_second_run_of_the_same_name_is_refused(tmp_path):
+    files = RunFiles(tmp_path, TrainSettings(**SMALL).stem)
+    with files.locked():
+        with pytest.raises(CheckpointError, match=r"another run of this name is at work on .*mixer"):
+            run(tmp_path)
+        run(tmp_path, model="index")
+    run(tmp_path)
+
+
+@posix
+def test_a_lock_dies_with_its_owner(tmp_path):
+    program = f"""
+import time
+from g2gnet.training.run_files import RunFiles
+with RunFiles({str(tmp_path)!r}, "name").locked():
+    print("locked", flush=True)
+    time.sleep(3600)
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "locked\n"
+    files = RunFiles(tmp_path, "name")
+    with pytest.raises(CheckpointError, match="another run"), files.locked():
+        pass
+    process.kill()
+    process.communicate()
+    with files.locked():
+        pass
+
+
+# --- numbers that go wrong ----------------------------------------------------------------------------------------
+
+
+def spoiled(step, spoil, train_step=Trainer._train_step):
+    """A training step that is spoiled when the step has that number."""
+
+    def train_step_spoiled(self, index):
+        handle = spoil(self.net) if self.step == step else None
+        result = train_step(self, index)
+        if handle:
+            handle.remove()
+        return result
+
+    return train_step_spoiled
+
+
+def spoil_gradient(layer, value):
+    return lambda net: getattr(net, layer).values.register_hook(lambda gradient: gradient.clone().fill_(value))
+
+
+def spoil_weight(net):
+    net.fc2.values.data[0, 0, 0] = torch.nan
+
+
+@pytest.mark.parametrize(
+    ("spoil", "what"),
+    [
+        (spoil_gradient("fc1", torch.nan), "the gradient of fc1.values"),
+        (spoil_gradient("fc3", -torch.inf), "the gradient of fc3.values"),
+        # membranes of NaN never fire: the loss stays finite, the gradient does not
+        (spoil_weight, "the gradient of lif2.threshold"),
+    ],
+    ids=["NaN", "infinite", "a weight"],
+)
+def test_what_is_not_finite_is_named_and_the_last_good_checkpoint_kept(tmp_path, monkeypatch, spoil, what):
+    monkeypatch.setattr(Trainer, "_train_step", spoiled(5, spoil))
+    with pytest.raises(TrainingError) as error:
+        run(tmp_path)
+    files = RunFiles(tmp_path, TrainSettings(**SMALL).stem)
+    assert str(error.value) == (
+        f"in step 6 {what} ceased to be finite; lower --lr (now 0.001). "
+        f"{files.checkpoint} is the last good checkpoint; it was left alone."
+    )
+    assert load(files)["epoch"] == 1
+
+
+def test_a_loss_that_is_not_finite_is_named():
+    trainer = small_trainer()
+    simulate = trainer.net.simulate
+
+    def simulate_spoiled(inputs):
+        activity = simulate(inputs)
+        return activity._replace(counts=activity.counts * torch.nan) if trainer.step == 2 else activity
+
+    trainer.net.simulate = simulate_spoiled
+    with pytest.raises(TrainingError, match=r"in step 3 the loss and the gradient of lif3\..* ceased to be finite"):
+        trainer.train_epoch()
+    with pytest.raises(TrainingError, match="in step 3 the loss"):
+        trainer.state_dict()
+
+
+def test_a_long_epoch_is_stopped_early(monkeypatch):
+    monkeypatch.setattr("g2gnet.training.trainer.CHECK_INTERVAL", 3)
+    trainer = small_trainer(batch_size=10)
+    monkeypatch.setattr(Trainer, "_train_step", spoiled(3, spoil_gradient("fc2", torch.nan)))
+    with pytest.raises(TrainingError, match=r"in step 4 the gradient of fc2\.values"):
+        trainer.train_epoch()
+    assert trainer.step == 6
+
+
+@posix
+def test_no_checkpoint_is_written_of_a_spoiled_network(tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "_train_step", spoiled(5, spoil_gradient("fc2", torch.nan), signalled(6)))
+    with pytest.raises(TrainingError, match=r"in step 6 the gradient of fc2\.values"):
+        run(tmp_path)
+    assert load(RunFiles(tmp_path, TrainSettings(**SMALL).stem))["step"] == 4
+
+
+def test_watching_does_not_wait_for_the_device(plain_memory):
+    linear = torch.nn.Linear(3, 2)
+    watch = FiniteWatch(linear, torch.device("cpu"), "")
+    loss = linear(torch.ones(1, 3)).sum()
+    loss.backward()
+    operators = set()
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            operators.add(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with Recorder():
+        watch.note(1, loss)
+    assert "aten.where.self" in operators
+    assert not [name for name in operators if "_local_scalar_dense" in name or "nonzero" in name or "equal" in name]
+
+
+def test_layers_that_do_nothing_useful_are_warned_about_once(caplog):
+    watch = LayerWatch()
+    neurons = {"lif1": LIF(beta=0.9), "lif2": LIF(3, beta=1.0), "lif3": LIF()}
+    watch.check(1, {"lif1": 0.05, "lif2": 0.5, "lif3": 0.001}, neurons)
+    assert not caplog.records
+    neurons["lif2"].beta.data[1] = 1.25
+    neurons["lif3"].beta.data.fill_(-0.5)
+    for epoch in (2, 3):
+        watch.check(epoch, {"lif1": 0.0, "lif2": 0.995, "lif3": 0.001}, neurons)
+    assert [record.getMessage() for record in caplog.records] == [
+        "lif1 fell silent in epoch 2 (firing rate 0); raise --enc_scale or --T",
+        "lif2 saturates in epoch 2 (firing rate 0.99); lower --enc_scale, or --enforce_sparsity",
+        "lif2 has learned beta = 1.25 in epoch 2, outside 0 … 1: it counts as 1",
+        "lif3 has learned beta = -0.5 in epoch 2, outside 0 … 1: it counts as 0",
+    ]
+
+
+def test_training_reports_a_beta_outside_of_its_range_and_a_silent_layer(caplog):
+    trainer = small_trainer()
+    trainer.net.lif2.beta.data.fill_(1.2)
+    trainer.net.lif3.threshold.data.fill_(100.0)
+    trainer.train_epoch()
+    messages = " | ".join(record.getMessage() for record in caplog.records)
+    assert "lif2 has learned beta = 1." in messages
+    assert "lif3 fell silent in epoch 1" in messages
+    assert "lif1" not in messages
+
+
+def small_trainer(**options):
+    settings = TrainSettings(**{**SMALL, **options})
+    return Trainer(settings, load_dataset(settings.dataset), torch.device("cpu"))

@@ -1,0 +1,92 @@
+"""Settings: defaults, names of files, ranges, and combinations that cannot work."""
+
+import pytest
+from training_runs import DEFAULTS
+
+from g2gnet.training import SettingsError, TrainSettings
+
+
+def test_the_defaults():
+    assert TrainSettings().as_dict() == DEFAULTS
+
+
+@pytest.mark.parametrize(
+    ("options", "stem"),
+    [
+        ({}, "fashionmnist_dense_p0.15_T50_current"),
+        ({"model": "mixer", "p_inter": 0.3, "T": 10, "enc": "rate"}, "fashionmnist_mixer_p0.3_T10_rate"),
+        (
+            {"model": "index", "sparsity_mode": "dynamic", "cp": "hebb", "cg": "random"},
+            "fashionmnist_index_p0.15_T50_current_cphebb_cgrandom",
+        ),
+        ({"cp": "hebb"}, "fashionmnist_dense_p0.15_T50_current"),
+        ({"dataset": "cifar10", "use_resnet": True}, "resnet_cifar10_dense_p0.15_T50_current"),
+    ],
+)
+def test_the_stem_names_the_run(options, stem):
+    assert TrainSettings(**options).stem == stem
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"p_inter": 1.5}, "p_inter=1.5 is out of range; give a value at least 0 and at most 1"),
+        ({"p_inter": -0.1}, "p_inter=-0.1 is out of range"),
+        ({"p_inter": float("nan")}, "p_inter=nan is out of range"),
+        ({"p_intra": 2.0}, "p_intra=2.0 is out of range"),
+        ({"T": 0}, "T=0 is out of range; give a value at least 1"),
+        ({"epochs": 0}, "epochs=0"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"lr": 0.0}, "lr=0.0 is out of range; give a value above 0"),
+        ({"lr": float("inf")}, "lr=inf"),
+        ({"weight_decay": -1.0}, "weight_decay=-1.0"),
+        ({"enc_scale": float("nan")}, "enc_scale=nan is out of range; give a finite number"),
+        ({"block_size": 0}, "block_size=0"),
+        ({"seed": -1}, "seed=-1"),
+        ({"dst_interval": 0}, "dst_interval=0"),
+        ({"dst_fraction": 0.0}, "dst_fraction=0.0"),
+        ({"limit_train": 0}, "limit_train=0"),
+        ({"model": "ring"}, "model='ring' is unknown; choose one of dense, index, random, mixer"),
+        ({"dataset": "mnist"}, "dataset='mnist' is unknown; choose one of fashionmnist, "),
+        ({"augment": "flip"}, "augment='flip' is unknown; choose one of auto, crop-flip, none"),
+        ({"use_resnet": True}, "use_resnet needs --dataset cifar10 or cifar100"),
+        ({"dataset": "cifar10", "use_resnet": True, "augment": "crop-flip"}, "augment=crop-flip needs images"),
+        ({"dataset": "cifar10", "resnet_weights": "w.pt"}, "resnet_weights is of no use without use_resnet"),
+        (
+            {"dataset": "cifar100", "use_resnet": True, "model": "index", "num_groups": 600, "hidden_dim": 600},
+            "cifar100 with 512 inputs leaves some of num_groups=600",
+        ),
+        ({"model": "index", "hidden_dim": 7}, "hidden_dim=7 leaves some of num_groups=8 groups empty"),
+        ({"model": "index", "num_groups": 11}, "fashionmnist with 10 classes leaves some of num_groups=11"),
+        ({"sparsity_mode": "dynamic"}, "sparsity_mode=dynamic needs a sparse model; give --model index"),
+        ({"sparsity_mode": "dynamic", "model": "index", "p_inter": 1.0}, "nothing to grow at p_inter=1"),
+    ],
+)
+def test_bad_values_are_named_with_range_and_remedy(options, message):
+    with pytest.raises(SettingsError, match=message):
+        TrainSettings(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "augments"),
+    [
+        ({}, False),
+        ({"augment": "crop-flip"}, True),
+        ({"dataset": "cifar10"}, True),
+        ({"dataset": "cifar100"}, True),
+        ({"dataset": "cifar100", "augment": "none"}, False),
+        ({"dataset": "cifar100", "use_resnet": True}, False),
+    ],
+)
+def test_raw_cifar_images_are_augmented_unless_told_otherwise(options, augments):
+    assert TrainSettings(**options).augments == augments
+
+
+def test_all_bad_values_are_listed_at_once():
+    with pytest.raises(SettingsError) as error:
+        TrainSettings(p_inter=2.0, T=0, model="ring")
+    assert len(str(error.value).splitlines()) == 3
+
+
+def test_dense_has_no_groups_to_fill():
+    assert TrainSettings(model="dense", num_groups=64, hidden_dim=8).hidden_dim == 8

@@ -1,0 +1,184 @@
+"""The training engine on a few real images: what it writes, how it goes on, and what it refuses."""
+
+import json
+import os
+
+import pytest
+import torch
+from training_runs import SMALL, VARIANTS, assert_equal, load, run
+
+from g2gnet.data import as_samples, load_dataset, random_crop_and_flip
+from g2gnet.seeding import stream
+from g2gnet.tensor_file import write_tensors
+from g2gnet.training import CheckpointError, Trainer, TrainSettings, run_training
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(tmp_path, monkeypatch, capsys, variant):
+    whole = run(tmp_path / "whole", **VARIANTS[variant])
+
+    def stop_in_epoch_two(self, on_step=None, train_epoch=Trainer.train_epoch):
+        if self.epoch == 1:
+            raise KeyboardInterrupt
+        return train_epoch(self, on_step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_epoch", stop_in_epoch_two)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "parts", **VARIANTS[variant])
+    parts = run(tmp_path / "parts", **VARIANTS[variant])
+    assert "resuming" in capsys.readouterr().out
+    assert_equal(load(whole), load(parts))
+    records = [json.loads(line) for line in parts.history.read_text().splitlines()]
+    assert_equal(records, load(parts)["history"])
+
+
+def test_each_batch_is_augmented_with_the_draws_of_its_step():
+    settings = TrainSettings(**SMALL, augment="crop-flip")
+    data = load_dataset(settings.dataset)
+    trainer = Trainer(settings, data, torch.device("cpu"))
+    seen = []
+    trainer.net.encode = lambda x, generator: seen.append(x) or x
+    trainer.train_epoch()
+    order = torch.randperm(200, generator=stream(42, "order", 1))
+    for step in range(4):
+        images = data.train_images[order[64 * step : 64 * (step + 1)]]
+        assert torch.equal(seen[step], as_samples(random_crop_and_flip(images, stream(42, "augment", step))))
+    # test images are shown as they are
+    assert torch.equal(seen[4], as_samples(data.test_images[:64]))
+
+
+def test_an_epoch_is_printed_and_recorded(tmp_path, capsys):
+    files = run(tmp_path, sparsity_mode="dynamic", dst_interval=3)
+    lines = capsys.readouterr().out.splitlines()
+    records = [json.loads(line) for line in files.history.read_text().splitlines()]
+    assert [record["epoch"] for record in records] == [1, 2, 3]
+    for line, record in zip(lines, records, strict=True):
+        expected = f"Epoch {record['epoch']:02d} | train_acc={record['train_acc']:.4f}"
+        assert line == f"{expected} | test_acc={record['test_acc']:.4f}"
+    last = records[-1]
+    assert set(last) == {
+        "epoch",
+        "train_loss",
+        "train_acc",
+        "test_acc",
+        "seconds",
+        "samples_per_s",
+        "firing_rate",
+        "density",
+        "units",
+        "units_pruned",
+        "units_grown",
+        "units_kept",
+        "initial_units_kept",
+    }
+    assert set(last["firing_rate"]) == {"lif1", "lif2", "lif3"}
+    assert all(0 <= rate <= 1 for rate in last["firing_rate"].values())
+    assert last["firing_rate"]["lif1"] > 0
+    # 12 steps, an update after every third
+    assert last["units_pruned"] == last["units_grown"] == 4 * sum(int(0.1 * n) for n in last["units"].values())
+    assert last["units"] == records[0]["units"]
+    saved = load(files)["model"]
+    assert last["units"] == {name: len(saved[f"{name}.mask.unit_row"]) for name in ("fc1", "fc2", "fc3")}
+    assert last["train_loss"] < records[0]["train_loss"]
+
+
+def test_a_finished_run_is_skipped_and_says_how_to_rerun(tmp_path, capsys):
+    files = run(tmp_path)
+    before = files.checkpoint.stat().st_mtime_ns
+    capsys.readouterr()
+
+    def no_data():
+        raise AssertionError("a finished run needs no data")
+
+    run_training(TrainSettings(**SMALL), no_data, tmp_path, torch.device("cpu"))
+    printed = capsys.readouterr().out
+    assert "is finished" in printed
+    assert f"delete {files.checkpoint}" in printed
+    assert files.checkpoint.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_other_settings_than_the_files_are_refused_by_name(tmp_path, finished):
+    files = run(tmp_path)
+    if not finished:
+        files.marker.unlink()
+    content = files.checkpoint.read_bytes()
+    with pytest.raises(CheckpointError) as error:
+        run(tmp_path, lr=0.01, seed=7)
+    message = str(error.value)
+    assert "lr: 0.001 there, 0.01 now" in message
+    assert "seed: 42 there, 7 now" in message
+    assert "epochs" not in message
+    assert "--checkpoint_dir" in message
+    assert files.checkpoint.read_bytes() == content
+
+
+def test_a_run_killed_between_checkpoint_and_marker_only_writes_the_analysis_and_the_marker(tmp_path):
+    files = run(tmp_path)
+    before, analysis = load(files), files.analysis.read_text()
+    files.marker.unlink()
+    files.analysis.unlink()
+    files.history.write_text("")
+    run(tmp_path)
+    assert files.marker.exists()
+    assert files.analysis.read_text() == analysis
+    assert_equal(load(files), before)
+    assert len(files.history.read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: [1, 2], "not a checkpoint of this version"),
+        (lambda state: {**state, "format": 99}, "not a checkpoint of this version"),
+        (lambda state: {"weight": torch.ones(3)}, "not a checkpoint of this version"),
+        (lambda state: {k: v for k, v in state.items() if k != "model"}, "does not fit"),
+        (lambda state: {**state, "model": {}}, "does not fit"),
+    ],
+)
+def test_foreign_checkpoints_are_refused(tmp_path, change, message):
+    files = run(tmp_path)
+    files.marker.unlink()
+    write_tensors(files.checkpoint, change(load(files)))
+    with pytest.raises(CheckpointError, match=message):
+        run(tmp_path)
+
+
+def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    files = run(tmp_path)
+    content = files.checkpoint.read_bytes()
+
+    def disk_full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", disk_full)
+        with pytest.raises(CheckpointError, match="No space left"):
+            files.save_checkpoint({"settings": {}})
+        with pytest.raises(CheckpointError, match=r"analysis.json \(No space left on device\); every epoch is kept"):
+            files.write_analysis({})
+    assert files.checkpoint.read_bytes() == content
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        [f".{files.marker.stem}.lock"]
+        + [path.name for path in (files.checkpoint, files.history, files.table, files.analysis, files.marker)]
+    )
+
+
+def test_an_unusable_directory_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="--checkpoint_dir"):
+        run(tmp_path / "file" / "checkpoints")
+
+
+def test_the_regulariser_brings_firing_rates_to_its_target():
+    options = {**SMALL, "epochs": 2, "enforce_sparsity": True, "warmup_epochs": 0, "T": 10}
+    distances = {}
+    for enforced in (True, False):
+        settings = TrainSettings(**{**options, "enforce_sparsity": enforced})
+        trainer = Trainer(settings, load_dataset(settings.dataset), torch.device("cpu"))
+        for _ in range(settings.epochs):
+            record = trainer.train_epoch()
+        rates = [record["firing_rate"][name] for name in ("lif1", "lif2")]
+        distances[enforced] = sum((rate - 0.09) ** 2 for rate in rates)
+    assert distances[True] < distances[False]

@@ -1,0 +1,80 @@
+"""Currents, parameters and neurons clear of their threshold, for the tests of neurons alone."""
+
+import snntorch
+import torch
+from helpers import device_of, lif_by_autograd, seeded
+from snntorch import surrogate as snn_surrogate
+
+from g2g_kernels import lif
+from g2g_kernels.ops.lif.surrogates import SURROGATES
+
+#: snnTorch's surrogates that have the same formula, α being their slope
+SNNTORCH = {"atan": snn_surrogate.atan, "fast_sigmoid": snn_surrogate.fast_sigmoid, "sigmoid": snn_surrogate.sigmoid}
+
+
+T, B, N = 23, 5, 7
+
+
+def currents(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """Currents that make about a quarter of the spikes at β = 0.9, θ = 1, some of them after several resets."""
+    return (torch.randn(*shape, generator=seeded(seed), dtype=torch.float64) * 0.8 + 0.25).to(dtype)
+
+
+def parameters(per_neuron: bool, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
+    """β and θ, one a neuron or one a layer."""
+    if not per_neuron:
+        return torch.tensor([0.9], dtype=dtype), torch.tensor([0.7], dtype=dtype)
+    draw = seeded(9)
+    beta = 0.5 + 0.5 * torch.rand(N, generator=draw, dtype=torch.float64)
+    threshold = 0.5 + torch.rand(N, generator=draw, dtype=torch.float64)
+    return beta.to(dtype), threshold.to(dtype)
+
+
+def output_weights(*shape: int) -> torch.Tensor:
+    """∂loss/∂spikes, of values that float32 holds exactly: snnTorch's spikes, and so their gradients, are float32."""
+    return torch.randn(*shape, generator=seeded(5)).double()
+
+
+def gradients(run, current, beta, threshold, grad_spikes) -> dict[str, torch.Tensor]:
+    """Spikes and gradients of ``run(current, beta, threshold)``, float64 on the CPU but for the gradients' dtypes."""
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in (current, beta, threshold)]
+    spikes = run(*leaves)
+    (spikes * grad_spikes.to(spikes)).sum().backward()
+    named = zip(("current.grad", "beta.grad", "threshold.grad"), leaves, strict=True)
+    return {"spikes": spikes.detach()} | {name: leaf.grad for name, leaf in named}
+
+
+def by_snntorch(current, beta, threshold, reset: str, spike_grad) -> torch.Tensor:
+    """The loop over time that snnTorch's users write."""
+    neuron = snntorch.Leaky(beta=beta, threshold=threshold, spike_grad=spike_grad, reset_mechanism=reset)
+    # registered as buffers above, so that the caller's own leaves receive the gradients
+    assert neuron.beta is beta
+    assert neuron.threshold is threshold
+    membrane = torch.zeros_like(current[0])
+    spikes = []
+    for current_t in current:
+        spike, membrane = neuron(current_t, membrane)
+        spikes.append(spike)
+    return torch.stack(spikes).to(current.dtype)
+
+
+def lif_on(backend: str | None, **options):
+    def run(*tensors):
+        tensors = [tensor.to(device_of(backend)) for tensor in tensors]
+        return lif(*tensors, backend=backend, **options).cpu()
+
+    return run
+
+
+def clear_of_threshold(current, beta, threshold, reset: str, by: float = 1e-4) -> torch.Tensor:
+    """bool [..., N], the neurons whose float64 membrane keeps clear of θ at all steps.
+
+    A float32 membrane of about 1 is wrong by some 1e-6 after T steps; nearer to θ than that the spike may differ, and
+    with it the rest of that neuron's history.
+    """
+    _, membranes = lif_by_autograd(
+        current.double(), beta.double(), threshold.double(), reset, SURROGATES["atan"].primitive, 2.0
+    )
+    clear = ((membranes - threshold).abs() > by).all(0)
+    assert clear.float().mean() > 0.9
+    return clear

@@ -1,0 +1,190 @@
+"""Cross-validation: its folds, what it trains, prints and writes, and how it goes on."""
+
+import json
+import shlex
+import statistics
+
+import pytest
+import torch
+from small_data import write_cifar
+from training_runs import DEFAULTS, MACHINE_FLAGS, assert_equal
+
+import crossval
+from g2gnet.data import load_dataset
+from g2gnet.training import SettingsError, Trainer, TrainSettings, run_training
+from g2gnet.training.cross_validation import FoldSettings, stratified_folds
+
+FLAGS = shlex.split(
+    "--dataset fashionmnist-mini --model mixer --hidden_dim 64 --block_size 8 --T 5 --enc_scale 3 --limit_train 150 "
+    "--limit_test 60 --epochs 2 --k_folds 3"
+)
+STEM = "fashionmnist-mini_mixer_p0.15_T5_current"
+
+
+def load(directory, fold):
+    return torch.load(directory / f"{STEM}_fold{fold}of3.pth", weights_only=True)
+
+
+def test_the_flags_are_those_of_train_py_with_other_defaults():
+    arguments = vars(crossval.build_parser().parse_args([]))
+    expected = {**DEFAULTS, **MACHINE_FLAGS, "epochs": 5, "warmup_epochs": 2, "k_folds": 5}
+    del expected["cuda_graph"]  # of train.py alone
+    assert arguments == expected
+
+
+@pytest.mark.parametrize("k_folds", [2, 3, 5])
+def test_folds_are_shuffled_disjoint_and_have_equal_shares_of_each_class(k_folds):
+    labels = torch.randint(4, (103,), generator=torch.Generator().manual_seed(0))
+    folds = stratified_folds(labels, k_folds, seed=1)
+    assert len(folds) == k_folds
+    assert torch.cat([val for _, val in folds]).sort().values.tolist() == list(range(103))
+    for train, val in folds:
+        assert torch.cat([train, val]).sort().values.tolist() == list(range(103))
+        for members, whole in zip(labels[val].bincount(minlength=4), labels.bincount(), strict=True):
+            assert abs(members - whole / k_folds) < 1
+        assert val.tolist() != list(range(int(val[0]), int(val[0]) + len(val)))
+    same, other = stratified_folds(labels, k_folds, seed=1), stratified_folds(labels, k_folds, seed=2**33)
+    assert all(torch.equal(a, b) for a, b in zip(folds[0], same[0], strict=True))
+    assert not torch.equal(folds[0][1], other[0][1])
+
+
+def test_a_class_with_too_few_images_is_named():
+    labels = torch.tensor([0] * 9 + [2] * 3)
+    with pytest.raises(SettingsError, match=r"k_folds=4 .*: class 2 has only 3 of the 12 training images; give fewer"):
+        stratified_folds(labels, 4, seed=0)
+    assert len(stratified_folds(labels, 3, seed=0)) == 3
+
+
+def test_each_fold_is_a_training_run_without_its_part(tmp_path, capsys):
+    assert crossval.main([*FLAGS, "--checkpoint_dir", str(tmp_path)]) == 0
+    data = load_dataset("fashionmnist-mini").limited(150, 60)
+    folds = stratified_folds(data.train_labels, 3, 42)
+    for fold, (train, val) in enumerate(folds, 1):
+        # the same with what train.py has: its test images are the held-back part here
+        for images, name in ((val, "val_acc"), (None, "test_acc")):
+            settings = TrainSettings(
+                dataset="fashionmnist-mini", model="mixer", hidden_dim=64, block_size=8, T=5, enc_scale=3.0, epochs=2,
+                seed=42 + fold - 1,
+            )  # fmt: skip
+            part = data.__class__(
+                data.name,
+                data.train_images[train],
+                data.train_labels[train],
+                data.test_images if images is None else data.train_images[images],
+                data.test_labels if images is None else data.train_labels[images],
+                10,
+            )
+            directory = tmp_path / f"{name}{fold}"
+            record = run_training(settings, lambda part=part: part, directory, torch.device("cpu"))
+            checkpoint = load(tmp_path, fold)
+            assert checkpoint["history"][-1][name] == record["test_acc"]
+            assert checkpoint["history"][-1]["train_acc"] == record["train_acc"]
+            expected = torch.load(directory / f"{settings.stem}.pth", weights_only=True)["model"]
+            assert_equal(dict(checkpoint["model"]), dict(expected))
+    first, second = (load(tmp_path, fold)["model"] for fold in (1, 2))
+    assert not torch.equal(first["fc1.mask.unit_col"], second["fc1.mask.unit_col"]), "masks are drawn anew"
+
+
+def test_the_results_are_printed_and_written(tmp_path, capsys):
+    assert crossval.main([*FLAGS, "--checkpoint_dir", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "k_folds=3" in lines[0]
+    assert "fold=" not in lines[0].replace("k_folds=", "")
+    histories = [load(tmp_path, fold)["history"] for fold in (1, 2, 3)]
+    results = json.loads((tmp_path / f"{STEM}_3folds.json").read_text())
+    expected = []
+    for fold, history in enumerate(histories, 1):
+        for record in history:
+            accuracies = " | ".join(f"{name}={record[name]:.4f}" for name in ("train_acc", "val_acc", "test_acc"))
+            expected.append(f"Fold {fold}/3, seed {41 + fold} | Epoch {record['epoch']:02d} | {accuracies}")
+    expected += ["| fold | seed | train_acc | val_acc | test_acc |", "| --- | --- | --- | --- | --- |"]
+    columns = {name: [history[-1][name] for history in histories] for name in ("train_acc", "val_acc", "test_acc")}
+    for fold in range(3):
+        cells = " | ".join(f"{values[fold]:.4f}" for values in columns.values())
+        expected.append(f"| {fold + 1} | {42 + fold} | {cells} |")
+    for name, function in (("mean", statistics.mean), ("std", statistics.stdev)):
+        expected.append(f"| {name} |  | {' | '.join(f'{function(values):.4f}' for values in columns.values())} |")
+        assert results[name] == {accuracy: function(values) for accuracy, values in columns.items()}
+    assert lines[1:-1] == expected
+    assert lines[-1] == f"wrote {tmp_path / f'{STEM}_3folds.json'}"
+    assert [fold["test_acc"] for fold in results["folds"]] == columns["test_acc"]
+    assert results["settings"] == {**FoldSettings().given(), **{
+        "dataset": "fashionmnist-mini", "model": "mixer", "hidden_dim": 64, "block_size": 8, "T": 5, "enc_scale": 3.0,
+        "limit_train": 150, "limit_test": 60, "epochs": 2, "k_folds": 3,
+    }}  # fmt: skip
+    assert len(list(tmp_path.glob("*.DONE"))) == len(list(tmp_path.glob("*.pth"))) == 3
+    # a finished cross-validation is not trained again, and shows the same table
+    assert crossval.main([*FLAGS, "--checkpoint_dir", str(tmp_path)]) == 0
+    again = capsys.readouterr().out
+    assert again.count("is finished") == 3
+    assert "Epoch" not in again
+    assert again.splitlines()[-8:] == lines[-8:]
+
+
+@pytest.mark.parametrize("variant", [[], ["--sparsity_mode", "dynamic", "--dst_interval", "2", "--enc", "rate"]])
+def test_an_interrupted_cross_validation_goes_on_where_it_was(tmp_path, monkeypatch, capsys, variant):
+    assert crossval.main([*FLAGS, *variant, "--checkpoint_dir", str(tmp_path / "whole")]) == 0
+    whole = capsys.readouterr().out.splitlines()
+
+    def stop_in_fold_two(self, on_step=None, train_epoch=Trainer.train_epoch):
+        if self.settings.fold == 2 and self.epoch == 1:
+            raise KeyboardInterrupt
+        return train_epoch(self, on_step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_epoch", stop_in_fold_two)
+        assert crossval.main([*FLAGS, *variant, "--checkpoint_dir", str(tmp_path / "parts")]) == 130
+    assert len(list((tmp_path / "parts").glob("*.DONE"))) == 1
+    capsys.readouterr()
+    assert crossval.main([*FLAGS, *variant, "--checkpoint_dir", str(tmp_path / "parts")]) == 0
+    parts = capsys.readouterr().out.splitlines()
+    assert "is finished" in parts[1]
+    assert "resuming" in parts[2]
+    assert whole[-8:-1] == parts[-8:-1]
+    for path in (tmp_path / "whole").glob("*.pth"):
+        first, second = (torch.load(tmp_path / name / path.name, weights_only=True) for name in ("whole", "parts"))
+        assert_equal(first, second)
+
+
+def test_other_settings_are_refused_by_name(tmp_path, capsys):
+    assert crossval.main([*FLAGS, "--checkpoint_dir", str(tmp_path)]) == 0
+    assert crossval.main([*FLAGS, "--lr", "0.1", "--seed", "1", "--checkpoint_dir", str(tmp_path)]) == 1
+    message = capsys.readouterr().err
+    assert "lr: 0.001 there, 0.1 now" in message
+    assert "seed: 42 there, 1 now" in message
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--k_folds 1", "k_folds=1 is out of range; give a value at least 2"),
+        ("--dataset fashionmnist-mini --limit_train 40 --k_folds 5", "k_folds=5 is out of range: class "),
+        ("--sparsity_mode dynamic", "needs a sparse model"),
+    ],
+)
+def test_bad_flags_end_with_status_two(tmp_path, capsys, flags, message):
+    assert crossval.main([*shlex.split(flags), "--checkpoint_dir", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_every_data_set_can_be_cross_validated(tmp_path, monkeypatch):
+    write_cifar(monkeypatch, tmp_path, "cifar10", train=50, test=20)
+    flags = [
+        "--dataset",
+        "cifar10",
+        "--model",
+        "dense",
+        "--hidden_dim",
+        "16",
+        "--T",
+        "2",
+        "--epochs",
+        "1",
+        "--k_folds",
+        "2",
+        "--batch_size",
+        "16",
+    ]
+    assert crossval.main([*flags, "--data_dir", str(tmp_path), "--checkpoint_dir", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / "cifar10_dense_p0.15_T2_current_2folds.json").read_text())
+    assert len(results["folds"]) == 2

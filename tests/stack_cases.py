@@ -1,0 +1,108 @@
+"""Stacks of layers of spiking neurons, small and lively, and draws that rounding cannot change."""
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+from helpers import MaskCase, dense_by_loop, device_of, lif_by_autograd, packed_randn, seeded
+
+from g2g_kernels import LIFLayer, g2g_lif
+from g2g_kernels.ops.lif.surrogates import SURROGATES
+
+T, B = 9, 5
+
+
+SIZES = (21, 38, 26, 10)
+
+
+#: whole and clipped units, single weights, and block size 64 where no group is that large
+STACKS = {
+    "ragged index": (MaskCase(38, 21, 4, "index", "index", 4), MaskCase(26, 38, 4, "index", "index", 4),
+                     MaskCase(10, 26, 4, "index", "index", 4)),
+    "mixer": (MaskCase(38, 21, 4, "index", "index", 3), MaskCase(26, 38, 4, "interleaved", "interleaved", 3),
+              MaskCase(10, 26, 4, "index", "index", 3)),
+    "random single weights": (MaskCase(38, 21, 8, "random", "random", 1), MaskCase(26, 38, 8, "random", "random", 1),
+                              MaskCase(10, 26, 8, "random", "random", 1)),
+    "one unit a group": (MaskCase(38, 21, 2, "random", "index", 64), MaskCase(26, 38, 2, "interleaved", "random", 64),
+                         MaskCase(10, 26, 2, "index", "random", 64)),
+}  # fmt: skip
+
+
+class Stack:
+    """Tensors of a stack of layers, by name, that can be run in any dtype on any backend."""
+
+    def __init__(
+        self, cases, steps: int | None, per_neuron: bool = True, bias: bool = True, seed: int = 0, batch: int = B
+    ) -> None:
+        draw = seeded(seed + 100)
+        self.steps = steps
+        self.masks = [case.mask(seed=seed + number) for number, case in enumerate(cases)]
+        shape = (batch, SIZES[0]) if steps else (T, batch, SIZES[0])
+        self.tensors = {"x": torch.rand(shape, generator=draw) * 2}
+        for number, mask in enumerate(self.masks):
+            neurons = mask.shape[0]
+            self.tensors[f"values{number}"] = packed_randn(mask, seed + 10 + number) * 2
+            if bias:
+                self.tensors[f"bias{number}"] = torch.rand(neurons, generator=draw) * 0.3 + 0.1
+            self.tensors[f"beta{number}"] = 0.7 + 0.25 * torch.rand(neurons if per_neuron else 1, generator=draw)
+            self.tensors[f"threshold{number}"] = 0.6 + 0.5 * torch.rand(neurons if per_neuron else 1, generator=draw)
+
+    def layers(self, tensors: dict[str, torch.Tensor]) -> list[LIFLayer]:
+        return [
+            LIFLayer(
+                tensors[f"values{k}"], mask, tensors.get(f"bias{k}"), tensors[f"beta{k}"], tensors[f"threshold{k}"]
+            )
+            for k, mask in enumerate(self.masks)
+        ]
+
+    def leaves(self, dtype: torch.dtype, device: str = "cpu") -> dict[str, torch.Tensor]:
+        return {name: tensor.to(device, dtype).clone().requires_grad_() for name, tensor in self.tensors.items()}
+
+    def run(self, dtype: torch.dtype, backend: str, **options) -> dict[str, torch.Tensor]:
+        """Counts, rates, spikes and all gradients of :func:`loss`, on the CPU."""
+        device = device_of(backend)
+        leaves = self.leaves(dtype, device)
+        for mask in self.masks:
+            mask.to(device)
+        activity = g2g_lif(leaves["x"], self.layers(leaves), self.steps, backend=backend, **options)
+        loss(activity.counts, activity.rates).backward()
+        for mask in self.masks:
+            mask.to("cpu")
+        return results(activity.counts, activity.rates, [spikes.dense() for spikes in activity.spikes], leaves)
+
+
+def loss(counts: torch.Tensor, rates) -> torch.Tensor:
+    """Weights of both signs on the counts, and every layer's rates, as the firing-rate regulariser uses them."""
+    weights = torch.randn(counts.shape, generator=seeded(77)).to(counts)
+    return (counts * weights).sum() + sum(10 * (rate - 0.1).square().sum() for rate in rates)
+
+
+def results(counts, rates, spikes, leaves) -> dict[str, torch.Tensor]:
+    named = {"counts": counts.detach()}
+    named |= {f"rates{k}": rate.detach() for k, rate in enumerate(rates)}
+    named |= {f"spikes{k}": spike for k, spike in enumerate(spikes)}
+    named |= {f"{name}.grad": leaf.grad for name, leaf in leaves.items()}
+    return {name: tensor.cpu() for name, tensor in named.items()}
+
+
+def clear_of_thresholds(stack: Stack, reset: str) -> bool:
+    """True if no float64 membrane of the stack comes within 1e-5 of its threshold (float32 ones are wrong by 1e-6)."""
+    tensors = {name: tensor.double() for name, tensor in stack.tensors.items()}
+    x = tensors["x"].expand(T, -1, -1)
+    for layer in stack.layers(tensors):
+        current = x @ dense_by_loop(layer.mask, layer.values).T + (0 if layer.bias is None else layer.bias)
+        x, membranes = lif_by_autograd(current, layer.beta, layer.threshold, reset, SURROGATES["atan"].primitive, 2.0)
+        if (membranes - layer.threshold).abs().min() < 1e-5:
+            return False
+    return True
+
+
+def clear_stacks(cases, steps: int | None, reset: str = "subtract", **options) -> Iterator[Stack]:
+    """Draws in which float32 rounding cannot change a spike, so that gradients are comparable."""
+    draws = (Stack(cases, steps, seed=1000 * k, **options) for k in itertools.count())
+    return (stack for stack in draws if clear_of_thresholds(stack, reset))
+
+
+def clear_stack(cases, steps: int | None, reset: str = "subtract", batch: int = B) -> Stack:
+    """The first of them."""
+    return next(clear_stacks(cases, steps, reset, batch=batch))

@@ -1,0 +1,32 @@
+"""Checkpoints of tiny runs, written by ``train.py``, for the programs that read them."""
+
+import shlex
+
+import train
+from g2gnet.tensor_file import write_tensors
+from g2gnet.training.run_files import read_checkpoint
+
+TINY = shlex.split(
+    "--dataset fashionmnist-mini --hidden_dim 64 --block_size 8 --T 6 --enc_scale 3 --limit_train 200 --limit_test 100 "
+    "--batch_size 50 --epochs 2"
+)
+
+
+VARIANTS = {
+    "mixer": "--model mixer",
+    "dense": "--model dense",
+    "random, rate-coded": "--model random --enc rate",
+    "index, dynamic": "--model index --sparsity_mode dynamic --dst_interval 3",
+    "bf16": "--model index --precision bf16",
+}
+
+
+def train_tiny(folder, flags="--model mixer"):
+    assert train.main([*TINY, *shlex.split(flags), "--checkpoint_dir", str(folder)]) == 0
+    (checkpoint,) = folder.glob("*.pth")
+    return checkpoint
+
+
+def rewrite(checkpoint, target, **changes):
+    write_tensors(target, {**read_checkpoint(checkpoint), **changes})
+    return target

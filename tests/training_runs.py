@@ -1,0 +1,111 @@
+"""Small training runs: their settings, how they are started, and what it means that two are equal."""
+
+import torch
+
+from g2gnet.data import load_dataset
+from g2gnet.training import TrainSettings, run_training
+from g2gnet.training.run_files import RunFiles
+
+#: the flags and defaults that users of the original programs know
+DEFAULTS = {
+    "dataset": "fashionmnist",
+    "augment": "auto",
+    "model": "dense",
+    "epochs": 20,
+    "p_inter": 0.15,
+    "sparsity_mode": "static",
+    "cp": "set",
+    "cg": "hebb",
+    "T": 50,
+    "batch_size": 256,
+    "hidden_dim": 2048,
+    "enc": "current",
+    "enc_scale": 1.0,
+    "enc_bias": 0.0,
+    "use_resnet": False,
+    "resnet_weights": None,
+    "enforce_sparsity": False,
+    "warmup_epochs": 10,
+    "seed": 42,
+    "block_size": 64,
+    "num_groups": 8,
+    "p_intra": 1.0,
+    "lr": 1e-3,
+    "weight_decay": 1e-4,
+    "dst_interval": 1000,
+    "dst_fraction": 0.1,
+    "precision": "fp32",
+    "limit_train": None,
+    "limit_test": None,
+}
+MACHINE_FLAGS = {
+    "data_dir": "data",
+    "checkpoint_dir": "checkpoints",
+    "device": "auto",
+    "backend": "auto",
+    "cuda_graph": False,
+    "log_dir": None,
+    "json": None,
+}
+SMALL = {
+    "dataset": "fashionmnist-mini",
+    "model": "mixer",
+    "hidden_dim": 64,
+    "block_size": 8,
+    "T": 8,
+    "enc_scale": 3.0,  # so that the output neurons of so small a network fire
+    "batch_size": 64,
+    "limit_train": 200,
+    "limit_test": 100,
+    "epochs": 3,
+}
+
+
+VARIANTS = {
+    "static": {},
+    "dense": {"model": "dense"},
+    "rate": {"enc": "rate", "enc_scale": 2.0},
+    "bf16": {"precision": "bf16"},
+    "augmented": {"augment": "crop-flip"},
+    "regularised": {"enforce_sparsity": True, "warmup_epochs": 1},
+    "dynamic": {"sparsity_mode": "dynamic", "dst_interval": 2, "cp": "hebb"},
+    "random rules, single weights": {
+        "sparsity_mode": "dynamic",
+        "dst_interval": 2,
+        "cp": "random",
+        "cg": "random",
+        "block_size": 1,
+    },
+}
+
+
+def run(directory, **options):
+    settings = TrainSettings(**{**SMALL, **options})
+    run_training(settings, lambda: load_dataset(settings.dataset), directory, torch.device("cpu"))
+    return RunFiles(directory, settings.stem)
+
+
+def load(files):
+    return torch.load(files.checkpoint, weights_only=True)
+
+
+def assert_equal(first, second, where=""):
+    """Equal to the last bit, through nested containers."""
+    assert type(first) is type(second), where
+    if isinstance(first, torch.Tensor):
+        assert torch.equal(first, second), where
+    elif isinstance(first, dict):
+        assert first.keys() == second.keys(), where
+        for key in first:
+            if key not in ("seconds", "samples_per_s"):
+                assert_equal(first[key], second[key], f"{where}/{key}")
+    elif isinstance(first, list | tuple):
+        assert len(first) == len(second), where
+        for number, (a, b) in enumerate(zip(first, second, strict=True)):
+            assert_equal(a, b, f"{where}/{number}")
+    else:
+        assert first == second, where
+
+
+def flags_of(options):
+    return [text for name, value in options.items() for text in (f"--{name}", str(value))]

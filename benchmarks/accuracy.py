@@ -38,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--seeds", metavar="N,N,...", help="seeds, each of which gives one run a kind (default: --seed)")
     group = parser.add_argument_group("machine")
     group.add_argument("--data_dir", default="data", metavar="DIR", help="where data sets lie (default: data)")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or directml")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, directml, mps, xpu or xpu:N")
     group.add_argument("--backend", default="auto", choices=("auto", *BACKENDS), help="kernels to use (default: auto)")
     cli.add_report_flags(parser)
     return parser

@@ -1,8 +1,10 @@
-"""Which device to run on: DirectML, then CUDA, then the CPU."""
+"""Which device to run on: DirectML, then CUDA, then the CPU; others when they are named."""
 
 import importlib
 
 import torch
+
+NAMES = "auto, cpu, cuda, cuda:N, directml, mps, xpu or xpu:N"
 
 
 def _directml_device() -> torch.device | None:
@@ -14,11 +16,23 @@ def _directml_device() -> torch.device | None:
     return torch_directml.device() if torch_directml.is_available() else None
 
 
+def _devices(kind: str) -> int:
+    """How many devices of a kind (``"cuda"``, ``"mps"`` or ``"xpu"``) this machine has for this PyTorch."""
+    if kind == "mps":  # Apple's GPU, of which there is one
+        return int(torch.backends.mps.is_available())
+    module = getattr(torch, kind)
+    return module.device_count() if module.is_available() else 0
+
+
 def select_device(name: str = "auto") -> torch.device:
-    """The device called ``name``, or for ``"auto"`` the first there is of DirectML, CUDA and CPU.
+    """The device called ``name``, or for ``"auto"`` the first available of DirectML, CUDA and CPU.
+
+    Apple's ``"mps"`` and Intel's ``"xpu"`` have no kernels of ours and run on plain PyTorch operations, so that the
+    compiled CPU kernels are the better choice beside them: they are used only when named.
 
     Args:
-        name: ``"auto"``, ``"directml"``, or any name that ``torch.device`` takes (``"cpu"``, ``"cuda"``, ``"cuda:1"``).
+        name: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"directml"``, ``"mps"`` or ``"xpu"``, or one of several devices by
+            its number (``"cuda:1"``).
 
     Raises:
         ValueError: for an unknown name or a device that this machine does not have, with the remedy.
@@ -38,14 +52,16 @@ def select_device(name: str = "auto") -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"device={name!r} is unknown; give auto, cpu, cuda, cuda:N or directml") from None
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
+        raise ValueError(f"device={name!r} is unknown; give {NAMES}") from None
+    if device.type in ("cuda", "mps", "xpu"):
+        count = _devices(device.type)
+        if not count:
             raise ValueError(
-                f"device={name!r}: PyTorch {torch.__version__} finds no CUDA device here; give cpu or auto"
+                f"device={name!r}: PyTorch {torch.__version__} finds no {device.type.upper()} device here; "
+                "give cpu or auto"
             )
-        if device.index is not None and device.index >= torch.cuda.device_count():
-            raise ValueError(f"device={name!r}: this machine has CUDA devices 0 … {torch.cuda.device_count() - 1}")
+        if device.index is not None and device.index >= count:
+            raise ValueError(f"device={name!r}: this machine has {device.type.upper()} devices 0 … {count - 1}")
     elif device.type != "cpu":
-        raise ValueError(f"device={name!r} is not supported; give auto, cpu, cuda, cuda:N or directml")
+        raise ValueError(f"device={name!r} is not supported; give {NAMES}")
     return device

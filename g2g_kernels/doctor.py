@@ -183,8 +183,9 @@ def devices() -> dict[str, str]:
         capability = ".".join(map(str, torch.cuda.get_device_capability(index)))
         memory = f"{properties.total_memory / 2**30:.0f} GiB"
         found[f"cuda:{index}"] = f"{properties.name}, compute capability {capability}, {memory}, {version}"
-    with contextlib.suppress(ValueError):
-        found["directml"] = str(select_device("directml"))
+    for name in ("directml", "mps", "xpu"):
+        with contextlib.suppress(ValueError):
+            found[name] = str(select_device(name))
     return found
 
 
@@ -254,9 +255,7 @@ def _line(
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m g2g_kernels.doctor", description=__doc__.split("\n\n")[0])
-    parser.add_argument(
-        "--device", default="all", help="where to check: cpu, cuda, cuda:N or directml (default: wherever it can)"
-    )
+    parser.add_argument("--device", default="all", help="where to check, such as cpu (default: on every device)")
     return parser
 
 

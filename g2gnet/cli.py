@@ -88,9 +88,8 @@ def add_machine_flags(parser: argparse.ArgumentParser, kernels: bool = True, res
     if results:
         text = "where results go (default: checkpoints)"
         group.add_argument("--checkpoint_dir", default="checkpoints", metavar="DIR", help=text)
-    group.add_argument(
-        "--device", default="auto", help="auto (DirectML, then CUDA, then CPU), cpu, cuda, cuda:N or directml"
-    )
+    text = "auto (DirectML, then CUDA, then CPU), cpu, cuda, cuda:N, directml, mps, xpu or xpu:N"
+    group.add_argument("--device", default="auto", help=text)
     if kernels:
         text = "kernels to use (default: the device decides)"
         group.add_argument("--backend", default="auto", choices=("auto", *BACKENDS), help=text)

@@ -1,4 +1,4 @@
-"""select_device's order of preference and errors, and what a training step would ask of DirectML.
+"""select_device's order of preference and errors, and what a training step would ask of DirectML, MPS and XPU.
 
 DirectML needs Windows and the package ``torch-directml``; a module of that name stands in for it here.
 """
@@ -29,6 +29,13 @@ def cuda(monkeypatch, devices: int) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
 
 
+def mps_and_xpu(monkeypatch, devices: int) -> None:
+    """One device of Apple's at most, as many of Intel's as there are said to be."""
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: devices > 0)
+    monkeypatch.setattr(torch.xpu, "is_available", lambda: devices > 0)
+    monkeypatch.setattr(torch.xpu, "device_count", lambda: devices)
+
+
 # --- the picker ---------------------------------------------------------------------------------------------------
 
 
@@ -46,6 +53,7 @@ def cuda(monkeypatch, devices: int) -> None:
 def test_directml_then_cuda_then_cpu(monkeypatch, package, adapter, cuda_devices, expected):
     directml(monkeypatch, DML if package else None, adapter)
     cuda(monkeypatch, cuda_devices)
+    mps_and_xpu(monkeypatch, 2)  # which have to be named
     assert select_device() == expected
     assert select_device("auto") == expected
 
@@ -58,33 +66,42 @@ def test_directml_then_cuda_then_cpu(monkeypatch, package, adapter, cuda_devices
         ("cuda:0", torch.device("cuda:0")),
         ("cuda:1", torch.device("cuda:1")),
         ("directml", DML),
+        ("mps", torch.device("mps")),
+        ("xpu", torch.device("xpu")),
+        ("xpu:1", torch.device("xpu:1")),
     ],
 )
 def test_a_named_device_is_that_device(monkeypatch, name, expected):
     directml(monkeypatch)
     cuda(monkeypatch, 2)
+    mps_and_xpu(monkeypatch, 2)
     assert select_device(name) == expected
 
 
-@pytest.mark.parametrize("name", ["tpu", "gpu", "", "cpu:x", "mps", "meta"])
+@pytest.mark.parametrize("name", ["tpu", "gpu", "", "cpu:x", "hpu", "meta"])
 def test_unknown_devices_are_refused(monkeypatch, name):
     directml(monkeypatch)
     cuda(monkeypatch, 1)
-    with pytest.raises(ValueError, match=f"device='{name}' is .*; give auto, cpu, cuda, cuda:N or directml"):
+    with pytest.raises(ValueError, match=f"device='{name}' is .*; give auto, cpu, cuda, cuda:N, directml, mps"):
         select_device(name)
 
 
-@pytest.mark.parametrize("name", ["cuda", "cuda:0"])
-def test_cuda_where_there_is_none(monkeypatch, name):
+@pytest.mark.parametrize("name", ["cuda", "cuda:0", "mps", "xpu", "xpu:0"])
+def test_devices_that_are_not_there(monkeypatch, name):
     cuda(monkeypatch, 0)
-    with pytest.raises(ValueError, match=f"device='{name}': PyTorch .* finds no CUDA device here; give cpu or auto"):
+    mps_and_xpu(monkeypatch, 0)
+    kind = name.partition(":")[0].upper()
+    with pytest.raises(ValueError, match=f"device='{name}': PyTorch .* finds no {kind} device here; give cpu or auto"):
         select_device(name)
 
 
-def test_a_cuda_device_beyond_the_last(monkeypatch):
+@pytest.mark.parametrize("name", ["cuda:2", "xpu:2", "mps:1"])
+def test_devices_beyond_the_last(monkeypatch, name):
     cuda(monkeypatch, 2)
-    with pytest.raises(ValueError, match="device='cuda:2': this machine has CUDA devices 0 … 1"):
-        select_device("cuda:2")
+    mps_and_xpu(monkeypatch, 2)
+    kind, last = name.partition(":")[0].upper(), 0 if name == "mps:1" else 1
+    with pytest.raises(ValueError, match=f"device='{name}': this machine has {kind} devices 0 … {last}"):
+        select_device(name)
 
 
 @pytest.mark.parametrize(("package", "adapter"), [(False, False), (True, False)], ids=["no package", "no adapter"])
@@ -205,7 +222,10 @@ CASES = {
 @pytest.mark.parametrize("steps", [None, 4], ids=["varying", "held"])
 @pytest.mark.parametrize("cases", CASES.values(), ids=CASES.keys())
 def test_a_training_step_uses_plain_operators_only(monkeypatch, plain_memory, cases, steps, per_neuron):
-    """Forward, cross-entropy on the counts, a rate penalty, backward and Adam, for every reset and surrogate."""
+    """Forward, cross-entropy on the counts, a rate penalty, backward and Adam, for every reset and surrogate.
+
+    MPS and XPU devices run the same plain backend, and so are held to the same list.
+    """
     directml(monkeypatch, torch.device("cpu"))
     device = select_device("directml")
     masks = [case.mask().to(device) for case in cases]

@@ -18,7 +18,7 @@ import g2gnet.cli
 from g2g_kernels.dispatch import BACKENDS
 from g2gnet.data import ImageData
 from g2gnet.seeding import make_deterministic
-from g2gnet.training import SettingsError, TrainSettings
+from g2gnet.training import Machine, SettingsError, TrainSettings
 from g2gnet.training.trainer import Trainer
 
 from . import cli, report
@@ -45,15 +45,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def accuracy(arguments: argparse.Namespace) -> cli.Report:
-    device, backend = g2gnet.cli.machine_from(arguments)
+    where = g2gnet.cli.machine_from(arguments)
     runs = planned(arguments)
-    machine = describe(device)
+    machine = describe(where.device)
     print(cli.headline(machine))
-    data = g2gnet.cli.load_data(arguments, runs[0][1], device)
+    data = g2gnet.cli.load_data(arguments, runs[0][1], where.device)
     record: dict[str, Any] = {
         "benchmark": "accuracy",
         "machine": machine,
-        "backend": backend or "auto",
+        "backend": where.backend or "auto",
         "settings": runs[0][1].given(),
         "images": {"train": len(data.train_labels), "test": len(data.test_labels)},
         "runs": [],
@@ -64,7 +64,7 @@ def accuracy(arguments: argparse.Namespace) -> cli.Report:
             static = f"{settings.model}, fixed graph"
             title = {"dense": "dense", "static": static, "dynamic": f"{settings.model}, dynamic"}[kind]
             bar.set_description(f"{title}, seed {settings.seed}")
-            epochs = train(settings, data, device, backend, bar)
+            epochs = train(settings, data, where, bar)
             record["runs"].append({"kind": kind, "title": title, "seed": settings.seed, "epochs": epochs})
             last = epochs[-1]
             bar.write(
@@ -98,12 +98,10 @@ def planned(arguments: argparse.Namespace) -> list[tuple[str, TrainSettings]]:
     return [(kind, dataclasses.replace(static, seed=seed, **changes[kind])) for seed in seeds for kind in kinds]
 
 
-def train(
-    settings: TrainSettings, data: ImageData, device: Any, backend: str | None, bar: tqdm
-) -> list[dict[str, Any]]:
+def train(settings: TrainSettings, data: ImageData, machine: Machine, bar: tqdm) -> list[dict[str, Any]]:
     """The records of all epochs, each with the seconds of training so far; ``bar`` counts the images."""
     make_deterministic(settings.seed)
-    trainer = Trainer(settings, data, device, backend)
+    trainer = Trainer(settings, data, machine)
     epochs: list[dict[str, Any]] = []
     before, wall = bar.n, 0.0
 

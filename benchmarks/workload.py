@@ -22,7 +22,7 @@ from g2g_kernels import lif
 from g2gnet import G2GNet
 from g2gnet.data import DATASETS, DataError, ImageData, as_samples, load_dataset
 from g2gnet.tensor_file import read_tensors, write_tensors
-from g2gnet.training import SettingsError, TrainSettings
+from g2gnet.training import Machine, SettingsError, TrainSettings
 from g2gnet.training.trainer import Trainer
 
 #: stands in for Fashion-MNIST where that can neither be found nor downloaded
@@ -236,7 +236,7 @@ def prepare(workload: Workload, data_dir: str = "data", on_step: Callable[[int],
 def _train(workload: Workload, data: ImageData, note: str, on_step: Callable[[int], None] | None) -> Path:
     if workload.batch_size > len(data.train_labels):
         raise SettingsError(f"batch_size={workload.batch_size} exceeds the {len(data.train_labels)} training images")
-    trainer = Trainer(workload.settings(), data, torch.device("cpu"))
+    trainer = Trainer(workload.settings(), data, Machine(torch.device("cpu")))
     while trainer.step < workload.train_steps:
         trainer.train_epoch((lambda *_: on_step(trainer.step)) if on_step else None)
     prepared = {

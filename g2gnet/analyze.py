@@ -37,10 +37,10 @@ def analyze_run(run: SavedRun, net: G2GNet, data: ImageData, samples: int) -> Ne
 
 
 def analyze(arguments: argparse.Namespace) -> dict[str, Any]:
-    device, backend = cli.machine_from(arguments)
+    machine = cli.machine_from(arguments)
     run = read_run(arguments.checkpoint)
-    data = cli.load_run_data(arguments, run.settings, device)
-    analysis = analyze_run(run, run.network(device, backend), data, arguments.samples)
+    data = cli.load_run_data(arguments, run.settings, machine.device)
+    analysis = analyze_run(run, run.network(machine.device, machine.backend), data, arguments.samples)
     print(f"{run.path}: {run.settings.model} on {run.settings.dataset}, epoch {run.epoch} of {run.settings.epochs}")
     print(f"{headline(analysis)}\n\n{layers_table(analysis)}")
     for layer in analysis.layers:

@@ -30,6 +30,7 @@ from g2gnet.training import (
     CheckpointError,
     EpochCallback,
     Interrupted,
+    Machine,
     Settings,
     SettingsError,
     Trainer,
@@ -151,7 +152,7 @@ def load_data(arguments: argparse.Namespace, settings: TrainSettings, device: to
     return load_dataset(settings.dataset, arguments.data_dir)
 
 
-def announce(settings: TrainSettings, device: torch.device, backend: str | None, processes: int = 1) -> None:
+def announce(settings: TrainSettings, machine: Machine) -> None:
     """Prints the settings in one line, and a warning where a setting is without effect."""
     if settings.enforce_sparsity and settings.warmup_epochs >= settings.epochs:
         print(
@@ -162,10 +163,10 @@ def announce(settings: TrainSettings, device: torch.device, backend: str | None,
     shown = " ".join(
         f"{name}={value}" for name, value in settings.given().items() if value is not None and value is not False
     )
-    machine = f"device={device} backend={backend or 'auto'}"
-    if processes > 1:
-        machine += f" processes={processes}"
-    print(f"g2g {g2gnet.__version__} | {machine} | {shown}", flush=True)
+    where = f"device={machine.device} backend={machine.backend or 'auto'}"
+    if machine.world.size > 1:
+        where += f" processes={machine.world.size}"
+    print(f"g2g {g2gnet.__version__} | {where} | {shown}", flush=True)
 
 
 def add_inspection_flags(parser: argparse.ArgumentParser) -> Any:
@@ -319,8 +320,8 @@ class FlagError(ValueError):
     """A machine flag that cannot be used here."""
 
 
-def machine_from(arguments: argparse.Namespace) -> tuple[Any, str | None]:
-    """The device and the backend (None: the device decides) that the flags ask for.
+def machine_from(arguments: argparse.Namespace) -> Machine:
+    """The device and the backend that the flags ask for; the process works alone until it joins others.
 
     Raises:
         FlagError: for a device that this machine does not have.
@@ -339,4 +340,4 @@ def machine_from(arguments: argparse.Namespace) -> tuple[Any, str | None]:
         raise FlagError(str(error)) from error
     if device.type not in ("cpu", "cuda") and getattr(arguments, "precision", "fp32") == "bf16":
         raise FlagError(f"precision=bf16 needs a CPU or CUDA device, not {arguments.device}; give --precision fp32")
-    return device, backend
+    return Machine(device, backend)

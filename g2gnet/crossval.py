@@ -51,18 +51,17 @@ def table(results: dict[str, Any]) -> str:
 
 def crossval(arguments: argparse.Namespace) -> dict[str, Any] | None:
     settings = cli.settings_from(arguments, FoldSettings)
-    device, backend = cli.machine_from(arguments)
-    with join(device, PATIENCE) as world:
+    machine = cli.machine_from(arguments)
+    with join(machine.device, PATIENCE) as world:
+        machine = machine._replace(world=world)
         if world.leads:
-            cli.announce(settings, device, backend, world.size)
+            cli.announce(settings, machine)
         results = cross_validate(
             settings,
-            lambda: cli.load_data(arguments, settings, device),
+            lambda: cli.load_data(arguments, settings, machine.device),
             arguments.checkpoint_dir,
-            device,
-            backend,
+            machine,
             cli.log_from(arguments),
-            world,
         )
         if not world.leads:
             return None

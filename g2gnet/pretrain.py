@@ -199,7 +199,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def pretrain(arguments: argparse.Namespace) -> dict[str, Any]:
     settings = cli.settings_from(arguments, PretrainSettings)
-    device, _ = cli.machine_from(arguments)
+    device = cli.machine_from(arguments).device
     result = run_epochs(
         settings,
         lambda: PretrainTrainer(settings, load_dataset(settings.dataset, arguments.data_dir), device),

@@ -38,24 +38,24 @@ def build_parser() -> argparse.ArgumentParser:
 
 def train(arguments: argparse.Namespace) -> dict[str, Any] | None:
     settings = cli.settings_from(arguments, TrainSettings)
-    device, backend = cli.machine_from(arguments)
-    if arguments.cuda_graph and device.type != "cuda":
-        raise cli.FlagError(f"--cuda_graph needs a CUDA device, not {device}; leave it out, or give --device cuda")
-    if arguments.cuda_graph and launched():
+    machine = cli.machine_from(arguments)._replace(cuda_graph=arguments.cuda_graph)
+    if machine.cuda_graph and machine.device.type != "cuda":
+        raise cli.FlagError(
+            f"--cuda_graph needs a CUDA device, not {machine.device}; leave it out, or give --device cuda"
+        )
+    if machine.cuda_graph and launched():
         raise cli.FlagError("--cuda_graph is of one process; leave it out, or start one without torchrun")
-    with join(device) as world:
+    with join(machine.device) as world:
+        machine = machine._replace(world=world)
         if world.leads:
-            cli.announce(settings, device, backend, world.size)
+            cli.announce(settings, machine)
         result = run_training(
             settings,
-            lambda: cli.load_data(arguments, settings, device),
+            lambda: cli.load_data(arguments, settings, machine.device),
             arguments.checkpoint_dir,
-            device,
-            backend,
+            machine,
             show_analysis,
-            arguments.cuda_graph,
             cli.log_from(arguments) if world.leads else (),
-            world,
         )
         if not world.leads:
             return None

@@ -20,7 +20,7 @@ import torch
 from g2gnet.data import load_dataset
 from g2gnet.dst import DSTScheduler
 from g2gnet.tensor_file import read_tensors
-from g2gnet.training import Trainer, TrainSettings, run_training
+from g2gnet.training import Machine, Trainer, TrainSettings, run_training
 from g2gnet.training.run_files import RunFiles
 from tests.training_runs import SMALL, assert_equal
 
@@ -62,7 +62,7 @@ def start(directory, data):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         for number, (owner, name) in enumerate(PHASES.values()):
             setattr(owner, name, announced(number, getattr(owner, name), writing))
-        run_training(SETTINGS, lambda: data, directory, torch.device("cpu"))
+        run_training(SETTINGS, lambda: data, directory, Machine(torch.device("cpu")))
         status = 0
     finally:
         os._exit(status)

@@ -3,7 +3,7 @@
 import torch
 
 from g2gnet.data import load_dataset
-from g2gnet.training import TrainSettings, run_training
+from g2gnet.training import Machine, TrainSettings, run_training
 from g2gnet.training.run_files import RunFiles
 
 #: the flags and defaults that users of the original programs know
@@ -81,7 +81,7 @@ VARIANTS = {
 
 def run(directory, **options):
     settings = TrainSettings(**{**SMALL, **options})
-    run_training(settings, lambda: load_dataset(settings.dataset), directory, torch.device("cpu"))
+    run_training(settings, lambda: load_dataset(settings.dataset), directory, Machine(torch.device("cpu")))
     return RunFiles(directory, settings.stem)
 
 

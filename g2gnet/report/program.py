@@ -36,15 +36,16 @@ def make_report(arguments: argparse.Namespace) -> None:
     except ImportError as error:
         raise cli.FlagError(f'the report needs matplotlib ({error}); pip install -e ".[plots]"') from error
     cli.check_output(arguments.output)
-    device, backend = cli.machine_from(arguments)
+    machine = cli.machine_from(arguments)
     runs = [read_run(path) for path in arguments.checkpoints]
     data: dict[tuple, ImageData] = {}
     inspected = []
     for run in tqdm(runs, desc="inspecting", unit=" runs", leave=False, disable=None):
         key = (run.settings.dataset, run.settings.use_resnet, run.settings.resnet_weights, run.settings.limit_test)
         if key not in data:
-            data[key] = cli.load_run_data(arguments, run.settings, device)
-        inspected.append(content.inspect(run, run.network(device, backend), data[key], arguments.samples))
+            data[key] = cli.load_run_data(arguments, run.settings, machine.device)
+        net = run.network(machine.device, machine.backend)
+        inspected.append(content.inspect(run, net, data[key], arguments.samples))
     cli.write_output(arguments.output, content.report(inspected))
     print(f"wrote {arguments.output}")
 

@@ -2,6 +2,7 @@
 
 from g2gnet.training.health import TrainingError
 from g2gnet.training.interruption import Interrupted
+from g2gnet.training.machine import Machine
 from g2gnet.training.run import EpochCallback, run_epochs, run_training
 from g2gnet.training.run_files import CheckpointError
 from g2gnet.training.saved_run import SavedRun, read_run
@@ -12,6 +13,7 @@ __all__ = [
     "CheckpointError",
     "EpochCallback",
     "Interrupted",
+    "Machine",
     "SavedRun",
     "Settings",
     "SettingsError",

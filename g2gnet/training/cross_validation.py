@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from g2gnet.data import ImageData
-from g2gnet.distributed import ALONE, World
+from g2gnet.distributed import ALONE
+from g2gnet.training.machine import Machine
 from g2gnet.training.run import EpochCallback, run_training
 from g2gnet.training.settings import SettingsError, TrainSettings, setting
 from g2gnet.training.trainer import Trainer
@@ -47,10 +48,8 @@ def cross_validate(
     settings: FoldSettings,
     load_data: Callable[[], ImageData],
     checkpoint_dir: Path | str,
-    device: torch.device,
-    backend: str | None = None,
+    machine: Machine,
     on_epoch: Sequence[EpochCallback[Trainer]] = (),
-    world: World = ALONE,
 ) -> dict[str, Any]:
     """Trains one model for each fold, from fresh masks and weights; finished folds are skipped.
 
@@ -61,8 +60,9 @@ def cross_validate(
     Args:
         settings: with ``fold`` = 1.
         load_data: the whole data set; called once if there is something to train.
-        checkpoint_dir, device, backend, on_epoch: as for :func:`g2gnet.training.run_training`.
-        world: processes that call this alike, with the same ``checkpoint_dir``. The folds are dealt out to them.
+        checkpoint_dir, on_epoch: as for :func:`g2gnet.training.run_training`.
+        machine: where to compute. The folds are dealt out to the processes of its ``world``, which call this alike,
+            with the same ``checkpoint_dir``.
 
     Returns:
         ``folds``: for each fold its number, seed and accuracies after the last epoch; ``mean`` and ``std`` (of the
@@ -72,16 +72,18 @@ def cross_validate(
         SettingsError: if a class has too few images for so many folds, or there are more processes than folds.
         CheckpointError, DataError, TrainingError: as for :func:`g2gnet.training.run_training`.
     """
+    world = machine.world
     if world.size > settings.k_folds:
         raise SettingsError(
             f"k_folds={settings.k_folds} leaves some of {world.size} processes without one; start fewer, or give more"
         )
     whole = functools.cache(lambda: load_data().limited(settings.limit_train, settings.limit_test))
+    alone = machine._replace(world=ALONE)
     folds = []
     for fold in range(1, settings.k_folds + 1)[world.rank :: world.size]:
         run = dataclasses.replace(settings, fold=fold, seed=settings.seed + fold - 1)
         data = functools.partial(_fold_data, whole, settings, fold)
-        record = run_training(run, data, checkpoint_dir, device, backend, on_epoch=on_epoch)
+        record = run_training(run, data, checkpoint_dir, alone, on_epoch=on_epoch)
         folds.append({"fold": fold, "seed": run.seed, **{name: record[name] for name in ACCURACIES}})
     folds = sorted(itertools.chain(*world.gather(folds)), key=lambda result: result["fold"])
     columns = {name: [result[name] for result in folds] for name in ACCURACIES}

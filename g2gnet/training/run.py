@@ -16,6 +16,7 @@ from g2gnet.distributed import ALONE, World, rank
 from g2gnet.seeding import make_deterministic
 from g2gnet.training.health import TrainingError
 from g2gnet.training.interruption import Interrupted, StopSignals
+from g2gnet.training.machine import Machine
 from g2gnet.training.run_files import CheckpointError, RunFiles
 from g2gnet.training.settings import Settings, TrainSettings
 from g2gnet.training.state import UNFIT
@@ -43,18 +44,15 @@ def run_training(
     settings: TrainSettings,
     load_data: Callable[[], ImageData],
     checkpoint_dir: Path | str,
-    device: torch.device,
-    backend: str | None = None,
+    machine: Machine,
     show_analysis: Callable[[NetworkAnalysis, Path], None] | None = None,
-    cuda_graph: bool = False,
     on_epoch: Sequence[EpochCallback[Trainer]] = (),
-    world: World = ALONE,
 ) -> dict[str, Any]:
     """Trains as ``settings`` say, or goes on from the run's checkpoint, or skips a finished run.
 
     The data is loaded only when there is something to train. A network that has been trained is analysed on some of the
     test images; the analysis is written, and passed with the file's name to ``show_analysis``. Each of ``on_epoch`` is
-    called after each epoch. All processes of ``world`` call this alike; the first one writes, prints and calls.
+    called after each epoch. All processes of ``machine.world`` call this alike; the first one writes, prints and calls.
 
     Returns:
         The record of the last epoch.
@@ -76,9 +74,9 @@ def run_training(
             show_analysis(analysis, files.analysis)
 
     def make_trainer() -> Trainer:
-        return Trainer(settings, load_data(), device, backend, cuda_graph, world)
+        return Trainer(settings, load_data(), machine)
 
-    return run_epochs(settings, make_trainer, checkpoint_dir, analyze, on_epoch, world)
+    return run_epochs(settings, make_trainer, checkpoint_dir, analyze, on_epoch, machine.world)
 
 
 def run_epochs(

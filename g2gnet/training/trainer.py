@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from g2g_kernels import Activity
 from g2gnet.data import ImageData, as_samples, random_crop_and_flip
-from g2gnet.distributed import ALONE, World
+from g2gnet.distributed import World
 from g2gnet.dst import DSTScheduler
 from g2gnet.layers import G2GLinear
 from g2gnet.network import G2GNet
@@ -22,6 +22,7 @@ from g2gnet.seeding import draw_device, stream
 from g2gnet.training.cuda_graph import CapturedStep
 from g2gnet.training.evaluation import Batch, autocast, build_network, run_images
 from g2gnet.training.health import CHECK_INTERVAL, FiniteWatch, LayerWatch
+from g2gnet.training.machine import Machine
 from g2gnet.training.settings import SettingsError, TrainSettings
 from g2gnet.training.state import check_like, check_position, load_optimizer
 
@@ -34,6 +35,23 @@ class _StepConstants(NamedTuple):
 
     target: RateTarget | None
     share: float  # of the batch's images that this process has
+
+
+class _StepResult(NamedTuple):
+    """What a step found out about a batch; in :meth:`Trainer._learn` this process's part of it."""
+
+    loss: torch.Tensor  # mean cross-entropy of the images, a scalar
+    correct: torch.Tensor  # correctly classified images, a scalar
+    firing_rates: torch.Tensor  # mean rate of each layer [3]
+
+    def summed(self, world: World) -> "_StepResult":
+        """The sum over the processes, sent as one tensor."""
+        if world.size == 1:
+            return self
+        sums = world.sum_(torch.cat([part.reshape(-1) for part in self]))
+        return _StepResult(
+            *(part.view_as(like) for part, like in zip(sums.split([like.numel() for like in self]), self, strict=True))
+        )
 
 
 class _Simulation(nn.Module):
@@ -71,12 +89,9 @@ class Trainer:
 
     Args:
         settings: what to train and how.
-        data: the images, on any device; they are moved to ``device``.
-        device: where to compute.
-        backend: kernels to use (None: the device decides).
-        cuda_graph: replay each whole batch's step as a CUDA graph.
-        world: processes with a trainer like this one, each of which computes its share of every batch. They do what one
-            process would do, but for the order of floating-point sums.
+        data: the images, on any device; they are moved to that of ``machine``.
+        machine: where to compute. The processes of its ``world`` have a trainer like this one each, and compute their
+            shares of every batch. They do what one process would do, but for the order of floating-point sums.
 
     Raises:
         SettingsError: if a batch has fewer images than there are processes.
@@ -86,11 +101,9 @@ class Trainer:
         self,
         settings: TrainSettings,
         data: ImageData,
-        device: torch.device,
-        backend: str | None = None,
-        cuda_graph: bool = False,
-        world: World = ALONE,
+        machine: Machine,
     ) -> None:
+        device, world = machine.device, machine.world
         self.settings = settings
         self.device = device
         self.world = world
@@ -103,7 +116,7 @@ class Trainer:
                 f"batch_size={settings.batch_size} leaves {smallest} of {count} images to the last batch of an epoch, "
                 f"less than one for each of {world.size} processes; give another one, or start fewer processes"
             )
-        self.net = build_network(settings, data.input_dim, data.num_classes, backend).to(device)
+        self.net = build_network(settings, data.input_dim, data.num_classes, machine.backend).to(device)
         self._initial_units = self._units()
         # PyTorch's fused update is for CPU and CUDA; DirectML takes the plain loop
         fused = device.type in ("cpu", "cuda")
@@ -113,7 +126,7 @@ class Trainer:
             weight_decay=settings.weight_decay,
             fused=fused,
             foreach=False,
-            capturable=cuda_graph,
+            capturable=machine.cuda_graph,
         )
         self._parallel: DistributedDataParallel | None = None
         if world.size > 1:
@@ -123,7 +136,7 @@ class Trainer:
                 process_group=world.group,
                 gradient_as_bucket_view=True,
             )
-        self._captured = CapturedStep(self._learn) if cuda_graph else None
+        self._captured = CapturedStep(self._learn) if machine.cuda_graph else None
         self.dst: DSTScheduler | None = None
         if settings.sparsity_mode == "dynamic":
             self.dst = DSTScheduler(
@@ -204,9 +217,9 @@ class Trainer:
             start = time.perf_counter()
             index = order[first : first + size]
             result = self._train_step(index)
-            progress.loss += result[0] * len(index)
-            progress.correct += result[1]
-            progress.firing_rates += result[2:] * len(index)
+            progress.loss += result.loss * len(index)
+            progress.correct += result.correct
+            progress.firing_rates += result.firing_rates * len(index)
             progress.seconds += time.perf_counter() - start
             if on_step:
                 seen = first + len(index)
@@ -240,8 +253,8 @@ class Trainer:
             "initial_units_kept": self._kept(self._initial_units),
         }
 
-    def _train_step(self, index: torch.Tensor) -> torch.Tensor:
-        """One step on the images of a batch: its mean loss, number of correct ones and mean rate of each layer [5]."""
+    def _train_step(self, index: torch.Tensor) -> _StepResult:
+        """One step on the images of a batch."""
         labels = self.data.train_labels[index]
         images = self.data.train_images[index]
         if self.settings.augments:
@@ -256,9 +269,9 @@ class Trainer:
         whole = len(index) == self.settings.batch_size
         learn = self._captured if self._captured and whole else self._learn
         result, activity = learn(inputs, labels, _StepConstants(target, len(labels) / len(index)))
-        self.world.sum_(result)
+        result = result.summed(self.world)
         self.step += 1
-        self._finite.note(self.step, result[0])
+        self._finite.note(self.step, result.loss)
         if self.step % CHECK_INTERVAL == 0:
             self._finite.check()
         if self.dst:
@@ -267,10 +280,10 @@ class Trainer:
 
     def _learn(
         self, inputs: torch.Tensor, labels: torch.Tensor, constants: _StepConstants
-    ) -> tuple[torch.Tensor, Activity]:
+    ) -> tuple[_StepResult, Activity]:
         """Forward pass, loss, backward pass, update. Nothing here waits for the device, so that it can be captured.
 
-        Returns this process's part of the sums that :meth:`_train_step` returns, and the activity.
+        Returns this process's part of the result, and the activity.
         """
         target, share = constants
         with autocast(self.settings, self.device):
@@ -286,8 +299,8 @@ class Trainer:
         self.optimizer.step()
         with torch.no_grad():
             correct = (activity.counts.argmax(1) == labels).sum().to(loss.dtype)
-            firing_rates = [share * rates.mean() for rates in activity.rates]
-            return torch.stack([share * loss, correct, *firing_rates]), activity
+            firing_rates = torch.stack([share * rates.mean() for rates in activity.rates])
+            return _StepResult(share * loss, correct, firing_rates), activity
 
     def _whole_batch(self, part: torch.Tensor) -> torch.Tensor:
         """The sum over the processes; its gradient goes to this process's part alone, since each sends its own."""

@@ -24,7 +24,7 @@ from g2g_kernels.ops import lif as lif_module
 from g2gnet.data import load_dataset
 from g2gnet.layers import G2GLinear
 from g2gnet.tensor_file import TensorFileError, parse_tensors, with_digest
-from g2gnet.training import Trainer, TrainSettings
+from g2gnet.training import Machine, Trainer, TrainSettings
 from g2gnet.training.state import UNFIT
 
 
@@ -145,14 +145,14 @@ PROGRAM = """
 import resource, sys, torch
 from pathlib import Path
 from g2gnet.data import load_dataset
-from g2gnet.training import CheckpointError, TrainSettings, read_run, run_training
+from g2gnet.training import CheckpointError, Machine, TrainSettings, read_run, run_training
 settings = TrainSettings(**{small!r})
 data = load_dataset(settings.dataset)
 used = next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmSize"))
 resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30),) * 2)
 for directory in sorted(Path(sys.argv[1]).iterdir()):
     for read in (
-        lambda: run_training(settings, lambda: data, directory, torch.device("cpu")),
+        lambda: run_training(settings, lambda: data, directory, Machine(torch.device("cpu"))),
         lambda: read_run(directory / (settings.stem + ".pth")),
     ):
         try:
@@ -284,7 +284,7 @@ TRAINER = TrainSettings(
 @pytest.fixture(scope="module")
 def trained():
     data = load_dataset(TRAINER.dataset)
-    trainer = Trainer(TRAINER, data, torch.device("cpu"))
+    trainer = Trainer(TRAINER, data, Machine(torch.device("cpu")))
     trainer.train_epoch()
     return data, torch.load(io.BytesIO(saved(trainer.state_dict())), weights_only=True)
 
@@ -293,7 +293,7 @@ def trained():
 @given(st.data())
 def test_arbitrary_checkpoints_are_gone_on_from_or_refused(trained, data):
     images, state = trained
-    trainer = Trainer(TRAINER, images, torch.device("cpu"))
+    trainer = Trainer(TRAINER, images, Machine(torch.device("cpu")))
     try:
         trainer.load_state_dict(parse_tensors(saved(data.draw(spoiled(state)))))
     except (TensorFileError, *UNFIT):

@@ -11,7 +11,7 @@ from training_runs import DEFAULTS, MACHINE_FLAGS, assert_equal
 
 import crossval
 from g2gnet.data import load_dataset
-from g2gnet.training import SettingsError, Trainer, TrainSettings, run_training
+from g2gnet.training import Machine, SettingsError, Trainer, TrainSettings, run_training
 from g2gnet.training.cross_validation import FoldSettings, stratified_folds
 
 FLAGS = shlex.split(
@@ -75,7 +75,7 @@ def test_each_fold_is_a_training_run_without_its_part(tmp_path, capsys):
                 10,
             )
             directory = tmp_path / f"{name}{fold}"
-            record = run_training(settings, lambda part=part: part, directory, torch.device("cpu"))
+            record = run_training(settings, lambda part=part: part, directory, Machine(torch.device("cpu")))
             checkpoint = load(tmp_path, fold)
             assert checkpoint["history"][-1][name] == record["test_acc"]
             assert checkpoint["history"][-1]["train_acc"] == record["train_acc"]

@@ -10,7 +10,7 @@ from training_runs import SMALL, VARIANTS
 import train
 from g2gnet import G2GNet
 from g2gnet.data import load_dataset
-from g2gnet.training import Trainer, TrainSettings
+from g2gnet.training import Machine, Trainer, TrainSettings
 from g2gnet.training.cuda_graph import CapturedStep
 
 no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
@@ -57,7 +57,7 @@ def test_waiting_is_noticed():
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_no_step_and_no_update_of_the_masks_waits_for_the_device(variant):
     settings = TrainSettings(**{**SMALL, **VARIANTS[variant]})
-    trainer = Trainer(settings, load_dataset(settings.dataset), torch.device("cpu"), "torch")
+    trainer = Trainer(settings, load_dataset(settings.dataset), Machine(torch.device("cpu"), "torch"))
     trainer.epoch = settings.epochs
     for number in range(2):
         with NeverWaiting():

@@ -17,7 +17,7 @@ from training_runs import SMALL, VARIANTS, assert_equal, flags_of, load, run
 import train
 from g2gnet.data import load_dataset
 from g2gnet.distributed import ALONE, DistributedError, World, join
-from g2gnet.training import SettingsError, Trainer, TrainSettings
+from g2gnet.training import Machine, SettingsError, Trainer, TrainSettings
 from g2gnet.training.cross_validation import FoldSettings, cross_validate
 from g2gnet.training.run_files import RunFiles
 
@@ -258,11 +258,11 @@ def test_too_many_processes_are_refused_before_any_work():
     settings = TrainSettings(**{**SMALL, "batch_size": 199})
     message = "batch_size=199 leaves 1 of 200 images to the last batch of an epoch, less than one for each of 2"
     with pytest.raises(SettingsError, match=message):
-        Trainer(settings, load_dataset(settings.dataset), torch.device("cpu"), world=Two())
+        Trainer(settings, load_dataset(settings.dataset), Machine(torch.device("cpu"), world=Two()))
     three = Two()
     three.size = 3
     with pytest.raises(SettingsError, match="k_folds=2 leaves some of 3 processes without one; start fewer"):
-        cross_validate(FoldSettings(k_folds=2), None, "", torch.device("cpu"), world=three)
+        cross_validate(FoldSettings(k_folds=2), None, "", Machine(torch.device("cpu"), world=three))
 
 
 def test_shares_are_contiguous_and_nearly_equal():
@@ -285,7 +285,9 @@ def test_folds_are_dealt_out(tmp_path):
     """Each fold is trained by one process: its files are those of a cross-validation by one, to the last bit."""
     options = {**SMALL, "k_folds": 3, "epochs": 1}
     settings = FoldSettings(**options)
-    expected = cross_validate(settings, lambda: load_dataset(settings.dataset), tmp_path / "one", torch.device("cpu"))
+    expected = cross_validate(
+        settings, lambda: load_dataset(settings.dataset), tmp_path / "one", Machine(torch.device("cpu"))
+    )
     command = torchrun(2, ROOT / "crossval.py", *flags_of(options), "--checkpoint_dir", tmp_path / "two")
     for again in (False, True):
         done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)

@@ -18,7 +18,7 @@ import train
 from g2g_kernels import BlockMask, GroupLayout
 from g2gnet.analysis.wiring import group_weight
 from g2gnet.data import load_dataset
-from g2gnet.training import TrainSettings, run_training
+from g2gnet.training import Machine, TrainSettings, run_training
 from g2gnet.training.run_files import RunFiles
 from g2gnet.training.tensorboard import TensorBoardLog
 
@@ -37,7 +37,7 @@ SMALL = {
 def run(directory, on_epoch, **options):
     settings = TrainSettings(**{**SMALL, **options})
     return run_training(
-        settings, lambda: load_dataset(settings.dataset), directory, torch.device("cpu"), on_epoch=on_epoch
+        settings, lambda: load_dataset(settings.dataset), directory, Machine(torch.device("cpu")), on_epoch=on_epoch
     )
 
 

@@ -16,7 +16,7 @@ from training_runs import SMALL, VARIANTS, assert_equal, flags_of, load, run
 from g2gnet.data import load_dataset
 from g2gnet.layers import LIF
 from g2gnet.tensor_file import TensorFileError, read_tensors, write_tensors
-from g2gnet.training import CheckpointError, Interrupted, Trainer, TrainingError, TrainSettings
+from g2gnet.training import CheckpointError, Interrupted, Machine, Trainer, TrainingError, TrainSettings
 from g2gnet.training.health import FiniteWatch, LayerWatch
 from g2gnet.training.run_files import RunFiles
 
@@ -402,4 +402,4 @@ def test_training_reports_a_beta_outside_of_its_range_and_a_silent_layer(caplog)
 
 def small_trainer(**options):
     settings = TrainSettings(**{**SMALL, **options})
-    return Trainer(settings, load_dataset(settings.dataset), torch.device("cpu"))
+    return Trainer(settings, load_dataset(settings.dataset), Machine(torch.device("cpu")))

@@ -10,7 +10,7 @@ from training_runs import SMALL, VARIANTS, assert_equal, load, run
 from g2gnet.data import as_samples, load_dataset, random_crop_and_flip
 from g2gnet.seeding import stream
 from g2gnet.tensor_file import write_tensors
-from g2gnet.training import CheckpointError, Trainer, TrainSettings, run_training
+from g2gnet.training import CheckpointError, Machine, Trainer, TrainSettings, run_training
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -36,7 +36,7 @@ def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(tmp_path, mo
 def test_each_batch_is_augmented_with_the_draws_of_its_step():
     settings = TrainSettings(**SMALL, augment="crop-flip")
     data = load_dataset(settings.dataset)
-    trainer = Trainer(settings, data, torch.device("cpu"))
+    trainer = Trainer(settings, data, Machine(torch.device("cpu")))
     seen = []
     trainer.net.encode = lambda x, generator: seen.append(x) or x
     trainer.train_epoch()
@@ -91,7 +91,7 @@ def test_a_finished_run_is_skipped_and_says_how_to_rerun(tmp_path, capsys):
     def no_data():
         raise AssertionError("a finished run needs no data")
 
-    run_training(TrainSettings(**SMALL), no_data, tmp_path, torch.device("cpu"))
+    run_training(TrainSettings(**SMALL), no_data, tmp_path, Machine(torch.device("cpu")))
     printed = capsys.readouterr().out
     assert "is finished" in printed
     assert f"delete {files.checkpoint}" in printed
@@ -176,7 +176,7 @@ def test_the_regulariser_brings_firing_rates_to_its_target():
     distances = {}
     for enforced in (True, False):
         settings = TrainSettings(**{**options, "enforce_sparsity": enforced})
-        trainer = Trainer(settings, load_dataset(settings.dataset), torch.device("cpu"))
+        trainer = Trainer(settings, load_dataset(settings.dataset), Machine(torch.device("cpu")))
         for _ in range(settings.epochs):
             record = trainer.train_epoch()
         rates = [record["firing_rate"][name] for name in ("lif1", "lif2")]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from g2g_kernels.cpu import library
+from g2g_kernels.tracing import constant_when_traced
 from g2g_kernels.triton import runtime
 
 #: the backends, in order of preference; :func:`register_backend` adds to them
@@ -55,7 +56,7 @@ def available_backends() -> list[str]:
     return [name for name, reason in backend_status().items() if reason is None]
 
 
-@torch.compiler.assume_constant_result  # what torch.compile traced keeps the backend that was forced then
+@constant_when_traced  # what torch.compile traced keeps the backend that was forced then
 def _environment() -> str:
     return os.environ.get("G2G_BACKEND", "")
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from g2g_kernels.cpu.workspace import workspace
+from g2g_kernels.tracing import constant_when_traced
 
 ABI = 2
 RESETS = {"subtract": 0, "zero": 1, "none": 2}
@@ -111,7 +112,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     return library, None
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def unavailable() -> str | None:
     """Why the compiled kernels cannot be used here, or None."""
     return _load()[1]

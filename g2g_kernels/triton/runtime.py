@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from g2g_kernels.tracing import constant_when_traced
+
 #: the least compute capability: bfloat16 on tensor cores came with Ampere
 OLDEST = (8, 0)
 #: the least version of Triton (that of PyTorch 2.7): kernels hold the steps of a segment in tuples
@@ -51,13 +53,13 @@ def _too_old() -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def unavailable() -> str | None:
     """Why the Triton kernels cannot be used here, or None."""
     return _unavailable(interpreted())
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def only_by_name() -> str | None:
     """Why a call has to ask for these kernels by name to be served by them, or None."""
     return "its interpreter is for checking values; ask for it by name" if interpreted() else None

@@ -51,23 +51,8 @@ def judges(prepared) -> dict[str, Judge]:
     return {kernel: Judge(prepared, kernel) for kernel in KERNELS}
 
 
-class HalfTheGradient(Network):
-    """A wrong contender: one of its gradients is half of what it should be."""
-
-    def gradients(self):
-        gradients = super().gradients()
-        return {**gradients, "lif1.threshold": gradients["lif1.threshold"] / 2}
-
-
-class CannotBeBuilt(Network):
-    """A contender that says it cannot do this."""
-
-    def build(self, prepared):
-        raise RuntimeError("there is no such instruction here")
-
-
 def entry(name: str, kind: str, **options) -> Entry:
-    return Entry(name, f"test_benchmarks:{kind}", options=options)
+    return Entry(name, f"wrong_contenders:{kind}", options=options)
 
 
 def judged(contender: Contender, judge: Judge, precision: str = "fp32", **changes) -> Verdict:

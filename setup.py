@@ -19,6 +19,7 @@ from setuptools.command.build_ext import build_ext
 
 SOURCES = Path("g2g_kernels/csrc")
 LIBRARY = Path("g2g_kernels/cpu/libg2g_cpu.so")
+PLAIN = ("api", "interface", "plan", "pool")  # compiled once, for any CPU
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
 INSTRUCTION_SETS = {
     "baseline": [],
@@ -72,7 +73,7 @@ def build_library(target: Path, scratch: Path) -> None:
     scratch.mkdir(parents=True, exist_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
 
-    objects = [(source, scratch / f"{source}.o", ["-DG2G_X86"] if x86 else []) for source in ("api", "plan", "pool")]
+    objects = [(source, scratch / f"{source}.o", ["-DG2G_X86"] if x86 else []) for source in PLAIN]
     for name, options in INSTRUCTION_SETS.items():
         if x86 or name == "baseline":
             objects.append(("kernels", scratch / f"kernels-{name}.o", [f"-DG2G_ISA={name}", *options]))

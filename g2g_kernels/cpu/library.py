@@ -1,4 +1,7 @@
-"""Finds and loads the compiled CPU kernels, and mirrors the structures of ``csrc/kernels.h``.
+"""Finds and loads the compiled CPU kernels, and mirrors the structures of ``csrc/interface.h``.
+
+The library says itself where its fields lie and which numbers its options have. It is refused if that is not what
+stands here.
 
 Environment: ``G2G_CPU_LIBRARY`` names another build of the library (a sanitizer build, say); ``G2G_CPU_ISA`` asks for
 one instruction set (``baseline``, ``avx2``, ``avx512``, ``avx512_bf16``) instead of the best that the CPU has.
@@ -8,23 +11,40 @@ import ctypes
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from g2g_kernels.cpu.workspace import workspace
 from g2g_kernels.tracing import constant_when_traced
 
-ABI = 2
+ABI = 3
 RESETS = {"subtract": 0, "zero": 1, "none": 2}
+SURROGATES = {"atan": 0, "fast_sigmoid": 1, "sigmoid": 2, "triangle": 3, "boxcar": 4}
+
+
+class Model(NamedTuple):
+    """What both sides know of a neuron model, in order."""
+
+    number: int
+    states: tuple[str, ...]
+    parameters: tuple[str, ...]
+    decays: tuple[str, ...]
+
+
+MODELS = {
+    "lif": Model(0, ("membrane",), ("beta", "threshold"), ("beta",)),
+    "synaptic": Model(1, ("synaptic_current", "membrane"), ("syn_decay", "beta", "threshold"), ("syn_decay", "beta")),
+}
+MOST_PARAMETERS = 3
+
 #: Inputs that are spikes more often than this are multiplied by the matrix kernels (in float32, under bfloat16): where
 #: the two take equally long (docs/cpu-performance.md). Weight gradients are summed in float32 in either case.
 EVENT_LIMIT_FORWARD = {False: 0.5, True: 0.28}
 EVENT_LIMIT_BACKWARD = {False: 0.5, True: 0.5}
-
-SURROGATES = {"atan": 0, "fast_sigmoid": 1, "sigmoid": 2, "triangle": 3}
 
 
 def _fields(**groups: str) -> list[tuple[str, type]]:
@@ -36,20 +56,30 @@ class AxisSource(Structure):
     _fields_ = _fields(int32="size num_units width", pointer="order bounds")
 
 
+class ParameterArguments(Structure):
+    _fields_ = _fields(pointer="value grad", int32="per_neuron")
+
+
+class NeuronArguments(Structure):
+    _fields_ = [
+        *_fields(int32="model reset surrogate", float="alpha"),
+        ("parameters", ParameterArguments * MOST_PARAMETERS),
+    ]
+
+
 class LayerArguments(Structure):
-    _fields_ = _fields(
-        pointer="plan values bias beta theta",
-        int32="beta_per_neuron theta_per_neuron",
-        pointer_="spikes inputs state rates grad_rates grad_values grad_bias grad_beta grad_theta",
-        double="input_rate",
-    )
+    _fields_ = [
+        *_fields(pointer="plan values bias"),
+        ("neurons", NeuronArguments),
+        *_fields(pointer="spikes inputs kept rates grad_rates grad_values grad_bias", double="input_rate"),
+    ]
 
 
 class StackArguments(Structure):
     _fields_ = _fields(
         pointer="layers",
-        int32="count batch steps threads reset surrogate bf16 held",
-        float="alpha event_limit",
+        int32="count batch steps threads bf16 held",
+        float="event_limit",
         pointer_="x counts grad_counts grad_x",
         int32_="x_spikes",
     )
@@ -64,15 +94,55 @@ class LinearArguments(Structure):
     )
 
 
-class LIFArguments(Structure):
-    _fields_ = _fields(
-        pointer="current beta theta",
-        int32="beta_per_neuron theta_per_neuron",
-        int64="samples",
-        int32_="neurons steps threads reset surrogate held every",
-        float="alpha",
-        pointer_="spikes kept grad_spikes grad_current grad_beta grad_theta",
-    )
+class NeuronLoopArguments(Structure):
+    _fields_ = [
+        ("neurons", NeuronArguments),
+        *_fields(
+            pointer="current",
+            int64="samples",
+            int32="size steps threads held every",
+            pointer_="spikes kept grad_spikes grad_current",
+        ),
+    ]
+
+
+#: the mirrored structures by their names in C++
+STRUCTURES: dict[str, type[Structure]] = {
+    "AxisSource": AxisSource,
+    "Parameter": ParameterArguments,
+    "Neurons": NeuronArguments,
+    "Layer": LayerArguments,
+    "Stack": StackArguments,
+    "Linear": LinearArguments,
+    "NeuronLoop": NeuronLoopArguments,
+}
+
+
+def _interface() -> dict[str, str]:
+    """What the table of the library (``csrc/interface.cpp``) must say."""
+    table = {}
+    for name, structure in STRUCTURES.items():
+        table[name] = f"size {ctypes.sizeof(structure)}"
+        for field, *_ in structure._fields_:
+            place = getattr(structure, field)
+            table[f"{name}.{field}"] = f"offset {place.offset}, size {place.size}"
+    for kind, numbers in (("Reset", RESETS), ("Surrogate", SURROGATES)):
+        table |= {f"{kind}.{name}": str(number) for name, number in numbers.items()}
+    for name, model in MODELS.items():
+        table[f"Model.{name}"] = str(model.number)
+        for kind in ("states", "parameters", "decays"):
+            table[f"Model.{name}.{kind}"] = " ".join(getattr(model, kind))
+    return table
+
+
+def _difference(said: str) -> str | None:
+    """The first difference between the library's table and what stands here, or None."""
+    theirs = dict(line.split(": ", 1) for line in said.splitlines())
+    ours = _interface()
+    for name in (*theirs, *ours):
+        if theirs.get(name) != ours.get(name):
+            return f"{name} is {theirs.get(name, 'missing')!r} there and {ours.get(name, 'missing')!r} here"
+    return None
 
 
 @functools.cache
@@ -89,6 +159,10 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         library = ctypes.CDLL(str(path))
         if library.g2g_abi() != ABI:
             return None, f"{path} was built from another version of g2g; reinstall"
+        library.g2g_interface.restype = c_char_p
+        difference = _difference((library.g2g_interface() or b"").decode())
+        if difference:
+            return None, f"{path} was built from another version of g2g ({difference}); reinstall"
     except (OSError, AttributeError) as error:
         return None, f"{path} cannot be loaded: {error}"
     axis, layer_pointer = POINTER(AxisSource), c_void_p
@@ -99,11 +173,10 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         "g2g_plan_free": (None, [c_void_p]),
         "g2g_plan_matches": (c_int32, [c_void_p] * 3),
         "g2g_plan_row_blocks": (c_int32, [c_void_p]),
-        "g2g_plan_col_blocks": (c_int32, [c_void_p]),
         "g2g_plans_aligned": (c_int32, [c_void_p] * 2),
         "g2g_unpack": (None, [c_void_p, c_void_p, c_int32, c_int32, c_int32, c_void_p]),
     }
-    for operator in ("stack", "linear", "lif"):
+    for operator in ("stack", "linear", "neurons"):
         for direction in ("forward", "backward"):
             signatures[f"g2g_{operator}_{direction}"] = (c_int64, [layer_pointer, c_void_p])
     for name, (result, arguments) in signatures.items():
@@ -142,6 +215,23 @@ def run(kernel: Callable[..., int], arguments: Structure) -> None:
     scratch = workspace.bytes(max(size, 64))
     if size < 0 or kernel(address, scratch.data_ptr()) < 0:
         raise MemoryError("the compiled CPU kernels ran out of memory")
+
+
+def neuron_arguments(
+    model: str,
+    reset: str,
+    surrogate: str,
+    alpha: float,
+    parameters: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor] | None = None,
+) -> NeuronArguments:
+    """A population of neurons, its parameters in the model's order, and where their gradients go."""
+    arguments = NeuronArguments(MODELS[model].number, RESETS[reset], SURROGATES[surrogate], alpha)
+    for k, value in enumerate(parameters):
+        arguments.parameters[k] = ParameterArguments(
+            value.data_ptr(), grads[k].data_ptr() if grads else None, value.numel() > 1
+        )
+    return arguments
 
 
 def pointer(tensor: torch.Tensor | None) -> int | None:

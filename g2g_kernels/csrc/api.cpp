@@ -5,7 +5,8 @@
 #include <cstring>
 #include <exception>
 
-#include "kernels.h"
+#include "interface.h"
+#include "plan.h"
 
 namespace g2g {
 
@@ -65,7 +66,13 @@ int64_t call(void (*kernel)(Arguments&, Arena&), Arguments* arguments, void* scr
 
 #define G2G_EXPORT extern "C" __attribute__((visibility("default")))
 
-G2G_EXPORT int32_t g2g_abi() { return 2; }
+G2G_EXPORT int32_t g2g_abi() { return 3; }
+// Against which Python checks its mirror; nullptr if memory runs out.
+G2G_EXPORT const char* g2g_interface() try {
+    return g2g::interface_table(g2g::kernels().models, g2g::kernels().model_count);
+} catch (const std::exception&) {
+    return nullptr;
+}
 G2G_EXPORT const char* g2g_isa() { return g2g::kernels().name; }
 G2G_EXPORT int32_t g2g_has_bf16() { return g2g::kernels().bf16; }
 
@@ -87,7 +94,6 @@ G2G_EXPORT int32_t g2g_plan_matches(const g2g::Plan* plan, const int32_t* unit_r
 }
 
 G2G_EXPORT int32_t g2g_plan_row_blocks(const g2g::Plan* plan) { return plan->rows.blocks; }
-G2G_EXPORT int32_t g2g_plan_col_blocks(const g2g::Plan* plan) { return plan->cols.blocks; }
 
 // 1 if the spike words of `lower`'s outputs are in the order that `upper` reads.
 G2G_EXPORT int32_t g2g_plans_aligned(const g2g::Plan* lower, const g2g::Plan* upper) {
@@ -106,11 +112,11 @@ G2G_EXPORT int64_t g2g_linear_forward(g2g::Linear* a, void* scratch) {
 G2G_EXPORT int64_t g2g_linear_backward(g2g::Linear* a, void* scratch) {
     return g2g::call(g2g::kernels().linear_backward, a, scratch);
 }
-G2G_EXPORT int64_t g2g_lif_forward(g2g::LIF* a, void* scratch) {
-    return g2g::call(g2g::kernels().lif_forward, a, scratch);
+G2G_EXPORT int64_t g2g_neurons_forward(g2g::NeuronLoop* a, void* scratch) {
+    return g2g::call(g2g::kernels().neurons_forward, a, scratch);
 }
-G2G_EXPORT int64_t g2g_lif_backward(g2g::LIF* a, void* scratch) {
-    return g2g::call(g2g::kernels().lif_backward, a, scratch);
+G2G_EXPORT int64_t g2g_neurons_backward(g2g::NeuronLoop* a, void* scratch) {
+    return g2g::call(g2g::kernels().neurons_backward, a, scratch);
 }
 
 G2G_EXPORT void g2g_unpack(const g2g::Plan* plan, const uint64_t* words, int32_t batch, int32_t steps, int32_t threads,

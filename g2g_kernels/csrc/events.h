@@ -10,8 +10,8 @@
 // L2, from where 256 B take about 8 cycles).
 #pragma once
 
-#include "kernels.h"
-#include "lif.h"
+#include "interface.h"
+#include "plan.h"
 #include "vec.h"
 
 namespace g2g::G2G_ISA {
@@ -100,20 +100,20 @@ struct EventsByLane {
 
     // Block c from `samples` runs of `steps` words; run b starts at words + b · stride and is rows b·steps ….
     void load(int64_t c, const uint64_t* words, int64_t samples, int64_t steps, int64_t stride, uint64_t* scratch) {
-        const int64_t pieces = (steps + 63) / 64;  // a piece is up to 64 steps: its bits transposed give a word a lane
-        for (int64_t p = 0; p < samples * pieces; ++p) {
-            const int64_t b = p / pieces, t = p % pieces * 64, count = steps - t < 64 ? steps - t : 64;
-            uint64_t* piece = scratch + p * 64;
-            for (int64_t i = 0; i < 64; ++i) piece[i] = i < count ? words[b * stride + t + i] : 0;
-            transpose_bits(piece);
+        const int64_t stretches = (steps + 63) / 64;  // 64 steps at once: their bits transposed give a word per lane
+        for (int64_t p = 0; p < samples * stretches; ++p) {
+            const int64_t b = p / stretches, t = p % stretches * 64, count = steps - t < 64 ? steps - t : 64;
+            uint64_t* bits = scratch + p * 64;
+            for (int64_t i = 0; i < 64; ++i) bits[i] = i < count ? words[b * stride + t + i] : 0;
+            transpose_bits(bits);
         }
         uint16_t* out = rows + c * capacity;
         int32_t* starts = first + c * (kLanes + 1);
         int32_t size = 0;
         for (int lane = 0; lane < kLanes; ++lane) {
             starts[lane] = size;
-            for (int64_t p = 0; p < samples * pieces; ++p)
-                size += append_bits(out + size, scratch[p * 64 + lane], p / pieces * steps + p % pieces * 64);
+            for (int64_t p = 0; p < samples * stretches; ++p)
+                size += append_bits(out + size, scratch[p * 64 + lane], p / stretches * steps + p % stretches * 64);
         }
         starts[kLanes] = size;
     }
@@ -125,13 +125,13 @@ struct EventsByLane {
 inline void event_gradient(const EventsByLane& events, int64_t c, const float* grad_current, float* grad) {
     const uint16_t* rows = events.rows + c * events.capacity;
     const int32_t* first = events.first + c * (kLanes + 1);
-    constexpr int32_t kPiece = 64;  // events of a partial sum: rounding errors grow with its length
+    constexpr int32_t kPartial = 64;  // events of a partial sum: rounding errors grow with its length
     for (int lane = 0; lane < kLanes; ++lane) {
         if (first[lane] == first[lane + 1]) continue;
         Vec sum[kVecs] = {};
-        for (int32_t begin = first[lane], end = first[lane + 1]; begin < end; begin += kPiece) {
+        for (int32_t begin = first[lane], end = first[lane + 1]; begin < end; begin += kPartial) {
             Vec even[kVecs] = {}, odd[kVecs] = {};
-            const int32_t stop = end - begin < kPiece ? end : begin + kPiece;
+            const int32_t stop = end - begin < kPartial ? end : begin + kPartial;
             int32_t e = begin;
             for (; e + 1 < stop; e += 2) {
                 const float *g = grad_current + rows[e] * kLanes, *h = grad_current + rows[e + 1] * kLanes;

@@ -1,10 +1,11 @@
 // All kernels for one instruction set: compiled once for each, with -DG2G_ISA=<name> and that set's flags. Everything
 // lives in namespace g2g::<name>, so that no function compiled for one CPU can be linked in for another.
-#include "kernels.h"
-
+#include "interface.h"
+#include "layout.h"
 #include "linear.h"
-#include "neurons.h"
-#include "stack.h"
+#include "neuron_loop.h"
+#include "stack_backward.h"
+#include "stack_forward.h"
 
 namespace g2g::G2G_ISA {
 
@@ -19,8 +20,8 @@ constexpr bool kBf16 = false;
 
 extern const Kernels kernels;
 const Kernels kernels = {
-    G2G_TEXT(G2G_ISA), kBf16,           stack_forward,      stack_backward, linear_forward,
-    linear_backward,   lif_forward_alone, lif_backward_alone, unpack,
+    G2G_TEXT(G2G_ISA), kBf16,           kModels,         kModelCount,      stack_forward, stack_backward,
+    linear_forward,    linear_backward, neurons_forward, neurons_backward, unpack,
 };
 
 }  // namespace g2g::G2G_ISA

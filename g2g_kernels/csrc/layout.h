@@ -1,23 +1,11 @@
 // Copies between the user's layouts (neuron order, packed units) and the kernels' (lanes, tiles, spike words).
 #pragma once
 
-#include "kernels.h"
-#include "pool.h"
-#include "product.h"
+#include "parallel.h"
+#include "plan.h"
 #include "vec.h"
 
 namespace g2g::G2G_ISA {
-
-template <class F>
-void parallel(int threads, int64_t tasks, int64_t grain, const F& f) {
-    parallel_run(
-        threads, tasks, grain,
-        [](void* context, int64_t task, int worker) { (*static_cast<const F*>(context))(task, worker); },
-        const_cast<void*>(static_cast<const void*>(&f)));
-}
-
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // --- weights ----------------------------------------------------------------------------------------------------
 
@@ -33,8 +21,6 @@ inline void for_each_weight(const Plan& plan, int64_t tile, const F& f) {
         }
     }
 }
-
-inline void zero(void* p, size_t bytes) { __builtin_memset(p, 0, bytes); }
 
 // Wᵀ: [tile][source lane][output lane], for products that give row blocks.
 inline void forward_tiles(const Plan& plan, const float* values, int threads, float* tiles) {
@@ -171,17 +157,7 @@ inline void transpose(const float* from, int64_t rows, float* to) {
             for (int64_t r = r0; r < r0 + 16; ++r) to[c * kLanes + r] = r < rows ? from[r * kLanes + c] : 0.0f;
 }
 
-// --- neurons ----------------------------------------------------------------------------------------------------
-
-// A scalar or per-neuron parameter as one float a lane.
-inline void spread(const Axis& axis, const float* value, bool per_neuron, float padding, float* lanes) {
-    for (int64_t i = 0; i < static_cast<int64_t>(axis.blocks) * kLanes; ++i) {
-        const int32_t n = axis.neuron[i];
-        lanes[i] = n < 0 ? padding : value ? value[per_neuron ? n : 0] : 0.0f;
-    }
-}
-
-inline float clamp_decay(float beta) { return beta < 0.0f ? 0.0f : beta > 1.0f ? 1.0f : beta; }
+// --- spike words ------------------------------------------------------------------------------------------------
 
 inline bool same_order(const Axis& a, const Axis& b) {
     if (a.blocks != b.blocks) return false;
@@ -218,25 +194,6 @@ inline void unpack(const Plan& plan, const uint64_t* words, int32_t batch, int32
                 store_block(axis, block, panel, Rows{0, 1, batch, axis.size}, 1, spikes + (t * batch + b) * axis.size);
             }
     });
-}
-
-// --- gradients of parameters ------------------------------------------------------------------------------------
-
-// totals[lane] = Σ_b sums[b][lane], over the samples in order.
-inline void sum_over_samples(const float* sums, int64_t batch, int64_t lanes, int threads, double* totals) {
-    parallel(threads, (lanes + kLanes - 1) / kLanes, 1, [&](int64_t block, int) {
-        const int64_t first = block * kLanes, width = least(kLanes, lanes - first);
-        double total[kLanes] = {};
-        for (int64_t b = 0; b < batch; ++b)
-            for (int64_t i = 0; i < width; ++i) total[i] += sums[b * lanes + first + i];
-        for (int64_t i = 0; i < width; ++i) totals[first + i] = total[i];
-    });
-}
-
-// Zero where clamp(β, 0, 1) is flat.
-inline void mask_clamped(const float* beta, int64_t count, float* grad) {
-    for (int64_t i = 0; i < count; ++i)
-        if (!(beta[i] >= 0.0f && beta[i] <= 1.0f)) grad[i] = 0.0f;
 }
 
 }  // namespace g2g::G2G_ISA

@@ -1,8 +1,16 @@
-// One linear layer alone: y = x·Wᵀ + b on rows in neuron order, in pieces of 800 rows that stay in cache. Rows that turn
+// One linear layer alone: y = x·Wᵀ + b on rows in neuron order, in chunks of 800 rows that stay in cache. Rows that turn
 // out to be spikes (0 and 1 only, at a low rate) take the event-driven products.
 #pragma once
 
-#include "stack.h"
+#include <optional>
+
+#include "chunks.h"
+#include "events.h"
+#include "input_gradient.h"
+#include "interface.h"
+#include "layout.h"
+#include "panel.h"
+#include "product.h"
 
 namespace g2g::G2G_ISA {
 
@@ -20,13 +28,13 @@ inline void with_elements(void* x, int32_t half, int64_t begin, const F& call) {
 }
 
 struct LinearInput {
-    Panel<float> floats;
+    DualPanel panel;
     uint64_t* words;  // [column blocks][rows]
     int64_t* ones;    // [column blocks]
     bool events;      // of the chunk loaded last
 
-    LinearInput(const Plan& plan, int64_t rows, Arena& arena)
-        : floats{arena.take<float>(plan.cols.blocks * rows * kLanes), rows},
+    LinearInput(const Plan& plan, int64_t rows, bool bf16, Arena& arena)
+        : panel(plan.cols.blocks, rows, bf16, arena),
           words(arena.take<uint64_t>(plan.cols.blocks * rows)),
           ones(arena.take<int64_t>(plan.cols.blocks)) {}
 
@@ -36,7 +44,7 @@ struct LinearInput {
         with_elements(a.x, a.x_half, begin * axis.size, [&](const auto* x) {
             parallel(a.threads, axis.blocks, 1, [&](int64_t block, int) {
                 ones[block] = 0;
-                if (!pack_block(axis, block, x, at, rows, words + block * floats.rows, &ones[block])) ones[block] = -1;
+                if (!pack_block(axis, block, x, at, rows, words + block * panel.floats.rows, &ones[block])) ones[block] = -1;
             });
         });
         events = true;
@@ -49,8 +57,9 @@ struct LinearInput {
         if (events) return;
         with_elements(a.x, a.x_half, begin * axis.size, [&](const auto* x) {
             parallel(a.threads, axis.blocks, 1,
-                     [&](int64_t block, int) { load_block(axis, block, x, at, rows, floats.at(block, 0)); });
+                     [&](int64_t block, int) { load_block(axis, block, x, at, rows, panel.floats.at(block, 0)); });
         });
+        panel.convert(axis.blocks, rows, a.threads);
     }
 };
 
@@ -61,23 +70,18 @@ inline void linear_forward(Linear& a, Arena& arena) {
     float* bias = arena.take<float>(static_cast<size_t>(axis.blocks) * kLanes);
     float* tiles = arena.take<float>(static_cast<size_t>(plan.tiles) * kTile);
     uint16_t* pairs = a.bf16 ? arena.take<uint16_t>(static_cast<size_t>(plan.tiles) * kTile) : nullptr;
-    LinearInput input(plan, chunk, arena);
-    uint16_t* half_rows = a.bf16 ? arena.take<uint16_t>(plan.cols.blocks * chunk * kLanes) : nullptr;
-    const Panel<uint16_t> halves{half_rows, chunk};
+    LinearInput input(plan, chunk, a.bf16, arena);
     float* scratch = arena.take<float>(group * kLanes * a.threads);
     if (!arena.base) return;
 
-    spread(axis, a.bias, true, 0.0f, bias);
+    for (int64_t i = 0; i < axis.blocks * kLanes; ++i)
+        bias[i] = a.bias && axis.neuron[i] >= 0 ? a.bias[axis.neuron[i]] : 0.0f;
     forward_tiles(plan, a.values, a.threads, tiles);
     if (a.bf16) bf16_tiles(plan, a.values, true, a.threads, pairs);
-    const Weights weights{&plan.forward, plan.rows.strip, tiles, pairs, kForwardPiece};
+    const Weights weights{&plan.forward, plan.rows.strip, tiles, pairs, kForwardPartial};
     for (int64_t begin = 0; begin < a.rows; begin += chunk) {
-        const int64_t rows = least(chunk, a.rows - begin), groups = (rows + group - 1) / group;
+        const int64_t rows = least(chunk, a.rows - begin), groups = divide_up(rows, group);
         input.load(a, begin, rows);
-        if (a.bf16 && !input.events)
-            parallel(a.threads, plan.cols.blocks, 1, [&](int64_t block, int) {
-                convert_bf16(input.floats.at(block, 0), rows * kLanes, halves.at(block, 0));
-            });
         parallel(a.threads, axis.blocks * groups, 2, [&](int64_t task, int worker) {
             const int64_t r = task / groups, first = task % groups * group, count = least(group, rows - first);
             float* out = scratch + worker * group * kLanes;
@@ -89,8 +93,7 @@ inline void linear_forward(Linear& a, Arena& arena) {
                     for (int v = 0; v < kVecs; ++v) store(out + i * kLanes + v * W, y[v]);
                 }
             } else {
-                product(weights, r, {input.floats.data, chunk}, {halves.data, chunk}, first, count,
-                        {bias + r * kLanes, 0}, out);
+                product(weights, r, input.panel.floats, input.panel.halves, first, count, {bias + r * kLanes, 0}, out);
             }
             with_elements(a.y, a.y_half, (begin + first) * axis.size, [&](auto* y) {
                 store_block(axis, r, out, Rows{0, 1, a.rows, axis.size}, count, y);
@@ -103,29 +106,29 @@ inline void linear_backward(Linear& a, Arena& arena) {
     const Plan& plan = *a.plan;
     const int64_t chunk = least(kChunkRows, most(1, a.rows)), R = plan.rows.blocks;
     const int64_t lanes = R * kLanes;
-    const Panel<float> grad{arena.take<float>(lanes * chunk), chunk};
-    const Panel<uint16_t> halves{a.bf16 && a.grad_x ? arena.take<uint16_t>(lanes * chunk) : nullptr, chunk};
+    const DualPanel grad(R, chunk, a.bf16 && a.grad_x, arena);
     double* bias = arena.take<double>(lanes);
-    InputGradient down = a.grad_x ? InputGradient(plan, chunk, a.bf16, arena) : InputGradient(plan);
+    std::optional<InputGradient> down;
+    if (a.grad_x) down.emplace(plan, chunk, a.bf16, arena);
     float* grad_tiles = a.grad_values ? arena.take<float>(static_cast<size_t>(plan.tiles) * kTile) : nullptr;
-    LinearInput input(plan, chunk, arena);
+    LinearInput input(plan, chunk, false, arena);
     EventsByLane events(plan.cols.blocks, chunk, arena);
     uint64_t* bits = arena.take<uint64_t>(EventsByLane::scratch_words(1, chunk) * a.threads);
     float* scratch = arena.take<float>(kTile * a.threads);
     if (!arena.base) return;
 
     zero(bias, lanes * sizeof(double));
-    if (a.grad_x) down.load(a.values, a.threads);
+    if (down) down->load(a.values, a.threads);
     if (a.grad_values)
         parallel(a.threads, plan.tiles, 8, [&](int64_t tile, int) { zero(grad_tiles + tile * kTile, kTile * 4); });
     for (int64_t begin = 0; begin < a.rows; begin += chunk) {
         const int64_t rows = least(chunk, a.rows - begin);
         parallel(a.threads, R, 1, [&](int64_t r, int) {
-            float* panel = grad.at(r, 0);
+            float* panel = grad.floats.at(r, 0);
             with_elements(a.grad_y, a.y_half, begin * plan.rows.size, [&](const auto* grad_y) {
                 load_block(plan.rows, r, grad_y, Rows{0, 1, a.rows, plan.rows.size}, rows, panel);
             });
-            if (halves.data) convert_bf16(panel, rows * kLanes, halves.at(r, 0));
+            if (grad.halves.data) convert_bf16(panel, rows * kLanes, grad.halves.at(r, 0));
             for (int64_t i = 0; i < rows; ++i)
                 for (int64_t lane = 0; lane < kLanes; ++lane) bias[r * kLanes + lane] += panel[i * kLanes + lane];
         });
@@ -137,22 +140,21 @@ inline void linear_backward(Linear& a, Arena& arena) {
                                 bits + worker * EventsByLane::scratch_words(1, chunk));
                 });
             parallel(a.threads, plan.tiles, 2, [&](int64_t tile, int) {
-                const float* dy = grad.at(plan.tile_row[tile], 0);
+                const float* dy = grad.floats.at(plan.tile_row[tile], 0);
                 const int64_t col = plan.tile_col[tile];
                 if (input.events)
                     event_gradient(events, col, dy, grad_tiles + tile * kTile);
                 else
-                    outer(input.floats.at(col, 0), dy, rows, grad_tiles + tile * kTile);
+                    outer(input.panel.floats.at(col, 0), dy, rows, grad_tiles + tile * kTile);
             });
         }
-        if (!a.grad_x) continue;
-        const Panel<const float> dy{grad.data, chunk};
-        const int64_t pieces = (rows + kLanes - 1) / kLanes;
-        down.prepare(dy, rows, a.threads);
-        parallel(a.threads, plan.cols.blocks * pieces, 1, [&](int64_t task, int worker) {
-            const int64_t block = task / pieces, row = task % pieces * kLanes, height = least(kLanes, rows - row);
+        if (!down) continue;
+        const int64_t bands = divide_up(rows, kLanes);
+        down->prepare(grad, rows, a.threads);
+        parallel(a.threads, plan.cols.blocks * bands, 1, [&](int64_t task, int worker) {
+            const int64_t block = task / bands, row = task % bands * kLanes, height = least(kLanes, rows - row);
             float* out = scratch + worker * kTile;
-            down.run(block, dy, {halves.data, chunk}, row, height, out);
+            down->run(block, grad, row, height, out);
             with_elements(a.grad_x, a.x_half, (begin + row) * plan.cols.size, [&](auto* grad_x) {
                 store_block(plan.cols, block, out, Rows{0, 1, a.rows, plan.cols.size}, height, grad_x);
             });

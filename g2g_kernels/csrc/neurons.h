@@ -1,278 +1,147 @@
-// LIF neurons alone: currents [T][L] → spikes [T][L], where a lane is one neuron of one sample and L = samples · N.
+// Neuron models, resets and surrogates: all that depends on them. A model is a struct of
 //
-// Memory-bound, so what counts is how often memory is passed over and in what order. Forward reads the currents, writes
-// the spikes and keeps the membranes of every few steps. Backward computes the membranes of those few steps again from
-// the currents and the kept ones, reads ∂L/∂S and writes ∂L/∂I. Five passes over [T, L] in all, the two written ones past
-// the caches.
+//   info             its name, states and parameters. The last state is the membrane, the last parameter its threshold θ.
+//   charge           one step of time: moves the states on by the current I_t. The order of operations is snnTorch's, so
+//                    that float32 membranes are equal to the last bit. A reset follows the spike of the step before.
+//   charge_backward  the same step backwards. `through` is what reaches the membrane through its own spike,
+//                    σ'(U_t − θ)·∂L/∂S_t; `before` are the states before the step; g is, for each state, what reaches it
+//                    from later steps, and is moved on to the states `before`. Adds to the parameters' gradients and
+//                    returns ∂L/∂I_t.
 //
-// A task is a span of lanes over all T. It visits `every` steps of one piece of the span before it goes on to the next
-// piece: what runs on from step to step stays in registers meanwhile, and the rows of those steps, often a power of two
-// apart, are no more than the ways of one set of the L1 cache.
+// A spike is U_t > θ; it is compared, counted and differentiated outside. Everything works on one vector of lanes and is
+// inlined into loops that hold these arrays in registers. Padding lanes have θ = ∞: they never spike and every surrogate
+// is 0 there.
 #pragma once
 
-#include "layout.h"
-#include "lif.h"
+#include <cmath>
+
+#include "interface.h"
+#include "vec.h"
 
 namespace g2g::G2G_ISA {
 
-constexpr int64_t kSpan = 4096;   // at most; what a span adds up stays in L2
-constexpr int kTogether = 4;      // vectors of a piece
-constexpr int64_t kPiece = kTogether * W;
-constexpr int64_t kAhead = 512;   // lanes: a row is fetched into L2 this far ahead
+#define G2G_INLINE inline __attribute__((always_inline))
 
-// How the lanes of a call are divided into tasks.
-struct Spans {
-    int64_t lanes, span, count;
-    explicit Spans(const LIF& a) : lanes(a.samples * a.neurons) {
-        const int64_t share = lanes / (4 * a.threads);  // four tasks a thread, unless lanes are few
-        span = most(least(share, kSpan) / kPiece, int64_t{4}) * kPiece;
-        count = (lanes + span - 1) / span;
+// U_t = β·U_{t−1} + I_t − θ·R_t,  R_t = 1[U_{t−1} > θ]; reset "zero" discharges U_{t−1} before the step.
+//
+//   g_t = through_t + β·g_{t+1};  ∂I_t = g_t;  ∂β += g_t·U_{t−1};  ∂θ −= through_t + R_t·g_t
+//   "zero": 0 in place of g_t where R_t = 1, but for ∂I_t
+struct Lif {
+    static constexpr ModelInfo info = {"lif", 1, 2, {"membrane"}, {"beta", "threshold"}, {true, false}};
+
+    template <int R>
+    static G2G_INLINE void charge(Vec (&state)[1], Vec current, const Vec (&p)[2]) {
+        const Vec decay = p[0], theta = p[1];
+        Vec u = state[0];
+        const IntVec fired = u > theta;
+        if (R == kZero) u = fired ? Vec{} : u;
+        u = decay * u + current;
+        if (R == kSubtract) u = u - (fired ? theta : Vec{});
+        state[0] = u;
     }
-    int64_t padded() const { return count * span; }
+
+    template <int R>
+    static G2G_INLINE Vec charge_backward(Vec through, const Vec (&before)[1], const Vec (&p)[2], Vec (&g)[1],
+                                          Vec (&grad)[2]) {
+        const Vec decay = p[0], theta = p[1];
+        const IntVec fired = before[0] > theta;
+        const Vec now = through + g[0];
+        grad[1] -= through;
+        if (R == kSubtract) grad[1] -= fired ? now : Vec{};
+        const Vec reaching = R == kZero ? (fired ? Vec{} : now) : now;
+        grad[0] += reaching * before[0];
+        g[0] = decay * reaching;
+        return now;
+    }
 };
 
-// β and θ of lanes that follow each other.
-struct Parameters {
-    const float *decay, *theta;
-    Parameters operator+(int64_t i) const { return {decay + i, theta + i}; }
+// C_t = γ·C_{t−1} + I_t;  U_t = β·U_{t−1} + C_t − θ·R_t; reset "zero" discards β·U_{t−1} + C_t after the step.
+//
+//   g_t = through_t + β·g_{t+1};  ∂C_t = g_t + γ·∂C_{t+1};  ∂I_t = ∂C_t
+//   ∂γ += ∂C_t·C_{t−1};  ∂β += g_t·U_{t−1};  ∂θ −= through_t + R_t·g_t
+//   "zero": 0 in place of g_t where R_t = 1
+struct Synaptic {
+    static constexpr ModelInfo info = {
+        "synaptic", 2, 3, {"synaptic_current", "membrane"}, {"syn_decay", "beta", "threshold"}, {true, true, false}};
+
+    template <int R>
+    static G2G_INLINE void charge(Vec (&state)[2], Vec current, const Vec (&p)[3]) {
+        const Vec syn_decay = p[0], decay = p[1], theta = p[2];
+        const IntVec fired = state[1] > theta;
+        const Vec c = syn_decay * state[0] + current;
+        Vec u = decay * state[1] + c;
+        if (R == kSubtract) u = u - (fired ? theta : Vec{});
+        if (R == kZero) u = fired ? Vec{} : u;
+        state[0] = c;
+        state[1] = u;
+    }
+
+    template <int R>
+    static G2G_INLINE Vec charge_backward(Vec through, const Vec (&before)[2], const Vec (&p)[3], Vec (&g)[2],
+                                          Vec (&grad)[3]) {
+        const Vec syn_decay = p[0], decay = p[1], theta = p[2];
+        const IntVec fired = before[1] > theta;
+        const Vec now = through + g[1];
+        grad[2] -= through;
+        if (R == kSubtract) grad[2] -= fired ? now : Vec{};
+        const Vec reaching = R == kZero ? (fired ? Vec{} : now) : now;
+        const Vec to_current = reaching + g[0];
+        grad[0] += to_current * before[0];
+        grad[1] += reaching * before[1];
+        g[0] = syn_decay * to_current;
+        g[1] = decay * reaching;
+        return to_current;
+    }
 };
 
-// The parameters of the neurons, and once more of the first ones, for spans that begin with any neuron.
-struct NeuronParameters {
-    int64_t neurons;
-    float *decay, *theta;
-    NeuronParameters(const LIF& a, int64_t span, Arena& arena) : neurons(a.neurons) {
-        const int64_t count = neurons + span;
-        decay = arena.take<float>(count), theta = arena.take<float>(count);
-        if (!arena.base) return;
-        for (int64_t i = 0; i < count; ++i) {
-            decay[i] = clamp_decay(a.beta[a.beta_per_neuron ? i % neurons : 0]);
-            theta[i] = a.theta[a.theta_per_neuron ? i % neurons : 0];
+// In the order of enum Model.
+constexpr ModelInfo kModels[] = {Lif::info, Synaptic::info};
+constexpr int kModelCount = sizeof kModels / sizeof *kModels;
+
+// The surrogate's derivative at x = U − θ.
+struct Derivative {
+    float alpha, slope, half;  // slope = π/2·α, half = α/2
+    explicit Derivative(float a) : alpha(a), slope(static_cast<float>(M_PI / 2 * a)), half(a / 2) {}
+
+    template <int S>
+    Vec at(Vec x) const {
+        const Vec one = all(1.0f);
+        if (S == kAtan) {
+            const Vec z = all(slope) * x;
+            return all(half) / (one + z * z);
         }
-    }
-    Parameters of(int64_t lane) const { return {decay + lane % neurons, theta + lane % neurons}; }
-};
-
-inline void fetch(const float* p) {
-    for (int i = 0; i < W; i += 16) __builtin_prefetch(p + i, 0, 2);
-}
-
-// V vectors of neighbouring lanes or, if V is 0, as many lanes as are left for a last vector.
-template <int V>
-struct Lanes {
-    static constexpr int vectors = V ? V : 1;
-    int64_t count = V * W;
-
-    Vec load(const float* p, int v) const {
-        if (V) return G2G_ISA::load(p + v * W);
-        alignas(64) float lanes[W] = {};
-        for (int64_t i = 0; i < count; ++i) lanes[i] = p[i];
-        return G2G_ISA::load(lanes);
-    }
-    void stream(float* p, int v, Vec x) const {
-        if (V) return G2G_ISA::stream(p + v * W, x);
-        for (int64_t i = 0; i < count; ++i) p[i] = x[i];
-    }
-};
-
-// Calls f(first lane, lanes, worker) for every span.
-template <class F>
-void for_each_span(const LIF& a, const Spans& spans, const F& f) {
-    parallel(a.threads, spans.count, 1, [&](int64_t task, int worker) {
-        const int64_t first = task * spans.span;
-        f(first, least(spans.span, spans.lanes - first), worker);
-        stream_fence();  // streamed stores are visible before the task counts as done
-    });
-}
-
-// Calls f(i, Lanes<…>) over a span in pieces.
-template <class F>
-inline void for_each_piece(int64_t width, const F& f) {
-    int64_t i = 0;
-    for (; i + kPiece <= width; i += kPiece) f(i, Lanes<kTogether>{});
-    for (; i < width; i += W) f(i, Lanes<0>{least(W, width - i)});
-}
-
-// The steps that are visited together: how many, and how far apart their rows lie.
-struct Steps {
-    int64_t count, current_stride, stride;  // stride: of every row but those of a held current, which is one for all steps
-};
-
-template <int RESET, class L>
-void forward_piece(const L& lanes, const Steps& steps, const Parameters& p, const float* current, float* membrane,
-                   float* spikes, float* kept) {
-    constexpr int V = L::vectors;
-    Vec u[V], decay[V], theta[V];
-    unrolled<V>([&](auto k) {
-        constexpr int v = decltype(k)::value;
-        u[v] = load(membrane + v * W), decay[v] = load(p.decay + v * W), theta[v] = load(p.theta + v * W);
-    });
-    for (int64_t t = 0; t < steps.count; ++t, current += steps.current_stride, spikes += steps.stride)
-        unrolled<V>([&](auto k) {
-            constexpr int v = decltype(k)::value;
-            fetch(current + kAhead + v * W);
-            u[v] = charge<RESET>(u[v], lanes.load(current, v), decay[v], theta[v]);
-            lanes.stream(spikes, v, step(u[v], theta[v]));
-        });
-    unrolled<V>([&](auto k) {
-        constexpr int v = decltype(k)::value;
-        store(membrane + v * W, u[v]);
-        if (kept) lanes.stream(kept, v, u[v]);
-    });
-}
-
-inline void lif_forward_alone(LIF& a, Arena& arena) {
-    const Spans spans(a);
-    const NeuronParameters neurons(a, spans.span, arena);
-    float* scratch = arena.take<float>(spans.span * a.threads);
-    if (!arena.base) return;
-    const int64_t row = spans.lanes, current_row = a.held ? 0 : row;
-    with_reset(a.reset, [&](auto reset) {
-        for_each_span(a, spans, [&](int64_t place, int64_t width, int worker) {
-            const Parameters p = neurons.of(place);
-            float* membrane = scratch + worker * spans.span;
-            zero(membrane, spans.span * 4);
-            for (int64_t first = 0; first < a.steps; first += a.every) {
-                const Steps steps{least(a.every, a.steps - first), current_row, row};
-                const bool keep = a.kept && first + a.every < a.steps;
-                for_each_piece(width, [&](int64_t i, auto lanes) {
-                    forward_piece<decltype(reset)::value>(
-                        lanes, steps, p + i, a.current + first * current_row + place + i, membrane + i,
-                        a.spikes + first * row + place + i,
-                        keep ? a.kept + first / a.every * row + place + i : nullptr);
-                });
-            }
-        });
-    });
-}
-
-// What lanes add up: what reaches U_t from later steps, ∂L/∂I of a held current, ∂L/∂β and ∂L/∂θ.
-struct LaneSums {
-    float *running, *current, *beta, *theta;
-    LaneSums operator+(int64_t i) const { return {running + i, current + i, beta + i, theta + i}; }
-};
-
-// Where ∂L/∂I_t goes: nowhere, to a row of its own, to the sum over t.
-enum Target { kNowhere, kRows, kSum };
-
-// `membranes` has room for those before the first step and after each one, [steps + 1][kPiece].
-template <int RESET, int SURROGATE, int TARGET, class L>
-void backward_piece(const L& lanes, const Steps& steps, const Parameters& p, Derivative derivative,
-                    const float* kept, const float* current, float* membranes, const float* upstream, float* target,
-                    const LaneSums& sums) {
-    constexpr int V = L::vectors;
-    Vec u[V], g[V], to_beta[V], to_theta[V], to_current[V];
-    unrolled<V>([&](auto k) {
-        constexpr int v = decltype(k)::value;
-        u[v] = Vec{};
-        if (kept) {
-            fetch(kept + kAhead + v * W);
-            u[v] = lanes.load(kept, v);
+        const Vec z = all(alpha) * absolute(x);
+        if (S == kFastSigmoid) return one / ((one + z) * (one + z));
+        if (S == kSigmoid) {
+            const Vec e = exp_negative(-z);
+            return all(alpha) * e / ((one + e) * (one + e));
         }
-        store(membranes + v * W, u[v]);
-        g[v] = load(sums.running + v * W);
-        to_beta[v] = load(sums.beta + v * W);
-        to_theta[v] = load(sums.theta + v * W);
-        if (TARGET == kSum) to_current[v] = load(sums.current + v * W);
-    });
-    for (int64_t t = 1; t <= steps.count; ++t, current += steps.current_stride)
-        unrolled<V>([&](auto k) {
-            constexpr int v = decltype(k)::value;
-            fetch(current + kAhead + v * W);
-            u[v] = charge<RESET>(u[v], lanes.load(current, v), load(p.decay + v * W), load(p.theta + v * W));
-            store(membranes + t * kPiece + v * W, u[v]);
-        });
-    for (int64_t t = steps.count - 1; t >= 0; --t)
-        unrolled<V>([&](auto k) {
-            constexpr int v = decltype(k)::value;
-            const float* from = upstream + t * steps.stride;
-            fetch(from + kAhead + v * W);
-            const Vec theta = load(p.theta + v * W), before = load(membranes + t * kPiece + v * W);
-            const Vec through = lanes.load(from, v) * derivative.at<SURROGATE>(u[v] - theta);
-            const Vec now = charge_backward<RESET>(through, before, load(p.decay + v * W), theta, g[v], to_beta[v],
-                                                   to_theta[v]);
-            if (TARGET == kSum) to_current[v] += now;
-            if (TARGET == kRows) lanes.stream(target + t * steps.stride, v, now);
-            u[v] = before;
-        });
-    unrolled<V>([&](auto k) {
-        constexpr int v = decltype(k)::value;
-        store(sums.running + v * W, g[v]);
-        store(sums.beta + v * W, to_beta[v]);
-        store(sums.theta + v * W, to_theta[v]);
-        if (TARGET == kSum) store(sums.current + v * W, to_current[v]);
-    });
-}
-
-template <int RESET, int SURROGATE, int TARGET>
-void backward_span(const LIF& a, int64_t row, const Parameters& p, int64_t place, int64_t width, float* membranes,
-                   const LaneSums& sums) {
-    const Derivative derivative(a.alpha);
-    const int64_t current_row = a.held ? 0 : row;
-    for (int64_t first = (a.steps - 1) / a.every * a.every; first >= 0; first -= a.every) {
-        const Steps steps{least(a.every, a.steps - first), current_row, row};
-        for_each_piece(width, [&](int64_t i, auto lanes) {
-            const int64_t at = first * row + place + i;
-            backward_piece<RESET, SURROGATE, TARGET>(
-                lanes, steps, p + i, derivative, first ? a.kept + (first / a.every - 1) * row + place + i : nullptr,
-                a.current + first * current_row + place + i, membranes, a.grad_spikes + at,
-                TARGET == kRows ? a.grad_current + at : nullptr, sums + i);
-        });
+        if (S == kBoxcar) return z < one ? all(half) : Vec{};
+        const Vec height = one - z;
+        return height > Vec{} ? all(alpha) * height : Vec{};
     }
-    if (TARGET == kSum)
-        for_each_piece(width, [&](int64_t i, auto lanes) {
-            for (int v = 0; v < lanes.vectors; ++v)
-                lanes.stream(a.grad_current + place + i, v, load(sums.current + i + v * W));
-        });
-}
+};
 
-// Turns where ∂L/∂I_t goes into a template argument, as with_reset() does.
+// Turn run-time options into template arguments: call(Lif{}, …), call(Constant<…>{}).
 template <class F>
-inline void with_target(const LIF& a, const F& call) {
-    if (!a.grad_current) return call(Constant<kNowhere>{});
-    if (a.held) return call(Constant<kSum>{});
-    call(Constant<kRows>{});
+auto with_model(const Neurons& neurons, const F& call) {
+    return neurons.model == kSynaptic ? call(Synaptic{}) : call(Lif{});
 }
 
-// The gradient of a parameter from what each lane adds to it.
-inline void parameter_gradient(const LIF& a, const float* sums, bool per_neuron, double* totals, float* grad) {
-    sum_over_samples(sums, a.samples, a.neurons, a.threads, totals);
-    double total = 0;
-    for (int64_t n = 0; n < a.neurons; ++n) {
-        if (per_neuron) grad[n] = static_cast<float>(totals[n]);
-        total += totals[n];
-    }
-    if (!per_neuron) grad[0] = static_cast<float>(total);
+template <class F>
+auto with_reset(const Neurons& neurons, const F& call) {
+    if (neurons.reset == kSubtract) return call(Constant<kSubtract>{});
+    if (neurons.reset == kZero) return call(Constant<kZero>{});
+    return call(Constant<kNone>{});
 }
 
-inline void lif_backward_alone(LIF& a, Arena& arena) {
-    const Spans spans(a);
-    const NeuronParameters neurons(a, spans.span, arena);
-    float* beta_sums = arena.take<float>(spans.padded());
-    float* theta_sums = arena.take<float>(spans.padded());
-    double* totals = arena.take<double>(a.neurons);
-    const int64_t scratch_size = 2 * spans.span + (a.every + 1) * kPiece;
-    float* scratch = arena.take<float>(scratch_size * a.threads);
-    if (!arena.base) return;
-    with_target(a, [&](auto target) {
-        with_reset(a.reset, [&](auto reset) {
-            with_surrogate(a.surrogate, [&](auto surrogate) {
-                for_each_span(a, spans, [&](int64_t place, int64_t width, int worker) {
-                    float* mine = scratch + worker * scratch_size;
-                    const LaneSums sums{mine, mine + spans.span, beta_sums + place, theta_sums + place};
-                    for (float* lanes : {sums.running, sums.current, sums.beta, sums.theta})
-                        zero(lanes, spans.span * 4);
-                    backward_span<decltype(reset)::value, decltype(surrogate)::value, decltype(target)::value>(
-                        a, spans.lanes, neurons.of(place), place, width, mine + 2 * spans.span, sums);
-                });
-            });
-        });
-    });
-    if (a.grad_beta) {
-        parameter_gradient(a, beta_sums, a.beta_per_neuron, totals, a.grad_beta);
-        mask_clamped(a.beta, a.beta_per_neuron ? a.neurons : 1, a.grad_beta);
-    }
-    if (a.grad_theta) parameter_gradient(a, theta_sums, a.theta_per_neuron, totals, a.grad_theta);
+template <class F>
+auto with_surrogate(const Neurons& neurons, const F& call) {
+    if (neurons.surrogate == kAtan) return call(Constant<kAtan>{});
+    if (neurons.surrogate == kFastSigmoid) return call(Constant<kFastSigmoid>{});
+    if (neurons.surrogate == kSigmoid) return call(Constant<kSigmoid>{});
+    if (neurons.surrogate == kTriangle) return call(Constant<kTriangle>{});
+    return call(Constant<kBoxcar>{});
 }
 
 }  // namespace g2g::G2G_ISA

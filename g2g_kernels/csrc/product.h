@@ -9,7 +9,8 @@
 // multiply-add units bound it; weights stream from L2 at 256 B per 24 multiply-adds (11 B a cycle).
 #pragma once
 
-#include "kernels.h"
+#include "panel.h"
+#include "plan.h"
 #include "vec.h"
 
 namespace g2g::G2G_ISA {
@@ -32,16 +33,8 @@ constexpr int kHalf = kWidest == 64 ? 32 : 16;
 
 // Currents feed thresholds and add up over time, so their sums are cut after every tile (48 more loads and stores per
 // 1536 multiply-adds); gradients are summed in one go, as accurately as PyTorch's own products.
-constexpr int kForwardPiece = 1;
-constexpr int kBackwardPiece = 1 << 30;
-
-// The left side of a product: rows of a panel [blocks][panel rows][64], in float32 or bfloat16.
-template <class T>
-struct Panel {
-    T* data;
-    int64_t rows;
-    T* at(int64_t block, int64_t row) const { return data + (block * rows + row) * kLanes; }
-};
+constexpr int kForwardPartial = 1;
+constexpr int kBackwardPartial = 1 << 30;
 
 // Weights of one direction of a plan: float32 [tile][k][64], or bfloat16 pairs [tile][k / 2][64][2] (one of them null).
 struct Weights {
@@ -49,7 +42,7 @@ struct Weights {
     int strip;
     const float* tiles;
     const uint16_t* pairs;
-    int piece;  // segments of a partial sum, which stays in registers: rounding errors grow with its length
+    int partial;  // segments of a partial sum, which stays in registers: rounding errors grow with its length
 };
 
 // Left rows of the next segment lie elsewhere, where no hardware prefetcher looks.
@@ -137,9 +130,9 @@ void product_strip(const Segment* s, const Segment* end, Panel<const T> left, in
                    int lane, Start start, float* out) {
     constexpr int most = rows_at_once(L);
     if constexpr (R == most) {
-        const int64_t pieces = (rows + most - 1) / most;
-        for (int64_t p = 0; p < pieces; ++p) {
-            const int64_t begin = rows * p / pieces, stop = rows * (p + 1) / pieces;
+        const int64_t count = (rows + most - 1) / most;
+        for (int64_t i = 0; i < count; ++i) {
+            const int64_t begin = rows * i / count, stop = rows * (i + 1) / count;
             float* target = out + begin * kLanes;
             if (stop - begin == most)
                 product_rows<most, L>(s, end, left, row + begin, tiles, lane, start.from(begin, 0), target);
@@ -162,19 +155,19 @@ void product_block(const Weights& weights, const T* tiles, int64_t block, Panel<
         const int32_t* first = weights.segments->first.data() + block * strips + s;
         const Segment* end = weights.segments->list.data() + first[1];
         for (int lane = s * weights.strip; lane < (s + 1) * weights.strip; lane += width) {
-            const Segment* piece = weights.segments->list.data() + first[0];
+            const Segment* begin = weights.segments->list.data() + first[0];
             Start before = start.from(0, lane);
             do {
-                const Segment* stop = end - piece > weights.piece ? piece + weights.piece : end;
+                const Segment* stop = end - begin > weights.partial ? begin + weights.partial : end;
                 if (kWidest == 64 && width == 64)
-                    product_strip<kWidest>(piece, stop, left, row, rows, tiles, lane, before, out + lane);
+                    product_strip<kWidest>(begin, stop, left, row, rows, tiles, lane, before, out + lane);
                 else if (kWidest == 64 && width == 32)
-                    product_strip<kHalf>(piece, stop, left, row, rows, tiles, lane, before, out + lane);
+                    product_strip<kHalf>(begin, stop, left, row, rows, tiles, lane, before, out + lane);
                 else
-                    product_strip<16>(piece, stop, left, row, rows, tiles, lane, before, out + lane);
+                    product_strip<16>(begin, stop, left, row, rows, tiles, lane, before, out + lane);
                 before = {out + lane, kLanes};
-                piece = stop;
-            } while (piece < end);
+                begin = stop;
+            } while (begin < end);
         }
     }
 }
@@ -189,13 +182,13 @@ inline void product(const Weights& weights, int64_t block, Panel<const float> le
     product_block(weights, weights.tiles, block, left, row, rows, start, out);
 }
 
-// grad[j][i] += Σ_m x[m][j]·y[m][i] over `rows` rows of two panel blocks; grad is one tile [64][64]. Summed in pieces of
-// 128 rows: their 64 KB stay in L2, and rounding errors grow with the length of a piece, not of the whole sum.
+// grad[j][i] += Σ_m x[m][j]·y[m][i] over `rows` rows of two panel blocks; grad is one tile [64][64]. Partial
+// sums are of 128 rows: their 64 KB stay in L2, and rounding errors grow with their length, not that of the whole sum.
 inline void outer(const float* x, const float* y, int64_t rows, float* grad) {
     constexpr int R = kOuterRows, L = kWidest, N = L / W;
-    constexpr int64_t piece = 128;
-    for (int64_t begin = 0; begin < rows; begin += piece) {
-        const int64_t end = begin + piece < rows ? begin + piece : rows;
+    constexpr int64_t partial = 128;
+    for (int64_t begin = 0; begin < rows; begin += partial) {
+        const int64_t end = begin + partial < rows ? begin + partial : rows;
         for (int j = 0; j < kLanes; j += R) {
             for (int i = 0; i < kLanes; i += L) {
                 Vec sum[R][N] = {};

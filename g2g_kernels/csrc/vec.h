@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <utility>
 
+#include "plan.h"
+
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
@@ -22,6 +24,7 @@ constexpr int W = 8;
 #else
 constexpr int W = 4;
 #endif
+constexpr int kVecs = kLanes / W;  // vectors of a block
 
 typedef float Vec __attribute__((vector_size(4 * W)));
 typedef int32_t IntVec __attribute__((vector_size(4 * W)));
@@ -102,7 +105,7 @@ inline uint64_t greater_bits(Vec a, Vec b) {
 }
 
 // 1 where a > b, else 0.
-inline Vec step(Vec a, Vec b) { return a > b ? all(1.0f) : Vec{}; }
+inline Vec heaviside(Vec a, Vec b) { return a > b ? all(1.0f) : Vec{}; }
 
 inline Vec absolute(Vec x) { return x < Vec{} ? -x : x; }
 

@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from g2g_kernels.cpu.library import (
-    RESETS,
-    SURROGATES,
     LayerArguments,
     StackArguments,
     bf16_wanted,
     event_limit,
     library,
+    neuron_arguments,
     pointer,
     run,
 )
@@ -184,11 +183,8 @@ class _Call:
             batch=sizes.batch,
             steps=sizes.steps,
             threads=torch.get_num_threads(),
-            reset=RESETS[reset],
-            surrogate=SURROGATES[surrogate],
             bf16=bf16 and library().g2g_has_bf16(),
             held=sizes.held,
-            alpha=alpha,
             x=x.data_ptr(),
         )
         keep = state.numel() == sizes.state(True)
@@ -213,10 +209,9 @@ class _Call:
                     raise ValueError("the compiled kernels need contiguous float32 tensors on the CPU")
             layer.plan = self.plans[i].address
             layer.values, layer.bias = pointer(values[i]), pointer(biases[i])
-            layer.beta, layer.theta = betas[i].data_ptr(), thresholds[i].data_ptr()
-            layer.beta_per_neuron, layer.theta_per_neuron = betas[i].numel() > 1, thresholds[i].numel() > 1
+            layer.neurons = neuron_arguments("lif", reset, surrogate, alpha, (betas[i], thresholds[i]))
             layer.spikes, layer.inputs = spikes_at, inputs_at
-            layer.state = kept_at if keep else None
+            layer.kept = kept_at if keep else None
             if i and _aligned(self.plans[i - 1], self.plans[i]):
                 layer.inputs = self.layers[i - 1].spikes
             spikes_at += sizes.spikes[i] * 8
@@ -319,7 +314,8 @@ def _backward(
     for i, layer in enumerate(call.layers):
         layer.input_rate = input_rates[i]
         layer.grad_rates = place + sum(sizes.neurons[:i]) * 4 if place else None
-        layer.grad_values, layer.grad_bias, layer.grad_beta, layer.grad_theta = (
+        parameters = layer.neurons.parameters
+        layer.grad_values, layer.grad_bias, parameters[0].grad, parameters[1].grad = (
             pointer(grad) for grad in grads[i::number]
         )
     stack.grad_counts = pointer(grad_counts)

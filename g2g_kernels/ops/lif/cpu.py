@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from g2g_kernels.cpu.library import RESETS, SURROGATES, LIFArguments, library, pointer, run
+from g2g_kernels.cpu.library import NeuronLoopArguments, library, neuron_arguments, pointer, run
 from g2g_kernels.cpu.workspace import workspace
 
 #: steps from one kept membrane to the next (docs/cpu-performance.md, 16)
@@ -64,7 +64,7 @@ def _arguments(
     reset: str,
     surrogate: str,
     alpha: float,
-) -> LIFArguments:
+) -> NeuronLoopArguments:
     neurons = current.shape[-1]
     for name, tensor, allowed in (
         ("current", current, (current.numel(),)),
@@ -75,21 +75,15 @@ def _arguments(
             raise ValueError(f"{name} must be a contiguous float32 tensor on the CPU")
         if tensor.numel() not in allowed:
             raise ValueError(f"{name} has {tensor.numel()} entries, expected one of {allowed}")
-    return LIFArguments(
+    return NeuronLoopArguments(
+        neurons=neuron_arguments("lif", reset, surrogate, alpha, (beta, threshold)),
         current=current.data_ptr(),
-        beta=beta.data_ptr(),
-        theta=threshold.data_ptr(),
-        beta_per_neuron=beta.numel() > 1,
-        theta_per_neuron=threshold.numel() > 1,
         samples=math.prod(current.shape[:-1] if steps else current.shape[1:-1]),
-        neurons=neurons,
+        size=neurons,
         steps=steps or current.shape[0],
         threads=torch.get_num_threads(),
-        reset=RESETS[reset],
-        surrogate=SURROGATES[surrogate],
         held=steps > 0,
         every=EVERY,
-        alpha=alpha,
     )
 
 
@@ -116,7 +110,7 @@ def _forward(
     spikes = workspace.empty(_shape(current, steps))
     kept = workspace.empty(_kept_shape(current, steps, keep))
     arguments.spikes, arguments.kept = spikes.data_ptr(), pointer(kept)
-    run(library().g2g_lif_forward, arguments)
+    run(library().g2g_neurons_forward, arguments)
     return spikes, kept
 
 
@@ -156,8 +150,9 @@ def _backward(
     to_beta, to_threshold = torch.empty_like(beta), torch.empty_like(threshold)
     arguments.grad_spikes, arguments.kept = grad_spikes.data_ptr(), pointer(kept)
     arguments.grad_current = pointer(to_current)
-    arguments.grad_beta, arguments.grad_theta = to_beta.data_ptr(), to_threshold.data_ptr()
-    run(library().g2g_lif_backward, arguments)
+    for parameter, grad in zip(arguments.neurons.parameters, (to_beta, to_threshold), strict=False):
+        parameter.grad = grad.data_ptr()
+    run(library().g2g_neurons_backward, arguments)
     return to_current, to_beta, to_threshold
 
 

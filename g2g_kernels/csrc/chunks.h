@@ -1,0 +1,19 @@
+// How the rows of a call are divided: into chunks that stay in cache, and a chunk into tasks.
+#pragma once
+
+#include "parallel.h"
+
+namespace g2g::G2G_ISA {
+
+constexpr int64_t kChunkRows = 800;  // (sample, t) rows of a chunk: 2048 neurons × 800 rows × 4 B = 6.5 MB, L3-sized
+constexpr int64_t kGroupRows = 24;   // samples are grouped to at least so many rows: four full register tiles
+
+// Chunks of a batch of samples and groups of samples in them depend on T alone, never on the threads.
+struct Chunks {
+    int64_t batch, steps, samples, group;
+    Chunks(int64_t b, int64_t t)
+        : batch(b), steps(t), samples(least(b, most(1, kChunkRows / t))), group(divide_up(kGroupRows, t)) {}
+    int64_t rows() const { return samples * steps; }
+};
+
+}  // namespace g2g::G2G_ISA

@@ -1,0 +1,283 @@
+// Neurons alone: currents [T][L] → spikes [T][L], where a lane is one neuron of one sample and L = samples · N.
+//
+// Memory-bound, so what counts is how often memory is passed over and in what order. Forward reads the currents, writes
+// the spikes and keeps the states of every few steps. Backward computes the states of those few steps again from the
+// currents and the kept ones, reads ∂L/∂S and writes ∂L/∂I. Five passes over [T, L] in all, the two written ones past the
+// caches.
+//
+// A task is a span of lanes over all T. It visits `every` steps of one bundle of the span's vectors before it goes on to
+// the next: what runs on from step to step stays in registers meanwhile, and the rows of those steps, often a power of
+// two apart, are no more than the ways of one set of the L1 cache.
+#pragma once
+
+#include "interface.h"
+#include "neurons.h"
+#include "parallel.h"
+#include "parameters.h"
+#include "vec.h"
+
+namespace g2g::G2G_ISA {
+
+constexpr int64_t kSpan = 4096;   // lanes at most; what a span adds up stays in L2
+constexpr int kBundleVecs = 4;
+constexpr int64_t kBundle = kBundleVecs * W;
+constexpr int64_t kAhead = 512;   // lanes: a row is fetched into L2 this far ahead
+
+// How the lanes of a call are divided into tasks.
+struct Spans {
+    int64_t lanes, span, count;
+    explicit Spans(const NeuronLoop& a) : lanes(a.samples * a.size) {
+        const int64_t share = lanes / (4 * a.threads);  // four tasks a thread, unless lanes are few
+        span = most(least(share, kSpan) / kBundle, int64_t{4}) * kBundle;
+        count = divide_up(lanes, span);
+    }
+    int64_t padded() const { return count * span; }
+};
+
+// Calls f(first lane, lanes, worker) for every span.
+template <class F>
+void for_each_span(const NeuronLoop& a, const Spans& spans, const F& f) {
+    parallel(a.threads, spans.count, 1, [&](int64_t task, int worker) {
+        const int64_t first = task * spans.span;
+        f(first, least(spans.span, spans.lanes - first), worker);
+        stream_fence();  // streamed stores are visible before the task counts as done
+    });
+}
+
+// One row per parameter, of lanes that follow each other.
+struct ParameterRows {
+    const float* data;
+    int64_t stride;
+    const float* row(int k) const { return data + k * stride; }
+    ParameterRows operator+(int64_t i) const { return {data + i, stride}; }
+};
+
+// The parameters of the neurons, and once more of the first ones, for spans that begin with any neuron.
+struct LoopParameters {
+    int64_t size, stride;
+    float* data;
+    LoopParameters(const NeuronLoop& a, int64_t span, Arena& arena) : size(a.size), stride(a.size + span) {
+        const ModelInfo& model = kModels[a.neurons.model];
+        data = arena.take<float>(model.parameters * stride);
+        if (!arena.base) return;
+        for (int k = 0; k < model.parameters; ++k)
+            spread(a.neurons.parameters[k], model.decays[k], 0.0f, stride, [&](int64_t i) { return i % size; },
+                   data + k * stride);
+    }
+    ParameterRows of(int64_t lane) const { return {data + lane % size, stride}; }
+};
+
+inline void fetch(const float* p) {
+    for (int i = 0; i < W; i += 16) __builtin_prefetch(p + i, 0, 2);
+}
+
+// V vectors of neighbouring lanes or, if V is 0, as many lanes as are left for a last vector.
+template <int V>
+struct Lanes {
+    static constexpr int vectors = V ? V : 1;
+    int64_t count = V * W;
+
+    Vec load(const float* p, int v) const {
+        if (V) return G2G_ISA::load(p + v * W);
+        alignas(64) float lanes[W] = {};
+        for (int64_t i = 0; i < count; ++i) lanes[i] = p[i];
+        return G2G_ISA::load(lanes);
+    }
+    void stream(float* p, int v, Vec x) const {
+        if (V) return G2G_ISA::stream(p + v * W, x);
+        for (int64_t i = 0; i < count; ++i) p[i] = x[i];
+    }
+};
+
+// Calls f(i, Lanes<…>) for every bundle of a span, and for every vector of what is left.
+template <class F>
+inline void for_each_bundle(int64_t width, const F& f) {
+    int64_t i = 0;
+    for (; i + kBundle <= width; i += kBundle) f(i, Lanes<kBundleVecs>{});
+    for (; i < width; i += W) f(i, Lanes<0>{least(W, width - i)});
+}
+
+// The steps that are visited together: how many, and how far apart their rows lie.
+struct Steps {
+    int64_t count, current_stride, stride;  // stride: of every row but those of a held current, which is one for all steps
+};
+
+// `states` [states][span] go in and out; `kept`, whose rows are steps.stride apart, receives them too, if not null.
+template <class M, int R, class L>
+void forward_bundle(const L& lanes, const Steps& steps, const ParameterRows& parameters, const float* current,
+                    float* states, int64_t span, float* spikes, float* kept) {
+    constexpr int V = L::vectors, S = M::info.states, P = M::info.parameters;
+    Vec state[V][S], p[V][P];
+    unrolled<V>([&](auto i) {
+        constexpr int v = decltype(i)::value;
+        for (int s = 0; s < S; ++s) state[v][s] = load(states + s * span + v * W);
+        for (int k = 0; k < P; ++k) p[v][k] = load(parameters.row(k) + v * W);
+    });
+    for (int64_t t = 0; t < steps.count; ++t, current += steps.current_stride, spikes += steps.stride)
+        unrolled<V>([&](auto i) {
+            constexpr int v = decltype(i)::value;
+            fetch(current + kAhead + v * W);
+            M::template charge<R>(state[v], lanes.load(current, v), p[v]);
+            lanes.stream(spikes, v, heaviside(state[v][S - 1], p[v][P - 1]));
+        });
+    unrolled<V>([&](auto i) {
+        constexpr int v = decltype(i)::value;
+        for (int s = 0; s < S; ++s) {
+            store(states + s * span + v * W, state[v][s]);
+            if (kept) lanes.stream(kept + s * steps.stride, v, state[v][s]);
+        }
+    });
+}
+
+inline void neurons_forward(NeuronLoop& a, Arena& arena) {
+    const Spans spans(a);
+    const LoopParameters parameters(a, spans.span, arena);
+    const int states = kModels[a.neurons.model].states;
+    const int64_t scratch_size = states * spans.span;
+    float* scratch = arena.take<float>(scratch_size * a.threads);
+    if (!arena.base) return;
+    const int64_t row = spans.lanes, current_row = a.held ? 0 : row;
+    with_model(a.neurons, [&](auto model) {
+        with_reset(a.neurons, [&](auto reset) {
+            for_each_span(a, spans, [&](int64_t place, int64_t width, int worker) {
+                const ParameterRows p = parameters.of(place);
+                float* mine = scratch + worker * scratch_size;
+                zero(mine, scratch_size * 4);
+                for (int64_t first = 0; first < a.steps; first += a.every) {
+                    const Steps steps{least(a.every, a.steps - first), current_row, row};
+                    const bool keep = a.kept && first + a.every < a.steps;
+                    float* kept = keep ? a.kept + first / a.every * states * row + place : nullptr;
+                    for_each_bundle(width, [&](int64_t i, auto lanes) {
+                        forward_bundle<decltype(model), decltype(reset)::value>(
+                            lanes, steps, p + i, a.current + first * current_row + place + i, mine + i, spans.span,
+                            a.spikes + first * row + place + i, keep ? kept + i : nullptr);
+                    });
+                }
+            });
+        });
+    });
+}
+
+// What lanes add up: for each state what reaches it from later steps, Σ ∂L/∂I and the gradients of the parameters.
+struct LaneSums {
+    float* running;  // [states][span]
+    int64_t span;
+    float* current;
+    float* parameters[kMostParameters];
+    LaneSums operator+(int64_t i) const {
+        LaneSums result{running + i, span, current + i, {}};
+        for (int k = 0; k < kMostParameters; ++k) result.parameters[k] = parameters[k] ? parameters[k] + i : nullptr;
+        return result;
+    }
+};
+
+// `states` has room for those before the first step and after each one, [steps + 1][states][kBundle]. ∂L/∂I_t goes to a
+// row of `target` each if that is not null, and its sum to sums.current.
+template <class M, int R, int SURROGATE, class L>
+void backward_bundle(const L& lanes, const Steps& steps, const ParameterRows& parameters, Derivative derivative,
+                     const float* kept, const float* current, float* states, const float* upstream, float* target,
+                     const LaneSums& sums) {
+    constexpr int V = L::vectors, S = M::info.states, P = M::info.parameters;
+    Vec state[V][S], g[V][S], grad[V][P], to_current[V];
+    unrolled<V>([&](auto i) {
+        constexpr int v = decltype(i)::value;
+        for (int s = 0; s < S; ++s) {
+            state[v][s] = Vec{};
+            if (kept) {
+                fetch(kept + s * steps.stride + kAhead + v * W);
+                state[v][s] = lanes.load(kept + s * steps.stride, v);
+            }
+            store(states + s * kBundle + v * W, state[v][s]);
+            g[v][s] = load(sums.running + s * sums.span + v * W);
+        }
+        for (int k = 0; k < P; ++k) grad[v][k] = load(sums.parameters[k] + v * W);
+        to_current[v] = load(sums.current + v * W);
+    });
+    for (int64_t t = 1; t <= steps.count; ++t, current += steps.current_stride)
+        unrolled<V>([&](auto i) {
+            constexpr int v = decltype(i)::value;
+            fetch(current + kAhead + v * W);
+            Vec p[P];
+            for (int k = 0; k < P; ++k) p[k] = load(parameters.row(k) + v * W);
+            M::template charge<R>(state[v], lanes.load(current, v), p);
+            for (int s = 0; s < S; ++s) store(states + (t * S + s) * kBundle + v * W, state[v][s]);
+        });
+    for (int64_t t = steps.count - 1; t >= 0; --t)
+        unrolled<V>([&](auto i) {
+            constexpr int v = decltype(i)::value;
+            const float* from = upstream + t * steps.stride;
+            fetch(from + kAhead + v * W);
+            Vec p[P];
+            for (int k = 0; k < P; ++k) p[k] = load(parameters.row(k) + v * W);
+            const Vec through = lanes.load(from, v) * derivative.at<SURROGATE>(state[v][S - 1] - p[P - 1]);
+            for (int s = 0; s < S; ++s) state[v][s] = load(states + (t * S + s) * kBundle + v * W);
+            const Vec now = M::template charge_backward<R>(through, state[v], p, g[v], grad[v]);
+            to_current[v] += now;
+            if (target) lanes.stream(target + t * steps.stride, v, now);
+        });
+    unrolled<V>([&](auto i) {
+        constexpr int v = decltype(i)::value;
+        for (int s = 0; s < S; ++s) store(sums.running + s * sums.span + v * W, g[v][s]);
+        for (int k = 0; k < P; ++k) store(sums.parameters[k] + v * W, grad[v][k]);
+        store(sums.current + v * W, to_current[v]);
+    });
+}
+
+template <class M, int R, int SURROGATE>
+void backward_span(const NeuronLoop& a, int64_t row, const ParameterRows& parameters, int64_t place, int64_t width,
+                   float* states, const LaneSums& sums) {
+    constexpr int S = M::info.states;
+    const Derivative derivative(a.neurons.alpha);
+    const int64_t current_row = a.held ? 0 : row;
+    float* rows = a.held ? nullptr : a.grad_current;
+    for (int64_t first = (a.steps - 1) / a.every * a.every; first >= 0; first -= a.every) {
+        const Steps steps{least(a.every, a.steps - first), current_row, row};
+        for_each_bundle(width, [&](int64_t i, auto lanes) {
+            const int64_t at = first * row + place + i;
+            backward_bundle<M, R, SURROGATE>(
+                lanes, steps, parameters + i, derivative,
+                first ? a.kept + (first / a.every - 1) * S * row + place + i : nullptr,
+                a.current + first * current_row + place + i, states, a.grad_spikes + at, rows ? rows + at : nullptr,
+                sums + i);
+        });
+    }
+    if (a.held && a.grad_current)
+        for_each_bundle(width, [&](int64_t i, auto lanes) {
+            for (int v = 0; v < lanes.vectors; ++v)
+                lanes.stream(a.grad_current + place + i, v, load(sums.current + i + v * W));
+        });
+}
+
+inline void neurons_backward(NeuronLoop& a, Arena& arena) {
+    const Spans spans(a);
+    const ModelInfo& model = kModels[a.neurons.model];
+    const LoopParameters parameters(a, spans.span, arena);
+    float* parameter_sums[kMostParameters] = {};
+    for (int k = 0; k < model.parameters; ++k) parameter_sums[k] = arena.take<float>(spans.padded());
+    double* totals = arena.take<double>(a.size);
+    const int64_t running_size = (model.states + 1) * spans.span;  // and Σ ∂L/∂I
+    const int64_t scratch_size = running_size + (a.every + 1) * model.states * kBundle;
+    float* scratch = arena.take<float>(scratch_size * a.threads);
+    if (!arena.base) return;
+
+    for (int k = 0; k < model.parameters; ++k) zero(parameter_sums[k], spans.padded() * 4);
+    with_model(a.neurons, [&](auto m) {
+        with_reset(a.neurons, [&](auto reset) {
+            with_surrogate(a.neurons, [&](auto surrogate) {
+                for_each_span(a, spans, [&](int64_t place, int64_t width, int worker) {
+                    float* mine = scratch + worker * scratch_size;
+                    zero(mine, running_size * 4);
+                    LaneSums sums{mine, spans.span, mine + model.states * spans.span, {}};
+                    for (int k = 0; k < model.parameters; ++k) sums.parameters[k] = parameter_sums[k] + place;
+                    backward_span<decltype(m), decltype(reset)::value, decltype(surrogate)::value>(
+                        a, spans.lanes, parameters.of(place), place, width, mine + running_size, sums);
+                });
+            });
+        });
+    });
+    for (int k = 0; k < model.parameters; ++k)
+        parameter_gradient(a.neurons.parameters[k], model.decays[k], parameter_sums[k], a.samples, a.size,
+                           [](int64_t i) { return i; }, a.size, a.threads, totals);
+}
+
+}  // namespace g2g::G2G_ISA

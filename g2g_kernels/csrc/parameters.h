@@ -1,0 +1,52 @@
+// Parameters of neurons, one float per lane, and their gradients, summed over samples.
+#pragma once
+
+#include "interface.h"
+#include "parallel.h"
+#include "vec.h"
+
+namespace g2g::G2G_ISA {
+
+inline float clamp_decay(float x) { return x < 0.0f ? 0.0f : x > 1.0f ? 1.0f : x; }
+
+// lanes[i] = what neuron(i), the neuron of lane i, has; `padding` where that is negative. Decays are clamped.
+template <class Neuron>
+void spread(const Parameter& parameter, bool decay, float padding, int64_t count, const Neuron& neuron, float* lanes) {
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t n = neuron(i);
+        const float value = n < 0 ? padding : parameter.value[parameter.per_neuron ? n : 0];
+        lanes[i] = decay ? clamp_decay(value) : value;
+    }
+}
+
+// totals[lane] = Σ_b sums[b][lane], over the samples in order.
+inline void sum_over_samples(const float* sums, int64_t samples, int64_t lanes, int threads, double* totals) {
+    parallel(threads, divide_up(lanes, kLanes), 1, [&](int64_t block, int) {
+        const int64_t first = block * kLanes, width = least(kLanes, lanes - first);
+        double total[kLanes] = {};
+        for (int64_t b = 0; b < samples; ++b)
+            for (int64_t i = 0; i < width; ++i) total[i] += sums[b * lanes + first + i];
+        for (int64_t i = 0; i < width; ++i) totals[first + i] = total[i];
+    });
+}
+
+// The gradient of a parameter of `size` neurons from what each lane of each sample adds to it, sums[samples][lanes].
+// It is zero where clamp(decay, 0, 1) is flat.
+template <class Neuron>
+void parameter_gradient(const Parameter& parameter, bool decay, const float* sums, int64_t samples, int64_t lanes,
+                        const Neuron& neuron, int64_t size, int threads, double* totals) {
+    if (!parameter.grad) return;
+    sum_over_samples(sums, samples, lanes, threads, totals);
+    double total = 0;
+    for (int64_t i = 0; i < lanes; ++i) {
+        const int64_t n = neuron(i);
+        if (n < 0) continue;
+        if (parameter.per_neuron) parameter.grad[n] = static_cast<float>(totals[i]);
+        total += totals[i];
+    }
+    if (!parameter.per_neuron) parameter.grad[0] = static_cast<float>(total);
+    for (int64_t n = 0; decay && n < (parameter.per_neuron ? size : 1); ++n)
+        if (!(parameter.value[n] >= 0.0f && parameter.value[n] <= 1.0f)) parameter.grad[n] = 0.0f;
+}
+
+}  // namespace g2g::G2G_ISA

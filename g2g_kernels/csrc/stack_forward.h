@@ -1,0 +1,185 @@
+// The forward pass of a stack: each layer over all T at once. A task makes the currents of one block of some samples and
+// runs their neurons over time before it goes on.
+#pragma once
+
+#include "chunks.h"
+#include "events.h"
+#include "product.h"
+#include "stack.h"
+
+namespace g2g::G2G_ISA {
+
+// The weights of a layer's forward product in the form that its input asks for.
+struct ForwardWeights {
+    float* tiles = nullptr;
+    uint16_t* pairs = nullptr;
+    ForwardWeights(const Plan& plan, bool bf16, Arena& arena) {
+        tiles = arena.take<float>(static_cast<size_t>(plan.tiles) * kTile);
+        if (bf16) pairs = arena.take<uint16_t>(static_cast<size_t>(plan.tiles) * kTile);
+    }
+    Weights product(const Plan& plan) const { return {&plan.forward, plan.rows.strip, tiles, pairs, kForwardPartial}; }
+};
+
+// x [T, B, in] as spike words of layer 0, if it holds nothing but 0 and 1; adds the number of ones.
+inline bool pack_input(const Stack& s, int64_t* ones, int64_t* counts) {
+    const Axis& axis = s.layers[0].plan->cols;
+    bool spikes = true;
+    for (int64_t begin = 0; spikes && begin < s.batch; begin += 16) {
+        const int64_t samples = least(16, s.batch - begin);
+        zero(counts, axis.blocks * samples * 8);
+        parallel(s.threads, axis.blocks * samples, 4, [&](int64_t task, int) {
+            const int64_t b = begin + task / axis.blocks, block = task % axis.blocks;
+            uint64_t* words = s.layers[0].inputs + (b * axis.blocks + block) * s.steps;
+            if (!pack_block(axis, block, s.x, Rows{b, s.steps, s.batch, axis.size}, s.steps, words, &counts[task]))
+                counts[task] = -1;
+        });
+        for (int64_t task = 0; task < axis.blocks * samples; ++task) {
+            spikes = spikes && counts[task] >= 0;
+            *ones += counts[task];
+        }
+    }
+    return spikes;
+}
+
+// One layer on its way forward.
+struct ForwardLayer {
+    const Stack& stack;
+    const Layer& layer;
+    Input kind;
+    const LayerParameters& parameters;
+    const ForwardWeights& weights;
+    const DualPanel& panel;
+    float* counts;   // spikes over all steps, [B][row blocks][64]
+    float* scratch;  // currents, `scratch_size` floats a worker
+    int64_t scratch_size;
+
+    const Plan& plan() const { return *layer.plan; }
+
+    BlockActivity activity(int64_t b, int64_t r) const {
+        const int64_t block = b * plan().rows.blocks + r;
+        return {layer.spikes + block * stack.steps,
+                kind == Input::kHeld ? nullptr : kept_states(stack, layer, b, r), counts + block * kLanes};
+    }
+
+    void run() const {
+        if (kind == Input::kEvents) return run_events();
+        if (kind == Input::kHeld) return run_held();
+        run_dense();
+    }
+
+    void run_events() const {
+        const auto sweep = forward_sweep<EventCurrent>(layer.neurons);
+        const int64_t C = plan().cols.blocks, T = stack.steps;
+        parallel(stack.threads, plan().rows.blocks * stack.batch, least(32, stack.batch), [&](int64_t task, int) {
+            const int64_t r = task / stack.batch, b = task % stack.batch;
+            const uint64_t* words = layer.inputs + b * C * T;
+            sweep({&plan(), r, words, T, weights.tiles, parameters.bias + r * kLanes}, T, parameters.block(r),
+                  activity(b, r));
+        });
+    }
+
+    // One product a sample, whatever T.
+    void run_held() const {
+        const auto sweep = forward_sweep<StoredCurrent>(layer.neurons);
+        const Weights product_weights = weights.product(plan());
+        fill_panel(stack, layer, kind, 0, stack.batch, panel.floats);
+        panel.convert(plan().cols.blocks, stack.batch, stack.threads);
+        constexpr int64_t group = 2 * kGroupRows;
+        const int64_t groups = divide_up(stack.batch, group);
+        parallel(stack.threads, plan().rows.blocks * groups, 1, [&](int64_t task, int worker) {
+            const int64_t r = task / groups, first = task % groups * group;
+            const int64_t samples = least(group, stack.batch - first);
+            float* currents = layer.kept ? kept_currents(stack, layer, first, r) : scratch + worker * scratch_size;
+            product(product_weights, r, panel.floats, panel.halves, first, samples, {parameters.bias + r * kLanes, 0},
+                    currents);
+            for (int64_t i = 0; i < samples; ++i)
+                sweep({currents + i * kLanes, 0}, stack.steps, parameters.block(r), activity(first + i, r));
+        });
+    }
+
+    void run_dense() const {
+        const auto sweep = forward_sweep<StoredCurrent>(layer.neurons);
+        const Weights product_weights = weights.product(plan());
+        const int64_t T = stack.steps;
+        const Chunks chunks(stack.batch, T);
+        for (int64_t begin = 0; begin < stack.batch; begin += chunks.samples) {
+            const int64_t samples = least(chunks.samples, stack.batch - begin);
+            const int64_t groups = divide_up(samples, chunks.group);
+            fill_panel(stack, layer, kind, begin, samples, panel.floats);
+            panel.convert(plan().cols.blocks, samples * T, stack.threads);
+            parallel(stack.threads, plan().rows.blocks * groups, 4, [&](int64_t task, int worker) {
+                const int64_t r = task / groups, first = task % groups * chunks.group;
+                const int64_t count = least(chunks.group, samples - first);
+                float* currents = scratch + worker * scratch_size;
+                product(product_weights, r, panel.floats, panel.halves, first * T, count * T,
+                        {parameters.bias + r * kLanes, 0}, currents);
+                for (int64_t i = 0; i < count; ++i)
+                    sweep({currents + i * T * kLanes, kLanes}, T, parameters.block(r), activity(begin + first + i, r));
+            });
+        }
+    }
+};
+
+// Firing rates per neuron from spike counts [B][lanes]; returns the number of spikes.
+inline double sum_rates(const Stack& s, const Layer& layer, const float* counts, double* totals) {
+    const Axis& axis = layer.plan->rows;
+    const int64_t lanes = static_cast<int64_t>(axis.blocks) * kLanes;
+    sum_over_samples(counts, s.batch, lanes, s.threads, totals);
+    double spikes = 0;
+    for (int64_t i = 0; i < lanes; ++i) {
+        if (axis.neuron[i] < 0) continue;
+        layer.rates[axis.neuron[i]] = static_cast<float>(totals[i] / (static_cast<double>(s.batch) * s.steps));
+        spikes += totals[i];
+    }
+    return spikes;
+}
+
+inline void stack_forward(Stack& s, Arena& arena) {
+    const Chunks chunks(s.batch, s.steps);
+    const size_t input_blocks = s.layers[0].plan->cols.blocks;
+    int64_t* ones = arena.take<int64_t>(input_blocks * 16);
+    const int64_t scratch_size = most(2 * kGroupRows, chunks.group * s.steps) * kLanes;
+    float* scratch = arena.take<float>(scratch_size * s.threads);
+
+    double rate = 0;
+    if (arena.base && !s.held) {
+        int64_t spikes = 0;
+        s.x_spikes = pack_input(s, &spikes, ones);
+        rate = static_cast<double>(spikes) / (static_cast<double>(s.batch) * s.steps * s.layers[0].plan->cols.size);
+    }
+    const size_t kept = arena.used;
+    size_t needed = kept;
+    for (int l = 0; l < s.count; ++l) {
+        arena.used = kept;  // one layer after the other, in the same memory
+        Layer& layer = s.layers[l];
+        const Plan& plan = *layer.plan;
+        const LayerParameters parameters(layer, arena);
+        float* counts = arena.take<float>(static_cast<size_t>(s.batch) * plan.rows.blocks * kLanes);
+        double* totals = arena.take<double>(static_cast<size_t>(plan.rows.blocks) * kLanes);
+        const ForwardWeights weights(plan, s.bf16, arena);
+        const DualPanel panel(plan.cols.blocks, l == 0 && s.held ? s.batch : chunks.rows(), s.bf16, arena);
+        needed = most(needed, arena.used);
+        if (!arena.base) continue;
+
+        if (l > 0 && layer.inputs != s.layers[l - 1].spikes)
+            reorder_words(s.layers[l - 1].plan->rows, plan.cols, s.layers[l - 1].spikes, s.batch, s.steps, s.threads,
+                          layer.inputs);
+        layer.input_rate = rate;
+        const Input kind = input_kind(s, l, rate);
+        if (kind == Input::kEvents || !s.bf16)
+            forward_tiles(plan, layer.values, s.threads, weights.tiles);
+        else
+            bf16_tiles(plan, layer.values, true, s.threads, weights.pairs);
+        ForwardLayer{s, layer, kind, parameters, weights, panel, counts, scratch, scratch_size}.run();
+        const double spikes = sum_rates(s, layer, counts, totals);
+        rate = spikes / (static_cast<double>(s.batch) * s.steps * plan.rows.size);
+        if (l + 1 == s.count)
+            for (int64_t b = 0; b < s.batch; ++b)
+                for (int64_t n = 0; n < plan.rows.size; ++n)
+                    s.counts[b * plan.rows.size + n] =
+                        counts[b * plan.rows.blocks * kLanes + plan.rows.lane[n]];
+    }
+    arena.used = needed;
+}
+
+}  // namespace g2g::G2G_ISA

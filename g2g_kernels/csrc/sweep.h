@@ -1,0 +1,135 @@
+// Sweeps over time for one block of 64 lanes of one sample, forward and backward.
+//
+// States, what reaches them and the running sums stay in registers over all T. For LIF neurons the forward sweep writes
+// 8 B of spike word per step (and 256 B of membranes if they are kept); the backward sweep reads 256 B of membranes and
+// 256 B of ∂L/∂S and writes 256 B of ∂I.
+#pragma once
+
+#include "neurons.h"
+#include "vec.h"
+
+namespace g2g::G2G_ISA {
+
+// The parameters of a block's lanes, [64] each, in the order of the model; decays are clamped.
+struct BlockParameters {
+    const float* lanes[kMostParameters];
+};
+
+// What a forward sweep writes for one block; all may be null.
+struct BlockActivity {
+    uint64_t* words;  // [T]
+    float* states;    // [T][states][64]
+    float* count;     // [64], spikes of each lane
+};
+
+// Currents [T][64], or for all steps the same [64] (stride 0).
+struct StoredCurrent {
+    const float* lanes;
+    int64_t stride;
+    void operator()(int64_t t, Vec* current) const {
+        for (int v = 0; v < kVecs; ++v) current[v] = load(lanes + t * stride + v * W);
+    }
+};
+
+// current(t, I) fills I[kVecs].
+template <class M, int R, class Current>
+void sweep_forward(Current current, int64_t steps, const BlockParameters& parameters, BlockActivity out) {
+    constexpr int S = M::info.states, P = M::info.parameters;
+    Vec state[kVecs][S] = {}, p[kVecs][P], spikes[kVecs] = {};
+    for (int v = 0; v < kVecs; ++v)
+        for (int k = 0; k < P; ++k) p[v][k] = load(parameters.lanes[k] + v * W);
+    for (int64_t t = 0; t < steps; ++t) {
+        Vec input[kVecs];
+        current(t, input);
+        uint64_t word = 0;
+        for (int v = 0; v < kVecs; ++v) {
+            M::template charge<R>(state[v], input[v], p[v]);
+            spikes[v] += heaviside(state[v][S - 1], p[v][P - 1]);
+            word |= greater_bits(state[v][S - 1], p[v][P - 1]) << (v * W);
+        }
+        if (out.words) out.words[t] = word;
+        if (out.states)
+            for (int s = 0; s < S; ++s)
+                for (int v = 0; v < kVecs; ++v) store(out.states + (t * S + s) * kLanes + v * W, state[v][s]);
+    }
+    if (out.count)
+        for (int v = 0; v < kVecs; ++v) store(out.count + v * W, spikes[v]);
+}
+
+// The forward sweep of these neurons.
+template <class Current>
+using ForwardSweep = void (*)(Current, int64_t, const BlockParameters&, BlockActivity);
+
+template <class Current>
+ForwardSweep<Current> forward_sweep(const Neurons& neurons) {
+    return with_model(neurons, [&](auto model) {
+        return with_reset(neurons, [](auto reset) -> ForwardSweep<Current> {
+            return sweep_forward<decltype(model), decltype(reset)::value, Current>;
+        });
+    });
+}
+
+// ∂L/∂S_t: a tile [T][64] (or none) plus what does not depend on t.
+struct Upstream {
+    const float *tile, *constant;
+    void operator()(int64_t t, Vec* g) const {
+        for (int v = 0; v < kVecs; ++v)
+            g[v] = tile ? load(constant + v * W) + load(tile + t * kLanes + v * W) : load(constant + v * W);
+    }
+};
+
+// What a backward sweep writes for one block, float [64] for sums over t.
+struct BlockGradient {
+    float* rows;       // ∂L/∂I_t, [T][64], may be null
+    uint16_t* halves;  // the same in bfloat16, may be null
+    float* current;    // Σ ∂L/∂I_t
+    float* parameters[kMostParameters];
+};
+
+// upstream(t, g) fills g[kVecs] with ∂L/∂S_t; `states` [T][states][64] as the forward sweep left them.
+template <class M, int R, int SURROGATE, class Up>
+void sweep_backward(Up upstream, const float* states, int64_t steps, const BlockParameters& parameters, float alpha,
+                    BlockGradient out) {
+    constexpr int S = M::info.states, P = M::info.parameters;
+    const Derivative derivative(alpha);
+    const float* lanes[P];
+    for (int k = 0; k < P; ++k) lanes[k] = parameters.lanes[k];
+    Vec g[kVecs][S] = {}, sum[kVecs] = {}, grad[kVecs][P] = {};
+    for (int64_t t = steps - 1; t >= 0; --t) {
+        Vec spike_grad[kVecs];
+        upstream(t, spike_grad);
+        for (int v = 0; v < kVecs; ++v) {
+            Vec p[P], before[S];
+            for (int k = 0; k < P; ++k) p[k] = load(lanes[k] + v * W);
+            const float* now = states + t * S * kLanes + v * W;
+            for (int s = 0; s < S; ++s) before[s] = t ? load(now + (s - S) * kLanes) : Vec{};
+            const Vec u = load(now + (S - 1) * kLanes);
+            const Vec through = spike_grad[v] * derivative.at<SURROGATE>(u - p[P - 1]);
+            const Vec to_current = M::template charge_backward<R>(through, before, p, g[v], grad[v]);
+            sum[v] += to_current;
+            if (out.rows) store(out.rows + t * kLanes + v * W, to_current);
+            if (out.halves) store(out.halves + t * kLanes + v * W, to_current);
+        }
+    }
+    for (int v = 0; v < kVecs; ++v) {
+        store(out.current + v * W, sum[v]);
+        for (int k = 0; k < P; ++k) store(out.parameters[k] + v * W, grad[v][k]);
+    }
+}
+
+// The backward sweep of these neurons.
+template <class Up>
+using BackwardSweep = void (*)(Up, const float*, int64_t, const BlockParameters&, float, BlockGradient);
+
+template <class Up>
+BackwardSweep<Up> backward_sweep(const Neurons& neurons) {
+    return with_model(neurons, [&](auto model) {
+        return with_reset(neurons, [&](auto reset) {
+            return with_surrogate(neurons, [](auto surrogate) -> BackwardSweep<Up> {
+                return sweep_backward<decltype(model), decltype(reset)::value, decltype(surrogate)::value, Up>;
+            });
+        });
+    });
+}
+
+}  // namespace g2g::G2G_ISA

@@ -116,8 +116,8 @@ def training_step(net: G2GNet, batch: int, input_dim: int, dtype: torch.dtype) -
         batch, input_dim: the shape of the samples.
         dtype: of the matrix products (bfloat16 under autocast, else float32).
     """
-    from g2g_kernels.ops.g2g_lif import triton as stack
     from g2g_kernels.ops.g2g_linear.triton import indices
+    from g2g_kernels.ops.g2g_stack import triton as stack
 
     layers = list(net.to("meta").layers())
     described = [indices(connection.mask) for connection, _ in layers]

@@ -14,7 +14,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
 from g2g_kernels import BlockMask, GroupLayout, lif_step
-from g2g_kernels.ops.lif.surrogates import SURROGATES
+from g2g_kernels.ops.neurons.surrogates import SURROGATES
 from g2gnet import DSTScheduler, G2GLinear, G2GNet
 from g2gnet.data import as_samples, load_dataset
 from g2gnet.dst import unit_correlation
@@ -176,8 +176,9 @@ def draw_lif() -> Figure:
     axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, frameon=False)
 
     distance = torch.linspace(-2, 2, 401)
-    for (name, surrogate), style in zip(SURROGATES.items(), ("-", "--", "-.", ":"), strict=True):
-        slopes.plot(distance.numpy(), surrogate.derivative(distance, 2.0).numpy(), style, label=name)
+    styles = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+    for (name, surrogate), style in zip(SURROGATES.items(), styles, strict=True):
+        slopes.plot(distance.numpy(), surrogate.derivative(distance, 2.0).numpy(), linestyle=style, label=name)
     slopes.set(xlabel="U − θ", ylabel="what stands for dS/dU")
     slopes.set_title("surrogate derivatives, α = 2", fontsize=10)
     slopes.legend(fontsize=8)

@@ -1,25 +1,30 @@
-"""Sparse group-to-group ("g2g") linear layers and fused leaky integrate-and-fire loops for PyTorch."""
+"""Sparse group-to-group ("g2g") linear layers and fused loops over spiking neurons for PyTorch."""
 
 from g2g_kernels.block_mask import BlockMask
 from g2g_kernels.device import select_device
 from g2g_kernels.dispatch import BackendError, available_backends, backend_status
 from g2g_kernels.groups import GroupLayout
-from g2g_kernels.ops.g2g_lif import Activity, LIFLayer, g2g_lif
 from g2g_kernels.ops.g2g_linear import g2g_linear
-from g2g_kernels.ops.lif import lif
-from g2g_kernels.ops.lif.step import lif_step
+from g2g_kernels.ops.g2g_stack import Activity, SpikingLayer, g2g_stack
+from g2g_kernels.ops.neurons import Neurons, lif, neurons, synaptic
+from g2g_kernels.ops.neurons.step import lif_step, neurons_step, synaptic_step
 
 __all__ = [
     "Activity",
     "BackendError",
     "BlockMask",
     "GroupLayout",
-    "LIFLayer",
+    "Neurons",
+    "SpikingLayer",
     "available_backends",
     "backend_status",
-    "g2g_lif",
     "g2g_linear",
+    "g2g_stack",
     "lif",
     "lif_step",
+    "neurons",
+    "neurons_step",
     "select_device",
+    "synaptic",
+    "synaptic_step",
 ]

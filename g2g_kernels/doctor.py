@@ -29,12 +29,12 @@ from g2g_kernels.cpu.library import instruction_set
 from g2g_kernels.device import select_device
 from g2g_kernels.dispatch import BackendError, available_backends, backend_status
 from g2g_kernels.groups import GroupLayout
-from g2g_kernels.ops.g2g_lif import LIFLayer, g2g_lif
-from g2g_kernels.ops.g2g_lif import reference as g2g_lif_reference
 from g2g_kernels.ops.g2g_linear import g2g_linear
 from g2g_kernels.ops.g2g_linear import reference as g2g_linear_reference
-from g2g_kernels.ops.lif import lif
-from g2g_kernels.ops.lif import reference as lif_reference
+from g2g_kernels.ops.g2g_stack import SpikingLayer, g2g_stack
+from g2g_kernels.ops.g2g_stack import reference as g2g_stack_reference
+from g2g_kernels.ops.neurons import MODELS, Neurons, neurons
+from g2g_kernels.ops.neurons import reference as neurons_reference
 from g2g_kernels.triton.runtime import interpreted
 
 #: the largest root-mean-square error relative to the reference, in either precision
@@ -127,16 +127,24 @@ def checks() -> Iterator[Check]:
         weights = {"values": values * mask.valid(), "bias": bias}
         x = torch.randn(BATCH, SIZE, generator=draw, dtype=torch.float64)
         yield Check("g2g_linear", case, {"x": x, **weights}, functools.partial(_linear, mask))
-        neurons = {"beta": multiples(0.5, 1, 1, 1), "threshold": multiples(0.25, 3, 5, SIZE)}
-        held = {"x": multiples(0.5, 0, 2, BATCH, SIZE), **weights, **neurons}
-        yield Check("g2g_lif", case, held, functools.partial(_stack, mask))
-    cases = (("subtract", "atan"), ("zero", "fast_sigmoid"), ("none", "sigmoid"), ("subtract", "triangle"))
-    for number, (reset, surrogate) in enumerate(cases):
-        neurons = {"beta": multiples(0.5, 1, 1, 1), "threshold": multiples(0.25, 3, 5, SIZE)}
-        if number % 2:
-            neurons = {"beta": multiples(0.5, 1, 1, SIZE), "threshold": multiples(0.25, 3, 5, 1)}
-        leaves = {"current": multiples(0.25, -4, 6, STEPS, BATCH, SIZE), **neurons}
-        yield Check("lif", f"reset {reset}, surrogate {surrogate}", leaves, functools.partial(_lif, reset, surrogate))
+        parameters = {"beta": multiples(0.5, 1, 1, 1), "threshold": multiples(0.25, 3, 5, SIZE)}
+        held = {"x": multiples(0.5, 0, 2, BATCH, SIZE), **weights, **parameters}
+        yield Check("g2g_stack", case, held, functools.partial(_stack, mask))
+    cases = (
+        ("subtract", "atan"),
+        ("zero", "fast_sigmoid"),
+        ("none", "sigmoid"),
+        ("subtract", "triangle"),
+        ("zero", "boxcar"),
+    )
+    for model in MODELS.values():
+        for number, (reset, surrogate) in enumerate(cases):
+            current = multiples(0.25, -4, 6, STEPS, BATCH, SIZE) / len(model.states)
+            sizes = (SIZE, 1) if number % 2 else (1, SIZE)
+            decays = {name: multiples(0.5, 1, 1, sizes[0]) for name in model.decays}
+            leaves = {"current": current, **decays, "threshold": multiples(0.25, 3, 5, sizes[1])}
+            case = f"reset {reset}, surrogate {surrogate}"
+            yield Check(model.name, case, leaves, functools.partial(_neurons, model.name, reset, surrogate))
 
 
 def _on_device(mask: BlockMask, like: torch.Tensor) -> BlockMask:
@@ -150,24 +158,24 @@ def _linear(mask: BlockMask, leaves: Tensors, backend: str | None) -> Tensors:
     return {"y": g2g_linear(*arguments, backend=backend)}
 
 
-def _lif(reset: str, surrogate: str, leaves: Tensors, backend: str | None) -> Tensors:
-    current, beta, threshold = leaves.values()
+def _neurons(model: str, reset: str, surrogate: str, leaves: Tensors, backend: str | None) -> Tensors:
+    current, *parameters = leaves.values()
     if torch.is_autocast_enabled(current.device.type):
         current = current.to(torch.get_autocast_dtype(current.device.type))
-    arguments = current, beta, threshold, None, reset, surrogate, 2.0
-    return {"spikes": lif_reference.lif(*arguments) if backend is None else lif(*arguments, backend=backend)}
+    population = Neurons(model, tuple(parameters), reset, surrogate)
+    if backend is None:
+        return {"spikes": neurons_reference.neurons(current, population, None)}
+    return {"spikes": neurons(current, population, backend=backend)}
 
 
 def _stack(mask: BlockMask, leaves: Tensors, backend: str | None) -> Tensors:
     """Two layers of the same weights: the second reads neurons in another order than the first writes them."""
-    x, *tensors = leaves.values()
-    values, bias, beta, threshold = tensors
-    layers = [LIFLayer(values, _on_device(mask, x), bias, beta, threshold)] * 2
-    options = STEPS, "subtract", "atan", 2.0
+    x, values, bias, *parameters = leaves.values()
+    layers = [SpikingLayer(values, _on_device(mask, x), bias, Neurons("lif", tuple(parameters)))] * 2
     if backend is None:
-        first, second = g2g_lif_reference.g2g_lif(x, layers, *options)
-        return {"counts": second.sum(0), "rates 1": first.mean((0, 1)), "rates 2": second.mean((0, 1))}
-    activity = g2g_lif(x, layers, *options, backend=backend)
+        activity = g2g_stack_reference.g2g_stack(x, layers, STEPS)
+    else:
+        activity = g2g_stack(x, layers, STEPS, backend=backend)
     return {"counts": activity.counts, "rates 1": activity.rates[0], "rates 2": activity.rates[1]}
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from g2g_kernels import Activity
-from g2g_kernels.ops.g2g_lif import Spikes
+from g2g_kernels.ops.g2g_stack import Spikes
 from g2gnet.layers import G2GLinear
 from g2gnet.stack import SpikingStack
 

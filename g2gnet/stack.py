@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from g2g_kernels import Activity, LIFLayer, g2g_lif
+from g2g_kernels import Activity, Neurons, SpikingLayer, g2g_stack
 from g2gnet.layers import LIF, G2GLinear
 
 #: called with the inputs and the activity of a run over all time steps
@@ -80,11 +80,16 @@ class SpikingStack(nn.Module):
         """
         reset, surrogate, alpha = self.lif_options()
         layers = [
-            LIFLayer(connection.values, connection.mask, connection.bias, neurons.beta, neurons.threshold)
+            SpikingLayer(
+                connection.values,
+                connection.mask,
+                connection.bias,
+                Neurons("lif", (neurons.beta, neurons.threshold), reset, surrogate, alpha),
+            )
             for connection, neurons in self.layers()
         ]
         steps = self.T if inputs.dim() == 2 else None
-        activity = g2g_lif(inputs, layers, steps, reset, surrogate, alpha, self.backend)
+        activity = g2g_stack(inputs, layers, steps, self.backend)
         for hook in self._activity_hooks.values():
             hook(inputs, activity)
         return activity

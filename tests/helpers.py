@@ -9,8 +9,9 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from g2g_kernels import BackendError, BlockMask, GroupLayout, available_backends
+from g2g_kernels import BackendError, BlockMask, GroupLayout, Neurons, SpikingLayer, available_backends
 from g2g_kernels.dispatch import Operator
+from g2g_kernels.ops.neurons import MODELS
 from g2g_kernels.triton.runtime import interpreted
 
 #: the repository
@@ -115,7 +116,7 @@ def lif_by_autograd(
     primitive: Callable[[torch.Tensor, float], torch.Tensor],
     alpha: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Spikes and membranes of DESIGN's formula, differentiated by autograd through the surrogate's primitive."""
+    """Spikes and membranes of the formula, differentiated by autograd through the surrogate's primitive."""
     membrane = torch.zeros_like(current[0])
     spikes, membranes = [], []
     for current_t in current:
@@ -136,6 +137,27 @@ def clamps_alike(beta: torch.Tensor) -> torch.Tensor:
     leaf = beta.detach().clone().requires_grad_()
     leaf.clamp(0, 1).sum().backward()
     return (leaf.grad == 1) == ((beta >= 0) & (beta <= 1))
+
+
+def lif_layer(
+    values: torch.Tensor,
+    mask: BlockMask,
+    bias: torch.Tensor | None,
+    beta: torch.Tensor,
+    threshold: torch.Tensor,
+    **options,
+) -> SpikingLayer:
+    """A layer of LIF neurons."""
+    return SpikingLayer(values, mask, bias, Neurons("lif", (beta, threshold), **options))
+
+
+def with_parameter(layer: SpikingLayer, name: str, value: object) -> SpikingLayer:
+    """``layer`` with another tensor in the place of the one of that name: values, mask, bias, beta or threshold."""
+    if name in layer._fields:
+        return layer._replace(**{name: value})
+    names = MODELS[layer.neurons.model].parameters
+    parameters = (value if n == name else p for n, p in zip(names, layer.neurons.parameters, strict=True))
+    return layer._replace(neurons=layer.neurons._replace(parameters=tuple(parameters)))
 
 
 # --- the rule -----------------------------------------------------------------------------------------------------

@@ -4,10 +4,19 @@ import itertools
 from collections.abc import Iterator
 
 import torch
-from helpers import MaskCase, dense_by_loop, device_of, lif_by_autograd, packed_randn, seeded
+from helpers import (
+    MaskCase,
+    dense_by_loop,
+    device_of,
+    lif_by_autograd,
+    lif_layer,
+    packed_randn,
+    seeded,
+    skip_where_refused,
+)
 
-from g2g_kernels import LIFLayer, g2g_lif
-from g2g_kernels.ops.lif.surrogates import SURROGATES
+from g2g_kernels import SpikingLayer, g2g_stack
+from g2g_kernels.ops.neurons.surrogates import SURROGATES
 
 T, B = 9, 5
 
@@ -47,10 +56,15 @@ class Stack:
             self.tensors[f"beta{number}"] = 0.7 + 0.25 * torch.rand(neurons if per_neuron else 1, generator=draw)
             self.tensors[f"threshold{number}"] = 0.6 + 0.5 * torch.rand(neurons if per_neuron else 1, generator=draw)
 
-    def layers(self, tensors: dict[str, torch.Tensor]) -> list[LIFLayer]:
+    def layers(self, tensors: dict[str, torch.Tensor], **options) -> list[SpikingLayer]:
         return [
-            LIFLayer(
-                tensors[f"values{k}"], mask, tensors.get(f"bias{k}"), tensors[f"beta{k}"], tensors[f"threshold{k}"]
+            lif_layer(
+                tensors[f"values{k}"],
+                mask,
+                tensors.get(f"bias{k}"),
+                tensors[f"beta{k}"],
+                tensors[f"threshold{k}"],
+                **options,
             )
             for k, mask in enumerate(self.masks)
         ]
@@ -64,7 +78,8 @@ class Stack:
         leaves = self.leaves(dtype, device)
         for mask in self.masks:
             mask.to(device)
-        activity = g2g_lif(leaves["x"], self.layers(leaves), self.steps, backend=backend, **options)
+        with skip_where_refused():
+            activity = g2g_stack(leaves["x"], self.layers(leaves, **options), self.steps, backend=backend)
         loss(activity.counts, activity.rates).backward()
         for mask in self.masks:
             mask.to("cpu")
@@ -91,8 +106,9 @@ def clear_of_thresholds(stack: Stack, reset: str) -> bool:
     x = tensors["x"].expand(T, -1, -1)
     for layer in stack.layers(tensors):
         current = x @ dense_by_loop(layer.mask, layer.values).T + (0 if layer.bias is None else layer.bias)
-        x, membranes = lif_by_autograd(current, layer.beta, layer.threshold, reset, SURROGATES["atan"].primitive, 2.0)
-        if (membranes - layer.threshold).abs().min() < 1e-5:
+        beta, threshold = layer.neurons.parameters
+        x, membranes = lif_by_autograd(current, beta, threshold, reset, SURROGATES["atan"].primitive, 2.0)
+        if (membranes - threshold).abs().min() < 1e-5:
             return False
     return True
 

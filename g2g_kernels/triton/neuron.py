@@ -1,4 +1,4 @@
-"""Device functions of LIF neurons, which ``lif`` and the fused ``g2g_lif`` kernel share.
+"""Device functions of LIF neurons, which ``lif`` and the fused ``g2g_stack`` kernel share.
 
 They take tiles of float32 values, one element a neuron and sample. The order of operations is that of ``reference.py``
 (and so of snnTorch): multiply, add, subtract, each rounded. A compiler would contract β·U + I into one fused
@@ -51,6 +51,8 @@ def surrogate_derivative(x, alpha, SURROGATE: tl.constexpr):
         # of −|x|: the derivative is even, and e^(α|x|) cannot overflow so
         decline = tl.exp(-alpha * tl.abs(x))
         return alpha * decline / ((1 + decline) * (1 + decline))
-    else:
-        tl.static_assert(SURROGATE == "triangle")
+    elif SURROGATE == "triangle":
         return alpha * tl.maximum(1 - alpha * tl.abs(x), 0.0)
+    else:
+        tl.static_assert(SURROGATE == "boxcar")
+        return tl.where(alpha * tl.abs(x) < 1, alpha * 0.5, 0.0)

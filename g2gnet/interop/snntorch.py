@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from g2g_kernels import BlockMask
-from g2g_kernels.ops.lif.surrogates import SURROGATES
+from g2g_kernels.ops.neurons.surrogates import SURROGATES
 from g2gnet.interop.optional import optional_package
 from g2gnet.layers import LIF, G2GLinear
 from g2gnet.stack import SpikingStack
@@ -160,6 +160,7 @@ _ALPHA_AT: dict[str, tuple[float, Callable[[float], float]]] = {
     "fast_sigmoid": (1.0, lambda value: value**-0.5 - 1),
     "sigmoid": (0.0, lambda value: 4 * value),
     "triangle": (0.0, lambda value: value),
+    "boxcar": (0.0, lambda value: 2 * value),
 }
 
 
@@ -184,12 +185,12 @@ def _surrogate_of(name: str, spike_grad: Callable[[torch.Tensor], torch.Tensor])
 
 def _spike_function(surrogate: str, alpha: float) -> Callable[[torch.Tensor], torch.Tensor]:
     functions = optional_package("snntorch.surrogate")
-    if surrogate != "triangle":
+    if surrogate in ("atan", "fast_sigmoid", "sigmoid"):
         return getattr(functions, surrogate)(alpha)
     primitive = SURROGATES[surrogate].primitive
 
-    def triangle(x: torch.Tensor) -> torch.Tensor:  # snnTorch's triangular is another function
+    def spike(x: torch.Tensor) -> torch.Tensor:  # snnTorch's triangular is another function, and it has no boxcar
         smooth = primitive(x, alpha)
         return (x > 0).to(x.dtype) + (smooth - smooth.detach())
 
-    return triangle
+    return spike

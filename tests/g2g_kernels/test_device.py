@@ -11,9 +11,9 @@ import torch
 from helpers import MaskCase, packed_randn, seeded
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from g2g_kernels import LIFLayer, g2g_lif, select_device
-from g2g_kernels.ops.lif import RESETS
-from g2g_kernels.ops.lif.surrogates import SURROGATES
+from g2g_kernels import Neurons, SpikingLayer, g2g_stack, select_device
+from g2g_kernels.ops.neurons import RESETS
+from g2g_kernels.ops.neurons.surrogates import SURROGATES
 
 DML = torch.device("privateuseone:0")  # what torch_directml.device() gives
 
@@ -154,7 +154,9 @@ FORWARD_AND_BACKWARD = VIEWS | {
     "div.Scalar",
     "ge.Scalar",
     "gt.Tensor",  # U > θ, which Python asks as θ < U where θ is a Parameter (a subclass of Tensor)
+    "lt.Scalar",
     "lt.Tensor",
+    "neg.default",
     "le.Scalar",
     "mul.Scalar",
     "mul.Tensor",
@@ -234,7 +236,7 @@ def test_a_training_step_uses_plain_operators_only(monkeypatch, plain_memory, ca
         neurons = (mask.shape[0],) if per_neuron else ()
         tensors = packed_randn(mask, number), torch.zeros(mask.shape[0]), torch.full(neurons, 0.9), torch.ones(neurons)
         values, bias, beta, threshold = (torch.nn.Parameter(tensor.to(device)) for tensor in tensors)
-        layers.append(LIFLayer(values, mask, bias, beta, threshold))
+        layers.append((values, mask, bias, (beta, threshold)))
         learned += [values, bias, beta, threshold]
     samples = 6
     shape = (samples, cases[0].in_size) if steps else (4, samples, cases[0].in_size)
@@ -247,7 +249,11 @@ def test_a_training_step_uses_plain_operators_only(monkeypatch, plain_memory, ca
             optimizer = torch.optim.Adam(learned, lr=1e-3, weight_decay=1e-4, foreach=False)
             before = [tensor.detach().clone() for tensor in learned]
             with Recorder() as step:
-                activity = g2g_lif(x, layers, steps, reset, surrogate, backend="torch")
+                stack = [
+                    SpikingLayer(*connection, Neurons("lif", parameters, reset, surrogate))
+                    for *connection, parameters in layers
+                ]
+                activity = g2g_stack(x, stack, steps, backend="torch")
                 loss = torch.nn.functional.cross_entropy(activity.counts, labels)
                 loss = loss + 1e-2 * (activity.rates[0] - 0.1).square().sum(0)
                 optimizer.zero_grad()

@@ -245,4 +245,4 @@ def test_each_operator_and_each_change_of_choice_is_logged(monkeypatch, availabl
 def test_public_operators_log_their_choice(log):
     for _ in range(2):
         lif(torch.zeros(2, 3), 0.9, 1.0, backend="torch")
-    assert log() == ["lif runs on backend torch"]
+    assert log() == ["neurons runs on backend torch"]

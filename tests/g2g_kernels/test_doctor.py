@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from g2g_kernels import BackendError, backend_status, doctor
-from g2g_kernels.ops import lif as lif_package
-from g2g_kernels.ops.g2g_lif import operator as g2g_lif_operator
-from g2g_kernels.ops.lif import operator as lif_operator
+from g2g_kernels.ops import neurons as neurons_package
+from g2g_kernels.ops.g2g_stack import operator as g2g_stack_operator
+from g2g_kernels.ops.neurons import operator as neurons_operator
 
 CPU = torch.device("cpu")
 
@@ -20,7 +20,7 @@ def only_lif(monkeypatch):
 
 
 def replace_lif(monkeypatch, function):
-    monkeypatch.setitem(lif_operator._implementations, "torch", (function, lambda *args: None))
+    monkeypatch.setitem(neurons_operator._implementations, "torch", (function, lambda *args: None))
 
 
 def test_everything_on_this_machine_is_right(capsys):
@@ -32,21 +32,22 @@ def test_everything_on_this_machine_is_right(capsys):
         assert f"  {name:<9} {f'no: {reason}' if reason else 'yes'}" in out
     rows = [line.split()[:4] for line in out.splitlines() if line.startswith("cpu  ")]
     for backend in set(doctor.available_backends()) - {"triton"}:
-        for operator in ("g2g_linear", "g2g_lif", "lif"):
+        for operator in ("g2g_linear", "g2g_stack", "lif", "synaptic"):
             for precision in ("float32", "bfloat16"):
                 assert ["cpu", backend, operator, precision] in rows
 
 
 def test_checks_cover_units_groups_resets_and_surrogates():
     every = list(doctor.checks())
-    for operator in ("g2g_linear", "g2g_lif"):
+    for operator in ("g2g_linear", "g2g_stack"):
         masks = [check.run.args[0] for check in every if check.operator == operator]
         assert {mask.block_size for mask in masks} == {1, 16, 32, 64}
         assert {mask.rows.layout.kind for mask in masks} == {"index", "interleaved", "random"}
         assert any(len(mask.rows.lengths.unique()) > 1 for mask in masks)  # clipped units
-    options = [check.run.args for check in every if check.operator == "lif"]
-    assert {reset for reset, _ in options} == set(lif_package.RESETS)
-    assert {surrogate for _, surrogate in options} == set(lif_package.SURROGATES)
+    for model in neurons_package.MODELS:
+        options = [check.run.args for check in every if check.operator == model]
+        assert {reset for _, reset, _ in options} == set(neurons_package.RESETS)
+        assert {surrogate for _, _, surrogate in options} == set(neurons_package.SURROGATES)
 
 
 def test_neurons_are_neither_silent_nor_always_firing_in_any_check():
@@ -60,11 +61,10 @@ def test_neurons_are_neither_silent_nor_always_firing_in_any_check():
 
 
 def test_a_wrong_gradient_is_reported(monkeypatch, capsys, only_lif):
-    right = lif_package.reference.lif
+    right = neurons_package.reference.neurons
 
-    def another_sharpness(*arguments):
-        *rest, alpha = arguments
-        return right(*rest, 1.001 * alpha)
+    def another_sharpness(current, population, steps):
+        return right(current, population._replace(alpha=1.001 * population.alpha), steps)
 
     replace_lif(monkeypatch, another_sharpness)
     assert doctor.main(["--device", "cpu"]) == 1
@@ -76,7 +76,7 @@ def test_a_wrong_gradient_is_reported(monkeypatch, capsys, only_lif):
 
 
 def test_a_single_wrong_spike_is_reported(monkeypatch, only_lif):
-    right = lif_package.reference.lif
+    right = neurons_package.reference.neurons
 
     def one_spike_too_many(*arguments):
         spikes = right(*arguments)
@@ -87,13 +87,18 @@ def test_a_single_wrong_spike_is_reported(monkeypatch, only_lif):
 
     replace_lif(monkeypatch, one_spike_too_many)
     findings = [wrong for _, wrong in doctor.examine(CPU)]
-    assert all(len(wrong) == 4 for wrong in findings)  # all cases, in both precisions
+    assert all(len(wrong) == 5 for wrong in findings)  # all cases, in both precisions
     assert findings[0][0] == "reset subtract, surrogate atan: spikes differs"
 
 
 def test_a_missing_gradient_and_one_that_is_not_a_number_are_reported(monkeypatch, only_lif):
-    right = lif_package.reference.lif
-    replace_lif(monkeypatch, lambda current, beta, *rest: right(current, beta.detach(), *rest))
+    right = neurons_package.reference.neurons
+
+    def without_beta(current, population, steps):
+        beta, threshold = population.parameters
+        return right(current, population._replace(parameters=(beta.detach(), threshold)), steps)
+
+    replace_lif(monkeypatch, without_beta)
     assert all("∂beta by inf" in finding for _, wrong in doctor.examine(CPU) for finding in wrong)
 
     def not_a_number(current, *rest):
@@ -102,7 +107,7 @@ def test_a_missing_gradient_and_one_that_is_not_a_number_are_reported(monkeypatc
 
     replace_lif(monkeypatch, not_a_number)
     findings = [wrong for _, wrong in doctor.examine(CPU)]
-    assert all(len(wrong) == 4 and "∂current by inf" in wrong[0] for wrong in findings)
+    assert all(len(wrong) == 5 and "∂current by inf" in wrong[0] for wrong in findings)
 
 
 def test_a_backend_that_raises_is_a_finding_and_the_others_are_still_checked(monkeypatch, capsys):
@@ -112,7 +117,7 @@ def test_a_backend_that_raises_is_a_finding_and_the_others_are_still_checked(mon
     cases = [check for check in doctor.checks() if check.operator != "g2g_linear"]
     monkeypatch.setattr(doctor, "checks", lambda: iter(cases))
     monkeypatch.setattr(doctor, "available_backends", lambda: ["torch"])
-    monkeypatch.setitem(g2g_lif_operator._implementations, "torch", (raises, lambda *args: None))
+    monkeypatch.setitem(g2g_stack_operator._implementations, "torch", (raises, lambda *args: None))
     assert doctor.main(["--device", "cpu"]) == 1
     out = capsys.readouterr().out
     assert "units of 64, index groups: RuntimeError: out of registers" in out
@@ -123,11 +128,11 @@ def test_what_a_backend_declines_is_told_and_is_no_failure(monkeypatch, capsys, 
     def refuses(current, *rest):
         return "only in float32" if current.dtype != torch.float32 else None
 
-    monkeypatch.setitem(lif_operator._implementations, "torch", (lif_package.reference.lif, refuses))
+    monkeypatch.setitem(neurons_operator._implementations, "torch", (neurons_package.reference.neurons, refuses))
     assert doctor.main(["--device", "cpu"]) == 0
     assert "bfloat16  not served: only in float32" in capsys.readouterr().out
     with pytest.raises(BackendError):
-        lif_package.lif(torch.zeros(2, 3, dtype=torch.float16), 0.9, 1.0, backend="torch")
+        neurons_package.lif(torch.zeros(2, 3, dtype=torch.float16), 0.9, 1.0, backend="torch")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")

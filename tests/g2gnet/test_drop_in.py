@@ -11,9 +11,9 @@ from helpers import backends_of, seeded
 from torch import nn
 
 from g2g_kernels import BlockMask, GroupLayout, lif, lif_step
-from g2g_kernels.ops.g2g_lif import operator
-from g2g_kernels.ops.lif import RESETS
-from g2g_kernels.ops.lif.surrogates import SURROGATES
+from g2g_kernels.ops.g2g_stack import operator
+from g2g_kernels.ops.neurons import RESETS
+from g2g_kernels.ops.neurons.surrogates import SURROGATES
 from g2gnet import LIF, G2GLinear, G2GNet, SpikingStack
 
 STACK_BACKENDS = backends_of(operator)

@@ -5,7 +5,7 @@ import snntorch
 import torch
 from snntorch import surrogate
 
-from g2g_kernels import g2g_lif
+from g2g_kernels import g2g_stack
 from g2gnet import G2GNet
 from g2gnet.network import MODELS
 
@@ -116,9 +116,9 @@ def test_current_input_reaches_the_first_layer_once_not_once_a_step(monkeypatch)
 
     def spy(x, *args, **kwargs):
         shapes.append(tuple(x.shape))
-        return g2g_lif(x, *args, **kwargs)
+        return g2g_stack(x, *args, **kwargs)
 
-    monkeypatch.setattr("g2gnet.stack.g2g_lif", spy)
+    monkeypatch.setattr("g2gnet.stack.g2g_stack", spy)
     small_net()(torch.rand(5, 30))
     small_net(enc="rate")(torch.rand(5, 30))
     assert shapes == [(5, 30), (12, 5, 30)]

@@ -12,15 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import MASK_CASES, ROOT, backends_of, dense_by_loop, packed_randn
+from helpers import MASK_CASES, ROOT, backends_of, dense_by_loop, lif_layer, packed_randn, with_parameter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from training_runs import SMALL, load, run
 
-from g2g_kernels import BackendError, BlockMask, GroupLayout, LIFLayer, g2g_lif, g2g_linear, lif
-from g2g_kernels.ops import g2g_lif as g2g_lif_module
+from g2g_kernels import BackendError, BlockMask, GroupLayout, g2g_linear, g2g_stack, lif
 from g2g_kernels.ops import g2g_linear as g2g_linear_module
-from g2g_kernels.ops import lif as lif_module
+from g2g_kernels.ops import g2g_stack as g2g_stack_module
+from g2g_kernels.ops import neurons as neurons_module
 from g2gnet.data import load_dataset
 from g2gnet.layers import G2GLinear
 from g2gnet.tensor_file import TensorFileError, parse_tensors, with_digest
@@ -404,7 +404,7 @@ def neurons(draw, size):
 def test_lif_is_exact_or_names_the_argument(data):
     steps = data.draw(st.none() | st.integers(1, 6))
     shape = data.draw(st.lists(st.integers(1, 5), min_size=2 if steps else 3, max_size=3))
-    reset = data.draw(st.sampled_from(lif_module.RESETS))
+    reset = data.draw(st.sampled_from(neurons_module.RESETS))
     arguments = {
         "current": data.draw(tensor_of(*shape)),
         "beta": data.draw(neurons(shape[-1])),
@@ -425,7 +425,7 @@ def test_lif_is_exact_or_names_the_argument(data):
         "alpha": data.draw(st.sampled_from([0, -1.0, float("nan"), float("inf"), "2", None])),
     }
     check_call(
-        lif_module.operator,
+        neurons_module.operator,
         lif,
         arguments,
         wrong,
@@ -436,21 +436,23 @@ def test_lif_is_exact_or_names_the_argument(data):
 
 @settings(max_examples=200)
 @given(st.data())
-def test_g2g_lif_is_exact_or_names_the_argument(data):
+def test_g2g_stack_is_exact_or_names_the_argument(data):
     first = data.draw(masks())
     inner = BlockMask.full(GroupLayout(data.draw(st.integers(1, 6)), 1), GroupLayout(first.shape[0], 1), 3)
+    reset = data.draw(st.sampled_from(neurons_module.RESETS))
     layers = [
-        LIFLayer(
+        lif_layer(
             packed(mask, number),
             mask,
             data.draw(st.none() | tensor_of(mask.shape[0])),
             *(torch.as_tensor(data.draw(neurons(mask.shape[0]))) for _ in range(2)),
+            reset=reset,
         )
         for number, mask in enumerate((first, inner))
     ]
     steps = data.draw(st.none() | st.integers(1, 5))
     shape = [*([] if steps else [data.draw(st.integers(1, 5))]), data.draw(st.integers(1, 3)), first.shape[1]]
-    x, reset = data.draw(tensor_of(*shape)), data.draw(st.sampled_from(lif_module.RESETS))
+    x = data.draw(tensor_of(*shape))
     name = data.draw(st.sampled_from(["", "x", "values", "mask", "bias", "beta", "threshold"]))
     number = data.draw(st.integers(0, 1))
     allowed = {(), (1,), (layers[number].mask.shape[0],)} if name in ("beta", "threshold") else set()
@@ -462,22 +464,22 @@ def test_g2g_lif_is_exact_or_names_the_argument(data):
             )
         )
     )
-    for backend in backends_of(g2g_lif_module.operator):
+    for backend in backends_of(g2g_stack_module.operator):
         if name == "x":
             with pytest.raises(ERRORS, match=r"\bx\b"):
-                g2g_lif(wrong, layers, steps, reset, backend=backend)
+                g2g_stack(wrong, layers, steps, backend=backend)
         elif name:
             spoiled_layers = list(layers)
-            spoiled_layers[number] = layers[number]._replace(**{name: wrong})
+            spoiled_layers[number] = with_parameter(layers[number], name, wrong)
             with pytest.raises(ERRORS, match=rf"\b{name}\b"):
-                g2g_lif(x, spoiled_layers, steps, reset, backend=backend)
+                g2g_stack(x, spoiled_layers, steps, backend=backend)
         else:
-            activity = g2g_lif(x, layers, steps, reset, backend=backend)
+            activity = g2g_stack(x, layers, steps, backend=backend)
             spikes, held = x, steps
             for layer, computed in zip(layers, activity.spikes, strict=True):
                 dense = dense_by_loop(layer.mask, layer.values).double()
                 currents = spikes.double() @ dense.T + (0 if layer.bias is None else layer.bias.double())
-                spikes = spikes_by_loop(currents, layer.beta.double(), layer.threshold.double(), held, reset)
+                spikes = spikes_by_loop(currents, *(p.double() for p in layer.neurons.parameters), held, reset)
                 assert torch.equal(computed.dense(), spikes)
                 held = None
             assert torch.equal(activity.counts, spikes.sum(0))

@@ -26,8 +26,8 @@ from snntorch import surrogate as snn_surrogate
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from g2g_kernels import BackendError, dispatch, lif
-from g2g_kernels.ops.lif import RESETS, operator
-from g2g_kernels.ops.lif.surrogates import SURROGATES
+from g2g_kernels.ops.neurons import RESETS, operator
+from g2g_kernels.ops.neurons.surrogates import SURROGATES
 
 every_backend = pytest.mark.parametrize("backend", backends_of(operator))
 every_reset = pytest.mark.parametrize("reset", RESETS)
@@ -141,7 +141,7 @@ def test_thresholds_at_and_below_zero(reset):
 def test_derivative_is_that_of_the_primitive(surrogate, alpha):
     """Central differences with h = 1e-6: their own error is h²·|f'''|/6 + ε/h < 1e-8 for these functions.
 
-    The points keep clear of the kinks at 0 (fast sigmoid, triangle) and ±1/α (triangle).
+    The points keep clear of the kinks at 0 (fast sigmoid, triangle) and ±1/α (triangle, boxcar).
     """
     x = torch.linspace(-3, 3, 1001, dtype=torch.float64)
     x = x[(x.abs() > 1e-3) & ((x.abs() - 1 / alpha).abs() > 1e-3)]
@@ -166,6 +166,7 @@ def test_primitive_is_a_symmetric_step_of_unit_height_at_alpha_2(surrogate):
         ("fast_sigmoid", 1.0, 0.25),
         ("sigmoid", 0.5, 2 * math.e / (1 + math.e) ** 2),
         ("triangle", 2.0, 0.0),
+        ("boxcar", 1.0, 0.0),
     ],
 )
 def test_derivatives_at_alpha_2_by_hand(surrogate, peak, at_a_half):
@@ -180,7 +181,7 @@ def test_derivatives_at_alpha_2_by_hand(surrogate, peak, at_a_half):
 @every_surrogate
 @every_reset
 def test_gradients_equal_autograd_through_the_primitive(reset, surrogate, alpha, per_neuron):
-    """For every surrogate, the triangle that snnTorch lacks among them."""
+    """For every surrogate, those that snnTorch lacks among them."""
     current, (beta, threshold) = currents(T, B, N, seed=1), parameters(per_neuron)
     weights = output_weights(T, B, N)
     primitive = SURROGATES[surrogate].primitive
@@ -235,7 +236,7 @@ def test_errors_are_at_most_1_5_times_those_of_plain_pytorch(backend, batch, per
             actual = gradients(lif_on(backend, **options), current, beta, threshold, weights)
             for name in ("current.grad", "beta.grad", "threshold.grad"):
                 ratios.add(name, actual[name], plain[name], exact[name])
-    ratios.check(cases=24)
+    ratios.check(cases=2 * len(RESETS) * len(SURROGATES))
 
 
 @pytest.mark.parametrize("shape", [(4, 1), (6, 3), (3, 1, 9), (1, 4, 6), (9, 2, 3, 5)], ids=str)
@@ -587,5 +588,7 @@ def test_what_does_not_fit_is_refused(change, message):
 
 def test_a_backend_that_is_not_there_is_an_error(monkeypatch):
     monkeypatch.setitem(dispatch._unavailable, "triton", lambda: "there is no GPU")
-    with pytest.raises(BackendError, match="backend 'triton' cannot serve this call of lif: triton: there is no GPU"):
+    with pytest.raises(
+        BackendError, match="backend 'triton' cannot serve this call of neurons: triton: there is no GPU"
+    ):
         lif(torch.zeros(4, 2, 5), 0.9, 1.0, backend="triton")

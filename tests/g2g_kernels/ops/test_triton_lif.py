@@ -10,8 +10,8 @@ from neuron_cases import by_snntorch, clear_of_threshold, currents, gradients, l
 from snntorch import surrogate as snn_surrogate
 
 from g2g_kernels import BackendError, lif
-from g2g_kernels.ops.lif import RESETS
-from g2g_kernels.ops.lif.surrogates import SURROGATES
+from g2g_kernels.ops.neurons import RESETS
+from g2g_kernels.ops.neurons.surrogates import SURROGATES
 from g2g_kernels.triton.runtime import interpreted
 from g2g_kernels.triton.runtime import unavailable as triton_unavailable
 from g2gnet.layers import LIF
@@ -57,7 +57,7 @@ def test_errors_are_at_most_1_5_times_those_of_plain_pytorch(per_neuron, dtype):
         assert torch.equal(actual["spikes"][:, clear].double(), exact["spikes"][:, clear])
         for name in GRADIENTS:
             ratios.add(name, actual[name], plain[name], exact[name])
-    ratios.check(cases=12)
+    ratios.check(cases=len(RESETS) * len(SURROGATES))
 
 
 @every_reset
@@ -133,7 +133,7 @@ def test_thresholds_at_and_below_zero(reset):
 
 def test_counts_rates_and_their_gradients():
     """uint8 spikes, counts and rates of several tiles; gradients that come through those two, alone and beside ∂S."""
-    from g2g_kernels.ops.lif.triton import checkpoint_shape, launch_backward, launch_forward
+    from g2g_kernels.ops.neurons.triton import checkpoint_shape, launch_backward, launch_forward
 
     ratios = ErrorRatios()
     for shape, held in itertools.product([(13, 70, 9), (4, 5, 130)], [False, True]):
@@ -171,7 +171,7 @@ def test_counts_rates_and_their_gradients():
 
 def test_checkpoints_are_the_membranes_between_segments():
     """No more than a membrane every tenth step is kept; none without gradients."""
-    from g2g_kernels.ops.lif.triton import checkpoint_shape
+    from g2g_kernels.ops.neurons.triton import checkpoint_shape
 
     assert [checkpoint_shape(steps, 2, 3)[0] for steps in (1, 10, 11, 20, 25, 50)] == [0, 0, 1, 1, 2, 4]
     current = currents(25, 4, 3, dtype=torch.float32).to(DEVICE)

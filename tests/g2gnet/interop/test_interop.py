@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from g2g_kernels import BlockMask, GroupLayout
-from g2g_kernels.ops.lif.surrogates import SURROGATES
+from g2g_kernels.ops.neurons.surrogates import SURROGATES
 from g2gnet import LIF, G2GLinear, G2GNet, SpikingStack
 from g2gnet.interop import from_nir, from_snntorch, to_nir, to_snntorch
 

@@ -1,4 +1,4 @@
-"""``lif`` on the compiled CPU kernels: ``g2g::lif_forward`` (with its autograd formula) and ``g2g::lif_backward``.
+"""Neurons on the compiled CPU kernels: ``g2g::lif_forward`` (with its autograd formula) and ``g2g::lif_backward``.
 
 The backward pass computes the membranes again from the currents and from those that the forward pass kept: the ones
 after every ``EVERY`` steps, float32 [(T − 1) // EVERY, ..., N].
@@ -10,16 +10,17 @@ import torch
 
 from g2g_kernels.cpu.library import NeuronLoopArguments, library, neuron_arguments, pointer, run
 from g2g_kernels.cpu.workspace import workspace
+from g2g_kernels.ops.neurons.models import Neurons
 
 #: steps from one kept membrane to the next (docs/cpu-performance.md, 16)
 EVERY = 5
 
 
-def refuses(
-    current: torch.Tensor, beta: torch.Tensor, threshold: torch.Tensor, steps: int | None, *options: object
-) -> str | None:
+def refuses(current: torch.Tensor, population: Neurons, steps: int | None) -> str | None:
     """Why these kernels cannot serve a call, or None."""
-    for tensor in (current, beta, threshold):
+    if population.model != "lif" or population.surrogate == "boxcar":
+        return "serves LIF neurons, with every surrogate but boxcar"
+    for tensor in (current, *population.parameters):
         if tensor.device.type != "cpu":
             return f"needs tensors on the CPU, not on {tensor.device}"
         if tensor.dtype != torch.float32:
@@ -29,15 +30,8 @@ def refuses(
     return None
 
 
-def lif(
-    current: torch.Tensor,
-    beta: torch.Tensor,
-    threshold: torch.Tensor,
-    steps: int | None,
-    reset: str,
-    surrogate: str,
-    alpha: float,
-) -> torch.Tensor:
+def neurons(current: torch.Tensor, population: Neurons, steps: int | None) -> torch.Tensor:
+    _, (beta, threshold), reset, surrogate, alpha = population
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (current, beta, threshold))
     spikes, _ = torch.ops.g2g.lif_forward(
         current.contiguous(), beta.contiguous(), threshold.contiguous(), steps or 0, reset, surrogate, alpha, keep

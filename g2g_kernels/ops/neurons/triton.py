@@ -34,6 +34,7 @@ import torch
 import triton
 import triton.language as tl
 
+from g2g_kernels.ops.neurons.models import Neurons
 from g2g_kernels.triton import runtime
 from g2g_kernels.triton.neuron import EXACT, charge, decaying, fires, surrogate_derivative
 from g2g_kernels.triton.runtime import launch
@@ -412,26 +413,19 @@ def launch_backward(
 # --- operators ----------------------------------------------------------------------------------------------------
 
 
-def refuses(
-    current: torch.Tensor, beta: torch.Tensor, threshold: torch.Tensor, steps: int | None, *options: object
-) -> str | None:
+def refuses(current: torch.Tensor, population: Neurons, steps: int | None) -> str | None:
     """Why these kernels cannot serve a call, or None."""
+    if population.model != "lif":
+        return "serves LIF neurons"
     if current.numel() == 0:
         return "needs currents that are not empty"
     if math.prod(current.shape[0 if steps else 1 :]) >= 1 << 31:
         return "serves less than 2³¹ neurons and samples a step"
-    return runtime.refuses(current, beta, threshold)
+    return runtime.refuses(current, *population.parameters)
 
 
-def lif(
-    current: torch.Tensor,
-    beta: torch.Tensor,
-    threshold: torch.Tensor,
-    steps: int | None,
-    reset: str,
-    surrogate: str,
-    alpha: float,
-) -> torch.Tensor:
+def neurons(current: torch.Tensor, population: Neurons, steps: int | None) -> torch.Tensor:
+    _, (beta, threshold), reset, surrogate, alpha = population
     tensors = current.contiguous(), beta.contiguous(), threshold.contiguous()
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     return torch.ops.g2g.triton_lif_forward(*tensors, steps or 0, reset, surrogate, alpha, keep)[0]

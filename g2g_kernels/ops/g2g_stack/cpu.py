@@ -1,4 +1,4 @@
-"""``g2g_lif`` on the compiled CPU kernels: the whole stack of layers, forward and backward, in one call each.
+"""``g2g_stack`` on the compiled CPU kernels: the whole stack of layers, forward and backward, in one call each.
 
 Three ``torch.library`` operators: ``g2g::stack_forward`` (with its autograd formula), ``g2g::stack_backward`` and
 ``g2g::unpack_spikes``. What the forward pass keeps for the backward pass travels in two int64 tensors:
@@ -10,7 +10,6 @@ Three ``torch.library`` operators: ``g2g::stack_forward`` (with its autograd for
 
 import ctypes
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -26,9 +25,8 @@ from g2g_kernels.cpu.library import (
 )
 from g2g_kernels.cpu.plans import INDICES, Plan, blocks, indices, plan_for
 from g2g_kernels.cpu.workspace import workspace
-
-if TYPE_CHECKING:
-    from g2g_kernels.ops.g2g_lif import Activity, LIFLayer
+from g2g_kernels.ops.g2g_stack.activity import Activity
+from g2g_kernels.ops.g2g_stack.layer import SpikingLayer
 
 #: rows of a chunk are numbered in 16 bits
 MOST_STEPS = 1 << 16
@@ -38,10 +36,15 @@ Tensors = Sequence[torch.Tensor]
 _HEADER = 64  # int64 words at the start of `state`
 
 
-def refuses(x: torch.Tensor, layers: "Sequence[LIFLayer]", steps: int | None, *options: object) -> str | None:
+def refuses(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> str | None:
     """Why these kernels cannot serve a call, or None."""
-    tensors = [x, *(t for values, _, *rest in layers for t in (values, *rest) if t is not None)]
-    for tensor in tensors:
+    first = layers[0].neurons
+    for layer in layers:
+        if layer.neurons.model != "lif" or layer.neurons.surrogate == "boxcar":
+            return "serves LIF neurons, with every surrogate but boxcar"
+        if layer.neurons[2:] != first[2:]:
+            return "needs one reset, surrogate and alpha for all layers"
+    for tensor in (x, *(tensor for layer in layers for tensor in layer.tensors())):
         if tensor.device.type != "cpu":
             return f"needs tensors on the CPU, not on {tensor.device}"
         if tensor.dtype != torch.float32:
@@ -55,21 +58,18 @@ def refuses(x: torch.Tensor, layers: "Sequence[LIFLayer]", steps: int | None, *o
     return None
 
 
-def g2g_lif(
-    x: torch.Tensor, layers: "Sequence[LIFLayer]", steps: int | None, reset: str, surrogate: str, alpha: float
-) -> "Activity":
-    from g2g_kernels.ops.g2g_lif import Activity
-
+def g2g_stack(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> Activity:
+    _, _, reset, surrogate, alpha = layers[0].neurons
     num_steps, batch = (steps, x.shape[0]) if steps is not None else (x.shape[0], x.shape[1])
-    tensors = [t for values, _, *rest in layers for t in (values, *rest) if t is not None]
+    tensors = [tensor for layer in layers for tensor in layer.tensors()]
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors))
     all_indices = [tensor for layer in layers for tensor in indices(layer.mask)]
     counts, rates, words, _ = torch.ops.g2g.stack_forward(
         x.contiguous(),
         [layer.values.contiguous() for layer in layers],
         [layer.values.new_empty(0) if layer.bias is None else layer.bias.contiguous() for layer in layers],
-        [layer.beta.reshape(-1).contiguous() for layer in layers],
-        [layer.threshold.reshape(-1).contiguous() for layer in layers],
+        [layer.neurons.parameters[0].reshape(-1).contiguous() for layer in layers],
+        [layer.neurons.parameters[1].reshape(-1).contiguous() for layer in layers],
         all_indices,
         steps or 0,
         reset,

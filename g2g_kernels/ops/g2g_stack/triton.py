@@ -1,5 +1,5 @@
-"""``g2g_lif`` in Triton: the whole stack of layers, operators ``g2g::triton_stack_forward`` (with its autograd formula)
-and ``g2g::triton_stack_backward``.
+"""``g2g_stack`` in Triton: the whole stack of layers. Operators ``g2g::triton_stack_forward`` (with its autograd
+formula) and ``g2g::triton_stack_backward``.
 
 Spikes travel from layer to layer as bytes, in the order of places in which the next layer reads them (see
 ``Places.read_by``); so do its currents and their gradients. Only counts, rates and gradients of parameters are put back
@@ -7,7 +7,7 @@ into the order of neurons: at most B·N numbers each.
 
 A layer runs in one of two ways, which :func:`fused_pays` chooses between:
 
-    pair    the product of ``g2g_linear``, its currents [T, B, N] in memory, then the kernel of ``lif``. For a held
+    pair    the product of ``g2g_linear``, its currents [T, B, N] in memory, then the kernel of ``neurons``. For a held
             input (the first layer under ``current`` encoding) the product is [B, N], computed once.
     fused   one kernel for both; the currents stay in registers. For the backward pass it keeps the margins U − θ.
 
@@ -24,7 +24,7 @@ Bytes an element of [T, B, N] in a training step, with c the size of the product
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -42,7 +42,9 @@ from g2g_kernels.ops.g2g_linear.triton import (
     units_of,
     weight_gradient,
 )
-from g2g_kernels.ops.lif.triton import (
+from g2g_kernels.ops.g2g_stack.activity import Activity
+from g2g_kernels.ops.g2g_stack.layer import SpikingLayer
+from g2g_kernels.ops.neurons.triton import (
     NUM_WARPS,
     TILE,
     checkpoint_shape,
@@ -53,9 +55,6 @@ from g2g_kernels.ops.lif.triton import (
 from g2g_kernels.triton import runtime
 from g2g_kernels.triton.neuron import EXACT, charge, decaying, fires, surrogate_derivative
 from g2g_kernels.triton.runtime import launch
-
-if TYPE_CHECKING:
-    from g2g_kernels.ops.g2g_lif import Activity, LIFLayer
 
 # --- the fused kernel -------------------------------------------------------------------------------------------
 #
@@ -430,9 +429,15 @@ def _launch_fused_backward(
 # --- operators --------------------------------------------------------------------------------------------------
 
 
-def refuses(x: torch.Tensor, layers: "Sequence[LIFLayer]", *options: object) -> str | None:
+def refuses(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> str | None:
     """Why these kernels cannot serve a call, or None."""
-    reason = runtime.refuses(x, *(tensor for values, _, *rest in layers for tensor in (values, *rest)))
+    first = layers[0].neurons
+    for layer in layers:
+        if layer.neurons.model != "lif":
+            return "serves LIF neurons"
+        if layer.neurons[2:] != first[2:]:
+            return "needs one reset, surrogate and alpha for all layers"
+    reason = runtime.refuses(x, *(tensor for layer in layers for tensor in layer.tensors()))
     if reason is None and runtime.autocast_dtype(x.device.type) is None:
         dtypes = {x.dtype, *(values.dtype for values, *_ in layers)}
         if len(dtypes) > 1:
@@ -442,20 +447,17 @@ def refuses(x: torch.Tensor, layers: "Sequence[LIFLayer]", *options: object) -> 
     return reason
 
 
-def g2g_lif(
-    x: torch.Tensor, layers: "Sequence[LIFLayer]", steps: int | None, reset: str, surrogate: str, alpha: float
-) -> "Activity":
-    from g2g_kernels.ops.g2g_lif import Activity
-
-    tensors = [t for values, _, *rest in layers for t in (values, *rest) if t is not None]
+def g2g_stack(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> Activity:
+    _, _, reset, surrogate, alpha = layers[0].neurons
+    tensors = [tensor for layer in layers for tensor in layer.tensors()]
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors))
     described = [indices(layer.mask) for layer in layers]
     counts, rates, spikes, _ = torch.ops.g2g.triton_stack_forward(
         x.contiguous(),
         [layer.values.contiguous() for layer in layers],
         [layer.values.new_empty(0) if layer.bias is None else layer.bias.contiguous() for layer in layers],
-        [layer.beta.reshape(-1).contiguous() for layer in layers],
-        [layer.threshold.reshape(-1).contiguous() for layer in layers],
+        [layer.neurons.parameters[0].reshape(-1).contiguous() for layer in layers],
+        [layer.neurons.parameters[1].reshape(-1).contiguous() for layer in layers],
         [tensor for tensors, _ in described for tensor in tensors],
         [whole for _, trivial in described for whole in trivial],
         steps or 0,

@@ -7,9 +7,9 @@ import torch
 from helpers import ErrorRatios, MaskCase, device_of, rms, seeded
 from stack_cases import STACKS, Stack, clear_of_thresholds, clear_stack, clear_stacks, loss
 
-from g2g_kernels import BackendError, BlockMask, GroupLayout, g2g_lif
-from g2g_kernels.ops.lif import RESETS
-from g2g_kernels.ops.lif.surrogates import SURROGATES
+from g2g_kernels import BackendError, BlockMask, GroupLayout, g2g_stack
+from g2g_kernels.ops.neurons import RESETS
+from g2g_kernels.ops.neurons.surrogates import SURROGATES
 from g2g_kernels.triton import runtime
 from g2gnet import G2GNet
 
@@ -29,7 +29,7 @@ FEW, AT_MOST = 8, 2
 @pytest.fixture(params=["pair", "fused"])
 def way(request, monkeypatch) -> str:
     """Runs every layer whose input is not held as a pair of kernels, or fused into one."""
-    from g2g_kernels.ops.g2g_lif import triton
+    from g2g_kernels.ops.g2g_stack import triton
 
     monkeypatch.setattr(triton, "fused_pays", lambda units, *_: request.param == "fused" and not units.dense_pays)
     return request.param
@@ -153,7 +153,7 @@ def test_one_output_alone(way, used):
         leaves = stack.leaves(dtype, device)
         for mask in stack.masks:
             mask.to(device)
-        activity = g2g_lif(leaves["x"], stack.layers(leaves), T, backend=name)
+        activity = g2g_stack(leaves["x"], stack.layers(leaves), T, backend=name)
         output = activity.counts if used == "counts" else activity.rates[0]
         (output * torch.randn(output.shape, generator=seeded(3)).to(output)).sum().backward()
         gradients[name] = {
@@ -173,7 +173,7 @@ def test_nothing_is_kept_without_gradients(way):
     for mask in stack.masks:
         mask.to(device)
     with torch.no_grad():
-        activity = g2g_lif(leaves["x"], stack.layers(leaves), T, backend="triton")
+        activity = g2g_stack(leaves["x"], stack.layers(leaves), T, backend="triton")
     assert torch.equal(activity.counts.cpu(), with_gradients["counts"])
     for k in range(3):
         assert torch.equal(activity.rates[k].cpu(), with_gradients[f"rates{k}"])
@@ -191,7 +191,7 @@ def test_results_are_reproducible(way):
 
 def test_layers_are_fused_where_that_fills_the_device(monkeypatch):
     """Of the default network on an H100 the second layer is, at a batch of 256 and not at 32; single weights never."""
-    from g2g_kernels.ops.g2g_lif import triton
+    from g2g_kernels.ops.g2g_stack import triton
 
     monkeypatch.setattr(triton, "_H100_SMS", 132)
     cpu = torch.device("cpu")
@@ -214,7 +214,7 @@ def test_layers_are_fused_where_that_fills_the_device(monkeypatch):
 
 
 def test_operator_registration(way, plain_memory):
-    from g2g_kernels.ops.g2g_lif import triton
+    from g2g_kernels.ops.g2g_stack import triton
 
     device = device_of("triton")
     stack = Stack(STACKS_OF_UNITS[0], 2, batch=2)
@@ -264,5 +264,5 @@ def test_what_the_kernels_cannot_serve_is_refused_with_the_reason():
         (tensors["x"][:0], "needs a batch that is not empty"),
         (tensors["x"].double(), "needs float32, float16 or bfloat16 tensors, not torch.float64"),
     ):
-        with pytest.raises(BackendError, match=f"cannot serve this call of g2g_lif: triton: {reason}"):
-            g2g_lif(x, stack.layers(tensors), T, backend="triton")
+        with pytest.raises(BackendError, match=f"cannot serve this call of g2g_stack: triton: {reason}"):
+            g2g_stack(x, stack.layers(tensors), T, backend="triton")

@@ -28,6 +28,12 @@ def _triangle_primitive(x: torch.Tensor, alpha: float) -> torch.Tensor:
     return 0.5 + z - 0.5 * z * z.abs()
 
 
+def _boxcar_primitive(x: torch.Tensor, alpha: float) -> torch.Tensor:
+    # clamp(α·x/2, −1/2, 1/2) + 1/2, whose slope at |x| = 1/α itself is 0 whatever torch.clamp has there
+    z = alpha * x
+    return torch.where(z.abs() < 1, z / 2, z.detach().clamp(-1, 1) / 2) + 0.5
+
+
 SURROGATES: dict[str, Surrogate] = {
     # (α/2) / (1 + (π/2·α·x)²): Fang et al. 2021, as in snnTorch
     "atan": Surrogate(
@@ -43,4 +49,6 @@ SURROGATES: dict[str, Surrogate] = {
     "sigmoid": Surrogate(_sigmoid_derivative, lambda x, alpha: torch.sigmoid(alpha * x)),
     # α·max(0, 1 − α|x|): Bellec et al. 2018, scaled to unit area
     "triangle": Surrogate(lambda x, alpha: alpha * (1 - alpha * x.abs()).clamp(min=0), _triangle_primitive),
+    # α/2 where |x| < 1/α: Wu et al. 2018
+    "boxcar": Surrogate(lambda x, alpha: (alpha / 2) * (alpha * x.abs() < 1).to(x.dtype), _boxcar_primitive),
 }

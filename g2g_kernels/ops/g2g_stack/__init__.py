@@ -1,0 +1,69 @@
+"""``g2g_stack``: a stack of g2g linear layers, each followed by neurons, over all time steps in one call.
+
+One operator over the whole stack leaves a backend free to choose what travels between the layers (packed spikes, its
+own order of neurons) and what lives how long.
+"""
+
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+
+from g2g_kernels.dispatch import Operator
+from g2g_kernels.ops.checks import check_connection, check_tensor
+from g2g_kernels.ops.g2g_stack import cpu, reference
+from g2g_kernels.ops.g2g_stack.activity import Activity, Spikes
+from g2g_kernels.ops.g2g_stack.layer import SpikingLayer
+from g2g_kernels.ops.neurons import check_neurons, check_steps
+
+__all__ = ["Activity", "Spikes", "SpikingLayer", "g2g_stack"]
+
+
+def _triton() -> ModuleType:
+    from g2g_kernels.ops.g2g_stack import triton  # imports Triton, which not everyone has
+
+    return triton
+
+
+operator = Operator("g2g_stack")
+operator.register_module("triton", _triton)
+operator.register("cpu", cpu.g2g_stack, cpu.refuses)
+operator.register("torch", reference.g2g_stack)
+
+
+def g2g_stack(
+    x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None = None, backend: str | None = None
+) -> Activity:
+    """Runs ``neurons(g2g_linear(·))`` for each layer in turn; differentiable in x and in every tensor of the layers.
+
+    Args:
+        x: [T, B, in], or with ``steps`` given [B, in], held for that many steps (the first product is then
+            computed once).
+        layers: the layers, the outputs of one being the inputs of the next. Model, reset, surrogate and α are each
+            layer's own.
+        steps, backend: as for :func:`g2g_kernels.lif`.
+
+    Raises:
+        ValueError: for options out of range, or tensors that do not fit one another.
+        BackendError: if the forced backend cannot serve the call.
+    """
+    check_steps(steps)
+    check_tensor("x", x)
+    if not layers:
+        raise ValueError("layers is empty; give at least one SpikingLayer")
+    expected = 2 if steps is not None else 3
+    if x.dim() != expected:
+        raise ValueError(f"x has shape {tuple(x.shape)}; expected [T, B, in], or [B, in] with steps")
+    if steps is None and len(x) == 0:
+        raise ValueError(f"x has shape {tuple(x.shape)}: there must be at least one time step")
+    size = x.shape[-1]
+    checked = []
+    for number, layer in enumerate(layers):
+        suffix = f" of layer {number}"
+        check_connection(suffix, layer.values, layer.mask, layer.bias)
+        out_size, in_size = layer.mask.shape
+        if in_size != size:
+            raise ValueError(f"layer {number} has {in_size} inputs but receives {size}")
+        checked.append(layer._replace(neurons=check_neurons(suffix, layer.neurons, out_size, x)))
+        size = out_size
+    return operator(x, checked, steps, backend=backend)

@@ -1,0 +1,23 @@
+"""Plain PyTorch ``g2g_stack``: the two operators one after the other, layer by layer. The oracle for every backend."""
+
+from collections.abc import Sequence
+
+import torch
+
+from g2g_kernels.ops.g2g_linear.reference import g2g_linear
+from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes
+from g2g_kernels.ops.g2g_stack.layer import SpikingLayer
+from g2g_kernels.ops.neurons.reference import neurons
+
+
+def g2g_stack(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> Activity:
+    spikes: list[torch.Tensor] = []
+    for layer in layers:
+        x = neurons(g2g_linear(x, layer.values, layer.mask, layer.bias), layer.neurons, steps)
+        spikes.append(x)
+        steps = None
+    return Activity(
+        counts=spikes[-1].float().sum(0) if spikes[-1].dtype.itemsize < 4 else spikes[-1].sum(0),
+        rates=tuple(s.mean((0, 1), dtype=torch.promote_types(s.dtype, torch.float32)) for s in spikes),
+        spikes=tuple(map(DenseSpikes, spikes)),
+    )

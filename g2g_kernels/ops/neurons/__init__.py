@@ -1,0 +1,183 @@
+"""Spiking neurons over all time steps in one call: ``lif``, ``synaptic``, and :func:`neurons` for any model."""
+
+from types import ModuleType
+
+import torch
+
+from g2g_kernels.dispatch import Operator
+from g2g_kernels.ops.checks import check_tensor
+from g2g_kernels.ops.neurons import cpu, reference
+from g2g_kernels.ops.neurons.models import MODELS, RESETS, Neurons
+from g2g_kernels.ops.neurons.surrogates import SURROGATES
+
+__all__ = [
+    "MODELS",
+    "RESETS",
+    "SURROGATES",
+    "Neurons",
+    "as_tensors",
+    "check_neurons",
+    "check_steps",
+    "lif",
+    "neurons",
+    "synaptic",
+]
+
+
+def _triton() -> ModuleType:
+    from g2g_kernels.ops.neurons import triton  # imports Triton, which not everyone has
+
+    return triton
+
+
+operator = Operator("neurons")
+operator.register_module("triton", _triton)
+operator.register("cpu", cpu.neurons, cpu.refuses)
+operator.register("torch", reference.neurons)
+
+
+def lif(
+    current: torch.Tensor,
+    beta: torch.Tensor | float,
+    threshold: torch.Tensor | float,
+    steps: int | None = None,
+    reset: str = "subtract",
+    surrogate: str = "atan",
+    alpha: float = 2.0,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Runs LIF neurons over time; differentiable in ``current``, ``beta`` and ``threshold``.
+
+    With U_0 = 0, R_t = 1[U_{t−1} > θ] and S_t = 1[U_t > θ] (strict)::
+
+        subtract:  U_t = clamp(β, 0, 1)·U_{t−1} + I_t − θ·R_t
+        zero:      U_t = clamp(β, 0, 1)·(1 − R_t)·U_{t−1} + I_t
+        none:      U_t = clamp(β, 0, 1)·U_{t−1} + I_t
+
+    This is snnTorch's ``Leaky`` (Eshraghian et al. 2023) with its ``reset_delay``; no gradient passes through R.
+
+    Args:
+        current: input currents [T, ..., N]; with ``steps`` given, one current [..., N] held for all steps.
+        beta: membrane decay per step, a scalar or [N].
+        threshold: firing threshold θ, a scalar or [N].
+        steps: the number of time steps T of a held current; None if ``current`` has a time dimension.
+        reset: ``"subtract"``, ``"zero"`` or ``"none"``.
+        surrogate: the stand-in for dS/dU: ``"atan"``, ``"fast_sigmoid"``, ``"sigmoid"``, ``"triangle"`` or
+            ``"boxcar"``.
+        alpha: the sharpness α of the surrogate, above 0.
+        backend: ``"triton"``, ``"cpu"`` or ``"torch"``; None lets the device decide.
+
+    Returns:
+        Spikes 0 or 1, [T, ..., N], in the dtype of ``current``. States of half-precision currents are float32.
+
+    Raises:
+        ValueError: for an option or a shape out of range, or an unknown backend.
+        BackendError: if the forced backend cannot serve the call.
+    """
+    population = Neurons("lif", as_tensors(current, beta, threshold), reset, surrogate, alpha)
+    return neurons(current, population, steps, backend)
+
+
+def synaptic(
+    current: torch.Tensor,
+    syn_decay: torch.Tensor | float,
+    beta: torch.Tensor | float,
+    threshold: torch.Tensor | float,
+    steps: int | None = None,
+    reset: str = "subtract",
+    surrogate: str = "atan",
+    alpha: float = 2.0,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Runs LIF neurons with a synaptic current over time; differentiable in everything that is a tensor.
+
+    With C_0 = U_0 = 0, R_t = 1[U_{t−1} > θ] and S_t = 1[U_t > θ] (strict)::
+
+        C_t = clamp(γ, 0, 1)·C_{t−1} + I_t
+        subtract:  U_t = clamp(β, 0, 1)·U_{t−1} + C_t − θ·R_t
+        zero:      U_t = (1 − R_t)·(clamp(β, 0, 1)·U_{t−1} + C_t)
+        none:      U_t = clamp(β, 0, 1)·U_{t−1} + C_t
+
+    This is snnTorch's ``Synaptic`` (Eshraghian et al. 2023) with its ``reset_delay``: its reset to zero holds the
+    membrane at 0 for the whole step, other than that of ``Leaky``. No gradient passes through R.
+
+    Args:
+        syn_decay: decay γ of the synaptic current per step, a scalar or [N].
+        current, beta, threshold, steps, reset, surrogate, alpha, backend: as for :func:`lif`.
+
+    Returns:
+        Spikes 0 or 1, [T, ..., N], in the dtype of ``current``.
+
+    Raises:
+        ValueError: for an option or a shape out of range, or an unknown backend.
+        BackendError: if the forced backend cannot serve the call.
+    """
+    population = Neurons("synaptic", as_tensors(current, syn_decay, beta, threshold), reset, surrogate, alpha)
+    return neurons(current, population, steps, backend)
+
+
+def neurons(
+    current: torch.Tensor, population: Neurons, steps: int | None = None, backend: str | None = None
+) -> torch.Tensor:
+    """Runs neurons of any model over time; differentiable in ``current`` and the population's parameters.
+
+    Args:
+        current, steps, backend: as for :func:`lif`.
+        population: the model, its parameters, reset and surrogate.
+
+    Returns:
+        Spikes 0 or 1, [T, ..., N], in the dtype of ``current``.
+
+    Raises:
+        ValueError: for an option or a shape out of range, or an unknown backend.
+        BackendError: if the forced backend cannot serve the call.
+    """
+    check_steps(steps)
+    check_tensor("current", current)
+    if current.dim() < (1 if steps is not None else 2):
+        raise ValueError(f"current has shape {tuple(current.shape)}; expected [T, ..., N], or [..., N] with steps")
+    return operator(current, check_neurons("", population, current.shape[-1], current), steps, backend=backend)
+
+
+def as_tensors(current: torch.Tensor, *parameters: torch.Tensor | float) -> tuple[torch.Tensor, ...]:
+    """Parameters beside ``current``, those given as numbers as tensors."""
+    check_tensor("current", current)
+    dtype = torch.promote_types(current.dtype, torch.float32)
+    return tuple(
+        torch.tensor(value, dtype=dtype, device=current.device) if isinstance(value, (int, float)) else value
+        for value in parameters
+    )
+
+
+def check_steps(steps: int | None) -> None:
+    """Raises ValueError unless ``steps`` is None or a number of time steps."""
+    if steps is not None and (not isinstance(steps, (int, torch.SymInt)) or steps < 1):
+        raise ValueError(f"steps={steps} must be at least 1")
+
+
+def check_neurons(suffix: str, population: Neurons, size: int, like: torch.Tensor) -> Neurons:
+    """``population``, those of its parameters that are numbers as tensors beside ``like``.
+
+    Raises:
+        ValueError: for an unknown model, an option out of range, or parameters that ``size`` neurons cannot have.
+    """
+    model, parameters, reset, surrogate, alpha = population
+    for name, value, known in (
+        ("model", model, MODELS),
+        ("reset", reset, RESETS),
+        ("surrogate", surrogate, SURROGATES),
+    ):
+        if value not in known:
+            raise ValueError(f"{name}={value!r}{suffix} is unknown; choose one of {', '.join(known)}")
+    if not isinstance(alpha, (int, float, torch.SymFloat)) or not 0 < alpha < float("inf"):
+        raise ValueError(f"alpha={alpha}{suffix} must be above 0")
+    names = MODELS[model].parameters
+    if len(parameters) != len(names):
+        raise ValueError(f"{model} neurons{suffix} have {len(parameters)} parameters; expected {', '.join(names)}")
+    parameters = as_tensors(like, *parameters)
+    for name, parameter in zip(names, parameters, strict=True):
+        check_tensor(f"{name}{suffix}", parameter)
+        shape = tuple(parameter.shape)
+        if shape not in ((), (1,), (size,)):
+            raise ValueError(f"{name}{suffix} has shape {shape}; expected a scalar or [{size}], one a neuron")
+    return population._replace(parameters=parameters)

@@ -1,0 +1,122 @@
+"""The neuron models: their names, and the two functions that advance them by one step and back, in PyTorch.
+
+A model is declared here and its two functions stand once more in Triton (``g2g_kernels/triton/neuron.py``) and in C++
+(``csrc/neurons.h``). Everything else loops over the parameters and states that are declared.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+RESETS = ("subtract", "zero", "none")
+
+Tensors = tuple[torch.Tensor, ...]
+
+
+class NeuronModel(NamedTuple):
+    """A kind of neuron that spikes where its membrane exceeds its threshold.
+
+    Attributes:
+        name: what ``Neurons.model`` calls it.
+        parameters: the names of its parameters in order, decays first; the last is ``"threshold"``.
+        decays: the names of those that are clamped to 0 … 1.
+        states: the names of its state variables, 0 to begin with. The last is the membrane, which is compared with the
+            threshold.
+        charge: ``(states, fired, current, parameters, reset) -> states`` after one step more. ``fired`` is R_t, 1 where
+            the membrane was above the threshold, else 0; decays among ``parameters`` are clamped already.
+        charge_backward: ``(grads, states, fired, parameters, reset) -> (current, states, parameters)``: from the
+            gradients that reach the states after the step, those of the current, of the ``states`` before it, and what
+            this step adds to those of the parameters (None: nothing). No gradient passes through R.
+    """
+
+    name: str
+    parameters: tuple[str, ...]
+    decays: tuple[str, ...]
+    states: tuple[str, ...]
+    charge: Callable[[Tensors, torch.Tensor, torch.Tensor, Tensors, str], Tensors]
+    charge_backward: Callable[
+        [Tensors, Tensors, torch.Tensor, Tensors, str], tuple[torch.Tensor, Tensors, tuple[torch.Tensor | None, ...]]
+    ]
+
+
+# The order of operations is snnTorch's, so that float32 membranes are equal to the last bit.
+
+
+def _lif_charge(
+    states: Tensors, fired: torch.Tensor, current: torch.Tensor, parameters: Tensors, reset: str
+) -> Tensors:
+    (membrane,), (beta, theta) = states, parameters
+    if reset == "zero":
+        membrane = membrane * (1 - fired)
+    membrane = membrane * beta + current
+    return (membrane - fired * theta if reset == "subtract" else membrane,)
+
+
+def _lif_charge_backward(
+    grads: Tensors, states: Tensors, fired: torch.Tensor, parameters: Tensors, reset: str
+) -> tuple[torch.Tensor, Tensors, tuple[torch.Tensor | None, ...]]:
+    (grad,), (membrane,), (beta, _) = grads, states, parameters
+    before = grad * beta
+    if reset == "zero":
+        membrane, before = membrane * (1 - fired), before * (1 - fired)
+    return grad, (before,), (grad * membrane, -fired * grad if reset == "subtract" else None)
+
+
+def _synaptic_charge(
+    states: Tensors, fired: torch.Tensor, current: torch.Tensor, parameters: Tensors, reset: str
+) -> Tensors:
+    (synaptic_current, membrane), (syn_decay, beta, theta) = states, parameters
+    synaptic_current = synaptic_current * syn_decay + current
+    membrane = membrane * beta + synaptic_current
+    if reset == "subtract":
+        membrane = membrane - fired * theta
+    elif reset == "zero":
+        membrane = membrane * (1 - fired)
+    return synaptic_current, membrane
+
+
+def _synaptic_charge_backward(
+    grads: Tensors, states: Tensors, fired: torch.Tensor, parameters: Tensors, reset: str
+) -> tuple[torch.Tensor, Tensors, tuple[torch.Tensor | None, ...]]:
+    (to_current, to_membrane), (synaptic_current, membrane), (syn_decay, beta, _) = grads, states, parameters
+    if reset == "zero":
+        to_membrane = to_membrane * (1 - fired)
+    to_current = to_current + to_membrane
+    to_theta = -fired * to_membrane if reset == "subtract" else None
+    before = to_current * syn_decay, to_membrane * beta
+    return to_current, before, (to_current * synaptic_current, to_membrane * membrane, to_theta)
+
+
+MODELS = {
+    model.name: model
+    for model in (
+        NeuronModel("lif", ("beta", "threshold"), ("beta",), ("membrane",), _lif_charge, _lif_charge_backward),
+        NeuronModel(
+            "synaptic",
+            ("syn_decay", "beta", "threshold"),
+            ("syn_decay", "beta"),
+            ("synaptic_current", "membrane"),
+            _synaptic_charge,
+            _synaptic_charge_backward,
+        ),
+    )
+}
+
+
+class Neurons(NamedTuple):
+    """A population of neurons as operators take it.
+
+    Attributes:
+        model: ``"lif"`` or ``"synaptic"``, a name in ``MODELS``.
+        parameters: in the model's order, each a scalar or [N].
+        reset: ``"subtract"``, ``"zero"`` or ``"none"``.
+        surrogate: the stand-in for dS/dU, a name in ``SURROGATES``.
+        alpha: the sharpness α of the surrogate, above 0.
+    """
+
+    model: str
+    parameters: Tensors
+    reset: str = "subtract"
+    surrogate: str = "atan"
+    alpha: float = 2.0

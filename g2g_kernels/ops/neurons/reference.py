@@ -1,0 +1,110 @@
+"""Plain PyTorch neurons: a loop over time in each direction, for any model. The oracle for every other backend.
+
+Of the forward pass only the states are kept; spikes and resets follow from the membranes, so that the currents can be
+freed. Backwards, step t begins with the gradient that reaches its membrane through its spike,
+
+    σ'(U_t − θ)·∂L/∂S_t         and  ∂L/∂θ −= σ'(U_t − θ)·∂L/∂S_t
+
+and the model's ``charge_backward`` takes what has reached the states to the current, the states before and the
+parameters. No gradient passes through R.
+"""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from g2g_kernels.ops.neurons.models import MODELS, Neurons, Tensors
+from g2g_kernels.ops.neurons.surrogates import SURROGATES
+
+
+def neurons(current: torch.Tensor, population: Neurons, steps: int | None) -> torch.Tensor:
+    parameters = population.parameters
+    if not torch.is_grad_enabled():  # the Function would see parameters that require grad, and keep all states
+        current, parameters = current.detach(), tuple(parameter.detach() for parameter in parameters)
+    return _Neurons.apply(current, steps, population._replace(parameters=()), *parameters)
+
+
+def _as_used(model: str, parameters: Tensors, dtype: torch.dtype) -> Tensors:
+    """The parameters in ``dtype``, decays clamped to 0 … 1."""
+    number = len(MODELS[model].decays)
+    used = [parameter.to(dtype) for parameter in parameters]
+    return *(decay.clamp(0, 1) for decay in used[:number]), *used[number:]
+
+
+class _Neurons(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, current, steps, options, *parameters):
+        model = MODELS[options.model]
+        held = steps is not None
+        num_steps = steps if held else current.shape[0]
+        shape = current.shape if held else current.shape[1:]
+        dtype = torch.promote_types(current.dtype, torch.float32)  # states of half-precision currents in float32
+        used = _as_used(model.name, parameters, dtype)
+        keep = any(ctx.needs_input_grad)
+
+        spikes = current.new_empty((num_steps, *shape))
+        kept = [current.new_empty((num_steps if keep else 0, *shape), dtype=dtype) for _ in model.states]
+        states = tuple(torch.zeros(shape, dtype=dtype, device=current.device) for _ in model.states)
+        fired = (states[-1] > used[-1]).to(dtype)
+        for t in range(num_steps):
+            states = model.charge(states, fired, (current if held else current[t]).to(dtype), used, options.reset)
+            fired = (states[-1] > used[-1]).to(dtype)
+            spikes[t] = fired
+            if keep:
+                for of_all_steps, state in zip(kept, states, strict=True):
+                    of_all_steps[t] = state
+        if keep:
+            ctx.save_for_backward(*kept, *parameters)
+            ctx.call = held, options, current.dtype
+        return spikes
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_spikes):
+        held, options, current_dtype = ctx.call
+        model = MODELS[options.model]
+        derivative = SURROGATES[options.surrogate].derivative
+        kept, parameters = ctx.saved_tensors[: len(model.states)], ctx.saved_tensors[len(model.states) :]
+        need_current, _, _, *need_parameters = ctx.needs_input_grad
+        membranes = kept[-1]
+        dtype, shape = membranes.dtype, membranes.shape[1:]
+        used = _as_used(model.name, parameters, dtype)
+        theta = used[-1]
+
+        zeros = torch.zeros(shape, dtype=dtype, device=membranes.device)
+        grads = (zeros,) * len(kept)
+        sums = [zeros.clone() for _ in parameters]
+        grad_current = zeros.clone() if held else torch.empty_like(membranes, dtype=current_dtype)
+        for t in range(len(membranes) - 1, -1, -1):
+            through_spike = derivative(membranes[t] - theta, options.alpha).mul_(grad_spikes[t])
+            sums[-1] -= through_spike
+            before = tuple(states[t - 1] for states in kept) if t > 0 else (zeros,) * len(kept)
+            fired = (before[-1] > theta).to(dtype)
+            to_current, grads, added = model.charge_backward(
+                (*grads[:-1], grads[-1] + through_spike), before, fired, used, options.reset
+            )
+            if need_current and held:
+                grad_current += to_current
+            elif need_current:
+                grad_current[t] = to_current
+            for total, term in zip(sums, added, strict=True):
+                if term is not None:
+                    total += term
+        return (
+            grad_current.to(current_dtype) if need_current else None,
+            None,
+            None,
+            *(
+                _as_parameter(total, parameter, name in model.decays) if needed else None
+                for name, total, parameter, needed in zip(
+                    model.parameters, sums, parameters, need_parameters, strict=True
+                )
+            ),
+        )
+
+
+def _as_parameter(total: torch.Tensor, parameter: torch.Tensor, clamped: bool) -> torch.Tensor:
+    """The gradient of a scalar or per-neuron parameter from what each neuron and sample adds to it."""
+    grad = total.sum_to_size((total.shape[-1],) if parameter.numel() > 1 else (1,))
+    if clamped:
+        grad = grad * ((parameter >= 0) & (parameter <= 1)).to(grad.dtype)  # the clamp's own derivative
+    return grad.reshape(parameter.shape).to(parameter.dtype)

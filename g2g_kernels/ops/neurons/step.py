@@ -1,0 +1,117 @@
+"""One time step of neurons, for loops that cannot have all steps at once: online input, recurrent networks.
+
+Plain PyTorch operations on every device, differentiated by autograd. Over a whole sequence :func:`g2g_kernels.lif` and
+its like compute the same, faster and with less memory.
+"""
+
+import torch
+
+from g2g_kernels.ops.checks import check_tensor
+from g2g_kernels.ops.neurons import as_tensors, check_neurons
+from g2g_kernels.ops.neurons.models import MODELS, Neurons, Tensors
+from g2g_kernels.ops.neurons.surrogates import SURROGATES
+
+
+def lif_step(
+    current: torch.Tensor,
+    membrane: torch.Tensor | None,
+    beta: torch.Tensor | float,
+    threshold: torch.Tensor | float,
+    reset: str = "subtract",
+    surrogate: str = "atan",
+    alpha: float = 2.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Advances LIF neurons by one step; differentiable in ``current``, ``membrane``, ``beta`` and ``threshold``.
+
+    Steps from t = 1 to T give the spikes of ``lif`` over all T to the last bit, and its gradients.
+
+    Args:
+        current: input currents I_t [..., N].
+        membrane: U_{t−1} [..., N] as the last step returned it; None at the first step, where it is 0.
+        beta, threshold, reset, surrogate, alpha: as for :func:`g2g_kernels.lif`.
+
+    Returns:
+        spikes S_t [..., N], 0 or 1 in the dtype of ``current``, and the membrane U_t [..., N], float32 for
+        half-precision currents.
+
+    Raises:
+        ValueError: for an option or a shape out of range.
+    """
+    population = Neurons("lif", as_tensors(current, beta, threshold), reset, surrogate, alpha)
+    spikes, (membrane,) = neurons_step(current, None if membrane is None else (membrane,), population)
+    return spikes, membrane
+
+
+def synaptic_step(
+    current: torch.Tensor,
+    states: Tensors | None,
+    syn_decay: torch.Tensor | float,
+    beta: torch.Tensor | float,
+    threshold: torch.Tensor | float,
+    reset: str = "subtract",
+    surrogate: str = "atan",
+    alpha: float = 2.0,
+) -> tuple[torch.Tensor, Tensors]:
+    """Advances synaptic neurons by one step; differentiable in everything that is a tensor.
+
+    Args:
+        current: input currents I_t [..., N].
+        states: (C_{t−1}, U_{t−1}), each [..., N], as the last step returned them; None at the first step.
+        syn_decay, beta, threshold, reset, surrogate, alpha: as for :func:`g2g_kernels.synaptic`.
+
+    Returns:
+        spikes S_t [..., N] and the states (C_t, U_t).
+
+    Raises:
+        ValueError: for an option or a shape out of range.
+    """
+    population = Neurons("synaptic", as_tensors(current, syn_decay, beta, threshold), reset, surrogate, alpha)
+    return neurons_step(current, states, population)
+
+
+def neurons_step(current: torch.Tensor, states: Tensors | None, population: Neurons) -> tuple[torch.Tensor, Tensors]:
+    """Advances neurons of any model by one step; differentiable in the current, the states and the parameters.
+
+    Args:
+        current: input currents I_t [..., N].
+        states: the model's states, each [..., N], as the last step returned them; None at the first step: all 0.
+        population: the model, its parameters, reset and surrogate.
+
+    Returns:
+        spikes S_t [..., N], 0 or 1 in the dtype of ``current``, and the states, float32 for half-precision currents.
+
+    Raises:
+        ValueError: for an option or a shape out of range.
+    """
+    check_tensor("current", current)
+    population = check_neurons("", population, current.shape[-1], current)
+    model = MODELS[population.model]
+    dtype = torch.promote_types(current.dtype, torch.float32)
+    if states is None:
+        states = tuple(torch.zeros_like(current, dtype=dtype) for _ in model.states)
+    if len(states) != len(model.states):
+        raise ValueError(f"{len(states)} states given, {model.name} neurons have {', '.join(model.states)}")
+    for name, state in zip(model.states, states, strict=True):
+        if state.shape != current.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(state.shape)}, the current {tuple(current.shape)}; "
+                "give None to begin with another batch"
+            )
+    parameters = tuple(
+        _clamped(parameter.to(dtype)) if name in model.decays else parameter.to(dtype)
+        for name, parameter in zip(model.parameters, population.parameters, strict=True)
+    )
+    theta = parameters[-1]
+
+    fired = (states[-1] > theta).to(dtype)  # R_t: a comparison, so no gradient passes through it
+    states = model.charge(states, fired, current.to(dtype), parameters, population.reset)
+    spikes = (states[-1] > theta).to(dtype)
+    if torch.is_grad_enabled():
+        smooth = SURROGATES[population.surrogate].primitive(states[-1] - theta, population.alpha)
+        spikes = spikes + (smooth - smooth.detach())  # the value of the step, the derivative of the surrogate
+    return spikes.to(current.dtype), states
+
+
+def _clamped(decay: torch.Tensor) -> torch.Tensor:
+    """clamp(decay, 0, 1) with a slope at 0 and 1 themselves, whatever torch.clamp has there (PyTorch 2.15 has none)."""
+    return torch.where((decay >= 0) & (decay <= 1), decay, decay.detach().clamp(0, 1))

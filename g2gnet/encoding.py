@@ -12,6 +12,7 @@ def encode(
     scale: float = 1.0,
     bias: float = 0.0,
     generator: torch.Generator | None = None,
+    share: slice | None = None,
 ) -> torch.Tensor:
     """Encodes samples x [B, D] as input currents, with x' = scale·x + bias.
 
@@ -19,14 +20,25 @@ def encode(
     clamp(x', 0, 1), drawn anew at each step from ``generator`` (PyTorch's global one if None; its device may differ
     from x's).
 
+    With ``share``, only these samples are encoded, as they would be in the whole batch: the generator passes over the
+    random numbers of the others.
+
     Raises:
         ValueError: for an unknown encoding.
     """
     if enc not in ENCODINGS:
         raise ValueError(f"enc={enc!r} is unknown; choose one of {', '.join(ENCODINGS)}")
-    x = x * scale + bias
+    shape, share = x.shape, share or slice(None)
+    x = x[share] * scale + bias
     if enc == "current":
         return x
     device = generator.device if generator is not None else x.device
-    draws = torch.rand((steps, *x.shape), generator=generator, device=device, dtype=x.dtype).to(x.device)
-    return (draws < x).to(x.dtype)
+    if device.type == x.device.type == "cpu":
+        # the numbers of one step fit in the caches; drawn step by step, they are the same ones
+        spikes, draws = x.new_empty((steps, *x.shape)), x.new_empty(shape)
+        for spikes_t in spikes:
+            torch.rand(shape, generator=generator, out=draws)
+            torch.lt(draws[share], x, out=spikes_t)
+        return spikes
+    draws = torch.rand((steps, *shape), generator=generator, device=device, dtype=x.dtype)
+    return (draws[:, share].to(x.device) < x).to(x.dtype)

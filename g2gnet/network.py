@@ -105,11 +105,16 @@ class G2GNet(SpikingStack):
         self.enc_scale = enc_scale
         self.enc_bias = enc_bias
 
-    def encode(self, x: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-        """What fc1 receives: samples [B, D] as [B, D] (held at every step) or [T, B, D]; x [T, B, D] as it is."""
+    def encode(
+        self, x: torch.Tensor, generator: torch.Generator | None = None, share: slice | None = None
+    ) -> torch.Tensor:
+        """What fc1 receives: samples [B, D] as [B, D] (held at every step) or [T, B, D]; x [T, B, D] as it is.
+
+        With ``share``, only these samples are encoded, as they would be in the whole batch.
+        """
         if x.dim() == 3:
-            return x
-        return encode(x, self.enc, self.T, self.enc_scale, self.enc_bias, generator)
+            return x if share is None else x[:, share]
+        return encode(x, self.enc, self.T, self.enc_scale, self.enc_bias, generator, share)
 
     def forward(self, x: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         """Samples [B, D], or inputs over time [T, B, D] → spike counts of the output neurons [B, C] (the logits)."""

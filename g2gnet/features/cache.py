@@ -25,8 +25,8 @@ def load_features(
 ) -> ImageData:
     """The ResNet-32 features of CIFAR-10 or CIFAR-100 in place of the images: float32 [N, 512] from 0 to 1.
 
-    They are kept in ``<data_dir>/features``, in a file named after the data, the weights and the cut, and read from
-    there if they were computed before.
+    They are kept in ``<data_dir>/features``, in a file named after the data, the weights, the cut and the kind of
+    device (whose arithmetic differs in the last bits), and read from there if they were computed before.
 
     Args:
         dataset: ``"cifar10"`` or ``"cifar100"``.
@@ -40,13 +40,14 @@ def load_features(
     from g2gnet.data import cifar  # imports torchvision, which takes a second
 
     digest = weights_digest(dataset, weights)
-    key = hashlib.sha256(repr((cifar.fingerprint(dataset), digest, CUT)).encode()).hexdigest()
+    kind = torch.device(device).type
+    key = hashlib.sha256(repr((cifar.fingerprint(dataset), digest, CUT, kind)).encode()).hexdigest()
     file = Path(data_dir) / "features" / f"{dataset}_resnet32-{digest}_{key[:16]}.pt"
     with one_at_a_time(file):
         parts = _cached(file)
         if parts is None:
             network = load_resnet(dataset, weights).to(device)
-            if torch.device(device).type in ("cpu", "cuda"):
+            if kind in ("cpu", "cuda"):
                 # twice as fast on a CPU with AVX-512, in batches that stay in its caches
                 network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             images = load_dataset(dataset, data_dir)

@@ -259,10 +259,10 @@ class Trainer:
         images = self.data.train_images[index]
         if self.settings.augments:
             images = random_crop_and_flip(images, self._stream("augment", self.step))
-        inputs = self.net.encode(as_samples(images), self._stream("encode_train", self.step))
-        # every process draws for the whole batch, so that each image gets what it would get in one process
+        # of the whole batch's draws, so that each image gets what it would get in one process
         share = self.world.share(len(index))
-        inputs, labels = inputs[..., share, :], labels[share]
+        inputs = self.net.encode(as_samples(images), self._stream("encode_train", self.step), share)
+        labels = labels[share]
         target = None
         if self.settings.enforce_sparsity:
             target = rate_target(self.epoch + 1, self.settings.epochs, self.settings.warmup_epochs)

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from helpers import seeded
 
+from g2gnet import G2GNet
 from g2gnet.encoding import encode
 from g2gnet.regularizer import rate_penalty, rate_target
 
@@ -28,6 +30,20 @@ def test_rate_is_scaled_before_it_is_drawn_and_repeats_with_its_generator():
     first, second = (encode(x, "rate", 2, 2.0, 0.1, torch.Generator().manual_seed(1)) for _ in range(2))
     assert torch.equal(first, second)
     assert first.mean().item() == pytest.approx(0.5, abs=5 * 0.5 / 4000**0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("share", [slice(None), slice(0, 2), slice(2, 5), slice(4, 5)], ids=str)
+def test_a_share_of_the_samples_is_drawn_as_in_the_whole_batch(share, dtype):
+    """The spikes of a batch are those of one call for all numbers, whoever computes which samples of it."""
+    x = torch.rand(5, 301, generator=seeded(1), dtype=dtype)
+    draws = torch.rand((7, 5, 301), generator=seeded(2), dtype=dtype)
+    spikes = encode(x, "rate", 7, 2.0, -0.3, seeded(2), share)
+    assert spikes.dtype == dtype
+    assert torch.equal(spikes, (draws < 2.0 * x - 0.3).to(dtype)[:, share])
+    assert torch.equal(encode(x, "current", 7, 2.0, -0.3, None, share), (2.0 * x - 0.3)[share])
+    net = G2GNet(301, 16, 8, enc="rate", T=7)
+    assert torch.equal(net.encode(spikes.float(), None, slice(0, 1)), spikes[:, :1].float())
 
 
 def test_unknown_encodings_are_named():

@@ -230,6 +230,22 @@ def test_other_data_weights_or_cut_are_other_features(data_dir, weights_file, tm
     assert len(list((data_dir / "features").iterdir())) == 4
 
 
+def test_another_kind_of_device_has_other_features(data_dir, weights_file, monkeypatch):
+    """Its arithmetic differs in the last bits, and a run on one must not go on with the features of the other."""
+    used = []
+
+    def compute(network, images, device):
+        used.append(device)
+        return {name: getattr(images, name) for name in cache.PARTS}
+
+    monkeypatch.setattr(cache, "load_resnet", lambda *_: torch.nn.Identity())
+    monkeypatch.setattr(cache, "_compute", compute)
+    for device in ("cpu", "meta", torch.device("cpu"), "cpu:0"):
+        load_features("cifar10", data_dir, weights_file, device)
+    assert used == ["cpu", "meta"]
+    assert len(list((data_dir / "features").iterdir())) == 2
+
+
 @pytest.mark.parametrize("damage", [lambda content: content[: len(content) // 2], lambda content: b""])
 def test_a_damaged_cache_is_written_anew(data_dir, weights_file, capsys, damage):
     first = load_features("cifar10", data_dir, weights_file)

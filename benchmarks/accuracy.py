@@ -10,7 +10,7 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -49,12 +49,13 @@ def accuracy(arguments: argparse.Namespace) -> cli.Report:
     runs = planned(arguments)
     machine = describe(where.device)
     print(cli.headline(machine))
-    data = g2gnet.cli.load_data(arguments, runs[0][1], where.device)
+    common = runs[0].settings
+    data = g2gnet.cli.load_data(arguments, common, where.device)
     record: dict[str, Any] = {
         "benchmark": "accuracy",
         "machine": machine,
         "backend": where.backend or "auto",
-        "settings": runs[0][1].given(),
+        "settings": common.given(),
         "images": {"train": len(data.train_labels), "test": len(data.test_labels)},
         "runs": [],
     }
@@ -76,8 +77,15 @@ def accuracy(arguments: argparse.Namespace) -> cli.Report:
     return cli.Report(record, csv_rows(record))
 
 
-def planned(arguments: argparse.Namespace) -> list[tuple[str, TrainSettings]]:
-    """The runs in their order: kind and settings.
+class Planned(NamedTuple):
+    """A run to be made: its kind (one of :data:`KINDS`) and its settings."""
+
+    kind: str
+    settings: TrainSettings
+
+
+def planned(arguments: argparse.Namespace) -> list[Planned]:
+    """The runs in their order.
 
     Raises:
         ValueError: for a kind that is none, or settings out of range.
@@ -95,7 +103,7 @@ def planned(arguments: argparse.Namespace) -> list[tuple[str, TrainSettings]]:
         "static": {},
         "dynamic": {"sparsity_mode": "dynamic"},
     }
-    return [(kind, dataclasses.replace(static, seed=seed, **changes[kind])) for seed in seeds for kind in kinds]
+    return [Planned(kind, dataclasses.replace(static, seed=seed, **changes[kind])) for seed in seeds for kind in kinds]
 
 
 def train(settings: TrainSettings, data: ImageData, machine: Machine, bar: tqdm) -> list[dict[str, Any]]:

@@ -19,15 +19,16 @@ def work(prepared: Prepared, kernel: str) -> dict[str, int]:
     samples = w.T * w.batch_size
     if kernel == "lif":
         return {"flop": 0, "bytes": 5 * 4 * samples * w.hidden_dim}
-    first, *rest = prepared.active_weights()
+    first, second, third = prepared.active_weights()
     if kernel.startswith("linear"):
-        return {"flop": 3 * 2 * samples * rest[0], "bytes": 5 * 4 * samples * w.hidden_dim}
+        return {"flop": 3 * 2 * samples * second, "bytes": 5 * 4 * samples * w.hidden_dim}
     neurons = 2 * w.hidden_dim + prepared.num_classes
     if kernel == "dst":
         return {"flop": 0, "bytes": 4 * (samples * neurons + prepared.images.numel())}
     training = kernel == "step"
+    held, varying = w.batch_size * first, samples * (second + third)
     return {
-        "flop": (2 if training else 1) * 2 * w.batch_size * first + (3 if training else 1) * 2 * samples * sum(rest),
+        "flop": 2 * ((2 if training else 1) * held + (3 if training else 1) * varying),
         "bytes": (5 if training else 2) * 4 * samples * neurons,
     }
 

@@ -90,8 +90,8 @@ def grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
-        first, *rest = zip(cells, widths, strict=True)
-        return "  ".join([f"{first[0]:<{first[1]}}"] + [f"{cell:>{width}}" for cell, width in rest]).rstrip()
+        (name, first), *rest = zip(cells, widths, strict=True)
+        return "  ".join([f"{name:<{first}}"] + [f"{cell:>{width}}" for cell, width in rest]).rstrip()
 
     return "\n".join([line(header), "  ".join("─" * width for width in widths), *map(line, rows)])
 

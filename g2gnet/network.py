@@ -4,15 +4,10 @@ import torch
 
 from g2g_kernels import BlockMask, GroupLayout
 from g2gnet.encoding import ENCODINGS, encode
+from g2gnet.grouping import GROUPINGS, group_layouts
 from g2gnet.layers import LIF, G2GLinear
 from g2gnet.stack import SpikingStack
 
-#: for each sparse model, how the neurons on both sides of fc1, fc2 and fc3 are grouped
-GROUPINGS = {
-    "index": ("index", "index", "index"),
-    "random": ("random", "random", "random"),
-    "mixer": ("index", "interleaved", "index"),
-}
 MODELS = ("dense", *GROUPINGS)
 
 
@@ -83,10 +78,8 @@ class G2GNet(SpikingStack):
             if model == "dense":
                 mask = BlockMask.full(GroupLayout(out_size, 1), GroupLayout(in_size, 1), block_size)
             else:
-                kind = GROUPINGS[model][number - 1]
-                out_layout = GroupLayout(out_size, num_groups, kind, generator)
-                in_layout = GroupLayout(in_size, num_groups, kind, generator)
-                mask = BlockMask.sample(out_layout, in_layout, p_intra, p_inter, block_size, generator)
+                layouts = group_layouts(model, number - 1, (out_size, in_size), num_groups, generator)
+                mask = BlockMask.sample(*layouts, p_intra, p_inter, block_size, generator)
             neurons = LIF(
                 neurons=out_size if per_neuron else None,
                 beta=beta,

@@ -5,11 +5,9 @@ from collections.abc import Collection
 import torch
 from torch import nn
 
-from g2g_kernels import BlockMask, GroupLayout
+from g2g_kernels import BlockMask
+from g2gnet.grouping import GROUPINGS, group_layouts
 from g2gnet.layers import G2GLinear
-
-#: how the neurons on both sides of the first, second, third … layer are grouped, over and over
-KINDS = {"index": ("index",), "random": ("random",), "mixer": ("index", "interleaved")}
 
 
 def sparsify(
@@ -46,8 +44,8 @@ def sparsify(
         ValueError: for an option out of range, a name in ``skip`` that is no linear layer's, a layer with fewer neurons
             than groups, or a model without a linear layer to replace. The model is then as it was.
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind={kind!r} is unknown; choose one of {', '.join(KINDS)}")
+    if kind not in GROUPINGS:
+        raise ValueError(f"kind={kind!r} is unknown; choose one of {', '.join(GROUPINGS)}")
     # a layer that is used in two places has two names
     places = {name: module for name, module in model.named_modules(remove_duplicate=False) if type(module) is nn.Linear}
     unknown = set(skip) - set(places)
@@ -60,13 +58,12 @@ def sparsify(
     for name, linear in places.items():
         if linear in sparse or linear in kept_dense:
             continue
-        grouping = KINDS[kind][len(sparse) % len(KINDS[kind])]
         try:
-            out_layout = GroupLayout(linear.out_features, num_groups, grouping, generator)
-            in_layout = GroupLayout(linear.in_features, num_groups, grouping, generator)
+            shape = linear.out_features, linear.in_features
+            layouts = group_layouts(kind, len(sparse), shape, num_groups, generator)
         except ValueError as error:
             raise ValueError(f"{name}: {error}, or skip={name!r} to leave it dense") from error
-        mask = BlockMask.sample(out_layout, in_layout, p_intra, p_inter, block_size, generator)
+        mask = BlockMask.sample(*layouts, p_intra, p_inter, block_size, generator)
         sparse[linear] = G2GLinear.from_linear(linear, mask)
     if not sparse:
         raise ValueError("model has no nn.Linear to replace")

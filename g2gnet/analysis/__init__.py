@@ -10,12 +10,13 @@ from g2gnet.analysis.activity import (
     group_means,
     temporal_synchrony,
 )
-from g2gnet.analysis.network import ANALYSIS_SAMPLES, LayerAnalysis, NetworkAnalysis, analyze_network
+from g2gnet.analysis.network import ANALYSIS_SAMPLES, Batch, LayerAnalysis, NetworkAnalysis, analyze_network
 from g2gnet.analysis.tables import Table, groups_table, headline, layers_table, summary_table
 from g2gnet.analysis.wiring import cross_group_share, group_density, input_group_entropy
 
 __all__ = [
     "ANALYSIS_SAMPLES",
+    "Batch",
     "CountCorrelation",
     "LayerAnalysis",
     "NetworkAnalysis",

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,8 +25,13 @@ from g2gnet.network import G2GNet
 #: how many test images are analysed unless one asks for another number
 ANALYSIS_SAMPLES = 1000
 
-#: what the network received [B, D] or [T, B, D], what it did, and the samples' labels [B]
-Batch = tuple[torch.Tensor, Activity, torch.Tensor]
+
+class Batch(NamedTuple):
+    """What a network received ([B, D] held, or [T, B, D]), what it did, and the right classes [B]."""
+
+    inputs: torch.Tensor
+    activity: Activity
+    labels: torch.Tensor
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ class Table(NamedTuple):
         widths = [max(map(len, column)) for column in zip(self.header, *self.rows, strict=True)]
 
         def line(cells: Sequence[str]) -> str:
-            first, *rest = zip(cells, widths, strict=True)
-            return "  ".join([f"{first[0]:<{first[1]}}"] + [f"{cell:>{width}}" for cell, width in rest]).rstrip()
+            (name, first), *rest = zip(cells, widths, strict=True)
+            return "  ".join([f"{name:<{first}}"] + [f"{cell:>{width}}" for cell, width in rest]).rstrip()
 
         return "\n".join([line(self.header), "  ".join("─" * width for width in widths), *map(line, self.rows)])
 

@@ -1,25 +1,35 @@
-"""The data sets by name."""
+"""The data sets by name. A new one is an entry here and a module that reads it."""
 
-from collections.abc import Callable
+import importlib
 from pathlib import Path
 from typing import NamedTuple
 
 from g2gnet.data.image_data import ImageData
 
 
-class DatasetSizes(NamedTuple):
-    """The number of values in a sample and of classes."""
+class Dataset(NamedTuple):
+    """What is known of a data set before it is read.
+
+    Attributes:
+        input_dim: values in a sample.
+        num_classes: number of classes.
+        module: of this package; its ``load(name, data_dir)`` gives the :class:`ImageData`. It is imported when data are
+            read, since torchvision takes a second.
+        crops: whether ``--augment auto`` shifts and mirrors its images.
+    """
 
     input_dim: int
     num_classes: int
+    module: str
+    crops: bool = False
 
 
 #: every data set that ``--dataset`` takes
 DATASETS = {
-    "fashionmnist": DatasetSizes(784, 10),
-    "fashionmnist-mini": DatasetSizes(784, 10),
-    "cifar10": DatasetSizes(3072, 10),
-    "cifar100": DatasetSizes(3072, 100),
+    "fashionmnist": Dataset(784, 10, "fashion_mnist"),
+    "fashionmnist-mini": Dataset(784, 10, "fashion_mnist"),
+    "cifar10": Dataset(3072, 10, "cifar", crops=True),
+    "cifar100": Dataset(3072, 100, "cifar", crops=True),
 }
 
 
@@ -32,12 +42,5 @@ def load_dataset(name: str, data_dir: Path | str = "data") -> ImageData:
     """
     if name not in DATASETS:
         raise ValueError(f"dataset={name!r} is unknown; choose one of {', '.join(DATASETS)}")
-    from g2gnet.data import cifar, fashion_mnist  # torchvision takes a second to import: only where data is read
-
-    readers: dict[str, Callable[[Path], ImageData]] = {
-        "fashionmnist": fashion_mnist.load,
-        "fashionmnist-mini": lambda _: fashion_mnist.load_mini(),
-        "cifar10": lambda data_dir: cifar.load("cifar10", data_dir),
-        "cifar100": lambda data_dir: cifar.load("cifar100", data_dir),
-    }
-    return readers[name](Path(data_dir))
+    module = importlib.import_module(f"{__package__}.{DATASETS[name].module}")
+    return module.load(name, Path(data_dir))

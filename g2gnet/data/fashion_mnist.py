@@ -26,12 +26,15 @@ FILES = tuple(Path(name).stem for name, _ in FashionMNIST.resources)  # without 
 SHAPES = {"train": (60000, 28, 28), "test": (10000, 28, 28)}
 
 
-def load(data_dir: Path) -> ImageData:
-    """Reads the full set from ``data_dir`` or the system's copy, or downloads it into ``data_dir``.
+def load(name: str, data_dir: Path) -> ImageData:
+    """Reads ``"fashionmnist-mini"`` from the package, or the full set ``"fashionmnist"`` from ``data_dir`` or the
+    system's copy; where it is in neither, it is downloaded into ``data_dir``.
 
     In ``data_dir`` the four IDX files, gzipped or not, may lie as torchvision leaves them (``FashionMNIST/raw``) or
     directly.
     """
+    if name == "fashionmnist-mini":
+        return load_mini()
     raw = data_dir / "FashionMNIST" / "raw"
     for folder in (raw, data_dir, SYSTEM_DIR):
         if _complete(folder):
@@ -146,5 +149,5 @@ def write_mini(full: ImageData, path: Path = MINI_FILE) -> None:
 
 
 if __name__ == "__main__":
-    write_mini(load(Path("data")))
+    write_mini(load("fashionmnist", Path("data")))
     print(f"wrote {MINI_FILE}")

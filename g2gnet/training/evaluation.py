@@ -2,24 +2,15 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 
-from g2g_kernels import Activity
+from g2gnet.analysis import Batch
 from g2gnet.data import ImageData, as_samples
 from g2gnet.distributed import ALONE, World
 from g2gnet.network import G2GNet
 from g2gnet.seeding import draw_device, stream
 from g2gnet.training.settings import TrainSettings
-
-
-class Batch(NamedTuple):
-    """What a network received ([B, D] held, or [T, B, D]), what it did, and the right classes [B]."""
-
-    inputs: torch.Tensor
-    activity: Activity
-    labels: torch.Tensor
 
 
 def build_network(settings: TrainSettings, input_dim: int, num_classes: int, backend: str | None = None) -> G2GNet:

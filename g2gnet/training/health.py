@@ -49,11 +49,11 @@ class FiniteWatch:
 
     def check(self) -> None:
         """Raises TrainingError, naming the step and the layer, if anything noted so far was not finite."""
-        steps = self._first.tolist()
-        step = min(steps)
+        loss, *gradients = self._first.tolist()
+        step = min(loss, *gradients)
         if step < _NEVER:
-            names = [name for name, bad in zip(self._parameters, steps[1:], strict=True) if bad == step]
-            what = ["the loss"] if steps[0] == step else []
+            names = [name for name, bad in zip(self._parameters, gradients, strict=True) if bad == step]
+            what = ["the loss"] if loss == step else []
             # the backward pass runs from output to input: what is last in the network went wrong first
             what += [f"the gradient of {name}" for name in names[-1:]]
             raise TrainingError(f"in step {step} {' and '.join(what)} ceased to be finite; {self._remedy}")

@@ -7,7 +7,8 @@ from typing import Any
 from g2gnet.data import DATASETS
 from g2gnet.dst import GROW_RULES, PRUNE_RULES
 from g2gnet.encoding import ENCODINGS
-from g2gnet.features import FEATURES
+from g2gnet.features import FEATURES, RELEASES
+from g2gnet.grouping import GROUPINGS
 from g2gnet.network import MODELS
 
 SPARSITY_MODES = ("static", "dynamic")
@@ -143,14 +144,14 @@ class TrainSettings(Settings):
 
     def _at_odds(self) -> list[str]:
         problems = []
-        if self.use_resnet and not self.dataset.startswith("cifar"):
-            problems.append(f"use_resnet needs --dataset cifar10 or cifar100, not {self.dataset}")
+        if self.use_resnet and self.dataset not in RELEASES:
+            problems.append(f"use_resnet needs --dataset {' or '.join(RELEASES)}, not {self.dataset}")
         if self.use_resnet and self.augment == "crop-flip":
             problems.append("augment=crop-flip needs images, but use_resnet trains on features; leave one of them out")
         if self.resnet_weights is not None and not self.use_resnet:
             problems.append("resnet_weights is of no use without use_resnet; give --use_resnet, or leave it out")
         if self.model != "dense":
-            input_dim, num_classes = DATASETS[self.dataset]
+            input_dim, num_classes, *_ = DATASETS[self.dataset]
             if self.use_resnet:
                 input_dim = FEATURES
             for name, size in (
@@ -165,7 +166,7 @@ class TrainSettings(Settings):
                     )
         if self.sparsity_mode == "dynamic":
             if self.model == "dense":
-                problems.append("sparsity_mode=dynamic needs a sparse model; give --model index, random or mixer")
+                problems.append(f"sparsity_mode=dynamic needs a sparse model; give --model {', '.join(GROUPINGS)}")
             elif self.p_inter == 1 and self.p_intra == 1:
                 problems.append("sparsity_mode=dynamic has nothing to grow at p_inter=1 and p_intra=1; lower p_inter")
         return problems
@@ -174,7 +175,7 @@ class TrainSettings(Settings):
     def augments(self) -> bool:
         """Whether training images are augmented."""
         return self.augment == "crop-flip" or (
-            self.augment == "auto" and self.dataset.startswith("cifar") and not self.use_resnet
+            self.augment == "auto" and DATASETS[self.dataset].crops and not self.use_resnet
         )
 
     @property

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from g2g_kernels import Activity
+from g2gnet.analysis import Batch
 from g2gnet.data import ImageData, as_samples, random_crop_and_flip
 from g2gnet.distributed import World
 from g2gnet.dst import DSTScheduler
@@ -20,7 +21,7 @@ from g2gnet.network import G2GNet
 from g2gnet.regularizer import RateTarget, rate_penalty, rate_target
 from g2gnet.seeding import draw_device, stream
 from g2gnet.training.cuda_graph import CapturedStep
-from g2gnet.training.evaluation import Batch, autocast, build_network, run_images
+from g2gnet.training.evaluation import autocast, build_network, run_images
 from g2gnet.training.health import CHECK_INTERVAL, FiniteWatch, LayerWatch
 from g2gnet.training.machine import Machine
 from g2gnet.training.settings import SettingsError, TrainSettings

@@ -5,7 +5,22 @@ Only the assignment lives here; which groups are connected is :mod:`g2g_kernels.
 
 import torch
 
-GROUP_KINDS = ("index", "interleaved", "random")
+
+def _contiguous(size: int, num_groups: int, generator: torch.Generator | None) -> torch.Tensor:
+    sizes = size // num_groups + (torch.arange(num_groups) < size % num_groups).long()
+    return torch.repeat_interleave(torch.arange(num_groups), sizes)
+
+
+def _interleaved(size: int, num_groups: int, generator: torch.Generator | None) -> torch.Tensor:
+    return torch.arange(size) % num_groups
+
+
+def _random(size: int, num_groups: int, generator: torch.Generator | None) -> torch.Tensor:
+    return _contiguous(size, num_groups, generator)[torch.randperm(size, generator=generator)]
+
+
+#: of each kind, what gives the group of each neuron, int64 [size]
+GROUP_KINDS = {"index": _contiguous, "interleaved": _interleaved, "random": _random}
 
 
 class GroupLayout:
@@ -42,14 +57,7 @@ class GroupLayout:
         self.size = size
         self.num_groups = num_groups
         self.kind = kind
-        neurons = torch.arange(size)
-        if kind == "interleaved":
-            self.group_of = neurons % num_groups
-        else:
-            sizes = size // num_groups + (torch.arange(num_groups) < size % num_groups).long()
-            self.group_of = torch.repeat_interleave(torch.arange(num_groups), sizes)
-            if kind == "random":
-                self.group_of = self.group_of[torch.randperm(size, generator=generator)]
+        self.group_of = GROUP_KINDS[kind](size, num_groups, generator)
 
     @classmethod
     def from_assignment(cls, group_of: torch.Tensor) -> "GroupLayout":

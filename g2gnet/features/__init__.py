@@ -2,6 +2,6 @@
 
 from g2gnet.features.cache import load_features
 from g2gnet.features.resnet import FEATURES, ResNet32
-from g2gnet.features.weights import RELEASES, load_resnet, new_resnet, weights_digest
+from g2gnet.features.weights import load_resnet, new_resnet, weights_digest
 
-__all__ = ["FEATURES", "RELEASES", "ResNet32", "load_features", "load_resnet", "new_resnet", "weights_digest"]
+__all__ = ["FEATURES", "ResNet32", "load_features", "load_resnet", "new_resnet", "weights_digest"]

@@ -7,7 +7,8 @@ from typing import Any
 from g2gnet.data import DATASETS
 from g2gnet.dst import GROW_RULES, PRUNE_RULES
 from g2gnet.encoding import ENCODINGS
-from g2gnet.features import FEATURES, RELEASES
+from g2gnet.features import FEATURES
+from g2gnet.features.weights import RELEASES
 from g2gnet.grouping import GROUPINGS
 from g2gnet.network import MODELS
 

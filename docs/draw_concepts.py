@@ -53,7 +53,7 @@ def draw_units() -> Figure:
         y, x = (_middle(axis.bounds, place) for axis, place in ((mask.rows, row), (mask.cols, col)))
         number = grouped.text(x, y, str(slot), fontsize=7, ha="center", va="center")
         number.set_path_effects([withStroke(linewidth=2, foreground="white")])
-    grouped.set_title("neurons in the order of their groups:\nunits of 4 × 4, clipped where a group ends", fontsize=10)
+    grouped.set_title("neurons in the order of their groups:\nunits of up to 4 × 4, alike in each group", fontsize=10)
     grouped.set(xlabel="40 inputs, 10 a group", ylabel="32 outputs, 8 a group")
 
     neurons = places["neurons"]

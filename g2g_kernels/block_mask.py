@@ -4,6 +4,8 @@ Kernels, dynamic sparse training, plots and checkpoints all read a :class:`Block
 weights themselves are *packed*, one [unit_rows, unit_cols] tile per present unit, in a tensor of the caller's.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
@@ -13,8 +15,10 @@ from g2g_kernels.groups import GroupLayout, check_integers
 class UnitAxis(nn.Module):
     """One side of a weight matrix, sorted by group and cut into ranges of at most ``block_size`` neurons.
 
-    No range crosses a group's edge; the last range of a group is clipped. All tensors are buffers, derived from the
-    layout and never saved.
+    A group of n neurons is cut into ⌈n / block_size⌉ ranges whose lengths differ by at most one, the longer ones
+    first: 98 neurons by 16 are seven ranges of 14. Units are thus alike. Were the last range of a group a short one,
+    scores of its small units would be noisy, DST would drift towards them, and a layer would lose weights although it
+    keeps its units. All tensors are buffers, derived from the layout.
 
     Attributes:
         order: int64 [size], the neuron at each place of the group-sorted order.
@@ -38,10 +42,10 @@ class UnitAxis(nn.Module):
         lengths: list[int] = []
         groups: list[int] = []
         for group, group_size in enumerate(layout.sizes.tolist()):
-            whole, rest = divmod(group_size, block_size)
-            pieces = [block_size] * whole + ([rest] if rest else [])
-            lengths += pieces
-            groups += [group] * len(pieces)
+            pieces = -(-group_size // block_size)
+            length, longer = divmod(group_size, pieces)
+            lengths += [length + 1] * longer + [length] * (pieces - longer)
+            groups += [group] * pieces
         self.num_units = len(lengths)
         self.width = max(lengths)
         #: every range is full and neurons already stand in group order, so no permutation or padding is needed
@@ -79,9 +83,10 @@ class UnitAxis(nn.Module):
 class BlockMask(nn.Module):
     """The units (blocks of weights) that a sparse [out, in] weight matrix has.
 
-    A unit is a block of ``block_size`` × ``block_size`` weights in group-sorted order that never crosses a group's
-    edge and is clipped where a group ends. Each present unit has a *slot*, its place in the packed values
-    [num_units, unit_rows, unit_cols]; weights outside a clipped unit are zero there and stay zero.
+    A unit is a block of at most ``block_size`` × ``block_size`` weights in group-sorted order that never crosses a
+    group's edge: groups are cut into as few and as equal ranges as can be (:class:`UnitAxis`). Each present unit has a
+    *slot*, its place in the packed values [num_units, unit_rows, unit_cols], where a unit that is one neuron shorter
+    than others is padded; the padding is zero and stays zero.
 
     The mask is an ``nn.Module`` that holds only index buffers, so it moves, copies, pickles and saves with the layer
     that owns it. :meth:`relabel_` gives slots to other units in place: shapes and addresses never change.
@@ -89,7 +94,7 @@ class BlockMask(nn.Module):
     Args:
         out_layout, in_layout: the groups of the output and input neurons.
         unit_row, unit_col: integer tensors [num_units], the unit coordinates of each slot.
-        block_size: the side of a unit in weights.
+        block_size: the longest side of a unit, in weights.
 
     Attributes:
         rows, cols: :class:`UnitAxis` of the output and the input side.
@@ -172,7 +177,7 @@ class BlockMask(nn.Module):
 
     @classmethod
     def from_dense(cls, mask: torch.Tensor, block_size: int = 1) -> "BlockMask":
-        """The mask whose dense form is ``mask``, bool [out, in], in one group cut into units from the first neuron on.
+        """The mask whose dense form is ``mask``, bool [out, in], with each side in one group (cut as any group is).
 
         Raises:
             ValueError: if a unit is only partly true, since a unit is present as a whole.
@@ -254,7 +259,7 @@ class BlockMask(nn.Module):
 
     @property
     def unit_shape(self) -> tuple[int, int]:
-        """(rows, columns) of a packed tile, ``block_size`` or less where no group is that large."""
+        """(rows, columns) of a packed tile, the sides of the largest unit."""
         return self.rows.width, self.cols.width
 
     @property
@@ -282,7 +287,7 @@ class BlockMask(nn.Module):
         return 1.0 - self.density
 
     def valid(self) -> torch.Tensor:
-        """bool [num_units, unit_rows, unit_cols], false in the padding of clipped units."""
+        """bool [num_units, unit_rows, unit_cols], false in the padding of units shorter than others."""
         place_row = torch.arange(self.rows.width, device=self.unit_row.device)
         place_col = torch.arange(self.cols.width, device=self.unit_row.device)
         row_ok = place_row < self.rows.lengths[self.unit_row.long()][:, None]
@@ -373,38 +378,61 @@ class BlockMask(nn.Module):
 
     # --- saving -------------------------------------------------------------------------------------------------
 
+    #: the tensors of a mask's ``state_dict``
+    STATE = ("block_size", "out_group_of", "in_group_of", "unit_row", "unit_col", "row_bounds", "col_bounds")
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, torch.Tensor], shape: tuple[int, int] | None = None) -> "BlockMask":
+        """The mask with that ``state_dict`` (the tensors :data:`STATE`), on the CPU.
+
+        Raises:
+            ValueError: if they describe no mask, or one whose groups are cut into other ranges than here, or one of
+                another ``shape`` (out, in) than asked for.
+        """
+        if "row_bounds" not in state and "col_bounds" not in state:
+            raise ValueError(
+                "the mask was saved by a version whose groups could end in a short unit; units are alike now, and it "
+                "fits none of them. Train the network again; or save dense_weight() of each layer with that version, "
+                "and give BlockMask.from_dense(weight != 0), units of single weights, to G2GLinear.from_linear here"
+            )
+        for name in cls.STATE:
+            check_integers(name, state[name])
+        saved = (state["out_group_of"].numel(), state["in_group_of"].numel())
+        if shape is not None and saved != shape:
+            raise ValueError(f"the saved mask is {saved}, this layer is {shape}")
+        if state["block_size"].numel() != 1:
+            raise ValueError(f"block_size has shape {tuple(state['block_size'].shape)}, expected one number")
+        mask = cls(
+            GroupLayout.from_assignment(state["out_group_of"]),
+            GroupLayout.from_assignment(state["in_group_of"]),
+            state["unit_row"].cpu(),
+            state["unit_col"].cpu(),
+            int(state["block_size"]),
+        )
+        for name, axis in (("row_bounds", mask.rows), ("col_bounds", mask.cols)):
+            if not torch.equal(state[name].cpu().long(), axis.bounds.long()):
+                raise ValueError(f"{name} are not those of groups cut into units of at most {mask.block_size}")
+        return mask
+
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         destination[prefix + "block_size"] = torch.tensor(self.block_size)
         destination[prefix + "out_group_of"] = self.rows.layout.group_of
         destination[prefix + "in_group_of"] = self.cols.layout.group_of
         destination[prefix + "unit_row"] = self.unit_row
         destination[prefix + "unit_col"] = self.unit_col
+        destination[prefix + "row_bounds"] = self.rows.bounds
+        destination[prefix + "col_bounds"] = self.cols.bounds
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ):
-        names = ("block_size", "out_group_of", "in_group_of", "unit_row", "unit_col")
-        absent = [prefix + name for name in names if prefix + name not in state_dict]
-        if absent:
-            missing_keys += absent
+        state = {name: state_dict[prefix + name] for name in self.STATE if prefix + name in state_dict}
+        absent = [name for name in self.STATE if name not in state]
+        if absent and absent != ["row_bounds", "col_bounds"]:
+            missing_keys += [prefix + name for name in absent]
             return
-        block_size, out_group_of, in_group_of, unit_row, unit_col = (state_dict[prefix + name] for name in names)
-        device = self.unit_row.device
         try:
-            for name in names:
-                check_integers(name, state_dict[prefix + name])
-            shape = (out_group_of.numel(), in_group_of.numel())
-            if shape != self.shape:
-                raise ValueError(f"the saved mask is {shape}, this layer is {self.shape}")
-            if block_size.numel() != 1:
-                raise ValueError(f"block_size has shape {tuple(block_size.shape)}, expected one number")
-            loaded = BlockMask(
-                GroupLayout.from_assignment(out_group_of),
-                GroupLayout.from_assignment(in_group_of),
-                unit_row,
-                unit_col,
-                int(block_size),
-            ).to(device)
+            loaded = BlockMask.from_state(state, self.shape).to(self.unit_row.device)
         except ValueError as error:
             error_msgs.append(f"{prefix.rstrip('.')}: {error}")
             return

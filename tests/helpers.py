@@ -80,11 +80,15 @@ MASK_CASES = {
 
 
 def neurons_of_units(layout: GroupLayout, block_size: int) -> list[list[int]]:
-    """The neurons in each range of units: group by group, ``block_size`` at a time."""
+    """The neurons in each range of units: group by group, in as few and as equal parts as can be, longer ones first."""
     ranges = []
     for group in range(layout.num_groups):
         neurons = [i for i, g in enumerate(layout.group_of.tolist()) if g == group]
-        ranges += [neurons[start : start + block_size] for start in range(0, len(neurons), block_size)]
+        parts = math.ceil(len(neurons) / block_size)
+        while parts:
+            length = math.ceil(len(neurons) / parts)
+            ranges.append(neurons[:length])
+            neurons, parts = neurons[length:], parts - 1
     return ranges
 
 

@@ -25,16 +25,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from g2g_kernels import BlockMask, GroupLayout
+from g2g_kernels import BlockMask
 from g2gnet.interop.optional import optional_package
 from g2gnet.layers import LIF, G2GLinear
 from g2gnet.stack import SpikingStack
 
 #: the time step of snnTorch's and most other NIR converters, in seconds
 DEFAULT_DT = 1e-4
-
-#: what describes a mask in a node's metadata
-_MASK_KEYS = ("block_size", "out_group_of", "in_group_of", "unit_row", "unit_col")
 
 
 def to_nir(stack: SpikingStack, dt: float = DEFAULT_DT) -> Any:
@@ -144,7 +141,7 @@ def _mask_metadata(mask: BlockMask) -> dict[str, Any]:
     if mask.is_full:
         return {}
     state = mask.state_dict()
-    indices = {key: state[key].cpu().numpy().copy() for key in _MASK_KEYS}
+    indices = {name: state[name].cpu().numpy().copy() for name in BlockMask.STATE}
     return {**indices, "block_size": mask.block_size}  # NIR files take numbers, but no arrays without dimensions
 
 
@@ -155,15 +152,9 @@ def _connection(name: str, node: Any, mask: BlockMask | torch.Tensor | None, bac
     linear.weight.data.copy_(weight)
     if bias is not None:
         linear.bias.data.copy_(torch.from_numpy(np.asarray(bias)))
-    if mask is None and set(_MASK_KEYS) <= set(node.metadata):
-        state = {key: torch.as_tensor(node.metadata[key]) for key in _MASK_KEYS}
-        mask = BlockMask(
-            GroupLayout.from_assignment(state["out_group_of"]),
-            GroupLayout.from_assignment(state["in_group_of"]),
-            state["unit_row"],
-            state["unit_col"],
-            int(state["block_size"]),
-        )
+    state = {name: torch.as_tensor(node.metadata[name]) for name in BlockMask.STATE if name in node.metadata}
+    if mask is None and "unit_row" in state:
+        mask = BlockMask.from_state(state)
         if weight[~mask.to_dense()].any():
             raise ValueError(f"node {name} has weights that its metadata calls absent; give masks={{{name!r}: ...}}")
     return G2GLinear.from_linear(linear, mask, backend)

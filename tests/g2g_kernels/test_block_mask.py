@@ -125,8 +125,21 @@ def test_units_stop_at_group_edges():
             groups = [{int(axis.layout.group_of[neuron]) for neuron in neurons} for neurons in ranges]
             assert all(len(group) == 1 for group in groups)
             assert [group.pop() for group in groups] == axis.group_of_unit.tolist()
-            # as few ranges as can be: only the last one of a group may be clipped
-            assert len(ranges) == sum(math.ceil(size / case.block_size) for size in axis.layout.sizes.tolist())
+            # as few ranges as can be, and alike: their lengths differ by at most one, longer ones first
+            for group, size in enumerate(axis.layout.sizes.tolist()):
+                lengths = [len(neurons) for neurons in ranges if axis.layout.group_of[neurons[0]] == group]
+                assert len(lengths) == math.ceil(size / case.block_size)
+                assert lengths == sorted(lengths, reverse=True)
+                assert lengths[0] - lengths[-1] <= 1
+
+
+def test_784_inputs_in_8_groups_are_cut_into_equal_ranges():
+    for block_size, length, ranges in ((64, 49, 2), (32, 25, 4), (16, 14, 7), (1, 1, 98)):
+        axis = BlockMask.full(GroupLayout(8), GroupLayout(784), block_size).cols
+        lengths = axis.lengths.tolist()
+        assert len(lengths) == 8 * ranges
+        assert set(lengths) <= {length, length - 1}
+        assert sum(lengths) == 784
 
 
 @pytest.mark.parametrize("p_inter", [0.03, 0.15, 0.5, 0.77])
@@ -255,8 +268,8 @@ def test_impossible_units_are_refused(unit_row, unit_col, block_size, message):
 @pytest.mark.parametrize("shape", [(1, 1), (5, 9), (33, 50)])
 def test_from_dense_gives_back_its_mask(shape, block_size):
     grid = torch.rand(*(math.ceil(side / block_size) for side in shape), generator=seeded(0)) < 0.4
-    whole = grid.repeat_interleave(block_size, 0).repeat_interleave(block_size, 1)
-    dense = whole[: shape[0], : shape[1]]
+    rows, cols = ([len(part) for part in neurons_of_units(GroupLayout(side, 1), block_size)] for side in shape)
+    dense = grid.repeat_interleave(torch.tensor(rows), 0).repeat_interleave(torch.tensor(cols), 1)
     mask = BlockMask.from_dense(dense, block_size)
     assert torch.equal(mask.to_dense(), dense)
     assert mask.num_units == grid.sum()
@@ -483,7 +496,8 @@ def test_to_moves_every_index_and_keeps_it_an_integer(mask):
 
 def test_a_mask_has_no_parameters_and_saves_no_derived_index(mask):
     assert list(mask.parameters()) == []
-    assert set(mask.state_dict()) == {"block_size", "out_group_of", "in_group_of", "unit_row", "unit_col"}
+    layouts = {"block_size", "out_group_of", "in_group_of", "row_bounds", "col_bounds"}
+    assert set(mask.state_dict()) == {*layouts, "unit_row", "unit_col"}
 
 
 def test_deepcopy_is_independent():
@@ -603,6 +617,8 @@ def with_first(value: int):
         ({"out_group_of": lambda t: t.clamp(max=1)}, r"mask: group sizes \[2, 8\] must differ by at most one"),
         ({"out_group_of": with_first(-3)}, r"mask: group_of must hold group numbers"),
         ({"out_group_of": lambda t: torch.cat([t, t[-1:] + 1])}, r"saved mask is \(11, 43\), this layer is \(10, 43\)"),
+        ({"col_bounds": lambda t: t.flip(0)}, "mask: col_bounds are not those of groups cut into units of at most 3"),
+        ({"row_bounds": lambda t: t[:-1]}, "mask: row_bounds are not those"),
     ],
 )
 def test_corrupted_state_is_refused_and_leaves_the_mask_alone(changes, message):
@@ -613,6 +629,14 @@ def test_corrupted_state_is_refused_and_leaves_the_mask_alone(changes, message):
         layer.load_state_dict(corrupted(**changes))
     assert all(torch.equal(buffer, before[name]) for name, buffer in mask.named_buffers())
     assert mask.block_size == 3
+
+
+def test_a_mask_whose_groups_end_in_short_units_is_refused_by_name():
+    state = corrupted()
+    del state["mask.row_bounds"], state["mask.col_bounds"]
+    layer = nn.ModuleDict({"mask": MASK_CASES["ten outputs"].mask()})
+    with pytest.raises(RuntimeError, match=r"mask: the mask was saved by a version .* Train the network again"):
+        layer.load_state_dict(state)
 
 
 def test_missing_keys_are_named():

@@ -12,12 +12,6 @@ namespace g2g::G2G_ISA {
 #define G2G_TEXT_(x) #x
 #define G2G_TEXT(x) G2G_TEXT_(x)
 
-#if defined(__AVX512BF16__)
-constexpr bool kBf16 = true;
-#else
-constexpr bool kBf16 = false;
-#endif
-
 extern const Kernels kernels;
 const Kernels kernels = {
     G2G_TEXT(G2G_ISA), kBf16,           kModels,         kModelCount,      stack_forward, stack_backward,

@@ -108,20 +108,17 @@ void forward_bundle(const L& lanes, const Steps& steps, const ParameterRows& par
                     float* states, int64_t span, float* spikes, float* kept) {
     constexpr int V = L::vectors, S = M::info.states, P = M::info.parameters;
     Vec state[V][S], p[V][P];
-    unrolled<V>([&](auto i) {
-        constexpr int v = decltype(i)::value;
+    unrolled<V>([&](auto v) {
         for (int s = 0; s < S; ++s) state[v][s] = load(states + s * span + v * W);
         for (int k = 0; k < P; ++k) p[v][k] = load(parameters.row(k) + v * W);
     });
     for (int64_t t = 0; t < steps.count; ++t, current += steps.current_stride, spikes += steps.stride)
-        unrolled<V>([&](auto i) {
-            constexpr int v = decltype(i)::value;
+        unrolled<V>([&](auto v) {
             fetch(current + kAhead + v * W);
             M::template charge<R>(state[v], lanes.load(current, v), p[v]);
             lanes.stream(spikes, v, heaviside(state[v][S - 1], p[v][P - 1]));
         });
-    unrolled<V>([&](auto i) {
-        constexpr int v = decltype(i)::value;
+    unrolled<V>([&](auto v) {
         for (int s = 0; s < S; ++s) {
             store(states + s * span + v * W, state[v][s]);
             if (kept) lanes.stream(kept + s * steps.stride, v, state[v][s]);
@@ -179,8 +176,7 @@ void backward_bundle(const L& lanes, const Steps& steps, const ParameterRows& pa
                      const LaneSums& sums) {
     constexpr int V = L::vectors, S = M::info.states, P = M::info.parameters;
     Vec state[V][S], g[V][S], grad[V][P], to_current[V];
-    unrolled<V>([&](auto i) {
-        constexpr int v = decltype(i)::value;
+    unrolled<V>([&](auto v) {
         for (int s = 0; s < S; ++s) {
             state[v][s] = Vec{};
             if (kept) {
@@ -194,8 +190,7 @@ void backward_bundle(const L& lanes, const Steps& steps, const ParameterRows& pa
         to_current[v] = load(sums.current + v * W);
     });
     for (int64_t t = 1; t <= steps.count; ++t, current += steps.current_stride)
-        unrolled<V>([&](auto i) {
-            constexpr int v = decltype(i)::value;
+        unrolled<V>([&](auto v) {
             fetch(current + kAhead + v * W);
             Vec p[P];
             for (int k = 0; k < P; ++k) p[k] = load(parameters.row(k) + v * W);
@@ -203,8 +198,7 @@ void backward_bundle(const L& lanes, const Steps& steps, const ParameterRows& pa
             for (int s = 0; s < S; ++s) store(states + (t * S + s) * kBundle + v * W, state[v][s]);
         });
     for (int64_t t = steps.count - 1; t >= 0; --t)
-        unrolled<V>([&](auto i) {
-            constexpr int v = decltype(i)::value;
+        unrolled<V>([&](auto v) {
             const float* from = upstream + t * steps.stride;
             fetch(from + kAhead + v * W);
             Vec p[P];
@@ -215,8 +209,7 @@ void backward_bundle(const L& lanes, const Steps& steps, const ParameterRows& pa
             to_current[v] += now;
             if (target) lanes.stream(target + t * steps.stride, v, now);
         });
-    unrolled<V>([&](auto i) {
-        constexpr int v = decltype(i)::value;
+    unrolled<V>([&](auto v) {
         for (int s = 0; s < S; ++s) store(sums.running + s * sums.span + v * W, g[v][s]);
         for (int k = 0; k < P; ++k) store(sums.parameters[k] + v * W, grad[v][k]);
         store(sums.current + v * W, to_current[v]);

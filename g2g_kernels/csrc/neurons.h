@@ -20,8 +20,6 @@
 
 namespace g2g::G2G_ISA {
 
-#define G2G_INLINE inline __attribute__((always_inline))
-
 // U_t = β·U_{t−1} + I_t − θ·R_t,  R_t = 1[U_{t−1} > θ]; reset "zero" discharges U_{t−1} before the step.
 //
 //   g_t = through_t + β·g_{t+1};  ∂I_t = g_t;  ∂β += g_t·U_{t−1};  ∂θ −= through_t + R_t·g_t

@@ -42,11 +42,11 @@ void sweep_forward(Current current, int64_t steps, const BlockParameters& parame
         Vec input[kVecs];
         current(t, input);
         uint64_t word = 0;
-        for (int v = 0; v < kVecs; ++v) {
+        each_vec([&](auto v) {
             M::template charge<R>(state[v], input[v], p[v]);
             spikes[v] += heaviside(state[v][S - 1], p[v][P - 1]);
             word |= greater_bits(state[v][S - 1], p[v][P - 1]) << (v * W);
-        }
+        });
         if (out.words) out.words[t] = word;
         if (out.states)
             for (int s = 0; s < S; ++s)
@@ -98,7 +98,7 @@ void sweep_backward(Up upstream, const float* states, int64_t steps, const Block
     for (int64_t t = steps - 1; t >= 0; --t) {
         Vec spike_grad[kVecs];
         upstream(t, spike_grad);
-        for (int v = 0; v < kVecs; ++v) {
+        each_vec([&](auto v) {
             Vec p[P], before[S];
             for (int k = 0; k < P; ++k) p[k] = load(lanes[k] + v * W);
             const float* now = states + t * S * kLanes + v * W;
@@ -108,8 +108,8 @@ void sweep_backward(Up upstream, const float* states, int64_t steps, const Block
             const Vec to_current = M::template charge_backward<R>(through, before, p, g[v], grad[v]);
             sum[v] += to_current;
             if (out.rows) store(out.rows + t * kLanes + v * W, to_current);
-            if (out.halves) store(out.halves + t * kLanes + v * W, to_current);
-        }
+            if (kBf16 && out.halves) store(out.halves + t * kLanes + v * W, to_current);
+        });
     }
     for (int v = 0; v < kVecs; ++v) {
         store(out.current + v * W, sum[v]);

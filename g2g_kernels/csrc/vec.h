@@ -26,6 +26,13 @@ constexpr int W = 4;
 #endif
 constexpr int kVecs = kLanes / W;  // vectors of a block
 
+// There are products of bfloat16 factors; without them nothing is rounded.
+#if defined(__AVX512BF16__)
+constexpr bool kBf16 = true;
+#else
+constexpr bool kBf16 = false;
+#endif
+
 typedef float Vec __attribute__((vector_size(4 * W)));
 typedef int32_t IntVec __attribute__((vector_size(4 * W)));
 typedef float UnalignedVec __attribute__((vector_size(4 * W), aligned(4), may_alias));
@@ -35,17 +42,29 @@ typedef int32_t UnalignedIntVec __attribute__((vector_size(4 * W), aligned(4), m
 template <int V>
 struct Constant {
     static constexpr int value = V;
+    constexpr operator int() const { return V; }
 };
 
+#define G2G_INLINE inline __attribute__((always_inline))
+
 template <int... I, class F>
-inline __attribute__((always_inline)) void unrolled(std::integer_sequence<int, I...>, const F& f) {
+G2G_INLINE void unrolled(std::integer_sequence<int, I...>, const F& f) {
     (f(Constant<I>{}), ...);
 }
 
 // f(Constant<0>{}), …, f(Constant<N − 1>{}): a loop whose arrays, indexed by constants, stay in registers.
 template <int N, class F>
-inline __attribute__((always_inline)) void unrolled(const F& f) {
+G2G_INLINE void unrolled(const F& f) {
     unrolled(std::make_integer_sequence<int, N>{}, f);
+}
+
+// f(v) for the vectors of a block: unrolled where there are so few that registers hold what f keeps of them all.
+template <class F>
+G2G_INLINE void each_vec(const F& f) {
+    if constexpr (kVecs <= 4)
+        unrolled<kVecs>(f);
+    else
+        for (int v = 0; v < kVecs; ++v) f(v);
 }
 
 inline Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }

@@ -9,6 +9,7 @@ one instruction set (``baseline``, ``avx2``, ``avx512``, ``avx512_bf16``) instea
 
 import ctypes
 import functools
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from g2g_kernels.cpu.workspace import workspace
 from g2g_kernels.tracing import constant_when_traced
 
 ABI = 3
+ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
 RESETS = {"subtract": 0, "zero": 1, "none": 2}
 SURROGATES = {"atan": 0, "fast_sigmoid": 1, "sigmoid": 2, "triangle": 3, "boxcar": 4}
 
@@ -182,6 +184,12 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     for name, (result, arguments) in signatures.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
+    asked, chosen = os.environ.get("G2G_CPU_ISA"), library.g2g_isa().decode()
+    if asked and asked != chosen:
+        there = "which this CPU does not have" if asked in ISAS else f"which is none of {', '.join(ISAS)}"
+        reason = f"G2G_CPU_ISA={asked!r} asks for an instruction set {there}; leave it unset for the best one"
+        logging.getLogger("g2g_kernels").warning("the compiled CPU kernels are not used: %s", reason)
+        return None, reason
     return library, None
 
 

@@ -17,8 +17,10 @@ from g2g_kernels.cpu.library import AxisSource, library
 
 #: tensors that describe one mask to an operator
 INDICES = 6
-_MOST_PLANS = 64
-_lock = threading.Lock()
+#: plans that are kept in any case, and as many more as have this many units together (a unit costs some 80 bytes)
+_PLANS, _UNITS = 64, 1 << 22
+_LEAST_UNITS = 1 << 10  # what a plan counts as, however small its mask
+_lock = threading.RLock()  # the garbage collector may call kernels from a finalizer while it is held
 _plans: "OrderedDict[tuple, Plan]" = OrderedDict()
 
 
@@ -50,6 +52,7 @@ class Plan:
         if not address:
             raise ValueError("the mask's indices do not describe a valid mask")
         self.address: int = address
+        self.units = max(len(unit_row), _LEAST_UNITS)
         weakref.finalize(self, lib.g2g_plan_free, address).atexit = False
 
     def matches(self, tensors: Sequence[torch.Tensor]) -> bool:
@@ -76,8 +79,10 @@ def plan_for(tensors: Sequence[torch.Tensor], values: torch.Tensor) -> Plan:
     with _lock:
         plan = _plans.get(key)
         if plan is None or not plan.matches(tensors):
-            plan = _plans[key] = Plan(tensors, width)
-        _plans.move_to_end(key)
-        while len(_plans) > _MOST_PLANS:
-            _plans.popitem(last=False)
+            plan = Plan(tensors, width)
+            excess = sum(kept.units for kept in _plans.values()) + plan.units - _UNITS
+            while excess > 0 and len(_plans) >= _PLANS:
+                excess -= _plans.popitem(last=False)[1].units
+        _plans.pop(key, None)
+        _plans[key] = plan  # the one used last at the end
     return plan

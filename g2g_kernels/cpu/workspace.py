@@ -2,8 +2,13 @@
 
 A tensor handed out here lies in an anonymous memory map; when the last tensor over it is gone, however it was used,
 the map returns to the pool and serves a later request of about its size.
+
+The garbage collector may free a tensor at any instant, also inside the pool and while its lock is held. A finalizer
+therefore takes no lock: it appends the map to a queue, which is emptied by the next request.
 """
 
+import collections
+import contextlib
 import ctypes
 import math
 import mmap
@@ -30,6 +35,7 @@ class Workspace:
     def __init__(self) -> None:
         self.poison = os.environ.get("G2G_CPU_POISON", "") not in ("", "0")
         self._lock = threading.Lock()
+        self._returned: collections.deque[mmap.mmap] = collections.deque()  # by finalizers, and still in _in_use
         self._free: list[mmap.mmap] = []  # the one returned last at the end
         self._in_use = 0
         self._most_in_use = 0
@@ -42,7 +48,7 @@ class Workspace:
         else:
             memory = self._take(size)
             array = (ctypes.c_char * len(memory)).from_buffer(memory)
-            weakref.finalize(array, self._give_back, memory).atexit = False
+            weakref.finalize(array, self._returned.append, memory).atexit = False
             tensor = torch.frombuffer(array, dtype=torch.uint8, count=size)
         if self.poison:
             tensor.fill_(0xFF)
@@ -58,11 +64,13 @@ class Workspace:
     def clear(self) -> None:
         """Returns the memory that is not in use to the system."""
         with self._lock:
+            self._collect()
             self._free.clear()
 
     def _take(self, size: int) -> mmap.mmap:
         length = -(-size // PAGE) * PAGE
         with self._lock:
+            self._collect()
             fitting = [m for m in self._free if length <= len(m) <= length + max(length // 4, PAGE)]
             if fitting:
                 memory = min(fitting, key=len)
@@ -77,8 +85,10 @@ class Workspace:
             self._most_in_use = max(self._most_in_use, self._in_use)
         return memory
 
-    def _give_back(self, memory: mmap.mmap) -> None:
-        with self._lock:
+    def _collect(self) -> None:
+        """Takes back what finalizers have returned; the caller holds the lock."""
+        while self._returned:
+            memory = self._returned.popleft()
             self._in_use -= len(memory)
             self._free.append(memory)
 
@@ -88,7 +98,8 @@ def _map(length: int) -> mmap.mmap:
         return mmap.mmap(-1, length)
     memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # private: a forked child has its own
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
+        with contextlib.suppress(OSError):  # a kernel without huge pages has small ones
+            memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
 
 

@@ -3,6 +3,7 @@
 #include <pthread.h>
 
 #include <atomic>
+#include <cfenv>
 #include <condition_variable>
 #include <mutex>
 #include <system_error>
@@ -34,6 +35,7 @@ struct Pool {
     void (*run)(void*, int64_t, int) = nullptr;
     void* context = nullptr;
     int64_t tasks = 0, grain = 1;
+    std::fenv_t mode;  // the caller's floating-point mode: rounding, and what becomes of denormal numbers
     std::atomic<int64_t> next{0};
 
     void work(int worker) {
@@ -58,6 +60,7 @@ struct Pool {
                 --wanted;
                 worker = ++joined;
                 active.fetch_add(1, std::memory_order_relaxed);
+                std::fesetenv(&mode);
             }
             work(worker);
             active.fetch_sub(1, std::memory_order_release);
@@ -100,6 +103,7 @@ void parallel_run(int threads, int64_t tasks, int64_t grain, void (*run)(void*, 
             // the machine gives no more threads: those there are do the work
         }
         p->run = run, p->context = context, p->tasks = tasks, p->grain = grain;
+        std::fegetenv(&p->mode);
         p->next.store(0, std::memory_order_relaxed);
         p->wanted = threads - 1, p->joined = 0, p->open = true;
         p->job.fetch_add(1, std::memory_order_release);

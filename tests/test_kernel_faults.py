@@ -1,0 +1,139 @@
+"""What the compiled kernels' surroundings do under odd circumstances: collectors, modes, systems, names."""
+
+import gc
+import mmap
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import MASK_CASES, packed_randn, threads
+
+from g2g_kernels import BlockMask, GroupLayout, available_backends, backend_status, g2g_linear
+from g2g_kernels.cpu import plans
+from g2g_kernels.cpu.workspace import Workspace
+
+compiled = pytest.mark.skipif("cpu" not in available_backends(), reason=f"{backend_status()['cpu']}")
+
+DEADLOCK = """
+import gc, sys, threading, torch
+from g2g_kernels import BlockMask, GroupLayout, g2g_linear
+gc.set_threshold(10)
+mask = BlockMask.sample(GroupLayout(64, 4), GroupLayout(64, 4), block_size=16)
+values, x = mask.pack(torch.randn(64, 64)), torch.randn(3072, 64)  # outputs of 768 KB come from the pool
+def calls():
+    torch.set_num_threads(1)
+    for _ in range(int(sys.argv[2])):
+        cycle = [g2g_linear(x, values, mask, backend="cpu")]
+        cycle.append(cycle)
+callers = [threading.Thread(target=calls) for _ in range(int(sys.argv[1]))]
+for caller in callers:
+    caller.start()
+for caller in callers:
+    caller.join()
+print("done")
+"""
+
+
+def python(program, *arguments, timeout=120, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+@compiled
+@pytest.mark.parametrize("callers", [1, 4])
+def test_outputs_freed_by_the_garbage_collector_inside_the_pool_do_not_lock_it(callers):
+    """840b5ea hung within 50 calls."""
+    assert python(DEADLOCK, callers, 600 // callers).stdout == "done\n"
+
+
+def test_a_finalizer_may_run_while_the_pool_is_locked():
+    pool = Workspace()
+    tensor = pool.bytes(1 << 20)
+    address = tensor.data_ptr()
+    with pool._lock:
+        del tensor
+        gc.collect()
+    assert pool.bytes(1 << 20).data_ptr() == address
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="this system has no huge pages to ask for")
+def test_a_kernel_without_huge_pages_is_no_error(monkeypatch):
+    class Refusing(mmap.mmap):
+        def madvise(self, *arguments):
+            raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(mmap, "mmap", Refusing)
+    assert Workspace().empty((1 << 20,)).fill_(1).sum() == 1 << 20
+
+
+@compiled
+def test_every_task_runs_in_the_callers_floating_point_mode():
+    """The pool's threads are there before the mode changes. Products here are denormal numbers, or 0."""
+    mask = MASK_CASES["ragged groups of 64"].mask()
+    values, x = packed_randn(mask, 0) * 1e-20, torch.randn(4096, mask.shape[1]) * 1e-20
+    results = {}
+    for flush in (False, True):
+        for number in (1, 2):
+            with threads(number):
+                if not torch.set_flush_denormal(flush):
+                    pytest.skip("this CPU has no such mode")
+                results[flush, number] = [g2g_linear(x, values, mask, backend="cpu") for _ in range(5)]
+    torch.set_flush_denormal(False)
+    assert results[False, 1][0].any()
+    for number in (1, 2):
+        assert not any(result.any() for result in results[True, number])
+        assert all(torch.equal(result, results[False, 1][0]) for result in results[False, number])
+
+
+@compiled
+@pytest.mark.parametrize("asked", ["AVX2", "avx1024"])
+def test_an_instruction_set_that_does_not_exist_is_said(asked):
+    program = f"""
+import torch
+from g2g_kernels import BackendError, g2g_linear
+{MASK}
+try:
+    g2g_linear(torch.ones(2, 8), torch.ones(mask.num_units, *mask.unit_shape), mask, backend="cpu")
+except BackendError as error:
+    print(error)
+"""
+    done = python(program, G2G_CPU_ISA=asked)
+    reason = f"G2G_CPU_ISA='{asked}' asks for an instruction set which is none of baseline, avx2"
+    assert reason in done.stdout, done.stderr
+    assert reason in done.stderr
+
+
+MASK = """
+from g2g_kernels import BlockMask, GroupLayout
+mask = BlockMask.full(GroupLayout(8, 1), GroupLayout(8, 1), 4)
+"""
+
+
+@compiled
+def test_plans_of_many_small_layers_are_built_once(monkeypatch):
+    """840b5ea kept 64: a network of 65 layers built every plan at every pass."""
+    built = []
+    make = plans.Plan.__init__
+    monkeypatch.setattr(plans.Plan, "__init__", lambda self, *rest: (built.append(1), make(self, *rest))[1])
+    layers = [BlockMask.full(GroupLayout(8, 2), GroupLayout(8, 2), 1) for _ in range(100)]
+    values = torch.ones(layers[0].num_units, 1, 1)
+    for _ in range(3):
+        for mask in layers:
+            g2g_linear(torch.ones(1, 8), values, mask, backend="cpu")
+    assert len(built) == 100
+
+
+@compiled
+def test_plans_of_large_layers_are_bounded(monkeypatch):
+    monkeypatch.setattr(plans, "_UNITS", 70 * plans._LEAST_UNITS)
+    for _ in range(80):
+        mask = BlockMask.full(GroupLayout(8, 2), GroupLayout(8, 2), 1)
+        g2g_linear(torch.ones(1, 8), torch.ones(mask.num_units, 1, 1), mask, backend="cpu")
+    assert len(plans._plans) <= 70

@@ -5,6 +5,7 @@ weights themselves are *packed*, one [unit_rows, unit_cols] tile per present uni
 """
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -187,7 +188,7 @@ class BlockMask(nn.Module):
         dense = mask.detach().to("cpu", torch.bool)
         empty = torch.zeros(0, dtype=torch.int64)
         result = cls(GroupLayout(dense.shape[0], 1), GroupLayout(dense.shape[1], 1), empty, empty, block_size)
-        active = result._tiles(dense.float()).sum((2, 3))
+        active = _tiles(dense.float(), result._view()).sum((2, 3))
         size = result.rows.lengths[:, None] * result.cols.lengths[None, :]
         partial = ((active > 0) & (active < size)).nonzero()
         if len(partial):
@@ -306,12 +307,12 @@ class BlockMask(nn.Module):
         """The present units of a dense [out, in] weight: [num_units, unit_rows, unit_cols]; differentiable."""
         if tuple(weight.shape) != self.shape:
             raise ValueError(f"weight has shape {tuple(weight.shape)}, this mask describes {self.shape}")
-        return _Pack.apply(weight, self)
+        return _pack(weight, self._view())
 
     def unpack(self, values: torch.Tensor) -> torch.Tensor:
         """The dense [out, in] weight of packed ``values``, zero where there is no unit; differentiable."""
         self.check_values(values)
-        return _Unpack.apply(values, self)
+        return _unpack(values, self._view())
 
     def check_values(self, values: torch.Tensor) -> None:
         """Raises ValueError unless ``values`` has this mask's packed shape."""
@@ -327,24 +328,16 @@ class BlockMask(nn.Module):
     def _flat_unit(self) -> torch.Tensor:
         return self.unit_row.long() * self.cols.num_units + self.unit_col.long()
 
-    def _tiles(self, weight: torch.Tensor) -> torch.Tensor:
-        """Dense [out, in] cut into tiles [grid_rows, grid_cols, unit_rows, unit_cols], zero in the padding."""
-        if not self.rows.trivial:
-            weight = torch.cat([weight, weight.new_zeros(1, weight.shape[1])]).index_select(0, self.rows.padded)
-        if not self.cols.trivial:
-            weight = torch.cat([weight, weight.new_zeros(weight.shape[0], 1)], 1).index_select(1, self.cols.padded)
-        (grid_rows, grid_cols), (unit_rows, unit_cols) = self.grid, self.unit_shape
-        return weight.reshape(grid_rows, unit_rows, grid_cols, unit_cols).permute(0, 2, 1, 3)
-
-    def _untile(self, tiles: torch.Tensor) -> torch.Tensor:
-        """The inverse of :meth:`_tiles`; what stands in the padding is dropped."""
-        (grid_rows, grid_cols), (unit_rows, unit_cols) = self.grid, self.unit_shape
-        weight = tiles.permute(0, 2, 1, 3).reshape(grid_rows * unit_rows, grid_cols * unit_cols)
-        if not self.rows.trivial:
-            weight = weight.index_select(0, self.rows.position)
-        if not self.cols.trivial:
-            weight = weight.index_select(1, self.cols.position)
-        return weight
+    def _view(self) -> "_View":
+        (rows, cols), unit_shape = (self.rows, self.cols), self.unit_shape
+        return _View(
+            self.grid,
+            unit_shape,
+            self.unit_row,
+            self.unit_col,
+            None if rows.trivial else (rows.padded, rows.position),
+            None if cols.trivial else (cols.padded, cols.position),
+        )
 
     # --- pictures -----------------------------------------------------------------------------------------------
 
@@ -449,30 +442,107 @@ class BlockMask(nn.Module):
             self._set_units(loaded.unit_row, loaded.unit_col)
 
 
-class _Pack(torch.autograd.Function):
-    """values[s] = tile of slot s; the adjoint of :class:`_Unpack`."""
+# --- dense and packed weights ---------------------------------------------------------------------------------------
+
+
+class _View(NamedTuple):
+    """What one pass sees of a mask; the tensors are the mask's own.
+
+    A pass saves them for its backward pass, so that PyTorch refuses the gradient of a mask that has changed in place
+    in the meantime, which would be that of other weights.
+    """
+
+    grid: tuple[int, int]
+    unit_shape: tuple[int, int]
+    unit_row: torch.Tensor
+    unit_col: torch.Tensor
+    rows: tuple[torch.Tensor, torch.Tensor] | None  # `padded` and `position` of the axis, None where it is trivial
+    cols: tuple[torch.Tensor, torch.Tensor] | None
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return (self.unit_row, self.unit_col, *(self.rows or ()), *(self.cols or ()))
+
+    @property
+    def flat_unit(self) -> torch.Tensor:
+        """int64 [num_units], where each slot's unit lies in the flattened grid."""
+        return self.unit_row.long() * self.grid[1] + self.unit_col.long()
+
+
+def _tiles(weight: torch.Tensor, view: _View) -> torch.Tensor:
+    """Dense [out, in] cut into tiles [grid_rows, grid_cols, unit_rows, unit_cols], zero in the padding."""
+    if view.rows:
+        weight = torch.cat([weight, weight.new_zeros(1, weight.shape[1])]).index_select(0, view.rows[0])
+    if view.cols:
+        weight = torch.cat([weight, weight.new_zeros(weight.shape[0], 1)], 1).index_select(1, view.cols[0])
+    (grid_rows, grid_cols), (unit_rows, unit_cols) = view.grid, view.unit_shape
+    return weight.reshape(grid_rows, unit_rows, grid_cols, unit_cols).permute(0, 2, 1, 3)
+
+
+def _pack_plainly(weight: torch.Tensor, view: _View) -> torch.Tensor:
+    """values[s] = tile of slot s."""
+    return _tiles(weight, view).reshape(-1, *view.unit_shape).index_select(0, view.flat_unit)
+
+
+def _unpack_plainly(values: torch.Tensor, view: _View) -> torch.Tensor:
+    """The dense weight of packed values; what stands in the padding is dropped."""
+    (grid_rows, grid_cols), (unit_rows, unit_cols) = view.grid, view.unit_shape
+    tiles = values.new_zeros(grid_rows * grid_cols, unit_rows, unit_cols)
+    tiles.index_copy_(0, view.flat_unit, values)
+    weight = tiles.view(grid_rows, grid_cols, unit_rows, unit_cols).permute(0, 2, 1, 3)
+    weight = weight.reshape(grid_rows * unit_rows, grid_cols * unit_cols)
+    if view.rows:
+        weight = weight.index_select(0, view.rows[1])
+    if view.cols:
+        weight = weight.index_select(1, view.cols[1])
+    return weight
+
+
+class _Linear(torch.autograd.Function):
+    """Base of the two, each of which is the other's adjoint and its own derivative."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx, weight, mask):
-        ctx.mask = mask
-        tiles = mask._tiles(weight)
-        return tiles.reshape(-1, *mask.unit_shape).index_select(0, mask._flat_unit())
+    def setup_context(ctx, inputs, output):
+        ctx.view = inputs[1]
+        ctx.save_for_backward(*ctx.view.tensors)
+
+
+class _Pack(_Linear):
+    @staticmethod
+    def forward(weight, view):
+        return _pack_plainly(weight, view)
 
     @staticmethod
     def backward(ctx, grad_values):
-        return _Unpack.apply(grad_values, ctx.mask), None
-
-
-class _Unpack(torch.autograd.Function):
-    """The dense weight of packed values; the adjoint of :class:`_Pack`."""
+        _ = ctx.saved_tensors  # raises if one of them has changed
+        return _Unpack.apply(grad_values, ctx.view), None
 
     @staticmethod
-    def forward(ctx, values, mask):
-        ctx.mask = mask
-        tiles = values.new_zeros(mask.grid[0] * mask.grid[1], *mask.unit_shape)
-        tiles.index_copy_(0, mask._flat_unit(), values)
-        return mask._untile(tiles.view(*mask.grid, *mask.unit_shape))
+    def jvp(ctx, tangent, _):
+        return _Pack.apply(tangent, ctx.view)
+
+
+class _Unpack(_Linear):
+    @staticmethod
+    def forward(values, view):
+        return _unpack_plainly(values, view)
 
     @staticmethod
     def backward(ctx, grad_weight):
-        return _Pack.apply(grad_weight, ctx.mask), None
+        _ = ctx.saved_tensors
+        return _Pack.apply(grad_weight, ctx.view), None
+
+    @staticmethod
+    def jvp(ctx, tangent, _):
+        return _Unpack.apply(tangent, ctx.view)
+
+
+def _pack(weight: torch.Tensor, view: _View) -> torch.Tensor:
+    # torch.compile does not trace a Function that has a forward mode; it derives gradients of the operations themselves
+    return _pack_plainly(weight, view) if torch.compiler.is_compiling() else _Pack.apply(weight, view)
+
+
+def _unpack(values: torch.Tensor, view: _View) -> torch.Tensor:
+    return _unpack_plainly(values, view) if torch.compiler.is_compiling() else _Unpack.apply(values, view)

@@ -8,6 +8,7 @@ from typing import Any
 from g2gnet import cli
 from g2gnet.analysis import NetworkAnalysis, analyze_network, groups_table, headline, layers_table
 from g2gnet.data import ImageData
+from g2gnet.messages import say
 from g2gnet.network import G2GNet
 from g2gnet.training import SavedRun, read_run
 from g2gnet.training.evaluation import run_images
@@ -41,12 +42,12 @@ def analyze(arguments: argparse.Namespace) -> dict[str, Any]:
     run = read_run(arguments.checkpoint)
     data = cli.load_run_data(arguments, run.settings, machine.device)
     analysis = analyze_run(run, run.network(machine.device, machine.backend), data, arguments.samples)
-    print(f"{run.path}: {run.settings.model} on {run.settings.dataset}, epoch {run.epoch} of {run.settings.epochs}")
-    print(f"{headline(analysis)}\n\n{layers_table(analysis)}")
+    say(f"{run.path}: {run.settings.model} on {run.settings.dataset}, epoch {run.epoch} of {run.settings.epochs}")
+    say(f"{headline(analysis)}\n\n{layers_table(analysis)}")
     for layer in analysis.layers:
-        print(f"\n{groups_table(layer)}")
+        say(f"\n{groups_table(layer)}")
     if len(analysis.layers[0].group_sizes) == 1:
-        print("\nEach layer is a single group: there is nothing between groups, and no entropy of input groups.")
+        say("\nEach layer is a single group: there is nothing between groups, and no entropy of input groups.")
     return {
         "checkpoint": str(run.path),
         "epoch": run.epoch,

@@ -3,18 +3,16 @@
 import argparse
 import contextlib
 import dataclasses
-import errno
 import io
 import json
 import logging
 import os
 import sys
-import tempfile
 import types
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -25,7 +23,8 @@ from g2gnet.analysis import ANALYSIS_SAMPLES
 from g2gnet.data import DataError, ImageData, load_dataset
 from g2gnet.distributed import DistributedError, launched, local_rank, rank
 from g2gnet.features import load_features, weights_digest
-from g2gnet.files import replace_file
+from g2gnet.files import check_writable, replace_file
+from g2gnet.messages import OutputError, discard, reason, say, warn
 from g2gnet.training import (
     CheckpointError,
     EpochCallback,
@@ -114,7 +113,7 @@ def log_from(arguments: argparse.Namespace) -> list[EpochCallback[Trainer]]:
     try:
         return [TensorBoardLog(arguments.log_dir)]
     except (ImportError, OSError) as error:
-        raise FlagError(f"log_dir={arguments.log_dir}: {error}") from error
+        raise FlagError(f"log_dir={arguments.log_dir}: {reason(error)}") from error
 
 
 def add_json_flag(parser: Any, content: str) -> None:
@@ -155,10 +154,9 @@ def load_data(arguments: argparse.Namespace, settings: TrainSettings, device: to
 def announce(settings: TrainSettings, machine: Machine) -> None:
     """Prints the settings in one line, and a warning where a setting is without effect."""
     if settings.enforce_sparsity and settings.warmup_epochs >= settings.epochs:
-        print(
+        warn(
             f"warning: --enforce_sparsity never begins: warmup_epochs={settings.warmup_epochs} is not below "
-            f"epochs={settings.epochs}",
-            file=sys.stderr,
+            f"epochs={settings.epochs}"
         )
     shown = " ".join(
         f"{name}={value}" for name, value in settings.given().items() if value is not None and value is not False
@@ -166,7 +164,7 @@ def announce(settings: TrainSettings, machine: Machine) -> None:
     where = f"device={machine.device} backend={machine.backend or 'auto'}"
     if machine.world.size > 1:
         where += f" processes={machine.world.size}"
-    print(f"g2g {g2gnet.__version__} | {where} | {shown}", flush=True)
+    say(f"g2g {g2gnet.__version__} | {where} | {shown}")
 
 
 def add_inspection_flags(parser: argparse.ArgumentParser) -> Any:
@@ -224,7 +222,7 @@ def write_json(json_file: str, document: dict[str, Any]) -> None:
     document = {"g2g": g2gnet.__version__, **document}
     text = json.dumps(document, indent=2, ensure_ascii=json_file == STDOUT) + "\n"
     if json_file == STDOUT:
-        sys.stdout.write(text)
+        say(text.removesuffix("\n"))
     else:
         write_output(json_file, text)
 
@@ -247,73 +245,80 @@ def run_program(
         0 on success, 1 if data, files or training failed, 2 for flags that cannot be used, 128 + the number
         of a signal that ended it (130 after Ctrl-C, 141 when nobody reads its output any more).
     """
-    arguments = parser.parse_args(argv)
-    for stream in (sys.stdout, sys.stderr):
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started this
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  (until the process ends)
+        stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a pipe on Windows has a code page without the lines of our tables
+    arguments = parser.parse_args(argv)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    if rank() == 0:
-        logging.getLogger("g2g_kernels").setLevel(logging.INFO)
     json_file = getattr(arguments, "json", None)
     try:
+        if rank() == 0:
+            logging.getLogger("g2g_kernels").setLevel(logging.INFO)
         with standard_output(json_file):
             document = program(arguments)
         if json_file and document is not None:
             write_json(json_file, document)
-        sys.stdout.flush()
     except (SettingsError, BackendError, FlagError) as error:
         return _fail(parser, error, 2)
     except (DataError, CheckpointError, TrainingError, DistributedError, OutputError) as error:
         return _fail(parser, error, 1)
     except Interrupted as interruption:
         if rank() == 0:
-            print(f"{parser.prog}: {interruption}", file=sys.stderr)
+            warn(f"{parser.prog}: {interruption}")
         return 128 + interruption.signal
     except BrokenPipeError:
-        discard_output()
+        discard(sys.stdout)
         return READER_LEFT
     except KeyboardInterrupt:
-        print(f"\n{parser.prog}: interrupted; {interrupted}", file=sys.stderr)
+        warn(f"\n{parser.prog}: interrupted; {interrupted}")
         return 130
+    finally:
+        try:
+            sys.stderr.flush()
+        except OSError:
+            discard(sys.stderr)
     return 0
 
 
 def _fail(parser: argparse.ArgumentParser, error: Exception, status: int) -> int:
-    speaker = f"{parser.prog}, rank {rank()}" if launched() else parser.prog
-    print(f"{speaker}: error: {error}", file=sys.stderr, flush=True)
+    try:
+        speaker = f"{parser.prog}, rank {rank()}" if launched() else parser.prog
+    except DistributedError:  # which is what this error says
+        speaker = parser.prog
+    warn(f"{speaker}: error: {error}")
     return status
-
-
-def discard_output() -> None:
-    """Lets the interpreter flush its last output without an error when nobody reads it any more."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-class OutputError(RuntimeError):
-    """A file that a flag names cannot be written."""
 
 
 def check_output(path: Path | str) -> None:
     """Raises OutputError if a file that a flag named cannot be written; asked before there is anything to write."""
     try:
-        if Path(path).is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        with tempfile.TemporaryFile(dir=Path(path).parent):
-            pass
+        check_writable(Path(path))
     except OSError as error:
-        raise OutputError(f"cannot write {path} ({error.strerror}); give another file") from error
+        raise OutputError(f"cannot write {path} ({reason(error)}); give another file") from error
 
 
-def write_output(path: Path | str, text: str) -> None:
-    """Writes ``text`` to a file that a flag named, whole or not at all.
+def write_file(path: Path | str, write: Callable[[BinaryIO], Any]) -> None:
+    """Lets ``write`` write a file, whole or not at all (:func:`g2gnet.files.replace_file`).
 
     Raises:
         OutputError: if it cannot be written.
     """
     try:
-        replace_file(Path(path), lambda file: file.write(text.encode()))
+        replace_file(Path(path), write)
     except OSError as error:
-        raise OutputError(f"cannot write {path} ({error.strerror}); give another file") from error
+        raise OutputError(f"cannot write {path} ({reason(error)}); give another file, or make room") from error
+
+
+def write_output(path: Path | str, text: str) -> None:
+    """Writes ``text`` to a file as UTF-8; bytes of file names that are no characters become escapes.
+
+    Raises:
+        OutputError: if it cannot be written.
+    """
+    write_file(path, lambda file: file.write(text.encode("utf-8", "backslashreplace")))
 
 
 class FlagError(ValueError):

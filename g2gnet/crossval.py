@@ -12,7 +12,7 @@ from typing import Any
 import g2gnet
 from g2gnet import cli
 from g2gnet.distributed import join
-from g2gnet.files import replace_file
+from g2gnet.messages import say
 from g2gnet.training.cross_validation import ACCURACIES, FoldSettings, cross_validate
 from g2gnet.training.run_files import RunFiles
 
@@ -65,12 +65,11 @@ def crossval(arguments: argparse.Namespace) -> dict[str, Any] | None:
         )
         if not world.leads:
             return None
-    print(table(results))
+    say(table(results))
     document = {"settings": settings.given(), **results}
-    text = json.dumps(document, indent=2) + "\n"
     file = Path(arguments.checkpoint_dir) / f"{settings.summary_stem}.json"
-    replace_file(file, lambda target: target.write(text.encode()))
-    print(f"wrote {file}")
+    cli.write_output(file, json.dumps(document, indent=2) + "\n")
+    say(f"wrote {file}")
     folds = [dataclasses.replace(settings, fold=result["fold"]).stem for result in results["folds"]]
     files = {"results": str(file), "folds": [RunFiles(arguments.checkpoint_dir, stem).paths() for stem in folds]}
     return {**document, "files": files}

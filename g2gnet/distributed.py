@@ -87,18 +87,32 @@ ALONE = World()
 
 
 def launched() -> bool:
-    """Whether ``torchrun``, or what sets the same variables, has started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", 1)) > 1
+    """Whether ``torchrun``, or what sets the same variables, has started this process as one of several.
+
+    Raises:
+        DistributedError: if the variables are not those of ``torchrun``; so do the two functions below.
+    """
+    return "WORLD_SIZE" in os.environ and _variable("WORLD_SIZE") > 1
 
 
 def rank() -> int:
     """Which of them this one is, from 0."""
-    return int(os.environ["RANK"]) if launched() else 0
+    return _variable("RANK") if launched() else 0
 
 
 def local_rank() -> int:
     """Which of those on this machine this one is, from 0."""
-    return int(os.environ["LOCAL_RANK"]) if launched() else 0
+    return _variable("LOCAL_RANK") if launched() else 0
+
+
+def _variable(name: str) -> int:
+    value = os.environ.get(name, "")
+    if not value.isdecimal():
+        raise DistributedError(
+            f"the environment variable {name} is {value!r}, where torchrun sets a number; start several processes by "
+            "torchrun, or unset WORLD_SIZE"
+        )
+    return int(value)
 
 
 @contextlib.contextmanager

@@ -1,22 +1,80 @@
-"""Writing files so that a crash leaves the old or the new one whole."""
+"""Files: read only where they are plain files; written so that a crash leaves the old or the new one whole; locked."""
 
 import contextlib
+import errno
 import glob
 import hashlib
 import os
+import shutil
+import stat
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from filelock import FileLock
+from g2gnet.messages import warn
+
+#: what file systems without locks answer (network file systems, for the most part)
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
+
+
+def open_file(path: Path | str) -> BinaryIO:
+    """Opens a file to be read.
+
+    Raises:
+        OSError: if it cannot be opened or is not a regular file: a FIFO would wait for a writer, a device may not end.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(path, flags)
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    return os.fdopen(descriptor, "rb")
+
+
+def read_file(path: Path | str) -> bytes:
+    """The content of a regular file; raises OSError as :func:`open_file` does."""
+    with open_file(path) as file:
+        return file.read()
+
+
+def is_special(path: Path) -> bool:
+    """True for a FIFO, a device or a socket, which are written into and not replaced."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return False
+    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
+
+
+def check_writable(path: Path) -> None:
+    """Raises OSError if :func:`replace_file` could not write ``path``; asked before there is anything to write."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if is_special(path):
+        if not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return
+    with tempfile.TemporaryFile(dir=Path(os.path.realpath(path)).parent):
+        pass
 
 
 def replace_file(path: Path, write: Callable[[BinaryIO], Any], keep: Path | None = None) -> None:
     """Writes a file beside ``path``, flushes it to the disk and renames it: at any instant one of the two is whole.
 
-    With ``keep``, the file that was at ``path`` gets that name just before.
+    What a symbolic link points to is replaced, not the link. FIFOs and devices are written into. With ``keep``, the
+    file that was at ``path`` gets that name too, just before; there is a whole file at ``path`` all the time.
     """
+    if is_special(path):
+        with path.open("wb") as file:
+            write(file)
+        return
+    path = Path(os.path.realpath(path))
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -27,7 +85,7 @@ def replace_file(path: Path, write: Callable[[BinaryIO], Any], keep: Path | None
         os.umask(umask)
         os.chmod(name, 0o666 & ~umask)  # a temporary file is its owner's alone
         if keep is not None:
-            os.replace(path, keep)
+            _keep(path, keep, Path(f"{name}.keep"))
         os.replace(name, path)
     except BaseException:
         os.unlink(name)
@@ -40,15 +98,89 @@ def replace_file(path: Path, write: Callable[[BinaryIO], Any], keep: Path | None
             os.close(directory)
 
 
-@contextlib.contextmanager
-def one_at_a_time(path: Path) -> Iterator[None]:
-    """While it is entered, the user's other processes on this machine wait to enter it for the same ``path``."""
-    # the lock's file stays, and the directory of path may be a read-only one: it lies among the temporary files
-    name = hashlib.sha256(f"{getattr(os, 'getuid', int)()} {path.resolve()}".encode()).hexdigest()
-    with FileLock(Path(tempfile.gettempdir(), f"g2g-{name[:16]}.lock")):
-        yield
+def _keep(path: Path, keep: Path, scratch: Path) -> None:
+    """Gives the file at ``path`` the second name ``keep``, by way of ``scratch``: a link never replaces a file."""
+    try:
+        try:
+            os.link(path, scratch)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, scratch)
+        os.replace(scratch, keep)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def leftovers(path: Path) -> list[Path]:
     """What :func:`replace_file` left behind for ``path`` where its process was killed."""
     return list(path.parent.glob(f".{glob.escape(path.name)}.*"))
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: bool) -> Iterator[None]:
+    """While it is entered, no other process can enter it for the lock file ``path``; the lock ends with its process.
+
+    The file stays. Where the file system has no locks, that is said, and it is entered without one.
+
+    Raises:
+        BlockingIOError: if another process has entered it, and this one is not to ``wait``.
+        OSError: if the file cannot be opened, or is a symbolic link.
+    """
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        try:
+            _lock(descriptor, wait)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            warn(f"warning: {path} cannot be locked ({error.strerror}): see to it that no other process does the same")
+        yield
+    finally:
+        os.close(descriptor)
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _lock(descriptor: int, wait: bool) -> None:
+        while not _locks(descriptor):
+            if not wait:
+                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+            time.sleep(0.1)
+
+    def _locks(descriptor: int) -> bool:
+        try:
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        except PermissionError:
+            return False
+        return True
+else:
+    import fcntl
+
+    def _lock(descriptor: int, wait: bool) -> None:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+
+
+@contextlib.contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """While it is entered, the user's other processes on this machine wait to enter it for the same ``path``."""
+    # the lock's file stays, and the directory of path may be a read-only one
+    name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()
+    with locked(_own_directory() / f"{name[:16]}.lock", wait=True):
+        yield
+
+
+def _own_directory() -> Path:
+    """A directory for locks that nobody else can write to: in the user's cache, or where there is none, a new one."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "g2g", "locks")
+    with contextlib.suppress(OSError):
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if os.access(cache, os.W_OK):
+            return cache
+    # a home that cannot be written to: one among the temporary files, if it is this user's own
+    own = Path(tempfile.gettempdir(), f"g2g-{getattr(os, 'getuid', int)()}")
+    own.mkdir(mode=0o700, exist_ok=True)
+    about = own.lstat()
+    if hasattr(os, "getuid") and (about.st_uid != os.getuid() or about.st_mode & 0o077 or not own.is_dir()):
+        raise PermissionError(errno.EACCES, f"{own} is open to other users; delete it", str(own))
+    return own

@@ -20,12 +20,12 @@ from g2gnet import cli
 from g2gnet.data import ImageData, load_dataset, random_crop_and_flip
 from g2gnet.features import new_resnet
 from g2gnet.features.weights import RELEASES
-from g2gnet.files import replace_file
+from g2gnet.messages import say
 from g2gnet.seeding import draw_device, stream
 from g2gnet.training import CheckpointError, Settings, run_epochs
 from g2gnet.training.health import CHECK_INTERVAL, FiniteWatch
 from g2gnet.training.run_files import RunFiles
-from g2gnet.training.settings import setting
+from g2gnet.training.settings import LARGEST_SEED, setting
 from g2gnet.training.state import check_like, check_position, load_optimizer
 from g2gnet.training.trainer import StepCallback
 
@@ -43,7 +43,7 @@ class PretrainSettings(Settings):
     lr: float = setting(0.1, "training", "learning rate to begin with; it falls to 0 as a cosine", low=0, open_low=True)
     momentum: float = setting(0.9, "training", "Nesterov momentum", low=0, open_low=True, high=1)
     weight_decay: float = setting(5e-4, "training", "L2 penalty", low=0)
-    seed: int = setting(42, "training", "seed of every random draw", low=0)
+    seed: int = setting(42, "training", "seed of every random draw", low=0, high=LARGEST_SEED)
 
     @property
     def stem(self) -> str:
@@ -210,8 +210,8 @@ def pretrain(arguments: argparse.Namespace) -> dict[str, Any]:
     if checkpoint is None:
         raise CheckpointError(f"{files.checkpoint} is gone; delete {files.marker} to train again")
     weights = Path(arguments.checkpoint_dir) / f"{settings.stem}.pt"
-    replace_file(weights, lambda file: torch.save(checkpoint.state["model"], file))
-    print(f"wrote {weights}, for train.py --dataset {settings.dataset} --use_resnet --resnet_weights {weights}")
+    cli.write_file(weights, lambda file: torch.save(checkpoint.state["model"], file))
+    say(f"wrote {weights}, for train.py --dataset {settings.dataset} --use_resnet --resnet_weights {weights}")
     paths = {**files.paths(), "weights": str(weights)}
     return {"settings": settings.given(), "result": result, "files": paths}
 

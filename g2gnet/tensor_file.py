@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from g2gnet.files import replace_file
+from g2gnet.files import read_file, replace_file
+from g2gnet.messages import reason
 
 DIGEST_BYTES = 32
 
@@ -48,10 +49,10 @@ def read_tensors(path: Path) -> Any:
     """What :func:`write_tensors` wrote, on the CPU.
 
     Raises:
-        OSError: if the file cannot be opened.
+        OSError: if the file cannot be opened, or is not a regular one.
         TensorFileError: if it is damaged, or :func:`parse_tensors` refuses it.
     """
-    data = path.read_bytes()
+    data = read_file(path)
     if data[-DIGEST_BYTES:] != hashlib.sha256(data[:-DIGEST_BYTES]).digest():
         raise TensorFileError("its checksum is wrong: the file is damaged, or not one of ours")
     return parse_tensors(data)
@@ -79,8 +80,7 @@ def parse_tensors(data: bytes) -> Any:
     except TensorFileError:
         raise
     except Exception as error:  # what a damaged file makes zipfile and torch.load raise is an open list
-        summary = (str(error).splitlines() or [type(error).__name__])[0]
-        raise TensorFileError(f"it cannot be read ({summary})") from error
+        raise TensorFileError(f"it cannot be read ({reason(error)})") from error
     return content
 
 
@@ -101,6 +101,8 @@ def check_plain(content: Any) -> None:
             pending += [(f"{place}/{key}", value) for key, value in pairs]
         elif isinstance(item, float) and not -float("inf") < item < float("inf"):
             raise TensorFileError(f"{name} is {item}")
+        elif isinstance(item, int) and item.bit_length() > 63:
+            raise TensorFileError(f"{name} is a whole number of {item.bit_length()} bits, where 63 are the most")
         elif item is not None and not isinstance(item, str | int | float):
             raise TensorFileError(f"{name} is a {type(item).__name__}, which has no place in such a file")
 

@@ -10,6 +10,7 @@ import g2gnet
 from g2gnet import cli
 from g2gnet.analysis import NetworkAnalysis, headline, summary_table
 from g2gnet.distributed import join, launched
+from g2gnet.messages import say
 from g2gnet.training import TrainSettings, run_training
 from g2gnet.training.run_files import RunFiles
 
@@ -64,7 +65,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def show_analysis(analysis: NetworkAnalysis, path: Path) -> None:
-    print(f"{headline(analysis)}\n{summary_table(analysis)}\nin full: {path}", flush=True)
+    say(f"{headline(analysis)}\n{summary_table(analysis)}\nin full: {path}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

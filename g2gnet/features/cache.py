@@ -12,6 +12,7 @@ from g2gnet.data import DATASETS, ImageData, load_dataset
 from g2gnet.features.resnet import ResNet32
 from g2gnet.features.weights import load_resnet, weights_digest
 from g2gnet.files import one_at_a_time
+from g2gnet.messages import reason, say, warn
 from g2gnet.tensor_file import TensorFileError, read_tensors, write_tensors
 
 #: what is computed from an image; another computation needs another name here
@@ -51,7 +52,7 @@ def load_features(
                 # twice as fast on a CPU with AVX-512, in batches that stay in its caches
                 network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             images = load_dataset(dataset, data_dir)
-            print(f"computing the ResNet-32 features of {dataset}", flush=True)
+            say(f"computing the ResNet-32 features of {dataset}")
             parts = _compute(network, images, device)
             _keep(file, parts)
     return ImageData(name=dataset, num_classes=DATASETS[dataset].num_classes, **parts)
@@ -87,9 +88,9 @@ def _cached(file: Path) -> dict[str, torch.Tensor] | None:
         content = read_tensors(file)
         parts = {name: content[name] for name in PARTS}
     except (OSError, TensorFileError, KeyError, TypeError) as error:
-        print(f"{file} is damaged ({error}) and will be written anew", file=sys.stderr)
+        warn(f"{file} is damaged ({reason(error)}) and will be written anew")
         return None
-    print(f"reading the ResNet-32 features from {file}", flush=True)
+    say(f"reading the ResNet-32 features from {file}")
     return parts
 
 
@@ -98,4 +99,4 @@ def _keep(file: Path, parts: dict[str, torch.Tensor]) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(file, parts)
     except OSError as error:
-        print(f"the features cannot be kept in {file} ({error}): the next run computes them again", file=sys.stderr)
+        warn(f"the features cannot be kept in {file} ({reason(error)}): the next run computes them again")

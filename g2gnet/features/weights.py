@@ -10,6 +10,8 @@ import torch
 
 from g2gnet.data import DATASETS, DataError
 from g2gnet.features.resnet import ResNet32
+from g2gnet.files import read_file
+from g2gnet.messages import reason
 from g2gnet.tensor_file import check_plain
 
 #: hexadecimal digits of a file's SHA-256 that name its content, as in the names of the published files
@@ -111,9 +113,9 @@ def _published(dataset: str) -> Path:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_file(path)
     except OSError as error:
-        raise DataError(f"resnet_weights={path} cannot be read ({error.strerror}); give the name of a file") from error
+        raise DataError(f"resnet_weights={path} cannot be read ({reason(error)}); give the name of a file") from error
 
 
 def _digest(content: bytes) -> str:

@@ -7,6 +7,7 @@ from tqdm import tqdm
 
 from g2gnet import cli
 from g2gnet.data import ImageData
+from g2gnet.messages import say
 from g2gnet.training import read_run
 
 EXAMPLE = """\
@@ -47,7 +48,7 @@ def make_report(arguments: argparse.Namespace) -> None:
         net = run.network(machine.device, machine.backend)
         inspected.append(content.inspect(run, net, data[key], arguments.samples))
     cli.write_output(arguments.output, content.report(inspected))
-    print(f"wrote {arguments.output}")
+    say(f"wrote {arguments.output}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM during training: the step is finished and its result saved before the program ends."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -43,4 +44,5 @@ class StopSignals:
         for each in self._before:
             signal.signal(each, signal.SIG_DFL)
         # not by print: the signal may have come in the middle of one
-        os.write(2, f"\n{self.received.name}: finishing this step and saving it; once more ends at once\n".encode())
+        with contextlib.suppress(OSError):
+            os.write(2, f"\n{self.received.name}: finishing this step and saving it; once more ends at once\n".encode())

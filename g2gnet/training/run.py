@@ -13,6 +13,7 @@ from tqdm import tqdm
 from g2gnet.analysis import ANALYSIS_SAMPLES, NetworkAnalysis, analyze_network
 from g2gnet.data import ImageData
 from g2gnet.distributed import ALONE, World, rank
+from g2gnet.messages import say
 from g2gnet.seeding import make_deterministic
 from g2gnet.training.health import TrainingError
 from g2gnet.training.interruption import Interrupted, StopSignals
@@ -128,9 +129,7 @@ def _run_epochs(
     result = files.load_marker(settings.as_dict())
     world.check_same(f"what is in {files.directory}", result)
     if result is not None:
-        print(
-            f"{settings.stem} is finished: test_acc={result['test_acc']:.4f}. To run it again, delete {files.names()}."
-        )
+        say(f"{settings.stem} is finished: test_acc={result['test_acc']:.4f}. To run it again, delete {files.names()}.")
         return result
     checkpoint = files.load_checkpoint(settings.as_dict())
 
@@ -148,7 +147,7 @@ def _run_epochs(
                 f"{checkpoint.path} does not fit the network it names ({error}). It was left alone; move it away, "
                 f"or give another --checkpoint_dir than {files.directory}."
             ) from error
-        print(f"resuming {checkpoint.path} after epoch {trainer.epoch}, step {trainer.step}", flush=True)
+        say(f"resuming {checkpoint.path} after epoch {trainer.epoch}, step {trainer.step}")
     if world.leads:
         files.write_history(history)
 
@@ -179,7 +178,7 @@ def _run_epochs(
             if record is not None:
                 names = [name for name in ("train_acc", "val_acc", "test_acc") if name in record]
                 accuracies = [f"{name}={record[name]:.4f}" for name in names]
-                print(f"{settings.label}Epoch {record['epoch']:02d} | {' | '.join(accuracies)}", flush=True)
+                say(f"{settings.label}Epoch {record['epoch']:02d} | {' | '.join(accuracies)}")
                 if world.leads:
                     for callback in on_epoch:
                         callback(record, trainer)

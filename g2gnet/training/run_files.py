@@ -4,19 +4,21 @@ import contextlib
 import csv
 import io
 import json
-import sys
+import math
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from filelock import FileLock, Timeout
-
-from g2gnet.files import leftovers, replace_file
-from g2gnet.tensor_file import TensorFileError, read_tensors, write_tensors
+from g2gnet.files import leftovers, locked, read_file, replace_file
+from g2gnet.messages import reason, warn
+from g2gnet.tensor_file import TensorFileError, check_plain, read_tensors, write_tensors
 
 #: version of the checkpoint's structure
-FORMAT = 2
+FORMAT = 3
+#: the numbers that an epoch's record, and a marker's result, has to hold
+MEASURES = ("epoch", "train_loss", "train_acc", "test_acc", "seconds")
 
 
 class CheckpointError(RuntimeError):
@@ -32,12 +34,30 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         state = read_tensors(path)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}).") from error
+        raise CheckpointError(f"{path} cannot be read ({reason(error)}).") from error
     except TensorFileError as error:
         raise CheckpointError(f"{path} cannot be read ({error}).") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT or not isinstance(state.get("settings"), dict):
         raise CheckpointError(f"{path} is not a checkpoint of this version of g2g.")
     return state
+
+
+def check_number(name: str, value: Any, low: float = -math.inf, whole: bool = False) -> None:
+    """Raises ValueError unless ``value``, from a file, is a finite number of at least ``low``, or a ``whole`` one."""
+    kind = int if whole else (int, float)
+    if not isinstance(value, kind) or isinstance(value, bool) or not low <= value < math.inf:
+        least = "" if low == -math.inf else f" of at least {low}"
+        raise ValueError(f"{name}={value!r:.40} is not a {'whole' if whole else 'finite'} number{least}")
+
+
+def check_record(record: Any) -> None:
+    """Raises ValueError unless ``record``, from a file, is that of an epoch."""
+    if not isinstance(record, dict):
+        raise ValueError(f"the record of an epoch is a {type(record).__name__}")
+    for name in MEASURES:
+        if name not in record:
+            raise ValueError(f"the record of an epoch lacks {name}")
+        check_number(name, record[name], low=0, whole=name == "epoch")
 
 
 class Checkpoint(NamedTuple):
@@ -67,16 +87,26 @@ class RunFiles:
         self.marker = self.directory / f"{stem}.DONE"
         self._whole = False  # whether self.checkpoint is known to be, so that it may replace self.previous
         self.lock = self.directory / f".{stem}.lock"
-        self._lock = FileLock(self.lock)
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.directory):
                 pass
         except OSError as error:
             raise CheckpointError(
-                f"cannot write to the checkpoint directory {self.directory} ({error.strerror}); "
+                f"cannot write to the checkpoint directory {self.directory} ({reason(error)}); "
                 "give another one by --checkpoint_dir"
             ) from error
+        for path in self._all():
+            if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
+                what = "a symbolic link" if path.is_symlink() else "no regular file"
+                raise CheckpointError(
+                    f"{path} is {what}, where a run has files of its own; move it away, or give another "
+                    f"--checkpoint_dir than {self.directory}"
+                )
+
+    def _all(self) -> tuple[Path, ...]:
+        """Every file that the run itself reads and writes."""
+        return self.checkpoint, self.previous, self.history, self.table, self.analysis, self.marker
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -87,22 +117,25 @@ class RunFiles:
         Raises:
             CheckpointError: if another run has entered.
         """
-        try:
-            self._lock.acquire(blocking=False)
-        except Timeout as error:
-            raise CheckpointError(
-                f"another run of this name is at work on {self.checkpoint} (it holds {self.lock}); "
-                f"wait for its end, or give another --checkpoint_dir than {self.directory}"
-            ) from error
-        try:
-            for path in (self.checkpoint, self.history, self.table, self.analysis, self.marker):
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(locked(self.lock, wait=False))
+            except BlockingIOError as error:
+                raise CheckpointError(
+                    f"another run of this name is at work on {self.checkpoint} (it holds {self.lock}); "
+                    f"wait for its end, or give another --checkpoint_dir than {self.directory}"
+                ) from error
+            except OSError as error:
+                raise CheckpointError(
+                    f"cannot lock {self.lock} ({reason(error)}); delete it, or give another --checkpoint_dir than "
+                    f"{self.directory}"
+                ) from error
+            for path in self._all():
                 for leftover in leftovers(path):
                     leftover.unlink(missing_ok=True)
             if self.marker.exists():
                 self.previous.unlink(missing_ok=True)
             yield
-        finally:
-            self._lock.release()
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Replaces the checkpoint by ``state`` (tensors, numbers, strings and containers of them).
@@ -133,7 +166,7 @@ class RunFiles:
             self._check_settings(path, state["settings"], settings)
             self._whole = path == self.checkpoint
             if problems:
-                print(f"{problems[0]} Going back to the checkpoint before it.", file=sys.stderr)
+                warn(f"{problems[0]} Going back to the checkpoint before it.")
             return Checkpoint(path, state)
         if problems:
             raise CheckpointError(
@@ -168,11 +201,17 @@ class RunFiles:
         if not self.marker.exists():
             return None
         try:
-            content = json.loads(self.marker.read_text())
-            made_with, result = content["settings"], dict(content["result"])
+            content = json.loads(read_file(self.marker))
+            check_plain(content)
+            made_with, result = content["settings"], content["result"]
             made_with.items()
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{self.marker} cannot be read ({error}); delete it to train again") from error
+            check_record(result)
+        except KeyError as error:
+            raise CheckpointError(f"{self.marker} lacks {error}; delete it to train again") from error
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(
+                f"{self.marker} cannot be read ({reason(error)}); delete it to train again"
+            ) from error
         self._check_settings(self.marker, made_with, settings)
         return result
 
@@ -200,9 +239,10 @@ class RunFiles:
 
     def last_checkpoint(self) -> str:
         """Where the last good checkpoint is, in a sentence."""
-        if not self.checkpoint.exists():
-            return "No checkpoint was written yet."
-        return f"{self.checkpoint} is the last good checkpoint; it was left alone."
+        for path in (self.checkpoint, self.previous):
+            if path.exists():
+                return f"{path} is the last good checkpoint; it was left alone."
+        return "There is no checkpoint of this run."
 
     def write_history(self, records: Sequence[dict[str, Any]]) -> None:
         """Makes the history hold just these records: a line of JSON each, and the same as a table for spreadsheets.
@@ -218,7 +258,7 @@ class RunFiles:
     def _write_lines(self, path: Path, text: str) -> None:
         """Makes ``text`` the content of the file, by adding to it if that will do."""
         with self._writing(path):
-            content, there = text.encode(), path.read_bytes() if path.exists() else None
+            content, there = text.encode(), read_file(path) if path.exists() else None
             if there is None or not content.startswith(there):
                 replace_file(path, lambda file: file.write(content))
             else:
@@ -235,9 +275,9 @@ class RunFiles:
         try:
             yield
         except OSError as error:
+            last = self.last_checkpoint()
             raise CheckpointError(
-                f"cannot write {path} ({error.strerror}); every epoch is kept in the last checkpoint. "
-                "Make room, then run the same command to go on from it"
+                f"cannot write {path} ({reason(error)}). {last} Make room, then run the same command to go on"
             ) from error
         except TensorFileError as error:
             raise CheckpointError(f"{path} was not written: {error}") from error

@@ -9,11 +9,11 @@ import torch
 from g2gnet.network import G2GNet
 from g2gnet.training.cross_validation import FoldSettings
 from g2gnet.training.evaluation import build_network
-from g2gnet.training.run_files import CheckpointError, read_checkpoint
+from g2gnet.training.run_files import CheckpointError, check_number, check_record, read_checkpoint
 from g2gnet.training.settings import SettingsError, TrainSettings
+from g2gnet.training.state import UNFIT
 
-#: what every epoch's record has to hold: numbers, and numbers by layer
-MEASURES = ("epoch", "train_loss", "train_acc", "test_acc", "seconds")
+#: what every epoch's record has to hold beside its measures: a number for each layer
 MEASURES_BY_LAYER = ("units_kept", "initial_units_kept")
 
 
@@ -65,12 +65,14 @@ def read_run(checkpoint: Path | str) -> SavedRun:
         run = SavedRun(path, settings, content["epoch"], content["history"], content["model"])
         if not run.history:
             raise ValueError("it holds no finished epoch")
+        check_number("epoch", run.epoch, low=0, whole=True)
         for record in run.history:
-            by_layer = [value for name in MEASURES_BY_LAYER for value in record[name].values()]
-            if not all(isinstance(value, int | float) for value in (*(record[name] for name in MEASURES), *by_layer)):
-                raise ValueError(f"the record of an epoch lacks numbers: {record}")
+            check_record(record)
+            for name in MEASURES_BY_LAYER:
+                for layer, value in record[name].items():
+                    check_number(f"{name}/{layer}", value, low=0)
         run.network()
-    except (SettingsError, RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
+    except (SettingsError, *UNFIT) as error:
         summary = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(f"{path} is not the checkpoint of a training run ({summary}).") from error
     return run

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import typing
 from typing import Any
 
 from g2gnet.data import DATASETS
@@ -15,6 +16,9 @@ from g2gnet.network import MODELS
 SPARSITY_MODES = ("static", "dynamic")
 PRECISIONS = ("fp32", "bf16")
 AUGMENTATIONS = ("auto", "crop-flip", "none")
+LARGEST_SEED = (1 << 63) - 1
+#: of a sample; the compiled kernels number them in 16 bits
+MOST_STEPS = 1 << 16
 
 
 class SettingsError(ValueError):
@@ -56,15 +60,19 @@ class Settings:
 
     def _out_of_range(self) -> list[str]:
         problems = []
+        types_of = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):  # type: ignore[arg-type]  # the subclasses are dataclasses
             value, about = getattr(self, field.name), field.metadata
-            if about["choices"]:
+            expected = _kind(types_of[field.name], value)
+            if expected:
+                problems.append(f"{field.name}={value!r:.40} is not {expected}")
+            elif about["choices"]:
                 if value not in about["choices"]:
                     problems.append(f"{field.name}={value!r} is unknown; choose one of {', '.join(about['choices'])}")
             elif isinstance(value, int | float) and not isinstance(value, bool):
                 low, high, open_low = about["low"], about["high"], about["open_low"]
                 too_low = low is not None and (value <= low if open_low else value < low)
-                if too_low or (high is not None and value > high) or not math.isfinite(value):
+                if too_low or (high is not None and value > high) or not -math.inf < value < math.inf:
                     problems.append(f"{field.name}={value} is out of range; give {describe_range(about)}")
         return problems
 
@@ -117,7 +125,7 @@ class TrainSettings(Settings):
     p_inter: float = setting(0.15, "model", "probability of a connection unit between groups", low=0, high=1)
     p_intra: float = setting(1.0, "model", "probability of a connection unit inside a group", low=0, high=1)
     block_size: int = setting(64, "model", "side of a connection unit in weights; 1 is one weight", low=1)
-    T: int = setting(50, "model", "time steps of a sample", low=1)
+    T: int = setting(50, "model", "time steps of a sample", low=1, high=MOST_STEPS)
     enc: str = setting("current", "model", "input held as a current, or Bernoulli spikes", choices=ENCODINGS)
     enc_scale: float = setting(1.0, "model", "input x becomes enc_scale*x + enc_bias")
     enc_bias: float = setting(0.0, "model", "see enc_scale")
@@ -126,7 +134,7 @@ class TrainSettings(Settings):
     batch_size: int = setting(256, "training", "images in a step", low=1)
     lr: float = setting(1e-3, "training", "Adam's learning rate", low=0, open_low=True)
     weight_decay: float = setting(1e-4, "training", "Adam's L2 penalty", low=0)
-    seed: int = setting(42, "training", "seed of every random draw", low=0)
+    seed: int = setting(42, "training", "seed of every random draw", low=0, high=LARGEST_SEED)
     precision: str = setting("fp32", "training", "arithmetic of the products", choices=PRECISIONS)
     enforce_sparsity: bool = setting(False, "training", "pull firing rates down after the warm-up")
     warmup_epochs: int = setting(10, "training", "epochs before --enforce_sparsity begins", low=0)
@@ -184,6 +192,16 @@ class TrainSettings(Settings):
         resnet = "resnet_" if self.use_resnet else ""
         rules = f"_cp{self.cp}_cg{self.cg}" if self.sparsity_mode == "dynamic" else ""
         return f"{resnet}{self.dataset}_{self.model}_p{self.p_inter}_T{self.T}_{self.enc}{rules}"
+
+
+def _kind(expected: Any, value: Any) -> str | None:
+    """What a value of type ``expected`` is, where ``value`` is not of that type, in words."""
+    kinds = typing.get_args(expected) or (expected,)
+    if float in kinds:
+        kinds = (*kinds, int)
+    if isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool)):
+        return None
+    return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kinds[0]]
 
 
 def describe_range(metadata: Any) -> str:

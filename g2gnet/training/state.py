@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from g2gnet.training.run_files import check_number
+
 #: what a state that does not fit makes ``load_state_dict`` of a trainer raise
 UNFIT = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
 
@@ -17,8 +19,8 @@ def check_position(state: dict[str, Any], batches: int) -> None:
         batches: steps in an epoch.
     """
     epoch, step = state["epoch"], state["step"]
-    if not isinstance(epoch, int) or not isinstance(step, int) or epoch < 0:
-        raise ValueError(f"epoch={epoch!r}, step={step!r} are not counts")
+    for name in ("epoch", "step"):
+        check_number(name, state[name], low=0, whole=True)
     inside = step - epoch * batches
     if inside != 0 if state["progress"] is None else not 0 < inside <= batches:
         raise ValueError(f"epoch={epoch} and step={step} are at odds: an epoch has {batches} steps")

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from g2gnet.analysis.wiring import group_weight
+from g2gnet.messages import reason, warn
 from g2gnet.training.run_files import numbers
 from g2gnet.training.trainer import Trainer
 
@@ -30,12 +31,22 @@ class TensorBoardLog:
             raise ImportError(
                 f"TensorBoard's package is missing; pip install 'g2g[tensorboard]' brings it ({error})"
             ) from error
+        self._failed = False
         self._make_writer: Any = SummaryWriter
         self._log_dir = Path(log_dir)
         self._log_dir.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, record: dict[str, Any], trainer: Trainer) -> None:
-        """Writes one epoch."""
+        """Writes one epoch. Where that fails (a full disk, say), it is said, and training goes on without it."""
+        if self._failed:
+            return
+        try:
+            self._write(record, trainer)
+        except OSError as error:
+            self._failed = True
+            warn(f"warning: cannot write to {self._log_dir} ({reason(error)}); training goes on without TensorBoard")
+
+    def _write(self, record: dict[str, Any], trainer: Trainer) -> None:
         epoch = record["epoch"]
         # what a run wrote beyond the epoch from which it was resumed is purged
         with self._make_writer(str(self._log_dir / trainer.settings.stem), purge_step=epoch) as writer:

@@ -1,0 +1,53 @@
+"""What programs tell people: printed at once, and harmless to a terminal whatever file it quotes."""
+
+import os
+import sys
+from typing import TextIO
+
+#: characters that move the cursor, change colours or turn the direction of writing
+_CONTROLS = [*range(32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
+_HARMLESS = {code: rf"\x{code:02x}" for code in _CONTROLS if chr(code) not in "\n\t"}
+
+
+class OutputError(RuntimeError):
+    """What a program has to say or to write has nowhere to go."""
+
+
+def printable(text: str) -> str:
+    """``text`` with escapes in place of control characters and of bytes that are no characters."""
+    return text.encode("utf-8", "backslashreplace").decode().translate(_HARMLESS)
+
+
+def say(text: str) -> None:
+    """Prints ``text`` to standard output.
+
+    Raises:
+        BrokenPipeError: if its reader has left.
+        OutputError: if it cannot be written for another reason.
+    """
+    try:
+        print(printable(text), flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        discard(sys.stdout)
+        raise OutputError(f"cannot write to standard output ({error.strerror}); redirect it to another file") from error
+
+
+def warn(text: str) -> None:
+    """Prints ``text`` to standard error. Where that cannot be written, the program goes on without it."""
+    try:
+        print(printable(text), file=sys.stderr, flush=True)
+    except OSError:
+        discard(sys.stderr)
+
+
+def discard(stream: TextIO) -> None:
+    """Lets the interpreter flush the last output of ``stream`` without an error when it cannot be written."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong, in a line: what the system or the error says, or else the error's kind."""
+    text = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), "")
+    return text or type(error).__name__

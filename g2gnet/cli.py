@@ -20,7 +20,7 @@ import g2gnet
 from g2g_kernels import BackendError, select_device
 from g2g_kernels.dispatch import BACKENDS, require_backend
 from g2gnet.analysis import ANALYSIS_SAMPLES
-from g2gnet.data import DataError, ImageData, load_dataset
+from g2gnet.data import DataError, ImageData, dataset_name, load_dataset
 from g2gnet.distributed import DistributedError, launched, local_rank, rank
 from g2gnet.features import load_features, weights_digest
 from g2gnet.files import check_writable, replace_file
@@ -64,6 +64,8 @@ def add_settings_flags(parser: argparse.ArgumentParser, settings: type = TrainSe
         if isinstance(flag_type, types.UnionType):  # int | None, str | None
             flag_type = typing.get_args(flag_type)[0]
         text = about["text"]
+        if about["file"]:
+            text += f": {', '.join(about['choices'])}, or a file NAME.npz of your own"
         if flag_type in (int, float) and about["low"] is not None:
             text += f"; {describe_range(about)}"
         if field.default is not None:
@@ -72,8 +74,8 @@ def add_settings_flags(parser: argparse.ArgumentParser, settings: type = TrainSe
             f"--{field.name}",
             type=flag_type,
             default=field.default,
-            choices=about["choices"],
-            metavar=None if about["choices"] else METAVARS[flag_type],
+            choices=None if about["file"] else about["choices"],
+            metavar="NAME" if about["file"] else None if about["choices"] else METAVARS[flag_type],
             help=text,
         )
 
@@ -126,14 +128,15 @@ SettingsT = typing.TypeVar("SettingsT", bound=Settings)
 
 
 def settings_from(arguments: argparse.Namespace, kind: type[SettingsT]) -> SettingsT:
-    """The settings that the flags gave, with the content of a weights file in place of its name.
+    """The settings that the flags gave, with the content of a file of weights or of data in place of its name.
 
     Raises:
         SettingsError: if they are out of range or at odds.
-        DataError: if the weights file cannot be read.
+        DataError: if the file cannot be read.
     """
     fields = dataclasses.fields(kind)  # type: ignore[arg-type]  # every Settings is a dataclass
-    settings = kind(**{field.name: getattr(arguments, field.name) for field in fields if field.metadata["group"]})
+    given = {field.name: getattr(arguments, field.name) for field in fields if field.metadata["group"]}
+    settings = kind(**{**given, "dataset": dataset_name(given["dataset"])})
     if isinstance(settings, TrainSettings) and settings.use_resnet:
         digest = weights_digest(settings.dataset, settings.resnet_weights)
         settings = dataclasses.replace(settings, resnet_weights=digest)

@@ -199,11 +199,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def pretrain(arguments: argparse.Namespace) -> dict[str, Any]:
     settings = cli.settings_from(arguments, PretrainSettings)
-    device = cli.machine_from(arguments).device
+    machine = cli.machine_from(arguments)
     result = run_epochs(
         settings,
-        lambda: PretrainTrainer(settings, load_dataset(settings.dataset, arguments.data_dir), device),
+        lambda: PretrainTrainer(settings, load_dataset(settings.dataset, arguments.data_dir), machine.device),
         arguments.checkpoint_dir,
+        machine,
     )
     files = RunFiles(arguments.checkpoint_dir, settings.stem)
     checkpoint = files.load_checkpoint(settings.as_dict())

@@ -103,7 +103,7 @@ def check_plain(content: Any) -> None:
             raise TensorFileError(f"{name} is {item}")
         elif isinstance(item, int) and item.bit_length() > 63:
             raise TensorFileError(f"{name} is a whole number of {item.bit_length()} bits, where 63 are the most")
-        elif item is not None and not isinstance(item, str | int | float):
+        elif item is not None and type(item) not in (str, int, float, bool):  # torch.load refuses their subclasses
             raise TensorFileError(f"{name} is a {type(item).__name__}, which has no place in such a file")
 
 

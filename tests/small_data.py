@@ -34,7 +34,7 @@ def labels_of(count, classes):
 
 def fashion_mnist_files(monkeypatch, train, test):
     """The four files of a small Fashion-MNIST as bytes by name, of random pixels."""
-    monkeypatch.setattr(fashion_mnist, "SHAPES", {"train": (train, 28, 28), "test": (test, 28, 28)})
+    monkeypatch.setattr(fashion_mnist, "COUNTS", {"train": train, "t10k": test})
     monkeypatch.setattr(fashion_mnist, "SYSTEM_DIR", Path("/nonexistent"))
     monkeypatch.setattr(FashionMNIST, "mirrors", [NOBODY_LISTENS])
     generator = np.random.default_rng(0)
@@ -42,6 +42,8 @@ def fashion_mnist_files(monkeypatch, train, test):
     for part, count in (("train", train), ("t10k", test)):
         files[f"{part}-images-idx3-ubyte"] = idx_bytes(generator.integers(0, 256, (count, 28, 28)))
         files[f"{part}-labels-idx1-ubyte"] = idx_bytes(labels_of(count, 10))
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    monkeypatch.setattr(fashion_mnist, "DIGESTS", digests)
     return files
 
 

@@ -1,7 +1,7 @@
 """Image data sets as whole tensors, read by torchvision's readers or from the package."""
 
 from g2gnet.data.augmentation import random_crop_and_flip
-from g2gnet.data.catalog import DATASETS, load_dataset
+from g2gnet.data.catalog import DATASETS, dataset_name, load_dataset
 from g2gnet.data.image_data import DataError, ImageData, as_samples
 
-__all__ = ["DATASETS", "DataError", "ImageData", "as_samples", "load_dataset", "random_crop_and_flip"]
+__all__ = ["DATASETS", "DataError", "ImageData", "as_samples", "dataset_name", "load_dataset", "random_crop_and_flip"]

@@ -4,6 +4,7 @@ import importlib
 from pathlib import Path
 from typing import NamedTuple
 
+from g2gnet.data import own
 from g2gnet.data.image_data import ImageData
 
 
@@ -33,13 +34,26 @@ DATASETS = {
 }
 
 
+def dataset_name(given: str) -> str:
+    """The name of the data set that ``--dataset`` names: one of :data:`DATASETS`, or a file of one's own.
+
+    Raises:
+        DataError: if the file cannot be read.
+    """
+    return own.name_of(given) if given.endswith(own.SUFFIX) else given
+
+
 def load_dataset(name: str, data_dir: Path | str = "data") -> ImageData:
     """Reads a data set from ``data_dir``, from where the system keeps it, or by downloading it.
+
+    Data of one's own (:func:`dataset_name`) come from the file that was given, or from one of its name in ``data_dir``.
 
     Raises:
         ValueError: for an unknown name.
         DataError: if it cannot be found, downloaded or read.
     """
+    if own.is_name(name):
+        return own.load(name, Path(data_dir))
     if name not in DATASETS:
         raise ValueError(f"dataset={name!r} is unknown; choose one of {', '.join(DATASETS)}")
     module = importlib.import_module(f"{__package__}.{DATASETS[name].module}")

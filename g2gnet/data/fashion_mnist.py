@@ -1,9 +1,10 @@
-"""Fashion-MNIST (Xiao et al. 2017): the full set through torchvision's reader, and the subset inside the package.
+"""Fashion-MNIST (Xiao et al. 2017): the full set, known by its checksums, and the subset in the package.
 
 ``python -m g2gnet.data.fashion_mnist`` writes the subset anew from the full set.
 """
 
-import shutil
+import gzip
+import hashlib
 import tempfile
 import zlib
 from pathlib import Path
@@ -15,15 +16,23 @@ from torchvision.datasets.utils import extract_archive
 
 from g2gnet.data.download import download
 from g2gnet.data.image_data import DataError, ImageData
-from g2gnet.files import one_at_a_time
+from g2gnet.files import one_at_a_time, open_file
+from g2gnet.messages import reason
 
 #: where the Debian package dataset-fashion-mnist puts its files
 SYSTEM_DIR = Path("/usr/share/datasets/fashion-mnist")
 MINI_FILE = Path(__file__).with_name("fashion_mnist_mini.npz")
 MINI_TRAIN, MINI_TEST, MINI_SEED = 6000, 1000, 0
 
-FILES = tuple(Path(name).stem for name, _ in FashionMNIST.resources)  # without their .gz
-SHAPES = {"train": (60000, 28, 28), "test": (10000, 28, 28)}
+#: images in each part, and the SHA-256 of the four IDX files once they are unpacked (they are gzipped in several ways)
+COUNTS = {"train": 60000, "t10k": 10000}
+DIGESTS = {
+    "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+    "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+}
+SIDE = 28  # pixels
 
 
 def load(name: str, data_dir: Path) -> ImageData:
@@ -49,7 +58,7 @@ def load(name: str, data_dir: Path) -> ImageData:
             "Do one of these:\n"
             "  1. connect to the internet and run this again;\n"
             "  2. on Debian or Ubuntu: apt-get install dataset-fashion-mnist;\n"
-            f"  3. put the files {', '.join(name + '.gz' for name in FILES)} into {data_dir}, "
+            f"  3. put the files {', '.join(name + '.gz' for name in DIGESTS)} into {data_dir}, "
             "or name their folder by --data_dir.\n"
             "--dataset fashionmnist-mini needs no files at all."
         ) from error
@@ -69,7 +78,7 @@ def _fetch(folder: Path) -> None:
 
 
 def _complete(folder: Path) -> bool:
-    return all(_find(folder, name) for name in FILES)
+    return all(_find(folder, name) for name in DIGESTS)
 
 
 def _find(folder: Path, name: str) -> Path | None:
@@ -77,44 +86,38 @@ def _find(folder: Path, name: str) -> Path | None:
 
 
 def _read(folder: Path) -> ImageData:
-    """Reads the four files in ``folder`` with torchvision, from a temporary copy in the layout that it expects."""
-    with tempfile.TemporaryDirectory(prefix="fashion-mnist-") as root:
-        raw = Path(root) / "FashionMNIST" / "raw"
-        raw.mkdir(parents=True)
-        for name in FILES:
-            path = _find(folder, name)
-            assert path is not None  # the callers made sure
-            try:
-                if path.suffix == ".gz":
-                    extract_archive(str(path), str(raw))
-                else:
-                    shutil.copyfile(path, raw / name)
-            except (OSError, EOFError, zlib.error) as error:
-                raise DataError(f"{path} is damaged or unreadable ({error}); delete it and fetch it again") from error
-        parts = {}
-        for part in ("train", "test"):
-            try:
-                data = FashionMNIST(root, train=part == "train")
-            except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
-                raise DataError(
-                    f"the {part} files in {folder} are damaged ({error}); delete them and fetch them again"
-                ) from error
-            if data.data.shape != SHAPES[part] or data.targets.shape != SHAPES[part][:1]:
-                raise DataError(
-                    f"the {part} files in {folder} hold {tuple(data.data.shape)} images and "
-                    f"{len(data.targets)} labels, not {SHAPES[part]}; delete them and fetch them again"
-                )
-            if data.targets.max() > 9:
-                raise DataError(f"the {part} labels in {folder} go up to {data.targets.max()}, not 9; fetch them again")
-            parts[part] = data
+    """Reads the four files in ``folder``."""
+    images, labels = {}, {}
+    for part, count in COUNTS.items():
+        pixels = _content(folder, f"{part}-images-idx3-ubyte", 16, count * SIDE * SIDE)
+        images[part] = torch.from_numpy(pixels).view(count, SIDE, SIDE)
+        labels[part] = torch.from_numpy(_content(folder, f"{part}-labels-idx1-ubyte", 8, count)).long()
     return ImageData(
         name="fashionmnist",
-        train_images=parts["train"].data,
-        train_labels=parts["train"].targets,
-        test_images=parts["test"].data,
-        test_labels=parts["test"].targets,
+        train_images=images["train"],
+        train_labels=labels["train"],
+        test_images=images["t10k"],
+        test_labels=labels["t10k"],
         num_classes=10,
     )
+
+
+def _content(folder: Path, name: str, header: int, size: int) -> np.ndarray:
+    """The ``size`` values of a file, once it is known to be the published one; no more than them is unpacked."""
+    path = _find(folder, name)
+    assert path is not None  # the callers made sure
+    try:
+        with open_file(path) as file, gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file as plain:
+            content = plain.read(header + size + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} is damaged ({reason(error)}); delete it and fetch it again") from error
+    if hashlib.sha256(content).hexdigest() != DIGESTS[name]:
+        raise DataError(
+            f"{path} is damaged or of another data set (its checksum is not that of Fashion-MNIST's); delete it and "
+            "fetch it again, or name a folder that has none by --data_dir. Data of your own go into a file for "
+            "--dataset FILE.npz"
+        )
+    return np.frombuffer(content, np.uint8, size, header).copy()
 
 
 def load_mini() -> ImageData:

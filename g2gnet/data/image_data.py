@@ -1,5 +1,6 @@
 """The form in which the rest of the program sees a data set."""
 
+import hashlib
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,6 +36,16 @@ class ImageData:
     def input_dim(self) -> int:
         """Values in one sample."""
         return self.train_images[0].numel()
+
+    @property
+    def fingerprint(self) -> str:
+        """What names the content: the SHA-256 of shapes, dtypes and values of all tensors."""
+        digest = hashlib.sha256()
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor):
+                digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+                digest.update(value.cpu().contiguous().numpy().data)
+        return digest.hexdigest()
 
     def to(self, device: torch.device | str) -> "ImageData":
         """The same data on ``device``."""

@@ -4,6 +4,10 @@ from typing import NamedTuple
 
 import torch
 
+import g2gnet
+from g2g_kernels import available_backends
+from g2g_kernels.cpu.library import instruction_set
+from g2g_kernels.dispatch import forced_backend
 from g2gnet.distributed import ALONE, World
 
 
@@ -21,3 +25,17 @@ class Machine(NamedTuple):
     backend: str | None = None
     world: World = ALONE
     cuda_graph: bool = False
+
+    def versions(self) -> dict[str, str]:
+        """What the last bits of a result depend on beside the settings, in words."""
+        backend = forced_backend(self.backend)
+        if backend is None:
+            preferred = {"cuda": "triton", "cpu": "cpu"}.get(self.device.type, "torch")
+            backend = preferred if preferred in available_backends() else "torch"
+        return {
+            "g2g": g2gnet.__version__,
+            "torch": str(torch.__version__),
+            "device": self.device.type,
+            "backend": backend,
+            "instruction set": instruction_set() if backend == "cpu" else "PyTorch's own",
+        }

@@ -12,13 +12,13 @@ from tqdm import tqdm
 
 from g2gnet.analysis import ANALYSIS_SAMPLES, NetworkAnalysis, analyze_network
 from g2gnet.data import ImageData
-from g2gnet.distributed import ALONE, World, rank
-from g2gnet.messages import say
+from g2gnet.distributed import rank
+from g2gnet.messages import say, warn
 from g2gnet.seeding import make_deterministic
 from g2gnet.training.health import TrainingError
 from g2gnet.training.interruption import Interrupted, StopSignals
 from g2gnet.training.machine import Machine
-from g2gnet.training.run_files import CheckpointError, RunFiles
+from g2gnet.training.run_files import CheckpointError, RunFiles, check_record, compared
 from g2gnet.training.settings import Settings, TrainSettings
 from g2gnet.training.state import UNFIT
 from g2gnet.training.trainer import StepCallback, Trainer
@@ -77,16 +77,16 @@ def run_training(
     def make_trainer() -> Trainer:
         return Trainer(settings, load_data(), machine)
 
-    return run_epochs(settings, make_trainer, checkpoint_dir, analyze, on_epoch, machine.world)
+    return run_epochs(settings, make_trainer, checkpoint_dir, machine, analyze, on_epoch)
 
 
 def run_epochs(
     settings: Settings,
     make_trainer: Callable[[], TrainerT],
     checkpoint_dir: Path | str,
+    machine: Machine,
     finish: Callable[[TrainerT, RunFiles], None] | None = None,
     on_epoch: Sequence[EpochCallback[TrainerT]] = (),
-    world: World = ALONE,
 ) -> dict[str, Any]:
     """Trains ``settings.epochs`` epochs, or goes on from the run's checkpoint, or skips a finished run.
 
@@ -98,34 +98,38 @@ def run_epochs(
         settings: of the run; its files carry them, and are refused if they were made with others.
         make_trainer: called when there is something to train, after everything random was seeded.
         checkpoint_dir: where the files lie.
+        machine: where the trainer computes. The processes of its world call this alike, with trainers that work
+            together. All read the run's files; the first one writes them, prints, and calls ``finish`` and
+            ``on_epoch``.
         finish: called after the last epoch, before the run is marked as finished.
         on_epoch: called after each epoch.
-        world: the processes that call this alike, with trainers that work together. All read the run's files; the first
-            one writes them, prints, and calls ``finish`` and ``on_epoch``.
 
     Returns:
         The record of the last epoch.
 
     Raises:
-        CheckpointError: if the run's files cannot be used, or another process is at work on them.
+        CheckpointError: if the run's files cannot be used or are of a run on other data, or another process is at work
+            on them.
         TrainingError: if the loss or a gradient is not finite any more.
         Interrupted: after a signal, when everything is saved.
     """
+    world = machine.world
     files = RunFiles(checkpoint_dir, settings.stem)
     # the first process has the files and standard output to itself
     with files.locked() if world.leads else contextlib.redirect_stdout(None):
         world.wait()  # until the files are this run's
-        return _run_epochs(settings, make_trainer, files, finish, on_epoch, world)
+        return _run_epochs(settings, make_trainer, files, machine, finish, on_epoch)
 
 
 def _run_epochs(
     settings: Settings,
     make_trainer: Callable[[], TrainerT],
     files: RunFiles,
+    machine: Machine,
     finish: Callable[[TrainerT, RunFiles], None] | None,
     on_epoch: Sequence[EpochCallback[TrainerT]],
-    world: World,
 ) -> dict[str, Any]:
+    world = machine.world
     result = files.load_marker(settings.as_dict())
     world.check_same(f"what is in {files.directory}", result)
     if result is not None:
@@ -135,11 +139,17 @@ def _run_epochs(
 
     make_deterministic(settings.seed)
     trainer = make_trainer()
+    data, versions = trainer.data.fingerprint, machine.versions()
+    world.check_same("the data", data)
     history: list[dict[str, Any]] = []
     if checkpoint is not None:
+        files.check_data(checkpoint, data)
         try:
             trainer.load_state_dict(checkpoint.state)
             history = checkpoint.state["history"]
+            for old in history:
+                check_record(old)
+            differing = compared(checkpoint.state["versions"], versions)
             if [record["epoch"] for record in history] != list(range(1, trainer.epoch + 1)):
                 raise ValueError(f"history does not hold one record for each of {trainer.epoch} epochs")
         except UNFIT as error:
@@ -148,13 +158,16 @@ def _run_epochs(
                 f"or give another --checkpoint_dir than {files.directory}."
             ) from error
         say(f"resuming {checkpoint.path} after epoch {trainer.epoch}, step {trainer.step}")
+        if differing and world.leads:
+            warn("warning: the last bits of the results may not be what they were:\n" + "\n".join(differing))
     if world.leads:
         files.write_history(history)
 
     def snapshot() -> dict[str, Any]:
         state = trainer.state_dict()
         world.check_same(f"the network after step {trainer.step}", trainer.step, state["model"].values())
-        return {"settings": settings.as_dict(), "history": history, **state}
+        about = {"settings": settings.as_dict(), "data": data, "versions": versions}
+        return {**about, "history": history, **state}
 
     snapshot()  # of which nothing is kept: where there are several processes, they begin with one and the same
     with StopSignals() as signals:

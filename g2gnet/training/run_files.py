@@ -60,6 +60,15 @@ def check_record(record: Any) -> None:
         check_number(name, record[name], low=0, whole=name == "epoch")
 
 
+def compared(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    """One line for each entry that is not the same in both."""
+    return [
+        f"  {name}: {theirs.get(name, 'not set')} there, {ours.get(name, 'not set')} now"
+        for name in sorted({*theirs, *ours})
+        if theirs.get(name, "not set") != ours.get(name, "not set")
+    ]
+
+
 class Checkpoint(NamedTuple):
     """A checkpoint that was read, and the file it was in."""
 
@@ -216,16 +225,23 @@ class RunFiles:
         return result
 
     def _check_settings(self, path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-        differing = [
-            f"  {name}: {theirs.get(name, 'not set')} there, {ours.get(name, 'not set')} now"
-            for name in sorted({*theirs, *ours})
-            if theirs.get(name, "not set") != ours.get(name, "not set")
-        ]
+        differing = compared(theirs, ours)
         if differing:
             raise CheckpointError(
                 f"{path} belongs to a run with other settings:\n" + "\n".join(differing) + "\n"
                 f"Give the settings that it was made with, another --checkpoint_dir than {self.directory}, "
                 f"or delete {self.names()} to start anew."
+            )
+
+    def check_data(self, checkpoint: Checkpoint, fingerprint: str) -> None:
+        """Raises CheckpointError unless the checkpoint is that of a run on the data with this fingerprint."""
+        theirs = checkpoint.state.get("data")
+        if theirs != fingerprint:
+            raise CheckpointError(
+                f"{checkpoint.path} belongs to a run on other data: their SHA-256 is {theirs} there, "
+                f"{fingerprint} now.\n"
+                f"Name the directory with the data that it was made with by --data_dir, give another --checkpoint_dir "
+                f"than {self.directory}, or delete {self.names()} to start anew."
             )
 
     def names(self) -> str:

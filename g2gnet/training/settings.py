@@ -5,7 +5,7 @@ import math
 import typing
 from typing import Any
 
-from g2gnet.data import DATASETS
+from g2gnet.data import DATASETS, own
 from g2gnet.dst import GROW_RULES, PRUNE_RULES
 from g2gnet.encoding import ENCODINGS
 from g2gnet.features import FEATURES
@@ -34,12 +34,15 @@ def setting(
     low: float | None = None,
     high: float | None = None,
     open_low: bool = False,
+    file: bool = False,
 ) -> Any:
     """A field with its description, and for numbers the range ``low`` (excluded if ``open_low``) to ``high``.
 
-    Users give it by a flag in the help's ``group``; None: there is no flag for it.
+    With ``file``, a file of data (:mod:`g2gnet.data.own`) is one more choice. Users give the field by a flag in the
+    help's ``group``; None: there is no flag for it.
     """
     metadata = {"group": group, "text": text, "choices": choices, "low": low, "high": high, "open_low": open_low}
+    metadata["file"] = file
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -67,7 +70,7 @@ class Settings:
             if expected:
                 problems.append(f"{field.name}={value!r:.40} is not {expected}")
             elif about["choices"]:
-                if value not in about["choices"]:
+                if value not in about["choices"] and not (about["file"] and own.is_name(value)):
                     problems.append(f"{field.name}={value!r} is unknown; choose one of {', '.join(about['choices'])}")
             elif isinstance(value, int | float) and not isinstance(value, bool):
                 low, high, open_low = about["low"], about["high"], about["open_low"]
@@ -107,7 +110,7 @@ class TrainSettings(Settings):
     (:func:`g2gnet.features.weights_digest`).
     """
 
-    dataset: str = setting("fashionmnist", "data", "data set", choices=tuple(DATASETS))
+    dataset: str = setting("fashionmnist", "data", "data set", choices=tuple(DATASETS), file=True)
     limit_train: int | None = setting(None, "data", "use only the first N training images", low=1)
     limit_test: int | None = setting(None, "data", "use only the first N test images", low=1)
     augment: str = setting(
@@ -159,20 +162,9 @@ class TrainSettings(Settings):
             problems.append("augment=crop-flip needs images, but use_resnet trains on features; leave one of them out")
         if self.resnet_weights is not None and not self.use_resnet:
             problems.append("resnet_weights is of no use without use_resnet; give --use_resnet, or leave it out")
-        if self.model != "dense":
+        if self.dataset in DATASETS:
             input_dim, num_classes, *_ = DATASETS[self.dataset]
-            if self.use_resnet:
-                input_dim = FEATURES
-            for name, size in (
-                (f"hidden_dim={self.hidden_dim}", self.hidden_dim),
-                (f"{self.dataset} with {num_classes} classes", num_classes),
-                (f"{self.dataset} with {input_dim} inputs", input_dim),
-            ):
-                if size < self.num_groups:
-                    problems.append(
-                        f"{name} leaves some of num_groups={self.num_groups} groups empty; "
-                        f"give --num_groups {size} or less, or more neurons"
-                    )
+            problems += self.groups_left_empty(FEATURES if self.use_resnet else input_dim, num_classes)
         if self.sparsity_mode == "dynamic":
             if self.model == "dense":
                 problems.append(f"sparsity_mode=dynamic needs a sparse model; give --model {', '.join(GROUPINGS)}")
@@ -180,11 +172,26 @@ class TrainSettings(Settings):
                 problems.append("sparsity_mode=dynamic has nothing to grow at p_inter=1 and p_intra=1; lower p_inter")
         return problems
 
+    def groups_left_empty(self, input_dim: int, num_classes: int) -> list[str]:
+        """What is wrong with the number of groups for data of these sizes."""
+        if self.model == "dense":
+            return []
+        return [
+            f"{name} leaves some of num_groups={self.num_groups} groups empty; "
+            f"give --num_groups {size} or less, or more neurons"
+            for name, size in (
+                (f"hidden_dim={self.hidden_dim}", self.hidden_dim),
+                (f"{self.dataset} with {num_classes} classes", num_classes),
+                (f"{self.dataset} with {input_dim} inputs", input_dim),
+            )
+            if size < self.num_groups
+        ]
+
     @property
     def augments(self) -> bool:
         """Whether training images are augmented."""
         return self.augment == "crop-flip" or (
-            self.augment == "auto" and DATASETS[self.dataset].crops and not self.use_resnet
+            self.augment == "auto" and self.dataset in DATASETS and DATASETS[self.dataset].crops and not self.use_resnet
         )
 
     @property

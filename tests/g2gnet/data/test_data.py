@@ -1,5 +1,6 @@
 """Data sets: real reading code on small files in the true format, and a message for whatever can be wrong."""
 
+import dataclasses
 import gzip
 import hashlib
 import io
@@ -9,10 +10,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from small_data import NOBODY_LISTENS, cifar_archive, cifar_files, fashion_mnist_files, idx_bytes, write
+from small_data import NOBODY_LISTENS, cifar_archive, cifar_files, fashion_mnist_files, write
 from torchvision.datasets import FashionMNIST
 
-from g2gnet.data import DataError, as_samples, cifar, fashion_mnist, load_dataset
+from g2gnet.data import DataError, as_samples, cifar, dataset_name, fashion_mnist, load_dataset, own
 
 
 @pytest.fixture
@@ -117,15 +118,101 @@ def test_a_truncated_file_is_named_with_the_remedy(tmp_path, small_files, compre
     assert "fetch" in str(error.value)
 
 
-def test_files_of_another_data_set_are_refused(tmp_path, small_files):
-    small_files["train-labels-idx1-ubyte"] = idx_bytes(np.full(60, 11))
-    write(tmp_path, small_files, compress=False)
-    with pytest.raises(DataError, match=r"labels in .* go up to 11, not 9"):
+@pytest.mark.parametrize("compress", [True, False])
+def test_files_of_another_data_set_are_refused(tmp_path, small_files, compress):
+    """MNIST's have the names, the shapes and the range of labels of Fashion-MNIST's."""
+    images = "train-images-idx3-ubyte"
+    write(tmp_path, {**small_files, images: small_files[images][:-1] + b"\x07"}, compress)
+    with pytest.raises(DataError, match=rf"{images}.* is damaged or of another data set .*--dataset FILE.npz"):
         load_dataset("fashionmnist", tmp_path)
-    small_files["train-labels-idx1-ubyte"] = idx_bytes(np.zeros(59))
-    write(tmp_path, small_files, compress=False)
-    with pytest.raises(DataError, match=r"60, 28, 28.* images and 59 labels"):
+
+
+def test_a_file_that_expands_beyond_its_size_is_refused_before_it_does(tmp_path, small_files, monkeypatch):
+    """840b5ea unpacked 3 GB from 3 MB."""
+    write(tmp_path, small_files, compress=True)
+    bomb = tmp_path / "t10k-labels-idx1-ubyte.gz"
+    bomb.write_bytes(gzip.compress(bytes(1 << 26)))
+    read = []
+    original = gzip.GzipFile.read
+    monkeypatch.setattr(gzip.GzipFile, "read", lambda self, size: read.append(size) or original(self, size))
+    with pytest.raises(DataError, match="damaged"):
         load_dataset("fashionmnist", tmp_path)
+    assert max(read) <= 16 + 60 * 28 * 28 + 1
+
+
+# --- data of one's own --------------------------------------------------------------------------------------------
+
+
+def own_arrays(**changes):
+    generator = np.random.default_rng(0)
+    return {
+        "train_images": generator.integers(0, 256, (30, 5, 4), dtype=np.uint8),
+        "train_labels": np.arange(30) % 3,
+        "test_images": generator.integers(0, 256, (9, 5, 4), dtype=np.uint8),
+        "test_labels": np.arange(9, dtype=np.uint8) % 3,
+        **changes,
+    }
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_data_of_ones_own_are_read_and_named_by_their_content(tmp_path, save, dtype):
+    arrays = own_arrays()
+    arrays |= {name: arrays[name].astype(dtype) for name in ("train_images", "test_images")}
+    save(tmp_path / "mine.npz", **arrays)
+    name = dataset_name(str(tmp_path / "mine.npz"))
+    assert re.fullmatch("mine-[0-9a-f]{8}", name)
+    for _ in range(2):
+        data = load_dataset(name, tmp_path)
+        assert (data.name, data.input_dim, data.num_classes) == (name, 20, 3)
+        assert np.array_equal(data.train_images.numpy(), arrays["train_images"])
+        assert data.test_labels.tolist() == arrays["test_labels"].tolist()
+        own._paths.clear()  # another process finds it by its name in the folder of data
+    save(tmp_path / "mine.npz", **own_arrays(test_labels=np.zeros(9, np.int64)))
+    with pytest.raises(DataError, match=rf"mine.npz is mine-.*, not {name}"):
+        load_dataset(name, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_labels": np.arange(29) % 3}, "train_images are 30, train_labels 29"),
+        ({"train_labels": np.arange(30) - 1}, "train_labels are negative"),
+        ({"train_labels": np.full(30, 10**9)}, "train_labels go up to 1000000000"),
+        ({"train_labels": np.zeros(30)}, r"train_labels is float64 \[30\], not integers"),
+        ({"train_images": np.zeros((30, 5, 4))}, "train_images is float64"),
+        ({"test_images": np.zeros((9, 4, 5), np.uint8)}, "differ in shape"),
+        ({"test_images": np.zeros((0, 5, 4), np.uint8)}, r"test_images is uint8 \[0, 5, 4\]"),
+        ({"train_images": np.full((30, 5, 4), np.nan, np.float32)}, "differ in shape or dtype"),
+        ({"train_images": np.array([print] * 30)}, "train_images"),
+    ],
+)
+def test_other_arrays_are_refused_by_name(tmp_path, changes, message):
+    np.savez(tmp_path / "mine.npz", **own_arrays(**changes))
+    with pytest.raises(DataError, match=message):
+        load_dataset(dataset_name(str(tmp_path / "mine.npz")), tmp_path)
+
+
+def test_the_size_of_arrays_is_known_before_they_are_read(tmp_path, monkeypatch):
+    images = {f"{part}_images": np.zeros((n, 5000, 400), np.uint8) for part, n in (("train", 30), ("test", 9))}
+    np.savez_compressed(tmp_path / "mine.npz", **own_arrays(**images))
+    monkeypatch.setattr(own, "_memory", lambda: 1 << 20)
+    monkeypatch.setattr(np.lib.format, "read_array", None)
+    with pytest.raises(DataError, match=r"its arrays take 0\.1 GB of memory"):
+        load_dataset(dataset_name(str(tmp_path / "mine.npz")), tmp_path)
+    for content in (b"", b"PK\x05\x06" + bytes(18), b"text"):
+        (tmp_path / "mine.npz").write_bytes(content)
+        with pytest.raises(DataError, match=r"mine\.npz does not hold such data"):
+            load_dataset(dataset_name(str(tmp_path / "mine.npz")), tmp_path)
+
+
+def test_a_fingerprint_is_that_of_values_shapes_and_dtypes():
+    data = load_dataset("fashionmnist-mini").limited(50, 50)
+    same = dataclasses.replace(data, name="other", train_images=data.train_images.clone())
+    assert same.fingerprint == data.fingerprint
+    flat, wide = data.train_images.flatten(1), data.train_images.to(torch.int16)
+    for images in (data.train_images.flip(0), flat, wide):
+        assert dataclasses.replace(data, train_images=images).fingerprint != data.fingerprint
 
 
 def test_the_subset_in_the_package_is_balanced_and_needs_no_files():

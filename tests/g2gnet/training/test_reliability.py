@@ -1,5 +1,6 @@
 """Nothing is lost: signals, kills, damaged files, full disks, two runs at once."""
 
+import dataclasses
 import os
 import random
 import re
@@ -16,7 +17,7 @@ from training_runs import SMALL, VARIANTS, assert_equal, flags_of, load, run
 from g2gnet.data import load_dataset
 from g2gnet.layers import LIF
 from g2gnet.tensor_file import TensorFileError, read_tensors, write_tensors
-from g2gnet.training import CheckpointError, Interrupted, Machine, Trainer, TrainingError, TrainSettings
+from g2gnet.training import CheckpointError, Interrupted, Machine, Trainer, TrainingError, TrainSettings, run_training
 from g2gnet.training.health import FiniteWatch, LayerWatch
 from g2gnet.training.run_files import RunFiles
 
@@ -274,6 +275,32 @@ with RunFiles({str(tmp_path)!r}, "name").locked():
     process.communicate()
     with files.locked():
         pass
+
+
+@posix
+def test_other_data_of_the_same_name_are_refused(tmp_path, monkeypatch, capsys):
+    """840b5ea went on with them."""
+    files = stop_at(tmp_path, 6, monkeypatch)
+    before = files.checkpoint.read_bytes()
+    data = load_dataset(SMALL["dataset"])
+    other = dataclasses.replace(data, train_labels=data.train_labels.roll(1))
+    with pytest.raises(CheckpointError, match=r"other data: their SHA-256 is .* there, [0-9a-f]+ now") as error:
+        run_training(TrainSettings(**SMALL), lambda: other, tmp_path, Machine(torch.device("cpu")))
+    assert "--data_dir" in str(error.value)
+    assert files.checkpoint.read_bytes() == before
+
+
+@posix
+def test_another_backend_is_said_when_a_run_goes_on(tmp_path, monkeypatch, capsys):
+    files = stop_at(tmp_path, 6, monkeypatch)
+    versions = load(files)["versions"]
+    assert set(versions) == {"g2g", "torch", "device", "backend", "instruction set"}
+    write_tensors(files.checkpoint, {**load(files), "versions": {**versions, "instruction set": "another"}})
+    capsys.readouterr()
+    run(tmp_path)
+    message = capsys.readouterr().err
+    assert f"instruction set: another there, {versions['instruction set']} now" in message
+    assert message.count("there,") == 1
 
 
 # --- numbers that go wrong ----------------------------------------------------------------------------------------

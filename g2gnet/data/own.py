@@ -1,0 +1,137 @@
+"""Data of one's own: one ``.npz`` file, as ``numpy.savez`` writes it, with four arrays.
+
+    train_images, test_images   uint8 [N, ...] (0 to 255 become 0 to 1) or float32 [N, ...] as they are
+    train_labels, test_labels   integers [N], 0 … C − 1
+
+A run names such data by the file's name and the first digits of its SHA-256, as in ``name-1a2b3c4d``, so that other
+data are other data whatever their file is called. Nothing in a file is executed, and its sizes are known before it is
+read.
+"""
+
+import hashlib
+import math
+import os
+import re
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from g2gnet.data.image_data import DataError, ImageData
+from g2gnet.files import open_file
+from g2gnet.messages import reason
+
+SUFFIX = ".npz"
+PARTS = ("train_images", "train_labels", "test_images", "test_labels")
+#: hexadecimal digits of the SHA-256 that end a name
+DIGITS = 8
+
+#: where the data that this process was given lie, by name
+_paths: dict[str, Path] = {}
+
+
+def is_name(name: object) -> bool:
+    """Whether ``name`` is one that :func:`name_of` gives."""
+    return isinstance(name, str) and re.fullmatch(rf"[^/]+-[0-9a-f]{{{DIGITS}}}", name) is not None
+
+
+def name_of(path: Path | str) -> str:
+    """The name of the data in a file, under which :func:`load` finds it from now on.
+
+    Raises:
+        DataError: if the file cannot be read.
+    """
+    path = Path(path)
+    try:
+        with open_file(path) as file:
+            digest = hashlib.sha256()
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise DataError(f"dataset={path} cannot be read ({reason(error)}); give the name of a file") from error
+    name = f"{path.stem}-{digest.hexdigest()[:DIGITS]}"
+    _paths[name] = path
+    return name
+
+
+def load(name: str, data_dir: Path) -> ImageData:
+    """Reads the data of that name: from the file that was given, or from the one of its name in ``data_dir``.
+
+    Raises:
+        DataError: if the file is missing, is not the one that the name stands for, or does not hold such arrays.
+    """
+    path = _paths.get(name, data_dir / f"{name[: -DIGITS - 1]}{SUFFIX}")
+    found = name_of(path)
+    if found != name:
+        raise DataError(f"{path} is {found}, not {name}: its content is not what the run had; name its --data_dir")
+    try:
+        with open_file(path) as file, zipfile.ZipFile(file) as archive:
+            arrays = _read(archive)
+    except (OSError, ValueError, KeyError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path} does not hold such data: {reason(error)}") from error
+    images = {part: torch.from_numpy(arrays[f"{part}_images"]) for part in ("train", "test")}
+    labels = {part: torch.from_numpy(arrays[f"{part}_labels"].astype(np.int64)) for part in ("train", "test")}
+    return ImageData(
+        name=name,
+        train_images=images["train"],
+        train_labels=labels["train"],
+        test_images=images["test"],
+        test_labels=labels["test"],
+        num_classes=1 + max(int(part.max()) for part in labels.values()),
+    )
+
+
+def _read(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
+    """The four arrays; raises ValueError, before it takes the memory for them, if they are not as above."""
+    missing = [part for part in PARTS if f"{part}.npy" not in archive.namelist()]
+    if missing:
+        raise ValueError(f"it lacks {', '.join(missing)}")
+    headers = {part: _header(archive, part) for part in PARTS}
+    for part, (shape, dtype) in headers.items():
+        kinds = "u1 or f4" if part.endswith("images") else "integers"
+        fits = dtype in (np.uint8, np.float32) if part.endswith("images") else dtype.kind in "iu"
+        if not fits or not shape or 0 in shape or (len(shape) == 1) != part.endswith("labels"):
+            raise ValueError(f"{part} is {dtype} {list(shape)}, not {kinds} [N{', ...' * (kinds != 'integers')}]")
+    for part in ("train", "test"):
+        count, labels = headers[f"{part}_images"][0][0], headers[f"{part}_labels"][0][0]
+        if count != labels:
+            raise ValueError(f"{part}_images are {count}, {part}_labels {labels}")
+    if headers["train_images"][0][1:] != headers["test_images"][0][1:] or (
+        headers["train_images"][1] != headers["test_images"][1]
+    ):
+        raise ValueError("train_images and test_images differ in shape or dtype")
+    needed = sum(math.prod(shape) * dtype.itemsize for shape, dtype in headers.values())
+    if needed > _memory():
+        raise ValueError(f"its arrays take {needed / 2**30:.1f} GB of memory, this machine has {_memory() / 2**30:.1f}")
+    arrays = {}
+    for part in PARTS:
+        with archive.open(f"{part}.npy") as member:
+            arrays[part] = np.lib.format.read_array(member, allow_pickle=False)
+        if part.endswith("images") and not np.isfinite(arrays[part]).all():
+            raise ValueError(f"{part} are not finite everywhere")
+        if part.endswith("labels") and arrays[part].min() < 0:
+            raise ValueError(f"{part} are negative")
+        if part.endswith("labels") and arrays[part].max() >= headers[part][0][0]:
+            raise ValueError(f"{part} go up to {arrays[part].max()}, with {headers[part][0][0]} images")
+    return arrays
+
+
+def _header(archive: zipfile.ZipFile, part: str) -> tuple[tuple[int, ...], np.dtype]:
+    """The shape and the dtype that an array says it has, once its size is that of the archive's member."""
+    with archive.open(f"{part}.npy") as member:
+        version = np.lib.format.read_magic(member)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(member)
+        size = member.tell() + math.prod(shape) * dtype.itemsize
+    if dtype.hasobject or size != archive.getinfo(f"{part}.npy").file_size:
+        raise ValueError(f"{part} is not of the size that it claims")
+    return shape, dtype
+
+
+def _memory() -> int:
+    """Bytes of this machine's memory."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError):  # Windows: what it cannot hold, it will say
+        return 1 << 62

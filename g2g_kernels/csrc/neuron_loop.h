@@ -126,32 +126,39 @@ void forward_bundle(const L& lanes, const Steps& steps, const ParameterRows& par
     });
 }
 
+// All steps of one span. `states` [states][span] is scratch.
+template <class M, int R>
+void forward_span(const NeuronLoop& a, const Spans& spans, const ParameterRows& parameters, int64_t place, int64_t width,
+                  float* states) {
+    constexpr int S = M::info.states;
+    const int64_t row = spans.lanes, current_row = a.held ? 0 : row;
+    zero(states, S * spans.span * sizeof(float));
+    for (int64_t first = 0; first < a.steps; first += a.every) {
+        const Steps steps{least(a.every, a.steps - first), current_row, row};
+        const bool keep = a.kept && first + a.every < a.steps;
+        float* kept = keep ? a.kept + first / a.every * S * row + place : nullptr;
+        for_each_bundle(width, [&](int64_t i, auto lanes) {
+            forward_bundle<M, R>(lanes, steps, parameters + i, a.current + first * current_row + place + i, states + i,
+                                 spans.span, a.spikes + first * row + place + i, keep ? kept + i : nullptr);
+        });
+    }
+}
+
+using ForwardSpan = void (*)(const NeuronLoop&, const Spans&, const ParameterRows&, int64_t, int64_t, float*);
+
 inline void neurons_forward(NeuronLoop& a, Arena& arena) {
     const Spans spans(a);
     const LoopParameters parameters(a, spans.span, arena);
-    const int states = kModels[a.neurons.model].states;
-    const int64_t scratch_size = states * spans.span;
+    const int64_t scratch_size = kModels[a.neurons.model].states * spans.span;
     float* scratch = arena.take<float>(scratch_size * a.threads);
     if (!arena.base) return;
-    const int64_t row = spans.lanes, current_row = a.held ? 0 : row;
-    with_model(a.neurons, [&](auto model) {
-        with_reset(a.neurons, [&](auto reset) {
-            for_each_span(a, spans, [&](int64_t place, int64_t width, int worker) {
-                const ParameterRows p = parameters.of(place);
-                float* mine = scratch + worker * scratch_size;
-                zero(mine, scratch_size * 4);
-                for (int64_t first = 0; first < a.steps; first += a.every) {
-                    const Steps steps{least(a.every, a.steps - first), current_row, row};
-                    const bool keep = a.kept && first + a.every < a.steps;
-                    float* kept = keep ? a.kept + first / a.every * states * row + place : nullptr;
-                    for_each_bundle(width, [&](int64_t i, auto lanes) {
-                        forward_bundle<decltype(model), decltype(reset)::value>(
-                            lanes, steps, p + i, a.current + first * current_row + place + i, mine + i, spans.span,
-                            a.spikes + first * row + place + i, keep ? kept + i : nullptr);
-                    });
-                }
-            });
+    const auto run = with_model(a.neurons, [&](auto model) {
+        return with_reset(a.neurons, [](auto reset) -> ForwardSpan {
+            return forward_span<decltype(model), decltype(reset)::value>;
         });
+    });
+    for_each_span(a, spans, [&](int64_t place, int64_t width, int worker) {
+        run(a, spans, parameters.of(place), place, width, scratch + worker * scratch_size);
     });
 }
 
@@ -216,12 +223,13 @@ void backward_bundle(const L& lanes, const Steps& steps, const ParameterRows& pa
     });
 }
 
+// All steps of one span, from the last to the first. `states` is scratch for backward_bundle().
 template <class M, int R, int SURROGATE>
-void backward_span(const NeuronLoop& a, int64_t row, const ParameterRows& parameters, int64_t place, int64_t width,
+void backward_span(const NeuronLoop& a, const Spans& spans, const ParameterRows& parameters, int64_t place, int64_t width,
                    float* states, const LaneSums& sums) {
     constexpr int S = M::info.states;
     const Derivative derivative(a.neurons.alpha);
-    const int64_t current_row = a.held ? 0 : row;
+    const int64_t row = spans.lanes, current_row = a.held ? 0 : row;
     float* rows = a.held ? nullptr : a.grad_current;
     for (int64_t first = (a.steps - 1) / a.every * a.every; first >= 0; first -= a.every) {
         const Steps steps{least(a.every, a.steps - first), current_row, row};
@@ -241,6 +249,9 @@ void backward_span(const NeuronLoop& a, int64_t row, const ParameterRows& parame
         });
 }
 
+using BackwardSpan = void (*)(const NeuronLoop&, const Spans&, const ParameterRows&, int64_t, int64_t, float*,
+                              const LaneSums&);
+
 inline void neurons_backward(NeuronLoop& a, Arena& arena) {
     const Spans spans(a);
     const ModelInfo& model = kModels[a.neurons.model];
@@ -253,20 +264,22 @@ inline void neurons_backward(NeuronLoop& a, Arena& arena) {
     float* scratch = arena.take<float>(scratch_size * a.threads);
     if (!arena.base) return;
 
-    for (int k = 0; k < model.parameters; ++k) zero(parameter_sums[k], spans.padded() * 4);
-    with_model(a.neurons, [&](auto m) {
-        with_reset(a.neurons, [&](auto reset) {
-            with_surrogate(a.neurons, [&](auto surrogate) {
-                for_each_span(a, spans, [&](int64_t place, int64_t width, int worker) {
-                    float* mine = scratch + worker * scratch_size;
-                    zero(mine, running_size * 4);
-                    LaneSums sums{mine, spans.span, mine + model.states * spans.span, {}};
-                    for (int k = 0; k < model.parameters; ++k) sums.parameters[k] = parameter_sums[k] + place;
-                    backward_span<decltype(m), decltype(reset)::value, decltype(surrogate)::value>(
-                        a, spans.lanes, parameters.of(place), place, width, mine + running_size, sums);
-                });
+    const auto run = with_model(a.neurons, [&](auto m) {
+        return with_reset(a.neurons, [&](auto reset) {
+            return with_surrogate(a.neurons, [](auto surrogate) -> BackwardSpan {
+                return backward_span<decltype(m), decltype(reset)::value, decltype(surrogate)::value>;
             });
         });
+    });
+    for_each_span(a, spans, [&](int64_t place, int64_t width, int worker) {
+        float* mine = scratch + worker * scratch_size;
+        LaneSums sums{mine, spans.span, mine + model.states * spans.span, {}};
+        zero(mine, running_size * sizeof(float));
+        for (int k = 0; k < model.parameters; ++k) {
+            sums.parameters[k] = parameter_sums[k] + place;
+            zero(sums.parameters[k], spans.span * sizeof(float));
+        }
+        run(a, spans, parameters.of(place), place, width, mine + running_size, sums);
     });
     for (int k = 0; k < model.parameters; ++k)
         parameter_gradient(a.neurons.parameters[k], model.decays[k], parameter_sums[k], a.samples, a.size,

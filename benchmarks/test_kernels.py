@@ -1,7 +1,7 @@
 """Our kernels on fixed random inputs, so that a change can be compared with an earlier commit.
 
-    pytest benchmarks --benchmark-autosave      # before
-    pytest benchmarks --benchmark-compare       # after
+    pytest -n 0 benchmarks --benchmark-autosave      # before
+    pytest -n 0 benchmarks --benchmark-compare       # after
 
 Outside the normal test run. Every kernel's results are compared with plain PyTorch in float64 before it is timed.
 """

@@ -1,7 +1,10 @@
-"""What holds for every test: fresh memory is poisoned, and hypothesis draws the same examples every time."""
+"""What holds for every test: poisoned memory, the same examples from hypothesis, one thread, nothing left behind."""
 
 import functools
+import importlib.util
 import os
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +13,10 @@ from hypothesis import settings
 # Without a GPU, Triton kernels run in its interpreter (test_triton_*.py); that has to be said before it is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    if importlib.util.find_spec("triton"):
+        import triton_interpreter
+
+        triton_interpreter.quicken()
 
 # No deadline: nothing here is a timing assertion, and the first example of a test pays for imports.
 settings.register_profile("g2g", derandomize=True, database=None, deadline=None, max_examples=25)
@@ -18,6 +25,43 @@ settings.load_profile("g2g")
 # The tensors here are small: sharing them among threads costs far more than it gains where other work runs beside the
 # tests. test_*_with_several_threads raise the number for themselves.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same for programs that tests start
+
+#: files whose tests take longest: they begin first, so that no process works long after the others have ended
+SLOWEST = [
+    "test_packaging.py",
+    "g2g_kernels/ops/test_triton_*.py",
+    "g2gnet/training/test_distributed.py",
+    "benchmarks/test_benchmarks.py",
+    "g2g_kernels/test_cpu_backend.py",
+    "benchmarks/test_aot.py",
+    "g2gnet/report/test_report.py",
+    "g2gnet/training/test_reliability.py",
+    "g2gnet/test_untrusted.py",
+    "programs/test_progress.py",
+    "test_lint.py",
+    "test_docs.py",
+]
+TESTS = Path(__file__).parent
+
+
+def pytest_xdist_auto_num_workers(config):
+    """Processes for ``-n logical``: one per core for the whole suite, this one alone for files that are named."""
+    return 0 if config.option.file_or_dir else None
+
+
+def pytest_collection_modifyitems(items):
+    first = [path for pattern in SLOWEST for path in sorted(TESTS.glob(pattern))]
+    items.sort(key=lambda item: first.index(item.path) if item.path in first else len(first))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _temporary_files_go_when_the_tests_have_passed(tmp_path_factory):
+    """Locks, caches and logs of what tests start, too (``torchrun`` leaves a folder in the temporary directory)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("temporary")))
+        patch.setenv("TMPDIR", tempfile.tempdir)
+        yield
 
 
 def _poisoned(allocate):

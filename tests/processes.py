@@ -1,0 +1,80 @@
+"""Processes that work on one run, as ``torchrun`` starts them, without ``torchrun`` and without its imports.
+
+They are forks of a server that has imported what they need, so that each begins within milliseconds.
+"""
+
+import multiprocessing
+import os
+import runpy
+import sys
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from helpers import ROOT
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(
+    [
+        "pytest",
+        "torch._dynamo",
+        "torch.nn.parallel.distributed",
+        "sklearn.model_selection",
+        "g2gnet.train",
+        "g2gnet.crossval",
+    ]
+)
+
+
+class Ended(NamedTuple):
+    """What became of them: their exit statuses by rank (negative: killed by that signal), and all that they printed."""
+
+    statuses: list[int]
+    stdout: str
+    stderr: str
+
+
+def launch(processes: int, program: Path | str, *arguments: object, folder: Path) -> Ended:
+    """Runs a program (``python PROGRAM ARGUMENTS``) in several processes that find one another; waits for all.
+
+    What they print goes through files in ``folder``.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    # as torchrun does, this process answers for their meeting point: no port has to be free later on
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=300))
+    common = {
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "OMP_NUM_THREADS": "1",
+    }
+    started = []
+    for rank in range(processes):
+        variables = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        process = SERVER.Process(
+            target=_run, args=(str(program), [*map(str, arguments)], variables, folder / str(rank))
+        )
+        process.start()
+        started.append(process)
+    for process in started:
+        process.join()
+    stdout, stderr = (
+        "".join((folder / f"{rank}.{name}").read_text() for rank in range(processes)) for name in ("out", "err")
+    )
+    return Ended([process.exitcode for process in started], stdout, stderr)
+
+
+def _run(program: str, arguments: Sequence[str], variables: dict[str, str], output: Path) -> None:
+    """The life of such a process."""
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{output}.{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.environ.update(variables)
+    torch.set_num_threads(1)  # what the variable says is for those that import PyTorch anew
+    os.chdir(ROOT)
+    sys.argv = [program, *arguments]
+    runpy.run_path(program, run_name="__main__")  # an exception is printed, and makes the status 1

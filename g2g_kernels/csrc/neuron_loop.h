@@ -49,7 +49,6 @@ struct ParameterRows {
     const float* data;
     int64_t stride;
     const float* row(int k) const { return data + k * stride; }
-    ParameterRows operator+(int64_t i) const { return {data + i, stride}; }
 };
 
 // The parameters of the neurons, and once more of the first ones, for spans that begin with any neuron.
@@ -102,17 +101,19 @@ struct Steps {
     int64_t count, current_stride, stride;  // stride: of every row but those of a held current, which is one for all steps
 };
 
-// `states` [states][span] go in and out; `kept`, whose rows are steps.stride apart, receives them too, if not null.
+// Lanes from the i-th of a span on. `states` [states][span] go in and out; `kept`, whose rows are steps.stride apart,
+// receives them too, if not null.
 template <class M, int R, class L>
-void forward_bundle(const L& lanes, const Steps& steps, const ParameterRows& parameters, const float* current,
+void forward_bundle(const L& lanes, const Steps& steps, const ParameterRows& parameters, int64_t i, const float* current,
                     float* states, int64_t span, float* spikes, float* kept) {
     constexpr int V = L::vectors, S = M::info.states, P = M::info.parameters;
+    const int64_t count = steps.count, current_stride = steps.current_stride, stride = steps.stride;
     Vec state[V][S], p[V][P];
     unrolled<V>([&](auto v) {
-        for (int s = 0; s < S; ++s) state[v][s] = load(states + s * span + v * W);
-        for (int k = 0; k < P; ++k) p[v][k] = load(parameters.row(k) + v * W);
+        for (int s = 0; s < S; ++s) state[v][s] = load(states + s * span + i + v * W);
+        for (int k = 0; k < P; ++k) p[v][k] = load(parameters.row(k) + i + v * W);
     });
-    for (int64_t t = 0; t < steps.count; ++t, current += steps.current_stride, spikes += steps.stride)
+    for (int64_t t = 0; t < count; ++t, current += current_stride, spikes += stride)
         unrolled<V>([&](auto v) {
             fetch(current + kAhead + v * W);
             M::template charge<R>(state[v], lanes.load(current, v), p[v]);
@@ -120,8 +121,8 @@ void forward_bundle(const L& lanes, const Steps& steps, const ParameterRows& par
         });
     unrolled<V>([&](auto v) {
         for (int s = 0; s < S; ++s) {
-            store(states + s * span + v * W, state[v][s]);
-            if (kept) lanes.stream(kept + s * steps.stride, v, state[v][s]);
+            store(states + s * span + i + v * W, state[v][s]);
+            if (kept) lanes.stream(kept + s * stride, v, state[v][s]);
         }
     });
 }
@@ -138,7 +139,7 @@ void forward_span(const NeuronLoop& a, const Spans& spans, const ParameterRows& 
         const bool keep = a.kept && first + a.every < a.steps;
         float* kept = keep ? a.kept + first / a.every * S * row + place : nullptr;
         for_each_bundle(width, [&](int64_t i, auto lanes) {
-            forward_bundle<M, R>(lanes, steps, parameters + i, a.current + first * current_row + place + i, states + i,
+            forward_bundle<M, R>(lanes, steps, parameters, i, a.current + first * current_row + place + i, states,
                                  spans.span, a.spikes + first * row + place + i, keep ? kept + i : nullptr);
         });
     }
@@ -162,64 +163,63 @@ inline void neurons_forward(NeuronLoop& a, Arena& arena) {
     });
 }
 
-// What lanes add up: for each state what reaches it from later steps, Σ ∂L/∂I and the gradients of the parameters.
+// What the lanes of a span add up: for each state what reaches it from later steps, Σ ∂L/∂I and the gradients of the
+// parameters.
 struct LaneSums {
     float* running;  // [states][span]
     int64_t span;
     float* current;
     float* parameters[kMostParameters];
-    LaneSums operator+(int64_t i) const {
-        LaneSums result{running + i, span, current + i, {}};
-        for (int k = 0; k < kMostParameters; ++k) result.parameters[k] = parameters[k] ? parameters[k] + i : nullptr;
-        return result;
-    }
 };
 
-// `states` has room for those before the first step and after each one, [steps + 1][states][kBundle]. ∂L/∂I_t goes to a
-// row of `target` each if that is not null, and its sum to sums.current.
+// Lanes from the i-th of a span on. `states` has room for those before the first step and after each one,
+// [steps + 1][states][kBundle]. ∂L/∂I_t goes to a row of `target` each if that is not null, and its sum to sums.current.
 template <class M, int R, int SURROGATE, class L>
-void backward_bundle(const L& lanes, const Steps& steps, const ParameterRows& parameters, Derivative derivative,
-                     const float* kept, const float* current, float* states, const float* upstream, float* target,
-                     const LaneSums& sums) {
+void backward_bundle(const L& lanes, const Steps& steps, const ParameterRows& parameters, int64_t i,
+                     Derivative derivative, const float* kept, const float* current, float* states,
+                     const float* upstream, float* target, const LaneSums& sums) {
     constexpr int V = L::vectors, S = M::info.states, P = M::info.parameters;
+    const int64_t count = steps.count, current_stride = steps.current_stride, stride = steps.stride;
+    const float* rows[P];
+    for (int k = 0; k < P; ++k) rows[k] = parameters.row(k) + i;
     Vec state[V][S], g[V][S], grad[V][P], to_current[V];
     unrolled<V>([&](auto v) {
         for (int s = 0; s < S; ++s) {
             state[v][s] = Vec{};
             if (kept) {
-                fetch(kept + s * steps.stride + kAhead + v * W);
-                state[v][s] = lanes.load(kept + s * steps.stride, v);
+                fetch(kept + s * stride + kAhead + v * W);
+                state[v][s] = lanes.load(kept + s * stride, v);
             }
             store(states + s * kBundle + v * W, state[v][s]);
-            g[v][s] = load(sums.running + s * sums.span + v * W);
+            g[v][s] = load(sums.running + s * sums.span + i + v * W);
         }
-        for (int k = 0; k < P; ++k) grad[v][k] = load(sums.parameters[k] + v * W);
-        to_current[v] = load(sums.current + v * W);
+        for (int k = 0; k < P; ++k) grad[v][k] = load(sums.parameters[k] + i + v * W);
+        to_current[v] = load(sums.current + i + v * W);
     });
-    for (int64_t t = 1; t <= steps.count; ++t, current += steps.current_stride)
+    for (int64_t t = 1; t <= count; ++t, current += current_stride)
         unrolled<V>([&](auto v) {
             fetch(current + kAhead + v * W);
             Vec p[P];
-            for (int k = 0; k < P; ++k) p[k] = load(parameters.row(k) + v * W);
+            for (int k = 0; k < P; ++k) p[k] = load(rows[k] + v * W);
             M::template charge<R>(state[v], lanes.load(current, v), p);
             for (int s = 0; s < S; ++s) store(states + (t * S + s) * kBundle + v * W, state[v][s]);
         });
-    for (int64_t t = steps.count - 1; t >= 0; --t)
+    for (int64_t t = count - 1; t >= 0; --t)
         unrolled<V>([&](auto v) {
-            const float* from = upstream + t * steps.stride;
+            const float* from = upstream + t * stride;
             fetch(from + kAhead + v * W);
             Vec p[P];
-            for (int k = 0; k < P; ++k) p[k] = load(parameters.row(k) + v * W);
+            for (int k = 0; k < P; ++k) p[k] = load(rows[k] + v * W);
             const Vec through = lanes.load(from, v) * derivative.at<SURROGATE>(state[v][S - 1] - p[P - 1]);
             for (int s = 0; s < S; ++s) state[v][s] = load(states + (t * S + s) * kBundle + v * W);
             const Vec now = M::template charge_backward<R>(through, state[v], p, g[v], grad[v]);
             to_current[v] += now;
-            if (target) lanes.stream(target + t * steps.stride, v, now);
+            if (target) lanes.stream(target + t * stride, v, now);
         });
     unrolled<V>([&](auto v) {
-        for (int s = 0; s < S; ++s) store(sums.running + s * sums.span + v * W, g[v][s]);
-        for (int k = 0; k < P; ++k) store(sums.parameters[k] + v * W, grad[v][k]);
-        store(sums.current + v * W, to_current[v]);
+        for (int s = 0; s < S; ++s) store(sums.running + s * sums.span + i + v * W, g[v][s]);
+        for (int k = 0; k < P; ++k) store(sums.parameters[k] + i + v * W, grad[v][k]);
+        store(sums.current + i + v * W, to_current[v]);
     });
 }
 
@@ -236,10 +236,10 @@ void backward_span(const NeuronLoop& a, const Spans& spans, const ParameterRows&
         for_each_bundle(width, [&](int64_t i, auto lanes) {
             const int64_t at = first * row + place + i;
             backward_bundle<M, R, SURROGATE>(
-                lanes, steps, parameters + i, derivative,
+                lanes, steps, parameters, i, derivative,
                 first ? a.kept + (first / a.every - 1) * S * row + place + i : nullptr,
                 a.current + first * current_row + place + i, states, a.grad_spikes + at, rows ? rows + at : nullptr,
-                sums + i);
+                sums);
         });
     }
     if (a.held && a.grad_current)

@@ -31,10 +31,13 @@ struct StoredCurrent {
     }
 };
 
-// current(t, I) fills I[kVecs].
+// current(t, I) fills I[kVecs]. Small structures come by reference: a copy would be read in wider words than it was just
+// written in, and such a read waits until all stores of the block before have left for memory.
 template <class M, int R, class Current>
-void sweep_forward(Current current, int64_t steps, const BlockParameters& parameters, BlockActivity out) {
+void sweep_forward(const Current& current, int64_t steps, const BlockParameters& parameters, const BlockActivity& out) {
     constexpr int S = M::info.states, P = M::info.parameters;
+    uint64_t* const words = out.words;
+    float* const states = out.states;
     Vec state[kVecs][S] = {}, p[kVecs][P], spikes[kVecs] = {};
     for (int v = 0; v < kVecs; ++v)
         for (int k = 0; k < P; ++k) p[v][k] = load(parameters.lanes[k] + v * W);
@@ -47,10 +50,10 @@ void sweep_forward(Current current, int64_t steps, const BlockParameters& parame
             spikes[v] += heaviside(state[v][S - 1], p[v][P - 1]);
             word |= greater_bits(state[v][S - 1], p[v][P - 1]) << (v * W);
         });
-        if (out.words) out.words[t] = word;
-        if (out.states)
+        if (words) words[t] = word;
+        if (states)
             for (int s = 0; s < S; ++s)
-                for (int v = 0; v < kVecs; ++v) store(out.states + (t * S + s) * kLanes + v * W, state[v][s]);
+                for (int v = 0; v < kVecs; ++v) store(states + (t * S + s) * kLanes + v * W, state[v][s]);
     }
     if (out.count)
         for (int v = 0; v < kVecs; ++v) store(out.count + v * W, spikes[v]);
@@ -58,7 +61,7 @@ void sweep_forward(Current current, int64_t steps, const BlockParameters& parame
 
 // The forward sweep of these neurons.
 template <class Current>
-using ForwardSweep = void (*)(Current, int64_t, const BlockParameters&, BlockActivity);
+using ForwardSweep = void (*)(const Current&, int64_t, const BlockParameters&, const BlockActivity&);
 
 template <class Current>
 ForwardSweep<Current> forward_sweep(const Neurons& neurons) {
@@ -88,10 +91,12 @@ struct BlockGradient {
 
 // upstream(t, g) fills g[kVecs] with ∂L/∂S_t; `states` [T][states][64] as the forward sweep left them.
 template <class M, int R, int SURROGATE, class Up>
-void sweep_backward(Up upstream, const float* states, int64_t steps, const BlockParameters& parameters, float alpha,
-                    BlockGradient out) {
+void sweep_backward(const Up& upstream, const float* states, int64_t steps, const BlockParameters& parameters,
+                    float alpha, const BlockGradient& out) {
     constexpr int S = M::info.states, P = M::info.parameters;
     const Derivative derivative(alpha);
+    float* const rows = out.rows;
+    uint16_t* const halves = out.halves;
     const float* lanes[P];
     for (int k = 0; k < P; ++k) lanes[k] = parameters.lanes[k];
     Vec g[kVecs][S] = {}, sum[kVecs] = {}, grad[kVecs][P] = {};
@@ -107,8 +112,8 @@ void sweep_backward(Up upstream, const float* states, int64_t steps, const Block
             const Vec through = spike_grad[v] * derivative.at<SURROGATE>(u - p[P - 1]);
             const Vec to_current = M::template charge_backward<R>(through, before, p, g[v], grad[v]);
             sum[v] += to_current;
-            if (out.rows) store(out.rows + t * kLanes + v * W, to_current);
-            if (kBf16 && out.halves) store(out.halves + t * kLanes + v * W, to_current);
+            if (rows) store(rows + t * kLanes + v * W, to_current);
+            if (kBf16 && halves) store(halves + t * kLanes + v * W, to_current);
         });
     }
     for (int v = 0; v < kVecs; ++v) {
@@ -119,7 +124,7 @@ void sweep_backward(Up upstream, const float* states, int64_t steps, const Block
 
 // The backward sweep of these neurons.
 template <class Up>
-using BackwardSweep = void (*)(Up, const float*, int64_t, const BlockParameters&, float, BlockGradient);
+using BackwardSweep = void (*)(const Up&, const float*, int64_t, const BlockParameters&, float, const BlockGradient&);
 
 template <class Up>
 BackwardSweep<Up> backward_sweep(const Neurons& neurons) {

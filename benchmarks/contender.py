@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from g2gnet import G2GLinear
 
 from .reference import Results, mean_weights
-from .workload import Prepared
+from .workload import NeuronInputs, Prepared
 
 
 class Contender(ABC):
@@ -150,31 +150,33 @@ def dense_linear(connection: G2GLinear, kind: type[nn.Linear] = nn.Linear, **opt
 
 
 class NeuronContender(Contender):
-    """LIF neurons alone, from currents [T, B, N] to spikes, forward and backward.
+    """Neurons alone, from currents [T, B, N] to spikes, forward and backward.
 
     Attributes:
-        beta, threshold: the learnable scalars; subclasses whose library makes its own put those here.
+        parameters: the learnable scalars by name; subclasses whose library makes its own put those here.
     """
 
-    def __init__(self, prepared: Prepared, device: torch.device, precision: str) -> None:
+    def __init__(self, prepared: Prepared, device: torch.device, precision: str, inputs: str) -> None:
         if precision != "fp32":
             raise ValueError(f"neurons alone are measured in fp32 only, not in {precision}")
-        current, grad_spikes, beta, threshold = (tensor.to(device) for tensor in prepared.neuron_inputs)
-        self.current = current.detach().requires_grad_()
-        self.grad_spikes = grad_spikes
-        self.beta = beta.clone().requires_grad_()
-        self.threshold = threshold.clone().requires_grad_()
+        given: NeuronInputs = getattr(prepared, inputs)
+        self.current = given.current.to(device).detach().requires_grad_()
+        self.grad_spikes = given.grad_spikes.to(device)
+        self.parameters = {
+            name: value.to(device, copy=True).requires_grad_() for name, value in given.parameters.items()
+        }
 
     @classmethod
     def preload(cls, prepared: Prepared, precision: str, **options: Any) -> None:
-        _ = prepared.neuron_inputs
+        _ = getattr(prepared, options["inputs"])
 
     @abstractmethod
     def run(self) -> torch.Tensor | list[torch.Tensor]:
         """Runs forward and backward and returns the spikes, [T, B, N] or a list of [B, N]."""
 
     def _run(self) -> torch.Tensor | list[torch.Tensor]:
-        self.current.grad = self.beta.grad = self.threshold.grad = None
+        for tensor in (self.current, *self.parameters.values()):
+            tensor.grad = None
         return self.run()
 
     def step(self) -> None:
@@ -183,8 +185,8 @@ class NeuronContender(Contender):
     def results(self) -> Results:
         spikes = self._run()
         spikes = torch.stack(spikes) if isinstance(spikes, list) else spikes
-        gradients = {"current": self.current.grad, "beta": self.beta.grad, "threshold": self.threshold.grad}
-        computed = {name: tensor for name, tensor in gradients.items() if tensor is not None}
+        differentiable = {"current": self.current, **self.parameters}
+        computed = {name: tensor.grad for name, tensor in differentiable.items() if tensor.grad is not None}
         return {"spikes": spikes.detach() > 0.5, **computed}
 
     def firing_rates(self) -> list[float]:

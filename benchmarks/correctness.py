@@ -76,8 +76,8 @@ class Judge:
         self._reference = functools.cache(self._compute)  # of this judge alone
 
     def _compute(self, reset: str, precision: str) -> Results:
-        if self._kernel == "lif":
-            return neuron_results(self._prepared.neuron_inputs, reset, precision)
+        if self._kernel in ("lif", "synaptic"):
+            return neuron_results(getattr(self._prepared, KERNELS[self._kernel].options["inputs"]), reset, precision)
         if self._kernel == "dst":
             return update_results(self._prepared, reset, precision)
         if "inputs" in KERNELS[self._kernel].options:

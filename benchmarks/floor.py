@@ -17,7 +17,7 @@ def work(prepared: Prepared, kernel: str) -> dict[str, int]:
     """``flop`` and ``bytes`` of one turn."""
     w = prepared.workload
     samples = w.T * w.batch_size
-    if kernel == "lif":
+    if kernel in ("lif", "synaptic"):
         return {"flop": 0, "bytes": 5 * 4 * samples * w.hidden_dim}
     first, second, third = prepared.active_weights()
     if kernel.startswith("linear"):

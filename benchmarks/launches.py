@@ -126,8 +126,8 @@ def training_step(net: G2GNet, batch: int, input_dim: int, dtype: torch.dtype) -
         x,
         [connection.values for connection, _ in layers],
         [connection.bias for connection, _ in layers],
-        [neurons.beta.reshape(-1) for _, neurons in layers],
-        [neurons.threshold.reshape(-1) for _, neurons in layers],
+        [neurons.values["beta"].reshape(-1) for _, neurons in layers],
+        [neurons.values["threshold"].reshape(-1) for _, neurons in layers],
         [tensor for tensors, _ in described for tensor in tensors],
         [whole for _, trivial in described for whole in trivial],
     )

@@ -1,9 +1,11 @@
 """g2g itself on one backend: the network, its neurons, its product and its sparse-training update alone."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
-from g2g_kernels import lif
+from g2g_kernels import lif, synaptic
 from g2gnet import DSTScheduler, G2GLinear, G2GNet
 from g2gnet.dst import unit_correlation
 
@@ -30,8 +32,7 @@ class Network(NetworkContender):
             for name, gradient in {
                 f"fc{number}.weight": connection.values.grad,
                 f"fc{number}.bias": connection.bias.grad if connection.bias is not None else None,
-                f"lif{number}.beta": neurons.beta.grad,
-                f"lif{number}.threshold": neurons.threshold.grad,
+                **{f"lif{number}.{name}": value.grad for name, value in neurons.values.items()},
             }.items():
                 if gradient is not None:
                     gradients[name] = connection.mask.unpack(gradient) if name.endswith("weight") else gradient
@@ -45,14 +46,16 @@ class Network(NetworkContender):
 
 
 class Neurons(NeuronContender):
-    """:func:`g2g_kernels.lif` on the backend called ``backend``."""
+    """:func:`g2g_kernels.lif` or :func:`g2g_kernels.synaptic` on the backend called ``backend``."""
 
-    def __init__(self, prepared: Prepared, device: torch.device, precision: str, backend: str) -> None:
-        super().__init__(prepared, device, precision)
+    def __init__(self, prepared: Prepared, device: torch.device, precision: str, inputs: str, backend: str) -> None:
+        super().__init__(prepared, device, precision, inputs)
         self.backend = backend
+        functions: dict[str, Callable[..., torch.Tensor]] = {"lif_inputs": lif, "synaptic_inputs": synaptic}
+        self.function = functions[inputs]
 
     def run(self) -> torch.Tensor:
-        spikes = lif(self.current, self.beta, self.threshold, backend=self.backend)
+        spikes = self.function(self.current, **self.parameters, backend=self.backend)
         spikes.backward(self.grad_spikes)
         return spikes
 

@@ -17,7 +17,7 @@ from g2g_kernels import BlockMask
 from .workload import NeuronInputs, Prepared
 
 #: named tensors; of a network "loss", "counts" [B, C] and the gradients "fc1.weight" [out, in] … "lif3.threshold",
-#: of neurons alone "spikes" and the gradients "current" [T, B, N], "beta" and "threshold", of a product alone "y"
+#: of neurons alone "spikes" and the gradients "current" [T, B, N] and of the parameters by name, of a product alone "y"
 #: [T, B, out] and the gradients "x", "weight" and "bias", of an update what :func:`update_results` says
 Results = dict[str, torch.Tensor]
 
@@ -52,6 +52,15 @@ def _lif(currents: list[torch.Tensor], beta: torch.Tensor, theta: torch.Tensor, 
     return spikes
 
 
+def _filtered(currents: list[torch.Tensor], syn_decay: torch.Tensor) -> list[torch.Tensor]:
+    """The synaptic currents C_t = γ·C_{t−1} + I_t for a list of currents, one a time step."""
+    synaptic_currents, before = [], torch.zeros_like(currents[0])
+    for current in currents:
+        before = syn_decay.clamp(0, 1) * before + current
+        synaptic_currents.append(before)
+    return synaptic_currents
+
+
 def _parameters(prepared: Prepared, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Copies of the network's parameters by the names of :data:`Results`, weights dense."""
     parameters: dict[str, torch.Tensor] = {}
@@ -60,8 +69,7 @@ def _parameters(prepared: Prepared, dtype: torch.dtype) -> dict[str, torch.Tenso
         for name, tensor in {
             f"fc{number}.weight": connection.dense_weight(),
             f"fc{number}.bias": connection.bias,
-            f"lif{number}.beta": neurons.beta.expand(connection.out_features),
-            f"lif{number}.threshold": neurons.threshold.expand(connection.out_features),
+            **{f"lif{number}.{name}": value.expand(connection.out_features) for name, value in neurons.values.items()},
         }.items():
             parameters[name] = tensor.detach().to(dtype, copy=True).requires_grad_()
     return parameters
@@ -103,25 +111,27 @@ def network_results(prepared: Prepared, reset: str = "after decay", precision: s
 
 
 def neuron_results(inputs: NeuronInputs, reset: str = "after decay", precision: str = "float64") -> Results:
-    """Spikes and gradients of LIF neurons alone."""
+    """Spikes and gradients of neurons alone: LIF, or synaptic where there is a γ among the parameters."""
     dtype = DTYPES[precision]
     neurons = inputs.current.shape[-1]
-    beta, threshold = (
-        value.to(dtype).expand(neurons).clone().requires_grad_() for value in (inputs.beta, inputs.threshold)
-    )
+    parameters = {
+        name: value.to(dtype).expand(neurons).clone().requires_grad_() for name, value in inputs.parameters.items()
+    }
     spikes = torch.empty(inputs.current.shape, dtype=torch.bool)
     gradient = torch.empty(inputs.current.shape)
     for first in range(0, inputs.current.shape[1], CHUNK):
         part = slice(first, first + CHUNK)
         current = inputs.current[:, part].to(dtype).requires_grad_()
-        fired = _lif(list(current), beta, threshold, reset)
+        currents = list(current)
+        if "syn_decay" in parameters:
+            currents = _filtered(currents, parameters["syn_decay"])
+        fired = _lif(currents, parameters["beta"], parameters["threshold"], reset)
         torch.autograd.backward(fired, list(inputs.grad_spikes[:, part].to(dtype)))
         assert current.grad is not None
         spikes[:, part] = torch.stack(fired) > 0.5
         gradient[:, part] = current.grad
-    assert beta.grad is not None
-    assert threshold.grad is not None
-    return {"spikes": spikes, "current": gradient, "beta": beta.grad, "threshold": threshold.grad}
+    gradients = {name: value.grad for name, value in parameters.items() if value.grad is not None}
+    return {"spikes": spikes, "current": gradient, **gradients}
 
 
 def linear_results(prepared: Prepared, inputs: str, precision: str = "float64") -> Results:

@@ -84,7 +84,22 @@ KERNELS = {
         "training step (forward, cross-entropy, backward, fused Adam)", "snntorch-masked", "Network", _NETWORKS
     ),
     "forward": Kernel("forward pass without gradients", "snntorch-masked", "Network", _NETWORKS, method="forward"),
-    "lif": Kernel("LIF neurons alone, forward and backward", "snntorch", "Neurons", _NEURONS, bf16=False),
+    "lif": Kernel(
+        "LIF neurons alone, forward and backward",
+        "snntorch",
+        "Neurons",
+        _NEURONS,
+        bf16=False,
+        options={"inputs": "lif_inputs"},
+    ),
+    "synaptic": Kernel(
+        "synaptic neurons alone, forward and backward",
+        "snntorch",
+        "Neurons",
+        (("snntorch", "snntorch_loop:SynapticNeurons", ("snntorch",)),),
+        bf16=False,
+        options={"inputs": "synaptic_inputs"},
+    ),
     "linear": Kernel(
         "the product of fc2 alone with all three gradients, at the spikes it receives",
         "masked",

@@ -18,8 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 import g2gnet
-from g2g_kernels import lif
-from g2gnet import G2GNet
+from g2gnet import G2GNet, Synaptic
 from g2gnet.data import DATASETS, DataError, ImageData, as_samples, load_dataset
 from g2gnet.tensor_file import read_tensors, write_tensors
 from g2gnet.training import Machine, SettingsError, TrainSettings
@@ -85,18 +84,17 @@ def cache_dir() -> Path:
 
 
 class NeuronInputs(NamedTuple):
-    """What LIF neurons alone are measured with.
+    """What neurons alone are measured with.
 
     Attributes:
         current: float32 [T, B, N].
         grad_spikes: float32 [T, B, N], the gradient that comes back.
-        beta, threshold: float32 scalars.
+        parameters: of the neurons by name, float32 scalars.
     """
 
     current: torch.Tensor
     grad_spikes: torch.Tensor
-    beta: torch.Tensor
-    threshold: torch.Tensor
+    parameters: dict[str, torch.Tensor]
 
 
 class LinearInputs(NamedTuple):
@@ -155,11 +153,19 @@ class Prepared:
 
     @functools.cached_property
     @torch.no_grad()
-    def neuron_inputs(self) -> NeuronInputs:
+    def lif_inputs(self) -> NeuronInputs:
         """The currents that the second hidden layer receives, its β and θ, and a random gradient."""
         net = self.network("torch")
         current = net.fc2(self._first_spikes)
-        return NeuronInputs(current, self._noise(1)[0], net.lif2.beta.detach(), net.lif2.threshold.detach())
+        parameters = {name: value.detach() for name, value in net.lif2.values.items()}
+        return NeuronInputs(current, self._noise(1)[0], parameters)
+
+    @functools.cached_property
+    def synaptic_inputs(self) -> NeuronInputs:
+        """The same for synaptic neurons, at their initial γ: currents times 1 − γ, so that they add up to as much."""
+        current, gradient, parameters = self.lif_inputs
+        syn_decay = torch.tensor(Synaptic.initial["syn_decay"])
+        return NeuronInputs(current * (1 - syn_decay), gradient, {"syn_decay": syn_decay, **parameters})
 
     @functools.cached_property
     def spike_inputs(self) -> LinearInputs:
@@ -180,7 +186,7 @@ class Prepared:
     @torch.no_grad()
     def _first_spikes(self) -> torch.Tensor:
         net = self.network("torch")
-        return lif(net.fc1(self.images), net.lif1.beta, net.lif1.threshold, steps=net.T, backend="torch")
+        return net.lif1(net.fc1(self.images), steps=net.T)
 
     def _noise(self, count: int) -> torch.Tensor:
         """Standard normal numbers [count, T, B, H]."""

@@ -1,10 +1,11 @@
 """Sparse, modular spiking networks on top of :mod:`g2g_kernels`: models, dynamic sparse training, data, training."""
 
 from g2gnet.dst import DSTScheduler
-from g2gnet.layers import LIF, G2GLinear
+from g2gnet.layers import G2GLinear
 from g2gnet.network import G2GNet
+from g2gnet.neurons import LIF, SpikingNeurons, Synaptic
 from g2gnet.sparsify import sparsify
 from g2gnet.stack import SpikingStack
 
 __version__ = "0.1.0"
-__all__ = ["LIF", "DSTScheduler", "G2GLinear", "G2GNet", "SpikingStack", "sparsify"]
+__all__ = ["LIF", "DSTScheduler", "G2GLinear", "G2GNet", "SpikingNeurons", "SpikingStack", "Synaptic", "sparsify"]

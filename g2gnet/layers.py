@@ -1,11 +1,11 @@
-"""The two layer types: a sparse linear layer over a :class:`BlockMask`, and LIF neurons."""
+"""A sparse linear layer over a :class:`BlockMask`."""
 
 import copy
 
 import torch
 from torch import nn
 
-from g2g_kernels import BlockMask, GroupLayout, g2g_linear, lif, lif_step
+from g2g_kernels import BlockMask, GroupLayout, g2g_linear
 
 
 class G2GLinear(nn.Module):
@@ -129,62 +129,3 @@ class G2GLinear(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-
-
-class LIF(nn.Module):
-    """A population of leaky integrate-and-fire neurons, run over all time steps at once (:func:`g2g_kernels.lif`).
-
-    Args:
-        neurons: None for one β and one θ shared by the layer; a number N for one of each per neuron.
-        beta, threshold: the values to begin with.
-        learn_beta, learn_threshold: whether they are parameters (else buffers).
-        reset, surrogate, alpha, backend: as for :func:`g2g_kernels.lif`.
-    """
-
-    def __init__(
-        self,
-        neurons: int | None = None,
-        beta: float = 0.9,
-        threshold: float = 1.0,
-        learn_beta: bool = True,
-        learn_threshold: bool = True,
-        reset: str = "subtract",
-        surrogate: str = "atan",
-        alpha: float = 2.0,
-        backend: str | None = None,
-    ) -> None:
-        super().__init__()
-        self.reset = reset
-        self.surrogate = surrogate
-        self.alpha = alpha
-        self.backend = backend
-        shape = () if neurons is None else (neurons,)
-        self.beta: torch.Tensor
-        self.threshold: torch.Tensor
-        for name, value, learn in (("beta", beta, learn_beta), ("threshold", threshold, learn_threshold)):
-            tensor = torch.full(shape, float(value))
-            if learn:
-                self.register_parameter(name, nn.Parameter(tensor))
-            else:
-                self.register_buffer(name, tensor)
-
-    def forward(self, current: torch.Tensor, steps: int | None = None) -> torch.Tensor:
-        """Currents [T, ..., N], or one current [..., N] held for ``steps`` steps → spikes [T, ..., N]."""
-        return lif(
-            current, self.beta, self.threshold, steps, self.reset, self.surrogate, self.alpha, backend=self.backend
-        )
-
-    def step(self, current: torch.Tensor, state: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """One time step (:func:`g2g_kernels.lif_step`), for online input and recurrent networks.
-
-        Args:
-            current: [..., N].
-            state: what the last step returned; None at the first.
-
-        Returns:
-            spikes [..., N] and the state, which is the membrane [..., N].
-        """
-        return lif_step(current, state, self.beta, self.threshold, self.reset, self.surrogate, self.alpha)
-
-    def extra_repr(self) -> str:
-        return f"reset={self.reset!r}, surrogate={self.surrogate!r}, alpha={self.alpha}"

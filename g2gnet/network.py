@@ -1,18 +1,19 @@
-"""G2GNet: three layers of LIF neurons joined by dense or group-sparse connections."""
+"""G2GNet: three layers of spiking neurons joined by dense or group-sparse connections."""
 
 import torch
 
 from g2g_kernels import BlockMask, GroupLayout
 from g2gnet.encoding import ENCODINGS, encode
 from g2gnet.grouping import GROUPINGS, group_layouts
-from g2gnet.layers import LIF, G2GLinear
+from g2gnet.layers import G2GLinear
+from g2gnet.neurons import NEURONS, SpikingNeurons
 from g2gnet.stack import SpikingStack
 
 MODELS = ("dense", *GROUPINGS)
 
 
 class G2GNet(SpikingStack):
-    """Input → hidden 1 → hidden 2 → output, each connection a :class:`G2GLinear`, each population :class:`LIF`.
+    """Input → hidden 1 → hidden 2 → output, each connection a :class:`G2GLinear`, each population of one model.
 
     Args:
         input_dim, hidden_dim, num_classes: the sizes of the populations; the two hidden ones are equal.
@@ -24,22 +25,27 @@ class G2GNet(SpikingStack):
         T: number of time steps of a sample [B, D].
         num_groups: groups on each side of a sparse layer.
         enc, enc_scale, enc_bias: how samples become input (:func:`g2gnet.encoding.encode`).
-        beta, threshold, learn_beta, learn_threshold: of all LIF layers, to begin with.
-        per_neuron: one β and θ a neuron instead of one a layer.
-        reset, surrogate, alpha: as for :func:`g2g_kernels.lif`.
+        neuron: model of all neurons, ``"lif"`` (:class:`LIF`) or ``"synaptic"`` (:class:`Synaptic`).
+        per_neuron: one value of each of the neurons' parameters per neuron instead of one per layer.
+        reset: as for :func:`g2g_kernels.lif`.
+        surrogate, alpha: of the hidden layers, as for :func:`g2g_kernels.lif`. The output layer keeps ATan with α = 2:
+            its few neurons must get a gradient wherever their membranes are.
+        parameters: where the neurons' parameters begin and whether they are learned, as for :class:`SpikingNeurons`:
+            ``beta=0.95``, ``learn_threshold=False``.
         backend: ``"triton"``, ``"cpu"`` or ``"torch"``; None lets the device decide.
         generator: source of randomness for masks and weights, on the CPU (PyTorch's global one if None).
 
     Raises:
         ValueError: for a value out of range.
+        TypeError: for a parameter that the neurons do not have.
     """
 
     fc1: G2GLinear
-    lif1: LIF
+    lif1: SpikingNeurons
     fc2: G2GLinear
-    lif2: LIF
+    lif2: SpikingNeurons
     fc3: G2GLinear
-    lif3: LIF
+    lif3: SpikingNeurons
 
     def __init__(
         self,
@@ -56,21 +62,21 @@ class G2GNet(SpikingStack):
         enc: str = "current",
         enc_scale: float = 1.0,
         enc_bias: float = 0.0,
-        beta: float = 0.9,
-        threshold: float = 1.0,
-        learn_beta: bool = True,
-        learn_threshold: bool = True,
+        neuron: str = "lif",
         per_neuron: bool = False,
         reset: str = "subtract",
         surrogate: str = "atan",
         alpha: float = 2.0,
         backend: str | None = None,
         generator: torch.Generator | None = None,
+        **parameters: float,
     ) -> None:
         if model not in MODELS:
             raise ValueError(f"model={model!r} is unknown; choose one of {', '.join(MODELS)}")
         if enc not in ENCODINGS:
             raise ValueError(f"enc={enc!r} is unknown; choose one of {', '.join(ENCODINGS)}")
+        if neuron not in NEURONS:
+            raise ValueError(f"neuron={neuron!r} is unknown; choose one of {', '.join(NEURONS)}")
         layers = []
         sizes = (input_dim, hidden_dim, hidden_dim, num_classes)
         for number in (1, 2, 3):
@@ -80,16 +86,13 @@ class G2GNet(SpikingStack):
             else:
                 layouts = group_layouts(model, number - 1, (out_size, in_size), num_groups, generator)
                 mask = BlockMask.sample(*layouts, p_intra, p_inter, block_size, generator)
-            neurons = LIF(
-                neurons=out_size if per_neuron else None,
-                beta=beta,
-                threshold=threshold,
-                learn_beta=learn_beta,
-                learn_threshold=learn_threshold,
+            neurons = NEURONS[neuron](
+                out_size if per_neuron else None,
                 reset=reset,
-                surrogate=surrogate,
-                alpha=alpha,
+                surrogate=surrogate if number < 3 else "atan",
+                alpha=alpha if number < 3 else 2.0,
                 backend=backend,
+                **parameters,
             )
             layers.append((G2GLinear(mask, backend=backend, generator=generator), neurons))
         super().__init__(layers, T, backend)

@@ -1,4 +1,4 @@
-"""A stack of spiking layers, each a connection and its LIF neurons: all time steps in one call, or step by step."""
+"""A stack of spiking layers, each a connection and its neurons: all time steps in one call, or step by step."""
 
 import itertools
 from collections import OrderedDict
@@ -8,20 +8,21 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from g2g_kernels import Activity, Neurons, SpikingLayer, g2g_stack
-from g2gnet.layers import LIF, G2GLinear
+from g2g_kernels import Activity, SpikingLayer, g2g_stack
+from g2gnet.layers import G2GLinear
+from g2gnet.neurons import NeuronState, SpikingNeurons
 
 #: called with the inputs and the activity of a run over all time steps
 ActivityHook = Callable[[torch.Tensor, Activity], None]
-#: the membranes of every layer, from input to output
-StackState = tuple[torch.Tensor, ...]
+#: the state of every layer's neurons, from input to output
+StackState = tuple[NeuronState, ...]
 
 
 class SpikingStack(nn.Module):
     """Connections and neurons ``fc1``, ``lif1``, ``fc2``, ``lif2``, …, the spikes of one layer the inputs of the next.
 
     Args:
-        layers: pairs (connection, neurons), from input to output. All neurons need the same reset, surrogate and alpha.
+        layers: pairs (connection, neurons), from input to output. Model, reset and surrogate are each layer's own.
         T: number of time steps for which inputs [B, D] are held.
         backend: ``"triton"``, ``"cpu"`` or ``"torch"``; None lets the device decide.
 
@@ -31,7 +32,7 @@ class SpikingStack(nn.Module):
 
     def __init__(
         self,
-        layers: Sequence[tuple[G2GLinear, LIF]],
+        layers: Sequence[tuple[G2GLinear, SpikingNeurons]],
         T: int = 50,  # noqa: N803  (the field's name for it)
         backend: str | None = None,
     ) -> None:
@@ -39,7 +40,7 @@ class SpikingStack(nn.Module):
         if T < 1:
             raise ValueError(f"T={T} must be at least 1 time step")
         if not layers:
-            raise ValueError("layers is empty; give at least one pair of a G2GLinear and a LIF")
+            raise ValueError("layers is empty; give at least one pair of a G2GLinear and its neurons")
         for number, ((lower, _), (upper, _)) in enumerate(itertools.pairwise(layers), 1):
             if lower.out_features != upper.in_features:
                 raise ValueError(
@@ -53,21 +54,10 @@ class SpikingStack(nn.Module):
             self.add_module(f"fc{number}", connection)
             self.add_module(f"lif{number}", neurons)
 
-    def layers(self) -> Iterator[tuple[G2GLinear, LIF]]:
+    def layers(self) -> Iterator[tuple[G2GLinear, SpikingNeurons]]:
         """The pairs (connection, neurons), from input to output."""
         for number in range(1, self.depth + 1):
             yield getattr(self, f"fc{number}"), getattr(self, f"lif{number}")
-
-    def lif_options(self) -> tuple[str, str, float]:
-        """The (reset, surrogate, alpha) of all neurons.
-
-        Raises:
-            ValueError: if they differ from layer to layer.
-        """
-        options = [(neurons.reset, neurons.surrogate, neurons.alpha) for _, neurons in self.layers()]
-        if any(other != options[0] for other in options):
-            raise ValueError(f"all LIF layers of a stack need the same reset, surrogate and alpha, not {options}")
-        return options[0]
 
     def simulate(self, inputs: torch.Tensor) -> Activity:
         """Runs the stack on inputs [B, D] held for T steps, or [T, B, D].
@@ -76,16 +66,10 @@ class SpikingStack(nn.Module):
             Activity: differentiable spike counts of the output [B, C] and firing rates of each layer, and the spikes.
 
         Raises:
-            ValueError: if the neurons' resets or surrogates differ, or the inputs have another shape.
+            ValueError: if the inputs have another shape.
         """
-        reset, surrogate, alpha = self.lif_options()
         layers = [
-            SpikingLayer(
-                connection.values,
-                connection.mask,
-                connection.bias,
-                Neurons("lif", (neurons.beta, neurons.threshold), reset, surrogate, alpha),
-            )
+            SpikingLayer(connection.values, connection.mask, connection.bias, neurons.population)
             for connection, neurons in self.layers()
         ]
         steps = self.T if inputs.dim() == 2 else None
@@ -112,14 +96,14 @@ class SpikingStack(nn.Module):
         Returns:
             output spikes of this step [B, C], and the state.
         """
-        states: tuple[torch.Tensor | None, ...] = (None,) * self.depth if state is None else state
-        if len(states) != self.depth:
-            raise ValueError(f"state holds {len(states)} membranes, this stack has {self.depth} layers")
-        membranes = []
-        for (connection, neurons), before in zip(self.layers(), states, strict=True):
-            x, membrane = neurons.step(connection(x), before)
-            membranes.append(membrane)
-        return x, tuple(membranes)
+        befores: tuple[NeuronState | None, ...] = (None,) * self.depth if state is None else state
+        if len(befores) != self.depth:
+            raise ValueError(f"state is of {len(befores)} layers, this stack has {self.depth}")
+        afters = []
+        for (connection, neurons), before in zip(self.layers(), befores, strict=True):
+            x, after = neurons.step(connection(x), before)
+            afters.append(after)
+        return x, tuple(afters)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Inputs [B, D] held for T steps, or [T, B, D] → spike counts of the output neurons [B, C] (the logits)."""

@@ -155,6 +155,7 @@ def test_the_examples_are_complete():
 
 #: what stands in the tables for a default of None
 WITHOUT_VALUE = {
+    "syn_decay": "0.8",  # of the neurons that have one
     "limit_train": "all",
     "limit_test": "all",
     "resnet_weights": "published",

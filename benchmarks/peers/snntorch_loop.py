@@ -41,7 +41,7 @@ class Loop(nn.Module):
         self.masked = masked
         for number, (connection, neurons) in enumerate(prepared.network("torch").layers(), 1):
             self.add_module(f"fc{number}", dense_linear(connection))
-            self.add_module(f"lif{number}", leaky(neurons.beta, neurons.threshold))
+            self.add_module(f"lif{number}", leaky(**neurons.values))
             if masked:
                 self.register_buffer(f"mask{number}", connection.mask.to_dense().float())
 
@@ -84,16 +84,46 @@ class MaskedLoop(NetworkContender):
 class Neurons(NeuronContender):
     """``snntorch.Leaky`` in a loop over time steps."""
 
-    def __init__(self, prepared: Prepared, device: torch.device, precision: str) -> None:
-        super().__init__(prepared, device, precision)
-        self.neurons = leaky(self.beta, self.threshold).to(device)
-        self.beta, self.threshold = self.neurons.beta, self.neurons.threshold
+    def __init__(self, prepared: Prepared, device: torch.device, precision: str, inputs: str) -> None:
+        super().__init__(prepared, device, precision, inputs)
+        self.neurons = leaky(**self.parameters).to(device)
+        self.parameters = {"beta": self.neurons.beta, "threshold": self.neurons.threshold}
 
     def run(self) -> list[torch.Tensor]:
         membrane = torch.zeros_like(self.current[0])
         spikes = []
         for current in self.current.unbind():
             spike, membrane = self.neurons(current, membrane)
+            spikes.append(spike)
+        torch.autograd.backward(spikes, list(self.grad_spikes.unbind()))
+        return spikes
+
+
+class SynapticNeurons(NeuronContender):
+    """``snntorch.Synaptic`` in a loop over time steps."""
+
+    def __init__(self, prepared: Prepared, device: torch.device, precision: str, inputs: str) -> None:
+        super().__init__(prepared, device, precision, inputs)
+        syn_decay, beta, threshold = (self.parameters[name].detach() for name in ("syn_decay", "beta", "threshold"))
+        self.neurons = snntorch.Synaptic(
+            alpha=syn_decay,
+            beta=beta,
+            threshold=threshold,
+            spike_grad=snntorch.surrogate.atan(alpha=2.0),
+            learn_alpha=True,
+            learn_beta=True,
+            learn_threshold=True,
+            reset_mechanism="subtract",
+        ).to(device)
+        snntorch.SpikingNeuron.init()
+        neurons = self.neurons
+        self.parameters = {"syn_decay": neurons.alpha, "beta": neurons.beta, "threshold": neurons.threshold}
+
+    def run(self) -> list[torch.Tensor]:
+        synaptic_current = membrane = torch.zeros_like(self.current[0])
+        spikes = []
+        for current in self.current.unbind():
+            spike, synaptic_current, membrane = self.neurons(current, synaptic_current, membrane)
             spikes.append(spike)
         torch.autograd.backward(spikes, list(self.grad_spikes.unbind()))
         return spikes

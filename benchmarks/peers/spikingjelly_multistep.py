@@ -70,7 +70,7 @@ class _Network(nn.Module):
         super().__init__()
         self.steps = prepared.workload.T
         for number, (connection, neurons) in enumerate(prepared.network("torch").layers(), 1):
-            beta, threshold = neurons.beta.item(), neurons.threshold.item()
+            beta, threshold = (value.item() for value in neurons.values.values())
             self.add_module(f"fc{number}", dense_linear(connection, layer.Linear, step_mode="m"))
             self.add_module(f"lif{number}", _MultiStepLIF(beta, threshold))
 
@@ -102,9 +102,9 @@ class Neurons(NeuronContender):
     omits = ("beta", "threshold")
     differs = "resets before the decay and is checked against that; no gradients of β and θ"
 
-    def __init__(self, prepared: Prepared, device: torch.device, precision: str) -> None:
-        super().__init__(prepared, device, precision)
-        self.neurons = _MultiStepLIF(self.beta.item(), self.threshold.item())
+    def __init__(self, prepared: Prepared, device: torch.device, precision: str, inputs: str) -> None:
+        super().__init__(prepared, device, precision, inputs)
+        self.neurons = _MultiStepLIF(self.parameters["beta"].item(), self.parameters["threshold"].item())
 
     def run(self) -> torch.Tensor:
         spikes = self.neurons(self.current)

@@ -39,7 +39,7 @@ class ImageData:
 
     @property
     def fingerprint(self) -> str:
-        """What names the content: the SHA-256 of shapes, dtypes and values of all tensors."""
+        """The SHA-256 of shapes, dtypes and values of all tensors, which names the content."""
         digest = hashlib.sha256()
         for name, value in vars(self).items():
             if isinstance(value, torch.Tensor):

@@ -10,26 +10,58 @@ and an Euler step of it, v ← (1 − Δt/τ)·v + (Δt/τ)·(v_leak + R·I), is
 
 Of the pairs (R, v_threshold) that describe the same neuron, :func:`to_nir` writes R = 1, v_threshold = (1 − β)·θ, since
 Norse's importer takes R to be 1. A spike resets our membrane before the next step's decay, which with reset to zero is
-NIR's reset at once. NIR cannot carry
+NIR's reset at once.
 
-- the reset by subtraction, delayed or not: its LIF has reset to a value only (train with ``reset="zero"``);
-- β = 1: no leak means an infinite τ;
+NIR's CubaLIF has a synaptic current before the membrane, τ_syn·dI/dt = −I + w_in·S, τ_mem·dv/dt = (v_leak − v) + R·I.
+Euler steps, the current's first, as snnTorch and Norse take them, are our C ← γ·C + I, U ← β·U + C of synaptic neurons
+with
+
+    γ = 1 − Δt/τ_syn,    β = 1 − Δt/τ_mem,    g = R·w_in·(Δt/τ_syn)·(Δt/τ_mem).
+
+Here :func:`to_nir` writes w_in = τ_syn/Δt and R = τ_mem/Δt, so that g = 1 and v_threshold = θ, as snnTorch's importer
+demands. The resets are not quite the same: in the step after a spike NIR's membrane is charged from zero, that of
+``Synaptic`` stays at zero, as in snnTorch. A warning says so.
+
+NIR cannot carry
+
+- the reset by subtraction, delayed or not: its neurons have reset to a value only (train with ``reset="zero"``);
+- decays of 1: no leak means an infinite τ;
 - surrogates, what is learnable, groups and units: they travel in the nodes' metadata, which other tools do not read;
 - how samples are encoded: the graph's input is what fc1 receives.
 """
 
 import itertools
+import logging
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from g2g_kernels import BlockMask
 from g2gnet.interop.optional import optional_package
-from g2gnet.layers import LIF, G2GLinear
+from g2gnet.layers import G2GLinear
+from g2gnet.neurons import NEURONS, SpikingNeurons
 from g2gnet.stack import SpikingStack
 
+logger = logging.getLogger("g2gnet")
+
+
+class _Form(NamedTuple):
+    """NIR's form of a model: the node, its time constant for each of our decays, and those of its input strengths that
+    are written as the inverse of 1 − a decay (the others as 1).
+    """
+
+    node: str
+    time_constants: dict[str, str]
+    strengths: dict[str, str]
+
+
+_FORMS = {
+    "lif": _Form("LIF", {"beta": "tau"}, {}),
+    "synaptic": _Form("CubaLIF", {"syn_decay": "tau_syn", "beta": "tau_mem"}, {"r": "beta", "w_in": "syn_decay"}),
+}
 #: the time step of snnTorch's and most other NIR converters, in seconds
 DEFAULT_DT = 1e-4
 
@@ -46,11 +78,12 @@ def to_nir(stack: SpikingStack, dt: float = DEFAULT_DT) -> Any:
         ImportError: if the package ``nir`` is not installed.
     """
     nir = optional_package("nir")
-    reset = stack.lif_options()[0]
-    if reset != "zero":
-        raise ValueError(
-            f"reset={reset!r} has no form in NIR, whose LIF resets to a value; train the network with reset='zero'"
-        )
+    for _, neurons in stack.layers():
+        if neurons.reset != "zero":
+            raise ValueError(
+                f"reset={neurons.reset!r} has no form in NIR, whose neurons reset to a value; train the network with "
+                "reset='zero'"
+            )
     if not dt > 0:
         raise ValueError(f"dt={dt} must be above 0 seconds")
     layers = list(stack.layers())
@@ -61,9 +94,10 @@ def to_nir(stack: SpikingStack, dt: float = DEFAULT_DT) -> Any:
             nodes[f"fc{number}"] = nir.Linear(weight=weight, metadata=metadata)
         else:
             nodes[f"fc{number}"] = nir.Affine(weight=weight, bias=_array(connection.bias), metadata=metadata)
-        nodes[f"lif{number}"] = _lif_node(f"lif{number}", neurons, connection.out_features, dt)
+        nodes[f"lif{number}"] = _neurons_node(f"lif{number}", neurons, connection.out_features, dt)
     nodes["output"] = nir.Output(output_type={"output": np.array([layers[-1][0].out_features])})
     names = list(nodes)
+    _warn_of_the_hold([name for name, node in nodes.items() if isinstance(node, nir.CubaLIF)])
     return nir.NIRGraph(nodes=nodes, edges=list(itertools.pairwise(names)))
 
 
@@ -74,7 +108,7 @@ def from_nir(
     T: int = 50,  # noqa: N803  (the field's name for it)
     backend: str | None = None,
 ) -> SpikingStack:
-    """The stack of a NIR graph in which linear or affine nodes and LIF nodes take turns.
+    """The stack of a NIR graph in which linear or affine nodes and LIF or CubaLIF nodes take turns.
 
     Args:
         graph: a ``nir.NIRGraph``, as ``nir.read(file)`` gives it.
@@ -96,24 +130,28 @@ def from_nir(
         (name, node) for name, node in _chain(graph, nir) if not isinstance(node, nir.Input | nir.Output | nir.Flatten)
     ]
     linear, neurons = chain[::2], chain[1::2]
-    for expected, found in (((nir.Affine, nir.Linear), linear), ((nir.LIF,), neurons)):
+    for expected, found in (((nir.Affine, nir.Linear), linear), ((nir.LIF, nir.CubaLIF), neurons)):
         for name, node in found:
             if not isinstance(node, expected):
                 raise ValueError(
-                    f"node {name} is a {type(node).__name__}; a stack takes Affine or Linear and LIF nodes in turn"
+                    f"node {name} is a {type(node).__name__}; a stack takes Affine or Linear and LIF or CubaLIF nodes "
+                    "in turn"
                 )
     if not linear or len(linear) != len(neurons):
-        raise ValueError(f"the graph has {len(linear)} linear and {len(neurons)} LIF nodes; each needs the other")
+        raise ValueError(
+            f"the graph has {len(linear)} linear and {len(neurons)} LIF or CubaLIF nodes; each needs the other"
+        )
     unknown = set(masks) - {name for name, _ in linear}
     if unknown:
         raise ValueError(f"masks names {', '.join(sorted(unknown))}, the graph {', '.join(n for n, _ in linear)}")
     layers = [
         (
             _connection(name, node, masks.get(name), backend),
-            _lif(lif_name, lif_node, dt, backend),
+            _neurons(lif_name, lif_node, dt, backend),
         )
         for (name, node), (lif_name, lif_node) in zip(linear, neurons, strict=True)
     ]
+    _warn_of_the_hold([name for name, node in neurons if isinstance(node, nir.CubaLIF)])
     return SpikingStack(layers, T, backend)
 
 
@@ -160,49 +198,71 @@ def _connection(name: str, node: Any, mask: BlockMask | torch.Tensor | None, bac
     return G2GLinear.from_linear(linear, mask, backend)
 
 
-def _lif_node(name: str, neurons: LIF, size: int, dt: float) -> Any:
-    nir = optional_package("nir")
-    beta, threshold = (
-        tensor.detach().cpu().double().expand(size).numpy() for tensor in (neurons.beta.clamp(0, 1), neurons.threshold)
-    )
-    if (beta == 1).any():
-        raise ValueError(f"{name} has beta=1, no leak: the time constant that NIR asks for is infinite")
-    return nir.LIF(
-        tau=dt / (1 - beta),
-        r=np.ones(size),
+def _neurons_node(name: str, neurons: SpikingNeurons, size: int, dt: float) -> Any:
+    form = _FORMS[neurons.model.name]
+    values = {
+        parameter: (value.clamp(0, 1) if parameter in neurons.model.decays else value)
+        .detach()
+        .cpu()
+        .double()
+        .expand(size)
+        .numpy()
+        for parameter, value in neurons.values.items()
+    }
+    for decay in form.time_constants:
+        if (values[decay] == 1).any():
+            raise ValueError(f"{name} has {decay}=1, no leak: the time constant that NIR asks for is infinite")
+    strengths = {strength: 1 / (1 - values[decay]) for strength, decay in form.strengths.items()}
+    metadata: dict[str, Any] = {"surrogate": neurons.surrogate, "alpha": neurons.alpha}
+    for parameter, value in neurons.values.items():
+        metadata[f"{parameter}_per_neuron"] = value.dim() > 0
+        metadata[f"learn_{parameter}"] = isinstance(value, torch.nn.Parameter)
+    gain = math.prod(1 - values[decay] for decay in form.time_constants if decay not in form.strengths.values())
+    return getattr(optional_package("nir"), form.node)(
+        **{constant: dt / (1 - values[decay]) for decay, constant in form.time_constants.items()},
+        **{"r": np.ones(size), **strengths},
         v_leak=np.zeros(size),
         v_reset=np.zeros(size),
-        v_threshold=(1 - beta) * threshold,
-        metadata={
-            "surrogate": neurons.surrogate,
-            "alpha": neurons.alpha,
-            "beta_per_neuron": neurons.beta.dim() > 0,
-            "threshold_per_neuron": neurons.threshold.dim() > 0,
-            "learn_beta": isinstance(neurons.beta, torch.nn.Parameter),
-            "learn_threshold": isinstance(neurons.threshold, torch.nn.Parameter),
-        },
+        v_threshold=values["threshold"] * gain,
+        metadata=metadata,
     )
 
 
-def _lif(name: str, node: Any, dt: float, backend: str | None) -> LIF:
+def _neurons(name: str, node: Any, dt: float, backend: str | None) -> SpikingNeurons:
+    model, form = next((model, form) for model, form in _FORMS.items() if form.node == type(node).__name__)
     for option in ("v_leak", "v_reset"):
         if np.any(getattr(node, option) != 0):
-            raise ValueError(f"node {name} has {option} other than 0, which our LIF has not")
-    decay = dt / np.asarray(node.tau, dtype=np.float64)
-    if np.any(decay > 1) or np.any(decay < 0):
-        raise ValueError(f"node {name} has a time constant below dt={dt} s; give the dt that the graph was made for")
-    values = {"beta": 1 - decay, "threshold": node.v_threshold / (node.r * decay)}
+            raise ValueError(f"node {name} has {option} other than 0, which our neurons have not")
+    values: dict[str, np.ndarray] = {}
+    gain = node.r * getattr(node, "w_in", 1.0)
+    for decay, constant in form.time_constants.items():
+        step = dt / np.asarray(getattr(node, constant), dtype=np.float64)
+        if np.any(step > 1) or np.any(step < 0):
+            raise ValueError(
+                f"node {name} has a time constant below dt={dt} s; give the dt that the graph was made for"
+            )
+        values[decay] = 1 - step
+        gain = gain * step
+    values["threshold"] = node.v_threshold / gain
     about = node.metadata
-    population = LIF(
-        learn_beta=bool(about.get("learn_beta", True)),
-        learn_threshold=bool(about.get("learn_threshold", True)),
+    population = NEURONS[model](
         reset="zero",
         surrogate=about.get("surrogate", "atan"),
         alpha=float(about.get("alpha", 2.0)),
         backend=backend,
+        **{f"learn_{parameter}": bool(about.get(f"learn_{parameter}", True)) for parameter in values},
     )
     for parameter, value in values.items():
         tensor = torch.from_numpy(np.asarray(value)).float()
         per_neuron = about.get(f"{parameter}_per_neuron", bool((tensor != tensor.flatten()[0]).any()))
-        getattr(population, parameter).data = tensor.flatten() if per_neuron else tensor.flatten()[0]
+        population.values[parameter].data = tensor.flatten() if per_neuron else tensor.flatten()[0]
     return population
+
+
+def _warn_of_the_hold(names: list[str]) -> None:
+    if names:
+        logger.warning(
+            "%s: after a spike NIR's CubaLIF charges from zero, Synaptic stays at zero for that step, as snnTorch's "
+            "does; spikes of a neuron may differ after its first",
+            ", ".join(names),
+        )

@@ -1,13 +1,13 @@
-"""Networks of ``nn.Linear`` and ``snntorch.Leaky`` as stacks of ours, and back.
+"""Networks of ``nn.Linear`` and ``snntorch.Leaky`` or ``snntorch.Synaptic`` as stacks of ours, and back.
 
-Weights, masks, biases, β, θ, what of them is learnable, reset and surrogate are carried over; the spikes are equal,
-since our neurons are snnTorch's to the letter. A PyTorch mask is that of ``torch.nn.utils.prune``, which knows single
-weights only: groups and units of more than one weight come back through the argument ``masks``.
+Weights, masks, biases, the neurons' parameters, what of them is learnable, reset and surrogate are carried over; the
+spikes are equal, since our neurons are snnTorch's to the letter. A PyTorch mask is that of ``torch.nn.utils.prune``,
+which knows single weights only: groups and units of more than one weight come back through the argument ``masks``.
 """
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -16,8 +16,23 @@ from torch.nn.utils import prune
 from g2g_kernels import BlockMask
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
 from g2gnet.interop.optional import optional_package
-from g2gnet.layers import LIF, G2GLinear
+from g2gnet.layers import G2GLinear
+from g2gnet.neurons import NEURONS, SpikingNeurons
 from g2gnet.stack import SpikingStack
+
+
+class _Counterpart(NamedTuple):
+    """snnTorch's form of a model: its class, and for each of our parameters the name that it has there."""
+
+    kind: str
+    parameters: dict[str, str]
+
+
+_COUNTERPARTS = {
+    "lif": _Counterpart("Leaky", {"beta": "beta", "threshold": "threshold"}),
+    "synaptic": _Counterpart("Synaptic", {"syn_decay": "alpha", "beta": "beta", "threshold": "threshold"}),
+}
+_KINDS = " or ".join(f"snn.{counterpart.kind}" for counterpart in _COUNTERPARTS.values())
 
 
 def from_snntorch(
@@ -26,13 +41,13 @@ def from_snntorch(
     T: int = 50,  # noqa: N803  (the field's name for it)
     backend: str | None = None,
 ) -> SpikingStack:
-    """The stack that does what the ``nn.Linear`` and ``snn.Leaky`` layers of ``model`` do, called in turn at each step.
+    """The stack that does what the ``nn.Linear`` layers and the neurons of ``model`` do, called in turn at each step.
 
     The layers are taken in the order in which the model registered them (the order of ``model.named_modules()``);
     ``nn.Flatten`` and ``nn.Identity`` are left out. What a ``forward`` of the model's own adds is not seen.
 
     Args:
-        model: alternates ``nn.Linear`` and ``snn.Leaky``.
+        model: alternates ``nn.Linear`` and ``snn.Leaky`` or ``snn.Synaptic``.
         masks: by name of an ``nn.Linear``, the weights that exist, as for :meth:`G2GLinear.from_linear`. A layer that
             is not named here has the mask that ``torch.nn.utils.prune`` gave it, and without that every weight.
         T: for how many steps the stack holds inputs [B, D].
@@ -43,21 +58,23 @@ def from_snntorch(
         ImportError: if snnTorch is not installed.
     """
     snn = optional_package("snntorch")
-    linears: dict[str, nn.Linear] = {}
-    neurons: dict[str, nn.Module] = {}
+    linears: dict[str, Any] = {}
+    neurons: dict[str, Any] = {}
+    kinds = tuple(getattr(snn, counterpart.kind) for counterpart in _COUNTERPARTS.values())
     for name, module in model.named_modules():
-        expected = nn.Linear if len(linears) == len(neurons) else snn.Leaky
-        if isinstance(module, nn.Linear | snn.Leaky):
-            if not isinstance(module, expected):
-                raise ValueError(f"{name} is a {type(module).__name__}, but a {expected.__name__} should come next")
-            (linears if expected is nn.Linear else neurons)[name] = module
+        if isinstance(module, (nn.Linear, *kinds)):
+            linear_next = len(linears) == len(neurons)
+            if isinstance(module, nn.Linear) != linear_next:
+                expected = "nn.Linear" if linear_next else _KINDS
+                raise ValueError(f"{name} is a {type(module).__name__}, but {expected} should come next")
+            (linears if linear_next else neurons)[name] = module
         elif not list(module.children()) and not isinstance(module, nn.Flatten | nn.Identity):
             raise ValueError(
                 f"{name or 'the model'} is a {type(module).__name__}; from_snntorch takes networks of nn.Linear and "
-                "snn.Leaky. G2GLinear and LIF can be put into a model of another form one by one"
+                f"{_KINDS}. G2GLinear, LIF and Synaptic can be put into a model of another form one by one"
             )
     if not linears or len(linears) != len(neurons):
-        raise ValueError(f"the model has {len(linears)} nn.Linear and {len(neurons)} snn.Leaky; each needs the other")
+        raise ValueError(f"the model has {len(linears)} nn.Linear and {len(neurons)} {_KINDS}; each needs the other")
     masks = masks or {}
     unknown = set(masks) - set(linears)
     if unknown:
@@ -65,19 +82,18 @@ def from_snntorch(
     layers = [
         (
             G2GLinear.from_linear(linear, masks.get(name), backend),
-            _lif_from_leaky(leaky_name, leaky, linear.out_features, linear.weight, backend),
+            _neurons_from(neurons_name, theirs, linear.out_features, linear.weight, backend),
         )
-        for (name, linear), (leaky_name, leaky) in zip(linears.items(), neurons.items(), strict=True)
+        for (name, linear), (neurons_name, theirs) in zip(linears.items(), neurons.items(), strict=True)
     ]
-    stack = SpikingStack(layers, T, backend).train(model.training)
-    stack.lif_options()  # refuses a mixture now, not at the first run
-    return stack
+    return SpikingStack(layers, T, backend).train(model.training)
 
 
 def to_snntorch(stack: SpikingStack) -> nn.Sequential:
-    """snnTorch's form of a stack: ``nn.Linear`` and ``snn.Leaky`` with the stack's names, one time step a call.
+    """snnTorch's form of a stack: ``nn.Linear`` and ``snn.Leaky`` or ``snn.Synaptic`` with the stack's names, one time
+    step per call.
 
-    The neurons keep their membranes between calls (``init_hidden=True``): ``snntorch.utils.reset(model)`` begins anew.
+    The neurons keep their states between calls (``init_hidden=True``): ``snntorch.utils.reset(model)`` begins anew.
     A sparse layer is an ``nn.Linear`` with a mask of ``torch.nn.utils.prune``, so it stays sparse in training. Groups,
     units and the encoding of a :class:`G2GNet` have no place there (``stack.encode`` gives what the model receives).
 
@@ -88,49 +104,57 @@ def to_snntorch(stack: SpikingStack) -> nn.Sequential:
     modules: OrderedDict[str, nn.Module] = OrderedDict()
     for number, (connection, neurons) in enumerate(stack.layers(), 1):
         modules[f"fc{number}"] = _linear_from_connection(connection)
-        leaky = snn.Leaky(
-            beta=neurons.beta.detach().clone(),
-            threshold=neurons.threshold.detach().clone(),
-            learn_beta=isinstance(neurons.beta, nn.Parameter),
-            learn_threshold=isinstance(neurons.threshold, nn.Parameter),
+        counterpart = _COUNTERPARTS[neurons.model.name]
+        values = {counterpart.parameters[name]: value for name, value in neurons.values.items()}
+        theirs = getattr(snn, counterpart.kind)(
+            **{name: value.detach().clone() for name, value in values.items()},
+            **{f"learn_{name}": isinstance(value, nn.Parameter) for name, value in values.items()},
             reset_mechanism=neurons.reset,
             spike_grad=_spike_function(neurons.surrogate, neurons.alpha),
             init_hidden=True,
         )
-        for name in ("beta", "threshold"):
-            getattr(leaky, name).requires_grad_(getattr(neurons, name).requires_grad)
-        modules[f"lif{number}"] = leaky.to(neurons.beta.device)
+        for name, value in values.items():
+            getattr(theirs, name).requires_grad_(value.requires_grad)
+        modules[f"lif{number}"] = theirs.to(connection.values.device)
     return nn.Sequential(modules).train(stack.training)
 
 
-def _lif_from_leaky(name: str, leaky: Any, neurons: int, like: torch.Tensor, backend: str | None) -> LIF:
+def _neurons_from(name: str, theirs: Any, size: int, like: torch.Tensor, backend: str | None) -> SpikingNeurons:
+    snn = optional_package("snntorch")
+    model = next(model for model, known in _COUNTERPARTS.items() if isinstance(theirs, getattr(snn, known.kind)))
+    # Reset to zero at once is that of our LIF, whose membrane decays from there. That of our synaptic neurons is
+    # snnTorch's delayed one: the membrane stays at zero for a step.
+    delayed = ("subtract",) if model == "lif" else ("subtract", "zero")
     for option, value, remedy in (
-        ("inhibition", leaky.inhibition, "False"),
-        ("state_quant", leaky.state_quant, "False"),
-        ("reset_delay=False", not leaky.reset_delay and leaky.reset_mechanism == "subtract", "True"),
-        ("graded_spikes_factor", bool((leaky.graded_spikes_factor != 1).any()), "1"),
-        ("surrogate_disable", leaky.surrogate_disable, "False"),
+        ("inhibition", theirs.inhibition, "False"),
+        ("state_quant", theirs.state_quant, "False"),
+        ("reset_delay=False", not theirs.reset_delay and theirs.reset_mechanism in delayed, "True"),
+        ("graded_spikes_factor", bool((theirs.graded_spikes_factor != 1).any()), "1"),
+        ("surrogate_disable", theirs.surrogate_disable, "False"),
     ):
         if value:
-            raise ValueError(f"{name}: our LIF has no {option}; only snn.Leaky with {option.split('=')[0]}={remedy}")
-    surrogate, alpha = _surrogate_of(name, leaky.spike_grad)
-    population = LIF(
-        learn_beta=isinstance(leaky.beta, nn.Parameter),
-        learn_threshold=isinstance(leaky.threshold, nn.Parameter),
-        reset=leaky.reset_mechanism,
+            raise ValueError(
+                f"{name}: our {NEURONS[model].__name__} has no {option}; only snn.{_COUNTERPARTS[model].kind} with "
+                f"{option.split('=')[0]}={remedy}"
+            )
+    surrogate, alpha = _surrogate_of(name, theirs.spike_grad)
+    values = {ours: getattr(theirs, their) for ours, their in _COUNTERPARTS[model].parameters.items()}
+    population = NEURONS[model](
+        reset=theirs.reset_mechanism,
         surrogate=surrogate,
         alpha=alpha,
         backend=backend,
+        **{f"learn_{ours}": isinstance(value, nn.Parameter) for ours, value in values.items()},
     )
-    for parameter in ("beta", "threshold"):
-        theirs, ours = getattr(leaky, parameter), getattr(population, parameter)
-        if theirs.numel() not in (1, neurons):
-            raise ValueError(f"{name}: {parameter} has {theirs.numel()} entries for {neurons} neurons")
-        shape = () if theirs.numel() == 1 else (neurons,)
+    for parameter, value in values.items():
+        if value.numel() not in (1, size):
+            raise ValueError(f"{name}: {parameter} has {value.numel()} entries for {size} neurons")
+        shape = () if value.numel() == 1 else (size,)
         # a whole number would have made it an integer there
-        dtype = theirs.dtype if theirs.is_floating_point() else torch.float32
-        ours.data = theirs.detach().to(like.device, dtype, copy=True).reshape(shape)
-        ours.requires_grad_(theirs.requires_grad)
+        dtype = value.dtype if value.is_floating_point() else torch.float32
+        ours = population.values[parameter]
+        ours.data = value.detach().to(like.device, dtype, copy=True).reshape(shape)
+        ours.requires_grad_(value.requires_grad)
     return population
 
 
@@ -166,10 +190,13 @@ _ALPHA_AT: dict[str, tuple[float, Callable[[float], float]]] = {
 
 def _surrogate_of(name: str, spike_grad: Callable[[torch.Tensor], torch.Tensor]) -> tuple[str, float]:
     """Our name and α of a surrogate, told by its derivative on a grid of membranes (snnTorch keeps it in a closure)."""
-    x = torch.linspace(-1, 1, 41, dtype=torch.float64)
+    # far points too, at which a wide boxcar ends and a constant does not
+    far = torch.tensor([1.5, 2.5, 5.0, 15.0, 50.0, 500.0], dtype=torch.float64)
+    x = torch.cat([torch.linspace(-1, 1, 41, dtype=torch.float64), far, -far])
     probe = x.clone().requires_grad_()
     with torch.enable_grad():
         (derivative,) = torch.autograd.grad(spike_grad(probe).sum(), probe)
+    derivative = derivative.nan_to_num(nan=0.0)  # of a sigmoid, whose exponential overflows far out
     for surrogate, (point, alpha_of) in _ALPHA_AT.items():
         value = derivative[int((x - point).abs().argmin())].item()
         if not 0 < value < float("inf"):

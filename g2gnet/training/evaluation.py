@@ -28,8 +28,12 @@ def build_network(settings: TrainSettings, input_dim: int, num_classes: int, bac
         enc=settings.enc,
         enc_scale=settings.enc_scale,
         enc_bias=settings.enc_bias,
+        neuron=settings.neuron,
+        surrogate=settings.surrogate,
+        alpha=settings.alpha,
         backend=backend,
         generator=stream(settings.seed, "network"),
+        **settings.neuron_parameters(),
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from g2gnet.layers import LIF
+from g2gnet.neurons import SpikingNeurons
 
 logger = logging.getLogger("g2gnet")
 
@@ -65,8 +65,8 @@ class LayerWatch:
     def __init__(self) -> None:
         self._said: set[tuple[str, str]] = set()
 
-    def check(self, epoch: int, rates: Mapping[str, float], neurons: Mapping[str, LIF]) -> None:
-        """Looks at the mean firing rate of each layer in an epoch (0 to 1), and at β after it."""
+    def check(self, epoch: int, rates: Mapping[str, float], neurons: Mapping[str, SpikingNeurons]) -> None:
+        """Looks at the mean firing rate of each layer in an epoch (0 to 1), and at its decays after it."""
         for name, rate in rates.items():
             if rate < SILENT:
                 text = f"fell silent in epoch {epoch} (firing rate {rate:.2g}); raise --enc_scale or --T"
@@ -75,11 +75,15 @@ class LayerWatch:
                 text = f"saturates in epoch {epoch} (firing rate {rate:.2g}); lower --enc_scale, or --enforce_sparsity"
                 self._warn(name, "saturated", text)
         for name, layer in neurons.items():
-            low, high = layer.beta.min().item(), layer.beta.max().item()
-            if low < 0 or high > 1:
-                value = f"{low:.4g}" if low < 0 else f"{high:.4g}"
-                text = f"has learned beta = {value} in epoch {epoch}, outside 0 … 1: it counts as {int(low >= 0)}"
-                self._warn(name, "beta", text)
+            for decay in layer.model.decays:
+                values = layer.values[decay]
+                low, high = values.min().item(), values.max().item()
+                if low < 0 or high > 1:
+                    value = f"{low:.4g}" if low < 0 else f"{high:.4g}"
+                    text = (
+                        f"has learned {decay} = {value} in epoch {epoch}, outside 0 … 1: it counts as {int(low >= 0)}"
+                    )
+                    self._warn(name, decay, text)
 
     def _warn(self, layer: str, problem: str, text: str) -> None:
         if (layer, problem) not in self._said:

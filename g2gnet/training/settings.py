@@ -5,6 +5,7 @@ import math
 import typing
 from typing import Any
 
+from g2g_kernels.ops.neurons import SURROGATES
 from g2gnet.data import DATASETS, own
 from g2gnet.dst import GROW_RULES, PRUNE_RULES
 from g2gnet.encoding import ENCODINGS
@@ -12,9 +13,12 @@ from g2gnet.features import FEATURES
 from g2gnet.features.weights import RELEASES
 from g2gnet.grouping import GROUPINGS
 from g2gnet.network import MODELS
+from g2gnet.neurons import NEURONS, Synaptic
 
 SPARSITY_MODES = ("static", "dynamic")
 PRECISIONS = ("fp32", "bf16")
+#: those of the neurons' parameters whose initial value is a setting
+PARAMETERS = ("syn_decay",)
 AUGMENTATIONS = ("auto", "crop-flip", "none")
 LARGEST_SEED = (1 << 63) - 1
 #: of a sample; the compiled kernels number them in 16 bits
@@ -132,6 +136,21 @@ class TrainSettings(Settings):
     enc: str = setting("current", "model", "input held as a current, or Bernoulli spikes", choices=ENCODINGS)
     enc_scale: float = setting(1.0, "model", "input x becomes enc_scale*x + enc_bias")
     enc_bias: float = setting(0.0, "model", "see enc_scale")
+    neuron: str = setting("lif", "model", "model of the neurons", choices=tuple(NEURONS))
+    syn_decay: float | None = setting(
+        None,
+        "model",
+        f"decay of the synaptic current to begin with, of --neuron synaptic (default: {Synaptic.initial['syn_decay']})",
+        low=0,
+        high=1,
+    )
+    surrogate: str = setting(
+        "atan",
+        "model",
+        "stand-in for the derivative of hidden spikes; the output layer keeps atan with alpha 2",
+        choices=tuple(SURROGATES),
+    )
+    alpha: float = setting(2.0, "model", "sharpness of that stand-in", low=0, open_low=True)
 
     epochs: int = setting(20, "training", "passes over the training images", low=1)
     batch_size: int = setting(256, "training", "images in a step", low=1)
@@ -154,8 +173,22 @@ class TrainSettings(Settings):
         0.1, "dynamic sparse training", "share of units replaced in an update", low=0, high=1, open_low=True
     )
 
+    def __post_init__(self) -> None:
+        kind = NEURONS.get(self.neuron)
+        for name in PARAMETERS:
+            if getattr(self, name) is None and kind and name in kind.initial:
+                object.__setattr__(self, name, kind.initial[name])  # as of any other setting, the files hold the value
+        super().__post_init__()
+
     def _at_odds(self) -> list[str]:
         problems = []
+        for name in PARAMETERS:
+            value, owners = getattr(self, name), [kind for kind in NEURONS if name in NEURONS[kind].initial]
+            if value is not None and self.neuron not in owners:
+                problems.append(
+                    f"{name}={value} is of no use with neuron={self.neuron}; give --neuron {' or '.join(owners)}, or "
+                    "leave it out"
+                )
         if self.use_resnet and self.dataset not in RELEASES:
             problems.append(f"use_resnet needs --dataset {' or '.join(RELEASES)}, not {self.dataset}")
         if self.use_resnet and self.augment == "crop-flip":
@@ -194,11 +227,19 @@ class TrainSettings(Settings):
             self.augment == "auto" and self.dataset in DATASETS and DATASETS[self.dataset].crops and not self.use_resnet
         )
 
+    def neuron_parameters(self) -> dict[str, Any]:
+        """Where the neurons' parameters begin, as far as a setting says so."""
+        return {name: getattr(self, name) for name in PARAMETERS if getattr(self, name) is not None}
+
     @property
     def stem(self) -> str:
         resnet = "resnet_" if self.use_resnet else ""
+        neuron = "" if self.neuron == "lif" else f"_{self.neuron}"
+        for name, value in self.neuron_parameters().items():
+            if value != NEURONS[self.neuron].initial[name]:
+                neuron += f"_{name}{value}"
         rules = f"_cp{self.cp}_cg{self.cg}" if self.sparsity_mode == "dynamic" else ""
-        return f"{resnet}{self.dataset}_{self.model}_p{self.p_inter}_T{self.T}_{self.enc}{rules}"
+        return f"{resnet}{self.dataset}_{self.model}_p{self.p_inter}_T{self.T}_{self.enc}{neuron}{rules}"
 
 
 def _kind(expected: Any, value: Any) -> str | None:

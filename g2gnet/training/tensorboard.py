@@ -15,9 +15,9 @@ CELL = 16
 class TensorBoardLog:
     """Writes what an epoch gave to ``log_dir/<stem of the run>``, for ``tensorboard --logdir log_dir``.
 
-    Scalars: every number of the epoch's record, and β and θ of layers that have one of each. Histograms: the weights
-    that exist, and β and θ of layers with one a neuron. Images: the mean |w| between each pair of groups, output groups
-    downwards, white the largest. A run that is resumed goes on in its curves.
+    Scalars: every number of the epoch's record, and the neurons' parameters of layers that have one of each.
+    Histograms: the weights that exist, and the parameters of layers with one per neuron. Images: the mean |w| between
+    each pair of groups, output groups downwards, white the largest. A run that is resumed goes on in its curves.
 
     Raises:
         ImportError: if the package ``tensorboard`` is not installed.
@@ -60,8 +60,8 @@ class TensorBoardLog:
                 image = (heat / heat.max().clamp(min=1e-12)).float()
                 pixels = image.repeat_interleave(CELL, 0).repeat_interleave(CELL, 1)
                 writer.add_image(f"weight between groups/fc{number}", pixels[None], epoch)
-                for name in ("beta", "threshold"):
-                    values = getattr(neurons, name).detach().float().cpu()
+                for name, tensor in neurons.values.items():
+                    values = tensor.detach().float().cpu()
                     if values.dim() == 0:
                         writer.add_scalar(f"{name}/lif{number}", values, epoch)
                     else:

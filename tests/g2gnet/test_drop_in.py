@@ -14,7 +14,7 @@ from g2g_kernels import BlockMask, GroupLayout, lif, lif_step
 from g2g_kernels.ops.g2g_stack import operator
 from g2g_kernels.ops.neurons import RESETS
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
-from g2gnet import LIF, G2GLinear, G2GNet, SpikingStack
+from g2gnet import LIF, G2GLinear, G2GNet, SpikingStack, Synaptic
 
 STACK_BACKENDS = backends_of(operator)
 SAMPLES = torch.rand(5, 30, generator=seeded(1)) * 3
@@ -72,9 +72,9 @@ def test_steps_without_gradients_and_in_half_precision_give_the_same_spikes():
 
 
 @pytest.mark.parametrize("backend", STACK_BACKENDS)
-@pytest.mark.parametrize("reset", ["subtract", "zero"])
-def test_steps_of_a_network_equal_the_run_over_all_steps(backend, reset):
-    net = small_net(backend=backend, reset=reset, per_neuron=True)
+@pytest.mark.parametrize(("reset", "neuron"), [("subtract", "lif"), ("zero", "lif"), ("subtract", "synaptic")])
+def test_steps_of_a_network_equal_the_run_over_all_steps(backend, reset, neuron):
+    net = small_net(backend=backend if neuron == "lif" else "torch", reset=reset, neuron=neuron, per_neuron=True)
     x = torch.rand(6, 5, 30, generator=seeded(1)) * 3
     whole = net.simulate(x)
     whole.counts.square().sum().backward()
@@ -87,7 +87,8 @@ def test_steps_of_a_network_equal_the_run_over_all_steps(backend, reset):
         trains.append(spikes)
     assert torch.equal(torch.stack(trains), whole.spikes[-1].dense())
     assert torch.stack(trains).sum() > 0
-    assert [membrane.shape[-1] for membrane in state] == [40, 40, 10]
+    membranes = state if neuron == "lif" else [layer[-1] for layer in state]
+    assert [membrane.shape[-1] for membrane in membranes] == [40, 40, 10]
     torch.stack(trains).sum(0).square().sum().backward()
     for name, parameter in net.named_parameters():
         # float32 sums in two orders, through 6 steps and 3 layers
@@ -105,7 +106,9 @@ def test_a_held_sample_step_by_step():
 def test_wrong_states_are_named():
     with pytest.raises(ValueError, match=r"membrane has shape \(4, 7\), the current \(3, 7\); give None"):
         LIF().step(torch.rand(3, 7), torch.zeros(4, 7))
-    with pytest.raises(ValueError, match="state holds 1 membranes, this stack has 3 layers"):
+    with pytest.raises(ValueError, match="1 states given, synaptic neurons have synaptic_current, membrane"):
+        Synaptic().step(torch.rand(3, 7), torch.zeros(3, 7))
+    with pytest.raises(ValueError, match="state is of 1 layers, this stack has 3"):
         small_net().step(SAMPLES, (torch.zeros(5, 40),))
 
 
@@ -152,6 +155,22 @@ def test_beside_snntorchs_neurons_step_by_step():
     assert our_state.abs().sum() > 0
 
 
+@pytest.mark.parametrize("reset", ["subtract", "zero", "none"])
+def test_beside_snntorchs_synaptic_neurons_step_by_step(reset):
+    connection, ours = small_layer(), Synaptic(syn_decay=0.6, beta=0.8, reset=reset)
+    theirs = snntorch.Synaptic(alpha=0.6, beta=0.8, reset_mechanism=reset)
+    our_state, their_states, fired = None, theirs.reset_mem(), 0
+    for x_t in torch.rand(6, 5, 30, generator=seeded(1)) * 3:
+        current = connection(x_t)
+        spikes, our_state = ours.step(current, our_state)
+        their_spikes, *their_states = theirs(current, *their_states)
+        assert torch.equal(spikes, their_spikes)
+        for our, their in zip(our_state, their_states, strict=True):
+            assert torch.equal(our, their)
+        fired += spikes.sum()
+    assert fired > 0
+
+
 def test_a_stack_of_any_depth():
     layers = [(small_layer(40, 30), LIF()), (small_layer(16, 40), LIF(neurons=16))]
     stack = SpikingStack(layers, T=4)
@@ -167,10 +186,39 @@ def test_stacks_that_cannot_be_are_named():
         SpikingStack([pair, pair])
     with pytest.raises(ValueError, match="layers is empty"):
         SpikingStack([])
-    net = small_net()
-    net.lif2.reset = "zero"
-    with pytest.raises(ValueError, match="need the same reset, surrogate and alpha"):
-        net(SAMPLES)
+
+
+def mixed_stack(backend=None):
+    layers = [
+        (small_layer(40, 30), Synaptic(neurons=40, syn_decay=0.5, surrogate="triangle", alpha=1.0)),
+        (small_layer(40, 40), LIF(reset="zero", surrogate="boxcar")),
+        (small_layer(16, 40), Synaptic(reset="none", surrogate="sigmoid", alpha=4.0)),
+    ]
+    return SpikingStack(layers, T=6, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["torch"])
+def test_layers_of_any_kind_in_one_stack(backend):
+    """Model, reset, surrogate and α are each layer's own: as the modules in turn."""
+    torch.manual_seed(0)
+    stack = mixed_stack(backend)
+    activity = stack.simulate(SAMPLES)
+    activity.counts.square().sum().backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in stack.named_parameters()}
+    stack.zero_grad()
+
+    x, trains = SAMPLES.expand(6, 5, 30), []
+    for connection, neurons in stack.layers():
+        x = neurons(connection(x))
+        trains.append(x)
+    x.sum(0).square().sum().backward()
+    for spikes, expected in zip(activity.spikes, trains, strict=True):
+        assert torch.equal(spikes.dense(), expected)
+        assert expected.sum() > 0
+    for name, parameter in stack.named_parameters():
+        # float32 sums in two orders, through 6 steps and 3 layers
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-3)
+        assert parameter.grad.abs().sum() > 0
 
 
 # --- copied, cast, frozen, compiled, exported ---------------------------------------------------------------------

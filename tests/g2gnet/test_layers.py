@@ -1,4 +1,4 @@
-"""G2GLinear and LIF as modules: initial values, saving, and life inside other modules."""
+"""G2GLinear, LIF and Synaptic as modules: initial values, saving, and life inside other modules."""
 
 import copy
 import pickle
@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from g2g_kernels import BlockMask, GroupLayout, g2g_linear, lif
-from g2gnet import LIF, G2GLinear
+from g2g_kernels import BlockMask, GroupLayout, g2g_linear, lif, synaptic
+from g2gnet import LIF, G2GLinear, Synaptic
 
 
 def sample_mask(out_size=50, in_size=98, block_size=8, seed=0, **kwargs):
@@ -59,6 +59,15 @@ def test_modules_call_the_operators():
     torch.testing.assert_close(layer(x), current, rtol=0, atol=0)
     expected = lif(current, neurons.beta, neurons.threshold, reset="zero", surrogate="sigmoid", alpha=3.0)
     torch.testing.assert_close(neurons(current), expected, rtol=0, atol=0)
+    other = Synaptic(syn_decay=0.5, beta=0.75, reset="none", surrogate="boxcar", alpha=1.0)
+    expected = synaptic(current, 0.5, 0.75, other.threshold, reset="none", surrogate="boxcar", alpha=1.0)
+    torch.testing.assert_close(other(current), expected, rtol=0, atol=0)
+    assert repr(other) == "Synaptic(reset='none', surrogate='boxcar', alpha=1.0)"
+
+
+def test_parameters_that_the_model_lacks_are_refused():
+    with pytest.raises(TypeError, match="tau, learn_gamma: unknown to synaptic neurons, which have syn_decay, beta, t"):
+        Synaptic(tau=3.0, learn_gamma=False)
 
 
 def test_layers_work_in_a_sequential_beside_other_modules():
@@ -93,6 +102,7 @@ def test_a_state_dict_restores_graph_and_weights_into_a_layer_drawn_otherwise():
 def test_lif_keeps_scalars_or_one_value_a_neuron_learnable_or_not():
     assert LIF().beta.shape == ()
     assert LIF(neurons=7, beta=0.8).beta.tolist() == pytest.approx([0.8] * 7)
+    assert Synaptic(neurons=7, syn_decay=0.25).syn_decay.tolist() == [0.25] * 7
     fixed = LIF(learn_beta=False, learn_threshold=True)
     assert [name for name, _ in fixed.named_parameters()] == ["threshold"]
     assert set(fixed.state_dict()) == {"beta", "threshold"}

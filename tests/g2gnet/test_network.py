@@ -6,7 +6,7 @@ import torch
 from snntorch import surrogate
 
 from g2g_kernels import g2g_stack
-from g2gnet import G2GNet
+from g2gnet import G2GNet, Synaptic
 from g2gnet.network import MODELS
 
 SPARSE = [model for model in MODELS if model != "dense"]
@@ -50,10 +50,28 @@ def test_the_default_sizes_have_the_density_of_the_paper():
     assert net.lif3.threshold.item() == 1.0
 
 
+def their_neurons(neuron, population):
+    """snnTorch's form of our neurons, a function (current, states) -> (spikes, states), and its gradients by our names.
+
+    Both ways of writing a parameter are snnTorch's own: its state dict of ``Leaky`` has the names that ours has.
+    """
+    options = {"spike_grad": surrogate.atan(alpha=2.0), "learn_beta": True, "learn_threshold": True}
+    values = {name: value.detach().clone() for name, value in population.values.items()}
+    if neuron == "lif":
+        theirs = snntorch.Leaky(**values, **options).double()
+        names = {"beta": "beta", "threshold": "threshold"}
+    else:
+        theirs = snntorch.Synaptic(alpha=values.pop("syn_decay"), **values, learn_alpha=True, **options).double()
+        names = {"syn_decay": "alpha", "beta": "beta", "threshold": "threshold"}
+    assert set(names.values()) <= set(theirs.state_dict())
+    return theirs, lambda: {ours: getattr(theirs, name).grad for ours, name in names.items()}
+
+
+@pytest.mark.parametrize("neuron", ["lif", "synaptic"])
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("per_neuron", [False, True])
-def test_the_network_equals_snntorchs(model, per_neuron):
-    net = small_net(model, per_neuron=per_neuron, backend="torch").double()
+def test_the_network_equals_snntorchs(model, per_neuron, neuron):
+    net = small_net(model, per_neuron=per_neuron, neuron=neuron, backend="torch").double()
     x = torch.rand(6, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 3
     labels = torch.arange(6)
 
@@ -61,28 +79,21 @@ def test_the_network_equals_snntorchs(model, per_neuron):
     activity = net.simulate(inputs)
     torch.nn.functional.cross_entropy(activity.counts, labels).backward()
 
-    weights, biases, neurons = [], [], []
+    weights, biases, neurons, gradients = [], [], [], []
     for connection, population in net.layers():
         weights.append(connection.dense_weight().detach().requires_grad_())
         biases.append(connection.bias.detach().clone().requires_grad_())
-        leaky = snntorch.Leaky(
-            beta=population.beta.detach().clone(),
-            threshold=population.threshold.detach().clone(),
-            learn_beta=True,
-            learn_threshold=True,
-            spike_grad=surrogate.atan(alpha=2.0),
-        )
-        neurons.append(leaky.double())
-    # both ways of writing a parameter are snnTorch's own: its state dict has the names that ours has
-    assert {"beta", "threshold"} <= set(neurons[0].state_dict())
+        their_population, their_gradients = their_neurons(neuron, population)
+        neurons.append(their_population)
+        gradients.append(their_gradients)
     theirs = x.clone().requires_grad_()
-    membranes = [torch.zeros(6, len(bias), dtype=torch.float64) for bias in biases]
+    states = [[torch.zeros(6, len(bias), dtype=torch.float64)] * (1 + (neuron == "synaptic")) for bias in biases]
     trains = [[], [], []]
     for _ in range(net.T):
         spikes = theirs
-        for number, (weight, bias, leaky) in enumerate(zip(weights, biases, neurons, strict=True)):
+        for number, (weight, bias, population) in enumerate(zip(weights, biases, neurons, strict=True)):
             current = torch.nn.functional.linear(spikes, weight, bias)
-            spikes, membranes[number] = leaky(current, membranes[number])
+            spikes, *states[number] = population(current, *states[number])
             spikes = spikes.double()  # snnTorch casts spikes to float32
             trains[number].append(spikes)
     torch.nn.functional.cross_entropy(torch.stack(trains[2]).sum(0), labels).backward()
@@ -91,11 +102,42 @@ def test_the_network_equals_snntorchs(model, per_neuron):
         assert torch.equal(activity.spikes[number].dense(), torch.stack(trains[number]))
         assert activity.spikes[number].dense().sum() > 0
     assert_near(inputs.grad, theirs.grad)
-    for (connection, population), weight, bias, leaky in zip(net.layers(), weights, biases, neurons, strict=True):
+    for (connection, population), weight, bias, their_gradients in zip(
+        net.layers(), weights, biases, gradients, strict=True
+    ):
         assert_near(connection.values.grad, connection.mask.pack(weight.grad))
         assert_near(connection.bias.grad, bias.grad)
-        assert_near(population.beta.grad, leaky.beta.grad)
-        assert_near(population.threshold.grad, leaky.threshold.grad)
+        for name, gradient in their_gradients().items():
+            assert_near(population.values[name].grad, gradient)
+
+
+def test_surrogate_and_alpha_are_those_of_the_hidden_layers():
+    net = small_net(surrogate="triangle", alpha=4.0)
+    assert [(neurons.surrogate, neurons.alpha) for _, neurons in net.layers()] == [
+        ("triangle", 4.0),
+        ("triangle", 4.0),
+        ("atan", 2.0),
+    ]
+    x, labels = torch.rand(6, 30) * 3, torch.arange(6)
+    gradients = {}
+    for surrogate_of_hidden in ("atan", "boxcar"):
+        net = small_net(surrogate=surrogate_of_hidden, backend="torch")
+        torch.nn.functional.cross_entropy(net(x), labels).backward()
+        gradients[surrogate_of_hidden] = net
+    # the output layer's own gradient has no other surrogate in it, that of what lies below has
+    assert torch.equal(gradients["atan"].fc3.values.grad, gradients["boxcar"].fc3.values.grad)
+    assert not torch.equal(gradients["atan"].fc2.values.grad, gradients["boxcar"].fc2.values.grad)
+
+
+def test_the_neurons_parameters_begin_where_one_says():
+    net = small_net(neuron="synaptic", syn_decay=0.5, beta=0.95, learn_threshold=False)
+    for _, neurons in net.layers():
+        assert isinstance(neurons, Synaptic)
+        assert neurons.syn_decay.item() == 0.5
+        assert neurons.beta.item() == pytest.approx(0.95)
+        assert [name for name, _ in neurons.named_parameters()] == ["syn_decay", "beta"]
+    with pytest.raises(TypeError, match="syn_decay: unknown to lif neurons, which have beta, threshold"):
+        small_net(syn_decay=0.5)
 
 
 def test_forward_returns_the_counts_of_the_simulation():
@@ -146,6 +188,7 @@ def test_a_state_dict_carries_masks_and_groups():
     [
         ({"model": "ring"}, "model='ring' is unknown; choose one of dense, index, random, mixer"),
         ({"T": 0}, "T=0 must be at least 1"),
+        ({"neuron": "if"}, "neuron='if' is unknown; choose one of lif, synaptic"),
         ({"enc": "latency"}, "enc='latency' is unknown"),
         ({"p_inter": 1.5}, "p_inter=1.5 is not a probability"),
         ({"num_groups": 11}, "10 neurons cannot fill num_groups=11"),

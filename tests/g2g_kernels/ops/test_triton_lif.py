@@ -14,7 +14,7 @@ from g2g_kernels.ops.neurons import RESETS
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
 from g2g_kernels.triton.runtime import interpreted
 from g2g_kernels.triton.runtime import unavailable as triton_unavailable
-from g2gnet.layers import LIF
+from g2gnet.neurons import LIF
 
 pytestmark = pytest.mark.skipif(triton_unavailable() is not None, reason=str(triton_unavailable()))
 

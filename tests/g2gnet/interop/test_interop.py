@@ -16,7 +16,7 @@ from torch.nn.utils import prune
 
 from g2g_kernels import BlockMask, GroupLayout
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
-from g2gnet import LIF, G2GLinear, G2GNet, SpikingStack
+from g2gnet import LIF, G2GLinear, G2GNet, SpikingStack, Synaptic
 from g2gnet.interop import from_nir, from_snntorch, to_nir, to_snntorch
 
 STEPS = 12
@@ -43,6 +43,10 @@ def output_spikes(net):
     spikes = net.simulate(SAMPLES).spikes[-1].dense()
     assert 0 < spikes.sum() < spikes.numel()
     return spikes
+
+
+def options_of(stack):
+    return [(neurons.reset, neurons.surrogate, neurons.alpha) for _, neurons in stack.layers()]
 
 
 def assert_equal_states(one, other):
@@ -83,7 +87,7 @@ def test_a_network_from_snntorch_has_its_spikes_and_gradients(reset):
     ours = from_snntorch(theirs)
     expected = theirs(SAMPLES)
     assert torch.equal(output_spikes(ours), expected.detach())
-    assert ours.lif_options() == (reset, "fast_sigmoid", 5.0)
+    assert options_of(ours) == [(reset, "fast_sigmoid", 5.0)] * 2
     assert ours.fc1.mask.is_full
     assert torch.equal(ours.fc2.mask.to_dense(), theirs.fc2.weight_mask.bool())
     assert not isinstance(ours.lif1.beta, nn.Parameter)
@@ -100,7 +104,45 @@ def test_a_network_from_snntorch_has_its_spikes_and_gradients(reset):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * other.abs().max().item())
 
 
-@pytest.mark.parametrize("options", [{}, {"per_neuron": True, "reset": "zero"}, {"learn_beta": False, "alpha": 3.0}])
+@pytest.mark.parametrize("reset", ["subtract", "zero", "none"])
+def test_synaptic_neurons_from_snntorch_have_their_spikes_and_gradients(reset):
+    torch.manual_seed(0)
+    options = {"reset_mechanism": reset, "spike_grad": surrogate.fast_sigmoid(slope=4), "init_hidden": True}
+    theirs = nn.Sequential(
+        nn.Linear(30, 40),
+        snntorch.Synaptic(alpha=torch.linspace(0.1, 0.9, 40), beta=0.7, learn_alpha=True, **options),
+        nn.Linear(40, 10),
+        snntorch.Leaky(beta=0.8, learn_beta=True, **{**options, "spike_grad": surrogate.atan()}),
+    )
+    ours = from_snntorch(theirs)
+    expected = torch.stack([theirs(x_t) for x_t in SAMPLES])
+    assert torch.equal(output_spikes(ours), expected.detach())
+    assert [type(neurons) for _, neurons in ours.layers()] == [Synaptic, LIF]
+    assert options_of(ours) == [(reset, "fast_sigmoid", 4.0), (reset, "atan", 2.0)]
+    assert not isinstance(ours.lif1.beta, nn.Parameter)
+
+    expected.sum(0).square().sum().backward()
+    ours(SAMPLES).square().sum().backward()
+    for one, other in (
+        (ours.fc1.values.grad, ours.fc1.mask.pack(theirs[0].weight.grad)),
+        (ours.lif1.syn_decay.grad, theirs[1].alpha.grad),
+        (ours.lif2.beta.grad, theirs[3].beta.grad),
+    ):
+        assert other.abs().sum() > 0
+        # float32 through 12 steps, summed in another order
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * other.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"per_neuron": True, "reset": "zero"},
+        {"learn_beta": False, "alpha": 3.0},
+        {"neuron": "synaptic", "surrogate": "boxcar"},
+        {"neuron": "synaptic", "per_neuron": True, "reset": "zero", "learn_syn_decay": False, "surrogate": "triangle"},
+    ],
+)
 def test_there_and_back_again_is_the_same_network(options):
     net = small_net(**options)
     net.fc2.requires_grad_(False)
@@ -110,7 +152,8 @@ def test_there_and_back_again_is_the_same_network(options):
 
     back = from_snntorch(theirs, masks={name: net.get_submodule(name).mask for name in ("fc1", "fc2", "fc3")})
     assert_equal_states(back, net)
-    assert back.lif_options() == net.lif_options()
+    assert options_of(back) == options_of(net)
+    assert [type(neurons) for _, neurons in back.layers()] == [type(neurons) for _, neurons in net.layers()]
     learnable = {name: parameter.requires_grad for name, parameter in net.named_parameters()}
     assert {name: parameter.requires_grad for name, parameter in back.named_parameters()} == learnable
     # without the masks, the same graph as single weights
@@ -132,7 +175,14 @@ def test_a_network_in_snntorch_stays_sparse_while_it_trains():
 @pytest.mark.parametrize("alpha", [0.5, 2.0, 25.0])
 def test_every_surrogate_is_told_by_its_derivative(name, alpha):
     stack = SpikingStack([(G2GLinear.from_linear(nn.Linear(4, 3)), LIF(surrogate=name, alpha=alpha))])
-    assert from_snntorch(to_snntorch(stack)).lif_options() == ("subtract", name, alpha)
+    assert options_of(from_snntorch(to_snntorch(stack))) == [("subtract", name, alpha)]
+
+
+def test_a_constant_derivative_is_no_wide_boxcar():
+    theirs = to_snntorch(SpikingStack([(G2GLinear.from_linear(nn.Linear(4, 3)), LIF())]))
+    theirs.lif1.spike_grad = lambda x: (x > 0).float() + 0.25 * (x - x.detach())
+    with pytest.raises(ValueError, match="lif1: spike_grad is none of g2g's surrogates"):
+        from_snntorch(theirs)
 
 
 @pytest.mark.parametrize(
@@ -157,33 +207,121 @@ def test_models_of_another_form_are_refused():
     leaky = snntorch.Leaky(beta=0.9)
     for model, message in (
         (nn.Sequential(nn.Conv2d(1, 1, 3), leaky), "0 is a Conv2d; from_snntorch takes networks of nn.Linear and"),
-        (nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), "1 is a Linear, but a Leaky should come next"),
-        (nn.Sequential(nn.Linear(3, 3)), "the model has 1 nn.Linear and 0 snn.Leaky"),
-        (nn.Sequential(nn.Linear(3, 4), leaky, nn.Linear(3, 3), leaky), "the model has 2 nn.Linear and 1 snn.Leaky"),
+        (
+            nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)),
+            "1 is a Linear, but snn.Leaky or snn.Synaptic should come next",
+        ),
+        (nn.Sequential(nn.Linear(3, 3)), "the model has 1 nn.Linear and 0 snn.Leaky or snn.Synaptic"),
+        (nn.Sequential(nn.Linear(3, 4), leaky, nn.Linear(3, 3), leaky), "the model has 2 nn.Linear and 1 snn.Leaky or"),
     ):
         with pytest.raises(ValueError, match=message):
             from_snntorch(model)
     with pytest.raises(ValueError, match="masks names fc9; the linear layers are fc1, fc2"):
         from_snntorch(TutorialNet(), masks={"fc9": torch.ones(1, 1)})
-    other = TutorialNet()
-    other.lif2.reset_mechanism = "zero"
-    with pytest.raises(ValueError, match="need the same reset, surrogate and alpha"):
-        from_snntorch(other)
+    for reset in ("subtract", "zero"):
+        at_once = nn.Sequential(
+            nn.Linear(3, 3), snntorch.Synaptic(alpha=0.9, beta=0.9, reset_mechanism=reset, reset_delay=False)
+        )
+        with pytest.raises(ValueError, match="1: our Synaptic has no reset_delay=False; only"):
+            from_snntorch(at_once)
 
 
 # --- NIR ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"per_neuron": True, "surrogate": "sigmoid", "learn_threshold": False}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"per_neuron": True, "surrogate": "sigmoid", "learn_threshold": False},
+        {"neuron": "synaptic", "syn_decay": 0.6},
+        {"neuron": "synaptic", "syn_decay": 0.6, "per_neuron": True, "learn_syn_decay": False},
+    ],
+)
 def test_a_file_of_nir_gives_the_same_network_back(options, tmp_path):
     net = trained_net(reset="zero", **options)
     nir.write(tmp_path / "net.nir", to_nir(net))
     back = from_nir(nir.read(tmp_path / "net.nir"), T=STEPS)
     assert_equal_states(back, net)
-    assert back.lif_options() == net.lif_options()
+    assert options_of(back) == options_of(net)
     assert [name for name, _ in back.named_parameters()] == [name for name, _ in net.named_parameters()]
     assert torch.equal(back(SAMPLES), net(SAMPLES))
     assert net(SAMPLES).sum() > 0
+
+
+def one_layer(**options):
+    torch.manual_seed(0)
+    neurons = Synaptic(neurons=40, syn_decay=0.6, beta=0.8, reset="zero", **options)
+    neurons.syn_decay.data.uniform_(0.3, 0.9)
+    neurons.beta.data.uniform_(0.3, 0.9)
+    return SpikingStack([(G2GLinear.from_linear(nn.Linear(30, 40)), neurons)], T=STEPS)
+
+
+@pytest.mark.parametrize("dt", [1e-4, 1e-3])
+def test_synaptic_neurons_are_nirs_differential_equations_but_for_the_step_after_a_spike(dt, caplog):
+    stack = one_layer()
+    nodes = to_nir(stack, dt).nodes
+    assert "lif1: after a spike NIR's CubaLIF charges from zero, Synaptic stays at zero for that step" in caplog.text
+    affine, cuba = nodes["fc1"], nodes["lif1"]
+    current, v, fired, spikes = np.zeros((6, 40)), np.zeros((6, 40)), np.zeros((6, 40), bool), []
+    for x in SAMPLES.double().numpy():
+        current = current + dt / cuba.tau_syn * (-current + cuba.w_in * (x @ affine.weight.T + affine.bias))
+        v = v + dt / cuba.tau_mem * (cuba.v_leak - v + cuba.r * current)
+        v = np.where(fired, cuba.v_reset, v)  # NIR resets in the step before, from where this one's current charges
+        fired = v > cuba.v_threshold
+        spikes.append(torch.from_numpy(fired))
+    assert torch.equal(torch.stack(spikes).float(), output_spikes(stack))
+
+
+def until_the_first(spikes):
+    """A train with nothing after each neuron's first spike."""
+    return spikes * (spikes.cumsum(0) == 1)
+
+
+def test_snntorchs_and_norses_importers_run_synaptic_neurons_to_the_same_first_spikes(capsys):
+    stack = one_layer()
+    stack.lif1.threshold.data.fill_(0.75)  # one for all, as snnTorch's importer demands
+    expected = until_the_first(output_spikes(stack))
+    theirs = import_from_nir(to_nir(stack))
+    trains = []
+    with torch.no_grad():
+        state = None
+        for x_t in SAMPLES:
+            spikes, state = theirs(x_t, state)
+            trains.append(spikes)
+    assert torch.equal(until_the_first(torch.stack(trains)), expected)
+    capsys.readouterr()  # it prints that it scales the threshold
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        norse = pytest.importorskip("norse.torch")
+        theirs = norse.from_nir(to_nir(stack), dt=1e-4)
+        state, trains = None, []
+        with torch.no_grad():
+            for x_t in SAMPLES:
+                spikes, state = theirs(x_t, state)
+                trains.append(spikes)
+    assert torch.equal(until_the_first(torch.stack(trains)), expected)
+
+
+def test_a_cubalif_of_another_tool_is_read_with_its_own_strengths_and_time_step():
+    weight = torch.randn(5, 30, generator=seeded(3)).numpy()
+    dt, syn_decay, beta, gain, threshold = 1e-3, np.linspace(0.3, 0.7, 5), np.linspace(0.5, 0.9, 5), 0.25, 0.8
+    tau_syn, tau_mem, w_in = dt / (1 - syn_decay), dt / (1 - beta), np.linspace(1, 2, 5)
+    node = nir.CubaLIF(
+        tau_syn=tau_syn,
+        tau_mem=tau_mem,
+        r=gain / w_in * tau_syn * tau_mem / dt**2,
+        v_leak=np.zeros(5),
+        v_threshold=np.full(5, threshold),
+        w_in=w_in,
+    )
+    ends = nir.Input(input_type={"input": np.array([30])}), nir.Output(output_type={"output": np.array([5])})
+    nodes = {"input": ends[0], "w": nir.Linear(weight=weight), "n": node, "output": ends[1]}
+    stack = from_nir(nir.NIRGraph(nodes=nodes, edges=[("input", "w"), ("w", "n"), ("n", "output")]), dt)
+    torch.testing.assert_close(stack.lif1.syn_decay.detach(), torch.from_numpy(syn_decay).float())
+    torch.testing.assert_close(stack.lif1.beta.detach(), torch.from_numpy(beta).float())
+    torch.testing.assert_close(stack.lif1.threshold.detach().expand(5), torch.full((5,), threshold / gain))
 
 
 @pytest.mark.parametrize("dt", [1e-4, 1e-3])
@@ -263,6 +401,8 @@ def test_what_nir_cannot_carry_is_refused():
         to_nir(small_net())
     with pytest.raises(ValueError, match="lif1 has beta=1, no leak"):
         to_nir(small_net(reset="zero", beta=1.2))
+    with pytest.raises(ValueError, match="lif1 has syn_decay=1, no leak"):
+        to_nir(small_net(neuron="synaptic", reset="zero", syn_decay=1.0))
     with pytest.raises(ValueError, match="dt=0 must be above 0 seconds"):
         to_nir(small_net(reset="zero"), dt=0)
 

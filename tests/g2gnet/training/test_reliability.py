@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training_runs import SMALL, VARIANTS, assert_equal, flags_of, load, run
 
 from g2gnet.data import load_dataset
-from g2gnet.layers import LIF
+from g2gnet.neurons import LIF
 from g2gnet.tensor_file import TensorFileError, read_tensors, write_tensors
 from g2gnet.training import CheckpointError, Interrupted, Machine, Trainer, TrainingError, TrainSettings, run_training
 from g2gnet.training.health import FiniteWatch, LayerWatch

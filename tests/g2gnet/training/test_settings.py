@@ -3,6 +3,7 @@
 import pytest
 from training_runs import DEFAULTS
 
+from g2gnet import Synaptic
 from g2gnet.training import SettingsError, TrainSettings
 
 
@@ -19,6 +20,13 @@ def test_the_defaults():
             {"model": "index", "sparsity_mode": "dynamic", "cp": "hebb", "cg": "random"},
             "fashionmnist_index_p0.15_T50_current_cphebb_cgrandom",
         ),
+        ({"neuron": "synaptic"}, "fashionmnist_dense_p0.15_T50_current_synaptic"),
+        ({"neuron": "synaptic", "syn_decay": 0.8}, "fashionmnist_dense_p0.15_T50_current_synaptic"),
+        (
+            {"neuron": "synaptic", "syn_decay": 0.5, "model": "index", "sparsity_mode": "dynamic"},
+            "fashionmnist_index_p0.15_T50_current_synaptic_syn_decay0.5_cpset_cghebb",
+        ),
+        ({"surrogate": "triangle", "alpha": 4.0}, "fashionmnist_dense_p0.15_T50_current"),
         ({"cp": "hebb"}, "fashionmnist_dense_p0.15_T50_current"),
         ({"dataset": "cifar10", "use_resnet": True}, "resnet_cifar10_dense_p0.15_T50_current"),
     ],
@@ -49,6 +57,17 @@ def test_the_stem_names_the_run(options, stem):
         ({"model": "ring"}, "model='ring' is unknown; choose one of dense, index, random, mixer"),
         ({"dataset": "mnist"}, "dataset='mnist' is unknown; choose one of fashionmnist, "),
         ({"augment": "flip"}, "augment='flip' is unknown; choose one of auto, crop-flip, none"),
+        ({"neuron": "izhikevich"}, "neuron='izhikevich' is unknown; choose one of lif, synaptic"),
+        ({"syn_decay": 0.8}, "syn_decay=0.8 is of no use with neuron=lif; give --neuron synaptic, or leave it out"),
+        (
+            {"neuron": "synaptic", "syn_decay": 1.5},
+            "syn_decay=1.5 is out of range; give a value at least 0 and at most",
+        ),
+        (
+            {"surrogate": "step"},
+            "surrogate='step' is unknown; choose one of atan, fast_sigmoid, sigmoid, triangle, box",
+        ),
+        ({"alpha": 0.0}, "alpha=0.0 is out of range; give a value above 0"),
         ({"use_resnet": True}, "use_resnet needs --dataset cifar10 or cifar100"),
         ({"dataset": "cifar10", "use_resnet": True, "augment": "crop-flip"}, "augment=crop-flip needs images"),
         ({"dataset": "cifar10", "resnet_weights": "w.pt"}, "resnet_weights is of no use without use_resnet"),
@@ -65,6 +84,10 @@ def test_the_stem_names_the_run(options, stem):
 def test_bad_values_are_named_with_range_and_remedy(options, message):
     with pytest.raises(SettingsError, match=message):
         TrainSettings(**options)
+
+
+def test_a_decay_that_is_left_out_is_that_of_the_module():
+    assert TrainSettings(neuron="synaptic") == TrainSettings(neuron="synaptic", syn_decay=Synaptic.initial["syn_decay"])
 
 
 @pytest.mark.parametrize(

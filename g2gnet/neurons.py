@@ -1,0 +1,120 @@
+"""Populations of spiking neurons as modules. What each has, parameters and states, is what its model declares."""
+
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from g2g_kernels import Neurons, neurons, neurons_step
+from g2g_kernels.ops.neurons import MODELS
+from g2g_kernels.ops.neurons.models import NeuronModel
+
+#: what :meth:`SpikingNeurons.step` hands on: the membrane [..., N] of a model with no other state, else its states in
+#: order, the membrane last
+NeuronState = torch.Tensor | tuple[torch.Tensor, ...]
+
+
+class SpikingNeurons(nn.Module):
+    """A population of neurons, run over all time steps at once (:func:`g2g_kernels.neurons`).
+
+    Base of one class per model, which says where the model's parameters begin.
+
+    Args:
+        neurons: None for one value of each parameter, shared by the layer; a number N for one per neuron.
+        reset, surrogate, alpha, backend: as for :func:`g2g_kernels.lif`.
+        parameters: by the names of the model's parameters, the values to begin with (``beta=0.95``), and whether they
+            are learned (``learn_beta=False`` makes a buffer of it).
+
+    Raises:
+        TypeError: for a parameter that the model does not have.
+    """
+
+    model: ClassVar[NeuronModel]
+    #: the value that each parameter of the model has to begin with
+    initial: ClassVar[dict[str, float]]
+
+    def __init__(
+        self,
+        neurons: int | None = None,
+        *,
+        reset: str = "subtract",
+        surrogate: str = "atan",
+        alpha: float = 2.0,
+        backend: str | None = None,
+        **parameters: float,
+    ) -> None:
+        super().__init__()
+        self.reset = reset
+        self.surrogate = surrogate
+        self.alpha = alpha
+        self.backend = backend
+        shape = () if neurons is None else (neurons,)
+        for name in self.model.parameters:
+            tensor = torch.full(shape, float(parameters.pop(name, self.initial[name])))
+            if parameters.pop(f"learn_{name}", True):
+                self.register_parameter(name, nn.Parameter(tensor))
+            else:
+                self.register_buffer(name, tensor)
+        if parameters:
+            raise TypeError(
+                f"{', '.join(parameters)}: unknown to {self.model.name} neurons, which have "
+                f"{', '.join(self.model.parameters)}"
+            )
+
+    @property
+    def values(self) -> dict[str, torch.Tensor]:
+        """The parameters by name, in the model's order, each a scalar or [N]."""
+        return {name: getattr(self, name) for name in self.model.parameters}
+
+    @property
+    def population(self) -> Neurons:
+        """The population in the form that operators take."""
+        return Neurons(self.model.name, tuple(self.values.values()), self.reset, self.surrogate, self.alpha)
+
+    def forward(self, current: torch.Tensor, steps: int | None = None) -> torch.Tensor:
+        """Currents [T, ..., N], or one current [..., N] held for ``steps`` steps → spikes [T, ..., N]."""
+        return neurons(current, self.population, steps, self.backend)
+
+    def step(self, current: torch.Tensor, state: NeuronState | None = None) -> tuple[torch.Tensor, NeuronState]:
+        """One time step (:func:`g2g_kernels.neurons_step`), for online input and recurrent networks.
+
+        Args:
+            current: [..., N].
+            state: what the last step returned; None at the first.
+
+        Returns:
+            spikes [..., N] and the state.
+        """
+        states = (state,) if isinstance(state, torch.Tensor) else state
+        spikes, states = neurons_step(current, states, self.population)
+        return spikes, states[0] if len(states) == 1 else states
+
+    def extra_repr(self) -> str:
+        return f"reset={self.reset!r}, surrogate={self.surrogate!r}, alpha={self.alpha}"
+
+
+class LIF(SpikingNeurons):
+    """Leaky integrate-and-fire neurons (:func:`g2g_kernels.lif`), snnTorch's ``Leaky``: ``beta`` and ``threshold``."""
+
+    model = MODELS["lif"]
+    initial: ClassVar = {"beta": 0.9, "threshold": 1.0}
+    beta: torch.Tensor
+    threshold: torch.Tensor
+
+
+class Synaptic(SpikingNeurons):
+    """LIF neurons with a synaptic current (:func:`g2g_kernels.synaptic`), snnTorch's ``Synaptic``: ``syn_decay``,
+    ``beta`` and ``threshold``.
+
+    The current outlasts a spike by 1/(1 − γ) steps on average. SYN_DECAY_REASON
+    """
+
+    model = MODELS["synaptic"]
+    initial: ClassVar = {"syn_decay": 0.8, "beta": 0.9, "threshold": 1.0}
+    syn_decay: torch.Tensor
+    beta: torch.Tensor
+    threshold: torch.Tensor
+
+
+#: the class of each model
+NEURONS: dict[str, type[SpikingNeurons]] = {kind.model.name: kind for kind in (LIF, Synaptic)}

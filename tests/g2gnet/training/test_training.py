@@ -114,6 +114,35 @@ def test_other_settings_than_the_files_are_refused_by_name(tmp_path, finished):
     assert files.checkpoint.read_bytes() == content
 
 
+def test_a_checkpoint_without_a_setting_is_refused_by_its_name(tmp_path):
+    """As one is that was made before there was a choice of neurons: it might have been any."""
+    files = run(tmp_path, epochs=1)
+    files.marker.unlink()
+    state = load(files)
+    for name in ("neuron", "surrogate"):
+        del state["settings"][name]
+    write_tensors(files.checkpoint, state)
+    with pytest.raises(CheckpointError) as error:
+        run(tmp_path, epochs=1)
+    assert "neuron: not set there, lif now" in str(error.value)
+    assert "surrogate: not set there, atan now" in str(error.value)
+    assert "alpha" not in str(error.value)
+
+
+def test_a_run_of_synaptic_neurons_resumes(tmp_path):
+    options = {"neuron": "synaptic", "syn_decay": 0.5, "surrogate": "triangle", "epochs": 1}
+    files = run(tmp_path, **options)
+    assert files.checkpoint.name == "fashionmnist-mini_mixer_p0.15_T8_current_synaptic_syn_decay0.5.pth"
+    state = load(files)
+    assert state["settings"]["syn_decay"] == 0.5
+    assert 0 < state["model"]["lif1.syn_decay"].item() != 0.5
+    files.marker.unlink()
+    with pytest.raises(CheckpointError, match="surrogate: triangle there, atan now"):
+        run(tmp_path, **{**options, "surrogate": "atan"})
+    run(tmp_path, **options)
+    assert_equal(load(files), state)
+
+
 def test_a_run_killed_between_checkpoint_and_marker_only_writes_the_analysis_and_the_marker(tmp_path):
     files = run(tmp_path)
     before, analysis = load(files), files.analysis.read_text()

@@ -22,6 +22,8 @@ import torch
 from g2g_kernels.cpu.workspace import workspace
 from g2g_kernels.tracing import constant_when_traced
 
+logger = logging.getLogger("g2g_kernels")
+
 ABI = 3
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
 RESETS = {"subtract": 0, "zero": 1, "none": 2}
@@ -47,6 +49,10 @@ MOST_PARAMETERS = 3
 #: the two take equally long (docs/cpu-performance.md). Weight gradients are summed in float32 in either case.
 EVENT_LIMIT_FORWARD = {False: 0.5, True: 0.28}
 EVENT_LIMIT_BACKWARD = {False: 0.5, True: 0.5}
+#: The same for input gradients: the share of neurons that a gradient reaches through their own spikes where the product
+#: multiplies as many rows of weights as events may have to; the kernels scale it by how many (``EventRuns.ratio``).
+GRADIENT_EVENT_LIMIT = {False: 0.38, True: 0.2}
+COMPACT_SURROGATES = ("triangle", "boxcar")  # zero where |U − θ| ≥ 1/α
 
 
 def _fields(**groups: str) -> list[tuple[str, type]]:
@@ -73,7 +79,13 @@ class LayerArguments(Structure):
     _fields_ = [
         *_fields(pointer="plan values bias"),
         ("neurons", NeuronArguments),
-        *_fields(pointer="spikes inputs kept rates grad_rates grad_values grad_bias", double="input_rate"),
+        *_fields(
+            pointer="spikes inputs kept rates grad_rates grad_values grad_bias",
+            double="input_rate",
+            float="gradient_event_limit",
+            int32="gradient_event_chunks",
+            double_="gradient_event_rate",
+        ),
     ]
 
 
@@ -250,6 +262,30 @@ def pointer(tensor: torch.Tensor | None) -> int | None:
 def event_limit(bf16: bool, backward: bool) -> float:
     """The share of ones up to which spikes are multiplied event by event."""
     return (EVENT_LIMIT_BACKWARD if backward else EVENT_LIMIT_FORWARD)[bool(bf16)]
+
+
+def gradient_event_limit(neurons: NeuronArguments, bf16: bool) -> float:
+    """The share of events up to which the input gradient of a layer with these neurons is computed by events.
+
+    0 where it always takes the product, for a reason that is logged once.
+    """
+    reason = _why_product(neurons.model, neurons.reset, neurons.surrogate, bool(neurons.parameters[0].per_neuron))
+    return 0.0 if reason else GRADIENT_EVENT_LIMIT[bool(bf16)]
+
+
+@functools.cache
+def _why_product(model: int, reset: int, surrogate: int, per_neuron: bool) -> str | None:
+    names = {number: name for name, number in SURROGATES.items()}
+    reasons = {
+        f"gradients of surrogate {names[surrogate]!r} reach every neuron": names[surrogate] not in COMPACT_SURROGATES,
+        "neuron 'synaptic' has two decays": model != MODELS["lif"].number,
+        "gradients pass through reset 'zero'": reset == RESETS["zero"],
+        "each neuron has its own beta": per_neuron,
+    }
+    reason = next((reason for reason, applies in reasons.items() if applies), None)
+    path = f"the product: {reason}" if reason else "events where these are few"
+    logger.info("input gradients are computed by %s", path)
+    return reason
 
 
 def bf16_wanted() -> bool:

@@ -10,15 +10,15 @@ struct InputGradient {
     const Plan* plan;
     float* tiles = nullptr;
     uint16_t* pairs = nullptr;
+    bool tiles_loaded = false, product_loaded = false;
     float* weights = nullptr;     // of the sparse tiles
     float* transposed = nullptr;  // [row blocks][bands][64 lanes][64 rows], a band being 64 rows
     int64_t bands = 0;
 
-    InputGradient(const Plan& p, int64_t rows, bool bf16, Arena& arena) : plan(&p) {
-        if (bf16)
-            pairs = arena.take<uint16_t>(static_cast<size_t>(p.tiles) * kTile);
-        else
-            tiles = arena.take<float>(static_cast<size_t>(p.tiles) * kTile);
+    // `events`: may also be computed by events (gradient_events.h), which take float32 tiles.
+    InputGradient(const Plan& p, int64_t rows, bool bf16, bool events, Arena& arena) : plan(&p) {
+        if (bf16) pairs = arena.take<uint16_t>(static_cast<size_t>(p.tiles) * kTile);
+        if (!bf16 || events) tiles = arena.take<float>(static_cast<size_t>(p.tiles) * kTile);
         if (!sparse()) return;
         bands = divide_up(rows, kLanes);
         weights = arena.take<float>(p.sparse.source.size());
@@ -30,12 +30,19 @@ struct InputGradient {
     // Rows of a task: a band where there are sparse tiles, else as many as asked for.
     int64_t task_rows(int64_t rows) const { return sparse() ? kLanes : rows; }
 
-    // Call once.
-    void load(const float* values, int threads) const {
+    void load_tiles(const float* values, int threads) {
+        if (!tiles_loaded) backward_tiles(*plan, values, threads, tiles);
+        tiles_loaded = true;
+    }
+
+    // Call before `prepare`; weights are loaded once.
+    void load(const float* values, int threads) {
+        if (product_loaded) return;
+        product_loaded = true;
         if (pairs)
             bf16_tiles(*plan, values, false, threads, pairs);
         else
-            backward_tiles(*plan, values, threads, tiles);
+            load_tiles(values, threads);
         if (!sparse()) return;
         const int64_t count = static_cast<int64_t>(plan->sparse.source.size());
         parallel(threads, divide_up(count, 4096), 1, [&](int64_t part, int) {

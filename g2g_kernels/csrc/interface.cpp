@@ -59,6 +59,9 @@ void structures(Table& table) {
     G2G_FIELD(Layer, grad_values);
     G2G_FIELD(Layer, grad_bias);
     G2G_FIELD(Layer, input_rate);
+    G2G_FIELD(Layer, gradient_event_limit);
+    G2G_FIELD(Layer, gradient_event_chunks);
+    G2G_FIELD(Layer, gradient_event_rate);
 
     G2G_STRUCTURE(Stack);
     G2G_FIELD(Stack, layers);

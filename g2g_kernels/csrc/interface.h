@@ -58,6 +58,9 @@ struct Layer {
     const float* grad_rates;
     float *grad_values, *grad_bias;
     double input_rate;      // share of ones among the spikes it receives: set by the forward pass, read by the backward
+    float gradient_event_limit;  // 0: its input gradient takes the product; else see GradientEvents
+    int32_t gradient_event_chunks;  // out: chunks of the batch whose input gradient was computed by events
+    double gradient_event_rate;  // out: share of events where they were listed
 };
 
 struct Stack {

@@ -31,21 +31,21 @@ inline void forward_tiles(const Plan& plan, const float* values, int threads, fl
     });
 }
 
-// W: [tile][output lane][source lane], for products that give column blocks.
+// W: [tile][output lane][source lane], for products that give column blocks; tiles lie in the order of `col_tile`.
 inline void backward_tiles(const Plan& plan, const float* values, int threads, float* tiles) {
-    parallel(threads, plan.tiles, 4, [&](int64_t tile, int) {
-        float* t = tiles + tile * kTile;
+    parallel(threads, plan.tiles, 4, [&](int64_t place, int) {
+        float* t = tiles + place * kTile;
         zero(t, kTile * 4);
-        for_each_weight(plan, tile, [&](int64_t i, int32_t row, int32_t col) { t[row * kLanes + col] = values[i]; });
+        for_each_weight(plan, plan.col_tile[place], [&](int64_t i, int32_t row, int32_t col) { t[row * kLanes + col] = values[i]; });
     });
 }
 
 // The same in bfloat16, two k side by side: [tile][k / 2][64][2]; k is the source lane if `forward`, else the output lane.
 inline void bf16_tiles(const Plan& plan, const float* values, bool forward, int threads, uint16_t* pairs) {
-    parallel(threads, plan.tiles, 4, [&](int64_t tile, int) {
-        uint16_t* t = pairs + tile * kTile;
+    parallel(threads, plan.tiles, 4, [&](int64_t place, int) {
+        uint16_t* t = pairs + place * kTile;
         zero(t, kTile * 2);
-        for_each_weight(plan, tile, [&](int64_t i, int32_t row, int32_t col) {
+        for_each_weight(plan, forward ? place : plan.col_tile[place], [&](int64_t i, int32_t row, int32_t col) {
             const int32_t k = forward ? col : row, out = forward ? row : col;
             t[(k / 2) * 2 * kLanes + out * 2 + k % 2] = to_bf16(values[i]);
         });

@@ -109,7 +109,7 @@ inline void linear_backward(Linear& a, Arena& arena) {
     const DualPanel grad(R, chunk, a.bf16 && a.grad_x, arena);
     double* bias = arena.take<double>(lanes);
     std::optional<InputGradient> down;
-    if (a.grad_x) down.emplace(plan, chunk, a.bf16, arena);
+    if (a.grad_x) down.emplace(plan, chunk, a.bf16, false, arena);
     float* grad_tiles = a.grad_values ? arena.take<float>(static_cast<size_t>(plan.tiles) * kTile) : nullptr;
     LinearInput input(plan, chunk, false, arena);
     EventsByLane events(plan.cols.blocks, chunk, arena);

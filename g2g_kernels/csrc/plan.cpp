@@ -88,7 +88,7 @@ Segments segments(const Plan& plan, bool by_row, const std::vector<char>& skip) 
                     int32_t stop = k + 1;
                     for (int32_t i = k; i < kLanes && i <= stop + kGap; ++i)
                         if (used[s][i]) stop = i + 1;
-                    runs[s].push_back({tile, by_row ? plan.tile_col[tile] : plan.tile_row[tile], k, stop - k});
+                    runs[s].push_back({i, by_row ? plan.tile_col[tile] : plan.tile_row[tile], k, stop - k});
                     k = stop;
                 }
         }
@@ -113,6 +113,8 @@ std::vector<char> sparse_tiles(const Plan& plan) {
     }
     return sparse;
 }
+
+constexpr double kSparseCost = 6;  // of a weight by itself, in multiply-adds of a dense tile
 
 SparseTiles list_weights(const Plan& plan, const std::vector<char>& sparse) {
     SparseTiles result;
@@ -143,6 +145,40 @@ SparseTiles list_weights(const Plan& plan, const std::vector<char>& sparse) {
         }
         result.col_first.push_back(static_cast<int32_t>(result.tile.size()));
     }
+    return result;
+}
+
+EventRuns event_runs(const Plan& plan) {
+    EventRuns result;
+    constexpr int32_t granules = kLanes / kGranule;
+    int64_t lanes = 0;
+    result.first.push_back(0);
+    for (int32_t block = 0; block < plan.cols.blocks; ++block) {
+        const size_t begin = result.list.size();
+        for (int32_t i = plan.col_first[block]; i < plan.col_first[block + 1]; ++i) {
+            const int32_t tile = plan.col_tile[i], row = plan.tile_row[tile];
+            std::array<bool, granules> used{};
+            for (int64_t p = plan.piece_first[tile]; p < plan.piece_first[tile + 1]; ++p) {
+                const Piece& piece = plan.pieces[p];
+                for (int32_t g = piece.lane_row / kGranule; g * kGranule < piece.lane_row + piece.rows; ++g) used[g] = true;
+            }
+            for (int32_t g = 0; g < granules; ++g) {
+                if (!used[g]) continue;
+                const EventRun run{row * granules + g, row * granules + g + 1, (i - row) * kLanes};
+                lanes += kGranule;
+                if (result.list.size() > begin && result.list.back().last == run.first &&
+                    result.list.back().shift == run.shift)
+                    result.list.back().last = run.last;
+                else
+                    result.list.push_back(run);
+            }
+        }
+        result.first.push_back(static_cast<int32_t>(result.list.size()));
+    }
+    double multiplied = kSparseCost / kLanes * static_cast<double>(plan.sparse.source.size());
+    for (const Segment& segment : plan.backward.list)
+        multiplied += static_cast<double>(segment.count) * plan.cols.strip / kLanes;
+    if (lanes) result.ratio = multiplied / static_cast<double>(lanes);
     return result;
 }
 
@@ -206,6 +242,7 @@ Plan* build_plan(const AxisSource& rows, const AxisSource& cols, const int32_t* 
     const std::vector<char> sparse = sparse_tiles(plan);
     plan.backward = segments(plan, false, sparse);
     plan.sparse = list_weights(plan, sparse);
+    plan.event_runs = event_runs(plan);
     return new Plan(std::move(plan));
 }
 

@@ -31,7 +31,8 @@ struct Piece {
     int32_t rows, cols;
 };
 
-// A run of the sum over k in a product: lanes lane … lane + count − 1 of block `block`, weights from `tile`.
+// A run of the sum over k in a product: lanes lane … lane + count − 1 of block `block`, weights from `tile`: its number
+// or, in products that give column strips, its place in `col_tile`, since their weights lie in that order.
 struct Segment {
     int32_t tile, block, lane, count;
 };
@@ -51,6 +52,21 @@ struct SparseTiles {
     std::vector<int32_t> source;      // [entries] index of the weight in the packed values
 };
 
+constexpr int kGranule = 16;  // lanes
+
+// Granules first … last − 1 of the rows, whose rows of 64 weights lie one after the other in the order of `col_tile`: that
+// of lane i is row i + shift.
+struct EventRun {
+    int32_t first, last, shift;
+};
+
+// The rows that have weights in each block of columns, for the input gradient by events.
+struct EventRuns {
+    std::vector<int32_t> first;  // [column blocks + 1]
+    std::vector<EventRun> list;
+    double ratio = 1;  // rows of 64 weights that the product multiplies, for one that events may have to
+};
+
 struct Plan {
     Axis rows, cols;
     int32_t units = 0, unit_rows = 0, unit_cols = 0;
@@ -62,6 +78,7 @@ struct Plan {
     std::vector<int64_t> piece_first;           // [tiles + 1]
     Segments forward, backward;                 // products that give row strips, and column strips
     SparseTiles sparse;
+    EventRuns event_runs;
     std::vector<int32_t> unit_row, unit_col;    // the coordinates this was built from
 };
 

@@ -8,6 +8,7 @@
 
 #include "chunks.h"
 #include "events.h"
+#include "gradient_events.h"
 #include "input_gradient.h"
 #include "product.h"
 #include "stack.h"
@@ -78,7 +79,7 @@ struct ArrivalPanel {
 
 // Everything that the backward pass of one layer keeps while the chunks go by.
 struct BackwardLayer {
-    const Layer& layer;
+    Layer& layer;
     const Plan& plan;
     const ModelInfo& model;
     LayerParameters parameters;
@@ -87,6 +88,9 @@ struct BackwardLayer {
     BackwardSweep<Upstream> sweep;
     DualPanel grad;                               // ∂L/∂I: rows of the chunk, or for a held input one row a sample
     std::optional<InputGradient> input_gradient;  // if somebody below needs it
+    float event_limit = 0;                        // of the share of events, up to which it is computed by events
+    bool lists_events = false, by_events = false;  // in the chunk that is under way
+    int64_t events = 0, event_rows = 0;           // listed so far, in how many rows
     ArrivalPanel arrivals;
     float* grad_tiles;                            // [tile][source lane][output lane]
     float* constant;                              // ∂L/∂S for all t: [row blocks][64], in the last layer [B] of it
@@ -103,7 +107,10 @@ struct BackwardLayer {
         const bool last = l + 1 == s.count, below = l > 0 || s.grad_x;
         const int64_t rows = kind == Input::kHeld ? s.batch : chunks.rows();
         grad = DualPanel(plan.rows.blocks, rows, s.bf16 && below, arena);
-        if (below) input_gradient.emplace(plan, rows, s.bf16, arena);
+        if (below && kind != Input::kHeld && plan.rows.blocks <= kMostEventBlocks)
+            event_limit = static_cast<float>(layer.gradient_event_limit * plan.event_runs.ratio);
+        lists_events = event_limit > 0;
+        if (below) input_gradient.emplace(plan, rows, s.bf16, lists_events, arena);
         grad_tiles = arena.take<float>(static_cast<size_t>(plan.tiles) * kTile);
         constant = arena.take<float>(last ? lanes() * s.batch : lanes());
         current_sum = arena.take<float>(lanes() * s.batch);
@@ -116,9 +123,19 @@ struct BackwardLayer {
 
     int64_t lanes() const { return static_cast<int64_t>(plan.rows.blocks) * kLanes; }
 
+    int64_t any_lane() const { return plan.rows.lane[0]; }
+
+    // The events of so many rows up to which the input gradient is computed from them.
+    int64_t most_events(int64_t rows) const {
+        return static_cast<int64_t>((event_limit < 1 ? event_limit : 1.0) * static_cast<double>(rows * plan.rows.size));
+    }
+
+    // True if its sweep should write ∂L/∂I in bfloat16 too.
+    bool wants_halves() const { return grad.halves.data && !by_events; }
+
     BlockGradient block_gradient(int64_t b, int64_t r) const {
         const int64_t at = (b * plan.rows.blocks + r) * kLanes;
-        BlockGradient result{nullptr, nullptr, current_sum + at, {}};
+        BlockGradient result{nullptr, nullptr, {}, current_sum + at, {}};
         for (int k = 0; k < model.parameters; ++k) result.parameters[k] = parameter_sums[k] + at;
         return result;
     }
@@ -132,11 +149,13 @@ struct BackwardPass {
     std::optional<EventsByLane> events; // of inputs that are spikes
     uint64_t* bits;
     double* totals;
-    int64_t states_size, scratch_size;  // of a worker: states of one block, then a tile
+    GradientEvents gradient_events;     // of the layer above the one whose sweep is under way
+    int64_t states_size, tile_size, scratch_size;  // of a worker: states of one block, a tile, then events of a step
+    int64_t event_list = 0;
     float* scratch;
 
     BackwardPass(const Stack& stack, Arena& arena) : s(stack), chunks(s.batch, s.steps) {
-        int64_t panel_rows = 0, event_blocks = 0, lanes = 0, states = 0;
+        int64_t panel_rows = 0, event_blocks = 0, lanes = 0, states = 0, listed_blocks = 0, listed = 0;
         layers.reserve(s.count);
         for (int l = 0; l < s.count; ++l) {
             const BackwardLayer& x = layers.emplace_back(s, l, chunks, arena);
@@ -147,13 +166,27 @@ struct BackwardPass {
                 panel_rows = most(panel_rows, blocks * (x.kind == Input::kHeld ? s.batch : chunks.rows()));
             lanes = most(lanes, x.lanes());
             states = most(states, x.model.states);
+            if (!x.lists_events) continue;
+            listed_blocks = most(listed_blocks, x.plan.rows.blocks);
+            listed = most(listed, x.most_events(chunks.rows()));
         }
+        // A layer's lists are merged before its weight gradient begins, which then uses their memory.
+        const size_t here = arena.used;
+        if (listed_blocks) gradient_events.take_lists(listed_blocks, chunks.samples, s.steps, arena);
+        const size_t end = arena.used;
+        arena.used = here;
         panel_memory = arena.take<float>(panel_rows * kLanes);
         events.emplace(event_blocks, chunks.rows(), arena);
         bits = arena.take<uint64_t>(EventsByLane::scratch_words(chunks.samples, s.steps) * s.threads);
+        arena.used = most(arena.used, end);
+        if (listed_blocks) {
+            gradient_events.take_merged(listed_blocks, listed, arena);
+            event_list = listed_blocks * kLanes + GradientEvents::kSlack;
+        }
         totals = arena.take<double>(lanes);
         states_size = s.steps * states * kLanes;
-        scratch_size = states_size + most(kLanes, chunks.group * s.steps) * kLanes;
+        tile_size = most(kLanes, chunks.group * s.steps) * kLanes;
+        scratch_size = states_size + tile_size + 2 * event_list;
         scratch = arena.take<float>(scratch_size * s.threads);
     }
 
@@ -175,7 +208,6 @@ struct BackwardPass {
     void begin(size_t l) const {
         const BackwardLayer& x = layers[l];
         const Axis& axis = x.plan.rows;
-        if (x.input_gradient) x.input_gradient->load(x.layer.values, s.threads);
         parallel(s.threads, x.plan.tiles, 8, [&](int64_t tile, int) { zero(x.grad_tiles + tile * kTile, kTile * 4); });
         const float share = 1.0f / (static_cast<float>(s.batch) * s.steps);
         const bool last = l + 1 == layers.size();
@@ -189,12 +221,54 @@ struct BackwardPass {
         if (!x.arrivals.aligned) x.arrivals.find_offsets(axis, layers[l + 1].plan.cols);
     }
 
+    // By events or by the product: how the input gradient of a layer is computed in a chunk that its sweep has gone
+    // through. As far as that can be foreseen from the chunk before, the sweep writes only what is needed.
+    void choose_input_gradient(BackwardLayer& x, int64_t samples, int64_t steps) {
+        const int64_t rows = samples * steps;
+        const bool had_halves = x.wants_halves();
+        x.by_events = false;
+        if (x.lists_events) {
+            const int64_t events = gradient_events.count_events(x.plan.rows.blocks, samples, s.threads);
+            x.events += events, x.event_rows += rows;
+            x.by_events = events <= x.most_events(rows);
+            x.lists_events = events <= 2 * x.most_events(rows);
+        }
+        if (x.by_events) {
+            ++x.layer.gradient_event_chunks;
+            x.input_gradient->load_tiles(x.layer.values, s.threads);
+            gradient_events.merge(samples, s.threads);
+        } else {
+            x.input_gradient->load(x.layer.values, s.threads);
+            if (!had_halves) x.grad.convert(x.plan.rows.blocks, rows, s.threads);
+            x.input_gradient->prepare(x.grad, rows, s.threads);
+        }
+    }
+
+    // Rows that input_gradient() may be asked for at once.
+    int64_t input_gradient_rows(const BackwardLayer& x) const {
+        const int64_t group = chunks.group * s.steps;
+        return x.by_events ? group : x.input_gradient->task_rows(group);
+    }
+
+    // Rows row … of ∂L/∂(input) of a layer, for block c of its columns.
+    void input_gradient(const BackwardLayer& x, int64_t c, int64_t row, int64_t rows, float* out, int worker) const {
+        if (!x.by_events) return x.input_gradient->run(c, x.grad, row, rows, out);
+        float* factor = scratch + worker * scratch_size + states_size + tile_size;
+        for (int64_t i = 0; i < rows; i += s.steps)
+            gradient_events.input_gradient(x.plan, x.input_gradient->tiles, x.parameters.lanes[0][x.any_lane()], c,
+                                           (row + i) / s.steps, reinterpret_cast<uint32_t*>(factor + event_list), factor,
+                                           out + i * kLanes);
+    }
+
     // ∂L/∂S of layer l, its neurons backwards, and with that ∂L/∂I, for the samples of a chunk.
     void sweep(size_t l, int64_t first, int64_t samples) const {
         switch (layers[l].arrival) {
             case Arrival::kConstant: return sweep_constant(layers[l], first, samples);
             case Arrival::kTiles: return sweep_tiles(layers[l], layers[l + 1], first, samples);
-            case Arrival::kPanel: return sweep_panel(layers[l], layers[l + 1], first, samples);
+            case Arrival::kPanel:
+                if (layers[l + 1].by_events && layers[l].arrivals.aligned)
+                    return sweep_tiles(layers[l], layers[l + 1], first, samples);
+                return sweep_panel(layers[l], layers[l + 1], first, samples);
         }
     }
 
@@ -211,20 +285,18 @@ struct BackwardPass {
             const int64_t r = task / groups, b = task % groups * chunks.group, count = least(chunks.group, samples - b);
             float* mine = scratch + worker * scratch_size;
             float* tile = mine + states_size;
-            above.input_gradient->run(r, above.grad, b * T, count * T, tile);
+            input_gradient(above, r, b * T, count * T, tile, worker);
             for (int64_t i = 0; i < count; ++i) sweep_block(x, first, b + i, r, tile + i * T * kLanes, mine);
         });
     }
 
     void sweep_panel(const BackwardLayer& x, const BackwardLayer& above, int64_t first, int64_t samples) const {
-        const InputGradient& product = *above.input_gradient;
         const Panel<float>& panel = x.arrivals.panel;
         const int64_t R = x.plan.rows.blocks, T = s.steps, rows = samples * T;
-        const int64_t task_rows = product.task_rows(chunks.group * T), tasks = divide_up(rows, task_rows);
-        product.prepare(above.grad, rows, s.threads);
-        parallel(s.threads, above.plan.cols.blocks * tasks, 2, [&](int64_t task, int) {
+        const int64_t task_rows = input_gradient_rows(above), tasks = divide_up(rows, task_rows);
+        parallel(s.threads, above.plan.cols.blocks * tasks, 2, [&](int64_t task, int worker) {
             const int64_t c = task / tasks, row = task % tasks * task_rows;
-            product.run(c, above.grad, row, least(task_rows, rows - row), panel.at(c, row));
+            input_gradient(above, c, row, least(task_rows, rows - row), panel.at(c, row), worker);
         });
         parallel(s.threads, samples * R, R, [&](int64_t task, int worker) {  // one sample's panel (400 KB) stays in L2
             const int64_t r = task % R, b = task / R;
@@ -253,14 +325,16 @@ struct BackwardPass {
             return;
         }
         out.rows = x.grad.floats.at(r, b * T);
-        if (x.grad.halves.data) out.halves = x.grad.halves.at(r, b * T);
+        if (x.wants_halves()) out.halves = x.grad.halves.at(r, b * T);
+        if (x.lists_events) out.events = gradient_events.lists(r, b);
         x.sweep(upstream, kept_states(s, x.layer, sample, r), T, x.parameters.block(r), x.layer.neurons.alpha, out);
     }
 
-    // From ∂L/∂I of layer l to ∂L/∂W and, in the first layer, to ∂L/∂x.
+    // From ∂L/∂I of layer l to ∂L/∂W, the way to ∂L/∂(input) and, in the first layer, to ∂L/∂x.
     void hand_down(size_t l, int64_t first, int64_t samples, int64_t steps) {
+        if (layers[l].input_gradient) choose_input_gradient(layers[l], samples, steps);
         weight_gradient(layers[l], first, samples, steps);
-        if (l == 0 && s.grad_x) input_gradient(layers[0], first, samples, steps);
+        if (l == 0 && s.grad_x) store_input_gradient(layers[0], first, samples, steps);
     }
 
     void weight_gradient(const BackwardLayer& x, int64_t first, int64_t samples, int64_t steps) {
@@ -284,15 +358,13 @@ struct BackwardPass {
     }
 
     // ∂L/∂x of rows of the first layer, to the user's matrix.
-    void input_gradient(const BackwardLayer& x, int64_t first, int64_t samples, int64_t steps) const {
-        const InputGradient& product = *x.input_gradient;
+    void store_input_gradient(const BackwardLayer& x, int64_t first, int64_t samples, int64_t steps) const {
         const Axis& axis = x.plan.cols;
-        const int64_t rows = samples * steps, bands = divide_up(rows, kLanes);
-        product.prepare(x.grad, rows, s.threads);
-        parallel(s.threads, axis.blocks * bands, 1, [&](int64_t task, int worker) {
-            const int64_t block = task / bands, row = task % bands * kLanes, height = least(kLanes, rows - row);
+        const int64_t rows = samples * steps, task_rows = input_gradient_rows(x), tasks = divide_up(rows, task_rows);
+        parallel(s.threads, axis.blocks * tasks, 1, [&](int64_t task, int worker) {
+            const int64_t block = task / tasks, row = task % tasks * task_rows, height = least(task_rows, rows - row);
             float* out = scratch + worker * scratch_size + states_size;
-            product.run(block, x.grad, row, height, out);
+            input_gradient(x, block, row, height, out, worker);
             for (int64_t r = 0; r < height; ++r) {
                 const int64_t b = first + (row + r) / steps, t = (row + r) % steps;
                 store_block(axis, block, out + r * kLanes, Rows{0, 1, 1, axis.size}, 1,
@@ -308,6 +380,8 @@ struct BackwardPass {
         const auto gradient = [&](const Parameter& parameter, bool decay, const float* sums) {
             parameter_gradient(parameter, decay, sums, s.batch, x.lanes(), neuron, axis.size, s.threads, totals);
         };
+        if (x.event_rows)
+            x.layer.gradient_event_rate = static_cast<double>(x.events) / static_cast<double>(x.event_rows * axis.size);
         if (x.layer.grad_values) unpack_gradient(x.plan, x.grad_tiles, s.threads, x.layer.grad_values);
         gradient({x.layer.bias, x.layer.grad_bias, true}, false, x.current_sum);
         for (int k = 0; k < x.model.parameters; ++k)

@@ -81,10 +81,18 @@ struct Upstream {
     }
 };
 
+// Where a backward sweep lists what reaches membranes through their own spikes, σ'(U_t − θ)·∂L/∂S_t, wherever that is not
+// zero; null: not wanted.
+struct BlockEvents {
+    float* value;     // [T · 64] at most, the steps downwards
+    uint64_t* words;  // [T] bit i: lane i is listed
+};
+
 // What a backward sweep writes for one block, float [64] for sums over t.
 struct BlockGradient {
     float* rows;       // ∂L/∂I_t, [T][64], may be null
     uint16_t* halves;  // the same in bfloat16, may be null
+    BlockEvents events;
     float* current;    // Σ ∂L/∂I_t
     float* parameters[kMostParameters];
 };
@@ -100,9 +108,12 @@ void sweep_backward(const Up& upstream, const float* states, int64_t steps, cons
     const float* lanes[P];
     for (int k = 0; k < P; ++k) lanes[k] = parameters.lanes[k];
     Vec g[kVecs][S] = {}, sum[kVecs] = {}, grad[kVecs][P] = {};
+    uint64_t* const words = out.events.words;
+    float* event = out.events.value;
     for (int64_t t = steps - 1; t >= 0; --t) {
         Vec spike_grad[kVecs];
         upstream(t, spike_grad);
+        uint64_t word = 0;
         each_vec([&](auto v) {
             Vec p[P], before[S];
             for (int k = 0; k < P; ++k) p[k] = load(lanes[k] + v * W);
@@ -114,7 +125,14 @@ void sweep_backward(const Up& upstream, const float* states, int64_t steps, cons
             sum[v] += to_current;
             if (rows) store(rows + t * kLanes + v * W, to_current);
             if (kBf16 && halves) store(halves + t * kLanes + v * W, to_current);
+            if (words) {
+                const uint64_t bits = nonzero_bits(through);
+                store_chosen(event, through, bits);
+                event += __builtin_popcountll(bits);
+                word |= bits << (v * W);
+            }
         });
+        if (words) words[t] = word;
     }
     for (int v = 0; v < kVecs; ++v) {
         store(out.current + v * W, sum[v]);

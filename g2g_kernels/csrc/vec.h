@@ -123,6 +123,31 @@ inline uint64_t greater_bits(Vec a, Vec b) {
 #endif
 }
 
+// Bit i is set where x[i] is not 0.
+inline uint64_t nonzero_bits(Vec x) {
+#if defined(__AVX512F__)
+    return _mm512_cmp_ps_mask(x, Vec{}, _CMP_NEQ_UQ);
+#elif defined(__AVX2__)
+    return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(x, Vec{}, _CMP_NEQ_UQ)));
+#elif defined(__SSE2__)
+    return static_cast<uint32_t>(_mm_movemask_ps(_mm_cmpneq_ps(x, Vec{})));
+#else
+    const IntVec mask = x != Vec{};
+    uint64_t bits = 0;
+    for (int i = 0; i < W; ++i) bits |= static_cast<uint64_t>(mask[i] & 1) << i;
+    return bits;
+#endif
+}
+
+// Writes the lanes of x that `bits` names one after the other; may write up to W floats from p on.
+inline void store_chosen(float* p, Vec x, uint64_t bits) {
+#if defined(__AVX512F__)
+    _mm512_storeu_ps(p, _mm512_maskz_compress_ps(static_cast<__mmask16>(bits), x));
+#else
+    for (; bits; bits &= bits - 1) *p++ = x[__builtin_ctzll(bits)];
+#endif
+}
+
 // 1 where a > b, else 0.
 inline Vec heaviside(Vec a, Vec b) { return a > b ? all(1.0f) : Vec{}; }
 

@@ -18,6 +18,7 @@ from g2g_kernels.cpu.library import (
     StackArguments,
     bf16_wanted,
     event_limit,
+    gradient_event_limit,
     library,
     neuron_arguments,
     pointer,
@@ -313,6 +314,7 @@ def _backward(
     input_rates = state[1 : 1 + number].view(torch.float64).tolist()
     for i, layer in enumerate(call.layers):
         layer.input_rate = input_rates[i]
+        layer.gradient_event_limit = gradient_event_limit(layer.neurons, stack.bf16)
         layer.grad_rates = place + sum(sizes.neurons[:i]) * 4 if place else None
         parameters = layer.neurons.parameters
         layer.grad_values, layer.grad_bias, parameters[0].grad, parameters[1].grad = (

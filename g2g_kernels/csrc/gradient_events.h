@@ -1,0 +1,169 @@
+// The input gradient of a layer by events, for neurons through whose reset no gradient passes and that share one β:
+//
+//   X_t = ∂L/∂x_t = Wᵀ·∂I_t = Wᵀ·e_t + β·X_{t+1},   e_t = σ'(U_t − θ)·∂L/∂S_t
+//
+// since ∂I_t = e_t + β·∂I_{t+1}. Where the surrogate has compact support few e_t are not zero, and Wᵀ·e_t is the forward
+// product by events turned round, with weights scaled by e instead of added. An event costs 64 multiply-adds on 256 B of
+// weights, which come from L2 (about 5 cycles); X stays in registers over all T.
+//
+// Sweeps list e for each block of rows (sweep.h). Once a chunk those lists are merged into one for each step of each
+// sample, in the order of lanes, from which each block of columns copies the parts that have weights there: a list for
+// each tile would end in a mispredicted branch after a few events.
+#pragma once
+
+#include "events.h"
+#include "parallel.h"
+#include "sweep.h"
+
+namespace g2g::G2G_ISA {
+
+constexpr int kGranules = kLanes / kGranule;
+constexpr int64_t kMostEventBlocks = 1023;  // of rows: lanes and events of a step are numbered in 16 bits
+
+// Copies events and moves their lanes by `shift`; may write up to W entries more than `count`.
+inline void copy_events(const uint16_t* lane, const float* value, int64_t count, int32_t shift, uint32_t* row, float* to) {
+    for (int64_t i = 0; i < count; i += W) {
+        store(to + i, load(value + i));
+#if defined(__AVX512F__)
+        const __m512i lanes = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(lane + i)));
+        _mm512_storeu_si512(row + i, _mm512_add_epi32(lanes, _mm512_set1_epi32(shift)));
+#else
+        for (int j = 0; j < W; ++j) row[i + j] = static_cast<uint32_t>(lane[i + j] + shift);
+#endif
+        asm("");  // not to become a call of memcpy, which takes longer than most of these loops
+    }
+}
+
+// e of one layer for the samples of a chunk.
+struct GradientEvents {
+    int64_t samples = 0, steps = 0, blocks = 0;  // of the layer that they belong to now
+    int64_t room = 0;                            // how many events of a chunk fit into the merged lists
+
+    float* block_value = nullptr;  // as sweeps list them: [row blocks][samples][T · 64]
+    uint64_t* words = nullptr;     // [row blocks][samples][T]
+
+    uint16_t* lane = nullptr;      // merged, sample by sample, the steps downwards
+    float* value = nullptr;
+    int64_t* begin = nullptr;      // [samples][T] where the events of a step begin
+    uint16_t* first = nullptr;     // [samples][T][granules + 1] which of these are the first of a granule
+    int64_t* place = nullptr;      // [samples] where the events of a sample begin; their number until count_events() ends
+    int64_t* next = nullptr;       // [samples][row blocks]
+
+    static constexpr int64_t kSlack = 64;  // entries that are written beyond a list
+
+    // What sweeps write; needed until merge() alone.
+    void take_lists(int64_t most_blocks, int64_t chunk_samples, int64_t T, Arena& arena) {
+        samples = chunk_samples, steps = T;
+        block_value = arena.take<float>(most_blocks * samples * steps * kLanes + kSlack);
+        words = arena.take<uint64_t>(most_blocks * samples * steps);
+    }
+
+    void take_merged(int64_t most_blocks, int64_t most_events, Arena& arena) {
+        room = most_events;
+        const int64_t rows = samples * steps;
+        lane = arena.take<uint16_t>(room + samples * kSlack);
+        value = arena.take<float>(room + samples * kSlack);
+        begin = arena.take<int64_t>(rows);
+        first = arena.take<uint16_t>(rows * (most_blocks * kGranules + 1));
+        place = arena.take<int64_t>(samples);
+        next = arena.take<int64_t>(samples * most_blocks);
+    }
+
+    BlockEvents lists(int64_t block, int64_t sample) const {
+        const int64_t list = block * samples + sample;
+        return {block_value + list * steps * kLanes, words + list * steps};
+    }
+
+    // The number of events that the sweeps of `row_blocks` blocks listed for the first `count` samples.
+    int64_t count_events(int64_t row_blocks, int64_t count, int threads) {
+        blocks = row_blocks;
+        parallel(threads, count, 1, [&](int64_t sample, int) {
+            int64_t sum = 0;
+            for (int64_t r = 0; r < blocks; ++r)
+                for (int64_t t = 0; t < steps; ++t) sum += __builtin_popcountll(lists(r, sample).words[t]);
+            place[sample] = sum;
+        });
+        int64_t total = 0;
+        for (int64_t sample = 0; sample < count; ++sample) {
+            const int64_t events = place[sample];
+            place[sample] = total + sample * kSlack;
+            total += events;
+        }
+        return total;
+    }
+
+    // After count_events(), whose result must be at most `room`.
+    void merge(int64_t count, int threads) const {
+        parallel(threads, count, 1, [&](int64_t sample, int) {
+            int64_t at = place[sample];
+            int64_t* const from = next + sample * blocks;
+            zero(from, blocks * sizeof *from);
+            for (int64_t t = steps - 1; t >= 0; --t) {
+                const int64_t row = sample * steps + t;
+                uint16_t* starts = first + row * (blocks * kGranules + 1);
+                int64_t size = 0;
+                for (int64_t r = 0; r < blocks; ++r) {
+                    const BlockEvents list = lists(r, sample);
+                    const uint64_t word = list.words[t];
+                    int64_t start = size;
+                    for (int g = 0; g < kGranules; ++g) {
+                        *starts++ = static_cast<uint16_t>(start);
+                        start += __builtin_popcountll(word >> (g * kGranule) & ((1u << kGranule) - 1));
+                    }
+                    const int64_t events = append_bits(lane + at + size, word, r * kLanes);
+                    const float* source = list.value + from[r];
+                    for (int64_t i = 0; i < events; i += W) {
+                        store(value + at + size + i, load(source + i));
+                        asm("");  // as above
+                    }
+                    from[r] += events, size += events;
+                }
+                *starts = static_cast<uint16_t>(size);
+                begin[row] = at;
+                at += size;
+            }
+        });
+    }
+
+    // X of column block `block` for one sample of the chunk, out[T][64]; `tiles` as backward_tiles() gives them. `row`
+    // and `factor` have room for the events of a step, and W more.
+    void input_gradient(const Plan& plan, const float* tiles, float decay, int64_t block, int64_t sample, uint32_t* row,
+                        float* factor, float* out) const {
+        const EventRun* const runs = plan.event_runs.list.data() + plan.event_runs.first[block];
+        const int64_t count = plan.event_runs.first[block + 1] - plan.event_runs.first[block];
+        const Vec beta = all(decay);
+        Vec x[kVecs] = {};
+        for (int64_t t = steps - 1; t >= 0; --t) {
+            const int64_t at = sample * steps + t;
+            const uint16_t* starts = first + at * (blocks * kGranules + 1);
+            int64_t size = 0;
+            for (int64_t k = 0; k < count; ++k) {
+                const int64_t start = starts[runs[k].first], events = starts[runs[k].last] - start;
+                copy_events(lane + begin[at] + start, value + begin[at] + start, events, runs[k].shift, row + size,
+                            factor + size);
+                size += events;
+            }
+            Vec odd[kVecs] = {};  // two chains of sums: for speed, and for smaller rounding errors
+            each_vec([&](auto v) { x[v] *= beta; });
+            int64_t e = 0;
+            for (; e + 1 < size; e += 2) {
+                const float *w = tiles + int64_t{row[e]} * kLanes, *z = tiles + int64_t{row[e + 1]} * kLanes;
+                const Vec a = all(factor[e]), b = all(factor[e + 1]);
+                each_vec([&](auto v) {
+                    x[v] = fma(a, load(w + v * W), x[v]);
+                    odd[v] = fma(b, load(z + v * W), odd[v]);
+                });
+            }
+            if (e < size) {
+                const float* w = tiles + int64_t{row[e]} * kLanes;
+                each_vec([&](auto v) { x[v] = fma(all(factor[e]), load(w + v * W), x[v]); });
+            }
+            each_vec([&](auto v) {
+                x[v] += odd[v];
+                store(out + t * kLanes + v * W, x[v]);
+            });
+        }
+    }
+};
+
+}  // namespace g2g::G2G_ISA

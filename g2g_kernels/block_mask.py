@@ -176,6 +176,18 @@ class BlockMask(nn.Module):
         mask._set_units(*torch.ones(mask.grid).nonzero(as_tuple=True))
         return mask
 
+    def filled(self) -> "BlockMask":
+        """The mask with every unit of the same grid, that of slot u being ``flat_unit`` u.
+
+        It shares this mask's axes, and making it does not wait for the device.
+        """
+        full = BlockMask.__new__(BlockMask)
+        nn.Module.__init__(full)
+        full.block_size, full.rows, full.cols = self.block_size, self.rows, self.cols
+        unit = torch.arange(self.rows.num_units * self.cols.num_units, device=self.unit_row.device)
+        full._register_units(unit // self.cols.num_units, unit % self.cols.num_units)
+        return full
+
     @classmethod
     def from_dense(cls, mask: torch.Tensor, block_size: int = 1) -> "BlockMask":
         """The mask whose dense form is ``mask``, bool [out, in], with each side in one group (cut as any group is).
@@ -219,6 +231,10 @@ class BlockMask(nn.Module):
                 raise ValueError(f"{name} must lie in 0 … {limit - 1}, not {coordinate.min()} … {coordinate.max()}")
         if torch.unique(unit_row * self.cols.num_units + unit_col).numel() != unit_row.numel():
             raise ValueError("the mask names a unit twice")
+        self._register_units(unit_row, unit_col)
+
+    def _register_units(self, unit_row: torch.Tensor, unit_col: torch.Tensor) -> None:
+        device = unit_row.device
         for name, tensor in (("unit_row", unit_row), ("unit_col", unit_col)):
             self.register_buffer(name, tensor.to(torch.int32), persistent=False)
         for axis, prefix in ((self.rows, "row"), (self.cols, "col")):
@@ -325,7 +341,8 @@ class BlockMask(nn.Module):
         ones = torch.ones(self.num_units, *self.unit_shape, device=self.unit_row.device)
         return self.unpack(ones) > 0
 
-    def _flat_unit(self) -> torch.Tensor:
+    def flat_unit(self) -> torch.Tensor:
+        """int64 [num_units], the place of each slot's unit in the grid, counted row by row."""
         return self.unit_row.long() * self.cols.num_units + self.unit_col.long()
 
     def _view(self) -> "_View":
@@ -348,7 +365,7 @@ class BlockMask(nn.Module):
         ``▓`` stand for up to and above half of them.
         """
         grid = torch.zeros(self.rows.num_units * self.cols.num_units)
-        grid[self._flat_unit().cpu()] = 1.0
+        grid[self.flat_unit().cpu()] = 1.0
         grid = grid.view(1, 1, *self.grid)
         if max(self.grid) > max_cells:
             height, width = (min(side, max_cells) for side in self.grid)

@@ -4,7 +4,9 @@ Works on :class:`G2GLinear` layers and any optimizer that keeps per-weight state
 """
 
 import itertools
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -13,15 +15,17 @@ from torch import nn
 from g2g_kernels import Activity, BlockMask
 from g2g_kernels.block_mask import UnitAxis
 from g2gnet.distributed import ALONE, World
-from g2gnet.layers import G2GLinear
+from g2gnet.dst_rules import ACTIVITY, GRADIENT, GROW_RULES, PRUNE_RULES, Evidence
+from g2gnet.layers import AbsentGradient, G2GLinear
 from g2gnet.recording import ActivityRecorder, Recording, Train, dense
+from g2gnet.schedules import SCHEDULES
 from g2gnet.seeding import draw_device, stream
+
+logger = logging.getLogger("g2gnet")
 
 #: units of this many neurons on a side, and wider ones, are added up by a product: one pass over the samples, where
 #: scaling, padding and ordering them takes many
 PRODUCT_WIDTH = 4
-PRUNE_RULES = ("set", "random", "hebb")
-GROW_RULES = ("hebb", "random")
 
 
 def unit_correlation(pre: torch.Tensor, post: torch.Tensor, mask: BlockMask, world: World = ALONE) -> torch.Tensor:
@@ -68,21 +72,6 @@ def _unit_sums(samples: torch.Tensor, norm: torch.Tensor, axis: UnitAxis) -> tor
     return samples @ membership
 
 
-def _recorded(recordings: list[Recording] | None, number: int) -> Recording:
-    """What was recorded of layer ``number``.
-
-    Raises:
-        RuntimeError: if that is nothing.
-    """
-    if not recordings or not recordings[number]:
-        raise RuntimeError(
-            f"no activity of layer {number} was seen in this step: give step() the inputs and the activity, or make "
-            "the scheduler of the model (not of a compiled one) and run it in training mode before each step(). "
-            "prune='set' or 'random' with grow='random' need none"
-        )
-    return recordings[number]
-
-
 def _samples(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
     """The pre- and postsynaptic samples of all calls of a layer, in the form that :func:`unit_correlation` takes."""
     if len(pairs) == 1 and pairs[0][1].dim() == 3:
@@ -96,10 +85,27 @@ def _samples(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tens
     return torch.cat(flat_pre)[None], torch.cat(flat_post)[None]
 
 
-def _lowest(scores: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
-    """Indices of the ``count`` lowest scores [n], ties broken by a uniform draw: shuffle, then sort stably."""
-    shuffle = torch.randperm(len(scores), generator=generator, device=generator.device).to(scores.device)
-    return shuffle[torch.argsort(scores[shuffle], stable=True)[:count]]
+def _first(
+    cost: torch.Tensor, count: int, generator: torch.Generator, last: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Indices of the ``count`` entries of least ``cost`` [n]; equal ones in the order of a uniform draw.
+
+    What is not a number comes after every number, and the entries where ``last`` [n] is true after all others.
+    """
+    order = torch.randperm(len(cost), generator=generator, device=generator.device).to(cost.device)
+    cost = torch.where(cost.isnan(), torch.inf, cost)
+    for key in (cost,) if last is None else (cost, last.byte()):
+        order = order[torch.argsort(key[order], stable=True)]
+    return order[:count]
+
+
+class _Outcome(NamedTuple):
+    """What came of an update, on the device until somebody asks."""
+
+    step: int
+    layers: list[int]
+    finite: torch.Tensor  # bool [2 · layers]: whether prune and grow scores of each layer are
+    units: int  # replaced, if all of them are
 
 
 class DSTScheduler:
@@ -107,8 +113,9 @@ class DSTScheduler:
 
     As with a learning-rate scheduler, call :meth:`step` after each ``optimizer.step()``. In an update, each layer loses
     the ``fraction`` of its units with the lowest prune score and gains as many, with the highest grow score, among
-    those that were inactive before. A unit's score is the mean over its weights. Grown weights and their optimizer
-    state start at zero. Frozen layers stay as they are.
+    those that were inactive before. A unit's score is taken over its weights. Grown weights and their optimizer
+    state start at zero. Frozen layers stay as they are. An update whose scores are not finite, after a step with
+    a NaN in it, say, is left out; the logger ``g2gnet`` says so when :attr:`pruned` or the state is next asked for.
 
     Args:
         model: a model, all of whose :class:`G2GLinear` layers are rewired and whose activity is recorded where a rule
@@ -117,11 +124,17 @@ class DSTScheduler:
         interval: optimizer steps between updates.
         fraction: share of the units replaced in an update, 0 to 1.
         prune: ``"set"`` lowest mean ``|w|`` (Mocanu et al. 2018); ``"random"``; ``"hebb"`` lowest correlation.
-        grow: ``"hebb"`` highest correlation; ``"random"``.
+        grow: ``"hebb"`` highest correlation; ``"random"``; ``"gradient"`` largest root mean square of ∂L/∂W over the
+            unit, in the step of the update (Evci et al. 2020, for units). In that step alone the layers run with every
+            unit (:class:`g2gnet.layers.AbsentGradient`), which costs what a dense layer costs.
         seed: of the draws that break ties and make the random rules.
         process_group: the processes of data-parallel training, each of which has a scheduler like this one and sees a
-            part of the samples: correlations are those over all samples, and after every update the processes make
+            part of the samples: scores are those over all samples, and after every update the processes make
             sure that they have the same units. None: this process is alone.
+        schedule: ``"constant"``, or ``"cosine"``: in step s the fraction is multiplied by ½(1 + cos πs/S), S being the
+            step of the last update.
+        stop: the share of training, above 0 and at most 1, after which nothing is replaced any more.
+        total_steps: the optimizer steps of the whole training, which ``"cosine"`` and ``stop`` refer to.
 
     Attributes:
         pruned, grown: units pruned and grown so far, over all layers.
@@ -141,15 +154,32 @@ class DSTScheduler:
         grow: str = "hebb",
         seed: int = 42,
         process_group: dist.ProcessGroup | None = None,
+        *,
+        schedule: str = "constant",
+        stop: float = 1.0,
+        total_steps: int | None = None,
     ) -> None:
-        if prune not in PRUNE_RULES:
-            raise ValueError(f"prune={prune!r} is unknown; choose one of {', '.join(PRUNE_RULES)}")
-        if grow not in GROW_RULES:
-            raise ValueError(f"grow={grow!r} is unknown; choose one of {', '.join(GROW_RULES)}")
+        for name, value, known in (
+            ("prune", prune, PRUNE_RULES),
+            ("grow", grow, GROW_RULES),
+            ("schedule", schedule, SCHEDULES),
+        ):
+            if value not in known:
+                raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(known)}")
         if interval < 1:
             raise ValueError(f"interval={interval} must be at least 1 step")
-        if not 0.0 < fraction <= 1.0:
-            raise ValueError(f"fraction={fraction} must be above 0 and at most 1")
+        for name, share in (("fraction", fraction), ("stop", stop)):
+            if not 0.0 < share <= 1.0:
+                raise ValueError(f"{name}={share} must be above 0 and at most 1")
+        self._last: int | None = None  # the step of the last update
+        if total_steps is not None:
+            self._last = int(stop * total_steps) // interval * interval
+            if self._last == 0:
+                raise ValueError(
+                    f"interval={interval} leaves no update in the first {stop:.4g} of {total_steps} steps; lower it"
+                )
+        elif schedule != "constant" or stop != 1.0:
+            raise ValueError(f"schedule={schedule!r} and stop={stop} need total_steps, the steps of the whole training")
         if isinstance(model, nn.Module):
             self.layers = [module for module in model.modules() if isinstance(module, G2GLinear)]
         else:
@@ -168,32 +198,81 @@ class DSTScheduler:
         self.optimizer = optimizer
         self.interval = interval
         self.fraction = fraction
-        self.prune = prune
-        self.grow = grow
+        self.prune = PRUNE_RULES[prune]
+        self.grow = GROW_RULES[grow]
         self.seed = seed
+        self._schedule = SCHEDULES[schedule]
         self._world = World(process_group)
         self.steps = 0
-        self.pruned = 0
-        self.grown = 0
-        self._needs_activity = "hebb" in (prune, grow)
+        self._replaced = 0
+        self._outcomes: list[_Outcome] = []  # that are not in that number yet
+        self._needs = {self.prune.needs, self.grow.needs}
         self._recorder = ActivityRecorder(model, self.layers) if isinstance(model, nn.Module) else None
+        self._absent: dict[G2GLinear, AbsentGradient] = {}
         self._record_if_due()
 
+    @property
+    def next_is_due(self) -> bool:
+        """Whether the next :meth:`step` is to be an update."""
+        step = self.steps + 1
+        return step % self.interval == 0 and (self._last is None or step <= self._last)
+
+    @property
+    def forms_gradient(self) -> bool:
+        """Whether the training step before the next :meth:`step` has to form the gradient of absent units."""
+        return GRADIENT in self._needs and self.next_is_due
+
     def _record_if_due(self) -> None:
-        """Has the model's activity recorded through the optimizer step after which the next update comes, if any."""
-        if self._recorder is not None and self._needs_activity and (self.steps + 1) % self.interval == 0:
+        """Has the next training step recorded if the next call of :meth:`step` is an update that needs it."""
+        if not self.next_is_due:
+            return
+        if self._recorder is not None and ACTIVITY in self._needs:
             self._recorder.start()
+        if GRADIENT in self._needs:
+            for layer in self.layers:
+                if layer.values.requires_grad and not layer.mask.is_full:
+                    self._absent[layer] = layer.absent_gradient = AbsentGradient(layer.mask)
+
+    def _stop_recording(self) -> list[Recording] | None:
+        for layer in self._absent:
+            layer.absent_gradient = None
+        return self._recorder.stop() if self._recorder is not None else None
+
+    def _count(self) -> int:
+        """Units replaced so far; waits for the device, and says which updates were left out."""
+        outcomes, self._outcomes = self._outcomes, []
+        for outcome in outcomes:
+            finite = outcome.finite.tolist()
+            if all(finite):
+                self._replaced += outcome.units
+                continue
+            bad = finite.index(False)
+            kind, rule = (("prune", self.prune), ("grow", self.grow))[bad % 2]
+            logger.warning(
+                "step %d: no unit was replaced, since scores of %s=%r in layer %d are not finite",
+                outcome.step, kind, rule.name, outcome.layers[bad // 2],
+            )  # fmt: skip
+        return self._replaced
+
+    @property
+    def pruned(self) -> int:
+        return self._count()
+
+    @property
+    def grown(self) -> int:
+        return self._count()
 
     def state_dict(self) -> dict[str, int]:
         """The counters; masks and weights are in the layers' own state."""
         return {"steps": self.steps, "pruned": self.pruned, "grown": self.grown}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.steps, self.pruned, self.grown = state["steps"], state["pruned"], state["grown"]
-        if self._recorder is not None:
-            self._recorder.stop()
+        self._stop_recording()
+        self._absent = {}
+        self.steps, self._replaced, self._outcomes = state["steps"], state["pruned"], []
         self._record_if_due()
 
+    @torch.no_grad()
     def step(self, inputs: torch.Tensor | None = None, activity: Activity | None = None) -> bool:
         """Counts an optimizer step and, every ``interval`` of them, updates the layers; returns whether it did.
 
@@ -203,66 +282,98 @@ class DSTScheduler:
                 Both are left out where the scheduler was given a model, which it then watches by itself.
 
         Raises:
-            RuntimeError: if a rule needs activity, and none was given or recorded.
+            RuntimeError: if a rule needs what was neither given nor recorded.
             DistributedError: if the processes of the group have different units after an update.
         """
+        due = self.next_is_due
         self.steps += 1
-        recorded = self._recorder.stop() if self._recorder is not None else None
-        due = self.steps % self.interval == 0
+        recordings = self._stop_recording()
         if due:
             if inputs is not None and activity is not None:
                 pre: list[Train] = [inputs.detach(), *activity.spikes]
-                recorded = [[pair] for pair in itertools.pairwise(pre)]
-            unpacked: dict[int, torch.Tensor] = {}  # by the train's id; what a layer fires, the next one receives
-            for number, layer in enumerate(self.layers):
-                if not layer.values.requires_grad:
-                    continue
-                correlation = None
-                if self._needs_activity:
-                    pairs = _recorded(recorded, number)
-                    trains = {id(train): train for pair in pairs for train in pair}
-                    unpacked = {
-                        key: unpacked[key] if key in unpacked else dense(train) for key, train in trains.items()
-                    }
-                    samples = _samples([(unpacked[id(pre)], unpacked[id(post)]) for pre, post in pairs])
-                    correlation = unit_correlation(*samples, layer.mask, self._world).flatten()
-                device = draw_device(layer.values.device)
-                self._update(layer, correlation, stream(self.seed, "dst", self.steps, number, device=device))
+                recordings = [[pair] for pair in itertools.pairwise(pre)]
+            self._update(list(self._evidence(recordings)))
             units = [units for layer in self.layers for units in (layer.mask.unit_row, layer.mask.unit_col)]
-            self._world.check_same(f"the wiring after step {self.steps}", self.pruned, units)
+            self._world.check_same(f"the wiring after step {self.steps}", self.steps, units)
+        self._absent = {}
         self._record_if_due()
         return due
 
-    @torch.no_grad()
-    def _update(self, layer: G2GLinear, correlation: torch.Tensor | None, generator: torch.Generator) -> None:
+    def _evidence(self, recordings: list[Recording] | None) -> Iterator[tuple[int, Evidence]]:
+        """What the rules need of each layer that can change, with the layer's number."""
+        unpacked: dict[int, torch.Tensor] = {}  # by the train's id; what a layer fires, the next one receives
+        for number, layer in enumerate(self.layers):
+            if not layer.values.requires_grad or layer.mask.is_full:
+                continue
+            correlation = gradient = None
+            if ACTIVITY in self._needs:
+                if not recordings or not recordings[number]:
+                    raise RuntimeError(_nothing_seen("activity", number, self))
+                pairs = recordings[number]
+                trains = {id(train): train for pair in pairs for train in pair}
+                unpacked = {key: unpacked[key] if key in unpacked else dense(train) for key, train in trains.items()}
+                samples = _samples([(unpacked[id(pre)], unpacked[id(post)]) for pre, post in pairs])
+                correlation = unit_correlation(*samples, layer.mask, self._world).flatten()
+            if GRADIENT in self._needs:
+                absent = self._absent.get(layer)
+                if absent is None or absent.total is None:
+                    raise RuntimeError(_nothing_seen("gradient", number, self))
+                squares = self._world.sum_(absent.total).square().sum((1, 2))
+                gradient = (squares / absent.mask.unit_sizes).sqrt()
+                absent.total = None
+            yield number, Evidence(layer, correlation, gradient)
+
+    def _update(self, evidence: list[tuple[int, Evidence]]) -> None:
+        """Prunes and grows in all layers, or in none of them if a score is not finite.
+
+        Nothing here waits for the device: what is not to be replaced is replaced by itself.
+        """
+        scores = [(self.prune.score(seen), self.grow.score(seen)) for _, seen in evidence]
+        finite = torch.stack([score.isfinite().all() for pair in scores for score in pair])
+        share = self.steps / self._last if self._last else 0.0
+        fraction, total = self.fraction * self._schedule(share), 0
+        for (number, seen), (prune, grow) in zip(evidence, scores, strict=True):
+            draw = stream(self.seed, "dst", self.steps, number, device=draw_device(prune.device))
+            total += self._replace(seen.layer, fraction, prune, grow, finite.all(), draw)
+        numbers = [number for number, _ in evidence]
+        self._outcomes.append(_Outcome(self.steps, numbers, finite, total))
+
+    def _replace(
+        self,
+        layer: G2GLinear,
+        fraction: float,
+        prune: torch.Tensor,
+        grow: torch.Tensor,
+        really: torch.Tensor,
+        draw: torch.Generator,
+    ) -> int:
+        """Gives the slots of lowest ``prune`` score [num_units] to absent units of highest ``grow`` score [grid].
+
+        ``really`` is a bool scalar; returns how many slots those are.
+        """
         mask = layer.mask
-        grid_size = mask.grid[0] * mask.grid[1]
-        count = min(int(self.fraction * mask.num_units), grid_size - mask.num_units)
-        active = mask.unit_row.long() * mask.grid[1] + mask.unit_col.long()
-
-        if self.prune == "set":
-            prune_score = layer.values.abs().sum((1, 2)) / mask.unit_sizes
-        elif self.prune == "hebb":
-            assert correlation is not None
-            prune_score = correlation[active]
-        else:
-            prune_score = torch.zeros(mask.num_units, device=active.device)
-
-        if self.grow == "hebb":
-            assert correlation is not None
-            grow_cost = -correlation
-        else:
-            grow_cost = torch.zeros(grid_size, device=active.device)
-        grow_cost[active] = torch.inf
-
-        slots = _lowest(prune_score, count, generator)
-        units = _lowest(grow_cost, count, generator)
+        active = torch.zeros(len(grow), dtype=torch.bool, device=grow.device)
+        active.index_fill_(0, mask.flat_unit(), True)
+        count = min(int(fraction * mask.num_units), len(grow) - mask.num_units)
+        slots = _first(prune, count, draw)
+        units = torch.where(really, _first(-grow, count, draw, last=active), mask.flat_unit()[slots])
         mask.relabel_(slots, units // mask.grid[1], units % mask.grid[1])
-        layer.values[slots] = 0.0
-        if layer.values.grad is not None:
-            layer.values.grad[slots] = 0.0
-        for state in self.optimizer.state.get(layer.values, {}).values():
-            if isinstance(state, torch.Tensor) and state.shape == layer.values.shape:
-                state[slots] = 0.0
-        self.pruned += count
-        self.grown += count
+        moments = [
+            state
+            for state in self.optimizer.state.get(layer.values, {}).values()
+            if isinstance(state, torch.Tensor) and state.shape == layer.values.shape
+        ]
+        for tensor in (layer.values, layer.values.grad, *moments):
+            if tensor is not None:
+                tensor[slots] = torch.where(really, 0.0, tensor[slots])
+        return count
+
+
+def _nothing_seen(what: str, number: int, scheduler: DSTScheduler) -> str:
+    """The message where a rule lacks what it needs."""
+    return (
+        f"no {what} of layer {number} was seen in this step: give step() the inputs and the activity, or make the "
+        "scheduler of the model (not of a compiled one), and run it in training mode, and backwards, before each "
+        f"step(). prune={scheduler.prune.name!r} with grow={scheduler.grow.name!r} needs it; "
+        "prune='set' or 'random' with grow='random' need none"
+    )

@@ -8,6 +8,39 @@ from torch import nn
 from g2g_kernels import BlockMask, GroupLayout, g2g_linear
 
 
+class AbsentGradient:
+    """Has absent units of a layer get a gradient, too: while it is set, the layer runs with every unit.
+
+    Units that are absent are zero then, so that the layer computes what it would without them, by the same kernels (by
+    events where the input is spikes), and its own weights get the same gradient. What backward passes find for all
+    units of the grid is added up in ``total``.
+
+    Args:
+        mask: of the layer.
+
+    Attributes:
+        mask: the mask of every unit; slot u holds unit u of the grid, counted row by row.
+        total: ∂L/∂W so far, [block rows · block columns, unit_rows, unit_cols], or None.
+    """
+
+    def __init__(self, mask: BlockMask) -> None:
+        self.mask = mask.filled()
+        self.total: torch.Tensor | None = None
+
+    def expand(self, values: torch.Tensor, mask: BlockMask) -> tuple[torch.Tensor, BlockMask]:
+        """The same weights with every unit: packed values, and the mask that they belong to."""
+        units = values.new_zeros(self.mask.num_units, *mask.unit_shape).index_copy(0, mask.flat_unit(), values)
+        units.register_hook(self._add)
+        return units, self.mask
+
+    def _add(self, gradient: torch.Tensor) -> None:
+        gradient = gradient.detach().float()
+        self.total = gradient.clone() if self.total is None else self.total + gradient
+
+    def __reduce__(self) -> tuple:
+        return type(None), ()  # a copy of the layer is in nobody's step
+
+
 class G2GLinear(nn.Module):
     """y = x·Wᵀ + b with a weight of which only the units of ``mask`` exist.
 
@@ -35,6 +68,8 @@ class G2GLinear(nn.Module):
         super().__init__()
         self.mask = mask
         self.backend = backend
+        #: while it is set, training steps give every unit a gradient
+        self.absent_gradient: AbsentGradient | None = None
         device = mask.unit_row.device
         self.values = nn.Parameter(torch.empty(mask.num_units, *mask.unit_shape, device=device))
         self.bias = nn.Parameter(torch.empty(mask.shape[0], device=device)) if bias else None
@@ -103,7 +138,13 @@ class G2GLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] → [..., out]."""
-        return g2g_linear(x, self.values, self.mask, self.bias, backend=self.backend)
+        return g2g_linear(x, *self.weights(), self.bias, backend=self.backend)
+
+    def weights(self) -> tuple[torch.Tensor, BlockMask]:
+        """The packed weights and their mask as kernels are to take them in this step."""
+        if self.absent_gradient is None or not (self.training and torch.is_grad_enabled()):
+            return self.values, self.mask
+        return self.absent_gradient.expand(self.values, self.mask)
 
     def dense_weight(self) -> torch.Tensor:
         """The weight in dense form, [out, in], zero where nothing exists; differentiable."""

@@ -25,6 +25,8 @@ class G2GNet(SpikingStack):
         T: number of time steps of a sample [B, D].
         num_groups: groups on each side of a sparse layer.
         enc, enc_scale, enc_bias: how samples become input (:func:`g2gnet.encoding.encode`).
+        standardize: before that, subtract ``input_mean`` from samples and divide them by ``input_deviation``: two
+            scalar buffers, 0 and 1 until they are set, saved with the network. For ``"current"`` only.
         neuron: model of all neurons, ``"lif"`` (:class:`LIF`) or ``"synaptic"`` (:class:`Synaptic`).
         per_neuron: one value of each of the neurons' parameters per neuron instead of one per layer.
         reset: as for :func:`g2g_kernels.lif`.
@@ -46,6 +48,8 @@ class G2GNet(SpikingStack):
     lif2: SpikingNeurons
     fc3: G2GLinear
     lif3: SpikingNeurons
+    input_mean: torch.Tensor
+    input_deviation: torch.Tensor
 
     def __init__(
         self,
@@ -62,6 +66,7 @@ class G2GNet(SpikingStack):
         enc: str = "current",
         enc_scale: float = 1.0,
         enc_bias: float = 0.0,
+        standardize: bool = False,
         neuron: str = "lif",
         per_neuron: bool = False,
         reset: str = "subtract",
@@ -77,6 +82,8 @@ class G2GNet(SpikingStack):
             raise ValueError(f"enc={enc!r} is unknown; choose one of {', '.join(ENCODINGS)}")
         if neuron not in NEURONS:
             raise ValueError(f"neuron={neuron!r} is unknown; choose one of {', '.join(NEURONS)}")
+        if standardize and enc == "rate":
+            raise ValueError("standardize makes values that are no probabilities of spikes; give enc='current'")
         layers = []
         sizes = (input_dim, hidden_dim, hidden_dim, num_classes)
         for number in (1, 2, 3):
@@ -100,6 +107,10 @@ class G2GNet(SpikingStack):
         self.enc = enc
         self.enc_scale = enc_scale
         self.enc_bias = enc_bias
+        if standardize:
+            self.register_buffer("input_mean", torch.zeros(()))
+            self.register_buffer("input_deviation", torch.ones(()))
+        self.standardize = standardize
 
     def encode(
         self, x: torch.Tensor, generator: torch.Generator | None = None, share: slice | None = None
@@ -110,6 +121,8 @@ class G2GNet(SpikingStack):
         """
         if x.dim() == 3:
             return x if share is None else x[:, share]
+        if self.standardize:
+            x = (x - self.input_mean) / self.input_deviation
         return encode(x, self.enc, self.T, self.enc_scale, self.enc_bias, generator, share)
 
     def forward(self, x: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:

@@ -45,6 +45,7 @@ class ActivityRecorder:
         self._recordings: list[Recording] = []
         # outputs of layers that no module has taken yet: (number of the layer, its input, its output)
         self._open: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+        self._seen_forwards: set[G2GLinear] = set()
 
     def start(self) -> None:
         """Begins to record."""
@@ -61,7 +62,7 @@ class ActivityRecorder:
         for number, pre, output in self._open:
             self._recordings[number].append((pre, output.detach()))
         recordings = self._recordings
-        self._handles, self._recordings, self._open = [], [], []
+        self._handles, self._recordings, self._open, self._seen_forwards = [], [], [], set()
         return recordings
 
     def _module_hook(self, module: nn.Module, args: tuple, output: Any) -> None:
@@ -75,7 +76,7 @@ class ActivityRecorder:
                         self._recordings[number].append((pre, first.detach()))
                         del self._open[place]
                     break
-        if isinstance(module, G2GLinear) and module in self._number:
+        if isinstance(module, G2GLinear) and module in self._number and self._is_new(module):
             self._open.append((self._number[module], args[0].detach(), output))
 
     def _stack_hook(self, stack: SpikingStack, inputs: torch.Tensor, activity: Activity) -> None:
@@ -83,9 +84,20 @@ class ActivityRecorder:
             return
         pre: Train = inputs.detach()
         for (connection, _), post in zip(stack.layers(), activity.spikes, strict=True):
-            if connection in self._number:
+            if connection in self._number and self._is_new(connection):
                 self._recordings[self._number[connection]].append((pre, post))
             pre = post
+
+    def _is_new(self, layer: G2GLinear) -> bool:
+        """Whether this is no repetition of a call that was recorded.
+
+        A checkpointed part of a model runs again in the backward pass, and is recorded there only if it was not before:
+        with ``use_reentrant=True`` its first run is one without gradients.
+        """
+        if torch._C._current_graph_task_id() == -1:  # no backward pass is running
+            self._seen_forwards.add(layer)
+            return True
+        return layer not in self._seen_forwards
 
     def _records(self, module: nn.Module) -> bool:
         return bool(self._handles) and module.training and torch.is_grad_enabled()
@@ -93,4 +105,4 @@ class ActivityRecorder:
     def __getstate__(self) -> dict[str, Any]:
         # a model that is copied or saved while its activity is recorded takes these hooks along; the copy must not
         # record, since nobody would ever collect it
-        return {**self.__dict__, "_handles": [], "_recordings": [], "_open": []}
+        return {**self.__dict__, "_handles": [], "_recordings": [], "_open": [], "_seen_forwards": set()}

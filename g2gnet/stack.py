@@ -69,7 +69,7 @@ class SpikingStack(nn.Module):
             ValueError: if the inputs have another shape.
         """
         layers = [
-            SpikingLayer(connection.values, connection.mask, connection.bias, neurons.population)
+            SpikingLayer(*connection.weights(), connection.bias, neurons.population)
             for connection, neurons in self.layers()
         ]
         steps = self.T if inputs.dim() == 2 else None

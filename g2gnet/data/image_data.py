@@ -1,6 +1,7 @@
 """The form in which the rest of the program sees a data set."""
 
 import hashlib
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -53,6 +54,24 @@ class ImageData:
             name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)
         }
         return replace(self, **tensors)
+
+    def moments(self) -> tuple[float, float]:
+        """Mean and standard deviation of all values in the training samples (of :func:`as_samples`), by exact sums.
+
+        Raises:
+            DataError: if they are all the same.
+        """
+        total = square = 0.0
+        for images in self.train_images.split(1024):
+            values = images.cpu().double()
+            total += values.sum().item()
+            square += values.square().sum().item()
+        mean = total / self.train_images.numel()
+        deviation = math.sqrt(max(0.0, square / self.train_images.numel() - mean**2))
+        if deviation == 0:
+            raise DataError(f"all values of the {len(self.train_labels)} training images of {self.name} are {mean:g}")
+        unit = 255 if self.train_images.dtype == torch.uint8 else 1
+        return mean / unit, deviation / unit
 
     def limited(self, train: int | None, test: int | None) -> "ImageData":
         """The first ``train`` training and ``test`` test images (None: all of them)."""

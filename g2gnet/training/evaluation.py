@@ -28,6 +28,7 @@ def build_network(settings: TrainSettings, input_dim: int, num_classes: int, bac
         enc=settings.enc,
         enc_scale=settings.enc_scale,
         enc_bias=settings.enc_bias,
+        standardize=settings.standardize,
         neuron=settings.neuron,
         surrogate=settings.surrogate,
         alpha=settings.alpha,

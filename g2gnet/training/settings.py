@@ -3,26 +3,33 @@
 import dataclasses
 import math
 import typing
+from collections.abc import Mapping
 from typing import Any
 
 from g2g_kernels.ops.neurons import SURROGATES
 from g2gnet.data import DATASETS, own
-from g2gnet.dst import GROW_RULES, PRUNE_RULES
+from g2gnet.data.augmentation import SHIFTS
+from g2gnet.dst_rules import GROW_RULES, PRUNE_RULES, Rule
 from g2gnet.encoding import ENCODINGS
 from g2gnet.features import FEATURES
 from g2gnet.features.weights import RELEASES
 from g2gnet.grouping import GROUPINGS
 from g2gnet.network import MODELS
 from g2gnet.neurons import NEURONS, Synaptic
+from g2gnet.schedules import SCHEDULES
 
 SPARSITY_MODES = ("static", "dynamic")
 PRECISIONS = ("fp32", "bf16")
 #: those of the neurons' parameters whose initial value is a setting
 PARAMETERS = ("syn_decay",)
-AUGMENTATIONS = ("auto", "crop-flip", "none")
+AUGMENTATIONS = ("auto", *SHIFTS, "none")
 LARGEST_SEED = (1 << 63) - 1
 #: of a sample; the compiled kernels number them in 16 bits
 MOST_STEPS = 1 << 16
+
+
+def _texts(rules: Mapping[str, Rule]) -> str:
+    return ", ".join(rule.text for rule in rules.values())
 
 
 class SettingsError(ValueError):
@@ -120,8 +127,12 @@ class TrainSettings(Settings):
     augment: str = setting(
         "auto",
         "data",
-        "shift (by up to 4 pixels) and mirror training images at random; auto: raw CIFAR images only",
+        "mirror half of the training images (flip), and shift them by up to 1 (shift-flip) or 4 pixels (crop-flip); "
+        "auto: crop-flip for raw CIFAR images, none for others",
         choices=AUGMENTATIONS,
+    )
+    standardize: bool = setting(
+        False, "data", "take the training images' mean from all pixels (or features), and divide by their deviation"
     )
     use_resnet: bool = setting(False, "data", "train on the features of a frozen ResNet-32 (CIFAR only)")
     resnet_weights: str | None = setting(None, "data", "weights of that ResNet-32 (default: the published ones)")
@@ -155,6 +166,12 @@ class TrainSettings(Settings):
     epochs: int = setting(20, "training", "passes over the training images", low=1)
     batch_size: int = setting(256, "training", "images in a step", low=1)
     lr: float = setting(1e-3, "training", "Adam's learning rate", low=0, open_low=True)
+    lr_schedule: str = setting(
+        "constant",
+        "training",
+        "keep the learning rate, or let it fall to zero over all steps",
+        choices=tuple(SCHEDULES),
+    )
     weight_decay: float = setting(1e-4, "training", "Adam's L2 penalty", low=0)
     seed: int = setting(42, "training", "seed of every random draw", low=0, high=LARGEST_SEED)
     precision: str = setting("fp32", "training", "arithmetic of the products", choices=PRECISIONS)
@@ -165,12 +182,26 @@ class TrainSettings(Settings):
         "static", "dynamic sparse training", "keep or rewire the units", choices=SPARSITY_MODES
     )
     cp: str = setting(
-        "set", "dynamic sparse training", "prune rule: smallest weight, random, least correlated", choices=PRUNE_RULES
+        "set", "dynamic sparse training", f"prune rule: {_texts(PRUNE_RULES)}", choices=tuple(PRUNE_RULES)
     )
-    cg: str = setting("hebb", "dynamic sparse training", "grow rule: most correlated, random", choices=GROW_RULES)
+    cg: str = setting("hebb", "dynamic sparse training", f"grow rule: {_texts(GROW_RULES)}", choices=tuple(GROW_RULES))
     dst_interval: int = setting(1000, "dynamic sparse training", "optimizer steps between updates", low=1)
     dst_fraction: float = setting(
         0.1, "dynamic sparse training", "share of units replaced in an update", low=0, high=1, open_low=True
+    )
+    dst_schedule: str = setting(
+        "constant",
+        "dynamic sparse training",
+        "keep that share, or let it fall to zero up to the last update",
+        choices=tuple(SCHEDULES),
+    )
+    dst_stop: float = setting(
+        1.0,
+        "dynamic sparse training",
+        "share of training after which nothing is replaced",
+        low=0,
+        high=1,
+        open_low=True,
     )
 
     def __post_init__(self) -> None:
@@ -191,8 +222,15 @@ class TrainSettings(Settings):
                 )
         if self.use_resnet and self.dataset not in RELEASES:
             problems.append(f"use_resnet needs --dataset {' or '.join(RELEASES)}, not {self.dataset}")
-        if self.use_resnet and self.augment == "crop-flip":
-            problems.append("augment=crop-flip needs images, but use_resnet trains on features; leave one of them out")
+        if self.use_resnet and self.augment in SHIFTS:
+            problems.append(
+                f"augment={self.augment} needs images, but use_resnet trains on features; leave one of them out"
+            )
+        if self.standardize and self.enc == "rate":
+            problems.append(
+                "standardize makes values below 0 and above 1, which are no probabilities of spikes for enc=rate; "
+                "give --enc current, or leave --standardize out"
+            )
         if self.resnet_weights is not None and not self.use_resnet:
             problems.append("resnet_weights is of no use without use_resnet; give --use_resnet, or leave it out")
         if self.dataset in DATASETS:
@@ -203,6 +241,18 @@ class TrainSettings(Settings):
                 problems.append(f"sparsity_mode=dynamic needs a sparse model; give --model {', '.join(GROUPINGS)}")
             elif self.p_inter == 1 and self.p_intra == 1:
                 problems.append("sparsity_mode=dynamic has nothing to grow at p_inter=1 and p_intra=1; lower p_inter")
+        else:
+            given = {
+                "cg": self.cg == "gradient",
+                "dst_schedule": self.dst_schedule != "constant",
+                "dst_stop": self.dst_stop != 1,
+            }
+            problems += [
+                f"{name}={getattr(self, name)} is of no use with sparsity_mode=static; "
+                "give --sparsity_mode dynamic, or leave it out"
+                for name, changed in given.items()
+                if changed
+            ]
         return problems
 
     def groups_left_empty(self, input_dim: int, num_classes: int) -> list[str]:
@@ -221,11 +271,10 @@ class TrainSettings(Settings):
         ]
 
     @property
-    def augments(self) -> bool:
-        """Whether training images are augmented."""
-        return self.augment == "crop-flip" or (
-            self.augment == "auto" and self.dataset in DATASETS and DATASETS[self.dataset].crops and not self.use_resnet
-        )
+    def shift(self) -> int | None:
+        """By how many pixels training images are shifted at most before half of them are mirrored; None: neither."""
+        crops = self.dataset in DATASETS and DATASETS[self.dataset].crops and not self.use_resnet
+        return SHIFTS.get("crop-flip" if self.augment == "auto" and crops else self.augment)
 
     def neuron_parameters(self) -> dict[str, Any]:
         """Where the neurons' parameters begin, as far as a setting says so."""

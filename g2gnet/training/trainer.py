@@ -19,6 +19,7 @@ from g2gnet.dst import DSTScheduler
 from g2gnet.layers import G2GLinear
 from g2gnet.network import G2GNet
 from g2gnet.regularizer import RateTarget, rate_penalty, rate_target
+from g2gnet.schedules import SCHEDULES
 from g2gnet.seeding import draw_device, stream
 from g2gnet.training.cuda_graph import CapturedStep
 from g2gnet.training.evaluation import autocast, build_network, run_images
@@ -95,7 +96,7 @@ class Trainer:
             shares of every batch. They do what one process would do, but for the order of floating-point sums.
 
     Raises:
-        SettingsError: if a batch has fewer images than there are processes.
+        SettingsError: if a batch has fewer images than there are processes, or training too few steps for DST.
     """
 
     def __init__(
@@ -121,12 +122,19 @@ class Trainer:
                 f"less than one for each of {world.size} processes; give another one, or start fewer processes"
             )
         self.net = build_network(settings, data.input_dim, data.num_classes, machine.backend).to(device)
+        if settings.standardize:
+            mean, deviation = self.data.moments()
+            self.net.input_mean.fill_(mean)
+            self.net.input_deviation.fill_(deviation)
+        self._steps = settings.epochs * self._batches
         self._initial_units = self._units()
         # PyTorch's fused update is for CPU and CUDA; DirectML takes the plain loop
         fused = device.type in ("cpu", "cuda")
+        falls = settings.lr_schedule != "constant"
         self.optimizer = torch.optim.Adam(
             self.net.parameters(),
-            lr=settings.lr,
+            # a captured step reads it from a tensor
+            lr=torch.tensor(settings.lr, device=device) if machine.cuda_graph and falls else settings.lr,
             weight_decay=settings.weight_decay,
             fused=fused,
             foreach=False,
@@ -143,6 +151,12 @@ class Trainer:
         self._captured = CapturedStep(self._learn) if machine.cuda_graph else None
         self.dst: DSTScheduler | None = None
         if settings.sparsity_mode == "dynamic":
+            bounded = settings.dst_schedule != "constant" or settings.dst_stop != 1
+            if bounded and settings.dst_interval > settings.dst_stop * self._steps:
+                raise SettingsError(
+                    f"dst_interval={settings.dst_interval} leaves no update: training takes {self._steps} steps, and "
+                    f"nothing is replaced after dst_stop={settings.dst_stop} of them; lower --dst_interval"
+                )
             self.dst = DSTScheduler(
                 [connection for connection, _ in self.net.layers()],
                 self.optimizer,
@@ -152,6 +166,9 @@ class Trainer:
                 settings.cg,
                 settings.seed,
                 world.group,
+                schedule=settings.dst_schedule,
+                stop=settings.dst_stop,
+                total_steps=self._steps if bounded else None,
             )
         self.epoch = 0  # finished epochs
         self.step = 0
@@ -261,8 +278,8 @@ class Trainer:
         """One step on the images of a batch."""
         labels = self.data.train_labels[index]
         images = self.data.train_images[index]
-        if self.settings.augments:
-            images = random_crop_and_flip(images, self._stream("augment", self.step))
+        if self.settings.shift is not None:
+            images = random_crop_and_flip(images, self._stream("augment", self.step), self.settings.shift)
         # of the whole batch's draws, so that each image gets what it would get in one process
         share = self.world.share(len(index))
         inputs = self.net.encode(as_samples(images), self._stream("encode_train", self.step), share)
@@ -270,8 +287,12 @@ class Trainer:
         target = None
         if self.settings.enforce_sparsity:
             target = rate_target(self.epoch + 1, self.settings.epochs, self.settings.warmup_epochs)
+        if self.settings.lr_schedule != "constant":
+            self._set_lr(self.settings.lr * SCHEDULES[self.settings.lr_schedule](self.step / self._steps))
         whole = len(index) == self.settings.batch_size
-        learn = self._captured if self._captured and whole else self._learn
+        # a step with the gradient of absent units is another one than was captured
+        as_ever = whole and not (self.dst and self.dst.forms_gradient)
+        learn = self._captured if self._captured and as_ever else self._learn
         result, activity = learn(inputs, labels, _StepConstants(target, len(labels) / len(index)))
         result = result.summed(self.world)
         self.step += 1
@@ -281,6 +302,14 @@ class Trainer:
         if self.dst:
             self.dst.step(inputs, activity)
         return result
+
+    def _set_lr(self, lr: float) -> None:
+        """The learning rate of the next step."""
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
 
     def _learn(
         self, inputs: torch.Tensor, labels: torch.Tensor, constants: _StepConstants

@@ -1,13 +1,21 @@
 """Dynamic sparse training against a slow description of its rules, weight by weight."""
 
+import copy
 import itertools
+import math
+import pickle
 
 import pytest
 import torch
+from helpers import backends_of
+from torch.utils.checkpoint import checkpoint
 
-from g2g_kernels import BlockMask, GroupLayout
-from g2gnet import DSTScheduler, G2GLinear, G2GNet
-from g2gnet.dst import GROW_RULES, PRUNE_RULES, unit_correlation
+from g2g_kernels import BlockMask, GroupLayout, lif
+from g2g_kernels.ops.g2g_stack import operator
+from g2gnet import DSTScheduler, G2GLinear, G2GNet, sparsify
+from g2gnet.dst import _first, unit_correlation
+from g2gnet.dst_rules import GROW_RULES, PRUNE_RULES
+from g2gnet.layers import AbsentGradient
 from g2gnet.regularizer import rate_penalty, rate_target
 
 RULES = list(itertools.product(PRUNE_RULES, GROW_RULES))
@@ -84,6 +92,18 @@ def train_step(net, optimizer, x, target=None):
     return activity
 
 
+def dense_gradients(net, x):
+    """∂L/∂W of each layer with a dense weight, [out, in], for the loss of :func:`train_step`."""
+    weights, spikes, steps = [], x, net.T
+    for connection, neurons in net.layers():
+        weights.append(connection.dense_weight().detach().requires_grad_())
+        current = torch.nn.functional.linear(spikes, weights[-1], connection.bias)
+        options = neurons.reset, neurons.surrogate, neurons.alpha
+        spikes, steps = lif(current, neurons.beta, neurons.threshold, steps, *options, backend="torch"), None
+    loss = torch.nn.functional.cross_entropy(spikes.sum(0), torch.arange(len(x)))
+    return torch.autograd.grad(loss, weights)
+
+
 def sparse_layers(net):
     return [connection for connection, _ in net.layers()]
 
@@ -94,8 +114,13 @@ def units_of(mask):
 
 @pytest.mark.parametrize(("prune", "grow"), RULES)
 def test_an_update_follows_its_rules(prune, grow):
-    net, optimizer, x, activity = trained_net()
+    net, optimizer, x, _ = trained_net()
     layers = sparse_layers(net)
+    scheduler = DSTScheduler(layers, optimizer, interval=1, fraction=0.2, prune=prune, grow=grow)
+    gradients = [
+        mean_by_unit(g.square(), layer.mask).sqrt() for g, layer in zip(dense_gradients(net, x), layers, strict=True)
+    ]
+    activity = train_step(net, optimizer, x)
     before = [(units_of(layer.mask), layer.dense_weight().detach().clone(), layer.mask.density) for layer in layers]
     trains = [x, *(record.dense() for record in activity.spikes)]
     correlations = [
@@ -103,11 +128,12 @@ def test_an_update_follows_its_rules(prune, grow):
     ]
     weights = [mean_by_unit(layer.dense_weight().detach().abs(), layer.mask) for layer in layers]
 
-    scheduler = DSTScheduler(layers, optimizer, interval=1, fraction=0.2, prune=prune, grow=grow)
     assert scheduler.step(x, activity)
 
     replaced = 0
-    for layer, (old, old_weight, _), correlation, weight in zip(layers, before, correlations, weights, strict=True):
+    for layer, (old, old_weight, _), correlation, weight, gradient in zip(
+        layers, before, correlations, weights, gradients, strict=True
+    ):
         new = units_of(layer.mask)
         pruned, grown = old - new, new - old
         count = min(int(0.2 * len(old)), layer.mask.grid[0] * layer.mask.grid[1] - len(old))
@@ -121,9 +147,10 @@ def test_an_update_follows_its_rules(prune, grow):
             kept = old - pruned
             # a tie may go either way; float32 scores are compared with float64 ones
             assert max(score[unit] for unit in pruned) <= min(score[unit] for unit in kept) + 1e-6
-        if grow == "hebb":
+        if grow != "random":
+            score = correlation if grow == "hebb" else gradient
             passed_over = inactive - grown
-            assert min(correlation[unit] for unit in grown) >= max(correlation[unit] for unit in passed_over) - 1e-6
+            assert min(score[unit] for unit in grown) >= max(score[unit] for unit in passed_over) - 1e-6
 
         # kept weights are untouched, pruned and grown ones are zero, and so is the grown ones' optimizer state
         kept_mask = unit_mask(layer.mask, old & new)
@@ -226,6 +253,165 @@ def test_training_goes_on_through_updates_and_a_resume(target):
     assert through[3].pruned > 0
 
 
+# --- the gradient of absent units ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", backends_of(operator))
+@pytest.mark.parametrize("varying", [False, True], ids=["held", "varying"])
+def test_absent_units_get_the_gradient_of_a_dense_layer_and_nothing_else_changes(backend, varying):
+    net, _, x, _ = trained_net(backend=backend)
+    if varying:
+        x = (torch.rand(8, 6, 30, generator=torch.Generator().manual_seed(3)) < 0.5).float()
+    labels = torch.arange(6)
+
+    def run():
+        net.zero_grad()
+        counts = net.simulate(x).counts
+        torch.nn.functional.cross_entropy(counts, labels).backward()
+        return counts.detach(), [parameter.grad for parameter in net.parameters()]
+
+    without = run()
+    for layer in sparse_layers(net):
+        layer.absent_gradient = AbsentGradient(layer.mask)
+    counts, gradients = run()
+    assert torch.equal(counts, without[0])
+    for one, other in zip(gradients, without[1], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)  # sums in another order
+    if not varying:
+        for layer, expected in zip(sparse_layers(net), dense_gradients(net, x), strict=True):
+            absent = layer.absent_gradient
+            assert absent.mask.is_full
+            torch.testing.assert_close(absent.mask.unpack(absent.total), expected, rtol=1e-4, atol=1e-6)
+    # neither in evaluation nor without gradients
+    before = [layer.absent_gradient.total.clone() for layer in sparse_layers(net)]
+    with torch.no_grad():
+        net.simulate(x)
+    assert net.fc2.weights()[1].is_full
+    net.eval()
+    assert net.fc2.weights()[1] is net.fc2.mask
+    for layer, total in zip(sparse_layers(net), before, strict=True):
+        assert torch.equal(layer.absent_gradient.total, total)
+
+
+def own_model(**options):
+    """A user's model of linear layers, sparse, with an optimizer and a scheduler."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(20, 24), torch.nn.Tanh(), torch.nn.Linear(24, 12))
+    sparsify(model, 0.3, num_groups=4, block_size=3, generator=torch.Generator().manual_seed(1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return model, optimizer, DSTScheduler(model, optimizer, **options)
+
+
+def test_in_ones_own_loop_the_units_of_the_largest_gradient_grow_and_only_when_due():
+    model, optimizer, scheduler = own_model(interval=2, fraction=0.2, grow="gradient")
+    x = torch.randn(16, 20, generator=torch.Generator().manual_seed(2))
+    for step in range(1, 5):
+        weights = [model[place].dense_weight().detach().requires_grad_() for place in (0, 2)]
+        hidden = torch.nn.functional.linear(x, weights[0], model[0].bias).tanh()
+        loss = torch.nn.functional.linear(hidden, weights[1], model[2].bias).square().sum()
+        expected = torch.autograd.grad(loss, weights)
+        old = [units_of(model[place].mask) for place in (0, 2)]
+        assert (model[0].absent_gradient is not None) == (step % 2 == 0)
+        for half in x.split(8):  # gradients are accumulated over two backward passes
+            model(half).square().sum().backward()
+        optimizer.step()
+        assert scheduler.step() == (step % 2 == 0)
+        optimizer.zero_grad()
+        for place, gradient, before in zip((0, 2), expected, old, strict=True):
+            mask = model[place].mask
+            grown = units_of(mask) - before
+            assert bool(grown) == (step % 2 == 0)
+            score = mean_by_unit(gradient.square(), mask)
+            passed_over = set(itertools.product(*map(range, mask.grid))) - before - grown
+            assert not grown or min(score[u] for u in grown) >= max(score[u] for u in passed_over) * (1 - 1e-5)
+
+
+def test_a_step_without_a_backward_pass_has_no_gradient():
+    _, _, scheduler = own_model(interval=1, grow="gradient")
+    with pytest.raises(RuntimeError, match=r"no gradient of layer 0 was seen .* grow='gradient' needs it"):
+        scheduler.step()
+
+
+def test_a_copy_of_a_layer_forms_no_gradient_of_absent_units():
+    model, _, scheduler = own_model(interval=1, grow="gradient")
+    assert scheduler.forms_gradient
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert model[0].absent_gradient is not None
+        assert twin[0].absent_gradient is None
+
+
+# --- numbers that are not finite ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(("prune", "grow"), RULES)
+def test_an_update_with_a_number_that_is_not_finite_is_left_out_and_said(prune, grow, bad, caplog):
+    model, optimizer, scheduler = own_model(interval=1, fraction=0.3, prune=prune, grow=grow)
+    x = torch.randn(16, 20, generator=torch.Generator().manual_seed(2))
+    x[3, 5] = bad
+    units = [units_of(model[place].mask) for place in (0, 2)]
+    model(x).square().sum().backward()
+    optimizer.step()
+    assert scheduler.step()
+    uses_it = (prune, grow) != ("random", "random")
+    assert (scheduler.pruned == 0) == uses_it
+    assert ("no unit was replaced, since scores of" in caplog.text) == uses_it
+    for place, before in zip((0, 2), units, strict=True):
+        assert (units_of(model[place].mask) == before) == uses_it
+    state = model.state_dict()
+    state = {name: tensor.nan_to_num() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    copy.deepcopy(model).load_state_dict(state)  # no unit is named twice
+
+
+def test_what_is_not_a_number_comes_last_but_before_what_is_excluded():
+    draw = torch.Generator().manual_seed(0)
+    cost = torch.tensor([2.0, math.nan, -math.inf, 1.0, math.inf, 0.0])
+    last = torch.tensor([False, False, False, False, False, True])
+    order = _first(cost, 6, draw, last).tolist()
+    assert order[:3] == [2, 3, 0]
+    assert set(order[3:5]) == {1, 4}
+    assert order[5] == 5
+
+
+# --- parts of a model that run again in the backward pass ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize(("prune", "grow"), [("hebb", "hebb"), ("set", "gradient")])
+def test_a_checkpointed_model_is_rewired_as_any_other(prune, grow, use_reentrant):
+    wired = []
+    for checkpointed in (False, True):
+        model, optimizer, scheduler = own_model(interval=1, fraction=0.3, prune=prune, grow=grow)
+        for step in range(3):
+            x = torch.randn(16, 20, generator=torch.Generator().manual_seed(step)).requires_grad_()
+            y = checkpoint(model, x, use_reentrant=use_reentrant) if checkpointed else model(x)
+            optimizer.zero_grad()
+            y.square().sum().backward()
+            optimizer.step()
+            scheduler.step()
+        wired.append([units_of(model[place].mask) for place in (0, 2)])
+    assert wired[0] == wired[1]
+
+
+# --- schedules ----------------------------------------------------------------------------------------------------
+
+
+def test_the_share_falls_as_a_cosine_up_to_the_last_update():
+    """S is the last multiple of 10 in the first 75 % of 100 steps; there the cosine is zero."""
+    net, optimizer, _, _ = trained_net()
+    scheduler = DSTScheduler(
+        [net.fc2], optimizer, 10, 0.4, "random", "random", schedule="cosine", stop=0.75, total_steps=100
+    )
+    replaced = {}
+    for step in range(1, 101):
+        before = scheduler.pruned
+        if scheduler.step():
+            replaced[step] = scheduler.pruned - before
+    units = net.fc2.mask.num_units
+    assert replaced == {s: int(0.4 * (1 + math.cos(math.pi * s / 70)) / 2 * units) for s in range(10, 71, 10)}
+    assert replaced[70] == 0 < replaced[60] < replaced[10]
+
+
 def test_a_nearly_full_layer_grows_no_more_than_there_is_room_for():
     net, optimizer, x, activity = trained_net(p_inter=0.97)
     before = [layer.mask.num_units for layer in sparse_layers(net)]
@@ -238,10 +424,15 @@ def test_a_nearly_full_layer_grows_no_more_than_there_is_room_for():
     ("options", "message"),
     [
         ({"prune": "magnitude"}, "prune='magnitude' is unknown; choose one of set, random, hebb"),
-        ({"grow": "set"}, "grow='set' is unknown; choose one of hebb, random"),
+        ({"grow": "set"}, "grow='set' is unknown; choose one of hebb, random, gradient"),
         ({"interval": 0}, "interval=0 must be at least 1"),
         ({"fraction": 0.0}, "fraction=0.0 must be above 0"),
         ({"fraction": 1.1}, "fraction=1.1 must be above 0 and at most 1"),
+        ({"stop": 0.0, "total_steps": 9}, "stop=0.0 must be above 0 and at most 1"),
+        ({"schedule": "linear"}, "schedule='linear' is unknown; choose one of constant, cosine"),
+        ({"schedule": "cosine"}, "schedule='cosine' and stop=1.0 need total_steps"),
+        ({"stop": 0.5}, "stop=0.5 need total_steps"),
+        ({"stop": 0.5, "total_steps": 1999}, "interval=1000 leaves no update in the first 0.5 of 1999 steps"),
     ],
 )
 def test_options_out_of_range_are_named(options, message):

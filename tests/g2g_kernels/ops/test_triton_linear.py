@@ -165,7 +165,7 @@ def test_units_relabelled_in_place_are_seen():
     device = device_of("triton")
     mask = sparse_mask(CASES["units of 16, whole"])
     x, values, bias = inputs(mask, 6)
-    present = mask._flat_unit().tolist()
+    present = mask.flat_unit().tolist()
     absent = next(unit for unit in range(mask.grid[0] * mask.grid[1]) if unit not in present)
     mask.to(device).relabel_(*(torch.tensor([n], device=device) for n in (1, *divmod(absent, mask.grid[1]))))
     grad_output = torch.randn(6, mask.shape[0], generator=seeded(4))

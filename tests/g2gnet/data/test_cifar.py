@@ -9,6 +9,7 @@ import torch
 from small_data import cifar_archive, cifar_files, expect_files, write
 
 from g2gnet.data import DataError, as_samples, cifar, load_dataset, random_crop_and_flip
+from g2gnet.data.augmentation import SHIFTS
 from g2gnet.seeding import stream
 
 NAMES = ("cifar10", "cifar100")
@@ -120,28 +121,30 @@ def test_the_fingerprint_names_the_content(monkeypatch):
 # --- augmentation -------------------------------------------------------------------------------------------------
 
 
-def by_loop(images, generator):
+def by_loop(images, generator, shift):
     """The same draws, applied to one image after another with slices."""
     count = len(images)
-    top, left = torch.randint(9, (2, count, 1), generator=generator)
+    top, left = torch.randint(2 * shift + 1, (2, count, 1), generator=generator)
     flipped = torch.randint(2, (count, 1), generator=generator)
     changed = []
     for image, y, x, flip in zip(images, top, left, flipped, strict=True):
-        padded = torch.zeros(*image.shape[:-2], image.shape[-2] + 8, image.shape[-1] + 8, dtype=image.dtype)
-        padded[..., 4:-4, 4:-4] = image
+        (height, width), around = image.shape[-2:], 2 * shift
+        padded = torch.zeros(*image.shape[:-2], height + around, width + around, dtype=image.dtype)
+        padded[..., shift : shift + height, shift : shift + width] = image
         crop = padded[..., y : y + image.shape[-2], x : x + image.shape[-1]]
         changed.append(crop.flip(-1) if flip else crop)
     return torch.stack(changed)
 
 
 @pytest.mark.parametrize("shape", [(50, 3, 32, 32), (20, 28, 28), (3, 2, 5, 7), (1, 1, 1, 1)])
-def test_crops_and_flips_are_those_of_a_loop(shape):
+@pytest.mark.parametrize("shift", SHIFTS.values())
+def test_crops_and_flips_are_those_of_a_loop(shape, shift):
     images = torch.randint(1, 256, shape, dtype=torch.uint8, generator=stream(0, "network"))
-    changed = random_crop_and_flip(images, stream(5, "augment", 3))
+    changed = random_crop_and_flip(images, stream(5, "augment", 3), shift)
     assert changed.dtype == torch.uint8
-    assert torch.equal(changed, by_loop(images, stream(5, "augment", 3)))
+    assert torch.equal(changed, by_loop(images, stream(5, "augment", 3), shift))
     # images that are not contiguous are the same images
-    assert torch.equal(random_crop_and_flip(images.mT.contiguous().mT, stream(5, "augment", 3)), changed)
+    assert torch.equal(random_crop_and_flip(images.mT.contiguous().mT, stream(5, "augment", 3), shift), changed)
 
 
 def test_every_shift_and_flip_is_drawn_equally_often():

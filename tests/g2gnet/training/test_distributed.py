@@ -83,8 +83,13 @@ def assert_same_course(one, several):
 @pytest.mark.parametrize(
     ("processes", "options"),
     # batches of 71: in others some membrane is so near to its threshold that the order of sums decides about a spike
-    [(2, {}), (2, {"model": "dense", "batch_size": 71}), (3, EVERYTHING)],
-    ids=["static", "dense, uneven shares", "dynamic and all else, three"],
+    [
+        (2, {}),
+        (2, {"model": "dense", "batch_size": 71}),
+        (3, EVERYTHING),
+        (2, VARIANTS["all schedules"]),
+    ],
+    ids=["static", "dense, uneven shares", "dynamic and all else, three", "schedules and gradient growth"],
 )
 def test_processes_train_as_one(tmp_path, processes, options):
     one = run(tmp_path / "one", **options)

@@ -56,7 +56,6 @@ def test_the_stem_names_the_run(options, stem):
         ({"limit_train": 0}, "limit_train=0"),
         ({"model": "ring"}, "model='ring' is unknown; choose one of dense, index, random, mixer"),
         ({"dataset": "mnist"}, "dataset='mnist' is unknown; choose one of fashionmnist, "),
-        ({"augment": "flip"}, "augment='flip' is unknown; choose one of auto, crop-flip, none"),
         ({"neuron": "izhikevich"}, "neuron='izhikevich' is unknown; choose one of lif, synaptic"),
         ({"syn_decay": 0.8}, "syn_decay=0.8 is of no use with neuron=lif; give --neuron synaptic, or leave it out"),
         (
@@ -68,6 +67,14 @@ def test_the_stem_names_the_run(options, stem):
             "surrogate='step' is unknown; choose one of atan, fast_sigmoid, sigmoid, triangle, box",
         ),
         ({"alpha": 0.0}, "alpha=0.0 is out of range; give a value above 0"),
+        ({"augment": "crop"}, "augment='crop' is unknown; choose one of auto, crop-flip, shift-flip, flip, none"),
+        ({"dataset": "cifar10", "use_resnet": True, "augment": "flip"}, "augment=flip needs images"),
+        ({"standardize": True, "enc": "rate"}, "standardize makes values .* no probabilities .* give --enc current"),
+        ({"lr_schedule": "step"}, "lr_schedule='step' is unknown; choose one of constant, cosine"),
+        ({"dst_schedule": "cosine", "model": "index"}, "dst_schedule=cosine is of no use with sparsity_mode=static"),
+        ({"dst_stop": 0.5}, "dst_stop=0.5 is of no use with sparsity_mode=static; give --sparsity_mode dynamic"),
+        ({"cg": "gradient"}, "cg=gradient is of no use with sparsity_mode=static"),
+        ({"dst_stop": 0.0}, "dst_stop=0.0 is out of range; give a value above 0 and at most 1"),
         ({"use_resnet": True}, "use_resnet needs --dataset cifar10 or cifar100"),
         ({"dataset": "cifar10", "use_resnet": True, "augment": "crop-flip"}, "augment=crop-flip needs images"),
         ({"dataset": "cifar10", "resnet_weights": "w.pt"}, "resnet_weights is of no use without use_resnet"),
@@ -91,18 +98,20 @@ def test_a_decay_that_is_left_out_is_that_of_the_module():
 
 
 @pytest.mark.parametrize(
-    ("options", "augments"),
+    ("options", "shift"),
     [
-        ({}, False),
-        ({"augment": "crop-flip"}, True),
-        ({"dataset": "cifar10"}, True),
-        ({"dataset": "cifar100"}, True),
-        ({"dataset": "cifar100", "augment": "none"}, False),
-        ({"dataset": "cifar100", "use_resnet": True}, False),
+        ({}, None),
+        ({"augment": "crop-flip"}, 4),
+        ({"augment": "shift-flip"}, 1),
+        ({"dataset": "cifar10", "augment": "flip"}, 0),
+        ({"dataset": "cifar10"}, 4),
+        ({"dataset": "cifar100"}, 4),
+        ({"dataset": "cifar100", "augment": "none"}, None),
+        ({"dataset": "cifar100", "use_resnet": True}, None),
     ],
 )
-def test_raw_cifar_images_are_augmented_unless_told_otherwise(options, augments):
-    assert TrainSettings(**options).augments == augments
+def test_raw_cifar_images_are_augmented_unless_told_otherwise(options, shift):
+    assert TrainSettings(**options).shift == shift
 
 
 def test_all_bad_values_are_listed_at_once():

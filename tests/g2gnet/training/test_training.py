@@ -1,16 +1,19 @@
 """The training engine on a few real images: what it writes, how it goes on, and what it refuses."""
 
+import dataclasses
 import json
+import math
 import os
 
 import pytest
 import torch
 from training_runs import SMALL, VARIANTS, assert_equal, load, run
 
-from g2gnet.data import as_samples, load_dataset, random_crop_and_flip
+from g2gnet.data import DataError, as_samples, load_dataset, random_crop_and_flip
 from g2gnet.seeding import stream
 from g2gnet.tensor_file import write_tensors
-from g2gnet.training import CheckpointError, Machine, Trainer, TrainSettings, run_training
+from g2gnet.training import CheckpointError, Machine, SettingsError, Trainer, TrainSettings, run_training
+from g2gnet.training.evaluation import build_network
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -46,6 +49,43 @@ def test_each_batch_is_augmented_with_the_draws_of_its_step():
         assert torch.equal(seen[step], as_samples(random_crop_and_flip(images, stream(42, "augment", step))))
     # test images are shown as they are
     assert torch.equal(seen[4], as_samples(data.test_images[:64]))
+
+
+def test_the_learning_rate_falls_as_a_cosine_over_all_steps():
+    """12 steps in 3 epochs: that of step s, counted from 0, is lr·½(1 + cos πs/12)."""
+    trainer = Trainer(
+        TrainSettings(**SMALL, lr_schedule="cosine"), load_dataset(SMALL["dataset"]), Machine(torch.device("cpu"))
+    )
+    rates = []
+    for _ in range(3):
+        trainer.train_epoch(lambda *_: rates.append(trainer.optimizer.param_groups[0]["lr"]))
+    assert rates == pytest.approx([1e-3 * (1 + math.cos(math.pi * step / 12)) / 2 for step in range(12)])
+
+
+def test_standardized_inputs_have_mean_zero_and_deviation_one():
+    data = load_dataset(SMALL["dataset"])
+    trainer = Trainer(TrainSettings(**SMALL, standardize=True), data, Machine(torch.device("cpu")))
+    samples = as_samples(data.train_images[: SMALL["limit_train"]])
+    encoded = trainer.net.encode(samples).double()
+    expected = 3 * (samples.double() - samples.double().mean()) / samples.double().std(correction=0)
+    torch.testing.assert_close(encoded, expected, rtol=1e-5, atol=1e-5)  # of values in float32
+    # the network brings them along: who analyses it needs no training images
+    net = build_network(trainer.settings, data.input_dim, data.num_classes)
+    net.load_state_dict(trainer.net.state_dict())
+    assert torch.equal(net.encode(samples), trainer.net.encode(samples))
+
+
+def test_images_that_are_all_one_pixel_value_cannot_be_standardized():
+    data = load_dataset(SMALL["dataset"])
+    data = dataclasses.replace(data, train_images=torch.full_like(data.train_images, 7))
+    with pytest.raises(DataError, match="all values of the 200 training images of fashionmnist-mini are 7"):
+        Trainer(TrainSettings(**SMALL, standardize=True), data, Machine(torch.device("cpu")))
+
+
+def test_a_schedule_without_an_update_is_refused():
+    options = {"sparsity_mode": "dynamic", "dst_schedule": "cosine", "dst_stop": 0.5, "dst_interval": 7}
+    with pytest.raises(SettingsError, match="dst_interval=7 leaves no update: training takes 12 steps"):
+        Trainer(TrainSettings(**SMALL, **options), load_dataset(SMALL["dataset"]), Machine(torch.device("cpu")))
 
 
 def test_an_epoch_is_printed_and_recorded(tmp_path, capsys):

@@ -1,0 +1,92 @@
+"""The rules of dynamic sparse training: by which scores units are pruned, and by which they are grown.
+
+A rule is one object here: its name, what a user reads about it, what has to be recorded for it, and its score. To add
+one, add it to :data:`PRUNE_RULES` or :data:`GROW_RULES`; flags, checks and recording follow.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from g2g_kernels import BlockMask
+from g2gnet.layers import G2GLinear
+
+#: what a rule may need of the step before an update
+ACTIVITY, GRADIENT = "activity", "gradient"
+
+
+class Evidence(NamedTuple):
+    """What is known of one layer when its units are scored. Scores of the whole grid are [block rows · block columns].
+
+    Attributes:
+        layer: the layer.
+        correlation: mean pre/post correlation of each unit of the grid, if a rule needs the activity.
+        gradient: root mean square of ∂L/∂W over each unit of the grid, if a rule needs it.
+    """
+
+    layer: G2GLinear
+    correlation: torch.Tensor | None = None
+    gradient: torch.Tensor | None = None
+
+    @property
+    def mask(self) -> BlockMask:
+        return self.layer.mask
+
+    def of_slots(self, scores: torch.Tensor) -> torch.Tensor:
+        """The entries of ``scores``, of the whole grid, for the present units, by slot."""
+        return scores[self.mask.flat_unit()]
+
+
+class Rule(NamedTuple):
+    """A rule by which units go or come.
+
+    Attributes:
+        name: as in ``prune=``, ``grow=`` and the flags.
+        text: what it takes, in a few words.
+        score: a number for each unit: of a prune rule for each slot, and the lowest go; of a grow rule for each unit
+            of the grid, and the highest come. Where numbers are equal, a draw decides.
+        needs: what has to be recorded: :data:`ACTIVITY`, :data:`GRADIENT`, or None.
+    """
+
+    name: str
+    text: str
+    score: Callable[[Evidence], torch.Tensor]
+    needs: str | None = None
+
+
+def _weight(seen: Evidence) -> torch.Tensor:
+    return seen.layer.values.abs().sum((1, 2)) / seen.mask.unit_sizes
+
+
+def _correlation(seen: Evidence) -> torch.Tensor:
+    assert seen.correlation is not None
+    return seen.correlation
+
+
+def _gradient(seen: Evidence) -> torch.Tensor:
+    assert seen.gradient is not None
+    return seen.gradient
+
+
+def _chance(number: Callable[[BlockMask], int]) -> Callable[[Evidence], torch.Tensor]:
+    """Equal scores for that many units, among which a draw decides."""
+    return lambda seen: torch.zeros(number(seen.mask), device=seen.layer.values.device)
+
+
+PRUNE_RULES = {
+    rule.name: rule
+    for rule in (
+        Rule("set", "smallest weights", _weight),
+        Rule("random", "random", _chance(lambda mask: mask.num_units)),
+        Rule("hebb", "least correlated", lambda seen: seen.of_slots(_correlation(seen)), ACTIVITY),
+    )
+}
+GROW_RULES = {
+    rule.name: rule
+    for rule in (
+        Rule("hebb", "most correlated", _correlation, ACTIVITY),
+        Rule("random", "random", _chance(lambda mask: mask.grid[0] * mask.grid[1])),
+        Rule("gradient", "largest gradient", _gradient, GRADIENT),
+    )
+}

@@ -5,7 +5,7 @@ weights themselves are *packed*, one [unit_rows, unit_cols] tile per present uni
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -124,8 +124,8 @@ class BlockMask(nn.Module):
         block_size: int = 64,
     ) -> None:
         super().__init__()
-        if block_size < 1:
-            raise ValueError(f"block_size={block_size} must be at least 1")
+        if not isinstance(block_size, int) or isinstance(block_size, bool) or block_size < 1:
+            raise ValueError(f"block_size={block_size!r} must be a whole number of at least 1")
         self.block_size = block_size
         self.rows = UnitAxis(out_layout, block_size)
         self.cols = UnitAxis(in_layout, block_size)
@@ -462,7 +462,8 @@ class BlockMask(nn.Module):
 # --- dense and packed weights ---------------------------------------------------------------------------------------
 
 
-class _View(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class _View:
     """What one pass sees of a mask; the tensors are the mask's own.
 
     A pass saves them for its backward pass, so that PyTorch refuses the gradient of a mask that has changed in place
@@ -524,6 +525,7 @@ class _Linear(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         ctx.view = inputs[1]
         ctx.save_for_backward(*ctx.view.tensors)
+        ctx.save_for_forward(*ctx.view.tensors)  # the same, as a forward mode under vmap asks for
 
 
 class _Pack(_Linear):

@@ -48,8 +48,9 @@ class GroupLayout:
     ) -> None:
         if kind not in GROUP_KINDS:
             raise ValueError(f"kind={kind!r} is not a group layout; choose one of {', '.join(GROUP_KINDS)}")
-        if num_groups < 1:
-            raise ValueError(f"num_groups={num_groups} must be at least 1")
+        for name, value in (("size", size), ("num_groups", num_groups)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
         if size < num_groups:
             raise ValueError(
                 f"{size} neurons cannot fill num_groups={num_groups} groups; use at most {size} groups or more neurons"

@@ -20,6 +20,7 @@ INDICES = 6
 #: plans that are kept in any case, and as many more as have this many units together (a unit costs some 80 bytes)
 _PLANS, _UNITS = 64, 1 << 22
 _LEAST_UNITS = 1 << 10  # what a plan counts as, however small its mask
+_MOST_WEIGHTS = (1 << 31) - 1  # weights of a mask are numbered in 32 bits
 _lock = threading.RLock()  # the garbage collector may call kernels from a finalizer while it is held
 _plans: "OrderedDict[tuple, Plan]" = OrderedDict()
 
@@ -59,6 +60,13 @@ class Plan:
         """True if this is still the plan of these tensors."""
         same = library().g2g_plan_matches(self.address, tensors[0].data_ptr(), tensors[1].data_ptr())
         return bool(same) and all(map(torch.equal, self._axes, tensors[2:]))
+
+
+def refuses(values: torch.Tensor) -> str | None:
+    """Why no plan can be made for a mask with these packed weights, or None."""
+    if values.numel() > _MOST_WEIGHTS:
+        return f"serves at most {_MOST_WEIGHTS} weights in a layer, not {values.numel()}"
+    return None
 
 
 def plan_for(tensors: Sequence[torch.Tensor], values: torch.Tensor) -> Plan:

@@ -10,7 +10,17 @@ import pytest
 import torch
 from helpers import MASK_CASES, packed_randn, threads
 
-from g2g_kernels import BlockMask, GroupLayout, available_backends, backend_status, g2g_linear
+from g2g_kernels import (
+    BackendError,
+    BlockMask,
+    GroupLayout,
+    Neurons,
+    SpikingLayer,
+    available_backends,
+    backend_status,
+    g2g_linear,
+    g2g_stack,
+)
 from g2g_kernels.cpu import plans
 from g2g_kernels.cpu.workspace import Workspace
 
@@ -137,3 +147,38 @@ def test_plans_of_large_layers_are_bounded(monkeypatch):
         mask = BlockMask.full(GroupLayout(8, 2), GroupLayout(8, 2), 1)
         g2g_linear(torch.ones(1, 8), torch.ones(mask.num_units, 1, 1), mask, backend="cpu")
     assert len(plans._plans) <= 70
+
+
+# --- what outlives a pass, and what is too large ------------------------------------------------------------------
+
+
+@compiled
+def test_spikes_are_those_of_the_neurons_they_had_when_a_mask_is_loaded_anew():
+    """840b5ea gave them in the order of the new mask."""
+    draw = torch.Generator().manual_seed(0)
+    layouts = [GroupLayout(24, 3, "random", draw) for _ in range(3)]
+    masks = [BlockMask.full(layout, layouts[2], 8) for layout in layouts[:2]]
+    layer = SpikingLayer(torch.rand(9, 8, 8), masks[0], None, Neurons("lif", (torch.tensor(0.9), torch.tensor(9.0))))
+    spikes = g2g_stack(torch.rand(5, 2, 24), [layer], backend="cpu").spikes[0]
+    before = spikes.dense()
+    assert 0 < before.mean() < 1
+    masks[0].load_state_dict(masks[1].state_dict())
+    assert not torch.equal(masks[0].rows.order, layouts[0].group_of.argsort(stable=True))
+    assert torch.equal(spikes.dense(), before)
+
+
+@compiled
+def test_a_layer_of_too_many_weights_is_refused_by_their_number(monkeypatch):
+    """More than 2^31 - 1; 840b5ea said that the indices do not describe a valid mask."""
+    monkeypatch.setattr(plans, "_MOST_WEIGHTS", 63)
+    mask = BlockMask.full(GroupLayout(8, 1), GroupLayout(8, 1), 4)
+    with pytest.raises(BackendError, match="serves at most 63 weights in a layer, not 64"):
+        g2g_linear(torch.ones(1, 8), torch.ones(4, 4, 4), mask, backend="cpu")
+
+
+@pytest.mark.parametrize("value", [True, 2.0, "2", 0])
+def test_sizes_that_are_no_whole_numbers_are_named(value):
+    with pytest.raises(ValueError, match=rf"block_size={value!r} must be a whole number"):
+        BlockMask.full(GroupLayout(8, 1), GroupLayout(8, 1), value)
+    with pytest.raises(ValueError, match=rf"num_groups={value!r} must be a whole number"):
+        GroupLayout(8, value)

@@ -7,6 +7,7 @@ import torch
 from g2g_kernels.block_mask import BlockMask
 from g2g_kernels.dispatch import Operator
 from g2g_kernels.ops.checks import check_connection, check_tensor
+from g2g_kernels.ops.derivatives import has_tangent
 from g2g_kernels.ops.g2g_linear import cpu, reference
 
 
@@ -29,7 +30,8 @@ def g2g_linear(
     bias: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """Applies a block-sparse linear layer; differentiable in ``x``, ``values`` and ``bias``.
+    """Applies a block-sparse linear layer; differentiable in ``x``, ``values`` and ``bias``, any number of times and in
+    forward mode, and under ``torch.func.vmap``. (Inside what ``torch.compile`` traces, once, and in forward mode.)
 
     Args:
         x: [..., in], in neuron order: floats, or spikes in uint8.
@@ -50,4 +52,6 @@ def g2g_linear(
     check_connection("", values, mask, bias)
     if x.dim() < 1 or x.shape[-1] != mask.shape[1]:
         raise ValueError(f"x has shape {tuple(x.shape)}, its last dimension must be the mask's {mask.shape[1]} inputs")
+    if torch.compiler.is_compiling() and has_tangent(x, values, bias):
+        return reference.g2g_linear(x, values, mask, bias)  # whose operations have a forward mode there
     return operator(x, values, mask, bias, backend=backend)

@@ -11,9 +11,12 @@ from collections.abc import Sequence
 import torch
 
 from g2g_kernels.block_mask import BlockMask
+from g2g_kernels.cpu import plans
 from g2g_kernels.cpu.library import LinearArguments, bf16_wanted, event_limit, library, pointer, run
 from g2g_kernels.cpu.plans import INDICES, indices, plan_for
 from g2g_kernels.cpu.workspace import workspace
+from g2g_kernels.ops.derivatives import refuse_compiled_backward
+from g2g_kernels.ops.g2g_linear.derivatives import Kernels, linear
 
 
 def refuses(x: torch.Tensor, values: torch.Tensor, mask: BlockMask, bias: torch.Tensor | None) -> str | None:
@@ -27,7 +30,7 @@ def refuses(x: torch.Tensor, values: torch.Tensor, mask: BlockMask, bias: torch.
             return f"needs float32 tensors, not {tensor.dtype}"
     if x.numel() == 0:
         return "needs an input that is not empty"
-    return None
+    return plans.refuses(values)
 
 
 def _converts(dtype: torch.dtype) -> bool:
@@ -37,13 +40,20 @@ def _converts(dtype: torch.dtype) -> bool:
 
 def g2g_linear(x: torch.Tensor, values: torch.Tensor, mask: BlockMask, bias: torch.Tensor | None) -> torch.Tensor:
     flat = x.reshape(-1, x.shape[-1])
-    y = torch.ops.g2g.linear_forward(
-        (flat if flat.dtype == torch.bfloat16 else flat.to(torch.float32)).contiguous(),
-        values.contiguous(),
-        None if bias is None else bias.contiguous(),
-        indices(mask),
-        bf16_wanted(),
-    )
+    flat = flat if flat.dtype == torch.bfloat16 else flat.to(torch.float32)
+    tensors, bf16 = indices(mask), bf16_wanted()
+
+    def product(x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        bias = None if bias is None else bias.contiguous()
+        return torch.ops.g2g.linear_forward(x.contiguous(), values.contiguous(), bias, tensors, bf16)
+
+    def gradients(grad_y, x, values, need_x, need_values, need_bias):
+        return torch.ops.g2g.linear_backward(grad_y, x, values, tensors, bf16, need_x, need_values)
+
+    if torch.compiler.is_compiling():  # which traces no Function with a forward mode
+        y = product(flat, values, bias)
+    else:
+        y = linear(flat.contiguous(), values.contiguous(), bias, Kernels(product, gradients, mask, tuple(tensors)))
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -169,3 +179,4 @@ for _name, _function, _fake in (
     _library.impl(_name, _function, "CPU")
     torch.library.register_fake(f"g2g::{_name}", _fake, lib=_library)
 torch.library.register_autograd("g2g::linear_forward", _autograd, setup_context=_setup_context, lib=_library)
+torch.library.register_autograd("g2g::linear_backward", refuse_compiled_backward, lib=_library)

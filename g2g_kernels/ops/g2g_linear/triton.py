@@ -25,6 +25,8 @@ import triton.language as tl
 from torch.nn import functional as F
 
 from g2g_kernels.block_mask import BlockMask
+from g2g_kernels.ops.derivatives import refuse_compiled_backward
+from g2g_kernels.ops.g2g_linear.derivatives import Kernels, linear
 from g2g_kernels.triton import runtime
 from g2g_kernels.triton.runtime import launch
 
@@ -504,14 +506,21 @@ def refuses(x: torch.Tensor, values: torch.Tensor, mask: BlockMask, bias: torch.
 
 def g2g_linear(x: torch.Tensor, values: torch.Tensor, mask: BlockMask, bias: torch.Tensor | None) -> torch.Tensor:
     tensors, trivial = indices(mask)
-    y = torch.ops.g2g.triton_linear_forward(
-        x.reshape(-1, x.shape[-1]).contiguous(),
-        values.contiguous(),
-        None if bias is None else bias.contiguous(),
-        tensors,
-        trivial,
-        runtime.autocast_dtype(x.device.type) or values.dtype,
-    )
+    dtype = runtime.autocast_dtype(x.device.type) or values.dtype
+    flat = x.reshape(-1, x.shape[-1])
+
+    def product(x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        bias = None if bias is None else bias.contiguous()
+        return torch.ops.g2g.triton_linear_forward(x.contiguous(), values.contiguous(), bias, tensors, trivial, dtype)
+
+    def gradients(grad_y, x, values, need_x, need_values, need_bias):
+        needed = need_x, need_values, need_bias
+        return torch.ops.g2g.triton_linear_backward(grad_y, x, values, tensors, trivial, *needed)
+
+    if torch.compiler.is_compiling():  # which traces no Function with a forward mode
+        y = product(flat, values, bias)
+    else:
+        y = linear(flat.contiguous(), values.contiguous(), bias, Kernels(product, gradients, mask, tuple(tensors)))
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -619,3 +628,4 @@ for _name, _function, _fake in (
         _library.impl(_name, _function, _key)
     torch.library.register_fake(f"g2g::{_name}", _fake, lib=_library)
 torch.library.register_autograd("g2g::triton_linear_forward", _autograd, setup_context=_setup_context, lib=_library)
+torch.library.register_autograd("g2g::triton_linear_backward", refuse_compiled_backward, lib=_library)

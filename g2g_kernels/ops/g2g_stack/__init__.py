@@ -11,6 +11,7 @@ import torch
 
 from g2g_kernels.dispatch import Operator
 from g2g_kernels.ops.checks import check_connection, check_tensor
+from g2g_kernels.ops.derivatives import refuse_forward_mode
 from g2g_kernels.ops.g2g_stack import cpu, reference
 from g2g_kernels.ops.g2g_stack.activity import Activity, Spikes
 from g2g_kernels.ops.g2g_stack.layer import SpikingLayer
@@ -46,6 +47,7 @@ def g2g_stack(
     Raises:
         ValueError: for options out of range, or tensors that do not fit one another.
         BackendError: if the forced backend cannot serve the call.
+        NotImplementedError: for a second derivative, or one in forward mode.
     """
     check_steps(steps)
     check_tensor("x", x)
@@ -66,4 +68,5 @@ def g2g_stack(
             raise ValueError(f"layer {number} has {in_size} inputs but receives {size}")
         checked.append(layer._replace(neurons=check_neurons(suffix, layer.neurons, out_size, x)))
         size = out_size
+    refuse_forward_mode(x, *(tensor for layer in checked for tensor in layer.tensors()))
     return operator(x, checked, steps, backend=backend)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
+from g2g_kernels.cpu import plans
 from g2g_kernels.cpu.library import (
     LayerArguments,
     StackArguments,
@@ -26,6 +27,7 @@ from g2g_kernels.cpu.library import (
 )
 from g2g_kernels.cpu.plans import INDICES, Plan, blocks, indices, plan_for
 from g2g_kernels.cpu.workspace import workspace
+from g2g_kernels.ops.derivatives import refuse_backward
 from g2g_kernels.ops.g2g_stack.activity import Activity
 from g2g_kernels.ops.g2g_stack.layer import SpikingLayer
 
@@ -56,7 +58,7 @@ def refuses(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) 
         return f"serves at most {MOST_STEPS} time steps"
     if x.numel() == 0:
         return "needs a batch that is not empty"
-    return None
+    return next(filter(None, (plans.refuses(layer.values) for layer in layers)), None)
 
 
 def g2g_stack(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> Activity:
@@ -97,11 +99,16 @@ class PackedSpikes:
     ) -> None:
         self._words = words
         self._values, self._indices = values, mask_indices
+        # the order of the neurons and the ranges of units, which load_state_dict may change in place
+        self._rows = [tensor.clone() for tensor in mask_indices[2:4]]
         self._batch, self._steps = batch, steps
 
     def dense(self) -> torch.Tensor:
         """The spikes, 0 or 1, float [T, B, N] in neuron order, without gradient."""
-        return torch.ops.g2g.unpack_spikes(self._words, self._values, self._indices, self._batch, self._steps)
+        tensors = self._indices
+        if not all(map(torch.equal, self._rows, tensors[2:4])):
+            tensors = [*tensors[:2], *self._rows, *tensors[4:]]
+        return torch.ops.g2g.unpack_spikes(self._words, self._values, tensors, self._batch, self._steps)
 
 
 # --- sizes ------------------------------------------------------------------------------------------------------
@@ -400,3 +407,4 @@ for _name, _function, _fake in (
     _library.impl(_name, _function, "CPU")
     torch.library.register_fake(f"g2g::{_name}", _fake, lib=_library)
 torch.library.register_autograd("g2g::stack_forward", _autograd, setup_context=_setup_context, lib=_library)
+torch.library.register_autograd("g2g::stack_backward", refuse_backward, lib=_library)

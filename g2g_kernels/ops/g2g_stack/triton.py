@@ -30,6 +30,7 @@ import torch
 import triton
 import triton.language as tl
 
+from g2g_kernels.ops.derivatives import refuse_backward
 from g2g_kernels.ops.g2g_linear.triton import (
     INDICES,
     Tensors,
@@ -712,3 +713,4 @@ for _name, _function, _fake in (
         _library.impl(_name, _function, _key)
     torch.library.register_fake(f"g2g::{_name}", _fake, lib=_library)
 torch.library.register_autograd("g2g::triton_stack_forward", _autograd, setup_context=_setup_context, lib=_library)
+torch.library.register_autograd("g2g::triton_stack_backward", refuse_backward, lib=_library)

@@ -6,6 +6,7 @@ import torch
 
 from g2g_kernels.dispatch import Operator
 from g2g_kernels.ops.checks import check_tensor
+from g2g_kernels.ops.derivatives import refuse_forward_mode
 from g2g_kernels.ops.neurons import cpu, reference
 from g2g_kernels.ops.neurons.models import MODELS, RESETS, Neurons
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
@@ -73,6 +74,7 @@ def lif(
     Raises:
         ValueError: for an option or a shape out of range, or an unknown backend.
         BackendError: if the forced backend cannot serve the call.
+        NotImplementedError: for a second derivative, or one in forward mode.
     """
     population = Neurons("lif", as_tensors(current, beta, threshold), reset, surrogate, alpha)
     return neurons(current, population, steps, backend)
@@ -111,6 +113,7 @@ def synaptic(
     Raises:
         ValueError: for an option or a shape out of range, or an unknown backend.
         BackendError: if the forced backend cannot serve the call.
+        NotImplementedError: for a second derivative, or one in forward mode.
     """
     population = Neurons("synaptic", as_tensors(current, syn_decay, beta, threshold), reset, surrogate, alpha)
     return neurons(current, population, steps, backend)
@@ -131,12 +134,15 @@ def neurons(
     Raises:
         ValueError: for an option or a shape out of range, or an unknown backend.
         BackendError: if the forced backend cannot serve the call.
+        NotImplementedError: for a second derivative, or one in forward mode.
     """
     check_steps(steps)
     check_tensor("current", current)
     if current.dim() < (1 if steps is not None else 2):
         raise ValueError(f"current has shape {tuple(current.shape)}; expected [T, ..., N], or [..., N] with steps")
-    return operator(current, check_neurons("", population, current.shape[-1], current), steps, backend=backend)
+    population = check_neurons("", population, current.shape[-1], current)
+    refuse_forward_mode(current, *population.parameters)
+    return operator(current, population, steps, backend=backend)
 
 
 def as_tensors(current: torch.Tensor, *parameters: torch.Tensor | float) -> tuple[torch.Tensor, ...]:

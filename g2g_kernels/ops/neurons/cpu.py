@@ -10,6 +10,7 @@ import torch
 
 from g2g_kernels.cpu.library import NeuronLoopArguments, library, neuron_arguments, pointer, run
 from g2g_kernels.cpu.workspace import workspace
+from g2g_kernels.ops.derivatives import refuse_backward
 from g2g_kernels.ops.neurons.models import Neurons
 
 #: steps from one kept membrane to the next (docs/cpu-performance.md, 16)
@@ -187,3 +188,4 @@ for _name, _function, _fake in (
     _library.impl(_name, _function, "CPU")
     torch.library.register_fake(f"g2g::{_name}", _fake, lib=_library)
 torch.library.register_autograd("g2g::lif_forward", _autograd, setup_context=_setup_context, lib=_library)
+torch.library.register_autograd("g2g::lif_backward", refuse_backward, lib=_library)

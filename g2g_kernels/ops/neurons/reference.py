@@ -10,8 +10,8 @@ parameters. No gradient passes through R.
 """
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from g2g_kernels.ops.derivatives import differentiable_once, root
 from g2g_kernels.ops.neurons.models import MODELS, Neurons, Tensors
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
 
@@ -20,7 +20,8 @@ def neurons(current: torch.Tensor, population: Neurons, steps: int | None) -> to
     parameters = population.parameters
     if not torch.is_grad_enabled():  # the Function would see parameters that require grad, and keep all states
         current, parameters = current.detach(), tuple(parameter.detach() for parameter in parameters)
-    return _Neurons.apply(current, steps, population._replace(parameters=()), *parameters)
+    origin = root(current) if torch.is_grad_enabled() else None
+    return _Neurons.apply(current, steps, population._replace(parameters=()), origin, *parameters)
 
 
 def _as_used(model: str, parameters: Tensors, dtype: torch.dtype) -> Tensors:
@@ -32,7 +33,7 @@ def _as_used(model: str, parameters: Tensors, dtype: torch.dtype) -> Tensors:
 
 class _Neurons(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, current, steps, options, *parameters):
+    def forward(ctx, current, steps, options, origin, *parameters):
         model = MODELS[options.model]
         held = steps is not None
         num_steps = steps if held else current.shape[0]
@@ -53,18 +54,18 @@ class _Neurons(torch.autograd.Function):
                 for of_all_steps, state in zip(kept, states, strict=True):
                     of_all_steps[t] = state
         if keep:
-            ctx.save_for_backward(*kept, *parameters)
+            ctx.save_for_backward(*kept, *parameters, origin)
             ctx.call = held, options, current.dtype
         return spikes
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, grad_spikes):
         held, options, current_dtype = ctx.call
         model = MODELS[options.model]
         derivative = SURROGATES[options.surrogate].derivative
-        kept, parameters = ctx.saved_tensors[: len(model.states)], ctx.saved_tensors[len(model.states) :]
-        need_current, _, _, *need_parameters = ctx.needs_input_grad
+        kept, parameters = ctx.saved_tensors[: len(model.states)], ctx.saved_tensors[len(model.states) : -1]
+        need_current, _, _, _, *need_parameters = ctx.needs_input_grad
         membranes = kept[-1]
         dtype, shape = membranes.dtype, membranes.shape[1:]
         used = _as_used(model.name, parameters, dtype)
@@ -91,6 +92,7 @@ class _Neurons(torch.autograd.Function):
                     total += term
         return (
             grad_current.to(current_dtype) if need_current else None,
+            None,
             None,
             None,
             *(

@@ -7,6 +7,7 @@ its like compute the same, faster and with less memory.
 import torch
 
 from g2g_kernels.ops.checks import check_tensor
+from g2g_kernels.ops.derivatives import has_tangent
 from g2g_kernels.ops.neurons import as_tensors, check_neurons
 from g2g_kernels.ops.neurons.models import MODELS, Neurons, Tensors
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
@@ -106,7 +107,7 @@ def neurons_step(current: torch.Tensor, states: Tensors | None, population: Neur
     fired = (states[-1] > theta).to(dtype)  # R_t: a comparison, so no gradient passes through it
     states = model.charge(states, fired, current.to(dtype), parameters, population.reset)
     spikes = (states[-1] > theta).to(dtype)
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or has_tangent(*states, *parameters):
         smooth = SURROGATES[population.surrogate].primitive(states[-1] - theta, population.alpha)
         spikes = spikes + (smooth - smooth.detach())  # the value of the step, the derivative of the surrogate
     return spikes.to(current.dtype), states

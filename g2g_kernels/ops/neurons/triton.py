@@ -34,6 +34,7 @@ import torch
 import triton
 import triton.language as tl
 
+from g2g_kernels.ops.derivatives import refuse_backward
 from g2g_kernels.ops.neurons.models import Neurons
 from g2g_kernels.triton import runtime
 from g2g_kernels.triton.neuron import EXACT, charge, decaying, fires, surrogate_derivative
@@ -586,3 +587,4 @@ for _name, _function, _fake in (
         _library.impl(_name, _function, _key)
     torch.library.register_fake(f"g2g::{_name}", _fake, lib=_library)
 torch.library.register_autograd("g2g::triton_lif_forward", _autograd, setup_context=_setup_context, lib=_library)
+torch.library.register_autograd("g2g::triton_lif_backward", refuse_backward, lib=_library)

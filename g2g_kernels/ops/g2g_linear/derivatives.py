@@ -1,0 +1,210 @@
+"""Derivatives of any order of ``g2g_linear``, for backends whose kernels know the first, in either mode, and ``vmap``.
+
+A product and its two gradients are the derivatives of one trilinear form of an output's gradient g, x and W,
+
+    F(g, x, W) = Σ over samples of g·(W x),        ∂F/∂g = W x,   ∂F/∂x = Wᵀ g,   ∂F/∂W = g xᵀ at the present units
+
+so that each of the three is linear in two of the arguments, and its derivatives are the other two again. The bias is a
+plain sum.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from g2g_kernels.block_mask import BlockMask
+from g2g_kernels.ops.derivatives import has_tangent
+
+
+class Gradients(Protocol):
+    """(∂F/∂x, ∂F/∂W, Σ g), each None or of any content unless it is wanted."""
+
+    def __call__(
+        self, grad_y: torch.Tensor, x: torch.Tensor, values: torch.Tensor, x_: bool, values_: bool, bias: bool, /
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Kernels:
+    """What a backend computes for one mask.
+
+    Attributes:
+        product: x [M, in], values, bias → [M, out].
+        gradients: see :class:`Gradients`.
+        mask: the units that exist.
+        tensors: those of the mask that the two read; they are saved, so that a mask which has changed is noticed.
+    """
+
+    product: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+    gradients: Gradients
+    mask: BlockMask
+    tensors: tuple[torch.Tensor, ...]
+
+
+def linear(x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None, kernels: Kernels) -> torch.Tensor:
+    """[M, in] → [M, out]; differentiable any number of times."""
+    return _Product.apply(x, values, bias, kernels)
+
+
+class _Form(torch.autograd.Function):
+    """Base of the three: two arguments in which it is linear, something else, and the kernels."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        first, second, other, ctx.kernels = inputs
+        ctx.other_dtype = other.dtype if isinstance(other, torch.Tensor) else None
+        ctx.save_for_backward(first, second, *ctx.kernels.tensors)
+        ctx.save_for_forward(first, second, *ctx.kernels.tensors)
+
+
+class _Product(_Form):
+    """∂F/∂g: x, values, bias → y."""
+
+    @staticmethod
+    def forward(x, values, bias, kernels):
+        return kernels.product(x, values, bias)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        x, values, *_ = ctx.saved_tensors
+        need_x, need_values, need_bias, _ = ctx.needs_input_grad
+        if torch.is_grad_enabled() or has_tangent(grad_y, x, values):
+            to_x = _ToInput.apply(grad_y, values, x.dtype, ctx.kernels) if need_x else None
+            to_values = _ToWeights.apply(grad_y, x, values.dtype, ctx.kernels) if need_values else None
+            return to_x, to_values, grad_y.sum(0, dtype=ctx.other_dtype) if need_bias else None, None
+        to_x, to_values, to_bias = ctx.kernels.gradients(grad_y.contiguous(), x, values, need_x, need_values, need_bias)
+        return (
+            to_x if need_x else None,
+            to_values if need_values else None,
+            to_bias.to(ctx.other_dtype) if need_bias else None,
+            None,
+        )
+
+    @staticmethod
+    def jvp(ctx, x_tangent, values_tangent, bias_tangent, _):
+        x, values = ctx.saved_tensors[:2]
+        parts = [] if bias_tangent is None else [bias_tangent]
+        if x_tangent is not None:
+            parts.append(_Product.apply(x_tangent, values, None, ctx.kernels))
+        if values_tangent is not None:
+            parts.append(_Product.apply(x, _inside(values_tangent, ctx.kernels), None, ctx.kernels))
+        return _sum(parts, (len(x), ctx.kernels.mask.shape[0]))
+
+    @staticmethod
+    def vmap(info, dims, x, values, bias, kernels):
+        if dims[1] is not None:
+            return _one_by_one(_Product, info, dims, x, values, bias, kernels)
+        y = _folded(_Product, info, dims[0], x, values, None, kernels)
+        if bias is not None:
+            bias = bias.movedim(dims[2], 0)[:, None] if dims[2] is not None else bias
+            y = y + bias.to(y.dtype)
+        return y, 0
+
+
+class _ToInput(_Form):
+    """∂F/∂x: grad_y, values → dx, of the given dtype."""
+
+    @staticmethod
+    def forward(grad_y, values, dtype, kernels):
+        x = grad_y.new_zeros((len(grad_y), kernels.mask.shape[1]), dtype=dtype)
+        return kernels.gradients(grad_y.contiguous(), x, values.contiguous(), True, False, False)[0]
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_y, values, *_ = ctx.saved_tensors
+        to_grad_y = _Product.apply(grad, values, None, ctx.kernels) if ctx.needs_input_grad[0] else None
+        to_values = _ToWeights.apply(grad_y, grad, values.dtype, ctx.kernels) if ctx.needs_input_grad[1] else None
+        return to_grad_y, to_values, None, None
+
+    @staticmethod
+    def jvp(ctx, grad_y_tangent, values_tangent, dtype, _):
+        grad_y, values = ctx.saved_tensors[:2]
+        parts = []
+        if grad_y_tangent is not None:
+            parts.append(_ToInput.apply(grad_y_tangent, values, ctx.dtype, ctx.kernels))
+        if values_tangent is not None:
+            parts.append(_ToInput.apply(grad_y, _inside(values_tangent, ctx.kernels), ctx.dtype, ctx.kernels))
+        return _sum(parts)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _Form.setup_context(ctx, inputs, output)
+        ctx.dtype = inputs[2]
+
+    @staticmethod
+    def vmap(info, dims, grad_y, values, dtype, kernels):
+        if dims[1] is not None:
+            return _one_by_one(_ToInput, info, dims, grad_y, values, dtype, kernels)
+        return _folded(_ToInput, info, dims[0], grad_y, values, dtype, kernels), 0
+
+
+class _ToWeights(_Form):
+    """∂F/∂W: grad_y, x → dW, packed, of the given dtype, zero in the padding."""
+
+    @staticmethod
+    def forward(grad_y, x, dtype, kernels):
+        mask = kernels.mask
+        values = grad_y.new_zeros((mask.num_units, *mask.unit_shape), dtype=dtype)
+        return kernels.gradients(grad_y.contiguous(), x.contiguous(), values, False, True, False)[1]
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_y, x, *_ = ctx.saved_tensors
+        grad = _inside(grad, ctx.kernels)
+        to_grad_y = _Product.apply(x, grad, None, ctx.kernels) if ctx.needs_input_grad[0] else None
+        to_x = _ToInput.apply(grad_y, grad, x.dtype, ctx.kernels) if ctx.needs_input_grad[1] else None
+        return to_grad_y, to_x, None, None
+
+    @staticmethod
+    def jvp(ctx, grad_y_tangent, x_tangent, dtype, _):
+        grad_y, x = ctx.saved_tensors[:2]
+        parts = []
+        if grad_y_tangent is not None:
+            parts.append(_ToWeights.apply(grad_y_tangent, x, ctx.dtype, ctx.kernels))
+        if x_tangent is not None:
+            parts.append(_ToWeights.apply(grad_y, x_tangent, ctx.dtype, ctx.kernels))
+        return _sum(parts)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _Form.setup_context(ctx, inputs, output)
+        ctx.dtype = inputs[2]
+
+    @staticmethod
+    def vmap(info, dims, grad_y, x, dtype, kernels):
+        return _one_by_one(_ToWeights, info, dims, grad_y, x, dtype, kernels)
+
+
+def _inside(values: torch.Tensor, kernels: Kernels) -> torch.Tensor:
+    """Packed weights without what stands in the padding of units, where the form sees none."""
+    return values * kernels.mask.valid()
+
+
+def _sum(parts: list[torch.Tensor], shape: tuple[int, ...] | None = None) -> torch.Tensor:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part.to(total.dtype) if part.dim() >= total.dim() else part + total.to(part.dtype)
+    return total if shape is None or total.shape == shape else total.expand(shape)
+
+
+def _folded(form: type[_Form], info: Any, dim: int | None, first: torch.Tensor, *rest: Any) -> torch.Tensor:
+    """One call for all elements of a ``vmap`` over the samples' tensor, [..., M, n] → [B, M, n']."""
+    many = first.movedim(dim, 0) if dim is not None else first.expand(info.batch_size, *first.shape)
+    result = form.apply(many.reshape(-1, many.shape[-1]), *rest)
+    return result.view(*many.shape[:2], result.shape[-1])
+
+
+def _one_by_one(form: type[_Form], info: Any, dims: tuple, *arguments: Any) -> tuple[torch.Tensor, int]:
+    """A call for each element of a ``vmap``."""
+    results = [
+        form.apply(
+            *(
+                argument if dim is None else argument.select(dim, index)
+                for argument, dim in zip(arguments, dims, strict=True)
+            )
+        )
+        for index in range(info.batch_size)
+    ]
+    return torch.stack(results), 0

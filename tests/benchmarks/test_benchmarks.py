@@ -138,15 +138,29 @@ def test_a_product_is_held_to_float32(prepared, judges):
     assert judged(contender, judges["linear"], x=halved).objection.startswith("x is off by ")
 
 
-@pytest.mark.parametrize("label", contenders("lif"))
-def test_all_neurons_pass_the_gate(label, prepared, judges):
+@pytest.mark.parametrize(("kernel", "label"), [(k, label) for k in ("lif", "synaptic") for label in contenders(k)])
+def test_all_neurons_pass_the_gate(kernel, label, prepared, judges):
     try:
-        contender = built(entries("lif")[label], prepared)
-        verdict = judged(contender, judges["lif"])
+        contender = built(entries(kernel)[label], prepared)
+        verdict = judged(contender, judges[kernel])
     except BackendError as refusal:  # a backend may have no neurons alone
         pytest.skip(str(refusal))
     assert not verdict.objection
     assert verdict.errors.keys() >= {"spikes", "current"}
+
+
+def test_another_decay_of_the_synaptic_current_has_no_time(prepared, judges):
+    contender = built(entries("synaptic")["g2g-torch"], prepared)
+    assert judged(contender, judges["synaptic"]).errors.keys() == {
+        "spikes",
+        "current",
+        "syn_decay",
+        "beta",
+        "threshold",
+    }
+    with torch.no_grad():
+        contender.parameters["syn_decay"] += 0.01
+    assert judged(contender, judges["synaptic"]).objection
 
 
 def test_our_reset_is_not_the_other_one(prepared, judges):

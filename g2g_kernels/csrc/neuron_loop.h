@@ -173,7 +173,7 @@ struct LaneSums {
 };
 
 // Lanes from the i-th of a span on. `states` has room for those before the first step and after each one,
-// [steps + 1][states][kBundle]. ∂L/∂I_t goes to a row of `target` each if that is not null, and its sum to sums.current.
+// [steps + 1][states][kBundle]. ∂L/∂I_t goes to a row of `target` each or, if that is null, into sums.current.
 template <class M, int R, int SURROGATE, class L>
 void backward_bundle(const L& lanes, const Steps& steps, const ParameterRows& parameters, int64_t i,
                      Derivative derivative, const float* kept, const float* current, float* states,
@@ -194,7 +194,7 @@ void backward_bundle(const L& lanes, const Steps& steps, const ParameterRows& pa
             g[v][s] = load(sums.running + s * sums.span + i + v * W);
         }
         for (int k = 0; k < P; ++k) grad[v][k] = load(sums.parameters[k] + i + v * W);
-        to_current[v] = load(sums.current + i + v * W);
+        to_current[v] = target ? Vec{} : load(sums.current + i + v * W);
     });
     for (int64_t t = 1; t <= count; ++t, current += current_stride)
         unrolled<V>([&](auto v) {
@@ -219,7 +219,7 @@ void backward_bundle(const L& lanes, const Steps& steps, const ParameterRows& pa
     unrolled<V>([&](auto v) {
         for (int s = 0; s < S; ++s) store(sums.running + s * sums.span + i + v * W, g[v][s]);
         for (int k = 0; k < P; ++k) store(sums.parameters[k] + i + v * W, grad[v][k]);
-        store(sums.current + i + v * W, to_current[v]);
+        if (!target) store(sums.current + i + v * W, to_current[v]);
     });
 }
 

@@ -129,8 +129,8 @@ KERNELS = [
     "weight_gradient_kernel",
     "fused_forward_kernel",
     "fused_backward_kernel",
-    "lif_forward_kernel",
-    "lif_backward_kernel",
+    "neurons_forward_kernel",
+    "neurons_backward_kernel",
     "sum_kernel",
 ]
 HEADINGS = ["step", "kernel", "tile", "factors", "target", "registers", "stack", "shared", "programs/SM", "matrix"]
@@ -159,21 +159,21 @@ def source_of(launch: Launch, target: Target) -> Source:
     from triton.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
 
-    kernel, keywords = launch.kernel, {"debug": False, **launch.options}
+    kernel, keywords = launch.kernel, {"debug": False, **launch.arguments}
     backend = make_backend(GPUTarget(target.backend, target.arch, target.warp))
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, rest = bind(*launch.arguments, **keywords)
+    bound, specialization, rest = bind(**keywords)
     options, signature, constants, attributes = kernel._pack_args(backend, keywords, bound, specialization, rest)
     names = {torch.uint8: "u8", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float16: "fp16"}
     read = [bound.get(name) for name in ("x", "grad_y", "values", "current", "margins", "grad_spikes")]
-    tile = [f"{name[6:]}{value}" for name, value in launch.options.items() if name.startswith("BLOCK_")]
+    tile = [f"{name[6:]}{value}" for name, value in launch.arguments.items() if name.startswith("BLOCK_")]
     return Source(
         kernel,
         tuple(signature.items()),
         tuple(constants.items()),
         tuple((path, tuple(map(tuple, values))) for path, values in attributes.items()),
-        tuple((name, launch.options[name]) for name in ("num_warps", "num_stages", "enable_fp_fusion")
-              if name in launch.options),
+        tuple((name, launch.arguments[name]) for name in ("num_warps", "num_stages", "enable_fp_fusion")
+              if name in launch.arguments),
         " × ".join(names[tensor.dtype] for tensor in read if isinstance(tensor, torch.Tensor)),
         " ".join([*tile, f"w{options.num_warps}", f"s{options.num_stages}"]),
     )  # fmt: skip

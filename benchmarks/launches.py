@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from g2g_kernels import SpikingLayer
+from g2g_kernels.ops.g2g_stack.call import StackBackward, StackCall
 from g2g_kernels.triton.runtime import Launch, recorded
 from g2gnet import G2GNet
 
@@ -56,7 +58,10 @@ def _flop(name: str, arguments: dict[str, Any]) -> int:
 
 
 def _operation_of(launch: Launch, phase: str) -> Operation:
-    arguments = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False)) | launch.options
+    arguments = dict(launch.arguments)
+    for name, value in launch.arguments.items():
+        if isinstance(value, tuple):
+            arguments |= {f"{name}[{i}]": each for i, each in enumerate(value)}
     tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
     name = launch.kernel.fn.__name__
     return Operation(phase, name, _distinct(tensors), _flop(name, arguments), launch)
@@ -116,26 +121,17 @@ def training_step(net: G2GNet, batch: int, input_dim: int, dtype: torch.dtype) -
         batch, input_dim: the shape of the samples.
         dtype: of the matrix products (bfloat16 under autocast, else float32).
     """
-    from g2g_kernels.ops.g2g_linear.triton import indices
     from g2g_kernels.ops.g2g_stack import triton as stack
 
-    layers = list(net.to("meta").layers())
-    described = [indices(connection.mask) for connection, _ in layers]
-    x = torch.empty(batch, input_dim, device="meta")
-    arguments: tuple[Any, ...] = (
-        x,
-        [connection.values for connection, _ in layers],
-        [connection.bias for connection, _ in layers],
-        [neurons.values["beta"].reshape(-1) for _, neurons in layers],
-        [neurons.values["threshold"].reshape(-1) for _, neurons in layers],
-        [tensor for tensors, _ in described for tensor in tensors],
-        [whole for _, trivial in described for whole in trivial],
-    )
-    options = net.T, net.lif1.reset, net.lif1.surrogate, net.lif1.alpha, dtype
+    layers = [
+        SpikingLayer(connection.values, connection.mask, connection.bias, neurons.population)
+        for connection, neurons in net.to("meta").layers()
+    ]
+    call = StackCall.of(torch.empty(batch, input_dim, device="meta"), layers, net.T, dtype)
     with recorded() as launches, _Recorder(launches) as recorder:
-        counts, _, spikes, kept = stack._forward(*(*arguments, *options, True))
+        counts, _, spikes, kept = stack._forward(call._replace(keep=True))
         recorder.take_launches()
         recorder.phase = "backward"
-        stack._backward(*(torch.empty_like(counts), None, *arguments, spikes, kept, *options, False))
+        stack._backward(StackBackward(call, tuple(spikes), tuple(kept), torch.empty_like(counts), None, False))
         recorder.take_launches()
     return recorder.operations

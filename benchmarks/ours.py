@@ -107,12 +107,7 @@ class Update(UpdateContender):
         ]
 
     def units(self) -> list[torch.Tensor]:
-        grids = []
-        for mask in (connection.mask for connection in self.connections):
-            grid = torch.zeros(mask.grid, dtype=torch.bool, device=self.device)
-            grid[mask.unit_row.long(), mask.unit_col.long()] = True
-            grids.append(grid)
-        return grids
+        return [connection.mask.present() for connection in self.connections]
 
     def firing_rates(self) -> list[float]:
         return [float(rates.detach().mean()) for rates in self.activity.rates]

@@ -6,11 +6,45 @@ weights themselves are *packed*, one [unit_rows, unit_cols] tile per present uni
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from g2g_kernels import packing
 from g2g_kernels.groups import GroupLayout, check_integers
+
+
+class AxisTensors(NamedTuple):
+    """The tensors of a :class:`UnitAxis`, for operators: its attributes of the same names."""
+
+    order: torch.Tensor
+    bounds: torch.Tensor
+    padded: torch.Tensor
+    position: torch.Tensor
+    trivial: bool
+
+
+class MaskTensors(NamedTuple):
+    """The tensors of a :class:`BlockMask`, for operators, each of which takes what it needs."""
+
+    unit_row: torch.Tensor
+    unit_col: torch.Tensor
+    row_ptr: torch.Tensor
+    row_slot: torch.Tensor
+    col_ptr: torch.Tensor
+    col_slot: torch.Tensor
+    rows: AxisTensors
+    cols: AxisTensors
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the weight matrix."""
+        return self.rows.order.shape[0], self.cols.order.shape[0]
+
+    def every(self) -> list[torch.Tensor]:
+        """All of the tensors, one after the other."""
+        return [*self[:6], *self.rows[:4], *self.cols[:4]]
 
 
 class UnitAxis(nn.Module):
@@ -79,6 +113,16 @@ class UnitAxis(nn.Module):
     def unit_of(self) -> torch.Tensor:
         """int64 [size], the range that each neuron belongs to."""
         return self.position // self.width
+
+    @property
+    def _side(self) -> "_Side":
+        """Where each place stands in the dense matrix, and back; None where they are the same."""
+        column, place = (None, None) if self.trivial else (self.padded, self.position)
+        return _Side(self.num_units, self.width, column, place)
+
+    def tensors(self) -> AxisTensors:
+        """What operators take."""
+        return AxisTensors(self.order, self.bounds, self.padded, self.position, self.trivial)
 
 
 class BlockMask(nn.Module):
@@ -200,7 +244,7 @@ class BlockMask(nn.Module):
         dense = mask.detach().to("cpu", torch.bool)
         empty = torch.zeros(0, dtype=torch.int64)
         result = cls(GroupLayout(dense.shape[0], 1), GroupLayout(dense.shape[1], 1), empty, empty, block_size)
-        active = _tiles(dense.float(), result._view()).sum((2, 3))
+        active = packing.tiles(dense.float(), result._view()).sum((2, 3))
         size = result.rows.lengths[:, None] * result.cols.lengths[None, :]
         partial = ((active > 0) & (active < size)).nonzero()
         if len(partial):
@@ -342,19 +386,22 @@ class BlockMask(nn.Module):
         return self.unpack(ones) > 0
 
     def flat_unit(self) -> torch.Tensor:
-        """int64 [num_units], the place of each slot's unit in the grid, counted row by row."""
-        return self.unit_row.long() * self.cols.num_units + self.unit_col.long()
+        """int64 [num_units], the number of each slot's unit when the grid is counted row by row."""
+        return packing.flat_unit(self._view())
+
+    def present(self) -> torch.Tensor:
+        """bool [block rows, block columns], true where a unit exists."""
+        grid = torch.zeros(self.grid[0] * self.grid[1], dtype=torch.bool, device=self.unit_row.device)
+        grid[self.flat_unit()] = True
+        return grid.view(self.grid)
+
+    def tensors(self) -> MaskTensors:
+        """What operators take."""
+        index = self.unit_row, self.unit_col, self.row_ptr, self.row_slot, self.col_ptr, self.col_slot
+        return MaskTensors(*index, self.rows.tensors(), self.cols.tensors())
 
     def _view(self) -> "_View":
-        (rows, cols), unit_shape = (self.rows, self.cols), self.unit_shape
-        return _View(
-            self.grid,
-            unit_shape,
-            self.unit_row,
-            self.unit_col,
-            None if rows.trivial else (rows.padded, rows.position),
-            None if cols.trivial else (cols.padded, cols.position),
-        )
+        return _View(self.unit_row, self.unit_col, self.rows._side, self.cols._side)
 
     # --- pictures -----------------------------------------------------------------------------------------------
 
@@ -364,9 +411,7 @@ class BlockMask(nn.Module):
         A grid larger than ``max_cells`` in either direction is drawn with several units to a cell, and ``▒`` and
         ``▓`` stand for up to and above half of them.
         """
-        grid = torch.zeros(self.rows.num_units * self.cols.num_units)
-        grid[self.flat_unit().cpu()] = 1.0
-        grid = grid.view(1, 1, *self.grid)
+        grid = self.present().cpu().float()[None, None]
         if max(self.grid) > max_cells:
             height, width = (min(side, max_cells) for side in self.grid)
             grid = nn.functional.adaptive_avg_pool2d(grid, (height, width))
@@ -462,6 +507,16 @@ class BlockMask(nn.Module):
 # --- dense and packed weights ---------------------------------------------------------------------------------------
 
 
+class _Side(NamedTuple):
+    """A side of the matrix, as :mod:`g2g_kernels.packing` takes it."""
+
+    num_units: int
+    width: int
+    column: torch.Tensor | None
+    place: torch.Tensor | None
+    holes: bool = False  # every neuron has a place
+
+
 @dataclass(frozen=True, eq=False)
 class _View:
     """What one pass sees of a mask; the tensors are the mask's own.
@@ -470,50 +525,15 @@ class _View:
     in the meantime, which would be that of other weights.
     """
 
-    grid: tuple[int, int]
-    unit_shape: tuple[int, int]
     unit_row: torch.Tensor
     unit_col: torch.Tensor
-    rows: tuple[torch.Tensor, torch.Tensor] | None  # `padded` and `position` of the axis, None where it is trivial
-    cols: tuple[torch.Tensor, torch.Tensor] | None
+    rows: _Side
+    cols: _Side
 
     @property
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        return (self.unit_row, self.unit_col, *(self.rows or ()), *(self.cols or ()))
-
-    @property
-    def flat_unit(self) -> torch.Tensor:
-        """int64 [num_units], where each slot's unit lies in the flattened grid."""
-        return self.unit_row.long() * self.grid[1] + self.unit_col.long()
-
-
-def _tiles(weight: torch.Tensor, view: _View) -> torch.Tensor:
-    """Dense [out, in] cut into tiles [grid_rows, grid_cols, unit_rows, unit_cols], zero in the padding."""
-    if view.rows:
-        weight = torch.cat([weight, weight.new_zeros(1, weight.shape[1])]).index_select(0, view.rows[0])
-    if view.cols:
-        weight = torch.cat([weight, weight.new_zeros(weight.shape[0], 1)], 1).index_select(1, view.cols[0])
-    (grid_rows, grid_cols), (unit_rows, unit_cols) = view.grid, view.unit_shape
-    return weight.reshape(grid_rows, unit_rows, grid_cols, unit_cols).permute(0, 2, 1, 3)
-
-
-def _pack_plainly(weight: torch.Tensor, view: _View) -> torch.Tensor:
-    """values[s] = tile of slot s."""
-    return _tiles(weight, view).reshape(-1, *view.unit_shape).index_select(0, view.flat_unit)
-
-
-def _unpack_plainly(values: torch.Tensor, view: _View) -> torch.Tensor:
-    """The dense weight of packed values; what stands in the padding is dropped."""
-    (grid_rows, grid_cols), (unit_rows, unit_cols) = view.grid, view.unit_shape
-    tiles = values.new_zeros(grid_rows * grid_cols, unit_rows, unit_cols)
-    tiles.index_copy_(0, view.flat_unit, values)
-    weight = tiles.view(grid_rows, grid_cols, unit_rows, unit_cols).permute(0, 2, 1, 3)
-    weight = weight.reshape(grid_rows * unit_rows, grid_cols * unit_cols)
-    if view.rows:
-        weight = weight.index_select(0, view.rows[1])
-    if view.cols:
-        weight = weight.index_select(1, view.cols[1])
-    return weight
+    def tensors(self) -> list[torch.Tensor]:
+        sides = self.rows.column, self.rows.place, self.cols.column, self.cols.place
+        return [self.unit_row, self.unit_col, *(tensor for tensor in sides if tensor is not None)]
 
 
 class _Linear(torch.autograd.Function):
@@ -531,7 +551,7 @@ class _Linear(torch.autograd.Function):
 class _Pack(_Linear):
     @staticmethod
     def forward(weight, view):
-        return _pack_plainly(weight, view)
+        return packing.packed(weight, view)
 
     @staticmethod
     def backward(ctx, grad_values):
@@ -546,7 +566,7 @@ class _Pack(_Linear):
 class _Unpack(_Linear):
     @staticmethod
     def forward(values, view):
-        return _unpack_plainly(values, view)
+        return packing.unpacked(values, view)
 
     @staticmethod
     def backward(ctx, grad_weight):
@@ -560,8 +580,8 @@ class _Unpack(_Linear):
 
 def _pack(weight: torch.Tensor, view: _View) -> torch.Tensor:
     # torch.compile does not trace a Function that has a forward mode; it derives gradients of the operations themselves
-    return _pack_plainly(weight, view) if torch.compiler.is_compiling() else _Pack.apply(weight, view)
+    return packing.packed(weight, view) if torch.compiler.is_compiling() else _Pack.apply(weight, view)
 
 
 def _unpack(values: torch.Tensor, view: _View) -> torch.Tensor:
-    return _unpack_plainly(values, view) if torch.compiler.is_compiling() else _Unpack.apply(values, view)
+    return packing.unpacked(values, view) if torch.compiler.is_compiling() else _Unpack.apply(values, view)

@@ -10,16 +10,11 @@ import logging
 import os
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from g2g_kernels.cpu import library
 from g2g_kernels.tracing import constant_when_traced
-from g2g_kernels.triton import runtime
-
-#: the backends, in order of preference; :func:`register_backend` adds to them
-BACKENDS = ["triton", "cpu", "torch"]
 
 logger = logging.getLogger("g2g_kernels")
 
@@ -28,27 +23,46 @@ class BackendError(RuntimeError):
     """No backend, or not the one asked for, can serve a call; the message lists every reason."""
 
 
-#: says why a backend cannot be used on this machine at all, or None where it can
-_unavailable: dict[str, Callable[[], str | None]] = {
-    "triton": runtime.unavailable,
-    "cpu": library.unavailable,
-    "torch": lambda: None,
-}
+def _nothing() -> None:
+    return None
 
 
-def register_backend(name: str, unavailable: Callable[[], str | None], before: str = "torch") -> None:
-    """Declares how to find out whether backend ``name`` can be used here: None, or the reason why not.
+class Backend(NamedTuple):
+    """What there is to know of a backend but for its operators.
 
-    A name that is new is preferred to the backend ``before`` from now on.
+    Attributes:
+        name: what the argument ``backend`` calls it.
+        unavailable: why it cannot be used on this machine at all, or None where it can.
+        preference: a backend is asked before those of a lower one. The compiled ones have 20 and 30, ``"torch"`` 0.
+        only_by_name: why a call has to ask for it by name, or None where it need not.
+        device_type: of the tensors that it serves; None: of any.
+        package: the Python package that it needs beside PyTorch, or None.
+        detail: what more can be told of it where it can be used.
     """
-    if name not in BACKENDS:
-        BACKENDS.insert(BACKENDS.index(before), name)
-    _unavailable[name] = unavailable
+
+    name: str
+    unavailable: Callable[[], str | None] = _nothing
+    preference: int = 10
+    only_by_name: Callable[[], str | None] = _nothing
+    device_type: str | None = None
+    package: str | None = None
+    detail: Callable[[], str | None] = _nothing
+
+
+#: the backends by name, in order of preference (``g2g_kernels.backends`` has those of this library)
+BACKENDS: dict[str, Backend] = {}
+
+
+def register_backend(backend: Backend) -> None:
+    """Adds a backend, or puts it in the place of the one of that name."""
+    everyone = {**BACKENDS, backend.name: backend}
+    BACKENDS.clear()
+    BACKENDS.update(sorted(everyone.items(), key=lambda item: -item[1].preference))
 
 
 def backend_status() -> dict[str, str | None]:
     """Every backend in order of preference, with None where it can be used here and else the reason why not."""
-    return {name: _unavailable[name]() for name in BACKENDS}
+    return {name: backend.unavailable() for name, backend in BACKENDS.items()}
 
 
 def available_backends() -> list[str]:
@@ -79,7 +93,7 @@ def forced_backend(backend: str | None) -> str | None:
 def require_backend(backend: str | None) -> None:
     """Raises unless the forced backend, if any, is known and can be used on this machine."""
     name = forced_backend(backend)
-    reason = _unavailable[name]() if name else None
+    reason = BACKENDS[name].unavailable() if name else None
     if reason:
         raise BackendError(
             f"backend {name!r} cannot be used here: {reason}; available: {', '.join(available_backends())}"
@@ -120,9 +134,9 @@ class Operator:
         forced = forced_backend(backend)
         reasons: dict[str, str] = {}
         for name in (forced,) if forced else BACKENDS:
-            reason = _unavailable[name]()
-            if reason is None and name == "triton" and not forced:
-                reason = runtime.only_by_name()
+            reason = BACKENDS[name].unavailable()
+            if reason is None and not forced:
+                reason = BACKENDS[name].only_by_name()
             if reason is None:
                 if name in self._implementations:
                     function, refuses = self._implementations[name]

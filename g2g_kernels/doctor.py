@@ -25,9 +25,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from g2g_kernels.block_mask import BlockMask
-from g2g_kernels.cpu.library import instruction_set
 from g2g_kernels.device import select_device
-from g2g_kernels.dispatch import BackendError, available_backends, backend_status
+from g2g_kernels.dispatch import BACKENDS, BackendError, available_backends, backend_status
 from g2g_kernels.groups import GroupLayout
 from g2g_kernels.ops.g2g_linear import g2g_linear
 from g2g_kernels.ops.g2g_linear import reference as g2g_linear_reference
@@ -35,14 +34,11 @@ from g2g_kernels.ops.g2g_stack import SpikingLayer, g2g_stack
 from g2g_kernels.ops.g2g_stack import reference as g2g_stack_reference
 from g2g_kernels.ops.neurons import MODELS, Neurons, neurons
 from g2g_kernels.ops.neurons import reference as neurons_reference
-from g2g_kernels.triton.runtime import interpreted
 
 #: the largest root-mean-square error relative to the reference, in either precision
 ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 #: outputs of whole numbers, which have to be equal
 EXACT = ("spikes", "counts")
-#: where tensors have to be for a backend; plain PyTorch runs anywhere
-DEVICE_TYPES = {"triton": "cuda", "cpu": "cpu"}
 
 SIZE, GROUPS, BATCH, STEPS = 300, 4, 33, 10
 
@@ -207,13 +203,13 @@ def version(package: str) -> str:
 
 def describe() -> str:
     """Versions, devices, and every backend with the reason why it cannot be used."""
-    names = ("g2g", "torch", "triton")
+    names = ["g2g", "torch", *(backend.package for backend in BACKENDS.values() if backend.package)]
     lines = [f"Python {platform.python_version()}, " + ", ".join(f"{name} {version(name)}" for name in names)]
     lines += ["", "devices"] + [f"  {name:<9} {what}" for name, what in devices().items()]
     lines += ["", "backends"]
     for name, reason in backend_status().items():
-        detail = f" ({instruction_set()})" if name == "cpu" and reason is None else ""
-        lines.append(f"  {name:<9} {f'no: {reason}' if reason else f'yes{detail}'}")
+        detail = None if reason else BACKENDS[name].detail()
+        lines.append(f"  {name:<9} {f'no: {reason}' if reason else f'yes ({detail})' if detail else 'yes'}")
     forced = os.environ.get("G2G_BACKEND")
     return "\n".join([*lines, *([f"  G2G_BACKEND={forced} forces one"] if forced else []), ""])
 
@@ -222,9 +218,7 @@ def examine(device: torch.device) -> Iterator[tuple[str, list[str]]]:
     """Runs every check on ``device``; for each backend, operator and precision a line of the table and its findings."""
     every = list(checks())
     for backend in available_backends():
-        if DEVICE_TYPES.get(backend, device.type) != device.type:
-            continue
-        if backend == "triton" and interpreted():
+        if BACKENDS[backend].device_type not in (None, device.type) or BACKENDS[backend].only_by_name():
             continue
         for operator in dict.fromkeys(check.operator for check in every):
             for dtype, allowed in ALLOWED.items():
@@ -288,8 +282,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"    {finding}")
             lines += 1
             findings += len(wrong)
-    if interpreted() and "triton" in available_backends():
-        print("triton: only in its interpreter, which the test suite checks (pytest tests/g2g_kernels/ops)")
+    for backend in available_backends():
+        if reason := BACKENDS[backend].only_by_name():
+            print(f"{backend}: not checked, {reason}")
     seconds = time.perf_counter() - began
     print(f"\n{f'{findings} cases are WRONG' if findings else 'Everything checked is right'} ({seconds:.1f} s)")
     return 1 if findings else 0

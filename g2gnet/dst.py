@@ -352,8 +352,7 @@ class DSTScheduler:
         ``really`` is a bool scalar; returns how many slots those are.
         """
         mask = layer.mask
-        active = torch.zeros(len(grow), dtype=torch.bool, device=grow.device)
-        active.index_fill_(0, mask.flat_unit(), True)
+        active = mask.present().flatten()
         count = min(int(fraction * mask.num_units), len(grow) - mask.num_units)
         slots = _first(prune, count, draw)
         units = torch.where(really, _first(-grow, count, draw, last=active), mask.flat_unit()[slots])

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from g2g_kernels import BackendError, BlockMask, GroupLayout, Neurons, SpikingLayer, available_backends
+from g2g_kernels import BackendError, BlockMask, GroupLayout, Neurons, SpikingLayer, available_backends, dispatch
 from g2g_kernels.dispatch import Operator
 from g2g_kernels.ops.neurons import MODELS
 from g2g_kernels.triton.runtime import interpreted
@@ -30,6 +30,13 @@ def backends_of(operator: Operator) -> list[str]:
 def device_of(backend: str | None) -> str:
     """Where the tests of ``backend`` keep their tensors (None, the library's own choice, is tested on the CPU)."""
     return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+
+
+def unavailable(monkeypatch: pytest.MonkeyPatch, **reasons: str | None) -> None:
+    """Makes backends unavailable for a reason, or (None) available, whatever this machine has."""
+    for name, reason in reasons.items():
+        backend = dispatch.BACKENDS[name]._replace(unavailable=lambda reason=reason: reason)
+        monkeypatch.setitem(dispatch.BACKENDS, name, backend)
 
 
 def seeded(seed: int) -> torch.Generator:

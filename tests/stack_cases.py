@@ -12,7 +12,6 @@ from helpers import (
     lif_layer,
     packed_randn,
     seeded,
-    skip_where_refused,
 )
 
 from g2g_kernels import SpikingLayer, g2g_stack
@@ -78,8 +77,7 @@ class Stack:
         leaves = self.leaves(dtype, device)
         for mask in self.masks:
             mask.to(device)
-        with skip_where_refused():
-            activity = g2g_stack(leaves["x"], self.layers(leaves, **options), self.steps, backend=backend)
+        activity = g2g_stack(leaves["x"], self.layers(leaves, **options), self.steps, backend=backend)
         loss(activity.counts, activity.rates).backward()
         for mask in self.masks:
             mask.to("cpu")

@@ -35,8 +35,7 @@ PACKAGES += ("g2gnet.analysis",)
 @pytest.mark.parametrize("name", [name for name in WITH_CODE if name not in ELSEWHERE])
 def test_the_code_of_a_page_prints_what_the_page_says(name, tmp_path, monkeypatch):
     # backends that a page registers are gone afterwards
-    monkeypatch.setattr(dispatch, "BACKENDS", list(dispatch.BACKENDS))
-    monkeypatch.setattr(dispatch, "_unavailable", dict(dispatch._unavailable))
+    monkeypatch.setattr(dispatch, "BACKENDS", dict(dispatch.BACKENDS))
     monkeypatch.setattr(operator, "_implementations", dict(operator._implementations))
     monkeypatch.chdir(tmp_path)
     run_blocks(PAGES[name])

@@ -15,12 +15,15 @@ import sys
 from collections.abc import Callable, Sequence
 from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 
 from g2g_kernels.cpu.workspace import workspace
 from g2g_kernels.tracing import constant_when_traced
+
+if TYPE_CHECKING:
+    from g2g_kernels.ops.neurons.models import NeuronModel, Neurons
 
 logger = logging.getLogger("g2g_kernels")
 
@@ -30,19 +33,6 @@ RESETS = {"subtract": 0, "zero": 1, "none": 2}
 SURROGATES = {"atan": 0, "fast_sigmoid": 1, "sigmoid": 2, "triangle": 3, "boxcar": 4}
 
 
-class Model(NamedTuple):
-    """What both sides know of a neuron model, in order."""
-
-    number: int
-    states: tuple[str, ...]
-    parameters: tuple[str, ...]
-    decays: tuple[str, ...]
-
-
-MODELS = {
-    "lif": Model(0, ("membrane",), ("beta", "threshold"), ("beta",)),
-    "synaptic": Model(1, ("synaptic_current", "membrane"), ("syn_decay", "beta", "threshold"), ("syn_decay", "beta")),
-}
 MOST_PARAMETERS = 3
 
 #: Inputs that are spikes more often than this are multiplied by the matrix kernels (in float32, under bfloat16): where
@@ -132,6 +122,13 @@ STRUCTURES: dict[str, type[Structure]] = {
 }
 
 
+def _models() -> "dict[str, NeuronModel]":
+    """The neuron models, numbered in their order."""
+    from g2g_kernels.ops.neurons.models import MODELS  # whose package registers the kernels of this library
+
+    return MODELS
+
+
 def _interface() -> dict[str, str]:
     """What the table of the library (``csrc/interface.cpp``) must say."""
     table = {}
@@ -142,8 +139,8 @@ def _interface() -> dict[str, str]:
             table[f"{name}.{field}"] = f"offset {place.offset}, size {place.size}"
     for kind, numbers in (("Reset", RESETS), ("Surrogate", SURROGATES)):
         table |= {f"{kind}.{name}": str(number) for name, number in numbers.items()}
-    for name, model in MODELS.items():
-        table[f"Model.{name}"] = str(model.number)
+    for number, (name, model) in enumerate(_models().items()):
+        table[f"Model.{name}"] = str(number)
         for kind in ("states", "parameters", "decays"):
             table[f"Model.{name}.{kind}"] = " ".join(getattr(model, kind))
     return table
@@ -237,20 +234,13 @@ def run(kernel: Callable[..., int], arguments: Structure) -> None:
         raise MemoryError("the compiled CPU kernels ran out of memory")
 
 
-def neuron_arguments(
-    model: str,
-    reset: str,
-    surrogate: str,
-    alpha: float,
-    parameters: Sequence[torch.Tensor],
-    grads: Sequence[torch.Tensor] | None = None,
-) -> NeuronArguments:
-    """A population of neurons, its parameters in the model's order, and where their gradients go."""
-    arguments = NeuronArguments(MODELS[model].number, RESETS[reset], SURROGATES[surrogate], alpha)
-    for k, value in enumerate(parameters):
-        arguments.parameters[k] = ParameterArguments(
-            value.data_ptr(), grads[k].data_ptr() if grads else None, value.numel() > 1
-        )
+def neuron_arguments(neurons: "Neurons", grads: Sequence[torch.Tensor] | None = None) -> NeuronArguments:
+    """A population of neurons, and where the gradients of its parameters go: nowhere for those that are empty."""
+    number = list(_models()).index(neurons.model)
+    arguments = NeuronArguments(number, RESETS[neurons.reset], SURROGATES[neurons.surrogate], neurons.alpha)
+    for k, value in enumerate(neurons.parameters):
+        grad = pointer(grads[k]) if grads else None
+        arguments.parameters[k] = ParameterArguments(value.data_ptr(), grad, value.numel() > 1)
     return arguments
 
 
@@ -264,22 +254,21 @@ def event_limit(bf16: bool, backward: bool) -> float:
     return (EVENT_LIMIT_BACKWARD if backward else EVENT_LIMIT_FORWARD)[bool(bf16)]
 
 
-def gradient_event_limit(neurons: NeuronArguments, bf16: bool) -> float:
+def gradient_event_limit(neurons: "Neurons", bf16: bool) -> float:
     """The share of events up to which the input gradient of a layer with these neurons is computed by events.
 
     0 where it always takes the product, for a reason that is logged once.
     """
-    reason = _why_product(neurons.model, neurons.reset, neurons.surrogate, bool(neurons.parameters[0].per_neuron))
+    reason = _why_product(neurons.model, neurons.reset, neurons.surrogate, neurons.parameters[0].numel() > 1)
     return 0.0 if reason else GRADIENT_EVENT_LIMIT[bool(bf16)]
 
 
 @functools.cache
-def _why_product(model: int, reset: int, surrogate: int, per_neuron: bool) -> str | None:
-    names = {number: name for name, number in SURROGATES.items()}
+def _why_product(model: str, reset: str, surrogate: str, per_neuron: bool) -> str | None:
     reasons = {
-        f"gradients of surrogate {names[surrogate]!r} reach every neuron": names[surrogate] not in COMPACT_SURROGATES,
-        "neuron 'synaptic' has two decays": model != MODELS["lif"].number,
-        "gradients pass through reset 'zero'": reset == RESETS["zero"],
+        f"gradients of surrogate {surrogate!r} reach every neuron": surrogate not in COMPACT_SURROGATES,
+        f"neuron {model!r} has two decays": model != "lif",
+        "gradients pass through reset 'zero'": reset == "zero",
         "each neuron has its own beta": per_neuron,
     }
     reason = next((reason for reason, applies in reasons.items() if applies), None)

@@ -8,27 +8,18 @@ import ctypes
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
 
 import torch
 
-from g2g_kernels.block_mask import BlockMask
+from g2g_kernels.block_mask import MaskTensors
 from g2g_kernels.cpu.library import AxisSource, library
 
-#: tensors that describe one mask to an operator
-INDICES = 6
 #: plans that are kept in any case, and as many more as have this many units together (a unit costs some 80 bytes)
 _PLANS, _UNITS = 64, 1 << 22
 _LEAST_UNITS = 1 << 10  # what a plan counts as, however small its mask
 _MOST_WEIGHTS = (1 << 31) - 1  # weights of a mask are numbered in 32 bits
 _lock = threading.RLock()  # the garbage collector may call kernels from a finalizer while it is held
 _plans: "OrderedDict[tuple, Plan]" = OrderedDict()
-
-
-def indices(mask: BlockMask) -> list[torch.Tensor]:
-    """The tensors from which :func:`plan_for` builds a plan."""
-    rows, cols = mask.rows, mask.cols
-    return [mask.unit_row, mask.unit_col, rows.order, rows.bounds, cols.order, cols.bounds]
 
 
 def blocks(units: int, width: int) -> int:
@@ -39,27 +30,32 @@ def blocks(units: int, width: int) -> int:
 class Plan:
     """A built plan; ``address`` is what the kernels take."""
 
-    def __init__(self, tensors: Sequence[torch.Tensor], width: tuple[int, int]) -> None:
-        unit_row, unit_col, *axes = tensors
-        self._axes = [tensor.clone() for tensor in axes]
+    def __init__(self, mask: MaskTensors, width: tuple[int, int]) -> None:
+        self._axes = [tensor.clone() for tensor in _axes(mask)]
         sources = [
-            AxisSource(order.numel(), bounds.numel() - 1, width[side], order.data_ptr(), bounds.data_ptr())
-            for side, (order, bounds) in enumerate((axes[:2], axes[2:]))
+            AxisSource(
+                len(axis.order), len(axis.bounds) - 1, width[side], axis.order.data_ptr(), axis.bounds.data_ptr()
+            )
+            for side, axis in enumerate((mask.rows, mask.cols))
         ]
         lib = library()
-        address = lib.g2g_plan_new(
-            ctypes.byref(sources[0]), ctypes.byref(sources[1]), unit_row.data_ptr(), unit_col.data_ptr(), len(unit_row)
-        )
+        units = mask.unit_row.data_ptr(), mask.unit_col.data_ptr(), len(mask.unit_row)
+        address = lib.g2g_plan_new(ctypes.byref(sources[0]), ctypes.byref(sources[1]), *units)
         if not address:
             raise ValueError("the mask's indices do not describe a valid mask")
         self.address: int = address
-        self.units = max(len(unit_row), _LEAST_UNITS)
+        self.units = max(len(mask.unit_row), _LEAST_UNITS)
         weakref.finalize(self, lib.g2g_plan_free, address).atexit = False
 
-    def matches(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """True if this is still the plan of these tensors."""
-        same = library().g2g_plan_matches(self.address, tensors[0].data_ptr(), tensors[1].data_ptr())
-        return bool(same) and all(map(torch.equal, self._axes, tensors[2:]))
+    def matches(self, mask: MaskTensors) -> bool:
+        """True if this is still the plan of that mask."""
+        same = library().g2g_plan_matches(self.address, mask.unit_row.data_ptr(), mask.unit_col.data_ptr())
+        return bool(same) and all(map(torch.equal, self._axes, _axes(mask)))
+
+
+def _axes(mask: MaskTensors) -> tuple[torch.Tensor, ...]:
+    """What of its two sides a plan is built from."""
+    return mask.rows.order, mask.rows.bounds, mask.cols.order, mask.cols.bounds
 
 
 def refuses(values: torch.Tensor) -> str | None:
@@ -69,12 +65,13 @@ def refuses(values: torch.Tensor) -> str | None:
     return None
 
 
-def plan_for(tensors: Sequence[torch.Tensor], values: torch.Tensor) -> Plan:
-    """The plan of a mask (see :func:`indices`) whose packed weights are ``values``.
+def plan_for(mask: MaskTensors, values: torch.Tensor) -> Plan:
+    """The plan of a mask whose packed weights are ``values``.
 
     Raises:
         ValueError: for tensors that are not a mask's.
     """
+    tensors = mask.unit_row, mask.unit_col, *_axes(mask)
     unit_row, unit_col, row_order, row_bounds, col_order, col_bounds = tensors
     for tensor, dtype in ((unit_row, torch.int32), (unit_col, torch.int32), (row_bounds, torch.int32),
                           (col_bounds, torch.int32), (row_order, torch.int64), (col_order, torch.int64)):  # fmt: skip
@@ -86,8 +83,8 @@ def plan_for(tensors: Sequence[torch.Tensor], values: torch.Tensor) -> Plan:
     key = (*(tensor.data_ptr() for tensor in tensors), *(tensor.numel() for tensor in tensors), *width)
     with _lock:
         plan = _plans.get(key)
-        if plan is None or not plan.matches(tensors):
-            plan = Plan(tensors, width)
+        if plan is None or not plan.matches(mask):
+            plan = Plan(mask, width)
             excess = sum(kept.units for kept in _plans.values()) + plan.units - _UNITS
             while excess > 0 and len(_plans) >= _PLANS:
                 excess -= _plans.popitem(last=False)[1].units

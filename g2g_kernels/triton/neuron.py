@@ -1,7 +1,10 @@
-"""Device functions of LIF neurons, which ``lif`` and the fused ``g2g_stack`` kernel share.
+"""Device functions of neurons, which the kernels of ``neurons`` and the fused ones of ``g2g_stack`` share.
 
-They take tiles of float32 values, one element a neuron and sample. The order of operations is that of ``reference.py``
-(and so of snnTorch): multiply, add, subtract, each rounded. A compiler would contract β·U + I into one fused
+A model (``g2g_kernels/ops/neurons/models.py``) is two functions here, ``_…_charge`` and ``_…_charge_backward``, which
+:func:`charge` and :func:`charge_backward` choose between; kernels loop over the tuples of its states and parameters.
+
+All take tiles of float32 values, one element a neuron and sample. The order of operations is that of the models in
+PyTorch (and so of snnTorch): multiply, add, subtract, each rounded. A compiler would contract β·U + I into one fused
 multiply-add, rounded once, and a membrane within an ulp of θ could then fire here and not there. Kernels that call
 :func:`charge` are therefore launched with :data:`EXACT`; θ·R is exact either way, since R is 0 or 1.
 """
@@ -20,22 +23,136 @@ def fires(membrane, theta):
 
 
 @triton.jit
-def decaying(membrane, fired, RESET: tl.constexpr):
-    """V, the part of U_{t−1} that decays into U_t: all of it, or nothing after a reset to zero."""
+def _after_zero(value, fired, RESET: tl.constexpr):
+    """``value``, or nothing after a reset to zero."""
     if RESET == "zero":
-        return tl.where(fired, 0.0, membrane)
+        return tl.where(fired, 0.0, value)
     else:
-        return membrane
+        return value
+
+
+# --- the models -------------------------------------------------------------------------------------------------
+#
+# charge(states, fired, current, parameters) -> states after one step more; ``fired`` is R_t.
+# charge_backward(grads, sums, states, fired, parameters) -> the gradient of the current, those of the states before the
+# step, and ``sums`` of the parameters' gradients with what this step adds; ``states`` are those before the step, and
+# ``grads`` what has reached those after it.
 
 
 @triton.jit
-def charge(membrane, fired, current, decay, theta, RESET: tl.constexpr):
-    """U_t = decay·V_{t−1} + I_t − θ·R_t (the last term for reset by subtraction only); ``fired`` is R_t."""
-    charged = decaying(membrane, fired, RESET) * decay + current
+def _lif_charge(states, fired, current, parameters, RESET: tl.constexpr):
+    charged = _after_zero(states[0], fired, RESET) * parameters[0] + current
     if RESET == "subtract":
-        return tl.where(fired, charged - theta, charged)
+        charged = tl.where(fired, charged - parameters[1], charged)
+    return (charged,)
+
+
+@triton.jit
+def _lif_charge_backward(grads, sums, states, fired, parameters, RESET: tl.constexpr):
+    grad = grads[0]
+    to_theta = sums[1]
+    if RESET == "subtract":
+        to_theta -= tl.where(fired, grad, 0.0)
+    to_beta = sums[0] + grad * _after_zero(states[0], fired, RESET)
+    return grad, (_after_zero(grad * parameters[0], fired, RESET),), (to_beta, to_theta)
+
+
+@triton.jit
+def _synaptic_charge(states, fired, current, parameters, RESET: tl.constexpr):
+    synaptic_current = states[0] * parameters[0] + current
+    charged = states[1] * parameters[1] + synaptic_current
+    if RESET == "subtract":
+        charged = tl.where(fired, charged - parameters[2], charged)
+    return (synaptic_current, _after_zero(charged, fired, RESET))
+
+
+@triton.jit
+def _synaptic_charge_backward(grads, sums, states, fired, parameters, RESET: tl.constexpr):
+    to_membrane = _after_zero(grads[1], fired, RESET)
+    to_current = grads[0] + to_membrane
+    to_theta = sums[2]
+    if RESET == "subtract":
+        to_theta -= tl.where(fired, to_membrane, 0.0)
+    before = (to_current * parameters[0], to_membrane * parameters[1])
+    return to_current, before, (sums[0] + to_current * states[0], sums[1] + to_membrane * states[1], to_theta)
+
+
+@triton.jit
+def charge(states, fired, current, parameters, MODEL: tl.constexpr, RESET: tl.constexpr):
+    if MODEL == "lif":
+        return _lif_charge(states, fired, current, parameters, RESET)
     else:
-        return charged
+        tl.static_assert(MODEL == "synaptic")
+        return _synaptic_charge(states, fired, current, parameters, RESET)
+
+
+@triton.jit
+def charge_backward(grads, sums, states, fired, parameters, MODEL: tl.constexpr, RESET: tl.constexpr):
+    if MODEL == "lif":
+        return _lif_charge_backward(grads, sums, states, fired, parameters, RESET)
+    else:
+        tl.static_assert(MODEL == "synaptic")
+        return _synaptic_charge_backward(grads, sums, states, fired, parameters, RESET)
+
+
+# --- what holds for every model ---------------------------------------------------------------------------------
+
+
+@triton.jit
+def load_parameters(pointers, neuron, exists, DECAYS: tl.constexpr, PER_NEURON: tl.constexpr):
+    """The parameters of a row of neurons, [1, N] each; the first DECAYS are clamped, bit i of PER_NEURON says whether
+    parameter i has one entry a neuron."""
+    parameters = ()
+    for i in tl.static_range(len(pointers)):
+        value = tl.load(pointers[i] + neuron * ((PER_NEURON >> i) & 1), mask=exists, other=0.0)
+        if i < DECAYS:
+            value = tl.clamp(value, 0.0, 1.0)
+        parameters += (value[None, :],)
+    return parameters
+
+
+@triton.jit
+def zeros(count: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """``count`` tiles of float32 zeros."""
+    tiles = ()
+    for _ in tl.static_range(count):
+        tiles += (tl.zeros([ROWS, COLS], tl.float32),)
+    return tiles
+
+
+@triton.jit
+def _plus_last(values, term):
+    """``values`` with ``term`` added to the last: to the membrane, or to the threshold."""
+    result = ()
+    for i in tl.static_range(len(values)):
+        if i == len(values) - 1:
+            result += (values[i] + term,)
+        else:
+            result += (values[i],)
+    return result
+
+
+@triton.jit
+def step_backward(
+    grads,
+    sums,
+    states,
+    fired,
+    margin,
+    grad_spike,
+    parameters,
+    alpha,
+    MODEL: tl.constexpr,
+    RESET: tl.constexpr,
+    SURROGATE: tl.constexpr,
+):
+    """One step of time backwards; as :func:`charge_backward`, with the gradient that comes through the spike.
+
+    ``margin`` is U_t − θ after the step, ``grad_spike`` ∂L/∂S_t.
+    """
+    through_spike = surrogate_derivative(margin, alpha, SURROGATE) * grad_spike
+    grads, sums = _plus_last(grads, through_spike), _plus_last(sums, -through_spike)
+    return charge_backward(grads, sums, states, fired, parameters, MODEL, RESET)
 
 
 @triton.jit

@@ -93,12 +93,11 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
 
 
 class Launch(NamedTuple):
-    """One kernel launch: the kernel, its grid, its arguments, and its compile-time values and launch options."""
+    """One kernel launch: the kernel, its grid, and by name its arguments, compile-time values and launch options."""
 
     kernel: Any
     grid: tuple[int, ...]
-    arguments: tuple[Any, ...]
-    options: dict[str, Any]
+    arguments: dict[str, Any]
 
 
 _recorded: list[Launch] | None = None
@@ -119,15 +118,15 @@ def recorded() -> Iterator[list[Launch]]:
         _recorded = None
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """Runs ``kernel[grid](*arguments, **options)`` on the device of its first tensor.
+def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
+    """Runs ``kernel[grid](**arguments)`` on the device of its first tensor.
 
-    Multiplications and additions may be contracted to fused multiply-adds unless the options say otherwise.
+    Multiplications and additions may be contracted to fused multiply-adds unless ``enable_fp_fusion`` says otherwise.
     """
-    options = {"enable_fp_fusion": True} | options
+    arguments = {"enable_fp_fusion": True} | arguments
     if _recorded is not None:
-        _recorded.append(Launch(kernel, grid, arguments, options))
+        _recorded.append(Launch(kernel, grid, arguments))
         return
-    device = next(a.device for a in arguments if isinstance(a, torch.Tensor))
+    device = next(a.device for a in arguments.values() if isinstance(a, torch.Tensor))
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[grid](*arguments, **options)
+        kernel[grid](**arguments)

@@ -354,11 +354,7 @@ class Trainer:
 
     def _units(self) -> dict[str, torch.Tensor]:
         """Which units each connection has now: bool [block rows, block columns]."""
-        units = {}
-        for name, layer in self._connections().items():
-            units[name] = torch.zeros(layer.mask.grid, dtype=torch.bool, device=self.device)
-            units[name][layer.mask.unit_row.long(), layer.mask.unit_col.long()] = True
-        return units
+        return {name: layer.mask.present() for name, layer in self._connections().items()}
 
     def _kept(self, units: dict[str, torch.Tensor]) -> dict[str, float]:
         """The share of ``units`` that each connection still has, 0 to 1."""

@@ -48,13 +48,13 @@ def test_products_by_hand(operations):
 
 
 def test_neurons_by_hand(operations):
-    first, second, _ = named(operations, "forward", "lif_forward_kernel")
+    first, second, _ = named(operations, "forward", "neurons_forward_kernel")
     parameters, counts = 2 * 4, 4 * B * H
     # T = 3 is one segment: no checkpoint; a held current is float32 and read once
     assert first.bytes == 4 * B * H + parameters + T * B * H + counts
     assert second.bytes == 2 * T * B * H + parameters + T * B * H + counts
     assert first.flop == second.flop == 0
-    _, second, first = named(operations, "backward", "lif_backward_kernel")
+    _, second, first = named(operations, "backward", "neurons_backward_kernel")
     sums = 2 * 4  # one program: one number each for β and θ
     assert second.bytes == (2 + 2 + 2) * T * B * H + parameters + sums
     # layer 1 gets ∂L/∂S at every step and gives ∂L/∂I of one

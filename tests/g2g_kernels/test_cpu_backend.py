@@ -11,13 +11,18 @@ import sys
 
 import pytest
 import torch
-from helpers import ErrorRatios, lif_layer, rms, seeded, skip_where_refused, threads
+from helpers import ErrorRatios, lif_layer, rms, seeded, threads
 
-from g2g_kernels import BlockMask, GroupLayout, SpikingLayer, g2g_linear, g2g_stack, lif
+from g2g_kernels import BlockMask, GroupLayout, Neurons, SpikingLayer, g2g_linear, g2g_stack, lif
 from g2g_kernels.cpu import library
-from g2g_kernels.cpu.plans import indices
 from g2g_kernels.cpu.workspace import Workspace, workspace
-from g2g_kernels.ops.neurons import RESETS
+from g2g_kernels.ops.g2g_linear import cpu as linear
+from g2g_kernels.ops.g2g_linear.call import LinearBackward, LinearCall
+from g2g_kernels.ops.g2g_stack import cpu as stack
+from g2g_kernels.ops.g2g_stack.call import StackBackward, StackCall
+from g2g_kernels.ops.neurons import MODELS, RESETS
+from g2g_kernels.ops.neurons import cpu as neurons_alone
+from g2g_kernels.ops.neurons.call import NeuronsBackward, NeuronsCall
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
 
 pytestmark = pytest.mark.skipif(library.unavailable() is not None, reason=str(library.unavailable()))
@@ -188,8 +193,7 @@ def test_resets_and_surrogates(reset, surrogate, per_neuron):
     ratios = ErrorRatios()
     for alpha in (2.0, 0.7):
         network = Network("mixer", 32, reset=reset, surrogate=surrogate, alpha=alpha, per_neuron=per_neuron)
-        with skip_where_refused():
-            compare(network, ratios)
+        compare(network, ratios)
 
 
 def _limit_events(monkeypatch, limit: float) -> None:
@@ -273,10 +277,11 @@ def test_without_gradients_nothing_is_kept():
     assert torch.equal(result.counts, expected["counts"])
     assert torch.equal(result.spikes[1].dense(), expected["spikes1"])
 
-    current, beta, threshold = torch.rand(12, 3, 10), torch.tensor(0.9), torch.rand(10)
-    both = [torch.ops.g2g.lif_forward(current, beta, threshold, 0, "zero", "atan", 2.0, keep) for keep in (True, False)]
+    population = Neurons("lif", (torch.tensor(0.9), torch.rand(10)), "zero")
+    call = NeuronsCall(torch.rand(12, 3, 10), population, 0, True)
+    both = [neurons_alone.FORWARD(call._replace(keep=keep)) for keep in (True, False)]
     assert torch.equal(both[0][0], both[1][0])
-    assert [kept.shape for _, kept in both] == [(2, 3, 10), (0,)]
+    assert [kept.shape for _, kept in both] == [(2, 1, 3, 10), (0,)]
 
 
 def test_bfloat16_leaves_products_of_events_exact(monkeypatch):
@@ -361,8 +366,7 @@ def test_no_events_to_all_of_them(surrogate, alpha, limit_gradient_events):
     for kind in KINDS:
         for unit in (1, 16, 32, 64):
             network = compact(kind, unit, surrogate=surrogate, alpha=alpha, margin=0)
-            with skip_where_refused():
-                assert_as_by_the_product(network, limit_gradient_events)
+            assert_as_by_the_product(network, limit_gradient_events)
 
 
 @pytest.mark.parametrize("reset", ["subtract", "none"])
@@ -555,83 +559,103 @@ def test_bits_of_lif_alone_do_not_depend_on_the_threads(shape, per_neuron):
 # --- operators ----------------------------------------------------------------------------------------------------
 
 
-def test_opcheck():
+@pytest.mark.parametrize("model", MODELS)
+def test_opcheck_of_a_stack(model):
     network = Network("mixer", 16, steps=3, batch=2)
-    t = {name: tensor.clone().requires_grad_() for name, tensor in network.tensors.items()}
-    groups = [[t[f"{name}{k}"] for k in range(3)] for name in ("values", "bias", "beta", "threshold")]
-    tensors = [tensor for mask in network.masks for tensor in indices(mask)]
-    options = (3, "subtract", "atan", 2.0, False)
-    torch.library.opcheck(torch.ops.g2g.stack_forward.default, (t["x"], *groups, tensors, *options, True))
-    detached = [[tensor.detach() for tensor in group] for group in groups]
-    x = network.tensors["x"]
-    counts, rates, spikes, state = torch.ops.g2g.stack_forward(x, *detached, tensors, *options, True)
-    torch.library.opcheck(
-        torch.ops.g2g.stack_backward.default, (counts, rates, x, *detached, tensors, spikes, state, *options, True)
-    )
-    mask = network.masks[0]
-    torch.library.opcheck(
-        torch.ops.g2g.unpack_spikes.default,
-        (spikes[: _words(mask, 2, 3)], detached[0][0], indices(mask), 2, 3),
-    )
-    for half in (False, True):
-        torch.library.opcheck(
-            torch.ops.g2g.linear_forward.default, (t["x"], groups[0][0], t["bias0"], indices(mask), half)
-        )
-    dy = torch.randn(2, 200)
-    torch.library.opcheck(
-        torch.ops.g2g.linear_backward.default, (dy, x, detached[0][0], indices(mask), False, True, True)
-    )
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in network.tensors.items()}
+    layers = network._layers(leaves)
+    if model == "synaptic":  # in the midst of others, without a bias
+        parameters = (torch.tensor(0.5, requires_grad=True), *layers[1].neurons.parameters)
+        layers[1] = layers[1]._replace(neurons=Neurons("synaptic", parameters, surrogate="boxcar"), bias=None)
+    stack.FORWARD.opcheck(StackCall.of(leaves["x"], layers, 3, torch.float32))
+    call = detached(StackCall.of(leaves["x"], layers, 3, torch.float32))
+    counts, rates, spikes, kept = stack.FORWARD(call)
+    stack.BACKWARD.opcheck(StackBackward(call, tuple(spikes), tuple(kept), counts, rates, True))
+    stack.UNPACK.opcheck(stack.PackedWords(spikes[0], call.layers[0].values, call.layers[0].mask))
+
+
+def test_opcheck_of_a_product():
+    network = Network("mixer", 16, steps=3, batch=2)
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in network.tensors.items()}
+    arguments = leaves["x"], leaves["values0"], network.masks[0].tensors(), leaves["bias0"]
+    for dtype in (torch.float32, torch.bfloat16):
+        linear.FORWARD.opcheck(LinearCall(*arguments, dtype))
+    call = detached(LinearCall(*arguments, torch.float32))
+    linear.BACKWARD.opcheck(LinearBackward(call, torch.randn(2, 200), (True, True, False)))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_opcheck_of_neurons(model):
     current = torch.randn(7, 3, 10, requires_grad=True)
-    beta, theta = torch.tensor(0.9, requires_grad=True), torch.rand(10, requires_grad=True)
-    options = 0, "zero", "sigmoid", 2.0
-    torch.library.opcheck(torch.ops.g2g.lif_forward.default, (current, beta, theta, *options, True))
-    detached = [tensor.detach() for tensor in (current, beta, theta)]
-    _, kept = torch.ops.g2g.lif_forward(*detached, *options, True)
-    torch.library.opcheck(torch.ops.g2g.lif_backward.default, (torch.randn(7, 3, 10), *detached, kept, *options, True))
+    decays = [torch.tensor(0.9, requires_grad=True) for _ in MODELS[model].decays]
+    population = Neurons(model, (*decays, torch.rand(10, requires_grad=True)), "zero", "sigmoid")
+    neurons_alone.FORWARD.opcheck(NeuronsCall.of(current, population, None))
+    call = detached(NeuronsCall.of(current, population, None))
+    spikes, kept = neurons_alone.FORWARD(call)
+    wanted = (True,) * (1 + len(population.parameters))
+    neurons_alone.BACKWARD.opcheck(NeuronsBackward(call, kept, torch.ones_like(spikes), wanted))
 
 
-def _words(mask: BlockMask, batch: int, steps: int) -> int:
-    from g2g_kernels.cpu.plans import blocks
-
-    return batch * steps * blocks(mask.rows.num_units, mask.rows.width)
+def detached(value):
+    """A record, or a tuple, with all tensors in it detached."""
+    if isinstance(value, torch.Tensor):
+        return value.detach()
+    if isinstance(value, tuple):
+        values = map(detached, value)
+        return type(value)(*values) if hasattr(value, "_fields") else tuple(values)
+    return value
 
 
 def test_operators_refuse_what_would_read_out_of_bounds():
     """Called directly, past the checks of the public functions, with wrong sizes and wrong indices."""
     network = Network("index", 16, steps=3, batch=2)
-    t = network.tensors
-    groups = [[t[f"{name}{k}"] for k in range(3)] for name in ("values", "bias", "beta", "threshold")]
-    tensors = [tensor for mask in network.masks for tensor in indices(mask)]
-    options = (3, "subtract", "atan", 2.0, False, True)
+    good = StackCall.of(network.tensors["x"], network._layers(network.tensors), 3, torch.float32)
 
-    def call(x=t["x"], groups=groups, tensors=tensors):
-        return torch.ops.g2g.stack_forward(x, *groups, tensors, *options)
+    def call(**changes):
+        """With another x, or with changes of the first layer."""
+        x = changes.pop("x", good.x)
+        stack.FORWARD(good._replace(x=x, layers=(good.layers[0]._replace(**changes), *good.layers[1:])))
 
     call()
-    for number, wrong in ((0, 1000), (1, -1), (2, -5), (2, 98), (3, 7), (4, 400), (5, -3)):
-        bad = [tensor.clone() for tensor in tensors]
-        bad[number][1] = wrong
-        with pytest.raises(ValueError, match="mask"):
-            call(tensors=bad)
-    with pytest.raises(ValueError, match="receives"):
-        call(x=t["x"][:, :50].contiguous())
-    for place, change in ((0, lambda v: v[:-1].contiguous()), (1, lambda v: v[:5]), (2, lambda v: v[:3])):
-        bad = [list(group) for group in groups]
-        bad[place][0] = change(bad[place][0])
-        with pytest.raises(ValueError, match=r"values|bias|beta"):
-            call(groups=bad)
-    with pytest.raises(ValueError, match="float32"):
-        call(x=t["x"].double())
-    with pytest.raises(ValueError, match="masks"):
-        call(tensors=tensors[:-1])
+    mask = good.layers[0].mask
 
-    lif_tensors, options = (torch.rand(12, 3, 10), torch.tensor(0.9), torch.rand(10)), (0, "zero", "sigmoid", 2.0)
-    _, kept = torch.ops.g2g.lif_forward(*lif_tensors, *options, True)
-    for wrong in (kept[:-1].contiguous(), kept[:, :2].contiguous(), kept.double(), torch.empty(0)):
+    def changed(tensor, wrong):
+        tensor = tensor.clone()
+        tensor[1] = wrong
+        return tensor
+
+    for wrong in (
+        mask._replace(unit_row=changed(mask.unit_row, 1000)),
+        mask._replace(unit_col=changed(mask.unit_col, -1)),
+        *(mask._replace(rows=mask.rows._replace(order=changed(mask.rows.order, place))) for place in (-5, 200)),
+        mask._replace(rows=mask.rows._replace(bounds=changed(mask.rows.bounds, 7))),
+        mask._replace(cols=mask.cols._replace(order=changed(mask.cols.order, 400))),
+        mask._replace(cols=mask.cols._replace(bounds=changed(mask.cols.bounds, -3))),
+    ):
+        with pytest.raises(ValueError, match="mask"):
+            call(mask=wrong)
+    with pytest.raises(ValueError, match="receives"):
+        call(x=good.x[:, :50].contiguous())
+    with pytest.raises(ValueError, match="values"):
+        call(values=good.layers[0].values[:-1].contiguous())
+    with pytest.raises(ValueError, match="bias"):
+        call(bias=good.layers[0].bias[:5])
+    population = good.layers[0].neurons
+    for name, parameters in (("beta", (torch.rand(3), torch.rand(1))), ("threshold", (torch.rand(1), torch.rand(3)))):
+        with pytest.raises(ValueError, match=name):
+            call(neurons=population._replace(parameters=parameters))
+    with pytest.raises(ValueError, match="float32"):
+        call(x=good.x.double())
+
+    population = Neurons("lif", (torch.tensor(0.9), torch.rand(10)), "zero", "sigmoid")
+    alone = NeuronsCall(torch.rand(12, 3, 10), population, 0, True)
+    spikes, kept = neurons_alone.FORWARD(alone)
+    wanted = (True, True, True)
+    for wrong in (kept[:-1].contiguous(), kept[:, :, :2].contiguous(), kept.double(), torch.empty(0)):
         with pytest.raises(ValueError, match="kept"):
-            torch.ops.g2g.lif_backward(torch.rand(12, 3, 10), *lif_tensors, wrong, *options, True)
+            neurons_alone.BACKWARD(NeuronsBackward(alone, wrong, spikes, wanted))
     with pytest.raises(ValueError, match="grad_spikes"):
-        torch.ops.g2g.lif_backward(torch.rand(12, 3, 9), *lif_tensors, kept, *options, True)
+        neurons_alone.BACKWARD(NeuronsBackward(alone, kept, spikes[..., :9].contiguous(), wanted))
 
 
 def test_compiled_with_a_full_graph(plain_memory):

@@ -10,8 +10,8 @@ import torch
 from helpers import ErrorRatios, rms, seeded
 
 from g2g_kernels.cpu import library
-from g2g_kernels.cpu.library import MODELS, NeuronLoopArguments, neuron_arguments, pointer
-from g2g_kernels.ops.neurons import models
+from g2g_kernels.cpu.library import NeuronLoopArguments, neuron_arguments, pointer
+from g2g_kernels.ops.neurons.models import MODELS, RESETS, Neurons
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
 
 pytestmark = pytest.mark.skipif(library.unavailable() is not None, reason=str(library.unavailable()))
@@ -64,18 +64,15 @@ def test_other_numbers_of_options_and_other_models_are_refused(monkeypatch):
     monkeypatch.setitem(library.SURROGATES, "sigmoid", 3)
     assert "Surrogate.sigmoid is '2' there and '3' here" in _reason()
     monkeypatch.undo()
-    monkeypatch.setitem(library.MODELS, "lif", library.MODELS["lif"]._replace(parameters=("threshold", "beta")))
+    monkeypatch.setitem(MODELS, "lif", MODELS["lif"]._replace(parameters=("threshold", "beta")))
     assert "Model.lif.parameters is 'beta threshold' there and 'threshold beta' here" in _reason()
     monkeypatch.undo()
     monkeypatch.delitem(library.RESETS, "none")
     assert "Reset.none is '2' there and 'missing' here" in _reason()
 
 
-def test_both_sides_know_the_models_that_are_declared():
-    assert list(MODELS) == list(models.MODELS)
-    for name, model in models.MODELS.items():
-        assert MODELS[name][1:] == (model.states, model.parameters, model.decays)
-    assert tuple(library.RESETS) == models.RESETS
+def test_both_sides_know_the_options_that_are_declared():
+    assert tuple(library.RESETS) == RESETS
     assert list(library.SURROGATES) == list(SURROGATES)
 
 
@@ -92,7 +89,7 @@ def _run(model, current, parameters, steps, options, grad_spikes) -> list[torch.
     kept = torch.full(((shape[0] - 1) // EVERY, states, *shape[1:]), math.nan)
     grads = [torch.full_like(value, math.nan) for value in (current, *parameters)]
     arguments = NeuronLoopArguments(
-        neurons=neuron_arguments(model, *options, parameters, grads[1:]),
+        neurons=neuron_arguments(Neurons(model, tuple(parameters), *options), grads[1:]),
         current=current.data_ptr(),
         samples=math.prod(shape[1:-1]),
         size=shape[-1],

@@ -4,9 +4,10 @@ import logging
 
 import pytest
 import torch
+from helpers import unavailable
 
 from g2g_kernels import BackendError, available_backends, backend_status, dispatch, lif
-from g2g_kernels.dispatch import BACKENDS, Operator, forced_backend, register_backend, require_backend
+from g2g_kernels.dispatch import BACKENDS, Backend, Operator, forced_backend, register_backend, require_backend
 
 
 @pytest.fixture(autouse=True)
@@ -18,8 +19,7 @@ def _nothing_forced(monkeypatch):
 def available(monkeypatch):
     """Makes all three backends available, whatever this machine has, and Triton's kernels no interpreted ones."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    for name in BACKENDS:
-        monkeypatch.setitem(dispatch._unavailable, name, lambda: None)
+    unavailable(monkeypatch, **dict.fromkeys(BACKENDS))
 
 
 @pytest.fixture
@@ -29,11 +29,6 @@ def double() -> Operator:
     for name in BACKENDS:
         operator.register(name, lambda x, scale=1, name=name: (name, 2 * x * scale))
     return operator
-
-
-def unavailable(monkeypatch, **reasons: str) -> None:
-    for name, reason in reasons.items():
-        monkeypatch.setitem(dispatch._unavailable, name, lambda reason=reason: reason)
 
 
 # --- the choice ---------------------------------------------------------------------------------------------------
@@ -171,25 +166,31 @@ def test_torch_is_always_available():
     assert all(reason is None or len(reason) > 10 for reason in backend_status().values())
 
 
-def test_register_backend_replaces_the_check(monkeypatch):
-    monkeypatch.setattr(dispatch, "_unavailable", dict(dispatch._unavailable))
-    register_backend("cpu", lambda: "the library does not load")
+@pytest.fixture
+def registry(monkeypatch):
+    """A copy of the registered backends, in their place."""
+    monkeypatch.setattr(dispatch, "BACKENDS", dict(BACKENDS))
+    return dispatch.BACKENDS
+
+
+def test_register_backend_replaces_the_one_of_that_name(registry):
+    register_backend(registry["cpu"]._replace(unavailable=lambda: "the library does not load"))
     assert backend_status()["cpu"] == "the library does not load"
-    register_backend("cpu", lambda: None)
+    assert list(registry) == ["triton", "cpu", "torch"]
+    register_backend(registry["cpu"]._replace(unavailable=lambda: None))
     assert "cpu" in available_backends()
 
 
-def test_register_backend_adds_a_name_before_another(monkeypatch, available, double):
-    names = list(BACKENDS)
-    monkeypatch.setattr(dispatch, "_unavailable", dict(dispatch._unavailable))
-    monkeypatch.setattr(dispatch, "BACKENDS", names)
-    register_backend("units", lambda: None)
-    register_backend("first", lambda: "not built", before="triton")
-    register_backend("units", lambda: None, before="triton")  # known: where it was
-    assert names == ["first", "triton", "cpu", "units", "torch"]
-    assert next(iter(backend_status().items())) == ("first", "not built")
-    double.register("units", lambda x: ("units", x))
+def test_register_backend_adds_a_name_in_its_place(monkeypatch, available, double, registry):
+    register_backend(Backend("units"))
+    register_backend(Backend("first", lambda: "not built", preference=40))
+    register_backend(Backend("shy", preference=50, only_by_name=lambda: "it is slow"))
+    assert list(registry) == ["shy", "first", "triton", "cpu", "units", "torch"]
+    assert backend_status()["first"] == "not built"
+    for name in ("units", "shy"):
+        double.register(name, lambda x, name=name: (name, x))
     assert double(3, backend="units") == ("units", 3)
+    assert double(3, backend="shy") == ("shy", 3)
     assert double(3) == ("triton", 6)
     unavailable(monkeypatch, triton="no GPU", cpu="no compiler")
     assert double(3) == ("units", 3)

@@ -16,7 +16,6 @@ Neurons are read and written where they lie in memory. :class:`Places` translate
 :class:`BlockMask` (*places*); the translation happens in the loads and stores of these kernels, in no pass of its own.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,9 +23,9 @@ import triton
 import triton.language as tl
 from torch.nn import functional as F
 
-from g2g_kernels.block_mask import BlockMask
-from g2g_kernels.ops.derivatives import refuse_compiled_backward
-from g2g_kernels.ops.g2g_linear.derivatives import Kernels, linear
+from g2g_kernels.block_mask import BlockMask, MaskTensors
+from g2g_kernels.ops.g2g_linear.call import LinearBackward, LinearCall, call_operators, operators
+from g2g_kernels.packing import packed, unpacked
 from g2g_kernels.triton import runtime
 from g2g_kernels.triton.runtime import launch
 
@@ -38,10 +37,7 @@ class Places(NamedTuple):
 
     Attributes:
         size: number of columns in memory.
-        column: int64 [num_units · width], the column of each place, ``size`` where there is no neuron; None if place
-            p is column p.
-        place: int64 [size], the place of each column (one past the last place where there is none); None likewise.
-        holes: there are columns without a neuron.
+        column, place, holes: as of a :class:`g2g_kernels.packing.Side`; a column without a place has no neuron.
     """
 
     num_units: int
@@ -109,37 +105,23 @@ class Units(NamedTuple):
         return tiles * self.rows.tile * self.cols.tile >= max(64, self.rows.size) * max(64, self.cols.size)
 
 
-#: tensors that describe one mask to an operator, and whether its two sides are in memory as they are in the mask
-INDICES = 10
-
-
-def indices(mask: BlockMask) -> tuple[list[torch.Tensor], list[bool]]:
-    """What :func:`units_of` builds :class:`Units` from."""
-    rows, cols = mask.rows, mask.cols
-    tensors = [mask.unit_row, mask.unit_col, mask.row_ptr, mask.row_slot, mask.col_ptr, mask.col_slot]
-    return [*tensors, rows.padded, rows.position, cols.padded, cols.position], [rows.trivial, cols.trivial]
-
-
-def units_of(tensors: Sequence[torch.Tensor], trivial: Sequence[bool], values: torch.Tensor) -> Units:
-    """The units of a mask (see :func:`indices`) with packed weights ``values``.
+def units_of(mask: MaskTensors, values: torch.Tensor) -> Units:
+    """The units of a mask with packed weights ``values``.
 
     Raises:
-        ValueError: for tensors that are not a mask's.
+        ValueError: for values that are not the mask's.
     """
-    if len(tensors) != INDICES or len(trivial) != 2:
-        raise ValueError(f"a mask is described by {INDICES} tensors and two booleans")
-    *graph, row_column, row_place, col_column, col_place = tensors
-    if values.dim() != 3 or len(values) != len(graph[0]):
-        raise ValueError(f"values of shape {tuple(values.shape)} do not fit a mask of {len(graph[0])} units")
+    if values.dim() != 3 or len(values) != len(mask.unit_row):
+        raise ValueError(f"values of shape {tuple(values.shape)} do not fit a mask of {len(mask.unit_row)} units")
     sides: list[Places] = []
-    for side, ptr, column, place in ((0, graph[2], row_column, row_place), (1, graph[4], col_column, col_place)):
-        num_units, width = len(ptr) - 1, values.shape[1 + side]
-        if len(column) != num_units * width:
-            raise ValueError(f"values of shape {tuple(values.shape)} do not fit {len(column)} places")
-        identical = trivial[side]
-        sides.append(Places(num_units, width, len(place), None if identical else column, None if identical else place))
-    unit_row, unit_col, row_ptr, row_slot, col_ptr, col_slot = graph
-    return Units(unit_row, unit_col, row_ptr, row_slot, col_ptr, col_slot, *sides)
+    for axis, width in ((mask.rows, values.shape[1]), (mask.cols, values.shape[2])):
+        num_units = len(axis.bounds) - 1
+        if len(axis.padded) != num_units * width:
+            raise ValueError(f"values of shape {tuple(values.shape)} do not fit {len(axis.padded)} places")
+        column, place = (None, None) if axis.trivial else (axis.padded, axis.position)
+        sides.append(Places(num_units, width, len(axis.position), column, place))
+    index = mask.unit_row, mask.unit_col, mask.row_ptr, mask.row_slot, mask.col_ptr, mask.col_slot
+    return Units(*index, *sides)
 
 
 # --- forward and input gradient ---------------------------------------------------------------------------------
@@ -236,32 +218,29 @@ def _depth_and_stages(x: torch.dtype, products: torch.dtype) -> tuple[int, int]:
 
 
 def _launch_product(
-    x: torch.Tensor,
-    values: torch.Tensor,
-    by_rows: bool,
-    units: Units,
-    bias: torch.Tensor | None,
-    y: torch.Tensor,
+    x: torch.Tensor, values: torch.Tensor, by_rows: bool, units: Units, bias: torch.Tensor | None, y: torch.Tensor
 ) -> None:
     if by_rows:
-        inner, outer, index = units.cols, units.rows, (units.row_ptr, units.row_slot, units.unit_col)
+        inner, outer, ptr, slots, others = units.cols, units.rows, units.row_ptr, units.row_slot, units.unit_col
     else:
-        inner, outer, index = units.rows, units.cols, (units.col_ptr, units.col_slot, units.unit_row)
+        inner, outer, ptr, slots, others = units.rows, units.cols, units.col_ptr, units.col_slot, units.unit_row
     options = product_tiles(len(x), inner.tile, x.dtype, values.dtype)
     launch(
         product_kernel,
         (outer.num_units * outer.tiles * triton.cdiv(len(x), options["BLOCK_M"]),),
-        x,
-        inner.column,
-        values,
-        *index,
-        bias,
-        y,
-        outer.column,
-        len(x),
-        outer.num_units,
-        inner.size,
-        outer.size,
+        x=x,
+        x_column=inner.column,
+        values=values,
+        ptr=ptr,
+        slots=slots,
+        others=others,
+        bias=bias,
+        y=y,
+        y_column=outer.column,
+        samples=len(x),
+        num_n=outer.num_units,
+        x_size=inner.size,
+        y_size=outer.size,
         K=inner.width,
         N=outer.width,
         BY_ROWS=by_rows,
@@ -275,8 +254,8 @@ def product(
     x: torch.Tensor, values: torch.Tensor, units: Units, bias: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
     """y [M, out] of ``dtype``: x [M, in] (floats, or spikes in uint8), ``bias`` [out] in the order of y's columns."""
-    if units.dense_pays:
-        weight = dense_weight(values, units)
+    if units.dense_pays:  # cuBLAS's, with the zeros stored
+        weight = unpacked(values, units)
         return F.linear(x.to(values.dtype), weight, None if bias is None else bias.to(values.dtype)).to(dtype)
     # nothing is stored to columns without a neuron
     allocate = torch.zeros if units.rows.holes else torch.empty
@@ -289,7 +268,7 @@ def product(
 def input_gradient(grad_y: torch.Tensor, values: torch.Tensor, units: Units, dtype: torch.dtype) -> torch.Tensor:
     """dx [M, in] of ``dtype``, from dy [M, out] of the dtype of ``values``."""
     if units.dense_pays:
-        return (grad_y @ dense_weight(values, units)).to(dtype)
+        return (grad_y @ unpacked(values, units)).to(dtype)
     grad_x = torch.empty((len(grad_y), units.cols.size), dtype=dtype, device=grad_y.device)
     if grad_x.numel():
         _launch_product(grad_y, values, False, units, None, grad_x)
@@ -431,21 +410,21 @@ def weight_gradient(
     launch(
         weight_gradient_kernel,
         (groups, parts, tiles),
-        grad_y,
-        rows.column,
-        x,
-        cols.column,
-        units.row_ptr,
-        units.row_slot,
-        units.unit_col,
-        grad_values,
-        grad_bias,
-        len(x),
-        samples_of_part,
-        rows.num_units,
-        num_units,
-        rows.size,
-        cols.size,
+        grad_y=grad_y,
+        y_column=rows.column,
+        x=x,
+        x_column=cols.column,
+        row_ptr=units.row_ptr,
+        row_slot=units.row_slot,
+        unit_col=units.unit_col,
+        grad_values=grad_values,
+        grad_bias=grad_bias,
+        samples=len(x),
+        samples_of_part=samples_of_part,
+        num_rows=rows.num_units,
+        num_units=num_units,
+        y_size=rows.size,
+        x_size=cols.size,
         R=rows.width,
         C=cols.width,
         PRECISION=runtime.input_precision(),
@@ -456,41 +435,6 @@ def weight_gradient(
     )
     # the second stage: a plain sum over the parts, always in the same order
     return grad_values.sum(0).to(dtype), None if grad_bias is None else grad_bias.sum(0)
-
-
-# --- the dense product with stored zeros ------------------------------------------------------------------------
-#
-# Plain PyTorch operations, since cuBLAS's dense products cannot be bettered here: unpack, multiply, and of the dense
-# weight gradient keep what the mask samples.
-
-
-def dense_weight(values: torch.Tensor, units: Units) -> torch.Tensor:
-    """The weights [out, in] in the order of columns, zero where there is no unit."""
-    rows, cols = units.rows, units.cols
-    tiles = values.new_zeros(rows.num_units * cols.num_units, rows.width, cols.width)
-    tiles.index_copy_(0, _flat_unit(units), values)
-    weight = tiles.view(rows.num_units, cols.num_units, rows.width, cols.width).permute(0, 2, 1, 3)
-    weight = weight.reshape(rows.num_units * rows.width, cols.num_units * cols.width)
-    return _gathered(_gathered(weight, 0, rows.place), 1, cols.place)
-
-
-def packed(weight: torch.Tensor, units: Units) -> torch.Tensor:
-    """The units of a matrix [out, in] in the order of columns: [num_units, R, C], zero in the padding."""
-    rows, cols = units.rows, units.cols
-    weight = _gathered(_gathered(weight, 0, rows.column), 1, cols.column)
-    tiles = weight.view(rows.num_units, rows.width, cols.num_units, cols.width).permute(0, 2, 1, 3)
-    return tiles.reshape(-1, rows.width, cols.width).index_select(0, _flat_unit(units))
-
-
-def _gathered(matrix: torch.Tensor, dim: int, index: torch.Tensor | None) -> torch.Tensor:
-    """``matrix`` at ``index`` along ``dim``, with zeros for the index one past the end."""
-    if index is None:
-        return matrix
-    return F.pad(matrix, (0, 0, 0, 1) if dim == 0 else (0, 1)).index_select(dim, index)
-
-
-def _flat_unit(units: Units) -> torch.Tensor:
-    return units.unit_row.long() * units.cols.num_units + units.unit_col.long()
 
 
 # --- operators --------------------------------------------------------------------------------------------------
@@ -505,127 +449,26 @@ def refuses(x: torch.Tensor, values: torch.Tensor, mask: BlockMask, bias: torch.
 
 
 def g2g_linear(x: torch.Tensor, values: torch.Tensor, mask: BlockMask, bias: torch.Tensor | None) -> torch.Tensor:
-    tensors, trivial = indices(mask)
     dtype = runtime.autocast_dtype(x.device.type) or values.dtype
-    flat = x.reshape(-1, x.shape[-1])
-
-    def product(x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        bias = None if bias is None else bias.contiguous()
-        return torch.ops.g2g.triton_linear_forward(x.contiguous(), values.contiguous(), bias, tensors, trivial, dtype)
-
-    def gradients(grad_y, x, values, need_x, need_values, need_bias):
-        needed = need_x, need_values, need_bias
-        return torch.ops.g2g.triton_linear_backward(grad_y, x, values, tensors, trivial, *needed)
-
-    if torch.compiler.is_compiling():  # which traces no Function with a forward mode
-        y = product(flat, values, bias)
-    else:
-        y = linear(flat.contiguous(), values.contiguous(), bias, Kernels(product, gradients, mask, tuple(tensors)))
-    return y.view(*x.shape[:-1], y.shape[-1])
+    return call_operators((FORWARD, BACKWARD), x, values, mask, bias, dtype)
 
 
-_library = torch.library.Library("g2g", "FRAGMENT")
-_library.define(
-    "triton_linear_forward(Tensor x, Tensor values, Tensor? bias, Tensor[] indices, bool[] trivial, ScalarType dtype) "
-    "-> Tensor"
-)
-_library.define(
-    "triton_linear_backward(Tensor grad_y, Tensor x, Tensor values, Tensor[] indices, bool[] trivial, bool grad_x, "
-    "bool grad_values, bool grad_bias) -> (Tensor, Tensor, Tensor)"
-)
-
-Tensors = Sequence[torch.Tensor]
+def _forward(call: LinearCall) -> torch.Tensor:
+    units = units_of(call.mask, call.values)
+    return product(call.x, call.values.to(call.dtype), units, call.bias, call.dtype)
 
 
-def _forward(
-    x: torch.Tensor,
-    values: torch.Tensor,
-    bias: torch.Tensor | None,
-    mask_indices: Tensors,
-    trivial: Sequence[bool],
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    units = units_of(mask_indices, trivial, values)
-    return product(x, values.to(dtype), units, bias, dtype)
-
-
-def _forward_fake(
-    x: torch.Tensor,
-    values: torch.Tensor,
-    bias: torch.Tensor | None,
-    mask_indices: Tensors,
-    trivial: Sequence[bool],
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    return x.new_empty((x.shape[0], mask_indices[7].shape[0]), dtype=dtype)
-
-
-def _backward(
-    grad_y: torch.Tensor,
-    x: torch.Tensor,
-    values: torch.Tensor,
-    mask_indices: Tensors,
-    trivial: Sequence[bool],
-    grad_x: bool,
-    grad_values: bool,
-    grad_bias: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    units = units_of(mask_indices, trivial, values)
-    to_x, to_values, to_bias = x.new_empty(0), values.new_empty(0), None
-    if grad_x:
-        to_x = input_gradient(grad_y, values.to(grad_y.dtype), units, x.dtype)
-    if grad_values:
-        to_values, to_bias = weight_gradient(grad_y, x, units, values.dtype, grad_bias)
-    elif grad_bias:
+def _backward(backward: LinearBackward) -> list[torch.Tensor]:
+    call, grad_y, (want_x, want_values, want_bias) = backward
+    units = units_of(call.mask, call.values)
+    to_x, to_values, to_bias = call.x.new_empty(0), call.values.new_empty(0), None
+    if want_x:
+        to_x = input_gradient(grad_y, call.values.to(grad_y.dtype), units, call.x.dtype)
+    if want_values:
+        to_values, to_bias = weight_gradient(grad_y, call.x, units, call.values.dtype, want_bias)
+    elif want_bias:
         to_bias = grad_y.sum(0, dtype=torch.float32)
-    return to_x, to_values, values.new_empty(0, dtype=torch.float32) if to_bias is None else to_bias
+    return [to_x, to_values, call.x.new_empty(0, dtype=torch.float32) if to_bias is None else to_bias]
 
 
-def _backward_fake(
-    grad_y: torch.Tensor,
-    x: torch.Tensor,
-    values: torch.Tensor,
-    mask_indices: Tensors,
-    trivial: Sequence[bool],
-    grad_x: bool,
-    grad_values: bool,
-    grad_bias: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return (
-        x.new_empty(x.shape if grad_x else 0),
-        values.new_empty(values.shape if grad_values else 0),
-        values.new_empty(mask_indices[7].shape[0] if grad_bias else 0, dtype=torch.float32),
-    )
-
-
-def _setup_context(ctx, inputs, output):
-    x, values, bias, mask_indices, ctx.trivial, _ = inputs
-    ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.save_for_backward(x, values, *mask_indices)
-
-
-def _autograd(ctx, grad_y):
-    x, values, *mask_indices = ctx.saved_tensors
-    need_x, need_values, need_bias, *_ = ctx.needs_input_grad
-    to_x, to_values, to_bias = torch.ops.g2g.triton_linear_backward(
-        grad_y.contiguous(), x, values, mask_indices, ctx.trivial, need_x, need_values, need_bias
-    )
-    return (
-        to_x if need_x else None,
-        to_values if need_values else None,
-        to_bias.to(ctx.bias_dtype) if need_bias else None,
-        [None] * len(mask_indices),
-        None,
-        None,
-    )
-
-
-for _name, _function, _fake in (
-    ("triton_linear_forward", _forward, _forward_fake),
-    ("triton_linear_backward", _backward, _backward_fake),
-):
-    for _key in ("CPU", "CUDA"):  # the CPU for Triton's interpreter
-        _library.impl(_name, _function, _key)
-    torch.library.register_fake(f"g2g::{_name}", _fake, lib=_library)
-torch.library.register_autograd("g2g::triton_linear_forward", _autograd, setup_context=_setup_context, lib=_library)
-torch.library.register_autograd("g2g::triton_linear_backward", refuse_compiled_backward, lib=_library)
+FORWARD, BACKWARD = operators("triton_", ("CPU", "CUDA"), _forward, _backward)  # CPU: Triton's interpreter

@@ -1,18 +1,21 @@
 """``g2g_stack`` on the compiled CPU kernels: the whole stack of layers, forward and backward, in one call each.
 
 Three ``torch.library`` operators: ``g2g::stack_forward`` (with its autograd formula), ``g2g::stack_backward`` and
-``g2g::unpack_spikes``. What the forward pass keeps for the backward pass travels in two int64 tensors:
+``g2g::unpack_spikes``. Spikes of a layer are words, int64 [B, row blocks, T]. What the forward pass keeps for the
+backward pass:
 
-    spikes  the spike words of every layer, [B][row blocks][T] one after the other
-    state   input rates and what kind of input x was, then the spike words that each layer reads in its own order, then
-            float32 membranes [B][row blocks][T][64] of every layer (for a held input, currents [row blocks][B][64])
+    header   float64 [1 + layers], whether x was spikes, and how often each layer's inputs are ones
+    inputs   for each layer the words that it reads in its own order, int64 [B, column blocks, T]
+    states   for each layer float32 [B, row blocks, T, states, 64]; for a held input its currents [row blocks, B, 64]
 """
 
 import ctypes
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
+from g2g_kernels.block_mask import MaskTensors
 from g2g_kernels.cpu import plans
 from g2g_kernels.cpu.library import (
     LayerArguments,
@@ -25,35 +28,27 @@ from g2g_kernels.cpu.library import (
     pointer,
     run,
 )
-from g2g_kernels.cpu.plans import INDICES, Plan, blocks, indices, plan_for
+from g2g_kernels.cpu.plans import Plan, blocks, plan_for
 from g2g_kernels.cpu.workspace import workspace
-from g2g_kernels.ops.derivatives import refuse_backward
+from g2g_kernels.ops import record
 from g2g_kernels.ops.g2g_stack.activity import Activity
+from g2g_kernels.ops.g2g_stack.call import Outputs, StackBackward, StackCall, StackGradients, operators
 from g2g_kernels.ops.g2g_stack.layer import SpikingLayer
+from g2g_kernels.ops.neurons.models import MODELS
 
 #: rows of a chunk are numbered in 16 bits
 MOST_STEPS = 1 << 16
 
 Tensors = Sequence[torch.Tensor]
 
-_HEADER = 64  # int64 words at the start of `state`
-
 
 def refuses(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> str | None:
     """Why these kernels cannot serve a call, or None."""
-    first = layers[0].neurons
-    for layer in layers:
-        if layer.neurons.model != "lif" or layer.neurons.surrogate == "boxcar":
-            return "serves LIF neurons, with every surrogate but boxcar"
-        if layer.neurons[2:] != first[2:]:
-            return "needs one reset, surrogate and alpha for all layers"
     for tensor in (x, *(tensor for layer in layers for tensor in layer.tensors())):
         if tensor.device.type != "cpu":
             return f"needs tensors on the CPU, not on {tensor.device}"
         if tensor.dtype != torch.float32:
             return f"needs float32 tensors, not {tensor.dtype}"
-    if len(layers) > _HEADER - 2:
-        return f"serves at most {_HEADER - 2} layers"
     if (steps or len(x)) > MOST_STEPS:
         return f"serves at most {MOST_STEPS} time steps"
     if x.numel() == 0:
@@ -62,349 +57,197 @@ def refuses(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) 
 
 
 def g2g_stack(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> Activity:
-    _, _, reset, surrogate, alpha = layers[0].neurons
-    num_steps, batch = (steps, x.shape[0]) if steps is not None else (x.shape[0], x.shape[1])
-    tensors = [tensor for layer in layers for tensor in layer.tensors()]
-    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors))
-    all_indices = [tensor for layer in layers for tensor in indices(layer.mask)]
-    counts, rates, words, _ = torch.ops.g2g.stack_forward(
-        x.contiguous(),
-        [layer.values.contiguous() for layer in layers],
-        [layer.values.new_empty(0) if layer.bias is None else layer.bias.contiguous() for layer in layers],
-        [layer.neurons.parameters[0].reshape(-1).contiguous() for layer in layers],
-        [layer.neurons.parameters[1].reshape(-1).contiguous() for layer in layers],
-        all_indices,
-        steps or 0,
-        reset,
-        surrogate,
-        alpha,
-        bf16_wanted(),
-        keep,
+    call = StackCall.of(x, layers, steps, torch.bfloat16 if bf16_wanted() else torch.float32)
+    counts, rates, words, _ = FORWARD(call)
+    return Activity(
+        counts,
+        tuple(rates.split([layer.size for layer in call.layers])),
+        tuple([PackedSpikes(each, layer.values.detach(), layer.mask) for each, layer in zip(words, call.layers)]),  # noqa: B905
     )
-    rates_of = rates.split([layer.mask.shape[0] for layer in layers])
-    row_blocks = [blocks(*_rows(layer.values, all_indices, i)) for i, layer in enumerate(layers)]
-    words_of = words.split([batch * number * num_steps for number in row_blocks])
-    spikes = tuple(
-        PackedSpikes(words_of[i], layer.values.detach(), all_indices[i * INDICES : (i + 1) * INDICES], batch, num_steps)
-        for i, layer in enumerate(layers)
-    )
-    return Activity(counts, tuple(rates_of), spikes)
 
 
 class PackedSpikes:
     """Spikes of one layer, one bit each."""
 
-    def __init__(
-        self, words: torch.Tensor, values: torch.Tensor, mask_indices: list[torch.Tensor], batch: int, steps: int
-    ) -> None:
-        self._words = words
-        self._values, self._indices = values, mask_indices
+    def __init__(self, words: torch.Tensor, values: torch.Tensor, mask: MaskTensors) -> None:
+        self._packed = PackedWords(words, values, mask)
         # the order of the neurons and the ranges of units, which load_state_dict may change in place
-        self._rows = [tensor.clone() for tensor in mask_indices[2:4]]
-        self._batch, self._steps = batch, steps
+        self._order, self._bounds = mask.rows.order.clone(), mask.rows.bounds.clone()
 
     def dense(self) -> torch.Tensor:
         """The spikes, 0 or 1, float [T, B, N] in neuron order, without gradient."""
-        tensors = self._indices
-        if not all(map(torch.equal, self._rows, tensors[2:4])):
-            tensors = [*tensors[:2], *self._rows, *tensors[4:]]
-        return torch.ops.g2g.unpack_spikes(self._words, self._values, tensors, self._batch, self._steps)
+        packed, rows = self._packed, self._packed.mask.rows
+        if not (torch.equal(self._order, rows.order) and torch.equal(self._bounds, rows.bounds)):
+            rows = rows._replace(order=self._order, bounds=self._bounds)
+            packed = packed._replace(mask=packed.mask._replace(rows=rows))
+        return UNPACK(packed)
 
 
-# --- sizes ------------------------------------------------------------------------------------------------------
+# --- shapes -----------------------------------------------------------------------------------------------------
 
 
-def _rows(values: torch.Tensor, all_indices: Tensors, layer: int) -> tuple[int, int]:
-    """(unit ranges, their width) of a layer's output side."""
-    return all_indices[layer * INDICES + 3].shape[0] - 1, values.shape[1]
+class _Shapes(NamedTuple):
+    """Shapes of the tensors of a call, from those of its tensors alone: they are also asked for while compiling."""
+
+    spikes: list[tuple[int, ...]]
+    inputs: list[tuple[int, ...]]
+    states: list[tuple[int, ...]]
 
 
-def _cols(values: torch.Tensor, all_indices: Tensors, layer: int) -> tuple[int, int]:
-    return all_indices[layer * INDICES + 5].shape[0] - 1, values.shape[2]
-
-
-class _Sizes:
-    """Shapes of a stack, from tensor shapes alone (they are also asked for while compiling)."""
-
-    def __init__(self, x: torch.Tensor, values: Tensors, all_indices: Tensors, held: int):
-        self.held = held > 0
-        self.steps, self.batch = (held, x.shape[0]) if self.held else (x.shape[0], x.shape[1])
-        layers = range(len(values))
-        self.row_blocks = [blocks(*_rows(values[i], all_indices, i)) for i in layers]
-        self.col_blocks = [blocks(*_cols(values[i], all_indices, i)) for i in layers]
-        self.neurons = [all_indices[i * INDICES + 2].shape[0] for i in layers]
-        words = self.batch * self.steps
-        self.spikes = [words * number for number in self.row_blocks]
-        self.inputs = [words * number for number in self.col_blocks]
-        self.inputs[0] = 0 if self.held else self.inputs[0]
-        self.kept = [self.spikes[i] * 32 for i in layers]
-        if self.held:
-            self.kept[0] = self.batch * self.row_blocks[0] * 32
-
-    def state(self, keep: bool) -> int:
-        return _HEADER + sum(self.inputs) + (sum(self.kept) if keep else 0)
+def _shapes(call: StackCall) -> _Shapes:
+    shapes = _Shapes([], [], [])
+    batch, steps = call.batch, call.num_steps
+    for number, (values, mask, _, neurons) in enumerate(call.layers):
+        _, height, width = values.shape
+        rows = blocks(mask.rows.bounds.shape[0] - 1, height)
+        cols = blocks(mask.cols.bounds.shape[0] - 1, width)
+        held = call.held and number == 0
+        shapes.spikes.append((batch, rows, steps))
+        shapes.inputs.append((0,) if held else (batch, cols, steps))
+        states = len(MODELS[neurons.model].states)
+        shapes.states.append((rows, batch, 64) if held else (batch, rows, steps, states, 64))
+    return shapes
 
 
 # --- operators --------------------------------------------------------------------------------------------------
 
-_library = torch.library.Library("g2g", "FRAGMENT")
-_library.define(
-    "stack_forward(Tensor x, Tensor[] values, Tensor[] biases, Tensor[] betas, Tensor[] thresholds, Tensor[] indices, "
-    "int steps, str reset, str surrogate, float alpha, bool bf16, bool keep) -> (Tensor, Tensor, Tensor, Tensor)"
-)
-_library.define(
-    "stack_backward(Tensor? grad_counts, Tensor? grad_rates, Tensor x, Tensor[] values, Tensor[] biases, "
-    "Tensor[] betas, Tensor[] thresholds, Tensor[] indices, Tensor spikes, Tensor state, int steps, str reset, "
-    "str surrogate, float alpha, bool bf16, bool grad_x) -> Tensor[]"
-)
-_library.define("unpack_spikes(Tensor words, Tensor values, Tensor[] indices, int batch, int steps) -> Tensor")
+
+class _Memory(NamedTuple):
+    """What the kernels read and write beside the call's own tensors, layer by layer; no states: none are kept."""
+
+    spikes: Tensors
+    inputs: Tensors
+    states: Tensors | None
 
 
-class _Call:
+class _Arguments:
     """The arguments of one call of the C kernels, and everything that must outlive it."""
 
-    def __init__(
-        self,
-        x: torch.Tensor,
-        values: Tensors,
-        biases: Tensors,
-        betas: Tensors,
-        thresholds: Tensors,
-        all_indices: Tensors,
-        held: int,
-        reset: str,
-        surrogate: str,
-        alpha: float,
-        bf16: bool,
-        spikes: torch.Tensor,
-        state: torch.Tensor,
-    ) -> None:
-        count = len(values)
-        if not (len(biases) == len(betas) == len(thresholds) == count and len(all_indices) == count * INDICES):
-            raise ValueError("a stack needs as many biases, betas, thresholds and masks as values")
-        self.sizes = sizes = _Sizes(x, values, all_indices, held)
-        self.plans = [plan_for(all_indices[i * INDICES : (i + 1) * INDICES], values[i]) for i in range(count)]
-        self.layers = (LayerArguments * count)()
+    def __init__(self, call: StackCall, memory: _Memory, grads: Sequence[Tensors] | None = None) -> None:
+        call.check()
+        self.plans: list[Plan] = []
+        self.layers = (LayerArguments * len(call.layers))()
+        for number, (values, mask, bias, neurons) in enumerate(call.layers):
+            for tensor in (call.x, values, bias, *neurons.parameters):
+                if tensor is not None and not (
+                    tensor.dtype == torch.float32 and tensor.is_contiguous() and tensor.device.type == "cpu"
+                ):
+                    raise ValueError("the compiled kernels need contiguous float32 tensors on the CPU")
+            plan = plan_for(mask, values)
+            self.layers[number] = LayerArguments(
+                plan=plan.address,
+                values=pointer(values),
+                bias=pointer(bias),
+                neurons=neuron_arguments(neurons, grads[number] if grads else None),
+                spikes=pointer(memory.spikes[number]),
+                inputs=pointer(memory.inputs[number]),
+                kept=pointer(memory.states[number]) if memory.states else None,
+            )
+            if number and _aligned(self.plans[-1], plan):
+                self.layers[number].inputs = self.layers[number - 1].spikes
+            self.plans.append(plan)
         self.stack = StackArguments(
             layers=ctypes.addressof(self.layers),
-            count=count,
-            batch=sizes.batch,
-            steps=sizes.steps,
+            count=len(call.layers),
+            batch=call.batch,
+            steps=call.num_steps,
             threads=torch.get_num_threads(),
-            bf16=bf16 and library().g2g_has_bf16(),
-            held=sizes.held,
-            x=x.data_ptr(),
+            bf16=call.dtype == torch.bfloat16 and library().g2g_has_bf16(),
+            held=call.held,
+            x=call.x.data_ptr(),
         )
-        keep = state.numel() == sizes.state(True)
-        inputs_at = state.data_ptr() + _HEADER * 8
-        kept_at = inputs_at + sum(sizes.inputs) * 8
-        spikes_at = spikes.data_ptr()
-        width = x.shape[-1]
-        for i, layer in enumerate(self.layers):
-            out_size, in_size = sizes.neurons[i], all_indices[i * INDICES + 4].shape[0]
-            if in_size != width:
-                raise ValueError(f"layer {i} has {in_size} inputs but receives {width}")
-            width = out_size
-            for name, tensor, allowed in (
-                ("bias", biases[i], (0, out_size)),
-                ("beta", betas[i], (1, out_size)),
-                ("threshold", thresholds[i], (1, out_size)),
-            ):
-                if tensor.numel() not in allowed:
-                    raise ValueError(f"{name} of layer {i} has {tensor.numel()} entries, expected one of {allowed}")
-            for tensor in (x, values[i], biases[i], betas[i], thresholds[i]):
-                if tensor.dtype != torch.float32 or not tensor.is_contiguous() or tensor.device.type != "cpu":
-                    raise ValueError("the compiled kernels need contiguous float32 tensors on the CPU")
-            layer.plan = self.plans[i].address
-            layer.values, layer.bias = pointer(values[i]), pointer(biases[i])
-            layer.neurons = neuron_arguments("lif", reset, surrogate, alpha, (betas[i], thresholds[i]))
-            layer.spikes, layer.inputs = spikes_at, inputs_at
-            layer.kept = kept_at if keep else None
-            if i and _aligned(self.plans[i - 1], self.plans[i]):
-                layer.inputs = self.layers[i - 1].spikes
-            spikes_at += sizes.spikes[i] * 8
-            inputs_at += sizes.inputs[i] * 8
-            kept_at += sizes.kept[i] * 8
 
 
 def _aligned(lower: Plan, upper: Plan) -> bool:
     return bool(library().g2g_plans_aligned(lower.address, upper.address))
 
 
-def _forward(
-    x: torch.Tensor,
-    values: Tensors,
-    biases: Tensors,
-    betas: Tensors,
-    thresholds: Tensors,
-    all_indices: Tensors,
-    steps: int,
-    reset: str,
-    surrogate: str,
-    alpha: float,
-    bf16: bool,
-    keep: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    if not values or len(all_indices) != INDICES * len(values):
-        raise ValueError(f"{len(values)} layers need {INDICES * len(values)} tensors of masks, not {len(all_indices)}")
-    sizes = _Sizes(x, values, all_indices, steps)
-    spikes = workspace.empty((sum(sizes.spikes),), torch.int64)
-    state = workspace.empty((sizes.state(keep),), torch.int64)
-    call = _Call(x, values, biases, betas, thresholds, all_indices, steps, reset, surrogate, alpha, bf16, spikes, state)
-    counts = workspace.empty((sizes.batch, sizes.neurons[-1]))
-    rates = workspace.empty((sum(sizes.neurons),))
-    place = rates.data_ptr()
-    for layer, neurons in zip(call.layers, sizes.neurons, strict=True):
-        layer.rates = place
-        place += neurons * 4
-    call.stack.counts = counts.data_ptr()
-    call.stack.event_limit = event_limit(call.stack.bf16, backward=False)
-    run(library().g2g_stack_forward, call.stack)
-    if not keep:
-        return counts, rates, spikes, state.new_empty(0)
-    state[0] = call.stack.x_spikes
-    header = state[1 : 1 + len(values)].view(torch.float64)
-    header.copy_(torch.tensor([layer.input_rate for layer in call.layers], dtype=torch.float64))
-    return counts, rates, spikes, state
-
-
-def _forward_fake(
-    x: torch.Tensor,
-    values: Tensors,
-    biases: Tensors,
-    betas: Tensors,
-    thresholds: Tensors,
-    all_indices: Tensors,
-    steps: int,
-    reset: str,
-    surrogate: str,
-    alpha: float,
-    bf16: bool,
-    keep: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    sizes = _Sizes(x, values, all_indices, steps)
-    return (
-        x.new_empty(sizes.batch, sizes.neurons[-1]),
-        x.new_empty(sum(sizes.neurons)),
-        x.new_empty(sum(sizes.spikes), dtype=torch.int64),
-        x.new_empty(sizes.state(True) if keep else 0, dtype=torch.int64),
+def _forward(call: StackCall) -> Outputs:
+    shapes = _shapes(call)
+    spikes, inputs = (
+        [workspace.empty(shape, torch.int64) for shape in each] for each in (shapes.spikes, shapes.inputs)
     )
+    states = [workspace.empty(shape) for shape in shapes.states] if call.keep else None
+    arguments = _Arguments(call, _Memory(spikes, inputs, states))
+    sizes = [layer.size for layer in call.layers]
+    counts, rates = workspace.empty((call.batch, sizes[-1])), workspace.empty((sum(sizes),))
+    for layer, of_layer in zip(arguments.layers, rates.split(sizes), strict=True):
+        layer.rates = of_layer.data_ptr()
+    arguments.stack.counts = counts.data_ptr()
+    arguments.stack.event_limit = event_limit(arguments.stack.bf16, backward=False)
+    run(library().g2g_stack_forward, arguments.stack)
+    if states is None:
+        return counts, rates, spikes, []
+    header = [arguments.stack.x_spikes, *(layer.input_rate for layer in arguments.layers)]
+    return counts, rates, spikes, [torch.tensor(header, dtype=torch.float64), *inputs, *states]
 
 
-def _backward(
-    grad_counts: torch.Tensor | None,
-    grad_rates: torch.Tensor | None,
-    x: torch.Tensor,
-    values: Tensors,
-    biases: Tensors,
-    betas: Tensors,
-    thresholds: Tensors,
-    all_indices: Tensors,
-    spikes: torch.Tensor,
-    state: torch.Tensor,
-    steps: int,
-    reset: str,
-    surrogate: str,
-    alpha: float,
-    bf16: bool,
-    grad_x: bool,
-) -> list[torch.Tensor]:
-    call = _Call(x, values, biases, betas, thresholds, all_indices, steps, reset, surrogate, alpha, bf16, spikes, state)
-    sizes, stack = call.sizes, call.stack
-    if state.numel() != sizes.state(True) or spikes.numel() != sum(sizes.spikes):
-        raise ValueError("spikes and state are not those of a forward pass over these tensors")
-    stack.x_spikes = int(state[0])
+def _forward_fake(call: StackCall) -> Outputs:
+    shapes, x = _shapes(call), call.x
+    sizes = [layer.size for layer in call.layers]
+    kept = []
+    if call.keep:
+        kept = [
+            x.new_empty(1 + len(sizes), dtype=torch.float64),
+            *(x.new_empty(shape, dtype=torch.int64) for shape in shapes.inputs),
+            *(x.new_empty(shape) for shape in shapes.states),
+        ]
+    spikes = [x.new_empty(shape, dtype=torch.int64) for shape in shapes.spikes]
+    return x.new_empty(call.batch, sizes[-1]), x.new_empty(sum(sizes)), spikes, kept
+
+
+def _backward(backward: StackBackward) -> StackGradients:
+    call, shapes, count = backward.call, _shapes(backward.call), len(backward.call.layers)
+    header, inputs, states = backward.kept[0], backward.kept[1 : 1 + count], backward.kept[1 + count :]
+    for tensors, expected in ((backward.spikes, shapes.spikes), (inputs, shapes.inputs), (states, shapes.states)):
+        if [tuple(tensor.shape) for tensor in tensors] != expected:
+            raise ValueError("spikes and kept are not those of a forward pass over these tensors")
+    grads = StackGradients(
+        workspace.empty(tuple(call.x.shape)) if backward.grad_x else call.x.new_empty(0),
+        [workspace.empty(tuple(layer.values.shape)) for layer in call.layers],
+        [workspace.empty((0,) if layer.bias is None else tuple(layer.bias.shape)) for layer in call.layers],
+        [[workspace.empty(tuple(p.shape)) for p in layer.neurons.parameters] for layer in call.layers],
+    )
+    arguments = _Arguments(call, _Memory(backward.spikes, inputs, states), grads.parameters)
+    x_spikes, *input_rates = header.tolist()
+    for number, (layer, grad_rates) in enumerate(zip(arguments.layers, backward.rates_of_layers(), strict=True)):
+        layer.input_rate = input_rates[number]
+        layer.gradient_event_limit = gradient_event_limit(call.layers[number].neurons, arguments.stack.bf16)
+        layer.grad_rates = pointer(grad_rates)
+        layer.grad_values, layer.grad_bias = pointer(grads.values[number]), pointer(grads.biases[number])
+    stack = arguments.stack
+    stack.x_spikes = int(x_spikes)
     stack.event_limit = event_limit(stack.bf16, backward=True)
-    grads = [workspace.empty(tuple(t.shape)) for group in (values, biases, betas, thresholds) for t in group]
-    number = len(values)
-    place = grad_rates.data_ptr() if grad_rates is not None else 0
-    input_rates = state[1 : 1 + number].view(torch.float64).tolist()
-    for i, layer in enumerate(call.layers):
-        layer.input_rate = input_rates[i]
-        layer.gradient_event_limit = gradient_event_limit(layer.neurons, stack.bf16)
-        layer.grad_rates = place + sum(sizes.neurons[:i]) * 4 if place else None
-        parameters = layer.neurons.parameters
-        layer.grad_values, layer.grad_bias, parameters[0].grad, parameters[1].grad = (
-            pointer(grad) for grad in grads[i::number]
-        )
-    stack.grad_counts = pointer(grad_counts)
-    dx = workspace.empty(tuple(x.shape)) if grad_x else x.new_empty(0)
-    stack.grad_x = pointer(dx)
+    stack.grad_counts, stack.grad_x = pointer(backward.grad_counts), pointer(grads.x)
     run(library().g2g_stack_backward, stack)
-    return [dx, *grads]
+    return grads
 
 
-def _backward_fake(
-    grad_counts: torch.Tensor | None,
-    grad_rates: torch.Tensor | None,
-    x: torch.Tensor,
-    values: Tensors,
-    biases: Tensors,
-    betas: Tensors,
-    thresholds: Tensors,
-    all_indices: Tensors,
-    spikes: torch.Tensor,
-    state: torch.Tensor,
-    steps: int,
-    reset: str,
-    surrogate: str,
-    alpha: float,
-    bf16: bool,
-    grad_x: bool,
-) -> list[torch.Tensor]:
-    groups = (values, biases, betas, thresholds)
-    return [x.new_empty(x.shape if grad_x else 0), *(t.new_empty(t.shape) for group in groups for t in group)]
+class PackedWords(NamedTuple):
+    """Spikes of a layer as words, and its values and mask, which say what the bits stand for."""
+
+    words: torch.Tensor
+    values: torch.Tensor
+    mask: MaskTensors
 
 
-def _unpack(words: torch.Tensor, values: torch.Tensor, mask_indices: Tensors, batch: int, steps: int) -> torch.Tensor:
-    plan = plan_for(mask_indices, values)
-    neurons = mask_indices[2].shape[0]
-    if words.dtype != torch.int64 or words.numel() != batch * steps * library().g2g_plan_row_blocks(plan.address):
+def _unpack(packed: PackedWords) -> torch.Tensor:
+    words, values, mask = packed
+    plan = plan_for(mask, values)
+    if words.dtype != torch.int64 or words.dim() != 3 or words.shape[1] != library().g2g_plan_row_blocks(plan.address):
         raise ValueError("words are not the spikes of this layer")
-    spikes = workspace.empty((steps, batch, neurons))
+    batch, _, steps = words.shape
+    spikes = workspace.empty((steps, batch, mask.shape[0]))
     library().g2g_unpack(
         plan.address, words.contiguous().data_ptr(), batch, steps, torch.get_num_threads(), spikes.data_ptr()
     )
     return spikes
 
 
-def _unpack_fake(
-    words: torch.Tensor, values: torch.Tensor, mask_indices: Tensors, batch: int, steps: int
-) -> torch.Tensor:
-    return values.new_empty(steps, batch, mask_indices[2].shape[0])
+def _unpack_fake(packed: PackedWords) -> torch.Tensor:
+    batch, _, steps = packed.words.shape
+    return packed.values.new_empty(steps, batch, packed.mask.shape[0])
 
 
-def _setup_context(ctx, inputs, output):
-    x, values, biases, betas, thresholds, all_indices, *options, _ = inputs
-    _, _, spikes, state = output
-    ctx.set_materialize_grads(False)
-    ctx.number = len(values)
-    ctx.options = options
-    ctx.save_for_backward(x, spikes, state, *values, *biases, *betas, *thresholds, *all_indices)
-
-
-def _autograd(ctx, grad_counts, grad_rates, _spikes, _state):
-    x, spikes, state, *rest = ctx.saved_tensors
-    number = ctx.number
-    groups = [rest[i * number : (i + 1) * number] for i in range(4)]
-    all_indices = rest[4 * number :]
-    if grad_counts is None and grad_rates is None:
-        return (None,) * 12
-    dx, *grads = torch.ops.g2g.stack_backward(
-        None if grad_counts is None else grad_counts.contiguous(),
-        None if grad_rates is None else grad_rates.contiguous(),
-        x, *groups, all_indices, spikes, state, *ctx.options, ctx.needs_input_grad[0],
-    )  # fmt: skip
-    parts = [grads[i * number : (i + 1) * number] for i in range(4)]
-    return (dx if ctx.needs_input_grad[0] else None, *parts, [None] * len(all_indices), *(None,) * 6)
-
-
-for _name, _function, _fake in (
-    ("stack_forward", _forward, _forward_fake),
-    ("stack_backward", _backward, _backward_fake),
-    ("unpack_spikes", _unpack, _unpack_fake),
-):
-    _library.impl(_name, _function, "CPU")
-    torch.library.register_fake(f"g2g::{_name}", _fake, lib=_library)
-torch.library.register_autograd("g2g::stack_forward", _autograd, setup_context=_setup_context, lib=_library)
-torch.library.register_autograd("g2g::stack_backward", refuse_backward, lib=_library)
+FORWARD, BACKWARD = operators("", ("CPU",), _forward, _forward_fake, _backward)
+UNPACK = record.define("unpack_spikes", PackedWords, "Tensor", _unpack, _unpack_fake)

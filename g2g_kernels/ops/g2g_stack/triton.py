@@ -30,13 +30,9 @@ import torch
 import triton
 import triton.language as tl
 
-from g2g_kernels.ops.derivatives import refuse_backward
 from g2g_kernels.ops.g2g_linear.triton import (
-    INDICES,
-    Tensors,
     Units,
     columns,
-    indices,
     input_gradient,
     product,
     product_tiles,
@@ -44,17 +40,22 @@ from g2g_kernels.ops.g2g_linear.triton import (
     weight_gradient,
 )
 from g2g_kernels.ops.g2g_stack.activity import Activity
+from g2g_kernels.ops.g2g_stack.call import Outputs, StackBackward, StackCall, StackGradients, operators
 from g2g_kernels.ops.g2g_stack.layer import SpikingLayer
+from g2g_kernels.ops.neurons.models import MODELS, Neurons
 from g2g_kernels.ops.neurons.triton import (
     NUM_WARPS,
-    TILE,
+    Run,
+    Upstream,
+    blocks,
     checkpoint_shape,
     launch_backward,
     launch_forward,
+    model_options,
     segment_of,
 )
 from g2g_kernels.triton import runtime
-from g2g_kernels.triton.neuron import EXACT, charge, decaying, fires, surrogate_derivative
+from g2g_kernels.triton.neuron import EXACT, charge, fires, load_parameters, step_backward, zeros
 from g2g_kernels.triton.runtime import launch
 
 # --- the fused kernel -------------------------------------------------------------------------------------------
@@ -74,8 +75,7 @@ def fused_forward_kernel(
     unit_col,
     bias,
     y_column,
-    beta,
-    theta,
+    parameters,
     spikes,
     margins,
     counts,
@@ -84,10 +84,12 @@ def fused_forward_kernel(
     num_rows,
     x_size,
     y_size,
-    beta_stride,
-    theta_stride,
     K: tl.constexpr,
     N: tl.constexpr,
+    MODEL: tl.constexpr,
+    STATES: tl.constexpr,
+    DECAYS: tl.constexpr,
+    PER_NEURON: tl.constexpr,
     RESET: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -105,8 +107,8 @@ def fused_forward_kernel(
     y_offset = b[:, None] * y_size + column[None, :]
     x_offset = b[:, None] * x_size
 
-    decay = tl.clamp(tl.load(beta + column * beta_stride, mask=n_ok, other=0.0), 0.0, 1.0)[None, :]
-    threshold = tl.load(theta + column * theta_stride, mask=n_ok, other=0.0)[None, :]
+    own = load_parameters(parameters, column, n_ok, DECAYS, PER_NEURON)
+    threshold = own[len(own) - 1]
     start = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if bias is not None:
         start += tl.load(bias + column, mask=n_ok, other=0.0).to(tl.float32)[None, :]
@@ -115,7 +117,7 @@ def fused_forward_kernel(
     end = tl.load(row_ptr + row + 1) * TILES_K
     tiles_of_step = tl.maximum(end - first, 1)  # a row without units still has neurons that decay
     current = start
-    membrane = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    states = zeros(STATES, BLOCK_M, BLOCK_N)
     count = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for turn in range(steps * tiles_of_step):
         t = (turn // tiles_of_step).to(tl.int64)
@@ -133,7 +135,8 @@ def fused_forward_kernel(
         )
         current = tl.dot(x_tile.to(weights.dtype), weights, current, input_precision=PRECISION)
         if turn % tiles_of_step == tiles_of_step - 1:
-            membrane = charge(membrane, fires(membrane, threshold), current, decay, threshold, RESET)
+            states = charge(states, fires(states[STATES - 1], threshold), current, own, MODEL, RESET)
+            membrane = states[STATES - 1]
             spike = fires(membrane, threshold)
             count += spike.to(tl.float32)
             here = t * batch * y_size
@@ -155,15 +158,17 @@ def fused_tiles(batch: int, width: int, x: torch.dtype, products: torch.dtype) -
 _H100_SMS = 132
 
 
-def fused_pays(units: Units, batch: int, dtype: torch.dtype, device: torch.device) -> bool:
+def fused_pays(units: Units, neurons: Neurons, batch: int, dtype: torch.dtype, device: torch.device) -> bool:
     """True where one kernel for product and neurons is expected to be faster than the pair; a cost model, not measured.
+
+    Only for models whose one state is the membrane: the backward pass has it from the margins, and nothing else.
 
     Fusing saves c bytes written and c read of [T, B, N], about a third of the time of the default product at its rate
     on an H100. But its programs walk through time and cannot be split over it, so there are only B/64 of them for each
     block row. With less than three quarters of the SMs at work, the product loses more than the currents' trip costs.
     The dense product is cuBLAS's, which has no neurons in it.
     """
-    if units.dense_pays:
+    if units.dense_pays or len(MODELS[neurons.model].states) > 1:
         return False
     sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else _H100_SMS
     block_m = fused_tiles(batch, units.cols.tile, torch.uint8, dtype)["BLOCK_M"]
@@ -184,22 +189,22 @@ def _if(there, b, batch, n_ok):
 @triton.jit
 def fused_backward_kernel(
     margins,
-    beta,
-    theta,
+    parameters,
     grad_spikes,
     grad_counts,
     grad_rates,
     grad_current,
     bias_sums,
-    beta_sums,
-    theta_sums,
+    partials,
     steps,
     batch,
     neurons,
-    beta_stride,
-    theta_stride,
     alpha,
     rate_scale,
+    MODEL: tl.constexpr,
+    STATES: tl.constexpr,
+    DECAYS: tl.constexpr,
+    PER_NEURON: tl.constexpr,
     RESET: tl.constexpr,
     SURROGATE: tl.constexpr,
     SEGMENT: tl.constexpr,
@@ -212,8 +217,8 @@ def fused_backward_kernel(
     inside = (b < batch)[:, None] & n_ok[None, :]
     offset = b[:, None] * neurons + n[None, :]
     step = tl.cast(batch, tl.int64) * neurons
-    decay = tl.clamp(tl.load(beta + n * beta_stride, mask=n_ok, other=0.0), 0.0, 1.0)[None, :]
-    threshold = tl.load(theta + n * theta_stride, mask=n_ok, other=0.0)[None, :]
+    own = load_parameters(parameters, n, n_ok, DECAYS, PER_NEURON)
+    threshold = own[len(own) - 1]
 
     # the gradient that reaches every spike of a neuron alike, at all steps
     at_all_steps = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
@@ -223,10 +228,10 @@ def fused_backward_kernel(
         at_all_steps += tl.load(grad_rates + n, mask=n_ok, other=0.0).to(tl.float32)[None, :] * rate_scale
     at_all_steps = tl.where(inside, at_all_steps, 0.0)  # elements that do not exist add nothing to any sum
 
-    grad_membrane = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
+    tl.static_assert(STATES == 1)
+    grads = zeros(STATES, BLOCK_B, BLOCK_N)
+    sums = zeros(len(own), BLOCK_B, BLOCK_N)
     grad_bias = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
-    grad_beta = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
-    grad_theta = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
     segments = tl.cdiv(steps, SEGMENT)
     # steps after the last one take part with margins and gradients of 0, which leave all sums as they are
     last = segments * SEGMENT - 1
@@ -234,35 +239,31 @@ def fused_backward_kernel(
     for turn in range(segments):
         first = (segments - 1 - turn) * SEGMENT
         earlier = ()
-        grads = ()
+        upstream = ()
         for k in tl.static_range(SEGMENT):
             t = first + k
             there = _if((t > 0) & (t <= steps), b, batch, n_ok)
             earlier += (tl.load(margins + (t - 1) * step + offset, mask=there, other=0.0),)
             if grad_spikes is not None:
-                grads += (tl.load(grad_spikes + t * step + offset, mask=_if(t < steps, b, batch, n_ok), other=0.0),)
+                upstream += (tl.load(grad_spikes + t * step + offset, mask=_if(t < steps, b, batch, n_ok), other=0.0),)
         for k in tl.static_range(SEGMENT - 1, -1, -1):
             t = first + k
             grad_spike = tl.where(t < steps, at_all_steps, 0.0)
             if grad_spikes is not None:
-                grad_spike += grads[k].to(tl.float32)
+                grad_spike += upstream[k].to(tl.float32)
             before = tl.where(t > 0, earlier[k].to(tl.float32), -threshold)  # U_{t−1} − θ, with U_0 = 0
-            fired = before > 0
-            through_spike = surrogate_derivative(margin, alpha, SURROGATE) * grad_spike
-            grad_membrane += through_spike
-            out = grad_membrane.to(grad_current.dtype.element_ty)
+            states = (before + threshold,)
+            to_current, grads, sums = step_backward(
+                grads, sums, states, before > 0, margin, grad_spike, own, alpha, MODEL, RESET, SURROGATE
+            )
+            out = to_current.to(grad_current.dtype.element_ty)
             tl.store(grad_current + t * step + offset, out, mask=_if(t < steps, b, batch, n_ok))
-            grad_bias += grad_membrane
-            grad_theta -= through_spike
-            if RESET == "subtract":
-                grad_theta -= tl.where(fired, grad_membrane, 0.0)
-            grad_beta += grad_membrane * decaying(before + threshold, fired, RESET)
-            grad_membrane = decaying(grad_membrane * decay, fired, RESET)
+            grad_bias += to_current
             margin = before
     here = tl.program_id(0) * neurons + n
     tl.store(bias_sums + here, tl.sum(grad_bias, 0), mask=n_ok)
-    tl.store(beta_sums + here, tl.sum(grad_beta, 0), mask=n_ok)
-    tl.store(theta_sums + here, tl.sum(grad_theta, 0), mask=n_ok)
+    for i in tl.static_range(len(partials)):
+        tl.store(partials[i] + here, tl.sum(sums[i], 0), mask=n_ok)
 
 
 # --- one layer in memory ----------------------------------------------------------------------------------------
@@ -271,14 +272,18 @@ def fused_backward_kernel(
 class _Layer(NamedTuple):
     """A layer of the stack as it is in memory, vectors in the order of its currents' columns."""
 
+    values: torch.Tensor
     units: Units
     bias: torch.Tensor | None  # [N'], N' columns
-    beta: torch.Tensor  # float32, [1] or [N']
-    theta: torch.Tensor  # float32, [1] or [N']
+    neurons: Neurons  # parameters float32, [1] or [N']
     neuron: torch.Tensor | None  # int64 [N'], the neuron of each column, N where there is none; None if they are equal
     column: torch.Tensor | None  # int64 [N], the column of each neuron
     held: bool
     fused: bool
+
+    def current_dtype(self, products: torch.dtype) -> torch.dtype:
+        """A held current is small, and the same rounding error at every step would add up."""
+        return torch.float32 if self.held else products
 
     def to_columns(self, vector: torch.Tensor, fill: float = 0.0) -> torch.Tensor:
         """A vector [N], one entry a neuron, in the order of columns."""
@@ -290,47 +295,40 @@ class _Layer(NamedTuple):
         """A tensor [..., N'] in the order of neurons, [..., N]."""
         return tensor if self.column is None else tensor.index_select(-1, self.column)
 
-    def like(self, parameter: torch.Tensor, per_column: torch.Tensor) -> torch.Tensor:
-        """The gradient of a parameter, a scalar or one a neuron, from one a column."""
-        grad = self.to_neurons(per_column)
+    def like(self, parameter: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+        """The gradient of a parameter, a scalar or one a neuron, from its sum or from one a column."""
+        if grad.numel() > 1:
+            grad = self.to_neurons(grad)
         return (grad if parameter.numel() > 1 else grad.sum()).reshape(parameter.shape).to(parameter.dtype)
 
+    def bias_gradient(self, bias: torch.Tensor | None, grad: torch.Tensor | None) -> torch.Tensor:
+        """The gradient of the bias from one a column; an empty tensor where there is none."""
+        return self.values.new_empty(0) if bias is None or grad is None else self.like(bias, grad)
 
-def _layers(
-    x: torch.Tensor,
-    values: Tensors,
-    biases: Tensors,
-    betas: Tensors,
-    thresholds: Tensors,
-    all_indices: Tensors,
-    trivial: Sequence[bool],
-    steps: int,
-    dtype: torch.dtype,
-) -> list[_Layer]:
-    count = len(values)
-    if not (len(biases) == len(betas) == len(thresholds) == count and len(all_indices) == INDICES * count):
-        raise ValueError("a stack needs as many biases, betas, thresholds and masks as values")
-    graphs = [
-        units_of(all_indices[i * INDICES : (i + 1) * INDICES], trivial[2 * i : 2 * i + 2], values[i])
-        for i in range(count)
-    ]
+
+def _layers(call: StackCall) -> list[_Layer]:
+    call.check()
+    graphs = [units_of(layer.mask, layer.values) for layer in call.layers]
     layers = []
-    for i, graph in enumerate(graphs):
+    for i, (graph, (values, _, bias, neurons)) in enumerate(zip(graphs, call.layers, strict=True)):
         neuron = column = None
         rows, cols = graph.rows, graph.cols
-        if i + 1 < count:
+        if i + 1 < len(graphs):
             readers = graphs[i + 1].cols
             rows, neuron, column = rows.read_by(readers), readers.column, readers.place
         if i > 0:
             cols = cols.in_order()
         units = graph._replace(rows=rows, cols=cols)
-        held = steps > 0 and i == 0
-        fused = not held and fused_pays(units, x.shape[-2], dtype, x.device)
-        layer = _Layer(units, None, betas[i].float(), thresholds[i].float(), neuron, column, held, fused)
-        bias = layer.to_columns(biases[i]) if biases[i].numel() else None
+        held = call.held and i == 0
+        fused = not held and fused_pays(units, neurons, call.batch, call.dtype, call.x.device)
+        layer = _Layer(values, units, None, neurons, neuron, column, held, fused)
         # where there is no neuron, one that never fires
+        *decays, threshold = (parameter.float() for parameter in neurons.parameters)
+        parameters = *map(layer.to_columns, decays), layer.to_columns(threshold, 1.0)
         layers.append(
-            layer._replace(bias=bias, beta=layer.to_columns(layer.beta), theta=layer.to_columns(layer.theta, 1.0))
+            layer._replace(
+                bias=None if bias is None else layer.to_columns(bias), neurons=neurons._replace(parameters=parameters)
+            )
         )
     return layers
 
@@ -339,7 +337,6 @@ def _launch_fused(
     x: torch.Tensor,
     values: torch.Tensor,
     layer: _Layer,
-    reset: str,
     spikes: torch.Tensor,
     margins: torch.Tensor | None,
     counts: torch.Tensor,
@@ -351,80 +348,86 @@ def _launch_fused(
     launch(
         fused_forward_kernel,
         (units.rows.num_units * units.rows.tiles * triton.cdiv(batch, options["BLOCK_M"]),),
-        x,
-        units.cols.column,
-        values,
-        units.row_ptr,
-        units.row_slot,
-        units.unit_col,
-        layer.bias,
-        units.rows.column,
-        layer.beta,
-        layer.theta,
-        spikes,
-        margins,
-        counts,
-        steps,
-        batch,
-        units.rows.num_units,
-        units.cols.size,
-        units.rows.size,
-        int(layer.beta.numel() > 1),
-        int(layer.theta.numel() > 1),
+        x=x,
+        x_column=units.cols.column,
+        values=values,
+        row_ptr=units.row_ptr,
+        row_slot=units.row_slot,
+        unit_col=units.unit_col,
+        bias=layer.bias,
+        y_column=units.rows.column,
+        parameters=layer.neurons.parameters,
+        spikes=spikes,
+        margins=margins,
+        counts=counts,
+        steps=steps,
+        batch=batch,
+        num_rows=units.rows.num_units,
+        x_size=units.cols.size,
+        y_size=units.rows.size,
         K=units.cols.width,
         N=units.rows.width,
-        RESET=reset,
         PRECISION=runtime.input_precision(),
         BLOCK_N=units.rows.tile,
-        **(options | EXACT),
+        **model_options(layer.neurons),
+        **options,
+        **EXACT,
     )
 
 
-def _launch_fused_backward(
-    margins: torch.Tensor,
-    layer: _Layer,
-    grad_spikes: torch.Tensor | None,
-    grad_counts: torch.Tensor | None,
-    grad_rates: torch.Tensor | None,
-    reset: str,
-    surrogate: str,
-    alpha: float,
-    grad_current: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Writes ∂L/∂I [T, B, N'] and returns the gradients of bias, β and θ, float32 [N']."""
+class _NeuronGradients(NamedTuple):
+    """∂L/∂I [T·B, N'], and the gradients of bias (None: not known yet) and parameters, in the order of columns."""
+
+    current: torch.Tensor
+    bias: torch.Tensor | None
+    parameters: Sequence[torch.Tensor]
+
+
+def _fused_backward(margins: torch.Tensor, layer: _Layer, upstream: Upstream) -> _NeuronGradients:
+    """Backwards through the neurons of a layer that was fused."""
     steps, batch, neurons = margins.shape
-    block_n = min(128, triton.next_power_of_2(neurons))
-    block_b = TILE // block_n
+    block_b, block_n = blocks(neurons)
     grid = triton.cdiv(batch, block_b), triton.cdiv(neurons, block_n)
-    sums = [torch.empty((grid[0], neurons), dtype=torch.float32, device=margins.device) for _ in range(3)]
+    parameters = layer.neurons.parameters
+    grad_current = torch.empty_like(margins)
+    bias_sums, *partials = (
+        torch.empty((grid[0], neurons), dtype=torch.float32, device=margins.device) for _ in (None, *parameters)
+    )
     launch(
         fused_backward_kernel,
         grid,
-        margins,
-        layer.beta,
-        layer.theta,
-        grad_spikes,
-        grad_counts,
-        grad_rates,
-        grad_current,
-        *sums,
-        steps,
-        batch,
-        neurons,
-        int(layer.beta.numel() > 1),
-        int(layer.theta.numel() > 1),
-        alpha,
-        1 / (steps * batch),
-        RESET=reset,
-        SURROGATE=surrogate,
+        margins=margins,
+        parameters=parameters,
+        grad_spikes=upstream.spikes,
+        grad_counts=upstream.counts,
+        grad_rates=upstream.rates,
+        grad_current=grad_current,
+        bias_sums=bias_sums,
+        partials=tuple(partials),
+        steps=steps,
+        batch=batch,
+        neurons=neurons,
+        alpha=layer.neurons.alpha,
+        rate_scale=1 / (steps * batch),
+        SURROGATE=layer.neurons.surrogate,
         SEGMENT=segment_of(steps),
         BLOCK_B=block_b,
         BLOCK_N=block_n,
         num_warps=NUM_WARPS,
+        **model_options(layer.neurons),
     )
-    grad_bias, grad_beta, grad_theta = (part.sum(0) for part in sums)
-    slope = (layer.beta >= 0) & (layer.beta <= 1)  # the clamp's own derivative
-    return grad_bias, grad_beta * slope, grad_theta
+    grads = [partial.sum(0) for partial in partials]
+    for i in range(len(MODELS[layer.neurons.model].decays)):
+        grads[i] = grads[i] * ((parameters[i] >= 0) & (parameters[i] <= 1))  # the clamp's own derivative
+    return _NeuronGradients(grad_current, bias_sums.sum(0), grads)
+
+
+def _pair_backward(run: Run, checkpoints: torch.Tensor, upstream: Upstream, dtype: torch.dtype) -> _NeuronGradients:
+    """Backwards through the neurons of a layer whose currents are in memory."""
+    grad_current = torch.empty_like(run.current, dtype=dtype)
+    grads = [torch.empty_like(parameter) for parameter in run.population.parameters]
+    launch_backward(run, checkpoints, upstream, grad_current, grads)
+    return _NeuronGradients(grad_current, None, grads)
 
 
 # --- operators --------------------------------------------------------------------------------------------------
@@ -432,15 +435,9 @@ def _launch_fused_backward(
 
 def refuses(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> str | None:
     """Why these kernels cannot serve a call, or None."""
-    first = layers[0].neurons
-    for layer in layers:
-        if layer.neurons.model != "lif":
-            return "serves LIF neurons"
-        if layer.neurons[2:] != first[2:]:
-            return "needs one reset, surrogate and alpha for all layers"
     reason = runtime.refuses(x, *(tensor for layer in layers for tensor in layer.tensors()))
     if reason is None and runtime.autocast_dtype(x.device.type) is None:
-        dtypes = {x.dtype, *(values.dtype for values, *_ in layers)}
+        dtypes = {x.dtype, *(layer.values.dtype for layer in layers)}
         if len(dtypes) > 1:
             reason = f"needs x and values of one dtype (or autocast), not {', '.join(sorted(map(str, dtypes)))}"
     if reason is None and x.numel() == 0:
@@ -449,31 +446,11 @@ def refuses(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) 
 
 
 def g2g_stack(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> Activity:
-    _, _, reset, surrogate, alpha = layers[0].neurons
-    tensors = [tensor for layer in layers for tensor in layer.tensors()]
-    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors))
-    described = [indices(layer.mask) for layer in layers]
-    counts, rates, spikes, _ = torch.ops.g2g.triton_stack_forward(
-        x.contiguous(),
-        [layer.values.contiguous() for layer in layers],
-        [layer.values.new_empty(0) if layer.bias is None else layer.bias.contiguous() for layer in layers],
-        [layer.neurons.parameters[0].reshape(-1).contiguous() for layer in layers],
-        [layer.neurons.parameters[1].reshape(-1).contiguous() for layer in layers],
-        [tensor for tensors, _ in described for tensor in tensors],
-        [whole for _, trivial in described for whole in trivial],
-        steps or 0,
-        reset,
-        surrogate,
-        alpha,
-        runtime.autocast_dtype(x.device.type) or x.dtype,
-        keep,
-    )
+    call = StackCall.of(x, layers, steps, runtime.autocast_dtype(x.device.type) or x.dtype)
+    counts, rates, spikes, _ = FORWARD(call)
     readers = [None if layer.mask.cols.trivial else layer.mask.cols.position for layer in layers[1:]]
-    return Activity(
-        counts,
-        tuple(rates.split([layer.mask.shape[0] for layer in layers])),
-        tuple(map(ByteSpikes, spikes, [*readers, None])),
-    )
+    sizes = [layer.size for layer in call.layers]
+    return Activity(counts, tuple(rates.split(sizes)), tuple(map(ByteSpikes, spikes, [*readers, None])))
 
 
 class ByteSpikes:
@@ -488,229 +465,88 @@ class ByteSpikes:
         return spikes.float()
 
 
-_library = torch.library.Library("g2g", "FRAGMENT")
-_library.define(
-    "triton_stack_forward(Tensor x, Tensor[] values, Tensor[] biases, Tensor[] betas, Tensor[] thresholds, "
-    "Tensor[] indices, bool[] trivial, int steps, str reset, str surrogate, float alpha, ScalarType dtype, bool keep) "
-    "-> (Tensor, Tensor, Tensor[], Tensor[])"
-)
-_library.define(
-    "triton_stack_backward(Tensor? grad_counts, Tensor? grad_rates, Tensor x, Tensor[] values, Tensor[] biases, "
-    "Tensor[] betas, Tensor[] thresholds, Tensor[] indices, bool[] trivial, Tensor[] spikes, Tensor[] kept, int steps, "
-    "str reset, str surrogate, float alpha, ScalarType dtype, bool grad_x) -> Tensor[]"
-)
-
-
-def _sizes(x: torch.Tensor, steps: int) -> tuple[int, int]:
-    """T and B."""
-    return (steps or x.shape[0]), x.shape[-2]
-
-
-def _forward(
-    x: torch.Tensor,
-    values: Tensors,
-    biases: Tensors,
-    betas: Tensors,
-    thresholds: Tensors,
-    all_indices: Tensors,
-    trivial: Sequence[bool],
-    steps: int,
-    reset: str,
-    surrogate: str,
-    alpha: float,
-    dtype: torch.dtype,
-    keep: bool,
-) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
-    """Counts [B, N] of the last layer, rates of all neurons, spikes of each layer, and two tensors a layer that the
-    backward pass needs: currents and checkpoints, or margins and nothing."""
-    num_steps, batch = _sizes(x, steps)
-    layers = _layers(x, values, biases, betas, thresholds, all_indices, trivial, steps, dtype)
+def _forward(call: StackCall) -> Outputs:
+    """Kept are two tensors a layer: currents and checkpoints, or margins and nothing."""
+    num_steps, batch, device = call.num_steps, call.batch, call.x.device
     all_spikes: list[torch.Tensor] = []
     kept: list[torch.Tensor] = []
     rates = []
-    received = x
-    for layer, packed in zip(layers, values, strict=True):
+    received = call.x
+    for layer in _layers(call):
         shape = (num_steps, batch, layer.units.rows.size)
         # columns without a neuron are never stored to, but the next layer multiplies them by zeros
         allocate = torch.zeros if layer.units.rows.holes and layer.fused else torch.empty
-        spikes = allocate(shape, dtype=torch.uint8, device=x.device)
-        counts = allocate(shape[1:], dtype=torch.float32, device=x.device)
+        spikes = allocate(shape, dtype=torch.uint8, device=device)
+        counts = allocate(shape[1:], dtype=torch.float32, device=device)
         received = received.reshape(-1, received.shape[-1])
+        factors = layer.values.to(call.dtype)
         if layer.fused:
-            margins = allocate(shape, dtype=dtype, device=x.device) if keep else None
-            _launch_fused(received, packed.to(dtype), layer, reset, spikes, margins, counts)
-            kept += [counts.new_empty(0) if margins is None else margins, counts.new_empty(0)]
+            margins = allocate(shape, dtype=call.dtype, device=device) if call.keep else None
+            _launch_fused(received, factors, layer, spikes, margins, counts)
+            to_keep = [margins, counts.new_empty(0)]
         else:
-            # a held current is small, and the same rounding error at every step would add up
-            of = torch.float32 if layer.held else dtype
-            current = product(received, packed.to(dtype), layer.units, layer.bias, of)
-            current = current.view(*(shape[1:] if layer.held else shape))
+            current = product(received, factors, layer.units, layer.bias, layer.current_dtype(call.dtype))
+            current = current.view(shape[1:] if layer.held else shape)
             checkpoints = None
-            if keep:
-                checkpoints = torch.empty(checkpoint_shape(*shape), dtype=torch.float32, device=x.device)
-            launch_forward(current, layer.beta, layer.theta, num_steps, layer.held, reset, spikes, checkpoints, counts)
-            kept += [counts.new_empty(0), counts.new_empty(0)] if checkpoints is None else [current, checkpoints]
+            if call.keep:
+                of = checkpoint_shape(MODELS[layer.neurons.model], *shape)
+                checkpoints = torch.empty(of, dtype=torch.float32, device=device)
+            launch_forward(Run(current, layer.neurons, num_steps), spikes, checkpoints, counts)
+            to_keep = [current, checkpoints]
+        kept += [tensor for tensor in to_keep if call.keep and tensor is not None]
         rates.append(layer.to_neurons(counts.sum(0) / (num_steps * batch)))
         all_spikes.append(spikes)
         received = spikes
     return counts, torch.cat(rates), all_spikes, kept
 
 
-def _forward_fake(
-    x: torch.Tensor,
-    values: Tensors,
-    biases: Tensors,
-    betas: Tensors,
-    thresholds: Tensors,
-    all_indices: Tensors,
-    trivial: Sequence[bool],
-    steps: int,
-    reset: str,
-    surrogate: str,
-    alpha: float,
-    dtype: torch.dtype,
-    keep: bool,
-) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
-    num_steps, batch = _sizes(x, steps)
-    layers = _layers(x, values, biases, betas, thresholds, all_indices, trivial, steps, dtype)
+def _forward_fake(call: StackCall) -> Outputs:
     spikes, kept = [], []
-    for layer in layers:
-        shape = (num_steps, batch, layer.units.rows.size)
-        spikes.append(x.new_empty(shape, dtype=torch.uint8))
-        of = torch.float32 if layer.held else dtype
-        of_checkpoints = (0,) if layer.fused or not keep else checkpoint_shape(*shape)
-        first = shape[1:] if layer.held else shape
-        kept += [
-            x.new_empty(first if keep else 0, dtype=of if keep else torch.float32),
-            x.new_empty(of_checkpoints, dtype=torch.float32),
-        ]
-    neurons = [all_indices[i * INDICES + 7].shape[0] for i in range(len(values))]
-    counts = x.new_empty((batch, neurons[-1]), dtype=torch.float32)
-    return counts, x.new_empty(sum(neurons), dtype=torch.float32), spikes, kept
+    for layer in _layers(call):
+        shape = (call.num_steps, call.batch, layer.units.rows.size)
+        spikes.append(call.x.new_empty(shape, dtype=torch.uint8))
+        if call.keep:
+            of = (0,) if layer.fused else checkpoint_shape(MODELS[layer.neurons.model], *shape)
+            state = shape[1:] if layer.held else shape
+            kept += [
+                call.x.new_empty(state, dtype=layer.current_dtype(call.dtype)),
+                call.x.new_empty(of, dtype=torch.float32),
+            ]
+    sizes = [layer.size for layer in call.layers]
+    counts = call.x.new_empty((call.batch, sizes[-1]), dtype=torch.float32)
+    return counts, call.x.new_empty(sum(sizes), dtype=torch.float32), spikes, kept
 
 
-def _backward(
-    grad_counts: torch.Tensor | None,
-    grad_rates: torch.Tensor | None,
-    x: torch.Tensor,
-    values: Tensors,
-    biases: Tensors,
-    betas: Tensors,
-    thresholds: Tensors,
-    all_indices: Tensors,
-    trivial: Sequence[bool],
-    all_spikes: Tensors,
-    kept: Tensors,
-    steps: int,
-    reset: str,
-    surrogate: str,
-    alpha: float,
-    dtype: torch.dtype,
-    grad_x: bool,
-) -> list[torch.Tensor]:
-    """∂L/∂x (empty unless wanted), then the gradients of all values, biases, betas and thresholds."""
-    num_steps, _ = _sizes(x, steps)
-    layers = _layers(x, values, biases, betas, thresholds, all_indices, trivial, steps, dtype)
-    neurons = [all_indices[i * INDICES + 7].shape[0] for i in range(len(values))]
-    rates_of: Sequence[torch.Tensor | None] = [None] * len(layers)
-    if grad_rates is not None:
-        rates_of = grad_rates.split(neurons)
-    grads: list[list[torch.Tensor]] = []
-    grad_spikes = None
+def _backward(backward: StackBackward) -> StackGradients:
+    call, layers = backward.call, _layers(backward.call)
+    rates_of_layers = backward.rates_of_layers()
+    grad_x, grad_spikes, grad_counts = call.x.new_empty(0), None, backward.grad_counts
+    values, biases, parameters = [], [], []  # of the layers, the last one first
     for i in reversed(range(len(layers))):
-        layer, (state, checkpoints) = layers[i], kept[2 * i : 2 * i + 2]
-        to_rates = rates_of[i]
-        if to_rates is not None:
-            to_rates = layer.to_columns(to_rates)
-        grad_current = torch.empty_like(state, dtype=dtype)
+        layer, given, (state, checkpoints) = layers[i], call.layers[i], backward.kept[2 * i : 2 * i + 2]
+        grad_rates = rates_of_layers[i]
+        upstream = Upstream(grad_spikes, grad_counts, None if grad_rates is None else layer.to_columns(grad_rates))
         if layer.fused:
-            grad_bias, grad_beta, grad_theta = _launch_fused_backward(
-                state, layer, grad_spikes, grad_counts, to_rates, reset, surrogate, alpha, grad_current
-            )
-            grad_beta, grad_theta = layer.like(betas[i], grad_beta), layer.like(thresholds[i], grad_theta)
+            through = _fused_backward(state, layer, upstream)
         else:
-            grad_beta, grad_theta = torch.empty_like(layer.beta), torch.empty_like(layer.theta)
-            launch_backward(
-                state, checkpoints, layer.beta, layer.theta, grad_spikes, num_steps, layer.held, reset, surrogate,
-                alpha, grad_current, grad_beta, grad_theta, grad_counts, to_rates,
-            )  # fmt: skip
-            grad_bias = None
-            grad_beta, grad_theta = (
-                grad if grad.numel() == 1 else layer.to_neurons(grad) for grad in (grad_beta, grad_theta)
-            )
-            grad_beta, grad_theta = grad_beta.to(betas[i].dtype), grad_theta.to(thresholds[i].dtype)
-        grad_current = grad_current.view(-1, grad_current.shape[-1])
-        received = (all_spikes[i - 1] if i else x).view(-1, layer.units.cols.size)
-        want_bias = layer.bias is not None and grad_bias is None
-        grad_values, summed = weight_gradient(grad_current, received, layer.units, values[i].dtype, want_bias)
-        grad_bias = summed if grad_bias is None else grad_bias
-        if layer.bias is None or grad_bias is None:
-            grad_bias = torch.empty_like(biases[i])
-        else:
-            grad_bias = layer.to_neurons(grad_bias).to(biases[i].dtype)
-        grads.insert(0, [grad_values, grad_bias, grad_beta, grad_theta])
+            through = _pair_backward(Run(state, layer.neurons, call.num_steps), checkpoints, upstream, call.dtype)
+        grad_current = through.current.view(-1, through.current.shape[-1])
+        received = (backward.spikes[i - 1] if i else call.x).view(-1, layer.units.cols.size)
+        want_bias = layer.bias is not None and through.bias is None
+        grad_values, summed = weight_gradient(grad_current, received, layer.units, given.values.dtype, want_bias)
+        values.append(grad_values)
+        biases.append(layer.bias_gradient(given.bias, summed if want_bias else through.bias))
+        parameters.append(
+            [layer.like(*pair) for pair in zip(given.neurons.parameters, through.parameters, strict=True)]
+        )
         grad_counts = None
         if i > 0:
-            shape = all_spikes[i - 1].shape
-            grad_spikes = input_gradient(grad_current, values[i].to(dtype), layer.units, dtype).view(shape)
-        elif grad_x:
-            to_x = input_gradient(grad_current, values[i].to(dtype), layer.units, x.dtype).view(x.shape)
-    return [to_x if grad_x else x.new_empty(0), *(grad for kind in zip(*grads, strict=True) for grad in kind)]
+            grad_spikes = input_gradient(grad_current, layer.values.to(call.dtype), layer.units, call.dtype)
+            grad_spikes = grad_spikes.view(backward.spikes[i - 1].shape)
+        elif backward.grad_x:
+            grad_x = input_gradient(grad_current, layer.values.to(call.dtype), layer.units, call.x.dtype)
+            grad_x = grad_x.view(call.x.shape)
+    return StackGradients(grad_x, values[::-1], biases[::-1], parameters[::-1])
 
 
-def _backward_fake(
-    grad_counts: torch.Tensor | None,
-    grad_rates: torch.Tensor | None,
-    x: torch.Tensor,
-    values: Tensors,
-    biases: Tensors,
-    betas: Tensors,
-    thresholds: Tensors,
-    all_indices: Tensors,
-    trivial: Sequence[bool],
-    all_spikes: Tensors,
-    kept: Tensors,
-    steps: int,
-    reset: str,
-    surrogate: str,
-    alpha: float,
-    dtype: torch.dtype,
-    grad_x: bool,
-) -> list[torch.Tensor]:
-    groups = (values, biases, betas, thresholds)
-    return [x.new_empty(x.shape if grad_x else 0), *(t.new_empty(t.shape) for group in groups for t in group)]
-
-
-def _setup_context(ctx, inputs, output):
-    x, values, biases, betas, thresholds, all_indices, ctx.trivial, *ctx.options, _ = inputs
-    _, _, spikes, kept = output
-    ctx.set_materialize_grads(False)
-    ctx.number = len(values)
-    ctx.save_for_backward(x, *values, *biases, *betas, *thresholds, *all_indices, *spikes, *kept)
-
-
-def _autograd(ctx, grad_counts, grad_rates, _spikes, _kept):
-    number = ctx.number
-    if grad_counts is None and grad_rates is None:
-        return (None,) * 13
-    x, *rest = ctx.saved_tensors
-    groups = [rest[i * number : (i + 1) * number] for i in range(4)]
-    all_indices, rest = rest[4 * number : (4 + INDICES) * number], rest[(4 + INDICES) * number :]
-    to_x, *grads = torch.ops.g2g.triton_stack_backward(
-        None if grad_counts is None else grad_counts.contiguous(),
-        None if grad_rates is None else grad_rates.contiguous(),
-        x, *groups, all_indices, ctx.trivial, rest[:number], rest[number:], *ctx.options, ctx.needs_input_grad[0],
-    )  # fmt: skip
-    parts = [grads[i * number : (i + 1) * number] for i in range(4)]
-    return (to_x if ctx.needs_input_grad[0] else None, *parts, [None] * len(all_indices), *(None,) * 7)
-
-
-for _name, _function, _fake in (
-    ("triton_stack_forward", _forward, _forward_fake),
-    ("triton_stack_backward", _backward, _backward_fake),
-):
-    for _key in ("CPU", "CUDA"):  # the CPU for Triton's interpreter
-        _library.impl(_name, _function, _key)
-    torch.library.register_fake(f"g2g::{_name}", _fake, lib=_library)
-torch.library.register_autograd("g2g::triton_stack_forward", _autograd, setup_context=_setup_context, lib=_library)
-torch.library.register_autograd("g2g::triton_stack_backward", refuse_backward, lib=_library)
+FORWARD, BACKWARD = operators("triton_", ("CPU", "CUDA"), _forward, _forward_fake, _backward)  # CPU: the interpreter

@@ -13,10 +13,11 @@ from helpers import (
     seeded,
     skip_where_refused,
     threads,
+    unavailable,
 )
 from linear_cases import backend_result, dense_result, inputs
 
-from g2g_kernels import BackendError, BlockMask, GroupLayout, dispatch, g2g_linear
+from g2g_kernels import BackendError, BlockMask, GroupLayout, g2g_linear
 from g2g_kernels.ops.g2g_linear import operator
 
 every_backend = pytest.mark.parametrize("backend", backends_of(operator))
@@ -321,7 +322,7 @@ def test_what_does_not_fit_is_refused(change, message):
 
 
 def test_a_backend_that_is_not_there_is_an_error(monkeypatch):
-    monkeypatch.setitem(dispatch._unavailable, "cpu", lambda: "no C++")
+    unavailable(monkeypatch, cpu="no C++")
     mask = MASK_CASES["ten outputs"].mask()
     x, values, bias = inputs(mask, 4)
     with pytest.raises(BackendError, match="backend 'cpu' cannot serve this call of g2g_linear: cpu: no C"):

@@ -15,13 +15,14 @@ from helpers import (
     rms,
     seeded,
     threads,
+    unavailable,
     with_parameter,
 )
 from snntorch import surrogate as snn_surrogate
 from stack_cases import SIZES, STACKS, B, Stack, T, clear_stack, loss, results
 from torch import nn
 
-from g2g_kernels import Activity, BackendError, SpikingLayer, dispatch, g2g_linear, g2g_stack, lif
+from g2g_kernels import Activity, BackendError, SpikingLayer, g2g_linear, g2g_stack, lif
 from g2g_kernels.ops.g2g_stack import operator
 from g2g_kernels.ops.neurons import RESETS
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
@@ -431,7 +432,7 @@ def test_options_out_of_range_are_refused(shape, options, message):
 
 
 def test_a_backend_that_is_not_there_is_an_error(monkeypatch):
-    monkeypatch.setitem(dispatch._unavailable, "cpu", lambda: "no compiler")
+    unavailable(monkeypatch, cpu="no compiler")
     stack = Stack(STACKS["ragged index"], T)
     with pytest.raises(BackendError, match="backend 'cpu' cannot serve this call of g2g_stack: cpu: no compiler"):
         g2g_stack(stack.tensors["x"], stack.layers(stack.tensors), T, backend="cpu")

@@ -6,7 +6,17 @@ import weakref
 
 import pytest
 import torch
-from helpers import ErrorRatios, backends_of, clamps_alike, device_of, lif_by_autograd, rms, skip_where_refused, threads
+from helpers import (
+    ErrorRatios,
+    backends_of,
+    clamps_alike,
+    device_of,
+    lif_by_autograd,
+    rms,
+    skip_where_refused,
+    threads,
+    unavailable,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from neuron_cases import (
@@ -25,7 +35,7 @@ from neuron_cases import (
 from snntorch import surrogate as snn_surrogate
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from g2g_kernels import BackendError, dispatch, lif
+from g2g_kernels import BackendError, lif
 from g2g_kernels.ops.neurons import RESETS, operator
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
 
@@ -578,7 +588,7 @@ def test_what_does_not_fit_is_refused(change, message):
 
 
 def test_a_backend_that_is_not_there_is_an_error(monkeypatch):
-    monkeypatch.setitem(dispatch._unavailable, "triton", lambda: "there is no GPU")
+    unavailable(monkeypatch, triton="there is no GPU")
     with pytest.raises(
         BackendError, match="backend 'triton' cannot serve this call of neurons: triton: there is no GPU"
     ):

@@ -9,8 +9,9 @@ from helpers import ErrorRatios, clamps_alike, device_of
 from neuron_cases import by_snntorch, clear_of_threshold, currents, gradients, lif_on, output_weights
 from snntorch import surrogate as snn_surrogate
 
-from g2g_kernels import BackendError, lif
-from g2g_kernels.ops.neurons import RESETS
+from g2g_kernels import BackendError, Neurons, lif
+from g2g_kernels.ops.neurons import MODELS, RESETS
+from g2g_kernels.ops.neurons.call import NeuronsBackward, NeuronsCall
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
 from g2g_kernels.triton.runtime import interpreted
 from g2g_kernels.triton.runtime import unavailable as triton_unavailable
@@ -132,8 +133,8 @@ def test_thresholds_at_and_below_zero(reset):
 
 
 def test_counts_rates_and_their_gradients():
-    """uint8 spikes, counts and rates of several tiles; gradients that come through those two, alone and beside ∂S."""
-    from g2g_kernels.ops.neurons.triton import checkpoint_shape, launch_backward, launch_forward
+    """uint8 spikes and counts of several tiles; gradients through counts and rates, alone and beside ∂L/∂S."""
+    from g2g_kernels.ops.neurons.triton import Run, Upstream, checkpoint_shape, launch_backward, launch_forward
 
     ratios = ErrorRatios()
     for shape, held in itertools.product([(13, 70, 9), (4, 5, 130)], [False, True]):
@@ -144,26 +145,24 @@ def test_counts_rates_and_their_gradients():
         run = lif_on("torch", steps=steps if held else None)
         expected = run(*tensors)
 
-        on_device = [tensor.to(DEVICE) for tensor in tensors]
+        current, *own = (tensor.to(DEVICE) for tensor in tensors)
         spikes = torch.full(shape, 77, dtype=torch.uint8, device=DEVICE)
-        checkpoints = torch.empty(checkpoint_shape(*shape), device=DEVICE)
-        counts, rates = torch.empty(shape[1:], device=DEVICE), torch.empty(neurons, device=DEVICE)
-        launch_forward(*on_device, steps, held, "subtract", spikes, checkpoints, counts, rates)
+        checkpoints = torch.empty(checkpoint_shape(MODELS["lif"], *shape), device=DEVICE)
+        counts = torch.empty(shape[1:], device=DEVICE)
+        here = Run(current, Neurons("lif", tuple(own)), steps)
+        launch_forward(here, spikes, checkpoints, counts)
         assert torch.equal(spikes.cpu(), expected.to(torch.uint8))
         assert torch.equal(counts.cpu(), expected.sum(0))
-        torch.testing.assert_close(rates.cpu(), expected.mean((0, 1)))
 
         for through_spikes in (True, False):
             weights = to_counts + to_rates / (steps * batch) + through_spikes * to_spikes
             exact = gradients(run, *(tensor.double() for tensor in tensors), weights)
             plain = gradients(run, *tensors, weights.float())
             assert torch.equal(exact["spikes"].float(), expected)
-            grads = [torch.empty_like(tensor) for tensor in on_device]
-            launch_backward(
-                on_device[0], checkpoints, *on_device[1:], to_spikes.float().to(DEVICE) if through_spikes else None,
-                steps, held, "subtract", "atan", 2.0, *grads,
-                grad_counts=to_counts.float().to(DEVICE), grad_rates=to_rates.float().to(DEVICE),
-            )  # fmt: skip
+            grads = [torch.empty_like(tensor) for tensor in (current, *own)]
+            reaching = (to_spikes if through_spikes else None), to_counts, to_rates
+            upstream = Upstream(*(None if grad is None else grad.float().to(DEVICE) for grad in reaching))
+            launch_backward(here, checkpoints, upstream, grads[0], grads[1:])
             for name, grad in zip(GRADIENTS, grads, strict=True):
                 ratios.add(name, grad.cpu(), plain[name], exact[name])
     ratios.check(cases=8)
@@ -171,18 +170,22 @@ def test_counts_rates_and_their_gradients():
 
 def test_checkpoints_are_the_membranes_between_segments():
     """No more than a membrane every tenth step is kept; none without gradients."""
-    from g2g_kernels.ops.neurons.triton import checkpoint_shape
+    from g2g_kernels.ops.neurons.triton import FORWARD, checkpoint_shape
 
-    assert [checkpoint_shape(steps, 2, 3)[0] for steps in (1, 10, 11, 20, 25, 50)] == [0, 0, 1, 1, 2, 4]
+    lif_model, synaptic_model = MODELS["lif"], MODELS["synaptic"]
+    lengths = [checkpoint_shape(lif_model, steps, 2, 3)[0] for steps in (1, 10, 11, 20, 25, 50)]
+    assert lengths == [0, 0, 1, 1, 2, 4]
+    assert checkpoint_shape(synaptic_model, 50, 2, 3) == (4, 2, 2, 3)
     current = currents(25, 4, 3, dtype=torch.float32).to(DEVICE)
     beta, threshold = torch.tensor(0.9, device=DEVICE), torch.tensor(100.0, device=DEVICE)  # never fires
-    spikes, kept = torch.ops.g2g.triton_lif_forward(current, beta, threshold, 0, "subtract", "atan", 2.0, True)
+    call = NeuronsCall(current, Neurons("lif", (beta, threshold)), 0, True)
+    spikes, kept = FORWARD(call)
     membrane, membranes = torch.zeros_like(current[0]), []
     for current_t in current:
         membrane = beta * membrane + current_t
         membranes.append(membrane)
-    assert torch.equal(kept, torch.stack([membranes[8], membranes[17]]))  # three segments of 9 steps
-    without, nothing = torch.ops.g2g.triton_lif_forward(current, beta, threshold, 0, "subtract", "atan", 2.0, False)
+    assert torch.equal(kept[:, 0], torch.stack([membranes[8], membranes[17]]))  # three segments of 9 steps
+    without, nothing = FORWARD(call._replace(keep=False))
     assert torch.equal(without, spikes)
     assert nothing.numel() == 0
 
@@ -224,18 +227,23 @@ def test_results_are_reproducible():
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("steps", [0, 11], ids=["varying", "held"])
-def test_opcheck(steps, plain_memory):
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("steps", [None, 11], ids=["varying", "held"])
+def test_opcheck(steps, model, plain_memory):
     """Schema, fake implementations, autograd registration and use under torch.compile, as torch checks them."""
-    draw = currents(*((4, 3) if steps else (11, 4, 3)), dtype=torch.float32).to(DEVICE)
-    beta, threshold = (tensor.to(DEVICE).requires_grad_() for tensor in parameters(3))
-    options = (steps, "subtract", "atan", 2.0)
-    forward = torch.ops.g2g.triton_lif_forward
-    torch.library.opcheck(forward.default, (draw.requires_grad_(), beta, threshold, *options, True))
-    torch.library.opcheck(forward.default, (draw.detach(), beta.detach(), threshold.detach(), *options, False))
-    spikes, kept = forward(draw, beta, threshold, *options, True)
-    tensors = [tensor.detach() for tensor in (torch.ones_like(spikes), draw, kept, beta, threshold)]
-    torch.library.opcheck(torch.ops.g2g.triton_lif_backward.default, (*tensors, *options, True, True, False))
+    from g2g_kernels.ops.neurons.triton import BACKWARD, FORWARD
+
+    current = currents(*((4, 3) if steps else (11, 4, 3)), dtype=torch.float32).to(DEVICE)
+    own = [torch.full((3,), 0.5, device=DEVICE) for _ in MODELS[model].parameters]
+    plain = NeuronsCall.of(current, Neurons(model, tuple(own)), steps)
+    FORWARD.opcheck(plain)
+    for tensor in (current, *own):
+        tensor.requires_grad_()
+    FORWARD.opcheck(NeuronsCall.of(current, Neurons(model, tuple(own)), steps))
+    with torch.no_grad():
+        spikes, kept = FORWARD(plain._replace(keep=True))
+        detached = NeuronsCall.of(current.detach(), Neurons(model, tuple(tensor.detach() for tensor in own)), steps)
+        BACKWARD.opcheck(NeuronsBackward(detached, kept, torch.ones_like(spikes), (True,) * len(own) + (False,)))
 
 
 def test_a_layer_compiles_with_a_full_graph(plain_memory):

@@ -9,6 +9,7 @@ from helpers import ErrorRatios, MaskCase, dense_by_loop, device_of, packed_rand
 from linear_cases import backend_result, dense_result, inputs
 
 from g2g_kernels import BackendError, BlockMask, GroupLayout, g2g_linear
+from g2g_kernels.ops.g2g_linear.call import LinearBackward, LinearCall
 from g2g_kernels.triton import runtime
 
 pytestmark = pytest.mark.skipif(runtime.unavailable() is not None, reason=str(runtime.unavailable()))
@@ -38,8 +39,7 @@ def sparse_mask(case: MaskCase, seed: int = 0) -> BlockMask:
 def uses_own_kernels(mask: BlockMask) -> bool:
     from g2g_kernels.ops.g2g_linear import triton
 
-    tensors, trivial = triton.indices(mask)
-    return not triton.units_of(tensors, trivial, torch.empty(mask.num_units, *mask.unit_shape)).dense_pays
+    return not triton.units_of(mask.tensors(), torch.empty(mask.num_units, *mask.unit_shape)).dense_pays
 
 
 def test_the_cases_are_what_they_should_be():
@@ -215,12 +215,10 @@ def test_operator_registration(name, plain_memory):
     device = device_of("triton")
     mask = sparse_mask(CASES[name]).to(device)
     x, values, bias = (tensor.to(device).requires_grad_() for tensor in inputs(mask, 3))
-    tensors, trivial = triton.indices(mask)
-    forward = (x, values, bias, tensors, trivial, torch.float32)
-    torch.library.opcheck(torch.ops.g2g.triton_linear_forward.default, forward)
+    triton.FORWARD.opcheck(LinearCall(x, values, mask.tensors(), bias, torch.float32))
     grad_y = torch.randn(3, mask.shape[0], generator=seeded(4)).to(device)
-    backward = (grad_y, x.detach(), values.detach(), tensors, trivial, True, True, True)
-    torch.library.opcheck(torch.ops.g2g.triton_linear_backward.default, backward)
+    call = LinearCall(x.detach(), values.detach(), mask.tensors(), None, torch.float32)
+    triton.BACKWARD.opcheck(LinearBackward(call, grad_y, (True, True, True)))
 
 
 def test_compiled_with_a_full_graph():

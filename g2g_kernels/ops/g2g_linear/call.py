@@ -1,0 +1,118 @@
+"""A call of ``g2g_linear`` as the operators of the compiled backends take it, and how those are registered."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from g2g_kernels.block_mask import BlockMask, MaskTensors
+from g2g_kernels.ops import record
+from g2g_kernels.ops.derivatives import refuse_compiled_backward
+from g2g_kernels.ops.g2g_linear.derivatives import Kernels, linear
+
+
+class LinearCall(NamedTuple):
+    """What the forward pass takes.
+
+    Attributes:
+        x: contiguous [M, in].
+        values: packed weights [num_units, unit_rows, unit_cols].
+        mask: the units that exist.
+        bias: [out], or None.
+        dtype: that of the output.
+    """
+
+    x: torch.Tensor
+    values: torch.Tensor
+    mask: MaskTensors
+    bias: torch.Tensor | None
+    dtype: torch.dtype
+
+
+class LinearBackward(NamedTuple):
+    """What the backward pass takes.
+
+    Attributes:
+        call: as the forward pass had it.
+        grad_y: ∂L/∂y, contiguous [M, out].
+        wanted: whether the gradients of x, values and bias are.
+    """
+
+    call: LinearCall
+    grad_y: torch.Tensor
+    wanted: tuple[bool, ...]
+
+    def room(self) -> list[torch.Tensor]:
+        """Room for the gradients of x, values and bias, the last float32, nothing for those that are not wanted."""
+        x, values, mask, _, _ = self.call
+        want_x, want_values, want_bias = self.wanted
+        return [
+            x.new_empty(x.shape if want_x else 0),
+            values.new_empty(values.shape if want_values else 0),
+            values.new_empty(mask.shape[0] if want_bias else 0, dtype=torch.float32),
+        ]
+
+
+def operators(
+    prefix: str,
+    keys: Sequence[str],
+    forward: Callable[[LinearCall], torch.Tensor],
+    backward: Callable[[LinearBackward], list[torch.Tensor]],
+) -> tuple[record.RecordOperator, record.RecordOperator]:
+    """Registers and returns ``g2g::{prefix}linear_forward``, with its autograd formula, and ``…_backward``.
+
+    Args:
+        prefix: what tells a backend's operators from another's.
+        keys: the dispatch keys that they serve.
+        forward: y [M, out].
+        backward: gradients as :meth:`LinearBackward.room` has them.
+    """
+
+    def fake(call: LinearCall) -> torch.Tensor:
+        return call.x.new_empty((call.x.shape[0], call.mask.shape[0]), dtype=call.dtype)
+
+    def gradients(given: record.Gradients) -> dict[str, object]:
+        (grad_y,) = given.grads
+        wanted = tuple([given.needed[name] for name in ("x", "values", "bias")])
+        to_x, to_values, to_bias = backward_operator(LinearBackward(given.record, grad_y, wanted))
+        return {
+            "x": to_x if wanted[0] else None,
+            "values": to_values if wanted[1] else None,
+            "bias": to_bias.to(given.record.bias.dtype) if wanted[2] else None,
+        }
+
+    backward_operator = record.define(
+        f"{prefix}linear_backward", LinearBackward, "Tensor[]", backward, LinearBackward.room, keys
+    )
+    record.refuse_derivative(backward_operator, refuse_compiled_backward)
+    forward_operator = record.define(f"{prefix}linear_forward", LinearCall, "Tensor", forward, fake, keys)
+    record.differentiate(forward_operator, 1, gradients)
+    return forward_operator, backward_operator
+
+
+def call_operators(
+    operators: tuple[record.RecordOperator, record.RecordOperator],
+    x: torch.Tensor,
+    values: torch.Tensor,
+    mask: BlockMask,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """y [..., out] of ``dtype`` by the two operators of a backend, with derivatives of every order."""
+    forward, backward = operators
+    tensors = mask.tensors()
+
+    def product(x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        bias = None if bias is None else bias.contiguous()
+        return forward(LinearCall(x.contiguous(), values.contiguous(), tensors, bias, dtype))
+
+    def gradients(grad_y, x, values, *wanted):
+        return backward(LinearBackward(LinearCall(x, values, tensors, None, dtype), grad_y, wanted))
+
+    flat = x.reshape(-1, x.shape[-1])
+    if torch.compiler.is_compiling():  # which traces no Function with a forward mode
+        y = product(flat, values, bias)
+    else:
+        kernels = Kernels(product, gradients, mask, tuple(tensors.every()))
+        y = linear(flat.contiguous(), values.contiguous(), bias, kernels)
+    return y.view(*x.shape[:-1], y.shape[-1])

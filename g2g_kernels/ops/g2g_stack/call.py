@@ -1,0 +1,185 @@
+"""A call of ``g2g_stack`` as the operators of the compiled backends take it, and how those are registered."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from g2g_kernels.block_mask import MaskTensors
+from g2g_kernels.ops import record
+from g2g_kernels.ops.derivatives import refuse_backward
+from g2g_kernels.ops.g2g_stack.layer import SpikingLayer
+from g2g_kernels.ops.neurons.models import MODELS, Neurons
+
+#: counts [B, N] of the last layer, rates of all neurons, spikes of each layer, and what the backward pass needs
+Outputs = tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], list[torch.Tensor]]
+
+
+class LayerCall(NamedTuple):
+    """A :class:`SpikingLayer`, its tensors contiguous and its mask as tensors."""
+
+    values: torch.Tensor
+    mask: MaskTensors
+    bias: torch.Tensor | None
+    neurons: Neurons
+
+    @property
+    def size(self) -> int:
+        """The number of its neurons."""
+        return self.mask.shape[0]
+
+
+class StackCall(NamedTuple):
+    """What the forward pass takes.
+
+    Attributes:
+        x: contiguous [T, B, in], or [B, in] held for ``steps`` steps.
+        layers: from input to output.
+        steps: 0 if x has a time dimension.
+        dtype: of the factors of products: bfloat16 or float16 under autocast.
+        keep: whether what the backward pass needs is wanted too.
+    """
+
+    x: torch.Tensor
+    layers: tuple[LayerCall, ...]
+    steps: int
+    dtype: torch.dtype
+    keep: bool
+
+    @classmethod
+    def of(cls, x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None, dtype: torch.dtype) -> "StackCall":
+        """The call with these arguments of the public function."""
+        tensors = [tensor for layer in layers for tensor in layer.tensors()]
+        keep = torch.is_grad_enabled() and any([tensor.requires_grad for tensor in (x, *tensors)])
+        called = []
+        for values, mask, bias, neurons in layers:
+            parameters = tuple([parameter.reshape(-1).contiguous() for parameter in neurons.parameters])
+            bias = None if bias is None else bias.contiguous()
+            called.append(LayerCall(values.contiguous(), mask.tensors(), bias, neurons._replace(parameters=parameters)))
+        return cls(x.contiguous(), tuple(called), steps or 0, dtype, keep)
+
+    @property
+    def held(self) -> bool:
+        """Whether x is the same at all steps."""
+        return self.steps > 0
+
+    @property
+    def num_steps(self) -> int:
+        """T."""
+        return self.steps or self.x.shape[0]
+
+    @property
+    def batch(self) -> int:
+        """B."""
+        return self.x.shape[-2]
+
+    def check(self) -> None:
+        """Raises ValueError unless the layers follow one another, with biases and parameters that they can have."""
+        width = self.x.shape[-1]
+        for number, layer in enumerate(self.layers):
+            size, inputs = layer.mask.shape
+            if inputs != width:
+                raise ValueError(f"layer {number} has {inputs} inputs but receives {width}")
+            width = size
+            if layer.bias is not None and layer.bias.numel() != size:
+                raise ValueError(f"bias of layer {number} has {layer.bias.numel()} entries, expected {size}")
+            names = MODELS[layer.neurons.model].parameters
+            for name, parameter in zip(names, layer.neurons.parameters, strict=True):
+                if parameter.numel() not in (1, size):
+                    raise ValueError(f"{name} of layer {number} has {parameter.numel()} entries, expected 1 or {size}")
+
+    def room(self, grad_x: bool = True) -> "StackGradients":
+        """Room for all gradients, nothing for that of x unless ``grad_x`` and for biases that are not there."""
+        return StackGradients(
+            self.x.new_empty(self.x.shape if grad_x else 0),
+            [torch.empty_like(layer.values) for layer in self.layers],
+            [
+                layer.values.new_empty(0) if layer.bias is None else torch.empty_like(layer.bias)
+                for layer in self.layers
+            ],
+            [[torch.empty_like(parameter) for parameter in layer.neurons.parameters] for layer in self.layers],
+        )
+
+
+class StackGradients(NamedTuple):
+    """∂L/∂x, and for each layer the gradients of values, bias and parameters."""
+
+    x: torch.Tensor
+    values: list[torch.Tensor]
+    biases: list[torch.Tensor]
+    parameters: list[list[torch.Tensor]]
+
+    def flat(self) -> list[torch.Tensor]:
+        """One after the other, as an operator returns them."""
+        return [self.x, *self.values, *self.biases, *(grad for layer in self.parameters for grad in layer)]
+
+
+class StackBackward(NamedTuple):
+    """What the backward pass takes.
+
+    Attributes:
+        call: as the forward pass had it.
+        spikes, kept: what the forward pass returned.
+        grad_counts: ∂L/∂counts [B, N] of the last layer, or None for zeros.
+        grad_rates: ∂L/∂rates of all neurons, or None for zeros.
+        grad_x: whether ∂L/∂x is wanted.
+    """
+
+    call: StackCall
+    spikes: tuple[torch.Tensor, ...]
+    kept: tuple[torch.Tensor, ...]
+    grad_counts: torch.Tensor | None
+    grad_rates: torch.Tensor | None
+    grad_x: bool
+
+    def rates_of_layers(self) -> list[torch.Tensor | None]:
+        """∂L/∂rates layer by layer."""
+        layers = self.call.layers
+        if self.grad_rates is None:
+            return [None] * len(layers)
+        return list(self.grad_rates.split([layer.size for layer in layers]))
+
+
+def operators(
+    prefix: str,
+    keys: Sequence[str],
+    forward: Callable[[StackCall], Outputs],
+    fake: Callable[[StackCall], Outputs],
+    backward: Callable[[StackBackward], StackGradients],
+) -> tuple[record.RecordOperator, record.RecordOperator]:
+    """Registers and returns ``g2g::{prefix}stack_forward``, with its autograd formula, and ``…_backward``.
+
+    Args:
+        prefix: what tells a backend's operators from another's.
+        keys: the dispatch keys that they serve.
+        forward, fake: the forward pass, and its outputs uninitialised.
+        backward: the backward pass.
+    """
+
+    def gradients(given: record.Gradients) -> dict[str, object]:
+        call, (spikes, kept), grad_x = given.record, given.kept, given.needed["x"]
+        grad_counts, grad_rates = given.grads
+        to_x, *rest = backward_operator(
+            StackBackward(call, tuple(spikes), tuple(kept), grad_counts, grad_rates, grad_x)
+        )
+        count = len(call.layers)
+        return {
+            "x": to_x if grad_x else None,
+            "layers_values": rest[:count],
+            "layers_bias": rest[count : 2 * count],
+            "layers_neurons_parameters": rest[2 * count :],
+        }
+
+    backward_operator = record.define(
+        f"{prefix}stack_backward",
+        StackBackward,
+        "Tensor[]",
+        lambda given: backward(given).flat(),
+        lambda given: given.call.room(given.grad_x).flat(),
+        keys,
+    )
+    returns = "(Tensor, Tensor, Tensor[], Tensor[])"
+    record.refuse_derivative(backward_operator, refuse_backward)
+    forward_operator = record.define(f"{prefix}stack_forward", StackCall, returns, forward, fake, keys)
+    record.differentiate(forward_operator, 2, gradients)
+    return forward_operator, backward_operator

@@ -1,0 +1,251 @@
+"""Operators of ``torch.library`` that take one record instead of a list of arguments.
+
+How it works: a record is a NamedTuple whose fields are annotated with a tensor, an option (int, float, bool, str,
+torch.dtype), a tuple of either, another record, or a tuple of records. ``torch.library`` wants flat arguments, and the
+annotations say how to get there and back: :func:`_flatten` lists the fields of a record and of the records inside it
+one after the other, :func:`_unflatten` builds the record again. Of a tuple of records every field becomes one list (the
+values of all layers, say); where that field is a tuple of tensors itself, the tensors of all records follow one another
+and a list of integers says how many each has; a tensor that may be None is an empty one there. The schema, the call of
+implementation and fake, what autograd saves and the order of gradients all follow from that one list of leaves.
+"""
+
+import functools
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+_library = torch.library.Library("g2g", "FRAGMENT")
+
+_TYPES: dict[Any, str] = {
+    torch.Tensor: "Tensor",
+    torch.Tensor | None: "Tensor?",
+    tuple[torch.Tensor, ...]: "Tensor[]",
+    int: "int",
+    float: "float",
+    bool: "bool",
+    str: "str",
+    torch.dtype: "ScalarType",
+    tuple[bool, ...]: "bool[]",
+}
+
+
+class _Leaf(NamedTuple):
+    """One flat argument.
+
+    Attributes:
+        name, type: as in the schema; ``type`` is that of one record's field where ``inner`` is given.
+        path: the places of the field in the record, in the record inside of that, and so on.
+        inner: None, or the path inside each record of the tuple of records at ``path``.
+    """
+
+    name: str
+    type: str
+    path: tuple[int, ...]
+    inner: tuple[int, ...] | None = None
+
+    @property
+    def schema(self) -> list[str]:
+        if self.inner is None:
+            return [f"{self.type} {self.name}"]
+        if self.type == "Tensor[]":
+            return [f"Tensor[] {self.name}", f"int[] {self.name}_counts"]
+        return [f"{self.type.rstrip('?')}[] {self.name}"]
+
+
+def _is_record(annotation: Any) -> bool:
+    return isinstance(annotation, type) and hasattr(annotation, "_fields")
+
+
+def _record_of_tuple(annotation: Any) -> Any:
+    """R for ``tuple[R, ...]``, R a record; else None."""
+    arguments = typing.get_args(annotation)
+    return arguments[0] if arguments and _is_record(arguments[0]) else None
+
+
+@functools.cache
+def _annotations(record: Any) -> list[tuple[str, Any]]:
+    return list(typing.get_type_hints(record).items())
+
+
+@functools.cache
+def _leaves(record: Any) -> list[_Leaf]:
+    leaves: list[_Leaf] = []
+    for place, (name, annotation) in enumerate(_annotations(record)):
+        if _is_record(annotation):
+            nested = _leaves(annotation)
+            leaves += [leaf._replace(name=f"{name}_{leaf.name}", path=(place, *leaf.path)) for leaf in nested]
+        elif inside := _record_of_tuple(annotation):
+            leaves += [_Leaf(f"{name}_{leaf.name}", leaf.type, (place,), leaf.path) for leaf in _leaves(inside)]
+        else:
+            leaves.append(_Leaf(name, _TYPES[annotation], (place,)))
+    return leaves
+
+
+def _at(value: Any, path: tuple[int, ...]) -> Any:
+    for place in path:
+        value = value[place]
+    return value
+
+
+def _flatten(record: Any, leaves: Sequence[_Leaf]) -> list[Any]:
+    """The flat arguments of a record. (torch.compile traces this: plain loops.)"""
+    arguments: list[Any] = []
+    for leaf in leaves:
+        value = _at(record, leaf.path)
+        if leaf.inner is None:
+            arguments.append(list(value) if isinstance(value, tuple) else value)
+            continue
+        column = [_at(each, leaf.inner) for each in value]
+        if leaf.type == "Tensor[]":
+            arguments.append([tensor for tensors in column for tensor in tensors])
+            column = [len(tensors) for tensors in column]
+        elif leaf.type == "Tensor?":
+            # the first field of such a record is a tensor, on the device where the empty one has to be
+            column = [each[0].new_empty(0) if x is None else x for each, x in zip(value, column)]  # noqa: B905
+        arguments.append(column)
+    return arguments
+
+
+def _unflatten(record: type, arguments: Sequence[Any]) -> Any:
+    """The record of these flat arguments."""
+    return _build(record, iter(arguments))
+
+
+def _build(record: type, arguments: Iterator[Any]) -> Any:
+    fields: list[Any] = []
+    for _, annotation in _annotations(record):
+        if _is_record(annotation):
+            fields.append(_build(annotation, arguments))
+        elif inside := _record_of_tuple(annotation):
+            fields.append(_build_all(inside, arguments))
+        else:
+            value = next(arguments)
+            fields.append(tuple(value) if isinstance(value, (list, tuple)) else value)
+    return record(*fields)
+
+
+def _build_all(record: type, arguments: Iterator[Any]) -> tuple[Any, ...]:
+    columns: list[list[Any]] = []
+    for leaf in _leaves(record):
+        column = next(arguments)
+        if leaf.type == "Tensor[]":
+            tensors = iter(column)
+            column = [tuple(next(tensors) for _ in range(count)) for count in next(arguments)]
+        elif leaf.type == "Tensor?":
+            column = [tensor if tensor.numel() else None for tensor in column]
+        columns.append(column)
+    return tuple(_build(record, iter(row)) for row in zip(*columns, strict=True))
+
+
+class RecordOperator:
+    """An operator ``g2g::name`` that is called with a record.
+
+    Attributes:
+        record: the type of the record.
+        leaves: its flat arguments.
+    """
+
+    def __init__(self, name: str, record: type) -> None:
+        self.name = name
+        self.record = record
+        self.leaves = tuple(_leaves(record))
+
+    def __call__(self, record: Any) -> Any:
+        return getattr(torch.ops.g2g, self.name)(*_flatten(record, self.leaves))
+
+    def opcheck(self, record: Any) -> None:
+        """Has PyTorch check schema, fake and autograd formula on this record (``torch.library.opcheck``)."""
+        torch.library.opcheck(getattr(torch.ops.g2g, self.name).default, tuple(_flatten(record, self.leaves)))
+
+
+def define(
+    name: str, record: type, returns: str, function: Callable, fake: Callable, keys: Sequence[str] = ("CPU",)
+) -> RecordOperator:
+    """Registers an operator.
+
+    Args:
+        name: what it is called in ``torch.ops.g2g``.
+        record: the type of its argument.
+        returns: what it returns, as in a schema: ``"(Tensor, Tensor[])"``.
+        function, fake: implementation and fake implementation; both take the record.
+        keys: the dispatch keys that ``function`` serves.
+    """
+    operator = RecordOperator(name, record)
+    schema = ", ".join(argument for leaf in operator.leaves for argument in leaf.schema)
+    _library.define(f"{name}({schema}) -> {returns}")
+    for key in keys:
+        _library.impl(name, lambda *arguments: function(_unflatten(record, arguments)), key)
+    torch.library.register_fake(f"g2g::{name}", lambda *arguments: fake(_unflatten(record, arguments)), lib=_library)
+    return operator
+
+
+def refuse_derivative(operator: RecordOperator, refuse: Callable) -> None:
+    """Registers what raises where the derivative of an operator is asked for."""
+    torch.library.register_autograd(f"g2g::{operator.name}", refuse, lib=_library)
+
+
+class Gradients(NamedTuple):
+    """What a backward pass is given.
+
+    Attributes:
+        record: the record of the forward pass.
+        kept: those of its outputs that are for the backward pass only.
+        grads: the gradients of its other outputs, contiguous; None for one that was not used.
+        needed: for each flat argument by name, whether its gradient is wanted; for a list a list.
+    """
+
+    record: Any
+    kept: tuple[Any, ...]
+    grads: tuple[Any, ...]
+    needed: dict[str, Any]
+
+
+def differentiate(operator: RecordOperator, outputs: int, backward: Callable[[Gradients], dict[str, Any]]) -> None:
+    """Registers the autograd formula of an operator.
+
+    Args:
+        operator: what :func:`define` returned.
+        outputs: how many outputs are its results; those that follow are kept for the backward pass.
+        backward: returns gradients by the names of flat arguments; where all of ``grads`` are None it is not called.
+    """
+    names = [argument.split()[1] for leaf in operator.leaves for argument in leaf.schema]
+
+    def setup_context(ctx, inputs, output):
+        values = list(inputs) + list(output[outputs:] if isinstance(output, (list, tuple)) else ())
+        ctx.set_materialize_grads(False)
+        # tensors go where autograd looks after them; of everything else, and of how long lists are, a note is taken
+        tensors: list[torch.Tensor] = []
+        ctx.notes = []
+        for value in values:
+            if isinstance(value, torch.Tensor):
+                tensors.append(value)
+                ctx.notes.append((1, None))
+            elif isinstance(value, (list, tuple)) and all(isinstance(each, torch.Tensor) for each in value):
+                tensors += value
+                ctx.notes.append((len(value), list))
+            else:
+                ctx.notes.append((0, value))
+        ctx.save_for_backward(*tensors)
+
+    def apply(ctx, *grads):
+        nothing = [[None] * note[0] if note[1] is list else None for note in ctx.notes[: len(names)]]
+        if all(grad is None for grad in grads[:outputs]):
+            return tuple(nothing)
+        tensors = iter(ctx.saved_tensors)
+        values = [
+            [next(tensors) for _ in range(count)] if note is list else next(tensors) if count else note
+            for count, note in ctx.notes
+        ]
+        gradients = backward(
+            Gradients(
+                _unflatten(operator.record, values[: len(names)]),
+                tuple(values[len(names) :]),
+                tuple(None if grad is None else grad.contiguous() for grad in grads[:outputs]),
+                dict(zip(names, ctx.needs_input_grad, strict=True)),
+            )
+        )
+        return tuple(gradients.get(name, none) for name, none in zip(names, nothing, strict=True))
+
+    torch.library.register_autograd(f"g2g::{operator.name}", apply, setup_context=setup_context, lib=_library)

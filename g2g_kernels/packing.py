@@ -1,0 +1,83 @@
+"""Dense weights into packed units and back: the one place that knows how the two lie in memory.
+
+A side of the matrix is a :class:`Side`: ranges of ``width`` *places* each, the last places of a short range without a
+neuron. A unit's tile is the rectangle of places of one range of rows and one of columns.
+"""
+
+from typing import Protocol
+
+import torch
+
+
+class Side(Protocol):
+    """One side of a weight matrix.
+
+    Attributes:
+        num_units, width: the number of ranges, and of places in each.
+        column: int64 [num_units · width], which row or column of the dense matrix stands at each place, one past the
+            last where there is none; None if place p is column p.
+        place: the place of each row or column of the dense matrix; None likewise.
+        holes: whether there are rows or columns without a place, for which ``place`` is one past the last.
+    """
+
+    @property
+    def num_units(self) -> int: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def column(self) -> torch.Tensor | None: ...
+    @property
+    def place(self) -> torch.Tensor | None: ...
+    @property
+    def holes(self) -> bool: ...
+
+
+class Units(Protocol):
+    """Which units there are: their coordinates int32 [num_units], and the two sides."""
+
+    @property
+    def unit_row(self) -> torch.Tensor: ...
+    @property
+    def unit_col(self) -> torch.Tensor: ...
+    @property
+    def rows(self) -> Side: ...
+    @property
+    def cols(self) -> Side: ...
+
+
+def flat_unit(units: Units) -> torch.Tensor:
+    """int64 [num_units], the number of each slot's unit when the grid is counted row by row."""
+    return units.unit_row.long() * units.cols.num_units + units.unit_col.long()
+
+
+def tiles(weight: torch.Tensor, units: Units) -> torch.Tensor:
+    """A dense matrix cut into tiles [grid rows, grid columns, unit rows, unit columns], zero in the padding."""
+    rows, cols = units.rows, units.cols
+    weight = _gathered(_gathered(weight, 0, rows.column), 1, cols.column)
+    return weight.reshape(rows.num_units, rows.width, cols.num_units, cols.width).permute(0, 2, 1, 3)
+
+
+def packed(weight: torch.Tensor, units: Units) -> torch.Tensor:
+    """The tiles of a dense matrix that exist: [num_units, unit rows, unit columns]."""
+    every = tiles(weight, units).reshape(-1, units.rows.width, units.cols.width)
+    return every.index_select(0, flat_unit(units))
+
+
+def unpacked(values: torch.Tensor, units: Units) -> torch.Tensor:
+    """The dense matrix of packed values, zero where there is no unit: the inverse of :func:`packed`."""
+    rows, cols = units.rows, units.cols
+    every = values.new_zeros(rows.num_units * cols.num_units, rows.width, cols.width)
+    every.index_copy_(0, flat_unit(units), values)
+    weight = every.view(rows.num_units, cols.num_units, rows.width, cols.width).permute(0, 2, 1, 3)
+    weight = weight.reshape(rows.num_units * rows.width, cols.num_units * cols.width)
+    return _gathered(_gathered(weight, 0, rows.place, rows.holes), 1, cols.place, cols.holes)
+
+
+def _gathered(matrix: torch.Tensor, dim: int, index: torch.Tensor | None, past_the_end: bool = True) -> torch.Tensor:
+    """``matrix`` at ``index`` along ``dim``, with zeros ``past_the_end`` if the index goes there."""
+    if index is None:
+        return matrix
+    if past_the_end:
+        zeros = matrix.new_zeros(1, matrix.shape[1]) if dim == 0 else matrix.new_zeros(matrix.shape[0], 1)
+        matrix = torch.cat([matrix, zeros], dim)
+    return matrix.index_select(dim, index)

@@ -192,7 +192,7 @@ def test_a_state_dict_carries_masks_and_groups():
         ({"enc": "latency"}, "enc='latency' is unknown"),
         ({"p_inter": 1.5}, "p_inter=1.5 is not a probability"),
         ({"num_groups": 11}, "10 neurons cannot fill num_groups=11"),
-        ({"block_size": 0}, "block_size=0 must be at least 1"),
+        ({"block_size": 0}, "block_size=0 must be a whole number of at least 1"),
     ],
 )
 def test_values_out_of_range_are_named(options, message):

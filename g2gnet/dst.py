@@ -115,7 +115,7 @@ class DSTScheduler:
     the ``fraction`` of its units with the lowest prune score and gains as many, with the highest grow score, among
     those that were inactive before. A unit's score is taken over its weights. Grown weights and their optimizer
     state start at zero. Frozen layers stay as they are. An update whose scores are not finite, after a step with
-    a NaN in it, say, is left out; the logger ``g2gnet`` says so when :attr:`pruned` or the state is next asked for.
+    a NaN in it, say, is left out; the logger ``g2gnet`` says so when ``pruned`` or the state is next asked for.
 
     Args:
         model: a model, all of whose :class:`G2GLinear` layers are rewired and whose activity is recorded where a rule

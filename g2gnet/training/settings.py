@@ -272,7 +272,7 @@ class TrainSettings(Settings):
 
     @property
     def shift(self) -> int | None:
-        """By how many pixels training images are shifted at most before half of them are mirrored; None: neither."""
+        """By how many pixels training images are shifted at most before half of them are mirrored, None for neither."""
         crops = self.dataset in DATASETS and DATASETS[self.dataset].crops and not self.use_resnet
         return SHIFTS.get("crop-flip" if self.augment == "auto" and crops else self.augment)
 

@@ -69,7 +69,7 @@ def build_library(target: Path, scratch: Path) -> None:
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wno-psabi", "-pthread"]
     flags += shlex.split(os.environ.get("G2G_CXXFLAGS", ""))
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    x86 = _target(compiler).startswith(("x86_64", "amd64"))
     scratch.mkdir(parents=True, exist_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
 
@@ -89,6 +89,12 @@ def build_library(target: Path, scratch: Path) -> None:
     for job in jobs:
         job.result()
     run([*compiler, *flags, "-shared", "-o", str(target), *(str(path) for _, path, _ in objects)])
+
+
+def _target(compiler: list[str]) -> str:
+    """The machine that ``compiler`` makes code for, which a cross compiler does not run on."""
+    answer = subprocess.run([*compiler, "-dumpmachine"], capture_output=True, text=True)
+    return (answer.stdout if answer.returncode == 0 else platform.machine()).lower()
 
 
 if __name__ == "__main__":

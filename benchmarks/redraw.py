@@ -1,11 +1,12 @@
 """Redraws every measured table and picture of the documentation from the records: ``python -m benchmarks.redraw``.
 
 A page marks the places of its drawn parts with ``<!-- drawn: NAME -->`` and ``<!-- end -->``. NAME is ``step`` or
-another kernel of the default network (``step, in short`` has fewer columns; ``step, block_size 1`` and the like are of
-other networks), ``scaling-p_inter`` or another quantity, ``accuracy`` or ``model_comparison``. A part shows every such
-record in ``benchmarks/results``, whatever machine it is from, and is empty where there is none. Pictures lie in
-``docs``, under the names of their records. Numbers stand nowhere else, so a page cannot disagree with what was
-measured; ``tests/benchmarks/test_benchmark_reports.py`` holds it to that.
+another kernel of the default network (``step, in short`` is a sentence; ``step, block_size 1`` and the like are of
+other networks), ``scaling-p_inter`` or another quantity, ``accuracy`` or ``model_comparison`` (``…, in short``: a
+sentence). A part shows every such record in ``benchmarks/results``, whatever machine it is from, and is empty where
+there is none. Pictures lie in ``docs``, under the names of their records; ``docs/draw_result.py`` draws one more. Numbers
+stand nowhere else, so a page cannot disagree with what was measured;
+``tests/benchmarks/test_benchmark_reports.py`` holds it to that.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import functools
 import json
 import os
 import re
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -92,7 +94,8 @@ Link = Callable[[Path], str]
 def _machine(record: Record, link: Link) -> str:
     """Where and with what it was measured, and where to look it up."""
     machine = record.content["machine"]
-    device = machine["gpu"] or f"{machine['cpu']} with {machine['threads']} threads ({machine['cpu_capability']})"
+    threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
+    device = machine["gpu"] or f"{machine['cpu']} with {threads} ({machine['cpu_capability']})"
     return (
         f"{device}, PyTorch {machine['versions']['torch']}, {machine['date'][:10]}; every number, the versions and the "
         f"commit are in the [record]({link(record.path)})"
@@ -116,7 +119,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _throughput(record: Record, link: Link, short: bool) -> str:
+def _throughput(record: Record, link: Link) -> str:
     content = record.content
     rows = content["contenders"]
     timed = [row for row in rows if row["status"] == "timed"]
@@ -132,8 +135,7 @@ def _throughput(record: Record, link: Link, short: bool) -> str:
         "peak memory": lambda row: f"{row['peak_bytes'] / 1e6:.0f} MB",
         "first turn": lambda row: seconds(row["first_seconds"]),
     }
-    left_out = {"GFLOP/s", "of the floor", "first turn"} if short else set() if flop else {"GFLOP/s"}
-    shown = {name: cell for name, cell in columns.items() if name not in left_out}
+    shown = {name: cell for name, cell in columns.items() if flop or name != "GFLOP/s"}
     table = _table(list(shown), [[cell(row) for cell in shown.values()] for row in timed])
     kernel = KERNELS[content["kernel"]].about
     text = (
@@ -144,6 +146,36 @@ def _throughput(record: Record, link: Link, short: bool) -> str:
     if absent:
         text += f"\n\nNot timed: {'; '.join(absent)}."
     return text
+
+
+def _step_in_short(record: Record, link: Link) -> str:
+    """Our time beside the baseline's and that of the fastest of the others."""
+    content = record.content
+    timed = {row["contender"]: row["median"] for row in content["contenders"] if row["status"] == "timed"}
+    ours = next(timed[name] for name in ("g2g-triton", "g2g-cpu", "g2g-torch") if name in timed)
+    others = {name: median for name, median in timed.items() if not name.startswith("g2g")}
+    rivals = dict.fromkeys((content["baseline"], min(others, key=lambda name: others[name])))
+    beside = [
+        f"{seconds(timed[name])} of {title(name)} (**{timed[name] / ours:.3g} times** as long)" for name in rivals
+    ]
+    return (
+        f"**Speed.** A training step takes **{seconds(ours)}**, beside {' and '.join(beside)}: "
+        f"{_workload(content['workload'])}. Measured on {_machine(record, link)}."
+    )
+
+
+def _models_in_short(record: Record, link: Link) -> str:
+    """The accuracies of the four models as they are."""
+    content = record.content
+    means = []
+    for row in content["models"]:
+        if row["flags"] == f"--model {row['model']}":
+            values = [100 * epoch["test_acc"] for epoch in row["last_epochs"]]
+            means.append(f"{row['model']} {statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} %")
+    return (
+        f"**Accuracy.** `{content['settings']} --epochs {content['epochs']}`, seeds "
+        f"{', '.join(map(str, content['seeds']))}: {', '.join(means)}. Measured on {_machine(record, link)}."
+    )
 
 
 def _scaling(record: Record, link: Link) -> str:
@@ -211,15 +243,13 @@ def _model_comparison(record: Record, link: Link) -> str:
 
 #: the parts that a page may ask for: the record's name, and who writes it
 PARTS: dict[str, tuple[str, Callable[[Record, Link], str]]] = {
-    **{name: (name, functools.partial(_throughput, short=False)) for name in KERNELS},
-    "step, in short": ("step", functools.partial(_throughput, short=True)),
-    **{
-        f"step, {other}": (f"step, {other}", functools.partial(_throughput, short=False))
-        for other in ("block_size 32", "block_size 1", "model dense")
-    },
+    **{name: (name, _throughput) for name in KERNELS},
+    "step, in short": ("step", _step_in_short),
+    **{f"step, {other}": (f"step, {other}", _throughput) for other in ("block_size 32", "block_size 1", "model dense")},
     **{f"scaling-{name}": (f"scaling-{name}", _scaling) for name in ("p_inter", "block_size", "groups", "T", "B", "H")},
     "accuracy": ("accuracy", _accuracy),
     "model_comparison": ("model_comparison", _model_comparison),
+    "model_comparison, in short": ("model_comparison", _models_in_short),
 }
 
 

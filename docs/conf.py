@@ -26,6 +26,7 @@ root_doc = "docs/index"
 include_patterns = [
     "README.md",
     "CHANGELOG.md",
+    "CONTRIBUTING.md",
     "docs/*.md",
     "docs/api/*.rst",
     "g2g_kernels/ops/*/README.md",

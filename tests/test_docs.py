@@ -55,7 +55,7 @@ def test_a_page_that_says_something_else_than_its_code_prints_is_noticed(tmp_pat
     assert run_blocks(page, {"x + 1": "x + 2"})["x"] == 1
 
 
-@pytest.mark.parametrize("name", ["draw_groupings", "draw_concepts"])
+@pytest.mark.parametrize("name", ["draw_groupings", "draw_concepts", "draw_result"])
 def test_the_pictures_can_be_drawn_again(name, tmp_path):
     pytest.importorskip("matplotlib")
     spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")

@@ -23,6 +23,7 @@ from g2gnet.report import figures, page
 from g2gnet.training import TrainSettings, read_run
 
 README = (ROOT / "README.md").read_text()
+COMMANDS = (ROOT / "docs" / "commands.md").read_text()
 
 
 def drawn_images(figure):
@@ -315,14 +316,14 @@ def test_a_page_may_be_read_by_others_as_the_umask_says(checkpoints, tmp_path):
     assert target.stat().st_mode & 0o777 == 0o640
 
 
-# --- the README ---------------------------------------------------------------------------------------------------
+# --- the commands ---------------------------------------------------------------------------------------------------
 
 
 def test_the_commands_of_the_readme_run_on_what_its_first_command_leaves(checkpoints, tmp_path, monkeypatch):
     (first,) = re.findall(r"&& python train\.py (.*)", README)
     asked = vars(train.build_parser().parse_args(shlex.split(first)))
     settings = TrainSettings(**{name: asked[name] for name in TrainSettings().given()})
-    (section,) = re.findall(r"^## Look inside\n(.*?)^## ", README, flags=re.DOTALL | re.MULTILINE)
+    (section,) = re.findall(r"^## Look inside\n(.*?)^## ", COMMANDS, flags=re.DOTALL | re.MULTILINE)
     commands = re.findall(r"python -m g2gnet\.(\w+) (.*)", section)
     assert [program for program, _ in commands] == ["analyze", "report"]
     monkeypatch.chdir(tmp_path)

@@ -1,0 +1,85 @@
+"""Writes docs/flags.md, the tables of flags, from the programs' own parsers: python docs/draw_flags.py."""
+
+import argparse
+import re
+from pathlib import Path
+
+from g2gnet import analyze, crossval, pretrain, train
+from g2gnet.report import program as report
+
+PAGE = Path(__file__).with_name("flags.md")
+HEAD = """\
+# Flags
+
+Written by `python docs/draw_flags.py` from the programs' own parsers; a test holds it to them. Settings (data, model,
+training, dynamic sparse training) decide what is computed and are kept in the checkpoint; the others do not. Each
+program prints the same with `--help`. What they are good for: [commands](commands.md).
+"""
+#: each program, the note under its heading, and the program whose flags it shares
+PROGRAMS = (
+    ("train.py", train, "Trains one network; installed, `g2g-train`.", None),
+    (
+        "crossval.py",
+        crossval,
+        "Trains k networks, each without one k-th of the training images; installed, `g2g-crossval`. It has the flags\n"
+        "of `train.py`, except for `--cuda_graph`, and these, which it adds or whose defaults differ:",
+        train,
+    ),
+    ("python -m g2gnet.pretrain", pretrain, "Trains a ResNet-32 for `--use_resnet`.", None),
+    ("python -m g2gnet.analyze", analyze, "Analyses the network of a checkpoint.", None),
+    ("python -m g2gnet.report", report, "Writes an HTML page about one run or several.", None),
+)
+HEADER = "| flag | default | meaning |\n| --- | --- | --- |"
+
+
+def flags(parser: argparse.ArgumentParser) -> dict[str, dict[str, argparse.Action]]:
+    """The flags of each group by name, in the order of the help; those of no group come last."""
+    groups = {}
+    for group in (*parser._action_groups[2:], *parser._action_groups[:2]):
+        actions = {" ".join(action.option_strings) or action.dest: action for action in group._group_actions}
+        groups[group.title or ""] = {
+            name: action for name, action in actions.items() if action.dest not in ("help", "version")
+        }
+    return {title: actions for title, actions in groups.items() if actions}
+
+
+def row(name: str, action: argparse.Action) -> str:
+    meaning = re.sub(r" \(default: [^)]*\)", "", action.help or "")
+    if action.choices:
+        meaning += f"; one of {', '.join(f'`{choice}`' for choice in action.choices)}"
+    default = "off" if action.default is False else "–" if action.default is None else f"`{action.default}`"
+    stated = re.search(r" \(default: ([^)]*)\)", action.help or "")
+    if action.default is None and stated:
+        default = stated[1]
+    value = f" {action.metavar}" if isinstance(action.metavar, str) and action.option_strings else ""
+    return f"| `{name}{value}` | {default} | {meaning.replace('|', chr(92) + '|')} |"
+
+
+def page() -> str:
+    """The text of docs/flags.md."""
+    text = [HEAD]
+    for name, module, note, shared in PROGRAMS:
+        text.append(f"## Flags of `{name}`\n\n{note}\n")
+        known = {}
+        if shared is not None:
+            known = {flag: action for group in flags(shared.build_parser()).values() for flag, action in group.items()}
+        rows = {
+            title: [
+                row(flag, action)
+                for flag, action in group.items()
+                if flag not in known or action.default != known[flag].default
+            ]
+            for title, group in flags(module.build_parser()).items()
+        }
+        rows = {title: lines for title, lines in rows.items() if lines}
+        if shared is not None:
+            rows = {"": [line for lines in rows.values() for line in lines]}
+        for title, lines in rows.items():
+            heading = {"": "", "options": "### Others\n\n", "positional arguments": "### Arguments\n\n"}
+            heading = heading.get(title, f"### {title[:1].upper()}{title[1:]}\n\n")
+            text.append(heading + "\n".join([HEADER, *lines]) + "\n")
+    return "\n".join(text)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

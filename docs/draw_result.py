@@ -1,0 +1,68 @@
+"""Draws docs/result.png, the README's picture of speed and accuracy, from the committed records.
+
+pip install -e ".[plots]" && python docs/draw_result.py
+"""
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+from benchmarks.redraw import records
+from benchmarks.report import seconds, title
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+OURS, PEER = "#1f5a7a", "#b5b5b5"
+CONTENDERS = ("g2g-cpu", "dense-lif", "compiled-dense", "spikingjelly-dense", "snntorch-masked")
+MODELS = ("dense", "index", "random", "mixer")
+
+
+def record(name: str) -> dict[str, Any]:
+    """The first record of what is called ``name`` (see :mod:`benchmarks.redraw`)."""
+    return next(record.content for record in records() if record.name == name)
+
+
+def draw_times(axis: Axes, content: dict[str, Any]) -> None:
+    rows = {row["contender"]: row for row in content["contenders"] if row["status"] == "timed"}
+    shown = [rows[name] for name in CONTENDERS if name in rows]
+    for place, row in enumerate(shown):
+        axis.barh(place, row["median"], color=OURS if row["contender"].startswith("g2g") else PEER, height=0.66)
+        axis.annotate(
+            seconds(row["median"]), (row["median"], place), xytext=(4, 0), textcoords="offset points", va="center"
+        )
+    axis.set_yticks(range(len(shown)), [title(row["contender"]) for row in shown])
+    axis.invert_yaxis()
+    axis.set_xlim(0, 1.16 * max(row["median"] for row in shown))
+    axis.set_xlabel("seconds per training step, ¼ of the weights active")
+
+
+def draw_accuracies(axis: Axes, content: dict[str, Any]) -> None:
+    rows = {row["model"]: [100 * epoch["test_acc"] for epoch in row["last_epochs"]] for row in content["models"]}
+    for place, name in enumerate(MODELS):
+        mean, spread = statistics.mean(rows[name]), statistics.stdev(rows[name])
+        colour = "#7a7a7a" if name == "dense" else OURS
+        axis.errorbar(mean, place, xerr=spread, fmt="o", color=colour, capsize=3)
+        axis.annotate(f"{mean:.2f} %", (mean + spread, place), xytext=(4, 0), textcoords="offset points", va="center")
+    axis.set_yticks(
+        range(len(MODELS)), ["Dense" if name == "dense" else f"{name.capitalize()}, ¼ of fc2" for name in MODELS]
+    )
+    axis.set_xlim(85, 90)
+    axis.set_ylim(len(MODELS) - 0.5, -0.5)
+    axis.set_xlabel("test accuracy, % (mean ± deviation)")
+
+
+def draw(folder: Path) -> None:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10.4, 2.7), layout="constrained", width_ratios=(1.15, 1))
+    draw_times(left, record("step"))
+    draw_accuracies(right, record("model_comparison"))
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(folder / "result.png", dpi=110)
+
+
+if __name__ == "__main__":
+    draw(Path(__file__).parent)

@@ -4,8 +4,8 @@ A page marks the places of its drawn parts with ``<!-- drawn: NAME -->`` and ``<
 another kernel of the default network (``step, in short`` is a sentence; ``step, block_size 1`` and the like are of
 other networks), ``scaling-p_inter`` or another quantity, ``accuracy`` or ``model_comparison`` (``…, in short``: a
 sentence). A part shows every such record in ``benchmarks/results``, whatever machine it is from, and is empty where
-there is none. Pictures lie in ``docs``, under the names of their records; ``docs/draw_result.py`` draws one more. Numbers
-stand nowhere else, so a page cannot disagree with what was measured;
+there is none. Pictures lie in ``docs``, under the names of their records; ``docs/draw_result.py`` draws one more.
+Numbers stand nowhere else, so a page cannot disagree with what was measured;
 ``tests/benchmarks/test_benchmark_reports.py`` holds it to that.
 """
 

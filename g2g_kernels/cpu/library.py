@@ -41,7 +41,7 @@ EVENT_LIMIT_FORWARD = {False: 0.5, True: 0.28}
 EVENT_LIMIT_BACKWARD = {False: 0.5, True: 0.5}
 #: The same for input gradients: the share of neurons that a gradient reaches through their own spikes where the product
 #: multiplies as many rows of weights as events may have to; the kernels scale it by how many (``EventRuns.ratio``).
-GRADIENT_EVENT_LIMIT = {False: 0.38, True: 0.2}
+GRADIENT_EVENT_LIMIT = {False: 0.3, True: 0.2}
 COMPACT_SURROGATES = ("triangle", "boxcar")  # zero where |U − θ| ≥ 1/α
 
 
@@ -229,7 +229,7 @@ def run(kernel: Callable[..., int], arguments: Structure) -> None:
     """Calls a kernel, with as much scratch memory as it asks for."""
     address = ctypes.addressof(arguments)
     size = kernel(address, None)
-    scratch = workspace.bytes(max(size, 64))
+    scratch = workspace.bytes(max(size, 64), briefly=True)
     if size < 0 or kernel(address, scratch.data_ptr()) < 0:
         raise MemoryError("the compiled CPU kernels ran out of memory")
 

@@ -40,13 +40,16 @@ class Workspace:
         self._in_use = 0
         self._most_in_use = 0
 
-    def bytes(self, size: int) -> torch.Tensor:
-        """An uninitialised uint8 tensor of ``size`` elements, aligned to 64 bytes."""
+    def bytes(self, size: int, briefly: bool = False) -> torch.Tensor:
+        """An uninitialised uint8 tensor of ``size`` elements, aligned to 64 bytes.
+
+        One that is needed ``briefly``, and given back before much else is asked for, may lie in a far larger map.
+        """
         if size < SMALL:
             tensor = torch.empty(size + 64, dtype=torch.uint8)
             tensor = tensor[-tensor.data_ptr() % 64 :][:size]
         else:
-            memory = self._take(size)
+            memory = self._take(size, briefly)
             array = (ctypes.c_char * len(memory)).from_buffer(memory)
             weakref.finalize(array, self._returned.append, memory).atexit = False
             tensor = torch.frombuffer(array, dtype=torch.uint8, count=size)
@@ -67,11 +70,12 @@ class Workspace:
             self._collect()
             self._free.clear()
 
-    def _take(self, size: int) -> mmap.mmap:
+    def _take(self, size: int, briefly: bool) -> mmap.mmap:
         length = -(-size // PAGE) * PAGE
         with self._lock:
             self._collect()
-            fitting = [m for m in self._free if length <= len(m) <= length + max(length // 4, PAGE)]
+            most = sys.maxsize if briefly else length + max(length // 4, PAGE)
+            fitting = [m for m in self._free if length <= len(m) <= most]
             if fitting:
                 memory = min(fitting, key=len)
                 self._free.remove(memory)

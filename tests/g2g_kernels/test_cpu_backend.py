@@ -701,6 +701,22 @@ def test_workspace_gives_memory_again_and_never_twice():
     pool.clear()
 
 
+@pytest.mark.skipif(os.environ.get("G2G_CPU_POOL") == "0", reason="G2G_CPU_POOL=0 turns the pool off")
+def test_scratch_of_two_sizes_in_turn_is_one_map():
+    """As in a training step: forward needs less than backward, and what lies between them stays."""
+    pool = Workspace()
+    kept = pool.bytes(40 << 20)
+    addresses = set()
+    for _ in range(3):
+        for megabytes in (8, 30):
+            scratch = pool.bytes(megabytes << 20, briefly=True)
+            addresses.add((megabytes, scratch.data_ptr()))
+            del scratch
+    assert len({address for megabytes, address in addresses if megabytes == 30}) == 1
+    assert sum(map(len, pool._free)) <= 40 << 20
+    del kept
+
+
 def test_workspace_does_not_hoard():
     pool = Workspace()
     for megabytes in range(4, 80, 4):

@@ -150,7 +150,8 @@ def _difference(said: str) -> str | None:
     """The first difference between the library's table and what stands here, or None."""
     theirs = dict(line.split(": ", 1) for line in said.splitlines())
     ours = _interface()
-    for name in (*theirs, *ours):
+    # fields before the sizes of whole structures, which any of them changes
+    for name in sorted((*theirs, *ours), key=lambda name: "." not in name):
         if theirs.get(name) != ours.get(name):
             return f"{name} is {theirs.get(name, 'missing')!r} there and {ours.get(name, 'missing')!r} here"
     return None

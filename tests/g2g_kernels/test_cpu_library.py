@@ -44,17 +44,17 @@ def test_another_order_of_fields_is_refused_by_the_name_of_the_first(name, monke
     reason = _reason()
     assert reason is not None
     assert "built from another version of g2g" in reason
-    assert any(f"{name}.{field}" in reason for field, *_ in fields[place:]) or f"({name} is" in reason
+    assert any(f"({name}.{field} is" in reason for field, *_ in fields[place:])
 
 
 def test_a_field_more_or_less_is_refused_by_its_name(monkeypatch):
     fields = list(library.LayerArguments._fields_)
     monkeypatch.setitem(library.STRUCTURES, "Layer", _with_fields(library.LayerArguments, fields[:-1]))
-    assert "Layer is 'size " in _reason()
+    assert f"Layer.{fields[-1][0]} is 'offset" in _reason()
     monkeypatch.setitem(
         library.STRUCTURES, "Layer", _with_fields(library.LayerArguments, [*fields, ("more", ctypes.c_int32)])
     )
-    assert "Layer is 'size " in _reason()
+    assert "Layer.more is 'missing' there" in _reason()
     renamed = [(fields[0][0] + "s", fields[0][1]), *fields[1:]]
     monkeypatch.setitem(library.STRUCTURES, "Layer", _with_fields(library.LayerArguments, renamed))
     assert "Layer.plan is 'offset 0, size 8' there and 'missing' here" in _reason()

@@ -74,7 +74,7 @@ def test_steps_without_gradients_and_in_half_precision_give_the_same_spikes():
 @pytest.mark.parametrize("backend", STACK_BACKENDS)
 @pytest.mark.parametrize(("reset", "neuron"), [("subtract", "lif"), ("zero", "lif"), ("subtract", "synaptic")])
 def test_steps_of_a_network_equal_the_run_over_all_steps(backend, reset, neuron):
-    net = small_net(backend=backend if neuron == "lif" else "torch", reset=reset, neuron=neuron, per_neuron=True)
+    net = small_net(backend=backend, reset=reset, neuron=neuron, per_neuron=True)
     x = torch.rand(6, 5, 30, generator=seeded(1)) * 3
     whole = net.simulate(x)
     whole.counts.square().sum().backward()
@@ -197,7 +197,7 @@ def mixed_stack(backend=None):
     return SpikingStack(layers, T=6, backend=backend)
 
 
-@pytest.mark.parametrize("backend", ["torch"])
+@pytest.mark.parametrize("backend", STACK_BACKENDS)
 def test_layers_of_any_kind_in_one_stack(backend):
     """Model, reset, surrogate and α are each layer's own: as the modules in turn."""
     torch.manual_seed(0)

@@ -1,5 +1,6 @@
 """The pictures of the records: one function a benchmark, all in the same colours."""
 
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import matplotlib
 
 from .report import digest, seconds, title
+from .study import standard_error
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -120,6 +122,29 @@ def _accuracy(record: dict[str, Any]) -> Figure:
     return figure
 
 
+def _tradeoff(record: dict[str, Any]) -> Figure:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 4.1), sharey=True, layout="constrained")
+    for kind, colour in (("dense", "#6b6b6b"), ("index", OURS)):
+        rows = [row for row in record["rows"] if row["row"].startswith(kind)]
+        accuracies = [[100 * end["test_acc"] for end in row["ends"]] for row in rows]
+        means = [statistics.mean(values) for values in accuracies]
+        errors = [standard_error(values) for values in accuracies]
+        for axis, quantity in ((left, "train_seconds"), (right, "weights")):
+            x = [statistics.mean(end[quantity] for end in row["ends"]) for row in rows]
+            axis.errorbar(x, means, errors, fmt="o", color=colour, markersize=5, capsize=3, label=kind)
+            for row, place, mean in zip(rows, x, means, strict=True):
+                text = row["row"].split(", units")[0].removeprefix(f"{kind}, ")
+                axis.annotate(text, (place, mean), xytext=(4, 4), textcoords="offset points", fontsize=7)
+    left.set_xlabel("seconds of training")
+    right.set_xlabel("weights")
+    left.set_ylabel("test accuracy, %")
+    left.legend(frameon=False, loc="lower right")
+    for axis in (left, right):
+        axis.set_xscale("log")
+        _tidy(axis)
+    return figure
+
+
 def _tidy(axis: Axes) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.25)
@@ -130,4 +155,5 @@ DRAWN_BY: dict[str, Callable[[dict[str, Any]], Figure]] = {
     "throughput": _throughput,
     "scaling": _scaling,
     "accuracy": _accuracy,
+    "tradeoff_study": _tradeoff,
 }

@@ -2,10 +2,10 @@
 
 A page marks the places of its drawn parts with ``<!-- drawn: NAME -->`` and ``<!-- end -->``. NAME is ``step`` or
 another kernel of the default network (``step, in short`` is a sentence; ``step, block_size 1`` and the like are of
-other networks), ``scaling-p_inter`` or another quantity, ``accuracy`` or ``model_comparison`` (``…, in short``: a
-sentence). A part shows every such record in ``benchmarks/results``, whatever machine it is from, and is empty where
-there is none. Pictures lie in ``docs``, under the names of their records; ``docs/draw_result.py`` draws one more.
-Numbers stand nowhere else, so a page cannot disagree with what was measured;
+other networks), ``scaling-p_inter`` or another quantity, ``accuracy``, ``model_comparison`` (``…, in short``: a
+sentence) or the name of a study. A part shows every such record in ``benchmarks/results``, whatever machine it is from,
+and is empty where there is none. Pictures lie in ``docs``, under the names of their records; ``docs/draw_result.py``
+draws one more. Numbers stand nowhere else, so a page cannot disagree with what was measured;
 ``tests/benchmarks/test_benchmark_reports.py`` holds it to that.
 """
 
@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from . import dst_study, tradeoff_study
 from .model_comparison import table
 from .registry import KERNELS
 from .report import seconds, title
@@ -30,7 +31,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PICTURES = ROOT / "docs"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "results.md")
-PICTURED = ("scaling", "accuracy")
+PICTURED = ("scaling", "accuracy", "tradeoff_study")
+STUDIES = {module.STUDY.name: module.STUDY for module in (dst_study, tradeoff_study)}
 #: what a throughput record is named after where it differs
 USUAL = {field.name: field.default for field in dataclasses.fields(Workload) if field.name in ("model", "block_size")}
 
@@ -241,6 +243,17 @@ def _model_comparison(record: Record, link: Link) -> str:
     )
 
 
+def _study(record: Record, link: Link) -> str:
+    content = record.content
+    counts = sorted({len(row["ends"]) for row in content["rows"]})
+    seeds = " to ".join(str(count) for count in (counts[0], counts[-1])[: len(counts)])
+    picture = f"![Test accuracy against time and weights]({link(record.picture)})\n\n" if record.picture else ""
+    return (
+        f"{picture}`{content['settings']} --epochs {content['epochs']}`, {seeds} seeds: mean ± standard error of the "
+        f"mean after the last epoch. On {_machine(record, link)}.\n\n{STUDIES[content['benchmark']].table(content)}"
+    )
+
+
 #: the parts that a page may ask for: the record's name, and who writes it
 PARTS: dict[str, tuple[str, Callable[[Record, Link], str]]] = {
     **{name: (name, _throughput) for name in KERNELS},
@@ -250,6 +263,7 @@ PARTS: dict[str, tuple[str, Callable[[Record, Link], str]]] = {
     "accuracy": ("accuracy", _accuracy),
     "model_comparison": ("model_comparison", _model_comparison),
     "model_comparison, in short": ("model_comparison", _models_in_short),
+    **{name: (name, _study) for name in STUDIES},
 }
 
 

@@ -14,6 +14,10 @@ logger = logging.getLogger("g2gnet")
 CHECK_INTERVAL = 100
 #: mean firing rates below and above which a layer carries next to no information
 SILENT, SATURATED = 1e-4, 0.99
+#: share of a layer's neurons that never fire above which it is worth a warning
+MOSTLY_SILENT = 0.5
+#: what helps
+WAKING = "give --standardize, or raise --enc_scale or --T"
 
 _NEVER = torch.iinfo(torch.int64).max
 
@@ -65,13 +69,21 @@ class LayerWatch:
     def __init__(self) -> None:
         self._said: set[tuple[str, str]] = set()
 
-    def check(self, epoch: int, rates: Mapping[str, float], neurons: Mapping[str, SpikingNeurons]) -> None:
-        """Looks at the mean firing rate of each layer in an epoch (0 to 1), and at its decays after it."""
+    def check(
+        self,
+        epoch: int,
+        rates: Mapping[str, float],
+        silent: Mapping[str, float],
+        neurons: Mapping[str, SpikingNeurons],
+    ) -> None:
+        """Looks at each layer in an epoch: its mean firing rate, the share of it that never fired, and its decays."""
         for name, rate in rates.items():
             if rate < SILENT:
-                text = f"fell silent in epoch {epoch} (firing rate {rate:.2g}); raise --enc_scale or --T"
-                self._warn(name, "silent", text)
-            elif rate > SATURATED:
+                self._warn(name, "silent", f"fell silent in epoch {epoch} (firing rate {rate:.2g}); {WAKING}")
+            elif silent[name] > MOSTLY_SILENT:
+                share = f"{100 * silent[name]:.0f} % of its neurons"
+                self._warn(name, "silent", f"is mostly silent: {share} never fired in epoch {epoch}; {WAKING}")
+            if rate > SATURATED:
                 text = f"saturates in epoch {epoch} (firing rate {rate:.2g}); lower --enc_scale, or --enforce_sparsity"
                 self._warn(name, "saturated", text)
         for name, layer in neurons.items():

@@ -44,7 +44,7 @@ class _StepResult(NamedTuple):
 
     loss: torch.Tensor  # mean cross-entropy of the images, a scalar
     correct: torch.Tensor  # correctly classified images, a scalar
-    firing_rates: torch.Tensor  # mean rate of each layer [3]
+    firing_rates: torch.Tensor  # mean rate of each neuron, layer after layer [2·H + C]
 
     def summed(self, world: World) -> "_StepResult":
         """The sum over the processes, sent as one tensor."""
@@ -78,7 +78,7 @@ class EpochProgress:
 
     loss: torch.Tensor  # Σ over images of the cross-entropy, a scalar
     correct: torch.Tensor  # correctly classified images, a scalar
-    firing_rates: torch.Tensor  # Σ over images of the mean rate of each layer [3]
+    firing_rates: torch.Tensor  # Σ over images of the rate of each neuron, layer after layer [2·H + C]
     units: dict[str, torch.Tensor]  # that each connection had when the epoch began, bool [block rows, block columns]
     seconds: float = 0.0
 
@@ -127,6 +127,7 @@ class Trainer:
             self.net.input_mean.fill_(mean)
             self.net.input_deviation.fill_(deviation)
         self._steps = settings.epochs * self._batches
+        self._neurons = [connection.out_features for connection, _ in self.net.layers()]
         self._initial_units = self._units()
         # PyTorch's fused update is for CPU and CUDA; DirectML takes the plain loop
         fused = device.type in ("cpu", "cuda")
@@ -218,7 +219,7 @@ class Trainer:
 
     def _no_progress(self) -> EpochProgress:
         zero = torch.zeros((), device=self.device)
-        return EpochProgress(zero, zero.clone(), torch.zeros(3, device=self.device), self._units())
+        return EpochProgress(zero, zero.clone(), torch.zeros(sum(self._neurons), device=self.device), self._units())
 
     def train_epoch(self, on_step: StepCallback | None = None) -> dict[str, Any]:
         """Trains for one epoch, or what is left of it, evaluates, and returns the epoch's record.
@@ -251,10 +252,12 @@ class Trainer:
         seconds = progress.seconds + time.perf_counter() - start
         self.epoch += 1
         self.progress = None
-        firing_rate = {f"lif{i + 1}": rate / count for i, rate in enumerate(progress.firing_rates.tolist())}
+        rates = {f"lif{i}": of for i, of in enumerate(progress.firing_rates.split(self._neurons), 1)}
+        firing_rate = {name: of.mean().item() / count for name, of in rates.items()}
+        silent = {name: (of == 0).float().mean().item() for name, of in rates.items()}
         if self.world.leads:
             neurons = {f"lif{i}": lif for i, (_, lif) in enumerate(self.net.layers(), 1)}
-            self._layers.check(self.epoch, firing_rate, neurons)
+            self._layers.check(self.epoch, firing_rate, silent, neurons)
         connections = self._connections()
         return {
             "epoch": self.epoch,
@@ -265,6 +268,8 @@ class Trainer:
             "seconds": round(seconds, 3),
             "samples_per_s": round(count / seconds, 1),
             "firing_rate": firing_rate,
+            # the share of the neurons that fired for no image of this epoch
+            "silent": silent,
             "density": {name: layer.mask.density for name, layer in connections.items()},
             "units": {name: layer.mask.num_units for name, layer in connections.items()},
             "units_pruned": self.dst.pruned if self.dst else 0,
@@ -332,7 +337,7 @@ class Trainer:
         self.optimizer.step()
         with torch.no_grad():
             correct = (activity.counts.argmax(1) == labels).sum().to(loss.dtype)
-            firing_rates = torch.stack([share * rates.mean() for rates in activity.rates])
+            firing_rates = share * torch.cat(activity.rates)
             return _StepResult(share * loss, correct, firing_rates), activity
 
     def _whole_batch(self, part: torch.Tensor) -> torch.Tensor:

@@ -88,6 +88,25 @@ def test_a_schedule_without_an_update_is_refused():
         Trainer(TrainSettings(**SMALL, **options), load_dataset(SMALL["dataset"]), Machine(torch.device("cpu")))
 
 
+def test_the_share_of_neurons_that_never_fire_is_that_over_all_images_of_the_epoch(monkeypatch):
+    trainer = Trainer(TrainSettings(**SMALL), load_dataset(SMALL["dataset"]), Machine(torch.device("cpu")))
+    trainer.net.fc1.bias.data[:16] = -1e6
+    fired = [torch.zeros(64), torch.zeros(64), torch.zeros(10)]
+    simulate = trainer.net.simulate
+
+    def seen(inputs):
+        activity = simulate(inputs)
+        for total, spikes in zip(fired, activity.spikes, strict=True):
+            total += spikes.dense().sum((0, 1))
+        return activity
+
+    monkeypatch.setattr(trainer.net, "simulate", seen)
+    monkeypatch.setattr(trainer, "evaluate", lambda part: 0.0)
+    silent = trainer.train_epoch()["silent"]
+    assert silent["lif1"] >= 16 / 64
+    assert list(silent.values()) == [(total == 0).float().mean().item() for total in fired]
+
+
 def test_an_epoch_is_printed_and_recorded(tmp_path, capsys):
     files = run(tmp_path, sparsity_mode="dynamic", dst_interval=3)
     lines = capsys.readouterr().out.splitlines()
@@ -105,6 +124,7 @@ def test_an_epoch_is_printed_and_recorded(tmp_path, capsys):
         "seconds",
         "samples_per_s",
         "firing_rate",
+        "silent",
         "density",
         "units",
         "units_pruned",
@@ -115,6 +135,7 @@ def test_an_epoch_is_printed_and_recorded(tmp_path, capsys):
     assert set(last["firing_rate"]) == {"lif1", "lif2", "lif3"}
     assert all(0 <= rate <= 1 for rate in last["firing_rate"].values())
     assert last["firing_rate"]["lif1"] > 0
+    assert all(0 <= share < 1 for share in last["silent"].values())
     # 12 steps, an update after every third
     assert last["units_pruned"] == last["units_grown"] == 4 * sum(int(0.1 * n) for n in last["units"].values())
     assert last["units"] == records[0]["units"]

@@ -1,0 +1,217 @@
+"""What the studies of training share: many runs by ``g2g-train`` itself, in parallel, that go on where they stopped.
+
+A study is rows of flags, each trained with several seeds. Every run has a folder of its own and one thread; as many run
+at once as there are cores. A run that is finished is not made again, one that was stopped goes on. A study may be made
+in parts (``--rows``, ``--seeds``), and its record holds what was made, and no more.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import json
+import math
+import os
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from g2gnet.cli import add_json_flag, run_program
+from g2gnet.training import TrainingError
+from g2gnet.training.saved_run import read_run
+
+from .machine import describe
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """Rows of flags to be compared.
+
+    Attributes:
+        name: of the module and of its record.
+        about: what the program says of itself.
+        common: flags of every run.
+        rows: the flags of each row, by its name.
+        epochs: of each run.
+        table: a Markdown table from the record.
+    """
+
+    name: str
+    about: str
+    common: str
+    rows: Mapping[str, str]
+    epochs: int
+    table: Callable[[dict[str, Any]], str]
+
+
+def command(study: Study, row: str, epochs: int, seed: int, folder: Path) -> list[str]:
+    """The command of one run; flags of the row come last, so that they prevail over common ones."""
+    flags = f"{study.common} --epochs {epochs} --seed {seed} {study.rows[row]} --device cpu"
+    return [sys.executable, "-m", "g2gnet.train", *shlex.split(flags), "--checkpoint_dir", str(folder)]
+
+
+def folder_of(root: Path, study: Study, row: str, epochs: int, seed: int) -> Path:
+    """Where a run's files lie."""
+    return root / study.name / f"{re.sub(r'[^A-Za-z0-9.]+', '-', row)}-{epochs}-epochs-seed{seed}"
+
+
+def result(folder: Path) -> dict[str, Any] | None:
+    """What is kept of a finished run: its last epoch, its training time, and its wiring; None if it is not finished."""
+    markers = list(folder.glob("*.DONE"))
+    if not markers:
+        return None
+    last = json.loads(markers[0].read_text())["result"]
+    lines = markers[0].with_suffix(".jsonl").read_text().splitlines()
+    seconds = sum(json.loads(line)["seconds"] for line in lines)
+    net = read_run(markers[0].with_suffix(".pth")).network()
+    weights = sum(int(connection.mask.unit_sizes.sum()) for connection, _ in net.layers())
+    masks = {f"fc{number}": connection.mask for number, (connection, _) in enumerate(net.layers(), 1)}
+    return {**last, "train_seconds": seconds, "weights": weights, "wiring": {n: wiring(m) for n, m in masks.items()}}
+
+
+def wiring(mask: Any) -> dict[str, float]:
+    """How evenly the units of a layer lie: what tells one growth rule from another.
+
+    ``rows_spread`` and ``cols_spread``: standard deviation of the units of a block row or column over their mean.
+    ``rows_empty`` and ``cols_empty``: the share of them without a unit. ``inside``: the share of the units that join
+    neurons of one group.
+    """
+    found: dict[str, float] = {}
+    for side, axis, unit in (("rows", mask.rows, mask.unit_row), ("cols", mask.cols, mask.unit_col)):
+        units = torch.bincount(unit.long(), minlength=axis.num_units).double()
+        found[f"{side}_spread"] = float(units.std(correction=0) / units.mean())
+        found[f"{side}_empty"] = float((units == 0).double().mean())
+    same = mask.rows.group_of_unit[mask.unit_row.long()] == mask.cols.group_of_unit[mask.unit_col.long()]
+    return {**found, "inside": float(same.double().mean())}
+
+
+def train(command: Sequence[str]) -> None:
+    """One run, on one thread.
+
+    Raises:
+        TrainingError: with what it said, if it failed.
+    """
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    if done.returncode:
+        raise TrainingError(f"{shlex.join(command)} ended with {done.returncode}: {done.stderr.strip()[-2000:]}")
+
+
+def build_parser(study: Study) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {__package__}.{study.name}",
+        description=study.about,
+        epilog="\n".join(["rows:", *(f"  {row!r:44} {flags}" for row, flags in study.rows.items())]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where runs go (default: runs)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], metavar="N", help="default: 1 2 3")
+    text = f"epochs of each run (default: {study.epochs})"
+    parser.add_argument("--epochs", type=int, default=study.epochs, metavar="N", help=text)
+    text = "rows to train, or patterns of their names with *"
+    parser.add_argument("--rows", nargs="+", default=["*"], metavar="NAME", help=text)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="runs at once (default: cores)")
+    parser.add_argument("--finished", action="store_true", help="train nothing: a record of what is finished")
+    add_json_flag(parser, "the last epoch of every run")
+    return parser
+
+
+def chosen(study: Study, patterns: Sequence[str]) -> list[str]:
+    """The rows whose names one of the patterns fits.
+
+    Raises:
+        TrainingError: if one fits none.
+    """
+    wanted: set[str] = set()
+    for pattern in patterns:
+        expression = ".*".join(map(re.escape, pattern.split("*")))
+        fitting = {row for row in study.rows if re.fullmatch(expression, row)}
+        if not fitting:
+            raise TrainingError(f"--rows {pattern!r} fits none of the rows: {', '.join(study.rows)}")
+        wanted |= fitting
+    return [row for row in study.rows if row in wanted]
+
+
+def make(study: Study, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Trains what is not finished, prints the table and returns the record."""
+    rows = chosen(study, arguments.rows)
+    runs = [
+        (row, seed, folder_of(arguments.runs, study, row, arguments.epochs, seed))
+        for seed in arguments.seeds
+        for row in rows
+    ]
+    missing = [] if arguments.finished else [run for run in runs if not list(run[2].glob("*.DONE"))]
+    with (
+        concurrent.futures.ThreadPoolExecutor(max(1, arguments.jobs)) as pool,
+        tqdm(total=len(missing), desc=study.name, unit=" runs", leave=False, disable=None) as bar,
+    ):
+        futures = {
+            pool.submit(train, command(study, row, arguments.epochs, seed, folder)): (row, seed, folder)
+            for row, seed, folder in missing
+        }
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                future.result()
+                row, seed, folder = futures[future]
+                end = result(folder)
+                assert end is not None
+                bar.update()
+                bar.write(
+                    f"{row}, seed {seed}: test accuracy {end['test_acc']:.4f}, {end['train_seconds']:.0f} s",
+                    file=sys.stderr,
+                )
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    found: dict[str, list[dict[str, Any]]] = {row: [] for row in rows}
+    for row, seed, folder in runs:
+        end = result(folder)
+        if end is not None:
+            found[row].append({"seed": seed, **end})
+    record = {
+        "benchmark": study.name,
+        "machine": describe(torch.device("cpu")),
+        "settings": study.common,
+        "epochs": arguments.epochs,
+        "rows": [{"row": row, "flags": study.rows[row], "ends": ends} for row, ends in found.items() if ends],
+    }
+    if not record["rows"]:
+        raise TrainingError(f"no run of {study.name} is finished in {arguments.runs}")
+    print(study.table(record))
+    return record
+
+
+def spread(ends: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], float], digits: int = 2) -> str:
+    """Mean ± standard error of the mean over runs, and their number where it is not three."""
+    values = [value(end) for end in ends]
+    text = f"{statistics.mean(values):.{digits}f}"
+    if len(values) > 1:
+        text += f" ± {standard_error(values):.{digits}f}"
+    return text if len(values) == 3 else f"{text} (n = {len(values)})"
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean of independent values; 0 for a single one, of which nothing is known."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+
+
+def accuracy(end: dict[str, Any]) -> float:
+    """Test accuracy after the last epoch, in per cent."""
+    return 100 * end["test_acc"]
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main(study: Study, argv: Sequence[str] | None = None) -> int:
+    """The program of a study."""
+    interrupted = "the same command goes on with the runs that are left"
+    return run_program(build_parser(study), lambda arguments: make(study, arguments), argv, interrupted)

@@ -1,0 +1,117 @@
+"""Studies of training: what they run, that they go on where they stopped, and what they say of it."""
+
+import json
+
+import pytest
+
+from benchmarks import dst_study, plots, study, tradeoff_study
+from benchmarks.study import Study, markdown, spread
+from g2gnet.cli import settings_from
+from g2gnet.train import build_parser
+from g2gnet.training import TrainSettings
+
+SMALL = Study(
+    "small_study",
+    "A study of three steps.",
+    "--dataset fashionmnist-mini --model index --hidden_dim 64 --block_size 16 --T 3 --limit_train 96 --limit_test 32 "
+    "--batch_size 32 --enc_scale 3",
+    {"static": "", "gradient": "--sparsity_mode dynamic --cg gradient --dst_interval 1 --dst_schedule cosine"},
+    1,
+    lambda record: markdown(
+        ["row", "accuracy"], [[row["row"], spread(row["ends"], study.accuracy)] for row in record["rows"]]
+    ),
+)
+
+
+@pytest.mark.parametrize("each", [dst_study.STUDY, tradeoff_study.STUDY], ids=lambda each: each.name)
+def test_every_row_is_a_run_that_train_takes(each, tmp_path):
+    seen = set()
+    for row in each.rows:
+        flags = study.command(each, row, each.epochs, 1, tmp_path)[3:]
+        settings = settings_from(build_parser().parse_args(flags), TrainSettings)
+        assert settings.epochs == each.epochs
+        seen.add(json.dumps(settings.as_dict()))
+    assert len(seen) == len(each.rows)  # no two of them are the same run
+    folders = {study.folder_of(tmp_path, each, row, each.epochs, 1) for row in each.rows}
+    assert len(folders) == len(each.rows)
+
+
+def test_densities_are_those_that_the_rows_name(tmp_path):
+    for row in dst_study.STUDY.rows:
+        settings = settings_from(
+            build_parser().parse_args(study.command(dst_study.STUDY, row, 1, 1, tmp_path)[3:]), TrainSettings
+        )
+        density = settings.p_intra / 8 + 7 / 8 * settings.p_inter
+        named = float(row.split(", ")[1].removesuffix(" %")) / 100
+        assert density == pytest.approx(0.25625 if named == 0.25 else named, rel=1e-3)
+        assert settings.p_inter == pytest.approx(0.15 * settings.p_intra, rel=1e-3)
+
+
+def test_a_study_goes_on_where_it_stopped_and_records_what_there_is(tmp_path, capsys, monkeypatch):
+    arguments = ["--runs", str(tmp_path), "--seeds", "1", "--jobs", "2", "--json", str(tmp_path / "record.json")]
+    assert study.main(SMALL, [*arguments, "--rows", "gradient"]) == 0
+    assert study.main(SMALL, [*arguments, "--finished"]) == 0
+    assert [row["row"] for row in json.loads((tmp_path / "record.json").read_text())["rows"]] == ["gradient"]
+    made = []
+    train = study.train
+    monkeypatch.setattr(study, "train", lambda command: (made.append(command), train(command)))
+    assert study.main(SMALL, arguments) == 0
+    assert len(made) == 1  # the other one was finished
+    record = json.loads((tmp_path / "record.json").read_text())
+    (end,) = record["rows"][1]["ends"]
+    assert (record["rows"][1]["row"], end["seed"]) == ("gradient", 1)
+    assert end["train_seconds"] > 0
+    assert end["weights"] == sum(
+        round(end["density"][name] * size) for name, size in (("fc1", 784 * 64), ("fc2", 64 * 64), ("fc3", 640))
+    )
+    assert set(end["wiring"]["fc2"]) == {"rows_spread", "cols_spread", "rows_empty", "cols_empty", "inside"}
+    assert f"| gradient | {100 * end['test_acc']:.2f} (n = 1) |" in capsys.readouterr().out
+
+
+def test_what_cannot_be_is_named(tmp_path, capsys):
+    for arguments, message in (
+        (["--rows", "statical"], "--rows 'statical' fits none of the rows: static, gradient"),
+        (["--finished"], "no run of small_study is finished"),
+    ):
+        assert study.main(SMALL, ["--runs", str(tmp_path), *arguments]) == 1
+        assert message in capsys.readouterr().err
+    broken = Study("broken", "", "--dataset fashionmnist-mini --model ring", {"ring": ""}, 1, lambda record: "")
+    assert study.main(broken, ["--runs", str(tmp_path), "--seeds", "1"]) == 1
+    assert "invalid choice: 'ring'" in capsys.readouterr().err
+
+
+def end(seed, accuracy, seconds=10.0):
+    layer = {"rows_spread": 0.1, "cols_spread": 0.2, "rows_empty": 0.25, "cols_empty": 0.0, "inside": 0.5}
+    return {
+        "seed": seed,
+        "test_acc": accuracy,
+        "silent": {"lif1": 0.1, "lif2": 0.3, "lif3": 0.0},
+        "weights": 1234567,
+        "train_seconds": seconds,
+        "wiring": {"fc1": layer, "fc2": layer, "fc3": layer},
+    }
+
+
+def test_the_best_growth_is_held_against_static_with_the_error_of_the_difference():
+    rows = {
+        "units of 16, 5 %, static": (0.86, 0.87, 0.88),
+        "units of 16, 5 %, random": (0.88, 0.89, 0.9),
+        "units of 16, 5 %, gradient": (0.89,),
+    }
+    record = {"rows": [{"row": row, "ends": [end(s, a) for s, a in enumerate(found)]} for row, found in rows.items()]}
+    text = dst_study.table(record)
+    # standard error 1/√3 of each
+    line = "| 16 | 5 % | 87.00 ± 0.58 | 89.00 ± 0.58 | – | 89.00 (n = 1) | +2.00 ± 0.82 (random) |"
+    assert line in text
+    assert "| 16 | 5 % | gradient | 10, 30 | 0.10, 0.20 | 25 % |" in text
+
+
+def test_the_tradeoff_has_a_picture(tmp_path):
+    ends = [end(1, 0.9), end(2, 0.91)]
+    record = {
+        "benchmark": "tradeoff_study",
+        "rows": [{"row": row, "ends": ends} for row in list(tradeoff_study.STUDY.rows)[4:8]],
+    }
+    plots.draw(record, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 1000
+    assert "| 1,234,567 | 10 ± 0 (n = 2) | 90.50 ± 0.50 (n = 2) |" in tradeoff_study.table(record)

@@ -28,6 +28,8 @@ from g2gnet.training.machine import Machine
 from g2gnet.training.settings import SettingsError, TrainSettings
 from g2gnet.training.state import check_like, check_position, load_optimizer
 
+#: parameters that one thread updates in about a millisecond
+ONE_THREAD_UPDATE = 1_000_000
 #: called after each training step with the images seen in the epoch so far, and their mean loss and accuracy
 StepCallback = Callable[[int, torch.Tensor, torch.Tensor], None]
 
@@ -129,8 +131,10 @@ class Trainer:
         self._steps = settings.epochs * self._batches
         self._neurons = [connection.out_features for connection, _ in self.net.layers()]
         self._initial_units = self._units()
-        # PyTorch's fused update is for CPU and CUDA; DirectML takes the plain loop
+        # PyTorch's fused update is for CPU and CUDA; other devices take the plain loop
         fused = device.type in ("cpu", "cuda")
+        parameters = sum(parameter.numel() for parameter in self.net.parameters())
+        self._one_thread_updates = device.type == "cpu" and parameters <= ONE_THREAD_UPDATE
         falls = settings.lr_schedule != "constant"
         self.optimizer = torch.optim.Adam(
             self.net.parameters(),
@@ -334,11 +338,27 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         # DistributedDataParallel takes the mean of the processes' gradients, where their sum is wanted
         (objective * self.world.size).backward()
-        self.optimizer.step()
+        self._update()
         with torch.no_grad():
             correct = (activity.counts.argmax(1) == labels).sum().to(loss.dtype)
             firing_rates = share * torch.cat(activity.rates)
             return _StepResult(share * loss, correct, firing_rates), activity
+
+    def _update(self) -> None:
+        """The optimizer's step, by one thread where the parameters on a CPU are few; the bits are the same.
+
+        The fused update is a parallel region per parameter, and each waits for its last thread: beside busy programs,
+        many times as long as the arithmetic takes.
+        """
+        if not self._one_thread_updates:
+            self.optimizer.step()
+            return
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            self.optimizer.step()
+        finally:
+            torch.set_num_threads(threads)
 
     def _whole_batch(self, part: torch.Tensor) -> torch.Tensor:
         """The sum over the processes; its gradient goes to this process's part alone, since each sends its own."""

@@ -7,12 +7,14 @@ import os
 
 import pytest
 import torch
+from helpers import threads
 from training_runs import SMALL, VARIANTS, assert_equal, load, run
 
 from g2gnet.data import DataError, as_samples, load_dataset, random_crop_and_flip
 from g2gnet.seeding import stream
 from g2gnet.tensor_file import write_tensors
 from g2gnet.training import CheckpointError, Machine, SettingsError, Trainer, TrainSettings, run_training
+from g2gnet.training import trainer as trainer_module
 from g2gnet.training.evaluation import build_network
 
 
@@ -275,3 +277,25 @@ def test_the_regulariser_brings_firing_rates_to_its_target():
         rates = [record["firing_rate"][name] for name in ("lif1", "lif2")]
         distances[enforced] = sum((rate - 0.09) ** 2 for rate in rates)
     assert distances[True] < distances[False]
+
+
+@pytest.mark.parametrize("limit", [0, trainer_module.ONE_THREAD_UPDATE], ids=["many parameters", "few parameters"])
+def test_few_parameters_are_updated_by_one_thread_to_the_same_bits(monkeypatch, limit):
+    used, step = [], torch.optim.Adam.step
+
+    def step_noted(self, *args):
+        used.append(torch.get_num_threads())
+        return step(self, *args)
+
+    def trained(one_thread):
+        monkeypatch.setattr(trainer_module, "ONE_THREAD_UPDATE", one_thread)
+        trainer = Trainer(TrainSettings(**SMALL), load_dataset(SMALL["dataset"]), Machine(torch.device("cpu")))
+        monkeypatch.setattr(trainer.optimizer, "step", step_noted.__get__(trainer.optimizer))
+        trainer.train_epoch()
+        return trainer.net.state_dict()
+
+    with threads(2):
+        state = trained(limit)
+        assert torch.get_num_threads() == 2
+        assert set(used) == {1 if limit else 2}
+        assert_equal(trained(0), state)

@@ -379,7 +379,7 @@ def test_g2g_linear_is_exact_or_names_the_argument(data):
 
 
 def spikes_by_loop(current, beta, threshold, steps, reset):
-    """DESIGN's formula in float64, step by step."""
+    """The formula of LIF neurons in float64, step by step."""
     currents = [current] * steps if steps else list(current)
     membrane = torch.zeros_like(currents[0], dtype=torch.float64)
     spikes = []

@@ -16,13 +16,15 @@ from g2g_kernels.groups import GroupLayout, check_integers
 
 
 class AxisTensors(NamedTuple):
-    """The tensors of a :class:`UnitAxis`, for operators: its attributes of the same names."""
+    """The tensors of a :class:`UnitAxis`, for operators: its attributes of the same names.
+
+    ``padded`` and ``position`` are empty where the axis is trivial.
+    """
 
     order: torch.Tensor
     bounds: torch.Tensor
     padded: torch.Tensor
     position: torch.Tensor
-    trivial: bool
 
 
 class MaskTensors(NamedTuple):
@@ -44,7 +46,7 @@ class MaskTensors(NamedTuple):
 
     def every(self) -> list[torch.Tensor]:
         """All of the tensors, one after the other."""
-        return [*self[:6], *self.rows[:4], *self.cols[:4]]
+        return [*self[:6], *self.rows, *self.cols]
 
 
 class UnitAxis(nn.Module):
@@ -122,7 +124,9 @@ class UnitAxis(nn.Module):
 
     def tensors(self) -> AxisTensors:
         """What operators take."""
-        return AxisTensors(self.order, self.bounds, self.padded, self.position, self.trivial)
+        nothing = self.order[:0]
+        padded, position = (nothing, nothing) if self.trivial else (self.padded, self.position)
+        return AxisTensors(self.order, self.bounds, padded, position)
 
 
 class BlockMask(nn.Module):

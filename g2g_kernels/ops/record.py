@@ -3,10 +3,11 @@
 How it works: a record is a NamedTuple whose fields are annotated with a tensor, an option (int, float, bool, str,
 torch.dtype), a tuple of either, another record, or a tuple of records. ``torch.library`` wants flat arguments, and the
 annotations say how to get there and back: :func:`_flatten` lists the fields of a record and of the records inside it
-one after the other, :func:`_unflatten` builds the record again. Of a tuple of records every field becomes one list (the
-values of all layers, say); where that field is a tuple of tensors itself, the tensors of all records follow one another
-and a list of integers says how many each has; a tensor that may be None is an empty one there. The schema, the call of
-implementation and fake, what autograd saves and the order of gradients all follow from that one list of leaves.
+one after the other, :func:`_unflatten` builds the record again. A record of nothing but tensors inside another is one
+list of them. Of a tuple of records every field becomes one list (the values of all layers, say); where that field is a
+tuple of tensors itself, the tensors of all records follow one another and a list of integers says how many each has; a
+tensor that may be None is an empty one there. The schema, the call of implementation and fake, what autograd saves and
+the order of gradients all follow from that one list of leaves.
 """
 
 import functools
@@ -31,22 +32,41 @@ _TYPES: dict[Any, str] = {
 }
 
 
+class _Field(NamedTuple):
+    """A field of a record.
+
+    Attributes:
+        name: of the field.
+        type: in the schema; of a record ``"record"``, of one of nothing but tensors ``"tensors"``, of a tuple of
+            records ``"records"``.
+        record: the record inside, or None.
+    """
+
+    name: str
+    type: str
+    record: Any = None
+
+
 class _Leaf(NamedTuple):
     """One flat argument.
 
     Attributes:
-        name, type: as in the schema; ``type`` is that of one record's field where ``inner`` is given.
+        name, type: as of a field; ``type`` is that of one record's field where ``inner`` is given.
         path: the places of the field in the record, in the record inside of that, and so on.
         inner: None, or the path inside each record of the tuple of records at ``path``.
+        record: of ``type`` ``"tensors"``, else None.
     """
 
     name: str
     type: str
     path: tuple[int, ...]
     inner: tuple[int, ...] | None = None
+    record: Any = None
 
     @property
     def schema(self) -> list[str]:
+        if self.type == "tensors":
+            return [f"Tensor[] {self.name}"]
         if self.inner is None:
             return [f"{self.type} {self.name}"]
         if self.type == "Tensor[]":
@@ -58,29 +78,36 @@ def _is_record(annotation: Any) -> bool:
     return isinstance(annotation, type) and hasattr(annotation, "_fields")
 
 
-def _record_of_tuple(annotation: Any) -> Any:
-    """R for ``tuple[R, ...]``, R a record; else None."""
-    arguments = typing.get_args(annotation)
-    return arguments[0] if arguments and _is_record(arguments[0]) else None
-
-
 @functools.cache
-def _annotations(record: Any) -> list[tuple[str, Any]]:
-    return list(typing.get_type_hints(record).items())
-
-
-@functools.cache
-def _leaves(record: Any) -> list[_Leaf]:
-    leaves: list[_Leaf] = []
-    for place, (name, annotation) in enumerate(_annotations(record)):
+def _fields(record: Any) -> tuple[_Field, ...]:
+    fields = []
+    for name, annotation in typing.get_type_hints(record).items():
+        inside = typing.get_args(annotation)
         if _is_record(annotation):
-            nested = _leaves(annotation)
-            leaves += [leaf._replace(name=f"{name}_{leaf.name}", path=(place, *leaf.path)) for leaf in nested]
-        elif inside := _record_of_tuple(annotation):
-            leaves += [_Leaf(f"{name}_{leaf.name}", leaf.type, (place,), leaf.path) for leaf in _leaves(inside)]
+            plain = all(field.type in ("Tensor", "tensors") for field in _fields(annotation))
+            fields.append(_Field(name, "tensors" if plain else "record", annotation))
+        elif inside and _is_record(inside[0]):
+            fields.append(_Field(name, "records", inside[0]))
         else:
-            leaves.append(_Leaf(name, _TYPES[annotation], (place,)))
-    return leaves
+            fields.append(_Field(name, _TYPES[annotation]))
+    return tuple(fields)
+
+
+@functools.cache
+def _leaves(record: Any) -> tuple[_Leaf, ...]:
+    leaves: list[_Leaf] = []
+    for place, field in enumerate(_fields(record)):
+        if field.type == "record":
+            nested = _leaves(field.record)
+            leaves += [leaf._replace(name=f"{field.name}_{leaf.name}", path=(place, *leaf.path)) for leaf in nested]
+        elif field.type == "records":
+            nested = _leaves(field.record)
+            leaves += [
+                leaf._replace(name=f"{field.name}_{leaf.name}", path=(place,), inner=leaf.path) for leaf in nested
+            ]
+        else:
+            leaves.append(_Leaf(field.name, field.type, (place,), record=field.record))
+    return tuple(leaves)
 
 
 def _at(value: Any, path: tuple[int, ...]) -> Any:
@@ -89,16 +116,31 @@ def _at(value: Any, path: tuple[int, ...]) -> Any:
     return value
 
 
+def _tensors(record: Any) -> list[torch.Tensor]:
+    """The tensors of a record that has nothing else."""
+    tensors = []
+    for field in record:
+        if isinstance(field, torch.Tensor):
+            tensors.append(field)
+        else:
+            tensors += _tensors(field)
+    return tensors
+
+
 def _flatten(record: Any, leaves: Sequence[_Leaf]) -> list[Any]:
     """The flat arguments of a record. (torch.compile traces this: plain loops.)"""
     arguments: list[Any] = []
     for leaf in leaves:
         value = _at(record, leaf.path)
         if leaf.inner is None:
+            if leaf.type == "tensors":
+                value = _tensors(value)
             arguments.append(list(value) if isinstance(value, tuple) else value)
             continue
         column = [_at(each, leaf.inner) for each in value]
-        if leaf.type == "Tensor[]":
+        if leaf.type == "tensors":
+            column = [tensor for each in column for tensor in _tensors(each)]
+        elif leaf.type == "Tensor[]":
             arguments.append([tensor for tensors in column for tensor in tensors])
             column = [len(tensors) for tensors in column]
         elif leaf.type == "Tensor?":
@@ -114,29 +156,45 @@ def _unflatten(record: type, arguments: Sequence[Any]) -> Any:
 
 
 def _build(record: type, arguments: Iterator[Any]) -> Any:
-    fields: list[Any] = []
-    for _, annotation in _annotations(record):
-        if _is_record(annotation):
-            fields.append(_build(annotation, arguments))
-        elif inside := _record_of_tuple(annotation):
-            fields.append(_build_all(inside, arguments))
+    values: list[Any] = []
+    for _, kind, inside in _fields(record):
+        if kind == "record":
+            values.append(_build(inside, arguments))
+        elif kind == "records":
+            values.append(_build_all(inside, arguments))
         else:
             value = next(arguments)
-            fields.append(tuple(value) if isinstance(value, (list, tuple)) else value)
-    return record(*fields)
+            if kind == "tensors":
+                value = _from_tensors(inside, iter(value))
+            values.append(tuple(value) if isinstance(value, list) else value)
+    return record(*values)
 
 
 def _build_all(record: type, arguments: Iterator[Any]) -> tuple[Any, ...]:
     columns: list[list[Any]] = []
     for leaf in _leaves(record):
         column = next(arguments)
-        if leaf.type == "Tensor[]":
+        if leaf.type == "tensors":
+            number = _number(leaf.record)
+            column = [column[first : first + number] for first in range(0, len(column), number)]
+        elif leaf.type == "Tensor[]":
             tensors = iter(column)
-            column = [tuple(next(tensors) for _ in range(count)) for count in next(arguments)]
+            column = [tuple([next(tensors) for _ in range(count)]) for count in next(arguments)]
         elif leaf.type == "Tensor?":
             column = [tensor if tensor.numel() else None for tensor in column]
         columns.append(column)
-    return tuple(_build(record, iter(row)) for row in zip(*columns, strict=True))
+    return tuple([_build(record, iter(row)) for row in zip(*columns, strict=True)])
+
+
+def _from_tensors(record: Any, tensors: Iterator[torch.Tensor]) -> Any:
+    inner = [field.record for field in _fields(record)]
+    return record(*[next(tensors) if inside is None else _from_tensors(inside, tensors) for inside in inner])
+
+
+@functools.cache
+def _number(record: Any) -> int:
+    """How many tensors there are in a record of nothing else."""
+    return sum(1 if field.record is None else _number(field.record) for field in _fields(record))
 
 
 class RecordOperator:
@@ -150,7 +208,7 @@ class RecordOperator:
     def __init__(self, name: str, record: type) -> None:
         self.name = name
         self.record = record
-        self.leaves = tuple(_leaves(record))
+        self.leaves = _leaves(record)
 
     def __call__(self, record: Any) -> Any:
         return getattr(torch.ops.g2g, self.name)(*_flatten(record, self.leaves))

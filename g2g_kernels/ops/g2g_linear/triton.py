@@ -116,10 +116,10 @@ def units_of(mask: MaskTensors, values: torch.Tensor) -> Units:
     sides: list[Places] = []
     for axis, width in ((mask.rows, values.shape[1]), (mask.cols, values.shape[2])):
         num_units = len(axis.bounds) - 1
-        if len(axis.padded) != num_units * width:
+        if len(axis.padded) not in (0, num_units * width):
             raise ValueError(f"values of shape {tuple(values.shape)} do not fit {len(axis.padded)} places")
-        column, place = (None, None) if axis.trivial else (axis.padded, axis.position)
-        sides.append(Places(num_units, width, len(axis.position), column, place))
+        column, place = (axis.padded, axis.position) if len(axis.padded) else (None, None)
+        sides.append(Places(num_units, width, len(axis.order), column, place))
     index = mask.unit_row, mask.unit_col, mask.row_ptr, mask.row_slot, mask.col_ptr, mask.col_slot
     return Units(*index, *sides)
 

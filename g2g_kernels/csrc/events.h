@@ -56,13 +56,14 @@ struct EventCurrent {
         Vec odd[kVecs] = {};  // two chains of sums, for smaller rounding errors
         for (int v = 0; v < kVecs; ++v) current[v] = load(bias + v * W);
         const int32_t* col = plan->tile_col.data();
+        const uint64_t* sources = plan->tile_sources.data();
         for (int32_t tile = plan->row_first[row], end = plan->row_first[row + 1]; tile < end;) {
             uint16_t events[kAtOnce * 64 + 64];  // tile · 64 + bit
             int size = 0;
             const float* weights = tiles + static_cast<int64_t>(tile) * kTile;
             const int32_t stop = end - tile > kAtOnce ? tile + kAtOnce : end;
             for (int number = 0; tile < stop; ++number, ++tile)
-                size += append_bits(events + size, words[col[tile] * stride + t], number * 64);
+                size += append_bits(events + size, words[col[tile] * stride + t] & sources[tile], number * 64);
             int e = 0;
             for (; e + 1 < size; e += 2) {
                 const float *w = weights + events[e] * kLanes, *x = weights + events[e + 1] * kLanes;
@@ -122,12 +123,13 @@ struct EventsByLane {
 };
 
 // grad[j][·] += Σ over the events of lane j of dI[row][·], the row of the tile staying in registers meanwhile.
-inline void event_gradient(const EventsByLane& events, int64_t c, const float* grad_current, float* grad) {
+inline void event_gradient(const EventsByLane& events, int64_t c, uint64_t sources, const float* grad_current,
+                           float* grad) {
     const uint16_t* rows = events.rows + c * events.capacity;
     const int32_t* first = events.first + c * (kLanes + 1);
     constexpr int32_t kPartial = 64;  // events of a partial sum: rounding errors grow with its length
     for (int lane = 0; lane < kLanes; ++lane) {
-        if (first[lane] == first[lane + 1]) continue;
+        if (first[lane] == first[lane + 1] || !(sources >> lane & 1)) continue;
         Vec sum[kVecs] = {};
         for (int32_t begin = first[lane], end = first[lane + 1]; begin < end; begin += kPartial) {
             Vec even[kVecs] = {}, odd[kVecs] = {};

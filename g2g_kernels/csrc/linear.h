@@ -143,7 +143,7 @@ inline void linear_backward(Linear& a, Arena& arena) {
                 const float* dy = grad.floats.at(plan.tile_row[tile], 0);
                 const int64_t col = plan.tile_col[tile];
                 if (input.events)
-                    event_gradient(events, col, dy, grad_tiles + tile * kTile);
+                    event_gradient(events, col, plan.tile_sources[tile], dy, grad_tiles + tile * kTile);
                 else
                     outer(input.panel.floats.at(col, 0), dy, rows, grad_tiles + tile * kTile);
             });

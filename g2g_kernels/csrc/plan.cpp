@@ -114,7 +114,7 @@ std::vector<char> sparse_tiles(const Plan& plan) {
     return sparse;
 }
 
-constexpr double kSparseCost = 6;  // of a weight by itself, in multiply-adds of a dense tile
+constexpr double kSparseCost = 4;  // of a weight by itself, in weights of a dense tile
 
 SparseTiles list_weights(const Plan& plan, const std::vector<char>& sparse) {
     SparseTiles result;
@@ -230,7 +230,11 @@ Plan* build_plan(const AxisSource& rows, const AxisSource& cols, const int32_t* 
     std::partial_sum(plan.piece_first.begin(), plan.piece_first.end(), plan.piece_first.begin());
     std::vector<int64_t> next(plan.piece_first.begin(), plan.piece_first.end() - 1);
     plan.pieces.resize(pieces.size());
-    for (const Piece& piece : pieces) plan.pieces[next[piece.tile]++] = piece;
+    plan.tile_sources.assign(plan.tiles, 0);
+    for (const Piece& piece : pieces) {
+        plan.pieces[next[piece.tile]++] = piece;
+        plan.tile_sources[piece.tile] |= ~uint64_t{0} >> (kLanes - piece.cols) << piece.lane_col;
+    }
 
     plan.row_first = offsets(plan.tile_row, plan.rows.blocks);
     plan.col_first = offsets(plan.tile_col, plan.cols.blocks);

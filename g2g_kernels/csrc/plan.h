@@ -72,6 +72,7 @@ struct Plan {
     int32_t units = 0, unit_rows = 0, unit_cols = 0;
     int32_t tiles = 0;
     std::vector<int32_t> tile_row, tile_col;    // [tiles]
+    std::vector<uint64_t> tile_sources;         // [tiles] bit i: lane i of the columns has weights in the tile
     std::vector<int32_t> row_first;             // [row blocks + 1]: tiles of a row block
     std::vector<int32_t> col_first, col_tile;   // [column blocks + 1], [tiles]: tiles of a column block, by row
     std::vector<Piece> pieces;                  // by tile

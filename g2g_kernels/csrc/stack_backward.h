@@ -351,7 +351,8 @@ struct BackwardPass {
         parallel(s.threads, x.plan.tiles, 2, [&](int64_t tile, int) {
             const int64_t row = x.plan.tile_row[tile], col = x.plan.tile_col[tile];
             if (by_events)
-                event_gradient(*events, col, x.grad.floats.at(row, 0), x.grad_tiles + tile * kTile);
+                event_gradient(*events, col, x.plan.tile_sources[tile], x.grad.floats.at(row, 0),
+                               x.grad_tiles + tile * kTile);
             else
                 outer(panel.at(col, 0), x.grad.floats.at(row, 0), samples * steps, x.grad_tiles + tile * kTile);
         });

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training_runs import SMALL, VARIANTS, assert_equal, flags_of, load, run
 
 from g2gnet.data import load_dataset
-from g2gnet.neurons import LIF
+from g2gnet.neurons import LIF, Synaptic
 from g2gnet.tensor_file import TensorFileError, read_tensors, write_tensors
 from g2gnet.training import CheckpointError, Interrupted, Machine, Trainer, TrainingError, TrainSettings, run_training
 from g2gnet.training.health import FiniteWatch, LayerWatch
@@ -433,3 +433,11 @@ def test_training_reports_a_beta_outside_of_its_range_and_a_silent_layer(caplog)
 def small_trainer(**options):
     settings = TrainSettings(**{**SMALL, **options})
     return Trainer(settings, load_dataset(settings.dataset), Machine(torch.device("cpu")))
+
+
+def test_every_decay_of_a_model_is_watched(caplog):
+    neurons = {"lif1": Synaptic(neurons=3)}
+    neurons["lif1"].syn_decay.data[2] = 1.5
+    LayerWatch().check(4, {"lif1": 0.1}, {"lif1": 0.0}, neurons)
+    (record,) = caplog.records
+    assert record.getMessage() == "lif1 has learned syn_decay = 1.5 in epoch 4, outside 0 … 1: it counts as 1"

@@ -111,7 +111,7 @@ CRAFTED = {
     ),
     "a block size of 0": (
         lambda state: saved(replaced(state, "model/fc2.mask.block_size", torch.tensor(0))),
-        "block_size=0 must be at least 1",
+        "block_size=0 must be a whole number of at least 1",
     ),
     "weights outside of units": (
         lambda state: saved(replaced(state, "model/fc3.values", torch.ones_like(state["model"]["fc3.values"]))),

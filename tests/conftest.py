@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo.trace_rules  # notes which functions are PyTorch's own: before any is poisoned
 from hypothesis import settings
 
 # Without a GPU, Triton kernels run in its interpreter (test_triton_*.py); that has to be said before it is imported.

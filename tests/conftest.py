@@ -1,6 +1,7 @@
 """What holds for every test: poisoned memory, the same examples from hypothesis, one thread, nothing left behind."""
 
 import functools
+import importlib
 import importlib.util
 import os
 import tempfile
@@ -8,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch._dynamo.trace_rules  # notes which functions are PyTorch's own: before any is poisoned
 from hypothesis import settings
 
 # Without a GPU, Triton kernels run in its interpreter (test_triton_*.py); that has to be said before it is imported.
@@ -18,6 +18,9 @@ if not torch.cuda.is_available():
         import triton_interpreter
 
         triton_interpreter.quicken()
+
+# The compiler, which optimizers import, notes which functions are PyTorch's own: before any is poisoned.
+importlib.import_module("torch._dynamo.trace_rules")
 
 # No deadline: nothing here is a timing assertion, and the first example of a test pays for imports.
 settings.register_profile("g2g", derandomize=True, database=None, deadline=None, max_examples=25)

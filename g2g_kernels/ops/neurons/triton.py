@@ -89,7 +89,7 @@ def neurons_forward_kernel(
     values = load_parameters(parameters, neuron, exists, DECAYS, PER_NEURON)
     threshold = values[len(values) - 1]
     if HELD:
-        held = tl.load(current + offsets, mask=inside, other=0.0).to(tl.float32)
+        same = tl.load(current + offsets, mask=inside, other=0.0).to(tl.float32)
 
     states = zeros(STATES, BLOCK_B, BLOCK_N)
     count = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
@@ -101,7 +101,7 @@ def neurons_forward_kernel(
         currents = ()
         for k in tl.static_range(SEGMENT):
             if HELD:
-                currents += (held,)
+                currents += (same,)
             else:
                 t = segment * SEGMENT + k
                 now = _inside(sample, neuron, batch, neurons, t, steps)
@@ -161,7 +161,7 @@ def neurons_backward_kernel(
     values = load_parameters(parameters, neuron, exists, DECAYS, PER_NEURON)
     threshold = values[len(values) - 1]
     if HELD:
-        held = tl.load(current + offsets, mask=inside, other=0.0).to(tl.float32)
+        same = tl.load(current + offsets, mask=inside, other=0.0).to(tl.float32)
 
     # the gradient that reaches every spike of a neuron alike, at all steps
     at_all_steps = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
@@ -182,7 +182,7 @@ def neurons_backward_kernel(
             t = segment * SEGMENT + k
             now = _inside(sample, neuron, batch, neurons, t, steps)
             if HELD:
-                currents += (held,)
+                currents += (same,)
             else:
                 currents += (tl.load(current + t * step + offsets, mask=now, other=0.0),)
             if grad_spikes is not None:

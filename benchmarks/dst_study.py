@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from .study import Study, accuracy, main, markdown, spread, standard_error
+from .study import Study, accuracy, markdown, run_study, spread, standard_error
 
 #: densities in per cent, by the side of a unit
 DENSITIES = {16: (25, 10, 5, 2), 64: (25, 5), 1: (5,)}
@@ -102,9 +102,9 @@ STUDY = Study(
 )
 
 
-def run(argv: Sequence[str] | None = None) -> int:
-    return main(STUDY, argv)
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_study(STUDY, argv)
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    sys.exit(main())

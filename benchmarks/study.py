@@ -211,7 +211,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def main(study: Study, argv: Sequence[str] | None = None) -> int:
+def run_study(study: Study, argv: Sequence[str] | None = None) -> int:
     """The program of a study."""
     interrupted = "the same command goes on with the runs that are left"
     return run_program(build_parser(study), lambda arguments: make(study, arguments), argv, interrupted)

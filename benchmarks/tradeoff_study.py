@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .dst_study import density_flags
-from .study import Study, accuracy, main, markdown, spread
+from .study import Study, accuracy, markdown, run_study, spread
 
 DENSE_WIDTHS = (64, 128, 256, 512, 1024, 2048)
 #: (width, density in per cent)
@@ -46,9 +46,9 @@ STUDY = Study(
 )
 
 
-def run(argv: Sequence[str] | None = None) -> int:
-    return main(STUDY, argv)
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_study(STUDY, argv)
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    sys.exit(main())

@@ -22,6 +22,7 @@ from benchmarks.registry import KERNELS, Entry, choose, entries
 from benchmarks.workload import Prepared, Workload, load, prepare
 from g2g_kernels import BackendError
 from g2gnet.data import DataError, load_dataset
+from g2gnet.dst_rules import GROW_RULES
 
 TINY = Workload(batch_size=40, T=6, hidden_dim=48, block_size=8, dataset="fashionmnist-mini", train_steps=3)
 FLAGS = "--batch_size 40 --T 6 --hidden_dim 48 --block_size 8 --dataset fashionmnist-mini --train_steps 3 --device cpu"
@@ -128,7 +129,7 @@ def test_peers_that_know_of_units_follow_any_grouping(model, kernel, label):
 
 def test_an_update_that_grows_at_random_has_no_time(prepared, judges):
     contender = built(entries("dst")["g2g-torch"], prepared)
-    contender.scheduler.grow = "random"
+    contender.scheduler.grow = GROW_RULES["random"]
     assert "fc2.grown is off by" in judged(contender, judges["dst"]).objection
 
 

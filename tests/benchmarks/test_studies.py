@@ -49,13 +49,13 @@ def test_densities_are_those_that_the_rows_name(tmp_path):
 
 def test_a_study_goes_on_where_it_stopped_and_records_what_there_is(tmp_path, capsys, monkeypatch):
     arguments = ["--runs", str(tmp_path), "--seeds", "1", "--jobs", "2", "--json", str(tmp_path / "record.json")]
-    assert study.main(SMALL, [*arguments, "--rows", "gradient"]) == 0
-    assert study.main(SMALL, [*arguments, "--finished"]) == 0
+    assert study.run_study(SMALL, [*arguments, "--rows", "gradient"]) == 0
+    assert study.run_study(SMALL, [*arguments, "--finished"]) == 0
     assert [row["row"] for row in json.loads((tmp_path / "record.json").read_text())["rows"]] == ["gradient"]
     made = []
     train = study.train
     monkeypatch.setattr(study, "train", lambda command: (made.append(command), train(command)))
-    assert study.main(SMALL, arguments) == 0
+    assert study.run_study(SMALL, arguments) == 0
     assert len(made) == 1  # the other one was finished
     record = json.loads((tmp_path / "record.json").read_text())
     (end,) = record["rows"][1]["ends"]
@@ -73,10 +73,10 @@ def test_what_cannot_be_is_named(tmp_path, capsys):
         (["--rows", "statical"], "--rows 'statical' fits none of the rows: static, gradient"),
         (["--finished"], "no run of small_study is finished"),
     ):
-        assert study.main(SMALL, ["--runs", str(tmp_path), *arguments]) == 1
+        assert study.run_study(SMALL, ["--runs", str(tmp_path), *arguments]) == 1
         assert message in capsys.readouterr().err
     broken = Study("broken", "", "--dataset fashionmnist-mini --model ring", {"ring": ""}, 1, lambda record: "")
-    assert study.main(broken, ["--runs", str(tmp_path), "--seeds", "1"]) == 1
+    assert study.run_study(broken, ["--runs", str(tmp_path), "--seeds", "1"]) == 1
     assert "invalid choice: 'ring'" in capsys.readouterr().err
 
 

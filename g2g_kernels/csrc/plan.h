@@ -64,7 +64,7 @@ struct EventRun {
 struct EventRuns {
     std::vector<int32_t> first;  // [column blocks + 1]
     std::vector<EventRun> list;
-    double ratio = 1;  // rows of 64 weights that the product multiplies, for one that events may have to
+    double ratio = 1;  // what the product costs, in rows of 64 weights, for one row that events may have to multiply
 };
 
 struct Plan {

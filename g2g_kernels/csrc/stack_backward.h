@@ -22,58 +22,41 @@ enum class Arrival {
     kPanel,     // the same, kept in a panel first: it comes in bands of 64 rows, or in another order of lanes
 };
 
-// A panel of ∂L/∂S in the order of the columns above, and the way from there to a layer's own lanes.
+// A panel of ∂L/∂S in the order of the columns above, which reorder() brings into a layer's own, in place.
 struct ArrivalPanel {
     Panel<float> panel;
-    bool aligned = true;                // the order above is the layer's own
-    int32_t* offset = nullptr;          // [row blocks][64] of each lane in the panel
-    int32_t* lines = nullptr;           // [row blocks][64] the cache lines these lie in
-    int32_t* line_count = nullptr;      // [row blocks]
+    bool aligned = true;          // the order above is the layer's own
+    int64_t blocks = 0;           // of the layer's own rows
+    int32_t* offset = nullptr;    // [row blocks][64] where each lane lies, from the row's place in block 0
 
     ArrivalPanel() = default;
-    ArrivalPanel(const Axis& own, const Axis& above, int64_t rows, Arena& arena) : aligned(same_order(own, above)) {
+    ArrivalPanel(const Axis& own, const Axis& above, int64_t rows, Arena& arena)
+        : aligned(same_order(own, above)), blocks(own.blocks) {
         // one row more than is used: blocks a multiple of 4 KiB apart would share few sets of the cache
-        panel = {arena.take<float>(above.blocks * (rows + 1) * kLanes), rows + 1};
-        if (aligned) return;
-        const int64_t lanes = static_cast<int64_t>(own.blocks) * kLanes;
-        offset = arena.take<int32_t>(lanes), lines = arena.take<int32_t>(lanes);
-        line_count = arena.take<int32_t>(own.blocks);
+        panel = {arena.take<float>(most(own.blocks, above.blocks) * (rows + 1) * kLanes), rows + 1};
+        if (!aligned) offset = arena.take<int32_t>(blocks * kLanes);
     }
 
     void find_offsets(const Axis& own, const Axis& above) const {
-        for (int64_t block = 0; block < own.blocks; ++block) {
-            int32_t& count = line_count[block];
-            count = 0;
-            for (int64_t i = block * kLanes; i < (block + 1) * kLanes; ++i) {
-                const int32_t lane = own.neuron[i] < 0 ? 0 : above.lane[own.neuron[i]];  // any finite value does in padding
-                offset[i] = static_cast<int32_t>(lane / kLanes * panel.rows * kLanes + lane % kLanes);
-                const int32_t line = offset[i] / 16 * 16;
-                int32_t* mine = lines + block * kLanes;
-                int32_t k = 0;
-                while (k < count && mine[k] != line) ++k;
-                if (k == count) mine[count++] = line;
-            }
+        for (int64_t i = 0; i < blocks * kLanes; ++i) {
+            const int32_t lane = own.neuron[i] < 0 ? 0 : above.lane[own.neuron[i]];  // any finite value does in padding
+            offset[i] = static_cast<int32_t>(lane / kLanes * panel.rows * kLanes + lane % kLanes);
         }
     }
 
-    // out[t][·] = the lanes of one block from wherever they lie, for `steps` rows from `row` on. 64 plain copies beat 4
-    // gather instructions, so the compiler must not vectorize them; the lines of later steps are fetched ahead, since no
-    // hardware prefetcher follows so many short streams.
-    __attribute__((noinline)) void bring_together(int64_t block, int64_t row, int64_t steps, float* out) const {
-        constexpr int64_t ahead = 6;
-        const float* from = panel.at(0, row);
-        const int32_t *lane_offset = offset + block * kLanes, *line = lines + block * kLanes;
-        const int32_t count = line_count[block];
-        for (int64_t t = 0; t < steps; ++t, from += kLanes, out += kLanes) {
-            if (t + ahead < steps)
-                for (int32_t i = 0; i < count; ++i) __builtin_prefetch(from + ahead * kLanes + line[i]);
-            for (int i = 0; i < kLanes; ++i) {
-                uint32_t bits;
-                __builtin_memcpy(&bits, from + lane_offset[i], sizeof bits);
-                asm("" : "+r"(bits));
-                __builtin_memcpy(out + i, &bits, sizeof bits);
+    // One row of all blocks; 8 KB for 2048 neurons, so that lanes are gathered from L1. `room` is for one row.
+    void reorder(int64_t row, float* room) const {
+        constexpr int64_t ahead = 4;
+        const int64_t later = least(row + ahead, panel.rows - 1);
+        for (int64_t r = 0; r < blocks; ++r) {
+            for (int i = 0; i < kLanes; i += 16) __builtin_prefetch(panel.at(r, later) + i);
+            for (int v = 0; v < kVecs; ++v) {
+                const int64_t lane = r * kLanes + v * W;
+                store(room + lane, gather(panel.at(0, row), offset + lane));
             }
         }
+        for (int64_t r = 0; r < blocks; ++r)
+            for (int v = 0; v < kVecs; ++v) store(panel.at(r, row) + v * W, load(room + r * kLanes + v * W));
     }
 };
 
@@ -186,7 +169,7 @@ struct BackwardPass {
         totals = arena.take<double>(lanes);
         states_size = s.steps * states * kLanes;
         tile_size = most(kLanes, chunks.group * s.steps) * kLanes;
-        scratch_size = states_size + tile_size + 2 * event_list;
+        scratch_size = most(states_size + tile_size + 2 * event_list, lanes);
         scratch = arena.take<float>(scratch_size * s.threads);
     }
 
@@ -298,12 +281,20 @@ struct BackwardPass {
             const int64_t c = task / tasks, row = task % tasks * task_rows;
             input_gradient(above, c, row, least(task_rows, rows - row), panel.at(c, row), worker);
         });
-        parallel(s.threads, samples * R, R, [&](int64_t task, int worker) {  // one sample's panel (400 KB) stays in L2
-            const int64_t r = task % R, b = task / R;
-            float* mine = scratch + worker * scratch_size;
-            float* tile = x.arrivals.aligned ? panel.at(r, b * T) : mine + states_size;
-            if (!x.arrivals.aligned) x.arrivals.bring_together(r, b * T, T, tile);
-            sweep_block(x, first, b, r, tile, mine);
+        const auto reorder = [&](int64_t row, int worker) {
+            if (!x.arrivals.aligned) x.arrivals.reorder(row, scratch + worker * scratch_size);
+        };
+        const auto sweep_row_block = [&](int64_t b, int64_t r, int worker) {
+            sweep_block(x, first, b, r, panel.at(r, b * T), scratch + worker * scratch_size);
+        };
+        if (samples >= s.threads)  // one sample's panel (400 KB) stays in L2
+            return parallel(s.threads, samples, 1, [&](int64_t b, int worker) {
+                for (int64_t t = 0; t < T; ++t) reorder(b * T + t, worker);
+                for (int64_t r = 0; r < R; ++r) sweep_row_block(b, r, worker);
+            });
+        if (!x.arrivals.aligned) parallel(s.threads, rows, 8, reorder);
+        parallel(s.threads, samples * R, 4, [&](int64_t task, int worker) {
+            sweep_row_block(task / R, task % R, worker);
         });
     }
 

@@ -139,6 +139,17 @@ inline uint64_t nonzero_bits(Vec x) {
 #endif
 }
 
+// x[i] = p[index[i]].
+inline Vec gather(const float* p, const int32_t* index) {
+#if defined(__AVX512F__)
+    return _mm512_i32gather_ps(_mm512_loadu_si512(index), p, 4);
+#else
+    Vec x;
+    for (int i = 0; i < W; ++i) x[i] = p[index[i]];
+    return x;
+#endif
+}
+
 // Writes the lanes of x that `bits` names one after the other; may write up to W floats from p on.
 inline void store_chosen(float* p, Vec x, uint64_t bits) {
 #if defined(__AVX512F__)

@@ -3,7 +3,7 @@
 Lower densities than 25.6 % come from lowering p_intra and p_inter by one factor, so that groups stay what they are:
 p_intra = density / 0.25625, p_inter = 0.15·p_intra. All prune by magnitude; the share that is replaced begins at 0.3,
 every 100 steps, and falls as a cosine to zero at 75 % of training. At 25 % there is also the default schedule, 10 %
-every 1,000 steps. Each run is one of ``g2g-train`` itself, on one thread; a second start goes on where the first one
+every 1,000 steps. Each run is one of ``g2g-train`` itself, on one thread; a second start resumes where the first one
 stopped, and ``--rows`` and ``--seeds`` make a part of the study.
 """
 

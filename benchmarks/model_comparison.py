@@ -1,7 +1,7 @@
 """Test accuracy of every model over several seeds on Fashion-MNIST, by ``g2g-train`` itself; prints a Markdown table.
 
 The last row of the static ones is the control that keeps such tables honest: an unstructured random graph with as many
-weights. Each run has a folder of its own under ``--runs``, so that a second start goes on where the first one stopped.
+weights. Each run has a folder of its own under ``--runs``, so that a second start resumes where the first one stopped.
 """
 
 import argparse

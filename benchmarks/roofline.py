@@ -175,7 +175,7 @@ out.
 {bytes_left(operations, card)}
 
 ∂L/∂S and ∂L/∂I of a hidden layer are each written by one kernel and read by the next ones. Their backward pass inside
-the input gradient of the layer above would save the trip of ∂L/∂S (4 bytes an element of [T, B, H] in 16 bits), as the
+the input gradient of the layer above would save the trip of ∂L/∂S (4 bytes per element of [T, B, H] in 16 bits), as the
 fused forward kernel saves that of the currents; such a kernel would have to walk through time from the end.
 """
 

@@ -1,7 +1,7 @@
-"""What the studies of training share: many runs by ``g2g-train`` itself, in parallel, that go on where they stopped.
+"""What the studies of training share: many runs by ``g2g-train`` itself, in parallel, that resume where they stopped.
 
 A study is rows of flags, each trained with several seeds. Every run has a folder of its own and one thread; as many run
-at once as there are cores. A run that is finished is not made again, one that was stopped goes on. A study may be made
+at once as there are cores. A run that is finished is not made again, one that was stopped resumes. A study may be made
 in parts (``--rows``, ``--seeds``), and its record holds what was made, and no more.
 """
 
@@ -213,5 +213,5 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def run_study(study: Study, argv: Sequence[str] | None = None) -> int:
     """The program of a study."""
-    interrupted = "the same command goes on with the runs that are left"
+    interrupted = "run the same command again to resume with the runs that are left"
     return run_program(build_parser(study), lambda arguments: make(study, arguments), argv, interrupted)

@@ -221,7 +221,7 @@ def prepare(workload: Workload, data_dir: str = "data", on_step: Callable[[int],
     """Trains the workload's network unless that was done before; returns the file to :func:`load`.
 
     Args:
-        workload: what to prepare. Where Fashion-MNIST cannot be had, the subset inside the package takes its place.
+        workload: what to prepare. Where Fashion-MNIST is unavailable, the subset inside the package takes its place.
         data_dir: where the data set lies.
         on_step: called after each training step with the number of steps so far.
     """
@@ -235,7 +235,7 @@ def prepare(workload: Workload, data_dir: str = "data", on_step: Callable[[int],
     stand_in = dataclasses.replace(workload, dataset=FALLBACK)
     if stand_in.path.exists():
         return stand_in.path
-    note = f"Fashion-MNIST could not be had: this is {FALLBACK}, 6,000 of its images"
+    note = f"Fashion-MNIST is unavailable: this is {FALLBACK}, 6,000 of its images"
     return _train(stand_in, load_dataset(FALLBACK), note, on_step)
 
 

@@ -147,7 +147,7 @@ def load_data(arguments: argparse.Namespace, settings: TrainSettings, device: to
     """The images or features that the flags ask for.
 
     Raises:
-        DataError: if they cannot be had.
+        DataError: if they are unavailable.
     """
     if settings.use_resnet:
         return load_features(settings.dataset, arguments.data_dir, arguments.resnet_weights, device)
@@ -189,7 +189,7 @@ def load_run_data(arguments: argparse.Namespace, settings: TrainSettings, device
 
     Raises:
         FlagError: if ``--samples`` is not at least 1, or ``--resnet_weights`` are not those of the run.
-        DataError: if they cannot be had.
+        DataError: if they are unavailable.
     """
     if arguments.samples < 1:
         raise FlagError(f"samples={arguments.samples} is out of range; give a value of at least 1")
@@ -234,7 +234,7 @@ def run_program(
     parser: argparse.ArgumentParser,
     program: Callable[[argparse.Namespace], dict[str, Any] | None],
     argv: Any,
-    interrupted: str = "the same command goes on after the last finished epoch",
+    interrupted: str = "run the same command again to resume after the last finished epoch",
 ) -> int:
     """Runs ``program`` on the parsed flags and turns the errors that users cause into a message and an exit status.
 

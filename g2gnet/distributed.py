@@ -124,7 +124,7 @@ def join(device: torch.device, timeout: datetime.timedelta | None = None) -> Ite
         timeout: for how long processes wait for one another (None: PyTorch's own, some minutes).
 
     Raises:
-        DistributedError: for a device between which nothing can be sent, or when another process has ended.
+        DistributedError: for a device without a communication backend, or when another process has ended.
     """
     if not launched():
         yield ALONE
@@ -142,8 +142,8 @@ def join(device: torch.device, timeout: datetime.timedelta | None = None) -> Ite
         # gloo has no type of its own for them
         if isinstance(error, dist.DistError) or "gloo/transport" in str(error):
             raise DistributedError(
-                "lost the connection to another process; the same command goes on from the last checkpoint, with any "
-                f"number of processes. PyTorch says: {error}"
+                "lost the connection to another process; run the same command again to resume from the last "
+                f"checkpoint, with any number of processes. PyTorch says: {error}"
             ) from error
         raise
     finally:

@@ -35,7 +35,7 @@ def say(text: str) -> None:
 
 
 def warn(text: str) -> None:
-    """Prints ``text`` to standard error. Where that cannot be written, the program goes on without it."""
+    """Prints ``text`` to standard error. Where that cannot be written, the program continues without it."""
     try:
         print(printable(text), file=sys.stderr, flush=True)
     except OSError:

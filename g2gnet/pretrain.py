@@ -87,10 +87,10 @@ class PretrainTrainer:
         self._finite = FiniteWatch(self.network, device, f"lower --lr (now {settings.lr})")
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a later trainer with the same settings needs to go on after this step.
+        """All that a later trainer with the same settings needs to resume after this step.
 
         Raises:
-            TrainingError: if the loss or a gradient was not finite: there is nothing to go on from.
+            TrainingError: if the loss or a gradient was not finite: there is nothing to resume from.
         """
         self._finite.check()
         return {

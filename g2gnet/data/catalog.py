@@ -35,7 +35,7 @@ DATASETS = {
 
 
 def dataset_name(given: str) -> str:
-    """The name of the data set that ``--dataset`` names: one of :data:`DATASETS`, or a file of one's own.
+    """The name of the data set that ``--dataset`` names: one of :data:`DATASETS`, or your own file.
 
     Raises:
         DataError: if the file cannot be read.
@@ -46,7 +46,7 @@ def dataset_name(given: str) -> str:
 def load_dataset(name: str, data_dir: Path | str = "data") -> ImageData:
     """Reads a data set from ``data_dir``, from where the system keeps it, or by downloading it.
 
-    Data of one's own (:func:`dataset_name`) come from the file that was given, or from one of its name in ``data_dir``.
+    Your own data (:func:`dataset_name`) come from the file that was given, or from one of its name in ``data_dir``.
 
     Raises:
         ValueError: for an unknown name.

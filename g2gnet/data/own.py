@@ -1,4 +1,4 @@
-"""Data of one's own: one ``.npz`` file, as ``numpy.savez`` writes it, with four arrays.
+"""Your own data: one ``.npz`` file, as ``numpy.savez`` writes it, with four arrays.
 
     train_images, test_images   uint8 [N, ...] (0 to 255 become 0 to 1) or float32 [N, ...] as they are
     train_labels, test_labels   integers [N], 0 … C − 1

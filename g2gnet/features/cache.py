@@ -36,7 +36,7 @@ def load_features(
         device: where to compute.
 
     Raises:
-        DataError: if the data or the weights cannot be had.
+        DataError: if the data or the weights are unavailable.
     """
     from g2gnet.data import cifar  # imports torchvision, which takes a second
 

@@ -65,7 +65,7 @@ def load_resnet(dataset: str, file: Path | str | None = None) -> ResNet32:
     it has its digest.
 
     Raises:
-        DataError: if the weights cannot be had, or are not those of such a network.
+        DataError: if the weights are unavailable, or are not those of such a network.
     """
     path = _published(dataset) if file is None else Path(file)
     network = new_resnet(dataset)

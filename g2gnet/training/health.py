@@ -23,7 +23,7 @@ _NEVER = torch.iinfo(torch.int64).max
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; the message says why and what to do."""
+    """Training cannot continue; the message says why and what to do."""
 
 
 class FiniteWatch:

@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Interrupted(Exception):  # noqa: N818  (nothing is wrong)
-    """A signal ended a run early; the message says what was saved and how to go on.
+    """A signal ended a run early; the message says what was saved and how to resume.
 
     Attributes:
         signal: its number.

@@ -49,7 +49,7 @@ def run_training(
     show_analysis: Callable[[NetworkAnalysis, Path], None] | None = None,
     on_epoch: Sequence[EpochCallback[Trainer]] = (),
 ) -> dict[str, Any]:
-    """Trains as ``settings`` say, or goes on from the run's checkpoint, or skips a finished run.
+    """Trains as ``settings`` say, or resumes from the run's checkpoint, or skips a finished run.
 
     The data is loaded only when there is something to train. A network that has been trained is analysed on some of the
     test images; the analysis is written, and passed with the file's name to ``show_analysis``. Each of ``on_epoch`` is
@@ -60,7 +60,7 @@ def run_training(
 
     Raises:
         CheckpointError: if the run's files cannot be used.
-        DataError: if the data cannot be had.
+        DataError: if the data are unavailable.
         TrainingError: if the loss or a gradient is not finite any more.
         SettingsError: if there are too many processes for a batch.
         DistributedError: if the processes are not in one state any more.
@@ -88,10 +88,10 @@ def run_epochs(
     finish: Callable[[TrainerT, RunFiles], None] | None = None,
     on_epoch: Sequence[EpochCallback[TrainerT]] = (),
 ) -> dict[str, Any]:
-    """Trains ``settings.epochs`` epochs, or goes on from the run's checkpoint, or skips a finished run.
+    """Trains ``settings.epochs`` epochs, or resumes from the run's checkpoint, or skips a finished run.
 
     After each epoch the checkpoint is replaced, one line is printed and one line added to the history, as JSON and as
-    CSV. At SIGINT or SIGTERM the step is finished and a checkpoint written from which the same call goes on after that
+    CSV. At SIGINT or SIGTERM the step is finished and a checkpoint written from which the same call resumes after that
     step.
 
     Args:
@@ -200,7 +200,8 @@ def _run_epochs(
             if stop:
                 raise Interrupted(
                     f"stopped by {stop.name} after step {trainer.step}, with {trainer.epoch} of "
-                    f"{settings.epochs} epochs done; saved in {files.checkpoint}: the same command goes on from there",
+                    f"{settings.epochs} epochs done; saved in {files.checkpoint}: "
+                    "run the same command again to resume from there",
                     stop,
                 )
         if world.leads:

@@ -293,7 +293,7 @@ class RunFiles:
         except OSError as error:
             last = self.last_checkpoint()
             raise CheckpointError(
-                f"cannot write {path} ({reason(error)}). {last} Make room, then run the same command to go on"
+                f"cannot write {path} ({reason(error)}). {last} Make room, then run the same command again to resume"
             ) from error
         except TensorFileError as error:
             raise CheckpointError(f"{path} was not written: {error}") from error

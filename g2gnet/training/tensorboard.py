@@ -17,7 +17,7 @@ class TensorBoardLog:
 
     Scalars: every number of the epoch's record, and the neurons' parameters of layers that have one of each.
     Histograms: the weights that exist, and the parameters of layers with one per neuron. Images: the mean |w| between
-    each pair of groups, output groups downwards, white the largest. A run that is resumed goes on in its curves.
+    each pair of groups, output groups downwards, white the largest. A resumed run continues its curves.
 
     Raises:
         ImportError: if the package ``tensorboard`` is not installed.
@@ -37,14 +37,14 @@ class TensorBoardLog:
         self._log_dir.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, record: dict[str, Any], trainer: Trainer) -> None:
-        """Writes one epoch. Where that fails (a full disk, say), it is said, and training goes on without it."""
+        """Writes one epoch. Where that fails (a full disk, say), it is said, and training continues without it."""
         if self._failed:
             return
         try:
             self._write(record, trainer)
         except OSError as error:
             self._failed = True
-            warn(f"warning: cannot write to {self._log_dir} ({reason(error)}); training goes on without TensorBoard")
+            warn(f"warning: cannot write to {self._log_dir} ({reason(error)}); training continues without TensorBoard")
 
     def _write(self, record: dict[str, Any], trainer: Trainer) -> None:
         epoch = record["epoch"]

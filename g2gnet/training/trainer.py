@@ -1,4 +1,4 @@
-"""The optimisation of one network: steps, epochs, evaluation, and a state from which to go on."""
+"""The optimisation of one network: steps, epochs, evaluation, and a state to resume from."""
 
 import dataclasses
 import math
@@ -182,10 +182,10 @@ class Trainer:
         self._layers = LayerWatch()
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a later :class:`Trainer` with the same settings needs to go on after this step.
+        """All that a later :class:`Trainer` with the same settings needs to resume after this step.
 
         Raises:
-            TrainingError: if the loss or a gradient was not finite: there is nothing to go on from.
+            TrainingError: if the loss or a gradient was not finite: there is nothing to resume from.
         """
         self._finite.check()
         return {
@@ -229,7 +229,7 @@ class Trainer:
         """Trains for one epoch, or what is left of it, evaluates, and returns the epoch's record.
 
         ``on_step`` may end it by an exception: :meth:`state_dict` is then that after its step, and calling
-        :meth:`train_epoch` again goes on after that step.
+        :meth:`train_epoch` again resumes after that step.
 
         Raises:
             TrainingError: if the loss or a gradient is not finite any more.

@@ -374,7 +374,7 @@ def test_the_subset_stands_in_for_fashion_mnist_with_a_note(monkeypatch):
     monkeypatch.setattr(benchmarks.workload, "load_dataset", load_only_mini)
     stand_in = load(prepare(dataclasses.replace(TINY, dataset="fashionmnist", train_steps=1)))
     assert stand_in.workload.dataset == "fashionmnist-mini"
-    assert "could not be had" in stand_in.note
+    assert "is unavailable" in stand_in.note
 
 
 def test_work_counts_active_weights(prepared):

@@ -103,7 +103,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(train, "run_training", interrupt)
     assert train.main([*TINY, "--checkpoint_dir", str(tmp_path)]) == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "run the same command again to resume" in capsys.readouterr().err
 
 
 def test_a_regulariser_that_never_begins_is_warned_about(tmp_path, capsys):

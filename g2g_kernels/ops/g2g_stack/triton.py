@@ -11,7 +11,7 @@ A layer runs in one of two ways, which :func:`fused_pays` chooses between:
             input (the first layer under ``current`` encoding) the product is [B, N], computed once.
     fused   one kernel for both; the currents stay in registers. For the backward pass it keeps the margins U − θ.
 
-Bytes an element of [T, B, N] in a training step, with c the size of the products' dtype (2 under autocast, else 4):
+Bytes per element of [T, B, N] in a training step, with c the size of the products' dtype (2 under autocast, else 4):
 
                  forward                                      backward
     pair         c + c currents, 1 spikes, 0.3 checkpoints    c currents, 0.3 checkpoints, c + c gradients

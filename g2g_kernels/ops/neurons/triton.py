@@ -11,17 +11,17 @@ Tiling
 
 What is kept for the backward pass
     The currents, which exist anyway, and the float32 states at the start of every segment but the first (a
-    *checkpoint*: 0.32 B an element and state at T = 50). The backward pass charges a segment again from its
+    *checkpoint*: 0.32 B per element and state at T = 50). The backward pass charges a segment again from its
     checkpoint, into registers, and then walks the segment downwards. Membranes, and with them R and σ', are equal to
-    those of the forward pass to the last bit. Membranes kept in 16 bits instead would move more bytes (2 an element
+    those of the forward pass to the last bit. Membranes kept in 16 bits instead would move more bytes (2 per element
     written, for currents of 16 bits as many read) and cost accuracy: at T = 50 the gradients of β and θ came out
     4,400 to 5,000 (bfloat16) and 450 to 950 (float16) times as wrong as those of the reference, whose membranes are
     float32.
 
-Bytes an element of [T, B, N], for currents of c bytes, spikes of s (1 inside a stack, else c) and n states
+Bytes per element of [T, B, N], for currents of c bytes, spikes of s (1 inside a stack, else c) and n states
     forward     c read (a held current: once, not T times), s written, 4n/10 of checkpoints written
     backward    c read (held: once), c of ∂L/∂S read, 4n/10 of checkpoints read, c of ∂L/∂I written (held: once)
-    FLOPs are a handful an element: both kernels run at the speed of memory.
+    FLOPs are a handful per element: both kernels run at the speed of memory.
 
 Gradients of parameters are summed in two stages: every program writes one partial sum (a neuron, or of its whole tile
 for a parameter of the layer), and :func:`sum_kernel` adds those in a fixed order. There are no atomics: results are the
@@ -285,7 +285,7 @@ class Run(NamedTuple):
             "SEGMENT": segment_of(self.steps),
             "BLOCK_B": block_b,
             "BLOCK_N": block_n,
-            # rows that are not whole tiles wide take a mask an element: two a thread, or registers run out on sm_80
+            # rows that are not whole tiles wide take a mask per element: two per thread, or registers run out on sm_80
             "num_warps": NUM_WARPS * len(self.model.states) * (1 if neurons % block_n == 0 else 2),
             **model_options(self.population),
             **EXACT,

@@ -140,7 +140,7 @@ def test_a_file_that_expands_beyond_its_size_is_refused_before_it_does(tmp_path,
     assert max(read) <= 16 + 60 * 28 * 28 + 1
 
 
-# --- data of one's own --------------------------------------------------------------------------------------------
+# --- your own data --------------------------------------------------------------------------------------------
 
 
 def own_arrays(**changes):

@@ -177,7 +177,10 @@ def test_where_one_dies_the_job_ends_with_a_message_and_one_goes_on(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert done.returncode == 1
     files, errors = RunFiles(tmp_path / "run", TrainSettings(**SMALL).stem), done.stderr
-    assert "faulty.py, rank 0: error: lost the connection to another process; the same command goes on" in errors
+    assert (
+        "faulty.py, rank 0: error: lost the connection to another process; run the same command again to resume"
+        in errors
+    )
     assert re.search(r"rank\s+: 1 .*\n\s+exitcode\s+: -9", errors), errors  # torchrun's own words
     assert load(files)["step"] == 4
     assert not files.marker.exists()

@@ -45,7 +45,7 @@ def test_a_signal_inside_an_epoch_loses_no_step(tmp_path, monkeypatch, capsys, v
     whole = run(tmp_path / "whole", **VARIANTS[variant])
     for step, epochs_done in ((0, 0), (5, 1), (11, 2)):
         monkeypatch.setattr(Trainer, "_train_step", signalled(step))
-        message = f"after step {step + 1}, with {epochs_done} of 3 epochs done; saved in .*: the same command goes on"
+        message = f"after step {step + 1}, with {epochs_done} of 3 epochs done; saved in .*: run the same command again"
         with pytest.raises(Interrupted, match=message):
             run(tmp_path / "parts", **VARIANTS[variant])
         monkeypatch.undo()
@@ -242,7 +242,7 @@ sys.exit(train.main({[*flags_of(SMALL), "--checkpoint_dir", str(tmp_path)]!r}))
     assert done.returncode == 1
     files = RunFiles(tmp_path, TrainSettings(**SMALL).stem)
     assert f"cannot write {files.checkpoint} (File too large)" in done.stderr
-    assert "Make room, then run the same command to go on" in done.stderr
+    assert "Make room, then run the same command again to resume" in done.stderr
     assert "Traceback" not in done.stderr
     assert load(files)["epoch"] == 2
     assert run(tmp_path).marker.exists()

@@ -3,6 +3,7 @@
 import functools
 import importlib
 import importlib.util
+import multiprocessing.util
 import os
 import tempfile
 from pathlib import Path
@@ -62,6 +63,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True, scope="session")
 def _temporary_files_go_when_the_tests_have_passed(tmp_path_factory):
     """Locks, caches and logs of what tests start, too (``torchrun`` leaves a folder in the temporary directory)."""
+    multiprocessing.util.get_temp_dir()  # removed when this process ends, so it is to lie elsewhere
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("temporary")))
         patch.setenv("TMPDIR", tempfile.tempdir)

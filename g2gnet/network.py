@@ -34,6 +34,7 @@ class G2GNet(SpikingStack):
             its few neurons must get a gradient wherever their membranes are.
         parameters: where the neurons' parameters begin and whether they are learned, as for :class:`SpikingNeurons`:
             ``beta=0.95``, ``learn_threshold=False``.
+        dropout: of hidden neurons, in training mode (:class:`SpikingStack`).
         backend: ``"triton"``, ``"cpu"`` or ``"torch"``; None lets the device decide.
         generator: source of randomness for masks and weights, on the CPU (PyTorch's global one if None).
 
@@ -72,6 +73,7 @@ class G2GNet(SpikingStack):
         reset: str = "subtract",
         surrogate: str = "atan",
         alpha: float = 2.0,
+        dropout: float = 0.0,
         backend: str | None = None,
         generator: torch.Generator | None = None,
         **parameters: float,
@@ -102,7 +104,7 @@ class G2GNet(SpikingStack):
                 **parameters,
             )
             layers.append((G2GLinear(mask, backend=backend, generator=generator), neurons))
-        super().__init__(layers, T, backend)
+        super().__init__(layers, T, backend, dropout)
         self.model = model
         self.enc = enc
         self.enc_scale = enc_scale

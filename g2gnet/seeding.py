@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 #: the purposes, so that no two of them share a stream
-STREAMS = ("network", "order", "encode_train", "encode_test", "dst", "augment", "encode_val")
+STREAMS = ("network", "order", "encode_train", "encode_test", "dst", "augment", "encode_val", "dropout")
 
 
 def stream(seed: int, purpose: str, *counters: int, device: torch.device | str = "cpu") -> torch.Generator:

@@ -25,9 +25,13 @@ class SpikingStack(nn.Module):
         layers: pairs (connection, neurons), from input to output. Model, reset and surrogate are each layer's own.
         T: number of time steps for which inputs [B, D] are held.
         backend: ``"triton"``, ``"cpu"`` or ``"torch"``; None lets the device decide.
+        dropout: probability with which a hidden neuron is dropped in a sample, in training mode: it stays silent at all
+            steps of that sample, and what the others send is divided by 1 − ``dropout``. For :meth:`simulate`;
+            :meth:`step` drops nothing.
 
     Raises:
-        ValueError: for T below 1, no layers, or sizes that do not follow one another.
+        ValueError: for T below 1, a dropout that is no probability below 1, no layers, or sizes that do not follow one
+            another.
     """
 
     def __init__(
@@ -35,10 +39,13 @@ class SpikingStack(nn.Module):
         layers: Sequence[tuple[G2GLinear, SpikingNeurons]],
         T: int = 50,  # noqa: N803  (the field's name for it)
         backend: str | None = None,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         if T < 1:
             raise ValueError(f"T={T} must be at least 1 time step")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout={dropout} must be at least 0 and below 1")
         if not layers:
             raise ValueError("layers is empty; give at least one pair of a G2GLinear and its neurons")
         for number, ((lower, _), (upper, _)) in enumerate(itertools.pairwise(layers), 1):
@@ -48,6 +55,7 @@ class SpikingStack(nn.Module):
                 )
         self.T = T
         self.backend = backend
+        self.dropout = dropout
         self.depth = len(layers)
         self._activity_hooks: OrderedDict[int, ActivityHook] = OrderedDict()
         for number, (connection, neurons) in enumerate(layers, 1):
@@ -59,8 +67,30 @@ class SpikingStack(nn.Module):
         for number in range(1, self.depth + 1):
             yield getattr(self, f"fc{number}"), getattr(self, f"lif{number}")
 
-    def simulate(self, inputs: torch.Tensor) -> Activity:
+    def drop(self, samples: int, generator: torch.Generator | None = None) -> list[torch.Tensor]:
+        """Draws which hidden neurons are dropped in each of so many samples: bool [samples, N] for each hidden layer.
+
+        From ``generator``, or PyTorch's global one, on its own device. Each has 16 random bits: the probability is a
+        multiple of 2⁻¹⁶.
+        """
+        *hidden, (last, _) = self.layers()
+        device = last.values.device if generator is None else generator.device
+        least = round(self.dropout * (1 << 16)) - (1 << 15)
+        drawn = []
+        for connection, _ in hidden:
+            size = samples * connection.out_features
+            # four numbers a draw: PyTorch's own bernoulli_ takes five times as long on a CPU
+            words = torch.empty(-(-size // 4), dtype=torch.int64, device=device)
+            words.random_(-(1 << 63), None, generator=generator)
+            drawn.append(words.view(torch.int16)[:size].view(samples, -1) < least)
+        return drawn
+
+    def simulate(self, inputs: torch.Tensor, dropped: Sequence[torch.Tensor] | None = None) -> Activity:
         """Runs the stack on inputs [B, D] held for T steps, or [T, B, D].
+
+        Args:
+            inputs: for all layers.
+            dropped: in training mode with ``dropout``, what :meth:`drop` returns; None: drawn here.
 
         Returns:
             Activity: differentiable spike counts of the output [B, C] and firing rates of each layer, and the spikes.
@@ -72,6 +102,13 @@ class SpikingStack(nn.Module):
             SpikingLayer(*connection.weights(), connection.bias, neurons.population)
             for connection, neurons in self.layers()
         ]
+        if self.training and self.dropout:
+            dropped = self.drop(inputs.shape[-2]) if dropped is None else dropped
+            scale = 1 / (1 - self.dropout)
+            layers = [
+                layer._replace(values=layer.values * scale if number else layer.values, dropped=of_layer)
+                for number, (layer, of_layer) in enumerate(zip(layers, [*dropped, None], strict=True))
+            ]
         steps = self.T if inputs.dim() == 2 else None
         activity = g2g_stack(inputs, layers, steps, self.backend)
         for hook in self._activity_hooks.values():

@@ -44,6 +44,10 @@ def train(arguments: argparse.Namespace) -> dict[str, Any] | None:
         raise cli.FlagError(
             f"--cuda_graph needs a CUDA device, not {machine.device}; leave it out, or give --device cuda"
         )
+    if machine.cuda_graph and settings.dropout:
+        raise cli.FlagError(
+            "--cuda_graph replays one step, in which --dropout would drop the same neurons; leave one out"
+        )
     if machine.cuda_graph and launched():
         raise cli.FlagError("--cuda_graph is of one process; leave it out, or start one without torchrun")
     with join(machine.device) as world:

@@ -40,10 +40,20 @@ class Stack:
     """Tensors of a stack of layers, by name, that can be run in any dtype on any backend."""
 
     def __init__(
-        self, cases, steps: int | None, per_neuron: bool = True, bias: bool = True, seed: int = 0, batch: int = B
+        self,
+        cases,
+        steps: int | None,
+        per_neuron: bool = True,
+        bias: bool = True,
+        seed: int = 0,
+        batch: int = B,
+        dropout: float = 0.0,
     ) -> None:
         draw = seeded(seed + 100)
         self.steps = steps
+        self.dropped = [
+            torch.rand(batch, size, generator=seeded(seed + 200)) < dropout if dropout else None for size in SIZES[1:]
+        ]
         self.masks = [case.mask(seed=seed + number) for number, case in enumerate(cases)]
         shape = (batch, SIZES[0]) if steps else (T, batch, SIZES[0])
         self.tensors = {"x": torch.rand(shape, generator=draw) * 2}
@@ -64,7 +74,7 @@ class Stack:
                 tensors[f"beta{k}"],
                 tensors[f"threshold{k}"],
                 **options,
-            )
+            )._replace(dropped=None if self.dropped[k] is None else self.dropped[k].to(tensors["x"].device))
             for k, mask in enumerate(self.masks)
         ]
 
@@ -105,6 +115,8 @@ def clear_of_thresholds(stack: Stack, reset: str) -> bool:
     for layer in stack.layers(tensors):
         current = x @ dense_by_loop(layer.mask, layer.values).T + (0 if layer.bias is None else layer.bias)
         beta, threshold = layer.neurons.parameters
+        if layer.dropped is not None:
+            current = current.masked_fill(layer.dropped, -1e25)
         x, membranes = lif_by_autograd(current, beta, threshold, reset, SURROGATES["atan"].primitive, 2.0)
         if (membranes - threshold).abs().min() < 1e-5:
             return False
@@ -117,6 +129,6 @@ def clear_stacks(cases, steps: int | None, reset: str = "subtract", **options) -
     return (stack for stack in draws if clear_of_thresholds(stack, reset))
 
 
-def clear_stack(cases, steps: int | None, reset: str = "subtract", batch: int = B) -> Stack:
+def clear_stack(cases, steps: int | None, reset: str = "subtract", **options) -> Stack:
     """The first of them."""
-    return next(clear_stacks(cases, steps, reset, batch=batch))
+    return next(clear_stacks(cases, steps, reset, **options))

@@ -38,6 +38,7 @@ DEFAULTS = {
     "lr": 1e-3,
     "lr_schedule": "constant",
     "weight_decay": 1e-4,
+    "dropout": 0.0,
     "dst_interval": 1000,
     "dst_fraction": 0.1,
     "dst_schedule": "constant",
@@ -78,6 +79,7 @@ VARIANTS = {
     "regularised": {"enforce_sparsity": True, "warmup_epochs": 1},
     "dynamic": {"sparsity_mode": "dynamic", "dst_interval": 2, "cp": "hebb"},
     "all schedules": {
+        "dropout": 0.2,
         "lr_schedule": "cosine",
         "standardize": True,
         "augment": "shift-flip",

@@ -70,7 +70,7 @@ class LayerArguments(Structure):
         *_fields(pointer="plan values bias"),
         ("neurons", NeuronArguments),
         *_fields(
-            pointer="spikes inputs kept rates grad_rates grad_values grad_bias",
+            pointer="spikes inputs kept rates grad_rates grad_values grad_bias dropped",
             double="input_rate",
             float="gradient_event_limit",
             int32="gradient_event_chunks",

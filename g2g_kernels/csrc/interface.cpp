@@ -58,6 +58,7 @@ void structures(Table& table) {
     G2G_FIELD(Layer, grad_rates);
     G2G_FIELD(Layer, grad_values);
     G2G_FIELD(Layer, grad_bias);
+    G2G_FIELD(Layer, dropped);
     G2G_FIELD(Layer, input_rate);
     G2G_FIELD(Layer, gradient_event_limit);
     G2G_FIELD(Layer, gradient_event_chunks);

@@ -46,6 +46,10 @@ struct ModelInfo {
     bool decays[kMostParameters];                  // clamped to 0 … 1
 };
 
+// The current, at every step, of a neuron that is dropped: it never fires, every surrogate's derivative is 0 there, and
+// sums over 2^16 steps of two states stay finite.
+constexpr float kDropped = -1e25f;
+
 // A layer of a stack. Pointers not needed by a call are null.
 struct Layer {
     const Plan* plan;
@@ -57,6 +61,7 @@ struct Layer {
     float* rates;           // out: [N]
     const float* grad_rates;
     float *grad_values, *grad_bias;
+    const uint8_t* dropped;  // [B][N], 1 where a neuron stays silent in a sample; null: none does
     double input_rate;      // share of ones among the spikes it receives: set by the forward pass, read by the backward
     float gradient_event_limit;  // 0: its input gradient takes the product; else see GradientEvents
     int32_t gradient_event_chunks;  // out: chunks of the batch whose input gradient was computed by events

@@ -61,6 +61,17 @@ struct ForwardLayer {
                 kind == Input::kHeld ? nullptr : kept_states(stack, layer, b, r), counts + block * kLanes};
     }
 
+    // Makes `rows` rows of a block's currents those of a sample in which some neurons are dropped.
+    void drop(int64_t b, int64_t r, int64_t rows, float* currents) const {
+        if (!layer.dropped) return;
+        const Axis& axis = plan().rows;
+        for (int lane = 0; lane < kLanes; ++lane) {
+            const int32_t neuron = axis.neuron[r * kLanes + lane];
+            if (neuron < 0 || !layer.dropped[b * axis.size + neuron]) continue;
+            for (int64_t row = 0; row < rows; ++row) currents[row * kLanes + lane] = kDropped;
+        }
+    }
+
     void run() const {
         if (kind == Input::kEvents) return run_events();
         if (kind == Input::kHeld) return run_held();
@@ -73,8 +84,14 @@ struct ForwardLayer {
         parallel(stack.threads, plan().rows.blocks * stack.batch, least(32, stack.batch), [&](int64_t task, int) {
             const int64_t r = task / stack.batch, b = task % stack.batch;
             const uint64_t* words = layer.inputs + b * C * T;
-            sweep({&plan(), r, words, T, weights.tiles, parameters.bias + r * kLanes}, T, parameters.block(r),
-                  activity(b, r));
+            alignas(64) float start[kLanes];  // no weight is large enough to change the sum of a dropped neuron
+            const float* bias = parameters.bias + r * kLanes;
+            if (layer.dropped) {
+                for (int lane = 0; lane < kLanes; ++lane) start[lane] = bias[lane];
+                drop(b, r, 1, start);
+                bias = start;
+            }
+            sweep({&plan(), r, words, T, weights.tiles, bias}, T, parameters.block(r), activity(b, r));
         });
     }
 
@@ -92,8 +109,10 @@ struct ForwardLayer {
             float* currents = layer.kept ? kept_currents(stack, layer, first, r) : scratch + worker * scratch_size;
             product(product_weights, r, panel.floats, panel.halves, first, samples, {parameters.bias + r * kLanes, 0},
                     currents);
-            for (int64_t i = 0; i < samples; ++i)
+            for (int64_t i = 0; i < samples; ++i) {
+                drop(first + i, r, 1, currents + i * kLanes);
                 sweep({currents + i * kLanes, 0}, stack.steps, parameters.block(r), activity(first + i, r));
+            }
         });
     }
 
@@ -113,8 +132,11 @@ struct ForwardLayer {
                 float* currents = scratch + worker * scratch_size;
                 product(product_weights, r, panel.floats, panel.halves, first * T, count * T,
                         {parameters.bias + r * kLanes, 0}, currents);
-                for (int64_t i = 0; i < count; ++i)
-                    sweep({currents + i * T * kLanes, kLanes}, T, parameters.block(r), activity(begin + first + i, r));
+                for (int64_t i = 0; i < count; ++i) {
+                    float* own = currents + i * T * kLanes;
+                    drop(begin + first + i, r, T, own);
+                    sweep({own, kLanes}, T, parameters.block(r), activity(begin + first + i, r));
+                }
             });
         }
     }

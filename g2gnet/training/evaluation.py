@@ -32,6 +32,7 @@ def build_network(settings: TrainSettings, input_dim: int, num_classes: int, bac
         neuron=settings.neuron,
         surrogate=settings.surrogate,
         alpha=settings.alpha,
+        dropout=settings.dropout,
         backend=backend,
         generator=stream(settings.seed, "network"),
         **settings.neuron_parameters(),

@@ -23,6 +23,7 @@ PRECISIONS = ("fp32", "bf16")
 #: those of the neurons' parameters whose initial value is a setting
 PARAMETERS = ("syn_decay",)
 AUGMENTATIONS = ("auto", *SHIFTS, "none")
+MOST_DROPPED = 0.95
 LARGEST_SEED = (1 << 63) - 1
 #: of a sample; the compiled kernels number them in 16 bits
 MOST_STEPS = 1 << 16
@@ -173,6 +174,13 @@ class TrainSettings(Settings):
         choices=tuple(SCHEDULES),
     )
     weight_decay: float = setting(1e-4, "training", "Adam's L2 penalty", low=0)
+    dropout: float = setting(
+        0.0,
+        "training",
+        "probability with which a hidden neuron stays silent in a training image",
+        low=0,
+        high=MOST_DROPPED,
+    )
     seed: int = setting(42, "training", "seed of every random draw", low=0, high=LARGEST_SEED)
     precision: str = setting("fp32", "training", "arithmetic of the products", choices=PRECISIONS)
     enforce_sparsity: bool = setting(False, "training", "pull firing rates down after the warm-up")

@@ -70,8 +70,8 @@ class _Simulation(nn.Module):
         self.net_parameters = nn.ParameterList(net.parameters())
         self._simulate = net.simulate
 
-    def forward(self, inputs: torch.Tensor) -> Activity:
-        return self._simulate(inputs)
+    def forward(self, inputs: torch.Tensor, dropped: list[torch.Tensor] | None) -> Activity:
+        return self._simulate(inputs, dropped)
 
 
 @dataclasses.dataclass
@@ -302,7 +302,13 @@ class Trainer:
         # a step with the gradient of absent units is another one than was captured
         as_ever = whole and not (self.dst and self.dst.forms_gradient)
         learn = self._captured if self._captured and as_ever else self._learn
-        result, activity = learn(inputs, labels, _StepConstants(target, len(labels) / len(index)))
+        constants = _StepConstants(target, len(labels) / len(index))
+        if self.settings.dropout:
+            drawn = self.net.drop(len(index), self._stream("dropout", self.step))
+            dropped = [each[share].to(self.device) for each in drawn]
+            result, activity = self._learn(inputs, labels, constants, dropped)
+        else:
+            result, activity = learn(inputs, labels, constants)
         result = result.summed(self.world)
         self.step += 1
         self._finite.note(self.step, result.loss)
@@ -321,7 +327,11 @@ class Trainer:
                 group["lr"] = lr
 
     def _learn(
-        self, inputs: torch.Tensor, labels: torch.Tensor, constants: _StepConstants
+        self,
+        inputs: torch.Tensor,
+        labels: torch.Tensor,
+        constants: _StepConstants,
+        dropped: list[torch.Tensor] | None = None,
     ) -> tuple[_StepResult, Activity]:
         """Forward pass, loss, backward pass, update. Nothing here waits for the device, so that it can be captured.
 
@@ -329,7 +339,7 @@ class Trainer:
         """
         target, share = constants
         with autocast(self.settings, self.device):
-            activity = self._parallel(inputs) if self._parallel else self.net.simulate(inputs)
+            activity = (self._parallel or self.net.simulate)(inputs, dropped)
         loss = F.cross_entropy(activity.counts, labels)
         objective = share * loss
         if target and target.strength > 0:

@@ -202,3 +202,45 @@ def test_values_out_of_range_are_named(options, message):
 
 def test_dense_takes_any_number_of_groups():
     assert small_net("dense", num_groups=64)(torch.rand(2, 30)).shape == (2, 10)
+
+
+# --- dropout ------------------------------------------------------------------------------------------------------
+
+
+def test_dropout_silences_neurons_for_a_whole_sample_and_scales_what_the_others_send():
+    net = G2GNet(20, 24, 10, block_size=3, T=7, dropout=0.25, generator=torch.Generator().manual_seed(0))
+    x = torch.rand(40, 20, generator=torch.Generator().manual_seed(1)) * 4
+    dropped = net.drop(40, torch.Generator().manual_seed(2))
+    activity = net.simulate(x, dropped)
+    received, steps = x, 7
+    for number, (connection, neurons) in enumerate(net.layers()):
+        weight = connection.dense_weight() / (0.75 if number else 1)
+        spikes = neurons(torch.nn.functional.linear(received, weight, connection.bias), steps)
+        if number < 2:
+            spikes = spikes * ~dropped[number]
+        # float32 sums in another order
+        torch.testing.assert_close(activity.rates[number], spikes.mean((0, 1)), rtol=1e-5, atol=1e-6)
+        received, steps = spikes, None
+    assert 0 < activity.rates[1].mean() < 1
+    # all of them in evaluation, and others at each call in training
+    net.eval()
+    whole = net(x)
+    net.dropout = 0.0
+    assert torch.equal(net.train()(x), whole)
+    net.dropout = 0.25
+    assert not torch.equal(net(x), net(x))
+
+
+def test_each_neuron_is_dropped_with_the_probability_asked_for():
+    net = G2GNet(20, 24, 10, dropout=0.25, block_size=3)
+    dropped = net.drop(4000, torch.Generator().manual_seed(0))
+    assert [each.shape for each in dropped] == [(4000, 24), (4000, 24)]
+    assert [each.dtype for each in dropped] == [torch.bool] * 2
+    share = torch.cat(dropped, 1).double().mean(0)
+    assert (share - 0.25).abs().max() < 5 * (0.25 * 0.75 / 4000) ** 0.5
+
+
+@pytest.mark.parametrize("dropout", [-0.1, 1.0, float("nan")])
+def test_a_dropout_that_is_no_probability_below_one_is_refused(dropout):
+    with pytest.raises(ValueError, match=r"dropout=.* must be at least 0 and below 1"):
+        G2GNet(20, 24, 10, block_size=3, dropout=dropout)

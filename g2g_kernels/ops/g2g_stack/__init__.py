@@ -66,7 +66,15 @@ def g2g_stack(
         out_size, in_size = layer.mask.shape
         if in_size != size:
             raise ValueError(f"layer {number} has {in_size} inputs but receives {size}")
+        if layer.dropped is not None:
+            _check_dropped(suffix, layer.dropped, (x.shape[-2], out_size))
         checked.append(layer._replace(neurons=check_neurons(suffix, layer.neurons, out_size, x)))
         size = out_size
     refuse_forward_mode(x, *(tensor for layer in checked for tensor in layer.tensors()))
     return operator(x, checked, steps, backend=backend)
+
+
+def _check_dropped(suffix: str, dropped: torch.Tensor, shape: tuple[int, int]) -> None:
+    if not isinstance(dropped, torch.Tensor) or dropped.dtype != torch.bool or tuple(dropped.shape) != shape:
+        what = f"{dropped.dtype} {tuple(dropped.shape)}" if isinstance(dropped, torch.Tensor) else repr(dropped)
+        raise ValueError(f"dropped{suffix} must be bool {shape}, one entry per sample and neuron, not {what}")

@@ -22,6 +22,7 @@ class LayerCall(NamedTuple):
     mask: MaskTensors
     bias: torch.Tensor | None
     neurons: Neurons
+    dropped: torch.Tensor | None
 
     @property
     def size(self) -> int:
@@ -52,10 +53,12 @@ class StackCall(NamedTuple):
         tensors = [tensor for layer in layers for tensor in layer.tensors()]
         keep = torch.is_grad_enabled() and any([tensor.requires_grad for tensor in (x, *tensors)])
         called = []
-        for values, mask, bias, neurons in layers:
+        for values, mask, bias, neurons, dropped in layers:
             parameters = tuple([parameter.reshape(-1).contiguous() for parameter in neurons.parameters])
             bias = None if bias is None else bias.contiguous()
-            called.append(LayerCall(values.contiguous(), mask.tensors(), bias, neurons._replace(parameters=parameters)))
+            dropped = None if dropped is None else dropped.contiguous()
+            population = neurons._replace(parameters=parameters)
+            called.append(LayerCall(values.contiguous(), mask.tensors(), bias, population, dropped))
         return cls(x.contiguous(), tuple(called), steps or 0, dtype, keep)
 
     @property
@@ -83,6 +86,8 @@ class StackCall(NamedTuple):
             width = size
             if layer.bias is not None and layer.bias.numel() != size:
                 raise ValueError(f"bias of layer {number} has {layer.bias.numel()} entries, expected {size}")
+            if layer.dropped is not None and layer.dropped.shape != (self.batch, size):
+                raise ValueError(f"dropped of layer {number} has shape {tuple(layer.dropped.shape)}")
             names = MODELS[layer.neurons.model].parameters
             for name, parameter in zip(names, layer.neurons.parameters, strict=True):
                 if parameter.numel() not in (1, size):

@@ -49,6 +49,8 @@ def refuses(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) 
             return f"needs tensors on the CPU, not on {tensor.device}"
         if tensor.dtype != torch.float32:
             return f"needs float32 tensors, not {tensor.dtype}"
+    if any(layer.dropped is not None and layer.dropped.device.type != "cpu" for layer in layers):
+        return "needs tensors on the CPU, dropped among them"
     if (steps or len(x)) > MOST_STEPS:
         return f"serves at most {MOST_STEPS} time steps"
     if x.numel() == 0:
@@ -97,7 +99,7 @@ class _Shapes(NamedTuple):
 def _shapes(call: StackCall) -> _Shapes:
     shapes = _Shapes([], [], [])
     batch, steps = call.batch, call.num_steps
-    for number, (values, mask, _, neurons) in enumerate(call.layers):
+    for number, (values, mask, _, neurons, _) in enumerate(call.layers):
         _, height, width = values.shape
         rows = blocks(mask.rows.bounds.shape[0] - 1, height)
         cols = blocks(mask.cols.bounds.shape[0] - 1, width)
@@ -127,7 +129,7 @@ class _Arguments:
         call.check()
         self.plans: list[Plan] = []
         self.layers = (LayerArguments * len(call.layers))()
-        for number, (values, mask, bias, neurons) in enumerate(call.layers):
+        for number, (values, mask, bias, neurons, dropped) in enumerate(call.layers):
             for tensor in (call.x, values, bias, *neurons.parameters):
                 if tensor is not None and not (
                     tensor.dtype == torch.float32 and tensor.is_contiguous() and tensor.device.type == "cpu"
@@ -142,6 +144,7 @@ class _Arguments:
                 spikes=pointer(memory.spikes[number]),
                 inputs=pointer(memory.inputs[number]),
                 kept=pointer(memory.states[number]) if memory.states else None,
+                dropped=pointer(dropped),
             )
             if number and _aligned(self.plans[-1], plan):
                 self.layers[number].inputs = self.layers[number - 1].spikes

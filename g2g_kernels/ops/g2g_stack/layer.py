@@ -7,6 +7,10 @@ import torch
 from g2g_kernels.block_mask import BlockMask
 from g2g_kernels.ops.neurons.models import Neurons
 
+#: the current, at every step, of a neuron that is dropped: it never fires, every surrogate's derivative is 0 there, and
+#: sums over 2^16 steps of two states stay finite
+DROPPED = -1e25
+
 
 class SpikingLayer(NamedTuple):
     """A connection and its neurons.
@@ -16,12 +20,15 @@ class SpikingLayer(NamedTuple):
         mask: the units that exist.
         bias: [N], or None.
         neurons: the population; model, reset, surrogate and α are this layer's own.
+        dropped: bool [B, N], or None: neurons that stay silent in a sample (their current is :data:`DROPPED` at every
+            step), so that nothing comes from them and no gradient goes through them.
     """
 
     values: torch.Tensor
     mask: BlockMask
     bias: torch.Tensor | None
     neurons: Neurons
+    dropped: torch.Tensor | None = None
 
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor that a gradient may be asked for."""

@@ -6,14 +6,17 @@ import torch
 
 from g2g_kernels.ops.g2g_linear.reference import g2g_linear
 from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes
-from g2g_kernels.ops.g2g_stack.layer import SpikingLayer
+from g2g_kernels.ops.g2g_stack.layer import DROPPED, SpikingLayer
 from g2g_kernels.ops.neurons.reference import neurons
 
 
 def g2g_stack(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> Activity:
     spikes: list[torch.Tensor] = []
     for layer in layers:
-        x = neurons(g2g_linear(x, layer.values, layer.mask, layer.bias), layer.neurons, steps)
+        current = g2g_linear(x, layer.values, layer.mask, layer.bias)
+        if layer.dropped is not None:
+            current = current.masked_fill(layer.dropped, max(DROPPED, torch.finfo(current.dtype).min))
+        x = neurons(current, layer.neurons, steps)
         spikes.append(x)
         steps = None
     return Activity(

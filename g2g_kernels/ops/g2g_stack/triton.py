@@ -41,7 +41,7 @@ from g2g_kernels.ops.g2g_linear.triton import (
 )
 from g2g_kernels.ops.g2g_stack.activity import Activity
 from g2g_kernels.ops.g2g_stack.call import Outputs, StackBackward, StackCall, StackGradients, operators
-from g2g_kernels.ops.g2g_stack.layer import SpikingLayer
+from g2g_kernels.ops.g2g_stack.layer import DROPPED, SpikingLayer
 from g2g_kernels.ops.neurons.models import MODELS, Neurons
 from g2g_kernels.ops.neurons.triton import (
     NUM_WARPS,
@@ -74,6 +74,7 @@ def fused_forward_kernel(
     row_slot,
     unit_col,
     bias,
+    dropped,
     y_column,
     parameters,
     spikes,
@@ -92,6 +93,7 @@ def fused_forward_kernel(
     PER_NEURON: tl.constexpr,
     RESET: tl.constexpr,
     PRECISION: tl.constexpr,
+    DROPPED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -112,6 +114,8 @@ def fused_forward_kernel(
     start = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if bias is not None:
         start += tl.load(bias + column, mask=n_ok, other=0.0).to(tl.float32)[None, :]
+    if dropped is not None:
+        start = tl.where(tl.load(dropped + y_offset, mask=inside, other=0) != 0, DROPPED, start)
 
     first = tl.load(row_ptr + row) * TILES_K
     end = tl.load(row_ptr + row + 1) * TILES_K
@@ -280,16 +284,17 @@ class _Layer(NamedTuple):
     column: torch.Tensor | None  # int64 [N], the column of each neuron
     held: bool
     fused: bool
+    dropped: torch.Tensor | None = None  # uint8 [B, N']
 
     def current_dtype(self, products: torch.dtype) -> torch.dtype:
         """A held current is small, and the same rounding error at every step would add up."""
         return torch.float32 if self.held else products
 
     def to_columns(self, vector: torch.Tensor, fill: float = 0.0) -> torch.Tensor:
-        """A vector [N], one entry a neuron, in the order of columns."""
-        if self.neuron is None or vector.numel() == 1:
+        """A tensor [..., N], one entry a neuron, in the order of columns; a single entry is for all of them."""
+        if self.neuron is None or vector.shape == (1,):
             return vector
-        return torch.cat([vector, vector.new_full((1,), fill)])[self.neuron]
+        return torch.cat([vector, vector.new_full((*vector.shape[:-1], 1), fill)], -1)[..., self.neuron]
 
     def to_neurons(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor [..., N'] in the order of neurons, [..., N]."""
@@ -310,7 +315,7 @@ def _layers(call: StackCall) -> list[_Layer]:
     call.check()
     graphs = [units_of(layer.mask, layer.values) for layer in call.layers]
     layers = []
-    for i, (graph, (values, _, bias, neurons)) in enumerate(zip(graphs, call.layers, strict=True)):
+    for i, (graph, (values, _, bias, neurons, dropped)) in enumerate(zip(graphs, call.layers, strict=True)):
         neuron = column = None
         rows, cols = graph.rows, graph.cols
         if i + 1 < len(graphs):
@@ -327,7 +332,9 @@ def _layers(call: StackCall) -> list[_Layer]:
         parameters = *map(layer.to_columns, decays), layer.to_columns(threshold, 1.0)
         layers.append(
             layer._replace(
-                bias=None if bias is None else layer.to_columns(bias), neurons=neurons._replace(parameters=parameters)
+                bias=None if bias is None else layer.to_columns(bias),
+                neurons=neurons._replace(parameters=parameters),
+                dropped=None if dropped is None else layer.to_columns(dropped.to(torch.uint8)),
             )
         )
     return layers
@@ -355,6 +362,7 @@ def _launch_fused(
         row_slot=units.row_slot,
         unit_col=units.unit_col,
         bias=layer.bias,
+        dropped=layer.dropped,
         y_column=units.rows.column,
         parameters=layer.neurons.parameters,
         spikes=spikes,
@@ -368,6 +376,7 @@ def _launch_fused(
         K=units.cols.width,
         N=units.rows.width,
         PRECISION=runtime.input_precision(),
+        DROPPED=DROPPED,
         BLOCK_N=units.rows.tile,
         **model_options(layer.neurons),
         **options,
@@ -487,6 +496,8 @@ def _forward(call: StackCall) -> Outputs:
         else:
             current = product(received, factors, layer.units, layer.bias, layer.current_dtype(call.dtype))
             current = current.view(shape[1:] if layer.held else shape)
+            if layer.dropped is not None:
+                current.masked_fill_(layer.dropped != 0, max(DROPPED, torch.finfo(current.dtype).min))
             checkpoints = None
             if call.keep:
                 of = checkpoint_shape(MODELS[layer.neurons.model], *shape)

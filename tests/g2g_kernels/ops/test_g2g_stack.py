@@ -41,6 +41,8 @@ def composed(stack: Stack, dtype: torch.dtype, **options) -> dict[str, torch.Ten
     for layer in stack.layers(leaves):
         current = g2g_linear(x, layer.values, layer.mask, layer.bias, backend="torch")
         x = lif(current, *layer.neurons.parameters, steps, backend="torch", **options)
+        if layer.dropped is not None:
+            x = x * ~layer.dropped
         spikes.append(x)
         steps = None
     counts, rates = spikes[-1].sum(0), [layer_spikes.mean((0, 1)) for layer_spikes in spikes]
@@ -72,6 +74,19 @@ def test_stack_equals_its_parts(cases, steps, reset):
         torch.testing.assert_close(actual, expected[name], rtol=1e-12, atol=1e-13, msg=name)
         if name.startswith("spikes"):
             assert torch.equal(actual, expected[name])
+
+
+@every_reset
+@held_or_varying
+@every_stack
+def test_dropped_neurons_are_those_whose_spikes_are_taken_away(cases, steps, reset):
+    stack = Stack(cases, steps, dropout=0.3)
+    expected = composed(stack, torch.float64, reset=reset)
+    for k, dropped in enumerate(stack.dropped):
+        assert not expected[f"spikes{k}"][:, dropped].any()
+    for name, actual in stack.run(torch.float64, "torch", reset=reset).items():
+        # float64 rounding: counts and rates may be summed in another order
+        torch.testing.assert_close(actual, expected[name], rtol=1e-12, atol=1e-13, msg=name)
 
 
 @pytest.mark.parametrize("surrogate", SURROGATES)
@@ -222,6 +237,49 @@ def test_backend_against_float64(backend, cases, steps, reset, surrogate):
         else:
             # float32 rounding through three layers and nine steps
             assert rms(actual[name] - expected) <= 1e-4 * rms(expected), name
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES)
+@every_reset
+@held_or_varying
+@every_backend
+def test_dropped_neurons_on_every_backend(backend, steps, reset, surrogate):
+    stack = clear_stack(STACKS["mixer"], steps, reset, dropout=0.3)
+    options = {"reset": reset, "surrogate": surrogate}
+    exact = stack.run(torch.float64, "torch", **options)
+    for name, actual in stack.run(torch.float32, backend, **options).items():
+        if name.startswith(("spikes", "counts")):
+            assert torch.equal(actual.double(), exact[name]), name
+        else:
+            # float32 rounding through three layers and nine steps
+            assert rms(actual - exact[name]) <= 1e-4 * rms(exact[name]), name
+
+
+@every_backend
+def test_a_neuron_dropped_in_every_sample_gets_no_gradient(backend):
+    """Nor do its neighbours get another one than without it: weights to and from it are as good as not there."""
+    stack = clear_stack(STACKS["mixer"], T)
+    stack.dropped[1] = torch.zeros(B, 26, dtype=torch.bool)
+    stack.dropped[1][:, 5] = True
+    named = stack.run(torch.float32, backend)
+    assert not named["spikes1"][..., 5].any()
+    for name in ("bias1", "beta1", "threshold1"):
+        gradient = named[f"{name}.grad"]
+        assert gradient[5] == 0
+        assert gradient.any()
+    assert not stack.masks[1].unpack(named["values1.grad"])[5].any()
+    assert not stack.masks[2].unpack(named["values2.grad"])[:, 5].any()
+
+
+@pytest.mark.parametrize(
+    "dropped", [torch.zeros(B, 26), torch.zeros(B, 25, dtype=torch.bool), torch.zeros(26, dtype=torch.bool), 0.2]
+)
+def test_what_does_not_say_who_is_dropped_is_refused(dropped):
+    stack = Stack(STACKS["mixer"], T)
+    layers = stack.layers(stack.tensors)
+    layers[1] = layers[1]._replace(dropped=dropped)
+    with pytest.raises(ValueError, match=r"dropped of layer 1 must be bool \(5, 26\), one entry per sample and neuron"):
+        g2g_stack(stack.tensors["x"], layers, T)
 
 
 @held_or_varying

@@ -144,6 +144,17 @@ def test_one_beta_and_threshold_a_layer_and_no_bias(way):
     ratios.check(cases=FEW, at_most=AT_MOST)
 
 
+# numpy, in the interpreter, says what is meant to be: the squared distance of a dropped neuron from its threshold is
+# infinite, and the surrogate's derivative zero
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+@pytest.mark.parametrize("steps", [None, T], ids=["varying", "held"])
+def test_dropped_neurons(way, steps):
+    ratios = ErrorRatios()
+    for stack in itertools.islice(clear_stacks(STACKS_OF_UNITS[0], steps, dropout=0.3), FEW):
+        compare(ratios, stack)
+    ratios.check(cases=FEW, at_most=AT_MOST)
+
+
 @pytest.mark.parametrize("used", ["counts", "rates0"])
 def test_one_output_alone(way, used):
     """A loss on the counts only, or on one hidden layer's rates only: layers behind it get no gradient."""

@@ -70,6 +70,7 @@ def test_the_stem_names_the_run(options, stem):
         ({"augment": "crop"}, "augment='crop' is unknown; choose one of auto, crop-flip, shift-flip, flip, none"),
         ({"dataset": "cifar10", "use_resnet": True, "augment": "flip"}, "augment=flip needs images"),
         ({"standardize": True, "enc": "rate"}, "standardize makes values .* no probabilities .* give --enc current"),
+        ({"dropout": 1.0}, "dropout=1.0 is out of range; give a value at least 0 and at most 0.95"),
         ({"lr_schedule": "step"}, "lr_schedule='step' is unknown; choose one of constant, cosine"),
         ({"dst_schedule": "cosine", "model": "index"}, "dst_schedule=cosine is of no use with sparsity_mode=static"),
         ({"dst_stop": 0.5}, "dst_stop=0.5 is of no use with sparsity_mode=static; give --sparsity_mode dynamic"),

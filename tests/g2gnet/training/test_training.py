@@ -96,8 +96,8 @@ def test_the_share_of_neurons_that_never_fire_is_that_over_all_images_of_the_epo
     fired = [torch.zeros(64), torch.zeros(64), torch.zeros(10)]
     simulate = trainer.net.simulate
 
-    def seen(inputs):
-        activity = simulate(inputs)
+    def seen(inputs, dropped):
+        activity = simulate(inputs, dropped)
         for total, spikes in zip(fired, activity.spikes, strict=True):
             total += spikes.dense().sum((0, 1))
         return activity

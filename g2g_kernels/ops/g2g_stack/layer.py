@@ -20,7 +20,7 @@ class SpikingLayer(NamedTuple):
         mask: the units that exist.
         bias: [N], or None.
         neurons: the population; model, reset, surrogate and α are this layer's own.
-        dropped: bool [B, N], or None: neurons that stay silent in a sample (their current is :data:`DROPPED` at every
+        dropped: bool [B, N], or None: neurons that stay silent in a sample (their current is −1e25 at every
             step), so that nothing comes from them and no gradient goes through them.
     """
 

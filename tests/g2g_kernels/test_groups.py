@@ -99,7 +99,7 @@ def test_repr_names_size_groups_and_kind():
     ("arguments", "message"),
     [
         ({"size": 10, "kind": "rows"}, "kind='rows' is not a group layout; choose one of index, interleaved, random"),
-        ({"size": 10, "num_groups": 0}, "num_groups=0 must be at least 1"),
+        ({"size": 10, "num_groups": 0}, "num_groups=0 must be a whole number of at least 1"),
         ({"size": 3, "num_groups": 4}, "3 neurons cannot fill num_groups=4 groups"),
     ],
 )

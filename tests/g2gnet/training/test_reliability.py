@@ -353,8 +353,8 @@ def test_a_loss_that_is_not_finite_is_named():
     trainer = small_trainer()
     simulate = trainer.net.simulate
 
-    def simulate_spoiled(inputs):
-        activity = simulate(inputs)
+    def simulate_spoiled(inputs, dropped):
+        activity = simulate(inputs, dropped)
         return activity._replace(counts=activity.counts * torch.nan) if trainer.step == 2 else activity
 
     trainer.net.simulate = simulate_spoiled

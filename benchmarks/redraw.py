@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import dst_study, tradeoff_study
+from . import dst_study, recipe_study, tradeoff_study
 from .model_comparison import table
 from .registry import KERNELS
 from .report import seconds, title
@@ -32,7 +32,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PICTURES = ROOT / "docs"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "results.md")
 PICTURED = ("scaling", "accuracy", "tradeoff_study")
-STUDIES = {module.STUDY.name: module.STUDY for module in (dst_study, tradeoff_study)}
+STUDIES = {module.STUDY.name: module.STUDY for module in (dst_study, recipe_study, tradeoff_study)}
 #: what a throughput record is named after where it differs
 USUAL = {field.name: field.default for field in dataclasses.fields(Workload) if field.name in ("model", "block_size")}
 
@@ -250,7 +250,8 @@ def _study(record: Record, link: Link) -> str:
     picture = f"![Test accuracy against time and weights]({link(record.picture)})\n\n" if record.picture else ""
     return (
         f"{picture}`{content['settings']} --epochs {content['epochs']}`, {seeds} seeds: mean ± standard error of the "
-        f"mean after the last epoch. On {_machine(record, link)}.\n\n{STUDIES[content['benchmark']].table(content)}"
+        f"mean after the last epoch, on {content['tested_on']}. On {_machine(record, link)}.\n\n"
+        f"{STUDIES[content['benchmark']].table(content)}"
     )
 
 

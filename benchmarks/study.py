@@ -20,10 +20,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from g2gnet.cli import add_json_flag, run_program
+from g2gnet.data import load_dataset
+from g2gnet.files import replace_file
 from g2gnet.training import TrainingError
 from g2gnet.training.saved_run import read_run
 
@@ -51,10 +54,28 @@ class Study:
     table: Callable[[dict[str, Any]], str]
 
 
-def command(study: Study, row: str, epochs: int, seed: int, folder: Path) -> list[str]:
-    """The command of one run; flags of the row come last, so that they prevail over common ones."""
+def command(study: Study, row: str, epochs: int, seed: int, folder: Path, dataset: Path | None = None) -> list[str]:
+    """The command of one run; of a flag that is given twice the later one counts, so that a row prevails."""
     flags = f"{study.common} --epochs {epochs} --seed {seed} {study.rows[row]} --device cpu"
-    return [sys.executable, "-m", "g2gnet.train", *shlex.split(flags), "--checkpoint_dir", str(folder)]
+    other = [] if dataset is None else ["--dataset", str(dataset)]
+    return [sys.executable, "-m", "g2gnet.train", *shlex.split(flags), *other, "--checkpoint_dir", str(folder)]
+
+
+#: training images that ``--validation`` tests on
+HELD_BACK = 10_000
+
+
+def validation_data(root: Path) -> Path:
+    """A file of Fashion-MNIST's training images whose test images are the last of them; made where it is missing."""
+    path = root / "fashionmnist-validation.npz"
+    if not path.exists():
+        data = load_dataset("fashionmnist", "data")
+        parts = {"train": slice(None, -HELD_BACK), "test": slice(-HELD_BACK, None)}
+        arrays = {f"{part}_images": data.train_images[of].numpy() for part, of in parts.items()}
+        labels = {f"{part}_labels": data.train_labels[of].numpy() for part, of in parts.items()}
+        root.mkdir(parents=True, exist_ok=True)
+        replace_file(path, lambda file: np.savez(file, **arrays, **labels))  # type: ignore[arg-type]  # they are arrays
+    return path
 
 
 def folder_of(root: Path, study: Study, row: str, epochs: int, seed: int) -> Path:
@@ -117,6 +138,8 @@ def build_parser(study: Study) -> argparse.ArgumentParser:
     text = "rows to train, or patterns of their names with *"
     parser.add_argument("--rows", nargs="+", default=["*"], metavar="NAME", help=text)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="runs at once (default: cores)")
+    text = f"train on all but the last {HELD_BACK:,} training images, and test on these, not on the test images"
+    parser.add_argument("--validation", action="store_true", help=text)
     parser.add_argument("--finished", action="store_true", help="train nothing: a record of what is finished")
     add_json_flag(parser, "the last epoch of every run")
     return parser
@@ -141,10 +164,10 @@ def chosen(study: Study, patterns: Sequence[str]) -> list[str]:
 def make(study: Study, arguments: argparse.Namespace) -> dict[str, Any]:
     """Trains what is not finished, prints the table and returns the record."""
     rows = chosen(study, arguments.rows)
+    dataset = validation_data(arguments.runs) if arguments.validation else None
+    root = arguments.runs / "validation" if arguments.validation else arguments.runs
     runs = [
-        (row, seed, folder_of(arguments.runs, study, row, arguments.epochs, seed))
-        for seed in arguments.seeds
-        for row in rows
+        (row, seed, folder_of(root, study, row, arguments.epochs, seed)) for seed in arguments.seeds for row in rows
     ]
     missing = [] if arguments.finished else [run for run in runs if not list(run[2].glob("*.DONE"))]
     with (
@@ -152,7 +175,7 @@ def make(study: Study, arguments: argparse.Namespace) -> dict[str, Any]:
         tqdm(total=len(missing), desc=study.name, unit=" runs", leave=False, disable=None) as bar,
     ):
         futures = {
-            pool.submit(train, command(study, row, arguments.epochs, seed, folder)): (row, seed, folder)
+            pool.submit(train, command(study, row, arguments.epochs, seed, folder, dataset)): (row, seed, folder)
             for row, seed, folder in missing
         }
         try:
@@ -179,6 +202,7 @@ def make(study: Study, arguments: argparse.Namespace) -> dict[str, Any]:
         "machine": describe(torch.device("cpu")),
         "settings": study.common,
         "epochs": arguments.epochs,
+        "tested_on": f"the last {HELD_BACK:,} training images" if arguments.validation else "the test images",
         "rows": [{"row": row, "flags": study.rows[row], "ends": ends} for row, ends in found.items() if ends],
     }
     if not record["rows"]:

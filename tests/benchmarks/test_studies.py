@@ -3,10 +3,13 @@
 import json
 
 import pytest
+import torch
 
-from benchmarks import dst_study, plots, study, tradeoff_study
+from benchmarks import dst_study, plots, recipe_study, study, tradeoff_study
 from benchmarks.study import Study, markdown, spread
 from g2gnet.cli import settings_from
+from g2gnet.data import load_dataset
+from g2gnet.data.own import name_of
 from g2gnet.train import build_parser
 from g2gnet.training import TrainSettings
 
@@ -23,13 +26,15 @@ SMALL = Study(
 )
 
 
-@pytest.mark.parametrize("each", [dst_study.STUDY, tradeoff_study.STUDY], ids=lambda each: each.name)
+@pytest.mark.parametrize(
+    "each", [dst_study.STUDY, recipe_study.STUDY, tradeoff_study.STUDY], ids=lambda each: each.name
+)
 def test_every_row_is_a_run_that_train_takes(each, tmp_path):
     seen = set()
     for row in each.rows:
         flags = study.command(each, row, each.epochs, 1, tmp_path)[3:]
         settings = settings_from(build_parser().parse_args(flags), TrainSettings)
-        assert settings.epochs == each.epochs
+        assert settings.epochs == (20 if row == "20 epochs" else each.epochs)
         seen.add(json.dumps(settings.as_dict()))
     assert len(seen) == len(each.rows)  # no two of them are the same run
     folders = {study.folder_of(tmp_path, each, row, each.epochs, 1) for row in each.rows}
@@ -66,6 +71,20 @@ def test_a_study_goes_on_where_it_stopped_and_records_what_there_is(tmp_path, ca
     )
     assert set(end["wiring"]["fc2"]) == {"rows_spread", "cols_spread", "rows_empty", "cols_empty", "inside"}
     assert f"| gradient | {100 * end['test_acc']:.2f} (n = 1) |" in capsys.readouterr().out
+
+
+def test_validation_tests_on_training_images_that_are_held_back(tmp_path, monkeypatch):
+    mini = load_dataset("fashionmnist-mini")
+    monkeypatch.setattr(study, "load_dataset", lambda *_: mini)
+    monkeypatch.setattr(study, "HELD_BACK", 40)
+    arguments = ["--runs", str(tmp_path), "--seeds", "1", "--rows", "static", "--validation"]
+    assert study.run_study(SMALL, [*arguments, "--json", str(tmp_path / "record.json")]) == 0
+    held_back = load_dataset(name_of(tmp_path / "fashionmnist-validation.npz"))
+    assert torch.equal(held_back.test_images, mini.train_images[-40:])
+    assert torch.equal(held_back.test_labels, mini.train_labels[-40:])
+    assert torch.equal(held_back.train_images, mini.train_images[:-40])
+    assert json.loads((tmp_path / "record.json").read_text())["tested_on"] == "the last 40 training images"
+    assert not (tmp_path / "small_study").exists()  # runs that are tested on test images are others
 
 
 def test_what_cannot_be_is_named(tmp_path, capsys):

@@ -102,7 +102,7 @@ def write_files(arguments: argparse.Namespace, made: Report) -> None:
 
 def workload_from(arguments: argparse.Namespace, **changes: Any) -> Workload:
     """The workload that the flags ask for, with ``changes``; raises SettingsError where it is out of range."""
-    names = [field.name for field in dataclasses.fields(Workload)]
+    names = [field.name for field in dataclasses.fields(Workload) if hasattr(arguments, field.name)]
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     return Workload(**{**(QUICK if arguments.quick else {}), **given, **changes})
 

@@ -31,7 +31,7 @@ class Contender(ABC):
     reset: ClassVar[str] = "after decay"
     masked: ClassVar[bool] = True
     omits: ClassVar[tuple[str, ...]] = ()
-    differs: ClassVar[str] = ""
+    differs: str = ""
 
     @abstractmethod
     def __init__(self, prepared: Prepared, device: torch.device, precision: str, **options: Any) -> None: ...

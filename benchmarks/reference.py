@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from g2g_kernels import BlockMask
 
-from .workload import NeuronInputs, Prepared
+from .workload import NeuronInputs, Prepared, Workload
 
 #: named tensors; of a network "loss", "counts" [B, C] and the gradients "fc1.weight" [out, in] … "lif3.threshold",
 #: of neurons alone "spikes" and the gradients "current" [T, B, N] and of the parameters by name, of a product alone "y"
@@ -29,13 +29,30 @@ UPDATE_FRACTION = 0.1  # share of a layer's units that an update replaces
 DTYPES = {"float64": torch.float64, "fp32": torch.float32, "bf16": torch.float32}
 
 
-def _spike(x: torch.Tensor) -> torch.Tensor:
-    """1[x > 0], with the derivative of atan's smooth step at α = 2."""
-    smooth = torch.atan(math.pi * x) / math.pi
+def _smooth_step(x: torch.Tensor, surrogate: str, alpha: float) -> torch.Tensor:
+    """The function whose derivative is the surrogate."""
+    if surrogate == "atan":
+        return torch.atan(math.pi / 2 * alpha * x) / math.pi
+    if surrogate == "triangle":
+        inside = (alpha * x).clamp(-1, 1)
+        return inside - inside * inside.abs() / 2
+    raise ValueError(f"surrogate={surrogate!r} is not measured; choose atan or triangle")
+
+
+def _spike(x: torch.Tensor, surrogate: str, alpha: float) -> torch.Tensor:
+    """1[x > 0], with the derivative of a smooth step."""
+    smooth = _smooth_step(x, surrogate, alpha)
     return (x > 0).to(x.dtype) + (smooth - smooth.detach())
 
 
-def _lif(currents: list[torch.Tensor], beta: torch.Tensor, theta: torch.Tensor, reset: str) -> list[torch.Tensor]:
+def _lif(
+    currents: list[torch.Tensor],
+    beta: torch.Tensor,
+    theta: torch.Tensor,
+    reset: str,
+    surrogate: str = "atan",
+    alpha: float = 2.0,
+) -> list[torch.Tensor]:
     """The spikes for a list of currents, one a time step.
 
     ``"after decay"``: U_t = β·U_{t−1} + I_t − θ·R_t, as snnTorch and g2g have it; ``"before decay"``:
@@ -48,7 +65,7 @@ def _lif(currents: list[torch.Tensor], beta: torch.Tensor, theta: torch.Tensor, 
     for current in currents:
         fired = (membrane > theta).to(membrane.dtype)
         membrane = decay * membrane + current - taken * fired
-        spikes.append(_spike(membrane - theta))
+        spikes.append(_spike(membrane - theta, surrogate, alpha))
     return spikes
 
 
@@ -76,7 +93,7 @@ def _parameters(prepared: Prepared, dtype: torch.dtype) -> dict[str, torch.Tenso
 
 
 def _simulate(
-    images: torch.Tensor, parameters: dict[str, torch.Tensor], steps: int, reset: str, precision: str
+    images: torch.Tensor, parameters: dict[str, torch.Tensor], workload: Workload, reset: str, precision: str
 ) -> list[list[torch.Tensor]]:
     """The spikes of the three layers, one [B, N] a time step."""
 
@@ -85,10 +102,12 @@ def _simulate(
             y = F.linear(x, parameters[f"fc{number}.weight"], parameters[f"fc{number}.bias"])
         return y.to(DTYPES[precision])
 
-    currents = [product(1, images)] * steps
+    currents = [product(1, images)] * workload.T
     layers = []
     for number in (1, 2, 3):
-        layers.append(_lif(currents, parameters[f"lif{number}.beta"], parameters[f"lif{number}.threshold"], reset))
+        surrogate = (workload.surrogate, workload.alpha) if number < 3 else ("atan", 2.0)
+        beta, theta = parameters[f"lif{number}.beta"], parameters[f"lif{number}.threshold"]
+        layers.append(_lif(currents, beta, theta, reset, *surrogate))
         if number < 3:
             currents = list(product(number + 1, torch.stack(layers[-1])))
     return layers
@@ -100,7 +119,7 @@ def network_results(prepared: Prepared, reset: str = "after decay", precision: s
     parameters = _parameters(prepared, dtype)
     loss, counts = torch.zeros((), dtype=dtype), []
     for images, labels in zip(prepared.images.to(dtype).split(CHUNK), prepared.labels.split(CHUNK), strict=True):
-        *_, spikes = _simulate(images, parameters, prepared.workload.T, reset, precision)
+        *_, spikes = _simulate(images, parameters, prepared.workload, reset, precision)
         count = torch.stack(spikes).sum(0)
         piece = F.cross_entropy(count, labels, reduction="sum") / len(prepared.labels)
         piece.backward()
@@ -167,7 +186,7 @@ def update_results(prepared: Prepared, reset: str = "after decay", precision: st
     squares = [torch.zeros(shape[1], dtype=dtype) for _, shape in populations]
     squares.append(torch.zeros(populations[-1][1][0], dtype=dtype))
     for images in prepared.images.to(dtype).split(CHUNK):
-        layers = [[images] * steps, *_simulate(images, parameters, steps, reset, precision)]
+        layers = [[images] * steps, *_simulate(images, parameters, prepared.workload, reset, precision)]
         samples = [torch.cat(layer) for layer in layers]
         for square, sample in zip(squares, samples, strict=True):
             square += sample.square().sum(0)

@@ -24,6 +24,7 @@ class Entry:
         unavailable: why it cannot run here, or None.
         compiles: whether its first turn compiles for a minute or so.
         backend: the g2g backend that it runs on, None for a peer.
+        workload: what is changed in the workload for this contender, which is trained and judged with that.
     """
 
     label: str
@@ -33,6 +34,7 @@ class Entry:
     unavailable: str | None = None
     compiles: bool = False
     backend: str | None = None
+    workload: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,9 @@ class Kernel:
 
 
 COMPILER = "a C++ compiler"
+
+#: hidden layers whose surrogate has compact support, so that few neurons pass a gradient on
+COMPACT = {"surrogate": "triangle", "alpha": 4.0}
 
 _NETWORKS = (
     ("snntorch-masked", "snntorch_loop:MaskedLoop", ("snntorch",)),
@@ -137,6 +142,8 @@ def entries(kernel: str) -> dict[str, Entry]:
         )
         for backend, reason in backend_status().items()
     ]
+    if kernel == "step":
+        found += [replace(entry, label=f"{entry.label}-triangle", workload=COMPACT) for entry in found]
     found += [
         Entry(
             label,

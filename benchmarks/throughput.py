@@ -45,7 +45,12 @@ def throughput(arguments: argparse.Namespace) -> cli.Report:
     path, prepared = cli.prepare_with_bar(workload, arguments.data_dir)
     print(f"{kernel.about}: {about(prepared)}", flush=True)
 
-    jobs = [Job(entry, path, arguments.kernel, str(device)) for entry in entries]
+    paths = {
+        entry.label: cli.prepare_with_bar(cli.workload_from(arguments, **entry.workload), arguments.data_dir)[0]
+        for entry in entries
+        if entry.workload and entry.unavailable is None
+    }
+    jobs = [Job(entry, paths.get(entry.label, path), arguments.kernel, str(device)) for entry in entries]
     limits = Limits(device)
     total = len(jobs) + repeats * sum(entry.unavailable is None for entry in entries)
     with tqdm(total=total, leave=False, disable=None) as bar:

@@ -33,6 +33,7 @@ class Workload:
     """The settings of the measured training step; the defaults are those of ``train.py``, with an index network.
 
     Attributes:
+        surrogate, alpha: of the hidden layers; the output's is always ATan with α = 2.
         train_steps: optimizer steps taken before anything is measured, since firing rates decide what events cost.
     """
 
@@ -43,6 +44,8 @@ class Workload:
     block_size: int = 64
     num_groups: int = 8
     model: str = "index"
+    surrogate: str = "atan"
+    alpha: float = 2.0
     dataset: str = "fashionmnist"
     train_steps: int = 100
     seed: int = 42
@@ -59,6 +62,8 @@ class Workload:
             limit_train=max(1, self.train_steps) * self.batch_size,
             limit_test=1000,
             model=self.model,
+            surrogate=self.surrogate,
+            alpha=self.alpha,
             hidden_dim=self.hidden_dim,
             p_inter=self.p_inter,
             block_size=self.block_size,
@@ -145,6 +150,8 @@ class Prepared:
             w.block_size,
             w.T,
             num_groups=w.num_groups,
+            surrogate=w.surrogate,
+            alpha=w.alpha,
             backend=backend,
             generator=torch.Generator().manual_seed(0),
         )

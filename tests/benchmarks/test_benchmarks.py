@@ -95,6 +95,17 @@ def test_every_network_passes_the_gate(label, prepared, judges):
     assert verdict.errors.keys() >= {"loss", "counts", "fc1.weight", "fc2.weight", "fc3.weight", "fc3.bias"}
 
 
+@pytest.mark.parametrize("label", ["g2g-cpu-triangle", "g2g-torch-triangle"])
+def test_another_surrogate_is_trained_and_judged_by_its_own_formula(label, prepared, judges):
+    chosen = entries("step")[label]
+    own = load(prepare(dataclasses.replace(TINY, **chosen.workload)))
+    contender = built(chosen, own)
+    assert not judged(contender, Judge(own, "step")).objection
+    assert "surrogate triangle, alpha 4" in contender.differs
+    contender.net.load_state_dict(prepared.network().state_dict())
+    assert "fc1.weight is off" in judged(contender, judges["step"]).objection
+
+
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize(
     ("kernel", "label"), [(k, label) for k in ("linear", "linear-dense") for label in contenders(k)]

@@ -15,14 +15,12 @@ import functools
 import json
 import os
 import re
-import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import dst_study, recipe_study, tradeoff_study
-from .model_comparison import table
+from . import dst_study, model_comparison, recipe_study, study, surrogate_study, tradeoff_study
 from .registry import KERNELS
 from .report import seconds, title
 from .workload import Workload
@@ -32,7 +30,10 @@ RESULTS = ROOT / "benchmarks" / "results"
 PICTURES = ROOT / "docs"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "results.md")
 PICTURED = ("scaling", "accuracy", "tradeoff_study")
-STUDIES = {module.STUDY.name: module.STUDY for module in (dst_study, recipe_study, tradeoff_study)}
+STUDIES = {
+    module.STUDY.name: module.STUDY
+    for module in (model_comparison, surrogate_study, recipe_study, dst_study, tradeoff_study)
+}
 #: what a throughput record is named after where it differs
 USUAL = {field.name: field.default for field in dataclasses.fields(Workload) if field.name in ("model", "block_size")}
 
@@ -169,14 +170,14 @@ def _step_in_short(record: Record, link: Link) -> str:
 def _models_in_short(record: Record, link: Link) -> str:
     """The accuracies of the four models as they are."""
     content = record.content
-    means = []
-    for row in content["models"]:
-        if row["flags"] == f"--model {row['model']}":
-            values = [100 * epoch["test_acc"] for epoch in row["last_epochs"]]
-            means.append(f"{row['model']} {statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} %")
+    means = [
+        f"{row['row']} {study.spread(row['ends'], study.accuracy)} %"
+        for row in content["rows"]
+        if row["flags"] == f"--model {row['row']}"
+    ]
     return (
-        f"**Accuracy.** `{content['settings']} --epochs {content['epochs']}`, seeds "
-        f"{', '.join(map(str, content['seeds']))}: {', '.join(means)}. Measured on {_machine(record, link)}."
+        f"**Accuracy.** `{content['settings']} --epochs {content['epochs']}`, mean ± standard error of the mean: "
+        f"{', '.join(means)}. Measured on {_machine(record, link)}."
     )
 
 
@@ -235,14 +236,6 @@ def _accuracy(record: Record, link: Link) -> str:
     )
 
 
-def _model_comparison(record: Record, link: Link) -> str:
-    content = record.content
-    return (
-        f"`{content['settings']} --epochs {content['epochs']}`, seeds {', '.join(map(str, content['seeds']))}: mean ± "
-        f"standard deviation after the last epoch. On {_machine(record, link)}.\n\n{table(content)}"
-    )
-
-
 def _study(record: Record, link: Link) -> str:
     content = record.content
     counts = sorted({len(row["ends"]) for row in content["rows"]})
@@ -262,7 +255,6 @@ PARTS: dict[str, tuple[str, Callable[[Record, Link], str]]] = {
     **{f"step, {other}": (f"step, {other}", _throughput) for other in ("block_size 32", "block_size 1", "model dense")},
     **{f"scaling-{name}": (f"scaling-{name}", _scaling) for name in ("p_inter", "block_size", "groups", "T", "B", "H")},
     "accuracy": ("accuracy", _accuracy),
-    "model_comparison": ("model_comparison", _model_comparison),
     "model_comparison, in short": ("model_comparison", _models_in_short),
     **{name: (name, _study) for name in STUDIES},
 }

@@ -11,6 +11,7 @@ import matplotlib
 
 from benchmarks.redraw import records
 from benchmarks.report import seconds, title
+from benchmarks.study import accuracy, standard_error
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -41,9 +42,9 @@ def draw_times(axis: Axes, content: dict[str, Any]) -> None:
 
 
 def draw_accuracies(axis: Axes, content: dict[str, Any]) -> None:
-    rows = {row["model"]: [100 * epoch["test_acc"] for epoch in row["last_epochs"]] for row in content["models"]}
+    rows = {row["row"]: [accuracy(end) for end in row["ends"]] for row in content["rows"]}
     for place, name in enumerate(MODELS):
-        mean, spread = statistics.mean(rows[name]), statistics.stdev(rows[name])
+        mean, spread = statistics.mean(rows[name]), standard_error(rows[name])
         colour = "#7a7a7a" if name == "dense" else OURS
         axis.errorbar(mean, place, xerr=spread, fmt="o", color=colour, capsize=3)
         axis.annotate(f"{mean:.2f} %", (mean + spread, place), xytext=(4, 0), textcoords="offset points", va="center")
@@ -52,7 +53,7 @@ def draw_accuracies(axis: Axes, content: dict[str, Any]) -> None:
     )
     axis.set_xlim(85, 90)
     axis.set_ylim(len(MODELS) - 0.5, -0.5)
-    axis.set_xlabel("test accuracy, % (mean ± deviation)")
+    axis.set_xlabel("test accuracy, % (mean ± standard error)")
 
 
 def draw(folder: Path) -> None:

@@ -1,5 +1,7 @@
 """G2GNet: three layers of spiking neurons joined by dense or group-sparse connections."""
 
+import math
+
 import torch
 
 from g2g_kernels import BlockMask, GroupLayout
@@ -35,6 +37,7 @@ class G2GNet(SpikingStack):
         parameters: where the neurons' parameters begin and whether they are learned, as for :class:`SpikingNeurons`:
             ``beta=0.95``, ``learn_threshold=False``.
         dropout: of hidden neurons, in training mode (:class:`SpikingStack`).
+        init_gain: factor on the initial weights of fc2 and fc3, above 0. Above 1, fewer neurons begin silent.
         backend: ``"triton"``, ``"cpu"`` or ``"torch"``; None lets the device decide.
         generator: source of randomness for masks and weights, on the CPU (PyTorch's global one if None).
 
@@ -74,6 +77,7 @@ class G2GNet(SpikingStack):
         surrogate: str = "atan",
         alpha: float = 2.0,
         dropout: float = 0.0,
+        init_gain: float = 1.0,
         backend: str | None = None,
         generator: torch.Generator | None = None,
         **parameters: float,
@@ -86,6 +90,8 @@ class G2GNet(SpikingStack):
             raise ValueError(f"neuron={neuron!r} is unknown; choose one of {', '.join(NEURONS)}")
         if standardize and enc == "rate":
             raise ValueError("standardize makes values that are no probabilities of spikes; give enc='current'")
+        if not 0 < init_gain < math.inf:
+            raise ValueError(f"init_gain={init_gain} must be above 0 and finite")
         layers = []
         sizes = (input_dim, hidden_dim, hidden_dim, num_classes)
         for number in (1, 2, 3):
@@ -103,7 +109,11 @@ class G2GNet(SpikingStack):
                 backend=backend,
                 **parameters,
             )
-            layers.append((G2GLinear(mask, backend=backend, generator=generator), neurons))
+            connection = G2GLinear(mask, backend=backend, generator=generator)
+            if number > 1:
+                with torch.no_grad():
+                    connection.values.mul_(init_gain)
+            layers.append((connection, neurons))
         super().__init__(layers, T, backend, dropout)
         self.model = model
         self.enc = enc

@@ -33,6 +33,7 @@ def build_network(settings: TrainSettings, input_dim: int, num_classes: int, bac
         surrogate=settings.surrogate,
         alpha=settings.alpha,
         dropout=settings.dropout,
+        init_gain=settings.init_gain,
         backend=backend,
         generator=stream(settings.seed, "network"),
         **settings.neuron_parameters(),

@@ -17,7 +17,7 @@ SILENT, SATURATED = 1e-4, 0.99
 #: share of a layer's neurons that never fire above which it is worth a warning
 MOSTLY_SILENT = 0.5
 #: what helps
-WAKING = "give --standardize, or raise --enc_scale or --T"
+WAKING = "give --standardize, or raise --init_gain, --enc_scale or --T"
 
 _NEVER = torch.iinfo(torch.int64).max
 

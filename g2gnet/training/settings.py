@@ -163,6 +163,7 @@ class TrainSettings(Settings):
         choices=tuple(SURROGATES),
     )
     alpha: float = setting(2.0, "model", "sharpness of that stand-in", low=0, open_low=True)
+    init_gain: float = setting(1.0, "model", "factor on the initial weights of fc2 and fc3", low=0, open_low=True)
 
     epochs: int = setting(20, "training", "passes over the training images", low=1)
     batch_size: int = setting(256, "training", "images in a step", low=1)

@@ -1,11 +1,13 @@
 """Studies of training: what they run, that they go on where they stopped, and what they say of it."""
 
 import json
+import re
 
 import pytest
 import torch
 
-from benchmarks import dst_study, plots, recipe_study, study, tradeoff_study
+from benchmarks import dst_study, plots, study, tradeoff_study
+from benchmarks.redraw import STUDIES
 from benchmarks.study import Study, markdown, spread
 from g2gnet.cli import settings_from
 from g2gnet.data import load_dataset
@@ -26,15 +28,14 @@ SMALL = Study(
 )
 
 
-@pytest.mark.parametrize(
-    "each", [dst_study.STUDY, recipe_study.STUDY, tradeoff_study.STUDY], ids=lambda each: each.name
-)
+@pytest.mark.parametrize("each", STUDIES.values(), ids=STUDIES)
 def test_every_row_is_a_run_that_train_takes(each, tmp_path):
     seen = set()
     for row in each.rows:
         flags = study.command(each, row, each.epochs, 1, tmp_path)[3:]
         settings = settings_from(build_parser().parse_args(flags), TrainSettings)
-        assert settings.epochs == (20 if row == "20 epochs" else each.epochs)
+        own = re.search(r"--epochs (\d+)", each.rows[row])
+        assert settings.epochs == (int(own[1]) if own else each.epochs)
         seen.add(json.dumps(settings.as_dict()))
     assert len(seen) == len(each.rows)  # no two of them are the same run
     folders = {study.folder_of(tmp_path, each, row, each.epochs, 1) for row in each.rows}

@@ -111,6 +111,15 @@ def test_the_network_equals_snntorchs(model, per_neuron, neuron):
             assert_near(population.values[name].grad, gradient)
 
 
+def test_init_gain_multiplies_the_initial_weights_of_the_second_and_third_layer():
+    usual, larger = (
+        G2GNet(20, 24, 10, block_size=3, init_gain=gain, generator=torch.Generator().manual_seed(0)) for gain in (1, 3)
+    )
+    for name, value in usual.state_dict().items():
+        expected = 3 * value if name in ("fc2.values", "fc3.values") else value
+        assert torch.equal(larger.state_dict()[name], expected)
+
+
 def test_surrogate_and_alpha_are_those_of_the_hidden_layers():
     net = small_net(surrogate="triangle", alpha=4.0)
     assert [(neurons.surrogate, neurons.alpha) for _, neurons in net.layers()] == [
@@ -189,6 +198,7 @@ def test_a_state_dict_carries_masks_and_groups():
         ({"model": "ring"}, "model='ring' is unknown; choose one of dense, index, random, mixer"),
         ({"T": 0}, "T=0 must be at least 1"),
         ({"neuron": "if"}, "neuron='if' is unknown; choose one of lif, synaptic"),
+        ({"init_gain": 0.0}, "init_gain=0.0 must be above 0 and finite"),
         ({"enc": "latency"}, "enc='latency' is unknown"),
         ({"p_inter": 1.5}, "p_inter=1.5 is not a probability"),
         ({"num_groups": 11}, "10 neurons cannot fill num_groups=11"),

@@ -21,6 +21,7 @@ from helpers import ROOT
 from small_data import publish_resnet, write_cifar
 from tqdm import tqdm
 
+import benchmarks.study
 import benchmarks.workload
 from benchmarks import accuracy, model_comparison, throughput
 from g2gnet import crossval, pretrain, train
@@ -51,7 +52,7 @@ WORK = {
     ),
     "throughput": (calls(throughput, f"{BENCH} --kernel forward"), "g2g-torch"),
     "accuracy": (calls(accuracy, f"{TRAIN} --model index"), "index, fixed graph, seed 42"),
-    "model comparison": (calls(model_comparison, "--seeds 1 --variants dense index"), "all"),
+    "model comparison": (calls(model_comparison, "--seeds 1 --rows dense index"), "model_comparison"),
 }
 
 
@@ -74,7 +75,9 @@ def workplace(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(benchmarks.workload, "cache_dir", lambda: tmp_path / "workloads")
     monkeypatch.setattr(tqdm, "__init__", functools.partialmethod(tqdm.__init__, mininterval=0, miniters=1))
-    monkeypatch.setattr(model_comparison, "run", lambda *_: {"test_acc": 0.5, "train_acc": 0.5, "density": {"fc2": 1}})
+    end = {"test_acc": 0.5, "train_acc": 0.5, "density": {"fc2": 1}, "train_seconds": 1.0}
+    monkeypatch.setattr(benchmarks.study, "train", lambda command: None)
+    monkeypatch.setattr(benchmarks.study, "result", lambda folder: end)
     return tmp_path
 
 

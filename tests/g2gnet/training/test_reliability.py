@@ -410,10 +410,10 @@ def test_layers_that_do_nothing_useful_are_warned_about_once(caplog):
     for epoch in (2, 3):
         watch.check(epoch, {"lif1": 0.0, "lif2": 0.995, "lif3": 0.001}, {**silent, "lif3": 0.534}, neurons)
     assert [record.getMessage() for record in caplog.records] == [
-        "lif1 fell silent in epoch 2 (firing rate 0); give --standardize, or raise --enc_scale or --T",
+        "lif1 fell silent in epoch 2 (firing rate 0); give --standardize, or raise --init_gain, --enc_scale or --T",
         "lif2 saturates in epoch 2 (firing rate 0.99); lower --enc_scale, or --enforce_sparsity",
-        "lif3 is mostly silent: 53 % of its neurons never fired in epoch 2; give --standardize, or raise --enc_scale "
-        "or --T",
+        "lif3 is mostly silent: 53 % of its neurons never fired in epoch 2; give --standardize, or raise "
+        "--init_gain, --enc_scale or --T",
         "lif2 has learned beta = 1.25 in epoch 2, outside 0 … 1: it counts as 1",
         "lif3 has learned beta = -0.5 in epoch 2, outside 0 … 1: it counts as 0",
     ]

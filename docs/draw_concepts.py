@@ -94,6 +94,37 @@ def _middle(bounds: torch.Tensor, unit: int) -> float:
     return (bounds[unit] + bounds[unit + 1]).item() / 2 - 0.5
 
 
+# --- readouts -----------------------------------------------------------------------------------------------------
+
+
+def draw_readouts() -> Figure:
+    """fc3 of Index with 2, 7 and 10 classes, and what share of the hidden neurons each class hears."""
+    hidden, p_inter = 128, 0.15
+    figure, axes = plt.subplots(
+        3, 2, figsize=(9, 5.4), layout="constrained", height_ratios=(2, 7, 10), width_ratios=(3, 1)
+    )
+    for (picture, bars), classes in zip(axes, (2, 7, 10), strict=True):
+        net = G2GNet(8, hidden, classes, block_size=4, p_inter=p_inter, generator=torch.Generator().manual_seed(0))
+        weights = net.fc3.mask.to_dense()
+        picture.imshow(weights.numpy(), cmap=ListedColormap([PAPER, DARK]), interpolation="nearest", aspect="auto")
+        for side, line in ((net.fc3.mask.rows, picture.axhline), (net.fc3.mask.cols, picture.axvline)):
+            for edge in side.layout.sizes.cumsum(0)[:-1].tolist():
+                line(edge - 0.5, color=INK, linewidth=0.7)
+        picture.set(xticks=[], yticks=[], ylabel=f"{classes} classes")
+        groups = min(classes, 8)
+        mean = 1 / groups + (1 - 1 / groups) * p_inter
+        bars.barh(range(classes), weights.float().mean(1).numpy(), color=DARK)
+        bars.axvline(mean, color=BRIGHT, linewidth=1.5)
+        bars.text(mean + 0.02, classes - 0.6, f"{mean:.1%}", color=BRIGHT, fontsize=9, va="bottom")
+        bars.set(yticks=[], xlim=(0, 0.75), ylim=(classes - 0.5, -0.5))
+        bars.xaxis.set_major_formatter("{x:.0%}")
+        bars.tick_params(labelsize=8, labelbottom=classes == 10)
+        bars.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].set_title(f"weights from {hidden} hidden neurons in 8 groups", fontsize=10)
+    axes[0, 1].set_title("share that a class hears,\nand the mean field", fontsize=10)
+    return figure
+
+
 # --- dynamic sparse training --------------------------------------------------------------------------------------
 
 
@@ -187,7 +218,7 @@ def draw_lif() -> Figure:
     return figure
 
 
-PICTURES = {"units.png": draw_units, "dst.png": draw_dst, "lif.png": draw_lif}
+PICTURES = {"units.png": draw_units, "readouts.png": draw_readouts, "dst.png": draw_dst, "lif.png": draw_lif}
 
 
 def draw(folder: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from g2g_kernels import packing
-from g2g_kernels.groups import GroupLayout, check_integers
+from g2g_kernels.groups import GroupLayout, check_integers, partners
 
 
 class AxisTensors(NamedTuple):
@@ -195,15 +195,15 @@ class BlockMask(nn.Module):
 
         Each block row gets ⌊p·n⌋ or ⌈p·n⌉ of its n candidate units of either sort (randomised rounding, so that
         the probability of each unit is exactly p), at uniformly drawn places: rows carry equal work.
+
+        Which groups of the two sides are one: ``g2g_kernels.groups.partners``.
         """
         for name, p in (("p_intra", p_intra), ("p_inter", p_inter)):
             if not 0.0 <= p <= 1.0:
                 raise ValueError(f"{name}={p} is not a probability; give a value from 0 to 1")
-        if out_layout.num_groups != in_layout.num_groups:
-            raise ValueError(f"both sides need the same groups, not {out_layout.num_groups} and {in_layout.num_groups}")
         empty = torch.zeros(0, dtype=torch.int64)
         mask = cls(out_layout, in_layout, empty, empty, block_size)
-        same_group = mask.rows.group_of_unit[:, None] == mask.cols.group_of_unit[None, :]
+        same_group = partners(out_layout, in_layout)[mask.rows.group_of_unit][:, mask.cols.group_of_unit]
         present = torch.zeros_like(same_group)
         for candidates, p in ((same_group, p_intra), (~same_group, p_inter)):
             rounding = torch.rand(mask.rows.num_units, generator=generator, dtype=torch.float64)

@@ -18,10 +18,13 @@ def group_layouts(
 ) -> tuple[GroupLayout, GroupLayout]:
     """The groups of the outputs and of the inputs of layer ``number`` (from 0), whose weight has ``shape`` (out, in).
 
+    A side with fewer neurons than ``num_groups`` has one group a neuron.
+
     Raises:
-        ValueError: if a side has fewer neurons than groups.
+        ValueError: if ``num_groups`` is no whole number of at least 1.
     """
-    kinds = GROUPINGS[wiring]
-    out_size, in_size = shape
-    out_layout = GroupLayout(out_size, num_groups, kinds[number % len(kinds)], generator)
-    return out_layout, GroupLayout(in_size, num_groups, kinds[number % len(kinds)], generator)
+    if not isinstance(num_groups, int) or isinstance(num_groups, bool) or num_groups < 1:
+        raise ValueError(f"num_groups={num_groups!r} must be a whole number of at least 1")
+    kind = GROUPINGS[wiring][number % len(GROUPINGS[wiring])]
+    out_layout, in_layout = (GroupLayout(size, min(num_groups, size), kind, generator) for size in shape)
+    return out_layout, in_layout

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from g2g_kernels import BlockMask, GroupLayout, g2g_linear
+from g2gnet.derived import NOT_WRITABLE, DerivedWeight
 
 
 class AbsentGradient:
@@ -148,7 +149,27 @@ class G2GLinear(nn.Module):
 
     def dense_weight(self) -> torch.Tensor:
         """The weight in dense form, [out, in], zero where nothing exists; differentiable."""
-        return self.mask.unpack(self.values)
+        values, mask = self.weights()
+        return mask.unpack(values)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """:meth:`dense_weight`, for code that reads that of an ``nn.Linear``: made at every access, at the cost of a
+        dense copy. Writing to it raises RuntimeError, assigning it AttributeError: what is trained is ``values``.
+        """
+        weight = self.dense_weight()
+        if torch.compiler.is_compiling() or type(weight) is not torch.Tensor:  # traced, or one that stands for another
+            return weight
+        return weight.as_subclass(DerivedWeight)
+
+    @weight.setter
+    def weight(self, value: object) -> None:
+        raise AttributeError(f"weight cannot be assigned: that {NOT_WRITABLE}")
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name == "weight":  # as nn.Module takes an assigned Parameter
+            raise AttributeError(f"weight cannot be assigned: that {NOT_WRITABLE}")
+        super().register_parameter(name, param)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

@@ -25,7 +25,7 @@ class G2GNet(SpikingStack):
         p_inter, p_intra: the probability of a unit between and inside groups (ignored for dense).
         block_size: side of a connection unit, in weights.
         T: number of time steps of a sample [B, D].
-        num_groups: groups on each side of a sparse layer.
+        num_groups: groups on each side of a sparse layer; of a side with fewer neurons, one a neuron.
         enc, enc_scale, enc_bias: how samples become input (:func:`g2gnet.encoding.encode`).
         standardize: before that, subtract ``input_mean`` from samples and divide them by ``input_deviation``: two
             scalar buffers, 0 and 1 until they are set, saved with the network. For ``"current"`` only.

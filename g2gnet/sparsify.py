@@ -1,13 +1,36 @@
 """Any model made sparse: its linear layers replaced by group-sparse ones."""
 
+import logging
 from collections.abc import Collection
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from g2g_kernels import BlockMask
 from g2gnet.grouping import GROUPINGS, group_layouts
 from g2gnet.layers import G2GLinear
+
+logger = logging.getLogger("g2gnet")
+
+#: hooks of a module's calls, which a module of another class runs as well
+CALL_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+    "_is_full_backward_hook",
+)
+#: hooks of what is saved and loaded, which look for a dense weight there
+STATE_HOOKS = (
+    "_state_dict_pre_hooks",
+    "_state_dict_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
 
 
 def sparsify(
@@ -24,15 +47,19 @@ def sparsify(
     """Replaces each ``nn.Linear`` in ``model``, in place, by a :class:`G2GLinear` of the weights that its mask keeps.
 
     The weights that stay are not changed (``layer.reset_parameters()`` draws them anew, for the smaller fan-in). Make
-    the optimizer afterwards. Subclasses of ``nn.Linear`` are left alone, since whoever brings one along reads its
-    weight (``nn.MultiheadAttention`` does); so does ``nn.TransformerEncoderLayer`` in evaluation mode with its own,
-    unless ``torch.backends.mha.set_fastpath_enabled(False)``.
+    the optimizer afterwards. Hooks of a layer's calls go on, and their handles remove them. Code that reads a layer's
+    ``weight`` gets the dense one (:attr:`G2GLinear.weight`).
+
+    A layer stays dense, and the logger ``g2gnet`` says which and why, where a sparse one would lose what somebody gave
+    it: weights that it shares (tied ones), weight or spectral normalisation, pruning (``G2GLinear.from_linear`` keeps
+    that), hooks of its weights or of its ``state_dict``, a ``forward`` or a class of its own
+    (``nn.MultiheadAttention`` has one).
 
     Args:
         p_inter, p_intra: the probability of a unit between and inside groups.
         kind: how neurons are grouped: ``"index"`` in contiguous ranges, ``"random"`` by a draw for each side of each
             layer, ``"mixer"`` in contiguous ranges and interleaved in turn.
-        num_groups: groups on each side of a layer.
+        num_groups: groups on each side of a layer; of a side with fewer neurons, one a neuron.
         block_size: side of a connection unit, in weights.
         skip: names of layers (as in ``model.named_modules()``) that stay dense.
         generator: source of randomness for the masks, on the CPU (PyTorch's global one if None).
@@ -41,32 +68,44 @@ def sparsify(
         The model; the new layer, if ``model`` itself is an ``nn.Linear``.
 
     Raises:
-        ValueError: for an option out of range, a name in ``skip`` that is no linear layer's, a layer with fewer neurons
-            than groups, or a model without a linear layer to replace. The model is then as it was.
+        ValueError: for an option out of range, a name in ``skip`` that is no linear layer's, or a model without a
+            linear layer to replace. The model is then as it was.
     """
     if kind not in GROUPINGS:
         raise ValueError(f"kind={kind!r} is unknown; choose one of {', '.join(GROUPINGS)}")
     # a layer that is used in two places has two names
-    places = {name: module for name, module in model.named_modules(remove_duplicate=False) if type(module) is nn.Linear}
+    places = {
+        name: module for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, nn.Linear)
+    }
     unknown = set(skip) - set(places)
     if unknown:
         raise ValueError(
             f"skip names {', '.join(sorted(unknown))}; the linear layers are {', '.join(places) or 'none'}"
         )
-    kept_dense = {places[name] for name in skip}
+    holders = _holders(model)
+    seen: set[nn.Module] = {places[name] for name in skip}
     sparse: dict[nn.Module, G2GLinear] = {}
+    dense: dict[str, list[str]] = {}
     for name, linear in places.items():
-        if linear in sparse or linear in kept_dense:
+        if linear in seen:
             continue
-        try:
-            shape = linear.out_features, linear.in_features
-            layouts = group_layouts(kind, len(sparse), shape, num_groups, generator)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}, or skip={name!r} to leave it dense") from error
+        seen.add(linear)
+        reason = _reason_to_stay(name, linear, holders)
+        if reason:
+            dense.setdefault(reason, []).append(name)
+            continue
+        shape = linear.out_features, linear.in_features
+        layouts = group_layouts(kind, len(sparse), shape, num_groups, generator)
         mask = BlockMask.sample(*layouts, p_intra, p_inter, block_size, generator)
         sparse[linear] = G2GLinear.from_linear(linear, mask)
+    stay = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in dense.items())
     if not sparse:
-        raise ValueError("model has no nn.Linear to replace")
+        raise ValueError("model has no nn.Linear to replace" + (f"; these stay dense: {stay}" if stay else ""))
+    if stay:
+        logger.warning("sparsify: these stay dense: %s", stay)
+    for replaced, layer in sparse.items():
+        for hooks in CALL_HOOKS:  # the very dictionaries, which handles know
+            setattr(layer, hooks, getattr(replaced, hooks))
     for name, linear in places.items():
         if linear not in sparse:
             continue
@@ -75,3 +114,35 @@ def sparsify(
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, sparse[linear])
     return model
+
+
+def _holders(model: nn.Module) -> dict[nn.Parameter, list[str]]:
+    """The modules that have each parameter, by name."""
+    holders: dict[nn.Parameter, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            holders.setdefault(parameter, []).append(name)
+    return holders
+
+
+def _reason_to_stay(name: str, linear: nn.Linear, holders: dict[nn.Parameter, list[str]]) -> str | None:
+    """What a sparse layer in the place of ``linear`` would lose, or None."""
+    if parametrize.is_parametrized(linear):
+        return "parametrized, as by weight_norm"
+    if type(linear) is not nn.Linear:
+        return f"of the class {type(linear).__name__}"
+    own = [*linear._parameters, *linear._buffers, *linear._modules]
+    more = [each for each in own if each not in ("weight", "bias")]
+    if more:
+        return f"with {', '.join(more)} of its own; G2GLinear.from_linear keeps a pruned mask"
+    for parameter in linear.parameters():
+        others = [holder for holder in holders[parameter] if holder != name]
+        if others:
+            return f"shares weights with {', '.join(others)}"
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+            return "with hooks on its weights"
+    if any(getattr(linear, hooks) for hooks in STATE_HOOKS):
+        return "with hooks on its state_dict"
+    if "forward" in vars(linear):
+        return "with a forward of its own"
+    return None

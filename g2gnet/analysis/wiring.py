@@ -5,6 +5,7 @@ import math
 import torch
 
 from g2g_kernels import BlockMask
+from g2g_kernels.groups import partners
 
 
 def group_density(mask: BlockMask) -> torch.Tensor:
@@ -34,12 +35,13 @@ def _mean_between_groups(mask: BlockMask, sum_of_unit: torch.Tensor) -> torch.Te
 
 
 def cross_group_share(mask: BlockMask) -> torch.Tensor:
-    """The share of each output group's inputs that come from input groups of another number: float64 [groups], 0 to 1.
+    """The share of each output group's inputs that come from other input groups than its own: float64 [groups], 0 to 1.
 
-    NaN for a group without inputs.
+    NaN for a group without inputs. Which are its own: ``g2g_kernels.groups.partners``.
     """
     inputs = group_density(mask) * mask.cols.layout.sizes
-    return 1 - inputs.diagonal() / inputs.sum(1)
+    own = partners(mask.rows.layout, mask.cols.layout)
+    return 1 - (inputs * own).sum(1) / inputs.sum(1)
 
 
 def input_group_entropy(mask: BlockMask, values: torch.Tensor | None = None) -> torch.Tensor:

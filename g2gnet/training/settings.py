@@ -11,7 +11,6 @@ from g2gnet.data import DATASETS, own
 from g2gnet.data.augmentation import SHIFTS
 from g2gnet.dst_rules import GROW_RULES, PRUNE_RULES, Rule
 from g2gnet.encoding import ENCODINGS
-from g2gnet.features import FEATURES
 from g2gnet.features.weights import RELEASES
 from g2gnet.grouping import GROUPINGS
 from g2gnet.network import MODELS
@@ -140,7 +139,7 @@ class TrainSettings(Settings):
 
     model: str = setting("dense", "model", "fully connected, or how neurons are grouped", choices=MODELS)
     hidden_dim: int = setting(2048, "model", "neurons in each of the two hidden layers", low=1)
-    num_groups: int = setting(8, "model", "groups on each side of a sparse layer", low=1)
+    num_groups: int = setting(8, "model", "groups on each side of a sparse layer (at most one a neuron)", low=1)
     p_inter: float = setting(0.15, "model", "probability of a connection unit between groups", low=0, high=1)
     p_intra: float = setting(1.0, "model", "probability of a connection unit inside a group", low=0, high=1)
     block_size: int = setting(64, "model", "side of a connection unit in weights; 1 is one weight", low=1)
@@ -242,9 +241,6 @@ class TrainSettings(Settings):
             )
         if self.resnet_weights is not None and not self.use_resnet:
             problems.append("resnet_weights is of no use without use_resnet; give --use_resnet, or leave it out")
-        if self.dataset in DATASETS:
-            input_dim, num_classes, *_ = DATASETS[self.dataset]
-            problems += self.groups_left_empty(FEATURES if self.use_resnet else input_dim, num_classes)
         if self.sparsity_mode == "dynamic":
             if self.model == "dense":
                 problems.append(f"sparsity_mode=dynamic needs a sparse model; give --model {', '.join(GROUPINGS)}")
@@ -263,21 +259,6 @@ class TrainSettings(Settings):
                 if changed
             ]
         return problems
-
-    def groups_left_empty(self, input_dim: int, num_classes: int) -> list[str]:
-        """What is wrong with the number of groups for data of these sizes."""
-        if self.model == "dense":
-            return []
-        return [
-            f"{name} leaves some of num_groups={self.num_groups} groups empty; "
-            f"give --num_groups {size} or less, or more neurons"
-            for name, size in (
-                (f"hidden_dim={self.hidden_dim}", self.hidden_dim),
-                (f"{self.dataset} with {num_classes} classes", num_classes),
-                (f"{self.dataset} with {input_dim} inputs", input_dim),
-            )
-            if size < self.num_groups
-        ]
 
     @property
     def shift(self) -> int | None:

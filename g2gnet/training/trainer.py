@@ -112,9 +112,6 @@ class Trainer:
         self.device = device
         self.world = world
         self.data = data.limited(settings.limit_train, settings.limit_test).to(device)
-        problems = settings.groups_left_empty(data.input_dim, data.num_classes)
-        if problems:
-            raise SettingsError("\n".join(problems))
         count = len(self.data.train_labels)
         self._batches = math.ceil(count / settings.batch_size)
         smallest = count - (self._batches - 1) * settings.batch_size

@@ -227,9 +227,32 @@ def test_what_is_no_probability_is_refused(name, p):
         BlockMask.sample(GroupLayout(8), GroupLayout(8), **{name: p})
 
 
-def test_sides_with_different_groups_are_refused():
-    with pytest.raises(ValueError, match="same groups, not 4 and 8"):
-        BlockMask.sample(GroupLayout(8, 4), GroupLayout(8, 8))
+@pytest.mark.parametrize(
+    ("out_groups", "in_groups", "own"),
+    [
+        (2, 8, [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        (7, 8, [[0, 1], [2], [3], [4], [5], [6], [7]]),
+        (1, 3, [[0, 1, 2]]),
+        (5, 2, [[0], [0], [0], [1], [1]]),
+        (4, 4, [[0], [1], [2], [3]]),
+    ],
+)
+@pytest.mark.parametrize("kind", ["index", "interleaved", "random"])
+def test_a_group_of_the_coarser_side_belongs_with_several_of_the_finer(out_groups, in_groups, own, kind):
+    """At p_inter = 0 each neuron hears the groups that are its own, and no others; all of them are heard."""
+    layouts = GroupLayout(13, out_groups, kind, seeded(0)), GroupLayout(21, in_groups, kind, seeded(1))
+    mask = BlockMask.sample(*layouts, p_inter=0.0, block_size=2)
+    heard = [[h in own[g] for h in layouts[1].group_of.tolist()] for g in layouts[0].group_of.tolist()]
+    assert torch.equal(mask.to_dense(), torch.tensor(heard))
+    assert mask.to_dense().any(0).all()
+
+
+def test_between_groups_of_unequal_numbers_units_are_as_probable_as_elsewhere():
+    """The mean field: 1/2 + (1 − 1/2)·p of the hidden neurons are heard by each of two."""
+    masks = [BlockMask.sample(GroupLayout(2, 2), GroupLayout(64), 1.0, 0.25, 4, seeded(seed)) for seed in range(20)]
+    for mask in masks:
+        assert set(mask.to_dense().sum(1).tolist()) == {32 + 8}
+    assert torch.stack([mask.to_dense() for mask in masks]).any(0).all()
 
 
 # --- construction from indices and from a dense mask ---------------------------------------------------------------

@@ -3,6 +3,7 @@
 import pytest
 import snntorch
 import torch
+from helpers import seeded
 from snntorch import surrogate
 
 from g2g_kernels import g2g_stack
@@ -201,13 +202,25 @@ def test_a_state_dict_carries_masks_and_groups():
         ({"init_gain": 0.0}, "init_gain=0.0 must be above 0 and finite"),
         ({"enc": "latency"}, "enc='latency' is unknown"),
         ({"p_inter": 1.5}, "p_inter=1.5 is not a probability"),
-        ({"num_groups": 11}, "10 neurons cannot fill num_groups=11"),
+        ({"num_groups": 0}, "num_groups=0 must be a whole number of at least 1"),
         ({"block_size": 0}, "block_size=0 must be a whole number of at least 1"),
     ],
 )
 def test_values_out_of_range_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         small_net(**options)
+
+
+@pytest.mark.parametrize("model", ["index", "random", "mixer"])
+@pytest.mark.parametrize("num_classes", [1, 2, 7])
+def test_fewer_classes_than_groups_are_read_out_and_learned(model, num_classes):
+    """With the default groups; without weights between groups every hidden group still leads to some class."""
+    net = G2GNet(30, 40, num_classes, model, p_inter=0.0, block_size=2, T=6, threshold=0.5, generator=seeded(0))
+    assert net.fc3.mask.rows.layout.num_groups == num_classes
+    assert net.fc3.mask.cols.layout.num_groups == 8
+    assert net.fc3.mask.to_dense().sum(0).eq(1).all()
+    (net(torch.rand(16, 30, generator=seeded(1)) * 3) - 3).square().sum().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in net.fc1.parameters())
 
 
 def test_dense_takes_any_number_of_groups():

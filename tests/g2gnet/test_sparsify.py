@@ -119,7 +119,7 @@ def test_skipped_and_foreign_layers_stay_and_shared_ones_stay_shared():
     [
         ({"kind": "ring"}, "kind='ring' is unknown; choose one of index, random, mixer"),
         ({"p_inter": 2}, "p_inter=2 is not a probability"),
-        ({"num_groups": 11}, "3: 10 neurons cannot fill num_groups=11 .*, or skip='3' to leave it dense"),
+        ({"num_groups": 0}, "num_groups=0 must be a whole number of at least 1"),
         ({"skip": ["head"]}, "skip names head; the linear layers are 0, 2.0, 3"),
         ({"skip": ["0", "2.0", "3"]}, "model has no nn.Linear to replace"),
     ],
@@ -129,6 +129,103 @@ def test_what_cannot_be_made_sparse_is_named_and_the_model_stays(options, messag
     with pytest.raises(ValueError, match=message):
         sparsify(model, **options)
     assert not any(isinstance(module, G2GLinear) for module in model.modules())
+
+
+# --- what somebody gave a layer -----------------------------------------------------------------------------------
+
+
+def test_hooks_of_calls_go_on_and_their_handles_remove_them():
+    model, seen = classifier(), []
+    handles = [
+        model[0].register_forward_hook(lambda module, args, output: seen.append(("forward", module)) or output * 2),
+        model[0].register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(("before", module)), with_kwargs=True
+        ),
+        model[0].register_full_backward_hook(lambda module, grads_in, grads_out: seen.append(("backward", module))),
+    ]
+    sparsify(model, block_size=4)
+    x = torch.randn(3, 30, generator=seeded(1)).requires_grad_()
+    y = model(x)
+    y.sum().backward()
+    assert seen == [("before", model[0]), ("forward", model[0]), ("backward", model[0])]
+    for handle in handles:
+        handle.remove()
+    assert not torch.equal(model(x), y), "the hook doubled what the layer gave"
+    assert len(seen) == 3
+
+
+def tied(model):
+    model.decoder = nn.Linear(30, 40)
+    model.decoder.weight = model[0].weight
+
+
+def embedded(model):
+    model.embedding = nn.Embedding(40, 30)
+    model[0].weight = model.embedding.weight
+
+
+def normalised(model):
+    nn.utils.parametrizations.weight_norm(model[0])
+
+
+def spectral(model):
+    nn.utils.spectral_norm(model[0])
+
+
+def pruned(model):
+    prune.l1_unstructured(model[0], "weight", 0.5)
+
+
+def hooked(model):
+    model[0].weight.register_hook(lambda gradient: gradient * 2)
+
+
+def saved_otherwise(model):
+    model[0].register_state_dict_post_hook(lambda *_: None)
+
+
+def called_otherwise(model):
+    model[0].forward = lambda x: x.new_ones(len(x), 40)
+
+
+def of_a_class(model):
+    model[0] = type("Mine", (nn.Linear,), {})(30, 40)
+
+
+#: what is done to layer 0 of a classifier, and what is said of it
+LEFT_ALONE = {
+    tied: "0 (shares weights with decoder); decoder (shares weights with 0)",
+    embedded: "0 (shares weights with embedding)",
+    normalised: "0 (parametrized, as by weight_norm)",
+    spectral: "0 (with weight_orig, weight_u, weight_v of its own",
+    pruned: "0 (with weight_orig, weight_mask of its own; G2GLinear.from_linear keeps a pruned mask)",
+    hooked: "0 (with hooks on its weights)",
+    saved_otherwise: "0 (with hooks on its state_dict)",
+    called_otherwise: "0 (with a forward of its own)",
+    of_a_class: "0 (of the class Mine)",
+}
+
+
+@pytest.mark.parametrize(("prepare", "said"), LEFT_ALONE.items())
+def test_layers_that_would_lose_what_they_were_given_stay_and_are_named(prepare, said, caplog):
+    model = classifier()
+    prepare(model)
+    model.eval()  # spectral normalisation changes what it has at every call in training mode
+    state, x = model[0].state_dict(), torch.randn(3, 30, generator=seeded(1))
+    expected = model[0](x)
+    sparsify(model, block_size=4)
+    assert f"these stay dense: {said}" in caplog.text
+    assert all(torch.equal(tensor, state[key]) for key, tensor in model[0].state_dict().items())
+    torch.testing.assert_close(model[0](x), expected)
+    assert isinstance(model[2][0], G2GLinear)
+    assert isinstance(model[3], G2GLinear)
+
+
+def test_a_model_of_nothing_but_such_layers_is_refused_with_their_names():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    model[2].weight = model[0].weight
+    with pytest.raises(ValueError, match=r"no nn.Linear to replace; these stay dense: 0 \(shares weights with 2\); 2"):
+        sparsify(model)
 
 
 # --- rewiring in anyone's loop ------------------------------------------------------------------------------------

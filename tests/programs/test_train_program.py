@@ -54,8 +54,7 @@ def test_a_run_from_the_command_line(tmp_path, capsys):
     [
         ("--p_inter 1.5", "p_inter=1.5 is out of range"),
         ("--T 0", "T=0 is out of range"),
-        ("--model index --hidden_dim 4", "hidden_dim=4 leaves some"),
-        ("--model index --num_groups 12", "10 classes leaves some"),
+        ("--model index --num_groups 0", "num_groups=0 is out of range"),
         ("--sparsity_mode dynamic", "needs a sparse model"),
         ("--use_resnet", "use_resnet needs"),
         ("--device cuda:99", "cuda"),

@@ -276,6 +276,13 @@ def test_entropy_runs_from_one_source_to_all_alike():
     assert group_density(full).eq(1).all()
 
 
+@pytest.mark.parametrize(("out_groups", "in_groups"), [(2, 8), (8, 2)])
+def test_groups_of_unequal_numbers_have_several_of_their_own(out_groups, in_groups):
+    layouts = GroupLayout(16, out_groups), GroupLayout(16, in_groups)
+    assert cross_group_share(BlockMask.sample(*layouts, p_inter=0.0, block_size=2)).tolist() == [0.0] * out_groups
+    assert cross_group_share(BlockMask.full(*layouts)).tolist() == [0.5] * out_groups
+
+
 def test_neurons_without_inputs_have_no_entropy():
     mask = BlockMask(GroupLayout(4, 2), GroupLayout(4, 2), torch.tensor([0]), torch.tensor([0]), 2)
     assert input_group_entropy(mask)[0] == 0

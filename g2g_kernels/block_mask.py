@@ -203,7 +203,8 @@ class BlockMask(nn.Module):
                 raise ValueError(f"{name}={p} is not a probability; give a value from 0 to 1")
         empty = torch.zeros(0, dtype=torch.int64)
         mask = cls(out_layout, in_layout, empty, empty, block_size)
-        same_group = partners(out_layout, in_layout)[mask.rows.group_of_unit][:, mask.cols.group_of_unit]
+        own = partners(out_layout.num_groups, in_layout.num_groups)
+        same_group = own[mask.rows.group_of_unit][:, mask.cols.group_of_unit]
         present = torch.zeros_like(same_group)
         for candidates, p in ((same_group, p_intra), (~same_group, p_inter)):
             rounding = torch.rand(mask.rows.num_units, generator=generator, dtype=torch.float64)

@@ -91,14 +91,14 @@ class GroupLayout:
         return f"GroupLayout({self.size}, num_groups={self.num_groups}, kind={self.kind!r})"
 
 
-def partners(out_layout: GroupLayout, in_layout: GroupLayout) -> torch.Tensor:
-    """Which groups of two sides belong together: bool [groups out, groups in].
+def partners(out_groups: int, in_groups: int) -> torch.Tensor:
+    """Which groups of two sides with so many belong together: bool [groups out, groups in].
 
     Those of one number, where there are equally many. Where one side has fewer, G of them beside G', its group g
     belongs with every group g' for which ⌊g'·G/G'⌋ = g, so that each of the finer ones has one partner.
     """
-    counts = out_layout.num_groups, in_layout.num_groups
-    out_group, in_group = (torch.arange(count) * min(counts) // count for count in counts)
+    least = min(out_groups, in_groups)
+    out_group, in_group = (torch.arange(count) * least // count for count in (out_groups, in_groups))
     return out_group[:, None] == in_group[None, :]
 
 

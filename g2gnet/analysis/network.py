@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from g2g_kernels import Activity
+from g2g_kernels.groups import partners
 from g2gnet.analysis.activity import (
     CountCorrelation,
     SpikeSums,
@@ -47,9 +48,9 @@ class LayerAnalysis:
         correlation: three [G, G] (:func:`count_correlation`).
         coherence: [G, G] between the layer's groups, NaN on the diagonal (:func:`coherence`).
         chance_coherence: [G, G], what independent neurons would give, NaN on the diagonal (:func:`chance_coherence`).
-        pathway_coherence: [G, G] between the layer's groups and those of its inputs, or None if these do not change in
-            time (encoding ``current``).
-        density: [G, G], output by input group (:func:`group_density`).
+        pathway_coherence: [G, G of the inputs] between the layer's groups and those of its inputs, or None if these do
+            not change in time (encoding ``current``).
+        density: [G, G of the inputs], output by input group (:func:`group_density`).
         cross_group_share: [G], share of the inputs from other groups (:func:`cross_group_share`).
         input_entropy, weight_entropy: [G], by connections and by weight (:func:`input_group_entropy`).
     """
@@ -94,13 +95,13 @@ class LayerAnalysis:
 
     @property
     def coherence_by_pathway(self) -> float:
-        """Pearson's r over the G·(G − 1) pairs g ≠ h, of coherence of group g with input group h against their density.
+        """Pearson's r over all pairs of a group and an input group that is not its own, of coherence against density.
 
         That is: does a group keep time with the other groups that it gets inputs from?
         """
         if self.pathway_coherence is None:
             return math.nan
-        other = ~torch.eye(len(self.group_sizes), dtype=torch.bool)
+        other = ~partners(*self.density.shape)
         return pearson(self.pathway_coherence[other], self.density[other])
 
     def as_dict(self) -> dict[str, Any]:

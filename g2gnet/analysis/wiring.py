@@ -40,8 +40,7 @@ def cross_group_share(mask: BlockMask) -> torch.Tensor:
     NaN for a group without inputs. Which are its own: ``g2g_kernels.groups.partners``.
     """
     inputs = group_density(mask) * mask.cols.layout.sizes
-    own = partners(mask.rows.layout, mask.cols.layout)
-    return 1 - (inputs * own).sum(1) / inputs.sum(1)
+    return 1 - (inputs * partners(*inputs.shape)).sum(1) / inputs.sum(1)
 
 
 def input_group_entropy(mask: BlockMask, values: torch.Tensor | None = None) -> torch.Tensor:

@@ -1,8 +1,11 @@
 """Several processes that work on one run, as ``torchrun`` starts them: what they share, and what they agree on."""
 
+import atexit
 import contextlib
 import datetime
+import gc
 import hashlib
+import importlib
 import os
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -135,6 +138,8 @@ def join(device: torch.device, timeout: datetime.timedelta | None = None) -> Ite
         )
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    # Its functions keep the group of the moment of their import as a default, and optimizers import it.
+    importlib.import_module("torch.distributed.nn")
     dist.init_process_group(BACKENDS[device.type], timeout=timeout)
     try:
         yield World(dist.group.WORLD)
@@ -148,3 +153,6 @@ def join(device: torch.device, timeout: datetime.timedelta | None = None) -> Ite
         raise
     finally:
         dist.destroy_process_group()
+        # gloo's threads end with the last reference to the group, which may be in a cycle. One that still runs while
+        # the interpreter is torn down, and asks for its lock, aborts the process.
+        atexit.register(gc.collect)

@@ -106,13 +106,30 @@ def test_processes_train_as_one(tmp_path, processes, options):
     assert done.stdout.count("test images, 8 steps") == 1
 
 
-def test_torchrun_trains_as_one(tmp_path):
+#: train.py, and what still runs when the interpreter begins to end
+THREADS = """
+import atexit, pathlib, sys
+import train
+@atexit.register
+def report():
+    names = [path.read_text() for path in pathlib.Path("/proc/self/task").glob("*/comm")]
+    print("at the end:", ", ".join(name for name in names if "gloo" in name) or "no thread of gloo", file=sys.stderr)
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def test_torchrun_trains_as_one_and_ends_the_threads_of_its_group(tmp_path):
     """The other tests start their processes in a cheaper way."""
     one = run(tmp_path / "one")
-    done = torchrun_train(2, tmp_path / "several")
+    program = tmp_path / "program.py"
+    program.write_text(THREADS)
+    command = torchrun(2, program, *train_flags(tmp_path / "several"))
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert_same_course(load(one), load(RunFiles(tmp_path / "several", one.checkpoint.stem)))
     assert "processes=2" in done.stdout
+    # one that asks for the interpreter's lock while it is torn down aborts the process
+    assert done.stderr.count("at the end: no thread of gloo") == 2, done.stderr
 
 
 #: train.py with a fault in rank 1, after step 5 (in the second epoch of three, at four steps an epoch)

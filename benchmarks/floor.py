@@ -2,6 +2,8 @@
 
 Floating-point operations count active weights only: 2·T·B a weight for each of forward, input gradient and weight
 gradient. ``fc1`` sees the same input at every step and needs no input gradient: 2·B a weight, forward and once more.
+The input gradient of ``fc2`` counts the neurons of layer 2 that pass a gradient on, which are few under a surrogate
+with compact support.
 Bytes count the passes over [T, B, N] float32 that LIF neurons cannot do without: two forward (currents in, spikes
 out), three backward (the spikes' gradient and the membranes in, the currents' gradient out). A kernel that skips
 silent neurons or packs spikes can come below this floor.
@@ -25,12 +27,11 @@ def work(prepared: Prepared, kernel: str) -> dict[str, int]:
     neurons = 2 * w.hidden_dim + prepared.num_classes
     if kernel == "dst":
         return {"flop": 0, "bytes": 4 * (samples * neurons + prepared.images.numel())}
-    training = kernel == "step"
     held, varying = w.batch_size * first, samples * (second + third)
-    return {
-        "flop": 2 * ((2 if training else 1) * held + (3 if training else 1) * varying),
-        "bytes": (5 if training else 2) * 4 * samples * neurons,
-    }
+    if kernel == "forward":
+        return {"flop": 2 * (held + varying), "bytes": 2 * 4 * samples * neurons}
+    input_gradient = round(samples * (prepared.event_share * second + third))
+    return {"flop": 2 * (2 * held + 2 * varying + input_gradient), "bytes": 5 * 4 * samples * neurons}
 
 
 def floor_seconds(done: dict[str, int], rates: dict[str, float]) -> float:

@@ -21,6 +21,8 @@ COLOURS = {
     "g2g-cpu": OURS,
     "g2g-triton": OURS,
     "g2g-torch": "#7fb2cc",
+    "g2g-cpu-triangle": "#2f8f5b",
+    "g2g-triton-triangle": "#2f8f5b",
     "snntorch-masked": "#c4552d",
     "snntorch-dense": "#e0a184",
     "compiled-masked": "#7a5195",
@@ -75,7 +77,7 @@ def _scaling(record: dict[str, Any]) -> Figure:
         style = {"color": colour, "marker": "o", "markersize": 4}
         left.errorbar(x, [p["median"] for p in points], spread, capsize=3, label=title(name), **style)
         right.plot(x, [p["peak_bytes"] / 1e6 for p in points], **style)
-        if colour == OURS:
+        if colour == OURS and record["quantity"] != "alpha":  # which ATan knows nothing of
             largest = max(points, key=lambda point: flop[point["x"]])
             ideal = [largest["median"] * flop[place] / flop[largest["x"]] for place in x]
             name = "ideal: proportional to active multiply-adds"
@@ -88,8 +90,8 @@ def _scaling(record: dict[str, Any]) -> Figure:
         if record["quantity"] == "block_size":
             axis.set_xscale("log", base=2)
             axis.set_xticks(list(flop), [str(place) for place in flop])
-        elif record["quantity"] == "p_inter":
-            axis.set_xlim(0, 1.02)
+        elif record["quantity"] in ("p_inter", "alpha"):
+            axis.set_xlim(0, 1.02 * max(1 if record["quantity"] == "p_inter" else 0, *flop))
             axis.xaxis.set_major_formatter(PercentFormatter(1.0))
         else:
             axis.set_xlim(left=0)

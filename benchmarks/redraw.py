@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from . import dst_study, model_comparison, recipe_study, study, surrogate_study, tradeoff_study
 from .registry import KERNELS
-from .report import seconds, title
+from .report import of_floor, seconds, title
 from .workload import Workload
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -134,7 +134,7 @@ def _throughput(record: Record, link: Link) -> str:
         "20–80 %": lambda row: f"{seconds(row['p20'])} – {seconds(row['p80'])}",
         f"against {title(content['baseline'])}": lambda row: f"{baseline / row['median']:.3g} ×",
         "GFLOP/s": lambda row: f"{flop / row['median'] / 1e9:.3g}",
-        "of the floor": lambda row: f"{100 * content['floor_seconds'] / row['median']:.0f} %",
+        "of the floor": lambda row: f"{100 * of_floor(content, row):.0f} %",
         "peak memory": lambda row: f"{row['peak_bytes'] / 1e6:.0f} MB",
         "first turn": lambda row: seconds(row["first_seconds"]),
     }
@@ -204,6 +204,9 @@ def _scaling(record: Record, link: Link) -> str:
         )
         if quantity != content["quantity"]
     ]
+    if content["quantity"] == "alpha":
+        alphas = ", ".join(f"{place['alpha']:g}" for place in places)
+        fixed.append(f"hidden {first['surrogate']} of α = {alphas}")
     assert record.picture is not None
     what = "A training step" if content["kernel"] == "step" else "A forward pass"
     header = [content["x_is"], *(f"{place['x']:.3g}" for place in places), "begins at", "R²"]
@@ -253,7 +256,10 @@ PARTS: dict[str, tuple[str, Callable[[Record, Link], str]]] = {
     **{name: (name, _throughput) for name in KERNELS},
     "step, in short": ("step", _step_in_short),
     **{f"step, {other}": (f"step, {other}", _throughput) for other in ("block_size 32", "block_size 1", "model dense")},
-    **{f"scaling-{name}": (f"scaling-{name}", _scaling) for name in ("p_inter", "block_size", "groups", "T", "B", "H")},
+    **{
+        f"scaling-{name}": (f"scaling-{name}", _scaling)
+        for name in ("p_inter", "block_size", "groups", "T", "B", "H", "alpha")
+    },
     "accuracy": ("accuracy", _accuracy),
     "model_comparison, in short": ("model_comparison", _models_in_short),
     **{name: (name, _study) for name in STUDIES},

@@ -7,7 +7,7 @@ network costs what its active weights cost when that line fits and begins near z
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,24 +19,47 @@ from . import cli, report
 from .floor import work
 from .harness import Job, Outcome, measure
 from .machine import Limits, describe
-from .registry import Entry, choose
+from .registry import COMPACT, Entry, choose
+from .workload import Prepared
 
 
 class Quantity(NamedTuple):
-    """What can grow: the workload's field, the values it takes by default, and what x is in words."""
+    """What can grow.
+
+    Attributes:
+        field: the workload's.
+        values: which it takes by default.
+        x_is: what x is, in words.
+        x: of a prepared workload; None: the value itself.
+        changes: of the workload, whatever the value.
+    """
 
     field: str
     values: tuple[Any, ...]
     x_is: str
+    x: Callable[[Prepared], float] | None = None
+    changes: dict[str, Any] = {}  # noqa: RUF012  (never changed)
+
+    def of(self, entry: Entry, value: Any) -> dict[str, Any]:
+        """The changes of a contender's workload; α concerns those alone that have another surrogate."""
+        concerned = self.field != "alpha" or "alpha" in entry.workload
+        return {**entry.workload, **({self.field: value} if concerned else {})}
 
 
 QUANTITIES = {
-    "p_inter": Quantity("p_inter", (0.0, 0.05, 0.15, 0.3, 0.6, 1.0), "density of all weights"),
+    "p_inter": Quantity("p_inter", (0.0, 0.05, 0.15, 0.3, 0.6, 1.0), "density of all weights", Prepared.density),
     "block_size": Quantity("block_size", (1, 4, 16, 32, 64), "side of a connection unit, weights"),
     "groups": Quantity("num_groups", (1, 2, 4, 8, 10), "groups on each side of a layer"),
     "T": Quantity("T", (10, 20, 30, 40, 50), "time steps T"),
     "B": Quantity("batch_size", (1, 8, 32, 128, 256), "batch size B"),
     "H": Quantity("hidden_dim", (128, 256, 512, 1024, 2048), "hidden neurons H"),
+    "alpha": Quantity(
+        "alpha",
+        (8.0, 4.0, 2.0, 1.0, 0.5, 0.25),
+        "share of neurons that pass a gradient on",
+        lambda prepared: prepared.event_share,
+        {"surrogate": COMPACT["surrogate"]},
+    ),
 }
 
 
@@ -63,7 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="By default g2g on its best backend takes part, the masked snnTorch loop and the dense layers with our "
-        "LIF.\nNames are those of benchmarks.throughput.",
+        "LIF;\nfor alpha, g2g under a triangle and under ATan. Names are those of benchmarks.throughput.",
     )
     parser.add_argument(
         "--quantity", default="p_inter", choices=tuple(QUANTITIES), help="what grows (default: p_inter)"
@@ -84,22 +107,27 @@ def scaling(arguments: argparse.Namespace) -> cli.Report:
         values = list(cli.numbers(arguments.values, type(values[0])))
     if len(set(values)) < 2:
         raise ValueError(f"values={arguments.values!r}: a line needs at least two different values")
-    workloads = [cli.workload_from(arguments, **{quantity.field: value}) for value in values]
+    workloads = [cli.workload_from(arguments, **quantity.changes, **{quantity.field: value}) for value in values]
+    own = [[cli.workload_from(arguments, **quantity.of(entry, value)) for value in values] for entry in entries]
     machine = describe(device)
     print(cli.headline(machine))
-    prepared = [cli.prepare_with_bar(workload, arguments.data_dir) for workload in workloads]
+    prepared = [cli.prepare_with_bar(workload, arguments.data_dir)[1] for workload in workloads]
     places = [
         {
             **one.workload.as_dict(),
-            "x": one.density() if quantity.field == "p_inter" else getattr(one.workload, quantity.field),
+            "x": quantity.x(one) if quantity.x else getattr(one.workload, quantity.field),
             "density": one.density(),
             "note": one.note,
             **work(one, arguments.kernel),
         }
-        for _, one in prepared
+        for one in prepared
     ]
 
-    jobs = [Job(entry, path, arguments.kernel, str(device)) for entry in entries for path, _ in prepared]
+    jobs = [
+        Job(entry, cli.prepare_with_bar(workload, arguments.data_dir)[0], arguments.kernel, str(device))
+        for entry, workloads in zip(entries, own, strict=True)
+        for workload in workloads
+    ]
     limits = Limits(device)
     with tqdm(total=len(jobs) * (1 + repeats), leave=False, disable=None) as bar:
 
@@ -134,7 +162,9 @@ def contenders(arguments: argparse.Namespace) -> list[Entry]:
     asked = arguments.contenders, arguments.backend, arguments.precision
     if any(asked):
         return choose(arguments.kernel, *asked)
-    return choose(arguments.kernel, f"g2g-{available_backends()[0]},snntorch-masked,dense-lif")
+    ours = f"g2g-{available_backends()[0]}"
+    beside = f"{ours}-triangle" if arguments.quantity == "alpha" else "snntorch-masked,dense-lif"
+    return choose(arguments.kernel, f"{ours},{beside}")
 
 
 def curve(label: str, places: Sequence[dict[str, Any]], outcomes: Sequence[Outcome]) -> dict[str, Any]:

@@ -15,10 +15,10 @@ from tqdm import tqdm
 
 from . import cli, report
 from .floor import floor_seconds, work
-from .harness import Job, measure
+from .harness import Job, Outcome, measure
 from .machine import Limits, describe
 from .registry import KERNELS, Entry, choose
-from .workload import Prepared
+from .workload import Prepared, load
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -76,7 +76,7 @@ def throughput(arguments: argparse.Namespace) -> cli.Report:
             **done,
         },
         "floor_seconds": floor_seconds(done, rates),
-        "contenders": [report.summary(outcome) for outcome in outcomes],
+        "contenders": [report.summary(outcome) | own_floor(outcome, arguments.kernel, rates) for outcome in outcomes],
     }
     print(report.throughput_table(record))
     print(
@@ -85,6 +85,13 @@ def throughput(arguments: argparse.Namespace) -> cli.Report:
     )
     cli.warn_if_busy(machine, rates)
     return cli.Report(record, csv_rows(record), status=int(any(outcome.status == "wrong" for outcome in outcomes)))
+
+
+def own_floor(outcome: Outcome, kernel: str, rates: dict[str, float]) -> dict[str, float]:
+    """``floor_seconds`` of a contender whose workload is not that of the others."""
+    if outcome.status != "timed" or not outcome.job.entry.workload:
+        return {}
+    return {"floor_seconds": floor_seconds(work(load(outcome.job.path), kernel), rates)}
 
 
 def leave_out(entry: Entry) -> Entry:
@@ -100,7 +107,7 @@ def csv_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
         derived: dict[str, Any] = {"gflop_per_s": "", "of_floor": ""}
         if row["status"] == "timed":
             derived["gflop_per_s"] = record["workload"]["flop"] / row["median"] / 1e9
-            derived["of_floor"] = record["floor_seconds"] / row["median"]
+            derived["of_floor"] = report.of_floor(record, row)
         rows.append({"kernel": record["kernel"], **report.flat(row), **derived})
     return rows
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 import g2gnet
+from g2g_kernels.ops.neurons.surrogates import SURROGATES
 from g2gnet import G2GNet, Synaptic
 from g2gnet.data import DATASETS, DataError, ImageData, as_samples, load_dataset
 from g2gnet.tensor_file import read_tensors, write_tensors
@@ -194,6 +195,21 @@ class Prepared:
     def _first_spikes(self) -> torch.Tensor:
         net = self.network("torch")
         return net.lif1(net.fc1(self.images), steps=net.T)
+
+    @functools.cached_property
+    @torch.no_grad()
+    def event_share(self) -> float:
+        """Of the second hidden layer's neurons over all steps and samples: those that pass a gradient on, because their
+        surrogate's derivative is not zero. 1 for a surrogate without compact support."""
+        current, _, parameters = self.lif_inputs
+        lif = self.network("torch").lif2
+        derivative = SURROGATES[lif.surrogate].derivative
+        beta, threshold = parameters["beta"].clamp(0, 1), parameters["threshold"]
+        membrane, passing = torch.zeros_like(current[0]), 0
+        for step in current:
+            membrane = beta * membrane + step - threshold * (membrane > threshold)
+            passing += int(derivative(membrane - threshold, lif.alpha).count_nonzero())
+        return passing / current.numel()
 
     def _noise(self, count: int) -> torch.Tensor:
         """Standard normal numbers [count, T, B, H]."""

@@ -20,7 +20,7 @@ from benchmarks.machine import PeakMemory, describe
 from benchmarks.ours import Network
 from benchmarks.registry import KERNELS, Entry, choose, entries
 from benchmarks.workload import Prepared, Workload, load, prepare
-from g2g_kernels import BackendError
+from g2g_kernels import BackendError, lif
 from g2gnet.data import DataError, load_dataset
 from g2gnet.dst_rules import GROW_RULES
 
@@ -324,6 +324,40 @@ def test_a_quantity_grows_and_nothing_else(quantity, values, densities):
         mask = prepared.network().fc2.mask
         assert mask.density == pytest.approx(density)
         assert mask.block_size == (value if quantity == "block_size" else TINY.block_size)
+
+
+def test_alpha_is_that_of_the_contender_with_another_surrogate(tmp_path):
+    file = tmp_path / "record.json"
+    names = "g2g-torch,g2g-torch-triangle"
+    flags = [*FLAGS.split(), "--quantity", "alpha", "--values", "4,1", "--contenders", names, "--repeats", "1"]
+    assert scaling.main([*flags, "--json", str(file)]) == 0
+    record = json.loads(file.read_text())
+    assert [(place["surrogate"], place["alpha"]) for place in record["workloads"]] == [("triangle", 4), ("triangle", 1)]
+    assert 0 < record["workloads"][0]["x"] < record["workloads"][1]["x"] < 1
+    assert record["workloads"][0]["flop"] < record["workloads"][1]["flop"]
+    atan, triangle = record["contenders"]
+    assert not any(point["differs"] for point in atan["points"])
+    assert [point["differs"].split(" in ")[0] for point in triangle["points"]] == [
+        "surrogate triangle, alpha 4,",
+        "surrogate triangle, alpha 1,",
+    ]
+
+
+def test_the_floor_counts_the_neurons_that_pass_a_gradient_on(prepared):
+    own = load(prepare(dataclasses.replace(TINY, surrogate="boxcar", alpha=3.0)))
+    current, _, parameters = own.lif_inputs
+    current = current.double().requires_grad_()
+    parameters = {name: value.double() for name, value in parameters.items()}
+    spikes = lif(current, **parameters, surrogate="boxcar", alpha=3.0, backend="torch")
+    (gradient,) = torch.autograd.grad(spikes.sum(), current)
+    # ∂I_t = e_t + β·∂I_{t+1}
+    events = gradient - parameters["beta"] * torch.cat([gradient[1:], torch.zeros_like(gradient[:1])])
+    assert own.event_share == pytest.approx(float((events.abs() > 1e-9).double().mean()), abs=2e-3)
+    assert prepared.event_share == 1
+    done, whole = (work(each, "step")["flop"] for each in (own, prepared))
+    second = own.active_weights()[1]
+    samples = TINY.T * TINY.batch_size
+    assert whole - done == pytest.approx(2 * samples * second * (1 - own.event_share), abs=2)
 
 
 def test_the_line_is_fitted_to_the_work(outcomes):

@@ -14,7 +14,7 @@ from helpers import (
     seeded,
 )
 
-from g2g_kernels import SpikingLayer, g2g_stack
+from g2g_kernels import BlockMask, SpikingLayer, g2g_stack
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
 
 T, B = 9, 5
@@ -48,13 +48,14 @@ class Stack:
         seed: int = 0,
         batch: int = B,
         dropout: float = 0.0,
+        **density: float,
     ) -> None:
         draw = seeded(seed + 100)
         self.steps = steps
         self.dropped = [
             torch.rand(batch, size, generator=seeded(seed + 200)) < dropout if dropout else None for size in SIZES[1:]
         ]
-        self.masks = [case.mask(seed=seed + number) for number, case in enumerate(cases)]
+        self.masks = [case.mask(seed=seed + number, **density) for number, case in enumerate(cases)]
         shape = (batch, SIZES[0]) if steps else (T, batch, SIZES[0])
         self.tensors = {"x": torch.rand(shape, generator=draw) * 2}
         for number, mask in enumerate(self.masks):
@@ -77,6 +78,10 @@ class Stack:
             )._replace(dropped=None if self.dropped[k] is None else self.dropped[k].to(tensors["x"].device))
             for k, mask in enumerate(self.masks)
         ]
+
+    def packed(self) -> list[tuple[BlockMask, torch.Tensor]]:
+        """Mask and values of each layer."""
+        return [(mask, self.tensors[f"values{number}"]) for number, mask in enumerate(self.masks)]
 
     def leaves(self, dtype: torch.dtype, device: str = "cpu") -> dict[str, torch.Tensor]:
         return {name: tensor.to(device, dtype).clone().requires_grad_() for name, tensor in self.tensors.items()}
@@ -108,8 +113,9 @@ def results(counts, rates, spikes, leaves) -> dict[str, torch.Tensor]:
     return {name: tensor.cpu() for name, tensor in named.items()}
 
 
-def clear_of_thresholds(stack: Stack, reset: str) -> bool:
-    """True if no float64 membrane of the stack comes within 1e-5 of its threshold (float32 ones are wrong by 1e-6)."""
+def clear_of_thresholds(stack: Stack, reset: str, edge: float = 0.0) -> bool:
+    """True if no float64 membrane of the stack comes within 1e-5 of its threshold (float32 ones are wrong by 1e-6), or
+    of ``edge`` above or below it, where a surrogate's support ends."""
     tensors = {name: tensor.double() for name, tensor in stack.tensors.items()}
     x = tensors["x"].expand(T, -1, -1)
     for layer in stack.layers(tensors):
@@ -118,15 +124,16 @@ def clear_of_thresholds(stack: Stack, reset: str) -> bool:
         if layer.dropped is not None:
             current = current.masked_fill(layer.dropped, -1e25)
         x, membranes = lif_by_autograd(current, beta, threshold, reset, SURROGATES["atan"].primitive, 2.0)
-        if (membranes - threshold).abs().min() < 1e-5:
+        distance = (membranes - threshold).abs()
+        if min(distance.min(), (distance - edge).abs().min()) < 1e-5:
             return False
     return True
 
 
-def clear_stacks(cases, steps: int | None, reset: str = "subtract", **options) -> Iterator[Stack]:
+def clear_stacks(cases, steps: int | None, reset: str = "subtract", edge: float = 0.0, **options) -> Iterator[Stack]:
     """Draws in which float32 rounding cannot change a spike, so that gradients are comparable."""
     draws = (Stack(cases, steps, seed=1000 * k, **options) for k in itertools.count())
-    return (stack for stack in draws if clear_of_thresholds(stack, reset))
+    return (stack for stack in draws if clear_of_thresholds(stack, reset, edge))
 
 
 def clear_stack(cases, steps: int | None, reset: str = "subtract", **options) -> Stack:

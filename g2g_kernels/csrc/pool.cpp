@@ -20,6 +20,32 @@ inline void pause() {
 #endif
 }
 
+// While it lives, this thread takes denormal numbers for zero. L2 penalties shrink the weights of silent neurons to
+// 1e-30, whose products with small gradients are denormal: on Intel each costs 150 cycles, a backward pass 17 times its
+// usual time after six epochs of default training.
+class FlushDenormals {
+#if defined(__x86_64__)
+    unsigned before = __builtin_ia32_stmxcsr();
+
+public:
+    FlushDenormals() { __builtin_ia32_ldmxcsr(before | 0x8040); }  // of results and of operands
+    ~FlushDenormals() { __builtin_ia32_ldmxcsr(before); }
+#elif defined(__aarch64__)
+    uint64_t before = read();
+
+    static uint64_t read() {
+        uint64_t mode;
+        asm volatile("mrs %0, fpcr" : "=r"(mode));
+        return mode;
+    }
+    static void write(uint64_t mode) { asm volatile("msr fpcr, %0" : : "r"(mode)); }
+
+public:
+    FlushDenormals() { write(before | uint64_t{1} << 24); }
+    ~FlushDenormals() { write(before); }
+#endif
+};
+
 struct Pool {
     std::mutex busy;  // held by the caller whose job runs
 
@@ -35,7 +61,7 @@ struct Pool {
     void (*run)(void*, int64_t, int) = nullptr;
     void* context = nullptr;
     int64_t tasks = 0, grain = 1;
-    std::fenv_t mode;  // the caller's floating-point mode: rounding, and what becomes of denormal numbers
+    std::fenv_t mode;  // the caller's floating-point mode, with denormal numbers flushed
     std::atomic<int64_t> next{0};
 
     void work(int worker) {
@@ -91,6 +117,7 @@ void parallel_run(int threads, int64_t tasks, int64_t grain, void (*run)(void*, 
     const int64_t pieces = (tasks + grain - 1) / grain;
     if (threads > pieces) threads = static_cast<int>(pieces);
     Pool* p = threads > 1 ? &the_pool() : nullptr;
+    const FlushDenormals flush;
     if (!p || !p->busy.try_lock()) {
         for (int64_t task = 0; task < tasks; ++task) run(context, task, 0);
         return;

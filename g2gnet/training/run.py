@@ -138,6 +138,8 @@ def _run_epochs(
     checkpoint = files.load_checkpoint(settings.as_dict())
 
     make_deterministic(settings.seed)
+    # Adam's moments of weights that get no gradient shrink to denormal numbers, which slow it down
+    torch.set_flush_denormal(True)
     trainer = make_trainer()
     data, versions = trainer.data.fingerprint, machine.versions()
     world.check_same("the data", data)

@@ -84,22 +84,23 @@ def test_a_kernel_without_huge_pages_is_no_error(monkeypatch):
 
 
 @compiled
-def test_every_task_runs_in_the_callers_floating_point_mode():
-    """The pool's threads are there before the mode changes. Products here are denormal numbers, or 0."""
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("flush", [False, True])
+def test_denormal_numbers_count_as_zero_on_every_thread(flush, number):
+    """Whatever the caller's mode, which stays what it was. Products here are denormal numbers, or the operands are."""
     mask = MASK_CASES["ragged groups of 64"].mask()
-    values, x = packed_randn(mask, 0) * 1e-20, torch.randn(4096, mask.shape[1]) * 1e-20
-    results = {}
-    for flush in (False, True):
-        for number in (1, 2):
-            with threads(number):
-                if not torch.set_flush_denormal(flush):
-                    pytest.skip("this CPU has no such mode")
-                results[flush, number] = [g2g_linear(x, values, mask, backend="cpu") for _ in range(5)]
-    torch.set_flush_denormal(False)
-    assert results[False, 1][0].any()
-    for number in (1, 2):
-        assert not any(result.any() for result in results[True, number])
-        assert all(torch.equal(result, results[False, 1][0]) for result in results[False, number])
+    values, x = packed_randn(mask, 0), torch.randn(4096, mask.shape[1])
+    if not torch.set_flush_denormal(flush):
+        pytest.skip("this CPU has no such mode")
+    try:
+        with threads(number):
+            for operands in ((values * 1e-20, x * 1e-20), (values, x.sign() * 1e-40), (values.sign() * 1e-40, x)):
+                for _ in range(5):
+                    assert not g2g_linear(operands[1], operands[0], mask, backend="cpu").any()
+        smallest = torch.tensor(2e-38) * torch.tensor(0.5)
+        assert (smallest == 0) == flush
+    finally:
+        torch.set_flush_denormal(False)
 
 
 @compiled

@@ -255,6 +255,26 @@ def test_dropped_neurons_on_every_backend(backend, steps, reset, surrogate):
             assert rms(actual - exact[name]) <= 1e-4 * rms(exact[name]), name
 
 
+@pytest.mark.parametrize(("steps", "batch"), [(None, 5), (9, 1), (1, 3)])
+@pytest.mark.parametrize(("alpha", "passing"), [(2e5, 0.0), (20.0, 0.05), (2.0, 0.4), (0.01, 1.0)])
+@pytest.mark.parametrize("surrogate", ["triangle", "boxcar"])
+@every_backend
+def test_from_no_neuron_that_passes_a_gradient_on_to_all(backend, surrogate, alpha, passing, steps, batch):
+    """One β a layer, so that the CPU kernels take events where these are few; rows without a unit in every layer."""
+    options = {"per_neuron": False, "batch": batch, "p_intra": 0.6, "p_inter": 0.15}
+    stack = clear_stack(STACKS["random single weights"], steps, edge=1 / alpha, **options)
+    assert any((mask.unpack(torch.ones_like(values)) == 0).all(1).any() for mask, values in stack.packed())
+    exact = stack.run(torch.float64, "torch", surrogate=surrogate, alpha=alpha)
+    share = (exact["x.grad"] != 0).double().mean()
+    assert share == 0 if passing == 0 else share > passing
+    for name, actual in stack.run(torch.float32, backend, surrogate=surrogate, alpha=alpha).items():
+        if name.startswith(("spikes", "counts")):
+            assert torch.equal(actual.double(), exact[name]), name
+        else:
+            # float32 rounding of membranes, times α
+            assert rms(actual - exact[name]) <= max(1e-4, 1e-5 * alpha) * rms(exact[name]), name
+
+
 @every_backend
 def test_a_neuron_dropped_in_every_sample_gets_no_gradient(backend):
     """Nor do its neighbours get another one than without it: weights to and from it are as good as not there."""

@@ -299,3 +299,14 @@ def test_few_parameters_are_updated_by_one_thread_to_the_same_bits(monkeypatch, 
         assert torch.get_num_threads() == 2
         assert set(used) == {1 if limit else 2}
         assert_equal(trained(0), state)
+
+
+def test_training_takes_denormal_numbers_for_zero(tmp_path):
+    """Adam's moments of weights without a gradient become such numbers, on which many CPUs are slow."""
+    if not torch.set_flush_denormal(False):
+        pytest.skip("this CPU has no such mode")
+    try:
+        run(tmp_path, epochs=1)
+        assert torch.tensor(2e-38) * torch.tensor(0.5) == 0
+    finally:
+        torch.set_flush_denormal(False)

@@ -19,7 +19,7 @@ from helpers import (
     with_parameter,
 )
 from snntorch import surrogate as snn_surrogate
-from stack_cases import SIZES, STACKS, B, Stack, T, clear_stack, loss, results
+from stack_cases import SHARES, SIZES, STACKS, B, Stack, T, check_compact, clear_stack, loss, results
 from torch import nn
 
 from g2g_kernels import Activity, BackendError, SpikingLayer, g2g_linear, g2g_stack, lif
@@ -256,23 +256,11 @@ def test_dropped_neurons_on_every_backend(backend, steps, reset, surrogate):
 
 
 @pytest.mark.parametrize(("steps", "batch"), [(None, 5), (9, 1), (1, 3)])
-@pytest.mark.parametrize(("alpha", "passing"), [(2e5, 0.0), (20.0, 0.05), (2.0, 0.4), (0.01, 1.0)])
+@pytest.mark.parametrize("alpha", SHARES)
 @pytest.mark.parametrize("surrogate", ["triangle", "boxcar"])
 @every_backend
-def test_from_no_neuron_that_passes_a_gradient_on_to_all(backend, surrogate, alpha, passing, steps, batch):
-    """One β a layer, so that the CPU kernels take events where these are few; rows without a unit in every layer."""
-    options = {"per_neuron": False, "batch": batch, "p_intra": 0.6, "p_inter": 0.15}
-    stack = clear_stack(STACKS["random single weights"], steps, edge=1 / alpha, **options)
-    assert any((mask.unpack(torch.ones_like(values)) == 0).all(1).any() for mask, values in stack.packed())
-    exact = stack.run(torch.float64, "torch", surrogate=surrogate, alpha=alpha)
-    share = (exact["x.grad"] != 0).double().mean()
-    assert share == 0 if passing == 0 else share > passing
-    for name, actual in stack.run(torch.float32, backend, surrogate=surrogate, alpha=alpha).items():
-        if name.startswith(("spikes", "counts")):
-            assert torch.equal(actual.double(), exact[name]), name
-        else:
-            # float32 rounding of membranes, times α
-            assert rms(actual - exact[name]) <= max(1e-4, 1e-5 * alpha) * rms(exact[name]), name
+def test_from_no_neuron_that_passes_a_gradient_on_to_all(backend, surrogate, alpha, steps, batch):
+    check_compact(backend, STACKS["random single weights"], surrogate, alpha, steps, batch)
 
 
 @every_backend

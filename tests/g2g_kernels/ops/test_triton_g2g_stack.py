@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from helpers import ErrorRatios, MaskCase, device_of, rms, seeded
-from stack_cases import STACKS, Stack, clear_of_thresholds, clear_stack, clear_stacks, loss
+from stack_cases import SHARES, STACKS, Stack, check_compact, clear_of_thresholds, clear_stack, clear_stacks, loss
 
 from g2g_kernels import BackendError, BlockMask, GroupLayout, Neurons, g2g_stack
 from g2g_kernels.ops.g2g_stack.call import StackBackward, StackCall
@@ -101,6 +101,14 @@ def test_autocast_to_float16(way):
             else:
                 ratios.add(name, actual, results["torch"][name], exact[name])
     ratios.check(cases=2 * len(STACKS_OF_UNITS))
+
+
+@pytest.mark.parametrize(
+    ("surrogate", "alpha", "steps", "batch"),
+    [("triangle", 2e5, None, 5), ("boxcar", 0.01, None, 5), ("triangle", 2.0, 1, 1)],
+)
+def test_from_no_neuron_that_passes_a_gradient_on_to_all(way, surrogate, alpha, steps, batch):
+    check_compact("triton", STACKS["ragged index"], surrogate, alpha, steps, batch)
 
 
 @pytest.mark.parametrize("steps", [1, 10, 11, 50])

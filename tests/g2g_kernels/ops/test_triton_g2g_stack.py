@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from helpers import ErrorRatios, MaskCase, device_of, rms, seeded
-from stack_cases import SHARES, STACKS, Stack, check_compact, clear_of_thresholds, clear_stack, clear_stacks, loss
+from stack_cases import STACKS, Stack, check_compact, clear_of_thresholds, clear_stack, clear_stacks, loss
 
 from g2g_kernels import BackendError, BlockMask, GroupLayout, Neurons, g2g_stack
 from g2g_kernels.ops.g2g_stack.call import StackBackward, StackCall

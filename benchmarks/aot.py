@@ -8,6 +8,7 @@ should be, not how long it takes.
 
 import argparse
 import dataclasses
+import itertools
 import os
 import re
 import subprocess
@@ -78,13 +79,15 @@ class Case:
     block_size: int = 64
     batch: int = 256
 
-    def launches(self) -> list[Launch]:
+    def launches(self, target: Target) -> list[Launch]:
+        """What the step launches on such a card."""
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision(self.precision)
         try:
             draw = torch.Generator().manual_seed(0)
             net = G2GNet(784, 2048, 10, self.model, block_size=self.block_size, generator=draw)
-            operations = training_step(net, self.batch, 784, self.dtype)
+            architecture = target.arch if isinstance(target.arch, str) else ""
+            operations = training_step(net, self.batch, 784, self.dtype, architecture)
         finally:
             torch.set_float32_matmul_precision(before)
         return [operation.launch for operation in operations if operation.launch]
@@ -241,12 +244,12 @@ def programs_of_sm(registers: int, shared: int, num_warps: int, target: Target) 
 def rows(cases: Sequence[Case], targets: Sequence[Target], kernels: Sequence[str]) -> Iterator[Row]:
     """Each of these kernels of these steps on each target, once."""
     jobs: dict[tuple[str, Source], tuple[str, str, Target]] = {}
-    for case in cases:
-        for launch in case.launches():
+    for case, target in itertools.product(cases, targets):
+        if case.precision == "high" and target.backend == "hip":
+            continue  # tf32 is NVIDIA's; on AMD's cards nothing asks for it
+        for launch in case.launches(target):
             name = launch.kernel.fn.__name__
-            for target in targets if name in kernels else ():
-                if case.precision == "high" and target.backend == "hip":
-                    continue  # tf32 is NVIDIA's; on AMD's cards nothing asks for it
+            if name in kernels:
                 jobs.setdefault((target.name, source_of(launch, target)), (case.name, name, target))
     bar = tqdm(jobs.items(), desc="compiling", unit=" kernels", leave=False, disable=None)
     for (_, source), (case_name, name, target) in bar:

@@ -5,9 +5,12 @@ type for every operand, and computes whether each integer operation overflows on
 are off).
 """
 
+import contextlib
 import dataclasses
 import functools
+from collections.abc import Iterator
 
+import numpy as np
 from triton.runtime import interpreter
 
 
@@ -83,3 +86,30 @@ def _broadcast_only_what_differs() -> None:
 
     semantic.broadcast_impl_value = broadcast_if_needed
     block.with_element_ty = with_element_once
+
+
+@contextlib.contextmanager
+def chained_products() -> Iterator[None]:
+    """Inside, a float32 product adds one multiply-add after the other, as a GPU's ordinary cores do.
+
+    The interpreter itself takes a product of two tiles from NumPy and adds it as a whole: sums of many samples come out
+    more exact than on any card.
+    """
+    builder = type(interpreter.interpreter_builder)
+    original = builder.create_dot
+
+    def create_dot(self, a, b, d, *options):
+        if a.data.dtype != np.float32:
+            return original(self, a, b, d, *options)
+        total = d.data
+        for k in range(a.data.shape[-1]):
+            # exact in float64, so that each sum is rounded once
+            product = a.data[:, k, None].astype(np.float64) * b.data[k]
+            total = (total + product).astype(np.float32)
+        return interpreter.TensorHandle(total, d.dtype.scalar)
+
+    builder.create_dot = create_dot
+    try:
+        yield
+    finally:
+        builder.create_dot = original

@@ -121,6 +121,15 @@ def zeros(count: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.jit
+def plus(left, right):
+    """Two tuples of tiles, added one by one."""
+    result = ()
+    for i in tl.static_range(len(left)):
+        result += (left[i] + right[i],)
+    return result
+
+
+@triton.jit
 def _plus_last(values, term):
     """``values`` with ``term`` added to the last: to the membrane, or to the threshold."""
     result = ()

@@ -92,6 +92,14 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 
 
+def rdna(device: torch.device) -> bool:
+    """True for AMD's cards of the kind whose warps are 32 threads wide (gfx10 to gfx12); the others' are 64 wide."""
+    name = _recorded_for
+    if device.type == "cuda" and torch.version.hip is not None:
+        name = torch.cuda.get_device_properties(device).gcnArchName
+    return name.startswith(("gfx10", "gfx11", "gfx12"))
+
+
 class Launch(NamedTuple):
     """One kernel launch: the kernel, its grid, and by name its arguments, compile-time values and launch options."""
 
@@ -101,21 +109,25 @@ class Launch(NamedTuple):
 
 
 _recorded: list[Launch] | None = None
+_recorded_for = ""
 
 
 @contextlib.contextmanager
-def recorded() -> Iterator[list[Launch]]:
+def recorded(architecture: str = "") -> Iterator[list[Launch]]:
     """Inside, launches are listed instead of done, so that tensors on the ``meta`` device will do.
 
     ``benchmarks/aot.py`` compiles what is listed, for GPUs that are not at hand.
+
+    Args:
+        architecture: the card whose tiles to choose: AMD's name of it, or "" for NVIDIA's, which all have the same.
     """
-    global _recorded
+    global _recorded, _recorded_for
     launches: list[Launch] = []
-    _recorded = launches
+    _recorded, _recorded_for = launches, architecture
     try:
         yield launches
     finally:
-        _recorded = None
+        _recorded, _recorded_for = None, ""
 
 
 def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:

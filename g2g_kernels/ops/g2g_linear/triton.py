@@ -217,6 +217,18 @@ def _depth_and_stages(x: torch.dtype, products: torch.dtype) -> tuple[int, int]:
     return (32, 2) if torch.float32 in (x, products) else (64, 3)
 
 
+def fitted(tiles: dict[str, int], device: torch.device, deepest: int = 32) -> dict[str, int]:
+    """The tiles of a kernel of products as ``device`` takes them: on RDNA 8 warps, and none deeper than ``deepest``.
+
+    Its warps are 32 threads wide like NVIDIA's, but its ``wmma`` wants each factor twice in a warp's registers. With
+    other cards' tiles up to 292 bytes a thread of 16-bit kernels went to the stack, and 2,764 of a float32 one.
+    """
+    if not runtime.rdna(device):
+        return tiles
+    capped = {name: min(tiles[name], deepest) for name in ("BLOCK_K", "BLOCK_S") if name in tiles}
+    return tiles | capped | {"num_warps": 8}
+
+
 def _launch_product(
     x: torch.Tensor, values: torch.Tensor, by_rows: bool, units: Units, bias: torch.Tensor | None, y: torch.Tensor
 ) -> None:
@@ -224,7 +236,7 @@ def _launch_product(
         inner, outer, ptr, slots, others = units.cols, units.rows, units.row_ptr, units.row_slot, units.unit_col
     else:
         inner, outer, ptr, slots, others = units.rows, units.cols, units.col_ptr, units.col_slot, units.unit_row
-    options = product_tiles(len(x), inner.tile, x.dtype, values.dtype)
+    options = fitted(product_tiles(len(x), inner.tile, x.dtype, values.dtype), x.device)
     launch(
         product_kernel,
         (outer.num_units * outer.tiles * triton.cdiv(len(x), options["BLOCK_M"]),),
@@ -282,6 +294,12 @@ def input_gradient(grad_y: torch.Tensor, values: torch.Tensor, units: Units, dty
 # parts go to memory in float32 and are added by a second launch, always in the same order: no atomics. Bytes from L2
 # for 16-bit dy and uint8 x: U·M·(2·R/GROUP + C); memory: 2·4·PARTS·U·R·C for the parts.
 #
+# Float32 factors go to the ordinary cores, which add one product after the other: a chain of 12,800 samples made the
+# gradients of weights 5.2 times and of biases 3.6 times as wrong as PyTorch's own. So each chain of CHAIN samples is
+# added to a total, and the next begins at zero (0.8 and 1.3 times). That is a second accumulator and no bytes: on sm_90
+# 222 registers a thread instead of 191, and 181 instead of 109 for a held input (benchmarks/results/aot.md). Factors of
+# 16 bits and of tf32 are wrong by more than their sums: they take one chain, and only tf32's bias, in float32, several.
+#
 # Rows have different numbers of units, which dynamic sparse training changes on the device. The grid is therefore sized
 # for the most groups that there can be, each program finds its own row, and programs without work leave at once.
 
@@ -311,6 +329,7 @@ def weight_gradient_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    CHAIN: tl.constexpr,
 ):
     TILES_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     part = tl.program_id(1)
@@ -343,6 +362,7 @@ def weight_gradient_kernel(
     # a wgmma takes 64 rows of its left factor: those of dy where a unit has as many, else those of several units' x
     total = tl.zeros((BLOCK_R, GROUP * BLOCK_C) if BLOCK_R >= 64 else (GROUP * BLOCK_C, BLOCK_R), tl.float32)
     summed = tl.zeros((BLOCK_S, BLOCK_R), tl.float32)
+    chain, chain_summed = total, summed  # what has not been added to them yet
     for start in range(part * samples_of_part, tl.minimum((part + 1) * samples_of_part, samples), BLOCK_S):
         s = tl.arange(0, BLOCK_S)
         s_ok = (s < samples - start)[:, None]
@@ -353,11 +373,21 @@ def weight_gradient_kernel(
         x_tile = tl.load(x_address, mask=s_ok & column_ok[None, :], other=0)
         x_tile = x_tile.to(y_tile.dtype)
         if BLOCK_R >= 64:
-            total = tl.dot(tl.trans(y_tile), x_tile, total, input_precision=PRECISION)
+            chain = tl.dot(tl.trans(y_tile), x_tile, chain, input_precision=PRECISION)
         else:
-            total = tl.dot(tl.trans(x_tile), y_tile, total, input_precision=PRECISION)
+            chain = tl.dot(tl.trans(x_tile), y_tile, chain, input_precision=PRECISION)
         if grad_bias is not None:
-            summed += y_tile.to(tl.float32)
+            chain_summed += y_tile.to(tl.float32)
+        if CHAIN:
+            if (start // BLOCK_S) % (CHAIN // BLOCK_S) == CHAIN // BLOCK_S - 1:
+                if PRECISION == "ieee":
+                    total += chain
+                    chain = tl.zeros_like(chain)
+                if grad_bias is not None:
+                    summed += chain_summed
+                    chain_summed = tl.zeros_like(chain_summed)
+    total = total + chain if CHAIN and PRECISION == "ieee" else chain
+    summed = summed + chain_summed if CHAIN else chain_summed
 
     address = grad_values + (part * num_units + slot)[None, :] * (R * C) + r[:, None] * C + c[None, :]
     if BLOCK_R < 64:
@@ -378,11 +408,12 @@ def weight_gradient_tiles(width: int, x: torch.dtype, products: torch.dtype) -> 
 
     128 columns of x, as wide as a ``wgmma`` or two of them deep: with 256, most rows of the default mask (8 or 9 units
     of 64) would leave a last group almost empty. 64 samples a step are four ``wgmma`` deep; three stages take 72 KB at
-    most. In float32 half of each, as in :func:`product_tiles`.
+    most. In float32 half of each, as in :func:`product_tiles`. CHAIN is 0 where one chain is as good as several.
     """
     depth, stages = _depth_and_stages(x, products)
     lanes = 64 if torch.float32 in (x, products) else 128
-    return {"GROUP": lanes // width, "BLOCK_S": depth, "num_warps": 4, "num_stages": stages}
+    chain = 256 if products == torch.float32 else 0
+    return {"GROUP": lanes // width, "BLOCK_S": depth, "CHAIN": chain, "num_warps": 4, "num_stages": stages}
 
 
 def weight_gradient(
@@ -399,7 +430,9 @@ def weight_gradient(
     if units.dense_pays:
         grad_values = packed(grad_y.T @ x.to(grad_y.dtype), units).to(dtype)
         return grad_values, grad_y.sum(0, dtype=torch.float32) if want_bias else None
-    options = weight_gradient_tiles(cols.tile, x.dtype, grad_y.dtype)
+    # on the ordinary cores, whose loops are unrolled whole, RDNA has registers for a depth of 8
+    deepest = 8 if grad_y.dtype == torch.float32 else 32
+    options = fitted(weight_gradient_tiles(cols.tile, x.dtype, grad_y.dtype), x.device, deepest)
     groups = num_units // options["GROUP"] + rows.num_units
     tiles = rows.tiles * cols.tiles
     parts = max(1, min(_PROGRAMS // (groups * tiles), len(x) // 1024))

@@ -23,7 +23,8 @@ Bytes per element of [T, B, N] in a training step, with c the size of the produc
     dtype is what every other number of the backward pass is rounded to as well.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -33,6 +34,7 @@ import triton.language as tl
 from g2g_kernels.ops.g2g_linear.triton import (
     Units,
     columns,
+    fitted,
     input_gradient,
     product,
     product_tiles,
@@ -55,7 +57,7 @@ from g2g_kernels.ops.neurons.triton import (
     segment_of,
 )
 from g2g_kernels.triton import runtime
-from g2g_kernels.triton.neuron import EXACT, charge, fires, load_parameters, step_backward, zeros
+from g2g_kernels.triton.neuron import EXACT, charge, fires, load_parameters, plus, step_backward, zeros
 from g2g_kernels.triton.runtime import launch
 
 # --- the fused kernel -------------------------------------------------------------------------------------------
@@ -174,14 +176,31 @@ def fused_pays(units: Units, neurons: Neurons, batch: int, dtype: torch.dtype, d
     """
     if units.dense_pays or len(MODELS[neurons.model].states) > 1:
         return False
+    if _chosen is not None:
+        return _chosen
     sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else _H100_SMS
     block_m = fused_tiles(batch, units.cols.tile, torch.uint8, dtype)["BLOCK_M"]
     programs = units.rows.num_units * units.rows.tiles * triton.cdiv(batch, block_m)
     return 4 * programs >= 3 * sms
 
 
+_chosen: bool | None = None
+
+
+@contextlib.contextmanager
+def choose(fused: bool) -> Iterator[None]:
+    """Inside, every layer that can be fused is (or is not), whatever :func:`fused_pays` says: to compare the two."""
+    global _chosen
+    _chosen = fused
+    try:
+        yield
+    finally:
+        _chosen = None
+
+
 # The backward pass of the neurons of a fused layer: one program a tile of samples × neurons, t downwards in segments
-# whose loads are issued together. Sums for bias, β and θ go to memory once a program and are added in a fixed order.
+# whose loads are issued together. Sums for bias, β and θ are added over a segment, then over the segments (twice four
+# registers each a thread), go to memory once a program and are added in a fixed order.
 
 
 @triton.jit
@@ -234,7 +253,7 @@ def fused_backward_kernel(
 
     tl.static_assert(STATES == 1)
     grads = zeros(STATES, BLOCK_B, BLOCK_N)
-    sums = zeros(len(own), BLOCK_B, BLOCK_N)
+    totals = zeros(len(own), BLOCK_B, BLOCK_N)
     grad_bias = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
     segments = tl.cdiv(steps, SEGMENT)
     # steps after the last one take part with margins and gradients of 0, which leave all sums as they are
@@ -250,6 +269,8 @@ def fused_backward_kernel(
             earlier += (tl.load(margins + (t - 1) * step + offset, mask=there, other=0.0),)
             if grad_spikes is not None:
                 upstream += (tl.load(grad_spikes + t * step + offset, mask=_if(t < steps, b, batch, n_ok), other=0.0),)
+        sums = zeros(len(own), BLOCK_B, BLOCK_N)
+        bias_sum = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
         for k in tl.static_range(SEGMENT - 1, -1, -1):
             t = first + k
             grad_spike = tl.where(t < steps, at_all_steps, 0.0)
@@ -262,12 +283,14 @@ def fused_backward_kernel(
             )
             out = to_current.to(grad_current.dtype.element_ty)
             tl.store(grad_current + t * step + offset, out, mask=_if(t < steps, b, batch, n_ok))
-            grad_bias += to_current
+            bias_sum += to_current
             margin = before
+        totals = plus(totals, sums)
+        grad_bias += bias_sum
     here = tl.program_id(0) * neurons + n
     tl.store(bias_sums + here, tl.sum(grad_bias, 0), mask=n_ok)
     for i in tl.static_range(len(partials)):
-        tl.store(partials[i] + here, tl.sum(sums[i], 0), mask=n_ok)
+        tl.store(partials[i] + here, tl.sum(totals[i], 0), mask=n_ok)
 
 
 # --- one layer in memory ----------------------------------------------------------------------------------------
@@ -351,7 +374,7 @@ def _launch_fused(
     """Writes spikes [T, B, N'], margins of the same shape if given, and counts [B, N'], from x [T·B, in]."""
     units = layer.units
     steps, batch, _ = spikes.shape
-    options = fused_tiles(batch, units.cols.tile, x.dtype, values.dtype)
+    options = fitted(fused_tiles(batch, units.cols.tile, x.dtype, values.dtype), x.device)
     launch(
         fused_forward_kernel,
         (units.rows.num_units * units.rows.tiles * triton.cdiv(batch, options["BLOCK_M"]),),

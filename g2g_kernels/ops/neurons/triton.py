@@ -23,9 +23,10 @@ Bytes per element of [T, B, N], for currents of c bytes, spikes of s (1 inside a
     backward    c read (held: once), c of ∂L/∂S read, 4n/10 of checkpoints read, c of ∂L/∂I written (held: once)
     FLOPs are a handful per element: both kernels run at the speed of memory.
 
-Gradients of parameters are summed in two stages: every program writes one partial sum (a neuron, or of its whole tile
-for a parameter of the layer), and :func:`sum_kernel` adds those in a fixed order. There are no atomics: results are the
-same on every run.
+Gradients of parameters are summed in three stages: over the steps of a segment and then over the segments, in
+registers, so that no chain of additions is as long as T (eight registers a thread for each parameter instead of four,
+and no more bytes); then every program writes one partial sum (a neuron, or of its whole tile for a parameter of the
+layer), and :func:`sum_kernel` adds those in a fixed order. There are no atomics: results are the same on every run.
 """
 
 import math
@@ -39,7 +40,7 @@ import triton.language as tl
 from g2g_kernels.ops.neurons.call import NeuronsBackward, NeuronsCall, operators
 from g2g_kernels.ops.neurons.models import MODELS, NeuronModel, Neurons
 from g2g_kernels.triton import runtime
-from g2g_kernels.triton.neuron import EXACT, charge, fires, load_parameters, step_backward, zeros
+from g2g_kernels.triton.neuron import EXACT, charge, fires, load_parameters, plus, step_backward, zeros
 from g2g_kernels.triton.runtime import launch
 
 #: the longest segment: its states live in registers, four a thread and step
@@ -171,7 +172,7 @@ def neurons_backward_kernel(
         at_all_steps += tl.load(grad_rates + neuron, mask=exists, other=0.0).to(tl.float32)[None, :] * rate_scale
 
     grads = zeros(STATES, BLOCK_B, BLOCK_N)
-    sums = zeros(len(values), BLOCK_B, BLOCK_N)
+    totals = zeros(len(values), BLOCK_B, BLOCK_N)
     grad_held = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
     segments = tl.cdiv(steps, SEGMENT)
     for turn in range(segments):
@@ -194,6 +195,8 @@ def neurons_backward_kernel(
                 state = tl.load(checkpoints + ((segment - 1) * STATES + i) * step + offsets, mask=inside, other=0.0)
             states += (state,)
         history = (states,)
+        sums = zeros(len(values), BLOCK_B, BLOCK_N)
+        held_sum = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
         for k in tl.static_range(SEGMENT):
             fired = fires(states[STATES - 1], threshold)
             states = charge(states, fired, currents[k].to(tl.float32), values, MODEL, RESET)
@@ -210,16 +213,18 @@ def neurons_backward_kernel(
                 grads, sums, history[k], fired, margin, grad_spike, values, alpha, MODEL, RESET, SURROGATE
             )
             if HELD:
-                grad_held += to_current
+                held_sum += to_current
             elif grad_current is not None:
                 out = to_current.to(grad_current.dtype.element_ty)
                 now = _inside(sample, neuron, batch, neurons, t, steps)
                 tl.store(grad_current + t * step + offsets, out, mask=now)
+        totals = plus(totals, sums)
+        grad_held += held_sum
     if HELD and grad_current is not None:
         tl.store(grad_current + offsets, grad_held.to(grad_current.dtype.element_ty), mask=inside)
     for i in tl.static_range(len(partials)):
         if partials[i] is not None:
-            _store_partial(partials[i], tl.where(inside, sums[i], 0.0), neuron, neurons, (PER_NEURON >> i) & 1)
+            _store_partial(partials[i], tl.where(inside, totals[i], 0.0), neuron, neurons, (PER_NEURON >> i) & 1)
 
 
 @triton.jit

@@ -1,12 +1,14 @@
-"""What a training step launches on the Triton backend, found out without a GPU.
+"""What a training step, or a part of one, launches on the Triton backend, found out without a GPU.
 
 The stack's own Python runs on ``meta`` tensors, which have shapes and no memory: Triton launches are noted instead of
 done, and so is every PyTorch operation between them. Masks, tile sizes and the choice between kernels are those of a
 real step; what is data-dependent is none of this.
 """
 
+import contextlib
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,10 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from g2g_kernels import SpikingLayer
+from g2g_kernels import Neurons, SpikingLayer
+from g2g_kernels.ops.g2g_linear.call import LinearBackward, LinearCall
 from g2g_kernels.ops.g2g_stack.call import StackBackward, StackCall
+from g2g_kernels.ops.neurons.call import NeuronsBackward, NeuronsCall
 from g2g_kernels.triton.runtime import Launch, recorded
-from g2gnet import G2GNet
+from g2gnet import G2GLinear, G2GNet
+from g2gnet.dst import unit_correlation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,14 +109,36 @@ class _Recorder(TorchDispatchMode):
         self.operations.append(Operation(self.phase, name, _distinct(tensors), flop))
         return result
 
+    def begin(self, phase: str) -> None:
+        """What comes now belongs to another phase."""
+        self.take_launches()
+        self.phase = phase
+
     def take_launches(self) -> None:
         """Puts the launches since the last call behind the operations so far."""
         self.operations += [_operation_of(launch, self.phase) for launch in self.launches[self._taken :]]
         self._taken = len(self.launches)
 
 
-@torch.no_grad()
-def training_step(net: G2GNet, batch: int, input_dim: int, dtype: torch.dtype) -> list[Operation]:
+@contextlib.contextmanager
+def _recording(architecture: str = "") -> Iterator[_Recorder]:
+    """Inside, everything that is launched is noted."""
+    with torch.no_grad(), recorded(architecture) as launches, _Recorder(launches) as recorder:
+        yield recorder
+        recorder.take_launches()
+
+
+def _stack_call(net: G2GNet, batch: int, input_dim: int, dtype: torch.dtype) -> StackCall:
+    layers = [
+        SpikingLayer(connection.values, connection.mask, connection.bias, neurons.population)
+        for connection, neurons in net.to("meta").layers()
+    ]
+    return StackCall.of(torch.empty(batch, input_dim, device="meta"), layers, net.T, dtype)
+
+
+def training_step(
+    net: G2GNet, batch: int, input_dim: int, dtype: torch.dtype, architecture: str = ""
+) -> list[Operation]:
     """Everything that forward and backward pass of ``net`` launch for a batch of samples held over time, in order.
 
     Loss and optimizer are not part of it.
@@ -120,18 +147,74 @@ def training_step(net: G2GNet, batch: int, input_dim: int, dtype: torch.dtype) -
         net: the network, whose masks are read; it moves to the ``meta`` device.
         batch, input_dim: the shape of the samples.
         dtype: of the matrix products (bfloat16 under autocast, else float32).
+        architecture: the card whose tiles to choose, as :func:`g2g_kernels.triton.runtime.recorded` takes it.
     """
     from g2g_kernels.ops.g2g_stack import triton as stack
 
-    layers = [
-        SpikingLayer(connection.values, connection.mask, connection.bias, neurons.population)
-        for connection, neurons in net.to("meta").layers()
-    ]
-    call = StackCall.of(torch.empty(batch, input_dim, device="meta"), layers, net.T, dtype)
-    with recorded() as launches, _Recorder(launches) as recorder:
+    call = _stack_call(net, batch, input_dim, dtype)
+    with _recording(architecture) as recorder:
         counts, _, spikes, kept = stack._forward(call._replace(keep=True))
-        recorder.take_launches()
-        recorder.phase = "backward"
+        recorder.begin("backward")
         stack._backward(StackBackward(call, tuple(spikes), tuple(kept), torch.empty_like(counts), None, False))
-        recorder.take_launches()
+    return recorder.operations
+
+
+def forward_pass(net: G2GNet, batch: int, input_dim: int, dtype: torch.dtype) -> list[Operation]:
+    """As :func:`training_step`, without gradients."""
+    from g2g_kernels.ops.g2g_stack import triton as stack
+
+    with _recording() as recorder:
+        stack._forward(_stack_call(net, batch, input_dim, dtype)._replace(keep=False))
+    return recorder.operations
+
+
+def layer_step(layer: SpikingLayer, steps: int, batch: int, dtype: torch.dtype, fused: bool) -> list[Operation]:
+    """One layer of neurons, whose input of ``dtype`` varies, forward and backward, in the way that is asked for."""
+    from g2g_kernels.ops.g2g_stack import triton as stack
+
+    x = torch.empty(steps, batch, layer.mask.shape[1], dtype=dtype, device="meta")
+    call = StackCall.of(x, [layer], None, dtype)
+    with stack.choose(fused), _recording() as recorder:
+        counts, _, spikes, kept = stack._forward(call._replace(keep=True))
+        recorder.begin("backward")
+        stack._backward(StackBackward(call, tuple(spikes), tuple(kept), torch.empty_like(counts), None, True))
+    return recorder.operations
+
+
+def product_step(connection: G2GLinear, samples: int, dtype: torch.dtype) -> list[Operation]:
+    """A product alone with the gradients of input, weights and bias, its input of ``dtype``."""
+    from g2g_kernels.ops.g2g_linear import triton as linear
+
+    connection = connection.to("meta")
+    x = torch.empty(samples, connection.in_features, dtype=dtype, device="meta")
+    call = LinearCall(x, connection.values, connection.mask.tensors(), connection.bias, dtype)
+    with _recording() as recorder:
+        y = linear._forward(call)
+        recorder.begin("backward")
+        linear._backward(LinearBackward(call, torch.empty_like(y), (True, True, True)))
+    return recorder.operations
+
+
+def neurons_step(population: Neurons, steps: int, batch: int, neurons: int) -> list[Operation]:
+    """Neurons alone in float32, forward and backward, their parameters on the ``meta`` device."""
+    from g2g_kernels.ops.neurons import triton
+
+    call = NeuronsCall(torch.empty(steps, batch, neurons, device="meta"), population, 0, True)
+    with _recording() as recorder:
+        spikes, kept = triton._forward(call)
+        recorder.begin("backward")
+        wanted = (True,) * (1 + len(population.parameters))
+        triton._backward(NeuronsBackward(call, kept, torch.empty_like(spikes), wanted))
+    return recorder.operations
+
+
+def correlations(net: G2GNet, batch: int, input_dim: int) -> list[Operation]:
+    """The correlations of an update of dynamic sparse training, without the choice of units that follows."""
+    layers = list(net.to("meta").layers())
+    sizes = [connection.out_features for connection, _ in layers]
+    spikes = [torch.empty(net.T, batch, size, dtype=torch.uint8, device="meta") for size in sizes]
+    with _recording() as recorder:
+        trains = [torch.empty(batch, input_dim, device="meta"), *(each.float() for each in spikes)]
+        for (connection, _), pre, post in zip(layers, trains, trains[1:], strict=False):
+            unit_correlation(pre, post, connection.mask)
     return recorder.operations

@@ -8,6 +8,7 @@ from torch import nn
 from g2g_kernels import lif, synaptic
 from g2gnet import DSTScheduler, G2GLinear, G2GNet
 from g2gnet.dst import unit_correlation
+from g2gnet.training.cuda_graph import CapturedStep
 
 from .contender import LinearContender, NetworkContender, NeuronContender, UpdateContender
 from .reference import UPDATE_FRACTION, Results
@@ -49,6 +50,40 @@ class Network(NetworkContender):
         with self.autocast():
             rates = self.net.simulate(self.net.encode(self.images)).rates
         return [float(layer.float().mean()) for layer in rates]
+
+
+class Compiled(Network):
+    """:class:`Network` through ``torch.compile``."""
+
+    def __init__(
+        self, prepared: Prepared, device: torch.device, precision: str, backend: str, compiler: str = "inductor"
+    ) -> None:
+        super().__init__(prepared, device, precision, backend)
+        self.net.compile(fullgraph=True, backend=compiler)
+
+
+class Captured(Network):
+    """:class:`Network`, its step replayed as one CUDA graph, as ``train.py --cuda_graph`` does."""
+
+    def __init__(self, prepared: Prepared, device: torch.device, precision: str, backend: str) -> None:
+        super().__init__(prepared, device, precision, backend)
+        for group in self.optimizer.param_groups:
+            group["capturable"] = True
+        self._captured = CapturedStep(self._learn)
+
+    def _learn(self, images: torch.Tensor, labels: torch.Tensor, _: None) -> tuple[torch.Tensor, torch.Tensor]:
+        self.images, self.labels = images, labels  # those that the graph reads
+        loss, counts = self._backward()
+        self.optimizer.step()
+        return loss, counts
+
+    def step(self) -> None:
+        self._captured(self.images, self.labels, None)
+
+    def results(self) -> Results:
+        for _ in range(CapturedStep.WARM_UP + 1):  # the last of which is a replay
+            loss, counts = self._captured(self.images, self.labels, None)
+        return {"loss": loss, "counts": counts, **self.gradients()}
 
 
 class Neurons(NeuronContender):

@@ -3,9 +3,9 @@
 A page marks the places of its drawn parts with ``<!-- drawn: NAME -->`` and ``<!-- end -->``. NAME is ``step`` or
 another kernel of the default network (``step, in short`` is a sentence; ``step, block_size 1`` and the like are of
 other networks), ``scaling-p_inter`` or another quantity, ``accuracy``, ``model_comparison`` (``…, in short``: a
-sentence) or the name of a study. A part shows every such record in ``benchmarks/results``, whatever machine it is from,
-and is empty where there is none. Pictures lie in ``docs``, under the names of their records; ``docs/draw_result.py``
-draws one more. Numbers stand nowhere else, so a page cannot disagree with what was measured;
+sentence), ``predictions`` or the name of a study. A part shows every such record in ``benchmarks/results``, whatever
+machine it is from, and is empty where there is none. Pictures lie in ``docs``, under the names of their records;
+``docs/draw_result.py`` draws one more. Numbers stand nowhere else, so a page cannot disagree with what was measured;
 ``tests/benchmarks/test_benchmark_reports.py`` holds it to that.
 """
 
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import dst_study, model_comparison, recipe_study, study, surrogate_study, tradeoff_study
+from .first_run import comparison
 from .registry import KERNELS
 from .report import of_floor, seconds, title
 from .workload import Workload
@@ -28,7 +29,7 @@ from .workload import Workload
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PICTURES = ROOT / "docs"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "results.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("performance.md", "results.md", "first-run.md")))
 PICTURED = ("scaling", "accuracy", "tradeoff_study")
 STUDIES = {
     module.STUDY.name: module.STUDY
@@ -251,6 +252,19 @@ def _study(record: Record, link: Link) -> str:
     )
 
 
+def _predictions(record: Record, link: Link) -> str:
+    content = record.content
+    nexts = _table(
+        ["what decides", "what to try next"], [[f"`{name}`", text] for name, text in content["next"].items()]
+    )
+    assumed = _table(["assumed", ""], [[name, f"{value:g}"] for name, value in content["assumed"].items()])
+    return (
+        f"Written down on {content['written']} for an H100; those for H200 and A100 "
+        f"are in the [record]({link(record.path)}).\n\n{comparison(content, {}, 'h100', tiny=False)}\n\n"
+        f"{nexts}\n\n{assumed}"
+    )
+
+
 #: the parts that a page may ask for: the record's name, and who writes it
 PARTS: dict[str, tuple[str, Callable[[Record, Link], str]]] = {
     **{name: (name, _throughput) for name in KERNELS},
@@ -263,6 +277,7 @@ PARTS: dict[str, tuple[str, Callable[[Record, Link], str]]] = {
     "accuracy": ("accuracy", _accuracy),
     "model_comparison, in short": ("model_comparison", _models_in_short),
     **{name: (name, _study) for name in STUDIES},
+    "predictions": ("predictions", _predictions),
 }
 
 

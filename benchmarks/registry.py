@@ -7,6 +7,8 @@ from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
 from g2g_kernels import available_backends, backend_status
 from g2g_kernels.dispatch import BACKENDS
 
@@ -25,6 +27,7 @@ class Entry:
         compiles: whether its first turn compiles for a minute or so.
         backend: the g2g backend that it runs on, None for a peer.
         workload: what is changed in the workload for this contender, which is trained and judged with that.
+        by_name: whether it takes part only where it is named.
     """
 
     label: str
@@ -35,6 +38,7 @@ class Entry:
     compiles: bool = False
     backend: str | None = None
     workload: dict[str, Any] = field(default_factory=dict)
+    by_name: bool = False
 
 
 @dataclass(frozen=True)
@@ -143,7 +147,11 @@ def entries(kernel: str) -> dict[str, Entry]:
         for backend, reason in backend_status().items()
     ]
     if kernel == "step":
-        found += [replace(entry, label=f"{entry.label}-triangle", workload=COMPACT) for entry in found]
+        found += [
+            *(replace(entry, label=f"{entry.label}-triangle", workload=COMPACT) for entry in found),
+            *(_variant(entry, "compiled", "Compiled", _missing((COMPILER,))) for entry in found),
+            *(_variant(entry, "graph", "Captured", _no_graph(entry.backend)) for entry in found),
+        ]
     found += [
         Entry(
             label,
@@ -157,6 +165,25 @@ def entries(kernel: str) -> dict[str, Entry]:
     if about.bf16:
         found += [replace(entry, label=f"{entry.label}-bf16", precision="bf16") for entry in found]
     return {entry.label: entry for entry in found}
+
+
+def _variant(entry: Entry, name: str, ours: str, lacks: str | None) -> Entry:
+    """Our own network run in another way."""
+    return replace(
+        entry,
+        label=f"{entry.label}-{name}",
+        target=f"{__package__}.ours:{ours}",
+        unavailable=entry.unavailable or lacks,
+        compiles=name == "compiled",
+        by_name=True,
+    )
+
+
+def _no_graph(backend: str | None) -> str | None:
+    """Why a step on ``backend`` cannot be a CUDA graph, or None."""
+    if backend != "triton":
+        return "a CUDA graph is of the Triton kernels"
+    return None if torch.cuda.is_available() else "a CUDA graph needs a CUDA device, and PyTorch finds none"
 
 
 def _missing(needs: tuple[str, ...]) -> str | None:
@@ -190,7 +217,9 @@ def choose(
             raise ValueError(f"contenders={labels!r} says it all; leave out the backend and the precision")
         return [known[name] for name in _names("contender", labels, known, f"--kernel {kernel} has")]
     ours = BACKENDS if backends is None else _names("backend", backends, BACKENDS, "g2g has")
-    everyone = [entry for entry in known.values() if entry.backend is None or entry.backend in ours]
+    everyone = [
+        entry for entry in known.values() if not entry.by_name and (entry.backend is None or entry.backend in ours)
+    ]
     if precision is not None:
         everyone = [entry for entry in everyone if entry.precision == precision]
         if not everyone:

@@ -57,13 +57,16 @@ def flat(row: dict[str, Any]) -> dict[str, Any]:
     return {name: row.get(name, "") for name in names}
 
 
-TITLES = {
+_OURS = {
     "g2g-triton": "g2g, Triton kernels",
     "g2g-cpu": "g2g, compiled CPU kernels",
     "g2g-torch": "g2g, plain PyTorch",
-    "g2g-triton-triangle": "g2g, Triton kernels, hidden triangle α = 4",
-    "g2g-cpu-triangle": "g2g, compiled CPU kernels, hidden triangle α = 4",
-    "g2g-torch-triangle": "g2g, plain PyTorch, hidden triangle α = 4",
+}
+TITLES = {
+    **_OURS,
+    **{f"{label}-triangle": f"{title}, hidden triangle α = 4" for label, title in _OURS.items()},
+    **{f"{label}-compiled": f"{title}, under torch.compile" for label, title in _OURS.items()},
+    **{f"{label}-graph": f"{title}, a step as one CUDA graph" for label, title in _OURS.items()},
     "snntorch-masked": "snnTorch loop, dense weights × mask",
     "snntorch-dense": "snnTorch loop, dense",
     "compiled-masked": "torch.compile of the snnTorch loop, × mask",

@@ -1,0 +1,334 @@
+"""A card's first hour: ``python -m benchmarks.first_run --device cuda``.
+
+What there is to find out on a card that nobody has tried, in stages of at most eight minutes: does it compute what it
+should, how long does each thing take, how far is that from what was expected. Each stage is a program of its own. It
+writes its record to the folder of the run, and the page is drawn again. Run the same command again to resume: what is
+done is not repeated. What failed or took too long is; compiled kernels are kept, so the next try is faster.
+``--device cpu`` goes through all of it at tiny sizes, so that no mistake waits for the card; its times mean nothing.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from g2gnet.cli import FlagError, run_program
+from g2gnet.files import replace_file
+from g2gnet.messages import say
+
+from .machine import describe
+from .predictions import CHIPS, FUSED_BATCHES, FUSED_UNITS, GROWING, OTHERS, RECORD, WAYS
+from .report import seconds
+from .study import markdown
+
+#: seconds that a stage may take
+LIMIT = 480
+#: times that differ from the prediction by more are worth another try
+OFF = 1.5
+PAGE = "first-run.md"
+
+TINY = "--batch_size 8 --T 4 --hidden_dim 64 --block_size 16 --train_steps 2 --repeats 2"
+FULL = "--train_steps 20 --repeats 20"
+MINI = "--dataset fashionmnist-mini"
+#: what grows in the scaling stages of a rehearsal
+TINY_GROWING: Mapping[str, Sequence[float]] = {"p_inter": (0.0, 0.5), "B": (2, 8), "H": (64, 128)}
+#: the GPU lane of the tests, and what of each a rehearsal runs
+TESTS = {
+    "tests-linear": ("test_triton_linear.py test_g2g_linear.py", "rows_and_columns_without_units"),
+    "tests-neurons": ("test_triton_lif.py test_lif.py test_synaptic.py", "one_step_by_hand"),
+    "tests-stack": ("test_triton_g2g_stack.py test_g2g_stack.py", "single_weights"),
+}
+
+
+Environment = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One program.
+
+    Attributes:
+        name: of its record, and of its rows on the page.
+        command: module and flags.
+        measures: whether it takes ``--json`` for a record with times.
+        environment: what it is given beside this program's.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    measures: bool = True
+    environment: Environment = ()
+
+
+def stages(device: str) -> Iterator[Stage]:
+    """All stages for ``cuda`` (or ``cuda:N``), or, at tiny sizes, for ``cpu``."""
+    tiny = device == "cpu"
+    backend = "cpu" if tiny else "triton"
+    sizes = f"--device {device} {MINI} {TINY if tiny else FULL}"
+
+    def stage(name: str, command: str, measures: bool = True, environment: Environment = ()) -> Stage:
+        return Stage(name, tuple(shlex.split(command)), measures, environment)
+
+    def throughput(name: str, kernel: str, contenders: Sequence[str], other: str = "") -> Stage:
+        flags = f"--kernel {kernel} --contenders {','.join(contenders)} {sizes} {other}"
+        return stage(name, f"{__package__}.throughput {flags}")
+
+    def ours(*ways: str) -> list[str]:
+        return [f"g2g-{backend}{way}{precision}" for precision in ("-bf16", "") for way in ways]
+
+    yield stage("doctor", f"g2g_kernels.doctor --device {device}", False)
+    for name, (files, part) in TESTS.items():
+        paths = " ".join(f"tests/g2g_kernels/ops/{file}" for file in files.split())
+        how = f"-n 0 -k {part}" if tiny else "-n 4 --dist load"  # compiling is what takes long
+        yield stage(name, f"pytest -p no:cacheprovider {how} {paths}", False)
+    yield throughput("step", "step", [*ours(*WAYS), "dense-lif", "dense-lif-bf16", "snntorch-masked"])
+    yield stage("kernels", f"{__package__}.kernel_times {sizes}")
+    yield throughput("forward", "forward", [*ours(""), "dense-lif-bf16", "snntorch-masked"])
+    for kernel in ("linear", "linear-dense"):
+        yield throughput(kernel, kernel, [*ours(""), "dense", "dense-bf16", "masked"])
+    for kernel in ("lif", "synaptic"):
+        yield throughput(kernel, kernel, [f"g2g-{backend}", "snntorch"])
+    yield throughput("dst", "dst", [f"g2g-{backend}", "dense-correlation"])
+    for name, changes in OTHERS.items():
+        other = " ".join(f"--{flag} {value}" for flag, value in changes.items())
+        yield throughput(name, "step", [*ours(*WAYS[:2]), "dense-lif-bf16"], other)
+    for quantity, values in (TINY_GROWING if tiny else GROWING).items():
+        flags = f"--quantity {quantity} --values {','.join(map(str, values))}"
+        yield stage(
+            f"scaling-{quantity}", f"{__package__}.scaling {flags} --contenders {','.join(ours(*WAYS[:2]))} {sizes}"
+        )
+    for precision in ("bf16", "fp32"):
+        if tiny:  # the interpreter cannot multiply in bfloat16
+            shapes = "--precision fp32 --batch_sizes 4 --block_sizes 16 --hidden_dim 64 --T 3 --repeats 1"
+        else:
+            batches, units = (",".join(map(str, numbers)) for numbers in (FUSED_BATCHES, FUSED_UNITS))
+            shapes = f"--precision {precision} --batch_sizes {batches} --block_sizes {units}"
+        command = f"{__package__}.fused_pair --device {device} {shapes}"
+        yield stage(f"fused-{precision}", command, environment=(("TRITON_INTERPRET", "1"),) if tiny else ())
+    if tiny or torch.cuda.device_count() > 1:
+        flags = f"--device {'cpu' if tiny else 'cuda'}"
+        if tiny:
+            sizes_of_run = "--epochs 1 --batch_size 32 --hidden_dim 64 --T 4 --limit_train 96 --limit_test 32"
+            flags += f" --flags {shlex.quote(f'{MINI} --model mixer {sizes_of_run}')}"
+        yield stage("processes", f"{__package__}.processes {flags}")
+
+
+# --- one stage ----------------------------------------------------------------------------------------------------
+
+
+def run(stage: Stage, folder: Path, limit: float) -> dict[str, Any]:
+    """Runs a stage and returns what became of it: also written to ``folder``, as ``NAME.json``.
+
+    A stage that is stopped by Ctrl-C leaves nothing.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        output, record = Path(scratch) / "output", Path(scratch) / "record.json"
+        command = [sys.executable, "-m", *stage.command, *(["--json", str(record)] if stage.measures else [])]
+        start = time.monotonic()
+        with output.open("wb") as file:
+            process = subprocess.Popen(
+                command,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, **dict(stage.environment)},
+                start_new_session=True,  # what the stage starts ends with it
+            )
+            try:
+                process.wait(limit)
+                status = "done" if process.returncode == 0 else "failed"
+            except subprocess.TimeoutExpired:
+                status = "took too long"
+            finally:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        made = {
+            "benchmark": "first_run",
+            "stage": stage.name,
+            "command": list(stage.command),
+            "status": status,
+            "seconds": time.monotonic() - start,
+            "output": output.read_text(encoding="utf-8", errors="replace")[-4000:],
+            "record": json.loads(record.read_text(encoding="utf-8")) if record.exists() else None,
+        }
+    text = json.dumps(made, ensure_ascii=False)
+    replace_file(folder / f"{stage.name}.json", lambda file: file.write(text.encode()))
+    return made
+
+
+def earlier(stage: Stage, folder: Path) -> dict[str, Any] | None:
+    """What a run before this one wrote of a stage with the same command; None if that was not done."""
+    with contextlib.suppress(OSError, ValueError):
+        made = json.loads((folder / f"{stage.name}.json").read_text(encoding="utf-8"))
+        if made["command"] == list(stage.command):
+            return made
+    return None
+
+
+# --- the page -----------------------------------------------------------------------------------------------------
+
+
+#: the workload's field that a scaling stage changes
+FIELDS = {"p_inter": "p_inter", "B": "batch_size", "H": "hidden_dim"}
+
+
+def measured(record: Any) -> dict[str, float]:
+    """The median seconds of everything that a stage's record has a time for."""
+    match record:
+        case {"contenders": contenders, "quantity": quantity}:
+            return {
+                f"{one['contender']}, {quantity} {place[FIELDS[quantity]]}": point["median"]
+                for one in contenders
+                for place, point in zip(record["workloads"], one["points"], strict=True)
+                if "median" in point
+            }
+        case {"contenders": contenders}:
+            return {one["contender"]: one["median"] for one in contenders if "median" in one}
+        case {"times": times}:
+            return {one["what"]: one["median"] for one in times}
+    return {}
+
+
+def card_of(gpu: str | None) -> str:
+    """The card whose predictions stand beside what was measured on ``gpu``; that of the H100 for one without any."""
+    return next((card for card in CHIPS if gpu and card in gpu.lower()), "h100")
+
+
+def comparison(predictions: Mapping[str, Any], made: Mapping[str, Mapping[str, Any]], card: str, tiny: bool) -> str:
+    """The table: everything that is predicted or measured, with the roofline, and what to try where it is off.
+
+    Args:
+        predictions: the record of :mod:`benchmarks.predictions`.
+        made: what became of each stage, by its name.
+        card: whose predictions to show.
+        tiny: whether what was measured is a rehearsal, to which no prediction belongs.
+    """
+    times = {name: measured(stage["record"]) for name, stage in made.items()}
+    rows = []
+    for row in [] if tiny else predictions["cards"][card]:
+        found = times.get(row["stage"], {}).pop(row["what"], None)
+        ratio = None if found is None else found / row["predicted"]
+        if ratio is None:
+            then = row["decides"]
+        else:
+            off = max(ratio, 1 / ratio) > OFF
+            then = predictions["next"][row["decides"]] if ratio > OFF else "correct the model" if off else ""
+        rows.append(
+            [
+                row["stage"],
+                row["what"],
+                seconds(row["floor"]),
+                seconds(row["predicted"]),
+                "–" if found is None else seconds(found),
+                "–" if ratio is None else f"{ratio:.2f}",
+                then,
+            ]
+        )
+    for name, left in times.items():
+        largest = max(left.values(), default=0.0)
+        rows += [[name, what, "–", "–", seconds(t), "–", ""] for what, t in left.items() if t > 0.01 * largest]
+    last = "what to try next" if any(times.values()) else "what decides it"
+    return markdown(["stage", "", "roofline", "predicted", "measured", "measured / predicted", last], rows)
+
+
+def status_table(made: Mapping[str, Mapping[str, Any]], planned: Sequence[str]) -> str:
+    """What became of each stage, with the last line of its output that speaks of an error where it is not done."""
+    rows = []
+    for name in planned:
+        stage, said = made.get(name), ""
+        if stage is not None and stage["status"] != "done":
+            lines = stage["output"].strip().splitlines() or [""]
+            said = next(
+                (line for line in reversed(lines) if re.search("wrong: |error", line, re.IGNORECASE)), lines[-1]
+            )
+        became = ["to come", ""] if stage is None else [stage["status"], f"{stage['seconds']:.0f} s"]
+        rows.append([name, *became, said.replace("|", "\\|")[:200]])
+    return markdown(["stage", "", "took", ""], rows)
+
+
+def page(made: Mapping[str, Mapping[str, Any]], planned: Sequence[str], device: str, machine: Mapping[str, Any]) -> str:
+    """The page of a run."""
+    predictions = json.loads(RECORD.read_text(encoding="utf-8"))
+    tiny, gpu = device == "cpu", machine["gpu"]
+    card = card_of(gpu)
+    about = f"{gpu}, beside the predictions for the {card.upper()} of {predictions['written']}."
+    if tiny:
+        about = "A rehearsal on the CPU at tiny sizes: its times mean nothing, and no prediction belongs to them."
+    return (
+        f"# First run on {gpu or machine['cpu']}\n\n{about} PyTorch {machine['versions']['torch']}, Triton "
+        f"{machine['versions']['triton']}, commit {machine['commit']}.\n\n{status_table(made, planned)}\n\n"
+        f"{comparison(predictions, made, card, tiny)}\n"
+    )
+
+
+# --- the program --------------------------------------------------------------------------------------------------
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {__package__}.first_run",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:N, or cpu for a rehearsal (default: cuda)")
+    text = "where records and the page go (default: first-run)"
+    parser.add_argument("--folder", type=Path, default=Path("first-run"), metavar="DIR", help=text)
+    text = "these stages only (default: all; an unknown name lists them)"
+    parser.add_argument("--stages", nargs="+", metavar="NAME", help=text)
+    text = f"seconds after which a stage is stopped (default: {LIMIT})"
+    parser.add_argument("--limit", type=float, default=LIMIT, metavar="X", help=text)
+    return parser
+
+
+def first_run(arguments: argparse.Namespace) -> None:
+    """Runs the stages that are not done, and draws the page after each.
+
+    Raises:
+        FlagError: for a device that is not there, an unknown stage, or outside of the repository.
+    """
+    device = arguments.device
+    if device != "cpu" and (not device.startswith("cuda") or not torch.cuda.is_available()):
+        raise FlagError(f"device={device!r}: no such GPU is found; --device cpu is a rehearsal")
+    if not RECORD.exists():
+        raise FlagError(f"{RECORD} is missing: run this from a checkout of the repository, which has it and the tests")
+    planned = {stage.name: stage for stage in stages(device)}
+    unknown = [name for name in arguments.stages or [] if name not in planned]
+    if unknown:
+        raise FlagError(f"stage {unknown[0]!r} is unknown; choose from {', '.join(planned)}")
+    folder = arguments.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    machine = describe(torch.device(device))
+    made = {name: before for name, stage in planned.items() if (before := earlier(stage, folder))}
+    draw = lambda: (folder / PAGE).write_text(page(made, list(planned), device, machine), encoding="utf-8")  # noqa: E731
+    for name in arguments.stages or planned:
+        if name in made and made[name]["status"] == "done":
+            say(f"{name}: done before")
+            continue
+        made[name] = run(planned[name], folder, arguments.limit)
+        say(f"{name}: {made[name]['status']}, {made[name]['seconds']:.0f} s")
+        draw()
+    draw()
+    say(f"{folder / PAGE}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    interrupted = "run the same command again to resume with the stages that are left"
+    return run_program(build_parser(), first_run, argv, interrupted)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

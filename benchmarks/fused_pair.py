@@ -1,0 +1,168 @@
+"""A layer's fused kernel beside the pair of kernels: ``python -m benchmarks.fused_pair``.
+
+Forward and backward of one hidden layer over all T, for the batches and units between which ``fused_pays`` chooses. On
+a GPU each is replayed as a CUDA graph, so that the host takes no part. Without one, ``TRITON_INTERPRET=1`` and small
+sizes show that the program runs; the times mean nothing then.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from g2g_kernels import BlockMask, GroupLayout, Neurons, SpikingLayer, g2g_stack
+from g2g_kernels.triton import runtime
+from g2gnet.cli import FlagError, add_json_flag, run_program
+
+from . import cli
+from .contender import autocast
+from .machine import describe, synchronize
+from .predictions import FUSED_BATCHES, FUSED_UNITS, fused_label
+from .registry import PRECISIONS
+from .report import grid, seconds
+from .roofline import DTYPES
+
+#: firing rate of the inputs
+RATE = 0.05
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {__package__}.fused_pair",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--device", default="cuda", help="cuda, cuda:N or, in Triton's interpreter, cpu (default: cuda)"
+    )
+    parser.add_argument("--precision", choices=PRECISIONS, default="bf16", help="of the product (default: bf16)")
+    text = "batch sizes (default: %(default)s)"
+    parser.add_argument("--batch_sizes", default=",".join(map(str, FUSED_BATCHES)), metavar="N,N,...", help=text)
+    text = "sides of units (default: %(default)s)"
+    parser.add_argument("--block_sizes", default=",".join(map(str, FUSED_UNITS)), metavar="N,N,...", help=text)
+    parser.add_argument("--hidden_dim", type=int, default=2048, metavar="N", help="neurons (default: 2048)")
+    parser.add_argument("--T", type=int, default=50, metavar="N", help="time steps (default: 50)")
+    parser.add_argument("--repeats", type=int, default=20, metavar="N", help="timed turns (default: 20)")
+    add_json_flag(parser, "every time")
+    return parser
+
+
+class Layer:
+    """One layer and a batch of spikes for it, in numbers of the products' dtype, on ``device``."""
+
+    def __init__(
+        self, device: torch.device, precision: str, steps: int, batch: int, size: int, block_size: int
+    ) -> None:
+        draw = torch.Generator().manual_seed(42)
+        layout = GroupLayout(size)
+        mask = BlockMask.sample(layout, layout, block_size=block_size, generator=draw)
+        weight = torch.randn(size, size, generator=draw) / (RATE * mask.density * size) ** 0.5
+        spikes = torch.rand(steps, batch, size, generator=draw) < RATE
+        self.precision = precision
+        self.x = spikes.to(device, DTYPES[precision]).requires_grad_()
+        self.values = mask.pack(weight).to(device).requires_grad_()
+        self.bias = torch.zeros(size, device=device, requires_grad=True)
+        self.parameters = [torch.tensor([value], device=device, requires_grad=True) for value in (0.9, 1.0)]
+        self.gradient = torch.randn(batch, size, generator=draw).to(device)
+        self.layer = SpikingLayer(self.values, mask.to(device), self.bias, Neurons("lif", tuple(self.parameters)))
+
+    def step(self) -> torch.Tensor:
+        """Spike counts [B, N]; gradients are left in the leaves."""
+        for leaf in (self.x, self.values, self.bias, *self.parameters):
+            leaf.grad = None
+        with autocast(self.x.device, self.precision):
+            counts = g2g_stack(self.x, [self.layer], backend="triton").counts
+        counts.backward(self.gradient)
+        return counts.detach()
+
+
+def replayed(work: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+    """``work`` as a CUDA graph; itself on other devices."""
+    if device.type != "cuda":
+        return work
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
+
+
+def times(work: Callable[[], Any], device: torch.device, repeats: int) -> list[float]:
+    """Seconds of each turn."""
+    taken = []
+    for _ in range(repeats):
+        synchronize(device)
+        start = time.perf_counter()
+        work()
+        synchronize(device)
+        taken.append(time.perf_counter() - start)
+    return taken
+
+
+def compare(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Times both ways at every size, prints the table and returns the record.
+
+    Raises:
+        FlagError: for a device that Triton cannot use, or sizes out of range.
+    """
+    reason = runtime.unavailable()
+    device = torch.device(arguments.device)
+    if reason is None and device.type != ("cpu" if runtime.interpreted() else "cuda"):
+        reason = "TRITON_INTERPRET=1 is for --device cpu, and needed there"
+    if reason is not None:
+        raise FlagError(f"device={arguments.device!r}: {reason}")
+    try:
+        batches, units = (cli.numbers(text, int) for text in (arguments.batch_sizes, arguments.block_sizes))
+    except ValueError as error:
+        raise FlagError(f"{error}; give whole numbers, separated by commas") from error
+    if min(*batches, *units, arguments.hidden_dim, arguments.T, arguments.repeats) < 1:
+        raise FlagError("sizes and repeats begin at 1")
+    from g2g_kernels.ops.g2g_stack import triton as stack
+
+    found: list[dict[str, Any]] = []
+    for block_size in tqdm(units, leave=False, disable=None):
+        for batch in batches:
+            layer = Layer(device, arguments.precision, arguments.T, batch, arguments.hidden_dim, block_size)
+            counts = []
+            for fused in (False, True):
+                with stack.choose(fused):
+                    counts.append(layer.step().clone())
+                    work = replayed(layer.step, device)
+                    taken = times(work, device, arguments.repeats)
+                found.append(
+                    {
+                        "what": fused_label(batch, block_size, fused),
+                        "median": statistics.median(taken),
+                        "seconds": taken,
+                        # a membrane at the threshold may spike in one way and not in the other
+                        "counts_that_differ": float((counts[0] != counts[-1]).float().mean()),
+                    }
+                )
+    rows = [(one["what"], seconds(one["median"]), f"{one['counts_that_differ']:.1e}") for one in found]
+    print(grid(("", "median", "counts that differ"), rows))
+    return {
+        "benchmark": "fused_pair",
+        "precision": arguments.precision,
+        "T": arguments.T,
+        "hidden_dim": arguments.hidden_dim,
+        "machine": describe(device),
+        "times": found,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_program(build_parser(), compare, argv, interrupted="nothing was written")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

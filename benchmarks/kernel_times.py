@@ -1,0 +1,83 @@
+"""What a training step takes, kernel by kernel, as PyTorch's profiler has it: ``python -m benchmarks.kernel_times``.
+
+On a GPU these are the kernels on the device; on a CPU, where the program can be tried, PyTorch's own operations.
+"""
+
+import argparse
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from g2gnet.cli import FlagError, run_program
+
+from . import cli
+from .machine import describe, synchronize
+from .ours import Network
+from .report import grid, seconds
+
+#: kernels below this share of the whole are left out of the table
+SMALL = 0.01
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"python -m {__package__}.kernel_times", description=__doc__.split("\n\n")[0])
+    cli.add_flags(parser, repeats=10)
+    return parser
+
+
+def kernel_times(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Profiles the steps, prints the table and returns the record."""
+    try:
+        device, repeats, workload = (
+            cli.device_from(arguments),
+            cli.repeats_from(arguments),
+            cli.workload_from(arguments),
+        )
+    except ValueError as error:
+        raise FlagError(str(error)) from error
+    _, prepared = cli.prepare_with_bar(workload, arguments.data_dir)
+    backend = arguments.backend or ("triton" if device.type == "cuda" else "torch")
+    precision = arguments.precision or "bf16"
+    contender = Network(prepared, device, precision, backend)
+    for _ in range(3):
+        contender.step()
+    synchronize(device)
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+    with profile(activities=activities) as profiler:
+        for _ in range(repeats):
+            contender.step()
+        synchronize(device)
+    spent: dict[str, list[float]] = defaultdict(list)
+    on_device = torch.autograd.DeviceType.CUDA if device.type == "cuda" else torch.autograd.DeviceType.CPU
+    for event in profiler.events() or []:
+        if event.device_type == on_device:
+            # kernels have no children; an operation of PyTorch on the CPU has, whose time is theirs
+            microseconds = event.device_time if device.type == "cuda" else event.self_cpu_time_total
+            spent[event.name].append(1e-6 * microseconds)
+    kernels: list[dict[str, Any]] = [
+        {"what": name, "median": sum(times) / repeats, "calls": len(times) / repeats} for name, times in spent.items()
+    ]
+    kernels.sort(key=lambda kernel: -kernel["median"])
+    whole = sum(kernel["median"] for kernel in kernels)
+    shown = [kernel for kernel in kernels if kernel["median"] >= SMALL * whole]
+    print(grid(("a step", "time", "calls"), [(k["what"][:60], seconds(k["median"]), f"{k['calls']:g}") for k in shown]))
+    return {
+        "benchmark": "kernel_times",
+        "precision": precision,
+        "backend": backend,
+        "workload": prepared.workload.as_dict(),
+        "machine": describe(device),
+        "times": kernels,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_program(build_parser(), kernel_times, argv, interrupted="nothing was written")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,290 @@
+"""What a first card is expected to take, written down before any was seen.
+
+    python -m benchmarks.predictions --written 2026-11-25 --json benchmarks/results/predictions.json
+
+A kernel (:mod:`benchmarks.launches` lists them) takes the longest of three times: its products at a share of the card's
+rate, stretched where there are fewer programs than multiprocessors; the bytes that it reads and writes, each once, at a
+share of the memory's rate; and what its tiles read from L2, a tile of each factor for each pair that is multiplied. To
+that comes a start. Kernels follow one another, unless the host is slower in launching them. The shares are guesses, and
+stand in the record beside what follows from them.
+
+The record is not to be made again once a card was seen: its page would no longer show what was expected. Measured times
+are put beside it by :mod:`benchmarks.first_run`.
+"""
+
+import argparse
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from g2g_kernels import Neurons, SpikingLayer
+from g2gnet import G2GNet
+from g2gnet.cli import add_json_flag, run_program
+
+from . import report
+from .launches import (
+    Operation,
+    correlations,
+    forward_pass,
+    layer_step,
+    neurons_step,
+    product_step,
+    training_step,
+)
+from .machine import describe
+from .roofline import CARDS, DTYPES, INPUT_DIM, NUM_CLASSES, Card, adam, seconds
+
+RECORD = Path(__file__).parent / "results" / "predictions.json"
+
+
+class Chip(NamedTuple):
+    """Multiprocessors of a card, and bytes/s of its L2."""
+
+    multiprocessors: int
+    l2_bytes_per_s: float
+
+
+CHIPS = {"h100": Chip(132, 5.5e12), "h200": Chip(132, 5.5e12), "a100": Chip(108, 4e12)}
+
+#: the guesses: shares of a card's rates, and seconds
+ASSUMED = {
+    "share of the matrix rate, our products, 16 bits": 0.6,
+    "share of the matrix rate, our products, float32": 0.45,
+    "share of the matrix rate, PyTorch's products": 0.8,
+    "share of the memory's rate": 0.85,
+    "share of the rate of L2": 0.8,
+    "start of a kernel, s": 2e-6,
+    "host, to launch a Triton kernel, s": 25e-6,
+    "host, a PyTorch operation, s": 5e-6,
+    "host, a training step beside those (autograd, loss, optimizer), s": 500e-6,
+    "host, a part of a step beside those, s": 150e-6,
+    "replaying a CUDA graph, s": 15e-6,
+}
+
+_NEURONS = "TILE 1024, then 256; SEGMENT 5; twice the warps"
+#: what to try next where a time is off by more than 1.5, by what decides it
+NEXT = {
+    "product_kernel": "BLOCK_M 256 with 8 warps (a fifth less from L2); num_stages 4, then 2; 64 rows where the last "
+    "tile of samples is nearly empty",
+    "fused_forward_kernel": "num_stages 4, then 2; 4 warps; BLOCK_M 32, for twice the programs; a block row's weights "
+    "(67 KB) kept in shared memory over all T; the pair, where that is faster",
+    "weight_gradient_kernel": "BLOCK_S 128 with num_stages 2; 256 columns (GROUP 4); _PROGRAMS 264, then 1056",
+    "fused_backward_kernel": _NEURONS,
+    "neurons_forward_kernel": _NEURONS,
+    "neurons_backward_kernel": _NEURONS,
+    "PyTorch's products": "none: cuBLAS chooses; for units below 16, tiles of 16 × 16 instead of the dense product",
+    "PyTorch's other operations": "fewer of them: sums over parts and samples inside the kernels that make them",
+    "the host": "--cuda_graph; else fewer PyTorch operations between launches",
+}
+
+
+# --- one kernel ---------------------------------------------------------------------------------------------------
+
+
+def decider(operation: Operation) -> str:
+    """The key of :data:`NEXT` for a kernel."""
+    if operation.launch is not None:
+        return operation.name if operation.name in NEXT else "PyTorch's other operations"
+    return "PyTorch's products" if operation.flop else "PyTorch's other operations"
+
+
+def l2_bytes(operation: Operation) -> int:
+    """What a kernel's tiles read from L2; for those without products what they read and write from memory."""
+    if operation.launch is None or not operation.flop:
+        return operation.bytes
+    a, grid = operation.launch.arguments, operation.launch.grid
+    if operation.name == "weight_gradient_kernel":
+        # the last group of a row is half full on average
+        groups = a["num_units"] / a["GROUP"] + a["num_rows"] * (a["GROUP"] - 1) / (2 * a["GROUP"])
+        left, right = a["BLOCK_R"] * a["grad_y"].itemsize, a["GROUP"] * a["BLOCK_C"] * a["x"].itemsize
+        return round(groups * grid[2] * a["samples"] * (left + right))
+    samples, steps = (a["batch"], a["steps"]) if operation.name == "fused_forward_kernel" else (a["samples"], 1)
+    tiles = len(a["values"]) * -(-a["N"] // a["BLOCK_N"]) * -(-a["K"] // a["BLOCK_K"])
+    pairs = tiles * steps * -(-samples // a["BLOCK_M"])
+    left, right = a["BLOCK_M"] * a["x"].itemsize, a["BLOCK_N"] * a["values"].itemsize
+    return pairs * a["BLOCK_K"] * (left + right)
+
+
+def predicted(operation: Operation, card: Card, chip: Chip, precision: str) -> float:
+    """Seconds of one kernel on the device."""
+    share, programs = "PyTorch's products", chip.multiprocessors
+    if operation.launch is not None:
+        share = "our products, float32" if precision == "fp32" else "our products, 16 bits"
+        programs = 1
+        for size in operation.launch.grid:
+            programs *= size
+    idle = max(1.0, chip.multiprocessors / programs)
+    arithmetic = operation.flop / (card.flop_per_s[precision] * ASSUMED[f"share of the matrix rate, {share}"]) * idle
+    memory = operation.bytes / (card.bytes_per_s * ASSUMED["share of the memory's rate"])
+    l2 = l2_bytes(operation) / (chip.l2_bytes_per_s * ASSUMED["share of the rate of L2"]) * idle
+    return max(arithmetic, memory, l2) + ASSUMED["start of a kernel, s"]
+
+
+def on_host(operations: Sequence[Operation], whole_step: bool) -> float:
+    """Seconds that the host needs to launch them."""
+    beside = (
+        "a training step beside those (autograd, loss, optimizer)" if whole_step else "a part of a step beside those"
+    )
+    launches = sum(operation.launch is not None for operation in operations)
+    return (
+        launches * ASSUMED["host, to launch a Triton kernel, s"]
+        + (len(operations) - launches) * ASSUMED["host, a PyTorch operation, s"]
+        + ASSUMED[f"host, {beside}, s"]
+    )
+
+
+# --- what is measured ---------------------------------------------------------------------------------------------
+
+
+class Work(NamedTuple):
+    """One thing that a stage of :mod:`benchmarks.first_run` measures.
+
+    Attributes:
+        stage, what: as the page names it.
+        operations: what it launches.
+        precision: of its products.
+        whole_step: whether it is a training step, whose loss and optimizer the host launches too.
+        graph: whether it is replayed as a CUDA graph.
+    """
+
+    stage: str
+    what: str
+    operations: Sequence[Operation]
+    precision: str
+    whole_step: bool = True
+    graph: bool = False
+
+    def row(self, card: str) -> dict[str, Any]:
+        """Its floor and its prediction on a card, and what decides that."""
+        floor = sum(seconds(operation, CARDS[card], self.precision) for operation in self.operations)
+        times: dict[str, float] = defaultdict(float)
+        for operation in self.operations:
+            times[decider(operation)] += predicted(operation, CARDS[card], CHIPS[card], self.precision)
+        total, decides = sum(times.values()), max(times, key=lambda name: times[name])
+        host = on_host(self.operations, self.whole_step)
+        if self.graph:
+            total += ASSUMED["replaying a CUDA graph, s"]
+        elif host > total:
+            total, decides = host, "the host"
+        return {
+            "stage": self.stage,
+            "what": self.what,
+            "floor": float(f"{floor:.3g}"),
+            "predicted": float(f"{total:.3g}"),
+            "decides": decides,
+        }
+
+
+def network(model: str = "index", block_size: int = 64, p_inter: float = 0.15, hidden_dim: int = 2048) -> G2GNet:
+    """The network of the benchmarks, at T = 50."""
+    draw = torch.Generator().manual_seed(42)
+    return G2GNet(INPUT_DIM, hidden_dim, NUM_CLASSES, model, p_inter, block_size, 50, generator=draw)
+
+
+def label(precision: str, way: str = "") -> str:
+    """The name of a contender of ours, as :mod:`benchmarks.registry` has it."""
+    return f"g2g-triton{way}" + ("-bf16" if precision == "bf16" else "")
+
+
+def steps(stage: str, net: G2GNet, ways: Sequence[str], batch: int = 256, suffix: str = "") -> Iterator[Work]:
+    """Training steps of a network in both precisions and in these ways."""
+    for precision, dtype in DTYPES.items():
+        operations = [*training_step(net, batch, INPUT_DIM, dtype), adam(net)]
+        for way in ways:
+            yield Work(stage, label(precision, way) + suffix, operations, precision, graph=way == "-graph")
+
+
+WAYS = ("", "-graph", "-compiled")
+#: the networks of the stages ``step-…`` beside the default one
+OTHERS: dict[str, dict[str, Any]] = {
+    "step-dense": {"model": "dense"},
+    "step-units-32": {"block_size": 32},
+    "step-units-16": {"block_size": 16},
+    "step-units-1": {"block_size": 1},
+}
+GROWING: dict[str, Sequence[float]] = {
+    "p_inter": (0.0, 0.05, 0.15, 0.3, 0.6, 1.0),
+    "B": (8, 32, 64, 128, 256),
+    "H": (256, 512, 1024, 2048),
+}
+#: batches and sides of units whose layers are run fused and as a pair: all between which fused_pays has to choose
+FUSED_BATCHES, FUSED_UNITS = (64, 128, 256, 512, 1024), (16, 32, 64)
+
+
+def fused_label(batch: int, block_size: int, fused: bool) -> str:
+    """How the page names a layer of that size in that way."""
+    return f"B {batch}, units of {block_size}, {'fused' if fused else 'pair'}"
+
+
+def everything() -> Iterator[Work]:
+    """All that has a prediction, stage by stage."""
+    samples = 50 * 256
+    default = network()
+    yield from steps("step", default, WAYS)
+    for precision, dtype in DTYPES.items():
+        yield Work("forward", label(precision), forward_pass(network(), 256, INPUT_DIM, dtype), precision, False)
+    for stage in ("linear", "linear-dense"):
+        for precision, dtype in DTYPES.items():
+            yield Work(stage, label(precision), product_step(network().fc2, samples, dtype), precision, False)
+    for model, count in (("lif", 2), ("synaptic", 3)):
+        population = Neurons(model, tuple(torch.empty(1, device="meta") for _ in range(count)))
+        yield Work(model, label("fp32"), neurons_step(population, 50, 256, 2048), "fp32", False)
+    yield Work("dst", label("fp32"), correlations(network(), 256, INPUT_DIM), "fp32", False)
+    for stage, changes in OTHERS.items():
+        yield from steps(stage, network(**changes), WAYS[:2])
+    for value in GROWING["p_inter"]:
+        yield from steps("scaling-p_inter", network(p_inter=value), WAYS[:2], suffix=f", p_inter {value}")
+    for value in GROWING["B"]:
+        yield from steps("scaling-B", network(), WAYS[:2], batch=int(value), suffix=f", B {value}")
+    for value in GROWING["H"]:
+        yield from steps("scaling-H", network(hidden_dim=int(value)), WAYS[:2], suffix=f", H {value}")
+    for precision, dtype in DTYPES.items():
+        for block_size in FUSED_UNITS:
+            net = network(block_size=block_size).to("meta")
+            layer = SpikingLayer(net.fc2.values, net.fc2.mask, net.fc2.bias, net.lif2.population)
+            for batch in FUSED_BATCHES:
+                for fused in (False, True):
+                    operations = layer_step(layer, 50, batch, dtype, fused)
+                    what = fused_label(batch, block_size, fused)
+                    yield Work(f"fused-{precision}", what, operations, precision, False, graph=True)
+    by_kernel: dict[str, list[Operation]] = defaultdict(list)
+    for operation in training_step(network(), 256, INPUT_DIM, torch.bfloat16):
+        if operation.launch is not None:
+            by_kernel[operation.name].append(operation)
+    for name, operations in by_kernel.items():
+        yield Work("kernels", name, operations, "bf16", False, graph=True)
+
+
+def record(written: str) -> dict[str, Any]:
+    """The predictions for every card, written down on the day ``written``; prints those for an H100."""
+    work = list(everything())
+    cards = {card: [each.row(card) for each in work] for card in CARDS}
+    for row in cards["h100"]:
+        print(f"{row['stage']}, {row['what']}: {report.seconds(row['predicted'])}, {row['decides']}")
+    return {
+        "benchmark": "predictions",
+        "written": written,
+        "machine": describe(torch.device("cpu")),  # on which the model was computed
+        "assumed": ASSUMED,
+        "next": NEXT,
+        "cards": cards,
+    }
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"python -m {__package__}.predictions", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--written", required=True, metavar="DATE", help="the day on which they are written down")
+    add_json_flag(parser, "the predictions for all cards")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_program(build_parser(), lambda arguments: record(arguments.written), argv, "nothing was written")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+"""A card's first hour: its stages, what becomes of them, and the page; the programs themselves are tested elsewhere."""
+
+import argparse
+import importlib
+import json
+
+import pytest
+import torch
+
+from benchmarks import first_run, predictions
+from benchmarks.first_run import Stage, comparison, measured, stages
+from benchmarks.registry import choose
+from g2gnet import G2GNet
+
+pytest.importorskip("triton", minversion="3.3")
+from benchmarks.launches import Operation, training_step
+
+RECORD = json.loads(predictions.RECORD.read_text())
+
+#: a stage that notes that it ran, does what it is told, and writes a record
+PROGRAM = """
+import json, os, pathlib, signal, sys, time
+what, json_flag, record = sys.argv[1:]
+with open("log", "a") as log:
+    log.write(what + " ")
+if what == "stopped" and pathlib.Path("log").read_text().count("stopped") == 1:
+    os.kill(os.getppid(), signal.SIGINT)
+    time.sleep(60)
+if what == "slow":
+    time.sleep(60)
+print("one line")
+if what == "failing":
+    sys.exit("a reason | in words")
+pathlib.Path(record).write_text(json.dumps({"contenders": [{"contender": what, "median": 0.002}]}))
+"""
+
+
+def parsers() -> dict[str, argparse.ArgumentParser]:
+    names = ("throughput", "scaling", "kernel_times", "fused_pair", "processes")
+    return {name: importlib.import_module(f"benchmarks.{name}").build_parser() for name in names}
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_stage_is_a_program_that_takes_its_flags(device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    known, seen = parsers(), set()
+    for stage in stages(device):
+        seen.add(stage.name)
+        package, _, name = stage.command[0].rpartition(".")
+        assert importlib.util.find_spec(stage.command[0])
+        assert stage.measures == (package == "benchmarks")
+        if stage.measures:
+            arguments = known[name].parse_args(stage.command[1:])
+            if name in ("throughput", "scaling"):
+                assert choose(getattr(arguments, "kernel", "step"), arguments.contenders)
+    assert {"doctor", "step", "kernels", "lif", "dst", "step-units-1", "fused-bf16", "processes"} <= seen
+
+
+def test_one_card_needs_no_processes(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert "processes" not in [stage.name for stage in stages("cuda")]
+
+
+def test_everything_that_is_predicted_is_measured_by_a_stage():
+    contenders: dict[str, str] = {stage.name: " ".join(stage.command) for stage in stages("cuda")}
+    for rows in RECORD["cards"].values():
+        for row in rows:
+            label = row["what"].partition(",")[0]
+            if row["stage"].startswith(("fused", "kernels")):
+                assert row["stage"] in contenders
+            else:
+                assert f"{label}," in contenders[row["stage"]].replace(" ", ",") + ",", row
+            assert 0 < row["floor"] < row["predicted"] < 1
+            assert row["decides"] in RECORD["next"]
+
+
+def run(capsys, *flags: str) -> tuple[int, str]:
+    status = first_run.main(["--device", "cpu", "--folder", "run", *flags])
+    written = capsys.readouterr()
+    return status, written.out + written.err
+
+
+def test_a_run_is_interrupted_and_resumed(tmp_path, monkeypatch, capsys):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    names = ["first", "failing", "stopped", "last"]
+    monkeypatch.setattr(first_run, "stages", lambda device: (Stage(name, ("program", name)) for name in names))
+    status, said = run(capsys)
+    assert status == 130
+    assert "interrupted; run the same command again to resume with the stages that are left" in said
+    assert not (tmp_path / "run/stopped.json").exists()
+    page = (tmp_path / "run/first-run.md").read_text()
+    assert "| first | done |" in page
+    assert "| failing | failed |" in page
+    assert "a reason \\| in words |" in page
+    assert "| stopped | to come |" in page
+    assert "| first | first | – | – | 2 ms | – |" in page
+    status, said = run(capsys)
+    assert status == 0
+    assert "first: done before" in said
+    # done once; failed twice; stopped, then done; done once
+    assert (tmp_path / "log").read_text().split() == ["first", "failing", "stopped", "failing", "stopped", "last"]
+    assert "| stopped | done |" in (tmp_path / "run/first-run.md").read_text()
+    monkeypatch.setattr(first_run, "stages", lambda device: (Stage("first", ("program", "other")) for _ in "1"))
+    run(capsys)  # another command is another stage
+    assert (tmp_path / "log").read_text().split()[-1] == "other"
+
+
+def test_a_stage_that_takes_too_long_is_stopped_and_the_next_one_runs(tmp_path, monkeypatch, capsys):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(first_run, "stages", lambda device: (Stage("slow", ("program", "slow")) for _ in "1"))
+    status, said = run(capsys, "--limit", "1")
+    assert status == 0
+    assert "slow: took too long" in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--device", "cpu", "--stages", "speed"], "stage 'speed' is unknown; choose from doctor, tests-linear"),
+        (["--device", "xpu"], "device='xpu': no such GPU is found; --device cpu is a rehearsal"),
+    ],
+)
+def test_unusable_flags_are_refused(flags, message, capsys, tmp_path):
+    assert first_run.main([*flags, "--folder", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_page_says_what_to_try_where_a_time_is_off():
+    rows = [
+        {"stage": "step", "what": what, "floor": 1e-3, "predicted": 2e-3, "decides": "product_kernel"}
+        for what in ("as expected", "slow", "fast", "not measured")
+    ]
+    given = {"cards": {"h100": rows}, "next": {"product_kernel": "other tiles"}}
+    times = {"as expected": 2.2e-3, "slow": 4e-3, "fast": 1e-3, "dense-lif": 5e-3}
+    record = {"contenders": [{"contender": name, "median": median} for name, median in times.items()]}
+    table = comparison(given, {"step": {"record": record}}, "h100", tiny=False).splitlines()
+    assert table[2:] == [
+        "| step | as expected | 1 ms | 2 ms | 2.2 ms | 1.10 |  |",
+        "| step | slow | 1 ms | 2 ms | 4 ms | 2.00 | other tiles |",
+        "| step | fast | 1 ms | 2 ms | 1 ms | 0.50 | correct the model |",
+        "| step | not measured | 1 ms | 2 ms | – | – | product_kernel |",
+        "| step | dense-lif | – | – | 5 ms | – |  |",
+    ]
+
+
+def test_times_of_every_kind_of_record():
+    points = [{"median": 1.0}, {"status": "refused"}]
+    workloads = [{"batch_size": 8}, {"batch_size": 32}]
+    growing = {"contenders": [{"contender": "ours", "points": points}], "quantity": "B", "workloads": workloads}
+    assert measured(growing) == {"ours, B 8": 1.0}
+    assert measured({"times": [{"what": "product_kernel", "median": 2.0}]}) == {"product_kernel": 2.0}
+    assert measured(None) == {}
+
+
+def test_a_card_has_its_own_predictions():
+    assert [first_run.card_of(gpu) for gpu in ("NVIDIA H200", "NVIDIA A100-SXM4-80GB", "another", None)] == [
+        "h200", "a100", "h100", "h100"
+    ]  # fmt: skip
+
+
+# --- the model ----------------------------------------------------------------------------------------------------
+
+
+def test_what_tiles_read_from_l2_by_hand():
+    net = G2GNet(64, 256, 4, "index", p_inter=0.0, block_size=64, T=2, num_groups=2)
+    operations = training_step(net, 128, 64, torch.bfloat16)
+    (product,) = [o for o in operations if o.phase == "forward" and o.name == "product_kernel"][1:2]
+    assert tuple(net.fc2.values.shape) == (8, 64, 64)
+    # 256 samples are two tiles of 128: for each and each unit 128 × 64 spikes in bytes, 64 × 64 weights of two
+    assert predictions.l2_bytes(product) == 2 * 8 * (128 * 64 + 2 * 64 * 64)
+    gradient = [o for o in operations if o.name == "weight_gradient_kernel"][1]
+    # 8 units in groups of 2, and in each of 4 rows a quarter of a group that is not full; 256 samples
+    assert predictions.l2_bytes(gradient) == (4 + 1) * 256 * (2 * 64 + 128)
+
+
+def test_a_kernel_takes_the_longest_of_its_times():
+    card = predictions.Card({"fp32": 1e9}, 1e6, "imagined")
+    copy = Operation("forward", "copy", {"input": torch.empty(500), "output": torch.empty(500)}, 0)
+    product = Operation("forward", "mm", {"x": torch.empty(250)}, 8_000_000)
+    start = predictions.ASSUMED["start of a kernel, s"]
+    slow_l2, fast_l2 = predictions.Chip(10, 1e6), predictions.Chip(10, 1e9)
+    assert predictions.predicted(copy, card, fast_l2, "fp32") == pytest.approx(4000 / 0.85e6 + start)
+    assert predictions.predicted(copy, card, slow_l2, "fp32") == pytest.approx(4000 / 0.8e6 + start)
+    assert predictions.predicted(product, card, fast_l2, "fp32") == pytest.approx(8e6 / 0.8e9 + start)
+
+
+def test_a_step_without_a_graph_takes_what_the_host_takes():
+    tiny = [Operation("forward", "add", {"x": torch.empty(1)}, 0)] * 100
+    alone, graph = (predictions.Work("step", "ours", tiny, "bf16", graph=graph).row("h100") for graph in (False, True))
+    assert (alone["decides"], alone["predicted"]) == ("the host", pytest.approx(100 * 5e-6 + 500e-6))
+    assert (graph["decides"], graph["predicted"]) == (
+        "PyTorch's other operations",
+        pytest.approx(100 * 2e-6 + 15e-6, rel=1e-2),
+    )

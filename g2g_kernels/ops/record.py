@@ -213,6 +213,10 @@ class RecordOperator:
     def __call__(self, record: Any) -> Any:
         return getattr(torch.ops.g2g, self.name)(*_flatten(record, self.leaves))
 
+    def unflatten(self, arguments: Sequence[Any]) -> Any:
+        """The record of a call with these flat arguments."""
+        return _unflatten(self.record, arguments)
+
     def opcheck(self, record: Any) -> None:
         """Has PyTorch check schema, fake and autograd formula on this record (``torch.library.opcheck``)."""
         torch.library.opcheck(getattr(torch.ops.g2g, self.name).default, tuple(_flatten(record, self.leaves)))

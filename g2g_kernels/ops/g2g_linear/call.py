@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 from g2g_kernels.block_mask import BlockMask, MaskTensors
+from g2g_kernels.flops import count_flops, product_flops
 from g2g_kernels.ops import record
 from g2g_kernels.ops.derivatives import refuse_compiled_backward
 from g2g_kernels.ops.g2g_linear.derivatives import Kernels, linear
@@ -87,6 +88,12 @@ def operators(
     record.refuse_derivative(backward_operator, refuse_compiled_backward)
     forward_operator = record.define(f"{prefix}linear_forward", LinearCall, "Tensor", forward, fake, keys)
     record.differentiate(forward_operator, 1, gradients)
+
+    def flops(call: LinearCall) -> int:
+        return product_flops(call.x.shape[0], call.values, call.mask)
+
+    count_flops(forward_operator, flops)
+    count_flops(backward_operator, lambda given: flops(given.call) * sum(given.wanted[:2]))
     return forward_operator, backward_operator
 
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 from g2g_kernels.block_mask import MaskTensors
+from g2g_kernels.flops import count_flops, product_flops
 from g2g_kernels.ops import record
 from g2g_kernels.ops.derivatives import refuse_backward
 from g2g_kernels.ops.g2g_stack.layer import SpikingLayer
@@ -187,4 +188,17 @@ def operators(
     record.refuse_derivative(backward_operator, refuse_backward)
     forward_operator = record.define(f"{prefix}stack_forward", StackCall, returns, forward, fake, keys)
     record.differentiate(forward_operator, 2, gradients)
+    count_flops(forward_operator, lambda call: sum(_flops(call)))
+    count_flops(backward_operator, _backward_flops)
     return forward_operator, backward_operator
+
+
+def _flops(call: StackCall) -> list[int]:
+    """Of the product of each layer, the first of which is computed once where x is held."""
+    samples = [call.batch * (1 if call.held and number == 0 else call.num_steps) for number in range(len(call.layers))]
+    return [product_flops(count, layer.values, layer.mask) for count, layer in zip(samples, call.layers, strict=True)]
+
+
+def _backward_flops(backward: StackBackward) -> int:
+    first, *rest = _flops(backward.call)
+    return first * (1 + backward.grad_x) + 2 * sum(rest)

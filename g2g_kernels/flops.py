@@ -1,0 +1,74 @@
+"""What PyTorch's FLOP counter (``torch.utils.flop_counter.FlopCounterMode``) counts for the compiled operators.
+
+A multiplication and an addition for each weight that exists and each sample that it meets, once forward, once for the
+gradient of the input and once for that of the weights: what a dense product costs, times the density. Kernels that
+visit spikes only do less, and how much less depends on the spikes. Neurons count as nothing, as pointwise operations do
+there. Backend ``torch`` multiplies dense weights, and PyTorch counts that.
+"""
+
+import importlib.abc
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+import torch
+
+from g2g_kernels.block_mask import MaskTensors
+from g2g_kernels.ops.record import RecordOperator
+
+COUNTER = "torch.utils.flop_counter"
+_formulas: dict[str, Callable[..., int]] = {}
+
+
+def count_flops(operator: RecordOperator, formula: Callable[..., int]) -> None:
+    """Has the counter count ``formula(record)`` for a call of ``operator`` with that record."""
+
+    def count(*arguments: object, out_val: object = None, **_: object) -> int:
+        return formula(operator.unflatten(arguments))
+
+    _formulas[operator.name] = count
+    if COUNTER in sys.modules:
+        _register(operator.name)
+
+
+def product_flops(samples: int, values: torch.Tensor, mask: MaskTensors) -> int:
+    """Of a product of ``samples`` vectors with the weights of ``mask``."""
+    try:
+        lengths = [axis.bounds.diff() for axis in (mask.rows, mask.cols)]
+        weights = int((lengths[0][mask.unit_row] * lengths[1][mask.unit_col]).sum())
+    except RuntimeError:  # tensors without data, of a model that is only traced
+        weights = values.numel()  # which has the padding of units that are shorter than others
+    return 2 * samples * weights
+
+
+def _register(name: str) -> None:
+    packet = getattr(torch.ops.g2g, name)
+    sys.modules[COUNTER].register_flop_formula(packet, get_raw=True)(_formulas[name])
+
+
+class _WhenImported(importlib.abc.MetaPathFinder):
+    """Registers the formulas when the counter is imported, not before: with it comes Triton."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != COUNTER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_register(module: ModuleType) -> None:
+                execute(module)
+                for name in _formulas:
+                    _register(name)
+
+            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec
+
+
+if COUNTER not in sys.modules:
+    sys.meta_path.insert(0, _WhenImported())

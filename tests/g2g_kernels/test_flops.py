@@ -1,0 +1,85 @@
+"""What PyTorch's FLOP counter says of sparse layers: two for each weight that exists and each sample that it meets."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import seeded
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from g2g_kernels import BlockMask, GroupLayout, available_backends, g2g_linear
+from g2gnet import G2GLinear, G2GNet, sparsify
+
+if "cpu" not in available_backends():
+    pytest.skip("backend torch multiplies dense weights, and PyTorch counts that", allow_module_level=True)
+
+STEPS, BATCH = 6, 5
+
+
+def counted(function):
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def weights(layer):
+    return int(layer.mask.to_dense().sum())
+
+
+def test_a_layer_counts_its_weights_forward_and_in_both_gradients():
+    mask = BlockMask.sample(GroupLayout(45, 4), GroupLayout(70, 4), block_size=8, generator=seeded(0))
+    assert mask.num_units * mask.unit_shape[0] * mask.unit_shape[1] > mask.to_dense().sum(), "units are padded"
+    layer, x = G2GLinear(mask), torch.randn(3, BATCH, 70, requires_grad=True)
+    product = 2 * 3 * BATCH * weights(layer)
+    assert counted(lambda: layer(x)) == product
+    assert counted(lambda: layer(x).sum().backward()) == 3 * product
+    assert counted(lambda: layer(x.detach()).sum().backward()) == 2 * product
+    layer.requires_grad_(False)
+    assert counted(lambda: layer(x).sum().backward()) == 2 * product
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_a_network_counts_the_product_of_a_held_input_once(held):
+    net = G2GNet(30, 40, 10, "mixer", block_size=4, T=STEPS, generator=seeded(0))
+    x = torch.rand(BATCH, 30) if held else torch.rand(STEPS, BATCH, 30)
+    first, *rest = (2 * BATCH * STEPS * weights(layer) for layer, _ in net.layers())
+    first //= STEPS if held else 1
+    assert counted(lambda: net(x)) == first + sum(rest)
+    assert counted(lambda: net(x).sum().backward()) == 2 * first + 3 * sum(rest)
+    x.requires_grad_()
+    assert counted(lambda: net(x).sum().backward()) == 3 * first + 3 * sum(rest)
+
+
+def test_a_model_made_sparse_counts_its_density_of_what_it_did():
+    model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.ReLU(), nn.Linear(64, 64, bias=False))
+    x = torch.rand(BATCH, 64)
+    dense = counted(lambda: model(x))
+    sparsify(model, 0.5, block_size=4)
+    assert counted(lambda: model(x)) == dense * (1 / 8 + 7 / 8 * 0.5)
+
+
+def test_tensors_without_data_are_counted_with_the_padding():
+    mask = BlockMask.full(GroupLayout(15, 1), GroupLayout(16, 1), 8)
+    values = torch.rand(mask.num_units, 8, 8)
+    with FakeTensorMode() as mode:
+        mask, values = mask._apply(mode.from_tensor), mode.from_tensor(values)
+        assert counted(lambda: g2g_linear(torch.rand(BATCH, 16), values, mask)) == 2 * BATCH * 16 * 16
+
+
+def test_the_counter_is_not_imported_for_it():
+    """And with it Triton; in this file it was imported first."""
+    program = """
+import sys, g2gnet
+assert "torch.utils.flop_counter" not in sys.modules and "triton" not in sys.modules
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+net = g2gnet.G2GNet(16, 16, 2, "dense", T=3)
+with FlopCounterMode(display=False) as counter:
+    net(torch.rand(1, 16))
+print(counter.get_total_flops())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == 2 * (16 * 16 + 3 * (16 * 16 + 16 * 2))

@@ -85,12 +85,15 @@ class SpikingStack(nn.Module):
             drawn.append(words.view(torch.int16)[:size].view(samples, -1) < least)
         return drawn
 
-    def simulate(self, inputs: torch.Tensor, dropped: Sequence[torch.Tensor] | None = None) -> Activity:
+    def simulate(
+        self, inputs: torch.Tensor, dropped: Sequence[torch.Tensor] | None = None, *, spikes: bool = False
+    ) -> Activity:
         """Runs the stack on inputs [B, D] held for T steps, or [T, B, D].
 
         Args:
             inputs: for all layers.
             dropped: in training mode with ``dropout``, what :meth:`drop` returns; None: drawn here.
+            spikes: whether the spikes over time have a gradient, too (:func:`g2g_kernels.g2g_stack`).
 
         Returns:
             Activity: differentiable spike counts of the output [B, C] and firing rates of each layer, and the spikes.
@@ -110,7 +113,7 @@ class SpikingStack(nn.Module):
                 for number, (layer, of_layer) in enumerate(zip(layers, [*dropped, None], strict=True))
             ]
         steps = self.T if inputs.dim() == 2 else None
-        activity = g2g_stack(inputs, layers, steps, self.backend)
+        activity = g2g_stack(inputs, layers, steps, self.backend, spikes)
         for hook in self._activity_hooks.values():
             hook(inputs, activity)
         return activity

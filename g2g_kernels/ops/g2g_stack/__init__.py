@@ -5,6 +5,7 @@ own order of neurons) and what lives how long.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -12,10 +13,11 @@ import torch
 from g2g_kernels.dispatch import Operator
 from g2g_kernels.ops.checks import check_connection, check_tensor
 from g2g_kernels.ops.derivatives import refuse_forward_mode
+from g2g_kernels.ops.g2g_linear import g2g_linear
 from g2g_kernels.ops.g2g_stack import cpu, reference
 from g2g_kernels.ops.g2g_stack.activity import Activity, Spikes
 from g2g_kernels.ops.g2g_stack.layer import SpikingLayer
-from g2g_kernels.ops.neurons import check_neurons, check_steps
+from g2g_kernels.ops.neurons import check_neurons, check_steps, neurons
 
 __all__ = ["Activity", "Spikes", "SpikingLayer", "g2g_stack"]
 
@@ -33,7 +35,11 @@ operator.register("torch", reference.g2g_stack)
 
 
 def g2g_stack(
-    x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None = None, backend: str | None = None
+    x: torch.Tensor,
+    layers: Sequence[SpikingLayer],
+    steps: int | None = None,
+    backend: str | None = None,
+    spikes: bool = False,
 ) -> Activity:
     """Runs ``neurons(g2g_linear(·))`` for each layer in turn; differentiable in x and in every tensor of the layers.
 
@@ -43,6 +49,8 @@ def g2g_stack(
         layers: the layers, the outputs of one being the inputs of the next. Model, reset, surrogate and α are each
             layer's own.
         steps, backend: as for :func:`g2g_kernels.lif`.
+        spikes: whether the spikes over time are wanted with their gradient, for a loss on when neurons fire. The
+            operators then run one after the other, and spikes and currents of all layers are in memory.
 
     Raises:
         ValueError: for options out of range, or tensors that do not fit one another.
@@ -71,6 +79,9 @@ def g2g_stack(
         checked.append(layer._replace(neurons=check_neurons(suffix, layer.neurons, out_size, x)))
         size = out_size
     refuse_forward_mode(x, *(tensor for layer in checked for tensor in layer.tensors()))
+    if spikes:
+        linear, population = partial(g2g_linear, backend=backend), partial(neurons, backend=backend)
+        return reference.activity_of(reference.in_turn(x, checked, steps, linear, population), differentiable=True)
     return operator(x, checked, steps, backend=backend)
 
 

@@ -1,6 +1,6 @@
 """Plain PyTorch ``g2g_stack``: the two operators one after the other, layer by layer. The oracle for every backend."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -11,16 +11,29 @@ from g2g_kernels.ops.neurons.reference import neurons
 
 
 def g2g_stack(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> Activity:
+    spikes = in_turn(x, layers, steps, g2g_linear, neurons)
+    return activity_of(spikes, differentiable=False)
+
+
+def in_turn(
+    x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None, linear: Callable, neurons: Callable
+) -> list[torch.Tensor]:
+    """The spikes [T, B, N] of each layer, by these implementations of the two operators."""
     spikes: list[torch.Tensor] = []
     for layer in layers:
-        current = g2g_linear(x, layer.values, layer.mask, layer.bias)
+        current = linear(x, layer.values, layer.mask, layer.bias)
         if layer.dropped is not None:
             current = current.masked_fill(layer.dropped, max(DROPPED, torch.finfo(current.dtype).min))
         x = neurons(current, layer.neurons, steps)
         spikes.append(x)
         steps = None
+    return spikes
+
+
+def activity_of(spikes: Sequence[torch.Tensor], differentiable: bool) -> Activity:
+    """The activity with these spikes of each layer, whose ``dense()`` has a gradient if it is to be differentiable."""
     return Activity(
         counts=spikes[-1].float().sum(0) if spikes[-1].dtype.itemsize < 4 else spikes[-1].sum(0),
         rates=tuple(s.mean((0, 1), dtype=torch.promote_types(s.dtype, torch.float32)) for s in spikes),
-        spikes=tuple(map(DenseSpikes, spikes)),
+        spikes=tuple(DenseSpikes(each if differentiable else each.detach()) for each in spikes),
     )

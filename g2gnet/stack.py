@@ -1,6 +1,8 @@
 """A stack of spiking layers, each a connection and its neurons: all time steps in one call, or step by step."""
 
+import functools
 import itertools
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 
@@ -11,6 +13,8 @@ from torch.utils.hooks import RemovableHandle
 from g2g_kernels import Activity, SpikingLayer, g2g_stack
 from g2gnet.layers import G2GLinear
 from g2gnet.neurons import NeuronState, SpikingNeurons
+
+logger = logging.getLogger("g2gnet")
 
 #: called with the inputs and the activity of a run over all time steps
 ActivityHook = Callable[[torch.Tensor, Activity], None]
@@ -90,6 +94,9 @@ class SpikingStack(nn.Module):
     ) -> Activity:
         """Runs the stack on inputs [B, D] held for T steps, or [T, B, D].
 
+        Time comes first. A sequence may be of another length than the stack's ``T``, but not with ``T`` samples: that
+        is taken for [B, T, D] and refused. Where both are ``T``, nothing tells them apart, and a warning says so once.
+
         Args:
             inputs: for all layers.
             dropped: in training mode with ``dropout``, what :meth:`drop` returns; None: drawn here.
@@ -99,8 +106,10 @@ class SpikingStack(nn.Module):
             Activity: differentiable spike counts of the output [B, C] and firing rates of each layer, and the spikes.
 
         Raises:
-            ValueError: if the inputs have another shape.
+            ValueError: if the inputs have another shape, or seem to have their samples before the time steps.
         """
+        if inputs.dim() == 3 and not torch.compiler.is_compiling():  # where sizes may be unknown
+            self._check_that_time_is_first(*inputs.shape[:2])
         layers = [
             SpikingLayer(*connection.weights(), connection.bias, neurons.population)
             for connection, neurons in self.layers()
@@ -117,6 +126,16 @@ class SpikingStack(nn.Module):
         for hook in self._activity_hooks.values():
             hook(inputs, activity)
         return activity
+
+    def _check_that_time_is_first(self, steps: int, samples: int) -> None:
+        if samples != self.T:
+            return
+        if steps == self.T:
+            _say_what_is_time(self.T)
+            return
+        raise ValueError(
+            f"inputs of {steps} × {samples} vectors would be {steps} steps of {samples} samples, but T={self.T} here: they seem to be [B, T, D]; give inputs.transpose(0, 1), or if they are [T, B, D] set T={steps}"
+        )
 
     def register_activity_hook(self, hook: ActivityHook) -> RemovableHandle:
         """Has ``hook(inputs, activity)`` called after every :meth:`simulate`; the handle's ``remove()`` ends that."""
@@ -148,3 +167,31 @@ class SpikingStack(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Inputs [B, D] held for T steps, or [T, B, D] → spike counts of the output neurons [B, C] (the logits)."""
         return self.simulate(x).counts
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "T"] = torch.tensor(self.T)
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        # it is no parameter: what was saved without it is loaded, and what was saved with another one is not
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        key = prefix + "T"
+        if key in unexpected_keys:
+            unexpected_keys.remove(key)
+        saved = int(state_dict.get(key, self.T))
+        if saved != self.T:
+            error_msgs.append(
+                f"{key}: saved by a network of {saved} time steps, this one has {self.T}; load it into one with "
+                f"T={saved}, whose T can be set afterwards, or take {key!r} out of the state"
+            )
+
+
+@functools.cache
+def _say_what_is_time(steps: int) -> None:
+    logger.warning(
+        "inputs of %d × %d vectors are taken as [T, B, D], time first; [B, T, D] would look the same", steps, steps
+    )

@@ -20,6 +20,18 @@ def check_tensor(name: str, tensor: torch.Tensor, spikes: bool = False) -> None:
         raise ValueError(f"{name} must be a floating-point tensor, not {tensor.dtype}")
 
 
+def mixed_dtypes(x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None) -> str | None:
+    """Why PyTorch's product cannot take tensors of these dtypes, or None where it can."""
+    device = x.device.type
+    for name, dtype in (("x", x.dtype), ("bias", values.dtype if bias is None else bias.dtype)):
+        if dtype == values.dtype:
+            continue
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        if not autocast or torch.float64 in (dtype, values.dtype):  # which autocast leaves alone
+            return f"{name} is {dtype} and the weights are {values.dtype}; give {name}.to({values.dtype})"
+    return None
+
+
 def check_connection(suffix: str, values: torch.Tensor, mask: BlockMask, bias: torch.Tensor | None) -> None:
     """Raises ValueError unless weights and bias are those of ``mask``."""
     if not isinstance(mask, BlockMask):

@@ -6,8 +6,8 @@ import torch
 from helpers import seeded
 from snntorch import surrogate
 
-from g2g_kernels import g2g_stack
-from g2gnet import G2GNet, Synaptic
+from g2g_kernels import BackendError, g2g_stack
+from g2gnet import G2GNet, SpikingStack, Synaptic, stack
 from g2gnet.network import MODELS
 
 SPARSE = [model for model in MODELS if model != "dense"]
@@ -209,6 +209,48 @@ def test_a_state_dict_carries_masks_and_groups():
 def test_values_out_of_range_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         small_net(**options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_samples_of_another_dtype_are_named_with_the_remedy(dtype):
+    net, x = small_net(), torch.rand(4, 30)
+    for call in (net, net.fc1, lambda x: net.simulate(x, spikes=True)):
+        with pytest.raises(BackendError, match=rf"x is {dtype} and the weights are torch.float32; give x.to\(torch"):
+            call(x.to(dtype))
+    assert net(x.to(dtype).to(torch.float32)).shape == (4, 10)
+    if dtype != torch.float64:
+        with torch.autocast("cpu", torch.bfloat16):
+            assert net(x.to(dtype)).shape == (4, 10)
+
+
+def test_samples_before_time_steps_are_refused_or_where_nothing_tells_them_apart_said_once(caplog):
+    net, x = small_net(T=12), torch.rand(12, 5, 30, generator=seeded(1))
+    with pytest.raises(ValueError, match=r"5 × 12 vectors would be 5 steps of 12 samples, but T=12 here: .*transp"):
+        net(x.transpose(0, 1))
+    assert torch.equal(net(x.transpose(0, 1).transpose(0, 1)), net(x))
+    assert net(torch.rand(7, 5, 30)).shape == (5, 10), "another number of steps"
+    assert not caplog.text
+    stack._say_what_is_time.cache_clear()
+    for _ in range(2):
+        assert net(torch.rand(12, 12, 30)).shape == (12, 10)
+    assert caplog.text.count("inputs of 12 × 12 vectors are taken as [T, B, D]") == 1
+
+
+def test_a_state_of_another_number_of_time_steps_is_refused_by_name():
+    net = small_net(T=12)
+    state = net.state_dict()
+    message = "T: saved by a network of 12 time steps, this one has 9; load it into one with T=12"
+    for into in (small_net(T=9), SpikingStack(list(small_net().layers()), T=9)):
+        with pytest.raises(RuntimeError, match=message):
+            into.load_state_dict(state)
+    state.pop("T")  # as it was saved before, and as the message says
+    other = small_net(seed=1, T=9)
+    other.load_state_dict(state)
+    assert torch.equal(other.fc1.values, net.fc1.values)
+    assert other.T == 9
+    nested = torch.nn.Sequential(small_net(seed=1, T=12))
+    nested.load_state_dict(torch.nn.Sequential(net).state_dict())
+    assert torch.equal(nested[0].fc1.values, net.fc1.values)
 
 
 @pytest.mark.parametrize("model", ["index", "random", "mixer"])

@@ -20,7 +20,7 @@ def _triton() -> ModuleType:
 operator = Operator("g2g_linear")
 operator.register_module("triton", _triton)
 operator.register("cpu", cpu.g2g_linear, cpu.refuses)
-operator.register("torch", reference.g2g_linear)
+operator.register("torch", reference.g2g_linear, reference.refuses)
 
 
 def g2g_linear(

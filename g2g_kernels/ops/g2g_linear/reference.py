@@ -3,6 +3,12 @@
 import torch
 
 from g2g_kernels.block_mask import BlockMask
+from g2g_kernels.ops.checks import mixed_dtypes
+
+
+def refuses(x: torch.Tensor, values: torch.Tensor, mask: BlockMask, bias: torch.Tensor | None) -> str | None:
+    """Why these operations cannot serve a call, or None."""
+    return mixed_dtypes(values if x.dtype == torch.uint8 else x, values, bias)
 
 
 def g2g_linear(x: torch.Tensor, values: torch.Tensor, mask: BlockMask, bias: torch.Tensor | None) -> torch.Tensor:

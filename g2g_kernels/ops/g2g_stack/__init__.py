@@ -31,7 +31,7 @@ def _triton() -> ModuleType:
 operator = Operator("g2g_stack")
 operator.register_module("triton", _triton)
 operator.register("cpu", cpu.g2g_stack, cpu.refuses)
-operator.register("torch", reference.g2g_stack)
+operator.register("torch", reference.g2g_stack, reference.refuses)
 
 
 def g2g_stack(

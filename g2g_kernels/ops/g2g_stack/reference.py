@@ -4,10 +4,16 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from g2g_kernels.ops.checks import mixed_dtypes
 from g2g_kernels.ops.g2g_linear.reference import g2g_linear
 from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes
 from g2g_kernels.ops.g2g_stack.layer import DROPPED, SpikingLayer
 from g2g_kernels.ops.neurons.reference import neurons
+
+
+def refuses(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> str | None:
+    """Why these operations cannot serve a call, or None."""
+    return next(filter(None, (mixed_dtypes(x, layer.values, layer.bias) for layer in layers)), None)
 
 
 def g2g_stack(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> Activity:

@@ -150,7 +150,8 @@ def test_there_and_back_again_is_the_same_network(options):
     spikes = torch.stack([theirs(x_t) for x_t in SAMPLES])
     assert torch.equal(spikes, output_spikes(net))
 
-    back = from_snntorch(theirs, masks={name: net.get_submodule(name).mask for name in ("fc1", "fc2", "fc3")})
+    masks = {name: net.get_submodule(name).mask for name in ("fc1", "fc2", "fc3")}
+    back = from_snntorch(theirs, masks, T=STEPS)
     assert_equal_states(back, net)
     assert options_of(back) == options_of(net)
     assert [type(neurons) for _, neurons in back.layers()] == [type(neurons) for _, neurons in net.layers()]

@@ -134,7 +134,8 @@ class SpikingStack(nn.Module):
             _say_what_is_time(self.T)
             return
         raise ValueError(
-            f"inputs of {steps} × {samples} vectors would be {steps} steps of {samples} samples, but T={self.T} here: they seem to be [B, T, D]; give inputs.transpose(0, 1), or if they are [T, B, D] set T={steps}"
+            f"inputs of {steps} × {samples} vectors would be {steps} steps of {samples} samples, but T={self.T} here: "
+            f"they seem to be [B, T, D]; give inputs.transpose(0, 1), or if they are [T, B, D] set T={steps}"
         )
 
     def register_activity_hook(self, hook: ActivityHook) -> RemovableHandle:

@@ -25,7 +25,7 @@ demands. The resets are not quite the same: in the step after a spike NIR's memb
 NIR cannot carry
 
 - the reset by subtraction, delayed or not: its neurons have reset to a value only (train with ``reset="zero"``);
-- decays of 1: no leak means an infinite τ;
+- decays of 1: no leak means an infinite τ (NIR's IF, which has none, is read as β = 1, g = R·Δt);
 - surrogates, what is learnable, groups and units: they travel in the nodes' metadata, which other tools do not read;
 - how samples are encoded: the graph's input is what fc1 receives.
 """
@@ -40,6 +40,7 @@ import numpy as np
 import torch
 
 from g2g_kernels import BlockMask
+from g2g_kernels.ops.neurons import MODELS
 from g2gnet.interop.optional import optional_package
 from g2gnet.layers import G2GLinear
 from g2gnet.neurons import NEURONS, SpikingNeurons
@@ -62,6 +63,13 @@ _FORMS = {
     "lif": _Form("LIF", {"beta": "tau"}, {}),
     "synaptic": _Form("CubaLIF", {"syn_decay": "tau_syn", "beta": "tau_mem"}, {"r": "beta", "w_in": "syn_decay"}),
 }
+#: of each node that is read: our model, and NIR's time constant for each of its decays that is not 1
+_READ = {
+    **{form.node: (model, form.time_constants) for model, form in _FORMS.items()},
+    "IF": ("lif", {}),
+}
+#: the first version whose neurons have a reset value
+_LEAST_NIR = (1, 0, 6)
 #: the time step of snnTorch's and most other NIR converters, in seconds
 DEFAULT_DT = 1e-4
 
@@ -75,9 +83,9 @@ def to_nir(stack: SpikingStack, dt: float = DEFAULT_DT) -> Any:
 
     Raises:
         ValueError: for what NIR cannot carry.
-        ImportError: if the package ``nir`` is not installed.
+        ImportError: if the package ``nir``, 1.0.6 or newer, is not installed.
     """
-    nir = optional_package("nir")
+    nir = optional_package("nir", _LEAST_NIR)
     for _, neurons in stack.layers():
         if neurons.reset != "zero":
             raise ValueError(
@@ -108,7 +116,7 @@ def from_nir(
     T: int = 50,  # noqa: N803  (the field's name for it)
     backend: str | None = None,
 ) -> SpikingStack:
-    """The stack of a NIR graph in which linear or affine nodes and LIF or CubaLIF nodes take turns.
+    """The stack of a NIR graph in which linear or affine nodes and LIF, CubaLIF or IF nodes take turns.
 
     Args:
         graph: a ``nir.NIRGraph``, as ``nir.read(file)`` gives it.
@@ -120,26 +128,26 @@ def from_nir(
 
     Raises:
         ValueError: for a graph of another form, or neurons that the stack does not have.
-        ImportError: if the package ``nir`` is not installed.
+        ImportError: if the package ``nir``, 1.0.6 or newer, is not installed.
     """
-    nir = optional_package("nir")
+    nir = optional_package("nir", _LEAST_NIR)
     if not dt > 0:
         raise ValueError(f"dt={dt} must be above 0 seconds")
     masks = masks or {}
-    chain = [
-        (name, node) for name, node in _chain(graph, nir) if not isinstance(node, nir.Input | nir.Output | nir.Flatten)
-    ]
+    chain = [(name, node) for name, node in _chain(graph, nir) if not isinstance(node, nir.Flatten)]
     linear, neurons = chain[::2], chain[1::2]
-    for expected, found in (((nir.Affine, nir.Linear), linear), ((nir.LIF, nir.CubaLIF), neurons)):
+    for kinds, found in (((nir.Affine, nir.Linear), linear), (tuple(getattr(nir, kind) for kind in _READ), neurons)):
         for name, node in found:
-            if not isinstance(node, expected):
+            if node is None:
+                raise ValueError(f"node {name} is empty: the tool that wrote the graph has no form of it in NIR")
+            if not isinstance(node, kinds):
                 raise ValueError(
-                    f"node {name} is a {type(node).__name__}; a stack takes Affine or Linear and LIF or CubaLIF nodes "
-                    "in turn"
+                    f"node {name} is a {type(node).__name__}; a stack takes Affine or Linear and LIF, CubaLIF or IF "
+                    "nodes in turn"
                 )
     if not linear or len(linear) != len(neurons):
         raise ValueError(
-            f"the graph has {len(linear)} linear and {len(neurons)} LIF or CubaLIF nodes; each needs the other"
+            f"the graph has {len(linear)} linear and {len(neurons)} LIF, CubaLIF or IF nodes; each needs the other"
         )
     unknown = set(masks) - {name for name, _ in linear}
     if unknown:
@@ -156,19 +164,30 @@ def from_nir(
 
 
 def _chain(graph: Any, nir: Any) -> list[tuple[str, Any]]:
-    """The nodes of a graph without branches, from its input to its output."""
+    """The nodes of a graph without branches, in order, those of a graph inside of it among them, without the ends."""
     followers: dict[str, list[str]] = {name: [] for name in graph.nodes}
     for source, target in graph.edges:
         followers[source].append(target)
-    starts = [name for name, node in graph.nodes.items() if isinstance(node, nir.Input)]
+    followed = {target for _, target in graph.edges}
+    # some tools leave the input node out
+    starts = [name for name, node in graph.nodes.items() if isinstance(node, nir.Input)] or [
+        name for name in graph.nodes if name not in followed
+    ]
     if len(starts) != 1:
         raise ValueError(f"the graph has {len(starts)} inputs; a stack has one")
-    chain = [starts[0]]
-    while followers[chain[-1]]:
-        if len(followers[chain[-1]]) > 1 or followers[chain[-1]][0] in chain:
-            raise ValueError(f"node {chain[-1]} leads to {followers[chain[-1]]}; a stack has no branches and no loops")
-        chain.append(followers[chain[-1]][0])
-    return [(name, graph.nodes[name]) for name in chain]
+    names = [starts[0]]
+    while followers[names[-1]]:
+        if len(followers[names[-1]]) > 1 or followers[names[-1]][0] in names:
+            raise ValueError(f"node {names[-1]} leads to {followers[names[-1]]}; a stack has no branches and no loops")
+        names.append(followers[names[-1]][0])
+    chain: list[tuple[str, Any]] = []
+    for name in names:
+        node = graph.nodes[name]
+        if isinstance(node, nir.NIRGraph):
+            chain += [(f"{name}.{inner}", inner_node) for inner, inner_node in _chain(node, nir)]
+        elif not isinstance(node, nir.Input | nir.Output):
+            chain.append((name, node))
+    return chain
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:
@@ -184,12 +203,12 @@ def _mask_metadata(mask: BlockMask) -> dict[str, Any]:
 
 
 def _connection(name: str, node: Any, mask: BlockMask | torch.Tensor | None, backend: str | None) -> G2GLinear:
-    weight = torch.from_numpy(np.asarray(node.weight)).float()
+    weight = torch.as_tensor(node.weight).float()
     bias = getattr(node, "bias", None)
     linear = torch.nn.utils.skip_init(torch.nn.Linear, weight.shape[1], weight.shape[0], bias=bias is not None)
     linear.weight.data.copy_(weight)
     if bias is not None:
-        linear.bias.data.copy_(torch.from_numpy(np.asarray(bias)))
+        linear.bias.data.copy_(torch.as_tensor(bias))
     state = {name: torch.as_tensor(node.metadata[name]) for name in BlockMask.STATE if name in node.metadata}
     if mask is None and "unit_row" in state:
         mask = BlockMask.from_state(state)
@@ -218,7 +237,7 @@ def _neurons_node(name: str, neurons: SpikingNeurons, size: int, dt: float) -> A
         metadata[f"{parameter}_per_neuron"] = value.dim() > 0
         metadata[f"learn_{parameter}"] = isinstance(value, torch.nn.Parameter)
     gain = math.prod(1 - values[decay] for decay in form.time_constants if decay not in form.strengths.values())
-    return getattr(optional_package("nir"), form.node)(
+    return getattr(optional_package("nir", _LEAST_NIR), form.node)(
         **{constant: dt / (1 - values[decay]) for decay, constant in form.time_constants.items()},
         **{"r": np.ones(size), **strengths},
         v_leak=np.zeros(size),
@@ -229,28 +248,36 @@ def _neurons_node(name: str, neurons: SpikingNeurons, size: int, dt: float) -> A
 
 
 def _neurons(name: str, node: Any, dt: float, backend: str | None) -> SpikingNeurons:
-    model, form = next((model, form) for model, form in _FORMS.items() if form.node == type(node).__name__)
+    model, time_constants = _READ[type(node).__name__]
+
+    def numbers(option: str, otherwise: float = 0.0) -> np.ndarray:  # of an array, a number, or another tool's tensor
+        return _array(torch.as_tensor(getattr(node, option, otherwise))).astype(np.float64)
+
     for option in ("v_leak", "v_reset"):
-        if np.any(getattr(node, option) != 0):
+        if numbers(option).any():
             raise ValueError(f"node {name} has {option} other than 0, which our neurons have not")
-    values: dict[str, np.ndarray] = {}
-    gain = node.r * getattr(node, "w_in", 1.0)
-    for decay, constant in form.time_constants.items():
-        step = dt / np.asarray(getattr(node, constant), dtype=np.float64)
+    values: dict[str, np.ndarray] = {decay: np.ones(()) for decay in MODELS[model].decays}
+    gain = numbers("r") * numbers("w_in", 1.0) * (1.0 if time_constants else dt)
+    for decay, constant in time_constants.items():
+        step = dt / numbers(constant)
         if np.any(step > 1) or np.any(step < 0):
             raise ValueError(
                 f"node {name} has a time constant below dt={dt} s; give the dt that the graph was made for"
             )
         values[decay] = 1 - step
         gain = gain * step
-    values["threshold"] = node.v_threshold / gain
+    values["threshold"] = numbers("v_threshold") / gain
     about = node.metadata
     population = NEURONS[model](
         reset="zero",
         surrogate=about.get("surrogate", "atan"),
         alpha=float(about.get("alpha", 2.0)),
         backend=backend,
-        **{f"learn_{parameter}": bool(about.get(f"learn_{parameter}", True)) for parameter in values},
+        # what has no leak keeps none: NIR has no form for a decay next to 1
+        **{
+            f"learn_{parameter}": bool(about.get(f"learn_{parameter}", parameter in ("threshold", *time_constants)))
+            for parameter in values
+        },
     )
     for parameter, value in values.items():
         tensor = torch.from_numpy(np.asarray(value)).float()

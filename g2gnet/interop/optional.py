@@ -1,16 +1,31 @@
 """Packages that only these conversions need."""
 
 import importlib
+import importlib.metadata
+import re
 from typing import Any
 
 
-def optional_package(name: str) -> Any:
+def optional_package(name: str, least: tuple[int, ...] = ()) -> Any:
     """The package, imported.
 
+    Args:
+        name: of the module; its first part is that of the distribution.
+        least: the oldest version that will do, by its numbers.
+
     Raises:
-        ImportError: if it is not installed, with the remedy.
+        ImportError: if it is not installed, or too old, with the remedy.
     """
     try:
-        return importlib.import_module(name)
+        package = importlib.import_module(name)
     except ImportError as error:
         raise ImportError(f"this needs the package {name}; pip install 'g2g[interop]' brings it ({error})") from error
+    if least:
+        found = importlib.metadata.version(name)
+        if tuple(map(int, re.findall(r"\d+", found)[: len(least)])) < least:
+            wanted = ".".join(map(str, least))
+            raise ImportError(
+                f"this needs {name} {wanted} or newer, not {found}; pip install '{name}>={wanted}', "
+                "in another environment if a package in this one does not allow it"
+            )
+    return package

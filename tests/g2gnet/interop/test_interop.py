@@ -1,5 +1,6 @@
 """Networks from and to snnTorch and NIR: equal spikes on both sides, and a round trip that loses nothing."""
 
+import itertools
 import sys
 import warnings
 
@@ -325,6 +326,44 @@ def test_a_cubalif_of_another_tool_is_read_with_its_own_strengths_and_time_step(
     torch.testing.assert_close(stack.lif1.threshold.detach().expand(5), torch.full((5,), threshold / gain))
 
 
+def graph_of(nodes):
+    """A chain of nodes, as tools without input and output nodes write it, its edges in no order."""
+    edges = list(itertools.pairwise(nodes))
+    return nir.NIRGraph(nodes=nodes, edges=edges[::-1], type_check=False)
+
+
+def test_graphs_of_pytorchs_tensors_without_ends_and_within_graphs_are_read():
+    """As norse, sinabs and nirtorch write them (``tests/clients`` has their own)."""
+    torch.manual_seed(0)
+    weight, bias, zero, one = torch.randn(40, 30), torch.randn(40), torch.tensor(0.0), torch.tensor(1.0)
+    lif = nir.LIF(tau=torch.tensor(20.0), r=one, v_leak=zero, v_threshold=torch.tensor(0.1))
+    inner = {
+        "input": nir.Input(input_type={"input": np.array([40])}),
+        "w": nir.Linear(weight=torch.randn(10, 40, requires_grad=True)),
+        "if": nir.IF(r=torch.full((10,), 2.0), v_threshold=torch.linspace(0.2, 2, 10)),
+        "output": nir.Output(output_type={"output": np.array([10])}),
+    }
+    stack = from_nir(graph_of({"0": nir.Affine(weight, bias), "1": lif, "rest": graph_of(inner)}), dt=1.0, T=STEPS)
+    assert torch.equal(stack.fc1.dense_weight(), weight)
+    assert torch.equal(stack.fc1.bias, bias)
+    assert stack.lif1.beta.item() == pytest.approx(0.95)  # 1 − Δt/τ
+    assert stack.lif1.threshold.item() == pytest.approx(0.1 * 20)  # v_threshold/(R·Δt/τ)
+    assert isinstance(stack.lif1.beta, nn.Parameter)
+    assert stack.lif2.beta.item() == 1, "an integrate-and-fire neuron does not leak"
+    assert not isinstance(stack.lif2.beta, nn.Parameter)
+    torch.testing.assert_close(stack.lif2.threshold.detach(), torch.linspace(0.1, 1, 10))
+    assert output_spikes(stack).shape == (STEPS, 6, 10)
+
+
+def test_an_older_nir_is_refused_with_the_remedy(monkeypatch):
+    monkeypatch.setattr("importlib.metadata.version", {"nir": "1.0.4"}.__getitem__)
+    for call in (lambda: to_nir(small_net(reset="zero")), lambda: from_nir(None)):
+        with pytest.raises(ImportError, match=r"nir 1.0.6 or newer, not 1.0.4; pip install 'nir>=1.0.6'"):
+            call()
+    monkeypatch.setattr("importlib.metadata.version", {"nir": "1.1.dev3+g1234"}.__getitem__)
+    assert to_nir(small_net(reset="zero"))
+
+
 @pytest.mark.parametrize("dt", [1e-4, 1e-3])
 def test_the_graph_is_the_differential_equation_of_the_layer(dt):
     """An Euler step of NIR's equation, written out, spikes as the network does."""
@@ -412,13 +451,16 @@ def test_graphs_of_another_form_are_refused():
     graph = to_nir(small_net(reset="zero"))
     node = graph.nodes["lif1"]
     for changes, message in (
-        ({"lif1": nir.IF(r=node.r, v_threshold=node.v_threshold)}, "node lif1 is a IF"),
+        ({"lif1": nir.LI(node.tau, node.r, node.v_leak)}, "node lif1 is a LI; a stack takes .* LIF, CubaLIF or IF"),
         ({"lif1": nir.LIF(node.tau, node.r, node.v_leak + 1, node.v_threshold, node.v_reset)}, "lif1 has v_leak other"),
         ({"lif1": nir.LIF(node.tau, node.r, node.v_leak, node.v_threshold, node.v_reset + 1)}, "has v_reset other"),
         ({"fc2": nir.Affine(np.ones((40, 40)), np.ones(40), metadata=graph.nodes["fc2"].metadata)}, "calls absent"),
     ):
         with pytest.raises(ValueError, match=message):
             from_nir(nir.NIRGraph(nodes={**graph.nodes, **changes}, edges=graph.edges))
+    nodes = {**graph.nodes, "lif1": None}  # as norse writes a recurrent cell
+    with pytest.raises(ValueError, match="node lif1 is empty: the tool that wrote the graph has no form of it in NIR"):
+        from_nir(nir.NIRGraph(nodes=nodes, edges=graph.edges, type_check=False))
     with pytest.raises(ValueError, match="no branches and no loops"):
         from_nir(nir.NIRGraph(nodes=graph.nodes, edges=[*graph.edges, ("lif1", "fc3")], type_check=False))
     with pytest.raises(ValueError, match="masks names fc9"):

@@ -48,6 +48,7 @@ SLOWEST = [
     "test_docs.py",
 ]
 TESTS = Path(__file__).parent
+collect_ignore = ["clients"]  # they need other libraries, in an environment of their own: tests/clients.sh
 
 
 def pytest_xdist_auto_num_workers(config):

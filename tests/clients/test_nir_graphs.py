@@ -1,0 +1,101 @@
+"""Graphs as other simulators write them, read by ours: the same spikes, where a graph says all of a neuron."""
+
+import norse.torch as norse
+import pytest
+import snntorch
+import torch
+from snntorch.export_nir import export_to_nir
+from torch import nn
+
+from g2gnet.interop import from_nir
+
+STEPS, BATCH = 20, 4
+X = torch.rand(STEPS, BATCH, 30, generator=torch.Generator().manual_seed(0)) * 3
+
+
+def linears():
+    return nn.Linear(30, 40), nn.Linear(40, 10)
+
+
+def assert_the_same_spikes(stack, spikes):
+    ours = stack.simulate(X).spikes[-1].dense()
+    assert torch.equal(ours, spikes.detach())
+    assert 0 < ours.sum() < ours.numel()
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_norses_integrate_and_fire_boxes(nested):
+    first, second = linears()
+    cells = [norse.LIFBoxCell(norse.LIFBoxParameters(v_th=torch.as_tensor(0.2))) for _ in range(2)]
+    inner = norse.SequentialState(first, cells[0])
+    network = norse.SequentialState(*([inner] if nested else [first, cells[0]]), second, cells[1])
+    state, train = None, []
+    with torch.no_grad():
+        for x_t in X:
+            spikes, state = network(x_t, state)
+            train.append(spikes)
+    # norse writes dt/τ⁻¹ for τ, so that the step that belongs to its graph is dt²
+    stack = from_nir(norse.to_nir(network, X[0, :1]), dt=1e-6, T=STEPS)
+    assert stack.lif1.beta.item() == pytest.approx(0.9)
+    assert_the_same_spikes(stack, torch.stack(train))
+
+
+def test_norses_neurons_with_a_synaptic_current_are_read():
+    network = norse.SequentialState(nn.Linear(30, 40), norse.LIFCell())
+    stack = from_nir(norse.to_nir(network, X[0, :1]), dt=1e-6, T=STEPS)
+    assert stack.lif1.beta.item() == pytest.approx(0.9)  # 1 − 1 ms/10 ms
+    assert stack.lif1.syn_decay.item() == pytest.approx(0.8)  # 1 − 1 ms/5 ms
+
+
+def test_norses_recurrent_cells_which_nir_has_no_form_of_are_named():
+    network = norse.SequentialState(nn.Linear(30, 40), norse.LIFRecurrentCell(40, 40))
+    with pytest.raises(ValueError, match="node 1 is empty: the tool that wrote the graph has no form of it in NIR"):
+        from_nir(norse.to_nir(network, X[0, :1]), dt=1e-6)
+
+
+def per_neuron(size, value):
+    return torch.full((size,), value)
+
+
+@pytest.mark.parametrize("kind", ["Leaky", "Synaptic"])
+def test_snntorchs_neurons(kind):
+    first, second = linears()
+    options = {"init_hidden": True, "reset_mechanism": "zero"}
+    decays = [{"beta": per_neuron(size, 0.9), "threshold": per_neuron(size, 0.5)} for size in (40, 10)]
+    if kind == "Synaptic":
+        for size, of_layer in zip((40, 10), decays, strict=True):
+            of_layer["alpha"] = per_neuron(size, 0.7)
+    neurons = [getattr(snntorch, kind)(**options, **of_layer) for of_layer in decays]
+    network = nn.Sequential(first, neurons[0], second, neurons[1])
+    stack = from_nir(export_to_nir(network, torch.rand(30)), T=STEPS)
+    for layer in neurons:
+        layer.reset_mem()
+    with torch.no_grad():
+        spikes = torch.stack([network(x_t) for x_t in X])
+    assert_the_same_spikes(stack, spikes)
+
+
+def test_sinabs_integrate_and_fire_neurons():
+    """Its graphs do not say how neurons reset and how often they spike: as ours do, if they are told to."""
+    layers, writer = pytest.importorskip("sinabs.layers"), pytest.importorskip("sinabs.nir")
+    activation = pytest.importorskip("sinabs.activation")
+    first, second = linears()
+    options = {"reset_fn": activation.MembraneReset(), "spike_fn": activation.SingleSpike}
+    neurons = [layers.IAF(spike_threshold=torch.tensor(threshold), **options) for threshold in (2.0, 0.5)]
+    network = nn.Sequential(first, neurons[0], second, neurons[1])
+    samples = X.transpose(0, 1).contiguous()  # [B, T, ...] there
+    stack = from_nir(writer.to_nir(network, samples), dt=1.0, T=STEPS)
+    for layer in neurons:
+        layer.reset_states()
+    with torch.no_grad():
+        spikes = network(samples).transpose(0, 1)
+    assert_the_same_spikes(stack, spikes)
+
+
+def test_sinabs_leaky_neurons_are_read():
+    layers, writer = pytest.importorskip("sinabs.layers"), pytest.importorskip("sinabs.nir")
+    network = nn.Sequential(nn.Linear(30, 40), layers.LIF(tau_mem=20.0, spike_threshold=torch.tensor(0.5)))
+    stack = from_nir(writer.to_nir(network, torch.rand(1, STEPS, 30)), dt=1.0, T=STEPS)
+    assert stack.lif1.beta.item() == pytest.approx(0.95)  # exp(−1/20) in sinabs
+    assert stack.lif1.threshold.item() == pytest.approx(0.5 * 20)
+    assert torch.equal(stack.fc1.dense_weight(), network[0].weight)

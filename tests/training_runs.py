@@ -39,6 +39,7 @@ DEFAULTS = {
     "lr_schedule": "constant",
     "weight_decay": 1e-4,
     "dropout": 0.0,
+    "init_gain": 1.0,
     "dst_interval": 1000,
     "dst_fraction": 0.1,
     "dst_schedule": "constant",

@@ -30,7 +30,7 @@ from g2gnet.files import replace_file
 from g2gnet.messages import say
 
 from .machine import describe
-from .predictions import CHIPS, FUSED_BATCHES, FUSED_UNITS, GROWING, OTHERS, RECORD, WAYS
+from .predictions import CHIPS, FUSED_BATCHES, FUSED_UNITS, GROWING, OTHERS, RECORD, WAYS, scaling_stage
 from .report import seconds
 from .study import markdown
 
@@ -106,10 +106,11 @@ def stages(device: str) -> Iterator[Stage]:
         other = " ".join(f"--{flag} {value}" for flag, value in changes.items())
         yield throughput(name, "step", [*ours(*WAYS[:2]), "dense-lif-bf16"], other)
     for quantity, values in (TINY_GROWING if tiny else GROWING).items():
-        flags = f"--quantity {quantity} --values {','.join(map(str, values))}"
-        yield stage(
-            f"scaling-{quantity}", f"{__package__}.scaling {flags} --contenders {','.join(ours(*WAYS[:2]))} {sizes}"
-        )
+        flags = f"--quantity {quantity} --values {','.join(map(str, values))} {sizes}"
+        for precision, ending in (("bf16", "-bf16"), ("fp32", "")):
+            contenders = ",".join(f"g2g-{backend}{way}{ending}" for way in WAYS[:2])
+            name = scaling_stage(quantity, precision)
+            yield stage(name, f"{__package__}.scaling {flags} --contenders {contenders}")
     for precision in ("bf16", "fp32"):
         if tiny:  # the interpreter cannot multiply in bfloat16
             shapes = "--precision fp32 --batch_sizes 4 --block_sizes 16 --hidden_dim 64 --T 3 --repeats 1"

@@ -54,9 +54,9 @@ def kernel_times(arguments: argparse.Namespace) -> dict[str, Any]:
     spent: dict[str, list[float]] = defaultdict(list)
     on_device = torch.autograd.DeviceType.CUDA if device.type == "cuda" else torch.autograd.DeviceType.CPU
     for event in profiler.events() or []:
-        if event.device_type == on_device:
+        if event.device_type == on_device and not getattr(event, "is_user_annotation", False):
             # kernels have no children; an operation of PyTorch on the CPU has, whose time is theirs
-            microseconds = event.device_time if device.type == "cuda" else event.self_cpu_time_total
+            microseconds = event.time_range.elapsed_us() if device.type == "cuda" else event.self_cpu_time_total
             spent[event.name].append(1e-6 * microseconds)
     kernels: list[dict[str, Any]] = [
         {"what": name, "median": sum(times) / repeats, "calls": len(times) / repeats} for name, times in spent.items()

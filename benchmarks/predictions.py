@@ -215,6 +215,11 @@ GROWING: dict[str, Sequence[float]] = {
 FUSED_BATCHES, FUSED_UNITS = (64, 128, 256, 512, 1024), (16, 32, 64)
 
 
+def scaling_stage(quantity: str, precision: str) -> str:
+    """The stage in which a quantity grows."""
+    return f"scaling-{quantity}-{precision}"
+
+
 def fused_label(batch: int, block_size: int, fused: bool) -> str:
     """How the page names a layer of that size in that way."""
     return f"B {batch}, units of {block_size}, {'fused' if fused else 'pair'}"
@@ -234,14 +239,14 @@ def everything() -> Iterator[Work]:
         population = Neurons(model, tuple(torch.empty(1, device="meta") for _ in range(count)))
         yield Work(model, label("fp32"), neurons_step(population, 50, 256, 2048), "fp32", False)
     yield Work("dst", label("fp32"), correlations(network(), 256, INPUT_DIM), "fp32", False)
-    for stage, changes in OTHERS.items():
-        yield from steps(stage, network(**changes), WAYS[:2])
-    for value in GROWING["p_inter"]:
-        yield from steps("scaling-p_inter", network(p_inter=value), WAYS[:2], suffix=f", p_inter {value}")
-    for value in GROWING["B"]:
-        yield from steps("scaling-B", network(), WAYS[:2], batch=int(value), suffix=f", B {value}")
-    for value in GROWING["H"]:
-        yield from steps("scaling-H", network(hidden_dim=int(value)), WAYS[:2], suffix=f", H {value}")
+    for stage, other in OTHERS.items():
+        yield from steps(stage, network(**other), WAYS[:2])
+    for quantity, values in GROWING.items():
+        for value in values:
+            changes: dict[str, Any] = {"p_inter": {"p_inter": value}, "B": {}, "H": {"hidden_dim": value}}[quantity]
+            batch = int(value) if quantity == "B" else 256
+            for each in steps("", network(**changes), WAYS[:2], batch, f", {quantity} {value}"):
+                yield each._replace(stage=scaling_stage(quantity, each.precision))
     for precision, dtype in DTYPES.items():
         for block_size in FUSED_UNITS:
             net = network(block_size=block_size).to("meta")

@@ -53,7 +53,17 @@ def test_every_stage_is_a_program_that_takes_its_flags(device, monkeypatch):
             arguments = known[name].parse_args(stage.command[1:])
             if name in ("throughput", "scaling"):
                 assert choose(getattr(arguments, "kernel", "step"), arguments.contenders)
-    assert {"doctor", "step", "kernels", "lif", "dst", "step-units-1", "fused-bf16", "processes"} <= seen
+    assert {
+        "doctor",
+        "step",
+        "kernels",
+        "lif",
+        "dst",
+        "step-units-1",
+        "scaling-B-bf16",
+        "fused-bf16",
+        "processes",
+    } <= seen
 
 
 def test_one_card_needs_no_processes(monkeypatch):

@@ -56,7 +56,8 @@ class Rule(NamedTuple):
 
 
 def _weight(seen: Evidence) -> torch.Tensor:
-    return seen.layer.values.abs().sum((1, 2)) / seen.mask.unit_sizes
+    size = torch.where(seen.mask.valid(), seen.layer.values.abs(), 0)  # padding is nobody's weight
+    return size.sum((1, 2)) / seen.mask.unit_sizes
 
 
 def _correlation(seen: Evidence) -> torch.Tensor:

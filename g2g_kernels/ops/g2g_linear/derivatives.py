@@ -89,7 +89,7 @@ class _Product(_Form):
         if x_tangent is not None:
             parts.append(_Product.apply(x_tangent, values, None, ctx.kernels))
         if values_tangent is not None:
-            parts.append(_Product.apply(x, _inside(values_tangent, ctx.kernels), None, ctx.kernels))
+            parts.append(_Product.apply(x, values_tangent, None, ctx.kernels))
         return _sum(parts, (len(x), ctx.kernels.mask.shape[0]))
 
     @staticmethod
@@ -125,7 +125,7 @@ class _ToInput(_Form):
         if grad_y_tangent is not None:
             parts.append(_ToInput.apply(grad_y_tangent, values, ctx.dtype, ctx.kernels))
         if values_tangent is not None:
-            parts.append(_ToInput.apply(grad_y, _inside(values_tangent, ctx.kernels), ctx.dtype, ctx.kernels))
+            parts.append(_ToInput.apply(grad_y, values_tangent, ctx.dtype, ctx.kernels))
         return _sum(parts)
 
     @staticmethod
@@ -152,7 +152,6 @@ class _ToWeights(_Form):
     @staticmethod
     def backward(ctx, grad):
         grad_y, x, *_ = ctx.saved_tensors
-        grad = _inside(grad, ctx.kernels)
         to_grad_y = _Product.apply(x, grad, None, ctx.kernels) if ctx.needs_input_grad[0] else None
         to_x = _ToInput.apply(grad_y, grad, x.dtype, ctx.kernels) if ctx.needs_input_grad[1] else None
         return to_grad_y, to_x, None, None
@@ -175,11 +174,6 @@ class _ToWeights(_Form):
     @staticmethod
     def vmap(info, dims, grad_y, x, dtype, kernels):
         return _one_by_one(_ToWeights, info, dims, grad_y, x, dtype, kernels)
-
-
-def _inside(values: torch.Tensor, kernels: Kernels) -> torch.Tensor:
-    """Packed weights without what stands in the padding of units, where the form sees none."""
-    return values * kernels.mask.valid()
 
 
 def _sum(parts: list[torch.Tensor], shape: tuple[int, ...] | None = None) -> torch.Tensor:

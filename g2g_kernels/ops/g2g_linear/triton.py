@@ -38,6 +38,8 @@ class Places(NamedTuple):
     Attributes:
         size: number of columns in memory.
         column, place, holes: as of a :class:`g2g_kernels.packing.Side`; a column without a place has no neuron.
+        bounds: int32 [num_units + 1], as of a :class:`UnitAxis`, where ranges are shorter than ``width``; else None.
+            Weights beyond a range's length are padding, which is not read.
     """
 
     num_units: int
@@ -46,6 +48,7 @@ class Places(NamedTuple):
     column: torch.Tensor | None = None
     place: torch.Tensor | None = None
     holes: bool = False
+    bounds: torch.Tensor | None = None
 
     @property
     def tile(self) -> int:
@@ -58,8 +61,14 @@ class Places(NamedTuple):
         return triton.cdiv(self.width, self.tile)
 
     def in_order(self) -> "Places":
-        """The same places, in memory one after the other."""
-        return Places(self.num_units, self.width, self.num_units * self.width)
+        """The same places, in memory one after the other; those without a neuron are holes."""
+        size = self.num_units * self.width
+        if self.bounds is None:
+            return Places(self.num_units, self.width, size)
+        assert self.column is not None
+        place = torch.arange(size, device=self.column.device)
+        place = torch.where(self.column < self.size, place, size)
+        return Places(self.num_units, self.width, size, None, place, True, self.bounds)
 
     def read_by(self, readers: "Places") -> "Places":
         """These neurons, in memory at the places of ``readers``: the order in which the next layer reads them."""
@@ -78,6 +87,7 @@ class Places(NamedTuple):
             torch.cat([reader_place, reader_place.new_full((1,), size)])[column],
             torch.cat([place, place.new_full((1,), self.num_units * self.width)])[reader_column],
             holes=size > self.size,
+            bounds=self.bounds,
         )
 
 
@@ -119,7 +129,8 @@ def units_of(mask: MaskTensors, values: torch.Tensor) -> Units:
         if len(axis.padded) not in (0, num_units * width):
             raise ValueError(f"values of shape {tuple(values.shape)} do not fit {len(axis.padded)} places")
         column, place = (axis.padded, axis.position) if len(axis.padded) else (None, None)
-        sides.append(Places(num_units, width, len(axis.order), column, place))
+        bounds = axis.bounds if len(axis.order) < num_units * width else None
+        sides.append(Places(num_units, width, len(axis.order), column, place, bounds=bounds))
     index = mask.unit_row, mask.unit_col, mask.row_ptr, mask.row_slot, mask.col_ptr, mask.col_slot
     return Units(*index, *sides)
 
@@ -143,9 +154,19 @@ def columns(place, column_of, ok, size):
 
 
 @triton.jit
+def length(bounds, unit, width):
+    """The length of a range, of which weights farther on are padding."""
+    if bounds is not None:
+        return tl.load(bounds + unit + 1) - tl.load(bounds + unit)
+    else:
+        return width
+
+
+@triton.jit
 def product_kernel(
     x,
     x_column,
+    x_bounds,
     values,
     ptr,
     slots,
@@ -153,6 +174,7 @@ def product_kernel(
     bias,
     y,
     y_column,
+    y_bounds,
     samples,
     num_n,
     x_size,
@@ -173,20 +195,22 @@ def product_kernel(
     m = tl.arange(0, BLOCK_M)
     m_ok = m < samples - first_m
     n = (tile % TILES_N) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n_inside = n < length(y_bounds, unit, N)
 
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for i in range(tl.load(ptr + unit) * TILES_K, tl.load(ptr + unit + 1) * TILES_K):
         slot = tl.load(slots + i // TILES_K).to(tl.int64)
         other = tl.load(others + slot)
         k = (i % TILES_K) * BLOCK_K + tl.arange(0, BLOCK_K)
-        column, k_ok = columns(other * K + k, x_column, k < K, x_size)
+        k_inside = k < length(x_bounds, other, K)
+        column, k_ok = columns(other * K + k, x_column, k_inside, x_size)
         x_address = x + first_m * x_size + (m[:, None] * x_size + column[None, :])
         x_tile = tl.load(x_address, mask=m_ok[:, None] & k_ok[None, :], other=0)
         if BY_ROWS:  # values are [slot, N, K]
             address = values + slot * (N * K) + k[:, None] + n[None, :] * K
         else:  # [slot, K, N]
             address = values + slot * (N * K) + k[:, None] * N + n[None, :]
-        weights = tl.load(address, mask=(k < K)[:, None] & (n < N)[None, :], other=0)
+        weights = tl.load(address, mask=k_inside[:, None] & n_inside[None, :], other=0)
         total = tl.dot(x_tile.to(weights.dtype), weights, total, input_precision=PRECISION)
 
     column, n_ok = columns(unit * N + n, y_column, n < N, y_size)
@@ -242,6 +266,7 @@ def _launch_product(
         (outer.num_units * outer.tiles * triton.cdiv(len(x), options["BLOCK_M"]),),
         x=x,
         x_column=inner.column,
+        x_bounds=inner.bounds,
         values=values,
         ptr=ptr,
         slots=slots,
@@ -249,6 +274,7 @@ def _launch_product(
         bias=bias,
         y=y,
         y_column=outer.column,
+        y_bounds=outer.bounds,
         samples=len(x),
         num_n=outer.num_units,
         x_size=inner.size,

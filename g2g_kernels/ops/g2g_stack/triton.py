@@ -36,6 +36,7 @@ from g2g_kernels.ops.g2g_linear.triton import (
     columns,
     fitted,
     input_gradient,
+    length,
     product,
     product_tiles,
     units_of,
@@ -71,6 +72,7 @@ from g2g_kernels.triton.runtime import launch
 def fused_forward_kernel(
     x,
     x_column,
+    x_bounds,
     values,
     row_ptr,
     row_slot,
@@ -130,8 +132,8 @@ def fused_forward_kernel(
         i = first + turn % tiles_of_step
         slot = tl.load(row_slot + i // TILES_K, mask=i < end, other=0).to(tl.int64)
         k = (i % TILES_K) * BLOCK_K + tl.arange(0, BLOCK_K)
-        k_ok = k < tl.where(i < end, K, 0)
         other = tl.load(unit_col + slot, mask=i < end, other=0)
+        k_ok = k < tl.where(i < end, length(x_bounds, other, K), 0)
         x_col, x_ok = columns(other * K + k, x_column, k_ok, x_size)
         x_tile = tl.load(
             x + t * batch * x_size + (x_offset + x_col[None, :]), mask=(b < batch)[:, None] & x_ok[None, :], other=0
@@ -380,6 +382,7 @@ def _launch_fused(
         (units.rows.num_units * units.rows.tiles * triton.cdiv(batch, options["BLOCK_M"]),),
         x=x,
         x_column=units.cols.column,
+        x_bounds=units.cols.bounds,
         values=values,
         row_ptr=units.row_ptr,
         row_slot=units.row_slot,

@@ -1,0 +1,88 @@
+"""What stands in the padding of packed values counts for nothing: not a bit changes where it is NaN."""
+
+import pytest
+import torch
+from helpers import MaskCase, device_of, seeded
+from linear_cases import backend_result, inputs
+from stack_cases import STACKS, Stack
+
+from g2g_kernels import available_backends, g2g_linear
+
+every_backend = pytest.mark.parametrize("backend", available_backends())
+#: units that get kernels of their own on every backend, and units below 16, for which Triton takes a dense product
+MASKS = {
+    "units of 16": MaskCase(81, 101, 2, "interleaved", "index", 16),
+    "ten outputs": MaskCase(10, 43, 8, "index", "index", 3),
+}
+STACKS_OF_UNITS = {
+    "units of 16": (MaskCase(38, 21, 2, "index", "index", 16), MaskCase(26, 38, 2, "interleaved", "interleaved", 16),
+                    MaskCase(10, 26, 2, "index", "index", 16)),
+    "units of 4": STACKS["ragged index"],
+}  # fmt: skip
+
+
+def with_nan_in_padding(values, mask):
+    assert mask.has_padding
+    return values.masked_fill(~mask.valid(), torch.nan)
+
+
+@every_backend
+@pytest.mark.parametrize("case", MASKS.values(), ids=MASKS)
+def test_a_product_and_its_gradients(case, backend):
+    mask = case.mask(p_inter=0.15, p_intra=0.3)
+    x, values, bias = inputs(mask, 19)
+    grad_output = torch.randn(19, mask.shape[0], generator=seeded(4))
+    clean = backend_result(mask, x, values, bias, grad_output, backend)
+    for name, result in backend_result(mask, x, with_nan_in_padding(values, mask), bias, grad_output, backend).items():
+        assert torch.equal(result, clean[name]), name
+    assert not clean["values.grad"][~mask.valid()].any()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of PyTorch's own, by torch.func.jvp
+@every_backend
+@pytest.mark.parametrize("case", MASKS.values(), ids=MASKS)
+def test_derivatives_in_forward_mode_and_of_second_order(case, backend):
+    mask = case.mask(p_inter=0.15, p_intra=0.3).to(device_of(backend))
+    x, values, _ = (tensor.to(device_of(backend)) for tensor in inputs(mask, 5))
+
+    def derivatives(values):
+        def function(x, values):
+            return g2g_linear(x, values, mask, backend=backend)
+
+        _, tangent = torch.func.jvp(function, (x, values), (x.flip(0), values))
+        leaves = x.clone().requires_grad_(), values.clone().requires_grad_()
+        first = torch.autograd.grad(function(*leaves).sin().sum(), leaves, create_graph=True)
+        return tangent, *torch.autograd.grad(first[0].square().sum(), leaves)
+
+    results = derivatives(values), derivatives(with_nan_in_padding(values, mask))
+    for clean, result in zip(*results, strict=True):
+        assert torch.equal(clean, result)
+
+
+@every_backend
+@pytest.mark.parametrize("way", ["pair", "fused"])
+@pytest.mark.parametrize("cases", STACKS_OF_UNITS.values(), ids=STACKS_OF_UNITS)
+def test_a_stack_and_its_gradients(cases, way, backend, monkeypatch):
+    if backend == "triton":
+        from g2g_kernels.ops.g2g_stack import triton
+
+        monkeypatch.setattr(triton, "fused_pays", lambda units, *_: way == "fused" and not units.dense_pays)
+    elif way == "fused":
+        pytest.skip("one way only")
+    stack = Stack(cases, steps=None)
+    clean = stack.run(torch.float32, backend)
+    for number, mask in enumerate(stack.masks):
+        name = f"values{number}"
+        stack.tensors[name] = (
+            with_nan_in_padding(stack.tensors[name], mask) if mask.has_padding else stack.tensors[name]
+        )
+    for name, result in stack.run(torch.float32, backend).items():
+        assert torch.equal(result, clean[name]), name
+    assert clean["spikes2"].any()
+
+
+def test_packing_and_unpacking():
+    mask = MASKS["units of 16"].mask()
+    values = torch.randn(mask.num_units, *mask.unit_shape, generator=seeded(0))
+    assert torch.equal(mask.unpack(with_nan_in_padding(values, mask)), mask.unpack(values))
+    assert not mask.pack(torch.ones(mask.shape))[~mask.valid()].any()

@@ -4,9 +4,10 @@ Kernels, dynamic sparse training, plots and checkpoints all read a :class:`Block
 weights themselves are *packed*, one [unit_rows, unit_cols] tile per present unit, in a tensor of the caller's.
 """
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -49,13 +50,28 @@ class MaskTensors(NamedTuple):
         return [*self[:6], *self.rows, *self.cols]
 
 
-class UnitAxis(nn.Module):
+class _Indices(nn.Module):
+    """A module with index tensors that are no buffers: they move with it, and nobody averages them.
+
+    Weight averages (EMA, SWA) walk over the buffers of a model and of its copy, and an average of two indices is none.
+    """
+
+    INDICES: ClassVar[tuple[str, ...]]
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "_Indices":
+        super()._apply(fn, recurse)
+        for name in self.INDICES:
+            setattr(self, name, fn(getattr(self, name)))
+        return self
+
+
+class UnitAxis(_Indices):
     """One side of a weight matrix, sorted by group and cut into ranges of at most ``block_size`` neurons.
 
     A group of n neurons is cut into ⌈n / block_size⌉ ranges whose lengths differ by at most one, the longer ones
     first: 98 neurons by 16 are seven ranges of 14. Units are thus alike. Were the last range of a group a short one,
     scores of its small units would be noisy, DST would drift towards them, and a layer would lose weights although it
-    keeps its units. All tensors are buffers, derived from the layout.
+    keeps its units. All tensors are derived from the layout.
 
     Attributes:
         order: int64 [size], the neuron at each place of the group-sorted order.
@@ -66,11 +82,7 @@ class UnitAxis(nn.Module):
         position: int64 [size], the padded place of each neuron (the inverse of ``padded``).
     """
 
-    order: torch.Tensor
-    bounds: torch.Tensor
-    group_of_unit: torch.Tensor
-    padded: torch.Tensor
-    position: torch.Tensor
+    INDICES = ("order", "bounds", "group_of_unit", "padded", "position")
 
     def __init__(self, layout: GroupLayout, block_size: int) -> None:
         super().__init__()
@@ -97,14 +109,11 @@ class UnitAxis(nn.Module):
         padded[padded_place] = order
         position = torch.empty(self.size, dtype=torch.int64)
         position[order] = padded_place
-        for name, tensor in {
-            "order": order,
-            "bounds": bounds.to(torch.int32),
-            "group_of_unit": torch.tensor(groups),
-            "padded": padded,
-            "position": position,
-        }.items():
-            self.register_buffer(name, tensor, persistent=False)
+        self.order = order
+        self.bounds = bounds.to(torch.int32)
+        self.group_of_unit = torch.tensor(groups)
+        self.padded = padded
+        self.position = position
 
     @property
     def lengths(self) -> torch.Tensor:
@@ -129,16 +138,21 @@ class UnitAxis(nn.Module):
         return AxisTensors(self.order, self.bounds, padded, position)
 
 
-class BlockMask(nn.Module):
+class BlockMask(_Indices):
     """The units (blocks of weights) that a sparse [out, in] weight matrix has.
 
     A unit is a block of at most ``block_size`` × ``block_size`` weights in group-sorted order that never crosses a
     group's edge: groups are cut into as few and as equal ranges as can be (:class:`UnitAxis`). Each present unit has a
     *slot*, its place in the packed values [num_units, unit_rows, unit_cols], where a unit that is one neuron shorter
-    than others is padded; the padding is zero and stays zero.
+    than others is padded. What stands in the padding counts for nothing.
 
-    The mask is an ``nn.Module`` that holds only index buffers, so it moves, copies, pickles and saves with the layer
-    that owns it. :meth:`relabel_` gives slots to other units in place: shapes and addresses never change.
+    The mask is an ``nn.Module``, so it moves, copies, pickles and saves with the layer that owns it. Its indices are no
+    buffers, so that weight averages leave them alone. :meth:`relabel_` gives slots to other units in place: shapes and
+    addresses never change.
+
+    The one buffer, ``wiring``, is for others: it says in floats what the mask is, and :meth:`receive` takes over what
+    was copied into it. DistributedDataParallel sends buffers from process to process when it is made; networks that
+    were drawn differently become alike by this.
 
     Args:
         out_layout, in_layout: the groups of the output and input neurons.
@@ -147,6 +161,7 @@ class BlockMask(nn.Module):
 
     Attributes:
         rows, cols: :class:`UnitAxis` of the output and the input side.
+        changes: how often units have changed in place.
         unit_row, unit_col: int32 [num_units], the coordinates of the unit in each slot.
         row_ptr, row_slot: int32 [rows.num_units + 1], int32 [num_units]: the slots of block row r, by column, are
             ``row_slot[row_ptr[r] : row_ptr[r + 1]]``.
@@ -156,12 +171,15 @@ class BlockMask(nn.Module):
         ValueError: for coordinates outside the grid, or a unit given twice.
     """
 
+    INDICES = ("unit_row", "unit_col", "row_ptr", "row_slot", "col_ptr", "col_slot")
+
     unit_row: torch.Tensor
     unit_col: torch.Tensor
     row_ptr: torch.Tensor
     row_slot: torch.Tensor
     col_ptr: torch.Tensor
     col_slot: torch.Tensor
+    wiring: torch.Tensor
 
     def __init__(
         self,
@@ -177,6 +195,7 @@ class BlockMask(nn.Module):
         self.block_size = block_size
         self.rows = UnitAxis(out_layout, block_size)
         self.cols = UnitAxis(in_layout, block_size)
+        self.changes = 0
         self._set_units(unit_row, unit_col)
 
     # --- construction -------------------------------------------------------------------------------------------
@@ -232,7 +251,7 @@ class BlockMask(nn.Module):
         """
         full = BlockMask.__new__(BlockMask)
         nn.Module.__init__(full)
-        full.block_size, full.rows, full.cols = self.block_size, self.rows, self.cols
+        full.block_size, full.rows, full.cols, full.changes = self.block_size, self.rows, self.cols, 0
         unit = torch.arange(self.rows.num_units * self.cols.num_units, device=self.unit_row.device)
         full._register_units(unit // self.cols.num_units, unit % self.cols.num_units)
         return full
@@ -283,13 +302,11 @@ class BlockMask(nn.Module):
         self._register_units(unit_row, unit_col)
 
     def _register_units(self, unit_row: torch.Tensor, unit_col: torch.Tensor) -> None:
-        device = unit_row.device
-        for name, tensor in (("unit_row", unit_row), ("unit_col", unit_col)):
-            self.register_buffer(name, tensor.to(torch.int32), persistent=False)
-        for axis, prefix in ((self.rows, "row"), (self.cols, "col")):
-            for name, shape in ((f"{prefix}_ptr", axis.num_units + 1), (f"{prefix}_slot", unit_row.numel())):
-                self.register_buffer(name, torch.zeros(shape, dtype=torch.int32, device=device), persistent=False)
+        self.unit_row, self.unit_col = unit_row.to(torch.int32), unit_col.to(torch.int32)
+        self.row_ptr, self.col_ptr = (unit_row.new_zeros(n + 1, dtype=torch.int32) for n in self.grid)
+        self.row_slot, self.col_slot = (torch.zeros_like(self.unit_row) for _ in range(2))
         self._build_index()
+        self._publish()
 
     def _build_index(self) -> None:
         """Sorts the slots by (row, column) and by (column, row), into the existing buffers."""
@@ -310,6 +327,82 @@ class BlockMask(nn.Module):
         self.unit_row[slots] = unit_row.to(torch.int32)
         self.unit_col[slots] = unit_col.to(torch.int32)
         self._build_index()
+        self._changed()
+
+    def become_(self, other: "BlockMask") -> None:
+        """Takes over the units of another mask of the same ``shape``, and their slots.
+
+        In place where both have as many units and ranges, so that whoever holds these tensors (a captured graph, say)
+        sees the new ones.
+        """
+        mine, theirs = (
+            [*mask.tensors()[:6], *(getattr(axis, name) for axis in (mask.rows, mask.cols) for name in axis.INDICES)]
+            for mask in (self, other)
+        )
+        if all(a.shape == b.shape for a, b in zip(mine, theirs, strict=True)):
+            for a, b in zip(mine, theirs, strict=True):
+                a.copy_(b)
+            for axis, new in ((self.rows, other.rows), (self.cols, other.cols)):
+                axis.layout, axis.trivial = new.layout, new.trivial
+            self.block_size = other.block_size
+            self._changed()
+            return
+        device, other = self.unit_row.device, copy.deepcopy(other)
+        self.block_size, self.rows, self.cols = other.block_size, other.rows.to(device), other.cols.to(device)
+        self._register_units(other.unit_row.to(device), other.unit_col.to(device))
+        self.changes += 1
+
+    # --- what other processes send ------------------------------------------------------------------------------
+
+    def _changed(self) -> None:
+        self.changes += 1
+        with torch.no_grad():
+            self.wiring.copy_(self._wiring())
+        self._seen = version(self.wiring)
+
+    def _publish(self) -> None:
+        self.register_buffer("wiring", self._wiring(), persistent=False)
+        self._see()
+
+    def _see(self) -> None:
+        #: the version of ``wiring`` that was looked at last, and whether it had been changed from outside
+        self._seen, self._received = version(self.wiring), False
+
+    def _wiring(self) -> torch.Tensor:
+        """float32, whole numbers: group of each neuron on both sides, unit_row, unit_col, block size, sum."""
+        # clamp: what to_empty leaves behind, until a state is loaded, may be anything
+        groups = [axis.group_of_unit[axis.unit_of.clamp(0, axis.num_units - 1)] for axis in (self.rows, self.cols)]
+        size = self.unit_row.new_full((1,), self.block_size)
+        numbers = torch.cat([*groups, self.unit_row.long(), self.unit_col.long(), size])
+        return torch.cat([numbers, _check_sum(numbers)]).to(torch.float32)
+
+    def receive(self) -> None:
+        """Becomes the mask that somebody has copied into ``wiring``, if somebody has; what is no mask is ignored.
+
+        Processes that train together send one another the same buffers at every step. In training mode only the first
+        change is looked at, therefore, since that waits for the device.
+        """
+        if version(self.wiring) == self._seen or (self._received and self.training):
+            return
+        self._seen, self._received = version(self.wiring), True
+        sent, mine = self.wiring.detach().cpu(), self._wiring().cpu()
+        numbers = sent.nan_to_num().long()
+        if torch.equal(sent, mine) or not torch.equal(numbers.float(), sent):
+            return
+        if not torch.equal(_check_sum(numbers[:-1]), numbers[-1:]):
+            return
+        parts = numbers[:-2].split([*self.shape, self.num_units, self.num_units])
+        out_layout, in_layout = (GroupLayout.from_assignment(part) for part in parts[:2])
+        self.become_(BlockMask(out_layout, in_layout, parts[2], parts[3], int(numbers[-2])))
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "BlockMask":
+        super()._apply(fn, recurse)
+        self._publish()  # whole numbers, whatever the dtype of weights
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._see()
 
     # --- what is in it ------------------------------------------------------------------------------------------
 
@@ -332,6 +425,11 @@ class BlockMask(nn.Module):
     def num_units(self) -> int:
         """The number of present units (the number of slots)."""
         return self.unit_row.numel()
+
+    @property
+    def has_padding(self) -> bool:
+        """True if some units are shorter than others."""
+        return any(axis.size < axis.num_units * axis.width for axis in (self.rows, self.cols))
 
     @property
     def is_full(self) -> bool:
@@ -475,13 +573,14 @@ class BlockMask(nn.Module):
         return mask
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
+        # copies: some averages write into what they find here
         destination[prefix + "block_size"] = torch.tensor(self.block_size)
-        destination[prefix + "out_group_of"] = self.rows.layout.group_of
-        destination[prefix + "in_group_of"] = self.cols.layout.group_of
-        destination[prefix + "unit_row"] = self.unit_row
-        destination[prefix + "unit_col"] = self.unit_col
-        destination[prefix + "row_bounds"] = self.rows.bounds
-        destination[prefix + "col_bounds"] = self.cols.bounds
+        destination[prefix + "out_group_of"] = self.rows.layout.group_of.clone()
+        destination[prefix + "in_group_of"] = self.cols.layout.group_of.clone()
+        destination[prefix + "unit_row"] = self.unit_row.clone()
+        destination[prefix + "unit_col"] = self.unit_col.clone()
+        destination[prefix + "row_bounds"] = self.rows.bounds.clone()
+        destination[prefix + "col_bounds"] = self.cols.bounds.clone()
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -496,17 +595,18 @@ class BlockMask(nn.Module):
         except ValueError as error:
             error_msgs.append(f"{prefix.rstrip('.')}: {error}")
             return
-        self.block_size = loaded.block_size
-        mine, theirs = dict(self.named_buffers()), dict(loaded.named_buffers())
-        if all(mine[name].shape == tensor.shape for name, tensor in theirs.items()):
-            # in place, so that whoever holds these buffers (a captured graph, say) sees the loaded units
-            for name, tensor in theirs.items():
-                mine[name].copy_(tensor)
-            for axis, loaded_axis in ((self.rows, loaded.rows), (self.cols, loaded.cols)):
-                axis.layout, axis.trivial = loaded_axis.layout, loaded_axis.trivial
-        else:
-            self.rows, self.cols = loaded.rows, loaded.cols
-            self._set_units(loaded.unit_row, loaded.unit_col)
+        self.become_(loaded)
+
+
+def _check_sum(numbers: torch.Tensor) -> torch.Tensor:
+    """int64 [1], a number below 2²⁰ that other whole numbers would hardly have."""
+    place = torch.arange(1, len(numbers) + 1, device=numbers.device)
+    return (numbers * (place * 7919 % 10007)).sum(0, keepdim=True) % (1 << 20)
+
+
+def version(tensor: torch.Tensor) -> int:
+    """Grows whenever somebody writes to the tensor; of one made in inference mode it is not known."""
+    return -1 if tensor.is_inference() else tensor._version
 
 
 # --- dense and packed weights ---------------------------------------------------------------------------------------

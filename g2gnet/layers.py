@@ -1,11 +1,15 @@
 """A sparse linear layer over a :class:`BlockMask`."""
 
 import copy
+import weakref
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 
 from g2g_kernels import BlockMask, GroupLayout, g2g_linear
+from g2g_kernels.block_mask import version
 from g2gnet.derived import NOT_WRITABLE, DerivedWeight
 
 
@@ -45,6 +49,10 @@ class AbsentGradient:
 class G2GLinear(nn.Module):
     """y = x·Wᵀ + b with a weight of which only the units of ``mask`` exist.
 
+    A ``copy.deepcopy`` of a layer is on its own, with one exception: where its weights are then written to and never
+    trained, it is an average of this layer (EMA, SWA), and :meth:`rewire_` rewires it, too. However the average is
+    taken, it is one of the units that the network has, and starts anew for those that grow.
+
     Initial values: the active weights of output neuron i are uniform in ±1/√k_i with k_i its active fan-in (Kaiming-
     uniform with a = √5, rescaled to the active fan-in), the bias uniform in ±1/√(mean k).
 
@@ -69,6 +77,7 @@ class G2GLinear(nn.Module):
         super().__init__()
         self.mask = mask
         self.backend = backend
+        self._alone()
         #: while it is set, training steps give every unit a gradient
         self.absent_gradient: AbsentGradient | None = None
         device = mask.unit_row.device
@@ -143,6 +152,7 @@ class G2GLinear(nn.Module):
 
     def weights(self) -> tuple[torch.Tensor, BlockMask]:
         """The packed weights and their mask as kernels are to take them in this step."""
+        self._catch_up()
         if self.absent_gradient is None or not (self.training and torch.is_grad_enabled()):
             return self.values, self.mask
         return self.absent_gradient.expand(self.values, self.mask)
@@ -174,20 +184,122 @@ class G2GLinear(nn.Module):
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
+    # --- averages of it -----------------------------------------------------------------------------------------
+
+    def rewire_(self, slots: torch.Tensor, units: torch.Tensor, really: torch.Tensor) -> None:
+        """Gives slots to other units, whose weights (and gradients, where there are) begin at zero.
+
+        Args:
+            slots: integer [k].
+            units: int64 [k], the units, counted row by row (:meth:`BlockMask.flat_unit`).
+            really: bool scalar; where it is false, ``units`` are those that the slots have, and nothing changes.
+        """
+        _leave(self)  # what is rewired for itself is no average
+        averages = self._averages()
+        for average in averages:  # those that were written to since the last change, but not asked for anything
+            average._catch_up()
+        with torch.no_grad():
+            self.mask.relabel_(slots, units // self.mask.grid[1], units % self.mask.grid[1])
+            for tensor in (self.values, self.values.grad):
+                if tensor is not None:
+                    tensor[slots] = torch.where(really, 0.0, tensor[slots])
+        for average in averages:
+            average._follow(self)
+
+    def _alone(self) -> None:
+        """A layer that averages no other, and that no other averages."""
+        self._origin: weakref.ref[G2GLinear] | None = None
+        self._copies: weakref.WeakSet[G2GLinear] = weakref.WeakSet()
+        #: of a copy, the version of the weights that it began with, and the changes of the original's mask that it has
+        self._unwritten: int | None = None
+        self._seen = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "G2GLinear":
+        self._catch_up()
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        twin._origin = weakref.ref(self)
+        twin._mark()
+        self._copies.add(twin)
+        # what is trained is no average
+        twin_of = weakref.ref(twin)
+        if twin.values.requires_grad:
+            twin.values.register_post_accumulate_grad_hook(lambda _: _leave(twin_of()))
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_origin", "_copies")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._alone()
+
+    def _mark(self) -> None:
+        """Remembers the weights as they are, and which units they belong to."""
+        origin = self._origin() if self._origin is not None else None
+        self._unwritten = version(self.values)
+        self._seen = origin.mask.changes if origin is not None else 0
+
+    def _is_average(self) -> bool:
+        """Whether it is a copy whose weights were written to and never trained."""
+        return self._origin is not None and self.values.grad is None and version(self.values) != self._unwritten
+
+    def _averages(self) -> "list[G2GLinear]":
+        return [copied for copied in self._copies if copied._is_average()]
+
+    def _catch_up(self) -> None:
+        """Takes note of what others wrote: a wiring into the mask, weights into an average that begins only now."""
+        if torch.compiler.is_compiling():
+            return
+        self.mask.receive()
+        origin = self._origin() if self._origin is not None else None
+        if origin is not None and origin.mask.changes != self._seen and self._is_average():
+            self._follow(origin)
+
+    @torch.no_grad()
+    def _follow(self, origin: "G2GLinear") -> None:
+        """Gets the wiring of the layer that it averages, and for slots that have other units now its weights."""
+        if self.values.shape == origin.values.shape:
+            before = self.mask.flat_unit()
+            self.mask.become_(origin.mask)
+            new = (before != self.mask.flat_unit())[:, None, None]
+            self.values.copy_(torch.where(new, origin.values.to(self.values), self.values))
+        self._seen = origin.mask.changes
+        for average in self._averages():
+            average._follow(self)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "G2GLinear":
+        written = self._is_average()
+        super()._apply(fn, recurse)
+        self._unwritten = None if written else version(self.values)
+        return self
+
+    # --- saving -------------------------------------------------------------------------------------------------
+
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ):
         # The mask first, since it says which shape the values have. Loaded again as a child it reports what is wrong.
-        problems: list[str] = []
-        self.mask._load_from_state_dict(state_dict, prefix + "mask.", local_metadata, strict, [], [], problems)
+        self.mask._load_from_state_dict(state_dict, prefix + "mask.", local_metadata, strict, [], [], [])
         packed = (self.mask.num_units, *self.mask.unit_shape)
         if self.values.shape != packed:
             self.values.data = self.values.new_empty(packed)
-        values = state_dict.get(prefix + "values")
-        if not problems and isinstance(values, torch.Tensor) and values.shape == packed:
-            padding = ~self.mask.valid()
-            if values.detach().to(padding.device)[padding].any():
-                error_msgs.append(f"{prefix}values: there are weights outside of the mask's units")
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        if self._origin is not None:
+            self._mark()
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        self._catch_up()
+        # Zeros in the padding, which counts for nothing: files are then equal where networks are. A tensor of another
+        # type (a shard of FSDP's) has no such places.
+        if self.mask.has_padding and type(self.values.data) is torch.Tensor and not self.values.is_inference():
+            self.values.data.masked_fill_(~self.mask.valid(), 0)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+
+def _leave(layer: G2GLinear | None) -> None:
+    if layer is not None:
+        layer._origin = None

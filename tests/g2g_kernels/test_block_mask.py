@@ -19,6 +19,12 @@ from g2g_kernels import BlockMask, GroupLayout
 BUFFERS = ("unit_row", "unit_col", "row_ptr", "row_slot", "col_ptr", "col_slot")
 
 
+def indices(mask: BlockMask) -> dict[str, torch.Tensor]:
+    """Every index of a mask, by name."""
+    modules = {"": mask, "rows.": mask.rows, "cols.": mask.cols}
+    return {prefix + name: getattr(module, name) for prefix, module in modules.items() for name in module.INDICES}
+
+
 @pytest.fixture(params=MASK_CASES.values(), ids=MASK_CASES.keys())
 def mask(request) -> BlockMask:
     return request.param.mask()
@@ -501,8 +507,8 @@ def test_a_filled_mask_is_the_full_one(mask):
     filled, full = shuffled(mask).filled(), BlockMask.full(mask.rows.layout, mask.cols.layout, mask.block_size)
     assert filled.is_full
     assert filled.block_size == mask.block_size
-    for name, tensor in full.named_buffers():
-        assert torch.equal(dict(filled.named_buffers())[name], tensor), name
+    for name, tensor in indices(full).items():
+        assert torch.equal(indices(filled)[name], tensor), name
     assert filled.flat_unit().tolist() == list(range(filled.num_units))
 
 
@@ -519,15 +525,16 @@ def test_relabel_of_nothing_changes_nothing():
 
 def test_to_moves_every_index_and_keeps_it_an_integer(mask):
     moved = copy.deepcopy(mask).to("meta")
-    assert {buffer.device.type for buffer in moved.buffers()} == {"meta"}
+    assert {tensor.device.type for tensor in (*indices(moved).values(), *moved.buffers())} == {"meta"}
     retyped = copy.deepcopy(mask).to(torch.float16)
-    for old, new in zip(mask.buffers(), retyped.buffers(), strict=True):
+    for old, new in zip(indices(mask).values(), indices(retyped).values(), strict=True):
         assert torch.equal(old, new)
         assert old.dtype == new.dtype
 
 
 def test_a_mask_has_no_parameters_and_saves_no_derived_index(mask):
     assert list(mask.parameters()) == []
+    assert [name for name, _ in mask.named_buffers()] == ["wiring"]
     layouts = {"block_size", "out_group_of", "in_group_of", "row_bounds", "col_bounds"}
     assert set(mask.state_dict()) == {*layouts, "unit_row", "unit_col"}
 
@@ -586,9 +593,9 @@ def test_state_dict_into_a_mask_of_the_same_size_is_loaded_in_place():
     saved, loaded = (case.mask(p_inter=0.25, seed=seed) for seed in (1, 2))
     assert saved.num_units == loaded.num_units
     assert not torch.equal(saved.to_dense(), loaded.to_dense())
-    addresses = {name: buffer.data_ptr() for name, buffer in loaded.named_buffers()}
+    addresses = {name: tensor.data_ptr() for name, tensor in indices(loaded).items()}
     loaded.load_state_dict(saved_and_read(saved))
-    assert {name: buffer.data_ptr() for name, buffer in loaded.named_buffers()} == addresses
+    assert {name: tensor.data_ptr() for name, tensor in indices(loaded).items()} == addresses
     assert_same_mask(loaded, saved)
 
 
@@ -656,10 +663,10 @@ def with_first(value: int):
 def test_corrupted_state_is_refused_and_leaves_the_mask_alone(changes, message):
     layer = nn.ModuleDict({"mask": MASK_CASES["ten outputs"].mask(seed=5)})
     mask = layer["mask"]
-    before = {name: buffer.clone() for name, buffer in mask.named_buffers()}
+    before = {name: tensor.clone() for name, tensor in indices(mask).items()}
     with pytest.raises(RuntimeError, match=message):
         layer.load_state_dict(corrupted(**changes))
-    assert all(torch.equal(buffer, before[name]) for name, buffer in mask.named_buffers())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in indices(mask).items())
     assert mask.block_size == 3
 
 

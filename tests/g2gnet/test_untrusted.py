@@ -113,10 +113,6 @@ CRAFTED = {
         lambda state: saved(replaced(state, "model/fc2.mask.block_size", torch.tensor(0))),
         "block_size=0 must be a whole number of at least 1",
     ),
-    "weights outside of units": (
-        lambda state: saved(replaced(state, "model/fc3.values", torch.ones_like(state["model"]["fc3.values"]))),
-        r"fc3\.values: there are weights outside of the mask's units",
-    ),
     "NaN weights": (
         lambda state: saved(changed(state, "model/fc2.values", (0, 0, 0), torch.nan)),
         r"model/fc2\.values holds values that are not finite",

@@ -20,7 +20,7 @@ class SpikingNeurons(nn.Module):
     Base of one class per model, which says where the model's parameters begin.
 
     Args:
-        neurons: None for one value of each parameter, shared by the layer; a number N for one per neuron.
+        neurons: None for one value of each parameter, [1], shared by the layer; a number N for one per neuron.
         reset, surrogate, alpha, backend: as for :func:`g2g_kernels.lif`.
         parameters: by the names of the model's parameters, the values to begin with (``beta=0.95``), and whether they
             are learned (``learn_beta=False`` makes a buffer of it).
@@ -48,7 +48,7 @@ class SpikingNeurons(nn.Module):
         self.surrogate = surrogate
         self.alpha = alpha
         self.backend = backend
-        shape = () if neurons is None else (neurons,)
+        shape = (1,) if neurons is None else (neurons,)  # FSDP2 shards no parameter without dimensions
         for name in self.model.parameters:
             tensor = torch.full(shape, float(parameters.pop(name, self.initial[name])))
             if parameters.pop(f"learn_{name}", True):
@@ -63,7 +63,7 @@ class SpikingNeurons(nn.Module):
 
     @property
     def values(self) -> dict[str, torch.Tensor]:
-        """The parameters by name, in the model's order, each a scalar or [N]."""
+        """The parameters by name, in the model's order, each [1] or [N]."""
         return {name: getattr(self, name) for name in self.model.parameters}
 
     @property
@@ -88,6 +88,13 @@ class SpikingNeurons(nn.Module):
         states = (state,) if isinstance(state, torch.Tensor) else state
         spikes, states = neurons_step(current, states, self.population)
         return spikes, states[0] if len(states) == 1 else states
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        for name in self.model.parameters:
+            saved = state_dict.get(prefix + name)
+            if isinstance(saved, torch.Tensor) and saved.shape == ():  # as older versions saved it
+                state_dict[prefix + name] = saved.reshape(1)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         return f"reset={self.reset!r}, surrogate={self.surrogate!r}, alpha={self.alpha}"

@@ -234,7 +234,7 @@ def _neurons_node(name: str, neurons: SpikingNeurons, size: int, dt: float) -> A
     strengths = {strength: 1 / (1 - values[decay]) for strength, decay in form.strengths.items()}
     metadata: dict[str, Any] = {"surrogate": neurons.surrogate, "alpha": neurons.alpha}
     for parameter, value in neurons.values.items():
-        metadata[f"{parameter}_per_neuron"] = value.dim() > 0
+        metadata[f"{parameter}_per_neuron"] = value.numel() > 1
         metadata[f"learn_{parameter}"] = isinstance(value, torch.nn.Parameter)
     gain = math.prod(1 - values[decay] for decay in form.time_constants if decay not in form.strengths.values())
     return getattr(optional_package("nir", _LEAST_NIR), form.node)(
@@ -282,7 +282,7 @@ def _neurons(name: str, node: Any, dt: float, backend: str | None) -> SpikingNeu
     for parameter, value in values.items():
         tensor = torch.from_numpy(np.asarray(value)).float()
         per_neuron = about.get(f"{parameter}_per_neuron", bool((tensor != tensor.flatten()[0]).any()))
-        population.values[parameter].data = tensor.flatten() if per_neuron else tensor.flatten()[0]
+        population.values[parameter].data = tensor.flatten() if per_neuron else tensor.flatten()[:1]
     return population
 
 

@@ -106,8 +106,9 @@ def to_snntorch(stack: SpikingStack) -> nn.Sequential:
         modules[f"fc{number}"] = _linear_from_connection(connection)
         counterpart = _COUNTERPARTS[neurons.model.name]
         values = {counterpart.parameters[name]: value for name, value in neurons.values.items()}
+        shapes = {name: () if value.numel() == 1 else value.shape for name, value in values.items()}
         theirs = getattr(snn, counterpart.kind)(
-            **{name: value.detach().clone() for name, value in values.items()},
+            **{name: value.detach().clone().reshape(shapes[name]) for name, value in values.items()},
             **{f"learn_{name}": isinstance(value, nn.Parameter) for name, value in values.items()},
             reset_mechanism=neurons.reset,
             spike_grad=_spike_function(neurons.surrogate, neurons.alpha),
@@ -149,7 +150,7 @@ def _neurons_from(name: str, theirs: Any, size: int, like: torch.Tensor, backend
     for parameter, value in values.items():
         if value.numel() not in (1, size):
             raise ValueError(f"{name}: {parameter} has {value.numel()} entries for {size} neurons")
-        shape = () if value.numel() == 1 else (size,)
+        shape = (1,) if value.numel() == 1 else (size,)
         # a whole number would have made it an integer there
         dtype = value.dtype if value.is_floating_point() else torch.float32
         ours = population.values[parameter]

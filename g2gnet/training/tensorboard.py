@@ -62,7 +62,7 @@ class TensorBoardLog:
                 writer.add_image(f"weight between groups/fc{number}", pixels[None], epoch)
                 for name, tensor in neurons.values.items():
                     values = tensor.detach().float().cpu()
-                    if values.dim() == 0:
+                    if values.numel() == 1:
                         writer.add_scalar(f"{name}/lif{number}", values, epoch)
                     else:
                         writer.add_histogram(f"{name}/lif{number}", values, epoch)

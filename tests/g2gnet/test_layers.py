@@ -100,9 +100,16 @@ def test_a_state_dict_restores_graph_and_weights_into_a_layer_drawn_otherwise():
 
 
 def test_lif_keeps_scalars_or_one_value_a_neuron_learnable_or_not():
-    assert LIF().beta.shape == ()
+    assert LIF().beta.shape == (1,)
     assert LIF(neurons=7, beta=0.8).beta.tolist() == pytest.approx([0.8] * 7)
     assert Synaptic(neurons=7, syn_decay=0.25).syn_decay.tolist() == [0.25] * 7
+    older = {"beta": torch.tensor(0.7), "threshold": torch.tensor(1.5)}  # without a dimension
+    for loaded in (LIF(), LIF(learn_beta=False)):
+        loaded.load_state_dict(older)
+        assert {name: value.tolist() for name, value in loaded.values.items()} == {
+            "beta": [pytest.approx(0.7)],
+            "threshold": [1.5],
+        }
     fixed = LIF(learn_beta=False, learn_threshold=True)
     assert [name for name, _ in fixed.named_parameters()] == ["threshold"]
     assert set(fixed.state_dict()) == {"beta", "threshold"}

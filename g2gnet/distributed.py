@@ -37,6 +37,13 @@ class World:
         self.rank = 0 if group is None else dist.get_rank(group)
         self.size = 1 if group is None else dist.get_world_size(group)
 
+    @classmethod
+    def of(cls, group: dist.ProcessGroup | str | None) -> "World":
+        """The processes of a group; of ``"world"`` all that ``torch.distributed`` has joined, or this one alone."""
+        if isinstance(group, str):
+            group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+        return cls(group)
+
     @property
     def leads(self) -> bool:
         """Whether this process is the one that writes and prints."""

@@ -1,12 +1,15 @@
 """Dynamic sparse training: every so often the weakest units are pruned and as many new ones grown.
 
-Works on :class:`G2GLinear` layers and any optimizer that keeps per-weight state in tensors of the weights' shape.
+Works on :class:`G2GLinear` layers and any optimizer whose state of grown units can begin anew
+(:mod:`g2gnet.optimizer_state`).
 """
 
+import copy
 import itertools
 import logging
+import sys
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,7 +20,8 @@ from g2g_kernels.block_mask import UnitAxis
 from g2gnet.distributed import ALONE, World
 from g2gnet.dst_rules import ACTIVITY, GRADIENT, GROW_RULES, PRUNE_RULES, Evidence
 from g2gnet.layers import AbsentGradient, G2GLinear
-from g2gnet.recording import ActivityRecorder, Recording, Train, dense
+from g2gnet.optimizer_state import OptimizerState, ResetState
+from g2gnet.recording import ActivityRecorder, Recording, Train, Uncompiled, check_compiled, dense
 from g2gnet.schedules import SCHEDULES
 from g2gnet.seeding import draw_device, stream
 
@@ -113,35 +117,42 @@ class DSTScheduler:
 
     As with a learning-rate scheduler, call :meth:`step` after each ``optimizer.step()``. In an update, each layer loses
     the ``fraction`` of its units with the lowest prune score and gains as many, with the highest grow score, among
-    those that were inactive before. A unit's score is taken over its weights. Grown weights and their optimizer
-    state start at zero. Frozen layers stay as they are. An update whose scores are not finite, after a step with
-    a NaN in it, say, is left out; the logger ``g2gnet`` says so when ``pruned`` or the state is next asked for.
+    those that were inactive before. A unit's score is taken over its weights. Grown weights start at zero, here and in
+    averages of the model (:class:`G2GLinear`), and their optimizer state as that of any weight does. Frozen layers stay
+    as they are. An update whose scores are not finite, after a step with a NaN in it, say, is left out; the logger
+    ``g2gnet`` says so when ``pruned`` or the state is next asked for. A scheduler is copied and pickled together with
+    its model and optimizer, at any step.
 
     Args:
         model: a model, all of whose :class:`G2GLinear` layers are rewired and whose activity is recorded where a rule
             needs it (:class:`ActivityRecorder`); or the layers, from input to output, whose activity :meth:`step` gets.
-        optimizer: holds the layers' ``values``.
+        optimizer: holds the layers' ``values``; optimizers inside others are found.
         interval: optimizer steps between updates.
         fraction: share of the units replaced in an update, 0 to 1.
         prune: ``"set"`` lowest mean ``|w|`` (Mocanu et al. 2018); ``"random"``; ``"hebb"`` lowest correlation.
         grow: ``"hebb"`` highest correlation; ``"random"``; ``"gradient"`` largest root mean square of ∂L/∂W over the
             unit, in the step of the update (Evci et al. 2020, for units). In that step alone the layers run with every
-            unit (:class:`g2gnet.layers.AbsentGradient`), which costs what a dense layer costs.
+            unit (:class:`g2gnet.layers.AbsentGradient`), which costs what a dense layer costs. ``"hebb"`` and
+            ``"gradient"`` have what is compiled run uncompiled in the step before an update.
         seed: of the draws that break ties and make the random rules.
         process_group: the processes of data-parallel training, each of which has a scheduler like this one and sees a
             part of the samples: scores are those over all samples, and after every update the processes make
-            sure that they have the same units. None: this process is alone.
+            sure that they have the same units. ``"world"``: all processes that ``torch.distributed`` has joined, if it
+            has. None: this process is on its own, whatever else there is.
         schedule: ``"constant"``, or ``"cosine"``: in step s the fraction is multiplied by ½(1 + cos πs/S), S being the
             step of the last update.
         stop: the share of training, above 0 and at most 1, after which nothing is replaced any more.
         total_steps: the optimizer steps of the whole training, which ``"cosine"`` and ``stop`` refer to.
+        reset_state: for optimizers that keep states of another shape than that of the weights (factored, flat): called
+            as ``reset_state(optimizer, values, fresh)`` for each layer after an update, with its packed weights and a
+            bool tensor [num_units], true for the units whose state is to begin anew.
 
     Attributes:
         pruned, grown: units pruned and grown so far, over all layers.
 
     Raises:
-        ValueError: for an option out of range, no layer, a layer that the optimizer does not hold, or if every unit is
-            present, so that nothing could grow.
+        ValueError: for an option out of range, no layer, a layer that the optimizer does not hold, an optimizer whose
+            states cannot be reset, or if every unit is present, so that nothing could grow.
     """
 
     def __init__(
@@ -153,11 +164,12 @@ class DSTScheduler:
         prune: str = "set",
         grow: str = "hebb",
         seed: int = 42,
-        process_group: dist.ProcessGroup | None = None,
+        process_group: dist.ProcessGroup | str | None = "world",
         *,
         schedule: str = "constant",
         stop: float = 1.0,
         total_steps: int | None = None,
+        reset_state: ResetState | None = None,
     ) -> None:
         for name, value, known in (
             ("prune", prune, PRUNE_RULES),
@@ -166,6 +178,8 @@ class DSTScheduler:
         ):
             if value not in known:
                 raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(known)}")
+        if isinstance(process_group, str) and process_group != "world":
+            raise ValueError(f"process_group={process_group!r} is unknown; give 'world', a process group or None")
         if interval < 1:
             raise ValueError(f"interval={interval} must be at least 1 step")
         for name, share in (("fraction", fraction), ("stop", stop)):
@@ -201,14 +215,20 @@ class DSTScheduler:
         self.prune = PRUNE_RULES[prune]
         self.grow = GROW_RULES[grow]
         self.seed = seed
-        self._schedule = SCHEDULES[schedule]
-        self._world = World(process_group)
+        self.schedule = schedule
+        self._process_group = process_group
+        self._state = OptimizerState(
+            optimizer, [layer.values for layer in self.layers if layer.values.requires_grad], reset_state
+        )
         self.steps = 0
         self._replaced = 0
         self._outcomes: list[_Outcome] = []  # that are not in that number yet
         self._needs = {self.prune.needs, self.grow.needs}
         self._recorder = ActivityRecorder(model, self.layers) if isinstance(model, nn.Module) else None
+        if isinstance(model, nn.Module) and self._needs != {None}:
+            check_compiled(model, " and ".join(sorted(filter(None, self._needs))))
         self._absent: dict[G2GLinear, AbsentGradient] = {}
+        self._uncompiled: Uncompiled | None = None
         self._record_if_due()
 
     @property
@@ -226,14 +246,23 @@ class DSTScheduler:
         """Has the next training step recorded if the next call of :meth:`step` is an update that needs it."""
         if not self.next_is_due:
             return
-        if self._recorder is not None and ACTIVITY in self._needs:
+        if self._records or GRADIENT in self._needs:
+            self._uncompiled = Uncompiled()
+        if self._recorder is not None and self._records:
             self._recorder.start()
         if GRADIENT in self._needs:
             for layer in self.layers:
                 if layer.values.requires_grad and not layer.mask.is_full:
                     self._absent[layer] = layer.absent_gradient = AbsentGradient(layer.mask)
 
+    @property
+    def _records(self) -> bool:
+        return self._recorder is not None and ACTIVITY in self._needs
+
     def _stop_recording(self) -> list[Recording] | None:
+        if self._uncompiled is not None:
+            self._uncompiled.end()
+            self._uncompiled = None
         for layer in self._absent:
             layer.absent_gradient = None
         return self._recorder.stop() if self._recorder is not None else None
@@ -283,6 +312,7 @@ class DSTScheduler:
 
         Raises:
             RuntimeError: if a rule needs what was neither given nor recorded.
+            ValueError: if the optimizer has come to keep a state that cannot be reset. Nothing is replaced then.
             DistributedError: if the processes of the group have different units after an update.
         """
         due = self.next_is_due
@@ -292,19 +322,21 @@ class DSTScheduler:
             if inputs is not None and activity is not None:
                 pre: list[Train] = [inputs.detach(), *activity.spikes]
                 recordings = [[pair] for pair in itertools.pairwise(pre)]
-            self._update(list(self._evidence(recordings)))
+            world = World.of(self._process_group)
+            self._update(list(self._evidence(recordings, world)))
             units = [units for layer in self.layers for units in (layer.mask.unit_row, layer.mask.unit_col)]
-            self._world.check_same(f"the wiring after step {self.steps}", self.steps, units)
+            world.check_same(f"the wiring after step {self.steps}", self.steps, units)
         self._absent = {}
         self._record_if_due()
         return due
 
-    def _evidence(self, recordings: list[Recording] | None) -> Iterator[tuple[int, Evidence]]:
+    def _evidence(self, recordings: list[Recording] | None, world: World) -> Iterator[tuple[int, Evidence]]:
         """What the rules need of each layer that can change, with the layer's number."""
         unpacked: dict[int, torch.Tensor] = {}  # by the train's id; what a layer fires, the next one receives
         for number, layer in enumerate(self.layers):
             if not layer.values.requires_grad or layer.mask.is_full:
                 continue
+            self._state.check(layer.values)
             correlation = gradient = None
             if ACTIVITY in self._needs:
                 if not recordings or not recordings[number]:
@@ -313,12 +345,12 @@ class DSTScheduler:
                 trains = {id(train): train for pair in pairs for train in pair}
                 unpacked = {key: unpacked[key] if key in unpacked else dense(train) for key, train in trains.items()}
                 samples = _samples([(unpacked[id(pre)], unpacked[id(post)]) for pre, post in pairs])
-                correlation = unit_correlation(*samples, layer.mask, self._world).flatten()
+                correlation = unit_correlation(*samples, layer.mask, world).flatten()
             if GRADIENT in self._needs:
                 absent = self._absent.get(layer)
                 if absent is None or absent.total is None:
                     raise RuntimeError(_nothing_seen("gradient", number, self))
-                squares = self._world.sum_(absent.total).square().sum((1, 2))
+                squares = world.sum_(absent.total).square().sum((1, 2))
                 gradient = (squares / absent.mask.unit_sizes).sqrt()
                 absent.total = None
             yield number, Evidence(layer, correlation, gradient)
@@ -331,7 +363,7 @@ class DSTScheduler:
         scores = [(self.prune.score(seen), self.grow.score(seen)) for _, seen in evidence]
         finite = torch.stack([score.isfinite().all() for pair in scores for score in pair])
         share = self.steps / self._last if self._last else 0.0
-        fraction, total = self.fraction * self._schedule(share), 0
+        fraction, total = self.fraction * SCHEDULES[self.schedule](share), 0
         for (number, seen), (prune, grow) in zip(evidence, scores, strict=True):
             draw = stream(self.seed, "dst", self.steps, number, device=draw_device(prune.device))
             total += self._replace(seen.layer, fraction, prune, grow, finite.all(), draw)
@@ -356,23 +388,53 @@ class DSTScheduler:
         count = min(int(fraction * mask.num_units), len(grow) - mask.num_units)
         slots = _first(prune, count, draw)
         units = torch.where(really, _first(-grow, count, draw, last=active), mask.flat_unit()[slots])
-        mask.relabel_(slots, units // mask.grid[1], units % mask.grid[1])
-        moments = [
-            state
-            for state in self.optimizer.state.get(layer.values, {}).values()
-            if isinstance(state, torch.Tensor) and state.shape == layer.values.shape
-        ]
-        for tensor in (layer.values, layer.values.grad, *moments):
-            if tensor is not None:
-                tensor[slots] = torch.where(really, 0.0, tensor[slots])
+        layer.rewire_(slots, units, really)
+        self._state.reset_(layer.values, slots, really)
         return count
+
+    def __del__(self) -> None:
+        # what it has set up in the model goes with it; one whose making was refused has nothing
+        if "_uncompiled" in self.__dict__ and not sys.is_finalizing():
+            self._stop_recording()
+
+    # --- copies and files ---------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {**self.__dict__, "prune": self.prune.name, "grow": self.grow.name, "_uncompiled": None}
+        # what this step has shown so far: hooks, and what is set on layers, stay with their owner
+        state["_recorder"] = self._recorder and (self._recorder.model, self._recorder.recorded())
+        state["_absent"] = [(layer, absent.total) for layer, absent in self._absent.items()]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        seen, totals = state["_recorder"], state["_absent"]
+        self.__dict__.update(state, prune=PRUNE_RULES[state["prune"]], grow=GROW_RULES[state["grow"]], _absent={})
+        self._recorder = seen and ActivityRecorder(seen[0], self.layers)
+        self._record_if_due()
+        if self._recorder is not None and seen[1]:
+            self._recorder.stop()
+            self._recorder.resume(seen[1])
+        for layer, total in totals:
+            self._absent[layer].total = total
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "DSTScheduler":
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        # processes are not copied
+        group = {"_process_group": self._process_group}
+        rest = {name: value for name, value in self.__getstate__().items() if name not in group}
+        twin.__setstate__({**copy.deepcopy(rest, memo), **group})
+        if twin._uncompiled is not None:  # nobody waits for a copy that is put away
+            twin._uncompiled.end()
+            twin._uncompiled = None
+        return twin
 
 
 def _nothing_seen(what: str, number: int, scheduler: DSTScheduler) -> str:
     """The message where a rule lacks what it needs."""
     return (
         f"no {what} of layer {number} was seen in this step: give step() the inputs and the activity, or make the "
-        "scheduler of the model (not of a compiled one), and run it in training mode, and backwards, before each "
+        "scheduler of the model, and run it in training mode, and backwards, before each "
         f"step(). prune={scheduler.prune.name!r} with grow={scheduler.grow.name!r} needs it; "
         "prune='set' or 'random' with grow='random' need none"
     )

@@ -1,8 +1,7 @@
 """What the layers of any model receive and the neurons behind them do, seen by hooks that exist while recording."""
 
-import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -29,9 +28,10 @@ class ActivityRecorder:
 
     The postsynaptic activity is what comes out of the module that takes a layer's output (a :class:`LIF`, an
     ``snn.Leaky``, an ``nn.ReLU``; of a tuple its first element), and where no module takes it, as behind the last layer
-    of a classifier, that output itself. Calls in evaluation mode or without gradients are left out, and so are those
-    inside a model that was compiled before. In a :class:`SpikingStack` the spikes come from
-    :meth:`~SpikingStack.simulate`.
+    of a classifier, that output itself. Calls in evaluation mode or without gradients are left out. In a
+    :class:`SpikingStack` the spikes come from :meth:`~SpikingStack.simulate`.
+
+    Hooks that come later are not seen by what ``torch.compile`` has compiled: ``Uncompiled`` is for that.
 
     Args:
         model: runs the layers.
@@ -39,7 +39,7 @@ class ActivityRecorder:
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[G2GLinear]) -> None:
-        self._model = model
+        self.model = model
         self._number = {layer: number for number, layer in enumerate(layers)}
         self._handles: list[RemovableHandle] = []
         self._recordings: list[Recording] = []
@@ -50,20 +50,30 @@ class ActivityRecorder:
     def start(self) -> None:
         """Begins to record."""
         self._recordings = [[] for _ in self._number]
-        for module in self._model.modules():
+        for module in self.model.modules():
             if isinstance(module, SpikingStack):
-                self._handles.append(module.register_activity_hook(functools.partial(self._stack_hook, module)))
-            self._handles.append(module.register_forward_hook(self._module_hook))
+                self._handles.append(module.register_activity_hook(_Hook(self._stack_hook, module)))
+            self._handles.append(module.register_forward_hook(_Hook(self._module_hook)))
 
     def stop(self) -> list[Recording]:
         """Ends the recording, if there is one, and gives what was recorded, layer by layer."""
         for handle in self._handles:
             handle.remove()
-        for number, pre, output in self._open:
-            self._recordings[number].append((pre, output.detach()))
-        recordings = self._recordings
+        recordings = self.recorded()
         self._handles, self._recordings, self._open, self._seen_forwards = [], [], [], set()
         return recordings
+
+    def recorded(self) -> list[Recording]:
+        """What has been recorded so far, layer by layer."""
+        recordings = [list(pairs) for pairs in self._recordings]
+        for number, pre, output in self._open:
+            recordings[number].append((pre, output.detach()))
+        return recordings
+
+    def resume(self, recorded: list[Recording]) -> None:
+        """Goes on recording, behind what has been recorded before."""
+        self.start()
+        self._recordings = recorded
 
     def _module_hook(self, module: nn.Module, args: tuple, output: Any) -> None:
         if not self._records(module):
@@ -102,7 +112,58 @@ class ActivityRecorder:
     def _records(self, module: nn.Module) -> bool:
         return bool(self._handles) and module.training and torch.is_grad_enabled()
 
-    def __getstate__(self) -> dict[str, Any]:
-        # a model that is copied or saved while its activity is recorded takes these hooks along; the copy must not
-        # record, since nobody would ever collect it
-        return {**self.__dict__, "_handles": [], "_recordings": [], "_open": [], "_seen_forwards": set()}
+
+class _Hook:
+    """A hook that a copy of its module, or a saved one, does not have: nobody would collect what it records."""
+
+    def __init__(self, function: Callable[..., None], *first: Any) -> None:
+        self._function, self._first = function, first
+
+    def __call__(self, *arguments: Any) -> None:
+        self._function(*self._first, *arguments)
+
+    def __reduce__(self) -> tuple:
+        return _no_hook, ()
+
+
+def _no_hook() -> Callable[..., None]:
+    return _nothing
+
+
+def _nothing(*arguments: Any) -> None:
+    pass
+
+
+class Uncompiled:
+    """Has all that ``torch.compile`` compiled run as it is written, from now until :meth:`end`.
+
+    Whatever was compiled, before or after, in whatever part of a model: hooks and what is set on layers count again. It
+    takes PyTorch 2.6; for older ones there is ``check_compiled``.
+    """
+
+    _there: ClassVar["set[Uncompiled]"] = set()
+    _stance: ClassVar[Any] = None
+
+    def __init__(self) -> None:
+        if not Uncompiled._there and hasattr(torch.compiler, "set_stance"):
+            Uncompiled._stance = torch.compiler.set_stance("force_eager")
+        Uncompiled._there.add(self)
+
+    def end(self) -> None:
+        Uncompiled._there.discard(self)
+        if not Uncompiled._there and Uncompiled._stance is not None:
+            stance, Uncompiled._stance = Uncompiled._stance, None
+            stance.__exit__(None, None, None)
+
+
+def check_compiled(model: nn.Module, what: str) -> None:
+    """Raises ValueError where nothing of a compiled model can be seen, and this is one."""
+    if hasattr(torch.compiler, "set_stance"):
+        return
+    for name, module in model.named_modules():
+        if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
+            raise ValueError(
+                f"{what} of {name or 'the model'} cannot be seen, since it is compiled and PyTorch {torch.__version__} "
+                "has no torch.compiler.set_stance; take PyTorch 2.6 or newer, do not compile the model, or take rules "
+                "that need nothing (prune='set' or 'random' with grow='random')"
+            )

@@ -361,10 +361,12 @@ from torch.nn.parallel import DistributedDataParallel
 from g2gnet import DSTScheduler, G2GNet
 
 dist.init_process_group("gloo")
-net = G2GNet(16, 32, 4, model="random", block_size=4, T=6, num_groups=4, generator=torch.Generator().manual_seed(1))
+# each process draws its own network, of as many units; DistributedDataParallel gives all that of rank 0
+draw = torch.Generator().manual_seed(1 + dist.get_rank())
+net = G2GNet(16, 32, 4, "random", p_inter=1 / 3, block_size=4, T=6, num_groups=4, generator=draw)
 model = DistributedDataParallel(net)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-dst = DSTScheduler(model, optimizer, interval=2, fraction=0.3, prune="hebb", process_group=dist.group.WORLD)
+dst = DSTScheduler(model, optimizer, interval=2, fraction=0.3, prune="hebb")
 data = torch.Generator().manual_seed(2)
 for _ in range(4):
     x, labels = 3 * torch.rand(8, 16, generator=data), torch.randint(4, (8,), generator=data)
@@ -394,6 +396,38 @@ def test_the_scheduler_in_ones_own_loop(tmp_path):
             torch.testing.assert_close(first[name], tensor, rtol=1e-5, atol=1e-6)  # another order of sums
         else:
             assert torch.equal(first[name], tensor), name
+
+
+PARTING = """
+import torch
+import torch.distributed as dist
+from g2gnet import DSTScheduler, G2GNet
+from g2gnet.distributed import DistributedError
+
+dist.init_process_group("gloo")
+messages = []
+for options in ({}, {"process_group": None}):
+    net = G2GNet(16, 32, 4, block_size=4, T=6, num_groups=4, generator=torch.Generator().manual_seed(1))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    dst = DSTScheduler(net, optimizer, interval=1, fraction=0.3, grow="random", **options)
+    with torch.no_grad():  # as if nobody had averaged the gradients
+        net.fc2.values *= torch.rand(net.fc2.values.shape, generator=torch.Generator().manual_seed(dist.get_rank()))
+    try:
+        dst.step()
+        messages.append("rewired")
+    except DistributedError as error:
+        messages.append(str(error))
+print(*messages, sep="; ", flush=True)
+dist.destroy_process_group()
+"""
+
+
+def test_processes_that_part_are_told_and_one_that_says_so_is_alone(tmp_path):
+    program = tmp_path / "parting.py"
+    program.write_text(PARTING)
+    done = launch(2, program, folder=tmp_path / "printed")
+    assert done.statuses == [0, 0], done.stderr
+    assert done.stdout == "the wiring after step 1 of rank 1 is not that of rank 0; rewired\n" * 2
 
 
 # --- files that several processes need ----------------------------------------------------------------------------

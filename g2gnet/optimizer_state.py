@@ -1,0 +1,192 @@
+"""What an optimizer keeps of weights, and how that of grown units begins anew, whatever the optimizer is.
+
+Known are states of the weights' shape (moments, slow weights), also with dimensions before it, and the codes of 8-bit
+optimizers (bitsandbytes), wherever they are in a nest of wrapped optimizers. What they begin with is found out: an
+optimizer of the same class takes two steps on weights of its own. Of a state of another shape nobody knows which of its
+numbers belong to which unit: it is refused, unless the user says how.
+"""
+
+import inspect
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+#: ``reset_state(optimizer, values, fresh)``: resets the state of those units of the packed weights ``values`` that are
+#: new, where ``fresh``, bool [num_units], is true
+ResetState = Callable[[Any, torch.nn.Parameter, torch.Tensor], None]
+
+#: what 8-bit optimizers keep beside their codes: tables and scales, of whole blocks of codes
+_BESIDE_CODES = re.compile(r"(qmap|absmax|max|new_max|gnorm_vec|unorm_vec)\d*")
+
+
+class _Kept(NamedTuple):
+    """A tensor that an optimizer keeps of weights, with one number for each of them."""
+
+    name: str
+    tensor: torch.Tensor
+    table: torch.Tensor | None  # of an 8-bit state, the number that each code stands for
+
+
+class OptimizerState:
+    """The state of all optimizers that there are in one, for the weights of rewired layers.
+
+    Args:
+        optimizer: an optimizer, or what wraps one or several, as attributes of any name (``base_optimizer``,
+            ``optimizer``), in lists or dicts.
+        weights: the packed weights of the layers.
+        reset: resets what is not known here.
+
+    Raises:
+        ValueError: for a state that cannot be reset, with its name.
+    """
+
+    def __init__(self, optimizer: Any, weights: Iterable[torch.nn.Parameter], reset: ResetState | None = None) -> None:
+        self._optimizer = optimizer
+        self._reset = reset
+        #: by the names of class and state, what the state begins with, where that is known; else it is zero
+        self._begins: dict[tuple[str, str], float] = {}
+        weights = list(weights)
+        for parameter in weights:
+            self.check(parameter)
+        for inner in self._every():
+            if not _inside(inner):
+                self._try(inner, weights)
+
+    def _every(self) -> Iterator[Any]:
+        """The optimizer and all that it wraps."""
+        pending, seen = [self._optimizer], set()
+        while pending:
+            optimizer = pending.pop()
+            if id(optimizer) not in seen:
+                seen.add(id(optimizer))
+                yield optimizer
+                pending += _inside(optimizer)
+
+    def check(self, parameter: torch.nn.Parameter) -> None:
+        """Raises ValueError if the state of this parameter cannot be reset."""
+        for inner in self._every():
+            self._check(inner, _state_of(inner, parameter), parameter.shape)
+
+    def _check(self, optimizer: Any, state: dict[str, Any], shape: torch.Size) -> None:
+        unknown = sorted(_unknown(state, shape))
+        if unknown and self._reset is None:
+            raise ValueError(
+                f"{type(optimizer).__name__} keeps {', '.join(unknown)} in other shapes than that of the weights, "
+                f"{list(shape)}: what belongs to units that grow is not known; give reset_state=, a function "
+                "(optimizer, values, fresh), or take an optimizer whose states have the weights' shape (SGD, Adam, ...)"
+            )
+
+    def _try(self, optimizer: Any, weights: list[torch.nn.Parameter]) -> None:
+        """Lets an optimizer of this class take a step without and one with a gradient, on weights of its own."""
+        group_of = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+        held = [parameter for parameter in weights if id(parameter) in group_of]
+        if not held:
+            return
+        like = max(held, key=torch.numel)
+        parameter = torch.nn.Parameter(torch.zeros_like(like))
+        try:
+            known = inspect.signature(type(optimizer).__init__).parameters
+            options = {name: value for name, value in group_of[id(like)].items() if name in known and name != "params"}
+            with torch.random.fork_rng([like.device] if like.is_cuda else []), torch.enable_grad():
+                twin = type(optimizer)([parameter], **options)
+                first = _step(twin, parameter, 0.0)
+                begins = {
+                    (type(optimizer).__name__, kept.name): float(kept.tensor.flatten()[0])
+                    for kept in _kept(first, like.shape)
+                    if kept.table is None and _constant(kept.tensor)
+                }
+                second = _step(twin, parameter, 1.0)
+        except Exception:  # a class that cannot be made like this is looked at when it has a state
+            return
+        self._begins |= begins
+        self._check(optimizer, second, like.shape)
+
+    def reset_(self, parameter: torch.nn.Parameter, slots: torch.Tensor, really: torch.Tensor) -> None:
+        """Begins the state of some slots anew if ``really``, a bool scalar. Does not wait for the device."""
+        for inner in self._every():
+            for name, tensor, table in _kept(_state_of(inner, parameter), parameter.shape):
+                begin: Any = self._begins.get((type(inner).__name__, name), 0.0)
+                if table is not None:
+                    begin = table.abs().argmin().to(tensor)
+                place = slots.to(tensor.device)
+                now = tensor[..., place, :, :]
+                tensor[..., place, :, :] = torch.where(really.to(tensor.device), begin, now).to(tensor.dtype)
+        if self._reset is not None:
+            fresh = torch.zeros(len(parameter), dtype=torch.bool, device=slots.device)
+            fresh[slots] = really
+            self._reset(self._optimizer, parameter, fresh)
+
+
+def _inside(optimizer: Any) -> list[Any]:
+    """The optimizers that one has as attributes."""
+    found = []
+    for value in getattr(optimizer, "__dict__", {}).values():
+        inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
+        found += [each for each in inside if hasattr(each, "param_groups") and hasattr(each, "step")]
+    return found
+
+
+def _state_of(optimizer: Any, parameter: torch.nn.Parameter) -> dict[str, Any]:
+    state = getattr(optimizer, "state", None)
+    own = state.get(parameter) if isinstance(state, dict) else None
+    return own if isinstance(own, dict) else {}
+
+
+def _of_weights(tensor: torch.Tensor, shape: torch.Size) -> bool:
+    return tensor.shape[-len(shape) :] == shape
+
+
+def _kept(state: dict[str, Any], shape: torch.Size) -> Iterator[_Kept]:
+    """The tensors of a parameter's state that have a number for each weight, and are known."""
+    for name, value in state.items():
+        if not isinstance(value, torch.Tensor) or not _of_weights(value, shape):
+            continue
+        table = state.get(name.replace("state", "qmap"))
+        if value.is_floating_point() or value.dtype == torch.bool:
+            yield _Kept(name, value, None)
+        elif isinstance(table, torch.Tensor) and "state" in name:
+            yield _Kept(name, value, table)
+
+
+def _unknown(state: dict[str, Any], shape: torch.Size) -> list[str]:
+    """The names of what a parameter's state has beside: tensors of more than one number."""
+    known = {kept.name for kept in _kept(state, shape)}
+    coded = any(kept.table is not None for kept in _kept(state, shape))
+    return [
+        name
+        for name, value in state.items()
+        if name not in known
+        and not (coded and _BESIDE_CODES.fullmatch(name))
+        and any(tensor.numel() > 1 for tensor in _tensors(value))
+    ]
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(each)
+
+
+def _constant(tensor: torch.Tensor) -> bool:
+    return tensor.numel() > 0 and bool((tensor == tensor.flatten()[0]).all())
+
+
+def _step(optimizer: Any, parameter: torch.nn.Parameter, gradient: float) -> dict[str, Any]:
+    """What an optimizer keeps of its one parameter, and of anything else, after a step with that gradient."""
+
+    def closure() -> torch.Tensor:
+        parameter.grad = torch.full_like(parameter, gradient)
+        return (parameter.detach() * gradient).sum()
+
+    closure()
+    optimizer.step(closure)
+    flat = {
+        f"state of {repr(key) if isinstance(key, str) else type(key).__name__}": value
+        for key, value in optimizer.state.items()
+        if key is not parameter
+    }
+    return {**_state_of(optimizer, parameter), **flat}

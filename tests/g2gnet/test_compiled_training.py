@@ -1,0 +1,159 @@
+"""Rewiring models that torch.compile has compiled, and schedulers that are copied and saved at any step."""
+
+import copy
+import io
+
+import pytest
+import torch
+from helpers import seeded
+from torch import nn
+
+from g2gnet import DSTScheduler, G2GNet, sparsify
+
+X = torch.rand(8, 30, generator=seeded(1)) * 3
+LABELS = torch.arange(8)
+RULES = [("hebb", "hebb"), ("set", "gradient")]
+
+
+def spiking():
+    return G2GNet(30, 40, 10, "mixer", block_size=3, T=4, generator=seeded(0))
+
+
+def perceptron():
+    torch.manual_seed(0)
+    return sparsify(nn.Sequential(nn.Linear(30, 40), nn.ReLU(), nn.Linear(40, 10)), block_size=4, generator=seeded(0))
+
+
+class Counting:
+    """A backend of torch.compile that counts what it compiles, and the runs of that."""
+
+    def __init__(self):
+        torch._dynamo.reset()
+        self.graphs = self.runs = 0
+
+    def __call__(self, graph, inputs):
+        self.graphs += 1
+
+        def run(*inputs):
+            self.runs += 1
+            return graph(*inputs)
+
+        return run
+
+
+def whole(model, backend):
+    return torch.compile(model, backend=backend, fullgraph=True)
+
+
+def in_place(model, backend):
+    model.compile(backend=backend, fullgraph=True)
+    return model
+
+
+def a_function(model, backend):
+    return torch.compile(lambda x: model(x), backend=backend)
+
+
+def train(parts, run, steps):
+    _, optimizer, dst = parts
+    for _ in range(steps):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(run(X), LABELS).backward()
+        optimizer.step()
+        dst.step()
+
+
+def parts(make, rules, interval):
+    model = make()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    return model, optimizer, DSTScheduler(model, optimizer, interval, 0.3, *rules)
+
+
+def same(one, other):
+    return all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+needs_stance = pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="PyTorch before 2.6")
+
+
+@needs_stance
+@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize("compiled", [whole, in_place, a_function])
+@pytest.mark.parametrize("make", [spiking, perceptron])
+def test_a_compiled_model_is_rewired_as_any_other(make, compiled, rules, plain_memory):
+    plain = parts(make, rules, interval=3)
+    train(plain, plain[0], 7)
+    others, backend = parts(make, rules, interval=3), Counting()
+    run = compiled(others[0], backend)
+    train(others, run, 7)
+    # compiled once (in place by two frames), and run so in all but the steps of two updates
+    assert (backend.graphs, backend.runs) in ((1, 5), (2, 10))
+    assert others[2].pruned == plain[2].pruned > 0
+    assert same(plain[0].state_dict(), others[0].state_dict())
+
+
+@needs_stance
+def test_a_scheduler_may_be_made_of_the_compiled_model_while_another_records(plain_memory):
+    """And what is compiled runs as compiled again once both have what they need, or are gone."""
+    models, backend = [spiking(), spiking()], Counting()
+    compiled = whole(models[0], backend)
+    first = DSTScheduler(compiled, torch.optim.SGD(models[0].parameters(), lr=0.1), interval=1, grow="hebb")
+    second = DSTScheduler(models[1], torch.optim.SGD(models[1].parameters(), lr=0.1), interval=2, grow="hebb")
+    compiled(X).square().sum().backward()
+    first.step()
+    assert first.pruned > 0
+    second.step()  # the next one is an update
+    del first
+    compiled(X)
+    assert backend.runs == 0
+    del second
+    compiled(X)
+    assert backend.runs == 1
+
+
+def test_without_a_way_to_run_it_uncompiled_a_compiled_model_is_refused(monkeypatch):
+    monkeypatch.delattr(torch.compiler, "set_stance", raising=False)
+    model = perceptron()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model[0].compile(backend="eager")
+    for of, name in ((model, "0"), (torch.compile(model, backend="eager"), "the model")):
+        with pytest.raises(
+            ValueError, match=rf"activity of {name} cannot be seen, since it is compiled .* PyTorch 2.6"
+        ):
+            DSTScheduler(of, optimizer)
+        DSTScheduler(of, optimizer, grow="random")
+
+
+def saved_and_read(everything):
+    file = io.BytesIO()
+    torch.save(everything, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, saved_and_read], ids=["deepcopy", "pickle"])
+def test_model_optimizer_and_scheduler_are_copied_together_at_any_step(duplicate, rules):
+    """Between steps and inside one, while an update is due or not: the copies go on as the originals do."""
+    originals = parts(spiking, rules, interval=2)
+    for step in range(4):
+        model, optimizer, dst = originals
+        between = duplicate(originals)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(X), LABELS).backward()
+        if step % 2 == 0 or rules[1] == "gradient":
+            optimizer.step()
+            inside = duplicate(originals)
+        else:
+            inside = duplicate(originals)
+            optimizer.step()
+            inside[1].load_state_dict(optimizer.state_dict())
+            inside[0].load_state_dict(model.state_dict())
+        dst.step()
+        inside[2].step()
+        train(between, between[0], 1)
+        for copies in (between, inside):
+            assert same(model.state_dict(), copies[0].state_dict())
+            assert copies[2].state_dict() == dst.state_dict()
+        originals = [originals, between, inside][step % 3]
+    assert originals[2].pruned > 0

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from g2g_kernels import BlockMask, GroupLayout, Neurons, SpikingLayer, g2g_stack
 from g2g_kernels.triton import runtime
 from g2gnet.cli import FlagError, add_json_flag, run_program
+from g2gnet.training.cuda_graph import CapturedStep
 
 from . import cli
 from .contender import autocast
@@ -85,16 +86,14 @@ def replayed(work: Callable[[], Any], device: torch.device) -> Callable[[], Any]
     """``work`` as a CUDA graph; itself on other devices."""
     if device.type != "cuda":
         return work
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            work()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    return graph.replay
+    captured, nothing = CapturedStep(lambda *_: work()), torch.empty(0, device=device)
+
+    def replay() -> None:
+        captured(nothing, nothing, None)
+
+    for _ in range(CapturedStep.WARM_UP + 1):
+        replay()
+    return replay
 
 
 def times(work: Callable[[], Any], device: torch.device, repeats: int) -> list[float]:

@@ -1,0 +1,153 @@
+"""Averages of networks that are rewired, by those who take averages: Lightning, timm, torch-ema, PyTorch."""
+
+import copy
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from timm.utils import ModelEmaV2, ModelEmaV3
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, TensorDataset
+from torch_ema import ExponentialMovingAverage
+
+from g2gnet import DSTScheduler, G2GNet
+from g2gnet.data import load_dataset
+
+DECAY, STEPS = 0.9, 80
+
+
+def network():
+    return G2GNet(784, 128, 10, block_size=10, T=8, enc_scale=3.0, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def data():
+    mini = load_dataset("fashionmnist-mini")
+    return [
+        (images.flatten(1).float() / images.max(), labels)
+        for images, labels in ((mini.train_images, mini.train_labels), (mini.test_images, mini.test_labels))
+    ]
+
+
+@torch.no_grad()
+def accuracy(model, test):
+    images, labels = test
+    return 100 * (model(images).argmax(1) == labels).float().mean().item()
+
+
+def layers(model):
+    return [(name, layer.mask.to_dense()) for name, layer in model.named_children() if name.startswith("fc")]
+
+
+def same_wiring(one, other):
+    return all(torch.equal(mine, theirs) for (_, mine), (_, theirs) in zip(layers(one), layers(other), strict=True))
+
+
+def train(net, data, after_step):
+    (images, labels), _ = data
+    optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
+    dst = DSTScheduler(net, optimizer, interval=20, fraction=0.2, grow="random")
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(STEPS - 5):  # the last update is a while ago, as at the end of most training
+        batch = torch.randint(len(images), (64,), generator=draw)
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(net(images[batch]), labels[batch]).backward()
+        optimizer.step()
+        after_step()
+        dst.step()
+    assert dst.pruned > 0
+
+
+AVERAGES = {
+    "AveragedModel": lambda net: AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(DECAY)),
+    "AveragedModel, buffers": lambda net: AveragedModel(
+        net, multi_avg_fn=get_ema_multi_avg_fn(DECAY), use_buffers=True
+    ),
+    "AveragedModel, equal weights, buffers": lambda net: AveragedModel(net, use_buffers=True),
+    "timm ModelEmaV2": lambda net: ModelEmaV2(net, decay=DECAY),
+    "timm ModelEmaV3": lambda net: ModelEmaV3(net, decay=DECAY),
+    "timm ModelEmaV3, one by one, without buffers": lambda net: ModelEmaV3(
+        net, decay=DECAY, foreach=False, exclude_buffers=True
+    ),
+}
+
+
+@pytest.mark.parametrize("make", AVERAGES.values(), ids=AVERAGES)
+def test_a_copy_that_is_averaged_is_rewired_with_the_network(make, data):
+    net = network()
+    average = make(net)
+    update = average.update_parameters if isinstance(average, AveragedModel) else average.update
+    train(net, data, lambda: update(net))
+    assert same_wiring(average.module, net)
+    reached = accuracy(average.module, data[1])
+    assert reached > accuracy(net, data[1]) - 5
+    again = network()
+    again.load_state_dict(copy.deepcopy(average.module.state_dict()))
+    assert accuracy(again, data[1]) == reached
+
+
+def test_a_list_of_averages_has_the_wiring_of_whom_it_is_copied_to(data):
+    net = network()
+    average = ExponentialMovingAverage(net.parameters(), decay=DECAY)
+    train(net, data, average.update)
+    plain, state = accuracy(net, data[1]), average.state_dict()
+    with average.average_parameters():
+        assert accuracy(net, data[1]) > plain - 10
+    assert accuracy(net, data[1]) == plain
+    again = network()
+    again.load_state_dict(net.state_dict())
+    other = ExponentialMovingAverage(again.parameters(), decay=DECAY)
+    other.load_state_dict(state)
+    other.copy_to(again.parameters())
+    with average.average_parameters():
+        assert accuracy(again, data[1]) == accuracy(net, data[1])
+
+
+class Module(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = network()
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.Adam(self.net.parameters(), lr=3e-3)
+        self.dst = DSTScheduler(self.net, optimizer, interval=20, fraction=0.2, grow="random")
+        return optimizer
+
+    def training_step(self, batch, _):
+        return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def on_train_batch_end(self, *_):
+        self.dst.step()
+
+    def validation_step(self, batch, _):
+        self.log("accuracy", 100 * (self.net(batch[0]).argmax(1) == batch[1]).float().mean())
+
+
+def test_lightnings_average_is_validated_and_saved(data):
+    train_data, test_data = (TensorDataset(images, labels) for images, labels in data)
+    module, callback = Module(), EMAWeightAveraging(decay=DECAY)
+    trainer = L.Trainer(
+        max_steps=STEPS,
+        accelerator="cpu",
+        devices=1,
+        callbacks=[callback],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
+    trainer.fit(
+        module,
+        DataLoader(train_data, 64, shuffle=True, generator=torch.Generator().manual_seed(0)),
+        DataLoader(test_data, len(test_data)),
+    )
+    assert module.dst.pruned > 0
+    trainer.save_checkpoint("last.ckpt")
+    again = Module()
+    again.load_state_dict(torch.load("last.ckpt", weights_only=False)["state_dict"])
+    reached = accuracy(again.net, data[1])
+    assert reached > 50
+    # at the end of the fit the module is the average
+    assert same_wiring(again.net, module.net)
+    assert accuracy(module.net, data[1]) == reached

@@ -181,7 +181,7 @@ def hooked(model):
 
 
 def saved_otherwise(model):
-    model[0].register_state_dict_post_hook(lambda *_: None)
+    model[0].register_state_dict_pre_hook(lambda *_: None)
 
 
 def called_otherwise(model):

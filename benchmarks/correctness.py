@@ -53,8 +53,8 @@ def error(actual: torch.Tensor, exact: torch.Tensor) -> float:
     """The relative error as this module defines it; NaN if ``actual`` is not finite."""
     actual, exact = actual.cpu().double(), exact.double()
     scale = exact.abs().sum()
-    if actual.dim() == 0:
-        exact = exact.sum()
+    if actual.numel() == 1:  # one for all neurons of a layer, of shape [] or [1]
+        actual, exact = actual.reshape(()), exact.sum()
     if actual.shape != exact.shape:
         return math.nan
     difference = (actual - exact).abs().sum()

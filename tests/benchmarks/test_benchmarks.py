@@ -230,6 +230,7 @@ def test_a_gradient_outside_the_mask_is_an_error_unless_the_contender_is_dense(p
 def test_the_error_of_a_sum_is_measured_by_its_terms():
     terms = torch.tensor([5.0, -5.0, 0.1])
     assert error(torch.tensor(0.2), terms) == pytest.approx(0.1 / 10.1)
+    assert error(torch.tensor([0.2]), terms) == pytest.approx(0.1 / 10.1)  # one for all neurons, of shape [1]
     assert error(torch.tensor([5.0, -5.0, 0.2]), terms) == pytest.approx(0.1 / 10.1)
     assert math.isnan(error(torch.zeros(2), terms))
 

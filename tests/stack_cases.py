@@ -54,10 +54,11 @@ class Stack:
         draw = seeded(seed + 100)
         self.steps = steps
         self.dropped = [
-            torch.rand(batch, size, generator=seeded(seed + 200)) < dropout if dropout else None for size in SIZES[1:]
+            torch.rand(batch, case.out_size, generator=seeded(seed + 200)) < dropout if dropout else None
+            for case in cases
         ]
         self.masks = [case.mask(seed=seed + number, **density) for number, case in enumerate(cases)]
-        shape = (batch, SIZES[0]) if steps else (T, batch, SIZES[0])
+        shape = (batch, cases[0].in_size) if steps else (T, batch, cases[0].in_size)
         self.tensors = {"x": torch.rand(shape, generator=draw) * 2}
         for number, mask in enumerate(self.masks):
             neurons = mask.shape[0]

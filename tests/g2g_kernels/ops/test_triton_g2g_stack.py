@@ -61,39 +61,50 @@ def test_errors_are_at_most_1_5_times_those_of_plain_pytorch(way, steps):
     ratios.check(cases=len(RESETS) * len(SURROGATES))
 
 
-def exact_in_half(cases, steps: int | None) -> Stack:
-    """A stack whose currents are exact in float16, so that all dtypes have the same spikes; only gradients round."""
-    for seed in range(20):
-        stack = Stack(cases, steps, seed=1000 * seed)
-        for name, tensor in stack.tensors.items():
-            if name.startswith("values"):
-                tensor.copy_((tensor * 16).round().clamp(-8, 8) / 16)
-            elif name.startswith(("x", "bias")):
-                tensor.copy_((tensor * 4).round() / 4)
-            else:
-                tensor.copy_(tensor.half())
-        if clear_of_thresholds(stack, "subtract"):
-            return stack
-    raise AssertionError("no draw is clear of thresholds")
+def rounded(stack: Stack, dtype: torch.dtype) -> Stack:
+    """The stack with currents exact in 16 bits, so that all dtypes have the same spikes; only gradients round."""
+    grid = 1 if dtype == torch.bfloat16 else 4  # eight bits of a current are 16ths below 16
+    for name, tensor in stack.tensors.items():
+        if name.startswith("values"):
+            tensor.copy_((tensor * 16).round().clamp(-8, 8) / 16)
+        elif name.startswith("x"):
+            tensor.copy_((tensor * grid).round() / grid)
+        elif name.startswith("bias"):
+            tensor.copy_((tensor * 4).round() / 4)
+        else:
+            tensor.copy_(tensor.to(dtype))
+    return stack
 
 
+def exact_in(dtype: torch.dtype, cases, steps: int | None) -> Stack:
+    draws = (rounded(Stack(cases, steps, seed=1000 * k), dtype) for k in range(20))
+    return next(stack for stack in draws if clear_of_thresholds(stack, "subtract"))
+
+
+#: the interpreter's bfloat16 arithmetic is wrong
+HALF = [torch.float16] + ([torch.bfloat16] if not runtime.interpreted() else [])
+every_half = pytest.mark.parametrize("dtype", HALF, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+@every_half
 @pytest.mark.parametrize("steps", [None, T], ids=["varying", "held"])
-def test_float16(way, steps):
+def test_16_bits(way, steps, dtype):
     ratios = ErrorRatios()
     for cases in STACKS_OF_UNITS:
-        compare(ratios, exact_in_half(cases, steps), torch.float16)
+        compare(ratios, exact_in(dtype, cases, steps), dtype)
     ratios.check(cases=len(STACKS_OF_UNITS))
 
 
-def test_autocast_to_float16(way):
+@every_half
+def test_autocast(way, dtype):
     """float32 parameters get float32 gradients; counts and rates are float32."""
     ratios = ErrorRatios()
     for cases, steps in itertools.product(STACKS_OF_UNITS, (None, T)):
-        stack = exact_in_half(cases, steps)
+        stack = exact_in(dtype, cases, steps)
         exact = stack.run(torch.float64, "torch")
         results = {}
         for name in ("torch", "triton"):
-            with torch.autocast(device_of(name), torch.float16):
+            with torch.autocast(device_of(name), dtype):
                 results[name] = stack.run(torch.float32, name)
         for name, actual in results["triton"].items():
             if name.startswith(("spikes", "counts")):
@@ -109,6 +120,34 @@ def test_autocast_to_float16(way):
 )
 def test_from_no_neuron_that_passes_a_gradient_on_to_all(way, surrogate, alpha, steps, batch):
     check_compact("triton", STACKS["ragged index"], surrogate, alpha, steps, batch)
+
+
+#: units of 64, groups of 98 inputs and 2 outputs: what the kernels of the default network are compiled for
+DEFAULT = (MaskCase(128, 196, 2, "index", "index", 64), MaskCase(128, 128, 2, "index", "index", 64),
+           MaskCase(4, 128, 2, "index", "index", 64))  # fmt: skip
+
+
+@pytest.mark.passes
+@pytest.mark.skipif(runtime.interpreted(), reason="the interpreter's bfloat16 arithmetic is wrong")
+def test_the_kernels_of_a_default_step(way):
+    """Two segments of ten steps; tiles of samples that are not full."""
+    draws = (rounded(Stack(DEFAULT, 20, per_neuron=False, seed=k, batch=48), torch.bfloat16) for k in range(20))
+    for stack in draws:
+        exact, plain = (stack.run(dtype, "torch") for dtype in (torch.float64, torch.float32))
+        if all(torch.equal(exact[f"spikes{k}"], plain[f"spikes{k}"].double()) for k in range(3)):
+            break
+    results = {}
+    for name in ("torch", "triton"):
+        with torch.autocast(device_of(name), torch.bfloat16):
+            results[name] = stack.run(torch.float32, name)
+    for name, expected in exact.items():
+        actual, plain = (results[backend][name] for backend in ("triton", "torch"))
+        if name.startswith(("spikes", "counts")):
+            assert torch.equal(actual.double(), expected), name
+            assert expected.any(), name
+        else:
+            # bfloat16 rounding; a single number's error scatters
+            assert rms(actual - expected) <= max(0.01 * rms(expected), 1.5 * rms(plain - expected)), name
 
 
 @pytest.mark.parametrize("steps", [1, 10, 11, 50])
@@ -233,6 +272,7 @@ def test_layers_are_fused_where_that_fills_the_device(monkeypatch):
 # --- operators ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.driver
 def test_operator_registration(way, plain_memory):
     from g2g_kernels.ops.g2g_stack import triton
 
@@ -252,6 +292,7 @@ def test_operator_registration(way, plain_memory):
         triton.BACKWARD.opcheck(StackBackward(call, tuple(spikes), tuple(kept), *grads, True))
 
 
+@pytest.mark.driver
 def test_a_network_compiles_with_a_full_graph(way):
     device = device_of("triton")
     x = torch.rand(3, 20, generator=seeded(1)).to(device)

@@ -227,6 +227,7 @@ def test_results_are_reproducible():
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.driver
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("steps", [None, 11], ids=["varying", "held"])
 def test_opcheck(steps, model, plain_memory):
@@ -246,6 +247,7 @@ def test_opcheck(steps, model, plain_memory):
         BACKWARD.opcheck(NeuronsBackward(detached, kept, torch.ones_like(spikes), (True,) * len(own) + (False,)))
 
 
+@pytest.mark.driver
 def test_a_layer_compiles_with_a_full_graph(plain_memory):
     """torch.compile sees one operator: no break in the graph, the same spikes and gradients."""
     torch.compiler.reset()
@@ -268,7 +270,7 @@ def test_a_layer_compiles_with_a_full_graph(plain_memory):
         ({"current": torch.zeros(4, 0, 5, device=DEVICE)}, "needs currents that are not empty"),
         ({"current": torch.zeros(4, 2, 5, dtype=torch.float64, device=DEVICE)}, "not torch.float64"),
         ({"beta": torch.zeros(1, dtype=torch.float64, device=DEVICE)}, "not torch.float64"),
-        ({"current": torch.zeros(4, 2, 5, device="meta")}, "not on meta"),
+        pytest.param({"current": torch.zeros(4, 2, 5, device="meta")}, "not on meta", marks=pytest.mark.driver),
         ({"current": torch.zeros(1, 1, 1).expand(3, 1 << 16, 1 << 15)}, "serves less than 2³¹"),
     ],
     ids=["empty", "double", "double beta", "device", "huge"],

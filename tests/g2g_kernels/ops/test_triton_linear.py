@@ -213,19 +213,24 @@ def test_autocast_to_float16():
     ratios.check(cases=len(CASES))
 
 
-def test_what_the_kernels_cannot_serve_is_refused_with_the_reason():
+@pytest.mark.parametrize(
+    ("to", "reason"),
+    [
+        (torch.float64, "needs float32, float16 or bfloat16 tensors, not torch.float64"),
+        (torch.float16, r"needs x and values of one dtype \(or autocast\), not torch.float16"),
+        pytest.param("meta", f"needs tensors on {device_of('triton')}, not on meta", marks=pytest.mark.driver),
+    ],
+    ids=["double", "half", "device"],
+)
+def test_what_the_kernels_cannot_serve_is_refused_with_the_reason(to, reason):
     device = device_of("triton")
     mask = sparse_mask(CASES["units of 16, whole"]).to(device)
     x, values, bias = (tensor.to(device) for tensor in inputs(mask, 3))
-    for arguments, reason in (
-        ((x.double(), values, mask, bias), "needs float32, float16 or bfloat16 tensors, not torch.float64"),
-        ((x.half(), values, mask, bias), r"needs x and values of one dtype \(or autocast\), not torch.float16"),
-        ((x.to("meta"), values, mask, bias), f"needs tensors on {device}, not on meta"),
-    ):
-        with pytest.raises(BackendError, match=f"cannot serve this call of g2g_linear: triton: {reason}"):
-            g2g_linear(*arguments, backend="triton")
+    with pytest.raises(BackendError, match=f"cannot serve this call of g2g_linear: triton: {reason}"):
+        g2g_linear(x.to(to), values, mask, bias, backend="triton")
 
 
+@pytest.mark.driver
 @pytest.mark.parametrize("name", ["units of 16, ragged", "single weights"])
 def test_operator_registration(name, plain_memory):
     from g2g_kernels.ops.g2g_linear import triton
@@ -239,6 +244,7 @@ def test_operator_registration(name, plain_memory):
     triton.BACKWARD.opcheck(LinearBackward(call, grad_y, (True, True, True)))
 
 
+@pytest.mark.driver
 def test_compiled_with_a_full_graph():
     device = device_of("triton")
     mask = sparse_mask(CASES["units of 16, ragged"]).to(device)

@@ -1,0 +1,271 @@
+"""Faults put into the Triton kernels, and which lane finds each: the table of ``docs/kernel-checks.md``.
+
+``python tests/kernel_mutations.py`` writes it, with the Python of the environment that ``tests/execute_kernels.sh``
+makes. Every fault is put into a copy of the repository, whose tests then run in three lanes: executed from the IR, in
+Triton's interpreter, and compiled ahead of time (``tests/benchmarks/test_aot.py``).
+"""
+
+import argparse
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs/kernel-checks.md"
+LINEAR, STACK, NEURONS = (f"g2g_kernels/ops/{name}/triton.py" for name in ("g2g_linear", "g2g_stack", "neurons"))
+NEURON = "g2g_kernels/triton/neuron.py"
+TESTS = "tests/g2g_kernels/ops/test_triton_{}.py"
+MISSED = "—"
+
+
+class Mutation(NamedTuple):
+    """A fault.
+
+    Attributes:
+        fault: what is wrong.
+        file: of the kernel.
+        edits: pairs of text that is there once and what takes its place.
+        tests: the test file and an expression for its tests that launch the kernel.
+    """
+
+    fault: str
+    file: str
+    edits: tuple[tuple[str, str], ...]
+    tests: tuple[str, str]
+
+    def text(self, root: Path) -> str:
+        """The file with the fault in it.
+
+        Raises:
+            ValueError: for text that is not there once.
+        """
+        text = (root / self.file).read_text(encoding="utf-8")
+        for before, after in self.edits:
+            if text.count(before) != 1:
+                raise ValueError(f"{self.fault}: {self.file} has {text.count(before)} times, not once: {before}")
+            text = text.replace(before, after)
+        return text
+
+    def line(self, root: Path) -> int:
+        """Where the first edit is."""
+        text = (root / self.file).read_text(encoding="utf-8")
+        return text[: text.index(self.edits[0][0])].count("\n") + 1
+
+
+PADDING = "linear", "padding or rows_and_columns or one_gradient_alone"
+PARTS = "linear", "sums_over_many"
+BY_LIF = "lif", "no_particular_strides or counts_rates or reproducible or one_step_by_hand"
+BY_STACK = "g2g_stack", "test_numbers_of_steps"
+
+MUTATIONS = (
+    Mutation(
+        "a store without its mask of samples",
+        LINEAR,
+        (("element_ty), mask=m_ok[:, None] & n_ok[None, :])", "element_ty), mask=n_ok[None, :])"),),
+        PADDING,
+    ),
+    Mutation(
+        "a store without its mask of time steps",
+        NEURONS,
+        (("spike.to(spikes.dtype.element_ty), mask=now)", "spike.to(spikes.dtype.element_ty), mask=inside)"),),
+        BY_LIF,
+    ),
+    Mutation(
+        "a load without its mask of samples",
+        STACK,
+        (("mask=(b < batch)[:, None] & x_ok[None, :], other=0\n", "mask=x_ok[None, :], other=0\n"),),
+        BY_STACK,
+    ),
+    Mutation(
+        "slots as far apart as whole tiles",
+        LINEAR,
+        (("values + slot * (N * K) + k[:, None] + n", "values + slot * (BLOCK_N * BLOCK_K) + k[:, None] + n"),),
+        PADDING,
+    ),
+    Mutation(
+        "the transpose of the input gradient left out",
+        LINEAR,
+        (("slot * (N * K) + k[:, None] * N + n[None, :]", "slot * (N * K) + k[:, None] + n[None, :] * K"),),
+        PADDING,
+    ),
+    Mutation(
+        "a checkpoint a segment too far",
+        NEURONS,
+        (("tl.store(checkpoints + ((segment - 1) * STATES", "tl.store(checkpoints + (segment * STATES"),),
+        BY_LIF,
+    ),
+    Mutation(
+        "programs that add to one tile without atomics",
+        NEURONS,
+        (
+            (
+                "tl.store(partial + tl.program_id(0) * neurons + neuron, tl.sum(tile, 0), mask=neuron < neurons)",
+                "here = partial + neuron\n"
+                "        total = tl.load(here, mask=neuron < neurons, other=0.0) + tl.sum(tile, 0)\n"
+                "        tl.store(here, total, mask=neuron < neurons)",
+            ),
+            ("run.current.new_empty(shape, dtype=torch.float32)", "run.current.new_zeros(shape, dtype=torch.float32)"),
+        ),
+        BY_LIF,
+    ),
+    Mutation(
+        "programs that store to one tile",
+        STACK,
+        (("here = tl.program_id(0) * neurons + n\n", "here = n\n"),),
+        ("g2g_stack", "test_more_samples_than_a_tile and fused"),
+    ),
+    Mutation(
+        "an accumulator in memory that nobody wrote",
+        LINEAR,
+        (
+            (
+                "tl.store(address, total, mask=(r < R)[:, None] & c_ok[None, :])",
+                "total += tl.load(address, mask=(r < R)[:, None] & c_ok[None, :], other=0.0)\n"
+                "    tl.store(address, total, mask=(r < R)[:, None] & c_ok[None, :])",
+            ),
+        ),
+        PADDING,
+    ),
+    Mutation(
+        "a sum in float16",
+        LINEAR,
+        (
+            (
+                "total = tl.dot(x_tile.to(weights.dtype), weights, total, input_precision=PRECISION)",
+                "total = tl.dot(x_tile.to(weights.dtype), weights, total, input_precision=PRECISION)\n"
+                "        total = total.to(tl.float16).to(tl.float32)",
+            ),
+        ),
+        PADDING,
+    ),
+    Mutation(
+        "parts of a sum that overlap",
+        LINEAR,
+        (("tl.minimum((part + 1) * samples_of_part, samples), BLOCK_S)", "samples, BLOCK_S)"),),
+        PARTS,
+    ),
+    Mutation("U ≥ θ instead of U > θ", NEURON, (("return membrane > theta", "return membrane >= theta"),), BY_LIF),
+    Mutation(
+        "decay and current contracted to one rounding",
+        NEURON,
+        (('EXACT = {"enable_fp_fusion": False}', 'EXACT = {"enable_fp_fusion": True}'),),
+        ("lif", "rounded_before or to_the_last_bit"),
+    ),
+    Mutation(
+        "offsets in 32 bits",
+        LINEAR,
+        (("// (num_n * TILES_N)).to(tl.int64) * BLOCK_M", "// (num_n * TILES_N)) * BLOCK_M"),),
+        PADDING,
+    ),
+    Mutation(
+        "more stages than shared memory holds",
+        LINEAR,
+        (("in (x, products) else (64, 3)", "in (x, products) else (64, 12)"),),
+        PADDING,
+    ),
+)
+
+
+def run(copy: Path, *arguments: str) -> str:
+    """What pytest prints in a copy of the repository."""
+    environment = os.environ | {"PYTHONPATH": f"{copy}:{copy / 'tests'}", "OMP_NUM_THREADS": "1"}
+    environment["TRITON_CACHE_DIR"] = str(copy / "triton-cache")
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-x", "--tb=short", "-p", "no:cacheprovider", *arguments]
+    result = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+    return result.stdout + result.stderr + f"\nexit {result.returncode}"
+
+
+def finding(output: str) -> str:
+    """What a lane reports: the kernel's line where there is one, else the test that fails and the kernels it ran."""
+    if output.rstrip().endswith("exit 0"):
+        return MISSED
+    fault = re.search(r"KernelFault: kernel `\w+`, launch \d+: `(\w+\.py:\d+): .*?`:? (.{0,60})", output)
+    if fault:
+        line, words = fault.groups()
+        what = next((word for word in ("writes", "reads") if words.startswith(word)), "race")
+        return f"{what}{'' if what == 'race' else ' out of bounds'} at `{line}`"
+    if "exit 1" not in output.splitlines()[-1]:
+        return "the process dies, without a line"
+    test = re.search(r"^FAILED \S+::(\w+)", output, re.MULTILINE)
+    kernels = re.findall(r"^(\w+), \S+\.py:\d+$", output, re.MULTILINE)
+    failed = f"`{test[1]}` fails" if test else "fails"
+    return failed + (f", with `{'`, `'.join(kernels)}`" if kernels else "")
+
+
+@contextlib.contextmanager
+def copy_with(mutations: Sequence[Mutation]) -> Iterator[Path]:
+    """A copy of the repository with faults in it."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "g2g"
+        for name in ("g2g_kernels", "g2gnet", "benchmarks", "tests"):
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        for mutation in mutations:
+            (copy / mutation.file).write_text(mutation.text(copy), encoding="utf-8")
+        yield copy
+
+
+def executed(mutation: Mutation) -> str:
+    file, tests = mutation.tests
+    with copy_with([mutation]) as copy:
+        options = "-p", "kernel_execution", "-m", "not driver and not passes"
+        return finding(run(copy, *options, TESTS.format(file), "-k", tests))
+
+
+def interpreted(mutation: Mutation) -> str:
+    file, tests = mutation.tests
+    with copy_with([mutation]) as copy:
+        return finding(run(copy, TESTS.format(file), "-k", tests))
+
+
+def compiled(mutations: Sequence[Mutation]) -> Iterator[tuple[Mutation, str]]:
+    """Faults are compiled together, and by halves where something is found."""
+    with copy_with(mutations) as copy:
+        found = finding(run(copy, "tests/benchmarks/test_aot.py", "-k", "default_step"))
+    if found == MISSED or len(mutations) == 1:
+        yield from ((mutation, found) for mutation in mutations)
+    else:
+        for half in (mutations[: len(mutations) // 2], mutations[len(mutations) // 2 :]):
+            yield from compiled(half)
+
+
+def write(mutation: Mutation, lane: int, found: str) -> None:
+    """Puts a finding into the row of the table."""
+    print(f"{LANES[lane]}: {mutation.fault}: {found}", flush=True)
+    lines = PAGE.read_text(encoding="utf-8").splitlines(keepends=True)
+    (at,) = (number for number, line in enumerate(lines) if line.startswith(f"| {mutation.fault} |"))
+    cells = lines[at].strip("| \n").split(" | ")
+    cells[1] = f"`{mutation.file.removeprefix('g2g_kernels/').removeprefix('ops/')}:{mutation.line(ROOT)}`"
+    cells[2 + lane] = found
+    lines[at] = f"| {' | '.join(cells)} |\n"
+    PAGE.write_text("".join(lines), encoding="utf-8")
+
+
+LANES = "executed", "interpreted", "compiled"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("words", nargs="*", help="faults that have one of these words (default: all)")
+    parser.add_argument("--lanes", nargs="+", default=LANES, choices=LANES)
+    arguments = parser.parse_args()
+    words = arguments.words or [""]
+    chosen = [mutation for mutation in MUTATIONS if any(word in mutation.fault for word in words)]
+    for lane, find in enumerate((executed, interpreted)):
+        if LANES[lane] in arguments.lanes:
+            for mutation in chosen:
+                write(mutation, lane, find(mutation))
+    if "compiled" in arguments.lanes:
+        for mutation, found in compiled(chosen):
+            write(mutation, 2, found)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,12 +1,12 @@
 """Redraws every measured table and picture of the documentation from the records: ``python -m benchmarks.redraw``.
 
-A page marks the places of its drawn parts with ``<!-- drawn: NAME -->`` and ``<!-- end -->``. NAME is ``step`` or
+A page marks its drawn parts with ``<!-- drawn: NAME -->`` and ``<!-- end -->``. NAME is ``step`` or
 another kernel of the default network (``step, in short`` is a sentence; ``step, block_size 1`` and the like are of
 other networks), ``scaling-p_inter`` or another quantity, ``accuracy``, ``model_comparison`` (``…, in short``: a
 sentence), ``predictions`` or the name of a study. A part shows every such record in ``benchmarks/results``, whatever
 machine it is from, and is empty where there is none. Pictures lie in ``docs``, under the names of their records;
-``docs/draw_result.py`` draws one more. Numbers stand nowhere else, so a page cannot disagree with what was measured;
-``tests/benchmarks/test_benchmark_reports.py`` holds it to that.
+``docs/draw_result.py`` draws one more. Numbers are nowhere else, so a page cannot disagree with the measurements;
+``tests/benchmarks/test_benchmark_reports.py`` checks that.
 """
 
 import argparse
@@ -35,21 +35,21 @@ STUDIES = {
     module.STUDY.name: module.STUDY
     for module in (model_comparison, surrogate_study, recipe_study, dst_study, tradeoff_study)
 }
-#: what a throughput record is named after where it differs
+#: a throughput record's name contains these where they differ
 USUAL = {field.name: field.default for field in dataclasses.fields(Workload) if field.name in ("model", "block_size")}
 
 _PART = re.compile(r"(?<=<!-- drawn: )([^>]+)( -->\n)(.*?)(?=<!-- end -->)", re.DOTALL)
 
 
 class Record(NamedTuple):
-    """A record and the file that it is kept in."""
+    """A record and its file."""
 
     path: Path
     content: dict[str, Any]
 
     @property
     def name(self) -> str:
-        """What it measures: a kernel and how its network is not the default one, or another benchmark."""
+        """What it measures: a kernel and how its network differs from the default, or another benchmark."""
         benchmark = self.content["benchmark"]
         if benchmark == "throughput":
             workload = self.content["workload"]
@@ -59,7 +59,7 @@ class Record(NamedTuple):
 
     @property
     def picture(self) -> Path | None:
-        """Where its picture belongs, if it has one."""
+        """The path of its picture, if it has one."""
         if self.content["benchmark"] in PICTURED:
             return PICTURES / self.path.with_suffix(".png").name
         return None
@@ -71,7 +71,7 @@ def records(folder: Path = RESULTS) -> list[Record]:
 
 
 def redrawn(page: str, folder: Path, kept: Sequence[Record]) -> str:
-    """The text of a page that lies in ``folder`` with its drawn parts as the records have them.
+    """The text of a page in ``folder``, with its drawn parts from the records.
 
     Raises:
         ValueError: for a part of an unknown name.
@@ -96,7 +96,7 @@ Link = Callable[[Path], str]
 
 
 def _machine(record: Record, link: Link) -> str:
-    """Where and with what it was measured, and where to look it up."""
+    """Where and with what it was measured, and a link to the record."""
     machine = record.content["machine"]
     threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
     device = machine["gpu"] or f"{machine['cpu']} with {threads} ({machine['cpu_capability']})"
@@ -153,23 +153,23 @@ def _throughput(record: Record, link: Link) -> str:
 
 
 def _step_in_short(record: Record, link: Link) -> str:
-    """Our time beside the baseline's and that of the fastest of the others."""
+    """Our time against that of the baseline and of the fastest other contender."""
     content = record.content
     timed = {row["contender"]: row["median"] for row in content["contenders"] if row["status"] == "timed"}
     ours = next(timed[name] for name in ("g2g-triton", "g2g-cpu", "g2g-torch") if name in timed)
     others = {name: median for name, median in timed.items() if not name.startswith("g2g")}
     rivals = dict.fromkeys((content["baseline"], min(others, key=lambda name: others[name])))
     beside = [
-        f"{seconds(timed[name])} of {title(name)} (**{timed[name] / ours:.3g} times** as long)" for name in rivals
+        f"{seconds(timed[name])} for {title(name)} (**{timed[name] / ours:.3g} times** as long)" for name in rivals
     ]
     return (
-        f"**Speed.** A training step takes **{seconds(ours)}**, beside {' and '.join(beside)}: "
+        f"**Speed.** A training step takes **{seconds(ours)}**, against {' and '.join(beside)}: "
         f"{_workload(content['workload'])}. Measured on {_machine(record, link)}."
     )
 
 
 def _models_in_short(record: Record, link: Link) -> str:
-    """The accuracies of the four models as they are."""
+    """The accuracies of the four default models."""
     content = record.content
     means = [
         f"{row['row']} {study.spread(row['ends'], study.accuracy)} %"
@@ -265,7 +265,7 @@ def _predictions(record: Record, link: Link) -> str:
     )
 
 
-#: the parts that a page may ask for: the record's name, and who writes it
+#: the parts that a page may contain: the record's name, and the function that draws it
 PARTS: dict[str, tuple[str, Callable[[Record, Link], str]]] = {
     **{name: (name, _throughput) for name in KERNELS},
     "step, in short": ("step", _step_in_short),

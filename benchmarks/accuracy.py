@@ -1,9 +1,9 @@
 """Test accuracy against the time spent in training: ``python -m benchmarks.accuracy``.
 
-The dense network, a sparse one with a fixed graph and the same one with dynamic sparse training, each by the library's
-own trainer (the code behind ``train.py``) on the same data, with the same settings and seed, one after the other. The
-time is that of the training steps, the first included; evaluation stands outside. Another seed is another graph and
-other weights: give several to see what of a difference is chance.
+Trains the dense network, a sparse one with a fixed graph and the same one with dynamic sparse training, one after the
+other, with the library's own trainer (the code behind ``train.py``) on the same data, with the same settings and seed.
+The time is that of the training steps, including the first, without evaluation. Another seed means another graph and
+other weights: give several to see how much of a difference is chance.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from g2gnet.training.trainer import Trainer
 from . import cli, report
 from .machine import describe
 
-#: small enough for a few minutes on two cores; flags may override them
+#: small enough for a few minutes on two cores; flags override them
 DEFAULTS = {"model": "index", "T": 10, "epochs": 5, "dst_interval": 100}
 KINDS = ("dense", "static", "dynamic")
 
@@ -35,9 +35,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.set_defaults(**DEFAULTS)
     group = parser.add_argument_group("comparison")
     group.add_argument("--kinds", default=",".join(KINDS), metavar="A,B,...", help="which of dense, static, dynamic")
-    group.add_argument("--seeds", metavar="N,N,...", help="seeds, each of which gives one run a kind (default: --seed)")
+    group.add_argument("--seeds", metavar="N,N,...", help="seeds, each for one run per kind (default: --seed)")
     group = parser.add_argument_group("machine")
-    group.add_argument("--data_dir", default="data", metavar="DIR", help="where data sets lie (default: data)")
+    group.add_argument("--data_dir", default="data", metavar="DIR", help="directory of the data sets (default: data)")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, directml, mps, xpu or xpu:N")
     group.add_argument("--backend", default="auto", choices=("auto", *BACKENDS), help="kernels to use (default: auto)")
     cli.add_report_flags(parser)
@@ -78,7 +78,7 @@ def accuracy(arguments: argparse.Namespace) -> cli.Report:
 
 
 class Planned(NamedTuple):
-    """A run to be made: its kind (one of :data:`KINDS`) and its settings."""
+    """A planned run: its kind (one of :data:`KINDS`) and its settings."""
 
     kind: str
     settings: TrainSettings
@@ -88,10 +88,10 @@ def planned(arguments: argparse.Namespace) -> list[Planned]:
     """The runs in their order.
 
     Raises:
-        ValueError: for a kind that is none, or settings out of range.
+        ValueError: for an unknown kind, or settings out of range.
     """
     if arguments.model == "dense" or arguments.sparsity_mode != "static":
-        raise SettingsError("--model names the sparse network, and --kinds says dense, static or dynamic")
+        raise SettingsError("--model names the sparse network; choose dense, static or dynamic by --kinds")
     seeds = [arguments.seed] if arguments.seeds is None else list(cli.numbers(arguments.seeds, int))
     kinds = arguments.kinds.split(",")
     for kind in kinds:
@@ -124,7 +124,7 @@ def train(settings: TrainSettings, data: ImageData, machine: Machine, bar: tqdm)
 
 
 def table(record: dict[str, Any]) -> str:
-    """A row a run: the time of an epoch and the accuracy after each."""
+    """One row per run: the time per epoch and the accuracy after each."""
     numbers = [str(epoch["epoch"]) for epoch in record["runs"][0]["epochs"]]
     rows = [
         (
@@ -138,7 +138,7 @@ def table(record: dict[str, Any]) -> str:
 
 
 def csv_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row an epoch."""
+    """One row per epoch."""
     names = ("epoch", "wall_seconds", "train_loss", "train_acc", "test_acc")
     return [
         {"kind": run["kind"], "seed": run["seed"], **{name: epoch[name] for name in names}}

@@ -1,9 +1,8 @@
-"""Machine code of the Triton kernels for GPUs that are not at hand: ``python -m benchmarks.aot`` prints a table.
+"""Machine code of the Triton kernels for GPUs, without one: ``python -m benchmarks.aot`` prints a table.
 
 Every kernel that a training step launches is compiled at the tile sizes that the launch would choose, for NVIDIA's
-sm_80, sm_90 and sm_100 and AMD's gfx942 and gfx1100, and read: registers, stack, shared memory, how many programs fit
-on one multiprocessor, and which matrix instructions there are. Nothing is run: this says that the code is what it
-should be, not how long it takes.
+sm_80, sm_90 and sm_100 and AMD's gfx942 and gfx1100, and inspected: registers, stack, shared memory, programs per
+multiprocessor, and matrix instructions. Nothing is run: this checks the code, not its speed.
 """
 
 import argparse
@@ -32,8 +31,8 @@ class Target:
     """A kind of GPU.
 
     Attributes:
-        name: what compilers call it.
-        arch: Triton's number or name of it.
+        name: the compilers' name for it.
+        arch: Triton's number or name for it.
         warp: threads of a warp.
         shared: bytes of shared memory that one program may have.
         shared_of_sm: bytes that all programs on one multiprocessor share.
@@ -80,7 +79,7 @@ class Case:
     batch: int = 256
 
     def launches(self, target: Target) -> list[Launch]:
-        """What the step launches on such a card."""
+        """The launches of the step on such a card."""
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision(self.precision)
         try:
@@ -145,7 +144,7 @@ def line(cells: Sequence[str]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A launch's kernel as Triton's compiler takes it; equal for launches that share their machine code."""
+    """A launch's kernel in the form of Triton's compiler; equal for launches that share machine code."""
 
     kernel: Any
     signature: tuple
@@ -157,7 +156,7 @@ class Source:
 
 
 def source_of(launch: Launch, target: Target) -> Source:
-    """What Triton would compile for a launch on ``target``, by its own rules for specialising arguments."""
+    """What Triton would compile for a launch on ``target``, with its rules for specialising arguments."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
@@ -201,7 +200,7 @@ def compile_for(source: Source, target: Target) -> Any:
 
 
 def resources(compiled: Any, target: Target) -> tuple[int, int]:
-    """Registers a thread, and bytes of stack (AMD: scratch) a thread."""
+    """Registers and bytes of stack (AMD: scratch) per thread."""
     if target.backend == "hip":
         text = compiled.asm["amdgcn"]
         registers, stack = (
@@ -220,7 +219,7 @@ def resources(compiled: Any, target: Target) -> tuple[int, int]:
 
 
 def matrix_instructions(compiled: Any, target: Target) -> str:
-    """How many of the target's matrix instructions, or of those that tiles too small for them take; – for none."""
+    """The number of the target's matrix instructions, or of those for smaller tiles; – for none."""
     text = compiled.asm["ptx" if target.backend == "cuda" else "amdgcn"]
     for name in (target.matrix, "mma.sync"):
         number = len(re.findall(rf"^\s+(?:@%p\d+ )?(?:v_)?{re.escape(name)}", text, re.MULTILINE))
@@ -230,9 +229,10 @@ def matrix_instructions(compiled: Any, target: Target) -> str:
 
 
 def programs_of_sm(registers: int, shared: int, num_warps: int, target: Target) -> int:
-    """How many programs one multiprocessor holds at a time.
+    """The number of programs that one multiprocessor holds at a time.
 
-    Registers are handed out to warps by 8 a thread, shared memory by 1 KiB with 1 KiB for the system (NVIDIA).
+    Registers are allocated to warps in steps of 8 per thread, shared memory in steps of 1 KiB with 1 KiB for the system
+    (NVIDIA).
     """
     threads = num_warps * target.warp
     by_registers = target.registers_of_sm // (-(-registers // 8) * 8 * threads)
@@ -283,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError:
         parser.error("the package triton is not installed (pip install triton)")
     with tempfile.TemporaryDirectory() as cache:
-        os.environ["TRITON_CACHE_DIR"] = cache  # what an earlier run compiled is no evidence
+        os.environ["TRITON_CACHE_DIR"] = cache  # never use results of an earlier run
         print("# Machine code of the Triton kernels\n")
         print(f"Triton {triton.__version__}, `python -m benchmarks.aot`. Compiled, not run on a GPU.\n")
         print(line(HEADINGS))

@@ -1,4 +1,4 @@
-"""The flags that the benchmarks share, and what they do before measuring."""
+"""The benchmarks' shared flags, and the preparation before measuring."""
 
 import argparse
 import dataclasses
@@ -20,18 +20,18 @@ from . import report
 from .registry import PRECISIONS
 from .workload import Prepared, Workload, load, prepare
 
-#: the sizes of ``--quick``, which flags may still override
+#: the sizes of ``--quick``; flags override them
 QUICK = {"batch_size": 64, "T": 20, "hidden_dim": 1024}
 QUICK_REPEATS = 5
 
 
 def add_flags(parser: argparse.ArgumentParser, repeats: int) -> None:
-    """Adds the workload's sizes and where, how often and how to report."""
+    """Adds the flags of the workload, the device, the repeats and the reports."""
     default = {field.name: field.default for field in dataclasses.fields(Workload)}
     group = parser.add_argument_group("workload")
     for name, kind, text in (
-        ("batch_size", int, "images in a step"),
-        ("T", int, "time steps of a sample"),
+        ("batch_size", int, "images per step"),
+        ("T", int, "time steps per sample"),
         ("hidden_dim", int, "neurons in each of the two hidden layers"),
         ("p_inter", float, "probability of a connection unit between groups"),
         ("block_size", int, "side of a connection unit in weights"),
@@ -46,30 +46,30 @@ def add_flags(parser: argparse.ArgumentParser, repeats: int) -> None:
     group.add_argument(
         "--dataset", choices=("fashionmnist", "fashionmnist-mini"), help=f"images (default: {default['dataset']})"
     )
-    group.add_argument("--data_dir", default="data", metavar="DIR", help="where data sets lie (default: data)")
+    group.add_argument("--data_dir", default="data", metavar="DIR", help="directory of the data sets (default: data)")
     group = parser.add_argument_group("measurement")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     text = f"timed turns (default: {repeats}, {QUICK_REPEATS} with --quick)"
     group.add_argument("--repeats", type=int, metavar="N", help=text)
     parser.set_defaults(usual_repeats=repeats)
     group.add_argument("--quick", action="store_true", help="smaller sizes: under two minutes on two cores")
-    group = parser.add_argument_group("who takes part (default: everyone in float32, our own kernels in bfloat16 too)")
-    group.add_argument("--contenders", metavar="A,B,...", help="these only; add -bf16 to a name for bfloat16")
-    group.add_argument("--backend", metavar="A,B,...", help="of our own backends these only: triton, cpu, torch")
-    group.add_argument("--precision", choices=PRECISIONS, help="everyone in this precision only")
+    group = parser.add_argument_group("contenders (default: all in float32, our own kernels in bfloat16 too)")
+    group.add_argument("--contenders", metavar="A,B,...", help="only these; add -bf16 to a name for bfloat16")
+    group.add_argument("--backend", metavar="A,B,...", help="of our own backends only these: triton, cpu, torch")
+    group.add_argument("--precision", choices=PRECISIONS, help="all contenders in this precision only")
     add_report_flags(parser)
 
 
 def add_report_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds where to put what was measured."""
+    """Adds the flags for output files."""
     group = parser.add_argument_group("report")
     add_json_flag(group, "the record, with every timing,")
-    group.add_argument("--csv", metavar="FILE", help="write one line a point to FILE")
-    group.add_argument("--plot", metavar="FILE", help="draw into FILE (.png, .svg; needs matplotlib)")
+    group.add_argument("--csv", metavar="FILE", help="write one line per point to FILE")
+    group.add_argument("--plot", metavar="FILE", help="draw the picture FILE (.png, .svg; needs matplotlib)")
 
 
 class Report(NamedTuple):
-    """What a benchmark found: its record, the rows of a CSV file, and its exit status."""
+    """The results of a benchmark: its record, the rows of a CSV file, and its exit status."""
 
     record: dict[str, Any]
     rows: Sequence[dict[str, Any]]
@@ -77,7 +77,7 @@ class Report(NamedTuple):
 
 
 def check_report_flags(arguments: argparse.Namespace) -> None:
-    """Finds out before anything is measured that a report could not be written.
+    """Checks before any measurement that the reports can be written.
 
     Raises:
         OutputError: for a file that cannot be written.
@@ -91,7 +91,7 @@ def check_report_flags(arguments: argparse.Namespace) -> None:
 
 
 def write_files(arguments: argparse.Namespace, made: Report) -> None:
-    """Writes the table and the picture that the flags ask for."""
+    """Writes the table and the picture requested by the flags."""
     if arguments.csv:
         report.write_csv(arguments.csv, made.rows, made.record["machine"])
     if arguments.plot:
@@ -101,14 +101,14 @@ def write_files(arguments: argparse.Namespace, made: Report) -> None:
 
 
 def workload_from(arguments: argparse.Namespace, **changes: Any) -> Workload:
-    """The workload that the flags ask for, with ``changes``; raises SettingsError where it is out of range."""
+    """The workload requested by the flags, with ``changes``; raises SettingsError if it is out of range."""
     names = [field.name for field in dataclasses.fields(Workload) if hasattr(arguments, field.name)]
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     return Workload(**{**(QUICK if arguments.quick else {}), **given, **changes})
 
 
 def repeats_from(arguments: argparse.Namespace) -> int:
-    """How many turns to time; raises ValueError where the flag is out of range."""
+    """The number of timed turns; raises ValueError if the flag is out of range."""
     if arguments.repeats is None:
         return QUICK_REPEATS if arguments.quick else arguments.usual_repeats
     if arguments.repeats < 1:
@@ -149,11 +149,11 @@ def headline(machine: dict[str, Any]) -> str:
 
 
 def warn_if_busy(machine: dict[str, Any], rates: dict[str, float]) -> None:
-    """Says so if other programs took part of the machine while we measured."""
+    """Warns if other programs used part of the machine during the measurement."""
     busy = rates.get("others_busy_cores", 0.0)
     if busy > 0.1:
         print(
-            f"Other programs kept {busy:.1f} of {machine['cores']} cores busy: these times are not worth much, least "
+            f"Other programs kept {busy:.1f} of {machine['cores']} cores busy: do not trust these times, least "
             "of all those of loops over many small operations."
         )
 
@@ -162,7 +162,7 @@ def run(parser: argparse.ArgumentParser, benchmark: Callable[[argparse.Namespace
     """Runs ``benchmark`` on the parsed flags as :func:`g2gnet.cli.run_program` does, and writes its reports.
 
     Returns:
-        The exit status: the report's, or what :func:`g2gnet.cli.run_program` has for what went wrong.
+        The exit status: the report's, or that of :func:`g2gnet.cli.run_program` on an error.
     """
     status = 0
 

@@ -1,7 +1,7 @@
-"""What a contender is: something that takes the workload's training step, in its own way, and can be checked.
+"""A contender: an implementation of the workload's training step that can be checked.
 
-Adam runs with a learning rate of zero: it does all of its work, and leaves the weights as they are, so that every
-repeat times the network that was checked, at the firing rates that are printed.
+Adam runs with a learning rate of zero: it does all its work but does not change the weights, so every repeat times the
+network that was checked, at the printed firing rates.
 """
 
 import contextlib
@@ -22,10 +22,10 @@ class Contender(ABC):
     """One way to compute the workload, built on one device in one precision.
 
     Attributes:
-        reset: the reset that it computes, as named in :mod:`benchmarks.reference`.
-        masked: whether weights outside the mask do not exist for it.
+        reset: its reset, as named in :mod:`benchmarks.reference`.
+        masked: whether it has no weights outside the mask.
         omits: the names of the results that it does not compute.
-        differs: what else a reader should know of what it computes, in a few words, or "".
+        differs: other differences in what it computes, in a few words, or "".
     """
 
     reset: ClassVar[str] = "after decay"
@@ -38,20 +38,20 @@ class Contender(ABC):
 
     @classmethod
     def preload(cls, prepared: Prepared, precision: str, **options: Any) -> None:
-        """Loads what is data rather than the contender's own; called before its memory is counted."""
+        """Loads the data, which is not the contender's own; called before its memory is counted."""
         return None
 
     def before_turn(self) -> None:
-        """Puts back what a turn changes; called before each one, outside its time."""
+        """Undoes the changes of a turn; called before each turn, outside its time."""
         return None
 
     @abstractmethod
     def step(self) -> None:
-        """Takes one training step, or what else the kernel is."""
+        """Runs one training step, or another kernel."""
 
     @abstractmethod
     def results(self) -> Results:
-        """What :mod:`benchmarks.reference` computes, from the code that :meth:`step` runs."""
+        """The results that :mod:`benchmarks.reference` computes, from the code of :meth:`step`."""
 
     def forward(self) -> torch.Tensor:
         """Evaluates the batch without gradients: spike counts [B, C]."""
@@ -153,7 +153,7 @@ class NeuronContender(Contender):
     """Neurons alone, from currents [T, B, N] to spikes, forward and backward.
 
     Attributes:
-        parameters: the learnable scalars by name; subclasses whose library makes its own put those here.
+        parameters: the learnable scalars by name; subclasses whose library creates its own put those here.
     """
 
     def __init__(self, prepared: Prepared, device: torch.device, precision: str, inputs: str) -> None:
@@ -196,7 +196,7 @@ class NeuronContender(Contender):
 class LinearContender(Contender):
     """The second layer's product alone, forward and backward, with the gradients of input, weights and bias.
 
-    In bfloat16 its input is bfloat16 already, and so is the gradient that comes back, as inside a network.
+    In bfloat16 its input and the incoming gradient are bfloat16 too, as inside a network.
     """
 
     def __init__(self, prepared: Prepared, device: torch.device, precision: str, inputs: str) -> None:
@@ -222,7 +222,7 @@ class LinearContender(Contender):
 
     @abstractmethod
     def weight_gradient(self) -> torch.Tensor:
-        """The gradient that the weights have received, as dense [out, in]."""
+        """The gradient of the weights, as dense [out, in]."""
 
     def _run(self) -> torch.Tensor:
         self.x.grad = None
@@ -260,11 +260,11 @@ class UpdateContender(Contender):
 
     @abstractmethod
     def correlations(self) -> list[torch.Tensor]:
-        """What :meth:`step` finds as the mean correlation of every unit of each layer, [block rows, block columns]."""
+        """The mean correlation of every unit of each layer computed by :meth:`step`, [block rows, block columns]."""
 
     @abstractmethod
     def units(self) -> list[torch.Tensor]:
-        """Which units each layer has now, bool [block rows, block columns]."""
+        """The existing units of each layer, bool [block rows, block columns]."""
 
     def results(self) -> Results:
         self.before_turn()

@@ -1,14 +1,14 @@
-"""The gate: whoever computes something else than asked gets no time.
+"""The gate: a contender that computes something different gets no time.
 
 The error of a tensor is Σ|actual − exact| / Σ|exact|, with the exact values from a float64 run of
 :mod:`benchmarks.reference`; where the tensor is a sum over neurons (the gradient of a shared β or θ), its difference
 is divided by the sum of the terms' magnitudes, since terms of either sign may cancel to next to nothing.
 
-Rounding alone makes some membranes fall on the other side of their threshold, and a spike more or less changes all
-that follows in that sample. How much that is depends on the network and on T, so it is measured: the largest error of
-the reference itself, run in the contender's precision. A contender may have ``ALLOWANCE`` times as much: in float32
-few spikes flip, and which ones is chance; in bfloat16 thousands do, and their sum is steady. It may always have
-``FLOOR``, for where the reference happened to flip none.
+Rounding alone moves some membranes across their threshold, and one extra or missing spike changes the rest of that
+sample. The size of the effect depends on the network and on T, so it is measured: the largest error of the reference
+itself, run in the contender's precision. A contender may have ``ALLOWANCE`` times as much: in float32 few spikes flip,
+at random; in bfloat16 thousands do, and their sum is steady. ``FLOOR`` is always allowed, in case the reference flipped
+none.
 
 At the default workload the float32 reference is off by 2e-4 to 8e-4, depending on the weights. One spike more or less
 is worth up to 2e-3: SpikingJelly in float32, which is right to 3e-7 in float64, was off by 5e-7, 1.1e-3, or 2.0e-3 when
@@ -37,14 +37,14 @@ PRODUCT_FLOOR = {"fp32": 1e-5, "bf16": 1e-2}
 
 
 class Verdict(NamedTuple):
-    """Errors by tensor, the bound on each, and why the contender fails ("" if it does not)."""
+    """Errors by tensor, their bound, and why the contender fails ("" if it passes)."""
 
     errors: dict[str, float]
     bound: float
     objection: str
 
     def as_dict(self) -> dict[str, Any]:
-        """In JSON's terms, which has no NaN."""
+        """For JSON, which has no NaN."""
         errors = {name: value if math.isfinite(value) else str(value) for name, value in self.errors.items()}
         return {"errors": errors, "bound": self.bound, "objection": self.objection}
 
@@ -86,7 +86,7 @@ class Judge:
         return {"counts": results["counts"]} if self._kernel == "forward" else results
 
     def bound(self, reset: str, precision: str) -> float:
-        """The largest error that rounding explains."""
+        """The largest error explained by rounding."""
         exact, rounded = self._reference(reset, "float64"), self._reference(reset, precision)
         rounding = max(error(rounded[name], exact[name]) for name in exact)
         return max(self._floor[precision], ALLOWANCE[precision] * rounding)
@@ -98,8 +98,8 @@ class Judge:
             results: by the reference's names.
             reset: the contender's reset formula, as in :mod:`benchmarks.reference`.
             precision: ``"fp32"`` or ``"bf16"``.
-            masked: whether weights outside the mask do not exist for the contender, so that their gradient is zero.
-            omits: the names of what the contender does not compute.
+            masked: whether the contender has no weights outside the mask, so their gradient is zero.
+            omits: the names of results that the contender does not compute.
         """
         exact = {name: tensor for name, tensor in self._reference(reset, "float64").items() if name not in omits}
         bound = self.bound(reset, precision)

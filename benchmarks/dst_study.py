@@ -1,10 +1,10 @@
 """Growth rules of dynamic sparse training against static graphs on Fashion-MNIST: ``python -m benchmarks.dst_study``.
 
-Lower densities than 25.6 % come from lowering p_intra and p_inter by one factor, so that groups stay what they are:
-p_intra = density / 0.25625, p_inter = 0.15·p_intra. All prune by magnitude; the share that is replaced begins at 0.3,
-every 100 steps, and falls as a cosine to zero at 75 % of training. At 25 % there is also the default schedule, 10 %
-every 1,000 steps. Each run is one of ``g2g-train`` itself, on one thread; a second start resumes where the first one
-stopped, and ``--rows`` and ``--seeds`` make a part of the study.
+Densities below 25.6 % scale p_intra and p_inter by the same factor, so the groups do not change:
+p_intra = density / 0.25625, p_inter = 0.15·p_intra. All prune by magnitude; the replaced share starts at 0.3,
+every 100 steps, and falls along a cosine to zero at 75 % of training. At 25 % there is also the default schedule, 10 %
+every 1,000 steps. Each run is a ``g2g-train`` on one thread; run the study again to resume it. ``--rows`` and
+``--seeds`` run a part of it.
 """
 
 import sys
@@ -45,7 +45,7 @@ def _rows() -> dict[str, str]:
 
 
 def table(record: dict[str, Any]) -> str:
-    """Accuracy by units, density and growth; the best growth less static; and how the graphs differ."""
+    """Accuracy by units, density and growth; the best growth minus static; and how the graphs differ."""
     ends = {row["row"]: row["ends"] for row in record["rows"]}
     accuracies, graphs = [], []
     for side, densities in DENSITIES.items():
@@ -68,7 +68,7 @@ def table(record: dict[str, Any]) -> str:
 
 
 def _gain(of: dict[str, list[dict[str, Any]] | None]) -> str:
-    """The growth rule of the highest mean accuracy less static, with the standard error of the difference."""
+    """The growth rule of the highest mean accuracy minus static, with the standard error of the difference."""
     static = [accuracy(end) for end in of["static"] or []]
     grown = {growth: [accuracy(end) for end in runs] for growth, runs in of.items() if runs and growth != "static"}
     if not static or not grown:

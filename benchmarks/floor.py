@@ -1,7 +1,7 @@
 """The least time that the workload's arithmetic and memory traffic can take at the machine's own rates.
 
-Floating-point operations count active weights only: 2·T·B a weight for each of forward, input gradient and weight
-gradient. ``fc1`` sees the same input at every step and needs no input gradient: 2·B a weight, forward and once more.
+Floating-point operations count active weights only: 2·T·B per weight for each of forward, input gradient and weight
+gradient. ``fc1`` gets the same input at every step and needs no input gradient: 2·B per weight, forward and once more.
 The input gradient of ``fc2`` counts the neurons of layer 2 that pass a gradient on, which are few under a surrogate
 with compact support.
 Bytes count the passes over [T, B, N] float32 that LIF neurons cannot do without: two forward (currents in, spikes
@@ -9,7 +9,7 @@ out), three backward (the spikes' gradient and the membranes in, the currents' g
 silent neurons or packs spikes can come below this floor.
 
 A product alone reads x and writes y, then reads x and the gradient of y and writes that of x, all [T, B, H] float32.
-An update has to read every spike once; its products, of sums over units, are counted as nothing.
+An update must read every spike once; its products, of sums over units, are not counted.
 """
 
 from .workload import Prepared

@@ -1,8 +1,8 @@
 """Runs contenders side by side, each in a process of its own, and times them in turn.
 
-A process of its own makes peak memory each contender's own, and one that waits on its pipe takes no processor time.
-Turns are interleaved, round by round and in an order that rotates, so that whatever else the machine does meets all
-of them alike. Nobody is timed before the judge has found its results right.
+Separate processes give each contender its own peak memory, and a process that waits on its pipe takes no processor
+time. Turns are interleaved, round by round and in a rotating order, so other load on the machine affects all alike. No
+contender is timed before the judge has accepted its results.
 """
 
 import contextlib
@@ -39,16 +39,16 @@ class Job:
 
 @dataclass
 class Outcome:
-    """What became of a job.
+    """The outcome of a job.
 
     Attributes:
         status: ``"timed"``, or why there is no time: ``"skipped"`` (cannot run here), ``"refused"`` (says it cannot
             do this), ``"wrong"`` (its results are).
         reason: the same in words, or "".
-        seconds: one a repeat.
+        seconds: one per repeat.
         first_seconds: of the first turn, which may compile, plan and allocate.
         peak_bytes: during the later turns, above the process with its imports and the data.
-        differs: what it computes differently from the others, in words.
+        differs: how its computation differs from the others', in words.
     """
 
     job: Job
@@ -63,7 +63,7 @@ class Outcome:
 
 
 class WorkerError(RuntimeError):
-    """A worker could not do what it was asked to."""
+    """A worker could not fulfil a request."""
 
 
 class _Worker:
@@ -95,7 +95,7 @@ class _Worker:
 
 
 def _serve(connection: Connection, job: Job) -> None:
-    """The child's life: answers requests until the pipe is closed."""
+    """The child's main loop: answers requests until the pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
     session = _Session(job)
     with contextlib.suppress(EOFError, OSError):
@@ -123,7 +123,7 @@ class _Session:
     def build(self) -> None:
         module, _, name = self.job.entry.target.partition(":")
         kind: type[Contender] = getattr(importlib.import_module(module), name)
-        self.prepared = prepared = load(self.job.path)  # kept: if it went, so much less memory would seem to be used
+        self.prepared = prepared = load(self.job.path)  # kept: freeing it would make memory use seem smaller
         kind.preload(prepared, self.job.entry.precision, **self.job.entry.options)
         load_lazy_parts(self.device)
         self.memory = PeakMemory(self.device)
@@ -177,8 +177,8 @@ def measure(
     Args:
         jobs: what to run; jobs whose entry is unavailable come back as skipped.
         repeats: timed turns each.
-        warm_up: untimed turns before them, at least two; memory is what those after the first take.
-        progress: called with what is being done, once a job for its check and once a job and round.
+        warm_up: untimed turns before them, at least two; memory is that of the turns after the first.
+        progress: called with the current action, once per job for its check and once per job and round.
         between_rounds: called after each round, when no contender computes.
     """
     outcomes = [Outcome(job) for job in jobs]
@@ -211,7 +211,7 @@ def measure(
 
 
 def _turns(racers: Sequence[tuple[_Worker, Outcome]], rounds: int) -> Iterator[tuple[int, tuple[_Worker, Outcome]]]:
-    """Everyone once a round, each round begun by the next one; numbered within the round."""
+    """Every contender once per round, each round started by the next one; numbered within the round."""
     for number in range(rounds):
         first = number % len(racers) if racers else 0
         yield from enumerate((*racers[first:], *racers[:first]))

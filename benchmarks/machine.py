@@ -20,7 +20,7 @@ PACKAGES = ("torch", "numpy", "snntorch", "spikingjelly", "triton")
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """What a record must say for someone else to judge or repeat it."""
+    """What a record must contain so that others can judge or repeat it."""
     return {
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -41,7 +41,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 def commit() -> str | None:
     """The commit that this file is of, marked ``+changes`` where the working tree differs from it.
 
-    None without git, and where this package is installed: a repository around that is another one.
+    None without git, and if this package is installed: a repository around it is a different one.
     """
     folder = Path(__file__).parent
 
@@ -81,9 +81,9 @@ def _version(package: str) -> str | None:
 class PeakMemory:
     """The most memory this process (or its CUDA device) held at once, above what it held when this was made.
 
-    On Linux the kernel's high-water mark is first set back to what is resident now, so that neither imports nor the
-    parent process count (``ru_maxrss`` is inherited through fork and exec); elsewhere ``ru_maxrss`` has to do, and on
-    Windows nothing is counted.
+    On Linux the kernel's high-water mark is first reset to the current resident size, so neither imports nor the parent
+    process count (``ru_maxrss`` is inherited through fork and exec). Elsewhere ``ru_maxrss`` is used; on Windows
+    nothing is counted.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -92,7 +92,7 @@ class PeakMemory:
         self.before = self._mark()
 
     def restart(self) -> None:
-        """Forgets the peak so far; what is held now still counts."""
+        """Resets the peak; memory held now still counts."""
         self._lower_mark()
 
     def above(self) -> int:
@@ -122,7 +122,7 @@ class PeakMemory:
 
 
 def load_lazy_parts(device: torch.device) -> None:
-    """Takes a training step of next to nothing, so that what PyTorch loads on first use counts as imports."""
+    """Runs a tiny training step, so that what PyTorch loads on first use counts as imports."""
     layer = torch.nn.Linear(64, 64).to(device)
     optimizer = torch.optim.Adam(layer.parameters(), fused=True)
     layer(torch.ones(64, 64, device=device)).sum().backward()
@@ -131,13 +131,13 @@ def load_lazy_parts(device: torch.device) -> None:
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until ``device`` has done all it was given."""
+    """Waits until ``device`` has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def busy_cores(seconds: float = 0.2) -> float:
-    """How many cores worked during the next ``seconds``, in which the caller sleeps; NaN where nothing tells."""
+    """The number of busy cores during the next ``seconds``, while the caller sleeps; NaN if unknown."""
 
     def ticks() -> tuple[int, int]:
         user, nice, system, idle, iowait, irq, softirq, steal, *_ = map(
@@ -158,8 +158,8 @@ class Limits:
     """The machine's own rates, measured along with everything else: call :meth:`measure` now and then.
 
     ``matrix``: FLOP/s of a 2048 × 2048 × 2048 product in float32 (TF32 off, as PyTorch has it); ``copy``: bytes/s read
-    and written by a copy of 256 MiB into memory that is already there. Both stand for what the machine can do, so the
-    best sample counts. With them goes how many cores others kept busy while all that is ours was waiting.
+    and written by a copy of 256 MiB into existing memory. Both estimate what the machine can do, so the best sample
+    counts. Also measured: the number of cores that other programs kept busy while all of ours waited.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -175,7 +175,7 @@ class Limits:
         self.measure()
 
     def measure(self) -> None:
-        """Takes one more sample of each."""
+        """Adds one sample of each."""
         self._busy.append(busy_cores())
         self._time("matrix", lambda: torch.mm(self._factors[0], self._factors[1], out=self._product))
         self._time("copy", lambda: self._target.copy_(self._source))
@@ -188,7 +188,7 @@ class Limits:
         self._seconds[name].append(time.perf_counter() - start)
 
     def rates(self) -> dict[str, float]:
-        """``matrix_flop_per_s``, ``copy_bytes_per_s`` and, where it can be known, ``others_busy_cores``."""
+        """``matrix_flop_per_s``, ``copy_bytes_per_s`` and, if known, ``others_busy_cores``."""
         rates = {name: self._work[name] / min(taken) for name, taken in self._seconds.items()}
         busy = statistics.mean(self._busy)
         known = {} if math.isnan(busy) else {"others_busy_cores": busy}

@@ -1,4 +1,4 @@
-"""g2g itself on one backend: the network, its neurons, its product and its sparse-training update alone."""
+"""g2g on one backend: the network, and its neurons, its product and its DST update alone."""
 
 from collections.abc import Callable
 

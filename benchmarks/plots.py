@@ -1,4 +1,4 @@
-"""The pictures of the records: one function a benchmark, all in the same colours."""
+"""The pictures of the records: one function per benchmark, all in the same colours."""
 
 import statistics
 from collections.abc import Callable
@@ -35,7 +35,7 @@ PEER = "#9a9a9a"
 
 
 def draw(record: dict[str, Any], path: Path | str) -> None:
-    """Draws a record into a file whose ending says the format; a PNG names the record that it shows."""
+    """Draws a record into a file; the ending gives the format. A PNG names its record."""
     figure = DRAWN_BY[record["benchmark"]](record)
     metadata = {"Description": digest(record)} if Path(path).suffix == ".png" else None
     figure.savefig(path, dpi=110, metadata=metadata)

@@ -1,7 +1,7 @@
-"""What each part of the recipe is worth, on Fashion-MNIST: ``python -m benchmarks.recipe_study``.
+"""What each part of the recipe contributes, on Fashion-MNIST: ``python -m benchmarks.recipe_study``.
 
-The recipe, and the recipe with one part left out or replaced. What to keep is to be chosen with ``--validation``,
-which tests on 10,000 of the training images; without it the rows are tested on the test images.
+The recipe, and the recipe with one part left out or replaced. Choose what to keep with ``--validation``, which
+tests on 10,000 of the training images; without it the rows are tested on the test images.
 """
 
 import sys
@@ -22,7 +22,7 @@ RECIPE = {
     "dropout": "--dropout 0.2",
     "augmentation": "--augment flip",
 }
-#: what stands in place of a part
+#: the replacement of a part
 OTHERS = {
     "schedule": {"constant rate": ""},
     "input": {"input as it is": ""},

@@ -1,10 +1,10 @@
 """The judge's own computation: the formulas in plain PyTorch, in float64, differentiated by autograd.
 
-It shares no code with :mod:`g2g_kernels` (of a mask it reads which weight lies in which unit) or with any peer: dense
-weights, one loop over time, the surrogate written as the smooth step that it is the derivative of. The batch passes
-through in pieces, since samples only meet in sums, so that the graph over all time steps stays small.
+It shares no code with :mod:`g2g_kernels` (from a mask it only reads which weight is in which unit) or with any peer:
+dense weights, one loop over time, each surrogate as the derivative of a smooth step. The batch is processed in pieces,
+since samples only meet in sums; this keeps the graph over all time steps small.
 
-β and θ are taken as one a neuron here, so that their gradients come as the terms whose sum a shared β or θ receives.
+β and θ are per neuron here, so their gradients are the terms whose sum is the gradient of a shared β or θ.
 """
 
 import math
@@ -53,7 +53,7 @@ def _lif(
     surrogate: str = "atan",
     alpha: float = 2.0,
 ) -> list[torch.Tensor]:
-    """The spikes for a list of currents, one a time step.
+    """The spikes for a list of currents, one per time step.
 
     ``"after decay"``: U_t = β·U_{t−1} + I_t − θ·R_t, as snnTorch and g2g have it; ``"before decay"``:
     U_t = β·(U_{t−1} − θ·R_t) + I_t, as SpikingJelly has it. No gradient passes through R.
@@ -70,7 +70,7 @@ def _lif(
 
 
 def _filtered(currents: list[torch.Tensor], syn_decay: torch.Tensor) -> list[torch.Tensor]:
-    """The synaptic currents C_t = γ·C_{t−1} + I_t for a list of currents, one a time step."""
+    """The synaptic currents C_t = γ·C_{t−1} + I_t for a list of currents, one per time step."""
     synaptic_currents, before = [], torch.zeros_like(currents[0])
     for current in currents:
         before = syn_decay.clamp(0, 1) * before + current
@@ -95,7 +95,7 @@ def _parameters(prepared: Prepared, dtype: torch.dtype) -> dict[str, torch.Tenso
 def _simulate(
     images: torch.Tensor, parameters: dict[str, torch.Tensor], workload: Workload, reset: str, precision: str
 ) -> list[list[torch.Tensor]]:
-    """The spikes of the three layers, one [B, N] a time step."""
+    """The spikes of the three layers, one [B, N] per time step."""
 
     def product(number: int, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
@@ -176,8 +176,8 @@ def linear_results(prepared: Prepared, inputs: str, precision: str = "float64") 
 @torch.no_grad()
 def update_results(prepared: Prepared, reset: str = "after decay", precision: str = "float64") -> Results:
     """Of an update of dynamic sparse training, for each layer: the mean correlation of every unit "fc1.correlation"
-    [block rows, block columns], and the scores of those that go "fc1.pruned" and come "fc1.grown", the first to go or
-    come first.
+    [block rows, block columns], and the scores of the pruned units "fc1.pruned" and of the grown ones "fc1.grown", in
+    the order of pruning and growing.
     """
     dtype = DTYPES[precision]
     parameters, steps = _parameters(prepared, dtype), prepared.workload.T

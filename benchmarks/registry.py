@@ -1,4 +1,4 @@
-"""What can be timed, the contenders by name, and which of them this machine can run."""
+"""What can be timed, the contenders by name, and which of them are available on this machine."""
 
 import importlib.util
 import os
@@ -26,8 +26,8 @@ class Entry:
         unavailable: why it cannot run here, or None.
         compiles: whether its first turn compiles for a minute or so.
         backend: the g2g backend that it runs on, None for a peer.
-        workload: what is changed in the workload for this contender, which is trained and judged with that.
-        by_name: whether it takes part only where it is named.
+        workload: changes of the workload for this contender, which is trained and judged with them.
+        by_name: whether it takes part only when named.
     """
 
     label: str
@@ -47,7 +47,7 @@ class Kernel:
 
     Attributes:
         about: what one turn is, in words.
-        baseline: the contender whose time is divided by everyone's.
+        baseline: the contender to which the others' times are compared.
         ours: the class in :mod:`benchmarks.ours`.
         peers: the others: name, target in :mod:`benchmarks.peers`, what each needs.
         method: the method of a contender that is timed.
@@ -168,7 +168,7 @@ def entries(kernel: str) -> dict[str, Entry]:
 
 
 def _variant(entry: Entry, name: str, ours: str, lacks: str | None) -> Entry:
-    """Our own network run in another way."""
+    """Our own network, run in another way."""
     return replace(
         entry,
         label=f"{entry.label}-{name}",
@@ -182,12 +182,12 @@ def _variant(entry: Entry, name: str, ours: str, lacks: str | None) -> Entry:
 def _no_graph(backend: str | None) -> str | None:
     """Why a step on ``backend`` cannot be a CUDA graph, or None."""
     if backend != "triton":
-        return "a CUDA graph is of the Triton kernels"
+        return "a CUDA graph needs the Triton kernels"
     return None if torch.cuda.is_available() else "a CUDA graph needs a CUDA device, and PyTorch finds none"
 
 
 def _missing(needs: tuple[str, ...]) -> str | None:
-    """What a peer needs and this machine lacks, in words; None where it lacks nothing."""
+    """What a peer needs and this machine lacks, in words; None if it lacks nothing."""
     for need in needs:
         if need == COMPILER:
             if not any(map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++", "cl"))):
@@ -200,21 +200,21 @@ def _missing(needs: tuple[str, ...]) -> str | None:
 def choose(
     kernel: str, labels: str | None = None, backends: str | None = None, precision: str | None = None
 ) -> list[Entry]:
-    """The contenders to run: everyone in float32, our kernels in bfloat16 too, unless asked otherwise.
+    """The contenders to run: by default all in float32, our kernels in bfloat16 too.
 
     Args:
         kernel: one of :data:`KERNELS`.
-        labels: a comma-separated list of names: these, and no others.
-        backends: a comma-separated list of g2g's backends, to the exclusion of its others.
-        precision: ``"fp32"`` or ``"bf16"``: everyone in this precision only.
+        labels: a comma-separated list of names: only these.
+        backends: a comma-separated list of g2g's backends: of g2g only these.
+        precision: ``"fp32"`` or ``"bf16"``: all contenders in this precision only.
 
     Raises:
-        ValueError: for a name that is none, or if nobody is left.
+        ValueError: for an unknown name, or if no contender is left.
     """
     known = entries(kernel)
     if labels is not None:
         if backends is not None or precision is not None:
-            raise ValueError(f"contenders={labels!r} says it all; leave out the backend and the precision")
+            raise ValueError(f"contenders={labels!r} already names backend and precision; leave out the other flags")
         return [known[name] for name in _names("contender", labels, known, f"--kernel {kernel} has")]
     ours = BACKENDS if backends is None else _names("backend", backends, BACKENDS, "g2g has")
     everyone = [

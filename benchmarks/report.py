@@ -1,4 +1,4 @@
-"""From outcomes to a record that can be kept, and from the record to tables that can be read."""
+"""Turns outcomes into a record, and the record into tables."""
 
 import csv
 import hashlib
@@ -13,7 +13,7 @@ from .harness import Outcome
 
 
 def summary(outcome: Outcome) -> dict[str, Any]:
-    """One contender's part of a record; there are no times in it unless its results were right."""
+    """One contender's part of a record; it has times only if its results were right."""
     entry = outcome.job.entry
     row: dict[str, Any] = {
         "contender": entry.label,
@@ -32,17 +32,17 @@ def summary(outcome: Outcome) -> dict[str, Any]:
 
 
 def of_floor(record: dict[str, Any], row: dict[str, Any]) -> float:
-    """The floor over a contender's median: its own floor where its workload is not that of the others."""
+    """The floor over a contender's median: its own floor if its workload differs from that of the others."""
     return row.get("floor_seconds", record["floor_seconds"]) / row["median"]
 
 
 def digest(record: dict[str, Any]) -> str:
-    """Tells one record from another."""
+    """Identifies a record."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def write_csv(path: Path | str, rows: Sequence[dict[str, Any]], machine: dict[str, Any]) -> None:
-    """One line a measured point, each with the machine and the versions, so that files of many runs can be joined."""
+    """One line per measured point, with machine and versions, so files of many runs can be joined."""
     where = {name: machine[name] for name in ("cpu", "threads", "gpu", "commit", "date")}
     where |= {name: version or "" for name, version in machine["versions"].items()}
     with Path(path).open("w", encoding="utf-8", newline="") as file:
@@ -52,7 +52,7 @@ def write_csv(path: Path | str, rows: Sequence[dict[str, Any]], machine: dict[st
 
 
 def flat(row: dict[str, Any]) -> dict[str, Any]:
-    """The columns of a CSV file that a contender's :func:`summary` fills; empty where it has no time."""
+    """The columns of a CSV file filled by a contender's :func:`summary`; empty if it has no time."""
     names = ("contender", "precision", "status", "reason", "p20", "median", "p80", "first_seconds", "peak_bytes")
     return {name: row.get(name, "") for name in names}
 
@@ -108,9 +108,9 @@ def grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def throughput_table(record: dict[str, Any]) -> str:
-    """The contenders of a throughput record; then what some do differently, and everyone that has no time and why.
+    """The contenders of a throughput record; then how some differ, and which have no time and why.
 
-    GFLOP/s count multiplications and additions of active weights, whatever the contender really does.
+    GFLOP/s count multiplications and additions of active weights, whatever the contender actually does.
     """
     timed = [row for row in record["contenders"] if row["status"] == "timed"]
     flop = record["workload"]["flop"]

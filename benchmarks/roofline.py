@@ -2,9 +2,8 @@
 
 A model, not a measurement. For each kernel of the Triton backend (as :mod:`benchmarks.launches` lists them):
 the floating-point operations of its matrix products over the weights that exist, the bytes of every tensor that it
-reads or writes, each once, and the longer of the two times that those take at the card's rates. Kernels do not overlap.
-Left out: what a kernel reads again because no cache holds it any more, arithmetic outside of matrix products, the gaps
-between launches, the loss.
+reads or writes, each once, and the longer of their two times at the card's rates. Kernels do not overlap. Not counted:
+repeated reads after a cache miss, arithmetic outside of matrix products, gaps between launches, the loss.
 """
 
 import argparse
@@ -22,7 +21,7 @@ from .launches import Operation, training_step
 
 
 class Card(NamedTuple):
-    """Rates of a GPU: dense matrix FLOP/s by precision, memory bytes/s, and where those are from."""
+    """Rates of a GPU: dense matrix FLOP/s by precision, memory bytes/s, and their source."""
 
     flop_per_s: dict[str, float]
     bytes_per_s: float
@@ -40,7 +39,7 @@ INPUT_DIM, NUM_CLASSES = 784, 10  # Fashion-MNIST
 #: operations below this share of the whole are shown in one line
 SMALL = 0.01
 
-#: what the tensors of neurons over time are, by the name of a kernel's argument; spikes are known by their dtype
+#: names of the neurons' tensors over time, by a kernel's argument; spikes are recognised by their dtype
 KINDS = {
     "current": "currents",
     "margins": "margins U − θ",
@@ -53,7 +52,7 @@ PRODUCTS = {"forward": {"y": "currents"}, "backward": {"x": "∂L/∂I", "y": "�
 
 
 def kinds(operation: Operation) -> dict[str, int]:
-    """The bytes of an operation by what they are."""
+    """The bytes of an operation by kind."""
     names = KINDS | (PRODUCTS[operation.phase] if operation.name == "product_kernel" else {})
     moved: dict[str, int] = defaultdict(int)
     for name, tensor in operation.tensors.items():
@@ -68,7 +67,7 @@ def seconds(operation: Operation, card: Card, precision: str) -> float:
 
 
 def adam(net: G2GNet) -> Operation:
-    """The fused optimizer: reads float32 weights, gradients and two moments, writes all of them but the gradients."""
+    """The fused optimizer: reads float32 weights, gradients and two moments, writes all but the gradients."""
     weights = sum(parameter.numel() for parameter in net.parameters())
     passes = ("weights", "gradients", "moments", "squares", "new weights", "new moments", "new squares")
     return Operation("optimizer", "fused Adam", {name: torch.empty(weights, device="meta") for name in passes}, 0)
@@ -103,7 +102,7 @@ def table(operations: Sequence[Operation], card: Card, precision: str) -> str:
 
 
 def bytes_left(operations: Sequence[Operation], card: Card) -> str:
-    """What the bytes of a step are, as Markdown."""
+    """The bytes of a step by kind, as Markdown."""
     moved: dict[str, int] = defaultdict(int)
     for operation in operations:
         for kind, size in kinds(operation).items():
@@ -116,9 +115,9 @@ def bytes_left(operations: Sequence[Operation], card: Card) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--batch_size", type=int, default=256, metavar="N", help="images in a step (default: 256)")
-    parser.add_argument("--T", type=int, default=50, metavar="N", help="time steps of a sample (default: 50)")
-    parser.add_argument("--hidden_dim", type=int, default=2048, metavar="N", help="neurons a layer (default: 2048)")
+    parser.add_argument("--batch_size", type=int, default=256, metavar="N", help="images per step (default: 256)")
+    parser.add_argument("--T", type=int, default=50, metavar="N", help="time steps per sample (default: 50)")
+    parser.add_argument("--hidden_dim", type=int, default=2048, metavar="N", help="neurons per layer (default: 2048)")
     text = "probability of a connection unit between groups (default: 0.15)"
     parser.add_argument("--p_inter", type=float, default=0.15, metavar="X", help=text)
     text = "side of a connection unit in weights (default: 64)"
@@ -134,7 +133,7 @@ def roofline(arguments: argparse.Namespace) -> str:
 
     Raises:
         ValueError: for sizes out of range.
-        ModuleNotFoundError: without Triton, whose kernels this is about.
+        ModuleNotFoundError: without Triton.
     """
     if arguments.batch_size < 1:
         raise ValueError(f"batch_size={arguments.batch_size} is out of range; give a value at least 1")

@@ -1,8 +1,8 @@
 """How the time and the memory of a step grow: ``python -m benchmarks.scaling --quantity p_inter``.
 
-One network is trained for each value of the quantity, everyone takes every step in turn, and a straight line is fitted
-to the medians by least squares: seconds against the multiplications and additions of the active weights. A sparse
-network costs what its active weights cost when that line fits and begins near zero.
+One network is trained for each value of the quantity, all contenders take turns, and a straight line is fitted to the
+medians by least squares: seconds against multiplications and additions of the active weights. The cost of a sparse
+network follows its active weights if that line fits and begins near zero.
 """
 
 import argparse
@@ -28,7 +28,7 @@ class Quantity(NamedTuple):
 
     Attributes:
         field: the workload's.
-        values: which it takes by default.
+        values: its default values.
         x_is: what x is, in words.
         x: of a prepared workload; None: the value itself.
         changes: of the workload, whatever the value.
@@ -41,7 +41,7 @@ class Quantity(NamedTuple):
     changes: dict[str, Any] = {}  # noqa: RUF012  (never changed)
 
     def of(self, entry: Entry, value: Any) -> dict[str, Any]:
-        """The changes of a contender's workload; α concerns those alone that have another surrogate."""
+        """The changes of a contender's workload; α only concerns those with another surrogate."""
         concerned = self.field != "alpha" or "alpha" in entry.workload
         return {**entry.workload, **({self.field: value} if concerned else {})}
 
@@ -158,7 +158,7 @@ def scaling(arguments: argparse.Namespace) -> cli.Report:
 
 
 def contenders(arguments: argparse.Namespace) -> list[Entry]:
-    """Those that the flags ask for; without any g2g at its best, and a masked and a dense network."""
+    """The contenders requested by the flags; by default g2g at its best, a masked and a dense network."""
     asked = arguments.contenders, arguments.backend, arguments.precision
     if any(asked):
         return choose(arguments.kernel, *asked)
@@ -168,12 +168,12 @@ def contenders(arguments: argparse.Namespace) -> list[Entry]:
 
 
 def curve(label: str, places: Sequence[dict[str, Any]], outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """One contender's part of the record: every point, and the line through those that have a time.
+    """One contender's part of the record: every point, and the line through those with a time.
 
     Args:
         label: the contender.
         places: the workloads, each with its ``"x"`` and its ``"flop"``.
-        outcomes: one a workload.
+        outcomes: one per workload.
     """
     points = [{"x": place["x"], **report.summary(outcome)} for place, outcome in zip(places, outcomes, strict=True)]
     timed = [
@@ -188,7 +188,7 @@ def curve(label: str, places: Sequence[dict[str, Any]], outcomes: Sequence[Outco
 
 
 def table(record: dict[str, Any]) -> str:
-    """A row a contender: the medians and the line; then the same with the memory; then who has no time and why."""
+    """One row per contender: the medians and the line; then the memory; then the contenders without a time and why."""
     places = [f"{place['x']:.3g}" for place in record["workloads"]]
     times, memory, notes = [], [], []
     for one in record["contenders"]:
@@ -221,7 +221,7 @@ def table(record: dict[str, Any]) -> str:
 
 
 def csv_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row a point."""
+    """One row per point."""
     return [
         {"quantity": record["quantity"], "x": point["x"], "flop": place["flop"], **report.flat(point)}
         for one in record["contenders"]

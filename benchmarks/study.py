@@ -1,8 +1,8 @@
-"""What the studies of training share: many runs by ``g2g-train`` itself, in parallel, that resume where they stopped.
+"""Shared parts of the training studies: many resumable runs of ``g2g-train``, in parallel.
 
-A study is rows of flags, each trained with several seeds. Every run has a folder of its own and one thread; as many run
-at once as there are cores. A run that is finished is not made again, one that was stopped resumes. A study may be made
-in parts (``--rows``, ``--seeds``), and its record holds what was made, and no more.
+A study consists of rows of flags, each trained with several seeds. Every run has its own folder and one thread; there
+are as many parallel runs as cores. Finished runs are skipped, stopped ones resume. A study may be run in parts
+(``--rows``, ``--seeds``); its record contains the finished runs.
 """
 
 import argparse
@@ -39,7 +39,7 @@ class Study:
 
     Attributes:
         name: of the module and of its record.
-        about: what the program says of itself.
+        about: the program's description.
         common: flags of every run.
         rows: the flags of each row, by its name.
         epochs: of each run.
@@ -55,7 +55,7 @@ class Study:
 
 
 def command(study: Study, row: str, epochs: int, seed: int, folder: Path, dataset: Path | None = None) -> list[str]:
-    """The command of one run; of a flag that is given twice the later one counts, so that a row prevails."""
+    """The command of one run; if a flag is given twice the later one counts, so a row overrides the common flags."""
     flags = f"{study.common} --epochs {epochs} --seed {seed} {study.rows[row]} --device cpu"
     other = [] if dataset is None else ["--dataset", str(dataset)]
     return [sys.executable, "-m", "g2gnet.train", *shlex.split(flags), *other, "--checkpoint_dir", str(folder)]
@@ -66,7 +66,7 @@ HELD_BACK = 10_000
 
 
 def validation_data(root: Path) -> Path:
-    """A file of Fashion-MNIST's training images whose test images are the last of them; made where it is missing."""
+    """A file of Fashion-MNIST's training images whose test images are the last of them; made if it is missing."""
     path = root / "fashionmnist-validation.npz"
     if not path.exists():
         data = load_dataset("fashionmnist", "data")
@@ -79,12 +79,12 @@ def validation_data(root: Path) -> Path:
 
 
 def folder_of(root: Path, study: Study, row: str, epochs: int, seed: int) -> Path:
-    """Where a run's files lie."""
+    """The directory of a run's files."""
     return root / study.name / f"{re.sub(r'[^A-Za-z0-9.]+', '-', row)}-{epochs}-epochs-seed{seed}"
 
 
 def result(folder: Path) -> dict[str, Any] | None:
-    """What is kept of a finished run: its last epoch, its training time, and its wiring; None if it is not finished."""
+    """The results of a finished run: its last epoch, its training time, and its wiring; None if it is not finished."""
     markers = list(folder.glob("*.DONE"))
     if not markers:
         return None
@@ -98,7 +98,7 @@ def result(folder: Path) -> dict[str, Any] | None:
 
 
 def wiring(mask: Any) -> dict[str, float]:
-    """How evenly the units of a layer lie: what tells one growth rule from another.
+    """How evenly the units of a layer are distributed, which distinguishes growth rules.
 
     ``rows_spread`` and ``cols_spread``: standard deviation of the units of a block row or column over their mean.
     ``rows_empty`` and ``cols_empty``: the share of them without a unit. ``inside``: the share of the units that join
@@ -117,7 +117,7 @@ def train(command: Sequence[str]) -> None:
     """One run, on one thread.
 
     Raises:
-        TrainingError: with what it said, if it failed.
+        TrainingError: with its output, if it failed.
     """
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     if done.returncode:
@@ -131,38 +131,40 @@ def build_parser(study: Study) -> argparse.ArgumentParser:
         epilog="\n".join(["rows:", *(f"  {row!r:44} {flags}" for row, flags in study.rows.items())]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where runs go (default: runs)")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs"), metavar="DIR", help="folder of the runs (default: runs)"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], metavar="N", help="default: 1 2 3")
     text = f"epochs of each run (default: {study.epochs})"
     parser.add_argument("--epochs", type=int, default=study.epochs, metavar="N", help=text)
     text = "rows to train, or patterns of their names with *"
     parser.add_argument("--rows", nargs="+", default=["*"], metavar="NAME", help=text)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="runs at once (default: cores)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="parallel runs (default: cores)")
     text = f"train on all but the last {HELD_BACK:,} training images, and test on these, not on the test images"
     parser.add_argument("--validation", action="store_true", help=text)
-    parser.add_argument("--finished", action="store_true", help="train nothing: a record of what is finished")
+    parser.add_argument("--finished", action="store_true", help="train nothing; write a record of the finished runs")
     add_json_flag(parser, "the last epoch of every run")
     return parser
 
 
 def chosen(study: Study, patterns: Sequence[str]) -> list[str]:
-    """The rows whose names one of the patterns fits.
+    """The rows whose names match one of the patterns.
 
     Raises:
-        TrainingError: if one fits none.
+        TrainingError: if a pattern matches none.
     """
     wanted: set[str] = set()
     for pattern in patterns:
         expression = ".*".join(map(re.escape, pattern.split("*")))
         fitting = {row for row in study.rows if re.fullmatch(expression, row)}
         if not fitting:
-            raise TrainingError(f"--rows {pattern!r} fits none of the rows: {', '.join(study.rows)}")
+            raise TrainingError(f"--rows {pattern!r} matches none of the rows: {', '.join(study.rows)}")
         wanted |= fitting
     return [row for row in study.rows if row in wanted]
 
 
 def make(study: Study, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Trains what is not finished, prints the table and returns the record."""
+    """Trains the unfinished runs, prints the table and returns the record."""
     rows = chosen(study, arguments.rows)
     dataset = validation_data(arguments.runs) if arguments.validation else None
     root = arguments.runs / "validation" if arguments.validation else arguments.runs
@@ -221,7 +223,7 @@ def spread(ends: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], flo
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Of the mean of independent values; 0 for a single one, of which nothing is known."""
+    """Standard error of the mean of independent values; 0 for a single one, where it is unknown."""
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
@@ -237,5 +239,5 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def run_study(study: Study, argv: Sequence[str] | None = None) -> int:
     """The program of a study."""
-    interrupted = "run the same command again to resume with the runs that are left"
+    interrupted = "run the same command again to resume with the remaining runs"
     return run_program(build_parser(study), lambda arguments: make(study, arguments), argv, interrupted)

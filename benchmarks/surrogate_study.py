@@ -1,7 +1,7 @@
 """Surrogate gradients of the hidden neurons on Fashion-MNIST: ``python -m benchmarks.surrogate_study``.
 
-Everything else is as the defaults have it. The rows of the default size are long runs: ``--seeds 1 --rows "*default
-size*"`` makes one of each.
+Everything else has its default. The rows of the default size are long runs: ``--seeds 1 --rows "*default size*"`` runs
+each once.
 """
 
 import sys
@@ -16,7 +16,7 @@ SURROGATES = {
     "triangle, alpha 4": "--surrogate triangle --alpha 4",
     "boxcar, alpha 2": "--surrogate boxcar --alpha 2",
 }
-#: the flags of each size, by what a row's name ends with
+#: the flags of each size, by the ending of a row's name
 SIZES = {"": "--T 10 --hidden_dim 1024", ", default size, 5 epochs": "--epochs 5"}
 
 

@@ -1,4 +1,4 @@
-"""Our kernels on fixed random inputs, so that a change can be compared with an earlier commit.
+"""Our kernels on fixed random inputs, to compare a change with an earlier commit.
 
     pytest -n 0 benchmarks --benchmark-autosave      # before
     pytest -n 0 benchmarks --benchmark-compare       # after
@@ -35,7 +35,7 @@ def mask_of(block_size: int) -> BlockMask:
 
 
 def timed(benchmark: Any, backend: str, work: Callable[[], object]) -> None:
-    """Times ``work``, the device's share included."""
+    """Times ``work``, including the device."""
 
     def turn() -> None:
         work()

@@ -1,7 +1,7 @@
-"""Times g2g beside the libraries that people use: ``python -m benchmarks.throughput``.
+"""Times g2g against the libraries that people use: ``python -m benchmarks.throughput``.
 
 A training step (forward, cross-entropy, backward, fused Adam), its forward pass, or one of its parts alone; same sizes,
-same weights, same images for everyone, results compared with a float64 reference before anything is timed.
+same weights, same images for all; results are compared with a float64 reference before anything is timed.
 """
 
 import argparse
@@ -88,20 +88,20 @@ def throughput(arguments: argparse.Namespace) -> cli.Report:
 
 
 def own_floor(outcome: Outcome, kernel: str, rates: dict[str, float]) -> dict[str, float]:
-    """``floor_seconds`` of a contender whose workload is not that of the others."""
+    """``floor_seconds`` of a contender whose workload differs from that of the others."""
     if outcome.status != "timed" or not outcome.job.entry.workload:
         return {}
     return {"floor_seconds": floor_seconds(work(load(outcome.job.path), kernel), rates)}
 
 
 def leave_out(entry: Entry) -> Entry:
-    """The entry with the reason why ``--quick`` passes over it."""
-    reason = entry.unavailable or "--quick leaves out what compiles for a minute; name it in --contenders to have it"
+    """The entry with the reason why ``--quick`` skips it."""
+    reason = entry.unavailable or "--quick skips what compiles for a minute; name it in --contenders to include it"
     return dataclasses.replace(entry, unavailable=reason)
 
 
 def csv_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row a contender."""
+    """One row per contender."""
     rows = []
     for row in record["contenders"]:
         derived: dict[str, Any] = {"gflop_per_s": "", "of_floor": ""}

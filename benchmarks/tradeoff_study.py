@@ -1,8 +1,8 @@
 """Accuracy for time and for weights on Fashion-MNIST, dense against sparse: ``python -m benchmarks.tradeoff_study``.
 
-Dense networks of several widths beside wide sparse ones, by one recipe: what should be trained where there is so much
-time, or so much room for weights? Times are those of training alone, without evaluation, on one thread of a machine
-that makes ``--jobs`` such runs at once; with ``--jobs 1`` nothing else takes its caches.
+Dense networks of several widths and wide sparse ones, by one recipe: which should be trained with a given budget of
+time or of weights? Times are those of training without evaluation, on one thread of a machine with ``--jobs`` parallel
+runs; with ``--jobs 1`` nothing else uses its caches.
 """
 
 import sys

@@ -1,8 +1,7 @@
 """What is measured: a network trained for a while on real images, and the next batch of them.
 
-A workload is prepared once, by the library's own trainer, and kept in a temporary folder under a name made of its
-settings, so that every contender loads the same weights, masks and images. What runs it is none of this module's
-business.
+A workload is prepared once, by the library's own trainer, and cached in a temporary folder under a name made of its
+settings, so every contender loads the same weights, masks and images. Running it is left to other modules.
 """
 
 import dataclasses
@@ -25,7 +24,7 @@ from g2gnet.tensor_file import read_tensors, write_tensors
 from g2gnet.training import Machine, SettingsError, TrainSettings
 from g2gnet.training.trainer import Trainer
 
-#: stands in for Fashion-MNIST where that can neither be found nor downloaded
+#: replaces Fashion-MNIST if that is unavailable
 FALLBACK = "fashionmnist-mini"
 
 
@@ -35,7 +34,7 @@ class Workload:
 
     Attributes:
         surrogate, alpha: of the hidden layers; the output's is always ATan with α = 2.
-        train_steps: optimizer steps taken before anything is measured, since firing rates decide what events cost.
+        train_steps: optimizer steps before anything is measured, since firing rates decide the cost of events.
     """
 
     batch_size: int = 256
@@ -57,7 +56,7 @@ class Workload:
         self.settings()
 
     def settings(self) -> TrainSettings:
-        """The trainer's settings; raises SettingsError where they are out of range."""
+        """The trainer's settings; raises SettingsError if they are out of range."""
         return TrainSettings(
             dataset=self.dataset,
             limit_train=max(1, self.train_steps) * self.batch_size,
@@ -79,18 +78,18 @@ class Workload:
 
     @property
     def path(self) -> Path:
-        """Where the prepared workload lies, or will."""
+        """The path of the prepared workload, existing or not."""
         key = json.dumps({**self.as_dict(), "g2g": g2gnet.__version__, "torch": torch.__version__}, sort_keys=True)
         return cache_dir() / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
 
 
 def cache_dir() -> Path:
-    """The folder of prepared workloads; delete it to have them prepared anew."""
+    """The folder of prepared workloads; delete it to prepare them again."""
     return Path(tempfile.gettempdir()) / f"g2g-benchmarks-{getpass.getuser()}"
 
 
 class NeuronInputs(NamedTuple):
-    """What neurons alone are measured with.
+    """The inputs for measuring neurons alone.
 
     Attributes:
         current: float32 [T, B, N].
@@ -104,7 +103,7 @@ class NeuronInputs(NamedTuple):
 
 
 class LinearInputs(NamedTuple):
-    """What the second layer's product alone is measured with.
+    """The inputs for measuring the second layer's product alone.
 
     Attributes:
         x: float32 [T, B, H], its inputs.
@@ -120,11 +119,11 @@ class Prepared:
     """A workload with its weights and its batch.
 
     Attributes:
-        workload: the settings; ``workload.dataset`` is the data set that was really used.
+        workload: the settings; ``workload.dataset`` is the data set actually used.
         images: float32 [B, D], samples from 0 to 1.
         labels: int64 [B].
-        test_accuracy: of the network as it is, on 1,000 test images.
-        note: what the reader should know about the preparation, or "".
+        test_accuracy: of the trained network, on 1,000 test images.
+        note: a remark on the preparation, or "".
     """
 
     workload: Workload
@@ -162,7 +161,7 @@ class Prepared:
     @functools.cached_property
     @torch.no_grad()
     def lif_inputs(self) -> NeuronInputs:
-        """The currents that the second hidden layer receives, its β and θ, and a random gradient."""
+        """The input currents of the second hidden layer, its β and θ, and a random gradient."""
         net = self.network("torch")
         current = net.fc2(self._first_spikes)
         parameters = {name: value.detach() for name, value in net.lif2.values.items()}
@@ -170,24 +169,24 @@ class Prepared:
 
     @functools.cached_property
     def synaptic_inputs(self) -> NeuronInputs:
-        """The same for synaptic neurons, at their initial γ: currents times 1 − γ, so that they add up to as much."""
+        """The same for synaptic neurons, at their initial γ: currents times 1 − γ, so their sum is the same."""
         current, gradient, parameters = self.lif_inputs
         syn_decay = torch.tensor(Synaptic.initial["syn_decay"])
         return NeuronInputs(current * (1 - syn_decay), gradient, {"syn_decay": syn_decay, **parameters})
 
     @functools.cached_property
     def spike_inputs(self) -> LinearInputs:
-        """The spikes that the second layer receives, and a random gradient."""
+        """The input spikes of the second layer, and a random gradient."""
         return LinearInputs(self._first_spikes, self._noise(1)[0])
 
     @functools.cached_property
     def dense_inputs(self) -> LinearInputs:
-        """Random numbers without a zero among them in place of the spikes, and a random gradient."""
+        """Nonzero random numbers in place of the spikes, and a random gradient."""
         gradient, x = self._noise(2)
         return LinearInputs(x, gradient)
 
     def convert(self, inputs: str, dtype: torch.dtype) -> None:
-        """Has ``spike_inputs`` or ``dense_inputs`` in ``dtype`` from now on."""
+        """Converts ``spike_inputs`` or ``dense_inputs`` to ``dtype``."""
         self.__dict__[inputs] = LinearInputs(*(tensor.to(dtype) for tensor in getattr(self, inputs)))
 
     @functools.cached_property
@@ -199,8 +198,8 @@ class Prepared:
     @functools.cached_property
     @torch.no_grad()
     def event_share(self) -> float:
-        """Of the second hidden layer's neurons over all steps and samples: those that pass a gradient on, because their
-        surrogate's derivative is not zero. 1 for a surrogate without compact support."""
+        """The share of the second hidden layer's neurons, over all steps and samples, that pass a gradient on
+        (nonzero derivative of the surrogate). 1 for a surrogate without compact support."""
         current, _, parameters = self.lif_inputs
         lif = self.network("torch").lif2
         derivative = SURROGATES[lif.surrogate].derivative
@@ -223,7 +222,7 @@ class Prepared:
         return [int(mask.unit_sizes.sum()) for mask in masks]
 
     def density(self) -> float:
-        """The share of the weights of all layers together that exist."""
+        """The share of existing weights in all layers together."""
         sizes = (connection.mask.shape for connection, _ in self.network("torch").layers())
         return sum(self.active_weights()) / sum(rows * cols for rows, cols in sizes)
 
@@ -235,17 +234,17 @@ class Prepared:
 
 
 def load(path: Path) -> Prepared:
-    """Reads what :func:`prepare` wrote."""
+    """Reads a workload written by :func:`prepare`."""
     fields = read_tensors(path)
     return Prepared(**{**fields, "workload": Workload(**fields["workload"])})
 
 
 def prepare(workload: Workload, data_dir: str = "data", on_step: Callable[[int], None] | None = None) -> Path:
-    """Trains the workload's network unless that was done before; returns the file to :func:`load`.
+    """Trains the workload's network unless this was done before; returns the file for :func:`load`.
 
     Args:
-        workload: what to prepare. Where Fashion-MNIST is unavailable, the subset inside the package takes its place.
-        data_dir: where the data set lies.
+        workload: what to prepare. If Fashion-MNIST is unavailable, the subset in the package replaces it.
+        data_dir: directory of the data set.
         on_step: called after each training step with the number of steps so far.
     """
     if workload.path.exists():
@@ -271,7 +270,7 @@ def _train(workload: Workload, data: ImageData, note: str, on_step: Callable[[in
     prepared = {
         "workload": workload.as_dict(),
         "state": trainer.net.state_dict(),
-        # the last images: the trainer took its from the front
+        # the last images: the trainer used the first
         "images": as_samples(data.train_images[-workload.batch_size :]),
         "labels": data.train_labels[-workload.batch_size :].clone(),
         "test_accuracy": trainer.evaluate(),

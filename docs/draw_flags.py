@@ -11,9 +11,9 @@ PAGE = Path(__file__).with_name("flags.md")
 HEAD = """\
 # Flags
 
-Written by `python docs/draw_flags.py` from the programs' own parsers; a test holds it to them. Settings (data, model,
-training, dynamic sparse training) decide what is computed and are kept in the checkpoint; the others do not. Each
-program prints the same with `--help`. What they are good for: [commands](commands.md).
+Written by `python docs/draw_flags.py` from the programs' own parsers; a test checks it. Settings (data, model,
+training, dynamic sparse training) decide what is computed and are saved in the checkpoint; the others are not. Each
+program prints the same with `--help`. How to use them: [commands](commands.md).
 """
 #: each program, the note under its heading, and the program whose flags it shares
 PROGRAMS = (
@@ -21,13 +21,13 @@ PROGRAMS = (
     (
         "crossval.py",
         crossval,
-        "Trains k networks, each without one k-th of the training images; installed, `g2g-crossval`. It has the flags\n"
-        "of `train.py`, except for `--cuda_graph`, and these, which it adds or whose defaults differ:",
+        "Trains k networks, each validated on another k-th of the training images; installed, `g2g-crossval`. It has\n"
+        "the flags of `train.py` except `--cuda_graph`; these are added or have other defaults:",
         train,
     ),
     ("python -m g2gnet.pretrain", pretrain, "Trains a ResNet-32 for `--use_resnet`.", None),
     ("python -m g2gnet.analyze", analyze, "Analyses the network of a checkpoint.", None),
-    ("python -m g2gnet.report", report, "Writes an HTML page about one run or several.", None),
+    ("python -m g2gnet.report", report, "Writes an HTML page about one or several runs.", None),
 )
 HEADER = "| flag | default | meaning |\n| --- | --- | --- |"
 

@@ -1,12 +1,12 @@
-"""Events of a sensor, in the way of Tonic's data sets, classified by a G2GNet: which way does the edge move?
+"""Classifies events of a sensor, as in Tonic's data sets, with a G2GNet: which way does the edge move?
 
-The recordings are made here: an edge sweeps over a sensor of 16 × 16 pixels to the right, left, bottom or top, with
-noise. They have the form of every data set of Tonic, structured arrays of (x, y, t, p), and are cut into frames as
-``tonic.transforms.ToFrame`` does, so that
+The recordings are simulated: an edge sweeps over a sensor of 16 × 16 pixels to the right, left, bottom or top, with
+noise. They have the format of Tonic's data sets, structured arrays of (x, y, t, p), and are cut into frames like
+``tonic.transforms.ToFrame`` does, so
 
     data = tonic.datasets.NMNIST("data", transform=tonic.transforms.ToFrame((34, 34, 2), n_time_bins=12))
 
-can take their place. A network takes frames [T, B, polarities, y, x] with everything behind B flattened: [T, B, D].
+can replace them. A network takes frames [T, B, polarities, y, x] flattened after B: [T, B, D].
 
     python examples/event_data.py
 """

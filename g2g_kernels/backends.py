@@ -1,4 +1,4 @@
-"""The backends of this library, registered as any other would be."""
+"""The backends of this library, registered like any other."""
 
 from g2g_kernels.cpu import library
 from g2g_kernels.dispatch import Backend, register_backend

@@ -1,4 +1,4 @@
-"""Which device to run on: DirectML, then CUDA, then the CPU; others when they are named."""
+"""Which device to run on: DirectML, then CUDA, then the CPU; others only when named."""
 
 import importlib
 
@@ -17,8 +17,8 @@ def _directml_device() -> torch.device | None:
 
 
 def _devices(kind: str) -> int:
-    """How many devices of a kind (``"cuda"``, ``"mps"`` or ``"xpu"``) this machine has for this PyTorch."""
-    if kind == "mps":  # Apple's GPU, of which there is one
+    """The number of devices of a kind (``"cuda"``, ``"mps"`` or ``"xpu"``) that this PyTorch finds."""
+    if kind == "mps":  # Apple's GPU, always one
         return int(torch.backends.mps.is_available())
     module = getattr(torch, kind)
     return module.device_count() if module.is_available() else 0
@@ -27,15 +27,15 @@ def _devices(kind: str) -> int:
 def select_device(name: str = "auto") -> torch.device:
     """The device called ``name``, or for ``"auto"`` the first available of DirectML, CUDA and CPU.
 
-    Apple's ``"mps"`` and Intel's ``"xpu"`` have no kernels of ours and run on plain PyTorch operations, so that the
-    compiled CPU kernels are the better choice beside them: they are used only when named.
+    Apple's ``"mps"`` and Intel's ``"xpu"`` have no g2g kernels and run on plain PyTorch operations. The compiled CPU
+    kernels are the better choice, so these are used only when named.
 
     Args:
         name: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"directml"``, ``"mps"`` or ``"xpu"``, or one of several devices by
             its number (``"cuda:1"``).
 
     Raises:
-        ValueError: for an unknown name or a device that this machine does not have, with the remedy.
+        ValueError: for an unknown name or a device missing on this machine, with the remedy.
     """
     if name == "auto":
         directml = _directml_device()

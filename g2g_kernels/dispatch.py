@@ -1,6 +1,6 @@
 """Which backend serves a call.
 
-Every operator (``g2g_kernels/ops/*``) registers one implementation a backend, with a function that says *why* it
+Every operator (``g2g_kernels/ops/*``) registers one implementation per backend, with a function that says *why* it
 cannot serve a given call. A call goes to the first backend in :data:`BACKENDS` that serves it, or to the one forced by
 the ``backend`` argument or the environment variable ``G2G_BACKEND``; the choice is logged once.
 """
@@ -20,7 +20,7 @@ logger = logging.getLogger("g2g_kernels")
 
 
 class BackendError(RuntimeError):
-    """No backend, or not the one asked for, can serve a call; the message lists every reason."""
+    """No backend, or not the requested one, can serve a call; the message lists every reason."""
 
 
 def _nothing() -> None:
@@ -28,16 +28,16 @@ def _nothing() -> None:
 
 
 class Backend(NamedTuple):
-    """What there is to know of a backend but for its operators.
+    """A backend, except for its operators.
 
     Attributes:
         name: what the argument ``backend`` calls it.
-        unavailable: why it cannot be used on this machine at all, or None where it can.
-        preference: a backend is asked before those of a lower one. The compiled ones have 20 and 30, ``"torch"`` 0.
-        only_by_name: why a call has to ask for it by name, or None where it need not.
-        device_type: of the tensors that it serves; None: of any.
-        package: the Python package that it needs beside PyTorch, or None.
-        detail: what more can be told of it where it can be used.
+        unavailable: why it is unavailable on this machine, or None if it is available.
+        preference: backends with a higher one are asked first. The compiled ones have 20 and 30, ``"torch"`` 0.
+        only_by_name: why a call must request it by name, or None if it need not.
+        device_type: of the tensors that it serves; None: any.
+        package: the Python package that it needs besides PyTorch, or None.
+        detail: further information, if it is available.
     """
 
     name: str
@@ -54,29 +54,29 @@ BACKENDS: dict[str, Backend] = {}
 
 
 def register_backend(backend: Backend) -> None:
-    """Adds a backend, or puts it in the place of the one of that name."""
+    """Adds a backend, or replaces the one of that name."""
     everyone = {**BACKENDS, backend.name: backend}
     BACKENDS.clear()
     BACKENDS.update(sorted(everyone.items(), key=lambda item: -item[1].preference))
 
 
 def backend_status() -> dict[str, str | None]:
-    """Every backend in order of preference, with None where it can be used here and else the reason why not."""
+    """Every backend in order of preference, with None if it is available here, otherwise the reason why not."""
     return {name: backend.unavailable() for name, backend in BACKENDS.items()}
 
 
 def available_backends() -> list[str]:
-    """The backends that can be used on this machine, in order of preference (``"torch"`` always can)."""
+    """The backends available on this machine, in order of preference (``"torch"`` always is)."""
     return [name for name, reason in backend_status().items() if reason is None]
 
 
-@constant_when_traced  # what torch.compile traced keeps the backend that was forced then
+@constant_when_traced  # a traced call keeps the backend that was forced then
 def _environment() -> str:
     return os.environ.get("G2G_BACKEND", "")
 
 
 def forced_backend(backend: str | None) -> str | None:
-    """The backend that the argument or ``G2G_BACKEND`` asks for; None (or ``"auto"``) leaves the choice open.
+    """The backend requested by the argument or ``G2G_BACKEND``; None (or ``"auto"``) leaves the choice open.
 
     Raises:
         ValueError: for an unknown name.
@@ -91,17 +91,17 @@ def forced_backend(backend: str | None) -> str | None:
 
 
 def require_backend(backend: str | None) -> None:
-    """Raises unless the forced backend, if any, is known and can be used on this machine."""
+    """Raises unless the forced backend, if any, is known and available on this machine."""
     name = forced_backend(backend)
     reason = BACKENDS[name].unavailable() if name else None
     if reason:
         raise BackendError(
-            f"backend {name!r} cannot be used here: {reason}; available: {', '.join(available_backends())}"
+            f"backend {name!r} is unavailable here: {reason}; available: {', '.join(available_backends())}"
         )
 
 
 class Operator:
-    """The implementations of one operator, one a backend."""
+    """The implementations of one operator, one per backend."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -112,7 +112,7 @@ class Operator:
         self._implementations[backend] = (function, refuses or (lambda *args, **kwargs: None))
 
     def register_module(self, backend: str, load: Callable[[], ModuleType]) -> None:
-        """Adds the implementation in a module that ``load`` imports when a call first comes to it.
+        """Adds the implementation in a module that ``load`` imports at the first call.
 
         Its function has the operator's name; its function ``refuses`` is as for :meth:`register`.
         """

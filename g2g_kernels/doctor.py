@@ -1,12 +1,12 @@
-"""Which kernels this machine can use, and whether they compute what they should: ``python -m g2g_kernels.doctor``.
+"""Which kernels this machine can use, and whether their results are correct: ``python -m g2g_kernels.doctor``.
 
-Shows versions, devices and backends, then runs every operator of every usable backend forward and backward and
-compares with a float64 reference. It takes seconds (on a GPU the first run compiles the kernels as well). The exit
-status is 0 if all that could be checked is right, 1 if something is wrong, 2 for a device that is not there.
+Shows versions, devices and backends, then runs every operator of every available backend forward and backward and
+compares with a float64 reference. It takes seconds (on a GPU the first run also compiles the kernels). The exit status
+is 0 if everything checked is right, 1 if something is wrong, 2 for a missing device.
 
-The numbers are chosen so that a single wrong spike is noticed: what the neurons see are multiples of powers of two, so
-currents (in bfloat16 too) and float32 membranes are exact whatever the order of summation. Spikes and counts therefore
-have to be *equal* to the reference's; everything else has to be within rounding of it.
+The numbers are chosen to reveal a single wrong spike: inputs of neurons are multiples of powers of two, so currents
+(also in bfloat16) and float32 membranes are exact for any order of summation. Spikes and counts must therefore *equal*
+the reference; everything else must be within rounding of it.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from g2g_kernels.ops.neurons import reference as neurons_reference
 
 #: the largest root-mean-square error relative to the reference, in either precision
 ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
-#: outputs of whole numbers, which have to be equal
+#: outputs of whole numbers, which must be equal
 EXACT = ("spikes", "counts")
 
 SIZE, GROUPS, BATCH, STEPS = 300, 4, 33, 10
@@ -69,7 +69,7 @@ class Check:
         return self._results(None, torch.device("cpu"), torch.float64)
 
     def errors(self, backend: str, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-        """The error of every output and gradient, relative to its size; infinite for an output that has to be equal."""
+        """The error of every output and gradient, relative to its size; infinite for an output that wrongly differs."""
         errors = {}
         for name, actual in self._results(backend, device, dtype).items():
             expected = self.reference[name]
@@ -84,7 +84,7 @@ class Check:
     def _results(self, backend: str | None, device: torch.device, dtype: torch.dtype) -> Tensors:
         """Outputs, and gradients of a fixed weighted sum of them, in float64 on the CPU.
 
-        Leaves are float32 for 16 bits too: ``torch.autocast`` takes them down where it does.
+        Leaves are float32 for 16 bits too: ``torch.autocast`` casts them down.
         """
         low = dtype.itemsize == 2
         leaves = {
@@ -108,7 +108,7 @@ def _rms(tensor: torch.Tensor) -> float:
 
 
 def checks() -> Iterator[Check]:
-    """Units of 1, 16, 32 and 64 weights with shorter ones among them, all kinds of groups, resets and surrogates."""
+    """Units of side 1, 16, 32 and 64, some of them shorter, with all kinds of groups, resets and surrogates."""
     draw = torch.Generator().manual_seed(3)
 
     def multiples(of: float, least: int, most: int, *shape: int) -> torch.Tensor:
@@ -165,7 +165,7 @@ def _neurons(model: str, reset: str, surrogate: str, leaves: Tensors, backend: s
 
 
 def _stack(mask: BlockMask, leaves: Tensors, backend: str | None) -> Tensors:
-    """Two layers of the same weights: the second reads neurons in another order than the first writes them."""
+    """Two layers of the same weights: the second reads neurons in a different order than the first writes them."""
     x, values, bias, *parameters = leaves.values()
     layers = [SpikingLayer(values, _on_device(mask, x), bias, Neurons("lif", tuple(parameters)))] * 2
     if backend is None:
@@ -179,7 +179,7 @@ def _stack(mask: BlockMask, leaves: Tensors, backend: str | None) -> Tensors:
 
 
 def devices() -> dict[str, str]:
-    """The devices of this machine by name, as :func:`g2g_kernels.select_device` takes it, and what they are."""
+    """The devices of this machine by name, as :func:`g2g_kernels.select_device` takes it, with descriptions."""
     found = {"cpu": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"}
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
@@ -194,7 +194,7 @@ def devices() -> dict[str, str]:
 
 
 def version(package: str) -> str:
-    """The installed version of a package, or that there is none."""
+    """The installed version of a package, or "not installed"."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -202,7 +202,7 @@ def version(package: str) -> str:
 
 
 def describe() -> str:
-    """Versions, devices, and every backend with the reason why it cannot be used."""
+    """Versions, devices, and every backend with the reason why it is unavailable."""
     names = ["g2g", "torch", *(backend.package for backend in BACKENDS.values() if backend.package)]
     lines = [f"Python {platform.python_version()}, " + ", ".join(f"{name} {version(name)}" for name in names)]
     lines += ["", "devices"] + [f"  {name:<9} {what}" for name, what in devices().items()]
@@ -239,7 +239,7 @@ def _line(
             errors = check.errors(backend, device, dtype)
         except BackendError as refusal:
             return f"{start}not served: {str(refusal).rsplit(f'{backend}: ', 1)[-1]}", []
-        except Exception as error:  # whatever a kernel throws is a finding, and the other kernels' turn comes next
+        except Exception as error:  # any exception of a kernel is a finding; the other kernels come next
             wrong.append(f"{check.case}: {type(error).__name__}: {error}")
             largest = math.inf
             continue

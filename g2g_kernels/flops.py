@@ -1,9 +1,9 @@
-"""What PyTorch's FLOP counter (``torch.utils.flop_counter.FlopCounterMode``) counts for the compiled operators.
+"""FLOPs of the compiled operators for PyTorch's counter (``torch.utils.flop_counter.FlopCounterMode``).
 
-A multiplication and an addition for each weight that exists and each sample that it meets, once forward, once for the
-gradient of the input and once for that of the weights: what a dense product costs, times the density. Kernels that
-visit spikes only do less, and how much less depends on the spikes. Neurons count as nothing, as pointwise operations do
-there. Backend ``torch`` multiplies dense weights, and PyTorch counts that.
+One multiplication and one addition per existing weight and sample, once forward, once for the gradient of the input and
+once for that of the weights: the cost of a dense product, times the density. Event-driven kernels do less, depending on
+the spikes. Neurons count as nothing, like all pointwise operations there. Backend ``torch`` multiplies dense weights,
+and PyTorch counts that.
 """
 
 import importlib.abc
@@ -23,7 +23,7 @@ _formulas: dict[str, Callable[..., int]] = {}
 
 
 def count_flops(operator: RecordOperator, formula: Callable[..., int]) -> None:
-    """Has the counter count ``formula(record)`` for a call of ``operator`` with that record."""
+    """Makes the counter count ``formula(record)`` for a call of ``operator`` with that record."""
 
     def count(*arguments: object, out_val: object = None, **_: object) -> int:
         return formula(operator.unflatten(arguments))
@@ -39,7 +39,7 @@ def product_flops(samples: int, values: torch.Tensor, mask: MaskTensors) -> int:
         lengths = [axis.bounds.diff() for axis in (mask.rows, mask.cols)]
         weights = int((lengths[0][mask.unit_row] * lengths[1][mask.unit_col]).sum())
     except RuntimeError:  # tensors without data, of a model that is only traced
-        weights = values.numel()  # which has the padding of units that are shorter than others
+        weights = values.numel()  # includes the padding of shorter units
     return 2 * samples * weights
 
 
@@ -49,7 +49,7 @@ def _register(name: str) -> None:
 
 
 class _WhenImported(importlib.abc.MetaPathFinder):
-    """Registers the formulas when the counter is imported, not before: with it comes Triton."""
+    """Registers the formulas only when the counter is imported, since that imports Triton."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

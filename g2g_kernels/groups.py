@@ -19,7 +19,7 @@ def _random(size: int, num_groups: int, generator: torch.Generator | None) -> to
     return _contiguous(size, num_groups, generator)[torch.randperm(size, generator=generator)]
 
 
-#: of each kind, what gives the group of each neuron, int64 [size]
+#: for each kind, the function that gives the group of each neuron, int64 [size]
 GROUP_KINDS = {"index": _contiguous, "interleaved": _interleaved, "random": _random}
 
 
@@ -92,10 +92,10 @@ class GroupLayout:
 
 
 def partners(out_groups: int, in_groups: int) -> torch.Tensor:
-    """Which groups of two sides with so many belong together: bool [groups out, groups in].
+    """Which groups of two sides belong together: bool [groups out, groups in].
 
-    Those of one number, where there are equally many. Where one side has fewer, G of them beside G', its group g
-    belongs with every group g' for which ⌊g'·G/G'⌋ = g, so that each of the finer ones has one partner.
+    Those of the same number, if both sides have equally many. If one side has fewer, G instead of G', its group g
+    belongs to every group g' with ⌊g'·G/G'⌋ = g, so each of the finer groups has one partner.
     """
     least = min(out_groups, in_groups)
     out_group, in_group = (torch.arange(count) * least // count for count in (out_groups, in_groups))

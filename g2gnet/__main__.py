@@ -1,4 +1,4 @@
-"""Prints which programs there are and which kernels this machine runs."""
+"""Lists the programs, and the kernels that this machine can run."""
 
 import argparse
 import sys
@@ -10,11 +10,11 @@ from g2g_kernels import backend_status
 #: each program, and what it does
 PROGRAMS = {
     "g2g-train": "trains a network: dense, or sparse between groups, statically or dynamically",
-    "g2g-crossval": "cross-validates one: k models, each without one k-th of the training images",
-    "g2g-bench": "times g2g beside snnTorch, SpikingJelly and PyTorch's own sparse products",
+    "g2g-crossval": "cross-validates one: k models, each validated on another k-th of the training images",
+    "g2g-bench": "times g2g against snnTorch, SpikingJelly and PyTorch's own sparse products",
     "python -m g2gnet.analyze": "prints what the neurons of a trained network do, by layer and group",
-    "python -m g2gnet.report": "one page with settings, results, analysis and pictures of runs",
-    "python -m g2gnet.pretrain": "trains the CIFAR ResNet-32 whose features --use_resnet takes",
+    "python -m g2gnet.report": "writes a page with settings, results, analysis and pictures of runs",
+    "python -m g2gnet.pretrain": "trains the CIFAR ResNet-32 whose features --use_resnet uses",
     "python -m g2g_kernels.doctor": "checks every kernel of this machine against the reference",
 }
 
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("\nKernels on this machine:")
     for backend, reason in backend_status().items():
         print(f"  {backend:{width}}  {'yes' if reason is None else f'no: {reason}'}")
-    print("\nTo begin with:\n  g2g-train --dataset fashionmnist-mini --model mixer --epochs 5")
+    print("\nTo start:\n  g2g-train --dataset fashionmnist-mini --model mixer --epochs 5")
     return 0
 
 

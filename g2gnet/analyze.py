@@ -27,7 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="the .pth file of a training run, finished or not")
-    cli.add_json_flag(cli.add_inspection_flags(parser), "everything, matrices between groups too,")
+    cli.add_json_flag(cli.add_inspection_flags(parser), "all quantities, including matrices between groups,")
     return parser
 
 
@@ -47,7 +47,7 @@ def analyze(arguments: argparse.Namespace) -> dict[str, Any]:
     for layer in analysis.layers:
         say(f"\n{groups_table(layer)}")
     if len(analysis.layers[0].group_sizes) == 1:
-        say("\nEach layer is a single group: there is nothing between groups, and no entropy of input groups.")
+        say("\nEach layer is one group: quantities between groups and the entropy of input groups are not defined.")
     return {
         "checkpoint": str(run.path),
         "epoch": run.epoch,

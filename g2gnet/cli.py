@@ -43,7 +43,7 @@ from g2gnet.training.tensorboard import TensorBoardLog
 METAVARS = {int: "N", float: "X", str: "FILE"}
 #: in place of a file's name: standard output
 STDOUT = "-"
-#: exit status of a program whose reader has left, as ``head`` does: 128 + SIGPIPE, which Windows does not have
+#: exit status of a program whose reader has closed the pipe, as ``head`` does: 128 + SIGPIPE, absent on Windows
 READER_LEFT = 128 + 13
 
 
@@ -83,12 +83,12 @@ def add_settings_flags(parser: argparse.ArgumentParser, settings: type = TrainSe
 def add_machine_flags(parser: argparse.ArgumentParser, kernels: bool = True, results: bool = True) -> Any:
     """Adds the flags that say where to compute (``kernels``: and with which kernels) and where files lie.
 
-    They do not decide what is computed. ``results``: the program writes checkpoints. Returns their group.
+    They do not change what is computed. ``results``: the program writes checkpoints. Returns their group.
     """
     group = parser.add_argument_group("machine and files")
-    group.add_argument("--data_dir", default="data", metavar="DIR", help="where data sets lie (default: data)")
+    group.add_argument("--data_dir", default="data", metavar="DIR", help="directory of the data sets (default: data)")
     if results:
-        text = "where results go (default: checkpoints)"
+        text = "directory for results (default: checkpoints)"
         group.add_argument("--checkpoint_dir", default="checkpoints", metavar="DIR", help=text)
     text = "auto (DirectML, then CUDA, then CPU), cpu, cuda, cuda:N, directml, mps, xpu or xpu:N"
     group.add_argument("--device", default="auto", help=text)
@@ -99,13 +99,13 @@ def add_machine_flags(parser: argparse.ArgumentParser, kernels: bool = True, res
 
 
 def add_log_flag(group: Any) -> None:
-    """Adds the flag that asks for TensorBoard's files."""
+    """Adds the flag for TensorBoard's files."""
     text = "write scalars, histograms and heat maps for TensorBoard to DIR (default: none)"
     group.add_argument("--log_dir", metavar="DIR", help=text)
 
 
 def log_from(arguments: argparse.Namespace) -> list[EpochCallback[Trainer]]:
-    """What is to be called after each epoch, according to the flags.
+    """The callbacks after each epoch, according to the flags.
 
     Raises:
         FlagError: if TensorBoard's package is missing, or the directory cannot be made.
@@ -119,8 +119,8 @@ def log_from(arguments: argparse.Namespace) -> list[EpochCallback[Trainer]]:
 
 
 def add_json_flag(parser: Any, content: str) -> None:
-    """Adds the flag that asks for ``content``, what a program returns, in a form for other programs."""
-    text = f"write {content} as JSON to FILE; without FILE to standard output, and what is for people to standard error"
+    """Adds the flag that writes ``content``, what a program returns, as JSON."""
+    text = f"write {content} as JSON to FILE; without FILE to standard output, and all other output to standard error"
     parser.add_argument("--json", nargs="?", const=STDOUT, metavar="FILE", help=text)
 
 
@@ -131,7 +131,7 @@ def settings_from(arguments: argparse.Namespace, kind: type[SettingsT]) -> Setti
     """The settings that the flags gave, with the content of a file of weights or of data in place of its name.
 
     Raises:
-        SettingsError: if they are out of range or at odds.
+        SettingsError: if they are out of range or in conflict.
         DataError: if the file cannot be read.
     """
     fields = dataclasses.fields(kind)  # type: ignore[arg-type]  # every Settings is a dataclass
@@ -155,7 +155,7 @@ def load_data(arguments: argparse.Namespace, settings: TrainSettings, device: to
 
 
 def announce(settings: TrainSettings, machine: Machine) -> None:
-    """Prints the settings in one line, and a warning where a setting is without effect."""
+    """Prints the settings in one line, and a warning for a setting without effect."""
     if settings.enforce_sparsity and settings.warmup_epochs >= settings.epochs:
         warn(
             f"warning: --enforce_sparsity never begins: warmup_epochs={settings.warmup_epochs} is not below "
@@ -179,7 +179,7 @@ def add_inspection_flags(parser: argparse.ArgumentParser) -> Any:
         metavar="N",
         help=f"run the network on the first N test images (default: {ANALYSIS_SAMPLES})",
     )
-    text = "the weights that a run with --use_resnet had, if not the published ones"
+    text = "weights used by a run with --use_resnet, if not the published ones"
     parser.add_argument("--resnet_weights", metavar="FILE", help=text)
     return add_machine_flags(parser, results=False)
 
@@ -197,7 +197,7 @@ def load_run_data(arguments: argparse.Namespace, settings: TrainSettings, device
         given = weights_digest(settings.dataset, arguments.resnet_weights)
         if given != settings.resnet_weights:
             raise FlagError(
-                f"the run had the ResNet weights {settings.resnet_weights}, these are {given}; name the file with the "
+                f"the run had the ResNet weights {settings.resnet_weights}, these are {given}; give the file with the "
                 "run's weights by --resnet_weights"
             )
     return load_data(arguments, settings, device).limited(settings.limit_train, settings.limit_test).to(device)
@@ -205,7 +205,7 @@ def load_run_data(arguments: argparse.Namespace, settings: TrainSettings, device
 
 @contextlib.contextmanager
 def standard_output(json_file: str | None) -> Iterator[None]:
-    """While it is entered, what is printed goes to standard error if ``--json`` wants standard output for itself.
+    """While entered, output goes to standard error if ``--json`` needs standard output for itself.
 
     Raises:
         OutputError: on entering, if the file that it names cannot be written.
@@ -217,7 +217,7 @@ def standard_output(json_file: str | None) -> Iterator[None]:
 
 
 def write_json(json_file: str, document: dict[str, Any]) -> None:
-    """Writes one JSON document, with the version of g2g, to where ``--json`` says.
+    """Writes one JSON document, with the version of g2g, to the target of ``--json``.
 
     Raises:
         OutputError: if the file cannot be written.
@@ -236,7 +236,7 @@ def run_program(
     argv: Any,
     interrupted: str = "run the same command again to resume after the last finished epoch",
 ) -> int:
-    """Runs ``program`` on the parsed flags and turns the errors that users cause into a message and an exit status.
+    """Runs ``program`` on the parsed flags; user errors become a message and an exit status.
 
     Args:
         parser: the program's flags.
@@ -245,8 +245,8 @@ def run_program(
         interrupted: what to say after Ctrl-C.
 
     Returns:
-        0 on success, 1 if data, files or training failed, 2 for flags that cannot be used, 128 + the number
-        of a signal that ended it (130 after Ctrl-C, 141 when nobody reads its output any more).
+        0 on success, 1 if data, files or training failed, 2 for invalid flags, 128 + the number of the signal that
+        ended it (130 after Ctrl-C, 141 when nobody reads its output).
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started this
@@ -296,7 +296,7 @@ def _fail(parser: argparse.ArgumentParser, error: Exception, status: int) -> int
 
 
 def check_output(path: Path | str) -> None:
-    """Raises OutputError if a file that a flag named cannot be written; asked before there is anything to write."""
+    """Raises OutputError if a file named by a flag cannot be written; called before there is anything to write."""
     try:
         check_writable(Path(path))
     except OSError as error:
@@ -304,7 +304,7 @@ def check_output(path: Path | str) -> None:
 
 
 def write_file(path: Path | str, write: Callable[[BinaryIO], Any]) -> None:
-    """Lets ``write`` write a file, whole or not at all (:func:`g2gnet.files.replace_file`).
+    """Calls ``write`` to write a file completely or not at all (:func:`g2gnet.files.replace_file`).
 
     Raises:
         OutputError: if it cannot be written.
@@ -312,11 +312,11 @@ def write_file(path: Path | str, write: Callable[[BinaryIO], Any]) -> None:
     try:
         replace_file(Path(path), write)
     except OSError as error:
-        raise OutputError(f"cannot write {path} ({reason(error)}); give another file, or make room") from error
+        raise OutputError(f"cannot write {path} ({reason(error)}); give another file, or free some space") from error
 
 
 def write_output(path: Path | str, text: str) -> None:
-    """Writes ``text`` to a file as UTF-8; bytes of file names that are no characters become escapes.
+    """Writes ``text`` to a file as UTF-8; bytes of file names that are not characters become escapes.
 
     Raises:
         OutputError: if it cannot be written.
@@ -325,7 +325,7 @@ def write_output(path: Path | str, text: str) -> None:
 
 
 class FlagError(ValueError):
-    """A machine flag that cannot be used here."""
+    """A flag that is invalid on this machine."""
 
 
 def machine_from(arguments: argparse.Namespace) -> Machine:
@@ -342,7 +342,7 @@ def machine_from(arguments: argparse.Namespace) -> Machine:
         device = select_device(arguments.device)
         if launched() and device.type == "cuda":
             if device.index is not None:
-                raise FlagError(f"device={device} is one for all processes; give cuda, and each takes one of its own")
+                raise FlagError(f"device={device} would serve all processes; give cuda, so that each takes its own")
             device = select_device(f"cuda:{local_rank()}")
     except ValueError as error:
         raise FlagError(str(error)) from error

@@ -1,4 +1,4 @@
-"""A tensor that is computed wherever it is read, so that what is written to it would be lost: writing is refused."""
+"""A tensor computed on every read, so anything written to it would be lost: writing is refused."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Several processes that work on one run, as ``torchrun`` starts them: what they share, and what they agree on."""
+"""Several processes that work on one run, as started by ``torchrun``: what they share and agree on."""
 
 import atexit
 import contextlib
@@ -18,18 +18,18 @@ BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 
 
 class DistributedError(RuntimeError):
-    """The processes of a run do not fit together, or are not in one state any more; the message says what differs."""
+    """The processes of a run do not match, or their states diverged; the message says what differs."""
 
 
 class World:
-    """The processes that work on one run. Every method but :meth:`share` is to be called by all of them alike.
+    """The processes that work on one run. All of them must call every method except :meth:`share`.
 
     Args:
-        group: PyTorch's group of these processes, or None: this one works alone, and nothing is ever sent.
+        group: PyTorch's group of these processes; None: a single process, and nothing is sent.
 
     Attributes:
-        rank: which of them this one is, from 0.
-        size: how many they are.
+        rank: the number of this process, from 0.
+        size: the number of processes.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
@@ -46,15 +46,15 @@ class World:
 
     @property
     def leads(self) -> bool:
-        """Whether this process is the one that writes and prints."""
+        """Whether this process writes and prints."""
         return self.rank == 0
 
     def share(self, count: int) -> slice:
-        """This process's part of ``count`` samples: the parts are contiguous and differ by one sample at most."""
+        """This process's part of ``count`` samples: the parts are contiguous and differ by at most one sample."""
         return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Puts the sum over the processes into ``tensor``, the same to the last bit in each, and returns it."""
+        """Puts the sum over the processes into ``tensor``, bitwise equal in each, and returns it."""
         if self.size > 1:
             dist.all_reduce(tensor, group=self.group)
         return tensor
@@ -68,7 +68,7 @@ class World:
         return int(tensor)
 
     def wait(self) -> None:
-        """Waits until all have come here."""
+        """Waits until all processes are here."""
         self.largest(0)
 
     def gather(self, value: Any) -> list[Any]:
@@ -89,7 +89,7 @@ class World:
         values = self.gather((value, digest.digest()))
         differing = [str(rank) for rank, other in enumerate(values) if other != values[0]]
         if differing:
-            raise DistributedError(f"{what} of rank {', '.join(differing)} is not that of rank 0")
+            raise DistributedError(f"{what} of rank {', '.join(differing)} differs from that of rank 0")
 
 
 #: one process by itself
@@ -97,7 +97,7 @@ ALONE = World()
 
 
 def launched() -> bool:
-    """Whether ``torchrun``, or what sets the same variables, has started this process as one of several.
+    """Whether ``torchrun``, or a program that sets the same variables, started this process as one of several.
 
     Raises:
         DistributedError: if the variables are not those of ``torchrun``; so do the two functions below.
@@ -106,12 +106,12 @@ def launched() -> bool:
 
 
 def rank() -> int:
-    """Which of them this one is, from 0."""
+    """The number of this process, from 0."""
     return _variable("RANK") if launched() else 0
 
 
 def local_rank() -> int:
-    """Which of those on this machine this one is, from 0."""
+    """The number of this process on its machine, from 0."""
     return _variable("LOCAL_RANK") if launched() else 0
 
 
@@ -127,11 +127,11 @@ def _variable(name: str) -> int:
 
 @contextlib.contextmanager
 def join(device: torch.device, timeout: datetime.timedelta | None = None) -> Iterator[World]:
-    """The processes that ``torchrun`` has started, while it is entered; :data:`ALONE` without it.
+    """The processes that ``torchrun`` started, while entered; :data:`ALONE` without it.
 
     Args:
-        device: on which this process computes.
-        timeout: for how long processes wait for one another (None: PyTorch's own, some minutes).
+        device: where this process computes.
+        timeout: how long processes wait for one another (None: PyTorch's default, some minutes).
 
     Raises:
         DistributedError: for a device without a communication backend, or when another process has ended.

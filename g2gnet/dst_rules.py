@@ -1,6 +1,6 @@
 """The rules of dynamic sparse training: by which scores units are pruned, and by which they are grown.
 
-A rule is one object here: its name, what a user reads about it, what has to be recorded for it, and its score. To add
+A rule is one object here: its name, its description for users, what must be recorded for it, and its score. To add
 one, add it to :data:`PRUNE_RULES` or :data:`GROW_RULES`; flags, checks and recording follow.
 """
 
@@ -12,12 +12,12 @@ import torch
 from g2g_kernels import BlockMask
 from g2gnet.layers import G2GLinear
 
-#: what a rule may need of the step before an update
+#: what a rule may need from the step before an update
 ACTIVITY, GRADIENT = "activity", "gradient"
 
 
 class Evidence(NamedTuple):
-    """What is known of one layer when its units are scored. Scores of the whole grid are [block rows · block columns].
+    """What is known about a layer when its units are scored. Scores of the whole grid are [block rows · block columns].
 
     Attributes:
         layer: the layer.
@@ -34,19 +34,19 @@ class Evidence(NamedTuple):
         return self.layer.mask
 
     def of_slots(self, scores: torch.Tensor) -> torch.Tensor:
-        """The entries of ``scores``, of the whole grid, for the present units, by slot."""
+        """The entries of ``scores``, given for the whole grid, of the existing units, by slot."""
         return scores[self.mask.flat_unit()]
 
 
 class Rule(NamedTuple):
-    """A rule by which units go or come.
+    """A rule that selects the units to prune or to grow.
 
     Attributes:
         name: as in ``prune=``, ``grow=`` and the flags.
-        text: what it takes, in a few words.
-        score: a number for each unit: of a prune rule for each slot, and the lowest go; of a grow rule for each unit
-            of the grid, and the highest come. Where numbers are equal, a draw decides.
-        needs: what has to be recorded: :data:`ACTIVITY`, :data:`GRADIENT`, or None.
+        text: what it selects, in a few words.
+        score: a number per unit. Prune rules score each slot, and the lowest are pruned; grow rules score each unit of
+            the grid, and the highest are grown. Ties are broken at random.
+        needs: what must be recorded: :data:`ACTIVITY`, :data:`GRADIENT`, or None.
     """
 
     name: str
@@ -71,7 +71,7 @@ def _gradient(seen: Evidence) -> torch.Tensor:
 
 
 def _chance(number: Callable[[BlockMask], int]) -> Callable[[Evidence], torch.Tensor]:
-    """Equal scores for that many units, among which a draw decides."""
+    """Equal scores for that many units, so ties are broken at random."""
     return lambda seen: torch.zeros(number(seen.mask), device=seen.layer.values.device)
 
 

@@ -1,4 +1,4 @@
-"""From real-valued samples to what the first layer receives at each time step."""
+"""From real-valued samples to the first layer's input at each time step."""
 
 import torch
 
@@ -17,10 +17,10 @@ def encode(
     """Encodes samples x [B, D] as input currents, with x' = scale·x + bias.
 
     ``"current"``: x' itself, [B, D], held at every step. ``"rate"``: spikes [steps, B, D], Bernoulli with probability
-    clamp(x', 0, 1), drawn anew at each step from ``generator`` (PyTorch's global one if None; its device may differ
+    clamp(x', 0, 1), drawn at each step from ``generator`` (PyTorch's global one if None; its device may differ
     from x's).
 
-    With ``share``, only these samples are encoded, as they would be in the whole batch: the generator passes over the
+    With ``share``, only these samples are encoded, as they would be in the whole batch: the generator skips the
     random numbers of the others.
 
     Raises:
@@ -34,7 +34,7 @@ def encode(
         return x
     device = generator.device if generator is not None else x.device
     if device.type == x.device.type == "cpu":
-        # the numbers of one step fit in the caches; drawn step by step, they are the same ones
+        # the numbers of one step fit in the caches; drawn step by step, they are the same
         spikes, draws = x.new_empty((steps, *x.shape)), x.new_empty(shape)
         for spikes_t in spikes:
             torch.rand(shape, generator=generator, out=draws)

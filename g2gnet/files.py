@@ -16,12 +16,12 @@ from typing import Any, BinaryIO
 
 from g2gnet.messages import warn
 
-#: what file systems without locks answer (network file systems, for the most part)
+#: errors of file systems without locks (mostly network file systems)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
 
 
 def open_file(path: Path | str) -> BinaryIO:
-    """Opens a file to be read.
+    """Opens a file for reading.
 
     Raises:
         OSError: if it cannot be opened or is not a regular file: a FIFO would wait for a writer, a device may not end.
@@ -44,7 +44,7 @@ def read_file(path: Path | str) -> bytes:
 
 
 def is_special(path: Path) -> bool:
-    """True for a FIFO, a device or a socket, which are written into and not replaced."""
+    """True for a FIFO, a device or a socket: these are written to, not replaced."""
     try:
         mode = path.stat().st_mode
     except OSError:
@@ -53,7 +53,7 @@ def is_special(path: Path) -> bool:
 
 
 def check_writable(path: Path) -> None:
-    """Raises OSError if :func:`replace_file` could not write ``path``; asked before there is anything to write."""
+    """Raises OSError if :func:`replace_file` could not write ``path``; called before there is anything to write."""
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     if is_special(path):
@@ -65,10 +65,10 @@ def check_writable(path: Path) -> None:
 
 
 def replace_file(path: Path, write: Callable[[BinaryIO], Any], keep: Path | None = None) -> None:
-    """Writes a file beside ``path``, flushes it to the disk and renames it: at any instant one of the two is whole.
+    """Writes a file beside ``path``, flushes it to disk and renames it: at any instant one of the two is complete.
 
-    What a symbolic link points to is replaced, not the link. FIFOs and devices are written into. With ``keep``, the
-    file that was at ``path`` gets that name too, just before; there is a whole file at ``path`` all the time.
+    The target of a symbolic link is replaced, not the link. FIFOs and devices are written to. With ``keep``, the file
+    at ``path`` first gets that name too; a complete file is at ``path`` all the time.
     """
     if is_special(path):
         with path.open("wb") as file:
@@ -81,9 +81,9 @@ def replace_file(path: Path, write: Callable[[BinaryIO], Any], keep: Path | None
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)  # there is no other way to read it
+        umask = os.umask(0)  # the only way to read it
         os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)  # a temporary file is its owner's alone
+        os.chmod(name, 0o666 & ~umask)  # a temporary file is readable by its owner only
         if keep is not None:
             _keep(path, keep, Path(f"{name}.keep"))
         os.replace(name, path)
@@ -99,7 +99,7 @@ def replace_file(path: Path, write: Callable[[BinaryIO], Any], keep: Path | None
 
 
 def _keep(path: Path, keep: Path, scratch: Path) -> None:
-    """Gives the file at ``path`` the second name ``keep``, by way of ``scratch``: a link never replaces a file."""
+    """Gives the file at ``path`` the second name ``keep``, through ``scratch``: a link never replaces a file."""
     try:
         try:
             os.link(path, scratch)
@@ -111,18 +111,18 @@ def _keep(path: Path, keep: Path, scratch: Path) -> None:
 
 
 def leftovers(path: Path) -> list[Path]:
-    """What :func:`replace_file` left behind for ``path`` where its process was killed."""
+    """What :func:`replace_file` left behind for ``path`` when its process was killed."""
     return list(path.parent.glob(f".{glob.escape(path.name)}.*"))
 
 
 @contextlib.contextmanager
 def locked(path: Path, wait: bool) -> Iterator[None]:
-    """While it is entered, no other process can enter it for the lock file ``path``; the lock ends with its process.
+    """While entered, no other process can enter it for the lock file ``path``; the lock ends with its process.
 
-    The file stays. Where the file system has no locks, that is said, and it is entered without one.
+    The file stays. On a file system without locks there is a warning and no lock.
 
     Raises:
-        BlockingIOError: if another process has entered it, and this one is not to ``wait``.
+        BlockingIOError: if another process has entered it, and ``wait`` is false.
         OSError: if the file cannot be opened, or is a symbolic link.
     """
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
@@ -133,7 +133,7 @@ def locked(path: Path, wait: bool) -> Iterator[None]:
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
-            warn(f"warning: {path} cannot be locked ({error.strerror}): see to it that no other process does the same")
+            warn(f"warning: {path} cannot be locked ({error.strerror}): make sure that no other process does the same")
         yield
     finally:
         os.close(descriptor)
@@ -163,7 +163,7 @@ else:
 
 @contextlib.contextmanager
 def one_at_a_time(path: Path) -> Iterator[None]:
-    """While it is entered, the user's other processes on this machine wait to enter it for the same ``path``."""
+    """While entered, the user's other processes on this machine wait to enter it for the same ``path``."""
     # the lock's file stays, and the directory of path may be a read-only one
     name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()
     with locked(_own_directory() / f"{name[:16]}.lock", wait=True):
@@ -171,7 +171,7 @@ def one_at_a_time(path: Path) -> Iterator[None]:
 
 
 def _own_directory() -> Path:
-    """A directory for locks that nobody else can write to: in the user's cache, or where there is none, a new one."""
+    """A directory for locks that nobody else can write to: in the user's cache, or else a new one."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "g2g", "locks")
     with contextlib.suppress(OSError):
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -18,10 +18,10 @@ def group_layouts(
 ) -> tuple[GroupLayout, GroupLayout]:
     """The groups of the outputs and of the inputs of layer ``number`` (from 0), whose weight has ``shape`` (out, in).
 
-    A side with fewer neurons than ``num_groups`` has one group a neuron.
+    A side with fewer neurons than ``num_groups`` has one group per neuron.
 
     Raises:
-        ValueError: if ``num_groups`` is no whole number of at least 1.
+        ValueError: if ``num_groups`` is not a whole number of at least 1.
     """
     if not isinstance(num_groups, int) or isinstance(num_groups, bool) or num_groups < 1:
         raise ValueError(f"num_groups={num_groups!r} must be a whole number of at least 1")

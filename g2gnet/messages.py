@@ -1,4 +1,4 @@
-"""What programs tell people: printed at once, and harmless to a terminal whatever file it quotes."""
+"""Output for people: printed at once, and safe for a terminal whatever file it quotes."""
 
 import os
 import sys
@@ -10,11 +10,11 @@ _HARMLESS = {code: rf"\x{code:02x}" for code in _CONTROLS if chr(code) not in "\
 
 
 class OutputError(RuntimeError):
-    """What a program has to say or to write has nowhere to go."""
+    """A program's output cannot be written."""
 
 
 def printable(text: str) -> str:
-    """``text`` with escapes in place of control characters and of bytes that are no characters."""
+    """``text`` with escapes in place of control characters and of bytes that are not characters."""
     return text.encode("utf-8", "backslashreplace").decode().translate(_HARMLESS)
 
 
@@ -35,7 +35,7 @@ def say(text: str) -> None:
 
 
 def warn(text: str) -> None:
-    """Prints ``text`` to standard error. Where that cannot be written, the program continues without it."""
+    """Prints ``text`` to standard error. If that fails, the program continues without it."""
     try:
         print(printable(text), file=sys.stderr, flush=True)
     except OSError:
@@ -48,6 +48,6 @@ def discard(stream: TextIO) -> None:
 
 
 def reason(error: BaseException) -> str:
-    """What went wrong, in a line: what the system or the error says, or else the error's kind."""
+    """What went wrong, in a line: the message of the system or the error, or else the error's type."""
     text = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), "")
     return text or type(error).__name__

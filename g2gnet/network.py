@@ -19,13 +19,13 @@ class G2GNet(SpikingStack):
 
     Args:
         input_dim, hidden_dim, num_classes: the sizes of the populations; the two hidden ones are equal.
-        model: ``"dense"``, or how neurons are grouped. ``"index"``: contiguous ranges. ``"random"``: drawn anew for
+        model: ``"dense"``, or how neurons are grouped. ``"index"``: contiguous ranges. ``"random"``: drawn for
             each side of each layer. ``"mixer"``: contiguous for fc1 and fc3 (spatial mixing), interleaved for fc2
             (feature mixing).
         p_inter, p_intra: the probability of a unit between and inside groups (ignored for dense).
         block_size: side of a connection unit, in weights.
         T: number of time steps of a sample [B, D].
-        num_groups: groups on each side of a sparse layer; of a side with fewer neurons, one a neuron.
+        num_groups: groups on each side of a sparse layer; on a side with fewer neurons, one per neuron.
         enc, enc_scale, enc_bias: how samples become input (:func:`g2gnet.encoding.encode`).
         standardize: before that, subtract ``input_mean`` from samples and divide them by ``input_deviation``: two
             scalar buffers, 0 and 1 until they are set, saved with the network. For ``"current"`` only.
@@ -33,17 +33,17 @@ class G2GNet(SpikingStack):
         per_neuron: one value of each of the neurons' parameters per neuron instead of one per layer.
         reset: as for :func:`g2g_kernels.lif`.
         surrogate, alpha: of the hidden layers, as for :func:`g2g_kernels.lif`. The output layer keeps ATan with α = 2:
-            its few neurons must get a gradient wherever their membranes are.
-        parameters: where the neurons' parameters begin and whether they are learned, as for :class:`SpikingNeurons`:
-            ``beta=0.95``, ``learn_threshold=False``.
+            its few neurons must always get a gradient.
+        parameters: the initial values of the neurons' parameters and whether they are learned, as for
+            :class:`SpikingNeurons`: ``beta=0.95``, ``learn_threshold=False``.
         dropout: of hidden neurons, in training mode (:class:`SpikingStack`).
-        init_gain: factor on the initial weights of fc2 and fc3, above 0. Above 1, fewer neurons begin silent.
+        init_gain: factor on the initial weights of fc2 and fc3, above 0. Above 1, fewer neurons are silent at first.
         backend: ``"triton"``, ``"cpu"`` or ``"torch"``; None lets the device decide.
         generator: source of randomness for masks and weights, on the CPU (PyTorch's global one if None).
 
     Raises:
         ValueError: for a value out of range.
-        TypeError: for a parameter that the neurons do not have.
+        TypeError: for an unknown parameter of the neurons.
     """
 
     fc1: G2GLinear
@@ -89,7 +89,7 @@ class G2GNet(SpikingStack):
         if neuron not in NEURONS:
             raise ValueError(f"neuron={neuron!r} is unknown; choose one of {', '.join(NEURONS)}")
         if standardize and enc == "rate":
-            raise ValueError("standardize makes values that are no probabilities of spikes; give enc='current'")
+            raise ValueError("standardize makes values that are not spike probabilities; give enc='current'")
         if not 0 < init_gain < math.inf:
             raise ValueError(f"init_gain={init_gain} must be above 0 and finite")
         layers = []

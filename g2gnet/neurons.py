@@ -1,4 +1,4 @@
-"""Populations of spiking neurons as modules. What each has, parameters and states, is what its model declares."""
+"""Populations of spiking neurons as modules. The model declares the parameters and states of each."""
 
 from typing import ClassVar
 
@@ -17,20 +17,20 @@ NeuronState = torch.Tensor | tuple[torch.Tensor, ...]
 class SpikingNeurons(nn.Module):
     """A population of neurons, run over all time steps at once (:func:`g2g_kernels.neurons`).
 
-    Base of one class per model, which says where the model's parameters begin.
+    Base of one class per model, which gives the initial values of its parameters.
 
     Args:
         neurons: None for one value of each parameter, [1], shared by the layer; a number N for one per neuron.
         reset, surrogate, alpha, backend: as for :func:`g2g_kernels.lif`.
-        parameters: by the names of the model's parameters, the values to begin with (``beta=0.95``), and whether they
-            are learned (``learn_beta=False`` makes a buffer of it).
+        parameters: by name, the initial values of the model's parameters (``beta=0.95``), and whether they are learned
+            (``learn_beta=False`` makes it a buffer).
 
     Raises:
-        TypeError: for a parameter that the model does not have.
+        TypeError: for an unknown parameter.
     """
 
     model: ClassVar[NeuronModel]
-    #: the value that each parameter of the model has to begin with
+    #: the initial value of each parameter of the model
     initial: ClassVar[dict[str, float]]
 
     def __init__(
@@ -68,7 +68,7 @@ class SpikingNeurons(nn.Module):
 
     @property
     def population(self) -> Neurons:
-        """The population in the form that operators take."""
+        """The population in the operators' form."""
         return Neurons(self.model.name, tuple(self.values.values()), self.reset, self.surrogate, self.alpha)
 
     def forward(self, current: torch.Tensor, steps: int | None = None) -> torch.Tensor:
@@ -113,8 +113,7 @@ class Synaptic(SpikingNeurons):
     """LIF neurons with a synaptic current (:func:`g2g_kernels.synaptic`), snnTorch's ``Synaptic``: ``syn_decay``,
     ``beta`` and ``threshold``.
 
-    To begin with, the current lasts half as long as the membrane: 1/(1 − γ) = 5 steps at γ = 0.8 beside 1/(1 − β) = 10
-    at β = 0.9.
+    Initially the current lasts half as long as the membrane: 1/(1 − γ) = 5 steps at γ = 0.8, 1/(1 − β) = 10 at β = 0.9.
     """
 
     model = MODELS["synaptic"]

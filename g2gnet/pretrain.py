@@ -39,8 +39,8 @@ class PretrainSettings(Settings):
     limit_test: int | None = setting(None, "data", "use only the first N test images", low=1)
 
     epochs: int = setting(200, "training", "passes over the training images", low=1)
-    batch_size: int = setting(256, "training", "images in a step", low=1)
-    lr: float = setting(0.1, "training", "learning rate to begin with; it falls to 0 as a cosine", low=0, open_low=True)
+    batch_size: int = setting(256, "training", "images per step", low=1)
+    lr: float = setting(0.1, "training", "initial learning rate; it falls to 0 along a cosine", low=0, open_low=True)
     momentum: float = setting(0.9, "training", "Nesterov momentum", low=0, open_low=True, high=1)
     weight_decay: float = setting(5e-4, "training", "L2 penalty", low=0)
     seed: int = setting(42, "training", "seed of every random draw", low=0, high=LARGEST_SEED)
@@ -52,7 +52,7 @@ class PretrainSettings(Settings):
 
 @dataclasses.dataclass
 class PretrainProgress:
-    """What the steps of an unfinished epoch add up to."""
+    """The sums over the steps of an unfinished epoch."""
 
     loss: torch.Tensor  # Σ over images of the cross-entropy, a scalar
     correct: torch.Tensor  # correctly classified images, a scalar
@@ -60,7 +60,7 @@ class PretrainProgress:
 
 
 class PretrainTrainer:
-    """Trains one ResNet-32; every draw comes from a named stream, so that its state resumes to the last bit.
+    """Trains one ResNet-32; every draw comes from a named stream, so its state resumes to the last bit.
 
     Args:
         settings: what to train and how.
@@ -82,7 +82,7 @@ class PretrainTrainer:
         )
         self.epoch = 0  # finished epochs
         self.step = 0
-        self.progress: PretrainProgress | None = None  # of an epoch that has begun
+        self.progress: PretrainProgress | None = None  # of a started epoch
         self._batches = math.ceil(len(self.data.train_labels) / settings.batch_size)
         self._finite = FiniteWatch(self.network, device, f"lower --lr (now {settings.lr})")
 
@@ -102,7 +102,7 @@ class PretrainTrainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a saved state.
+        """Resumes from a saved state.
 
         Raises:
             Exception: of a kind in ``g2gnet.training.state.UNFIT``, if the state does not fit the network.
@@ -131,7 +131,7 @@ class PretrainTrainer:
         ``on_step`` may end it by an exception, as for :meth:`g2gnet.training.Trainer.train_epoch`.
 
         Raises:
-            TrainingError: if the loss or a gradient is not finite any more.
+            TrainingError: if the loss or a gradient becomes non-finite.
         """
         count, size = len(self.data.train_labels), self.settings.batch_size
         generator = stream(self.settings.seed, "order", self.epoch + 1)
@@ -209,7 +209,7 @@ def pretrain(arguments: argparse.Namespace) -> dict[str, Any]:
     files = RunFiles(arguments.checkpoint_dir, settings.stem)
     checkpoint = files.load_checkpoint(settings.as_dict())
     if checkpoint is None:
-        raise CheckpointError(f"{files.checkpoint} is gone; delete {files.marker} to train again")
+        raise CheckpointError(f"{files.checkpoint} is missing; delete {files.marker} to train again")
     weights = Path(arguments.checkpoint_dir) / f"{settings.stem}.pt"
     cli.write_file(weights, lambda file: torch.save(checkpoint.state["model"], file))
     say(f"wrote {weights}, for train.py --dataset {settings.dataset} --use_resnet --resnet_weights {weights}")

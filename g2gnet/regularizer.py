@@ -1,4 +1,4 @@
-"""The firing-rate regulariser: draws the mean rate of every hidden neuron towards a falling target."""
+"""The firing-rate regulariser: pulls the mean rate of every hidden neuron towards a falling target."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -26,5 +26,5 @@ def rate_target(epoch: int, epochs: int, warmup_epochs: int) -> RateTarget:
 
 
 def rate_penalty(hidden_rates: Sequence[torch.Tensor], target: RateTarget) -> torch.Tensor:
-    """λ·Σ over hidden layers and neurons (rate − target)², from rates [N] a layer (mean over steps and samples)."""
+    """λ·Σ over hidden layers and neurons (rate − target)², from rates [N] per layer (mean over steps and samples)."""
     return target.strength * torch.stack([((rates - target.rate) ** 2).sum() for rates in hidden_rates]).sum()

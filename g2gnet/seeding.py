@@ -1,6 +1,6 @@
 """Randomness that can be resumed: every draw comes from a stream named by the seed, a purpose and a counter.
 
-Since no generator's state runs on from one step to the next, a resumed run draws what the uninterrupted one would
+No generator's state carries over from one step to the next, so a resumed run draws what the uninterrupted one would
 have drawn, with nothing to save, and so does every process of a distributed run.
 """
 
@@ -10,7 +10,7 @@ import random
 import numpy as np
 import torch
 
-#: the purposes, so that no two of them share a stream
+#: the purposes, one stream each
 STREAMS = ("network", "order", "encode_train", "encode_test", "dst", "augment", "encode_val", "dropout")
 
 
@@ -27,11 +27,11 @@ def draw_device(device: torch.device) -> torch.device:
 
 
 def make_deterministic(seed: int) -> None:
-    """Seeds Python, NumPy and PyTorch and makes PyTorch choose deterministic algorithms only."""
+    """Seeds Python, NumPy and PyTorch and restricts PyTorch to deterministic algorithms."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for this to be deterministic
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True)
-    # which would also fill every new tensor with NaN: one more pass over outputs that kernels write whole anyway
+    # it would also fill every new tensor with NaN: one more pass over outputs that kernels overwrite anyway
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Any model made sparse: its linear layers replaced by group-sparse ones."""
+"""Makes any model sparse: replaces its linear layers by group-sparse ones."""
 
 import logging
 from collections.abc import Collection
@@ -44,22 +44,21 @@ def sparsify(
     skip: Collection[str] = (),
     generator: torch.Generator | None = None,
 ) -> nn.Module:
-    """Replaces each ``nn.Linear`` in ``model``, in place, by a :class:`G2GLinear` of the weights that its mask keeps.
+    """Replaces each ``nn.Linear`` in ``model``, in place, by a :class:`G2GLinear` with the weights that its mask keeps.
 
-    The weights that stay are not changed (``layer.reset_parameters()`` draws them anew, for the smaller fan-in). Make
-    the optimizer afterwards. Hooks of a layer's calls go on, and their handles remove them. Code that reads a layer's
-    ``weight`` gets the dense one (:attr:`G2GLinear.weight`).
+    The remaining weights do not change (``layer.reset_parameters()`` draws new ones, for the smaller fan-in). Make
+    the optimizer afterwards. Call hooks of a layer are kept, and their handles still remove them. Code that reads a
+    layer's ``weight`` gets the dense one (:attr:`G2GLinear.weight`).
 
-    A layer stays dense, and the logger ``g2gnet`` says which and why, where a sparse one would lose what somebody gave
-    it: weights that it shares (tied ones), weight or spectral normalisation, pruning (``G2GLinear.from_linear`` keeps
-    that), hooks of its weights or of its ``state_dict``, a ``forward`` or a class of its own
-    (``nn.MultiheadAttention`` has one).
+    A layer stays dense, and the logger ``g2gnet`` says which and why, if a sparse layer would lose something: shared
+    (tied) weights, weight or spectral normalisation, pruning (``G2GLinear.from_linear`` keeps that), hooks on its
+    weights or its ``state_dict``, a custom ``forward`` or class (as in ``nn.MultiheadAttention``).
 
     Args:
         p_inter, p_intra: the probability of a unit between and inside groups.
         kind: how neurons are grouped: ``"index"`` in contiguous ranges, ``"random"`` by a draw for each side of each
             layer, ``"mixer"`` in contiguous ranges and interleaved in turn.
-        num_groups: groups on each side of a layer; of a side with fewer neurons, one a neuron.
+        num_groups: groups on each side of a layer; on a side with fewer neurons, one per neuron.
         block_size: side of a connection unit, in weights.
         skip: names of layers (as in ``model.named_modules()``) that stay dense.
         generator: source of randomness for the masks, on the CPU (PyTorch's global one if None).
@@ -68,8 +67,8 @@ def sparsify(
         The model; the new layer, if ``model`` itself is an ``nn.Linear``.
 
     Raises:
-        ValueError: for an option out of range, a name in ``skip`` that is no linear layer's, or a model without a
-            linear layer to replace. The model is then as it was.
+        ValueError: for an option out of range, an unknown name in ``skip``, or a model without a linear layer to
+            replace. The model is then unchanged.
     """
     if kind not in GROUPINGS:
         raise ValueError(f"kind={kind!r} is unknown; choose one of {', '.join(GROUPINGS)}")
@@ -126,7 +125,7 @@ def _holders(model: nn.Module) -> dict[nn.Parameter, list[str]]:
 
 
 def _reason_to_stay(name: str, linear: nn.Linear, holders: dict[nn.Parameter, list[str]]) -> str | None:
-    """What a sparse layer in the place of ``linear`` would lose, or None."""
+    """What a sparse layer would lose of ``linear``, or None."""
     if parametrize.is_parametrized(linear):
         return "parametrized, as by weight_norm"
     if type(linear) is not nn.Linear:

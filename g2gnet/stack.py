@@ -23,19 +23,18 @@ StackState = tuple[NeuronState, ...]
 
 
 class SpikingStack(nn.Module):
-    """Connections and neurons ``fc1``, ``lif1``, ``fc2``, ``lif2``, …, the spikes of one layer the inputs of the next.
+    """Connections and neurons ``fc1``, ``lif1``, ``fc2``, ``lif2``, …, each layer's spikes the next one's inputs.
 
     Args:
-        layers: pairs (connection, neurons), from input to output. Model, reset and surrogate are each layer's own.
+        layers: pairs (connection, neurons), from input to output. Each layer has its own model, reset and surrogate.
         T: number of time steps for which inputs [B, D] are held.
         backend: ``"triton"``, ``"cpu"`` or ``"torch"``; None lets the device decide.
         dropout: probability with which a hidden neuron is dropped in a sample, in training mode: it stays silent at all
-            steps of that sample, and what the others send is divided by 1 − ``dropout``. For :meth:`simulate`;
+            steps of that sample, and the output of the others is divided by 1 − ``dropout``. For :meth:`simulate`;
             :meth:`step` drops nothing.
 
     Raises:
-        ValueError: for T below 1, a dropout that is no probability below 1, no layers, or sizes that do not follow one
-            another.
+        ValueError: for T below 1, a dropout outside [0, 1), no layers, or sizes that do not match.
     """
 
     def __init__(
@@ -72,7 +71,7 @@ class SpikingStack(nn.Module):
             yield getattr(self, f"fc{number}"), getattr(self, f"lif{number}")
 
     def drop(self, samples: int, generator: torch.Generator | None = None) -> list[torch.Tensor]:
-        """Draws which hidden neurons are dropped in each of so many samples: bool [samples, N] for each hidden layer.
+        """Draws the hidden neurons that are dropped in each sample: bool [samples, N] for each hidden layer.
 
         From ``generator``, or PyTorch's global one, on its own device. Each has 16 random bits: the probability is a
         multiple of 2⁻¹⁶.
@@ -83,7 +82,7 @@ class SpikingStack(nn.Module):
         drawn = []
         for connection, _ in hidden:
             size = samples * connection.out_features
-            # four numbers a draw: PyTorch's own bernoulli_ takes five times as long on a CPU
+            # four numbers per draw: PyTorch's own bernoulli_ takes five times as long on a CPU
             words = torch.empty(-(-size // 4), dtype=torch.int64, device=device)
             words.random_(-(1 << 63), None, generator=generator)
             drawn.append(words.view(torch.int16)[:size].view(samples, -1) < least)
@@ -94,19 +93,20 @@ class SpikingStack(nn.Module):
     ) -> Activity:
         """Runs the stack on inputs [B, D] held for T steps, or [T, B, D].
 
-        Time comes first. A sequence may be of another length than the stack's ``T``, but not with ``T`` samples: that
-        is taken for [B, T, D] and refused. Where both are ``T``, nothing tells them apart, and a warning says so once.
+        Time comes first. The length of a sequence may differ from the stack's ``T``, but not if it has ``T`` samples:
+        that is taken for [B, T, D] and refused. If both are ``T``, the two cannot be told apart, and one warning says
+        so.
 
         Args:
             inputs: for all layers.
             dropped: in training mode with ``dropout``, what :meth:`drop` returns; None: drawn here.
-            spikes: whether the spikes over time have a gradient, too (:func:`g2g_kernels.g2g_stack`).
+            spikes: whether the spikes over time have a gradient too (:func:`g2g_kernels.g2g_stack`).
 
         Returns:
             Activity: differentiable spike counts of the output [B, C] and firing rates of each layer, and the spikes.
 
         Raises:
-            ValueError: if the inputs have another shape, or seem to have their samples before the time steps.
+            ValueError: if the inputs have another shape, or seem to have samples before time steps.
         """
         if inputs.dim() == 3 and not torch.compiler.is_compiling():  # where sizes may be unknown
             self._check_that_time_is_first(*inputs.shape[:2])
@@ -139,7 +139,7 @@ class SpikingStack(nn.Module):
         )
 
     def register_activity_hook(self, hook: ActivityHook) -> RemovableHandle:
-        """Has ``hook(inputs, activity)`` called after every :meth:`simulate`; the handle's ``remove()`` ends that."""
+        """Calls ``hook(inputs, activity)`` after every :meth:`simulate`, until the handle's ``remove()``."""
         handle = RemovableHandle(self._activity_hooks)
         self._activity_hooks[handle.id] = hook
         return handle
@@ -186,8 +186,8 @@ class SpikingStack(nn.Module):
         saved = int(state_dict.get(key, self.T))
         if saved != self.T:
             error_msgs.append(
-                f"{key}: saved by a network of {saved} time steps, this one has {self.T}; load it into one with "
-                f"T={saved}, whose T can be set afterwards, or take {key!r} out of the state"
+                f"{key}: saved by a network with {saved} time steps, this one has {self.T}; load it into one with "
+                f"T={saved}, whose T can be changed afterwards, or remove {key!r} from the state"
             )
 
 

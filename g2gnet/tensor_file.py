@@ -1,6 +1,6 @@
-"""Files of tensors: written whole and with a checksum; read without executing or believing anything in them.
+"""Files of tensors: written whole and with a checksum; read without executing or trusting anything in them.
 
-A file is the zip archive that ``torch.save`` writes, so that ``torch.load`` reads it too. The archive's comment is the
+A file is the zip archive that ``torch.save`` writes, so ``torch.load`` reads it too. The archive's comment is the
 SHA-256 of all bytes before it: a truncated file has no such ending, and a flipped bit anywhere changes one of the two.
 """
 
@@ -29,7 +29,7 @@ def write_tensors(path: Path, content: Any, keep: Path | None = None) -> None:
     With ``keep``, the file that was at ``path`` gets that name.
 
     Raises:
-        OSError: if it cannot be written; what was there before is untouched.
+        OSError: if it cannot be written; the old file is unchanged.
         TensorFileError: for content that :func:`read_tensors` would refuse; likewise.
     """
     check_plain(content)
@@ -59,7 +59,7 @@ def read_tensors(path: Path) -> Any:
 
 
 def parse_tensors(data: bytes) -> Any:
-    """The content of a file that ``torch.save`` wrote, whoever called it, on the CPU.
+    """The content of any file that ``torch.save`` wrote, on the CPU.
 
     Nothing in it is executed, and no more memory is used than a small multiple of the file's size.
 
@@ -68,7 +68,7 @@ def parse_tensors(data: bytes) -> Any:
             containers of them, or a tensor that is larger than its data, or a value that is not finite.
     """
     try:
-        # PyTorch's older formats are not opened at all, nor archives that unpack to more than they are
+        # neither PyTorch's older formats nor archives that expand are opened
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             records = archive.infolist()
         if any(record.compress_type != zipfile.ZIP_STORED for record in records):
@@ -79,7 +79,7 @@ def parse_tensors(data: bytes) -> Any:
         check_plain(content)
     except TensorFileError:
         raise
-    except Exception as error:  # what a damaged file makes zipfile and torch.load raise is an open list
+    except Exception as error:  # a damaged file can make zipfile and torch.load raise anything
         raise TensorFileError(f"it cannot be read ({reason(error)})") from error
     return content
 

@@ -1,1 +1,1 @@
-"""The named peers, one module a library, each in its strongest form."""
+"""The peers, one module per library, each in its fastest form."""

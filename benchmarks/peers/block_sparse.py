@@ -1,11 +1,11 @@
 """PyTorch's own block-sparse (BSR) matrix product in place of g2g's, with g2g's LIF.
 
 ``weight @ xᵀ`` with a ``torch.sparse_bsr_tensor``, forward and for the input gradient. PyTorch differentiates such a
-product by way of the dense gradient; here the input gradient is a block-sparse product with the transposed weight, and
-the weight gradient one dense product of which the blocks are kept (faster on the CPU than a product for each row of
-blocks, which would need copies of its inputs, and PyTorch has no sampled product for blocks).
+product through the dense gradient. Here the input gradient is a block-sparse product with the transposed weight, and
+the weight gradient a dense product from which the blocks are taken (faster on the CPU than a product for each row of
+blocks, which would need copies of its inputs; PyTorch has no sampled product for blocks).
 
-On a CPU the product is MKL's: float32, square blocks. It wants xᵀ contiguous, so inputs and gradients are copied into
+On a CPU the product is MKL's: float32, square blocks. It needs xᵀ contiguous, so inputs and gradients are copied into
 that order (without the copy it takes twice as long). Layers whose units are not square are dense products with a mask.
 """
 
@@ -27,7 +27,7 @@ warnings.filterwarnings("ignore", message="Sparse BSR tensor support is in beta 
 
 
 class _Product(torch.autograd.Function):
-    """Y [out, M] = W·X for packed values of W and X [in, M], both sides in padded group order."""
+    """Y [out, M] = W·X for packed values of W and X [in, M], both in padded group order."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, values: torch.Tensor, mask: BlockMask) -> torch.Tensor:
@@ -78,7 +78,7 @@ class _BlockSparseLinear(nn.Module):
 
 
 def _block_sparse(connection: G2GLinear) -> nn.Module:
-    """The product that PyTorch has for this layer."""
+    """PyTorch's product for this layer."""
     height, width = connection.mask.unit_shape
     if height == width:
         return _BlockSparseLinear(connection)

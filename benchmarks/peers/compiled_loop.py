@@ -1,9 +1,9 @@
-"""snnTorch's loop over time steps through ``torch.compile``: what a compiler makes of it.
+"""snnTorch's loop over time steps through ``torch.compile``.
 
-The whole loop is one graph, unrolled: the compiler then sees that ``fc1`` has the same input and ``weight * mask`` the
-same value at every step, and fuses the neurons of a step. (A step compiled by itself and called from a Python loop
-gains next to nothing.) The graph grows with T and takes a minute or so to compile at the first call, which is outside
-the timing and shown beside it.
+The whole loop is one unrolled graph: the compiler finds that ``fc1`` has the same input and ``weight * mask`` the same
+value at every step, and fuses the neurons of a step. (Compiling one step and calling it from a Python loop gains almost
+nothing.) The graph grows with T and takes a minute or so to compile at the first call, which is not
+part of the time but shown beside it.
 """
 
 import torch
@@ -20,7 +20,7 @@ class _Compiled(NetworkContender):
         self.net.compile(fullgraph=True, backend=compiler)
 
     def firing_rates(self) -> list[float]:
-        with torch.compiler.set_stance("force_eager"):  # the hooks that listen would have it compiled again
+        with torch.compiler.set_stance("force_eager"):  # hooks would cause recompilation
             return super().firing_rates()
 
 

@@ -1,8 +1,8 @@
 """An update of dynamic sparse training as people write it: dense weights and masks, the full correlation matrix.
 
 Scores of single weights first, the dense [out, in] matrix of all pre/post correlations among them, then their means
-over units. Given to the peer beyond that: everything stays on the device, a held input is multiplied with the sum of
-the spikes over time instead of at every step, and where all units are equal blocks their means are a reshape.
+over units. Improvements for the peer: everything stays on the device, a held input is multiplied with the sum of the
+spikes over time instead of at every step, and if all units are equal blocks their means are a reshape.
 """
 
 import torch

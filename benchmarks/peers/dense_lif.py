@@ -1,6 +1,6 @@
-"""Dense ``nn.Linear`` over all time steps with g2g's LIF: what layer-by-layer evaluation alone is worth, no sparsity.
+"""Dense ``nn.Linear`` over all time steps with g2g's LIF: the gain of layer-by-layer evaluation alone.
 
-The LIF runs on the best backend that the machine has; ``fc1`` is computed once, its input being the same at every step.
+The LIF runs on the best available backend; ``fc1`` is computed once, as its input is the same at every step.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""``nn.Linear`` as it is, and times a mask: what the second layer's product costs where nothing uses its sparsity."""
+"""``nn.Linear``, plain and times a mask: the cost of the second layer's product without using its sparsity."""
 
 import torch
 from torch import nn

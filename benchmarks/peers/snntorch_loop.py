@@ -1,12 +1,12 @@
 """The same network as people write it with snnTorch: a Python loop over time steps.
 
-The neurons are ``snntorch.Leaky`` with learnable β and θ, reset by subtraction and the ATan surrogate: g2g's formula
-to the letter. All three products stand inside the loop, as in snnTorch's tutorials (``fc1`` too, although its input
-stays the same); what the masked loop adds is ``weight * mask`` at every step, the way in which sparse layers are
-trained where a library has none.
+The neurons are ``snntorch.Leaky`` with learnable β and θ, reset by subtraction and the ATan surrogate: exactly
+g2g's formula. All three products are inside the loop, as in snnTorch's tutorials (``fc1`` too, although its input is
+constant). The masked loop adds ``weight * mask`` at every step, the usual way to train sparse layers where a library
+has none.
 
-Given to the peer beyond the tutorials: membranes in float32 under bfloat16 autocast, spike counts added up as they
-come instead of stacked, the fused Adam, and for the neurons alone no stacking of spikes before the backward pass.
+Improvements for the peer beyond the tutorials: membranes in float32 under bfloat16 autocast, spike counts accumulated
+instead of stacked, fused Adam, and for the neurons alone no stacking of spikes before the backward pass.
 """
 
 import snntorch
@@ -28,7 +28,7 @@ def leaky(beta: torch.Tensor, threshold: torch.Tensor) -> snntorch.Leaky:
         learn_threshold=True,
         reset_mechanism="subtract",
     )
-    snntorch.SpikingNeuron.init()  # forget it in the library's list of all neurons, which would keep it for ever
+    snntorch.SpikingNeuron.init()  # remove it from the library's list of all neurons, which would keep it forever
     return neurons
 
 

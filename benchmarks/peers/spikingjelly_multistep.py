@@ -1,15 +1,15 @@
 """SpikingJelly 2 in multi-step mode: dense linear layers over all time steps at once, then its LIF over all of them.
 
-Its mathematics is as near to g2g's as ``LIFNode`` allows (``decay_input=False``, soft reset, ``detach_reset=True``,
+Its mathematics is as close to g2g's as ``LIFNode`` allows (``decay_input=False``, soft reset, ``detach_reset=True``,
 ATan with α = 2, τ = 1/(1 − β), the workload's θ). What differs:
 
-- a soft reset takes θ away before the membrane decays, U_t = β·(U_{t−1} − θ·R_t) + I_t, where snnTorch and g2g take
-  it away afterwards; so its numbers are checked against the reference with that formula;
+- a soft reset subtracts θ before the membrane decays, U_t = β·(U_{t−1} − θ·R_t) + I_t, while snnTorch and g2g
+  subtract it afterwards; so its numbers are checked against the reference with that formula;
 - a neuron fires at U ≥ θ, not only above it (they differ on a set that no float hits but by chance);
-- τ and θ are Python numbers: there are no gradients of β and θ to compute, which is less work than the others do
+- τ and θ are Python numbers: there are no gradients of β and θ, so it does less work than the others
   (``ParametricLIFNode`` learns τ, nothing learns θ);
-- on a CPU its multi-step LIF is a loop of PyTorch operations under autograd; CUDA gets its fused kernels, for which
-  membranes have to be float32. That is why the function behind ``LIFNode(step_mode="m")`` is called with a float32
+- on a CPU its multi-step LIF is a loop of PyTorch operations under autograd; CUDA gets its fused kernels, which need
+float32 membranes. That is why the function behind ``LIFNode(step_mode="m")`` is called with a float32
   state here: the module itself would keep its state in bfloat16 under autocast, and leave the fused kernel.
 
 The input is the same at every step, so ``fc1`` is computed once and expanded without a copy.

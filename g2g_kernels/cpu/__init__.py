@@ -1,1 +1,1 @@
-"""What the compiled CPU kernels need on the Python side: the library, plans of masks, reused memory."""
+"""The Python side of the compiled CPU kernels: the library, plans of masks, reused memory."""

@@ -1,10 +1,10 @@
 """Finds and loads the compiled CPU kernels, and mirrors the structures of ``csrc/interface.h``.
 
-The library says itself where its fields lie and which numbers its options have. It is refused if that is not what
-stands here.
+The library reports the offsets of its fields and the numbers of its options. It is refused if they differ from this
+module.
 
-Environment: ``G2G_CPU_LIBRARY`` names another build of the library (a sanitizer build, say); ``G2G_CPU_ISA`` asks for
-one instruction set (``baseline``, ``avx2``, ``avx512``, ``avx512_bf16``) instead of the best that the CPU has.
+Environment: ``G2G_CPU_LIBRARY`` names another build of the library (a sanitizer build, say); ``G2G_CPU_ISA`` selects
+an instruction set (``baseline``, ``avx2``, ``avx512``, ``avx512_bf16``) instead of the CPU's best.
 """
 
 import ctypes
@@ -130,7 +130,7 @@ def _models() -> "dict[str, NeuronModel]":
 
 
 def _interface() -> dict[str, str]:
-    """What the table of the library (``csrc/interface.cpp``) must say."""
+    """The required table of the library (``csrc/interface.cpp``)."""
     table = {}
     for name, structure in STRUCTURES.items():
         table[name] = f"size {ctypes.sizeof(structure)}"
@@ -147,7 +147,7 @@ def _interface() -> dict[str, str]:
 
 
 def _difference(said: str) -> str | None:
-    """The first difference between the library's table and what stands here, or None."""
+    """The first difference between the library's table and this module, or None."""
     theirs = dict(line.split(": ", 1) for line in said.splitlines())
     ours = _interface()
     # fields before the sizes of whole structures, which any of them changes
@@ -159,7 +159,7 @@ def _difference(said: str) -> str | None:
 
 @functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
-    """The library, or the reason why there is none."""
+    """The library, or the reason why it is missing."""
     if sys.byteorder != "little":
         return None, "the compiled kernels are for little-endian machines"
     given = os.environ.get("G2G_CPU_LIBRARY")
@@ -196,7 +196,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         function.restype, function.argtypes = result, arguments
     asked, chosen = os.environ.get("G2G_CPU_ISA"), library.g2g_isa().decode()
     if asked and asked != chosen:
-        there = "which this CPU does not have" if asked in ISAS else f"which is none of {', '.join(ISAS)}"
+        there = "which this CPU does not have" if asked in ISAS else f"which is not one of {', '.join(ISAS)}"
         reason = f"G2G_CPU_ISA={asked!r} asks for an instruction set {there}; leave it unset for the best one"
         logging.getLogger("g2g_kernels").warning("the compiled CPU kernels are not used: %s", reason)
         return None, reason
@@ -205,7 +205,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
 
 @constant_when_traced
 def unavailable() -> str | None:
-    """Why the compiled kernels cannot be used here, or None."""
+    """Why the compiled kernels are unavailable here, or None."""
     return _load()[1]
 
 
@@ -222,12 +222,12 @@ def library() -> ctypes.CDLL:
 
 
 def instruction_set() -> str:
-    """The instruction set whose kernels run here."""
+    """The instruction set in use."""
     return library().g2g_isa().decode()
 
 
 def run(kernel: Callable[..., int], arguments: Structure) -> None:
-    """Calls a kernel, with as much scratch memory as it asks for."""
+    """Calls a kernel with the scratch memory it needs."""
     address = ctypes.addressof(arguments)
     size = kernel(address, None)
     scratch = workspace.bytes(max(size, 64), briefly=True)
@@ -236,7 +236,7 @@ def run(kernel: Callable[..., int], arguments: Structure) -> None:
 
 
 def neuron_arguments(neurons: "Neurons", grads: Sequence[torch.Tensor] | None = None) -> NeuronArguments:
-    """A population of neurons, and where the gradients of its parameters go: nowhere for those that are empty."""
+    """A population of neurons, and where the gradients of its parameters go (nowhere for empty ones)."""
     number = list(_models()).index(neurons.model)
     arguments = NeuronArguments(number, RESETS[neurons.reset], SURROGATES[neurons.surrogate], neurons.alpha)
     for k, value in enumerate(neurons.parameters):
@@ -258,7 +258,7 @@ def event_limit(bf16: bool, backward: bool) -> float:
 def gradient_event_limit(neurons: "Neurons", bf16: bool) -> float:
     """The share of events up to which the input gradient of a layer with these neurons is computed by events.
 
-    0 where it always takes the product, for a reason that is logged once.
+    0 if it always takes the product; the reason is logged once.
     """
     reason = _why_product(neurons.model, neurons.reset, neurons.surrogate, neurons.parameters[0].numel() > 1)
     return 0.0 if reason else GRADIENT_EVENT_LIMIT[bool(bf16)]

@@ -1,7 +1,7 @@
 """The compiled kernels' view of a mask (``csrc/plan.h``), built when a mask is first used or has changed.
 
 A mask's index buffers change in place (dynamic sparse training), so a cached plan is compared with them on every use:
-a memory comparison of 8 bytes a unit, which no kind of in-place change can slip past.
+a memory comparison of 8 bytes per unit, which detects every in-place change.
 """
 
 import ctypes
@@ -14,9 +14,9 @@ import torch
 from g2g_kernels.block_mask import MaskTensors
 from g2g_kernels.cpu.library import AxisSource, library
 
-#: plans that are kept in any case, and as many more as have this many units together (a unit costs some 80 bytes)
+#: number of plans that are always kept, and total units of further plans (a unit costs some 80 bytes)
 _PLANS, _UNITS = 64, 1 << 22
-_LEAST_UNITS = 1 << 10  # what a plan counts as, however small its mask
+_LEAST_UNITS = 1 << 10  # minimum size of a plan, however small its mask
 _MOST_WEIGHTS = (1 << 31) - 1  # weights of a mask are numbered in 32 bits
 _lock = threading.RLock()  # the garbage collector may call kernels from a finalizer while it is held
 _plans: "OrderedDict[tuple, Plan]" = OrderedDict()
@@ -54,12 +54,12 @@ class Plan:
 
 
 def _axes(mask: MaskTensors) -> tuple[torch.Tensor, ...]:
-    """What of its two sides a plan is built from."""
+    """The parts of a mask's two sides that a plan is built from."""
     return mask.rows.order, mask.rows.bounds, mask.cols.order, mask.cols.bounds
 
 
 def refuses(values: torch.Tensor) -> str | None:
-    """Why no plan can be made for a mask with these packed weights, or None."""
+    """Why a mask with these packed weights cannot have a plan, or None."""
     if values.numel() > _MOST_WEIGHTS:
         return f"serves at most {_MOST_WEIGHTS} weights in a layer, not {values.numel()}"
     return None
@@ -69,7 +69,7 @@ def plan_for(mask: MaskTensors, values: torch.Tensor) -> Plan:
     """The plan of a mask whose packed weights are ``values``.
 
     Raises:
-        ValueError: for tensors that are not a mask's.
+        ValueError: for tensors that do not fit a mask.
     """
     tensors = mask.unit_row, mask.unit_col, *_axes(mask)
     unit_row, unit_col, row_order, row_bounds, col_order, col_bounds = tensors
@@ -89,5 +89,5 @@ def plan_for(mask: MaskTensors, values: torch.Tensor) -> Plan:
             while excess > 0 and len(_plans) >= _PLANS:
                 excess -= _plans.popitem(last=False)[1].units
         _plans.pop(key, None)
-        _plans[key] = plan  # the one used last at the end
+        _plans[key] = plan  # most recently used last
     return plan

@@ -1,10 +1,10 @@
-"""Memory that is used again: fresh pages cost a CPU as much as the arithmetic on them.
+"""Pooled workspaces: fresh pages cost a CPU as much as the arithmetic on them.
 
-A tensor handed out here lies in an anonymous memory map; when the last tensor over it is gone, however it was used,
-the map returns to the pool and serves a later request of about its size.
+A tensor from here is in an anonymous memory map. When the last tensor over it is freed, the map returns to the pool and
+serves a later request of about its size.
 
 The garbage collector may free a tensor at any instant, also inside the pool and while its lock is held. A finalizer
-therefore takes no lock: it appends the map to a queue, which is emptied by the next request.
+therefore takes no lock: it appends the map to a queue, which the next request empties.
 """
 
 import collections
@@ -20,7 +20,7 @@ import weakref
 import torch
 
 PAGE = 2 << 20  # maps are multiples of a huge page
-SMALL = 256 << 10  # below this PyTorch's own allocator serves, whose small blocks are used again anyway
+SMALL = 256 << 10  # smaller sizes use PyTorch's allocator, which reuses small blocks anyway
 if os.environ.get("G2G_CPU_POOL") == "0":
     SMALL = sys.maxsize  # no pool: memory checkers see every access past an end
 
@@ -29,21 +29,21 @@ class Workspace:
     """A pool of memory maps.
 
     Attributes:
-        poison: fill what is handed out with NaN (for tests; also by the environment variable ``G2G_CPU_POISON=1``).
+        poison: fill new tensors with NaN (for tests; also by the environment variable ``G2G_CPU_POISON=1``).
     """
 
     def __init__(self) -> None:
         self.poison = os.environ.get("G2G_CPU_POISON", "") not in ("", "0")
         self._lock = threading.Lock()
         self._returned: collections.deque[mmap.mmap] = collections.deque()  # by finalizers, and still in _in_use
-        self._free: list[mmap.mmap] = []  # the one returned last at the end
+        self._free: list[mmap.mmap] = []  # most recently returned last
         self._in_use = 0
         self._most_in_use = 0
 
     def bytes(self, size: int, briefly: bool = False) -> torch.Tensor:
         """An uninitialised uint8 tensor of ``size`` elements, aligned to 64 bytes.
 
-        One that is needed ``briefly``, and given back before much else is asked for, may lie in a far larger map.
+        One that is needed only ``briefly`` may be in a far larger map.
         """
         if size < SMALL:
             tensor = torch.empty(size + 64, dtype=torch.uint8)
@@ -65,7 +65,7 @@ class Workspace:
         return self.bytes(count * dtype.itemsize).view(dtype).view(shape)
 
     def clear(self) -> None:
-        """Returns the memory that is not in use to the system."""
+        """Returns unused memory to the system."""
         with self._lock:
             self._collect()
             self._free.clear()
@@ -80,7 +80,7 @@ class Workspace:
                 memory = min(fitting, key=len)
                 self._free.remove(memory)
             else:
-                # what nobody asked for lately goes before more is added than was ever needed at once
+                # least recently used maps are freed before the pool exceeds the most ever needed at once
                 spare = self._most_in_use - self._in_use - length
                 while self._free and sum(map(len, self._free)) > max(spare, 0):
                     self._free.pop(0)
@@ -90,7 +90,7 @@ class Workspace:
         return memory
 
     def _collect(self) -> None:
-        """Takes back what finalizers have returned; the caller holds the lock."""
+        """Collects the maps returned by finalizers; the caller holds the lock."""
         while self._returned:
             memory = self._returned.popleft()
             self._in_use -= len(memory)

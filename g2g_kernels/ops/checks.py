@@ -1,4 +1,4 @@
-"""Checks of what operators are called with: every error names the argument, and comes before any work."""
+"""Checks of operators' arguments: every error names the argument, before any work."""
 
 import torch
 
@@ -8,9 +8,9 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_tensor(name: str, tensor: torch.Tensor, spikes: bool = False) -> None:
-    """Raises ValueError unless ``tensor`` is a dense tensor of floats, or with ``spikes`` of bytes.
+    """Raises ValueError unless ``tensor`` is a dense floating-point tensor, or with ``spikes`` one of bytes.
 
-    On which device it is and how wide, backends judge.
+    Backends judge device and width.
     """
     if not isinstance(tensor, torch.Tensor):
         raise ValueError(f"{name} must be a tensor, not {type(tensor).__name__}")
@@ -21,7 +21,7 @@ def check_tensor(name: str, tensor: torch.Tensor, spikes: bool = False) -> None:
 
 
 def mixed_dtypes(x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None) -> str | None:
-    """Why PyTorch's product cannot take tensors of these dtypes, or None where it can."""
+    """Why PyTorch's product cannot take tensors of these dtypes, or None if it can."""
     device = x.device.type
     for name, dtype in (("x", x.dtype), ("bias", values.dtype if bias is None else bias.dtype)):
         if dtype == values.dtype:
@@ -33,7 +33,7 @@ def mixed_dtypes(x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | Non
 
 
 def check_connection(suffix: str, values: torch.Tensor, mask: BlockMask, bias: torch.Tensor | None) -> None:
-    """Raises ValueError unless weights and bias are those of ``mask``."""
+    """Raises ValueError unless weights and bias fit ``mask``."""
     if not isinstance(mask, BlockMask):
         raise ValueError(f"mask{suffix} must be a BlockMask, not {type(mask).__name__}")
     check_tensor(f"values{suffix}", values)

@@ -1,6 +1,6 @@
-"""Derivatives that operators do not have are refused by name.
+"""Unsupported derivatives of operators are refused by name.
 
-PyTorch gives an operator without a rule for them a tangent of zero, and a second derivative of zero, and says nothing.
+Without a rule, PyTorch silently gives an operator a tangent of zero and a second derivative of zero.
 """
 
 import functools
@@ -41,7 +41,7 @@ def refuse_compiled_backward(ctx: Any, *grads: Any) -> NoReturn:
 
 
 class _Root(torch.autograd.Function):
-    """Nothing, but part of the graph of a tensor that is not to be kept."""
+    """Nothing, but part of the graph of a tensor that is not kept."""
 
     @staticmethod
     def forward(ctx, tensor):
@@ -59,15 +59,15 @@ root = _Root.apply
 def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Decorates the ``backward`` of neurons that are an ``autograd.Function``: it has no derivative of its own.
 
-    All that a second derivative can be asked for has to be among the incoming gradients and the saved tensors, by its
-    :data:`root` at least.
+    Everything whose second derivative may be requested must be among the incoming gradients and the saved tensors, at
+    least by its :data:`root`.
     """
 
     @functools.wraps(backward)
     def once(ctx: Any, *grads: Any) -> Any:
         with torch.no_grad():
             results = backward(ctx, *grads)
-        if not torch.is_grad_enabled():  # nobody will ask for one
+        if not torch.is_grad_enabled():  # none can be requested
             return results
         return tuple(None if result is None else _Once.apply(result, *grads, *ctx.saved_tensors) for result in results)
 

@@ -1,13 +1,13 @@
 """Operators of ``torch.library`` that take one record instead of a list of arguments.
 
 How it works: a record is a NamedTuple whose fields are annotated with a tensor, an option (int, float, bool, str,
-torch.dtype), a tuple of either, another record, or a tuple of records. ``torch.library`` wants flat arguments, and the
-annotations say how to get there and back: :func:`_flatten` lists the fields of a record and of the records inside it
-one after the other, :func:`_unflatten` builds the record again. A record of nothing but tensors inside another is one
-list of them. Of a tuple of records every field becomes one list (the values of all layers, say); where that field is a
-tuple of tensors itself, the tensors of all records follow one another and a list of integers says how many each has; a
-tensor that may be None is an empty one there. The schema, the call of implementation and fake, what autograd saves and
-the order of gradients all follow from that one list of leaves.
+torch.dtype), a tuple of either, another record, or a tuple of records. ``torch.library`` needs flat arguments, and the
+annotations say how to convert: :func:`_flatten` lists the fields of a record and of the records inside it one after the
+other, :func:`_unflatten` rebuilds the record. A record of only tensors inside another becomes one list. Every field of
+a tuple of records becomes one list (the values of all layers, say). If that field is itself a tuple of tensors, the
+tensors of all records follow one another and a list of integers gives the number in each; a None tensor becomes an
+empty one. The schema, the call of implementation and fake, what autograd saves and the order of gradients all follow
+from that one list of leaves.
 """
 
 import functools
@@ -117,7 +117,7 @@ def _at(value: Any, path: tuple[int, ...]) -> Any:
 
 
 def _tensors(record: Any) -> list[torch.Tensor]:
-    """The tensors of a record that has nothing else."""
+    """The tensors of a record of only tensors."""
     tensors = []
     for field in record:
         if isinstance(field, torch.Tensor):
@@ -193,12 +193,12 @@ def _from_tensors(record: Any, tensors: Iterator[torch.Tensor]) -> Any:
 
 @functools.cache
 def _number(record: Any) -> int:
-    """How many tensors there are in a record of nothing else."""
+    """The number of tensors in a record of only tensors."""
     return sum(1 if field.record is None else _number(field.record) for field in _fields(record))
 
 
 class RecordOperator:
-    """An operator ``g2g::name`` that is called with a record.
+    """An operator ``g2g::name`` called with a record.
 
     Attributes:
         record: the type of the record.
@@ -218,7 +218,7 @@ class RecordOperator:
         return _unflatten(self.record, arguments)
 
     def opcheck(self, record: Any) -> None:
-        """Has PyTorch check schema, fake and autograd formula on this record (``torch.library.opcheck``)."""
+        """Checks schema, fake and autograd formula on this record (``torch.library.opcheck``)."""
         torch.library.opcheck(getattr(torch.ops.g2g, self.name).default, tuple(_flatten(record, self.leaves)))
 
 
@@ -228,9 +228,9 @@ def define(
     """Registers an operator.
 
     Args:
-        name: what it is called in ``torch.ops.g2g``.
+        name: its name in ``torch.ops.g2g``.
         record: the type of its argument.
-        returns: what it returns, as in a schema: ``"(Tensor, Tensor[])"``.
+        returns: its result types, as in a schema: ``"(Tensor, Tensor[])"``.
         function, fake: implementation and fake implementation; both take the record.
         keys: the dispatch keys that ``function`` serves.
     """
@@ -244,18 +244,18 @@ def define(
 
 
 def refuse_derivative(operator: RecordOperator, refuse: Callable) -> None:
-    """Registers what raises where the derivative of an operator is asked for."""
+    """Registers a function that raises when the derivative of an operator is requested."""
     torch.library.register_autograd(f"g2g::{operator.name}", refuse, lib=_library)
 
 
 class Gradients(NamedTuple):
-    """What a backward pass is given.
+    """The input of a backward pass.
 
     Attributes:
         record: the record of the forward pass.
-        kept: those of its outputs that are for the backward pass only.
+        kept: its outputs that only the backward pass needs.
         grads: the gradients of its other outputs, contiguous; None for one that was not used.
-        needed: for each flat argument by name, whether its gradient is wanted; for a list a list.
+        needed: for each flat argument by name, whether its gradient is needed; a list for a list.
     """
 
     record: Any
@@ -269,7 +269,7 @@ def differentiate(operator: RecordOperator, outputs: int, backward: Callable[[Gr
 
     Args:
         operator: what :func:`define` returned.
-        outputs: how many outputs are its results; those that follow are kept for the backward pass.
+        outputs: the number of outputs that are results; the others are kept for the backward pass.
         backward: returns gradients by the names of flat arguments; where all of ``grads`` are None it is not called.
     """
     names = [argument.split()[1] for leaf in operator.leaves for argument in leaf.schema]
@@ -277,7 +277,7 @@ def differentiate(operator: RecordOperator, outputs: int, backward: Callable[[Gr
     def setup_context(ctx, inputs, output):
         values = list(inputs) + list(output[outputs:] if isinstance(output, (list, tuple)) else ())
         ctx.set_materialize_grads(False)
-        # tensors go where autograd looks after them; of everything else, and of how long lists are, a note is taken
+        # autograd saves the tensors; everything else, and the lengths of lists, is stored on ctx
         tensors: list[torch.Tensor] = []
         ctx.notes = []
         for value in values:

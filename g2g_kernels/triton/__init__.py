@@ -1,4 +1,5 @@
-"""What the Triton kernels share: where they can run (:mod:`.runtime`), LIF device functions (:mod:`.neuron`).
+"""Shared parts of the Triton kernels: where they can run (:mod:`.runtime`), device functions of neurons
+(:mod:`.neuron`).
 
-Kernels stand in their operators' folders (``ops/*/triton.py``). Importing this package does not import Triton.
+Kernels are in their operators' folders (``ops/*/triton.py``). Importing this package does not import Triton.
 """

@@ -2,7 +2,7 @@
 
 Triton itself is imported by the modules that hold kernels, when a call is first served by them. With the environment
 variable ``TRITON_INTERPRET=1``, set before that, kernels run on CPU tensors in Triton's interpreter: thousands of times
-slower, to check values where no GPU is at hand.
+slower, to check values without a GPU.
 """
 
 import contextlib
@@ -17,9 +17,9 @@ import torch
 
 from g2g_kernels.tracing import constant_when_traced
 
-#: the least compute capability: bfloat16 on tensor cores came with Ampere
+#: the minimal compute capability: bfloat16 on tensor cores came with Ampere
 OLDEST = (8, 0)
-#: the least version of Triton (that of PyTorch 2.7): kernels hold the steps of a segment in tuples
+#: the minimal version of Triton (that of PyTorch 2.7): kernels hold the steps of a segment in tuples
 OLDEST_TRITON = (3, 3)
 
 
@@ -55,13 +55,13 @@ def _too_old() -> str | None:
 
 @constant_when_traced
 def unavailable() -> str | None:
-    """Why the Triton kernels cannot be used here, or None."""
+    """Why the Triton kernels are unavailable here, or None."""
     return _unavailable(interpreted())
 
 
 @constant_when_traced
 def only_by_name() -> str | None:
-    """Why a call has to ask for these kernels by name to be served by them, or None."""
+    """Why a call must request these kernels by name, or None."""
     return "its interpreter is for checking values; ask for it by name" if interpreted() else None
 
 
@@ -82,7 +82,7 @@ def input_precision() -> str:
     """How float32 factors are multiplied: ``"tf32"`` (10-bit mantissas, on tensor cores) or ``"ieee"`` (all 23 bits).
 
     PyTorch's own switch decides, as for its dense products: ``torch.set_float32_matmul_precision`` (or
-    ``torch.backends.cuda.matmul.allow_tf32``), whose default is full precision. AMD's cards always take the latter.
+    ``torch.backends.cuda.matmul.allow_tf32``), whose default is full precision. AMD GPUs always use the latter.
     """
     return "tf32" if torch.get_float32_matmul_precision() != "highest" and torch.version.hip is None else "ieee"
 
@@ -93,7 +93,7 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
 
 
 def rdna(device: torch.device) -> bool:
-    """True for AMD's cards of the kind whose warps are 32 threads wide (gfx10 to gfx12); the others' are 64 wide."""
+    """True for AMD GPUs with warps of 32 threads (gfx10 to gfx12); the others' have 64."""
     name = _recorded_for
     if device.type == "cuda" and torch.version.hip is not None:
         name = torch.cuda.get_device_properties(device).gcnArchName
@@ -114,9 +114,9 @@ _recorded_for = ""
 
 @contextlib.contextmanager
 def recorded(architecture: str = "") -> Iterator[list[Launch]]:
-    """Inside, launches are listed instead of done, so that tensors on the ``meta`` device will do.
+    """Inside, launches are recorded instead of run, so tensors on the ``meta`` device suffice.
 
-    ``benchmarks/aot.py`` compiles what is listed, for GPUs that are not at hand.
+    ``benchmarks/aot.py`` compiles the recorded launches for other GPUs.
 
     Args:
         architecture: the card whose tiles to choose: AMD's name of it, or "" for NVIDIA's, which all have the same.

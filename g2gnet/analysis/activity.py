@@ -1,13 +1,13 @@
 """What the spikes of a population in groups show: rates, synchrony, correlation, coherence.
 
-Neurons that see the same image fire alike without anything joining them. What an image of this *class* does to a neuron
-on average is therefore kept apart from the rest: the mean over the images of a class is the *signal*, what an image
-deviates from it the *noise* (in a deterministic network, the part that the class does not explain). Taking the mean of
-a class out at each time step is the shift predictor of the neurosciences: it removes what is locked to the onset.
+Neurons that see the same image fire alike even if they are not connected. The average effect of an image's *class* on a
+neuron is therefore kept apart from the rest: the mean over the images of a class is the *signal*, an image's deviation
+from it the *noise* (in a deterministic network, the part that the class does not explain). Subtracting the mean of a
+class at each time step is the shift predictor of neuroscience: it removes what is locked to the onset.
 
-The heavy part, three sums over the spikes [T, B, N], runs on their device (:meth:`SpikeSums.of`); they are whole
-numbers and exact. The quantities are computed from those sums in float64 on the CPU. No matrix of neurons × neurons is
-formed: the sum over pairs (i, j) of two groups is the product of the groups' sums.
+The heavy part, three sums over the spikes [T, B, N], runs on their device (:meth:`SpikeSums.of`); they are integers and
+exact. The quantities are computed from those sums in float64 on the CPU. No neurons × neurons matrix is formed: the sum
+over pairs (i, j) of two groups is the product of the groups' sums.
 """
 
 import math
@@ -79,16 +79,16 @@ def group_means(values: torch.Tensor, layout: GroupLayout) -> torch.Tensor:
 
 
 def temporal_synchrony(sums: SpikeSums) -> torch.Tensor:
-    """How far the neurons of a group fire at the same steps: float64 [G], from −1/(N_g − 1) to 1, about 0 by chance.
+    """How much the neurons of a group fire at the same steps: float64 [G], from −1/(N_g − 1) to 1, about 0 by chance.
 
     synchrony_g = mean over pairs i ≠ j of ⟨e_i·e_j⟩ / mean over i of ⟨e_i²⟩, with ⟨·⟩ over steps and samples and
     e_i(t, b) = s_i(t, b) − mean over steps − mean over the samples of b's class + mean over both.
 
     This is Golomb's synchrony measure χ² (variance of the group's mean over mean variance; Golomb & Rinzel 1993)
-    without the 1/N_g that N_g independent neurons would give it: (N_g·χ² − 1)/(N_g − 1). It is 1 only if all neurons do
-    the same. The share of neurons that fire together would grow with the rate instead, and onsets that every image
-    brings about would count as synchrony: e has neither the rate of a sample nor what is locked to its onset. NaN for a
-    group of one neuron, or where e = 0 throughout: silent neurons, T = 1, one sample a class.
+    without the 1/N_g that N_g independent neurons would give it: (N_g·χ² − 1)/(N_g − 1). It is 1 only if all neurons
+    fire identically. The share of neurons that fire together would grow with the rate, and the onset of every image
+    would count as synchrony; e excludes both the rate of a sample and what is locked to its onset. NaN for a group of
+    one neuron, or where e = 0 throughout: silent neurons, T = 1, one sample per class.
     """
     size = sums.layout.sizes
     variance = _noise_power(sums)
@@ -97,7 +97,7 @@ def temporal_synchrony(sums: SpikeSums) -> torch.Tensor:
 
 
 def coherence(first: SpikeSums, second: SpikeSums) -> torch.Tensor:
-    """How far groups fluctuate in the same rhythms, at whatever delay: float64 [G of first, G of second], 0 to 1.
+    """How much groups fluctuate in the same rhythms, at any delay: float64 [G of first, G of second], 0 to 1.
 
     Over all frequencies but 0, with e as in :func:`temporal_synchrony`::
 
@@ -106,14 +106,14 @@ def coherence(first: SpikeSums, second: SpikeSums) -> torch.Tensor:
     S_gh is the cross-spectrum ``⟨E_i(f)·E_j(f)*⟩`` averaged over samples and pairs i ∈ g, j ∈ h, and P_g the power
     ``⟨|E_i(f)|²⟩`` of single neurons i ∈ g, averaged alike.
 
-    The coherence of the groups' *summed* spikes nears 1 for large groups however weak the pairs are (pairs that
-    correlate at 0.05 make sums over 256 neurons cohere at 0.93), and from a single sample it is 1 always. Pairs and
-    many samples have neither fault. Independent neurons do not give 0 but :func:`chance_coherence`. The diagonal of a
-    population with itself holds the pairs i = j too: read :func:`temporal_synchrony` there. NaN where e = 0 throughout
-    a group.
+    The coherence of the groups' *summed* spikes nears 1 for large groups even if pairs correlate weakly (pairs that
+    correlate at 0.05 give sums over 256 neurons a coherence of 0.93), and from a single sample it is always 1.
+    Averaging over pairs and samples avoids both. Independent neurons give :func:`chance_coherence`, not 0. The diagonal
+    of a population with itself includes the pairs i = j: use :func:`temporal_synchrony` there. NaN where e = 0
+    throughout a group.
     """
     steps = first.steps
-    # the real transform leaves out frequencies above one half, equal to those below: these count twice
+    # the real transform omits frequencies above one half, equal to those below: these count twice
     frequency = torch.arange(1, steps // 2 + 1)
     weight = torch.where(2 * frequency == steps, 1.0, 2.0).double()
     spectrum = [torch.fft.rfft(_group_noise(sums), dim=0)[1:] for sums in (first, second)]
@@ -124,10 +124,10 @@ def coherence(first: SpikeSums, second: SpikeSums) -> torch.Tensor:
 
 
 def chance_coherence(first: SpikeSums, second: SpikeSums) -> torch.Tensor:
-    """About what :func:`coherence` gives for independent neurons: float64 [G of first, G of second].
+    """The approximate :func:`coherence` of independent neurons: float64 [G of first, G of second].
 
     √(π/4 / (n·N_g·N_h)), the mean length of a sum of n·N_g·N_h unit steps in random directions over their number, with
-    n = B − classes for the means that were subtracted; NaN for one sample a class.
+    n = B − classes for the subtracted means; NaN for one sample per class.
     """
     free = len(first.labels) - len(first.labels.unique())
     pairs = (first.layout.sizes[:, None] * second.layout.sizes).double()
@@ -146,10 +146,10 @@ def count_correlation(sums: SpikeSums) -> CountCorrelation:
     """The mean correlation of spike counts over pairs i ∈ g, j ∈ h, i ≠ j; the diagonal is that within groups.
 
     total: over all samples. signal: between the mean counts in each class, that is, how alike two neurons are tuned; at
-    least three classes are needed. noise: over samples, each less the mean of its class.
+    least three classes are needed. noise: over samples, each minus the mean of its class.
 
-    The total mixes two things: two neurons that prefer the same class correlate even if nothing joins them. Neurons
-    whose count never changes (silent ones) have no correlation and are left out; NaN where no pair is left.
+    The total mixes the two: neurons that prefer the same class correlate even if they are not connected. Neurons whose
+    count never changes (silent ones) have no correlation and are skipped; NaN where no pair is left.
     """
     labels, counts = sums.labels, sums.counts
     per_class = torch.bincount(labels, minlength=sums.class_sums.shape[1])
@@ -176,7 +176,7 @@ def _mean_correlation(deviations: torch.Tensor, of: torch.Tensor, group: torch.T
 
 def _noise_power(sums: SpikeSums) -> torch.Tensor:
     """Σ over steps, samples and the group's neurons of e², [G] (:func:`temporal_synchrony` has e)."""
-    # e is what is left after subtracting two sets of means, so its power is what they leave of Σ s² = Σ s
+    # e is the rest after subtracting two sets of means, so its power is the rest of Σ s² = Σ s
     total = sums.counts.sum(0)
     per_class = torch.bincount(sums.labels, minlength=sums.class_sums.shape[1]).clamp(min=1)
     of_samples = sums.counts.square().sum(0) / sums.steps

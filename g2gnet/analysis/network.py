@@ -23,12 +23,12 @@ from g2gnet.analysis.activity import (
 from g2gnet.analysis.wiring import cross_group_share, group_density, input_group_entropy
 from g2gnet.network import G2GNet
 
-#: how many test images are analysed unless one asks for another number
+#: default number of test images to analyse
 ANALYSIS_SAMPLES = 1000
 
 
 class Batch(NamedTuple):
-    """What a network received ([B, D] held, or [T, B, D]), what it did, and the right classes [B]."""
+    """A network's input ([B, D] held, or [T, B, D]), its activity, and the true classes [B]."""
 
     inputs: torch.Tensor
     activity: Activity
@@ -86,10 +86,10 @@ class LayerAnalysis:
 
     @property
     def coherence_by_share(self) -> float:
-        """Pearson's r over the G groups, of coherence with the others of the layer against share of inputs from others.
+        """Pearson's r over the G groups, of coherence with the layer's other groups against inputs from others.
 
-        The share hardly differs from group to group unless DST or a small layer makes it, and for eight groups chance
-        alone gives ``|r| > 0.7`` in one of twenty cases; :attr:`coherence_by_pathway` has more to go by.
+        The share hardly differs between groups except with DST or in a small layer, and for eight groups chance alone
+        gives ``|r| > 0.7`` in one of twenty cases; :attr:`coherence_by_pathway` uses more data.
         """
         return pearson(self.cross_group_coherence, self.cross_group_share)
 
@@ -97,7 +97,7 @@ class LayerAnalysis:
     def coherence_by_pathway(self) -> float:
         """Pearson's r over all pairs of a group and an input group that is not its own, of coherence against density.
 
-        That is: does a group keep time with the other groups that it gets inputs from?
+        That is: is a group coherent with the other groups from which it gets inputs?
         """
         if self.pathway_coherence is None:
             return math.nan
@@ -105,7 +105,7 @@ class LayerAnalysis:
         return pearson(self.pathway_coherence[other], self.density[other])
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it but the single neurons' rates as lists and numbers, None where not defined."""
+        """Everything except single neurons' rates as lists and numbers, None where not defined."""
         values = {
             "neurons": len(self.neuron_rates),
             "group_sizes": self.group_sizes,
@@ -134,7 +134,7 @@ class NetworkAnalysis:
 
     Attributes:
         samples, steps: B and T of what was analysed.
-        accuracy: share of the samples that were classified correctly.
+        accuracy: share of samples classified correctly.
         layers: from input to output.
     """
 
@@ -161,10 +161,10 @@ class NetworkAnalysis:
 
 @torch.no_grad()
 def analyze_network(net: G2GNet, batches: Iterable[Batch], num_classes: int) -> NetworkAnalysis:
-    """Analyses what ``net`` did in ``batches``; spikes are summed batch by batch on the device and not kept.
+    """Analyses the activity of ``net`` in ``batches``; spikes are summed batch by batch on the device and not kept.
 
-    A layer's neurons are grouped as the output side of its connection; its inputs as the input side, which may be
-    another grouping of the same neurons.
+    A layer's neurons are grouped as the output side of its connection; its inputs as the input side, which may group
+    the same neurons differently.
     """
     connections = [connection for connection, _ in net.layers()]
     outputs: list[list[SpikeSums]] = [[] for _ in connections]

@@ -1,4 +1,4 @@
-"""The analysis as tables: rows of text for a page, and set in columns for a terminal."""
+"""The analysis as tables: rows of text for a page, or columns for a terminal."""
 
 import math
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ class Table(NamedTuple):
 
 
 def headline(analysis: NetworkAnalysis) -> str:
-    """What was analysed, and the two numbers of the whole network."""
+    """What was analysed, and the two main numbers of the network."""
     return (
         f"{analysis.samples} test images, {analysis.steps} steps: accuracy {analysis.accuracy:.4f}, "
         f"firing rate {analysis.firing_rate:.3g} spikes per neuron and step"
@@ -35,7 +35,7 @@ def headline(analysis: NetworkAnalysis) -> str:
 
 
 def summary_table(analysis: NetworkAnalysis) -> Table:
-    """The main quantities, one row a layer: means over neurons or groups."""
+    """The main quantities, one row per layer: means over neurons or groups."""
     header = ("", "rate", "silent", "synchrony", "signal corr.", "noise corr.", "coherence", "other inputs", "entropy")
     rows: list[tuple[str, ...]] = [
         (
@@ -55,7 +55,7 @@ def summary_table(analysis: NetworkAnalysis) -> Table:
 
 
 def layers_table(analysis: NetworkAnalysis) -> Table:
-    """One column a layer; where a quantity belongs to groups, its mean over them. – where it is not defined."""
+    """One column per layer; quantities of groups as means over them. – where not defined."""
     layers = analysis.layers
     rows = {
         "neurons": [str(len(layer.neuron_rates)) for layer in layers],
@@ -84,7 +84,7 @@ def layers_table(analysis: NetworkAnalysis) -> Table:
 
 
 def groups_table(layer: LayerAnalysis) -> Table:
-    """One row a group."""
+    """One row per group."""
     columns = {
         f"{layer.name} group": [str(group + 1) for group in range(len(layer.group_sizes))],
         "neurons": [str(size) for size in layer.group_sizes.tolist()],
@@ -105,7 +105,7 @@ def number(value: float) -> str:
     """Three digits, or – for NaN."""
     if math.isnan(value):
         return "–"
-    if abs(value) < 1e-9:  # zero but for rounding
+    if abs(value) < 1e-9:  # zero except for rounding
         return "0"
     return f"{value:.1e}" if abs(value) < 1e-3 else f"{value:#.3g}"
 

@@ -1,4 +1,4 @@
-"""How a layer's groups are wired, read off its :class:`BlockMask`: no activity is involved."""
+"""How a layer's groups are wired, from its :class:`BlockMask`, without any activity."""
 
 import math
 
@@ -11,7 +11,7 @@ from g2g_kernels.groups import partners
 def group_density(mask: BlockMask) -> torch.Tensor:
     """The share of the weights between each pair of groups that exist: float64 [groups out, groups in], 0 to 1.
 
-    density_gh = weights present from input group h to output group g / (N_g · N_h)
+    density_gh = weights that exist from input group h to output group g / (N_g · N_h)
     """
     return _mean_between_groups(mask, mask.unit_sizes)
 
@@ -26,7 +26,7 @@ def group_weight(mask: BlockMask, values: torch.Tensor) -> torch.Tensor:
 
 
 def _mean_between_groups(mask: BlockMask, sum_of_unit: torch.Tensor) -> torch.Tensor:
-    """Sums over units, [num_units], made means over all weights between two groups, present or not."""
+    """Sums over units, [num_units], as means over all weights between two groups, existing or absent."""
     row_group, col_group = _groups_of_units(mask)
     out_sizes, in_sizes = mask.rows.layout.sizes, mask.cols.layout.sizes
     total = torch.zeros(len(out_sizes) * len(in_sizes), dtype=torch.float64)
@@ -37,7 +37,7 @@ def _mean_between_groups(mask: BlockMask, sum_of_unit: torch.Tensor) -> torch.Te
 def cross_group_share(mask: BlockMask) -> torch.Tensor:
     """The share of each output group's inputs that come from other input groups than its own: float64 [groups], 0 to 1.
 
-    NaN for a group without inputs. Which are its own: ``g2g_kernels.groups.partners``.
+    NaN for a group without inputs. Its own groups: ``g2g_kernels.groups.partners``.
     """
     inputs = group_density(mask) * mask.cols.layout.sizes
     return 1 - (inputs * partners(*inputs.shape)).sum(1) / inputs.sum(1)
@@ -48,11 +48,11 @@ def input_group_entropy(mask: BlockMask, values: torch.Tensor | None = None) -> 
 
     H_i = −Σ_h p_ih·ln p_ih / ln G with p_ih = d_ih / Σ_h d_ih, where d_ih is the share of the weights from input group
     h to neuron i that exist, or with packed ``values`` [num_units, unit_rows, unit_cols] their mean ``|w|`` over all of
-    the group. 0: all inputs come from one group; 1: from every group alike, as in a dense layer.
+    the group. 0: all inputs come from one group; 1: equally from every group, as in a dense layer.
 
     Shares d, not numbers of inputs, make 1 mean "as in a dense layer" when groups differ in size. The entropy is taken
-    neuron by neuron: pooled over a group it would near 1 even if each of its neurons saw only two input groups.
-    Neurons without inputs are left out; NaN where no neuron is left, and for a single input group.
+    per neuron: pooled over a group it would near 1 even if each of its neurons saw only two input groups. Neurons
+    without inputs are skipped; NaN where no neuron is left, and for a single input group.
     """
     strength = (mask.valid() if values is None else values.detach().abs()).sum(2).cpu().double()
     row, (_, col_group) = mask.unit_row.long().cpu(), _groups_of_units(mask)

@@ -3,17 +3,17 @@
 import torch
 from torch.nn import functional as F
 
-#: by name, how far images are shifted at most, in pixels; all of them mirror half of the images, too
+#: by name, the maximal shift of images in pixels; all of them also mirror half of the images
 SHIFTS = {"crop-flip": 4, "shift-flip": 1, "flip": 0}
 
 
 def random_crop_and_flip(
     images: torch.Tensor, generator: torch.Generator, shift: int = SHIFTS["crop-flip"]
 ) -> torch.Tensor:
-    """Shifts each image by up to ``shift`` pixels in both directions, zeros moving in, and mirrors half of them.
+    """Shifts each image by up to ``shift`` pixels in both directions, filling with zeros, and mirrors half of them.
 
     With 4 pixels that is the usual augmentation for CIFAR (He et al. 2016): crops at uniform places of the zero-padded
-    image, each mirrored left to right with probability 1/2, drawn for each image by itself.
+    image, each mirrored left to right with probability 1/2, drawn independently for each image.
 
     Args:
         images: [B, ..., height, width], any dtype, on any device.

@@ -9,13 +9,13 @@ from g2gnet.data.image_data import ImageData
 
 
 class Dataset(NamedTuple):
-    """What is known of a data set before it is read.
+    """What is known about a data set before it is read.
 
     Attributes:
         input_dim: values in a sample.
         num_classes: number of classes.
-        module: of this package; its ``load(name, data_dir)`` gives the :class:`ImageData`. It is imported when data are
-            read, since torchvision takes a second.
+        module: of this package; its ``load(name, data_dir)`` gives the :class:`ImageData`. It is imported only when
+            data are read, since importing torchvision takes a second.
         crops: whether ``--augment auto`` shifts and mirrors its images.
     """
 
@@ -35,7 +35,7 @@ DATASETS = {
 
 
 def dataset_name(given: str) -> str:
-    """The name of the data set that ``--dataset`` names: one of :data:`DATASETS`, or your own file.
+    """The name of the data set given by ``--dataset``: one of :data:`DATASETS`, or your own file.
 
     Raises:
         DataError: if the file cannot be read.
@@ -44,9 +44,9 @@ def dataset_name(given: str) -> str:
 
 
 def load_dataset(name: str, data_dir: Path | str = "data") -> ImageData:
-    """Reads a data set from ``data_dir``, from where the system keeps it, or by downloading it.
+    """Reads a data set from ``data_dir`` or the system's copy, or downloads it.
 
-    Your own data (:func:`dataset_name`) come from the file that was given, or from one of its name in ``data_dir``.
+    Your own data (:func:`dataset_name`) come from the given file, or the file of that name in ``data_dir``.
 
     Raises:
         ValueError: for an unknown name.

@@ -19,9 +19,9 @@ READERS: dict[str, type[CIFAR10]] = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 def load(name: str, data_dir: Path) -> ImageData:
     """Reads ``"cifar10"`` or ``"cifar100"`` (fine labels); images are uint8 [N, 3, 32, 32].
 
-    The batches may lie in ``data_dir`` as torchvision leaves them (``cifar-10-batches-py``, ``cifar-100-python``), or
-    in the original archive; else the archive is downloaded. They are pickles, which can run any code: they are opened
-    only if they have the published checksums.
+    The batches may be in ``data_dir`` as torchvision leaves them (``cifar-10-batches-py``, ``cifar-100-python``), or in
+    the original archive; otherwise the archive is downloaded. They are pickles, which can run any code, so they are
+    opened only if their checksums match the published ones.
 
     Raises:
         DataError: if they cannot be found, downloaded or read.
@@ -43,7 +43,7 @@ def load(name: str, data_dir: Path) -> ImageData:
 
 
 def fingerprint(name: str) -> str:
-    """The SHA-256 of the checksums that the files of ``name`` must have: it names their content."""
+    """The SHA-256 of the required checksums of the files of ``name``: it identifies their content."""
     return hashlib.sha256(repr(_files(READERS[name])).encode()).hexdigest()
 
 
@@ -62,12 +62,12 @@ def _damage(name: str, folder: Path) -> str | None:
             problem = f"{folder / file} is damaged (its checksum is not the published one)"
         else:
             continue
-        return f"{problem}; move {folder} away and run this again to have it fetched anew"
+        return f"{problem}; move {folder} away and run this again to download it again"
     return None
 
 
 def _fetch(name: str, data_dir: Path, folder: Path) -> None:
-    """Puts the folder of batches into ``data_dir``, whole or not at all, from the archive lying there or downloaded."""
+    """Puts the folder of batches into ``data_dir``, completely or not at all, from the archive there or a download."""
     reader = READERS[name]
     archive = data_dir / reader.filename
     if archive.exists() and not check_integrity(archive, reader.tgz_md5):
@@ -78,7 +78,7 @@ def _fetch(name: str, data_dir: Path, folder: Path) -> None:
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         with one_at_a_time(folder), tempfile.TemporaryDirectory(dir=data_dir, prefix=f".{name}-") as scratch:
-            if folder.is_dir():  # another process has put it there in the meantime
+            if folder.is_dir():  # another process put it there in the meantime
                 return
             if not archive.exists():
                 archive = Path(scratch, reader.filename)

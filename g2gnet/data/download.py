@@ -1,4 +1,4 @@
-"""Downloads: with a bar on a terminal, silent in a pipe."""
+"""Downloads, with a progress bar on a terminal, silent in a pipe."""
 
 import sys
 from collections.abc import Sequence
@@ -10,10 +10,10 @@ from torchvision.datasets.utils import check_integrity
 
 
 def download(urls: Sequence[str], file: Path, md5: str) -> None:
-    """Fetches ``file`` from the first of these addresses that gives what has this checksum.
+    """Downloads ``file`` from the first of these addresses whose content has this checksum.
 
     Raises:
-        OSError: if none does, with what each of them had to say.
+        OSError: if none does, with the error of each.
     """
     problems = []
     for url in urls:
@@ -25,5 +25,5 @@ def download(urls: Sequence[str], file: Path, md5: str) -> None:
         if check_integrity(file, md5):
             return
         file.unlink()
-        problems.append(f"{url}: what is there has not the published checksum")
+        problems.append(f"{url}: the file there does not have the published checksum")
     raise OSError("; ".join(problems))

@@ -1,6 +1,6 @@
-"""Fashion-MNIST (Xiao et al. 2017): the full set, known by its checksums, and the subset in the package.
+"""Fashion-MNIST (Xiao et al. 2017): the full set, verified by checksums, and the subset in the package.
 
-``python -m g2gnet.data.fashion_mnist`` writes the subset anew from the full set.
+``python -m g2gnet.data.fashion_mnist`` rebuilds the subset from the full set.
 """
 
 import gzip
@@ -37,10 +37,10 @@ SIDE = 28  # pixels
 
 def load(name: str, data_dir: Path) -> ImageData:
     """Reads ``"fashionmnist-mini"`` from the package, or the full set ``"fashionmnist"`` from ``data_dir`` or the
-    system's copy; where it is in neither, it is downloaded into ``data_dir``.
+    system's copy; if it is in neither, it is downloaded into ``data_dir``.
 
-    In ``data_dir`` the four IDX files, gzipped or not, may lie as torchvision leaves them (``FashionMNIST/raw``) or
-    directly.
+    In ``data_dir`` the four IDX files, gzipped or not, may be where torchvision puts them (``FashionMNIST/raw``) or
+    directly in it.
     """
     if name == "fashionmnist-mini":
         return load_mini()
@@ -50,7 +50,7 @@ def load(name: str, data_dir: Path) -> ImageData:
             return _read(folder)
     try:
         with one_at_a_time(raw):
-            if not _complete(raw):  # else another process has fetched it in the meantime
+            if not _complete(raw):  # otherwise another process downloaded it in the meantime
                 _fetch(raw)
     except OSError as error:
         raise DataError(
@@ -59,14 +59,14 @@ def load(name: str, data_dir: Path) -> ImageData:
             "  1. connect to the internet and run this again;\n"
             "  2. on Debian or Ubuntu: apt-get install dataset-fashion-mnist;\n"
             f"  3. put the files {', '.join(name + '.gz' for name in DIGESTS)} into {data_dir}, "
-            "or name their folder by --data_dir.\n"
+            "or give their folder by --data_dir.\n"
             "--dataset fashionmnist-mini needs no files at all."
         ) from error
     return _read(raw)
 
 
 def _fetch(folder: Path) -> None:
-    """Downloads the four files, and puts them into ``folder`` as torchvision would, when all are there."""
+    """Downloads the four files and, when all are there, puts them into ``folder`` as torchvision would."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as scratch:
         for name, md5 in FashionMNIST.resources:
@@ -103,18 +103,18 @@ def _read(folder: Path) -> ImageData:
 
 
 def _content(folder: Path, name: str, header: int, size: int) -> np.ndarray:
-    """The ``size`` values of a file, once it is known to be the published one; no more than them is unpacked."""
+    """The ``size`` values of a file, once verified to be the published one; no more is unpacked."""
     path = _find(folder, name)
     assert path is not None  # the callers made sure
     try:
         with open_file(path) as file, gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file as plain:
             content = plain.read(header + size + 1)
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} is damaged ({reason(error)}); delete it and fetch it again") from error
+        raise DataError(f"{path} is damaged ({reason(error)}); delete it and download it again") from error
     if hashlib.sha256(content).hexdigest() != DIGESTS[name]:
         raise DataError(
             f"{path} is damaged or of another data set (its checksum is not that of Fashion-MNIST's); delete it and "
-            "fetch it again, or name a folder that has none by --data_dir. Data of your own go into a file for "
+            "download it again, or give another folder by --data_dir. Data of your own go into a file for "
             "--dataset FILE.npz"
         )
     return np.frombuffer(content, np.uint8, size, header).copy()

@@ -1,4 +1,4 @@
-"""The form in which the rest of the program sees a data set."""
+"""A data set as the rest of the program sees it."""
 
 import hashlib
 import math
@@ -14,14 +14,14 @@ class DataError(RuntimeError):
 
 @dataclass(frozen=True)
 class ImageData:
-    """A data set held whole in memory, so that batches are gathered by index on its device.
+    """A data set held in memory; batches are gathered by index on its device.
 
     Attributes:
         name: as in ``--dataset``.
-        train_images, test_images: uint8 [N, ...], one flattened image being a sample; or float32 features [N, D].
+        train_images, test_images: uint8 [N, ...], each flattened image a sample; or float32 features [N, D].
         train_labels, test_labels: int64 [N].
         num_classes: number of classes.
-        val_images, val_labels: images held back from training to validate on, or None.
+        val_images, val_labels: training images held out for validation, or None.
     """
 
     name: str
@@ -40,7 +40,7 @@ class ImageData:
 
     @property
     def fingerprint(self) -> str:
-        """The SHA-256 of shapes, dtypes and values of all tensors, which names the content."""
+        """The SHA-256 of shapes, dtypes and values of all tensors, which identifies the content."""
         digest = hashlib.sha256()
         for name, value in vars(self).items():
             if isinstance(value, torch.Tensor):
@@ -59,7 +59,7 @@ class ImageData:
         """Mean and standard deviation of all values in the training samples (of :func:`as_samples`), by exact sums.
 
         Raises:
-            DataError: if they are all the same.
+            DataError: if they are all equal.
         """
         total = square = 0.0
         for images in self.train_images.split(1024):

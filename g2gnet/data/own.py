@@ -3,9 +3,9 @@
     train_images, test_images   uint8 [N, ...] (0 to 255 become 0 to 1) or float32 [N, ...] as they are
     train_labels, test_labels   integers [N], 0 … C − 1
 
-A run names such data by the file's name and the first digits of its SHA-256, as in ``name-1a2b3c4d``, so that other
-data are other data whatever their file is called. Nothing in a file is executed, and its sizes are known before it is
-read.
+A run names such data by the file's name and the first digits of its SHA-256, as in ``name-1a2b3c4d``, so different
+data have different names even under the same file name. Nothing in a file is executed, and its sizes are checked
+before it is read.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ PARTS = ("train_images", "train_labels", "test_images", "test_labels")
 #: hexadecimal digits of the SHA-256 that end a name
 DIGITS = 8
 
-#: where the data that this process was given lie, by name
+#: the data files given to this process, by name
 _paths: dict[str, Path] = {}
 
 
@@ -37,7 +37,7 @@ def is_name(name: object) -> bool:
 
 
 def name_of(path: Path | str) -> str:
-    """The name of the data in a file, under which :func:`load` finds it from now on.
+    """The name of the data in a file; :func:`load` finds it under this name.
 
     Raises:
         DataError: if the file cannot be read.
@@ -56,20 +56,20 @@ def name_of(path: Path | str) -> str:
 
 
 def load(name: str, data_dir: Path) -> ImageData:
-    """Reads the data of that name: from the file that was given, or from the one of its name in ``data_dir``.
+    """Reads the data of that name, from the given file or the file of that name in ``data_dir``.
 
     Raises:
-        DataError: if the file is missing, is not the one that the name stands for, or does not hold such arrays.
+        DataError: if the file is missing, has different content than the name says, or lacks such arrays.
     """
     path = _paths.get(name, data_dir / f"{name[: -DIGITS - 1]}{SUFFIX}")
     found = name_of(path)
     if found != name:
-        raise DataError(f"{path} is {found}, not {name}: its content is not what the run had; name its --data_dir")
+        raise DataError(f"{path} is {found}, not {name}: its content differs from the run's data; give its --data_dir")
     try:
         with open_file(path) as file, zipfile.ZipFile(file) as archive:
             arrays = _read(archive)
     except (OSError, ValueError, KeyError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} does not hold such data: {reason(error)}") from error
+        raise DataError(f"{path} cannot be used as data: {reason(error)}") from error
     images = {part: torch.from_numpy(arrays[f"{part}_images"]) for part in ("train", "test")}
     labels = {part: torch.from_numpy(arrays[f"{part}_labels"].astype(np.int64)) for part in ("train", "test")}
     return ImageData(
@@ -83,7 +83,7 @@ def load(name: str, data_dir: Path) -> ImageData:
 
 
 def _read(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
-    """The four arrays; raises ValueError, before it takes the memory for them, if they are not as above."""
+    """The four arrays; raises ValueError, before allocating memory for them, if they are not as above."""
     missing = [part for part in PARTS if f"{part}.npy" not in archive.namelist()]
     if missing:
         raise ValueError(f"it lacks {', '.join(missing)}")
@@ -118,14 +118,14 @@ def _read(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
 
 
 def _header(archive: zipfile.ZipFile, part: str) -> tuple[tuple[int, ...], np.dtype]:
-    """The shape and the dtype that an array says it has, once its size is that of the archive's member."""
+    """The declared shape and dtype of an array, if they match the size of the archive's member."""
     with archive.open(f"{part}.npy") as member:
         version = np.lib.format.read_magic(member)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read(member)
         size = member.tell() + math.prod(shape) * dtype.itemsize
     if dtype.hasobject or size != archive.getinfo(f"{part}.npy").file_size:
-        raise ValueError(f"{part} is not of the size that it claims")
+        raise ValueError(f"{part} does not have the size that it claims")
     return shape, dtype
 
 

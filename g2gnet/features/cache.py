@@ -1,4 +1,4 @@
-"""The features of a data set, computed once and kept in a file."""
+"""The features of a data set, computed once and cached in a file."""
 
 import hashlib
 import sys
@@ -15,7 +15,7 @@ from g2gnet.files import one_at_a_time
 from g2gnet.messages import reason, say, warn
 from g2gnet.tensor_file import TensorFileError, read_tensors, write_tensors
 
-#: what is computed from an image; another computation needs another name here
+#: what is computed from an image; a different computation needs a different name
 CUT = "layer2, mean over 4x4, min-max"
 BATCH = 100
 PARTS = ("train_images", "train_labels", "test_images", "test_labels")
@@ -26,12 +26,12 @@ def load_features(
 ) -> ImageData:
     """The ResNet-32 features of CIFAR-10 or CIFAR-100 in place of the images: float32 [N, 512] from 0 to 1.
 
-    They are kept in ``<data_dir>/features``, in a file named after the data, the weights, the cut and the kind of
-    device (whose arithmetic differs in the last bits), and read from there if they were computed before.
+    They are cached in ``<data_dir>/features``, in a file named after the data, the weights, the cut and the kind of
+    device (whose arithmetic differs in the last bits).
 
     Args:
         dataset: ``"cifar10"`` or ``"cifar100"``.
-        data_dir: where the data set lies.
+        data_dir: directory of the data set.
         weights: file with the weights of the network (None: the published ones).
         device: where to compute.
 
@@ -81,14 +81,14 @@ def _features(
 
 
 def _cached(file: Path) -> dict[str, torch.Tensor] | None:
-    """What the file holds, or None if there is none that can be read."""
+    """The content of the file, or None if it is missing or unreadable."""
     if not file.exists():
         return None
     try:
         content = read_tensors(file)
         parts = {name: content[name] for name in PARTS}
     except (OSError, TensorFileError, KeyError, TypeError) as error:
-        warn(f"{file} is damaged ({reason(error)}) and will be written anew")
+        warn(f"{file} is damaged ({reason(error)}) and will be rewritten")
         return None
     say(f"reading the ResNet-32 features from {file}")
     return parts
@@ -99,4 +99,4 @@ def _keep(file: Path, parts: dict[str, torch.Tensor]) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(file, parts)
     except OSError as error:
-        warn(f"the features cannot be kept in {file} ({reason(error)}): the next run computes them again")
+        warn(f"the features cannot be cached in {file} ({reason(error)}): the next run computes them again")

@@ -77,7 +77,7 @@ class ResNet32(nn.Module):
     def features(self, images: torch.Tensor) -> torch.Tensor:
         """The second stage's output [B, 32, 16, 16], averaged over 4×4 pixels and scaled: [B, 512] from 0 to 1.
 
-        Each sample is scaled by itself, (x − min)/(max − min); a sample whose values are all equal becomes zeros.
+        Each sample is scaled separately, (x − min)/(max − min); a sample with all values equal becomes zeros.
         """
         x = F.avg_pool2d(self._two_stages(images), 4).flatten(1)
         low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)

@@ -19,7 +19,7 @@ DIGITS = 8
 
 
 class Release(NamedTuple):
-    """A published file, which ends in its digest, and the normalisation of the pixels it was trained with."""
+    """A published file, whose name ends in its digest, and its normalisation of pixels."""
 
     url: str
     mean: tuple[float, float, float]
@@ -46,11 +46,11 @@ def new_resnet(dataset: str) -> ResNet32:
 
 
 def weights_digest(dataset: str, file: Path | str | None = None) -> str:
-    """What names the content of the weights: the first eight hexadecimal digits of the file's SHA-256.
+    """The identifier of the weights: the first eight hexadecimal digits of the file's SHA-256.
 
     Args:
         dataset: ``"cifar10"`` or ``"cifar100"``.
-        file: the weights; None for the published ones, which are not read for this.
+        file: the weights; None for the published ones, which are not read here.
 
     Raises:
         DataError: if the file cannot be read.
@@ -61,8 +61,8 @@ def weights_digest(dataset: str, file: Path | str | None = None) -> str:
 def load_resnet(dataset: str, file: Path | str | None = None) -> ResNet32:
     """A ResNet-32 for ``dataset`` in eval mode with the weights in ``file``, or the published ones (None).
 
-    The published file is downloaded into PyTorch's hub directory unless it is there, and in either case used only if
-    it has its digest.
+    The published file is downloaded into PyTorch's hub directory unless it is there, and is used only if its digest
+    matches.
 
     Raises:
         DataError: if the weights are unavailable, or are not those of such a network.
@@ -74,7 +74,7 @@ def load_resnet(dataset: str, file: Path | str | None = None) -> ResNet32:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         check_plain(state)
         network.load_state_dict(state)
-    except Exception as error:  # what a damaged file makes torch.load raise is an open list
+    except Exception as error:  # a damaged file can make torch.load raise anything
         raise DataError(
             f"{path} does not hold the weights of a CIFAR ResNet-32 for {dataset}: {_summary(error)}\n"
             f"Give another file by --resnet_weights, or none to use the published weights; python -m g2gnet.pretrain "
@@ -84,7 +84,7 @@ def load_resnet(dataset: str, file: Path | str | None = None) -> ResNet32:
 
 
 def _published(dataset: str) -> Path:
-    """Where the published weights lie, once they are there and have their digest."""
+    """The path of the published weights, once downloaded and verified."""
     release = RELEASES[dataset]
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     path = folder / release.url.rpartition("/")[2]
@@ -99,8 +99,8 @@ def _published(dataset: str) -> Path:
                 f"the published ResNet-32 for {dataset} is not at {path} and could not be downloaded ({error}). "
                 "Do one of these:\n"
                 "  1. connect to the internet and run this again;\n"
-                f"  2. fetch {release.url} elsewhere and name it by --resnet_weights;\n"
-                f"  3. train one (python -m g2gnet.pretrain --dataset {dataset}) and name it by --resnet_weights."
+                f"  2. download {release.url} elsewhere and give it by --resnet_weights;\n"
+                f"  3. train one (python -m g2gnet.pretrain --dataset {dataset}) and give it by --resnet_weights."
             ) from error
     # PyTorch's hub checks what it downloads, not what it finds
     digest = _digest(_read(path))

@@ -1,4 +1,4 @@
-"""Networks from and to other libraries: snnTorch, and the exchange format NIR. Install them with ``g2g[interop]``."""
+"""Networks to and from other libraries: snnTorch, and the exchange format NIR. Install them with ``g2g[interop]``."""
 
 from g2gnet.interop.nir import from_nir, to_nir
 from g2gnet.interop.snntorch import from_snntorch, to_snntorch

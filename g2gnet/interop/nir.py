@@ -1,6 +1,6 @@
 """Stacks to and from NIR, the Neuromorphic Intermediate Representation (Pedersen et al. 2024).
 
-NIR describes neurons in continuous time and leaves the time step Δt to whoever runs them. Its LIF is
+NIR describes neurons in continuous time; the time step Δt is chosen when they are run. Its LIF is
 
     τ·dv/dt = (v_leak − v) + R·I,    v ← v_reset after a spike, where v > v_threshold
 
@@ -9,8 +9,8 @@ and an Euler step of it, v ← (1 − Δt/τ)·v + (Δt/τ)·(v_leak + R·I), is
     β = 1 − Δt/τ,    U = v/g,    θ = v_threshold/g,    g = R·Δt/τ,    v_leak = v_reset = 0.
 
 Of the pairs (R, v_threshold) that describe the same neuron, :func:`to_nir` writes R = 1, v_threshold = (1 − β)·θ, since
-Norse's importer takes R to be 1. A spike resets our membrane before the next step's decay, which with reset to zero is
-NIR's reset at once.
+Norse's importer takes R to be 1. A spike resets our membrane before the next step's decay, which with reset to zero
+equals NIR's immediate reset.
 
 NIR's CubaLIF has a synaptic current before the membrane, τ_syn·dI/dt = −I + w_in·S, τ_mem·dv/dt = (v_leak − v) + R·I.
 Euler steps, the current's first, as snnTorch and Norse take them, are our C ← γ·C + I, U ← β·U + C of synaptic neurons
@@ -19,15 +19,15 @@ with
     γ = 1 − Δt/τ_syn,    β = 1 − Δt/τ_mem,    g = R·w_in·(Δt/τ_syn)·(Δt/τ_mem).
 
 Here :func:`to_nir` writes w_in = τ_syn/Δt and R = τ_mem/Δt, so that g = 1 and v_threshold = θ, as snnTorch's importer
-demands. The resets are not quite the same: in the step after a spike NIR's membrane is charged from zero, that of
+demands. The resets differ slightly: in the step after a spike NIR's membrane charges from zero, while that of
 ``Synaptic`` stays at zero, as in snnTorch. A warning says so.
 
 NIR cannot carry
 
-- the reset by subtraction, delayed or not: its neurons have reset to a value only (train with ``reset="zero"``);
+- the reset by subtraction, delayed or not: its neurons only reset to a value (train with ``reset="zero"``);
 - decays of 1: no leak means an infinite τ (NIR's IF, which has none, is read as β = 1, g = R·Δt);
-- surrogates, what is learnable, groups and units: they travel in the nodes' metadata, which other tools do not read;
-- how samples are encoded: the graph's input is what fc1 receives.
+- surrogates, learnability, groups and units: these go into the nodes' metadata, which other tools do not read;
+- the encoding of samples: the graph's input is that of fc1.
 """
 
 import itertools
@@ -68,7 +68,7 @@ _READ = {
     **{form.node: (model, form.time_constants) for model, form in _FORMS.items()},
     "IF": ("lif", {}),
 }
-#: the first version whose neurons have a reset value
+#: the first version with a reset value of neurons
 _LEAST_NIR = (1, 0, 6)
 #: the time step of snnTorch's and most other NIR converters, in seconds
 DEFAULT_DT = 1e-4
@@ -79,18 +79,18 @@ def to_nir(stack: SpikingStack, dt: float = DEFAULT_DT) -> Any:
 
     Args:
         stack: its neurons have reset to zero.
-        dt: the time step, in seconds, with which the graph is to be run.
+        dt: the time step, in seconds, with which the graph will be run.
 
     Raises:
-        ValueError: for what NIR cannot carry.
+        ValueError: for anything that NIR cannot express.
         ImportError: if the package ``nir``, 1.0.6 or newer, is not installed.
     """
     nir = optional_package("nir", _LEAST_NIR)
     for _, neurons in stack.layers():
         if neurons.reset != "zero":
             raise ValueError(
-                f"reset={neurons.reset!r} has no form in NIR, whose neurons reset to a value; train the network with "
-                "reset='zero'"
+                f"reset={neurons.reset!r} cannot be written to NIR, whose neurons reset to a value; train the network "
+                "with reset='zero'"
             )
     if not dt > 0:
         raise ValueError(f"dt={dt} must be above 0 seconds")
@@ -116,14 +116,14 @@ def from_nir(
     T: int = 50,  # noqa: N803  (the field's name for it)
     backend: str | None = None,
 ) -> SpikingStack:
-    """The stack of a NIR graph in which linear or affine nodes and LIF, CubaLIF or IF nodes take turns.
+    """The stack of a NIR graph in which linear or affine nodes alternate with LIF, CubaLIF or IF nodes.
 
     Args:
         graph: a ``nir.NIRGraph``, as ``nir.read(file)`` gives it.
         dt: the time step, in seconds, for which the graph was made.
-        masks: by name of a node, the weights that exist, as for :meth:`G2GLinear.from_linear`. A node that is not named
-            here has the mask in its metadata, and without that every weight.
-        T: for how many steps the stack holds inputs [B, D].
+        masks: by name of a node, the weights that exist, as for :meth:`G2GLinear.from_linear`. Other nodes have the
+            mask of their metadata, or every weight.
+        T: the number of steps for which the stack holds inputs [B, D].
         backend: ``"triton"``, ``"cpu"`` or ``"torch"``; None lets the device decide.
 
     Raises:
@@ -139,7 +139,7 @@ def from_nir(
     for kinds, found in (((nir.Affine, nir.Linear), linear), (tuple(getattr(nir, kind) for kind in _READ), neurons)):
         for name, node in found:
             if node is None:
-                raise ValueError(f"node {name} is empty: the tool that wrote the graph has no form of it in NIR")
+                raise ValueError(f"node {name} is empty: the tool that wrote the graph could not express it in NIR")
             if not isinstance(node, kinds):
                 raise ValueError(
                     f"node {name} is a {type(node).__name__}; a stack takes Affine or Linear and LIF, CubaLIF or IF "
@@ -199,7 +199,7 @@ def _mask_metadata(mask: BlockMask) -> dict[str, Any]:
         return {}
     state = mask.state_dict()
     indices = {name: state[name].cpu().numpy().copy() for name in BlockMask.STATE}
-    return {**indices, "block_size": mask.block_size}  # NIR files take numbers, but no arrays without dimensions
+    return {**indices, "block_size": mask.block_size}  # NIR files store numbers, but no arrays without dimensions
 
 
 def _connection(name: str, node: Any, mask: BlockMask | torch.Tensor | None, backend: str | None) -> G2GLinear:
@@ -255,7 +255,7 @@ def _neurons(name: str, node: Any, dt: float, backend: str | None) -> SpikingNeu
 
     for option in ("v_leak", "v_reset"):
         if numbers(option).any():
-            raise ValueError(f"node {name} has {option} other than 0, which our neurons have not")
+            raise ValueError(f"node {name} has {option} other than 0, which our neurons do not support")
     values: dict[str, np.ndarray] = {decay: np.ones(()) for decay in MODELS[model].decays}
     gain = numbers("r") * numbers("w_in", 1.0) * (1.0 if time_constants else dt)
     for decay, constant in time_constants.items():
@@ -273,7 +273,7 @@ def _neurons(name: str, node: Any, dt: float, backend: str | None) -> SpikingNeu
         surrogate=about.get("surrogate", "atan"),
         alpha=float(about.get("alpha", 2.0)),
         backend=backend,
-        # what has no leak keeps none: NIR has no form for a decay next to 1
+        # no leak stays none: NIR cannot express a decay next to 1
         **{
             f"learn_{parameter}": bool(about.get(f"learn_{parameter}", parameter in ("threshold", *time_constants)))
             for parameter in values

@@ -1,4 +1,4 @@
-"""Packages that only these conversions need."""
+"""Packages needed only by these conversions."""
 
 import importlib
 import importlib.metadata
@@ -10,8 +10,8 @@ def optional_package(name: str, least: tuple[int, ...] = ()) -> Any:
     """The package, imported.
 
     Args:
-        name: of the module; its first part is that of the distribution.
-        least: the oldest version that will do, by its numbers.
+        name: of the module; its first part names the distribution.
+        least: the oldest supported version, as numbers.
 
     Raises:
         ImportError: if it is not installed, or too old, with the remedy.
@@ -19,7 +19,7 @@ def optional_package(name: str, least: tuple[int, ...] = ()) -> Any:
     try:
         package = importlib.import_module(name)
     except ImportError as error:
-        raise ImportError(f"this needs the package {name}; pip install 'g2g[interop]' brings it ({error})") from error
+        raise ImportError(f"this needs the package {name}; pip install 'g2g[interop]' installs it ({error})") from error
     if least:
         found = importlib.metadata.version(name)
         if tuple(map(int, re.findall(r"\d+", found)[: len(least)])) < least:

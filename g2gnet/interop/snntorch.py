@@ -1,8 +1,8 @@
-"""Networks of ``nn.Linear`` and ``snntorch.Leaky`` or ``snntorch.Synaptic`` as stacks of ours, and back.
+"""Networks of ``nn.Linear`` and ``snntorch.Leaky`` or ``snntorch.Synaptic`` as g2g stacks, and back.
 
-Weights, masks, biases, the neurons' parameters, what of them is learnable, reset and surrogate are carried over; the
-spikes are equal, since our neurons are snnTorch's to the letter. A PyTorch mask is that of ``torch.nn.utils.prune``,
-which knows single weights only: groups and units of more than one weight come back through the argument ``masks``.
+Weights, masks, biases, the neurons' parameters and which of them are learnable, reset and surrogate are converted; the
+spikes are equal, since our neurons are exactly snnTorch's. A PyTorch mask is that of ``torch.nn.utils.prune``, which
+has only single weights: the argument ``masks`` restores groups and larger units.
 """
 
 from collections import OrderedDict
@@ -22,7 +22,7 @@ from g2gnet.stack import SpikingStack
 
 
 class _Counterpart(NamedTuple):
-    """snnTorch's form of a model: its class, and for each of our parameters the name that it has there."""
+    """snnTorch's form of a model: its class, and its name for each of our parameters."""
 
     kind: str
     parameters: dict[str, str]
@@ -41,20 +41,20 @@ def from_snntorch(
     T: int = 50,  # noqa: N803  (the field's name for it)
     backend: str | None = None,
 ) -> SpikingStack:
-    """The stack that does what the ``nn.Linear`` layers and the neurons of ``model`` do, called in turn at each step.
+    """The stack that computes what the ``nn.Linear`` layers and neurons of ``model`` compute in turn at each step.
 
     The layers are taken in the order in which the model registered them (the order of ``model.named_modules()``);
-    ``nn.Flatten`` and ``nn.Identity`` are left out. What a ``forward`` of the model's own adds is not seen.
+    ``nn.Flatten`` and ``nn.Identity`` are skipped. Anything added by the model's own ``forward`` is ignored.
 
     Args:
         model: alternates ``nn.Linear`` and ``snn.Leaky`` or ``snn.Synaptic``.
-        masks: by name of an ``nn.Linear``, the weights that exist, as for :meth:`G2GLinear.from_linear`. A layer that
-            is not named here has the mask that ``torch.nn.utils.prune`` gave it, and without that every weight.
-        T: for how many steps the stack holds inputs [B, D].
+        masks: by name of an ``nn.Linear``, the weights that exist, as for :meth:`G2GLinear.from_linear`. Other layers
+            have the mask of ``torch.nn.utils.prune``, or every weight.
+        T: the number of steps for which the stack holds inputs [B, D].
         backend: ``"triton"``, ``"cpu"`` or ``"torch"``; None lets the device decide.
 
     Raises:
-        ValueError: for layers or options of neurons that the stack does not have.
+        ValueError: for layers or options of neurons that the stack does not support.
         ImportError: if snnTorch is not installed.
     """
     snn = optional_package("snntorch")
@@ -93,9 +93,9 @@ def to_snntorch(stack: SpikingStack) -> nn.Sequential:
     """snnTorch's form of a stack: ``nn.Linear`` and ``snn.Leaky`` or ``snn.Synaptic`` with the stack's names, one time
     step per call.
 
-    The neurons keep their states between calls (``init_hidden=True``): ``snntorch.utils.reset(model)`` begins anew.
+    The neurons keep their states between calls (``init_hidden=True``): ``snntorch.utils.reset(model)`` resets them.
     A sparse layer is an ``nn.Linear`` with a mask of ``torch.nn.utils.prune``, so it stays sparse in training. Groups,
-    units and the encoding of a :class:`G2GNet` have no place there (``stack.encode`` gives what the model receives).
+    units and the encoding of a :class:`G2GNet` are lost (``stack.encode`` gives the model's input).
 
     Raises:
         ImportError: if snnTorch is not installed.
@@ -190,7 +190,7 @@ _ALPHA_AT: dict[str, tuple[float, Callable[[float], float]]] = {
 
 
 def _surrogate_of(name: str, spike_grad: Callable[[torch.Tensor], torch.Tensor]) -> tuple[str, float]:
-    """Our name and α of a surrogate, told by its derivative on a grid of membranes (snnTorch keeps it in a closure)."""
+    """Our name and α of a surrogate, identified by its derivative on a grid (snnTorch hides it in a closure)."""
     # far points too, at which a wide boxcar ends and a constant does not
     far = torch.tensor([1.5, 2.5, 5.0, 15.0, 50.0, 500.0], dtype=torch.float64)
     x = torch.cat([torch.linspace(-1, 1, 41, dtype=torch.float64), far, -far])
@@ -206,7 +206,7 @@ def _surrogate_of(name: str, spike_grad: Callable[[torch.Tensor], torch.Tensor])
         if alpha > 0 and torch.allclose(SURROGATES[surrogate].derivative(x, alpha), derivative, rtol=1e-4, atol=1e-9):
             return surrogate, alpha
     raise ValueError(
-        f"{name}: spike_grad is none of g2g's surrogates ({', '.join(SURROGATES)}); give it one of them before, "
+        f"{name}: spike_grad is not one of g2g's surrogates ({', '.join(SURROGATES)}); give it one of them before, "
         f"for example {name}.spike_grad = snntorch.surrogate.atan()"
     )
 

@@ -1,4 +1,4 @@
-"""Pictures of training runs, and a page that shows them beside settings, results and analysis."""
+"""Pictures of training runs, and a page that shows them with settings, results and analysis."""
 
 from g2gnet.report.program import build_parser, main
 

@@ -1,4 +1,4 @@
-"""What a report says: of each run its settings, results, analysis and pictures, and how several runs compare."""
+"""The content of a report: settings, results, analysis and pictures of each run, and a comparison of several."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -16,14 +16,14 @@ from g2gnet.training.evaluation import run_images
 
 @dataclass(frozen=True)
 class Inspected:
-    """A run and what it does on test images.
+    """A run and its activity on test images.
 
     Attributes:
-        run: what its checkpoint says.
-        net: its network now, on the device.
+        run: the content of its checkpoint.
+        net: its current network, on the device.
         analysis: of the network.
         rasters: the spikes of one test image, layer by layer.
-        example: which image that was, in words.
+        example: that image, in words.
     """
 
     run: SavedRun
@@ -75,7 +75,7 @@ def _run(each: Inspected) -> list[str]:
             "Accuracy on training images (while the network learned from them) and on test images after each epoch.",
         ),
         heading(3, "Settings"),
-        paragraph("Other than the default:" if own else "All settings are the defaults."),
+        paragraph("Settings that differ from the defaults:" if own else "All settings are the defaults."),
         *([table(("setting", "value"), [(name, str(value)) for name, value in own.items()])] if own else []),
         details("Settings left at the default", [table(("setting", "value"), [(n, str(v)) for n, v in rest.items()])]),
         heading(3, "What its neurons do"),
@@ -84,7 +84,7 @@ def _run(each: Inspected) -> list[str]:
         details("By group", [table(*groups_table(layer)) for layer in analysis.layers]),
         picture(
             figures.spike_rasters(each.rasters, f"Spikes for {each.example}"),
-            "Each dash is a spike. Neurons stand group by group, from top to bottom; the two colours only tell "
+            "Each dash is a spike. Neurons are sorted by group, from top to bottom; the two colours only tell "
             "neighbouring groups apart. At a synchronous step, many neurons of a group fire in one column.",
         ),
         picture(
@@ -130,8 +130,8 @@ def _wiring(each: Inspected) -> list[str]:
         parts.append(
             picture(
                 figures.turnover(run.history),
-                "Left: the share of a layer's units that were there before an epoch and gone after it. Right: the "
-                "share of the units drawn from the seed that are still there; a unit may go and come back.",
+                "Left: the share of a layer's units that existed before an epoch but not after it. Right: the "
+                "share of the units drawn from the seed that still exist; a unit may go and come back.",
             )
         )
     return parts
@@ -160,7 +160,7 @@ def _comparison(inspected: Mapping[str, Inspected]) -> list[str]:
 
 
 def _results(each: Inspected) -> dict[str, str]:
-    """The main figures of a run by their headings."""
+    """The main numbers of a run by their headings."""
     history, net = each.run.history, each.net
     tests = [record["test_acc"] for record in history]
     best = max(range(len(tests)), key=tests.__getitem__)

@@ -31,7 +31,7 @@ class Raster(NamedTuple):
 
 
 def training_curves(histories: Mapping[str, History]) -> Figure:
-    """Accuracy and loss after each epoch, one colour a run; its test accuracy solid, its training accuracy dotted."""
+    """Accuracy and loss after each epoch, one colour per run; test accuracy solid, training accuracy dotted."""
     several = len(histories) > 1
     figure, axes = _figure(1, 2, 3.2 + (0.22 * -(-len(histories) // 2) if several else 0))
     accuracy, loss = axes.flat
@@ -54,7 +54,7 @@ def training_curves(histories: Mapping[str, History]) -> Figure:
 
 
 def connection_density(masks: Mapping[str, Sequence[BlockMask]]) -> Figure:
-    """The share of the weights between each pair of groups that exist: a row for each state, a column a layer."""
+    """The share of the weights between each pair of groups that exist: one row per state, one column per layer."""
     layers = len(next(iter(masks.values())))
     figure, axes = _figure(len(masks), layers, 3.4 * len(masks))
     for row, (state, of_layers) in enumerate(masks.items()):
@@ -81,14 +81,14 @@ def connection_density(masks: Mapping[str, Sequence[BlockMask]]) -> Figure:
 
 
 def group_inputs(mask: BlockMask, shape: tuple[int, ...], name: str, inputs: str) -> Figure:
-    """Which inputs the neurons of each group see: one map of the inputs a group, at most eight of them.
+    """Which inputs the neurons of each group see: one map of the inputs per group, at most eight.
 
     Args:
         mask: of the connection.
         shape: in which the inputs are laid out: (rows, columns), or (3, rows, columns) for the planes of a colour
             image, which are drawn side by side.
         name: of the connection.
-        inputs: what an input is, in words.
+        inputs: the inputs, in words.
     """
     dense = mask.to_dense().float().cpu()
     layout = mask.rows.layout
@@ -120,7 +120,7 @@ def group_inputs(mask: BlockMask, shape: tuple[int, ...], name: str, inputs: str
 
 
 def spike_rasters(rasters: Sequence[Raster], title: str) -> Figure:
-    """One dash a spike; neurons stand group by group, neighbouring groups in two colours."""
+    """One dash per spike; neurons are sorted by group, neighbouring groups in two colours."""
     heights = [1.0 if raster.spikes.shape[1] > 20 else 0.45 for raster in rasters]
     figure, axes = _figure(len(rasters), 1, 2.6 * sum(heights) + 0.7, height_ratios=heights, sharex=True)
     for axis, raster, height in zip(axes.flat, rasters, heights, strict=True):
@@ -153,7 +153,7 @@ def spike_rasters(rasters: Sequence[Raster], title: str) -> Figure:
 
 
 def rate_histograms(analysis: NetworkAnalysis) -> Figure:
-    """How many neurons of each layer fire how often."""
+    """Histograms of each layer's firing rates."""
     figure, axes = _figure(1, len(analysis.layers), 2.9)
     for axis, layer in zip(axes.flat, analysis.layers, strict=True):
         rates = layer.neuron_rates
@@ -173,7 +173,7 @@ def rate_histograms(analysis: NetworkAnalysis) -> Figure:
 
 
 def turnover(history: History) -> Figure:
-    """What dynamic sparse training replaced: in each epoch, and of the units there were to begin with."""
+    """What dynamic sparse training replaced: in each epoch, and of the initial units."""
     figure, axes = _figure(1, 2, 3.0)
     replaced, kept = axes.flat
     epochs = [record["epoch"] for record in history]
@@ -193,7 +193,7 @@ def turnover(history: History) -> Figure:
 
 
 def input_shape(size: int) -> tuple[int, ...]:
-    """How ``size`` inputs are laid out: 28 × 28 and 3 × 32 × 32 images as such, anything else about square."""
+    """How ``size`` inputs are laid out: 28 × 28 and 3 × 32 × 32 images as they are, anything else roughly square."""
     if size == 784:
         return 28, 28
     if size == 3072:

@@ -1,4 +1,4 @@
-"""The report as one HTML page that needs nothing else: text is escaped, pictures are inside it."""
+"""The report as one self-contained HTML page: text is escaped, pictures are embedded."""
 
 import base64
 import html
@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 
 from matplotlib.figure import Figure
 
-#: pixels per inch of the pictures: two to a pixel of a page as wide as they are
+#: pixels per inch of the pictures: twice the page's resolution
 DPI = 150
 
-#: only what is in the page may be shown
+#: only content of the page may be shown
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
@@ -28,7 +28,7 @@ details { margin: 1rem 0; } summary { cursor: pointer; color: #0072b2; }
 
 
 def page(title: str, body: Iterable[str]) -> str:
-    """A whole page of the parts that the functions below made."""
+    """A page of the parts made by the functions below."""
     return "\n".join(
         [
             '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
@@ -59,7 +59,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def details(summary: str, parts: Iterable[str]) -> str:
-    """Parts that are shown on a click."""
+    """Parts shown on click."""
     return "\n".join([f"<details>\n<summary>{html.escape(summary)}</summary>", *parts, "</details>"])
 
 

@@ -1,4 +1,4 @@
-"""K-fold cross-validation: the training images in k parts, each of which validates the model trained on the others."""
+"""K-fold cross-validation: the training images in k parts; each validates the model trained on the others."""
 
 import dataclasses
 import functools
@@ -54,28 +54,29 @@ def cross_validate(
     """Trains one model for each fold, from fresh masks and weights; finished folds are skipped.
 
     The images are shuffled and divided with equal shares of each class (seed s of the settings). The model of fold n is
-    drawn and trained with seed s + n − 1: the spread over the folds shows that of masks, initial values and the order
-    of images as well as that of the data. Each fold is a run of its own, with a checkpoint, a history and a marker.
+    drawn and trained with seed s + n − 1: the spread over the folds includes masks, initial values and the order of
+    images as well as the data. Each fold is a run of its own, with a checkpoint, a history and a marker.
 
     Args:
         settings: with ``fold`` = 1.
         load_data: the whole data set; called once if there is something to train.
         checkpoint_dir, on_epoch: as for :func:`g2gnet.training.run_training`.
-        machine: where to compute. The folds are dealt out to the processes of its ``world``, which call this alike,
+        machine: where to compute. The folds are distributed over the processes of its ``world``, which all call this,
             with the same ``checkpoint_dir``.
 
     Returns:
-        ``folds``: for each fold its number, seed and accuracies after the last epoch; ``mean`` and ``std`` (of the
-        sample, that is with k − 1) of the accuracies.
+        ``folds``: for each fold its number, seed and accuracies after the last epoch; ``mean`` and ``std`` (with k − 1)
+        of the accuracies.
 
     Raises:
-        SettingsError: if a class has too few images for so many folds, or there are more processes than folds.
+        SettingsError: if a class has too few images for that many folds, or there are more processes than folds.
         CheckpointError, DataError, TrainingError: as for :func:`g2gnet.training.run_training`.
     """
     world = machine.world
     if world.size > settings.k_folds:
         raise SettingsError(
-            f"k_folds={settings.k_folds} leaves some of {world.size} processes without one; start fewer, or give more"
+            f"k_folds={settings.k_folds} leaves some of {world.size} processes without one; start fewer processes, "
+            "or give more folds"
         )
     whole = functools.cache(lambda: load_data().limited(settings.limit_train, settings.limit_test))
     alone = machine._replace(world=ALONE)
@@ -108,7 +109,7 @@ def _fold_data(whole: Callable[[], ImageData], settings: FoldSettings, fold: int
 
 
 def stratified_folds(labels: torch.Tensor, k_folds: int, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Indices to train and to validate on for each fold: shuffled, with equal shares of each class.
+    """Training and validation indices of each fold: shuffled, with equal shares of each class.
 
     Raises:
         SettingsError: if a class has fewer than ``k_folds`` images.

@@ -1,8 +1,8 @@
 """A training step captured in a CUDA graph: ``train.py --cuda_graph``.
 
-A step of a small network is some fifty launches, each of which costs the CPU microseconds; a captured one is a single
-launch. What is captured reads and writes tensors at fixed addresses: parameters, optimizer state and the masks'
-buffers, which dynamic sparse training changes in place, so that the graph stays valid across its updates.
+A step of a small network is some fifty launches that cost the CPU microseconds each; a captured step is a single
+launch. It reads and writes tensors at fixed addresses: parameters, optimizer state and the masks' buffers. Dynamic
+sparse training changes these in place, so the graph stays valid across its updates.
 
 **Not run on a GPU yet.** That nothing in the step waits for the device, which capturing forbids, is tested on the CPU.
 """
@@ -16,10 +16,10 @@ import torch
 class CapturedStep:
     """Calls ``step(inputs, labels, constants)`` by replaying its CUDA graph.
 
-    The first calls run as they are, on the side stream that capturing needs: kernels are compiled and the optimizer
-    makes its state. They are steps like any other, so that training takes the same course with and without a graph.
-    Afterwards a call copies its batch to where the graph reads it, and replays. What ``step`` returned when it was
-    captured is returned each time, with new content: read it before the next call.
+    The first calls run directly, on the side stream that capturing needs: kernels are compiled and the optimizer
+    creates its state. They are ordinary steps, so training is the same with and without a graph. Later calls copy the
+    batch to where the graph reads it, and replay. Every call returns the same tensors, with new content: read them
+    before the next call.
 
     Args:
         step: launches one training step; every call has inputs and labels of the same shapes.
@@ -41,7 +41,7 @@ class CapturedStep:
         self._constants: Any = None
 
     def __call__(self, inputs: torch.Tensor, labels: torch.Tensor, constants: Any) -> Any:
-        """One step; ``constants``, of any type that has an equality, are part of the graph: others make another one."""
+        """One step; ``constants``, of any type with equality, are part of the graph: new ones make a new graph."""
         if self._calls < self.WARM_UP:
             self._calls += 1
             self._stream.wait_stream(torch.cuda.current_stream())

@@ -1,4 +1,4 @@
-"""From settings to a network, and how it runs on images: in the evaluation after an epoch and in the analysis."""
+"""Builds a network from settings and runs it on images, for the evaluation after an epoch and the analysis."""
 
 import contextlib
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from g2gnet.training.settings import TrainSettings
 
 
 def build_network(settings: TrainSettings, input_dim: int, num_classes: int, backend: str | None = None) -> G2GNet:
-    """The network with which a run of ``settings`` begins, on the CPU: masks and weights are drawn from the seed."""
+    """The initial network of a run with ``settings``, on the CPU: masks and weights are drawn from the seed."""
     return G2GNet(
         input_dim,
         settings.hidden_dim,
@@ -41,7 +41,7 @@ def build_network(settings: TrainSettings, input_dim: int, num_classes: int, bac
 
 
 def autocast(settings: TrainSettings, device: torch.device) -> contextlib.AbstractContextManager:
-    """The arithmetic that ``settings.precision`` asks for."""
+    """The precision given by ``settings.precision``, as a context."""
     if settings.precision == "bf16":
         return torch.autocast(device.type, torch.bfloat16)
     return contextlib.nullcontext()
@@ -58,8 +58,8 @@ def run_images(
 ) -> Iterator[Batch]:
     """Runs ``net`` in batches on the first ``count`` (None: all) of the ``"test"`` or ``"val"`` images of ``data``.
 
-    Both are on one device. Each ``epoch`` has its own rate-coded spikes. The batches are dealt out to the processes of
-    ``world``, whole, so that their results are those of one process.
+    Both are on one device. Each ``epoch`` has its own rate-coded spikes. Whole batches are distributed over the
+    processes of ``world``, so results are those of one process.
     """
     net.eval()
     images, labels = getattr(data, f"{part}_images")[:count], getattr(data, f"{part}_labels")[:count]

@@ -1,4 +1,4 @@
-"""Numbers that go wrong in training: found without making the device wait, and named."""
+"""Finds and names numbers that go wrong in training, without making the device wait."""
 
 import logging
 from collections.abc import Mapping
@@ -12,11 +12,11 @@ logger = logging.getLogger("g2gnet")
 
 #: steps between two readings of a :class:`FiniteWatch`
 CHECK_INTERVAL = 100
-#: mean firing rates below and above which a layer carries next to no information
+#: mean firing rates below and above which a layer carries almost no information
 SILENT, SATURATED = 1e-4, 0.99
-#: share of a layer's neurons that never fire above which it is worth a warning
+#: share of a layer's neurons that never fire, above which there is a warning
 MOSTLY_SILENT = 0.5
-#: what helps
+#: the remedy
 WAKING = "give --standardize, or raise --init_gain, --enc_scale or --T"
 
 _NEVER = torch.iinfo(torch.int64).max
@@ -27,9 +27,9 @@ class TrainingError(RuntimeError):
 
 
 class FiniteWatch:
-    """Notes on the device in which step the loss and each gradient were first not finite.
+    """Records on the device the first step in which the loss and each gradient were not finite.
 
-    Noting costs one pass over the gradients; only :meth:`check` waits for the device.
+    Recording costs one pass over the gradients; only :meth:`check` waits for the device.
 
     Args:
         module: whose parameters' gradients are watched, from input to output.
@@ -44,7 +44,7 @@ class FiniteWatch:
 
     @torch.no_grad()
     def note(self, step: int, loss: torch.Tensor) -> None:
-        """Looks at the loss (a scalar) and the gradients of a step; later steps have larger numbers."""
+        """Records the loss (a scalar) and the gradients of a step; later steps have larger numbers."""
         # 0·∞ and 0·NaN are NaN
         zeros = [loss * 0]
         for parameter in self._parameters.values():
@@ -52,19 +52,19 @@ class FiniteWatch:
         self._first = torch.where(torch.stack(zeros) == 0, self._first, self._first.clamp(max=step))
 
     def check(self) -> None:
-        """Raises TrainingError, naming the step and the layer, if anything noted so far was not finite."""
+        """Raises TrainingError, naming the step and the layer, if anything recorded so far was not finite."""
         loss, *gradients = self._first.tolist()
         step = min(loss, *gradients)
         if step < _NEVER:
             names = [name for name, bad in zip(self._parameters, gradients, strict=True) if bad == step]
             what = ["the loss"] if loss == step else []
-            # the backward pass runs from output to input: what is last in the network went wrong first
+            # the backward pass runs from output to input: the last layer went wrong first
             what += [f"the gradient of {name}" for name in names[-1:]]
-            raise TrainingError(f"in step {step} {' and '.join(what)} ceased to be finite; {self._remedy}")
+            raise TrainingError(f"in step {step} {' and '.join(what)} became non-finite; {self._remedy}")
 
 
 class LayerWatch:
-    """Warns, once for each layer and problem, of neurons that do nothing useful; through the logger ``g2gnet``."""
+    """Warns, once for each layer and problem, about neurons that do nothing useful; through the logger ``g2gnet``."""
 
     def __init__(self) -> None:
         self._said: set[tuple[str, str]] = set()
@@ -76,7 +76,7 @@ class LayerWatch:
         silent: Mapping[str, float],
         neurons: Mapping[str, SpikingNeurons],
     ) -> None:
-        """Looks at each layer in an epoch: its mean firing rate, the share of it that never fired, and its decays."""
+        """Checks each layer after an epoch: its mean firing rate, its share of silent neurons, and its decays."""
         for name, rate in rates.items():
             if rate < SILENT:
                 self._warn(name, "silent", f"fell silent in epoch {epoch} (firing rate {rate:.2g}); {WAKING}")

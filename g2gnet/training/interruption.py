@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM during training: the step is finished and its result saved before the program ends."""
+"""Ctrl-C and SIGTERM during training: the step is finished and saved before the program ends."""
 
 import contextlib
 import os
@@ -20,9 +20,9 @@ class Interrupted(Exception):  # noqa: N818  (nothing is wrong)
 
 
 class StopSignals:
-    """While it is entered, the first SIGINT or SIGTERM is noted in ``received``; the next ends the process at once.
+    """While entered, the first SIGINT or SIGTERM is stored in ``received``; the next ends the process at once.
 
-    Only the main thread gets signals: elsewhere nothing is changed.
+    Only the main thread gets signals: elsewhere this does nothing.
     """
 
     def __init__(self) -> None:
@@ -43,6 +43,8 @@ class StopSignals:
         self.received = signal.Signals(number)
         for each in self._before:
             signal.signal(each, signal.SIG_DFL)
-        # not by print: the signal may have come in the middle of one
+        # not print: the signal may have interrupted one
         with contextlib.suppress(OSError):
-            os.write(2, f"\n{self.received.name}: finishing this step and saving it; once more ends at once\n".encode())
+            os.write(
+                2, f"\n{self.received.name}: finishing and saving this step; a second signal ends at once\n".encode()
+            )

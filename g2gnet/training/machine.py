@@ -1,4 +1,4 @@
-"""Where a run computes: none of it decides what is computed."""
+"""Where a run computes; this does not change what is computed."""
 
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ class Machine(NamedTuple):
     Attributes:
         device: where to compute.
         backend: ``"triton"``, ``"cpu"`` or ``"torch"``; None lets the device decide.
-        world: the processes that make the same calls, this one among them.
+        world: the processes that make the same calls, including this one.
         cuda_graph: replay each whole batch's step as a CUDA graph.
     """
 
@@ -27,7 +27,7 @@ class Machine(NamedTuple):
     cuda_graph: bool = False
 
     def versions(self) -> dict[str, str]:
-        """What the last bits of a result depend on beside the settings, in words."""
+        """What the last bits of a result depend on besides the settings, in words."""
         backend = forced_backend(self.backend)
         if backend is None:
             preferred = {"cuda": "triton", "cpu": "cpu"}.get(self.device.type, "torch")

@@ -49,11 +49,11 @@ def run_training(
     show_analysis: Callable[[NetworkAnalysis, Path], None] | None = None,
     on_epoch: Sequence[EpochCallback[Trainer]] = (),
 ) -> dict[str, Any]:
-    """Trains as ``settings`` say, or resumes from the run's checkpoint, or skips a finished run.
+    """Trains with ``settings``, or resumes from the run's checkpoint, or skips a finished run.
 
-    The data is loaded only when there is something to train. A network that has been trained is analysed on some of the
+    The data is loaded only when there is something to train. The trained network is analysed on some of the
     test images; the analysis is written, and passed with the file's name to ``show_analysis``. Each of ``on_epoch`` is
-    called after each epoch. All processes of ``machine.world`` call this alike; the first one writes, prints and calls.
+    called after each epoch. All processes of ``machine.world`` call this; the first one writes, prints and calls.
 
     Returns:
         The record of the last epoch.
@@ -63,7 +63,7 @@ def run_training(
         DataError: if the data are unavailable.
         TrainingError: if the loss or a gradient is not finite any more.
         SettingsError: if there are too many processes for a batch.
-        DistributedError: if the processes are not in one state any more.
+        DistributedError: if the states of the processes diverged.
         Interrupted: after a signal, when everything is saved.
     """
 
@@ -91,14 +91,13 @@ def run_epochs(
     """Trains ``settings.epochs`` epochs, or resumes from the run's checkpoint, or skips a finished run.
 
     After each epoch the checkpoint is replaced, one line is printed and one line added to the history, as JSON and as
-    CSV. At SIGINT or SIGTERM the step is finished and a checkpoint written from which the same call resumes after that
-    step.
+    CSV. At SIGINT or SIGTERM the step is finished and a checkpoint written; the same call resumes after that step.
 
     Args:
-        settings: of the run; its files carry them, and are refused if they were made with others.
-        make_trainer: called when there is something to train, after everything random was seeded.
-        checkpoint_dir: where the files lie.
-        machine: where the trainer computes. The processes of its world call this alike, with trainers that work
+        settings: of the run; its files store them, and are refused if they were made with others.
+        make_trainer: called if there is something to train, after seeding.
+        checkpoint_dir: directory of the files.
+        machine: where the trainer computes. The processes of its world all call this, with trainers that work
             together. All read the run's files; the first one writes them, prints, and calls ``finish`` and
             ``on_epoch``.
         finish: called after the last epoch, before the run is marked as finished.
@@ -108,8 +107,8 @@ def run_epochs(
         The record of the last epoch.
 
     Raises:
-        CheckpointError: if the run's files cannot be used or are of a run on other data, or another process is at work
-            on them.
+        CheckpointError: if the run's files are unusable, belong to a run on different data, or are in use by another
+            process.
         TrainingError: if the loss or a gradient is not finite any more.
         Interrupted: after a signal, when everything is saved.
     """
@@ -117,7 +116,7 @@ def run_epochs(
     files = RunFiles(checkpoint_dir, settings.stem)
     # the first process has the files and standard output to itself
     with files.locked() if world.leads else contextlib.redirect_stdout(None):
-        world.wait()  # until the files are this run's
+        world.wait()  # until this run owns the files
         return _run_epochs(settings, make_trainer, files, machine, finish, on_epoch)
 
 
@@ -138,7 +137,7 @@ def _run_epochs(
     checkpoint = files.load_checkpoint(settings.as_dict())
 
     make_deterministic(settings.seed)
-    # Adam's moments of weights that get no gradient shrink to denormal numbers, which slow it down
+    # Adam's moments of weights without a gradient shrink to denormal numbers, which are slow
     torch.set_flush_denormal(True)
     trainer = make_trainer()
     data, versions = trainer.data.fingerprint, machine.versions()
@@ -156,12 +155,12 @@ def _run_epochs(
                 raise ValueError(f"history does not hold one record for each of {trainer.epoch} epochs")
         except UNFIT as error:
             raise CheckpointError(
-                f"{checkpoint.path} does not fit the network it names ({error}). It was left alone; move it away, "
+                f"{checkpoint.path} does not fit the network it names ({error}). It was not changed; move it away, "
                 f"or give another --checkpoint_dir than {files.directory}."
             ) from error
         say(f"resuming {checkpoint.path} after epoch {trainer.epoch}, step {trainer.step}")
         if differing and world.leads:
-            warn("warning: the last bits of the results may not be what they were:\n" + "\n".join(differing))
+            warn("warning: the last bits of the results may change:\n" + "\n".join(differing))
     if world.leads:
         files.write_history(history)
 
@@ -175,7 +174,7 @@ def _run_epochs(
     with StopSignals() as signals:
 
         def told_to_stop() -> signal.Signals | None:
-            """The signal that one of the processes has received, the same in all, which wait for one another here."""
+            """The signal that any of the processes has received, the same in all; they wait for one another here."""
             number = world.largest(signals.received or 0)
             return signal.Signals(number) if number else None
 
@@ -212,7 +211,7 @@ def _run_epochs(
             files.mark_done(settings.as_dict(), history[-1])
         stop = told_to_stop()
         if stop:
-            raise Interrupted(f"{stop.name} came when {settings.stem} was all but finished", stop)
+            raise Interrupted(f"{stop.name} came when {settings.stem} was almost finished", stop)
     return history[-1]
 
 
@@ -221,7 +220,7 @@ class _Stopped(Exception):  # noqa: N818  (nothing is wrong)
 
 
 def _epoch(trainer: EpochTrainer, epochs: int, told_to_stop: Callable[[], Any]) -> dict[str, Any] | None:
-    """One epoch under a progress bar, where there is a terminal to show it; None if it was stopped before its end."""
+    """One epoch with a progress bar on a terminal; None if it was stopped before its end."""
     images = len(trainer.data.train_labels)
     name = f"Epoch {trainer.epoch + 1:02d}/{epochs}"
     later = (epochs - trainer.epoch - 1) * images  # in the epochs after this one
@@ -235,7 +234,7 @@ def _epoch(trainer: EpochTrainer, epochs: int, told_to_stop: Callable[[], Any]) 
     ) as bar:
 
         def after_step(seen: int, loss: torch.Tensor, accuracy: torch.Tensor) -> None:
-            # reading the loss waits for the device: only as often as the bar is drawn anew
+            # reading the loss waits for the device: only as often as the bar is redrawn
             if bar.update(seen - bar.n):
                 left = bar.format_interval((later + images - seen) * bar.format_dict["elapsed"] / seen)
                 bar.set_postfix(loss=f"{loss.item():.3f}", acc=f"{accuracy.item():.3f}", run_left=left, refresh=False)

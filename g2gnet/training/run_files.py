@@ -1,4 +1,4 @@
-"""The files of a run: checkpoint, history and marker. Written so that a crash leaves the old or the new one whole."""
+"""The files of a run: checkpoint, history and marker. A crash leaves either the old or the new one complete."""
 
 import contextlib
 import csv
@@ -17,19 +17,19 @@ from g2gnet.tensor_file import TensorFileError, check_plain, read_tensors, write
 
 #: version of the checkpoint's structure
 FORMAT = 3
-#: the numbers that an epoch's record, and a marker's result, has to hold
+#: the numbers that an epoch's record and a marker's result must contain
 MEASURES = ("epoch", "train_loss", "train_acc", "test_acc", "seconds")
 
 
 class CheckpointError(RuntimeError):
-    """A run's files cannot be used or written; the message says why, and what to do. The files are left alone."""
+    """A run's files are unusable or not writable; the message says why, and what to do. The files are not changed."""
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """The state that :meth:`RunFiles.save_checkpoint` wrote, on the CPU. Nothing in the file is executed.
 
     Raises:
-        CheckpointError: if it is missing, damaged or not one of ours.
+        CheckpointError: if it is missing, damaged or not from g2g.
     """
     try:
         state = read_tensors(path)
@@ -51,7 +51,7 @@ def check_number(name: str, value: Any, low: float = -math.inf, whole: bool = Fa
 
 
 def check_record(record: Any) -> None:
-    """Raises ValueError unless ``record``, from a file, is that of an epoch."""
+    """Raises ValueError unless ``record``, from a file, is an epoch's."""
     if not isinstance(record, dict):
         raise ValueError(f"the record of an epoch is a {type(record).__name__}")
     for name in MEASURES:
@@ -61,7 +61,7 @@ def check_record(record: Any) -> None:
 
 
 def compared(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
-    """One line for each entry that is not the same in both."""
+    """One line for each entry that differs."""
     return [
         f"  {name}: {theirs.get(name, 'not set')} there, {ours.get(name, 'not set')} now"
         for name in sorted({*theirs, *ours})
@@ -70,7 +70,7 @@ def compared(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint that was read, and the file it was in."""
+    """A checkpoint and the file it was read from."""
 
     path: Path
     state: dict[str, Any]
@@ -80,7 +80,7 @@ class RunFiles:
     """``<directory>/<stem>`` with the endings .pth (checkpoint), .jsonl and .csv (history), .analysis.json and .DONE
     (marker).
 
-    Until the run is finished, .previous.pth is the checkpoint before the last one: it is used where that is damaged.
+    Until the run is finished, .previous.pth is the checkpoint before the last one: it is used if the last is damaged.
 
     Raises:
         CheckpointError: if the directory cannot be made or written to.
@@ -94,7 +94,7 @@ class RunFiles:
         self.table = self.directory / f"{stem}.csv"
         self.analysis = self.directory / f"{stem}.analysis.json"
         self.marker = self.directory / f"{stem}.DONE"
-        self._whole = False  # whether self.checkpoint is known to be, so that it may replace self.previous
+        self._whole = False  # whether self.checkpoint is known to be intact, so it may replace self.previous
         self.lock = self.directory / f".{stem}.lock"
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -107,9 +107,9 @@ class RunFiles:
             ) from error
         for path in self._all():
             if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
-                what = "a symbolic link" if path.is_symlink() else "no regular file"
+                what = "a symbolic link" if path.is_symlink() else "not a regular file"
                 raise CheckpointError(
-                    f"{path} is {what}, where a run has files of its own; move it away, or give another "
+                    f"{path} is {what}, where a run has its own files; move it away, or give another "
                     f"--checkpoint_dir than {self.directory}"
                 )
 
@@ -119,9 +119,9 @@ class RunFiles:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """While it is entered, no other process can enter it for these files; the lock ends with its process.
+        """While entered, no other process can enter it for these files; the lock ends with its process.
 
-        What a killed process was writing, or had yet to delete, is cleared away.
+        Leftovers of a killed process are removed.
 
         Raises:
             CheckpointError: if another run has entered.
@@ -131,8 +131,8 @@ class RunFiles:
                 held.enter_context(locked(self.lock, wait=False))
             except BlockingIOError as error:
                 raise CheckpointError(
-                    f"another run of this name is at work on {self.checkpoint} (it holds {self.lock}); "
-                    f"wait for its end, or give another --checkpoint_dir than {self.directory}"
+                    f"another run of this name is using {self.checkpoint} (it holds {self.lock}); "
+                    f"wait until it ends, or give another --checkpoint_dir than {self.directory}"
                 ) from error
             except OSError as error:
                 raise CheckpointError(
@@ -158,10 +158,10 @@ class RunFiles:
         self._whole = True
 
     def load_checkpoint(self, settings: dict[str, Any]) -> Checkpoint | None:
-        """The checkpoint on the CPU, or where it is damaged or missing the one before it, or None if there is none.
+        """The checkpoint on the CPU; if it is damaged or missing, the previous one; None if there is none.
 
         Raises:
-            CheckpointError: if neither can be used, or if it was made with other settings.
+            CheckpointError: if neither is usable, or it was made with different settings.
         """
         problems = []
         for path in (self.checkpoint, self.previous):
@@ -175,17 +175,17 @@ class RunFiles:
             self._check_settings(path, state["settings"], settings)
             self._whole = path == self.checkpoint
             if problems:
-                warn(f"{problems[0]} Going back to the checkpoint before it.")
+                warn(f"{problems[0]} Using the previous checkpoint.")
             return Checkpoint(path, state)
         if problems:
             raise CheckpointError(
-                f"{' '.join(problems)} Nothing was changed; move {self.names()} away to start anew, or give another "
+                f"{' '.join(problems)} Nothing was changed; move {self.names()} away to start over, or give another "
                 f"--checkpoint_dir than {self.directory}."
             )
         return None
 
     def mark_done(self, settings: dict[str, Any], result: dict[str, Any]) -> None:
-        """Writes the marker of a finished run, which needs no second checkpoint any more.
+        """Writes the marker of a finished run, which no longer needs a second checkpoint.
 
         Raises:
             CheckpointError: if it cannot be written.
@@ -228,9 +228,9 @@ class RunFiles:
         differing = compared(theirs, ours)
         if differing:
             raise CheckpointError(
-                f"{path} belongs to a run with other settings:\n" + "\n".join(differing) + "\n"
+                f"{path} belongs to a run with different settings:\n" + "\n".join(differing) + "\n"
                 f"Give the settings that it was made with, another --checkpoint_dir than {self.directory}, "
-                f"or delete {self.names()} to start anew."
+                f"or delete {self.names()} to start over."
             )
 
     def check_data(self, checkpoint: Checkpoint, fingerprint: str) -> None:
@@ -238,10 +238,10 @@ class RunFiles:
         theirs = checkpoint.state.get("data")
         if theirs != fingerprint:
             raise CheckpointError(
-                f"{checkpoint.path} belongs to a run on other data: their SHA-256 is {theirs} there, "
+                f"{checkpoint.path} belongs to a run on different data: their SHA-256 is {theirs} there, "
                 f"{fingerprint} now.\n"
-                f"Name the directory with the data that it was made with by --data_dir, give another --checkpoint_dir "
-                f"than {self.directory}, or delete {self.names()} to start anew."
+                f"Give the directory with the original data by --data_dir, give another --checkpoint_dir "
+                f"than {self.directory}, or delete {self.names()} to start over."
             )
 
     def names(self) -> str:
@@ -249,7 +249,7 @@ class RunFiles:
         return ", ".join(self.paths().values())
 
     def paths(self) -> dict[str, str]:
-        """The files that exist, each under what it is."""
+        """The files that exist, by kind."""
         files = ("checkpoint", "previous", "history", "table", "analysis", "marker")
         return {name: str(getattr(self, name)) for name in files if getattr(self, name).exists()}
 
@@ -257,13 +257,13 @@ class RunFiles:
         """Where the last good checkpoint is, in a sentence."""
         for path in (self.checkpoint, self.previous):
             if path.exists():
-                return f"{path} is the last good checkpoint; it was left alone."
+                return f"{path} is the last good checkpoint; it was not changed."
         return "There is no checkpoint of this run."
 
     def write_history(self, records: Sequence[dict[str, Any]]) -> None:
-        """Makes the history hold just these records: a line of JSON each, and the same as a table for spreadsheets.
+        """Makes the history contain exactly these records: one line of JSON each, and the same as CSV.
 
-        Lines that are there already stay as they are, so that a program can follow the growing file.
+        Existing lines do not change, so a program can follow the growing file.
 
         Raises:
             CheckpointError: if it cannot be written.
@@ -272,7 +272,7 @@ class RunFiles:
         self._write_lines(self.table, as_csv(records))
 
     def _write_lines(self, path: Path, text: str) -> None:
-        """Makes ``text`` the content of the file, by adding to it if that will do."""
+        """Makes ``text`` the content of the file, by appending where possible."""
         with self._writing(path):
             content, there = text.encode(), read_file(path) if path.exists() else None
             if there is None or not content.startswith(there):
@@ -293,7 +293,7 @@ class RunFiles:
         except OSError as error:
             last = self.last_checkpoint()
             raise CheckpointError(
-                f"cannot write {path} ({reason(error)}). {last} Make room, then run the same command again to resume"
+                f"cannot write {path} ({reason(error)}). {last} Free space, then run the same command again to resume"
             ) from error
         except TensorFileError as error:
             raise CheckpointError(f"{path} was not written: {error}") from error
@@ -309,7 +309,7 @@ def numbers(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, flo
 
 
 def as_csv(records: Sequence[dict[str, Any]]) -> str:
-    """A header and a row a record; empty where a record lacks what another one has."""
+    """A header and one row per record; empty where a record lacks a value that another has."""
     rows = [dict(numbers(record)) for record in records]
     columns = dict.fromkeys(name for row in rows for name in row)
     text = io.StringIO()

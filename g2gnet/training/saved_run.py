@@ -1,4 +1,4 @@
-"""A training run as its checkpoint has it: settings, history, and its network at the start and now."""
+"""A training run read from its checkpoint: settings, history, and its network at the start and now."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,19 +13,19 @@ from g2gnet.training.run_files import CheckpointError, check_number, check_recor
 from g2gnet.training.settings import SettingsError, TrainSettings
 from g2gnet.training.state import UNFIT
 
-#: what every epoch's record has to hold beside its measures: a number for each layer
+#: what every epoch's record must contain besides its measures: a number for each layer
 MEASURES_BY_LAYER = ("units_kept", "initial_units_kept")
 
 
 @dataclass(frozen=True)
 class SavedRun:
-    """What a checkpoint says of a run; :func:`read_run` reads it.
+    """A run as described by its checkpoint; :func:`read_run` reads it.
 
     Attributes:
         path: the checkpoint.
         settings: of the run.
         epoch: the number of finished epochs.
-        history: one record an epoch.
+        history: one record per epoch.
         state: of the network.
     """
 
@@ -40,7 +40,7 @@ class SavedRun:
         input_dim = len(self.state["fc1.mask.in_group_of"])
         num_classes = len(self.state["fc3.mask.out_group_of"])
         hidden_dim = len(self.state["fc1.mask.out_group_of"])
-        if hidden_dim != self.settings.hidden_dim:  # the settings alone could ask for any amount of memory
+        if hidden_dim != self.settings.hidden_dim:  # the settings alone could require any amount of memory
             raise ValueError(f"hidden_dim is {self.settings.hidden_dim}, the network has {hidden_dim}")
         return build_network(self.settings, input_dim, num_classes, backend)
 

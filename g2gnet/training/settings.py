@@ -19,7 +19,7 @@ from g2gnet.schedules import SCHEDULES
 
 SPARSITY_MODES = ("static", "dynamic")
 PRECISIONS = ("fp32", "bf16")
-#: those of the neurons' parameters whose initial value is a setting
+#: the parameters of neurons whose initial value is a setting
 PARAMETERS = ("syn_decay",)
 AUGMENTATIONS = ("auto", *SHIFTS, "none")
 MOST_DROPPED = 0.95
@@ -33,7 +33,7 @@ def _texts(rules: Mapping[str, Rule]) -> str:
 
 
 class SettingsError(ValueError):
-    """Settings out of range or at odds with one another; the message names each value, its range and a remedy."""
+    """Settings out of range or in conflict; the message names each value, its range and a remedy."""
 
 
 def setting(
@@ -49,8 +49,8 @@ def setting(
 ) -> Any:
     """A field with its description, and for numbers the range ``low`` (excluded if ``open_low``) to ``high``.
 
-    With ``file``, a file of data (:mod:`g2gnet.data.own`) is one more choice. Users give the field by a flag in the
-    help's ``group``; None: there is no flag for it.
+    With ``file``, a data file (:mod:`g2gnet.data.own`) is one more choice. Users set the field by a flag in the help's
+    ``group``; None: it has no flag.
     """
     metadata = {"group": group, "text": text, "choices": choices, "low": low, "high": high, "open_low": open_low}
     metadata["file"] = file
@@ -61,7 +61,7 @@ class Settings:
     """Base of frozen dataclasses with fields made by ``setting``; values out of range are refused.
 
     Raises:
-        SettingsError: naming each value that cannot be used.
+        SettingsError: naming each invalid value.
     """
 
     epochs: int
@@ -91,21 +91,21 @@ class Settings:
         return problems
 
     def _at_odds(self) -> list[str]:
-        """What is wrong with the values together, when each is in its range."""
+        """Conflicts between values that are each in range."""
         return []
 
     @property
     def stem(self) -> str:
-        """The name of the run's files. It leaves out some settings; the files carry them all."""
+        """The name of the run's files. It omits some settings; the files store them all."""
         raise NotImplementedError
 
     @property
     def label(self) -> str:
-        """What the lines of this run begin with, where several runs are printed together."""
+        """Prefix of this run's lines when several runs are printed together."""
         return ""
 
     def given(self) -> dict[str, Any]:
-        """Those of the settings that users give by flags."""
+        """The settings that users give by flags."""
         fields = dataclasses.fields(self)  # type: ignore[arg-type]  # the same
         return {field.name: getattr(self, field.name) for field in fields if field.metadata["group"]}
 
@@ -132,40 +132,40 @@ class TrainSettings(Settings):
         choices=AUGMENTATIONS,
     )
     standardize: bool = setting(
-        False, "data", "take the training images' mean from all pixels (or features), and divide by their deviation"
+        False, "data", "subtract the training images' mean from all pixels (or features), and divide by their deviation"
     )
     use_resnet: bool = setting(False, "data", "train on the features of a frozen ResNet-32 (CIFAR only)")
     resnet_weights: str | None = setting(None, "data", "weights of that ResNet-32 (default: the published ones)")
 
     model: str = setting("dense", "model", "fully connected, or how neurons are grouped", choices=MODELS)
     hidden_dim: int = setting(2048, "model", "neurons in each of the two hidden layers", low=1)
-    num_groups: int = setting(8, "model", "groups on each side of a sparse layer (at most one a neuron)", low=1)
+    num_groups: int = setting(8, "model", "groups on each side of a sparse layer (at most one per neuron)", low=1)
     p_inter: float = setting(0.15, "model", "probability of a connection unit between groups", low=0, high=1)
     p_intra: float = setting(1.0, "model", "probability of a connection unit inside a group", low=0, high=1)
     block_size: int = setting(64, "model", "side of a connection unit in weights; 1 is one weight", low=1)
-    T: int = setting(50, "model", "time steps of a sample", low=1, high=MOST_STEPS)
+    T: int = setting(50, "model", "time steps per sample", low=1, high=MOST_STEPS)
     enc: str = setting("current", "model", "input held as a current, or Bernoulli spikes", choices=ENCODINGS)
     enc_scale: float = setting(1.0, "model", "input x becomes enc_scale*x + enc_bias")
     enc_bias: float = setting(0.0, "model", "see enc_scale")
-    neuron: str = setting("lif", "model", "model of the neurons", choices=tuple(NEURONS))
+    neuron: str = setting("lif", "model", "neuron model", choices=tuple(NEURONS))
     syn_decay: float | None = setting(
         None,
         "model",
-        f"decay of the synaptic current to begin with, of --neuron synaptic (default: {Synaptic.initial['syn_decay']})",
+        f"initial decay of the synaptic current, for --neuron synaptic (default: {Synaptic.initial['syn_decay']})",
         low=0,
         high=1,
     )
     surrogate: str = setting(
         "atan",
         "model",
-        "stand-in for the derivative of hidden spikes; the output layer keeps atan with alpha 2",
+        "surrogate gradient of the hidden layers; the output layer keeps atan with alpha 2",
         choices=tuple(SURROGATES),
     )
-    alpha: float = setting(2.0, "model", "sharpness of that stand-in", low=0, open_low=True)
+    alpha: float = setting(2.0, "model", "sharpness of the surrogate gradient", low=0, open_low=True)
     init_gain: float = setting(1.0, "model", "factor on the initial weights of fc2 and fc3", low=0, open_low=True)
 
     epochs: int = setting(20, "training", "passes over the training images", low=1)
-    batch_size: int = setting(256, "training", "images in a step", low=1)
+    batch_size: int = setting(256, "training", "images per step", low=1)
     lr: float = setting(1e-3, "training", "Adam's learning rate", low=0, open_low=True)
     lr_schedule: str = setting(
         "constant",
@@ -177,12 +177,12 @@ class TrainSettings(Settings):
     dropout: float = setting(
         0.0,
         "training",
-        "probability with which a hidden neuron stays silent in a training image",
+        "probability that a hidden neuron stays silent for a training image",
         low=0,
         high=MOST_DROPPED,
     )
     seed: int = setting(42, "training", "seed of every random draw", low=0, high=LARGEST_SEED)
-    precision: str = setting("fp32", "training", "arithmetic of the products", choices=PRECISIONS)
+    precision: str = setting("fp32", "training", "precision of the matrix products", choices=PRECISIONS)
     enforce_sparsity: bool = setting(False, "training", "pull firing rates down after the warm-up")
     warmup_epochs: int = setting(10, "training", "epochs before --enforce_sparsity begins", low=0)
 
@@ -200,7 +200,7 @@ class TrainSettings(Settings):
     dst_schedule: str = setting(
         "constant",
         "dynamic sparse training",
-        "keep that share, or let it fall to zero up to the last update",
+        "keep that share, or let it fall to zero by the last update",
         choices=tuple(SCHEDULES),
     )
     dst_stop: float = setting(
@@ -216,7 +216,7 @@ class TrainSettings(Settings):
         kind = NEURONS.get(self.neuron)
         for name in PARAMETERS:
             if getattr(self, name) is None and kind and name in kind.initial:
-                object.__setattr__(self, name, kind.initial[name])  # as of any other setting, the files hold the value
+                object.__setattr__(self, name, kind.initial[name])  # the files store the value, as of any other setting
         super().__post_init__()
 
     def _at_odds(self) -> list[str]:
@@ -225,7 +225,7 @@ class TrainSettings(Settings):
             value, owners = getattr(self, name), [kind for kind in NEURONS if name in NEURONS[kind].initial]
             if value is not None and self.neuron not in owners:
                 problems.append(
-                    f"{name}={value} is of no use with neuron={self.neuron}; give --neuron {' or '.join(owners)}, or "
+                    f"{name}={value} has no effect with neuron={self.neuron}; give --neuron {' or '.join(owners)}, or "
                     "leave it out"
                 )
         if self.use_resnet and self.dataset not in RELEASES:
@@ -236,11 +236,11 @@ class TrainSettings(Settings):
             )
         if self.standardize and self.enc == "rate":
             problems.append(
-                "standardize makes values below 0 and above 1, which are no probabilities of spikes for enc=rate; "
+                "standardize makes values below 0 and above 1, which are not spike probabilities for enc=rate; "
                 "give --enc current, or leave --standardize out"
             )
         if self.resnet_weights is not None and not self.use_resnet:
-            problems.append("resnet_weights is of no use without use_resnet; give --use_resnet, or leave it out")
+            problems.append("resnet_weights has no effect without use_resnet; give --use_resnet, or leave it out")
         if self.sparsity_mode == "dynamic":
             if self.model == "dense":
                 problems.append(f"sparsity_mode=dynamic needs a sparse model; give --model {', '.join(GROUPINGS)}")
@@ -253,7 +253,7 @@ class TrainSettings(Settings):
                 "dst_stop": self.dst_stop != 1,
             }
             problems += [
-                f"{name}={getattr(self, name)} is of no use with sparsity_mode=static; "
+                f"{name}={getattr(self, name)} has no effect with sparsity_mode=static; "
                 "give --sparsity_mode dynamic, or leave it out"
                 for name, changed in given.items()
                 if changed
@@ -262,12 +262,12 @@ class TrainSettings(Settings):
 
     @property
     def shift(self) -> int | None:
-        """By how many pixels training images are shifted at most before half of them are mirrored, None for neither."""
+        """By at most how many pixels training images are shifted before half are mirrored; None for neither."""
         crops = self.dataset in DATASETS and DATASETS[self.dataset].crops and not self.use_resnet
         return SHIFTS.get("crop-flip" if self.augment == "auto" and crops else self.augment)
 
     def neuron_parameters(self) -> dict[str, Any]:
-        """Where the neurons' parameters begin, as far as a setting says so."""
+        """The initial values of the neurons' parameters that are settings."""
         return {name: getattr(self, name) for name in PARAMETERS if getattr(self, name) is not None}
 
     @property
@@ -282,7 +282,7 @@ class TrainSettings(Settings):
 
 
 def _kind(expected: Any, value: Any) -> str | None:
-    """What a value of type ``expected`` is, where ``value`` is not of that type, in words."""
+    """The type ``expected`` in words, if ``value`` is not of that type."""
     kinds = typing.get_args(expected) or (expected,)
     if float in kinds:
         kinds = (*kinds, int)

@@ -1,4 +1,4 @@
-"""What a checkpoint says, held against what it must be before a trainer takes it on."""
+"""Checks the content of a checkpoint before a trainer loads it."""
 
 from collections.abc import Collection
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 
 from g2gnet.training.run_files import check_number
 
-#: what a state that does not fit makes ``load_state_dict`` of a trainer raise
+#: what a trainer's ``load_state_dict`` raises for a state that does not fit
 UNFIT = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
 
 
@@ -27,7 +27,7 @@ def check_position(state: dict[str, Any], batches: int) -> None:
 
 
 def check_like(name: str, saved: Any, like: torch.Tensor) -> torch.Tensor:
-    """``saved`` beside ``like``; raises ValueError unless it is a tensor of the same shape and dtype."""
+    """``saved`` on the device of ``like``; raises ValueError unless it is a tensor of the same shape and dtype."""
     if not isinstance(saved, torch.Tensor) or saved.shape != like.shape or saved.dtype != like.dtype:
         what = f"{saved.dtype} {tuple(saved.shape)}" if isinstance(saved, torch.Tensor) else type(saved).__name__
         raise ValueError(f"{name} is {what}, not {like.dtype} {tuple(like.shape)}")
@@ -35,12 +35,12 @@ def check_like(name: str, saved: Any, like: torch.Tensor) -> torch.Tensor:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], names: Collection[str]) -> None:
-    """Loads what the optimizer knows of each parameter. Its options stay those that it was made with.
+    """Loads the optimizer's state of each parameter. Its options do not change.
 
     Args:
         optimizer: with the parameters of the saved one.
         saved: its ``state_dict()``.
-        names: of the tensors for each parameter, all of its shape but ``step``.
+        names: of the tensors for each parameter, all of its shape except ``step``.
 
     Raises:
         ValueError: if the state is not that of these parameters.

@@ -13,11 +13,11 @@ CELL = 16
 
 
 class TensorBoardLog:
-    """Writes what an epoch gave to ``log_dir/<stem of the run>``, for ``tensorboard --logdir log_dir``.
+    """Writes the results of an epoch to ``log_dir/<stem of the run>``, for ``tensorboard --logdir log_dir``.
 
-    Scalars: every number of the epoch's record, and the neurons' parameters of layers that have one of each.
-    Histograms: the weights that exist, and the parameters of layers with one per neuron. Images: the mean |w| between
-    each pair of groups, output groups downwards, white the largest. A resumed run continues its curves.
+    Scalars: every number of the epoch's record, and the neurons' parameters of layers with one value each.
+    Histograms: the weights that exist, and the parameters of layers with one value per neuron. Images: the mean |w|
+    between each pair of groups, output groups downwards, white the largest. A resumed run continues its curves.
 
     Raises:
         ImportError: if the package ``tensorboard`` is not installed.
@@ -29,7 +29,7 @@ class TensorBoardLog:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ImportError(
-                f"TensorBoard's package is missing; pip install 'g2g[tensorboard]' brings it ({error})"
+                f"TensorBoard is not installed; pip install 'g2g[tensorboard]' installs it ({error})"
             ) from error
         self._failed = False
         self._make_writer: Any = SummaryWriter
@@ -37,7 +37,7 @@ class TensorBoardLog:
         self._log_dir.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, record: dict[str, Any], trainer: Trainer) -> None:
-        """Writes one epoch. Where that fails (a full disk, say), it is said, and training continues without it."""
+        """Writes one epoch. If that fails (a full disk, say), there is a warning, and training continues without it."""
         if self._failed:
             return
         try:
@@ -48,7 +48,7 @@ class TensorBoardLog:
 
     def _write(self, record: dict[str, Any], trainer: Trainer) -> None:
         epoch = record["epoch"]
-        # what a run wrote beyond the epoch from which it was resumed is purged
+        # purges what was written after the epoch from which the run resumes
         with self._make_writer(str(self._log_dir / trainer.settings.stem), purge_step=epoch) as writer:
             for name, value in numbers(record):
                 if name != "epoch":

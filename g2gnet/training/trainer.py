@@ -30,19 +30,19 @@ from g2gnet.training.state import check_like, check_position, load_optimizer
 
 #: parameters that one thread updates in about a millisecond
 ONE_THREAD_UPDATE = 1_000_000
-#: called after each training step with the images seen in the epoch so far, and their mean loss and accuracy
+#: called after each training step with the number of images so far in the epoch, and their mean loss and accuracy
 StepCallback = Callable[[int, torch.Tensor, torch.Tensor], None]
 
 
 class _StepConstants(NamedTuple):
-    """What a step is told beside its batch, and a captured one has built in."""
+    """Inputs of a step besides its batch; constants of a captured step."""
 
     target: RateTarget | None
     share: float  # of the batch's images that this process has
 
 
 class _StepResult(NamedTuple):
-    """What a step found out about a batch; in :meth:`Trainer._learn` this process's part of it."""
+    """Results of a step on a batch; in :meth:`Trainer._learn`, this process's part."""
 
     loss: torch.Tensor  # mean cross-entropy of the images, a scalar
     correct: torch.Tensor  # correctly classified images, a scalar
@@ -59,10 +59,10 @@ class _StepResult(NamedTuple):
 
 
 class _Simulation(nn.Module):
-    """``simulate`` of a network in the form that DistributedDataParallel takes: as ``forward`` of a module.
+    """``simulate`` of a network as ``forward`` of a module, as DistributedDataParallel needs it.
 
-    It has the network's parameters alone. Masks need not be sent at every step, as DistributedDataParallel would do
-    with buffers: they are the same in all processes, which is checked whenever they change.
+    It has only the network's parameters. DistributedDataParallel would send buffers at every step; masks need not be
+    sent, since they are the same in all processes, which is checked whenever they change.
     """
 
     def __init__(self, net: G2GNet) -> None:
@@ -76,7 +76,7 @@ class _Simulation(nn.Module):
 
 @dataclasses.dataclass
 class EpochProgress:
-    """What the steps of an unfinished epoch add up to; saved with it, so that its record is that of all its steps."""
+    """The sums over the steps of an unfinished epoch; saved with it, so its record covers all its steps."""
 
     loss: torch.Tensor  # Σ over images of the cross-entropy, a scalar
     correct: torch.Tensor  # correctly classified images, a scalar
@@ -94,11 +94,11 @@ class Trainer:
     Args:
         settings: what to train and how.
         data: the images, on any device; they are moved to that of ``machine``.
-        machine: where to compute. The processes of its ``world`` have a trainer like this one each, and compute their
-            shares of every batch. They do what one process would do, but for the order of floating-point sums.
+        machine: where to compute. Each process of its ``world`` has such a trainer and computes its share of every
+            batch. Together they do what one process would do, except for the order of floating-point sums.
 
     Raises:
-        SettingsError: if a batch has fewer images than there are processes, or training too few steps for DST.
+        SettingsError: if a batch has fewer images than there are processes, or training has too few steps for DST.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Trainer:
         if smallest < world.size:
             raise SettingsError(
                 f"batch_size={settings.batch_size} leaves {smallest} of {count} images to the last batch of an epoch, "
-                f"less than one for each of {world.size} processes; give another one, or start fewer processes"
+                f"fewer than one for each of {world.size} processes; give another --batch_size, or start fewer"
             )
         self.net = build_network(settings, data.input_dim, data.num_classes, machine.backend).to(device)
         if settings.standardize:
@@ -128,7 +128,7 @@ class Trainer:
         self._steps = settings.epochs * self._batches
         self._neurons = [connection.out_features for connection, _ in self.net.layers()]
         self._initial_units = self._units()
-        # PyTorch's fused update is for CPU and CUDA; other devices take the plain loop
+        # PyTorch's fused update supports CPU and CUDA; other devices take the plain loop
         fused = device.type in ("cpu", "cuda")
         parameters = sum(parameter.numel() for parameter in self.net.parameters())
         self._one_thread_updates = device.type == "cpu" and parameters <= ONE_THREAD_UPDATE
@@ -174,12 +174,12 @@ class Trainer:
             )
         self.epoch = 0  # finished epochs
         self.step = 0
-        self.progress: EpochProgress | None = None  # of an epoch that has begun
+        self.progress: EpochProgress | None = None  # of a started epoch
         self._finite = FiniteWatch(self.net, device, f"lower --lr (now {settings.lr})")
         self._layers = LayerWatch()
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a later :class:`Trainer` with the same settings needs to resume after this step.
+        """Everything that a later :class:`Trainer` with the same settings needs to resume after this step.
 
         Raises:
             TrainingError: if the loss or a gradient was not finite: there is nothing to resume from.
@@ -195,7 +195,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a saved state.
+        """Resumes from a saved state.
 
         Raises:
             Exception: of a kind in ``g2gnet.training.state.UNFIT``, if the state does not fit the network.
@@ -225,8 +225,8 @@ class Trainer:
     def train_epoch(self, on_step: StepCallback | None = None) -> dict[str, Any]:
         """Trains for one epoch, or what is left of it, evaluates, and returns the epoch's record.
 
-        ``on_step`` may end it by an exception: :meth:`state_dict` is then that after its step, and calling
-        :meth:`train_epoch` again resumes after that step.
+        ``on_step`` may end it by an exception: :meth:`state_dict` is then that after the step, and calling
+        :meth:`train_epoch` again resumes there.
 
         Raises:
             TrainingError: if the loss or a gradient is not finite any more.
@@ -275,7 +275,7 @@ class Trainer:
             "units": {name: layer.mask.num_units for name, layer in connections.items()},
             "units_pruned": self.dst.pruned if self.dst else 0,
             "units_grown": self.dst.grown if self.dst else 0,
-            # of the units there were when this epoch began, and when training began
+            # of the units that existed when this epoch began, and when training began
             "units_kept": self._kept(progress.units),
             "initial_units_kept": self._kept(self._initial_units),
         }
@@ -286,7 +286,7 @@ class Trainer:
         images = self.data.train_images[index]
         if self.settings.shift is not None:
             images = random_crop_and_flip(images, self._stream("augment", self.step), self.settings.shift)
-        # of the whole batch's draws, so that each image gets what it would get in one process
+        # from the whole batch's draws, so each image gets what it would get in one process
         share = self.world.share(len(index))
         inputs = self.net.encode(as_samples(images), self._stream("encode_train", self.step), share)
         labels = labels[share]
@@ -296,7 +296,7 @@ class Trainer:
         if self.settings.lr_schedule != "constant":
             self._set_lr(self.settings.lr * SCHEDULES[self.settings.lr_schedule](self.step / self._steps))
         whole = len(index) == self.settings.batch_size
-        # a step with the gradient of absent units is another one than was captured
+        # a step with the gradient of absent units differs from the captured one
         as_ever = whole and not (self.dst and self.dst.forms_gradient)
         learn = self._captured if self._captured and as_ever else self._learn
         constants = _StepConstants(target, len(labels) / len(index))
@@ -330,7 +330,7 @@ class Trainer:
         constants: _StepConstants,
         dropped: list[torch.Tensor] | None = None,
     ) -> tuple[_StepResult, Activity]:
-        """Forward pass, loss, backward pass, update. Nothing here waits for the device, so that it can be captured.
+        """Forward pass, loss, backward pass, update. Nothing here waits for the device, so it can be captured.
 
         Returns this process's part of the result, and the activity.
         """
@@ -343,7 +343,7 @@ class Trainer:
             rates = [self._whole_batch(share * rates) for rates in activity.rates[:-1]]
             objective = objective + rate_penalty(rates, target)
         self.optimizer.zero_grad(set_to_none=True)
-        # DistributedDataParallel takes the mean of the processes' gradients, where their sum is wanted
+        # DistributedDataParallel averages the processes' gradients, but their sum is needed
         (objective * self.world.size).backward()
         self._update()
         with torch.no_grad():
@@ -352,10 +352,10 @@ class Trainer:
             return _StepResult(share * loss, correct, firing_rates), activity
 
     def _update(self) -> None:
-        """The optimizer's step, by one thread where the parameters on a CPU are few; the bits are the same.
+        """The optimizer's step, on one thread if there are few parameters on a CPU; results are bitwise equal.
 
-        The fused update is a parallel region per parameter, and each waits for its last thread: beside busy programs,
-        many times as long as the arithmetic takes.
+        The fused update is one parallel region per parameter, and each waits for its last thread: beside busy programs
+        that takes many times as long as the arithmetic.
         """
         if not self._one_thread_updates:
             self.optimizer.step()
@@ -368,13 +368,13 @@ class Trainer:
             torch.set_num_threads(threads)
 
     def _whole_batch(self, part: torch.Tensor) -> torch.Tensor:
-        """The sum over the processes; its gradient goes to this process's part alone, since each sends its own."""
+        """The sum over the processes; its gradient goes only to this process's part, since each sends its own."""
         if self.world.size == 1:
             return part
         return part + (self.world.sum_(part.detach().clone()) - part.detach())
 
     def run_images(self, part: str = "test", count: int | None = None) -> Iterator[Batch]:
-        """What the network does with the first ``count`` (None: all) of the ``"test"`` or ``"val"`` images."""
+        """The network's activity on the first ``count`` (None: all) of the ``"test"`` or ``"val"`` images."""
         return run_images(self.net, self.settings, self.epoch, self.data, part, count)
 
     def evaluate(self, part: str = "test") -> float:
@@ -385,7 +385,7 @@ class Trainer:
         return self.world.sum_(correct).item() / len(getattr(self.data, f"{part}_labels"))
 
     def _units(self) -> dict[str, torch.Tensor]:
-        """Which units each connection has now: bool [block rows, block columns]."""
+        """The existing units of each connection: bool [block rows, block columns]."""
         return {name: layer.mask.present() for name, layer in self._connections().items()}
 
     def _kept(self, units: dict[str, torch.Tensor]) -> dict[str, float]:

@@ -90,7 +90,7 @@ def test_validation_tests_on_training_images_that_are_held_back(tmp_path, monkey
 
 def test_what_cannot_be_is_named(tmp_path, capsys):
     for arguments, message in (
-        (["--rows", "statical"], "--rows 'statical' fits none of the rows: static, gradient"),
+        (["--rows", "statical"], "--rows 'statical' matches none of the rows: static, gradient"),
         (["--finished"], "no run of small_study is finished"),
     ):
         assert study.run_study(SMALL, ["--runs", str(tmp_path), *arguments]) == 1

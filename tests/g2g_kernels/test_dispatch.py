@@ -200,7 +200,7 @@ def test_require_backend(monkeypatch, available):
     unavailable(monkeypatch, triton="no GPU here")
     require_backend(None)
     require_backend("cpu")
-    message = "backend 'triton' cannot be used here: no GPU here; available: cpu, torch"
+    message = "backend 'triton' is unavailable here: no GPU here; available: cpu, torch"
     with pytest.raises(BackendError, match=message):
         require_backend("triton")
     monkeypatch.setenv("G2G_BACKEND", "triton")

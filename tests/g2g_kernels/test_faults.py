@@ -116,7 +116,7 @@ except BackendError as error:
     print(error)
 """
     done = python(program, G2G_CPU_ISA=asked)
-    reason = f"G2G_CPU_ISA='{asked}' asks for an instruction set which is none of baseline, avx2"
+    reason = f"G2G_CPU_ISA='{asked}' asks for an instruction set which is not one of baseline, avx2"
     assert reason in done.stdout, done.stderr
     assert reason in done.stderr
 

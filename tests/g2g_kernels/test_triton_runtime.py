@@ -70,7 +70,7 @@ def test_the_interpreter_needs_the_same_version(machine):
 def test_the_reason_reaches_whoever_asks_for_triton(machine, monkeypatch):
     machine(capabilities=())
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(BackendError, match=r"backend 'triton' cannot be used here: PyTorch .* finds no CUDA or ROCm"):
+    with pytest.raises(BackendError, match=r"backend 'triton' is unavailable here: PyTorch .* finds no CUDA or ROCm"):
         dispatch.require_backend("triton")
     with pytest.raises(BackendError, match=r"cannot serve this call of neurons: triton: PyTorch .* finds no CUDA or"):
         lif(torch.zeros(3, 2), 0.9, 1.0, backend="triton")

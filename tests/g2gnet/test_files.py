@@ -108,13 +108,11 @@ def test_a_run_takes_no_file_of_its_own_for_another(tmp_path, ending):
     path = tmp_path / "runs" / f"{stem}{ending}"
     path.parent.mkdir()
     path.symlink_to(victim)
-    with pytest.raises(
-        CheckpointError, match=rf"{ending} is a symbolic link, where a run has files of its own; move it"
-    ):
+    with pytest.raises(CheckpointError, match=rf"{ending} is a symbolic link, where a run has its own files; move it"):
         run(path.parent)
     path.unlink()
     os.mkfifo(path)
-    with pytest.raises(CheckpointError, match=rf"{ending} is no regular file"):
+    with pytest.raises(CheckpointError, match=rf"{ending} is not a regular file"):
         run(path.parent)
     assert victim.read_text() == ""
 

@@ -239,7 +239,7 @@ def test_samples_before_time_steps_are_refused_or_where_nothing_tells_them_apart
 def test_a_state_of_another_number_of_time_steps_is_refused_by_name():
     net = small_net(T=12)
     state = net.state_dict()
-    message = "T: saved by a network of 12 time steps, this one has 9; load it into one with T=12"
+    message = "T: saved by a network with 12 time steps, this one has 9; load it into one with T=12"
     for into in (small_net(T=9), SpikingStack(list(small_net().layers()), T=9)):
         with pytest.raises(RuntimeError, match=message):
             into.load_state_dict(state)

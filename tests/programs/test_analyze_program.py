@@ -146,7 +146,7 @@ def test_a_run_on_features_needs_the_weights_that_it_had(tmp_path, monkeypatch, 
     (checkpoint,) = Path("checkpoints").glob("*.pth")
     capsys.readouterr()
     assert analyze.main([str(checkpoint)]) == 2
-    assert "name the file with the run's weights by --resnet_weights" in capsys.readouterr().err
+    assert "give the file with the run's weights by --resnet_weights" in capsys.readouterr().err
     assert analyze.main([str(checkpoint), "--resnet_weights", "own.pt", "--json", "a.json"]) == 0
     again, after_training = (
         json.loads(Path(name).read_text()) for name in ("a.json", f"checkpoints/{checkpoint.stem}.analysis.json")

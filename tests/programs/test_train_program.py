@@ -60,7 +60,7 @@ def test_a_run_from_the_command_line(tmp_path, capsys):
         ("--device cuda:99", "cuda"),
         ("--device tpu", "device='tpu' is unknown"),
         ("--device directml", "torch-directml"),
-        ("--backend triton", "backend 'triton' cannot be used here"),
+        ("--backend triton", "backend 'triton' is unavailable here"),
     ],
 )
 def test_bad_flags_end_with_status_two_and_a_message_before_any_work(tmp_path, capsys, monkeypatch, flags, message):

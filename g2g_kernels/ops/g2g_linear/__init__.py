@@ -1,4 +1,4 @@
-"""``g2g_linear``: y = x·Wᵀ + b with a weight of which only the units of a :class:`BlockMask` exist."""
+"""``g2g_linear``: y = x·Wᵀ + b with a weight that consists of the units of a :class:`BlockMask`."""
 
 from types import ModuleType
 
@@ -12,7 +12,7 @@ from g2g_kernels.ops.g2g_linear import cpu, reference
 
 
 def _triton() -> ModuleType:
-    from g2g_kernels.ops.g2g_linear import triton  # imports Triton, which not everyone has
+    from g2g_kernels.ops.g2g_linear import triton  # imports Triton, which is optional
 
     return triton
 
@@ -31,7 +31,7 @@ def g2g_linear(
     backend: str | None = None,
 ) -> torch.Tensor:
     """Applies a block-sparse linear layer; differentiable in ``x``, ``values`` and ``bias``, any number of times and in
-    forward mode, and under ``torch.func.vmap``. (Inside what ``torch.compile`` traces, once, and in forward mode.)
+    forward mode, and under ``torch.func.vmap``. (Inside ``torch.compile``: once, and in forward mode.)
 
     Args:
         x: [..., in], in neuron order: floats, or spikes in uint8.
@@ -45,7 +45,7 @@ def g2g_linear(
         [..., out], in neuron order.
 
     Raises:
-        ValueError: for tensors that do not fit one another, or an unknown backend.
+        ValueError: for tensors that do not match, or an unknown backend.
         BackendError: if the forced backend cannot serve the call.
     """
     check_tensor("x", x, spikes=True)

@@ -1,4 +1,4 @@
-"""A call of ``g2g_linear`` as the operators of the compiled backends take it, and how those are registered."""
+"""A call of ``g2g_linear`` in the form of the compiled backends' operators, and their registration."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -44,7 +44,7 @@ class LinearBackward(NamedTuple):
     wanted: tuple[bool, ...]
 
     def room(self) -> list[torch.Tensor]:
-        """Room for the gradients of x, values and bias, the last float32, nothing for those that are not wanted."""
+        """Empty tensors for the gradients of x, values and bias (the last float32), 0 elements if unwanted."""
         x, values, mask, _, _ = self.call
         want_x, want_values, want_bias = self.wanted
         return [
@@ -63,7 +63,7 @@ def operators(
     """Registers and returns ``g2g::{prefix}linear_forward``, with its autograd formula, and ``…_backward``.
 
     Args:
-        prefix: what tells a backend's operators from another's.
+        prefix: distinguishes the operators of different backends.
         keys: the dispatch keys that they serve.
         forward: y [M, out].
         backward: gradients as :meth:`LinearBackward.room` has them.

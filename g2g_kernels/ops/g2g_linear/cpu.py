@@ -1,9 +1,9 @@
 """``g2g_linear`` on the compiled CPU kernels: operators ``g2g::linear_forward`` (with its autograd formula) and
-``g2g::linear_backward``. Inputs that hold nothing but 0 and 1, at a low rate, take the event-driven products.
+``g2g::linear_backward``. Inputs of zeros and ones, at a low rate, take the event-driven products.
 
-Under autocast to bfloat16, products of dense inputs use bfloat16 factors and float32 sums (where the CPU has the
-instructions; it rounds nothing elsewhere), and the output is bfloat16. Inputs and gradients that are bfloat16 are read
-and written as such.
+Under autocast to bfloat16, products of dense inputs use bfloat16 factors and float32 sums (if the CPU has the
+instructions; otherwise nothing is rounded), and the output is bfloat16. bfloat16 inputs and gradients are read and
+written as such.
 """
 
 import torch
@@ -31,7 +31,7 @@ def refuses(x: torch.Tensor, values: torch.Tensor, mask: BlockMask, bias: torch.
 
 
 def _converts(dtype: torch.dtype) -> bool:
-    """Whether x of ``dtype`` gives what float32 would: spikes in bytes, bfloat16 under autocast."""
+    """Whether x of ``dtype`` gives the same result as float32: spikes in bytes, bfloat16 under autocast."""
     return dtype == torch.uint8 or (dtype == torch.bfloat16 and bf16_wanted())
 
 

@@ -1,10 +1,10 @@
-"""Derivatives of any order of ``g2g_linear``, for backends whose kernels know the first, in either mode, and ``vmap``.
+"""Derivatives of any order of ``g2g_linear``, in either mode, and ``vmap``, for backends whose kernels have the first.
 
 A product and its two gradients are the derivatives of one trilinear form of an output's gradient g, x and W,
 
-    F(g, x, W) = Σ over samples of g·(W x),        ∂F/∂g = W x,   ∂F/∂x = Wᵀ g,   ∂F/∂W = g xᵀ at the present units
+    F(g, x, W) = Σ over samples of g·(W x),        ∂F/∂g = W x,   ∂F/∂x = Wᵀ g,   ∂F/∂W = g xᵀ at the existing units
 
-so that each of the three is linear in two of the arguments, and its derivatives are the other two again. The bias is a
+so each of the three is linear in two of the arguments, and its derivatives are the other two. The bias is a
 plain sum.
 """
 
@@ -34,7 +34,7 @@ class Kernels:
         product: x [M, in], values, bias → [M, out].
         gradients: see :class:`Gradients`.
         mask: the units that exist.
-        tensors: those of the mask that the two read; they are saved, so that a mask which has changed is noticed.
+        tensors: the mask's tensors that both read; they are saved, so a changed mask is noticed.
     """
 
     product: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
@@ -49,7 +49,7 @@ def linear(x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None, ker
 
 
 class _Form(torch.autograd.Function):
-    """Base of the three: two arguments in which it is linear, something else, and the kernels."""
+    """Base of the three: two linear arguments, another argument, and the kernels."""
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -1,7 +1,7 @@
 """``g2g_stack``: a stack of g2g linear layers, each followed by neurons, over all time steps in one call.
 
-One operator over the whole stack leaves a backend free to choose what travels between the layers (packed spikes, its
-own order of neurons) and what lives how long.
+One operator for the whole stack lets a backend choose what passes between the layers (packed spikes, its own order of
+neurons) and how long each tensor lives.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ __all__ = ["Activity", "Spikes", "SpikingLayer", "g2g_stack"]
 
 
 def _triton() -> ModuleType:
-    from g2g_kernels.ops.g2g_stack import triton  # imports Triton, which not everyone has
+    from g2g_kernels.ops.g2g_stack import triton  # imports Triton, which is optional
 
     return triton
 
@@ -46,14 +46,14 @@ def g2g_stack(
     Args:
         x: [T, B, in], or with ``steps`` given [B, in], held for that many steps (the first product is then
             computed once).
-        layers: the layers, the outputs of one being the inputs of the next. Model, reset, surrogate and α are each
-            layer's own.
+        layers: the layers, each one's outputs the next one's inputs. Each layer has its own model, reset, surrogate and
+            α.
         steps, backend: as for :func:`g2g_kernels.lif`.
-        spikes: whether the spikes over time are wanted with their gradient, for a loss on when neurons fire. The
-            operators then run one after the other, and spikes and currents of all layers are in memory.
+        spikes: whether spikes over time need a gradient, for a loss on when neurons fire. The operators then run one
+            after the other, and spikes and currents of all layers are in memory.
 
     Raises:
-        ValueError: for options out of range, or tensors that do not fit one another.
+        ValueError: for options out of range, or tensors that do not match.
         BackendError: if the forced backend cannot serve the call.
         NotImplementedError: for a second derivative, or one in forward mode.
     """

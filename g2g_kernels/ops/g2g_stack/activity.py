@@ -1,4 +1,4 @@
-"""What a stack of spiking layers did: counts, rates, and spikes in whatever form a backend keeps them."""
+"""The activity of a stack of spiking layers: counts, rates, and spikes in a backend's own form."""
 
 from typing import NamedTuple, Protocol
 
@@ -6,10 +6,10 @@ import torch
 
 
 class Spikes(Protocol):
-    """Spikes of one layer, in whatever form a backend keeps them."""
+    """Spikes of one layer, in a backend's own form."""
 
     def dense(self) -> torch.Tensor:
-        """The spikes, 0 or 1, float [T, B, N] in neuron order; without gradient unless it was asked for."""
+        """The spikes, 0 or 1, float [T, B, N] in neuron order; without gradient unless requested."""
         ...
 
 
@@ -25,13 +25,13 @@ class DenseSpikes:
 
 
 class Activity(NamedTuple):
-    """What a stack of spiking layers did.
+    """The activity of a stack of spiking layers.
 
     Attributes:
         counts: [B, N] of the last layer, spikes per neuron over all steps; differentiable.
-        rates: one [N] a layer, spikes per neuron, step and sample (0 to 1); differentiable.
-        spikes: one object a layer, whose ``dense()`` gives the spikes [T, B, N], with a gradient only if the call asked
-            for ``spikes``.
+        rates: one [N] per layer, spikes per neuron, step and sample (0 to 1); differentiable.
+        spikes: one object per layer, whose ``dense()`` gives the spikes [T, B, N], with a gradient only if the call
+            requested ``spikes``.
     """
 
     counts: torch.Tensor

@@ -1,4 +1,4 @@
-"""A call of ``g2g_stack`` as the operators of the compiled backends take it, and how those are registered."""
+"""A call of ``g2g_stack`` in the form of the compiled backends' operators, and their registration."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -39,7 +39,7 @@ class StackCall(NamedTuple):
         layers: from input to output.
         steps: 0 if x has a time dimension.
         dtype: of the factors of products: bfloat16 or float16 under autocast.
-        keep: whether what the backward pass needs is wanted too.
+        keep: whether to return what the backward pass needs.
     """
 
     x: torch.Tensor
@@ -78,7 +78,7 @@ class StackCall(NamedTuple):
         return self.x.shape[-2]
 
     def check(self) -> None:
-        """Raises ValueError unless the layers follow one another, with biases and parameters that they can have."""
+        """Raises ValueError unless the sizes of layers, biases and parameters match."""
         width = self.x.shape[-1]
         for number, layer in enumerate(self.layers):
             size, inputs = layer.mask.shape
@@ -95,7 +95,7 @@ class StackCall(NamedTuple):
                     raise ValueError(f"{name} of layer {number} has {parameter.numel()} entries, expected 1 or {size}")
 
     def room(self, grad_x: bool = True) -> "StackGradients":
-        """Room for all gradients, nothing for that of x unless ``grad_x`` and for biases that are not there."""
+        """Empty tensors for all gradients, without elements for x unless ``grad_x`` and for missing biases."""
         return StackGradients(
             self.x.new_empty(self.x.shape if grad_x else 0),
             [torch.empty_like(layer.values) for layer in self.layers],
@@ -156,7 +156,7 @@ def operators(
     """Registers and returns ``g2g::{prefix}stack_forward``, with its autograd formula, and ``…_backward``.
 
     Args:
-        prefix: what tells a backend's operators from another's.
+        prefix: distinguishes the operators of different backends.
         keys: the dispatch keys that they serve.
         forward, fake: the forward pass, and its outputs uninitialised.
         backward: the backward pass.

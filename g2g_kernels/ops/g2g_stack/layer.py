@@ -19,7 +19,7 @@ class SpikingLayer(NamedTuple):
         values: packed weights [num_units, unit_rows, unit_cols].
         mask: the units that exist.
         bias: [N], or None.
-        neurons: the population; model, reset, surrogate and α are this layer's own.
+        neurons: the population, with this layer's own model, reset, surrogate and α.
         dropped: bool [B, N], or None: neurons that stay silent in a sample (their current is −1e25 at every
             step), so that nothing comes from them and no gradient goes through them.
     """
@@ -31,6 +31,6 @@ class SpikingLayer(NamedTuple):
     dropped: torch.Tensor | None = None
 
     def tensors(self) -> list[torch.Tensor]:
-        """Every tensor that a gradient may be asked for."""
+        """Every tensor that may need a gradient."""
         connection = [self.values] if self.bias is None else [self.values, self.bias]
         return [*connection, *self.neurons.parameters]

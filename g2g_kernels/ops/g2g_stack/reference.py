@@ -37,7 +37,7 @@ def in_turn(
 
 
 def activity_of(spikes: Sequence[torch.Tensor], differentiable: bool) -> Activity:
-    """The activity with these spikes of each layer, whose ``dense()`` has a gradient if it is to be differentiable."""
+    """The activity with these spikes of each layer; ``dense()`` has a gradient if requested."""
     return Activity(
         counts=spikes[-1].float().sum(0) if spikes[-1].dtype.itemsize < 4 else spikes[-1].sum(0),
         rates=tuple(s.mean((0, 1), dtype=torch.promote_types(s.dtype, torch.float32)) for s in spikes),

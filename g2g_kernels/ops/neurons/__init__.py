@@ -26,7 +26,7 @@ __all__ = [
 
 
 def _triton() -> ModuleType:
-    from g2g_kernels.ops.neurons import triton  # imports Triton, which not everyone has
+    from g2g_kernels.ops.neurons import triton  # imports Triton, which is optional
 
     return triton
 
@@ -101,7 +101,7 @@ def synaptic(
         none:      U_t = clamp(β, 0, 1)·U_{t−1} + C_t
 
     This is snnTorch's ``Synaptic`` (Eshraghian et al. 2023) with its ``reset_delay``: its reset to zero holds the
-    membrane at 0 for the whole step, other than that of ``Leaky``. No gradient passes through R.
+    membrane at 0 for the whole step, unlike that of ``Leaky``. No gradient passes through R.
 
     Args:
         syn_decay: decay γ of the synaptic current per step, a scalar or [N].
@@ -146,7 +146,7 @@ def neurons(
 
 
 def as_tensors(current: torch.Tensor, *parameters: torch.Tensor | float) -> tuple[torch.Tensor, ...]:
-    """Parameters beside ``current``, those given as numbers as tensors."""
+    """Parameters on the device of ``current``; numbers become tensors."""
     check_tensor("current", current)
     dtype = torch.promote_types(current.dtype, torch.float32)
     return tuple(
@@ -162,7 +162,7 @@ def check_steps(steps: int | None) -> None:
 
 
 def check_neurons(suffix: str, population: Neurons, size: int, like: torch.Tensor) -> Neurons:
-    """``population``, those of its parameters that are numbers as tensors beside ``like``.
+    """``population`` with parameters on the device of ``like``; numbers become tensors.
 
     Raises:
         ValueError: for an unknown model, an option out of range, or parameters that ``size`` neurons cannot have.
@@ -185,5 +185,5 @@ def check_neurons(suffix: str, population: Neurons, size: int, like: torch.Tenso
         check_tensor(f"{name}{suffix}", parameter)
         shape = tuple(parameter.shape)
         if shape not in ((), (1,), (size,)):
-            raise ValueError(f"{name}{suffix} has shape {shape}; expected a scalar or [{size}], one a neuron")
+            raise ValueError(f"{name}{suffix} has shape {shape}; expected a scalar or [{size}], one per neuron")
     return population._replace(parameters=parameters)

@@ -1,4 +1,4 @@
-"""A call of neurons alone as the operators of the compiled backends take it, and how those operators are registered."""
+"""A call of neurons alone in the form of the compiled backends' operators, and their registration."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ class NeuronsCall(NamedTuple):
         current: contiguous [T, ..., N], or [..., N] held for ``steps`` steps.
         population: the neurons.
         steps: 0 if ``current`` has a time dimension.
-        keep: whether what the backward pass needs is wanted too.
+        keep: whether to return what the backward pass needs.
     """
 
     current: torch.Tensor
@@ -54,7 +54,7 @@ class NeuronsCall(NamedTuple):
         return steps, math.prod(samples), neurons
 
     def check_parameters(self) -> None:
-        """Raises ValueError unless parameters have one entry, or one a neuron."""
+        """Raises ValueError unless parameters have one entry, or one per neuron."""
         size = self.current.shape[-1]
         for name, parameter in zip(self.model.parameters, self.population.parameters, strict=True):
             if parameter.numel() not in (1, size):
@@ -86,7 +86,7 @@ class NeuronsBackward(NamedTuple):
                 raise ValueError(f"{name} must be contiguous {list(shape)}, not {list(tensor.shape)}")
 
     def room(self) -> list[torch.Tensor]:
-        """Room for the gradients of the current and of each parameter, nothing for those that are not wanted."""
+        """Empty tensors for the gradients of the current and of each parameter, without elements for unwanted ones."""
         tensors = self.call.current, *self.call.population.parameters
         return [t.new_empty(t.shape if wanted else 0) for t, wanted in zip(tensors, self.wanted, strict=True)]
 
@@ -101,7 +101,7 @@ def operators(
     """Registers and returns ``g2g::{prefix}neurons_forward``, with its autograd formula, and ``…_backward``.
 
     Args:
-        prefix: what tells a backend's operators from another's.
+        prefix: distinguishes the operators of different backends.
         keys: the dispatch keys that they serve.
         forward: spikes, and the states that the backward pass needs (nothing unless ``keep``).
         backward: gradients as :meth:`NeuronsBackward.room` has them.

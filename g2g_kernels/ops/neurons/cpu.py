@@ -1,7 +1,7 @@
 """Neurons on the compiled CPU kernels: ``g2g::neurons_forward`` (with its autograd formula), ``g2g::neurons_backward``.
 
-The backward pass computes the states again from the currents and from those that the forward pass kept: the ones after
-every ``EVERY`` steps, float32 [(T − 1) // EVERY, states, ..., N].
+The backward pass recomputes the states from the currents and the states that the forward pass kept after every
+``EVERY`` steps, float32 [(T − 1) // EVERY, states, ..., N].
 """
 
 import torch

@@ -1,7 +1,7 @@
-"""The neuron models: their names, and the two functions that advance them by one step and back, in PyTorch.
+"""The neuron models: their names, and the two functions for one step forward and backward, in PyTorch.
 
-A model is declared here and its two functions stand once more in Triton (``g2g_kernels/triton/neuron.py``) and in C++
-(``csrc/neurons.h``). Everything else loops over the parameters and states that are declared.
+A model is declared here; its two functions exist again in Triton (``g2g_kernels/triton/neuron.py``) and in C++
+(``csrc/neurons.h``). Everything else loops over the declared parameters and states.
 """
 
 from collections.abc import Callable
@@ -15,19 +15,19 @@ Tensors = tuple[torch.Tensor, ...]
 
 
 class NeuronModel(NamedTuple):
-    """A kind of neuron that spikes where its membrane exceeds its threshold.
+    """A kind of neuron that spikes when its membrane exceeds its threshold.
 
     Attributes:
         name: what ``Neurons.model`` calls it.
         parameters: the names of its parameters in order, decays first; the last is ``"threshold"``.
         decays: the names of those that are clamped to 0 … 1.
-        states: the names of its state variables, 0 to begin with. The last is the membrane, which is compared with the
+        states: the names of its state variables, initially 0. The last is the membrane, which is compared with the
             threshold.
-        charge: ``(states, fired, current, parameters, reset) -> states`` after one step more. ``fired`` is R_t, 1 where
-            the membrane was above the threshold, else 0; decays among ``parameters`` are clamped already.
-        charge_backward: ``(grads, states, fired, parameters, reset) -> (current, states, parameters)``: from the
-            gradients that reach the states after the step, those of the current, of the ``states`` before it, and what
-            this step adds to those of the parameters (None: nothing). No gradient passes through R.
+        charge: ``(states, fired, current, parameters, reset) -> states`` after one more step. ``fired`` is R_t, 1 where
+            the membrane was above the threshold, else 0; decays among ``parameters`` are already clamped.
+        charge_backward: ``(grads, states, fired, parameters, reset) -> (current, states, parameters)``: maps the
+            gradients of the states after the step to those of the current, of the ``states`` before it, and this step's
+            contribution to those of the parameters (None: nothing). No gradient passes through R.
     """
 
     name: str
@@ -105,7 +105,7 @@ MODELS = {
 
 
 class Neurons(NamedTuple):
-    """A population of neurons as operators take it.
+    """A population of neurons in the operators' form.
 
     Attributes:
         model: ``"lif"`` or ``"synaptic"``, a name in ``MODELS``.

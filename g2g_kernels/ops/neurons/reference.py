@@ -1,7 +1,7 @@
 """Plain PyTorch neurons: a loop over time in each direction, for any model. The oracle for every other backend.
 
-Of the forward pass only the states are kept; spikes and resets follow from the membranes, so that the currents can be
-freed. Backwards, step t begins with the gradient that reaches its membrane through its spike,
+The forward pass keeps only the states; spikes and resets follow from the membranes, so the currents can be freed.
+Backward, step t begins with the gradient that reaches its membrane through its spike,
 
     σ'(U_t − θ)·∂L/∂S_t         and  ∂L/∂θ −= σ'(U_t − θ)·∂L/∂S_t
 
@@ -105,7 +105,7 @@ class _Neurons(torch.autograd.Function):
 
 
 def _as_parameter(total: torch.Tensor, parameter: torch.Tensor, clamped: bool) -> torch.Tensor:
-    """The gradient of a scalar or per-neuron parameter from what each neuron and sample adds to it."""
+    """The gradient of a scalar or per-neuron parameter from each neuron's and sample's contribution."""
     grad = total.sum_to_size((total.shape[-1],) if parameter.numel() > 1 else (1,))
     if clamped:
         grad = grad * ((parameter >= 0) & (parameter <= 1)).to(grad.dtype)  # the clamp's own derivative

@@ -1,7 +1,7 @@
-"""One time step of neurons, for loops that cannot have all steps at once: online input, recurrent networks.
+"""One time step of neurons, for loops that cannot run all steps at once: online input, recurrent networks.
 
 Plain PyTorch operations on every device, differentiated by autograd. Over a whole sequence :func:`g2g_kernels.lif` and
-its like compute the same, faster and with less memory.
+:func:`g2g_kernels.synaptic` compute the same, faster and with less memory.
 """
 
 import torch
@@ -109,7 +109,7 @@ def neurons_step(current: torch.Tensor, states: Tensors | None, population: Neur
     spikes = (states[-1] > theta).to(dtype)
     if torch.is_grad_enabled() or has_tangent(*states, *parameters):
         smooth = SURROGATES[population.surrogate].primitive(states[-1] - theta, population.alpha)
-        spikes = spikes + (smooth - smooth.detach())  # the value of the step, the derivative of the surrogate
+        spikes = spikes + (smooth - smooth.detach())  # value of the step, derivative of the surrogate
     return spikes.to(current.dtype), states
 
 

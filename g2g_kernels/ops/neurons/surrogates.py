@@ -1,7 +1,7 @@
 """Surrogate derivatives of the spike S = 1[U > θ], as functions of x = U − θ and the sharpness α.
 
-Each is the derivative of a smooth step (the *primitive*) that runs from 0 to 1; at the default α = 2 every one of them
-has unit area, so that they can be exchanged for one another.
+Each is the derivative of a smooth step (the *primitive*) from 0 to 1; at the default α = 2 all have unit area, so they
+are interchangeable.
 """
 
 import math
@@ -12,7 +12,7 @@ import torch
 
 
 class Surrogate(NamedTuple):
-    """``derivative(x, alpha)`` stands in for dS/dU; ``primitive(x, alpha)`` is the smooth step that it belongs to."""
+    """``derivative(x, alpha)`` stands in for dS/dU; ``primitive(x, alpha)`` is its smooth step."""
 
     derivative: Callable[[torch.Tensor, float], torch.Tensor]
     primitive: Callable[[torch.Tensor, float], torch.Tensor]

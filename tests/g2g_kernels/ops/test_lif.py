@@ -570,7 +570,7 @@ def test_spikes_equal_snntorch_for_any_sizes(steps, batch, neurons, beta, thresh
             {"current": torch.zeros(4, 2, 5, dtype=torch.int64)},
             "current must be a floating-point tensor, not torch.int64",
         ),
-        ({"beta": torch.zeros(4)}, r"beta has shape \(4,\); expected a scalar or \[5\], one a neuron"),
+        ({"beta": torch.zeros(4)}, r"beta has shape \(4,\); expected a scalar or \[5\], one per neuron"),
         ({"beta": torch.zeros(2, 5)}, r"beta has shape \(2, 5\)"),
         ({"threshold": torch.ones(2)}, r"threshold has shape \(2,\); expected a scalar or \[5\]"),
         ({"steps": 0}, "steps=0 must be at least 1"),

@@ -69,7 +69,7 @@ def test_files_are_downloaded_once_from_the_mirror_that_has_them(tmp_path, small
 def test_a_download_with_another_checksum_is_refused(tmp_path, server):
     (server / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(b"something else"))
     with pytest.raises(
-        DataError, match=r"Connection refused.*t10k-labels-idx1-ubyte.gz: what is there has not the publ"
+        DataError, match=r"Connection refused.*t10k-labels-idx1-ubyte.gz: the file there does not have the publ"
     ):
         load_dataset("fashionmnist", tmp_path / "data")
     assert not [path for path in (tmp_path / "data").rglob("*.gz") if path.is_file()]
@@ -202,7 +202,7 @@ def test_the_size_of_arrays_is_known_before_they_are_read(tmp_path, monkeypatch)
         load_dataset(dataset_name(str(tmp_path / "mine.npz")), tmp_path)
     for content in (b"", b"PK\x05\x06" + bytes(18), b"text"):
         (tmp_path / "mine.npz").write_bytes(content)
-        with pytest.raises(DataError, match=r"mine\.npz does not hold such data"):
+        with pytest.raises(DataError, match=r"mine\.npz cannot be used as data"):
             load_dataset(dataset_name(str(tmp_path / "mine.npz")), tmp_path)
 
 

@@ -183,7 +183,7 @@ def test_every_surrogate_is_told_by_its_derivative(name, alpha):
 def test_a_constant_derivative_is_no_wide_boxcar():
     theirs = to_snntorch(SpikingStack([(G2GLinear.from_linear(nn.Linear(4, 3)), LIF())]))
     theirs.lif1.spike_grad = lambda x: (x > 0).float() + 0.25 * (x - x.detach())
-    with pytest.raises(ValueError, match="lif1: spike_grad is none of g2g's surrogates"):
+    with pytest.raises(ValueError, match="lif1: spike_grad is not one of g2g's surrogates"):
         from_snntorch(theirs)
 
 
@@ -194,7 +194,7 @@ def test_a_constant_derivative_is_no_wide_boxcar():
         ({"reset_delay": False}, "lif1: our LIF has no reset_delay=False; only snn.Leaky with reset_delay=True"),
         ({"graded_spikes_factor": 2.0}, "lif1: our LIF has no graded_spikes_factor; only snn.Leaky with .*=1"),
         ({"state_quant": lambda x: x}, "lif1: our LIF has no state_quant"),
-        ({"spike_grad": surrogate.triangular()}, "lif1: spike_grad is none of g2g's surrogates"),
+        ({"spike_grad": surrogate.triangular()}, "lif1: spike_grad is not one of g2g's surrogates"),
     ],
 )
 def test_neurons_that_the_stack_lacks_are_refused(options, message):
@@ -436,7 +436,7 @@ def test_a_graph_of_another_tool_is_read_with_its_own_resistance_and_time_step()
 
 def test_what_nir_cannot_carry_is_refused():
     with pytest.raises(
-        ValueError, match=r"reset='subtract' has no form in NIR, .*; train the network with reset='zero'"
+        ValueError, match=r"reset='subtract' cannot be written to NIR, .*; train the network with reset='zero'"
     ):
         to_nir(small_net())
     with pytest.raises(ValueError, match="lif1 has beta=1, no leak"):
@@ -459,7 +459,7 @@ def test_graphs_of_another_form_are_refused():
         with pytest.raises(ValueError, match=message):
             from_nir(nir.NIRGraph(nodes={**graph.nodes, **changes}, edges=graph.edges))
     nodes = {**graph.nodes, "lif1": None}  # as norse writes a recurrent cell
-    with pytest.raises(ValueError, match="node lif1 is empty: the tool that wrote the graph has no form of it in NIR"):
+    with pytest.raises(ValueError, match="node lif1 is empty: the tool that wrote the graph could not express it"):
         from_nir(nir.NIRGraph(nodes=nodes, edges=graph.edges, type_check=False))
     with pytest.raises(ValueError, match="no branches and no loops"):
         from_nir(nir.NIRGraph(nodes=graph.nodes, edges=[*graph.edges, ("lif1", "fc3")], type_check=False))
@@ -470,5 +470,5 @@ def test_graphs_of_another_form_are_refused():
 @pytest.mark.parametrize(("package", "convert"), [("nir", from_nir), ("nir", to_nir), ("snntorch", from_snntorch)])
 def test_without_the_package_the_error_names_the_extra(package, convert, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match=rf"this needs the package {package}; pip install 'g2g\[interop\]' brings it"):
+    with pytest.raises(ImportError, match=rf"needs the package {package}; pip install 'g2g\[interop\]' installs it"):
         convert(small_net(reset="zero"))

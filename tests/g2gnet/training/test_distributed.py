@@ -208,12 +208,12 @@ def test_where_one_dies_the_job_ends_with_a_message_and_one_goes_on(tmp_path):
 
 def test_other_decisions_are_noticed_at_once(faulty):
     _, errors = faulty("other draws", **VARIANTS["random rules, single weights"])
-    assert "error: the wiring after step 2 of rank 1 is not that of rank 0" in errors
+    assert "error: the wiring after step 2 of rank 1 differs from that of rank 0" in errors
 
 
 def test_weights_that_drift_apart_are_noticed_before_they_are_saved(faulty):
     files, errors = faulty("drift")
-    assert "error: the network after step 8 of rank 1 is not that of rank 0" in errors
+    assert "error: the network after step 8 of rank 1 differs from that of rank 0" in errors
     assert load(files)["step"] == 4
 
 
@@ -223,7 +223,7 @@ def test_processes_must_see_the_same_files(tmp_path, faulty):
     files.marker.unlink()
     before = files.checkpoint.read_bytes()
     _, errors = faulty("other directory")
-    assert re.search(r"error: the network after step (12|0) of rank 1 is not that of rank 0", errors), errors
+    assert re.search(r"error: the network after step (12|0) of rank 1 differs from that of rank 0", errors), errors
     assert files.checkpoint.read_bytes() == before
 
 
@@ -271,7 +271,7 @@ def cuda(monkeypatch, devices):
 @pytest.mark.parametrize(
     ("flags", "devices", "message"),
     [
-        (["--device", "cuda:0"], 2, "device=cuda:0 is one for all processes; give cuda, and each takes one of its own"),
+        (["--device", "cuda:0"], 2, "device=cuda:0 would serve all processes; give cuda, so that each takes its own"),
         (["--device", "cuda"], 1, "device='cuda:1': this machine has CUDA devices 0 … 0"),
         (["--device", "cuda", "--cuda_graph"], 2, "--cuda_graph is of one process; leave it out, or start one without"),
     ],
@@ -302,7 +302,7 @@ class Two(World):
 
 def test_too_many_processes_are_refused_before_any_work():
     settings = TrainSettings(**{**SMALL, "batch_size": 199})
-    message = "batch_size=199 leaves 1 of 200 images to the last batch of an epoch, less than one for each of 2"
+    message = "batch_size=199 leaves 1 of 200 images to the last batch of an epoch, fewer than one for each of 2"
     with pytest.raises(SettingsError, match=message):
         Trainer(settings, load_dataset(settings.dataset), Machine(torch.device("cpu"), world=Two()))
     three = Two()
@@ -427,7 +427,7 @@ def test_processes_that_part_are_told_and_one_that_says_so_is_alone(tmp_path):
     program.write_text(PARTING)
     done = launch(2, program, folder=tmp_path / "printed")
     assert done.statuses == [0, 0], done.stderr
-    assert done.stdout == "the wiring after step 1 of rank 1 is not that of rank 0; rewired\n" * 2
+    assert done.stdout == "the wiring after step 1 of rank 1 differs from that of rank 0; rewired\n" * 2
 
 
 # --- files that several processes need ----------------------------------------------------------------------------

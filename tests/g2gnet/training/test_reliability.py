@@ -106,7 +106,7 @@ def test_the_program_stops_after_the_step_or_at_once(tmp_path, signals):
     )
     assert "in the step\n" in iter(process.stdout.readline, "")
     process.send_signal(signals[0])
-    assert any("once more ends at once" in line for line in iter(process.stderr.readline, ""))
+    assert any("a second signal ends at once" in line for line in iter(process.stderr.readline, ""))
     for number in signals[1:]:
         process.send_signal(number)
     output, rest = process.communicate()
@@ -190,7 +190,7 @@ def test_the_checkpoint_before_a_damaged_one_is_used(tmp_path, monkeypatch, caps
     files = stop_at(tmp_path / "parts", 9, monkeypatch)
     output = capsys.readouterr()
     assert f"{files.checkpoint} cannot be read" in output.err
-    assert "Going back to the checkpoint before it" in output.err
+    assert "Using the previous checkpoint" in output.err
     assert f"resuming {files.previous} after epoch 2, step 8" in output.out
     # the damaged file did not take the place of the whole one
     assert (load(files)["step"], read_tensors(files.previous)["step"]) == (9, 8)
@@ -242,7 +242,7 @@ sys.exit(train.main({[*flags_of(SMALL), "--checkpoint_dir", str(tmp_path)]!r}))
     assert done.returncode == 1
     files = RunFiles(tmp_path, TrainSettings(**SMALL).stem)
     assert f"cannot write {files.checkpoint} (File too large)" in done.stderr
-    assert "Make room, then run the same command again to resume" in done.stderr
+    assert "Free space, then run the same command again to resume" in done.stderr
     assert "Traceback" not in done.stderr
     assert load(files)["epoch"] == 2
     assert run(tmp_path).marker.exists()
@@ -251,7 +251,7 @@ sys.exit(train.main({[*flags_of(SMALL), "--checkpoint_dir", str(tmp_path)]!r}))
 def test_a_second_run_of_the_same_name_is_refused(tmp_path):
     files = RunFiles(tmp_path, TrainSettings(**SMALL).stem)
     with files.locked():
-        with pytest.raises(CheckpointError, match=r"another run of this name is at work on .*mixer"):
+        with pytest.raises(CheckpointError, match=r"another run of this name is using .*mixer"):
             run(tmp_path)
         run(tmp_path, model="index")
     run(tmp_path)
@@ -284,7 +284,7 @@ def test_other_data_of_the_same_name_are_refused(tmp_path, monkeypatch, capsys):
     before = files.checkpoint.read_bytes()
     data = load_dataset(SMALL["dataset"])
     other = dataclasses.replace(data, train_labels=data.train_labels.roll(1))
-    with pytest.raises(CheckpointError, match=r"other data: their SHA-256 is .* there, [0-9a-f]+ now") as error:
+    with pytest.raises(CheckpointError, match=r"different data: their SHA-256 is .* there, [0-9a-f]+ now") as error:
         run_training(TrainSettings(**SMALL), lambda: other, tmp_path, Machine(torch.device("cpu")))
     assert "--data_dir" in str(error.value)
     assert files.checkpoint.read_bytes() == before
@@ -343,8 +343,8 @@ def test_what_is_not_finite_is_named_and_the_last_good_checkpoint_kept(tmp_path,
         run(tmp_path)
     files = RunFiles(tmp_path, TrainSettings(**SMALL).stem)
     assert str(error.value) == (
-        f"in step 6 {what} ceased to be finite; lower --lr (now 0.001). "
-        f"{files.checkpoint} is the last good checkpoint; it was left alone."
+        f"in step 6 {what} became non-finite; lower --lr (now 0.001). "
+        f"{files.checkpoint} is the last good checkpoint; it was not changed."
     )
     assert load(files)["epoch"] == 1
 
@@ -358,7 +358,7 @@ def test_a_loss_that_is_not_finite_is_named():
         return activity._replace(counts=activity.counts * torch.nan) if trainer.step == 2 else activity
 
     trainer.net.simulate = simulate_spoiled
-    with pytest.raises(TrainingError, match=r"in step 3 the loss and the gradient of lif3\..* ceased to be finite"):
+    with pytest.raises(TrainingError, match=r"in step 3 the loss and the gradient of lif3\..* became non-finite"):
         trainer.train_epoch()
     with pytest.raises(TrainingError, match="in step 3 the loss"):
         trainer.state_dict()

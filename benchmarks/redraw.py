@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from . import dst_study, model_comparison, recipe_study, study, surrogate_study, tradeoff_study
 from .first_run import comparison
-from .registry import KERNELS
+from .registry import COMPACT, KERNELS
 from .report import of_floor, seconds, title
 from .workload import Workload
 
@@ -156,14 +156,17 @@ def _step_in_short(record: Record, link: Link) -> str:
     """Our time against that of the baseline and of the fastest other contender."""
     content = record.content
     timed = {row["contender"]: row["median"] for row in content["contenders"] if row["status"] == "timed"}
-    ours = next(timed[name] for name in ("g2g-triton", "g2g-cpu", "g2g-torch") if name in timed)
+    name = next(name for name in ("g2g-triton", "g2g-cpu", "g2g-torch") if name in timed)
+    ours, compact = timed[name], timed.get(f"{name}-triangle")
+    flags = f"--surrogate {COMPACT['surrogate']} --alpha {COMPACT['alpha']:g}"
+    with_compact = f", or **{seconds(compact)}** with `{flags}`" if compact else ""
     others = {name: median for name, median in timed.items() if not name.startswith("g2g")}
     rivals = dict.fromkeys((content["baseline"], min(others, key=lambda name: others[name])))
     beside = [
         f"{seconds(timed[name])} for {title(name)} (**{timed[name] / ours:.3g} times** as long)" for name in rivals
     ]
     return (
-        f"**Speed.** A training step takes **{seconds(ours)}**, against {' and '.join(beside)}: "
+        f"**Speed.** A training step takes **{seconds(ours)}**{with_compact}, against {' and '.join(beside)}: "
         f"{_workload(content['workload'])}. Measured on {_machine(record, link)}."
     )
 
@@ -192,7 +195,10 @@ def _scaling(record: Record, link: Link) -> str:
         if one["line"]:
             largest = max(median for median in medians if median)
             fitted = [f"{100 * one['line']['intercept'] / largest:.0f} %", f"{one['line']['r_squared']:.3f}"]
-        rows.append([title(one["contender"]), *(seconds(m) if m else "–" for m in medians), *fitted])
+        name = title(one["contender"])
+        if content["quantity"] == "alpha":
+            name = name.removesuffix(f" α = {COMPACT['alpha']:g}")
+        rows.append([name, *(seconds(m) if m else "–" for m in medians), *fitted])
     first = places[0]
     fixed = [
         f"{words} {first[field]}"

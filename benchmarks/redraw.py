@@ -16,6 +16,7 @@ import json
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -185,6 +186,20 @@ def _models_in_short(record: Record, link: Link) -> str:
     )
 
 
+def _recipe_in_short(record: Record, link: Link) -> str:
+    """What the recipe reaches, and its command."""
+    content = record.content
+    row = next(row for row in content["rows"] if row["row"] == "the recipe")
+    command = f"python train.py {content['settings']} {row['flags']} --epochs {content['epochs']}"
+    lines = textwrap.wrap(command, 100, break_on_hyphens=False, break_long_words=False)
+    joined = " \\\n  ".join(lines)
+    return (
+        f"**A recipe.** {study.spread(row['ends'], study.accuracy)} % of {content['tested_on']} with "
+        f"{row['ends'][0]['weights']:,} weights, mean ± standard error of the mean after the last epoch. Measured on "
+        f"{_machine(record, link)}.\n\n```sh\n{joined}\n```"
+    )
+
+
 def _scaling(record: Record, link: Link) -> str:
     content = record.content
     places = content["workloads"]
@@ -282,6 +297,7 @@ PARTS: dict[str, tuple[str, Callable[[Record, Link], str]]] = {
     },
     "accuracy": ("accuracy", _accuracy),
     "model_comparison, in short": ("model_comparison", _models_in_short),
+    "recipe_study, in short": ("recipe_study", _recipe_in_short),
     **{name: (name, _study) for name in STUDIES},
     "predictions": ("predictions", _predictions),
 }

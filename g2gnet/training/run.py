@@ -3,7 +3,7 @@
 import contextlib
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -117,7 +117,19 @@ def run_epochs(
     # the first process has the files and standard output to itself
     with files.locked() if world.leads else contextlib.redirect_stdout(None):
         world.wait()  # until this run owns the files
-        return _run_epochs(settings, make_trainer, files, machine, finish, on_epoch)
+        with _denormals_flushed():
+            return _run_epochs(settings, make_trainer, files, machine, finish, on_epoch)
+
+
+@contextlib.contextmanager
+def _denormals_flushed() -> Iterator[None]:
+    """Adam's moments of weights that get no gradient shrink to denormal numbers, which slow it down."""
+    before = bool(torch.full((), 2e-38) * 0.5 == 0)
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(before)
 
 
 def _run_epochs(
@@ -137,8 +149,6 @@ def _run_epochs(
     checkpoint = files.load_checkpoint(settings.as_dict())
 
     make_deterministic(settings.seed)
-    # Adam's moments of weights without a gradient shrink to denormal numbers, which are slow
-    torch.set_flush_denormal(True)
     trainer = make_trainer()
     data, versions = trainer.data.fingerprint, machine.versions()
     world.check_same("the data", data)

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import json
+import signal
 
 import pytest
 import torch
@@ -85,6 +86,7 @@ def test_everything_that_is_predicted_is_measured_by_a_stage():
 
 
 def run(capsys, *flags: str) -> tuple[int, str]:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with SIGINT ignored
     status = first_run.main(["--device", "cpu", "--folder", "run", *flags])
     written = capsys.readouterr()
     return status, written.out + written.err

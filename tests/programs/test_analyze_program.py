@@ -43,7 +43,7 @@ def test_the_analysis_of_a_checkpoint_is_that_of_the_finished_run(tmp_path, caps
     assert [line.split()[0] for line in of_run.splitlines()[-4:-1]] == ["lif1", "lif2", "lif3"]
     assert f"{again['layers']['lif2']['firing_rate']:#.3g}" in of_run.splitlines()[-3]
     assert all(f"{name} group" in printed for name in again["layers"])
-    assert ("nothing between groups" in printed) == ("dense" in flags)
+    assert ("quantities between groups" in printed) == ("dense" in flags)
 
 
 def test_fewer_samples_give_the_analysis_of_those(checkpoint, tmp_path, capsys):

@@ -115,7 +115,7 @@ def test_a_truncated_file_is_named_with_the_remedy(tmp_path, small_files, compre
     with pytest.raises(DataError, match="damaged") as error:
         load_dataset("fashionmnist", tmp_path)
     assert str(tmp_path) in str(error.value)
-    assert "fetch" in str(error.value)
+    assert "download it again" in str(error.value)
 
 
 @pytest.mark.parametrize("compress", [True, False])

@@ -129,7 +129,7 @@ def test_without_the_published_weights_one_message_lists_the_remedies(tmp_path, 
     publish_resnet(monkeypatch, tmp_path / "hub", "cifar100").unlink()
     with pytest.raises(DataError) as error:
         load_resnet("cifar100")
-    for remedy in ("connect to the internet", f"fetch {NOBODY_LISTENS}", "--resnet_weights", "g2gnet.pretrain"):
+    for remedy in ("connect to the internet", f"download {NOBODY_LISTENS}", "--resnet_weights", "g2gnet.pretrain"):
         assert remedy in str(error.value)
 
 

@@ -301,12 +301,21 @@ def test_few_parameters_are_updated_by_one_thread_to_the_same_bits(monkeypatch, 
         assert_equal(trained(0), state)
 
 
-def test_training_takes_denormal_numbers_for_zero(tmp_path):
+def test_training_takes_denormal_numbers_for_zero_and_leaves_the_mode_as_it_was(tmp_path, monkeypatch):
     """Adam's moments of weights without a gradient become such numbers, on which many CPUs are slow."""
-    if not torch.set_flush_denormal(False):
-        pytest.skip("this CPU has no such mode")
-    try:
-        run(tmp_path, epochs=1)
-        assert torch.tensor(2e-38) * torch.tensor(0.5) == 0
-    finally:
-        torch.set_flush_denormal(False)
+
+    def flushed():
+        return bool(torch.tensor(2e-38) * torch.tensor(0.5) == 0)
+
+    evaluate, during = Trainer.evaluate, []
+    monkeypatch.setattr(Trainer, "evaluate", lambda *args: during.append(flushed()) or evaluate(*args))
+    for before in (False, True):
+        if not torch.set_flush_denormal(before):
+            pytest.skip("this CPU has no such mode")
+        try:
+            run(tmp_path / str(before), epochs=1)
+            assert flushed() == before
+        finally:
+            torch.set_flush_denormal(False)
+    assert during
+    assert all(during)

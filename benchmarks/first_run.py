@@ -32,6 +32,7 @@ from g2gnet.messages import say
 from .machine import describe
 from .predictions import CHIPS, FUSED_BATCHES, FUSED_UNITS, GROWING, OTHERS, RECORD, WAYS, scaling_stage
 from .report import seconds
+from .scaling import QUANTITIES
 from .study import markdown
 
 #: seconds that a stage may take
@@ -183,16 +184,12 @@ def earlier(stage: Stage, folder: Path) -> dict[str, Any] | None:
 # --- the page -----------------------------------------------------------------------------------------------------
 
 
-#: the workload's field that a scaling stage changes
-FIELDS = {"p_inter": "p_inter", "B": "batch_size", "H": "hidden_dim"}
-
-
 def measured(record: Any) -> dict[str, float]:
     """The median seconds of everything that a stage's record has a time for."""
     match record:
         case {"contenders": contenders, "quantity": quantity}:
             return {
-                f"{one['contender']}, {quantity} {place[FIELDS[quantity]]}": point["median"]
+                f"{one['contender']}, {quantity} {place[QUANTITIES[quantity].field]}": point["median"]
                 for one in contenders
                 for place, point in zip(record["workloads"], one["points"], strict=True)
                 if "median" in point
@@ -314,7 +311,10 @@ def first_run(arguments: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     machine = describe(torch.device(device))
     made = {name: before for name, stage in planned.items() if (before := earlier(stage, folder))}
-    draw = lambda: (folder / PAGE).write_text(page(made, list(planned), device, machine), encoding="utf-8")  # noqa: E731
+
+    def draw() -> None:
+        (folder / PAGE).write_text(page(made, list(planned), device, machine), encoding="utf-8")
+
     for name in arguments.stages or planned:
         if name in made and made[name]["status"] == "done":
             say(f"{name}: done before")

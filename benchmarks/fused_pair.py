@@ -8,7 +8,6 @@ sizes show that the program runs; the times mean nothing then.
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,7 +21,7 @@ from g2gnet.training.cuda_graph import CapturedStep
 
 from . import cli
 from .contender import autocast
-from .machine import describe, synchronize
+from .machine import describe, timed
 from .predictions import FUSED_BATCHES, FUSED_UNITS, fused_label
 from .registry import PRECISIONS
 from .report import grid, seconds
@@ -96,18 +95,6 @@ def replayed(work: Callable[[], Any], device: torch.device) -> Callable[[], Any]
     return replay
 
 
-def times(work: Callable[[], Any], device: torch.device, repeats: int) -> list[float]:
-    """Seconds of each turn."""
-    taken = []
-    for _ in range(repeats):
-        synchronize(device)
-        start = time.perf_counter()
-        work()
-        synchronize(device)
-        taken.append(time.perf_counter() - start)
-    return taken
-
-
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     """Times both ways at every size, prints the table and returns the record.
 
@@ -137,7 +124,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
                 with stack.choose(fused):
                     counts.append(layer.step().clone())
                     work = replayed(layer.step, device)
-                    taken = times(work, device, arguments.repeats)
+                    taken = [timed(work, device) for _ in range(arguments.repeats)]
                 found.append(
                     {
                         "what": fused_label(batch, block_size, fused),

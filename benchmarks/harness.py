@@ -9,7 +9,6 @@ import contextlib
 import importlib
 import multiprocessing
 import signal
-import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ import torch
 
 from .contender import Contender
 from .correctness import Judge, Verdict
-from .machine import PeakMemory, load_lazy_parts, synchronize
+from .machine import PeakMemory, load_lazy_parts, timed
 from .registry import KERNELS, Entry
 from .workload import Prepared, load
 
@@ -133,11 +132,7 @@ class _Session:
         """Seconds for one turn."""
         work = getattr(self.contender, KERNELS[self.job.kernel].method)
         self.contender.before_turn()
-        synchronize(self.device)
-        start = time.perf_counter()
-        work()
-        synchronize(self.device)
-        return time.perf_counter() - start
+        return timed(work, self.device)
 
     def forget_peak(self) -> None:
         self.memory.restart()

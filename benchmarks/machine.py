@@ -136,6 +136,15 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def timed(work: Callable[[], Any], device: torch.device) -> float:
+    """Seconds that ``work`` takes on ``device``."""
+    synchronize(device)
+    start = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
 def busy_cores(seconds: float = 0.2) -> float:
     """The number of busy cores during the next ``seconds``, while the caller sleeps; NaN if unknown."""
 
@@ -177,15 +186,11 @@ class Limits:
     def measure(self) -> None:
         """Adds one sample of each."""
         self._busy.append(busy_cores())
-        self._time("matrix", lambda: torch.mm(self._factors[0], self._factors[1], out=self._product))
-        self._time("copy", lambda: self._target.copy_(self._source))
-
-    def _time(self, name: str, work: Callable[[], Any]) -> None:
-        synchronize(self.device)
-        start = time.perf_counter()
-        work()
-        synchronize(self.device)
-        self._seconds[name].append(time.perf_counter() - start)
+        for name, work in (
+            ("matrix", lambda: torch.mm(self._factors[0], self._factors[1], out=self._product)),
+            ("copy", lambda: self._target.copy_(self._source)),
+        ):
+            self._seconds[name].append(timed(work, self.device))
 
     def rates(self) -> dict[str, float]:
         """``matrix_flop_per_s``, ``copy_bytes_per_s`` and, if known, ``others_busy_cores``."""

@@ -7,8 +7,7 @@ from typing import Any
 
 import matplotlib
 
-from .registry import COMPACT
-from .report import digest, seconds, title
+from .report import curve_title, digest, seconds, title
 from .study import standard_error
 
 matplotlib.use("Agg")
@@ -76,9 +75,7 @@ def _scaling(record: dict[str, Any]) -> Figure:
         colour = COLOURS.get(name, PEER)
         spread = [[p["median"] - p["p20"] for p in points], [p["p80"] - p["median"] for p in points]]
         style = {"color": colour, "marker": "o", "markersize": 4}
-        label = title(name)
-        if record["quantity"] == "alpha":
-            label = label.removesuffix(f" α = {COMPACT['alpha']:g}")
+        label = curve_title(name, record["quantity"])
         left.errorbar(x, [p["median"] for p in points], spread, capsize=3, label=label, **style)
         right.plot(x, [p["peak_bytes"] / 1e6 for p in points], **style)
         if colour == OURS and record["quantity"] != "alpha":  # which ATan knows nothing of

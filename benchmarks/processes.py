@@ -9,7 +9,6 @@ import json
 import math
 import os
 import shlex
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from g2gnet.training import TrainingError
 
 from .machine import describe
 from .report import grid, seconds
+from .study import train
 
 #: the largest relative difference of losses that the order of sums explains, a spike here and there included
 ALLOWED = 0.02
@@ -51,10 +51,7 @@ def epochs(launcher: Sequence[str], flags: str, device: str, folder: Path) -> li
     """
     command = [sys.executable, *launcher, "-m", "g2gnet.train", *shlex.split(flags)]
     command += ["--device", device, "--checkpoint_dir", str(folder)]
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise TrainingError(f"{shlex.join(command)} ended with {done.returncode}: {done.stderr.strip()[-2000:]}")
+    train(command, {"OMP_NUM_THREADS": "1", **os.environ})
     (history,) = folder.glob("*.jsonl")
     return [json.loads(line) for line in history.read_text(encoding="utf-8").splitlines()]
 

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from . import dst_study, model_comparison, recipe_study, study, surrogate_study, tradeoff_study
 from .first_run import comparison
 from .registry import COMPACT, KERNELS
-from .report import of_floor, seconds, title
+from .report import curve_title, of_floor, seconds, title
 from .workload import Workload
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -119,11 +119,6 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def _throughput(record: Record, link: Link) -> str:
     content = record.content
     rows = content["contenders"]
@@ -141,7 +136,7 @@ def _throughput(record: Record, link: Link) -> str:
         "first turn": lambda row: seconds(row["first_seconds"]),
     }
     shown = {name: cell for name, cell in columns.items() if flop or name != "GFLOP/s"}
-    table = _table(list(shown), [[cell(row) for cell in shown.values()] for row in timed])
+    table = study.markdown(list(shown), [[cell(row) for cell in shown.values()] for row in timed])
     kernel = KERNELS[content["kernel"]].about
     text = (
         f"{kernel[0].upper()}{kernel[1:]}: {_workload(content['workload'])}. {len(timed[0]['seconds'])} interleaved "
@@ -210,9 +205,7 @@ def _scaling(record: Record, link: Link) -> str:
         if one["line"]:
             largest = max(median for median in medians if median)
             fitted = [f"{100 * one['line']['intercept'] / largest:.0f} %", f"{one['line']['r_squared']:.3f}"]
-        name = title(one["contender"])
-        if content["quantity"] == "alpha":
-            name = name.removesuffix(f" α = {COMPACT['alpha']:g}")
+        name = curve_title(one["contender"], content["quantity"])
         rows.append([name, *(seconds(m) if m else "–" for m in medians), *fitted])
     first = places[0]
     fixed = [
@@ -234,7 +227,8 @@ def _scaling(record: Record, link: Link) -> str:
     header = [content["x_is"], *(f"{place['x']:.3g}" for place in places), "begins at", "R²"]
     return (
         f"![{what} against {content['x_is']}]({link(record.picture)})\n\n"
-        f"{what} of {first['model']}, {', '.join(fixed)}, on {_machine(record, link)}.\n\n{_table(header, rows)}"
+        f"{what} of {first['model']}, {', '.join(fixed)}, on {_machine(record, link)}.\n\n"
+        f"{study.markdown(header, rows)}"
     )
 
 
@@ -257,7 +251,7 @@ def _accuracy(record: Record, link: Link) -> str:
         f"{settings['dataset']}, {settings['limit_train'] or content['images']['train']:,} training images, T "
         f"{settings['T']}, H {settings['hidden_dim']}, batches of {settings['batch_size']}; dynamic: an update every "
         f"{settings['dst_interval']} steps. On {_machine(record, link)}.\n\n"
-        f"{_table(['', 'seed', 'an epoch', f'test accuracy after {last} epochs'], rows)}"
+        f"{study.markdown(['', 'seed', 'an epoch', f'test accuracy after {last} epochs'], rows)}"
     )
 
 
@@ -275,10 +269,10 @@ def _study(record: Record, link: Link) -> str:
 
 def _predictions(record: Record, link: Link) -> str:
     content = record.content
-    nexts = _table(
+    nexts = study.markdown(
         ["what decides", "what to try next"], [[f"`{name}`", text] for name, text in content["next"].items()]
     )
-    assumed = _table(["assumed", ""], [[name, f"{value:g}"] for name, value in content["assumed"].items()])
+    assumed = study.markdown(["assumed", ""], [[name, f"{value:g}"] for name, value in content["assumed"].items()])
     return (
         f"Written down on {content['written']} for an H100; those for H200 and A100 "
         f"are in the [record]({link(record.path)}).\n\n{comparison(content, {}, 'h100', tiny=False)}\n\n"

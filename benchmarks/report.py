@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from .harness import Outcome
+from .registry import COMPACT
 
 
 def summary(outcome: Outcome) -> dict[str, Any]:
@@ -86,6 +87,12 @@ TITLES = {
 def title(label: str) -> str:
     """A contender's name in words."""
     return TITLES[label.removesuffix("-bf16")] + (", bfloat16" if label.endswith("-bf16") else "")
+
+
+def curve_title(label: str, quantity: str) -> str:
+    """A contender's name in words where ``quantity`` grows: without its α where that is what grows."""
+    name = title(label)
+    return name.removesuffix(f" α = {COMPACT['alpha']:g}") if quantity == "alpha" else name
 
 
 def seconds(value: float) -> str:

@@ -6,6 +6,7 @@ network follows its active weights if that line fits and begins near zero.
 """
 
 import argparse
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -111,7 +112,8 @@ def scaling(arguments: argparse.Namespace) -> cli.Report:
     own = [[cli.workload_from(arguments, **quantity.of(entry, value)) for value in values] for entry in entries]
     machine = describe(device)
     print(cli.headline(machine))
-    prepared = [cli.prepare_with_bar(workload, arguments.data_dir)[1] for workload in workloads]
+    every = dict.fromkeys([*workloads, *itertools.chain.from_iterable(own)])
+    prepared = {workload: cli.prepare_with_bar(workload, arguments.data_dir) for workload in every}
     places = [
         {
             **one.workload.as_dict(),
@@ -120,13 +122,13 @@ def scaling(arguments: argparse.Namespace) -> cli.Report:
             "note": one.note,
             **work(one, arguments.kernel),
         }
-        for one in prepared
+        for _, one in map(prepared.__getitem__, workloads)
     ]
 
     jobs = [
-        Job(entry, cli.prepare_with_bar(workload, arguments.data_dir)[0], arguments.kernel, str(device))
-        for entry, workloads in zip(entries, own, strict=True)
-        for workload in workloads
+        Job(entry, prepared[workload][0], arguments.kernel, str(device))
+        for entry, of_entry in zip(entries, own, strict=True)
+        for workload in of_entry
     ]
     limits = Limits(device)
     with tqdm(total=len(jobs) * (1 + repeats), leave=False, disable=None) as bar:

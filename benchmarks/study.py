@@ -113,13 +113,14 @@ def wiring(mask: Any) -> dict[str, float]:
     return {**found, "inside": float(same.double().mean())}
 
 
-def train(command: Sequence[str]) -> None:
-    """One run, on one thread.
+def train(command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
+    """One run; on one thread, unless ``environment`` is given.
 
     Raises:
         TrainingError: with its output, if it failed.
     """
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"} if environment is None else environment
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise TrainingError(f"{shlex.join(command)} ended with {done.returncode}: {done.stderr.strip()[-2000:]}")
 

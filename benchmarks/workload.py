@@ -200,10 +200,10 @@ class Prepared:
     def event_share(self) -> float:
         """The share of the second hidden layer's neurons, over all steps and samples, that pass a gradient on
         (nonzero derivative of the surrogate). 1 for a surrogate without compact support."""
-        current, _, parameters = self.lif_inputs
-        lif = self.network("torch").lif2
+        net = self.network("torch")
+        current, lif = net.fc2(self._first_spikes), net.lif2
         derivative = SURROGATES[lif.surrogate].derivative
-        beta, threshold = parameters["beta"].clamp(0, 1), parameters["threshold"]
+        beta, threshold = lif.values["beta"].clamp(0, 1), lif.values["threshold"]
         membrane, passing = torch.zeros_like(current[0]), 0
         for step in current:
             membrane = beta * membrane + step - threshold * (membrane > threshold)

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import dst_study, model_comparison, recipe_study, study, surrogate_study, tradeoff_study
+from . import dst_study, flag_costs, model_comparison, recipe_study, study, surrogate_study, tradeoff_study
 from .first_run import comparison
 from .registry import COMPACT, KERNELS
 from .report import curve_title, of_floor, seconds, title
@@ -267,6 +267,17 @@ def _study(record: Record, link: Link) -> str:
     )
 
 
+def _flag_costs(record: Record, link: Link) -> str:
+    content = record.content
+    rounds = len(content["rows"][0]["seconds"]) // content["turn"]
+    return (
+        f"`--dataset fashionmnist {content['settings']}` and the flags of each row; {rounds} rounds of "
+        f"{content['turn']} steps in turn, after {content['steps_before']} steps. Median of a step; median over the "
+        f"rounds of what the flag adds, ± half the distance between the quartiles. On {_machine(record, link)}.\n\n"
+        f"{flag_costs.table(content)}"
+    )
+
+
 def _predictions(record: Record, link: Link) -> str:
     content = record.content
     nexts = study.markdown(
@@ -290,6 +301,7 @@ PARTS: dict[str, tuple[str, Callable[[Record, Link], str]]] = {
         for name in ("p_inter", "block_size", "groups", "T", "B", "H", "alpha")
     },
     "accuracy": ("accuracy", _accuracy),
+    "flag_costs": ("flag_costs", _flag_costs),
     "model_comparison, in short": ("model_comparison", _models_in_short),
     "recipe_study, in short": ("recipe_study", _recipe_in_short),
     **{name: (name, _study) for name in STUDIES},

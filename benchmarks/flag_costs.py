@@ -1,0 +1,184 @@
+"""What each training flag adds to the time of a training step: ``python -m benchmarks.flag_costs``.
+
+One trainer per flag, all on the same images and the same seed, each beside one with the defaults. They take turns of a
+few steps in a rotating order. A flag that changes what the network fires changes the time of event-driven kernels, too,
+so the firing rates stand beside the times. Steps that update the graph (DST) are timed apart: they come once per
+``--dst_interval`` steps, 1,000 by default.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from g2gnet.cli import add_json_flag, run_program, settings_from
+from g2gnet.data import ImageData, load_dataset
+from g2gnet.train import build_parser as training_parser
+from g2gnet.training import Machine, Trainer, TrainSettings
+
+from .machine import describe
+from .report import seconds
+from .study import markdown
+
+#: steps of a turn, the last of which updates the graph where there is DST
+TURN = 10
+DYNAMIC = f"--sparsity_mode dynamic --dst_interval {TURN}"
+FLAGS = (
+    "--lr_schedule cosine",
+    "--standardize",
+    "--dropout 0.2",
+    "--augment flip",
+    "--augment shift-flip",
+    f"{DYNAMIC} --cg random",
+    f"{DYNAMIC} --cg random --dst_schedule cosine --dst_stop 0.75",
+    f"{DYNAMIC} --cg hebb",
+    f"{DYNAMIC} --cg gradient",
+)
+
+
+class _TurnOver(Exception):  # noqa: N818  # not an error
+    """Leaves an epoch; the trainer resumes it in its next turn."""
+
+
+class Contender:
+    """A trainer and the seconds of its steps, by whether they updated the graph."""
+
+    def __init__(self, flags: str, common: str, data: ImageData) -> None:
+        self.flags = flags
+        settings = settings_from(training_parser().parse_args(f"{common} {flags}".split()), TrainSettings)
+        self.trainer = Trainer(settings, data, Machine(torch.device("cpu")))
+        self.plain: list[float] = []
+        self.update: list[float] = []
+
+    def turn(self) -> None:
+        """Trains for :data:`TURN` steps."""
+        start = time.perf_counter()
+
+        def on_step(*_: Any) -> None:
+            nonlocal start
+            updates = self.trainer.dst is not None and self.trainer.step % TURN == 0
+            (self.update if updates else self.plain).append(time.perf_counter() - start)
+            if self.trainer.step % TURN == 0:
+                raise _TurnOver
+            start = time.perf_counter()
+
+        try:
+            self.trainer.train_epoch(on_step)
+        except _TurnOver:
+            return
+        raise AssertionError("an epoch has more steps than the benchmark")
+
+    def firing_rates(self) -> list[float]:
+        """Of the hidden layers, so far in this epoch: spikes per neuron and step, 0 to 1."""
+        progress = self.trainer.progress
+        assert progress is not None
+        seen = self.trainer.step * self.trainer.settings.batch_size
+        hidden = self.trainer.settings.hidden_dim
+        return [layer.mean().item() / seen for layer in progress.firing_rates[: 2 * hidden].split(hidden)]
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Times all flags in turn, prints the table and returns the record."""
+    data = load_dataset("fashionmnist", arguments.data_dir)
+    common = f"--model index --hidden_dim {arguments.hidden_dim} --T {arguments.T} --device cpu"
+    contenders = [Contender(flags, common, data) for flags in ("", *FLAGS)]
+    rounds = arguments.warm_up + arguments.rounds
+    for number in tqdm(range(rounds), desc="rounds", leave=False, disable=None):
+        if number == arguments.warm_up:
+            for contender in contenders:
+                contender.plain.clear()
+                contender.update.clear()
+        first = number % len(contenders)
+        for contender in (*contenders[first:], *contenders[:first]):
+            contender.turn()
+    record = {
+        "benchmark": "flag_costs",
+        "machine": describe(torch.device("cpu")),
+        "settings": common,
+        "steps_before": arguments.warm_up * TURN,
+        "turn": TURN,
+        "rows": [
+            {
+                "flags": contender.flags,
+                "seconds": contender.plain,
+                "update_seconds": contender.update,
+                "firing_rates": contender.firing_rates(),
+            }
+            for contender in contenders
+        ],
+    }
+    print(table(record))
+    return record
+
+
+def cost(row: dict[str, Any], default: dict[str, Any]) -> tuple[float, float]:
+    """What a flag adds to a step, as a share of it: median over the rounds of the ratio of medians, and half the
+    distance between the ratios' quartiles.
+
+    The steps of one round are compared with one another, since the machine may change from round to round.
+    """
+
+    def by_round(times: Sequence[float], steps: int) -> list[float]:
+        return [statistics.median(times[at : at + steps]) for at in range(0, len(times), steps)]
+
+    rounds = len(default["seconds"]) // TURN
+    steps = len(row["seconds"]) // rounds
+    ratios = [a / b for a, b in zip(by_round(row["seconds"], steps), by_round(default["seconds"], TURN), strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    return middle - 1, (high - low) / 2
+
+
+def table(record: dict[str, Any]) -> str:
+    """Time of a step and of an update for each flag, and what the flag adds."""
+    default = record["rows"][0]
+    step = statistics.median(default["seconds"])
+    show: Callable[[float], str] = seconds
+    rows = []
+    for row in record["rows"]:
+        added, spread = cost(row, default)
+        update = "–"
+        if row["update_seconds"]:
+            median = statistics.median(row["update_seconds"])
+            update = f"{show(median)} ({100 * (median - step) / step / 1000:+.2f} % of 1,000 steps)"
+        rows.append(
+            [
+                f"`{row['flags']}`" if row["flags"] else "the defaults",
+                show(statistics.median(row["seconds"])),
+                f"{100 * added:+.1f} ± {100 * spread:.1f} %" if row["flags"] else "",
+                ", ".join(f"{100 * rate:.1f}" for rate in row["firing_rates"]),
+                update,
+            ]
+        )
+    header = ["", "step", "added to a step", "firing rate, %, layers 1 and 2", "step that updates the graph"]
+    return markdown(header, rows)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {__package__}.flag_costs",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--data_dir", default="data", metavar="DIR", help="directory of the data sets (default: data)")
+    for name, default, text in (
+        ("rounds", 8, f"rounds of {TURN} timed steps"),
+        ("warm_up", 3, f"rounds of {TURN} steps before them"),
+        ("hidden_dim", 2048, "neurons in each of the two hidden layers"),
+        ("T", 50, "time steps per sample"),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})")
+    add_json_flag(parser, "every timing")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_program(build_parser(), measure, argv, "nothing was written")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

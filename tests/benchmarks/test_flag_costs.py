@@ -1,0 +1,32 @@
+"""The time that a training flag adds to a step."""
+
+import json
+
+import pytest
+
+from benchmarks import flag_costs
+from g2gnet.data import load_dataset
+
+
+def test_flags_take_turns_and_updates_are_timed_apart(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(flag_costs, "load_dataset", lambda *_: load_dataset("fashionmnist-mini"))
+    monkeypatch.setattr(flag_costs, "TURN", 2)
+    monkeypatch.setattr(flag_costs, "FLAGS", ("--standardize", "--sparsity_mode dynamic --dst_interval 2 --cg random"))
+    path = tmp_path / "record.json"
+    arguments = ["--rounds", "2", "--warm_up", "1", "--hidden_dim", "16", "--T", "2", "--json"]
+    assert flag_costs.main([*arguments, str(path)]) == 0
+    default, standardized, dynamic = json.loads(path.read_text())["rows"]
+    assert [len(row["seconds"]) for row in (default, standardized, dynamic)] == [4, 4, 2]
+    assert [len(row["update_seconds"]) for row in (default, standardized, dynamic)] == [0, 0, 2]
+    assert all(0 < second < 60 for row in (default, standardized, dynamic) for second in row["seconds"])
+    assert default["firing_rates"] != standardized["firing_rates"]
+    assert "| `--standardize` |" in capsys.readouterr().out
+
+
+def test_steps_of_one_round_are_compared():
+    """The machine is twice as slow in the second round; the flag adds a tenth, then two tenths, then nothing."""
+    default = {"seconds": [1.0] * flag_costs.TURN + [2.0] * flag_costs.TURN + [1.0] * flag_costs.TURN}
+    row = {"seconds": [1.1] * 3 + [2.4] * 3 + [1.0] * 3}
+    added, spread = flag_costs.cost(row, default)
+    assert added == pytest.approx(0.1)
+    assert spread == pytest.approx(0.1)

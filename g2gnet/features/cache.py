@@ -49,7 +49,7 @@ def load_features(
         if parts is None:
             network = load_resnet(dataset, weights).to(device)
             if kind in ("cpu", "cuda"):
-                # twice as fast on a CPU with AVX-512, in batches that stay in its caches; PyTorch 2.13 has no type for it
+                # twice as fast on a CPU with AVX-512, in batches that stay in its caches; typed since PyTorch 2.15
                 network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, unused-ignore]
             images = load_dataset(dataset, data_dir)
             say(f"computing the ResNet-32 features of {dataset}")

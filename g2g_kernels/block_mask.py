@@ -1,7 +1,7 @@
 """Which blocks of weights exist: the one description of a sparse layer's graph.
 
 Kernels, dynamic sparse training, plots and checkpoints all read a :class:`BlockMask`. It holds indices only; the
-weights themselves are *packed*, one [unit_rows, unit_cols] tile per present unit, in a tensor of the caller's.
+weights themselves are *packed*, one [unit_rows, unit_cols] tile per present unit, in a tensor that the caller owns.
 """
 
 import copy
@@ -29,7 +29,7 @@ class AxisTensors(NamedTuple):
 
 
 class MaskTensors(NamedTuple):
-    """The tensors of a :class:`BlockMask`, for operators, each of which takes what it needs."""
+    """The tensors of a :class:`BlockMask`, for operators; each uses those that it needs."""
 
     unit_row: torch.Tensor
     unit_col: torch.Tensor
@@ -46,14 +46,14 @@ class MaskTensors(NamedTuple):
         return self.rows.order.shape[0], self.cols.order.shape[0]
 
     def every(self) -> list[torch.Tensor]:
-        """All of the tensors, one after the other."""
+        """All tensors in order."""
         return [*self[:6], *self.rows, *self.cols]
 
 
 class _Indices(nn.Module):
-    """A module with index tensors that are no buffers: they move with it, and nobody averages them.
+    """A module whose index tensors move with it but are not buffers, so they are never averaged.
 
-    Weight averages (EMA, SWA) walk over the buffers of a model and of its copy, and an average of two indices is none.
+    Weight averages (EMA, SWA) average the buffers of a model and its copy, and an average of two indices is no index.
     """
 
     INDICES: ClassVar[tuple[str, ...]]
@@ -69,9 +69,9 @@ class UnitAxis(_Indices):
     """One side of a weight matrix, sorted by group and cut into ranges of at most ``block_size`` neurons.
 
     A group of n neurons is cut into ⌈n / block_size⌉ ranges whose lengths differ by at most one, the longer ones
-    first: 98 neurons by 16 are seven ranges of 14. Units are thus alike. Were the last range of a group a short one,
-    scores of its small units would be noisy, DST would drift towards them, and a layer would lose weights although it
-    keeps its units. All tensors are derived from the layout.
+    first: 98 neurons by 16 are seven ranges of 14. So all units have nearly the same size. If the last range of
+    a group were short, the scores of its small units would be noisy, DST would drift towards them, and a layer would
+    lose weights while keeping its number of units. All tensors are derived from the layout.
 
     Attributes:
         order: int64 [size], the neuron at each place of the group-sorted order.
@@ -142,17 +142,17 @@ class BlockMask(_Indices):
     """The units (blocks of weights) that a sparse [out, in] weight matrix has.
 
     A unit is a block of at most ``block_size`` × ``block_size`` weights in group-sorted order that never crosses a
-    group's edge: groups are cut into as few and as equal ranges as can be (:class:`UnitAxis`). Each present unit has a
-    *slot*, its place in the packed values [num_units, unit_rows, unit_cols], where a unit that is one neuron shorter
-    than others is padded. What stands in the padding counts for nothing.
+    group's edge: each group is cut into as few ranges as possible, of nearly equal length (:class:`UnitAxis`). Each
+    present unit has a *slot*, its place in the packed values [num_units, unit_rows, unit_cols]. A unit that is one
+    neuron shorter than others is padded; the padding is ignored.
 
-    The mask is an ``nn.Module``, so it moves, copies, pickles and saves with the layer that owns it. Its indices are no
-    buffers, so that weight averages leave them alone. :meth:`relabel_` gives slots to other units in place: shapes and
+    The mask is an ``nn.Module``, so it moves, copies, pickles and saves with the layer that owns it. Its indices are
+    not buffers, so weight averages leave them alone. :meth:`relabel_` gives slots to other units in place: shapes and
     addresses never change.
 
-    The one buffer, ``wiring``, is for others: it says in floats what the mask is, and :meth:`receive` takes over what
-    was copied into it. DistributedDataParallel sends buffers from process to process when it is made; networks that
-    were drawn differently become alike by this.
+    Its one buffer, ``wiring``, describes the mask in floats, and :meth:`receive` adopts a description that was copied
+    into it. DistributedDataParallel broadcasts buffers when it is created, so networks that were drawn differently
+    become equal.
 
     Args:
         out_layout, in_layout: the groups of the output and input neurons.
@@ -161,7 +161,7 @@ class BlockMask(_Indices):
 
     Attributes:
         rows, cols: :class:`UnitAxis` of the output and the input side.
-        changes: how often units have changed in place.
+        changes: the number of changes of units so far.
         unit_row, unit_col: int32 [num_units], the coordinates of the unit in each slot.
         row_ptr, row_slot: int32 [rows.num_units + 1], int32 [num_units]: the slots of block row r, by column, are
             ``row_slot[row_ptr[r] : row_ptr[r + 1]]``.
@@ -213,9 +213,9 @@ class BlockMask(_Indices):
         """Draws a random graph: units inside a group with probability ``p_intra``, between groups ``p_inter``.
 
         Each block row gets ⌊p·n⌋ or ⌈p·n⌉ of its n candidate units of either sort (randomised rounding, so that
-        the probability of each unit is exactly p), at uniformly drawn places: rows carry equal work.
+        the probability of each unit is exactly p), at uniformly drawn places, so rows have equal work.
 
-        Which groups of the two sides are one: ``g2g_kernels.groups.partners``.
+        ``g2g_kernels.groups.partners`` defines which groups of the two sides count as one.
         """
         for name, p in (("p_intra", p_intra), ("p_inter", p_inter)):
             if not 0.0 <= p <= 1.0:
@@ -245,9 +245,9 @@ class BlockMask(_Indices):
         return mask
 
     def filled(self) -> "BlockMask":
-        """The mask with every unit of the same grid, that of slot u being ``flat_unit`` u.
+        """The mask with every unit of the same grid; slot u holds the unit whose ``flat_unit`` is u.
 
-        It shares this mask's axes, and making it does not wait for the device.
+        It shares this mask's axes. Creating it does not wait for the device.
         """
         full = BlockMask.__new__(BlockMask)
         nn.Module.__init__(full)
@@ -281,7 +281,7 @@ class BlockMask(_Indices):
         return result
 
     def _set_units(self, unit_row: torch.Tensor, unit_col: torch.Tensor) -> None:
-        """Checks the coordinates, stores them and builds both indices anew (other shapes are allowed)."""
+        """Checks and stores the coordinates and rebuilds both indices (shapes may change)."""
         device = self.rows.order.device
         check_integers("unit_row", unit_row)
         check_integers("unit_col", unit_col)
@@ -322,7 +322,7 @@ class BlockMask(_Indices):
     def relabel_(self, slots: torch.Tensor, unit_row: torch.Tensor, unit_col: torch.Tensor) -> None:
         """Gives ``slots`` (integer [k]) to the units at these coordinates, in place; the count stays.
 
-        The caller sees to it that no unit is named twice (checking would stop an accelerator's queue).
+        The caller ensures that no unit is named twice (a check would wait for an accelerator).
         """
         self.unit_row[slots] = unit_row.to(torch.int32)
         self.unit_col[slots] = unit_col.to(torch.int32)
@@ -332,8 +332,8 @@ class BlockMask(_Indices):
     def become_(self, other: "BlockMask") -> None:
         """Takes over the units of another mask of the same ``shape``, and their slots.
 
-        In place where both have as many units and ranges, so that whoever holds these tensors (a captured graph, say)
-        sees the new ones.
+        This happens in place if both have the same numbers of units and ranges, so a captured graph that holds these
+        tensors sees the new units.
         """
         mine, theirs = (
             [*mask.tensors()[:6], *(getattr(axis, name) for axis in (mask.rows, mask.cols) for name in axis.INDICES)]
@@ -365,22 +365,22 @@ class BlockMask(_Indices):
         self._see()
 
     def _see(self) -> None:
-        #: the version of ``wiring`` that was looked at last, and whether it had been changed from outside
+        #: the version of ``wiring`` that was checked last, and whether it had been changed from outside
         self._seen, self._received = version(self.wiring), False
 
     def _wiring(self) -> torch.Tensor:
         """float32, whole numbers: group of each neuron on both sides, unit_row, unit_col, block size, sum."""
-        # clamp: what to_empty leaves behind, until a state is loaded, may be anything
+        # clamp: between to_empty and loading a state, indices are arbitrary
         groups = [axis.group_of_unit[axis.unit_of.clamp(0, axis.num_units - 1)] for axis in (self.rows, self.cols)]
         size = self.unit_row.new_full((1,), self.block_size)
         numbers = torch.cat([*groups, self.unit_row.long(), self.unit_col.long(), size])
         return torch.cat([numbers, _check_sum(numbers)]).to(torch.float32)
 
     def receive(self) -> None:
-        """Becomes the mask that somebody has copied into ``wiring``, if somebody has; what is no mask is ignored.
+        """Becomes the mask that was copied into ``wiring``, if any; content that describes no mask is ignored.
 
-        Processes that train together send one another the same buffers at every step. In training mode only the first
-        change is looked at, therefore, since that waits for the device.
+        Data-parallel processes broadcast the same buffers at every step. Checking a change waits for the device, so in
+        training mode only the first one is checked.
         """
         if version(self.wiring) == self._seen or (self._received and self.training):
             return
@@ -451,7 +451,7 @@ class BlockMask(_Indices):
         return 1.0 - self.density
 
     def valid(self) -> torch.Tensor:
-        """bool [num_units, unit_rows, unit_cols], false in the padding of units shorter than others."""
+        """bool [num_units, unit_rows, unit_cols], false in the padding of shorter units."""
         place_row = torch.arange(self.rows.width, device=self.unit_row.device)
         place_col = torch.arange(self.cols.width, device=self.unit_row.device)
         row_ok = place_row < self.rows.lengths[self.unit_row.long()][:, None]
@@ -509,10 +509,10 @@ class BlockMask(_Indices):
     # --- pictures -----------------------------------------------------------------------------------------------
 
     def to_string(self, max_cells: int = 64) -> str:
-        """A picture of the unit grid, one character a cell: ``█`` all units of the cell present, ``░`` none.
+        """A picture of the unit grid, one character per cell: ``█`` all units of the cell present, ``░`` none.
 
-        A grid larger than ``max_cells`` in either direction is drawn with several units to a cell, and ``▒`` and
-        ``▓`` stand for up to and above half of them.
+        A grid larger than ``max_cells`` in either direction is drawn with several units per cell; ``▒`` means up to
+        half of them present, ``▓`` more than half.
         """
         grid = self.present().cpu().float()[None, None]
         if max(self.grid) > max_cells:
@@ -544,14 +544,15 @@ class BlockMask(_Indices):
         """The mask with that ``state_dict`` (the tensors :data:`STATE`), on the CPU.
 
         Raises:
-            ValueError: if they describe no mask, or one whose groups are cut into other ranges than here, or one of
-                another ``shape`` (out, in) than asked for.
+            ValueError: if they describe no mask, if its groups are cut into other ranges than here, or if its shape
+                (out, in) is not ``shape``.
         """
         if "row_bounds" not in state and "col_bounds" not in state:
             raise ValueError(
-                "the mask was saved by a version whose groups could end in a short unit; units are alike now, and it "
-                "fits none of them. Train the network again; or save dense_weight() of each layer with that version, "
-                "and give BlockMask.from_dense(weight != 0), units of single weights, to G2GLinear.from_linear here"
+                "the mask was saved by a version whose groups could end in a short unit; now all units have nearly the "
+                "same size, and it does not fit. Train the network again; or save dense_weight() of each layer with "
+                "that version and pass BlockMask.from_dense(weight != 0), units of single weights, to "
+                "G2GLinear.from_linear"
             )
         for name in cls.STATE:
             check_integers(name, state[name])
@@ -569,7 +570,7 @@ class BlockMask(_Indices):
         )
         for name, axis in (("row_bounds", mask.rows), ("col_bounds", mask.cols)):
             if not torch.equal(state[name].cpu().long(), axis.bounds.long()):
-                raise ValueError(f"{name} are not those of groups cut into units of at most {mask.block_size}")
+                raise ValueError(f"{name} do not match groups cut into units of at most {mask.block_size}")
         return mask
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
@@ -599,13 +600,13 @@ class BlockMask(_Indices):
 
 
 def _check_sum(numbers: torch.Tensor) -> torch.Tensor:
-    """int64 [1], a number below 2²⁰ that other whole numbers would hardly have."""
+    """int64 [1], a checksum below 2²⁰ of whole numbers."""
     place = torch.arange(1, len(numbers) + 1, device=numbers.device)
     return (numbers * (place * 7919 % 10007)).sum(0, keepdim=True) % (1 << 20)
 
 
 def version(tensor: torch.Tensor) -> int:
-    """Grows whenever somebody writes to the tensor; of one made in inference mode it is not known."""
+    """A number that grows whenever the tensor is written to; −1 for one created in inference mode, which has none."""
     return -1 if tensor.is_inference() else tensor._version
 
 
@@ -624,10 +625,10 @@ class _Side(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class _View:
-    """What one pass sees of a mask; the tensors are the mask's own.
+    """What one pass uses of a mask; the tensors are the mask's own.
 
-    A pass saves them for its backward pass, so that PyTorch refuses the gradient of a mask that has changed in place
-    in the meantime, which would be that of other weights.
+    A pass saves them for its backward pass, so PyTorch refuses the gradient if the mask has changed in place in the
+    meantime: it would be the gradient of other weights.
     """
 
     unit_row: torch.Tensor

@@ -1,6 +1,6 @@
-"""Dense weights into packed units and back: the one place that knows how the two lie in memory.
+"""Converts dense weights to packed units and back: the only module that knows how both lie in memory.
 
-A side of the matrix is a :class:`Side`: ranges of ``width`` *places* each, the last places of a short range without a
+A side of the matrix is a :class:`Side`: ranges of ``width`` *places* each; the last places of a shorter range have no
 neuron. A unit's tile is the rectangle of places of one range of rows and one of columns.
 """
 
@@ -14,9 +14,9 @@ class Side(Protocol):
 
     Attributes:
         num_units, width: the number of ranges, and of places in each.
-        column: int64 [num_units · width], which row or column of the dense matrix stands at each place, one past the
-            last where there is none; None if place p is column p.
-        place: the place of each row or column of the dense matrix; None likewise.
+        column: int64 [num_units · width], the row or column of the dense matrix at each place, one past the last if
+            there is none; None if place p is column p.
+        place: the place of each row or column of the dense matrix; None in the same case.
         holes: whether there are rows or columns without a place, for which ``place`` is one past the last.
     """
 
@@ -33,7 +33,7 @@ class Side(Protocol):
 
 
 class Units(Protocol):
-    """Which units there are: their coordinates int32 [num_units], and the two sides."""
+    """The units that exist: their coordinates, int32 [num_units], and the two sides."""
 
     @property
     def unit_row(self) -> torch.Tensor: ...
@@ -74,7 +74,7 @@ def unpacked(values: torch.Tensor, units: Units) -> torch.Tensor:
 
 
 def _gathered(matrix: torch.Tensor, dim: int, index: torch.Tensor | None, past_the_end: bool = True) -> torch.Tensor:
-    """``matrix`` at ``index`` along ``dim``, with zeros ``past_the_end`` if the index goes there."""
+    """``matrix`` at ``index`` along ``dim``; zeros where the index is ``past_the_end``, if it may be."""
     if index is None:
         return matrix
     if past_the_end:

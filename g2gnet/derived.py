@@ -7,15 +7,15 @@ import torch
 
 #: why, and what to do instead
 NOT_WRITABLE = (
-    "of a G2GLinear is computed from its packed values wherever it is read. Change layer.values "
+    "of a G2GLinear is computed from its packed values at every access. Change layer.values "
     "(layer.values.data.copy_(layer.mask.pack(weight)), layer.reset_parameters(), layer.values.requires_grad_(False)), "
-    "or make a new layer: G2GLinear.from_linear(linear, mask)"
+    "or create a new layer: G2GLinear.from_linear(linear, mask)"
 )
 
 
 class DerivedWeight(torch.Tensor):
-    """The dense weight of a :class:`~g2gnet.G2GLinear`, to be read. What is computed from it are ordinary tensors, and
-    so are its copies; what shares its memory (views, ``detach()``, ``.data``) is not to be written to either.
+    """The dense weight of a :class:`~g2gnet.G2GLinear`, for reading only. Copies and results computed from it are
+    ordinary tensors. Tensors that share its memory (views, ``detach()``, ``.data``) cannot be written to either.
     """
 
     @classmethod

@@ -1,6 +1,6 @@
-"""Dynamic sparse training: every so often the weakest units are pruned and as many new ones grown.
+"""Dynamic sparse training: at regular intervals the weakest units are pruned and as many new ones are grown.
 
-Works on :class:`G2GLinear` layers and any optimizer whose state of grown units can begin anew
+Works on :class:`G2GLinear` layers with any optimizer that lets the state of grown units be reset
 (:mod:`g2gnet.optimizer_state`).
 """
 
@@ -27,8 +27,8 @@ from g2gnet.seeding import draw_device, stream
 
 logger = logging.getLogger("g2gnet")
 
-#: units of this many neurons on a side, and wider ones, are added up by a product: one pass over the samples, where
-#: scaling, padding and ordering them takes many
+#: units of at least this many neurons on a side are summed by a matrix product: one pass over the samples, where
+#: scaling, padding and reordering take several
 PRODUCT_WIDTH = 4
 
 
@@ -60,7 +60,7 @@ def unit_correlation(pre: torch.Tensor, post: torch.Tensor, mask: BlockMask, wor
 def _squares(train: torch.Tensor) -> torch.Tensor:
     """Σ x² over the samples of a train [..., N], for each neuron: [N]; exact for spikes."""
     total = train.new_zeros(train.shape[-1])
-    for samples in train.reshape(-1, train.shape[-1]).split(512):  # whose squares stay in a cache
+    for samples in train.reshape(-1, train.shape[-1]).split(512):  # their squares fit into the cache
         total += samples.square().sum(0)
     return total
 
@@ -94,7 +94,7 @@ def _first(
 ) -> torch.Tensor:
     """Indices of the ``count`` entries of least ``cost`` [n]; equal ones in the order of a uniform draw.
 
-    What is not a number comes after every number, and the entries where ``last`` [n] is true after all others.
+    NaN comes after every number. Entries where ``last`` [n] is true come after all others.
     """
     order = torch.randperm(len(cost), generator=generator, device=generator.device).to(cost.device)
     cost = torch.where(cost.isnan(), torch.inf, cost)
@@ -104,12 +104,12 @@ def _first(
 
 
 class _Outcome(NamedTuple):
-    """What came of an update, on the device until somebody asks."""
+    """The result of an update; it stays on the device until it is read."""
 
     step: int
     layers: list[int]
-    finite: torch.Tensor  # bool [2 · layers]: whether prune and grow scores of each layer are
-    units: int  # replaced, if all of them are
+    finite: torch.Tensor  # bool [2 · layers]: for the prune and grow scores of each layer
+    units: int  # replaced, if all scores are finite
 
 
 class DSTScheduler:
@@ -118,41 +118,41 @@ class DSTScheduler:
     As with a learning-rate scheduler, call :meth:`step` after each ``optimizer.step()``. In an update, each layer loses
     the ``fraction`` of its units with the lowest prune score and gains as many, with the highest grow score, among
     those that were inactive before. A unit's score is taken over its weights. Grown weights start at zero, here and in
-    averages of the model (:class:`G2GLinear`), and their optimizer state as that of any weight does. Frozen layers stay
-    as they are. An update whose scores are not finite, after a step with a NaN in it, say, is left out; the logger
-    ``g2gnet`` says so when ``pruned`` or the state is next asked for. A scheduler is copied and pickled together with
+    averages of the model (:class:`G2GLinear`), and their optimizer state as for any new weight. Frozen layers do not
+    change. An update whose scores are not finite (for example after a step with a NaN) is skipped; the logger
+    ``g2gnet`` reports it when ``pruned`` or the state is next read. A scheduler can be copied and pickled together with
     its model and optimizer, at any step.
 
     Args:
-        model: a model, all of whose :class:`G2GLinear` layers are rewired and whose activity is recorded where a rule
-            needs it (:class:`ActivityRecorder`); or the layers, from input to output, whose activity :meth:`step` gets.
-        optimizer: holds the layers' ``values``; optimizers inside others are found.
+        model: a model: all its :class:`G2GLinear` layers are rewired, and its activity is recorded if a rule needs it
+            (:class:`ActivityRecorder`). Or the layers, from input to output; :meth:`step` then takes their activity.
+        optimizer: holds the layers' ``values``; wrapped optimizers are found too.
         interval: optimizer steps between updates.
         fraction: share of the units replaced in an update, 0 to 1.
         prune: ``"set"`` lowest mean ``|w|`` (Mocanu et al. 2018); ``"random"``; ``"hebb"`` lowest correlation.
         grow: ``"hebb"`` highest correlation; ``"random"``; ``"gradient"`` largest root mean square of ∂L/∂W over the
-            unit, in the step of the update (Evci et al. 2020, for units). In that step alone the layers run with every
-            unit (:class:`g2gnet.layers.AbsentGradient`), which costs what a dense layer costs. ``"hebb"`` and
-            ``"gradient"`` have what is compiled run uncompiled in the step before an update.
-        seed: of the draws that break ties and make the random rules.
-        process_group: the processes of data-parallel training, each of which has a scheduler like this one and sees a
-            part of the samples: scores are those over all samples, and after every update the processes make
-            sure that they have the same units. ``"world"``: all processes that ``torch.distributed`` has joined, if it
-            has. None: this process is on its own, whatever else there is.
+            unit, in the step of the update (Evci et al. 2020, for units). Only in that step the layers run with every
+            unit (:class:`g2gnet.layers.AbsentGradient`), at the cost of a dense layer. With ``"hebb"`` and
+            ``"gradient"``, compiled code runs uncompiled in the step before an update.
+        seed: of the draws that break ties and drive the random rules.
+        process_group: the processes of data-parallel training. Each has a scheduler like this one and sees a part of
+            the samples. Scores are computed over all samples, and after every update the processes check that they
+            have the same units. ``"world"``: all processes of ``torch.distributed``, if it is initialised. None: this
+            process alone.
         schedule: ``"constant"``, or ``"cosine"``: in step s the fraction is multiplied by ½(1 + cos πs/S), S being the
             step of the last update.
-        stop: the share of training, above 0 and at most 1, after which nothing is replaced any more.
+        stop: the share of training, above 0 and at most 1, after which no unit is replaced.
         total_steps: the optimizer steps of the whole training, which ``"cosine"`` and ``stop`` refer to.
-        reset_state: for optimizers that keep states of another shape than that of the weights (factored, flat): called
-            as ``reset_state(optimizer, values, fresh)`` for each layer after an update, with its packed weights and a
-            bool tensor [num_units], true for the units whose state is to begin anew.
+        reset_state: for optimizers whose states differ in shape from the weights (factored, flat): called as
+            ``reset_state(optimizer, values, fresh)`` for each layer after an update, with its packed weights and a bool
+            tensor [num_units], true for the units whose state must be reset.
 
     Attributes:
         pruned, grown: units pruned and grown so far, over all layers.
 
     Raises:
         ValueError: for an option out of range, no layer, a layer that the optimizer does not hold, an optimizer whose
-            states cannot be reset, or if every unit is present, so that nothing could grow.
+            states cannot be reset, or if every unit is present, so none can grow.
     """
 
     def __init__(
@@ -199,7 +199,7 @@ class DSTScheduler:
         else:
             self.layers = list(model)
         if not self.layers:
-            raise ValueError("there is no G2GLinear layer to rewire; g2gnet.sparsify(model) makes them")
+            raise ValueError("there is no G2GLinear layer to rewire; g2gnet.sparsify(model) creates them")
         if all(layer.mask.is_full for layer in self.layers):
             raise ValueError("every unit of every layer is present, so none can grow; lower p_inter or p_intra")
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -207,7 +207,7 @@ class DSTScheduler:
             if layer.values.requires_grad and id(layer.values) not in held:
                 raise ValueError(
                     f"the optimizer does not hold the weights of layer {number}, {layer.out_features} × "
-                    f"{layer.in_features}; make the optimizer after the layers, of model.parameters()"
+                    f"{layer.in_features}; create the optimizer after the layers, from model.parameters()"
                 )
         self.optimizer = optimizer
         self.interval = interval
@@ -222,7 +222,7 @@ class DSTScheduler:
         )
         self.steps = 0
         self._replaced = 0
-        self._outcomes: list[_Outcome] = []  # that are not in that number yet
+        self._outcomes: list[_Outcome] = []  # not yet counted there
         self._needs = {self.prune.needs, self.grow.needs}
         self._recorder = ActivityRecorder(model, self.layers) if isinstance(model, nn.Module) else None
         if isinstance(model, nn.Module) and self._needs != {None}:
@@ -243,7 +243,7 @@ class DSTScheduler:
         return GRADIENT in self._needs and self.next_is_due
 
     def _record_if_due(self) -> None:
-        """Has the next training step recorded if the next call of :meth:`step` is an update that needs it."""
+        """Starts recording the next training step if the :meth:`step` after it is an update that needs that."""
         if not self.next_is_due:
             return
         if self._records or GRADIENT in self._needs:
@@ -268,7 +268,7 @@ class DSTScheduler:
         return self._recorder.stop() if self._recorder is not None else None
 
     def _count(self) -> int:
-        """Units replaced so far; waits for the device, and says which updates were left out."""
+        """Units replaced so far; waits for the device, and logs the updates that were skipped."""
         outcomes, self._outcomes = self._outcomes, []
         for outcome in outcomes:
             finite = outcome.finite.tolist()
@@ -278,7 +278,7 @@ class DSTScheduler:
             bad = finite.index(False)
             kind, rule = (("prune", self.prune), ("grow", self.grow))[bad % 2]
             logger.warning(
-                "step %d: no unit was replaced, since scores of %s=%r in layer %d are not finite",
+                "step %d: no unit was replaced, because scores of %s=%r in layer %d are not finite",
                 outcome.step, kind, rule.name, outcome.layers[bad // 2],
             )  # fmt: skip
         return self._replaced
@@ -308,11 +308,11 @@ class DSTScheduler:
         Args:
             inputs: what the first layer received in this step, [B, in] or [T, B, in].
             activity: what the stack of these layers did in this step; its spikes are the samples of the correlation.
-                Both are left out where the scheduler was given a model, which it then watches by itself.
+                Omit both if the scheduler was created with a model, which it then observes itself.
 
         Raises:
             RuntimeError: if a rule needs what was neither given nor recorded.
-            ValueError: if the optimizer has come to keep a state that cannot be reset. Nothing is replaced then.
+            ValueError: if the optimizer now has a state that cannot be reset; no unit is replaced.
             DistributedError: if the processes of the group have different units after an update.
         """
         due = self.next_is_due
@@ -332,7 +332,7 @@ class DSTScheduler:
 
     def _evidence(self, recordings: list[Recording] | None, world: World) -> Iterator[tuple[int, Evidence]]:
         """What the rules need of each layer that can change, with the layer's number."""
-        unpacked: dict[int, torch.Tensor] = {}  # by the train's id; what a layer fires, the next one receives
+        unpacked: dict[int, torch.Tensor] = {}  # by the train's id; a layer's spikes are the next one's inputs
         for number, layer in enumerate(self.layers):
             if not layer.values.requires_grad or layer.mask.is_full:
                 continue
@@ -358,7 +358,7 @@ class DSTScheduler:
     def _update(self, evidence: list[tuple[int, Evidence]]) -> None:
         """Prunes and grows in all layers, or in none of them if a score is not finite.
 
-        Nothing here waits for the device: what is not to be replaced is replaced by itself.
+        Nothing here waits for the device: a unit that must stay is replaced by itself.
         """
         scores = [(self.prune.score(seen), self.grow.score(seen)) for _, seen in evidence]
         finite = torch.stack([score.isfinite().all() for pair in scores for score in pair])
@@ -381,7 +381,7 @@ class DSTScheduler:
     ) -> int:
         """Gives the slots of lowest ``prune`` score [num_units] to absent units of highest ``grow`` score [grid].
 
-        ``really`` is a bool scalar; returns how many slots those are.
+        Nothing changes if ``really``, a bool scalar, is false. Returns the number of slots.
         """
         mask = layer.mask
         active = mask.present().flatten()
@@ -393,7 +393,7 @@ class DSTScheduler:
         return count
 
     def __del__(self) -> None:
-        # what it has set up in the model goes with it; one whose making was refused has nothing
+        # removes what it set up in the model; if its constructor raised, that is nothing
         if "_uncompiled" in self.__dict__ and not sys.is_finalizing():
             self._stop_recording()
 
@@ -401,7 +401,7 @@ class DSTScheduler:
 
     def __getstate__(self) -> dict[str, Any]:
         state = {**self.__dict__, "prune": self.prune.name, "grow": self.grow.name, "_uncompiled": None}
-        # what this step has shown so far: hooks, and what is set on layers, stay with their owner
+        # what was recorded so far in this step; hooks and attributes of layers are not copied
         state["_recorder"] = self._recorder and (self._recorder.model, self._recorder.recorded())
         state["_absent"] = [(layer, absent.total) for layer, absent in self._absent.items()]
         return state
@@ -424,7 +424,7 @@ class DSTScheduler:
         group = {"_process_group": self._process_group}
         rest = {name: value for name, value in self.__getstate__().items() if name not in group}
         twin.__setstate__({**copy.deepcopy(rest, memo), **group})
-        if twin._uncompiled is not None:  # nobody waits for a copy that is put away
+        if twin._uncompiled is not None:  # a copy that is never used must not keep compiled code from running
             twin._uncompiled.end()
             twin._uncompiled = None
         return twin
@@ -433,8 +433,8 @@ class DSTScheduler:
 def _nothing_seen(what: str, number: int, scheduler: DSTScheduler) -> str:
     """The message where a rule lacks what it needs."""
     return (
-        f"no {what} of layer {number} was seen in this step: give step() the inputs and the activity, or make the "
-        "scheduler of the model, and run it in training mode, and backwards, before each "
-        f"step(). prune={scheduler.prune.name!r} with grow={scheduler.grow.name!r} needs it; "
-        "prune='set' or 'random' with grow='random' need none"
+        f"no {what} of layer {number} was recorded in this step, but prune={scheduler.prune.name!r} with "
+        f"grow={scheduler.grow.name!r} needs it. Pass the inputs and the activity to step(); or create the scheduler "
+        "with the model, and run the model forward and backward in training mode before each step(); or use "
+        "prune='set' or 'random' with grow='random'"
     )

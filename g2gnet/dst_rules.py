@@ -1,6 +1,6 @@
-"""The rules of dynamic sparse training: by which scores units are pruned, and by which they are grown.
+"""The rules of dynamic sparse training: the scores by which units are pruned and grown.
 
-A rule is one object here: its name, its description for users, what must be recorded for it, and its score. To add
+A rule is one object: its name, its description for users, what must be recorded for it, and its score. To add
 one, add it to :data:`PRUNE_RULES` or :data:`GROW_RULES`; flags, checks and recording follow.
 """
 
@@ -34,7 +34,7 @@ class Evidence(NamedTuple):
         return self.layer.mask
 
     def of_slots(self, scores: torch.Tensor) -> torch.Tensor:
-        """The entries of ``scores``, given for the whole grid, of the existing units, by slot."""
+        """The scores of the existing units, by slot, from ``scores`` of the whole grid."""
         return scores[self.mask.flat_unit()]
 
 
@@ -56,7 +56,7 @@ class Rule(NamedTuple):
 
 
 def _weight(seen: Evidence) -> torch.Tensor:
-    size = torch.where(seen.mask.valid(), seen.layer.values.abs(), 0)  # padding is nobody's weight
+    size = torch.where(seen.mask.valid(), seen.layer.values.abs(), 0)  # padding holds no weights
     return size.sum((1, 2)) / seen.mask.unit_sizes
 
 

@@ -14,14 +14,14 @@ from g2gnet.derived import NOT_WRITABLE, DerivedWeight
 
 
 class AbsentGradient:
-    """Has absent units of a layer get a gradient, too: while it is set, the layer runs with every unit.
+    """Gives absent units of a layer a gradient too: while it is set, the layer runs with every unit.
 
-    Units that are absent are zero then, so that the layer computes what it would without them, by the same kernels (by
-    events where the input is spikes), and its own weights get the same gradient. What backward passes find for all
-    units of the grid is added up in ``total``.
+    Absent units are zero, so the layer computes the same output with the same kernels (by events if the input is
+    spikes), and its own weights get the same gradient. The gradients of all units of the grid are summed over backward
+    passes in ``total``.
 
     Args:
-        mask: of the layer.
+        mask: the layer's.
 
     Attributes:
         mask: the mask of every unit; slot u holds unit u of the grid, counted row by row.
@@ -33,7 +33,7 @@ class AbsentGradient:
         self.total: torch.Tensor | None = None
 
     def expand(self, values: torch.Tensor, mask: BlockMask) -> tuple[torch.Tensor, BlockMask]:
-        """The same weights with every unit: packed values, and the mask that they belong to."""
+        """The same weights with every unit: packed values and their mask."""
         units = values.new_zeros(self.mask.num_units, *mask.unit_shape).index_copy(0, mask.flat_unit(), values)
         units.register_hook(self._add)
         return units, self.mask
@@ -43,18 +43,18 @@ class AbsentGradient:
         self.total = gradient.clone() if self.total is None else self.total + gradient
 
     def __reduce__(self) -> tuple:
-        return type(None), ()  # a copy of the layer is in nobody's step
+        return type(None), ()  # a copy of the layer takes no part in the step
 
 
 class G2GLinear(nn.Module):
     """y = x·Wᵀ + b with a weight of which only the units of ``mask`` exist.
 
-    A ``copy.deepcopy`` of a layer is on its own, with one exception: where its weights are then written to and never
-    trained, it is an average of this layer (EMA, SWA), and :meth:`rewire_` rewires it, too. However the average is
-    taken, it is one of the units that the network has, and starts anew for those that grow.
+    A ``copy.deepcopy`` of a layer is independent, with one exception: if its weights are then written to but never
+    trained, it counts as an average of this layer (EMA, SWA), and :meth:`rewire_` rewires it too. It then has the units
+    that the network has now, and its average of a grown unit starts anew.
 
-    Initial values: the active weights of output neuron i are uniform in ±1/√k_i with k_i its active fan-in (Kaiming-
-    uniform with a = √5, rescaled to the active fan-in), the bias uniform in ±1/√(mean k).
+    Initial values: the active weights of output neuron i are uniform in ±1/√k_i, where k_i is its active fan-in
+    (Kaiming-uniform with a = √5, rescaled to the active fan-in). The bias is uniform in ±1/√(mean k).
 
     Args:
         mask: the units that exist; the layer owns it from now on (``.to``, ``state_dict`` and DST act on it).
@@ -78,7 +78,7 @@ class G2GLinear(nn.Module):
         self.mask = mask
         self.backend = backend
         self._alone()
-        #: while it is set, training steps give every unit a gradient
+        #: while this is set, training steps give every unit a gradient
         self.absent_gradient: AbsentGradient | None = None
         device = mask.unit_row.device
         self.values = nn.Parameter(torch.empty(mask.num_units, *mask.unit_shape, device=device))
@@ -89,16 +89,16 @@ class G2GLinear(nn.Module):
     def from_linear(
         cls, linear: nn.Linear, mask: BlockMask | torch.Tensor | None = None, backend: str | None = None
     ) -> "G2GLinear":
-        """The layer that computes what ``linear`` would with its weight times ``mask``, of the same device and dtype.
+        """Creates the layer that computes ``linear`` with its weight times ``mask``, with its device and dtype.
 
         Args:
-            linear: its weights that exist and its bias are copied.
-            mask: a :class:`BlockMask`, copied too, or bool [out, in], taken as units of single weights. None: the
-                mask that ``torch.nn.utils.prune`` put on the layer, and where there is none every weight.
+            linear: provides the bias and the weights that exist; both are copied.
+            mask: a :class:`BlockMask`, copied too, or bool [out, in], read as units of single weights. None: the
+                mask that ``torch.nn.utils.prune`` put on the layer, or every weight if it put none.
             backend: as for the layer.
 
         Raises:
-            ValueError: if the mask has another shape than the weight.
+            ValueError: if the shapes of mask and weight differ.
         """
         pruned: torch.Tensor | None = getattr(linear, "weight_mask", None)
         # under pruning linear.weight is a product of the last forward pass
@@ -114,7 +114,7 @@ class G2GLinear(nn.Module):
             mask = copy.deepcopy(mask)
         if mask.shape != tuple(weight.shape):
             raise ValueError(f"mask describes {mask.shape} weights, the linear layer has {tuple(weight.shape)}")
-        # initial values are drawn only to be replaced: not from the user's generator
+        # the initial values are replaced at once: draw them without changing the global generator
         layer = cls(mask, bias=linear.bias is not None, backend=backend, generator=torch.Generator())
         layer.to(weight.device, weight.dtype).train(linear.training)
         layer.values.data.copy_(layer.mask.pack(weight.detach()))
@@ -134,9 +134,9 @@ class G2GLinear(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draws the initial values anew."""
+        """Draws new initial values."""
         fan_in = self.mask.fan_in()
-        # every neuron of a block row has the same fan-in: read it off the row's first place
+        # all neurons of a block row have the same fan-in: read that of the first
         first_neuron = self.mask.rows.order[self.mask.rows.bounds[:-1].long()]
         bound = fan_in[first_neuron].clamp(min=1).rsqrt()[self.mask.unit_row.long(), None, None]
         uniform = torch.rand(self.values.shape, generator=generator).to(self.values.device) * 2 - 1
@@ -151,7 +151,7 @@ class G2GLinear(nn.Module):
         return g2g_linear(x, *self.weights(), self.bias, backend=self.backend)
 
     def weights(self) -> tuple[torch.Tensor, BlockMask]:
-        """The packed weights and their mask as kernels are to take them in this step."""
+        """The packed weights and their mask for the kernels in this step."""
         self._catch_up()
         if self.absent_gradient is None or not (self.training and torch.is_grad_enabled()):
             return self.values, self.mask
@@ -164,11 +164,11 @@ class G2GLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """:meth:`dense_weight`, for code that reads that of an ``nn.Linear``: made at every access, at the cost of a
-        dense copy. Writing to it raises RuntimeError, assigning it AttributeError: what is trained is ``values``.
+        """:meth:`dense_weight`, for code that reads the weight of an ``nn.Linear``: computed at every access, at the
+        cost of a dense copy. Writing to it raises RuntimeError, assigning it AttributeError; ``values`` is trained.
         """
         weight = self.dense_weight()
-        if torch.compiler.is_compiling() or type(weight) is not torch.Tensor:  # traced, or one that stands for another
+        if torch.compiler.is_compiling() or type(weight) is not torch.Tensor:  # traced, or a stand-in
             return weight
         return weight.as_subclass(DerivedWeight)
 
@@ -177,7 +177,7 @@ class G2GLinear(nn.Module):
         raise AttributeError(f"weight cannot be assigned: that {NOT_WRITABLE}")
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        if name == "weight":  # as nn.Module takes an assigned Parameter
+        if name == "weight":  # where nn.Module puts an assigned Parameter
             raise AttributeError(f"weight cannot be assigned: that {NOT_WRITABLE}")
         super().register_parameter(name, param)
 
@@ -187,16 +187,16 @@ class G2GLinear(nn.Module):
     # --- averages of it -----------------------------------------------------------------------------------------
 
     def rewire_(self, slots: torch.Tensor, units: torch.Tensor, really: torch.Tensor) -> None:
-        """Gives slots to other units, whose weights (and gradients, where there are) begin at zero.
+        """Gives slots to other units, whose weights (and gradients, if any) start at zero.
 
         Args:
             slots: integer [k].
             units: int64 [k], the units, counted row by row (:meth:`BlockMask.flat_unit`).
-            really: bool scalar; where it is false, ``units`` are those that the slots have, and nothing changes.
+            really: bool scalar; if it is false, ``units`` are those that the slots have now, and nothing changes.
         """
-        _leave(self)  # what is rewired for itself is no average
+        _leave(self)  # a layer that is rewired itself is not an average
         averages = self._averages()
-        for average in averages:  # those that were written to since the last change, but not asked for anything
+        for average in averages:  # some were written to since the last change but not used since
             average._catch_up()
         with torch.no_grad():
             self.mask.relabel_(slots, units // self.mask.grid[1], units % self.mask.grid[1])
@@ -207,10 +207,10 @@ class G2GLinear(nn.Module):
             average._follow(self)
 
     def _alone(self) -> None:
-        """A layer that averages no other, and that no other averages."""
+        """Makes this a layer that averages no other and that no other averages."""
         self._origin: weakref.ref[G2GLinear] | None = None
         self._copies: weakref.WeakSet[G2GLinear] = weakref.WeakSet()
-        #: of a copy, the version of the weights that it began with, and the changes of the original's mask that it has
+        #: for a copy: the version of its initial weights, and the changes of the original's mask that it has
         self._unwritten: int | None = None
         self._seen = 0
 
@@ -222,7 +222,7 @@ class G2GLinear(nn.Module):
         twin._origin = weakref.ref(self)
         twin._mark()
         self._copies.add(twin)
-        # what is trained is no average
+        # a layer that is trained is not an average
         twin_of = weakref.ref(twin)
         if twin.values.requires_grad:
             twin.values.register_post_accumulate_grad_hook(lambda _: _leave(twin_of()))
@@ -236,7 +236,7 @@ class G2GLinear(nn.Module):
         self._alone()
 
     def _mark(self) -> None:
-        """Remembers the weights as they are, and which units they belong to."""
+        """Notes the version of the weights, and which units they belong to."""
         origin = self._origin() if self._origin is not None else None
         self._unwritten = version(self.values)
         self._seen = origin.mask.changes if origin is not None else 0
@@ -249,7 +249,7 @@ class G2GLinear(nn.Module):
         return [copied for copied in self._copies if copied._is_average()]
 
     def _catch_up(self) -> None:
-        """Takes note of what others wrote: a wiring into the mask, weights into an average that begins only now."""
+        """Applies what was written from outside: a wiring into the mask, first weights into an average."""
         if torch.compiler.is_compiling():
             return
         self.mask.receive()
@@ -259,7 +259,7 @@ class G2GLinear(nn.Module):
 
     @torch.no_grad()
     def _follow(self, origin: "G2GLinear") -> None:
-        """Gets the wiring of the layer that it averages, and for slots that have other units now its weights."""
+        """Takes over the wiring of the layer that it averages and, for slots with new units, its weights."""
         if self.values.shape == origin.values.shape:
             before = self.mask.flat_unit()
             self.mask.become_(origin.mask)
@@ -280,7 +280,7 @@ class G2GLinear(nn.Module):
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ):
-        # The mask first, since it says which shape the values have. Loaded again as a child it reports what is wrong.
+        # The mask first: it determines the shape of the values. It is loaded again as a child, which reports errors.
         self.mask._load_from_state_dict(state_dict, prefix + "mask.", local_metadata, strict, [], [], [])
         packed = (self.mask.num_units, *self.mask.unit_shape)
         if self.values.shape != packed:
@@ -293,8 +293,8 @@ class G2GLinear(nn.Module):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         self._catch_up()
-        # Zeros in the padding, which counts for nothing: files are then equal where networks are. A tensor of another
-        # type (a shard of FSDP's) has no such places.
+        # Zero the padding, which is ignored, so equal networks give equal files. A tensor of another type (an FSDP
+        # shard) has none.
         if self.mask.has_padding and type(self.values.data) is torch.Tensor and not self.values.is_inference():
             self.values.data.masked_fill_(~self.mask.valid(), 0)
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -1,9 +1,9 @@
-"""What an optimizer keeps of weights, and how that of grown units begins anew, whatever the optimizer is.
+"""Resets the optimizer state of grown units, for any optimizer.
 
-Known are states of the weights' shape (moments, slow weights), also with dimensions before it, and the codes of 8-bit
-optimizers (bitsandbytes), wherever they are in a nest of wrapped optimizers. What they begin with is found out: an
-optimizer of the same class takes two steps on weights of its own. Of a state of another shape nobody knows which of its
-numbers belong to which unit: it is refused, unless the user says how.
+It handles states of the weights' shape (moments, slow weights), also with leading dimensions, and the codes of 8-bit
+optimizers (bitsandbytes), however deeply optimizers are wrapped. Initial values are found by trial: an optimizer of the
+same class takes two steps on weights of its own. In a state of another shape it is unknown which numbers belong to
+which unit, so it is refused unless the user passes a function that resets it.
 """
 
 import inspect
@@ -13,30 +13,30 @@ from typing import Any, NamedTuple
 
 import torch
 
-#: ``reset_state(optimizer, values, fresh)``: resets the state of those units of the packed weights ``values`` that are
-#: new, where ``fresh``, bool [num_units], is true
+#: ``reset_state(optimizer, values, fresh)``: resets the state of the new units of the packed weights ``values``, those
+#: where ``fresh``, bool [num_units], is true
 ResetState = Callable[[Any, torch.nn.Parameter, torch.Tensor], None]
 
-#: what 8-bit optimizers keep beside their codes: tables and scales, of whole blocks of codes
+#: what 8-bit optimizers keep besides their codes: tables, and scales of whole blocks of codes
 _BESIDE_CODES = re.compile(r"(qmap|absmax|max|new_max|gnorm_vec|unorm_vec)\d*")
 
 
 class _Kept(NamedTuple):
-    """A tensor that an optimizer keeps of weights, with one number for each of them."""
+    """A state tensor with one number per weight."""
 
     name: str
     tensor: torch.Tensor
-    table: torch.Tensor | None  # of an 8-bit state, the number that each code stands for
+    table: torch.Tensor | None  # for an 8-bit state: the number that each code stands for
 
 
 class OptimizerState:
-    """The state of all optimizers that there are in one, for the weights of rewired layers.
+    """The state of an optimizer, and of those that it wraps, for the weights of rewired layers.
 
     Args:
-        optimizer: an optimizer, or what wraps one or several, as attributes of any name (``base_optimizer``,
+        optimizer: an optimizer, or an object that wraps some: as attributes of any name (``base_optimizer``,
             ``optimizer``), in lists or dicts.
         weights: the packed weights of the layers.
-        reset: resets what is not known here.
+        reset: resets states of other shapes.
 
     Raises:
         ValueError: for a state that cannot be reset, with its name.
@@ -45,7 +45,7 @@ class OptimizerState:
     def __init__(self, optimizer: Any, weights: Iterable[torch.nn.Parameter], reset: ResetState | None = None) -> None:
         self._optimizer = optimizer
         self._reset = reset
-        #: by the names of class and state, what the state begins with, where that is known; else it is zero
+        #: initial values, by the names of class and state; zero where unknown
         self._begins: dict[tuple[str, str], float] = {}
         weights = list(weights)
         for parameter in weights:
@@ -73,13 +73,13 @@ class OptimizerState:
         unknown = sorted(_unknown(state, shape))
         if unknown and self._reset is None:
             raise ValueError(
-                f"{type(optimizer).__name__} keeps {', '.join(unknown)} in other shapes than that of the weights, "
-                f"{list(shape)}: what belongs to units that grow is not known; give reset_state=, a function "
-                "(optimizer, values, fresh), or take an optimizer whose states have the weights' shape (SGD, Adam, ...)"
+                f"{type(optimizer).__name__} keeps {', '.join(unknown)} in a shape other than that of the weights, "
+                f"{list(shape)}, so the part that belongs to grown units is unknown; pass reset_state=, a function "
+                "(optimizer, values, fresh), or use an optimizer whose states have the weights' shape (SGD, Adam, ...)"
             )
 
     def _try(self, optimizer: Any, weights: list[torch.nn.Parameter]) -> None:
-        """Lets an optimizer of this class take a step without and one with a gradient, on weights of its own."""
+        """Runs an optimizer of this class on weights of its own, first with a gradient of zero."""
         group_of = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
         held = [parameter for parameter in weights if id(parameter) in group_of]
         if not held:
@@ -98,13 +98,13 @@ class OptimizerState:
                     if kept.table is None and _constant(kept.tensor)
                 }
                 second = _step(twin, parameter, 1.0)
-        except Exception:  # a class that cannot be made like this is looked at when it has a state
+        except Exception:  # a class that cannot be created like this is checked once it has a state
             return
         self._begins |= begins
         self._check(optimizer, second, like.shape)
 
     def reset_(self, parameter: torch.nn.Parameter, slots: torch.Tensor, really: torch.Tensor) -> None:
-        """Begins the state of some slots anew if ``really``, a bool scalar. Does not wait for the device."""
+        """Resets the state of some slots if ``really``, a bool scalar, is true. Does not wait for the device."""
         for inner in self._every():
             for name, tensor, table in _kept(_state_of(inner, parameter), parameter.shape):
                 begin: Any = self._begins.get((type(inner).__name__, name), 0.0)
@@ -120,7 +120,7 @@ class OptimizerState:
 
 
 def _inside(optimizer: Any) -> list[Any]:
-    """The optimizers that one has as attributes."""
+    """The optimizers among an optimizer's attributes."""
     found = []
     for value in getattr(optimizer, "__dict__", {}).values():
         inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
@@ -139,7 +139,7 @@ def _of_weights(tensor: torch.Tensor, shape: torch.Size) -> bool:
 
 
 def _kept(state: dict[str, Any], shape: torch.Size) -> Iterator[_Kept]:
-    """The tensors of a parameter's state that have a number for each weight, and are known."""
+    """The tensors of a parameter's state that have one number per weight."""
     for name, value in state.items():
         if not isinstance(value, torch.Tensor) or not _of_weights(value, shape):
             continue
@@ -151,7 +151,7 @@ def _kept(state: dict[str, Any], shape: torch.Size) -> Iterator[_Kept]:
 
 
 def _unknown(state: dict[str, Any], shape: torch.Size) -> list[str]:
-    """The names of what a parameter's state has beside: tensors of more than one number."""
+    """The names of all other tensors of a parameter's state with more than one number."""
     known = {kept.name for kept in _kept(state, shape)}
     coded = any(kept.table is not None for kept in _kept(state, shape))
     return [
@@ -176,7 +176,7 @@ def _constant(tensor: torch.Tensor) -> bool:
 
 
 def _step(optimizer: Any, parameter: torch.nn.Parameter, gradient: float) -> dict[str, Any]:
-    """What an optimizer keeps of its one parameter, and of anything else, after a step with that gradient."""
+    """All state of an optimizer with one parameter after a step with that gradient."""
 
     def closure() -> torch.Tensor:
         parameter.grad = torch.full_like(parameter, gradient)

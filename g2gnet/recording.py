@@ -1,4 +1,4 @@
-"""What the layers of any model receive and the neurons behind them do, seen by hooks that exist while recording."""
+"""Records what the layers of any model receive and what the neurons behind them do; its hooks exist only meanwhile."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -14,7 +14,7 @@ from g2gnet.stack import SpikingStack
 
 #: the activity of one population over some steps and samples, [..., N], or spikes whose ``dense()`` gives that
 Train = torch.Tensor | Spikes
-#: pairs (pre, post) of one layer, one a call; pre may lack the time dimension that post has, and was then held
+#: pairs (pre, post) of one layer, one per call; pre without the time dimension of post was held at every step
 Recording = list[tuple[Train, Train]]
 
 
@@ -26,12 +26,12 @@ def dense(train: Train) -> torch.Tensor:
 class ActivityRecorder:
     """Records the pre- and postsynaptic activity of the :class:`G2GLinear` layers of a model while it trains.
 
-    The postsynaptic activity is what comes out of the module that takes a layer's output (a :class:`LIF`, an
-    ``snn.Leaky``, an ``nn.ReLU``; of a tuple its first element), and where no module takes it, as behind the last layer
-    of a classifier, that output itself. Calls in evaluation mode or without gradients are left out. In a
+    The postsynaptic activity is the output of the module that receives a layer's output (a :class:`LIF`, an
+    ``snn.Leaky``, an ``nn.ReLU``); of a tuple, its first element. If no module receives it, as for the last layer of a
+    classifier, it is the layer's output itself. Calls in evaluation mode or without gradients are not recorded. In a
     :class:`SpikingStack` the spikes come from :meth:`~SpikingStack.simulate`.
 
-    Hooks that come later are not seen by what ``torch.compile`` has compiled: ``Uncompiled`` is for that.
+    Code that ``torch.compile`` has compiled ignores hooks registered later; ``Uncompiled`` makes it run them.
 
     Args:
         model: runs the layers.
@@ -48,7 +48,7 @@ class ActivityRecorder:
         self._seen_forwards: set[G2GLinear] = set()
 
     def start(self) -> None:
-        """Begins to record."""
+        """Starts recording."""
         self._recordings = [[] for _ in self._number]
         for module in self.model.modules():
             if isinstance(module, SpikingStack):
@@ -56,7 +56,7 @@ class ActivityRecorder:
             self._handles.append(module.register_forward_hook(_Hook(self._module_hook)))
 
     def stop(self) -> list[Recording]:
-        """Ends the recording, if there is one, and gives what was recorded, layer by layer."""
+        """Stops recording, if it was started, and returns what was recorded, layer by layer."""
         for handle in self._handles:
             handle.remove()
         recordings = self.recorded()
@@ -71,7 +71,7 @@ class ActivityRecorder:
         return recordings
 
     def resume(self, recorded: list[Recording]) -> None:
-        """Goes on recording, behind what has been recorded before."""
+        """Resumes recording after what was recorded before."""
         self.start()
         self._recordings = recorded
 
@@ -99,10 +99,10 @@ class ActivityRecorder:
             pre = post
 
     def _is_new(self, layer: G2GLinear) -> bool:
-        """Whether this is no repetition of a call that was recorded.
+        """Whether this call does not repeat one that was recorded.
 
-        A checkpointed part of a model runs again in the backward pass, and is recorded there only if it was not before:
-        with ``use_reentrant=True`` its first run is one without gradients.
+        A checkpointed part of a model runs again in the backward pass. It is recorded there only if it was not before:
+        with ``use_reentrant=True`` its first run has no gradients.
         """
         if torch._C._current_graph_task_id() == -1:  # no backward pass is running
             self._seen_forwards.add(layer)
@@ -114,7 +114,7 @@ class ActivityRecorder:
 
 
 class _Hook:
-    """A hook that a copy of its module, or a saved one, does not have: nobody would collect what it records."""
+    """A hook that is dropped when its module is copied or pickled: nobody would read what it records there."""
 
     def __init__(self, function: Callable[..., None], *first: Any) -> None:
         self._function, self._first = function, first
@@ -135,10 +135,10 @@ def _nothing(*arguments: Any) -> None:
 
 
 class Uncompiled:
-    """Has all that ``torch.compile`` compiled run as it is written, from now until :meth:`end`.
+    """Runs everything that ``torch.compile`` compiled in eager mode, from now until :meth:`end`.
 
-    Whatever was compiled, before or after, in whatever part of a model: hooks and what is set on layers count again. It
-    takes PyTorch 2.6; for older ones there is ``check_compiled``.
+    This includes code compiled before or after, in any part of a model, so hooks and attributes set on layers take
+    effect. It needs PyTorch 2.6; for older versions there is ``check_compiled``.
     """
 
     _there: ClassVar["set[Uncompiled]"] = set()
@@ -157,13 +157,13 @@ class Uncompiled:
 
 
 def check_compiled(model: nn.Module, what: str) -> None:
-    """Raises ValueError where nothing of a compiled model can be seen, and this is one."""
+    """Raises ValueError if the model is compiled and this PyTorch cannot run it in eager mode."""
     if hasattr(torch.compiler, "set_stance"):
         return
     for name, module in model.named_modules():
         if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
             raise ValueError(
-                f"{what} of {name or 'the model'} cannot be seen, since it is compiled and PyTorch {torch.__version__} "
-                "has no torch.compiler.set_stance; take PyTorch 2.6 or newer, do not compile the model, or take rules "
-                "that need nothing (prune='set' or 'random' with grow='random')"
+                f"{what} of {name or 'the model'} cannot be recorded, because it is compiled and PyTorch "
+                f"{torch.__version__} has no torch.compiler.set_stance; use PyTorch 2.6 or newer, do not compile the "
+                "model, or use rules that record nothing (prune='set' or 'random' with grow='random')"
             )

@@ -13,7 +13,7 @@ from g2gnet.layers import G2GLinear
 
 logger = logging.getLogger("g2gnet")
 
-#: hooks of a module's calls, which a module of another class runs as well
+#: hooks of a module's calls, which a module of another class can run too
 CALL_HOOKS = (
     "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",
@@ -24,7 +24,7 @@ CALL_HOOKS = (
     "_backward_hooks",
     "_is_full_backward_hook",
 )
-#: hooks of what is saved and loaded, which look for a dense weight there
+#: hooks of saving and loading, which expect a dense weight
 STATE_HOOKS = (
     "_state_dict_pre_hooks",
     "_state_dict_hooks",
@@ -103,7 +103,7 @@ def sparsify(
     if stay:
         logger.warning("sparsify: these stay dense: %s", stay)
     for replaced, layer in sparse.items():
-        for hooks in CALL_HOOKS:  # the very dictionaries, which handles know
+        for hooks in CALL_HOOKS:  # the same dictionaries, since handles refer to them
             setattr(layer, hooks, getattr(replaced, hooks))
     for name, linear in places.items():
         if linear not in sparse:
@@ -116,7 +116,7 @@ def sparsify(
 
 
 def _holders(model: nn.Module) -> dict[nn.Parameter, list[str]]:
-    """The modules that have each parameter, by name."""
+    """The names of the modules that hold each parameter."""
     holders: dict[nn.Parameter, list[str]] = {}
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
@@ -125,7 +125,7 @@ def _holders(model: nn.Module) -> dict[nn.Parameter, list[str]]:
 
 
 def _reason_to_stay(name: str, linear: nn.Linear, holders: dict[nn.Parameter, list[str]]) -> str | None:
-    """What a sparse layer would lose of ``linear``, or None."""
+    """Why ``linear`` stays dense, or None."""
     if parametrize.is_parametrized(linear):
         return "parametrized, as by weight_norm"
     if type(linear) is not nn.Linear:
@@ -143,5 +143,5 @@ def _reason_to_stay(name: str, linear: nn.Linear, holders: dict[nn.Parameter, li
     if any(getattr(linear, hooks) for hooks in STATE_HOOKS):
         return "with hooks on its state_dict"
     if "forward" in vars(linear):
-        return "with a forward of its own"
+        return "with a custom forward"
     return None

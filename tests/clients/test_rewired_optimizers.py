@@ -72,7 +72,7 @@ def test_factored_and_flat_states_are_refused_when_the_scheduler_is_made(make):
         warnings.simplefilter("ignore")
         net = network()
         optimizer = make(net.parameters())
-        with pytest.raises(ValueError, match=r"(LBFGS|Adafactor) keeps .* give reset_state="):
+        with pytest.raises(ValueError, match=r"(LBFGS|Adafactor) keeps .* pass reset_state="):
             DSTScheduler(net, optimizer)
 
 

@@ -656,8 +656,8 @@ def with_first(value: int):
         ({"out_group_of": lambda t: t.clamp(max=1)}, r"mask: group sizes \[2, 8\] must differ by at most one"),
         ({"out_group_of": with_first(-3)}, r"mask: group_of must hold group numbers"),
         ({"out_group_of": lambda t: torch.cat([t, t[-1:] + 1])}, r"saved mask is \(11, 43\), this layer is \(10, 43\)"),
-        ({"col_bounds": lambda t: t.flip(0)}, "mask: col_bounds are not those of groups cut into units of at most 3"),
-        ({"row_bounds": lambda t: t[:-1]}, "mask: row_bounds are not those"),
+        ({"col_bounds": lambda t: t.flip(0)}, "mask: col_bounds do not match groups cut into units of at most 3"),
+        ({"row_bounds": lambda t: t[:-1]}, "mask: row_bounds do not match"),
     ],
 )
 def test_corrupted_state_is_refused_and_leaves_the_mask_alone(changes, message):

@@ -118,7 +118,7 @@ def test_without_a_way_to_run_it_uncompiled_a_compiled_model_is_refused(monkeypa
     model[0].compile(backend="eager")
     for of, name in ((model, "0"), (torch.compile(model, backend="eager"), "the model")):
         with pytest.raises(
-            ValueError, match=rf"activity of {name} cannot be seen, since it is compiled .* PyTorch 2.6"
+            ValueError, match=rf"activity of {name} cannot be recorded, because it is compiled .* PyTorch 2.6"
         ):
             DSTScheduler(of, optimizer)
         DSTScheduler(of, optimizer, grow="random")

@@ -328,7 +328,7 @@ def test_in_ones_own_loop_the_units_of_the_largest_gradient_grow_and_only_when_d
 
 def test_a_step_without_a_backward_pass_has_no_gradient():
     _, _, scheduler = own_model(interval=1, grow="gradient")
-    with pytest.raises(RuntimeError, match=r"no gradient of layer 0 was seen .* grow='gradient' needs it"):
+    with pytest.raises(RuntimeError, match=r"no gradient of layer 0 was recorded .* grow='gradient' needs it"):
         scheduler.step()
 
 
@@ -355,7 +355,7 @@ def test_an_update_with_a_number_that_is_not_finite_is_left_out_and_said(prune, 
     assert scheduler.step()
     uses_it = (prune, grow) != ("random", "random")
     assert (scheduler.pruned == 0) == uses_it
-    assert ("no unit was replaced, since scores of" in caplog.text) == uses_it
+    assert ("no unit was replaced, because scores of" in caplog.text) == uses_it
     for place, before in zip((0, 2), units, strict=True):
         assert (units_of(model[place].mask) == before) == uses_it
     state = model.state_dict()

@@ -148,22 +148,22 @@ def test_a_state_begins_with_what_it_begins_with(make, name, begin):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (torch.optim.LBFGS, r"LBFGS keeps d, prev_flat_grad in other shapes than that of the weights, \[64, 3, 3\]"),
-        (Flat, "Flat keeps state of 'all' in other shapes"),
+        (torch.optim.LBFGS, r"LBFGS keeps d, prev_flat_grad in a shape other than that of the weights, \[64, 3, 3\]"),
+        (Flat, "Flat keeps state of 'all' in a shape other"),
         (getattr(torch.optim, "Adafactor", Factored), "(Adafactor|Factored) keeps col_var, row_var in"),
         (lambda p: Nested(torch.optim.SGD(p), torch.optim.LBFGS(p[1:2])), "LBFGS keeps d, prev_flat_grad"),
     ],
 )
 def test_what_cannot_be_reset_is_refused_by_name_when_the_scheduler_is_made(make, message):
     net = network()
-    with pytest.raises(ValueError, match=message + ".*give reset_state="):
+    with pytest.raises(ValueError, match=message + ".*pass reset_state="):
         DSTScheduler(net, make([net.fc2.values, *(p for p in net.parameters() if p is not net.fc2.values)]))
 
 
 def test_a_state_that_comes_later_is_refused_before_anything_is_replaced():
     net = network()
     before = copy.deepcopy(net.state_dict())
-    with pytest.raises(ValueError, match=r"Late keeps rows in other shapes .*give reset_state="):
+    with pytest.raises(ValueError, match=r"Late keeps rows in a shape other .*pass reset_state="):
         rewired(net, Late(parameters(net), needed=True))
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 

@@ -201,7 +201,7 @@ LEFT_ALONE = {
     pruned: "0 (with weight_orig, weight_mask of its own; G2GLinear.from_linear keeps a pruned mask)",
     hooked: "0 (with hooks on its weights)",
     saved_otherwise: "0 (with hooks on its state_dict)",
-    called_otherwise: "0 (with a forward of its own)",
+    called_otherwise: "0 (with a custom forward)",
     of_a_class: "0 (of the class Mine)",
 }
 
@@ -401,11 +401,11 @@ def test_frozen_layers_are_not_rewired():
 def test_what_cannot_be_rewired_is_named():
     model = classifier()
     stale = torch.optim.Adam(model.parameters())
-    with pytest.raises(ValueError, match=r"no G2GLinear layer to rewire; g2gnet.sparsify\(model\) makes them"):
+    with pytest.raises(ValueError, match=r"no G2GLinear layer to rewire; g2gnet.sparsify\(model\) creates them"):
         DSTScheduler(model, stale)
     sparsify(model)
     with pytest.raises(ValueError, match="optimizer does not hold the weights of layer 0, 40 × 30"):
         DSTScheduler(model, stale)
     dst = DSTScheduler(model, torch.optim.Adam(model.parameters()), interval=1)
-    with pytest.raises(RuntimeError, match="no activity of layer 0 was seen in this step"):
+    with pytest.raises(RuntimeError, match="no activity of layer 0 was recorded in this step"):
         dst.step()

@@ -27,7 +27,7 @@ extern const Kernels kernels;
 
 namespace {
 
-// The best set that the CPU has and, for tests, that is no better than the one named by G2G_CPU_ISA.
+// The best set that the CPU has; for tests, the one named by G2G_CPU_ISA if the CPU has it.
 const Kernels& choose() {
     const char* asked = std::getenv("G2G_CPU_ISA");
     const auto allowed = [&](const Kernels& k) { return !asked || !*asked || !std::strcmp(asked, k.name); };
@@ -67,7 +67,7 @@ int64_t call(void (*kernel)(Arguments&, Arena&), Arguments* arguments, void* scr
 #define G2G_EXPORT extern "C" __attribute__((visibility("default")))
 
 G2G_EXPORT int32_t g2g_abi() { return 3; }
-// Against which Python checks its mirror; nullptr if memory runs out.
+// The table that Python compares with its mirror; nullptr if memory runs out.
 G2G_EXPORT const char* g2g_interface() try {
     return g2g::interface_table(g2g::kernels().models, g2g::kernels().model_count);
 } catch (const std::exception&) {

@@ -3,11 +3,11 @@
 //   forward    I[·] = b + Σ over active tiles, Σ over set bits j:  Wᵀ[tile][j][·]
 //   gradient   G[tile][j][·] += dI_t[·]  for every set bit j of the tile's word at t
 //
-// First the set bits of several words become one list of events, without a branch a word (a loop over the bits of each
-// word ends in a mispredicted branch, dearer than the few events of a word). Then each event costs 64 additions on 256 B:
-// of weights, into sums that stay in registers over a whole block row (forward), or of dI, into one row of the gradient
-// tile that stays in registers over all events of its source neuron (gradient; a chunk's dI for one block, 200 KB, is in
-// L2, from where 256 B take about 8 cycles).
+// First the set bits of several words become one list of events, without a branch per word: a loop over the bits of a
+// word ends in a mispredicted branch, which costs more than its few events. Then each event costs 64 additions on
+// 256 B. Forward, it adds weights into sums that stay in registers over a whole block row. For the gradient, it adds dI
+// into one row of the gradient tile that stays in registers over all events of its source neuron (a chunk's dI for one
+// block, 200 KB, is in L2, from where 256 B take about 8 cycles).
 #pragma once
 
 #include "interface.h"
@@ -122,7 +122,7 @@ struct EventsByLane {
     static size_t scratch_words(int64_t samples, int64_t steps) { return samples * ((steps + 63) / 64) * 64; }
 };
 
-// grad[j][·] += Σ over the events of lane j of dI[row][·], the row of the tile staying in registers meanwhile.
+// grad[j][·] += Σ over the events of lane j of dI[row][·]; meanwhile the row of the tile stays in registers.
 inline void event_gradient(const EventsByLane& events, int64_t c, uint64_t sources, const float* grad_current,
                            float* grad) {
     const uint16_t* rows = events.rows + c * events.capacity;

@@ -3,12 +3,12 @@
 //   X_t = ∂L/∂x_t = Wᵀ·∂I_t = Wᵀ·e_t + β·X_{t+1},   e_t = σ'(U_t − θ)·∂L/∂S_t
 //
 // since ∂I_t = e_t + β·∂I_{t+1}. Where the surrogate has compact support few e_t are not zero, and Wᵀ·e_t is the forward
-// product by events turned round, with weights scaled by e instead of added. An event costs 64 multiply-adds on 256 B of
+// product by events in reverse, with weights scaled by e instead of added. An event costs 64 multiply-adds on 256 B of
 // weights, which come from L2 (about 5 cycles); X stays in registers over all T.
 //
-// Sweeps list e for each block of rows (sweep.h). Once a chunk those lists are merged into one for each step of each
-// sample, in the order of lanes, from which each block of columns copies the parts that have weights there: a list for
-// each tile would end in a mispredicted branch after a few events.
+// Sweeps list e for each block of rows (sweep.h). Once per chunk those lists are merged into one for each step of each
+// sample, in the order of lanes. Each block of columns copies from it the parts that have weights there: a list per
+// tile would end in a mispredicted branch after a few events.
 #pragma once
 
 #include "events.h"
@@ -30,14 +30,14 @@ inline void copy_events(const uint16_t* lane, const float* value, int64_t count,
 #else
         for (int j = 0; j < W; ++j) row[i + j] = static_cast<uint32_t>(lane[i + j] + shift);
 #endif
-        asm("");  // not to become a call of memcpy, which takes longer than most of these loops
+        asm("");  // keeps this from becoming a call of memcpy, which takes longer than most of these loops
     }
 }
 
 // e of one layer for the samples of a chunk.
 struct GradientEvents {
-    int64_t samples = 0, steps = 0, blocks = 0;  // of the layer that they belong to now
-    int64_t room = 0;                            // how many events of a chunk fit into the merged lists
+    int64_t samples = 0, steps = 0, blocks = 0;  // of the layer that the events belong to now
+    int64_t room = 0;                            // the number of events of a chunk that fit into the merged lists
 
     float* block_value = nullptr;  // as sweeps list them: [row blocks][samples][T · 64]
     uint64_t* words = nullptr;     // [row blocks][samples][T]
@@ -45,7 +45,7 @@ struct GradientEvents {
     uint16_t* lane = nullptr;      // merged, sample by sample, the steps downwards
     float* value = nullptr;
     int64_t* begin = nullptr;      // [samples][T] where the events of a step begin
-    uint16_t* first = nullptr;     // [samples][T][granules + 1] which of these are the first of a granule
+    uint16_t* first = nullptr;     // [samples][T][granules + 1] the first event of each granule
     int64_t* place = nullptr;      // [samples] where the events of a sample begin; their number until count_events() ends
     int64_t* next = nullptr;       // [samples][row blocks]
 

@@ -1,4 +1,4 @@
-// ∂L/∂(input) of one layer from ∂L/∂(current) by the backward product; tiles of few weights are visited weight by weight.
+// ∂L/∂(input) of one layer from ∂L/∂(current) by the backward product; tiles with few weights go weight by weight.
 #pragma once
 
 #include "panel.h"
@@ -15,7 +15,7 @@ struct InputGradient {
     float* transposed = nullptr;  // [row blocks][bands][64 lanes][64 rows], a band being 64 rows
     int64_t bands = 0;
 
-    // `events`: may also be computed by events (gradient_events.h), which take float32 tiles.
+    // `events`: it may also be computed by events (gradient_events.h), which need float32 tiles.
     InputGradient(const Plan& p, int64_t rows, bool bf16, bool events, Arena& arena) : plan(&p) {
         if (bf16) pairs = arena.take<uint16_t>(static_cast<size_t>(p.tiles) * kTile);
         if (!bf16 || events) tiles = arena.take<float>(static_cast<size_t>(p.tiles) * kTile);
@@ -51,7 +51,7 @@ struct InputGradient {
         });
     }
 
-    // Call once a chunk, before `run`.
+    // Call once per chunk, before `run`.
     void prepare(const DualPanel& grad, int64_t rows, int threads) const {
         if (!sparse()) return;
         const int64_t count = divide_up(rows, kLanes);

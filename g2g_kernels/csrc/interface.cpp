@@ -1,4 +1,4 @@
-// The table of what Python mirrors: offsets and sizes of all fields, the numbers of all options, the neuron models.
+// The table that Python mirrors: offsets and sizes of all fields, the numbers of all options, the neuron models.
 #include "interface.h"
 
 #include <string>
@@ -15,7 +15,7 @@ struct Table {
     }
 };
 
-// A list of names, where `wanted` (null: everywhere) says so.
+// A list of the names whose `wanted` is true (null: all of them).
 std::string list(const char* const* names, int32_t count, const bool* wanted = nullptr) {
     std::string text;
     for (int32_t i = 0; i < count; ++i)

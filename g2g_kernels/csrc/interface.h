@@ -6,7 +6,7 @@
 //   panels       float  [blocks][rows][64]               a dense matrix in lane order; rows are samples, or (sample, t)
 //
 // Python mirrors the structures in g2g_kernels/cpu/library.py. It compares them with the table that g2g_interface()
-// returns when it loads the library, so a field added here belongs into that table (interface.cpp) too.
+// returns when it loads the library, so a field added here must be added to that table (interface.cpp) too.
 #pragma once
 
 #include <cstddef>
@@ -23,21 +23,21 @@ enum Surrogate : int32_t { kAtan, kFastSigmoid, kSigmoid, kTriangle, kBoxcar };
 constexpr int kMostStates = 2;
 constexpr int kMostParameters = 3;
 
-// A number for all neurons, or one for each.
+// One number for all neurons, or one per neuron.
 struct Parameter {
     const float* value;
     float* grad;  // out, null: not wanted
     int32_t per_neuron;
 };
 
-// A population of neurons, but for their number.
+// A population of neurons, without its size.
 struct Neurons {
     int32_t model, reset, surrogate;
     float alpha;
     Parameter parameters[kMostParameters];  // in the order of the model
 };
 
-// What the model says of itself.
+// The description of a model.
 struct ModelInfo {
     const char* name;
     int32_t states, parameters;
@@ -46,8 +46,8 @@ struct ModelInfo {
     bool decays[kMostParameters];                  // clamped to 0 … 1
 };
 
-// The current, at every step, of a neuron that is dropped: it never fires, every surrogate's derivative is 0 there, and
-// sums over 2^16 steps of two states stay finite.
+// The current of a dropped neuron at every step: it never fires, every surrogate's derivative is 0 there, and sums over
+// 2^16 steps of two states stay finite.
 constexpr float kDropped = -1e25f;
 
 // A layer of a stack. Pointers not needed by a call are null.
@@ -56,13 +56,13 @@ struct Layer {
     const float *values, *bias;  // bias null: none
     Neurons neurons;
     uint64_t* spikes;       // out: [B][row blocks][T]
-    uint64_t* inputs;       // [B][column blocks][T]: what it receives, if that is spikes; may be the last layer's `spikes`
+    uint64_t* inputs;       // [B][column blocks][T]: its inputs, if they are spikes; may be the last layer's `spikes`
     float* kept;            // for the backward pass: states, or for a held input the currents [row blocks][B][64]
     float* rates;           // out: [N]
     const float* grad_rates;
     float *grad_values, *grad_bias;
     const uint8_t* dropped;  // [B][N], 1 where a neuron stays silent in a sample; null: none does
-    double input_rate;      // share of ones among the spikes it receives: set by the forward pass, read by the backward
+    double input_rate;      // share of ones among its input spikes: set by the forward pass, read by the backward pass
     float gradient_event_limit;  // 0: its input gradient takes the product; else see GradientEvents
     int32_t gradient_event_chunks;  // out: chunks of the batch whose input gradient was computed by events
     double gradient_event_rate;  // out: share of events where they were listed
@@ -98,7 +98,7 @@ struct NeuronLoop {
     const float* current;   // [T][samples][N], or [samples][N], held for all steps
     int64_t samples;        // everything between T and N
     int32_t size, steps, threads, held;  // size = N
-    int32_t every;          // `kept` has the states after each `every` steps, but the last
+    int32_t every;          // `kept` has the states after every `every` steps, except the last
     float *spikes, *kept;   // kept: [(T − 1) / every][states][samples][N], null: not wanted
     const float* grad_spikes;
     float* grad_current;
@@ -116,7 +116,7 @@ struct Arena {
     }
 };
 
-// What Python must agree with: a line for every field ("Layer.values: offset 8, size 8"), structure, option and model.
+// What Python must agree with: one line per field ("Layer.values: offset 8, size 8"), structure, option and model.
 const char* interface_table(const ModelInfo* models, int32_t count);
 
 // One instruction set. Every function with an Arena returns early, after taking what it needs, if `base` is null.

@@ -14,7 +14,7 @@
 
 namespace g2g::G2G_ISA {
 
-// call(pointer to element begin): x of the type that `half` says, float or bfloat16.
+// call(pointer to element begin), with x as bfloat16 if `half`, else as float.
 template <class F>
 inline void with_elements(const void* x, int32_t half, int64_t begin, const F& call) {
     if (half) return call(static_cast<const uint16_t*>(x) + begin);

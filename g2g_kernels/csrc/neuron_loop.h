@@ -1,13 +1,13 @@
 // Neurons alone: currents [T][L] → spikes [T][L], where a lane is one neuron of one sample and L = samples · N.
 //
-// Memory-bound, so what counts is how often memory is passed over and in what order. Forward reads the currents, writes
-// the spikes and keeps the states of every few steps. Backward computes the states of those few steps again from the
-// currents and the kept ones, reads ∂L/∂S and writes ∂L/∂I. Five passes over [T, L] in all, the two written ones past the
-// caches.
+// Memory-bound: what counts is how often and in what order memory is visited. Forward reads the currents, writes
+// the spikes and keeps the states of every few steps. Backward recomputes the states of those few steps from the
+// currents and the kept ones, reads ∂L/∂S and writes ∂L/∂I. These are five passes over [T, L]; the two that write
+// bypass the caches.
 //
 // A task is a span of lanes over all T. It visits `every` steps of one bundle of the span's vectors before it goes on to
-// the next: what runs on from step to step stays in registers meanwhile, and the rows of those steps, often a power of
-// two apart, are no more than the ways of one set of the L1 cache.
+// the next: meanwhile the states and sums stay in registers, and the rows of those steps, often a power of two apart,
+// are no more than the ways of one set of the L1 cache.
 #pragma once
 
 #include "interface.h"
@@ -18,7 +18,7 @@
 
 namespace g2g::G2G_ISA {
 
-constexpr int64_t kSpan = 4096;   // lanes at most; what a span adds up stays in L2
+constexpr int64_t kSpan = 4096;   // lanes at most; the sums of a span stay in L2
 constexpr int kBundleVecs = 4;
 constexpr int64_t kBundle = kBundleVecs * W;
 constexpr int64_t kAhead = 512;   // lanes: a row is fetched into L2 this far ahead
@@ -27,7 +27,7 @@ constexpr int64_t kAhead = 512;   // lanes: a row is fetched into L2 this far ah
 struct Spans {
     int64_t lanes, span, count;
     explicit Spans(const NeuronLoop& a) : lanes(a.samples * a.size) {
-        const int64_t share = lanes / (4 * a.threads);  // four tasks a thread, unless lanes are few
+        const int64_t share = lanes / (4 * a.threads);  // four tasks per thread, unless there are few lanes
         span = most(least(share, kSpan) / kBundle, int64_t{4}) * kBundle;
         count = divide_up(lanes, span);
     }
@@ -51,7 +51,7 @@ struct ParameterRows {
     const float* row(int k) const { return data + k * stride; }
 };
 
-// The parameters of the neurons, and once more of the first ones, for spans that begin with any neuron.
+// The parameters of the neurons, then those of the first ones again, for spans that begin with any neuron.
 struct LoopParameters {
     int64_t size, stride;
     float* data;
@@ -98,7 +98,7 @@ inline void for_each_bundle(int64_t width, const F& f) {
 
 // The steps that are visited together: how many, and how far apart their rows lie.
 struct Steps {
-    int64_t count, current_stride, stride;  // stride: of every row but those of a held current, which is one for all steps
+    int64_t count, current_stride, stride;  // stride: of every row except a held current, one row for all steps
 };
 
 // Lanes from the i-th of a span on. `states` [states][span] go in and out; `kept`, whose rows are steps.stride apart,
@@ -163,7 +163,7 @@ inline void neurons_forward(NeuronLoop& a, Arena& arena) {
     });
 }
 
-// What the lanes of a span add up: for each state what reaches it from later steps, Σ ∂L/∂I and the gradients of the
+// The sums of the lanes of a span: for each state the gradient from later steps; Σ ∂L/∂I; the gradients of the
 // parameters.
 struct LaneSums {
     float* running;  // [states][span]

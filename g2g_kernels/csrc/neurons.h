@@ -1,4 +1,4 @@
-// Neuron models, resets and surrogates: all that depends on them. A model is a struct of
+// Neuron models, resets and surrogates, and everything that depends on them. A model is a struct of
 //
 //   info             its name, states and parameters. The last state is the membrane, the last parameter its threshold θ.
 //   charge           one step of time: moves the states on by the current I_t. The order of operations is snnTorch's, so

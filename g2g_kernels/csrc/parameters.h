@@ -9,7 +9,7 @@ namespace g2g::G2G_ISA {
 
 inline float clamp_decay(float x) { return x < 0.0f ? 0.0f : x > 1.0f ? 1.0f : x; }
 
-// lanes[i] = what neuron(i), the neuron of lane i, has; `padding` where that is negative. Decays are clamped.
+// lanes[i] = the parameter of neuron(i), the neuron of lane i; `padding` if that is negative. Decays are clamped.
 template <class Neuron>
 void spread(const Parameter& parameter, bool decay, float padding, int64_t count, const Neuron& neuron, float* lanes) {
     for (int64_t i = 0; i < count; ++i) {
@@ -30,7 +30,7 @@ inline void sum_over_samples(const float* sums, int64_t samples, int64_t lanes, 
     });
 }
 
-// The gradient of a parameter of `size` neurons from what each lane of each sample adds to it, sums[samples][lanes].
+// The gradient of a parameter of `size` neurons from the part of each lane of each sample, sums[samples][lanes].
 // It is zero where clamp(decay, 0, 1) is flat.
 template <class Neuron>
 void parameter_gradient(const Parameter& parameter, bool decay, const float* sums, int64_t samples, int64_t lanes,

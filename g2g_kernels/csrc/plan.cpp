@@ -57,9 +57,9 @@ std::vector<int32_t> offsets(const std::vector<int32_t>& key, int32_t count) {
     return first;
 }
 
-constexpr int32_t kGap = 4;  // shorter gaps are run over (zeros are stored there): cheaper than a new run
+constexpr int32_t kGap = 4;  // shorter gaps become part of a run (zeros are stored there): cheaper than a new run
 
-// For every strip of the output side, the runs of source lanes that its units have. `by_row`: the output is the rows.
+// For every strip of the output side, the runs of source lanes of its units. `by_row`: the output is the rows.
 Segments segments(const Plan& plan, bool by_row, const std::vector<char>& skip) {
     const Axis& out = by_row ? plan.rows : plan.cols;
     const int32_t strips = kLanes / out.strip;
@@ -114,7 +114,7 @@ std::vector<char> sparse_tiles(const Plan& plan) {
     return sparse;
 }
 
-constexpr double kSparseCost = 4;  // of a weight by itself, in weights of a dense tile
+constexpr double kSparseCost = 4;  // of a single weight, in weights of a dense tile
 
 SparseTiles list_weights(const Plan& plan, const std::vector<char>& sparse) {
     SparseTiles result;

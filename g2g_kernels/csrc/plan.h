@@ -43,7 +43,7 @@ struct Segments {
     std::vector<Segment> list;
 };
 
-// Tiles with few weights, one entry a weight, for the input gradient (which visits weights, not spikes).
+// Tiles with few weights, one entry per weight, for the input gradient (which visits weights, not spikes).
 struct SparseTiles {
     std::vector<int32_t> col_first;   // [column blocks + 1] into `tile`
     std::vector<int32_t> tile;        // [sparse tiles], by column block
@@ -60,11 +60,11 @@ struct EventRun {
     int32_t first, last, shift;
 };
 
-// The rows that have weights in each block of columns, for the input gradient by events.
+// The rows with weights in each block of columns, for the input gradient by events.
 struct EventRuns {
     std::vector<int32_t> first;  // [column blocks + 1]
     std::vector<EventRun> list;
-    double ratio = 1;  // what the product costs, in rows of 64 weights, for one row that events may have to multiply
+    double ratio = 1;  // cost of the product, in rows of 64 weights, per row that events may have to multiply
 };
 
 struct Plan {
@@ -83,7 +83,7 @@ struct Plan {
     std::vector<int32_t> unit_row, unit_col;    // the coordinates this was built from
 };
 
-// One side of the mask as Python hands it over.
+// One side of the mask as passed by Python.
 struct AxisSource {
     int32_t size, num_units, width;
     const int64_t* order;

@@ -20,9 +20,9 @@ inline void pause() {
 #endif
 }
 
-// While it lives, this thread takes denormal numbers for zero. L2 penalties shrink the weights of silent neurons to
-// 1e-30, whose products with small gradients are denormal: on Intel each costs 150 cycles, a backward pass 17 times its
-// usual time after six epochs of default training.
+// While it exists, this thread treats denormal numbers as zero. L2 penalties shrink the weights of silent neurons to
+// 1e-30, and their products with small gradients are denormal. On Intel each costs 150 cycles: after six epochs of
+// default training, a backward pass takes 17 times as long.
 class FlushDenormals {
 #if defined(__x86_64__)
     unsigned before = __builtin_ia32_stmxcsr();
@@ -127,7 +127,7 @@ void parallel_run(int threads, int64_t tasks, int64_t grain, void (*run)(void*, 
         try {
             for (; p->workers < threads - 1; ++p->workers) std::thread([p] { p->loop(); }).detach();
         } catch (const std::system_error&) {
-            // the machine gives no more threads: those there are do the work
+            // no more threads are available: the existing ones do the work
         }
         p->run = run, p->context = context, p->tasks = tasks, p->grain = grain;
         std::fegetenv(&p->mode);

@@ -5,8 +5,8 @@
 //   outer      G[j][i] += Σ_m X[m][j]·Y[m][i]     one 64 × 64 tile
 //
 // The register tile is R rows × L lanes, accumulators staying in registers over all active tiles of a block (K is 64 for
-// each tile). AVX-512: 6 × 64, 24 of 32 registers; per k 24 multiply-adds on 4 loads of weights and 6 broadcasts, so the
-// multiply-add units bound it; weights stream from L2 at 256 B per 24 multiply-adds (11 B a cycle).
+// each tile). AVX-512: 6 × 64, 24 of 32 registers; per k 24 multiply-adds, 4 loads of weights and 6 broadcasts, so the
+// multiply-add units are the limit; weights stream from L2 at 256 B per 24 multiply-adds (11 B per cycle).
 #pragma once
 
 #include "panel.h"
@@ -45,7 +45,7 @@ struct Weights {
     int partial;  // segments of a partial sum, which stays in registers: rounding errors grow with its length
 };
 
-// Left rows of the next segment lie elsewhere, where no hardware prefetcher looks.
+// Prefetches the left rows of the next segment: they lie elsewhere, which no hardware prefetcher predicts.
 template <int R, class T>
 inline void fetch_next(const Segment* s, const Segment* end, Panel<const T> left, int64_t row) {
     if (s + 1 == end) return;

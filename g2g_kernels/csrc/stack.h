@@ -1,4 +1,4 @@
-// What both passes over a stack of layers share: what its layers receive, and their parameters in lane order.
+// What both passes over a stack of layers share: the inputs of its layers, and their parameters in lane order.
 #pragma once
 
 #include "interface.h"

@@ -15,11 +15,11 @@
 
 namespace g2g::G2G_ISA {
 
-// How ∂L/∂S of a layer reaches its sweep, but for what does not depend on t.
+// How ∂L/∂S of a layer reaches its sweep, except the part that does not depend on t.
 enum class Arrival {
-    kConstant,  // the last layer: there is nothing else
+    kConstant,  // the last layer: there is no other part
     kTiles,     // the input gradient of the layer above, whole samples of one block at a time, each swept at once
-    kPanel,     // the same, kept in a panel first: it comes in bands of 64 rows, or in another order of lanes
+    kPanel,     // the same, but first stored in a panel: it comes in bands of 64 rows, or in another order of lanes
 };
 
 // A panel of ∂L/∂S in the order of the columns above, which reorder() brings into a layer's own, in place.
@@ -60,7 +60,7 @@ struct ArrivalPanel {
     }
 };
 
-// Everything that the backward pass of one layer keeps while the chunks go by.
+// The state of one layer's backward pass across chunks.
 struct BackwardLayer {
     Layer& layer;
     const Plan& plan;
@@ -69,15 +69,15 @@ struct BackwardLayer {
     Input kind;
     Arrival arrival = Arrival::kConstant;
     BackwardSweep<Upstream> sweep;
-    DualPanel grad;                               // ∂L/∂I: rows of the chunk, or for a held input one row a sample
-    std::optional<InputGradient> input_gradient;  // if somebody below needs it
-    float event_limit = 0;                        // of the share of events, up to which it is computed by events
-    bool lists_events = false, by_events = false;  // in the chunk that is under way
-    int64_t events = 0, event_rows = 0;           // listed so far, in how many rows
+    DualPanel grad;                               // ∂L/∂I: rows of the chunk; for a held input, one row per sample
+    std::optional<InputGradient> input_gradient;  // if the layer below or the input needs it
+    float event_limit = 0;                        // share of events up to which it is computed by events
+    bool lists_events = false, by_events = false;  // in the current chunk
+    int64_t events = 0, event_rows = 0;           // listed so far, and the rows that they are in
     ArrivalPanel arrivals;
     float* grad_tiles;                            // [tile][source lane][output lane]
     float* constant;                              // ∂L/∂S for all t: [row blocks][64], in the last layer [B] of it
-    float* current_sum;                           // [B][row blocks][64], like those of the parameters
+    float* current_sum;                           // [B][row blocks][64], as are those of the parameters
     float* parameter_sums[kMostParameters] = {};
 
     BackwardLayer(const Stack& s, int l, const Chunks& chunks, Arena& arena)
@@ -108,7 +108,7 @@ struct BackwardLayer {
 
     int64_t any_lane() const { return plan.rows.lane[0]; }
 
-    // The events of so many rows up to which the input gradient is computed from them.
+    // The number of events in so many rows up to which the input gradient is computed by events.
     int64_t most_events(int64_t rows) const {
         return static_cast<int64_t>((event_limit < 1 ? event_limit : 1.0) * static_cast<double>(rows * plan.rows.size));
     }
@@ -132,7 +132,7 @@ struct BackwardPass {
     std::optional<EventsByLane> events; // of inputs that are spikes
     uint64_t* bits;
     double* totals;
-    GradientEvents gradient_events;     // of the layer above the one whose sweep is under way
+    GradientEvents gradient_events;     // of the layer above the one that is being swept
     int64_t states_size, tile_size, scratch_size;  // of a worker: states of one block, a tile, then events of a step
     int64_t event_list = 0;
     float* scratch;
@@ -182,12 +182,12 @@ struct BackwardPass {
                 if (layers[l].kind != Input::kHeld) hand_down(l, first, samples, s.steps);
             }
         }
-        if (layers[0].kind == Input::kHeld) hand_down(0, 0, s.batch, 1);  // one row a sample: all at once
+        if (layers[0].kind == Input::kHeld) hand_down(0, 0, s.batch, 1);  // one row per sample: all at once
         for (const BackwardLayer& x : layers) finish(x);
     }
 
-    // Weights, sums at zero, and what of ∂L/∂S is the same at every step: rates[n] is the mean over T·B spikes,
-    // counts[b][n] the sum over T.
+    // Zeroes the sums, and computes the part of ∂L/∂S that is the same at every step: rates[n] is the mean over T·B
+    // spikes, counts[b][n] the sum over T.
     void begin(size_t l) const {
         const BackwardLayer& x = layers[l];
         const Axis& axis = x.plan.rows;
@@ -204,8 +204,8 @@ struct BackwardPass {
         if (!x.arrivals.aligned) x.arrivals.find_offsets(axis, layers[l + 1].plan.cols);
     }
 
-    // By events or by the product: how the input gradient of a layer is computed in a chunk that its sweep has gone
-    // through. As far as that can be foreseen from the chunk before, the sweep writes only what is needed.
+    // Chooses how to compute the input gradient of a layer in a chunk, after its sweep: by events or by the product.
+    // The sweep writes only what the choice in the chunk before suggests.
     void choose_input_gradient(BackwardLayer& x, int64_t samples, int64_t steps) {
         const int64_t rows = samples * steps;
         const bool had_halves = x.wants_halves();
@@ -321,7 +321,7 @@ struct BackwardPass {
         x.sweep(upstream, kept_states(s, x.layer, sample, r), T, x.parameters.block(r), x.layer.neurons.alpha, out);
     }
 
-    // From ∂L/∂I of layer l to ∂L/∂W, the way to ∂L/∂(input) and, in the first layer, to ∂L/∂x.
+    // From ∂L/∂I of layer l: ∂L/∂W, how to compute ∂L/∂(input) and, in the first layer, ∂L/∂x.
     void hand_down(size_t l, int64_t first, int64_t samples, int64_t steps) {
         if (layers[l].input_gradient) choose_input_gradient(layers[l], samples, steps);
         weight_gradient(layers[l], first, samples, steps);
@@ -365,7 +365,7 @@ struct BackwardPass {
         });
     }
 
-    // The sums of all chunks become the gradients of weights and parameters.
+    // Turns the sums over all chunks into the gradients of weights and parameters.
     void finish(const BackwardLayer& x) const {
         const Axis& axis = x.plan.rows;
         const auto neuron = [&](int64_t i) { return axis.neuron[i]; };

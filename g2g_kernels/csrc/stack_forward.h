@@ -1,5 +1,5 @@
-// The forward pass of a stack: each layer over all T at once. A task makes the currents of one block of some samples and
-// runs their neurons over time before it goes on.
+// The forward pass of a stack: each layer over all T at once. A task computes the currents of one block of some samples
+// and runs their neurons over time.
 #pragma once
 
 #include "chunks.h"
@@ -9,7 +9,7 @@
 
 namespace g2g::G2G_ISA {
 
-// The weights of a layer's forward product in the form that its input asks for.
+// The weights of a layer's forward product in the form that its input needs.
 struct ForwardWeights {
     float* tiles = nullptr;
     uint16_t* pairs = nullptr;
@@ -41,7 +41,7 @@ inline bool pack_input(const Stack& s, int64_t* ones, int64_t* counts) {
     return spikes;
 }
 
-// One layer on its way forward.
+// The forward pass of one layer.
 struct ForwardLayer {
     const Stack& stack;
     const Layer& layer;
@@ -50,7 +50,7 @@ struct ForwardLayer {
     const ForwardWeights& weights;
     const DualPanel& panel;
     float* counts;   // spikes over all steps, [B][row blocks][64]
-    float* scratch;  // currents, `scratch_size` floats a worker
+    float* scratch;  // currents, `scratch_size` floats per worker
     int64_t scratch_size;
 
     const Plan& plan() const { return *layer.plan; }
@@ -61,7 +61,7 @@ struct ForwardLayer {
                 kind == Input::kHeld ? nullptr : kept_states(stack, layer, b, r), counts + block * kLanes};
     }
 
-    // Makes `rows` rows of a block's currents those of a sample in which some neurons are dropped.
+    // Sets the currents of a sample's dropped neurons in `rows` rows of a block.
     void drop(int64_t b, int64_t r, int64_t rows, float* currents) const {
         if (!layer.dropped) return;
         const Axis& axis = plan().rows;
@@ -95,7 +95,7 @@ struct ForwardLayer {
         });
     }
 
-    // One product a sample, whatever T.
+    // One product per sample, independent of T.
     void run_held() const {
         const auto sweep = forward_sweep<StoredCurrent>(layer.neurons);
         const Weights product_weights = weights.product(plan());

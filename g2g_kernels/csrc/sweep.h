@@ -1,6 +1,6 @@
 // Sweeps over time for one block of 64 lanes of one sample, forward and backward.
 //
-// States, what reaches them and the running sums stay in registers over all T. For LIF neurons the forward sweep writes
+// States, their gradients and the running sums stay in registers over all T. For LIF neurons the forward sweep writes
 // 8 B of spike word per step (and 256 B of membranes if they are kept); the backward sweep reads 256 B of membranes and
 // 256 B of ∂L/∂S and writes 256 B of ∂I.
 #pragma once
@@ -31,8 +31,8 @@ struct StoredCurrent {
     }
 };
 
-// current(t, I) fills I[kVecs]. Small structures come by reference: a copy would be read in wider words than it was just
-// written in, and such a read waits until all stores of the block before have left for memory.
+// current(t, I) fills I[kVecs]. Small structures are passed by reference: a copy would be read in wider words than it
+// was just written in, and such a read waits until all earlier stores have left for memory.
 template <class M, int R, class Current>
 void sweep_forward(const Current& current, int64_t steps, const BlockParameters& parameters, const BlockActivity& out) {
     constexpr int S = M::info.states, P = M::info.parameters;

@@ -1,5 +1,5 @@
 // One native vector of floats, whatever the instruction set; kernels are written once against this header and
-// compiled several times. Arithmetic uses GCC's vector extensions; only what they cannot say is an intrinsic.
+// compiled several times. Arithmetic uses GCC's vector extensions; intrinsics do only what they cannot express.
 #pragma once
 
 #include <cstdint>
@@ -26,7 +26,7 @@ constexpr int W = 4;
 #endif
 constexpr int kVecs = kLanes / W;  // vectors of a block
 
-// There are products of bfloat16 factors; without them nothing is rounded.
+// Whether there are products of bfloat16 factors; without them nothing is rounded.
 #if defined(__AVX512BF16__)
 constexpr bool kBf16 = true;
 #else
@@ -150,7 +150,7 @@ inline Vec gather(const float* p, const int32_t* index) {
 #endif
 }
 
-// Writes the lanes of x that `bits` names one after the other; may write up to W floats from p on.
+// Stores the lanes of x selected by `bits` contiguously; may write up to W floats from p on.
 inline void store_chosen(float* p, Vec x, uint64_t bits) {
 #if defined(__AVX512F__)
     _mm512_storeu_ps(p, _mm512_maskz_compress_ps(static_cast<__mmask16>(bits), x));

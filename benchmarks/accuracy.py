@@ -134,7 +134,7 @@ def table(record: dict[str, Any]) -> str:
         )
         for run in record["runs"]
     ]
-    return report.grid(("test accuracy, %, after epoch", "an epoch", *numbers), rows)
+    return report.grid(("test accuracy, %, after epoch", "per epoch", *numbers), rows)
 
 
 def csv_rows(record: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,10 +1,10 @@
-"""A card's first hour: ``python -m benchmarks.first_run --device cuda``.
+"""A GPU's first hour: ``python -m benchmarks.first_run --device cuda``.
 
-What there is to find out on a card that nobody has tried, in stages of at most eight minutes: does it compute what it
-should, how long does each thing take, how far is that from what was expected. Each stage is a program of its own. It
-writes its record to the folder of the run, and the page is drawn again. Run the same command again to resume: what is
-done is not repeated. What failed or took too long is; compiled kernels are kept, so the next try is faster.
-``--device cpu`` goes through all of it at tiny sizes, so that no mistake waits for the card; its times mean nothing.
+Tests and measures a GPU on which nothing has run yet, in stages of at most eight minutes: are the results correct, how
+long does each part take, how far is that from the prediction. Each stage is a separate program. It writes its record to
+the folder of the run, and the page is redrawn. Run the same command again to resume: finished stages are skipped, and
+stages that failed or took too long are repeated, faster, since compiled kernels are kept. ``--device cpu`` rehearses
+everything at tiny sizes, so that mistakes show before there is a GPU; its times mean nothing.
 """
 
 import argparse
@@ -35,9 +35,9 @@ from .report import seconds
 from .scaling import QUANTITIES
 from .study import markdown
 
-#: seconds that a stage may take
+#: time limit of a stage, in seconds
 LIMIT = 480
-#: times that differ from the prediction by more are worth another try
+#: times that differ from the prediction by more than this factor are worth another try
 OFF = 1.5
 PAGE = "first-run.md"
 
@@ -59,13 +59,13 @@ Environment = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True)
 class Stage:
-    """One program.
+    """A stage: one program.
 
     Attributes:
         name: of its record, and of its rows on the page.
         command: module and flags.
-        measures: whether it takes ``--json`` for a record with times.
-        environment: what it is given beside this program's.
+        measures: whether it accepts ``--json`` for a record with times.
+        environment: its variables besides this program's.
     """
 
     name: str
@@ -93,7 +93,7 @@ def stages(device: str) -> Iterator[Stage]:
     yield stage("doctor", f"g2g_kernels.doctor --device {device}", False)
     for name, (files, part) in TESTS.items():
         paths = " ".join(f"tests/g2g_kernels/ops/{file}" for file in files.split())
-        how = f"-n 0 -k {part}" if tiny else "-n 4 --dist load"  # compiling is what takes long
+        how = f"-n 0 -k {part}" if tiny else "-n 4 --dist load"  # compiling takes longest
         yield stage(name, f"pytest -p no:cacheprovider {how} {paths}", False)
     yield throughput("step", "step", [*ours(*WAYS), "dense-lif", "dense-lif-bf16", "snntorch-masked"])
     yield stage("kernels", f"{__package__}.kernel_times {sizes}")
@@ -132,7 +132,7 @@ def stages(device: str) -> Iterator[Stage]:
 
 
 def run(stage: Stage, folder: Path, limit: float) -> dict[str, Any]:
-    """Runs a stage and returns what became of it: also written to ``folder``, as ``NAME.json``.
+    """Runs a stage and returns its outcome, which is also written to ``folder``, as ``NAME.json``.
 
     A stage that is stopped by Ctrl-C leaves nothing.
     """
@@ -147,7 +147,7 @@ def run(stage: Stage, folder: Path, limit: float) -> dict[str, Any]:
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, **dict(stage.environment)},
-                start_new_session=True,  # what the stage starts ends with it
+                start_new_session=True,  # processes started by the stage end with it
             )
             try:
                 process.wait(limit)
@@ -173,7 +173,7 @@ def run(stage: Stage, folder: Path, limit: float) -> dict[str, Any]:
 
 
 def earlier(stage: Stage, folder: Path) -> dict[str, Any] | None:
-    """What a run before this one wrote of a stage with the same command; None if that was not done."""
+    """The outcome of the stage from an earlier run with the same command, or None."""
     with contextlib.suppress(OSError, ValueError):
         made = json.loads((folder / f"{stage.name}.json").read_text(encoding="utf-8"))
         if made["command"] == list(stage.command):
@@ -185,7 +185,7 @@ def earlier(stage: Stage, folder: Path) -> dict[str, Any] | None:
 
 
 def measured(record: Any) -> dict[str, float]:
-    """The median seconds of everything that a stage's record has a time for."""
+    """The median seconds of everything timed in a stage's record."""
     match record:
         case {"contenders": contenders, "quantity": quantity}:
             return {
@@ -202,18 +202,18 @@ def measured(record: Any) -> dict[str, float]:
 
 
 def card_of(gpu: str | None) -> str:
-    """The card whose predictions stand beside what was measured on ``gpu``; that of the H100 for one without any."""
+    """The card whose predictions are compared with measurements on ``gpu``; the H100 if it has none of its own."""
     return next((card for card in CHIPS if gpu and card in gpu.lower()), "h100")
 
 
 def comparison(predictions: Mapping[str, Any], made: Mapping[str, Mapping[str, Any]], card: str, tiny: bool) -> str:
-    """The table: everything that is predicted or measured, with the roofline, and what to try where it is off.
+    """The table: everything predicted or measured, with the roofline, and what to try if the prediction is off.
 
     Args:
         predictions: the record of :mod:`benchmarks.predictions`.
-        made: what became of each stage, by its name.
+        made: the outcome of each stage, by its name.
         card: whose predictions to show.
-        tiny: whether what was measured is a rehearsal, to which no prediction belongs.
+        tiny: whether this is a rehearsal, which has no predictions.
     """
     times = {name: measured(stage["record"]) for name, stage in made.items()}
     rows = []
@@ -244,7 +244,7 @@ def comparison(predictions: Mapping[str, Any], made: Mapping[str, Mapping[str, A
 
 
 def status_table(made: Mapping[str, Mapping[str, Any]], planned: Sequence[str]) -> str:
-    """What became of each stage, with the last line of its output that speaks of an error where it is not done."""
+    """The outcome of each stage; for one that is not done, the last line of its output that mentions an error."""
     rows = []
     for name in planned:
         stage, said = made.get(name), ""
@@ -263,9 +263,9 @@ def page(made: Mapping[str, Mapping[str, Any]], planned: Sequence[str], device: 
     predictions = json.loads(RECORD.read_text(encoding="utf-8"))
     tiny, gpu = device == "cpu", machine["gpu"]
     card = card_of(gpu)
-    about = f"{gpu}, beside the predictions for the {card.upper()} of {predictions['written']}."
+    about = f"{gpu}, compared with the predictions for the {card.upper()} of {predictions['written']}."
     if tiny:
-        about = "A rehearsal on the CPU at tiny sizes: its times mean nothing, and no prediction belongs to them."
+        about = "A rehearsal on the CPU at tiny sizes: its times mean nothing and have no predictions."
     return (
         f"# First run on {gpu or machine['cpu']}\n\n{about} PyTorch {machine['versions']['torch']}, Triton "
         f"{machine['versions']['triton']}, commit {machine['commit']}.\n\n{status_table(made, planned)}\n\n"
@@ -283,9 +283,9 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--device", default="cuda", help="cuda, cuda:N, or cpu for a rehearsal (default: cuda)")
-    text = "where records and the page go (default: first-run)"
+    text = "folder of the records and the page (default: first-run)"
     parser.add_argument("--folder", type=Path, default=Path("first-run"), metavar="DIR", help=text)
-    text = "these stages only (default: all; an unknown name lists them)"
+    text = "run only these stages (default: all; an unknown name lists them)"
     parser.add_argument("--stages", nargs="+", metavar="NAME", help=text)
     text = f"seconds after which a stage is stopped (default: {LIMIT})"
     parser.add_argument("--limit", type=float, default=LIMIT, metavar="X", help=text)
@@ -296,11 +296,11 @@ def first_run(arguments: argparse.Namespace) -> None:
     """Runs the stages that are not done, and draws the page after each.
 
     Raises:
-        FlagError: for a device that is not there, an unknown stage, or outside of the repository.
+        FlagError: for an unavailable device, an unknown stage, or outside of the repository.
     """
     device = arguments.device
     if device != "cpu" and (not device.startswith("cuda") or not torch.cuda.is_available()):
-        raise FlagError(f"device={device!r}: no such GPU is found; --device cpu is a rehearsal")
+        raise FlagError(f"device={device!r}: no such GPU was found; --device cpu runs a rehearsal")
     if not RECORD.exists():
         raise FlagError(f"{RECORD} is missing: run this from a checkout of the repository, which has it and the tests")
     planned = {stage.name: stage for stage in stages(device)}
@@ -317,7 +317,7 @@ def first_run(arguments: argparse.Namespace) -> None:
 
     for name in arguments.stages or planned:
         if name in made and made[name]["status"] == "done":
-            say(f"{name}: done before")
+            say(f"{name}: already done")
             continue
         made[name] = run(planned[name], folder, arguments.limit)
         say(f"{name}: {made[name]['status']}, {made[name]['seconds']:.0f} s")
@@ -327,7 +327,7 @@ def first_run(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    interrupted = "run the same command again to resume with the stages that are left"
+    interrupted = "run the same command again to resume with the remaining stages"
     return run_program(build_parser(), first_run, argv, interrupted)
 
 

@@ -4,9 +4,9 @@ Floating-point operations count active weights only: 2·T·B per weight for each
 gradient. ``fc1`` gets the same input at every step and needs no input gradient: 2·B per weight, forward and once more.
 The input gradient of ``fc2`` counts the neurons of layer 2 that pass a gradient on, which are few under a surrogate
 with compact support.
-Bytes count the passes over [T, B, N] float32 that LIF neurons cannot do without: two forward (currents in, spikes
+Bytes count the passes over [T, B, N] float32 that LIF neurons need at least: two forward (currents in, spikes
 out), three backward (the spikes' gradient and the membranes in, the currents' gradient out). A kernel that skips
-silent neurons or packs spikes can come below this floor.
+silent neurons or packs spikes can be faster than this floor.
 
 A product alone reads x and writes y, then reads x and the gradient of y and writes that of x, all [T, B, H] float32.
 An update must read every spike once; its products, of sums over units, are not counted.

@@ -1,7 +1,7 @@
-"""A layer's fused kernel beside the pair of kernels: ``python -m benchmarks.fused_pair``.
+"""A layer's fused kernel compared with the pair of kernels: ``python -m benchmarks.fused_pair``.
 
-Forward and backward of one hidden layer over all T, for the batches and units between which ``fused_pays`` chooses. On
-a GPU each is replayed as a CUDA graph, so that the host takes no part. Without one, ``TRITON_INTERPRET=1`` and small
+Forward and backward of one hidden layer over all T, for the batch sizes and units for which ``fused_pays`` decides. On
+a GPU each is replayed as a CUDA graph, which excludes the host's time. Without one, ``TRITON_INTERPRET=1`` and small
 sizes show that the program runs; the times mean nothing then.
 """
 
@@ -53,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 class Layer:
-    """One layer and a batch of spikes for it, in numbers of the products' dtype, on ``device``."""
+    """One layer and a batch of spikes for it, in the products' dtype, on ``device``."""
 
     def __init__(
         self, device: torch.device, precision: str, steps: int, batch: int, size: int, block_size: int
@@ -72,7 +72,7 @@ class Layer:
         self.layer = SpikingLayer(self.values, mask.to(device), self.bias, Neurons("lif", tuple(self.parameters)))
 
     def step(self) -> torch.Tensor:
-        """Spike counts [B, N]; gradients are left in the leaves."""
+        """Spike counts [B, N]; the gradients are in the leaves."""
         for leaf in (self.x, self.values, self.bias, *self.parameters):
             leaf.grad = None
         with autocast(self.x.device, self.precision):
@@ -104,7 +104,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     reason = runtime.unavailable()
     device = torch.device(arguments.device)
     if reason is None and device.type != ("cpu" if runtime.interpreted() else "cuda"):
-        reason = "TRITON_INTERPRET=1 is for --device cpu, and needed there"
+        reason = "TRITON_INTERPRET=1 works with --device cpu only, which needs it"
     if reason is not None:
         raise FlagError(f"device={arguments.device!r}: {reason}")
     try:
@@ -112,7 +112,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     except ValueError as error:
         raise FlagError(f"{error}; give whole numbers, separated by commas") from error
     if min(*batches, *units, arguments.hidden_dim, arguments.T, arguments.repeats) < 1:
-        raise FlagError("sizes and repeats begin at 1")
+        raise FlagError("sizes and repeats must be at least 1")
     from g2g_kernels.ops.g2g_stack import triton as stack
 
     found: list[dict[str, Any]] = []

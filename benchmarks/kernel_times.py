@@ -1,6 +1,6 @@
-"""What a training step takes, kernel by kernel, as PyTorch's profiler has it: ``python -m benchmarks.kernel_times``.
+"""The time of a training step, kernel by kernel, by PyTorch's profiler: ``python -m benchmarks.kernel_times``.
 
-On a GPU these are the kernels on the device; on a CPU, where the program can be tried, PyTorch's own operations.
+On a GPU these are the kernels on the device. On a CPU, for trying the program, they are PyTorch's own operations.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from .machine import describe, synchronize
 from .ours import Network
 from .report import grid, seconds
 
-#: kernels below this share of the whole are left out of the table
+#: kernels below this share of the total are omitted from the table
 SMALL = 0.01
 
 
@@ -55,7 +55,7 @@ def kernel_times(arguments: argparse.Namespace) -> dict[str, Any]:
     on_device = torch.autograd.DeviceType.CUDA if device.type == "cuda" else torch.autograd.DeviceType.CPU
     for event in profiler.events() or []:
         if event.device_type == on_device and not getattr(event, "is_user_annotation", False):
-            # kernels have no children; an operation of PyTorch on the CPU has, whose time is theirs
+            # kernels have no children; a PyTorch operation on the CPU has, and their time is not its own
             microseconds = event.time_range.elapsed_us() if device.type == "cuda" else event.self_cpu_time_total
             spent[event.name].append(1e-6 * microseconds)
     kernels: list[dict[str, Any]] = [
@@ -64,7 +64,8 @@ def kernel_times(arguments: argparse.Namespace) -> dict[str, Any]:
     kernels.sort(key=lambda kernel: -kernel["median"])
     whole = sum(kernel["median"] for kernel in kernels)
     shown = [kernel for kernel in kernels if kernel["median"] >= SMALL * whole]
-    print(grid(("a step", "time", "calls"), [(k["what"][:60], seconds(k["median"]), f"{k['calls']:g}") for k in shown]))
+    rows = [(k["what"][:60], seconds(k["median"]), f"{k['calls']:g}") for k in shown]
+    print(grid(("per step", "time", "calls"), rows))
     return {
         "benchmark": "kernel_times",
         "precision": precision,

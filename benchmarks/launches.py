@@ -1,8 +1,8 @@
-"""What a training step, or a part of one, launches on the Triton backend, found out without a GPU.
+"""The launches of a training step, or a part of one, on the Triton backend, recorded without a GPU.
 
-The stack's own Python runs on ``meta`` tensors, which have shapes and no memory: Triton launches are noted instead of
-done, and so is every PyTorch operation between them. Masks, tile sizes and the choice between kernels are those of a
-real step; what is data-dependent is none of this.
+The stack's own Python runs on ``meta`` tensors, which have shapes but no memory. Triton launches are recorded instead
+of executed, and so is every PyTorch operation between them. Masks, tile sizes and the choice between kernels are those
+of a real step; none of them depends on data.
 """
 
 import contextlib
@@ -32,9 +32,9 @@ class Operation:
     Attributes:
         phase: ``"forward"`` or ``"backward"``.
         name: the Triton kernel's or the PyTorch operation's.
-        tensors: what it reads and writes, by the name of its argument. None is listed twice.
-        flop: multiplications and additions of matrix products, over the weights that exist (over all of them where the
-            dense product serves); 0 for everything else.
+        tensors: those that it reads and writes, by the name of the argument; none is listed twice.
+        flop: multiplications and additions of matrix products, over the weights that exist (over all weights for dense
+            products); 0 for everything else.
         launch: kernel, grid and arguments, for Triton kernels.
     """
 
@@ -73,7 +73,7 @@ def _operation_of(launch: Launch, phase: str) -> Operation:
 
 
 def _distinct(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Without the empty ones, and those that share the memory of an earlier one."""
+    """The tensors without empty ones and those that share the memory of an earlier one."""
     seen: dict[int, str] = {}
     for name, tensor in tensors.items():
         if tensor.numel():
@@ -82,7 +82,7 @@ def _distinct(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 class _Recorder(TorchDispatchMode):
-    """Notes PyTorch's operations in their places among the launches, but none that only name or allocate memory."""
+    """Records PyTorch's operations among the launches, except those that only create views or allocate memory."""
 
     def __init__(self, launches: list[Launch]) -> None:
         super().__init__()
@@ -110,19 +110,19 @@ class _Recorder(TorchDispatchMode):
         return result
 
     def begin(self, phase: str) -> None:
-        """What comes now belongs to another phase."""
+        """Assigns everything from now on to ``phase``."""
         self.take_launches()
         self.phase = phase
 
     def take_launches(self) -> None:
-        """Puts the launches since the last call behind the operations so far."""
+        """Appends the launches since the last call to the operations."""
         self.operations += [_operation_of(launch, self.phase) for launch in self.launches[self._taken :]]
         self._taken = len(self.launches)
 
 
 @contextlib.contextmanager
 def _recording(architecture: str = "") -> Iterator[_Recorder]:
-    """Inside, everything that is launched is noted."""
+    """Records everything that is launched inside."""
     with torch.no_grad(), recorded(architecture) as launches, _Recorder(launches) as recorder:
         yield recorder
         recorder.take_launches()
@@ -139,9 +139,9 @@ def _stack_call(net: G2GNet, batch: int, input_dim: int, dtype: torch.dtype) -> 
 def training_step(
     net: G2GNet, batch: int, input_dim: int, dtype: torch.dtype, architecture: str = ""
 ) -> list[Operation]:
-    """Everything that forward and backward pass of ``net`` launch for a batch of samples held over time, in order.
+    """Everything that the forward and backward pass of ``net`` launch, in order, for a batch held over time.
 
-    Loss and optimizer are not part of it.
+    Loss and optimizer are not included.
 
     Args:
         net: the network, whose masks are read; it moves to the ``meta`` device.
@@ -169,7 +169,7 @@ def forward_pass(net: G2GNet, batch: int, input_dim: int, dtype: torch.dtype) ->
 
 
 def layer_step(layer: SpikingLayer, steps: int, batch: int, dtype: torch.dtype, fused: bool) -> list[Operation]:
-    """One layer of neurons, whose input of ``dtype`` varies, forward and backward, in the way that is asked for."""
+    """One layer, with an input of ``dtype`` that varies over time, forward and backward, fused or as a pair."""
     from g2g_kernels.ops.g2g_stack import triton as stack
 
     x = torch.empty(steps, batch, layer.mask.shape[1], dtype=dtype, device="meta")
@@ -182,7 +182,7 @@ def layer_step(layer: SpikingLayer, steps: int, batch: int, dtype: torch.dtype, 
 
 
 def product_step(connection: G2GLinear, samples: int, dtype: torch.dtype) -> list[Operation]:
-    """A product alone with the gradients of input, weights and bias, its input of ``dtype``."""
+    """A product alone, with an input of ``dtype``, and the gradients of input, weights and bias."""
     from g2g_kernels.ops.g2g_linear import triton as linear
 
     connection = connection.to("meta")
@@ -196,7 +196,7 @@ def product_step(connection: G2GLinear, samples: int, dtype: torch.dtype) -> lis
 
 
 def neurons_step(population: Neurons, steps: int, batch: int, neurons: int) -> list[Operation]:
-    """Neurons alone in float32, forward and backward, their parameters on the ``meta`` device."""
+    """Neurons alone in float32, forward and backward; their parameters are on the ``meta`` device."""
     from g2g_kernels.ops.neurons import triton
 
     call = NeuronsCall(torch.empty(steps, batch, neurons, device="meta"), population, 0, True)

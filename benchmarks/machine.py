@@ -20,7 +20,7 @@ PACKAGES = ("torch", "numpy", "snntorch", "spikingjelly", "triton")
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """What a record must contain so that others can judge or repeat it."""
+    """The description of the machine in a record, so that others can judge or repeat it."""
     return {
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

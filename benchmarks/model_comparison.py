@@ -1,6 +1,6 @@
 """Test accuracy of every model on Fashion-MNIST, static graphs: ``python -m benchmarks.model_comparison``.
 
-The last row is the control that keeps such tables honest: an unstructured random graph with as many weights.
+The last row is a control: an unstructured random graph with as many weights.
 """
 
 import sys
@@ -22,7 +22,7 @@ ROWS = {
 
 
 def table(record: dict[str, Any]) -> str:
-    """Accuracy of each row, of the training images too, the density of fc2 and the flags."""
+    """Test and training accuracy of each row, the density of fc2 and the flags."""
     rows = [
         [
             row["row"],

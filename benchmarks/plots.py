@@ -78,12 +78,12 @@ def _scaling(record: dict[str, Any]) -> Figure:
         label = curve_title(name, record["quantity"])
         left.errorbar(x, [p["median"] for p in points], spread, capsize=3, label=label, **style)
         right.plot(x, [p["peak_bytes"] / 1e6 for p in points], **style)
-        if colour == OURS and record["quantity"] != "alpha":  # which ATan knows nothing of
+        if colour == OURS and record["quantity"] != "alpha":  # which does not change ATan
             largest = max(points, key=lambda point: flop[point["x"]])
             ideal = [largest["median"] * flop[place] / flop[largest["x"]] for place in x]
             name = "ideal: proportional to active multiply-adds"
             left.plot(x, ideal, color="black", linestyle="--", linewidth=1, label=name)
-    left.set_ylabel("seconds a training step" if record["kernel"] == "step" else "seconds a forward pass")
+    left.set_ylabel("seconds per training step" if record["kernel"] == "step" else "seconds per forward pass")
     right.set_ylabel("peak memory, MB")
     for axis in (left, right):
         axis.set_xlabel(record["x_is"])
@@ -116,7 +116,7 @@ def _accuracy(record: dict[str, Any]) -> Figure:
             label=None if run["kind"] in named else run["title"],  # once, however many seeds there are
         )
         named.add(run["kind"])
-    axis.set_xlabel("seconds of training so far (a mark is an epoch)")
+    axis.set_xlabel("seconds of training so far (one mark per epoch)")
     axis.set_ylabel("test accuracy")
     axis.yaxis.set_major_formatter(PercentFormatter(1.0))
     axis.set_xlim(left=0)

@@ -1,15 +1,15 @@
-"""What a first card is expected to take, written down before any was seen.
+"""Predicted times on GPUs, written down before anything had run on one.
 
     python -m benchmarks.predictions --written 2026-11-25 --json benchmarks/results/predictions.json
 
 A kernel (:mod:`benchmarks.launches` lists them) takes the longest of three times: its products at a share of the card's
-rate, stretched where there are fewer programs than multiprocessors; the bytes that it reads and writes, each once, at a
-share of the memory's rate; and what its tiles read from L2, a tile of each factor for each pair that is multiplied. To
-that comes a start. Kernels follow one another, unless the host is slower in launching them. The shares are guesses, and
-stand in the record beside what follows from them.
+rate, longer if there are fewer programs than multiprocessors; the bytes that it reads and writes, each once, at a share
+of the memory bandwidth; and what its tiles read from L2, a tile of each factor for each pair that is multiplied. Added
+to this is a launch latency. Kernels run one after another, unless the host launches them more slowly. The shares are
+guesses; the record lists them with the predictions.
 
-The record is not to be made again once a card was seen: its page would no longer show what was expected. Measured times
-are put beside it by :mod:`benchmarks.first_run`.
+Do not write the record again once something has run on a GPU: it would no longer show what was expected.
+:mod:`benchmarks.first_run` compares measured times with it.
 """
 
 import argparse
@@ -66,7 +66,7 @@ ASSUMED = {
 }
 
 _NEURONS = "TILE 1024, then 256; SEGMENT 5; twice the warps"
-#: what to try next where a time is off by more than 1.5, by what decides it
+#: what to try next if a time is off by more than 1.5, by what determines it
 NEXT = {
     "product_kernel": "BLOCK_M 256 with 8 warps (a fifth less from L2); num_stages 4, then 2; 64 rows where the last "
     "tile of samples is nearly empty",
@@ -93,7 +93,7 @@ def decider(operation: Operation) -> str:
 
 
 def l2_bytes(operation: Operation) -> int:
-    """What a kernel's tiles read from L2; for those without products what they read and write from memory."""
+    """The bytes that a kernel's tiles read from L2; without products, those that it moves from and to memory."""
     if operation.launch is None or not operation.flop:
         return operation.bytes
     a, grid = operation.launch.arguments, operation.launch.grid
@@ -159,7 +159,7 @@ class Work(NamedTuple):
     graph: bool = False
 
     def row(self, card: str) -> dict[str, Any]:
-        """Its floor and its prediction on a card, and what decides that."""
+        """Its floor and its prediction on a card, and what determines the latter."""
         floor = sum(seconds(operation, CARDS[card], self.precision) for operation in self.operations)
         times: dict[str, float] = defaultdict(float)
         for operation in self.operations:
@@ -191,7 +191,7 @@ def label(precision: str, way: str = "") -> str:
 
 
 def steps(stage: str, net: G2GNet, ways: Sequence[str], batch: int = 256, suffix: str = "") -> Iterator[Work]:
-    """Training steps of a network in both precisions and in these ways."""
+    """Training steps of a network in both precisions, run in these ways."""
     for precision, dtype in DTYPES.items():
         operations = [*training_step(net, batch, INPUT_DIM, dtype), adam(net)]
         for way in ways:
@@ -211,7 +211,7 @@ GROWING: dict[str, Sequence[float]] = {
     "B": (8, 32, 64, 128, 256),
     "H": (256, 512, 1024, 2048),
 }
-#: batches and sides of units whose layers are run fused and as a pair: all between which fused_pays has to choose
+#: batch sizes and unit sides at which layers run both fused and as a pair: all those for which fused_pays decides
 FUSED_BATCHES, FUSED_UNITS = (64, 128, 256, 512, 1024), (16, 32, 64)
 
 
@@ -221,7 +221,7 @@ def scaling_stage(quantity: str, precision: str) -> str:
 
 
 def fused_label(batch: int, block_size: int, fused: bool) -> str:
-    """How the page names a layer of that size in that way."""
+    """The page's name for a layer of that size run in that way."""
     return f"B {batch}, units of {block_size}, {'fused' if fused else 'pair'}"
 
 
@@ -282,7 +282,7 @@ def record(written: str) -> dict[str, Any]:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"python -m {__package__}.predictions", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--written", required=True, metavar="DATE", help="the day on which they are written down")
+    parser.add_argument("--written", required=True, metavar="DATE", help="the day on which they were written down")
     add_json_flag(parser, "the predictions for all cards")
     return parser
 

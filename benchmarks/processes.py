@@ -1,7 +1,7 @@
-"""Training by one process per device beside training by one alone: ``python -m benchmarks.processes``.
+"""Training with one process per device compared with a single process: ``python -m benchmarks.processes``.
 
-The same flags twice, once under ``torchrun``; gradients go through NCCL on GPUs and through gloo on CPUs. Losses have
-to agree, since both compute the same batches; what differs is the order of sums.
+Runs the same flags twice, once under ``torchrun``; gradients go through NCCL on GPUs and through gloo on CPUs. The
+losses must agree, since both compute the same batches; only the order of sums differs.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from .machine import describe
 from .report import grid, seconds
 from .study import train
 
-#: the largest relative difference of losses that the order of sums explains, a spike here and there included
+#: the largest relative difference of losses that the order of sums explains, including a few changed spikes
 ALLOWED = 0.02
 #: flags that a test or a rehearsal overrides
 DEFAULTS = "--dataset fashionmnist-mini --model mixer --epochs 5 --batch_size 256"
@@ -37,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
-    parser.add_argument("--processes", type=int, metavar="N", help="default: the number of GPUs; on the CPU 2")
+    parser.add_argument("--processes", type=int, metavar="N", help="default: the number of GPUs; 2 on the CPU")
     parser.add_argument("--flags", default=DEFAULTS, help="of g2g-train (default: %(default)s)")
     add_json_flag(parser, "the epochs of both")
     return parser
@@ -47,7 +47,7 @@ def epochs(launcher: Sequence[str], flags: str, device: str, folder: Path) -> li
     """The history of one run.
 
     Raises:
-        TrainingError: with what it said, if it failed.
+        TrainingError: with its output, if it failed.
     """
     command = [sys.executable, *launcher, "-m", "g2gnet.train", *shlex.split(flags)]
     command += ["--device", device, "--checkpoint_dir", str(folder)]
@@ -60,13 +60,13 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     """Trains both, prints the table and returns the record.
 
     Raises:
-        FlagError: for less than two processes, or more than there are GPUs.
+        FlagError: for fewer than two processes, or more than there are GPUs.
         TrainingError: if a run failed, or the losses are not the same.
     """
     gpus = torch.cuda.device_count()
     count = arguments.processes or (gpus if arguments.device == "cuda" else 2)
     if count < 2 or (arguments.device == "cuda" and count > gpus):
-        raise FlagError(f"processes={count}: give at least 2, and one per GPU, of which there are {gpus}")
+        raise FlagError(f"processes={count}: give at least 2, and at most one per GPU ({gpus} found)")
     torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}")
     found = []
     with tempfile.TemporaryDirectory() as root:
@@ -74,11 +74,11 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
             history = epochs(launcher, arguments.flags, arguments.device, Path(root) / name.replace(" ", "-"))
             last = history[-1]
             found.append({"what": name, "median": min(epoch["seconds"] for epoch in history), "epochs": history})
-            print(grid(("", "an epoch", "loss"), [(name, seconds(found[-1]["median"]), f"{last['train_loss']:.4f}")]))
+            print(grid(("", "per epoch", "loss"), [(name, seconds(found[-1]["median"]), f"{last['train_loss']:.4f}")]))
     for epoch, (alone, shared) in enumerate(zip(*(one["epochs"] for one in found), strict=True), 1):
         if not math.isclose(alone["train_loss"], shared["train_loss"], rel_tol=ALLOWED):
             raise TrainingError(
-                f"epoch {epoch}: the loss of {count} processes is {shared['train_loss']}, of one {alone['train_loss']}"
+                f"epoch {epoch}: loss {shared['train_loss']} with {count} processes, {alone['train_loss']} with one"
             )
     return {
         "benchmark": "processes",

@@ -251,7 +251,7 @@ def _accuracy(record: Record, link: Link) -> str:
         f"{settings['dataset']}, {settings['limit_train'] or content['images']['train']:,} training images, T "
         f"{settings['T']}, H {settings['hidden_dim']}, batches of {settings['batch_size']}; dynamic: an update every "
         f"{settings['dst_interval']} steps. On {_machine(record, link)}.\n\n"
-        f"{study.markdown(['', 'seed', 'an epoch', f'test accuracy after {last} epochs'], rows)}"
+        f"{study.markdown(['', 'seed', 'time per epoch', f'test accuracy after {last} epochs'], rows)}"
     )
 
 

@@ -104,7 +104,7 @@ def seconds(value: float) -> str:
 
 
 def grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns under a header, the first to the left, the others to the right."""
+    """Columns under a header, the first aligned left, the others right."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:

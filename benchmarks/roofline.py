@@ -124,7 +124,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--block_size", type=int, default=64, metavar="N", help=text)
     parser.add_argument("--model", choices=MODELS, default="index", help="network (default: index)")
     parser.add_argument("--precision", choices=tuple(DTYPES), default="bf16", help="of products (default: bf16)")
-    parser.add_argument("--card", choices=tuple(CARDS), default="h100", help="whose rates to take (default: h100)")
+    parser.add_argument("--card", choices=tuple(CARDS), default="h100", help="card whose rates to use (default: h100)")
     return parser
 
 
@@ -165,17 +165,18 @@ units of {arguments.block_size}, {arguments.precision}: {weights:,} weights, {de
 
 {table(operations, card, arguments.precision)}
 
-A kernel's floor is the longer of its arithmetic and its memory traffic; every tensor counts once a kernel. Kernels
-stand in the order of their launches, layers 1 to 3 forward and 3 to 1 backward. Gaps between them and the loss are left
-out.
+A kernel's floor is the longer of its arithmetic and its memory traffic; every tensor counts once per kernel. Kernels
+are listed in the order of their launches, layers 1 to 3 forward and 3 to 1 backward. Gaps between them and the loss are
+not counted.
 
 ## Which bytes are left
 
 {bytes_left(operations, card)}
 
-∂L/∂S and ∂L/∂I of a hidden layer are each written by one kernel and read by the next ones. Their backward pass inside
-the input gradient of the layer above would save the trip of ∂L/∂S (4 bytes per element of [T, B, H] in 16 bits), as the
-fused forward kernel saves that of the currents; such a kernel would have to walk through time from the end.
+∂L/∂S and ∂L/∂I of a hidden layer are each written by one kernel and read by the next ones. A kernel that fuses the
+backward pass of the neurons into the input gradient of the layer above would save the transfer of ∂L/∂S (4 bytes per
+element of [T, B, H] in 16 bits), as the fused forward kernel saves that of the currents. It would have to run backward
+in time.
 """
 
 
@@ -185,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         print(roofline(arguments), end="")
     except ModuleNotFoundError as error:
-        print(f"{parser.prog}: error: {error}; the model is of the Triton kernels: pip install triton", file=sys.stderr)
+        print(f"{parser.prog}: error: {error}; the model needs the Triton kernels: pip install triton", file=sys.stderr)
         return 2
     except ValueError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)

@@ -1,8 +1,8 @@
 """How the time and the memory of a step grow: ``python -m benchmarks.scaling --quantity p_inter``.
 
 One network is trained for each value of the quantity, all contenders take turns, and a straight line is fitted to the
-medians by least squares: seconds against multiplications and additions of the active weights. The cost of a sparse
-network follows its active weights if that line fits and begins near zero.
+medians by least squares: seconds against multiplications and additions of the active weights. If the line fits and
+begins near zero, the cost of a sparse network is proportional to its active weights.
 """
 
 import argparse
@@ -30,7 +30,7 @@ class Quantity(NamedTuple):
     Attributes:
         field: the workload's.
         values: its default values.
-        x_is: what x is, in words.
+        x_is: the label of x.
         x: of a prepared workload; None: the value itself.
         changes: of the workload, whatever the value.
     """

@@ -1,4 +1,4 @@
-"""A card's first hour: its stages, what becomes of them, and the page; the programs themselves are tested elsewhere."""
+"""A GPU's first hour: its stages, their outcomes, and the page; the programs themselves are tested elsewhere."""
 
 import argparse
 import importlib
@@ -100,7 +100,7 @@ def test_a_run_is_interrupted_and_resumed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(first_run, "stages", lambda device: (Stage(name, ("program", name)) for name in names))
     status, said = run(capsys)
     assert status == 130
-    assert "interrupted; run the same command again to resume with the stages that are left" in said
+    assert "interrupted; run the same command again to resume with the remaining stages" in said
     assert not (tmp_path / "run/stopped.json").exists()
     page = (tmp_path / "run/first-run.md").read_text()
     assert "| first | done |" in page
@@ -110,7 +110,7 @@ def test_a_run_is_interrupted_and_resumed(tmp_path, monkeypatch, capsys):
     assert "| first | first | – | – | 2 ms | – |" in page
     status, said = run(capsys)
     assert status == 0
-    assert "first: done before" in said
+    assert "first: already done" in said
     # done once; failed twice; stopped, then done; done once
     assert (tmp_path / "log").read_text().split() == ["first", "failing", "stopped", "failing", "stopped", "last"]
     assert "| stopped | done |" in (tmp_path / "run/first-run.md").read_text()
@@ -133,7 +133,7 @@ def test_a_stage_that_takes_too_long_is_stopped_and_the_next_one_runs(tmp_path, 
     ("flags", "message"),
     [
         (["--device", "cpu", "--stages", "speed"], "stage 'speed' is unknown; choose from doctor, tests-linear"),
-        (["--device", "xpu"], "device='xpu': no such GPU is found; --device cpu is a rehearsal"),
+        (["--device", "xpu"], "device='xpu': no such GPU was found; --device cpu runs a rehearsal"),
     ],
 )
 def test_unusable_flags_are_refused(flags, message, capsys, tmp_path):

@@ -155,16 +155,27 @@ def _step_in_short(record: Record, link: Link) -> str:
     name = next(name for name in ("g2g-triton", "g2g-cpu", "g2g-torch") if name in timed)
     ours, compact = timed[name], timed.get(f"{name}-triangle")
     flags = f"--surrogate {COMPACT['surrogate']} --alpha {COMPACT['alpha']:g}"
-    with_compact = f", or **{seconds(compact)}** with `{flags}`" if compact else ""
+    with_compact = f"; **{seconds(compact)}** with `{flags}`" if compact else ""
     others = {name: median for name, median in timed.items() if not name.startswith("g2g")}
     rivals = dict.fromkeys((content["baseline"], min(others, key=lambda name: others[name])))
     beside = [
-        f"{seconds(timed[name])} for {title(name)} (**{timed[name] / ours:.3g} times** as long)" for name in rivals
+        f"- {title(name)}: {seconds(timed[name])}, **{timed[name] / ours:.3g} times** the {seconds(ours)}"
+        for name in rivals
     ]
-    return (
-        f"**Speed.** A training step takes **{seconds(ours)}**{with_compact}, against {' and '.join(beside)}: "
-        f"{_workload(content['workload'])}. Measured on {_machine(record, link)}."
+    return "\n".join(
+        [
+            "**Speed** of a training step:\n",
+            f"- g2g: **{seconds(ours)}**{with_compact}",
+            *beside,
+            f"\nThe network: {_workload(content['workload'])}. Measured on {_machine(record, link)}.",
+        ]
     )
+
+
+def _seeds(content: dict[str, Any]) -> str:
+    """The number of seeds of a study's rows."""
+    counts = sorted({len(row["ends"]) for row in content["rows"]})
+    return " to ".join(str(count) for count in (counts[0], counts[-1])[: len(counts)])
 
 
 def _models_in_short(record: Record, link: Link) -> str:
@@ -176,8 +187,9 @@ def _models_in_short(record: Record, link: Link) -> str:
         if row["flags"] == f"--model {row['row']}"
     ]
     return (
-        f"**Accuracy.** `{content['settings']} --epochs {content['epochs']}`, mean ± standard error of the mean: "
-        f"{', '.join(means)}. Measured on {_machine(record, link)}."
+        f"**Accuracy** on {content['tested_on']}, mean ± standard error over {_seeds(content)} seeds: "
+        f"{', '.join(means)}. The flags: `{content['settings']} --epochs {content['epochs']}`. Measured on "
+        f"{_machine(record, link)}."
     )
 
 
@@ -189,9 +201,9 @@ def _recipe_in_short(record: Record, link: Link) -> str:
     lines = textwrap.wrap(command, 100, break_on_hyphens=False, break_long_words=False)
     joined = " \\\n  ".join(lines)
     return (
-        f"**A recipe.** {study.spread(row['ends'], study.accuracy)} % of {content['tested_on']} with "
-        f"{row['ends'][0]['weights']:,} weights, mean ± standard error of the mean after the last epoch. Measured on "
-        f"{_machine(record, link)}.\n\n```sh\n{joined}\n```"
+        f"**A recipe.** This command reaches {study.spread(row['ends'], study.accuracy)} % on {content['tested_on']} "
+        f"with {row['ends'][0]['weights']:,} weights (mean ± standard error over {len(row['ends'])} seeds, after the last "
+        f"epoch). Measured on {_machine(record, link)}.\n\n```sh\n{joined}\n```"
     )
 
 
@@ -257,11 +269,9 @@ def _accuracy(record: Record, link: Link) -> str:
 
 def _study(record: Record, link: Link) -> str:
     content = record.content
-    counts = sorted({len(row["ends"]) for row in content["rows"]})
-    seeds = " to ".join(str(count) for count in (counts[0], counts[-1])[: len(counts)])
     picture = f"![Test accuracy against time and weights]({link(record.picture)})\n\n" if record.picture else ""
     return (
-        f"{picture}`{content['settings']} --epochs {content['epochs']}`, {seeds} seeds: mean ± standard error of the "
+        f"{picture}`{content['settings']} --epochs {content['epochs']}`, {_seeds(content)} seeds: mean ± standard error of the "
         f"mean after the last epoch, on {content['tested_on']}. On {_machine(record, link)}.\n\n"
         f"{STUDIES[content['benchmark']].table(content)}"
     )

@@ -48,7 +48,7 @@ def test_lightning_resumes_and_averages():
 def test_lightning_trains_data_parallel(tmp_path):
     """Two processes, five steps each, after the last of which they rewire: as one network by the samples of both."""
     section = PAGE.read_text(encoding="utf-8").split("\n## Lightning\n")[1]
-    code, _ = BLOCK.search(section)[1].split("\n    # go on")
+    code, _ = BLOCK.search(section)[1].split("\n    # resume")
     for large, small in {**SMALL, "interval=20": "interval=5", "devices=1": 'devices=2, strategy="ddp"'}.items():
         code = code.replace(large, small)
     code += """

@@ -198,12 +198,13 @@ def _recipe_in_short(record: Record, link: Link) -> str:
     content = record.content
     row = next(row for row in content["rows"] if row["row"] == "the recipe")
     command = f"python train.py {content['settings']} {row['flags']} --epochs {content['epochs']}"
-    lines = textwrap.wrap(command, 100, break_on_hyphens=False, break_long_words=False)
-    joined = " \\\n  ".join(lines)
+    whole_flags = re.sub(" (?!--)", "\0", command)
+    lines = textwrap.wrap(whole_flags, 84, break_on_hyphens=False, break_long_words=False)
+    joined = " \\\n  ".join(lines).replace("\0", " ")
     return (
         f"**A recipe.** This command reaches {study.spread(row['ends'], study.accuracy)} % on {content['tested_on']} "
-        f"with {row['ends'][0]['weights']:,} weights (mean ± standard error over {len(row['ends'])} seeds, after the last "
-        f"epoch). Measured on {_machine(record, link)}.\n\n```sh\n{joined}\n```"
+        f"with {row['ends'][0]['weights']:,} weights (mean ± standard error over {len(row['ends'])} seeds, after the "
+        f"last epoch). Measured on {_machine(record, link)}.\n\n```sh\n{joined}\n```"
     )
 
 
@@ -271,8 +272,8 @@ def _study(record: Record, link: Link) -> str:
     content = record.content
     picture = f"![Test accuracy against time and weights]({link(record.picture)})\n\n" if record.picture else ""
     return (
-        f"{picture}`{content['settings']} --epochs {content['epochs']}`, {_seeds(content)} seeds: mean ± standard error of the "
-        f"mean after the last epoch, on {content['tested_on']}. On {_machine(record, link)}.\n\n"
+        f"{picture}`{content['settings']} --epochs {content['epochs']}`, {_seeds(content)} seeds: mean ± standard "
+        f"error of the mean after the last epoch, on {content['tested_on']}. On {_machine(record, link)}.\n\n"
         f"{STUDIES[content['benchmark']].table(content)}"
     )
 

@@ -2,9 +2,10 @@
 
 For ``tests/execute_kernels.sh``, whose environment has ``ttsem``. Tensors "on cuda" are on the CPU. A launch that reads
 or writes outside of its tensors, whose programs race for an element or whose values are undefined fails its test, at
-the kernel's line. Kernels are executed as they are after the first passes, which know no GPU: for compute capability
-8.0, 9.0 and 10.0 that has to be one text. Under the marker ``passes`` a kernel is executed again as every pass receives
-it, down to the conversion to LLVM's operations, for 9.0: a pass that changes values is named.
+the kernel's line; a test that finds wrong values lists the lines at which its kernels store. Kernels are executed as
+they are after the first passes, which know no GPU: for compute capability 8.0, 9.0 and 10.0 that has to be one text.
+Under the marker ``passes`` a kernel is executed again as every pass receives it, down to the conversion to LLVM's
+operations, for 9.0: a pass that changes values is named.
 """
 
 import collections
@@ -43,13 +44,23 @@ def _identity(record: harness.LaunchRecord, capability: int) -> str:
 INLINED = re.compile(r'(?m)^(?!\s*\^)(.*)loc\((?:"[^"]*"\()?(?:callsite\()+(?:"[^"]*"\()?("[^"]+":\d+:\d+).*$')
 
 
+#: where a store is in the source
+STORE = re.compile(r'(?m)"tt\.(?:store|atomic_rmw)".*loc\("(?:[^"]*/)?([^"/]+)":(\d+):\d+\)$')
+
+
+@functools.lru_cache(maxsize=256)
+def _stores(text: str) -> frozenset[str]:
+    """The lines of a kernel that store, as FILE:LINE."""
+    return frozenset(f"{file}:{line}" for file, line in STORE.findall(text))
+
+
 def _first_ir(record: harness.LaunchRecord, capability: int) -> str:
     """The module of a launch after the first passes, those of Triton's own operations, each with one line of source."""
     text = harness._stage_text(record, "ttir", harness.target_for("cpu", capability))
     return INLINED.sub(r"\1loc(\2)", mlir.to_generic(text, None))
 
 
-def _compile_and_parse_once() -> None:
+def compile_and_parse_once() -> None:
     """For every kernel, not for every launch, which would take most of the time."""
     texts: dict[str, str] = {}
 
@@ -73,24 +84,27 @@ class Execution:
 
     def __init__(self) -> None:
         self.counts: collections.Counter[str] = collections.Counter()
-        self.kernels: dict[str, None] = {}  # of the test that runs, by name and line
+        self.stores: dict[str, set[str]] = {}  # of the test that runs: the lines that store, by kernel
         self.by_passes = False  # for the test that runs
         self.modules: dict[str, int] = {}  # executed of every kernel under ``passes``
         self.opened = contextlib.ExitStack()
 
     def open(self) -> None:
-        _compile_and_parse_once()
+        compile_and_parse_once()
         self.session = self.opened.enter_context(sanitize.session(CAPABILITY))
-        execute = JITFunction.run
+        execute, ir_for_launch = JITFunction.run, harness.ir_for_launch
+
+        def noted_ir(record, stage, target):
+            text = ir_for_launch(record, stage, target)
+            self.stores.setdefault(record.fn_name, set()).update(_stores(text))
+            return text
 
         def run(kernel, *args, grid, warmup, **kwargs):
-            code = kernel.fn.__code__
-            self.kernels[f"{kernel.__name__}, {code.co_filename}:{code.co_firstlineno}"] = None
             if not self.by_passes:
                 return execute(kernel, *args, grid=grid, warmup=warmup, **kwargs)
             return self.validate(harness.record_launch(kernel, args, kwargs, grid, execute, "").record)
 
-        JITFunction.run = run
+        JITFunction.run, harness.ir_for_launch = run, noted_ir
         self.opened.callback(setattr, JITFunction, "run", execute)
 
     def validate(self, record: harness.LaunchRecord) -> None:
@@ -119,7 +133,7 @@ class Execution:
     # --- pytest -------------------------------------------------------------------------------------------------------
 
     def pytest_runtest_setup(self, item) -> None:
-        self.kernels.clear()
+        self.stores.clear()
         self.by_passes = item.get_closest_marker("passes") is not None
 
     @pytest.hookimpl(wrapper=True)
@@ -137,7 +151,8 @@ class Execution:
                 self.counts[CHANGED] += 1
             else:
                 self.counts[WRONG] += 1
-                report.sections.append(("kernels of this test", "\n".join(self.kernels)))
+                stores = (f"{kernel}: {', '.join(sorted(lines))}" for kernel, lines in self.stores.items())
+                report.sections.append(("stores of this test's kernels", "\n".join(stores)))
         return report
 
     @pytest.hookimpl(tryfirst=True)

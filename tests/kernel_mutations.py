@@ -151,7 +151,12 @@ MUTATIONS = (
         (("tl.minimum((part + 1) * samples_of_part, samples), BLOCK_S)", "samples, BLOCK_S)"),),
         PARTS,
     ),
-    Mutation("U ≥ θ instead of U > θ", NEURON, (("return membrane > theta", "return membrane >= theta"),), BY_LIF),
+    Mutation(
+        "U ≥ θ instead of U > θ",
+        NEURON,
+        (("return membrane > theta", "return membrane >= theta"),),
+        ("lif", "to_the_last_bit"),
+    ),
     Mutation(
         "decay and current contracted to one rounding",
         NEURON,
@@ -183,7 +188,7 @@ def run(copy: Path, *arguments: str) -> str:
 
 
 def finding(output: str) -> str:
-    """What a lane reports: the kernel's line where there is one, else the test that fails and the kernels it ran."""
+    """What a lane reports: the kernel's line where there is one, else the test that fails and what stores in it."""
     if output.rstrip().endswith("exit 0"):
         return MISSED
     fault = re.search(r"KernelFault: kernel `\w+`, launch \d+: `(\w+\.py:\d+): .*?`:? (.{0,60})", output)
@@ -194,9 +199,9 @@ def finding(output: str) -> str:
     if "exit 1" not in output.splitlines()[-1]:
         return "the process dies, without a line"
     test = re.search(r"^FAILED \S+::(\w+)", output, re.MULTILINE)
-    kernels = re.findall(r"^(\w+), \S+\.py:\d+$", output, re.MULTILINE)
+    stores = re.findall(r"^(\w+): (\w+\.py:\d+(?:, \w+\.py:\d+)*)$", output, re.MULTILINE)
     failed = f"`{test[1]}` fails" if test else "fails"
-    return failed + (f", with `{'`, `'.join(kernels)}`" if kernels else "")
+    return "; ".join([failed, *(f"`{kernel}` stores at `{lines}`" for kernel, lines in stores)])
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """The faults of ``kernel_mutations.py`` can be put in, and docs/kernel-checks.md says of each who finds it."""
 
 import pytest
-from kernel_mutations import MUTATIONS, PAGE, ROOT
+from kernel_mutations import MUTATIONS, PAGE, ROOT, finding
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.fault)
@@ -11,3 +11,19 @@ def test_the_fault_fits_the_kernels_and_is_in_the_table(mutation):
     rows = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith(f"| {mutation.fault} |")]
     assert len(rows) == 1
     assert "| ? |" not in rows[0]
+
+
+def test_what_a_lane_reports_in_words():
+    fault = (
+        "E   ttsem.sanitize.KernelFault: kernel `product_kernel`, launch 3: `triton.py:220: tl.store(y, total)`: writes"
+    )
+    section = "stores of this test's kernels\nproduct_kernel: triton.py:220\nsum_kernel: triton.py:9, triton.py:12\n"
+    failed = "FAILED tests/test_triton_linear.py::test_padding[x] - AssertionError\n1 failed\n"
+    assert finding("1 passed\n\nexit 0") == "—"
+    assert finding(f"{fault}\n{failed}\nexit 1") == "writes out of bounds at `triton.py:220`"
+    assert finding("Fatal Python error\n\nexit -11") == "the process dies, without a line"
+    assert finding(f"{failed}\nexit 1") == "`test_padding` fails"
+    assert finding(f"{section}{failed}\nexit 1") == (
+        "`test_padding` fails; `product_kernel` stores at `triton.py:220`; "
+        "`sum_kernel` stores at `triton.py:9, triton.py:12`"
+    )

@@ -166,7 +166,7 @@ def step_backward(
 
 @triton.jit
 def surrogate_derivative(x, alpha, SURROGATE: tl.constexpr):
-    """dS/dU at x = U − θ: the formulas of ``g2g_kernels/ops/lif/surrogates.py``."""
+    """dS/dU at x = U − θ: the formulas of ``g2g_kernels/ops/neurons/surrogates.py``."""
     if SURROGATE == "atan":
         scaled = (1.5707963267948966 * alpha) * x  # π/2
         return (alpha * 0.5) / (1 + scaled * scaled)

@@ -199,7 +199,7 @@ def steps(stage: str, net: G2GNet, ways: Sequence[str], batch: int = 256, suffix
 
 
 WAYS = ("", "-graph", "-compiled")
-#: the networks of the stages ``step-…`` beside the default one
+#: the networks of the stages ``step-…`` besides the default one
 OTHERS: dict[str, dict[str, Any]] = {
     "step-dense": {"model": "dense"},
     "step-units-32": {"block_size": 32},

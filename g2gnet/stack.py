@@ -93,9 +93,9 @@ class SpikingStack(nn.Module):
     ) -> Activity:
         """Runs the stack on inputs [B, D] held for T steps, or [T, B, D].
 
-        Time comes first. The length of a sequence may differ from the stack's ``T``, but not if it has ``T`` samples:
-        that is taken for [B, T, D] and refused. If both are ``T``, the two cannot be told apart, and one warning says
-        so.
+        Time comes first. The length of a sequence may differ from the stack's ``T``. But if the batch then has exactly
+        ``T`` samples, the input is probably [B, T, D], and it is refused. If both are ``T``, the order cannot be
+        checked, and one warning says so.
 
         Args:
             inputs: for all layers.

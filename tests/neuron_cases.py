@@ -21,7 +21,7 @@ def currents(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> 
 
 
 def parameters(per_neuron: bool, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
-    """β and θ, one a neuron or one a layer."""
+    """β and θ, per neuron or per layer."""
     if not per_neuron:
         return torch.tensor([0.9], dtype=dtype), torch.tensor([0.7], dtype=dtype)
     draw = seeded(9)

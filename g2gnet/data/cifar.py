@@ -73,7 +73,7 @@ def _fetch(name: str, data_dir: Path, folder: Path) -> None:
     if archive.exists() and not check_integrity(archive, reader.tgz_md5):
         raise DataError(
             f"{archive} is damaged (its checksum is not the published one); delete it and run this again to have it "
-            "fetched anew"
+            "downloaded again"
         )
     try:
         data_dir.mkdir(parents=True, exist_ok=True)

@@ -180,7 +180,7 @@ def _run_epochs(
         about = {"settings": settings.as_dict(), "data": data, "versions": versions}
         return {**about, "history": history, **state}
 
-    snapshot()  # of which nothing is kept: where there are several processes, they begin with one and the same
+    snapshot()  # not kept: it only checks that all processes start with the same network
     with StopSignals() as signals:
 
         def told_to_stop() -> signal.Signals | None:

@@ -354,8 +354,8 @@ class Trainer:
     def _update(self) -> None:
         """The optimizer's step, on one thread if there are few parameters on a CPU; results are bitwise equal.
 
-        The fused update is one parallel region per parameter, and each waits for its last thread: beside busy programs
-        that takes many times as long as the arithmetic.
+        The fused update is one parallel region per parameter, and each waits for its last thread: while other
+        programs are busy, that takes many times as long as the arithmetic.
         """
         if not self._one_thread_updates:
             self.optimizer.step()

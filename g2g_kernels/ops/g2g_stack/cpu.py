@@ -115,7 +115,7 @@ def _shapes(call: StackCall) -> _Shapes:
 
 
 class _Memory(NamedTuple):
-    """What the kernels read and write beside the call's own tensors, layer by layer; no states: none are kept."""
+    """What the kernels read and write besides the call's own tensors, layer by layer; no states: none are kept."""
 
     spikes: Tensors
     inputs: Tensors

@@ -4,16 +4,20 @@ What every backend must do is tested beside each operator (test_lif, test_g2g_li
 sizes at which these kernels take other paths, compared with plain PyTorch in float64.
 """
 
+import copy
+import functools
 import gc
 import os
-import subprocess
-import sys
+import shutil
+import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from compiled_kernels import build, instruction_set, loaded
 from helpers import ErrorRatios, lif_layer, rms, seeded, threads
 
-from g2g_kernels import BlockMask, GroupLayout, Neurons, SpikingLayer, g2g_linear, g2g_stack, lif
+from g2g_kernels import BlockMask, GroupLayout, Neurons, SpikingLayer, backend_status, g2g_linear, g2g_stack, lif
 from g2g_kernels.cpu import library
 from g2g_kernels.cpu.workspace import Workspace, workspace
 from g2g_kernels.ops.g2g_linear import cpu as linear
@@ -33,6 +37,26 @@ KINDS = {
     "random": (("random", "random"),) * 3,
     "mixer": (("index", "index"), ("interleaved", "interleaved"), ("index", "index")),
 }
+
+
+#: whose library: the installed one, and clang's, unless the tests are of one that was named
+BUILDS = ["installed"]
+if shutil.which("clang++") and "G2G_CPU_LIBRARY" not in os.environ:
+    BUILDS.append("clang++")
+
+
+@pytest.fixture(scope="module", autouse=True, params=BUILDS)
+def compiler(request, tmp_path_factory):
+    """Every test here is run on the library of each compiler."""
+    if request.param == "installed":
+        yield
+    else:
+        with loaded(build(tmp_path_factory.mktemp("build") / "libg2g_cpu.so", request.param)):
+            yield
+
+
+#: for what does not depend on the compiler: PyTorch's side of the operators, and memory
+once = pytest.mark.parametrize("compiler", ["installed"], indirect=True)
 
 
 @pytest.fixture(autouse=True)
@@ -129,10 +153,24 @@ class Network:
         outputs |= {f"spikes{k}": spikes.dense() for k, spikes in enumerate(result.spikes)}
         return outputs | {f"grad of {n}": leaf.grad for n, leaf in leaves.items()}
 
+    @functools.cached_property
+    def plain(self) -> dict[str, torch.Tensor]:
+        """The results of plain PyTorch."""
+        return self.run(torch.float32, "torch")
+
+    @functools.cached_property
+    def exact(self) -> dict[str, torch.Tensor]:
+        """The results of plain PyTorch in float64."""
+        return self.run(torch.float64, "torch")
+
+
+#: a network that no test changes, drawn and computed by plain PyTorch once for all compilers
+drawn = functools.cache(Network)
+
 
 def compare(network: Network, ratios: ErrorRatios) -> None:
     actual = network.run(torch.float32, "cpu")
-    plain, exact = network.run(torch.float32, "torch"), network.run(torch.float64, "torch")
+    plain, exact = network.plain, network.exact
     for name in actual:
         if name.startswith(("spikes", "counts")):
             assert torch.equal(actual[name].double(), exact[name]), name
@@ -167,7 +205,7 @@ def test_every_unit_size_and_order_of_neurons(x):
     ratios = ErrorRatios()
     for kind in KINDS:
         for unit in UNITS:
-            compare(Network(kind, unit, x=x), ratios)
+            compare(drawn(kind, unit, x=x), ratios)
     check(ratios)
 
 
@@ -176,13 +214,13 @@ def test_every_unit_size_and_order_of_neurons(x):
 def test_time_steps_and_batches(steps, batch, x):
     ratios = ErrorRatios()
     for unit in (1, 64):
-        compare(Network("mixer", unit, steps, batch, x), ratios)
+        compare(drawn("mixer", unit, steps, batch, x), ratios)
 
 
 def test_more_rows_than_a_chunk():
     ratios = ErrorRatios()
     for unit in UNITS:
-        compare(Network("random", unit, steps=13, batch=70, x="spikes"), ratios)
+        compare(drawn("random", unit, steps=13, batch=70, x="spikes"), ratios)
     check(ratios)
 
 
@@ -192,7 +230,7 @@ def test_more_rows_than_a_chunk():
 def test_resets_and_surrogates(reset, surrogate, per_neuron):
     ratios = ErrorRatios()
     for alpha in (2.0, 0.7):
-        network = Network("mixer", 32, reset=reset, surrogate=surrogate, alpha=alpha, per_neuron=per_neuron)
+        network = drawn("mixer", 32, reset=reset, surrogate=surrogate, alpha=alpha, per_neuron=per_neuron)
         compare(network, ratios)
 
 
@@ -203,7 +241,7 @@ def _limit_events(monkeypatch, limit: float) -> None:
 
 def test_input_rates_on_both_sides_of_the_crossing(monkeypatch):
     """The same spikes through the event-driven products and through the matrix kernels."""
-    network = Network("index", 64, x="spikes")
+    network = drawn("index", 64, x="spikes")
     results = []
     for limit in (1.0, -1.0):
         _limit_events(monkeypatch, limit)
@@ -218,7 +256,7 @@ def test_input_rates_on_both_sides_of_the_crossing(monkeypatch):
 @pytest.mark.parametrize("x", ["held", "dense", "spikes"])
 @pytest.mark.parametrize("unit", [1, 16, 64])
 def test_bits_do_not_depend_on_the_threads(unit, x):
-    network = Network("mixer", unit, steps=11, batch=40, x=x)
+    network = drawn("mixer", unit, steps=11, batch=40, x=x)
     results = []
     for number in (1, 2, 3, 7):
         with threads(number):
@@ -245,7 +283,7 @@ def test_a_changed_mask_is_noticed():
 
 def test_graphs_that_outlive_one_another():
     """Two forward passes before their backward passes, one graph walked twice, one dropped: nobody's memory is lost."""
-    network = Network("mixer", 64, steps=30, batch=40)  # large enough for memory from the pool
+    network = drawn("mixer", 64, steps=30, batch=40)  # large enough for memory from the pool
     expected = network.run(torch.float32, "cpu")
 
     def forward():
@@ -287,8 +325,8 @@ def test_without_gradients_nothing_is_kept():
 def test_bfloat16_leaves_products_of_events_exact(monkeypatch):
     """Under autocast only dense factors are rounded; spikes and weights of event-driven products stay float32."""
     _limit_events(monkeypatch, 1.0)
-    network = Network("mixer", 32, x="spikes")
-    exact = network.run(torch.float64, "torch")
+    network = drawn("mixer", 32, x="spikes")
+    exact = network.exact
     with torch.autocast("cpu", torch.bfloat16):
         actual = network.run(torch.float32, "cpu")
     for name, tensor in actual.items():
@@ -305,8 +343,8 @@ def test_bfloat16_matrix_kernels(x, monkeypatch):
     _limit_events(monkeypatch, -1.0)
     errors = {"cpu": 0.0, "torch": 0.0}
     for unit in (1, 16, 32, 64):
-        network = Network("mixer", unit, x=x)
-        exact = network.run(torch.float64, "torch")
+        network = drawn("mixer", unit, x=x)
+        exact = network.exact
         for backend in errors:
             with torch.autocast("cpu", torch.bfloat16):
                 actual = network.run(torch.float32, backend)
@@ -334,7 +372,7 @@ ALWAYS, NEVER = float("inf"), 0.0
 def compact(
     kind: str, unit: int, *sizes: int, x: str = "spikes", surrogate="triangle", alpha=2.0, **options
 ) -> Network:
-    return Network(kind, unit, *sizes, x=x, per_neuron=False, surrogate=surrogate, alpha=alpha, **options)
+    return drawn(kind, unit, *sizes, x=x, per_neuron=False, surrogate=surrogate, alpha=alpha, **options)
 
 
 @pytest.mark.parametrize("x", ["held", "dense", "spikes"])
@@ -409,7 +447,8 @@ def test_input_gradients_are_chosen_by_the_share_of_events(limit_gradient_events
 @pytest.mark.parametrize("bf16", [False, True])
 def test_each_chunk_of_the_batch_chooses(bf16, limit_gradient_events):
     """The first samples have no events, others few, the last ones many."""
-    network = compact("mixer", 32, 13, 70 * 4, margin=0)
+    network = copy.copy(compact("mixer", 32, 13, 70 * 4, margin=0))
+    network.tensors = {name: tensor.clone() for name, tensor in network.tensors.items()}
     network.tensors["x"][:, :70] = 0
     network.tensors["x"][:, 200:] = 1
     network.tensors |= {f"bias{k}": torch.zeros_like(network.tensors[f"bias{k}"]) for k in range(3)}
@@ -428,13 +467,14 @@ def test_events_under_bfloat16_use_float32_weights(limit_gradient_events, monkey
     limit_gradient_events(ALWAYS)
     _limit_events(monkeypatch, 1.0)
     network = compact("mixer", 32)
-    exact = network.run(torch.float64, "torch")
+    exact = network.exact
     with torch.autocast("cpu", torch.bfloat16):
         actual = network.run(torch.float32, "cpu")
     for name, tensor in actual.items():
         assert rms(tensor.double() - exact[name]) <= 1e-5 * rms(exact[name]), name
 
 
+@once
 def test_the_log_says_once_what_computes_input_gradients(caplog):
     library._why_product.cache_clear()
     cases = {
@@ -559,6 +599,7 @@ def test_bits_of_lif_alone_do_not_depend_on_the_threads(shape, per_neuron):
 # --- operators ----------------------------------------------------------------------------------------------------
 
 
+@once
 @pytest.mark.parametrize("model", MODELS)
 def test_opcheck_of_a_stack(model):
     network = Network("mixer", 16, steps=3, batch=2)
@@ -574,6 +615,7 @@ def test_opcheck_of_a_stack(model):
     stack.UNPACK.opcheck(stack.PackedWords(spikes[0], call.layers[0].values, call.layers[0].mask))
 
 
+@once
 def test_opcheck_of_a_product():
     network = Network("mixer", 16, steps=3, batch=2)
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in network.tensors.items()}
@@ -584,6 +626,7 @@ def test_opcheck_of_a_product():
     linear.BACKWARD.opcheck(LinearBackward(call, torch.randn(2, 200), (True, True, False)))
 
 
+@once
 @pytest.mark.parametrize("model", MODELS)
 def test_opcheck_of_neurons(model):
     current = torch.randn(7, 3, 10, requires_grad=True)
@@ -658,6 +701,7 @@ def test_operators_refuse_what_would_read_out_of_bounds():
         neurons_alone.BACKWARD(NeuronsBackward(alone, kept, spikes[..., :9].contiguous(), wanted))
 
 
+@once
 def test_compiled_with_a_full_graph(plain_memory):
     network = Network("index", 32)
     expected = network.run(torch.float32, "cpu")
@@ -682,6 +726,7 @@ def test_compiled_with_a_full_graph(plain_memory):
 # --- memory, processes, instruction sets --------------------------------------------------------------------------
 
 
+@once
 @pytest.mark.skipif(os.environ.get("G2G_CPU_POOL") == "0", reason="G2G_CPU_POOL=0 turns the pool off")
 def test_workspace_gives_memory_again_and_never_twice():
     pool = Workspace()
@@ -701,6 +746,7 @@ def test_workspace_gives_memory_again_and_never_twice():
     pool.clear()
 
 
+@once
 @pytest.mark.skipif(os.environ.get("G2G_CPU_POOL") == "0", reason="G2G_CPU_POOL=0 turns the pool off")
 def test_scratch_of_two_sizes_in_turn_is_one_map():
     """As in a training step: forward needs less than backward, and what lies between them stays."""
@@ -717,6 +763,7 @@ def test_scratch_of_two_sizes_in_turn_is_one_map():
     del kept
 
 
+@once
 def test_workspace_does_not_hoard():
     pool = Workspace()
     for megabytes in range(4, 80, 4):
@@ -724,107 +771,81 @@ def test_workspace_does_not_hoard():
     assert sum(map(len, pool._free)) <= 2 * (80 << 20)
 
 
-PROGRAM = """
-import torch
-from g2g_kernels import BlockMask, GroupLayout, Neurons, SpikingLayer, g2g_stack
-torch.manual_seed(3)
-torch.set_num_threads(2)
-draw = torch.Generator().manual_seed(0)
-mask = BlockMask.sample(GroupLayout(200, 4), GroupLayout(90, 4), block_size=16, generator=draw)
-values = mask.pack(torch.randn(200, 90) / 5).requires_grad_()
-layer = SpikingLayer(values, mask, torch.zeros(200), Neurons("lif", (torch.tensor(0.9), torch.tensor(1.0))))
-x = torch.rand(8, 90)
-def step():
-    values.grad = None
-    result = g2g_stack(x, [layer], steps=6, backend="cpu")
-    result.counts.square().sum().backward()
-    return result.counts.detach().clone(), values.grad.clone()
-"""
+class Step:
+    """One step of a small stack: its spike counts and the gradient of its weights."""
 
+    def __init__(self) -> None:
+        draw = seeded(0)
+        mask = BlockMask.sample(GroupLayout(200, 4), GroupLayout(90, 4), block_size=16, generator=draw)
+        self.values = mask.pack(torch.randn(200, 90, generator=draw) / 5).requires_grad_()
+        self.layer = lif_layer(self.values, mask, torch.zeros(200), torch.tensor(0.9), torch.tensor(1.0))
+        self.x = torch.rand(8, 90, generator=draw)
 
-def _python(program: str, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM + program],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    def __call__(self) -> tuple[torch.Tensor, torch.Tensor]:
+        counts = g2g_stack(self.x, [self.layer], steps=6, backend="cpu").counts
+        (grad,) = torch.autograd.grad(counts.square().sum(), [self.values])
+        return counts.detach(), grad
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-def test_a_forked_child_computes_the_same():
-    program = """
-import os, warnings
-warnings.simplefilter("ignore")
-expected = step()
-child = os.fork()
-if child == 0:
-    # tensors are small: PyTorch's own OpenMP must not run here, it hangs in forked children
-    same = all(map(torch.equal, step(), expected))
-    os._exit(0 if same else 1)
-print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), all(map(torch.equal, step(), expected)))
-"""
-    assert _python(program).split() == ["0", "True"]
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_child_computes_the_same(monkeypatch):
+    # in the child, tensors are small and not poisoned: PyTorch's own OpenMP must not run there, it hangs
+    monkeypatch.setattr(workspace, "poison", False)
+    step = Step()
+    with threads(2):
+        expected = step()
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                signal.alarm(300)  # a child that hangs is killed
+                status = 0 if all(map(torch.equal, step(), expected)) else 2
+            finally:
+                os._exit(status)
+        assert os.waitpid(child, 0)[1] == 0
+        assert all(map(torch.equal, step(), expected))
 
 
 def test_calls_from_several_python_threads():
-    program = """
-from concurrent.futures import ThreadPoolExecutor
-def counts(_):
-    with torch.no_grad():
-        return g2g_stack(x, [layer], steps=20, backend="cpu").counts
-expected = counts(0)
-with ThreadPoolExecutor(4) as callers:
-    print(all(torch.equal(expected, other) for other in callers.map(counts, range(40))))
-"""
-    assert _python(program).split() == ["True"]
+    network = Network("index", 16, x="held")
+    layers = network._layers(network.tensors)
+
+    def counts(_) -> torch.Tensor:
+        torch.set_num_threads(2)
+        with torch.no_grad():
+            return g2g_stack(network.tensors["x"], layers, steps=20, backend="cpu").counts
+
+    with threads(2), ThreadPoolExecutor(4) as callers:
+        expected = counts(0)
+        assert expected.any()
+        assert all(torch.equal(expected, other) for other in callers.map(counts, range(40)))
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16"])
-def test_instruction_sets_agree(isa):
+@pytest.mark.parametrize("isa", library.ISAS)
+def test_instruction_sets_agree(isa, tmp_path):
     """Each set this CPU has, against the one it prefers: equal spikes, gradients up to rounding."""
-    program = """
-import sys
-from g2g_kernels import lif
-from g2g_kernels.cpu.library import instruction_set
-counts, grad = step()
-draw.manual_seed(1)
-current = torch.randn(12, 3, 45, generator=draw).requires_grad_()
-spikes = lif(current, 0.8, torch.rand(45, generator=draw), backend="cpu")
-spikes.backward(torch.randn(spikes.shape, generator=draw))
-spikes, grads = (counts, spikes.detach()), (grad, current.grad)
-torch.save((instruction_set(), spikes, grads), sys.stdout.buffer)
-"""
-    import io
 
-    def run(**environment: str):
-        done = subprocess.run(
-            [sys.executable, "-c", PROGRAM + program],
-            env={**os.environ, **environment},
-            capture_output=True,
-            timeout=120,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        return torch.load(io.BytesIO(done.stdout), weights_only=True)
+    def results() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        counts, grad = Step()()
+        draw = seeded(1)
+        current = torch.randn(12, 3, 45, generator=draw).requires_grad_()
+        alone = lif(current, 0.8, torch.rand(45, generator=draw), backend="cpu")
+        alone.backward(torch.randn(alone.shape, generator=draw))
+        return [counts, alone.detach()], [grad, current.grad]
 
-    reason = _python("from g2g_kernels import backend_status; print(backend_status()['cpu'])", G2G_CPU_ISA=isa)
-    if "this CPU does not have" in reason:
-        pytest.skip(reason)
-    name, spikes, grads = run(G2G_CPU_ISA=isa)
-    assert name == isa
-    _, expected_spikes, expected_grads = run()
+    expected_spikes, expected_grads = results()
+    with instruction_set(isa, tmp_path):
+        assert library.instruction_set() == isa
+        spikes, grads = results()
+    assert all(tensor.any() for tensor in spikes)
     for actual, expected in zip(spikes, expected_spikes, strict=True):
         assert torch.equal(actual, expected)
     for actual, expected in zip(grads, expected_grads, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6 * expected.abs().max().item())
 
 
-def test_without_the_library_the_reason_is_told():
-    program = """
-from g2g_kernels import backend_status
-print(backend_status()["cpu"])
-"""
-    assert "not built" in _python(program, G2G_CPU_LIBRARY="/nowhere/lib.so")
+@once
+def test_without_the_library_the_reason_is_told(tmp_path):
+    with loaded(tmp_path / "none.so"):
+        assert "not built" in backend_status()["cpu"]

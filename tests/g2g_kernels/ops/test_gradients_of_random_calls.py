@@ -1,18 +1,14 @@
 """Gradients of drawn calls, on every instruction set of this CPU, against float64."""
 
-import json
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from compiled_kernels import instruction_set
 
 from g2g_kernels import BlockMask, GroupLayout, Neurons, SpikingLayer, available_backends, g2g_linear, g2g_stack, lif
+from g2g_kernels.cpu.library import ISAS
 
-ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
 DRAWS = 25  # of each operator and instruction set
 RESETS, SURROGATES = ("subtract", "zero", "none"), ("atan", "fast_sigmoid", "sigmoid", "triangle")
 
@@ -86,8 +82,8 @@ def results(run, backend, tensors, dtype):
     return [output.detach() for output in outputs], torch.autograd.grad(loss, leaves)
 
 
-def main(seed):
-    """Prints how many draws were compared, how many a rounded spike spoiled, and the largest error of a gradient."""
+def compare(seed):
+    """How many draws were compared, how many a rounded spike spoiled, and the largest error of a gradient."""
     compared, spoiled, worst = 0, 0, (0.0, "")
     for call in (linear_call, lif_call, stack_call):
         for number in range(DRAWS):
@@ -108,24 +104,15 @@ def main(seed):
                     size, 1.0
                 )  # a small sum is what terms of about 1 leave
                 worst = max(worst, (error, name))
-    print(json.dumps([compared, spoiled, *worst]))
+    return compared, spoiled, *worst
 
 
 @pytest.mark.skipif("cpu" not in available_backends(), reason="needs the compiled kernels")
 @pytest.mark.parametrize("isa", ISAS)
-def test_gradients_of_random_calls_are_those_of_float64(isa):
+def test_gradients_of_random_calls_are_those_of_float64(isa, tmp_path):
     """Draws of every operator; of those in which rounding flips a spike there may be a few."""
-    done = subprocess.run(
-        [sys.executable, "-c", f"import {Path(__file__).stem} as fuzz; fuzz.main({ISAS.index(isa)})"],
-        cwd=Path(__file__).parent,
-        env={**os.environ, "G2G_CPU_ISA": isa, "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-    )
-    if "which this CPU does not have" in done.stderr:
-        pytest.skip(f"this CPU has no {isa}")
-    assert done.returncode == 0, done.stderr[-2000:]
-    compared, spoiled, error, name = json.loads(done.stdout)
+    with instruction_set(isa, tmp_path):
+        compared, spoiled, error, name = compare(ISAS.index(isa))
     assert compared >= 2.8 * DRAWS
     assert spoiled <= 0.2 * DRAWS
     assert error < 1e-4, f"{name}: {error:.1e}"

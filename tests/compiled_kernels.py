@@ -1,0 +1,58 @@
+"""The compiled CPU kernels as another compiler makes them, on another instruction set, or from another file.
+
+Each library is loaded into this process beside the installed one, so that no other interpreter has to be started.
+"""
+
+import functools
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from helpers import ROOT
+
+from g2g_kernels.cpu import library, plans
+
+
+def build(file: Path, compiler: str) -> Path:
+    """The library ``file``, built by that compiler; unoptimised, as that takes a quarter of the time."""
+    program = (
+        "import sys; from pathlib import Path; import setup; setup.build_library(Path(sys.argv[1]), Path(sys.argv[2]))"
+    )
+    environment = {**os.environ, "CXX": compiler, "G2G_CXXFLAGS": "-O0"}
+    command = [sys.executable, "-c", program, file, file.parent]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return file
+
+
+@contextmanager
+def loaded(file: Path, **environment: str) -> Iterator[None]:
+    """Inside, the compiled kernels are those of ``file``, loaded in that environment.
+
+    A file that is loaded already stays as it is: to have it read its environment again, give a copy.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"G2G_CPU_LIBRARY": str(file), **environment}.items():
+            patch.setenv(name, value)
+        patch.setattr(library, "_load", functools.cache(library._load.__wrapped__))
+        patch.setattr(plans, "_plans", type(plans._plans)())  # they lie in the memory of one library
+        yield
+
+
+@contextmanager
+def instruction_set(name: str, folder: Path) -> Iterator[None]:
+    """Inside, the compiled kernels are those of that instruction set, from a copy of their file in ``folder``.
+
+    Skips the test where this CPU does not have the instruction set.
+    """
+    copy = shutil.copy(library.library()._name, folder / f"{name}.so")
+    with loaded(copy, G2G_CPU_ISA=name):
+        reason = library.unavailable()
+        if reason and "which this CPU does not have" in reason:
+            pytest.skip(reason)
+        yield

@@ -1,8 +1,8 @@
 """Triton's interpreter without work that comes to nothing: the same values in a third of the time.
 
-It looks through the language's modules anew at every call of a device function, builds a table for every cast and a
-type for every operand, and computes whether each integer operation overflows only to drop the answer (device assertions
-are off).
+It looks through the language's modules anew at every call of a device function, builds a table for every cast, a type
+for every operand and a shape for every result, and computes whether each integer operation overflows only to drop the
+answer (device assertions are off).
 """
 
 import contextlib
@@ -23,6 +23,7 @@ def quicken() -> None:
     _look_up_number_formats()
     _patch_the_language_once_a_launch()
     _broadcast_only_what_differs()
+    _make_shapes_once()
 
 
 def _drop_unused_overflow_checks() -> None:
@@ -86,6 +87,33 @@ def _broadcast_only_what_differs() -> None:
 
     semantic.broadcast_impl_value = broadcast_if_needed
     block.with_element_ty = with_element_once
+
+
+def _make_shapes_once() -> None:
+    """Blocks of one shape and number format have equal types, and tensors of one type have equal shapes."""
+    core = interpreter.tl.core
+    make_type, make_tensor = core.block_type.__init__, core.tensor.__init__
+    types: dict = {}
+    shapes: dict = {}
+
+    @functools.wraps(make_type)
+    def make_type_once(self, element_ty, shape):
+        key = element_ty.name, *(s.value if isinstance(s, core.constexpr) else s for s in shape)
+        if key not in types:
+            make_type(self, element_ty, shape)
+            types[key] = vars(self).copy()
+        vars(self).update(types[key])
+
+    @functools.wraps(make_tensor)
+    def make_tensor_with_its_shape(self, handle, type):
+        if type.name not in shapes:
+            make_tensor(self, handle, type)
+            shapes[type.name] = self.shape, self.numel
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = shapes[type.name]
+
+    core.block_type.__init__ = make_type_once
+    core.tensor.__init__ = make_tensor_with_its_shape
 
 
 @contextlib.contextmanager

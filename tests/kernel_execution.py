@@ -178,7 +178,7 @@ class Execution:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_load_initial_conftests(early_config) -> None:
-    """Before ``conftest.py`` asks whether there is a GPU."""
+    """Before ``every_test.py`` asks whether there is a GPU."""
     execution = Execution()
     execution.open()
     early_config.pluginmanager.register(execution)

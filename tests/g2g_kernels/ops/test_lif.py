@@ -535,7 +535,7 @@ def test_without_gradients_no_membranes_are_kept(plain_memory):
 
 
 def test_memory_starts_as_nan():
-    """The fixture of conftest.py is at work."""
+    """The fixture of every_test.py is at work."""
     assert torch.empty(3).isnan().all()
     assert torch.empty_like(torch.zeros(2, 2)).isnan().all()
     assert torch.zeros(1).new_empty(4).isnan().all()

@@ -6,6 +6,8 @@ the time it takes, and sends SIGKILL. What the killed run left is gone on from, 
 history have to be those of a run that nobody killed, to the last bit. Prints how many runs died where.
 """
 
+import contextlib
+import io
 import os
 import random
 import signal
@@ -116,6 +118,11 @@ def main(kills):
     data = load_dataset(SETTINGS.dataset)
     died = Counter()
     with tempfile.TemporaryDirectory() as root:
+        # autograd starts a thread for each GPU, and no thread survives a fork
+        if not (torch.cuda.is_available() or torch.xpu.is_available() or torch.backends.mps.is_available()):
+            # what a first run imports and looks up is there in every fork of this process
+            with contextlib.redirect_stdout(io.StringIO()):
+                run_training(SETTINGS, lambda: data, Path(root, "first"), Machine(torch.device("cpu")))
         whole = Path(root, "whole")
         times = finish(whole, data)
         expected = content(whole)

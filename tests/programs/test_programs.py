@@ -41,6 +41,13 @@ def test_each_listed_program_explains_itself(program, capsys):
     assert captured.err == ""
 
 
+def test_the_version_is_told(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"g2g {__version__}\n"
+
+
 def test_the_list_names_every_script_and_backend(capsys):
     assert set(SCRIPTS) <= set(overview.PROGRAMS)
     assert overview.main([]) == 0

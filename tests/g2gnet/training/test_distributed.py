@@ -1,8 +1,10 @@
 """Several processes train one network as one process would, as ``torchrun`` starts them: by gloo, on the CPU."""
 
+import contextlib
 import itertools
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -47,14 +49,18 @@ def torchrun(processes, program, *flags, launcher=("--standalone",)):
     return [*launch, program, *map(str, flags)]
 
 
+def free_port():
+    """A port that nobody has, below those that systems give to whoever asks for any."""
+    while True:
+        port = random.randrange(20000, 32000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("localhost", port))
+            return port
+
+
 def train_flags(directory, **options):
     flags = flags_of({name: value for name, value in {**SMALL, **options}.items() if value is not True})
     return [*flags, *(f"--{name}" for name, value in options.items() if value is True), "--checkpoint_dir", directory]
-
-
-def torchrun_train(processes, directory, **options):
-    command = torchrun(processes, ROOT / "train.py", *train_flags(directory, **options))
-    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
 
 
 def assert_same_course(one, several):
@@ -104,32 +110,6 @@ def test_processes_train_as_one(tmp_path, processes, options):
     assert f"processes={processes}" in done.stdout
     assert [line[:9] for line in done.stdout.splitlines() if "Epoch" in line] == ["Epoch 01 ", "Epoch 02 ", "Epoch 03 "]
     assert done.stdout.count("test images, 8 steps") == 1
-
-
-#: train.py, and what still runs when the interpreter begins to end
-THREADS = """
-import atexit, pathlib, sys
-import train
-@atexit.register
-def report():
-    names = [path.read_text() for path in pathlib.Path("/proc/self/task").glob("*/comm")]
-    print("at the end:", ", ".join(name for name in names if "gloo" in name) or "no thread of gloo", file=sys.stderr)
-sys.exit(train.main(sys.argv[1:]))
-"""
-
-
-def test_torchrun_trains_as_one_and_ends_the_threads_of_its_group(tmp_path):
-    """The other tests start their processes in a cheaper way."""
-    one = run(tmp_path / "one")
-    program = tmp_path / "program.py"
-    program.write_text(THREADS)
-    command = torchrun(2, program, *train_flags(tmp_path / "several"))
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert_same_course(load(one), load(RunFiles(tmp_path / "several", one.checkpoint.stem)))
-    assert "processes=2" in done.stdout
-    # one that asks for the interpreter's lock while it is torn down aborts the process
-    assert done.stderr.count("at the end: no thread of gloo") == 2, done.stderr
 
 
 #: train.py with a fault in rank 1, after step 5 (in the second epoch of three, at four steps an epoch)
@@ -227,29 +207,36 @@ def test_processes_must_see_the_same_files(tmp_path, faulty):
     assert files.checkpoint.read_bytes() == before
 
 
-def test_two_machines(tmp_path):
-    """Two calls of torchrun that find each other at a port, as on two machines."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+#: train.py, and what still runs when the interpreter begins to end
+THREADS = """
+import atexit, pathlib, sys
+import train
+@atexit.register
+def report():
+    names = [path.read_text() for path in pathlib.Path("/proc/self/task").glob("*/comm")]
+    print("at the end:", ", ".join(name for name in names if "gloo" in name) or "no thread of gloo", file=sys.stderr)
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def test_two_machines_train_as_one_and_end_the_threads_of_their_group(tmp_path):
+    """Two calls of torchrun that find each other at a port; most other tests start their processes in a cheaper way."""
+    program = tmp_path / "program.py"
+    program.write_text(THREADS)
+    port = free_port()
     machines = []
     for number in range(2):
         launcher = ("--nnodes=2", f"--node_rank={number}", "--master_addr=localhost", f"--master_port={port}")
-        flags = [*flags_of(SMALL), "--checkpoint_dir", tmp_path / "several"]
-        machines.append(
-            subprocess.Popen(
-                torchrun(1, ROOT / "train.py", *flags, launcher=launcher),
-                cwd=ROOT,
-                env=environment(),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
-    outputs = [machine.communicate()[0] for machine in machines]
-    assert [machine.returncode for machine in machines] == [0, 0], outputs
-    assert "Epoch 03" in outputs[0]
-    assert "Epoch" not in outputs[1]
+        command = torchrun(1, program, *train_flags(tmp_path / "several"), launcher=launcher)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        machines.append(subprocess.Popen(command, cwd=ROOT, env=environment(), text=True, **pipes))
+    printed = [machine.communicate() for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], printed
+    assert "processes=2" in printed[0][0]
+    assert "Epoch 03" in printed[0][0]
+    assert "Epoch" not in "".join(printed[1])
+    # one that asks for the interpreter's lock while it is torn down aborts the process
+    assert [errors.count("at the end: no thread of gloo") for _, errors in printed] == [1, 1], printed
     one = run(tmp_path / "one")
     assert_same_course(load(one), load(RunFiles(tmp_path / "several", one.checkpoint.stem)))
 

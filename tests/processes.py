@@ -1,4 +1,4 @@
-"""Processes that work on one run, as ``torchrun`` starts them, without ``torchrun`` and without its imports.
+"""Programs in processes of their own without another import of PyTorch, alone or as ``torchrun`` starts several.
 
 They are forks of a server that has imported what they need, so that each begins within milliseconds.
 """
@@ -9,12 +9,17 @@ import runpy
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
+import pytest
 import torch
 import torch.distributed as dist
 from helpers import ROOT
+
+from benchmarks import harness
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
@@ -37,11 +42,27 @@ class Ended(NamedTuple):
     stderr: str
 
 
-def launch(processes: int, program: Path | str, *arguments: object, folder: Path) -> Ended:
-    """Runs a program (``python PROGRAM ARGUMENTS``) in several processes that find one another; waits for all.
+def fork_contenders(patch: pytest.MonkeyPatch) -> None:
+    """Has the benchmarks' contenders be forks, too."""
+    patch.setattr(harness, "multiprocessing", SimpleNamespace(get_context=lambda method: SERVER))
 
-    What they print goes through files in ``folder``.
-    """
+
+def start(program: Path | str, *arguments: object, output: Path, **variables: str) -> BaseProcess:
+    """Starts a program (``python PROGRAM ARGUMENTS``), which prints into the files OUTPUT.out and OUTPUT.err."""
+    process = SERVER.Process(target=_run, args=(str(program), [*map(str, arguments)], variables, output))
+    process.start()
+    return process
+
+
+def run(program: Path | str, *arguments: object, output: Path, **variables: str) -> Ended:
+    """Runs a program to its end."""
+    process = start(program, *arguments, output=output, **variables)
+    process.join()
+    return Ended([process.exitcode], *(Path(f"{output}.{name}").read_text() for name in ("out", "err")))
+
+
+def launch(processes: int, program: Path | str, *arguments: object, folder: Path) -> Ended:
+    """Runs a program in several processes that find one another; waits for all."""
     folder.mkdir(parents=True, exist_ok=True)
     # as torchrun does, this process answers for their meeting point: no port has to be free later on
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=300))
@@ -53,14 +74,10 @@ def launch(processes: int, program: Path | str, *arguments: object, folder: Path
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "OMP_NUM_THREADS": "1",
     }
-    started = []
-    for rank in range(processes):
-        variables = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        process = SERVER.Process(
-            target=_run, args=(str(program), [*map(str, arguments)], variables, folder / str(rank))
-        )
-        process.start()
-        started.append(process)
+    started = [
+        start(program, *arguments, output=folder / str(rank), **common, RANK=str(rank), LOCAL_RANK=str(rank))
+        for rank in range(processes)
+    ]
     for process in started:
         process.join()
     stdout, stderr = (

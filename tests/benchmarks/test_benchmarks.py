@@ -9,6 +9,7 @@ import shutil
 
 import pytest
 import torch
+from processes import fork_contenders
 
 import benchmarks.ours
 import benchmarks.workload
@@ -254,7 +255,9 @@ def outcomes(path) -> list[Outcome]:
         entry("unable", "CannotBeBuilt", backend="torch"),
         dataclasses.replace(entry("absent", "Network"), unavailable="absent is not installed (pip install absent)"),
     ]
-    return measure([Job(entry, path) for entry in jobs], repeats=3, warm_up=1)
+    with pytest.MonkeyPatch.context() as patch:
+        fork_contenders(patch)
+        return measure([Job(entry, path) for entry in jobs], repeats=3, warm_up=1)
 
 
 def test_only_a_right_contender_has_a_time(outcomes):
@@ -290,6 +293,12 @@ def test_peak_memory_is_counted_from_here():
     assert 30e6 < memory.above() < 60e6
 
 
+@pytest.fixture
+def forked(monkeypatch):
+    """What is measured is measured in forks. The first of the tests below starts its process afresh."""
+    fork_contenders(monkeypatch)
+
+
 # --- the programs ---------------------------------------------------------------------------------------------------
 
 
@@ -315,6 +324,7 @@ def test_throughput_writes_a_record_with_its_environment(tmp_path, capsys, path)
     assert "g2g-torch" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_product_in_bfloat16_has_a_time(tmp_path, path):
     """numpy has no bfloat16, and results pass between processes as its arrays."""
     file = tmp_path / "record.json"
@@ -324,6 +334,7 @@ def test_a_product_in_bfloat16_has_a_time(tmp_path, path):
     assert row["status"] == "timed", row["reason"]
 
 
+@pytest.mark.usefixtures("forked")
 def test_scaling_fits_a_line(tmp_path, capsys):
     file = tmp_path / "record.json"
     flags = [*FLAGS.split(), "--quantity", "B", "--values", "40,20", "--contenders", "g2g-torch", "--repeats", "1"]
@@ -349,6 +360,7 @@ def test_a_quantity_grows_and_nothing_else(quantity, values, densities):
         assert mask.block_size == (value if quantity == "block_size" else TINY.block_size)
 
 
+@pytest.mark.usefixtures("forked")
 def test_alpha_is_that_of_the_contender_with_another_surrogate(tmp_path):
     file = tmp_path / "record.json"
     name = "g2g-torch-triangle"

@@ -3,8 +3,10 @@
 import json
 import re
 
+import processes
 import pytest
 import torch
+from helpers import ROOT
 
 from benchmarks import dst_study, plots, study, tradeoff_study
 from benchmarks.redraw import STUDIES
@@ -53,13 +55,24 @@ def test_densities_are_those_that_the_rows_name(tmp_path):
         assert settings.p_inter == pytest.approx(0.15 * settings.p_intra, rel=1e-3)
 
 
+def forked(output):
+    """Stands for ``study.train``: a run in a fork."""
+
+    def train(command):
+        assert command[1:3] == ["-m", "g2gnet.train"]
+        ended = processes.run(ROOT / "train.py", *command[3:], output=output)
+        assert ended.statuses == [0], ended.stderr
+
+    return train
+
+
 def test_a_study_goes_on_where_it_stopped_and_records_what_there_is(tmp_path, capsys, monkeypatch):
     arguments = ["--runs", str(tmp_path), "--seeds", "1", "--jobs", "2", "--json", str(tmp_path / "record.json")]
     assert study.run_study(SMALL, [*arguments, "--rows", "gradient"]) == 0
     assert study.run_study(SMALL, [*arguments, "--finished"]) == 0
     assert [row["row"] for row in json.loads((tmp_path / "record.json").read_text())["rows"]] == ["gradient"]
     made = []
-    train = study.train
+    train = forked(tmp_path / "printed")
     monkeypatch.setattr(study, "train", lambda command: (made.append(command), train(command)))
     assert study.run_study(SMALL, arguments) == 0
     assert len(made) == 1  # the other one was finished
@@ -78,6 +91,7 @@ def test_validation_tests_on_training_images_that_are_held_back(tmp_path, monkey
     mini = load_dataset("fashionmnist-mini")
     monkeypatch.setattr(study, "load_dataset", lambda *_: mini)
     monkeypatch.setattr(study, "HELD_BACK", 40)
+    monkeypatch.setattr(study, "train", forked(tmp_path / "printed"))
     arguments = ["--runs", str(tmp_path), "--seeds", "1", "--rows", "static", "--validation"]
     assert study.run_study(SMALL, [*arguments, "--json", str(tmp_path / "record.json")]) == 0
     held_back = load_dataset(name_of(tmp_path / "fashionmnist-validation.npz"))

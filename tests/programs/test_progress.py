@@ -10,14 +10,13 @@ import re
 import shlex
 import shutil
 import struct
-import subprocess
 import sys
 import termios
 import threading
 from pathlib import Path
 
 import pytest
-from helpers import ROOT
+from processes import fork_contenders
 from small_data import publish_resnet, write_cifar
 from tqdm import tqdm
 
@@ -73,6 +72,7 @@ def workplace(tmp_path, monkeypatch):
     write_cifar(monkeypatch, tmp_path / "data", "cifar10", train=50, test=20)
     publish_resnet(monkeypatch, tmp_path / "hub", "cifar10")
     monkeypatch.chdir(tmp_path)
+    fork_contenders(monkeypatch)
     monkeypatch.setattr(benchmarks.workload, "cache_dir", lambda: tmp_path / "workloads")
     monkeypatch.setattr(tqdm, "__init__", functools.partialmethod(tqdm.__init__, mininterval=0, miniters=1))
     end = {"test_acc": 0.5, "train_acc": 0.5, "density": {"fc2": 1}, "train_seconds": 1.0}
@@ -99,10 +99,9 @@ def test_work_shows_the_time_left_on_a_terminal_and_nothing_in_a_pipe(name, work
             assert "%|" not in text
 
 
-def test_the_program_draws_on_a_true_terminal_and_leaves_its_output_clean(tmp_path):
+def test_the_program_draws_on_a_true_terminal_and_leaves_its_output_clean(workplace, monkeypatch, capsys):
     ours, its = pty.openpty()
     fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))  # of no rows and columns it draws nothing
-    command = [sys.executable, "train.py", *shlex.split(TRAIN), "--limit_train", "6000", "--json"]
     seen = bytearray()
 
     def read():
@@ -112,15 +111,12 @@ def test_the_program_draws_on_a_true_terminal_and_leaves_its_output_clean(tmp_pa
         except OSError:  # the other end is closed
             pass
 
-    with subprocess.Popen(
-        [*command, "--checkpoint_dir", tmp_path], cwd=ROOT, stdout=subprocess.PIPE, stderr=its
-    ) as process:
-        os.close(its)
-        reader = threading.Thread(target=read)
-        reader.start()
-        output = process.stdout.read()
-        reader.join()
+    reader = threading.Thread(target=read)
+    reader.start()
+    with open(its, "w", buffering=1) as terminal, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", terminal)
+        assert train.main([*shlex.split(TRAIN), "--json"]) == 0
+    reader.join()
     os.close(ours)
-    assert process.returncode == 0
     assert re.search(r"\rEpoch 02/2: *" + TIME_LEFT, seen.decode())
-    assert json.loads(output)["result"]["epoch"] == 2
+    assert json.loads(capsys.readouterr().out)["result"]["epoch"] == 2

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 
+import processes
 import pytest
 import torch
 from helpers import ROOT
@@ -238,8 +239,9 @@ def fill_the_disk(self, part):
 Trainer.evaluate = fill_the_disk
 sys.exit(train.main({[*flags_of(SMALL), "--checkpoint_dir", str(tmp_path)]!r}))
 """
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1
+    (tmp_path / "program.py").write_text(program)
+    done = processes.run(tmp_path / "program.py", output=tmp_path / "printed")
+    assert done.statuses == [1]
     files = RunFiles(tmp_path, TrainSettings(**SMALL).stem)
     assert f"cannot write {files.checkpoint} (File too large)" in done.stderr
     assert "Free space, then run the same command again to resume" in done.stderr

@@ -4,18 +4,22 @@ from pathlib import Path
 
 #: files whose tests take longest: they begin first, so that no process works long after the others have ended
 SLOWEST = [
-    "test_packaging.py",
-    "g2g_kernels/ops/test_triton_*.py",
-    "g2gnet/training/test_distributed.py",
-    "benchmarks/test_benchmarks.py",
     "g2g_kernels/test_cpu_backend.py",
-    "benchmarks/test_aot.py",
-    "g2gnet/report/test_report.py",
+    "g2g_kernels/ops/test_triton_*.py",
+    "test_packaging.py",
+    "g2gnet/training/test_distributed.py",
     "g2gnet/training/test_reliability.py",
-    "g2gnet/test_untrusted.py",
-    "programs/test_progress.py",
-    "test_lint.py",
+    "g2gnet/report/test_report.py",
+    "test_readme.py",
+    "benchmarks/test_benchmarks.py",
+    "benchmarks/test_aot.py",
+    "g2g_kernels/ops/test_g2g_stack.py",
     "test_docs.py",
+    "g2gnet/test_untrusted.py",
+    "g2g_kernels/ops/test_synaptic.py",
+    "test_lint.py",
+    "programs/test_*.py",
+    "benchmarks/test_studies.py",
 ]
 TESTS = Path(__file__).parent
 collect_ignore = ["clients"]  # they need other libraries, in an environment of their own: tests/clients.sh

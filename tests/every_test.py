@@ -22,6 +22,8 @@ if not torch.cuda.is_available():
 
         triton_interpreter.quicken()
 
+# Machine code that the compiler keeps lies in a folder that is removed when this process ends.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(multiprocessing.util.get_temp_dir(), "inductor"))
 # The compiler, which optimizers import, notes which functions are PyTorch's own: before any is poisoned.
 importlib.import_module("torch._dynamo.trace_rules")
 
@@ -38,7 +40,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same for programs that test
 @pytest.fixture(autouse=True, scope="session")
 def _temporary_files_go_when_the_tests_have_passed(tmp_path_factory):
     """Locks, caches and logs of what tests start, too (``torchrun`` leaves a folder in the temporary directory)."""
-    multiprocessing.util.get_temp_dir()  # removed when this process ends, so it is to lie elsewhere
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("temporary")))
         patch.setenv("TMPDIR", tempfile.tempdir)

@@ -97,6 +97,21 @@ class Stack:
         return results(activity.counts, activity.rates, [spikes.dense() for spikes in activity.spikes], leaves)
 
 
+def rounded(stack: Stack, dtype: torch.dtype) -> Stack:
+    """The stack with currents exact in ``dtype``, so that all dtypes have the same spikes; only gradients round."""
+    grid = 1 if dtype == torch.bfloat16 else 4  # eight bits of a current are 16ths below 16
+    for name, tensor in stack.tensors.items():
+        if name.startswith("values"):
+            tensor.copy_((tensor * 16).round().clamp(-8, 8) / 16)
+        elif name.startswith("x"):
+            tensor.copy_((tensor * grid).round() / grid)
+        elif name.startswith("bias"):
+            tensor.copy_((tensor * 4).round() / 4)
+        else:
+            tensor.copy_(tensor.to(dtype))
+    return stack
+
+
 def loss(counts: torch.Tensor, rates) -> torch.Tensor:
     """Weights of both signs on the counts, and every layer's rates, as the firing-rate regulariser uses them."""
     weights = torch.randn(counts.shape, generator=seeded(77)).to(counts)

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from helpers import ErrorRatios, MaskCase, device_of, rms, seeded
-from stack_cases import STACKS, Stack, check_compact, clear_of_thresholds, clear_stack, clear_stacks, loss
+from stack_cases import STACKS, Stack, check_compact, clear_of_thresholds, clear_stack, clear_stacks, loss, rounded
 
 from g2g_kernels import BackendError, BlockMask, GroupLayout, Neurons, g2g_stack
 from g2g_kernels.ops.g2g_stack.call import StackBackward, StackCall
@@ -59,21 +59,6 @@ def test_errors_are_at_most_1_5_times_those_of_plain_pytorch(way, steps):
     for reset, surrogate in itertools.product(RESETS, SURROGATES):
         compare(ratios, clear_stack(next(masks), steps, reset), reset=reset, surrogate=surrogate)
     ratios.check(cases=len(RESETS) * len(SURROGATES))
-
-
-def rounded(stack: Stack, dtype: torch.dtype) -> Stack:
-    """The stack with currents exact in 16 bits, so that all dtypes have the same spikes; only gradients round."""
-    grid = 1 if dtype == torch.bfloat16 else 4  # eight bits of a current are 16ths below 16
-    for name, tensor in stack.tensors.items():
-        if name.startswith("values"):
-            tensor.copy_((tensor * 16).round().clamp(-8, 8) / 16)
-        elif name.startswith("x"):
-            tensor.copy_((tensor * grid).round() / grid)
-        elif name.startswith("bias"):
-            tensor.copy_((tensor * 4).round() / 4)
-        else:
-            tensor.copy_(tensor.to(dtype))
-    return stack
 
 
 def exact_in(dtype: torch.dtype, cases, steps: int | None) -> Stack:
@@ -169,9 +154,9 @@ def test_numbers_of_steps(way, steps):
 
 def test_more_samples_than_a_tile(way):
     ratios = ErrorRatios()
-    for stack in itertools.islice(clear_stacks(STACKS_OF_UNITS[0], None, batch=67), 5):
+    for stack in itertools.islice(clear_stacks(STACKS_OF_UNITS[0], None, batch=67), FEW):
         compare(ratios, stack)
-    ratios.check(cases=5, at_most=AT_MOST)
+    ratios.check(cases=FEW, at_most=AT_MOST)
 
 
 @pytest.mark.parametrize("steps", [None, T], ids=["varying", "held"])

@@ -199,11 +199,15 @@ class ErrorRatios:
         error, plain_error = (max(rms(tensor.double() - exact.double()), least) for tensor in (actual, plain))
         self._logarithms.setdefault(name, []).append(math.log(error / plain_error))
 
+    def means(self) -> dict[str, tuple[float, int]]:
+        """The geometric mean of each tensor, and over how many cases."""
+        return {name: (math.exp(sum(logs) / len(logs)), len(logs)) for name, logs in self._logarithms.items()}
+
     def check(self, cases: int, at_most: float = 1.5) -> None:
-        assert self._logarithms, "no case was compared"
-        ratios = {name: math.exp(sum(logs) / len(logs)) for name, logs in self._logarithms.items()}
-        assert {len(logs) for logs in self._logarithms.values()} == {cases}
-        too_large = {name: f"{ratio:.2f}" for name, ratio in ratios.items() if ratio > at_most}
+        means = self.means()
+        assert means, "no case was compared"
+        assert {number for _, number in means.values()} == {cases}
+        too_large = {name: f"{ratio:.2f}" for name, (ratio, _) in means.items() if ratio > at_most}
         assert not too_large, f"errors are above {at_most} times those of plain PyTorch: {too_large}"
 
 

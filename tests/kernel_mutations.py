@@ -155,7 +155,7 @@ MUTATIONS = (
         "U ≥ θ instead of U > θ",
         NEURON,
         (("return membrane > theta", "return membrane >= theta"),),
-        ("lif", "to_the_last_bit"),
+        ("lif", "rounded_before"),
     ),
     Mutation(
         "decay and current contracted to one rounding",

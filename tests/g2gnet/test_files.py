@@ -48,7 +48,7 @@ def test_a_fifo_and_a_device_are_written_into_and_stay_what_they_are(tmp_path):
     reader.start()
     cli.check_output(fifo)
     cli.write_json(str(fifo), {"a": 1})
-    reader.join(10)
+    reader.join(300)
     assert json.loads(read[0])["a"] == 1
     assert stat.S_ISFIFO(fifo.stat().st_mode)
     link = tmp_path / "null"

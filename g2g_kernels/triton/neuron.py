@@ -3,10 +3,10 @@
 A model (``g2g_kernels/ops/neurons/models.py``) is two functions here, ``_…_charge`` and ``_…_charge_backward``, which
 :func:`charge` and :func:`charge_backward` choose between; kernels loop over the tuples of its states and parameters.
 
-All take tiles of float32 values, one element a neuron and sample. The order of operations is that of the models in
+All take tiles of float32 values, one element per neuron and sample. The order of operations is that of the models in
 PyTorch (and so of snnTorch): multiply, add, subtract, each rounded. A compiler would contract β·U + I into one fused
-multiply-add, rounded once, and a membrane within an ulp of θ could then fire here and not there. Kernels that call
-:func:`charge` are therefore launched with :data:`EXACT`; θ·R is exact either way, since R is 0 or 1.
+multiply-add, rounded once, and a membrane within an ulp of θ could then fire here and not in PyTorch. Kernels
+that call :func:`charge` are therefore launched with :data:`EXACT`; θ·R is exact either way, since R is 0 or 1.
 """
 
 import triton
@@ -33,10 +33,10 @@ def _after_zero(value, fired, RESET: tl.constexpr):
 
 # --- the models -------------------------------------------------------------------------------------------------
 #
-# charge(states, fired, current, parameters) -> states after one step more; ``fired`` is R_t.
+# charge(states, fired, current, parameters) -> states after one more step; ``fired`` is R_t.
 # charge_backward(grads, sums, states, fired, parameters) -> the gradient of the current, those of the states before the
-# step, and ``sums`` of the parameters' gradients with what this step adds; ``states`` are those before the step, and
-# ``grads`` what has reached those after it.
+# step, and ``sums`` of the parameters' gradients including this step; ``states`` are those before the step, and
+# ``grads`` the gradients of those after it.
 
 
 @triton.jit
@@ -101,7 +101,7 @@ def charge_backward(grads, sums, states, fired, parameters, MODEL: tl.constexpr,
 @triton.jit
 def load_parameters(pointers, neuron, exists, DECAYS: tl.constexpr, PER_NEURON: tl.constexpr):
     """The parameters of a row of neurons, [1, N] each; the first DECAYS are clamped, bit i of PER_NEURON says whether
-    parameter i has one entry a neuron."""
+    parameter i has one entry per neuron."""
     parameters = ()
     for i in tl.static_range(len(pointers)):
         value = tl.load(pointers[i] + neuron * ((PER_NEURON >> i) & 1), mask=exists, other=0.0)
@@ -174,7 +174,7 @@ def surrogate_derivative(x, alpha, SURROGATE: tl.constexpr):
         root = 1 + alpha * tl.abs(x)
         return 1 / (root * root)
     elif SURROGATE == "sigmoid":
-        # of −|x|: the derivative is even, and e^(α|x|) cannot overflow so
+        # at −|x|: the derivative is even, and the exponential cannot overflow
         decline = tl.exp(-alpha * tl.abs(x))
         return alpha * decline / ((1 + decline) * (1 + decline))
     elif SURROGATE == "triangle":

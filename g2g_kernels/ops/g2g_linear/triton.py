@@ -9,11 +9,11 @@ With M samples (T·B in training), U units of R × C weights, and per block row 
                                                                       the same packed values, read the other way round
     dW[i][j] =        Σ_m dy[m][i]·x[m][j],   db[i] = Σ_m dy[m][i]    weight_gradient_kernel
 
-Each of the three takes 2·M·U·R·C FLOPs. A ``wgmma`` of sm_90 takes 64 rows of its left factor: samples stand there, and
-in the weight gradient, which sums over them, a unit's 64 outputs or the inputs of several units.
+Each of the three takes 2·M·U·R·C FLOPs. A ``wgmma`` of sm_90 has 64 rows in its left factor. These are samples; in the
+weight gradient, which sums over samples, they are a unit's 64 outputs or the inputs of several units.
 
-Neurons are read and written where they lie in memory. :class:`Places` translates from the padded group order of a
-:class:`BlockMask` (*places*); the translation happens in the loads and stores of these kernels, in no pass of its own.
+Neurons are read and written at their columns in memory. :class:`Places` translates from the padded group order of a
+:class:`BlockMask` (*places*); these kernels translate in their loads and stores, without a separate pass.
 """
 
 from typing import NamedTuple
@@ -33,12 +33,12 @@ from g2g_kernels.triton.runtime import launch
 
 
 class Places(NamedTuple):
-    """One side of a layer: ``num_units`` ranges of ``width`` places, and where the neuron of each place is in memory.
+    """One side of a layer: ``num_units`` ranges of ``width`` places, and the memory column of each place's neuron.
 
     Attributes:
         size: number of columns in memory.
         column, place, holes: as of a :class:`g2g_kernels.packing.Side`; a column without a place has no neuron.
-        bounds: int32 [num_units + 1], as of a :class:`UnitAxis`, where ranges are shorter than ``width``; else None.
+        bounds: int32 [num_units + 1], as of a :class:`UnitAxis`, if some ranges are shorter than ``width``; else None.
             Weights beyond a range's length are padding, which is not read.
     """
 
@@ -57,11 +57,11 @@ class Places(NamedTuple):
 
     @property
     def tiles(self) -> int:
-        """How many tiles cover a range."""
+        """The number of tiles that cover a range."""
         return triton.cdiv(self.width, self.tile)
 
     def in_order(self) -> "Places":
-        """The same places, in memory one after the other; those without a neuron are holes."""
+        """The same places, contiguous and in order in memory; those without a neuron are holes."""
         size = self.num_units * self.width
         if self.bounds is None:
             return Places(self.num_units, self.width, size)
@@ -71,7 +71,7 @@ class Places(NamedTuple):
         return Places(self.num_units, self.width, size, None, place, True, self.bounds)
 
     def read_by(self, readers: "Places") -> "Places":
-        """These neurons, in memory at the places of ``readers``: the order in which the next layer reads them."""
+        """These neurons, stored at the places of ``readers``, in the order in which the next layer reads them."""
         mapped = next((places.column for places in (self, readers) if places.column is not None), None)
         if mapped is None:
             return self
@@ -92,7 +92,7 @@ class Places(NamedTuple):
 
 
 class Units(NamedTuple):
-    """Which units a layer has: the index buffers of its :class:`BlockMask`, and its two sides."""
+    """The units of a layer: the index buffers of its :class:`BlockMask`, and its two sides."""
 
     unit_row: torch.Tensor
     unit_col: torch.Tensor
@@ -107,9 +107,9 @@ class Units(NamedTuple):
     def dense_pays(self) -> bool:
         """True if the dense product with stored zeros multiplies less than the units' tiles do.
 
-        So it is for full masks, and for units below 16, of which a tile (16 × 16 at least) is mostly padding: at the
-        default density a mask of single weights has no empty 16 × 16 block at all. A dense product has tiles of its
-        own, 64 wide at least.
+        This holds for full masks, and for units below 16, whose tiles (at least 16 × 16) are mostly padding: at the
+        default density a mask of single weights has no empty 16 × 16 block at all. A dense product has its own tiles,
+        at least 64 wide.
         """
         tiles = len(self.unit_row) * self.rows.tiles * self.cols.tiles
         return tiles * self.rows.tile * self.cols.tile >= max(64, self.rows.size) * max(64, self.cols.size)
@@ -137,9 +137,9 @@ def units_of(mask: MaskTensors, values: torch.Tensor) -> Units:
 
 # --- forward and input gradient ---------------------------------------------------------------------------------
 #
-# One program computes BLOCK_M samples × one tile of BLOCK_N outputs; it walks over the units of its block row, each a
+# One program computes BLOCK_M samples × one tile of BLOCK_N outputs; it loops over the units of its block row, each a
 # [BLOCK_M, BLOCK_K] tile of x times a [BLOCK_K, BLOCK_N] tile of weights. Programs of one sample tile are neighbours in
-# the grid, so that its x is read from memory once and then from L2: 2·M·K + 2·U·R·C + 2·M·N bytes of memory in 16 bits
+# the grid, so its x is read from memory once, then from L2: 2·M·K + 2·U·R·C + 2·M·N bytes of memory in 16 bits
 # (M·K for spikes in uint8), and U·R·C/64·(2·M/64 + …) from L2.
 
 
@@ -155,7 +155,7 @@ def columns(place, column_of, ok, size):
 
 @triton.jit
 def length(bounds, unit, width):
-    """The length of a range, of which weights farther on are padding."""
+    """The length of a range; weights beyond it are padding."""
     if bounds is not None:
         return tl.load(bounds + unit + 1) - tl.load(bounds + unit)
     else:
@@ -221,13 +221,13 @@ def product_kernel(
 
 
 def product_tiles(samples: int, width: int, x: torch.dtype, products: torch.dtype) -> dict[str, int]:
-    """Rows and depth of a tile for units ``width`` deep, and how many loads are under way.
+    """Rows and depth of a tile for units ``width`` deep, and the number of loads in flight.
 
-    128 rows are two ``wgmma`` of 64, and reuse each weight tile for 128 FLOPs a byte; few samples take 16, the least
-    that a tensor core multiplies. Three stages of 16 KB of x and 8 KB of weights leave room for other programs on an
-    SM, and fit the 99 KB of consumer cards. What is loaded as float32, whatever it becomes, takes twice the registers:
-    half the rows, half the depth, two stages. ``ieee`` products run on the ordinary cores, whose loops are unrolled
-    whole: a depth of 16 and three stages. With these numbers no kernel has anything on the stack
+    128 rows are two ``wgmma`` of 64, and reuse each weight tile for 128 FLOPs per byte; for few samples 16 rows are
+    enough, the minimum of a tensor core. Three stages of 16 KB of x and 8 KB of weights leave room for other programs
+    on an SM, and fit the 99 KB of consumer cards. Data loaded as float32 take twice the registers, whatever they are
+    converted to: half the rows, half the depth, two stages. ``ieee`` products run on the ordinary cores, with fully
+    unrolled loops: a depth of 16 and three stages. With these numbers no kernel uses the stack
     (``benchmarks/results/aot.md``).
     """
     block_m = 16 if samples <= 32 else 64 if torch.float32 in (x, products) else 128
@@ -242,10 +242,10 @@ def _depth_and_stages(x: torch.dtype, products: torch.dtype) -> tuple[int, int]:
 
 
 def fitted(tiles: dict[str, int], device: torch.device, deepest: int = 32) -> dict[str, int]:
-    """The tiles of a kernel of products as ``device`` takes them: on RDNA 8 warps, and none deeper than ``deepest``.
+    """The tiles of a matrix-product kernel, adjusted to ``device``: on RDNA 8 warps, and none deeper than ``deepest``.
 
-    Its warps are 32 threads wide like NVIDIA's, but its ``wmma`` wants each factor twice in a warp's registers. With
-    other cards' tiles up to 292 bytes a thread of 16-bit kernels went to the stack, and 2,764 of a float32 one.
+    Its warps are 32 threads wide like NVIDIA's, but its ``wmma`` needs each factor twice in a warp's registers. With
+    the tiles of other cards, 16-bit kernels spilled up to 292 bytes per thread to the stack, a float32 kernel 2,764.
     """
     if not runtime.rdna(device):
         return tiles
@@ -292,7 +292,7 @@ def product(
     x: torch.Tensor, values: torch.Tensor, units: Units, bias: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
     """y [M, out] of ``dtype``: x [M, in] (floats, or spikes in uint8), ``bias`` [out] in the order of y's columns."""
-    if units.dense_pays:  # cuBLAS's, with the zeros stored
+    if units.dense_pays:  # cuBLAS, with the zeros stored
         weight = unpacked(values, units)
         return F.linear(x.to(values.dtype), weight, None if bias is None else bias.to(values.dtype)).to(dtype)
     # nothing is stored to columns without a neuron
@@ -320,14 +320,14 @@ def input_gradient(grad_y: torch.Tensor, values: torch.Tensor, units: Units, dty
 # parts go to memory in float32 and are added by a second launch, always in the same order: no atomics. Bytes from L2
 # for 16-bit dy and uint8 x: U·M·(2·R/GROUP + C); memory: 2·4·PARTS·U·R·C for the parts.
 #
-# Float32 factors go to the ordinary cores, which add one product after the other: a chain of 12,800 samples made the
-# gradients of weights 5.2 times and of biases 3.6 times as wrong as PyTorch's own. So each chain of CHAIN samples is
-# added to a total, and the next begins at zero (0.8 and 1.3 times). That is a second accumulator and no bytes: on sm_90
-# 222 registers a thread instead of 191, and 181 instead of 109 for a held input (benchmarks/results/aot.md). Factors of
-# 16 bits and of tf32 are wrong by more than their sums: they take one chain, and only tf32's bias, in float32, several.
+# Float32 factors go to the ordinary cores, which add one product after another: a chain of 12,800 samples gave weight
+# gradients 5.2 times and bias gradients 3.6 times PyTorch's error. So each chain of CHAIN samples is added to a total,
+# and the next begins at zero (0.8 and 1.3 times). This needs a second accumulator but no extra bytes: on sm_90 222
+# registers per thread instead of 191, and 181 instead of 109 for a held input (benchmarks/results/aot.md). The rounding
+# of 16-bit and tf32 factors outweighs that of the sums: they use one chain; only tf32's bias, in float32, uses several.
 #
 # Rows have different numbers of units, which dynamic sparse training changes on the device. The grid is therefore sized
-# for the most groups that there can be, each program finds its own row, and programs without work leave at once.
+# for an upper bound on the number of groups. Each program finds its own row; programs without work return at once.
 
 
 @triton.jit
@@ -361,7 +361,7 @@ def weight_gradient_kernel(
     part = tl.program_id(1)
     tile_r, tile_c = tl.program_id(2) // TILES_C, tl.program_id(2) % TILES_C
 
-    # the row and the group of its units that this program takes; an empty row has one group, for its bias
+    # the row of this program and its group of units; an empty row has one group, for its bias
     rows = tl.arange(0, ROWS)
     first = tl.load(row_ptr + rows, mask=rows < num_rows, other=0)
     end = tl.load(row_ptr + rows + 1, mask=rows < num_rows, other=0)
@@ -385,10 +385,10 @@ def weight_gradient_kernel(
     r = tile_r * BLOCK_R + tl.arange(0, BLOCK_R)
     y_col, y_ok = columns(row * R + r, y_column, r < R, y_size)
 
-    # a wgmma takes 64 rows of its left factor: those of dy where a unit has as many, else those of several units' x
+    # a wgmma has 64 rows in its left factor: those of dy where a unit has as many, else those of several units' x
     total = tl.zeros((BLOCK_R, GROUP * BLOCK_C) if BLOCK_R >= 64 else (GROUP * BLOCK_C, BLOCK_R), tl.float32)
     summed = tl.zeros((BLOCK_S, BLOCK_R), tl.float32)
-    chain, chain_summed = total, summed  # what has not been added to them yet
+    chain, chain_summed = total, summed  # not yet added to them
     for start in range(part * samples_of_part, tl.minimum((part + 1) * samples_of_part, samples), BLOCK_S):
         s = tl.arange(0, BLOCK_S)
         s_ok = (s < samples - start)[:, None]
@@ -424,17 +424,17 @@ def weight_gradient_kernel(
             tl.store(grad_bias + part * y_size + y_col, tl.sum(summed, 0), mask=y_ok)
 
 
-#: programs of the weight gradient: four for each of an H100's 132 SMs. A constant, so that sums have the same order
-#: whatever the card.
+#: programs of the weight gradient: four for each of an H100's 132 SMs. Constant, so sums have the same order on
+#: every card.
 _PROGRAMS = 528
 
 
 def weight_gradient_tiles(width: int, x: torch.dtype, products: torch.dtype) -> dict[str, int]:
-    """How many units ``width`` wide share a tile of dy, samples of a step, loads under way.
+    """The number of units ``width`` wide that share a tile of dy, of samples per step, and of loads in flight.
 
     128 columns of x, as wide as a ``wgmma`` or two of them deep: with 256, most rows of the default mask (8 or 9 units
-    of 64) would leave a last group almost empty. 64 samples a step are four ``wgmma`` deep; three stages take 72 KB at
-    most. In float32 half of each, as in :func:`product_tiles`. CHAIN is 0 where one chain is as good as several.
+    of 64) would leave a last group almost empty. 64 samples per step are four ``wgmma`` deep; three stages take 72 KB
+    at most. In float32, half of both, as in :func:`product_tiles`. CHAIN is 0 where one chain is as good as several.
     """
     depth, stages = _depth_and_stages(x, products)
     lanes = 64 if torch.float32 in (x, products) else 128
@@ -456,7 +456,7 @@ def weight_gradient(
     if units.dense_pays:
         grad_values = packed(grad_y.T @ x.to(grad_y.dtype), units).to(dtype)
         return grad_values, grad_y.sum(0, dtype=torch.float32) if want_bias else None
-    # on the ordinary cores, whose loops are unrolled whole, RDNA has registers for a depth of 8
+    # on the ordinary cores, with fully unrolled loops, RDNA has registers for a depth of 8
     deepest = 8 if grad_y.dtype == torch.float32 else 32
     options = fitted(weight_gradient_tiles(cols.tile, x.dtype, grad_y.dtype), x.device, deepest)
     groups = num_units // options["GROUP"] + rows.num_units

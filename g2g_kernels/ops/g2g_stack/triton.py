@@ -17,10 +17,10 @@ Bytes per element of [T, B, N] in a training step, with c the size of the produc
     pair         c + c currents, 1 spikes, 0.3 checkpoints    c currents, 0.3 checkpoints, c + c gradients
     fused        1 spikes, c margins                          c margins, c + c gradients
 
-    that is 11.6 for the pair and 9 fused in 16 bits. Keeping nothing and computing the currents again in the backward
-    pass would write them, read them, and cost another product. Margins are kept rather than membranes since rounding
-    never changes their sign, so that every R is exact, and since they are most precise where σ' is steep; the products'
-    dtype is what every other number of the backward pass is rounded to as well.
+    that is 11.6 for the pair and 9 fused in 16 bits. Keeping nothing and recomputing the currents in the backward pass
+    would write and read them, and cost another product. Margins are kept rather than membranes because rounding never
+    changes their sign, so every R is exact, and because they are most precise where σ' is steep. They have the
+    products' dtype, like the gradients of currents and spikes.
 """
 
 import contextlib
@@ -64,8 +64,8 @@ from g2g_kernels.triton.runtime import launch
 # --- the fused kernel -------------------------------------------------------------------------------------------
 #
 # One program computes BLOCK_B samples × one tile of BLOCK_N neurons for all T steps, membranes in registers. Its loop
-# runs over (t, unit of the block row) flattened into one, so that the loads of step t + 1 are under way while step t is
-# finished. 2·T·B·U·R·C FLOPs; the weights of a block row (67 KB by default, in 16 bits) are read T times, from L2.
+# runs over (t, unit of the block row) flattened into one, so the loads of step t + 1 are in flight while step t
+# finishes. 2·T·B·U·R·C FLOPs; the weights of a block row (67 KB by default, in 16 bits) are read T times, from L2.
 
 
 @triton.jit
@@ -162,19 +162,19 @@ def fused_tiles(batch: int, width: int, x: torch.dtype, products: torch.dtype) -
     return tiles | {"BLOCK_M": min(64, tiles["BLOCK_M"]), "num_warps": 8}
 
 
-#: SMs of an H100, where no device can be asked
+#: SMs of an H100, used if there is no device to ask
 _H100_SMS = 132
 
 
 def fused_pays(units: Units, neurons: Neurons, batch: int, dtype: torch.dtype, device: torch.device) -> bool:
     """True where one kernel for product and neurons is expected to be faster than the pair; a cost model, not measured.
 
-    Only for models whose one state is the membrane: the backward pass has it from the margins, and nothing else.
+    Only for models whose one state is the membrane: the backward pass can recover only that from the margins.
 
-    Fusing saves c bytes written and c read of [T, B, N], about a third of the time of the default product at its rate
-    on an H100. But its programs walk through time and cannot be split over it, so there are only B/64 of them for each
-    block row. With less than three quarters of the SMs at work, the product loses more than the currents' trip costs.
-    The dense product is cuBLAS's, which has no neurons in it.
+    Fusing saves writing and reading the currents, c bytes each per element of [T, B, N]: about a third of the time of
+    the default product at its rate on an H100. But its programs loop over time and cannot be split over it, so there
+    are only B/64 of them per block row. With less than three quarters of the SMs at work, the product loses more than
+    the currents cost. The dense product is cuBLAS's, which cannot be fused.
     """
     if units.dense_pays or len(MODELS[neurons.model].states) > 1:
         return False
@@ -191,7 +191,7 @@ _chosen: bool | None = None
 
 @contextlib.contextmanager
 def choose(fused: bool) -> Iterator[None]:
-    """Inside, every layer that can be fused is (or is not), whatever :func:`fused_pays` says: to compare the two."""
+    """Inside, every layer that can be fused is, or none is, whatever :func:`fused_pays` says; to compare the two."""
     global _chosen
     _chosen = fused
     try:
@@ -200,14 +200,14 @@ def choose(fused: bool) -> Iterator[None]:
         _chosen = None
 
 
-# The backward pass of the neurons of a fused layer: one program a tile of samples × neurons, t downwards in segments
-# whose loads are issued together. Sums for bias, β and θ are added over a segment, then over the segments (twice four
-# registers each a thread), go to memory once a program and are added in a fixed order.
+# The backward pass of the neurons of a fused layer: one program per tile of samples × neurons, t in reverse, in
+# segments whose loads are issued together. Sums for bias, β and θ are added over a segment, then over the segments
+# (twice four registers per thread each), written once per program, and added in a fixed order.
 
 
 @triton.jit
 def _if(there, b, batch, n_ok):
-    """Which elements of a tile there are: none unless ``there``, a scalar."""
+    """Which elements of a tile exist; none unless ``there``, a scalar, is true."""
     return (b < tl.where(there, batch, 0))[:, None] & n_ok[None, :]
 
 
@@ -245,7 +245,7 @@ def fused_backward_kernel(
     own = load_parameters(parameters, n, n_ok, DECAYS, PER_NEURON)
     threshold = own[len(own) - 1]
 
-    # the gradient that reaches every spike of a neuron alike, at all steps
+    # the part of the spikes' gradient that is the same at all steps
     at_all_steps = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
     if grad_counts is not None:
         at_all_steps += tl.load(grad_counts + offset, mask=inside, other=0.0).to(tl.float32)
@@ -258,7 +258,7 @@ def fused_backward_kernel(
     totals = zeros(len(own), BLOCK_B, BLOCK_N)
     grad_bias = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
     segments = tl.cdiv(steps, SEGMENT)
-    # steps after the last one take part with margins and gradients of 0, which leave all sums as they are
+    # steps after the last have margins and gradients of 0, which change no sum
     last = segments * SEGMENT - 1
     margin = tl.load(margins + last * step + offset, mask=_if(last < steps, b, batch, n_ok), other=0.0).to(tl.float32)
     for turn in range(segments):
@@ -316,7 +316,7 @@ class _Layer(NamedTuple):
         return torch.float32 if self.held else products
 
     def to_columns(self, vector: torch.Tensor, fill: float = 0.0) -> torch.Tensor:
-        """A tensor [..., N], one entry a neuron, in the order of columns; a single entry is for all of them."""
+        """A tensor [..., N], one entry per neuron, in the order of columns; a single entry applies to all."""
         if self.neuron is None or vector.shape == (1,):
             return vector
         return torch.cat([vector, vector.new_full((*vector.shape[:-1], 1), fill)], -1)[..., self.neuron]
@@ -326,13 +326,13 @@ class _Layer(NamedTuple):
         return tensor if self.column is None else tensor.index_select(-1, self.column)
 
     def like(self, parameter: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-        """The gradient of a parameter, a scalar or one a neuron, from its sum or from one a column."""
+        """The gradient of a parameter, a scalar or one per neuron, from its sum or its values per column."""
         if grad.numel() > 1:
             grad = self.to_neurons(grad)
         return (grad if parameter.numel() > 1 else grad.sum()).reshape(parameter.shape).to(parameter.dtype)
 
     def bias_gradient(self, bias: torch.Tensor | None, grad: torch.Tensor | None) -> torch.Tensor:
-        """The gradient of the bias from one a column; an empty tensor where there is none."""
+        """The gradient of the bias from its values per column; an empty tensor if there is no bias."""
         return self.values.new_empty(0) if bias is None or grad is None else self.like(bias, grad)
 
 
@@ -352,7 +352,7 @@ def _layers(call: StackCall) -> list[_Layer]:
         held = call.held and i == 0
         fused = not held and fused_pays(units, neurons, call.batch, call.dtype, call.x.device)
         layer = _Layer(values, units, None, neurons, neuron, column, held, fused)
-        # where there is no neuron, one that never fires
+        # a column without a neuron gets one that never fires
         *decays, threshold = (parameter.float() for parameter in neurons.parameters)
         parameters = *map(layer.to_columns, decays), layer.to_columns(threshold, 1.0)
         layers.append(
@@ -411,7 +411,7 @@ def _launch_fused(
 
 
 class _NeuronGradients(NamedTuple):
-    """∂L/∂I [T·B, N'], and the gradients of bias (None: not known yet) and parameters, in the order of columns."""
+    """∂L/∂I [T·B, N'], and the gradients of bias (None: not computed yet) and parameters, in the order of columns."""
 
     current: torch.Tensor
     bias: torch.Tensor | None
@@ -419,7 +419,7 @@ class _NeuronGradients(NamedTuple):
 
 
 def _fused_backward(margins: torch.Tensor, layer: _Layer, upstream: Upstream) -> _NeuronGradients:
-    """Backwards through the neurons of a layer that was fused."""
+    """The backward pass of the neurons of a fused layer."""
     steps, batch, neurons = margins.shape
     block_b, block_n = blocks(neurons)
     grid = triton.cdiv(batch, block_b), triton.cdiv(neurons, block_n)
@@ -458,7 +458,7 @@ def _fused_backward(margins: torch.Tensor, layer: _Layer, upstream: Upstream) ->
 
 
 def _pair_backward(run: Run, checkpoints: torch.Tensor, upstream: Upstream, dtype: torch.dtype) -> _NeuronGradients:
-    """Backwards through the neurons of a layer whose currents are in memory."""
+    """The backward pass of the neurons of a layer whose currents are in memory."""
     grad_current = torch.empty_like(run.current, dtype=dtype)
     grads = [torch.empty_like(parameter) for parameter in run.population.parameters]
     launch_backward(run, checkpoints, upstream, grad_current, grads)
@@ -501,7 +501,7 @@ class ByteSpikes:
 
 
 def _forward(call: StackCall) -> Outputs:
-    """Kept are two tensors a layer: currents and checkpoints, or margins and nothing."""
+    """Keeps two tensors per layer: currents and checkpoints, or margins and an empty one."""
     num_steps, batch, device = call.num_steps, call.batch, call.x.device
     all_spikes: list[torch.Tensor] = []
     kept: list[torch.Tensor] = []

@@ -4,29 +4,29 @@ Formula
     See README.md in this folder and ``g2g_kernels/triton/neuron.py``, whose rounding is the reference's.
 
 Tiling
-    A program owns a tile of [BLOCK_B samples, BLOCK_N neurons] and walks all T steps with its states in registers;
-    tiles have 512 elements (four a thread and state), as many neurons wide as there are up to 128. Nothing passes
-    between programs. Time is cut into *segments* of at most 10 steps, whose loads are all issued before the first
-    membrane is charged, so that memory latency is met once a segment and not once a step.
+    A program owns a tile of [BLOCK_B samples, BLOCK_N neurons] and runs through all T steps with its states in
+    registers. Tiles have 512 elements (at most four states per thread) and are as wide as there are neurons, at most
+    128. Nothing passes between programs. Time is cut into *segments* of at most 10 steps, whose loads are all issued
+    before the first membrane is charged, so memory latency is paid once per segment, not once per step.
 
 What is kept for the backward pass
     The currents, which exist anyway, and the float32 states at the start of every segment but the first (a
-    *checkpoint*: 0.32 B per element and state at T = 50). The backward pass charges a segment again from its
-    checkpoint, into registers, and then walks the segment downwards. Membranes, and with them R and σ', are equal to
-    those of the forward pass to the last bit. Membranes kept in 16 bits instead would move more bytes (2 per element
-    written, for currents of 16 bits as many read) and cost accuracy: at T = 50 the gradients of β and θ came out
-    4,400 to 5,000 (bfloat16) and 450 to 950 (float16) times as wrong as those of the reference, whose membranes are
+    *checkpoint*: 0.32 B per element and state at T = 50). The backward pass recomputes a segment from its checkpoint,
+    in registers, and then goes through it in reverse. Membranes, and with them R and σ', are bitwise equal to those of
+    the forward pass. Membranes kept in 16 bits instead would move more bytes (2 per element written, for currents of
+    16 bits as many read) and cost accuracy: at T = 50 the gradients of β and θ had
+    4,400 to 5,000 (bfloat16) and 450 to 950 (float16) times the error of those of the reference, whose membranes are
     float32.
 
 Bytes per element of [T, B, N], for currents of c bytes, spikes of s (1 inside a stack, else c) and n states
     forward     c read (a held current: once, not T times), s written, 4n/10 of checkpoints written
     backward    c read (held: once), c of ∂L/∂S read, 4n/10 of checkpoints read, c of ∂L/∂I written (held: once)
-    FLOPs are a handful per element: both kernels run at the speed of memory.
+    There are only a few FLOPs per element: both kernels are memory-bound.
 
 Gradients of parameters are summed in three stages: over the steps of a segment and then over the segments, in
-registers, so that no chain of additions is as long as T (eight registers a thread for each parameter instead of four,
-and no more bytes); then every program writes one partial sum (a neuron, or of its whole tile for a parameter of the
-layer), and :func:`sum_kernel` adds those in a fixed order. There are no atomics: results are the same on every run.
+registers, so no chain of additions is as long as T (at most eight registers per thread and parameter instead of four,
+and no extra bytes); then every program writes one partial sum (per neuron, or for its whole tile if the layer shares
+the parameter), and :func:`sum_kernel` adds those in a fixed order. Without atomics, every run gives the same results.
 """
 
 import math
@@ -43,7 +43,7 @@ from g2g_kernels.triton import runtime
 from g2g_kernels.triton.neuron import EXACT, charge, fires, load_parameters, plus, step_backward, zeros
 from g2g_kernels.triton.runtime import launch
 
-#: the longest segment: its states live in registers, four a thread and step
+#: the longest segment: its states live in registers, four per thread and step
 SEGMENT = 10
 TILE = 512
 NUM_WARPS = 4
@@ -58,7 +58,7 @@ def _tile(BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _inside(sample, neuron, batch, neurons, t, steps):
-    """Which elements of a tile there are at step t: none from T on."""
+    """Which elements of a tile exist at step t; none from T on."""
     return (sample < tl.where(t < steps, batch, 0))[:, None] & (neuron < neurons)[None, :]
 
 
@@ -164,7 +164,7 @@ def neurons_backward_kernel(
     if HELD:
         same = tl.load(current + offsets, mask=inside, other=0.0).to(tl.float32)
 
-    # the gradient that reaches every spike of a neuron alike, at all steps
+    # the part of the spikes' gradient that is the same at all steps
     at_all_steps = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
     if grad_counts is not None:
         at_all_steps += tl.load(grad_counts + offsets, mask=inside, other=0.0).to(tl.float32)
@@ -203,7 +203,7 @@ def neurons_backward_kernel(
             history += (states,)
         for k in tl.static_range(SEGMENT - 1, -1, -1):
             t = segment * SEGMENT + k
-            # steps after the last one take part with gradients of 0, which leave all sums as they are
+            # steps after the last have gradients of 0, which change no sum
             grad_spike = tl.where(t < steps, at_all_steps, 0.0)
             if grad_spikes is not None:
                 grad_spike += upstream[k].to(tl.float32)
@@ -246,7 +246,7 @@ def sum_kernel(partial, decay, out, rows, cols, BLOCK_R: tl.constexpr, BLOCK_C: 
 
 
 class Run(NamedTuple):
-    """Neurons over all time steps, as kernels take them: everything contiguous and on one device.
+    """Neurons over all time steps, in the form that kernels need: everything contiguous and on one device.
 
     Attributes:
         current: float32, float16 or bfloat16 [T, B, N], or [B, N] held for all steps.
@@ -278,7 +278,7 @@ class Run(NamedTuple):
         return triton.cdiv(batch, block_b), triton.cdiv(neurons, block_n)
 
     def arguments(self) -> dict[str, Any]:
-        """What both kernels take."""
+        """The arguments that both kernels take."""
         (batch, neurons), (block_b, block_n) = self.current.shape[-2:], self.blocks
         return {
             "current": self.current,
@@ -290,7 +290,7 @@ class Run(NamedTuple):
             "SEGMENT": segment_of(self.steps),
             "BLOCK_B": block_b,
             "BLOCK_N": block_n,
-            # rows that are not whole tiles wide take a mask per element: two per thread, or registers run out on sm_80
+            # rows that do not fill whole tiles need a mask per element: two per thread, or sm_80 runs out of registers
             "num_warps": NUM_WARPS * len(self.model.states) * (1 if neurons % block_n == 0 else 2),
             **model_options(self.population),
             **EXACT,
@@ -312,7 +312,7 @@ class Upstream(NamedTuple):
 
 
 def model_options(population: Neurons) -> dict[str, Any]:
-    """What kernels are compiled for."""
+    """The compile-time options of kernels that describe the neurons."""
     model = MODELS[population.model]
     return {
         "MODEL": model.name,
@@ -329,7 +329,7 @@ def segment_of(steps: int) -> int:
 
 
 def checkpoint_shape(model: NeuronModel, steps: int, batch: int, neurons: int) -> tuple[int, int, int, int]:
-    """The shape of the float32 states that the forward pass keeps: those of [B, N] neurons a segment but the first."""
+    """The shape of the float32 states that the forward pass keeps: of [B, N] neurons per segment but the first."""
     return triton.cdiv(steps, SEGMENT) - 1, len(model.states), batch, neurons
 
 
@@ -420,7 +420,7 @@ def refuses(current: torch.Tensor, population: Neurons, steps: int | None) -> st
     if current.numel() == 0:
         return "needs currents that are not empty"
     if math.prod(current.shape[0 if steps else 1 :]) >= 1 << 31:
-        return "serves less than 2³¹ neurons and samples a step"
+        return "serves fewer than 2³¹ neurons × samples per step"
     return runtime.refuses(current, *population.parameters)
 
 

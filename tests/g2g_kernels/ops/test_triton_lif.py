@@ -271,7 +271,7 @@ def test_a_layer_compiles_with_a_full_graph(plain_memory):
         ({"current": torch.zeros(4, 2, 5, dtype=torch.float64, device=DEVICE)}, "not torch.float64"),
         ({"beta": torch.zeros(1, dtype=torch.float64, device=DEVICE)}, "not torch.float64"),
         pytest.param({"current": torch.zeros(4, 2, 5, device="meta")}, "not on meta", marks=pytest.mark.driver),
-        ({"current": torch.zeros(1, 1, 1).expand(3, 1 << 16, 1 << 15)}, "serves less than 2³¹"),
+        ({"current": torch.zeros(1, 1, 1).expand(3, 1 << 16, 1 << 15)}, "serves fewer than 2³¹"),
     ],
     ids=["empty", "double", "double beta", "device", "huge"],
 )

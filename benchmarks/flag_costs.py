@@ -10,13 +10,13 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from g2gnet.cli import add_json_flag, run_program, settings_from
+from g2gnet.cli import FlagError, add_json_flag, run_program, settings_from
 from g2gnet.data import ImageData, load_dataset
 from g2gnet.train import build_parser as training_parser
 from g2gnet.training import Machine, Trainer, TrainSettings
@@ -83,8 +83,18 @@ class Contender:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Times all flags in turn, prints the table and returns the record."""
+    """Times all flags in turn, prints the table and returns the record.
+
+    Raises:
+        FlagError: for no round, or more rounds than an epoch has steps for.
+    """
     data = load_dataset("fashionmnist", arguments.data_dir)
+    most = len(data.train_labels) // TrainSettings().batch_size // TURN
+    if arguments.rounds < 1 or arguments.warm_up < 0 or arguments.warm_up + arguments.rounds > most:
+        raise FlagError(
+            f"rounds={arguments.rounds} and warm_up={arguments.warm_up}: give at least 1 and 0, and together at most "
+            f"{most}, since all take place in one epoch"
+        )
     common = f"--model index --hidden_dim {arguments.hidden_dim} --T {arguments.T} --device cpu"
     contenders = [Contender(flags, common, data) for flags in ("", *FLAGS)]
     rounds = arguments.warm_up + arguments.rounds
@@ -116,19 +126,20 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     return record
 
 
-def cost(row: dict[str, Any], default: dict[str, Any]) -> tuple[float, float]:
+def cost(row: dict[str, Any], default: dict[str, Any], turn: int) -> tuple[float, float]:
     """What a flag adds to a step, as a share of it: median over the rounds of the ratio of medians, and half the
     distance between the ratios' quartiles.
 
-    The steps of one round are compared with one another, since the machine may change from round to round.
+    The steps of one round, ``turn`` of the default's, are compared with one another, since the machine may change from
+    round to round.
     """
 
     def by_round(times: Sequence[float], steps: int) -> list[float]:
         return [statistics.median(times[at : at + steps]) for at in range(0, len(times), steps)]
 
-    rounds = len(default["seconds"]) // TURN
+    rounds = len(default["seconds"]) // turn
     steps = len(row["seconds"]) // rounds
-    ratios = [a / b for a, b in zip(by_round(row["seconds"], steps), by_round(default["seconds"], TURN), strict=True)]
+    ratios = [a / b for a, b in zip(by_round(row["seconds"], steps), by_round(default["seconds"], turn), strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
     return middle - 1, (high - low) / 2
 
@@ -137,18 +148,17 @@ def table(record: dict[str, Any]) -> str:
     """Time of a step and of an update for each flag, and what the flag adds."""
     default = record["rows"][0]
     step = statistics.median(default["seconds"])
-    show: Callable[[float], str] = seconds
     rows = []
     for row in record["rows"]:
-        added, spread = cost(row, default)
+        added, spread = cost(row, default, record["turn"])
         update = "–"
         if row["update_seconds"]:
             median = statistics.median(row["update_seconds"])
-            update = f"{show(median)} ({100 * (median - step) / step / 1000:+.2f} % of 1,000 steps)"
+            update = f"{seconds(median)} ({100 * (median - step) / step / 1000:+.2f} % of 1,000 steps)"
         rows.append(
             [
                 f"`{row['flags']}`" if row["flags"] else "the defaults",
-                show(statistics.median(row["seconds"])),
+                seconds(statistics.median(row["seconds"])),
                 f"{100 * added:+.1f} ± {100 * spread:.1f} %" if row["flags"] else "",
                 ", ".join(f"{100 * rate:.1f}" for rate in row["firing_rates"]),
                 update,

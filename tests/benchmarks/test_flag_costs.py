@@ -25,8 +25,14 @@ def test_flags_take_turns_and_updates_are_timed_apart(tmp_path, capsys, monkeypa
 
 def test_steps_of_one_round_are_compared():
     """The machine is twice as slow in the second round; the flag adds a tenth, then two tenths, then nothing."""
-    default = {"seconds": [1.0] * flag_costs.TURN + [2.0] * flag_costs.TURN + [1.0] * flag_costs.TURN}
-    row = {"seconds": [1.1] * 3 + [2.4] * 3 + [1.0] * 3}
-    added, spread = flag_costs.cost(row, default)
+    default = {"seconds": [1.0] * 3 + [2.0] * 3 + [1.0] * 3}
+    row = {"seconds": [1.1] * 2 + [2.4] * 2 + [1.0] * 2}
+    added, spread = flag_costs.cost(row, default, turn=3)
     assert added == pytest.approx(0.1)
     assert spread == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("flags", [["--rounds", "0"], ["--warm_up", "-1"], ["--rounds", "24", "--warm_up", "0"]])
+def test_rounds_that_an_epoch_does_not_have_are_refused(flags, capsys):
+    assert flag_costs.main(flags) != 0
+    assert "and together at most" in capsys.readouterr().err

@@ -56,6 +56,8 @@ class Record(NamedTuple):
             workload = self.content["workload"]
             other = (f", {name} {workload[name]}" for name, usual in USUAL.items() if workload[name] != usual)
             return self.content["kernel"] + "".join(other)
+        if self.content.get("tested_on", study.TEST_IMAGES) != study.TEST_IMAGES:
+            return f"{benchmark}, validation"
         return f"scaling-{self.content['quantity']}" if benchmark == "scaling" else benchmark
 
     @property
@@ -316,6 +318,7 @@ PARTS: dict[str, tuple[str, Callable[[Record, Link], str]]] = {
     "model_comparison, in short": ("model_comparison", _models_in_short),
     "recipe_study, in short": ("recipe_study", _recipe_in_short),
     **{name: (name, _study) for name in STUDIES},
+    "recipe_study, validation": ("recipe_study, validation", _study),
     "predictions": ("predictions", _predictions),
 }
 

@@ -63,6 +63,7 @@ def command(study: Study, row: str, epochs: int, seed: int, folder: Path, datase
 
 #: training images that ``--validation`` tests on
 HELD_BACK = 10_000
+TEST_IMAGES = "the test images"
 
 
 def validation_data(root: Path) -> Path:
@@ -205,7 +206,7 @@ def make(study: Study, arguments: argparse.Namespace) -> dict[str, Any]:
         "machine": describe(torch.device("cpu")),
         "settings": study.common,
         "epochs": arguments.epochs,
-        "tested_on": f"the last {HELD_BACK:,} training images" if arguments.validation else "the test images",
+        "tested_on": f"the last {HELD_BACK:,} training images" if arguments.validation else TEST_IMAGES,
         "rows": [{"row": row, "flags": study.rows[row], "ends": ends} for row, ends in found.items() if ends],
     }
     if not record["rows"]:

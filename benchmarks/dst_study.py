@@ -61,8 +61,9 @@ def table(record: dict[str, Any]) -> str:
         markdown(["units of", "density", *GROWTH, "best growth − static"], accuracies) if accuracies else "",
         markdown(["", "test accuracy, %"], others) if others else "",
         "The graphs that came of it. Never fires: neurons of hidden layers 1 and 2 silent over the last epoch. Spread: "
-        "standard deviation over mean of the units of a block row of fc2, and of a block column.",
-        markdown(["units of", "density", "growth", "never fires, %", "spread of rows, columns", "rows empty"], graphs),
+        "standard deviation over mean of the units of a block row of fc2, and of a block column. Inside: units of "
+        "fc2 that join neurons of one group.",
+        markdown(["units of", "density", "growth", "never fires, %", "spread", "rows empty", "inside"], graphs),
     ]
     return "\n\n".join(part for part in parts if part)
 
@@ -88,6 +89,7 @@ def _graph(runs: list[dict[str, Any]]) -> list[str]:
         ", ".join(f"{share:.0f}" for share in silent),
         f"{mean('fc2', 'rows_spread'):.2f}, {mean('fc2', 'cols_spread'):.2f}",
         f"{100 * mean('fc2', 'rows_empty'):.0f} %",
+        f"{100 * mean('fc2', 'inside'):.0f} %",
     ]
 
 

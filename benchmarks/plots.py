@@ -8,7 +8,8 @@ from typing import Any
 import matplotlib
 
 from .report import curve_title, digest, seconds, title
-from .study import standard_error
+from .study import accuracy, standard_error
+from .tradeoff_study import kind, mean
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -126,26 +127,30 @@ def _accuracy(record: dict[str, Any]) -> Figure:
 
 
 def _tradeoff(record: dict[str, Any]) -> Figure:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 4.1), sharey=True, layout="constrained")
-    for kind, colour in (("dense", "#6b6b6b"), ("index", OURS)):
-        rows = [row for row in record["rows"] if row["row"].startswith(kind)]
-        accuracies = [[100 * end["test_acc"] for end in row["ends"]] for row in rows]
+    figure, axes = plt.subplots(1, 2, figsize=(9.6, 4.1), sharey=True, layout="constrained")
+    for axis, quantity in zip(axes, ("train_seconds", "weights"), strict=True):
+        draw_tradeoff(axis, record, quantity)
+        _tidy(axis)
+    axes[0].set_xlabel("seconds of training")
+    axes[1].set_xlabel("weights")
+    axes[0].set_ylabel("test accuracy, %")
+    axes[0].legend(frameon=False, loc="lower right")
+    return figure
+
+
+def draw_tradeoff(axis: Axes, record: dict[str, Any], quantity: str) -> None:
+    """Test accuracy against ``weights`` or ``train_seconds``, dense and sparse networks, with their names."""
+    for which, name, colour in (("dense", "dense", PEER), ("index", "sparse", OURS)):
+        rows = [row for row in record["rows"] if kind(row) == which]
+        accuracies = [[accuracy(end) for end in row["ends"]] for row in rows]
         means = [statistics.mean(values) for values in accuracies]
         errors = [standard_error(values) for values in accuracies]
-        for axis, quantity in ((left, "train_seconds"), (right, "weights")):
-            x = [statistics.mean(end[quantity] for end in row["ends"]) for row in rows]
-            axis.errorbar(x, means, errors, fmt="o", color=colour, markersize=5, capsize=3, label=kind)
-            for row, place, mean in zip(rows, x, means, strict=True):
-                text = row["row"].split(", units")[0].removeprefix(f"{kind}, ")
-                axis.annotate(text, (place, mean), xytext=(4, 4), textcoords="offset points", fontsize=7)
-    left.set_xlabel("seconds of training")
-    right.set_xlabel("weights")
-    left.set_ylabel("test accuracy, %")
-    left.legend(frameon=False, loc="lower right")
-    for axis in (left, right):
-        axis.set_xscale("log")
-        _tidy(axis)
-    return figure
+        x = [mean(row, quantity) for row in rows]
+        axis.errorbar(x, means, errors, fmt="o", color=colour, markersize=5, capsize=3, label=name)
+        for row, place, height in zip(rows, x, means, strict=True):
+            text = row["row"].split(", units")[0].removeprefix(f"{which}, ")
+            axis.annotate(text, (place, height), xytext=(4, 4), textcoords="offset points", fontsize=7)
+    axis.set_xscale("log")
 
 
 def _tidy(axis: Axes) -> None:

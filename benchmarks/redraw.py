@@ -210,6 +210,25 @@ def _recipe_in_short(record: Record, link: Link) -> str:
     )
 
 
+def _tradeoff_in_short(record: Record, link: Link) -> str:
+    """The best dense and the best sparse network with the largest budget of weights."""
+    content = record.content
+    quantity, unit, budgets = tradeoff_study.BUDGETS[0]
+    found = []
+    for which, name in (("dense", "dense"), ("index", "sparse")):
+        row = tradeoff_study.best(content, which, quantity, budgets[-1])
+        if row:
+            found.append(
+                f"the best {name} network reaches {study.spread(row['ends'], study.accuracy)} % (`{row['flags']}`, "
+                f"{tradeoff_study.mean(row, 'weights'):,.0f} weights)"
+            )
+    return (
+        f"**Accuracy for weights**: with at most {budgets[-1]:,} {unit} {' and '.join(found)}, after "
+        f"{content['epochs']} epochs of `{content['settings']}` on {content['tested_on']}. Measured on "
+        f"{_machine(record, link)}."
+    )
+
+
 def _scaling(record: Record, link: Link) -> str:
     content = record.content
     places = content["workloads"]
@@ -317,6 +336,7 @@ PARTS: dict[str, tuple[str, Callable[[Record, Link], str]]] = {
     "flag_costs": ("flag_costs", _flag_costs),
     "model_comparison, in short": ("model_comparison", _models_in_short),
     "recipe_study, in short": ("recipe_study", _recipe_in_short),
+    "tradeoff_study, in short": ("tradeoff_study", _tradeoff_in_short),
     **{name: (name, _study) for name in STUDIES},
     "recipe_study, validation": ("recipe_study, validation", _study),
     "predictions": ("predictions", _predictions),

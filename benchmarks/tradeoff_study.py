@@ -5,6 +5,7 @@ time or of weights? Times are those of training without evaluation, on one threa
 runs; with ``--jobs 1`` nothing else uses its caches.
 """
 
+import statistics
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -26,14 +27,52 @@ def _rows() -> dict[str, str]:
     return rows
 
 
+#: budgets: (quantity of a run, its unit, at most)
+BUDGETS = (
+    ("weights", "weights", (100_000, 300_000, 1_000_000)),
+    ("train_seconds", "seconds of training", (60, 180, 600)),
+)
+
+
+def kind(row: dict[str, Any]) -> str:
+    """``dense`` or ``index``."""
+    return str(row["row"]).split(",")[0]
+
+
+def mean(row: dict[str, Any], quantity: str) -> float:
+    """The mean of ``weights`` or ``train_seconds`` over the runs of a row."""
+    return statistics.mean(end[quantity] for end in row["ends"])
+
+
+def best(record: dict[str, Any], which: str, quantity: str, budget: float) -> dict[str, Any] | None:
+    """The row of ``dense`` or ``index`` with the highest mean accuracy within a budget; None if there is none."""
+    within = [row for row in record["rows"] if kind(row) == which and mean(row, quantity) <= budget]
+    return max(within, key=lambda row: statistics.mean(map(accuracy, row["ends"])), default=None)
+
+
+def _summary(row: dict[str, Any] | None) -> str:
+    return f"{spread(row['ends'], accuracy)}: {row['row']}" if row else "–"
+
+
 def table(record: dict[str, Any]) -> str:
-    """Accuracy, weights and time of each network."""
+    """Accuracy, weights and time of each network; and the best dense and sparse one within some budgets."""
     rows = []
     for row in record["rows"]:
         ends = row["ends"]
         seconds = spread(ends, lambda end: end["train_seconds"], 0)
-        rows.append([row["row"], f"{ends[0]['weights']:,}", seconds, spread(ends, accuracy)])
-    return markdown(["network", "weights", "seconds of training", "test accuracy, %"], rows)
+        rows.append([row["row"], f"{mean(row, 'weights'):,.0f}", seconds, spread(ends, accuracy)])
+    within = [
+        [f"{budget:,} {unit}", *(_summary(best(record, which, quantity, budget)) for which in ("dense", "index"))]
+        for quantity, unit, budgets in BUDGETS
+        for budget in budgets
+    ]
+    return "\n\n".join(
+        [
+            markdown(["network", "weights", "seconds of training", "test accuracy, %"], rows),
+            "The highest test accuracy, %, of a network of the table within a budget:",
+            markdown(["at most", "dense", "sparse"], within),
+        ]
+    )
 
 
 STUDY = Study(

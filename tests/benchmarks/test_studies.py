@@ -137,7 +137,7 @@ def test_the_best_growth_is_held_against_static_with_the_error_of_the_difference
     # standard error 1/√3 of each
     line = "| 16 | 5 % | 87.00 ± 0.58 | 89.00 ± 0.58 | – | 89.00 (n = 1) | +2.00 ± 0.82 (random) |"
     assert line in text
-    assert "| 16 | 5 % | gradient | 10, 30 | 0.10, 0.20 | 25 % |" in text
+    assert "| 16 | 5 % | gradient | 10, 30 | 0.10, 0.20 | 25 % | 50 % |" in text
 
 
 def test_the_tradeoff_has_a_picture(tmp_path):
@@ -149,3 +149,25 @@ def test_the_tradeoff_has_a_picture(tmp_path):
     plots.draw(record, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 1000
     assert "| 1,234,567 | 10 ± 0 (n = 2) | 90.50 ± 0.50 (n = 2) |" in tradeoff_study.table(record)
+
+
+def test_the_best_network_within_a_budget():
+    runs = {
+        "dense, 64": (60_000, 20, 0.86),
+        "dense, 1024": (2_000_000, 700, 0.92),
+        "index, 512, 25 %, units of 64": (90_000, 30, 0.88),
+        "index, 1024, 10 %, units of 16": (95_000, 90, 0.87),
+        "index, 1024, 25 %, units of 64": (150_000, 100, 0.9),
+    }
+    rows = [
+        {"row": row, "ends": [{**end(1, accuracy), "weights": weights, "train_seconds": seconds}]}
+        for row, (weights, seconds, accuracy) in runs.items()
+    ]
+    text = tradeoff_study.table({"rows": rows})
+    small = "86.00 (n = 1): dense, 64 | 88.00 (n = 1): index, 512, 25 %, units of 64"
+    large = "86.00 (n = 1): dense, 64 | 90.00 (n = 1): index, 1024, 25 %, units of 64"
+    assert f"| 100,000 weights | {small} |" in text
+    assert f"| 300,000 weights | {large} |" in text
+    assert f"| 60 seconds of training | {small} |" in text
+    assert f"| 600 seconds of training | {large} |" in text
+    assert tradeoff_study.best({"rows": rows[1:2]}, "dense", "weights", 100_000) is None

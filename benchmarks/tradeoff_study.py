@@ -10,12 +10,14 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from .dst_study import density_flags
+from .dst_study import GROWTH, SCHEDULE, density_flags
 from .study import Study, accuracy, markdown, run_study, spread
 
 DENSE_WIDTHS = (64, 128, 256, 512, 1024, 2048)
 #: (width, density in per cent)
 SPARSE = ((512, 25), (1024, 25), (2048, 25), (1024, 10), (2048, 10), (4096, 10), (2048, 5), (4096, 5))
+#: those of the sparse ones that are also rewired, pruned by magnitude and grown by gradient
+REWIRED = ((2048, 10), (2048, 5))
 
 
 def _rows() -> dict[str, str]:
@@ -24,6 +26,8 @@ def _rows() -> dict[str, str]:
         units = 64 if percent == 25 else 16
         flags = f"--model index --hidden_dim {width} --block_size {units} {density_flags(percent)}"
         rows[f"index, {width}, {percent} %, units of {units}"] = flags
+        if (width, percent) in REWIRED:
+            rows[f"index, {width}, {percent} %, rewired, units of {units}"] = f"{flags} {GROWTH['gradient']} {SCHEDULE}"
     return rows
 
 

@@ -15,7 +15,7 @@ from .study import Study, accuracy, markdown, run_study, spread
 
 DENSE_WIDTHS = (64, 128, 256, 512, 1024, 2048)
 #: (width, density in per cent)
-SPARSE = ((512, 25), (1024, 25), (2048, 25), (1024, 10), (2048, 10), (4096, 10), (2048, 5), (4096, 5))
+SPARSE = ((256, 25), (512, 25), (1024, 25), (2048, 25), (1024, 10), (2048, 10), (4096, 10), (2048, 5), (4096, 5))
 #: those of the sparse ones that are also rewired, pruned by magnitude and grown by gradient
 REWIRED = ((2048, 10), (2048, 5))
 

@@ -9,13 +9,13 @@ import matplotlib
 
 from .report import curve_title, digest, seconds, title
 from .study import accuracy, standard_error
-from .tradeoff_study import kind, mean
+from .tradeoff_study import density, mean, width
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
 OURS = "#1f5a7a"
 COLOURS = {
@@ -33,6 +33,14 @@ COLOURS = {
     "bsr-lif": "#4f8a4a",
 }
 PEER = "#9a9a9a"
+TRADEOFF_STYLES = (
+    ("#7a7a7a", "o"),
+    (OURS, "o"),
+    ("#2f8f5b", "s"),
+    ("#c4552d", "^"),
+    ("#7a5195", "v"),
+    ("#b08a2e", "D"),
+)
 
 
 def draw(record: dict[str, Any], path: Path | str) -> None:
@@ -139,18 +147,26 @@ def _tradeoff(record: dict[str, Any]) -> Figure:
 
 
 def draw_tradeoff(axis: Axes, record: dict[str, Any], quantity: str) -> None:
-    """Test accuracy against ``weights`` or ``train_seconds``, dense and sparse networks, with their names."""
-    for which, name, colour in (("dense", "dense", PEER), ("index", "sparse", OURS)):
-        rows = [row for row in record["rows"] if kind(row) == which]
+    """Test accuracy against ``weights`` or ``train_seconds``; one line per density, each point with its width."""
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for row in record["rows"]:
+        lines.setdefault(density(row), []).append(row)
+    for (name, rows), (colour, marker) in zip(lines.items(), TRADEOFF_STYLES, strict=False):
         accuracies = [[accuracy(end) for end in row["ends"]] for row in rows]
         means = [statistics.mean(values) for values in accuracies]
         errors = [standard_error(values) for values in accuracies]
         x = [mean(row, quantity) for row in rows]
-        axis.errorbar(x, means, errors, fmt="o", color=colour, markersize=5, capsize=3, label=name)
+        style = f"{marker}{':' if name == 'dense' else '-'}"
+        axis.errorbar(x, means, errors, fmt=style, color=colour, markersize=5, linewidth=1, capsize=2, label=name)
         for row, place, height in zip(rows, x, means, strict=True):
-            text = row["row"].split(", units")[0].removeprefix(f"{which}, ")
-            axis.annotate(text, (place, height), xytext=(4, 4), textcoords="offset points", fontsize=7)
+            axis.annotate(
+                width(row), (place, height), (0, 5), textcoords="offset points", fontsize=7, color=colour, ha="center"
+            )
     axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.margins(y=0.1)
 
 
 def _tidy(axis: Axes) -> None:

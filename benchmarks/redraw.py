@@ -175,9 +175,10 @@ def _step_in_short(record: Record, link: Link) -> str:
 
 
 def _seeds(content: dict[str, Any]) -> str:
-    """The number of seeds of a study's rows."""
+    """How many seeds a study's rows have: ``3 seeds``, ``1 seed``, ``1 to 3 seeds``."""
     counts = sorted({len(row["ends"]) for row in content["rows"]})
-    return " to ".join(str(count) for count in (counts[0], counts[-1])[: len(counts)])
+    numbers = " to ".join(str(count) for count in (counts[0], counts[-1])[: len(counts)])
+    return f"{numbers} seed" if counts == [1] else f"{numbers} seeds"
 
 
 def _models_in_short(record: Record, link: Link) -> str:
@@ -189,7 +190,7 @@ def _models_in_short(record: Record, link: Link) -> str:
         if row["flags"] == f"--model {row['row']}"
     ]
     return (
-        f"**Accuracy** on {content['tested_on']}, mean ± standard error over {_seeds(content)} seeds: "
+        f"**Accuracy** on {content['tested_on']}, mean ± standard error over {_seeds(content)}: "
         f"{', '.join(means)}. The flags: `{content['settings']} --epochs {content['epochs']}`. Measured on "
         f"{_machine(record, link)}."
     )
@@ -214,18 +215,18 @@ def _tradeoff_in_short(record: Record, link: Link) -> str:
     """The best dense and the best sparse network with the largest budget of weights."""
     content = record.content
     quantity, unit, budgets = tradeoff_study.BUDGETS[0]
-    found = []
-    for which, name in (("dense", "dense"), ("index", "sparse")):
-        row = tradeoff_study.best(content, which, quantity, budgets[-1])
-        if row:
-            found.append(
-                f"the best {name} network reaches {study.spread(row['ends'], study.accuracy)} % (`{row['flags']}`, "
-                f"{tradeoff_study.mean(row, 'weights'):,.0f} weights)"
-            )
+    best = {
+        name: tradeoff_study.best(content, which, quantity, budgets[-1])
+        for which, name in (("dense", "dense"), ("index", "sparse"))
+    }
+    found = [
+        f"{study.spread(row['ends'], study.accuracy)} % with the best {name} network (`{row['flags']}`)"
+        for name, row in best.items()
+        if row
+    ]
     return (
-        f"**Accuracy for weights**: with at most {budgets[-1]:,} {unit} {' and '.join(found)}, after "
-        f"{content['epochs']} epochs of `{content['settings']}` on {content['tested_on']}. Measured on "
-        f"{_machine(record, link)}."
+        f"**Accuracy for weights**, at most {budgets[-1]:,} {unit}, {content['epochs']} epochs, {_seeds(content)}: "
+        f"{'; '.join(found)}. The other flags: `{content['settings']}`. Measured on {_machine(record, link)}."
     )
 
 
@@ -293,7 +294,7 @@ def _study(record: Record, link: Link) -> str:
     content = record.content
     picture = f"![Test accuracy against time and weights]({link(record.picture)})\n\n" if record.picture else ""
     return (
-        f"{picture}`{content['settings']} --epochs {content['epochs']}`, {_seeds(content)} seeds: mean ± standard "
+        f"{picture}`{content['settings']} --epochs {content['epochs']}`, {_seeds(content)}: mean ± standard "
         f"error of the mean after the last epoch, on {content['tested_on']}. On {_machine(record, link)}.\n\n"
         f"{STUDIES[content['benchmark']].table(content)}"
     )

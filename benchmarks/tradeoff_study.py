@@ -34,13 +34,23 @@ def _rows() -> dict[str, str]:
 #: budgets: (quantity of a run, its unit, at most)
 BUDGETS = (
     ("weights", "weights", (100_000, 300_000, 1_000_000)),
-    ("train_seconds", "seconds of training", (60, 180, 600)),
+    ("train_seconds", "seconds of training", (60, 240, 600)),
 )
 
 
 def kind(row: dict[str, Any]) -> str:
     """``dense`` or ``index``."""
     return str(row["row"]).split(",")[0]
+
+
+def width(row: dict[str, Any]) -> str:
+    """The number of neurons of a hidden layer."""
+    return str(row["row"]).split(", ")[1]
+
+
+def density(row: dict[str, Any]) -> str:
+    """``dense``, or the share of the weights, with ``rewired`` where they are."""
+    return ", ".join(str(row["row"]).split(", ")[2:-1]) or "dense"
 
 
 def mean(row: dict[str, Any], quantity: str) -> float:

@@ -3,15 +3,14 @@
 pip install -e ".[plots]" && python docs/draw_result.py
 """
 
-import statistics
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 
+from benchmarks.plots import draw_tradeoff
 from benchmarks.redraw import records
 from benchmarks.report import seconds, title
-from benchmarks.study import accuracy, standard_error
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -19,7 +18,6 @@ from matplotlib.axes import Axes
 
 OURS, PEER = "#1f5a7a", "#b5b5b5"
 CONTENDERS = ("g2g-cpu", "dense-lif", "compiled-dense", "spikingjelly-dense", "snntorch-masked")
-MODELS = ("dense", "index", "random", "mixer")
 
 
 def record(name: str) -> dict[str, Any]:
@@ -41,25 +39,13 @@ def draw_times(axis: Axes, content: dict[str, Any]) -> None:
     axis.set_xlabel("seconds per training step, ¼ of the weights active")
 
 
-def draw_accuracies(axis: Axes, content: dict[str, Any]) -> None:
-    rows = {row["row"]: [accuracy(end) for end in row["ends"]] for row in content["rows"]}
-    for place, name in enumerate(MODELS):
-        mean, spread = statistics.mean(rows[name]), standard_error(rows[name])
-        colour = "#7a7a7a" if name == "dense" else OURS
-        axis.errorbar(mean, place, xerr=spread, fmt="o", color=colour, capsize=3)
-        axis.annotate(f"{mean:.2f} %", (mean + spread, place), xytext=(4, 0), textcoords="offset points", va="center")
-    axis.set_yticks(
-        range(len(MODELS)), ["Dense" if name == "dense" else f"{name.capitalize()}, ¼ of fc2" for name in MODELS]
-    )
-    axis.set_xlim(85, 90)
-    axis.set_ylim(len(MODELS) - 0.5, -0.5)
-    axis.set_xlabel("test accuracy, % (mean ± standard error)")
-
-
 def draw(folder: Path) -> None:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10.4, 2.7), layout="constrained", width_ratios=(1.15, 1))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10.4, 3.0), layout="constrained", width_ratios=(1.15, 1))
     draw_times(left, record("step"))
-    draw_accuracies(right, record("model_comparison"))
+    draw_tradeoff(right, record("tradeoff_study"), "weights")
+    right.set_xlabel("weights")
+    right.set_ylabel("test accuracy, %")
+    right.legend(frameon=False, loc="lower right")
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(folder / "result.png", dpi=110)

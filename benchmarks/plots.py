@@ -1,5 +1,6 @@
 """The pictures of the records: one function per benchmark, all in the same colours."""
 
+import itertools
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -151,7 +152,7 @@ def draw_tradeoff(axis: Axes, record: dict[str, Any], quantity: str) -> None:
     lines: dict[str, list[dict[str, Any]]] = {}
     for row in record["rows"]:
         lines.setdefault(density(row), []).append(row)
-    for (name, rows), (colour, marker) in zip(lines.items(), TRADEOFF_STYLES, strict=False):
+    for (name, rows), (colour, marker) in zip(lines.items(), itertools.cycle(TRADEOFF_STYLES)):
         accuracies = [[accuracy(end) for end in row["ends"]] for row in rows]
         means = [statistics.mean(values) for values in accuracies]
         errors = [standard_error(values) for values in accuracies]

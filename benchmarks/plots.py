@@ -9,8 +9,8 @@ from typing import Any
 import matplotlib
 
 from .report import curve_title, digest, seconds, title
-from .study import accuracy, standard_error
-from .tradeoff_study import density, mean, width
+from .study import accuracy, mean, standard_error
+from .tradeoff_study import density, width
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -99,13 +99,15 @@ Link = Callable[[Path], str]
 
 
 def _machine(record: Record, link: Link) -> str:
-    """Where and with what it was measured, and a link to the record."""
+    """Where, when and with what it was measured, and a link to the record."""
     machine = record.content["machine"]
+    ends = [end for row in record.content.get("rows", ()) for end in row.get("ends", ())]
+    days = sorted({when["date"][:10] for when in (machine, *(end["measured"] for end in ends if "measured" in end))})
     threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
     device = machine["gpu"] or f"{machine['cpu']} with {threads} ({machine['cpu_capability']})"
     return (
-        f"{device}, PyTorch {machine['versions']['torch']}, {machine['date'][:10]}; every number, the versions and the "
-        f"commit are in the [record]({link(record.path)})"
+        f"{device}, PyTorch {machine['versions']['torch']}, {' to '.join(dict.fromkeys((days[0], days[-1])))}; every "
+        f"number, the versions and the commit are in the [record]({link(record.path)})"
     )
 
 
@@ -206,8 +208,8 @@ def _recipe_in_short(record: Record, link: Link) -> str:
     joined = " \\\n  ".join(lines).replace("\0", " ")
     return (
         f"**A recipe.** This command reaches {study.spread(row['ends'], study.accuracy)} % on {content['tested_on']} "
-        f"with {row['ends'][0]['weights']:,} weights (mean ± standard error over {len(row['ends'])} seeds, after the "
-        f"last epoch). Measured on {_machine(record, link)}.\n\n```sh\n{joined}\n```"
+        f"with {study.mean(row, 'weights'):,.0f} weights (mean ± standard error over {len(row['ends'])} seeds, after "
+        f"the last epoch). Measured on {_machine(record, link)}.\n\n```sh\n{joined}\n```"
     )
 
 
@@ -215,13 +217,10 @@ def _tradeoff_in_short(record: Record, link: Link) -> str:
     """The best dense and the best sparse network with the largest budget of weights."""
     content = record.content
     quantity, unit, budgets = tradeoff_study.BUDGETS[0]
-    best = {
-        name: tradeoff_study.best(content, which, quantity, budgets[-1])
-        for which, name in (("dense", "dense"), ("index", "sparse"))
-    }
+    best = {kind: tradeoff_study.best(content, kind, quantity, budgets[-1]) for kind in tradeoff_study.KINDS}
     found = [
-        f"{study.spread(row['ends'], study.accuracy)} % with the best {name} network (`{row['flags']}`)"
-        for name, row in best.items()
+        f"{study.spread(row['ends'], study.accuracy)} % with the best {kind} network (`{row['flags']}`)"
+        for kind, row in best.items()
         if row
     ]
     return (

@@ -2,7 +2,8 @@
 
 A study consists of rows of flags, each trained with several seeds. Every run has its own folder and one thread; there
 are as many parallel runs as cores. Finished runs are skipped, stopped ones resume. A study may be run in parts
-(``--rows``, ``--seeds``); its record contains the finished runs.
+(``--rows``, ``--seeds``); its record contains the finished runs, and those of an earlier record if it is extended
+(``--extend``).
 """
 
 import argparse
@@ -145,6 +146,8 @@ def build_parser(study: Study) -> argparse.ArgumentParser:
     text = f"train on all but the last {HELD_BACK:,} training images, and test on these, not on the test images"
     parser.add_argument("--validation", action="store_true", help=text)
     parser.add_argument("--finished", action="store_true", help="train nothing; write a record of the finished runs")
+    text = "an earlier record of the study: take over its runs, train the others"
+    parser.add_argument("--extend", type=Path, metavar="FILE", help=text)
     add_json_flag(parser, "the last epoch of every run")
     return parser
 
@@ -165,13 +168,53 @@ def chosen(study: Study, patterns: Sequence[str]) -> list[str]:
     return [row for row in study.rows if row in wanted]
 
 
+def taken_over(study: Study, path: Path, record: dict[str, Any]) -> dict[tuple[str, int], dict[str, Any]]:
+    """The runs of an earlier record, by row and seed, each with the commit and date that it was measured at.
+
+    Raises:
+        TrainingError: if ``path`` has other settings or another machine than ``record``, or rows of other flags.
+    """
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise TrainingError(f"--extend {path} is not a record: {error}") from error
+    parts = ("benchmark", "settings", "epochs", "tested_on", "machine")
+    if not isinstance(earlier, dict) or not {*parts, "rows"} <= set(earlier):
+        raise TrainingError(f"--extend {path} is not a record of a study")
+    for name, was, now in (
+        *((name, earlier[name], record[name]) for name in parts[:-1]),
+        *((name, earlier["machine"].get(name), record["machine"][name]) for name in ("cpu", "cpu_capability")),
+        ("torch", earlier["machine"]["versions"]["torch"], record["machine"]["versions"]["torch"]),
+    ):
+        if was != now:
+            raise TrainingError(f"--extend {path} cannot be extended: its {name} is {was!r}, now it is {now!r}")
+    when = {name: earlier["machine"][name] for name in ("commit", "date")}
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    for row in earlier["rows"]:
+        if study.rows.get(row["row"]) != row["flags"]:
+            raise TrainingError(f"--extend {path} cannot be extended: the study has no row {row['row']!r} of its flags")
+        found |= {(row["row"], end["seed"]): {"measured": when, **end} for end in row["ends"]}
+    return found
+
+
 def make(study: Study, arguments: argparse.Namespace) -> dict[str, Any]:
     """Trains the unfinished runs, prints the table and returns the record."""
     rows = chosen(study, arguments.rows)
+    record: dict[str, Any] = {
+        "benchmark": study.name,
+        "machine": {**describe(torch.device("cpu")), "threads": 1},  # those of a run
+        "settings": study.common,
+        "epochs": arguments.epochs,
+        "tested_on": f"the last {HELD_BACK:,} training images" if arguments.validation else TEST_IMAGES,
+    }
+    known = taken_over(study, arguments.extend, record) if arguments.extend else {}
     dataset = validation_data(arguments.runs) if arguments.validation else None
     root = arguments.runs / "validation" if arguments.validation else arguments.runs
     runs = [
-        (row, seed, folder_of(root, study, row, arguments.epochs, seed)) for seed in arguments.seeds for row in rows
+        (row, seed, folder_of(root, study, row, arguments.epochs, seed))
+        for seed in arguments.seeds
+        for row in rows
+        if (row, seed) not in known
     ]
     missing = [] if arguments.finished else [run for run in runs if not list(run[2].glob("*.DONE"))]
     with (
@@ -196,19 +239,16 @@ def make(study: Study, arguments: argparse.Namespace) -> dict[str, Any]:
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    found: dict[str, list[dict[str, Any]]] = {row: [] for row in rows}
+    ends = dict(known)
     for row, seed, folder in runs:
         end = result(folder)
         if end is not None:
-            found[row].append({"seed": seed, **end})
-    record = {
-        "benchmark": study.name,
-        "machine": describe(torch.device("cpu")),
-        "settings": study.common,
-        "epochs": arguments.epochs,
-        "tested_on": f"the last {HELD_BACK:,} training images" if arguments.validation else TEST_IMAGES,
-        "rows": [{"row": row, "flags": study.rows[row], "ends": ends} for row, ends in found.items() if ends],
-    }
+            ends[row, seed] = {"seed": seed, **end}
+    record["rows"] = [
+        {"row": row, "flags": flags, "ends": [ends[key] for key in sorted(ends) if key[0] == row]}
+        for row, flags in study.rows.items()
+        if any(key[0] == row for key in ends)
+    ]
     if not record["rows"]:
         raise TrainingError(f"no run of {study.name} is finished in {arguments.runs}")
     print(study.table(record))
@@ -222,6 +262,11 @@ def spread(ends: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], flo
     if len(values) > 1:
         text += f" ± {standard_error(values):.{digits}f}"
     return text if len(values) == 3 else f"{text} (n = {len(values)})"
+
+
+def mean(row: dict[str, Any], quantity: str) -> float:
+    """The mean of ``weights`` or ``train_seconds`` over the runs of a row."""
+    return statistics.mean(end[quantity] for end in row["ends"])
 
 
 def standard_error(values: Sequence[float]) -> float:

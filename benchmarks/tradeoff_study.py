@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .dst_study import GROWTH, SCHEDULE, density_flags
-from .study import Study, accuracy, markdown, run_study, spread
+from .study import Study, accuracy, markdown, mean, run_study, spread
 
 DENSE_WIDTHS = (64, 128, 256, 512, 1024, 2048)
 #: (width, density in per cent)
@@ -31,16 +31,12 @@ def _rows() -> dict[str, str]:
     return rows
 
 
+KINDS = ("dense", "sparse")
 #: budgets: (quantity of a run, its unit, at most)
 BUDGETS = (
     ("weights", "weights", (100_000, 300_000, 1_000_000)),
     ("train_seconds", "seconds of training", (60, 240, 600)),
 )
-
-
-def kind(row: dict[str, Any]) -> str:
-    """``dense`` or ``index``."""
-    return str(row["row"]).split(",")[0]
 
 
 def width(row: dict[str, Any]) -> str:
@@ -53,14 +49,10 @@ def density(row: dict[str, Any]) -> str:
     return ", ".join(str(row["row"]).split(", ")[2:-1]) or "dense"
 
 
-def mean(row: dict[str, Any], quantity: str) -> float:
-    """The mean of ``weights`` or ``train_seconds`` over the runs of a row."""
-    return statistics.mean(end[quantity] for end in row["ends"])
-
-
-def best(record: dict[str, Any], which: str, quantity: str, budget: float) -> dict[str, Any] | None:
-    """The row of ``dense`` or ``index`` with the highest mean accuracy within a budget; None if there is none."""
-    within = [row for row in record["rows"] if kind(row) == which and mean(row, quantity) <= budget]
+def best(record: dict[str, Any], kind: str, quantity: str, budget: float) -> dict[str, Any] | None:
+    """The row of ``dense`` or ``sparse`` with the highest mean accuracy within a budget; None if there is none."""
+    within = [row for row in record["rows"] if (density(row) == "dense") == (kind == "dense")]
+    within = [row for row in within if mean(row, quantity) <= budget]
     return max(within, key=lambda row: statistics.mean(map(accuracy, row["ends"])), default=None)
 
 
@@ -76,7 +68,7 @@ def table(record: dict[str, Any]) -> str:
         seconds = spread(ends, lambda end: end["train_seconds"], 0)
         rows.append([row["row"], f"{mean(row, 'weights'):,.0f}", seconds, spread(ends, accuracy)])
     within = [
-        [f"{budget:,} {unit}", *(_summary(best(record, which, quantity, budget)) for which in ("dense", "index"))]
+        [f"{budget:,} {unit}", *(_summary(best(record, kind, quantity, budget)) for kind in KINDS)]
         for quantity, unit, budgets in BUDGETS
         for budget in budgets
     ]
@@ -84,7 +76,7 @@ def table(record: dict[str, Any]) -> str:
         [
             markdown(["network", "weights", "seconds of training", "test accuracy, %"], rows),
             "The highest test accuracy, %, of a network of the table within a budget:",
-            markdown(["at most", "dense", "sparse"], within),
+            markdown(["at most", *KINDS], within),
         ]
     )
 

@@ -6,15 +6,12 @@ pip install -e ".[plots]" && python docs/draw_result.py
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 
 from benchmarks.plots import draw_tradeoff
 from benchmarks.redraw import records
 from benchmarks.report import seconds, title
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
 
 OURS, PEER = "#1f5a7a", "#b5b5b5"
 CONTENDERS = ("g2g-cpu", "dense-lif", "compiled-dense", "spikingjelly-dense", "snntorch-masked")

@@ -102,6 +102,43 @@ def test_validation_tests_on_training_images_that_are_held_back(tmp_path, monkey
     assert not (tmp_path / "small_study").exists()  # runs that are tested on test images are others
 
 
+def test_an_earlier_record_is_extended(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(study, "train", forked(tmp_path / "printed"))
+    earlier, extended = tmp_path / "earlier.json", tmp_path / "extended.json"
+    arguments = ["--seeds", "2", "--rows", "static", "--json", str(earlier)]
+    assert study.run_study(SMALL, ["--runs", str(tmp_path / "one"), *arguments]) == 0
+    more = ["--runs", str(tmp_path / "two"), "--extend", str(earlier)]
+    arguments = ["--seeds", "1", "2", "--rows", "static", "--json", str(extended)]
+    assert study.run_study(SMALL, [*more, *arguments]) == 0
+    assert len(list((tmp_path / "two" / "small_study").iterdir())) == 1  # one run was taken over
+    before, after = (json.loads(path.read_text()) for path in (earlier, extended))
+    assert before["machine"]["threads"] == 1
+    (old,) = before["rows"][0]["ends"]
+    new, taken = after["rows"][0]["ends"]
+    assert taken == {"measured": {name: before["machine"][name] for name in ("commit", "date")}, **old}
+    assert (new["seed"], "measured" in new) == (1, False)
+
+    # rows that are not asked for stay, and a run is dated by the record that measured it
+    assert study.run_study(SMALL, [*more[:2], "--extend", str(extended), "--finished", "--rows", "gradient"]) == 0
+    assert "| static |" in capsys.readouterr().out
+    assert study.taken_over(SMALL, extended, after)["static", 2] == taken
+
+    def refusal(content):
+        earlier.write_text(json.dumps(content))
+        assert study.run_study(SMALL, [*more, "--finished"]) == 1
+        return capsys.readouterr().err
+
+    assert "its epochs is 2, now it is 1" in refusal({**before, "epochs": 2})
+    other = {**before["machine"], "cpu": "6502"}
+    assert "its cpu is '6502', now it is" in refusal({**before, "machine": other})
+    rows = [{**before["rows"][0], "flags": "--T 4"}]
+    assert "the study has no row 'static' of its flags" in refusal({**before, "rows": rows})
+    assert "is not a record of a study" in refusal([])
+    earlier.write_text("{")
+    assert study.run_study(SMALL, [*more, "--finished"]) == 1
+    assert "is not a record: Expecting property name" in capsys.readouterr().err
+
+
 def test_what_cannot_be_is_named(tmp_path, capsys):
     for arguments, message in (
         (["--rows", "statical"], "--rows 'statical' matches none of the rows: static, gradient"),

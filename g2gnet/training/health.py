@@ -97,6 +97,16 @@ class LayerWatch:
                     )
                     self._warn(name, decay, text)
 
+    def check_classes(self, connection: str, fan_in: torch.Tensor) -> None:
+        """Checks that the last connection has weights for every class: ``fan_in``, int64 [classes]."""
+        unseen = int((fan_in == 0).sum())
+        if unseen:
+            text = (
+                f"has no weights for {unseen} of {len(fan_in)} classes, whose scores therefore do not depend on the "
+                "input; lower --block_size, or raise --p_inter or --p_intra"
+            )
+            self._warn(connection, "classes", text)
+
     def _warn(self, layer: str, problem: str, text: str) -> None:
         if (layer, problem) not in self._said:
             self._said.add((layer, problem))

@@ -235,6 +235,9 @@ class Trainer:
         generator = stream(self.settings.seed, "order", self.epoch + 1)
         order = torch.randperm(count, generator=generator).to(self.device)
         self.progress = progress = self.progress or self._no_progress()
+        if self.world.leads:
+            *_, (name, last) = self._connections().items()
+            self._layers.check_classes(name, last.mask.fan_in())
         self.net.train()
         for first in range((self.step - self.epoch * self._batches) * size, count, size):
             start = time.perf_counter()

@@ -432,6 +432,26 @@ def test_training_reports_a_beta_outside_of_its_range_and_a_silent_layer(caplog)
     assert "lif1" not in messages
 
 
+def test_classes_without_weights_are_warned_about_before_training(caplog):
+    trainer = small_trainer(block_size=64, p_intra=0.2, p_inter=0.03)
+    unseen = int((trainer.net.fc3.weight.detach() == 0).all(1).sum())
+    assert 0 < unseen < 10
+    said_at_first_step = []
+    trainer.train_epoch(lambda *_: said_at_first_step.append(bool(caplog.records)))
+    trainer.train_epoch()
+    assert said_at_first_step[0]
+    (message,) = (record.getMessage() for record in caplog.records if "classes" in record.getMessage())
+    assert message == (
+        f"fc3 has no weights for {unseen} of 10 classes, whose scores therefore do not depend on the input; lower "
+        "--block_size, or raise --p_inter or --p_intra"
+    )
+    caplog.clear()
+    other = small_trainer(block_size=4, p_intra=0.4, p_inter=0.2)
+    assert (other.net.fc3.weight != 0).any(1).all()
+    other.train_epoch()
+    assert not [record for record in caplog.records if "classes" in record.getMessage()]
+
+
 def small_trainer(**options):
     settings = TrainSettings(**{**SMALL, **options})
     return Trainer(settings, load_dataset(settings.dataset), Machine(torch.device("cpu")))

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import dst_study, flag_costs, model_comparison, recipe_study, study, surrogate_study, tradeoff_study
+from . import accuracy, dst_study, flag_costs, model_comparison, recipe_study, study, surrogate_study, tradeoff_study
 from .first_run import comparison
 from .registry import COMPACT, KERNELS
 from .report import curve_title, of_floor, seconds, title
@@ -279,12 +279,13 @@ def _accuracy(record: Record, link: Link) -> str:
         ]
         for run in content["runs"]
     ]
+    dynamic = " ".join(f"--{name} {settings[name]}" for name in accuracy.DYNAMIC)
     assert record.picture is not None
     return (
         f"![Test accuracy against training time]({link(record.picture)})\n\n"
         f"{settings['dataset']}, {settings['limit_train'] or content['images']['train']:,} training images, T "
-        f"{settings['T']}, H {settings['hidden_dim']}, batches of {settings['batch_size']}; dynamic: an update every "
-        f"{settings['dst_interval']} steps. On {_machine(record, link)}.\n\n"
+        f"{settings['T']}, H {settings['hidden_dim']}, batches of {settings['batch_size']}; dynamic: `{dynamic}`. "
+        f"On {_machine(record, link)}.\n\n"
         f"{study.markdown(['', 'seed', 'time per epoch', f'test accuracy after {last} epochs'], rows)}"
     )
 

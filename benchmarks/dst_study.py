@@ -69,13 +69,15 @@ def table(record: dict[str, Any]) -> str:
 
 
 def _gain(of: dict[str, list[dict[str, Any]] | None]) -> str:
-    """The growth rule of the highest mean accuracy minus static, with the standard error of the difference."""
+    """The growth rule of the highest mean accuracy minus static, with its standard error if that is known."""
     static = [accuracy(end) for end in of["static"] or []]
     grown = {growth: [accuracy(end) for end in runs] for growth, runs in of.items() if runs and growth != "static"}
     if not static or not grown:
         return "–"
     best = max(grown, key=lambda growth: sum(grown[growth]) / len(grown[growth]))
     gain = sum(grown[best]) / len(grown[best]) - sum(static) / len(static)
+    if min(len(grown[best]), len(static)) == 1:
+        return f"{gain:+.2f} ({best})"
     error = (standard_error(grown[best]) ** 2 + standard_error(static) ** 2) ** 0.5
     return f"{gain:+.2f} ± {error:.2f} ({best})"
 

@@ -168,12 +168,15 @@ def test_the_best_growth_is_held_against_static_with_the_error_of_the_difference
         "units of 16, 5 %, static": (0.86, 0.87, 0.88),
         "units of 16, 5 %, random": (0.88, 0.89, 0.9),
         "units of 16, 5 %, gradient": (0.89,),
+        "units of 1, 5 %, static": (0.88,),
+        "units of 1, 5 %, random": (0.87, 0.88),
     }
     record = {"rows": [{"row": row, "ends": [end(s, a) for s, a in enumerate(found)]} for row, found in rows.items()]}
     text = dst_study.table(record)
     # standard error 1/√3 of each
     line = "| 16 | 5 % | 87.00 ± 0.58 | 89.00 ± 0.58 | – | 89.00 (n = 1) | +2.00 ± 0.82 (random) |"
     assert line in text
+    assert "| 1 | 5 % | 88.00 (n = 1) | 87.50 ± 0.50 (n = 2) | – | – | -0.50 (random) |" in text  # an error is unknown
     assert "| 16 | 5 % | gradient | 10, 30 | 0.10, 0.20 | 25 % | 50 % |" in text
 
 

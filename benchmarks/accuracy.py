@@ -24,7 +24,7 @@ from g2gnet.training.trainer import Trainer
 from . import cli, report
 from .machine import describe
 
-#: of the run with dynamic sparse training: the rule and the schedule that the study of growth rules recommends
+#: of the run with dynamic sparse training: growth by gradient, by a falling share
 DYNAMIC = {"cg": "gradient", "dst_interval": 100, "dst_schedule": "cosine", "dst_stop": 0.75}
 #: small enough for a few minutes on two cores; flags override them
 DEFAULTS = {"model": "index", "T": 10, "epochs": 5, **DYNAMIC}

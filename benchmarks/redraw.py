@@ -17,7 +17,7 @@ import os
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,16 +98,22 @@ def _link(folder: Path, target: Path) -> str:
 Link = Callable[[Path], str]
 
 
+def _range(values: Iterable[Any]) -> str:
+    """The smallest to the largest value: ``1 to 3``; ``3`` if they are equal."""
+    found = sorted(values)
+    return " to ".join(str(value) for value in dict.fromkeys((found[0], found[-1])))
+
+
 def _machine(record: Record, link: Link) -> str:
     """Where, when and with what it was measured, and a link to the record."""
     machine = record.content["machine"]
     ends = [end for row in record.content.get("rows", ()) for end in row.get("ends", ())]
-    days = sorted({when["date"][:10] for when in (machine, *(end["measured"] for end in ends if "measured" in end))})
+    days = _range(when["date"][:10] for when in (machine, *(end["measured"] for end in ends if "measured" in end)))
     threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
     device = machine["gpu"] or f"{machine['cpu']} with {threads} ({machine['cpu_capability']})"
     return (
-        f"{device}, PyTorch {machine['versions']['torch']}, {' to '.join(dict.fromkeys((days[0], days[-1])))}; every "
-        f"number, the versions and the commit are in the [record]({link(record.path)})"
+        f"{device}, PyTorch {machine['versions']['torch']}, {days}; every number, the versions and the commit "
+        f"are in the [record]({link(record.path)})"
     )
 
 
@@ -178,9 +184,8 @@ def _step_in_short(record: Record, link: Link) -> str:
 
 def _seeds(content: dict[str, Any]) -> str:
     """How many seeds a study's rows have: ``3 seeds``, ``1 seed``, ``1 to 3 seeds``."""
-    counts = sorted({len(row["ends"]) for row in content["rows"]})
-    numbers = " to ".join(str(count) for count in (counts[0], counts[-1])[: len(counts)])
-    return f"{numbers} seed" if counts == [1] else f"{numbers} seeds"
+    counts = _range(len(row["ends"]) for row in content["rows"])
+    return f"{counts} seed" if counts == "1" else f"{counts} seeds"
 
 
 def _models_in_short(record: Record, link: Link) -> str:

@@ -178,11 +178,11 @@ def taken_over(study: Study, path: Path, record: dict[str, Any]) -> dict[tuple[s
         earlier = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise TrainingError(f"--extend {path} is not a record: {error}") from error
-    parts = ("benchmark", "settings", "epochs", "tested_on", "machine")
-    if not isinstance(earlier, dict) or not {*parts, "rows"} <= set(earlier):
+    parts = ("benchmark", "settings", "epochs", "tested_on")
+    if not isinstance(earlier, dict) or not {*parts, "machine", "rows"} <= set(earlier):
         raise TrainingError(f"--extend {path} is not a record of a study")
     for name, was, now in (
-        *((name, earlier[name], record[name]) for name in parts[:-1]),
+        *((name, earlier[name], record[name]) for name in parts),
         *((name, earlier["machine"].get(name), record["machine"][name]) for name in ("cpu", "cpu_capability")),
         ("torch", earlier["machine"]["versions"]["torch"], record["machine"]["versions"]["torch"]),
     ):
@@ -244,11 +244,10 @@ def make(study: Study, arguments: argparse.Namespace) -> dict[str, Any]:
         end = result(folder)
         if end is not None:
             ends[row, seed] = {"seed": seed, **end}
-    record["rows"] = [
-        {"row": row, "flags": flags, "ends": [ends[key] for key in sorted(ends) if key[0] == row]}
-        for row, flags in study.rows.items()
-        if any(key[0] == row for key in ends)
-    ]
+    found: dict[str, list[dict[str, Any]]] = {row: [] for row in study.rows}
+    for row, seed in sorted(ends):
+        found[row].append(ends[row, seed])
+    record["rows"] = [{"row": row, "flags": study.rows[row], "ends": of} for row, of in found.items() if of]
     if not record["rows"]:
         raise TrainingError(f"no run of {study.name} is finished in {arguments.runs}")
     print(study.table(record))

@@ -150,9 +150,10 @@ class BlockMask(_Indices):
     not buffers, so weight averages leave them alone. :meth:`relabel_` gives slots to other units in place: shapes and
     addresses never change.
 
-    Its one buffer, ``wiring``, describes the mask in floats, and :meth:`receive` adopts a description that was copied
-    into it. DistributedDataParallel broadcasts buffers when it is created, so networks that were drawn differently
-    become equal.
+    Its one buffer, ``wiring``, describes the mask in floats, so the mask travels wherever parameters and buffers do.
+    :meth:`received` is a description that was copied into it: DistributedDataParallel broadcasts buffers when it is
+    created, so networks that were drawn differently become equal. :meth:`current` reads one that stands in its place
+    for a while: ``torch.func.functional_call`` with the parameters and buffers of another network.
 
     Args:
         out_layout, in_layout: the groups of the output and input neurons.
@@ -347,26 +348,39 @@ class BlockMask(_Indices):
             self.block_size = other.block_size
             self._changed()
             return
-        device, other = self.unit_row.device, copy.deepcopy(other)
-        self.block_size, self.rows, self.cols = other.block_size, other.rows.to(device), other.cols.to(device)
-        self._register_units(other.unit_row.to(device), other.unit_col.to(device))
+        device = self.unit_row.device
+        self.replace_by_(copy.deepcopy(other).to(device))
+
+    def replace_by_(self, other: "BlockMask") -> None:
+        """Takes over the tensors of another mask of the same ``shape``, and their device; ``other`` is used up."""
+        self.block_size, self.rows, self.cols = other.block_size, other.rows, other.cols
+        self._register_units(other.unit_row, other.unit_col)
         self.changes += 1
 
-    # --- what other processes send ------------------------------------------------------------------------------
+    def equals(self, other: "BlockMask") -> bool:
+        """Whether both have the same units in the same slots, and the same groups. Waits for the device."""
+        mine, theirs = self._wiring(), other._wiring()
+        return mine.shape == theirs.shape and torch.equal(mine.cpu(), theirs.cpu())
+
+    # --- what others send ---------------------------------------------------------------------------------------
 
     def _changed(self) -> None:
         self.changes += 1
         with torch.no_grad():
-            self.wiring.copy_(self._wiring())
-        self._seen = version(self.wiring)
+            self._own.copy_(self._wiring())
+        self._seen = version(self._own)
 
     def _publish(self) -> None:
         self.register_buffer("wiring", self._wiring(), persistent=False)
         self._see()
 
     def _see(self) -> None:
-        #: the version of ``wiring`` that was checked last, and whether it had been changed from outside
+        #: the buffer of this mask itself; another one stands in its place inside ``torch.func.functional_call``
+        self._own = self.wiring
+        #: the version of it that was checked last, and whether it had been changed from outside
         self._seen, self._received = version(self.wiring), False
+        #: another buffer, its version, and what it describes
+        self._visitor: tuple[torch.Tensor, int, BlockMask] | None = None
 
     def _wiring(self) -> torch.Tensor:
         """float32, whole numbers: group of each neuron on both sides, unit_row, unit_col, block size, sum."""
@@ -376,24 +390,55 @@ class BlockMask(_Indices):
         numbers = torch.cat([*groups, self.unit_row.long(), self.unit_col.long(), size])
         return torch.cat([numbers, _check_sum(numbers)]).to(torch.float32)
 
-    def receive(self) -> None:
-        """Becomes the mask that was copied into ``wiring``, if any; content that describes no mask is ignored.
+    def received(self) -> "BlockMask | None":
+        """The mask that was copied into ``wiring``, if any; content that describes no mask is ignored.
 
         Data-parallel processes broadcast the same buffers at every step. Checking a change waits for the device, so in
         training mode only the first one is checked.
         """
-        if version(self.wiring) == self._seen or (self._received and self.training):
-            return
-        self._seen, self._received = version(self.wiring), True
-        sent, mine = self.wiring.detach().cpu(), self._wiring().cpu()
+        if version(self._own) == self._seen or (self._received and self.training):
+            return None
+        self._seen, self._received = version(self._own), True
+        sent = self._own.detach().cpu()
+        return None if torch.equal(sent, self._wiring().cpu()) else self._described(sent)
+
+    def current(self) -> "BlockMask":
+        """This mask; or while the buffer of another mask stands in place of ``wiring``, what that one describes.
+
+        Raises:
+            ValueError: if it describes no mask (two wirings were averaged, say), or under ``torch.func.vmap`` several.
+        """
+        wiring = self.wiring
+        if wiring is self._own:
+            return self
+        rows = _unwrapped(wiring).detach()
+        if self._visitor is None or self._visitor[0] is not rows or self._visitor[1] != version(rows):
+            sent = rows.reshape(-1, rows.shape[-1]).cpu()
+            if not (sent == sent[:1]).all():
+                raise ValueError(
+                    "networks with different wirings cannot run in one torch.func.vmap, whose networks share their "
+                    "indices; call them one by one"
+                )
+            mask = self._described(sent[0])
+            if mask is None:
+                raise ValueError(
+                    "the buffer in place of mask.wiring describes no mask of this layer: it comes from a layer of "
+                    "another size, or is an average of two wirings; pass parameters and buffers of one network"
+                )
+            self._visitor = (rows, version(rows), mask.to(wiring.device))
+        return self._visitor[2]
+
+    def _described(self, sent: torch.Tensor) -> "BlockMask | None":
+        """The mask of this shape that a copy of ``wiring`` on the CPU describes, or None if it describes none."""
         numbers = sent.nan_to_num().long()
-        if torch.equal(sent, mine) or not torch.equal(numbers.float(), sent):
-            return
+        units, odd = divmod(len(numbers) - 2 - sum(self.shape), 2)
+        if units < 0 or odd or not torch.equal(numbers.float(), sent):
+            return None
         if not torch.equal(_check_sum(numbers[:-1]), numbers[-1:]):
-            return
-        parts = numbers[:-2].split([*self.shape, self.num_units, self.num_units])
+            return None
+        parts = numbers[:-2].split([*self.shape, units, units])
         out_layout, in_layout = (GroupLayout.from_assignment(part) for part in parts[:2])
-        self.become_(BlockMask(out_layout, in_layout, parts[2], parts[3], int(numbers[-2])))
+        return BlockMask(out_layout, in_layout, parts[2], parts[3], int(numbers[-2]))
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "BlockMask":
         super()._apply(fn, recurse)
@@ -592,17 +637,29 @@ class BlockMask(_Indices):
             missing_keys += [prefix + name for name in absent]
             return
         try:
-            loaded = BlockMask.from_state(state, self.shape).to(self.unit_row.device)
+            loaded = BlockMask.from_state(state, self.shape)
         except ValueError as error:
             error_msgs.append(f"{prefix.rstrip('.')}: {error}")
             return
-        self.become_(loaded)
+        if not self.unit_row.is_meta and not self.equals(loaded):
+            self.become_(loaded.to(self.unit_row.device))
 
 
 def _check_sum(numbers: torch.Tensor) -> torch.Tensor:
     """int64 [1], a checksum below 2²⁰ of whole numbers."""
     place = torch.arange(1, len(numbers) + 1, device=numbers.device)
     return (numbers * (place * 7919 % 10007)).sum(0, keepdim=True) % (1 << 20)
+
+
+def _unwrapped(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor inside the wrappers of ``torch.func``; a dimension of ``vmap`` comes first."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        batched = functorch.is_batchedtensor(tensor)
+        place = functorch.maybe_get_bdim(tensor) if batched else 0
+        tensor = functorch.get_unwrapped(tensor)
+        tensor = tensor.movedim(place, 0) if batched else tensor
+    return tensor
 
 
 def version(tensor: torch.Tensor) -> int:

@@ -1,15 +1,16 @@
 """A sparse linear layer over a :class:`BlockMask`."""
 
+import contextlib
 import copy
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 from g2g_kernels import BlockMask, GroupLayout, g2g_linear
-from g2g_kernels.block_mask import version
+from g2gnet.copies import Lineage
 from g2gnet.derived import NOT_WRITABLE, DerivedWeight
 
 
@@ -49,9 +50,9 @@ class AbsentGradient:
 class G2GLinear(nn.Module):
     """y = x·Wᵀ + b with a weight of which only the units of ``mask`` exist.
 
-    A ``copy.deepcopy`` of a layer is independent, with one exception: if its weights are then written to but never
-    trained, it counts as an average of this layer (EMA, SWA), and :meth:`rewire_` rewires it too. It then has the units
-    that the network has now, and its average of a grown unit starts anew.
+    A ``copy.deepcopy`` of a layer is independent, unless it is an average of this layer (EMA, SWA): :meth:`rewire_`
+    rewires it too. It then has the units that the network has now, and its average of a grown unit starts anew.
+    :mod:`g2gnet.copies` says what counts as an average.
 
     Initial values: the active weights of output neuron i are uniform in ±1/√k_i, where k_i is its active fan-in
     (Kaiming-uniform with a = √5, rescaled to the active fan-in). The bias is uniform in ±1/√(mean k).
@@ -77,7 +78,9 @@ class G2GLinear(nn.Module):
         super().__init__()
         self.mask = mask
         self.backend = backend
-        self._alone()
+        #: which averages are rewired with it
+        self.lineage = Lineage(self)
+        self._states: list[weakref.ref[torch.Tensor]] = []
         #: while this is set, training steps give every unit a gradient
         self.absent_gradient: AbsentGradient | None = None
         device = mask.unit_row.device
@@ -151,11 +154,20 @@ class G2GLinear(nn.Module):
         return g2g_linear(x, *self.weights(), self.bias, backend=self.backend)
 
     def weights(self) -> tuple[torch.Tensor, BlockMask]:
-        """The packed weights and their mask for the kernels in this step."""
-        self._catch_up()
+        """The packed weights and their mask for the kernels in this step.
+
+        Inside ``torch.func.functional_call`` they may be those of another layer.
+        """
+        if torch.compiler.is_compiling():
+            mask = self.mask
+        else:
+            self.catch_up()
+            mask = self.mask.current()
+            if mask is self.mask and self._own() is not self.values:
+                mask = _mask_of(self.values, mask)
         if self.absent_gradient is None or not (self.training and torch.is_grad_enabled()):
-            return self.values, self.mask
-        return self.absent_gradient.expand(self.values, self.mask)
+            return self.values, mask
+        return self.absent_gradient.expand(self.values, mask)
 
     def dense_weight(self) -> torch.Tensor:
         """The weight in dense form, [out, in], zero where nothing exists; differentiable."""
@@ -180,11 +192,18 @@ class G2GLinear(nn.Module):
         if name == "weight":  # where nn.Module puts an assigned Parameter
             raise AttributeError(f"weight cannot be assigned: that {NOT_WRITABLE}")
         super().register_parameter(name, param)
+        if name == "values":
+            self._own_values()
+
+    def _own_values(self) -> None:
+        """Notes that the present parameter is the layer's own, with this mask."""
+        self._own = weakref.ref(self.values)
+        _OWNERS[id(self.values)] = self
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
-    # --- averages of it -----------------------------------------------------------------------------------------
+    # --- changes of the wiring ----------------------------------------------------------------------------------
 
     def rewire_(self, slots: torch.Tensor, units: torch.Tensor, really: torch.Tensor) -> None:
         """Gives slots to other units, whose weights (and gradients, if any) start at zero.
@@ -194,85 +213,60 @@ class G2GLinear(nn.Module):
             units: int64 [k], the units, counted row by row (:meth:`BlockMask.flat_unit`).
             really: bool scalar; if it is false, ``units`` are those that the slots have now, and nothing changes.
         """
-        _leave(self)  # a layer that is rewired itself is not an average
-        averages = self._averages()
-        for average in averages:  # some were written to since the last change but not used since
-            average._catch_up()
-        with torch.no_grad():
+        self.lineage.leave()  # a layer that is rewired itself is not an average
+        with self.rewired(follow=True), torch.no_grad():
             self.mask.relabel_(slots, units // self.mask.grid[1], units % self.mask.grid[1])
             for tensor in (self.values, self.values.grad):
                 if tensor is not None:
                     tensor[slots] = torch.where(really, 0.0, tensor[slots])
-        for average in averages:
-            average._follow(self)
 
-    def _alone(self) -> None:
-        """Makes this a layer that averages no other and that no other averages."""
-        self._origin: weakref.ref[G2GLinear] | None = None
-        self._copies: weakref.WeakSet[G2GLinear] = weakref.WeakSet()
-        #: for a copy: the version of its initial weights, and the changes of the original's mask that it has
-        self._unwritten: int | None = None
-        self._seen = 0
+    @contextlib.contextmanager
+    def rewired(self, follow: bool) -> Iterator[None]:
+        """While entered, mask and weights change together; with ``follow`` averages of the layer then change, too.
+
+        A ``state_dict`` that someone keeps has copies of the indices, so it gets a copy of the weights, too.
+        """
+        with torch.no_grad():
+            for reference in self._states:
+                kept = reference()
+                if kept is not None and kept.data_ptr() == self.values.data_ptr():
+                    kept.data = kept.clone()
+        self._states = []
+        with self.lineage.rewired(follow):
+            yield
+
+    def catch_up(self) -> None:
+        """Applies what was written from outside: a wiring into the mask, weights of a new wiring into an average."""
+        received = self.mask.received()
+        if received is not None:
+            with self.rewired(follow=False):
+                self.mask.become_(received)
+        if self._own() is self.values:
+            self.lineage.catch_up()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "G2GLinear":
-        self._catch_up()
+        self.catch_up()
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        twin._origin = weakref.ref(self)
-        twin._mark()
-        self._copies.add(twin)
-        # a layer that is trained is not an average
+        twin.lineage.come_from(self)
         twin_of = weakref.ref(twin)
         if twin.values.requires_grad:
-            twin.values.register_post_accumulate_grad_hook(lambda _: _leave(twin_of()))
+            twin.values.register_post_accumulate_grad_hook(lambda _: _trained(twin_of()))
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_origin", "_copies")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("lineage", "_states", "_own")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._alone()
-
-    def _mark(self) -> None:
-        """Notes the version of the weights, and which units they belong to."""
-        origin = self._origin() if self._origin is not None else None
-        self._unwritten = version(self.values)
-        self._seen = origin.mask.changes if origin is not None else 0
-
-    def _is_average(self) -> bool:
-        """Whether it is a copy whose weights were written to and never trained."""
-        return self._origin is not None and self.values.grad is None and version(self.values) != self._unwritten
-
-    def _averages(self) -> "list[G2GLinear]":
-        return [copied for copied in self._copies if copied._is_average()]
-
-    def _catch_up(self) -> None:
-        """Applies what was written from outside: a wiring into the mask, first weights into an average."""
-        if torch.compiler.is_compiling():
-            return
-        self.mask.receive()
-        origin = self._origin() if self._origin is not None else None
-        if origin is not None and origin.mask.changes != self._seen and self._is_average():
-            self._follow(origin)
-
-    @torch.no_grad()
-    def _follow(self, origin: "G2GLinear") -> None:
-        """Takes over the wiring of the layer that it averages and, for slots with new units, its weights."""
-        if self.values.shape == origin.values.shape:
-            before = self.mask.flat_unit()
-            self.mask.become_(origin.mask)
-            new = (before != self.mask.flat_unit())[:, None, None]
-            self.values.copy_(torch.where(new, origin.values.to(self.values), self.values))
-        self._seen = origin.mask.changes
-        for average in self._averages():
-            average._follow(self)
+        self.lineage, self._states = Lineage(self), []
+        self._own_values()
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "G2GLinear":
-        written = self._is_average()
-        super()._apply(fn, recurse)
-        self._unwritten = None if written else version(self.values)
+        with self.lineage.unchanged():
+            super()._apply(fn, recurse)
+        self._own_values()
         return self
 
     # --- saving -------------------------------------------------------------------------------------------------
@@ -280,26 +274,99 @@ class G2GLinear(nn.Module):
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ):
-        # The mask first: it determines the shape of the values. It is loaded again as a child, which reports errors.
-        self.mask._load_from_state_dict(state_dict, prefix + "mask.", local_metadata, strict, [], [], [])
-        packed = (self.mask.num_units, *self.mask.unit_shape)
-        if self.values.shape != packed:
-            self.values.data = self.values.new_empty(packed)
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        if self._origin is not None:
-            self._mark()
+        """Loads mask and weights together or not at all, since either is meaningless without the other.
+
+        Weights alone (a state of parameters, for ``strict=False``) are taken for those of the units that the layer has.
+        """
+        mask_prefix, key = prefix + "mask.", prefix + "values"
+        parts = {name: state_dict[mask_prefix + name] for name in BlockMask.STATE if mask_prefix + name in state_dict}
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        given = key in state_dict
+        mask: BlockMask | None = None
+        try:
+            if parts:
+                mask = self._mask_to_load(parts, state_dict.get(key), prefix, assign)
+            fits = given
+        except ValueError as error:
+            error_msgs.append(str(error))
+            # the mask is a child and is loaded next: it finds what it has
+            self.mask._save_to_state_dict(state_dict, mask_prefix, keep_vars=False)
+            fits = False
+        if not fits:
+            state_dict.pop(key, None)
+        missing: list[str] = []
+        with self.rewired(follow=False) if mask is not None else contextlib.nullcontext():
+            if mask is not None:
+                self._become(mask, state_dict[key], assign)
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
+            )
+        missing_keys += [name for name in missing if name != key or not given]
+        if fits:
+            self.lineage.loaded()
+
+    def _mask_to_load(self, parts: dict[str, torch.Tensor], values: Any, prefix: str, assign: bool) -> BlockMask:
+        """The mask that a state describes, if it fits this layer and the weights beside it.
+
+        Raises:
+            ValueError: if it does not.
+        """
+        key = prefix + "values"
+        absent = [f"{prefix}mask.{name}" for name in BlockMask.STATE if name not in parts]
+        if all(name.endswith("_bounds") for name in absent) and len(absent) == 2:
+            absent = []  # of an older version, as from_state will say
+        if values is None or absent:
+            raise ValueError(
+                f"{key} and its mask are loaded together or not at all, and the state lacks "
+                f"{', '.join(absent) or key}; save the whole state_dict() of the layer"
+            )
+        try:
+            mask = BlockMask.from_state(parts, self.mask.shape)
+        except ValueError as error:
+            raise ValueError(f"{prefix}mask: {error}") from error
+        packed = (mask.num_units, *mask.unit_shape)
+        if not isinstance(values, torch.Tensor) or not values.is_floating_point():
+            kind = values.dtype if isinstance(values, torch.Tensor) else type(values).__name__
+            raise ValueError(f"{key} must be a floating-point tensor, not {kind}")
+        if tuple(values.shape) != packed:
+            raise ValueError(f"size mismatch for {key}: {tuple(values.shape)}, but its mask has units {packed}")
+        if values.is_meta and not (assign or self.values.is_meta):
+            raise ValueError(f"{key} is on the device meta, which has no numbers; load it with assign=True")
+        return mask
+
+    def _become(self, mask: BlockMask, values: torch.Tensor, assign: bool) -> None:
+        """Takes over a mask, and makes room for the weights that belong to it."""
+        if assign:
+            self.mask.replace_by_(mask.to(values.device))
+        elif not self.values.is_meta:
+            self.mask.become_(mask.to(self.mask.unit_row.device))
+        if self.values.shape != values.shape:
+            self.values.data, self.values.grad = self.values.new_zeros(values.shape), None
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        self._catch_up()
+        self.catch_up()
         # Zero the padding, which is ignored, so equal networks give equal files. A tensor of another type (an FSDP
         # shard) has none.
         if self.mask.has_padding and type(self.values.data) is torch.Tensor and not self.values.is_inference():
-            self.values.data.masked_fill_(~self.mask.valid(), 0)
+            with self.lineage.unchanged():
+                self.values.data.masked_fill_(~self.mask.valid(), 0)
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        kept = destination[prefix + "values"]
+        if kept is not self.values:
+            self._states = [reference for reference in self._states if reference() is not None]
+            self._states.append(weakref.ref(kept))
 
 
-def _leave(layer: G2GLinear | None) -> None:
+#: the layer that each packed parameter belongs to, by the parameter's id
+_OWNERS: weakref.WeakValueDictionary[int, G2GLinear] = weakref.WeakValueDictionary()
+
+
+def _mask_of(values: torch.Tensor, mask: BlockMask) -> BlockMask:
+    """The mask of packed weights in place of a layer's own: that of the layer whose parameter they are, or ``mask``."""
+    owner = _OWNERS.get(id(values))
+    return owner.mask if owner is not None and owner._parameters.get("values") is values else mask
+
+
+def _trained(layer: G2GLinear | None) -> None:
     if layer is not None:
-        layer._origin = None
+        layer.lineage.trained()

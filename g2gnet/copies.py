@@ -1,0 +1,219 @@
+"""What becomes of the copies of a layer when its wiring changes: averages follow, all others stay as they are.
+
+Packed weights mean nothing without their mask. If a network is rewired and its average is not, the next step of the
+average mixes weights of different connections. Nothing tells a layer that a copy of it is an average, so:
+
+- A copy that :func:`tie_wiring` ties to a network is an average of it.
+- Any other ``copy.deepcopy`` counts as one once its weights differ from those that it was made (or loaded) with, unless
+  it was trained. What it was written with does not matter: ``lerp_``, ``.data``, another storage. The first time
+  that such a copy is rewired, the log says so.
+- :func:`untie_wiring` makes a copy a network of its own.
+
+An average is rewired together with its network. Loading a ``state_dict`` into a network is no such change: its
+averages keep their wiring and weights, since they are usually loaded as well. An average that is then written to all
+the same has been mixed with weights of the network's new wiring: it takes over that wiring, and for units that are new
+in their slots the network's weights.
+"""
+
+import contextlib
+import functools
+import logging
+import weakref
+import zlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from g2gnet.layers import G2GLinear
+
+logger = logging.getLogger("g2gnet")
+
+
+class Lineage:
+    """Where a layer comes from, and which layers come from it."""
+
+    def __init__(self, layer: "G2GLinear") -> None:
+        self._layer = weakref.ref(layer)
+        self._origin: weakref.ref[G2GLinear] | None = None
+        self._copies: weakref.WeakSet[G2GLinear] = weakref.WeakSet()
+        self.tied = False
+        #: of a copy: whether its weights were written to, whether its slots mean what those of the origin do, and the
+        #: fingerprint of its weights when that was noted
+        self._averages, self._in_step, self._noted = False, True, None
+
+    @property
+    def layer(self) -> "G2GLinear":
+        layer = self._layer()
+        assert layer is not None  # it owns this
+        return layer
+
+    @property
+    def origin(self) -> "G2GLinear | None":
+        """The layer that this one is a copy of, if that lives and this is no network of its own."""
+        return None if self._origin is None else self._origin()
+
+    def come_from(self, origin: "G2GLinear", tied: bool = False) -> None:
+        """Notes that the layer is a copy of ``origin``, or with ``tied`` its average."""
+        self._origin, self.tied, self._averages, self._in_step = weakref.ref(origin), tied, tied, True
+        origin.lineage._copies.add(self.layer)
+        self._note()
+
+    def leave(self) -> None:
+        """Makes the layer a network of its own."""
+        self._origin = None
+
+    def trained(self) -> None:
+        """Notes that the layer received a gradient: unless it is tied, it is no average."""
+        if not self.tied:
+            self.leave()
+
+    def loaded(self) -> None:
+        """Notes that mask and weights were read from a file: what was written before is gone."""
+        origin = self.origin
+        if origin is not None:
+            self._averages, self._in_step = self.tied, self.layer.mask.equals(origin.mask)
+            self._note()
+
+    def _note(self) -> None:
+        self._noted = fingerprint(self.layer.values)
+
+    def catch_up(self) -> None:
+        """Notes whether the weights were written to; if that was after the origin's wiring changed, takes that over."""
+        if self.origin is None:
+            return
+        now = fingerprint(self.layer.values)
+        if now is None or self._noted is None or now == self._noted:
+            return
+        self._averages = True
+        if not self._in_step:
+            self._follow()
+
+    @contextlib.contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """While entered, dtype, device or padding of the weights change, which is no writing."""
+        self.catch_up()
+        yield
+        self._note()
+
+    def _is_average(self) -> bool:
+        """Whether the layer has to be rewired together with its origin."""
+        trained = self.layer.values.grad is not None and not self.tied
+        return self._averages and self._in_step and not trained
+
+    def _follow(self) -> None:
+        origin = self.origin
+        assert origin is not None
+        if not self.tied:
+            _say_that_copies_follow()
+        take_wiring(origin, self.layer)
+        self._in_step = True
+        self._note()
+
+    @contextlib.contextmanager
+    def rewired(self, follow: bool) -> Iterator[None]:
+        """While entered, the units of the layer change; its averages then follow, or keep their own."""
+        copies = [each.lineage for each in self._copies if each.lineage.origin is self.layer]
+        for copy in copies:
+            copy.catch_up()
+        averages = [copy for copy in copies if copy._is_average()]
+        yield
+        for copy in copies:
+            if follow and copy in averages:
+                copy._follow()
+            elif copy._in_step:
+                copy._in_step = False
+                copy._note()
+
+
+@torch.no_grad()
+def take_wiring(source: "G2GLinear", target: "G2GLinear") -> None:
+    """Gives ``target`` the units of ``source``; for units that are new in their slots, the source's weights."""
+    if target.values.shape != source.values.shape:
+        return
+    before = target.mask.flat_unit()
+    with target.rewired(follow=True):
+        target.mask.become_(source.mask)
+        new = (before != target.mask.flat_unit())[:, None, None]
+        target.values.copy_(torch.where(new, source.values.to(target.values), target.values))
+
+
+def fingerprint(values: torch.Tensor) -> int | None:
+    """A checksum of packed weights; None where there are no numbers to read (``meta``, traced, sharded).
+
+    Versions of tensors count writes too, but not those through ``.data``.
+    """
+    data = values.data
+    if type(data) is not torch.Tensor or data.is_meta:
+        return None
+    return zlib.crc32(data.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+@functools.cache
+def _say_that_copies_follow() -> None:
+    logger.warning(
+        "a copy of a rewired network was written to and never trained: it counts as an average and is rewired with the "
+        "network. If it is a network of its own, call g2gnet.untie_wiring(copy) after making it; "
+        "g2gnet.tie_wiring(network, copy) says that it is an average"
+    )
+
+
+def _layers(model: nn.Module) -> "dict[str, G2GLinear]":
+    found = {name: module for name, module in model.named_modules() if hasattr(module, "lineage")}
+    return cast("dict[str, G2GLinear]", found)
+
+
+def _pairs(source: nn.Module, target: nn.Module) -> "list[tuple[G2GLinear, G2GLinear]]":
+    theirs, mine = _layers(source), _layers(target)
+    if not theirs or theirs.keys() != mine.keys():
+        raise ValueError(
+            f"the sparse layers of the two networks ({', '.join(theirs) or 'none'} and {', '.join(mine) or 'none'}) "
+            "must have the same names; pass modules that correspond, for example average.module"
+        )
+    for name, layer in theirs.items():
+        if layer is mine[name]:
+            raise ValueError(f"layer {name!r} is in both networks, which must be two")
+        if layer.values.shape != mine[name].values.shape or layer.mask.shape != mine[name].mask.shape:
+            raise ValueError(
+                f"layer {name!r} has packed weights {tuple(layer.values.shape)} of {layer.mask.shape} in one network "
+                f"and {tuple(mine[name].values.shape)} of {mine[name].mask.shape} in the other; build both alike"
+            )
+    return [(layer, mine[name]) for name, layer in theirs.items()]
+
+
+def sync_wiring(source: nn.Module, target: nn.Module) -> None:
+    """Gives the sparse layers of ``target`` the units that those of ``source`` have now, in the same slots.
+
+    A unit that target has in the same slot keeps its weights; the others get the source's. For networks that are no
+    copies of one another and whose parameters are then copied or averaged one by one, such as target networks in
+    reinforcement learning: call it before, and after each update of the source's graph.
+
+    Raises:
+        ValueError: if layers differ in name or size.
+    """
+    for theirs, mine in _pairs(source, target):
+        mine.catch_up()
+        take_wiring(theirs, mine)
+        if mine.lineage.origin is theirs:
+            mine.lineage.come_from(theirs, mine.lineage.tied)
+
+
+def tie_wiring(source: nn.Module, average: nn.Module) -> None:
+    """Says that ``average`` is an average of ``source``: from now on it is rewired whenever source is.
+
+    It begins with :func:`sync_wiring`.
+
+    Raises:
+        ValueError: if layers differ in name or size.
+    """
+    sync_wiring(source, average)
+    for theirs, mine in _pairs(source, average):
+        mine.lineage.come_from(theirs, tied=True)
+
+
+def untie_wiring(model: nn.Module) -> None:
+    """Says that ``model`` is a network of its own: it is never rewired with the one that it was copied from."""
+    for layer in _layers(model).values():
+        layer.lineage.leave()

@@ -4,6 +4,7 @@ Works on :class:`G2GLinear` layers with any optimizer that lets the state of gro
 (:mod:`g2gnet.optimizer_state`).
 """
 
+import contextlib
 import copy
 import itertools
 import logging
@@ -202,13 +203,6 @@ class DSTScheduler:
             raise ValueError("there is no G2GLinear layer to rewire; g2gnet.sparsify(model) creates them")
         if all(layer.mask.is_full for layer in self.layers):
             raise ValueError("every unit of every layer is present, so none can grow; lower p_inter or p_intra")
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        for number, layer in enumerate(self.layers):
-            if layer.values.requires_grad and id(layer.values) not in held:
-                raise ValueError(
-                    f"the optimizer does not hold the weights of layer {number}, {layer.out_features} × "
-                    f"{layer.in_features}; create the optimizer after the layers, from model.parameters()"
-                )
         self.optimizer = optimizer
         self.interval = interval
         self.fraction = fraction
@@ -217,9 +211,7 @@ class DSTScheduler:
         self.seed = seed
         self.schedule = schedule
         self._process_group = process_group
-        self._state = OptimizerState(
-            optimizer, [layer.values for layer in self.layers if layer.values.requires_grad], reset_state
-        )
+        self._state = OptimizerState(optimizer, [layer.values for _, layer in self._trained_layers()], reset_state)
         self.steps = 0
         self._replaced = 0
         self._outcomes: list[_Outcome] = []  # not yet counted there
@@ -241,6 +233,19 @@ class DSTScheduler:
     def forms_gradient(self) -> bool:
         """Whether the training step before the next :meth:`step` has to form the gradient of absent units."""
         return GRADIENT in self._needs and self.next_is_due
+
+    def _trained_layers(self) -> list[tuple[int, G2GLinear]]:
+        """The layers that are not frozen, with their numbers; the optimizer has to hold them."""
+        held = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
+        trained = [(number, layer) for number, layer in enumerate(self.layers) if layer.values.requires_grad]
+        for number, layer in trained:
+            if id(layer.values) not in held:
+                raise ValueError(
+                    f"the optimizer does not hold the weights of layer {number}, {layer.out_features} × "
+                    f"{layer.in_features}, so grown units would stay zero; create the optimizer after the layers, from "
+                    "model.parameters(), or add a layer that was thawed by optimizer.add_param_group"
+                )
+        return trained
 
     def _record_if_due(self) -> None:
         """Starts recording the next training step if the :meth:`step` after it is an update that needs that."""
@@ -312,29 +317,34 @@ class DSTScheduler:
 
         Raises:
             RuntimeError: if a rule needs what was neither given nor recorded.
-            ValueError: if the optimizer now has a state that cannot be reset; no unit is replaced.
+            ValueError: if the optimizer now has a state that cannot be reset, or does not hold a layer.
             DistributedError: if the processes of the group have different units after an update.
+
+        After any error but the last, also one of ``reset_state``, no unit is replaced in any layer, and weights,
+        averages and the optimizer's state are as they were.
         """
         due = self.next_is_due
         self.steps += 1
         recordings = self._stop_recording()
-        if due:
-            if inputs is not None and activity is not None:
-                pre: list[Train] = [inputs.detach(), *activity.spikes]
-                recordings = [[pair] for pair in itertools.pairwise(pre)]
-            world = World.of(self._process_group)
-            self._update(list(self._evidence(recordings, world)))
-            units = [units for layer in self.layers for units in (layer.mask.unit_row, layer.mask.unit_col)]
-            world.check_same(f"the wiring after step {self.steps}", self.steps, units)
-        self._absent = {}
-        self._record_if_due()
+        try:
+            if due:
+                if inputs is not None and activity is not None:
+                    pre: list[Train] = [inputs.detach(), *activity.spikes]
+                    recordings = [[pair] for pair in itertools.pairwise(pre)]
+                world = World.of(self._process_group)
+                self._update(list(self._evidence(recordings, world)))
+                units = [units for layer in self.layers for units in (layer.mask.unit_row, layer.mask.unit_col)]
+                world.check_same(f"the wiring after step {self.steps}", self.steps, units)
+        finally:  # whoever catches an error can go on
+            self._absent = {}
+            self._record_if_due()
         return due
 
     def _evidence(self, recordings: list[Recording] | None, world: World) -> Iterator[tuple[int, Evidence]]:
         """What the rules need of each layer that can change, with the layer's number."""
         unpacked: dict[int, torch.Tensor] = {}  # by the train's id; a layer's spikes are the next one's inputs
-        for number, layer in enumerate(self.layers):
-            if not layer.values.requires_grad or layer.mask.is_full:
+        for number, layer in self._trained_layers():
+            if layer.mask.is_full:
                 continue
             self._state.check(layer.values)
             correlation = gradient = None
@@ -364,9 +374,16 @@ class DSTScheduler:
         finite = torch.stack([score.isfinite().all() for pair in scores for score in pair])
         share = self.steps / self._last if self._last else 0.0
         fraction, total = self.fraction * SCHEDULES[self.schedule](share), 0
-        for (number, seen), (prune, grow) in zip(evidence, scores, strict=True):
-            draw = stream(self.seed, "dst", self.steps, number, device=draw_device(prune.device))
-            total += self._replace(seen.layer, fraction, prune, grow, finite.all(), draw)
+        with contextlib.ExitStack() as averages, contextlib.ExitStack() as undo:
+            for _, seen in evidence:
+                averages.enter_context(seen.layer.rewired(follow=True))
+            # an error in one layer takes back what was done before it, and no average follows
+            for (number, seen), (prune, grow) in zip(evidence, scores, strict=True):
+                draw = stream(self.seed, "dst", self.steps, number, device=draw_device(prune.device))
+                total += self._replace(seen.layer, fraction, prune, grow, finite.all(), draw, undo)
+            undo.pop_all()
+        for _, seen in evidence:
+            seen.layer.lineage.leave()  # a network that is rewired by itself is no average
         numbers = [number for number, _ in evidence]
         self._outcomes.append(_Outcome(self.steps, numbers, finite, total))
 
@@ -378,18 +395,20 @@ class DSTScheduler:
         grow: torch.Tensor,
         really: torch.Tensor,
         draw: torch.Generator,
+        undo: contextlib.ExitStack,
     ) -> int:
         """Gives the slots of lowest ``prune`` score [num_units] to absent units of highest ``grow`` score [grid].
 
-        Nothing changes if ``really``, a bool scalar, is false. Returns the number of slots.
+        Nothing changes if ``really``, a bool scalar, is false. Closing ``undo`` takes it back. Returns the number of
+        slots.
         """
         mask = layer.mask
         active = mask.present().flatten()
         count = min(int(fraction * mask.num_units), len(grow) - mask.num_units)
         slots = _first(prune, count, draw)
         units = torch.where(really, _first(-grow, count, draw, last=active), mask.flat_unit()[slots])
-        layer.rewire_(slots, units, really)
-        self._state.reset_(layer.values, slots, really)
+        undo.callback(layer.rewire_(slots, units, really))
+        undo.callback(self._state.reset_(layer.values, slots, really))
         return count
 
     def __del__(self) -> None:

@@ -205,20 +205,26 @@ class G2GLinear(nn.Module):
 
     # --- changes of the wiring ----------------------------------------------------------------------------------
 
-    def rewire_(self, slots: torch.Tensor, units: torch.Tensor, really: torch.Tensor) -> None:
-        """Gives slots to other units, whose weights (and gradients, if any) start at zero.
+    def rewire_(self, slots: torch.Tensor, units: torch.Tensor, really: torch.Tensor) -> Callable[[], None]:
+        """Gives slots to other units, whose weights (and gradients, if any) start at zero; inside :meth:`rewired`.
 
         Args:
             slots: integer [k].
             units: int64 [k], the units, counted row by row (:meth:`BlockMask.flat_unit`).
             really: bool scalar; if it is false, ``units`` are those that the slots have now, and nothing changes.
+
+        Returns:
+            a function that takes it back. If an error is raised, nothing has changed.
         """
-        self.lineage.leave()  # a layer that is rewired itself is not an average
-        with self.rewired(follow=True), torch.no_grad():
+        with torch.no_grad(), contextlib.ExitStack() as undo:
+            undo.callback(self.mask.relabel_, slots, self.mask.unit_row[slots], self.mask.unit_col[slots])
             self.mask.relabel_(slots, units // self.mask.grid[1], units % self.mask.grid[1])
             for tensor in (self.values, self.values.grad):
                 if tensor is not None:
-                    tensor[slots] = torch.where(really, 0.0, tensor[slots])
+                    rows = tensor[slots].detach()
+                    undo.callback(tensor.detach().index_copy_, 0, slots, rows)
+                    tensor[slots] = torch.where(really, 0.0, rows)
+            return undo.pop_all().close
 
     @contextlib.contextmanager
     def rewired(self, follow: bool) -> Iterator[None]:

@@ -2,15 +2,18 @@
 
 It handles states of the weights' shape (moments, slow weights), also with leading dimensions, and the codes of 8-bit
 optimizers (bitsandbytes), however deeply optimizers are wrapped. Initial values are found by trial: an optimizer of the
-same class takes two steps on weights of its own. In a state of another shape it is unknown which numbers belong to
-which unit, so it is refused unless the user passes a function that resets it.
+same class takes two steps on weights of its own. In any other state (another shape, a tensor of another class, an
+object, a queue, an attribute of the optimizer) it is unknown which numbers belong to which unit, so it is refused
+unless the user passes a function that resets it.
 """
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 #: ``reset_state(optimizer, values, fresh)``: resets the state of the new units of the packed weights ``values``, those
@@ -67,28 +70,30 @@ class OptimizerState:
     def check(self, parameter: torch.nn.Parameter) -> None:
         """Raises ValueError if the state of this parameter cannot be reset."""
         for inner in self._every():
-            self._check(inner, _state_of(inner, parameter), parameter.shape)
+            self._check(inner, parameter, {**_state_of(inner, parameter), **_under_names(inner)})
 
-    def _check(self, optimizer: Any, state: dict[str, Any], shape: torch.Size) -> None:
-        unknown = sorted(_unknown(state, shape))
+    def _check(self, optimizer: Any, parameter: torch.nn.Parameter, state: dict[str, Any]) -> None:
+        unknown = sorted(_unknown(state, parameter))
         if unknown and self._reset is None:
             raise ValueError(
-                f"{type(optimizer).__name__} keeps {', '.join(unknown)} in a shape other than that of the weights, "
-                f"{list(shape)}, so the part that belongs to grown units is unknown; pass reset_state=, a function "
-                "(optimizer, values, fresh), or use an optimizer whose states have the weights' shape (SGD, Adam, ...)"
+                f"{type(optimizer).__name__} keeps {', '.join(unknown)} in a form other than plain tensors of the "
+                f"weights' shape, {list(parameter.shape)}, so the part that belongs to grown units is unknown; pass "
+                "reset_state=, a function (optimizer, values, fresh), or use an optimizer whose states have the "
+                "weights' shape (SGD, Adam, ...)"
             )
 
     def _try(self, optimizer: Any, weights: list[torch.nn.Parameter]) -> None:
-        """Runs an optimizer of this class on weights of its own, first with a gradient of zero."""
+        """Runs an optimizer of this class on weights like these, first with a gradient of zero."""
         group_of = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
-        held = [parameter for parameter in weights if id(parameter) in group_of]
-        if not held:
-            return
-        like = max(held, key=torch.numel)
+        # one of each shape: some optimizers keep small weights, or those of odd sizes, in another way
+        for like in {parameter.shape: parameter for parameter in weights if id(parameter) in group_of}.values():
+            self._try_on(optimizer, like, group_of[id(like)])
+
+    def _try_on(self, optimizer: Any, like: torch.nn.Parameter, group: dict[str, Any]) -> None:
         parameter = torch.nn.Parameter(torch.zeros_like(like))
         try:
             known = inspect.signature(type(optimizer).__init__).parameters
-            options = {name: value for name, value in group_of[id(like)].items() if name in known and name != "params"}
+            options = {name: value for name, value in group.items() if name in known and name != "params"}
             with torch.random.fork_rng([like.device] if like.is_cuda else []), torch.enable_grad():
                 twin = type(optimizer)([parameter], **options)
                 first = _step(twin, parameter, 0.0)
@@ -97,26 +102,37 @@ class OptimizerState:
                     for kept in _kept(first, like.shape)
                     if kept.table is None and _constant(kept.tensor)
                 }
+                before = _attributes(twin, parameter)
                 second = _step(twin, parameter, 1.0)
+                after = _attributes(twin, parameter)
         except Exception:  # a class that cannot be created like this is checked once it has a state
             return
         self._begins |= begins
-        self._check(optimizer, second, like.shape)
+        self._check(optimizer, parameter, {**second, **_under_names(twin), **_changed(before, after)})
 
-    def reset_(self, parameter: torch.nn.Parameter, slots: torch.Tensor, really: torch.Tensor) -> None:
-        """Resets the state of some slots if ``really``, a bool scalar, is true. Does not wait for the device."""
-        for inner in self._every():
-            for name, tensor, table in _kept(_state_of(inner, parameter), parameter.shape):
-                begin: Any = self._begins.get((type(inner).__name__, name), 0.0)
-                if table is not None:
-                    begin = table.abs().argmin().to(tensor)
-                place = slots.to(tensor.device)
-                now = tensor[..., place, :, :]
-                tensor[..., place, :, :] = torch.where(really.to(tensor.device), begin, now).to(tensor.dtype)
-        if self._reset is not None:
-            fresh = torch.zeros(len(parameter), dtype=torch.bool, device=slots.device)
-            fresh[slots] = really
-            self._reset(self._optimizer, parameter, fresh)
+    def reset_(self, parameter: torch.nn.Parameter, slots: torch.Tensor, really: torch.Tensor) -> Callable[[], None]:
+        """Resets the state of some slots if ``really``, a bool scalar, is true. Does not wait for the device.
+
+        Returns:
+            a function that takes it back. If an error is raised, nothing has changed.
+        """
+        with ExitStack() as undo:
+            for inner in self._every():
+                for name, tensor, table in _kept(_state_of(inner, parameter), parameter.shape):
+                    begin: Any = self._begins.get((type(inner).__name__, name), 0.0)
+                    if table is not None:
+                        begin = table.abs().argmin().to(tensor)
+                    place = slots.to(tensor.device)
+                    now = tensor[..., place, :, :]
+                    undo.callback(_put, tensor, place, now)
+                    _put(tensor, place, torch.where(really.to(tensor.device), begin, now).to(tensor.dtype))
+            if self._reset is not None:
+                for inner in self._every():
+                    undo.callback(_restore, *_saved(_state_of(inner, parameter)))
+                fresh = torch.zeros(len(parameter), dtype=torch.bool, device=slots.device)
+                fresh[slots] = really
+                self._reset(self._optimizer, parameter, fresh)
+            return undo.pop_all().close
 
 
 def _inside(optimizer: Any) -> list[Any]:
@@ -134,14 +150,41 @@ def _state_of(optimizer: Any, parameter: torch.nn.Parameter) -> dict[str, Any]:
     return own if isinstance(own, dict) else {}
 
 
-def _of_weights(tensor: torch.Tensor, shape: torch.Size) -> bool:
-    return tensor.shape[-len(shape) :] == shape
+def _under_names(optimizer: Any) -> dict[str, Any]:
+    """What an optimizer's state holds under keys that are no parameters."""
+    state = getattr(optimizer, "state", None)
+    return {
+        f"state of {repr(key) if isinstance(key, str) else type(key).__name__}": value
+        for key, value in (state.items() if isinstance(state, dict) else ())
+        if not isinstance(key, torch.Tensor)
+    }
+
+
+def _of_weights(tensor: Any, shape: torch.Size) -> bool:
+    """Whether it is a plain tensor with one number per weight; others (quantised, sharded) may not be indexed."""
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.shape[-len(shape) :] == shape
+
+
+def _put(tensor: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor) -> None:
+    tensor[..., slots, :, :] = rows
+
+
+def _saved(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], list[tuple[torch.Tensor, torch.Tensor]]]:
+    """A state, its entries and copies of the tensors in it, for :func:`_restore`."""
+    return state, dict(state), [(tensor, tensor.clone()) for tensor in _tensors(state)]
+
+
+def _restore(state: dict[str, Any], entries: dict[str, Any], copies: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    state.clear()
+    state.update(entries)
+    for tensor, before in copies:
+        tensor.copy_(before)
 
 
 def _kept(state: dict[str, Any], shape: torch.Size) -> Iterator[_Kept]:
     """The tensors of a parameter's state that have one number per weight."""
     for name, value in state.items():
-        if not isinstance(value, torch.Tensor) or not _of_weights(value, shape):
+        if not _of_weights(value, shape):
             continue
         table = state.get(name.replace("state", "qmap"))
         if value.is_floating_point() or value.dtype == torch.bool:
@@ -150,25 +193,37 @@ def _kept(state: dict[str, Any], shape: torch.Size) -> Iterator[_Kept]:
             yield _Kept(name, value, table)
 
 
-def _unknown(state: dict[str, Any], shape: torch.Size) -> list[str]:
-    """The names of all other tensors of a parameter's state with more than one number."""
-    known = {kept.name for kept in _kept(state, shape)}
-    coded = any(kept.table is not None for kept in _kept(state, shape))
+def _unknown(state: dict[str, Any], parameter: torch.nn.Parameter) -> list[str]:
+    """The names of everything else in a parameter's state that holds a tensor with more than one number."""
+    known = {kept.name for kept in _kept(state, parameter.shape)}
+    coded = any(kept.table is not None for kept in _kept(state, parameter.shape))
     return [
         name
         for name, value in state.items()
         if name not in known
         and not (coded and _BESIDE_CODES.fullmatch(name))
-        and any(tensor.numel() > 1 for tensor in _tensors(value))
+        and any(tensor.numel() > 1 and tensor is not parameter for tensor in _tensors(value))
     ]
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (dict, list, tuple)):
-        for each in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(each)
+    """The tensors in a value (in dicts, lists, queues, attributes of objects), each once; arrays as tensors."""
+    pending, seen = [value], set()
+    while pending:
+        each = pending.pop()
+        if id(each) in seen or isinstance(each, (str, bytes, type)) or hasattr(each, "__get__"):
+            continue  # functions and classes hold no state
+        seen.add(id(each))
+        if isinstance(each, torch.Tensor):
+            yield each
+        elif isinstance(each, np.ndarray):
+            if each.dtype.kind in "biuf":
+                yield torch.from_numpy(each)
+        else:
+            if isinstance(each, Collection):
+                pending += each.values() if isinstance(each, Mapping) else each
+            pending += getattr(each, "__dict__", {}).values()
+            pending += [getattr(each, slot, None) for slot in getattr(type(each), "__slots__", ())]
 
 
 def _constant(tensor: torch.Tensor) -> bool:
@@ -176,7 +231,7 @@ def _constant(tensor: torch.Tensor) -> bool:
 
 
 def _step(optimizer: Any, parameter: torch.nn.Parameter, gradient: float) -> dict[str, Any]:
-    """All state of an optimizer with one parameter after a step with that gradient."""
+    """The parameter's state after a step with that gradient."""
 
     def closure() -> torch.Tensor:
         parameter.grad = torch.full_like(parameter, gradient)
@@ -184,9 +239,29 @@ def _step(optimizer: Any, parameter: torch.nn.Parameter, gradient: float) -> dic
 
     closure()
     optimizer.step(closure)
-    flat = {
-        f"state of {repr(key) if isinstance(key, str) else type(key).__name__}": value
-        for key, value in optimizer.state.items()
-        if key is not parameter
+    return _state_of(optimizer, parameter)
+
+
+def _attributes(optimizer: Any, parameter: torch.nn.Parameter) -> dict[str, list[torch.Tensor]]:
+    """Copies of the tensors that an optimizer keeps outside of its state, by attribute or option of a group."""
+    groups = [value for group in optimizer.param_groups for value in group.items() if value[0] != "params"]
+    attributes = [item for item in vars(optimizer).items() if item[0] not in ("state", "param_groups", "defaults")]
+    return {
+        f"attribute {name}": [
+            tensor.detach().clone()
+            for tensor in _tensors(value)
+            if tensor is not parameter and tensor is not parameter.grad
+        ]
+        for name, value in attributes + groups
     }
-    return {**_state_of(optimizer, parameter), **flat}
+
+
+def _changed(
+    before: dict[str, list[torch.Tensor]], after: dict[str, list[torch.Tensor]]
+) -> dict[str, list[torch.Tensor]]:
+    """Those of ``after`` that a step has changed: state, not tables."""
+
+    def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+        return len(one) == len(other) and all(map(torch.equal, one, other))
+
+    return {name: tensors for name, tensors in after.items() if not same(before.get(name, []), tensors)}

@@ -1,6 +1,7 @@
 """The state of grown units begins anew, whatever optimizer keeps it."""
 
 import copy
+from collections import deque
 
 import pytest
 import torch
@@ -77,6 +78,58 @@ class Late(torch.optim.SGD):
             self.state[parameter] = {"rows": parameter.detach().flatten()[:7]}
 
 
+class Keeper(torch.optim.Optimizer):
+    """Keeps what ``keep(gradient)`` returns of each parameter, as an entry of its state."""
+
+    def __init__(self, params, keep, lr=1e-3):
+        super().__init__(params, {"lr": lr, "keep": keep})
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self.state[parameter]["kept"] = group["keep"](parameter.grad)
+
+
+class Queue:
+    def __init__(self, gradient):
+        self.gradients = deque([gradient.clone()])
+
+
+class Slots:
+    __slots__ = ("gradient",)
+
+    def __init__(self, gradient):
+        self.gradient = gradient.clone()
+
+
+class Quantised(torch.Tensor):
+    """A state of the weights' shape whose class need not support indexing."""
+
+
+class Outside(torch.optim.Optimizer):
+    """Keeps its state in an attribute, beside a table that never changes."""
+
+    def __init__(self, params, lr=1e-3):
+        super().__init__(params, {"lr": lr})
+        self.table = torch.arange(256)
+        self.moments = [torch.zeros_like(p) for group in self.param_groups for p in group["params"]]
+
+    def step(self, closure=None):
+        for moment, parameter in zip(self.moments, self.param_groups[0]["params"], strict=True):
+            if parameter.grad is not None:
+                moment.add_(parameter.grad)
+
+
+class Tabled(torch.optim.SGD):
+    """Keeps nothing of its own but a table, and a reference to what it trains."""
+
+    def __init__(self, params, lr=1e-3):
+        params = list(params)
+        super().__init__(params, lr=lr)
+        self.table, self.trained = torch.arange(256), params
+
+
 def parameters(net):
     return list(net.parameters())
 
@@ -148,8 +201,8 @@ def test_a_state_begins_with_what_it_begins_with(make, name, begin):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (torch.optim.LBFGS, r"LBFGS keeps d, prev_flat_grad in a shape other than that of the weights, \[64, 3, 3\]"),
-        (Flat, "Flat keeps state of 'all' in a shape other"),
+        (torch.optim.LBFGS, r"LBFGS keeps d, prev_flat_grad in a form other than plain .* shape, \[56, 3, 3\]"),
+        (Flat, "Flat keeps state of 'all' in a form other"),
         (getattr(torch.optim, "Adafactor", Factored), "(Adafactor|Factored) keeps col_var, row_var in"),
         (lambda p: Nested(torch.optim.SGD(p), torch.optim.LBFGS(p[1:2])), "LBFGS keeps d, prev_flat_grad"),
     ],
@@ -160,10 +213,87 @@ def test_what_cannot_be_reset_is_refused_by_name_when_the_scheduler_is_made(make
         DSTScheduler(net, make([net.fc2.values, *(p for p in net.parameters() if p is not net.fc2.values)]))
 
 
+@pytest.mark.parametrize(
+    "keep",
+    [
+        lambda gradient: deque([gradient.clone()]),
+        Queue,
+        Slots,
+        lambda gradient: {"inside": [Queue(gradient)]},
+        lambda gradient: gradient.numpy().copy(),
+        lambda gradient: gradient.clone().as_subclass(Quantised),
+    ],
+    ids=["deque", "object", "slots", "nested", "array", "subclass"],
+)
+def test_a_state_in_queues_objects_arrays_and_other_tensors_is_refused(keep):
+    net = network()
+    with pytest.raises(ValueError, match=r"Keeper keeps kept in a form other than plain tensors .*pass reset_state="):
+        DSTScheduler(net, Keeper(parameters(net), keep))
+
+
+def test_a_state_outside_of_the_state_is_refused_and_a_table_is_not():
+    net = network()
+    with pytest.raises(ValueError, match="Outside keeps attribute moments in a form other"):
+        DSTScheduler(net, Outside(parameters(net)))
+    DSTScheduler(net, Tabled(parameters(net)))
+
+
+def test_one_layer_that_is_kept_in_another_way_is_enough():
+    """Quantised optimizers keep only large weights in their own way, or only those of some sizes."""
+    net = network()
+    size = net.fc3.values.numel()
+    assert size < net.fc1.values.numel()
+    with pytest.raises(ValueError, match="Keeper keeps kept"):
+        DSTScheduler(net, Keeper(parameters(net), lambda g: deque([g.clone()]) if g.numel() == size else g.clone()))
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_update_that_fails_in_the_last_layer_changes_nothing_in_any(error):
+    net = network()
+    optimizer = torch.optim.Adam(parameters(net), lr=0.01)
+    fails = True
+
+    def reset_state(optimizer, values, fresh):
+        optimizer.state[values]["exp_avg"].fill_(7)
+        if fails and values is net.fc3.values:
+            raise error
+
+    dst = DSTScheduler(net, optimizer, interval=1, grow="gradient", reset_state=reset_state)
+    (net(X) - 3).square().sum().backward()
+    optimizer.step()
+    average = copy.deepcopy(net)
+    with torch.no_grad():
+        for parameter in average.parameters():
+            parameter.mul_(0.9)
+
+    def everything():
+        gradients = {name: parameter.grad for name, parameter in net.named_parameters()}
+        state = {"net": net.state_dict(), "average": average.state_dict(), "gradients": gradients}
+        state["optimizer"] = optimizer.state_dict()["state"]
+        state["wiring"] = [layer.mask.to_dense() for each in (net, average) for layer, _ in each.layers()]
+        return copy.deepcopy(state)
+
+    before = everything()
+    with pytest.raises(error):
+        dst.step()
+    torch.testing.assert_close(everything(), before, rtol=0, atol=0)
+    assert (dst.pruned, dst.grown) == (0, 0)
+
+    fails = False  # and whoever catches the error can go on
+    net.zero_grad()
+    (net(X) - 3).square().sum().backward()
+    optimizer.step()
+    dst.step()
+    assert dst.pruned > 0
+    for (ours, _), (theirs, _) in zip(net.layers(), average.layers(), strict=True):
+        assert torch.equal(theirs.dense_weight() != 0, ours.mask.to_dense() & (theirs.dense_weight() != 0))
+        assert torch.equal(theirs.mask.to_dense(), ours.mask.to_dense())
+
+
 def test_a_state_that_comes_later_is_refused_before_anything_is_replaced():
     net = network()
     before = copy.deepcopy(net.state_dict())
-    with pytest.raises(ValueError, match=r"Late keeps rows in a shape other .*pass reset_state="):
+    with pytest.raises(ValueError, match=r"Late keeps rows in a form other .*pass reset_state="):
         rewired(net, Late(parameters(net), needed=True))
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 

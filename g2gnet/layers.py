@@ -80,7 +80,8 @@ class G2GLinear(nn.Module):
         self.backend = backend
         #: which averages are rewired with it
         self.lineage = Lineage(self)
-        self._states: list[weakref.ref[torch.Tensor]] = []
+        #: states that were given out, while someone keeps them: the weights, and the indices by name
+        self._states: list[tuple[weakref.ref[torch.Tensor], dict[str, weakref.ref[torch.Tensor]]]] = []
         #: while this is set, training steps give every unit a gradient
         self.absent_gradient: AbsentGradient | None = None
         device = mask.unit_row.device
@@ -228,18 +229,19 @@ class G2GLinear(nn.Module):
 
     @contextlib.contextmanager
     def rewired(self, follow: bool) -> Iterator[None]:
-        """While entered, mask and weights change together; with ``follow`` averages of the layer then change, too.
-
-        A ``state_dict`` that someone keeps has copies of the indices, so it gets a copy of the weights, too.
-        """
-        with torch.no_grad():
-            for reference in self._states:
-                kept = reference()
-                if kept is not None and kept.data_ptr() == self.values.data_ptr():
-                    kept.data = kept.clone()
-        self._states = []
+        """While entered, mask and weights change together; with ``follow`` averages of the layer then change, too."""
         with self.lineage.rewired(follow):
             yield
+        # the weights in a state_dict that someone keeps are the layer's own, its indices are copies
+        mask: dict[str, torch.Tensor] = {}
+        self.mask._save_to_state_dict(mask, "", keep_vars=False)
+        for values, indices in self._states:
+            kept = values()
+            if kept is not None and kept.data_ptr() == self.values.data_ptr():
+                for name, reference in indices.items():
+                    index = reference()
+                    if index is not None:
+                        index.data = mask[name].clone()
 
     def catch_up(self) -> None:
         """Applies what was written from outside: a wiring into the mask, weights of a new wiring into an average."""
@@ -357,10 +359,15 @@ class G2GLinear(nn.Module):
             with self.lineage.unchanged():
                 self.values.data.masked_fill_(~self.mask.valid(), 0)
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        kept = destination[prefix + "values"]
-        if kept is not self.values:
-            self._states = [reference for reference in self._states if reference() is not None]
-            self._states.append(weakref.ref(kept))
+
+    def state_dict(self, *args, **kwargs):
+        """As that of any module: its tensors are the layer's own, also after the layer was rewired."""
+        state = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+        indices = {name: weakref.ref(state[f"{prefix}mask.{name}"]) for name in BlockMask.STATE}
+        self._states = [kept for kept in self._states if kept[0]() is not None]
+        self._states.append((weakref.ref(state[prefix + "values"]), indices))
+        return state
 
 
 #: the layer that each packed parameter belongs to, by the parameter's id

@@ -437,8 +437,11 @@ class BlockMask(_Indices):
         if not torch.equal(_check_sum(numbers[:-1]), numbers[-1:]):
             return None
         parts = numbers[:-2].split([*self.shape, units, units])
-        out_layout, in_layout = (GroupLayout.from_assignment(part) for part in parts[:2])
-        return BlockMask(out_layout, in_layout, parts[2], parts[3], int(numbers[-2]))
+        try:
+            out_layout, in_layout = (GroupLayout.from_assignment(part) for part in parts[:2])
+            return BlockMask(out_layout, in_layout, parts[2], parts[3], int(numbers[-2]))
+        except ValueError:
+            return None
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "BlockMask":
         super()._apply(fn, recurse)
@@ -618,15 +621,32 @@ class BlockMask(_Indices):
                 raise ValueError(f"{name} do not match groups cut into units of at most {mask.block_size}")
         return mask
 
+    @property
+    def out_group_of(self) -> torch.Tensor:
+        """int64 [out] on the CPU, the group of each output neuron."""
+        return self.rows.layout.group_of
+
+    @property
+    def in_group_of(self) -> torch.Tensor:
+        """int64 [in] on the CPU, the group of each input neuron."""
+        return self.cols.layout.group_of
+
+    @property
+    def row_bounds(self) -> torch.Tensor:
+        """``rows.bounds``."""
+        return self.rows.bounds
+
+    @property
+    def col_bounds(self) -> torch.Tensor:
+        """``cols.bounds``."""
+        return self.cols.bounds
+
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        # copies: some averages write into what they find here
-        destination[prefix + "block_size"] = torch.tensor(self.block_size)
-        destination[prefix + "out_group_of"] = self.rows.layout.group_of.clone()
-        destination[prefix + "in_group_of"] = self.cols.layout.group_of.clone()
-        destination[prefix + "unit_row"] = self.unit_row.clone()
-        destination[prefix + "unit_col"] = self.unit_col.clone()
-        destination[prefix + "row_bounds"] = self.rows.bounds.clone()
-        destination[prefix + "col_bounds"] = self.cols.bounds.clone()
+        # every name is that of an attribute, which torch.distributed.checkpoint asks for
+        for name in self.STATE:
+            value = getattr(self, name)
+            # copies: some averages write into what they find here
+            destination[prefix + name] = value.clone() if isinstance(value, torch.Tensor) else torch.tensor(value)
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -646,9 +666,9 @@ class BlockMask(_Indices):
 
 
 def _check_sum(numbers: torch.Tensor) -> torch.Tensor:
-    """int64 [1], a checksum below 2²⁰ of whole numbers."""
+    """int64 [1], a checksum below 2²⁰ of whole numbers. That of an average is not the average of two."""
     place = torch.arange(1, len(numbers) + 1, device=numbers.device)
-    return (numbers * (place * 7919 % 10007)).sum(0, keepdim=True) % (1 << 20)
+    return (numbers * (place * 7919 % 10007) % 65521).square().sum(0, keepdim=True) % (1 << 20)
 
 
 def _unwrapped(tensor: torch.Tensor) -> torch.Tensor:

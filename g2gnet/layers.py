@@ -160,15 +160,15 @@ class G2GLinear(nn.Module):
         Inside ``torch.func.functional_call`` they may be those of another layer.
         """
         if torch.compiler.is_compiling():
-            mask = self.mask
+            values, mask = self.values, self.mask
         else:
             self.catch_up()
-            mask = self.mask.current()
-            if mask is self.mask and self._own() is not self.values:
-                mask = _mask_of(self.values, mask)
+            values, mask = self.values, self.mask.current()
+            if mask is self.mask and self._own() is not values:
+                mask = _mask_of(values, mask)
         if self.absent_gradient is None or not (self.training and torch.is_grad_enabled()):
-            return self.values, mask
-        return self.absent_gradient.expand(self.values, mask)
+            return values, mask
+        return self.absent_gradient.expand(values, mask)
 
     def dense_weight(self) -> torch.Tensor:
         """The weight in dense form, [out, in], zero where nothing exists; differentiable."""
@@ -196,10 +196,22 @@ class G2GLinear(nn.Module):
         if name == "values":
             self._own_values()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "parametrizations":  # torch.nn.utils.parametrize puts it there, empty
+            value = _Parametrizations()
+        super().__setattr__(name, value)
+
+    @property
+    def has_plain_values(self) -> bool:
+        """Whether ``values`` is a parameter, and not what a parametrization, pruning or a norm computes."""
+        return "values" in self._parameters
+
     def _own_values(self) -> None:
         """Notes that the present parameter is the layer's own, with this mask."""
-        self._own = weakref.ref(self.values)
-        _OWNERS[id(self.values)] = self
+        self._own: Callable[[], torch.Tensor | None] = _nothing
+        if self.has_plain_values:
+            self._own = weakref.ref(self.values)
+            _OWNERS[id(self.values)] = self
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -233,6 +245,8 @@ class G2GLinear(nn.Module):
         with self.lineage.rewired(follow):
             yield
         # the weights in a state_dict that someone keeps are the layer's own, its indices are copies
+        if not self._states:
+            return
         mask: dict[str, torch.Tensor] = {}
         self.mask._save_to_state_dict(mask, "", keep_vars=False)
         for values, indices in self._states:
@@ -249,14 +263,16 @@ class G2GLinear(nn.Module):
         if received is not None:
             with self.rewired(follow=False):
                 self.mask.become_(received)
-        if self._own() is self.values:
+        if self.has_plain_values and self._own() is self.values:
             self.lineage.catch_up()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "G2GLinear":
         self.catch_up()
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
-        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        twin.__setstate__(copy.deepcopy(self._state(), memo))
+        if not twin.has_plain_values:
+            return twin
         twin.lineage.come_from(self)
         twin_of = weakref.ref(twin)
         if twin.values.requires_grad:
@@ -264,6 +280,9 @@ class G2GLinear(nn.Module):
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
+        return self._state()
+
+    def _state(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in ("lineage", "_states", "_own")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -272,7 +291,7 @@ class G2GLinear(nn.Module):
         self._own_values()
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "G2GLinear":
-        with self.lineage.unchanged():
+        with self.lineage.unchanged() if self.has_plain_values else contextlib.nullcontext():
             super()._apply(fn, recurse)
         self._own_values()
         return self
@@ -292,15 +311,17 @@ class G2GLinear(nn.Module):
         given = key in state_dict
         mask: BlockMask | None = None
         try:
-            if parts:
-                mask = self._mask_to_load(parts, state_dict.get(key), prefix, assign)
+            if parts and not self.has_plain_values:
+                self._check_that_wiring_stays(parts, prefix)
+            elif parts:
+                mask = self._mask_to_load(parts, state_dict.get(key), prefix)
             fits = given
         except ValueError as error:
             error_msgs.append(str(error))
             # the mask is a child and is loaded next: it finds what it has
             self.mask._save_to_state_dict(state_dict, mask_prefix, keep_vars=False)
             fits = False
-        if not fits:
+        if not fits and self.has_plain_values:
             state_dict.pop(key, None)
         missing: list[str] = []
         with self.rewired(follow=False) if mask is not None else contextlib.nullcontext():
@@ -313,7 +334,7 @@ class G2GLinear(nn.Module):
         if fits:
             self.lineage.loaded()
 
-    def _mask_to_load(self, parts: dict[str, torch.Tensor], values: Any, prefix: str, assign: bool) -> BlockMask:
+    def _mask_to_load(self, parts: dict[str, torch.Tensor], values: Any, prefix: str) -> BlockMask:
         """The mask that a state describes, if it fits this layer and the weights beside it.
 
         Raises:
@@ -328,6 +349,9 @@ class G2GLinear(nn.Module):
                 f"{key} and its mask are loaded together or not at all, and the state lacks "
                 f"{', '.join(absent) or key}; save the whole state_dict() of the layer"
             )
+        for name, tensor in ((key, values), (f"{prefix}mask.unit_row", parts["unit_row"])):
+            if isinstance(tensor, torch.Tensor) and tensor.is_meta:
+                raise ValueError(f"{name} is on the device meta, which has no numbers to load")
         try:
             mask = BlockMask.from_state(parts, self.mask.shape)
         except ValueError as error:
@@ -338,9 +362,15 @@ class G2GLinear(nn.Module):
             raise ValueError(f"{key} must be a floating-point tensor, not {kind}")
         if tuple(values.shape) != packed:
             raise ValueError(f"size mismatch for {key}: {tuple(values.shape)}, but its mask has units {packed}")
-        if values.is_meta and not (assign or self.values.is_meta):
-            raise ValueError(f"{key} is on the device meta, which has no numbers; load it with assign=True")
         return mask
+
+    def _check_that_wiring_stays(self, parts: dict[str, torch.Tensor], prefix: str) -> None:
+        """Raises ValueError if a state has another mask than this layer, whose weights are computed from others."""
+        if len(parts) == len(BlockMask.STATE) and not BlockMask.from_state(parts, self.mask.shape).equals(self.mask):
+            raise ValueError(
+                f"{prefix}mask differs from the layer's, whose weights a parametrization (or pruning, or a norm) "
+                "computes; load the state into a layer of the same wiring, or before that was registered"
+            )
 
     def _become(self, mask: BlockMask, values: torch.Tensor, assign: bool) -> None:
         """Takes over a mask, and makes room for the weights that belong to it."""
@@ -355,7 +385,8 @@ class G2GLinear(nn.Module):
         self.catch_up()
         # Zero the padding, which is ignored, so equal networks give equal files. A tensor of another type (an FSDP
         # shard) has none.
-        if self.mask.has_padding and type(self.values.data) is torch.Tensor and not self.values.is_inference():
+        plain = self.has_plain_values and type(self.values.data) is torch.Tensor and not self.values.is_inference()
+        if plain and self.mask.has_padding:
             with self.lineage.unchanged():
                 self.values.data.masked_fill_(~self.mask.valid(), 0)
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -363,11 +394,20 @@ class G2GLinear(nn.Module):
     def state_dict(self, *args, **kwargs):
         """As that of any module: its tensors are the layer's own, also after the layer was rewired."""
         state = super().state_dict(*args, **kwargs)
+        if not self.has_plain_values:
+            return state
         prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
         indices = {name: weakref.ref(state[f"{prefix}mask.{name}"]) for name in BlockMask.STATE}
         self._states = [kept for kept in self._states if kept[0]() is not None]
         self._states.append((weakref.ref(state[prefix + "values"]), indices))
         return state
+
+
+class _Parametrizations(nn.ModuleDict):
+    """The parametrizations of a layer by parameter: ``values`` is one, and a method of every other ModuleDict."""
+
+    def __setitem__(self, key: str, module: nn.Module) -> None:
+        self._modules[key] = module
 
 
 #: the layer that each packed parameter belongs to, by the parameter's id
@@ -378,6 +418,10 @@ def _mask_of(values: torch.Tensor, mask: BlockMask) -> BlockMask:
     """The mask of packed weights in place of a layer's own: that of the layer whose parameter they are, or ``mask``."""
     owner = _OWNERS.get(id(values))
     return owner.mask if owner is not None and owner._parameters.get("values") is values else mask
+
+
+def _nothing() -> None:
+    """In place of a reference to a layer's own parameter, where it has none."""
 
 
 def _trained(layer: G2GLinear | None) -> None:

@@ -1,6 +1,7 @@
 """Averages of the weights of a network that is rewired, by whatever walks over a model and its copy."""
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from helpers import seeded
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from g2gnet import DSTScheduler, G2GNet
+from g2gnet import DSTScheduler, G2GNet, copies, sync_wiring, tie_wiring, untie_wiring
 
 DECAY = 0.8
 
@@ -131,6 +132,70 @@ def test_copies_that_are_no_averages_stay_as_they_are():
     for each, state in zip((put_away, loaded, apart), states, strict=True):
         assert all(torch.equal(tensor, state[name]) for name, tensor in each.state_dict().items())
     assert not torch.equal(net.fc2.mask.to_dense(), apart.fc2.mask.to_dense())
+
+
+def rewired(net):
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    DSTScheduler(net, optimizer, interval=1, fraction=0.3, grow="random").step()
+
+
+def same_wiring(one, other):
+    return torch.equal(one.fc2.mask.flat_unit(), other.fc2.mask.flat_unit())
+
+
+def test_a_copy_that_is_said_to_be_a_network_of_its_own_stays_as_it_is():
+    """A best epoch whose weights are rounded, the population of an evolution strategy."""
+    net = network()
+    rounded, average = (copy.deepcopy(net) for _ in range(2))
+    untie_wiring(rounded)
+    for each in (rounded, average):
+        each.fc2.values.data.mul_(64).round_().div_(64)
+    expected = rounded.fc2.dense_weight().detach().clone()
+    rewired(net)
+    assert torch.equal(rounded.fc2.dense_weight(), expected)
+    assert same_wiring(average, net)
+    assert not same_wiring(rounded, net)
+
+
+def test_a_copy_that_counts_as_an_average_is_reported_once(caplog, monkeypatch):
+    monkeypatch.setattr(copies, "_say_that_copies_follow", functools.cache(copies._say_that_copies_follow.__wrapped__))
+    net = network()
+    average = copy.deepcopy(net)
+    average.fc2.values.data.mul_(0.5)
+    average.fc1.values.data.mul_(0.5)
+    for _ in range(2):
+        rewired(net)
+    assert len([record for record in caplog.records if "untie_wiring" in record.message]) == 1
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_network_that_is_no_copy_is_kept_in_step_by_hand_or_by_a_tie(tied):
+    """A target network that a constructor made, and whose parameters are averaged one by one."""
+    net, target = network(), network()
+    target.load_state_dict(net.state_dict())
+    if tied:
+        tie_wiring(net, target)
+    for _ in range(3):
+        rewired(net)
+        if not tied:
+            sync_wiring(net, target)
+        before = target.fc2.dense_weight().detach().clone()
+        with torch.no_grad():
+            net.fc2.values.add_(1)
+            for mine, theirs in zip(target.parameters(), net.parameters(), strict=True):
+                mine.data.mul_(DECAY).add_(theirs.data, alpha=1 - DECAY)
+        assert same_wiring(target, net)
+        torch.testing.assert_close(target.fc2.dense_weight(), before.lerp(net.fc2.dense_weight(), 1 - DECAY))
+
+
+def test_ties_are_refused_between_networks_that_do_not_correspond():
+    net = network()
+    with pytest.raises(ValueError, match="same names"):
+        tie_wiring(net, AveragedModel(net))
+    with pytest.raises(ValueError, match="must be two"):
+        sync_wiring(net, net)
+    with pytest.raises(ValueError, match=r"fc1.*packed weights"):
+        sync_wiring(net, G2GNet(32, 40, 10, "mixer", block_size=4, T=4))
 
 
 def test_weights_of_another_process_come_with_their_wiring():

@@ -415,7 +415,8 @@ class Networks(RuleBasedStateMachine):
             self.use(each, number)
             _ = each.net[number].weight  # looked at
         given = dict(each.net.named_parameters())
-        if buffers:
+        if buffers:  # which describe the wiring of weights that are no longer the copy's own
+            given = {name: parameter.detach().clone() for name, parameter in given.items()}
             given |= dict(each.net.named_buffers())
         result = torch.func.functional_call(self.net, given, (INPUTS,))
         torch.testing.assert_close(result, each.dense(INPUTS))

@@ -46,7 +46,7 @@ def symbolic_call(module: nn.Module, x: Any, *rest: Any) -> Any:
     if not isinstance(x, torch.fx.Proxy):
         return None
     name = type(module).__name__
-    path = x.tracer.path_of_module(module)  # type: ignore[attr-defined]
+    path = x.tracer.path_of_module(module)
     if not path:
         raise NotImplementedError(
             f"torch.fx cannot look into a {name}, which is a leaf of a graph; trace a module that contains it, "

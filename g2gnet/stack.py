@@ -98,7 +98,7 @@ class SpikingStack(nn.Module):
 
     def layers(self) -> Iterator[Pair]:
         """The pairs (connection, neurons), from input to output."""
-        modules: dict[str, Any] = self._modules  # type: ignore[assignment]
+        modules: dict[str, Any] = self._modules
         for number in range(1, self.depth + 1):
             yield modules[f"fc{number}"], modules[f"lif{number}"]
 

@@ -64,7 +64,7 @@ def for_each(backward: Callable[..., Results]) -> Callable[..., Results]:
 
 
 def for_each_of_old(backward: Callable[..., Results]) -> Callable[..., Results]:
-    """As :func:`for_each`, for the ``backward`` of a Function that has a rule for ``vmap``, which PyTorch does not use in
+    """As :func:`for_each`, for the ``backward`` of a Function that has a rule for ``vmap``, which PyTorch ignores in
     ``is_grads_batched`` and ``jacobian(vectorize=True)``."""
 
     @functools.wraps(backward)

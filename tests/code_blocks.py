@@ -16,7 +16,8 @@ HEADING = re.compile(r"^## (.*)$", flags=re.MULTILINE)
 
 #: sections of docs/other-libraries.md that need the extra ``clients``: tests/clients runs these, and nothing else does
 CLIENTS = (
-    "Lightning", "Hugging Face Trainer", "accelerate", "skorch and scikit-learn", "Optuna", "NeuroBench", "captum", "ONNX",
+    "Lightning", "Hugging Face Trainer", "accelerate", "skorch and scikit-learn", "Optuna",
+    "NeuroBench", "captum", "ONNX",
 )  # fmt: skip
 
 

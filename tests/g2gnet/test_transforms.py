@@ -179,7 +179,7 @@ def test_an_ensemble_of_several_wirings_is_refused():
     other_slots = {name: mask.state_dict()[name].flip(0) for name in ("unit_row", "unit_col")}
     mask.load_state_dict({**mask.state_dict(), **other_slots})
     base, state = copy.deepcopy(nets[0]), stack_module_state(nets)
-    with pytest.raises(ValueError, match="networks with different wirings cannot run in one torch.func.vmap"):
+    with pytest.raises(ValueError, match=r"networks with different wirings cannot run in one torch\.func\.vmap"):
         vmap(lambda *state: functional_call(base, state, (SAMPLES,)))(*state)
 
 

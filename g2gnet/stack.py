@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from g2g_kernels import Activity, SpikingLayer, g2g_stack
 from g2g_kernels.ops.g2g_stack import activity_of, check_dropped, silenced
-from g2g_kernels.tracing import is_traced, symbolic_call
+from g2g_kernels.tracing import is_traced, is_transformed, symbolic_call
 from g2gnet.layers import G2GLinear
 from g2gnet.neurons import NeuronState, SpikingNeurons
 
@@ -113,6 +113,10 @@ class SpikingStack(nn.Module):
         least = round(self.dropout * (1 << 16)) - (1 << 15)
         drawn = []
         for connection, _ in hidden:
+            if is_transformed():  # vmap draws for every element, but not into a tensor that is there already
+                shape = samples, connection.out_features
+                drawn.append(torch.rand(shape, generator=generator, device=device) < self.dropout)
+                continue
             size = samples * connection.out_features
             # four numbers per draw: PyTorch's own bernoulli_ takes five times as long on a CPU
             words = torch.empty(-(-size // 4), dtype=torch.int64, device=device)

@@ -14,6 +14,7 @@ from torch import nn
 
 from g2g_kernels import packing
 from g2g_kernels.groups import GroupLayout, check_integers, partners
+from g2g_kernels.tracing import is_traced, on_cpu
 
 
 class AxisTensors(NamedTuple):
@@ -84,6 +85,7 @@ class UnitAxis(_Indices):
 
     INDICES = ("order", "bounds", "group_of_unit", "padded", "position")
 
+    @on_cpu
     def __init__(self, layout: GroupLayout, block_size: int) -> None:
         super().__init__()
         self.layout = layout
@@ -182,6 +184,7 @@ class BlockMask(_Indices):
     col_slot: torch.Tensor
     wiring: torch.Tensor
 
+    @on_cpu
     def __init__(
         self,
         out_layout: GroupLayout,
@@ -202,6 +205,7 @@ class BlockMask(_Indices):
     # --- construction -------------------------------------------------------------------------------------------
 
     @classmethod
+    @on_cpu
     def sample(
         cls,
         out_layout: GroupLayout,
@@ -238,6 +242,7 @@ class BlockMask(_Indices):
         return mask
 
     @classmethod
+    @on_cpu
     def full(cls, out_layout: GroupLayout, in_layout: GroupLayout, block_size: int = 64) -> "BlockMask":
         """Every unit present: a dense layer in the packed form."""
         empty = torch.zeros(0, dtype=torch.int64)
@@ -258,6 +263,7 @@ class BlockMask(_Indices):
         return full
 
     @classmethod
+    @on_cpu
     def from_dense(cls, mask: torch.Tensor, block_size: int = 1) -> "BlockMask":
         """The mask whose dense form is ``mask``, bool [out, in], with each side in one group (cut as any group is).
 
@@ -576,10 +582,11 @@ class BlockMask(_Indices):
         kinds = self.rows.layout.kind
         if self.cols.layout.kind != kinds:
             kinds = f"{kinds} ← {self.cols.layout.kind}"
+        density = "unknown" if self.unit_row.is_meta else f"{self.density:.4f}"
         return (
             f"BlockMask({self.rows.size}×{self.cols.size}, {self.rows.layout.num_groups} groups ({kinds}), "
             f"block_size={self.block_size}, {self.num_units} of {self.grid[0] * self.grid[1]} units, "
-            f"density={self.density:.4f}, device={self.unit_row.device})"
+            f"density={density}, device={self.unit_row.device})"
         )
 
     # --- saving -------------------------------------------------------------------------------------------------
@@ -588,6 +595,7 @@ class BlockMask(_Indices):
     STATE = ("block_size", "out_group_of", "in_group_of", "unit_row", "unit_col", "row_bounds", "col_bounds")
 
     @classmethod
+    @on_cpu
     def from_state(cls, state: Mapping[str, torch.Tensor], shape: tuple[int, int] | None = None) -> "BlockMask":
         """The mask with that ``state_dict`` (the tensors :data:`STATE`), on the CPU.
 
@@ -763,8 +771,8 @@ class _Unpack(_Linear):
 
 def _pack(weight: torch.Tensor, view: _View) -> torch.Tensor:
     # torch.compile does not trace a Function that has a forward mode; it derives gradients of the operations themselves
-    return packing.packed(weight, view) if torch.compiler.is_compiling() else _Pack.apply(weight, view)
+    return packing.packed(weight, view) if is_traced() else _Pack.apply(weight, view)
 
 
 def _unpack(values: torch.Tensor, view: _View) -> torch.Tensor:
-    return packing.unpacked(values, view) if torch.compiler.is_compiling() else _Unpack.apply(values, view)
+    return packing.unpacked(values, view) if is_traced() else _Unpack.apply(values, view)

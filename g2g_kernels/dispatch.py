@@ -12,9 +12,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
-import torch
-
-from g2g_kernels.tracing import constant_when_traced
+from g2g_kernels.tracing import constant_when_traced, is_traced
 
 logger = logging.getLogger("g2g_kernels")
 
@@ -142,7 +140,7 @@ class Operator:
                     function, refuses = self._implementations[name]
                     reason = refuses(*args, **kwargs)
                     if reason is None:
-                        if not torch.compiler.is_compiling():
+                        if not is_traced():
                             _log_choice(self.name, name, tuple(reasons.items()))
                         return function(*args, **kwargs)
                 else:

@@ -5,6 +5,8 @@ Only the assignment lives here; which groups are connected is :mod:`g2g_kernels.
 
 import torch
 
+from g2g_kernels.tracing import on_cpu
+
 
 def _contiguous(size: int, num_groups: int, generator: torch.Generator | None) -> torch.Tensor:
     sizes = size // num_groups + (torch.arange(num_groups) < size % num_groups).long()
@@ -43,6 +45,7 @@ class GroupLayout:
         ValueError: for an unknown kind, or sizes that leave a group without a neuron.
     """
 
+    @on_cpu
     def __init__(
         self, size: int, num_groups: int = 8, kind: str = "index", generator: torch.Generator | None = None
     ) -> None:
@@ -61,6 +64,7 @@ class GroupLayout:
         self.group_of = GROUP_KINDS[kind](size, num_groups, generator)
 
     @classmethod
+    @on_cpu
     def from_assignment(cls, group_of: torch.Tensor) -> "GroupLayout":
         """The layout with a given assignment, int64 [size] with values 0 … G−1, sizes differing by at most one.
 

@@ -1,7 +1,11 @@
-"""Marks our functions for torch.compile without importing it."""
+"""What is different where calls are recorded instead of run: by torch.compile, torch.export and torch.jit.trace."""
 
+import functools
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
 
 _Function = TypeVar("_Function", bound=Callable)
 
@@ -14,3 +18,49 @@ def constant_when_traced(function: _Function) -> _Function:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def is_traced() -> bool:
+    """Whether calls are being recorded: nothing may depend on values, and only plain operations are understood."""
+    return torch.compiler.is_compiling() or torch._C._is_tracing()
+
+
+def is_transformed() -> bool:
+    """Whether torch.func transforms (grad, vmap, …) or torch.jit.trace are at work, which need plain operations.
+
+    Neither can look into an operator whose gradient is an operator, too. (torch.compile can.)
+    """
+    return not torch.compiler.is_compiling() and (torch._C._are_functorch_transforms_active() or torch._C._is_tracing())
+
+
+def symbolic_call(module: nn.Module, x: Any, *rest: Any) -> Any:
+    """In ``torch.fx.symbolic_trace``, which calls ``module(x, …)`` with a stand-in: the node of this call, a leaf.
+
+    None if x is no such stand-in.
+
+    Raises:
+        NotImplementedError: if the module itself is what is traced.
+    """
+    import torch.fx  # where torch has not imported it, nothing is traced symbolically
+
+    if not isinstance(x, torch.fx.Proxy):
+        return None
+    name = type(module).__name__
+    path = x.tracer.path_of_module(module)
+    if not path:
+        raise NotImplementedError(
+            f"torch.fx cannot look into a {name}, which is a leaf of a graph; trace a module that contains it, "
+            "torch.fx.symbolic_trace(nn.Sequential(module))"
+        )
+    return x.tracer.create_proxy("call_module", path, (x, *rest), {})
+
+
+def on_cpu(function: _Function) -> _Function:
+    """Decorates a function that creates tensors on the CPU, whatever ``torch.device`` or default device is in force."""
+
+    @functools.wraps(function)
+    def there(*args: Any, **kwargs: Any) -> Any:
+        with torch.device("cpu"):
+            return function(*args, **kwargs)
+
+    return there  # type: ignore[return-value]

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from g2g_kernels import BlockMask, GroupLayout, g2g_linear
+from g2g_kernels.tracing import is_traced, symbolic_call
 from g2gnet.copies import Lineage
 from g2gnet.derived import NOT_WRITABLE, DerivedWeight
 
@@ -88,6 +89,8 @@ class G2GLinear(nn.Module):
         self.values = nn.Parameter(torch.empty(mask.num_units, *mask.unit_shape, device=device))
         self.bias = nn.Parameter(torch.empty(mask.shape[0], device=device)) if bias else None
         self.reset_parameters(generator)
+        if torch.get_default_device().type != "cpu":  # where masks are created all the same
+            self.to(torch.get_default_device())
 
     @classmethod
     def from_linear(
@@ -143,15 +146,17 @@ class G2GLinear(nn.Module):
         # all neurons of a block row have the same fan-in: read that of the first
         first_neuron = self.mask.rows.order[self.mask.rows.bounds[:-1].long()]
         bound = fan_in[first_neuron].clamp(min=1).rsqrt()[self.mask.unit_row.long(), None, None]
-        uniform = torch.rand(self.values.shape, generator=generator).to(self.values.device) * 2 - 1
+        uniform = torch.rand(self.values.shape, generator=generator, device="cpu").to(self.values.device) * 2 - 1
         self.values.copy_(uniform * bound * self.mask.valid())
         if self.bias is not None:
             bound = fan_in.float().mean().clamp(min=1).rsqrt()
-            uniform = torch.rand(self.bias.shape, generator=generator).to(self.bias.device) * 2 - 1
+            uniform = torch.rand(self.bias.shape, generator=generator, device="cpu").to(self.bias.device) * 2 - 1
             self.bias.copy_(uniform * bound)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] → [..., out]."""
+        if not isinstance(x, torch.Tensor) and (node := symbolic_call(self, x)) is not None:
+            return node
         return g2g_linear(x, *self.weights(), self.bias, backend=self.backend)
 
     def weights(self) -> tuple[torch.Tensor, BlockMask]:
@@ -159,7 +164,7 @@ class G2GLinear(nn.Module):
 
         Inside ``torch.func.functional_call`` they may be those of another layer.
         """
-        if torch.compiler.is_compiling():
+        if is_traced():
             values, mask = self.values, self.mask
         else:
             self.catch_up()
@@ -181,7 +186,7 @@ class G2GLinear(nn.Module):
         cost of a dense copy. Writing to it raises RuntimeError, assigning it AttributeError; ``values`` is trained.
         """
         weight = self.dense_weight()
-        if torch.compiler.is_compiling() or type(weight) is not torch.Tensor:  # traced, or a stand-in
+        if is_traced() or type(weight) is not torch.Tensor:  # traced, or a stand-in
             return weight
         return weight.as_subclass(DerivedWeight)
 

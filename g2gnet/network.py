@@ -5,6 +5,7 @@ import math
 import torch
 
 from g2g_kernels import BlockMask, GroupLayout
+from g2g_kernels.tracing import symbolic_call
 from g2gnet.encoding import ENCODINGS, encode
 from g2gnet.grouping import GROUPINGS, group_layouts
 from g2gnet.layers import G2GLinear
@@ -139,4 +140,6 @@ class G2GNet(SpikingStack):
 
     def forward(self, x: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         """Samples [B, D], or inputs over time [T, B, D] → spike counts of the output neurons [B, C] (the logits)."""
+        if not isinstance(x, torch.Tensor) and (node := symbolic_call(self, x, generator)) is not None:
+            return node
         return self.simulate(self.encode(x, generator)).counts

@@ -8,6 +8,7 @@ from torch import nn
 from g2g_kernels import Neurons, neurons, neurons_step
 from g2g_kernels.ops.neurons import MODELS
 from g2g_kernels.ops.neurons.models import NeuronModel
+from g2g_kernels.tracing import symbolic_call
 
 #: what :meth:`SpikingNeurons.step` hands on: the membrane [..., N] of a model with no other state, else its states in
 #: order, the membrane last
@@ -73,6 +74,8 @@ class SpikingNeurons(nn.Module):
 
     def forward(self, current: torch.Tensor, steps: int | None = None) -> torch.Tensor:
         """Currents [T, ..., N], or one current [..., N] held for ``steps`` steps → spikes [T, ..., N]."""
+        if not isinstance(current, torch.Tensor) and (node := symbolic_call(self, current, steps)) is not None:
+            return node
         return neurons(current, self.population, steps, self.backend)
 
     def step(self, current: torch.Tensor, state: NeuronState | None = None) -> tuple[torch.Tensor, NeuronState]:

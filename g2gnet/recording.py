@@ -1,6 +1,6 @@
 """Records what the layers of any model receive and what the neurons behind them do; its hooks exist only meanwhile."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 from g2g_kernels import Activity
 from g2g_kernels.ops.g2g_stack import Spikes
 from g2gnet.layers import G2GLinear
-from g2gnet.stack import SpikingStack
+from g2gnet.stack import OwnHook, SpikingStack
 
 #: the activity of one population over some steps and samples, [..., N], or spikes whose ``dense()`` gives that
 Train = torch.Tensor | Spikes
@@ -46,14 +46,18 @@ class ActivityRecorder:
         # outputs of layers that no module has taken yet: (number of the layer, its input, its output)
         self._open: list[tuple[int, torch.Tensor, torch.Tensor]] = []
         self._seen_forwards: set[G2GLinear] = set()
+        #: the layers that :meth:`_stack_hook` records, each in its stack
+        self._in_stack: dict[nn.Module, SpikingStack] = {}
 
     def start(self) -> None:
         """Starts recording."""
         self._recordings = [[] for _ in self._number]
         for module in self.model.modules():
             if isinstance(module, SpikingStack):
-                self._handles.append(module.register_activity_hook(_Hook(self._stack_hook, module)))
-            self._handles.append(module.register_forward_hook(_Hook(self._module_hook)))
+                layers = [self._layer_in(connection) for connection, _ in module.layers()]
+                self._in_stack.update((layer, module) for layer in layers if layer is not None)
+                self._handles.append(module.register_activity_hook(OwnHook(self._stack_hook, module)))
+            self._handles.append(module.register_forward_hook(OwnHook(self._module_hook)))
 
     def stop(self) -> list[Recording]:
         """Stops recording, if it was started, and returns what was recorded, layer by layer."""
@@ -76,7 +80,8 @@ class ActivityRecorder:
         self._recordings = recorded
 
     def _module_hook(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if not self._records(module):
+        stack = self._in_stack.get(module)
+        if not self._records(module) or (stack is not None and stack.calls_layers):
             return
         for taken in args:
             for place, (number, pre, current) in enumerate(self._open):
@@ -94,9 +99,15 @@ class ActivityRecorder:
             return
         pre: Train = inputs.detach()
         for (connection, _), post in zip(stack.layers(), activity.spikes, strict=True):
-            if connection in self._number and self._is_new(connection):
-                self._recordings[self._number[connection]].append((pre, post))
+            layer = self._layer_in(connection)
+            if layer is not None and self._is_new(layer):
+                self._recordings[self._number[layer]].append((pre, post))
             pre = post
+
+    def _layer_in(self, connection: nn.Module) -> G2GLinear | None:
+        """The recorded layer that is a connection of a stack, or the only one in a module that wraps it."""
+        layers = [layer for layer in connection.modules() if isinstance(layer, G2GLinear) and layer in self._number]
+        return layers[0] if len(layers) == 1 else None
 
     def _is_new(self, layer: G2GLinear) -> bool:
         """Whether this call does not repeat one that was recorded.
@@ -111,27 +122,6 @@ class ActivityRecorder:
 
     def _records(self, module: nn.Module) -> bool:
         return bool(self._handles) and module.training and torch.is_grad_enabled()
-
-
-class _Hook:
-    """A hook that is dropped when its module is copied or pickled: nobody would read what it records there."""
-
-    def __init__(self, function: Callable[..., None], *first: Any) -> None:
-        self._function, self._first = function, first
-
-    def __call__(self, *arguments: Any) -> None:
-        self._function(*self._first, *arguments)
-
-    def __reduce__(self) -> tuple:
-        return _no_hook, ()
-
-
-def _no_hook() -> Callable[..., None]:
-    return _nothing
-
-
-def _nothing(*arguments: Any) -> None:
-    pass
 
 
 class Uncompiled:

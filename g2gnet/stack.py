@@ -5,12 +5,16 @@ import itertools
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules import module as every_module
 from torch.utils.hooks import RemovableHandle
 
 from g2g_kernels import Activity, SpikingLayer, g2g_stack
+from g2g_kernels.ops.g2g_stack import activity_of, check_dropped, silenced
+from g2g_kernels.tracing import is_traced, is_transformed, symbolic_call
 from g2gnet.layers import G2GLinear
 from g2gnet.neurons import NeuronState, SpikingNeurons
 
@@ -20,10 +24,34 @@ logger = logging.getLogger("g2gnet")
 ActivityHook = Callable[[torch.Tensor, Activity], None]
 #: the state of every layer's neurons, from input to output
 StackState = tuple[NeuronState, ...]
+Pair = tuple[G2GLinear, SpikingNeurons]
+
+
+class OwnHook:
+    """A hook that needs no call of its module, and is dropped when that is copied or pickled: a stack that carries only
+    such hooks runs in one call."""
+
+    def __init__(self, function: Callable[..., None], *first: Any) -> None:
+        self._function, self._first = function, first
+
+    def __call__(self, *arguments: Any) -> None:
+        self._function(*self._first, *arguments)
+
+    def __reduce__(self) -> tuple:
+        return OwnHook, (_nothing,)
+
+
+def _nothing(*arguments: Any) -> None:
+    pass
 
 
 class SpikingStack(nn.Module):
     """Connections and neurons ``fc1``, ``lif1``, ``fc2``, ``lif2``, …, each layer's spikes the next one's inputs.
+
+    All layers run in one call (:func:`g2g_kernels.g2g_stack`), which reads their weights and parameters. What only a
+    call of a module would run (hooks on one of them, which also rewrite its weights; a ``forward`` of its own; another
+    module in its place) is not left out: the stack then calls them in turn, each over all steps and on its own
+    ``backend``. That is slower, gives the same results, and is logged once.
 
     Args:
         layers: pairs (connection, neurons), from input to output. Each layer has its own model, reset and surrogate.
@@ -37,9 +65,12 @@ class SpikingStack(nn.Module):
         ValueError: for T below 1, a dropout outside [0, 1), no layers, or sizes that do not match.
     """
 
+    #: whether :meth:`simulate` is calling the layers at the moment
+    calls_layers = False
+
     def __init__(
         self,
-        layers: Sequence[tuple[G2GLinear, SpikingNeurons]],
+        layers: Sequence[Pair],
         T: int = 50,  # noqa: N803  (the field's name for it)
         backend: str | None = None,
         dropout: float = 0.0,
@@ -65,10 +96,11 @@ class SpikingStack(nn.Module):
             self.add_module(f"fc{number}", connection)
             self.add_module(f"lif{number}", neurons)
 
-    def layers(self) -> Iterator[tuple[G2GLinear, SpikingNeurons]]:
+    def layers(self) -> Iterator[Pair]:
         """The pairs (connection, neurons), from input to output."""
+        modules: dict[str, Any] = self._modules
         for number in range(1, self.depth + 1):
-            yield getattr(self, f"fc{number}"), getattr(self, f"lif{number}")
+            yield modules[f"fc{number}"], modules[f"lif{number}"]
 
     def drop(self, samples: int, generator: torch.Generator | None = None) -> list[torch.Tensor]:
         """Draws the hidden neurons that are dropped in each sample: bool [samples, N] for each hidden layer.
@@ -81,6 +113,10 @@ class SpikingStack(nn.Module):
         least = round(self.dropout * (1 << 16)) - (1 << 15)
         drawn = []
         for connection, _ in hidden:
+            if is_transformed():  # vmap draws for every element, but not into a tensor that is there already
+                shape = samples, connection.out_features
+                drawn.append(torch.rand(shape, generator=generator, device=device) < self.dropout)
+                continue
             size = samples * connection.out_features
             # four numbers per draw: PyTorch's own bernoulli_ takes five times as long on a CPU
             words = torch.empty(-(-size // 4), dtype=torch.int64, device=device)
@@ -108,24 +144,68 @@ class SpikingStack(nn.Module):
         Raises:
             ValueError: if the inputs have another shape, or seem to have samples before time steps.
         """
-        if inputs.dim() == 3 and not torch.compiler.is_compiling():  # where sizes may be unknown
+        if inputs.dim() == 3 and not is_traced():  # where sizes may be unknown
             self._check_that_time_is_first(*inputs.shape[:2])
-        layers = [
-            SpikingLayer(*connection.weights(), connection.bias, neurons.population)
-            for connection, neurons in self.layers()
-        ]
+        of_layers: list[torch.Tensor | None] | None = None
         if self.training and self.dropout:
-            dropped = self.drop(inputs.shape[-2]) if dropped is None else dropped
-            scale = 1 / (1 - self.dropout)
-            layers = [
-                layer._replace(values=layer.values * scale if number else layer.values, dropped=of_layer)
-                for number, (layer, of_layer) in enumerate(zip(layers, [*dropped, None], strict=True))
-            ]
-        steps = self.T if inputs.dim() == 2 else None
-        activity = g2g_stack(inputs, layers, steps, self.backend, spikes)
+            of_layers = [*(self.drop(inputs.shape[-2]) if dropped is None else dropped), None]
+        pairs = list(self.layers())
+        reason = _why_called(pairs)
+        if reason is None:
+            activity = self._in_one_call(inputs, pairs, of_layers, spikes)
+        else:
+            if not is_traced():
+                _say_that_layers_are_called(reason)
+            activity = activity_of(self._in_turn(inputs, pairs, of_layers), differentiable=spikes)
         for hook in self._activity_hooks.values():
             hook(inputs, activity)
         return activity
+
+    def _in_one_call(
+        self,
+        inputs: torch.Tensor,
+        pairs: Sequence[Pair],
+        dropped: Sequence[torch.Tensor | None] | None,
+        spikes: bool,
+    ) -> Activity:
+        layers = [
+            SpikingLayer(*connection.weights(), connection.bias, neurons.population) for connection, neurons in pairs
+        ]
+        if dropped is not None:
+            scale = 1 / (1 - self.dropout)
+            layers = [
+                layer._replace(values=layer.values * scale if number else layer.values, dropped=of_layer)
+                for number, (layer, of_layer) in enumerate(zip(layers, dropped, strict=True))
+            ]
+        steps = self.T if inputs.dim() == 2 else None
+        return g2g_stack(inputs, layers, steps, self.backend, spikes)
+
+    def _in_turn(
+        self, x: torch.Tensor, pairs: Sequence[Pair], dropped: Sequence[torch.Tensor | None] | None
+    ) -> list[torch.Tensor]:
+        """The spikes [T, B, N] of each layer, by calls of its modules. A held input passes the first connection once.
+
+        Connections receive what is sent to them: with dropout, spikes divided by 1 − ``dropout``.
+        """
+        steps = self.T if x.dim() == 2 else None
+        scale = 1.0 if dropped is None else 1 / (1 - self.dropout)
+        trains: list[torch.Tensor] = []
+        self.calls_layers = True
+        try:
+            of_layers = [None] * self.depth if dropped is None else dropped
+            for number, ((connection, neurons), of_layer) in enumerate(zip(pairs, of_layers, strict=True), 1):
+                current = _output_of(f"fc{number}", connection, x, (*x.shape[:-1], None))
+                if steps is not None:
+                    current, steps = current.expand(steps, *current.shape), None
+                if of_layer is not None:
+                    check_dropped(f" of layer {number - 1}", of_layer, tuple(current.shape[1:]))
+                    current = silenced(current, of_layer)
+                spikes = _output_of(f"lif{number}", neurons, current, current.shape)
+                trains.append(spikes)
+                x = spikes if dropped is None else spikes * scale
+        finally:
+            self.calls_layers = False
+        return trains
 
     def _check_that_time_is_first(self, steps: int, samples: int) -> None:
         if samples != self.T:
@@ -160,13 +240,16 @@ class SpikingStack(nn.Module):
         if len(befores) != self.depth:
             raise ValueError(f"state is of {len(befores)} layers, this stack has {self.depth}")
         afters = []
-        for (connection, neurons), before in zip(self.layers(), befores, strict=True):
+        for number, ((connection, neurons), before) in enumerate(zip(self.layers(), befores, strict=True), 1):
+            _check_steps_of(f"lif{number}", neurons)
             x, after = neurons.step(connection(x), before)
             afters.append(after)
         return x, tuple(afters)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Inputs [B, D] held for T steps, or [T, B, D] → spike counts of the output neurons [B, C] (the logits)."""
+        if not isinstance(x, torch.Tensor) and (node := symbolic_call(self, x)) is not None:
+            return node
         return self.simulate(x).counts
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
@@ -189,6 +272,79 @@ class SpikingStack(nn.Module):
                 f"{key}: saved by a network with {saved} time steps, this one has {self.T}; load it into one with "
                 f"T={saved}, whose T can be changed afterwards, or remove {key!r} from the state"
             )
+
+
+def _why_called(pairs: Sequence[Pair]) -> str | None:
+    """What would be left out unless the modules are called; None: nothing. (It costs every step some microseconds.)"""
+    if (
+        every_module._global_forward_hooks
+        or every_module._global_forward_pre_hooks
+        or every_module._global_backward_hooks
+        or every_module._global_backward_pre_hooks
+    ):
+        return "hooks are registered for every module"
+    for number, (connection, neurons) in enumerate(pairs, 1):
+        reason = _why_call(connection, G2GLinear.forward)
+        if reason is not None:
+            return f"fc{number} {reason}"
+        reason = _why_call(neurons, SpikingNeurons.forward)
+        if reason is not None:
+            return f"lif{number} {reason}"
+    return None
+
+
+def _why_call(module: nn.Module, forward: Callable) -> str | None:
+    """What of a module only a call would run; ``forward`` is the one that needs none."""
+    if (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    ) and _has_hooks(module):
+        return "carries hooks"
+    if type(module).forward is not forward or "forward" in module.__dict__:
+        return f"({type(module).__name__}) has a forward of its own"
+    return None
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    every = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(not isinstance(hook, OwnHook) for hooks in every for hook in hooks.values())
+
+
+def _check_steps_of(name: str, neurons: nn.Module) -> None:
+    """Raises TypeError unless a step of these neurons is one of their run, and says what hooks do not see."""
+    kind = type(neurons)
+    step = getattr(kind, "step", None)
+    if step is None:
+        raise TypeError(f"{name} ({kind.__name__}) has no step(current, state); give it one, or call simulate")
+    if step is SpikingNeurons.step and (kind.forward is not SpikingNeurons.forward or "forward" in neurons.__dict__):
+        raise TypeError(
+            f"{name} ({kind.__name__}) has a forward of its own, but not a step that follows it; give it a "
+            "step(current, state), or call simulate"
+        )
+    if _has_hooks(neurons) and not is_traced():
+        _say_that_steps_pass_by(name)
+
+
+def _output_of(name: str, module: nn.Module, x: torch.Tensor, shape: Sequence[int | None]) -> torch.Tensor:
+    """The output of a module of the stack; raises TypeError unless it is a tensor of that shape (None: any size)."""
+    output = module(x)
+    is_tensor = isinstance(output, torch.Tensor)
+    if is_tensor and len(output.shape) == len(shape):
+        sizes = zip(output.shape, shape, strict=True)
+        if all([expected is None or size == expected for size, expected in sizes]):
+            return output
+    what = f"a tensor {list(output.shape)}" if is_tensor else f"a {type(output).__name__}"
+    sides = ", ".join("N" if size is None else str(size) for size in shape)
+    raise TypeError(f"{name} ({type(module).__name__}) returned {what}; in a stack it must return a tensor [{sides}]")
+
+
+@functools.cache
+def _say_that_layers_are_called(reason: str) -> None:
+    logger.warning("a SpikingStack calls its layers in turn, which is slower than one call for all: %s", reason)
+
+
+@functools.cache
+def _say_that_steps_pass_by(name: str) -> None:
+    logger.warning("hooks on %s are not run by SpikingStack.step, which calls its step; simulate runs them", name)
 
 
 @functools.cache

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from g2g_kernels.ops.derivatives import for_each
+
 _library = torch.library.Library("g2g", "FRAGMENT")
 
 _TYPES: dict[Any, str] = {
@@ -295,19 +297,30 @@ def differentiate(operator: RecordOperator, outputs: int, backward: Callable[[Gr
         nothing = [[None] * note[0] if note[1] is list else None for note in ctx.notes[: len(names)]]
         if all(grad is None for grad in grads[:outputs]):
             return tuple(nothing)
+        ctx.nothing = nothing
+        flat = iter(gradients(ctx, *grads[:outputs]))
+        return tuple([next(flat) for _ in none] if isinstance(none, list) else next(flat) for none in nothing)
+
+    @for_each
+    def gradients(ctx, *grads):
+        """Those of all flat arguments, the tensors of lists one by one."""
         tensors = iter(ctx.saved_tensors)
         values = [
             [next(tensors) for _ in range(count)] if note is list else next(tensors) if count else note
             for count, note in ctx.notes
         ]
-        gradients = backward(
+        by_name = backward(
             Gradients(
                 _unflatten(operator.record, values[: len(names)]),
                 tuple(values[len(names) :]),
-                tuple(None if grad is None else grad.contiguous() for grad in grads[:outputs]),
+                tuple(None if grad is None else grad.contiguous() for grad in grads),
                 dict(zip(names, ctx.needs_input_grad, strict=True)),
             )
         )
-        return tuple(gradients.get(name, none) for name, none in zip(names, nothing, strict=True))
+        flat: list[torch.Tensor | None] = []
+        for name, none in zip(names, ctx.nothing, strict=True):
+            value = by_name.get(name, none)
+            flat += value if isinstance(none, list) else [value]
+        return flat
 
     torch.library.register_autograd(f"g2g::{operator.name}", apply, setup_context=setup_context, lib=_library)

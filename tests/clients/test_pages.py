@@ -89,6 +89,16 @@ def test_optuna_searches():
     assert len(run("Optuna")["study"].trials) == 2
 
 
+def test_neurobench_counts():
+    counts = run("NeuroBench")["benchmark"].results
+    assert 0 < counts["ActivationSparsity"] < 1
+    assert counts["SynapticOperations"]["Effective_ACs"] > 0
+
+
+def test_captum_explains():
+    run("captum")
+
+
 def test_onnx_computes_the_same():
     names = run("ONNX")
     x = names["x"]

@@ -10,7 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from g2g_kernels import BlockMask, GroupLayout, available_backends, g2g_linear
+from g2g_kernels import BlockMask, GroupLayout, SpikingLayer, available_backends, g2g_linear, g2g_stack
 from g2gnet import G2GLinear, G2GNet, sparsify
 
 if "cpu" not in available_backends():
@@ -41,16 +41,32 @@ def test_a_layer_counts_its_weights_forward_and_in_both_gradients():
     assert counted(lambda: layer(x).sum().backward()) == 2 * product
 
 
+def in_one_call(net):
+    """The network without its modules, which are called where something counts each of them, as the counter does."""
+    layers = [SpikingLayer(layer.values, layer.mask, layer.bias, neurons.population) for layer, neurons in net.layers()]
+    return lambda x: g2g_stack(x, layers, STEPS if x.dim() == 2 else None).counts
+
+
 @pytest.mark.parametrize("held", [True, False])
-def test_a_network_counts_the_product_of_a_held_input_once(held):
+@pytest.mark.parametrize("of", [in_one_call, lambda net: net], ids=["in one call", "layer by layer"])
+def test_a_network_counts_the_product_of_a_held_input_once(of, held):
     net = G2GNet(30, 40, 10, "mixer", block_size=4, T=STEPS, generator=seeded(0))
+    run = of(net)
     x = torch.rand(BATCH, 30) if held else torch.rand(STEPS, BATCH, 30)
     first, *rest = (2 * BATCH * STEPS * weights(layer) for layer, _ in net.layers())
     first //= STEPS if held else 1
-    assert counted(lambda: net(x)) == first + sum(rest)
-    assert counted(lambda: net(x).sum().backward()) == 2 * first + 3 * sum(rest)
+    assert counted(lambda: run(x)) == first + sum(rest)
+    assert counted(lambda: run(x).sum().backward()) == 2 * first + 3 * sum(rest)
     x.requires_grad_()
-    assert counted(lambda: net(x).sum().backward()) == 3 * first + 3 * sum(rest)
+    assert counted(lambda: run(x).sum().backward()) == 3 * first + 3 * sum(rest)
+
+
+def test_the_counter_tells_the_layers_of_a_network_apart():
+    net = G2GNet(30, 40, 10, "mixer", block_size=4, T=STEPS, generator=seeded(0))
+    with FlopCounterMode(display=False) as counter:
+        net(torch.rand(STEPS, BATCH, 30))
+    for name, product in ((f"fc{number}", weights(layer)) for number, (layer, _) in enumerate(net.layers(), 1)):
+        assert sum(counter.get_flop_counts()[f"G2GNet.{name}"].values()) == 2 * BATCH * STEPS * product
 
 
 def test_a_model_made_sparse_counts_its_density_of_what_it_did():

@@ -5,7 +5,7 @@ from types import ModuleType
 import torch
 
 from g2g_kernels.block_mask import BlockMask
-from g2g_kernels.dispatch import Operator
+from g2g_kernels.dispatch import Operator, forced_backend
 from g2g_kernels.ops.checks import check_connection, check_tensor
 from g2g_kernels.ops.derivatives import has_tangent
 from g2g_kernels.ops.g2g_linear import cpu, reference
@@ -54,4 +54,6 @@ def g2g_linear(
         raise ValueError(f"x has shape {tuple(x.shape)}, its last dimension must be the mask's {mask.shape[1]} inputs")
     if torch.compiler.is_compiling() and has_tangent(x, values, bias):
         return reference.g2g_linear(x, values, mask, bias)  # whose operations have a forward mode there
+    if torch._C._is_tracing() and forced_backend(backend) is None:  # converters know no operator of ours
+        return reference.g2g_linear(x, values, mask, bias)
     return operator(x, values, mask, bias, backend=backend)

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from g2g_kernels.block_mask import BlockMask
-from g2g_kernels.ops.derivatives import has_tangent
+from g2g_kernels.ops.derivatives import for_each_of_old, has_tangent
 
 
 class Gradients(Protocol):
@@ -67,10 +67,11 @@ class _Product(_Form):
         return kernels.product(x, values, bias)
 
     @staticmethod
+    @for_each_of_old
     def backward(ctx, grad_y):
         x, values, *_ = ctx.saved_tensors
         need_x, need_values, need_bias, _ = ctx.needs_input_grad
-        if torch.is_grad_enabled() or has_tangent(grad_y, x, values):
+        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active() or has_tangent(grad_y, x, values):
             to_x = _ToInput.apply(grad_y, values, x.dtype, ctx.kernels) if need_x else None
             to_values = _ToWeights.apply(grad_y, x, values.dtype, ctx.kernels) if need_values else None
             return to_x, to_values, grad_y.sum(0, dtype=ctx.other_dtype) if need_bias else None, None
@@ -112,6 +113,7 @@ class _ToInput(_Form):
         return kernels.gradients(grad_y.contiguous(), x, values.contiguous(), True, False, False)[0]
 
     @staticmethod
+    @for_each_of_old
     def backward(ctx, grad):
         grad_y, values, *_ = ctx.saved_tensors
         to_grad_y = _Product.apply(grad, values, None, ctx.kernels) if ctx.needs_input_grad[0] else None
@@ -150,6 +152,7 @@ class _ToWeights(_Form):
         return kernels.gradients(grad_y.contiguous(), x.contiguous(), values, False, True, False)[1]
 
     @staticmethod
+    @for_each_of_old
     def backward(ctx, grad):
         grad_y, x, *_ = ctx.saved_tensors
         to_grad_y = _Product.apply(x, grad, None, ctx.kernels) if ctx.needs_input_grad[0] else None

@@ -17,9 +17,11 @@ from g2g_kernels.ops.g2g_linear import g2g_linear
 from g2g_kernels.ops.g2g_stack import cpu, reference
 from g2g_kernels.ops.g2g_stack.activity import Activity, Spikes
 from g2g_kernels.ops.g2g_stack.layer import SpikingLayer
+from g2g_kernels.ops.g2g_stack.reference import activity_of, silenced
 from g2g_kernels.ops.neurons import check_neurons, check_steps, neurons
+from g2g_kernels.tracing import is_transformed
 
-__all__ = ["Activity", "Spikes", "SpikingLayer", "g2g_stack"]
+__all__ = ["Activity", "Spikes", "SpikingLayer", "activity_of", "check_dropped", "g2g_stack", "silenced"]
 
 
 def _triton() -> ModuleType:
@@ -75,17 +77,18 @@ def g2g_stack(
         if in_size != size:
             raise ValueError(f"layer {number} has {in_size} inputs but receives {size}")
         if layer.dropped is not None:
-            _check_dropped(suffix, layer.dropped, (x.shape[-2], out_size))
+            check_dropped(suffix, layer.dropped, (x.shape[-2], out_size))
         checked.append(layer._replace(neurons=check_neurons(suffix, layer.neurons, out_size, x)))
         size = out_size
     refuse_forward_mode(x, *(tensor for layer in checked for tensor in layer.tensors()))
-    if spikes:
+    if spikes or is_transformed():
         linear, population = partial(g2g_linear, backend=backend), partial(neurons, backend=backend)
-        return reference.activity_of(reference.in_turn(x, checked, steps, linear, population), differentiable=True)
+        return activity_of(reference.in_turn(x, checked, steps, linear, population), differentiable=spikes)
     return operator(x, checked, steps, backend=backend)
 
 
-def _check_dropped(suffix: str, dropped: torch.Tensor, shape: tuple[int, int]) -> None:
+def check_dropped(suffix: str, dropped: torch.Tensor, shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless ``dropped`` is bool [B, N], which is ``shape``."""
     if not isinstance(dropped, torch.Tensor) or dropped.dtype != torch.bool or tuple(dropped.shape) != shape:
         what = f"{dropped.dtype} {tuple(dropped.shape)}" if isinstance(dropped, torch.Tensor) else repr(dropped)
         raise ValueError(f"dropped{suffix} must be bool {shape}, one entry per sample and neuron, not {what}")

@@ -29,11 +29,16 @@ def in_turn(
     for layer in layers:
         current = linear(x, layer.values, layer.mask, layer.bias)
         if layer.dropped is not None:
-            current = current.masked_fill(layer.dropped, max(DROPPED, torch.finfo(current.dtype).min))
+            current = silenced(current, layer.dropped)
         x = neurons(current, layer.neurons, steps)
         spikes.append(x)
         steps = None
     return spikes
+
+
+def silenced(current: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor:
+    """Currents [T, B, N], or [B, N], with which the neurons of ``dropped`` (bool [B, N]) never fire."""
+    return current.masked_fill(dropped, max(DROPPED, torch.finfo(current.dtype).min))
 
 
 def activity_of(spikes: Sequence[torch.Tensor], differentiable: bool) -> Activity:

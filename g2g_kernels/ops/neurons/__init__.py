@@ -1,5 +1,7 @@
 """Spiking neurons over all time steps in one call: ``lif``, ``synaptic``, and :func:`neurons` for any model."""
 
+import functools
+import logging
 from types import ModuleType
 
 import torch
@@ -10,6 +12,7 @@ from g2g_kernels.ops.derivatives import refuse_forward_mode
 from g2g_kernels.ops.neurons import cpu, reference
 from g2g_kernels.ops.neurons.models import MODELS, RESETS, Neurons
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
+from g2g_kernels.tracing import is_transformed
 
 __all__ = [
     "MODELS",
@@ -23,6 +26,8 @@ __all__ = [
     "neurons",
     "synaptic",
 ]
+
+logger = logging.getLogger("g2g_kernels")
 
 
 def _triton() -> ModuleType:
@@ -142,7 +147,25 @@ def neurons(
         raise ValueError(f"current has shape {tuple(current.shape)}; expected [T, ..., N], or [..., N] with steps")
     population = check_neurons("", population, current.shape[-1], current)
     refuse_forward_mode(current, *population.parameters)
+    if is_transformed():
+        return in_steps(current, population, steps)
     return operator(current, population, steps, backend=backend)
+
+
+def in_steps(current: torch.Tensor, population: Neurons, steps: int | None) -> torch.Tensor:
+    """:func:`neurons` in plain operations, one step after the other."""
+    from g2g_kernels.ops.neurons import step  # which imports this module
+
+    _say_that_it_takes_steps()
+    return step.in_steps(current, population, steps)
+
+
+@functools.cache
+def _say_that_it_takes_steps() -> None:
+    logger.warning(
+        "inside torch.func transforms and torch.jit.trace, neurons run step by step on plain PyTorch operations, which "
+        "is slower and takes more memory"
+    )
 
 
 def as_tensors(current: torch.Tensor, *parameters: torch.Tensor | float) -> tuple[torch.Tensor, ...]:

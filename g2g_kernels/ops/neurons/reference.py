@@ -11,7 +11,7 @@ parameters. No gradient passes through R.
 
 import torch
 
-from g2g_kernels.ops.derivatives import differentiable_once, root
+from g2g_kernels.ops.derivatives import differentiable_once, for_each, root
 from g2g_kernels.ops.neurons.models import MODELS, Neurons, Tensors
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
 
@@ -59,6 +59,7 @@ class _Neurons(torch.autograd.Function):
         return spikes
 
     @staticmethod
+    @for_each
     @differentiable_once
     def backward(ctx, grad_spikes):
         held, options, current_dtype = ctx.call

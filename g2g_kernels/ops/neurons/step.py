@@ -4,6 +4,8 @@ Plain PyTorch operations on every device, differentiated by autograd. Over a who
 :func:`g2g_kernels.synaptic` compute the same, faster and with less memory.
 """
 
+import itertools
+
 import torch
 
 from g2g_kernels.ops.checks import check_tensor
@@ -107,10 +109,21 @@ def neurons_step(current: torch.Tensor, states: Tensors | None, population: Neur
     fired = (states[-1] > theta).to(dtype)  # R_t: a comparison, so no gradient passes through it
     states = model.charge(states, fired, current.to(dtype), parameters, population.reset)
     spikes = (states[-1] > theta).to(dtype)
-    if torch.is_grad_enabled() or has_tangent(*states, *parameters):
+    # a trace must be the same with and without gradients
+    if torch.is_grad_enabled() or torch._C._is_tracing() or has_tangent(*states, *parameters):
         smooth = SURROGATES[population.surrogate].primitive(states[-1] - theta, population.alpha)
         spikes = spikes + (smooth - smooth.detach())  # value of the step, derivative of the surrogate
     return spikes.to(current.dtype), states
+
+
+def in_steps(current: torch.Tensor, population: Neurons, steps: int | None) -> torch.Tensor:
+    """``neurons`` as such steps, for what understands only plain operations: torch.func transforms, torch.jit.trace."""
+    states: Tensors | None = None
+    spikes = []
+    for current_t in current.unbind() if steps is None else itertools.repeat(current, steps):
+        spikes_t, states = neurons_step(current_t, states, population)
+        spikes.append(spikes_t)
+    return torch.stack(spikes)
 
 
 def _clamped(decay: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,212 @@
+"""Libraries that hang something on the layers of a network: what they see is what the network does."""
+
+import pytest
+import torch
+from captum.attr import LayerActivation, LayerConductance, LayerGradientXActivation
+from neurobench.benchmarks import Benchmark
+from neurobench.metrics.workload import ActivationSparsity, ActivationSparsityByLayer, SynapticOperations
+from neurobench.models import SNNTorchModel, TorchModel
+from snntorch import utils
+from spikingjelly.activation_based import monitor
+from torch import nn
+from torch.nn.utils import prune
+from torch.utils.data import DataLoader, TensorDataset
+
+from g2gnet import LIF, G2GLinear, G2GNet
+from g2gnet.interop import to_neurobench, to_snntorch
+
+STEPS = 7
+INPUTS = torch.rand(STEPS, 12, 30, generator=torch.Generator().manual_seed(1)) * 3
+LABELS = torch.arange(12) % 10
+
+
+def net_of(**options):
+    generator = torch.Generator().manual_seed(0)
+    return G2GNet(30, 40, 10, "mixer", block_size=4, T=STEPS, threshold=0.5, generator=generator, **options)
+
+
+def benchmark(model, metrics, inputs):
+    batches = DataLoader(TensorDataset(inputs, LABELS), batch_size=5)
+    return Benchmark(model, batches, [], [], [[], metrics]).run(quiet=True)
+
+
+# --- NeuroBench ---------------------------------------------------------------------------------------------------
+
+
+def test_neurobench_counts_what_it_counts_of_the_same_network_in_snntorch():
+    net = net_of()
+
+    class Theirs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = to_snntorch(net)
+            for layer in self.layers:
+                if isinstance(layer, nn.Linear) and prune.is_pruned(layer):
+                    prune.remove(layer, "weight")
+
+        def forward(self, x):
+            return self.layers(x), None
+
+        def reset(self):
+            utils.reset(self.layers)
+
+    metrics = [ActivationSparsity, ActivationSparsityByLayer, SynapticOperations]
+    ours, theirs = (
+        benchmark(model, metrics, INPUTS.transpose(0, 1)) for model in (to_neurobench(net), SNNTorchModel(Theirs()))
+    )
+    assert ours["ActivationSparsity"] == theirs["ActivationSparsity"]
+    assert list(ours["ActivationSparsityByLayer"].values()) == list(theirs["ActivationSparsityByLayer"].values())
+    assert ours["SynapticOperations"] == theirs["SynapticOperations"]
+    # by hand: every spike of a hidden neuron reaches the weights of its column
+    activity = net.simulate(INPUTS)
+    operations = sum(
+        (train.dense().sum((0, 1)) * layer.mask.to_dense().sum(0)).sum().item()
+        for train, layer in zip(activity.spikes[:2], (net.fc2, net.fc3), strict=True)
+    )
+    assert ours["SynapticOperations"]["Effective_ACs"] == operations / 12
+    assert operations > 0
+
+
+def test_neurobench_alone_sees_the_activity_of_a_network_that_is_no_model_of_its_own():
+    net = net_of()
+    model = TorchModel(net)
+    model.add_activation_module(LIF)
+    results = benchmark(model, [ActivationSparsity, ActivationSparsityByLayer], INPUTS[0])
+    expected = [1 - rates.mean().item() for rates in net.simulate(INPUTS[0]).rates]
+    assert list(results["ActivationSparsityByLayer"].values()) == pytest.approx(expected)
+
+
+# --- SpikingJelly and captum --------------------------------------------------------------------------------------
+
+
+def test_spikingjellys_monitors_record_every_layer():
+    net = net_of()
+    spikes, inputs = monitor.OutputMonitor(net, LIF), monitor.InputMonitor(net, G2GLinear)
+    gradients = monitor.GradOutputMonitor(net, LIF)
+    net(INPUTS).square().sum().backward()
+    activity = net.simulate(INPUTS)
+    trains = [train.dense() for train in activity.spikes]
+    assert spikes.monitored_layers == ["lif1", "lif2", "lif3"]
+    for recorded, received, train, pre in zip(
+        spikes.records[:3], inputs.records[:3], trains, [INPUTS, *trains], strict=False
+    ):
+        assert torch.equal(recorded, train)
+        assert torch.equal(received, pre)
+    assert [gradient.shape[-1] for gradient in gradients.records] == [10, 40, 40]
+    assert torch.equal(gradients.records[0], (2 * activity.counts).expand(STEPS, 12, 10))
+
+
+class SampleFirst(nn.Module):
+    """Neurons whose spikes pass ``spikes`` as [B, T, N], as captum's methods for layers ask for it."""
+
+    def __init__(self, neurons):
+        super().__init__()
+        self.neurons, self.spikes = neurons, nn.Identity()
+
+    def forward(self, current):
+        return self.spikes(self.neurons(current).transpose(0, 1)).transpose(0, 1)
+
+
+def test_captums_methods_for_layers():
+    net, x = net_of(), INPUTS[0]
+    train = net.simulate(x, spikes=True).spikes[1].dense()
+    activation = LayerActivation(net, net.lif2).attribute(x)
+    assert torch.equal(activation, train)
+    product = LayerGradientXActivation(net, net.lif2).attribute(x, target=3)
+    activity = net.simulate(x, spikes=True)
+    train = activity.spikes[1].dense()
+    (gradient,) = torch.autograd.grad(activity.counts[:, 3].sum(), train)
+    torch.testing.assert_close(product, gradient * train, rtol=1e-3, atol=1e-5)
+    assert product.any()
+    net.lif2 = SampleFirst(net.lif2)
+    conductance = LayerConductance(net, net.lif2.spikes).attribute(x, target=3, n_steps=4)
+    assert conductance.shape == (12, STEPS, 40)
+    alone = LayerConductance(net, net.lif2.spikes).attribute(x[2:3], target=3, n_steps=4)
+    torch.testing.assert_close(conductance[2:3], alone, rtol=1e-3, atol=1e-5)
+
+
+# --- weights that are rewritten before each call ------------------------------------------------------------------
+
+
+def packed_name(layer):
+    return next(name for name, parameter in layer.named_parameters() if parameter.shape == layer.values.shape)
+
+
+@pytest.mark.parametrize("rewrite", [nn.utils.weight_norm, nn.utils.spectral_norm])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+def test_weights_of_the_old_norms_are_those_of_their_formula_after_a_step_too(rewrite):
+    net, plain = net_of(), net_of()
+    name = packed_name(net.fc2)
+    rewrite(net.fc2, name)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for training in (True, False):
+        net.train(training)
+        counts = net(INPUTS)
+        if rewrite is nn.utils.weight_norm:
+            length, direction = net.fc2.get_parameter(f"{name}_g"), net.fc2.get_parameter(f"{name}_v")
+            weights = length * direction / torch.linalg.vector_norm(direction, dim=(1, 2), keepdim=True)
+        else:
+            u, v = net.fc2.get_buffer(f"{name}_u"), net.fc2.get_buffer(f"{name}_v")
+            weights = net.fc2.get_parameter(f"{name}_orig")
+            weights = weights / (u @ weights.flatten(1) @ v)
+        state = {key: value for key, value in net.state_dict().items() if key in plain.state_dict()}
+        plain.load_state_dict(state, strict=False)
+        with torch.no_grad():
+            plain.fc2.values.copy_(weights)
+        # in another order of operations: single spikes may differ
+        assert (counts - plain(INPUTS)).abs().sum() <= 0.02 * counts.sum()
+        assert counts.sum() > 0
+        before = weights.detach().clone()
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(counts, LABELS).backward()
+        optimizer.step()
+        net(INPUTS)
+        assert (net.fc2.values - before).abs().max() > 1e-4
+
+
+def test_pruned_packed_weights_stay_zero_while_the_rest_trains():
+    net = net_of()
+    name = packed_name(net.fc2)
+    prune.l1_unstructured(net.fc2, name, 0.5)
+    mask = net.fc2.get_buffer(f"{name}_mask").clone()
+    before = net.fc2.get_parameter(f"{name}_orig").detach().clone()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
+    for _ in range(3):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(INPUTS), LABELS).backward()
+        optimizer.step()
+    counts = net(INPUTS)
+    changed = net.fc2.get_parameter(f"{name}_orig").detach() != before
+    assert changed[mask.bool()].any()
+    assert not changed[~mask.bool()].any()
+    prune.remove(net.fc2, name)
+    assert (net.fc2.values[~mask.bool()] == 0).all()
+    assert torch.equal(net(INPUTS), counts)
+
+
+def test_fully_shard_of_every_layer_trains_like_the_plain_network():
+    """In a process group of one."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        plain, sharded = net_of(), net_of()
+        mesh = init_device_mesh("cpu", (1,))
+        for layer in sharded.children():
+            fully_shard(layer, mesh=mesh)
+        fully_shard(sharded, mesh=mesh)
+        losses = {}
+        for name, net in (("plain", plain), ("sharded", sharded)):
+            optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
+            losses[name] = []
+            for _ in range(3):
+                loss = nn.functional.cross_entropy(net(INPUTS), LABELS)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses[name].append(loss.item())
+        assert losses["sharded"] == pytest.approx(losses["plain"], rel=1e-3)
+        assert losses["plain"][-1] < losses["plain"][0]
+    finally:
+        torch.distributed.destroy_process_group()

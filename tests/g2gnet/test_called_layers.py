@@ -1,0 +1,339 @@
+"""What hangs on the layers of a stack: hooks, forwards of their own, weights that are rewritten before a call."""
+
+import copy
+
+import pytest
+import torch
+from helpers import backends_of, seeded
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.utils import parametrize, prune
+
+from g2g_kernels.ops.g2g_stack import operator
+from g2gnet import LIF, DSTScheduler, G2GLinear, G2GNet, SpikingStack, stack
+
+STACK_BACKENDS = backends_of(operator)
+STEPS = 6
+SAMPLES = torch.rand(5, 30, generator=seeded(1)) * 3
+LABELS = torch.arange(5)
+
+
+def net_of(**options):
+    return G2GNet(
+        30, 40, 10, "mixer", generator=seeded(0), **{"block_size": 4, "T": STEPS, "threshold": 0.5, **options}
+    )
+
+
+def run(net, x=SAMPLES, dropped=None, spikes=False):
+    """Spikes of every layer, and the gradients of x and every parameter for a loss on counts and rates."""
+    net.zero_grad()
+    x = x.clone().requires_grad_()
+    activity = net.simulate(x, dropped, spikes=spikes)
+    (activity.counts.square().sum() + 10 * activity.rates[0].sum()).backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in net.named_parameters()}
+    return [train.dense().detach() for train in activity.spikes], {"x": x.grad, **gradients}
+
+
+def assert_alike(one, other):
+    for ours, theirs in zip(one[0], other[0], strict=True):
+        assert torch.equal(ours, theirs)
+        assert theirs.sum() > 0
+    assert one[1].keys() == other[1].keys()
+    for name, gradient in one[1].items():
+        # float32 sums in two orders, through 6 steps and 3 layers
+        torch.testing.assert_close(gradient, other[1][name], rtol=1e-3, atol=1e-3)
+        assert gradient.any()
+
+
+@pytest.fixture
+def one_call(monkeypatch):
+    """Counts the calls of the operator of a whole stack."""
+    calls = []
+    inner = stack.g2g_stack
+    monkeypatch.setattr(stack, "g2g_stack", lambda *args: calls.append(1) or inner(*args))
+    return calls
+
+
+def nothing(*args):
+    pass
+
+
+HANGING = {
+    "forward hook on a connection": lambda net: net.fc2.register_forward_hook(nothing),
+    "forward hook on neurons": lambda net: net.lif1.register_forward_hook(nothing),
+    "forward hook with names": lambda net: net.fc3.register_forward_hook(lambda *args: None, with_kwargs=True),
+    "hook before forward": lambda net: net.lif3.register_forward_pre_hook(nothing),
+    "backward hook": lambda net: net.fc1.register_full_backward_hook(nothing),
+    "hook before backward": lambda net: net.lif2.register_full_backward_pre_hook(nothing),
+    "a forward put in its place": lambda net: setattr(net.fc1, "forward", net.fc1.forward),
+}
+
+
+@pytest.mark.parametrize("backend", STACK_BACKENDS)
+@pytest.mark.parametrize("x", [SAMPLES, torch.rand(STEPS, 5, 30, generator=seeded(2)) * 3], ids=["held", "over time"])
+@pytest.mark.parametrize("what", HANGING)
+def test_what_only_observes_a_layer_changes_no_spike_and_no_gradient(what, x, backend, one_call):
+    net = net_of(backend=backend)
+    expected = run(net, x)
+    assert len(one_call) == 1
+    HANGING[what](net)
+    assert_alike(run(net, x), expected)
+    assert len(one_call) == 1, "the layers were called"
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_hooks_see_what_passes_every_layer(held):
+    net, seen = net_of(), {}
+    x = SAMPLES if held else SAMPLES.expand(STEPS, 5, 30)
+    expected = net.simulate(x)
+
+    def see(name):
+        return lambda module, args, output: seen.update({name: (args[0], output)})
+
+    handles = [module.register_forward_hook(see(name)) for name, module in net.named_children()]
+    net(x)
+    received = x
+    for number, (connection, neurons) in enumerate(net.layers(), 1):
+        taken, current = seen[f"fc{number}"]
+        assert torch.equal(taken, received)
+        torch.testing.assert_close(current, nn.functional.linear(received, connection.weight, connection.bias))
+        assert torch.equal(seen[f"lif{number}"][0], current.expand(STEPS, *current.shape[-2:]))
+        received = seen[f"lif{number}"][1]
+        assert torch.equal(received, expected.spikes[number - 1].dense())
+        assert torch.equal(received, neurons(current.expand(STEPS, *current.shape[-2:])))
+    seen.clear()
+    for handle in handles:
+        handle.remove()
+    net(x)
+    assert not seen
+
+
+def test_backward_hooks_see_the_gradients_of_a_layer():
+    net, seen = net_of(), []
+    net.lif2.register_full_backward_hook(lambda module, to_input, to_output: seen.append((to_input[0], to_output[0])))
+    net(SAMPLES).square().sum().backward()
+    ((to_current, to_spikes),) = seen
+    assert to_current.shape == to_spikes.shape == (STEPS, 5, 40)
+    # ∂L/∂b sums the gradient of the current over steps and samples
+    torch.testing.assert_close(to_current.sum((0, 1)), net.fc2.bias.grad, rtol=1e-4, atol=1e-4)
+    assert to_current.any()
+
+
+def test_a_hook_for_every_module_sees_every_layer():
+    net, seen = net_of(), []
+    handle = register_module_forward_hook(lambda module, args, output: seen.append(module))
+    try:
+        net(SAMPLES)
+    finally:
+        handle.remove()
+    assert seen == [*net.children(), net]
+
+
+def test_what_a_hook_returns_goes_on():
+    net = net_of()
+    assert net(SAMPLES).sum() > 0
+    net.lif2.register_forward_hook(lambda module, args, output: torch.zeros_like(output))
+    net.fc3.bias.data.zero_()
+    assert net(SAMPLES).sum() == 0
+
+
+class Noisy(LIF):
+    """A subclass as users write it, without ``steps``."""
+
+    def forward(self, current):
+        return super().forward(current + 0.25)
+
+
+class Twice(G2GLinear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Wrapped(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+def test_forwards_of_subclasses_and_wrappers_are_run():
+    net, plain = net_of(), net_of()
+    net.lif2 = Noisy(threshold=0.5)
+    net.fc3.__class__ = Twice
+    net.lif1 = Wrapped(net.lif1)
+    net.fc1 = Wrapped(net.fc1)
+    with torch.no_grad():  # the same by other means
+        plain.fc2.bias += 0.25
+        plain.fc3.bias *= 2
+        plain.fc3.values *= 2
+    ours, theirs = net.simulate(SAMPLES), plain.simulate(SAMPLES)
+    for one, other in zip(ours.spikes, theirs.spikes, strict=True):
+        assert torch.equal(one.dense(), other.dense())
+    assert not torch.equal(theirs.counts, net_of()(SAMPLES))
+    built = SpikingStack([(plain.fc1, plain.lif1), (plain.fc2, Noisy())], T=STEPS)
+    assert built(SAMPLES).shape == (5, 40)
+
+
+def test_weights_that_are_rewritten_before_each_call_are_the_ones_used():
+    """As the old ``weight_norm`` and ``spectral_norm`` do it; the new ones are parametrizations."""
+    net, expected = net_of(), net_of()
+    scale = nn.Parameter(torch.tensor(1.0))
+    weights = net.fc2.bias.detach().clone()
+    del net.fc2._parameters["bias"]
+    net.fc2.register_forward_pre_hook(lambda module, args: setattr(module, "bias", scale * weights + 0.1))
+    for factor in (1.0, 2.0):
+        scale.data.fill_(factor)
+        expected.fc2.bias.data.copy_(factor * weights + 0.1)
+        counts = net(SAMPLES)
+        assert torch.equal(counts, expected(SAMPLES))
+        (gradient,) = torch.autograd.grad(counts.square().sum(), scale)
+        expected.zero_grad()
+        expected(SAMPLES).square().sum().backward()
+        torch.testing.assert_close(gradient, (expected.fc2.bias.grad * weights).sum(), rtol=1e-3, atol=1e-3)
+
+
+def test_pruned_biases_stay_pruned_while_the_network_trains():
+    net = net_of()
+    prune.l1_unstructured(net.fc2, "bias", 0.5)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    before = net.fc2.bias_orig.detach().clone()
+    for _ in range(3):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(SAMPLES), LABELS).backward()
+        optimizer.step()
+    net(SAMPLES)
+    assert (net.fc2.bias == 0).sum() == 20
+    assert torch.equal(net.fc2.bias.detach(), net.fc2.bias_orig.detach() * net.fc2.bias_mask)
+    assert not torch.equal(net.fc2.bias_orig, before)
+
+
+class Halved(nn.Module):
+    def forward(self, x):
+        return x / 2
+
+
+def test_parametrizations_are_read_by_the_one_call(one_call):
+    net, expected = net_of(), net_of()
+    expected.fc2.bias.data /= 2
+    expected.lif1.threshold.data /= 2
+    parametrize.register_parametrization(net.fc2, "bias", Halved())
+    parametrize.register_parametrization(net.lif1, "threshold", Halved())
+    assert torch.equal(net(SAMPLES), expected(SAMPLES))
+    assert not torch.equal(net(SAMPLES), net_of()(SAMPLES))
+    assert len(one_call) == 4
+    net(SAMPLES).square().sum().backward()
+    expected(SAMPLES).square().sum().backward()
+    torch.testing.assert_close(net.fc2.parametrizations.bias.original.grad, expected.fc2.bias.grad / 2)
+
+
+# --- with the rest of a stack -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", STACK_BACKENDS)
+def test_dropout_is_the_same_where_layers_are_called(backend):
+    net = net_of(backend=backend, dropout=0.3)
+    dropped = net.drop(5, seeded(2))
+    expected = run(net, dropped=dropped)
+    net.fc2.register_forward_hook(nothing)
+    assert_alike(run(net, dropped=dropped), expected)
+    whole = net.eval()(SAMPLES)
+    assert torch.equal(whole, net_of(backend=backend)(SAMPLES))
+    with pytest.raises(ValueError, match=r"dropped of layer 0 must be bool \(5, 40\)"):
+        net.train().simulate(SAMPLES, [torch.zeros(4, 40, dtype=torch.bool)] * 2)
+
+
+def test_spikes_over_time_have_gradients_where_layers_are_called():
+    net = net_of()
+    net.fc2.register_forward_hook(nothing)
+    activity = net.simulate(SAMPLES, spikes=True)
+    assert all(spikes.dense().requires_grad for spikes in activity.spikes)
+    assert not any(spikes.dense().requires_grad for spikes in net.simulate(SAMPLES).spikes)
+
+
+@pytest.mark.parametrize("prune_rule", ["set", "hebb"])
+@pytest.mark.parametrize("grow", ["hebb", "gradient"])
+def test_units_are_rewired_as_without_hooks(prune_rule, grow):
+    states = []
+    for hook in (False, True):
+        net = net_of(backend="torch")
+        if hook:
+            net.fc2.register_forward_hook(nothing)
+            net.fc1 = Wrapped(net.fc1)  # its layer is recorded, too
+        dst = DSTScheduler(net, torch.optim.SGD(net.parameters(), lr=0.1), interval=1, prune=prune_rule, grow=grow)
+        nn.functional.cross_entropy(net(SAMPLES), LABELS).backward()
+        assert dst.step()
+        states.append({name.replace("inner.", ""): tensor for name, tensor in net.state_dict().items()})
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0] if "unit" in name)
+    assert not torch.equal(states[0]["fc2.mask.unit_col"], net_of().state_dict()["fc2.mask.unit_col"])
+
+
+def test_the_recorder_of_units_alone_leaves_the_one_call(one_call):
+    net = net_of()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    dst = DSTScheduler(net, optimizer, interval=1, prune="hebb", grow="hebb")
+    twin = copy.deepcopy((net, optimizer, dst))[0]
+    net(SAMPLES)
+    twin(SAMPLES)
+    assert len(one_call) == 2
+
+
+def test_activity_hooks_are_called_once():
+    net, seen = net_of(), []
+    net.register_activity_hook(lambda inputs, activity: seen.append(activity))
+    net.lif3.register_forward_hook(nothing)
+    counts = net(SAMPLES)
+    assert len(seen) == 1
+    assert torch.equal(seen[0].counts, counts)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo's own
+def test_a_stack_with_hooks_compiles_to_equal_results(plain_memory):
+    net = net_of()
+    stack_of_two = SpikingStack([(net.fc1, Noisy(threshold=0.5)), (net.fc2, net.lif2)], T=2)
+    net.fc2.register_forward_hook(nothing)
+    compiled = torch.compile(stack_of_two, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(SAMPLES), stack_of_two(SAMPLES))
+    assert stack_of_two(SAMPLES).sum() > 0
+
+
+def test_it_is_said_once_which_layers_are_called(caplog):
+    stack._say_that_layers_are_called.cache_clear()
+    net = net_of()
+    net(SAMPLES)
+    assert not caplog.text
+    net.lif2.register_forward_hook(nothing)
+    for _ in range(2):
+        net(SAMPLES)
+    assert caplog.text.count("calls its layers in turn, which is slower than one call for all: lif2 carries hooks") == 1
+
+
+def test_steps_follow_hooks_on_connections_and_say_what_they_cannot_follow(caplog):
+    net, seen = net_of(), []
+    net.fc2.register_forward_hook(lambda module, args, output: seen.append(output))
+    net.step(SAMPLES)
+    assert [output.shape for output in seen] == [(5, 40)]
+    stack._say_that_steps_pass_by.cache_clear()
+    net.lif2.register_forward_hook(nothing)
+    net.step(SAMPLES)
+    assert "hooks on lif2 are not run by SpikingStack.step" in caplog.text
+    net.lif2 = Noisy()
+    with pytest.raises(TypeError, match=r"lif2 \(Noisy\) has a forward of its own, but not a step that follows it"):
+        net.step(SAMPLES)
+    net.lif2 = Wrapped(LIF())
+    with pytest.raises(TypeError, match=r"lif2 \(Wrapped\) has no step"):
+        net.step(SAMPLES)
+
+
+def test_what_a_layer_may_not_return_is_named():
+    net = net_of()
+    net.lif1 = nn.Identity()
+    net.lif2.register_forward_hook(lambda module, args, output: (output, output))
+    with pytest.raises(
+        TypeError, match=r"lif2 \(LIF\) returned a tuple; in a stack it must return a tensor \[6, 5, 40"
+    ):
+        net(SAMPLES)
+    net.fc1.register_forward_hook(lambda module, args, output: output[0])
+    with pytest.raises(TypeError, match=r"fc1 \(G2GLinear\) returned a tensor \[40\]; .* a tensor \[5, N\]"):
+        net(SAMPLES)

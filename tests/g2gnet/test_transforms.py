@@ -1,0 +1,296 @@
+"""Layers and networks under torch.func, batched gradients, torch.jit.trace, torch.fx and torch.device("meta")."""
+
+import copy
+import io
+import warnings
+
+import pytest
+import torch
+from helpers import backends_of, seeded
+from torch import nn
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, stack_module_state, vmap
+
+from g2g_kernels import BlockMask, GroupLayout
+from g2g_kernels.ops import neurons as neurons_module
+from g2g_kernels.ops.g2g_stack import operator
+from g2gnet import LIF, G2GLinear, G2GNet, Synaptic
+
+STACK_BACKENDS = backends_of(operator)
+STEPS = 6
+SAMPLES = torch.rand(5, 30, generator=seeded(1)) * 3
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:There is a performance drop"),
+    pytest.mark.filterwarnings("ignore:.torch.jit.*is deprecated:FutureWarning"),
+]
+
+
+def net_of(seed=0, **options):
+    return G2GNet(
+        30, 40, 10, "mixer", generator=seeded(seed), **{"block_size": 4, "T": STEPS, "threshold": 0.5, **options}
+    )
+
+
+def close(one, other):
+    # float32 sums in two orders, through 6 steps and 3 layers
+    torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+    assert other.any()
+
+
+# --- batches of gradients -----------------------------------------------------------------------------------------
+
+
+def linear_part(backend):
+    net = net_of(backend=backend)
+    return net.fc1, SAMPLES, list(net.fc1.parameters())
+
+
+def neurons_part(backend):
+    neurons = Synaptic(neurons=8, threshold=0.5, backend=backend)
+    return neurons, torch.rand(STEPS, 2, 8, generator=seeded(1)), list(neurons.parameters())
+
+
+def network_part(backend):
+    net = net_of(backend=backend)
+    return net, SAMPLES, list(net.parameters())
+
+
+PARTS = {"linear": linear_part, "neurons": neurons_part, "network": network_part}
+
+
+@pytest.mark.parametrize("backend", STACK_BACKENDS)
+@pytest.mark.parametrize("part", PARTS)
+def test_a_batch_of_gradients_is_that_of_one_after_the_other(part, backend):
+    function, x, parameters = PARTS[part](backend)
+    x = x.clone().requires_grad_()
+    y = function(x)
+    many = torch.randn(3, *y.shape, generator=seeded(2))
+    inputs = [x, *parameters]
+    expected = [torch.autograd.grad(y, inputs, each, retain_graph=True) for each in many]
+    at_once = torch.autograd.grad(y, inputs, many, retain_graph=True, is_grads_batched=True)
+    mapped = vmap(lambda each: torch.autograd.grad(y, inputs, each, retain_graph=True))(many)
+    for one, other, each in zip(at_once, mapped, zip(*expected, strict=True), strict=True):
+        close(one, torch.stack(each))
+        close(other, torch.stack(each))
+
+
+@pytest.mark.parametrize("backend", STACK_BACKENDS)
+@pytest.mark.parametrize("part", PARTS)
+def test_a_vectorised_jacobian_is_the_one_row_by_row(part, backend):
+    function, x, _ = PARTS[part](backend)
+    expected = torch.autograd.functional.jacobian(function, x)
+    close(torch.autograd.functional.jacobian(function, x, vectorize=True), expected)
+    close(jacrev(function)(x), expected)
+
+
+@pytest.mark.parametrize("backend", STACK_BACKENDS)
+def test_a_vectorised_hessian_of_a_layer_is_the_one_row_by_row(backend):
+    layer = net_of(backend=backend).fc1
+
+    def loss(x):
+        return layer(x).tanh().square().sum()
+
+    x = SAMPLES[:2]
+    expected = torch.autograd.functional.hessian(loss, x)
+    close(torch.autograd.functional.hessian(loss, x, vectorize=True), expected)
+
+
+@pytest.mark.parametrize("backend", STACK_BACKENDS)
+def test_a_batch_of_second_derivatives_of_neurons_is_refused_by_name(backend):
+    net, x = net_of(backend=backend), SAMPLES.clone().requires_grad_()
+    (first,) = torch.autograd.grad(net(x), x, torch.rand(3, 5, 10), is_grads_batched=True, create_graph=True)
+    with pytest.raises(NotImplementedError, match="have no second derivative"):
+        first.square().sum().backward()
+
+
+# --- torch.func ---------------------------------------------------------------------------------------------------
+
+
+def loss_of(net):
+    def loss(parameters, x, label):
+        counts = functional_call(net, parameters, (x[None],))
+        return nn.functional.cross_entropy(counts, label[None])
+
+    return loss
+
+
+@pytest.mark.parametrize("backend", [None, *STACK_BACKENDS])
+@pytest.mark.parametrize("neuron", ["lif", "synaptic"])
+def test_gradients_of_every_sample_are_those_of_samples_alone(neuron, backend):
+    net = net_of(neuron=neuron, per_neuron=True, backend=backend)
+    labels = torch.arange(5)
+    parameters = {name: parameter.detach() for name, parameter in net.named_parameters()}
+    every = vmap(grad(loss_of(net)), (None, 0, 0))(parameters, SAMPLES, labels)
+    for number in range(5):
+        net.zero_grad()
+        nn.functional.cross_entropy(net(SAMPLES[number : number + 1]), labels[number : number + 1]).backward()
+        for name, parameter in net.named_parameters():
+            torch.testing.assert_close(every[name][number], parameter.grad, rtol=1e-3, atol=1e-4)
+    assert all(gradient.any() for gradient in every.values())
+
+
+def test_it_is_said_once_that_neurons_take_steps_there(caplog):
+    neurons_module._say_that_it_takes_steps.cache_clear()
+    net = net_of()
+    for _ in range(2):
+        counts = vmap(lambda x: net(x[None])[0])(SAMPLES)
+    assert torch.equal(counts, net(SAMPLES))
+    assert caplog.text.count("inside torch.func transforms and torch.jit.trace, neurons run step by step") == 1
+
+
+def test_dropout_is_drawn_for_every_element_of_a_vmap():
+    net = net_of(dropout=0.3)
+    same = SAMPLES[:1].expand(50, 30)
+    torch.manual_seed(0)
+    counts = vmap(lambda x: net.simulate(x[None]).rates[0], randomness="different")(same)
+    assert len(counts.unique(dim=0)) > 10
+    silent = (counts == 0).float().mean(0)
+    fires = net.eval().simulate(SAMPLES[:1]).rates[0] > 0
+    assert fires.any()
+    # five standard deviations of the mean of 50 draws
+    assert (silent[fires] - 0.3).abs().max() < 5 * (0.3 * 0.7 / 50) ** 0.5
+
+
+def test_second_derivatives_by_torch_func_are_those_of_steps():
+    torch.manual_seed(0)
+    neurons, current = LIF(threshold=0.5).double(), torch.rand(STEPS, 3, dtype=torch.float64)
+
+    def loss(run):
+        return lambda current: (run(current) * torch.arange(1.0, STEPS + 1)[:, None]).square().sum()
+
+    def by_steps(current):
+        state, spikes = None, []
+        for current_t in current:
+            spikes_t, state = neurons.step(current_t, state)
+            spikes.append(spikes_t)
+        return torch.stack(spikes)
+
+    second = jacrev(jacrev(loss(neurons)))(current)
+    torch.testing.assert_close(second, torch.autograd.functional.hessian(loss(by_steps), current))
+    assert second.any()
+    torch.testing.assert_close(hessian(loss(neurons))(current), second)
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        jacfwd(loss(neurons))(current)
+
+
+@pytest.mark.parametrize("backend", STACK_BACKENDS)
+def test_an_ensemble_of_one_wiring_runs_under_vmap(backend):
+    nets = [net_of(backend=backend) for _ in range(3)]
+    for number, net in enumerate(nets):
+        for parameter in net.parameters():
+            parameter.data.mul_(1 + 0.1 * number)
+    base = copy.deepcopy(nets[0])
+    state = stack_module_state(nets)
+    counts = vmap(lambda *state: functional_call(base, state, (SAMPLES,)))(*state)
+    assert torch.equal(counts, torch.stack([net(SAMPLES) for net in nets]))
+    assert not torch.equal(counts[0], counts[1])
+    close(base(SAMPLES), nets[0](SAMPLES))
+
+
+def test_an_ensemble_of_several_wirings_is_refused():
+    nets = [net_of() for _ in range(2)]
+    mask = nets[1].fc2.mask  # the same units, in other slots
+    other_slots = {name: mask.state_dict()[name].flip(0) for name in ("unit_row", "unit_col")}
+    mask.load_state_dict({**mask.state_dict(), **other_slots})
+    base, state = copy.deepcopy(nets[0]), stack_module_state(nets)
+    with pytest.raises(ValueError, match=r"networks with different wirings cannot run in one torch\.func\.vmap"):
+        vmap(lambda *state: functional_call(base, state, (SAMPLES,)))(*state)
+
+
+# --- torch.jit.trace ----------------------------------------------------------------------------------------------
+
+
+def traced(module, x):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # of comparisons of sizes
+        file = io.BytesIO()
+        torch.jit.save(torch.jit.trace(module, (x,)), file)
+        file.seek(0)
+        return torch.jit.load(file)
+
+
+@pytest.mark.parametrize("backend", STACK_BACKENDS)
+@pytest.mark.parametrize("x", [SAMPLES, SAMPLES.expand(3, 5, 30)], ids=["held", "over time"])
+def test_a_traced_network_gives_the_same_counts_and_gradients(x, backend):
+    net = net_of(backend=backend, T=3)
+    script = traced(net, x)
+    for inputs in (x, x[..., :3, :]):
+        assert torch.equal(script(inputs), net(inputs))
+    assert net(x).sum() > 0
+    script(x).square().sum().backward()
+    net(x).square().sum().backward()
+    for name, parameter in script.named_parameters():
+        close(parameter.grad, net.get_parameter(name).grad)
+
+
+@pytest.mark.parametrize("backend", [None, *STACK_BACKENDS])
+def test_traced_layers_give_the_same(backend):
+    net = net_of(backend=backend)
+    current = torch.rand(STEPS, 5, 30, generator=seeded(2))
+    for module, x in ((net.fc1, SAMPLES), (LIF(threshold=0.5, backend=backend), current)):
+        few = x[..., :3, :]
+        torch.testing.assert_close(traced(module, x)(few), module(few))
+
+
+@pytest.mark.parametrize("backend", [None, "torch"])
+def test_a_trace_holds_plain_operations_unless_a_backend_is_named(backend):
+    """As converters and profilers want it."""
+    with torch.no_grad():
+        graph = str(traced(net_of(backend=backend, T=2), SAMPLES).inlined_graph)
+    assert "aten::" in graph
+    assert "g2g::" not in graph
+    assert "PythonOp" not in graph
+
+
+# --- torch.fx -----------------------------------------------------------------------------------------------------
+
+
+def test_layers_and_networks_are_leaves_of_a_symbolic_trace():
+    net = net_of()
+    for model, x in (
+        (nn.Sequential(net, nn.Linear(10, 3)), SAMPLES),
+        (nn.Sequential(net.fc1, net.lif1, nn.Linear(40, 3)), SAMPLES.expand(STEPS, 5, 30)),
+    ):
+        graph = torch.fx.symbolic_trace(model)
+        assert [node.target for node in graph.graph.nodes if node.op == "call_module"] == [
+            name for name, _ in model.named_children()
+        ]
+        assert torch.equal(graph(x), model(x))
+
+
+@pytest.mark.parametrize("module", [net_of(), net_of().fc1, LIF()], ids=["network", "layer", "neurons"])
+def test_a_symbolic_trace_of_a_leaf_itself_is_refused_with_the_remedy(module):
+    with pytest.raises(NotImplementedError, match=r"which is a leaf of a graph; trace a module that contains it"):
+        torch.fx.symbolic_trace(module)
+
+
+# --- torch.device("meta") -----------------------------------------------------------------------------------------
+
+
+def test_a_network_built_without_memory_takes_a_state():
+    saved = net_of()
+    with torch.device("meta"):
+        net = net_of(seed=1)
+    assert {tensor.device.type for tensor in (*net.parameters(), *net.buffers())} == {"meta"}
+    assert net(SAMPLES.to("meta")).shape == (5, 10)
+    assert "density=unknown" in repr(net)
+    net.to_empty(device="cpu")
+    net.load_state_dict(saved.state_dict())
+    assert torch.equal(net(SAMPLES), saved(SAMPLES))
+
+
+def test_masks_are_drawn_on_the_cpu_whatever_the_default_device():
+    def build():
+        return BlockMask.sample(GroupLayout(40, 4, "random", seeded(0)), GroupLayout(30, 4), 1.0, 0.3, 4, seeded(1))
+
+    expected = build()
+    state = expected.state_dict()
+    with torch.device("meta"):
+        mask = build()
+        layer = G2GLinear(build())
+        again = BlockMask.from_dense(expected.to_dense())
+        loaded = BlockMask.from_state(state)
+    assert torch.equal(mask.to_dense(), expected.to_dense())
+    assert torch.equal(again.to_dense(), expected.to_dense())
+    assert torch.equal(loaded.unit_row, expected.unit_row)
+    assert layer.values.is_meta
+    assert layer.mask.unit_row.is_meta

@@ -14,6 +14,7 @@ import re
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -106,6 +107,10 @@ def _ranks(numbers: Iterable[int]) -> str:
     return f"rank{'s' if len(texts) > 1 else ''} {', '.join(texts)}"
 
 
+#: the time limits of the groups that :func:`join` made
+_limits: "weakref.WeakKeyDictionary[dist.ProcessGroup, datetime.timedelta]" = weakref.WeakKeyDictionary()
+
+
 # --- the processes ------------------------------------------------------------------------------------------------
 
 
@@ -134,7 +139,7 @@ class World:
         """The processes of a group; of ``"world"`` all that ``torch.distributed`` has joined, or this one alone."""
         if isinstance(group, str):
             group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
-        return cls(group)
+        return cls(group, _limits.get(group) if group is not None else None)
 
     @property
     def leads(self) -> bool:
@@ -218,7 +223,7 @@ class World:
             return
         try:
             with self._waiting():
-                dist.monitored_barrier(self.group, wait_all_ranks=True)
+                dist.monitored_barrier(self.group, self.limit, wait_all_ranks=True)
         except ValueError:  # a group without gloo, whose next operation waits in any case
             return
         except RuntimeError as error:
@@ -612,8 +617,10 @@ def join(
                 "the processes have met, but cannot connect to one another; GLOO_SOCKET_IFNAME names the network "
                 f"interface to use. PyTorch says: {reason(error)}"
             ) from error
+        world = World(dist.group.WORLD, limit)
+        _limits[dist.group.WORLD] = limit
         try:
-            yield World(dist.group.WORLD, limit)
+            yield world
         except RuntimeError as error:
             # gloo has no type of its own for them
             if isinstance(error, dist.DistError) or "gloo/transport" in str(error):

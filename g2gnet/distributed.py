@@ -107,7 +107,7 @@ def _ranks(numbers: Iterable[int]) -> str:
     return f"rank{'s' if len(texts) > 1 else ''} {', '.join(texts)}"
 
 
-#: the time limits of the groups that :func:`join` made
+#: the time limits of groups, where they are known
 _limits: "weakref.WeakKeyDictionary[dist.ProcessGroup, datetime.timedelta]" = weakref.WeakKeyDictionary()
 
 
@@ -130,6 +130,8 @@ class World:
     def __init__(self, group: dist.ProcessGroup | None = None, limit: datetime.timedelta | None = None) -> None:
         self.group = group
         self.limit = limit
+        if group is not None and limit is not None:
+            _limits[group] = limit
         self.rank = 0 if group is None else dist.get_rank(group)
         self.size = 1 if group is None else dist.get_world_size(group)
         self.stage = "start"
@@ -206,7 +208,8 @@ class World:
             except Exception as error:
                 failure, sent[1] = error, str(error) or type(error).__name__
         with self._waiting():
-            dist.broadcast_object_list(sent, dist.get_global_rank(self.group, 0), group=self.group)
+            source = 0 if self.group is None else dist.get_global_rank(self.group, 0)
+            dist.broadcast_object_list(sent, source, group=self.group)
         if failure is not None:
             raise failure
         if sent[1] is not None:
@@ -240,7 +243,7 @@ class World:
             return
         digest = hashlib.sha256()
         for tensor in tensors:
-            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
         values = self.gather((value, digest.digest()))
         differing = [rank for rank, other in enumerate(values) if other != values[0]]
         if differing:
@@ -377,7 +380,8 @@ class Meeting:
 
     def publish(self, what: str, value: bytes, seconds: float | None = None) -> None:
         """Lets the others know this process's value."""
-        self._asked(lambda: self.store.set(f"{what}/{self.rank}", value), seconds)
+        key = f"{what}/{self.rank}"
+        self._asked(lambda: self.store.set(key, value), seconds)  # type: ignore[arg-type]  # it takes bytes, too
 
     def _value(self, what: str, of: int, seconds: float | None = None) -> bytes | None:
         key = f"{what}/{of}"
@@ -617,10 +621,8 @@ def join(
                 "the processes have met, but cannot connect to one another; GLOO_SOCKET_IFNAME names the network "
                 f"interface to use. PyTorch says: {reason(error)}"
             ) from error
-        world = World(dist.group.WORLD, limit)
-        _limits[dist.group.WORLD] = limit
         try:
-            yield world
+            yield World(dist.group.WORLD, limit)
         except RuntimeError as error:
             # gloo has no type of its own for them
             if isinstance(error, dist.DistError) or "gloo/transport" in str(error):

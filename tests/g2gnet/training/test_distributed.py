@@ -23,10 +23,11 @@ from training_runs import SMALL, VARIANTS, assert_equal, flags_of, load, run
 
 import train
 from g2g_kernels import available_backends
-from g2gnet.data import load_dataset
+from g2gnet.data import as_samples, load_dataset
 from g2gnet.distributed import ALONE, DistributedError, Meeting, World, join
 from g2gnet.training import Machine, SettingsError, Trainer, TrainSettings
 from g2gnet.training.cross_validation import FoldSettings, cross_validate
+from g2gnet.training.evaluation import autocast, build_network
 from g2gnet.training.run_files import RunFiles
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available() or os.name != "posix", reason="needs gloo and signals")
@@ -114,6 +115,33 @@ def test_processes_train_as_one(tmp_path, processes, options):
     assert f"processes={processes}" in done.stdout
     assert [line[:9] for line in done.stdout.splitlines() if "Epoch" in line] == ["Epoch 01 ", "Epoch 02 ", "Epoch 03 "]
     assert done.stdout.count("test images, 8 steps") == 1
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_in_bfloat16_shares_are_as_near_to_float32_as_the_whole_batch(backend):
+    """The whole and the sum of its parts may differ by more than the order of sums; neither is the better one."""
+    if backend not in available_backends():
+        pytest.skip("needs the compiled kernels")
+    data = load_dataset(SMALL["dataset"])
+
+    def gradient(seed, parts, backend, precision):
+        net = build_network(TrainSettings(**SMALL, seed=seed, precision=precision), 784, 10, backend)
+        images = as_samples(data.train_images[64 * seed : 64 * seed + 64])
+        for part in parts:
+            with autocast(TrainSettings(precision=precision), torch.device("cpu")):
+                counts = net.simulate(net.encode(images[part])).counts
+            (counts * torch.linspace(-1, 1, 10)).sum().backward()
+        return torch.cat([layer.values.grad.flatten() for layer in (net.fc1, net.fc2, net.fc3)])
+
+    whole, shares = 0.0, 0.0
+    for seed in range(8):
+        exact = gradient(seed, [slice(None)], "torch", "fp32")
+        one = gradient(seed, [slice(None)], backend, "bf16")
+        three = gradient(seed, [slice(22), slice(22, 43), slice(43, 64)], backend, "bf16")
+        whole += rms(one - exact) / rms(exact)
+        shares += rms(three - exact) / rms(exact)
+    assert 1e-4 < whole / 8 < 0.2  # it is rounded
+    assert shares == pytest.approx(whole, rel=0.1)
 
 
 #: train.py with a fault in rank 1, after step 5 (in the second epoch of three, at four steps an epoch)

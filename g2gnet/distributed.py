@@ -43,6 +43,10 @@ class DistributedError(RuntimeError):
     """The processes of a run do not match, do not find one another, or diverged; the message says how."""
 
 
+class LostConnection(DistributedError):
+    """Another process has ended or does not answer: the consequence of something else."""
+
+
 # --- waiting ------------------------------------------------------------------------------------------------------
 
 
@@ -555,6 +559,8 @@ def meet(limit: datetime.timedelta) -> Iterator[Meeting]:
     meeting = Meeting(limit)
     try:
         yield meeting
+    except LostConnection:  # no cause of anything
+        raise
     except BaseException as error:
         meeting.end(error)
         raise
@@ -626,7 +632,7 @@ def join(
         except RuntimeError as error:
             # gloo has no type of its own for them
             if isinstance(error, dist.DistError) or "gloo/transport" in str(error):
-                raise DistributedError(_lost(error, meeting)) from error
+                raise LostConnection(_lost(error, meeting)) from error
             raise
 
 

@@ -1,6 +1,7 @@
 """A training run from start to marker: resume, epochs with progress, checkpoints, history."""
 
 import contextlib
+import functools
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -206,8 +207,7 @@ def _run_epochs(
                 record = _epoch(trainer, settings.epochs, told_to_stop)
                 if record is not None:
                     history.append(record)
-                state = snapshot()
-                world.first(lambda state=state: save(state))
+                world.first(functools.partial(save, snapshot()))
             except TrainingError as error:
                 raise TrainingError(f"{error}. {files.last_checkpoint()}") from error
             if record is not None:

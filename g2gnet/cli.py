@@ -3,10 +3,12 @@
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import io
 import json
 import logging
 import os
+import platform
 import sys
 import types
 import typing
@@ -21,7 +23,7 @@ from g2g_kernels import BackendError, select_device
 from g2g_kernels.dispatch import BACKENDS, require_backend
 from g2gnet.analysis import ANALYSIS_SAMPLES
 from g2gnet.data import DataError, ImageData, dataset_name, load_dataset
-from g2gnet.distributed import DistributedError, launched, local_rank, rank
+from g2gnet.distributed import LIMIT, DistributedError, launched, local_rank, rank
 from g2gnet.features import load_features, weights_digest
 from g2gnet.files import check_writable, replace_file
 from g2gnet.messages import OutputError, discard, reason, say, warn
@@ -96,6 +98,32 @@ def add_machine_flags(parser: argparse.ArgumentParser, kernels: bool = True, res
         text = "kernels to use (default: the device decides)"
         group.add_argument("--backend", default="auto", choices=("auto", *BACKENDS), help=text)
     return group
+
+
+def add_peer_flag(group: Any) -> None:
+    """Adds the flag for the time that processes wait for one another."""
+    text = "minutes that processes started by torchrun wait for one another (default: 30)"
+    group.add_argument("--peer_timeout", type=float, default=LIMIT.total_seconds() / 60, metavar="MINUTES", help=text)
+
+
+def peer_limit(arguments: argparse.Namespace) -> datetime.timedelta:
+    """The time that processes wait for one another.
+
+    Raises:
+        FlagError: if it is not above 0 and at most a year.
+    """
+    minutes, most = arguments.peer_timeout, 365 * 24 * 60
+    if not 0 < minutes <= most:
+        raise FlagError(f"peer_timeout={minutes} is out of range; give minutes above 0 and at most {most}")
+    return datetime.timedelta(minutes=minutes)
+
+
+def about(program: str, settings: Settings, machine: Machine) -> dict[str, Any]:
+    """What must be the same in all processes of a run."""
+    versions = {"program": program, "python": platform.python_version(), **machine.versions()}
+    if machine.device.type == "cpu":
+        versions["PyTorch's instruction set"] = torch.backends.cpu.get_cpu_capability()
+    return {**versions, **settings.as_dict()}
 
 
 def add_log_flag(group: Any) -> None:

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import datetime
 import json
 import sys
 from collections.abc import Sequence
@@ -11,13 +10,10 @@ from typing import Any
 
 import g2gnet
 from g2gnet import cli
-from g2gnet.distributed import join
+from g2gnet.distributed import apart
 from g2gnet.messages import say
 from g2gnet.training.cross_validation import ACCURACIES, FoldSettings, cross_validate
 from g2gnet.training.run_files import RunFiles
-
-#: for how long processes that have done their folds wait for the others
-PATIENCE = datetime.timedelta(days=365)
 
 EXAMPLES = """\
 examples:
@@ -32,6 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     cli.add_settings_flags(parser, FoldSettings)
     group = cli.add_machine_flags(parser)
+    cli.add_peer_flag(group)
     cli.add_log_flag(group)
     cli.add_json_flag(group, "the settings, the results of all folds and the files' names")
     parser.add_argument("--version", action="version", version=f"g2g {g2gnet.__version__}")
@@ -52,7 +49,7 @@ def table(results: dict[str, Any]) -> str:
 def crossval(arguments: argparse.Namespace) -> dict[str, Any] | None:
     settings = cli.settings_from(arguments, FoldSettings)
     machine = cli.machine_from(arguments)
-    with join(machine.device, PATIENCE) as world:
+    with apart(cli.about("crossval", settings, machine), cli.peer_limit(arguments)) as world:
         machine = machine._replace(world=world)
         if world.leads:
             cli.announce(settings, machine)

@@ -136,10 +136,10 @@ class DSTScheduler:
             unit (:class:`g2gnet.layers.AbsentGradient`), at the cost of a dense layer. With ``"hebb"`` and
             ``"gradient"``, compiled code runs uncompiled in the step before an update.
         seed: of the draws that break ties and drive the random rules.
-        process_group: the processes of data-parallel training. Each has a scheduler like this one and sees a part of
-            the samples. Scores are computed over all samples, and after every update the processes check that they
-            have the same units. ``"world"``: all processes of ``torch.distributed``, if it is initialised. None: this
-            process alone.
+        process_group: the processes of data-parallel training. Each has a scheduler like this one, whole layers, and
+            a part of the samples. Scores are computed over all samples. The processes check that they have the same
+            network before an update, and the same units after it. ``"world"``: all processes of
+            ``torch.distributed``, if it is initialised. None: this process alone.
         schedule: ``"constant"``, or ``"cosine"``: in step s the fraction is multiplied by ½(1 + cos πs/S), S being the
             step of the last update.
         stop: the share of training, above 0 and at most 1, after which no unit is replaced.
@@ -152,8 +152,9 @@ class DSTScheduler:
         pruned, grown: units pruned and grown so far, over all layers.
 
     Raises:
-        ValueError: for an option out of range, no layer, a layer that the optimizer does not hold, an optimizer whose
-            states cannot be reset, or if every unit is present, so none can grow.
+        ValueError: for an option out of range, no layer, a layer that the optimizer does not hold or of which this
+            process has a part only, an optimizer whose states cannot be reset, or if every unit is present, so none can
+            grow.
     """
 
     def __init__(
@@ -203,6 +204,7 @@ class DSTScheduler:
             raise ValueError("there is no G2GLinear layer to rewire; g2gnet.sparsify(model) creates them")
         if all(layer.mask.is_full for layer in self.layers):
             raise ValueError("every unit of every layer is present, so none can grow; lower p_inter or p_intra")
+        self._check_whole()
         self.optimizer = optimizer
         self.interval = interval
         self.fraction = fraction
@@ -318,11 +320,17 @@ class DSTScheduler:
         Raises:
             RuntimeError: if a rule needs what was neither given nor recorded.
             ValueError: if the optimizer now has a state that cannot be reset, or does not hold a layer.
-            DistributedError: if the processes of the group have different units after an update.
+            DistributedError: if the processes of the group do not all make this update, have different networks before
+                it, or different units after it.
 
         After any error but the last, also one of ``reset_state``, no unit is replaced in any layer, and weights,
         averages and the optimizer's state are as they were.
         """
+        if getattr(getattr(self._model, "_join_config", None), "enable", False):
+            raise RuntimeError(
+                "DSTScheduler does not work inside model.join(): a process without further batches takes no part in "
+                "the updates; give all processes equally many batches (DistributedSampler, drop_last=True)"
+            )
         due = self.next_is_due
         self.steps += 1
         recordings = self._stop_recording()
@@ -331,14 +339,50 @@ class DSTScheduler:
                 if inputs is not None and activity is not None:
                     pre: list[Train] = [inputs.detach(), *activity.spikes]
                     recordings = [[pair] for pair in itertools.pairwise(pre)]
+                self._check_whole()
                 world = World.of(self._process_group)
+                world.stage = f"the update of the units after step {self.steps}"
+                world.assemble()
+                world.check_same(f"the count of steps at {world.stage}", self.steps)
+                world.check_same(f"the network after step {self.steps}", None, self._network())
                 self._update(list(self._evidence(recordings, world)))
-                units = [units for layer in self.layers for units in (layer.mask.unit_row, layer.mask.unit_col)]
-                world.check_same(f"the wiring after step {self.steps}", self.steps, units)
+                world.check_same(f"the wiring after step {self.steps}", None, self._wiring())
         finally:  # whoever catches an error can go on
             self._absent = {}
             self._record_if_due()
         return due
+
+    def _wiring(self) -> list[torch.Tensor]:
+        return [units for layer in self.layers for units in (layer.mask.unit_row, layer.mask.unit_col)]
+
+    def _network(self) -> Iterator[torch.Tensor]:
+        """What must be the same in all processes: the wiring, and the parameters of the model, or of the layers."""
+        yield from self._wiring()
+        for layer in self.layers:
+            values = layer.values.detach()
+            # the padding is no weight
+            yield values.masked_fill(~layer.mask.valid(), 0) if layer.mask.has_padding else values
+        of_layers = {id(layer.values) for layer in self.layers}
+        for module in [*self.layers] if self._model is None else [self._model]:
+            ignored = getattr(module, "parameters_to_ignore", ())  # by DistributedDataParallel
+            for name, parameter in module.named_parameters():
+                if id(parameter) not in of_layers and name.removeprefix("module.") not in ignored:
+                    yield parameter
+
+    def _check_whole(self) -> None:
+        """Raises ValueError if this process has a part of a layer's weights only."""
+        for number, layer in enumerate(self.layers):
+            values, packed = layer.values, (layer.mask.num_units, *layer.mask.unit_shape)
+            if type(values.data) is not torch.Tensor or values.shape != packed:
+                raise ValueError(
+                    f"the weights of layer {number} are a {type(values.data).__name__} of shape {tuple(values.shape)}, "
+                    f"not a tensor of {packed}: they are sharded, as FSDP does; DSTScheduler needs whole layers, as "
+                    "with DistributedDataParallel"
+                )
+
+    @property
+    def _model(self) -> nn.Module | None:
+        return self._recorder.model if self._recorder is not None else None
 
     def _evidence(self, recordings: list[Recording] | None, world: World) -> Iterator[tuple[int, Evidence]]:
         """What the rules need of each layer that can change, with the layer's number."""

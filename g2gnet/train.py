@@ -28,6 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     cli.add_settings_flags(parser)
     group = cli.add_machine_flags(parser)
+    cli.add_peer_flag(group)
     cli.add_log_flag(group)
     cli.add_json_flag(group, "the settings, the last epoch's results and the files' names")
     parser.add_argument(
@@ -50,7 +51,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any] | None:
         )
     if machine.cuda_graph and launched():
         raise cli.FlagError("--cuda_graph is of one process; leave it out, or start one without torchrun")
-    with join(machine.device) as world:
+    with join(machine.device, cli.about("train", settings, machine), cli.peer_limit(arguments)) as world:
         machine = machine._replace(world=world)
         if world.leads:
             cli.announce(settings, machine)

@@ -51,6 +51,7 @@ DEFAULTS = {
 MACHINE_FLAGS = {
     "data_dir": "data",
     "checkpoint_dir": "checkpoints",
+    "peer_timeout": 30.0,
     "device": "auto",
     "backend": "auto",
     "cuda_graph": False,

@@ -3,8 +3,14 @@
 import contextlib
 import os
 import signal
+import socket
 import threading
+import time
 from typing import Any
+
+#: Seconds in which the same signal again is the same request: a terminal or a process manager sends it to every process
+#: of a job, and torchrun, which is one of them, passes it on.
+GRACE = 3.0
 
 
 class Interrupted(Exception):  # noqa: N818  (nothing is wrong)
@@ -20,17 +26,24 @@ class Interrupted(Exception):  # noqa: N818  (nothing is wrong)
 
 
 class StopSignals:
-    """While entered, the first SIGINT or SIGTERM is stored in ``received``; the next ends the process at once.
+    """While entered, the first SIGINT or SIGTERM is stored in ``received``; the next one ends the process at once.
 
-    Only the main thread gets signals: elsewhere this does nothing.
+    The same signal within :data:`GRACE` seconds is not the next one. Only the main thread gets signals: elsewhere this
+    does nothing.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
+        self._sockets: tuple[socket.socket, socket.socket] | None = None
+        self._wakeup = -1
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
+            self._sockets = reader, writer = socket.socketpair()
+            writer.setblocking(False)
+            self._wakeup = signal.set_wakeup_fd(writer.fileno())
+            threading.Thread(target=_end_at_next, args=(reader,), daemon=True).start()
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._note)
         return self
@@ -38,13 +51,33 @@ class StopSignals:
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self._sockets is not None:
+            signal.set_wakeup_fd(self._wakeup)
+            for each in self._sockets:
+                each.close()
 
     def _note(self, number: int, frame: object) -> None:
+        if self.received is not None:
+            return
         self.received = signal.Signals(number)
-        for each in self._before:
-            signal.signal(each, signal.SIG_DFL)
         # not print: the signal may have interrupted one
         with contextlib.suppress(OSError):
-            os.write(
-                2, f"\n{self.received.name}: finishing and saving this step; a second signal ends at once\n".encode()
-            )
+            text = f"\n{self.received.name}: finishing and saving this step; after {GRACE:.0f} seconds a second signal"
+            os.write(2, f"{text} ends at once\n".encode())
+
+
+def _end_at_next(reader: socket.socket) -> None:
+    """Ends the process at the second of the signals whose numbers come from ``reader``.
+
+    In a thread of its own: the main one may be inside PyTorch, waiting for a process that is gone.
+    """
+    first: tuple[int, float] | None = None
+    with contextlib.suppress(OSError):
+        for number in iter(lambda: reader.recv(1), b""):
+            now = time.monotonic()
+            if number[0] not in (signal.SIGINT, signal.SIGTERM):
+                continue
+            if first is None:
+                first = number[0], now
+            elif number[0] != first[0] or now - first[1] > GRACE:
+                os._exit(128 + number[0])

@@ -1,6 +1,7 @@
 """A training run from start to marker: resume, epochs with progress, checkpoints, history."""
 
 import contextlib
+import functools
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -98,8 +99,8 @@ def run_epochs(
         make_trainer: called if there is something to train, after seeding.
         checkpoint_dir: directory of the files.
         machine: where the trainer computes. The processes of its world all call this, with trainers that work
-            together. All read the run's files; the first one writes them, prints, and calls ``finish`` and
-            ``on_epoch``.
+            together. The first one has the run's files, prints, and calls ``finish`` and ``on_epoch``; what it cannot
+            read or write is an error in all.
         finish: called after the last epoch, before the run is marked as finished.
         on_epoch: called after each epoch.
 
@@ -114,11 +115,13 @@ def run_epochs(
     """
     world = machine.world
     files = RunFiles(checkpoint_dir, settings.stem)
-    # the first process has the files and standard output to itself
-    with files.locked() if world.leads else contextlib.redirect_stdout(None):
-        world.wait()  # until this run owns the files
-        with _denormals_flushed():
-            return _run_epochs(settings, make_trainer, files, machine, finish, on_epoch)
+    with contextlib.ExitStack() as held:
+        # the first process has the files and standard output to itself
+        world.first(lambda: held.enter_context(files.locked()))
+        if not world.leads:
+            held.enter_context(contextlib.redirect_stdout(None))
+        held.enter_context(_denormals_flushed())
+        return _run_epochs(settings, make_trainer, files, machine, finish, on_epoch)
 
 
 @contextlib.contextmanager
@@ -141,13 +144,14 @@ def _run_epochs(
     on_epoch: Sequence[EpochCallback[TrainerT]],
 ) -> dict[str, Any]:
     world = machine.world
-    result = files.load_marker(settings.as_dict())
-    world.check_same(f"what is in {files.directory}", result)
+    world.stage = "the reading of the run's files"
+    result = world.first(lambda: files.load_marker(settings.as_dict()))
     if result is not None:
         say(f"{settings.stem} is finished: test_acc={result['test_acc']:.4f}. To run it again, delete {files.names()}.")
         return result
-    checkpoint = files.load_checkpoint(settings.as_dict())
+    checkpoint = world.first(lambda: files.load_checkpoint(settings.as_dict()))
 
+    world.stage = "the loading of the data"
     make_deterministic(settings.seed)
     trainer = make_trainer()
     data, versions = trainer.data.fingerprint, machine.versions()
@@ -171,14 +175,24 @@ def _run_epochs(
         say(f"resuming {checkpoint.path} after epoch {trainer.epoch}, step {trainer.step}")
         if differing and world.leads:
             warn("warning: the last bits of the results may change:\n" + "\n".join(differing))
-    if world.leads:
-        files.write_history(history)
+    world.first(lambda: files.write_history(history))
 
     def snapshot() -> dict[str, Any]:
         state = trainer.state_dict()
+        moments = [each for of in state["optimizer"]["state"].values() for each in of.values() if each is not None]
         world.check_same(f"the network after step {trainer.step}", trainer.step, state["model"].values())
+        world.check_same(f"the optimizer's state after step {trainer.step}", None, moments)
         about = {"settings": settings.as_dict(), "data": data, "versions": versions}
         return {**about, "history": history, **state}
+
+    def save(state: dict[str, Any]) -> None:
+        files.save_checkpoint(state)
+        files.write_history(history)
+
+    def end() -> None:
+        if finish:
+            finish(trainer, files)
+        files.mark_done(settings.as_dict(), history[-1])
 
     snapshot()  # not kept: it only checks that all processes start with the same network
     with StopSignals() as signals:
@@ -193,10 +207,7 @@ def _run_epochs(
                 record = _epoch(trainer, settings.epochs, told_to_stop)
                 if record is not None:
                     history.append(record)
-                state = snapshot()
-                if world.leads:
-                    files.save_checkpoint(state)
-                    files.write_history(history)
+                world.first(functools.partial(save, snapshot()))
             except TrainingError as error:
                 raise TrainingError(f"{error}. {files.last_checkpoint()}") from error
             if record is not None:
@@ -215,10 +226,8 @@ def _run_epochs(
                     "run the same command again to resume from there",
                     stop,
                 )
-        if world.leads:
-            if finish:
-                finish(trainer, files)
-            files.mark_done(settings.as_dict(), history[-1])
+        world.stage = "the analysis of the network"
+        world.first(end)
         stop = told_to_stop()
         if stop:
             raise Interrupted(f"{stop.name} came when {settings.stem} was almost finished", stop)

@@ -81,9 +81,6 @@ class RunFiles:
     (marker).
 
     Until the run is finished, .previous.pth is the checkpoint before the last one: it is used if the last is damaged.
-
-    Raises:
-        CheckpointError: if the directory cannot be made or written to.
     """
 
     def __init__(self, directory: Path | str, stem: str) -> None:
@@ -96,6 +93,20 @@ class RunFiles:
         self.marker = self.directory / f"{stem}.DONE"
         self._whole = False  # whether self.checkpoint is known to be intact, so it may replace self.previous
         self.lock = self.directory / f".{stem}.lock"
+
+    def _all(self) -> tuple[Path, ...]:
+        """Every file that the run itself reads and writes."""
+        return self.checkpoint, self.previous, self.history, self.table, self.analysis, self.marker
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """While entered, no other process can enter it for these files; the lock ends with its process.
+
+        The directory is made if it is missing; leftovers of a killed process are removed.
+
+        Raises:
+            CheckpointError: if the directory cannot be made or written to, or another run has entered.
+        """
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.directory):
@@ -112,20 +123,6 @@ class RunFiles:
                     f"{path} is {what}, where a run has its own files; move it away, or give another "
                     f"--checkpoint_dir than {self.directory}"
                 )
-
-    def _all(self) -> tuple[Path, ...]:
-        """Every file that the run itself reads and writes."""
-        return self.checkpoint, self.previous, self.history, self.table, self.analysis, self.marker
-
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """While entered, no other process can enter it for these files; the lock ends with its process.
-
-        Leftovers of a killed process are removed.
-
-        Raises:
-            CheckpointError: if another run has entered.
-        """
         with contextlib.ExitStack() as held:
             try:
                 held.enter_context(locked(self.lock, wait=False))

@@ -150,6 +150,8 @@ class Trainer:
                 process_group=world.group,
                 gradient_as_bucket_view=True,
             )
+            # their sum, where DistributedDataParallel itself averages them
+            self._parallel.register_comm_hook(world, World.sum_gradients)
         self._captured = CapturedStep(self._learn) if machine.cuda_graph else None
         self.dst: DSTScheduler | None = None
         if settings.sparsity_mode == "dynamic":
@@ -285,6 +287,7 @@ class Trainer:
 
     def _train_step(self, index: torch.Tensor) -> _StepResult:
         """One step on the images of a batch."""
+        self.world.stage = f"step {self.step + 1}"
         labels = self.data.train_labels[index]
         images = self.data.train_images[index]
         if self.settings.shift is not None:
@@ -346,8 +349,8 @@ class Trainer:
             rates = [self._whole_batch(share * rates) for rates in activity.rates[:-1]]
             objective = objective + rate_penalty(rates, target)
         self.optimizer.zero_grad(set_to_none=True)
-        # DistributedDataParallel averages the processes' gradients, but their sum is needed
-        (objective * self.world.size).backward()
+        with self.world.backward():
+            objective.backward()
         self._update()
         with torch.no_grad():
             correct = (activity.counts.argmax(1) == labels).sum().to(loss.dtype)

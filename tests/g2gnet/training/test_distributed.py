@@ -1,9 +1,11 @@
 """Several processes train one network as one process would, as ``torchrun`` starts them: by gloo, on the CPU."""
 
 import contextlib
+import datetime
 import itertools
 import json
 import os
+import platform
 import random
 import re
 import signal
@@ -16,13 +18,16 @@ import torch
 import torch.distributed as dist
 from helpers import ROOT, rms
 from processes import launch
+from processes import run as run_program
 from training_runs import SMALL, VARIANTS, assert_equal, flags_of, load, run
 
 import train
-from g2gnet.data import load_dataset
-from g2gnet.distributed import ALONE, DistributedError, World, join
+from g2g_kernels import available_backends
+from g2gnet.data import as_samples, load_dataset
+from g2gnet.distributed import ALONE, DistributedError, Meeting, World, join
 from g2gnet.training import Machine, SettingsError, Trainer, TrainSettings
 from g2gnet.training.cross_validation import FoldSettings, cross_validate
+from g2gnet.training.evaluation import autocast, build_network
 from g2gnet.training.run_files import RunFiles
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available() or os.name != "posix", reason="needs gloo and signals")
@@ -112,11 +117,39 @@ def test_processes_train_as_one(tmp_path, processes, options):
     assert done.stdout.count("test images, 8 steps") == 1
 
 
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_in_bfloat16_shares_are_as_near_to_float32_as_the_whole_batch(backend):
+    """The whole and the sum of its parts may differ by more than the order of sums; neither is the better one."""
+    if backend not in available_backends():
+        pytest.skip("needs the compiled kernels")
+    data = load_dataset(SMALL["dataset"])
+
+    def gradient(seed, parts, backend, precision):
+        net = build_network(TrainSettings(**SMALL, seed=seed, precision=precision), 784, 10, backend)
+        images = as_samples(data.train_images[64 * seed : 64 * seed + 64])
+        for part in parts:
+            with autocast(TrainSettings(precision=precision), torch.device("cpu")):
+                counts = net.simulate(net.encode(images[part])).counts
+            (counts * torch.linspace(-1, 1, 10)).sum().backward()
+        return torch.cat([layer.values.grad.flatten() for layer in (net.fc1, net.fc2, net.fc3)])
+
+    whole, shares = 0.0, 0.0
+    for seed in range(8):
+        exact = gradient(seed, [slice(None)], "torch", "fp32")
+        one = gradient(seed, [slice(None)], backend, "bf16")
+        three = gradient(seed, [slice(22), slice(22, 43), slice(43, 64)], backend, "bf16")
+        whole += rms(one - exact) / rms(exact)
+        shares += rms(three - exact) / rms(exact)
+    assert 1e-4 < whole / 8 < 0.2  # it is rounded
+    assert shares == pytest.approx(whole, rel=0.1)
+
+
 #: train.py with a fault in rank 1, after step 5 (in the second epoch of three, at four steps an epoch)
 FAULTY = """
-import os, signal, sys
+import os, signal, sys, time
 import train
-from g2gnet import dst
+from g2gnet import cli, distributed, dst
+from g2gnet.data import DataError
 from g2gnet.training import Trainer
 fault, rank = sys.argv.pop(1), int(os.environ["RANK"])
 train_step = Trainer._train_step
@@ -127,13 +160,24 @@ def step(self, index):
             self.net.fc2.bias.data[3] += 1e-7
         elif fault in ("SIGKILL", "SIGTERM"):
             os.kill(os.getpid(), getattr(signal, fault))
+        elif fault == "sleep":
+            time.sleep(4)
+    if rank == 1 and self.step == 8 and fault == "moments":
+        next(iter(self.optimizer.state.values()))["exp_avg"][0] += 1e-9
     return result
 Trainer._train_step = step
+distributed.PATIENCE = 0.5 if fault == "sleep" else 10
+if fault == "no data" and rank == 1:
+    def load_data(*arguments):
+        raise DataError("there are no images here")
+    cli.load_data = load_data
 if fault == "other draws" and rank == 1:
     stream = dst.stream
     dst.stream = lambda seed, *rest, **options: stream(seed + 1, *rest, **options)
-if fault == "other directory" and rank == 1:
-    sys.argv[sys.argv.index("--checkpoint_dir") + 1] += "-of-rank-1"
+if fault == f"other directory of rank {rank}":
+    sys.argv[sys.argv.index("--checkpoint_dir") + 1] += "-of-its-own"
+if fault == f"no directory of rank {rank}":
+    sys.argv[sys.argv.index("--checkpoint_dir") + 1] = "/proc/none"
 sys.exit(train.main(sys.argv[1:]))
 """
 
@@ -148,6 +192,7 @@ def faulty(tmp_path):
         flags = train_flags(tmp_path / "run", **options)
         done = launch(2, program, fault, *flags, folder=tmp_path / "printed")
         assert done.statuses == [status] * 2, done.stderr
+        options.pop("peer_timeout", None)
         return RunFiles(tmp_path / "run", TrainSettings(**{**SMALL, **options}).stem), done.stderr
 
     return run_faulty
@@ -197,14 +242,41 @@ def test_weights_that_drift_apart_are_noticed_before_they_are_saved(faulty):
     assert load(files)["step"] == 4
 
 
-def test_processes_must_see_the_same_files(tmp_path, faulty):
-    run(tmp_path / "run", epochs=3)
-    files = RunFiles(tmp_path / "run", TrainSettings(**SMALL).stem)
-    files.marker.unlink()
-    before = files.checkpoint.read_bytes()
-    _, errors = faulty("other directory")
-    assert re.search(r"error: the network after step (12|0) of rank 1 differs from that of rank 0", errors), errors
-    assert files.checkpoint.read_bytes() == before
+def test_moments_that_drift_apart_are_noticed_before_they_are_saved(faulty):
+    files, errors = faulty("moments")
+    assert "error: the optimizer's state after step 8 of rank 1 differs from that of rank 0" in errors
+    assert load(files)["step"] == 4
+
+
+@pytest.mark.parametrize("fault", ["other directory of rank 1", "no directory of rank 1"])
+def test_only_the_first_process_needs_the_files(tmp_path, faulty, fault):
+    whole = run(tmp_path / "whole")
+    faulty("SIGTERM", status=128 + signal.SIGTERM)
+    files, _ = faulty(fault, status=0)
+    assert_same_course(load(whole), load(files))
+    assert files.marker.exists()
+    assert not (tmp_path / "run-of-its-own").exists()
+
+
+def test_all_say_why_the_first_cannot_use_its_files(faulty):
+    _, errors = faulty("no directory of rank 0")
+    assert "rank 0: error: cannot write to the checkpoint directory /proc/none" in errors
+    assert "rank 1: error: rank 0 has ended: cannot write to the checkpoint directory /proc/none" in errors
+
+
+def test_all_say_why_one_of_them_ended(faulty):
+    _, errors = faulty("no data")
+    assert "rank 1: error: there are no images here" in errors
+    assert "rank 0: error: rank 1 has ended: there are no images here" in errors
+
+
+def test_where_one_does_not_answer_the_others_say_so_and_give_up(faulty):
+    files, errors = faulty("sleep", peer_timeout=0.03)
+    assert re.search(
+        r"rank 0 of 2 has waited \S+ seconds for another process, at step 6; it gives up after 1.8", errors
+    )
+    assert "rank 0: error: another process has not answered for 1.8 seconds (--peer_timeout); run the same" in errors
+    assert load(files)["step"] == 4
 
 
 #: train.py, and what still runs when the interpreter begins to end
@@ -239,6 +311,107 @@ def test_two_machines_train_as_one_and_end_the_threads_of_their_group(tmp_path):
     assert [errors.count("at the end: no thread of gloo") for _, errors in printed] == [1, 1], printed
     one = run(tmp_path / "one")
     assert_same_course(load(one), load(RunFiles(tmp_path / "several", one.checkpoint.stem)))
+
+
+# --- how they meet ------------------------------------------------------------------------------------------------
+
+#: the program and further flags of each rank; of rank 1 also another Python, if it is told so
+DIFFERENT = """
+import importlib, os, platform, sys
+ranks = [each.split() for each in sys.argv.pop(1).split("|")]
+name, *flags = ranks[int(os.environ["RANK"])]
+if "other-python" in flags:
+    flags.remove("other-python")
+    platform.python_version = lambda: "2.7.18"
+sys.exit(importlib.import_module(name).main([*sys.argv[1:], *flags]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("ranks", "lines"),
+    [
+        (
+            "train --seed 7|train --dropout 0.5 --epochs 4",
+            ["epochs: 3 in rank 0, 4 in rank 1", "dropout: 0.0 in rank 0, 0.5 in rank 1", "seed: 7 in rank 0, 42 in"],
+        ),
+        ("train|train|train --augment flip", ["augment: auto in ranks 0, 1, flip in rank 2"]),
+        ("train|train --enforce_sparsity", ["enforce_sparsity: False in rank 0, True in rank 1"]),
+        ("crossval|crossval --enc_scale 2", ["enc_scale: 3.0 in rank 0, 2.0 in rank 1"]),
+        ("train|crossval", ["program: train in rank 0, crossval in rank 1"]),
+        ("crossval|crossval other-python", [f"python: {platform.python_version()} in rank 0, 2.7.18 in rank 1"]),
+        ("train|train --backend torch", ["backend: cpu in rank 0, torch in rank 1"]),
+    ],
+    ids=["settings", "of three", "switch", "folds", "program", "version", "backend"],
+)
+def test_processes_that_do_not_match_name_what_differs_before_any_work(tmp_path, ranks, lines):
+    if "backend" in ranks and "cpu" not in available_backends():
+        pytest.skip("needs the compiled kernels")
+    program = tmp_path / "different.py"
+    program.write_text(DIFFERENT)
+    count = ranks.count("|") + 1
+    done = launch(count, program, ranks, *train_flags(tmp_path / "run"), folder=tmp_path / "printed")
+    assert done.statuses == [1] * count, done.stderr
+    for rank in range(count):
+        errors = (tmp_path / "printed" / f"{rank}.err").read_text()
+        assert f", rank {rank}: error: the processes do not match:\n" in errors
+        for line in lines:
+            assert f"\n  {line}" in errors
+        assert errors.count("\n  ") == len(lines) + ("backend" in ranks), errors  # which implies the instruction set
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["train", "crossval"])
+def test_a_process_that_stays_alone_says_whom_it_waits_for_and_gives_up(tmp_path, name):
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    program = tmp_path / "alone.py"
+    text = "import sys, {0}\nfrom g2gnet import distributed\ndistributed.PATIENCE = 0.5\nsys.exit({0}.main())\n"
+    program.write_text(text.format(name))
+    variables = {"WORLD_SIZE": "3", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
+    variables |= {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    flags = [*train_flags(tmp_path / "run"), "--peer_timeout", "0.02"]
+    done = run_program(program, *flags, output=tmp_path / "printed", **variables)
+    assert done.statuses == [1]
+    assert re.search(
+        r"rank 0 of 3 has heard nothing from ranks 1, 2 for \S+ seconds; it gives up after 1.2", done.stderr
+    )
+    assert "rank 0: error: heard nothing from ranks 1, 2 for 1.2 seconds: look what became of it" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def silent_port():
+    """A port at which something listens that never answers."""
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        listener.listen(5)
+        yield listener.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"MASTER_ADDR": ""}, r"MASTER_ADDR is not set; give the address of rank 0"),
+        ({"MASTER_ADDR": "no.such.host.invalid"}, r"MASTER_ADDR=no\.such\.host\.invalid, .* \(.+\): give the address"),
+        ({"MASTER_PORT": "abc"}, r"MASTER_PORT is 'abc', where torchrun sets a number"),
+        ({"MASTER_PORT": "99999"}, r"MASTER_PORT=99999 is no port; give a number from 1 to 65535"),
+        ({"MASTER_PORT": "1"}, r"cannot meet the other processes at .*MASTER_PORT=1 \(Connection refused\)"),
+        ({"MASTER_PORT": "silent"}, r"cannot meet the other processes at .* \(no answer\): give the address"),
+        ({"MASTER_PORT": "silent", "RANK": "0"}, r"cannot meet the other processes at .*(EADDRINUSE|in use)"),
+        (
+            {"GLOO_SOCKET_IFNAME": "lo,none9", "RANK": "0"},
+            r"GLOO_SOCKET_IFNAME=none9 is no network interface .* has lo",
+        ),
+    ],
+    ids=["no address", "address", "no number", "no port", "closed port", "silent port", "used port", "interface"],
+)
+def test_a_meeting_point_that_is_none_is_named(monkeypatch, as_rank_1_of_2, silent_port, variables, message):
+    for name, value in {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), **variables}.items():
+        monkeypatch.setenv(name, value.replace("silent", str(silent_port)))
+    if "GLOO_SOCKET_IFNAME" in variables:  # noticed once they have met
+        monkeypatch.setattr(Meeting, "agree", lambda self, about: None)
+    limit = datetime.timedelta(seconds=0.5)
+    with pytest.raises(DistributedError, match=message), join(torch.device("cpu"), {}, limit):
+        pass
 
 
 # --- what is refused ----------------------------------------------------------------------------------------------
@@ -338,6 +511,40 @@ def test_folds_are_dealt_out(tmp_path):
         assert_equal(*(torch.load(tmp_path / place / stem, weights_only=True) for place in ("one", "two")))
 
 
+#: crossval.py, the second process of which takes longer than the time limit; if it is silent, without a sign of life
+SLOW_FOLD = """
+import contextlib, os, sys, time
+import crossval
+from g2gnet import distributed
+from g2gnet.training import Trainer
+distributed.PATIENCE, distributed.PULSE = 0.5, 0.2
+if os.environ["RANK"] == "1":
+    train_epoch = Trainer.train_epoch
+    def slow(self, *rest):
+        time.sleep(4)
+        return train_epoch(self, *rest)
+    Trainer.train_epoch = slow
+    if sys.argv[1] == "silent":
+        distributed.Meeting.live = lambda self: contextlib.nullcontext()
+sys.exit(crossval.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("how", ["alive", "silent"])
+def test_who_has_done_its_folds_waits_for_those_that_are_alive(tmp_path, how):
+    program = tmp_path / "slow.py"
+    program.write_text(SLOW_FOLD)
+    flags = [*flags_of({**SMALL, "k_folds": 2, "epochs": 1, "peer_timeout": 0.03}), "--checkpoint_dir", tmp_path]
+    done = launch(2, program, how, *flags, folder=tmp_path / "printed")
+    if how == "alive":
+        assert done.statuses == [0, 0], done.stderr
+        assert done.stdout.count("| mean |") == 1
+    else:
+        assert done.statuses[0] == 1
+        assert "crossval.py" not in done.stderr
+        assert "rank 0: error: heard nothing from rank 1 for 1.8 seconds: look what became of it" in done.stderr
+
+
 # --- in one's own loop --------------------------------------------------------------------------------------------
 
 OWN_LOOP = """
@@ -391,20 +598,40 @@ import torch.distributed as dist
 from g2gnet import DSTScheduler, G2GNet
 from g2gnet.distributed import DistributedError
 
+def network(seed):
+    return G2GNet(16, 32, 4, block_size=4, T=6, num_groups=4, generator=torch.Generator().manual_seed(seed))
+
+def unaveraged(net, rank):  # as if nobody had averaged the gradients
+    net.fc2.values *= torch.rand(net.fc2.values.shape, generator=torch.Generator().manual_seed(rank))
+
+def loaded(net, rank):
+    if rank == 1:
+        net.load_state_dict(network(2).state_dict())
+
+def bias(net, rank):
+    net.fc1.bias[3] += 1e-7 * rank
+
+def decay(net, rank):
+    net.lif2.beta += 1e-7 * rank
+
 dist.init_process_group("gloo")
 messages = []
-for options in ({}, {"process_group": None}):
-    net = G2GNet(16, 32, 4, block_size=4, T=6, num_groups=4, generator=torch.Generator().manual_seed(1))
+for change in (unaveraged, loaded, bias, decay, None):
+    net = network(1)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    dst = DSTScheduler(net, optimizer, interval=1, fraction=0.3, grow="random", **options)
-    with torch.no_grad():  # as if nobody had averaged the gradients
-        net.fc2.values *= torch.rand(net.fc2.values.shape, generator=torch.Generator().manual_seed(dist.get_rank()))
+    group = "world" if change else None
+    dst = DSTScheduler(net, optimizer, interval=1, fraction=0.3, grow="random", process_group=group)
+    before = [parameter.clone() for parameter in net.parameters()]
+    with torch.no_grad():
+        (change or unaveraged)(net, dist.get_rank())
+    wiring = net.fc2.mask.flat_unit().clone()
     try:
         dst.step()
         messages.append("rewired")
     except DistributedError as error:
+        assert torch.equal(net.fc2.mask.flat_unit(), wiring), "nothing is rewired"
         messages.append(str(error))
-print(*messages, sep="; ", flush=True)
+print(*messages, sep="\\n", flush=True)
 dist.destroy_process_group()
 """
 
@@ -414,7 +641,76 @@ def test_processes_that_part_are_told_and_one_that_says_so_is_alone(tmp_path):
     program.write_text(PARTING)
     done = launch(2, program, folder=tmp_path / "printed")
     assert done.statuses == [0, 0], done.stderr
-    assert done.stdout == "the wiring after step 1 of rank 1 differs from that of rank 0; rewired\n" * 2
+    told = "the network after step 1 of rank 1 differs from that of rank 0\n"
+    assert done.stdout == 2 * (4 * told + "rewired\n")
+
+
+UNFIT = """
+import datetime
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from g2gnet import DSTScheduler, G2GNet
+
+dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=2))
+rank = dist.get_rank()
+
+def scheduler(wrap):
+    net = G2GNet(16, 32, 4, block_size=4, T=6, num_groups=4, generator=torch.Generator().manual_seed(1))
+    model = wrap(net)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return model, optimizer, DSTScheduler(model, optimizer, interval=2, prune="set", grow="random")
+
+def fsdp2(net):
+    fully_shard(net, mesh=init_device_mesh("cpu", (2,)))
+    return net
+
+def fsdp1(net):
+    return FullyShardedDataParallel(net, use_orig_params=True, device_id=torch.device("cpu"))
+
+def say(function):
+    try:
+        function()
+    except Exception as error:
+        print(f"{rank}: {error}", flush=True)
+
+for wrap in (fsdp2, fsdp1):
+    say(lambda: scheduler(wrap))
+
+model, optimizer, dst = scheduler(DistributedDataParallel)
+
+def train(steps, skipped=()):
+    for step in range(steps):
+        optimizer.zero_grad()
+        model(torch.rand(8, 16)).square().sum().backward()
+        optimizer.step()
+        if step not in skipped:
+            dst.step()
+
+def uneven():
+    with model.join():
+        train(1 + rank)
+
+say(uneven)
+model, optimizer, dst = scheduler(DistributedDataParallel)
+say(lambda: train(4, skipped=[1] if rank == 1 else []))
+"""
+
+
+def test_what_the_scheduler_cannot_work_with_is_refused_or_named(tmp_path):
+    program = tmp_path / "unfit.py"
+    program.write_text(UNFIT)
+    done = launch(2, program, folder=tmp_path / "printed")
+    first = done.stdout.splitlines()[:4]
+    assert "0: the weights of layer 0 are a DTensor of shape" in first[0]
+    assert "needs whole layers, as with DistributedDataParallel" in first[0]
+    assert re.search(r"0: the weights of layer 0 are a Tensor of shape \(\d+,\), .* they are sharded", first[1])
+    assert "0: DSTScheduler does not work inside model.join()" in first[2]
+    assert (
+        "0: rank 1 did not come to the update of the units after step 2: all processes must make the same" in first[3]
+    )
 
 
 # --- files that several processes need ----------------------------------------------------------------------------

@@ -80,8 +80,8 @@ def test_a_signal_between_epochs_or_after_the_last_loses_nothing(tmp_path, monke
 PROGRAM = """
 import sys, time
 import train
-from g2gnet.training import Trainer
-seconds = float(sys.argv.pop())
+from g2gnet.training import Trainer, interruption
+seconds, interruption.GRACE = float(sys.argv.pop()), float(sys.argv.pop())
 train_step = Trainer._train_step
 def slow_step(self, index):
     if self.step == 5:
@@ -94,12 +94,22 @@ sys.exit(train.main(sys.argv[1:]))
 
 
 @posix
-@pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGINT, signal.SIGINT]], ids=["once", "twice"])
-def test_the_program_stops_after_the_step_or_at_once(tmp_path, signals):
-    # the second signal must not wait for the step, which would take an hour
-    seconds = "3600" if len(signals) == 2 else "0.5"
+@pytest.mark.parametrize(
+    ("signals", "grace", "at_once"),
+    [
+        ([signal.SIGTERM], 60, False),
+        # what torchrun and a process manager send between them
+        ([signal.SIGTERM, signal.SIGTERM, signal.SIGTERM], 60, False),
+        ([signal.SIGINT, signal.SIGINT], 0, True),
+        ([signal.SIGTERM, signal.SIGINT], 60, True),
+    ],
+    ids=["once", "thrice as one", "twice", "two kinds"],
+)
+def test_the_program_stops_after_the_step_or_at_once(tmp_path, signals, grace, at_once):
+    # a second signal must not wait for the step, which would take an hour
+    seconds = "3600" if at_once else "0.5"
     process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, *flags_of(SMALL), "--checkpoint_dir", tmp_path, seconds],
+        [sys.executable, "-c", PROGRAM, *flags_of(SMALL), "--checkpoint_dir", tmp_path, str(grace), seconds],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -112,13 +122,12 @@ def test_the_program_stops_after_the_step_or_at_once(tmp_path, signals):
         process.send_signal(number)
     output, rest = process.communicate()
     checkpoint = read_tensors(next(tmp_path.glob("*current.pth")))
-    if len(signals) == 1:
-        assert process.returncode == 128 + signal.SIGTERM
+    assert process.returncode == 128 + signals[-1]
+    if at_once:
+        assert checkpoint["step"] == 4
+    else:
         assert "after step 6, with 1 of 3 epochs done" in rest
         assert checkpoint["step"] == 6
-    else:
-        assert process.returncode == -signal.SIGINT
-        assert checkpoint["step"] == 4
     assert "Traceback" not in output + rest
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from g2g_kernels import packing
-from g2g_kernels.groups import GroupLayout, check_integers, partners
+from g2g_kernels.groups import GroupLayout, as_integers, check_integers, partners, whole_number
 
 
 class AxisTensors(NamedTuple):
@@ -191,11 +191,9 @@ class BlockMask(_Indices):
         block_size: int = 64,
     ) -> None:
         super().__init__()
-        if not isinstance(block_size, int) or isinstance(block_size, bool) or block_size < 1:
-            raise ValueError(f"block_size={block_size!r} must be a whole number of at least 1")
-        self.block_size = block_size
-        self.rows = UnitAxis(out_layout, block_size)
-        self.cols = UnitAxis(in_layout, block_size)
+        self.block_size = whole_number("block_size", block_size)
+        self.rows = UnitAxis(out_layout, self.block_size)
+        self.cols = UnitAxis(in_layout, self.block_size)
         self.changes = 0
         self._set_units(unit_row, unit_col)
 
@@ -602,8 +600,7 @@ class BlockMask(_Indices):
                 "that version and pass BlockMask.from_dense(weight != 0), units of single weights, to "
                 "G2GLinear.from_linear"
             )
-        for name in cls.STATE:
-            check_integers(name, state[name])
+        state = {name: as_integers(name, state[name]) for name in cls.STATE}
         saved = (state["out_group_of"].numel(), state["in_group_of"].numel())
         if shape is not None and saved != shape:
             raise ValueError(f"the saved mask is {saved}, this layer is {shape}")

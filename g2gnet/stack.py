@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from g2g_kernels import Activity, SpikingLayer, g2g_stack
+from g2g_kernels.groups import as_integers, whole_number
 from g2gnet.layers import G2GLinear
 from g2gnet.neurons import NeuronState, SpikingNeurons
 
@@ -45,8 +46,6 @@ class SpikingStack(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        if T < 1:
-            raise ValueError(f"T={T} must be at least 1 time step")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout={dropout} must be at least 0 and below 1")
         if not layers:
@@ -56,7 +55,7 @@ class SpikingStack(nn.Module):
                 raise ValueError(
                     f"fc{number} has {lower.out_features} outputs, but fc{number + 1} {upper.in_features} inputs"
                 )
-        self.T = T
+        self.T = whole_number("T", T)
         self.backend = backend
         self.dropout = dropout
         self.depth = len(layers)
@@ -183,7 +182,11 @@ class SpikingStack(nn.Module):
         key = prefix + "T"
         if key in unexpected_keys:
             unexpected_keys.remove(key)
-        saved = int(state_dict.get(key, self.T))
+        try:
+            saved = int(as_integers(key, torch.as_tensor(state_dict.get(key, self.T))))
+        except ValueError as error:
+            error_msgs.append(str(error))
+            return
         if saved != self.T:
             error_msgs.append(
                 f"{key}: saved by a network with {saved} time steps, this one has {self.T}; load it into one with "

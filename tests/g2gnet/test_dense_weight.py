@@ -96,6 +96,28 @@ def test_what_comes_of_the_weight_is_an_ordinary_tensor():
     assert torch.equal(loaded, sparse.weight)
 
 
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda weight: weight.to_sparse(),
+        lambda weight: weight.to_sparse_csr(),
+        lambda weight: weight.to_sparse_csc(),
+        lambda weight: weight.to_sparse_bsr((4, 5)),
+        lambda weight: weight.to_mkldnn(),
+        lambda weight: weight.detach().to_sparse_csr(),
+        lambda weight: weight.sparse_mask((weight.detach() != 0).float().to_sparse()),
+    ],
+    ids=["coo", "csr", "csc", "bsr", "mkldnn", "detached", "masked"],
+)
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+def test_the_weight_in_another_layout_is_an_ordinary_tensor(convert):
+    weight = layer().weight
+    converted = convert(weight.detach())
+    assert type(converted) is torch.Tensor
+    assert converted.layout != torch.strided
+    assert torch.equal(converted.to_dense(), weight)
+
+
 def test_the_weight_can_be_compiled_and_batched():
     sparse = layer()
     compiled = torch.compile(lambda x: F.linear(x, sparse.weight), backend="aot_eager", fullgraph=True)

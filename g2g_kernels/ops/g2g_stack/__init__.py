@@ -57,7 +57,7 @@ def g2g_stack(
         BackendError: if the forced backend cannot serve the call.
         NotImplementedError: for a second derivative, or one in forward mode.
     """
-    check_steps(steps)
+    steps = check_steps(steps)
     check_tensor("x", x)
     if not layers:
         raise ValueError("layers is empty; give at least one SpikingLayer")

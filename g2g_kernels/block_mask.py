@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import nn
 
-from g2g_kernels import packing
+from g2g_kernels import graph, packing
 from g2g_kernels.groups import GroupLayout, as_integers, check_integers, partners, whole_number
 
 
@@ -552,6 +552,14 @@ class BlockMask(_Indices):
     def _view(self) -> "_View":
         return _View(self.unit_row, self.unit_col, self.rows._side, self.cols._side)
 
+    # --- other libraries' graphs ----------------------------------------------------------------------------------
+
+    edges = graph.edges
+    to_scipy = graph.to_scipy
+    to_networkx = graph.to_networkx
+    to_csr = graph.to_csr
+    to_bsr = graph.to_bsr
+
     # --- pictures -----------------------------------------------------------------------------------------------
 
     def to_string(self, max_cells: int = 64) -> str:
@@ -569,6 +577,12 @@ class BlockMask(_Indices):
             return "░" if present == 0 else "█" if present == 1 else "▒" if present <= 0.5 else "▓"
 
         return "\n".join("".join(map(character, line)) for line in grid[0, 0].tolist())
+
+    def _repr_html_(self) -> str:
+        return graph.to_html(self)
+
+    def _repr_png_(self) -> bytes:
+        return graph.to_png(self)
 
     def __repr__(self) -> str:
         kinds = self.rows.layout.kind

@@ -104,7 +104,7 @@ def partners(out_groups: int, in_groups: int) -> torch.Tensor:
 
 
 def whole_number(name: str, value: Any) -> int:
-    """The int ``value``, of Python's or NumPy's integers, or a tensor of one. Raises ValueError unless it is above 0."""
+    """The int ``value``, of Python's or NumPy's integers, or a tensor. Raises ValueError unless it is at least 1."""
     if isinstance(value, torch.SymInt):
         return value  # type: ignore[return-value]  # of a graph with dynamic shapes, which stands for an int
     try:

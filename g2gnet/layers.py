@@ -213,6 +213,9 @@ class G2GLinear(nn.Module):
             self._own = weakref.ref(self.values)
             _OWNERS[id(self.values)] = self
 
+    def _repr_html_(self) -> str:
+        return self.mask._repr_html_()
+
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 

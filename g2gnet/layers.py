@@ -128,6 +128,19 @@ class G2GLinear(nn.Module):
             layer.bias.requires_grad_(linear.bias.requires_grad)
         return layer
 
+    def to_linear(self) -> nn.Linear:
+        """A new ``nn.Linear`` with this layer's dense weight and bias, for tools that know only that class."""
+        # without initial values, which would change the global generator
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, "meta", self.values.dtype)
+        linear.to_empty(device=self.values.device).train(self.training)
+        for ours, theirs in ((self.dense_weight(), linear.weight), (self.bias, linear.bias)):
+            if ours is not None:
+                theirs.data.copy_(ours.detach())
+        linear.weight.requires_grad_(self.values.requires_grad)
+        if self.bias is not None:
+            linear.bias.requires_grad_(self.bias.requires_grad)
+        return linear
+
     @property
     def in_features(self) -> int:
         return self.mask.shape[1]

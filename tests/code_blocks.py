@@ -15,7 +15,7 @@ BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```$)?", flags=r
 HEADING = re.compile(r"^## (.*)$", flags=re.MULTILINE)
 
 #: sections of docs/other-libraries.md that need the extra ``clients``: tests/clients runs these, and nothing else does
-CLIENTS = ("Lightning", "Hugging Face Trainer", "accelerate", "skorch and scikit-learn", "Optuna", "ONNX")
+CLIENTS = ("Lightning", "Hugging Face Trainer", "accelerate", "skorch and scikit-learn", "Optuna", "ONNX", "NeuroBench")
 
 
 def run_blocks(

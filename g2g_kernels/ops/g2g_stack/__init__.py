@@ -17,9 +17,10 @@ from g2g_kernels.ops.g2g_linear import g2g_linear
 from g2g_kernels.ops.g2g_stack import cpu, reference
 from g2g_kernels.ops.g2g_stack.activity import Activity, Spikes
 from g2g_kernels.ops.g2g_stack.layer import SpikingLayer
+from g2g_kernels.ops.g2g_stack.synapses import Synapses, SynapticOperations
 from g2g_kernels.ops.neurons import check_neurons, check_steps, neurons
 
-__all__ = ["Activity", "Spikes", "SpikingLayer", "g2g_stack"]
+__all__ = ["Activity", "Spikes", "SpikingLayer", "Synapses", "SynapticOperations", "g2g_stack"]
 
 
 def _triton() -> ModuleType:
@@ -81,8 +82,10 @@ def g2g_stack(
     refuse_forward_mode(x, *(tensor for layer in checked for tensor in layer.tensors()))
     if spikes:
         linear, population = partial(g2g_linear, backend=backend), partial(neurons, backend=backend)
-        return reference.activity_of(reference.in_turn(x, checked, steps, linear, population), differentiable=True)
-    return operator(x, checked, steps, backend=backend)
+        activity = reference.activity_of(reference.in_turn(x, checked, steps, linear, population), differentiable=True)
+    else:
+        activity = operator(x, checked, steps, backend=backend)
+    return activity if torch.compiler.is_compiling() else activity._replace(synapses=Synapses(x, steps, checked))
 
 
 def _check_dropped(suffix: str, dropped: torch.Tensor, shape: tuple[int, int]) -> None:

@@ -55,9 +55,9 @@ def edges(mask: "BlockMask", values: torch.Tensor | None = None) -> Edges:
     """The list of edges, on the CPU; with the packed ``values`` also their weights, in float32 or float64."""
     entries = _entries(mask)
     source, target = entries.col.cpu(), entries.row.cpu()
-    groups = mask.cols.layout.group_of[source], mask.rows.layout.group_of[target]
+    source_group, target_group = mask.cols.layout.group_of[source], mask.rows.layout.group_of[target]
     weight = None if values is None else _weights(mask, values, entries).numpy()
-    return Edges(source.numpy(), target.numpy(), *(group.numpy() for group in groups), weight)
+    return Edges(source.numpy(), target.numpy(), source_group.numpy(), target_group.numpy(), weight)
 
 
 def to_scipy(mask: "BlockMask", values: torch.Tensor | None = None) -> Any:

@@ -405,12 +405,12 @@ class Trainer:
         sums = torch.zeros(1 + 2 * len(connections), dtype=torch.int64, device=self.device)
         for batch in run_images(self.net, self.settings, self.epoch, self.data, part, world=self.world):
             sums[0] += (batch.activity.counts.argmax(1) == batch.labels).sum()
-            operations = [count for layer in batch.activity.synaptic_operations() for count in layer[:2]]
-            sums[1:] += torch.tensor(operations, device=self.device)
+            counted = [count for layer in batch.activity.synaptic_operations() for count in layer[:2]]
+            sums[1:] += torch.tensor(counted, device=self.device)
         count = len(getattr(self.data, f"{part}_labels"))
         accuracy, *operations = (total / count for total in self.world.sum_(sums).tolist())
-        kinds = (dict(zip(connections, operations[kind::2], strict=True)) for kind in range(2))
-        return Evaluation(accuracy, *kinds)
+        accumulates, multiplies = (dict(zip(connections, operations[kind::2], strict=True)) for kind in range(2))
+        return Evaluation(accuracy, accumulates, multiplies)
 
     def _units(self) -> dict[str, torch.Tensor]:
         """The existing units of each connection: bool [block rows, block columns]."""

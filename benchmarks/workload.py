@@ -273,7 +273,7 @@ def _train(workload: Workload, data: ImageData, note: str, on_step: Callable[[in
         # the last images: the trainer used the first
         "images": as_samples(data.train_images[-workload.batch_size :]),
         "labels": data.train_labels[-workload.batch_size :].clone(),
-        "test_accuracy": trainer.evaluate(),
+        "test_accuracy": trainer.evaluate().accuracy,
         "note": note,
     }
     path = workload.path

@@ -12,8 +12,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import nn
 
-from g2g_kernels import packing
-from g2g_kernels.groups import GroupLayout, check_integers, partners
+from g2g_kernels import graph, packing
+from g2g_kernels.groups import GroupLayout, as_integers, check_integers, partners, whole_number
 from g2g_kernels.tracing import is_traced, on_cpu
 
 
@@ -194,11 +194,9 @@ class BlockMask(_Indices):
         block_size: int = 64,
     ) -> None:
         super().__init__()
-        if not isinstance(block_size, int) or isinstance(block_size, bool) or block_size < 1:
-            raise ValueError(f"block_size={block_size!r} must be a whole number of at least 1")
-        self.block_size = block_size
-        self.rows = UnitAxis(out_layout, block_size)
-        self.cols = UnitAxis(in_layout, block_size)
+        self.block_size = whole_number("block_size", block_size)
+        self.rows = UnitAxis(out_layout, self.block_size)
+        self.cols = UnitAxis(in_layout, self.block_size)
         self.changes = 0
         self._set_units(unit_row, unit_col)
 
@@ -560,6 +558,14 @@ class BlockMask(_Indices):
     def _view(self) -> "_View":
         return _View(self.unit_row, self.unit_col, self.rows._side, self.cols._side)
 
+    # --- other libraries' graphs ----------------------------------------------------------------------------------
+
+    edges = graph.edges
+    to_scipy = graph.to_scipy
+    to_networkx = graph.to_networkx
+    to_csr = graph.to_csr
+    to_bsr = graph.to_bsr
+
     # --- pictures -----------------------------------------------------------------------------------------------
 
     def to_string(self, max_cells: int = 64) -> str:
@@ -577,6 +583,12 @@ class BlockMask(_Indices):
             return "░" if present == 0 else "█" if present == 1 else "▒" if present <= 0.5 else "▓"
 
         return "\n".join("".join(map(character, line)) for line in grid[0, 0].tolist())
+
+    def _repr_html_(self) -> str:
+        return graph.to_html(self)
+
+    def _repr_png_(self) -> bytes:
+        return graph.to_png(self)
 
     def __repr__(self) -> str:
         kinds = self.rows.layout.kind
@@ -610,8 +622,7 @@ class BlockMask(_Indices):
                 "that version and pass BlockMask.from_dense(weight != 0), units of single weights, to "
                 "G2GLinear.from_linear"
             )
-        for name in cls.STATE:
-            check_integers(name, state[name])
+        state = {name: as_integers(name, state[name]) for name in cls.STATE}
         saved = (state["out_group_of"].numel(), state["in_group_of"].numel())
         if shape is not None and saved != shape:
             raise ValueError(f"the saved mask is {saved}, this layer is {shape}")

@@ -42,4 +42,6 @@ class DerivedWeight(torch.Tensor):
 
 
 def _same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if one.layout != torch.strided or one.is_nested:  # sparse and mkldnn tensors have no such memory
+        return False
     return one.untyped_storage()._cdata == other.untyped_storage()._cdata

@@ -131,6 +131,19 @@ class G2GLinear(nn.Module):
             layer.bias.requires_grad_(linear.bias.requires_grad)
         return layer
 
+    def to_linear(self) -> nn.Linear:
+        """A new ``nn.Linear`` with this layer's dense weight and bias, for tools that know only that class."""
+        # without initial values, which would change the global generator
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, "meta", self.values.dtype)
+        linear.to_empty(device=self.values.device).train(self.training)
+        for ours, theirs in ((self.dense_weight(), linear.weight), (self.bias, linear.bias)):
+            if ours is not None:
+                theirs.data.copy_(ours.detach())
+        linear.weight.requires_grad_(self.values.requires_grad)
+        if self.bias is not None:
+            linear.bias.requires_grad_(self.bias.requires_grad)
+        return linear
+
     @property
     def in_features(self) -> int:
         return self.mask.shape[1]
@@ -217,6 +230,9 @@ class G2GLinear(nn.Module):
         if self.has_plain_values:
             self._own = weakref.ref(self.values)
             _OWNERS[id(self.values)] = self
+
+    def _repr_html_(self) -> str:
+        return self.mask._repr_html_()
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

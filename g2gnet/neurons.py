@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from g2g_kernels import Neurons, neurons, neurons_step
+from g2g_kernels.groups import whole_number
 from g2g_kernels.ops.neurons import MODELS
 from g2g_kernels.ops.neurons.models import NeuronModel
 from g2g_kernels.tracing import symbolic_call
@@ -49,7 +50,9 @@ class SpikingNeurons(nn.Module):
         self.surrogate = surrogate
         self.alpha = alpha
         self.backend = backend
-        shape = (1,) if neurons is None else (neurons,)  # FSDP2 shards no parameter without dimensions
+        shape = (
+            (1,) if neurons is None else (whole_number("neurons", neurons),)
+        )  # FSDP2 shards no parameter without dimensions
         for name in self.model.parameters:
             tensor = torch.full(shape, float(parameters.pop(name, self.initial[name])))
             if parameters.pop(f"learn_{name}", True):

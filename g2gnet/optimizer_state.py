@@ -214,7 +214,9 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
         if id(each) in seen or isinstance(each, (str, bytes, type)) or hasattr(each, "__get__"):
             continue  # functions and classes hold no state
         seen.add(id(each))
-        if isinstance(each, torch.Tensor):
+        if hasattr(each, "__tensor_flatten__"):  # a tensor made of others, which may not know how to copy itself
+            pending += [getattr(each, name) for name in each.__tensor_flatten__()[0]]
+        elif isinstance(each, torch.Tensor):
             yield each
         elif isinstance(each, np.ndarray):
             if each.dtype.kind in "biuf":

@@ -18,7 +18,7 @@ def stream(seed: int, purpose: str, *counters: int, device: torch.device | str =
     """A generator for one purpose (see :data:`STREAMS`) at one count, such as the epoch or the step."""
     entropy = np.random.SeedSequence([seed, STREAMS.index(purpose), *counters])
     generator = torch.Generator(device=device)
-    return generator.manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
+    return generator.manual_seed(int(entropy.generate_state(1, np.uint64)[0]) >> 1)
 
 
 def draw_device(device: torch.device) -> torch.device:

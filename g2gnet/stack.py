@@ -13,8 +13,10 @@ from torch.nn.modules import module as every_module
 from torch.utils.hooks import RemovableHandle
 
 from g2g_kernels import Activity, SpikingLayer, g2g_stack
+from g2g_kernels.groups import as_integers, whole_number
 from g2g_kernels.ops.g2g_stack import activity_of, check_dropped, silenced
 from g2g_kernels.tracing import is_traced, is_transformed, symbolic_call
+from g2gnet import graphs
 from g2gnet.layers import G2GLinear
 from g2gnet.neurons import NeuronState, SpikingNeurons
 
@@ -76,8 +78,6 @@ class SpikingStack(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        if T < 1:
-            raise ValueError(f"T={T} must be at least 1 time step")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout={dropout} must be at least 0 and below 1")
         if not layers:
@@ -87,7 +87,7 @@ class SpikingStack(nn.Module):
                 raise ValueError(
                     f"fc{number} has {lower.out_features} outputs, but fc{number + 1} {upper.in_features} inputs"
                 )
-        self.T = T
+        self.T = whole_number("T", T)
         self.backend = backend
         self.dropout = dropout
         self.depth = len(layers)
@@ -252,6 +252,13 @@ class SpikingStack(nn.Module):
             return node
         return self.simulate(x).counts
 
+    def to_networkx(self) -> Any:
+        """The whole network as a ``networkx.DiGraph`` (:func:`g2gnet.graphs.to_networkx`)."""
+        return graphs.to_networkx(self.layers())
+
+    def _repr_html_(self) -> str:
+        return graphs.to_html(self.layers())
+
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "T"] = torch.tensor(self.T)
@@ -266,7 +273,11 @@ class SpikingStack(nn.Module):
         key = prefix + "T"
         if key in unexpected_keys:
             unexpected_keys.remove(key)
-        saved = int(state_dict.get(key, self.T))
+        try:
+            saved = int(as_integers(key, torch.as_tensor(state_dict.get(key, self.T))))
+        except ValueError as error:
+            error_msgs.append(str(error))
+            return
         if saved != self.T:
             error_msgs.append(
                 f"{key}: saved by a network with {saved} time steps, this one has {self.T}; load it into one with "

@@ -29,6 +29,20 @@ if not (ROOT / ".git").exists():
     pytest.skip("packages are built from the repository", allow_module_level=True)
 
 
+def test_every_dependency_names_the_oldest_version_that_is_tested():
+    """tests/oldest.sh installs these."""
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11 has it")
+    from oldest import oldest
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = ("interop", "plots", "tensorboard")
+    listed = [*project["dependencies"], *(name for extra in extras for name in project["optional-dependencies"][extra])]
+    bounds = dict(name.split(">=") for name in listed)
+    pinned = dict(line.split("==") for line in oldest(list(extras)))
+    assert pinned == bounds
+    assert {"numpy", "scikit-learn", "scipy", "torch", "torchvision", "tqdm"} <= set(pinned)
+
+
 def run(*command, **options):
     """Standard output of a program that knows nothing of the paths and settings of this one."""
     foreign = ("PYTHONPATH", "PYTHONHOME", "TRITON_INTERPRET", "G2G_BACKEND")

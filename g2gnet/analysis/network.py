@@ -53,6 +53,8 @@ class LayerAnalysis:
         density: [G, G of the inputs], output by input group (:func:`group_density`).
         cross_group_share: [G], share of the inputs from other groups (:func:`cross_group_share`).
         input_entropy, weight_entropy: [G], by connections and by weight (:func:`input_group_entropy`).
+        accumulates, multiplies, dense_operations: synaptic operations of the connection per sample
+            (:class:`~g2g_kernels.ops.g2g_stack.SynapticOperations`).
     """
 
     name: str
@@ -68,6 +70,9 @@ class LayerAnalysis:
     cross_group_share: torch.Tensor
     input_entropy: torch.Tensor
     weight_entropy: torch.Tensor
+    accumulates: float
+    multiplies: float
+    dense_operations: float
 
     @property
     def firing_rate(self) -> float:
@@ -124,6 +129,9 @@ class LayerAnalysis:
             "density": self.density,
             "input_entropy": self.input_entropy,
             "weight_entropy": self.weight_entropy,
+            "accumulates": self.accumulates,
+            "multiplies": self.multiplies,
+            "dense_operations": self.dense_operations,
         }
         return {name: _plain(value) for name, value in values.items()}
 
@@ -148,6 +156,11 @@ class NetworkAnalysis:
         """Spikes per neuron and step over all layers, 0 to 1."""
         return float(torch.cat([layer.neuron_rates for layer in self.layers]).mean())
 
+    @property
+    def synaptic_operations(self) -> float:
+        """Additions and multiplications per sample, over all layers."""
+        return sum(layer.accumulates + layer.multiplies for layer in self.layers)
+
     def as_dict(self) -> dict[str, Any]:
         """Numbers, lists and strings only, None where a quantity is not defined."""
         return {
@@ -155,6 +168,7 @@ class NetworkAnalysis:
             "steps": self.steps,
             "accuracy": self.accuracy,
             "firing_rate": self.firing_rate,
+            "synaptic_operations": self.synaptic_operations,
             "layers": {layer.name: layer.as_dict() for layer in self.layers},
         }
 
@@ -170,15 +184,18 @@ def analyze_network(net: G2GNet, batches: Iterable[Batch], num_classes: int) -> 
     outputs: list[list[SpikeSums]] = [[] for _ in connections]
     inputs: list[list[SpikeSums]] = [[] for _ in connections]
     correct = 0
+    operations = torch.zeros(len(connections), 3, dtype=torch.float64)
     for received, activity, labels in batches:
         pre = received if received.dim() == 3 else None
         correct += int((activity.counts.argmax(1) == labels).sum())
+        operations += torch.tensor(activity.synaptic_operations())
         for number, connection in enumerate(connections):
             if pre is not None:
                 inputs[number].append(SpikeSums.of(pre, labels, num_classes, connection.mask.cols.layout))
             pre = activity.spikes[number].dense()
             outputs[number].append(SpikeSums.of(pre, labels, num_classes, connection.mask.rows.layout))
 
+    per_sample = (operations / sum(len(sums.labels) for sums in outputs[0])).tolist()
     layers = []
     for number, connection in enumerate(connections):
         sums = SpikeSums.join(outputs[number])
@@ -199,6 +216,9 @@ def analyze_network(net: G2GNet, batches: Iterable[Batch], num_classes: int) -> 
                 cross_group_share=cross_group_share(connection.mask),
                 input_entropy=input_group_entropy(connection.mask),
                 weight_entropy=input_group_entropy(connection.mask, connection.values),
+                accumulates=per_sample[number][0],
+                multiplies=per_sample[number][1],
+                dense_operations=per_sample[number][2],
             )
         )
     samples = len(sums.labels)

@@ -27,10 +27,11 @@ class Table(NamedTuple):
 
 
 def headline(analysis: NetworkAnalysis) -> str:
-    """What was analysed, and the two main numbers of the network."""
+    """What was analysed, and the three main numbers of the network."""
     return (
         f"{analysis.samples} test images, {analysis.steps} steps: accuracy {analysis.accuracy:.4f}, "
-        f"firing rate {analysis.firing_rate:.3g} spikes per neuron and step"
+        f"firing rate {analysis.firing_rate:.3g} spikes per neuron and step, "
+        f"{round(analysis.synaptic_operations):,} synaptic operations per image"
     )
 
 
@@ -62,6 +63,11 @@ def layers_table(analysis: NetworkAnalysis) -> Table:
         "groups": [str(len(layer.group_sizes)) for layer in layers],
         "firing rate (spikes per neuron and step)": [number(layer.firing_rate) for layer in layers],
         "neurons that never fired": [percent(layer.silent) for layer in layers],
+        "synaptic operations per image: additions": [f"{round(layer.accumulates):,}" for layer in layers],
+        "synaptic operations per image: multiplications": [f"{round(layer.multiplies):,}" for layer in layers],
+        "of those of a dense layer whose inputs are never zero": [
+            percent((layer.accumulates + layer.multiplies) / layer.dense_operations) for layer in layers
+        ],
         "temporal synchrony within groups": [_mean(layer.synchrony) for layer in layers],
         **{
             f"correlation of spike counts within groups, {part}": [

@@ -69,7 +69,7 @@ _READ = {
     "IF": ("lif", {}),
 }
 #: the first version with a reset value of neurons
-_LEAST_NIR = (1, 0, 6)
+_LEAST_NIR = (1, 0, 7)
 #: the time step of snnTorch's and most other NIR converters, in seconds
 DEFAULT_DT = 1e-4
 
@@ -83,7 +83,7 @@ def to_nir(stack: SpikingStack, dt: float = DEFAULT_DT) -> Any:
 
     Raises:
         ValueError: for anything that NIR cannot express.
-        ImportError: if the package ``nir``, 1.0.6 or newer, is not installed.
+        ImportError: if the package ``nir``, 1.0.7 or newer, is not installed.
     """
     nir = optional_package("nir", _LEAST_NIR)
     for _, neurons in stack.layers():
@@ -128,7 +128,7 @@ def from_nir(
 
     Raises:
         ValueError: for a graph of another form, or neurons that the stack does not have.
-        ImportError: if the package ``nir``, 1.0.6 or newer, is not installed.
+        ImportError: if the package ``nir``, 1.0.7 or newer, is not installed.
     """
     nir = optional_package("nir", _LEAST_NIR)
     if not dt > 0:

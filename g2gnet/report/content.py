@@ -175,6 +175,7 @@ def _results(each: Inspected) -> dict[str, str]:
         "weights": f"{weights:,}",
         "density": f"{weights / possible:.1%}".replace("%", " %"),
         "firing rate": f"{each.analysis.firing_rate:.3f}",
+        "synaptic operations per image": f"{round(each.analysis.synaptic_operations):,}",
         "seconds": f"{sum(record['seconds'] for record in history):.0f}",
     }
 

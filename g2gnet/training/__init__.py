@@ -7,11 +7,12 @@ from g2gnet.training.run import EpochCallback, run_epochs, run_training
 from g2gnet.training.run_files import CheckpointError
 from g2gnet.training.saved_run import SavedRun, read_run
 from g2gnet.training.settings import Settings, SettingsError, TrainSettings
-from g2gnet.training.trainer import Trainer
+from g2gnet.training.trainer import Evaluation, Trainer
 
 __all__ = [
     "CheckpointError",
     "EpochCallback",
+    "Evaluation",
     "Interrupted",
     "Machine",
     "SavedRun",

@@ -74,6 +74,20 @@ class _Simulation(nn.Module):
         return self._simulate(inputs, dropped)
 
 
+class Evaluation(NamedTuple):
+    """The results on images that are not trained on.
+
+    Attributes:
+        accuracy: the share of the images that are classified correctly.
+        accumulates, multiplies: synaptic operations of each connection per image
+            (:class:`~g2g_kernels.ops.g2g_stack.SynapticOperations`).
+    """
+
+    accuracy: float
+    accumulates: dict[str, float]
+    multiplies: dict[str, float]
+
+
 @dataclasses.dataclass
 class EpochProgress:
     """The sums over the steps of an unfinished epoch; saved with it, so its record covers all its steps."""
@@ -265,17 +279,21 @@ class Trainer:
             neurons = {f"lif{i}": lif for i, (_, lif) in enumerate(self.net.layers(), 1)}
             self._layers.check(self.epoch, firing_rate, silent, neurons)
         connections = self._connections()
+        test = self.evaluate("test")
         return {
             "epoch": self.epoch,
             "train_loss": train_loss,
             "train_acc": progress.correct.item() / count,
-            **({"val_acc": self.evaluate("val")} if self.data.val_images is not None else {}),
-            "test_acc": self.evaluate("test"),
+            **({"val_acc": self.evaluate("val").accuracy} if self.data.val_images is not None else {}),
+            "test_acc": test.accuracy,
             "seconds": round(seconds, 3),
             "samples_per_s": round(count / seconds, 1),
             "firing_rate": firing_rate,
             # the share of the neurons that fired for no image of this epoch
             "silent": silent,
+            # operations of the weights that spikes and inputs caused, per test image
+            "accumulates": test.accumulates,
+            "multiplies": test.multiplies,
             "density": {name: layer.mask.density for name, layer in connections.items()},
             "units": {name: layer.mask.num_units for name, layer in connections.items()},
             "units_pruned": self.dst.pruned if self.dst else 0,
@@ -383,12 +401,19 @@ class Trainer:
         """The network's activity on the first ``count`` (None: all) of the ``"test"`` or ``"val"`` images."""
         return run_images(self.net, self.settings, self.epoch, self.data, part, count)
 
-    def evaluate(self, part: str = "test") -> float:
-        """The share of the ``"test"`` or ``"val"`` images that are classified correctly."""
-        correct = torch.zeros((), dtype=torch.int64, device=self.device)
+    def evaluate(self, part: str = "test") -> Evaluation:
+        """The results on the ``"test"`` or ``"val"`` images."""
+        connections = self._connections()
+        # correct images; then additions and multiplications of each connection
+        sums = torch.zeros(1 + 2 * len(connections), dtype=torch.int64, device=self.device)
         for batch in run_images(self.net, self.settings, self.epoch, self.data, part, world=self.world):
-            correct += (batch.activity.counts.argmax(1) == batch.labels).sum()
-        return self.world.sum_(correct).item() / len(getattr(self.data, f"{part}_labels"))
+            sums[0] += (batch.activity.counts.argmax(1) == batch.labels).sum()
+            counted = [count for layer in batch.activity.synaptic_operations() for count in layer[:2]]
+            sums[1:] += torch.tensor(counted, device=self.device)
+        count = len(getattr(self.data, f"{part}_labels"))
+        accuracy, *operations = (total / count for total in self.world.sum_(sums).tolist())
+        accumulates, multiplies = (dict(zip(connections, operations[kind::2], strict=True)) for kind in range(2))
+        return Evaluation(accuracy, accumulates, multiplies)
 
     def _units(self) -> dict[str, torch.Tensor]:
         """The existing units of each connection: bool [block rows, block columns]."""

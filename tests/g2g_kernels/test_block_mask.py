@@ -670,6 +670,30 @@ def test_corrupted_state_is_refused_and_leaves_the_mask_alone(changes, message):
     assert mask.block_size == 3
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_state_averaged_with_equal_ones_is_the_same_mask(dtype):
+    """Averages of checkpoints sum and divide every entry, so integers become floats."""
+    state = corrupted()
+    averaged = {name: (tensor.to(dtype) + tensor) / 2 for name, tensor in state.items()}
+    layer = nn.ModuleDict({"mask": MASK_CASES["ten outputs"].mask(seed=5)})
+    layer.load_state_dict(averaged)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in layer.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t + 0.5, "unit_col holds numbers that are not whole, as an average of networks with different wir"),
+        (lambda t: t * math.nan, "unit_col holds numbers that are not whole"),
+        (lambda t: t.bfloat16() + 300, r"unit_col holds integers that torch.bfloat16 has rounded"),
+    ],
+)
+def test_an_average_that_is_no_mask_is_refused(change, message):
+    layer = nn.ModuleDict({"mask": MASK_CASES["ten outputs"].mask(seed=5)})
+    with pytest.raises(RuntimeError, match=message):
+        layer.load_state_dict(corrupted(unit_col=change))
+
+
 def test_a_mask_whose_groups_end_in_short_units_is_refused_by_name():
     state = corrupted()
     del state["mask.row_bounds"], state["mask.col_bounds"]

@@ -1,12 +1,13 @@
 """GroupLayout: who belongs to which group."""
 
+import numpy as np
 import pytest
 import torch
 from helpers import seeded
 from hypothesis import given
 from hypothesis import strategies as st
 
-from g2g_kernels import GroupLayout
+from g2g_kernels import BlockMask, GroupLayout
 
 
 def test_ten_neurons_in_eight_groups():
@@ -106,6 +107,24 @@ def test_repr_names_size_groups_and_kind():
 def test_impossible_layouts_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         GroupLayout(**arguments)
+
+
+@pytest.mark.parametrize("whole", [np.int64, np.uint8, torch.tensor])
+def test_sizes_may_be_integers_of_numpy_or_tensors(whole):
+    """``labels.max() + 1`` is one."""
+    layout = GroupLayout(whole(10), whole(5))
+    assert (type(layout.size), type(layout.num_groups)) == (int, int)
+    assert torch.equal(layout.group_of, GroupLayout(10, 5).group_of)
+    mask = BlockMask.full(layout, layout, whole(2))
+    assert type(mask.block_size) is int
+
+
+@pytest.mark.parametrize(
+    "value", [True, np.True_, torch.tensor(True), np.float64(2), torch.tensor(2.0), torch.tensor([2, 3]), "2", None]
+)
+def test_what_is_no_whole_number_is_no_size(value):
+    with pytest.raises(ValueError, match=r"size=.* must be a whole number of at least 1"):
+        GroupLayout(value)
 
 
 @pytest.mark.parametrize(

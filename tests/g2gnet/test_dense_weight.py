@@ -96,6 +96,45 @@ def test_what_comes_of_the_weight_is_an_ordinary_tensor():
     assert torch.equal(loaded, sparse.weight)
 
 
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda weight: weight.to_sparse(),
+        lambda weight: weight.to_sparse_csr(),
+        lambda weight: weight.to_sparse_csc(),
+        lambda weight: weight.to_sparse_bsr((4, 5)),
+        lambda weight: weight.to_mkldnn(),
+        lambda weight: weight.detach().to_sparse_csr(),
+        lambda weight: weight.sparse_mask((weight.detach() != 0).float().to_sparse()),
+    ],
+    ids=["coo", "csr", "csc", "bsr", "mkldnn", "detached", "masked"],
+)
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+def test_the_weight_in_another_layout_is_an_ordinary_tensor(convert):
+    weight = layer().weight
+    converted = convert(weight.detach())
+    assert type(converted) is torch.Tensor
+    assert converted.layout != torch.strided
+    assert torch.equal(converted.to_dense(), weight)
+
+
+def test_a_layer_as_a_linear_one_computes_the_same_and_shares_nothing():
+    sparse = layer().double().eval()
+    sparse.bias.requires_grad_(False)
+    draws = torch.get_rng_state()
+    linear = sparse.to_linear()
+    assert torch.equal(torch.get_rng_state(), draws)
+    assert type(linear) is nn.Linear
+    torch.testing.assert_close(linear(X.double()), sparse(X.double()))
+    assert (linear.weight.requires_grad, linear.bias.requires_grad, linear.training) == (True, False, False)
+    before = sparse.dense_weight().clone()
+    linear.weight.data.zero_()
+    assert torch.equal(sparse.dense_weight(), before)
+    again = G2GLinear.from_linear(layer().to_linear(), layer().mask)
+    assert torch.equal(again.values[again.mask.valid()], layer().values[layer().mask.valid()])
+    assert G2GLinear(layer().mask, bias=False).to_linear().bias is None
+
+
 def test_the_weight_can_be_compiled_and_batched():
     sparse = layer()
     compiled = torch.compile(lambda x: F.linear(x, sparse.weight), backend="aot_eager", fullgraph=True)

@@ -1,12 +1,13 @@
 """G2GNet: its graph, its input forms, and equality with the same network in snnTorch."""
 
+import numpy as np
 import pytest
 import snntorch
 import torch
 from helpers import seeded
 from snntorch import surrogate
 
-from g2g_kernels import BackendError, g2g_stack
+from g2g_kernels import BackendError, g2g_stack, lif
 from g2gnet import G2GNet, SpikingStack, Synaptic, stack
 from g2gnet.network import MODELS
 
@@ -197,7 +198,7 @@ def test_a_state_dict_carries_masks_and_groups():
     ("options", "message"),
     [
         ({"model": "ring"}, "model='ring' is unknown; choose one of dense, index, random, mixer"),
-        ({"T": 0}, "T=0 must be at least 1"),
+        ({"T": 0}, "T=0 must be a whole number of at least 1"),
         ({"neuron": "if"}, "neuron='if' is unknown; choose one of lif, synaptic"),
         ({"init_gain": 0.0}, "init_gain=0.0 must be above 0 and finite"),
         ({"enc": "latency"}, "enc='latency' is unknown"),
@@ -251,6 +252,40 @@ def test_a_state_of_another_number_of_time_steps_is_refused_by_name():
     nested = torch.nn.Sequential(small_net(seed=1, T=12))
     nested.load_state_dict(torch.nn.Sequential(net).state_dict())
     assert torch.equal(nested[0].fc1.values, net.fc1.values)
+
+
+@pytest.mark.parametrize("whole", [np.int64, torch.tensor])
+def test_sizes_and_time_steps_may_be_integers_of_numpy_or_tensors(whole):
+    sizes = {"input_dim": 30, "hidden_dim": 40, "num_classes": 3, "block_size": 4, "num_groups": 4, "T": 5}
+    net = G2GNet(**{name: whole(value) for name, value in sizes.items()}, generator=seeded(0))
+    again = G2GNet(**sizes, generator=seeded(0))
+    assert type(net.T) is int
+    x = torch.rand(2, 30, generator=seeded(1))
+    assert torch.equal(net(x), again(x))
+    net.T = whole(7)  # as inference with other lengths does
+    assert torch.equal(net(x), net.simulate(x.expand(7, 2, 30)).counts)
+    assert torch.equal(net.lif1(x[:, :1], whole(4)), net.lif1(x[:, :1].expand(4, 2, 1)))
+    assert torch.equal(lif(x, np.float64(0.9), np.float32(0.5), whole(4)), lif(x, 0.9, 0.5, 4))
+
+
+@pytest.mark.parametrize("steps", [0, -1, 2.5, np.float64(2), True, "3"])
+def test_time_steps_that_are_no_whole_number_are_refused(steps):
+    with pytest.raises(ValueError, match=r"T=.* must be a whole number of at least 1"):
+        G2GNet(30, 40, 3, T=steps)
+
+
+def test_a_state_averaged_with_equal_ones_is_the_same_network():
+    net, again = small_net("mixer"), small_net("mixer")
+    state = net.state_dict()
+    again.load_state_dict({name: sum([tensor] * 3) / 3 for name, tensor in state.items()})
+    for name, tensor in again.state_dict().items():
+        torch.testing.assert_close(tensor, state[name])
+
+
+def test_averaged_time_steps_that_are_not_whole_are_refused():
+    net = small_net()
+    with pytest.raises(RuntimeError, match="T holds numbers that are not whole"):
+        net.load_state_dict({**net.state_dict(), "T": torch.tensor(net.T + 0.5)})
 
 
 @pytest.mark.parametrize("model", ["index", "random", "mixer"])

@@ -18,10 +18,14 @@ from g2g_kernels.ops.g2g_stack import cpu, reference
 from g2g_kernels.ops.g2g_stack.activity import Activity, Spikes
 from g2g_kernels.ops.g2g_stack.layer import SpikingLayer
 from g2g_kernels.ops.g2g_stack.reference import activity_of, silenced
+from g2g_kernels.ops.g2g_stack.synapses import Synapses, SynapticOperations
 from g2g_kernels.ops.neurons import check_neurons, check_steps, neurons
 from g2g_kernels.tracing import is_transformed
 
-__all__ = ["Activity", "Spikes", "SpikingLayer", "activity_of", "check_dropped", "g2g_stack", "silenced"]
+__all__ = [
+    "Activity", "Spikes", "SpikingLayer", "Synapses", "SynapticOperations", "activity_of", "check_dropped", "g2g_stack",
+    "silenced",
+]  # fmt: skip
 
 
 def _triton() -> ModuleType:
@@ -59,7 +63,7 @@ def g2g_stack(
         BackendError: if the forced backend cannot serve the call.
         NotImplementedError: for a second derivative, or one in forward mode.
     """
-    check_steps(steps)
+    steps = check_steps(steps)
     check_tensor("x", x)
     if not layers:
         raise ValueError("layers is empty; give at least one SpikingLayer")
@@ -83,8 +87,10 @@ def g2g_stack(
     refuse_forward_mode(x, *(tensor for layer in checked for tensor in layer.tensors()))
     if spikes or is_transformed():
         linear, population = partial(g2g_linear, backend=backend), partial(neurons, backend=backend)
-        return activity_of(reference.in_turn(x, checked, steps, linear, population), differentiable=spikes)
-    return operator(x, checked, steps, backend=backend)
+        activity = activity_of(reference.in_turn(x, checked, steps, linear, population), differentiable=spikes)
+    else:
+        activity = operator(x, checked, steps, backend=backend)
+    return activity if torch.compiler.is_compiling() else activity._replace(synapses=Synapses(x, steps, checked))
 
 
 def check_dropped(suffix: str, dropped: torch.Tensor, shape: tuple[int, ...]) -> None:

@@ -1,8 +1,10 @@
-"""The activity of a stack of spiking layers: counts, rates, and spikes in a backend's own form."""
+"""The activity of a stack of spiking layers: counts, rates, spikes in a backend's own form, synaptic operations."""
 
 from typing import NamedTuple, Protocol
 
 import torch
+
+from g2g_kernels.ops.g2g_stack.synapses import Synapses, SynapticOperations
 
 
 class Spikes(Protocol):
@@ -32,8 +34,24 @@ class Activity(NamedTuple):
         rates: one [N] per layer, spikes per neuron, step and sample (0 to 1); differentiable.
         spikes: one object per layer, whose ``dense()`` gives the spikes [T, B, N], with a gradient only if the call
             requested ``spikes``.
+        synapses: what :meth:`synaptic_operations` counts; None for a compiled run.
     """
 
     counts: torch.Tensor
     rates: tuple[torch.Tensor, ...]
     spikes: tuple[Spikes, ...]
+    synapses: Synapses | None = None
+
+    def synaptic_operations(self) -> tuple[SynapticOperations, ...]:
+        """The additions and multiplications that spikes (and inputs) caused in each layer, over all steps and samples.
+
+        For one sample, divide by the size of the batch. Waits for the device.
+
+        Raises:
+            RuntimeError: if inputs, weights or masks have changed since the run, or if the run was compiled.
+        """
+        if self.synapses is None:
+            raise RuntimeError(
+                "a compiled run does not keep what its synaptic operations are counted from; run it uncompiled"
+            )
+        return self.synapses.operations(self.rates[:-1])

@@ -4,9 +4,11 @@ import functools
 import logging
 from types import ModuleType
 
+import numpy as np
 import torch
 
 from g2g_kernels.dispatch import Operator
+from g2g_kernels.groups import whole_number
 from g2g_kernels.ops.checks import check_tensor
 from g2g_kernels.ops.derivatives import refuse_forward_mode
 from g2g_kernels.ops.neurons import cpu, reference
@@ -35,6 +37,9 @@ def _triton() -> ModuleType:
 
     return triton
 
+
+#: what is taken for a parameter beside tensors
+NUMBERS = (int, float, np.integer, np.floating)
 
 operator = Operator("neurons")
 operator.register_module("triton", _triton)
@@ -141,7 +146,7 @@ def neurons(
         BackendError: if the forced backend cannot serve the call.
         NotImplementedError: for a second derivative, or one in forward mode.
     """
-    check_steps(steps)
+    steps = check_steps(steps)
     check_tensor("current", current)
     if current.dim() < (1 if steps is not None else 2):
         raise ValueError(f"current has shape {tuple(current.shape)}; expected [T, ..., N], or [..., N] with steps")
@@ -173,15 +178,14 @@ def as_tensors(current: torch.Tensor, *parameters: torch.Tensor | float) -> tupl
     check_tensor("current", current)
     dtype = torch.promote_types(current.dtype, torch.float32)
     return tuple(
-        torch.tensor(value, dtype=dtype, device=current.device) if isinstance(value, (int, float)) else value
+        torch.tensor(value, dtype=dtype, device=current.device) if isinstance(value, NUMBERS) else value
         for value in parameters
     )
 
 
-def check_steps(steps: int | None) -> None:
-    """Raises ValueError unless ``steps`` is None or a number of time steps."""
-    if steps is not None and (not isinstance(steps, (int, torch.SymInt)) or steps < 1):
-        raise ValueError(f"steps={steps} must be at least 1")
+def check_steps(steps: int | None) -> int | None:
+    """``steps`` as an int, or None. Raises ValueError for anything but None and a number of time steps."""
+    return None if steps is None else whole_number("steps", steps)
 
 
 def check_neurons(suffix: str, population: Neurons, size: int, like: torch.Tensor) -> Neurons:

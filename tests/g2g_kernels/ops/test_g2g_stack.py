@@ -482,7 +482,7 @@ def test_sizes_that_do_not_follow_one_another_are_refused():
         ((T, B, 21), {"steps": T}, r"x has shape \(9, 5, 21\); expected \[T, B, in\], or \[B, in\] with steps"),
         ((B, 21), {}, r"x has shape \(5, 21\); expected"),
         ((21,), {"steps": T}, r"x has shape \(21,\)"),
-        ((B, 21), {"steps": 0}, "steps=0 must be at least 1"),
+        ((B, 21), {"steps": 0}, "steps=0 must be a whole number of at least 1"),
         ((B, 21), {"steps": T, "reset": "soft"}, "reset='soft' of layer 0 is unknown"),
         ((B, 21), {"steps": T, "surrogate": "step"}, "surrogate='step' of layer 0 is unknown"),
         ((B, 21), {"steps": T, "alpha": 0}, "alpha=0 of layer 0 must be above 0"),

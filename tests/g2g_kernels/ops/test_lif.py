@@ -573,7 +573,7 @@ def test_spikes_equal_snntorch_for_any_sizes(steps, batch, neurons, beta, thresh
         ({"beta": torch.zeros(4)}, r"beta has shape \(4,\); expected a scalar or \[5\], one per neuron"),
         ({"beta": torch.zeros(2, 5)}, r"beta has shape \(2, 5\)"),
         ({"threshold": torch.ones(2)}, r"threshold has shape \(2,\); expected a scalar or \[5\]"),
-        ({"steps": 0}, "steps=0 must be at least 1"),
+        ({"steps": 0}, "steps=0 must be a whole number of at least 1"),
         ({"reset": "hard"}, "reset='hard' is unknown; choose one of subtract, zero, none"),
         ({"surrogate": "relu"}, "surrogate='relu' is unknown; choose one of atan, fast_sigmoid, sigmoid, triangle"),
         ({"alpha": 0.0}, "alpha=0.0 must be above 0"),

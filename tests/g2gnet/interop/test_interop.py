@@ -358,7 +358,7 @@ def test_graphs_of_pytorchs_tensors_without_ends_and_within_graphs_are_read():
 def test_an_older_nir_is_refused_with_the_remedy(monkeypatch):
     monkeypatch.setattr("importlib.metadata.version", {"nir": "1.0.4"}.__getitem__)
     for call in (lambda: to_nir(small_net(reset="zero")), lambda: from_nir(None)):
-        with pytest.raises(ImportError, match=r"nir 1.0.6 or newer, not 1.0.4; pip install 'nir>=1.0.6'"):
+        with pytest.raises(ImportError, match=r"nir 1.0.7 or newer, not 1.0.4; pip install 'nir>=1.0.7'"):
             call()
     monkeypatch.setattr("importlib.metadata.version", {"nir": "1.1.dev3+g1234"}.__getitem__)
     assert to_nir(small_net(reset="zero"))

@@ -180,6 +180,7 @@ class Listener(types.ModuleType):
     log_metrics = log
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 def test_the_examples_of_the_documentation_run(tmp_path, monkeypatch):
     small = ", ".join(f"{name}={value!r}" for name, value in {**SMALL, "epochs": 2}.items())
     listeners = [Listener(name) for name in ("wandb", "mlflow")]

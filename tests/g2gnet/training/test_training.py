@@ -103,7 +103,7 @@ def test_the_share_of_neurons_that_never_fire_is_that_over_all_images_of_the_epo
         return activity
 
     monkeypatch.setattr(trainer.net, "simulate", seen)
-    monkeypatch.setattr(trainer, "evaluate", lambda part: 0.0)
+    monkeypatch.setattr(trainer, "evaluate", lambda part: trainer_module.Evaluation(0.0, {}, {}))
     silent = trainer.train_epoch()["silent"]
     assert silent["lif1"] >= 16 / 64
     assert list(silent.values()) == [(total == 0).float().mean().item() for total in fired]
@@ -127,6 +127,8 @@ def test_an_epoch_is_printed_and_recorded(tmp_path, capsys):
         "samples_per_s",
         "firing_rate",
         "silent",
+        "accumulates",
+        "multiplies",
         "density",
         "units",
         "units_pruned",
@@ -138,6 +140,12 @@ def test_an_epoch_is_printed_and_recorded(tmp_path, capsys):
     assert all(0 <= rate <= 1 for rate in last["firing_rate"].values())
     assert last["firing_rate"]["lif1"] > 0
     assert all(0 <= share < 1 for share in last["silent"].values())
+    # fc1 multiplies a held current once per image and weight; the layers behind it add, for each spike, what it reaches
+    assert last["accumulates"]["fc1"] == last["multiplies"]["fc2"] == last["multiplies"]["fc3"] == 0
+    analysis = json.loads(files.analysis.read_text())["layers"]
+    assert last["multiplies"]["fc1"] == pytest.approx(analysis["lif1"]["multiplies"])
+    assert last["accumulates"]["fc2"] == pytest.approx(analysis["lif2"]["accumulates"])
+    assert last["accumulates"]["fc3"] == pytest.approx(analysis["lif3"]["accumulates"])
     # 12 steps, an update after every third
     assert last["units_pruned"] == last["units_grown"] == 4 * sum(int(0.1 * n) for n in last["units"].values())
     assert last["units"] == records[0]["units"]

@@ -1,0 +1,81 @@
+"""Synaptic operations: what the inputs of each layer made its weights add and multiply.
+
+The definition is NeuroBench's (Yik et al. 2025): one operation for each input that is not zero and each weight that it
+meets and that is not zero, at every time step. An input held for all steps meets the weights once, since its product
+is computed once. Biases and neurons count as nothing.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from g2g_kernels.block_mask import BlockMask, version
+from g2g_kernels.ops.g2g_stack.layer import SpikingLayer
+
+
+class SynapticOperations(NamedTuple):
+    """The operations of one layer, over all steps and samples of a run.
+
+    Attributes:
+        accumulates: additions of a weight, if all inputs of the layer are −1, 0 or 1 (spikes).
+        multiplies: multiplications with an addition, if they are not.
+        dense: what a dense layer would do if no input were zero.
+    """
+
+    accumulates: int
+    multiplies: int
+    dense: int
+
+
+class Synapses:
+    """The inputs and the weights of a run, from which its synaptic operations can be counted afterwards.
+
+    Args:
+        x: [T, B, in], or [B, in] held at every step.
+        steps: for which x is held, or None.
+        layers: as for :func:`g2g_kernels.g2g_stack`.
+    """
+
+    def __init__(self, x: torch.Tensor, steps: int | None, layers: Sequence[SpikingLayer]) -> None:
+        self._x = x.detach()
+        self._samples = x.shape[-2]
+        self._steps = len(x) if steps is None else steps
+        self._weights = [(layer.values.detach(), layer.mask) for layer in layers]
+        self._then = self._now()
+
+    def _now(self) -> list[tuple[int, int]]:
+        return [(version(self._x), 0)] + [(version(values), mask.changes) for values, mask in self._weights]
+
+    def operations(self, rates: Sequence[torch.Tensor]) -> tuple[SynapticOperations, ...]:
+        """Of each layer, given the firing rates of each, [N]; waits for the device. Exact up to 2²³ spikes per neuron.
+
+        Raises:
+            RuntimeError: if inputs, weights or masks have changed in the meantime.
+        """
+        if self._now() != self._then:
+            raise RuntimeError(
+                "the inputs or the weights of this run have changed since, so its synaptic operations are unknown; "
+                "call synaptic_operations() right after the run, before the optimizer's step and the scheduler's"
+            )
+        x = self._x.reshape(-1, self._x.shape[-1])
+        received = [(x != 0).sum(0)]
+        received += [(of.detach().double() * (self._steps * self._samples)).nan_to_num().round().long() for of in rates]
+        spiking = bool(((x == 0) | (x.abs() == 1)).all())
+        counted = []
+        for number, (values, mask) in enumerate(self._weights):
+            operations = int((received[number] * _fan_out(values, mask)).sum())
+            vectors = len(x) if number == 0 else self._steps * self._samples
+            accumulates = operations if spiking or number else 0
+            counted.append(
+                SynapticOperations(accumulates, operations - accumulates, vectors * mask.shape[0] * mask.shape[1])
+            )
+        return tuple(counted)
+
+
+def _fan_out(values: torch.Tensor, mask: BlockMask) -> torch.Tensor:
+    """int64 [in], the number of weights other than zero of each input neuron."""
+    per_unit = ((values != 0) & mask.valid()).sum(1)
+    per_place = per_unit.new_zeros(mask.cols.num_units, mask.cols.width)
+    per_place.index_add_(0, mask.unit_col.long(), per_unit)
+    return per_place.flatten()[mask.cols.position]

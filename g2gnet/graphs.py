@@ -1,0 +1,51 @@
+"""A network of spiking layers as one graph, and as a table with pictures for notebooks."""
+
+import html
+from collections.abc import Iterable
+from typing import Any
+
+from g2g_kernels.graph import picture
+from g2gnet.layers import G2GLinear
+from g2gnet.neurons import SpikingNeurons
+
+Layers = Iterable[tuple[G2GLinear, SpikingNeurons]]
+
+
+def to_networkx(layers: Layers) -> Any:
+    """A ``networkx.DiGraph`` of all neurons: nodes ("input", j), ("lif1", i), ("lif2", i), …, edges with ``weight``.
+
+    The ``group`` of a neuron is its group as an output; of inputs, that on the input side of ``fc1``.
+    """
+    graph: Any = None
+    source = "input"
+    for number, (connection, _) in enumerate(layers, 1):
+        target = f"lif{number}"
+        part = connection.mask.to_networkx(connection.values, source, target)
+        if graph is None:
+            graph = part
+        else:
+            graph.add_nodes_from((node, data) for node, data in part.nodes(data=True) if node[0] == target)
+            graph.add_edges_from(part.edges(data=True))
+        source = target
+    return graph
+
+
+def to_html(layers: Layers) -> str:
+    """One row per layer: its connection, the units that exist, its neurons."""
+    rows = []
+    for number, (connection, neurons) in enumerate(layers, 1):
+        mask = connection.mask
+        kinds = " ← ".join(dict.fromkeys((mask.rows.layout.kind, mask.cols.layout.kind)))
+        cells = (
+            f"fc{number}, lif{number}",
+            f"{mask.shape[1]} → {mask.shape[0]}",
+            f"{mask.rows.layout.num_groups} ({kinds})",
+            f"{mask.num_units} of {mask.grid[0] * mask.grid[1]}",
+            f"{100 * mask.density:.1f} %",
+            repr(neurons),
+        )
+        text = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
+        rows.append(f"<tr>{text}<td>{picture(mask)}</td></tr>")
+    names = ("layer", "neurons", "groups", "units", "density", "model", "units that exist")
+    header = "".join(f"<th>{name}</th>" for name in names)
+    return f"<table><tr>{header}</tr>{''.join(rows)}</table>"

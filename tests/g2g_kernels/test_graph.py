@@ -1,0 +1,177 @@
+"""The graph of a mask in the forms of other libraries, against its dense matrix; and its pictures."""
+
+import builtins
+import importlib
+import io
+
+import networkx
+import numpy as np
+import pytest
+import torch
+from helpers import MASK_CASES, packed_randn, seeded
+from PIL import Image
+
+from g2g_kernels import BlockMask, GroupLayout
+
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+
+
+@pytest.fixture(params=MASK_CASES.values(), ids=MASK_CASES.keys())
+def mask(request) -> BlockMask:
+    return request.param.mask()
+
+
+def whole_units(kind="index"):
+    layouts = GroupLayout(16, 4, kind), GroupLayout(24, 4, kind)
+    return BlockMask.sample(*layouts, p_inter=0.4, block_size=2, generator=seeded(0))
+
+
+def values_of(mask):
+    """Packed weights whose padding is no number, and one weight that exists and is zero."""
+    values = packed_randn(mask, 1).masked_fill(~mask.valid(), torch.nan)
+    values[0, 0, 0] = 0
+    return values
+
+
+def dense(mask, values):
+    return torch.where(mask.to_dense(), mask.unpack(values.nan_to_num(0)), 0)
+
+
+def test_edges_are_the_entries_of_the_dense_matrix_row_by_row(mask):
+    values = values_of(mask)
+    edges = mask.edges(values)
+    target, source = mask.to_dense().nonzero(as_tuple=True)
+    assert edges.source.tolist() == source.tolist()
+    assert edges.target.tolist() == target.tolist()
+    assert edges.weight.tolist() == dense(mask, values)[target, source].tolist()
+    assert edges.source_group.tolist() == mask.cols.layout.group_of[source].tolist()
+    assert edges.target_group.tolist() == mask.rows.layout.group_of[target].tolist()
+    assert mask.edges().weight is None
+
+
+def test_the_matrix_of_scipy_is_the_dense_one_and_keeps_weights_that_are_zero(mask):
+    values = values_of(mask)
+    matrix, graph = mask.to_scipy(values), mask.to_scipy()
+    assert np.array_equal(matrix.toarray(), dense(mask, values).numpy())
+    assert np.array_equal(graph.toarray(), mask.to_dense().numpy())
+    assert (matrix.dtype, graph.dtype) == (np.float32, bool)
+    assert matrix.nnz == graph.nnz == int(mask.unit_sizes.sum())
+    assert matrix.has_canonical_format
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_weights_of_other_dtypes_keep_their_numbers(dtype):
+    mask = whole_units()
+    values = packed_randn(mask, 1).to(dtype)
+    matrix = mask.to_scipy(values)
+    assert matrix.dtype == (np.float64 if dtype == torch.float64 else np.float32)
+    assert np.array_equal(matrix.toarray(), mask.unpack(values).to(torch.float64).numpy())
+
+
+def test_the_csr_tensor_is_the_dense_weight_with_its_gradient(mask):
+    values, x = values_of(mask).requires_grad_(), torch.randn(mask.shape[1], 3, generator=seeded(2))
+    matrix = mask.to_csr(values)
+    assert matrix.layout == torch.sparse_csr
+    assert torch.equal(matrix.to_dense(), dense(mask, values))
+    (matrix @ x).square().sum().backward()
+    (expected,) = torch.autograd.grad((dense(mask, values) @ x).square().sum(), values)
+    torch.testing.assert_close(values.grad[mask.valid()], expected[mask.valid()])
+
+
+@pytest.mark.parametrize(("kind", "order"), [("index", "neuron"), ("interleaved", "group"), ("random", "group")])
+def test_the_bsr_tensor_has_the_units_as_blocks(kind, order):
+    mask = whole_units(kind)
+    values = packed_randn(mask, 1)
+    matrix = mask.to_bsr(values, order)
+    assert matrix.values().shape == values.shape
+    weight = mask.unpack(values)
+    if order == "group":
+        weight = weight[mask.rows.order][:, mask.cols.order]
+    assert torch.equal(matrix.to_dense(), weight)
+
+
+def test_what_has_no_blocks_of_one_size_is_refused_with_the_remedy():
+    for kind in ("interleaved", "random"):
+        mask = whole_units(kind)
+        with pytest.raises(ValueError, match=f"{kind} groups are not blocks .* give order='group'"):
+            mask.to_bsr(packed_randn(mask, 1))
+        with pytest.raises(ValueError, match="order='rows' is unknown; choose neuron or group"):
+            mask.to_bsr(packed_randn(mask, 1), "rows")
+    mask = BlockMask.full(GroupLayout(10, 4), GroupLayout(24, 4), 2)
+    with pytest.raises(ValueError, match=r"units of 2 × 2 do not fill every group.*use to_csr"):
+        mask.to_bsr(packed_randn(mask, 1))
+
+
+def test_values_of_another_mask_are_refused(mask):
+    values = torch.zeros(mask.num_units + 1, *mask.unit_shape)
+    for convert in (mask.edges, mask.to_scipy, mask.to_csr, mask.to_bsr, mask.to_networkx):
+        with pytest.raises(ValueError, match="values have shape"):
+            convert(values)
+
+
+def test_the_graph_of_networkx_has_all_neurons_and_the_weights():
+    mask = MASK_CASES["ten outputs"].mask()
+    values = values_of(mask)
+    graph = mask.to_networkx(values, source="hidden", target="class")
+    outputs, inputs = mask.shape
+    nodes = [("hidden", j) for j in range(inputs)] + [("class", i) for i in range(outputs)]
+    assert list(graph) == nodes
+    assert [group for _, group in graph.nodes(data="group")][inputs:] == mask.rows.layout.group_of.tolist()
+    matrix = networkx.to_numpy_array(graph, nodes)[:inputs, inputs:].T
+    assert np.array_equal(matrix.astype(np.float32), dense(mask, values).numpy())
+    degrees = [degree for _, degree in mask.to_networkx().in_degree([("out", i) for i in range(outputs)])]
+    assert degrees == mask.fan_in().tolist()
+
+
+def test_a_recurrent_mask_is_a_graph_of_one_population():
+    mask = BlockMask.sample(GroupLayout(12, 3), GroupLayout(12, 3), p_inter=0.5, block_size=2, generator=seeded(0))
+    graph = mask.to_networkx(source="rec", target="rec")
+    assert len(graph) == 12
+    assert graph.number_of_edges() == int(mask.to_dense().sum())
+    with pytest.raises(ValueError, match="source='rec' is also the target, but 24 inputs are not 16"):
+        whole_units().to_networkx(source="rec", target="rec")
+
+
+@pytest.mark.parametrize(
+    ("name", "convert"), [("pandas", lambda mask: mask.edges().to_frame()), ("networkx", BlockMask.to_networkx)]
+)
+def test_a_library_that_is_absent_is_named_with_the_remedy(name, convert, monkeypatch):
+    load = importlib.import_module
+
+    def without(wanted, *rest):
+        if wanted == name:
+            raise ModuleNotFoundError(name)
+        return load(wanted, *rest)
+
+    monkeypatch.setattr(importlib, "import_module", without)
+    with pytest.raises(ImportError, match=f"{name} is not installed, .*pip install {name}"):
+        convert(whole_units())
+
+
+def test_the_picture_is_dark_where_units_exist(mask):
+    picture = np.asarray(Image.open(io.BytesIO(mask._repr_png_())))
+    rows, cols = mask.grid
+    scale = picture.shape[0] // rows
+    assert picture.shape == (rows * scale, cols * scale)
+    assert np.array_equal(picture[::scale, ::scale] < 128, mask.present().numpy())
+    assert np.array_equal(picture, picture[::scale, ::scale].repeat(scale, 0).repeat(scale, 1))
+
+
+def test_the_picture_of_a_large_grid_is_averaged():
+    mask = BlockMask.full(GroupLayout(2000, 1), GroupLayout(500, 1), 1)
+    picture = np.asarray(Image.open(io.BytesIO(mask._repr_png_())))
+    assert picture.shape == (256, 64)
+    assert (picture == 40).all()
+
+
+def test_a_notebook_shows_the_mask_without_matplotlib(monkeypatch):
+    load = builtins.__import__
+
+    def without(name, *rest):
+        assert name.partition(".")[0] not in ("matplotlib", "PIL")
+        return load(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    page = whole_units()._repr_html_()
+    assert "BlockMask(16×24, 4 groups (index)" in page
+    assert '<img src="data:image/png;base64,' in page

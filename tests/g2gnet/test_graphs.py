@@ -1,0 +1,52 @@
+"""A whole network as one graph, and its table for notebooks."""
+
+import networkx
+import numpy as np
+import torch
+from helpers import seeded
+
+from g2gnet import G2GNet
+
+
+def network():
+    return G2GNet(20, 16, 5, "mixer", p_inter=0.3, block_size=2, num_groups=4, generator=seeded(0))
+
+
+def test_the_graph_of_a_network_is_the_chain_of_its_layers():
+    net = network()
+    graph = net.to_networkx()
+    sizes = {"input": 20, "lif1": 16, "lif2": 16, "lif3": 5}
+    nodes = [(name, neuron) for name, size in sizes.items() for neuron in range(size)]
+    assert list(graph) == nodes
+    expected, row = np.zeros((len(nodes), len(nodes))), 0
+    for connection, _ in net.layers():
+        weight = connection.dense_weight().detach().numpy()
+        col = row + weight.shape[1]
+        expected[row:col, col : col + weight.shape[0]] = weight.T
+        row = col
+    assert np.array_equal(networkx.to_numpy_array(graph, nodes), expected)
+    # hidden neurons keep their groups as outputs: contiguous in fc1, although fc2 interleaves its inputs
+    groups = [graph.nodes["lif1", neuron]["group"] for neuron in range(16)]
+    assert groups == net.fc1.mask.rows.layout.group_of.tolist()
+    assert groups != net.fc2.mask.cols.layout.group_of.tolist()
+
+
+def test_paths_lead_from_inputs_to_the_classes_that_they_reach():
+    net = network()
+    reach = torch.eye(20)
+    for connection, _ in net.layers():
+        reach = reach @ connection.mask.to_dense().float().T
+    graph = net.to_networkx()
+    for neuron in range(20):
+        reached = {node[1] for node in networkx.descendants(graph, ("input", neuron)) if node[0] == "lif3"}
+        assert reached == set(reach[neuron].nonzero()[:, 0].tolist())
+
+
+def test_a_notebook_shows_one_row_per_layer():
+    net = network()
+    page = net._repr_html_()
+    assert page.count("<tr>") == 4
+    assert page.count('<img src="data:image/png;base64,') == 3
+    for text in ("fc2, lif2", "16 → 16", "4 (interleaved)", f"{net.fc2.mask.num_units} of 64", "LIF("):
+        assert text in page
+    assert net.fc1._repr_html_() == net.fc1.mask._repr_html_()

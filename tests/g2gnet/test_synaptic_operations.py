@@ -1,0 +1,140 @@
+"""Synaptic operations against a count by loops over every weight, and where they are reported."""
+
+import itertools
+
+import pytest
+import torch
+from helpers import backends_of, seeded
+from torch import nn
+
+from g2g_kernels.ops.g2g_stack import operator
+from g2gnet import LIF, DSTScheduler, G2GLinear, G2GNet, SpikingStack
+from g2gnet.analysis import Batch, analyze_network
+from g2gnet.analysis.tables import headline, layers_table
+
+B, T = 3, 5
+
+
+def network(model="mixer", **options):
+    options = {"enc_scale": 4.0, **options}
+    return G2GNet(14, 18, 5, model, p_inter=0.3, block_size=2, num_groups=4, T=T, generator=seeded(0), **options)
+
+
+def by_loops(net, x, activity):
+    """(additions, multiplications, dense) of each layer: every weight meets every input of its neuron, one by one."""
+    counted, received = [], x
+    for number, (connection, _) in enumerate(net.layers()):
+        vectors = received.reshape(-1, received.shape[-1]).tolist()
+        weights = connection.dense_weight().tolist()
+        operations = sum(
+            1
+            for vector, row in itertools.product(vectors, weights)
+            for value, weight in zip(vector, row, strict=True)
+            if value != 0 and weight != 0
+        )
+        spikes = all(value in (-1, 0, 1) for vector in vectors for value in vector)
+        dense = len(vectors) * connection.in_features * connection.out_features
+        counted.append((operations, 0, dense) if spikes else (0, operations, dense))
+        received = activity.spikes[number].dense()
+    return counted
+
+
+INPUTS = {
+    "held": lambda: torch.rand(B, 14, generator=seeded(1)) * (torch.rand(B, 14, generator=seeded(2)) < 0.7),
+    "over time": lambda: torch.rand(T, B, 14, generator=seeded(1)),
+    "spikes": lambda: (torch.rand(T, B, 14, generator=seeded(1)) < 0.4).float(),
+    "signed spikes": lambda: torch.randint(-1, 2, (T, B, 14), generator=seeded(1)).float(),
+    "nothing": lambda: torch.zeros(T, B, 14),
+}
+
+
+@pytest.mark.parametrize("backend", backends_of(operator))
+@pytest.mark.parametrize("inputs", INPUTS.values(), ids=INPUTS)
+@pytest.mark.parametrize("model", ["dense", "index", "mixer"])
+def test_operations_are_those_of_every_weight_and_every_input(model, inputs, backend):
+    net, x = network(model, backend=backend).eval(), 3 * inputs()
+    if x.abs().max() == 3:
+        x /= 3
+    activity = net.simulate(x)
+    counted = activity.synaptic_operations()
+    assert [tuple(layer) for layer in counted] == by_loops(net, x, activity)
+    assert counted[1].accumulates > 0 or not x.any()
+
+
+def test_differentiable_spikes_and_dropout_are_counted_as_they_are():
+    net, x = network(dropout=0.5), INPUTS["over time"]() * 4
+    for spikes in (False, True):
+        activity = net.simulate(x, spikes=spikes)
+        assert [tuple(layer) for layer in activity.synaptic_operations()] == by_loops(net, x, activity)
+
+
+def test_weights_that_are_zero_and_units_that_absent_gradients_add_do_nothing():
+    net, x = network(), INPUTS["over time"]() * 4
+    net.fc2.values.data[::2] = 0
+    dst = DSTScheduler(net, torch.optim.Adam(net.parameters()), interval=1, grow="gradient")
+    activity = net.simulate(x)
+    assert [tuple(layer) for layer in activity.synaptic_operations()] == by_loops(net, x, activity)
+    assert dst.forms_gradient
+
+
+def test_padding_is_no_weight():
+    net = G2GNet(14, 18, 5, block_size=4, num_groups=4, T=T, generator=seeded(0))
+    for connection, _ in net.layers():
+        assert connection.mask.has_padding
+        connection.values.data.masked_fill_(~connection.mask.valid(), 7.0)
+    x = INPUTS["over time"]() * 9
+    activity = net.simulate(x)
+    assert [tuple(layer) for layer in activity.synaptic_operations()] == by_loops(net, x, activity)
+
+
+@pytest.mark.parametrize("change", ["weights", "graph", "inputs"])
+def test_what_changed_after_the_run_is_not_counted_wrongly(change):
+    net, x = network(), INPUTS["over time"]()
+    optimizer = torch.optim.Adam(net.parameters())
+    dst = DSTScheduler(net, optimizer, interval=1, grow="random")
+    activity = net.simulate(x)
+    activity.counts.sum().backward()
+    before = activity.synaptic_operations()
+    assert activity.synaptic_operations() == before
+    if change == "weights":
+        optimizer.step()
+    elif change == "graph":
+        dst.step()
+    else:
+        x.mul_(2)
+    with pytest.raises(RuntimeError, match=r"have changed since.*right after the run"):
+        activity.synaptic_operations()
+
+
+@pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="PyTorch 2.4 and 2.5 do not compile it whole")
+def test_a_compiled_run_says_that_it_does_not_know():
+    net = network().eval()
+    run = torch.compile(lambda x: net.simulate(x), backend="eager", fullgraph=True)
+    with pytest.raises(RuntimeError, match=r"compiled run .* run it uncompiled"):
+        run(INPUTS["over time"]()).synaptic_operations()
+
+
+def test_any_stack_has_them():
+    layers = [(G2GLinear.from_linear(nn.Linear(14, 6)), LIF()), (G2GLinear.from_linear(nn.Linear(6, 2)), LIF())]
+    stack, x = SpikingStack(layers, T), INPUTS["held"]() * 9
+    activity = stack.simulate(x)
+    assert [tuple(layer) for layer in activity.synaptic_operations()] == by_loops(stack, x, activity)
+
+
+def test_the_analysis_has_them_per_sample_over_all_batches():
+    net = network().eval()
+    batches = [torch.rand(samples, 14, generator=seeded(samples)) for samples in (4, 3)]
+    labels = torch.tensor([0, 1, 2, 0])
+    runs = [Batch(x, net.simulate(x), labels[: len(x)]) for x in batches]
+    totals = torch.zeros(3, 3)
+    for x, activity, _ in runs:
+        totals += torch.tensor(by_loops(net, x, activity))
+    analysis = analyze_network(net, runs, 5)
+    found = [(layer.accumulates, layer.multiplies, layer.dense_operations) for layer in analysis.layers]
+    torch.testing.assert_close(torch.tensor(found), totals / 7)
+    assert analysis.synaptic_operations == pytest.approx(totals[:, :2].sum().item() / 7)
+    assert f"{round(analysis.synaptic_operations):,} synaptic operations per image" in headline(analysis)
+    rows = {row[0]: row[1:] for row in layers_table(analysis).rows}
+    assert rows["synaptic operations per image: additions"][1] == f"{round(totals[1, 0].item() / 7):,}"
+    assert rows["synaptic operations per image: multiplications"][0] == f"{round(totals[0, 1].item() / 7):,}"
+    assert analysis.as_dict()["layers"]["lif2"]["accumulates"] == found[1][0]

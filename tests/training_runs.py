@@ -53,7 +53,7 @@ MACHINE_FLAGS = {
     "checkpoint_dir": "checkpoints",
     "device": "auto",
     "backend": "auto",
-    "cuda_graph": False,
+    "cuda_graph": None,
     "log_dir": None,
     "json": None,
 }

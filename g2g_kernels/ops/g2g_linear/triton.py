@@ -273,7 +273,6 @@ def fitted(tiles: dict[str, int], device: torch.device, deepest: int = 32) -> di
 
     On AMD's cards loads travel in registers, and the 64 KB of shared memory hold two programs of two stages: one stage
     is in shared memory while the other is loaded.
-    is in shared memory while the other is loaded.
 
     RDNA: 8 warps, and no tile deeper than ``deepest``. Its warps are 32 threads wide like NVIDIA's, but its ``wmma``
     needs each factor twice in a warp's registers. With the tiles of other cards, 16-bit kernels spilled up to 292 bytes

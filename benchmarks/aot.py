@@ -1,8 +1,9 @@
 """Machine code of the Triton kernels for GPUs, without one: ``python -m benchmarks.aot`` prints a table.
 
 Every kernel that a training step launches is compiled at the tile sizes that the launch would choose, for NVIDIA's
-sm_80, sm_90 and sm_100 and AMD's gfx942 and gfx1100, and inspected: registers, stack, shared memory, programs per
-multiprocessor, and matrix instructions. Nothing is run: this checks the code, not its speed.
+sm_80, sm_90 and sm_100 and AMD's gfx90a, gfx942 and gfx1100, and inspected: registers, stack, shared memory, programs
+per multiprocessor, matrix instructions, and how far loads overlap products. Nothing is run: this checks the code, not
+its speed.
 """
 
 import argparse
@@ -61,6 +62,7 @@ TARGETS = {
         Target("sm_80", 80, 32, 163 * KIB, 164 * KIB, 65536, 2048, "mma.sync"),
         Target("sm_90", 90, 32, 227 * KIB, 228 * KIB, 65536, 2048, "wgmma.mma_async"),
         Target("sm_100", 100, 32, 227 * KIB, 228 * KIB, 65536, 2048, "tcgen05.mma"),
+        Target("gfx90a", "gfx90a", 64, 64 * KIB, 64 * KIB, 4 * 512 * 64, 2048, "mfma"),
         Target("gfx942", "gfx942", 64, 64 * KIB, 64 * KIB, 4 * 512 * 64, 2048, "mfma"),
         Target("gfx1100", "gfx1100", 32, 64 * KIB, 128 * KIB, 4 * 1536 * 32, 2048, "wmma"),
     )
@@ -99,6 +101,7 @@ CASES = {
         Case("random groups, bf16", model="random"),
         Case("units of 32, bf16", block_size=32),
         Case("units of 16, bf16", block_size=16),
+        Case("single weights, bf16", block_size=1),
         Case("batch of 32, bf16", batch=32),
         Case("float32, tf32 products", torch.float32, "high"),
         Case("float32, ieee products", torch.float32),
@@ -120,14 +123,18 @@ class Row:
     shared: int
     programs: int
     matrix: str
+    buffers: str
+    in_flight: str
 
     def cells(self) -> list[str]:
         numbers = (self.registers, self.stack, self.shared, self.programs)
-        return [self.case, f"`{self.kernel}`", self.tile, self.factors, self.target, *map(str, numbers), self.matrix]
+        return [self.case, f"`{self.kernel}`", self.tile, self.factors, self.target, *map(str, numbers),
+                self.matrix, self.buffers, self.in_flight]  # fmt: skip
 
 
 KERNELS = [
     "product_kernel",
+    "place_kernel",
     "weight_gradient_kernel",
     "fused_forward_kernel",
     "fused_backward_kernel",
@@ -135,7 +142,8 @@ KERNELS = [
     "neurons_backward_kernel",
     "sum_kernel",
 ]
-HEADINGS = ["step", "kernel", "tile", "factors", "target", "registers", "stack", "shared", "programs/SM", "matrix"]
+HEADINGS = ["step", "kernel", "tile", "factors", "target", "registers", "stack", "shared", "programs/SM", "matrix",
+            "buffers", "in flight"]  # fmt: skip
 
 
 def line(cells: Sequence[str]) -> str:
@@ -228,6 +236,28 @@ def matrix_instructions(compiled: Any, target: Target) -> str:
     return "–"
 
 
+#: tiles in shared memory for the loads in flight, in the TTGIR
+BUFFERS = re.compile(r"ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x(\d+x\d+)x(\w+),")
+#: the loop that multiplies, up to its end at the same indentation
+LOOP = re.compile(r"^( *)[^\n]*scf\.for [^\n]*\n(.*?)^\1}", re.MULTILINE | re.DOTALL)
+
+
+def loads(compiled: Any, target: Target) -> tuple[str, str]:
+    """The buffers of each tile that the loop of a product loads, and the loads in flight, from the TTGIR.
+
+    NVIDIA: those that each wait leaves in flight; after the loop, the last one waits for all. 0 at a wait before it
+    means that no load overlaps a product. AMD: those that travel in registers while the loop multiplies, since they
+    are stored to shared memory after its product.
+    """
+    text = compiled.asm["ttgir"]
+    buffers = ", ".join(f"{count} of {shape} {kind}" for count, shape, kind in BUFFERS.findall(text)) or "–"
+    if target.backend == "cuda":
+        return buffers, " ".join(re.findall(r"ttg\.async_wait .*num = (\d+)", text)) or "–"
+    loops = [body for _, body in LOOP.findall(text) if "tt.dot" in body]
+    behind = sum(body[body.rindex("tt.dot") :].count("ttg.local_store") for body in loops)
+    return buffers, f"{behind} in registers" if behind else "–"
+
+
 def programs_of_sm(registers: int, shared: int, num_warps: int, target: Target) -> int:
     """The number of programs that one multiprocessor holds at a time.
 
@@ -267,6 +297,7 @@ def rows(cases: Sequence[Case], targets: Sequence[Target], kernels: Sequence[str
             shared,
             programs_of_sm(registers, shared, compiled.metadata.num_warps, target),
             matrix_instructions(compiled, target),
+            *loads(compiled, target),
         )
 
 

@@ -9,6 +9,7 @@ everything at tiny sizes, so that mistakes show before there is a GPU; its times
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -40,6 +41,9 @@ LIMIT = 480
 #: times that differ from the prediction by more than this factor are worth another try
 OFF = 1.5
 PAGE = "first-run.md"
+
+#: what the stages import besides PyTorch and Triton, by module
+PACKAGES = ("pytest", "xdist", "hypothesis", "snntorch")
 
 TINY = "--batch_size 8 --T 4 --hidden_dim 64 --block_size 16 --train_steps 2 --repeats 2"
 FULL = "--train_steps 20 --repeats 20"
@@ -297,13 +301,16 @@ def first_run(arguments: argparse.Namespace) -> None:
     """Runs the stages that are not done, and draws the page after each.
 
     Raises:
-        FlagError: for an unavailable device, an unknown stage, or outside of the repository.
+        FlagError: for an unavailable device, an unknown stage, missing packages, or outside of the repository.
     """
     device = arguments.device
     if device != "cpu" and (not device.startswith("cuda") or not torch.cuda.is_available()):
         raise FlagError(f"device={device!r}: no such GPU was found; --device cpu runs a rehearsal")
     if not RECORD.exists():
         raise FlagError(f"{RECORD} is missing: run this from a checkout of the repository, which has it and the tests")
+    absent = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if absent:
+        raise FlagError(f"the stages need {', '.join(absent)}, not installed here: pip install -e '.[dev]'")
     planned = {stage.name: stage for stage in stages(device)}
     unknown = [name for name in arguments.stages or [] if name not in planned]
     if unknown:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from g2g_kernels import BlockMask, GroupLayout, Neurons, SpikingLayer, g2g_stack
 from g2g_kernels.triton import runtime
 from g2gnet.cli import FlagError, add_json_flag, run_program
-from g2gnet.training.cuda_graph import CapturedStep
+from g2gnet.cuda_graph import CapturedStep
 
 from . import cli
 from .contender import autocast
@@ -85,7 +85,7 @@ def replayed(work: Callable[[], Any], device: torch.device) -> Callable[[], Any]
     """``work`` as a CUDA graph; itself on other devices."""
     if device.type != "cuda":
         return work
-    captured, nothing = CapturedStep(lambda *_: work()), torch.empty(0, device=device)
+    captured, nothing = CapturedStep(lambda *_: work(), device, required=True), torch.empty(0, device=device)
 
     def replay() -> None:
         captured(nothing, nothing, None)

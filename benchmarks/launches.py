@@ -163,8 +163,9 @@ def forward_pass(net: G2GNet, batch: int, input_dim: int, dtype: torch.dtype) ->
     """As :func:`training_step`, without gradients."""
     from g2g_kernels.ops.g2g_stack import triton as stack
 
+    call = _stack_call(net, batch, input_dim, dtype)
     with _recording() as recorder:
-        stack._forward(_stack_call(net, batch, input_dim, dtype)._replace(keep=False))
+        stack._forward(call._replace(keep=False))
     return recorder.operations
 
 

@@ -7,8 +7,8 @@ from torch import nn
 
 from g2g_kernels import lif, synaptic
 from g2gnet import DSTScheduler, G2GLinear, G2GNet
+from g2gnet.cuda_graph import CapturedStep
 from g2gnet.dst import unit_correlation
-from g2gnet.training.cuda_graph import CapturedStep
 
 from .contender import LinearContender, NetworkContender, NeuronContender, UpdateContender
 from .reference import UPDATE_FRACTION, Results
@@ -63,13 +63,13 @@ class Compiled(Network):
 
 
 class Captured(Network):
-    """:class:`Network`, its step replayed as one CUDA graph, as ``train.py --cuda_graph`` does."""
+    """:class:`Network`, its step replayed as one CUDA graph, as ``train.py`` does."""
 
     def __init__(self, prepared: Prepared, device: torch.device, precision: str, backend: str) -> None:
         super().__init__(prepared, device, precision, backend)
         for group in self.optimizer.param_groups:
             group["capturable"] = True
-        self._captured = CapturedStep(self._learn)
+        self._captured = CapturedStep(self._learn, device, required=True)
 
     def _learn(self, images: torch.Tensor, labels: torch.Tensor, _: None) -> tuple[torch.Tensor, torch.Tensor]:
         self.images, self.labels = images, labels  # those that the graph reads

@@ -78,7 +78,7 @@ NEXT = {
     "neurons_backward_kernel": _NEURONS,
     "PyTorch's products": "none: cuBLAS chooses; for units below 16, tiles of 16 × 16 instead of the dense product",
     "PyTorch's other operations": "fewer of them: sums over parts and samples inside the kernels that make them",
-    "the host": "--cuda_graph; else fewer PyTorch operations between launches",
+    "the host": "a CUDA graph; else fewer PyTorch operations between launches",
 }
 
 

@@ -22,7 +22,7 @@ PROGRAMS = (
         "crossval.py",
         crossval,
         "Trains k networks, each validated on another k-th of the training images; installed, `g2g-crossval`. It has\n"
-        "the flags of `train.py` except `--cuda_graph`; these are added or have other defaults:",
+        "the flags of `train.py`; these are added or have other defaults:",
         train,
     ),
     ("python -m g2gnet.pretrain", pretrain, "Trains a ResNet-32 for `--use_resnet`.", None),

@@ -1,8 +1,9 @@
 """Which kernels this machine can use, and whether their results are correct: ``python -m g2g_kernels.doctor``.
 
 Shows versions, devices and backends, then runs every operator of every available backend forward and backward and
-compares with a float64 reference. It takes seconds (on a GPU the first run also compiles the kernels). The exit status
-is 0 if everything checked is right, 1 if something is wrong, 2 for a missing device.
+compares with a float64 reference; on Triton with fused layers too. It takes seconds; on a GPU the first run also
+compiles the kernels, a minute or two. The exit status is 0 if everything checked is right, 1 if something is wrong, 2
+for a missing device.
 
 The numbers are chosen to reveal a single wrong spike: inputs of neurons are multiples of powers of two, so currents
 (also in bfloat16) and float32 membranes are exact for any order of summation. Spikes and counts must therefore *equal*
@@ -15,6 +16,7 @@ import copy
 import dataclasses
 import functools
 import importlib.metadata
+import itertools
 import math
 import os
 import platform
@@ -34,6 +36,7 @@ from g2g_kernels.ops.g2g_stack import SpikingLayer, g2g_stack
 from g2g_kernels.ops.g2g_stack import reference as g2g_stack_reference
 from g2g_kernels.ops.neurons import MODELS, Neurons, neurons
 from g2g_kernels.ops.neurons import reference as neurons_reference
+from g2g_kernels.triton import runtime
 
 #: the largest root-mean-square error relative to the reference, in either precision
 ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
@@ -57,12 +60,14 @@ class Check:
         leaves: float64 tensors on the CPU, whose gradients are compared.
         run: calls the operator on such leaves and the backend of that name, or the reference for None; returns the
             outputs.
+        fused: with kernels that compute a layer's product and its neurons together, which Triton alone has.
     """
 
     operator: str
     case: str
     leaves: Tensors
     run: Callable[[Tensors, str | None], Tensors]
+    fused: bool = False
 
     @functools.cached_property
     def reference(self) -> Tensors:
@@ -91,16 +96,23 @@ class Check:
             name: leaf.to(torch.float32 if low else dtype, copy=True).to(device).requires_grad_()
             for name, leaf in self.leaves.items()
         }
-        with torch.autocast(device.type, dtype) if low else torch.enable_grad():
-            outputs = self.run(leaves, backend)
-        draw = torch.Generator().manual_seed(1)
-        weights = {name: torch.randint(-8, 9, output.shape, generator=draw) / 8 for name, output in outputs.items()}
-        torch.autograd.backward(list(outputs.values()), [weights[name].to(outputs[name]) for name in outputs])
+        with self._way() if backend == "triton" else contextlib.nullcontext():
+            with torch.autocast(device.type, dtype) if low else torch.enable_grad():
+                outputs = self.run(leaves, backend)
+            draw = torch.Generator().manual_seed(1)
+            weights = {name: torch.randint(-8, 9, output.shape, generator=draw) / 8 for name, output in outputs.items()}
+            torch.autograd.backward(list(outputs.values()), [weights[name].to(outputs[name]) for name in outputs])
         gradients = {f"∂{name}": leaf.grad for name, leaf in leaves.items()}
         return {
             name: torch.full((1,), math.nan) if tensor is None else tensor.detach().cpu().double()
             for name, tensor in {**outputs, **gradients}.items()
         }
+
+    def _way(self) -> contextlib.AbstractContextManager[None]:
+        """Layers fused or as pairs of kernels, whatever the cost model says of so small ones."""
+        from g2g_kernels.ops.g2g_stack import triton  # imports Triton, which is optional
+
+        return triton.choose(self.fused)
 
 
 def _rms(tensor: torch.Tensor) -> float:
@@ -125,7 +137,9 @@ def checks() -> Iterator[Check]:
         yield Check("g2g_linear", case, {"x": x, **weights}, functools.partial(_linear, mask))
         parameters = {"beta": multiples(0.5, 1, 1, 1), "threshold": multiples(0.25, 3, 5, SIZE)}
         held = {"x": multiples(0.5, 0, 2, BATCH, SIZE), **weights, **parameters}
-        yield Check("g2g_stack", case, held, functools.partial(_stack, mask))
+        run = functools.partial(_stack, mask)
+        yield Check("g2g_stack", case, held, run)
+        yield Check("fused stack", case, held, run, fused=True)
     cases = (
         ("subtract", "atan"),
         ("zero", "fast_sigmoid"),
@@ -141,6 +155,27 @@ def checks() -> Iterator[Check]:
             leaves = {"current": current, **decays, "threshold": multiples(0.25, 3, 5, sizes[1])}
             case = f"reset {reset}, surrogate {surrogate}"
             yield Check(model.name, case, leaves, functools.partial(_neurons, model.name, reset, surrogate))
+    yield from _default_step(draw, multiples)
+
+
+#: the neurons of the default network, whose kernels are compiled for these sizes
+DEFAULT_SIZES = (784, 2048, 2048, 10)
+
+
+def _default_step(draw: torch.Generator, multiples: Callable[..., torch.Tensor]) -> Iterator[Check]:
+    """The kernels of a training step of the default network."""
+    leaves = {"x": multiples(0.5, 0, 2, BATCH, DEFAULT_SIZES[0])}
+    masks = []
+    for number, (inputs, outputs) in enumerate(itertools.pairwise(DEFAULT_SIZES)):
+        mask = BlockMask.sample(GroupLayout(outputs), GroupLayout(inputs), 1.0, 0.15, 64, draw)
+        masks.append(mask)
+        leaves[f"values {number}"] = multiples(0.25, -1, 1, mask.num_units, *mask.unit_shape) * mask.valid()
+        leaves[f"bias {number}"] = multiples(0.25, -1, 2, outputs)
+        leaves[f"beta {number}"] = multiples(0.5, 1, 1, 1)
+        leaves[f"threshold {number}"] = multiples(0.25, 3, 5, 1)
+    run = functools.partial(_network, masks)
+    yield Check("g2g_stack", "a default step", leaves, run)
+    yield Check("fused stack", "a default step", leaves, run, fused=True)
 
 
 def _on_device(mask: BlockMask, like: torch.Tensor) -> BlockMask:
@@ -168,11 +203,25 @@ def _stack(mask: BlockMask, leaves: Tensors, backend: str | None) -> Tensors:
     """Two layers of the same weights: the second reads neurons in a different order than the first writes them."""
     x, values, bias, *parameters = leaves.values()
     layers = [SpikingLayer(values, _on_device(mask, x), bias, Neurons("lif", tuple(parameters)))] * 2
+    return _activity(x, layers, backend)
+
+
+def _network(masks: Sequence[BlockMask], leaves: Tensors, backend: str | None) -> Tensors:
+    """A stack of layers, each with its own weights, and what the default loss uses of it."""
+    x, *rest = leaves.values()
+    layers = [
+        SpikingLayer(values, _on_device(mask, x), bias, Neurons("lif", (beta, threshold)))
+        for mask, (values, bias, beta, threshold) in zip(masks, zip(*[iter(rest)] * 4, strict=True), strict=True)
+    ]
+    return {"counts": _activity(x, layers, backend)["counts"]}
+
+
+def _activity(x: torch.Tensor, layers: Sequence[SpikingLayer], backend: str | None) -> Tensors:
     if backend is None:
         activity = g2g_stack_reference.g2g_stack(x, layers, STEPS)
     else:
         activity = g2g_stack(x, layers, STEPS, backend=backend)
-    return {"counts": activity.counts, "rates 1": activity.rates[0], "rates 2": activity.rates[1]}
+    return {"counts": activity.counts, **{f"rates {i}": rates for i, rates in enumerate(activity.rates, 1)}}
 
 
 # --- the report ---------------------------------------------------------------------------------------------------
@@ -220,11 +269,14 @@ def examine(device: torch.device) -> Iterator[tuple[str, list[str]]]:
     for backend in available_backends():
         if BACKENDS[backend].device_type not in (None, device.type) or BACKENDS[backend].only_by_name():
             continue
-        for operator in dict.fromkeys(check.operator for check in every):
+        served = [check for check in every if backend == "triton" or not check.fused]
+        if backend == "triton":
+            print(f"compiling Triton kernels for {device} …", flush=True)
+        for operator in dict.fromkeys(check.operator for check in served):
             for dtype, allowed in ALLOWED.items():
                 if dtype != torch.float32 and device.type not in ("cpu", "cuda"):
                     continue  # no autocast there
-                cases = [check for check in every if check.operator == operator]
+                cases = [check for check in served if check.operator == operator]
                 yield _line(cases, backend, device, dtype, allowed)
 
 
@@ -285,6 +337,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for backend in available_backends():
         if reason := BACKENDS[backend].only_by_name():
             print(f"{backend}: not checked, {reason}")
+    if runtime.compiled().kernels:
+        print(f"compiled {runtime.compiled()}")
     seconds = time.perf_counter() - began
     print(f"\n{f'{findings} cases are WRONG' if findings else 'Everything checked is right'} ({seconds:.1f} s)")
     return 1 if findings else 0

@@ -65,9 +65,19 @@ def packed(weight: torch.Tensor, units: Units) -> torch.Tensor:
 
 def unpacked(values: torch.Tensor, units: Units) -> torch.Tensor:
     """The dense matrix of packed values, zero where there is no unit: the inverse of :func:`packed`."""
-    rows, cols = units.rows, units.cols
-    every = values.new_zeros(rows.num_units * cols.num_units, rows.width, cols.width)
+    every = no_tiles(values, units)
     every.index_copy_(0, flat_unit(units), values)
+    return assembled(every, units)
+
+
+def no_tiles(values: torch.Tensor, units: Units) -> torch.Tensor:
+    """Zeros for the tiles of the whole grid: [grid rows · grid columns, unit rows, unit columns]."""
+    return values.new_zeros(units.rows.num_units * units.cols.num_units, units.rows.width, units.cols.width)
+
+
+def assembled(every: torch.Tensor, units: Units) -> torch.Tensor:
+    """The dense matrix of the tiles of the whole grid, in the form of :func:`no_tiles`."""
+    rows, cols = units.rows, units.cols
     weight = every.view(rows.num_units, cols.num_units, rows.width, cols.width).permute(0, 2, 1, 3)
     weight = weight.reshape(rows.num_units * rows.width, cols.num_units * cols.width)
     return _gathered(_gathered(weight, 0, rows.place, rows.holes), 1, cols.place, cols.holes)

@@ -1,6 +1,7 @@
 """Sparse, modular spiking networks on top of :mod:`g2g_kernels`: models, dynamic sparse training, data, training."""
 
 from g2gnet.copies import sync_wiring, tie_wiring, untie_wiring
+from g2gnet.cuda_graph import captured
 from g2gnet.dst import DSTScheduler
 from g2gnet.layers import G2GLinear
 from g2gnet.network import G2GNet
@@ -11,5 +12,5 @@ from g2gnet.stack import SpikingStack
 __version__ = "0.1.0"
 __all__ = [
     "LIF", "DSTScheduler", "G2GLinear", "G2GNet", "SpikingNeurons", "SpikingStack", "Synaptic",
-    "sparsify", "sync_wiring", "tie_wiring", "untie_wiring",
+    "captured", "sparsify", "sync_wiring", "tie_wiring", "untie_wiring",
 ]  # fmt: skip

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import platform
+import re
 import sys
 import types
 import typing
@@ -124,6 +125,14 @@ def about(program: str, settings: Settings, machine: Machine) -> dict[str, Any]:
     if machine.device.type == "cpu":
         versions["PyTorch's instruction set"] = torch.backends.cpu.get_cpu_capability()
     return {**versions, **settings.as_dict()}
+
+
+def add_graph_flags(group: Any) -> None:
+    """Adds the flags for training steps as CUDA graphs."""
+    text = "replay each training step as a CUDA graph (default: on a CUDA device, in one process); not run on a GPU yet"
+    group.add_argument("--cuda_graph", action="store_true", default=None, help=text)
+    text = "launch every kernel of a training step anew"
+    group.add_argument("--no_cuda_graph", action="store_false", dest="cuda_graph", default=None, help=text)
 
 
 def add_log_flag(group: Any) -> None:
@@ -296,6 +305,8 @@ def run_program(
         return _fail(parser, error, 2)
     except (DataError, CheckpointError, TrainingError, DistributedError, OutputError) as error:
         return _fail(parser, error, 1)
+    except OUT_OF_MEMORY as error:
+        return _fail(parser, RuntimeError(out_of_memory(str(error), arguments)), 1)
     except Interrupted as interruption:
         if rank() == 0:
             warn(f"{parser.prog}: {interruption}")
@@ -312,6 +323,34 @@ def run_program(
         except OSError:
             discard(sys.stderr)
     return 0
+
+
+#: what PyTorch raises when a device has too little memory; the name up to 2.4
+OUT_OF_MEMORY: type[Exception] = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
+#: settings with which the memory of a training step grows
+GROWING = ("batch_size", "T", "hidden_dim")
+_UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+def out_of_memory(said: str, arguments: argparse.Namespace) -> str:
+    """What was missing, of PyTorch's message, and the flags of this program that save memory."""
+    size = r"([\d.]+) (bytes|[KMGT]iB)"
+    found = re.search(rf"Tried to allocate {size}.*?total capacity of {size} of which {size} is free", said, re.DOTALL)
+    what = reason(RuntimeError(said))
+    if found:
+        wanted, total, free = (float(found[i]) * _UNITS[found[i + 1]] / 2**30 for i in (1, 3, 5))
+        what = (
+            f"the GPU's memory is full: {wanted:.2f} GiB more were needed and {free:.2f} of {total:.2f} GiB free, so "
+            f"{max(0.0, wanted - free):.2f} GiB were missing"
+        )
+    flags = vars(arguments)
+    lower = [f"--{name} (now {flags[name]})" for name in GROWING if isinstance(flags.get(name), int)]
+    remedies = [f"lower {' or '.join(lower)}"] if lower else []
+    if flags.get("precision") == "fp32":
+        remedies.append("give --precision bf16, which halves what a step keeps")
+    if "cuda_graph" in flags and flags["cuda_graph"] is not False:
+        remedies.append("give --no_cuda_graph, since a graph keeps its memory between steps")
+    return "; ".join([what, *remedies])
 
 
 def _fail(parser: argparse.ArgumentParser, error: Exception, status: int) -> int:
@@ -376,4 +415,7 @@ def machine_from(arguments: argparse.Namespace) -> Machine:
         raise FlagError(str(error)) from error
     if device.type not in ("cpu", "cuda") and getattr(arguments, "precision", "fp32") == "bf16":
         raise FlagError(f"precision=bf16 needs a CPU or CUDA device, not {arguments.device}; give --precision fp32")
-    return Machine(device, backend)
+    cuda_graph = getattr(arguments, "cuda_graph", None)
+    if cuda_graph and device.type != "cuda":
+        raise FlagError(f"--cuda_graph needs a CUDA device, not {device}; leave it out, or give --device cuda")
+    return Machine(device, backend, cuda_graph=cuda_graph)

@@ -29,6 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     cli.add_settings_flags(parser, FoldSettings)
     group = cli.add_machine_flags(parser)
     cli.add_peer_flag(group)
+    cli.add_graph_flags(group)
     cli.add_log_flag(group)
     cli.add_json_flag(group, "the settings, the results of all folds and the files' names")
     parser.add_argument("--version", action="version", version=f"g2g {g2gnet.__version__}")

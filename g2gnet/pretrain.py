@@ -111,6 +111,7 @@ class PretrainTrainer:
         self.network.load_state_dict(state["model"])
         load_optimizer(self.optimizer, state["optimizer"], ("momentum_buffer",))
         self.epoch, self.step = state["epoch"], state["step"]
+        self._finite.resume(self.step)
         self.progress = None
         if state["progress"] is not None:
             saved, zero = state["progress"], torch.zeros((), device=self.device)
@@ -150,7 +151,7 @@ class PretrainTrainer:
             loss.backward()
             self.optimizer.param_groups[0]["lr"] = self.learning_rate()
             self.step += 1
-            self._finite.note(self.step, loss.detach())
+            self._finite.note(loss.detach())
             if self.step % CHECK_INTERVAL == 0:
                 self._finite.check()
             self.optimizer.step()

@@ -29,26 +29,16 @@ def build_parser() -> argparse.ArgumentParser:
     cli.add_settings_flags(parser)
     group = cli.add_machine_flags(parser)
     cli.add_peer_flag(group)
+    cli.add_graph_flags(group)
     cli.add_log_flag(group)
     cli.add_json_flag(group, "the settings, the last epoch's results and the files' names")
-    parser.add_argument(
-        "--cuda_graph", action="store_true", help="replay each training step as a CUDA graph; not run on a GPU yet"
-    )
     parser.add_argument("--version", action="version", version=f"g2g {g2gnet.__version__}")
     return parser
 
 
 def train(arguments: argparse.Namespace) -> dict[str, Any] | None:
     settings = cli.settings_from(arguments, TrainSettings)
-    machine = cli.machine_from(arguments)._replace(cuda_graph=arguments.cuda_graph)
-    if machine.cuda_graph and machine.device.type != "cuda":
-        raise cli.FlagError(
-            f"--cuda_graph needs a CUDA device, not {machine.device}; leave it out, or give --device cuda"
-        )
-    if machine.cuda_graph and settings.dropout:
-        raise cli.FlagError(
-            "--cuda_graph replays one step, in which --dropout would drop the same neurons; leave one out"
-        )
+    machine = cli.machine_from(arguments)
     if machine.cuda_graph and launched():
         raise cli.FlagError("--cuda_graph is of one process; leave it out, or start one without torchrun")
     with join(machine.device, cli.about("train", settings, machine), cli.peer_limit(arguments)) as world:

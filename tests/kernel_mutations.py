@@ -80,7 +80,7 @@ MUTATIONS = (
     Mutation(
         "a load without its mask of samples",
         STACK,
-        (("mask=(b < batch)[:, None] & x_ok[None, :], other=0\n", "mask=x_ok[None, :], other=0\n"),),
+        (("mask=b_ok & x_ok[None, :], other=0)", "mask=x_ok[None, :], other=0)"),),
         BY_STACK,
     ),
     Mutation(
@@ -172,7 +172,7 @@ MUTATIONS = (
     Mutation(
         "more stages than shared memory holds",
         LINEAR,
-        (("in (x, products) else (64, 3)", "in (x, products) else (64, 12)"),),
+        (("STAGES = 3", "STAGES = 12"),),
         PADDING,
     ),
 )

@@ -54,7 +54,7 @@ MACHINE_FLAGS = {
     "peer_timeout": 30.0,
     "device": "auto",
     "backend": "auto",
-    "cuda_graph": False,
+    "cuda_graph": None,
     "log_dir": None,
     "json": None,
 }

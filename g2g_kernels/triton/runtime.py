@@ -8,14 +8,19 @@ slower, to check values without a GPU.
 import contextlib
 import functools
 import importlib.util
+import logging
 import os
+import shutil
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 
 from g2g_kernels.tracing import constant_when_traced
+
+logger = logging.getLogger("g2g_kernels")
 
 #: the minimal compute capability: bfloat16 on tensor cores came with Ampere
 OLDEST = (8, 0)
@@ -39,11 +44,27 @@ def _unavailable(interpreter: bool) -> str | None:
         return f"PyTorch {torch.__version__} is built for the CPU only (install a CUDA or ROCm build: pytorch.org)"
     if not torch.cuda.is_available():
         return f"PyTorch {torch.__version__} finds no CUDA or ROCm device (see nvidia-smi or rocm-smi for the driver)"
-    newest = max(torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count()))
-    if newest < OLDEST:
-        required, found = (".".join(map(str, capability)) for capability in (OLDEST, newest))
-        return f"the kernels need a GPU of compute capability {required} or more, this one has {found}"
+    reasons = [old_device(index) for index in range(torch.cuda.device_count())]
+    if all(reasons):
+        return reasons[0]
+    if not os.environ.get("CC") and not any(map(shutil.which, ("gcc", "clang", "cc"))):
+        return "Triton needs a C compiler for its launcher, and there is none (apt install gcc, or name one by CC=…)"
     return _too_old()
+
+
+@constant_when_traced
+def old_device(index: int) -> str | None:
+    """Why the GPU of that number is too old, or None."""
+    return _old_device(index)
+
+
+@functools.cache
+def _old_device(index: int) -> str | None:
+    capability = torch.cuda.get_device_capability(index)
+    if capability >= OLDEST:
+        return None
+    required, found = (".".join(map(str, each)) for each in (OLDEST, capability))
+    return f"the kernels need a GPU of compute capability {required} or more, cuda:{index} has {found}"
 
 
 def _too_old() -> str | None:
@@ -73,6 +94,8 @@ def refuses(*tensors: torch.Tensor | None) -> str | None:
             continue
         if tensor.device.type != device_type:
             return f"needs tensors on {device_type}, not on {tensor.device}"
+        if tensor.device.type == "cuda" and (reason := old_device(tensor.device.index)):
+            return reason
         if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             return f"needs float32, float16 or bfloat16 tensors, not {tensor.dtype}"
     return None
@@ -81,10 +104,18 @@ def refuses(*tensors: torch.Tensor | None) -> str | None:
 def input_precision() -> str:
     """How float32 factors are multiplied: ``"tf32"`` (10-bit mantissas, on tensor cores) or ``"ieee"`` (all 23 bits).
 
-    PyTorch's own switch decides, as for its dense products: ``torch.set_float32_matmul_precision`` (or
-    ``torch.backends.cuda.matmul.allow_tf32``), whose default is full precision. AMD GPUs always use the latter.
+    PyTorch's own switch decides, as for its dense products: ``torch.backends.cuda.matmul.fp32_precision``, or where
+    that is not set ``torch.backends.fp32_precision``; ``torch.set_float32_matmul_precision`` sets the first, and is all
+    that PyTorch up to 2.8 has. The default is full precision. AMD GPUs always use it.
     """
-    return "tf32" if torch.get_float32_matmul_precision() != "highest" and torch.version.hip is None else "ieee"
+    if torch.version.hip is not None:
+        return "ieee"
+    precision = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    if precision is None:
+        return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    if precision == "none":
+        precision = getattr(torch.backends, "fp32_precision", "none")
+    return "tf32" if precision == "tf32" else "ieee"
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
@@ -92,12 +123,11 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 
 
-def rdna(device: torch.device) -> bool:
-    """True for AMD GPUs with warps of 32 threads (gfx10 to gfx12); the others' have 64."""
-    name = _recorded_for
+def amd(device: torch.device) -> str:
+    """The architecture of an AMD GPU (gfx942); "" for other devices."""
     if device.type == "cuda" and torch.version.hip is not None:
-        name = torch.cuda.get_device_properties(device).gcnArchName
-    return name.startswith(("gfx10", "gfx11", "gfx12"))
+        return torch.cuda.get_device_properties(device).gcnArchName
+    return _recorded_for
 
 
 class Launch(NamedTuple):
@@ -130,6 +160,39 @@ def recorded(architecture: str = "") -> Iterator[list[Launch]]:
         _recorded, _recorded_for = None, ""
 
 
+class Compiled(NamedTuple):
+    """Kernels that were compiled, or loaded from Triton's cache on disk, and how long that took."""
+
+    kernels: int = 0
+    seconds: float = 0.0
+
+    def __sub__(self, earlier: "Compiled") -> "Compiled":
+        return Compiled(self.kernels - earlier.kernels, self.seconds - earlier.seconds)
+
+    def __str__(self) -> str:
+        return f"{self.kernels} Triton kernel{'' if self.kernels == 1 else 's'} in {self.seconds:.0f} s"
+
+
+_compiled = Compiled()
+
+
+def compiled() -> Compiled:
+    """What this process has compiled so far."""
+    return _compiled
+
+
+_seen = _told = _compiled
+
+
+def tell_compiled() -> None:
+    """Logs what was compiled, in one line, at the first call before which nothing more was; called after each step."""
+    global _seen, _told
+    if _compiled == _seen != _told:
+        logger.info("compiled %s", _compiled - _told)
+        _told = _compiled
+    _seen = _compiled
+
+
 def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
     """Runs ``kernel[grid](**arguments)`` on the device of its first tensor.
 
@@ -140,5 +203,20 @@ def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
         _recorded.append(Launch(kernel, grid, arguments))
         return
     device = next(a.device for a in arguments.values() if isinstance(a, torch.Tensor))
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    if device.type != "cuda":
         kernel[grid](**arguments)
+        return
+    with torch.cuda.device(device):
+        _launch_counted(kernel, grid, arguments)
+
+
+def _launch_counted(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
+    """Launches a kernel on the current device; says before the first compilation of a process what it waits for."""
+    global _compiled
+    known, *_ = kernel.device_caches[torch.cuda.current_device()]
+    before, start = len(known), time.perf_counter()
+    if not before and not _compiled.kernels:
+        logger.info("compiling Triton kernels, which the next run on this machine finds in Triton's cache")
+    kernel[grid](**arguments)
+    if len(known) > before:
+        _compiled = Compiled(_compiled.kernels + 1, _compiled.seconds + time.perf_counter() - start)

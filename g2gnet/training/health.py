@@ -29,7 +29,8 @@ class TrainingError(RuntimeError):
 class FiniteWatch:
     """Records on the device the first step in which the loss and each gradient were not finite.
 
-    Recording costs one pass over the gradients; only :meth:`check` waits for the device.
+    Recording costs one pass over the gradients; only :meth:`check` waits for the device. The number of the step is on
+    the device too, and everything is written in place, so :meth:`note` can be part of a captured step.
 
     Args:
         module: whose parameters' gradients are watched, from input to output.
@@ -41,15 +42,22 @@ class FiniteWatch:
         self._remedy = remedy
         self._parameters = dict(module.named_parameters())
         self._first = torch.full((1 + len(self._parameters),), _NEVER, device=device)
+        self._step = torch.zeros((), dtype=torch.int64, device=device)
+
+    def resume(self, step: int) -> None:
+        """The next step to be recorded is the one after ``step``."""
+        self._step.fill_(step)
 
     @torch.no_grad()
-    def note(self, step: int, loss: torch.Tensor) -> None:
-        """Records the loss (a scalar) and the gradients of a step; later steps have larger numbers."""
+    def note(self, loss: torch.Tensor) -> None:
+        """Records the loss (a scalar) and the gradients of the next step."""
+        self._step.add_(1)
         # 0·∞ and 0·NaN are NaN
         zeros = [loss * 0]
         for parameter in self._parameters.values():
             zeros.append(zeros[0] if parameter.grad is None else (parameter.grad * 0).sum())
-        self._first = torch.where(torch.stack(zeros) == 0, self._first, self._first.clamp(max=step))
+        fine = torch.stack(zeros) == 0
+        self._first.copy_(torch.where(fine, self._first, torch.minimum(self._first, self._step)))
 
     def check(self) -> None:
         """Raises TrainingError, naming the step and the layer, if anything recorded so far was not finite."""

@@ -18,13 +18,20 @@ class Machine(NamedTuple):
         device: where to compute.
         backend: ``"triton"``, ``"cpu"`` or ``"torch"``; None lets the device decide.
         world: the processes that make the same calls, including this one.
-        cuda_graph: replay each whole batch's step as a CUDA graph.
+        cuda_graph: replay training steps as a CUDA graph; None: where that is possible.
     """
 
     device: torch.device
     backend: str | None = None
     world: World = ALONE
-    cuda_graph: bool = False
+    cuda_graph: bool | None = None
+
+    @property
+    def captures(self) -> bool:
+        """Whether training steps are replayed as a CUDA graph."""
+        if self.cuda_graph is None:
+            return self.device.type == "cuda" and self.world.size == 1
+        return self.cuda_graph
 
     def versions(self) -> dict[str, str]:
         """What the last bits of a result depend on besides the settings, in words."""

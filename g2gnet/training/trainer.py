@@ -1,6 +1,7 @@
 """The optimisation of one network: steps, epochs, evaluation, and a state to resume from."""
 
 import dataclasses
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +13,9 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from g2g_kernels import Activity
+from g2g_kernels.triton import runtime
 from g2gnet.analysis import Batch
+from g2gnet.cuda_graph import CapturedStep
 from g2gnet.data import ImageData, as_samples, random_crop_and_flip
 from g2gnet.distributed import World
 from g2gnet.dst import DSTScheduler
@@ -21,12 +24,13 @@ from g2gnet.network import G2GNet
 from g2gnet.regularizer import RateTarget, rate_penalty, rate_target
 from g2gnet.schedules import SCHEDULES
 from g2gnet.seeding import draw_device, stream
-from g2gnet.training.cuda_graph import CapturedStep
 from g2gnet.training.evaluation import autocast, build_network, run_images
 from g2gnet.training.health import CHECK_INTERVAL, FiniteWatch, LayerWatch
 from g2gnet.training.machine import Machine
 from g2gnet.training.settings import SettingsError, TrainSettings
 from g2gnet.training.state import check_like, check_position, load_optimizer
+
+logger = logging.getLogger("g2gnet")
 
 #: parameters that one thread updates in about a millisecond
 ONE_THREAD_UPDATE = 1_000_000
@@ -35,14 +39,14 @@ StepCallback = Callable[[int, torch.Tensor, torch.Tensor], None]
 
 
 class _StepConstants(NamedTuple):
-    """Inputs of a step besides its batch; constants of a captured step."""
+    """Numbers that a step takes; constants of a captured one."""
 
     target: RateTarget | None
     share: float  # of the batch's images that this process has
 
 
 class _StepResult(NamedTuple):
-    """Results of a step on a batch; in :meth:`Trainer._learn`, this process's part."""
+    """Results of a step on a batch."""
 
     loss: torch.Tensor  # mean cross-entropy of the images, a scalar
     correct: torch.Tensor  # correctly classified images, a scalar
@@ -150,11 +154,11 @@ class Trainer:
         self.optimizer = torch.optim.Adam(
             self.net.parameters(),
             # a captured step reads it from a tensor
-            lr=torch.tensor(settings.lr, device=device) if machine.cuda_graph and falls else settings.lr,
+            lr=torch.tensor(settings.lr, device=device) if machine.captures and falls else settings.lr,
             weight_decay=settings.weight_decay,
             fused=fused,
             foreach=False,
-            capturable=machine.cuda_graph,
+            capturable=machine.captures,
         )
         self._parallel: DistributedDataParallel | None = None
         if world.size > 1:
@@ -166,7 +170,12 @@ class Trainer:
             )
             # their sum, where DistributedDataParallel itself averages them
             self._parallel.register_comm_hook(world, World.sum_gradients)
-        self._captured = CapturedStep(self._learn) if machine.cuda_graph else None
+        self._machine = machine
+        self._captured = self._capture()
+        if machine.cuda_graph is None and device.type == "cuda" and world.size > 1:
+            logger.info(
+                "training steps are not replayed as a CUDA graph: each of %d processes sends in them", world.size
+            )
         self.dst: DSTScheduler | None = None
         if settings.sparsity_mode == "dynamic":
             bounded = settings.dst_schedule != "constant" or settings.dst_stop != 1
@@ -224,6 +233,8 @@ class Trainer:
                 raise ValueError(f"dst/steps={state['dst']['steps']} and step={state['step']} are at odds")
             self.dst.load_state_dict(state["dst"])
         self.epoch, self.step = state["epoch"], state["step"]
+        self._finite.resume(self.step)
+        self._captured = self._capture()  # the optimizer's state has other addresses now
         self.progress = None
         if state["progress"] is not None:
             self.progress = self._no_progress()
@@ -233,6 +244,10 @@ class Trainer:
             for name, units in self.progress.units.items():
                 self.progress.units[name] = check_like(f"progress/units/{name}", saved["units"][name], units)
             self.progress.seconds = float(saved["seconds"])
+
+    def _capture(self) -> CapturedStep | None:
+        machine = self._machine
+        return CapturedStep(self._learn, machine.device, bool(machine.cuda_graph)) if machine.captures else None
 
     def _no_progress(self) -> EpochProgress:
         zero = torch.zeros((), device=self.device)
@@ -319,20 +334,16 @@ class Trainer:
             target = rate_target(self.epoch + 1, self.settings.epochs, self.settings.warmup_epochs)
         if self.settings.lr_schedule != "constant":
             self._set_lr(self.settings.lr * SCHEDULES[self.settings.lr_schedule](self.step / self._steps))
-        whole = len(index) == self.settings.batch_size
         # a step with the gradient of absent units differs from the captured one
-        as_ever = whole and not (self.dst and self.dst.forms_gradient)
+        as_ever = not (self.dst and self.dst.forms_gradient)
         learn = self._captured if self._captured and as_ever else self._learn
-        constants = _StepConstants(target, len(labels) / len(index))
+        dropped: list[torch.Tensor] = []
         if self.settings.dropout:
             drawn = self.net.drop(len(index), self._stream("dropout", self.step))
             dropped = [each[share].to(self.device) for each in drawn]
-            result, activity = self._learn(inputs, labels, constants, dropped)
-        else:
-            result, activity = learn(inputs, labels, constants)
-        result = result.summed(self.world)
+        result, activity = learn(inputs, labels, _StepConstants(target, len(labels) / len(index)), *dropped)
+        runtime.tell_compiled()
         self.step += 1
-        self._finite.note(self.step, result.loss)
         if self.step % CHECK_INTERVAL == 0:
             self._finite.check()
         if self.dst:
@@ -352,15 +363,15 @@ class Trainer:
         inputs: torch.Tensor,
         labels: torch.Tensor,
         constants: _StepConstants,
-        dropped: list[torch.Tensor] | None = None,
+        *dropped: torch.Tensor,
     ) -> tuple[_StepResult, Activity]:
         """Forward pass, loss, backward pass, update. Nothing here waits for the device, so it can be captured.
 
-        Returns this process's part of the result, and the activity.
+        Returns the result for the whole batch, and the activity on this process's part of it.
         """
         target, share = constants
         with autocast(self.settings, self.device):
-            activity = (self._parallel or self.net.simulate)(inputs, dropped)
+            activity = (self._parallel or self.net.simulate)(inputs, list(dropped) or None)
         loss = F.cross_entropy(activity.counts, labels)
         objective = share * loss
         if target and target.strength > 0:
@@ -373,7 +384,9 @@ class Trainer:
         with torch.no_grad():
             correct = (activity.counts.argmax(1) == labels).sum().to(loss.dtype)
             firing_rates = share * torch.cat(activity.rates)
-            return _StepResult(share * loss, correct, firing_rates), activity
+            result = _StepResult(share * loss, correct, firing_rates).summed(self.world)
+            self._finite.note(result.loss)
+            return result, activity
 
     def _update(self) -> None:
         """The optimizer's step, on one thread if there are few parameters on a CPU; results are bitwise equal.

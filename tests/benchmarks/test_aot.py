@@ -17,19 +17,25 @@ PRODUCTS = {"product_kernel", "fused_forward_kernel", "weight_gradient_kernel"}
 
 #: what is compiled for these tests: flags of ``python -m benchmarks.aot``
 EVERY_KERNEL = ("--targets", "sm_90")
-OTHER_GPUS = ("--kernels", "weight_gradient_kernel", "--targets", "sm_80", "sm_100", "gfx942", "gfx1100")
+OTHER_GPUS = ("--kernels", "fused_forward_kernel", "weight_gradient_kernel",
+              "--targets", "sm_80", "sm_100", "gfx90a", "gfx942", "gfx1100")  # fmt: skip
+
+
+def printed_by(program: str) -> str:
+    """The output of a program in whose process kernels are compiled, not interpreted."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 @pytest.fixture(scope="module")
 def tables() -> dict[tuple[str, ...], list[dict[str, str]]]:
     """The rows printed for each of these flags, which for the same version of Triton are in the record."""
     calls = [["--cases", "default step, bf16", *flags] for flags in (EVERY_KERNEL, OTHER_GPUS)]
-    program = f"from benchmarks import aot\nfor flags in {calls!r}: aot.main(flags); print('end')"
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    output = printed_by(f"from benchmarks import aot\nfor flags in {calls!r}: aot.main(flags); print('end')")
     tables = {}
-    for flags, text in zip((EVERY_KERNEL, OTHER_GPUS), result.stdout.split("end\n"), strict=False):
+    for flags, text in zip((EVERY_KERNEL, OTHER_GPUS), output.split("end\n"), strict=False):
         _, _, version, _, _, _, *lines = text.splitlines()
         if f"\n{version.partition(',')[0]}," in RECORD:  # another version of Triton makes other code
             assert not [line for line in lines if line not in RECORD.splitlines()]
@@ -42,6 +48,25 @@ def check(row: dict[str, str]) -> None:
     assert row["stack"] == "0", row
     assert int(row["shared"]) <= TARGETS[row["target"]].shared, row
     assert int(row["programs/SM"]) >= 1, row
+    if row["kernel"].strip("`") in CARRYING:
+        check_loads(row)
+
+
+#: their loops carry the next tile's slot and columns
+CARRYING = {"product_kernel", "fused_forward_kernel"}
+
+
+def check_loads(row: dict[str, str]) -> None:
+    """Loads are in flight while the loop multiplies."""
+    if TARGETS[row["target"]].backend == "hip":
+        # tiles 16 deep have too few bytes for each of CDNA's threads
+        assert re.fullmatch(r"[12] in registers", row["in flight"]) or "K16" in row["tile"], row
+        return
+    *inside, behind = map(int, row["in flight"].split())
+    assert behind == 0, row
+    assert inside, row
+    assert min(inside) >= 1, row
+    assert re.fullmatch(r"([23] of \d+x\d+ \w+(, )?)+", row["buffers"]), row
 
 
 def test_every_kernel_of_the_default_step_for_sm_90(tables):
@@ -56,9 +81,9 @@ def test_every_kernel_of_the_default_step_for_sm_90(tables):
         assert re.fullmatch(r"[1-9]\d* wgmma\.mma_async", row["matrix"]), row
 
 
-def test_the_weight_gradient_for_other_gpus(tables):
+def test_the_fused_kernel_and_the_weight_gradient_for_other_gpus(tables):
     rows = tables[OTHER_GPUS]
-    assert {row["target"] for row in rows} == {"sm_80", "sm_100", "gfx942", "gfx1100"}
+    assert {row["target"] for row in rows} == set(TARGETS) - {"sm_90"}
     for row in rows:
         check(row)
         assert re.fullmatch(rf"[1-9]\d* {re.escape(TARGETS[row['target']].matrix)}", row["matrix"]), row
@@ -71,6 +96,66 @@ def test_the_record_is_of_every_target_and_has_nothing_on_the_stack():
     assert len(rows) > 100
     for row in rows:
         check(row)
+
+
+def test_loads_of_the_default_step_overlap_on_every_target():
+    """Both tiles of the fused kernel and of the product of units of 64, with two loads in flight on NVIDIA's cards."""
+    lines = [line for line in RECORD.splitlines() if line.startswith("| default step, bf16 ")]
+    rows = [dict(zip(HEADINGS, line.strip("| ").split(" | "), strict=True)) for line in lines]
+    for target in TARGETS.values():
+        large = [
+            row
+            for row in rows
+            if row["target"] == target.name and row["kernel"].strip("`") in CARRYING and row["tile"].startswith("N64")
+            and ("bf16 × bf16" in row["factors"] and "K16" not in row["tile"])
+        ]  # fmt: skip
+        assert len(large) == 2, target
+        for row in large:
+            check_loads(row)
+            assert row["buffers"].count(" of ") == 2, row
+            if target.backend == "cuda":
+                assert set(row["in flight"].split()[:-1]) == {"2"}, row
+
+
+# --- what is compiled at all --------------------------------------------------------------------------------------
+
+SPECIALIZED = """
+import dataclasses, functools, torch
+from benchmarks.aot import CASES, TARGETS, source_of
+from g2g_kernels import doctor
+from g2g_kernels.ops.g2g_stack import triton as stack
+from g2g_kernels.triton import runtime
+
+sm_90 = TARGETS["sm_90"]
+def of(launches):
+    return {source_of(launch, sm_90) for launch in launches}
+
+step = CASES["default step, bf16"]
+for batch in (250, 255, 240):
+    print(len(of(dataclasses.replace(step, batch=batch).launches(sm_90)) - of(step.launches(sm_90))))
+
+runtime.interpreted = lambda: True  # so that tensors on the CPU are served; launches are only recorded
+checks = [check for check in doctor.checks() if check.case == "a default step"]
+for dtype in (torch.bfloat16, torch.float32):
+    checked = set()
+    for check in checks:
+        with runtime.recorded() as launches:
+            check._results("triton", torch.device("cpu"), dtype)
+        checked |= of(launches)
+    for fused in (True, False):
+        with stack.choose(fused):
+            step = of(dataclasses.replace(CASES["default step, bf16"], dtype=dtype).launches(sm_90))
+        print(len(step), *sorted(source.kernel.fn.__name__ for source in step - checked))
+"""
+
+
+def test_the_doctor_checks_every_kernel_of_a_default_step_and_other_batches_need_no_new_ones():
+    lines = printed_by(SPECIALIZED).splitlines()
+    batches, ways = lines[:3], lines[3:]
+    assert batches == ["0", "0", "0"]
+    for number, *unchecked in map(str.split, ways):
+        assert int(number) > 10
+        assert unchecked == []
 
 
 def test_programs_of_a_multiprocessor_by_hand():

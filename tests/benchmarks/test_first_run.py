@@ -2,11 +2,14 @@
 
 import argparse
 import importlib
+import importlib.util
 import json
+import re
 import signal
 
 import pytest
 import torch
+from helpers import ROOT
 
 from benchmarks import first_run, predictions
 from benchmarks.first_run import Stage, comparison, measured, stages
@@ -139,6 +142,25 @@ def test_a_stage_that_takes_too_long_is_stopped_and_the_next_one_runs(tmp_path, 
 def test_unusable_flags_are_refused(flags, message, capsys, tmp_path):
     assert first_run.main([*flags, "--folder", str(tmp_path)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_missing_packages_are_named_before_anything_runs(monkeypatch, capsys, tmp_path):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("pytest", "xdist") else find(name))
+    assert first_run.main(["--device", "cpu", "--folder", str(tmp_path / "run")]) == 2
+    said = "the stages need pytest, xdist, not installed here: pip install -e '.[dev]'"
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_the_page_says_to_install_has_what_the_stages_need():
+    """Every package of the tests' and benchmarks' extras, in the one extra that docs/devices.md names."""
+    tomllib = pytest.importorskip("tomllib")
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert 'pip install -e ".[dev]"' in (ROOT / "docs/devices.md").read_text()
+    (shared,) = (each for each in extras["dev"] if each.startswith("g2g["))
+    names = {re.split(r"[>=; ]", each)[0] for extra in re.split(r"[\[\],]", shared)[1:-1] for each in extras[extra]}
+    assert names >= {"pytest", "pytest-xdist", "hypothesis", "snntorch", "triton"}
 
 
 def test_the_page_says_what_to_try_where_a_time_is_off():

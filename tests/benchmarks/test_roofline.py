@@ -11,7 +11,7 @@ from benchmarks.roofline import CARDS, Card, adam, bytes_left, kinds, seconds, t
 from g2gnet import G2GNet
 
 pytest.importorskip("triton", minversion="3.3")
-from benchmarks.launches import Operation, training_step
+from benchmarks.launches import Operation, forward_pass, training_step
 
 T, B, IN, H, OUT = 3, 5, 32, 64, 4
 
@@ -67,6 +67,13 @@ def test_every_byte_has_a_kind(operations):
     spikes = sum(kinds(operation).get("spikes", 0) for operation in operations)
     # layers 1 and 2: written, read by the next layer, read by its weight gradient; layer 3: written
     assert spikes == T * B * (3 * 2 * H + OUT)
+
+
+def test_only_what_a_forward_pass_runs_is_recorded():
+    net = G2GNet(IN, H, OUT, "index", p_inter=0.0, block_size=16, T=T, num_groups=2)
+    names = [operation.name for operation in forward_pass(net, B, IN, torch.bfloat16) if operation.launch is None]
+    # weights to bfloat16, and rates, in each of three layers; the rates joined
+    assert sorted(names) == sorted(3 * ["_to_copy", "sum", "div"] + ["cat"])
 
 
 def test_floors_by_hand():

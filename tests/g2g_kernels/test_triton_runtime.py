@@ -1,11 +1,15 @@
 """Where Triton kernels can run, and what users are told where they cannot."""
 
+import contextlib
 import importlib.util
+import logging
+import shutil
 import sys
 import types
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from g2g_kernels import BackendError, dispatch, lif
 from g2g_kernels.triton import runtime
@@ -16,7 +20,14 @@ def machine(monkeypatch):
     """Describes a machine: a GPU at hand, Triton installed, a CUDA build of PyTorch, unless changed."""
 
     def describe(
-        installed=True, platform="linux", cuda="12.8", hip=None, capabilities=((9, 0),), triton="3.3.1"
+        installed=True,
+        platform="linux",
+        cuda="12.8",
+        hip=None,
+        capabilities=((9, 0),),
+        triton="3.3.1",
+        compilers=("gcc",),
+        named=None,
     ) -> None:
         monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__=triton))
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
@@ -26,10 +37,16 @@ def machine(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(capabilities))
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device])
+        monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}" if name in compilers else None)
+        monkeypatch.delenv("CC", raising=False)
+        if named:
+            monkeypatch.setenv("CC", named)
 
-    runtime._unavailable.cache_clear()
+    for cached in (runtime._unavailable, runtime._old_device):
+        cached.cache_clear()
     yield describe
-    runtime._unavailable.cache_clear()
+    for cached in (runtime._unavailable, runtime._old_device):
+        cached.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -39,7 +56,7 @@ def machine(monkeypatch):
         ({"installed": False, "platform": "win32"}, "the package triton is not installed (it exists for Linux)"),
         ({"cuda": None, "capabilities": ()}, "is built for the CPU only (install a CUDA or ROCm build: pytorch.org)"),
         ({"capabilities": ()}, "finds no CUDA or ROCm device (see nvidia-smi or rocm-smi for the driver)"),
-        ({"capabilities": ((7, 5),)}, "need a GPU of compute capability 8.0 or more, this one has 7.5"),
+        ({"capabilities": ((7, 5),)}, "need a GPU of compute capability 8.0 or more, cuda:0 has 7.5"),
         (
             {"triton": "3.2.0"},
             "the kernels need Triton 3.3 or newer, not 3.2.0 (it comes with PyTorch 2.7 and newer)",
@@ -47,6 +64,12 @@ def machine(monkeypatch):
         ({"triton": "3.10.0+git1234"}, None),
         ({}, None),
         ({"capabilities": ((7, 5), (8, 6))}, None),
+        (
+            {"compilers": ()},
+            "needs a C compiler for its launcher, and there is none (apt install gcc, or name one by CC=…)",
+        ),
+        ({"compilers": ("clang",)}, None),
+        ({"compilers": (), "named": "/opt/cc"}, None),
         ({"cuda": None, "hip": "6.2", "capabilities": ((9, 4),)}, None),
     ],
     ids=str,
@@ -81,3 +104,91 @@ def test_the_interpreter_is_asked_for_by_the_environment(monkeypatch, value, exp
     monkeypatch.setenv("TRITON_INTERPRET", value)
     assert runtime.interpreted() is expected
     assert (runtime.only_by_name() is not None) is expected
+
+
+def test_tensors_on_a_gpu_that_is_too_old_are_refused_beside_a_newer_one(machine, monkeypatch):
+    machine(capabilities=((7, 5), (8, 6)))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert runtime._unavailable(interpreter=False) is None
+    with FakeTensorMode():
+        older, newer = (torch.empty(3, device=f"cuda:{index}") for index in range(2))
+    assert runtime.refuses(newer) is None
+    reason = "the kernels need a GPU of compute capability 8.0 or more, cuda:0 has 7.5"
+    assert runtime.refuses(older) == runtime.refuses(newer, None, older) == reason
+
+
+# --- the precision of products ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def precisions():
+    """Settings of PyTorch as at the start of a process, before and after."""
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        pytest.skip("this PyTorch has the old setting only")
+
+    def reset():
+        torch.backends.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "none"
+
+    reset()
+    yield
+    torch.set_float32_matmul_precision("highest")
+    reset()
+
+
+@pytest.mark.parametrize(
+    ("own", "parent", "expected"),
+    [
+        ("none", "none", "ieee"),
+        ("tf32", "none", "tf32"),
+        ("none", "tf32", "tf32"),
+        ("ieee", "tf32", "ieee"),
+        ("tf32", "ieee", "tf32"),
+    ],
+)
+def test_products_follow_the_setting_of_cuda_s_products_and_its_parent(precisions, own, parent, expected):
+    torch.backends.fp32_precision = parent
+    torch.backends.cuda.matmul.fp32_precision = own
+    assert runtime.input_precision() == expected
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")])
+def test_products_follow_the_old_setting_too(precisions, precision, expected):
+    torch.set_float32_matmul_precision(precision)
+    assert runtime.input_precision() == expected
+
+
+# --- compiling ----------------------------------------------------------------------------------------------------
+
+
+class Kernel:
+    """Stands in for a kernel, which Triton compiles when it meets a new type of argument."""
+
+    def __init__(self):
+        self.device_caches = {1: ({}, "target")}
+
+    def __getitem__(self, grid):
+        return lambda **arguments: self.device_caches[1][0].setdefault(str(arguments["size"]))
+
+
+def test_one_line_says_that_kernels_are_compiled_and_one_how_many(monkeypatch, caplog):
+    caplog.set_level(logging.INFO, logger="g2g_kernels")
+    for name in ("_compiled", "_seen", "_told"):
+        monkeypatch.setattr(runtime, name, runtime.Compiled())
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    with FakeTensorMode():
+        x = torch.empty(3, device="cuda:1")
+    first, second = Kernel(), Kernel()
+    counts = []
+    for sizes in ([1, 2], [1, 2], [1, 3], [1, 3], [1, 3]):  # of the launches of a step
+        for size in sizes:
+            for kernel in (first, second):
+                runtime.launch(kernel, (1,), x=x, size=size)
+        runtime.tell_compiled()
+        counts.append(len(caplog.messages))
+    assert counts == [1, 2, 2, 3, 3]
+    assert caplog.messages[0].startswith("compiling Triton kernels")
+    assert [line.partition(" in ")[0] for line in caplog.messages[1:]] == [
+        "compiled 4 Triton kernels",
+        "compiled 2 Triton kernels",
+    ]

@@ -28,7 +28,6 @@ def load(directory, fold):
 def test_the_flags_are_those_of_train_py_with_other_defaults():
     arguments = vars(crossval.build_parser().parse_args([]))
     expected = {**DEFAULTS, **MACHINE_FLAGS, "epochs": 5, "warmup_epochs": 2, "k_folds": 5}
-    del expected["cuda_graph"]  # of train.py alone
     assert arguments == expected
 
 

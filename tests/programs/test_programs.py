@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import ROOT
 
 from g2g_kernels import available_backends
@@ -149,6 +150,30 @@ def test_errors_go_to_standard_error_and_no_json_is_written(at_work, capsys, fla
     assert captured.out == ""
     assert message in captured.err
     assert not (at_work / "checkpoints").exists()
+
+
+FULL = (
+    "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 23.64 GiB of which 512.00 MiB is "
+    "free. Including non-PyTorch memory, this process has 23.10 GiB memory in use."
+)
+
+
+def test_a_full_gpu_is_told_with_what_was_missing_and_the_flags_that_save_memory(at_work, capsys, monkeypatch):
+    def full(*arguments):
+        raise getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)(FULL)
+
+    monkeypatch.setattr(train, "run_training", full)
+    assert train.main(SMALL) == 1
+    said = capsys.readouterr().err
+    assert "2.50 GiB more were needed and 0.50 of 23.64 GiB free, so 2.00 GiB were missing" in said
+    assert "lower --batch_size (now 256) or --T (now 3) or --hidden_dim (now 32)" in said
+    assert "--precision bf16" in said
+    assert "--no_cuda_graph" in said
+    assert "Traceback" not in said
+    assert train.main([*SMALL, "--precision", "bf16", "--no_cuda_graph"]) == 1
+    said = capsys.readouterr().err
+    assert "bf16, which" not in said
+    assert "a graph keeps" not in said
 
 
 def test_json_goes_to_a_file_too_and_the_text_stays(at_work, capsys):

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from g2g_kernels.block_mask import BlockMask, MaskTensors
 from g2g_kernels.ops.g2g_linear.call import LinearBackward, LinearCall, call_operators, operators
-from g2g_kernels.packing import packed, unpacked
+from g2g_kernels.packing import assembled, no_tiles, packed
 from g2g_kernels.triton import runtime
 from g2g_kernels.triton.runtime import launch
 
@@ -141,6 +141,11 @@ def units_of(mask: MaskTensors, values: torch.Tensor) -> Units:
 # [BLOCK_M, BLOCK_K] tile of x times a [BLOCK_K, BLOCK_N] tile of weights. Programs of one sample tile are neighbours in
 # the grid, so its x is read from memory once, then from L2: 2·M·K + 2·U·R·C + 2·M·N bytes of memory in 16 bits
 # (M·K for spikes in uint8), and U·R·C/64·(2·M/64 + …) from L2.
+#
+# A tile is found through row_slot and unit_col. If a turn of the loop followed this chain for its own tile, the chain
+# would take up the stages of the compiler's pipeline: one buffer for x, and a wait for all loads before each product.
+# So each turn finds the next one's tile, and the loop carries its slot and columns: two or three buffers of x and of
+# weights, whose loads are in flight during the product before (benchmarks/results/aot.md has them for each kernel).
 
 
 @triton.jit
@@ -163,6 +168,25 @@ def length(bounds, unit, width):
 
 
 @triton.jit
+def tile_at(
+    i, end, slots, others, x_column, x_bounds, x_size, K: tl.constexpr, TILES_K: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """Where tile ``i`` of the units of a row is, counted over all rows; ``end`` is the row's last position plus one.
+
+    Returns:
+        The unit's slot; of each of the tile's BLOCK_K places whether it holds weights, its column of x, and whether
+        there is one. From the row's end on, those of slot 0.
+    """
+    exists = i < end * TILES_K
+    slot = tl.load(slots + i // TILES_K, mask=exists, other=0)
+    other = tl.load(others + slot, mask=exists, other=0)
+    k = (i % TILES_K) * BLOCK_K + tl.arange(0, BLOCK_K)
+    weighs = k < length(x_bounds, other, K)
+    column, x_ok = columns(other * K + k, x_column, weighs, x_size)
+    return slot.to(tl.int64), weighs, column, x_ok
+
+
+@triton.jit(do_not_specialize=["samples", "num_n"])
 def product_kernel(
     x,
     x_column,
@@ -198,20 +222,21 @@ def product_kernel(
     n_inside = n < length(y_bounds, unit, N)
 
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for i in range(tl.load(ptr + unit) * TILES_K, tl.load(ptr + unit + 1) * TILES_K):
-        slot = tl.load(slots + i // TILES_K).to(tl.int64)
-        other = tl.load(others + slot)
+    first, end = tl.load(ptr + unit), tl.load(ptr + unit + 1)
+    slot, weighs, x_col, x_ok = tile_at(
+        first * TILES_K, end, slots, others, x_column, x_bounds, x_size, K, TILES_K, BLOCK_K
+    )
+    for i in range(first * TILES_K, end * TILES_K):
         k = (i % TILES_K) * BLOCK_K + tl.arange(0, BLOCK_K)
-        k_inside = k < length(x_bounds, other, K)
-        column, k_ok = columns(other * K + k, x_column, k_inside, x_size)
-        x_address = x + first_m * x_size + (m[:, None] * x_size + column[None, :])
-        x_tile = tl.load(x_address, mask=m_ok[:, None] & k_ok[None, :], other=0)
+        x_address = x + first_m * x_size + (m[:, None] * x_size + x_col[None, :])
+        x_tile = tl.load(x_address, mask=m_ok[:, None] & x_ok[None, :], other=0)
         if BY_ROWS:  # values are [slot, N, K]
             address = values + slot * (N * K) + k[:, None] + n[None, :] * K
         else:  # [slot, K, N]
             address = values + slot * (N * K) + k[:, None] * N + n[None, :]
-        weights = tl.load(address, mask=k_inside[:, None] & n_inside[None, :], other=0)
+        weights = tl.load(address, mask=weighs[:, None] & n_inside[None, :], other=0)
         total = tl.dot(x_tile.to(weights.dtype), weights, total, input_precision=PRECISION)
+        slot, weighs, x_col, x_ok = tile_at(i + 1, end, slots, others, x_column, x_bounds, x_size, K, TILES_K, BLOCK_K)
 
     column, n_ok = columns(unit * N + n, y_column, n < N, y_size)
     if bias is not None:
@@ -225,32 +250,46 @@ def product_tiles(samples: int, width: int, x: torch.dtype, products: torch.dtyp
 
     128 rows are two ``wgmma`` of 64, and reuse each weight tile for 128 FLOPs per byte; for few samples 16 rows are
     enough, the minimum of a tensor core. Three stages of 16 KB of x and 8 KB of weights leave room for other programs
-    on an SM, and fit the 99 KB of consumer cards. Data loaded as float32 take twice the registers, whatever they are
-    converted to: half the rows, half the depth, two stages. ``ieee`` products run on the ordinary cores, with fully
-    unrolled loops: a depth of 16 and three stages. With these numbers no kernel uses the stack
+    on an SM, and fit the 99 KB of consumer cards. float32 samples take twice the registers, whatever they are converted
+    to: half the rows, half the depth; float32 weights alone, and units 16 deep, half the rows. ``ieee`` products run on
+    the ordinary cores, with fully unrolled loops: a depth of 16. With these numbers no kernel uses the stack
     (``benchmarks/results/aot.md``).
     """
-    block_m = 16 if samples <= 32 else 64 if torch.float32 in (x, products) else 128
-    depth, stages = _depth_and_stages(x, products)
-    return {"BLOCK_M": block_m, "BLOCK_K": min(depth, width), "num_warps": 4, "num_stages": stages}
+    block_m = 16 if samples <= 32 else 64 if torch.float32 in (x, products) or width <= 16 else 128
+    depth = 16 if _on_ordinary_cores(products) else 32 if x == torch.float32 else 64
+    return {"BLOCK_M": block_m, "BLOCK_K": min(depth, width), "num_warps": 4, "num_stages": STAGES}
 
 
-def _depth_and_stages(x: torch.dtype, products: torch.dtype) -> tuple[int, int]:
-    if products == torch.float32 and runtime.input_precision() == "ieee":
-        return 16, 3
-    return (32, 2) if torch.float32 in (x, products) else (64, 3)
+#: buffers of the loads that a product waits for: that of this turn, and those of the next two
+STAGES = 3
+
+
+def _on_ordinary_cores(products: torch.dtype) -> bool:
+    return products == torch.float32 and runtime.input_precision() == "ieee"
 
 
 def fitted(tiles: dict[str, int], device: torch.device, deepest: int = 32) -> dict[str, int]:
-    """The tiles of a matrix-product kernel, adjusted to ``device``: on RDNA 8 warps, and none deeper than ``deepest``.
+    """The tiles of a matrix-product kernel, adjusted to ``device``.
 
-    Its warps are 32 threads wide like NVIDIA's, but its ``wmma`` needs each factor twice in a warp's registers. With
-    the tiles of other cards, 16-bit kernels spilled up to 292 bytes per thread to the stack, a float32 kernel 2,764.
+    On AMD's cards loads travel in registers, and the 64 KB of shared memory hold two programs of two stages: one stage
+    is in shared memory while the other is loaded.
+
+    RDNA: 8 warps, and no tile deeper than ``deepest``. Its warps are 32 threads wide like NVIDIA's, but its ``wmma``
+    needs each factor twice in a warp's registers. With the tiles of other cards, 16-bit kernels spilled up to 292 bytes
+    per thread to the stack, a float32 kernel 2,764.
     """
-    if not runtime.rdna(device):
+    architecture = runtime.amd(device)
+    if not architecture:
+        return tiles
+    tiles = tiles | {"num_stages": 2}
+    if not architecture.startswith(RDNA):
         return tiles
     capped = {name: min(tiles[name], deepest) for name in ("BLOCK_K", "BLOCK_S") if name in tiles}
     return tiles | capped | {"num_warps": 8}
+
+
+#: AMD's GPUs with warps of 32 threads; the others' have 64
+RDNA = ("gfx10", "gfx11", "gfx12")
 
 
 def _launch_product(
@@ -293,7 +332,7 @@ def product(
 ) -> torch.Tensor:
     """y [M, out] of ``dtype``: x [M, in] (floats, or spikes in uint8), ``bias`` [out] in the order of y's columns."""
     if units.dense_pays:  # cuBLAS, with the zeros stored
-        weight = unpacked(values, units)
+        weight = dense_weight(values, units)
         return F.linear(x.to(values.dtype), weight, None if bias is None else bias.to(values.dtype)).to(dtype)
     # nothing is stored to columns without a neuron
     allocate = torch.zeros if units.rows.holes else torch.empty
@@ -306,11 +345,47 @@ def product(
 def input_gradient(grad_y: torch.Tensor, values: torch.Tensor, units: Units, dtype: torch.dtype) -> torch.Tensor:
     """dx [M, in] of ``dtype``, from dy [M, out] of the dtype of ``values``."""
     if units.dense_pays:
-        return (grad_y @ unpacked(values, units)).to(dtype)
+        return (grad_y @ dense_weight(values, units)).to(dtype)
     grad_x = torch.empty((len(grad_y), units.cols.size), dtype=dtype, device=grad_y.device)
     if grad_x.numel():
         _launch_product(grad_y, values, False, units, None, grad_x)
     return grad_x
+
+
+# --- the dense weight -------------------------------------------------------------------------------------------
+#
+# What PyTorch would do by index_copy_, which under deterministic algorithms sorts its indices at every call: a million
+# keys for single weights. No two slots hold the same unit, so a plain store is deterministic.
+
+
+@triton.jit(do_not_specialize=["count"])
+def place_kernel(values, unit_row, unit_col, every, count, num_cols, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """every[unit of the slot] = values[slot], for tiles of SIZE weights: BLOCK of all ``count`` weights per program."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    slot = i // SIZE
+    row, col = tl.load(unit_row + slot, mask=i < count, other=0), tl.load(unit_col + slot, mask=i < count, other=0)
+    place = (row.to(tl.int64) * num_cols + col) * SIZE + i % SIZE
+    tl.store(every + place, tl.load(values + i, mask=i < count, other=0), mask=i < count)
+
+
+def dense_weight(values: torch.Tensor, units: Units) -> torch.Tensor:
+    """The dense [out, in] matrix of packed values in the order of columns, zero where there is no unit."""
+    every = no_tiles(values, units)
+    if values.numel():
+        launch(
+            place_kernel,
+            (triton.cdiv(values.numel(), 1024),),
+            values=values,
+            unit_row=units.unit_row,
+            unit_col=units.unit_col,
+            every=every,
+            count=values.numel(),
+            num_cols=units.cols.num_units,
+            SIZE=units.rows.width * units.cols.width,
+            BLOCK=1024,
+            num_warps=4,
+        )
+    return assembled(every, units)
 
 
 # --- weight gradient --------------------------------------------------------------------------------------------
@@ -330,7 +405,7 @@ def input_gradient(grad_y: torch.Tensor, values: torch.Tensor, units: Units, dty
 # for an upper bound on the number of groups. Each program finds its own row; programs without work return at once.
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples", "samples_of_part", "num_rows", "num_units"])
 def weight_gradient_kernel(
     grad_y,
     y_column,
@@ -436,10 +511,10 @@ def weight_gradient_tiles(width: int, x: torch.dtype, products: torch.dtype) -> 
     of 64) would leave a last group almost empty. 64 samples per step are four ``wgmma`` deep; three stages take 72 KB
     at most. In float32, half of both, as in :func:`product_tiles`. CHAIN is 0 where one chain is as good as several.
     """
-    depth, stages = _depth_and_stages(x, products)
+    depth = 16 if _on_ordinary_cores(products) else 32 if torch.float32 in (x, products) else 64
     lanes = 64 if torch.float32 in (x, products) else 128
     chain = 256 if products == torch.float32 else 0
-    return {"GROUP": lanes // width, "BLOCK_S": depth, "CHAIN": chain, "num_warps": 4, "num_stages": stages}
+    return {"GROUP": lanes // width, "BLOCK_S": depth, "CHAIN": chain, "num_warps": 4, "num_stages": STAGES}
 
 
 def weight_gradient(

@@ -36,9 +36,9 @@ from g2g_kernels.ops.g2g_linear.triton import (
     columns,
     fitted,
     input_gradient,
-    length,
     product,
     product_tiles,
+    tile_at,
     units_of,
     weight_gradient,
 )
@@ -64,11 +64,12 @@ from g2g_kernels.triton.runtime import launch
 # --- the fused kernel -------------------------------------------------------------------------------------------
 #
 # One program computes BLOCK_B samples × one tile of BLOCK_N neurons for all T steps, membranes in registers. Its loop
-# runs over (t, unit of the block row) flattened into one, so the loads of step t + 1 are in flight while step t
-# finishes. 2·T·B·U·R·C FLOPs; the weights of a block row (67 KB by default, in 16 bits) are read T times, from L2.
+# runs over (t, unit of the block row) flattened into one and carries the next tile, as that of the product does, so the
+# loads of step t + 1 are in flight while step t finishes. 2·T·B·U·R·C FLOPs; the weights of a block row (67 KB by
+# default, in 16 bits) are read T times, from L2.
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["steps", "batch", "num_rows"])
 def fused_forward_kernel(
     x,
     x_column,
@@ -121,27 +122,27 @@ def fused_forward_kernel(
     if dropped is not None:
         start = tl.where(tl.load(dropped + y_offset, mask=inside, other=0) != 0, DROPPED, start)
 
-    first = tl.load(row_ptr + row) * TILES_K
-    end = tl.load(row_ptr + row + 1) * TILES_K
-    tiles_of_step = tl.maximum(end - first, 1)  # a row without units still has neurons that decay
+    first, end = tl.load(row_ptr + row), tl.load(row_ptr + row + 1)
+    tiles_of_step = tl.maximum((end - first) * TILES_K, 1)  # a row without units still has neurons that decay
     current = start
     states = zeros(STATES, BLOCK_M, BLOCK_N)
     count = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    # a row without units multiplies nothing
+    b_ok = (b < tl.where(first < end, batch, 0))[:, None]
+    n_inside = (n < tl.where(first < end, N, 0))[None, :]
+    slot, weighs, x_col, x_ok = tile_at(
+        first * TILES_K, end, row_slot, unit_col, x_column, x_bounds, x_size, K, TILES_K, BLOCK_K
+    )
     for turn in range(steps * tiles_of_step):
         t = (turn // tiles_of_step).to(tl.int64)
-        i = first + turn % tiles_of_step
-        slot = tl.load(row_slot + i // TILES_K, mask=i < end, other=0).to(tl.int64)
-        k = (i % TILES_K) * BLOCK_K + tl.arange(0, BLOCK_K)
-        other = tl.load(unit_col + slot, mask=i < end, other=0)
-        k_ok = k < tl.where(i < end, length(x_bounds, other, K), 0)
-        x_col, x_ok = columns(other * K + k, x_column, k_ok, x_size)
-        x_tile = tl.load(
-            x + t * batch * x_size + (x_offset + x_col[None, :]), mask=(b < batch)[:, None] & x_ok[None, :], other=0
-        )
+        k = (turn % tiles_of_step % TILES_K) * BLOCK_K + tl.arange(0, BLOCK_K)
+        x_tile = tl.load(x + t * batch * x_size + (x_offset + x_col[None, :]), mask=b_ok & x_ok[None, :], other=0)
         weights = tl.load(
-            values + slot * (N * K) + k[:, None] + n[None, :] * K, mask=k_ok[:, None] & (n < N)[None, :], other=0
+            values + slot * (N * K) + k[:, None] + n[None, :] * K, mask=weighs[:, None] & n_inside, other=0
         )
         current = tl.dot(x_tile.to(weights.dtype), weights, current, input_precision=PRECISION)
+        i = first * TILES_K + (turn + 1) % tiles_of_step
+        slot, weighs, x_col, x_ok = tile_at(i, end, row_slot, unit_col, x_column, x_bounds, x_size, K, TILES_K, BLOCK_K)
         if turn % tiles_of_step == tiles_of_step - 1:
             states = charge(states, fires(states[STATES - 1], threshold), current, own, MODEL, RESET)
             membrane = states[STATES - 1]
@@ -150,7 +151,11 @@ def fused_forward_kernel(
             here = t * batch * y_size
             tl.store(spikes + here + y_offset, spike.to(spikes.dtype.element_ty), mask=inside)
             if margins is not None:
-                tl.store(margins + here + y_offset, (membrane - threshold).to(margins.dtype.element_ty), mask=inside)
+                margin = membrane - threshold
+                if margins.dtype.element_ty == tl.float16:
+                    # a dropped neuron's margin would become −∞, of which the backward pass makes NaN
+                    margin = tl.clamp(margin, -65504.0, 65504.0)
+                tl.store(margins + here + y_offset, margin.to(margins.dtype.element_ty), mask=inside)
             current = start
     tl.store(counts + y_offset, count, mask=inside)
 
@@ -211,7 +216,7 @@ def _if(there, b, batch, n_ok):
     return (b < tl.where(there, batch, 0))[:, None] & n_ok[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["steps", "batch"])
 def fused_backward_kernel(
     margins,
     parameters,
@@ -442,7 +447,7 @@ def _fused_backward(margins: torch.Tensor, layer: _Layer, upstream: Upstream) ->
         steps=steps,
         batch=batch,
         neurons=neurons,
-        alpha=layer.neurons.alpha,
+        alpha=float(layer.neurons.alpha),
         rate_scale=1 / (steps * batch),
         SURROGATE=layer.neurons.surrogate,
         SEGMENT=segment_of(steps),
@@ -477,7 +482,14 @@ def refuses(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) 
             reason = f"needs x and values of one dtype (or autocast), not {', '.join(sorted(map(str, dtypes)))}"
     if reason is None and x.numel() == 0:
         reason = "needs a batch that is not empty"
+    if reason is None and x.shape[-2] * max(map(_widest, layers)) >= 1 << 31:
+        reason = "serves fewer than 2³¹ neurons × samples per step"
     return reason
+
+
+def _widest(layer: SpikingLayer) -> int:
+    """The most columns that a layer's inputs or outputs can have in memory."""
+    return max(axis.num_units * axis.width for axis in (layer.mask.rows, layer.mask.cols))
 
 
 def g2g_stack(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> Activity:

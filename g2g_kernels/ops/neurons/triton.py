@@ -62,7 +62,7 @@ def _inside(sample, neuron, batch, neurons, t, steps):
     return (sample < tl.where(t < steps, batch, 0))[:, None] & (neuron < neurons)[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["steps", "batch"])
 def neurons_forward_kernel(
     current,
     parameters,
@@ -128,7 +128,7 @@ def _store_partial(partial, tile, neuron, neurons, PER_NEURON: tl.constexpr):
         tl.store(partial + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.sum(tl.sum(tile, 0), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["steps", "batch"])
 def neurons_backward_kernel(
     current,
     checkpoints,
@@ -227,7 +227,7 @@ def neurons_backward_kernel(
             _store_partial(partials[i], tl.where(inside, totals[i], 0.0), neuron, neurons, (PER_NEURON >> i) & 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def sum_kernel(partial, decay, out, rows, cols, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
     """out[c] = Σ_r partial[r][c], added in a fixed order; 0 where ``decay`` is given and its clamp has slope 0."""
     col = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -389,7 +389,7 @@ def launch_backward(
         grad_rates=upstream.rates,
         grad_current=grad_current,
         partials=tuple(partials),
-        alpha=run.population.alpha,
+        alpha=float(run.population.alpha),
         rate_scale=1 / (run.steps * run.current.shape[-2]),
         SURROGATE=run.population.surrogate,
         **run.arguments(),

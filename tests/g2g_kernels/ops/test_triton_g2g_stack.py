@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from helpers import ErrorRatios, MaskCase, device_of, rms, seeded
+from helpers import ErrorRatios, MaskCase, device_of, lif_layer, rms, seeded
 from stack_cases import STACKS, Stack, check_compact, clear_of_thresholds, clear_stack, clear_stacks, loss, rounded
 
 from g2g_kernels import BackendError, BlockMask, GroupLayout, Neurons, g2g_stack
@@ -187,6 +187,18 @@ def test_dropped_neurons(way, steps):
     ratios.check(cases=FEW, at_most=AT_MOST)
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+@every_half
+def test_dropped_neurons_in_16_bits(way, dtype):
+    """float16 cannot hold the margin of a neuron that is dropped."""
+    ratios = ErrorRatios()
+    for cases in STACKS_OF_UNITS:
+        draws = (rounded(Stack(cases, None, dropout=0.3, seed=1000 * k), dtype) for k in range(20))
+        stack = next(stack for stack in draws if clear_of_thresholds(stack, "subtract"))
+        compare(ratios, stack, dtype)
+    ratios.check(cases=len(STACKS_OF_UNITS))
+
+
 @pytest.mark.parametrize("used", ["counts", "rates0"])
 def test_one_output_alone(way, used):
     """A loss on the counts only, or on one hidden layer's rates only: layers behind it get no gradient."""
@@ -304,3 +316,18 @@ def test_what_the_kernels_cannot_serve_is_refused_with_the_reason():
     ):
         with pytest.raises(BackendError, match=f"cannot serve this call of g2g_stack: triton: {reason}"):
             g2g_stack(x, stack.layers(tensors), T, backend="triton")
+
+
+def test_more_elements_than_32_bits_count_are_refused():
+    """Memory is not needed for that: the batch is one sample, seen often."""
+    from g2g_kernels.ops.g2g_stack import triton
+
+    device = device_of("triton")
+    mask = BlockMask.full(GroupLayout(8, 1), GroupLayout(8, 1)).to(device)
+    beta, threshold = (torch.tensor([value], device=device) for value in (0.9, 1.0))
+    layer = lif_layer(torch.zeros(1, 8, 8, device=device), mask, None, beta, threshold)
+    x = torch.zeros(1, 1, 8, device=device)
+    assert triton.refuses(x.expand(1, 2**28 - 1, 8), [layer], None) is None
+    reason = "triton: serves fewer than 2³¹ neurons × samples per step"
+    with pytest.raises(BackendError, match=f"cannot serve this call of g2g_stack: {reason}"):
+        g2g_stack(x.expand(1, 2**28, 8), [layer], backend="triton")

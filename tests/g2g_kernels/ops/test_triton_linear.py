@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import ErrorRatios, MaskCase, dense_by_loop, device_of, packed_randn, rms, seeded
 from linear_cases import backend_result, dense_result, inputs
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from g2g_kernels import BackendError, BlockMask, GroupLayout, g2g_linear
 from g2g_kernels.ops.g2g_linear.call import LinearBackward, LinearCall
@@ -50,6 +51,26 @@ def test_the_cases_are_what_they_should_be():
     empty_columns = [name for name, mask in masks.items() if (mask.col_ptr.diff() == 0).any()]
     assert empty_rows
     assert empty_columns
+
+
+class NeverSorting(TorchDispatchMode):
+    """Raises for an operation that sorts its indices on a GPU under deterministic algorithms."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert not function.name().startswith(("aten::index_copy", "aten::index_put", "aten::sort")), function
+        return function(*args, **(kwargs or {}))
+
+
+@every_case
+def test_the_dense_weight_is_that_of_the_mask_and_sorts_nothing(case):
+    from g2g_kernels.ops.g2g_linear import triton
+
+    mask = sparse_mask(case).to(device_of("triton"))
+    values = packed_randn(mask, 3).to(device_of("triton"))
+    units = triton.units_of(mask.tensors(), values)
+    with NeverSorting():
+        weight = triton.dense_weight(values, units)
+    assert torch.equal(weight, mask.unpack(values))
 
 
 @pytest.mark.parametrize("kind", ["dense", "spikes"])

@@ -405,7 +405,7 @@ def test_watching_does_not_wait_for_the_device(plain_memory):
             return function(*args, **(kwargs or {}))
 
     with Recorder():
-        watch.note(1, loss)
+        watch.note(loss)
     assert "aten.where.self" in operators
     assert not [name for name in operators if "_local_scalar_dense" in name or "nonzero" in name or "equal" in name]
 

@@ -1,0 +1,321 @@
+"""Training steps as CUDA graphs, as far as they can be tested without a GPU: refusal, purity, and what is replayed."""
+
+import copy
+import types
+import warnings
+
+import graph_stand_in
+import pytest
+import torch
+from graph_stand_in import Graph
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from training_runs import SMALL, VARIANTS
+
+import g2gnet
+import train
+from g2gnet import G2GNet
+from g2gnet.cuda_graph import CapturedStep, _check_device
+from g2gnet.data import load_dataset
+from g2gnet.training import Machine, Trainer, TrainingError, TrainSettings
+from g2gnet.training import trainer as trainer_module
+
+no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+
+
+@no_cuda
+def test_without_a_cuda_device_it_is_refused_before_anything_is_done(tmp_path, capsys):
+    arguments = ["--dataset", "fashionmnist-mini", "--cuda_graph", "--checkpoint_dir", str(tmp_path / "out")]
+    assert train.main(arguments) == 2
+    assert "--cuda_graph needs a CUDA device, not cpu; leave it out, or give --device cuda" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="a CUDA graph needs a CUDA device, not cpu; leave out --cuda_graph"):
+        CapturedStep(lambda inputs: None, torch.device("cpu"))
+
+
+# --- nothing in a step waits for the device -----------------------------------------------------------------------
+
+#: operations whose result the CPU has to know before it can go on, or whose result's shape depends on numbers
+WAITING = {
+    "_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "_unique", "_unique2", "unique_dim",
+    "unique_consecutive", "repeat_interleave.Tensor", "bincount", "_assert_async",
+}  # fmt: skip
+
+
+class NeverWaiting(TorchDispatchMode):
+    """Raises for an operation for which the CPU would have to wait for an accelerator."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name().removeprefix("aten::")
+        indices = args[1] if name.startswith(("index.", "index_put")) else ()
+        by_mask = any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices)
+        if by_mask or name in WAITING or name.split(".")[0] in WAITING:
+            raise AssertionError(f"{name} would wait for the device")
+        return function(*args, **(kwargs or {}))
+
+
+def test_waiting_is_noticed():
+    with NeverWaiting(), pytest.raises(AssertionError, match="_local_scalar_dense would wait"):
+        torch.ones(1).item()
+    with NeverWaiting(), pytest.raises(AssertionError, match=r"index.Tensor would wait"):
+        torch.ones(3)[torch.tensor([True, False, True])]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_no_step_and_no_update_of_the_masks_waits_for_the_device(variant):
+    settings = TrainSettings(**{**SMALL, **VARIANTS[variant]})
+    trainer = Trainer(settings, load_dataset(settings.dataset), Machine(torch.device("cpu"), "torch"))
+    trainer.epoch = settings.epochs
+    for number in range(2):
+        with NeverWaiting():
+            trainer._train_step(torch.arange(64 * number, 64 * number + 64))
+    assert trainer.step == 2
+    assert trainer.dst is None or trainer.dst.grown > 0
+
+
+@pytest.mark.parametrize(("model", "block_size"), [("random", 16), ("mixer", 1), ("dense", 64)])
+def test_no_launch_of_the_triton_stack_depends_on_numbers_on_the_device(model, block_size):
+    """Tensors on the ``meta`` device have none: reading one is an error."""
+    pytest.importorskip("triton", minversion="3.3")
+    from benchmarks.launches import training_step
+
+    net = G2GNet(40, 96, 10, model, block_size=block_size, T=4)
+    assert training_step(net, 6, 40, torch.bfloat16)
+
+
+# --- what is replayed ---------------------------------------------------------------------------------------------
+
+CUDA = torch.device("cuda:1")
+
+
+@pytest.fixture
+def stand_ins(monkeypatch):
+    graph_stand_in.install(monkeypatch)
+
+
+def counted(step):
+    """``step``, and the list of the constants with which it ran: directly, and in captures."""
+    direct, captures = [], []
+
+    def noted(*arguments):
+        (captures if Graph.capturing else direct).append(arguments[-1])
+        return step(*arguments)
+
+    return noted, direct, captures
+
+
+def test_calls_after_the_first_replay_what_was_captured_on_the_new_batch(stand_ins):
+    total = torch.zeros(())
+
+    def step(inputs, labels, factor):
+        total.add_(inputs.sum())
+        return factor * (inputs.sum() + labels.sum())
+
+    noted, direct, captures = counted(step)
+    captured = CapturedStep(noted, CUDA)
+    batches = [(torch.full((3,), float(k)), torch.tensor([k, k])) for k in range(12)]
+    factors = 6 * [2] + 6 * [3]
+    graphs = []
+    for number, ((inputs, labels), factor) in enumerate(zip(batches, factors, strict=True)):
+        assert captured(inputs, labels, factor).item() == factor * 5 * number
+        graphs.append(len(Graph.captured))
+    # with another constant everything is warmed up again before it is captured
+    assert graphs == [0, 0, 0, 1, 1, 1, 1, 1, 1, 2, 2, 2]
+    assert (direct, captures) == ([2, 2, 2, 3, 3, 3], [2, 3])
+    assert total == 3 * sum(range(12))  # each batch once: capturing itself does nothing
+    assert [batch[0][0].item() for batch in batches] == list(range(12))  # the caller's tensors are left alone
+
+
+def test_a_batch_of_another_size_runs_directly_and_the_graph_stays(stand_ins):
+    noted, direct, captures = counted(lambda inputs, number: 2 * inputs.sum())
+    captured = CapturedStep(noted, CUDA)
+    for number in range(12):
+        size = 2 if number in (5, 9) else 4
+        assert captured(torch.full((size,), float(number)), None).item() == 2 * size * number
+    assert len(direct) == CapturedStep.WARM_UP + 2
+    assert len(captures) == 1
+
+
+def test_everything_is_on_the_step_s_device_whatever_is_the_current_one(stand_ins):
+    devices = []
+
+    def step(inputs):
+        devices.append(torch.cuda.current_device())
+        return inputs + 1
+
+    captured = CapturedStep(step, CUDA)
+    for _ in range(6):
+        captured(torch.zeros(2))
+    assert devices == [1] * (CapturedStep.WARM_UP + 1)
+    assert [graph.stream.device for graph in Graph.captured] == [1]
+    assert torch.cuda.current_device() == 0
+    current = CapturedStep(step, torch.device("cuda"))
+    with torch.cuda.device(CUDA):
+        current(torch.zeros(2))
+    assert devices[-1] == 0  # the device that was current when the step was made
+
+
+def test_a_tensor_on_another_device_is_refused():
+    with FakeTensorMode():
+        tensor = torch.empty(3, device="cuda:0")
+    with pytest.raises(ValueError, match="the step is captured on cuda:1, but a tensor is on cuda:0; move it there"):
+        _check_device(tensor, CUDA)
+    _check_device(tensor, torch.device("cuda:0"))
+
+
+def waiting(inputs):
+    if Graph.capturing:
+        raise RuntimeError("operation not permitted when stream is capturing")
+    return inputs + 1
+
+
+def empty(inputs):
+    if Graph.capturing:
+        warnings.warn("The CUDA Graph is empty. This usually means …", stacklevel=1)
+    return inputs + 1
+
+
+@pytest.mark.parametrize("step", [waiting, empty])
+def test_a_step_that_cannot_be_captured_runs_directly_and_the_reason_is_logged(stand_ins, step, caplog):
+    captured = CapturedStep(step, CUDA)
+    assert [captured(torch.tensor(float(k))).item() for k in range(8)] == [float(k + 1) for k in range(8)]
+    (line,) = caplog.messages
+    assert line.startswith("training steps are not replayed as a CUDA graph, but run directly: ")
+    assert "not permitted when stream is capturing" in line or "The CUDA Graph is empty" in line
+
+
+def test_a_step_that_has_to_be_captured_and_cannot_be_is_an_error(stand_ins):
+    captured = CapturedStep(waiting, CUDA, required=True)
+    for _ in range(CapturedStep.WARM_UP):
+        captured(torch.zeros(2))
+    with pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph: operation not permitted"):
+        captured(torch.zeros(2))
+
+
+def test_a_loop_of_ones_own_trains_as_without_a_graph(stand_ins):
+    """A dense network of snnTorch's kind, and none of our trainer."""
+
+    def trained(device):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+        optimizer = torch.optim.Adam(net.parameters(), lr=0.1, capturable=True, fused=True)
+
+        def step(x, labels):
+            loss = F.cross_entropy(net(x), labels)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        step = g2gnet.captured(step, device)
+        losses = [step(torch.randn(5, 6), torch.randint(3, (5,))).item() for _ in range(10)]
+        return losses, [parameter.detach().clone() for parameter in net.parameters()]
+
+    plain, graph = trained("cpu"), trained(CUDA)
+    assert len(Graph.captured) == 1
+    assert plain[0] == graph[0]
+    assert all(map(torch.equal, plain[1], graph[1]))
+
+
+# --- in the trainer -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trainer_of(stand_ins, monkeypatch):
+    """Makes trainers whose steps are captured, on the CPU."""
+    monkeypatch.setattr(
+        trainer_module, "CapturedStep", lambda step, device, required: CapturedStep(step, CUDA, required)
+    )
+
+    def make(backend="torch", cuda_graph=True, **changes):
+        settings = TrainSettings(**{**SMALL, **changes})
+        machine = Machine(torch.device("cpu"), backend, cuda_graph=cuda_graph)
+        return Trainer(settings, load_dataset(settings.dataset), machine)
+
+    return make
+
+
+@pytest.mark.parametrize("variant", ["static", "regularised", "dynamic", "all schedules"])
+def test_training_is_the_same_with_and_without_a_graph(trainer_of, variant):
+    """Batches that are not full, masks that change, targets that change with the epoch, dropout."""
+    changes = {"batch_size": 32, **VARIANTS[variant]}
+    graph, plain = trainer_of(**changes), trainer_of(cuda_graph=False, **changes)
+    for _ in range(graph.settings.epochs):
+        records = [trainer.train_epoch() for trainer in (graph, plain)]
+        for record in records:
+            del record["seconds"], record["samples_per_s"]
+        assert records[0] == records[1]
+    assert Graph.captured
+    # a learning rate that falls is read from a float32 tensor
+    rounding = 1e-6 if "lr_schedule" in changes else 0.0
+    for name, value in plain.net.state_dict().items():
+        torch.testing.assert_close(graph.net.state_dict()[name], value, rtol=rounding, atol=rounding)
+
+
+def test_a_weight_that_is_not_finite_is_found_in_replays_after_a_batch_that_is_not_full(trainer_of):
+    trainer = trainer_of()
+    for _ in range(2):
+        trainer.train_epoch()
+    graphs = len(Graph.captured)
+    assert graphs
+    with torch.no_grad():
+        trainer.net.fc2.values.view(-1)[0] = torch.nan
+    with pytest.raises(TrainingError, match=r"in step 9 .* became non-finite"):
+        trainer.train_epoch()
+    assert len(Graph.captured) == graphs  # these were replays
+
+
+def test_a_resumed_run_captures_the_loaded_state(trainer_of):
+    through, first = trainer_of(), trainer_of()
+    first.train_epoch()
+    first.train_epoch()
+    state = copy.deepcopy(first.state_dict())
+    for _ in range(3):
+        through.train_epoch()
+    first.load_state_dict(state)  # into a trainer that has a graph
+    first.train_epoch()
+    assert all(map(torch.equal, through.net.state_dict().values(), first.net.state_dict().values()))
+
+
+@pytest.mark.parametrize("changes", [{}, {"enforce_sparsity": True, "warmup_epochs": 1}], ids=["static", "regularised"])
+def test_whatever_is_captured_was_launched_before(trainer_of, monkeypatch, changes):
+    """A kernel that is first loaded while a graph is captured makes that fail."""
+    pytest.importorskip("triton", minversion="3.3")
+    from g2g_kernels.triton import runtime
+
+    launched, captured = set(), set()
+    launch = runtime.launch
+
+    def noted(kernel, grid, **arguments):
+        key = (
+            kernel.fn.__name__,
+            tuple(
+                (name, getattr(value, "dtype", value))
+                for name, value in arguments.items()
+                if value is None or name.isupper() or isinstance(value, torch.Tensor)
+            ),
+        )
+        (captured if Graph.capturing else launched).add(key)
+        assert not Graph.capturing or key in launched, key
+        launch(kernel, grid, **arguments)
+
+    for operator in ("g2g_linear", "g2g_stack", "neurons"):
+        monkeypatch.setattr(f"g2g_kernels.ops.{operator}.triton.launch", noted)
+    size = {"batch_size": 4, "limit_train": 18, "limit_test": 4, "hidden_dim": 16, "T": 2, "num_groups": 2}
+    trainer = trainer_of("triton", block_size=16, **size, **changes)
+    for _ in range(3):
+        trainer.train_epoch()
+    assert len(Graph.captured) >= 1 + bool(changes)
+    assert captured
+
+
+def test_on_a_cuda_device_steps_are_captured_unless_said_otherwise():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda:0")
+    world = types.SimpleNamespace(size=2)
+    assert Machine(cuda).captures
+    assert not Machine(cpu).captures
+    assert not Machine(cuda, world=world).captures
+    assert not Machine(cuda, cuda_graph=False).captures
+    parse = train.build_parser().parse_args
+    assert [parse(flags).cuda_graph for flags in ([], ["--cuda_graph"], ["--no_cuda_graph"])] == [None, True, False]

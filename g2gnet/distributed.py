@@ -36,14 +36,14 @@ PULSE = 2.0
 #: seconds for which a process that is to end waits until the others know why
 FAREWELL = 5.0
 
-Result = TypeVar("Result")
+ResultT = TypeVar("ResultT")
 
 
 class DistributedError(RuntimeError):
     """The processes of a run do not match, do not find one another, or diverged; the message says how."""
 
 
-class LostConnection(DistributedError):
+class LostConnectionError(DistributedError):
     """Another process has ended or does not answer: the consequence of something else."""
 
 
@@ -196,7 +196,7 @@ class World:
             dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def first(self, function: Callable[[], Result]) -> Result:
+    def first(self, function: Callable[[], ResultT]) -> ResultT:
         """What ``function`` returns in the first process, the only one that calls it.
 
         Raises:
@@ -355,7 +355,7 @@ class Meeting:
             "and a port that is free there and open to the others"
         )
 
-    def _asked(self, question: Callable[[], Result], seconds: float | None = None) -> Result:
+    def _asked(self, question: Callable[[], ResultT], seconds: float | None = None) -> ResultT:
         """What ``question``, which may block inside PyTorch, returns within so many seconds, or within the limit."""
         answer: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
 
@@ -559,7 +559,7 @@ def meet(limit: datetime.timedelta) -> Iterator[Meeting]:
     meeting = Meeting(limit)
     try:
         yield meeting
-    except LostConnection:  # no cause of anything
+    except LostConnectionError:  # no cause of anything
         raise
     except BaseException as error:
         meeting.end(error)
@@ -632,7 +632,7 @@ def join(
         except RuntimeError as error:
             # gloo has no type of its own for them
             if isinstance(error, dist.DistError) or "gloo/transport" in str(error):
-                raise LostConnection(_lost(error, meeting)) from error
+                raise LostConnectionError(_lost(error, meeting)) from error
             raise
 
 

@@ -42,7 +42,8 @@ class Lineage:
         self.tied = False
         #: of a copy: whether its weights were written to, whether its slots mean what those of the origin do, and the
         #: fingerprint of its weights when that was noted
-        self._averages, self._in_step, self._noted = False, True, None
+        self._averages, self._in_step = False, True
+        self._noted: int | None = None
 
     @property
     def layer(self) -> "G2GLinear":
@@ -148,7 +149,7 @@ def fingerprint(values: torch.Tensor) -> int | None:
     data = values.data
     if type(data) is not torch.Tensor or data.is_meta:
         return None
-    return zlib.crc32(data.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return zlib.crc32(data.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 @functools.cache

@@ -41,7 +41,7 @@ class BuildKernels(build_ext):
             return
         try:
             build_library(target, Path(self.build_temp))
-        except (OSError, subprocess.CalledProcessError) as error:
+        except (OSError, ValueError, subprocess.CalledProcessError) as error:
             output = getattr(error, "stderr", None) or ""
             print(
                 f"g2g: NOTE: the compiled CPU kernels were not built and will not be available ({error}).\n{output}"
@@ -65,7 +65,13 @@ class PlatformWheel(bdist_wheel):
 
 
 def build_library(target: Path, scratch: Path) -> None:
-    """Compiles and links the library; raises OSError without a compiler, CalledProcessError if it fails."""
+    """Compiles and links the library.
+
+    Raises:
+        OSError: without a compiler.
+        ValueError: for a quotation in ``CXX`` or ``G2G_CXXFLAGS`` that does not end.
+        CalledProcessError: if the compiler fails.
+    """
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wno-psabi", "-pthread"]
     flags += shlex.split(os.environ.get("G2G_CXXFLAGS", ""))

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +12,8 @@ from tqdm import tqdm
 
 import g2gnet
 from g2g_kernels import select_device
-from g2gnet.cli import FlagError, add_json_flag, check_output, run_program
+from g2g_kernels.numbers import COUNT
+from g2gnet.cli import FlagError, add_json_flag, check_output, file_name, run_program
 from g2gnet.network import MODELS
 
 from . import report
@@ -46,7 +46,8 @@ def add_flags(parser: argparse.ArgumentParser, repeats: int) -> None:
     group.add_argument(
         "--dataset", choices=("fashionmnist", "fashionmnist-mini"), help=f"images (default: {default['dataset']})"
     )
-    group.add_argument("--data_dir", default="data", metavar="DIR", help="directory of the data sets (default: data)")
+    text = "directory of the data sets (default: data)"
+    group.add_argument("--data_dir", type=file_name, default="data", metavar="DIR", help=text)
     group = parser.add_argument_group("measurement")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     text = f"timed turns (default: {repeats}, {QUICK_REPEATS} with --quick)"
@@ -64,8 +65,9 @@ def add_report_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags for output files."""
     group = parser.add_argument_group("report")
     add_json_flag(group, "the record, with every timing,")
-    group.add_argument("--csv", metavar="FILE", help="write one line per point to FILE")
-    group.add_argument("--plot", metavar="FILE", help="draw the picture FILE (.png, .svg; needs matplotlib)")
+    group.add_argument("--csv", type=file_name, metavar="FILE", help="write one line per point to FILE")
+    text = "draw the picture FILE (.png, .svg; needs matplotlib)"
+    group.add_argument("--plot", type=file_name, metavar="FILE", help=text)
 
 
 class Report(NamedTuple):
@@ -86,8 +88,13 @@ def check_report_flags(arguments: argparse.Namespace) -> None:
     for path in (arguments.csv, arguments.plot):
         if path is not None:
             check_output(path)
-    if arguments.plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("plot: matplotlib is not installed (pip install matplotlib)")
+    if arguments.plot is not None:
+        try:
+            import matplotlib as matplotlib  # its settings are read, and may be wrong
+        except ImportError as error:
+            raise ValueError("plot: matplotlib is not installed (pip install matplotlib)") from error
+        except ValueError as error:
+            raise ValueError(f"plot: matplotlib cannot be imported ({error}); correct MPLBACKEND") from error
 
 
 def write_files(arguments: argparse.Namespace, made: Report) -> None:
@@ -111,8 +118,9 @@ def repeats_from(arguments: argparse.Namespace) -> int:
     """The number of timed turns; raises ValueError if the flag is out of range."""
     if arguments.repeats is None:
         return QUICK_REPEATS if arguments.quick else arguments.usual_repeats
-    if arguments.repeats < 1:
-        raise ValueError(f"repeats={arguments.repeats} is out of range; give a value at least 1")
+    wanted = COUNT.refuses(arguments.repeats)
+    if wanted:
+        raise ValueError(f"repeats={arguments.repeats} is out of range; give {wanted}")
     return arguments.repeats
 
 

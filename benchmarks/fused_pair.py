@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from g2g_kernels import BlockMask, GroupLayout, Neurons, SpikingLayer, g2g_stack
+from g2g_kernels.numbers import COUNT
 from g2g_kernels.triton import runtime
 from g2gnet.cli import FlagError, add_json_flag, run_program
 from g2gnet.cuda_graph import CapturedStep
@@ -111,8 +112,9 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         batches, units = (cli.numbers(text, int) for text in (arguments.batch_sizes, arguments.block_sizes))
     except ValueError as error:
         raise FlagError(f"{error}; give whole numbers, separated by commas") from error
-    if min(*batches, *units, arguments.hidden_dim, arguments.T, arguments.repeats) < 1:
-        raise FlagError("sizes and repeats must be at least 1")
+    for size in (*batches, *units, arguments.hidden_dim, arguments.T, arguments.repeats):
+        if COUNT.refuses(size):
+            raise FlagError(f"sizes and repeats must each be {COUNT}, not {size}")
     from g2g_kernels.ops.g2g_stack import triton as stack
 
     found: list[dict[str, Any]] = []

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from g2g_kernels.numbers import COUNT
 from g2gnet import G2GNet
 from g2gnet.network import MODELS
 
@@ -135,8 +136,7 @@ def roofline(arguments: argparse.Namespace) -> str:
         ValueError: for sizes out of range.
         ModuleNotFoundError: without Triton.
     """
-    if arguments.batch_size < 1:
-        raise ValueError(f"batch_size={arguments.batch_size} is out of range; give a value at least 1")
+    COUNT.check("batch_size", arguments.batch_size)
     net = G2GNet(
         INPUT_DIM,
         arguments.hidden_dim,

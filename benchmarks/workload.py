@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 import g2gnet
+from g2g_kernels.numbers import Number
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
 from g2gnet import G2GNet, Synaptic
 from g2gnet.data import DATASETS, DataError, ImageData, as_samples, load_dataset
@@ -51,8 +52,9 @@ class Workload:
     seed: int = 42
 
     def __post_init__(self) -> None:
-        if self.train_steps < 0:
-            raise SettingsError(f"train_steps={self.train_steps} is out of range; give a value at least 0")
+        wanted = Number(0, whole=True).refuses(self.train_steps)
+        if wanted:
+            raise SettingsError(f"train_steps={self.train_steps} is out of range; give {wanted}")
         self.settings()
 
     def settings(self) -> TrainSettings:

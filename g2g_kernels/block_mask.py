@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from g2g_kernels import graph, packing
-from g2g_kernels.groups import GroupLayout, as_integers, check_integers, partners, whole_number
+from g2g_kernels.groups import GroupLayout, as_integers, check_integers, partners
+from g2g_kernels.numbers import COUNT, PROBABILITY
 from g2g_kernels.tracing import is_traced, on_cpu
 
 
@@ -194,7 +195,7 @@ class BlockMask(_Indices):
         block_size: int = 64,
     ) -> None:
         super().__init__()
-        self.block_size = whole_number("block_size", block_size)
+        self.block_size = COUNT.check("block_size", block_size)
         self.rows = UnitAxis(out_layout, self.block_size)
         self.cols = UnitAxis(in_layout, self.block_size)
         self.changes = 0
@@ -221,8 +222,7 @@ class BlockMask(_Indices):
         ``g2g_kernels.groups.partners`` defines which groups of the two sides count as one.
         """
         for name, p in (("p_intra", p_intra), ("p_inter", p_inter)):
-            if not 0.0 <= p <= 1.0:
-                raise ValueError(f"{name}={p} is not a probability; give a value from 0 to 1")
+            PROBABILITY.check(name, p)
         empty = torch.zeros(0, dtype=torch.int64)
         mask = cls(out_layout, in_layout, empty, empty, block_size)
         own = partners(out_layout.num_groups, in_layout.num_groups)

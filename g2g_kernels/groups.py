@@ -3,11 +3,9 @@
 Only the assignment lives here; which groups are connected is :mod:`g2g_kernels.block_mask`'s business.
 """
 
-import operator
-from typing import Any
-
 import torch
 
+from g2g_kernels.numbers import SIZE
 from g2g_kernels.tracing import on_cpu
 
 
@@ -54,7 +52,7 @@ class GroupLayout:
     ) -> None:
         if kind not in GROUP_KINDS:
             raise ValueError(f"kind={kind!r} is not a group layout; choose one of {', '.join(GROUP_KINDS)}")
-        size, num_groups = whole_number("size", size), whole_number("num_groups", num_groups)
+        size, num_groups = SIZE.check("size", size), SIZE.check("num_groups", num_groups)
         if size < num_groups:
             raise ValueError(
                 f"{size} neurons cannot fill num_groups={num_groups} groups; use at most {size} groups or more neurons"
@@ -105,19 +103,6 @@ def partners(out_groups: int, in_groups: int) -> torch.Tensor:
     least = min(out_groups, in_groups)
     out_group, in_group = (torch.arange(count) * least // count for count in (out_groups, in_groups))
     return out_group[:, None] == in_group[None, :]
-
-
-def whole_number(name: str, value: Any) -> int:
-    """The int ``value``, of Python's or NumPy's integers, or a tensor. Raises ValueError unless it is at least 1."""
-    if isinstance(value, torch.SymInt):
-        return value  # type: ignore[return-value]  # of a graph with dynamic shapes, which stands for an int
-    try:
-        number = value if type(value) is int else operator.index(value)
-    except TypeError:
-        number = 0
-    if number < 1 or isinstance(value, bool) or getattr(value, "dtype", None) in (bool, torch.bool):
-        raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
-    return number
 
 
 def as_integers(name: str, tensor: object) -> torch.Tensor:

@@ -26,7 +26,8 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="the .pth file of a training run, finished or not")
+    text = "the .pth file of a training run, finished or not"
+    parser.add_argument("checkpoint", type=cli.file_name, metavar="CHECKPOINT", help=text)
     cli.add_json_flag(cli.add_inspection_flags(parser), "all quantities, including matrices between groups,")
     return parser
 

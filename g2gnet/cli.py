@@ -22,11 +22,13 @@ import torch
 import g2gnet
 from g2g_kernels import BackendError, select_device
 from g2g_kernels.dispatch import BACKENDS, require_backend
+from g2g_kernels.numbers import COUNT
 from g2gnet.analysis import ANALYSIS_SAMPLES
 from g2gnet.data import DataError, ImageData, dataset_name, load_dataset
 from g2gnet.distributed import LIMIT, DistributedError, launched, local_rank, rank
 from g2gnet.features import load_features, weights_digest
 from g2gnet.files import check_writable, replace_file
+from g2gnet.memory import ran_out
 from g2gnet.messages import OutputError, discard, reason, say, warn
 from g2gnet.training import (
     CheckpointError,
@@ -39,7 +41,7 @@ from g2gnet.training import (
     TrainingError,
     TrainSettings,
 )
-from g2gnet.training.settings import describe_range
+from g2gnet.training.settings import number_of
 from g2gnet.training.tensorboard import TensorBoardLog
 
 #: what stands for a flag's value in the help
@@ -48,6 +50,17 @@ METAVARS = {int: "N", float: "X", str: "FILE"}
 STDOUT = "-"
 #: exit status of a program whose reader has closed the pipe, as ``head`` does: 128 + SIGPIPE, absent on Windows
 READER_LEFT = 128 + 13
+
+
+def file_name(text: str) -> str:
+    """The type of a flag that names a file or a directory.
+
+    Raises:
+        ArgumentTypeError: for an empty name, as of a shell's unset variable: it would be the current directory.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty; give one (the current directory is .)")
+    return text
 
 
 def add_settings_flags(parser: argparse.ArgumentParser, settings: type = TrainSettings) -> None:
@@ -69,13 +82,14 @@ def add_settings_flags(parser: argparse.ArgumentParser, settings: type = TrainSe
         text = about["text"]
         if about["file"]:
             text += f": {', '.join(about['choices'])}, or a file NAME.npz of your own"
-        if flag_type in (int, float) and about["low"] is not None:
-            text += f"; {describe_range(about)}"
+        number = number_of(about, flag_type)
+        if number and number.range:
+            text += f"; {number.range}"
         if field.default is not None:
             text += f" (default: {field.default})"
         group.add_argument(
             f"--{field.name}",
-            type=flag_type,
+            type=file_name if flag_type is str and not about["choices"] else flag_type,
             default=field.default,
             choices=None if about["file"] else about["choices"],
             metavar="NAME" if about["file"] else None if about["choices"] else METAVARS[flag_type],
@@ -89,10 +103,11 @@ def add_machine_flags(parser: argparse.ArgumentParser, kernels: bool = True, res
     They do not change what is computed. ``results``: the program writes checkpoints. Returns their group.
     """
     group = parser.add_argument_group("machine and files")
-    group.add_argument("--data_dir", default="data", metavar="DIR", help="directory of the data sets (default: data)")
+    text = "directory of the data sets (default: data)"
+    group.add_argument("--data_dir", type=file_name, default="data", metavar="DIR", help=text)
     if results:
         text = "directory for results (default: checkpoints)"
-        group.add_argument("--checkpoint_dir", default="checkpoints", metavar="DIR", help=text)
+        group.add_argument("--checkpoint_dir", type=file_name, default="checkpoints", metavar="DIR", help=text)
     text = "auto (DirectML, then CUDA, then CPU), cpu, cuda, cuda:N, directml, mps, xpu or xpu:N"
     group.add_argument("--device", default="auto", help=text)
     if kernels:
@@ -138,7 +153,7 @@ def add_graph_flags(group: Any) -> None:
 def add_log_flag(group: Any) -> None:
     """Adds the flag for TensorBoard's files."""
     text = "write scalars, histograms and heat maps for TensorBoard to DIR (default: none)"
-    group.add_argument("--log_dir", metavar="DIR", help=text)
+    group.add_argument("--log_dir", type=file_name, metavar="DIR", help=text)
 
 
 def log_from(arguments: argparse.Namespace) -> list[EpochCallback[Trainer]]:
@@ -158,7 +173,7 @@ def log_from(arguments: argparse.Namespace) -> list[EpochCallback[Trainer]]:
 def add_json_flag(parser: Any, content: str) -> None:
     """Adds the flag that writes ``content``, what a program returns, as JSON."""
     text = f"write {content} as JSON to FILE; without FILE to standard output, and all other output to standard error"
-    parser.add_argument("--json", nargs="?", const=STDOUT, metavar="FILE", help=text)
+    parser.add_argument("--json", type=file_name, nargs="?", const=STDOUT, metavar="FILE", help=text)
 
 
 SettingsT = typing.TypeVar("SettingsT", bound=Settings)
@@ -217,7 +232,7 @@ def add_inspection_flags(parser: argparse.ArgumentParser) -> Any:
         help=f"run the network on the first N test images (default: {ANALYSIS_SAMPLES})",
     )
     text = "weights used by a run with --use_resnet, if not the published ones"
-    parser.add_argument("--resnet_weights", metavar="FILE", help=text)
+    parser.add_argument("--resnet_weights", type=file_name, metavar="FILE", help=text)
     return add_machine_flags(parser, results=False)
 
 
@@ -228,8 +243,9 @@ def load_run_data(arguments: argparse.Namespace, settings: TrainSettings, device
         FlagError: if ``--samples`` is not at least 1, or ``--resnet_weights`` are not those of the run.
         DataError: if they are unavailable.
     """
-    if arguments.samples < 1:
-        raise FlagError(f"samples={arguments.samples} is out of range; give a value of at least 1")
+    wanted = COUNT.refuses(arguments.samples)
+    if wanted:
+        raise FlagError(f"samples={arguments.samples} is out of range; give {wanted}")
     if settings.use_resnet:
         given = weights_digest(settings.dataset, arguments.resnet_weights)
         if given != settings.resnet_weights:
@@ -282,8 +298,8 @@ def run_program(
         interrupted: what to say after Ctrl-C.
 
     Returns:
-        0 on success, 1 if data, files or training failed, 2 for invalid flags, 128 + the number of the signal that
-        ended it (130 after Ctrl-C, 141 when nobody reads its output).
+        0 on success, 1 if data, files, memory or training failed, 2 for invalid flags, 128 + the number of the signal
+        that ended it (130 after Ctrl-C, 141 when nobody reads its output).
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started this
@@ -305,8 +321,10 @@ def run_program(
         return _fail(parser, error, 2)
     except (DataError, CheckpointError, TrainingError, DistributedError, OutputError) as error:
         return _fail(parser, error, 1)
-    except OUT_OF_MEMORY as error:
-        return _fail(parser, RuntimeError(out_of_memory(str(error), arguments)), 1)
+    except (MemoryError, RuntimeError) as error:
+        if not ran_out(error):
+            raise
+        return _fail(parser, RuntimeError(out_of_memory(error, arguments)), 1)
     except Interrupted as interruption:
         if rank() == 0:
             warn(f"{parser.prog}: {interruption}")
@@ -325,18 +343,17 @@ def run_program(
     return 0
 
 
-#: what PyTorch raises when a device has too little memory; the name up to 2.4
-OUT_OF_MEMORY: type[Exception] = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
 #: settings with which the memory of a training step grows
 GROWING = ("batch_size", "T", "hidden_dim")
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
-def out_of_memory(said: str, arguments: argparse.Namespace) -> str:
+def out_of_memory(error: BaseException, arguments: argparse.Namespace) -> str:
     """What was missing, of PyTorch's message, and the flags of this program that save memory."""
     size = r"([\d.]+) (bytes|[KMGT]iB)"
-    found = re.search(rf"Tried to allocate {size}.*?total capacity of {size} of which {size} is free", said, re.DOTALL)
-    what = reason(RuntimeError(said))
+    pattern = rf"Tried to allocate {size}.*?total capacity of {size} of which {size} is free"
+    found = re.search(pattern, str(error), re.DOTALL)
+    what = f"out of memory: {reason(error)}"
     if found:
         wanted, total, free = (float(found[i]) * _UNITS[found[i + 1]] / 2**30 for i in (1, 3, 5))
         what = (

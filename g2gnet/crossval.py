@@ -50,10 +50,13 @@ def table(results: dict[str, Any]) -> str:
 def crossval(arguments: argparse.Namespace) -> dict[str, Any] | None:
     settings = cli.settings_from(arguments, FoldSettings)
     machine = cli.machine_from(arguments)
+    file = Path(arguments.checkpoint_dir) / f"{settings.summary_stem}.json"
     with apart(cli.about("crossval", settings, machine), cli.peer_limit(arguments)) as world:
         machine = machine._replace(world=world)
         if world.leads:
             cli.announce(settings, machine)
+            RunFiles(arguments.checkpoint_dir, dataclasses.replace(settings, fold=settings.k_folds).stem).check()
+            cli.check_output(file)
         results = cross_validate(
             settings,
             lambda: cli.load_data(arguments, settings, machine.device),
@@ -65,7 +68,6 @@ def crossval(arguments: argparse.Namespace) -> dict[str, Any] | None:
             return None
     say(table(results))
     document = {"settings": settings.given(), **results}
-    file = Path(arguments.checkpoint_dir) / f"{settings.summary_stem}.json"
     cli.write_output(file, json.dumps(document, indent=2) + "\n")
     say(f"wrote {file}")
     folds = [dataclasses.replace(settings, fold=result["fold"]).stem for result in results["folds"]]

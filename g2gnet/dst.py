@@ -18,6 +18,7 @@ from torch import nn
 
 from g2g_kernels import Activity, BlockMask
 from g2g_kernels.block_mask import UnitAxis
+from g2g_kernels.numbers import COUNT, Number
 from g2gnet.distributed import ALONE, World
 from g2gnet.dst_rules import ACTIVITY, GRADIENT, GROW_RULES, PRUNE_RULES, Evidence
 from g2gnet.layers import AbsentGradient, G2GLinear
@@ -182,13 +183,13 @@ class DSTScheduler:
                 raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(known)}")
         if isinstance(process_group, str) and process_group != "world":
             raise ValueError(f"process_group={process_group!r} is unknown; give 'world', a process group or None")
-        if interval < 1:
-            raise ValueError(f"interval={interval} must be at least 1 step")
+        COUNT.check("interval", interval)
+        Number(whole=True).check("seed", seed)
         for name, share in (("fraction", fraction), ("stop", stop)):
-            if not 0.0 < share <= 1.0:
-                raise ValueError(f"{name}={share} must be above 0 and at most 1")
+            Number(0, 1, open_low=True).check(name, share)
         self._last: int | None = None  # the step of the last update
         if total_steps is not None:
+            COUNT.check("total_steps", total_steps)
             self._last = int(stop * total_steps) // interval * interval
             if self._last == 0:
                 raise ValueError(
@@ -222,6 +223,7 @@ class DSTScheduler:
         if isinstance(model, nn.Module) and self._needs != {None}:
             check_compiled(model, " and ".join(sorted(filter(None, self._needs))))
         self._absent: dict[G2GLinear, AbsentGradient] = {}
+        self._overtaken = False  # by another scheduler, which records the gradient of the same layers now
         self._uncompiled: Uncompiled | None = None
         self._record_if_due()
 
@@ -270,7 +272,9 @@ class DSTScheduler:
         if self._uncompiled is not None:
             self._uncompiled.end()
             self._uncompiled = None
-        for layer in self._absent:
+        mine = [layer for layer, absent in self._absent.items() if layer.absent_gradient is absent]
+        self._overtaken = len(mine) < len(self._absent)
+        for layer in mine:
             layer.absent_gradient = None
         return self._recorder.stop() if self._recorder is not None else None
 
@@ -495,6 +499,11 @@ class DSTScheduler:
 
 def _nothing_seen(what: str, number: int, scheduler: DSTScheduler) -> str:
     """The message where a rule lacks what it needs."""
+    if what == "gradient" and scheduler._overtaken:
+        return (
+            f"another DSTScheduler with grow='gradient' has taken over layer {number}; a layer has one scheduler: call "
+            "step() of the last one only"
+        )
     return (
         f"no {what} of layer {number} was recorded in this step, but prune={scheduler.prune.name!r} with "
         f"grow={scheduler.grow.name!r} needs it. Pass the inputs and the activity to step(); or create the scheduler "

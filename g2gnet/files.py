@@ -16,6 +16,8 @@ from typing import Any, BinaryIO
 
 from g2gnet.messages import warn
 
+#: ending of the second name of a file that is being replaced
+KEEP = ".keep"
 #: errors of file systems without locks (mostly network file systems)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
 
@@ -60,8 +62,20 @@ def check_writable(path: Path) -> None:
         if not os.access(path, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         return
-    with tempfile.TemporaryFile(dir=Path(os.path.realpath(path)).parent):
-        pass
+    with contextlib.suppress(FileNotFoundError):
+        _check_replaceable(path.stat(), path.resolve().parent.stat())  # links to one another have no status
+    target = Path(os.path.realpath(path))
+    # named as the file that replace_file() writes first and _keep() links, so too long a name is found too
+    descriptor, name = tempfile.mkstemp(KEEP, f".{target.name}.", target.parent)
+    os.close(descriptor)
+    Path(name).unlink(missing_ok=True)  # a run that begins here removes what killed ones left
+
+
+def _check_replaceable(file: os.stat_result, directory: os.stat_result) -> None:
+    """Raises PermissionError if the directory lets nobody but a file's owner replace it, as /tmp does."""
+    user = getattr(os, "geteuid", int)()
+    if directory.st_mode & stat.S_ISVTX and user not in (0, file.st_uid, directory.st_uid):
+        raise PermissionError(errno.EPERM, "it belongs to another user, in a directory where only they can replace it")
 
 
 def replace_file(path: Path, write: Callable[[BinaryIO], Any], keep: Path | None = None) -> None:
@@ -85,7 +99,7 @@ def replace_file(path: Path, write: Callable[[BinaryIO], Any], keep: Path | None
         os.umask(umask)
         os.chmod(name, 0o666 & ~umask)  # a temporary file is readable by its owner only
         if keep is not None:
-            _keep(path, keep, Path(f"{name}.keep"))
+            _keep(path, keep, Path(f"{name}{KEEP}"))
         os.replace(name, path)
     except BaseException:
         os.unlink(name)

@@ -3,7 +3,7 @@
 import torch
 
 from g2g_kernels import GroupLayout
-from g2g_kernels.groups import whole_number
+from g2g_kernels.numbers import COUNT
 
 #: of each wiring, the kinds of groups (:class:`GroupLayout`) of the first, second, third … layer, over and over.
 #: ``"mixer"`` takes turns between contiguous ranges (spatial mixing) and interleaved groups (feature mixing).
@@ -24,7 +24,7 @@ def group_layouts(
     Raises:
         ValueError: if ``num_groups`` is not a whole number of at least 1.
     """
-    num_groups = whole_number("num_groups", num_groups)
+    num_groups = COUNT.check("num_groups", num_groups)
     kind = GROUPINGS[wiring][number % len(GROUPINGS[wiring])]
     out_layout, in_layout = (GroupLayout(size, min(num_groups, size), kind, generator) for size in shape)
     return out_layout, in_layout

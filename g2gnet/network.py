@@ -1,10 +1,9 @@
 """G2GNet: three layers of spiking neurons joined by dense or group-sparse connections."""
 
-import math
-
 import torch
 
 from g2g_kernels import BlockMask, GroupLayout
+from g2g_kernels.numbers import Number
 from g2g_kernels.tracing import symbolic_call
 from g2gnet.encoding import ENCODINGS, encode
 from g2gnet.grouping import GROUPINGS, group_layouts
@@ -91,8 +90,9 @@ class G2GNet(SpikingStack):
             raise ValueError(f"neuron={neuron!r} is unknown; choose one of {', '.join(NEURONS)}")
         if standardize and enc == "rate":
             raise ValueError("standardize makes values that are not spike probabilities; give enc='current'")
-        if not 0 < init_gain < math.inf:
-            raise ValueError(f"init_gain={init_gain} must be above 0 and finite")
+        Number(0, open_low=True).check("init_gain", init_gain)
+        for name, value in (("enc_scale", enc_scale), ("enc_bias", enc_bias)):
+            Number().check(name, value)
         layers = []
         sizes = (input_dim, hidden_dim, hidden_dim, num_classes)
         for number in (1, 2, 3):

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from g2g_kernels import Neurons, neurons, neurons_step
-from g2g_kernels.groups import whole_number
+from g2g_kernels.numbers import COUNT, SHARPNESS, check_parameter
 from g2g_kernels.ops.neurons import MODELS
 from g2g_kernels.ops.neurons.models import NeuronModel
 from g2g_kernels.tracing import symbolic_call
@@ -28,6 +28,7 @@ class SpikingNeurons(nn.Module):
             (``learn_beta=False`` makes it a buffer).
 
     Raises:
+        ValueError: for a number that a float32 cannot hold, or an α that is not above 0.
         TypeError: for an unknown parameter.
     """
 
@@ -48,13 +49,16 @@ class SpikingNeurons(nn.Module):
         super().__init__()
         self.reset = reset
         self.surrogate = surrogate
+        SHARPNESS.check("alpha", alpha)
         self.alpha = alpha
         self.backend = backend
         shape = (
-            (1,) if neurons is None else (whole_number("neurons", neurons),)
+            (1,) if neurons is None else (COUNT.check("neurons", neurons),)
         )  # FSDP2 shards no parameter without dimensions
         for name in self.model.parameters:
-            tensor = torch.full(shape, float(parameters.pop(name, self.initial[name])))
+            value = float(parameters.pop(name, self.initial[name]))
+            check_parameter(name, value)
+            tensor = torch.full(shape, value)
             if parameters.pop(f"learn_{name}", True):
                 self.register_parameter(name, nn.Parameter(tensor))
             else:

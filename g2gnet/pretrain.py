@@ -26,7 +26,7 @@ from g2gnet.training import CheckpointError, Settings, run_epochs
 from g2gnet.training.health import CHECK_INTERVAL, FiniteWatch
 from g2gnet.training.run_files import RunFiles
 from g2gnet.training.settings import LARGEST_SEED, setting
-from g2gnet.training.state import check_like, check_position, load_optimizer
+from g2gnet.training.state import check_like, check_position, load_model, load_optimizer
 from g2gnet.training.trainer import StepCallback
 
 
@@ -108,7 +108,7 @@ class PretrainTrainer:
             Exception: of a kind in ``g2gnet.training.state.UNFIT``, if the state does not fit the network.
         """
         check_position(state, self._batches)
-        self.network.load_state_dict(state["model"])
+        load_model(self.network, state["model"])
         load_optimizer(self.optimizer, state["optimizer"], ("momentum_buffer",))
         self.epoch, self.step = state["epoch"], state["step"]
         self._finite.resume(self.step)
@@ -201,17 +201,19 @@ def build_parser() -> argparse.ArgumentParser:
 def pretrain(arguments: argparse.Namespace) -> dict[str, Any]:
     settings = cli.settings_from(arguments, PretrainSettings)
     machine = cli.machine_from(arguments)
+    weights = Path(arguments.checkpoint_dir) / f"{settings.stem}.pt"
+    files = RunFiles(arguments.checkpoint_dir, settings.stem)
+    files.check()
+    cli.check_output(weights)
     result = run_epochs(
         settings,
         lambda: PretrainTrainer(settings, load_dataset(settings.dataset, arguments.data_dir), machine.device),
         arguments.checkpoint_dir,
         machine,
     )
-    files = RunFiles(arguments.checkpoint_dir, settings.stem)
     checkpoint = files.load_checkpoint(settings.as_dict())
     if checkpoint is None:
         raise CheckpointError(f"{files.checkpoint} is missing; delete {files.marker} to train again")
-    weights = Path(arguments.checkpoint_dir) / f"{settings.stem}.pt"
     cli.write_file(weights, lambda file: torch.save(checkpoint.state["model"], file))
     say(f"wrote {weights}, for train.py --dataset {settings.dataset} --use_resnet --resnet_weights {weights}")
     paths = {**files.paths(), "weights": str(weights)}

@@ -13,7 +13,8 @@ from torch.nn.modules import module as every_module
 from torch.utils.hooks import RemovableHandle
 
 from g2g_kernels import Activity, SpikingLayer, g2g_stack
-from g2g_kernels.groups import as_integers, whole_number
+from g2g_kernels.groups import as_integers
+from g2g_kernels.numbers import COUNT, Number
 from g2g_kernels.ops.g2g_stack import activity_of, check_dropped, silenced
 from g2g_kernels.tracing import is_traced, is_transformed, symbolic_call
 from g2gnet import graphs
@@ -22,6 +23,10 @@ from g2gnet.neurons import NeuronState, SpikingNeurons
 
 logger = logging.getLogger("g2gnet")
 
+#: a dropped neuron is drawn by 16 random bits
+DRAWS = 1 << 16
+#: at least one of the draws keeps a neuron
+DROPOUT = Number(0, 1 - 1 / DRAWS)
 #: called with the inputs and the activity of a run over all time steps
 ActivityHook = Callable[[torch.Tensor, Activity], None]
 #: the state of every layer's neurons, from input to output
@@ -60,11 +65,11 @@ class SpikingStack(nn.Module):
         T: number of time steps for which inputs [B, D] are held.
         backend: ``"triton"``, ``"cpu"`` or ``"torch"``; None lets the device decide.
         dropout: probability with which a hidden neuron is dropped in a sample, in training mode: it stays silent at all
-            steps of that sample, and the output of the others is divided by 1 − ``dropout``. For :meth:`simulate`;
-            :meth:`step` drops nothing.
+            steps of that sample, and the output of the others is divided by the probability that they are kept. For
+            :meth:`simulate`; :meth:`step` drops nothing.
 
     Raises:
-        ValueError: for T below 1, a dropout outside [0, 1), no layers, or sizes that do not match.
+        ValueError: for T below 1, a dropout outside [0, 1 − 2⁻¹⁶], no layers, or sizes that do not match.
     """
 
     #: whether :meth:`simulate` is calling the layers at the moment
@@ -78,8 +83,7 @@ class SpikingStack(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout={dropout} must be at least 0 and below 1")
+        DROPOUT.check("dropout", dropout)
         if not layers:
             raise ValueError("layers is empty; give at least one pair of a G2GLinear and its neurons")
         for number, ((lower, _), (upper, _)) in enumerate(itertools.pairwise(layers), 1):
@@ -87,7 +91,7 @@ class SpikingStack(nn.Module):
                 raise ValueError(
                     f"fc{number} has {lower.out_features} outputs, but fc{number + 1} {upper.in_features} inputs"
                 )
-        self.T = whole_number("T", T)
+        self.T = COUNT.check("T", T)
         self.backend = backend
         self.dropout = dropout
         self.depth = len(layers)
@@ -95,6 +99,26 @@ class SpikingStack(nn.Module):
         for number, (connection, neurons) in enumerate(layers, 1):
             self.add_module(f"fc{number}", connection)
             self.add_module(f"lif{number}", neurons)
+
+    @property
+    def dropout(self) -> float:
+        """The probability with which a hidden neuron is dropped; it may be changed."""
+        return self._dropout
+
+    @dropout.setter
+    def dropout(self, value: float) -> None:
+        DROPOUT.check("dropout", value)
+        self._dropout = value
+
+    @property
+    def _drops(self) -> int:
+        """In how many of ``DRAWS`` equally likely draws a neuron is dropped."""
+        return round(self.dropout * DRAWS)
+
+    @property
+    def _scale(self) -> float:
+        """What the output of kept neurons is multiplied by."""
+        return DRAWS / (DRAWS - self._drops)
 
     def layers(self) -> Iterator[Pair]:
         """The pairs (connection, neurons), from input to output."""
@@ -105,17 +129,17 @@ class SpikingStack(nn.Module):
     def drop(self, samples: int, generator: torch.Generator | None = None) -> list[torch.Tensor]:
         """Draws the hidden neurons that are dropped in each sample: bool [samples, N] for each hidden layer.
 
-        From ``generator``, or PyTorch's global one, on its own device. Each has 16 random bits: the probability is a
-        multiple of 2⁻¹⁶.
+        From ``generator``, or PyTorch's global one, on its own device. Each has 16 random bits: the probability is
+        ``dropout``, rounded to a multiple of 2⁻¹⁶.
         """
         *hidden, (last, _) = self.layers()
         device = last.values.device if generator is None else generator.device
-        least = round(self.dropout * (1 << 16)) - (1 << 15)
+        least = self._drops - DRAWS // 2
         drawn = []
         for connection, _ in hidden:
             if is_transformed():  # vmap draws for every element, but not into a tensor that is there already
                 shape = samples, connection.out_features
-                drawn.append(torch.rand(shape, generator=generator, device=device) < self.dropout)
+                drawn.append(torch.rand(shape, generator=generator, device=device) < self._drops / DRAWS)
                 continue
             size = samples * connection.out_features
             # four numbers per draw: PyTorch's own bernoulli_ takes five times as long on a CPU
@@ -172,7 +196,7 @@ class SpikingStack(nn.Module):
             SpikingLayer(*connection.weights(), connection.bias, neurons.population) for connection, neurons in pairs
         ]
         if dropped is not None:
-            scale = 1 / (1 - self.dropout)
+            scale = self._scale
             layers = [
                 layer._replace(values=layer.values * scale if number else layer.values, dropped=of_layer)
                 for number, (layer, of_layer) in enumerate(zip(layers, dropped, strict=True))
@@ -188,7 +212,7 @@ class SpikingStack(nn.Module):
         Connections receive what is sent to them: with dropout, spikes divided by 1 − ``dropout``.
         """
         steps = self.T if x.dim() == 2 else None
-        scale = 1.0 if dropped is None else 1 / (1 - self.dropout)
+        scale = 1.0 if dropped is None else self._scale
         trains: list[torch.Tensor] = []
         self.calls_layers = True
         try:

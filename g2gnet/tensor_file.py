@@ -98,6 +98,9 @@ def check_plain(content: Any) -> None:
                 continue
             seen.add(id(item))
             pairs = item.items() if isinstance(item, dict) else enumerate(item)
+            for key, _ in pairs if isinstance(item, dict) else ():
+                if type(key) not in (str, int):
+                    raise TensorFileError(f"{name} has a key that is a {type(key).__name__}, not a string or a number")
             pending += [(f"{place}/{key}", value) for key, value in pairs]
         elif isinstance(item, float) and not -float("inf") < item < float("inf"):
             raise TensorFileError(f"{name} is {item}")

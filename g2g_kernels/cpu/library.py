@@ -10,16 +10,18 @@ an instruction set (``baseline``, ``avx2``, ``avx512``, ``avx512_bf16``) instead
 import ctypes
 import functools
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
 from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from g2g_kernels.cpu.workspace import workspace
+from g2g_kernels.numbers import FLOAT32, INT32, INT64
 from g2g_kernels.tracing import constant_when_traced
 
 if TYPE_CHECKING:
@@ -34,6 +36,8 @@ SURROGATES = {"atan": 0, "fast_sigmoid": 1, "sigmoid": 2, "triangle": 3, "boxcar
 
 
 MOST_PARAMETERS = 3
+#: what a kernel answers, instead of the size of its scratch memory, to sizes that it cannot number
+TOO_LARGE = -2
 
 #: Inputs that are spikes more often than this are multiplied by the matrix kernels (in float32, under bfloat16): where
 #: the two take equally long (docs/cpu-performance.md). Weight gradients are summed in float32 in either case.
@@ -45,19 +49,76 @@ GRADIENT_EVENT_LIMIT = {False: 0.3, True: 0.2}
 COMPACT_SURROGATES = ("triangle", "boxcar")  # zero where |U − θ| ≥ 1/α
 
 
+class _NumberField:
+    """A field of a structure that refuses what its C type cannot hold, which ctypes would cut off in silence."""
+
+    def __init__(self, name: str, field: Any, kind: type) -> None:
+        self.name, self.field, self.range = name, field, _RANGES[kind]
+
+    def __get__(self, structure: Structure | None, owner: type | None = None) -> Any:
+        return self.field if structure is None else self.field.__get__(structure, owner)
+
+    def __set__(self, structure: Structure, value: float) -> None:
+        low, high = self.range
+        if not low <= value <= high and -math.inf < value < math.inf:
+            raise OverflowError(f"{self.name}={value} does not fit its field in the compiled kernels, {low} to {high}")
+        self.field.__set__(structure, value)
+
+
+_RANGES: dict[type, tuple[float, float]] = {
+    c_int32: INT32,
+    c_int64: INT64,
+    c_float: (-FLOAT32[1], FLOAT32[1]),
+}
+
+
+def _checked(structure: type[Structure]) -> type[Structure]:
+    """``structure``, its numbers as :class:`_NumberField`\\ s."""
+    for name, kind, *_ in structure._fields_:
+        if kind in _RANGES:
+            setattr(structure, name, _NumberField(f"{structure.__name__}.{name}", getattr(structure, name), kind))
+    return structure
+
+
+def too_large(**counts: int) -> str | None:
+    """Why a call with these counts cannot be served, or None: their fields have 32 bits.
+
+    A call that is traced is not asked, since its sizes may be unknown; the fields themselves are checked when it runs.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    for name, count in counts.items():
+        if count > INT32[1]:
+            return f"serves at most {INT32[1]} {name}, not {count}"
+    return None
+
+
+class _Int32:
+    """An int32 argument of a function, refused as a field is."""
+
+    @classmethod
+    def from_param(cls, value: int) -> c_int32:
+        if not INT32[0] <= value <= INT32[1]:
+            raise OverflowError(f"{value} does not fit an argument of the compiled kernels, {INT32[0]} to {INT32[1]}")
+        return c_int32(value)
+
+
 def _fields(**groups: str) -> list[tuple[str, type]]:
     kinds = {"pointer": c_void_p, "int32": c_int32, "int64": c_int64, "float": c_float, "double": c_double}
     return [(name, kinds[kind.rstrip("_")]) for kind, names in groups.items() for name in names.split()]
 
 
+@_checked
 class AxisSource(Structure):
     _fields_ = _fields(int32="size num_units width", pointer="order bounds")
 
 
+@_checked
 class ParameterArguments(Structure):
     _fields_ = _fields(pointer="value grad", int32="per_neuron")
 
 
+@_checked
 class NeuronArguments(Structure):
     _fields_ = [
         *_fields(int32="model reset surrogate", float="alpha"),
@@ -65,6 +126,7 @@ class NeuronArguments(Structure):
     ]
 
 
+@_checked
 class LayerArguments(Structure):
     _fields_ = [
         *_fields(pointer="plan values bias"),
@@ -79,6 +141,7 @@ class LayerArguments(Structure):
     ]
 
 
+@_checked
 class StackArguments(Structure):
     _fields_ = _fields(
         pointer="layers",
@@ -89,6 +152,7 @@ class StackArguments(Structure):
     )
 
 
+@_checked
 class LinearArguments(Structure):
     _fields_ = _fields(
         pointer="plan values bias x grad_y y grad_x grad_values grad_bias",
@@ -98,6 +162,7 @@ class LinearArguments(Structure):
     )
 
 
+@_checked
 class NeuronLoopArguments(Structure):
     _fields_ = [
         ("neurons", NeuronArguments),
@@ -181,12 +246,12 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     signatures: dict[str, tuple[type | None, list[type]]] = {
         "g2g_isa": (c_char_p, []),
         "g2g_has_bf16": (c_int32, []),
-        "g2g_plan_new": (c_void_p, [axis, axis, c_void_p, c_void_p, c_int32]),
+        "g2g_plan_new": (c_void_p, [axis, axis, c_void_p, c_void_p, _Int32]),
         "g2g_plan_free": (None, [c_void_p]),
         "g2g_plan_matches": (c_int32, [c_void_p] * 3),
         "g2g_plan_row_blocks": (c_int32, [c_void_p]),
         "g2g_plans_aligned": (c_int32, [c_void_p] * 2),
-        "g2g_unpack": (None, [c_void_p, c_void_p, c_int32, c_int32, c_int32, c_void_p]),
+        "g2g_unpack": (None, [c_void_p, c_void_p, _Int32, _Int32, _Int32, c_void_p]),
     }
     for operator in ("stack", "linear", "neurons"):
         for direction in ("forward", "backward"):
@@ -230,6 +295,11 @@ def run(kernel: Callable[..., int], arguments: Structure) -> None:
     """Calls a kernel with the scratch memory it needs."""
     address = ctypes.addressof(arguments)
     size = kernel(address, None)
+    if size == TOO_LARGE:
+        raise ValueError(
+            "the compiled CPU kernels number the neurons of a layer times the time steps in 32 bits, and these are "
+            "more; give fewer of them, or backend='torch'"
+        )
     scratch = workspace.bytes(max(size, 64), briefly=True)
     if size < 0 or kernel(address, scratch.data_ptr()) < 0:
         raise MemoryError("the compiled CPU kernels ran out of memory")

@@ -11,13 +11,12 @@ from collections import OrderedDict
 
 import torch
 
-from g2g_kernels.block_mask import MaskTensors
-from g2g_kernels.cpu.library import AxisSource, library
+from g2g_kernels.block_mask import BlockMask, MaskTensors
+from g2g_kernels.cpu.library import AxisSource, library, too_large
 
 #: number of plans that are always kept, and total units of further plans (a unit costs some 80 bytes)
 _PLANS, _UNITS = 64, 1 << 22
 _LEAST_UNITS = 1 << 10  # minimum size of a plan, however small its mask
-_MOST_WEIGHTS = (1 << 31) - 1  # weights of a mask are numbered in 32 bits
 _lock = threading.RLock()  # the garbage collector may call kernels from a finalizer while it is held
 _plans: "OrderedDict[tuple, Plan]" = OrderedDict()
 
@@ -58,11 +57,13 @@ def _axes(mask: MaskTensors) -> tuple[torch.Tensor, ...]:
     return mask.rows.order, mask.rows.bounds, mask.cols.order, mask.cols.bounds
 
 
-def refuses(values: torch.Tensor) -> str | None:
-    """Why a mask with these packed weights cannot have a plan, or None."""
-    if values.numel() > _MOST_WEIGHTS:
-        return f"serves at most {_MOST_WEIGHTS} weights in a layer, not {values.numel()}"
-    return None
+def refuses(mask: BlockMask, values: torch.Tensor) -> str | None:
+    """Why a mask with these packed weights cannot have a plan, or None: its parts are numbered in 32 bits."""
+    rows, cols = (blocks(units, width) for units, width in zip(mask.grid, values.shape[1:], strict=True))
+    return too_large(
+        **{"weights in a layer": values.numel(), "blocks of 64 × 64 weights in the matrix of a layer": rows * cols},
+        **{"places for the neurons of a layer, in blocks of 64": 64 * max(rows, cols)},
+    )
 
 
 def plan_for(mask: MaskTensors, values: torch.Tensor) -> Plan:

@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <exception>
+#include <stdexcept>
 
 #include "interface.h"
 #include "plan.h"
@@ -50,13 +51,15 @@ const Kernels& kernels() {
     return chosen;
 }
 
-constexpr int64_t kFailed = -1;
+constexpr int64_t kFailed = -1, kTooLarge = -2;
 
 template <class Arguments>
 int64_t call(void (*kernel)(Arguments&, Arena&), Arguments* arguments, void* scratch) try {
     Arena arena{static_cast<char*>(scratch)};
     kernel(*arguments, arena);
     return static_cast<int64_t>(arena.used);
+} catch (const std::length_error&) {
+    return kTooLarge;
 } catch (const std::exception&) {
     return kFailed;
 }

@@ -47,7 +47,7 @@ struct Lif {
         grad[1] -= through;
         if (R == kSubtract) grad[1] -= fired ? now : Vec{};
         const Vec reaching = R == kZero ? (fired ? Vec{} : now) : now;
-        grad[0] += reaching * before[0];
+        grad[0] += now * (R == kZero ? (fired ? Vec{} : before[0]) : before[0]);
         g[0] = decay * reaching;
         return now;
     }
@@ -116,7 +116,7 @@ struct Derivative {
         }
         if (S == kBoxcar) return z < one ? all(half) : Vec{};
         const Vec height = one - z;
-        return height > Vec{} ? all(alpha) * height : Vec{};
+        return height < Vec{} ? Vec{} : all(alpha) * height;  // NaN stays NaN
     }
 };
 

@@ -46,7 +46,7 @@ void parameter_gradient(const Parameter& parameter, bool decay, const float* sum
     }
     if (!parameter.per_neuron) parameter.grad[0] = static_cast<float>(total);
     for (int64_t n = 0; decay && n < (parameter.per_neuron ? size : 1); ++n)
-        if (!(parameter.value[n] >= 0.0f && parameter.value[n] <= 1.0f)) parameter.grad[n] = 0.0f;
+        if (parameter.value[n] < 0.0f || parameter.value[n] > 1.0f) parameter.grad[n] = 0.0f;
 }
 
 }  // namespace g2g::G2G_ISA

@@ -11,11 +11,11 @@ namespace {
 struct Placing {
     int32_t width;
     int32_t per_block = std::max(1, kLanes / width);                // ranges side by side in a block
-    int32_t blocks_each = (width + kLanes - 1) / kLanes;            // blocks that one range spans
+    int32_t blocks_each = (width - 1) / kLanes + 1;                   // blocks that one range spans
     int32_t operator()(int32_t u) const {
         return width > kLanes ? u * blocks_each * kLanes : (u / per_block) * kLanes + (u % per_block) * width;
     }
-    int32_t blocks(int32_t units) const {
+    int64_t blocks(int64_t units) const {
         return width > kLanes ? units * blocks_each : (units + per_block - 1) / per_block;
     }
 };
@@ -25,7 +25,8 @@ bool lay_out(const AxisSource& source, Axis& axis) {
     if (source.bounds[0] != 0 || source.bounds[source.num_units] != source.size) return false;
     const Placing place{source.width};
     axis.size = source.size;
-    axis.blocks = place.blocks(source.num_units);
+    if (place.blocks(source.num_units) * kLanes > INT32_MAX) return false;  // lanes are numbered in 32 bits
+    axis.blocks = static_cast<int32_t>(place.blocks(source.num_units));
     axis.neuron.assign(static_cast<size_t>(axis.blocks) * kLanes, -1);
     axis.lane.assign(axis.size, -1);
     for (int32_t u = 0; u < source.num_units; ++u) {
@@ -190,6 +191,7 @@ Plan* build_plan(const AxisSource& rows, const AxisSource& cols, const int32_t* 
     Plan plan;
     if (!lay_out(rows, plan.rows) || !lay_out(cols, plan.cols)) return nullptr;
     if (static_cast<int64_t>(units) * rows.width * cols.width > INT32_MAX) return nullptr;
+    if (static_cast<int64_t>(plan.rows.blocks) * plan.cols.blocks > INT32_MAX) return nullptr;
     for (int32_t u = 0; u < units; ++u)
         if (unit_row[u] < 0 || unit_row[u] >= rows.num_units || unit_col[u] < 0 || unit_col[u] >= cols.num_units)
             return nullptr;

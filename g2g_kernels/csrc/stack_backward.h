@@ -4,6 +4,7 @@
 #pragma once
 
 #include <optional>
+#include <stdexcept>
 #include <vector>
 
 #include "chunks.h"
@@ -34,7 +35,9 @@ struct ArrivalPanel {
         : aligned(same_order(own, above)), blocks(own.blocks) {
         // one row more than is used: blocks a multiple of 4 KiB apart would share few sets of the cache
         panel = {arena.take<float>(most(own.blocks, above.blocks) * (rows + 1) * kLanes), rows + 1};
-        if (!aligned) offset = arena.take<int32_t>(blocks * kLanes);
+        if (aligned) return;
+        if (above.blocks * (rows + 1) * kLanes > INT32_MAX) throw std::length_error("offsets have 32 bits");
+        offset = arena.take<int32_t>(blocks * kLanes);
     }
 
     void find_offsets(const Axis& own, const Axis& above) const {

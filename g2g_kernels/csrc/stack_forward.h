@@ -80,9 +80,9 @@ struct ForwardLayer {
 
     void run_events() const {
         const auto sweep = forward_sweep<EventCurrent>(layer.neurons);
-        const int64_t C = plan().cols.blocks, T = stack.steps;
-        parallel(stack.threads, plan().rows.blocks * stack.batch, least(32, stack.batch), [&](int64_t task, int) {
-            const int64_t r = task / stack.batch, b = task % stack.batch;
+        const int64_t C = plan().cols.blocks, T = stack.steps, B = stack.batch;
+        parallel(stack.threads, plan().rows.blocks * B, least(32, B), [&](int64_t task, int) {
+            const int64_t r = task / B, b = task % B;
             const uint64_t* words = layer.inputs + b * C * T;
             alignas(64) float start[kLanes];  // no weight is large enough to change the sum of a dropped neuron
             const float* bias = parameters.bias + r * kLanes;

@@ -106,7 +106,7 @@ def load_parameters(pointers, neuron, exists, DECAYS: tl.constexpr, PER_NEURON: 
     for i in tl.static_range(len(pointers)):
         value = tl.load(pointers[i] + neuron * ((PER_NEURON >> i) & 1), mask=exists, other=0.0)
         if i < DECAYS:
-            value = tl.clamp(value, 0.0, 1.0)
+            value = tl.clamp(value, 0.0, 1.0, propagate_nan=tl.PropagateNan.ALL)
         parameters += (value[None, :],)
     return parameters
 
@@ -178,7 +178,7 @@ def surrogate_derivative(x, alpha, SURROGATE: tl.constexpr):
         decline = tl.exp(-alpha * tl.abs(x))
         return alpha * decline / ((1 + decline) * (1 + decline))
     elif SURROGATE == "triangle":
-        return alpha * tl.maximum(1 - alpha * tl.abs(x), 0.0)
+        return alpha * tl.maximum(1 - alpha * tl.abs(x), 0.0, propagate_nan=tl.PropagateNan.ALL)
     else:
         tl.static_assert(SURROGATE == "boxcar")
         return tl.where(alpha * tl.abs(x) < 1, alpha * 0.5, 0.0)

@@ -10,7 +10,6 @@ before it is read.
 
 import hashlib
 import math
-import os
 import re
 import zipfile
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 
 from g2gnet.data.image_data import DataError, ImageData
 from g2gnet.files import open_file
+from g2gnet.memory import available, gigabytes
 from g2gnet.messages import reason
 
 SUFFIX = ".npz"
@@ -68,7 +68,7 @@ def load(name: str, data_dir: Path) -> ImageData:
     try:
         with open_file(path) as file, zipfile.ZipFile(file) as archive:
             arrays = _read(archive)
-    except (OSError, ValueError, KeyError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile) as error:
+    except Exception as error:  # zipfile's and NumPy's readers can raise anything at a damaged file
         raise DataError(f"{path} cannot be used as data: {reason(error)}") from error
     images = {part: torch.from_numpy(arrays[f"{part}_images"]) for part in ("train", "test")}
     labels = {part: torch.from_numpy(arrays[f"{part}_labels"].astype(np.int64)) for part in ("train", "test")}
@@ -102,8 +102,9 @@ def _read(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
     ):
         raise ValueError("train_images and test_images differ in shape or dtype")
     needed = sum(math.prod(shape) * dtype.itemsize for shape, dtype in headers.values())
-    if needed > _memory():
-        raise ValueError(f"its arrays take {needed / 2**30:.1f} GB of memory, this machine has {_memory() / 2**30:.1f}")
+    there = available()
+    if there is not None and needed > there:
+        raise ValueError(f"its arrays take {gigabytes(needed)} of memory, and there are {gigabytes(there)}")
     arrays = {}
     for part in PARTS:
         with archive.open(f"{part}.npy") as member:
@@ -127,11 +128,3 @@ def _header(archive: zipfile.ZipFile, part: str) -> tuple[tuple[int, ...], np.dt
     if dtype.hasobject or size != archive.getinfo(f"{part}.npy").file_size:
         raise ValueError(f"{part} does not have the size that it claims")
     return shape, dtype
-
-
-def _memory() -> int:
-    """Bytes of this machine's memory."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError):  # Windows: what it cannot hold, it will say
-        return 1 << 62

@@ -24,9 +24,14 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "checkpoints", nargs="+", metavar="CHECKPOINT", help="the .pth files of training runs, finished or not"
+        "checkpoints",
+        type=cli.file_name,
+        nargs="+",
+        metavar="CHECKPOINT",
+        help="the .pth files of training runs, finished or not",
     )
-    parser.add_argument("--output", default="report.html", metavar="FILE", help="the page (default: report.html)")
+    text = "the page (default: report.html)"
+    parser.add_argument("--output", type=cli.file_name, default="report.html", metavar="FILE", help=text)
     cli.add_inspection_flags(parser)
     return parser
 
@@ -36,6 +41,10 @@ def make_report(arguments: argparse.Namespace) -> None:
         from g2gnet.report import content  # the only part that needs matplotlib
     except ImportError as error:
         raise cli.FlagError(f'the report needs matplotlib ({error}); pip install -e ".[plots]"') from error
+    except ValueError as error:  # of its own settings
+        raise cli.FlagError(
+            f"matplotlib cannot be imported ({error}); correct MPLBACKEND or its matplotlibrc"
+        ) from error
     cli.check_output(arguments.output)
     machine = cli.machine_from(arguments)
     runs = [read_run(path) for path in arguments.checkpoints]

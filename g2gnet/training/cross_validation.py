@@ -15,7 +15,7 @@ from g2gnet.data import ImageData
 from g2gnet.distributed import ALONE
 from g2gnet.training.machine import Machine
 from g2gnet.training.run import EpochCallback, run_training
-from g2gnet.training.settings import SettingsError, TrainSettings, setting
+from g2gnet.training.settings import LARGEST_SEED, SettingsError, TrainSettings, setting
 from g2gnet.training.trainer import Trainer
 
 ACCURACIES = ("train_acc", "val_acc", "test_acc")
@@ -29,6 +29,12 @@ class FoldSettings(TrainSettings):
     warmup_epochs: int = setting(2, "training", "epochs before --enforce_sparsity begins", low=0)
     k_folds: int = setting(5, "cross-validation", "parts of the training images; each validates once", low=2)
     fold: int = setting(1, None, "the part that validates, from 1", low=1)
+
+    def _at_odds(self) -> list[str]:
+        problems = super()._at_odds()
+        if self.seed + self.k_folds - self.fold > LARGEST_SEED:
+            problems.append(f"seed={self.seed} leaves none to the last of k_folds={self.k_folds}; lower --seed")
+        return problems
 
     @property
     def stem(self) -> str:

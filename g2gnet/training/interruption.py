@@ -29,7 +29,7 @@ class StopSignals:
     """While entered, the first SIGINT or SIGTERM is stored in ``received``; the next one ends the process at once.
 
     The same signal within :data:`GRACE` seconds is not the next one. Only the main thread gets signals: elsewhere this
-    does nothing.
+    does nothing. One that is ignored, as by ``nohup`` or a shell's ``&``, stays ignored.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,8 @@ class StopSignals:
             self._wakeup = signal.set_wakeup_fd(writer.fileno())
             threading.Thread(target=_end_at_next, args=(reader,), daemon=True).start()
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *exception: object) -> None:

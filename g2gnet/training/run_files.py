@@ -2,16 +2,17 @@
 
 import contextlib
 import csv
+import errno
 import io
 import json
 import math
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from g2gnet.files import leftovers, locked, read_file, replace_file
+from g2g_kernels.numbers import Number
+from g2gnet.files import check_writable, leftovers, locked, read_file, replace_file
 from g2gnet.messages import reason, warn
 from g2gnet.tensor_file import TensorFileError, check_plain, read_tensors, write_tensors
 
@@ -37,17 +38,24 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read ({reason(error)}).") from error
     except TensorFileError as error:
         raise CheckpointError(f"{path} cannot be read ({error}).") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT or not isinstance(state.get("settings"), dict):
+    settings = state.get("settings") if isinstance(state, dict) else None
+    if (
+        not isinstance(settings, dict)
+        or state.get("format") != FORMAT
+        or not all(type(name) is str for name in settings)
+    ):
         raise CheckpointError(f"{path} is not a checkpoint of this version of g2g.")
     return state
 
 
 def check_number(name: str, value: Any, low: float = -math.inf, whole: bool = False) -> None:
-    """Raises ValueError unless ``value``, from a file, is a finite number of at least ``low``, or a ``whole`` one."""
-    kind = int if whole else (int, float)
-    if not isinstance(value, kind) or isinstance(value, bool) or not low <= value < math.inf:
-        least = "" if low == -math.inf else f" of at least {low}"
-        raise ValueError(f"{name}={value!r:.40} is not a {'whole' if whole else 'finite'} number{least}")
+    """Raises ValueError unless ``value``, from a file, is a number of at least ``low`` that float32 can hold.
+
+    With ``whole``, it is a whole number that int64 can hold.
+    """
+    wanted = Number(low, whole=whole).refuses(value)
+    if wanted:
+        raise ValueError(f"{name}={value!r:.40} is not {wanted}")
 
 
 def check_record(record: Any) -> None:
@@ -98,24 +106,16 @@ class RunFiles:
         """Every file that the run itself reads and writes."""
         return self.checkpoint, self.previous, self.history, self.table, self.analysis, self.marker
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """While entered, no other process can enter it for these files; the lock ends with its process.
-
-        The directory is made if it is missing; leftovers of a killed process are removed.
+    def check(self) -> None:
+        """Makes the directory if it is missing.
 
         Raises:
-            CheckpointError: if the directory cannot be made or written to, or another run has entered.
+            CheckpointError: if one of the files could not be written when the run has something to write.
         """
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.directory):
-                pass
         except OSError as error:
-            raise CheckpointError(
-                f"cannot write to the checkpoint directory {self.directory} ({reason(error)}); "
-                "give another one by --checkpoint_dir"
-            ) from error
+            raise self._unwritable(error) from error
         for path in self._all():
             if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
                 what = "a symbolic link" if path.is_symlink() else "not a regular file"
@@ -123,6 +123,29 @@ class RunFiles:
                     f"{path} is {what}, where a run has its own files; move it away, or give another "
                     f"--checkpoint_dir than {self.directory}"
                 )
+        try:
+            for path in self._all():
+                check_writable(path)
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> CheckpointError:
+        """What to raise where a file of the run cannot be made."""
+        remedy = "give another one by --checkpoint_dir"
+        if error.errno == errno.ENAMETOOLONG:
+            remedy = f"give the data a file of a shorter name than that in {self.checkpoint.name}"
+        return CheckpointError(f"cannot write to the checkpoint directory {self.directory} ({reason(error)}); {remedy}")
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """While entered, no other process can enter it for these files; the lock ends with its process.
+
+        The directory is made if it is missing; leftovers of a killed process are removed.
+
+        Raises:
+            CheckpointError: as :meth:`check` does, or if another run has entered.
+        """
+        self.check()
         with contextlib.ExitStack() as held:
             try:
                 held.enter_context(locked(self.lock, wait=False))

@@ -11,7 +11,7 @@ from g2gnet.training.cross_validation import FoldSettings
 from g2gnet.training.evaluation import build_network
 from g2gnet.training.run_files import CheckpointError, check_number, check_record, read_checkpoint
 from g2gnet.training.settings import SettingsError, TrainSettings
-from g2gnet.training.state import UNFIT
+from g2gnet.training.state import UNFIT, load_model
 
 #: what every epoch's record must contain besides its measures: a number for each layer
 MEASURES_BY_LAYER = ("units_kept", "initial_units_kept")
@@ -47,7 +47,7 @@ class SavedRun:
     def network(self, device: torch.device | str = "cpu", backend: str | None = None) -> G2GNet:
         """The network after the last finished epoch."""
         net = self.initial_network(backend)
-        net.load_state_dict(self.state)
+        load_model(net, self.state)
         return net.to(device)
 
 

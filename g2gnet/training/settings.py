@@ -6,6 +6,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+from g2g_kernels.numbers import SHARPNESS, SIZE, Number
 from g2g_kernels.ops.neurons import SURROGATES
 from g2gnet.data import DATASETS, own
 from g2gnet.data.augmentation import SHIFTS
@@ -49,12 +50,20 @@ def setting(
 ) -> Any:
     """A field with its description, and for numbers the range ``low`` (excluded if ``open_low``) to ``high``.
 
+    Whole numbers fit an int64, others a float32 (:class:`g2g_kernels.numbers.Number`).
+
     With ``file``, a data file (:mod:`g2gnet.data.own`) is one more choice. Users set the field by a flag in the help's
     ``group``; None: it has no flag.
     """
-    metadata = {"group": group, "text": text, "choices": choices, "low": low, "high": high, "open_low": open_low}
-    metadata["file"] = file
+    number = Number(-math.inf if low is None else low, math.inf if high is None else high, open_low)
+    metadata = {"group": group, "text": text, "choices": choices, "number": number, "file": file}
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def number_of(about: Mapping[str, Any], expected: Any) -> Number | None:
+    """The kind of number that a field with metadata ``about`` and type ``expected`` holds; None: it holds none."""
+    kinds = typing.get_args(expected) or (expected,)
+    return about["number"]._replace(whole=int in kinds) if int in kinds or float in kinds else None
 
 
 class Settings:
@@ -77,17 +86,14 @@ class Settings:
         types_of = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):  # type: ignore[arg-type]  # the subclasses are dataclasses
             value, about = getattr(self, field.name), field.metadata
-            expected = _kind(types_of[field.name], value)
+            expected, number = _kind(types_of[field.name], value), number_of(about, types_of[field.name])
             if expected:
                 problems.append(f"{field.name}={value!r:.40} is not {expected}")
             elif about["choices"]:
                 if value not in about["choices"] and not (about["file"] and own.is_name(value)):
                     problems.append(f"{field.name}={value!r} is unknown; choose one of {', '.join(about['choices'])}")
-            elif isinstance(value, int | float) and not isinstance(value, bool):
-                low, high, open_low = about["low"], about["high"], about["open_low"]
-                too_low = low is not None and (value <= low if open_low else value < low)
-                if too_low or (high is not None and value > high) or not -math.inf < value < math.inf:
-                    problems.append(f"{field.name}={value} is out of range; give {describe_range(about)}")
+            elif number and value is not None and (wanted := number.refuses(value)):
+                problems.append(f"{field.name}={value!r:.40} is out of range; give {wanted}")
         return problems
 
     def _at_odds(self) -> list[str]:
@@ -138,7 +144,7 @@ class TrainSettings(Settings):
     resnet_weights: str | None = setting(None, "data", "weights of that ResNet-32 (default: the published ones)")
 
     model: str = setting("dense", "model", "fully connected, or how neurons are grouped", choices=MODELS)
-    hidden_dim: int = setting(2048, "model", "neurons in each of the two hidden layers", low=1)
+    hidden_dim: int = setting(2048, "model", "neurons in each of the two hidden layers", low=1, high=SIZE.high)
     num_groups: int = setting(8, "model", "groups on each side of a sparse layer (at most one per neuron)", low=1)
     p_inter: float = setting(0.15, "model", "probability of a connection unit between groups", low=0, high=1)
     p_intra: float = setting(1.0, "model", "probability of a connection unit inside a group", low=0, high=1)
@@ -161,7 +167,9 @@ class TrainSettings(Settings):
         "surrogate gradient of the hidden layers; the output layer keeps atan with alpha 2",
         choices=tuple(SURROGATES),
     )
-    alpha: float = setting(2.0, "model", "sharpness of the surrogate gradient", low=0, open_low=True)
+    alpha: float = setting(
+        2.0, "model", "sharpness of the surrogate gradient", low=0, high=SHARPNESS.high, open_low=True
+    )
     init_gain: float = setting(1.0, "model", "factor on the initial weights of fc2 and fc3", low=0, open_low=True)
 
     epochs: int = setting(20, "training", "passes over the training images", low=1)
@@ -289,12 +297,3 @@ def _kind(expected: Any, value: Any) -> str | None:
     if isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool)):
         return None
     return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kinds[0]]
-
-
-def describe_range(metadata: Any) -> str:
-    """The range in a field's metadata, in words."""
-    low, high = metadata["low"], metadata["high"]
-    if low is None:
-        return "a finite number"
-    least = f"above {low}" if metadata["open_low"] else f"at least {low}"
-    return f"a value {least}" if high is None else f"a value {least} and at most {high}"

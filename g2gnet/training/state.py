@@ -4,6 +4,7 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
+from torch import nn
 
 from g2gnet.training.run_files import check_number
 
@@ -32,6 +33,19 @@ def check_like(name: str, saved: Any, like: torch.Tensor) -> torch.Tensor:
         what = f"{saved.dtype} {tuple(saved.shape)}" if isinstance(saved, torch.Tensor) else type(saved).__name__
         raise ValueError(f"{name} is {what}, not {like.dtype} {tuple(like.shape)}")
     return saved.to(like.device)
+
+
+def load_model(model: nn.Module, saved: dict[str, Any]) -> None:
+    """Loads the state of ``model``, which PyTorch would convert to the dtypes of the model in silence.
+
+    Raises:
+        Exception: of a kind in ``UNFIT``, if it is not the state of such a model, to the dtypes.
+    """
+    for name, like in model.state_dict().items():
+        tensor = saved.get(name)
+        if isinstance(tensor, torch.Tensor) and tensor.dtype != like.dtype:
+            raise ValueError(f"{name} is {tensor.dtype}, not {like.dtype}")
+    model.load_state_dict(saved)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], names: Collection[str]) -> None:

@@ -28,7 +28,8 @@ from g2gnet.training.evaluation import autocast, build_network, run_images
 from g2gnet.training.health import CHECK_INTERVAL, FiniteWatch, LayerWatch
 from g2gnet.training.machine import Machine
 from g2gnet.training.settings import SettingsError, TrainSettings
-from g2gnet.training.state import check_like, check_position, load_optimizer
+from g2gnet.training.sizes import check_memory
+from g2gnet.training.state import check_like, check_position, load_model, load_optimizer
 
 logger = logging.getLogger("g2gnet")
 
@@ -116,7 +117,8 @@ class Trainer:
             batch. Together they do what one process would do, except for the order of floating-point sums.
 
     Raises:
-        SettingsError: if a batch has fewer images than there are processes, or training has too few steps for DST.
+        SettingsError: if a batch has fewer images than there are processes, training has too few steps for DST, the
+            images to be shifted or mirrored are vectors, or the network and a step need more memory than there is.
     """
 
     def __init__(
@@ -138,6 +140,13 @@ class Trainer:
                 f"batch_size={settings.batch_size} leaves {smallest} of {count} images to the last batch of an epoch, "
                 f"fewer than one for each of {world.size} processes; give another --batch_size, or start fewer"
             )
+        if settings.shift is not None and data.train_images.dim() < 3:
+            raise SettingsError(
+                f"augment={settings.augment} needs images, but those of {data.name} are vectors of {data.input_dim} "
+                "values; leave --augment out, or give arrays of shape [N, ..., height, width]"
+            )
+        in_step = min(count, settings.batch_size)
+        check_memory(settings, data.input_dim, data.num_classes, -(-in_step // world.size), device)
         self.net = build_network(settings, data.input_dim, data.num_classes, machine.backend).to(device)
         if settings.standardize:
             mean, deviation = self.data.moments()
@@ -226,7 +235,7 @@ class Trainer:
             Exception: of a kind in ``g2gnet.training.state.UNFIT``, if the state does not fit the network.
         """
         check_position(state, self._batches)
-        self.net.load_state_dict(state["model"])
+        load_model(self.net, state["model"])
         load_optimizer(self.optimizer, state["optimizer"], ("step", "exp_avg", "exp_avg_sq"))
         if self.dst:
             if state["dst"]["steps"] != state["step"]:

@@ -332,6 +332,31 @@ def test_a_step_without_a_backward_pass_has_no_gradient():
         scheduler.step()
 
 
+def train(model, optimizer, *schedulers, steps=1):
+    """Training steps, after each of which all the schedulers step."""
+    for number in range(steps):
+        optimizer.zero_grad()
+        model(torch.rand(8, 20, generator=torch.Generator().manual_seed(number))).square().sum().backward()
+        optimizer.step()
+        for scheduler in schedulers:
+            scheduler.step()
+
+
+def test_of_two_schedulers_that_need_the_gradient_the_first_names_the_other():
+    model, optimizer, first = own_model(interval=1, grow="gradient")
+    second = DSTScheduler(model, optimizer, interval=1, grow="gradient")
+    with pytest.raises(RuntimeError, match=r"another DSTScheduler .* has taken over layer 0; .* the last one only"):
+        train(model, optimizer, first, second)
+
+
+def test_a_scheduler_made_again_replaces_the_one_before():
+    """As in a notebook whose cell is run twice: the first is deleted when the second exists."""
+    model, optimizer, scheduler = own_model(interval=1, grow="gradient")
+    scheduler = DSTScheduler(model, optimizer, interval=1, grow="gradient")
+    train(model, optimizer, scheduler, steps=2)
+    assert scheduler.grown > 0
+
+
 def test_a_copy_of_a_layer_forms_no_gradient_of_absent_units():
     model, _, scheduler = own_model(interval=1, grow="gradient")
     assert scheduler.forms_gradient
@@ -425,10 +450,20 @@ def test_a_nearly_full_layer_grows_no_more_than_there_is_room_for():
     [
         ({"prune": "magnitude"}, "prune='magnitude' is unknown; choose one of set, random, hebb"),
         ({"grow": "set"}, "grow='set' is unknown; choose one of hebb, random, gradient"),
-        ({"interval": 0}, "interval=0 must be at least 1"),
-        ({"fraction": 0.0}, "fraction=0.0 must be above 0"),
-        ({"fraction": 1.1}, "fraction=1.1 must be above 0 and at most 1"),
-        ({"stop": 0.0, "total_steps": 9}, "stop=0.0 must be above 0 and at most 1"),
+        ({"interval": 0}, "interval=0 must be a whole number of at least 1"),
+        ({"interval": math.nan}, "interval=nan must be a whole number"),
+        ({"interval": math.inf}, "interval=inf must be a whole number"),
+        ({"interval": 1.5}, "interval=1.5 must be a whole number"),
+        ({"interval": True}, "interval=True must be a whole number"),
+        ({"interval": 10**26}, "interval=1000.* must be a whole number of at least 1, at most"),
+        ({"total_steps": -5}, "total_steps=-5 must be a whole number of at least 1"),
+        ({"total_steps": 2.5}, "total_steps=2.5 must be a whole number"),
+        ({"seed": 1.5}, "seed=1.5 must be a whole number"),
+        ({"fraction": math.nan}, "fraction=nan must be a number above 0 and at most 1"),
+        ({"fraction": 1e-310}, "fraction=1e-310 must be .* that a float32 holds"),
+        ({"fraction": 0.0}, "fraction=0.0 must be a number above 0"),
+        ({"fraction": 1.1}, "fraction=1.1 must be a number above 0 and at most 1"),
+        ({"stop": 0.0, "total_steps": 9}, "stop=0.0 must be a number above 0 and at most 1"),
         ({"schedule": "linear"}, "schedule='linear' is unknown; choose one of constant, cosine"),
         ({"schedule": "cosine"}, "schedule='cosine' and stop=1.0 need total_steps"),
         ({"stop": 0.5}, "stop=0.5 need total_steps"),

@@ -200,9 +200,9 @@ def test_a_state_dict_carries_masks_and_groups():
         ({"model": "ring"}, "model='ring' is unknown; choose one of dense, index, random, mixer"),
         ({"T": 0}, "T=0 must be a whole number of at least 1"),
         ({"neuron": "if"}, "neuron='if' is unknown; choose one of lif, synaptic"),
-        ({"init_gain": 0.0}, "init_gain=0.0 must be above 0 and finite"),
+        ({"init_gain": 0.0}, "init_gain=0.0 must be a number above 0"),
         ({"enc": "latency"}, "enc='latency' is unknown"),
-        ({"p_inter": 1.5}, "p_inter=1.5 is not a probability"),
+        ({"p_inter": 1.5}, "p_inter=1.5 must be a number of at least 0 and at most 1"),
         ({"num_groups": 0}, "num_groups=0 must be a whole number of at least 1"),
         ({"block_size": 0}, "block_size=0 must be a whole number of at least 1"),
     ],
@@ -340,7 +340,53 @@ def test_each_neuron_is_dropped_with_the_probability_asked_for():
     assert (share - 0.25).abs().max() < 5 * (0.25 * 0.75 / 4000) ** 0.5
 
 
-@pytest.mark.parametrize("dropout", [-0.1, 1.0, float("nan")])
-def test_a_dropout_that_is_no_probability_below_one_is_refused(dropout):
-    with pytest.raises(ValueError, match=r"dropout=.* must be at least 0 and below 1"):
+@pytest.mark.parametrize("dropout", [-0.1, 1.0, float("nan"), 0.999999, "0.5"])
+def test_a_dropout_that_keeps_no_neuron_is_refused_whenever_it_is_set(dropout):
+    message = r"dropout=.* must be a number of at least 0 and at most 0.99998"
+    with pytest.raises(ValueError, match=message):
         G2GNet(20, 24, 10, block_size=3, dropout=dropout)
+    net = G2GNet(20, 24, 10, block_size=3, dropout=0.25)
+    with pytest.raises(ValueError, match=message):
+        net.dropout = dropout
+    assert net.dropout == 0.25
+
+
+@pytest.mark.parametrize("dropout", [1e-6, 0.3, 0.95, 0.99998])
+def test_what_the_kept_neurons_send_makes_up_for_those_that_are_dropped(dropout):
+    """To the last of the 16 bits that draw them: at 0.99998 one of 65,536 draws keeps a neuron."""
+    net = G2GNet(20, 24, 10, block_size=3, dropout=dropout)
+    bits = torch.arange(1 << 16, dtype=torch.int32)
+    kept = 1 - ((bits - (1 << 15)) < round(dropout * (1 << 16)) - (1 << 15)).double().mean().item()
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stack, "g2g_stack", lambda x, layers, *rest: seen.extend(layers))
+        net.simulate(torch.rand(4, 20))
+    values = dict(net.named_parameters())["fc2.values"]
+    torch.testing.assert_close(seen[1].values * kept, values, rtol=1e-5, atol=0)
+    if dropout > 0.9999:
+        dropped = torch.cat(net.drop(20000, torch.Generator().manual_seed(0)), 1)
+        assert 0 < (~dropped).sum() < 40
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"alpha": 1e300}, r"alpha=1e\+300 must be a number above 0"),
+        ({"init_gain": 1e-310}, "init_gain=1e-310 must be"),
+        ({"enc_scale": 1e300}, r"enc_scale=1e\+300 must be a finite number"),
+        ({"beta": float("nan")}, "beta=nan must be a number"),
+        ({"threshold": 1e300}, r"threshold=1e\+300 must be a number"),
+        ({"T": 10**26}, "T=1000.* must be a whole number"),
+        ({"T": 2.5}, "T=2.5 must be a whole number"),
+        ({"num_groups": 10**26}, "num_groups=1000.* must be a whole number"),
+        ({"block_size": 10**26}, "block_size=1000.* must be a whole number"),
+    ],
+)
+def test_numbers_that_no_kernel_can_hold_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        G2GNet(20, 24, 10, **options)
+
+
+def test_a_network_of_any_size_is_refused_by_it():
+    with pytest.raises(ValueError, match=r"size=1000.* must be a whole number of at least 1 and at most 2147483647"):
+        G2GNet(20, 10**12, 10)

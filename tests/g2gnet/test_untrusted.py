@@ -119,6 +119,34 @@ CRAFTED = {
         lambda state: saved(replaced(state, "model/fc2.values", state["model"]["fc2.values"][1:].clone())),
         r"size mismatch for fc2\.values",
     ),
+    "complex weights": (
+        lambda state: saved(replaced(state, "model/fc2.values", state["model"]["fc2.values"].to(torch.complex64))),
+        r"fc2\.values is torch\.complex64, not torch\.float32",
+    ),
+    "whole weights": (
+        lambda state: saved(replaced(state, "model/fc2.values", state["model"]["fc2.values"].to(torch.int64))),
+        r"fc2\.values is torch\.int64, not torch\.float32",
+    ),
+    "half a decay": (
+        lambda state: saved(replaced(state, "model/lif1.beta", state["model"]["lif1.beta"].half())),
+        r"lif1\.beta is torch\.float16, not torch\.float32",
+    ),
+    "units that are no integers": (
+        lambda state: saved(replaced(state, "model/fc2.mask.unit_row", state["model"]["fc2.mask.unit_row"].float())),
+        r"fc2\.mask\.unit_row is torch\.float32",
+    ),
+    "a number for a setting's name": (
+        lambda state: saved({**state, "settings": {**state["settings"], 3: 1}}),
+        "is not a checkpoint of this version",
+    ),
+    "None for a setting's name": (
+        lambda state: saved({**state, "settings": {**state["settings"], None: 1}}),
+        "settings has a key that is a NoneType",
+    ),
+    "a loss beyond float32": (
+        lambda state: saved({**state, "history": [{**old, "train_loss": 1.7e308} for old in state["history"]]}),
+        r"train_loss=1\.7e\+308 is not a number of at least 0",
+    ),
     "moments of another shape": (
         lambda state: saved(replaced(state, "optimizer/state/0/exp_avg", torch.zeros(3))),
         r"optimizer state 0/exp_avg is torch.float32 \(3,\)",

@@ -156,7 +156,7 @@ def test_other_settings_are_refused_by_name(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--k_folds 1", "k_folds=1 is out of range; give a value at least 2"),
+        ("--k_folds 1", "k_folds=1 is out of range; give a whole number of at least 2"),
         ("--dataset fashionmnist-mini --limit_train 40 --k_folds 5", "k_folds=5 is out of range: class "),
         ("--sparsity_mode dynamic", "needs a sparse model"),
     ],

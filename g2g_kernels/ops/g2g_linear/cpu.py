@@ -27,7 +27,7 @@ def refuses(x: torch.Tensor, values: torch.Tensor, mask: BlockMask, bias: torch.
             return f"needs float32 tensors, not {tensor.dtype}"
     if x.numel() == 0:
         return "needs an input that is not empty"
-    return plans.refuses(values)
+    return plans.refuses(mask, values)
 
 
 def _converts(dtype: torch.dtype) -> bool:

@@ -27,6 +27,7 @@ from g2g_kernels.cpu.library import (
     neuron_arguments,
     pointer,
     run,
+    too_large,
 )
 from g2g_kernels.cpu.plans import Plan, blocks, plan_for
 from g2g_kernels.cpu.workspace import workspace
@@ -55,7 +56,8 @@ def refuses(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) 
         return f"serves at most {MOST_STEPS} time steps"
     if x.numel() == 0:
         return "needs a batch that is not empty"
-    return next(filter(None, (plans.refuses(layer.values) for layer in layers)), None)
+    reasons = [too_large(samples=x.shape[-2]), *(plans.refuses(layer.mask, layer.values) for layer in layers)]
+    return next(filter(None, reasons), None)
 
 
 def g2g_stack(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> Activity:

@@ -458,7 +458,8 @@ def _fused_backward(margins: torch.Tensor, layer: _Layer, upstream: Upstream) ->
     )
     grads = [partial.sum(0) for partial in partials]
     for i in range(len(MODELS[layer.neurons.model].decays)):
-        grads[i] = grads[i] * ((parameters[i] >= 0) & (parameters[i] <= 1))  # the clamp's own derivative
+        # the clamp's own derivative
+        grads[i] = grads[i].masked_fill((parameters[i] < 0) | (parameters[i] > 1), 0)
     return _NeuronGradients(grad_current, bias_sums.sum(0), grads)
 
 

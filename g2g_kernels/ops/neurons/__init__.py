@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from g2g_kernels.dispatch import Operator
-from g2g_kernels.groups import whole_number
+from g2g_kernels.numbers import COUNT, SHARPNESS, check_parameter
 from g2g_kernels.ops.checks import check_tensor
 from g2g_kernels.ops.derivatives import refuse_forward_mode
 from g2g_kernels.ops.neurons import cpu, reference
@@ -86,7 +86,7 @@ def lif(
         BackendError: if the forced backend cannot serve the call.
         NotImplementedError: for a second derivative, or one in forward mode.
     """
-    population = Neurons("lif", as_tensors(current, beta, threshold), reset, surrogate, alpha)
+    population = Neurons("lif", as_tensors(current, beta=beta, threshold=threshold), reset, surrogate, alpha)
     return neurons(current, population, steps, backend)
 
 
@@ -125,7 +125,8 @@ def synaptic(
         BackendError: if the forced backend cannot serve the call.
         NotImplementedError: for a second derivative, or one in forward mode.
     """
-    population = Neurons("synaptic", as_tensors(current, syn_decay, beta, threshold), reset, surrogate, alpha)
+    parameters = as_tensors(current, syn_decay=syn_decay, beta=beta, threshold=threshold)
+    population = Neurons("synaptic", parameters, reset, surrogate, alpha)
     return neurons(current, population, steps, backend)
 
 
@@ -173,19 +174,26 @@ def _say_that_it_takes_steps() -> None:
     )
 
 
-def as_tensors(current: torch.Tensor, *parameters: torch.Tensor | float) -> tuple[torch.Tensor, ...]:
-    """Parameters on the device of ``current``; numbers become tensors."""
+def as_tensors(current: torch.Tensor, of: str = "", **parameters: torch.Tensor | float) -> tuple[torch.Tensor, ...]:
+    """Parameters, by name (``of`` some neurons), on the device of ``current``; numbers become tensors.
+
+    Raises:
+        ValueError: for a number that a float32 cannot hold.
+    """
     check_tensor("current", current)
     dtype = torch.promote_types(current.dtype, torch.float32)
-    return tuple(
-        torch.tensor(value, dtype=dtype, device=current.device) if isinstance(value, NUMBERS) else value
-        for value in parameters
-    )
+    tensors = []
+    for name, value in parameters.items():
+        if isinstance(value, NUMBERS):
+            check_parameter(name, value, of)
+            value = torch.tensor(value, dtype=dtype, device=current.device)
+        tensors.append(value)
+    return tuple(tensors)
 
 
 def check_steps(steps: int | None) -> int | None:
     """``steps`` as an int, or None. Raises ValueError for anything but None and a number of time steps."""
-    return None if steps is None else whole_number("steps", steps)
+    return None if steps is None else COUNT.check("steps", steps)
 
 
 def check_neurons(suffix: str, population: Neurons, size: int, like: torch.Tensor) -> Neurons:
@@ -202,12 +210,11 @@ def check_neurons(suffix: str, population: Neurons, size: int, like: torch.Tenso
     ):
         if value not in known:
             raise ValueError(f"{name}={value!r}{suffix} is unknown; choose one of {', '.join(known)}")
-    if not isinstance(alpha, (int, float, torch.SymFloat)) or not 0 < alpha < float("inf"):
-        raise ValueError(f"alpha={alpha}{suffix} must be above 0")
+    SHARPNESS.check("alpha", alpha, suffix)
     names = MODELS[model].parameters
     if len(parameters) != len(names):
         raise ValueError(f"{model} neurons{suffix} have {len(parameters)} parameters; expected {', '.join(names)}")
-    parameters = as_tensors(like, *parameters)
+    parameters = as_tensors(like, suffix, **dict(zip(names, parameters, strict=True)))
     for name, parameter in zip(names, parameters, strict=True):
         check_tensor(f"{name}{suffix}", parameter)
         shape = tuple(parameter.shape)

@@ -6,7 +6,7 @@ The backward pass recomputes the states from the currents and the states that th
 
 import torch
 
-from g2g_kernels.cpu.library import NeuronLoopArguments, library, neuron_arguments, pointer, run
+from g2g_kernels.cpu.library import NeuronLoopArguments, library, neuron_arguments, pointer, run, too_large
 from g2g_kernels.cpu.workspace import workspace
 from g2g_kernels.ops.neurons.call import NeuronsBackward, NeuronsCall, operators
 from g2g_kernels.ops.neurons.models import Neurons
@@ -24,7 +24,7 @@ def refuses(current: torch.Tensor, population: Neurons, steps: int | None) -> st
             return f"needs float32 tensors, not {tensor.dtype}"
     if current.numel() == 0:
         return "needs currents that are not empty"
-    return None
+    return too_large(steps=steps or len(current), neurons=current.shape[-1])
 
 
 def neurons(current: torch.Tensor, population: Neurons, steps: int | None) -> torch.Tensor:

@@ -23,8 +23,8 @@ class NeuronModel(NamedTuple):
         decays: the names of those that are clamped to 0 … 1.
         states: the names of its state variables, initially 0. The last is the membrane, which is compared with the
             threshold.
-        charge: ``(states, fired, current, parameters, reset) -> states`` after one more step. ``fired`` is R_t, 1 where
-            the membrane was above the threshold, else 0; decays among ``parameters`` are already clamped.
+        charge: ``(states, fired, current, parameters, reset) -> states`` after one more step. ``fired`` is R_t, bool:
+            whether the membrane was above the threshold; decays among ``parameters`` are already clamped.
         charge_backward: ``(grads, states, fired, parameters, reset) -> (current, states, parameters)``: maps the
             gradients of the states after the step to those of the current, of the ``states`` before it, and this step's
             contribution to those of the parameters (None: nothing). No gradient passes through R.
@@ -40,7 +40,13 @@ class NeuronModel(NamedTuple):
     ]
 
 
-# The order of operations is snnTorch's, so that float32 membranes are equal to the last bit.
+# The order of operations is snnTorch's, so that float32 membranes are equal to the last bit. A reset selects and does
+# not multiply: 0·∞ would be NaN, at an infinite threshold or after an infinite current.
+
+
+def _unless(fired: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """``value``, or 0 where ``fired``."""
+    return value.masked_fill(fired, 0)
 
 
 def _lif_charge(
@@ -48,9 +54,9 @@ def _lif_charge(
 ) -> Tensors:
     (membrane,), (beta, theta) = states, parameters
     if reset == "zero":
-        membrane = membrane * (1 - fired)
+        membrane = _unless(fired, membrane)
     membrane = membrane * beta + current
-    return (membrane - fired * theta if reset == "subtract" else membrane,)
+    return (torch.where(fired, membrane - theta, membrane) if reset == "subtract" else membrane,)
 
 
 def _lif_charge_backward(
@@ -59,8 +65,8 @@ def _lif_charge_backward(
     (grad,), (membrane,), (beta, _) = grads, states, parameters
     before = grad * beta
     if reset == "zero":
-        membrane, before = membrane * (1 - fired), before * (1 - fired)
-    return grad, (before,), (grad * membrane, -fired * grad if reset == "subtract" else None)
+        membrane, before = _unless(fired, membrane), _unless(fired, before)
+    return grad, (before,), (grad * membrane, -_unless(~fired, grad) if reset == "subtract" else None)
 
 
 def _synaptic_charge(
@@ -70,9 +76,9 @@ def _synaptic_charge(
     synaptic_current = synaptic_current * syn_decay + current
     membrane = membrane * beta + synaptic_current
     if reset == "subtract":
-        membrane = membrane - fired * theta
+        membrane = torch.where(fired, membrane - theta, membrane)
     elif reset == "zero":
-        membrane = membrane * (1 - fired)
+        membrane = _unless(fired, membrane)
     return synaptic_current, membrane
 
 
@@ -81,9 +87,9 @@ def _synaptic_charge_backward(
 ) -> tuple[torch.Tensor, Tensors, tuple[torch.Tensor | None, ...]]:
     (to_current, to_membrane), (synaptic_current, membrane), (syn_decay, beta, _) = grads, states, parameters
     if reset == "zero":
-        to_membrane = to_membrane * (1 - fired)
+        to_membrane = _unless(fired, to_membrane)
     to_current = to_current + to_membrane
-    to_theta = -fired * to_membrane if reset == "subtract" else None
+    to_theta = -_unless(~fired, to_membrane) if reset == "subtract" else None
     before = to_current * syn_decay, to_membrane * beta
     return to_current, before, (to_current * synaptic_current, to_membrane * membrane, to_theta)
 

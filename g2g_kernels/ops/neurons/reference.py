@@ -45,10 +45,10 @@ class _Neurons(torch.autograd.Function):
         spikes = current.new_empty((num_steps, *shape))
         kept = [current.new_empty((num_steps if keep else 0, *shape), dtype=dtype) for _ in model.states]
         states = tuple(torch.zeros(shape, dtype=dtype, device=current.device) for _ in model.states)
-        fired = (states[-1] > used[-1]).to(dtype)
+        fired = states[-1] > used[-1]
         for t in range(num_steps):
             states = model.charge(states, fired, (current if held else current[t]).to(dtype), used, options.reset)
-            fired = (states[-1] > used[-1]).to(dtype)
+            fired = states[-1] > used[-1]
             spikes[t] = fired
             if keep:
                 for of_all_steps, state in zip(kept, states, strict=True):
@@ -80,7 +80,7 @@ class _Neurons(torch.autograd.Function):
             through_spike = derivative(membranes[t] - theta, options.alpha).mul_(grad_spikes[t])
             sums[-1] -= through_spike
             before = tuple(states[t - 1] for states in kept) if t > 0 else (zeros,) * len(kept)
-            fired = (before[-1] > theta).to(dtype)
+            fired = before[-1] > theta
             to_current, grads, added = model.charge_backward(
                 (*grads[:-1], grads[-1] + through_spike), before, fired, used, options.reset
             )
@@ -109,5 +109,5 @@ def _as_parameter(total: torch.Tensor, parameter: torch.Tensor, clamped: bool) -
     """The gradient of a scalar or per-neuron parameter from each neuron's and sample's contribution."""
     grad = total.sum_to_size((total.shape[-1],) if parameter.numel() > 1 else (1,))
     if clamped:
-        grad = grad * ((parameter >= 0) & (parameter <= 1)).to(grad.dtype)  # the clamp's own derivative
+        grad = grad.masked_fill((parameter < 0) | (parameter > 1), 0)  # the clamp's own derivative
     return grad.reshape(parameter.shape).to(parameter.dtype)

@@ -40,7 +40,7 @@ def lif_step(
     Raises:
         ValueError: for an option or a shape out of range.
     """
-    population = Neurons("lif", as_tensors(current, beta, threshold), reset, surrogate, alpha)
+    population = Neurons("lif", as_tensors(current, beta=beta, threshold=threshold), reset, surrogate, alpha)
     spikes, (membrane,) = neurons_step(current, None if membrane is None else (membrane,), population)
     return spikes, membrane
 
@@ -68,7 +68,8 @@ def synaptic_step(
     Raises:
         ValueError: for an option or a shape out of range.
     """
-    population = Neurons("synaptic", as_tensors(current, syn_decay, beta, threshold), reset, surrogate, alpha)
+    parameters = as_tensors(current, syn_decay=syn_decay, beta=beta, threshold=threshold)
+    population = Neurons("synaptic", parameters, reset, surrogate, alpha)
     return neurons_step(current, states, population)
 
 
@@ -106,13 +107,14 @@ def neurons_step(current: torch.Tensor, states: Tensors | None, population: Neur
     )
     theta = parameters[-1]
 
-    fired = (states[-1] > theta).to(dtype)  # R_t: a comparison, so no gradient passes through it
+    fired = states[-1] > theta  # R_t: a comparison, so no gradient passes through it
     states = model.charge(states, fired, current.to(dtype), parameters, population.reset)
     spikes = (states[-1] > theta).to(dtype)
     # a trace must be the same with and without gradients
     if torch.is_grad_enabled() or torch._C._is_tracing() or has_tangent(*states, *parameters):
         smooth = SURROGATES[population.surrogate].primitive(states[-1] - theta, population.alpha)
-        spikes = spikes + (smooth - smooth.detach())  # value of the step, derivative of the surrogate
+        rise = smooth - smooth.detach()  # 0, with the derivative of the surrogate
+        spikes = spikes + rise.masked_fill(rise.isnan(), 0)
     return spikes.to(current.dtype), states
 
 
@@ -128,4 +130,4 @@ def in_steps(current: torch.Tensor, population: Neurons, steps: int | None) -> t
 
 def _clamped(decay: torch.Tensor) -> torch.Tensor:
     """clamp(decay, 0, 1) with a slope at 0 and 1 themselves, whatever torch.clamp has there (PyTorch 2.15 has none)."""
-    return torch.where((decay >= 0) & (decay <= 1), decay, decay.detach().clamp(0, 1))
+    return torch.where((decay < 0) | (decay > 1), decay.detach().clamp(0, 1), decay)

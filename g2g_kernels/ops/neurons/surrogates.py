@@ -23,8 +23,18 @@ def _sigmoid_derivative(x: torch.Tensor, alpha: float) -> torch.Tensor:
     return alpha * s * (1 - s)
 
 
+def _clamp(x: torch.Tensor, most: float) -> torch.Tensor:
+    """x from −most to most, with slope 1 in between, at both ends, and at NaN."""
+    return torch.where(x.abs() > most, x.detach().clamp(-most, most), x)
+
+
+def _fast_sigmoid_primitive(x: torch.Tensor, alpha: float) -> torch.Tensor:
+    x = _clamp(x, torch.finfo(x.dtype).max / (4 * max(1.0, alpha)))  # at ∞ the quotient would be NaN
+    return x / (1 + alpha * x.abs()) + 0.5
+
+
 def _triangle_primitive(x: torch.Tensor, alpha: float) -> torch.Tensor:
-    z = (alpha * x).clamp(-1, 1)
+    z = _clamp(alpha * x, 1)
     return 0.5 + z - 0.5 * z * z.abs()
 
 
@@ -43,7 +53,7 @@ SURROGATES: dict[str, Surrogate] = {
     # 1 / (1 + α|x|)²: Zenke & Ganguli 2018
     "fast_sigmoid": Surrogate(
         lambda x, alpha: 1 / (1 + alpha * x.abs()) ** 2,
-        lambda x, alpha: x / (1 + alpha * x.abs()) + 0.5,
+        _fast_sigmoid_primitive,
     ),
     # α·σ(αx)·(1 − σ(αx))
     "sigmoid": Surrogate(_sigmoid_derivative, lambda x, alpha: torch.sigmoid(alpha * x)),

@@ -238,7 +238,7 @@ def sum_kernel(partial, decay, out, rows, cols, BLOCK_R: tl.constexpr, BLOCK_C: 
         total += tl.sum(tl.load(partial + row[:, None] * cols + col[None, :], mask=inside, other=0.0), 0)
     if decay is not None:
         value = tl.load(decay + col, mask=col < cols, other=0.0)
-        total = tl.where((value >= 0) & (value <= 1), total, 0.0)
+        total = tl.where((value < 0) | (value > 1), 0.0, total)
     tl.store(out + col, total.to(out.dtype.element_ty), mask=col < cols)
 
 

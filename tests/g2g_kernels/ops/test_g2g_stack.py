@@ -485,7 +485,7 @@ def test_sizes_that_do_not_follow_one_another_are_refused():
         ((B, 21), {"steps": 0}, "steps=0 must be a whole number of at least 1"),
         ((B, 21), {"steps": T, "reset": "soft"}, "reset='soft' of layer 0 is unknown"),
         ((B, 21), {"steps": T, "surrogate": "step"}, "surrogate='step' of layer 0 is unknown"),
-        ((B, 21), {"steps": T, "alpha": 0}, "alpha=0 of layer 0 must be above 0"),
+        ((B, 21), {"steps": T, "alpha": 0}, "alpha=0 of layer 0 must be a number above 0"),
         ((B, 21), {"steps": T, "backend": "jax"}, "backend='jax' is not a backend"),
     ],
 )

@@ -576,9 +576,9 @@ def test_spikes_equal_snntorch_for_any_sizes(steps, batch, neurons, beta, thresh
         ({"steps": 0}, "steps=0 must be a whole number of at least 1"),
         ({"reset": "hard"}, "reset='hard' is unknown; choose one of subtract, zero, none"),
         ({"surrogate": "relu"}, "surrogate='relu' is unknown; choose one of atan, fast_sigmoid, sigmoid, triangle"),
-        ({"alpha": 0.0}, "alpha=0.0 must be above 0"),
-        ({"alpha": -1.0}, "alpha=-1.0 must be above 0"),
-        ({"alpha": math.nan}, "alpha=nan must be above 0"),
+        ({"alpha": 0.0}, "alpha=0.0 must be a number above 0"),
+        ({"alpha": -1.0}, "alpha=-1.0 must be a number above 0"),
+        ({"alpha": math.nan}, "alpha=nan must be a number above 0"),
         ({"backend": "numpy"}, "backend='numpy' is not a backend"),
     ],
 )

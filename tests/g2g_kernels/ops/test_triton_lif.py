@@ -31,6 +31,30 @@ def parameters(neurons: int | None, dtype: torch.dtype = torch.float32) -> tuple
     return torch.linspace(0.5, 1, neurons).to(dtype), torch.linspace(1.25, 0.5, neurons).to(dtype)
 
 
+# --- what is not finite -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")  # of the interpreter
+@pytest.mark.parametrize("surrogate", SURROGATES)
+@every_reset
+def test_infinite_thresholds_currents_and_undefined_decays_are_those_of_plain_pytorch(reset, surrogate):
+    """An infinite threshold is never reached and gives no gradient; a decay that is NaN is not taken for 0."""
+    spoiled = currents(6, 3, 5).float()
+    spoiled[2, 0, 1] = math.inf
+    weights = output_weights(6, 3, 5).float()
+    for current, beta, threshold in (
+        (currents(6, 3, 5).float(), 0.9, math.inf),
+        (currents(6, 3, 5).float(), math.nan, 0.7),
+        (spoiled, 0.9, 0.7),
+    ):
+        given = current, torch.tensor([beta]), torch.tensor([threshold]), weights
+        plain, actual = (gradients(lif_on(b, reset=reset, surrogate=surrogate), *given) for b in ("torch", "triton"))
+        for name, of_plain in plain.items():
+            assert torch.allclose(actual[name].cpu(), of_plain, rtol=1e-4, atol=1e-4, equal_nan=True), name
+        if threshold == math.inf:
+            assert not any(part.any() for part in actual.values())
+
+
 # --- the 1.5× rule ------------------------------------------------------------------------------------------------
 
 #: T, B, N: segments that T does and does not fill, tiles that B and N do and do not fill

@@ -6,6 +6,7 @@ import hashlib
 import io
 import re
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -193,13 +194,51 @@ def test_other_arrays_are_refused_by_name(tmp_path, changes, message):
         load_dataset(dataset_name(str(tmp_path / "mine.npz")), tmp_path)
 
 
+HEADER = "{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}"
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        HEADER.format(shape="(" * 3),
+        HEADER.format(shape="(" * 1500),
+        HEADER.format(shape="-" * 1500 + "1"),
+        HEADER.format(shape=f"({10**30}, {10**30})"),
+        HEADER.format(shape="(30, -5)"),
+        HEADER.format(shape="(30, 1e3)"),
+        HEADER.format(shape="30"),
+        "{'descr': [('x', '<f4', ((((",
+        "{'descr': '<f4'}",
+        "[" * 900,
+        "\x00\xff",
+        "''" + "'",
+        "",
+    ],
+    ids=range(13),
+)
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_a_crafted_header_is_refused_by_the_name_of_its_file(tmp_path, header, version):
+    np.savez(tmp_path / "mine.npz", **own_arrays())
+    text = header.encode("latin1")
+    length = len(text).to_bytes(2 if version == 1 else 4, "little")
+    with zipfile.ZipFile(tmp_path / "mine.npz") as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    members["train_images.npy"] = b"\x93NUMPY" + bytes([version, 0]) + length + text + bytes(64)
+    with zipfile.ZipFile(tmp_path / "mine.npz", "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    with pytest.raises(DataError, match=r"mine\.npz cannot be used as data: ."):
+        load_dataset(dataset_name(str(tmp_path / "mine.npz")), tmp_path)
+
+
 def test_the_size_of_arrays_is_known_before_they_are_read(tmp_path, monkeypatch):
     images = {f"{part}_images": np.zeros((n, 5000, 400), np.uint8) for part, n in (("train", 30), ("test", 9))}
     np.savez_compressed(tmp_path / "mine.npz", **own_arrays(**images))
-    monkeypatch.setattr(own, "_memory", lambda: 1 << 20)
+    monkeypatch.setattr(own, "available", lambda: 1 << 20)
     monkeypatch.setattr(np.lib.format, "read_array", None)
     with pytest.raises(DataError, match=r"its arrays take 0\.1 GB of memory"):
         load_dataset(dataset_name(str(tmp_path / "mine.npz")), tmp_path)
+    monkeypatch.undo()
     for content in (b"", b"PK\x05\x06" + bytes(18), b"text"):
         (tmp_path / "mine.npz").write_bytes(content)
         with pytest.raises(DataError, match=r"mine\.npz cannot be used as data"):

@@ -77,6 +77,21 @@ def test_a_signal_between_epochs_or_after_the_last_loses_nothing(tmp_path, monke
     assert_equal(load(whole), load(run(tmp_path / "parts")))
 
 
+@posix
+def test_signals_that_are_ignored_stay_ignored(tmp_path, monkeypatch):
+    """As ``nohup`` and a shell's ``&`` leave them to their children."""
+    whole = run(tmp_path / "whole")
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for number in before:
+            monkeypatch.setattr(Trainer, "_train_step", signalled(5, number))
+            assert_equal(load(whole), load(run(tmp_path / number.name)))
+            assert signal.getsignal(number) is signal.SIG_IGN
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 PROGRAM = """
 import sys, time
 import train

@@ -1,0 +1,106 @@
+"""Kinds of numbers, and the one check of each: of arguments, of settings and of what files hold.
+
+A number outside its range, or one that the type it becomes cannot hold, would be wrong in silence: C cuts whole numbers
+off, and makes large ones of floating point infinite and small ones 0.
+"""
+
+import math
+import numbers
+import operator
+from typing import Any, NamedTuple
+
+import torch
+
+#: the range of PyTorch's and of C's whole numbers
+INT32, INT64 = ((-(1 << bits - 1), (1 << bits - 1) - 1) for bits in (32, 64))
+#: of float32: the least magnitude above 0 (smaller ones are flushed to 0), and the largest
+FLOAT32 = (torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max)
+
+
+def check_parameter(name: str, value: float, of: str = "") -> None:
+    """Raises ValueError unless a float32 holds ``value``, the parameter of neurons; ∞ is a threshold never reached."""
+    if not (abs(value) <= FLOAT32[1] or abs(value) == math.inf):
+        held = f"a number that a float32 holds, at most {FLOAT32[1]:.3g}, or inf"
+        raise ValueError(f"{name}={value!r:.40}{of} must be {held}")
+
+
+class Number(NamedTuple):
+    """A kind of number.
+
+    Attributes:
+        low, high: its range.
+        open_low, open_high: whether that excludes them.
+        whole: whether it is whole, and fits an int64. Others fit a float32, which none of them makes infinite, nor 0
+            where 0 is excluded.
+    """
+
+    low: float = -math.inf
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+    whole: bool = False
+
+    @property
+    def range(self) -> str:
+        """The range in words; empty for any number."""
+        words = []
+        if self.low > -math.inf:
+            words.append(f"{'above' if self.open_low else 'at least'} {self.low}")
+        if self.high < math.inf:
+            words.append(f"{'below' if self.open_high else 'at most'} {self.high}")
+        return " and ".join(words)
+
+    def __str__(self) -> str:
+        if not self.range:
+            return "a whole number" if self.whole else "a finite number"
+        return f"{'a whole number' if self.whole else 'a number'} {'' if self.open_low else 'of '}{self.range}"
+
+    def _holds(self, value: float) -> bool:
+        """Whether ``value`` is in the range."""
+        above = self.low < value if self.open_low else self.low <= value
+        return above and (value < self.high if self.open_high else value <= self.high)
+
+    def refuses(self, value: Any) -> str | None:
+        """What must be given instead of ``value``, in words; None if it is of this kind."""
+        if isinstance(value, torch.SymInt):  # of a graph with dynamic shapes, which stands for an int
+            return None
+        value = self._number(value)
+        if value is None or not self._holds(value):
+            return str(self)
+        if self.whole:
+            return None if INT64[0] <= value <= INT64[1] else f"{self}, at most {INT64[1]}"
+        least, most = FLOAT32
+        if abs(value) <= most and (abs(value) >= least or self._holds(0)):
+            return None
+        return f"{self} that a float32 holds, {least:.3g} to {most:.3g}" if abs(value) < math.inf else str(self)
+
+    def _number(self, value: Any) -> Any:
+        """``value``, as an int if it is whole (of Python or NumPy, or a tensor); None if it is no such number."""
+        if isinstance(value, bool) or getattr(value, "dtype", None) in (bool, torch.bool):
+            return None
+        if not self.whole:
+            return value if isinstance(value, (float, int, torch.SymFloat, numbers.Real)) else None
+        try:
+            return value if type(value) is int else operator.index(value)
+        except TypeError:
+            return None
+
+    def check(self, name: str, value: Any, of: str = "") -> Any:
+        """``value``, as an int if it is whole.
+
+        Raises:
+            ValueError: naming the argument (``of`` something), unless ``value`` is of this kind.
+        """
+        wanted = self.refuses(value)
+        if wanted:
+            raise ValueError(f"{name}={value!r:.40}{of} must be {wanted}")
+        return value if isinstance(value, torch.SymInt) else self._number(value)
+
+
+#: how many there are of something
+COUNT = Number(1, whole=True)
+#: how many neurons, whose numbers are 32 bits wide in masks and kernels
+SIZE = Number(1, INT32[1], whole=True)
+PROBABILITY = Number(0, 1)
+#: the sharpness α of a surrogate; the kernels multiply it by π/2
+SHARPNESS = Number(0, 1e38, open_low=True)

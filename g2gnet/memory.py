@@ -1,0 +1,45 @@
+"""How much memory there is, for checks before anything is allocated."""
+
+import os
+
+import torch
+
+
+def available(device: torch.device | str = "cpu") -> int | None:
+    """Bytes of memory that this process can have on ``device`` at most, whatever others use; None if unknown."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type != "cpu":
+        return None
+    try:
+        pages, page = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError):  # Windows
+        return None
+    limit = _address_space()
+    return pages * page if limit is None else min(pages * page, limit)
+
+
+def _address_space() -> int | None:
+    """What ``ulimit -v`` leaves to this process, in bytes; None if it does not limit it."""
+    import resource  # Unix only
+
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY:
+        return None
+    try:
+        with open("/proc/self/statm") as file:  # Linux: its first number counts pages of address space
+            taken = int(file.read().split()[0]) * resource.getpagesize()
+    except OSError:
+        taken = 0
+    return max(0, limit - taken)
+
+
+def gigabytes(size: float) -> str:
+    """A size in bytes, in words."""
+    return f"{size / 2**30:,.1f} GB"
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether ``error`` says that an allocation failed; on a CPU PyTorch raises a plain RuntimeError."""
+    return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)

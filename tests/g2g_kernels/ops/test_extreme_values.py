@@ -1,0 +1,129 @@
+"""Infinite and undefined thresholds, decays and currents: every backend, and steps one by one, give the same."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from helpers import backends_of, seeded
+
+from g2g_kernels import BlockMask, GroupLayout, Neurons, SpikingLayer, g2g_stack, neurons, neurons_step
+from g2g_kernels.ops import g2g_stack as g2g_stack_module
+from g2g_kernels.ops import neurons as neurons_module
+from g2g_kernels.ops.neurons.models import MODELS, RESETS
+from g2g_kernels.ops.neurons.surrogates import SURROGATES
+
+INF, NAN = math.inf, math.nan
+T, B, N = 7, 3, 5
+CASES = list(itertools.product(MODELS, RESETS, SURROGATES))
+
+
+def parameters(model: str, **values: float) -> list[torch.Tensor]:
+    usual = {"syn_decay": 0.8, "beta": 0.9, "threshold": 1.0, **values}
+    return [torch.tensor([usual[name]]).requires_grad_() for name in MODELS[model].parameters]
+
+
+def outcome(backend: str, model: str, reset: str, surrogate: str, current: torch.Tensor, **values: float):
+    """Spikes, and the gradients of the current and of each parameter; ``"step"``: by steps, one at a time."""
+    current = current.clone().requires_grad_()
+    population = Neurons(model, tuple(parameters(model, **values)), reset, surrogate, 2.0)
+    if backend == "step":
+        spikes, state = [], None
+        for each in current:
+            spike, state = neurons_step(each, state, population)
+            spikes.append(spike)
+        result = torch.stack(spikes)
+    else:
+        result = neurons(current, population, backend=backend)
+    weight = torch.randn(T, B, N, generator=seeded(3))
+    return [result.detach(), *torch.autograd.grad((result * weight).sum(), [current, *population.parameters])]
+
+
+def currents() -> torch.Tensor:
+    return torch.randn(T, B, N, generator=seeded(1)) * 1.2
+
+
+def spoiled(value: float) -> torch.Tensor:
+    current = currents()
+    current[2, 0, 1] = value
+    return current
+
+
+BACKENDS = [*backends_of(neurons_module.operator), "step"]
+
+
+@pytest.mark.parametrize(("model", "reset", "surrogate"), CASES)
+def test_neurons_of_infinite_threshold_never_fire_and_give_no_gradient(model, reset, surrogate):
+    for backend in BACKENDS:
+        for part in outcome(backend, model, reset, surrogate, currents(), threshold=INF):
+            assert torch.equal(part, torch.zeros_like(part)), backend
+
+
+@pytest.mark.parametrize(
+    ("current", "values"),
+    [
+        (None, {"threshold": -INF}),
+        (None, {"threshold": NAN}),
+        (None, {"beta": NAN}),
+        (None, {"beta": INF}),
+        (None, {"beta": -INF}),
+        (INF, {}),
+        (-INF, {}),
+        (NAN, {}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(("model", "reset", "surrogate"), CASES)
+def test_what_is_not_finite_means_the_same_on_every_backend(model, reset, surrogate, current, values):
+    given = currents() if current is None else spoiled(current)
+    wanted = outcome("torch", model, reset, surrogate, given, **values)
+    assert set(wanted[0].unique().tolist()) <= {0.0, 1.0}
+    for backend in BACKENDS:
+        for part, of_torch in zip(outcome(backend, model, reset, surrogate, given, **values), wanted, strict=True):
+            assert torch.allclose(part, of_torch, rtol=1e-4, atol=1e-4, equal_nan=True), backend
+
+
+@pytest.mark.parametrize("surrogate", [name for name in SURROGATES if name != "boxcar"])
+def test_a_decay_that_is_no_number_reaches_every_gradient(surrogate):
+    """Not 0, which would train on in silence."""
+    for backend in BACKENDS:
+        _, to_current, to_beta, _ = outcome(backend, "lif", "subtract", surrogate, currents(), beta=NAN)
+        assert to_current[0].isnan().all(), backend
+        assert to_beta.isnan().all(), backend
+
+
+def test_an_infinite_current_is_discharged_by_a_reset_to_zero():
+    for backend in BACKENDS:
+        current = torch.zeros(4, 1, 1)
+        current[0] = INF
+        population = Neurons("lif", tuple(parameters("lif")), "zero")
+        if backend == "step":
+            spikes, state = [], None
+            for each in current:
+                spike, state = neurons_step(each, state, population)
+                spikes.append(spike)
+            result = torch.stack(spikes)
+        else:
+            result = neurons(current, population, backend=backend)
+        assert result.flatten().tolist() == [1.0, 0.0, 0.0, 0.0], backend
+
+
+@pytest.mark.parametrize("reset", RESETS)
+@pytest.mark.parametrize("surrogate", SURROGATES)
+def test_a_stack_whose_last_layer_never_fires_gives_zeros_and_finite_gradients(reset, surrogate):
+    draw = seeded(0)
+    mask = BlockMask.full(GroupLayout(6, 2), GroupLayout(6, 2), 3)
+    x = torch.rand(T, B, 6, generator=draw)
+    for backend in backends_of(g2g_stack_module.operator):
+        leaves = [mask.pack(torch.randn(6, 6, generator=seeded(number))).requires_grad_() for number in range(2)]
+        layers = [
+            SpikingLayer(
+                values, mask, None, Neurons("lif", tuple(parameters("lif", threshold=theta)), reset, surrogate)
+            )
+            for values, theta in zip(leaves, (0.5, INF), strict=True)
+        ]
+        activity = g2g_stack(x, layers, backend=backend)
+        assert torch.equal(activity.counts, torch.zeros(B, 6))
+        assert 0 < activity.spikes[0].dense().mean() < 1
+        for grad in torch.autograd.grad(activity.counts.sum(), leaves):
+            assert torch.equal(grad, torch.zeros_like(grad)), backend

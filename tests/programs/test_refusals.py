@@ -1,0 +1,270 @@
+"""What would fail late, or without a word of its cause: refused before the first step, by name."""
+
+import errno
+import os
+import re
+import resource
+import shlex
+from pathlib import Path
+
+import numpy as np
+import processes
+import pytest
+from tiny_checkpoints import TINY
+
+import crossval
+import train
+from benchmarks import cli as benchmarks_cli
+from g2gnet import analyze, cli, memory, pretrain, report
+from g2gnet.files import check_writable
+from g2gnet.training import SettingsError, Trainer, TrainSettings, sizes
+from g2gnet.training.cross_validation import FoldSettings
+from g2gnet.training.evaluation import build_network
+from g2gnet.training.run_files import RunFiles
+
+MANY = 10**26
+
+
+def write_data(path, *shape):
+    """A file of data with 40 training and 40 test samples of that shape."""
+    images = np.random.default_rng(0).random((40, *shape), np.float32)
+    labels = np.arange(40) % 4
+    np.savez(path, train_images=images, train_labels=labels, test_images=images, test_labels=labels)
+    return path
+
+
+SMALL = "--hidden_dim 16 --T 3 --batch_size 20 --block_size 4 --epochs 2"
+
+
+@pytest.fixture
+def no_step(monkeypatch):
+    """No training step may be made."""
+    monkeypatch.setattr(Trainer, "_train_step", lambda self, index: pytest.fail("a step was made"))
+
+
+def refused(program, capsys, *arguments, status=2):
+    """What the program prints to standard error when it refuses the arguments."""
+    try:
+        code = program.main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        code = stop.code
+    assert code == status
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (f"--epochs {MANY}", f"epochs={MANY} is out of range; give a whole number of at least 1, at most"),
+        (f"--batch_size {MANY}", "batch_size=1"),
+        (f"--limit_train {MANY}", "limit_train=1"),
+        (f"--limit_test {MANY}", "limit_test=1"),
+        (f"--model index --num_groups {MANY}", "num_groups=1"),
+        (f"--model index --block_size {MANY}", "block_size=1"),
+        (f"--hidden_dim {MANY}", "hidden_dim=1"),
+        (f"--hidden_dim {10**12}", "hidden_dim=1000000000000 is out of range; .* at most 2147483647"),
+        (f"--warmup_epochs {MANY} --enforce_sparsity", "warmup_epochs=1"),
+        (f"--model index --sparsity_mode dynamic --dst_interval {MANY}", "dst_interval=1"),
+        ("--alpha 1e-310", "alpha=1e-310 is out of range; give a number above 0 .* that a float32 holds"),
+        ("--alpha 1e300", r"alpha=1e\+300"),
+        ("--init_gain 1e-310", "init_gain=1e-310"),
+        ("--model index --sparsity_mode dynamic --dst_fraction 1e-310", "dst_fraction=1e-310"),
+        ("--lr 1e308", r"lr=1e\+308 is out of range"),
+        ("--weight_decay 1e308", r"weight_decay=1e\+308"),
+        ("--enc_scale 1e300", r"enc_scale=1e\+300 is out of range; give a finite number that a float32 holds"),
+        ("--enc_bias 1e39", r"enc_bias=1e\+39"),
+        ("--lr nan", "lr=nan"),
+        ("--log_dir ''", "argument --log_dir: the name is empty"),
+        ("--json ''", "argument --json: the name is empty"),
+        ("--checkpoint_dir ''", "argument --checkpoint_dir: the name is empty"),
+        ("--data_dir ''", "argument --data_dir: the name is empty"),
+        ("--resnet_weights ''", "argument --resnet_weights: the name is empty"),
+    ],
+)
+@pytest.mark.parametrize("program", [train, crossval], ids=["train", "crossval"])
+def test_values_that_would_fail_later_are_refused_by_their_flags(
+    tmp_path, capsys, no_step, monkeypatch, program, flags, message
+):
+    monkeypatch.chdir(tmp_path)
+    printed = refused(program, capsys, *TINY, *shlex.split(flags))
+    assert re.search(message, printed)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_last_fold_has_a_seed_too(capsys, no_step, tmp_path):
+    flags = ["--seed", 2**63 - 1, "--checkpoint_dir", tmp_path]
+    assert "seed=9223372036854775807 leaves none to the last of k_folds=5" in refused(crossval, capsys, *TINY, *flags)
+
+
+@pytest.mark.parametrize("program", [train, crossval], ids=["train", "crossval"])
+@pytest.mark.parametrize("augment", ["flip", "shift-flip", "crop-flip"])
+def test_vectors_cannot_be_mirrored(tmp_path, capsys, no_step, program, augment):
+    data = write_data(tmp_path / "vectors.npz", 20)
+    flags = [*shlex.split(SMALL), "--dataset", data, "--augment", augment, "--checkpoint_dir", tmp_path / "c"]
+    printed = refused(program, capsys, *flags)
+    assert f"augment={augment} needs images, but those of vectors-" in printed
+    assert "are vectors of 20 values" in printed
+
+
+def test_images_of_ones_own_can_be_mirrored(tmp_path):
+    data = write_data(tmp_path / "images.npz", 5, 4)
+    flags = [*SMALL.split(), "--dataset", str(data), "--augment", "shift-flip", "--checkpoint_dir", str(tmp_path)]
+    assert train.main(flags) == 0
+
+
+@pytest.mark.parametrize("program", [train, crossval], ids=["train", "crossval"])
+def test_a_name_too_long_for_the_runs_files_is_refused_before_the_first_step(tmp_path, capsys, no_step, program):
+    """The checkpoint's name fitted, that of the analysis did not."""
+    data = write_data(tmp_path / f"{'n' * 200}.npz", 20)
+    flags = [*SMALL.split(), "--dataset", data, "--checkpoint_dir", tmp_path / "c"]
+    printed = refused(program, capsys, *flags, status=1)
+    assert "File name too long" in printed
+    assert "give the data a file of a shorter name" in printed
+
+
+def test_a_longest_name_that_is_accepted_can_be_written_to_the_end(tmp_path):
+    stem = "n" * 150
+    while True:  # the longest that is accepted
+        try:
+            RunFiles(tmp_path, stem + "n")
+        except RuntimeError:
+            break
+        stem += "n"
+    files = RunFiles(tmp_path, stem)
+    for _ in range(2):  # the second also keeps the first as the previous one
+        files.save_checkpoint({"settings": {}})
+    files.write_history([{"epoch": 1}])
+    files.write_analysis({})
+    files.mark_done({}, {"epoch": 1})
+    assert files.marker.exists()
+
+
+def test_results_that_cannot_be_written_are_found_before_training(tmp_path, capsys, no_step, monkeypatch):
+    settings = crossval.build_parser().parse_args([*TINY])
+    stem = cli.settings_from(settings, FoldSettings).summary_stem
+    (tmp_path / "c" / f"{stem}.json").mkdir(parents=True)
+    assert "Is a directory" in refused(crossval, capsys, *TINY, "--checkpoint_dir", tmp_path / "c", status=1)
+    (tmp_path / "p" / "resnet32_cifar10.pt").mkdir(parents=True)
+    monkeypatch.setattr(pretrain, "load_dataset", lambda *arguments: pytest.fail("data were read"))
+    assert "Is a directory" in refused(pretrain, capsys, "--checkpoint_dir", tmp_path / "p", status=1)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links are those of POSIX")
+def test_a_link_to_itself_is_no_file_for_results(tmp_path, capsys, no_step):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    printed = refused(train, capsys, *TINY, "--json", tmp_path / "loop", status=1)
+    assert "loop (Too many levels of symbolic links); give another file" in printed
+    assert (tmp_path / "loop").is_symlink()
+
+
+def test_a_name_too_long_for_results_is_found_before_training(tmp_path, capsys, no_step):
+    printed = refused(train, capsys, *TINY, "--json", tmp_path / f"{'j' * 248}.json", status=1)
+    assert "File name too long" in printed
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the sticky bit is that of POSIX")
+def test_a_file_that_only_its_owner_can_replace_is_found_beforehand(tmp_path, monkeypatch):
+    file = tmp_path / "other's"
+    file.write_text("")
+    tmp_path.chmod(0o1777)
+    check_writable(file)
+    monkeypatch.setattr(os, "geteuid", lambda: 54321)
+    with pytest.raises(PermissionError, match="belongs to another user") as error:
+        check_writable(file)
+    assert error.value.errno == errno.EPERM
+    check_writable(tmp_path / "new")
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--hidden_dim 400000",
+        "--model index --hidden_dim 300000 --block_size 1 --p_inter 0",
+        "--T 65536 --hidden_dim 100000 --model index --p_inter 0 --num_groups 1000",
+    ],
+)
+def test_a_network_larger_than_memory_is_refused_with_what_it_takes(tmp_path, capsys, no_step, monkeypatch, flags):
+    monkeypatch.setattr(memory.os, "sysconf", lambda name: {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2**22}[name])
+    printed = refused(train, capsys, *TINY, *flags.split(), "--checkpoint_dir", tmp_path)
+    assert re.search(r"training takes at least [\d,.]+ GB of memory with hidden_dim=.* 16\.0 GB", printed)
+
+
+@pytest.mark.parametrize("model", ["dense", "index"])
+def test_the_least_memory_is_that_of_the_tensors_it_counts(model):
+    """A bound from below, and no worse than a third of what the tensors of a trained network take."""
+    settings = TrainSettings(model=model, hidden_dim=256, block_size=16, T=4, batch_size=32)
+    net = build_network(settings, 20, 10)
+    weights = 4 * 4 * sum(parameter.numel() for parameter in net.parameters())
+    masks = sum(b.numel() * b.element_size() for name, b in net.state_dict().items() if "unit_" in name)
+    bits_and_states = 32 * 4 * ((256 + 256 + 64) // 8 + 4 * (256 + 10))
+    least = sizes.least_bytes(settings, 20, 10, 32)
+    drawn = 0 if model == "dense" else sizes.DRAWN_UNIT * 16 * 16
+    assert least - drawn <= (weights + 2 * masks + bits_and_states) * 1.05
+    assert least >= weights * 0.85
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="what a process has taken is told by Linux")
+def test_what_the_shell_allows_counts_as_memory(monkeypatch):
+    whole = memory.available()
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (taken + 2**30, -1))
+    assert whole > 2**30
+    assert 0.5 * 2**30 < memory.available() <= 2**30
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: 8 bytes"),
+    ],
+    ids=["Python", "PyTorch"],
+)
+def test_memory_that_runs_out_is_said_in_a_line(tmp_path, capsys, monkeypatch, error):
+    def run_out(self, index):
+        raise error
+
+    monkeypatch.setattr(Trainer, "_train_step", run_out)
+    printed = refused(train, capsys, *TINY, "--checkpoint_dir", tmp_path, status=1)
+    assert "train.py: error: out of memory: " in printed or "error: out of memory: " in printed
+
+
+def test_another_failure_is_no_want_of_memory(tmp_path, monkeypatch):
+    def fail(self, index):
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(Trainer, "_train_step", fail)
+    with pytest.raises(RuntimeError, match="a defect"):
+        train.main([*TINY, "--checkpoint_dir", str(tmp_path)])
+
+
+# --- other programs -------------------------------------------------------------------------------------------------
+
+
+def test_empty_names_are_refused_by_the_programs_that_read_checkpoints(capsys):
+    assert "the name is empty" in refused(analyze, capsys, "")
+    assert "argument --output: the name is empty" in refused(report, capsys, "x.pth", "--output", "")
+    assert "samples" in refused(analyze, capsys, "x.pth", "--samples", "many")
+
+
+def test_settings_of_matplotlib_that_it_refuses_are_named(tmp_path):
+    page = tmp_path / "page.html"
+    program = tmp_path / "program.py"
+    program.write_text("import sys\nfrom g2gnet.report import main\nsys.exit(main(sys.argv[1:]))\n")
+    ended = processes.run(program, "x.pth", "--output", page, output=tmp_path / "printed", MPLBACKEND="nonsense")
+    assert ended.statuses == [2], ended.stderr
+    assert "matplotlib cannot be imported (Key backend: 'nonsense' is not a valid value" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_repeats_of_a_benchmark_are_a_count():
+    parser = benchmarks_cli.argparse.ArgumentParser()
+    benchmarks_cli.add_flags(parser, 3)
+    for value in (0, MANY):
+        with pytest.raises(ValueError, match=f"repeats={value} is out of range; give a whole number of at least 1"):
+            benchmarks_cli.repeats_from(parser.parse_args(["--repeats", str(value)]))
+    with pytest.raises(SettingsError, match="train_steps=-1 is out of range; give a whole number of at least 0"):
+        benchmarks_cli.workload_from(parser.parse_args(["--train_steps", "-1"]))

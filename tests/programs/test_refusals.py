@@ -17,7 +17,7 @@ import train
 from benchmarks import cli as benchmarks_cli
 from g2gnet import analyze, cli, memory, pretrain, report
 from g2gnet.files import check_writable
-from g2gnet.training import SettingsError, Trainer, TrainSettings, sizes
+from g2gnet.training import CheckpointError, SettingsError, Trainer, TrainSettings, sizes
 from g2gnet.training.cross_validation import FoldSettings
 from g2gnet.training.evaluation import build_network
 from g2gnet.training.run_files import RunFiles
@@ -123,14 +123,15 @@ def test_a_name_too_long_for_the_runs_files_is_refused_before_the_first_step(tmp
 
 
 def test_a_longest_name_that_is_accepted_can_be_written_to_the_end(tmp_path):
-    stem = "n" * 150
-    while True:  # the longest that is accepted
+    accepted = []
+    for length in range(200, 256):
         try:
-            RunFiles(tmp_path, stem + "n")
-        except RuntimeError:
+            RunFiles(tmp_path, "n" * length).check()
+        except CheckpointError:
             break
-        stem += "n"
-    files = RunFiles(tmp_path, stem)
+        accepted.append(length)
+    assert 200 < len(accepted) + 200 < 256
+    files = RunFiles(tmp_path, "n" * accepted[-1])
     for _ in range(2):  # the second also keeps the first as the previous one
         files.save_checkpoint({"settings": {}})
     files.write_history([{"epoch": 1}])

@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -771,29 +772,51 @@ def test_workspace_does_not_hoard():
     assert sum(map(len, pool._free)) <= 2 * (80 << 20)
 
 
+#: on whose threads: those of PyTorch's OpenMP runtime where it has one, or our own
+both_threads = pytest.mark.parametrize("whose", ["openmp", "own"])
+
+
+@contextmanager
+def running_on(whose: str):
+    """Inside, the kernels run on those threads, however late these come."""
+    if whose == "openmp" and not library.openmp():
+        pytest.skip("PyTorch has no OpenMP runtime")
+    library.library().g2g_use_openmp(library.openmp() if whose == "openmp" else None, float("inf"))
+    try:
+        yield
+    finally:
+        library.library().g2g_use_openmp(library.openmp(), library.MOST_WAITING)
+
+
 class Step:
     """One step of a small stack: its spike counts and the gradient of its weights."""
 
-    def __init__(self) -> None:
+    def __init__(self, batch: int = 8, steps: int = 6) -> None:
         draw = seeded(0)
         mask = BlockMask.sample(GroupLayout(200, 4), GroupLayout(90, 4), block_size=16, generator=draw)
         self.values = mask.pack(torch.randn(200, 90, generator=draw) / 5).requires_grad_()
         self.layer = lif_layer(self.values, mask, torch.zeros(200), torch.tensor(0.9), torch.tensor(1.0))
-        self.x = torch.rand(8, 90, generator=draw)
+        self.x = torch.rand(batch, 90, generator=draw)
+        self.steps = steps
 
     def __call__(self) -> tuple[torch.Tensor, torch.Tensor]:
-        counts = g2g_stack(self.x, [self.layer], steps=6, backend="cpu").counts
+        counts = g2g_stack(self.x, [self.layer], steps=self.steps, backend="cpu").counts
         (grad,) = torch.autograd.grad(counts.square().sum(), [self.values])
         return counts.detach(), grad
 
 
+#: enough for several threads: smaller calls stay on their caller's
+LARGE = {"batch": 40, "steps": 40}
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_a_forked_child_computes_the_same(monkeypatch):
+@both_threads
+def test_a_forked_child_computes_the_same(whose, monkeypatch):
     # in the child, tensors are small and not poisoned: PyTorch's own OpenMP must not run there, it hangs
     monkeypatch.setattr(workspace, "poison", False)
-    step = Step()
-    with threads(2):
+    step = Step(**LARGE)
+    with running_on(whose), threads(2):
         expected = step()
         child = os.fork()
         if child == 0:
@@ -807,19 +830,80 @@ def test_a_forked_child_computes_the_same(monkeypatch):
         assert all(map(torch.equal, step(), expected))
 
 
-def test_calls_from_several_python_threads():
+@both_threads
+def test_calls_from_several_python_threads(whose):
     network = Network("index", 16, x="held")
     layers = network._layers(network.tensors)
+    x = network.tensors["x"].repeat(20, 1)
 
     def counts(_) -> torch.Tensor:
         torch.set_num_threads(2)
         with torch.no_grad():
-            return g2g_stack(network.tensors["x"], layers, steps=20, backend="cpu").counts
+            return g2g_stack(x, layers, steps=20, backend="cpu").counts
 
-    with threads(2), ThreadPoolExecutor(4) as callers:
+    with running_on(whose), threads(2), ThreadPoolExecutor(4) as callers:
         expected = counts(0)
         assert expected.any()
         assert all(torch.equal(expected, other) for other in callers.map(counts, range(40)))
+
+
+def _threads_of_this_process() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+@once
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="this system does not list threads")
+def test_no_thread_of_ours_is_alive_where_openmp_serves(tmp_path):
+    # a fresh copy of the library has not started any thread; seven workers are more than other tests leave behind
+    copy = shutil.copy(library.library()._name, tmp_path / "fresh.so")
+    step = Step(**LARGE)
+    with threads(1):
+        expected = step()
+    with loaded(copy), threads(8):
+        torch.ones(1 << 20).add_(1)  # PyTorch starts its workers
+        with running_on("openmp"):
+            before = _threads_of_this_process()
+            assert before >= 8
+            assert all(map(torch.equal, step(), expected))
+            assert _threads_of_this_process() == before
+        with running_on("own"):
+            assert all(map(torch.equal, step(), expected))
+            assert _threads_of_this_process() == before + 7
+
+
+@once
+def test_borrowed_threads_keep_their_own_treatment_of_denormal_numbers():
+    tiny = torch.full((1 << 20,), 1e-40)
+    step = Step(**LARGE)
+    with running_on("openmp"), threads(2):
+        for _ in range(20):  # in the first few a thread may come too late for any task
+            step()
+        assert (tiny * 0.5).count_nonzero() == len(tiny)
+
+
+@once
+def test_calls_go_to_threads_of_our_own_when_those_of_openmp_come_late(tmp_path):
+    copy = shutil.copy(library.library()._name, tmp_path / "fresh.so")
+    step = Step(**LARGE)
+    with loaded(copy), threads(8), running_on("openmp"):
+        step()
+        before = _threads_of_this_process()
+        library.library().g2g_use_openmp(library.openmp(), 0.0)  # any thread is too late
+        for _ in range(3):
+            step()
+        assert _threads_of_this_process() == before + 7
+
+
+@once
+def test_the_kernels_follow_a_changing_number_of_threads():
+    step = Step(**LARGE)
+    with threads(1):
+        expected = step()
+    for whose in ("openmp", "own"):
+        with running_on(whose):
+            for number in (2, 5, 1, 3, 2):
+                with threads(number):
+                    assert all(map(torch.equal, step(), expected))
 
 
 @pytest.mark.parametrize("isa", library.ISAS)

@@ -46,6 +46,9 @@ EVENT_LIMIT_BACKWARD = {False: 0.5, True: 0.5}
 #: The same for input gradients: the share of neurons that a gradient reaches through their own spikes where the product
 #: multiplies as many rows of weights as events may have to; the kernels scale it by how many (``EventRuns.ratio``).
 GRADIENT_EVENT_LIMIT = {False: 0.3, True: 0.2}
+#: Cost of products with vectors over the batch, relative to what the kernels assume (``by_batch`` in ``csrc/stack.h``):
+#: layers with units below 16 take them where they cost less than events and matrix kernels. 0: always, infinity: never.
+BATCH_COST = 1.0
 #: Share of a call that may be spent waiting for PyTorch's threads before some calls run on others (``csrc/pool.h``).
 MOST_WAITING = 0.1
 COMPACT_SURROGATES = ("triangle", "boxcar")  # zero where |U − θ| ≥ 1/α
@@ -148,7 +151,7 @@ class StackArguments(Structure):
     _fields_ = _fields(
         pointer="layers",
         int32="count batch steps threads bf16 held",
-        float="event_limit",
+        float="event_limit batch_cost",
         pointer_="x counts grad_counts grad_x",
         int32_="x_spikes",
     )

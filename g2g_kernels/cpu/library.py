@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("g2g_kernels")
 
-ABI = 3
+ABI = 4
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
 RESETS = {"subtract": 0, "zero": 1, "none": 2}
 SURROGATES = {"atan": 0, "fast_sigmoid": 1, "sigmoid": 2, "triangle": 3, "boxcar": 4}
@@ -46,6 +46,11 @@ EVENT_LIMIT_BACKWARD = {False: 0.5, True: 0.5}
 #: The same for input gradients: the share of neurons that a gradient reaches through their own spikes where the product
 #: multiplies as many rows of weights as events may have to; the kernels scale it by how many (``EventRuns.ratio``).
 GRADIENT_EVENT_LIMIT = {False: 0.3, True: 0.2}
+#: Cost of products with vectors over the batch, relative to what the kernels assume (``by_batch`` in ``csrc/stack.h``):
+#: layers with units below 16 take them where they cost less than events and matrix kernels. 0: always, infinity: never.
+BATCH_COST = 1.0
+#: Share of a call that may be spent waiting for PyTorch's threads before some calls run on others (``csrc/pool.h``).
+MOST_WAITING = 0.1
 COMPACT_SURROGATES = ("triangle", "boxcar")  # zero where |U − θ| ≥ 1/α
 
 
@@ -146,7 +151,7 @@ class StackArguments(Structure):
     _fields_ = _fields(
         pointer="layers",
         int32="count batch steps threads bf16 held",
-        float="event_limit",
+        float="event_limit batch_cost",
         pointer_="x counts grad_counts grad_x",
         int32_="x_spikes",
     )
@@ -246,6 +251,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     signatures: dict[str, tuple[type | None, list[type]]] = {
         "g2g_isa": (c_char_p, []),
         "g2g_has_bf16": (c_int32, []),
+        "g2g_use_openmp": (None, [c_void_p, c_double]),
         "g2g_plan_new": (c_void_p, [axis, axis, c_void_p, c_void_p, _Int32]),
         "g2g_plan_free": (None, [c_void_p]),
         "g2g_plan_matches": (c_int32, [c_void_p] * 3),
@@ -265,7 +271,22 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         reason = f"G2G_CPU_ISA={asked!r} asks for an instruction set {there}; leave it unset for the best one"
         logging.getLogger("g2g_kernels").warning("the compiled CPU kernels are not used: %s", reason)
         return None, reason
+    library.g2g_use_openmp(openmp(), MOST_WAITING)
     return library, None
+
+
+@functools.cache
+def openmp() -> int | None:
+    """The address of ``GOMP_parallel`` in the OpenMP runtime that PyTorch has loaded, or None.
+
+    GNU's and LLVM's runtimes both have it. The kernels run on its threads, since a second set of threads would wait for
+    the cores on which PyTorch's spin.
+    """
+    try:  # looks only through what PyTorch is linked with, and loads nothing
+        return ctypes.cast(ctypes.CDLL(torch._C.__file__).GOMP_parallel, c_void_p).value
+    except (OSError, AttributeError):
+        logger.info("PyTorch has no OpenMP runtime, so the compiled CPU kernels start threads of their own")
+        return None
 
 
 @constant_when_traced

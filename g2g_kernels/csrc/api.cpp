@@ -8,6 +8,7 @@
 
 #include "interface.h"
 #include "plan.h"
+#include "pool.h"
 
 namespace g2g {
 
@@ -53,15 +54,38 @@ const Kernels& kernels() {
 
 constexpr int64_t kFailed = -1, kTooLarge = -2;
 
+// Neurons times rows of a call, a measure of its time: 5 to 10 ns each.
+int64_t size(const Stack& s) {
+    int64_t neurons = 0;
+    for (int32_t l = 0; l < s.count; ++l) neurons += s.layers[l].plan->rows.size;
+    return neurons * s.batch * s.steps;
+}
+int64_t size(const Linear& a) { return a.rows * (a.plan->rows.size + a.plan->cols.size); }
+int64_t size(const NeuronLoop& a) { return a.samples * a.size * a.steps; }
+
+// body() with OpenMP's threads, unless waking them (50 us) would take as long as the call.
+template <class F>
+void with_team_for(int64_t size, int32_t threads, const F& body) {
+    constexpr int64_t least = 1 << 14;
+    with_team(
+        size < least ? 1 : threads, [](void* context) { (*static_cast<const F*>(context))(); },
+        const_cast<void*>(static_cast<const void*>(&body)));
+}
+
 template <class Arguments>
-int64_t call(void (*kernel)(Arguments&, Arena&), Arguments* arguments, void* scratch) try {
+int64_t call(void (*kernel)(Arguments&, Arena&), Arguments* arguments, void* scratch) {
     Arena arena{static_cast<char*>(scratch)};
-    kernel(*arguments, arena);
-    return static_cast<int64_t>(arena.used);
-} catch (const std::length_error&) {
-    return kTooLarge;
-} catch (const std::exception&) {
-    return kFailed;
+    int64_t failure = 0;
+    with_team_for(scratch ? size(*arguments) : 0, arguments->threads, [&] {
+        try {
+            kernel(*arguments, arena);
+        } catch (const std::length_error&) {
+            failure = kTooLarge;
+        } catch (const std::exception&) {
+            failure = kFailed;
+        }
+    });
+    return failure ? failure : static_cast<int64_t>(arena.used);
 }
 
 }  // namespace
@@ -69,7 +93,7 @@ int64_t call(void (*kernel)(Arguments&, Arena&), Arguments* arguments, void* scr
 
 #define G2G_EXPORT extern "C" __attribute__((visibility("default")))
 
-G2G_EXPORT int32_t g2g_abi() { return 3; }
+G2G_EXPORT int32_t g2g_abi() { return 4; }
 // The table that Python compares with its mirror; nullptr if memory runs out.
 G2G_EXPORT const char* g2g_interface() try {
     return g2g::interface_table(g2g::kernels().models, g2g::kernels().model_count);
@@ -77,6 +101,8 @@ G2G_EXPORT const char* g2g_interface() try {
     return nullptr;
 }
 G2G_EXPORT const char* g2g_isa() { return g2g::kernels().name; }
+// The address of GOMP_parallel in the OpenMP runtime to run on, or null; see use_openmp().
+G2G_EXPORT void g2g_use_openmp(g2g::GompParallel parallel, double share) { g2g::use_openmp(parallel, share); }
 G2G_EXPORT int32_t g2g_has_bf16() { return g2g::kernels().bf16; }
 
 // nullptr if an index is out of range or memory runs out.
@@ -124,5 +150,6 @@ G2G_EXPORT int64_t g2g_neurons_backward(g2g::NeuronLoop* a, void* scratch) {
 
 G2G_EXPORT void g2g_unpack(const g2g::Plan* plan, const uint64_t* words, int32_t batch, int32_t steps, int32_t threads,
                            float* spikes) {
-    g2g::kernels().unpack(*plan, words, batch, steps, threads, spikes);
+    g2g::with_team_for(int64_t{batch} * steps * plan->rows.size, threads,
+                       [&] { g2g::kernels().unpack(*plan, words, batch, steps, threads, spikes); });
 }

@@ -3,6 +3,8 @@
 //   forward    I[·] = b + Σ over active tiles, Σ over set bits j:  Wᵀ[tile][j][·]
 //   gradient   G[tile][j][·] += dI_t[·]  for every set bit j of the tile's word at t
 //
+// (StripCurrent and strip_gradient: the same on the strips of 16 or 32 lanes that a unit really has.)
+//
 // First the set bits of several words become one list of events, without a branch per word: a loop over the bits of a
 // word ends in a mispredicted branch, which costs more than its few events. Then each event costs 64 additions on
 // 256 B. Forward, it adds weights into sums that stay in registers over a whole block row. For the gradient, it adds dI
@@ -76,6 +78,54 @@ struct EventCurrent {
     }
 };
 
+alignas(64) constexpr float kZeros[kLanes] = {};
+
+// The same strip by strip of L lanes: an event costs L additions, for units of L rows that leave much of a tile empty.
+template <int L>
+struct StripCurrent {
+    static constexpr int kAtOnce = 64;    // segments whose events make one list
+    static constexpr int kTilesOfList = 1000;  // numbers of events have 16 bits
+
+    const Plan* plan;
+    int64_t row;
+    const uint64_t* words;
+    int64_t stride;
+    const float *tiles, *bias;
+
+    void operator()(int64_t t, Vec* current) const {
+        constexpr int strips = kLanes / L, N = L / W, chains = 4;
+        const Segment* const list = plan->forward.list.data();
+        const int32_t* const first = plan->forward.first.data() + row * strips;
+        for (int s = 0; s < strips; ++s) {
+            Vec sum[chains][N] = {};
+            for (int32_t at = first[s], end = first[s + 1]; at < end;) {
+                uint16_t events[kAtOnce * 64 + 64];  // (tile from the first one on) · 64 + bit
+                int size = 0;
+                const int32_t tile = list[at].tile, stop = end - at > kAtOnce ? at + kAtOnce : end;
+                for (; at < stop && list[at].tile - tile < kTilesOfList; ++at) {
+                    const uint64_t own = ~uint64_t{0} >> (64 - list[at].count) << list[at].lane;
+                    size += append_bits(events + size, words[list[at].block * stride + t] & own, (list[at].tile - tile) * 64);
+                }
+                const float* weights = tiles + static_cast<int64_t>(tile) * kTile + s * L;
+                int e = 0;
+                for (; e + chains <= size; e += chains)
+                    unrolled<chains>([&](auto c) {
+                        const float* w = weights + int64_t{events[e + c]} * kLanes;
+                        unrolled<N>([&](auto v) { sum[c][v] += load(w + v * W); });
+                    });
+                if (e < size)  // zeros in place of those that do not exist: a loop over the rest would be mispredicted
+                    unrolled<chains>([&](auto c) {
+                        const float* w = e + c < size ? weights + int64_t{events[e + c]} * kLanes : kZeros;
+                        unrolled<N>([&](auto v) { sum[c][v] += load(w + v * W); });
+                    });
+            }
+            unrolled<N>([&](auto v) {
+                current[s * N + v] = load(bias + s * L + v * W) + ((sum[0][v] + sum[1][v]) + (sum[2][v] + sum[3][v]));
+            });
+        }
+    }
+};
+
 // w[i] bit j ↔ w[j] bit i of a 64 × 64 bit matrix.
 inline void transpose_bits(uint64_t* w) {
     uint64_t mask = 0x00000000FFFFFFFF;
@@ -145,6 +195,39 @@ inline void event_gradient(const EventsByLane& events, int64_t c, uint64_t sourc
         }
         float* target = grad + lane * kLanes;
         for (int v = 0; v < kVecs; ++v) store(target + v * W, load(target + v * W) + sum[v]);
+    }
+}
+
+// The same for one tile on the strips of L lanes that its units have.
+template <int L>
+void strip_gradient(const EventsByLane& events, const Plan& plan, int64_t tile, const float* grad_current, float* grad) {
+    constexpr int N = L / W, chains = 4;
+    constexpr int32_t kPartial = 128;  // events of a partial sum
+    const int64_t c = plan.tile_col[tile];
+    const uint16_t* rows = events.rows + c * events.capacity;
+    const int32_t* first = events.first + c * (kLanes + 1);
+    for (int64_t p = plan.piece_first[tile]; p < plan.piece_first[tile + 1]; ++p) {
+        const Piece& piece = plan.pieces[p];
+        const float* from = grad_current + piece.lane_row;
+        for (int lane = piece.lane_col; lane < piece.lane_col + piece.cols; ++lane) {
+            Vec total[N] = {};
+            for (int32_t e = first[lane], end = first[lane + 1]; e < end;) {
+                Vec sum[chains][N] = {};
+                const int32_t stop = end - e < kPartial ? end : e + kPartial;
+                for (; e + chains <= stop; e += chains)
+                    unrolled<chains>([&](auto k) {
+                        const float* g = from + rows[e + k] * kLanes;
+                        unrolled<N>([&](auto v) { sum[k][v] += load(g + v * W); });
+                    });
+                for (; e < stop; ++e) {
+                    const float* g = from + rows[e] * kLanes;
+                    unrolled<N>([&](auto v) { sum[0][v] += load(g + v * W); });
+                }
+                unrolled<N>([&](auto v) { total[v] += (sum[0][v] + sum[1][v]) + (sum[2][v] + sum[3][v]); });
+            }
+            float* target = grad + lane * kLanes + piece.lane_row;
+            unrolled<N>([&](auto v) { store(target + v * W, load(target + v * W) + total[v]); });
+        }
     }
 }
 

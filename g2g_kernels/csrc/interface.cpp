@@ -73,6 +73,7 @@ void structures(Table& table) {
     G2G_FIELD(Stack, bf16);
     G2G_FIELD(Stack, held);
     G2G_FIELD(Stack, event_limit);
+    G2G_FIELD(Stack, batch_cost);
     G2G_FIELD(Stack, x);
     G2G_FIELD(Stack, counts);
     G2G_FIELD(Stack, grad_counts);

@@ -52,12 +52,17 @@ inline void bf16_tiles(const Plan& plan, const float* values, bool forward, int 
     });
 }
 
+inline void zero_gradient(const Plan& plan, int threads, float* grad_values) {
+    const int64_t size = static_cast<int64_t>(plan.unit_rows) * plan.unit_cols, count = plan.units * size;
+    constexpr int64_t part = 1 << 16;
+    parallel(threads, divide_up(count, part), 1, [&](int64_t i, int) {
+        zero(grad_values + i * part, (least(count, (i + 1) * part) - i * part) * sizeof(float));
+    });
+}
+
 // Gradients of the packed values from tiles [source lane][output lane]; padding becomes 0.
 inline void unpack_gradient(const Plan& plan, const float* tiles, int threads, float* grad_values) {
-    const int64_t size = static_cast<int64_t>(plan.unit_rows) * plan.unit_cols;
-    parallel(threads, (plan.units + 255) / 256, 1, [&](int64_t part, int) {
-        zero(grad_values + part * 256 * size, (least(plan.units, part * 256 + 256) - part * 256) * size * 4);
-    });
+    zero_gradient(plan, threads, grad_values);
     parallel(threads, plan.tiles, 4, [&](int64_t tile, int) {
         const float* t = tiles + tile * kTile;
         for_each_weight(plan, tile,
@@ -148,13 +153,6 @@ inline void expand_words(const uint64_t* words, int64_t rows, float* panel) {
 
 inline void convert_bf16(const float* from, int64_t count, uint16_t* to) {
     for (int64_t i = 0; i < count; i += W) store(to + i, load(from + i));
-}
-
-// to[c][r] = from[r][c] for one 64 × 64 tile of which `rows` rows exist; the other columns of `to` become 0.
-inline void transpose(const float* from, int64_t rows, float* to) {
-    for (int64_t r0 = 0; r0 < kLanes; r0 += 16)
-        for (int64_t c = 0; c < kLanes; ++c)
-            for (int64_t r = r0; r < r0 + 16; ++r) to[c * kLanes + r] = r < rows ? from[r * kLanes + c] : 0.0f;
 }
 
 // --- spike words ------------------------------------------------------------------------------------------------

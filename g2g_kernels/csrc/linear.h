@@ -109,7 +109,9 @@ inline void linear_backward(Linear& a, Arena& arena) {
     const DualPanel grad(R, chunk, a.bf16 && a.grad_x, arena);
     double* bias = arena.take<double>(lanes);
     std::optional<InputGradient> down;
-    if (a.grad_x) down.emplace(plan, chunk, a.bf16, false, arena);
+    if (a.grad_x) down.emplace(plan, a.bf16, false, arena);
+    Bands bands{nullptr, lanes};
+    if (down && down->sparse()) bands.data = arena.take<float>(Bands::size(lanes, chunk));
     float* grad_tiles = a.grad_values ? arena.take<float>(static_cast<size_t>(plan.tiles) * kTile) : nullptr;
     LinearInput input(plan, chunk, false, arena);
     EventsByLane events(plan.cols.blocks, chunk, arena);
@@ -149,12 +151,10 @@ inline void linear_backward(Linear& a, Arena& arena) {
             });
         }
         if (!down) continue;
-        const int64_t bands = divide_up(rows, kLanes);
-        down->prepare(grad, rows, a.threads);
-        parallel(a.threads, plan.cols.blocks * bands, 1, [&](int64_t task, int worker) {
-            const int64_t block = task / bands, row = task % bands * kLanes, height = least(kLanes, rows - row);
+        if (down->sparse()) bands.fill(grad.floats, rows, a.threads);
+        down->each_task(rows, kLanes, down->sparse(), a.threads, 1, [&](int64_t block, int64_t row, int64_t height, int worker) {
             float* out = scratch + worker * kTile;
-            down->run(block, grad, row, height, out);
+            down->run(block, grad, bands, row, height, out);
             with_elements(a.grad_x, a.x_half, (begin + row) * plan.cols.size, [&](auto* grad_x) {
                 store_block(plan.cols, block, out, Rows{0, 1, a.rows, plan.cols.size}, height, grad_x);
             });

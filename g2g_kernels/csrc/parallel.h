@@ -1,4 +1,4 @@
-// Loops over tasks on the thread pool, and the small functions that every loop needs.
+// Loops over tasks on the team of threads, and the small functions that every loop needs.
 #pragma once
 
 #include <cstddef>

@@ -101,8 +101,9 @@ Segments segments(const Plan& plan, bool by_row, const std::vector<char>& skip) 
     return result;
 }
 
-// Which tiles the input gradient visits weight by weight: those of units too small for a strip, less than half full
-// (a dense tile costs 64 · 64 multiply-adds at full rate, a single weight about twice its share).
+constexpr double kSparseCost = 2.8;  // of a single weight, in weights of a dense tile
+
+// Which tiles the input gradient visits weight by weight: those of units too small for a strip, where that costs less.
 std::vector<char> sparse_tiles(const Plan& plan) {
     std::vector<char> sparse(plan.tiles, 0);
     const bool fitting = (plan.unit_rows >= 16) && (plan.cols.strip < kLanes || plan.unit_cols > 32);
@@ -110,41 +111,51 @@ std::vector<char> sparse_tiles(const Plan& plan) {
         int32_t weights = 0;
         for (int64_t p = plan.piece_first[tile]; p < plan.piece_first[tile + 1]; ++p)
             weights += plan.pieces[p].rows * plan.pieces[p].cols;
-        sparse[tile] = weights < kTile / 2;
+        sparse[tile] = weights * kSparseCost < kTile;
     }
     return sparse;
 }
 
-constexpr double kSparseCost = 4;  // of a single weight, in weights of a dense tile
+struct Entry {
+    int32_t row, col, source;  // lanes, and the index in the packed values
+};
 
-SparseTiles list_weights(const Plan& plan, const std::vector<char>& sparse) {
-    SparseTiles result;
-    result.col_first.push_back(0);
-    result.lane_first.push_back(0);
-    std::vector<int32_t> index(kTile);
-    for (int32_t block = 0; block < plan.cols.blocks; ++block) {
-        for (int32_t i = plan.col_first[block]; i < plan.col_first[block + 1]; ++i) {
-            const int32_t tile = plan.col_tile[i];
-            if (!sparse[tile]) continue;
-            std::fill(index.begin(), index.end(), -1);  // [source lane][output lane]
-            for (int64_t p = plan.piece_first[tile]; p < plan.piece_first[tile + 1]; ++p) {
-                const Piece& piece = plan.pieces[p];
-                for (int32_t r = 0; r < piece.rows; ++r)
-                    for (int32_t c = 0; c < piece.cols; ++c)
-                        index[(piece.lane_col + c) * kLanes + piece.lane_row + r] =
-                            (piece.slot * plan.unit_rows + piece.unit_row + r) * plan.unit_cols + piece.unit_col + c;
-            }
-            for (int32_t lane = 0; lane < kLanes; ++lane) {
-                for (int32_t row = 0; row < kLanes; ++row) {
-                    if (index[lane * kLanes + row] < 0) continue;
-                    result.row.push_back(static_cast<uint8_t>(row));
-                    result.source.push_back(index[lane * kLanes + row]);
-                }
-                result.lane_first.push_back(static_cast<int32_t>(result.row.size()));
-            }
-            result.tile.push_back(tile);
-        }
-        result.col_first.push_back(static_cast<int32_t>(result.tile.size()));
+// The weights of the chosen tiles.
+std::vector<Entry> entries(const Plan& plan, const std::vector<char>& chosen) {
+    std::vector<Entry> result;
+    for (const Piece& piece : plan.pieces) {
+        if (!chosen[piece.tile]) continue;
+        const int32_t row = plan.tile_row[piece.tile] * kLanes + piece.lane_row;
+        const int32_t col = plan.tile_col[piece.tile] * kLanes + piece.lane_col;
+        for (int32_t r = 0; r < piece.rows; ++r)
+            for (int32_t c = 0; c < piece.cols; ++c)
+                result.push_back({row + r, col + c,
+                                  (piece.slot * plan.unit_rows + piece.unit_row + r) * plan.unit_cols + piece.unit_col + c});
+    }
+    return result;
+}
+
+// In the order of `key`, one of `lanes`; those of one lane stay in the order they have. `first` as in WeightList.
+std::vector<Entry> sorted(const std::vector<Entry>& list, int32_t Entry::*key, int32_t lanes, std::vector<int32_t>& first) {
+    first.assign(lanes + 1, 0);
+    for (const Entry& entry : list) ++first[entry.*key + 1];
+    std::partial_sum(first.begin(), first.end(), first.begin());
+    std::vector<int32_t> next(first.begin(), first.end() - 1);
+    std::vector<Entry> result(list.size());
+    for (const Entry& entry : list) result[next[entry.*key]++] = entry;
+    return result;
+}
+
+WeightList list_weights(const Plan& plan, const std::vector<char>& chosen, bool by_row) {
+    const int32_t rows = plan.rows.blocks * kLanes, cols = plan.cols.blocks * kLanes;
+    int32_t Entry::*const own = by_row ? &Entry::row : &Entry::col;
+    int32_t Entry::*const other = by_row ? &Entry::col : &Entry::row;
+    WeightList result;
+    std::vector<Entry> list = sorted(entries(plan, chosen), other, by_row ? cols : rows, result.first);
+    list = sorted(list, own, by_row ? rows : cols, result.first);
+    for (const Entry& entry : list) {
+        result.lane.push_back(entry.*other);
+        result.source.push_back(entry.source);
     }
     return result;
 }
@@ -248,7 +259,10 @@ Plan* build_plan(const AxisSource& rows, const AxisSource& cols, const int32_t* 
     plan.forward = segments(plan, true, std::vector<char>(plan.tiles, 0));
     const std::vector<char> sparse = sparse_tiles(plan);
     plan.backward = segments(plan, false, sparse);
-    plan.sparse = list_weights(plan, sparse);
+    plan.sparse = list_weights(plan, sparse, false);
+    if (rows.width < kGranule || cols.width < kGranule) plan.by_row = list_weights(plan, std::vector<char>(plan.tiles, 1), true);
+    for (const Segment& segment : plan.forward.list) plan.product_weights += segment.count * plan.rows.strip;
+    for (const uint64_t tile : plan.tile_sources) plan.sources += __builtin_popcountll(tile);
     plan.event_runs = event_runs(plan);
     return new Plan(std::move(plan));
 }

@@ -43,13 +43,12 @@ struct Segments {
     std::vector<Segment> list;
 };
 
-// Tiles with few weights, one entry per weight, for the input gradient (which visits weights, not spikes).
-struct SparseTiles {
-    std::vector<int32_t> col_first;   // [column blocks + 1] into `tile`
-    std::vector<int32_t> tile;        // [sparse tiles], by column block
-    std::vector<int32_t> lane_first;  // [sparse tiles · 64 + 1] into the entries: those of one source lane
-    std::vector<uint8_t> row;         // [entries] the output lane inside the tile
-    std::vector<int32_t> source;      // [entries] index of the weight in the packed values
+// Weights one by one, by the lane of the sums that they belong to, for products whose vectors are rows of data (batch.h).
+struct WeightList {
+    std::vector<int32_t> first;   // [lanes + 1] into the entries
+    std::vector<int32_t> lane;    // [entries] the lane on the other side, ascending
+    std::vector<int32_t> source;  // [entries] index of the weight in the packed values
+    bool empty() const { return source.empty(); }
 };
 
 constexpr int kGranule = 16;  // lanes
@@ -78,7 +77,10 @@ struct Plan {
     std::vector<Piece> pieces;                  // by tile
     std::vector<int64_t> piece_first;           // [tiles + 1]
     Segments forward, backward;                 // products that give row strips, and column strips
-    SparseTiles sparse;
+    WeightList sparse;                          // by column lane: weights of tiles with few, for the input gradient
+    WeightList by_row;                          // by row lane: all weights, if units are small
+    double product_weights = 0;                 // that a forward product multiplies, zeros among them
+    int64_t sources = 0;                        // lanes of the columns that have weights in a tile, over all tiles
     EventRuns event_runs;
     std::vector<int32_t> unit_row, unit_col;    // the coordinates this was built from
 };

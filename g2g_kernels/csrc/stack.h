@@ -1,6 +1,7 @@
 // What both passes over a stack of layers share: the inputs of its layers, and their parameters in lane order.
 #pragma once
 
+#include "batch.h"
 #include "interface.h"
 #include "layout.h"
 #include "panel.h"
@@ -47,6 +48,56 @@ inline Input input_kind(const Stack& s, int l, double rate) {
     if (l == 0 && s.held) return Input::kHeld;
     if (l == 0 && !s.x_spikes) return Input::kDense;
     return rate <= s.event_limit ? Input::kEvents : Input::kDenseSpikes;
+}
+
+// Cycles of each way to form a product, of one row (a sample at a step), measured (docs/cpu-performance.md).
+#if defined(__AVX512F__)
+constexpr double kEventCycles = 10;          // an event, which visits 64 weights
+constexpr double kStripEventCycles = 2.5;    // an event that visits 16; one that visits 32 twice as many
+constexpr double kListCycles = 5;            // a tile or a segment whose events are listed
+constexpr double kProductCycles = 0.08;      // a weight of a dense product
+constexpr double kSpikeWeightCycles = 0.11;  // a weight by batch.h, its input being spikes
+constexpr double kDenseWeightCycles = 0.2;   // the same for a dense input
+#else
+constexpr double kEventCycles = 14, kStripEventCycles = 4, kListCycles = 8;
+constexpr double kProductCycles = 0.16, kSpikeWeightCycles = 0.5, kDenseWeightCycles = 0.4;
+#endif
+
+inline double event_cycles(const Layer& layer) {
+    return layer.input_rate * static_cast<double>(layer.plan->sources) * kEventCycles + layer.plan->tiles * kListCycles;
+}
+
+// Whether events visit the strips of lanes that their units have, not all lanes of a tile. Forward, each strip has lists of
+// its own.
+inline bool events_by_strip(const Layer& layer, bool forward) {
+    const Plan& plan = *layer.plan;
+    if (plan.rows.strip == kLanes) return false;
+    const double strips = layer.input_rate * plan.product_weights / 16 * kStripEventCycles;
+    if (!forward) return strips < event_cycles(layer) - plan.tiles * kListCycles;
+    return strips + static_cast<double>(plan.forward.list.size()) * kListCycles < event_cycles(layer);
+}
+
+// Whether the forward product or the weight gradient of a layer with that input goes weight by weight, with vectors over
+// the batch: if its units are too small to fill a vector, the batch fills one, and it is the cheapest way.
+inline bool by_batch(const Stack& s, const Layer& layer, Input kind, bool forward) {
+    const Plan& plan = *layer.plan;
+    if (plan.by_row.empty() || s.batch < kSamples) return false;
+    const bool spikes = kind == Input::kEvents || kind == Input::kDenseSpikes;
+    if (!spikes && s.bf16) return false;  // the product has twice the rate
+    const int64_t fill = spikes ? kSamples : kLanes;  // rows that vectors hold, of which some may not exist
+    const double padded = static_cast<double>(divide_up(s.batch, fill) * fill) / s.batch;
+    const double weights = static_cast<double>(plan.by_row.source.size());
+    const double batch = weights * padded * (spikes ? kSpikeWeightCycles : kDenseWeightCycles);
+    const double multiplied = forward ? plan.product_weights : static_cast<double>(plan.tiles) * kTile;
+    return s.batch_cost * batch < (kind == Input::kEvents ? event_cycles(layer) : multiplied * kProductCycles);
+}
+
+inline bool forward_by_batch(const Stack& s, const Layer& layer, Input kind) {
+    return kind != Input::kDense && by_batch(s, layer, kind, true);
+}
+
+inline bool outer_by_batch(const Stack& s, const Layer& layer, Input kind) {
+    return layer.grad_values && by_batch(s, layer, kind, false);
 }
 
 // Fills the input panel of a chunk: held rows, dense rows, or spikes as floats.

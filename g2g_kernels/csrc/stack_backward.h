@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "batch.h"
 #include "chunks.h"
 #include "events.h"
 #include "gradient_events.h"
@@ -70,6 +71,7 @@ struct BackwardLayer {
     const ModelInfo& model;
     LayerParameters parameters;
     Input kind;
+    bool outer_by_batch;                          // the weight gradient goes weight by weight
     Arrival arrival = Arrival::kConstant;
     BackwardSweep<Upstream> sweep;
     DualPanel grad;                               // ∂L/∂I: rows of the chunk; for a held input, one row per sample
@@ -78,7 +80,7 @@ struct BackwardLayer {
     bool lists_events = false, by_events = false;  // in the current chunk
     int64_t events = 0, event_rows = 0;           // listed so far, and the rows that they are in
     ArrivalPanel arrivals;
-    float* grad_tiles;                            // [tile][source lane][output lane]
+    float* grad_tiles = nullptr;                  // unless outer_by_batch: [tile][source lane][output lane]
     float* constant;                              // ∂L/∂S for all t: [row blocks][64], in the last layer [B] of it
     float* current_sum;                           // [B][row blocks][64], as are those of the parameters
     float* parameter_sums[kMostParameters] = {};
@@ -89,6 +91,7 @@ struct BackwardLayer {
           model(kModels[layer.neurons.model]),
           parameters(layer, arena),
           kind(input_kind(s, l, layer.input_rate)),
+          outer_by_batch(G2G_ISA::outer_by_batch(s, layer, kind)),
           sweep(backward_sweep<Upstream>(layer.neurons)) {
         const bool last = l + 1 == s.count, below = l > 0 || s.grad_x;
         const int64_t rows = kind == Input::kHeld ? s.batch : chunks.rows();
@@ -96,14 +99,14 @@ struct BackwardLayer {
         if (below && kind != Input::kHeld && plan.rows.blocks <= kMostEventBlocks)
             event_limit = static_cast<float>(layer.gradient_event_limit * plan.event_runs.ratio);
         lists_events = event_limit > 0;
-        if (below) input_gradient.emplace(plan, rows, s.bf16, lists_events, arena);
-        grad_tiles = arena.take<float>(static_cast<size_t>(plan.tiles) * kTile);
+        if (below) input_gradient.emplace(plan, s.bf16, lists_events, arena);
+        if (!outer_by_batch) grad_tiles = arena.take<float>(static_cast<size_t>(plan.tiles) * kTile);
         constant = arena.take<float>(last ? lanes() * s.batch : lanes());
         current_sum = arena.take<float>(lanes() * s.batch);
         for (int k = 0; k < model.parameters; ++k) parameter_sums[k] = arena.take<float>(lanes() * s.batch);
         if (last) return;
         const Plan& above = *s.layers[l + 1].plan;
-        arrival = same_order(plan.rows, above.cols) && above.sparse.tile.empty() ? Arrival::kTiles : Arrival::kPanel;
+        arrival = same_order(plan.rows, above.cols) && above.sparse.empty() ? Arrival::kTiles : Arrival::kPanel;
         if (arrival == Arrival::kPanel) arrivals = ArrivalPanel(plan.rows, above.cols, chunks.rows(), arena);
     }
 
@@ -115,6 +118,9 @@ struct BackwardLayer {
     int64_t most_events(int64_t rows) const {
         return static_cast<int64_t>((event_limit < 1 ? event_limit : 1.0) * static_cast<double>(rows * plan.rows.size));
     }
+
+    // Whether ∂L/∂I is read in bands.
+    bool needs_bands() const { return outer_by_batch || (input_gradient && input_gradient->sparse()); }
 
     // True if its sweep should write ∂L/∂I in bfloat16 too.
     bool wants_halves() const { return grad.halves.data && !by_events; }
@@ -134,6 +140,9 @@ struct BackwardPass {
     float* panel_memory;                // of dense inputs
     std::optional<EventsByLane> events; // of inputs that are spikes
     uint64_t* bits;
+    Bands bands, input_bands;           // ∂L/∂I of the layer that was swept last; dense inputs, for its weight gradient
+    bool bands_filled = false;
+    RowBits row_bits;                   // inputs that are spikes, for the same
     double* totals;
     GradientEvents gradient_events;     // of the layer above the one that is being swept
     int64_t states_size, tile_size, scratch_size;  // of a worker: states of one block, a tile, then events of a step
@@ -141,15 +150,24 @@ struct BackwardPass {
     float* scratch;
 
     BackwardPass(const Stack& stack, Arena& arena) : s(stack), chunks(s.batch, s.steps) {
-        int64_t panel_rows = 0, event_blocks = 0, lanes = 0, states = 0, listed_blocks = 0, listed = 0;
+        int64_t panel_rows = 0, event_blocks = 0, lanes = 0, states = 0, listed_blocks = 0, listed = 0, band_rows = 0;
+        size_t grad_bands = 0, dense_bands = 0, spike_bits = 0;
         layers.reserve(s.count);
         for (int l = 0; l < s.count; ++l) {
             const BackwardLayer& x = layers.emplace_back(s, l, chunks, arena);
             const int64_t blocks = x.plan.cols.blocks;
-            if (x.kind == Input::kEvents)
+            const int64_t rows = x.kind == Input::kHeld ? s.batch : chunks.rows();
+            const bool spikes = x.kind == Input::kEvents || x.kind == Input::kDenseSpikes;
+            if (x.needs_bands()) grad_bands = most(grad_bands, Bands::size(x.lanes(), rows));
+            if (x.outer_by_batch) {
+                band_rows = most(band_rows, divide_up(rows, kLanes) * kLanes);
+                size_t& needed = spikes ? spike_bits : dense_bands;
+                needed = most(needed, (spikes ? RowBits::size : Bands::size)(blocks * kLanes, rows));
+            }
+            if (x.kind == Input::kEvents && !x.outer_by_batch)
                 event_blocks = most(event_blocks, blocks);
-            else
-                panel_rows = most(panel_rows, blocks * (x.kind == Input::kHeld ? s.batch : chunks.rows()));
+            else if (!spikes || !x.outer_by_batch)
+                panel_rows = most(panel_rows, blocks * rows);
             lanes = most(lanes, x.lanes());
             states = most(states, x.model.states);
             if (!x.lists_events) continue;
@@ -169,10 +187,13 @@ struct BackwardPass {
             gradient_events.take_merged(listed_blocks, listed, arena);
             event_list = listed_blocks * kLanes + GradientEvents::kSlack;
         }
+        bands.data = arena.take<float>(grad_bands);
+        input_bands.data = arena.take<float>(dense_bands);
+        row_bits.bits = arena.take<uint16_t>(spike_bits);
         totals = arena.take<double>(lanes);
         states_size = s.steps * states * kLanes;
         tile_size = most(kLanes, chunks.group * s.steps) * kLanes;
-        scratch_size = most(states_size + tile_size + 2 * event_list, lanes);
+        scratch_size = most(most(states_size + tile_size + 2 * event_list, lanes), band_rows);
         scratch = arena.take<float>(scratch_size * s.threads);
     }
 
@@ -194,7 +215,10 @@ struct BackwardPass {
     void begin(size_t l) const {
         const BackwardLayer& x = layers[l];
         const Axis& axis = x.plan.rows;
-        parallel(s.threads, x.plan.tiles, 8, [&](int64_t tile, int) { zero(x.grad_tiles + tile * kTile, kTile * 4); });
+        if (x.outer_by_batch)
+            zero_gradient(x.plan, s.threads, x.layer.grad_values);
+        else
+            parallel(s.threads, x.plan.tiles, 8, [&](int64_t tile, int) { zero(x.grad_tiles + tile * kTile, kTile * 4); });
         const float share = 1.0f / (static_cast<float>(s.batch) * s.steps);
         const bool last = l + 1 == layers.size();
         for (int64_t b = 0; b < (last ? s.batch : 1); ++b)
@@ -226,19 +250,29 @@ struct BackwardPass {
         } else {
             x.input_gradient->load(x.layer.values, s.threads);
             if (!had_halves) x.grad.convert(x.plan.rows.blocks, rows, s.threads);
-            x.input_gradient->prepare(x.grad, rows, s.threads);
+            if (x.input_gradient->sparse()) fill_bands(x, rows);
         }
     }
 
-    // Rows that input_gradient() may be asked for at once.
-    int64_t input_gradient_rows(const BackwardLayer& x) const {
+    // Brings ∂L/∂I of a layer into bands, once after its sweep.
+    void fill_bands(const BackwardLayer& x, int64_t rows) {
+        if (bands_filled) return;
+        bands.lanes = x.lanes();
+        bands.fill(x.grad.floats, rows, s.threads);
+        bands_filled = true;
+    }
+
+    // call(block, row, rows, worker) for all of the input gradient of a layer; see input_gradient().
+    template <class F>
+    void each_input_gradient(const BackwardLayer& x, int64_t rows, int64_t grain, const F& call) const {
         const int64_t group = chunks.group * s.steps;
-        return x.by_events ? group : x.input_gradient->task_rows(group);
+        const bool banded = !x.by_events && x.input_gradient->sparse();
+        x.input_gradient->each_task(rows, banded ? kLanes : group, banded, s.threads, grain, call);
     }
 
     // Rows row … of ∂L/∂(input) of a layer, for block c of its columns.
     void input_gradient(const BackwardLayer& x, int64_t c, int64_t row, int64_t rows, float* out, int worker) const {
-        if (!x.by_events) return x.input_gradient->run(c, x.grad, row, rows, out);
+        if (!x.by_events) return x.input_gradient->run(c, x.grad, bands, row, rows, out);
         float* factor = scratch + worker * scratch_size + states_size + tile_size;
         for (int64_t i = 0; i < rows; i += s.steps)
             gradient_events.input_gradient(x.plan, x.input_gradient->tiles, x.parameters.lanes[0][x.any_lane()], c,
@@ -279,10 +313,8 @@ struct BackwardPass {
     void sweep_panel(const BackwardLayer& x, const BackwardLayer& above, int64_t first, int64_t samples) const {
         const Panel<float>& panel = x.arrivals.panel;
         const int64_t R = x.plan.rows.blocks, T = s.steps, rows = samples * T;
-        const int64_t task_rows = input_gradient_rows(above), tasks = divide_up(rows, task_rows);
-        parallel(s.threads, above.plan.cols.blocks * tasks, 2, [&](int64_t task, int worker) {
-            const int64_t c = task / tasks, row = task % tasks * task_rows;
-            input_gradient(above, c, row, least(task_rows, rows - row), panel.at(c, row), worker);
+        each_input_gradient(above, rows, 2, [&](int64_t c, int64_t row, int64_t height, int worker) {
+            input_gradient(above, c, row, height, panel.at(c, row), worker);
         });
         const auto reorder = [&](int64_t row, int worker) {
             if (!x.arrivals.aligned) x.arrivals.reorder(row, scratch + worker * scratch_size);
@@ -326,12 +358,14 @@ struct BackwardPass {
 
     // From ∂L/∂I of layer l: ∂L/∂W, how to compute ∂L/∂(input) and, in the first layer, ∂L/∂x.
     void hand_down(size_t l, int64_t first, int64_t samples, int64_t steps) {
+        bands_filled = false;
         if (layers[l].input_gradient) choose_input_gradient(layers[l], samples, steps);
         weight_gradient(layers[l], first, samples, steps);
         if (l == 0 && s.grad_x) store_input_gradient(layers[0], first, samples, steps);
     }
 
     void weight_gradient(const BackwardLayer& x, int64_t first, int64_t samples, int64_t steps) {
+        if (x.outer_by_batch) return weight_gradient_by_batch(x, first, samples, steps);
         const int64_t C = x.plan.cols.blocks;
         const Panel<float> panel{panel_memory, x.grad.floats.rows};
         const bool by_events = x.kind == Input::kEvents;
@@ -342,9 +376,13 @@ struct BackwardPass {
             });
         else
             fill_panel(s, x.layer, x.kind, first, samples, panel);
+        const bool strips = by_events && events_by_strip(x.layer, false);
         parallel(s.threads, x.plan.tiles, 2, [&](int64_t tile, int) {
             const int64_t row = x.plan.tile_row[tile], col = x.plan.tile_col[tile];
-            if (by_events)
+            if (strips)
+                (x.plan.rows.strip == 16 ? strip_gradient<16> : strip_gradient<32>)(
+                    *events, x.plan, tile, x.grad.floats.at(row, 0), x.grad_tiles + tile * kTile);
+            else if (by_events)
                 event_gradient(*events, col, x.plan.tile_sources[tile], x.grad.floats.at(row, 0),
                                x.grad_tiles + tile * kTile);
             else
@@ -352,12 +390,35 @@ struct BackwardPass {
         });
     }
 
+    void weight_gradient_by_batch(const BackwardLayer& x, int64_t first, int64_t samples, int64_t steps) {
+        const int64_t C = x.plan.cols.blocks, rows = samples * steps, count = divide_up(rows, kLanes);
+        const bool spikes = x.kind == Input::kEvents || x.kind == Input::kDenseSpikes;
+        fill_bands(x, rows);
+        if (spikes) {
+            row_bits.load(x.layer.inputs + first * C * steps, C, samples, steps, s.threads);
+        } else {
+            const Panel<float> panel{panel_memory, x.grad.floats.rows};
+            fill_panel(s, x.layer, x.kind, first, samples, panel);
+            input_bands.lanes = C * kLanes;
+            input_bands.fill(panel, rows, s.threads);
+        }
+        const WeightList& list = x.plan.by_row;
+        parallel(s.threads, x.lanes(), 16, [&](int64_t lane, int worker) {
+            if (list.first[lane] == list.first[lane + 1]) return;
+            float* e = scratch + worker * scratch_size;  // of this lane, in one piece: bands are a multiple of 4 KiB apart
+            for (int64_t band = 0; band < count; ++band)
+                __builtin_memcpy(e + band * kLanes, bands.at(band, lane), kLanes * sizeof(float));
+            if (spikes)
+                spike_outer(list, lane, row_bits, e, x.layer.grad_values);
+            else
+                dense_outer(list, lane, input_bands, count, e, x.layer.grad_values);
+        });
+    }
+
     // ∂L/∂x of rows of the first layer, to the user's matrix.
     void store_input_gradient(const BackwardLayer& x, int64_t first, int64_t samples, int64_t steps) const {
         const Axis& axis = x.plan.cols;
-        const int64_t rows = samples * steps, task_rows = input_gradient_rows(x), tasks = divide_up(rows, task_rows);
-        parallel(s.threads, axis.blocks * tasks, 1, [&](int64_t task, int worker) {
-            const int64_t block = task / tasks, row = task % tasks * task_rows, height = least(task_rows, rows - row);
+        each_input_gradient(x, samples * steps, 1, [&](int64_t block, int64_t row, int64_t height, int worker) {
             float* out = scratch + worker * scratch_size + states_size;
             input_gradient(x, block, row, height, out, worker);
             for (int64_t r = 0; r < height; ++r) {
@@ -377,7 +438,7 @@ struct BackwardPass {
         };
         if (x.event_rows)
             x.layer.gradient_event_rate = static_cast<double>(x.events) / static_cast<double>(x.event_rows * axis.size);
-        if (x.layer.grad_values) unpack_gradient(x.plan, x.grad_tiles, s.threads, x.layer.grad_values);
+        if (x.layer.grad_values && !x.outer_by_batch) unpack_gradient(x.plan, x.grad_tiles, s.threads, x.layer.grad_values);
         gradient({x.layer.bias, x.layer.grad_bias, true}, false, x.current_sum);
         for (int k = 0; k < x.model.parameters; ++k)
             gradient(x.layer.neurons.parameters[k], x.model.decays[k], x.parameter_sums[k]);

@@ -2,6 +2,7 @@
 // and runs their neurons over time.
 #pragma once
 
+#include "batch.h"
 #include "chunks.h"
 #include "events.h"
 #include "product.h"
@@ -13,9 +14,11 @@ namespace g2g::G2G_ISA {
 struct ForwardWeights {
     float* tiles = nullptr;
     uint16_t* pairs = nullptr;
+    Tap* taps = nullptr;  // one by one, if units are small
     ForwardWeights(const Plan& plan, bool bf16, Arena& arena) {
         tiles = arena.take<float>(static_cast<size_t>(plan.tiles) * kTile);
         if (bf16) pairs = arena.take<uint16_t>(static_cast<size_t>(plan.tiles) * kTile);
+        taps = arena.take<Tap>(plan.by_row.source.size());
     }
     Weights product(const Plan& plan) const { return {&plan.forward, plan.rows.strip, tiles, pairs, kForwardPartial}; }
 };
@@ -49,6 +52,9 @@ struct ForwardLayer {
     const LayerParameters& parameters;
     const ForwardWeights& weights;
     const DualPanel& panel;
+    const Bands& bands;          // of a held input, for products by batch
+    const SpikeGroups& groups;   // of spikes, for the same
+    bool by_batch;
     float* counts;   // spikes over all steps, [B][row blocks][64]
     float* scratch;  // currents, `scratch_size` floats per worker
     int64_t scratch_size;
@@ -73,13 +79,21 @@ struct ForwardLayer {
     }
 
     void run() const {
+        if (by_batch) return kind == Input::kHeld ? run_held_by_batch() : run_spikes_by_batch();
         if (kind == Input::kEvents) return run_events();
         if (kind == Input::kHeld) return run_held();
         run_dense();
     }
 
     void run_events() const {
-        const auto sweep = forward_sweep<EventCurrent>(layer.neurons);
+        if (!events_by_strip(layer, true)) return run_events<EventCurrent>();
+        if (plan().rows.strip == 16) return run_events<StripCurrent<16>>();
+        run_events<StripCurrent<32>>();
+    }
+
+    template <class Current>
+    void run_events() const {
+        const auto sweep = forward_sweep<Current>(layer.neurons);
         const int64_t C = plan().cols.blocks, T = stack.steps, B = stack.batch;
         parallel(stack.threads, plan().rows.blocks * B, least(32, B), [&](int64_t task, int) {
             const int64_t r = task / B, b = task % B;
@@ -92,6 +106,47 @@ struct ForwardLayer {
                 bias = start;
             }
             sweep({&plan(), r, words, T, weights.tiles, bias}, T, parameters.block(r), activity(b, r));
+        });
+    }
+
+    // The currents of 16 samples of a block at once; the neurons as by events.
+    void run_spikes_by_batch() const {
+        const auto sweep = forward_sweep<StoredCurrent>(layer.neurons);
+        const int64_t R = plan().rows.blocks, T = stack.steps, size = kSamples * T * kLanes;
+        groups.load(layer.inputs, stack.batch, stack.threads);
+        parallel(stack.threads, R * divide_up(stack.batch, kSamples), 1, [&](int64_t task, int worker) {
+            const int64_t r = task % R, first = task / R * kSamples;
+            float* currents = scratch + worker * scratch_size;
+            spike_currents(plan().by_row, weights.taps, r, groups.group(task / R), parameters.bias + r * kLanes,
+                           currents + size, currents);
+            for (int64_t i = 0; i < least(kSamples, stack.batch - first); ++i) {
+                float* own = currents + i * T * kLanes;
+                drop(first + i, r, T, own);
+                sweep({own, kLanes}, T, parameters.block(r), activity(first + i, r));
+            }
+        });
+    }
+
+    // One product per sample, 64 samples of a block at once.
+    void run_held_by_batch() const {
+        const auto sweep = forward_sweep<StoredCurrent>(layer.neurons);
+        const int64_t R = plan().rows.blocks;
+        fill_panel(stack, layer, kind, 0, stack.batch, panel.floats);
+        bands.fill(panel.floats, stack.batch, stack.threads);
+        parallel(stack.threads, R * divide_up(stack.batch, kLanes), 1, [&](int64_t task, int) {
+            const int64_t r = task % R, first = task / R * kLanes;
+            const int32_t* tap = plan().by_row.first.data() + r * kLanes;
+            alignas(64) float sum[kTile], currents[kTile];
+            for (int lane = 0; lane < kLanes; ++lane)
+                dense_sum(weights.taps + tap[lane], weights.taps + tap[lane + 1], bands.at(task / R, 0),
+                          parameters.bias[r * kLanes + lane], sum + lane * kLanes);
+            transpose(sum, kLanes, currents);
+            for (int64_t i = 0; i < least(kLanes, stack.batch - first); ++i) {
+                float* own = currents + i * kLanes;
+                drop(first + i, r, 1, own);
+                if (layer.kept) __builtin_memcpy(kept_currents(stack, layer, first + i, r), own, kLanes * sizeof(float));
+                sweep({own, 0}, stack.steps, parameters.block(r), activity(first + i, r));
+            }
         });
     }
 
@@ -160,7 +215,10 @@ inline void stack_forward(Stack& s, Arena& arena) {
     const Chunks chunks(s.batch, s.steps);
     const size_t input_blocks = s.layers[0].plan->cols.blocks;
     int64_t* ones = arena.take<int64_t>(input_blocks * 16);
-    const int64_t scratch_size = most(2 * kGroupRows, chunks.group * s.steps) * kLanes;
+    int64_t scratch_size = most(2 * kGroupRows, chunks.group * s.steps) * kLanes;
+    for (int l = 0; l < s.count; ++l)
+        if (!s.layers[l].plan->by_row.empty() && s.batch >= kSamples)
+            scratch_size = most(scratch_size, 2 * kSamples * s.steps * kLanes);
     float* scratch = arena.take<float>(scratch_size * s.threads);
 
     double rate = 0;
@@ -180,6 +238,12 @@ inline void stack_forward(Stack& s, Arena& arena) {
         double* totals = arena.take<double>(static_cast<size_t>(plan.rows.blocks) * kLanes);
         const ForwardWeights weights(plan, s.bf16, arena);
         const DualPanel panel(plan.cols.blocks, l == 0 && s.held ? s.batch : chunks.rows(), s.bf16, arena);
+        const bool held = l == 0 && s.held, small = !plan.by_row.empty() && s.batch >= kSamples;
+        const int64_t lanes = static_cast<int64_t>(plan.cols.blocks) * kLanes;
+        Bands bands{nullptr, lanes};
+        SpikeGroups groups{nullptr, lanes, s.steps};
+        if (small && held) bands.data = arena.take<float>(Bands::size(lanes, s.batch));
+        if (small && !held) groups.bits = arena.take<uint16_t>(SpikeGroups::size(s.batch, lanes, s.steps));
         needed = most(needed, arena.used);
         if (!arena.base) continue;
 
@@ -188,11 +252,14 @@ inline void stack_forward(Stack& s, Arena& arena) {
                           layer.inputs);
         layer.input_rate = rate;
         const Input kind = input_kind(s, l, rate);
-        if (kind == Input::kEvents || !s.bf16)
+        const bool by_batch = forward_by_batch(s, layer, kind);
+        if (by_batch)
+            load_taps(plan.by_row, layer.values, s.threads, weights.taps);
+        else if (kind == Input::kEvents || !s.bf16)
             forward_tiles(plan, layer.values, s.threads, weights.tiles);
         else
             bf16_tiles(plan, layer.values, true, s.threads, weights.pairs);
-        ForwardLayer{s, layer, kind, parameters, weights, panel, counts, scratch, scratch_size}.run();
+        ForwardLayer{s, layer, kind, parameters, weights, panel, bands, groups, by_batch, counts, scratch, scratch_size}.run();
         const double spikes = sum_rates(s, layer, counts, totals);
         rate = spikes / (static_cast<double>(s.batch) * s.steps * plan.rows.size);
         if (l + 1 == s.count)

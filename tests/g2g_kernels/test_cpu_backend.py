@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -66,16 +67,18 @@ def _poisoned_workspace(monkeypatch):
 
 
 class Network:
-    """Three layers of 98 → 200 → 136 → 10 neurons, and inputs that keep every membrane clear of its threshold.
+    """Three layers, and inputs that keep every membrane clear of its threshold.
 
-    A membrane within rounding of the threshold may spike in one precision and not in another, and everything after
-    it differs; so seeds are tried until, in float64, none comes nearer than `margin`.
+    Of 98 → 200 → 136 → 10 neurons unless other sizes are given. A membrane within rounding of the threshold may spike
+    in one precision and not in another, and everything after it differs; so seeds are tried until, in float64, none
+    comes nearer than `margin`.
     """
 
     def __init__(
         self, kind: str, unit: int, steps: int = 9, batch: int = 5, x: str = "held", per_neuron: bool = True,
-        margin: float = 3e-6, **options
+        margin: float = 3e-6, sizes: tuple[int, ...] = (98, 200, 136, 10), **options
     ) -> None:  # fmt: skip
+        self.sizes = sizes
         for self.seed in range(200):
             self._draw(kind, unit, steps, batch, x, per_neuron)
             self.options = options
@@ -84,10 +87,9 @@ class Network:
         pytest.fail("no seed keeps the membranes clear of the threshold")
 
     def _draw(self, kind, unit, steps, batch, x, per_neuron) -> None:
-        draw = seeded(self.seed)
-        sizes = (98, 200, 136, 10)
+        draw, sizes = seeded(self.seed), self.sizes
         self.steps = steps if x == "held" else None
-        shape = (batch, 98) if x == "held" else (steps, batch, 98)
+        shape = (batch, sizes[0]) if x == "held" else (steps, batch, sizes[0])
         drawn = torch.rand(shape, generator=draw)
         rate = {"held": None, "dense": None, "spikes": 0.2, "many spikes": 0.9}[x]
         self.tensors = {"x": drawn if rate is None else (drawn < rate).float()}
@@ -224,6 +226,32 @@ def test_more_rows_than_a_chunk():
     check(ratios)
 
 
+@pytest.mark.parametrize("unit", [16, 32])
+def test_units_that_fill_strips_of_lanes(unit):
+    ratios = ErrorRatios()
+    for kind in KINDS:
+        compare(drawn(kind, unit, steps=13, batch=70, x="spikes", sizes=(64, 128, 192, 10)), ratios)
+    check(ratios)
+
+
+def test_strips_of_lanes_with_more_tiles_than_a_list_of_events_can_number():
+    draw = seeded(0)
+    layouts = GroupLayout(16, 1), GroupLayout(64 * 1010, 1)
+    mask = BlockMask.sample(*layouts, p_intra=0.1, block_size=16, generator=draw)
+    values = mask.pack(torch.randn(16, 64 * 1010, generator=draw) / 20)
+    x = (torch.rand(3, 2, 64 * 1010, generator=draw) < 0.05).float()
+    results = {}
+    for backend, dtype in (("cpu", torch.float32), ("torch", torch.float64)):
+        leaf = values.to(dtype).clone().requires_grad_()
+        layer = lif_layer(leaf, mask, None, *(torch.tensor(v, dtype=dtype) for v in (0.9, 1.0)))
+        counts = g2g_stack(x.to(dtype), [layer], backend=backend).counts
+        counts.square().sum().backward()
+        results[backend] = counts.detach().double(), leaf.grad.double()
+    assert results["cpu"][0].any()
+    assert torch.equal(results["cpu"][0], results["torch"][0])
+    torch.testing.assert_close(results["cpu"][1], results["torch"][1], rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("reset", RESETS)
 @pytest.mark.parametrize("surrogate", SURROGATES)
 @pytest.mark.parametrize("per_neuron", [False, True])
@@ -353,6 +381,96 @@ def test_bfloat16_matrix_kernels(x, monkeypatch):
     assert errors["cpu"] <= 1.5 * errors["torch"], errors
 
 
+# --- vectors over the batch ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def batch_cost(monkeypatch):
+    """Sets the cost of products with vectors over the batch: 0 for always, infinity for never."""
+    return functools.partial(monkeypatch.setattr, library, "BATCH_COST")
+
+
+@pytest.mark.parametrize("x", ["held", "dense", "spikes", "many spikes"])
+def test_errors_with_vectors_over_the_batch(x, batch_cost):
+    batch_cost(0.0)
+    ratios = ErrorRatios()
+    for kind in KINDS:
+        for unit in (1, 3, 7, 15):
+            compare(drawn(kind, unit, steps=5, batch=33, x=x), ratios)
+    check(ratios)
+
+
+@pytest.mark.parametrize(("steps", "batch"), [(1, 16), (1, 65), (2, 17), (3, 31), (8, 16), (9, 20), (17, 64), (70, 16)])
+@pytest.mark.parametrize("x", ["held", "spikes"])
+def test_steps_and_batches_with_vectors_over_the_batch(steps, batch, x, batch_cost):
+    batch_cost(0.0)
+    compare(drawn("mixer", 1, steps, batch, x), ErrorRatios())
+
+
+@pytest.mark.parametrize("reset", RESETS)
+@pytest.mark.parametrize("surrogate", SURROGATES)
+def test_resets_and_surrogates_with_vectors_over_the_batch(reset, surrogate, batch_cost):
+    batch_cost(0.0)
+    compare(drawn("mixer", 1, steps=5, batch=16, reset=reset, surrogate=surrogate), ErrorRatios())
+
+
+@pytest.mark.parametrize("x", ["held", "spikes"])
+def test_bits_with_vectors_over_the_batch_do_not_depend_on_the_threads(x, batch_cost):
+    batch_cost(0.0)
+    network = drawn("random", 1, steps=11, batch=100, x=x)
+    results = []
+    for number in (1, 2, 3, 7):
+        with threads(number):
+            results.append(network.run(torch.float32, "cpu"))
+    for other in results[1:]:
+        assert all(torch.equal(results[0][name], other[name]) for name in other)
+
+
+class Single:
+    """A layer of 256 → 256 neurons in four groups, and the gradient of its weights for spikes of some rate."""
+
+    def __init__(self, unit: int) -> None:
+        layouts = GroupLayout(256, 4), GroupLayout(256, 4)
+        self.mask = BlockMask.sample(*layouts, p_intra=0.4, p_inter=0.1, block_size=unit, generator=seeded(3))
+        self.values = self.mask.pack(torch.randn(256, 256, generator=seeded(4)) / 5)
+
+    def gradient(self, batch: int, rate: float) -> torch.Tensor:
+        leaf = self.values.clone().requires_grad_()
+        layer = lif_layer(leaf, self.mask, None, torch.tensor(0.9), torch.tensor(1.0))
+        x = (torch.rand(6, batch, 256, generator=seeded(5)) < rate).float()
+        g2g_stack(x, [layer], backend="cpu").counts.square().sum().backward()
+        return leaf.grad
+
+
+@pytest.mark.parametrize(
+    ("unit", "batch", "by_vectors"), [(1, 16, True), (8, 16, True), (1, 15, False), (16, 64, False)]
+)
+def test_small_units_and_large_batches_alone_take_vectors_over_the_batch(unit, batch, by_vectors, batch_cost):
+    gradients = []
+    for cost in (0.0, float("inf")):
+        batch_cost(cost)
+        gradients.append(Single(unit).gradient(batch, 0.3))
+    assert torch.equal(*gradients) != by_vectors
+
+
+@pytest.mark.parametrize(("rate", "by_vectors"), [(0.01, False), (0.4, True)])
+def test_vectors_over_the_batch_are_chosen_by_their_cost(rate, by_vectors, batch_cost):
+    found = {}
+    for cost in (0.0, 1.0, float("inf")):
+        batch_cost(cost)
+        found[cost] = Single(1).gradient(32, rate)
+    assert not torch.equal(found[0.0], found[float("inf")]), "only one path was taken"
+    assert torch.equal(found[1.0], found[0.0 if by_vectors else float("inf")])
+
+
+@pytest.mark.parametrize("isa", library.ISAS)
+def test_instruction_sets_agree_with_vectors_over_the_batch(isa, tmp_path, batch_cost):
+    batch_cost(0.0)
+    with instruction_set(isa, tmp_path):
+        for x in ("held", "spikes"):
+            compare(drawn("mixer", 3, steps=5, batch=33, x=x), ErrorRatios())
+
+
 # --- the input gradient by events -----------------------------------------------------------------------------------
 
 
@@ -453,7 +571,7 @@ def test_each_chunk_of_the_batch_chooses(bf16, limit_gradient_events):
     network.tensors["x"][:, 200:] = 1
     network.tensors |= {f"bias{k}": torch.zeros_like(network.tensors[f"bias{k}"]) for k in range(3)}
     results = []
-    for share in (0.3, ALWAYS, NEVER):
+    for share in (0.45, ALWAYS, NEVER):
         limit_gradient_events(share)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             results.append(network.run(torch.float32, "cpu"))
@@ -771,29 +889,51 @@ def test_workspace_does_not_hoard():
     assert sum(map(len, pool._free)) <= 2 * (80 << 20)
 
 
+#: on whose threads: those of PyTorch's OpenMP runtime where it has one, or our own
+both_threads = pytest.mark.parametrize("whose", ["openmp", "own"])
+
+
+@contextmanager
+def running_on(whose: str):
+    """Inside, the kernels run on those threads, however late these come."""
+    if whose == "openmp" and not library.openmp():
+        pytest.skip("PyTorch has no OpenMP runtime")
+    library.library().g2g_use_openmp(library.openmp() if whose == "openmp" else None, float("inf"))
+    try:
+        yield
+    finally:
+        library.library().g2g_use_openmp(library.openmp(), library.MOST_WAITING)
+
+
 class Step:
     """One step of a small stack: its spike counts and the gradient of its weights."""
 
-    def __init__(self) -> None:
+    def __init__(self, batch: int = 8, steps: int = 6) -> None:
         draw = seeded(0)
         mask = BlockMask.sample(GroupLayout(200, 4), GroupLayout(90, 4), block_size=16, generator=draw)
         self.values = mask.pack(torch.randn(200, 90, generator=draw) / 5).requires_grad_()
         self.layer = lif_layer(self.values, mask, torch.zeros(200), torch.tensor(0.9), torch.tensor(1.0))
-        self.x = torch.rand(8, 90, generator=draw)
+        self.x = torch.rand(batch, 90, generator=draw)
+        self.steps = steps
 
     def __call__(self) -> tuple[torch.Tensor, torch.Tensor]:
-        counts = g2g_stack(self.x, [self.layer], steps=6, backend="cpu").counts
+        counts = g2g_stack(self.x, [self.layer], steps=self.steps, backend="cpu").counts
         (grad,) = torch.autograd.grad(counts.square().sum(), [self.values])
         return counts.detach(), grad
 
 
+#: enough for several threads: smaller calls stay on their caller's
+LARGE = {"batch": 40, "steps": 40}
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_a_forked_child_computes_the_same(monkeypatch):
+@both_threads
+def test_a_forked_child_computes_the_same(whose, monkeypatch):
     # in the child, tensors are small and not poisoned: PyTorch's own OpenMP must not run there, it hangs
     monkeypatch.setattr(workspace, "poison", False)
-    step = Step()
-    with threads(2):
+    step = Step(**LARGE)
+    with running_on(whose), threads(2):
         expected = step()
         child = os.fork()
         if child == 0:
@@ -807,19 +947,80 @@ def test_a_forked_child_computes_the_same(monkeypatch):
         assert all(map(torch.equal, step(), expected))
 
 
-def test_calls_from_several_python_threads():
+@both_threads
+def test_calls_from_several_python_threads(whose):
     network = Network("index", 16, x="held")
     layers = network._layers(network.tensors)
+    x = network.tensors["x"].repeat(20, 1)
 
     def counts(_) -> torch.Tensor:
         torch.set_num_threads(2)
         with torch.no_grad():
-            return g2g_stack(network.tensors["x"], layers, steps=20, backend="cpu").counts
+            return g2g_stack(x, layers, steps=20, backend="cpu").counts
 
-    with threads(2), ThreadPoolExecutor(4) as callers:
+    with running_on(whose), threads(2), ThreadPoolExecutor(4) as callers:
         expected = counts(0)
         assert expected.any()
         assert all(torch.equal(expected, other) for other in callers.map(counts, range(40)))
+
+
+def _threads_of_this_process() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+@once
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="this system does not list threads")
+def test_no_thread_of_ours_is_alive_where_openmp_serves(tmp_path):
+    # a fresh copy of the library has not started any thread; seven workers are more than other tests leave behind
+    copy = shutil.copy(library.library()._name, tmp_path / "fresh.so")
+    step = Step(**LARGE)
+    with threads(1):
+        expected = step()
+    with loaded(copy), threads(8):
+        torch.ones(1 << 20).add_(1)  # PyTorch starts its workers
+        with running_on("openmp"):
+            before = _threads_of_this_process()
+            assert before >= 8
+            assert all(map(torch.equal, step(), expected))
+            assert _threads_of_this_process() == before
+        with running_on("own"):
+            assert all(map(torch.equal, step(), expected))
+            assert _threads_of_this_process() == before + 7
+
+
+@once
+def test_borrowed_threads_keep_their_own_treatment_of_denormal_numbers():
+    tiny = torch.full((1 << 20,), 1e-40)
+    step = Step(**LARGE)
+    with running_on("openmp"), threads(2):
+        for _ in range(20):  # in the first few a thread may come too late for any task
+            step()
+        assert (tiny * 0.5).count_nonzero() == len(tiny)
+
+
+@once
+def test_calls_go_to_threads_of_our_own_when_those_of_openmp_come_late(tmp_path):
+    copy = shutil.copy(library.library()._name, tmp_path / "fresh.so")
+    step = Step(**LARGE)
+    with loaded(copy), threads(8), running_on("openmp"):
+        step()
+        before = _threads_of_this_process()
+        library.library().g2g_use_openmp(library.openmp(), 0.0)  # any thread is too late
+        for _ in range(3):
+            step()
+        assert _threads_of_this_process() == before + 7
+
+
+@once
+def test_the_kernels_follow_a_changing_number_of_threads():
+    step = Step(**LARGE)
+    with threads(1):
+        expected = step()
+    for whose in ("openmp", "own"):
+        with running_on(whose):
+            for number in (2, 5, 1, 3, 2):
+                with threads(number):
+                    assert all(map(torch.equal, step(), expected))
 
 
 @pytest.mark.parametrize("isa", library.ISAS)

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 
 from g2g_kernels.block_mask import MaskTensors
+from g2g_kernels.cpu import library as cpu_library
 from g2g_kernels.cpu import plans
 from g2g_kernels.cpu.library import (
     LayerArguments,
@@ -159,6 +160,7 @@ class _Arguments:
             threads=torch.get_num_threads(),
             bf16=call.dtype == torch.bfloat16 and library().g2g_has_bf16(),
             held=call.held,
+            batch_cost=cpu_library.BATCH_COST,
             x=call.x.data_ptr(),
         )
 

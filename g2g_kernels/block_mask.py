@@ -14,7 +14,7 @@ from torch import nn
 
 from g2g_kernels import graph, packing
 from g2g_kernels.groups import GroupLayout, as_integers, check_integers, partners
-from g2g_kernels.numbers import COUNT, PROBABILITY
+from g2g_kernels.numbers import PROBABILITY, SIZE
 from g2g_kernels.tracing import is_traced, on_cpu
 
 
@@ -195,7 +195,7 @@ class BlockMask(_Indices):
         block_size: int = 64,
     ) -> None:
         super().__init__()
-        self.block_size = COUNT.check("block_size", block_size)
+        self.block_size = SIZE.check("block_size", block_size)
         self.rows = UnitAxis(out_layout, self.block_size)
         self.cols = UnitAxis(in_layout, self.block_size)
         self.changes = 0

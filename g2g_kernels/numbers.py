@@ -17,11 +17,22 @@ INT32, INT64 = ((-(1 << bits - 1), (1 << bits - 1) - 1) for bits in (32, 64))
 FLOAT32 = (torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max)
 
 
-def check_parameter(name: str, value: float, of: str = "") -> None:
-    """Raises ValueError unless a float32 holds ``value``, the parameter of neurons; ∞ is a threshold never reached."""
-    if not (abs(value) <= FLOAT32[1] or abs(value) == math.inf):
-        held = f"a number that a float32 holds, at most {FLOAT32[1]:.3g}, or inf"
-        raise ValueError(f"{name}={value!r:.40}{of} must be {held}")
+def check_parameter(name: str, value: Any, of: str = "") -> float:
+    """``value``, the parameter of neurons, as a float; ∞ is a threshold never reached.
+
+    Raises:
+        ValueError: naming the argument (``of`` some neurons), unless it is one number that a float32 holds, or inf.
+    """
+    if isinstance(value, torch.SymFloat):  # of a graph with dynamic shapes, which stands for a float
+        return value  # type: ignore[return-value]
+    number = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
+    if isinstance(number, numbers.Real) and not isinstance(number, bool):
+        number = math.inf if isinstance(number, int) and abs(number) > FLOAT32[1] else float(number)
+        # NaN passes: it is what training may have made of it, and spreads
+        if not FLOAT32[1] < abs(number) < math.inf and not (number == math.inf and isinstance(value, int)):
+            return number
+    held = f"a number that a float32 holds, at most {FLOAT32[1]:.3g}, or inf"
+    raise ValueError(f"{name}={value!r:.40}{of} must be {held}")
 
 
 class Number(NamedTuple):
@@ -79,7 +90,10 @@ class Number(NamedTuple):
         if isinstance(value, bool) or getattr(value, "dtype", None) in (bool, torch.bool):
             return None
         if not self.whole:
-            return value if isinstance(value, (float, int, torch.SymFloat, numbers.Real)) else None
+            if type(value) in (float, int, torch.SymFloat):
+                return value
+            # NumPy compares a number of few bits with few bits
+            return float(value) if isinstance(value, numbers.Real) else None
         try:
             return value if type(value) is int else operator.index(value)
         except TypeError:

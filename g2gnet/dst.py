@@ -184,7 +184,7 @@ class DSTScheduler:
         if isinstance(process_group, str) and process_group != "world":
             raise ValueError(f"process_group={process_group!r} is unknown; give 'world', a process group or None")
         COUNT.check("interval", interval)
-        Number(whole=True).check("seed", seed)
+        Number(0, whole=True).check("seed", seed)
         for name, share in (("fraction", fraction), ("stop", stop)):
             Number(0, 1, open_low=True).check(name, share)
         self._last: int | None = None  # the step of the last update

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from g2g_kernels import Neurons, neurons, neurons_step
-from g2g_kernels.numbers import COUNT, SHARPNESS, check_parameter
+from g2g_kernels.numbers import SHARPNESS, SIZE, check_parameter
 from g2g_kernels.ops.neurons import MODELS
 from g2g_kernels.ops.neurons.models import NeuronModel
 from g2g_kernels.tracing import symbolic_call
@@ -52,14 +52,15 @@ class SpikingNeurons(nn.Module):
         SHARPNESS.check("alpha", alpha)
         self.alpha = alpha
         self.backend = backend
-        shape = (
-            (1,) if neurons is None else (COUNT.check("neurons", neurons),)
-        )  # FSDP2 shards no parameter without dimensions
+        # FSDP2 shards no parameter without dimensions
+        shape = (1,) if neurons is None else (SIZE.check("neurons", neurons),)
         for name in self.model.parameters:
-            value = float(parameters.pop(name, self.initial[name]))
-            check_parameter(name, value)
+            value = check_parameter(name, parameters.pop(name, self.initial[name]))
             tensor = torch.full(shape, value)
-            if parameters.pop(f"learn_{name}", True):
+            learned = parameters.pop(f"learn_{name}", True)
+            if not isinstance(learned, bool):
+                raise ValueError(f"learn_{name}={learned!r:.40} must be True or False")
+            if learned:
                 self.register_parameter(name, nn.Parameter(tensor))
             else:
                 self.register_buffer(name, tensor)

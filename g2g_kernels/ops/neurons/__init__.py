@@ -185,7 +185,7 @@ def as_tensors(current: torch.Tensor, of: str = "", **parameters: torch.Tensor |
     tensors = []
     for name, value in parameters.items():
         if isinstance(value, NUMBERS):
-            check_parameter(name, value, of)
+            value = check_parameter(name, value, of)
             value = torch.tensor(value, dtype=dtype, device=current.device)
         tensors.append(value)
     return tuple(tensors)

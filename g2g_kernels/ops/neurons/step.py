@@ -88,6 +88,8 @@ def neurons_step(current: torch.Tensor, states: Tensors | None, population: Neur
         ValueError: for an option or a shape out of range.
     """
     check_tensor("current", current)
+    if current.dim() < 1:
+        raise ValueError(f"current has shape {tuple(current.shape)}; expected [..., N]")
     population = check_neurons("", population, current.shape[-1], current)
     model = MODELS[population.model]
     dtype = torch.promote_types(current.dtype, torch.float32)
@@ -96,6 +98,7 @@ def neurons_step(current: torch.Tensor, states: Tensors | None, population: Neur
     if len(states) != len(model.states):
         raise ValueError(f"{len(states)} states given, {model.name} neurons have {', '.join(model.states)}")
     for name, state in zip(model.states, states, strict=True):
+        check_tensor(name, state)
         if state.shape != current.shape:
             raise ValueError(
                 f"{name} has shape {tuple(state.shape)}, the current {tuple(current.shape)}; "

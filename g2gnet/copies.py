@@ -38,12 +38,13 @@ class Lineage:
     def __init__(self, layer: "G2GLinear") -> None:
         self._layer = weakref.ref(layer)
         self._origin: weakref.ref[G2GLinear] | None = None
-        self._copies: weakref.WeakSet[G2GLinear] = weakref.WeakSet()
+        self._copies: list[weakref.ref[G2GLinear]] = []
         self.tied = False
         #: of a copy: whether its weights were written to, whether its slots mean what those of the origin do, and the
         #: fingerprint of its weights when that was noted
         self._averages, self._in_step = False, True
         self._noted: int | None = None
+        self.watched = 0  # the id of the parameter that is watched
 
     @property
     def layer(self) -> "G2GLinear":
@@ -53,23 +54,32 @@ class Lineage:
 
     @property
     def origin(self) -> "G2GLinear | None":
-        """The layer that this one is a copy of, if that lives and this is no network of its own."""
+        """The layer that this one is a copy of, if that lives and this is no network of its own.
+
+        A layer whose weights something computes (a parametrization, pruning) is one: they are not in units' slots.
+        """
+        if self._origin is not None and not self.layer.has_plain_values:
+            self.leave()
         return None if self._origin is None else self._origin()
 
     def come_from(self, origin: "G2GLinear", tied: bool = False) -> None:
         """Notes that the layer is a copy of ``origin``, or with ``tied`` its average."""
         self._origin, self.tied, self._averages, self._in_step = weakref.ref(origin), tied, tied, True
-        origin.lineage._copies.add(self.layer)
+        copies = [copy for copy in origin.lineage._copies if copy() not in (None, self.layer)]
+        origin.lineage._copies = [*copies, self._layer]
         self._note()
 
     def leave(self) -> None:
         """Makes the layer a network of its own."""
         self._origin = None
 
-    def trained(self) -> None:
-        """Notes that the layer received a gradient: unless it is tied, it is no average."""
-        if not self.tied:
-            self.leave()
+    def watch(self) -> None:
+        """Notes from now on when the weights receive a gradient: unless the layer is tied, it is then no average."""
+        values = self.layer.values
+        if self.watched != id(values) and values.requires_grad and values.is_leaf:
+            self.watched = id(values)
+            lineage = weakref.ref(self)
+            values.register_hook(lambda _: _trained(lineage()))
 
     def loaded(self) -> None:
         """Notes that mask and weights were read from a file: what was written before is gone."""
@@ -116,7 +126,9 @@ class Lineage:
     @contextlib.contextmanager
     def rewired(self, follow: bool) -> Iterator[None]:
         """While entered, the units of the layer change; its averages then follow, or keep their own."""
-        copies = [each.lineage for each in self._copies if each.lineage.origin is self.layer]
+        # the layers are held meanwhile: one that is freed in between could not follow
+        layers = [copy for copy in (reference() for reference in self._copies) if copy is not None]
+        copies = [copy.lineage for copy in layers if copy.lineage.origin is self.layer]
         for copy in copies:
             copy.catch_up()
         averages = [copy for copy in copies if copy._is_average()]
@@ -127,6 +139,11 @@ class Lineage:
             elif copy._in_step:
                 copy._in_step = False
                 copy._note()
+
+
+def _trained(lineage: Lineage | None) -> None:
+    if lineage is not None and not lineage.tied:
+        lineage.leave()
 
 
 @torch.no_grad()
@@ -174,6 +191,11 @@ def _pairs(source: nn.Module, target: nn.Module) -> "list[tuple[G2GLinear, G2GLi
             "must have the same names; pass modules that correspond, for example average.module"
         )
     for name, layer in theirs.items():
+        if not (layer.has_plain_values and mine[name].has_plain_values):
+            raise ValueError(
+                f"the weights of layer {name!r} are computed by a parametrization, pruning or a norm, and belong to "
+                "its own wiring; tie or synchronise the networks before that is registered"
+            )
         if layer is mine[name]:
             raise ValueError(f"layer {name!r} is in both networks, which must be two")
         if layer.values.shape != mine[name].values.shape or layer.mask.shape != mine[name].mask.shape:

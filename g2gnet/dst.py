@@ -239,9 +239,16 @@ class DSTScheduler:
         return GRADIENT in self._needs and self.next_is_due
 
     def _trained_layers(self) -> list[tuple[int, G2GLinear]]:
-        """The layers that are not frozen, with their numbers; the optimizer has to hold them."""
+        """The layers that are not frozen, with their numbers; the optimizer has to hold them.
+
+        Weights that something computes (a parametrization, pruning) are not rewired.
+        """
         held = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
-        trained = [(number, layer) for number, layer in enumerate(self.layers) if layer.values.requires_grad]
+        trained = [
+            (number, layer)
+            for number, layer in enumerate(self.layers)
+            if layer.has_plain_values and layer.values.requires_grad
+        ]
         for number, layer in trained:
             if id(layer.values) not in held:
                 raise ValueError(

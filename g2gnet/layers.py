@@ -182,8 +182,10 @@ class G2GLinear(nn.Module):
         else:
             self.catch_up()
             values, mask = self.values, self.mask.current()
-            if mask is self.mask and self._own() is not values:
+            if mask is self.mask and self._own != id(values):
                 mask = _mask_of(values, mask)
+            elif torch.is_grad_enabled() and self.lineage.origin is not None:
+                self.lineage.watch()
         if self.absent_gradient is None or not (self.training and torch.is_grad_enabled()):
             return values, mask
         return self.absent_gradient.expand(values, mask)
@@ -226,10 +228,12 @@ class G2GLinear(nn.Module):
 
     def _own_values(self) -> None:
         """Notes that the present parameter is the layer's own, with this mask."""
-        self._own: Callable[[], torch.Tensor | None] = _nothing
+        #: the parameter's id (a reference, even a weak one, would keep PyTorch from swapping parameters)
+        self._own = 0
         if self.has_plain_values:
-            self._own = weakref.ref(self.values)
-            _OWNERS[id(self.values)] = self
+            self._own = id(self.values)
+            _OWNERS[self._own] = self
+        self.lineage.watched = 0
 
     def _repr_html_(self) -> str:
         return self.mask._repr_html_()
@@ -284,7 +288,7 @@ class G2GLinear(nn.Module):
         if received is not None:
             with self.rewired(follow=False):
                 self.mask.become_(received)
-        if self.has_plain_values and self._own() is self.values:
+        if self.has_plain_values and self._own == id(self.values):
             self.lineage.catch_up()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "G2GLinear":
@@ -292,12 +296,7 @@ class G2GLinear(nn.Module):
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         twin.__setstate__(copy.deepcopy(self._state(), memo))
-        if not twin.has_plain_values:
-            return twin
         twin.lineage.come_from(self)
-        twin_of = weakref.ref(twin)
-        if twin.values.requires_grad:
-            twin.values.register_post_accumulate_grad_hook(lambda _: _trained(twin_of()))
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
@@ -354,6 +353,8 @@ class G2GLinear(nn.Module):
         missing_keys += [name for name in missing if name != key or not given]
         if fits:
             self.lineage.loaded()
+        if assign and mask is not None:  # the weights in that state are the layer's own now
+            self._give_out(state_dict, prefix)
 
     def _mask_to_load(self, parts: dict[str, torch.Tensor], values: Any, prefix: str) -> BlockMask:
         """The mask that a state describes, if it fits this layer and the weights beside it.
@@ -418,10 +419,15 @@ class G2GLinear(nn.Module):
         if not self.has_plain_values:
             return state
         prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+        if state[prefix + "values"] is not self.values:
+            self._give_out(state, prefix)
+        return state
+
+    def _give_out(self, state: dict[str, Any], prefix: str) -> None:
+        """Notes that a state, whose weights are the layer's own, is in someone's hands."""
         indices = {name: weakref.ref(state[f"{prefix}mask.{name}"]) for name in BlockMask.STATE}
         self._states = [kept for kept in self._states if kept[0]() is not None]
         self._states.append((weakref.ref(state[prefix + "values"]), indices))
-        return state
 
 
 class _Parametrizations(nn.ModuleDict):
@@ -439,12 +445,3 @@ def _mask_of(values: torch.Tensor, mask: BlockMask) -> BlockMask:
     """The mask of packed weights in place of a layer's own: that of the layer whose parameter they are, or ``mask``."""
     owner = _OWNERS.get(id(values))
     return owner.mask if owner is not None and owner._parameters.get("values") is values else mask
-
-
-def _nothing() -> None:
-    """In place of a reference to a layer's own parameter, where it has none."""
-
-
-def _trained(layer: G2GLinear | None) -> None:
-    if layer is not None:
-        layer.lineage.trained()

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from g2g_kernels import Activity, SpikingLayer, g2g_stack
 from g2g_kernels.groups import as_integers
 from g2g_kernels.numbers import COUNT, Number
-from g2g_kernels.ops.g2g_stack import activity_of, check_dropped, silenced
+from g2g_kernels.ops.g2g_stack import Synapses, activity_of, check_dropped, silenced
 from g2g_kernels.tracing import is_traced, is_transformed, symbolic_call
 from g2gnet import graphs
 from g2gnet.layers import G2GLinear
@@ -181,6 +181,10 @@ class SpikingStack(nn.Module):
             if not is_traced():
                 _say_that_layers_are_called(reason)
             activity = activity_of(self._in_turn(inputs, pairs, of_layers), differentiable=spikes)
+            if not is_traced() and all(isinstance(connection, G2GLinear) for connection, _ in pairs):
+                weights = [connection.weights() for connection, _ in pairs]
+                steps = self.T if inputs.dim() == 2 else None
+                activity = activity._replace(synapses=Synapses(inputs, steps, weights))
         for hook in self._activity_hooks.values():
             hook(inputs, activity)
         return activity

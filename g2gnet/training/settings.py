@@ -148,7 +148,9 @@ class TrainSettings(Settings):
     num_groups: int = setting(8, "model", "groups on each side of a sparse layer (at most one per neuron)", low=1)
     p_inter: float = setting(0.15, "model", "probability of a connection unit between groups", low=0, high=1)
     p_intra: float = setting(1.0, "model", "probability of a connection unit inside a group", low=0, high=1)
-    block_size: int = setting(64, "model", "side of a connection unit in weights; 1 is one weight", low=1, high=SIZE.high)
+    block_size: int = setting(
+        64, "model", "side of a connection unit in weights; 1 is one weight", low=1, high=SIZE.high
+    )
     T: int = setting(50, "model", "time steps per sample", low=1, high=MOST_STEPS)
     enc: str = setting("current", "model", "input held as a current, or Bernoulli spikes", choices=ENCODINGS)
     enc_scale: float = setting(1.0, "model", "input x becomes enc_scale*x + enc_bias")

@@ -2,11 +2,13 @@
 
 import copy
 import functools
+import gc
 import pickle
 
 import pytest
 import torch
 from helpers import seeded
+from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from g2gnet import DSTScheduler, G2GNet, copies, sync_wiring, tie_wiring, untie_wiring
@@ -186,6 +188,85 @@ def test_a_network_that_is_no_copy_is_kept_in_step_by_hand_or_by_a_tie(tied):
                 mine.data.mul_(DECAY).add_(theirs.data, alpha=1 - DECAY)
         assert same_wiring(target, net)
         torch.testing.assert_close(target.fc2.dense_weight(), before.lerp(net.fc2.dense_weight(), 1 - DECAY))
+
+
+def test_copies_that_are_freed_in_the_middle_of_an_update_do_not_disturb_it():
+    net = network()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    held = []
+    dst = DSTScheduler(
+        net, optimizer, interval=1, fraction=0.3, grow="random", reset_state=lambda *_: (held.clear(), gc.collect())
+    )
+    average, freed = copy.deepcopy(net), copy.deepcopy(net)
+    for each in (average, freed):
+        for layer in (each.fc1, each.fc2, each.fc3):
+            layer.values.data.mul_(0.5)
+    freed.itself = [freed]  # a cycle, which only the garbage collector frees
+    held.append(freed)
+    del freed, each, layer
+    dst.step()
+    assert not held
+    assert dst.pruned > 0
+    assert same_wiring(average, net)
+
+
+def thawed(net):
+    for parameter in net.parameters():
+        parameter.requires_grad_(False)
+    apart = copy.deepcopy(net)
+    for each in (net, apart):
+        for parameter in each.parameters():
+            parameter.requires_grad_(True)
+    return apart
+
+
+def assigned(net):
+    apart = copy.deepcopy(net)
+    apart.load_state_dict(copy.deepcopy(net.state_dict()), assign=True)
+    return apart
+
+
+@pytest.mark.parametrize("make", [copy.deepcopy, thawed, assigned])
+@pytest.mark.parametrize("how", ["backward", "autograd.grad"])
+def test_a_copy_that_is_trained_is_a_network_of_its_own_however_it_was_made(make, how):
+    net = network()
+    apart = make(net)
+    loss = apart(torch.rand(4, 32, generator=seeded(2))).square().sum()
+    if how == "backward":
+        loss.backward()
+        gradients = [parameter.grad for parameter in apart.parameters()]
+    else:
+        gradients = torch.autograd.grad(loss, list(apart.parameters()))
+    with torch.no_grad():
+        for parameter, gradient in zip(apart.parameters(), gradients, strict=True):
+            parameter.sub_(0.1 * gradient)
+    apart.zero_grad()
+    expected = apart.fc2.dense_weight().detach().clone()
+    rewired(net)
+    assert torch.equal(apart.fc2.dense_weight(), expected)
+    assert not same_wiring(apart, net)
+
+
+def test_a_copy_whose_weights_are_pruned_or_tied_when_they_are_computed():
+    net = network()
+    pruned = copy.deepcopy(net)
+    prune.l1_unstructured(pruned.fc2, "values", 0.3)
+    expected = pruned.fc2.dense_weight().detach().clone()
+    rewired(net)
+    assert torch.equal(pruned.fc2.dense_weight(), expected)
+    with pytest.raises(ValueError, match=r"fc2.*computed"):
+        tie_wiring(net, pruned)
+
+
+def test_a_state_whose_tensors_became_the_networks_follows_it():
+    net = network()
+    state = copy.deepcopy(net.state_dict())
+    net.load_state_dict(state, assign=True)
+    rewired(net)
+    again = network(seed=1)
+    again.load_state_dict(state)
+    assert same_wiring(again, net)
+    assert torch.equal(again.fc2.dense_weight(), net.fc2.dense_weight())
 
 
 def test_ties_are_refused_between_networks_that_do_not_correspond():

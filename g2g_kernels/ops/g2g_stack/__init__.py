@@ -90,7 +90,9 @@ def g2g_stack(
         activity = activity_of(reference.in_turn(x, checked, steps, linear, population), differentiable=spikes)
     else:
         activity = operator(x, checked, steps, backend=backend)
-    return activity if torch.compiler.is_compiling() else activity._replace(synapses=Synapses(x, steps, checked))
+    if torch.compiler.is_compiling():
+        return activity
+    return activity._replace(synapses=Synapses(x, steps, [(layer.values, layer.mask) for layer in checked]))
 
 
 def check_dropped(suffix: str, dropped: torch.Tensor, shape: tuple[int, ...]) -> None:

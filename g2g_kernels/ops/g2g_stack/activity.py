@@ -34,7 +34,7 @@ class Activity(NamedTuple):
         rates: one [N] per layer, spikes per neuron, step and sample (0 to 1); differentiable.
         spikes: one object per layer, whose ``dense()`` gives the spikes [T, B, N], with a gradient only if the call
             requested ``spikes``.
-        synapses: what :meth:`synaptic_operations` counts; None for a compiled run.
+        synapses: what :meth:`synaptic_operations` counts; None if they are unknown.
     """
 
     counts: torch.Tensor
@@ -52,6 +52,7 @@ class Activity(NamedTuple):
         """
         if self.synapses is None:
             raise RuntimeError(
-                "a compiled run does not keep what its synaptic operations are counted from; run it uncompiled"
+                "this run does not keep what its synaptic operations are counted from: it was compiled or traced, or a "
+                "connection is no G2GLinear; run it uncompiled"
             )
         return self.synapses.operations(self.rates[:-1])

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 
 from g2g_kernels.block_mask import BlockMask, version
-from g2g_kernels.ops.g2g_stack.layer import SpikingLayer
 
 
 class SynapticOperations(NamedTuple):
@@ -34,14 +33,14 @@ class Synapses:
     Args:
         x: [T, B, in], or [B, in] held at every step.
         steps: for which x is held, or None.
-        layers: as for :func:`g2g_kernels.g2g_stack`.
+        weights: packed values and mask of each layer.
     """
 
-    def __init__(self, x: torch.Tensor, steps: int | None, layers: Sequence[SpikingLayer]) -> None:
+    def __init__(self, x: torch.Tensor, steps: int | None, weights: Sequence[tuple[torch.Tensor, BlockMask]]) -> None:
         self._x = x.detach()
         self._samples = x.shape[-2]
         self._steps = len(x) if steps is None else steps
-        self._weights = [(layer.values.detach(), layer.mask) for layer in layers]
+        self._weights = [(values.detach(), mask) for values, mask in weights]
         self._then = self._now()
 
     def _now(self) -> list[tuple[int, int]]:

@@ -110,7 +110,7 @@ def test_what_changed_after_the_run_is_not_counted_wrongly(change):
 def test_a_compiled_run_says_that_it_does_not_know():
     net = network().eval()
     run = torch.compile(lambda x: net.simulate(x), backend="eager", fullgraph=True)
-    with pytest.raises(RuntimeError, match="was compiled or traced.* run it uncompiled"):
+    with pytest.raises(RuntimeError, match=r"was compiled or traced.* run it uncompiled"):
         run(INPUTS["over time"]()).synaptic_operations()
 
 

@@ -13,7 +13,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,12 +24,14 @@ from g2g_kernels import BackendError, select_device
 from g2g_kernels.dispatch import BACKENDS, require_backend
 from g2g_kernels.numbers import COUNT
 from g2gnet.analysis import ANALYSIS_SAMPLES
-from g2gnet.data import DataError, ImageData, dataset_name, load_dataset
+from g2gnet.data import DataError, ImageData, MissingDataError, dataset_name, load_dataset
+from g2gnet.data.own import SUFFIX as DATA_SUFFIX
 from g2gnet.distributed import LIMIT, DistributedError, launched, local_rank, rank
 from g2gnet.features import load_features, weights_digest
-from g2gnet.files import check_writable, replace_file
+from g2gnet.files import check_writable, replace_file, same_file
 from g2gnet.memory import ran_out
 from g2gnet.messages import OutputError, discard, reason, say, warn
+from g2gnet.tensor_file import has_digest
 from g2gnet.training import (
     CheckpointError,
     EpochCallback,
@@ -41,6 +43,7 @@ from g2gnet.training import (
     TrainingError,
     TrainSettings,
 )
+from g2gnet.training.run_files import RunFiles
 from g2gnet.training.settings import number_of
 from g2gnet.training.tensorboard import TensorBoardLog
 
@@ -172,7 +175,10 @@ def log_from(arguments: argparse.Namespace) -> list[EpochCallback[Trainer]]:
 
 def add_json_flag(parser: Any, content: str) -> None:
     """Adds the flag that writes ``content``, what a program returns, as JSON."""
-    text = f"write {content} as JSON to FILE; without FILE to standard output, and all other output to standard error"
+    text = (
+        f"write {content} as JSON to FILE, the word after this flag; without FILE to standard output, and all other "
+        "output to standard error"
+    )
     parser.add_argument("--json", type=file_name, nargs="?", const=STDOUT, metavar="FILE", help=text)
 
 
@@ -203,7 +209,12 @@ def load_data(arguments: argparse.Namespace, settings: TrainSettings, device: to
     """
     if settings.use_resnet:
         return load_features(settings.dataset, arguments.data_dir, arguments.resnet_weights, device)
-    return load_dataset(settings.dataset, arguments.data_dir)
+    try:
+        return load_dataset(settings.dataset, arguments.data_dir)
+    except MissingDataError as error:
+        if "dataset" not in arguments:  # it is that of a checkpoint
+            raise
+        raise MissingDataError(f"{error}\n--dataset fashionmnist-mini needs no files at all.") from error
 
 
 def announce(settings: TrainSettings, machine: Machine) -> None:
@@ -258,13 +269,7 @@ def load_run_data(arguments: argparse.Namespace, settings: TrainSettings, device
 
 @contextlib.contextmanager
 def standard_output(json_file: str | None) -> Iterator[None]:
-    """While entered, output goes to standard error if ``--json`` needs standard output for itself.
-
-    Raises:
-        OutputError: on entering, if the file that it names cannot be written.
-    """
-    if json_file not in (None, STDOUT):
-        check_output(json_file)
+    """While entered, output goes to standard error if ``--json`` needs standard output for itself."""
     with contextlib.redirect_stdout(sys.stderr) if json_file == STDOUT else contextlib.nullcontext():
         yield
 
@@ -313,6 +318,7 @@ def run_program(
     try:
         if rank() == 0:
             logging.getLogger("g2g_kernels").setLevel(logging.INFO)
+        check_json(arguments)
         with standard_output(json_file):
             document = program(arguments)
         if json_file and document is not None:
@@ -379,12 +385,58 @@ def _fail(parser: argparse.ArgumentParser, error: Exception, status: int) -> int
     return status
 
 
-def check_output(path: Path | str) -> None:
-    """Raises OutputError if a file named by a flag cannot be written; called before there is anything to write."""
+#: endings of files that no program replaces by its output: checkpoints and data
+KEPT = (".pth", DATA_SUFFIX)
+
+
+def check_output(path: Path | str, arguments: argparse.Namespace | None = None, own: Iterable[Path] = ()) -> None:
+    """Checks a file that is to be written, before there is anything to write.
+
+    Args:
+        path: the file.
+        arguments: the parsed flags; neither the files that they have the program read nor those of the runs whose
+            checkpoints these are become its output.
+        own: other files that the program itself reads or writes.
+
+    Raises:
+        OutputError: if it cannot be written, is one of these, or holds a checkpoint or data.
+    """
+    path = Path(path)
     try:
-        check_writable(Path(path))
+        check_writable(path)
+        lost = _what_is_lost(path, arguments, own)
     except OSError as error:
         raise OutputError(f"cannot write {path} ({reason(error)}); give another file") from error
+    if lost:
+        raise OutputError(
+            f"will not replace {path}: it is {lost}. Give another file; the one to write is the word that follows "
+            "--json or --output"
+        )
+
+
+def _what_is_lost(path: Path, arguments: argparse.Namespace | None, own: Iterable[Path]) -> str | None:
+    """What the file at ``path`` is, in words, if output must not replace it."""
+    flags = {} if arguments is None else vars(arguments)
+    checkpoints = [name for name in (flags.get("checkpoint"), *flags.get("checkpoints", ())) if name]
+    inputs = [*checkpoints, *filter(None, [flags.get("resnet_weights")])]
+    if str(flags.get("dataset")).endswith(DATA_SUFFIX):
+        inputs.append(flags["dataset"])
+    if any(same_file(path, Path(name)) for name in inputs):
+        return "a file that this program reads"
+    runs = (RunFiles.of(Path(name)) for name in checkpoints)
+    if any(same_file(path, file) for file in [*own, *(file for run in runs for file in run.files())]):
+        return "one of the run's own files"
+    target = path.resolve()
+    if target.is_file() and (target.suffix.lower() in KEPT or has_digest(target)):
+        return "a checkpoint or a file of data"
+    return None
+
+
+def check_json(arguments: argparse.Namespace, own: Iterable[Path] = ()) -> None:
+    """Checks the target of ``--json``, where there is one, as :func:`check_output` does."""
+    json_file = getattr(arguments, "json", None)
+    if json_file not in (None, STDOUT):
+        check_output(json_file, arguments, own)
 
 
 def write_file(path: Path | str, write: Callable[[BinaryIO], Any]) -> None:

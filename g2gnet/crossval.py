@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,16 +48,26 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def files_of_fold(arguments: argparse.Namespace, settings: FoldSettings) -> Sequence[Path]:
+    """The files of the one fold that the target of ``--json`` could be a file of, by its name."""
+    numbers = re.findall(r"_fold(\d{1,18})of", Path(arguments.json or "").resolve().name)
+    if not numbers or not 1 <= int(numbers[-1]) <= settings.k_folds:
+        return ()
+    fold = dataclasses.replace(settings, fold=int(numbers[-1]))
+    return RunFiles(arguments.checkpoint_dir, fold.stem).files()
+
+
 def crossval(arguments: argparse.Namespace) -> dict[str, Any] | None:
     settings = cli.settings_from(arguments, FoldSettings)
     machine = cli.machine_from(arguments)
     file = Path(arguments.checkpoint_dir) / f"{settings.summary_stem}.json"
+    cli.check_json(arguments, [file, *files_of_fold(arguments, settings)])
     with apart(cli.about("crossval", settings, machine), cli.peer_limit(arguments)) as world:
         machine = machine._replace(world=world)
         if world.leads:
             cli.announce(settings, machine)
             RunFiles(arguments.checkpoint_dir, dataclasses.replace(settings, fold=settings.k_folds).stem).check()
-            cli.check_output(file)
+            cli.check_output(file, arguments)
         results = cross_validate(
             settings,
             lambda: cli.load_data(arguments, settings, machine.device),

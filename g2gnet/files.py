@@ -45,6 +45,26 @@ def read_file(path: Path | str) -> bytes:
         return file.read()
 
 
+def make_directory(path: Path) -> None:
+    """Makes a directory and those above it, where they are missing.
+
+    Raises:
+        OSError: if it cannot be made; NotADirectoryError where something else has its name.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from error
+
+
+def same_file(one: Path, other: Path) -> bool:
+    """Whether two names are of one file, be it there or not yet: by ``..``, links, or letters' case."""
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        return os.path.realpath(one) == os.path.realpath(other)
+
+
 def is_special(path: Path) -> bool:
     """True for a FIFO, a device or a socket: these are written to, not replaced."""
     try:

@@ -200,9 +200,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def pretrain(arguments: argparse.Namespace) -> dict[str, Any]:
     settings = cli.settings_from(arguments, PretrainSettings)
-    machine = cli.machine_from(arguments)
     weights = Path(arguments.checkpoint_dir) / f"{settings.stem}.pt"
     files = RunFiles(arguments.checkpoint_dir, settings.stem)
+    cli.check_json(arguments, [weights, *files.files()])
+    machine = cli.machine_from(arguments)
     files.check()
     cli.check_output(weights)
     result = run_epochs(

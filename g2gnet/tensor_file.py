@@ -6,6 +6,7 @@ SHA-256 of all bytes before it: a truncated file has no such ending, and a flipp
 
 import hashlib
 import io
+import os
 import struct
 import zipfile
 from pathlib import Path
@@ -13,10 +14,12 @@ from typing import Any
 
 import torch
 
-from g2gnet.files import read_file, replace_file
+from g2gnet.files import open_file, read_file, replace_file
 from g2gnet.messages import reason
 
 DIGEST_BYTES = 32
+#: of the record that ends a zip archive, before its comment
+END_BYTES = 22
 
 
 class TensorFileError(ValueError):
@@ -43,6 +46,19 @@ def with_digest(archive: bytes) -> bytes:
     # the last field of an archive is the length of the comment that follows
     begin = archive[:-2] + struct.pack("<H", DIGEST_BYTES)
     return begin + hashlib.sha256(begin).digest()
+
+
+def has_digest(path: Path) -> bool:
+    """Whether a file ends as those of :func:`write_tensors` do, even if it is damaged before its end.
+
+    Raises:
+        OSError: if it cannot be read.
+    """
+    with open_file(path) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - END_BYTES - DIGEST_BYTES))
+        end = file.read()[:END_BYTES]
+    return end.startswith(b"PK\5\6") and end.endswith(struct.pack("<H", DIGEST_BYTES))
 
 
 def read_tensors(path: Path) -> Any:

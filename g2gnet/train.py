@@ -38,6 +38,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def train(arguments: argparse.Namespace) -> dict[str, Any] | None:
     settings = cli.settings_from(arguments, TrainSettings)
+    files = RunFiles(arguments.checkpoint_dir, settings.stem)
+    cli.check_json(arguments, files.files())
     machine = cli.machine_from(arguments)
     if machine.cuda_graph and launched():
         raise cli.FlagError("--cuda_graph is of one process; leave it out, or start one without torchrun")
@@ -55,7 +57,6 @@ def train(arguments: argparse.Namespace) -> dict[str, Any] | None:
         )
         if not world.leads:
             return None
-    files = RunFiles(arguments.checkpoint_dir, settings.stem)
     return {"settings": settings.given(), "result": result, "files": files.paths()}
 
 

@@ -2,6 +2,15 @@
 
 from g2gnet.data.augmentation import random_crop_and_flip
 from g2gnet.data.catalog import DATASETS, dataset_name, load_dataset
-from g2gnet.data.image_data import DataError, ImageData, as_samples
+from g2gnet.data.image_data import DataError, ImageData, MissingDataError, as_samples
 
-__all__ = ["DATASETS", "DataError", "ImageData", "as_samples", "dataset_name", "load_dataset", "random_crop_and_flip"]
+__all__ = [
+    "DATASETS",
+    "DataError",
+    "ImageData",
+    "MissingDataError",
+    "as_samples",
+    "dataset_name",
+    "load_dataset",
+    "random_crop_and_flip",
+]

@@ -9,8 +9,8 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import check_integrity, extract_archive
 
 from g2gnet.data.download import download
-from g2gnet.data.image_data import DataError, ImageData
-from g2gnet.files import one_at_a_time
+from g2gnet.data.image_data import DataError, ImageData, MissingDataError
+from g2gnet.files import make_directory, one_at_a_time
 
 #: torchvision's reader of each data set; its class attributes hold the names, checksums and address of the files
 READERS: dict[str, type[CIFAR10]] = {"cifar10": CIFAR10, "cifar100": CIFAR100}
@@ -76,7 +76,7 @@ def _fetch(name: str, data_dir: Path, folder: Path) -> None:
             "downloaded again"
         )
     try:
-        data_dir.mkdir(parents=True, exist_ok=True)
+        make_directory(data_dir)
         with one_at_a_time(folder), tempfile.TemporaryDirectory(dir=data_dir, prefix=f".{name}-") as scratch:
             if folder.is_dir():  # another process put it there in the meantime
                 return
@@ -86,10 +86,9 @@ def _fetch(name: str, data_dir: Path, folder: Path) -> None:
             extract_archive(archive, scratch)
             Path(scratch, reader.base_folder).replace(folder)
     except OSError as error:
-        raise DataError(
+        raise MissingDataError(
             f"{name} is not in {data_dir} and could not be put there ({error}). Do one of these:\n"
             "  1. connect to the internet and run this again;\n"
             f"  2. put {reader.filename} into {data_dir}, or the folder {reader.base_folder} that it holds, or name "
-            "the directory that has one of them by --data_dir.\n"
-            "--dataset fashionmnist-mini needs no files at all."
+            "the directory that has one of them by --data_dir."
         ) from error

@@ -15,7 +15,7 @@ from torchvision.datasets import FashionMNIST
 from torchvision.datasets.utils import extract_archive
 
 from g2gnet.data.download import download
-from g2gnet.data.image_data import DataError, ImageData
+from g2gnet.data.image_data import DataError, ImageData, MissingDataError
 from g2gnet.files import one_at_a_time, open_file
 from g2gnet.messages import reason
 
@@ -53,14 +53,13 @@ def load(name: str, data_dir: Path) -> ImageData:
             if not _complete(raw):  # otherwise another process downloaded it in the meantime
                 _fetch(raw)
     except OSError as error:
-        raise DataError(
+        raise MissingDataError(
             f"Fashion-MNIST is neither in {data_dir} nor in {SYSTEM_DIR}, and could not be downloaded ({error}). "
             "Do one of these:\n"
             "  1. connect to the internet and run this again;\n"
             "  2. on Debian or Ubuntu: apt-get install dataset-fashion-mnist;\n"
             f"  3. put the files {', '.join(name + '.gz' for name in DIGESTS)} into {data_dir}, "
-            "or give their folder by --data_dir.\n"
-            "--dataset fashionmnist-mini needs no files at all."
+            "or give their folder by --data_dir."
         ) from error
     return _read(raw)
 

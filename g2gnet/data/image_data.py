@@ -12,6 +12,10 @@ class DataError(RuntimeError):
     """A data set is missing or damaged; the message names the file and the remedies."""
 
 
+class MissingDataError(DataError):
+    """A data set is neither there nor to be had."""
+
+
 @dataclass(frozen=True)
 class ImageData:
     """A data set held in memory; batches are gathered by index on its device.

@@ -45,7 +45,7 @@ def make_report(arguments: argparse.Namespace) -> None:
         raise cli.FlagError(
             f"matplotlib cannot be imported ({error}); correct MPLBACKEND or its matplotlibrc"
         ) from error
-    cli.check_output(arguments.output)
+    cli.check_output(arguments.output, arguments)
     machine = cli.machine_from(arguments)
     runs = [read_run(path) for path in arguments.checkpoints]
     data: dict[tuple, ImageData] = {}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from g2g_kernels.numbers import Number
-from g2gnet.files import check_writable, leftovers, locked, read_file, replace_file
+from g2gnet.files import check_writable, leftovers, locked, make_directory, read_file, replace_file
 from g2gnet.messages import reason, warn
 from g2gnet.tensor_file import TensorFileError, check_plain, read_tensors, write_tensors
 
@@ -102,6 +102,15 @@ class RunFiles:
         self._whole = False  # whether self.checkpoint is known to be intact, so it may replace self.previous
         self.lock = self.directory / f".{stem}.lock"
 
+    @classmethod
+    def of(cls, checkpoint: Path) -> "RunFiles":
+        """The files of the run that has this checkpoint, or this previous one."""
+        return cls(checkpoint.parent, checkpoint.name.removesuffix(".pth").removesuffix(".previous"))
+
+    def files(self) -> tuple[Path, ...]:
+        """Every file of the run, be it there or not."""
+        return *self._all(), self.lock
+
     def _all(self) -> tuple[Path, ...]:
         """Every file that the run itself reads and writes."""
         return self.checkpoint, self.previous, self.history, self.table, self.analysis, self.marker
@@ -113,7 +122,7 @@ class RunFiles:
             CheckpointError: if one of the files could not be written when the run has something to write.
         """
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            make_directory(self.directory)
         except OSError as error:
             raise self._unwritable(error) from error
         for path in self._all():
@@ -316,7 +325,9 @@ class RunFiles:
                 f"cannot write {path} ({reason(error)}). {last} Free space, then run the same command again to resume"
             ) from error
         except TensorFileError as error:
-            raise CheckpointError(f"{path} was not written: {error}") from error
+            raise CheckpointError(
+                f"{path} was not written: {error}. {self.last_checkpoint()} Training has diverged: lower --lr"
+            ) from error
 
 
 def numbers(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -91,7 +91,9 @@ class Settings:
                 problems.append(f"{field.name}={value!r:.40} is not {expected}")
             elif about["choices"]:
                 if value not in about["choices"] and not (about["file"] and own.is_name(value)):
-                    problems.append(f"{field.name}={value!r} is unknown; choose one of {', '.join(about['choices'])}")
+                    more = f", or a file NAME{own.SUFFIX}" if about["file"] else ""
+                    known = ", ".join(about["choices"])
+                    problems.append(f"{field.name}={value!r} is unknown; choose one of {known}{more}")
             elif number and value is not None and (wanted := number.refuses(value)):
                 problems.append(f"{field.name}={value!r:.40} is out of range; give {wanted}")
         return problems

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from g2gnet.analysis.wiring import group_weight
+from g2gnet.files import make_directory
 from g2gnet.messages import reason, warn
 from g2gnet.training.run_files import numbers
 from g2gnet.training.trainer import Trainer
@@ -34,7 +35,7 @@ class TensorBoardLog:
         self._failed = False
         self._make_writer: Any = SummaryWriter
         self._log_dir = Path(log_dir)
-        self._log_dir.mkdir(parents=True, exist_ok=True)
+        make_directory(self._log_dir)
 
     def __call__(self, record: dict[str, Any], trainer: Trainer) -> None:
         """Writes one epoch. If that fails (a full disk, say), there is a warning, and training continues without it."""

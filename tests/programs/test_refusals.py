@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import processes
 import pytest
-from tiny_checkpoints import TINY
+from tiny_checkpoints import TINY, train_tiny
 
 import crossval
 import train
@@ -269,3 +269,124 @@ def test_repeats_of_a_benchmark_are_a_count():
             benchmarks_cli.repeats_from(parser.parse_args(["--repeats", str(value)]))
     with pytest.raises(SettingsError, match="train_steps=-1 is out of range; give a whole number of at least 0"):
         benchmarks_cli.workload_from(parser.parse_args(["--train_steps", "-1"]))
+
+
+# --- files that output would destroy --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return train_tiny(tmp_path_factory.mktemp("trained"))
+
+
+def contents(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def own_stem(*flags):
+    return cli.settings_from(train.build_parser().parse_args([*TINY, *flags]), TrainSettings).stem
+
+
+@pytest.mark.parametrize(("program", "flag"), [(report, "--output"), (analyze, "--json")], ids=["report", "analyze"])
+@pytest.mark.parametrize("target", [".pth", ".previous.pth", ".DONE", ".analysis.json", ".jsonl", ".csv", ".lock"])
+def test_no_file_of_a_run_is_replaced_by_what_is_read_from_it(trained, capsys, monkeypatch, program, flag, target):
+    for module in (analyze, report.program):
+        monkeypatch.setattr(module, "read_run", lambda path: pytest.fail("the checkpoint was read"))
+    before = contents(trained.parent)
+    hidden = "." if target == ".lock" else ""
+    file = trained.parent / ".." / trained.parent.name / f"{hidden}{trained.stem}{target}"
+    printed = refused(program, capsys, trained, flag, file, status=1)
+    assert f"will not replace {file}: it is" in printed
+    assert "Give another file" in printed
+    assert contents(trained.parent) == before
+
+
+@pytest.mark.parametrize("name", ["other.pth", "other.PTH", "other", "data.npz"])
+@pytest.mark.parametrize(("program", "flag"), [(report, "--output"), (analyze, "--json"), (train, "--json")])
+def test_no_other_checkpoint_nor_data_is_replaced(trained, tmp_path, capsys, no_step, program, flag, name):
+    """As by ``--output *.pth``, of which the first becomes the output; known by its ending or by its content."""
+    other = tmp_path / name
+    other.write_bytes(trained.read_bytes() if name == "other" else b"of an older version")
+    before = other.read_bytes()
+    given = [*TINY, "--checkpoint_dir", tmp_path / "c"] if program is train else [trained]
+    printed = refused(program, capsys, *given, flag, other, status=1)
+    assert f"will not replace {other}: it is a checkpoint or a file of data" in printed
+    assert other.read_bytes() == before
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("ending", ["{}.pth", "{}.previous.pth", "{}.DONE", "{}.jsonl", "{}.analysis.json", ".{}.lock"])
+def test_a_run_does_not_replace_its_own_files_by_its_json(tmp_path, capsys, no_step, ending):
+    target = tmp_path / ending.format(own_stem())
+    printed = refused(train, capsys, *TINY, "--checkpoint_dir", tmp_path, "--json", target, status=1)
+    assert f"will not replace {target}: it is one of the run's own files" in printed
+    assert not list(tmp_path.iterdir())
+
+
+def test_neither_do_a_cross_validation_nor_a_pretraining(tmp_path, capsys, no_step, monkeypatch):
+    monkeypatch.setattr(pretrain, "load_dataset", lambda *arguments: pytest.fail("data were read"))
+    settings = cli.settings_from(crossval.build_parser().parse_args([*TINY]), FoldSettings)
+    flags = ["--checkpoint_dir", tmp_path, "--json"]
+    for name in (f"{settings.summary_stem}.json", f"{own_stem()}_fold2of5.pth", f".{own_stem()}_fold5of5.lock"):
+        assert "one of the run's own files" in refused(crossval, capsys, *TINY, *flags, tmp_path / name, status=1)
+    for name in ("resnet32_cifar10.pt", "resnet32_cifar10.DONE", ".resnet32_cifar10.lock"):
+        assert "one of the run's own files" in refused(pretrain, capsys, *flags, tmp_path / name, status=1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_is_read_is_not_written(tmp_path, capsys, no_step):
+    data = write_data(tmp_path / "data.npz", 20)
+    (tmp_path / "link.npz").symlink_to(data.rename(tmp_path / "real"))
+    flags = [*SMALL.split(), "--dataset", tmp_path / "link.npz", "--checkpoint_dir", tmp_path / "c"]
+    printed = refused(train, capsys, *flags, "--json", tmp_path / "real", status=1)
+    assert "it is a file that this program reads" in printed
+
+
+def test_what_is_no_checkpoint_is_replaced(trained, tmp_path):
+    for name in ("old.json", "empty", "archive.zip"):
+        (tmp_path / name).write_bytes(b"" if name == "empty" else b"PK\3\4 and so on" * 9)
+        assert analyze.main([str(trained), "--samples", "20", "--json", str(tmp_path / name)]) == 0
+        assert (tmp_path / name).read_bytes().startswith(b"{")
+
+
+# --- messages -------------------------------------------------------------------------------------------------------
+
+
+def offline(*arguments):
+    raise OSError("no network")
+
+
+def test_the_data_set_without_files_is_named_only_where_it_is_offered(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("g2gnet.data.cifar.download", offline)
+    flags = ["--data_dir", tmp_path / "none", "--checkpoint_dir", tmp_path / "c"]
+    hint = "--dataset fashionmnist-mini needs no files at all."
+    printed = refused(pretrain, capsys, *flags, status=1)
+    assert "could not be put there (no network)" in printed
+    assert hint not in printed
+    printed = refused(train, capsys, "--dataset", "cifar10", *flags, status=1)
+    assert f"by --data_dir.\n{hint}\n" in printed
+    printed = refused(train, capsys, "--dataset", "cifar10", "--use_resnet", *flags, status=1)
+    assert hint not in printed
+
+
+def test_what_is_no_directory_is_called_so(tmp_path, capsys, no_step):
+    (tmp_path / "file").touch()
+    printed = refused(train, capsys, *TINY, "--checkpoint_dir", tmp_path / "file", status=1)
+    assert "file (Not a directory); give another one by --checkpoint_dir" in printed
+
+
+def test_a_file_of_data_is_among_the_choices(capsys, no_step):
+    assert "cifar100, or a file NAME.npz\n" in refused(train, capsys, "--dataset", "UP.NPZ")
+
+
+def test_divergence_in_the_last_step_has_its_remedy(tmp_path, capsys):
+    flags = [*TINY, "--epochs", "1", "--limit_train", "50", "--lr", "1e38", "--checkpoint_dir", tmp_path]
+    printed = refused(train, capsys, *flags, status=1)
+    assert "holds values that are not finite. There is no checkpoint of this run. " in printed
+    assert "Training has diverged: lower --lr" in printed
+
+
+def test_json_says_which_word_it_takes(capsys):
+    with pytest.raises(SystemExit):
+        analyze.main(["--help"])
+    assert "to FILE, the word after this flag" in " ".join(capsys.readouterr().out.split())

@@ -101,7 +101,6 @@ def test_without_files_and_network_one_message_lists_the_remedies(tmp_path):
         "connect to the internet",
         "apt-get install dataset-fashion-mnist",
         "--data_dir",
-        "fashionmnist-mini",
     ):
         assert remedy in str(error.value)
 

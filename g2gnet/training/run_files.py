@@ -53,7 +53,8 @@ def check_number(name: str, value: Any, low: float = -math.inf, whole: bool = Fa
 
     With ``whole``, it is a whole number that int64 can hold.
     """
-    wanted = Number(low, whole=whole).refuses(value)
+    number = Number(low, whole=whole)
+    wanted = number.refuses(value) if isinstance(value, int | float) else str(number)  # a tensor is none in a file
     if wanted:
         raise ValueError(f"{name}={value!r:.40} is not {wanted}")
 

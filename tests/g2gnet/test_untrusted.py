@@ -159,6 +159,10 @@ CRAFTED = {
         lambda state: saved({**state, "step": 10**12}),
         "epoch=3 and step=1000000000000 are at odds",
     ),
+    "a tensor for a step": (
+        lambda state: saved({**state, "epoch": torch.tensor(3)}),
+        r"epoch=tensor\(3\) is not a whole",
+    ),
     "a history that is too short": (lambda state: saved({**state, "history": []}), "history does not hold one record"),
     "another format": (lambda state: saved({**state, "format": 99}), "not a checkpoint of this version"),
 }

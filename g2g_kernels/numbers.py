@@ -28,8 +28,7 @@ def check_parameter(name: str, value: Any, of: str = "") -> float:
     number = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
     if isinstance(number, numbers.Real) and not isinstance(number, bool):
         number = math.inf if isinstance(number, int) and abs(number) > FLOAT32[1] else float(number)
-        # NaN passes: it is what training may have made of it, and spreads
-        if not FLOAT32[1] < abs(number) < math.inf and not (number == math.inf and isinstance(value, int)):
+        if abs(number) <= FLOAT32[1] or (abs(number) == math.inf and not isinstance(value, int)):
             return number
     held = f"a number that a float32 holds, at most {FLOAT32[1]:.3g}, or inf"
     raise ValueError(f"{name}={value!r:.40}{of} must be {held}")

@@ -86,10 +86,11 @@ class Lineage:
         origin = self.origin
         if origin is not None:
             self._averages, self._in_step = self.tied, self.layer.mask.equals(origin.mask)
-            self._note()
+        self._note()
 
     def _note(self) -> None:
-        self._noted = fingerprint(self.layer.values)
+        if self.origin is not None:  # nobody asks for that of any other layer
+            self._noted = fingerprint(self.layer.values)
 
     def catch_up(self) -> None:
         """Notes whether the weights were written to; if that was after the origin's wiring changed, takes that over."""

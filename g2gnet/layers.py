@@ -311,7 +311,7 @@ class G2GLinear(nn.Module):
         self._own_values()
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "G2GLinear":
-        with self.lineage.unchanged() if self.has_plain_values else contextlib.nullcontext():
+        with self.lineage.unchanged():
             super()._apply(fn, recurse)
         self._own_values()
         return self

@@ -23,18 +23,22 @@ def parameters(model: str, **values: float) -> list[torch.Tensor]:
     return [torch.tensor([usual[name]]).requires_grad_() for name in MODELS[model].parameters]
 
 
+def spikes_of(backend: str, current: torch.Tensor, population: Neurons) -> torch.Tensor:
+    """``"step"``: by steps, one at a time."""
+    if backend != "step":
+        return neurons(current, population, backend=backend)
+    spikes, state = [], None
+    for each in current:
+        spike, state = neurons_step(each, state, population)
+        spikes.append(spike)
+    return torch.stack(spikes)
+
+
 def outcome(backend: str, model: str, reset: str, surrogate: str, current: torch.Tensor, **values: float):
-    """Spikes, and the gradients of the current and of each parameter; ``"step"``: by steps, one at a time."""
+    """Spikes, and the gradients of the current and of each parameter."""
     current = current.clone().requires_grad_()
     population = Neurons(model, tuple(parameters(model, **values)), reset, surrogate, 2.0)
-    if backend == "step":
-        spikes, state = [], None
-        for each in current:
-            spike, state = neurons_step(each, state, population)
-            spikes.append(spike)
-        result = torch.stack(spikes)
-    else:
-        result = neurons(current, population, backend=backend)
+    result = spikes_of(backend, current, population)
     weight = torch.randn(T, B, N, generator=seeded(3))
     return [result.detach(), *torch.autograd.grad((result * weight).sum(), [current, *population.parameters])]
 
@@ -97,15 +101,7 @@ def test_an_infinite_current_is_discharged_by_a_reset_to_zero():
         current = torch.zeros(4, 1, 1)
         current[0] = INF
         population = Neurons("lif", tuple(parameters("lif")), "zero")
-        if backend == "step":
-            spikes, state = [], None
-            for each in current:
-                spike, state = neurons_step(each, state, population)
-                spikes.append(spike)
-            result = torch.stack(spikes)
-        else:
-            result = neurons(current, population, backend=backend)
-        assert result.flatten().tolist() == [1.0, 0.0, 0.0, 0.0], backend
+        assert spikes_of(backend, current, population).flatten().tolist() == [1.0, 0.0, 0.0, 0.0], backend
 
 
 @pytest.mark.parametrize("reset", RESETS)

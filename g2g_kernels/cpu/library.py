@@ -1,7 +1,7 @@
-"""Finds and loads the compiled CPU kernels, and mirrors the structures of ``csrc/interface.h``.
+"""Finds and loads the compiled CPU kernels, and calls them.
 
-The library reports the offsets of its fields and the numbers of its options. It is refused if they differ from this
-module.
+The library says which structures it was compiled with (``structures.py``) and which options it numbers. It is refused
+if they are not those of this package.
 
 Environment: ``G2G_CPU_LIBRARY`` names another build of the library (a sanitizer build, say); ``G2G_CPU_ISA`` selects
 an instruction set (``baseline``, ``avx2``, ``avx512``, ``avx512_bf16``) instead of the CPU's best.
@@ -10,34 +10,30 @@ an instruction set (``baseline``, ``avx2``, ``avx512``, ``avx512_bf16``) instead
 import ctypes
 import functools
 import logging
-import math
 import os
 import sys
-from collections.abc import Callable, Sequence
-from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from ctypes import Structure, c_char_p, c_double, c_int32, c_int64, c_void_p
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
+from g2g_kernels.cpu.interface import declarations, fields, lengths, structures
 from g2g_kernels.cpu.workspace import workspace
-from g2g_kernels.numbers import FLOAT32, INT32, INT64
+from g2g_kernels.numbers import INT32
 from g2g_kernels.tracing import constant_when_traced
 
 if TYPE_CHECKING:
-    from g2g_kernels.ops.neurons.models import NeuronModel, Neurons
+    from g2g_kernels.ops.neurons.models import Neurons
 
 logger = logging.getLogger("g2g_kernels")
 
-ABI = 4
+ABI = 5
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
-RESETS = {"subtract": 0, "zero": 1, "none": 2}
-SURROGATES = {"atan": 0, "fast_sigmoid": 1, "sigmoid": 2, "triangle": 3, "boxcar": 4}
 
-
-MOST_PARAMETERS = 3
-#: what a kernel answers, instead of the size of its scratch memory, to sizes that it cannot number
-TOO_LARGE = -2
+#: what a kernel answers, instead of the size of its scratch memory, to sizes and options that it cannot number
+TOO_LARGE, UNKNOWN_OPTION = -2, -3
 
 #: Inputs that are spikes more often than this are multiplied by the matrix kernels (in float32, under bfloat16): where
 #: the two take equally long (docs/cpu-performance.md). Weight gradients are summed in float32 in either case.
@@ -51,38 +47,6 @@ GRADIENT_EVENT_LIMIT = {False: 0.3, True: 0.2}
 BATCH_COST = 1.0
 #: Share of a call that may be spent waiting for PyTorch's threads before some calls run on others (``csrc/pool.h``).
 MOST_WAITING = 0.1
-COMPACT_SURROGATES = ("triangle", "boxcar")  # zero where |U − θ| ≥ 1/α
-
-
-class _NumberField:
-    """A field of a structure that refuses what its C type cannot hold, which ctypes would cut off in silence."""
-
-    def __init__(self, name: str, field: Any, kind: type) -> None:
-        self.name, self.field, self.range = name, field, _RANGES[kind]
-
-    def __get__(self, structure: Structure | None, owner: type | None = None) -> Any:
-        return self.field if structure is None else self.field.__get__(structure, owner)
-
-    def __set__(self, structure: Structure, value: float) -> None:
-        low, high = self.range
-        if not low <= value <= high and -math.inf < value < math.inf:
-            raise OverflowError(f"{self.name}={value} does not fit its field in the compiled kernels, {low} to {high}")
-        self.field.__set__(structure, value)
-
-
-_RANGES: dict[type, tuple[float, float]] = {
-    c_int32: INT32,
-    c_int64: INT64,
-    c_float: (-FLOAT32[1], FLOAT32[1]),
-}
-
-
-def _checked(structure: type[Structure]) -> type[Structure]:
-    """``structure``, its numbers as :class:`_NumberField`\\ s."""
-    for name, kind, *_ in structure._fields_:
-        if kind in _RANGES:
-            setattr(structure, name, _NumberField(f"{structure.__name__}.{name}", getattr(structure, name), kind))
-    return structure
 
 
 def too_large(**counts: int) -> str | None:
@@ -108,120 +72,33 @@ class _Int32:
         return c_int32(value)
 
 
-def _fields(**groups: str) -> list[tuple[str, type]]:
-    kinds = {"pointer": c_void_p, "int32": c_int32, "int64": c_int64, "float": c_float, "double": c_double}
-    return [(name, kinds[kind.rstrip("_")]) for kind, names in groups.items() for name in names.split()]
+def _options() -> dict[str, Iterable[str]]:
+    """The names of the options of neurons, which both sides number in their order."""
+    from g2g_kernels.ops.neurons.models import MODELS, RESETS  # whose package registers the kernels of this library
+    from g2g_kernels.ops.neurons.surrogates import SURROGATES
+
+    options: dict[str, Iterable[str]] = {"resets": RESETS, "surrogates": SURROGATES, "models": MODELS}
+    for name, model in MODELS.items():
+        options |= {f"{name}.{kind}": getattr(model, kind) for kind in ("states", "parameters", "decays")}
+    return options
 
 
-@_checked
-class AxisSource(Structure):
-    _fields_ = _fields(int32="size num_units width", pointer="order bounds")
-
-
-@_checked
-class ParameterArguments(Structure):
-    _fields_ = _fields(pointer="value grad", int32="per_neuron")
-
-
-@_checked
-class NeuronArguments(Structure):
-    _fields_ = [
-        *_fields(int32="model reset surrogate", float="alpha"),
-        ("parameters", ParameterArguments * MOST_PARAMETERS),
-    ]
-
-
-@_checked
-class LayerArguments(Structure):
-    _fields_ = [
-        *_fields(pointer="plan values bias"),
-        ("neurons", NeuronArguments),
-        *_fields(
-            pointer="spikes inputs kept rates grad_rates grad_values grad_bias dropped",
-            double="input_rate",
-            float="gradient_event_limit",
-            int32="gradient_event_chunks",
-            double_="gradient_event_rate",
-        ),
-    ]
-
-
-@_checked
-class StackArguments(Structure):
-    _fields_ = _fields(
-        pointer="layers",
-        int32="count batch steps threads bf16 held",
-        float="event_limit batch_cost",
-        pointer_="x counts grad_counts grad_x",
-        int32_="x_spikes",
-    )
-
-
-@_checked
-class LinearArguments(Structure):
-    _fields_ = _fields(
-        pointer="plan values bias x grad_y y grad_x grad_values grad_bias",
-        int64="rows",
-        int32="threads bf16 x_half y_half",
-        float="event_limit",
-    )
-
-
-@_checked
-class NeuronLoopArguments(Structure):
-    _fields_ = [
-        ("neurons", NeuronArguments),
-        *_fields(
-            pointer="current",
-            int64="samples",
-            int32="size steps threads held every",
-            pointer_="spikes kept grad_spikes grad_current",
-        ),
-    ]
-
-
-#: the mirrored structures by their names in C++
-STRUCTURES: dict[str, type[Structure]] = {
-    "AxisSource": AxisSource,
-    "Parameter": ParameterArguments,
-    "Neurons": NeuronArguments,
-    "Layer": LayerArguments,
-    "Stack": StackArguments,
-    "Linear": LinearArguments,
-    "NeuronLoop": NeuronLoopArguments,
-}
-
-
-def _models() -> "dict[str, NeuronModel]":
-    """The neuron models, numbered in their order."""
-    from g2g_kernels.ops.neurons.models import MODELS  # whose package registers the kernels of this library
-
-    return MODELS
-
-
-def _interface() -> dict[str, str]:
-    """The required table of the library (``csrc/interface.cpp``)."""
-    table = {}
-    for name, structure in STRUCTURES.items():
-        table[name] = f"size {ctypes.sizeof(structure)}"
-        for field, *_ in structure._fields_:
-            place = getattr(structure, field)
-            table[f"{name}.{field}"] = f"offset {place.offset}, size {place.size}"
-    for kind, numbers in (("Reset", RESETS), ("Surrogate", SURROGATES)):
-        table |= {f"{kind}.{name}": str(number) for name, number in numbers.items()}
-    for number, (name, model) in enumerate(_models().items()):
-        table[f"Model.{name}"] = str(number)
-        for kind in ("states", "parameters", "decays"):
-            table[f"Model.{name}.{kind}"] = " ".join(getattr(model, kind))
-    return table
+def _table(text: str, options: Mapping[str, str]) -> dict[str, str]:
+    """What both sides must agree on, by name."""
+    table = {
+        f"{structure}.{field}": f"field {place}, {kind}"
+        for structure, types in fields(text).items()
+        for place, (field, kind) in enumerate(types.items(), 1)
+    }
+    return {**{name: str(length) for name, length in lengths(text).items()}, **table, **options}
 
 
 def _difference(said: str) -> str | None:
-    """The first difference between the library's table and this module, or None."""
-    theirs = dict(line.split(": ", 1) for line in said.splitlines())
-    ours = _interface()
-    # fields before the sizes of whole structures, which any of them changes
-    for name in sorted((*theirs, *ours), key=lambda name: "." not in name):
+    """The first difference between the library's table and this package, or None."""
+    lines = dict(line.split(": ", 1) for line in said.splitlines())
+    theirs = _table(lines.pop("structures", ""), lines)
+    ours = _table(declarations(), {name: " ".join(names) for name, names in _options().items()})
+    for name in (*theirs, *ours):
         if theirs.get(name) != ours.get(name):
             return f"{name} is {theirs.get(name, 'missing')!r} there and {ours.get(name, 'missing')!r} here"
     return None
@@ -247,12 +124,11 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
             return None, f"{path} was built from another version of g2g ({difference}); reinstall"
     except (OSError, AttributeError) as error:
         return None, f"{path} cannot be loaded: {error}"
-    axis, layer_pointer = POINTER(AxisSource), c_void_p
     signatures: dict[str, tuple[type | None, list[type]]] = {
         "g2g_isa": (c_char_p, []),
         "g2g_has_bf16": (c_int32, []),
         "g2g_use_openmp": (None, [c_void_p, c_double]),
-        "g2g_plan_new": (c_void_p, [axis, axis, c_void_p, c_void_p, _Int32]),
+        "g2g_plan_new": (c_void_p, [*[c_void_p] * 4, _Int32]),
         "g2g_plan_free": (None, [c_void_p]),
         "g2g_plan_matches": (c_int32, [c_void_p] * 3),
         "g2g_plan_row_blocks": (c_int32, [c_void_p]),
@@ -261,7 +137,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     }
     for operator in ("stack", "linear", "neurons"):
         for direction in ("forward", "backward"):
-            signatures[f"g2g_{operator}_{direction}"] = (c_int64, [layer_pointer, c_void_p])
+            signatures[f"g2g_{operator}_{direction}"] = (c_int64, [c_void_p] * 2)
     for name, (result, arguments) in signatures.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
@@ -313,26 +189,50 @@ def instruction_set() -> str:
 
 
 def run(kernel: Callable[..., int], arguments: Structure) -> None:
-    """Calls a kernel with the scratch memory it needs."""
+    """Calls a kernel with the scratch memory it needs.
+
+    Raises:
+        ValueError: for sizes or options of neurons that the kernel cannot number.
+        MemoryError: if memory runs out.
+    """
     address = ctypes.addressof(arguments)
-    size = kernel(address, None)
-    if size == TOO_LARGE:
+    size = _checked(kernel(address, None))
+    scratch = workspace.bytes(max(size, 64), briefly=True)
+    _checked(kernel(address, scratch.data_ptr()))
+
+
+def _checked(answer: int) -> int:
+    """A kernel's answer, unless it says that the kernel failed."""
+    if answer == TOO_LARGE:
         raise ValueError(
             "the compiled CPU kernels number the neurons of a layer times the time steps in 32 bits, and these are "
             "more; give fewer of them, or backend='torch'"
         )
-    scratch = workspace.bytes(max(size, 64), briefly=True)
-    if size < 0 or kernel(address, scratch.data_ptr()) < 0:
+    if answer == UNKNOWN_OPTION:
+        raise ValueError(
+            "the compiled CPU kernels have no neuron model, reset or surrogate of this number; rebuild them, or give "
+            "backend='torch'"
+        )
+    if answer < 0:
         raise MemoryError("the compiled CPU kernels ran out of memory")
+    return answer
 
 
-def neuron_arguments(neurons: "Neurons", grads: Sequence[torch.Tensor] | None = None) -> NeuronArguments:
+@functools.cache
+def _numbers(model: str, reset: str, surrogate: str) -> tuple[int, ...]:
+    """The numbers of a population's options."""
+    options = _options()
+    given = (("models", model), ("resets", reset), ("surrogates", surrogate))
+    return tuple(list(options[kind]).index(name) for kind, name in given)
+
+
+def neuron_arguments(neurons: "Neurons", grads: Sequence[torch.Tensor] | None = None) -> Structure:
     """A population of neurons, and where the gradients of its parameters go (nowhere for empty ones)."""
-    number = list(_models()).index(neurons.model)
-    arguments = NeuronArguments(number, RESETS[neurons.reset], SURROGATES[neurons.surrogate], neurons.alpha)
+    model, reset, surrogate = _numbers(neurons.model, neurons.reset, neurons.surrogate)
+    arguments = structures.Neurons(model=model, reset=reset, surrogate=surrogate, alpha=neurons.alpha)
     for k, value in enumerate(neurons.parameters):
         grad = pointer(grads[k]) if grads else None
-        arguments.parameters[k] = ParameterArguments(value.data_ptr(), grad, value.numel() > 1)
+        arguments.parameters[k] = structures.Parameter(value=value.data_ptr(), grad=grad, per_neuron=value.numel() > 1)
     return arguments
 
 
@@ -357,9 +257,12 @@ def gradient_event_limit(neurons: "Neurons", bf16: bool) -> float:
 
 @functools.cache
 def _why_product(model: str, reset: str, surrogate: str, per_neuron: bool) -> str | None:
+    from g2g_kernels.ops.neurons.models import MODELS
+    from g2g_kernels.ops.neurons.surrogates import SURROGATES
+
     reasons = {
-        f"gradients of surrogate {surrogate!r} reach every neuron": surrogate not in COMPACT_SURROGATES,
-        f"neuron {model!r} has two decays": model != "lif",
+        f"gradients of surrogate {surrogate!r} reach every neuron": not SURROGATES[surrogate].compact,
+        f"neuron {model!r} has more than one state": len(MODELS[model].states) > 1,
         "gradients pass through reset 'zero'": reset == "zero",
         "each neuron has its own beta": per_neuron,
     }

@@ -12,7 +12,8 @@ from collections import OrderedDict
 import torch
 
 from g2g_kernels.block_mask import BlockMask, MaskTensors
-from g2g_kernels.cpu.library import AxisSource, library, too_large
+from g2g_kernels.cpu.interface import structures
+from g2g_kernels.cpu.library import library, too_large
 
 #: number of plans that are always kept, and total units of further plans (a unit costs some 80 bytes)
 _PLANS, _UNITS = 64, 1 << 22
@@ -32,8 +33,12 @@ class Plan:
     def __init__(self, mask: MaskTensors, width: tuple[int, int]) -> None:
         self._axes = [tensor.clone() for tensor in _axes(mask)]
         sources = [
-            AxisSource(
-                len(axis.order), len(axis.bounds) - 1, width[side], axis.order.data_ptr(), axis.bounds.data_ptr()
+            structures.AxisSource(
+                size=len(axis.order),
+                num_units=len(axis.bounds) - 1,
+                width=width[side],
+                order=axis.order.data_ptr(),
+                bounds=axis.bounds.data_ptr(),
             )
             for side, axis in enumerate((mask.rows, mask.cols))
         ]

@@ -52,7 +52,7 @@ const Kernels& kernels() {
     return chosen;
 }
 
-constexpr int64_t kFailed = -1, kTooLarge = -2;
+constexpr int64_t kFailed = -1, kTooLarge = -2, kUnknownOption = -3;
 
 // Neurons times rows of a call, a measure of its time: 5 to 10 ns each.
 int64_t size(const Stack& s) {
@@ -81,6 +81,8 @@ int64_t call(void (*kernel)(Arguments&, Arena&), Arguments* arguments, void* scr
             kernel(*arguments, arena);
         } catch (const std::length_error&) {
             failure = kTooLarge;
+        } catch (const std::out_of_range&) {
+            failure = kUnknownOption;
         } catch (const std::exception&) {
             failure = kFailed;
         }
@@ -93,10 +95,10 @@ int64_t call(void (*kernel)(Arguments&, Arena&), Arguments* arguments, void* scr
 
 #define G2G_EXPORT extern "C" __attribute__((visibility("default")))
 
-G2G_EXPORT int32_t g2g_abi() { return 4; }
-// The table that Python compares with its mirror; nullptr if memory runs out.
+G2G_EXPORT int32_t g2g_abi() { return 5; }
+// The table that Python compares with what it knows; nullptr if memory runs out.
 G2G_EXPORT const char* g2g_interface() try {
-    return g2g::interface_table(g2g::kernels().models, g2g::kernels().model_count);
+    return g2g::interface_table(g2g::kernels().options);
 } catch (const std::exception&) {
     return nullptr;
 }

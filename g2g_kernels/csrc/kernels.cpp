@@ -14,7 +14,7 @@ namespace g2g::G2G_ISA {
 
 extern const Kernels kernels;
 const Kernels kernels = {
-    G2G_TEXT(G2G_ISA), kBf16,           kModels,         kModelCount,      stack_forward, stack_backward,
+    G2G_TEXT(G2G_ISA), kBf16,          kOptions,        stack_forward,    stack_backward,
     linear_forward,    linear_backward, neurons_forward, neurons_backward, unpack,
 };
 

@@ -56,7 +56,7 @@ struct LoopParameters {
     int64_t size, stride;
     float* data;
     LoopParameters(const NeuronLoop& a, int64_t span, Arena& arena) : size(a.size), stride(a.size + span) {
-        const ModelInfo& model = kModels[a.neurons.model];
+        const ModelInfo& model = model_info(a.neurons);
         data = arena.take<float>(model.parameters * stride);
         if (!arena.base) return;
         for (int k = 0; k < model.parameters; ++k)
@@ -150,7 +150,7 @@ using ForwardSpan = void (*)(const NeuronLoop&, const Spans&, const ParameterRow
 inline void neurons_forward(NeuronLoop& a, Arena& arena) {
     const Spans spans(a);
     const LoopParameters parameters(a, spans.span, arena);
-    const int64_t scratch_size = kModels[a.neurons.model].states * spans.span;
+    const int64_t scratch_size = model_info(a.neurons).states * spans.span;
     float* scratch = arena.take<float>(scratch_size * a.threads);
     if (!arena.base) return;
     const auto run = with_model(a.neurons, [&](auto model) {
@@ -174,9 +174,9 @@ struct LaneSums {
 
 // Lanes from the i-th of a span on. `states` has room for those before the first step and after each one,
 // [steps + 1][states][kBundle]. ∂L/∂I_t goes to a row of `target` each or, if that is null, into sums.current.
-template <class M, int R, int SURROGATE, class L>
+template <class M, int R, class Surrogate, class L>
 void backward_bundle(const L& lanes, const Steps& steps, const ParameterRows& parameters, int64_t i,
-                     Derivative derivative, const float* kept, const float* current, float* states,
+                     float alpha, const float* kept, const float* current, float* states,
                      const float* upstream, float* target, const LaneSums& sums) {
     constexpr int V = L::vectors, S = M::info.states, P = M::info.parameters;
     const int64_t count = steps.count, current_stride = steps.current_stride, stride = steps.stride;
@@ -210,7 +210,7 @@ void backward_bundle(const L& lanes, const Steps& steps, const ParameterRows& pa
             fetch(from + kAhead + v * W);
             Vec p[P];
             for (int k = 0; k < P; ++k) p[k] = load(rows[k] + v * W);
-            const Vec through = lanes.load(from, v) * derivative.at<SURROGATE>(state[v][S - 1] - p[P - 1]);
+            const Vec through = lanes.load(from, v) * Surrogate::derivative(state[v][S - 1] - p[P - 1], alpha);
             for (int s = 0; s < S; ++s) state[v][s] = load(states + (t * S + s) * kBundle + v * W);
             const Vec now = M::template charge_backward<R>(through, state[v], p, g[v], grad[v]);
             to_current[v] += now;
@@ -224,19 +224,18 @@ void backward_bundle(const L& lanes, const Steps& steps, const ParameterRows& pa
 }
 
 // All steps of one span, from the last to the first. `states` is scratch for backward_bundle().
-template <class M, int R, int SURROGATE>
+template <class M, int R, class Surrogate>
 void backward_span(const NeuronLoop& a, const Spans& spans, const ParameterRows& parameters, int64_t place, int64_t width,
                    float* states, const LaneSums& sums) {
     constexpr int S = M::info.states;
-    const Derivative derivative(a.neurons.alpha);
     const int64_t row = spans.lanes, current_row = a.held ? 0 : row;
     float* rows = a.held ? nullptr : a.grad_current;
     for (int64_t first = (a.steps - 1) / a.every * a.every; first >= 0; first -= a.every) {
         const Steps steps{least(a.every, a.steps - first), current_row, row};
         for_each_bundle(width, [&](int64_t i, auto lanes) {
             const int64_t at = first * row + place + i;
-            backward_bundle<M, R, SURROGATE>(
-                lanes, steps, parameters, i, derivative,
+            backward_bundle<M, R, Surrogate>(
+                lanes, steps, parameters, i, a.neurons.alpha,
                 first ? a.kept + (first / a.every - 1) * S * row + place + i : nullptr,
                 a.current + first * current_row + place + i, states, a.grad_spikes + at, rows ? rows + at : nullptr,
                 sums);
@@ -254,7 +253,7 @@ using BackwardSpan = void (*)(const NeuronLoop&, const Spans&, const ParameterRo
 
 inline void neurons_backward(NeuronLoop& a, Arena& arena) {
     const Spans spans(a);
-    const ModelInfo& model = kModels[a.neurons.model];
+    const ModelInfo& model = model_info(a.neurons);
     const LoopParameters parameters(a, spans.span, arena);
     float* parameter_sums[kMostParameters] = {};
     for (int k = 0; k < model.parameters; ++k) parameter_sums[k] = arena.take<float>(spans.padded());
@@ -267,7 +266,7 @@ inline void neurons_backward(NeuronLoop& a, Arena& arena) {
     const auto run = with_model(a.neurons, [&](auto m) {
         return with_reset(a.neurons, [&](auto reset) {
             return with_surrogate(a.neurons, [](auto surrogate) -> BackwardSpan {
-                return backward_span<decltype(m), decltype(reset)::value, decltype(surrogate)::value>;
+                return backward_span<decltype(m), decltype(reset)::value, decltype(surrogate)>;
             });
         });
     });

@@ -14,6 +14,7 @@
 #pragma once
 
 #include <cmath>
+#include <stdexcept>
 
 #include "interface.h"
 #include "vec.h"
@@ -92,54 +93,98 @@ struct Synaptic {
     }
 };
 
-// In the order of enum Model.
-constexpr ModelInfo kModels[] = {Lif::info, Synaptic::info};
-constexpr int kModelCount = sizeof kModels / sizeof *kModels;
+// A surrogate is its name and its derivative at x = U − θ.
 
-// The surrogate's derivative at x = U − θ.
-struct Derivative {
-    float alpha, slope, half;  // slope = π/2·α, half = α/2
-    explicit Derivative(float a) : alpha(a), slope(static_cast<float>(M_PI / 2 * a)), half(a / 2) {}
+struct Atan {
+    static constexpr const char* name = "atan";
+    static G2G_INLINE Vec derivative(Vec x, float alpha) {
+        const Vec z = all(static_cast<float>(M_PI / 2 * alpha)) * x;
+        return all(alpha / 2) / (all(1.0f) + z * z);
+    }
+};
 
-    template <int S>
-    Vec at(Vec x) const {
-        const Vec one = all(1.0f);
-        if (S == kAtan) {
-            const Vec z = all(slope) * x;
-            return all(half) / (one + z * z);
-        }
-        const Vec z = all(alpha) * absolute(x);
-        if (S == kFastSigmoid) return one / ((one + z) * (one + z));
-        if (S == kSigmoid) {
-            const Vec e = exp_negative(-z);
-            return all(alpha) * e / ((one + e) * (one + e));
-        }
-        if (S == kBoxcar) return z < one ? all(half) : Vec{};
-        const Vec height = one - z;
+struct FastSigmoid {
+    static constexpr const char* name = "fast_sigmoid";
+    static G2G_INLINE Vec derivative(Vec x, float alpha) {
+        const Vec root = all(1.0f) + all(alpha) * absolute(x);
+        return all(1.0f) / (root * root);
+    }
+};
+
+struct Sigmoid {
+    static constexpr const char* name = "sigmoid";
+    static G2G_INLINE Vec derivative(Vec x, float alpha) {
+        const Vec e = exp_negative(-(all(alpha) * absolute(x)));
+        return all(alpha) * e / ((all(1.0f) + e) * (all(1.0f) + e));
+    }
+};
+
+struct Triangle {
+    static constexpr const char* name = "triangle";
+    static G2G_INLINE Vec derivative(Vec x, float alpha) {
+        const Vec height = all(1.0f) - all(alpha) * absolute(x);
         return height < Vec{} ? Vec{} : all(alpha) * height;  // NaN stays NaN
     }
 };
 
-// Turn run-time options into template arguments: call(Lif{}, …), call(Constant<…>{}).
+struct Boxcar {
+    static constexpr const char* name = "boxcar";
+    static G2G_INLINE Vec derivative(Vec x, float alpha) { return all(alpha) * absolute(x) < all(1.0f) ? all(alpha / 2) : Vec{}; }
+};
+
+// All options, in the order in which Python numbers them.
+template <class... Each>
+struct Types {};
+using Models = Types<Lif, Synaptic>;
+using Resets = Types<Constant<kSubtract>, Constant<kZero>, Constant<kNone>>;
+using Surrogates = Types<Atan, FastSigmoid, Sigmoid, Triangle, Boxcar>;
+
+template <class T, int N>
+struct Table {
+    T each[N];
+    static constexpr int count = N;
+};
+template <class... M>
+constexpr Table<ModelInfo, sizeof...(M)> infos(Types<M...>) {
+    return {M::info...};
+}
+template <class... S>
+constexpr Table<const char*, sizeof...(S)> names(Types<S...>) {
+    return {S::name...};
+}
+constexpr auto kModels = infos(Models{});
+constexpr auto kSurrogateNames = names(Surrogates{});
+constexpr Options kOptions = {kModels.each, kModels.count, kSurrogateNames.each, kSurrogateNames.count};
+
+[[noreturn]] inline void unknown_option() { throw std::out_of_range("an option of neurons has an unknown number"); }
+
+inline const ModelInfo& model_info(const Neurons& neurons) {
+    if (neurons.model < 0 || neurons.model >= kOptions.model_count) unknown_option();
+    return kModels.each[neurons.model];
+}
+
+// call(T{}) with the numbered type, to turn an option of a call into a template argument.
+template <class First, class... Rest, class F>
+auto choose(Types<First, Rest...>, int32_t number, const F& call) {
+    if constexpr (sizeof...(Rest) > 0) {
+        if (number) return choose(Types<Rest...>{}, number - 1, call);
+    } else if (number) {
+        unknown_option();
+    }
+    return call(First{});
+}
+
 template <class F>
 auto with_model(const Neurons& neurons, const F& call) {
-    return neurons.model == kSynaptic ? call(Synaptic{}) : call(Lif{});
+    return choose(Models{}, neurons.model, call);
 }
-
 template <class F>
 auto with_reset(const Neurons& neurons, const F& call) {
-    if (neurons.reset == kSubtract) return call(Constant<kSubtract>{});
-    if (neurons.reset == kZero) return call(Constant<kZero>{});
-    return call(Constant<kNone>{});
+    return choose(Resets{}, neurons.reset, call);
 }
-
 template <class F>
 auto with_surrogate(const Neurons& neurons, const F& call) {
-    if (neurons.surrogate == kAtan) return call(Constant<kAtan>{});
-    if (neurons.surrogate == kFastSigmoid) return call(Constant<kFastSigmoid>{});
-    if (neurons.surrogate == kSigmoid) return call(Constant<kSigmoid>{});
-    if (neurons.surrogate == kTriangle) return call(Constant<kTriangle>{});
-    return call(Constant<kBoxcar>{});
+    return choose(Surrogates{}, neurons.surrogate, call);
 }
 
 }  // namespace g2g::G2G_ISA

@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "structures.h"
+
 namespace g2g {
 
 constexpr int kLanes = 64;              // neurons of one block
@@ -83,13 +85,6 @@ struct Plan {
     int64_t sources = 0;                        // lanes of the columns that have weights in a tile, over all tiles
     EventRuns event_runs;
     std::vector<int32_t> unit_row, unit_col;    // the coordinates this was built from
-};
-
-// One side of the mask as passed by Python.
-struct AxisSource {
-    int32_t size, num_units, width;
-    const int64_t* order;
-    const int32_t* bounds;
 };
 
 // Returns nullptr if an index is out of range.

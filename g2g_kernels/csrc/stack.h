@@ -17,7 +17,7 @@ struct LayerParameters {
 
     LayerParameters(const Layer& layer, Arena& arena) {
         const Axis& axis = layer.plan->rows;
-        const ModelInfo& model = kModels[layer.neurons.model];
+        const ModelInfo& model = model_info(layer.neurons);
         const int64_t count = static_cast<int64_t>(axis.blocks) * kLanes;
         for (int k = 0; k < model.parameters; ++k) lanes[k] = arena.take<float>(count);
         bias = arena.take<float>(count);
@@ -116,7 +116,7 @@ inline void fill_panel(const Stack& s, const Layer& layer, Input kind, int64_t f
 
 // The kept states of one block of one sample, [T][states][64].
 inline float* kept_states(const Stack& s, const Layer& layer, int64_t b, int64_t r) {
-    const int64_t size = s.steps * kModels[layer.neurons.model].states * kLanes;
+    const int64_t size = s.steps * model_info(layer.neurons).states * kLanes;
     return layer.kept ? layer.kept + (b * layer.plan->rows.blocks + r) * size : nullptr;
 }
 

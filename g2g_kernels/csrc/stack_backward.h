@@ -88,7 +88,7 @@ struct BackwardLayer {
     BackwardLayer(const Stack& s, int l, const Chunks& chunks, Arena& arena)
         : layer(s.layers[l]),
           plan(*layer.plan),
-          model(kModels[layer.neurons.model]),
+          model(model_info(layer.neurons)),
           parameters(layer, arena),
           kind(input_kind(s, l, layer.input_rate)),
           outer_by_batch(G2G_ISA::outer_by_batch(s, layer, kind)),

@@ -98,11 +98,10 @@ struct BlockGradient {
 };
 
 // upstream(t, g) fills g[kVecs] with ∂L/∂S_t; `states` [T][states][64] as the forward sweep left them.
-template <class M, int R, int SURROGATE, class Up>
+template <class M, int R, class Surrogate, class Up>
 void sweep_backward(const Up& upstream, const float* states, int64_t steps, const BlockParameters& parameters,
                     float alpha, const BlockGradient& out) {
     constexpr int S = M::info.states, P = M::info.parameters;
-    const Derivative derivative(alpha);
     float* const rows = out.rows;
     uint16_t* const halves = out.halves;
     const float* lanes[P];
@@ -120,7 +119,7 @@ void sweep_backward(const Up& upstream, const float* states, int64_t steps, cons
             const float* now = states + t * S * kLanes + v * W;
             for (int s = 0; s < S; ++s) before[s] = t ? load(now + (s - S) * kLanes) : Vec{};
             const Vec u = load(now + (S - 1) * kLanes);
-            const Vec through = spike_grad[v] * derivative.at<SURROGATE>(u - p[P - 1]);
+            const Vec through = spike_grad[v] * Surrogate::derivative(u - p[P - 1], alpha);
             const Vec to_current = M::template charge_backward<R>(through, before, p, g[v], grad[v]);
             sum[v] += to_current;
             if (rows) store(rows + t * kLanes + v * W, to_current);
@@ -149,7 +148,7 @@ BackwardSweep<Up> backward_sweep(const Neurons& neurons) {
     return with_model(neurons, [&](auto model) {
         return with_reset(neurons, [&](auto reset) {
             return with_surrogate(neurons, [](auto surrogate) -> BackwardSweep<Up> {
-                return sweep_backward<decltype(model), decltype(reset)::value, decltype(surrogate)::value, Up>;
+                return sweep_backward<decltype(model), decltype(reset)::value, decltype(surrogate), Up>;
             });
         });
     });

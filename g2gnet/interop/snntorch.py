@@ -5,6 +5,7 @@ spikes are equal, since our neurons are exactly snnTorch's. A PyTorch mask is th
 has only single weights: the argument ``masks`` restores groups and larger units.
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from g2g_kernels import BlockMask
-from g2g_kernels.ops.neurons.surrogates import SURROGATES
+from g2g_kernels.ops.neurons.surrogates import SURROGATES, Surrogate
 from g2gnet.interop.optional import optional_package
 from g2gnet.layers import G2GLinear
 from g2gnet.neurons import NEURONS, SpikingNeurons
@@ -179,14 +180,21 @@ def _linear_from_connection(connection: G2GLinear) -> nn.Linear:
     return linear
 
 
-#: where each surrogate's derivative shows its α: the point x, and α as a function of the value there
-_ALPHA_AT: dict[str, tuple[float, Callable[[float], float]]] = {
-    "atan": (0.0, lambda value: 2 * value),
-    "fast_sigmoid": (1.0, lambda value: value**-0.5 - 1),
-    "sigmoid": (0.0, lambda value: 4 * value),
-    "triangle": (0.0, lambda value: value),
-    "boxcar": (0.0, lambda value: 2 * value),
-}
+def _alpha_of(surrogate: Surrogate, derivative: Callable[[float], float]) -> float | None:
+    """The α of a surrogate with their derivative at 0, or at 1 where all of its kind agree at 0; None: it has none."""
+
+    def at(x: float, alpha: float) -> float:
+        return surrogate.derivative(torch.tensor(x, dtype=torch.float64), alpha).item()
+
+    x = 0.0 if at(0.0, 1.0) != at(0.0, 2.0) else 1.0
+    value, low, high = derivative(x), 1e-30, 1e30
+    if not min(at(x, low), at(x, high)) < value < max(at(x, low), at(x, high)):
+        return None
+    grows = at(x, low) < at(x, high)
+    while high / low > 1 + 1e-9:
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if (at(x, middle) < value) == grows else (low, middle)
+    return float(f"{low:.6g}")
 
 
 def _surrogate_of(name: str, spike_grad: Callable[[torch.Tensor], torch.Tensor]) -> tuple[str, float]:
@@ -198,12 +206,9 @@ def _surrogate_of(name: str, spike_grad: Callable[[torch.Tensor], torch.Tensor])
     with torch.enable_grad():
         (derivative,) = torch.autograd.grad(spike_grad(probe).sum(), probe)
     derivative = derivative.nan_to_num(nan=0.0)  # of a sigmoid, whose exponential overflows far out
-    for surrogate, (point, alpha_of) in _ALPHA_AT.items():
-        value = derivative[int((x - point).abs().argmin())].item()
-        if not 0 < value < float("inf"):
-            continue
-        alpha = float(f"{alpha_of(value):.6g}")
-        if alpha > 0 and torch.allclose(SURROGATES[surrogate].derivative(x, alpha), derivative, rtol=1e-4, atol=1e-9):
+    for surrogate, ours in SURROGATES.items():
+        alpha = _alpha_of(ours, lambda point: derivative[int((x - point).abs().argmin())].item())
+        if alpha and torch.allclose(ours.derivative(x, alpha), derivative, rtol=1e-4, atol=1e-9):
             return surrogate, alpha
     raise ValueError(
         f"{name}: spike_grad is not one of g2g's surrogates ({', '.join(SURROGATES)}); give it one of them before, "

@@ -3,14 +3,21 @@
 import ctypes
 import itertools
 import math
+import os
+import shutil
+import subprocess
 
 import pytest
 import snntorch
 import torch
-from helpers import ErrorRatios, rms, seeded
+from helpers import ROOT, ErrorRatios, rms, seeded
 
-from g2g_kernels.cpu import library
-from g2g_kernels.cpu.library import NeuronLoopArguments, neuron_arguments, pointer
+from g2g_kernels import BlockMask, GroupLayout
+from g2g_kernels.cpu import interface, library
+from g2g_kernels.cpu.interface import structures
+from g2g_kernels.cpu.library import neuron_arguments, pointer
+from g2g_kernels.cpu.plans import plan_for
+from g2g_kernels.ops.neurons import models
 from g2g_kernels.ops.neurons.models import MODELS, RESETS, Neurons
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
 
@@ -29,51 +36,110 @@ def test_the_library_says_what_is_mirrored():
     assert _reason() is None
 
 
-def _with_fields(structure: type[ctypes.Structure], fields: list) -> type[ctypes.Structure]:
-    return type(structure.__name__, (ctypes.Structure,), {"_fields_": fields})
+def _declare(monkeypatch, old: str, new: str) -> None:
+    """Declares the structures otherwise than the library that is installed."""
+    text = interface.declarations()
+    assert text.count(old) == 1
+    monkeypatch.setattr(library, "declarations", lambda: text.replace(old, new))
 
 
-@pytest.mark.parametrize("name", library.STRUCTURES)
-def test_another_order_of_fields_is_refused_by_the_name_of_the_first(name, monkeypatch):
-    structure = library.STRUCTURES[name]
-    fields = list(structure._fields_)
-    # the first two neighbours of different sizes, so that the second one lies elsewhere
-    place = next(i for i in range(len(fields) - 1) if ctypes.sizeof(fields[i][1]) != ctypes.sizeof(fields[i + 1][1]))
-    fields[place : place + 2] = reversed(fields[place : place + 2])
-    monkeypatch.setitem(library.STRUCTURES, name, _with_fields(structure, fields))
-    reason = _reason()
-    assert reason is not None
-    assert "built from another version of g2g" in reason
-    assert any(f"({name}.{field} is" in reason for field, *_ in fields[place:])
+@pytest.mark.parametrize(
+    ("old", "new", "difference"),
+    [
+        (
+            "int32_t per_neuron;",
+            "int32_t per_neuron, more;",
+            "Parameter.more is 'missing' there",
+        ),
+        ("int32_t x_spikes;", "", "Stack.x_spikes is 'field 14, int32_t' there and 'missing' here"),
+        (
+            "double input_rate;",
+            "float input_rate;",
+            "Layer.input_rate is 'field 13, double' there",
+        ),
+        (
+            "int32_t size, num_units",
+            "int32_t num_units, size",
+            "AxisSource.size is 'field 1, int32_t' there",
+        ),
+        ("kMostParameters = 3;", "kMostParameters = 4;", "kMostParameters is '3' there and '4' here"),
+    ],
+)
+def test_a_library_with_other_fields_is_refused_by_the_name_of_the_first(old, new, difference, monkeypatch):
+    _declare(monkeypatch, old, new)
+    assert f"was built from another version of g2g ({difference}" in _reason()
 
 
-def test_a_field_more_or_less_is_refused_by_its_name(monkeypatch):
-    fields = list(library.LayerArguments._fields_)
-    monkeypatch.setitem(library.STRUCTURES, "Layer", _with_fields(library.LayerArguments, fields[:-1]))
-    assert f"Layer.{fields[-1][0]} is 'offset" in _reason()
-    monkeypatch.setitem(
-        library.STRUCTURES, "Layer", _with_fields(library.LayerArguments, [*fields, ("more", ctypes.c_int32)])
+@pytest.mark.parametrize(
+    ("options", "name", "value", "difference"),
+    [
+        (SURROGATES, "more", SURROGATES["atan"], "surrogates is 'atan fast_sigmoid sigmoid triangle boxcar' there and"),
+        (
+            MODELS,
+            "lif",
+            MODELS["lif"]._replace(parameters=("threshold", "beta")),
+            "lif.parameters is 'beta threshold' there and 'threshold beta' here",
+        ),
+        (MODELS, "more", MODELS["lif"], "models is 'lif synaptic' there and 'lif synaptic more' here"),
+    ],
+)
+def test_a_library_with_other_options_of_neurons_is_refused(options, name, value, difference, monkeypatch):
+    monkeypatch.setitem(options, name, value)
+    assert f"({difference}" in _reason()
+
+
+def test_resets_in_another_order_are_refused(monkeypatch):
+    monkeypatch.setattr(models, "RESETS", ("zero", "subtract", "none"))
+    assert "(resets is 'subtract zero none' there and 'zero subtract none' here)" in _reason()
+
+
+def test_a_field_that_there_is_none_of_is_refused():
+    with pytest.raises(AttributeError, match="gain"):
+        structures.Layer(gain=1)
+    with pytest.raises(AttributeError, match="gain"):
+        structures.Layer().gain = 1
+
+
+def test_the_structures_lie_in_memory_as_the_compiler_lays_them_out(tmp_path):
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if not compiler:
+        pytest.skip("needs a C++ compiler")
+    asserted = []
+    for name, structure in vars(structures).items():
+        asserted.append(f"sizeof(g2g::{name}) == {ctypes.sizeof(structure)}")
+        for field, *_ in structure._fields_:
+            place = getattr(structure, field)
+            asserted.append(f"offsetof(g2g::{name}, {field}) == {place.offset}")
+            asserted.append(f"sizeof(g2g::{name}::{field}) == {place.size}")
+    assert len(asserted) > 100
+    program = tmp_path / "layout.cpp"
+    program.write_text(
+        '#include <cstddef>\n#include "structures.h"\n' + "\n".join(f"static_assert({each});" for each in asserted)
     )
-    assert "Layer.more is 'missing' there" in _reason()
-    renamed = [(fields[0][0] + "s", fields[0][1]), *fields[1:]]
-    monkeypatch.setitem(library.STRUCTURES, "Layer", _with_fields(library.LayerArguments, renamed))
-    assert "Layer.plan is 'offset 0, size 8' there and 'missing' here" in _reason()
+    command = [compiler, "-std=c++17", "-fsyntax-only", "-I", str(ROOT / "g2g_kernels" / "csrc"), str(program)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
-def test_other_numbers_of_options_and_other_models_are_refused(monkeypatch):
-    monkeypatch.setitem(library.SURROGATES, "sigmoid", 3)
-    assert "Surrogate.sigmoid is '2' there and '3' here" in _reason()
-    monkeypatch.undo()
-    monkeypatch.setitem(MODELS, "lif", MODELS["lif"]._replace(parameters=("threshold", "beta")))
-    assert "Model.lif.parameters is 'beta threshold' there and 'threshold beta' here" in _reason()
-    monkeypatch.undo()
-    monkeypatch.delitem(library.RESETS, "none")
-    assert "Reset.none is '2' there and 'missing' here" in _reason()
-
-
-def test_both_sides_know_the_options_that_are_declared():
-    assert tuple(library.RESETS) == RESETS
-    assert list(library.SURROGATES) == list(SURROGATES)
+@pytest.mark.parametrize("option", ["model", "reset", "surrogate"])
+@pytest.mark.parametrize("number", [-1, 5, 2**31 - 1])
+@pytest.mark.parametrize("kernel", ["g2g_neurons_backward", "g2g_stack_backward"])
+def test_a_number_that_no_option_has_is_refused(option, number, kernel):
+    """Both kernels choose by all three options. The number stops a call before it reads anything."""
+    values = [torch.ones(1) for _ in range(2)]
+    neurons = neuron_arguments(Neurons("lif", tuple(values)))
+    setattr(neurons, option, number)
+    if kernel == "g2g_neurons_backward":
+        tensor = torch.zeros(2, 1)
+        arguments = structures.NeuronLoop(neurons=neurons, samples=1, size=1, steps=2, threads=1, every=EVERY)
+        arguments.current = arguments.grad_spikes = arguments.grad_current = tensor.data_ptr()
+    else:
+        mask = BlockMask.full(GroupLayout(1, 1), GroupLayout(1, 1), 1)
+        plan = plan_for(mask, torch.ones(1, 1, 1))
+        layer = structures.Layer(neurons=neurons, plan=plan.address)
+        arguments = structures.Stack(layers=ctypes.addressof(layer), count=1, batch=1, steps=2, threads=1)
+    with pytest.raises(ValueError, match="no neuron model, reset or surrogate of this number"):
+        library.run(getattr(library.library(), kernel), arguments)
 
 
 # --- neurons alone --------------------------------------------------------------------------------------------------
@@ -88,7 +154,7 @@ def _run(model, current, parameters, steps, options, grad_spikes) -> list[torch.
     spikes = torch.full(shape, math.nan)
     kept = torch.full(((shape[0] - 1) // EVERY, states, *shape[1:]), math.nan)
     grads = [torch.full_like(value, math.nan) for value in (current, *parameters)]
-    arguments = NeuronLoopArguments(
+    arguments = structures.NeuronLoop(
         neurons=neuron_arguments(Neurons(model, tuple(parameters), *options), grads[1:]),
         current=current.data_ptr(),
         samples=math.prod(shape[1:-1]),
@@ -142,7 +208,7 @@ def _by_snntorch(current, parameters, steps, options, grad_spikes, dtype) -> lis
 def test_synaptic_neurons_alone_are_snntorchs(steps, per_neuron):
     """Spikes to the last bit, gradients as near to float64 as snnTorch's own; some decays lie outside 0 … 1."""
     ratios = ErrorRatios()
-    cases = list(itertools.product([(3, 45), (2, 2, 70)], library.RESETS, SURROGATES))
+    cases = list(itertools.product([(3, 45), (2, 2, 70)], RESETS, SURROGATES))
     for number, (shape, *options) in enumerate(cases):
         draw = seeded(number)
         current = torch.randn(*(() if steps else (23,)), *shape, generator=draw) * 0.5 + 0.15

@@ -20,6 +20,7 @@ from g2g_kernels import (
     synaptic,
 )
 from g2g_kernels.cpu import library, plans
+from g2g_kernels.cpu.interface import structures
 from g2g_kernels.numbers import COUNT, PROBABILITY, SHARPNESS, SIZE, Number
 
 compiled = pytest.mark.skipif("cpu" not in available_backends(), reason=f"{backend_status()['cpu']}")
@@ -57,9 +58,9 @@ HELD = {
 }
 
 
-@pytest.mark.parametrize("name", library.STRUCTURES)
+@pytest.mark.parametrize("name", vars(structures))
 def test_every_field_of_the_c_interface_holds_what_it_is_given_or_refuses_it(name):
-    structure = library.STRUCTURES[name]
+    structure = getattr(structures, name)
     numbers = [(field, kind) for field, kind, *_ in structure._fields_ if kind in HELD]
     assert numbers or name not in ("Stack", "Linear", "NeuronLoop")
     for field, kind in numbers:

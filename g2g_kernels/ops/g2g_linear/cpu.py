@@ -6,12 +6,15 @@ instructions; otherwise nothing is rounded), and the output is bfloat16. bfloat1
 written as such.
 """
 
+from ctypes import Structure
+
 import torch
 
 from g2g_kernels.block_mask import BlockMask
 from g2g_kernels.cpu import plans
-from g2g_kernels.cpu.library import LinearArguments, bf16_wanted, event_limit, library, pointer, run
-from g2g_kernels.cpu.plans import plan_for
+from g2g_kernels.cpu.interface import structures
+from g2g_kernels.cpu.library import bf16_wanted, event_limit, library, pointer, run
+from g2g_kernels.cpu.plans import Plan, plan_for
 from g2g_kernels.cpu.workspace import workspace
 from g2g_kernels.ops.g2g_linear.call import LinearBackward, LinearCall, call_operators, operators
 
@@ -42,7 +45,8 @@ def g2g_linear(x: torch.Tensor, values: torch.Tensor, mask: BlockMask, bias: tor
     )
 
 
-def _arguments(call: LinearCall) -> LinearArguments:
+def _arguments(call: LinearCall) -> tuple[Structure, Plan]:
+    """The arguments of a kernel, and the plan that must outlive it."""
     x, values, mask, bias, dtype = call
     out_size, in_size = mask.shape
     for tensor, dtypes in ((x, (torch.float32, torch.bfloat16)), (values, (torch.float32,)), (bias, (torch.float32,))):
@@ -53,7 +57,7 @@ def _arguments(call: LinearCall) -> LinearArguments:
     if x.dim() != 2 or x.shape[1] != in_size or (bias is not None and bias.numel() != out_size):
         raise ValueError(f"x {tuple(x.shape)} or the bias does not fit a mask of [{out_size}, {in_size}] weights")
     plan = plan_for(mask, values)
-    arguments = LinearArguments(
+    arguments = structures.Linear(
         plan=plan.address,
         values=pointer(values),
         bias=pointer(bias),
@@ -64,12 +68,11 @@ def _arguments(call: LinearCall) -> LinearArguments:
         x_half=x.dtype == torch.bfloat16,
         y_half=dtype == torch.bfloat16,
     )
-    arguments.owner = plan  # outlives the call
-    return arguments
+    return arguments, plan
 
 
 def _forward(call: LinearCall) -> torch.Tensor:
-    arguments = _arguments(call)
+    arguments, _plan = _arguments(call)
     y = workspace.empty((len(call.x), call.mask.shape[0]), call.dtype)
     arguments.y = y.data_ptr()
     arguments.event_limit = event_limit(arguments.bf16, backward=False)
@@ -79,7 +82,7 @@ def _forward(call: LinearCall) -> torch.Tensor:
 
 def _backward(backward: LinearBackward) -> list[torch.Tensor]:
     call, grad_y, (want_x, want_values, want_bias) = backward
-    arguments = _arguments(call)
+    arguments, _plan = _arguments(call)
     out_size = call.mask.shape[0]
     if grad_y.shape != (len(call.x), out_size) or grad_y.dtype != call.dtype or not grad_y.is_contiguous():
         raise ValueError("grad_y must be contiguous and of the output's shape and dtype")

@@ -18,9 +18,8 @@ import torch
 from g2g_kernels.block_mask import MaskTensors
 from g2g_kernels.cpu import library as cpu_library
 from g2g_kernels.cpu import plans
+from g2g_kernels.cpu.interface import structures
 from g2g_kernels.cpu.library import (
-    LayerArguments,
-    StackArguments,
     bf16_wanted,
     event_limit,
     gradient_event_limit,
@@ -131,7 +130,7 @@ class _Arguments:
     def __init__(self, call: StackCall, memory: _Memory, grads: Sequence[Tensors] | None = None) -> None:
         call.check()
         self.plans: list[Plan] = []
-        self.layers = (LayerArguments * len(call.layers))()
+        self.layers = (structures.Layer * len(call.layers))()
         for number, (values, mask, bias, neurons, dropped) in enumerate(call.layers):
             for tensor in (call.x, values, bias, *neurons.parameters):
                 if tensor is not None and not (
@@ -139,7 +138,7 @@ class _Arguments:
                 ):
                     raise ValueError("the compiled kernels need contiguous float32 tensors on the CPU")
             plan = plan_for(mask, values)
-            self.layers[number] = LayerArguments(
+            self.layers[number] = structures.Layer(
                 plan=plan.address,
                 values=pointer(values),
                 bias=pointer(bias),
@@ -152,7 +151,7 @@ class _Arguments:
             if number and _aligned(self.plans[-1], plan):
                 self.layers[number].inputs = self.layers[number - 1].spikes
             self.plans.append(plan)
-        self.stack = StackArguments(
+        self.stack = structures.Stack(
             layers=ctypes.addressof(self.layers),
             count=len(call.layers),
             batch=call.batch,

@@ -4,9 +4,12 @@ The backward pass recomputes the states from the currents and the states that th
 ``EVERY`` steps, float32 [(T − 1) // EVERY, states, ..., N].
 """
 
+from ctypes import Structure
+
 import torch
 
-from g2g_kernels.cpu.library import NeuronLoopArguments, library, neuron_arguments, pointer, run, too_large
+from g2g_kernels.cpu.interface import structures
+from g2g_kernels.cpu.library import library, neuron_arguments, pointer, run, too_large
 from g2g_kernels.cpu.workspace import workspace
 from g2g_kernels.ops.neurons.call import NeuronsBackward, NeuronsCall, operators
 from g2g_kernels.ops.neurons.models import Neurons
@@ -36,13 +39,13 @@ def _kept_shape(call: NeuronsCall) -> tuple[int, ...]:
     return ((steps - 1) // EVERY, len(call.model.states), *rest)
 
 
-def _arguments(call: NeuronsCall, grads: list[torch.Tensor] | None = None) -> NeuronLoopArguments:
+def _arguments(call: NeuronsCall, grads: list[torch.Tensor] | None = None) -> Structure:
     call.check_parameters()
     for tensor in (call.current, *call.population.parameters):
         if tensor.dtype != torch.float32 or not tensor.is_contiguous() or tensor.device.type != "cpu":
             raise ValueError("the compiled kernels need contiguous float32 tensors on the CPU")
     steps, samples, size = call.flat_shape
-    return NeuronLoopArguments(
+    return structures.NeuronLoop(
         neurons=neuron_arguments(call.population, grads),
         current=call.current.data_ptr(),
         samples=samples,

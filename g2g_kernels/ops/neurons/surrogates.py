@@ -12,10 +12,17 @@ import torch
 
 
 class Surrogate(NamedTuple):
-    """``derivative(x, alpha)`` stands in for dS/dU; ``primitive(x, alpha)`` is its smooth step."""
+    """A stand-in for dS/dU.
+
+    Attributes:
+        derivative: ``(x, alpha) -> dS/dU``.
+        primitive: ``(x, alpha) -> S``, its smooth step.
+        compact: whether the derivative is 0 where |x| ≥ 1/α, so that most neurons pass no gradient on.
+    """
 
     derivative: Callable[[torch.Tensor, float], torch.Tensor]
     primitive: Callable[[torch.Tensor, float], torch.Tensor]
+    compact: bool = False
 
 
 def _sigmoid_derivative(x: torch.Tensor, alpha: float) -> torch.Tensor:
@@ -58,7 +65,11 @@ SURROGATES: dict[str, Surrogate] = {
     # α·σ(αx)·(1 − σ(αx))
     "sigmoid": Surrogate(_sigmoid_derivative, lambda x, alpha: torch.sigmoid(alpha * x)),
     # α·max(0, 1 − α|x|): Bellec et al. 2018, scaled to unit area
-    "triangle": Surrogate(lambda x, alpha: alpha * (1 - alpha * x.abs()).clamp(min=0), _triangle_primitive),
+    "triangle": Surrogate(
+        lambda x, alpha: alpha * (1 - alpha * x.abs()).clamp(min=0), _triangle_primitive, compact=True
+    ),
     # α/2 where |x| < 1/α: Wu et al. 2018
-    "boxcar": Surrogate(lambda x, alpha: (alpha / 2) * (alpha * x.abs() < 1).to(x.dtype), _boxcar_primitive),
+    "boxcar": Surrogate(
+        lambda x, alpha: (alpha / 2) * (alpha * x.abs() < 1).to(x.dtype), _boxcar_primitive, compact=True
+    ),
 }

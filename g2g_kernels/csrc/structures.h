@@ -1,0 +1,105 @@
+// The structures that Python fills for a call. This is the only list of their fields: Python reads it here and makes its
+// ctypes structures from it (cpu/structures.py), and the library carries its text, so that a library that was compiled
+// from another list is refused. A new field is one line here; Python then fills it by its name, and what it does not
+// fill is 0 or null.
+//
+// Layouts, with lanes, blocks and tiles as in plan.h, b the sample and t the time step:
+//   spike words  uint64 [samples][blocks][T]             bit i: lane i of the block spiked
+//   states       float  [samples][blocks][T][states][64] of every step, in the order of the model
+#pragma once
+
+#include <cstdint>
+
+namespace g2g {
+
+struct Plan;
+
+// Defines the structures, and keeps their text without comments.
+#define G2G_STRUCTURES(...) \
+    __VA_ARGS__             \
+    constexpr const char* kStructures = #__VA_ARGS__;
+
+// Only int32_t, int64_t, float, double, pointers, other structures, and arrays of them.
+G2G_STRUCTURES(
+
+constexpr int kMostParameters = 3;
+
+// One side of a mask.
+struct AxisSource {
+    int32_t size, num_units, width;
+    const int64_t* order;   // [size] the neurons, group by group
+    const int32_t* bounds;  // [num_units + 1] where each unit's range begins in `order`
+};
+
+// One number for all neurons, or one per neuron.
+struct Parameter {
+    const float* value;
+    float* grad;  // out, null: not wanted
+    int32_t per_neuron;
+};
+
+// A population of neurons, without its size. Options are numbered by their order in Python and in neurons.h.
+struct Neurons {
+    int32_t model, reset, surrogate;
+    float alpha;
+    Parameter parameters[kMostParameters];  // in the order of the model
+};
+
+// A layer of a stack. Pointers not needed by a call are null.
+struct Layer {
+    const Plan* plan;
+    const float *values, *bias;  // bias null: none
+    Neurons neurons;
+    uint64_t* spikes;       // out: [B][row blocks][T]
+    uint64_t* inputs;       // [B][column blocks][T]: its inputs, if they are spikes; may be the last layer's `spikes`
+    float* kept;            // for the backward pass: states, or for a held input the currents [row blocks][B][64]
+    float* rates;           // out: [N]
+    const float* grad_rates;
+    float *grad_values, *grad_bias;
+    const uint8_t* dropped;  // [B][N], 1 where a neuron stays silent in a sample; null: none does
+    double input_rate;      // share of ones among its input spikes: set by the forward pass, read by the backward pass
+    float gradient_event_limit;  // 0: its input gradient takes the product; else see GradientEvents
+    int32_t gradient_event_chunks;  // out: chunks of the batch whose input gradient was computed by events
+    double gradient_event_rate;  // out: share of events where they were listed
+};
+
+struct Stack {
+    Layer* layers;
+    int32_t count, batch, steps, threads, bf16;
+    int32_t held;           // x is [B, in], held for all steps
+    float event_limit;      // inputs that spike more often than this go through the matrix kernels
+    float batch_cost;       // of products with vectors over the batch, relative to what the kernels assume
+    const float* x;         // [B, in] or [T, B, in]
+    float* counts;          // out: [B, N] of the last layer
+    const float* grad_counts;
+    float* grad_x;
+    int32_t x_spikes;       // in/out: x is spikes, packed in layers[0].inputs
+};
+
+struct Linear {
+    const Plan* plan;
+    const float *values, *bias;
+    const void *x, *grad_y;
+    void *y, *grad_x;
+    float *grad_values, *grad_bias;
+    int64_t rows;
+    int32_t threads, bf16;  // bf16: factors of products are rounded to bfloat16
+    int32_t x_half, y_half;  // x and grad_x, or y and grad_y, are bfloat16, not float
+    float event_limit;
+};
+
+// Neurons alone.
+struct NeuronLoop {
+    Neurons neurons;
+    const float* current;   // [T][samples][N], or [samples][N], held for all steps
+    int64_t samples;        // everything between T and N
+    int32_t size, steps, threads, held;  // size = N
+    int32_t every;          // `kept` has the states after every `every` steps, except the last
+    float *spikes, *kept;   // kept: [(T − 1) / every][states][samples][N], null: not wanted
+    const float* grad_spikes;
+    float* grad_current;
+};
+
+)
+
+}  // namespace g2g

@@ -218,6 +218,8 @@ def _connection(name: str, node: Any, mask: BlockMask | torch.Tensor | None, bac
 
 
 def _neurons_node(name: str, neurons: SpikingNeurons, size: int, dt: float) -> Any:
+    if neurons.model.name not in _FORMS:
+        raise ValueError(f"{name}: NIR has no {neurons.model.name!r} neurons; only {', '.join(_FORMS)} convert")
     form = _FORMS[neurons.model.name]
     values = {
         parameter: (value.clamp(0, 1) if parameter in neurons.model.decays else value)

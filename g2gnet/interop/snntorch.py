@@ -99,12 +99,17 @@ def to_snntorch(stack: SpikingStack) -> nn.Sequential:
     units and the encoding of a :class:`G2GNet` are lost (``stack.encode`` gives the model's input).
 
     Raises:
+        ValueError: for neurons that snnTorch does not have.
         ImportError: if snnTorch is not installed.
     """
     snn = optional_package("snntorch")
     modules: OrderedDict[str, nn.Module] = OrderedDict()
     for number, (connection, neurons) in enumerate(stack.layers(), 1):
         modules[f"fc{number}"] = _linear_from_connection(connection)
+        if neurons.model.name not in _COUNTERPARTS:
+            raise ValueError(
+                f"lif{number}: snnTorch has no {neurons.model.name!r} neurons; only {', '.join(_COUNTERPARTS)} convert"
+            )
         counterpart = _COUNTERPARTS[neurons.model.name]
         values = {counterpart.parameters[name]: value for name, value in neurons.values.items()}
         shapes = {name: () if value.numel() == 1 else value.shape for name, value in values.items()}

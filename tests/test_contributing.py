@@ -1,0 +1,256 @@
+"""The contributor's table is true: options that are added in exactly the files that it names work everywhere."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from helpers import ROOT
+
+from g2g_kernels import available_backends
+
+ROWS = dict(re.findall(r"^\| an? ([\w ]+) \| (.*) \|$", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.M))
+
+#: only the instruction set that every CPU has, unoptimised: a few seconds
+COMPILER = """#!/bin/sh
+case "$*" in -dumpmachine) echo any ;; *) exec {compiler} "$@" ;; esac
+"""
+
+
+def append(addition: str) -> Callable[[str], str]:
+    return lambda text: f"{text}\n\n{addition}\n"
+
+
+def replace(pattern: str, replacement: str) -> Callable[[str], str]:
+    def edit(text: str) -> str:
+        edited, times = re.subn(pattern, replacement, text)
+        assert times == 1, f"{pattern} is {times} times in it"
+        return edited
+
+    return edit
+
+
+def both(first: Callable[[str], str], second: Callable[[str], str]) -> Callable[[str], str]:
+    return lambda text: second(first(text))
+
+
+#: for each row of the table, what is written into which file. The toy surrogate is (α/2) / (1 + α|x|)²; the toy neuron
+#: is LIF with twice the current.
+TOYS: dict[str, dict[str, Callable[[str], str]]] = {
+    "surrogate": {
+        "g2g_kernels/ops/neurons/surrogates.py": append(
+            'SURROGATES["toy"] = Surrogate(\n'
+            "    lambda x, alpha: alpha / 2 / (1 + alpha * x.abs()) ** 2,\n"
+            "    lambda x, alpha: 0.5 + alpha * x / 2 / (1 + alpha * x.abs()),\n"
+            ")"
+        ),
+        "g2g_kernels/triton/neuron.py": replace(
+            '    if SURROGATE == "atan":\n',
+            '    if SURROGATE == "toy":\n'
+            "        root = 1 + alpha * tl.abs(x)\n"
+            "        return alpha * 0.5 / (root * root)\n"
+            '    elif SURROGATE == "atan":\n',
+        ),
+        "g2g_kernels/csrc/neurons.h": both(
+            replace(
+                r"(// All options, )",
+                "struct ToySurrogate {\n"
+                '    static constexpr const char* name = "toy";\n'
+                "    static G2G_INLINE Vec derivative(Vec x, float alpha) {\n"
+                "        const Vec root = all(1.0f) + all(alpha) * absolute(x);\n"
+                "        return all(alpha / 2) / (root * root);\n"
+                "    }\n"
+                "};\n"
+                r"\1",
+            ),
+            replace(r"(using Surrogates = Types<.*)>;", r"\1, ToySurrogate>;"),
+        ),
+    },
+    "neuron": {
+        "g2g_kernels/ops/neurons/models.py": append(
+            "def _toy_charge(states, fired, current, parameters, reset):\n"
+            "    return _lif_charge(states, fired, 2 * current, parameters, reset)\n\n\n"
+            "def _toy_charge_backward(*arguments):\n"
+            "    current, *rest = _lif_charge_backward(*arguments)\n"
+            "    return 2 * current, *rest\n\n\n"
+            'MODELS["toy"] = NeuronModel(\n'
+            '    "toy", ("leak", "threshold"), ("leak",), ("potential",), _toy_charge, _toy_charge_backward\n'
+            ")"
+        ),
+        "g2g_kernels/triton/neuron.py": both(
+            replace(
+                r"(\n\n@triton.jit\ndef charge\(.*\n)",
+                "\n\n@triton.jit\n"
+                "def _toy_charge_backward(grads, sums, states, fired, parameters, RESET: tl.constexpr):\n"
+                "    current, before, sums = _lif_charge_backward(grads, sums, states, fired, parameters, RESET)\n"
+                "    return 2 * current, before, sums\n"
+                r"\1"
+                '    if MODEL == "toy":\n'
+                "        return _lif_charge(states, fired, 2 * current, parameters, RESET)\n",
+            ),
+            replace(
+                r"(\ndef charge_backward\(.*\n)",
+                r"\1"
+                '    if MODEL == "toy":\n'
+                "        return _toy_charge_backward(grads, sums, states, fired, parameters, RESET)\n",
+            ),
+        ),
+        "g2g_kernels/csrc/neurons.h": both(
+            replace(
+                r"(// A surrogate is )",
+                "struct Toy {\n"
+                '    static constexpr ModelInfo info = {"toy", 1, 2, {"potential"}, {"leak", "threshold"}, {true}};\n'
+                "    template <int R>\n"
+                "    static G2G_INLINE void charge(Vec (&state)[1], Vec current, const Vec (&p)[2]) {\n"
+                "        Lif::charge<R>(state, current + current, p);\n"
+                "    }\n"
+                "    template <int R>\n"
+                "    static G2G_INLINE Vec charge_backward(Vec through, const Vec (&before)[1], const Vec (&p)[2],\n"
+                "                                          Vec (&g)[1], Vec (&grad)[2]) {\n"
+                "        return all(2.0f) * Lif::charge_backward<R>(through, before, p, g, grad);\n"
+                "    }\n"
+                "};\n"
+                r"\1",
+            ),
+            replace(r"(using Models = Types<.*)>;", r"\1, Toy>;"),
+        ),
+        "g2gnet/neurons.py": append(
+            "class Toy(SpikingNeurons):\n"
+            '    model = MODELS["toy"]\n'
+            '    initial = {"leak": 0.9, "threshold": 1.0}\n\n\n'
+            'NEURONS["toy"] = Toy'
+        ),
+    },
+    "data set": {
+        "g2gnet/data/catalog.py": append('DATASETS["toy"] = Dataset(12, 3, "toy")'),
+        "g2gnet/data/toy.py": append(
+            "import torch\n\n"
+            "from g2gnet.data.image_data import ImageData\n\n\n"
+            "def load(name, data_dir):\n"
+            "    images, labels = torch.arange(720).remainder(251).to(torch.uint8).view(60, 12), torch.arange(60) % 3\n"
+            "    return ImageData(name, images, labels, images[:9], labels[:9], 3)"
+        ),
+    },
+    "wiring": {"g2gnet/grouping.py": append('GROUPINGS["toy"] = ("random", "interleaved")')},
+    "prune or grow rule": {
+        "g2gnet/dst_rules.py": append('GROW_RULES["toy"] = Rule("toy", "a unit of the toy", _gradient, GRADIENT)')
+    },
+    "flag": {
+        "g2gnet/training/settings.py": replace(
+            r"(\n    precision: str = )", r'\n    toy: int = setting(7, "training", "a toy", low=0)\1'
+        )
+    },
+}
+
+#: what is tried with the toys; both passes of the toy neuron are LIF's with twice the current
+TRIED = """
+import sys
+
+import torch
+
+from g2g_kernels import BlockMask, GroupLayout, Neurons, SpikingLayer, g2g_stack, neurons
+from g2g_kernels.ops.neurons.surrogates import SURROGATES
+from g2gnet.neurons import NEURONS
+from g2gnet.network import G2GNet
+
+draw = torch.Generator().manual_seed(0)
+x, upstream = torch.randn(2, 6, 3, 5, generator=draw)
+mask = BlockMask.full(GroupLayout(5, 1), GroupLayout(5, 1), 5)
+
+
+def alone(x, population, backend):
+    return neurons(x, population, backend=backend)
+
+
+def stacked(x, population, backend):
+    layer = SpikingLayer(torch.eye(5).unsqueeze(0), mask, None, population)
+    return g2g_stack(x, [layer], backend=backend).counts.expand(6, 3, 5)
+
+
+def run(operator, model, scale, surrogate, backend):
+    leaves = [tensor.clone().requires_grad_() for tensor in (x, torch.tensor(0.9), torch.tensor(0.5))]
+    spikes = operator(leaves[0] * scale, Neurons(model, leaves[1:], "zero", surrogate), backend)
+    (spikes * upstream).sum().backward()
+    return [spikes, *(leaf.grad for leaf in leaves)]
+
+
+for operator in (alone, stacked):
+    expected = run(operator, "lif", 2, "toy", "torch")
+    for backend in sys.argv[1:]:
+        for ours, wanted in zip(run(operator, "toy", 1, "toy", backend), expected):
+            torch.testing.assert_close(ours, wanted)
+first = torch.linspace(-1, 1, 9).unsqueeze(0)
+for backend in sys.argv[1:]:
+    one_step = first.clone().requires_grad_()
+    neurons(one_step, Neurons("lif", (0.9, 0.25), surrogate="toy", alpha=3.0), backend=backend).sum().backward()
+    torch.testing.assert_close(one_step.grad, 1.5 / (1 + 3 * (first - 0.25).abs()) ** 2)
+
+net = G2GNet(12, 16, 3, model="toy", num_groups=2, block_size=4, T=3, neuron="toy")
+assert [layer.mask.rows.layout.kind for layer, _ in net.layers()] == ["random", "interleaved", "random"]
+assert isinstance(net.lif1, NEURONS["toy"])
+
+from g2gnet.train import main
+
+flags = "--dataset toy --model toy --surrogate toy --neuron toy --sparsity_mode dynamic --cg toy --toy 8"
+sizes = "--hidden_dim 16 --num_groups 2 --block_size 4 --T 3 --epochs 1 --batch_size 4 --dst_interval 5 --p_inter 0.5"
+sys.exit(main([*flags.split(), *sizes.split(), "--json", "run.json"]))
+"""
+
+
+def links_of(row: str) -> set[str]:
+    """The files, folders and pages to which a row of the table leads."""
+    return set(re.findall(r"\]\((\S+)\)", ROWS[row]))
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory) -> Path:
+    """A copy of the library with every toy in it, compiled."""
+    folder = tmp_path_factory.mktemp("tree")
+    for package in ("g2g_kernels", "g2gnet"):
+        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    shutil.copy(ROOT / "setup.py", folder)
+    for edits in TOYS.values():
+        for name, edit in edits.items():
+            file = folder / name
+            file.write_text(edit(file.read_text(encoding="utf-8") if file.exists() else ""), encoding="utf-8")
+    if "cpu" in available_backends():
+        compiler = folder / "compiler"
+        compiler.write_text(COMPILER.format(compiler=os.environ.get("CXX", "c++")))
+        compiler.chmod(0o755)
+        build = "from pathlib import Path; import setup; setup.build_library(setup.LIBRARY, Path('objects'))"
+        done = run(folder, "-c", build, CXX=str(compiler), G2G_CXXFLAGS="-O0")
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+def run(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(folder), **variables}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("row", TOYS)
+def test_the_table_names_the_files_that_the_toy_needs(row):
+    """A new module has no link: the row says what it lies beside."""
+    assert {name for name in links_of(row) if not name.endswith(".md")} == {
+        name for name in TOYS[row] if (ROOT / name).exists()
+    }
+
+
+def test_everything_that_the_table_names_exists():
+    assert set(TOYS) < set(ROWS)
+    for row in ROWS:
+        assert links_of(row)
+        for name in links_of(row):
+            assert (ROOT / name).exists(), f"the table names {name}, which is not there"
+
+
+def test_what_is_added_by_the_table_works_on_every_backend_and_from_the_command_line(tree):
+    backends = [name for name in ("torch", "cpu", "triton") if name in available_backends()]
+    done = run(tree, "-c", TRIED, *backends, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert '"toy": 8' in (tree / "run.json").read_text(encoding="utf-8")

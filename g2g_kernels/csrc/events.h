@@ -18,32 +18,6 @@
 
 namespace g2g::G2G_ISA {
 
-#if defined(__AVX512VBMI2__)
-inline __m512i counting_bytes() {
-    alignas(64) static constexpr uint8_t counting[64] = {
-        0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29,
-        30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59,
-        60, 61, 62, 63};
-    return _mm512_load_si512(counting);
-}
-#endif
-
-// Writes base + i for every set bit i; returns how many. May write up to 64 entries from `out` on.
-inline int append_bits(uint16_t* out, uint64_t word, int64_t base) {
-    const int count = __builtin_popcountll(word);
-#if defined(__AVX512VBMI2__)
-    const __m512i bits = _mm512_maskz_compress_epi8(word, counting_bytes());
-    const __m512i bases = _mm512_set1_epi16(static_cast<short>(base));
-    _mm512_storeu_si512(out, _mm512_add_epi16(_mm512_cvtepu8_epi16(_mm512_castsi512_si256(bits)), bases));
-    if (count > 32)
-        _mm512_storeu_si512(out + 32,
-                            _mm512_add_epi16(_mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(bits, 1)), bases));
-#else
-    for (; word; word &= word - 1) *out++ = static_cast<uint16_t>(base + __builtin_ctzll(word));
-#endif
-    return count;
-}
-
 // Currents of row block `row` from spikes; `words` are one sample's [column blocks][stride].
 struct EventCurrent {
     static constexpr int kAtOnce = 64;  // tiles whose events make one list
@@ -99,14 +73,14 @@ struct StripCurrent {
         for (int s = 0; s < strips; ++s) {
             Vec sum[chains][N] = {};
             for (int32_t at = first[s], end = first[s + 1]; at < end;) {
-                uint16_t events[kAtOnce * 64 + 64];  // (tile from the first one on) · 64 + bit
+                uint16_t events[kAtOnce * 64 + 64];  // (place from the first one on) · 64 + bit
                 int size = 0;
-                const int32_t tile = list[at].tile, stop = end - at > kAtOnce ? at + kAtOnce : end;
-                for (; at < stop && list[at].tile - tile < kTilesOfList; ++at) {
+                const int32_t place = list[at].place, stop = end - at > kAtOnce ? at + kAtOnce : end;
+                for (; at < stop && list[at].place - place < kTilesOfList; ++at) {
                     const uint64_t own = ~uint64_t{0} >> (64 - list[at].count) << list[at].lane;
-                    size += append_bits(events + size, words[list[at].block * stride + t] & own, (list[at].tile - tile) * 64);
+                    size += append_bits(events + size, words[list[at].block * stride + t] & own, (list[at].place - place) * 64);
                 }
-                const float* weights = tiles + static_cast<int64_t>(tile) * kTile + s * L;
+                const float* weights = tiles + static_cast<int64_t>(place) * kTile + s * L;
                 int e = 0;
                 for (; e + chains <= size; e += chains)
                     unrolled<chains>([&](auto c) {

@@ -24,12 +24,7 @@ constexpr int64_t kMostEventBlocks = 1023;  // of rows: lanes and events of a st
 inline void copy_events(const uint16_t* lane, const float* value, int64_t count, int32_t shift, uint32_t* row, float* to) {
     for (int64_t i = 0; i < count; i += W) {
         store(to + i, load(value + i));
-#if defined(__AVX512F__)
-        const __m512i lanes = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(lane + i)));
-        _mm512_storeu_si512(row + i, _mm512_add_epi32(lanes, _mm512_set1_epi32(shift)));
-#else
-        for (int j = 0; j < W; ++j) row[i + j] = static_cast<uint32_t>(lane[i + j] + shift);
-#endif
+        store_shifted(row + i, lane + i, shift);
         asm("");  // keeps this from becoming a call of memcpy, which takes longer than most of these loops
     }
 }
@@ -46,7 +41,8 @@ struct GradientEvents {
     float* value = nullptr;
     int64_t* begin = nullptr;      // [samples][T] where the events of a step begin
     uint16_t* first = nullptr;     // [samples][T][granules + 1] the first event of each granule
-    int64_t* place = nullptr;      // [samples] where the events of a sample begin; their number until count_events() ends
+    int64_t* number = nullptr;     // [samples] the events of a sample
+    int64_t* place = nullptr;      // [samples] where they begin
     int64_t* next = nullptr;       // [samples][row blocks]
 
     static constexpr int64_t kSlack = 64;  // entries that are written beyond a list
@@ -65,6 +61,7 @@ struct GradientEvents {
         value = arena.take<float>(room + samples * kSlack);
         begin = arena.take<int64_t>(rows);
         first = arena.take<uint16_t>(rows * (most_blocks * kGranules + 1));
+        number = arena.take<int64_t>(samples);
         place = arena.take<int64_t>(samples);
         next = arena.take<int64_t>(samples * most_blocks);
     }
@@ -81,18 +78,17 @@ struct GradientEvents {
             int64_t sum = 0;
             for (int64_t r = 0; r < blocks; ++r)
                 for (int64_t t = 0; t < steps; ++t) sum += __builtin_popcountll(lists(r, sample).words[t]);
-            place[sample] = sum;
+            number[sample] = sum;
         });
         int64_t total = 0;
         for (int64_t sample = 0; sample < count; ++sample) {
-            const int64_t events = place[sample];
             place[sample] = total + sample * kSlack;
-            total += events;
+            total += number[sample];
         }
         return total;
     }
 
-    // After count_events(), whose result must be at most `room`.
+    // Merges the lists that were counted last, of at most `room` events.
     void merge(int64_t count, int threads) const {
         parallel(threads, count, 1, [&](int64_t sample, int) {
             int64_t at = place[sample];

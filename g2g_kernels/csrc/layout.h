@@ -107,10 +107,12 @@ inline void store_block(const Axis& axis, int64_t block, const float* panel, con
     }
 }
 
-// Packs rows into spike words; false, with words unfinished, as soon as a value is neither 0 nor 1. Adds to `count`.
+constexpr int64_t kNoSpikes = -1;  // in place of the number of ones: some value is neither 0 nor 1
+
+// Packs rows into spike words and returns the number of ones; or kNoSpikes, as soon as it sees that, the words unfinished.
 template <class E>
-inline bool pack_block(const Axis& axis, int64_t block, const E* x, const Rows& at, int64_t rows, uint64_t* words,
-                       int64_t* count) {
+inline int64_t pack_block(const Axis& axis, int64_t block, const E* x, const Rows& at, int64_t rows, uint64_t* words) {
+    int64_t count = 0;
     const int32_t from = axis.contiguous[block];
     const int32_t* neuron = axis.neuron.data() + block * kLanes;
     const Vec one = all(1.0f);
@@ -131,24 +133,16 @@ inline bool pack_block(const Axis& axis, int64_t block, const E* x, const Rows& 
         }
         int32_t bad = 0;
         for (int i = 0; i < W; ++i) bad |= other[i];
-        if (bad) return false;
+        if (bad) return kNoSpikes;
         words[r] = word;
-        *count += __builtin_popcountll(word);
+        count += __builtin_popcountll(word);
     }
-    return true;
+    return count;
 }
 
 // panel[r][·] = the bits of words[r] as 0 or 1.
 inline void expand_words(const uint64_t* words, int64_t rows, float* panel) {
-    for (int64_t r = 0; r < rows; ++r, panel += kLanes) {
-        const uint64_t word = words[r];
-#if defined(__AVX512F__)
-        for (int v = 0; v < kVecs; ++v)
-            store(panel + v * W, _mm512_maskz_mov_ps(static_cast<__mmask16>(word >> (v * W)), all(1.0f)));
-#else
-        for (int i = 0; i < kLanes; ++i) panel[i] = static_cast<float>((word >> i) & 1);
-#endif
-    }
+    for (int64_t r = 0; r < rows; ++r) expand_bits(words[r], panel + r * kLanes);
 }
 
 inline void convert_bf16(const float* from, int64_t count, uint16_t* to) {

@@ -43,14 +43,13 @@ struct LinearInput {
         const Rows at{0, 1, a.rows, axis.size};
         with_elements(a.x, a.x_half, begin * axis.size, [&](const auto* x) {
             parallel(a.threads, axis.blocks, 1, [&](int64_t block, int) {
-                ones[block] = 0;
-                if (!pack_block(axis, block, x, at, rows, words + block * panel.floats.rows, &ones[block])) ones[block] = -1;
+                ones[block] = pack_block(axis, block, x, at, rows, words + block * panel.floats.rows);
             });
         });
         events = true;
         int64_t total = 0;
         for (int64_t block = 0; block < axis.blocks; ++block) {
-            events = events && ones[block] >= 0;
+            events = events && ones[block] != kNoSpikes;
             total += ones[block];
         }
         events = events && total <= a.event_limit * static_cast<double>(rows) * axis.size;

@@ -212,24 +212,27 @@ Plan* build_plan(const AxisSource& rows, const AxisSource& cols, const int32_t* 
     plan.unit_row.assign(unit_row, unit_row + units);
     plan.unit_col.assign(unit_col, unit_col + units);
 
-    // Cut the units into pieces, `tile` being the place in the grid of blocks for now.
+    // Cut the units into pieces; cell[i] is the place of piece i in the grid of blocks.
     const Placing place_row{rows.width}, place_col{cols.width};
     std::vector<Piece> pieces;
+    std::vector<int32_t> cell;
     pieces.reserve(units);
+    cell.reserve(units);
     for (int32_t u = 0; u < units; ++u) {
         const int32_t height = rows.bounds[unit_row[u] + 1] - rows.bounds[unit_row[u]];
         const int32_t breadth = cols.bounds[unit_col[u] + 1] - cols.bounds[unit_col[u]];
         const int32_t row = place_row(unit_row[u]), col = place_col(unit_col[u]);
         for (int32_t r = 0; r < height; r += kLanes)
-            for (int32_t c = 0; c < breadth; c += kLanes)
-                pieces.push_back({u, (row + r) / kLanes * plan.cols.blocks + (col + c) / kLanes, r, c,
-                                  (row + r) % kLanes, (col + c) % kLanes, std::min(height - r, kLanes),
+            for (int32_t c = 0; c < breadth; c += kLanes) {
+                cell.push_back((row + r) / kLanes * plan.cols.blocks + (col + c) / kLanes);
+                pieces.push_back({u, -1, r, c, (row + r) % kLanes, (col + c) % kLanes, std::min(height - r, kLanes),
                                   std::min(breadth - c, kLanes)});
+            }
     }
 
     // Number the tiles that exist and sort the pieces by tile.
     std::vector<int32_t> number(static_cast<size_t>(plan.rows.blocks) * plan.cols.blocks, -1);
-    for (const Piece& piece : pieces) number[piece.tile] = 0;
+    for (const int32_t place : cell) number[place] = 0;
     for (size_t i = 0; i < number.size(); ++i) {
         if (number[i] < 0) continue;
         number[i] = plan.tiles++;
@@ -237,9 +240,9 @@ Plan* build_plan(const AxisSource& rows, const AxisSource& cols, const int32_t* 
         plan.tile_col.push_back(static_cast<int32_t>(i % plan.cols.blocks));
     }
     plan.piece_first.assign(plan.tiles + 1, 0);
-    for (Piece& piece : pieces) {
-        piece.tile = number[piece.tile];
-        ++plan.piece_first[piece.tile + 1];
+    for (size_t i = 0; i < pieces.size(); ++i) {
+        pieces[i].tile = number[cell[i]];
+        ++plan.piece_first[pieces[i].tile + 1];
     }
     std::partial_sum(plan.piece_first.begin(), plan.piece_first.end(), plan.piece_first.begin());
     std::vector<int64_t> next(plan.piece_first.begin(), plan.piece_first.end() - 1);

@@ -33,10 +33,10 @@ struct Piece {
     int32_t rows, cols;
 };
 
-// A run of the sum over k in a product: lanes lane … lane + count − 1 of block `block`, weights from `tile`: its number
-// or, in products that give column strips, its place in `col_tile`, since their weights lie in that order.
+// A run of the sum over k in a product: lanes lane … lane + count − 1 of block `block`. Its weights are in the place-th of
+// the product's tiles, which lie by row block in products that give row strips, else by column block (`col_tile`).
 struct Segment {
-    int32_t tile, block, lane, count;
+    int32_t place, block, lane, count;
 };
 
 // What every output strip of a product sums over; strip s covers lanes s·strip … of its axis.

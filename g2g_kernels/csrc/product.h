@@ -65,11 +65,11 @@ inline Start nothing() {
     return {zeros, 0};
 }
 
-template <int R, int N, class V>
-inline void put(const V (&sum)[R][N], Start start, float* out) {
+template <int R, int N>
+inline void put(const Vec (&sum)[R][N], Start start, float* out) {
     for (int r = 0; r < R; ++r)
         for (int v = 0; v < N; ++v)
-            store(out + r * kLanes + v * W, load(start.lanes + r * start.stride + v * W) + static_cast<Vec>(sum[r][v]));
+            store(out + r * kLanes + v * W, load(start.lanes + r * start.stride + v * W) + sum[r][v]);
 }
 
 template <int R, int L>
@@ -80,7 +80,7 @@ inline void product_rows(const Segment* s, const Segment* end, Panel<const float
     for (; s < end; ++s) {
         fetch_next<R>(s, end, left, row);
         const float* a = left.at(s->block, row) + s->lane;
-        const float* b = tiles + static_cast<int64_t>(s->tile) * kTile + s->lane * kLanes + lane;
+        const float* b = tiles + static_cast<int64_t>(s->place) * kTile + s->lane * kLanes + lane;
         const float* const stop = a + s->count;
         do {  // a segment is never empty; a loop that might not run makes the compiler spill the sums around it
             Vec weight[N];
@@ -101,21 +101,19 @@ template <int R, int L>
 inline void product_rows(const Segment* s, const Segment* end, Panel<const uint16_t> left, int64_t row,
                          const uint16_t* pairs, int lane, Start start, float* out) {
     constexpr int N = L / W;
-    __m512 sum[R][N] = {};
+    Vec sum[R][N] = {};
     for (; s < end; ++s) {
         fetch_next<R>(s, end, left, row);
         const int first = s->lane & ~1;  // zeros are stored beside a run, and runs lie more than two lanes apart
         const uint16_t* a = left.at(s->block, row) + first;
-        const uint16_t* b = pairs + static_cast<int64_t>(s->tile) * kTile + first * kLanes + lane * 2;
+        const uint16_t* b = pairs + static_cast<int64_t>(s->place) * kTile + first * kLanes + lane * 2;
         const uint16_t* const stop = a + (s->lane - first + s->count);
         do {
-            __m512bh weight[N];
-            for (int v = 0; v < N; ++v) weight[v] = (__m512bh)_mm512_loadu_si512(b + v * 2 * W);
+            Pairs weight[N];
+            for (int v = 0; v < N; ++v) weight[v] = load_pairs(b + v * 2 * W);
             for (int r = 0; r < R; ++r) {
-                int pair;
-                __builtin_memcpy(&pair, a + r * kLanes, 4);
-                const __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
-                for (int v = 0; v < N; ++v) sum[r][v] = _mm512_dpbf16_ps(sum[r][v], x, weight[v]);
+                const Pairs x = all_pairs(a + r * kLanes);
+                for (int v = 0; v < N; ++v) sum[r][v] = dot(x, weight[v], sum[r][v]);
             }
             a += 2, b += 2 * kLanes;
         } while (a < stop);

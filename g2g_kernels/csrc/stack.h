@@ -114,15 +114,15 @@ inline void fill_panel(const Stack& s, const Layer& layer, Input kind, int64_t f
     });
 }
 
-// The kept states of one block of one sample, [T][states][64].
+// The kept states of one block of one sample, [T][states][64]; null if none are kept.
 inline float* kept_states(const Stack& s, const Layer& layer, int64_t b, int64_t r) {
     const int64_t size = s.steps * model_info(layer.neurons).states * kLanes;
-    return layer.kept ? layer.kept + (b * layer.plan->rows.blocks + r) * size : nullptr;
+    return layer.states ? layer.states + (b * layer.plan->rows.blocks + r) * size : nullptr;
 }
 
-// The kept currents of one block of a sample whose input is held, [64].
+// The kept currents of one block of a sample whose input is held, [64]; null if none are kept.
 inline float* kept_currents(const Stack& s, const Layer& layer, int64_t b, int64_t r) {
-    return layer.kept ? layer.kept + (r * s.batch + b) * kLanes : nullptr;
+    return layer.currents ? layer.currents + (r * s.batch + b) * kLanes : nullptr;
 }
 
 }  // namespace g2g::G2G_ISA

@@ -81,7 +81,8 @@ struct BackwardLayer {
     int64_t events = 0, event_rows = 0;           // listed so far, and the rows that they are in
     ArrivalPanel arrivals;
     float* grad_tiles = nullptr;                  // unless outer_by_batch: [tile][source lane][output lane]
-    float* constant;                              // ∂L/∂S for all t: [row blocks][64], in the last layer [B] of it
+    bool last;                                    // of the stack
+    float* constant;                              // ∂L/∂S for all t, [row blocks][64]; in the last layer one per sample
     float* current_sum;                           // [B][row blocks][64], as are those of the parameters
     float* parameter_sums[kMostParameters] = {};
 
@@ -92,8 +93,9 @@ struct BackwardLayer {
           parameters(layer, arena),
           kind(input_kind(s, l, layer.input_rate)),
           outer_by_batch(G2G_ISA::outer_by_batch(s, layer, kind)),
-          sweep(backward_sweep<Upstream>(layer.neurons)) {
-        const bool last = l + 1 == s.count, below = l > 0 || s.grad_x;
+          sweep(backward_sweep<Upstream>(layer.neurons)),
+          last(l + 1 == s.count) {
+        const bool below = l > 0 || s.grad_x;
         const int64_t rows = kind == Input::kHeld ? s.batch : chunks.rows();
         grad = DualPanel(plan.rows.blocks, rows, s.bf16 && below, arena);
         if (below && kind != Input::kHeld && plan.rows.blocks <= kMostEventBlocks)
@@ -111,6 +113,8 @@ struct BackwardLayer {
     }
 
     int64_t lanes() const { return static_cast<int64_t>(plan.rows.blocks) * kLanes; }
+
+    float* constant_of(int64_t sample, int64_t r) const { return constant + (last ? sample * lanes() : 0) + r * kLanes; }
 
     int64_t any_lane() const { return plan.rows.lane[0]; }
 
@@ -220,13 +224,12 @@ struct BackwardPass {
         else
             parallel(s.threads, x.plan.tiles, 8, [&](int64_t tile, int) { zero(x.grad_tiles + tile * kTile, kTile * 4); });
         const float share = 1.0f / (static_cast<float>(s.batch) * s.steps);
-        const bool last = l + 1 == layers.size();
-        for (int64_t b = 0; b < (last ? s.batch : 1); ++b)
+        for (int64_t b = 0; b < (x.last ? s.batch : 1); ++b)
             for (int64_t i = 0; i < x.lanes(); ++i) {
                 const int32_t n = axis.neuron[i];
                 float g = n >= 0 && x.layer.grad_rates ? x.layer.grad_rates[n] * share : 0.0f;
-                if (last && n >= 0 && s.grad_counts) g += s.grad_counts[b * axis.size + n];
-                x.constant[b * x.lanes() + i] = g;
+                if (x.last && n >= 0 && s.grad_counts) g += s.grad_counts[b * axis.size + n];
+                x.constant_of(b, 0)[i] = g;
             }
         if (!x.arrivals.aligned) x.arrivals.find_offsets(axis, layers[l + 1].plan.cols);
     }
@@ -336,8 +339,7 @@ struct BackwardPass {
     // Block r of sample b of the chunk that begins with sample `first`.
     void sweep_block(const BackwardLayer& x, int64_t first, int64_t b, int64_t r, const float* tile, float* room) const {
         const int64_t sample = first + b, T = s.steps;
-        const bool last = &x == &layers.back();
-        const Upstream upstream{tile, x.constant + (last ? sample * x.lanes() : 0) + r * kLanes};
+        const Upstream upstream{tile, x.constant_of(sample, r)};
         BlockGradient out = x.block_gradient(sample, r);
         if (x.kind == Input::kHeld) {
             const StoredCurrent current{kept_currents(s, x.layer, sample, r), 0};

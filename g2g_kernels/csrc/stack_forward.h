@@ -29,15 +29,13 @@ inline bool pack_input(const Stack& s, int64_t* ones, int64_t* counts) {
     bool spikes = true;
     for (int64_t begin = 0; spikes && begin < s.batch; begin += 16) {
         const int64_t samples = least(16, s.batch - begin);
-        zero(counts, axis.blocks * samples * 8);
         parallel(s.threads, axis.blocks * samples, 4, [&](int64_t task, int) {
             const int64_t b = begin + task / axis.blocks, block = task % axis.blocks;
             uint64_t* words = s.layers[0].inputs + (b * axis.blocks + block) * s.steps;
-            if (!pack_block(axis, block, s.x, Rows{b, s.steps, s.batch, axis.size}, s.steps, words, &counts[task]))
-                counts[task] = -1;
+            counts[task] = pack_block(axis, block, s.x, Rows{b, s.steps, s.batch, axis.size}, s.steps, words);
         });
         for (int64_t task = 0; task < axis.blocks * samples; ++task) {
-            spikes = spikes && counts[task] >= 0;
+            spikes = spikes && counts[task] != kNoSpikes;
             *ones += counts[task];
         }
     }
@@ -63,8 +61,7 @@ struct ForwardLayer {
 
     BlockActivity activity(int64_t b, int64_t r) const {
         const int64_t block = b * plan().rows.blocks + r;
-        return {layer.spikes + block * stack.steps,
-                kind == Input::kHeld ? nullptr : kept_states(stack, layer, b, r), counts + block * kLanes};
+        return {layer.spikes + block * stack.steps, kept_states(stack, layer, b, r), counts + block * kLanes};
     }
 
     // Sets the currents of a sample's dropped neurons in `rows` rows of a block.
@@ -144,7 +141,7 @@ struct ForwardLayer {
             for (int64_t i = 0; i < least(kLanes, stack.batch - first); ++i) {
                 float* own = currents + i * kLanes;
                 drop(first + i, r, 1, own);
-                if (layer.kept) __builtin_memcpy(kept_currents(stack, layer, first + i, r), own, kLanes * sizeof(float));
+                if (layer.currents) __builtin_memcpy(kept_currents(stack, layer, first + i, r), own, kLanes * sizeof(float));
                 sweep({own, 0}, stack.steps, parameters.block(r), activity(first + i, r));
             }
         });
@@ -161,7 +158,7 @@ struct ForwardLayer {
         parallel(stack.threads, plan().rows.blocks * groups, 1, [&](int64_t task, int worker) {
             const int64_t r = task / groups, first = task % groups * group;
             const int64_t samples = least(group, stack.batch - first);
-            float* currents = layer.kept ? kept_currents(stack, layer, first, r) : scratch + worker * scratch_size;
+            float* currents = layer.currents ? kept_currents(stack, layer, first, r) : scratch + worker * scratch_size;
             product(product_weights, r, panel.floats, panel.halves, first, samples, {parameters.bias + r * kLanes, 0},
                     currents);
             for (int64_t i = 0; i < samples; ++i) {

@@ -52,7 +52,8 @@ struct Layer {
     Neurons neurons;
     uint64_t* spikes;       // out: [B][row blocks][T]
     uint64_t* inputs;       // [B][column blocks][T]: its inputs, if they are spikes; may be the last layer's `spikes`
-    float* kept;            // for the backward pass: states, or for a held input the currents [row blocks][B][64]
+    float* states;          // out, for the backward pass: of every step; null: not kept
+    float* currents;        // out, in place of states if the input is held: [row blocks][B][64]; null: not kept
     float* rates;           // out: [N]
     const float* grad_rates;
     float *grad_values, *grad_bias;

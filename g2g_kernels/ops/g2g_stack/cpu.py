@@ -138,6 +138,8 @@ class _Arguments:
                 ):
                     raise ValueError("the compiled kernels need contiguous float32 tensors on the CPU")
             plan = plan_for(mask, values)
+            kept = pointer(memory.states[number]) if memory.states else None
+            held = call.held and number == 0
             self.layers[number] = structures.Layer(
                 plan=plan.address,
                 values=pointer(values),
@@ -145,7 +147,8 @@ class _Arguments:
                 neurons=neuron_arguments(neurons, grads[number] if grads else None),
                 spikes=pointer(memory.spikes[number]),
                 inputs=pointer(memory.inputs[number]),
-                kept=pointer(memory.states[number]) if memory.states else None,
+                states=None if held else kept,
+                currents=kept if held else None,
                 dropped=pointer(dropped),
             )
             if number and _aligned(self.plans[-1], plan):

@@ -218,7 +218,7 @@ def mean_weights(prepared: Prepared) -> list[torch.Tensor]:
 
 def _unit_means(matrix: torch.Tensor, mask: BlockMask) -> torch.Tensor:
     """The mean of an [out, in] matrix over every unit of the grid of ``mask``."""
-    row_of, col_of = (axis.position // axis.width for axis in (mask.rows, mask.cols))
+    row_of, col_of = (axis.place_of // axis.width for axis in (mask.rows, mask.cols))
     by_row = matrix.new_zeros(mask.grid[0], matrix.shape[1]).index_add_(0, row_of, matrix)
     sums = matrix.new_zeros(mask.grid).index_add_(1, col_of, by_row)
     return sums / (mask.rows.lengths[:, None] * mask.cols.lengths[None, :])

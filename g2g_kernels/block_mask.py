@@ -7,7 +7,7 @@ weights themselves are *packed*, one [unit_rows, unit_cols] tile per present uni
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -15,23 +15,15 @@ from torch import nn
 from g2g_kernels import graph, packing
 from g2g_kernels.groups import GroupLayout, as_integers, check_integers, partners
 from g2g_kernels.numbers import PROBABILITY, SIZE
+from g2g_kernels.sides import Indices, Side, UnitAxis
 from g2g_kernels.tracing import is_traced, on_cpu
 
 
-class AxisTensors(NamedTuple):
-    """The tensors of a :class:`UnitAxis`, for operators: its attributes of the same names.
-
-    ``padded`` and ``position`` are empty where the axis is trivial.
-    """
-
-    order: torch.Tensor
-    bounds: torch.Tensor
-    padded: torch.Tensor
-    position: torch.Tensor
-
-
 class MaskTensors(NamedTuple):
-    """The tensors of a :class:`BlockMask`, for operators; each uses those that it needs."""
+    """The tensors of a :class:`BlockMask` and its sides, for operators; each uses those that it needs.
+
+    ``…_neuron_at`` and ``…_place_of`` are empty where place p holds neuron p.
+    """
 
     unit_row: torch.Tensor
     unit_col: torch.Tensor
@@ -39,109 +31,27 @@ class MaskTensors(NamedTuple):
     row_slot: torch.Tensor
     col_ptr: torch.Tensor
     col_slot: torch.Tensor
-    rows: AxisTensors
-    cols: AxisTensors
+    row_order: torch.Tensor
+    row_bounds: torch.Tensor
+    row_neuron_at: torch.Tensor
+    row_place_of: torch.Tensor
+    col_order: torch.Tensor
+    col_bounds: torch.Tensor
+    col_neuron_at: torch.Tensor
+    col_place_of: torch.Tensor
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in) of the weight matrix."""
-        return self.rows.order.shape[0], self.cols.order.shape[0]
-
-    def every(self) -> list[torch.Tensor]:
-        """All tensors in order."""
-        return [*self[:6], *self.rows, *self.cols]
-
-
-class _Indices(nn.Module):
-    """A module whose index tensors move with it but are not buffers, so they are never averaged.
-
-    Weight averages (EMA, SWA) average the buffers of a model and its copy, and an average of two indices is no index.
-    """
-
-    INDICES: ClassVar[tuple[str, ...]]
-
-    def _apply(self, fn: Callable, recurse: bool = True) -> "_Indices":
-        super()._apply(fn, recurse)
-        for name in self.INDICES:
-            setattr(self, name, fn(getattr(self, name)))
-        return self
-
-
-class UnitAxis(_Indices):
-    """One side of a weight matrix, sorted by group and cut into ranges of at most ``block_size`` neurons.
-
-    A group of n neurons is cut into ⌈n / block_size⌉ ranges whose lengths differ by at most one, the longer ones
-    first: 98 neurons by 16 are seven ranges of 14. So all units have nearly the same size. If the last range of
-    a group were short, the scores of its small units would be noisy, DST would drift towards them, and a layer would
-    lose weights while keeping its number of units. All tensors are derived from the layout.
-
-    Attributes:
-        order: int64 [size], the neuron at each place of the group-sorted order.
-        bounds: int32 [num_units + 1], range u covers places ``bounds[u] … bounds[u + 1] − 1`` of that order.
-        group_of_unit: int64 [num_units], the group that range u belongs to.
-        padded: int64 [num_units · width], the neuron at each place when every range is padded to ``width``
-            places; ``size`` where there is none.
-        position: int64 [size], the padded place of each neuron (the inverse of ``padded``).
-    """
-
-    INDICES = ("order", "bounds", "group_of_unit", "padded", "position")
-
-    @on_cpu
-    def __init__(self, layout: GroupLayout, block_size: int) -> None:
-        super().__init__()
-        self.layout = layout
-        self.size = layout.size
-        lengths: list[int] = []
-        groups: list[int] = []
-        for group, group_size in enumerate(layout.sizes.tolist()):
-            pieces = -(-group_size // block_size)
-            length, longer = divmod(group_size, pieces)
-            lengths += [length + 1] * longer + [length] * (pieces - longer)
-            groups += [group] * pieces
-        self.num_units = len(lengths)
-        self.width = max(lengths)
-        #: every range is full and neurons already stand in group order, so no permutation or padding is needed
-        self.trivial = min(lengths) == self.width and layout.kind == "index"
-
-        order = torch.argsort(layout.group_of, stable=True)
-        length = torch.tensor(lengths)
-        bounds = torch.cat([torch.zeros(1, dtype=torch.int64), length.cumsum(0)])
-        unit_of_place = torch.repeat_interleave(torch.arange(self.num_units), length)
-        padded_place = unit_of_place * self.width + torch.arange(self.size) - bounds[unit_of_place]
-        padded = torch.full((self.num_units * self.width,), self.size)
-        padded[padded_place] = order
-        position = torch.empty(self.size, dtype=torch.int64)
-        position[order] = padded_place
-        self.order = order
-        self.bounds = bounds.to(torch.int32)
-        self.group_of_unit = torch.tensor(groups)
-        self.padded = padded
-        self.position = position
+        return self.row_order.shape[0], self.col_order.shape[0]
 
     @property
-    def lengths(self) -> torch.Tensor:
-        """int64 [num_units], the number of neurons in each range."""
-        return self.bounds.diff().long()
-
-    @property
-    def unit_of(self) -> torch.Tensor:
-        """int64 [size], the range that each neuron belongs to."""
-        return self.position // self.width
-
-    @property
-    def _side(self) -> "_Side":
-        """Where each place stands in the dense matrix, and back; None where they are the same."""
-        column, place = (None, None) if self.trivial else (self.padded, self.position)
-        return _Side(self.num_units, self.width, column, place)
-
-    def tensors(self) -> AxisTensors:
-        """What operators take."""
-        nothing = self.order[:0]
-        padded, position = (nothing, nothing) if self.trivial else (self.padded, self.position)
-        return AxisTensors(self.order, self.bounds, padded, position)
+    def grid(self) -> tuple[int, int]:
+        """(block rows, block columns) of the unit grid."""
+        return self.row_bounds.shape[0] - 1, self.col_bounds.shape[0] - 1
 
 
-class BlockMask(_Indices):
+class BlockMask(Indices):
     """The units (blocks of weights) that a sparse [out, in] weight matrix has.
 
     A unit is a block of at most ``block_size`` × ``block_size`` weights in group-sorted order that never crosses a
@@ -481,7 +391,7 @@ class BlockMask(_Indices):
     @property
     def has_padding(self) -> bool:
         """True if some units are shorter than others."""
-        return any(axis.size < axis.num_units * axis.width for axis in (self.rows, self.cols))
+        return self.rows.ragged or self.cols.ragged
 
     @property
     def is_full(self) -> bool:
@@ -553,10 +463,10 @@ class BlockMask(_Indices):
     def tensors(self) -> MaskTensors:
         """What operators take."""
         index = self.unit_row, self.unit_col, self.row_ptr, self.row_slot, self.col_ptr, self.col_slot
-        return MaskTensors(*index, self.rows.tensors(), self.cols.tensors())
+        return MaskTensors(*index, *self.rows.tensors(), *self.cols.tensors())
 
     def _view(self) -> "_View":
-        return _View(self.unit_row, self.unit_col, self.rows._side, self.cols._side)
+        return _View(self.unit_row, self.unit_col, self.rows.side, self.cols.side)
 
     # --- other libraries' graphs ----------------------------------------------------------------------------------
 
@@ -709,16 +619,6 @@ def version(tensor: torch.Tensor) -> int:
 # --- dense and packed weights ---------------------------------------------------------------------------------------
 
 
-class _Side(NamedTuple):
-    """A side of the matrix, as :mod:`g2g_kernels.packing` takes it."""
-
-    num_units: int
-    width: int
-    column: torch.Tensor | None
-    place: torch.Tensor | None
-    holes: bool = False  # every neuron has a place
-
-
 @dataclass(frozen=True, eq=False)
 class _View:
     """What one pass uses of a mask; the tensors are the mask's own.
@@ -729,12 +629,12 @@ class _View:
 
     unit_row: torch.Tensor
     unit_col: torch.Tensor
-    rows: _Side
-    cols: _Side
+    rows: Side
+    cols: Side
 
     @property
     def tensors(self) -> list[torch.Tensor]:
-        sides = self.rows.column, self.rows.place, self.cols.column, self.cols.place
+        sides = self.rows.neuron_at, self.rows.place_of, self.cols.neuron_at, self.cols.place_of
         return [self.unit_row, self.unit_col, *(tensor for tensor in sides if tensor is not None)]
 
 

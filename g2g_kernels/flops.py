@@ -36,8 +36,8 @@ def count_flops(operator: RecordOperator, formula: Callable[..., int]) -> None:
 def product_flops(samples: int, values: torch.Tensor, mask: MaskTensors) -> int:
     """Of a product of ``samples`` vectors with the weights of ``mask``."""
     try:
-        lengths = [axis.bounds.diff() for axis in (mask.rows, mask.cols)]
-        weights = int((lengths[0][mask.unit_row] * lengths[1][mask.unit_col]).sum())
+        rows, cols = mask.row_bounds.diff(), mask.col_bounds.diff()
+        weights = int((rows[mask.unit_row] * cols[mask.unit_col]).sum())
     except RuntimeError:  # tensors without data, of a model that is only traced
         weights = values.numel()  # includes the padding of shorter units
     return 2 * samples * weights

@@ -168,7 +168,7 @@ def picture(mask: "BlockMask") -> str:
 
 def _entries(mask: "BlockMask") -> _Entries:
     rows, cols = (
-        axis.padded.view(axis.num_units, axis.width)[unit.long()]
+        axis.neuron_at.view(axis.num_units, axis.width)[unit.long()]
         for axis, unit in ((mask.rows, mask.unit_row), (mask.cols, mask.unit_col))
     )
     place = mask.valid().flatten().nonzero()[:, 0]

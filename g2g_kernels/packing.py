@@ -1,35 +1,13 @@
 """Converts dense weights to packed units and back: the only module that knows how both lie in memory.
 
-A side of the matrix is a :class:`Side`: ranges of ``width`` *places* each; the last places of a shorter range have no
-neuron. A unit's tile is the rectangle of places of one range of rows and one of columns.
+A unit's tile is the rectangle of places (:class:`Side`) of one range of rows and one of columns.
 """
 
 from typing import Protocol
 
 import torch
 
-
-class Side(Protocol):
-    """One side of a weight matrix.
-
-    Attributes:
-        num_units, width: the number of ranges, and of places in each.
-        column: int64 [num_units · width], the row or column of the dense matrix at each place, one past the last if
-            there is none; None if place p is column p.
-        place: the place of each row or column of the dense matrix; None in the same case.
-        holes: whether there are rows or columns without a place, for which ``place`` is one past the last.
-    """
-
-    @property
-    def num_units(self) -> int: ...
-    @property
-    def width(self) -> int: ...
-    @property
-    def column(self) -> torch.Tensor | None: ...
-    @property
-    def place(self) -> torch.Tensor | None: ...
-    @property
-    def holes(self) -> bool: ...
+from g2g_kernels.sides import Side
 
 
 class Units(Protocol):
@@ -53,7 +31,7 @@ def flat_unit(units: Units) -> torch.Tensor:
 def tiles(weight: torch.Tensor, units: Units) -> torch.Tensor:
     """A dense matrix cut into tiles [grid rows, grid columns, unit rows, unit columns], zero in the padding."""
     rows, cols = units.rows, units.cols
-    weight = _gathered(_gathered(weight, 0, rows.column), 1, cols.column)
+    weight = _gathered(_gathered(weight, 0, rows.neuron_at), 1, cols.neuron_at)
     return weight.reshape(rows.num_units, rows.width, cols.num_units, cols.width).permute(0, 2, 1, 3)
 
 
@@ -80,7 +58,7 @@ def assembled(every: torch.Tensor, units: Units) -> torch.Tensor:
     rows, cols = units.rows, units.cols
     weight = every.view(rows.num_units, cols.num_units, rows.width, cols.width).permute(0, 2, 1, 3)
     weight = weight.reshape(rows.num_units * rows.width, cols.num_units * cols.width)
-    return _gathered(_gathered(weight, 0, rows.place, rows.holes), 1, cols.place, cols.holes)
+    return _gathered(_gathered(weight, 0, rows.place_of, rows.holes), 1, cols.place_of, cols.holes)
 
 
 def _gathered(matrix: torch.Tensor, dim: int, index: torch.Tensor | None, past_the_end: bool = True) -> torch.Tensor:

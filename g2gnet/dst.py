@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import nn
 
 from g2g_kernels import Activity, BlockMask
-from g2g_kernels.block_mask import UnitAxis
 from g2g_kernels.numbers import COUNT, Number
+from g2g_kernels.sides import UnitAxis
 from g2gnet.distributed import ALONE, World
 from g2gnet.dst_rules import ACTIVITY, GRADIENT, GROW_RULES, PRUNE_RULES, Evidence
 from g2gnet.layers import AbsentGradient, G2GLinear
@@ -71,7 +71,7 @@ def _unit_sums(samples: torch.Tensor, norm: torch.Tensor, axis: UnitAxis) -> tor
     """Σ over the neurons of each unit range of samples/norm (0 for silent neurons): [M, size] → [M, num_units]."""
     scale = torch.where(norm > 0, 1 / norm, 0.0)
     if axis.width < PRODUCT_WIDTH:
-        padded = torch.cat([samples * scale, samples.new_zeros(len(samples), 1)], 1).index_select(1, axis.padded)
+        padded = torch.cat([samples * scale, samples.new_zeros(len(samples), 1)], 1).index_select(1, axis.neuron_at)
         return padded.view(len(samples), axis.num_units, axis.width).sum(2)
     membership = scale.new_zeros(axis.size, axis.num_units)
     membership[torch.arange(axis.size, device=scale.device), axis.unit_of] = scale

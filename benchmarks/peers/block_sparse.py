@@ -71,9 +71,9 @@ class _BlockSparseLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows, cols = self.mask.rows, self.mask.cols
         columns = x.reshape(-1, x.shape[-1]).T
-        columns = columns.contiguous() if cols.trivial else F.pad(columns, (0, 0, 0, 1)).index_select(0, cols.padded)
+        columns = columns.contiguous() if cols.trivial else F.pad(columns, (0, 0, 0, 1)).index_select(0, cols.neuron_at)
         y = _Product.apply(columns, self.values, self.mask)
-        y = y.T if rows.trivial else y.index_select(0, rows.position).T
+        y = y.T if rows.trivial else y.index_select(0, rows.place_of).T
         return (y + self.bias).view(*x.shape[:-1], -1)
 
 

@@ -33,14 +33,17 @@ class Plan:
     def __init__(self, mask: MaskTensors, width: tuple[int, int]) -> None:
         self._axes = [tensor.clone() for tensor in _axes(mask)]
         sources = [
-            structures.AxisSource(
-                size=len(axis.order),
-                num_units=len(axis.bounds) - 1,
-                width=width[side],
-                order=axis.order.data_ptr(),
-                bounds=axis.bounds.data_ptr(),
+            structures.Side(
+                size=len(order),
+                num_units=len(bounds) - 1,
+                width=side,
+                order=order.data_ptr(),
+                bounds=bounds.data_ptr(),
             )
-            for side, axis in enumerate((mask.rows, mask.cols))
+            for side, order, bounds in (
+                (width[0], mask.row_order, mask.row_bounds),
+                (width[1], mask.col_order, mask.col_bounds),
+            )
         ]
         lib = library()
         units = mask.unit_row.data_ptr(), mask.unit_col.data_ptr(), len(mask.unit_row)
@@ -59,7 +62,7 @@ class Plan:
 
 def _axes(mask: MaskTensors) -> tuple[torch.Tensor, ...]:
     """The parts of a mask's two sides that a plan is built from."""
-    return mask.rows.order, mask.rows.bounds, mask.cols.order, mask.cols.bounds
+    return mask.row_order, mask.row_bounds, mask.col_order, mask.col_bounds
 
 
 def refuses(mask: BlockMask, values: torch.Tensor) -> str | None:

@@ -108,7 +108,7 @@ G2G_EXPORT void g2g_use_openmp(g2g::GompParallel parallel, double share) { g2g::
 G2G_EXPORT int32_t g2g_has_bf16() { return g2g::kernels().bf16; }
 
 // nullptr if an index is out of range or memory runs out.
-G2G_EXPORT g2g::Plan* g2g_plan_new(const g2g::AxisSource* rows, const g2g::AxisSource* cols, const int32_t* unit_row,
+G2G_EXPORT g2g::Plan* g2g_plan_new(const g2g::Side* rows, const g2g::Side* cols, const int32_t* unit_row,
                                    const int32_t* unit_col, int32_t units) try {
     return g2g::build_plan(*rows, *cols, unit_row, unit_col, units);
 } catch (const std::exception&) {

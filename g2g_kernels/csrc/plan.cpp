@@ -20,7 +20,7 @@ struct Placing {
     }
 };
 
-bool lay_out(const AxisSource& source, Axis& axis) {
+bool lay_out(const Side& source, Axis& axis) {
     if (source.size < 1 || source.num_units < 1 || source.width < 1) return false;
     if (source.bounds[0] != 0 || source.bounds[source.num_units] != source.size) return false;
     const Placing place{source.width};
@@ -197,7 +197,7 @@ EventRuns event_runs(const Plan& plan) {
 
 }  // namespace
 
-Plan* build_plan(const AxisSource& rows, const AxisSource& cols, const int32_t* unit_row, const int32_t* unit_col,
+Plan* build_plan(const Side& rows, const Side& cols, const int32_t* unit_row, const int32_t* unit_col,
                  int32_t units) {
     Plan plan;
     if (!lay_out(rows, plan.rows) || !lay_out(cols, plan.cols)) return nullptr;

@@ -88,7 +88,7 @@ struct Plan {
 };
 
 // Returns nullptr if an index is out of range.
-Plan* build_plan(const AxisSource& rows, const AxisSource& cols, const int32_t* unit_row, const int32_t* unit_col,
+Plan* build_plan(const Side& rows, const Side& cols, const int32_t* unit_row, const int32_t* unit_col,
                  int32_t units);
 
 }  // namespace g2g

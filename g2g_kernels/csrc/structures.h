@@ -25,7 +25,7 @@ G2G_STRUCTURES(
 constexpr int kMostParameters = 3;
 
 // One side of a mask.
-struct AxisSource {
+struct Side {
     int32_t size, num_units, width;
     const int64_t* order;   // [size] the neurons, group by group
     const int32_t* bounds;  // [num_units + 1] where each unit's range begins in `order`

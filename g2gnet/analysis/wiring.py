@@ -59,7 +59,7 @@ def input_group_entropy(mask: BlockMask, values: torch.Tensor | None = None) -> 
     in_sizes = mask.cols.layout.sizes
     share = torch.zeros(mask.rows.num_units, len(in_sizes), mask.rows.width, dtype=torch.float64)
     share.index_put_((row, col_group), strength, accumulate=True)
-    share = share.transpose(1, 2).reshape(-1, len(in_sizes))[mask.rows.position.cpu()] / in_sizes
+    share = share.transpose(1, 2).reshape(-1, len(in_sizes))[mask.rows.place_of.cpu()] / in_sizes
     p = share / share.sum(1, keepdim=True)
     entropy = torch.special.entr(p).sum(1) / (math.log(len(in_sizes)) or math.nan)
     return torch.stack([entropy[mask.rows.layout.group_of == g].nanmean() for g in range(mask.rows.layout.num_groups)])

@@ -788,10 +788,10 @@ def test_operators_refuse_what_would_read_out_of_bounds():
     for wrong in (
         mask._replace(unit_row=changed(mask.unit_row, 1000)),
         mask._replace(unit_col=changed(mask.unit_col, -1)),
-        *(mask._replace(rows=mask.rows._replace(order=changed(mask.rows.order, place))) for place in (-5, 200)),
-        mask._replace(rows=mask.rows._replace(bounds=changed(mask.rows.bounds, 7))),
-        mask._replace(cols=mask.cols._replace(order=changed(mask.cols.order, 400))),
-        mask._replace(cols=mask.cols._replace(bounds=changed(mask.cols.bounds, -3))),
+        *(mask._replace(row_order=changed(mask.row_order, place)) for place in (-5, 200)),
+        mask._replace(row_bounds=changed(mask.row_bounds, 7)),
+        mask._replace(col_order=changed(mask.col_order, 400)),
+        mask._replace(col_bounds=changed(mask.col_bounds, -3)),
     ):
         with pytest.raises(ValueError, match="mask"):
             call(mask=wrong)

@@ -54,7 +54,7 @@ def _declare(monkeypatch, old: str, new: str) -> None:
             "float input_rate;",
             r"Layer.input_rate is 'field \d+, double' there",
         ),
-        ("int32_t size, num_units", "int32_t num_units, size", "AxisSource.size is 'field 1, int32_t' there"),
+        ("int32_t size, num_units", "int32_t num_units, size", "Side.size is 'field 1, int32_t' there"),
         ("kMostParameters = 3;", "kMostParameters = 4;", "kMostParameters is '3' there and '4' here"),
     ],
 )
@@ -128,7 +128,7 @@ def test_a_number_that_no_option_has_is_refused(option, number, kernel):
         arguments.current = arguments.grad_spikes = arguments.grad_current = tensor.data_ptr()
     else:
         mask = BlockMask.full(GroupLayout(1, 1), GroupLayout(1, 1), 1)
-        plan = plan_for(mask, torch.ones(1, 1, 1))
+        plan = plan_for(mask.tensors(), torch.ones(1, 1, 1))
         layer = structures.Layer(neurons=neurons, plan=plan.address)
         arguments = structures.Stack(layers=ctypes.addressof(layer), count=1, batch=1, steps=2, threads=1)
     with pytest.raises(ValueError, match="no neuron model, reset or surrogate of this number"):

@@ -121,6 +121,6 @@ def call_operators(
     if is_traced():  # which traces no Function with a forward mode
         y = product(flat, values, bias)
     else:
-        kernels = Kernels(product, gradients, mask, tuple(tensors.every()))
+        kernels = Kernels(product, gradients, mask, tuple(tensors))
         y = linear(flat.contiguous(), values.contiguous(), bias, kernels)
     return y.view(*x.shape[:-1], y.shape[-1])

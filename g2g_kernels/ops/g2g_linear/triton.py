@@ -12,8 +12,9 @@ With M samples (T·B in training), U units of R × C weights, and per block row 
 Each of the three takes 2·M·U·R·C FLOPs. A ``wgmma`` of sm_90 has 64 rows in its left factor. These are samples; in the
 weight gradient, which sums over samples, they are a unit's 64 outputs or the inputs of several units.
 
-Neurons are read and written at their columns in memory. :class:`Places` translates from the padded group order of a
-:class:`BlockMask` (*places*); these kernels translate in their loads and stores, without a separate pass.
+Neurons are read and written at their columns in memory: neuron n of a :class:`Side` is column n. A side translates from
+the padded group order of a :class:`BlockMask` (*places*); these kernels translate in their loads and stores, without a
+separate pass.
 """
 
 from typing import NamedTuple
@@ -26,69 +27,54 @@ from torch.nn import functional as F
 from g2g_kernels.block_mask import BlockMask, MaskTensors
 from g2g_kernels.ops.g2g_linear.call import LinearBackward, LinearCall, call_operators, operators
 from g2g_kernels.packing import assembled, no_tiles, packed
+from g2g_kernels.sides import Side
 from g2g_kernels.triton import runtime
 from g2g_kernels.triton.runtime import launch
 
 # --- the graph as kernels read it -------------------------------------------------------------------------------
 
 
-class Places(NamedTuple):
-    """One side of a layer: ``num_units`` ranges of ``width`` places, and the memory column of each place's neuron.
+def tile_of(side: Side) -> int:
+    """The side of a tile that covers a range, or a part of one wider than 64: 16, 32 or 64."""
+    return min(64, max(16, triton.next_power_of_2(side.width)))
 
-    Attributes:
-        size: number of columns in memory.
-        column, place, holes: as of a :class:`g2g_kernels.packing.Side`; a column without a place has no neuron.
-        bounds: int32 [num_units + 1], as of a :class:`UnitAxis`, if some ranges are shorter than ``width``; else None.
-            Weights beyond a range's length are padding, which is not read.
-    """
 
-    num_units: int
-    width: int
-    size: int
-    column: torch.Tensor | None = None
-    place: torch.Tensor | None = None
-    holes: bool = False
-    bounds: torch.Tensor | None = None
+def tiles_of(side: Side) -> int:
+    """The number of tiles that cover a range."""
+    return triton.cdiv(side.width, tile_of(side))
 
-    @property
-    def tile(self) -> int:
-        """The side of a tile that covers a range, or a part of one wider than 64: 16, 32 or 64."""
-        return min(64, max(16, triton.next_power_of_2(self.width)))
 
-    @property
-    def tiles(self) -> int:
-        """The number of tiles that cover a range."""
-        return triton.cdiv(self.width, self.tile)
+def in_order(side: Side) -> Side:
+    """The same places, contiguous and in order in memory; those without a neuron are holes."""
+    size = side.num_units * side.width
+    if side.bounds is None:
+        return Side(side.num_units, side.width, size)
+    assert side.neuron_at is not None
+    place = torch.arange(size, device=side.neuron_at.device)
+    place = torch.where(side.neuron_at < side.size, place, size)
+    return Side(side.num_units, side.width, size, None, place, side.bounds, holes=True)
 
-    def in_order(self) -> "Places":
-        """The same places, contiguous and in order in memory; those without a neuron are holes."""
-        size = self.num_units * self.width
-        if self.bounds is None:
-            return Places(self.num_units, self.width, size)
-        assert self.column is not None
-        place = torch.arange(size, device=self.column.device)
-        place = torch.where(self.column < self.size, place, size)
-        return Places(self.num_units, self.width, size, None, place, True, self.bounds)
 
-    def read_by(self, readers: "Places") -> "Places":
-        """These neurons, stored at the places of ``readers``, in the order in which the next layer reads them."""
-        mapped = next((places.column for places in (self, readers) if places.column is not None), None)
-        if mapped is None:
-            return self
-        neurons = torch.arange(self.size, device=mapped.device)
-        column, place, reader_column, reader_place = (
-            neurons if index is None else index for index in (self.column, self.place, readers.column, readers.place)
-        )
-        size = readers.num_units * readers.width
-        return Places(
-            self.num_units,
-            self.width,
-            size,
-            torch.cat([reader_place, reader_place.new_full((1,), size)])[column],
-            torch.cat([place, place.new_full((1,), self.num_units * self.width)])[reader_column],
-            holes=size > self.size,
-            bounds=self.bounds,
-        )
+def read_by(side: Side, readers: Side) -> Side:
+    """These neurons, stored at the places of ``readers``, in the order in which the next layer reads them."""
+    mapped = next((each.neuron_at for each in (side, readers) if each.neuron_at is not None), None)
+    if mapped is None:
+        return side
+    neurons = torch.arange(side.size, device=mapped.device)
+    neuron_at, place_of, reader_neuron_at, reader_place_of = (
+        neurons if index is None else index
+        for index in (side.neuron_at, side.place_of, readers.neuron_at, readers.place_of)
+    )
+    size = readers.num_units * readers.width
+    return Side(
+        side.num_units,
+        side.width,
+        size,
+        torch.cat([reader_place_of, reader_place_of.new_full((1,), size)])[neuron_at],
+        torch.cat([place_of, place_of.new_full((1,), side.num_units * side.width)])[reader_neuron_at],
+        side.bounds,
+        holes=size > side.size,
+    )
 
 
 class Units(NamedTuple):
@@ -100,8 +86,8 @@ class Units(NamedTuple):
     row_slot: torch.Tensor
     col_ptr: torch.Tensor
     col_slot: torch.Tensor
-    rows: Places
-    cols: Places
+    rows: Side
+    cols: Side
 
     @property
     def dense_pays(self) -> bool:
@@ -111,8 +97,8 @@ class Units(NamedTuple):
         default density a mask of single weights has no empty 16 × 16 block at all. A dense product has its own tiles,
         at least 64 wide.
         """
-        tiles = len(self.unit_row) * self.rows.tiles * self.cols.tiles
-        return tiles * self.rows.tile * self.cols.tile >= max(64, self.rows.size) * max(64, self.cols.size)
+        tiles = len(self.unit_row) * tiles_of(self.rows) * tiles_of(self.cols)
+        return tiles * tile_of(self.rows) * tile_of(self.cols) >= max(64, self.rows.size) * max(64, self.cols.size)
 
 
 def units_of(mask: MaskTensors, values: torch.Tensor) -> Units:
@@ -123,16 +109,14 @@ def units_of(mask: MaskTensors, values: torch.Tensor) -> Units:
     """
     if values.dim() != 3 or len(values) != len(mask.unit_row):
         raise ValueError(f"values of shape {tuple(values.shape)} do not fit a mask of {len(mask.unit_row)} units")
-    sides: list[Places] = []
-    for axis, width in ((mask.rows, values.shape[1]), (mask.cols, values.shape[2])):
-        num_units = len(axis.bounds) - 1
-        if len(axis.padded) not in (0, num_units * width):
-            raise ValueError(f"values of shape {tuple(values.shape)} do not fit {len(axis.padded)} places")
-        column, place = (axis.padded, axis.position) if len(axis.padded) else (None, None)
-        bounds = axis.bounds if len(axis.order) < num_units * width else None
-        sides.append(Places(num_units, width, len(axis.order), column, place, bounds=bounds))
-    index = mask.unit_row, mask.unit_col, mask.row_ptr, mask.row_slot, mask.col_ptr, mask.col_slot
-    return Units(*index, *sides)
+    sides: list[Side] = []
+    for (order, bounds, neuron_at, place_of), width in ((mask[6:10], values.shape[1]), (mask[10:], values.shape[2])):
+        num_units = len(bounds) - 1
+        if len(neuron_at) not in (0, num_units * width):
+            raise ValueError(f"values of shape {tuple(values.shape)} do not fit {len(neuron_at)} places")
+        side = Side(num_units, width, len(order), bounds=bounds if len(order) < num_units * width else None)
+        sides.append(side._replace(neuron_at=neuron_at, place_of=place_of) if len(neuron_at) else side)
+    return Units(*mask[:6], *sides)
 
 
 # --- forward and input gradient ---------------------------------------------------------------------------------
@@ -299,12 +283,12 @@ def _launch_product(
         inner, outer, ptr, slots, others = units.cols, units.rows, units.row_ptr, units.row_slot, units.unit_col
     else:
         inner, outer, ptr, slots, others = units.rows, units.cols, units.col_ptr, units.col_slot, units.unit_row
-    options = fitted(product_tiles(len(x), inner.tile, x.dtype, values.dtype), x.device)
+    options = fitted(product_tiles(len(x), tile_of(inner), x.dtype, values.dtype), x.device)
     launch(
         product_kernel,
-        (outer.num_units * outer.tiles * triton.cdiv(len(x), options["BLOCK_M"]),),
+        (outer.num_units * tiles_of(outer) * triton.cdiv(len(x), options["BLOCK_M"]),),
         x=x,
-        x_column=inner.column,
+        x_column=inner.neuron_at,
         x_bounds=inner.bounds,
         values=values,
         ptr=ptr,
@@ -312,7 +296,7 @@ def _launch_product(
         others=others,
         bias=bias,
         y=y,
-        y_column=outer.column,
+        y_column=outer.neuron_at,
         y_bounds=outer.bounds,
         samples=len(x),
         num_n=outer.num_units,
@@ -322,7 +306,7 @@ def _launch_product(
         N=outer.width,
         BY_ROWS=by_rows,
         PRECISION=runtime.input_precision(),
-        BLOCK_N=outer.tile,
+        BLOCK_N=tile_of(outer),
         **options,
     )
 
@@ -533,9 +517,9 @@ def weight_gradient(
         return grad_values, grad_y.sum(0, dtype=torch.float32) if want_bias else None
     # on the ordinary cores, with fully unrolled loops, RDNA has registers for a depth of 8
     deepest = 8 if grad_y.dtype == torch.float32 else 32
-    options = fitted(weight_gradient_tiles(cols.tile, x.dtype, grad_y.dtype), x.device, deepest)
+    options = fitted(weight_gradient_tiles(tile_of(cols), x.dtype, grad_y.dtype), x.device, deepest)
     groups = num_units // options["GROUP"] + rows.num_units
-    tiles = rows.tiles * cols.tiles
+    tiles = tiles_of(rows) * tiles_of(cols)
     parts = max(1, min(_PROGRAMS // (groups * tiles), len(x) // 1024))
     samples_of_part = triton.cdiv(triton.cdiv(len(x), parts), options["BLOCK_S"]) * options["BLOCK_S"]
     grad_values = torch.empty((parts, num_units, rows.width, cols.width), dtype=torch.float32, device=x.device)
@@ -545,9 +529,9 @@ def weight_gradient(
         weight_gradient_kernel,
         (groups, parts, tiles),
         grad_y=grad_y,
-        y_column=rows.column,
+        y_column=rows.neuron_at,
         x=x,
-        x_column=cols.column,
+        x_column=cols.neuron_at,
         row_ptr=units.row_ptr,
         row_slot=units.row_slot,
         unit_col=units.unit_col,
@@ -563,8 +547,8 @@ def weight_gradient(
         C=cols.width,
         PRECISION=runtime.input_precision(),
         ROWS=triton.next_power_of_2(rows.num_units),
-        BLOCK_R=rows.tile,
-        BLOCK_C=cols.tile,
+        BLOCK_R=tile_of(rows),
+        BLOCK_C=tile_of(cols),
         **options,
     )
     # the second stage: a plain sum over the parts, always in the same order

@@ -76,14 +76,13 @@ class PackedSpikes:
     def __init__(self, words: torch.Tensor, values: torch.Tensor, mask: MaskTensors) -> None:
         self._packed = PackedWords(words, values, mask)
         # the order of the neurons and the ranges of units, which load_state_dict may change in place
-        self._order, self._bounds = mask.rows.order.clone(), mask.rows.bounds.clone()
+        self._order, self._bounds = mask.row_order.clone(), mask.row_bounds.clone()
 
     def dense(self) -> torch.Tensor:
         """The spikes, 0 or 1, float [T, B, N] in neuron order, without gradient."""
-        packed, rows = self._packed, self._packed.mask.rows
-        if not (torch.equal(self._order, rows.order) and torch.equal(self._bounds, rows.bounds)):
-            rows = rows._replace(order=self._order, bounds=self._bounds)
-            packed = packed._replace(mask=packed.mask._replace(rows=rows))
+        packed, mask = self._packed, self._packed.mask
+        if not (torch.equal(self._order, mask.row_order) and torch.equal(self._bounds, mask.row_bounds)):
+            packed = packed._replace(mask=mask._replace(row_order=self._order, row_bounds=self._bounds))
         return UNPACK(packed)
 
 
@@ -103,8 +102,7 @@ def _shapes(call: StackCall) -> _Shapes:
     batch, steps = call.batch, call.num_steps
     for number, (values, mask, _, neurons, _) in enumerate(call.layers):
         _, height, width = values.shape
-        rows = blocks(mask.rows.bounds.shape[0] - 1, height)
-        cols = blocks(mask.cols.bounds.shape[0] - 1, width)
+        rows, cols = (blocks(units, side) for units, side in zip(mask.grid, (height, width)))  # noqa: B905
         held = call.held and number == 0
         shapes.spikes.append((batch, rows, steps))
         shapes.inputs.append((0,) if held else (batch, cols, steps))

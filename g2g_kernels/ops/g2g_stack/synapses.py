@@ -77,4 +77,4 @@ def _fan_out(values: torch.Tensor, mask: BlockMask) -> torch.Tensor:
     per_unit = ((values != 0) & mask.valid()).sum(1)
     per_place = per_unit.new_zeros(mask.cols.num_units, mask.cols.width)
     per_place.index_add_(0, mask.unit_col.long(), per_unit)
-    return per_place.flatten()[mask.cols.position]
+    return per_place.flatten()[mask.cols.place_of]

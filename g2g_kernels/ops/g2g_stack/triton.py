@@ -2,7 +2,7 @@
 formula) and ``g2g::triton_stack_backward``.
 
 Spikes travel from layer to layer as bytes, in the order of places in which the next layer reads them (see
-``Places.read_by``); so do its currents and their gradients. Only counts, rates and gradients of parameters are put back
+``read_by``); so do its currents and their gradients. Only counts, rates and gradients of parameters are put back
 into the order of neurons: at most B·N numbers each.
 
 A layer runs in one of two ways, which :func:`fused_pays` chooses between:
@@ -35,10 +35,14 @@ from g2g_kernels.ops.g2g_linear.triton import (
     Units,
     columns,
     fitted,
+    in_order,
     input_gradient,
     product,
     product_tiles,
+    read_by,
     tile_at,
+    tile_of,
+    tiles_of,
     units_of,
     weight_gradient,
 )
@@ -186,8 +190,8 @@ def fused_pays(units: Units, neurons: Neurons, batch: int, dtype: torch.dtype, d
     if _chosen is not None:
         return _chosen
     sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else _H100_SMS
-    block_m = fused_tiles(batch, units.cols.tile, torch.uint8, dtype)["BLOCK_M"]
-    programs = units.rows.num_units * units.rows.tiles * triton.cdiv(batch, block_m)
+    block_m = fused_tiles(batch, tile_of(units.cols), torch.uint8, dtype)["BLOCK_M"]
+    programs = units.rows.num_units * tiles_of(units.rows) * triton.cdiv(batch, block_m)
     return 4 * programs >= 3 * sms
 
 
@@ -350,9 +354,9 @@ def _layers(call: StackCall) -> list[_Layer]:
         rows, cols = graph.rows, graph.cols
         if i + 1 < len(graphs):
             readers = graphs[i + 1].cols
-            rows, neuron, column = rows.read_by(readers), readers.column, readers.place
+            rows, neuron, column = read_by(rows, readers), readers.neuron_at, readers.place_of
         if i > 0:
-            cols = cols.in_order()
+            cols = in_order(cols)
         units = graph._replace(rows=rows, cols=cols)
         held = call.held and i == 0
         fused = not held and fused_pays(units, neurons, call.batch, call.dtype, call.x.device)
@@ -381,12 +385,12 @@ def _launch_fused(
     """Writes spikes [T, B, N'], margins of the same shape if given, and counts [B, N'], from x [T·B, in]."""
     units = layer.units
     steps, batch, _ = spikes.shape
-    options = fitted(fused_tiles(batch, units.cols.tile, x.dtype, values.dtype), x.device)
+    options = fitted(fused_tiles(batch, tile_of(units.cols), x.dtype, values.dtype), x.device)
     launch(
         fused_forward_kernel,
-        (units.rows.num_units * units.rows.tiles * triton.cdiv(batch, options["BLOCK_M"]),),
+        (units.rows.num_units * tiles_of(units.rows) * triton.cdiv(batch, options["BLOCK_M"]),),
         x=x,
-        x_column=units.cols.column,
+        x_column=units.cols.neuron_at,
         x_bounds=units.cols.bounds,
         values=values,
         row_ptr=units.row_ptr,
@@ -394,7 +398,7 @@ def _launch_fused(
         unit_col=units.unit_col,
         bias=layer.bias,
         dropped=layer.dropped,
-        y_column=units.rows.column,
+        y_column=units.rows.neuron_at,
         parameters=layer.neurons.parameters,
         spikes=spikes,
         margins=margins,
@@ -408,7 +412,7 @@ def _launch_fused(
         N=units.rows.width,
         PRECISION=runtime.input_precision(),
         DROPPED=DROPPED,
-        BLOCK_N=units.rows.tile,
+        BLOCK_N=tile_of(units.rows),
         **model_options(layer.neurons),
         **options,
         **EXACT,
@@ -496,7 +500,7 @@ def _widest(layer: SpikingLayer) -> int:
 def g2g_stack(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> Activity:
     call = StackCall.of(x, layers, steps, runtime.autocast_dtype(x.device.type) or x.dtype)
     counts, rates, spikes, _ = FORWARD(call)
-    readers = [None if layer.mask.cols.trivial else layer.mask.cols.position for layer in layers[1:]]
+    readers = [None if layer.mask.cols.trivial else layer.mask.cols.place_of for layer in layers[1:]]
     sizes = [layer.size for layer in call.layers]
     return Activity(counts, tuple(rates.split(sizes)), tuple(map(ByteSpikes, spikes, [*readers, None])))
 

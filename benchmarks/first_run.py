@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from g2gnet.cli import FlagError, run_program
+from g2gnet.cli import FlagError, Parser, run_program
 from g2gnet.files import replace_file
 from g2gnet.messages import say
 
@@ -282,7 +282,7 @@ def page(made: Mapping[str, Mapping[str, Any]], planned: Sequence[str], device: 
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"python -m {__package__}.first_run",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

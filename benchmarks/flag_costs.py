@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from g2gnet.cli import FlagError, add_json_flag, run_program, settings_from
+from g2gnet.cli import FlagError, Parser, add_json_flag, run_program, settings_from
 from g2gnet.data import ImageData, load_dataset
 from g2gnet.train import build_parser as training_parser
 from g2gnet.training import Machine, Trainer, TrainSettings
@@ -169,7 +169,7 @@ def table(record: dict[str, Any]) -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"python -m {__package__}.flag_costs",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from g2gnet.cli import FlagError, add_json_flag, run_program
+from g2gnet.cli import FlagError, Parser, add_json_flag, run_program
 from g2gnet.training import TrainingError
 
 from .machine import describe
@@ -31,7 +31,7 @@ DEFAULTS = "--dataset fashionmnist-mini --model mixer --epochs 5 --batch_size 25
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"python -m {__package__}.processes",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -9,7 +9,6 @@ machine it is from, and is empty where there is none. Pictures lie in ``docs``, 
 ``tests/benchmarks/test_benchmark_reports.py`` checks that.
 """
 
-import argparse
 import dataclasses
 import functools
 import json
@@ -20,6 +19,8 @@ import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from g2gnet.cli import Parser
 
 from . import accuracy, dst_study, flag_costs, model_comparison, recipe_study, study, surrogate_study, tradeoff_study
 from .first_run import comparison
@@ -350,7 +351,7 @@ PARTS: dict[str, tuple[str, Callable[[Record, Link], str]]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    argparse.ArgumentParser(prog="python -m benchmarks.redraw", description=__doc__.split("\n")[0]).parse_args(argv)
+    Parser(prog="python -m benchmarks.redraw", description=__doc__.split("\n")[0]).parse_args(argv)
     from . import plots  # needs matplotlib
 
     kept = records()

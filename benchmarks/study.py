@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from g2gnet.cli import add_json_flag, run_program
+from g2gnet.cli import Parser, add_json_flag, run_program
 from g2gnet.data import load_dataset
 from g2gnet.files import replace_file
 from g2gnet.training import TrainingError
@@ -128,7 +128,7 @@ def train(command: Sequence[str], environment: Mapping[str, str] | None = None) 
 
 
 def build_parser(study: Study) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"python -m {__package__}.{study.name}",
         description=study.about,
         epilog="\n".join(["rows:", *(f"  {row!r:44} {flags}" for row, flags in study.rows.items())]),

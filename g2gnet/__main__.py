@@ -1,11 +1,11 @@
 """Lists the programs, and the kernels that this machine can run."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 
 import g2gnet
 from g2g_kernels import backend_status
+from g2gnet import cli
 
 #: each program, and what it does
 PROGRAMS = {
@@ -20,7 +20,7 @@ PROGRAMS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    argparse.ArgumentParser(prog="python -m g2gnet", description=__doc__).parse_args(argv)
+    cli.Parser(prog="python -m g2gnet", description=__doc__).parse_args(argv)
     width = max(map(len, PROGRAMS))
     print(f"g2g {g2gnet.__version__}\n\nPrograms; each explains itself with --help:")
     for program, purpose in PROGRAMS.items():

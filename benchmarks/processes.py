@@ -9,6 +9,7 @@ import json
 import math
 import os
 import shlex
+import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -22,7 +23,6 @@ from g2gnet.training import TrainingError
 
 from .machine import describe
 from .report import grid, seconds
-from .study import train
 
 #: the largest relative difference of losses that the order of sums explains, including a few changed spikes
 ALLOWED = 0.02
@@ -51,7 +51,9 @@ def epochs(launcher: Sequence[str], flags: str, device: str, folder: Path) -> li
     """
     command = [sys.executable, *launcher, "-m", "g2gnet.train", *shlex.split(flags)]
     command += ["--device", device, "--checkpoint_dir", str(folder)]
-    train(command, {"OMP_NUM_THREADS": "1", **os.environ})
+    done = subprocess.run(command, env={"OMP_NUM_THREADS": "1", **os.environ}, capture_output=True, text=True)
+    if done.returncode:
+        raise TrainingError(f"{shlex.join(command)} ended with {done.returncode}: {done.stderr.strip()[-2000:]}")
     (history,) = folder.glob("*.jsonl")
     return [json.loads(line) for line in history.read_text(encoding="utf-8").splitlines()]
 

@@ -11,6 +11,7 @@ from g2gnet import cli
 PROGRAMS = {
     "g2g-train": "trains a network: dense, or sparse between groups, statically or dynamically",
     "g2g-crossval": "cross-validates one: k models, each validated on another k-th of the training images",
+    "g2g-sweep": "trains every combination of several settings and seeds, in parallel; means and errors",
     "g2g-bench": "times g2g against snnTorch, SpikingJelly and PyTorch's own sparse products",
     "python -m g2gnet.analyze": "prints what the neurons of a trained network do, by layer and group",
     "python -m g2gnet.report": "writes a page with settings, results, analysis and pictures of runs",

@@ -32,7 +32,7 @@ KINDS = ("dense", "static", "dynamic")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"python -m {__package__}.accuracy", description=__doc__)
+    parser = g2gnet.cli.Parser(prog=f"python -m {__package__}.accuracy", description=__doc__)
     g2gnet.cli.add_settings_flags(parser)
     parser.set_defaults(**DEFAULTS)
     group = parser.add_argument_group("comparison")

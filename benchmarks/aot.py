@@ -6,7 +6,6 @@ per multiprocessor, matrix instructions, and how far loads overlap products. Not
 its speed.
 """
 
-import argparse
 import dataclasses
 import itertools
 import os
@@ -23,6 +22,7 @@ from tqdm import tqdm
 from g2g_kernels.triton import runtime
 from g2g_kernels.triton.runtime import Launch
 from g2gnet import G2GNet
+from g2gnet.cli import Parser
 
 from .launches import training_step
 
@@ -302,7 +302,7 @@ def rows(cases: Sequence[Case], targets: Sequence[Target], kernels: Sequence[str
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.aot", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m benchmarks.aot", description=__doc__.splitlines()[0])
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="kinds of GPU")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="training steps")
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS, help="kernels")

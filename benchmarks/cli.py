@@ -13,8 +13,9 @@ from tqdm import tqdm
 import g2gnet
 from g2g_kernels import select_device
 from g2g_kernels.numbers import COUNT
-from g2gnet.cli import FlagError, add_json_flag, check_output, file_name, run_program
-from g2gnet.network import MODELS
+from g2gnet.cli import METAVARS, FlagError, add_json_flag, check_output, file_name, run_program
+from g2gnet.grouping import MODELS
+from g2gnet.training import TrainSettings
 
 from . import report
 from .registry import PRECISIONS
@@ -29,19 +30,13 @@ def add_flags(parser: argparse.ArgumentParser, repeats: int) -> None:
     """Adds the flags of the workload, the device, the repeats and the reports."""
     default = {field.name: field.default for field in dataclasses.fields(Workload)}
     group = parser.add_argument_group("workload")
-    for name, kind, text in (
-        ("batch_size", int, "images per step"),
-        ("T", int, "time steps per sample"),
-        ("hidden_dim", int, "neurons in each of the two hidden layers"),
-        ("p_inter", float, "probability of a connection unit between groups"),
-        ("block_size", int, "side of a connection unit in weights"),
-        ("num_groups", int, "groups on each side of a layer"),
-        ("train_steps", int, "optimizer steps before anything is measured"),
-        ("seed", int, "seed of the network and its training"),
-    ):
+    texts = {field.name: field.metadata["text"] for field in dataclasses.fields(TrainSettings)}
+    texts["train_steps"] = "optimizer steps before anything is measured"
+    for name in ("batch_size", "T", "hidden_dim", "p_inter", "block_size", "num_groups", "train_steps", "seed"):
         quick = f", {QUICK[name]} with --quick" if name in QUICK else ""
-        metavar = "N" if kind is int else "X"
-        group.add_argument(f"--{name}", type=kind, metavar=metavar, help=f"{text} (default: {default[name]}{quick})")
+        kind = type(default[name])
+        text = f"{texts[name]} (default: {default[name]}{quick})"
+        group.add_argument(f"--{name}", type=kind, metavar=METAVARS[kind], help=text)
     group.add_argument("--model", choices=MODELS, help=f"network (default: {default['model']})")
     group.add_argument(
         "--dataset", choices=("fashionmnist", "fashionmnist-mini"), help=f"images (default: {default['dataset']})"

@@ -11,7 +11,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from .study import Study, accuracy, markdown, run_study, spread, standard_error
+from g2gnet.sweep.results import markdown
+
+from .study import Study, accuracy, run_study, spread, standard_error
 
 #: densities in per cent, by the side of a unit
 DENSITIES = {16: (25, 10, 5, 2), 64: (25, 5), 1: (5,)}

@@ -26,15 +26,15 @@ from typing import Any
 
 import torch
 
-from g2gnet.cli import FlagError, run_program
+from g2gnet.cli import FlagError, Parser, run_program
 from g2gnet.files import replace_file
 from g2gnet.messages import say
+from g2gnet.sweep.results import markdown
 
 from .machine import describe
 from .predictions import CHIPS, FUSED_BATCHES, FUSED_UNITS, GROWING, OTHERS, RECORD, WAYS, scaling_stage
 from .report import seconds
 from .scaling import QUANTITIES
-from .study import markdown
 
 #: time limit of a stage, in seconds
 LIMIT = 480
@@ -282,7 +282,7 @@ def page(made: Mapping[str, Mapping[str, Any]], planned: Sequence[str], device: 
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"python -m {__package__}.first_run",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

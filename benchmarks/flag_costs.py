@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from g2gnet.cli import FlagError, add_json_flag, run_program, settings_from
+from g2gnet.cli import FlagError, Parser, add_json_flag, run_program, settings_from
 from g2gnet.data import ImageData, load_dataset
+from g2gnet.sweep.results import markdown
 from g2gnet.train import build_parser as training_parser
 from g2gnet.training import Machine, Trainer, TrainSettings
 
 from .machine import describe
 from .report import seconds
-from .study import markdown
 
 #: steps of a turn, the last of which updates the graph where there is DST
 TURN = 10
@@ -169,7 +169,7 @@ def table(record: dict[str, Any]) -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"python -m {__package__}.flag_costs",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from g2g_kernels import BlockMask, GroupLayout, Neurons, SpikingLayer, g2g_stack
 from g2g_kernels.numbers import COUNT
 from g2g_kernels.triton import runtime
-from g2gnet.cli import FlagError, add_json_flag, run_program
+from g2gnet.cli import FlagError, Parser, add_json_flag, run_program
 from g2gnet.cuda_graph import CapturedStep
 
 from . import cli
@@ -33,7 +33,7 @@ RATE = 0.05
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"python -m {__package__}.fused_pair",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from g2gnet.cli import FlagError, run_program
+from g2gnet.cli import FlagError, Parser, run_program
 
 from . import cli
 from .machine import describe, synchronize
@@ -24,7 +24,7 @@ SMALL = 0.01
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"python -m {__package__}.kernel_times", description=__doc__.split("\n\n")[0])
+    parser = Parser(prog=f"python -m {__package__}.kernel_times", description=__doc__.split("\n\n")[0])
     cli.add_flags(parser, repeats=10)
     return parser
 

@@ -7,7 +7,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from .study import Study, accuracy, markdown, run_study, spread
+from g2gnet.sweep.results import markdown
+
+from .study import Study, accuracy, run_study, spread
 
 ROWS = {
     "dense": "--model dense",

@@ -23,7 +23,7 @@ import torch
 
 from g2g_kernels import Neurons, SpikingLayer
 from g2gnet import G2GNet
-from g2gnet.cli import add_json_flag, run_program
+from g2gnet.cli import Parser, add_json_flag, run_program
 
 from . import report
 from .launches import (
@@ -281,7 +281,7 @@ def record(written: str) -> dict[str, Any]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"python -m {__package__}.predictions", description=__doc__.split("\n\n")[0])
+    parser = Parser(prog=f"python -m {__package__}.predictions", description=__doc__.split("\n\n")[0])
     parser.add_argument("--written", required=True, metavar="DATE", help="the day on which they were written down")
     add_json_flag(parser, "the predictions for all cards")
     return parser

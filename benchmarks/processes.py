@@ -9,6 +9,7 @@ import json
 import math
 import os
 import shlex
+import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -17,12 +18,11 @@ from typing import Any
 
 import torch
 
-from g2gnet.cli import FlagError, add_json_flag, run_program
+from g2gnet.cli import FlagError, Parser, add_json_flag, run_program
 from g2gnet.training import TrainingError
 
 from .machine import describe
 from .report import grid, seconds
-from .study import train
 
 #: the largest relative difference of losses that the order of sums explains, including a few changed spikes
 ALLOWED = 0.02
@@ -31,7 +31,7 @@ DEFAULTS = "--dataset fashionmnist-mini --model mixer --epochs 5 --batch_size 25
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"python -m {__package__}.processes",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -51,7 +51,9 @@ def epochs(launcher: Sequence[str], flags: str, device: str, folder: Path) -> li
     """
     command = [sys.executable, *launcher, "-m", "g2gnet.train", *shlex.split(flags)]
     command += ["--device", device, "--checkpoint_dir", str(folder)]
-    train(command, {"OMP_NUM_THREADS": "1", **os.environ})
+    done = subprocess.run(command, env={"OMP_NUM_THREADS": "1", **os.environ}, capture_output=True, text=True)
+    if done.returncode:
+        raise TrainingError(f"{shlex.join(command)} ended with {done.returncode}: {done.stderr.strip()[-2000:]}")
     (history,) = folder.glob("*.jsonl")
     return [json.loads(line) for line in history.read_text(encoding="utf-8").splitlines()]
 

@@ -10,8 +10,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from g2gnet.sweep.results import markdown
+
 from .dst_study import GROWTH, SCHEDULE, density_flags
-from .study import Study, accuracy, markdown, run_study, spread
+from .study import Study, accuracy, run_study, spread
 
 #: the flags of each part
 RECIPE = {

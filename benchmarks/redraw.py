@@ -9,7 +9,6 @@ machine it is from, and is empty where there is none. Pictures lie in ``docs``, 
 ``tests/benchmarks/test_benchmark_reports.py`` checks that.
 """
 
-import argparse
 import dataclasses
 import functools
 import json
@@ -20,6 +19,9 @@ import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from g2gnet.cli import Parser
+from g2gnet.sweep.results import markdown
 
 from . import accuracy, dst_study, flag_costs, model_comparison, recipe_study, study, surrogate_study, tradeoff_study
 from .first_run import comparison
@@ -146,7 +148,7 @@ def _throughput(record: Record, link: Link) -> str:
         "first turn": lambda row: seconds(row["first_seconds"]),
     }
     shown = {name: cell for name, cell in columns.items() if flop or name != "GFLOP/s"}
-    table = study.markdown(list(shown), [[cell(row) for cell in shown.values()] for row in timed])
+    table = markdown(list(shown), [[cell(row) for cell in shown.values()] for row in timed])
     kernel = KERNELS[content["kernel"]].about
     text = (
         f"{kernel[0].upper()}{kernel[1:]}: {_workload(content['workload'])}. {len(timed[0]['seconds'])} interleaved "
@@ -267,7 +269,7 @@ def _scaling(record: Record, link: Link) -> str:
     return (
         f"![{what} against {content['x_is']}]({link(record.picture)})\n\n"
         f"{what} of {first['model']}, {', '.join(fixed)}, on {_machine(record, link)}.\n\n"
-        f"{study.markdown(header, rows)}"
+        f"{markdown(header, rows)}"
     )
 
 
@@ -291,7 +293,7 @@ def _accuracy(record: Record, link: Link) -> str:
         f"{settings['dataset']}, {settings['limit_train'] or content['images']['train']:,} training images, T "
         f"{settings['T']}, H {settings['hidden_dim']}, batches of {settings['batch_size']}; dynamic: `{dynamic}`. "
         f"On {_machine(record, link)}.\n\n"
-        f"{study.markdown(['', 'seed', 'time per epoch', f'test accuracy after {last} epochs'], rows)}"
+        f"{markdown(['', 'seed', 'time per epoch', f'test accuracy after {last} epochs'], rows)}"
     )
 
 
@@ -318,10 +320,10 @@ def _flag_costs(record: Record, link: Link) -> str:
 
 def _predictions(record: Record, link: Link) -> str:
     content = record.content
-    nexts = study.markdown(
+    nexts = markdown(
         ["what decides", "what to try next"], [[f"`{name}`", text] for name, text in content["next"].items()]
     )
-    assumed = study.markdown(["assumed", ""], [[name, f"{value:g}"] for name, value in content["assumed"].items()])
+    assumed = markdown(["assumed", ""], [[name, f"{value:g}"] for name, value in content["assumed"].items()])
     return (
         f"Written down on {content['written']} for an H100; those for H200 and A100 "
         f"are in the [record]({link(record.path)}).\n\n{comparison(content, {}, 'h100', tiny=False)}\n\n"
@@ -350,7 +352,7 @@ PARTS: dict[str, tuple[str, Callable[[Record, Link], str]]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    argparse.ArgumentParser(prog="python -m benchmarks.redraw", description=__doc__.split("\n")[0]).parse_args(argv)
+    Parser(prog="python -m benchmarks.redraw", description=__doc__.split("\n")[0]).parse_args(argv)
     from . import plots  # needs matplotlib
 
     kept = records()

@@ -21,6 +21,8 @@ from .workload import NeuronInputs, Prepared, Workload
 #: [T, B, out] and the gradients "x", "weight" and "bias", of an update what :func:`update_results` says
 Results = dict[str, torch.Tensor]
 
+ATAN_ALPHA = 2.0  # of neurons that are given no other surrogate
+
 CHUNK = 32  # samples in a piece
 
 UPDATE_FRACTION = 0.1  # share of a layer's units that an update replaces
@@ -51,7 +53,7 @@ def _lif(
     theta: torch.Tensor,
     reset: str,
     surrogate: str = "atan",
-    alpha: float = 2.0,
+    alpha: float = ATAN_ALPHA,
 ) -> list[torch.Tensor]:
     """The spikes for a list of currents, one per time step.
 
@@ -105,7 +107,7 @@ def _simulate(
     currents = [product(1, images)] * workload.T
     layers = []
     for number in (1, 2, 3):
-        surrogate = (workload.surrogate, workload.alpha) if number < 3 else ("atan", 2.0)
+        surrogate = (workload.surrogate, workload.alpha) if number < 3 else ("atan", ATAN_ALPHA)
         beta, theta = parameters[f"lif{number}.beta"], parameters[f"lif{number}.threshold"]
         layers.append(_lif(currents, beta, theta, reset, *surrogate))
         if number < 3:

@@ -7,6 +7,7 @@ repeated reads after a cache miss, arithmetic outside of matrix products, gaps b
 """
 
 import argparse
+import dataclasses
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -14,9 +15,10 @@ from typing import NamedTuple
 
 import torch
 
-from g2g_kernels.numbers import COUNT
 from g2gnet import G2GNet
-from g2gnet.network import MODELS
+from g2gnet.cli import Parser, add_settings_flags
+from g2gnet.settings import with_default
+from g2gnet.training import TrainSettings
 
 from .launches import Operation, training_step
 
@@ -114,16 +116,20 @@ def bytes_left(operations: Sequence[Operation], card: Card) -> str:
     return "\n".join(lines)
 
 
+#: the settings that are flags here
+FLAGS = ("batch_size", "T", "hidden_dim", "p_inter", "block_size", "model")
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSettings(TrainSettings):
+    """The settings of a training run that decide its step; an index network's, unless told otherwise."""
+
+    model: str = with_default(TrainSettings, "model", "index")
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--batch_size", type=int, default=256, metavar="N", help="images per step (default: 256)")
-    parser.add_argument("--T", type=int, default=50, metavar="N", help="time steps per sample (default: 50)")
-    parser.add_argument("--hidden_dim", type=int, default=2048, metavar="N", help="neurons per layer (default: 2048)")
-    text = "probability of a connection unit between groups (default: 0.15)"
-    parser.add_argument("--p_inter", type=float, default=0.15, metavar="X", help=text)
-    text = "side of a connection unit in weights (default: 64)"
-    parser.add_argument("--block_size", type=int, default=64, metavar="N", help=text)
-    parser.add_argument("--model", choices=MODELS, default="index", help="network (default: index)")
+    parser = Parser(prog="python -m benchmarks.roofline", description=__doc__.split("\n\n")[0])
+    add_settings_flags(parser, StepSettings, FLAGS)
     parser.add_argument("--precision", choices=tuple(DTYPES), default="bf16", help="of products (default: bf16)")
     parser.add_argument("--card", choices=tuple(CARDS), default="h100", help="card whose rates to use (default: h100)")
     return parser
@@ -136,17 +142,9 @@ def roofline(arguments: argparse.Namespace) -> str:
         ValueError: for sizes out of range.
         ModuleNotFoundError: without Triton.
     """
-    COUNT.check("batch_size", arguments.batch_size)
-    net = G2GNet(
-        INPUT_DIM,
-        arguments.hidden_dim,
-        NUM_CLASSES,
-        arguments.model,
-        arguments.p_inter,
-        arguments.block_size,
-        arguments.T,
-        generator=torch.Generator().manual_seed(42),
-    )
+    settings = StepSettings(**{name: getattr(arguments, name) for name in FLAGS})
+    generator = torch.Generator().manual_seed(42)
+    net = G2GNet.from_settings(settings, INPUT_DIM, NUM_CLASSES, generator=generator)
     masks = [connection.mask for connection, _ in net.layers()]
     weights = sum(int(mask.unit_sizes.sum()) for mask in masks)
     density = weights / sum(rows * cols for rows, cols in (mask.shape for mask in masks))

@@ -15,6 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from g2g_kernels import available_backends
+from g2gnet.cli import Parser
 
 from . import cli, report
 from .floor import work
@@ -82,7 +83,7 @@ def fit(x: Sequence[float], y: Sequence[float]) -> Line:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"python -m {__package__}.scaling",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -1,35 +1,34 @@
 """Shared parts of the training studies: many resumable runs of ``g2g-train``, in parallel.
 
-A study consists of rows of flags, each trained with several seeds. Every run has its own folder and one thread; there
-are as many parallel runs as cores. Finished runs are skipped, stopped ones resume. A study may be run in parts
+A study consists of rows of flags, each trained with several seeds by the engine of :mod:`g2gnet.sweep`. Every run has
+its own folder and one thread; there are as many parallel runs as cores. Finished runs are skipped, stopped ones resume.
+A study may be run in parts
 (``--rows``, ``--seeds``); its record contains the finished runs, and those of an earlier record if it is extended
 (``--extend``).
 """
 
 import argparse
-import concurrent.futures
 import dataclasses
 import json
-import math
 import os
 import re
 import shlex
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from g2gnet.cli import add_json_flag, run_program
+from g2gnet import train
+from g2gnet.cli import Parser, add_json_flag, run_program, settings_from
 from g2gnet.data import load_dataset
 from g2gnet.files import replace_file
-from g2gnet.training import TrainingError
-from g2gnet.training.saved_run import read_run
+from g2gnet.sweep.engine import outcome, processes, train_runs
+from g2gnet.sweep.grid import Run
+from g2gnet.sweep.results import estimate
+from g2gnet.training import TrainingError, TrainSettings, read_run
 
 from .machine import describe
 
@@ -55,11 +54,13 @@ class Study:
     table: Callable[[dict[str, Any]], str]
 
 
-def command(study: Study, row: str, epochs: int, seed: int, folder: Path, dataset: Path | None = None) -> list[str]:
-    """The command of one run; if a flag is given twice the later one counts, so a row overrides the common flags."""
-    flags = f"{study.common} --epochs {epochs} --seed {seed} {study.rows[row]} --device cpu"
-    other = [] if dataset is None else ["--dataset", str(dataset)]
-    return [sys.executable, "-m", "g2gnet.train", *shlex.split(flags), *other, "--checkpoint_dir", str(folder)]
+def run_of(study: Study, row: str, epochs: int, seed: int, root: Path, dataset: Path | None = None) -> Run:
+    """One run; if a flag is given twice the later one counts, so a row overrides the common flags."""
+    flags = shlex.split(f"{study.common} --epochs {epochs} --seed {seed} {study.rows[row]}")
+    arguments = train.build_parser().parse_args([*flags, *([] if dataset is None else ["--dataset", str(dataset)])])
+    settings = settings_from(arguments, TrainSettings)
+    given = {name: value for name, value in vars(arguments).items() if name in settings.given()}
+    return Run(given, settings, {"row": row, "seed": seed}, folder_of(root, study, row, epochs, seed))
 
 
 #: training images that ``--validation`` tests on
@@ -85,18 +86,14 @@ def folder_of(root: Path, study: Study, row: str, epochs: int, seed: int) -> Pat
     return root / study.name / f"{re.sub(r'[^A-Za-z0-9.]+', '-', row)}-{epochs}-epochs-seed{seed}"
 
 
-def result(folder: Path) -> dict[str, Any] | None:
+def result(run: Run) -> dict[str, Any] | None:
     """The results of a finished run: its last epoch, its training time, and its wiring; None if it is not finished."""
-    markers = list(folder.glob("*.DONE"))
-    if not markers:
+    end = outcome(run)
+    if end is None:
         return None
-    last = json.loads(markers[0].read_text())["result"]
-    lines = markers[0].with_suffix(".jsonl").read_text().splitlines()
-    seconds = sum(json.loads(line)["seconds"] for line in lines)
-    net = read_run(markers[0].with_suffix(".pth")).network()
-    weights = sum(int(connection.mask.unit_sizes.sum()) for connection, _ in net.layers())
+    net = read_run(run.files.checkpoint).network()
     masks = {f"fc{number}": connection.mask for number, (connection, _) in enumerate(net.layers(), 1)}
-    return {**last, "train_seconds": seconds, "weights": weights, "wiring": {n: wiring(m) for n, m in masks.items()}}
+    return {**end, "wiring": {name: wiring(mask) for name, mask in masks.items()}}
 
 
 def wiring(mask: Any) -> dict[str, float]:
@@ -115,20 +112,8 @@ def wiring(mask: Any) -> dict[str, float]:
     return {**found, "inside": float(same.double().mean())}
 
 
-def train(command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
-    """One run; on one thread, unless ``environment`` is given.
-
-    Raises:
-        TrainingError: with its output, if it failed.
-    """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"} if environment is None else environment
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise TrainingError(f"{shlex.join(command)} ended with {done.returncode}: {done.stderr.strip()[-2000:]}")
-
-
 def build_parser(study: Study) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"python -m {__package__}.{study.name}",
         description=study.about,
         epilog="\n".join(["rows:", *(f"  {row!r:44} {flags}" for row, flags in study.rows.items())]),
@@ -210,38 +195,27 @@ def make(study: Study, arguments: argparse.Namespace) -> dict[str, Any]:
     known = taken_over(study, arguments.extend, record) if arguments.extend else {}
     dataset = validation_data(arguments.runs) if arguments.validation else None
     root = arguments.runs / "validation" if arguments.validation else arguments.runs
-    runs = [
-        (row, seed, folder_of(root, study, row, arguments.epochs, seed))
+    runs = {
+        (row, seed): run_of(study, row, arguments.epochs, seed, root, dataset)
         for seed in arguments.seeds
         for row in rows
         if (row, seed) not in known
-    ]
-    missing = [] if arguments.finished else [run for run in runs if not list(run[2].glob("*.DONE"))]
-    with (
-        concurrent.futures.ThreadPoolExecutor(max(1, arguments.jobs)) as pool,
-        tqdm(total=len(missing), desc=study.name, unit=" runs", leave=False, disable=None) as bar,
-    ):
-        futures = {
-            pool.submit(train, command(study, row, arguments.epochs, seed, folder, dataset)): (row, seed, folder)
-            for row, seed, folder in missing
-        }
-        try:
-            for future in concurrent.futures.as_completed(futures):
-                future.result()
-                row, seed, folder = futures[future]
-                end = result(folder)
-                assert end is not None
-                bar.update()
-                bar.write(
-                    f"{row}, seed {seed}: test accuracy {end['test_acc']:.4f}, {end['train_seconds']:.0f} s",
-                    file=sys.stderr,
-                )
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    }
+    missing = [] if arguments.finished else [run for run in runs.values() if not run.files.marker.exists()]
+
+    def line(run: Run) -> str:
+        end = outcome(run) or {}
+        return f"{run.label}: test accuracy {end['test_acc']:.4f}, {end['train_seconds']:.0f} s"
+
+    if missing:
+        jobs = max(1, arguments.jobs)
+        with processes(jobs, threads=1) as executor:
+            failed = train_runs(missing, executor, {"device": "cpu"}, study.name, line)
+        if failed:
+            raise TrainingError("\n".join(f"{label}: {error}" for label, error in failed.items()))
     ends = dict(known)
-    for row, seed, folder in runs:
-        end = result(folder)
+    for (row, seed), run in runs.items():
+        end = result(run)
         if end is not None:
             ends[row, seed] = {"seed": seed, **end}
     found: dict[str, list[dict[str, Any]]] = {row: [] for row in study.rows}
@@ -256,11 +230,8 @@ def make(study: Study, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def spread(ends: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], float], digits: int = 2) -> str:
     """Mean ± standard error of the mean over runs, and their number where it is not three."""
-    values = [value(end) for end in ends]
-    text = f"{statistics.mean(values):.{digits}f}"
-    if len(values) > 1:
-        text += f" ± {standard_error(values):.{digits}f}"
-    return text if len(values) == 3 else f"{text} (n = {len(values)})"
+    text = estimate([value(end) for end in ends]).text(digits)
+    return text if len(ends) == 3 else f"{text} (n = {len(ends)})"
 
 
 def mean(row: dict[str, Any], quantity: str) -> float:
@@ -270,17 +241,12 @@ def mean(row: dict[str, Any], quantity: str) -> float:
 
 def standard_error(values: Sequence[float]) -> float:
     """Standard error of the mean of independent values; 0 for a single one, where it is unknown."""
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return estimate(values).error or 0.0
 
 
 def accuracy(end: dict[str, Any]) -> float:
     """Test accuracy after the last epoch, in per cent."""
     return 100 * end["test_acc"]
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def run_study(study: Study, argv: Sequence[str] | None = None) -> int:

@@ -13,6 +13,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from g2gnet.cli import Parser
+
 from . import cli, report
 from .floor import floor_seconds, work
 from .harness import Job, Outcome, measure
@@ -22,7 +24,7 @@ from .workload import Prepared, load
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="g2g-bench" if Path(sys.argv[0]).stem == "g2g-bench" else f"python -m {__package__}.throughput",
         description=__doc__,
         epilog="\n".join(["kernels:", *(f"  {name:13} {kernel.about}" for name, kernel in KERNELS.items())]),

@@ -10,8 +10,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from g2gnet.sweep.results import markdown
+
 from .dst_study import GROWTH, SCHEDULE, density_flags
-from .study import Study, accuracy, markdown, mean, run_study, spread
+from .study import Study, accuracy, mean, run_study, spread
 
 DENSE_WIDTHS = (64, 128, 256, 512, 1024, 2048)
 #: (width, density in per cent)

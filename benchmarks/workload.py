@@ -38,18 +38,18 @@ class Workload:
         train_steps: optimizer steps before anything is measured, since firing rates decide the cost of events.
     """
 
-    batch_size: int = 256
-    T: int = 50
-    hidden_dim: int = 2048
-    p_inter: float = 0.15
-    block_size: int = 64
-    num_groups: int = 8
+    batch_size: int = TrainSettings.batch_size
+    T: int = TrainSettings.T
+    hidden_dim: int = TrainSettings.hidden_dim
+    p_inter: float = TrainSettings.p_inter
+    block_size: int = TrainSettings.block_size
+    num_groups: int = TrainSettings.num_groups
     model: str = "index"
-    surrogate: str = "atan"
-    alpha: float = 2.0
-    dataset: str = "fashionmnist"
+    surrogate: str = TrainSettings.surrogate
+    alpha: float = TrainSettings.alpha
+    dataset: str = TrainSettings.dataset
     train_steps: int = 100
-    seed: int = 42
+    seed: int = TrainSettings.seed
 
     def __post_init__(self) -> None:
         wanted = Number(0, whole=True).refuses(self.train_steps)
@@ -59,21 +59,9 @@ class Workload:
 
     def settings(self) -> TrainSettings:
         """The trainer's settings; raises SettingsError if they are out of range."""
-        return TrainSettings(
-            dataset=self.dataset,
-            limit_train=max(1, self.train_steps) * self.batch_size,
-            limit_test=1000,
-            model=self.model,
-            surrogate=self.surrogate,
-            alpha=self.alpha,
-            hidden_dim=self.hidden_dim,
-            p_inter=self.p_inter,
-            block_size=self.block_size,
-            num_groups=self.num_groups,
-            T=self.T,
-            batch_size=self.batch_size,
-            seed=self.seed,
-        )
+        shared = self.as_dict()
+        steps = max(1, shared.pop("train_steps"))
+        return TrainSettings(**shared, limit_train=steps * self.batch_size, limit_test=1000)
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -142,21 +130,8 @@ class Prepared:
     def network(self, backend: str | None = None) -> G2GNet:
         """The network, on the CPU, with its trained weights."""
         sizes = DATASETS[self.workload.dataset]
-        w = self.workload
-        net = G2GNet(
-            sizes.input_dim,
-            w.hidden_dim,
-            sizes.num_classes,
-            w.model,
-            w.p_inter,
-            w.block_size,
-            w.T,
-            num_groups=w.num_groups,
-            surrogate=w.surrogate,
-            alpha=w.alpha,
-            backend=backend,
-            generator=torch.Generator().manual_seed(0),
-        )
+        generator = torch.Generator().manual_seed(0)
+        net = G2GNet.from_settings(self.workload.settings(), sizes.input_dim, sizes.num_classes, backend, generator)
         net.load_state_dict(self.state)
         return net
 

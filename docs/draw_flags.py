@@ -6,6 +6,7 @@ from pathlib import Path
 
 from g2gnet import analyze, crossval, pretrain, train
 from g2gnet.report import program as report
+from g2gnet.sweep import program as sweep
 
 PAGE = Path(__file__).with_name("flags.md")
 HEAD = """\
@@ -23,6 +24,13 @@ PROGRAMS = (
         crossval,
         "Trains k networks, each validated on another k-th of the training images; installed, `g2g-crossval`. It has\n"
         "the flags of `train.py`; these are added or have other defaults:",
+        train,
+    ),
+    (
+        "g2g-sweep",
+        sweep,
+        "Trains every combination of several values of settings ([sweeps](sweeps.md)). Each setting of `train.py`\n"
+        "takes one value or several, a switch `true` or `false`; these are added or have other defaults:",
         train,
     ),
     ("python -m g2gnet.pretrain", pretrain, "Trains a ResNet-32 for `--use_resnet`.", None),

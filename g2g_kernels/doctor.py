@@ -308,7 +308,9 @@ def _line(
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m g2g_kernels.doctor", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m g2g_kernels.doctor", description=__doc__.split("\n\n")[0], allow_abbrev=False
+    )
     parser.add_argument("--device", default="all", help="where to check, such as cpu (default: on every device)")
     return parser
 

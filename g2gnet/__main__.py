@@ -1,16 +1,17 @@
 """Lists the programs, and the kernels that this machine can run."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 
 import g2gnet
 from g2g_kernels import backend_status
+from g2gnet import cli
 
 #: each program, and what it does
 PROGRAMS = {
     "g2g-train": "trains a network: dense, or sparse between groups, statically or dynamically",
     "g2g-crossval": "cross-validates one: k models, each validated on another k-th of the training images",
+    "g2g-sweep": "trains every combination of several settings and seeds, in parallel; means and errors",
     "g2g-bench": "times g2g against snnTorch, SpikingJelly and PyTorch's own sparse products",
     "python -m g2gnet.analyze": "prints what the neurons of a trained network do, by layer and group",
     "python -m g2gnet.report": "writes a page with settings, results, analysis and pictures of runs",
@@ -20,7 +21,7 @@ PROGRAMS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    argparse.ArgumentParser(prog="python -m g2gnet", description=__doc__).parse_args(argv)
+    cli.Parser(prog="python -m g2gnet", description=__doc__).parse_args(argv)
     width = max(map(len, PROGRAMS))
     print(f"g2g {g2gnet.__version__}\n\nPrograms; each explains itself with --help:")
     for program, purpose in PROGRAMS.items():

@@ -20,7 +20,7 @@ example:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m g2gnet.analyze",
         description=__doc__,
         epilog=EXAMPLE,

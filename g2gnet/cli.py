@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import difflib
 import io
 import json
 import logging
@@ -13,7 +14,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,22 +32,23 @@ from g2gnet.features import load_features, weights_digest
 from g2gnet.files import check_writable, replace_file, same_file
 from g2gnet.memory import ran_out
 from g2gnet.messages import OutputError, discard, reason, say, warn
+from g2gnet.settings import SettingsError, number_of
 from g2gnet.tensor_file import has_digest
 from g2gnet.training import (
     CheckpointError,
     EpochCallback,
     Interrupted,
     Machine,
-    Settings,
-    SettingsError,
+    RunSettings,
     Trainer,
     TrainingError,
     TrainSettings,
 )
 from g2gnet.training.run_files import RunFiles
-from g2gnet.training.settings import number_of
 from g2gnet.training.tensorboard import TensorBoardLog
 
+#: of settings, in the order of the help
+GROUPS = ("data", "model", "training", "dynamic sparse training", "cross-validation")
 #: what stands for a flag's value in the help
 METAVARS = {int: "N", float: "X", str: "FILE"}
 #: in place of a file's name: standard output
@@ -66,25 +68,56 @@ def file_name(text: str) -> str:
     return text
 
 
-def add_settings_flags(parser: argparse.ArgumentParser, settings: type = TrainSettings) -> None:
-    """Adds one flag for each field of ``settings`` that has a group, in these groups."""
+def in_flags(text: str) -> str:
+    """``text`` with the settings in backticks as flags: ```neuron=synaptic``` as ``--neuron synaptic``."""
+    return re.sub(r"`(\w+)(?:=([^`]*))?`", lambda found: f"--{found[1]} {found[2] or ''}".rstrip(), text)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that takes no abbreviations; of an unknown flag it says which one may have been meant."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        arguments, unknown = self.parse_known_args(args, namespace)
+        flags = [word.partition("=")[0] for word in unknown if word.startswith("-")]
+        if flags:
+            self.error(f"unknown flag {flags[0]}{self._meant(flags[0])}")
+        if unknown:
+            self.error(f"unknown arguments {' '.join(unknown)}; --help lists what this program takes")
+        return arguments
+
+    def _meant(self, flag: str) -> str:
+        known = [name for name in self._option_string_actions if name.startswith("--")]
+        name = "--" + flag.lstrip("-").replace("-", "_")
+        near = [each for each in known if each.lower() == name.lower()]
+        near = near or [each for each in known if len(name) > 2 and each.startswith(name)]
+        near = near or [f"--{each}" for each in difflib.get_close_matches(name[2:], [flag[2:] for flag in known], 1)]
+        return f"; did you mean {' or '.join(near)}?" if near else "; --help lists the flags"
+
+
+def add_settings_flags(
+    parser: argparse.ArgumentParser, settings: type = TrainSettings, names: Collection[str] | None = None
+) -> None:
+    """Adds one flag for each field of ``settings`` that has a group, in these groups; with ``names`` only for these."""
     types_of = typing.get_type_hints(settings)
-    groups: dict[str, Any] = {}
-    for field in dataclasses.fields(settings):
+    fields = [field for field in dataclasses.fields(settings) if names is None or field.name in names]
+    present = {field.metadata["group"] for field in fields}
+    groups = {title: parser.add_argument_group(title) for title in GROUPS if title in present}
+    for field in fields:
         about, flag_type = field.metadata, types_of[field.name]
         if about["group"] is None:
             continue
-        if about["group"] not in groups:
-            groups[about["group"]] = parser.add_argument_group(about["group"])
         group = groups[about["group"]]
+        text = in_flags(about["text"])
         if flag_type is bool:
-            group.add_argument(f"--{field.name}", action="store_true", help=about["text"])
+            group.add_argument(f"--{field.name}", action="store_true", help=text)
             continue
         if isinstance(flag_type, types.UnionType):  # int | None, str | None
             flag_type = typing.get_args(flag_type)[0]
-        text = about["text"]
-        if about["file"]:
-            text += f": {', '.join(about['choices'])}, or a file NAME.npz of your own"
+        if about["others"]:
+            text += f": {', '.join(about['choices'])}, or {about['others'].text} of your own"
         number = number_of(about, flag_type)
         if number and number.range:
             text += f"; {number.range}"
@@ -94,8 +127,8 @@ def add_settings_flags(parser: argparse.ArgumentParser, settings: type = TrainSe
             f"--{field.name}",
             type=file_name if flag_type is str and not about["choices"] else flag_type,
             default=field.default,
-            choices=None if about["file"] else about["choices"],
-            metavar="NAME" if about["file"] else None if about["choices"] else METAVARS[flag_type],
+            choices=None if about["others"] else about["choices"],
+            metavar="NAME" if about["others"] else None if about["choices"] else METAVARS[flag_type],
             help=text,
         )
 
@@ -137,7 +170,7 @@ def peer_limit(arguments: argparse.Namespace) -> datetime.timedelta:
     return datetime.timedelta(minutes=minutes)
 
 
-def about(program: str, settings: Settings, machine: Machine) -> dict[str, Any]:
+def about(program: str, settings: RunSettings, machine: Machine) -> dict[str, Any]:
     """What must be the same in all processes of a run."""
     versions = {"program": program, "python": platform.python_version(), **machine.versions()}
     if machine.device.type == "cpu":
@@ -182,7 +215,7 @@ def add_json_flag(parser: Any, content: str) -> None:
     parser.add_argument("--json", type=file_name, nargs="?", const=STDOUT, metavar="FILE", help=text)
 
 
-SettingsT = typing.TypeVar("SettingsT", bound=Settings)
+SettingsT = typing.TypeVar("SettingsT", bound=RunSettings)
 
 
 def settings_from(arguments: argparse.Namespace, kind: type[SettingsT]) -> SettingsT:
@@ -192,7 +225,7 @@ def settings_from(arguments: argparse.Namespace, kind: type[SettingsT]) -> Setti
         SettingsError: if they are out of range or in conflict.
         DataError: if the file cannot be read.
     """
-    fields = dataclasses.fields(kind)  # type: ignore[arg-type]  # every Settings is a dataclass
+    fields = dataclasses.fields(kind)
     given = {field.name: getattr(arguments, field.name) for field in fields if field.metadata["group"]}
     settings = kind(**{**given, "dataset": dataset_name(given["dataset"])})
     if isinstance(settings, TrainSettings) and settings.use_resnet:
@@ -381,7 +414,7 @@ def _fail(parser: argparse.ArgumentParser, error: Exception, status: int) -> int
         speaker = f"{parser.prog}, rank {rank()}" if launched() else parser.prog
     except DistributedError:  # which is what this error says
         speaker = parser.prog
-    warn(f"{speaker}: error: {error}")
+    warn(f"{speaker}: error: {in_flags(str(error))}")
     return status
 
 

@@ -12,6 +12,8 @@ GROUPINGS = {
     "random": ("random",),
     "mixer": ("index", "interleaved"),
 }
+#: the networks by name
+MODELS = ("dense", *GROUPINGS)
 
 
 def group_layouts(

@@ -1,17 +1,18 @@
 """G2GNet: three layers of spiking neurons joined by dense or group-sparse connections."""
 
+from typing import Any
+
 import torch
 
 from g2g_kernels import BlockMask, GroupLayout
 from g2g_kernels.numbers import Number
 from g2g_kernels.tracing import symbolic_call
 from g2gnet.encoding import ENCODINGS, encode
-from g2gnet.grouping import GROUPINGS, group_layouts
+from g2gnet.grouping import MODELS, group_layouts
 from g2gnet.layers import G2GLinear
 from g2gnet.neurons import NEURONS, SpikingNeurons
+from g2gnet.settings import NetworkSettings
 from g2gnet.stack import SpikingStack
-
-MODELS = ("dense", *GROUPINGS)
 
 
 class G2GNet(SpikingStack):
@@ -60,24 +61,24 @@ class G2GNet(SpikingStack):
         input_dim: int,
         hidden_dim: int,
         num_classes: int,
-        model: str = "index",
-        p_inter: float = 0.15,
-        block_size: int = 64,
-        T: int = 50,  # noqa: N803  (the field's name for it)
+        model: str = NetworkSettings.model,
+        p_inter: float = NetworkSettings.p_inter,
+        block_size: int = NetworkSettings.block_size,
+        T: int = NetworkSettings.T,  # noqa: N803  (the field's name for it)
         *,
-        p_intra: float = 1.0,
-        num_groups: int = 8,
-        enc: str = "current",
-        enc_scale: float = 1.0,
-        enc_bias: float = 0.0,
-        standardize: bool = False,
-        neuron: str = "lif",
-        per_neuron: bool = False,
-        reset: str = "subtract",
-        surrogate: str = "atan",
-        alpha: float = 2.0,
-        dropout: float = 0.0,
-        init_gain: float = 1.0,
+        p_intra: float = NetworkSettings.p_intra,
+        num_groups: int = NetworkSettings.num_groups,
+        enc: str = NetworkSettings.enc,
+        enc_scale: float = NetworkSettings.enc_scale,
+        enc_bias: float = NetworkSettings.enc_bias,
+        standardize: bool = NetworkSettings.standardize,
+        neuron: str = NetworkSettings.neuron,
+        per_neuron: bool = NetworkSettings.per_neuron,
+        reset: str = NetworkSettings.reset,
+        surrogate: str = NetworkSettings.surrogate,
+        alpha: float = NetworkSettings.alpha,
+        dropout: float = NetworkSettings.dropout,
+        init_gain: float = NetworkSettings.init_gain,
         backend: str | None = None,
         generator: torch.Generator | None = None,
         **parameters: float,
@@ -102,14 +103,9 @@ class G2GNet(SpikingStack):
             else:
                 layouts = group_layouts(model, number - 1, (out_size, in_size), num_groups, generator)
                 mask = BlockMask.sample(*layouts, p_intra, p_inter, block_size, generator)
-            neurons = NEURONS[neuron](
-                out_size if per_neuron else None,
-                reset=reset,
-                surrogate=surrogate if number < 3 else "atan",
-                alpha=alpha if number < 3 else 2.0,
-                backend=backend,
-                **parameters,
-            )
+            of_hidden = {"surrogate": surrogate, "alpha": alpha} if number < 3 else {}
+            options: dict[str, Any] = {"reset": reset, "backend": backend, **of_hidden, **parameters}
+            neurons = NEURONS[neuron](out_size if per_neuron else None, **options)
             connection = G2GLinear(mask, backend=backend, generator=generator)
             if number > 1:
                 with torch.no_grad():
@@ -124,6 +120,24 @@ class G2GNet(SpikingStack):
             self.register_buffer("input_mean", torch.zeros(()))
             self.register_buffer("input_deviation", torch.ones(()))
         self.standardize = standardize
+
+    @classmethod
+    def from_settings(
+        cls,
+        settings: NetworkSettings,
+        input_dim: int,
+        num_classes: int,
+        backend: str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> "G2GNet":
+        """The network that ``settings`` (:class:`NetworkSettings`, or a training run's) describe.
+
+        Args:
+            input_dim, num_classes: sizes of its data.
+            backend, generator: as for the constructor.
+        """
+        options = settings.network_options()
+        return cls(input_dim, num_classes=num_classes, backend=backend, generator=generator, **options)
 
     def encode(
         self, x: torch.Tensor, generator: torch.Generator | None = None, share: slice | None = None

@@ -8,7 +8,8 @@ from torch import nn
 from g2g_kernels import Neurons, neurons, neurons_step
 from g2g_kernels.numbers import SHARPNESS, SIZE, check_parameter
 from g2g_kernels.ops.neurons import MODELS
-from g2g_kernels.ops.neurons.models import NeuronModel
+from g2g_kernels.ops.neurons.models import RESET, NeuronModel
+from g2g_kernels.ops.neurons.surrogates import ALPHA, SURROGATE
 from g2g_kernels.tracing import symbolic_call
 
 #: what :meth:`SpikingNeurons.step` hands on: the membrane [..., N] of a model with no other state, else its states in
@@ -40,9 +41,9 @@ class SpikingNeurons(nn.Module):
         self,
         neurons: int | None = None,
         *,
-        reset: str = "subtract",
-        surrogate: str = "atan",
-        alpha: float = 2.0,
+        reset: str = RESET,
+        surrogate: str = SURROGATE,
+        alpha: float = ALPHA,
         backend: str | None = None,
         **parameters: float,
     ) -> None:

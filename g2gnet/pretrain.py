@@ -22,28 +22,24 @@ from g2gnet.features import new_resnet
 from g2gnet.features.weights import RELEASES
 from g2gnet.messages import say
 from g2gnet.seeding import draw_device, stream
-from g2gnet.training import CheckpointError, Settings, run_epochs
+from g2gnet.settings import setting, with_default
+from g2gnet.training import CheckpointError, run_epochs
 from g2gnet.training.health import CHECK_INTERVAL, FiniteWatch
 from g2gnet.training.run_files import RunFiles
-from g2gnet.training.settings import LARGEST_SEED, setting
+from g2gnet.training.settings import RunSettings
 from g2gnet.training.state import check_like, check_position, load_model, load_optimizer
 from g2gnet.training.trainer import StepCallback
 
 
 @dataclasses.dataclass(frozen=True)
-class PretrainSettings(Settings):
+class PretrainSettings(RunSettings):
     """The settings of one training of a ResNet-32."""
 
     dataset: str = setting("cifar10", "data", "data set", choices=tuple(RELEASES))
-    limit_train: int | None = setting(None, "data", "use only the first N training images", low=1)
-    limit_test: int | None = setting(None, "data", "use only the first N test images", low=1)
-
-    epochs: int = setting(200, "training", "passes over the training images", low=1)
-    batch_size: int = setting(256, "training", "images per step", low=1)
+    epochs: int = with_default(RunSettings, "epochs", 200)
     lr: float = setting(0.1, "training", "initial learning rate; it falls to 0 along a cosine", low=0, open_low=True)
     momentum: float = setting(0.9, "training", "Nesterov momentum", low=0, open_low=True, high=1)
     weight_decay: float = setting(5e-4, "training", "L2 penalty", low=0)
-    seed: int = setting(42, "training", "seed of every random draw", low=0, high=LARGEST_SEED)
 
     @property
     def stem(self) -> str:
@@ -188,7 +184,7 @@ class PretrainTrainer:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m g2gnet.pretrain",
         description="Trains a CIFAR ResNet-32, whose features train.py --use_resnet --resnet_weights FILE can use.",
     )
@@ -212,7 +208,7 @@ def pretrain(arguments: argparse.Namespace) -> dict[str, Any]:
         arguments.checkpoint_dir,
         machine,
     )
-    checkpoint = files.load_checkpoint(settings.as_dict())
+    checkpoint = files.load_checkpoint(settings)
     if checkpoint is None:
         raise CheckpointError(f"{files.checkpoint} is missing; delete {files.marker} to train again")
     cli.write_file(weights, lambda file: torch.save(checkpoint.state["model"], file))

@@ -26,7 +26,7 @@ WITH_CODE = [name for name, page in PAGES.items() if BLOCK.search(page.read_text
 
 #: packages whose every public name has an entry in the reference
 PACKAGES = ("g2g_kernels", "g2gnet", "g2gnet.interop", "g2gnet.data", "g2gnet.features", "g2gnet.training")
-PACKAGES += ("g2gnet.analysis",)
+PACKAGES += ("g2gnet.analysis", "g2gnet.sweep")
 
 
 # --- code ---------------------------------------------------------------------------------------------------------

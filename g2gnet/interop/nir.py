@@ -41,6 +41,7 @@ import torch
 
 from g2g_kernels import BlockMask
 from g2g_kernels.ops.neurons import MODELS
+from g2g_kernels.ops.neurons.surrogates import ALPHA, SURROGATE
 from g2gnet.interop.optional import optional_package
 from g2gnet.layers import G2GLinear
 from g2gnet.neurons import NEURONS, SpikingNeurons
@@ -272,8 +273,8 @@ def _neurons(name: str, node: Any, dt: float, backend: str | None) -> SpikingNeu
     about = node.metadata
     population = NEURONS[model](
         reset="zero",
-        surrogate=about.get("surrogate", "atan"),
-        alpha=float(about.get("alpha", 2.0)),
+        surrogate=about.get("surrogate", SURROGATE),
+        alpha=float(about.get("alpha", ALPHA)),
         backend=backend,
         # no leak stays none: NIR cannot express a decay next to 1
         **{

@@ -15,6 +15,7 @@ from g2g_kernels import BlockMask, GroupLayout
 from g2gnet.analysis import NetworkAnalysis, group_density
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "os^DvP*"
 WIDTH = 9.6  # inches, the width of the page
 #: at most this many groups of a layer are drawn
 SHOWN_GROUPS = 8
@@ -28,6 +29,11 @@ class Raster(NamedTuple):
     name: str
     spikes: torch.Tensor
     layout: GroupLayout
+
+
+def style(number: int) -> dict[str, Any]:
+    """Colour and marker of a line; no two of the first 49 are alike."""
+    return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number // len(COLOURS) % len(MARKERS)]}
 
 
 def training_curves(histories: Mapping[str, History]) -> Figure:

@@ -17,7 +17,7 @@ example:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m g2gnet.report",
         description="Writes one HTML page with the settings, results, analysis and pictures of training runs.",
         epilog=EXAMPLE,

@@ -13,9 +13,10 @@ import torch
 
 from g2gnet.data import ImageData
 from g2gnet.distributed import ALONE
+from g2gnet.settings import SettingsError, setting, with_default
 from g2gnet.training.machine import Machine
 from g2gnet.training.run import EpochCallback, run_training
-from g2gnet.training.settings import LARGEST_SEED, SettingsError, TrainSettings, setting
+from g2gnet.training.settings import LARGEST_SEED, TrainSettings
 from g2gnet.training.trainer import Trainer
 
 ACCURACIES = ("train_acc", "val_acc", "test_acc")
@@ -25,15 +26,15 @@ ACCURACIES = ("train_acc", "val_acc", "test_acc")
 class FoldSettings(TrainSettings):
     """The settings of the training run of one fold."""
 
-    epochs: int = setting(5, "training", "passes over the training images", low=1)
-    warmup_epochs: int = setting(2, "training", "epochs before --enforce_sparsity begins", low=0)
+    epochs: int = with_default(TrainSettings, "epochs", 5)
+    warmup_epochs: int = with_default(TrainSettings, "warmup_epochs", 2)
     k_folds: int = setting(5, "cross-validation", "parts of the training images; each validates once", low=2)
     fold: int = setting(1, None, "the part that validates, from 1", low=1)
 
     def _at_odds(self) -> list[str]:
         problems = super()._at_odds()
         if self.seed + self.k_folds - self.fold > LARGEST_SEED:
-            problems.append(f"seed={self.seed} leaves none to the last of k_folds={self.k_folds}; lower --seed")
+            problems.append(f"seed={self.seed} leaves none to the last of k_folds={self.k_folds}; lower `seed`")
         return problems
 
     @property
@@ -125,7 +126,7 @@ def stratified_folds(labels: torch.Tensor, k_folds: int, seed: int) -> list[tupl
     if fewest < k_folds:
         raise SettingsError(
             f"k_folds={k_folds} is out of range: class {label} has only {fewest} of the {len(labels)} training images; "
-            f"give fewer folds, or a larger --limit_train"
+            f"give fewer folds, or a larger `limit_train`"
         )
     # scikit-learn takes seeds of 32 bits
     from sklearn.model_selection import StratifiedKFold  # takes a second to import: only where folds are made

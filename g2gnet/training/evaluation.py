@@ -15,29 +15,7 @@ from g2gnet.training.settings import TrainSettings
 
 def build_network(settings: TrainSettings, input_dim: int, num_classes: int, backend: str | None = None) -> G2GNet:
     """The initial network of a run with ``settings``, on the CPU: masks and weights are drawn from the seed."""
-    return G2GNet(
-        input_dim,
-        settings.hidden_dim,
-        num_classes,
-        settings.model,
-        settings.p_inter,
-        settings.block_size,
-        settings.T,
-        p_intra=settings.p_intra,
-        num_groups=settings.num_groups,
-        enc=settings.enc,
-        enc_scale=settings.enc_scale,
-        enc_bias=settings.enc_bias,
-        standardize=settings.standardize,
-        neuron=settings.neuron,
-        surrogate=settings.surrogate,
-        alpha=settings.alpha,
-        dropout=settings.dropout,
-        init_gain=settings.init_gain,
-        backend=backend,
-        generator=stream(settings.seed, "network"),
-        **settings.neuron_parameters(),
-    )
+    return G2GNet.from_settings(settings, input_dim, num_classes, backend, stream(settings.seed, "network"))
 
 
 def autocast(settings: TrainSettings, device: torch.device) -> contextlib.AbstractContextManager:

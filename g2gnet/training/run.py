@@ -20,7 +20,7 @@ from g2gnet.training.health import TrainingError
 from g2gnet.training.interruption import Interrupted, StopSignals
 from g2gnet.training.machine import Machine
 from g2gnet.training.run_files import CheckpointError, RunFiles, check_record, compared
-from g2gnet.training.settings import Settings, TrainSettings
+from g2gnet.training.settings import RunSettings, TrainSettings
 from g2gnet.training.state import UNFIT
 from g2gnet.training.trainer import StepCallback, Trainer
 
@@ -82,7 +82,7 @@ def run_training(
 
 
 def run_epochs(
-    settings: Settings,
+    settings: RunSettings,
     make_trainer: Callable[[], TrainerT],
     checkpoint_dir: Path | str,
     machine: Machine,
@@ -136,7 +136,7 @@ def _denormals_flushed() -> Iterator[None]:
 
 
 def _run_epochs(
-    settings: Settings,
+    settings: RunSettings,
     make_trainer: Callable[[], TrainerT],
     files: RunFiles,
     machine: Machine,
@@ -145,11 +145,11 @@ def _run_epochs(
 ) -> dict[str, Any]:
     world = machine.world
     world.stage = "the reading of the run's files"
-    result = world.first(lambda: files.load_marker(settings.as_dict()))
+    result = world.first(lambda: files.load_marker(settings))
     if result is not None:
         say(f"{settings.stem} is finished: test_acc={result['test_acc']:.4f}. To run it again, delete {files.names()}.")
         return result
-    checkpoint = world.first(lambda: files.load_checkpoint(settings.as_dict()))
+    checkpoint = world.first(lambda: files.load_checkpoint(settings))
 
     world.stage = "the loading of the data"
     make_deterministic(settings.seed)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from g2g_kernels.numbers import Number
 from g2gnet.files import check_writable, leftovers, locked, make_directory, read_file, replace_file
 from g2gnet.messages import reason, warn
+from g2gnet.settings import Settings
 from g2gnet.tensor_file import TensorFileError, check_plain, read_tensors, write_tensors
 
 #: version of the checkpoint's structure
@@ -187,8 +188,10 @@ class RunFiles:
             write_tensors(self.checkpoint, {"format": FORMAT, **state}, keep)
         self._whole = True
 
-    def load_checkpoint(self, settings: dict[str, Any]) -> Checkpoint | None:
+    def load_checkpoint(self, settings: Settings) -> Checkpoint | None:
         """The checkpoint on the CPU; if it is damaged or missing, the previous one; None if there is none.
+
+        What the settings of an earlier version lack takes its default.
 
         Raises:
             CheckpointError: if neither is usable, or it was made with different settings.
@@ -231,7 +234,7 @@ class RunFiles:
         """
         self._write_text(self.analysis, json.dumps(analysis) + "\n")
 
-    def load_marker(self, settings: dict[str, Any]) -> dict[str, Any] | None:
+    def load_marker(self, settings: Settings) -> dict[str, Any] | None:
         """The result of the finished run, or None if it is not finished.
 
         Raises:
@@ -254,8 +257,8 @@ class RunFiles:
         self._check_settings(self.marker, made_with, settings)
         return result
 
-    def _check_settings(self, path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-        differing = compared(theirs, ours)
+    def _check_settings(self, path: Path, theirs: dict[str, Any], ours: Settings) -> None:
+        differing = compared(ours.complete(theirs), ours.as_dict())
         if differing:
             raise CheckpointError(
                 f"{path} belongs to a run with different settings:\n" + "\n".join(differing) + "\n"

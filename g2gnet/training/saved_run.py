@@ -7,10 +7,11 @@ from typing import Any
 import torch
 
 from g2gnet.network import G2GNet
+from g2gnet.settings import SettingsError
 from g2gnet.training.cross_validation import FoldSettings
 from g2gnet.training.evaluation import build_network
 from g2gnet.training.run_files import CheckpointError, check_number, check_record, read_checkpoint
-from g2gnet.training.settings import SettingsError, TrainSettings
+from g2gnet.training.settings import TrainSettings
 from g2gnet.training.state import UNFIT, load_model
 
 #: what every epoch's record must contain besides its measures: a number for each layer

@@ -7,7 +7,8 @@ import torch
 
 from g2gnet.memory import available, gigabytes
 from g2gnet.neurons import NEURONS
-from g2gnet.training.settings import SettingsError, TrainSettings
+from g2gnet.settings import SettingsError
+from g2gnet.training.settings import TrainSettings
 
 #: bytes of a weight that is trained: the weight, its gradient and Adam's two moments, in float32
 WEIGHT = 16

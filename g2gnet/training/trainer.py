@@ -24,10 +24,11 @@ from g2gnet.network import G2GNet
 from g2gnet.regularizer import RateTarget, rate_penalty, rate_target
 from g2gnet.schedules import SCHEDULES
 from g2gnet.seeding import draw_device, stream
+from g2gnet.settings import SettingsError
 from g2gnet.training.evaluation import autocast, build_network, run_images
 from g2gnet.training.health import CHECK_INTERVAL, FiniteWatch, LayerWatch
 from g2gnet.training.machine import Machine
-from g2gnet.training.settings import SettingsError, TrainSettings
+from g2gnet.training.settings import TrainSettings
 from g2gnet.training.sizes import check_memory
 from g2gnet.training.state import check_like, check_position, load_model, load_optimizer
 

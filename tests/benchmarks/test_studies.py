@@ -2,20 +2,17 @@
 
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 
-import processes
 import pytest
 import torch
-from helpers import ROOT
 
 from benchmarks import dst_study, plots, study, tradeoff_study
 from benchmarks.redraw import STUDIES
-from benchmarks.study import Study, markdown, spread
-from g2gnet.cli import settings_from
+from benchmarks.study import Study, spread
 from g2gnet.data import load_dataset
 from g2gnet.data.own import name_of
-from g2gnet.train import build_parser
-from g2gnet.training import TrainSettings
+from g2gnet.sweep.results import markdown
 
 SMALL = Study(
     "small_study",
@@ -34,8 +31,7 @@ SMALL = Study(
 def test_every_row_is_a_run_that_train_takes(each, tmp_path):
     seen = set()
     for row in each.rows:
-        flags = study.command(each, row, each.epochs, 1, tmp_path)[3:]
-        settings = settings_from(build_parser().parse_args(flags), TrainSettings)
+        settings = study.run_of(each, row, each.epochs, 1, tmp_path).settings
         own = re.search(r"--epochs (\d+)", each.rows[row])
         assert settings.epochs == (int(own[1]) if own else each.epochs)
         seen.add(json.dumps(settings.as_dict()))
@@ -46,36 +42,35 @@ def test_every_row_is_a_run_that_train_takes(each, tmp_path):
 
 def test_densities_are_those_that_the_rows_name(tmp_path):
     for row in dst_study.STUDY.rows:
-        settings = settings_from(
-            build_parser().parse_args(study.command(dst_study.STUDY, row, 1, 1, tmp_path)[3:]), TrainSettings
-        )
+        settings = study.run_of(dst_study.STUDY, row, 1, 1, tmp_path).settings
         density = settings.p_intra / 8 + 7 / 8 * settings.p_inter
         named = float(row.split(", ")[1].removesuffix(" %")) / 100
         assert density == pytest.approx(0.25625 if named == 0.25 else named, rel=1e-3)
         assert settings.p_inter == pytest.approx(0.15 * settings.p_intra, rel=1e-3)
 
 
-def forked(output):
-    """Stands for ``study.train``: a run in a fork."""
+@pytest.fixture
+def trained(monkeypatch):
+    """Has studies train in a thread of this process; the folders of the runs, as they begin."""
+    began = []
 
-    def train(command):
-        assert command[1:3] == ["-m", "g2gnet.train"]
-        ended = processes.run(ROOT / "train.py", *command[3:], output=output)
-        assert ended.statuses == [0], ended.stderr
+    class Pool(ThreadPoolExecutor):
+        def submit(self, function, given, folder):
+            began.append(folder)
+            return super().submit(function, given, folder)
 
-    return train
+    monkeypatch.setattr(study, "processes", lambda jobs, threads: Pool(1))
+    return began
 
 
-def test_a_study_goes_on_where_it_stopped_and_records_what_there_is(tmp_path, capsys, monkeypatch):
+def test_a_study_goes_on_where_it_stopped_and_records_what_there_is(tmp_path, capsys, trained):
     arguments = ["--runs", str(tmp_path), "--seeds", "1", "--jobs", "2", "--json", str(tmp_path / "record.json")]
     assert study.run_study(SMALL, [*arguments, "--rows", "gradient"]) == 0
     assert study.run_study(SMALL, [*arguments, "--finished"]) == 0
     assert [row["row"] for row in json.loads((tmp_path / "record.json").read_text())["rows"]] == ["gradient"]
-    made = []
-    train = forked(tmp_path / "printed")
-    monkeypatch.setattr(study, "train", lambda command: (made.append(command), train(command)))
+    assert len(trained) == 1
     assert study.run_study(SMALL, arguments) == 0
-    assert len(made) == 1  # the other one was finished
+    assert len(trained) == 2  # the other one was finished
     record = json.loads((tmp_path / "record.json").read_text())
     (end,) = record["rows"][1]["ends"]
     assert (record["rows"][1]["row"], end["seed"]) == ("gradient", 1)
@@ -87,11 +82,10 @@ def test_a_study_goes_on_where_it_stopped_and_records_what_there_is(tmp_path, ca
     assert f"| gradient | {100 * end['test_acc']:.2f} (n = 1) |" in capsys.readouterr().out
 
 
-def test_validation_tests_on_training_images_that_are_held_back(tmp_path, monkeypatch):
+def test_validation_tests_on_training_images_that_are_held_back(tmp_path, monkeypatch, trained):
     mini = load_dataset("fashionmnist-mini")
     monkeypatch.setattr(study, "load_dataset", lambda *_: mini)
     monkeypatch.setattr(study, "HELD_BACK", 40)
-    monkeypatch.setattr(study, "train", forked(tmp_path / "printed"))
     arguments = ["--runs", str(tmp_path), "--seeds", "1", "--rows", "static", "--validation"]
     assert study.run_study(SMALL, [*arguments, "--json", str(tmp_path / "record.json")]) == 0
     held_back = load_dataset(name_of(tmp_path / "fashionmnist-validation.npz"))
@@ -102,8 +96,7 @@ def test_validation_tests_on_training_images_that_are_held_back(tmp_path, monkey
     assert not (tmp_path / "small_study").exists()  # runs that are tested on test images are others
 
 
-def test_an_earlier_record_is_extended(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(study, "train", forked(tmp_path / "printed"))
+def test_an_earlier_record_is_extended(tmp_path, capsys, trained):
     earlier, extended = tmp_path / "earlier.json", tmp_path / "extended.json"
     arguments = ["--seeds", "2", "--rows", "static", "--json", str(earlier)]
     assert study.run_study(SMALL, ["--runs", str(tmp_path / "one"), *arguments]) == 0
@@ -147,7 +140,8 @@ def test_what_cannot_be_is_named(tmp_path, capsys):
         assert study.run_study(SMALL, ["--runs", str(tmp_path), *arguments]) == 1
         assert message in capsys.readouterr().err
     broken = Study("broken", "", "--dataset fashionmnist-mini --model ring", {"ring": ""}, 1, lambda record: "")
-    assert study.run_study(broken, ["--runs", str(tmp_path), "--seeds", "1"]) == 1
+    with pytest.raises(SystemExit):
+        study.run_study(broken, ["--runs", str(tmp_path), "--seeds", "1"])
     assert "invalid choice: 'ring'" in capsys.readouterr().err
 
 

@@ -1,5 +1,8 @@
 """G2GNet: its graph, its input forms, and equality with the same network in snnTorch."""
 
+import dataclasses
+import inspect
+
 import numpy as np
 import pytest
 import snntorch
@@ -9,7 +12,8 @@ from snntorch import surrogate
 
 from g2g_kernels import BackendError, g2g_stack, lif
 from g2gnet import G2GNet, SpikingStack, Synaptic, stack
-from g2gnet.network import MODELS
+from g2gnet.grouping import MODELS
+from g2gnet.settings import NetworkSettings
 
 SPARSE = [model for model in MODELS if model != "dense"]
 
@@ -35,6 +39,46 @@ def test_dense_has_every_unit_and_sparse_models_the_groups_of_their_name():
     assert kinds["index"] == [("index", "index")] * 3
     assert kinds["random"] == [("random", "random")] * 3
     assert kinds["mixer"] == [("index", "index"), ("interleaved", "interleaved"), ("index", "index")]
+
+
+def test_the_constructor_has_the_names_and_defaults_of_the_settings():
+    arguments = inspect.signature(G2GNet).parameters
+    shared = {
+        name for name in arguments if name not in ("input_dim", "num_classes", "backend", "generator", "parameters")
+    }
+    fields = {field.name: field.default for field in dataclasses.fields(NetworkSettings)}
+    assert shared == fields.keys() - {"beta", "threshold", "syn_decay"}  # which are among the neurons' parameters
+    for name in shared - {"hidden_dim"}:  # which has none
+        assert arguments[name].default == fields[name], name
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"model": "dense", "per_neuron": True, "threshold": 0.5, "reset": "zero"},
+        {
+            "model": "mixer", "p_inter": 0.3, "p_intra": 0.8, "num_groups": 5, "block_size": 3, "T": 7, "enc": "rate",
+            "enc_scale": 2.0, "enc_bias": 0.5, "neuron": "synaptic", "beta": 0.7, "syn_decay": 0.4,
+            "surrogate": "triangle", "alpha": 3.0, "dropout": 0.25, "init_gain": 2.0,
+        },
+        {"standardize": True},
+    ],
+    ids=["defaults", "dense", "all others", "standardised"],
+)  # fmt: skip
+def test_a_network_from_settings_is_the_one_of_the_constructor(options):
+    settings = NetworkSettings(**{"hidden_dim": 40, **options})
+    ours = G2GNet.from_settings(settings, 30, 10, "torch", torch.Generator().manual_seed(1))
+    theirs = G2GNet(30, 40, 10, backend="torch", generator=torch.Generator().manual_seed(1), **options)
+    assert repr(ours) == repr(theirs)
+    for name in ("T", "enc", "enc_scale", "enc_bias", "standardize", "dropout", "backend"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    state = theirs.state_dict()
+    assert ours.state_dict().keys() == state.keys()
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+    samples = torch.rand(5, 30)
+    assert torch.equal(ours.eval()(samples, seeded(2)), theirs.eval()(samples, seeded(2)))
 
 
 def test_random_groups_are_drawn_anew_for_each_side_of_each_layer():

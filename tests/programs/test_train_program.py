@@ -33,6 +33,27 @@ def test_help_groups_the_flags_and_explains_each(capsys):
         assert action.help, action.dest
 
 
+@pytest.mark.parametrize(
+    ("flag", "answer"),
+    [
+        ("--hidden 12", "unknown flag --hidden; did you mean --hidden_dim?"),
+        ("--hidden-dim=12", "unknown flag --hidden-dim; did you mean --hidden_dim?"),
+        ("--t 3", "unknown flag --t; did you mean --T?"),
+        ("--epoch 3", "unknown flag --epoch; did you mean --epochs?"),
+        ("--pinter 0.1", "unknown flag --pinter; did you mean --p_inter?"),
+        ("--dst_s cosine", "unknown flag --dst_s; did you mean --dst_schedule or --dst_stop?"),
+        ("-T 3", "unknown flag -T; did you mean --T?"),
+        ("--colour red", "unknown flag --colour; --help lists the flags"),
+        ("index", "unknown arguments index; --help lists what this program takes"),
+    ],
+)
+def test_an_unknown_flag_is_refused_with_the_one_that_was_meant(capsys, flag, answer):
+    with pytest.raises(SystemExit) as stop:
+        train.main([*TINY, *shlex.split(flag)])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.endswith(f"error: {answer}\n")
+
+
 def test_a_run_from_the_command_line(tmp_path, capsys):
     assert train.main([*TINY, "--checkpoint_dir", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()

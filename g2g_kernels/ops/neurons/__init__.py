@@ -12,8 +12,8 @@ from g2g_kernels.numbers import COUNT, SHARPNESS, check_parameter
 from g2g_kernels.ops.checks import check_tensor
 from g2g_kernels.ops.derivatives import refuse_forward_mode
 from g2g_kernels.ops.neurons import cpu, reference
-from g2g_kernels.ops.neurons.models import MODELS, RESETS, Neurons
-from g2g_kernels.ops.neurons.surrogates import SURROGATES
+from g2g_kernels.ops.neurons.models import MODELS, RESET, RESETS, Neurons
+from g2g_kernels.ops.neurons.surrogates import ALPHA, SURROGATE, SURROGATES
 from g2g_kernels.tracing import is_transformed
 
 __all__ = [
@@ -52,9 +52,9 @@ def lif(
     beta: torch.Tensor | float,
     threshold: torch.Tensor | float,
     steps: int | None = None,
-    reset: str = "subtract",
-    surrogate: str = "atan",
-    alpha: float = 2.0,
+    reset: str = RESET,
+    surrogate: str = SURROGATE,
+    alpha: float = ALPHA,
     backend: str | None = None,
 ) -> torch.Tensor:
     """Runs LIF neurons over time; differentiable in ``current``, ``beta`` and ``threshold``.
@@ -96,9 +96,9 @@ def synaptic(
     beta: torch.Tensor | float,
     threshold: torch.Tensor | float,
     steps: int | None = None,
-    reset: str = "subtract",
-    surrogate: str = "atan",
-    alpha: float = 2.0,
+    reset: str = RESET,
+    surrogate: str = SURROGATE,
+    alpha: float = ALPHA,
     backend: str | None = None,
 ) -> torch.Tensor:
     """Runs LIF neurons with a synaptic current over time; differentiable in everything that is a tensor.

@@ -9,7 +9,11 @@ from typing import NamedTuple
 
 import torch
 
+from g2g_kernels.ops.neurons.surrogates import ALPHA, SURROGATE
+
 RESETS = ("subtract", "zero", "none")
+#: of neurons that are given no other
+RESET = "subtract"
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -123,6 +127,6 @@ class Neurons(NamedTuple):
 
     model: str
     parameters: Tensors
-    reset: str = "subtract"
-    surrogate: str = "atan"
-    alpha: float = 2.0
+    reset: str = RESET
+    surrogate: str = SURROGATE
+    alpha: float = ALPHA

@@ -11,8 +11,8 @@ import torch
 from g2g_kernels.ops.checks import check_tensor
 from g2g_kernels.ops.derivatives import has_tangent
 from g2g_kernels.ops.neurons import as_tensors, check_neurons
-from g2g_kernels.ops.neurons.models import MODELS, Neurons, Tensors
-from g2g_kernels.ops.neurons.surrogates import SURROGATES
+from g2g_kernels.ops.neurons.models import MODELS, RESET, Neurons, Tensors
+from g2g_kernels.ops.neurons.surrogates import ALPHA, SURROGATE, SURROGATES
 
 
 def lif_step(
@@ -20,9 +20,9 @@ def lif_step(
     membrane: torch.Tensor | None,
     beta: torch.Tensor | float,
     threshold: torch.Tensor | float,
-    reset: str = "subtract",
-    surrogate: str = "atan",
-    alpha: float = 2.0,
+    reset: str = RESET,
+    surrogate: str = SURROGATE,
+    alpha: float = ALPHA,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Advances LIF neurons by one step; differentiable in ``current``, ``membrane``, ``beta`` and ``threshold``.
 
@@ -51,9 +51,9 @@ def synaptic_step(
     syn_decay: torch.Tensor | float,
     beta: torch.Tensor | float,
     threshold: torch.Tensor | float,
-    reset: str = "subtract",
-    surrogate: str = "atan",
-    alpha: float = 2.0,
+    reset: str = RESET,
+    surrogate: str = SURROGATE,
+    alpha: float = ALPHA,
 ) -> tuple[torch.Tensor, Tensors]:
     """Advances synaptic neurons by one step; differentiable in everything that is a tensor.
 

@@ -10,6 +10,9 @@ from typing import NamedTuple
 
 import torch
 
+#: the surrogate and the α of neurons that are given no others
+SURROGATE, ALPHA = "atan", 2.0
+
 
 class Surrogate(NamedTuple):
     """A stand-in for dS/dU.

@@ -3,12 +3,12 @@
 import pytest
 from training_runs import DEFAULTS
 
-from g2gnet import Synaptic
+from g2gnet import LIF, Synaptic
 from g2gnet.training import SettingsError, TrainSettings
 
 
 def test_the_defaults():
-    assert TrainSettings().as_dict() == DEFAULTS
+    assert TrainSettings().as_dict() == {**DEFAULTS, **LIF.initial}
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_the_stem_names_the_run(options, stem):
         ({"model": "ring"}, "model='ring' is unknown; choose one of dense, index, random, mixer"),
         ({"dataset": "mnist"}, "dataset='mnist' is unknown; choose one of fashionmnist, "),
         ({"neuron": "izhikevich"}, "neuron='izhikevich' is unknown; choose one of lif, synaptic"),
-        ({"syn_decay": 0.8}, "syn_decay=0.8 has no effect with neuron=lif; give --neuron synaptic, or leave it out"),
+        ({"syn_decay": 0.8}, "syn_decay=0.8 has no effect with neuron=lif; give `neuron=synaptic`, or leave it out"),
         (
             {"neuron": "synaptic", "syn_decay": 1.5},
             "syn_decay=1.5 is out of range; give a number of at least 0 and at most",
@@ -69,17 +69,17 @@ def test_the_stem_names_the_run(options, stem):
         ({"alpha": 0.0}, "alpha=0.0 is out of range; give a number above 0"),
         ({"augment": "crop"}, "augment='crop' is unknown; choose one of auto, crop-flip, shift-flip, flip, none"),
         ({"dataset": "cifar10", "use_resnet": True, "augment": "flip"}, "augment=flip needs images"),
-        ({"standardize": True, "enc": "rate"}, "standardize makes .* not spike probabilities .* give --enc current"),
+        ({"standardize": True, "enc": "rate"}, "standardize makes .* not spike probabilities .* give `enc=current`"),
         ({"dropout": 1.0}, "dropout=1.0 is out of range; give a number of at least 0 and at most 0.95"),
         ({"lr_schedule": "step"}, "lr_schedule='step' is unknown; choose one of constant, cosine"),
         ({"dst_schedule": "cosine", "model": "index"}, "dst_schedule=cosine has no effect with sparsity_mode=static"),
-        ({"dst_stop": 0.5}, "dst_stop=0.5 has no effect with sparsity_mode=static; give --sparsity_mode dynamic"),
+        ({"dst_stop": 0.5}, "dst_stop=0.5 has no effect with sparsity_mode=static; give `sparsity_mode=dynamic`"),
         ({"cg": "gradient"}, "cg=gradient has no effect with sparsity_mode=static"),
         ({"dst_stop": 0.0}, "dst_stop=0.0 is out of range; give a number above 0 and at most 1"),
-        ({"use_resnet": True}, "use_resnet needs --dataset cifar10 or cifar100"),
+        ({"use_resnet": True}, "use_resnet needs `dataset=cifar10` or `dataset=cifar100`"),
         ({"dataset": "cifar10", "use_resnet": True, "augment": "crop-flip"}, "augment=crop-flip needs images"),
         ({"dataset": "cifar10", "resnet_weights": "w.pt"}, "resnet_weights has no effect without use_resnet"),
-        ({"sparsity_mode": "dynamic"}, "sparsity_mode=dynamic needs a sparse model; give --model index"),
+        ({"sparsity_mode": "dynamic"}, "sparsity_mode=dynamic needs a sparse model; give `model=index"),
         ({"sparsity_mode": "dynamic", "model": "index", "p_inter": 1.0}, "nothing to grow at p_inter=1"),
     ],
 )

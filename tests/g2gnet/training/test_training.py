@@ -13,7 +13,7 @@ from training_runs import SMALL, VARIANTS, assert_equal, load, run
 from g2gnet.data import DataError, as_samples, load_dataset, random_crop_and_flip
 from g2gnet.seeding import stream
 from g2gnet.tensor_file import write_tensors
-from g2gnet.training import CheckpointError, Machine, SettingsError, Trainer, TrainSettings, run_training
+from g2gnet.training import CheckpointError, Machine, SettingsError, Trainer, TrainSettings, read_run, run_training
 from g2gnet.training import trainer as trainer_module
 from g2gnet.training.evaluation import build_network
 
@@ -185,19 +185,32 @@ def test_other_settings_than_the_files_are_refused_by_name(tmp_path, finished):
     assert files.checkpoint.read_bytes() == content
 
 
-def test_a_checkpoint_without_a_setting_is_refused_by_its_name(tmp_path):
-    """As one is that was made before there was a choice of neurons: it might have been any."""
+def test_a_checkpoint_and_a_marker_made_before_there_was_a_setting_have_its_default(tmp_path):
+    files = run(tmp_path, epochs=1)
+    state, marker = load(files), json.loads(files.marker.read_text())
+    for name in ("neuron", "surrogate", "beta", "reset"):
+        del state["settings"][name], marker["settings"][name]
+    write_tensors(files.checkpoint, state)
+    files.marker.write_text(json.dumps(marker))
+    assert run(tmp_path, epochs=1).marker.exists()
+    with pytest.raises(CheckpointError, match="surrogate: atan there, triangle now"):
+        run(tmp_path, epochs=1, surrogate="triangle")
+    files.marker.unlink()
+    with pytest.raises(CheckpointError, match="reset: subtract there, zero now"):
+        run(tmp_path, epochs=1, reset="zero")
+    run(tmp_path, epochs=1)
+    assert_equal(load(files)["model"], state["model"])
+    assert read_run(files.checkpoint).settings == TrainSettings(**{**SMALL, "epochs": 1})
+
+
+def test_a_checkpoint_of_a_later_version_is_refused_by_the_setting_that_is_unknown(tmp_path):
     files = run(tmp_path, epochs=1)
     files.marker.unlink()
     state = load(files)
-    for name in ("neuron", "surrogate"):
-        del state["settings"][name]
+    state["settings"]["colour"] = "red"
     write_tensors(files.checkpoint, state)
-    with pytest.raises(CheckpointError) as error:
+    with pytest.raises(CheckpointError, match="colour: red there, not set now"):
         run(tmp_path, epochs=1)
-    assert "neuron: not set there, lif now" in str(error.value)
-    assert "surrogate: not set there, atan now" in str(error.value)
-    assert "alpha" not in str(error.value)
 
 
 def test_a_run_of_synaptic_neurons_resumes(tmp_path):

@@ -1,0 +1,227 @@
+"""Settings: frozen records whose fields carry their default, range and meaning, and the record of a network's.
+
+Constructors, command-line flags, help texts, checks and checkpoints all read them here.
+"""
+
+import dataclasses
+import math
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from g2g_kernels.numbers import SHARPNESS, SIZE, Number
+from g2g_kernels.ops.neurons import RESETS, SURROGATES
+from g2g_kernels.ops.neurons.models import RESET
+from g2g_kernels.ops.neurons.surrogates import ALPHA, SURROGATE
+from g2gnet.encoding import ENCODINGS
+from g2gnet.grouping import MODELS
+from g2gnet.neurons import NEURONS
+
+MOST_DROPPED = 0.95
+#: of a sample; the compiled kernels number them in 16 bits
+MOST_STEPS = 1 << 16
+
+
+class SettingsError(ValueError):
+    """Settings out of range or in conflict; the message names each value, its range and a remedy."""
+
+
+class Others(NamedTuple):
+    """More choices than can be listed: ``text`` names them, and ``accepts(value)`` tells them."""
+
+    text: str
+    accepts: Callable[[object], bool]
+
+
+def setting(
+    default: Any,
+    group: str | None,
+    text: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    others: Others | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    open_low: bool = False,
+) -> Any:
+    """A field with its description, and for numbers the range ``low`` (excluded if ``open_low``) to ``high``.
+
+    Whole numbers fit an int64, others a float32 (:class:`g2g_kernels.numbers.Number`). Programs make a flag of each
+    field, in the help's ``group``; None: it has no flag.
+    """
+    number = Number(-math.inf if low is None else low, math.inf if high is None else high, open_low)
+    metadata = {"group": group, "text": text, "choices": choices, "others": others, "number": number}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def with_default(settings: type, name: str, default: Any) -> Any:
+    """The field ``name`` of ``settings`` with another default."""
+    (field,) = [field for field in dataclasses.fields(settings) if field.name == name]
+    return dataclasses.field(default=default, metadata=field.metadata)
+
+
+def number_of(about: Mapping[str, Any], expected: Any) -> Number | None:
+    """The kind of number that a field with metadata ``about`` and type ``expected`` holds; None: it holds none."""
+    kinds = typing.get_args(expected) or (expected,)
+    return about["number"]._replace(whole=int in kinds) if int in kinds or float in kinds else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Base of frozen dataclasses with fields made by ``setting``; values out of range are refused.
+
+    Raises:
+        SettingsError: naming each invalid value.
+    """
+
+    def __post_init__(self) -> None:
+        problems = self._out_of_range() or self._at_odds()
+        if problems:
+            raise SettingsError("\n".join(problems))
+
+    def _out_of_range(self) -> list[str]:
+        problems = []
+        types_of = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value, about = getattr(self, field.name), field.metadata
+            expected, number = _kind(types_of[field.name], value), number_of(about, types_of[field.name])
+            if expected:
+                problems.append(f"{field.name}={value!r:.40} is not {expected}")
+            elif about["choices"]:
+                if value not in about["choices"] and not (about["others"] and about["others"].accepts(value)):
+                    more = f", or {about['others'].text}" if about["others"] else ""
+                    known = ", ".join(about["choices"])
+                    problems.append(f"{field.name}={value!r} is unknown; choose one of {known}{more}")
+            elif number and value is not None and (wanted := number.refuses(value)):
+                problems.append(f"{field.name}={value!r:.40} is out of range; give {wanted}")
+        return problems
+
+    def _at_odds(self) -> list[str]:
+        """Conflicts between values that are each in range."""
+        return []
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def given(self) -> dict[str, Any]:
+        """The settings that users give by flags."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.metadata["group"]}
+
+    @classmethod
+    def complete(cls, saved: Mapping[str, Any]) -> dict[str, Any]:
+        """``saved``, what ``as_dict`` gave perhaps in an earlier version, with the default of each later setting.
+
+        Names that are unknown here stay.
+        """
+        names = {field.name for field in dataclasses.fields(cls)}
+        try:
+            known = cls(**{name: value for name, value in saved.items() if name in names})
+        except SettingsError:  # no settings of ours, whatever else they lack
+            return dict(saved)
+        return {**known.as_dict(), **saved}
+
+
+def _kind(expected: Any, value: Any) -> str | None:
+    """The type ``expected`` in words, if ``value`` is not of that type."""
+    kinds = typing.get_args(expected) or (expected,)
+    if float in kinds:
+        kinds = (*kinds, int)
+    if isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool)):
+        return None
+    return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kinds[0]]
+
+
+#: the parameters of neurons whose initial values are settings
+PARAMETERS = ("syn_decay", "beta", "threshold")
+
+
+def owners(parameter: str) -> list[str]:
+    """The neuron models that have a parameter of this name."""
+    return [name for name, kind in NEURONS.items() if parameter in kind.initial]
+
+
+def _initial(parameter: str, text: str) -> str:
+    """The meaning of the initial value of a parameter, with the models that have it and its default."""
+    models = owners(parameter)
+    (default,) = {NEURONS[name].initial[parameter] for name in models}
+    only = "" if len(models) == len(NEURONS) else f", for `neuron={' or '.join(models)}`"
+    return f"initial {text}{only} (default: {default})"
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkSettings(Settings):
+    """What decides a :class:`~g2gnet.G2GNet` beside the sizes of its data, its backend and its random draws.
+
+    ``G2GNet.from_settings`` makes the network; the constructor's arguments have these names and defaults.
+    """
+
+    model: str = setting("index", "model", "fully connected, or how neurons are grouped", choices=MODELS)
+    hidden_dim: int = setting(2048, "model", "neurons in each of the two hidden layers", low=1, high=SIZE.high)
+    num_groups: int = setting(8, "model", "groups on each side of a sparse layer (at most one per neuron)", low=1)
+    p_inter: float = setting(0.15, "model", "probability of a connection unit between groups", low=0, high=1)
+    p_intra: float = setting(1.0, "model", "probability of a connection unit inside a group", low=0, high=1)
+    block_size: int = setting(
+        64, "model", "side of a connection unit in weights; 1 is one weight", low=1, high=SIZE.high
+    )
+    T: int = setting(50, "model", "time steps per sample", low=1, high=MOST_STEPS)
+    enc: str = setting("current", "model", "input held as a current, or Bernoulli spikes", choices=ENCODINGS)
+    enc_scale: float = setting(1.0, "model", "input x becomes enc_scale*x + enc_bias")
+    enc_bias: float = setting(0.0, "model", "see enc_scale")
+    standardize: bool = setting(
+        False, "data", "subtract the training images' mean from all pixels (or features), and divide by their deviation"
+    )
+    neuron: str = setting("lif", "model", "neuron model", choices=tuple(NEURONS))
+    per_neuron: bool = setting(False, "model", "one value of each parameter per neuron instead of one per layer")
+    beta: float | None = setting(None, "model", _initial("beta", "decay of the membrane"), low=0, high=1)
+    threshold: float | None = setting(None, "model", _initial("threshold", "firing threshold"), low=0, open_low=True)
+    syn_decay: float | None = setting(
+        None, "model", _initial("syn_decay", "decay of the synaptic current"), low=0, high=1
+    )
+    reset: str = setting(
+        RESET, "model", "after a spike: subtract the threshold, set the membrane to zero, or nothing", choices=RESETS
+    )
+    surrogate: str = setting(
+        SURROGATE,
+        "model",
+        f"surrogate gradient of the hidden layers; the output layer keeps {SURROGATE} with alpha {ALPHA:g}",
+        choices=tuple(SURROGATES),
+    )
+    alpha: float = setting(
+        ALPHA, "model", "sharpness of the surrogate gradient", low=0, high=SHARPNESS.high, open_low=True
+    )
+    dropout: float = setting(
+        0.0, "model", "probability that a hidden neuron stays silent for a training image", low=0, high=MOST_DROPPED
+    )
+    init_gain: float = setting(1.0, "model", "factor on the initial weights of fc2 and fc3", low=0, open_low=True)
+
+    def __post_init__(self) -> None:
+        kind = NEURONS.get(self.neuron)
+        for name in PARAMETERS:
+            if getattr(self, name) is None and kind and name in kind.initial:
+                object.__setattr__(self, name, kind.initial[name])  # the files store the value, as of any other setting
+        super().__post_init__()
+
+    def _at_odds(self) -> list[str]:
+        problems = []
+        for name in PARAMETERS:
+            value = getattr(self, name)
+            if value is not None and self.neuron not in owners(name):
+                others = " or ".join(f"`neuron={owner}`" for owner in owners(name))
+                problems.append(
+                    f"{name}={value} has no effect with neuron={self.neuron}; give {others}, or leave it out"
+                )
+        if self.standardize and self.enc == "rate":
+            problems.append(
+                "standardize makes values below 0 and above 1, which are not spike probabilities for enc=rate; "
+                "give `enc=current`, or leave `standardize` out"
+            )
+        return problems
+
+    def neuron_parameters(self) -> dict[str, float]:
+        """The initial values of the neurons' parameters."""
+        return {name: getattr(self, name) for name in PARAMETERS if getattr(self, name) is not None}
+
+    def network_options(self) -> dict[str, Any]:
+        """The network's settings alone, as arguments of ``G2GNet``."""
+        names = [field.name for field in dataclasses.fields(NetworkSettings) if field.name not in PARAMETERS]
+        return {**{name: getattr(self, name) for name in names}, **self.neuron_parameters()}

@@ -1,0 +1,171 @@
+"""Sweeps: which runs a grid consists of, that each is train.py's, that nothing is lost, and the statistics."""
+
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from helpers import ROOT
+from training_runs import SMALL, assert_equal, flags_of, load, run
+
+from g2gnet import sweep
+from g2gnet.settings import SettingsError
+from g2gnet.sweep import program
+from g2gnet.sweep.grid import read_grid, runs_of
+from g2gnet.sweep.results import estimate
+from g2gnet.training import TrainingError
+
+QUICK = {**SMALL, "T": 3, "limit_train": 64, "limit_test": 32, "epochs": 1}
+
+
+@pytest.fixture
+def thread():
+    with ThreadPoolExecutor(1) as executor:
+        yield executor
+
+
+def test_a_grid_is_every_combination_and_a_larger_one_keeps_its_folders(tmp_path):
+    grid = {"p_inter": [0.1, 0.3], "model": ("index", "mixer"), "seed": range(3), "T": 4}
+    runs = runs_of(grid, tmp_path)
+    found = [(run.settings.seed, run.settings.p_inter, run.settings.model) for run in runs]
+    assert found == list(itertools.product(range(3), (0.1, 0.3), ("index", "mixer")))
+    assert {run.settings.T for run in runs} == {4}
+    assert runs[0].label == "p_inter=0.1, model=index, seed=0"
+    assert len({run.folder for run in runs}) == 12
+    for each in runs:
+        each.folder.mkdir()
+    larger = runs_of({**grid, "T": [4, 5], "p_inter": [0.1, 0.3, 1]}, tmp_path)
+    assert {run.folder for run in runs} == {run.folder for run in larger if run.folder.exists()}
+    assert len(larger) == 36
+
+
+@pytest.mark.parametrize(
+    ("grid", "messages"),
+    [
+        ({"p_intr": 1}, ["p_intr is not a setting; did you mean p_intra?"]),
+        ({"seed": [1, 2, 1]}, ["seed=1 is given twice"]),
+        ({"seed": []}, ["seed has no value"]),
+        (
+            {"model": ["index", "ring"], "T": [0, 3]},
+            ["model='ring' is unknown; choose one of", "T=0 is out of range"],
+        ),
+        ({"model": ["dense", "index"], "sparsity_mode": "dynamic"}, ["needs a sparse model"]),
+    ],
+)
+def test_what_is_wrong_with_a_grid_is_said_before_anything_is_trained(tmp_path, grid, messages):
+    with pytest.raises(SettingsError) as error:
+        sweep.run(grid, tmp_path / "sweep")
+    for message in messages:
+        assert message in str(error.value)
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_a_grid_comes_from_a_file_and_flags_replace_what_it_says(tmp_path):
+    (tmp_path / "grid.json").write_text('{"seed": [1, 2], "p_inter": 1}')
+    assert read_grid(tmp_path / "grid.json") == {"seed": [1, 2], "p_inter": 1}
+    if sys.version_info >= (3, 11):
+        (tmp_path / "grid.toml").write_text("seed = [1, 2]\np_inter = 1\n")
+        assert read_grid(tmp_path / "grid.toml") == {"seed": [1, 2], "p_inter": 1}
+    flags = ["--grid", str(tmp_path / "grid.json"), "--seed", "3", "4", "--standardize", "--T", "7"]
+    grid = program.grid_from(program.build_parser().parse_args(flags))
+    assert grid == {"seed": [3, 4], "p_inter": 1, "standardize": [True], "T": [7]}
+    (tmp_path / "grid.json").write_text("[]")
+    with pytest.raises(SettingsError, match="holds a list, not a table of settings"):
+        read_grid(tmp_path / "grid.json")
+
+
+def test_each_run_is_that_of_train_and_a_finished_one_is_not_trained_again(tmp_path, thread):
+    grid = {**QUICK, "p_inter": [0.1, 0.3], "seed": [1, 2]}
+    made = sweep.run(grid, tmp_path / "sweep", executor=thread)
+    assert made.varied == ("p_inter",)
+    assert made.common == QUICK | {"enc_scale": 3.0}
+    for each, end in made.ends:
+        alone = run(tmp_path / each.folder.name, **{**QUICK, **each.differs})
+        assert_equal(load(each.files)["model"], load(alone)["model"])
+        assert end["test_acc"] == load(alone)["history"][-1]["test_acc"]
+        assert "Epoch 01 | train_acc=" in (each.folder / "log.txt").read_text()
+    again = sweep.run(grid, tmp_path / "sweep", executor=None)  # needs no processes
+    assert again.ends == made.ends
+
+
+def test_means_have_standard_errors_over_seeds(tmp_path, thread):
+    assert estimate([1.0, 2.0, 6.0]) == (3.0, pytest.approx(math.sqrt((4 + 1 + 9) / 2 / 3)))
+    assert estimate([4.0]) == (4.0, None)
+    made = sweep.run({**QUICK, "model": ["index", "random"], "seed": [1, 2, 3]}, tmp_path, executor=thread)
+    for row in made.rows:
+        found = [100 * end["test_acc"] for each, end in made.ends if each.settings.model == row.settings["model"]]
+        assert row.seeds == [1, 2, 3]
+        mean = sum(found) / 3
+        error = math.sqrt(sum((value - mean) ** 2 for value in found) / 2 / 3)
+        assert f"| {row.settings['model']} | 3 | {mean:.2f} ± {error:.2f} |" in made.table()
+        assert row.as_dict()["results"]["test_acc"]["mean"] == pytest.approx(mean / 100)
+
+
+def test_a_run_that_fails_does_not_stop_the_others(tmp_path, thread):
+    made = sweep.run({**QUICK, "lr": [1e-3, 1e30], "epochs": 3}, tmp_path, executor=thread)
+    assert [each.settings.lr for each, _ in made.ends] == [1e-3]
+    assert list(made.failed) == ["lr=1e+30"]
+    with pytest.raises(TrainingError, match="no run is finished in"):
+        sweep.run({**QUICK, "lr": 1e30, "epochs": 3}, tmp_path, executor=thread)
+
+
+def test_a_sweep_that_is_killed_and_interrupted_resumes_and_ends_as_if_it_had_not_been(tmp_path, thread):
+    grid = {**SMALL, "limit_train": 2000, "epochs": 8, "seed": [1, 2, 3]}
+    folder = tmp_path / "killed"
+    lists = {name: [value] for name, value in SMALL.items()} | {"limit_train": [2000], "epochs": [8], "seed": [1, 2, 3]}
+    flags = [text for name, values in lists.items() for text in (f"--{name}", *map(str, values))]
+    command = [sys.executable, "-m", "g2gnet.sweep", *flags, "--jobs", "2", "--folder", str(folder)]
+
+    def epochs():
+        return sum(path.read_text().count("\n") for path in folder.glob("*/*.jsonl"))
+
+    for number in (signal.SIGKILL, signal.SIGINT):
+        before = epochs()
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ}
+        )
+        while epochs() < before + 2 and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, said = process.communicate()
+        assert process.returncode == (130 if number == signal.SIGINT else -number), said
+    assert "run the same command again to resume" in said
+    assert "Traceback" not in said
+    assert len(list(folder.glob("*/*.DONE"))) < 3
+    assert epochs() < 24
+    resumed = sweep.run(grid, folder, executor=thread)
+    assert any("resuming" in path.read_text() for path in folder.glob("*/log.txt"))
+    whole = sweep.run(grid, tmp_path / "whole", executor=thread)
+    for (one, _), (other, _) in zip(resumed.ends, whole.ends, strict=True):
+        assert_equal(load(one.files), load(other.files))
+
+
+def test_the_program_writes_a_table_csv_json_and_a_picture(tmp_path, capsys):
+    sweep.run({**QUICK, "p_inter": [0.1, 0.3], "seed": [1, 2]}, tmp_path, executor=(pool := ThreadPoolExecutor(1)))
+    pool.shutdown()
+    flags = [*flags_of(QUICK), "--p_inter", "0.1", "0.3", "--seed", "1", "2", "--folder", str(tmp_path)]
+    assert program.main([*flags, "--json", str(tmp_path / "more.json")]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("g2g ")
+    assert "4 runs: 2 p_inter × 2 seed | 4 finished" in printed.splitlines()[0]
+    assert "| p_inter | runs | test accuracy, % |" in printed
+    told = json.loads((tmp_path / "sweep.json").read_text())
+    assert told == json.loads((tmp_path / "more.json").read_text())
+    assert [row["settings"] for row in told["rows"]] == [{"p_inter": 0.1}, {"p_inter": 0.3}]
+    header, *lines = (tmp_path / "sweep.csv").read_text().splitlines()
+    assert header.startswith("p_inter,seed,epoch,train_loss,")
+    assert len(lines) == 4
+    assert [line.split(",")[:2] for line in lines] == [["0.1", "1"], ["0.3", "1"], ["0.1", "2"], ["0.3", "2"]]
+    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("jobs", ["0", "-1"])
+def test_a_number_of_jobs_below_one_is_refused(tmp_path, capsys, jobs):
+    assert program.main([*flags_of(QUICK), "--folder", str(tmp_path / "sweep"), "--jobs", jobs]) == 2
+    assert f"jobs={jobs} is out of range; give a whole number of at least 1" in capsys.readouterr().err

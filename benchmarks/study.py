@@ -127,7 +127,7 @@ def train(command: Sequence[str], environment: Mapping[str, str] | None = None) 
         raise TrainingError(f"{shlex.join(command)} ended with {done.returncode}: {done.stderr.strip()[-2000:]}")
 
 
-def build_parser(study: Study) -> argparse.ArgumentParser:
+def build_parser(study: Study) -> Parser:
     parser = Parser(
         prog=f"python -m {__package__}.{study.name}",
         description=study.about,

@@ -31,7 +31,7 @@ DEFAULTS = {"model": "index", "T": 10, "epochs": 5, **DYNAMIC}
 KINDS = ("dense", "static", "dynamic")
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> g2gnet.cli.Parser:
     parser = g2gnet.cli.Parser(prog=f"python -m {__package__}.accuracy", description=__doc__)
     g2gnet.cli.add_settings_flags(parser)
     parser.set_defaults(**DEFAULTS)

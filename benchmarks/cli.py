@@ -13,7 +13,7 @@ from tqdm import tqdm
 import g2gnet
 from g2g_kernels import select_device
 from g2g_kernels.numbers import COUNT
-from g2gnet.cli import METAVARS, FlagError, add_json_flag, check_output, file_name, run_program
+from g2gnet.cli import METAVARS, FlagError, Parser, add_json_flag, check_output, file_name, run_program
 from g2gnet.grouping import MODELS
 from g2gnet.training import TrainSettings
 
@@ -26,7 +26,7 @@ QUICK = {"batch_size": 64, "T": 20, "hidden_dim": 1024}
 QUICK_REPEATS = 5
 
 
-def add_flags(parser: argparse.ArgumentParser, repeats: int) -> None:
+def add_flags(parser: Parser, repeats: int) -> None:
     """Adds the flags of the workload, the device, the repeats and the reports."""
     default = {field.name: field.default for field in dataclasses.fields(Workload)}
     group = parser.add_argument_group("workload")
@@ -56,7 +56,7 @@ def add_flags(parser: argparse.ArgumentParser, repeats: int) -> None:
     add_report_flags(parser)
 
 
-def add_report_flags(parser: argparse.ArgumentParser) -> None:
+def add_report_flags(parser: Parser) -> None:
     """Adds the flags for output files."""
     group = parser.add_argument_group("report")
     add_json_flag(group, "the record, with every timing,")
@@ -161,7 +161,7 @@ def warn_if_busy(machine: dict[str, Any], rates: dict[str, float]) -> None:
         )
 
 
-def run(parser: argparse.ArgumentParser, benchmark: Callable[[argparse.Namespace], Report], argv: Any) -> int:
+def run(parser: Parser, benchmark: Callable[[argparse.Namespace], Report], argv: Any) -> int:
     """Runs ``benchmark`` on the parsed flags as :func:`g2gnet.cli.run_program` does, and writes its reports.
 
     Returns:

@@ -281,7 +281,7 @@ def page(made: Mapping[str, Mapping[str, Any]], planned: Sequence[str], device: 
 # --- the program --------------------------------------------------------------------------------------------------
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     parser = Parser(
         prog=f"python -m {__package__}.first_run",
         description=__doc__,

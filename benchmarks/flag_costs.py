@@ -168,7 +168,7 @@ def table(record: dict[str, Any]) -> str:
     return markdown(header, rows)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     parser = Parser(
         prog=f"python -m {__package__}.flag_costs",
         description=__doc__,

@@ -32,7 +32,7 @@ from .roofline import DTYPES
 RATE = 0.05
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     parser = Parser(
         prog=f"python -m {__package__}.fused_pair",
         description=__doc__,

@@ -23,7 +23,7 @@ from .report import grid, seconds
 SMALL = 0.01
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     parser = Parser(prog=f"python -m {__package__}.kernel_times", description=__doc__.split("\n\n")[0])
     cli.add_flags(parser, repeats=10)
     return parser

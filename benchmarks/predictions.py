@@ -12,7 +12,6 @@ Do not write the record again once something has run on a GPU: it would no longe
 :mod:`benchmarks.first_run` compares measured times with it.
 """
 
-import argparse
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -280,7 +279,7 @@ def record(written: str) -> dict[str, Any]:
     }
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     parser = Parser(prog=f"python -m {__package__}.predictions", description=__doc__.split("\n\n")[0])
     parser.add_argument("--written", required=True, metavar="DATE", help="the day on which they were written down")
     add_json_flag(parser, "the predictions for all cards")

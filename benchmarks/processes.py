@@ -30,7 +30,7 @@ ALLOWED = 0.02
 DEFAULTS = "--dataset fashionmnist-mini --model mixer --epochs 5 --batch_size 256"
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     parser = Parser(
         prog=f"python -m {__package__}.processes",
         description=__doc__,

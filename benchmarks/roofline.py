@@ -127,7 +127,7 @@ class StepSettings(TrainSettings):
     model: str = with_default(TrainSettings, "model", "index")
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     parser = Parser(prog="python -m benchmarks.roofline", description=__doc__.split("\n\n")[0])
     add_settings_flags(parser, StepSettings, FLAGS)
     parser.add_argument("--precision", choices=tuple(DTYPES), default="bf16", help="of products (default: bf16)")

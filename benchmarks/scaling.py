@@ -82,7 +82,7 @@ def fit(x: Sequence[float], y: Sequence[float]) -> Line:
     return Line(float(slope), float(intercept), 1.0 - unexplained)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     parser = Parser(
         prog=f"python -m {__package__}.scaling",
         description=__doc__,

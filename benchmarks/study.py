@@ -112,7 +112,7 @@ def wiring(mask: Any) -> dict[str, float]:
     return {**found, "inside": float(same.double().mean())}
 
 
-def build_parser(study: Study) -> argparse.ArgumentParser:
+def build_parser(study: Study) -> Parser:
     parser = Parser(
         prog=f"python -m {__package__}.{study.name}",
         description=study.about,

@@ -23,7 +23,7 @@ from .registry import KERNELS, Entry, choose
 from .workload import Prepared, load
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     parser = Parser(
         prog="g2g-bench" if Path(sys.argv[0]).stem == "g2g-bench" else f"python -m {__package__}.throughput",
         description=__doc__,

@@ -19,7 +19,7 @@ example:
 """
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> cli.Parser:
     parser = cli.Parser(
         prog="python -m g2gnet.analyze",
         description=__doc__,

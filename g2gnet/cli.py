@@ -68,13 +68,12 @@ def file_name(text: str) -> str:
     return text
 
 
-def in_flags(text: str) -> str:
-    """``text`` with the settings in backticks as flags: ```neuron=synaptic``` as ``--neuron synaptic``."""
-    return re.sub(r"`(\w+)(?:=([^`]*))?`", lambda found: f"--{found[1]} {found[2] or ''}".rstrip(), text)
-
-
 class Parser(argparse.ArgumentParser):
-    """A parser that takes no abbreviations; of an unknown flag it says which one may have been meant."""
+    """A parser that takes no abbreviations; of an unknown flag it says which one may have been meant.
+
+    Everything below the programs names settings and arguments, in backticks where it says what to give;
+    :meth:`in_flags` makes this program's flags of them.
+    """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
@@ -88,6 +87,17 @@ class Parser(argparse.ArgumentParser):
             self.error(f"unknown arguments {' '.join(unknown)}; --help lists what this program takes")
         return arguments
 
+    def in_flags(self, text: str) -> str:
+        """``text`` with what is in backticks as flags: ```neuron=synaptic``` as ``--neuron synaptic``."""
+
+        def flag(found: re.Match[str]) -> str:
+            name, value = f"--{found[1]}", found[2]
+            if name not in self._option_string_actions:
+                return found[0]
+            return name if value is None else f"{name} {value}"
+
+        return re.sub(r"`(\w+)(?:=([^`]*))?`", flag, text)
+
     def _meant(self, flag: str) -> str:
         known = [name for name in self._option_string_actions if name.startswith("--")]
         name = "--" + flag.lstrip("-").replace("-", "_")
@@ -97,9 +107,7 @@ class Parser(argparse.ArgumentParser):
         return f"; did you mean {' or '.join(near)}?" if near else "; --help lists the flags"
 
 
-def add_settings_flags(
-    parser: argparse.ArgumentParser, settings: type = TrainSettings, names: Collection[str] | None = None
-) -> None:
+def add_settings_flags(parser: Parser, settings: type = TrainSettings, names: Collection[str] | None = None) -> None:
     """Adds one flag for each field of ``settings`` that has a group, in these groups; with ``names`` only for these."""
     types_of = typing.get_type_hints(settings)
     fields = [field for field in dataclasses.fields(settings) if names is None or field.name in names]
@@ -110,7 +118,7 @@ def add_settings_flags(
         if about["group"] is None:
             continue
         group = groups[about["group"]]
-        text = in_flags(about["text"])
+        text = parser.in_flags(about["text"])
         if flag_type is bool:
             group.add_argument(f"--{field.name}", action="store_true", help=text)
             continue
@@ -321,8 +329,19 @@ def write_json(json_file: str, document: dict[str, Any]) -> None:
         write_output(json_file, text)
 
 
+class _InFlags(logging.Formatter):
+    """The messages of loggers in a program's flags."""
+
+    def __init__(self, parser: Parser) -> None:
+        super().__init__()
+        self._parser = parser
+
+    def format(self, record: logging.LogRecord) -> str:
+        return self._parser.in_flags(super().format(record))
+
+
 def run_program(
-    parser: argparse.ArgumentParser,
+    parser: Parser,
     program: Callable[[argparse.Namespace], dict[str, Any] | None],
     argv: Any,
     interrupted: str = "run the same command again to resume after the last finished epoch",
@@ -346,7 +365,9 @@ def run_program(
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a pipe on Windows has a code page without the lines of our tables
     arguments = parser.parse_args(argv)
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_InFlags(parser))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     json_file = getattr(arguments, "json", None)
     try:
         if rank() == 0:
@@ -409,12 +430,12 @@ def out_of_memory(error: BaseException, arguments: argparse.Namespace) -> str:
     return "; ".join([what, *remedies])
 
 
-def _fail(parser: argparse.ArgumentParser, error: Exception, status: int) -> int:
+def _fail(parser: Parser, error: Exception, status: int) -> int:
     try:
         speaker = f"{parser.prog}, rank {rank()}" if launched() else parser.prog
     except DistributedError:  # which is what this error says
         speaker = parser.prog
-    warn(f"{speaker}: error: {in_flags(str(error))}")
+    warn(f"{speaker}: error: {parser.in_flags(str(error))}")
     return status
 
 

@@ -80,7 +80,7 @@ class CapturedStep:
 
     def __init__(self, step: Callable[..., Any], device: torch.device, required: bool = False) -> None:
         if not torch.cuda.is_available() or device.type != "cuda":
-            raise ValueError(f"a CUDA graph needs a CUDA device, not {device}; leave out --cuda_graph")
+            raise ValueError(f"a CUDA graph needs a CUDA device, not {device}; leave `cuda_graph` out")
         self._step = step
         # "cuda" is the device that is current now
         self._device = device if device.index is not None else torch.device("cuda", torch.cuda.current_device())

@@ -257,7 +257,7 @@ class World:
         return _watch.waiting(self._awaited)
 
     def _awaited(self) -> str:
-        end = "" if self.limit is None else f"; it gives up after {_in_words(self.limit)} (--peer_timeout)"
+        end = "" if self.limit is None else f"; it gives up after {_in_words(self.limit)} (`peer_timeout`)"
         return (
             f"rank {self.rank} of {self.size} has waited {PATIENCE:.0f} seconds for another process, at "
             f"{self.stage}{end}"
@@ -370,7 +370,7 @@ class Meeting:
             with _watch.waiting(
                 lambda: (
                     f"rank {self.rank} has waited {PATIENCE:.0f} seconds for an answer at {self._place} "
-                    f"({self._trouble}); it gives up after {_in_words(self.limit)} (--peer_timeout)"
+                    f"({self._trouble}); it gives up after {_in_words(self.limit)} (`peer_timeout`)"
                 )
             ):
                 result, error = answer.get(timeout=self.limit.total_seconds() + 1 if seconds is None else seconds)
@@ -423,14 +423,14 @@ class Meeting:
                 said = True
                 silent = [other for other in missing if time.monotonic() - heard[other][0] > PATIENCE]
                 logger.warning(
-                    "rank %d of %d has heard nothing from %s for %.0f seconds; it gives up after %s (--peer_timeout)",
+                    "rank %d of %d has heard nothing from %s for %.0f seconds; it gives up after %s (`peer_timeout`)",
                     self.rank, self.size, _ranks(silent), PATIENCE, _in_words(self.limit),
                 )  # fmt: skip
             if silence > self.limit.total_seconds():
                 silent = [other for other in missing if time.monotonic() - heard[other][0] > silence - PULSE]
                 raise DistributedError(
                     f"heard nothing from {_ranks(silent)} for {_in_words(self.limit)}: look what became of it, then "
-                    "run the same command again; --peer_timeout sets this limit"
+                    "run the same command again; `peer_timeout` sets this limit"
                 )
             time.sleep(pause)
             pause = min(1.5 * pause, 0.5)
@@ -554,9 +554,9 @@ def _variable(name: str) -> int:
 
 
 @contextlib.contextmanager
-def meet(limit: datetime.timedelta) -> Iterator[Meeting]:
+def meet(peer_timeout: datetime.timedelta) -> Iterator[Meeting]:
     """Where the processes that ``torchrun`` started meet; one that fails while it is entered tells the others why."""
-    meeting = Meeting(limit)
+    meeting = Meeting(peer_timeout)
     try:
         yield meeting
     except LostConnectionError:  # no cause of anything
@@ -567,12 +567,12 @@ def meet(limit: datetime.timedelta) -> Iterator[Meeting]:
 
 
 @contextlib.contextmanager
-def apart(about: Mapping[str, Any], limit: datetime.timedelta = LIMIT) -> Iterator[World]:
+def apart(about: Mapping[str, Any], peer_timeout: datetime.timedelta = LIMIT) -> Iterator[World]:
     """The processes that ``torchrun`` started, while entered, to work apart (:class:`Apart`); ``ALONE`` without it.
 
     Args:
         about: what must be the same in all.
-        limit: for how long to wait for a process that gives no sign of life.
+        peer_timeout: for how long to wait for a process that gives no sign of life.
 
     Raises:
         DistributedError: if they do not match, or one of them has ended.
@@ -580,21 +580,21 @@ def apart(about: Mapping[str, Any], limit: datetime.timedelta = LIMIT) -> Iterat
     if not launched():
         yield ALONE
         return
-    with meet(limit) as meeting, meeting.live():
+    with meet(peer_timeout) as meeting, meeting.live():
         meeting.agree(about)
         yield Apart(meeting)
 
 
 @contextlib.contextmanager
 def join(
-    device: torch.device, about: Mapping[str, Any] | None = None, limit: datetime.timedelta = LIMIT
+    device: torch.device, about: Mapping[str, Any] | None = None, peer_timeout: datetime.timedelta = LIMIT
 ) -> Iterator[World]:
     """The processes that ``torchrun`` started, while entered, to work together; :data:`ALONE` without it.
 
     Args:
         device: where this process computes.
         about: what must be the same in all.
-        limit: for how long processes wait for one another.
+        peer_timeout: for how long processes wait for one another.
 
     Raises:
         DistributedError: for a device without a communication backend, if the processes do not match or do not find
@@ -611,7 +611,7 @@ def join(
         torch.cuda.set_device(device)
     # Its functions keep the group of the moment of their import as a default, and optimizers import it.
     importlib.import_module("torch.distributed.nn")
-    with _group_left(), meet(limit) as meeting:
+    with _group_left(), meet(peer_timeout) as meeting:
         _check_interfaces()
         meeting.agree(about or {})
         try:
@@ -620,7 +620,7 @@ def join(
                 store=dist.PrefixStore("group", meeting.store),
                 rank=meeting.rank,
                 world_size=meeting.size,
-                timeout=limit,
+                timeout=peer_timeout,
             )
         except (RuntimeError, ValueError) as error:
             raise DistributedError(
@@ -628,7 +628,7 @@ def join(
                 f"interface to use. PyTorch says: {reason(error)}"
             ) from error
         try:
-            yield World(dist.group.WORLD, limit)
+            yield World(dist.group.WORLD, peer_timeout)
         except RuntimeError as error:
             # gloo has no type of its own for them
             if isinstance(error, dist.DistError) or "gloo/transport" in str(error):
@@ -666,7 +666,7 @@ def _lost(error: RuntimeError, meeting: Meeting) -> str:
         return "; ".join(endings)
     what = "lost the connection to another process"
     if "imed out" in str(error):
-        what = f"another process has not answered for {_in_words(meeting.limit)} (--peer_timeout)"
+        what = f"another process has not answered for {_in_words(meeting.limit)} (`peer_timeout`)"
     return (
         f"{what}; run the same command again to resume from the last checkpoint, with any number of processes. "
         f"PyTorch says: {reason(error)}"

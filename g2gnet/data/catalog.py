@@ -16,7 +16,7 @@ class Dataset(NamedTuple):
         num_classes: number of classes.
         module: of this package; its ``load(name, data_dir)`` gives the :class:`ImageData`. It is imported only when
             data are read, since importing torchvision takes a second.
-        crops: whether ``--augment auto`` shifts and mirrors its images.
+        crops: whether ``augment="auto"`` shifts and mirrors its images.
     """
 
     input_dim: int
@@ -25,7 +25,7 @@ class Dataset(NamedTuple):
     crops: bool = False
 
 
-#: every data set that ``--dataset`` takes
+#: every data set by name
 DATASETS = {
     "fashionmnist": Dataset(784, 10, "fashion_mnist"),
     "fashionmnist-mini": Dataset(784, 10, "fashion_mnist"),
@@ -35,7 +35,7 @@ DATASETS = {
 
 
 def dataset_name(given: str) -> str:
-    """The name of the data set given by ``--dataset``: one of :data:`DATASETS`, or your own file.
+    """The name of the data set that is asked for: one of :data:`DATASETS`, or your own file.
 
     Raises:
         DataError: if the file cannot be read.

@@ -90,5 +90,5 @@ def _fetch(name: str, data_dir: Path, folder: Path) -> None:
             f"{name} is not in {data_dir} and could not be put there ({error}). Do one of these:\n"
             "  1. connect to the internet and run this again;\n"
             f"  2. put {reader.filename} into {data_dir}, or the folder {reader.base_folder} that it holds, or name "
-            "the directory that has one of them by --data_dir."
+            "the directory that has one of them as `data_dir`."
         ) from error

@@ -59,7 +59,7 @@ def load(name: str, data_dir: Path) -> ImageData:
             "  1. connect to the internet and run this again;\n"
             "  2. on Debian or Ubuntu: apt-get install dataset-fashion-mnist;\n"
             f"  3. put the files {', '.join(name + '.gz' for name in DIGESTS)} into {data_dir}, "
-            "or give their folder by --data_dir."
+            "or give their folder as `data_dir`."
         ) from error
     return _read(raw)
 
@@ -113,8 +113,8 @@ def _content(folder: Path, name: str, header: int, size: int) -> np.ndarray:
     if hashlib.sha256(content).hexdigest() != DIGESTS[name]:
         raise DataError(
             f"{path} is damaged or of another data set (its checksum is not that of Fashion-MNIST's); delete it and "
-            "download it again, or give another folder by --data_dir. Data of your own go into a file for "
-            "--dataset FILE.npz"
+            "download it again, or give another folder as `data_dir`. Data of your own go into a file for "
+            "`dataset=FILE.npz`"
         )
     return np.frombuffer(content, np.uint8, size, header).copy()
 

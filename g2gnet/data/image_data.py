@@ -21,7 +21,7 @@ class ImageData:
     """A data set held in memory; batches are gathered by index on its device.
 
     Attributes:
-        name: as in ``--dataset``.
+        name: of the data set.
         train_images, test_images: uint8 [N, ...], each flattened image a sample; or float32 features [N, D].
         train_labels, test_labels: int64 [N].
         num_classes: number of classes.

@@ -64,7 +64,7 @@ def load(name: str, data_dir: Path) -> ImageData:
     path = _paths.get(name, data_dir / f"{name[: -DIGITS - 1]}{SUFFIX}")
     found = name_of(path)
     if found != name:
-        raise DataError(f"{path} is {found}, not {name}: its content differs from the run's data; give its --data_dir")
+        raise DataError(f"{path} is {found}, not {name}: its content differs from the run's data; give its `data_dir`")
     try:
         with open_file(path) as file, zipfile.ZipFile(file) as archive:
             arrays = _read(archive)

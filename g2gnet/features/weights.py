@@ -77,7 +77,7 @@ def load_resnet(dataset: str, file: Path | str | None = None) -> ResNet32:
     except Exception as error:  # a damaged file can make torch.load raise anything
         raise DataError(
             f"{path} does not hold the weights of a CIFAR ResNet-32 for {dataset}: {_summary(error)}\n"
-            f"Give another file by --resnet_weights, or none to use the published weights; python -m g2gnet.pretrain "
+            f"Give another file as `resnet_weights`, or none to use the published weights; python -m g2gnet.pretrain "
             f"--dataset {dataset} makes one."
         ) from error
     return network.eval().requires_grad_(False)
@@ -99,8 +99,8 @@ def _published(dataset: str) -> Path:
                 f"the published ResNet-32 for {dataset} is not at {path} and could not be downloaded ({error}). "
                 "Do one of these:\n"
                 "  1. connect to the internet and run this again;\n"
-                f"  2. download {release.url} elsewhere and give it by --resnet_weights;\n"
-                f"  3. train one (python -m g2gnet.pretrain --dataset {dataset}) and give it by --resnet_weights."
+                f"  2. download {release.url} elsewhere and give it as `resnet_weights`;\n"
+                f"  3. train one (python -m g2gnet.pretrain --dataset {dataset}) and give it as `resnet_weights`."
             ) from error
     # PyTorch's hub checks what it downloads, not what it finds
     digest = _digest(_read(path))

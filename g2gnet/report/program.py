@@ -16,7 +16,7 @@ example:
 """
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> cli.Parser:
     parser = cli.Parser(
         prog="python -m g2gnet.report",
         description="Writes one HTML page with the settings, results, analysis and pictures of training runs.",

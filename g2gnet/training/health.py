@@ -17,7 +17,7 @@ SILENT, SATURATED = 1e-4, 0.99
 #: share of a layer's neurons that never fire, above which there is a warning
 MOSTLY_SILENT = 0.5
 #: the remedy
-WAKING = "give --standardize, or raise --init_gain, --enc_scale or --T"
+WAKING = "give `standardize`, or raise `init_gain`, `enc_scale` or `T`"
 
 _NEVER = torch.iinfo(torch.int64).max
 
@@ -92,8 +92,8 @@ class LayerWatch:
                 share = f"{100 * silent[name]:.0f} % of its neurons"
                 self._warn(name, "silent", f"is mostly silent: {share} never fired in epoch {epoch}; {WAKING}")
             if rate > SATURATED:
-                text = f"saturates in epoch {epoch} (firing rate {rate:.2g}); lower --enc_scale, or --enforce_sparsity"
-                self._warn(name, "saturated", text)
+                text = f"saturates in epoch {epoch} (firing rate {rate:.2g})"
+                self._warn(name, "saturated", f"{text}; lower `enc_scale`, or give `enforce_sparsity`")
         for name, layer in neurons.items():
             for decay in layer.model.decays:
                 values = layer.values[decay]
@@ -111,7 +111,7 @@ class LayerWatch:
         if unseen:
             text = (
                 f"has no weights for {unseen} of {len(fan_in)} classes, whose scores therefore do not depend on the "
-                "input; lower --block_size, or raise --p_inter or --p_intra"
+                "input; lower `block_size`, or raise `p_inter` or `p_intra`"
             )
             self._warn(connection, "classes", text)
 

@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -16,26 +16,14 @@ from g2gnet.data import ImageData
 from g2gnet.distributed import rank
 from g2gnet.messages import say, warn
 from g2gnet.seeding import make_deterministic
+from g2gnet.training.epochs import EpochTrainer
 from g2gnet.training.health import TrainingError
 from g2gnet.training.interruption import Interrupted, StopSignals
 from g2gnet.training.machine import Machine
-from g2gnet.training.run_files import CheckpointError, RunFiles, check_record, compared
+from g2gnet.training.run_files import Checkpoint, CheckpointError, RunFiles, check_record, compared
 from g2gnet.training.settings import RunSettings, TrainSettings
 from g2gnet.training.state import UNFIT
-from g2gnet.training.trainer import StepCallback, Trainer
-
-
-class EpochTrainer(Protocol):
-    """What :func:`run_epochs` drives, such as :class:`Trainer`."""
-
-    data: ImageData
-    epoch: int
-    step: int
-
-    def train_epoch(self, on_step: StepCallback | None = None) -> dict[str, Any]: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
+from g2gnet.training.trainer import Trainer
 
 TrainerT = TypeVar("TrainerT", bound=EpochTrainer)
 #: called after each epoch, when its checkpoint is written, with the epoch's record and the trainer
@@ -121,7 +109,24 @@ def run_epochs(
         if not world.leads:
             held.enter_context(contextlib.redirect_stdout(None))
         held.enter_context(_denormals_flushed())
-        return _run_epochs(settings, make_trainer, files, machine, finish, on_epoch)
+        world.stage = "the reading of the run's files"
+        result = world.first(lambda: files.load_marker(settings))
+        if result is not None:
+            accuracy = f"test_acc={result['test_acc']:.4f}"
+            say(f"{settings.stem} is finished: {accuracy}. To run it again, delete {files.names()}.")
+            return result
+        checkpoint = world.first(lambda: files.load_checkpoint(settings))
+        world.stage = "the loading of the data"
+        make_deterministic(settings.seed)
+        run = _Run(settings, make_trainer(), files, machine)
+        if checkpoint is not None:
+            run.resume(checkpoint)
+        world.first(lambda: files.write_history(run.history))
+        run.snapshot()  # not kept: it only checks that all processes start with the same network
+        with StopSignals() as signals:
+            run.train(signals, on_epoch)
+            run.end(signals, finish)
+        return run.history[-1]
 
 
 @contextlib.contextmanager
@@ -135,90 +140,60 @@ def _denormals_flushed() -> Iterator[None]:
         torch.set_flush_denormal(before)
 
 
-def _run_epochs(
-    settings: RunSettings,
-    make_trainer: Callable[[], TrainerT],
-    files: RunFiles,
-    machine: Machine,
-    finish: Callable[[TrainerT, RunFiles], None] | None,
-    on_epoch: Sequence[EpochCallback[TrainerT]],
-) -> dict[str, Any]:
-    world = machine.world
-    world.stage = "the reading of the run's files"
-    result = world.first(lambda: files.load_marker(settings))
-    if result is not None:
-        say(f"{settings.stem} is finished: test_acc={result['test_acc']:.4f}. To run it again, delete {files.names()}.")
-        return result
-    checkpoint = world.first(lambda: files.load_checkpoint(settings))
+class _Run(Generic[TrainerT]):
+    """A run that has something to train: its trainer, its files, and a record of each finished epoch."""
 
-    world.stage = "the loading of the data"
-    make_deterministic(settings.seed)
-    trainer = make_trainer()
-    data, versions = trainer.data.fingerprint, machine.versions()
-    world.check_same("the data", data)
-    history: list[dict[str, Any]] = []
-    if checkpoint is not None:
-        files.check_data(checkpoint, data)
+    def __init__(self, settings: RunSettings, trainer: TrainerT, files: RunFiles, machine: Machine) -> None:
+        self.settings, self.trainer, self.files, self.world = settings, trainer, files, machine.world
+        self.versions, self.data = machine.versions(), trainer.data.fingerprint
+        self.history: list[dict[str, Any]] = []
+        self.world.check_same("the data", self.data)
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Goes on after the step of the checkpoint."""
+        self.files.check_data(checkpoint, self.data)
+        state, trainer = checkpoint.state, self.trainer
         try:
-            trainer.load_state_dict(checkpoint.state)
-            history = checkpoint.state["history"]
-            for old in history:
-                check_record(old)
-            differing = compared(checkpoint.state["versions"], versions)
-            if [record["epoch"] for record in history] != list(range(1, trainer.epoch + 1)):
+            trainer.load_state_dict(state)
+            self.history = state["history"]
+            for record in self.history:
+                check_record(record)
+            differing = compared(state["versions"], self.versions)
+            if [record["epoch"] for record in self.history] != list(range(1, trainer.epoch + 1)):
                 raise ValueError(f"history does not hold one record for each of {trainer.epoch} epochs")
         except UNFIT as error:
             raise CheckpointError(
                 f"{checkpoint.path} does not fit the network it names ({error}). It was not changed; move it away, "
-                f"or give another --checkpoint_dir than {files.directory}."
+                f"or give another `checkpoint_dir` than {self.files.directory}."
             ) from error
         say(f"resuming {checkpoint.path} after epoch {trainer.epoch}, step {trainer.step}")
-        if differing and world.leads:
+        if differing and self.world.leads:
             warn("warning: the last bits of the results may change:\n" + "\n".join(differing))
-    world.first(lambda: files.write_history(history))
 
-    def snapshot() -> dict[str, Any]:
-        state = trainer.state_dict()
+    def snapshot(self) -> dict[str, Any]:
+        """What a checkpoint holds; the processes must agree on it."""
+        state, step = self.trainer.state_dict(), self.trainer.step
         moments = [each for of in state["optimizer"]["state"].values() for each in of.values() if each is not None]
-        world.check_same(f"the network after step {trainer.step}", trainer.step, state["model"].values())
-        world.check_same(f"the optimizer's state after step {trainer.step}", None, moments)
-        about = {"settings": settings.as_dict(), "data": data, "versions": versions}
-        return {**about, "history": history, **state}
+        self.world.check_same(f"the network after step {step}", step, state["model"].values())
+        self.world.check_same(f"the optimizer's state after step {step}", None, moments)
+        about = {"settings": self.settings.as_dict(), "data": self.data, "versions": self.versions}
+        return {**about, "history": self.history, **state}
 
-    def save(state: dict[str, Any]) -> None:
-        files.save_checkpoint(state)
-        files.write_history(history)
-
-    def end() -> None:
-        if finish:
-            finish(trainer, files)
-        files.mark_done(settings.as_dict(), history[-1])
-
-    snapshot()  # not kept: it only checks that all processes start with the same network
-    with StopSignals() as signals:
-
-        def told_to_stop() -> signal.Signals | None:
-            """The signal that any of the processes has received, the same in all; they wait for one another here."""
-            number = world.largest(signals.received or 0)
-            return signal.Signals(number) if number else None
-
+    def train(self, signals: StopSignals, on_epoch: Sequence[EpochCallback[TrainerT]]) -> None:
+        """Trains the epochs that are left; after each, and when told to stop, everything is saved."""
+        trainer, settings, files = self.trainer, self.settings, self.files
         while trainer.epoch < settings.epochs:
             try:
-                record = _epoch(trainer, settings.epochs, told_to_stop)
+                record = _epoch(trainer, settings.epochs, lambda: self._told_to_stop(signals))
                 if record is not None:
-                    history.append(record)
-                world.first(functools.partial(save, snapshot()))
+                    self.history.append(record)
+                self.world.first(functools.partial(self._save, self.snapshot()))
             except TrainingError as error:
                 raise TrainingError(f"{error}. {files.last_checkpoint()}") from error
             if record is not None:
-                names = [name for name in ("train_acc", "val_acc", "test_acc") if name in record]
-                accuracies = [f"{name}={record[name]:.4f}" for name in names]
-                say(f"{settings.label}Epoch {record['epoch']:02d} | {' | '.join(accuracies)}")
-                if world.leads:
-                    for callback in on_epoch:
-                        callback(record, trainer)
+                self._tell(record, on_epoch)
             # asked in any case: where one process ends, torchrun ends the others, and all must be written by then
-            stop = told_to_stop()
+            stop = self._told_to_stop(signals)
             if stop:
                 raise Interrupted(
                     f"stopped by {stop.name} after step {trainer.step}, with {trainer.epoch} of "
@@ -226,12 +201,38 @@ def _run_epochs(
                     "run the same command again to resume from there",
                     stop,
                 )
-        world.stage = "the analysis of the network"
-        world.first(end)
-        stop = told_to_stop()
+
+    def end(self, signals: StopSignals, finish: Callable[[TrainerT, RunFiles], None] | None) -> None:
+        """Calls ``finish`` and marks the run as finished."""
+
+        def mark() -> None:
+            if finish:
+                finish(self.trainer, self.files)
+            self.files.mark_done(self.settings.as_dict(), self.history[-1])
+
+        self.world.stage = "the analysis of the network"
+        self.world.first(mark)
+        stop = self._told_to_stop(signals)
         if stop:
-            raise Interrupted(f"{stop.name} came when {settings.stem} was almost finished", stop)
-    return history[-1]
+            raise Interrupted(f"{stop.name} came when {self.settings.stem} was almost finished", stop)
+
+    def _save(self, state: dict[str, Any]) -> None:
+        self.files.save_checkpoint(state)
+        self.files.write_history(self.history)
+
+    def _tell(self, record: dict[str, Any], on_epoch: Sequence[EpochCallback[TrainerT]]) -> None:
+        """Prints an epoch's accuracies, and calls ``on_epoch`` in the first process."""
+        names = [name for name in ("train_acc", "val_acc", "test_acc") if name in record]
+        accuracies = [f"{name}={record[name]:.4f}" for name in names]
+        say(f"{self.settings.label}Epoch {record['epoch']:02d} | {' | '.join(accuracies)}")
+        if self.world.leads:
+            for callback in on_epoch:
+                callback(record, self.trainer)
+
+    def _told_to_stop(self, signals: StopSignals) -> signal.Signals | None:
+        """The signal that any of the processes has received, the same in all; they wait for one another here."""
+        number = self.world.largest(signals.received or 0)
+        return signal.Signals(number) if number else None
 
 
 class _Stopped(Exception):  # noqa: N818  (nothing is wrong)

@@ -132,7 +132,7 @@ class RunFiles:
                 what = "a symbolic link" if path.is_symlink() else "not a regular file"
                 raise CheckpointError(
                     f"{path} is {what}, where a run has its own files; move it away, or give another "
-                    f"--checkpoint_dir than {self.directory}"
+                    f"`checkpoint_dir` than {self.directory}"
                 )
         try:
             for path in self._all():
@@ -142,7 +142,7 @@ class RunFiles:
 
     def _unwritable(self, error: OSError) -> CheckpointError:
         """What to raise where a file of the run cannot be made."""
-        remedy = "give another one by --checkpoint_dir"
+        remedy = "give another `checkpoint_dir`"
         if error.errno == errno.ENAMETOOLONG:
             remedy = f"give the data a file of a shorter name than that in {self.checkpoint.name}"
         return CheckpointError(f"cannot write to the checkpoint directory {self.directory} ({reason(error)}); {remedy}")
@@ -163,11 +163,11 @@ class RunFiles:
             except BlockingIOError as error:
                 raise CheckpointError(
                     f"another run of this name is using {self.checkpoint} (it holds {self.lock}); "
-                    f"wait until it ends, or give another --checkpoint_dir than {self.directory}"
+                    f"wait until it ends, or give another `checkpoint_dir` than {self.directory}"
                 ) from error
             except OSError as error:
                 raise CheckpointError(
-                    f"cannot lock {self.lock} ({reason(error)}); delete it, or give another --checkpoint_dir than "
+                    f"cannot lock {self.lock} ({reason(error)}); delete it, or give another `checkpoint_dir` than "
                     f"{self.directory}"
                 ) from error
             for path in self._all():
@@ -213,7 +213,7 @@ class RunFiles:
         if problems:
             raise CheckpointError(
                 f"{' '.join(problems)} Nothing was changed; move {self.names()} away to start over, or give another "
-                f"--checkpoint_dir than {self.directory}."
+                f"`checkpoint_dir` than {self.directory}."
             )
         return None
 
@@ -262,7 +262,7 @@ class RunFiles:
         if differing:
             raise CheckpointError(
                 f"{path} belongs to a run with different settings:\n" + "\n".join(differing) + "\n"
-                f"Give the settings that it was made with, another --checkpoint_dir than {self.directory}, "
+                f"Give the settings that it was made with, another `checkpoint_dir` than {self.directory}, "
                 f"or delete {self.names()} to start over."
             )
 
@@ -273,7 +273,7 @@ class RunFiles:
             raise CheckpointError(
                 f"{checkpoint.path} belongs to a run on different data: their SHA-256 is {theirs} there, "
                 f"{fingerprint} now.\n"
-                f"Give the directory with the original data by --data_dir, give another --checkpoint_dir "
+                f"Give the directory with the original data as `data_dir`, give another `checkpoint_dir` "
                 f"than {self.directory}, or delete {self.names()} to start over."
             )
 
@@ -330,7 +330,7 @@ class RunFiles:
             ) from error
         except TensorFileError as error:
             raise CheckpointError(
-                f"{path} was not written: {error}. {self.last_checkpoint()} Training has diverged: lower --lr"
+                f"{path} was not written: {error}. {self.last_checkpoint()} Training has diverged: lower `lr`"
             ) from error
 
 

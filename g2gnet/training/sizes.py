@@ -48,6 +48,6 @@ def check_memory(settings: TrainSettings, input_dim: int, num_classes: int, samp
     if there is not None and needed > there:
         raise SettingsError(
             f"training takes at least {gigabytes(needed)} of memory with hidden_dim={settings.hidden_dim}, "
-            f"T={settings.T} and {samples} images per step, and there are {gigabytes(there)}; lower --hidden_dim"
-            f"{' or --p_inter, raise --block_size' if settings.model != 'dense' else ''}, or lower --T or --batch_size"
+            f"T={settings.T} and {samples} images per step, and there are {gigabytes(there)}; lower `hidden_dim`"
+            f"{' or `p_inter`, raise `block_size`' if settings.model != 'dense' else ''}, or lower `T` or `batch_size`"
         )

@@ -2,9 +2,7 @@
 
 import dataclasses
 import logging
-import math
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -22,22 +20,19 @@ from g2gnet.dst import DSTScheduler
 from g2gnet.layers import G2GLinear
 from g2gnet.network import G2GNet
 from g2gnet.regularizer import RateTarget, rate_penalty, rate_target
-from g2gnet.schedules import SCHEDULES
 from g2gnet.seeding import draw_device, stream
 from g2gnet.settings import SettingsError
+from g2gnet.training.epochs import EpochTrainer, Progress, StepCallback
 from g2gnet.training.evaluation import autocast, build_network, run_images
-from g2gnet.training.health import CHECK_INTERVAL, FiniteWatch, LayerWatch
+from g2gnet.training.health import LayerWatch
 from g2gnet.training.machine import Machine
 from g2gnet.training.settings import TrainSettings
 from g2gnet.training.sizes import check_memory
-from g2gnet.training.state import check_like, check_position, load_model, load_optimizer
 
 logger = logging.getLogger("g2gnet")
 
 #: parameters that one thread updates in about a millisecond
 ONE_THREAD_UPDATE = 1_000_000
-#: called after each training step with the number of images so far in the epoch, and their mean loss and accuracy
-StepCallback = Callable[[int, torch.Tensor, torch.Tensor], None]
 
 
 class _StepConstants(NamedTuple):
@@ -94,22 +89,20 @@ class Evaluation(NamedTuple):
     multiplies: dict[str, float]
 
 
-@dataclasses.dataclass
-class EpochProgress:
-    """The sums over the steps of an unfinished epoch; saved with it, so its record covers all its steps."""
+@dataclasses.dataclass(kw_only=True)
+class NetworkProgress(Progress):
+    """The sums over the steps of an unfinished epoch, and the units when it began."""
 
-    loss: torch.Tensor  # Σ over images of the cross-entropy, a scalar
-    correct: torch.Tensor  # correctly classified images, a scalar
     firing_rates: torch.Tensor  # Σ over images of the rate of each neuron, layer after layer [2·H + C]
-    units: dict[str, torch.Tensor]  # that each connection had when the epoch began, bool [block rows, block columns]
-    seconds: float = 0.0
+    units: dict[str, torch.Tensor]  # of each connection, bool [block rows, block columns]
+
+    def add(self, result: _StepResult, images: int) -> None:
+        super().add(result, images)
+        self.firing_rates += result.firing_rates * images
 
 
-class Trainer:
-    """Trains one :class:`G2GNet` on one data set.
-
-    Every random draw comes from a stream named by the seed and a counter (:mod:`g2gnet.seeding`), so that
-    :meth:`state_dict` restores a run to the last bit.
+class Trainer(EpochTrainer):
+    """Trains one :class:`G2GNet` on one data set, and rewires it (:class:`~g2gnet.training.epochs.EpochTrainer`).
 
     Args:
         settings: what to train and how.
@@ -122,29 +115,27 @@ class Trainer:
             images to be shifted or mirrored are vectors, or the network and a step need more memory than there is.
     """
 
-    def __init__(
-        self,
-        settings: TrainSettings,
-        data: ImageData,
-        machine: Machine,
-    ) -> None:
+    net: G2GNet
+    progress: NetworkProgress | None
+    optimizer_state = ("step", "exp_avg", "exp_avg_sq")
+
+    def __init__(self, settings: TrainSettings, data: ImageData, machine: Machine) -> None:
         device, world = machine.device, machine.world
+        super().__init__(settings, data, device)
         self.settings = settings
-        self.device = device
         self.world = world
-        self.data = data.limited(settings.limit_train, settings.limit_test).to(device)
+        self.lr_schedule = settings.lr_schedule
         count = len(self.data.train_labels)
-        self._batches = math.ceil(count / settings.batch_size)
         smallest = count - (self._batches - 1) * settings.batch_size
         if smallest < world.size:
             raise SettingsError(
                 f"batch_size={settings.batch_size} leaves {smallest} of {count} images to the last batch of an epoch, "
-                f"fewer than one for each of {world.size} processes; give another --batch_size, or start fewer"
+                f"fewer than one for each of {world.size} processes; give another `batch_size`, or start fewer"
             )
         if settings.shift is not None and data.train_images.dim() < 3:
             raise SettingsError(
                 f"augment={settings.augment} needs images, but those of {data.name} are vectors of {data.input_dim} "
-                "values; leave --augment out, or give arrays of shape [N, ..., height, width]"
+                "values; leave `augment` out, or give arrays of shape [N, ..., height, width]"
             )
         in_step = min(count, settings.batch_size)
         check_memory(settings, data.input_dim, data.num_classes, -(-in_step // world.size), device)
@@ -153,7 +144,6 @@ class Trainer:
             mean, deviation = self.data.moments()
             self.net.input_mean.fill_(mean)
             self.net.input_deviation.fill_(deviation)
-        self._steps = settings.epochs * self._batches
         self._neurons = [connection.out_features for connection, _ in self.net.layers()]
         self._initial_units = self._units()
         # PyTorch's fused update supports CPU and CUDA; other devices take the plain loop
@@ -192,7 +182,7 @@ class Trainer:
             if bounded and settings.dst_interval > settings.dst_stop * self._steps:
                 raise SettingsError(
                     f"dst_interval={settings.dst_interval} leaves no update: training takes {self._steps} steps, and "
-                    f"nothing is replaced after dst_stop={settings.dst_stop} of them; lower --dst_interval"
+                    f"nothing is replaced after dst_stop={settings.dst_stop} of them; lower `dst_interval`"
                 )
             self.dst = DSTScheduler(
                 [connection for connection, _ in self.net.layers()],
@@ -207,96 +197,36 @@ class Trainer:
                 stop=settings.dst_stop,
                 total_steps=self._steps if bounded else None,
             )
-        self.epoch = 0  # finished epochs
-        self.step = 0
-        self.progress: EpochProgress | None = None  # of a started epoch
-        self._finite = FiniteWatch(self.net, device, f"lower --lr (now {settings.lr})")
+        self._watch(settings.lr)
         self._layers = LayerWatch()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a later :class:`Trainer` with the same settings needs to resume after this step.
-
-        Raises:
-            TrainingError: if the loss or a gradient was not finite: there is nothing to resume from.
-        """
-        self._finite.check()
-        return {
-            "epoch": self.epoch,
-            "step": self.step,
-            "progress": vars(self.progress) if self.progress else None,
-            "model": self.net.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "dst": self.dst.state_dict() if self.dst else None,
-        }
+        return {**super().state_dict(), "dst": self.dst.state_dict() if self.dst else None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resumes from a saved state.
-
-        Raises:
-            Exception: of a kind in ``g2gnet.training.state.UNFIT``, if the state does not fit the network.
-        """
-        check_position(state, self._batches)
-        load_model(self.net, state["model"])
-        load_optimizer(self.optimizer, state["optimizer"], ("step", "exp_avg", "exp_avg_sq"))
+        super().load_state_dict(state)
         if self.dst:
             if state["dst"]["steps"] != state["step"]:
                 raise ValueError(f"dst/steps={state['dst']['steps']} and step={state['step']} are at odds")
             self.dst.load_state_dict(state["dst"])
-        self.epoch, self.step = state["epoch"], state["step"]
-        self._finite.resume(self.step)
         self._captured = self._capture()  # the optimizer's state has other addresses now
-        self.progress = None
-        if state["progress"] is not None:
-            self.progress = self._no_progress()
-            saved = state["progress"]
-            for name in ("loss", "correct", "firing_rates"):
-                setattr(self.progress, name, check_like(f"progress/{name}", saved[name], getattr(self.progress, name)))
-            for name, units in self.progress.units.items():
-                self.progress.units[name] = check_like(f"progress/units/{name}", saved["units"][name], units)
-            self.progress.seconds = float(saved["seconds"])
 
     def _capture(self) -> CapturedStep | None:
         machine = self._machine
         return CapturedStep(self._learn, machine.device, bool(machine.cuda_graph)) if machine.captures else None
 
-    def _no_progress(self) -> EpochProgress:
-        zero = torch.zeros((), device=self.device)
-        return EpochProgress(zero, zero.clone(), torch.zeros(sum(self._neurons), device=self.device), self._units())
+    def _no_progress(self) -> NetworkProgress:
+        zero, firing_rates = torch.zeros((), device=self.device), torch.zeros(sum(self._neurons), device=self.device)
+        return NetworkProgress(zero, zero.clone(), firing_rates=firing_rates, units=self._units())
 
     def train_epoch(self, on_step: StepCallback | None = None) -> dict[str, Any]:
-        """Trains for one epoch, or what is left of it, evaluates, and returns the epoch's record.
-
-        ``on_step`` may end it by an exception: :meth:`state_dict` is then that after the step, and calling
-        :meth:`train_epoch` again resumes there.
-
-        Raises:
-            TrainingError: if the loss or a gradient is not finite any more.
-        """
-        count, size = len(self.data.train_labels), self.settings.batch_size
-        generator = stream(self.settings.seed, "order", self.epoch + 1)
-        order = torch.randperm(count, generator=generator).to(self.device)
-        self.progress = progress = self.progress or self._no_progress()
         if self.world.leads:
             *_, (name, last) = self._connections().items()
             self._layers.check_classes(name, last.mask.fan_in())
-        self.net.train()
-        for first in range((self.step - self.epoch * self._batches) * size, count, size):
-            start = time.perf_counter()
-            index = order[first : first + size]
-            result = self._train_step(index)
-            progress.loss += result.loss * len(index)
-            progress.correct += result.correct
-            progress.firing_rates += result.firing_rates * len(index)
-            progress.seconds += time.perf_counter() - start
-            if on_step:
-                seen = first + len(index)
-                on_step(seen, progress.loss / seen, progress.correct / seen)
-        start = time.perf_counter()
-        self._finite.check()
-        train_loss = progress.loss.item() / count
-        seconds = progress.seconds + time.perf_counter() - start
-        self.epoch += 1
-        self.progress = None
+        return super().train_epoch(on_step)
+
+    def _measures(self, progress: NetworkProgress) -> tuple[dict[str, float], dict[str, Any]]:
+        count = len(self.data.train_labels)
         rates = {f"lif{i}": of for i, of in enumerate(progress.firing_rates.split(self._neurons), 1)}
         firing_rate = {name: of.mean().item() / count for name, of in rates.items()}
         silent = {name: (of == 0).float().mean().item() for name, of in rates.items()}
@@ -305,14 +235,10 @@ class Trainer:
             self._layers.check(self.epoch, firing_rate, silent, neurons)
         connections = self._connections()
         test = self.evaluate("test")
-        return {
-            "epoch": self.epoch,
-            "train_loss": train_loss,
-            "train_acc": progress.correct.item() / count,
-            **({"val_acc": self.evaluate("val").accuracy} if self.data.val_images is not None else {}),
-            "test_acc": test.accuracy,
-            "seconds": round(seconds, 3),
-            "samples_per_s": round(count / seconds, 1),
+        accuracies = {"test_acc": test.accuracy}
+        if self.data.val_images is not None:
+            accuracies = {"val_acc": self.evaluate("val").accuracy, **accuracies}
+        return accuracies, {
             "firing_rate": firing_rate,
             # the share of the neurons that fired for no image of this epoch
             "silent": silent,
@@ -329,7 +255,6 @@ class Trainer:
         }
 
     def _train_step(self, index: torch.Tensor) -> _StepResult:
-        """One step on the images of a batch."""
         self.world.stage = f"step {self.step + 1}"
         labels = self.data.train_labels[index]
         images = self.data.train_images[index]
@@ -342,31 +267,19 @@ class Trainer:
         target = None
         if self.settings.enforce_sparsity:
             target = rate_target(self.epoch + 1, self.settings.epochs, self.settings.warmup_epochs)
-        if self.settings.lr_schedule != "constant":
-            self._set_lr(self.settings.lr * SCHEDULES[self.settings.lr_schedule](self.step / self._steps))
         # a step with the gradient of absent units differs from the captured one
-        as_ever = not (self.dst and self.dst.forms_gradient)
-        learn = self._captured if self._captured and as_ever else self._learn
+        differs = self.dst is not None and self.dst.forms_gradient
+        learn = self._captured if self._captured and not differs else self._learn
         dropped: list[torch.Tensor] = []
         if self.settings.dropout:
             drawn = self.net.drop(len(index), self._stream("dropout", self.step))
             dropped = [each[share].to(self.device) for each in drawn]
         result, activity = learn(inputs, labels, _StepConstants(target, len(labels) / len(index)), *dropped)
         runtime.tell_compiled()
-        self.step += 1
-        if self.step % CHECK_INTERVAL == 0:
-            self._finite.check()
+        self._stepped()
         if self.dst:
             self.dst.step(inputs, activity)
         return result
-
-    def _set_lr(self, lr: float) -> None:
-        """The learning rate of the next step."""
-        for group in self.optimizer.param_groups:
-            if isinstance(group["lr"], torch.Tensor):
-                group["lr"].fill_(lr)
-            else:
-                group["lr"] = lr
 
     def _learn(
         self,

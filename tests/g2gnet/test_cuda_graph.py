@@ -30,7 +30,7 @@ def test_without_a_cuda_device_it_is_refused_before_anything_is_done(tmp_path, c
     assert train.main(arguments) == 2
     assert "--cuda_graph needs a CUDA device, not cpu; leave it out, or give --device cuda" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
-    with pytest.raises(ValueError, match="a CUDA graph needs a CUDA device, not cpu; leave out --cuda_graph"):
+    with pytest.raises(ValueError, match="a CUDA graph needs a CUDA device, not cpu; leave `cuda_graph` out"):
         CapturedStep(lambda inputs: None, torch.device("cpu"))
 
 

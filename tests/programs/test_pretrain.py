@@ -85,13 +85,13 @@ def test_an_epoch_is_sgd_with_cosine_decay_on_augmented_images(tmp_path, monkeyp
                 parameter -= rate * (gradient + 0.9 * velocity)
         losses.append(loss.item() * len(index))
         correct += (logits.argmax(1) == data.train_labels[index]).sum().item()
-    for (name, parameter), trained in zip(network.named_parameters(), trainer.network.parameters(), strict=True):
+    for (name, parameter), trained in zip(network.named_parameters(), trainer.net.parameters(), strict=True):
         # updates are about 1e-3; SGD adds in another order than the loop above
         torch.testing.assert_close(trained, parameter, rtol=0, atol=5e-7, msg=name)
     assert record["train_loss"] == pytest.approx(sum(losses) / 30, rel=1e-5)
     assert record["train_acc"] == correct / 30
     with torch.no_grad():
-        predicted = trainer.network.eval()(data.test_images).argmax(1)
+        predicted = trainer.net.eval()(data.test_images).argmax(1)
     assert record["test_acc"] == (predicted == data.test_labels).double().mean().item()
 
 

@@ -13,6 +13,7 @@ import struct
 import sys
 import termios
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from tqdm import tqdm
 
 import benchmarks.study
 import benchmarks.workload
+import g2gnet.sweep.engine
 from benchmarks import accuracy, model_comparison, throughput
 from g2gnet import crossval, pretrain, train
 from g2gnet.features import load_features
@@ -76,8 +78,11 @@ def workplace(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmarks.workload, "cache_dir", lambda: tmp_path / "workloads")
     monkeypatch.setattr(tqdm, "__init__", functools.partialmethod(tqdm.__init__, mininterval=0, miniters=1))
     end = {"test_acc": 0.5, "train_acc": 0.5, "density": {"fc2": 1}, "train_seconds": 1.0}
-    monkeypatch.setattr(benchmarks.study, "train", lambda command: None)
-    monkeypatch.setattr(benchmarks.study, "result", lambda folder: end)
+    monkeypatch.setattr(benchmarks.study, "processes", lambda jobs, threads: ThreadPoolExecutor(jobs))
+    monkeypatch.setattr(g2gnet.sweep.engine, "train_run", lambda settings, folder: None)
+    monkeypatch.setattr(g2gnet.sweep.engine.Run, "epochs", lambda run: 1)
+    for name in ("outcome", "result"):
+        monkeypatch.setattr(benchmarks.study, name, lambda run: end)
     return tmp_path
 
 

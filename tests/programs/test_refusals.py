@@ -262,7 +262,7 @@ def test_settings_of_matplotlib_that_it_refuses_are_named(tmp_path):
 
 
 def test_repeats_of_a_benchmark_are_a_count():
-    parser = benchmarks_cli.argparse.ArgumentParser()
+    parser = cli.Parser()
     benchmarks_cli.add_flags(parser, 3)
     for value in (0, MANY):
         with pytest.raises(ValueError, match=f"repeats={value} is out of range; give a whole number of at least 1"):
@@ -364,7 +364,7 @@ def test_the_data_set_without_files_is_named_only_where_it_is_offered(tmp_path, 
     assert "could not be put there (no network)" in printed
     assert hint not in printed
     printed = refused(train, capsys, "--dataset", "cifar10", *flags, status=1)
-    assert f"by --data_dir.\n{hint}\n" in printed
+    assert f"as --data_dir.\n{hint}\n" in printed
     printed = refused(train, capsys, "--dataset", "cifar10", "--use_resnet", *flags, status=1)
     assert hint not in printed
 
@@ -372,7 +372,7 @@ def test_the_data_set_without_files_is_named_only_where_it_is_offered(tmp_path, 
 def test_what_is_no_directory_is_called_so(tmp_path, capsys, no_step):
     (tmp_path / "file").touch()
     printed = refused(train, capsys, *TINY, "--checkpoint_dir", tmp_path / "file", status=1)
-    assert "file (Not a directory); give another one by --checkpoint_dir" in printed
+    assert "file (Not a directory); give another --checkpoint_dir" in printed
 
 
 def test_a_file_of_data_is_among_the_choices(capsys, no_step):

@@ -51,7 +51,7 @@ def test_without_files_and_network_one_message_lists_the_remedies(tmp_path, monk
     with pytest.raises(DataError) as error:
         load_dataset(name, tmp_path / "data")
     archive = cifar.READERS[name].filename
-    for remedy in ("connect to the internet", f"{archive} into", "--data_dir"):
+    for remedy in ("connect to the internet", f"{archive} into", "`data_dir`"):
         assert remedy in str(error.value)
     assert not list((tmp_path / "data").iterdir())
 

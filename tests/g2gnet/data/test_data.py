@@ -100,7 +100,7 @@ def test_without_files_and_network_one_message_lists_the_remedies(tmp_path):
     for remedy in (
         "connect to the internet",
         "apt-get install dataset-fashion-mnist",
-        "--data_dir",
+        "`data_dir`",
     ):
         assert remedy in str(error.value)
 
@@ -123,7 +123,7 @@ def test_files_of_another_data_set_are_refused(tmp_path, small_files, compress):
     """MNIST's have the names, the shapes and the range of labels of Fashion-MNIST's."""
     images = "train-images-idx3-ubyte"
     write(tmp_path, {**small_files, images: small_files[images][:-1] + b"\x07"}, compress)
-    with pytest.raises(DataError, match=rf"{images}.* is damaged or of another data set .*--dataset FILE.npz"):
+    with pytest.raises(DataError, match=rf"{images}.* is damaged or of another data set .*`dataset=FILE.npz`"):
         load_dataset("fashionmnist", tmp_path)
 
 

@@ -129,7 +129,7 @@ def test_without_the_published_weights_one_message_lists_the_remedies(tmp_path, 
     publish_resnet(monkeypatch, tmp_path / "hub", "cifar100").unlink()
     with pytest.raises(DataError) as error:
         load_resnet("cifar100")
-    for remedy in ("connect to the internet", f"download {NOBODY_LISTENS}", "--resnet_weights", "g2gnet.pretrain"):
+    for remedy in ("connect to the internet", f"download {NOBODY_LISTENS}", "`resnet_weights`", "g2gnet.pretrain"):
         assert remedy in str(error.value)
 
 
@@ -163,7 +163,7 @@ def test_a_wrong_file_is_refused(tmp_path, damage, message):
     with pytest.raises(DataError, match=message) as error:
         load_resnet("cifar10", path)
     assert f"{path} does not hold the weights of a CIFAR ResNet-32 for cifar10" in str(error.value)
-    assert "--resnet_weights" in str(error.value)
+    assert "`resnet_weights`" in str(error.value)
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -231,7 +231,7 @@ def test_where_both_are_damaged_nothing_is_touched(tmp_path, monkeypatch):
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(CheckpointError, match="cannot be read") as error:
         run(tmp_path)
-    assert all(str(text) in str(error.value) for text in (files.checkpoint, files.previous, "--checkpoint_dir"))
+    assert all(str(text) in str(error.value) for text in (files.checkpoint, files.previous, "`checkpoint_dir`"))
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -312,7 +312,7 @@ def test_other_data_of_the_same_name_are_refused(tmp_path, monkeypatch, capsys):
     other = dataclasses.replace(data, train_labels=data.train_labels.roll(1))
     with pytest.raises(CheckpointError, match=r"different data: their SHA-256 is .* there, [0-9a-f]+ now") as error:
         run_training(TrainSettings(**SMALL), lambda: other, tmp_path, Machine(torch.device("cpu")))
-    assert "--data_dir" in str(error.value)
+    assert "`data_dir`" in str(error.value)
     assert files.checkpoint.read_bytes() == before
 
 
@@ -369,7 +369,7 @@ def test_what_is_not_finite_is_named_and_the_last_good_checkpoint_kept(tmp_path,
         run(tmp_path)
     files = RunFiles(tmp_path, TrainSettings(**SMALL).stem)
     assert str(error.value) == (
-        f"in step 6 {what} became non-finite; lower --lr (now 0.001). "
+        f"in step 6 {what} became non-finite; lower `lr` (now 0.001). "
         f"{files.checkpoint} is the last good checkpoint; it was not changed."
     )
     assert load(files)["epoch"] == 1
@@ -391,7 +391,7 @@ def test_a_loss_that_is_not_finite_is_named():
 
 
 def test_a_long_epoch_is_stopped_early(monkeypatch):
-    monkeypatch.setattr("g2gnet.training.trainer.CHECK_INTERVAL", 3)
+    monkeypatch.setattr("g2gnet.training.epochs.CHECK_INTERVAL", 3)
     trainer = small_trainer(batch_size=10)
     monkeypatch.setattr(Trainer, "_train_step", spoiled(3, spoil_gradient("fc2", torch.nan)))
     with pytest.raises(TrainingError, match=r"in step 4 the gradient of fc2\.values"):
@@ -436,10 +436,10 @@ def test_layers_that_do_nothing_useful_are_warned_about_once(caplog):
     for epoch in (2, 3):
         watch.check(epoch, {"lif1": 0.0, "lif2": 0.995, "lif3": 0.001}, {**silent, "lif3": 0.534}, neurons)
     assert [record.getMessage() for record in caplog.records] == [
-        "lif1 fell silent in epoch 2 (firing rate 0); give --standardize, or raise --init_gain, --enc_scale or --T",
-        "lif2 saturates in epoch 2 (firing rate 0.99); lower --enc_scale, or --enforce_sparsity",
-        "lif3 is mostly silent: 53 % of its neurons never fired in epoch 2; give --standardize, or raise "
-        "--init_gain, --enc_scale or --T",
+        "lif1 fell silent in epoch 2 (firing rate 0); give `standardize`, or raise `init_gain`, `enc_scale` or `T`",
+        "lif2 saturates in epoch 2 (firing rate 0.99); lower `enc_scale`, or give `enforce_sparsity`",
+        "lif3 is mostly silent: 53 % of its neurons never fired in epoch 2; give `standardize`, or raise "
+        "`init_gain`, `enc_scale` or `T`",
         "lif2 has learned beta = 1.25 in epoch 2, outside 0 … 1: it counts as 1",
         "lif3 has learned beta = -0.5 in epoch 2, outside 0 … 1: it counts as 0",
     ]
@@ -467,7 +467,7 @@ def test_classes_without_weights_are_warned_about_before_training(caplog):
     (message,) = (record.getMessage() for record in caplog.records if "classes" in record.getMessage())
     assert message == (
         f"fc3 has no weights for {unseen} of 10 classes, whose scores therefore do not depend on the input; lower "
-        "--block_size, or raise --p_inter or --p_intra"
+        "`block_size`, or raise `p_inter` or `p_intra`"
     )
     caplog.clear()
     other = small_trainer(block_size=4, p_intra=0.4, p_inter=0.2)

@@ -181,7 +181,7 @@ def test_other_settings_than_the_files_are_refused_by_name(tmp_path, finished):
     assert "lr: 0.001 there, 0.01 now" in message
     assert "seed: 42 there, 7 now" in message
     assert "epochs" not in message
-    assert "--checkpoint_dir" in message
+    assert "`checkpoint_dir`" in message
     assert files.checkpoint.read_bytes() == content
 
 
@@ -283,7 +283,7 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 
 def test_an_unusable_directory_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="--checkpoint_dir"):
+    with pytest.raises(CheckpointError, match="`checkpoint_dir`"):
         run(tmp_path / "file" / "checkpoints")
 
 

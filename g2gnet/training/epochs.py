@@ -1,0 +1,193 @@
+"""The loop of every trainer: epochs of steps on shuffled batches, with progress to resume from."""
+
+import dataclasses
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import nn
+
+from g2gnet.data import ImageData
+from g2gnet.schedules import SCHEDULES
+from g2gnet.seeding import stream
+from g2gnet.training.health import CHECK_INTERVAL, FiniteWatch
+from g2gnet.training.settings import RunSettings
+from g2gnet.training.state import check_like, check_position, load_model, load_optimizer
+
+#: called after each training step with the number of images so far in the epoch, and their mean loss and accuracy
+StepCallback = Callable[[int, torch.Tensor, torch.Tensor], None]
+
+
+class StepResult(Protocol):
+    """The result of a step on a batch."""
+
+    @property
+    def loss(self) -> torch.Tensor:
+        """The mean loss of the images, a scalar."""
+
+    @property
+    def correct(self) -> torch.Tensor:
+        """The number of correctly classified images, a scalar."""
+
+
+@dataclasses.dataclass
+class Progress:
+    """The sums over the steps of an unfinished epoch; saved with it, so its record covers all its steps."""
+
+    loss: torch.Tensor  # Σ over images of the loss, a scalar
+    correct: torch.Tensor  # correctly classified images, a scalar
+    seconds: float = 0.0
+
+    def add(self, result: Any, images: int) -> None:
+        """Adds a step on so many images."""
+        self.loss += result.loss * images
+        self.correct += result.correct
+
+    def load(self, saved: dict[str, Any]) -> None:
+        """Takes the sums that ``vars`` of another gave; raises an exception in ``UNFIT`` if they do not fit."""
+        for name, value in vars(self).items():
+            if isinstance(value, dict):
+                value.update({key: check_like(f"progress/{name}/{key}", saved[name][key], value[key]) for key in value})
+            elif isinstance(value, torch.Tensor):
+                setattr(self, name, check_like(f"progress/{name}", saved[name], value))
+        self.seconds = float(saved["seconds"])
+
+
+class EpochTrainer(ABC):
+    """Trains a module on images.
+
+    Every random draw comes from a stream named by the seed and a counter (:mod:`g2gnet.seeding`), so that
+    :meth:`state_dict` restores a run to the last bit.
+
+    Args:
+        settings: of the run.
+        data: the images, on any device; they are moved to ``device``.
+        device: where to compute.
+
+    Attributes:
+        net, optimizer: made by the subclass, which then calls ``_watch``.
+        epoch, step: how many epochs and steps are finished.
+        progress: of a started epoch.
+    """
+
+    #: the optimizer's tensors for each parameter
+    optimizer_state: ClassVar[Collection[str]]
+    #: how the learning rate falls, a name in ``SCHEDULES``
+    lr_schedule = "constant"
+    net: nn.Module
+    optimizer: torch.optim.Optimizer
+
+    def __init__(self, settings: RunSettings, data: ImageData, device: torch.device) -> None:
+        self.device = device
+        self.data = data.limited(settings.limit_train, settings.limit_test).to(device)
+        self.epoch = 0
+        self.step = 0
+        self.progress: Any = None  # a Progress of the subclass's kind
+        self._seed, self._batch_size = settings.seed, settings.batch_size
+        self._batches = math.ceil(len(self.data.train_labels) / settings.batch_size)
+        self._steps = settings.epochs * self._batches
+
+    def _watch(self, lr: float) -> None:
+        """Follows the loss and the gradients of ``net`` from the first step on; ``lr`` is the learning rate then."""
+        self._lr = lr
+        self._finite = FiniteWatch(self.net, self.device, f"lower `lr` (now {lr})")
+
+    @abstractmethod
+    def _train_step(self, index: torch.Tensor) -> StepResult:
+        """One step on the images of a batch; it calls ``_stepped``."""
+
+    @abstractmethod
+    def _no_progress(self) -> Progress:
+        """The progress before the first step of an epoch."""
+
+    @abstractmethod
+    def _measures(self, progress: Any) -> tuple[dict[str, float], dict[str, Any]]:
+        """After an epoch, the accuracies on the images that are not trained on, and the rest of its record."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a later trainer with the same settings needs to resume after this step.
+
+        Raises:
+            TrainingError: if the loss or a gradient was not finite: there is nothing to resume from.
+        """
+        self._finite.check()
+        return {
+            "epoch": self.epoch,
+            "step": self.step,
+            "progress": vars(self.progress) if self.progress else None,
+            "model": self.net.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Resumes from a saved state.
+
+        Raises:
+            Exception: of a kind in ``g2gnet.training.state.UNFIT``, if the state does not fit the network.
+        """
+        check_position(state, self._batches)
+        load_model(self.net, state["model"])
+        load_optimizer(self.optimizer, state["optimizer"], self.optimizer_state)
+        self.epoch, self.step = state["epoch"], state["step"]
+        self._finite.resume(self.step)
+        self.progress = None
+        if state["progress"] is not None:
+            self.progress = self._no_progress()
+            self.progress.load(state["progress"])
+
+    def train_epoch(self, on_step: StepCallback | None = None) -> dict[str, Any]:
+        """Trains for one epoch, or what is left of it, evaluates, and returns the epoch's record.
+
+        ``on_step`` may end it by an exception: :meth:`state_dict` is then that after the step, and calling
+        :meth:`train_epoch` again resumes there.
+
+        Raises:
+            TrainingError: if the loss or a gradient is not finite any more.
+        """
+        count, size = len(self.data.train_labels), self._batch_size
+        order = torch.randperm(count, generator=stream(self._seed, "order", self.epoch + 1)).to(self.device)
+        self.progress = progress = self.progress or self._no_progress()
+        self.net.train()
+        for first in range((self.step - self.epoch * self._batches) * size, count, size):
+            start = time.perf_counter()
+            index = order[first : first + size]
+            if self.lr_schedule != "constant":
+                self._set_lr(self._lr * SCHEDULES[self.lr_schedule](self.step / self._steps))
+            progress.add(self._train_step(index), len(index))
+            progress.seconds += time.perf_counter() - start
+            if on_step:
+                seen = first + len(index)
+                on_step(seen, progress.loss / seen, progress.correct / seen)
+        start = time.perf_counter()
+        self._finite.check()
+        train_loss = progress.loss.item() / count
+        seconds = progress.seconds + time.perf_counter() - start
+        self.epoch += 1
+        self.progress = None
+        accuracies, others = self._measures(progress)
+        return {
+            "epoch": self.epoch,
+            "train_loss": train_loss,
+            "train_acc": progress.correct.item() / count,
+            **accuracies,
+            "seconds": round(seconds, 3),
+            "samples_per_s": round(count / seconds, 1),
+            **others,
+        }
+
+    def _stepped(self) -> None:
+        """Counts a step, and looks from time to time whether its numbers are finite."""
+        self.step += 1
+        if self.step % CHECK_INTERVAL == 0:
+            self._finite.check()
+
+    def _set_lr(self, lr: float) -> None:
+        """The learning rate of the next step."""
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr

@@ -136,7 +136,8 @@ def add_settings_flags(parser: Parser, settings: type = TrainSettings, names: Co
             type=file_name if flag_type is str and not about["choices"] else flag_type,
             default=field.default,
             choices=None if about["others"] else about["choices"],
-            metavar="NAME" if about["others"] else None if about["choices"] else METAVARS[flag_type],
+            metavar=about["metavar"]
+            or ("NAME" if about["others"] else None if about["choices"] else METAVARS[flag_type]),
             help=text,
         )
 

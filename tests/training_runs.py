@@ -12,6 +12,7 @@ DEFAULTS = {
     "augment": "auto",
     "standardize": False,
     "model": "dense",
+    "name": None,
     "epochs": 20,
     "p_inter": 0.15,
     "sparsity_mode": "static",

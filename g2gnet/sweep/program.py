@@ -80,7 +80,7 @@ def _add_settings(parser: cli.Parser) -> None:
             type=truth if kind is bool else kind,
             default=field.default,
             metavar="true|false" if kind is bool else cli.METAVARS[kind] if kind is not str else "NAME",
-            help=cli.in_flags(about["text"]),
+            help=parser.in_flags(about["text"]),
         )
 
 

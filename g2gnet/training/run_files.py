@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,8 +15,8 @@ from typing import Any, NamedTuple
 from g2g_kernels.numbers import Number
 from g2gnet.files import check_writable, leftovers, locked, make_directory, read_file, replace_file
 from g2gnet.messages import reason, warn
-from g2gnet.settings import Settings
 from g2gnet.tensor_file import TensorFileError, check_plain, read_tensors, write_tensors
+from g2gnet.training.settings import RunSettings
 
 #: version of the checkpoint's structure
 FORMAT = 3
@@ -186,9 +187,10 @@ class RunFiles:
         keep = self.previous if self._whole else None
         with self._writing(self.checkpoint):
             write_tensors(self.checkpoint, {"format": FORMAT, **state}, keep)
+            self.marker.unlink(missing_ok=True)  # of a run that goes on for more epochs
         self._whole = True
 
-    def load_checkpoint(self, settings: Settings) -> Checkpoint | None:
+    def load_checkpoint(self, settings: RunSettings) -> Checkpoint | None:
         """The checkpoint on the CPU; if it is damaged or missing, the previous one; None if there is none.
 
         What the settings of an earlier version lack takes its default.
@@ -234,8 +236,8 @@ class RunFiles:
         """
         self._write_text(self.analysis, json.dumps(analysis) + "\n")
 
-    def load_marker(self, settings: Settings) -> dict[str, Any] | None:
-        """The result of the finished run, or None if it is not finished.
+    def load_marker(self, settings: RunSettings) -> dict[str, Any] | None:
+        """The result of the finished run, or None if it is not finished, or if ``settings`` have it go on.
 
         Raises:
             CheckpointError: if the marker is damaged or of a run with other settings.
@@ -255,16 +257,31 @@ class RunFiles:
                 f"{self.marker} cannot be read ({reason(error)}); delete it to train again"
             ) from error
         self._check_settings(self.marker, made_with, settings)
-        return result
+        return result if made_with.get("epochs") == settings.epochs else None
 
-    def _check_settings(self, path: Path, theirs: dict[str, Any], ours: Settings) -> None:
-        differing = compared(ours.complete(theirs), ours.as_dict())
-        if differing:
-            raise CheckpointError(
-                f"{path} belongs to a run with different settings:\n" + "\n".join(differing) + "\n"
-                f"Give the settings that it was made with, another `checkpoint_dir` than {self.directory}, "
-                f"or delete {self.names()} to start over."
+    def _check_settings(self, path: Path, theirs: dict[str, Any], ours: RunSettings) -> None:
+        """Raises CheckpointError unless a run with settings ``ours`` begins as, or is, the one with ``theirs``."""
+        was, now = ours.complete(theirs), ours.as_dict()
+        differing = compared(was, now)
+        fewer = type(was.get("epochs")) is int and was["epochs"] < ours.epochs
+        tied = ours.tied_to_epochs()
+        if not differing or (fewer and not tied and not compared({**was, "epochs": ours.epochs}, now)):
+            return
+        if fewer and tied and len(differing) == 1:
+            differing.append(
+                f"The run cannot go on for more epochs: with {' and '.join(tied)} each of its "
+                f"{was['epochs']} epochs depended on their number, and {ours.epochs} from the start are another run."
             )
+        beside = ""
+        if hasattr(ours, "name"):
+            own = [name for name in now if name != "name" and was.get(name) != now[name]]
+            example = re.sub(r"[^\w.+=-]+", "-", "-".join(f"{name}{now[name]}" for name in own))[:64] or "other"
+            beside = f"`name=NAME` to train another run beside it (as in `name={example}`), "
+        raise CheckpointError(
+            f"{path} belongs to a run with different settings:\n" + "\n".join(differing) + "\n"
+            f"Give the settings that it was made with, {beside}another `checkpoint_dir` than {self.directory}, "
+            f"or delete {self.names()} to start over."
+        )
 
     def check_data(self, checkpoint: Checkpoint, fingerprint: str) -> None:
         """Raises CheckpointError unless the checkpoint is that of a run on the data with this fingerprint."""

@@ -1,6 +1,7 @@
 """The settings that decide a training run's results: of its data, its network, its optimisation and its rewiring."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 
 from g2gnet.data import DATASETS, own
@@ -44,6 +45,13 @@ class RunSettings(Settings):
         """The name of the run's files. It omits some settings; the files store them all."""
         raise NotImplementedError
 
+    def tied_to_epochs(self) -> list[str]:
+        """The settings with which every epoch depends on how many there are, as in an error message.
+
+        Without them the first epochs of a longer run are a shorter run.
+        """
+        return ["its schedule"]
+
     @property
     def label(self) -> str:
         """Prefix of this run's lines when several runs are printed together."""
@@ -69,6 +77,13 @@ class TrainSettings(NetworkSettings, RunSettings):
     resnet_weights: str | None = setting(None, "data", "weights of that ResNet-32 (default: the published ones)")
 
     model: str = with_default(NetworkSettings, "model", "dense")
+
+    name: str | None = setting(
+        None,
+        "training",
+        "ends the names of the run's files, beside those of a run that differs in what they do not name",
+        metavar="NAME",
+    )
 
     lr: float = setting(1e-3, "training", "Adam's learning rate", low=0, open_low=True)
     lr_schedule: str = setting(
@@ -110,6 +125,8 @@ class TrainSettings(NetworkSettings, RunSettings):
 
     def _at_odds(self) -> list[str]:
         problems = super()._at_odds()
+        if self.name is not None and not re.fullmatch(r"[\w.+=-]{1,64}", self.name):
+            problems.append(f"name={self.name!r} is no part of a file's name; give up to 64 letters, digits, . _ + = -")
         if self.use_resnet and self.dataset not in RELEASES:
             problems.append(
                 f"use_resnet needs {' or '.join(f'`dataset={name}`' for name in RELEASES)}, not {self.dataset}"
@@ -153,4 +170,14 @@ class TrainSettings(NetworkSettings, RunSettings):
             if value != NEURONS[self.neuron].initial[name]:
                 neuron += f"_{name}{value}"
         rules = f"_cp{self.cp}_cg{self.cg}" if self.sparsity_mode == "dynamic" else ""
-        return f"{resnet}{self.dataset}_{self.model}_p{self.p_inter}_T{self.T}_{self.enc}{neuron}{rules}"
+        name = "" if self.name is None else f"_{self.name}"
+        return f"{resnet}{self.dataset}_{self.model}_p{self.p_inter}_T{self.T}_{self.enc}{neuron}{rules}{name}"
+
+    def tied_to_epochs(self) -> list[str]:
+        tied = {
+            f"`lr_schedule={self.lr_schedule}`": self.lr_schedule != "constant",
+            "`enforce_sparsity`": self.enforce_sparsity,
+            f"`dst_schedule={self.dst_schedule}`": self.dst_schedule != "constant",
+            f"`dst_stop={self.dst_stop}`": self.dst_stop != 1,
+        }
+        return [setting for setting, depends in tied.items() if depends]

@@ -340,3 +340,43 @@ def test_training_takes_denormal_numbers_for_zero_and_leaves_the_mode_as_it_was(
             torch.set_flush_denormal(False)
     assert during
     assert all(during)
+
+
+@pytest.mark.parametrize("variant", ["static", "dynamic"])
+def test_more_epochs_continue_a_finished_run_as_if_it_had_been_as_long_from_the_start(tmp_path, variant):
+    run(tmp_path / "grown", **VARIANTS[variant], epochs=2)
+    files = run(tmp_path / "grown", **VARIANTS[variant], epochs=3)
+    whole = run(tmp_path / "whole", **VARIANTS[variant], epochs=3)
+    assert_equal(load(files), load(whole))
+    assert json.loads(files.marker.read_text())["settings"]["epochs"] == 3
+    with pytest.raises(CheckpointError, match="epochs: 3 there, 2 now"):
+        run(tmp_path / "grown", **VARIANTS[variant], epochs=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "tied"),
+    [
+        ({"lr_schedule": "cosine"}, "`lr_schedule=cosine`"),
+        ({"enforce_sparsity": True, "warmup_epochs": 0}, "`enforce_sparsity`"),
+        ({"sparsity_mode": "dynamic", "dst_stop": 0.5, "dst_interval": 1}, "`dst_stop=0.5`"),
+    ],
+)
+def test_a_run_that_depends_on_the_number_of_its_epochs_is_not_continued(tmp_path, options, tied):
+    run(tmp_path, **options, epochs=1)
+    with pytest.raises(CheckpointError) as error:
+        run(tmp_path, **options, epochs=2)
+    assert f"with {tied} each of its 1 epochs depended on their number" in str(error.value)
+    assert "as in `name=epochs2`" in str(error.value)
+
+
+def test_a_name_makes_room_for_a_run_that_differs_in_what_is_not_named(tmp_path):
+    first = run(tmp_path, epochs=1, seed=1)
+    with pytest.raises(CheckpointError) as error:
+        run(tmp_path, epochs=1, seed=2)
+    assert "`name=NAME` to train another run beside it (as in `name=seed2`)" in str(error.value)
+    second = run(tmp_path, epochs=1, seed=2, name="seed2")
+    assert second.checkpoint.stem == f"{first.checkpoint.stem}_seed2"
+    assert_equal(load(second)["model"], load(run(tmp_path / "alone", epochs=1, seed=2))["model"])
+    for name in ("", "a/b", "..\\a", "a b", "x" * 65):
+        with pytest.raises(SettingsError, match="is no part of a file's name"):
+            TrainSettings(name=name)

@@ -19,18 +19,18 @@ from g2g_kernels.block_mask import MaskTensors
 from g2g_kernels.ops.record import RecordOperator
 
 COUNTER = "torch.utils.flop_counter"
-_formulas: dict[str, Callable[..., int]] = {}
+_formulas: dict[torch._ops.OpOverload, Callable[..., int]] = {}
 
 
 def count_flops(operator: RecordOperator, formula: Callable[..., int]) -> None:
     """Makes the counter count ``formula(record)`` for a call of ``operator`` with that record."""
 
     def count(*arguments: object, out_val: object = None, **_: object) -> int:
-        return formula(operator.unflatten(arguments))
+        return formula(operator.record.of_flat(*arguments))
 
-    _formulas[operator.name] = count
+    _formulas[operator.overload] = count
     if COUNTER in sys.modules:
-        _register(operator.name)
+        _register(operator.overload)
 
 
 def product_flops(samples: int, values: torch.Tensor, mask: MaskTensors) -> int:
@@ -43,9 +43,8 @@ def product_flops(samples: int, values: torch.Tensor, mask: MaskTensors) -> int:
     return 2 * samples * weights
 
 
-def _register(name: str) -> None:
-    packet = getattr(torch.ops.g2g, name)
-    sys.modules[COUNTER].register_flop_formula(packet, get_raw=True)(_formulas[name])
+def _register(overload: torch._ops.OpOverload) -> None:
+    sys.modules[COUNTER].register_flop_formula(overload.overloadpacket, get_raw=True)(_formulas[overload])
 
 
 class _WhenImported(importlib.abc.MetaPathFinder):
@@ -63,8 +62,8 @@ class _WhenImported(importlib.abc.MetaPathFinder):
 
             def execute_and_register(module: ModuleType) -> None:
                 execute(module)
-                for name in _formulas:
-                    _register(name)
+                for overload in _formulas:
+                    _register(overload)
 
             spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec

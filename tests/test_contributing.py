@@ -135,7 +135,9 @@ TOYS: dict[str, dict[str, Callable[[str], str]]] = {
             "    return ImageData(name, images, labels, images[:9], labels[:9], 3)"
         ),
     },
-    "wiring": {"g2gnet/grouping.py": replace(r"(\nGROUPINGS = {)", r'\1\n    "toy": ("random", "interleaved"),')},
+    "wiring": {
+        "g2gnet/grouping.py": replace(r"(\nGROUPINGS = {\n)", r'\1    "toy": ("random", "interleaved"),\n'),
+    },
     "prune or grow rule": {
         "g2gnet/dst_rules.py": append('GROW_RULES["toy"] = Rule("toy", "a unit of the toy", _gradient, GRADIENT)')
     },

@@ -1,7 +1,7 @@
 """A call of ``g2g_linear`` in the form of the compiled backends' operators, and their registration."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -30,6 +30,14 @@ class LinearCall(NamedTuple):
     bias: torch.Tensor | None
     dtype: torch.dtype
 
+    def flat(self) -> tuple[Any, ...]:
+        x, values, mask, bias, dtype = self
+        return x, values, list(mask), bias, dtype
+
+    @classmethod
+    def of_flat(cls, x: Any, values: Any, mask: Any, bias: Any, dtype: Any) -> "LinearCall":
+        return cls(x, values, MaskTensors(*mask), bias, dtype)
+
 
 class LinearBackward(NamedTuple):
     """What the backward pass takes.
@@ -43,6 +51,14 @@ class LinearBackward(NamedTuple):
     call: LinearCall
     grad_y: torch.Tensor
     wanted: tuple[bool, ...]
+
+    def flat(self) -> tuple[Any, ...]:
+        return *self.call.flat(), self.grad_y, self.wanted
+
+    @classmethod
+    def of_flat(cls, *arguments: Any) -> "LinearBackward":
+        *call, grad_y, wanted = arguments
+        return cls(LinearCall.of_flat(*call), grad_y, tuple(wanted))
 
     def room(self) -> list[torch.Tensor]:
         """Empty tensors for the gradients of x, values and bias (the last float32), 0 elements if unwanted."""
@@ -83,11 +99,12 @@ def operators(
             "bias": to_bias.to(given.record.bias.dtype) if wanted[2] else None,
         }
 
-    backward_operator = record.define(
-        f"{prefix}linear_backward", LinearBackward, "Tensor[]", backward, LinearBackward.room, keys
-    )
+    call = "Tensor x, Tensor values, Tensor[] mask, Tensor? bias, ScalarType dtype"
+    schema = f"{prefix}linear_backward({call}, Tensor grad_y, bool[] wanted) -> Tensor[]"
+    backward_operator = record.define(schema, LinearBackward, backward, LinearBackward.room, keys)
     record.refuse_derivative(backward_operator, refuse_compiled_backward)
-    forward_operator = record.define(f"{prefix}linear_forward", LinearCall, "Tensor", forward, fake, keys)
+    schema = f"{prefix}linear_forward({call}) -> Tensor"
+    forward_operator = record.define(schema, LinearCall, forward, fake, keys)
     record.differentiate(forward_operator, 1, gradients)
 
     def flops(call: LinearCall) -> int:

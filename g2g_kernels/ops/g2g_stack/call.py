@@ -1,7 +1,8 @@
 """A call of ``g2g_stack`` in the form of the compiled backends' operators, and their registration."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,6 +30,14 @@ class LayerCall(NamedTuple):
     def size(self) -> int:
         """The number of its neurons."""
         return self.mask.shape[0]
+
+
+def _or_empty(tensor: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    return like.new_empty(0) if tensor is None else tensor
+
+
+def _unless_empty(tensor: torch.Tensor) -> torch.Tensor | None:
+    return tensor if tensor.numel() else None
 
 
 class StackCall(NamedTuple):
@@ -61,6 +70,36 @@ class StackCall(NamedTuple):
             population = neurons._replace(parameters=parameters)
             called.append(LayerCall(values.contiguous(), mask.tensors(), bias, population, dropped))
         return cls(x.contiguous(), tuple(called), steps or 0, dtype, keep)
+
+    def flat(self) -> tuple[Any, ...]:
+        x, layers, steps, dtype, keep = self
+        neurons = [layer.neurons for layer in layers]
+        return (
+            x,
+            [layer.values for layer in layers],
+            [tensor for layer in layers for tensor in layer.mask],
+            [_or_empty(layer.bias, layer.values) for layer in layers],
+            [each.model for each in neurons],
+            [parameter for each in neurons for parameter in each.parameters],
+            [each.reset for each in neurons],
+            [each.surrogate for each in neurons],
+            [each.alpha for each in neurons],
+            [_or_empty(layer.dropped, layer.values) for layer in layers],
+            steps,
+            dtype,
+            keep,
+        )
+
+    @classmethod
+    def of_flat(cls, *arguments: Any) -> "StackCall":
+        x, values, masks, biases, models, parameters, resets, surrogates, alphas, dropped, *rest = arguments
+        masks, parameters, layers = iter(masks), iter(parameters), []
+        for i, model in enumerate(models):
+            mask = MaskTensors(*islice(masks, len(MaskTensors._fields)))
+            own = tuple(islice(parameters, len(MODELS[model].parameters)))
+            population = Neurons(model, own, resets[i], surrogates[i], alphas[i])
+            layers.append(LayerCall(values[i], mask, _unless_empty(biases[i]), population, _unless_empty(dropped[i])))
+        return cls(x, tuple(layers), *rest)
 
     @property
     def held(self) -> bool:
@@ -138,6 +177,15 @@ class StackBackward(NamedTuple):
     grad_rates: torch.Tensor | None
     grad_x: bool
 
+    def flat(self) -> tuple[Any, ...]:
+        call, spikes, kept, *rest = self
+        return *call.flat(), list(spikes), list(kept), *rest
+
+    @classmethod
+    def of_flat(cls, *arguments: Any) -> "StackBackward":
+        *call, spikes, kept, grad_counts, grad_rates, grad_x = arguments
+        return cls(StackCall.of_flat(*call), tuple(spikes), tuple(kept), grad_counts, grad_rates, grad_x)
+
     def rates_of_layers(self) -> list[torch.Tensor | None]:
         """∂L/∂rates layer by layer."""
         layers = self.call.layers
@@ -171,22 +219,27 @@ def operators(
         count = len(call.layers)
         return {
             "x": to_x if grad_x else None,
-            "layers_values": rest[:count],
-            "layers_bias": rest[count : 2 * count],
-            "layers_neurons_parameters": rest[2 * count :],
+            "values": rest[:count],
+            "biases": rest[count : 2 * count],
+            "parameters": rest[2 * count :],
         }
 
+    # lists over the layers; absent biases and dropped neurons are empty
+    call = (
+        "Tensor x, Tensor[] values, Tensor[] masks, Tensor[] biases, str[] models, Tensor[] parameters, str[] resets, "
+        "str[] surrogates, float[] alphas, Tensor[] dropped, int steps, ScalarType dtype, bool keep"
+    )
+    more = "Tensor[] spikes, Tensor[] kept, Tensor? grad_counts, Tensor? grad_rates, bool grad_x"
     backward_operator = record.define(
-        f"{prefix}stack_backward",
+        f"{prefix}stack_backward({call}, {more}) -> Tensor[]",
         StackBackward,
-        "Tensor[]",
         lambda given: backward(given).flat(),
         lambda given: given.call.room(given.grad_x).flat(),
         keys,
     )
-    returns = "(Tensor, Tensor, Tensor[], Tensor[])"
     record.refuse_derivative(backward_operator, refuse_backward)
-    forward_operator = record.define(f"{prefix}stack_forward", StackCall, returns, forward, fake, keys)
+    schema = f"{prefix}stack_forward({call}) -> (Tensor counts, Tensor rates, Tensor[] spikes, Tensor[] kept)"
+    forward_operator = record.define(schema, StackCall, forward, fake, keys)
     record.differentiate(forward_operator, 2, gradients)
     count_flops(forward_operator, lambda call: sum(_flops(call)))
     count_flops(backward_operator, _backward_flops)

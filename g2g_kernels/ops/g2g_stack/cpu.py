@@ -11,7 +11,7 @@ backward pass:
 
 import ctypes
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -237,6 +237,13 @@ class PackedWords(NamedTuple):
     values: torch.Tensor
     mask: MaskTensors
 
+    def flat(self) -> tuple[Any, ...]:
+        return self.words, self.values, list(self.mask)
+
+    @classmethod
+    def of_flat(cls, words: Any, values: Any, mask: Any) -> "PackedWords":
+        return cls(words, values, MaskTensors(*mask))
+
 
 def _unpack(packed: PackedWords) -> torch.Tensor:
     words, values, mask = packed
@@ -257,4 +264,6 @@ def _unpack_fake(packed: PackedWords) -> torch.Tensor:
 
 
 FORWARD, BACKWARD = operators("", ("CPU",), _forward, _forward_fake, _backward)
-UNPACK = record.define("unpack_spikes", PackedWords, "Tensor", _unpack, _unpack_fake)
+UNPACK = record.define(
+    "unpack_spikes(Tensor words, Tensor values, Tensor[] mask) -> Tensor", PackedWords, _unpack, _unpack_fake
+)

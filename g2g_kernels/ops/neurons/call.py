@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -32,6 +32,16 @@ class NeuronsCall(NamedTuple):
         parameters = tuple([parameter.contiguous() for parameter in population.parameters])
         keep = torch.is_grad_enabled() and any([tensor.requires_grad for tensor in (current, *parameters)])
         return cls(current.contiguous(), population._replace(parameters=parameters), steps or 0, keep)
+
+    def flat(self) -> tuple[Any, ...]:
+        current, (model, parameters, reset, surrogate, alpha), steps, keep = self
+        return current, model, list(parameters), reset, surrogate, alpha, steps, keep
+
+    @classmethod
+    def of_flat(
+        cls, current: Any, model: Any, parameters: Any, reset: Any, surrogate: Any, alpha: Any, steps: Any, keep: Any
+    ) -> "NeuronsCall":
+        return cls(current, Neurons(model, tuple(parameters), reset, surrogate, alpha), steps, keep)
 
     @property
     def model(self) -> NeuronModel:
@@ -76,6 +86,14 @@ class NeuronsBackward(NamedTuple):
     grad_spikes: torch.Tensor
     wanted: tuple[bool, ...]
 
+    def flat(self) -> tuple[Any, ...]:
+        return *self.call.flat(), self.kept, self.grad_spikes, self.wanted
+
+    @classmethod
+    def of_flat(cls, *arguments: Any) -> "NeuronsBackward":
+        *call, kept, grad_spikes, wanted = arguments
+        return cls(NeuronsCall.of_flat(*call), kept, grad_spikes, tuple(wanted))
+
     def check(self, kept_shape: tuple[int, ...]) -> None:
         """Raises ValueError unless kept states and gradient have the shapes that belong to the call."""
         for name, tensor, shape in (
@@ -114,15 +132,16 @@ def operators(
 
     def gradients(given: record.Gradients) -> dict[str, object]:
         (grad_spikes,), (kept,) = given.grads, given.kept
-        wanted = given.needed["current"], *given.needed["population_parameters"]
+        wanted = given.needed["current"], *given.needed["parameters"]
         grads = backward_operator(NeuronsBackward(given.record, kept, grad_spikes, wanted))
         current, *parameters = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
-        return {"current": current, "population_parameters": parameters}
+        return {"current": current, "parameters": parameters}
 
-    backward_operator = record.define(
-        f"{prefix}neurons_backward", NeuronsBackward, "Tensor[]", backward, NeuronsBackward.room, keys
-    )
+    call = "Tensor current, str model, Tensor[] parameters, str reset, str surrogate, float alpha, int steps, bool keep"
+    schema = f"{prefix}neurons_backward({call}, Tensor kept, Tensor grad_spikes, bool[] wanted) -> Tensor[]"
+    backward_operator = record.define(schema, NeuronsBackward, backward, NeuronsBackward.room, keys)
     record.refuse_derivative(backward_operator, refuse_backward)
-    forward_operator = record.define(f"{prefix}neurons_forward", NeuronsCall, "(Tensor, Tensor)", forward, fake, keys)
+    schema = f"{prefix}neurons_forward({call}) -> (Tensor spikes, Tensor kept)"
+    forward_operator = record.define(schema, NeuronsCall, forward, fake, keys)
     record.differentiate(forward_operator, 1, gradients)
     return forward_operator, backward_operator

@@ -59,8 +59,10 @@ def on_cpu(function: _Function) -> _Function:
     """Decorates a function that creates tensors on the CPU, whatever ``torch.device`` or default device is in force."""
 
     @functools.wraps(function)
-    def there(*args: Any, **kwargs: Any) -> Any:
+    def with_cpu_as_default(*args: Any, **kwargs: Any) -> Any:
+        if torch.get_default_device().type == "cpu":  # the context would slow each of its calls down
+            return function(*args, **kwargs)
         with torch.device("cpu"):
             return function(*args, **kwargs)
 
-    return there  # type: ignore[return-value]
+    return with_cpu_as_default  # type: ignore[return-value]

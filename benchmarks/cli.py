@@ -14,7 +14,7 @@ import g2gnet
 from g2g_kernels import select_device
 from g2g_kernels.numbers import COUNT
 from g2gnet.cli import METAVARS, FlagError, Parser, add_json_flag, check_output, file_name, run_program
-from g2gnet.grouping import MODELS
+from g2gnet.patterns import MODELS
 from g2gnet.training import TrainSettings
 
 from . import report

@@ -12,8 +12,6 @@ GROUPINGS = {
     "random": ("random",),
     "mixer": ("index", "interleaved"),
 }
-#: the networks by name
-MODELS = ("dense", *GROUPINGS)
 
 
 def group_layouts(

@@ -1,5 +1,6 @@
 """G2GNet: three layers of spiking neurons joined by dense or group-sparse connections."""
 
+import itertools
 from typing import Any
 
 import torch
@@ -8,9 +9,9 @@ from g2g_kernels import BlockMask, GroupLayout
 from g2g_kernels.numbers import Number
 from g2g_kernels.tracing import symbolic_call
 from g2gnet.encoding import ENCODINGS, encode
-from g2gnet.grouping import MODELS, group_layouts
 from g2gnet.layers import G2GLinear
 from g2gnet.neurons import NEURONS, SpikingNeurons
+from g2gnet.patterns import MODELS, Pattern, layer_mask, layer_probabilities
 from g2gnet.settings import NetworkSettings
 from g2gnet.stack import SpikingStack
 
@@ -22,11 +23,15 @@ class G2GNet(SpikingStack):
         input_dim, hidden_dim, num_classes: the sizes of the populations; the two hidden ones are equal.
         model: ``"dense"``, or how neurons are grouped. ``"index"``: contiguous ranges. ``"random"``: drawn for
             each side of each layer. ``"mixer"``: contiguous for fc1 and fc3 (spatial mixing), interleaved for fc2
-            (feature mixing).
-        p_inter, p_intra: the probability of a unit between and inside groups (ignored for dense).
+            (feature mixing). ``"erdos_renyi"``, ``"small_world"``, ``"distance"``: contiguous groups, with equally many
+            units in other places (:mod:`g2gnet.patterns`). Or a pattern of your own, a function of that module's form.
+        p_inter, p_intra: the probability of a unit between and inside groups (ignored for dense and a pattern of your
+            own).
         block_size: side of a connection unit, in weights.
         T: number of time steps of a sample [B, D].
         num_groups: groups on each side of a sparse layer; on a side with fewer neurons, one per neuron.
+        density: ``"uniform"``, or ``"erk"``: small layers keep more of their weights
+            (:func:`g2gnet.patterns.layer_probabilities`).
         enc, enc_scale, enc_bias: how samples become input (:func:`g2gnet.encoding.encode`).
         standardize: before that, subtract ``input_mean`` from samples and divide them by ``input_deviation``: two
             scalar buffers, 0 and 1 until they are set, saved with the network. For ``"current"`` only.
@@ -61,13 +66,14 @@ class G2GNet(SpikingStack):
         input_dim: int,
         hidden_dim: int,
         num_classes: int,
-        model: str = NetworkSettings.model,
+        model: str | Pattern = NetworkSettings.model,
         p_inter: float = NetworkSettings.p_inter,
         block_size: int = NetworkSettings.block_size,
         T: int = NetworkSettings.T,  # noqa: N803  (the field's name for it)
         *,
         p_intra: float = NetworkSettings.p_intra,
         num_groups: int = NetworkSettings.num_groups,
+        density: str = NetworkSettings.density,
         enc: str = NetworkSettings.enc,
         enc_scale: float = NetworkSettings.enc_scale,
         enc_bias: float = NetworkSettings.enc_bias,
@@ -83,8 +89,12 @@ class G2GNet(SpikingStack):
         generator: torch.Generator | None = None,
         **parameters: float,
     ) -> None:
-        if model not in MODELS:
-            raise ValueError(f"model={model!r} is unknown; choose one of {', '.join(MODELS)}")
+        if not callable(model) and model not in MODELS:
+            raise ValueError(f"model={model!r} is unknown; choose one of {', '.join(MODELS)}, or give a pattern")
+        if density != "uniform" and (callable(model) or model == "dense"):
+            raise ValueError(
+                f"density={density!r} has no effect on a dense network or a pattern of your own; leave it out"
+            )
         if enc not in ENCODINGS:
             raise ValueError(f"enc={enc!r} is unknown; choose one of {', '.join(ENCODINGS)}")
         if neuron not in NEURONS:
@@ -94,20 +104,22 @@ class G2GNet(SpikingStack):
         Number(0, open_low=True).check("init_gain", init_gain)
         for name, value in (("enc_scale", enc_scale), ("enc_bias", enc_bias)):
             Number().check(name, value)
-        layers = []
         sizes = (input_dim, hidden_dim, hidden_dim, num_classes)
-        for number in (1, 2, 3):
-            in_size, out_size = sizes[number - 1 : number + 1]
+        shapes = [(out_size, in_size) for in_size, out_size in itertools.pairwise(sizes)]
+        probabilities = layer_probabilities(shapes, p_intra, p_inter, num_groups, density)
+        layers = []
+        for number, (out_size, in_size) in enumerate(shapes):
             if model == "dense":
                 mask = BlockMask.full(GroupLayout(out_size, 1), GroupLayout(in_size, 1), block_size)
             else:
-                layouts = group_layouts(model, number - 1, (out_size, in_size), num_groups, generator)
-                mask = BlockMask.sample(*layouts, p_intra, p_inter, block_size, generator)
-            of_hidden = {"surrogate": surrogate, "alpha": alpha} if number < 3 else {}
+                mask = layer_mask(
+                    model, number, (out_size, in_size), probabilities[number], num_groups, block_size, generator
+                )
+            of_hidden = {"surrogate": surrogate, "alpha": alpha} if number < len(shapes) - 1 else {}
             options: dict[str, Any] = {"reset": reset, "backend": backend, **of_hidden, **parameters}
             neurons = NEURONS[neuron](out_size if per_neuron else None, **options)
             connection = G2GLinear(mask, backend=backend, generator=generator)
-            if number > 1:
+            if number > 0:
                 with torch.no_grad():
                     connection.values.mul_(init_gain)
             layers.append((connection, neurons))

@@ -14,8 +14,8 @@ from g2g_kernels.ops.neurons import RESETS, SURROGATES
 from g2g_kernels.ops.neurons.models import RESET
 from g2g_kernels.ops.neurons.surrogates import ALPHA, SURROGATE
 from g2gnet.encoding import ENCODINGS
-from g2gnet.grouping import MODELS
 from g2gnet.neurons import NEURONS
+from g2gnet.patterns import DENSITIES, MODELS, SPARSE
 
 MOST_DROPPED = 0.95
 #: of a sample; the compiled kernels number them in 16 bits
@@ -145,7 +145,7 @@ def owners(parameter: str) -> list[str]:
 def _initial(parameter: str, text: str) -> str:
     """The meaning of the initial value of a parameter, with the models that have it and its default."""
     models = owners(parameter)
-    (default,) = {NEURONS[name].initial[parameter] for name in models}
+    default = " or ".join(dict.fromkeys(str(NEURONS[name].initial[parameter]) for name in models))
     only = "" if len(models) == len(NEURONS) else f", for `neuron={' or '.join(models)}`"
     return f"initial {text}{only} (default: {default})"
 
@@ -157,11 +157,14 @@ class NetworkSettings(Settings):
     ``G2GNet.from_settings`` makes the network; the constructor's arguments have these names and defaults.
     """
 
-    model: str = setting("index", "model", "fully connected, or how neurons are grouped", choices=MODELS)
+    model: str = setting("index", "model", "fully connected, or how groups of neurons are connected", choices=MODELS)
     hidden_dim: int = setting(2048, "model", "neurons in each of the two hidden layers", low=1, high=SIZE.high)
     num_groups: int = setting(8, "model", "groups on each side of a sparse layer (at most one per neuron)", low=1)
     p_inter: float = setting(0.15, "model", "probability of a connection unit between groups", low=0, high=1)
     p_intra: float = setting(1.0, "model", "probability of a connection unit inside a group", low=0, high=1)
+    density: str = setting(
+        "uniform", "model", "share of weights in each layer: the same, or more in small ones (erk)", choices=DENSITIES
+    )
     block_size: int = setting(
         64, "model", "side of a connection unit in weights; 1 is one weight", low=1, high=SIZE.high
     )
@@ -212,6 +215,11 @@ class NetworkSettings(Settings):
                 problems.append(
                     f"{name}={value} has no effect with neuron={self.neuron}; give {others}, or leave it out"
                 )
+        if self.density != "uniform" and self.model == "dense":
+            problems.append(
+                f"density={self.density} has no effect with model=dense; give `model={', '.join(SPARSE)}`, or leave it "
+                "out"
+            )
         if self.standardize and self.enc == "rate":
             problems.append(
                 "standardize makes values below 0 and above 1, which are not spike probabilities for enc=rate; "

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from g2g_kernels import BlockMask
-from g2gnet.grouping import GROUPINGS, group_layouts
 from g2gnet.layers import G2GLinear
+from g2gnet.patterns import SPARSE, Pattern, layer_mask, layer_probabilities
+from g2gnet.settings import NetworkSettings
 
 logger = logging.getLogger("g2gnet")
 
@@ -35,12 +35,13 @@ STATE_HOOKS = (
 
 def sparsify(
     model: nn.Module,
-    p_inter: float = 0.15,
-    kind: str = "index",
+    p_inter: float = NetworkSettings.p_inter,
+    kind: str | Pattern = NetworkSettings.model,
     *,
-    p_intra: float = 1.0,
-    num_groups: int = 8,
-    block_size: int = 64,
+    p_intra: float = NetworkSettings.p_intra,
+    num_groups: int = NetworkSettings.num_groups,
+    density: str = NetworkSettings.density,
+    block_size: int = NetworkSettings.block_size,
     skip: Collection[str] = (),
     generator: torch.Generator | None = None,
 ) -> nn.Module:
@@ -55,10 +56,12 @@ def sparsify(
     weights or its ``state_dict``, a custom ``forward`` or class (as in ``nn.MultiheadAttention``).
 
     Args:
-        p_inter, p_intra: the probability of a unit between and inside groups.
+        p_inter, p_intra: the probability of a unit between and inside groups; a pattern of your own has its own.
         kind: how neurons are grouped: ``"index"`` in contiguous ranges, ``"random"`` by a draw for each side of each
-            layer, ``"mixer"`` in contiguous ranges and interleaved in turn.
+            layer, ``"mixer"`` in contiguous ranges and interleaved in turn; or another model or pattern, as for
+            :class:`G2GNet`.
         num_groups: groups on each side of a layer; on a side with fewer neurons, one per neuron.
+        density: ``"uniform"`` or ``"erk"``, as for :class:`G2GNet`.
         block_size: side of a connection unit, in weights.
         skip: names of layers (as in ``model.named_modules()``) that stay dense.
         generator: source of randomness for the masks, on the CPU (PyTorch's global one if None).
@@ -70,8 +73,10 @@ def sparsify(
         ValueError: for an option out of range, an unknown name in ``skip``, or a model without a linear layer to
             replace. The model is then unchanged.
     """
-    if kind not in GROUPINGS:
-        raise ValueError(f"kind={kind!r} is unknown; choose one of {', '.join(GROUPINGS)}")
+    if not callable(kind) and kind not in SPARSE:
+        raise ValueError(f"kind={kind!r} is unknown; choose one of {', '.join(SPARSE)}, or give a pattern")
+    if callable(kind) and density != "uniform":
+        raise ValueError(f"density={density!r} has no effect on a pattern of your own; leave it out")
     # a layer that is used in two places has two names
     places = {
         name: module for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, nn.Linear)
@@ -83,7 +88,7 @@ def sparsify(
         )
     holders = _holders(model)
     seen: set[nn.Module] = {places[name] for name in skip}
-    sparse: dict[nn.Module, G2GLinear] = {}
+    chosen: list[nn.Linear] = []
     dense: dict[str, list[str]] = {}
     for name, linear in places.items():
         if linear in seen:
@@ -93,13 +98,16 @@ def sparsify(
         if reason:
             dense.setdefault(reason, []).append(name)
             continue
-        shape = linear.out_features, linear.in_features
-        layouts = group_layouts(kind, len(sparse), shape, num_groups, generator)
-        mask = BlockMask.sample(*layouts, p_intra, p_inter, block_size, generator)
-        sparse[linear] = G2GLinear.from_linear(linear, mask)
+        chosen.append(linear)
     stay = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in dense.items())
-    if not sparse:
+    if not chosen:
         raise ValueError("model has no nn.Linear to replace" + (f"; these stay dense: {stay}" if stay else ""))
+    shapes = [(linear.out_features, linear.in_features) for linear in chosen]
+    probabilities = layer_probabilities(shapes, p_intra, p_inter, num_groups, density)
+    sparse: dict[nn.Module, G2GLinear] = {}
+    for number, linear in enumerate(chosen):
+        mask = layer_mask(kind, number, shapes[number], probabilities[number], num_groups, block_size, generator)
+        sparse[linear] = G2GLinear.from_linear(linear, mask)
     if stay:
         logger.warning("sparsify: these stay dense: %s", stay)
     for replaced, layer in sparse.items():

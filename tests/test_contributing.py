@@ -138,6 +138,21 @@ TOYS: dict[str, dict[str, Callable[[str], str]]] = {
     "wiring": {
         "g2gnet/grouping.py": replace(r"(\nGROUPINGS = {\n)", r'\1    "toy": ("random", "interleaved"),\n'),
     },
+    "sparsity pattern": {
+        "g2gnet/patterns.py": replace(
+            r"(\nPATTERNS: .*\n)",
+            r'\1    "toy_ring": lambda inside, between, mean: SmallWorld(inside, between, rewire=0.0),\n',
+        )
+    },
+    "setting of networks": {
+        "g2gnet/settings.py": replace(
+            r"(\n    init_gain: float = )", r'\n    toy_gain: float = setting(1.0, "model", "a toy", low=0)\1'
+        ),
+        "g2gnet/network.py": both(
+            replace(r"(\n        init_gain: float = .*)", r"\1\n        toy_gain: float = NetworkSettings.toy_gain,"),
+            replace(r"(\n        self.enc = enc\n)", r"\1        self.toy_gain = toy_gain\n"),
+        ),
+    },
     "prune or grow rule": {
         "g2gnet/dst_rules.py": append('GROW_RULES["toy"] = Rule("toy", "a unit of the toy", _gradient, GRADIENT)')
     },
@@ -195,9 +210,12 @@ net = G2GNet(12, 16, 3, model="toy", num_groups=2, block_size=4, T=3, neuron="to
 assert [layer.mask.rows.layout.kind for layer, _ in net.layers()] == ["random", "interleaved", "random"]
 assert isinstance(net.lif1, NEURONS["toy"])
 
+first_row = G2GNet(12, 16, 8, model="toy_ring", num_groups=8, block_size=1).fc3.mask.to_dense()[0]
+assert first_row[:2].all() and not first_row[4:14].any()
+
 from g2gnet.train import main
 
-flags = "--dataset toy --model toy --surrogate toy --neuron toy --sparsity_mode dynamic --cg toy --toy 8"
+flags = "--toy_gain 3 --dataset toy --model toy --surrogate toy --neuron toy --sparsity_mode dynamic --cg toy --toy 8"
 sizes = "--hidden_dim 16 --num_groups 2 --block_size 4 --T 3 --epochs 1 --batch_size 4 --dst_interval 5 --p_inter 0.5"
 sys.exit(main([*flags.split(), *sizes.split(), "--json", "run.json"]))
 """
@@ -255,4 +273,5 @@ def test_what_is_added_by_the_table_works_on_every_backend_and_from_the_command_
     backends = [name for name in ("torch", "cpu", "triton") if name in available_backends()]
     done = run(tree, "-c", TRIED, *backends, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout + done.stderr
+    assert '"toy_gain": 3.0' in (tree / "run.json").read_text(encoding="utf-8")
     assert '"toy": 8' in (tree / "run.json").read_text(encoding="utf-8")

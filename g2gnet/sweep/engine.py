@@ -236,8 +236,8 @@ def run(
             there. In threads of one process, runs train one after another.
         jobs: processes, without an executor; None: one per core on a CPU, one in all on another device.
         data_dir: directory of the data sets.
-        device: as ``--device``.
-        backend: as ``--backend``.
+        device: where to compute; ``"auto"`` takes the fastest.
+        backend: of the kernels; ``"auto"`` lets the device decide.
         finished: train nothing, and return what is there.
 
     Raises:

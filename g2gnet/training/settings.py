@@ -8,8 +8,8 @@ from g2gnet.data import DATASETS, own
 from g2gnet.data.augmentation import SHIFTS
 from g2gnet.dst_rules import GROW_RULES, PRUNE_RULES, Rule
 from g2gnet.features.weights import RELEASES
-from g2gnet.grouping import GROUPINGS
 from g2gnet.neurons import NEURONS
+from g2gnet.patterns import SPARSE
 from g2gnet.schedules import SCHEDULES
 from g2gnet.settings import NetworkSettings, Others, Settings, setting, with_default
 
@@ -139,7 +139,7 @@ class TrainSettings(NetworkSettings, RunSettings):
             problems.append("resnet_weights has no effect without use_resnet; give `use_resnet`, or leave it out")
         if self.sparsity_mode == "dynamic":
             if self.model == "dense":
-                problems.append(f"sparsity_mode=dynamic needs a sparse model; give `model={', '.join(GROUPINGS)}`")
+                problems.append(f"sparsity_mode=dynamic needs a sparse model; give `model={', '.join(SPARSE)}`")
             elif self.p_inter == 1 and self.p_intra == 1:
                 problems.append("sparsity_mode=dynamic has nothing to grow at p_inter=1 and p_intra=1; lower p_inter")
         else:

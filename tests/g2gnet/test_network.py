@@ -12,7 +12,7 @@ from snntorch import surrogate
 
 from g2g_kernels import BackendError, g2g_stack, lif
 from g2gnet import G2GNet, SpikingStack, Synaptic, stack
-from g2gnet.grouping import MODELS
+from g2gnet.patterns import MODELS
 from g2gnet.settings import NetworkSettings
 
 SPARSE = [model for model in MODELS if model != "dense"]

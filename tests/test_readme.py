@@ -1,7 +1,7 @@
 """README and ``docs/`` say what is so: each of their commands runs, and the flags and defaults are the programs'.
 
 What is not a program for users (``docs/draw_*.py``, ``tests``) has tests elsewhere;
-``build`` and ``venv`` are not ours.
+``build``, ``mpi4py`` and ``venv`` are not ours.
 """
 
 import importlib
@@ -28,7 +28,7 @@ PAGES = [README, *(page.read_text() for page in sorted((ROOT / "docs").glob("*.m
 COMMANDS = [
     *dict.fromkeys(
         re.findall(
-            r"python ((?:-m (?!tests|build|venv))?[\w.]+(?![\w./])(?: [^`\n]*)?)",
+            r"python ((?:-m (?!tests|build|mpi4py|venv))?[\w.]+(?![\w./])(?: [^`\n]*)?)",
             re.sub(r"\\\n *", "", "\n".join([*PAGES, train.EXAMPLES, crossval.EXAMPLES])),
         )
     )
@@ -104,7 +104,9 @@ def test_each_example_runs(workplace, command):
         assert len(json.loads((workplace / f"checkpoints/{settings.summary_stem}.json").read_text())["folds"]) == 2
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if command.endswith(".pth")])
+@pytest.mark.parametrize(
+    "command", [command for command in COMMANDS if command.endswith(".pth") and "*" not in command]
+)
 def test_each_example_with_checkpoints_runs_after_those_that_make_them(workplace, command):
     program, arguments = split(command)
     makers = {stem_of(arguments): arguments for name, arguments in map(split, COMMANDS) if name == "train.py"}
@@ -124,7 +126,8 @@ def test_other_commands_are_of_programs_that_have_these_flags(capsys, command):
     """Benchmarks run in tests of their own."""
     program, arguments = split(command)
     name = program.removeprefix("-m ")
-    module = importlib.import_module("g2gnet.__main__" if name == "g2gnet" else name)
+    package = importlib.util.find_spec(name).submodule_search_locations is not None
+    module = importlib.import_module(f"{name}.__main__" if package else name)
     with pytest.raises(SystemExit) as stop:
         module.main(["--help"])
     assert stop.value.code == 0

@@ -1,16 +1,20 @@
 """What can be timed, the contenders by name, and which of them are available on this machine."""
 
+import ast
 import importlib.util
 import os
 import shutil
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from g2g_kernels import available_backends, backend_status
 from g2g_kernels.dispatch import BACKENDS
+
+from . import peers
 
 PRECISIONS = ("fp32", "bf16")
 
@@ -49,7 +53,6 @@ class Kernel:
         about: what one turn is, in words.
         baseline: the contender to which the others' times are compared.
         ours: the class in :mod:`benchmarks.ours`.
-        peers: the others: name, target in :mod:`benchmarks.peers`, what each needs.
         method: the method of a contender that is timed.
         bf16: whether it exists in bfloat16 too.
         options: further arguments of every contender.
@@ -58,7 +61,6 @@ class Kernel:
     about: str
     baseline: str
     ours: str
-    peers: tuple[tuple[str, str, tuple[str, ...]], ...]
     method: str = "step"
     bf16: bool = True
     options: dict[str, Any] = field(default_factory=dict)
@@ -69,35 +71,13 @@ COMPILER = "a C++ compiler"
 #: hidden layers whose surrogate has compact support, so that few neurons pass a gradient on
 COMPACT = {"surrogate": "triangle", "alpha": 4.0}
 
-_NETWORKS = (
-    ("snntorch-masked", "snntorch_loop:MaskedLoop", ("snntorch",)),
-    ("snntorch-dense", "snntorch_loop:DenseLoop", ("snntorch",)),
-    ("compiled-masked", "compiled_loop:MaskedLoop", ("snntorch", COMPILER)),
-    ("compiled-dense", "compiled_loop:DenseLoop", ("snntorch", COMPILER)),
-    ("spikingjelly-dense", "spikingjelly_multistep:MultiStep", ("spikingjelly",)),
-    ("dense-lif", "dense_lif:DenseLIF", ()),
-    ("bsr-lif", "block_sparse:BlockSparseLIF", ()),
-)
-_LINEARS = (
-    ("masked", "linear:Masked", ()),
-    ("dense", "linear:Dense", ()),
-    ("bsr", "block_sparse:BlockSparse", ()),
-)
-_NEURONS = (
-    ("snntorch", "snntorch_loop:Neurons", ("snntorch",)),
-    ("spikingjelly", "spikingjelly_multistep:Neurons", ("spikingjelly",)),
-)
-
 KERNELS = {
-    "step": Kernel(
-        "training step (forward, cross-entropy, backward, fused Adam)", "snntorch-masked", "Network", _NETWORKS
-    ),
-    "forward": Kernel("forward pass without gradients", "snntorch-masked", "Network", _NETWORKS, method="forward"),
+    "step": Kernel("training step (forward, cross-entropy, backward, fused Adam)", "snntorch-masked", "Network"),
+    "forward": Kernel("forward pass without gradients", "snntorch-masked", "Network", method="forward"),
     "lif": Kernel(
         "LIF neurons alone, forward and backward",
         "snntorch",
         "Neurons",
-        _NEURONS,
         bf16=False,
         options={"inputs": "lif_inputs"},
     ),
@@ -105,7 +85,6 @@ KERNELS = {
         "synaptic neurons alone, forward and backward",
         "snntorch",
         "Neurons",
-        (("snntorch", "snntorch_loop:SynapticNeurons", ("snntorch",)),),
         bf16=False,
         options={"inputs": "synaptic_inputs"},
     ),
@@ -113,24 +92,41 @@ KERNELS = {
         "the product of fc2 alone with all three gradients, at the spikes it receives",
         "masked",
         "Linear",
-        _LINEARS,
         options={"inputs": "spike_inputs"},
     ),
     "linear-dense": Kernel(
         "the product of fc2 alone with all three gradients, at inputs without a zero",
         "masked",
         "Linear",
-        _LINEARS,
         options={"inputs": "dense_inputs"},
     ),
     "dst": Kernel(
         "one update of dynamic sparse training: scores, prune by weight, grow by correlation, relabel",
         "dense-correlation",
         "Update",
-        (("dense-correlation", "dense_correlation:Update", ()),),
         bf16=False,
     ),
 }
+
+
+def declared_peers() -> list[tuple[str, str, str, tuple[str, ...], tuple[str, ...]]]:
+    """The peers: module, name, class, the kernels it is timed in, and what it needs.
+
+    Each module of :mod:`benchmarks.peers` declares its own, as literals ``PEERS`` and ``NEEDS``. They are read without
+    an import, which would need the peer's library.
+    """
+    found = []
+    for path in sorted(path for folder in peers.__path__ for path in Path(folder).glob("*.py")):
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        declared = {
+            target.id: ast.literal_eval(node.value)
+            for node in body
+            if isinstance(node, ast.Assign)
+            for target in node.targets
+            if isinstance(target, ast.Name) and target.id in ("PEERS", "NEEDS")
+        }
+        found += [(path.stem, *peer, declared.get("NEEDS", ())) for peer in declared.get("PEERS", ())]
+    return found
 
 
 def entries(kernel: str) -> dict[str, Entry]:
@@ -152,16 +148,18 @@ def entries(kernel: str) -> dict[str, Entry]:
             *(_variant(entry, "compiled", "Compiled", _missing((COMPILER,))) for entry in found),
             *(_variant(entry, "graph", "Captured", _no_graph(entry.backend)) for entry in found),
         ]
-    found += [
+    found_peers = [
         Entry(
             label,
-            f"{__package__}.peers.{target}",
+            f"{__package__}.peers.{module}:{name}",
             options=about.options,
             unavailable=_missing(needs),
             compiles=COMPILER in needs,
         )
-        for label, target, needs in about.peers
+        for module, label, name, kernels, needs in declared_peers()
+        if kernel in kernels
     ]
+    found += sorted(found_peers, key=lambda entry: entry.label != about.baseline)  # the baseline first
     if about.bf16:
         found += [replace(entry, label=f"{entry.label}-bf16", precision="bf16") for entry in found]
     return {entry.label: entry for entry in found}

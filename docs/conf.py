@@ -30,6 +30,7 @@ include_patterns = [
     "docs/*.md",
     "docs/api/*.rst",
     "g2g_kernels/ops/*/README.md",
+    "benchmarks/*.md",
     "benchmarks/results/*.md",
 ]
 exclude_patterns = [".*", "build", "data"]  # folders that need not be searched

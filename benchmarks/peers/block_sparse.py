@@ -23,6 +23,11 @@ from ..contender import LinearContender, NetworkContender
 from ..reference import Results
 from ..workload import Prepared
 
+PEERS = (
+    ("bsr-lif", "BlockSparseLIF", ("step", "forward")),
+    ("bsr", "BlockSparse", ("linear", "linear-dense")),
+)
+
 warnings.filterwarnings("ignore", message="Sparse BSR tensor support is in beta state")
 
 

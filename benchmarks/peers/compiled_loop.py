@@ -13,6 +13,12 @@ from ..contender import NetworkContender
 from ..workload import Prepared
 from .snntorch_loop import Loop
 
+PEERS = (
+    ("compiled-masked", "MaskedLoop", ("step", "forward")),
+    ("compiled-dense", "DenseLoop", ("step", "forward")),
+)
+NEEDS = ("snntorch", "a C++ compiler")
+
 
 class _Compiled(NetworkContender):
     def __init__(self, prepared: Prepared, device: torch.device, precision: str, compiler: str = "inductor") -> None:

@@ -13,6 +13,8 @@ from ..contender import UpdateContender
 from ..reference import UPDATE_FRACTION
 from ..workload import Prepared
 
+PEERS = (("dense-correlation", "Update", ("dst",)),)
+
 
 class _Layer:
     """Dense weights with their mask and their optimizer's two moments."""

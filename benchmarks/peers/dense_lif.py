@@ -11,6 +11,8 @@ from g2gnet import LIF
 from ..contender import NetworkContender, dense_linear
 from ..workload import Prepared
 
+PEERS = (("dense-lif", "DenseLIF", ("step", "forward")),)
+
 
 class _Network(nn.Module):
     fc1: nn.Linear

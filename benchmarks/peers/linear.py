@@ -8,6 +8,11 @@ from g2gnet import G2GLinear
 
 from ..contender import LinearContender, dense_linear
 
+PEERS = (
+    ("masked", "Masked", ("linear", "linear-dense")),
+    ("dense", "Dense", ("linear", "linear-dense")),
+)
+
 
 class Dense(LinearContender):
     """The dense layer: weights outside the mask are zero and receive gradients like the rest."""

@@ -17,6 +17,14 @@ from torch.nn import functional as F
 from ..contender import NetworkContender, NeuronContender, dense_linear
 from ..workload import Prepared
 
+PEERS = (
+    ("snntorch-masked", "MaskedLoop", ("step", "forward")),
+    ("snntorch-dense", "DenseLoop", ("step", "forward")),
+    ("snntorch", "Neurons", ("lif",)),
+    ("snntorch", "SynapticNeurons", ("synaptic",)),
+)
+NEEDS = ("snntorch",)
+
 
 def leaky(beta: torch.Tensor, threshold: torch.Tensor) -> snntorch.Leaky:
     """g2g's default neurons as snnTorch has them."""

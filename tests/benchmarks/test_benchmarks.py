@@ -5,13 +5,16 @@ import dataclasses
 import importlib
 import json
 import math
+import re
 import shutil
 
 import pytest
 import torch
+from helpers import ROOT
 from processes import fork_contenders
 
 import benchmarks.ours
+import benchmarks.peers
 import benchmarks.workload
 from benchmarks import report, scaling, throughput
 from benchmarks.contender import Contender
@@ -20,7 +23,7 @@ from benchmarks.floor import floor_seconds, work
 from benchmarks.harness import Job, Outcome, measure
 from benchmarks.machine import PeakMemory, describe
 from benchmarks.ours import Network
-from benchmarks.registry import KERNELS, Entry, choose, entries
+from benchmarks.registry import KERNELS, Entry, choose, declared_peers, entries
 from benchmarks.workload import Prepared, Workload, load, prepare
 from g2g_kernels import BackendError, lif
 from g2gnet.data import DataError, load_dataset
@@ -81,6 +84,39 @@ def contenders(kernel: str) -> list[str]:
         if "triton" not in entry.label
         and not (entry.precision == "bf16" and (entry.compiles or entry.label.startswith("bsr")))
     ]
+
+
+# --- peers ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_peer_of_the_readme_is_one_file_and_passes_the_gate(tmp_path, monkeypatch, prepared, judges):
+    (code,) = re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "benchmarks/README.md").read_text(), re.DOTALL | re.MULTILINE
+    )
+    (tmp_path / "plain.py").write_text(code)
+    monkeypatch.setattr(benchmarks.peers, "__path__", [*benchmarks.peers.__path__, str(tmp_path)])
+    assert "plain" not in entries("step")
+    assert {"plain", "plain-bf16"} <= entries("linear").keys()
+    contender = built(entries("linear")["plain"], prepared)
+    assert type(contender).__module__ == "benchmarks.peers.plain"
+    assert not judged(contender, judges["linear"]).objection
+
+
+def test_a_peer_is_listed_without_its_library(tmp_path, monkeypatch):
+    (tmp_path / "absent.py").write_text(
+        'import nowhere_to_be_found\n\nPEERS = (("absent", "Absent", ("lif",)),)\nNEEDS = ("nowhere_to_be_found",)\n'
+    )
+    monkeypatch.setattr(benchmarks.peers, "__path__", [*benchmarks.peers.__path__, str(tmp_path)])
+    assert "nowhere_to_be_found is not installed" in entries("lif")["absent"].unavailable
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_baseline_is_the_first_peer(kernel):
+    peers = [entry for entry in entries(kernel).values() if entry.backend is None]
+    assert peers[0].label == KERNELS[kernel].baseline
+    assert {peer.target.partition(":")[0] for peer in peers} == {
+        f"benchmarks.peers.{module}" for module, *_, kernels, _ in declared_peers() if kernel in kernels
+    }
 
 
 # --- the gate -------------------------------------------------------------------------------------------------------
@@ -482,7 +518,7 @@ def test_backends_and_precisions_can_be_chosen():
     assert ours[:2] == ["g2g-cpu", "g2g-torch"]
     assert "g2g-triton" not in ours
     labels = [entry.label for entry in choose("linear", backends="torch", precision="bf16")]
-    assert labels == ["g2g-torch-bf16", "masked-bf16", "dense-bf16", "bsr-bf16"]
+    assert labels == ["g2g-torch-bf16", "masked-bf16", "bsr-bf16", "dense-bf16"]
 
 
 def test_quick_names_the_peers_that_it_leaves_out(capsys, monkeypatch, path):

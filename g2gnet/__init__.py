@@ -4,6 +4,7 @@ from g2gnet.copies import sync_wiring, tie_wiring, untie_wiring
 from g2gnet.cuda_graph import captured
 from g2gnet.dst import DSTScheduler
 from g2gnet.layers import G2GLinear
+from g2gnet.loading import load
 from g2gnet.network import G2GNet
 from g2gnet.neurons import LIF, SpikingNeurons, Synaptic
 from g2gnet.sparsify import sparsify
@@ -12,5 +13,5 @@ from g2gnet.stack import SpikingStack
 __version__ = "0.1.0"
 __all__ = [
     "LIF", "DSTScheduler", "G2GLinear", "G2GNet", "SpikingNeurons", "SpikingStack", "Synaptic",
-    "captured", "sparsify", "sync_wiring", "tie_wiring", "untie_wiring",
+    "captured", "load", "sparsify", "sync_wiring", "tie_wiring", "untie_wiring",
 ]  # fmt: skip

@@ -1,6 +1,7 @@
 """Trains a spiking network: the Dense baseline or a G2GNet, statically sparse or with dynamic sparse training."""
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,8 +59,14 @@ def train(arguments: argparse.Namespace) -> dict[str, Any] | None:
     return {"settings": settings.given(), "result": result, "files": files.paths()}
 
 
-def show_analysis(analysis: NetworkAnalysis, path: Path) -> None:
-    say(f"{headline(analysis)}\n{summary_table(analysis)}\nin full: {path}")
+def show_analysis(analysis: NetworkAnalysis, images: int, path: Path) -> None:
+    checkpoint = shlex.quote(str(path).removesuffix(".analysis.json") + ".pth")
+    say(
+        f"{headline(analysis, images)}\n{summary_table(analysis)}\n"
+        "rate: spikes per neuron and step; synchrony, corr., coherence: 0 at chance; other inputs: from other groups; "
+        "entropy: 1 if all\ngroups feed a neuron alike (docs/analysis.md). In full: "
+        f"{path}\nwith pictures: python -m g2gnet.report {checkpoint}"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

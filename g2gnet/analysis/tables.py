@@ -26,10 +26,11 @@ class Table(NamedTuple):
         return "\n".join([line(self.header), "  ".join("─" * width for width in widths), *map(line, self.rows)])
 
 
-def headline(analysis: NetworkAnalysis) -> str:
-    """What was analysed, and the three main numbers of the network."""
+def headline(analysis: NetworkAnalysis, images: int | None = None) -> str:
+    """What was analysed, of ``images`` in all, and the three main numbers of the network."""
+    part = "" if images is None or images <= analysis.samples else f" of {images:,}"
     return (
-        f"{analysis.samples} test images, {analysis.steps} steps: accuracy {analysis.accuracy:.4f}, "
+        f"{analysis.samples:,}{part} test images, {analysis.steps} steps: accuracy {analysis.accuracy:.4f}, "
         f"firing rate {analysis.firing_rate:.3g} spikes per neuron and step, "
         f"{round(analysis.synaptic_operations):,} synaptic operations per image"
     )

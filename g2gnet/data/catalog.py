@@ -17,19 +17,24 @@ class Dataset(NamedTuple):
         module: of this package; its ``load(name, data_dir)`` gives the :class:`ImageData`. It is imported only when
             data are read, since importing torchvision takes a second.
         crops: whether ``augment="auto"`` shifts and mirrors its images.
+        classes: their names, where they are few.
     """
 
     input_dim: int
     num_classes: int
     module: str
     crops: bool = False
+    classes: tuple[str, ...] = ()
 
+
+_CLOTHES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+_THINGS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 #: every data set by name
 DATASETS = {
-    "fashionmnist": Dataset(784, 10, "fashion_mnist"),
-    "fashionmnist-mini": Dataset(784, 10, "fashion_mnist"),
-    "cifar10": Dataset(3072, 10, "cifar", crops=True),
+    "fashionmnist": Dataset(784, 10, "fashion_mnist", classes=_CLOTHES),
+    "fashionmnist-mini": Dataset(784, 10, "fashion_mnist", classes=_CLOTHES),
+    "cifar10": Dataset(3072, 10, "cifar", crops=True, classes=_THINGS),
     "cifar100": Dataset(3072, 100, "cifar", crops=True),
 }
 

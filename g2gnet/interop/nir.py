@@ -91,7 +91,7 @@ def to_nir(stack: SpikingStack, dt: float = DEFAULT_DT) -> Any:
         if neurons.reset != "zero":
             raise ValueError(
                 f"reset={neurons.reset!r} cannot be written to NIR, whose neurons reset to a value; train the network "
-                "with reset='zero'"
+                "with reset='zero' (train.py --reset zero)"
             )
     if not dt > 0:
         raise ValueError(f"dt={dt} must be above 0 seconds")

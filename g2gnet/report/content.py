@@ -1,15 +1,17 @@
 """The content of a report: settings, results, analysis and pictures of each run, and a comparison of several."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from g2gnet.analysis import NetworkAnalysis, groups_table, headline, layers_table
-from g2gnet.analyze import analyze_run
-from g2gnet.data import ImageData
+import torch
+
+from g2gnet import figures
+from g2gnet.analysis import Batch, NetworkAnalysis, analyze_network, groups_table, headline, layers_table
+from g2gnet.data import DATASETS, ImageData
 from g2gnet.network import G2GNet
-from g2gnet.report import figures
-from g2gnet.report.page import details, heading, page, paragraph, picture, table
+from g2gnet.report.page import contents, details, heading, page, paragraph, picture, table
+from g2gnet.sweep.results import estimate
 from g2gnet.training import SavedRun
 from g2gnet.training.evaluation import run_images
 
@@ -24,6 +26,8 @@ class Inspected:
         analysis: of the network.
         rasters: the spikes of one test image, layer by layer.
         example: that image, in words.
+        confusion: int64 [C, C], images by true and predicted class.
+        images: the number of all test images.
     """
 
     run: SavedRun
@@ -31,20 +35,39 @@ class Inspected:
     analysis: NetworkAnalysis
     rasters: Sequence[figures.Raster]
     example: str
+    confusion: torch.Tensor
+    images: int
 
 
 def inspect(run: SavedRun, net: G2GNet, data: ImageData, samples: int) -> Inspected:
     """Runs ``net``, the network of ``run``, on the first ``samples`` test images; all on one device."""
-    first = next(run_images(net, run.settings, run.epoch, data, count=samples))
+    seen: list[Batch] = []
+    confusion = torch.zeros(data.num_classes, data.num_classes, dtype=torch.int64)
+
+    def watched() -> Iterator[Batch]:
+        for batch in run_images(net, run.settings, run.epoch, data, count=samples):
+            if not seen:
+                seen.append(batch)
+            pairs = torch.stack((batch.labels, batch.activity.counts.argmax(1))).cpu()
+            confusion.index_put_(tuple(pairs), torch.ones((), dtype=torch.int64), accumulate=True)
+            yield batch
+
+    analysis = analyze_network(net, watched(), data.num_classes)
+    first = seen[0]
     counts = first.activity.counts
     right = (counts.argmax(1) == first.labels) & (counts.sum(1) > 0)
     shown = int(right.long().argmax())  # the first that is classified correctly, or the first of all
-    rasters = [
-        figures.Raster(f"lif{number}", spikes.dense()[:, shown].cpu(), connection.mask.rows.layout)
-        for number, (spikes, (connection, _)) in enumerate(zip(first.activity.spikes, net.layers(), strict=True), 1)
-    ]
-    example = f"test image {shown + 1} (class {int(first.labels[shown])}, classified as {int(counts[shown].argmax())})"
-    return Inspected(run, net, analyze_run(run, net, data, samples), rasters, example)
+    rasters = figures.rasters(net, first.activity, shown)
+    classes = _classes(run, data.num_classes)
+    true, found = classes[int(first.labels[shown])], classes[int(counts[shown].argmax())]
+    example = f"test image {shown + 1} (class {true}, classified as {found})"
+    return Inspected(run, net, analysis, rasters, example, confusion, len(data.test_labels))
+
+
+def _classes(run: SavedRun, count: int) -> Sequence[str]:
+    """The names of the classes, or their numbers."""
+    known = DATASETS.get(run.settings.dataset)
+    return known.classes if known and known.classes else [str(number) for number in range(count)]
 
 
 def report(inspected: Sequence[Inspected]) -> str:
@@ -52,9 +75,11 @@ def report(inspected: Sequence[Inspected]) -> str:
     labels = _labels([each.run for each in inspected])
     parts = []
     if len(inspected) > 1:
-        parts += [heading(2, "Comparison"), *_comparison(dict(zip(labels, inspected, strict=True)))]
-    for label, each in zip(labels, inspected, strict=True):
-        parts += [heading(2, label if len(inspected) > 1 else _describe(each.run)), *_run(each)]
+        anchors = {"comparison": "Comparison", **{f"run{number}": label for number, label in enumerate(labels, 1)}}
+        parts += [contents(anchors), heading(2, "Comparison", "comparison")]
+        parts += _comparison(dict(zip(labels, inspected, strict=True)))
+    for number, (label, each) in enumerate(zip(labels, inspected, strict=True), 1):
+        parts += [heading(2, label if len(inspected) > 1 else _describe(each.run), f"run{number}"), *_run(each)]
     runs = "one run" if len(inspected) == 1 else f"{len(inspected)} runs"
     return page(f"g2g: report on {runs}", parts)
 
@@ -71,7 +96,7 @@ def _run(each: Inspected) -> list[str]:
         heading(3, "Results"),
         table(list(results), [list(results.values())]),
         picture(
-            figures.training_curves({"training": run.history}),
+            figures.training_curves({"training": [run.history]}),
             "Accuracy on training images (while the network learned from them) and on test images after each epoch.",
         ),
         heading(3, "Settings"),
@@ -79,7 +104,10 @@ def _run(each: Inspected) -> list[str]:
         *([table(("setting", "value"), [(name, str(value)) for name, value in own.items()])] if own else []),
         details("Settings left at the default", [table(("setting", "value"), [(n, str(v)) for n, v in rest.items()])]),
         heading(3, "What its neurons do"),
-        paragraph(f"{headline(analysis)}. – means not defined: no pairs, no spikes, one group or a constant input."),
+        paragraph(
+            f"{headline(analysis, each.images)}"
+            f"{_own(each)}. – means not defined: no pairs, no spikes, one group or a constant input."
+        ),
         table(*layers_table(analysis)),
         details("By group", [table(*groups_table(layer)) for layer in analysis.layers]),
         picture(
@@ -92,9 +120,21 @@ def _run(each: Inspected) -> list[str]:
             f"Firing rates of single neurons over {analysis.samples} test images. Neurons that never fired are counted "
             "in the title, not in the bars.",
         ),
+        picture(
+            figures.confusion(each.confusion, _classes(run, len(each.confusion))),
+            "Rows: the true class of these images; columns: what they were classified as. An image without output "
+            "spikes counts as the first class.",
+        ),
         heading(3, "Who is connected to whom"),
     ]
     return parts + _wiring(each)
+
+
+def _own(each: Inspected) -> str:
+    """The run's own accuracy, where it is that of more images."""
+    if each.images <= each.analysis.samples:
+        return ""
+    return f" (the run's own accuracy, on all {each.images:,}: {each.run.history[-1]['test_acc']:.4f})"
 
 
 def _wiring(each: Inspected) -> list[str]:
@@ -139,11 +179,33 @@ def _wiring(each: Inspected) -> list[str]:
 
 def _comparison(inspected: Mapping[str, Inspected]) -> list[str]:
     settings = {label: each.run.settings.as_dict() for label, each in inspected.items()}
-    names = list(dict.fromkeys(name for values in settings.values() for name in values))
-    differing = [name for name in names if len({str(values.get(name)) for values in settings.values()}) > 1]
+    differing = _differing([each.run for each in inspected.values()])
     results = {label: _results(each) for label, each in inspected.items()}
     header = ["run", *next(iter(results.values()))]
+    groups = _groups(inspected)
+    means = []
+    if len(groups) < len(inspected):
+        quantities = {
+            "test accuracy (%)": (2, lambda each: 100 * each.run.history[-1]["test_acc"]),
+            "training accuracy (%)": (2, lambda each: 100 * each.run.history[-1]["train_acc"]),
+            "firing rate": (4, lambda each: each.analysis.firing_rate),
+            "synaptic operations per image": (0, lambda each: each.analysis.synaptic_operations),
+        }
+        rows = [
+            (
+                label,
+                ", ".join(str(each.run.settings.seed) for each in of),
+                *(estimate([value(each) for each in of]).text(digits) for digits, value in quantities.values()),
+            )
+            for label, of in groups.items()
+        ]
+        means = [
+            heading(3, "Mean ± standard error over seeds"),
+            table(("settings", "seeds", *quantities), rows),
+            heading(3, "Each run"),
+        ]
     return [
+        *means,
         table(header, [(label, *result.values()) for label, result in results.items()]),
         heading(3, "Settings that differ"),
         table(
@@ -153,8 +215,9 @@ def _comparison(inspected: Mapping[str, Inspected]) -> list[str]:
         if differing
         else paragraph("None."),
         picture(
-            figures.training_curves({label: each.run.history for label, each in inspected.items()}),
-            "All runs together: test accuracy solid, training accuracy dotted.",
+            figures.training_curves({label: [each.run.history for each in of] for label, of in groups.items()}),
+            "All runs together: test accuracy solid, training accuracy dotted. Runs that differ only in their seed are "
+            "one line, their mean, with its standard error as a band.",
         ),
     ]
 
@@ -188,6 +251,34 @@ def _describe(run: SavedRun) -> str:
     return f"{settings.model}{dst} on {settings.dataset}{features}"
 
 
+def _differing(runs: Sequence[SavedRun]) -> list[str]:
+    """The settings in which runs differ; the seed comes last."""
+    settings = [run.settings.as_dict() for run in runs]
+    names = dict.fromkeys(name for each in settings for name in each)
+    differing = [name for name in names if len({str(each.get(name)) for each in settings}) > 1]
+    return sorted(differing, key=lambda name: name == "seed")
+
+
 def _labels(runs: Sequence[SavedRun]) -> list[str]:
-    """A different name for each run."""
-    return [f"{number}: {_describe(run)}" for number, run in enumerate(runs, 1)]
+    """A different name for each run, by the settings that differ."""
+    names = _differing(runs)
+    described = [
+        ", ".join(f"{name}={getattr(run.settings, name)}" for name in names if hasattr(run.settings, name))
+        for run in runs
+    ]
+    return [
+        f"{number}: {text or _describe(run)}" for number, (text, run) in enumerate(zip(described, runs, strict=True), 1)
+    ]
+
+
+def _groups(inspected: Mapping[str, Inspected]) -> dict[str, list[Inspected]]:
+    """The runs that differ only in seed and name, by what sets them apart from the others."""
+    shown = [name for name in _differing([each.run for each in inspected.values()]) if name not in ("seed", "name")]
+    groups: dict[str, list[Inspected]] = {}
+    for each in inspected.values():
+        settings = {**each.run.settings.as_dict(), "epochs": each.run.epoch}
+        text = ", ".join(f"{name}={settings.get(name, '–')}" for name in shown) or _describe(each.run)
+        if "epochs" not in shown and each.run.epoch != each.run.settings.epochs:
+            text += f", after epoch {each.run.epoch}"
+        groups.setdefault(text, []).append(each)
+    return groups

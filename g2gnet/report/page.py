@@ -3,7 +3,7 @@
 import base64
 import html
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from matplotlib.figure import Figure
 
@@ -18,11 +18,12 @@ h1 { font-size: 1.7rem; } h2 { margin-top: 3rem; border-bottom: 2px solid #0072b
 table { border-collapse: collapse; font-size: 0.875rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.2rem 0.6rem; border-bottom: 1px solid #ddd; text-align: right; }
 th:first-child, td:first-child { text-align: left; }
-td + td { white-space: nowrap; }
+td:first-child { min-width: 9rem; } td + td { white-space: nowrap; }
 thead th { border-bottom: 2px solid #888; vertical-align: bottom; }
 div.wide { overflow-x: auto; margin: 1rem 0; }
 figure { margin: 1.5rem 0; } img { max-width: 100%; }
 figcaption { font-size: 0.875rem; color: #444; max-width: 50rem; }
+nav ul { padding-left: 1.2rem; } a { color: #0072b2; }
 details { margin: 1rem 0; } summary { cursor: pointer; color: #0072b2; }
 """
 
@@ -42,8 +43,16 @@ def page(title: str, body: Iterable[str]) -> str:
     )
 
 
-def heading(level: int, text: str) -> str:
-    return f"<h{level}>{html.escape(text)}</h{level}>"
+def heading(level: int, text: str, anchor: str | None = None) -> str:
+    """A heading; :func:`contents` leads to its ``anchor``."""
+    place = "" if anchor is None else f' id="{html.escape(anchor)}"'
+    return f"<h{level}{place}>{html.escape(text)}</h{level}>"
+
+
+def contents(anchors: Mapping[str, str]) -> str:
+    """Links to headings of the page: their texts by their anchors."""
+    links = [f'<li><a href="#{html.escape(anchor)}">{html.escape(text)}</a></li>' for anchor, text in anchors.items()]
+    return "\n".join(["<nav><ul>", *links, "</ul></nav>"])
 
 
 def paragraph(text: str) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, PercentFormatter, ScalarFormatter
 
-from g2gnet.report.figures import style
+from g2gnet.figures import style
 from g2gnet.sweep.results import Row
 
 #: ratio of the largest value to the smallest from which the axis is logarithmic

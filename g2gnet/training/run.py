@@ -35,13 +35,14 @@ def run_training(
     load_data: Callable[[], ImageData],
     checkpoint_dir: Path | str,
     machine: Machine,
-    show_analysis: Callable[[NetworkAnalysis, Path], None] | None = None,
+    show_analysis: Callable[[NetworkAnalysis, int, Path], None] | None = None,
     on_epoch: Sequence[EpochCallback[Trainer]] = (),
 ) -> dict[str, Any]:
     """Trains with ``settings``, or resumes from the run's checkpoint, or skips a finished run.
 
     The data is loaded only when there is something to train. The trained network is analysed on some of the
-    test images; the analysis is written, and passed with the file's name to ``show_analysis``. Each of ``on_epoch`` is
+    test images; the analysis is written, and passed with the number of all test images and the file's name to
+    ``show_analysis``. Each of ``on_epoch`` is
     called after each epoch. All processes of ``machine.world`` call this; the first one writes, prints and calls.
 
     Returns:
@@ -61,7 +62,7 @@ def run_training(
         analysis = analyze_network(trainer.net, batches, trainer.data.num_classes)
         files.write_analysis(analysis.as_dict())
         if show_analysis:
-            show_analysis(analysis, files.analysis)
+            show_analysis(analysis, len(trainer.data.test_labels), files.analysis)
 
     def make_trainer() -> Trainer:
         return Trainer(settings, load_data(), machine)

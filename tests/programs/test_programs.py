@@ -108,7 +108,8 @@ def test_json_is_all_that_stands_on_standard_output(at_work, capsys):
     # what people read is on standard error, all of it
     assert text.startswith("g2g ")
     assert "Epoch 02 | train_acc=" in text
-    assert "in full: " in text
+    assert "In full: " in text
+    assert "python -m g2gnet.report checkpoints/" in text
     # a finished run says the same again
     assert train.main([*SMALL, "--json"]) == 0
     again, text = document(capsys)

@@ -5,6 +5,7 @@ import html.parser
 import os
 import re
 import shlex
+import statistics
 import sys
 from pathlib import Path
 
@@ -12,14 +13,15 @@ import numpy as np
 import pytest
 import torch
 from helpers import MASK_CASES, ROOT, seeded
+from PIL import Image
 from small_data import publish_resnet, write_cifar
 from tiny_checkpoints import VARIANTS, rewrite, train_tiny
 
 import train
 from g2g_kernels import BlockMask, GroupLayout
-from g2gnet import analyze, report
+from g2gnet import analyze, figures, report
 from g2gnet.analysis import group_density
-from g2gnet.report import figures, page
+from g2gnet.report import page
 from g2gnet.training import TrainSettings, read_run
 
 README = (ROOT / "README.md").read_text()
@@ -105,7 +107,7 @@ def test_turnover_and_curves_show_the_records():
     assert [line.get_ydata()[1] for line in replaced.lines] == pytest.approx([0.1, 0.25, 0.0])
     assert list(kept.lines[1].get_xdata()) == [0, 1, 2, 3]
     assert list(kept.lines[1].get_ydata()) == pytest.approx([1, 0.75, 0.75**2, 0.75**3])
-    figure = figures.training_curves({"first": history, "second": history[:1]})
+    figure = figures.training_curves({"first": [history], "second": [history[:1]]})
     accuracy, loss = figure.axes
     assert list(accuracy.lines[0].get_ydata()) == pytest.approx([0.1, 0.2, 0.3])
     assert list(loss.lines[0].get_ydata()) == pytest.approx([1, 1 / 2, 1 / 3])
@@ -113,6 +115,55 @@ def test_turnover_and_curves_show_the_records():
     colours = [line.get_color() for line in loss.lines]
     assert len(set(colours)) == 2
     assert [line.get_color() for line in accuracy.lines] == [colours[0], colours[0], colours[1], colours[1]]
+
+
+def test_seeds_are_one_curve_with_a_band_of_the_standard_error():
+    def history(accuracies):
+        return [
+            {"epoch": epoch, "train_loss": 1, "train_acc": 0.5, "test_acc": accuracy}
+            for epoch, accuracy in enumerate(accuracies, 1)
+        ]
+
+    figure = figures.training_curves({"seeds": [history([0.1, 0.3]), history([0.3, 0.5, 0.7]), history([0.2, 0.7])]})
+    accuracy, _ = figure.axes
+    assert list(accuracy.lines[0].get_xdata()) == [1, 2]  # as far as all have come
+    assert list(accuracy.lines[0].get_ydata()) == pytest.approx([0.2, 0.5])
+    bounds = accuracy.collections[0].get_paths()[0].get_extents()
+    assert (bounds.y0, bounds.y1) == pytest.approx((0.2 - 0.1 / 3**0.5, 0.5 + 0.2 / 3**0.5))
+
+
+def test_no_two_lines_of_many_look_alike():
+    looks = [tuple(figures.style(number).values()) for number in range(49)]
+    assert len(set(looks)) == 49
+
+
+def test_the_confusion_picture_has_names_and_shares():
+    matrix = torch.tensor([[3, 1, 0], [0, 2, 0], [0, 0, 0]])
+    figure = figures.confusion(matrix, ("shirt", "shoe", "bag"))
+    np.testing.assert_allclose(drawn_images(figure)[0], [[0.75, 0.25, 0], [0, 1, 0], [0, 0, 0]])
+    axis = figure.axes[0]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["shirt", "shoe", "bag"]
+    assert {text.get_text() for text in axis.texts} == {"3", "1", "2"}
+
+
+def test_an_animation_lights_up_the_neurons_that_fire_and_lets_them_fade(tmp_path):
+    layout = GroupLayout(6, 2, "interleaved")
+    spikes = torch.zeros(3, 6)
+    spikes[1, 3] = 1  # neuron 3 is the second of group 1, at place 4 of 2 × 3 cells
+    animation = figures.spike_animation([figures.Raster("lif1", spikes, layout)], "one image")
+    image, heading = animation._func(0)
+    assert image.get_array().sum() == 0
+    animation._func(1)
+    expected = np.zeros((2, 3))
+    expected[1, 1] = 1
+    np.testing.assert_array_equal(image.get_array(), expected)
+    animation._func(2)
+    np.testing.assert_allclose(image.get_array(), figures.FADE * expected)
+    assert heading.get_text() == "one image, time step 3 of 3"
+    animation.save(tmp_path / "spikes.gif", writer="pillow")
+    with Image.open(tmp_path / "spikes.gif") as file:
+        assert file.n_frames >= 2  # frames that are alike are one
+    assert "<img" in animation.to_jshtml()
 
 
 # --- the page -----------------------------------------------------------------------------------------------------
@@ -156,7 +207,9 @@ def read_page(path):
     reader = Reader(text)
     assert not re.search(r"https?:|//", re.sub(r"base64,[^\"]*", "", text)), "the page must need nothing from outside"
     assert "script" not in reader.tags
-    assert not [name for name, _ in reader.attributes if name.startswith("on") or name == "href"]
+    assert not [name for name, _ in reader.attributes if name.startswith("on")]
+    places = {value for name, value in reader.attributes if name == "id"}
+    assert {value for name, value in reader.attributes if name == "href"} <= {f"#{place}" for place in places}
     for image in reader.images:
         kind, _, data = image["src"].partition(",")
         assert kind == "data:image/png;base64"
@@ -182,8 +235,8 @@ def test_the_page_of_one_run_shows_its_settings_results_and_pictures(checkpoints
         assert value in reader.text
     for setting in run.settings.as_dict():
         assert setting in reader.text
-    # curves, rasters, histograms; of sparse networks density and two kinds of inputs; with DST the turnover
-    assert len(reader.images) == (3 if name == "dense" else 7 if "dynamic" in name else 6)
+    # curves, rasters, histograms, confusion; of sparse networks density and two kinds of inputs; with DST the turnover
+    assert len(reader.images) == (4 if name == "dense" else 8 if "dynamic" in name else 7)
     assert ("before an epoch but not after it" in reader.text) == ("dynamic" in name)
     assert ("after dynamic sparse training" in reader.text) == ("dynamic" in name)
     assert "Comparison" not in reader.text
@@ -192,9 +245,9 @@ def test_the_page_of_one_run_shows_its_settings_results_and_pictures(checkpoints
 @pytest.mark.parametrize(
     ("flags", "pictures", "words"),
     [
-        ("--dataset cifar10 --use_resnet --model index --sparsity_mode dynamic --dst_interval 1", 7, "ResNet features"),
-        ("--dataset cifar10 --model mixer --num_groups 10 --enc rate", 6, "one neuron in 10"),
-        ("--dataset cifar10 --model index --num_groups 1 --p_intra 0.2", 6, "which of its pixels"),
+        ("--dataset cifar10 --use_resnet --model index --sparsity_mode dynamic --dst_interval 1", 8, "ResNet features"),
+        ("--dataset cifar10 --model mixer --num_groups 10 --enc rate", 7, "one neuron in 10"),
+        ("--dataset cifar10 --model index --num_groups 1 --p_intra 0.2", 7, "which of its pixels"),
     ],
 )
 def test_every_kind_of_data_and_grouping_can_be_drawn(tmp_path, monkeypatch, flags, pictures, words):
@@ -217,10 +270,29 @@ def test_the_page_of_several_runs_compares_them(checkpoints, tmp_path):
     text = " ".join(reader.text.split())
     assert "Comparison" in text
     assert "setting 1 2 3 model mixer dense index sparsity_mode static static dynamic dst_interval 1000 1000 3" in text
-    for label in ("1: mixer on fashionmnist-mini", "2: dense on", "3: index, DST set/hebb on"):
-        assert label in text
+    for label in ("1: model=mixer, sparsity_mode=static", "2: model=dense", "3: model=index, sparsity_mode=dynamic"):
+        assert text.count(label) == 3  # in the contents, the table and the heading
+    assert "20 of 100 test images" in text
+    assert "the run's own accuracy, on all 100: " in text
+    assert "Mean ± standard error over seeds" not in text
     for path in paths:
         assert f"{read_run(path).history[-1]['train_loss']:.4f}" in text
+
+
+def test_runs_that_differ_in_their_seed_are_shown_with_their_mean(tmp_path):
+    paths = [
+        train_tiny(tmp_path / f"{model}{seed}", f"--model {model} --seed {seed}")
+        for model in ("index", "mixer")
+        for seed in (1, 2, 3)
+    ]
+    assert report.main([*map(str, paths), "--output", str(tmp_path / "report.html"), "--samples", "20"]) == 0
+    text = " ".join(read_page(tmp_path / "report.html").text.split())
+    found = [100 * read_run(path).history[-1]["test_acc"] for path in paths]
+    for number, model in enumerate(("index", "mixer")):
+        values = found[3 * number : 3 * number + 3]
+        mean, error = statistics.mean(values), statistics.stdev(values) / 3**0.5
+        assert f"model={model} 1, 2, 3 {mean:.2f} ± {error:.2f}" in text
+    assert "4: model=mixer, seed=1" in text
 
 
 def test_what_comes_from_files_is_text_on_the_page(checkpoints, tmp_path):

@@ -1,4 +1,6 @@
-"""The pictures of a run, each a matplotlib figure; nothing here touches pyplot's global state or needs a display.
+"""Pictures of networks and their training, each a matplotlib figure: ``figure.savefig("name.png")``.
+
+Nothing here touches pyplot's global state or needs a display; the extra ``plots`` has what they need.
 
 Colours are Okabe and Ito's for lines and viridis for maps, which colour-blind readers can tell apart.
 """
@@ -8,11 +10,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from matplotlib.animation import FuncAnimation
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from g2g_kernels import BlockMask, GroupLayout
+from g2g_kernels import Activity, BlockMask, GroupLayout
 from g2gnet.analysis import NetworkAnalysis, group_density
+from g2gnet.network import G2GNet
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "os^DvP*"
@@ -20,11 +24,14 @@ WIDTH = 9.6  # inches, the width of the page
 #: at most this many groups of a layer are drawn
 SHOWN_GROUPS = 8
 
+#: how much of a spike's light is left one step later
+FADE = 0.6
+
 History = Sequence[Mapping[str, Any]]
 
 
 class Raster(NamedTuple):
-    """Spikes [T, N] of one layer for one sample, on the CPU, and the groups of its neurons."""
+    """Spikes [T, N] of one layer for one sample, on the CPU, and the groups of its neurons (:func:`rasters`)."""
 
     name: str
     spikes: torch.Tensor
@@ -36,17 +43,44 @@ def style(number: int) -> dict[str, Any]:
     return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number // len(COLOURS) % len(MARKERS)]}
 
 
-def training_curves(histories: Mapping[str, History]) -> Figure:
-    """Accuracy and loss after each epoch, one colour per run; test accuracy solid, training accuracy dotted."""
+def rasters(net: G2GNet, activity: Activity, sample: int = 0) -> list[Raster]:
+    """The spikes of one sample of a batch, layer by layer, as pictures show them.
+
+    Args:
+        net: the network.
+        activity: what ``net.simulate`` gave.
+        sample: its number in the batch.
+    """
+    return [
+        Raster(f"lif{number}", spikes.dense()[:, sample].detach().cpu(), connection.mask.rows.layout)
+        for number, (spikes, (connection, _)) in enumerate(zip(activity.spikes, net.layers(), strict=True), 1)
+    ]
+
+
+def training_curves(histories: Mapping[str, Sequence[History]]) -> Figure:
+    """Accuracy and loss after each epoch, one colour and marker per label; test accuracy solid, training dotted.
+
+    Args:
+        histories: of one run, or of several that differ in their seed: then their mean, and its standard error as a
+            band, as far as all of them have come.
+    """
     several = len(histories) > 1
     figure, axes = _figure(1, 2, 3.2 + (0.22 * -(-len(histories) // 2) if several else 0))
     accuracy, loss = axes.flat
-    for number, (label, history) in enumerate(histories.items()):
-        epochs = [record["epoch"] for record in history]
-        style = {"color": COLOURS[number % len(COLOURS)], "marker": "o", "markersize": 3}
-        accuracy.plot(epochs, [record["test_acc"] for record in history], label="test", **style)
-        accuracy.plot(epochs, [record["train_acc"] for record in history], label="training", ls=":", **style)
-        loss.plot(epochs, [record["train_loss"] for record in history], label=label, **style)
+    for number, (label, seeds) in enumerate(histories.items()):
+        epochs = [record["epoch"] for record in min(seeds, key=len)]
+        look = {"markersize": 3, **style(number)}
+        for axis, quantity, line in (
+            (accuracy, "test_acc", {"label": "test"}),
+            (accuracy, "train_acc", {"label": "training", "ls": ":"}),
+            (loss, "train_loss", {"label": label}),
+        ):
+            values = np.array([[record[quantity] for record in history[: len(epochs)]] for history in seeds])
+            mean = values.mean(0)
+            axis.plot(epochs, mean, **look, **line)
+            if len(seeds) > 1:
+                error = values.std(0, ddof=1) / len(seeds) ** 0.5
+                axis.fill_between(epochs, mean - error, mean + error, color=look["color"], alpha=0.2, linewidth=0)
     accuracy.set(title="Accuracy", xlabel="epoch", ylabel="classified correctly")
     accuracy.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
     loss.set(title="Training loss", xlabel="epoch", ylabel="cross-entropy (nats)")
@@ -155,6 +189,61 @@ def spike_rasters(rasters: Sequence[Raster], title: str) -> Figure:
     axes[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     figure.align_ylabels(list(axes.flat))
     figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def spike_animation(rasters: Sequence[Raster], title: str = "", interval: int = 150) -> FuncAnimation:
+    """Spikes over time: each neuron is a cell, group after group, that lights up when it fires and then fades.
+
+    ``.save("spikes.gif", writer="pillow")`` writes a GIF, and ``.to_jshtml()`` gives an HTML page with buttons.
+
+    Args:
+        rasters: of one sample (:func:`rasters`).
+        title: above the picture.
+        interval: milliseconds per time step.
+    """
+    figure, axes = _figure(1, len(rasters), 3.6)
+    images, cells = [], []
+    for axis, raster in zip(axes.flat, rasters, strict=True):
+        order = torch.argsort(raster.layout.group_of, stable=True)
+        glow, shown = torch.zeros(raster.spikes.shape[1]), []
+        for spikes in raster.spikes[:, order].float():
+            glow = torch.maximum(spikes, FADE * glow)
+            shown.append(glow.reshape(input_shape(len(glow))).numpy())
+        cells.append(shown)
+        images.append(axis.imshow(shown[0], vmin=0, vmax=1, cmap="inferno", interpolation="nearest"))
+        axis.set(title=f"{raster.name} ({len(glow)} neurons)", xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+    heading = figure.suptitle(title, fontsize=10)
+
+    def show(step: int) -> list[Any]:
+        for image, shown in zip(images, cells, strict=True):
+            image.set_data(shown[step])
+        heading.set_text(f"{title}{', ' if title else ''}time step {step + 1} of {len(cells[0])}")
+        return [*images, heading]
+
+    return FuncAnimation(figure, show, frames=len(cells[0]), interval=interval)
+
+
+def confusion(matrix: torch.Tensor, classes: Sequence[str]) -> Figure:
+    """Which classes are taken for which: images, int64 [C, C] by true and found class, as shares of the true ones."""
+    count = len(matrix)
+    share = matrix.double() / matrix.sum(1, keepdim=True).clamp(min=1)
+    side = min(WIDTH, 3.5 + 0.35 * count)
+    figure = Figure(figsize=(side, 0.85 * side), layout="constrained")
+    axis = figure.subplots()
+    image = axis.imshow(share.numpy(), vmin=0, vmax=1, cmap="viridis")
+    ticks = range(0, count, -(-count // 25))
+    axis.set_xticks(ticks, [classes[tick] for tick in ticks], rotation=90 if count > 5 else 0)
+    axis.set_yticks(ticks, [classes[tick] for tick in ticks])
+    axis.set(xlabel="classified as", ylabel="true class")
+    if count <= 12:
+        for true, found in matrix.nonzero().tolist():
+            colour = "black" if share[true, found] > 0.6 else "white"
+            axis.text(found, true, str(int(matrix[true, found])), ha="center", va="center", fontsize=7, color=colour)
+    bar = figure.colorbar(image, ax=axis, shrink=0.8)
+    bar.set_label("images of the true class (%)")
+    bar.ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
     return figure
 
 

@@ -1,0 +1,26 @@
+"""The network of a training run, from its checkpoint."""
+
+from pathlib import Path
+
+import torch
+
+from g2gnet.network import G2GNet
+
+
+def load(checkpoint: Path | str, device: torch.device | str = "cpu", backend: str | None = None) -> G2GNet:
+    """The network that ``train.py`` or ``crossval.py`` saved, after its last finished epoch, in evaluation mode.
+
+    Its input is that of training: ``net(x)`` scales, standardises and encodes samples [B, D] as the run did. Images of
+    uint8 become samples by :func:`g2gnet.data.as_samples`. Nothing in the file is executed.
+
+    Args:
+        checkpoint: the ``.pth`` file, of a finished run or not.
+        device: where the network is to be.
+        backend: ``"triton"``, ``"cpu"`` or ``"torch"``; None lets the device decide.
+
+    Raises:
+        CheckpointError: if the file is missing, damaged, or not the checkpoint of a training run.
+    """
+    from g2gnet.training import read_run  # which imports this package
+
+    return read_run(checkpoint).network(device, backend).eval()

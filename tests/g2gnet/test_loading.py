@@ -1,0 +1,39 @@
+"""The network of a checkpoint: what ``g2gnet.load`` gives, and where it can go from there."""
+
+import pytest
+import torch
+from tiny_checkpoints import train_tiny
+
+import g2gnet
+from g2gnet.data import as_samples, load_dataset
+from g2gnet.training import CheckpointError, read_run
+
+
+@pytest.mark.parametrize("flags", ["--model mixer --standardize", "--model dense --neuron synaptic"])
+def test_a_loaded_network_classifies_as_the_run_did(tmp_path, flags):
+    checkpoint = train_tiny(tmp_path, flags)
+    net = g2gnet.load(checkpoint)
+    assert not net.training
+    data = load_dataset("fashionmnist-mini")
+    with torch.no_grad():
+        found = net(as_samples(data.test_images[:100])).argmax(1)
+    accuracy = (found == data.test_labels[:100]).double().mean().item()
+    assert accuracy == pytest.approx(read_run(checkpoint).history[-1]["test_acc"])
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match=r"nowhere.pth cannot be read \(No such file or directory\)"):
+        g2gnet.load(tmp_path / "nowhere.pth")
+
+
+def test_a_network_that_was_trained_with_reset_to_zero_goes_to_nir_and_back(tmp_path):
+    pytest.importorskip("nir")
+    from g2gnet.interop import from_nir, to_nir
+
+    with pytest.raises(ValueError, match=r"train the network with reset='zero' \(train.py --reset zero\)"):
+        to_nir(g2gnet.load(train_tiny(tmp_path / "subtract")))
+    net = g2gnet.load(train_tiny(tmp_path / "zero", "--model mixer --reset zero --beta 0.9"))
+    back = from_nir(to_nir(net), T=net.T)
+    inputs = net.encode(as_samples(load_dataset("fashionmnist-mini").test_images[:20]))
+    with torch.no_grad():
+        torch.testing.assert_close(back.simulate(inputs).counts, net.simulate(inputs).counts)

@@ -1,5 +1,6 @@
 """The contributor's table is true: options that are added in exactly the files that it names work everywhere."""
 
+import json
 import os
 import re
 import shutil
@@ -146,6 +147,15 @@ TOYS: dict[str, dict[str, Callable[[str], str]]] = {
             r"(\n    precision: str = )", r'\n    toy: int = setting(7, "training", "a toy", low=0)\1'
         )
     },
+    "flag of the network": {
+        "g2gnet/settings.py": replace(
+            r"(\n    init_gain: float = )", r'\n    toy_gain: float = setting(1.0, "model", "a toy", low=0)\1'
+        ),
+        "g2gnet/network.py": both(
+            replace(r"(\n        p_intra: float = )", r"\n        toy_gain: float = NetworkSettings.toy_gain,\1"),
+            replace(r"(\n        self.model = model\n)", r"\n        self.toy_gain = toy_gain\1"),
+        ),
+    },
 }
 
 #: what is tried with the toys; both passes of the toy neuron are LIF's with twice the current
@@ -194,10 +204,11 @@ for backend in sys.argv[1:]:
 net = G2GNet(12, 16, 3, model="toy", num_groups=2, block_size=4, T=3, neuron="toy")
 assert [layer.mask.rows.layout.kind for layer, _ in net.layers()] == ["random", "interleaved", "random"]
 assert isinstance(net.lif1, NEURONS["toy"])
+assert net.toy_gain == 1
 
 from g2gnet.train import main
 
-flags = "--dataset toy --model toy --surrogate toy --neuron toy --sparsity_mode dynamic --cg toy --toy 8"
+flags = "--dataset toy --model toy --surrogate toy --neuron toy --sparsity_mode dynamic --cg toy --toy 8 --toy_gain 2"
 sizes = "--hidden_dim 16 --num_groups 2 --block_size 4 --T 3 --epochs 1 --batch_size 4 --dst_interval 5 --p_inter 0.5"
 sys.exit(main([*flags.split(), *sizes.split(), "--json", "run.json"]))
 """
@@ -255,4 +266,5 @@ def test_what_is_added_by_the_table_works_on_every_backend_and_from_the_command_
     backends = [name for name in ("torch", "cpu", "triton") if name in available_backends()]
     done = run(tree, "-c", TRIED, *backends, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert '"toy": 8' in (tree / "run.json").read_text(encoding="utf-8")
+    settings = json.loads((tree / "run.json").read_text(encoding="utf-8"))["settings"]
+    assert (settings["toy"], settings["toy_gain"]) == (8, 2)

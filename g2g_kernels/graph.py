@@ -9,14 +9,13 @@ import importlib
 import struct
 import zlib
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
-if TYPE_CHECKING:
-    from g2g_kernels.block_mask import BlockMask
+from g2g_kernels.unit_grid import UnitGrid
 
 #: pixels of the longer side of a picture; a larger grid of units is averaged
 PICTURE = 256
@@ -51,7 +50,7 @@ class _Entries(NamedTuple):
     place: torch.Tensor
 
 
-def edges(mask: "BlockMask", values: torch.Tensor | None = None) -> Edges:
+def edges(mask: UnitGrid, values: torch.Tensor | None = None) -> Edges:
     """The list of edges, on the CPU; with the packed ``values`` also their weights, in float32 or float64."""
     entries = _entries(mask)
     source, target = entries.col.cpu(), entries.row.cpu()
@@ -60,7 +59,7 @@ def edges(mask: "BlockMask", values: torch.Tensor | None = None) -> Edges:
     return Edges(source.numpy(), target.numpy(), source_group.numpy(), target_group.numpy(), weight)
 
 
-def to_scipy(mask: "BlockMask", values: torch.Tensor | None = None) -> Any:
+def to_scipy(mask: UnitGrid, values: torch.Tensor | None = None) -> Any:
     """A ``scipy.sparse.csr_array`` [out, in]: of bool, or of the packed ``values``, also where these are zero."""
     from scipy.sparse import csr_array
 
@@ -69,7 +68,7 @@ def to_scipy(mask: "BlockMask", values: torch.Tensor | None = None) -> Any:
     return csr_array((data, entries.col.cpu().numpy(), _pointer(mask, entries).cpu().numpy()), shape=mask.shape)
 
 
-def to_csr(mask: "BlockMask", values: torch.Tensor) -> torch.Tensor:
+def to_csr(mask: UnitGrid, values: torch.Tensor) -> torch.Tensor:
     """The weight as a CSR tensor [out, in] on the device of ``values``, whose dtype it has; differentiable."""
     mask.check_values(values)
     entries = _entries(mask)
@@ -77,7 +76,7 @@ def to_csr(mask: "BlockMask", values: torch.Tensor) -> torch.Tensor:
     return torch.sparse_csr_tensor(_pointer(mask, entries), entries.col, data, mask.shape, check_invariants=False)
 
 
-def to_bsr(mask: "BlockMask", values: torch.Tensor, order: str = "neuron") -> torch.Tensor:
+def to_bsr(mask: UnitGrid, values: torch.Tensor, order: str = "neuron") -> torch.Tensor:
     """The weight as a BSR tensor [out, in] whose blocks are the units; differentiable.
 
     Args:
@@ -108,7 +107,7 @@ def to_bsr(mask: "BlockMask", values: torch.Tensor, order: str = "neuron") -> to
     return torch.sparse_bsr_tensor(*index, values[slot], mask.shape, check_invariants=False)
 
 
-def to_networkx(mask: "BlockMask", values: torch.Tensor | None = None, source: str = "in", target: str = "out") -> Any:
+def to_networkx(mask: UnitGrid, values: torch.Tensor | None = None, source: str = "in", target: str = "out") -> Any:
     """A ``networkx.DiGraph`` from nodes (``source``, j) to nodes (``target``, i), with ``weight`` if values are given.
 
     All neurons are nodes, with their ``group``; equal names of both sides make one population of them.
@@ -134,7 +133,24 @@ def to_networkx(mask: "BlockMask", values: torch.Tensor | None = None, source: s
 # --- pictures ----------------------------------------------------------------------------------------------------
 
 
-def to_png(mask: "BlockMask") -> bytes:
+def to_string(mask: UnitGrid, max_cells: int = 64) -> str:
+    """A picture of the unit grid, one character per cell: ``█`` all units of the cell present, ``░`` none.
+
+    A grid larger than ``max_cells`` in either direction is drawn with several units per cell; ``▒`` means up to
+    half of them present, ``▓`` more than half.
+    """
+    grid = mask.present().cpu().float()[None, None]
+    if max(mask.grid) > max_cells:
+        height, width = (min(side, max_cells) for side in mask.grid)
+        grid = nn.functional.adaptive_avg_pool2d(grid, (height, width))
+
+    def character(present: float) -> str:
+        return "░" if present == 0 else "█" if present == 1 else "▒" if present <= 0.5 else "▓"
+
+    return "\n".join("".join(map(character, line)) for line in grid[0, 0].tolist())
+
+
+def to_png(mask: UnitGrid) -> bytes:
     """A picture of the unit grid as a PNG file: dark where units exist, in group order, outputs from top to bottom."""
     grid = mask.present().cpu().float()
     height, width = grid.shape
@@ -151,12 +167,12 @@ def to_png(mask: "BlockMask") -> bytes:
     )
 
 
-def to_html(mask: "BlockMask") -> str:
+def to_html(mask: UnitGrid) -> str:
     """The mask for a notebook: what ``repr`` says, and its picture."""
     return f"<div><code>{html.escape(repr(mask))}</code><br>{picture(mask)}</div>"
 
 
-def picture(mask: "BlockMask") -> str:
+def picture(mask: UnitGrid) -> str:
     """The picture of a mask as an HTML element."""
     data = base64.b64encode(to_png(mask)).decode()
     rows, cols = mask.grid
@@ -166,7 +182,7 @@ def picture(mask: "BlockMask") -> str:
 # --- parts -------------------------------------------------------------------------------------------------------
 
 
-def _entries(mask: "BlockMask") -> _Entries:
+def _entries(mask: UnitGrid) -> _Entries:
     rows, cols = (
         axis.neuron_at.view(axis.num_units, axis.width)[unit.long()]
         for axis, unit in ((mask.rows, mask.unit_row), (mask.cols, mask.unit_col))
@@ -178,13 +194,13 @@ def _entries(mask: "BlockMask") -> _Entries:
     return _Entries(row[order], col[order], place[order])
 
 
-def _pointer(mask: "BlockMask", entries: _Entries) -> torch.Tensor:
+def _pointer(mask: UnitGrid, entries: _Entries) -> torch.Tensor:
     """int64 [out + 1], where each row's entries begin."""
     per_row = torch.bincount(entries.row, minlength=mask.rows.size)
     return torch.cat([per_row.new_zeros(1), per_row.cumsum(0)])
 
 
-def _weights(mask: "BlockMask", values: torch.Tensor, entries: _Entries) -> torch.Tensor:
+def _weights(mask: UnitGrid, values: torch.Tensor, entries: _Entries) -> torch.Tensor:
     mask.check_values(values)
     weights = values.detach().reshape(-1)[entries.place]
     return weights.to("cpu", torch.promote_types(weights.dtype, torch.float32))

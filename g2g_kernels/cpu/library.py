@@ -12,25 +12,24 @@ import functools
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from ctypes import Structure, c_char_p, c_double, c_int32, c_int64, c_void_p
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
-from g2g_kernels.cpu.interface import declarations, fields, lengths, structures
+from g2g_kernels.cpu.interface import declarations, fields, lengths
 from g2g_kernels.cpu.workspace import workspace
 from g2g_kernels.numbers import INT32
 from g2g_kernels.tracing import constant_when_traced
-
-if TYPE_CHECKING:
-    from g2g_kernels.ops.neurons.models import Neurons
 
 logger = logging.getLogger("g2g_kernels")
 
 ABI = 5
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
+
+#: the names of the options of neurons, which both sides number in their order (``g2g_kernels.ops.neurons.cpu``)
+OPTIONS: dict[str, Iterable[str]] = {}
 
 #: what a kernel answers, instead of the size of its scratch memory, to sizes and options that it cannot number
 TOO_LARGE, UNKNOWN_OPTION = -2, -3
@@ -39,9 +38,6 @@ TOO_LARGE, UNKNOWN_OPTION = -2, -3
 #: the two take equally long (docs/cpu-performance.md). Weight gradients are summed in float32 in either case.
 EVENT_LIMIT_FORWARD = {False: 0.5, True: 0.28}
 EVENT_LIMIT_BACKWARD = {False: 0.5, True: 0.5}
-#: The same for input gradients: the share of neurons that a gradient reaches through their own spikes where the product
-#: multiplies as many rows of weights as events may have to; the kernels scale it by how many (``EventRuns.ratio``).
-GRADIENT_EVENT_LIMIT = {False: 0.3, True: 0.2}
 #: Cost of products with vectors over the batch, relative to what the kernels assume (``by_batch`` in ``csrc/stack.h``):
 #: layers with units below 16 take them where they cost less than events and matrix kernels. 0: always, infinity: never.
 BATCH_COST = 1.0
@@ -72,17 +68,6 @@ class _Int32:
         return c_int32(value)
 
 
-def _options() -> dict[str, Iterable[str]]:
-    """The names of the options of neurons, which both sides number in their order."""
-    from g2g_kernels.ops.neurons.models import MODELS, RESETS  # whose package registers the kernels of this library
-    from g2g_kernels.ops.neurons.surrogates import SURROGATES
-
-    options: dict[str, Iterable[str]] = {"resets": RESETS, "surrogates": SURROGATES, "models": MODELS}
-    for name, model in MODELS.items():
-        options |= {f"{name}.{kind}": getattr(model, kind) for kind in ("states", "parameters", "decays")}
-    return options
-
-
 def _table(text: str, options: Mapping[str, str]) -> dict[str, str]:
     """What both sides must agree on, by name."""
     table = {
@@ -97,7 +82,7 @@ def _difference(said: str) -> str | None:
     """The first difference between the library's table and this package, or None."""
     lines = dict(line.split(": ", 1) for line in said.splitlines())
     theirs = _table(lines.pop("structures", ""), lines)
-    ours = _table(declarations(), {name: " ".join(names) for name, names in _options().items()})
+    ours = _table(declarations(), {name: " ".join(names) for name, names in OPTIONS.items()})
     for name in (*theirs, *ours):
         if theirs.get(name) != ours.get(name):
             return f"{name} is {theirs.get(name, 'missing')!r} there and {ours.get(name, 'missing')!r} here"
@@ -218,24 +203,6 @@ def _checked(answer: int) -> int:
     return answer
 
 
-@functools.cache
-def _numbers(model: str, reset: str, surrogate: str) -> tuple[int, ...]:
-    """The numbers of a population's options."""
-    options = _options()
-    given = (("models", model), ("resets", reset), ("surrogates", surrogate))
-    return tuple(list(options[kind]).index(name) for kind, name in given)
-
-
-def neuron_arguments(neurons: "Neurons", grads: Sequence[torch.Tensor] | None = None) -> Structure:
-    """A population of neurons, and where the gradients of its parameters go (nowhere for empty ones)."""
-    model, reset, surrogate = _numbers(neurons.model, neurons.reset, neurons.surrogate)
-    arguments = structures.Neurons(model=model, reset=reset, surrogate=surrogate, alpha=neurons.alpha)
-    for k, value in enumerate(neurons.parameters):
-        grad = pointer(grads[k]) if grads else None
-        arguments.parameters[k] = structures.Parameter(value=value.data_ptr(), grad=grad, per_neuron=value.numel() > 1)
-    return arguments
-
-
 def pointer(tensor: torch.Tensor | None) -> int | None:
     """The address of a tensor's first element, None for no tensor or one without elements."""
     return tensor.data_ptr() if tensor is not None and tensor.numel() else None
@@ -244,32 +211,6 @@ def pointer(tensor: torch.Tensor | None) -> int | None:
 def event_limit(bf16: bool, backward: bool) -> float:
     """The share of ones up to which spikes are multiplied event by event."""
     return (EVENT_LIMIT_BACKWARD if backward else EVENT_LIMIT_FORWARD)[bool(bf16)]
-
-
-def gradient_event_limit(neurons: "Neurons", bf16: bool) -> float:
-    """The share of events up to which the input gradient of a layer with these neurons is computed by events.
-
-    0 if it always takes the product; the reason is logged once.
-    """
-    reason = _why_product(neurons.model, neurons.reset, neurons.surrogate, neurons.parameters[0].numel() > 1)
-    return 0.0 if reason else GRADIENT_EVENT_LIMIT[bool(bf16)]
-
-
-@functools.cache
-def _why_product(model: str, reset: str, surrogate: str, per_neuron: bool) -> str | None:
-    from g2g_kernels.ops.neurons.models import MODELS
-    from g2g_kernels.ops.neurons.surrogates import SURROGATES
-
-    reasons = {
-        f"gradients of surrogate {surrogate!r} reach every neuron": not SURROGATES[surrogate].compact,
-        f"neuron {model!r} has more than one state": len(MODELS[model].states) > 1,
-        "gradients pass through reset 'zero'": reset == "zero",
-        "each neuron has its own beta": per_neuron,
-    }
-    reason = next((reason for reason, applies in reasons.items() if applies), None)
-    path = f"the product: {reason}" if reason else "events where these are few"
-    logger.info("input gradients are computed by %s", path)
-    return reason
 
 
 def bf16_wanted() -> bool:

@@ -479,7 +479,7 @@ def limit_gradient_events(monkeypatch):
     """Sets the share of events up to which input gradients are computed by them: 0 never, infinity always."""
 
     def limit(share: float) -> None:
-        monkeypatch.setattr(library, "GRADIENT_EVENT_LIMIT", {False: share, True: share})
+        monkeypatch.setattr(stack, "GRADIENT_EVENT_LIMIT", {False: share, True: share})
 
     return limit
 
@@ -594,7 +594,7 @@ def test_events_under_bfloat16_use_float32_weights(limit_gradient_events, monkey
 
 @once
 def test_the_log_says_once_what_computes_input_gradients(caplog):
-    library._why_product.cache_clear()
+    stack._why_product.cache_clear()
     cases = {
         "the product: gradients of surrogate 'atan' reach every neuron": {"surrogate": "atan"},
         "the product: gradients pass through reset 'zero'": {"reset": "zero"},

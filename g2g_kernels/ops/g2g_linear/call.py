@@ -5,12 +5,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from g2g_kernels.block_mask import BlockMask, MaskTensors
-from g2g_kernels.flops import count_flops, product_flops
+from g2g_kernels.block_mask import BlockMask
 from g2g_kernels.ops import record
 from g2g_kernels.ops.derivatives import refuse_compiled_backward
+from g2g_kernels.ops.flops import count_flops, product_flops
 from g2g_kernels.ops.g2g_linear.derivatives import Kernels, linear
 from g2g_kernels.tracing import is_traced
+from g2g_kernels.unit_grid import MaskTensors
 
 
 class LinearCall(NamedTuple):

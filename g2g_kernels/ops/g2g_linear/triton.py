@@ -24,12 +24,13 @@ import triton
 import triton.language as tl
 from torch.nn import functional as F
 
-from g2g_kernels.block_mask import BlockMask, MaskTensors
+from g2g_kernels.block_mask import BlockMask
 from g2g_kernels.ops.g2g_linear.call import LinearBackward, LinearCall, call_operators, operators
 from g2g_kernels.packing import assembled, no_tiles, packed
 from g2g_kernels.sides import Side
 from g2g_kernels.triton import runtime
 from g2g_kernels.triton.runtime import launch
+from g2g_kernels.unit_grid import MaskTensors
 
 # --- the graph as kernels read it -------------------------------------------------------------------------------
 

@@ -19,7 +19,8 @@ from g2g_kernels.ops.g2g_stack.activity import Activity, Spikes
 from g2g_kernels.ops.g2g_stack.layer import SpikingLayer
 from g2g_kernels.ops.g2g_stack.reference import activity_of, silenced
 from g2g_kernels.ops.g2g_stack.synapses import Synapses, SynapticOperations
-from g2g_kernels.ops.neurons import check_neurons, check_steps, neurons
+from g2g_kernels.ops.neurons import neurons
+from g2g_kernels.ops.neurons.checks import check_neurons, check_steps
 from g2g_kernels.tracing import is_transformed
 
 __all__ = [

@@ -10,21 +10,20 @@ backward pass:
 """
 
 import ctypes
+import functools
+import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-from g2g_kernels.block_mask import MaskTensors
 from g2g_kernels.cpu import library as cpu_library
 from g2g_kernels.cpu import plans
 from g2g_kernels.cpu.interface import structures
 from g2g_kernels.cpu.library import (
     bf16_wanted,
     event_limit,
-    gradient_event_limit,
     library,
-    neuron_arguments,
     pointer,
     run,
     too_large,
@@ -35,10 +34,20 @@ from g2g_kernels.ops import record
 from g2g_kernels.ops.g2g_stack.activity import Activity
 from g2g_kernels.ops.g2g_stack.call import Outputs, StackBackward, StackCall, StackGradients, operators
 from g2g_kernels.ops.g2g_stack.layer import SpikingLayer
-from g2g_kernels.ops.neurons.models import MODELS
+from g2g_kernels.ops.neurons.cpu import neuron_arguments
+from g2g_kernels.ops.neurons.models import MODELS, Neurons
+from g2g_kernels.ops.neurons.surrogates import SURROGATES
+from g2g_kernels.unit_grid import MaskTensors
+
+logger = logging.getLogger("g2g_kernels")
 
 #: rows of a chunk are numbered in 16 bits
 MOST_STEPS = 1 << 16
+
+#: The input gradient of a layer is computed by events up to this share of neurons that a gradient reaches through their
+#: own spikes (True: under bfloat16), where the product multiplies as many rows of weights as events may have to; the
+#: kernels scale it by how many (``EventRuns.ratio``).
+GRADIENT_EVENT_LIMIT = {False: 0.3, True: 0.2}
 
 Tensors = Sequence[torch.Tensor]
 
@@ -219,7 +228,7 @@ def _backward(backward: StackBackward) -> StackGradients:
     x_spikes, *input_rates = header.tolist()
     for number, (layer, grad_rates) in enumerate(zip(arguments.layers, backward.rates_of_layers(), strict=True)):
         layer.input_rate = input_rates[number]
-        layer.gradient_event_limit = gradient_event_limit(call.layers[number].neurons, arguments.stack.bf16)
+        layer.gradient_event_limit = _gradient_event_limit(call.layers[number].neurons, arguments.stack.bf16)
         layer.grad_rates = pointer(grad_rates)
         layer.grad_values, layer.grad_bias = pointer(grads.values[number]), pointer(grads.biases[number])
     stack = arguments.stack
@@ -228,6 +237,29 @@ def _backward(backward: StackBackward) -> StackGradients:
     stack.grad_counts, stack.grad_x = pointer(backward.grad_counts), pointer(grads.x)
     run(library().g2g_stack_backward, stack)
     return grads
+
+
+def _gradient_event_limit(neurons: Neurons, bf16: bool) -> float:
+    """The share of events up to which the input gradient of a layer with these neurons is computed by events.
+
+    0 if it always takes the product; the reason is logged once.
+    """
+    reason = _why_product(neurons.model, neurons.reset, neurons.surrogate, neurons.parameters[0].numel() > 1)
+    return 0.0 if reason else GRADIENT_EVENT_LIMIT[bool(bf16)]
+
+
+@functools.cache
+def _why_product(model: str, reset: str, surrogate: str, per_neuron: bool) -> str | None:
+    reasons = {
+        f"gradients of surrogate {surrogate!r} reach every neuron": not SURROGATES[surrogate].compact,
+        f"neuron {model!r} has more than one state": len(MODELS[model].states) > 1,
+        "gradients pass through reset 'zero'": reset == "zero",
+        "each neuron has its own beta": per_neuron,
+    }
+    reason = next((reason for reason, applies in reasons.items() if applies), None)
+    path = f"the product: {reason}" if reason else "events where these are few"
+    logger.info("input gradients are computed by %s", path)
+    return reason
 
 
 class PackedWords(NamedTuple):

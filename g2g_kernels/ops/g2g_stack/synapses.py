@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import torch
 
-from g2g_kernels.block_mask import BlockMask, version
+from g2g_kernels.block_mask import BlockMask
+from g2g_kernels.wiring import version
 
 
 class SynapticOperations(NamedTuple):

@@ -4,18 +4,41 @@ The backward pass recomputes the states from the currents and the states that th
 ``EVERY`` steps, float32 [(T − 1) // EVERY, states, ..., N].
 """
 
+import functools
+from collections.abc import Sequence
 from ctypes import Structure
 
 import torch
 
 from g2g_kernels.cpu.interface import structures
-from g2g_kernels.cpu.library import library, neuron_arguments, pointer, run, too_large
+from g2g_kernels.cpu.library import OPTIONS, library, pointer, run, too_large
 from g2g_kernels.cpu.workspace import workspace
 from g2g_kernels.ops.neurons.call import NeuronsBackward, NeuronsCall, operators
-from g2g_kernels.ops.neurons.models import Neurons
+from g2g_kernels.ops.neurons.models import MODELS, RESETS, Neurons
+from g2g_kernels.ops.neurons.surrogates import SURROGATES
+
+OPTIONS.update({"resets": RESETS, "surrogates": SURROGATES, "models": MODELS})
+for _name, _model in MODELS.items():
+    OPTIONS.update({f"{_name}.{kind}": getattr(_model, kind) for kind in ("states", "parameters", "decays")})
 
 #: steps from the states that are kept to the next (docs/cpu-performance.md, 16)
 EVERY = 5
+
+
+@functools.cache
+def _numbers(model: str, reset: str, surrogate: str) -> tuple[int, ...]:
+    """The numbers of a population's options."""
+    return list(MODELS).index(model), RESETS.index(reset), list(SURROGATES).index(surrogate)
+
+
+def neuron_arguments(neurons: Neurons, grads: Sequence[torch.Tensor] | None = None) -> Structure:
+    """A population of neurons, and where the gradients of its parameters go (nowhere for empty ones)."""
+    model, reset, surrogate = _numbers(neurons.model, neurons.reset, neurons.surrogate)
+    arguments = structures.Neurons(model=model, reset=reset, surrogate=surrogate, alpha=neurons.alpha)
+    for k, value in enumerate(neurons.parameters):
+        grad = pointer(grads[k]) if grads else None
+        arguments.parameters[k] = structures.Parameter(value=value.data_ptr(), grad=grad, per_neuron=value.numel() > 1)
+    return arguments
 
 
 def refuses(current: torch.Tensor, population: Neurons, steps: int | None) -> str | None:

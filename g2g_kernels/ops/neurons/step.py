@@ -10,7 +10,7 @@ import torch
 
 from g2g_kernels.ops.checks import check_tensor
 from g2g_kernels.ops.derivatives import has_tangent
-from g2g_kernels.ops.neurons import as_tensors, check_neurons
+from g2g_kernels.ops.neurons.checks import as_tensors, check_neurons
 from g2g_kernels.ops.neurons.models import MODELS, RESET, Neurons, Tensors
 from g2g_kernels.ops.neurons.surrogates import ALPHA, SURROGATE, SURROGATES
 

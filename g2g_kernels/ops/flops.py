@@ -15,8 +15,8 @@ from types import ModuleType
 
 import torch
 
-from g2g_kernels.block_mask import MaskTensors
 from g2g_kernels.ops.record import RecordOperator
+from g2g_kernels.unit_grid import MaskTensors
 
 COUNTER = "torch.utils.flop_counter"
 _formulas: dict[torch._ops.OpOverload, Callable[..., int]] = {}

@@ -1,0 +1,61 @@
+"""What a population of neurons must be, and numbers as tensors."""
+
+import numpy as np
+import torch
+
+from g2g_kernels.numbers import COUNT, SHARPNESS, check_parameter
+from g2g_kernels.ops.checks import check_tensor
+from g2g_kernels.ops.neurons.models import MODELS, RESETS, Neurons
+from g2g_kernels.ops.neurons.surrogates import SURROGATES
+
+#: what is taken for a parameter beside tensors
+NUMBERS = (int, float, np.integer, np.floating)
+
+
+def as_tensors(current: torch.Tensor, of: str = "", **parameters: torch.Tensor | float) -> tuple[torch.Tensor, ...]:
+    """Parameters, by name (``of`` some neurons), on the device of ``current``; numbers become tensors.
+
+    Raises:
+        ValueError: for a number that a float32 cannot hold.
+    """
+    check_tensor("current", current)
+    dtype = torch.promote_types(current.dtype, torch.float32)
+    tensors = []
+    for name, value in parameters.items():
+        if isinstance(value, NUMBERS):
+            value = check_parameter(name, value, of)
+            value = torch.tensor(value, dtype=dtype, device=current.device)
+        tensors.append(value)
+    return tuple(tensors)
+
+
+def check_steps(steps: int | None) -> int | None:
+    """``steps`` as an int, or None. Raises ValueError for anything but None and a number of time steps."""
+    return None if steps is None else COUNT.check("steps", steps)
+
+
+def check_neurons(suffix: str, population: Neurons, size: int, like: torch.Tensor) -> Neurons:
+    """``population`` with parameters on the device of ``like``; numbers become tensors.
+
+    Raises:
+        ValueError: for an unknown model, an option out of range, or parameters that ``size`` neurons cannot have.
+    """
+    model, parameters, reset, surrogate, alpha = population
+    for name, value, known in (
+        ("model", model, MODELS),
+        ("reset", reset, RESETS),
+        ("surrogate", surrogate, SURROGATES),
+    ):
+        if value not in known:
+            raise ValueError(f"{name}={value!r}{suffix} is unknown; choose one of {', '.join(known)}")
+    SHARPNESS.check("alpha", alpha, suffix)
+    names = MODELS[model].parameters
+    if len(parameters) != len(names):
+        raise ValueError(f"{model} neurons{suffix} have {len(parameters)} parameters; expected {', '.join(names)}")
+    parameters = as_tensors(like, suffix, **dict(zip(names, parameters, strict=True)))
+    for name, parameter in zip(names, parameters, strict=True):
+        check_tensor(f"{name}{suffix}", parameter)
+        shape = tuple(parameter.shape)
+        if shape not in ((), (1,), (size,)):
+            raise ValueError(f"{name}{suffix} has shape {shape}; expected a scalar or [{size}], one per neuron")
+    return population._replace(parameters=parameters)

@@ -1,0 +1,86 @@
+"""Modules import downwards only, in the order of :data:`LAYERS`, and never in a circle; lazy imports count."""
+
+import ast
+from pathlib import Path
+
+import pytest
+from helpers import ROOT
+
+#: modules of ``g2g_kernels``, or packages of them, from the bottom to the top
+LAYERS = (
+    ("numbers", "tracing", "device"),
+    ("groups", "sides", "packing", "unit_grid", "graph", "wiring", "block_mask", "dispatch"),
+    ("cpu", "triton"),
+    ("backends",),
+    ("ops.derivatives", "ops.checks", "ops.record", "ops.flops"),
+    ("ops.neurons", "ops.g2g_linear"),
+    ("ops.g2g_stack",),
+    ("ops", "doctor", ""),
+)
+
+
+def imports_of(package: Path) -> dict[str, set[str]]:
+    """Of each module of a package by its name in it, the modules that it imports anywhere."""
+    files = {}
+    for file in package.rglob("*.py"):
+        parts = [*package.parts[-1:], *file.relative_to(package).with_suffix("").parts]
+        files[".".join(parts).removesuffix(".__init__")] = file
+    imports = {}
+    for module, file in files.items():
+        names = set()
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{file} has a relative import"
+                inside = (f"{node.module}.{alias.name}" for alias in node.names)
+                names |= {name if name in files else str(node.module) for name in inside}
+        imports[module] = names & set(files) - {module}
+    return {short(module): {short(name) for name in names} for module, names in imports.items()}
+
+
+def short(module: str) -> str:
+    """Its name in the package, of the package itself ""."""
+    return module.partition(".")[2]
+
+
+def layer_of(module: str) -> int:
+    """The number of the layer of the longest name that is this module or a package around it."""
+    names = {name: number for number, layer in enumerate(LAYERS) for name in layer}
+    return names[max((name for name in names if f"{module}.".startswith(f"{name}." if name else "")), key=len)]
+
+
+def circle(imports: dict[str, set[str]]) -> list[str]:
+    """The modules of which each imports another one of them; empty if no module imports itself by others."""
+    left = dict(imports)
+    while free := [module for module, others in left.items() if not others & set(left)]:
+        for module in free:
+            del left[module]
+    return sorted(left)
+
+
+IMPORTS = imports_of(ROOT / "g2g_kernels")
+
+
+def test_no_module_imports_itself_by_others():
+    assert circle(IMPORTS) == []
+
+
+def test_modules_import_from_lower_layers_only():
+    upwards = [f"{m} → {other}" for m, others in IMPORTS.items() for other in others if layer_of(other) > layer_of(m)]
+    assert upwards == []
+
+
+def test_imports_are_found():
+    assert {"cpu.library", "unit_grid", "ops.record"} <= IMPORTS["ops.g2g_stack.cpu"]
+    assert "ops.neurons.triton" in IMPORTS["ops.neurons"], "imported inside a function"
+    assert layer_of("ops.neurons.models") < layer_of("ops.g2g_stack.call") < layer_of("")
+
+
+@pytest.mark.parametrize("name", sorted({name for layer in LAYERS for name in layer if name}))
+def test_every_named_module_exists(name):
+    assert name in IMPORTS
+
+
+def test_a_circle_is_found():
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["a", "b", "c"]

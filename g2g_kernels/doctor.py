@@ -342,7 +342,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if runtime.compiled().kernels:
         print(f"compiled {runtime.compiled()}")
     seconds = time.perf_counter() - began
-    print(f"\n{f'{findings} cases are WRONG' if findings else 'Everything checked is right'} ({seconds:.1f} s)")
+    print(f"\n{f'{findings} cases are WRONG' if findings else 'All checks passed'} ({seconds:.1f} s)")
     return 1 if findings else 0
 
 

@@ -53,6 +53,8 @@ class Number(NamedTuple):
     @property
     def range(self) -> str:
         """The range in words; empty for any number."""
+        if math.isfinite(self.low) and math.isfinite(self.high) and not (self.open_low or self.open_high):
+            return f"from {self.low} to {self.high}"
         words = []
         if self.low > -math.inf:
             words.append(f"{'above' if self.open_low else 'at least'} {self.low}")
@@ -63,7 +65,8 @@ class Number(NamedTuple):
     def __str__(self) -> str:
         if not self.range:
             return "a whole number" if self.whole else "a finite number"
-        return f"{'a whole number' if self.whole else 'a number'} {'' if self.open_low else 'of '}{self.range}"
+        of = "of " if self.range.startswith("at ") else ""
+        return f"{'a whole number' if self.whole else 'a number'} {of}{self.range}"
 
     def _holds(self, value: float) -> bool:
         """Whether ``value`` is in the range."""

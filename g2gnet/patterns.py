@@ -19,9 +19,9 @@ from dataclasses import dataclass
 import torch
 
 from g2g_kernels import BlockMask, GroupLayout
-from g2g_kernels.block_mask import UnitAxis
 from g2g_kernels.groups import partners
 from g2g_kernels.numbers import COUNT, PROBABILITY, Number
+from g2g_kernels.sides import UnitAxis
 from g2g_kernels.tracing import on_cpu
 from g2gnet.grouping import GROUPINGS, group_layouts
 

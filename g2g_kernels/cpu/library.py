@@ -128,8 +128,8 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         function.restype, function.argtypes = result, arguments
     asked, chosen = os.environ.get("G2G_CPU_ISA"), library.g2g_isa().decode()
     if asked and asked != chosen:
-        there = "which this CPU does not have" if asked in ISAS else f"which is not one of {', '.join(ISAS)}"
-        reason = f"G2G_CPU_ISA={asked!r} asks for an instruction set {there}; leave it unset for the best one"
+        why = "which this CPU does not have" if asked in ISAS else f"which is not one of {', '.join(ISAS)}"
+        reason = f"G2G_CPU_ISA={asked!r} asks for an instruction set {why}; leave it unset for the best one"
         logging.getLogger("g2g_kernels").warning("the compiled CPU kernels are not used: %s", reason)
         return None, reason
     library.g2g_use_openmp(openmp(), MOST_WAITING)

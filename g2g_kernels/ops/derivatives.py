@@ -78,15 +78,15 @@ def for_each_of_old(backward: Callable[..., Results]) -> Callable[..., Results]:
 
 def _packed(call: Callable[[Callable[..., Results]], Results], function: Callable[..., Results]) -> Results:
     """``call(function)`` where ``call`` knows no result None."""
-    there: list[bool] = []
+    given: list[bool] = []
 
     def tensors(*arguments: Any) -> Results:
         results = function(*arguments)
-        there[:] = [result is not None for result in results]
+        given[:] = [result is not None for result in results]
         return tuple(result for result in results if result is not None)
 
     results = iter(call(tensors))
-    return tuple(next(results) if is_there else None for is_there in there)
+    return tuple(next(results) if is_given else None for is_given in given)
 
 
 def _is_old_batch(grads: Sequence[Any]) -> bool:
@@ -142,7 +142,7 @@ class _ForEach(torch.autograd.Function):
 
 
 class _Root(torch.autograd.Function):
-    """Nothing, but part of the graph of a tensor that is not kept."""
+    """An empty tensor that keeps the graph edge of a tensor, but not its data."""
 
     @staticmethod
     def forward(ctx, tensor):

@@ -34,7 +34,7 @@ def count_flops(operator: RecordOperator, formula: Callable[..., int]) -> None:
 
 
 def product_flops(samples: int, values: torch.Tensor, mask: MaskTensors) -> int:
-    """Of a product of ``samples`` vectors with the weights of ``mask``."""
+    """FLOPs of the product of the weights of ``mask`` with ``samples`` vectors."""
     try:
         rows, cols = mask.row_bounds.diff(), mask.col_bounds.diff()
         weights = int((rows[mask.unit_row] * cols[mask.unit_col]).sum())

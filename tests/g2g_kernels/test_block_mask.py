@@ -229,7 +229,7 @@ def test_defaults_are_p_intra_1_p_inter_015_and_units_of_64():
 @pytest.mark.parametrize("name", ["p_intra", "p_inter"])
 @pytest.mark.parametrize("p", [-0.01, 1.01, math.nan])
 def test_what_is_no_probability_is_refused(name, p):
-    with pytest.raises(ValueError, match=f"{name}=.* must be a number of at least 0 and at most 1"):
+    with pytest.raises(ValueError, match=f"{name}=.* must be a number from 0 to 1"):
         BlockMask.sample(GroupLayout(8), GroupLayout(8), **{name: p})
 
 

@@ -27,7 +27,7 @@ def test_everything_on_this_machine_is_right(capsys):
     status = doctor.main(["--device", "cpu"])
     out = capsys.readouterr().out
     assert status == 0, out
-    assert "Everything checked is right" in out
+    assert "All checks passed" in out
     for name, reason in backend_status().items():
         assert f"  {name:<9} {f'no: {reason}' if reason else 'yes'}" in out
     rows = [line.split()[:4] for line in out.splitlines() if line.startswith("cpu  ")]

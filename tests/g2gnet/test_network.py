@@ -246,9 +246,9 @@ def test_a_state_dict_carries_masks_and_groups():
         ({"neuron": "if"}, "neuron='if' is unknown; choose one of lif, synaptic"),
         ({"init_gain": 0.0}, "init_gain=0.0 must be a number above 0"),
         ({"enc": "latency"}, "enc='latency' is unknown"),
-        ({"p_inter": 1.5}, "p_inter=1.5 must be a number of at least 0 and at most 1"),
+        ({"p_inter": 1.5}, "p_inter=1.5 must be a number from 0 to 1"),
         ({"num_groups": 0}, "num_groups=0 must be a whole number of at least 1"),
-        ({"block_size": 0}, "block_size=0 must be a whole number of at least 1"),
+        ({"block_size": 0}, "block_size=0 must be a whole number from 1"),
     ],
 )
 def test_values_out_of_range_are_named(options, message):
@@ -386,7 +386,7 @@ def test_each_neuron_is_dropped_with_the_probability_asked_for():
 
 @pytest.mark.parametrize("dropout", [-0.1, 1.0, float("nan"), 0.999999, "0.5"])
 def test_a_dropout_that_keeps_no_neuron_is_refused_whenever_it_is_set(dropout):
-    message = r"dropout=.* must be a number of at least 0 and at most 0.99998"
+    message = r"dropout=.* must be a number from 0 to 0.99998"
     with pytest.raises(ValueError, match=message):
         G2GNet(20, 24, 10, block_size=3, dropout=dropout)
     net = G2GNet(20, 24, 10, block_size=3, dropout=0.25)
@@ -432,5 +432,5 @@ def test_numbers_that_no_kernel_can_hold_are_named(options, message):
 
 
 def test_a_network_of_any_size_is_refused_by_it():
-    with pytest.raises(ValueError, match=r"size=1000.* must be a whole number of at least 1 and at most 2147483647"):
+    with pytest.raises(ValueError, match=r"size=1000.* must be a whole number from 1 to 2147483647"):
         G2GNet(20, 10**12, 10)

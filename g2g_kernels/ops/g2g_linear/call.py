@@ -46,7 +46,7 @@ class LinearBackward(NamedTuple):
     Attributes:
         call: as the forward pass had it.
         grad_y: ∂L/∂y, contiguous [M, out].
-        wanted: whether the gradients of x, values and bias are.
+        wanted: which gradients to compute: x, values, bias.
     """
 
     call: LinearCall
@@ -61,7 +61,7 @@ class LinearBackward(NamedTuple):
         *call, grad_y, wanted = arguments
         return cls(LinearCall.of_flat(*call), grad_y, tuple(wanted))
 
-    def room(self) -> list[torch.Tensor]:
+    def empty_gradients(self) -> list[torch.Tensor]:
         """Empty tensors for the gradients of x, values and bias (the last float32), 0 elements if unwanted."""
         x, values, mask, _, _ = self.call
         want_x, want_values, want_bias = self.wanted
@@ -84,7 +84,7 @@ def operators(
         prefix: distinguishes the operators of different backends.
         keys: the dispatch keys that they serve.
         forward: y [M, out].
-        backward: gradients as :meth:`LinearBackward.room` has them.
+        backward: gradients as :meth:`LinearBackward.empty_gradients` has them.
     """
 
     def fake(call: LinearCall) -> torch.Tensor:
@@ -102,7 +102,7 @@ def operators(
 
     call = "Tensor x, Tensor values, Tensor[] mask, Tensor? bias, ScalarType dtype"
     schema = f"{prefix}linear_backward({call}, Tensor grad_y, bool[] wanted) -> Tensor[]"
-    backward_operator = record.define(schema, LinearBackward, backward, LinearBackward.room, keys)
+    backward_operator = record.define(schema, LinearBackward, backward, LinearBackward.empty_gradients, keys)
     record.refuse_derivative(backward_operator, refuse_compiled_backward)
     schema = f"{prefix}linear_forward({call}) -> Tensor"
     forward_operator = record.define(schema, LinearCall, forward, fake, keys)

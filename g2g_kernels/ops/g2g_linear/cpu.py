@@ -86,7 +86,7 @@ def _backward(backward: LinearBackward) -> list[torch.Tensor]:
     out_size = call.mask.shape[0]
     if grad_y.shape != (len(call.x), out_size) or grad_y.dtype != call.dtype or not grad_y.is_contiguous():
         raise ValueError("grad_y must be contiguous and of the output's shape and dtype")
-    to_x, to_values, to_bias = backward.room()
+    to_x, to_values, to_bias = backward.empty_gradients()
     if want_x:
         to_x = workspace.empty(tuple(call.x.shape), call.x.dtype)
     if want_values:

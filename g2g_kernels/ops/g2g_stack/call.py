@@ -133,7 +133,7 @@ class StackCall(NamedTuple):
                 if parameter.numel() not in (1, size):
                     raise ValueError(f"{name} of layer {number} has {parameter.numel()} entries, expected 1 or {size}")
 
-    def room(self, grad_x: bool = True) -> "StackGradients":
+    def empty_gradients(self, grad_x: bool = True) -> "StackGradients":
         """Empty tensors for all gradients, without elements for x unless ``grad_x`` and for missing biases."""
         return StackGradients(
             self.x.new_empty(self.x.shape if grad_x else 0),
@@ -234,7 +234,7 @@ def operators(
         f"{prefix}stack_backward({call}, {more}) -> Tensor[]",
         StackBackward,
         lambda given: backward(given).flat(),
-        lambda given: given.call.room(given.grad_x).flat(),
+        lambda given: given.call.empty_gradients(given.grad_x).flat(),
         keys,
     )
     record.refuse_derivative(backward_operator, refuse_backward)

@@ -67,7 +67,7 @@ from g2g_kernels.triton.runtime import launch
 
 # --- the fused kernel -------------------------------------------------------------------------------------------
 #
-# One program computes BLOCK_B samples × one tile of BLOCK_N neurons for all T steps, membranes in registers. Its loop
+# One program computes BLOCK_M samples × one tile of BLOCK_N neurons for all T steps, membranes in registers. Its loop
 # runs over (t, unit of the block row) flattened into one and carries the next tile, as that of the product does, so the
 # loads of step t + 1 are in flight while step t finishes. 2·T·B·U·R·C FLOPs; the weights of a block row (67 KB by
 # default, in 16 bits) are read T times, from L2.
@@ -215,9 +215,9 @@ def choose(fused: bool) -> Iterator[None]:
 
 
 @triton.jit
-def _if(there, b, batch, n_ok):
-    """Which elements of a tile exist; none unless ``there``, a scalar, is true."""
-    return (b < tl.where(there, batch, 0))[:, None] & n_ok[None, :]
+def _if(condition, b, batch, n_ok):
+    """Which elements of a tile exist; none unless ``condition``, a scalar, is true."""
+    return (b < tl.where(condition, batch, 0))[:, None] & n_ok[None, :]
 
 
 @triton.jit(do_not_specialize=["steps", "batch"])
@@ -276,8 +276,8 @@ def fused_backward_kernel(
         upstream = ()
         for k in tl.static_range(SEGMENT):
             t = first + k
-            there = _if((t > 0) & (t <= steps), b, batch, n_ok)
-            earlier += (tl.load(margins + (t - 1) * step + offset, mask=there, other=0.0),)
+            exists = _if((t > 0) & (t <= steps), b, batch, n_ok)
+            earlier += (tl.load(margins + (t - 1) * step + offset, mask=exists, other=0.0),)
             if grad_spikes is not None:
                 upstream += (tl.load(grad_spikes + t * step + offset, mask=_if(t < steps, b, batch, n_ok), other=0.0),)
         sums = zeros(len(own), BLOCK_B, BLOCK_N)

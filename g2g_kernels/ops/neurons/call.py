@@ -78,7 +78,7 @@ class NeuronsBackward(NamedTuple):
         call: as the forward pass had it.
         kept: what the forward pass kept, float32.
         grad_spikes: ∂L/∂S, contiguous [T, ..., N].
-        wanted: whether the gradients of the current and of each parameter are.
+        wanted: which gradients to compute: the current, each parameter.
     """
 
     call: NeuronsCall
@@ -103,7 +103,7 @@ class NeuronsBackward(NamedTuple):
             if tuple(tensor.shape) != tuple(shape) or not tensor.is_contiguous():
                 raise ValueError(f"{name} must be contiguous {list(shape)}, not {list(tensor.shape)}")
 
-    def room(self) -> list[torch.Tensor]:
+    def empty_gradients(self) -> list[torch.Tensor]:
         """Empty tensors for the gradients of the current and of each parameter, without elements for unwanted ones."""
         tensors = self.call.current, *self.call.population.parameters
         return [t.new_empty(t.shape if wanted else 0) for t, wanted in zip(tensors, self.wanted, strict=True)]
@@ -122,7 +122,7 @@ def operators(
         prefix: distinguishes the operators of different backends.
         keys: the dispatch keys that they serve.
         forward: spikes, and the states that the backward pass needs (nothing unless ``keep``).
-        backward: gradients as :meth:`NeuronsBackward.room` has them.
+        backward: gradients as :meth:`NeuronsBackward.empty_gradients` has them.
         kept_shape: the shape of those states.
     """
 
@@ -139,7 +139,7 @@ def operators(
 
     call = "Tensor current, str model, Tensor[] parameters, str reset, str surrogate, float alpha, int steps, bool keep"
     schema = f"{prefix}neurons_backward({call}, Tensor kept, Tensor grad_spikes, bool[] wanted) -> Tensor[]"
-    backward_operator = record.define(schema, NeuronsBackward, backward, NeuronsBackward.room, keys)
+    backward_operator = record.define(schema, NeuronsBackward, backward, NeuronsBackward.empty_gradients, keys)
     record.refuse_derivative(backward_operator, refuse_backward)
     schema = f"{prefix}neurons_forward({call}) -> (Tensor spikes, Tensor kept)"
     forward_operator = record.define(schema, NeuronsCall, forward, fake, keys)

@@ -95,7 +95,7 @@ def _backward(backward: NeuronsBackward) -> list[torch.Tensor]:
     for name in ("kept", "grad_spikes"):
         if getattr(backward, name).dtype != torch.float32:
             raise ValueError(f"{name} must be float32, not {getattr(backward, name).dtype}")
-    to_current, *to_parameters = backward.room()
+    to_current, *to_parameters = backward.empty_gradients()
     if backward.wanted[0]:
         to_current = workspace.empty(tuple(call.current.shape))
     arguments = _arguments(call, to_parameters)

@@ -450,7 +450,7 @@ def _forward(call: NeuronsCall) -> tuple[torch.Tensor, torch.Tensor]:
 def _backward(backward: NeuronsBackward) -> list[torch.Tensor]:
     call = backward.call
     backward.check(_kept_shape(call))
-    grads = backward.room()
+    grads = backward.empty_gradients()
     current, *parameters = [grad if want else None for grad, want in zip(grads, backward.wanted, strict=True)]
     upstream = Upstream(backward.grad_spikes.view(call.flat_shape))
     launch_backward(_run(call), backward.kept, upstream, current, parameters)

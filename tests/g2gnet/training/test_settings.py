@@ -38,11 +38,11 @@ def test_the_stem_names_the_run(options, stem):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"p_inter": 1.5}, "p_inter=1.5 is out of range; give a number of at least 0 and at most 1"),
+        ({"p_inter": 1.5}, "p_inter=1.5 is out of range; give a number from 0 to 1"),
         ({"p_inter": -0.1}, "p_inter=-0.1 is out of range"),
         ({"p_inter": float("nan")}, "p_inter=nan is out of range"),
         ({"p_intra": 2.0}, "p_intra=2.0 is out of range"),
-        ({"T": 0}, "T=0 is out of range; give a whole number of at least 1"),
+        ({"T": 0}, "T=0 is out of range; give a whole number from 1"),
         ({"epochs": 0}, "epochs=0"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"lr": 0.0}, "lr=0.0 is out of range; give a number above 0"),
@@ -60,7 +60,7 @@ def test_the_stem_names_the_run(options, stem):
         ({"syn_decay": 0.8}, "syn_decay=0.8 has no effect with neuron=lif; give `neuron=synaptic`, or leave it out"),
         (
             {"neuron": "synaptic", "syn_decay": 1.5},
-            "syn_decay=1.5 is out of range; give a number of at least 0 and at most",
+            "syn_decay=1.5 is out of range; give a number from 0 to",
         ),
         (
             {"surrogate": "step"},
@@ -70,7 +70,7 @@ def test_the_stem_names_the_run(options, stem):
         ({"augment": "crop"}, "augment='crop' is unknown; choose one of auto, crop-flip, shift-flip, flip, none"),
         ({"dataset": "cifar10", "use_resnet": True, "augment": "flip"}, "augment=flip needs images"),
         ({"standardize": True, "enc": "rate"}, "standardize makes .* not spike probabilities .* give `enc=current`"),
-        ({"dropout": 1.0}, "dropout=1.0 is out of range; give a number of at least 0 and at most 0.95"),
+        ({"dropout": 1.0}, "dropout=1.0 is out of range; give a number from 0 to 0.95"),
         ({"lr_schedule": "step"}, "lr_schedule='step' is unknown; choose one of constant, cosine"),
         ({"dst_schedule": "cosine", "model": "index"}, "dst_schedule=cosine has no effect with sparsity_mode=static"),
         ({"dst_stop": 0.5}, "dst_stop=0.5 has no effect with sparsity_mode=static; give `sparsity_mode=dynamic`"),

@@ -4,6 +4,7 @@ from pathlib import Path
 
 #: files whose tests take longest: they begin first, so that no process works long after the others have ended
 SLOWEST = [
+    "g2gnet/test_weights_and_wiring.py",
     "g2g_kernels/test_cpu_backend.py",
     "g2g_kernels/ops/test_triton_*.py",
     "test_packaging.py",

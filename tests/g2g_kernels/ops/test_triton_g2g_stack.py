@@ -53,12 +53,13 @@ def compare(ratios: ErrorRatios, stack: Stack, dtype: torch.dtype = torch.float3
 
 @pytest.mark.parametrize("steps", [None, T], ids=["varying", "held"])
 def test_errors_are_at_most_1_5_times_those_of_plain_pytorch(way, steps):
-    """Over all resets and surrogates, masks taking turns."""
+    """All surrogates with two resets each; resets and masks take turns."""
     ratios = ErrorRatios()
-    masks = itertools.cycle(STACKS_OF_UNITS)
-    for reset, surrogate in itertools.product(RESETS, SURROGATES):
+    masks, resets = itertools.cycle(STACKS_OF_UNITS), itertools.cycle(RESETS)
+    for surrogate in [*SURROGATES, *SURROGATES]:
+        reset = next(resets)
         compare(ratios, clear_stack(next(masks), steps, reset), reset=reset, surrogate=surrogate)
-    ratios.check(cases=len(RESETS) * len(SURROGATES))
+    ratios.check(cases=2 * len(SURROGATES))
 
 
 def exact_in(dtype: torch.dtype, cases, steps: int | None) -> Stack:
@@ -154,9 +155,9 @@ def test_numbers_of_steps(way, steps):
 
 def test_more_samples_than_a_tile(way):
     ratios = ErrorRatios()
-    for stack in itertools.islice(clear_stacks(STACKS_OF_UNITS[0], None, batch=67), FEW):
+    for stack in itertools.islice(clear_stacks(STACKS_OF_UNITS[0], None, batch=67), 3):
         compare(ratios, stack)
-    ratios.check(cases=FEW, at_most=AT_MOST)
+    ratios.check(cases=3, at_most=AT_MOST)
 
 
 @pytest.mark.parametrize("steps", [None, T], ids=["varying", "held"])

@@ -372,6 +372,18 @@ class BlockMask(UnitGrid):
             # copies: some averages write into what they find here
             destination[prefix + name] = value.clone() if isinstance(value, torch.Tensor) else torch.tensor(value)
 
+    def _has_state(self, state: Mapping[str, Any]) -> bool:
+        """Whether these are all tensors of this mask's ``state_dict``, with their dtypes and numbers."""
+        own: dict[str, torch.Tensor] = {}
+        self._save_to_state_dict(own, "", keep_vars=False)
+        return state.keys() == own.keys() and all(
+            isinstance(tensor, torch.Tensor)
+            and tensor.dtype == own[name].dtype
+            and not (tensor.is_meta or own[name].is_meta)
+            and torch.equal(tensor.cpu(), own[name].cpu())
+            for name, tensor in state.items()
+        )
+
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ):
@@ -379,6 +391,8 @@ class BlockMask(UnitGrid):
         absent = [name for name in self.STATE if name not in state]
         if absent and absent != ["row_bounds", "col_bounds"]:
             missing_keys += [prefix + name for name in absent]
+            return
+        if self._has_state(state):
             return
         try:
             loaded = BlockMask.from_state(state, self.shape)

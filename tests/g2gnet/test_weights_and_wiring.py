@@ -69,6 +69,10 @@ class Dense:
             [layer.mask.flat_unit() for layer in net],
         )
 
+    def copy(self) -> "Dense":
+        parts = self.weights, self.masks, self.biases, self.slots
+        return Dense(*([tensor.clone() for tensor in part] for part in parts))
+
     def take(self, other: "Dense", layers=(0, 1)) -> None:
         for number in layers:
             self.weights[number] = other.weights[number].clone()
@@ -252,13 +256,13 @@ class Networks(RuleBasedStateMachine):
             torch.save(state, file)
             file.seek(0)
             state = torch.load(file, weights_only=True)
-        self.files.append((state, None if how == "kept" else copy.deepcopy(self.dense)))
+        self.files.append((state, None if how == "kept" else self.dense.copy()))
 
     @precondition(lambda self: self.files)
     @rule(which=st.integers(0, 99))
     def load(self, which):
         state, dense = self.files[which % len(self.files)]
-        self.load_into_network(state, copy.deepcopy(dense or self.dense))
+        self.load_into_network(state, (dense or self.dense).copy())
 
     @rule(seed=st.integers(4, 9))
     def load_another(self, seed):
@@ -321,7 +325,7 @@ class Networks(RuleBasedStateMachine):
     @precondition(lambda self: len(self.copies) < 3)
     @rule()
     def copy_network(self):
-        self.copies.append(Copy(copy.deepcopy(self.net), copy.deepcopy(self.dense)))
+        self.copies.append(Copy(copy.deepcopy(self.net), self.dense.copy()))
 
     def pick(self, which) -> Copy:
         return self.copies[which % len(self.copies)]

@@ -104,7 +104,7 @@ class SpikingNeurons(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *args):
         for name in self.model.parameters:
             saved = state_dict.get(prefix + name)
-            if isinstance(saved, torch.Tensor) and saved.shape == ():  # as older versions saved it
+            if isinstance(saved, torch.Tensor) and saved.shape == ():  # as snnTorch saves it
                 state_dict[prefix + name] = saved.reshape(1)
         super()._load_from_state_dict(state_dict, prefix, *args)
 

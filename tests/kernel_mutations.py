@@ -53,11 +53,6 @@ class Mutation(NamedTuple):
             text = text.replace(before, after)
         return text
 
-    def line(self, root: Path) -> int:
-        """Where the first edit is."""
-        text = (root / self.file).read_text(encoding="utf-8")
-        return text[: text.index(self.edits[0][0])].count("\n") + 1
-
 
 PADDING = "linear", "padding or rows_and_columns or one_gradient_alone"
 PARTS = "linear", "sums_over_many"
@@ -191,17 +186,17 @@ def finding(output: str) -> str:
     """What a lane reports: the kernel's line where there is one, else the test that fails and what stores in it."""
     if output.rstrip().endswith("exit 0"):
         return MISSED
-    fault = re.search(r"KernelFault: kernel `\w+`, launch \d+: `(\w+\.py:\d+): .*?`:? (.{0,60})", output)
+    fault = re.search(r"KernelFault: kernel `\w+`, launch \d+: `\w+\.py:\d+: .*?`:? (.{0,60})", output)
     if fault:
-        line, words = fault.groups()
-        what = next((word for word in ("writes", "reads") if words.startswith(word)), "race")
-        return f"{what}{'' if what == 'race' else ' out of bounds'} at `{line}`"
+        what = next((word for word in ("writes", "reads") if fault[1].startswith(word)), "race")
+        return f"{what}{'' if what == 'race' else ' out of bounds'} at the line it names"
     if "exit 1" not in output.splitlines()[-1]:
         return "the process dies, without a line"
     test = re.search(r"^FAILED \S+::(\w+)", output, re.MULTILINE)
     stores = re.findall(r"^(\w+): (\w+\.py:\d+(?:, \w+\.py:\d+)*)$", output, re.MULTILINE)
     failed = f"`{test[1]}` fails" if test else "fails"
-    return "; ".join([failed, *(f"`{kernel}` stores at `{lines}`" for kernel, lines in stores)])
+    named = [f"`{kernel}` stores at the line{'s' if ',' in lines else ''} it names" for kernel, lines in stores]
+    return "; ".join([failed, *named])
 
 
 @contextlib.contextmanager
@@ -247,7 +242,7 @@ def write(mutation: Mutation, lane: int, found: str) -> None:
     lines = PAGE.read_text(encoding="utf-8").splitlines(keepends=True)
     (at,) = (number for number, line in enumerate(lines) if line.startswith(f"| {mutation.fault} |"))
     cells = lines[at].strip("| \n").split(" | ")
-    cells[1] = f"`{mutation.file.removeprefix('g2g_kernels/').removeprefix('ops/')}:{mutation.line(ROOT)}`"
+    cells[1] = f"`{mutation.file.removeprefix('g2g_kernels/').removeprefix('ops/')}`"
     cells[2 + lane] = found
     lines[at] = f"| {' | '.join(cells)} |\n"
     PAGE.write_text("".join(lines), encoding="utf-8")

@@ -68,7 +68,5 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], name
             raise ValueError(f"optimizer state {number} has {sorted(state[number])}, not {sorted(names)}")
         for name, value in state[number].items():
             like = torch.zeros(()) if name == "step" else parameter.detach()
-            if like.shape == (1,) and isinstance(value, torch.Tensor) and value.shape == ():
-                value = state[number][name] = value.reshape(1)  # a neuron parameter as older versions had it
             check_like(f"optimizer state {number}/{name}", value, like)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -4,6 +4,7 @@ import copy
 import pickle
 
 import pytest
+import snntorch
 import torch
 from torch import nn
 
@@ -103,9 +104,11 @@ def test_lif_keeps_scalars_or_one_value_a_neuron_learnable_or_not():
     assert LIF().beta.shape == (1,)
     assert LIF(neurons=7, beta=0.8).beta.tolist() == pytest.approx([0.8] * 7)
     assert Synaptic(neurons=7, syn_decay=0.25).syn_decay.tolist() == [0.25] * 7
-    older = {"beta": torch.tensor(0.7), "threshold": torch.tensor(1.5)}  # without a dimension
+    theirs = snntorch.Leaky(beta=0.7, threshold=1.5).state_dict()  # without a dimension
+    scalars = {name: theirs[name] for name in ("beta", "threshold")}
+    assert all(value.shape == () for value in scalars.values())
     for loaded in (LIF(), LIF(learn_beta=False)):
-        loaded.load_state_dict(older)
+        loaded.load_state_dict(scalars)
         assert {name: value.tolist() for name, value in loaded.values.items()} == {
             "beta": [pytest.approx(0.7)],
             "threshold": [1.5],

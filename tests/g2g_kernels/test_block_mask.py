@@ -285,7 +285,7 @@ def test_units_stand_where_their_coordinates_say():
         ([1, 1], [0, 0], 2, "the mask names a unit twice"),
         ([0, 1], [0], 2, "must match"),
         ([[0], [1]], [[0], [1]], 2, "must match, 1-D"),
-        ([0], [0], 0, "block_size=0 must be a whole number of at least 1"),
+        ([0], [0], 0, "block_size=0 must be a whole number from 1"),
     ],
 )
 def test_impossible_units_are_refused(unit_row, unit_col, block_size, message):
@@ -651,7 +651,7 @@ def with_first(value: int):
         ),
         ({"unit_row": lambda t: t[:-1]}, r"mask: unit_row \(\d+,\) and unit_col \(\d+,\) must match"),
         ({"unit_row": lambda t: t[None], "unit_col": lambda t: t[None]}, "mask: unit_row .* must match, 1-D"),
-        ({"block_size": lambda t: t * 0}, "mask: block_size=0 must be a whole number of at least 1"),
+        ({"block_size": lambda t: t * 0}, "mask: block_size=0 must be a whole number from 1"),
         ({"in_group_of": lambda t: t * 0}, r"mask: unit_col must lie in"),
         ({"out_group_of": lambda t: t.clamp(max=1)}, r"mask: group sizes \[2, 8\] must differ by at most one"),
         ({"out_group_of": with_first(-3)}, r"mask: group_of must hold group numbers"),

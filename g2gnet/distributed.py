@@ -651,11 +651,11 @@ def _group_left() -> Iterator[None]:
 
 def _check_interfaces() -> None:
     """Raises DistributedError if gloo is to use a network interface that this machine does not have."""
-    there = [name for _, name in socket.if_nameindex()]
+    interfaces = [name for _, name in socket.if_nameindex()]
     for name in filter(None, os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")):
-        if name not in there:
+        if name not in interfaces:
             raise DistributedError(
-                f"GLOO_SOCKET_IFNAME={name} is no network interface of this machine; it has {', '.join(there)}"
+                f"GLOO_SOCKET_IFNAME={name} is no network interface of this machine; it has {', '.join(interfaces)}"
             )
 
 

@@ -448,22 +448,22 @@ class DSTScheduler:
         fraction: float,
         prune: torch.Tensor,
         grow: torch.Tensor,
-        really: torch.Tensor,
+        apply: torch.Tensor,
         draw: torch.Generator,
         undo: contextlib.ExitStack,
     ) -> int:
         """Gives the slots of lowest ``prune`` score [num_units] to absent units of highest ``grow`` score [grid].
 
-        Nothing changes if ``really``, a bool scalar, is false. Closing ``undo`` takes it back. Returns the number of
+        Nothing changes if ``apply``, a bool scalar, is false. Closing ``undo`` takes it back. Returns the number of
         slots.
         """
         mask = layer.mask
         active = mask.present().flatten()
         count = min(int(fraction * mask.num_units), len(grow) - mask.num_units)
         slots = _first(prune, count, draw)
-        units = torch.where(really, _first(-grow, count, draw, last=active), mask.flat_unit()[slots])
-        undo.callback(layer.rewire_(slots, units, really))
-        undo.callback(self._state.reset_(layer.values, slots, really))
+        units = torch.where(apply, _first(-grow, count, draw, last=active), mask.flat_unit()[slots])
+        undo.callback(layer.rewire_(slots, units, apply))
+        undo.callback(self._state.reset_(layer.values, slots, apply))
         return count
 
     def __del__(self) -> None:

@@ -49,15 +49,15 @@ class OptimizerState:
         self._optimizer = optimizer
         self._reset = reset
         #: initial values, by the names of class and state; zero where unknown
-        self._begins: dict[tuple[str, str], float] = {}
+        self._initial: dict[tuple[str, str], float] = {}
         weights = list(weights)
         for parameter in weights:
             self.check(parameter)
-        for inner in self._every():
+        for inner in self._optimizers():
             if not _inside(inner):
-                self._try(inner, weights)
+                self._probe(inner, weights)
 
-    def _every(self) -> Iterator[Any]:
+    def _optimizers(self) -> Iterator[Any]:
         """The optimizer and all that it wraps."""
         pending, seen = [self._optimizer], set()
         while pending:
@@ -69,7 +69,7 @@ class OptimizerState:
 
     def check(self, parameter: torch.nn.Parameter) -> None:
         """Raises ValueError if the state of this parameter cannot be reset."""
-        for inner in self._every():
+        for inner in self._optimizers():
             self._check(inner, parameter, {**_state_of(inner, parameter), **_under_names(inner)})
 
     def _check(self, optimizer: Any, parameter: torch.nn.Parameter, state: dict[str, Any]) -> None:
@@ -82,14 +82,14 @@ class OptimizerState:
                 "weights' shape (SGD, Adam, ...)"
             )
 
-    def _try(self, optimizer: Any, weights: list[torch.nn.Parameter]) -> None:
+    def _probe(self, optimizer: Any, weights: list[torch.nn.Parameter]) -> None:
         """Runs an optimizer of this class on weights like these, first with a gradient of zero."""
         group_of = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
         # one of each shape: some optimizers keep small weights, or those of odd sizes, in another way
         for like in {parameter.shape: parameter for parameter in weights if id(parameter) in group_of}.values():
-            self._try_on(optimizer, like, group_of[id(like)])
+            self._probe_on(optimizer, like, group_of[id(like)])
 
-    def _try_on(self, optimizer: Any, like: torch.nn.Parameter, group: dict[str, Any]) -> None:
+    def _probe_on(self, optimizer: Any, like: torch.nn.Parameter, group: dict[str, Any]) -> None:
         parameter = torch.nn.Parameter(torch.zeros_like(like))
         try:
             known = inspect.signature(type(optimizer).__init__).parameters
@@ -97,7 +97,7 @@ class OptimizerState:
             with torch.random.fork_rng([like.device] if like.is_cuda else []), torch.enable_grad():
                 twin = type(optimizer)([parameter], **options)
                 first = _step(twin, parameter, 0.0)
-                begins = {
+                initial = {
                     (type(optimizer).__name__, kept.name): float(kept.tensor.flatten()[0])
                     for kept in _kept(first, like.shape)
                     if kept.table is None and _constant(kept.tensor)
@@ -107,30 +107,30 @@ class OptimizerState:
                 after = _attributes(twin, parameter)
         except Exception:  # a class that cannot be created like this is checked once it has a state
             return
-        self._begins |= begins
+        self._initial |= initial
         self._check(optimizer, parameter, {**second, **_under_names(twin), **_changed(before, after)})
 
-    def reset_(self, parameter: torch.nn.Parameter, slots: torch.Tensor, really: torch.Tensor) -> Callable[[], None]:
-        """Resets the state of some slots if ``really``, a bool scalar, is true. Does not wait for the device.
+    def reset_(self, parameter: torch.nn.Parameter, slots: torch.Tensor, apply: torch.Tensor) -> Callable[[], None]:
+        """Resets the state of some slots if ``apply``, a bool scalar, is true. Does not wait for the device.
 
         Returns:
             a function that takes it back. If an error is raised, nothing has changed.
         """
         with ExitStack() as undo:
-            for inner in self._every():
+            for inner in self._optimizers():
                 for name, tensor, table in _kept(_state_of(inner, parameter), parameter.shape):
-                    begin: Any = self._begins.get((type(inner).__name__, name), 0.0)
+                    value: Any = self._initial.get((type(inner).__name__, name), 0.0)
                     if table is not None:
-                        begin = table.abs().argmin().to(tensor)
+                        value = table.abs().argmin().to(tensor)
                     place = slots.to(tensor.device)
                     now = tensor[..., place, :, :]
                     undo.callback(_put, tensor, place, now)
-                    _put(tensor, place, torch.where(really.to(tensor.device), begin, now).to(tensor.dtype))
+                    _put(tensor, place, torch.where(apply.to(tensor.device), value, now).to(tensor.dtype))
             if self._reset is not None:
-                for inner in self._every():
+                for inner in self._optimizers():
                     undo.callback(_restore, *_saved(_state_of(inner, parameter)))
                 fresh = torch.zeros(len(parameter), dtype=torch.bool, device=slots.device)
-                fresh[slots] = really
+                fresh[slots] = apply
                 self._reset(self._optimizer, parameter, fresh)
             return undo.pop_all().close
 

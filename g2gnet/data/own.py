@@ -102,9 +102,9 @@ def _read(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
     ):
         raise ValueError("train_images and test_images differ in shape or dtype")
     needed = sum(math.prod(shape) * dtype.itemsize for shape, dtype in headers.values())
-    there = available()
-    if there is not None and needed > there:
-        raise ValueError(f"its arrays take {gigabytes(needed)} of memory, and there are {gigabytes(there)}")
+    free = available()
+    if free is not None and needed > free:
+        raise ValueError(f"its arrays take {gigabytes(needed)} of memory, and there are {gigabytes(free)}")
     arrays = {}
     for part in PARTS:
         with archive.open(f"{part}.npy") as member:

@@ -16,8 +16,8 @@ CHECK_INTERVAL = 100
 SILENT, SATURATED = 1e-4, 0.99
 #: share of a layer's neurons that never fire, above which there is a warning
 MOSTLY_SILENT = 0.5
-#: the remedy
-WAKING = "give `standardize`, or raise `init_gain`, `enc_scale` or `T`"
+#: the remedy for silent neurons
+WAKE_NEURONS = "give `standardize`, or raise `init_gain`, `enc_scale` or `T`"
 
 _NEVER = torch.iinfo(torch.int64).max
 
@@ -87,10 +87,10 @@ class LayerWatch:
         """Checks each layer after an epoch: its mean firing rate, its share of silent neurons, and its decays."""
         for name, rate in rates.items():
             if rate < SILENT:
-                self._warn(name, "silent", f"fell silent in epoch {epoch} (firing rate {rate:.2g}); {WAKING}")
+                self._warn(name, "silent", f"fell silent in epoch {epoch} (firing rate {rate:.2g}); {WAKE_NEURONS}")
             elif silent[name] > MOSTLY_SILENT:
                 share = f"{100 * silent[name]:.0f} % of its neurons"
-                self._warn(name, "silent", f"is mostly silent: {share} never fired in epoch {epoch}; {WAKING}")
+                self._warn(name, "silent", f"is mostly silent: {share} never fired in epoch {epoch}; {WAKE_NEURONS}")
             if rate > SATURATED:
                 text = f"saturates in epoch {epoch} (firing rate {rate:.2g})"
                 self._warn(name, "saturated", f"{text}; lower `enc_scale`, or give `enforce_sparsity`")

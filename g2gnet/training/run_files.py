@@ -324,12 +324,12 @@ class RunFiles:
     def _write_lines(self, path: Path, text: str) -> None:
         """Makes ``text`` the content of the file, by appending where possible."""
         with self._writing(path):
-            content, there = text.encode(), read_file(path) if path.exists() else None
-            if there is None or not content.startswith(there):
+            content, before = text.encode(), read_file(path) if path.exists() else None
+            if before is None or not content.startswith(before):
                 replace_file(path, lambda file: file.write(content))
             else:
                 with path.open("ab") as file:
-                    file.write(content[len(there) :])
+                    file.write(content[len(before) :])
 
     def _write_text(self, path: Path, text: str) -> None:
         with self._writing(path):

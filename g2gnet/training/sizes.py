@@ -44,10 +44,10 @@ def least_bytes(settings: TrainSettings, input_dim: int, num_classes: int, sampl
 
 def check_memory(settings: TrainSettings, input_dim: int, num_classes: int, samples: int, device: torch.device) -> None:
     """Raises SettingsError if the device cannot hold what training needs at least (:func:`least_bytes`)."""
-    needed, there = least_bytes(settings, input_dim, num_classes, samples, device.type), available(device)
-    if there is not None and needed > there:
+    needed, free = least_bytes(settings, input_dim, num_classes, samples, device.type), available(device)
+    if free is not None and needed > free:
         raise SettingsError(
             f"training takes at least {gigabytes(needed)} of memory with hidden_dim={settings.hidden_dim}, "
-            f"T={settings.T} and {samples} images per step, and there are {gigabytes(there)}; lower `hidden_dim`"
+            f"T={settings.T} and {samples} images per step, and there are {gigabytes(free)}; lower `hidden_dim`"
             f"{' or `p_inter`, raise `block_size`' if settings.model != 'dense' else ''}, or lower `T` or `batch_size`"
         )

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from tqdm import tqdm
 
 import g2gnet
 from g2g_kernels import BackendError, select_device
@@ -260,14 +261,16 @@ def load_data(arguments: argparse.Namespace, settings: TrainSettings, device: to
 
 
 def announce(settings: TrainSettings, machine: Machine) -> None:
-    """Prints the settings in one line, and a warning for a setting without effect."""
+    """Prints what is trained and the settings that differ from the defaults; warns of a setting without effect."""
     if settings.enforce_sparsity and settings.warmup_epochs >= settings.epochs:
         warn(
             f"warning: --enforce_sparsity never begins: warmup_epochs={settings.warmup_epochs} is not below "
             f"epochs={settings.epochs}"
         )
+    default = type(settings)(neuron=settings.neuron).given()
+    always = ("dataset", "model", "epochs", "seed")
     shown = " ".join(
-        f"{name}={value}" for name, value in settings.given().items() if value is not None and value is not False
+        f"{name}={value}" for name, value in settings.given().items() if name in always or value != default[name]
     )
     where = f"device={machine.device} backend={machine.backend or 'auto'}"
     if machine.world.size > 1:
@@ -330,6 +333,14 @@ def write_json(json_file: str, document: dict[str, Any]) -> None:
         write_output(json_file, text)
 
 
+class _BesideBars(logging.StreamHandler):
+    """Messages of loggers on lines of their own, where a progress bar is on the terminal too."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with tqdm.external_write_mode(file=self.stream):
+            super().emit(record)
+
+
 class _InFlags(logging.Formatter):
     """The messages of loggers in a program's flags."""
 
@@ -366,7 +377,7 @@ def run_program(
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a pipe on Windows has a code page without the lines of our tables
     arguments = parser.parse_args(argv)
-    handler = logging.StreamHandler()
+    handler = _BesideBars()
     handler.setFormatter(_InFlags(parser))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
     json_file = getattr(arguments, "json", None)

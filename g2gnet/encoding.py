@@ -25,9 +25,11 @@ def encode(
 
     Raises:
         ValueError: for an unknown encoding.
+        TypeError: for samples that are not floats: images of uint8 would be currents of up to 255.
     """
     if enc not in ENCODINGS:
         raise ValueError(f"enc={enc!r} is unknown; choose one of {', '.join(ENCODINGS)}")
+    check_samples(x)
     shape, share = x.shape, share or slice(None)
     x = x[share] * scale + bias
     if enc == "current":
@@ -42,3 +44,11 @@ def encode(
         return spikes
     draws = torch.rand((steps, *shape), generator=generator, device=device, dtype=x.dtype)
     return (draws[:, share].to(x.device) < x).to(x.dtype)
+
+
+def check_samples(x: torch.Tensor) -> None:
+    """Raises TypeError for samples that are not floats."""
+    if isinstance(x, torch.Tensor) and not x.is_floating_point():
+        raise TypeError(
+            f"samples are {x.dtype}, not floats; g2gnet.data.as_samples(images) makes uint8 images samples from 0 to 1"
+        )

@@ -8,7 +8,7 @@ import torch
 from g2g_kernels import BlockMask, GroupLayout
 from g2g_kernels.numbers import Number
 from g2g_kernels.tracing import symbolic_call
-from g2gnet.encoding import ENCODINGS, encode
+from g2gnet.encoding import ENCODINGS, check_samples, encode
 from g2gnet.layers import G2GLinear
 from g2gnet.neurons import NEURONS, SpikingNeurons
 from g2gnet.patterns import MODELS, Pattern, layer_mask, layer_probabilities
@@ -101,6 +101,11 @@ class G2GNet(SpikingStack):
             raise ValueError(f"neuron={neuron!r} is unknown; choose one of {', '.join(NEURONS)}")
         if standardize and enc == "rate":
             raise ValueError("standardize makes values that are not spike probabilities; give enc='current'")
+        if isinstance(hidden_dim, list | tuple):
+            raise TypeError(
+                f"hidden_dim={hidden_dim!r} is not a whole number: both hidden layers have one size. For others, or "
+                "another depth, make a SpikingStack of G2GLinear and LIF"
+            )
         Number(0, open_low=True).check("init_gain", init_gain)
         for name, value in (("enc_scale", enc_scale), ("enc_bias", enc_bias)):
             Number().check(name, value)
@@ -160,6 +165,7 @@ class G2GNet(SpikingStack):
         """
         if x.dim() == 3:
             return x if share is None else x[:, share]
+        check_samples(x)
         if self.standardize:
             x = (x - self.input_mean) / self.input_deviation
         return encode(x, self.enc, self.T, self.enc_scale, self.enc_bias, generator, share)

@@ -86,6 +86,12 @@ class SpikingStack(nn.Module):
         DROPOUT.check("dropout", dropout)
         if not layers:
             raise ValueError("layers is empty; give at least one pair of a G2GLinear and its neurons")
+        for number, (connection, _) in enumerate(layers, 1):
+            if not hasattr(connection, "in_features"):
+                raise TypeError(
+                    f"fc{number} is a {type(connection).__name__}; a stack joins G2GLinear layers. Put others, as "
+                    "convolutions, into a module of your own with LIF layers behind them (docs/limits.md)"
+                )
         for number, ((lower, _), (upper, _)) in enumerate(itertools.pairwise(layers), 1):
             if lower.out_features != upper.in_features:
                 raise ValueError(

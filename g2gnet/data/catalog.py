@@ -60,6 +60,9 @@ def load_dataset(name: str, data_dir: Path | str = "data") -> ImageData:
     if own.is_name(name):
         return own.load(name, Path(data_dir))
     if name not in DATASETS:
-        raise ValueError(f"dataset={name!r} is unknown; choose one of {', '.join(DATASETS)}")
+        known = ", ".join(DATASETS)
+        raise ValueError(
+            f"dataset={name!r} is unknown; choose one of {known}, or the name of your own .npz file (dataset_name)"
+        )
     module = importlib.import_module(f"{__package__}.{DATASETS[name].module}")
     return module.load(name, Path(data_dir))

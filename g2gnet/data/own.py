@@ -1,6 +1,7 @@
 """Your own data: one ``.npz`` file, as ``numpy.savez`` writes it, with four arrays.
 
-    train_images, test_images   uint8 [N, ...] (0 to 255 become 0 to 1) or float32 [N, ...] as they are
+    train_images, test_images   uint8 [N, ...] (0 to 255 become 0 to 1), or float32 [N, ...] as they are;
+                                float64 becomes float32
     train_labels, test_labels   integers [N], 0 … C − 1
 
 A run names such data by the file's name and the first digits of its SHA-256, as in ``name-1a2b3c4d``, so different
@@ -89,8 +90,8 @@ def _read(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
         raise ValueError(f"it lacks {', '.join(missing)}")
     headers = {part: _header(archive, part) for part in PARTS}
     for part, (shape, dtype) in headers.items():
-        kinds = "u1 or f4" if part.endswith("images") else "integers"
-        fits = dtype in (np.uint8, np.float32) if part.endswith("images") else dtype.kind in "iu"
+        kinds = "uint8, float32 or float64" if part.endswith("images") else "integers"
+        fits = dtype in (np.uint8, np.float32, np.float64) if part.endswith("images") else dtype.kind in "iu"
         if not fits or not shape or 0 in shape or (len(shape) == 1) != part.endswith("labels"):
             raise ValueError(f"{part} is {dtype} {list(shape)}, not {kinds} [N{', ...' * (kinds != 'integers')}]")
     for part in ("train", "test"):
@@ -109,6 +110,9 @@ def _read(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
     for part in PARTS:
         with archive.open(f"{part}.npy") as member:
             arrays[part] = np.lib.format.read_array(member, allow_pickle=False)
+        if arrays[part].dtype == np.float64:
+            with np.errstate(over="ignore"):  # infinities are refused below
+                arrays[part] = arrays[part].astype(np.float32)
         if part.endswith("images") and not np.isfinite(arrays[part]).all():
             raise ValueError(f"{part} are not finite everywhere")
         if part.endswith("labels") and arrays[part].min() < 0:

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from g2gnet.data import ImageData, as_samples
 from g2gnet.neurons import SpikingNeurons
+from g2gnet.settings import NetworkSettings
 
 logger = logging.getLogger("g2gnet")
 
@@ -16,6 +18,8 @@ CHECK_INTERVAL = 100
 SILENT, SATURATED = 1e-4, 0.99
 #: share of a layer's neurons that never fire, above which there is a warning
 MOSTLY_SILENT = 0.5
+#: the remedy for learned parameters that drift
+DRIFTING = "that is harmless if it stays near; if it moves on, lower `lr`"
 #: the remedy for silent neurons
 WAKE_NEURONS = "give `standardize`, or raise `init_gain`, `enc_scale` or `T`"
 
@@ -101,7 +105,8 @@ class LayerWatch:
                 if low < 0 or high > 1:
                     value = f"{low:.4g}" if low < 0 else f"{high:.4g}"
                     text = (
-                        f"has learned {decay} = {value} in epoch {epoch}, outside 0 … 1: it counts as {int(low >= 0)}"
+                        f"has learned {decay} = {value} in epoch {epoch}, outside 0 … 1: it counts as {int(low >= 0)}; "
+                        f"{DRIFTING}"
                     )
                     self._warn(name, decay, text)
 
@@ -119,3 +124,17 @@ class LayerWatch:
         if (layer, problem) not in self._said:
             self._said.add((layer, problem))
             logger.warning("%s %s", layer, text)
+
+
+def check_rates(settings: NetworkSettings, data: ImageData) -> None:
+    """Warns if training samples are no spike probabilities, which ``enc="rate"`` clips."""
+    outside = 0
+    for images in data.train_images.split(1024):
+        rates = as_samples(images) * settings.enc_scale + settings.enc_bias
+        outside += int(((rates < 0) | (rates > 1)).sum())
+    if outside:
+        logger.warning(
+            "%.3g %% of the inputs are below 0 or above 1 and are clipped, since `enc=rate` takes them for spike "
+            "probabilities; change `enc_scale` and `enc_bias`, or give `enc=current`",
+            100 * outside / data.train_images.numel(),
+        )

@@ -24,7 +24,7 @@ from g2gnet.seeding import draw_device, stream
 from g2gnet.settings import SettingsError
 from g2gnet.training.epochs import EpochTrainer, Progress, StepCallback
 from g2gnet.training.evaluation import autocast, build_network, run_images
-from g2gnet.training.health import LayerWatch
+from g2gnet.training.health import LayerWatch, check_rates
 from g2gnet.training.machine import Machine
 from g2gnet.training.settings import TrainSettings
 from g2gnet.training.sizes import check_memory
@@ -144,6 +144,8 @@ class Trainer(EpochTrainer):
             mean, deviation = self.data.moments()
             self.net.input_mean.fill_(mean)
             self.net.input_deviation.fill_(deviation)
+        if settings.enc == "rate":
+            check_rates(settings, self.data)
         self._neurons = [connection.out_features for connection, _ in self.net.layers()]
         self._initial_units = self._units()
         # PyTorch's fused update supports CPU and CUDA; other devices take the plain loop

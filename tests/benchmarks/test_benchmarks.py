@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from processes import fork_contenders
 import benchmarks.ours
 import benchmarks.peers
 import benchmarks.workload
-from benchmarks import report, scaling, throughput
+from benchmarks import report, scaling, test_kernels, throughput
 from benchmarks.contender import Contender
 from benchmarks.correctness import Judge, Verdict, error
 from benchmarks.floor import floor_seconds, work
@@ -25,7 +26,7 @@ from benchmarks.machine import PeakMemory, describe
 from benchmarks.ours import Network
 from benchmarks.registry import KERNELS, Entry, choose, declared_peers, entries
 from benchmarks.workload import Prepared, Workload, load, prepare
-from g2g_kernels import BackendError, lif
+from g2g_kernels import BackendError, available_backends, lif
 from g2gnet.data import DataError, load_dataset
 from g2gnet.dst_rules import GROW_RULES
 
@@ -546,3 +547,13 @@ def test_the_machine_is_described():
     assert machine["cpu"]
     assert machine["cores"] >= 1
     assert json.dumps(machine)
+
+
+@pytest.mark.parametrize("block_size", test_kernels.UNITS)
+def test_the_networks_whose_steps_are_timed_pass_their_check(block_size):
+    """What pytest-benchmark runs by ``pytest -n 0 benchmarks``, here without it."""
+    turns = []
+    benchmark = SimpleNamespace(pedantic=lambda turn, rounds, warmup_rounds: turns.append(turn()))
+    backend = "cpu" if "cpu" in available_backends() else "torch"
+    test_kernels.test_training_step(benchmark, backend, block_size)
+    assert len(turns) == 1

@@ -180,7 +180,7 @@ def test_data_of_ones_own_are_read_and_named_by_their_content(tmp_path, save, dt
         ({"train_labels": np.arange(30) - 1}, "train_labels are negative"),
         ({"train_labels": np.full(30, 10**9)}, "train_labels go up to 1000000000"),
         ({"train_labels": np.zeros(30)}, r"train_labels is float64 \[30\], not integers"),
-        ({"train_images": np.zeros((30, 5, 4))}, "train_images is float64"),
+        ({"train_images": np.zeros((30, 5, 4), np.float16)}, "train_images is float16"),
         ({"test_images": np.zeros((9, 4, 5), np.uint8)}, "differ in shape"),
         ({"test_images": np.zeros((0, 5, 4), np.uint8)}, r"test_images is uint8 \[0, 5, 4\]"),
         ({"train_images": np.full((30, 5, 4), np.nan, np.float32)}, "differ in shape or dtype"),

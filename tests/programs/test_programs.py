@@ -221,3 +221,12 @@ def test_a_reader_that_leaves_ends_the_program_without_a_traceback(tmp_path):
         assert process.stderr.read().count("Error") == 0
     assert process.returncode == 141
     assert (tmp_path / f"{STEM}.pth").exists()
+
+
+def test_the_first_line_names_what_differs_from_the_defaults_and_no_more(at_work, capsys):
+    assert train.main([*SMALL, "--epochs", "1"]) == 0
+    line = capsys.readouterr().out.splitlines()[0]
+    for name in ("dataset=fashionmnist-mini", "model=mixer", "hidden_dim=32", "block_size=4", "epochs=1", "seed=42"):
+        assert f" {name}" in line
+    assert "p_inter" not in line
+    assert "alpha" not in line

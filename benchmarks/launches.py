@@ -153,7 +153,7 @@ def training_step(
 
     call = _stack_call(net, batch, input_dim, dtype)
     with _recording(architecture) as recorder:
-        counts, _, spikes, kept = stack._forward(call._replace(keep=True))
+        counts, _, _, spikes, kept = stack._forward(call._replace(keep=True))
         recorder.begin("backward")
         stack._backward(StackBackward(call, tuple(spikes), tuple(kept), torch.empty_like(counts), None, False))
     return recorder.operations
@@ -176,7 +176,7 @@ def layer_step(layer: SpikingLayer, steps: int, batch: int, dtype: torch.dtype, 
     x = torch.empty(steps, batch, layer.mask.shape[1], dtype=dtype, device="meta")
     call = StackCall.of(x, [layer], None, dtype)
     with stack.choose(fused), _recording() as recorder:
-        counts, _, spikes, kept = stack._forward(call._replace(keep=True))
+        counts, _, _, spikes, kept = stack._forward(call._replace(keep=True))
         recorder.begin("backward")
         stack._backward(StackBackward(call, tuple(spikes), tuple(kept), torch.empty_like(counts), None, True))
     return recorder.operations
@@ -202,7 +202,7 @@ def neurons_step(population: Neurons, steps: int, batch: int, neurons: int) -> l
 
     call = NeuronsCall(torch.empty(steps, batch, neurons, device="meta"), population, 0, True)
     with _recording() as recorder:
-        spikes, kept = triton._forward(call)
+        spikes, _, kept = triton._forward(call)
         recorder.begin("backward")
         wanted = (True,) * (1 + len(population.parameters))
         triton._backward(NeuronsBackward(call, kept, torch.empty_like(spikes), wanted))

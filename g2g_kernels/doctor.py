@@ -195,7 +195,7 @@ def _neurons(model: str, reset: str, surrogate: str, leaves: Tensors, backend: s
         current = current.to(torch.get_autocast_dtype(current.device.type))
     population = Neurons(model, tuple(parameters), reset, surrogate)
     if backend is None:
-        return {"spikes": neurons_reference.neurons(current, population, None)}
+        return {"spikes": neurons_reference.neurons(current, population, None)[0]}
     return {"spikes": neurons(current, population, backend=backend)}
 
 

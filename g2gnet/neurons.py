@@ -7,14 +7,11 @@ from torch import nn
 
 from g2g_kernels import Neurons, neurons, neurons_step
 from g2g_kernels.numbers import SHARPNESS, SIZE, check_parameter
+from g2g_kernels.ops.g2g_stack import NeuronState
 from g2g_kernels.ops.neurons import MODELS
 from g2g_kernels.ops.neurons.models import RESET, NeuronModel
 from g2g_kernels.ops.neurons.surrogates import ALPHA, SURROGATE
 from g2g_kernels.tracing import symbolic_call
-
-#: what :meth:`SpikingNeurons.step` hands on: the membrane [..., N] of a model with no other state, else its states in
-#: order, the membrane last
-NeuronState = torch.Tensor | tuple[torch.Tensor, ...]
 
 
 class SpikingNeurons(nn.Module):

@@ -15,11 +15,18 @@ from torch.utils.hooks import RemovableHandle
 from g2g_kernels import Activity, SpikingLayer, g2g_stack
 from g2g_kernels.groups import as_integers
 from g2g_kernels.numbers import COUNT, Number
-from g2g_kernels.ops.g2g_stack import Synapses, activity_of, check_dropped, silenced
+from g2g_kernels.ops.g2g_stack import (
+    NeuronState,
+    StackState,
+    Synapses,
+    activity_of,
+    check_dropped,
+    silenced,
+)
 from g2g_kernels.tracing import is_traced, is_transformed, symbolic_call
 from g2gnet import graphs
 from g2gnet.layers import G2GLinear
-from g2gnet.neurons import NeuronState, SpikingNeurons
+from g2gnet.neurons import SpikingNeurons
 
 logger = logging.getLogger("g2gnet")
 
@@ -29,8 +36,6 @@ DRAWS = 1 << 16
 DROPOUT = Number(0, 1 - 1 / DRAWS)
 #: called with the inputs and the activity of a run over all time steps
 ActivityHook = Callable[[torch.Tensor, Activity], None]
-#: the state of every layer's neurons, from input to output
-StackState = tuple[NeuronState, ...]
 Pair = tuple[G2GLinear, SpikingNeurons]
 
 
@@ -155,9 +160,18 @@ class SpikingStack(nn.Module):
         return drawn
 
     def simulate(
-        self, inputs: torch.Tensor, dropped: Sequence[torch.Tensor] | None = None, *, spikes: bool = False
+        self,
+        inputs: torch.Tensor,
+        state: StackState | None = None,
+        chunk: int | None = None,
+        *,
+        dropped: Sequence[torch.Tensor] | None = None,
+        spikes: bool = False,
     ) -> Activity:
         """Runs the stack on inputs [B, D] held for T steps, or [T, B, D].
+
+        A run may start from a state and gives the last one, in the form of :meth:`step`: two halves in turn are the
+        whole, with gradients through the state. If that is detached, this is truncated backpropagation.
 
         Time comes first. The length of a sequence may differ from the stack's ``T``. But if the batch then has exactly
         ``T`` samples, the input is probably [B, T, D], and it is refused. If both are ``T``, the order cannot be
@@ -165,28 +179,45 @@ class SpikingStack(nn.Module):
 
         Args:
             inputs: for all layers.
-            dropped: in training mode with ``dropout``, what :meth:`drop` returns; None: drawn here.
+            state: ``activity.state`` of the run that this one continues, or what :meth:`step` returned; None: all
+                states are 0.
+            chunk: how many steps are computed at a time. The backward pass computes them again, from the states between
+                chunks: the same gradients, and memory that grows with T by spikes and those states only.
+            dropped: in training mode with ``dropout``, what :meth:`drop` returns; None: drawn here, once for all steps.
+                A run that continues another drops the same neurons, and must be given them.
             spikes: whether the spikes over time have a gradient too (:func:`g2g_kernels.g2g_stack`).
 
         Returns:
             Activity: differentiable spike counts of the output [B, C] and firing rates of each layer, and the spikes.
 
         Raises:
-            ValueError: if the inputs have another shape, or seem to have samples before time steps.
+            ValueError: if the inputs have another shape, or seem to have samples before time steps; if the state is
+                not one of these layers and samples; if a state or a chunk is given to a stack that calls its modules.
         """
         if inputs.dim() == 3 and not is_traced():  # where sizes may be unknown
             self._check_that_time_is_first(*inputs.shape[:2])
         of_layers: list[torch.Tensor | None] | None = None
         if self.training and self.dropout:
+            if state is not None and dropped is None:
+                raise ValueError(
+                    "a run that continues from a state drops the neurons that were dropped before it: call "
+                    f"dropped = stack.drop({inputs.shape[-2]}) once, and give it to every part of the run"
+                )
             of_layers = [*(self.drop(inputs.shape[-2]) if dropped is None else dropped), None]
         pairs = list(self.layers())
         reason = _why_called(pairs)
         if reason is None:
-            activity = self._in_one_call(inputs, pairs, of_layers, spikes)
+            activity = self._in_one_call(inputs, pairs, of_layers, spikes, state, chunk)
         else:
+            if state is not None or chunk is not None:
+                given = f"chunk={chunk}" if state is None else "a state"
+                raise ValueError(
+                    f"{given} was given to a stack whose layers are called in turn, and modules return spikes only "
+                    f"({reason}); take single steps with step(x, state)"
+                )
             if not is_traced():
                 _say_that_layers_are_called(reason)
-            activity = activity_of(self._in_turn(inputs, pairs, of_layers), differentiable=spikes)
+            activity = activity_of(self._in_turn(inputs, pairs, of_layers), None, differentiable=spikes)
             if not is_traced() and all(isinstance(connection, G2GLinear) for connection, _ in pairs):
                 weights = [connection.weights() for connection, _ in pairs]
                 steps = self.T if inputs.dim() == 2 else None
@@ -201,6 +232,8 @@ class SpikingStack(nn.Module):
         pairs: Sequence[Pair],
         dropped: Sequence[torch.Tensor | None] | None,
         spikes: bool,
+        state: StackState | None,
+        chunk: int | None,
     ) -> Activity:
         layers = [
             SpikingLayer(*connection.weights(), connection.bias, neurons.population) for connection, neurons in pairs
@@ -211,8 +244,15 @@ class SpikingStack(nn.Module):
                 layer._replace(values=layer.values * scale if number else layer.values, dropped=of_layer)
                 for number, (layer, of_layer) in enumerate(zip(layers, dropped, strict=True))
             ]
+        if state is not None:
+            self._check_depth(state)
+            layers = [layer._replace(state=_as_one(before)) for layer, before in zip(layers, state, strict=True)]
         steps = self.T if inputs.dim() == 2 else None
-        return g2g_stack(inputs, layers, steps, self.backend, spikes)
+        return g2g_stack(inputs, layers, steps, self.backend, spikes, chunk)
+
+    def _check_depth(self, state: StackState) -> None:
+        if len(state) != self.depth:
+            raise ValueError(f"state is of {len(state)} layers, this stack has {self.depth}")
 
     def _in_turn(
         self, x: torch.Tensor, pairs: Sequence[Pair], dropped: Sequence[torch.Tensor | None] | None
@@ -265,14 +305,14 @@ class SpikingStack(nn.Module):
 
         Args:
             x: inputs of this step [B, D].
-            state: what the last step returned; None at the first.
+            state: what the last step returned, or ``activity.state`` of a run; None at the first.
 
         Returns:
             output spikes of this step [B, C], and the state.
         """
         befores: tuple[NeuronState | None, ...] = (None,) * self.depth if state is None else state
-        if len(befores) != self.depth:
-            raise ValueError(f"state is of {len(befores)} layers, this stack has {self.depth}")
+        if state is not None:
+            self._check_depth(state)
         afters = []
         for number, ((connection, neurons), before) in enumerate(zip(self.layers(), befores, strict=True), 1):
             _check_steps_of(f"lif{number}", neurons)
@@ -347,6 +387,11 @@ def _why_call(module: nn.Module, forward: Callable) -> str | None:
     if type(module).forward is not forward or "forward" in module.__dict__:
         return f"({type(module).__name__}) has a forward of its own"
     return None
+
+
+def _as_one(state: NeuronState) -> torch.Tensor:
+    """The states of a layer's neurons as one tensor [states, B, N]."""
+    return state.unsqueeze(0) if isinstance(state, torch.Tensor) else torch.stack(tuple(state))
 
 
 def _has_hooks(module: nn.Module) -> bool:

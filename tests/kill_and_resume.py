@@ -31,6 +31,7 @@ SETTINGS = TrainSettings(
     sparsity_mode="dynamic",
     dst_interval=2,
     cp="hebb",
+    chunk=2,
 )
 PHASES = {
     "step": (Trainer, "_train_step"),

@@ -34,6 +34,7 @@ DEFAULTS = {
     "alpha": 2.0,
     "use_resnet": False,
     "resnet_weights": None,
+    "chunk": None,
     "enforce_sparsity": False,
     "warmup_epochs": 10,
     "seed": 42,

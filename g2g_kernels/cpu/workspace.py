@@ -64,6 +64,13 @@ class Workspace:
             return torch.empty(shape, dtype=dtype)
         return self.bytes(count * dtype.itemsize).view(dtype).view(shape)
 
+    def exactly(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """As :meth:`empty`, for one of many that are kept for long: up to a few maps' size it takes no whole map."""
+        if math.prod(shape) * dtype.itemsize >= 4 * PAGE:
+            return self.empty(shape, dtype)
+        tensor = torch.empty(shape, dtype=dtype)
+        return tensor.view(torch.uint8).fill_(0xFF).view(dtype) if self.poison and tensor.numel() else tensor
+
     def clear(self) -> None:
         """Returns unused memory to the system."""
         with self._lock:

@@ -134,6 +134,9 @@ void forward_span(const NeuronLoop& a, const Spans& spans, const ParameterRows& 
     constexpr int S = M::info.states;
     const int64_t row = spans.lanes, current_row = a.held ? 0 : row;
     zero(states, S * spans.span * sizeof(float));
+    if (a.first)
+        for (int s = 0; s < S; ++s)
+            __builtin_memcpy(states + s * spans.span, a.first + s * row + place, width * sizeof(float));
     for (int64_t first = 0; first < a.steps; first += a.every) {
         const Steps steps{least(a.every, a.steps - first), current_row, row};
         const bool keep = a.kept && first + a.every < a.steps;
@@ -143,6 +146,8 @@ void forward_span(const NeuronLoop& a, const Spans& spans, const ParameterRows& 
                                  spans.span, a.spikes + first * row + place + i, keep ? kept + i : nullptr);
         });
     }
+    for (int s = 0; a.last && s < S; ++s)
+        __builtin_memcpy(a.last + s * row + place, states + s * spans.span, width * sizeof(float));
 }
 
 using ForwardSpan = void (*)(const NeuronLoop&, const Spans&, const ParameterRows&, int64_t, int64_t, float*);
@@ -236,7 +241,9 @@ void backward_span(const NeuronLoop& a, const Spans& spans, const ParameterRows&
             const int64_t at = first * row + place + i;
             backward_bundle<M, R, Surrogate>(
                 lanes, steps, parameters, i, a.neurons.alpha,
-                first ? a.kept + (first / a.every - 1) * S * row + place + i : nullptr,
+                first     ? a.kept + (first / a.every - 1) * S * row + place + i
+                : a.first ? a.first + place + i
+                          : nullptr,
                 a.current + first * current_row + place + i, states, a.grad_spikes + at, rows ? rows + at : nullptr,
                 sums);
         });
@@ -274,11 +281,17 @@ inline void neurons_backward(NeuronLoop& a, Arena& arena) {
         float* mine = scratch + worker * scratch_size;
         LaneSums sums{mine, spans.span, mine + model.states * spans.span, {}};
         zero(mine, running_size * sizeof(float));
+        if (a.grad_last)
+            for (int s = 0; s < model.states; ++s)
+                __builtin_memcpy(mine + s * spans.span, a.grad_last + s * spans.lanes + place, width * sizeof(float));
         for (int k = 0; k < model.parameters; ++k) {
             sums.parameters[k] = parameter_sums[k] + place;
             zero(sums.parameters[k], spans.span * sizeof(float));
         }
         run(a, spans, parameters.of(place), place, width, mine + running_size, sums);
+        if (a.grad_first)
+            for (int s = 0; s < model.states; ++s)
+                __builtin_memcpy(a.grad_first + s * spans.lanes + place, mine + s * spans.span, width * sizeof(float));
     });
     for (int k = 0; k < model.parameters; ++k)
         parameter_gradient(a.neurons.parameters[k], model.decays[k], parameter_sums[k], a.samples, a.size,

@@ -114,6 +114,26 @@ inline void fill_panel(const Stack& s, const Layer& layer, Input kind, int64_t f
     });
 }
 
+// The states before the first step or after the last, [states][B][N] in the user's order (null: zeros), of one block of one
+// sample, [states][64]; and back.
+inline void load_states(const Stack& s, const Layer& layer, const float* states, int64_t b, int64_t r, float* block) {
+    const Axis& axis = layer.plan->rows;
+    const int64_t count = model_info(layer.neurons).states;
+    for (int64_t i = 0; i < count * kLanes; ++i) {
+        const int32_t neuron = axis.neuron[r * kLanes + i % kLanes];
+        block[i] = states && neuron >= 0 ? states[(i / kLanes * s.batch + b) * axis.size + neuron] : 0.0f;
+    }
+}
+
+inline void store_states(const Stack& s, const Layer& layer, const float* block, int64_t b, int64_t r, float* states) {
+    const Axis& axis = layer.plan->rows;
+    const int64_t count = model_info(layer.neurons).states;
+    for (int64_t i = 0; i < count * kLanes; ++i) {
+        const int32_t neuron = axis.neuron[r * kLanes + i % kLanes];
+        if (neuron >= 0) states[(i / kLanes * s.batch + b) * axis.size + neuron] = block[i];
+    }
+}
+
 // The kept states of one block of one sample, [T][states][64]; null if none are kept.
 inline float* kept_states(const Stack& s, const Layer& layer, int64_t b, int64_t r) {
     const int64_t size = s.steps * model_info(layer.neurons).states * kLanes;

@@ -131,7 +131,7 @@ struct BackwardLayer {
 
     BlockGradient block_gradient(int64_t b, int64_t r) const {
         const int64_t at = (b * plan.rows.blocks + r) * kLanes;
-        BlockGradient result{nullptr, nullptr, {}, current_sum + at, {}};
+        BlockGradient result{nullptr, nullptr, {}, current_sum + at, {}, nullptr, nullptr};
         for (int k = 0; k < model.parameters; ++k) result.parameters[k] = parameter_sums[k] + at;
         return result;
     }
@@ -338,12 +338,25 @@ struct BackwardPass {
 
     // Block r of sample b of the chunk that begins with sample `first`.
     void sweep_block(const BackwardLayer& x, int64_t first, int64_t b, int64_t r, const float* tile, float* room) const {
-        const int64_t sample = first + b, T = s.steps;
+        const int64_t sample = first + b;
         const Upstream upstream{tile, x.constant_of(sample, r)};
         BlockGradient out = x.block_gradient(sample, r);
+        alignas(64) float first_states[kMostStates * kLanes], edge[kMostStates * kLanes];
+        if (x.layer.first) load_states(s, x.layer, x.layer.first, sample, r, first_states), out.first = first_states;
+        if (x.layer.grad_last || x.layer.grad_first) load_states(s, x.layer, x.layer.grad_last, sample, r, edge), out.edge = edge;
+        sweep_states(x, b, sample, r, upstream, out, room);
+        if (x.layer.grad_first) store_states(s, x.layer, edge, sample, r, x.layer.grad_first);
+    }
+
+    // The same, with everything that the sweep reads and writes.
+    void sweep_states(const BackwardLayer& x, int64_t b, int64_t sample, int64_t r, const Upstream& upstream,
+                      BlockGradient& out, float* room) const {
+        const int64_t T = s.steps;
         if (x.kind == Input::kHeld) {
             const StoredCurrent current{kept_currents(s, x.layer, sample, r), 0};
-            forward_sweep<StoredCurrent>(x.layer.neurons)(current, T, x.parameters.block(r), {nullptr, room, nullptr});
+            alignas(64) float states[kMostStates * kLanes];
+            load_states(s, x.layer, x.layer.first, sample, r, states);
+            forward_sweep<StoredCurrent>(x.layer.neurons)(current, T, x.parameters.block(r), {nullptr, room, nullptr, states});
             x.sweep(upstream, room, T, x.parameters.block(r), x.layer.neurons.alpha, out);
             for (int v = 0; v < kVecs; ++v) {
                 const Vec g = load(out.current + v * W);

@@ -59,9 +59,15 @@ struct ForwardLayer {
 
     const Plan& plan() const { return *layer.plan; }
 
-    BlockActivity activity(int64_t b, int64_t r) const {
+    // The neurons of block r of sample b over all steps.
+    template <class Current>
+    void neurons(ForwardSweep<Current> sweep, const Current& current, int64_t b, int64_t r) const {
         const int64_t block = b * plan().rows.blocks + r;
-        return {layer.spikes + block * stack.steps, kept_states(stack, layer, b, r), counts + block * kLanes};
+        alignas(64) float edge[kMostStates * kLanes];
+        load_states(stack, layer, layer.first, b, r, edge);
+        sweep(current, stack.steps, parameters.block(r),
+              {layer.spikes + block * stack.steps, kept_states(stack, layer, b, r), counts + block * kLanes, edge});
+        if (layer.last) store_states(stack, layer, edge, b, r, layer.last);
     }
 
     // Sets the currents of a sample's dropped neurons in `rows` rows of a block.
@@ -102,7 +108,7 @@ struct ForwardLayer {
                 drop(b, r, 1, start);
                 bias = start;
             }
-            sweep({&plan(), r, words, T, weights.tiles, bias}, T, parameters.block(r), activity(b, r));
+            neurons(sweep, Current{&plan(), r, words, T, weights.tiles, bias}, b, r);
         });
     }
 
@@ -119,7 +125,7 @@ struct ForwardLayer {
             for (int64_t i = 0; i < least(kSamples, stack.batch - first); ++i) {
                 float* own = currents + i * T * kLanes;
                 drop(first + i, r, T, own);
-                sweep({own, kLanes}, T, parameters.block(r), activity(first + i, r));
+                neurons(sweep, StoredCurrent{own, kLanes}, first + i, r);
             }
         });
     }
@@ -142,7 +148,7 @@ struct ForwardLayer {
                 float* own = currents + i * kLanes;
                 drop(first + i, r, 1, own);
                 if (layer.currents) __builtin_memcpy(kept_currents(stack, layer, first + i, r), own, kLanes * sizeof(float));
-                sweep({own, 0}, stack.steps, parameters.block(r), activity(first + i, r));
+                neurons(sweep, StoredCurrent{own, 0}, first + i, r);
             }
         });
     }
@@ -163,7 +169,7 @@ struct ForwardLayer {
                     currents);
             for (int64_t i = 0; i < samples; ++i) {
                 drop(first + i, r, 1, currents + i * kLanes);
-                sweep({currents + i * kLanes, 0}, stack.steps, parameters.block(r), activity(first + i, r));
+                neurons(sweep, StoredCurrent{currents + i * kLanes, 0}, first + i, r);
             }
         });
     }
@@ -187,7 +193,7 @@ struct ForwardLayer {
                 for (int64_t i = 0; i < count; ++i) {
                     float* own = currents + i * T * kLanes;
                     drop(begin + first + i, r, T, own);
-                    sweep({own, kLanes}, T, parameters.block(r), activity(begin + first + i, r));
+                    neurons(sweep, StoredCurrent{own, kLanes}, begin + first + i, r);
                 }
             });
         }

@@ -15,11 +15,13 @@ struct BlockParameters {
     const float* lanes[kMostParameters];
 };
 
-// What a forward sweep writes for one block; all may be null.
+// What a forward sweep writes for one block; all may be null. `edge` [states][64] holds the states before the first step
+// (null: zeros), and then those after the last.
 struct BlockActivity {
     uint64_t* words;  // [T]
     float* states;    // [T][states][64]
     float* count;     // [64], spikes of each lane
+    float* edge;
 };
 
 // Currents [T][64], or for all steps the same [64] (stride 0).
@@ -41,6 +43,9 @@ void sweep_forward(const Current& current, int64_t steps, const BlockParameters&
     Vec state[kVecs][S] = {}, p[kVecs][P], spikes[kVecs] = {};
     for (int v = 0; v < kVecs; ++v)
         for (int k = 0; k < P; ++k) p[v][k] = load(parameters.lanes[k] + v * W);
+    if (out.edge)
+        for (int v = 0; v < kVecs; ++v)
+            for (int s = 0; s < S; ++s) state[v][s] = load(out.edge + s * kLanes + v * W);
     for (int64_t t = 0; t < steps; ++t) {
         Vec input[kVecs];
         current(t, input);
@@ -57,6 +62,9 @@ void sweep_forward(const Current& current, int64_t steps, const BlockParameters&
     }
     if (out.count)
         for (int v = 0; v < kVecs; ++v) store(out.count + v * W, spikes[v]);
+    if (out.edge)
+        for (int v = 0; v < kVecs; ++v)
+            for (int s = 0; s < S; ++s) store(out.edge + s * kLanes + v * W, state[v][s]);
 }
 
 // The forward sweep of these neurons.
@@ -95,6 +103,8 @@ struct BlockGradient {
     BlockEvents events;
     float* current;    // Σ ∂L/∂I_t
     float* parameters[kMostParameters];
+    const float* first;  // [states][64], the states before the first step; null: zeros
+    float* edge;         // [states][64]: ∂L/∂(states after the last step), and then ∂L/∂first; null: zeros, not wanted
 };
 
 // upstream(t, g) fills g[kVecs] with ∂L/∂S_t; `states` [T][states][64] as the forward sweep left them.
@@ -107,6 +117,10 @@ void sweep_backward(const Up& upstream, const float* states, int64_t steps, cons
     const float* lanes[P];
     for (int k = 0; k < P; ++k) lanes[k] = parameters.lanes[k];
     Vec g[kVecs][S] = {}, sum[kVecs] = {}, grad[kVecs][P] = {};
+    const float* const first = out.first;
+    if (out.edge)
+        for (int v = 0; v < kVecs; ++v)
+            for (int s = 0; s < S; ++s) g[v][s] = load(out.edge + s * kLanes + v * W);
     uint64_t* const words = out.events.words;
     float* event = out.events.value;
     for (int64_t t = steps - 1; t >= 0; --t) {
@@ -117,7 +131,10 @@ void sweep_backward(const Up& upstream, const float* states, int64_t steps, cons
             Vec p[P], before[S];
             for (int k = 0; k < P; ++k) p[k] = load(lanes[k] + v * W);
             const float* now = states + t * S * kLanes + v * W;
-            for (int s = 0; s < S; ++s) before[s] = t ? load(now + (s - S) * kLanes) : Vec{};
+            for (int s = 0; s < S; ++s)
+                before[s] = t       ? load(now + (s - S) * kLanes)
+                            : first ? load(first + s * kLanes + v * W)
+                                    : Vec{};
             const Vec u = load(now + (S - 1) * kLanes);
             const Vec through = spike_grad[v] * Surrogate::derivative(u - p[P - 1], alpha);
             const Vec to_current = M::template charge_backward<R>(through, before, p, g[v], grad[v]);
@@ -136,6 +153,8 @@ void sweep_backward(const Up& upstream, const float* states, int64_t steps, cons
     for (int v = 0; v < kVecs; ++v) {
         store(out.current + v * W, sum[v]);
         for (int k = 0; k < P; ++k) store(out.parameters[k] + v * W, grad[v][k]);
+        if (out.edge)
+            for (int s = 0; s < S; ++s) store(out.edge + s * kLanes + v * W, g[v][s]);
     }
 }
 

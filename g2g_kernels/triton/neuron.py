@@ -121,6 +121,33 @@ def zeros(count: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.jit
+def load_states(pointer, stride, offsets, inside, count: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """``count`` tiles of states, or of their gradients, ``stride`` apart; zeros if ``pointer`` is None."""
+    tiles = zeros(count, ROWS, COLS)
+    if pointer is not None:
+        tiles = ()
+        for i in tl.static_range(count):
+            tiles += (tl.load(pointer + i * stride + offsets, mask=inside, other=0.0),)
+    return tiles
+
+
+@triton.jit
+def store_states(pointer, stride, offsets, inside, tiles):
+    """Stores what :func:`load_states` loads."""
+    for i in tl.static_range(len(tiles)):
+        tl.store(pointer + i * stride + offsets, tiles[i], mask=inside)
+
+
+@triton.jit
+def select(condition, left, right):
+    """Of two tuples of tiles the left one where a scalar is true."""
+    result = ()
+    for i in tl.static_range(len(left)):
+        result += (tl.where(condition, left[i], right[i]),)
+    return result
+
+
+@triton.jit
 def plus(left, right):
     """Two tuples of tiles, added one by one."""
     result = ()

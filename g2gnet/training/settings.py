@@ -94,6 +94,12 @@ class TrainSettings(NetworkSettings, RunSettings):
     )
     weight_decay: float = setting(1e-4, "training", "Adam's L2 penalty", low=0)
     precision: str = setting("fp32", "training", "precision of the matrix products", choices=PRECISIONS)
+    chunk: int | None = setting(
+        None,
+        "training",
+        "time steps computed at a time; the backward pass computes them again, so that memory hardly grows with T",
+        low=1,
+    )
     enforce_sparsity: bool = setting(False, "training", "pull firing rates down after the warm-up")
     warmup_epochs: int = setting(10, "training", "epochs before `enforce_sparsity` begins", low=0)
 

@@ -25,7 +25,7 @@ def least_bytes(settings: TrainSettings, input_dim: int, num_classes: int, sampl
         settings: of the run.
         input_dim, num_classes: neurons of the first and of the last population.
         samples: images of a step in this process.
-        device: the kind of device; on a CPU the states of all time steps are kept for the backward pass.
+        device: the kind of device; on a CPU the states of all time steps (of a chunk) are kept for the backward pass.
     """
     sizes = input_dim, settings.hidden_dim, settings.hidden_dim, num_classes
     sparse, drawn, total = settings.model != "dense", 0, 0
@@ -39,7 +39,8 @@ def least_bytes(settings: TrainSettings, input_dim: int, num_classes: int, sampl
         total += int(density * (weights * WEIGHT + grid * UNIT))
     words = sum(-(-size // 64) * 8 for size in sizes[1:])  # a bit for each spike
     kept = 4 * len(NEURONS[settings.neuron].model.states) * sum(sizes[2:]) if device == "cpu" else 0
-    return total + drawn + samples * settings.T * (words + kept)
+    recomputed = settings.T if settings.chunk is None else min(settings.chunk, settings.T)
+    return total + drawn + samples * (settings.T * words + recomputed * kept)
 
 
 def check_memory(settings: TrainSettings, input_dim: int, num_classes: int, samples: int, device: torch.device) -> None:
@@ -49,5 +50,6 @@ def check_memory(settings: TrainSettings, input_dim: int, num_classes: int, samp
         raise SettingsError(
             f"training takes at least {gigabytes(needed)} of memory with hidden_dim={settings.hidden_dim}, "
             f"T={settings.T} and {samples} images per step, and there are {gigabytes(free)}; lower `hidden_dim`"
-            f"{' or `p_inter`, raise `block_size`' if settings.model != 'dense' else ''}, or lower `T` or `batch_size`"
+            f"{' or `p_inter`, raise `block_size`' if settings.model != 'dense' else ''}, or lower `T`, `chunk` "
+            "or `batch_size`"
         )

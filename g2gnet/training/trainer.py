@@ -66,13 +66,13 @@ class _Simulation(nn.Module):
     sent, since they are the same in all processes, which is checked whenever they change.
     """
 
-    def __init__(self, net: G2GNet) -> None:
+    def __init__(self, net: G2GNet, chunk: int | None) -> None:
         super().__init__()
         self.net_parameters = nn.ParameterList(net.parameters())
-        self._simulate = net.simulate
+        self._simulate, self._chunk = net.simulate, chunk
 
     def forward(self, inputs: torch.Tensor, dropped: list[torch.Tensor] | None) -> Activity:
-        return self._simulate(inputs, dropped)
+        return self._simulate(inputs, chunk=self._chunk, dropped=dropped)
 
 
 class Evaluation(NamedTuple):
@@ -165,7 +165,7 @@ class Trainer(EpochTrainer):
         self._parallel: DistributedDataParallel | None = None
         if world.size > 1:
             self._parallel = DistributedDataParallel(
-                _Simulation(self.net),
+                _Simulation(self.net, settings.chunk),
                 device_ids=[device] if device.type == "cuda" else None,
                 process_group=world.group,
                 gradient_as_bucket_view=True,
@@ -296,7 +296,10 @@ class Trainer(EpochTrainer):
         """
         target, share = constants
         with autocast(self.settings, self.device):
-            activity = (self._parallel or self.net.simulate)(inputs, list(dropped) or None)
+            if self._parallel:
+                activity = self._parallel(inputs, list(dropped) or None)
+            else:
+                activity = self.net.simulate(inputs, chunk=self.settings.chunk, dropped=list(dropped) or None)
         loss = F.cross_entropy(activity.counts, labels)
         objective = share * loss
         if target and target.strength > 0:

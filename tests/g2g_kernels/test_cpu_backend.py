@@ -347,7 +347,7 @@ def test_without_gradients_nothing_is_kept():
     call = NeuronsCall(torch.rand(12, 3, 10), population, 0, True)
     both = [neurons_alone.FORWARD(call._replace(keep=keep)) for keep in (True, False)]
     assert torch.equal(both[0][0], both[1][0])
-    assert [kept.shape for _, kept in both] == [(2, 1, 3, 10), (0,)]
+    assert [kept.shape for *_, kept in both] == [(2, 1, 3, 10), (0,)]
 
 
 def test_bfloat16_leaves_products_of_events_exact(monkeypatch):
@@ -728,7 +728,7 @@ def test_opcheck_of_a_stack(model):
         layers[1] = layers[1]._replace(neurons=Neurons("synaptic", parameters, surrogate="boxcar"), bias=None)
     stack.FORWARD.opcheck(StackCall.of(leaves["x"], layers, 3, torch.float32))
     call = detached(StackCall.of(leaves["x"], layers, 3, torch.float32))
-    counts, rates, spikes, kept = stack.FORWARD(call)
+    counts, rates, _, spikes, kept = stack.FORWARD(call)
     stack.BACKWARD.opcheck(StackBackward(call, tuple(spikes), tuple(kept), counts, rates, True))
     stack.UNPACK.opcheck(stack.PackedWords(spikes[0], call.layers[0].values, call.layers[0].mask))
 
@@ -752,7 +752,7 @@ def test_opcheck_of_neurons(model):
     population = Neurons(model, (*decays, torch.rand(10, requires_grad=True)), "zero", "sigmoid")
     neurons_alone.FORWARD.opcheck(NeuronsCall.of(current, population, None))
     call = detached(NeuronsCall.of(current, population, None))
-    spikes, kept = neurons_alone.FORWARD(call)
+    spikes, _, kept = neurons_alone.FORWARD(call)
     wanted = (True,) * (1 + len(population.parameters))
     neurons_alone.BACKWARD.opcheck(NeuronsBackward(call, kept, torch.ones_like(spikes), wanted))
 
@@ -810,7 +810,7 @@ def test_operators_refuse_what_would_read_out_of_bounds():
 
     population = Neurons("lif", (torch.tensor(0.9), torch.rand(10)), "zero", "sigmoid")
     alone = NeuronsCall(torch.rand(12, 3, 10), population, 0, True)
-    spikes, kept = neurons_alone.FORWARD(alone)
+    spikes, _, kept = neurons_alone.FORWARD(alone)
     wanted = (True, True, True)
     for wrong in (kept[:-1].contiguous(), kept[:, :, :2].contiguous(), kept.double(), torch.empty(0)):
         with pytest.raises(ValueError, match="kept"):

@@ -63,8 +63,8 @@ def test_neurons_are_neither_silent_nor_always_firing_in_any_check():
 def test_a_wrong_gradient_is_reported(monkeypatch, capsys, only_lif):
     right = neurons_package.reference.neurons
 
-    def another_sharpness(current, population, steps):
-        return right(current, population._replace(alpha=1.001 * population.alpha), steps)
+    def another_sharpness(current, population, *rest):
+        return right(current, population._replace(alpha=1.001 * population.alpha), *rest)
 
     replace_lif(monkeypatch, another_sharpness)
     assert doctor.main(["--device", "cpu"]) == 1
@@ -79,11 +79,11 @@ def test_a_single_wrong_spike_is_reported(monkeypatch, only_lif):
     right = neurons_package.reference.neurons
 
     def one_spike_too_many(*arguments):
-        spikes = right(*arguments)
+        spikes, last = right(*arguments)
         first_silent = (spikes == 0).nonzero()[0].tolist()
         extra = torch.zeros_like(spikes)
         extra[tuple(first_silent)] = 1
-        return spikes + extra
+        return spikes + extra, last
 
     replace_lif(monkeypatch, one_spike_too_many)
     findings = [wrong for _, wrong in doctor.examine(CPU)]
@@ -94,9 +94,9 @@ def test_a_single_wrong_spike_is_reported(monkeypatch, only_lif):
 def test_a_missing_gradient_and_one_that_is_not_a_number_are_reported(monkeypatch, only_lif):
     right = neurons_package.reference.neurons
 
-    def without_beta(current, population, steps):
+    def without_beta(current, population, *rest):
         beta, threshold = population.parameters
-        return right(current, population._replace(parameters=(beta.detach(), threshold)), steps)
+        return right(current, population._replace(parameters=(beta.detach(), threshold)), *rest)
 
     replace_lif(monkeypatch, without_beta)
     assert all("∂beta by inf" in finding for _, wrong in doctor.examine(CPU) for finding in wrong)

@@ -28,7 +28,7 @@ def run(net, x=SAMPLES, dropped=None, spikes=False):
     """Spikes of every layer, and the gradients of x and every parameter for a loss on counts and rates."""
     net.zero_grad()
     x = x.clone().requires_grad_()
-    activity = net.simulate(x, dropped, spikes=spikes)
+    activity = net.simulate(x, dropped=dropped, spikes=spikes)
     (activity.counts.square().sum() + 10 * activity.rates[0].sum()).backward()
     gradients = {name: parameter.grad.clone() for name, parameter in net.named_parameters()}
     return [train.dense().detach() for train in activity.spikes], {"x": x.grad, **gradients}
@@ -241,7 +241,7 @@ def test_dropout_is_the_same_where_layers_are_called(backend):
     whole = net.eval()(SAMPLES)
     assert torch.equal(whole, net_of(backend=backend)(SAMPLES))
     with pytest.raises(ValueError, match=r"dropped of layer 0 must be bool \(5, 40\)"):
-        net.train().simulate(SAMPLES, [torch.zeros(4, 40, dtype=torch.bool)] * 2)
+        net.train().simulate(SAMPLES, dropped=[torch.zeros(4, 40, dtype=torch.bool)] * 2)
 
 
 def test_spikes_over_time_have_gradients_where_layers_are_called():

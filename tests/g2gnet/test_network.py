@@ -355,7 +355,7 @@ def test_dropout_silences_neurons_for_a_whole_sample_and_scales_what_the_others_
     net = G2GNet(20, 24, 10, block_size=3, T=7, dropout=0.25, generator=torch.Generator().manual_seed(0))
     x = torch.rand(40, 20, generator=torch.Generator().manual_seed(1)) * 4
     dropped = net.drop(40, torch.Generator().manual_seed(2))
-    activity = net.simulate(x, dropped)
+    activity = net.simulate(x, dropped=dropped)
     received, steps = x, 7
     for number, (connection, neurons) in enumerate(net.layers()):
         weight = connection.dense_weight() / (0.75 if number else 1)

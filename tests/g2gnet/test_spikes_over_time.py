@@ -70,7 +70,7 @@ def test_counts_rates_and_their_gradients_are_the_same_with_and_without(backend)
     results = []
     for spikes in (False, True):
         net = net_of(backend=backend, dropout=0.3)
-        activity = net.simulate(X, net.drop(5, seeded(2)), spikes=spikes)
+        activity = net.simulate(X, dropped=net.drop(5, seeded(2)), spikes=spikes)
         (activity.counts.square().sum() + 10 * activity.rates[0].sum()).backward()
         results.append([activity.counts.detach(), *activity.rates, *(parameter.grad for parameter in net.parameters())])
         assert activity.spikes[0].dense().requires_grad == spikes

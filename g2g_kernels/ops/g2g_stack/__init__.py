@@ -11,21 +11,23 @@ from types import ModuleType
 import torch
 
 from g2g_kernels.dispatch import Operator
+from g2g_kernels.numbers import COUNT
 from g2g_kernels.ops.checks import check_connection, check_tensor
 from g2g_kernels.ops.derivatives import refuse_forward_mode
 from g2g_kernels.ops.g2g_linear import g2g_linear
 from g2g_kernels.ops.g2g_stack import cpu, reference
-from g2g_kernels.ops.g2g_stack.activity import Activity, Spikes
+from g2g_kernels.ops.g2g_stack.activity import Activity, NeuronState, Spikes, StackState
+from g2g_kernels.ops.g2g_stack.chunks import in_chunks
 from g2g_kernels.ops.g2g_stack.layer import SpikingLayer
 from g2g_kernels.ops.g2g_stack.reference import activity_of, silenced
 from g2g_kernels.ops.g2g_stack.synapses import Synapses, SynapticOperations
-from g2g_kernels.ops.neurons import neurons
-from g2g_kernels.ops.neurons.checks import check_neurons, check_steps
+from g2g_kernels.ops.neurons import run_neurons
+from g2g_kernels.ops.neurons.checks import check_neurons, check_state, check_steps
 from g2g_kernels.tracing import is_transformed
 
 __all__ = [
-    "Activity", "Spikes", "SpikingLayer", "Synapses", "SynapticOperations", "activity_of", "check_dropped", "g2g_stack",
-    "silenced",
+    "Activity", "NeuronState", "Spikes", "SpikingLayer", "StackState", "Synapses", "SynapticOperations", "activity_of",
+    "check_dropped", "g2g_stack", "silenced",
 ]  # fmt: skip
 
 
@@ -47,6 +49,7 @@ def g2g_stack(
     steps: int | None = None,
     backend: str | None = None,
     spikes: bool = False,
+    chunk: int | None = None,
 ) -> Activity:
     """Runs ``neurons(g2g_linear(·))`` for each layer in turn; differentiable in x and in every tensor of the layers.
 
@@ -58,6 +61,9 @@ def g2g_stack(
         steps, backend: as for :func:`g2g_kernels.lif`.
         spikes: whether spikes over time need a gradient, for a loss on when neurons fire. The operators then run one
             after the other, and spikes and currents of all layers are in memory.
+        chunk: for long runs: so many steps at a time are computed, and in the backward pass computed again. Gradients
+            are the same, and memory grows with T by spikes and the states between chunks only. (Inside
+            ``torch.compile`` and ``torch.func`` nothing is computed again, so that no memory is saved.)
 
     Raises:
         ValueError: for options out of range, or tensors that do not match.
@@ -65,6 +71,12 @@ def g2g_stack(
         NotImplementedError: for a second derivative, or one in forward mode.
     """
     steps = check_steps(steps)
+    if chunk is not None:
+        COUNT.check("chunk", chunk)
+        if spikes:
+            raise ValueError(
+                f"chunk={chunk} does not keep the spikes over time that spikes=True gives a gradient; give one of them"
+            )
     check_tensor("x", x)
     if not layers:
         raise ValueError("layers is empty; give at least one SpikingLayer")
@@ -83,17 +95,43 @@ def g2g_stack(
             raise ValueError(f"layer {number} has {in_size} inputs but receives {size}")
         if layer.dropped is not None:
             check_dropped(suffix, layer.dropped, (x.shape[-2], out_size))
-        checked.append(layer._replace(neurons=check_neurons(suffix, layer.neurons, out_size, x)))
+        layer = layer._replace(neurons=check_neurons(suffix, layer.neurons, out_size, x))
+        if layer.state is not None:
+            check_state(suffix, layer.state, layer.neurons, (x.shape[-2], out_size))
+        checked.append(layer)
         size = out_size
     refuse_forward_mode(x, *(tensor for layer in checked for tensor in layer.tensors()))
-    if spikes or is_transformed():
-        linear, population = partial(g2g_linear, backend=backend), partial(neurons, backend=backend)
-        activity = activity_of(reference.in_turn(x, checked, steps, linear, population), differentiable=spikes)
-    else:
-        activity = operator(x, checked, steps, backend=backend)
+    run = partial(_run, backend=backend, spikes=spikes)
+    activity = run(x, checked, steps) if chunk is None else in_chunks(x, checked, steps, chunk, run)
     if torch.compiler.is_compiling():
         return activity
     return activity._replace(synapses=Synapses(x, steps, [(layer.values, layer.mask) for layer in checked]))
+
+
+def _run(
+    x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None, backend: str | None, spikes: bool
+) -> Activity:
+    """:func:`g2g_stack` without its checks. A dropped neuron's state is 0: its current of −1e25 is no part of it."""
+    drops = any(layer.dropped is not None for layer in layers)
+    if drops:
+        layers = [
+            layer
+            if layer.dropped is None or layer.state is None
+            else layer._replace(state=layer.state.masked_fill(layer.dropped, 0))
+            for layer in layers
+        ]
+    if spikes or is_transformed():
+        linear, population = partial(g2g_linear, backend=backend), partial(run_neurons, backend=backend)
+        activity = activity_of(*reference.in_turn(x, layers, steps, linear, population), differentiable=spikes)
+    else:
+        activity = operator(x, layers, steps, backend=backend)
+    if not drops or activity.states is None:
+        return activity
+    states = [
+        state if layer.dropped is None else state.masked_fill(layer.dropped, 0)
+        for state, layer in zip(activity.states, layers)  # noqa: B905
+    ]
+    return activity._replace(states=tuple(states))
 
 
 def check_dropped(suffix: str, dropped: torch.Tensor, shape: tuple[int, ...]) -> None:

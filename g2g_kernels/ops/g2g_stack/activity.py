@@ -6,6 +6,11 @@ import torch
 
 from g2g_kernels.ops.g2g_stack.synapses import Synapses, SynapticOperations
 
+#: of a layer's neurons: the membrane [B, N] of a model with no other state, else its states in order, the membrane last
+NeuronState = torch.Tensor | tuple[torch.Tensor, ...]
+#: that of every layer, from input to output
+StackState = tuple[NeuronState, ...]
+
 
 class Spikes(Protocol):
     """Spikes of one layer, in a backend's own form."""
@@ -35,12 +40,29 @@ class Activity(NamedTuple):
         spikes: one object per layer, whose ``dense()`` gives the spikes [T, B, N], with a gradient only if the call
             requested ``spikes``.
         synapses: what :meth:`synaptic_operations` counts; None if they are unknown.
+        states: one [states, B, N] per layer, the neurons' states after the last step; differentiable. None if modules
+            that keep their states to themselves were called.
     """
 
     counts: torch.Tensor
     rates: tuple[torch.Tensor, ...]
     spikes: tuple[Spikes, ...]
     synapses: Synapses | None = None
+    states: tuple[torch.Tensor, ...] | None = None
+
+    @property
+    def state(self) -> "StackState":
+        """The state after the last step, as :meth:`g2gnet.SpikingStack.step` returns it: what continues the run.
+
+        Raises:
+            RuntimeError: if it is unknown.
+        """
+        if self.states is None:
+            raise RuntimeError(
+                "the state of this run is unknown: the stack called its modules (hooks, or a forward of their own), "
+                "which return only spikes; take steps with SpikingStack.step"
+            )
+        return tuple(each[0] if len(each) == 1 else each.unbind() for each in self.states)
 
     def synaptic_operations(self) -> tuple[SynapticOperations, ...]:
         """The additions and multiplications that spikes (and inputs) caused in each layer, over all steps and samples.

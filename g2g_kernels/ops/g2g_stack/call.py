@@ -1,5 +1,6 @@
 """A call of ``g2g_stack`` in the form of the compiled backends' operators, and their registration."""
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
@@ -13,8 +14,9 @@ from g2g_kernels.ops.g2g_stack.layer import SpikingLayer
 from g2g_kernels.ops.neurons.models import MODELS, Neurons
 from g2g_kernels.unit_grid import MaskTensors
 
-#: counts [B, N] of the last layer, rates of all neurons, spikes of each layer, and what the backward pass needs
-Outputs = tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], list[torch.Tensor]]
+#: counts [B, N] of the last layer, rates of all neurons, all layers' states after the last step one after the other
+#: (:meth:`StackCall.split_states`), spikes of each layer, and what the backward pass needs
+Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor], list[torch.Tensor]]
 
 
 class LayerCall(NamedTuple):
@@ -25,6 +27,7 @@ class LayerCall(NamedTuple):
     bias: torch.Tensor | None
     neurons: Neurons
     dropped: torch.Tensor | None
+    state: torch.Tensor | None = None
 
     @property
     def size(self) -> int:
@@ -63,12 +66,13 @@ class StackCall(NamedTuple):
         tensors = [tensor for layer in layers for tensor in layer.tensors()]
         keep = torch.is_grad_enabled() and any([tensor.requires_grad for tensor in (x, *tensors)])
         called = []
-        for values, mask, bias, neurons, dropped in layers:
+        for values, mask, bias, neurons, dropped, state in layers:
             parameters = tuple([parameter.reshape(-1).contiguous() for parameter in neurons.parameters])
             bias = None if bias is None else bias.contiguous()
             dropped = None if dropped is None else dropped.contiguous()
             population = neurons._replace(parameters=parameters)
-            called.append(LayerCall(values.contiguous(), mask.tensors(), bias, population, dropped))
+            state = None if state is None else state.float().contiguous()
+            called.append(LayerCall(values.contiguous(), mask.tensors(), bias, population, dropped, state))
         return cls(x.contiguous(), tuple(called), steps or 0, dtype, keep)
 
     def flat(self) -> tuple[Any, ...]:
@@ -85,6 +89,7 @@ class StackCall(NamedTuple):
             [each.surrogate for each in neurons],
             [each.alpha for each in neurons],
             [_or_empty(layer.dropped, layer.values) for layer in layers],
+            [_or_empty(layer.state, layer.values) for layer in layers],
             steps,
             dtype,
             keep,
@@ -92,13 +97,14 @@ class StackCall(NamedTuple):
 
     @classmethod
     def of_flat(cls, *arguments: Any) -> "StackCall":
-        x, values, masks, biases, models, parameters, resets, surrogates, alphas, dropped, *rest = arguments
+        x, values, masks, biases, models, parameters, resets, surrogates, alphas, dropped, states, *rest = arguments
         masks, parameters, layers = iter(masks), iter(parameters), []
         for i, model in enumerate(models):
             mask = MaskTensors(*islice(masks, len(MaskTensors._fields)))
             own = tuple(islice(parameters, len(MODELS[model].parameters)))
             population = Neurons(model, own, resets[i], surrogates[i], alphas[i])
-            layers.append(LayerCall(values[i], mask, _unless_empty(biases[i]), population, _unless_empty(dropped[i])))
+            bias, silent, state = (_unless_empty(optional[i]) for optional in (biases, dropped, states))
+            layers.append(LayerCall(values[i], mask, bias, population, silent, state))
         return cls(x, tuple(layers), *rest)
 
     @property
@@ -116,6 +122,16 @@ class StackCall(NamedTuple):
         """B."""
         return self.x.shape[-2]
 
+    def state_shapes(self) -> list[tuple[int, int, int]]:
+        """[states, B, N] of each layer."""
+        return [(len(MODELS[layer.neurons.model].states), self.batch, layer.size) for layer in self.layers]
+
+    def split_states(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        """The states of each layer, [states, B, N], in a tensor that holds them one after the other."""
+        shapes = self.state_shapes()
+        parts = flat.split([math.prod(shape) for shape in shapes])
+        return [part.view(shape) for part, shape in zip(parts, shapes)]  # noqa: B905
+
     def check(self) -> None:
         """Raises ValueError unless the sizes of layers, biases and parameters match."""
         width = self.x.shape[-1]
@@ -128,13 +144,15 @@ class StackCall(NamedTuple):
                 raise ValueError(f"bias of layer {number} has {layer.bias.numel()} entries, expected {size}")
             if layer.dropped is not None and layer.dropped.shape != (self.batch, size):
                 raise ValueError(f"dropped of layer {number} has shape {tuple(layer.dropped.shape)}")
+            if layer.state is not None and tuple(layer.state.shape) != self.state_shapes()[number]:
+                raise ValueError(f"state of layer {number} has shape {tuple(layer.state.shape)}")
             names = MODELS[layer.neurons.model].parameters
             for name, parameter in zip(names, layer.neurons.parameters, strict=True):
                 if parameter.numel() not in (1, size):
                     raise ValueError(f"{name} of layer {number} has {parameter.numel()} entries, expected 1 or {size}")
 
     def empty_gradients(self, grad_x: bool = True) -> "StackGradients":
-        """Empty tensors for all gradients, without elements for x unless ``grad_x`` and for missing biases."""
+        """Empty tensors for all gradients, without elements for x unless ``grad_x``, missing biases and states."""
         return StackGradients(
             self.x.new_empty(self.x.shape if grad_x else 0),
             [torch.empty_like(layer.values) for layer in self.layers],
@@ -143,20 +161,26 @@ class StackCall(NamedTuple):
                 for layer in self.layers
             ],
             [[torch.empty_like(parameter) for parameter in layer.neurons.parameters] for layer in self.layers],
+            [
+                layer.values.new_empty(0) if layer.state is None else torch.empty_like(layer.state)
+                for layer in self.layers
+            ],
         )
 
 
 class StackGradients(NamedTuple):
-    """∂L/∂x, and for each layer the gradients of values, bias and parameters."""
+    """∂L/∂x, and for each layer the gradients of values, bias, parameters and state (empty if none was given)."""
 
     x: torch.Tensor
     values: list[torch.Tensor]
     biases: list[torch.Tensor]
     parameters: list[list[torch.Tensor]]
+    states: list[torch.Tensor]
 
     def flat(self) -> list[torch.Tensor]:
         """One after the other, as an operator returns them."""
-        return [self.x, *self.values, *self.biases, *(grad for layer in self.parameters for grad in layer)]
+        parameters = [grad for layer in self.parameters for grad in layer]
+        return [self.x, *self.values, *self.biases, *self.states, *parameters]
 
 
 class StackBackward(NamedTuple):
@@ -168,6 +192,7 @@ class StackBackward(NamedTuple):
         grad_counts: ∂L/∂counts [B, N] of the last layer, or None for zeros.
         grad_rates: ∂L/∂rates of all neurons, or None for zeros.
         grad_x: whether ∂L/∂x is wanted.
+        grad_last: that of all states after the last step, one after the other, or None for zeros.
     """
 
     call: StackCall
@@ -176,6 +201,13 @@ class StackBackward(NamedTuple):
     grad_counts: torch.Tensor | None
     grad_rates: torch.Tensor | None
     grad_x: bool
+    grad_last: torch.Tensor | None = None
+
+    def states_of_layers(self) -> list[torch.Tensor | None]:
+        """The gradients of the states after the last step, layer by layer, [states, B, N]."""
+        if self.grad_last is None:
+            return [None] * len(self.call.layers)
+        return list(self.call.split_states(self.grad_last))
 
     def flat(self) -> tuple[Any, ...]:
         call, spikes, kept, *rest = self
@@ -183,8 +215,8 @@ class StackBackward(NamedTuple):
 
     @classmethod
     def of_flat(cls, *arguments: Any) -> "StackBackward":
-        *call, spikes, kept, grad_counts, grad_rates, grad_x = arguments
-        return cls(StackCall.of_flat(*call), tuple(spikes), tuple(kept), grad_counts, grad_rates, grad_x)
+        *call, spikes, kept, grad_counts, grad_rates, grad_x, grad_last = arguments
+        return cls(StackCall.of_flat(*call), tuple(spikes), tuple(kept), grad_counts, grad_rates, grad_x, grad_last)
 
     def rates_of_layers(self) -> list[torch.Tensor | None]:
         """∂L/∂rates layer by layer."""
@@ -212,24 +244,25 @@ def operators(
 
     def gradients(given: record.Gradients) -> dict[str, object]:
         call, (spikes, kept), grad_x = given.record, given.kept, given.needed["x"]
-        grad_counts, grad_rates = given.grads
+        grad_counts, grad_rates, grad_last = given.grads
         to_x, *rest = backward_operator(
-            StackBackward(call, tuple(spikes), tuple(kept), grad_counts, grad_rates, grad_x)
+            StackBackward(call, tuple(spikes), tuple(kept), grad_counts, grad_rates, grad_x, grad_last)
         )
         count = len(call.layers)
         return {
             "x": to_x if grad_x else None,
             "values": rest[:count],
             "biases": rest[count : 2 * count],
-            "parameters": rest[2 * count :],
+            "states": rest[2 * count : 3 * count],
+            "parameters": rest[3 * count :],
         }
 
-    # lists over the layers; absent biases and dropped neurons are empty
+    # lists over the layers; absent biases, dropped neurons and states are empty
     call = (
         "Tensor x, Tensor[] values, Tensor[] masks, Tensor[] biases, str[] models, Tensor[] parameters, str[] resets, "
-        "str[] surrogates, float[] alphas, Tensor[] dropped, int steps, ScalarType dtype, bool keep"
+        "str[] surrogates, float[] alphas, Tensor[] dropped, Tensor[] states, int steps, ScalarType dtype, bool keep"
     )
-    more = "Tensor[] spikes, Tensor[] kept, Tensor? grad_counts, Tensor? grad_rates, bool grad_x"
+    more = "Tensor[] spikes, Tensor[] kept, Tensor? grad_counts, Tensor? grad_rates, bool grad_x, Tensor? grad_last"
     backward_operator = record.define(
         f"{prefix}stack_backward({call}, {more}) -> Tensor[]",
         StackBackward,
@@ -238,9 +271,9 @@ def operators(
         keys,
     )
     record.refuse_derivative(backward_operator, refuse_backward)
-    schema = f"{prefix}stack_forward({call}) -> (Tensor counts, Tensor rates, Tensor[] spikes, Tensor[] kept)"
-    forward_operator = record.define(schema, StackCall, forward, fake, keys)
-    record.differentiate(forward_operator, 2, gradients)
+    results = "Tensor counts, Tensor rates, Tensor last, Tensor[] spikes, Tensor[] kept"
+    forward_operator = record.define(f"{prefix}stack_forward({call}) -> ({results})", StackCall, forward, fake, keys)
+    record.differentiate(forward_operator, 3, gradients)
     count_flops(forward_operator, lambda call: sum(_flops(call)))
     count_flops(backward_operator, _backward_flops)
     return forward_operator, backward_operator

@@ -12,6 +12,7 @@ backward pass:
 import ctypes
 import functools
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -71,11 +72,12 @@ def refuses(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) 
 
 def g2g_stack(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> Activity:
     call = StackCall.of(x, layers, steps, torch.bfloat16 if bf16_wanted() else torch.float32)
-    counts, rates, words, _ = FORWARD(call)
+    counts, rates, last, words, _ = FORWARD(call)
     return Activity(
         counts,
         tuple(rates.split([layer.size for layer in call.layers])),
         tuple([PackedSpikes(each, layer.values.detach(), layer.mask) for each, layer in zip(words, call.layers)]),  # noqa: B905
+        states=tuple(call.split_states(last)),
     )
 
 
@@ -109,7 +111,7 @@ class _Shapes(NamedTuple):
 def _shapes(call: StackCall) -> _Shapes:
     shapes = _Shapes([], [], [])
     batch, steps = call.batch, call.num_steps
-    for number, (values, mask, _, neurons, _) in enumerate(call.layers):
+    for number, (values, mask, _, neurons, *_) in enumerate(call.layers):
         _, height, width = values.shape
         rows, cols = (blocks(units, side) for units, side in zip(mask.grid, (height, width)))  # noqa: B905
         held = call.held and number == 0
@@ -138,8 +140,8 @@ class _Arguments:
         call.check()
         self.plans: list[Plan] = []
         self.layers = (structures.Layer * len(call.layers))()
-        for number, (values, mask, bias, neurons, dropped) in enumerate(call.layers):
-            for tensor in (call.x, values, bias, *neurons.parameters):
+        for number, (values, mask, bias, neurons, dropped, state) in enumerate(call.layers):
+            for tensor in (call.x, values, bias, state, *neurons.parameters):
                 if tensor is not None and not (
                     tensor.dtype == torch.float32 and tensor.is_contiguous() and tensor.device.type == "cpu"
                 ):
@@ -157,6 +159,7 @@ class _Arguments:
                 states=None if held else kept,
                 currents=kept if held else None,
                 dropped=pointer(dropped),
+                first=pointer(state),
             )
             if number and _aligned(self.plans[-1], plan):
                 self.layers[number].inputs = self.layers[number - 1].spikes
@@ -180,22 +183,23 @@ def _aligned(lower: Plan, upper: Plan) -> bool:
 
 def _forward(call: StackCall) -> Outputs:
     shapes = _shapes(call)
-    spikes, inputs = (
-        [workspace.empty(shape, torch.int64) for shape in each] for each in (shapes.spikes, shapes.inputs)
-    )
+    spikes = [workspace.exactly(shape, torch.int64) for shape in shapes.spikes]
+    inputs = [workspace.empty(shape, torch.int64) for shape in shapes.inputs]
     states = [workspace.empty(shape) for shape in shapes.states] if call.keep else None
     arguments = _Arguments(call, _Memory(spikes, inputs, states))
     sizes = [layer.size for layer in call.layers]
     counts, rates = workspace.empty((call.batch, sizes[-1])), workspace.empty((sum(sizes),))
-    for layer, of_layer in zip(arguments.layers, rates.split(sizes), strict=True):
-        layer.rates = of_layer.data_ptr()
+    last = workspace.exactly((sum(map(math.prod, call.state_shapes())),))
+    states_after = call.split_states(last)
+    for layer, of_layer, after in zip(arguments.layers, rates.split(sizes), states_after, strict=True):
+        layer.rates, layer.last = of_layer.data_ptr(), after.data_ptr()
     arguments.stack.counts = counts.data_ptr()
     arguments.stack.event_limit = event_limit(arguments.stack.bf16, backward=False)
     run(library().g2g_stack_forward, arguments.stack)
     if states is None:
-        return counts, rates, spikes, []
+        return counts, rates, last, spikes, []
     header = [arguments.stack.x_spikes, *(layer.input_rate for layer in arguments.layers)]
-    return counts, rates, spikes, [torch.tensor(header, dtype=torch.float64), *inputs, *states]
+    return counts, rates, last, spikes, [torch.tensor(header, dtype=torch.float64), *inputs, *states]
 
 
 def _forward_fake(call: StackCall) -> Outputs:
@@ -209,7 +213,8 @@ def _forward_fake(call: StackCall) -> Outputs:
             *(x.new_empty(shape) for shape in shapes.states),
         ]
     spikes = [x.new_empty(shape, dtype=torch.int64) for shape in shapes.spikes]
-    return x.new_empty(call.batch, sizes[-1]), x.new_empty(sum(sizes)), spikes, kept
+    last = x.new_empty(sum(map(math.prod, call.state_shapes())))
+    return x.new_empty(call.batch, sizes[-1]), x.new_empty(sum(sizes)), last, spikes, kept
 
 
 def _backward(backward: StackBackward) -> StackGradients:
@@ -223,12 +228,16 @@ def _backward(backward: StackBackward) -> StackGradients:
         [workspace.empty(tuple(layer.values.shape)) for layer in call.layers],
         [workspace.empty((0,) if layer.bias is None else tuple(layer.bias.shape)) for layer in call.layers],
         [[workspace.empty(tuple(p.shape)) for p in layer.neurons.parameters] for layer in call.layers],
+        [workspace.empty((0,) if layer.state is None else tuple(layer.state.shape)) for layer in call.layers],
     )
     arguments = _Arguments(call, _Memory(backward.spikes, inputs, states), grads.parameters)
     x_spikes, *input_rates = header.tolist()
-    for number, (layer, grad_rates) in enumerate(zip(arguments.layers, backward.rates_of_layers(), strict=True)):
+    of_layers = zip(arguments.layers, backward.rates_of_layers(), backward.states_of_layers(), strict=True)
+    for number, (layer, grad_rates, grad_last) in enumerate(of_layers):
         layer.input_rate = input_rates[number]
-        layer.gradient_event_limit = _gradient_event_limit(call.layers[number].neurons, arguments.stack.bf16)
+        if grad_last is None:  # which reaches the currents through no event
+            layer.gradient_event_limit = _gradient_event_limit(call.layers[number].neurons, arguments.stack.bf16)
+        layer.grad_last, layer.grad_first = pointer(grad_last), pointer(grads.states[number])
         layer.grad_rates = pointer(grad_rates)
         layer.grad_values, layer.grad_bias = pointer(grads.values[number]), pointer(grads.biases[number])
     stack = arguments.stack

@@ -1,5 +1,6 @@
 """A spiking layer as ``g2g_stack`` takes it."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ class SpikingLayer(NamedTuple):
         neurons: the population, with this layer's own model, reset, surrogate and α.
         dropped: bool [B, N], or None: neurons that stay silent in a sample (their current is −1e25 at every
             step), so that nothing comes from them and no gradient goes through them.
+        state: float [states, B, N], the neurons' states before the first step, in the model's order; None: all 0.
     """
 
     values: torch.Tensor
@@ -29,8 +31,16 @@ class SpikingLayer(NamedTuple):
     bias: torch.Tensor | None
     neurons: Neurons
     dropped: torch.Tensor | None = None
+    state: torch.Tensor | None = None
 
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor that may need a gradient."""
-        connection = [self.values] if self.bias is None else [self.values, self.bias]
-        return [*connection, *self.neurons.parameters]
+        optional = [tensor for tensor in (self.bias, self.state) if tensor is not None]
+        return [self.values, *optional, *self.neurons.parameters]
+
+    def with_tensors(self, tensors: Iterator[torch.Tensor]) -> "SpikingLayer":
+        """The layer with other tensors, in the order of :meth:`tensors`."""
+        values = next(tensors)
+        bias, state = (None if tensor is None else next(tensors) for tensor in (self.bias, self.state))
+        neurons = self.neurons._replace(parameters=tuple(next(tensors) for _ in self.neurons.parameters))
+        return self._replace(values=values, bias=bias, state=state, neurons=neurons)

@@ -17,23 +17,24 @@ def refuses(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) 
 
 
 def g2g_stack(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> Activity:
-    spikes = in_turn(x, layers, steps, g2g_linear, neurons)
-    return activity_of(spikes, differentiable=False)
+    return activity_of(*in_turn(x, layers, steps, g2g_linear, neurons), differentiable=False)
 
 
 def in_turn(
     x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None, linear: Callable, neurons: Callable
-) -> list[torch.Tensor]:
-    """The spikes [T, B, N] of each layer, by these implementations of the two operators."""
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The spikes [T, B, N] of each layer and its last states, by these implementations of the two operators."""
     spikes: list[torch.Tensor] = []
+    states: list[torch.Tensor] = []
     for layer in layers:
         current = linear(x, layer.values, layer.mask, layer.bias)
         if layer.dropped is not None:
             current = silenced(current, layer.dropped)
-        x = neurons(current, layer.neurons, steps)
+        x, last = neurons(current, layer.neurons, steps, state=layer.state)
         spikes.append(x)
+        states.append(last)
         steps = None
-    return spikes
+    return spikes, states
 
 
 def silenced(current: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor:
@@ -41,10 +42,13 @@ def silenced(current: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor:
     return current.masked_fill(dropped, max(DROPPED, torch.finfo(current.dtype).min))
 
 
-def activity_of(spikes: Sequence[torch.Tensor], differentiable: bool) -> Activity:
-    """The activity with these spikes of each layer; ``dense()`` has a gradient if requested."""
+def activity_of(
+    spikes: Sequence[torch.Tensor], states: Sequence[torch.Tensor] | None, differentiable: bool
+) -> Activity:
+    """The activity with these spikes and last states of each layer; ``dense()`` has a gradient if requested."""
     return Activity(
         counts=spikes[-1].float().sum(0) if spikes[-1].dtype.itemsize < 4 else spikes[-1].sum(0),
         rates=tuple(s.mean((0, 1), dtype=torch.promote_types(s.dtype, torch.float32)) for s in spikes),
         spikes=tuple(DenseSpikes(each if differentiable else each.detach()) for each in spikes),
+        states=None if states is None else tuple(states),
     )

@@ -24,6 +24,7 @@ Bytes per element of [T, B, N] in a training step, with c the size of the produc
 """
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -62,7 +63,18 @@ from g2g_kernels.ops.neurons.triton import (
     segment_of,
 )
 from g2g_kernels.triton import runtime
-from g2g_kernels.triton.neuron import EXACT, charge, fires, load_parameters, plus, step_backward, zeros
+from g2g_kernels.triton.neuron import (
+    EXACT,
+    charge,
+    fires,
+    load_parameters,
+    load_states,
+    plus,
+    select,
+    step_backward,
+    store_states,
+    zeros,
+)
 from g2g_kernels.triton.runtime import launch
 
 # --- the fused kernel -------------------------------------------------------------------------------------------
@@ -89,6 +101,8 @@ def fused_forward_kernel(
     spikes,
     margins,
     counts,
+    states_before,
+    last,
     steps,
     batch,
     num_rows,
@@ -129,7 +143,8 @@ def fused_forward_kernel(
     first, end = tl.load(row_ptr + row), tl.load(row_ptr + row + 1)
     tiles_of_step = tl.maximum((end - first) * TILES_K, 1)  # a row without units still has neurons that decay
     current = start
-    states = zeros(STATES, BLOCK_M, BLOCK_N)
+    step = tl.cast(batch, tl.int64) * y_size
+    states = load_states(states_before, step, y_offset, inside, STATES, BLOCK_M, BLOCK_N)
     count = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     # a row without units multiplies nothing
     b_ok = (b < tl.where(first < end, batch, 0))[:, None]
@@ -161,6 +176,7 @@ def fused_forward_kernel(
                     margin = tl.clamp(margin, -65504.0, 65504.0)
                 tl.store(margins + here + y_offset, margin.to(margins.dtype.element_ty), mask=inside)
             current = start
+    store_states(last, step, y_offset, inside, states)
     tl.store(counts + y_offset, count, mask=inside)
 
 
@@ -230,6 +246,9 @@ def fused_backward_kernel(
     grad_current,
     bias_sums,
     partials,
+    states_before,
+    grad_last,
+    grad_first,
     steps,
     batch,
     neurons,
@@ -263,7 +282,8 @@ def fused_backward_kernel(
     at_all_steps = tl.where(inside, at_all_steps, 0.0)  # elements that do not exist add nothing to any sum
 
     tl.static_assert(STATES == 1)
-    grads = zeros(STATES, BLOCK_B, BLOCK_N)
+    grads = load_states(grad_last, step, offset, inside, STATES, BLOCK_B, BLOCK_N)
+    at_first = load_states(states_before, step, offset, inside, STATES, BLOCK_B, BLOCK_N)[0] - threshold
     totals = zeros(len(own), BLOCK_B, BLOCK_N)
     grad_bias = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
     segments = tl.cdiv(steps, SEGMENT)
@@ -287,17 +307,23 @@ def fused_backward_kernel(
             grad_spike = tl.where(t < steps, at_all_steps, 0.0)
             if grad_spikes is not None:
                 grad_spike += upstream[k].to(tl.float32)
-            before = tl.where(t > 0, earlier[k].to(tl.float32), -threshold)  # U_{t−1} − θ, with U_0 = 0
+            before = tl.where(t > 0, earlier[k].to(tl.float32), at_first)  # U_{t−1} − θ
             states = (before + threshold,)
-            to_current, grads, sums = step_backward(
+            to_current, moved, added = step_backward(
                 grads, sums, states, before > 0, margin, grad_spike, own, alpha, MODEL, RESET, SURROGATE
             )
+            if grad_last is not None:  # which does not reach steps after the last
+                to_current = tl.where(t < steps, to_current, 0.0)
+                moved, added = select(t < steps, moved, grads), select(t < steps, added, sums)
+            grads, sums = moved, added
             out = to_current.to(grad_current.dtype.element_ty)
             tl.store(grad_current + t * step + offset, out, mask=_if(t < steps, b, batch, n_ok))
             bias_sum += to_current
             margin = before
         totals = plus(totals, sums)
         grad_bias += bias_sum
+    if grad_first is not None:
+        store_states(grad_first, step, offset, inside, grads)
     here = tl.program_id(0) * neurons + n
     tl.store(bias_sums + here, tl.sum(grad_bias, 0), mask=n_ok)
     for i in tl.static_range(len(partials)):
@@ -319,6 +345,7 @@ class _Layer(NamedTuple):
     held: bool
     fused: bool
     dropped: torch.Tensor | None = None  # uint8 [B, N']
+    first: torch.Tensor | None = None  # the states before the first step, float32 [states, B, N']
 
     def current_dtype(self, products: torch.dtype) -> torch.dtype:
         """A held current is small, and the same rounding error at every step would add up."""
@@ -349,7 +376,7 @@ def _layers(call: StackCall) -> list[_Layer]:
     call.check()
     graphs = [units_of(layer.mask, layer.values) for layer in call.layers]
     layers = []
-    for i, (graph, (values, _, bias, neurons, dropped)) in enumerate(zip(graphs, call.layers, strict=True)):
+    for i, (graph, (values, _, bias, neurons, dropped, state)) in enumerate(zip(graphs, call.layers, strict=True)):
         neuron = column = None
         rows, cols = graph.rows, graph.cols
         if i + 1 < len(graphs):
@@ -369,6 +396,7 @@ def _layers(call: StackCall) -> list[_Layer]:
                 bias=None if bias is None else layer.to_columns(bias),
                 neurons=neurons._replace(parameters=parameters),
                 dropped=None if dropped is None else layer.to_columns(dropped.to(torch.uint8)),
+                first=None if state is None else layer.to_columns(state).contiguous(),
             )
         )
     return layers
@@ -381,6 +409,7 @@ def _launch_fused(
     spikes: torch.Tensor,
     margins: torch.Tensor | None,
     counts: torch.Tensor,
+    last: torch.Tensor,
 ) -> None:
     """Writes spikes [T, B, N'], margins of the same shape if given, and counts [B, N'], from x [T·B, in]."""
     units = layer.units
@@ -403,6 +432,8 @@ def _launch_fused(
         spikes=spikes,
         margins=margins,
         counts=counts,
+        states_before=layer.first,
+        last=last,
         steps=steps,
         batch=batch,
         num_rows=units.rows.num_units,
@@ -425,6 +456,7 @@ class _NeuronGradients(NamedTuple):
     current: torch.Tensor
     bias: torch.Tensor | None
     parameters: Sequence[torch.Tensor]
+    first: torch.Tensor | None  # of the states before the first step, if there are any
 
 
 def _fused_backward(margins: torch.Tensor, layer: _Layer, upstream: Upstream) -> _NeuronGradients:
@@ -434,6 +466,7 @@ def _fused_backward(margins: torch.Tensor, layer: _Layer, upstream: Upstream) ->
     grid = triton.cdiv(batch, block_b), triton.cdiv(neurons, block_n)
     parameters = layer.neurons.parameters
     grad_current = torch.empty_like(margins)
+    grad_first = None if layer.first is None else torch.empty_like(layer.first)
     bias_sums, *partials = (
         torch.empty((grid[0], neurons), dtype=torch.float32, device=margins.device) for _ in (None, *parameters)
     )
@@ -448,6 +481,9 @@ def _fused_backward(margins: torch.Tensor, layer: _Layer, upstream: Upstream) ->
         grad_current=grad_current,
         bias_sums=bias_sums,
         partials=tuple(partials),
+        states_before=layer.first,
+        grad_last=upstream.last,
+        grad_first=grad_first,
         steps=steps,
         batch=batch,
         neurons=neurons,
@@ -464,15 +500,16 @@ def _fused_backward(margins: torch.Tensor, layer: _Layer, upstream: Upstream) ->
     for i in range(len(MODELS[layer.neurons.model].decays)):
         # the clamp's own derivative
         grads[i] = grads[i].masked_fill((parameters[i] < 0) | (parameters[i] > 1), 0)
-    return _NeuronGradients(grad_current, bias_sums.sum(0), grads)
+    return _NeuronGradients(grad_current, bias_sums.sum(0), grads, grad_first)
 
 
 def _pair_backward(run: Run, checkpoints: torch.Tensor, upstream: Upstream, dtype: torch.dtype) -> _NeuronGradients:
     """The backward pass of the neurons of a layer whose currents are in memory."""
     grad_current = torch.empty_like(run.current, dtype=dtype)
     grads = [torch.empty_like(parameter) for parameter in run.population.parameters]
-    launch_backward(run, checkpoints, upstream, grad_current, grads)
-    return _NeuronGradients(grad_current, None, grads)
+    grad_first = None if run.first is None else torch.empty_like(run.first)
+    launch_backward(run, checkpoints, upstream, grad_current, grads, grad_first)
+    return _NeuronGradients(grad_current, None, grads, grad_first)
 
 
 # --- operators --------------------------------------------------------------------------------------------------
@@ -499,10 +536,11 @@ def _widest(layer: SpikingLayer) -> int:
 
 def g2g_stack(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> Activity:
     call = StackCall.of(x, layers, steps, runtime.autocast_dtype(x.device.type) or x.dtype)
-    counts, rates, spikes, _ = FORWARD(call)
+    counts, rates, last, spikes, _ = FORWARD(call)
     readers = [None if layer.mask.cols.trivial else layer.mask.cols.place_of for layer in layers[1:]]
     sizes = [layer.size for layer in call.layers]
-    return Activity(counts, tuple(rates.split(sizes)), tuple(map(ByteSpikes, spikes, [*readers, None])))
+    all_spikes = tuple(map(ByteSpikes, spikes, [*readers, None]))
+    return Activity(counts, tuple(rates.split(sizes)), all_spikes, states=tuple(call.split_states(last)))
 
 
 class ByteSpikes:
@@ -522,7 +560,7 @@ def _forward(call: StackCall) -> Outputs:
     num_steps, batch, device = call.num_steps, call.batch, call.x.device
     all_spikes: list[torch.Tensor] = []
     kept: list[torch.Tensor] = []
-    rates = []
+    rates, states = [], []
     received = call.x
     for layer in _layers(call):
         shape = (num_steps, batch, layer.units.rows.size)
@@ -534,7 +572,8 @@ def _forward(call: StackCall) -> Outputs:
         factors = layer.values.to(call.dtype)
         if layer.fused:
             margins = allocate(shape, dtype=call.dtype, device=device) if call.keep else None
-            _launch_fused(received, factors, layer, spikes, margins, counts)
+            last = allocate((1, *shape[1:]), dtype=torch.float32, device=device)
+            _launch_fused(received, factors, layer, spikes, margins, counts, last)
             to_keep = [margins, counts.new_empty(0)]
         else:
             current = product(received, factors, layer.units, layer.bias, layer.current_dtype(call.dtype))
@@ -545,13 +584,14 @@ def _forward(call: StackCall) -> Outputs:
             if call.keep:
                 of = checkpoint_shape(MODELS[layer.neurons.model], *shape)
                 checkpoints = torch.empty(of, dtype=torch.float32, device=device)
-            launch_forward(Run(current, layer.neurons, num_steps), spikes, checkpoints, counts)
+            last = launch_forward(Run(current, layer.neurons, num_steps, layer.first), spikes, checkpoints, counts)
             to_keep = [current, checkpoints]
         kept += [tensor for tensor in to_keep if call.keep and tensor is not None]
         rates.append(layer.to_neurons(counts.sum(0) / (num_steps * batch)))
+        states.append(layer.to_neurons(last).flatten())
         all_spikes.append(spikes)
         received = spikes
-    return counts, torch.cat(rates), all_spikes, kept
+    return counts, torch.cat(rates), torch.cat(states), all_spikes, kept
 
 
 def _forward_fake(call: StackCall) -> Outputs:
@@ -568,22 +608,28 @@ def _forward_fake(call: StackCall) -> Outputs:
             ]
     sizes = [layer.size for layer in call.layers]
     counts = call.x.new_empty((call.batch, sizes[-1]), dtype=torch.float32)
-    return counts, call.x.new_empty(sum(sizes), dtype=torch.float32), spikes, kept
+    last = call.x.new_empty(sum(map(math.prod, call.state_shapes())), dtype=torch.float32)
+    return counts, call.x.new_empty(sum(sizes), dtype=torch.float32), last, spikes, kept
 
 
 def _backward(backward: StackBackward) -> StackGradients:
     call, layers = backward.call, _layers(backward.call)
     rates_of_layers = backward.rates_of_layers()
     grad_x, grad_spikes, grad_counts = call.x.new_empty(0), None, backward.grad_counts
-    values, biases, parameters = [], [], []  # of the layers, the last one first
+    last_of_layers = backward.states_of_layers()
+    values, biases, parameters, states = [], [], [], []  # of the layers, the last one first
     for i in reversed(range(len(layers))):
         layer, given, (state, checkpoints) = layers[i], call.layers[i], backward.kept[2 * i : 2 * i + 2]
-        grad_rates = rates_of_layers[i]
-        upstream = Upstream(grad_spikes, grad_counts, None if grad_rates is None else layer.to_columns(grad_rates))
+        rates, last = (
+            None if grad is None else layer.to_columns(grad).contiguous()
+            for grad in (rates_of_layers[i], last_of_layers[i])
+        )
+        upstream = Upstream(grad_spikes, grad_counts, rates, last)
         if layer.fused:
             through = _fused_backward(state, layer, upstream)
         else:
-            through = _pair_backward(Run(state, layer.neurons, call.num_steps), checkpoints, upstream, call.dtype)
+            run = Run(state, layer.neurons, call.num_steps, layer.first)
+            through = _pair_backward(run, checkpoints, upstream, call.dtype)
         grad_current = through.current.view(-1, through.current.shape[-1])
         received = (backward.spikes[i - 1] if i else call.x).view(-1, layer.units.cols.size)
         want_bias = layer.bias is not None and through.bias is None
@@ -593,6 +639,7 @@ def _backward(backward: StackBackward) -> StackGradients:
         parameters.append(
             [layer.like(*pair) for pair in zip(given.neurons.parameters, through.parameters, strict=True)]
         )
+        states.append(call.x.new_empty(0) if through.first is None else layer.to_neurons(through.first))
         grad_counts = None
         if i > 0:
             grad_spikes = input_gradient(grad_current, layer.values.to(call.dtype), layer.units, call.dtype)
@@ -600,7 +647,7 @@ def _backward(backward: StackBackward) -> StackGradients:
         elif backward.grad_x:
             grad_x = input_gradient(grad_current, layer.values.to(call.dtype), layer.units, call.x.dtype)
             grad_x = grad_x.view(call.x.shape)
-    return StackGradients(grad_x, values[::-1], biases[::-1], parameters[::-1])
+    return StackGradients(grad_x, values[::-1], biases[::-1], parameters[::-1], states[::-1])
 
 
 FORWARD, BACKWARD = operators("triton_", ("CPU", "CUDA"), _forward, _forward_fake, _backward)  # CPU: the interpreter

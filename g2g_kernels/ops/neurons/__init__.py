@@ -10,7 +10,7 @@ from g2g_kernels.dispatch import Operator
 from g2g_kernels.ops.checks import check_tensor
 from g2g_kernels.ops.derivatives import refuse_forward_mode
 from g2g_kernels.ops.neurons import cpu, reference, step
-from g2g_kernels.ops.neurons.checks import as_tensors, check_neurons, check_steps
+from g2g_kernels.ops.neurons.checks import as_tensors, check_neurons, check_state, check_steps
 from g2g_kernels.ops.neurons.models import MODELS, RESET, RESETS, Neurons
 from g2g_kernels.ops.neurons.surrogates import ALPHA, SURROGATE, SURROGATES
 from g2g_kernels.tracing import is_transformed
@@ -22,6 +22,7 @@ __all__ = [
     "Neurons",
     "lif",
     "neurons",
+    "run_neurons",
     "synaptic",
 ]
 
@@ -140,21 +141,44 @@ def neurons(
         BackendError: if the forced backend cannot serve the call.
         NotImplementedError: for a second derivative, or one in forward mode.
     """
+    return run_neurons(current, population, steps, backend)[0]
+
+
+def run_neurons(
+    current: torch.Tensor,
+    population: Neurons,
+    steps: int | None = None,
+    backend: str | None = None,
+    state: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`neurons` from a state on; differentiable in that, too.
+
+    Args:
+        current, population, steps, backend: as for :func:`neurons`.
+        state: [states, ..., N], the states before the first step, in the model's order; None: all 0.
+
+    Returns:
+        spikes [T, ..., N], and the states after the last step [states, ..., N], float32 for half-precision currents.
+    """
     steps = check_steps(steps)
     check_tensor("current", current)
     if current.dim() < (1 if steps is not None else 2):
         raise ValueError(f"current has shape {tuple(current.shape)}; expected [T, ..., N], or [..., N] with steps")
     population = check_neurons("", population, current.shape[-1], current)
-    refuse_forward_mode(current, *population.parameters)
+    if state is not None:
+        check_state("", state, population, current.shape if steps is not None else current.shape[1:])
+    refuse_forward_mode(current, state, *population.parameters)
     if is_transformed():
-        return in_steps(current, population, steps)
-    return operator(current, population, steps, backend=backend)
+        return in_steps(current, population, steps, state)
+    return operator(current, population, steps, state, backend=backend)
 
 
-def in_steps(current: torch.Tensor, population: Neurons, steps: int | None) -> torch.Tensor:
-    """:func:`neurons` in plain operations, one step after the other."""
+def in_steps(
+    current: torch.Tensor, population: Neurons, steps: int | None, state: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`run_neurons` in plain operations, one step after the other."""
     _say_that_it_takes_steps()
-    return step.in_steps(current, population, steps)
+    return step.in_steps(current, population, steps, state)
 
 
 @functools.cache

@@ -59,3 +59,14 @@ def check_neurons(suffix: str, population: Neurons, size: int, like: torch.Tenso
         if shape not in ((), (1,), (size,)):
             raise ValueError(f"{name}{suffix} has shape {shape}; expected a scalar or [{size}], one per neuron")
     return population._replace(parameters=parameters)
+
+
+def check_state(suffix: str, state: torch.Tensor, population: Neurons, shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless ``state`` holds the states of that model's neurons, each of ``shape`` [..., N]."""
+    check_tensor(f"state{suffix}", state)
+    names = MODELS[population.model].states
+    if tuple(state.shape) != (len(names), *shape):
+        raise ValueError(
+            f"state{suffix} has shape {tuple(state.shape)}; expected {(len(names), *shape)} ({', '.join(names)} of "
+            f"every neuron and sample)"
+        )

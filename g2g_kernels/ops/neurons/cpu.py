@@ -41,9 +41,11 @@ def neuron_arguments(neurons: Neurons, grads: Sequence[torch.Tensor] | None = No
     return arguments
 
 
-def refuses(current: torch.Tensor, population: Neurons, steps: int | None) -> str | None:
+def refuses(
+    current: torch.Tensor, population: Neurons, steps: int | None, state: torch.Tensor | None = None
+) -> str | None:
     """Why these kernels cannot serve a call, or None."""
-    for tensor in (current, *population.parameters):
+    for tensor in (current, *population.parameters, *(() if state is None else (state,))):
         if tensor.device.type != "cpu":
             return f"needs tensors on the CPU, not on {tensor.device}"
         if tensor.dtype != torch.float32:
@@ -53,8 +55,11 @@ def refuses(current: torch.Tensor, population: Neurons, steps: int | None) -> st
     return too_large(steps=steps or len(current), neurons=current.shape[-1])
 
 
-def neurons(current: torch.Tensor, population: Neurons, steps: int | None) -> torch.Tensor:
-    return FORWARD(NeuronsCall.of(current, population, steps))[0]
+def neurons(
+    current: torch.Tensor, population: Neurons, steps: int | None, state: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    spikes, last, _ = FORWARD(NeuronsCall.of(current, population, steps, state))
+    return spikes, last
 
 
 def _kept_shape(call: NeuronsCall) -> tuple[int, ...]:
@@ -64,13 +69,14 @@ def _kept_shape(call: NeuronsCall) -> tuple[int, ...]:
 
 def _arguments(call: NeuronsCall, grads: list[torch.Tensor] | None = None) -> Structure:
     call.check_parameters()
-    for tensor in (call.current, *call.population.parameters):
+    for tensor in (call.current, *call.population.parameters, *(() if call.state is None else (call.state,))):
         if tensor.dtype != torch.float32 or not tensor.is_contiguous() or tensor.device.type != "cpu":
             raise ValueError("the compiled kernels need contiguous float32 tensors on the CPU")
     steps, samples, size = call.flat_shape
     return structures.NeuronLoop(
         neurons=neuron_arguments(call.population, grads),
         current=call.current.data_ptr(),
+        first=pointer(call.state),
         samples=samples,
         size=size,
         steps=steps,
@@ -80,29 +86,31 @@ def _arguments(call: NeuronsCall, grads: list[torch.Tensor] | None = None) -> St
     )
 
 
-def _forward(call: NeuronsCall) -> tuple[torch.Tensor, torch.Tensor]:
+def _forward(call: NeuronsCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     arguments = _arguments(call)
-    spikes = workspace.empty(call.shape)
+    spikes, last = workspace.empty(call.shape), workspace.empty(call.state_shape)
     kept = workspace.empty(_kept_shape(call) if call.keep else (0,))
-    arguments.spikes, arguments.kept = spikes.data_ptr(), pointer(kept)
+    arguments.spikes, arguments.last, arguments.kept = spikes.data_ptr(), last.data_ptr(), pointer(kept)
     run(library().g2g_neurons_forward, arguments)
-    return spikes, kept
+    return spikes, last, kept
 
 
 def _backward(backward: NeuronsBackward) -> list[torch.Tensor]:
     call = backward.call
     backward.check(_kept_shape(call))
-    for name in ("kept", "grad_spikes"):
-        if getattr(backward, name).dtype != torch.float32:
-            raise ValueError(f"{name} must be float32, not {getattr(backward, name).dtype}")
-    to_current, *to_parameters = backward.empty_gradients()
+    for name in ("kept", "grad_spikes", "grad_last"):
+        tensor = getattr(backward, name)
+        if tensor is not None and tensor.dtype != torch.float32:
+            raise ValueError(f"{name} must be float32, not {tensor.dtype}")
+    to_state, to_current, *to_parameters = backward.empty_gradients()
     if backward.wanted[0]:
         to_current = workspace.empty(tuple(call.current.shape))
     arguments = _arguments(call, to_parameters)
     arguments.grad_spikes, arguments.kept = backward.grad_spikes.data_ptr(), pointer(backward.kept)
     arguments.grad_current = pointer(to_current)
+    arguments.grad_last, arguments.grad_first = pointer(backward.grad_last), pointer(to_state)
     run(library().g2g_neurons_backward, arguments)
-    return [to_current, *to_parameters]
+    return [to_state, to_current, *to_parameters]
 
 
 FORWARD, BACKWARD = operators("", ("CPU",), _forward, _backward, _kept_shape)

@@ -16,12 +16,15 @@ from g2g_kernels.ops.neurons.models import MODELS, Neurons, Tensors
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
 
 
-def neurons(current: torch.Tensor, population: Neurons, steps: int | None) -> torch.Tensor:
+def neurons(
+    current: torch.Tensor, population: Neurons, steps: int | None, state: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     parameters = population.parameters
     if not torch.is_grad_enabled():  # the Function would see parameters that require grad, and keep all states
         current, parameters = current.detach(), tuple(parameter.detach() for parameter in parameters)
+        state = None if state is None else state.detach()
     origin = root(current) if torch.is_grad_enabled() else None
-    return _Neurons.apply(current, steps, population._replace(parameters=()), origin, *parameters)
+    return _Neurons.apply(current, state, steps, population._replace(parameters=()), origin, *parameters)
 
 
 def _as_used(model: str, parameters: Tensors, dtype: torch.dtype) -> Tensors:
@@ -33,7 +36,7 @@ def _as_used(model: str, parameters: Tensors, dtype: torch.dtype) -> Tensors:
 
 class _Neurons(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, current, steps, options, origin, *parameters):
+    def forward(ctx, current, state, steps, options, origin, *parameters):
         model = MODELS[options.model]
         held = steps is not None
         num_steps = steps if held else current.shape[0]
@@ -44,42 +47,47 @@ class _Neurons(torch.autograd.Function):
 
         spikes = current.new_empty((num_steps, *shape))
         kept = [current.new_empty((num_steps if keep else 0, *shape), dtype=dtype) for _ in model.states]
-        states = tuple(torch.zeros(shape, dtype=dtype, device=current.device) for _ in model.states)
+        if state is None:
+            states = tuple(torch.zeros(shape, dtype=dtype, device=current.device) for _ in model.states)
+        else:
+            states = tuple(state.to(dtype))
         fired = states[-1] > used[-1]
         for t in range(num_steps):
             states = model.charge(states, fired, (current if held else current[t]).to(dtype), used, options.reset)
             fired = states[-1] > used[-1]
             spikes[t] = fired
             if keep:
-                for of_all_steps, state in zip(kept, states, strict=True):
-                    of_all_steps[t] = state
+                for of_all_steps, now in zip(kept, states, strict=True):
+                    of_all_steps[t] = now
         if keep:
-            ctx.save_for_backward(*kept, *parameters, origin)
+            ctx.save_for_backward(*kept, *parameters, state, origin)
             ctx.call = held, options, current.dtype
-        return spikes
+        return spikes, torch.stack(states)
 
     @staticmethod
     @for_each
     @differentiable_once
-    def backward(ctx, grad_spikes):
+    def backward(ctx, grad_spikes, grad_last):
         held, options, current_dtype = ctx.call
         model = MODELS[options.model]
         derivative = SURROGATES[options.surrogate].derivative
-        kept, parameters = ctx.saved_tensors[: len(model.states)], ctx.saved_tensors[len(model.states) : -1]
-        need_current, _, _, _, *need_parameters = ctx.needs_input_grad
+        kept, parameters = ctx.saved_tensors[: len(model.states)], ctx.saved_tensors[len(model.states) : -2]
+        state = ctx.saved_tensors[-2]
+        need_current, need_state, _, _, _, *need_parameters = ctx.needs_input_grad
         membranes = kept[-1]
         dtype, shape = membranes.dtype, membranes.shape[1:]
         used = _as_used(model.name, parameters, dtype)
         theta = used[-1]
 
         zeros = torch.zeros(shape, dtype=dtype, device=membranes.device)
-        grads = (zeros,) * len(kept)
+        first = (zeros,) * len(kept) if state is None else tuple(state.to(dtype))
+        grads = tuple(grad_last)
         sums = [zeros.clone() for _ in parameters]
         grad_current = zeros.clone() if held else torch.empty_like(membranes, dtype=current_dtype)
         for t in range(len(membranes) - 1, -1, -1):
             through_spike = derivative(membranes[t] - theta, options.alpha).mul_(grad_spikes[t])
             sums[-1] -= through_spike
-            before = tuple(states[t - 1] for states in kept) if t > 0 else (zeros,) * len(kept)
+            before = tuple(states[t - 1] for states in kept) if t > 0 else first
             fired = before[-1] > theta
             to_current, grads, added = model.charge_backward(
                 (*grads[:-1], grads[-1] + through_spike), before, fired, used, options.reset
@@ -93,6 +101,7 @@ class _Neurons(torch.autograd.Function):
                     total += term
         return (
             grad_current.to(current_dtype) if need_current else None,
+            torch.stack(grads).to(state.dtype) if need_state else None,
             None,
             None,
             None,

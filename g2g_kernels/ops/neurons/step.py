@@ -121,14 +121,17 @@ def neurons_step(current: torch.Tensor, states: Tensors | None, population: Neur
     return spikes.to(current.dtype), states
 
 
-def in_steps(current: torch.Tensor, population: Neurons, steps: int | None) -> torch.Tensor:
-    """``neurons`` as such steps, for what understands only plain operations: torch.func transforms, torch.jit.trace."""
-    states: Tensors | None = None
+def in_steps(
+    current: torch.Tensor, population: Neurons, steps: int | None, state: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``run`` as such steps, for what understands only plain operations: torch.func transforms, torch.jit.trace."""
+    states: Tensors | None = None if state is None else state.unbind()
     spikes = []
     for current_t in current.unbind() if steps is None else itertools.repeat(current, steps):
         spikes_t, states = neurons_step(current_t, states, population)
         spikes.append(spikes_t)
-    return torch.stack(spikes)
+    assert states is not None
+    return torch.stack(spikes), torch.stack(states)
 
 
 def _clamped(decay: torch.Tensor) -> torch.Tensor:

@@ -40,7 +40,18 @@ import triton.language as tl
 from g2g_kernels.ops.neurons.call import NeuronsBackward, NeuronsCall, operators
 from g2g_kernels.ops.neurons.models import MODELS, NeuronModel, Neurons
 from g2g_kernels.triton import runtime
-from g2g_kernels.triton.neuron import EXACT, charge, fires, load_parameters, plus, step_backward, zeros
+from g2g_kernels.triton.neuron import (
+    EXACT,
+    charge,
+    fires,
+    load_parameters,
+    load_states,
+    plus,
+    select,
+    step_backward,
+    store_states,
+    zeros,
+)
 from g2g_kernels.triton.runtime import launch
 
 #: the longest segment: its states live in registers, four per thread and step
@@ -69,6 +80,8 @@ def neurons_forward_kernel(
     spikes,
     checkpoints,
     counts,
+    first,
+    last,
     steps,
     batch,
     neurons,
@@ -92,7 +105,7 @@ def neurons_forward_kernel(
     if HELD:
         same = tl.load(current + offsets, mask=inside, other=0.0).to(tl.float32)
 
-    states = zeros(STATES, BLOCK_B, BLOCK_N)
+    states = load_states(first, step, offsets, inside, STATES, BLOCK_B, BLOCK_N)
     count = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
     for segment in range(tl.cdiv(steps, SEGMENT)):
         if checkpoints is not None:
@@ -110,11 +123,13 @@ def neurons_forward_kernel(
         for k in tl.static_range(SEGMENT):
             t = segment * SEGMENT + k
             fired = fires(states[STATES - 1], threshold)
-            states = charge(states, fired, currents[k].to(tl.float32), values, MODEL, RESET)
+            charged = charge(states, fired, currents[k].to(tl.float32), values, MODEL, RESET)
+            states = select(t < steps, charged, states)  # those of the last step remain
             spike = fires(states[STATES - 1], threshold).to(tl.float32)
             now = _inside(sample, neuron, batch, neurons, t, steps)
             tl.store(spikes + t * step + offsets, spike.to(spikes.dtype.element_ty), mask=now)
             count += tl.where(t < steps, spike, 0.0)
+    store_states(last, step, offsets, inside, states)
     if counts is not None:
         tl.store(counts + offsets, count, mask=inside)
 
@@ -138,6 +153,9 @@ def neurons_backward_kernel(
     grad_rates,
     grad_current,
     partials,
+    first,
+    grad_last,
+    grad_first,
     steps,
     batch,
     neurons,
@@ -171,7 +189,7 @@ def neurons_backward_kernel(
     if grad_rates is not None:
         at_all_steps += tl.load(grad_rates + neuron, mask=exists, other=0.0).to(tl.float32)[None, :] * rate_scale
 
-    grads = zeros(STATES, BLOCK_B, BLOCK_N)
+    grads = load_states(grad_last, step, offsets, inside, STATES, BLOCK_B, BLOCK_N)
     totals = zeros(len(values), BLOCK_B, BLOCK_N)
     grad_held = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
     segments = tl.cdiv(steps, SEGMENT)
@@ -191,6 +209,8 @@ def neurons_backward_kernel(
         states = ()
         for i in tl.static_range(STATES):
             state = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
+            if first is not None:
+                state = tl.load(first + i * step + offsets, mask=inside, other=0.0)
             if segment > 0:
                 state = tl.load(checkpoints + ((segment - 1) * STATES + i) * step + offsets, mask=inside, other=0.0)
             states += (state,)
@@ -209,9 +229,13 @@ def neurons_backward_kernel(
                 grad_spike += upstream[k].to(tl.float32)
             fired = fires(history[k][STATES - 1], threshold)
             margin = history[k + 1][STATES - 1] - threshold
-            to_current, grads, sums = step_backward(
+            to_current, moved, added = step_backward(
                 grads, sums, history[k], fired, margin, grad_spike, values, alpha, MODEL, RESET, SURROGATE
             )
+            if grad_last is not None:  # which does not reach steps after the last
+                to_current = tl.where(t < steps, to_current, 0.0)
+                moved, added = select(t < steps, moved, grads), select(t < steps, added, sums)
+            grads, sums = moved, added
             if HELD:
                 held_sum += to_current
             elif grad_current is not None:
@@ -220,6 +244,8 @@ def neurons_backward_kernel(
                 tl.store(grad_current + t * step + offsets, out, mask=now)
         totals = plus(totals, sums)
         grad_held += held_sum
+    if grad_first is not None:
+        store_states(grad_first, step, offsets, inside, grads)
     if HELD and grad_current is not None:
         tl.store(grad_current + offsets, grad_held.to(grad_current.dtype.element_ty), mask=inside)
     for i in tl.static_range(len(partials)):
@@ -252,16 +278,23 @@ class Run(NamedTuple):
         current: float32, float16 or bfloat16 [T, B, N], or [B, N] held for all steps.
         population: the neurons, parameters float32 [1] or [N].
         steps: T.
+        first: the states before the first step, float32 [states, B, N]; None: zeros.
     """
 
     current: torch.Tensor
     population: Neurons
     steps: int
+    first: torch.Tensor | None = None
 
     @property
     def held(self) -> bool:
         """Whether the current is the same at all steps."""
         return self.current.dim() == 2
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        """[states, B, N]."""
+        return len(self.model.states), *self.current.shape[-2:]
 
     @property
     def model(self) -> NeuronModel:
@@ -282,6 +315,7 @@ class Run(NamedTuple):
         (batch, neurons), (block_b, block_n) = self.current.shape[-2:], self.blocks
         return {
             "current": self.current,
+            "first": self.first,
             "parameters": self.population.parameters,
             "steps": self.steps,
             "batch": batch,
@@ -298,17 +332,19 @@ class Run(NamedTuple):
 
 
 class Upstream(NamedTuple):
-    """Gradients that reach the spikes.
+    """Gradients that reach the spikes and the last states.
 
     Attributes:
         spikes: ∂L/∂S [T, B, N] of any floating-point dtype, or None for zeros.
         counts: ∂L/∂counts [B, N], added to ∂L/∂S of every step.
         rates: ∂L/∂rates [N], of which 1/(T·B) is added to ∂L/∂S of every step and sample.
+        last: that of the states after the last step, float32 [states, B, N], or None for zeros.
     """
 
     spikes: torch.Tensor | None = None
     counts: torch.Tensor | None = None
     rates: torch.Tensor | None = None
+    last: torch.Tensor | None = None
 
 
 def model_options(population: Neurons) -> dict[str, Any]:
@@ -341,8 +377,8 @@ def blocks(neurons: int) -> tuple[int, int]:
 
 def launch_forward(
     run: Run, spikes: torch.Tensor, checkpoints: torch.Tensor | None = None, counts: torch.Tensor | None = None
-) -> None:
-    """Runs the neurons over all steps.
+) -> torch.Tensor:
+    """Runs the neurons over all steps, and returns the states after the last, float32 [states, B, N].
 
     Args:
         run: the neurons and their currents.
@@ -350,14 +386,17 @@ def launch_forward(
         checkpoints: written if given, float32 of :func:`checkpoint_shape`; what the backward pass needs.
         counts: written if given, float32 [B, N], spikes over all steps.
     """
+    last = run.current.new_empty(run.state_shape, dtype=torch.float32)
     launch(
         neurons_forward_kernel,
         run.grid,
         spikes=spikes,
         checkpoints=checkpoints,
         counts=counts,
+        last=last,
         **run.arguments(),
     )
+    return last
 
 
 def launch_backward(
@@ -366,14 +405,16 @@ def launch_backward(
     upstream: Upstream,
     grad_current: torch.Tensor | None,
     grad_parameters: Sequence[torch.Tensor | None],
+    grad_first: torch.Tensor | None = None,
 ) -> None:
     """Writes the gradients that are given.
 
     Args:
         run, checkpoints: as the forward pass had them.
-        upstream: what reaches the spikes.
+        upstream: what reaches the spikes and the last states.
         grad_current: of the shape of the currents (summed over time if they are held), of any dtype.
         grad_parameters: of the shapes of the parameters, of any dtype; None for one that is not wanted.
+        grad_first: of the states before the first step, float32.
     """
     grid, neurons = run.grid, run.current.shape[-1]
     partials = []
@@ -389,6 +430,8 @@ def launch_backward(
         grad_rates=upstream.rates,
         grad_current=grad_current,
         partials=tuple(partials),
+        grad_last=upstream.last,
+        grad_first=grad_first,
         alpha=float(run.population.alpha),
         rate_scale=1 / (run.steps * run.current.shape[-2]),
         SURROGATE=run.population.surrogate,
@@ -415,17 +458,22 @@ def launch_backward(
 # --- operators ----------------------------------------------------------------------------------------------------
 
 
-def refuses(current: torch.Tensor, population: Neurons, steps: int | None) -> str | None:
+def refuses(
+    current: torch.Tensor, population: Neurons, steps: int | None, state: torch.Tensor | None = None
+) -> str | None:
     """Why these kernels cannot serve a call, or None."""
     if current.numel() == 0:
         return "needs currents that are not empty"
     if math.prod(current.shape[0 if steps else 1 :]) >= 1 << 31:
         return "serves fewer than 2³¹ neurons × samples per step"
-    return runtime.refuses(current, *population.parameters)
+    return runtime.refuses(current, *population.parameters, *(() if state is None else (state,)))
 
 
-def neurons(current: torch.Tensor, population: Neurons, steps: int | None) -> torch.Tensor:
-    return FORWARD(NeuronsCall.of(current, population, steps))[0]
+def neurons(
+    current: torch.Tensor, population: Neurons, steps: int | None, state: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    spikes, last, _ = FORWARD(NeuronsCall.of(current, population, steps, state))
+    return spikes, last
 
 
 def _run(call: NeuronsCall) -> Run:
@@ -433,28 +481,32 @@ def _run(call: NeuronsCall) -> Run:
     parameters = tuple(parameter.reshape(-1).to(torch.float32) for parameter in call.population.parameters)
     steps, batch, size = call.flat_shape
     current = call.current.view((batch, size) if call.held else (steps, batch, size))
-    return Run(current, call.population._replace(parameters=parameters), steps)
+    first = None if call.state is None else call.state.view(-1, batch, size)
+    return Run(current, call.population._replace(parameters=parameters), steps, first)
 
 
 def _kept_shape(call: NeuronsCall) -> tuple[int, ...]:
     return checkpoint_shape(call.model, *call.flat_shape)
 
 
-def _forward(call: NeuronsCall) -> tuple[torch.Tensor, torch.Tensor]:
+def _forward(call: NeuronsCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     spikes = call.current.new_empty(call.shape)
     checkpoints = call.current.new_empty(_kept_shape(call) if call.keep else 0, dtype=torch.float32)
-    launch_forward(_run(call), spikes.view(call.flat_shape), checkpoints if call.keep else None)
-    return spikes, checkpoints
+    last = launch_forward(_run(call), spikes.view(call.flat_shape), checkpoints if call.keep else None)
+    return spikes, last.view(call.state_shape), checkpoints
 
 
 def _backward(backward: NeuronsBackward) -> list[torch.Tensor]:
     call = backward.call
     backward.check(_kept_shape(call))
-    grads = backward.empty_gradients()
+    state, *grads = backward.empty_gradients()
     current, *parameters = [grad if want else None for grad, want in zip(grads, backward.wanted, strict=True)]
-    upstream = Upstream(backward.grad_spikes.view(call.flat_shape))
-    launch_backward(_run(call), backward.kept, upstream, current, parameters)
-    return grads
+    run, last = _run(call), backward.grad_last
+    upstream = Upstream(
+        backward.grad_spikes.view(call.flat_shape), last=None if last is None else last.view(run.state_shape)
+    )
+    launch_backward(run, backward.kept, upstream, current, parameters, state if backward.state_wanted else None)
+    return [state, *grads]
 
 
 FORWARD, BACKWARD = operators("triton_", ("CPU", "CUDA"), _forward, _backward, _kept_shape)  # CPU: the interpreter

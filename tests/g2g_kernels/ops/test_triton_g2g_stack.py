@@ -285,7 +285,7 @@ def test_operator_registration(way, plain_memory):
         call = StackCall.of(
             leaves["x"].detach(), stack.layers({k: t.detach() for k, t in leaves.items()}), 2, torch.float32
         )
-        counts, rates, spikes, kept = triton.FORWARD(call._replace(keep=True))
+        counts, rates, _, spikes, kept = triton.FORWARD(call._replace(keep=True))
         grads = torch.ones_like(counts), torch.ones_like(rates)
         triton.BACKWARD.opcheck(StackBackward(call, tuple(spikes), tuple(kept), *grads, True))
 

@@ -203,13 +203,13 @@ def test_checkpoints_are_the_membranes_between_segments():
     current = currents(25, 4, 3, dtype=torch.float32).to(DEVICE)
     beta, threshold = torch.tensor(0.9, device=DEVICE), torch.tensor(100.0, device=DEVICE)  # never fires
     call = NeuronsCall(current, Neurons("lif", (beta, threshold)), 0, True)
-    spikes, kept = FORWARD(call)
+    spikes, _, kept = FORWARD(call)
     membrane, membranes = torch.zeros_like(current[0]), []
     for current_t in current:
         membrane = beta * membrane + current_t
         membranes.append(membrane)
     assert torch.equal(kept[:, 0], torch.stack([membranes[8], membranes[17]]))  # three segments of 9 steps
-    without, nothing = FORWARD(call._replace(keep=False))
+    without, _, nothing = FORWARD(call._replace(keep=False))
     assert torch.equal(without, spikes)
     assert nothing.numel() == 0
 
@@ -266,7 +266,7 @@ def test_opcheck(steps, model, plain_memory):
         tensor.requires_grad_()
     FORWARD.opcheck(NeuronsCall.of(current, Neurons(model, tuple(own)), steps))
     with torch.no_grad():
-        spikes, kept = FORWARD(plain._replace(keep=True))
+        spikes, _, kept = FORWARD(plain._replace(keep=True))
         detached = NeuronsCall.of(current.detach(), Neurons(model, tuple(tensor.detach() for tensor in own)), steps)
         BACKWARD.opcheck(NeuronsBackward(detached, kept, torch.ones_like(spikes), (True,) * len(own) + (False,)))
 

@@ -379,8 +379,8 @@ def test_a_loss_that_is_not_finite_is_named():
     trainer = small_trainer()
     simulate = trainer.net.simulate
 
-    def simulate_spoiled(inputs, dropped):
-        activity = simulate(inputs, dropped)
+    def simulate_spoiled(inputs, **options):
+        activity = simulate(inputs, **options)
         return activity._replace(counts=activity.counts * torch.nan) if trainer.step == 2 else activity
 
     trainer.net.simulate = simulate_spoiled

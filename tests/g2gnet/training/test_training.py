@@ -96,8 +96,8 @@ def test_the_share_of_neurons_that_never_fire_is_that_over_all_images_of_the_epo
     fired = [torch.zeros(64), torch.zeros(64), torch.zeros(10)]
     simulate = trainer.net.simulate
 
-    def seen(inputs, dropped):
-        activity = simulate(inputs, dropped)
+    def seen(inputs, **options):
+        activity = simulate(inputs, **options)
         for total, spikes in zip(fired, activity.spikes, strict=True):
             total += spikes.dense().sum((0, 1))
         return activity
@@ -211,6 +211,18 @@ def test_a_checkpoint_of_a_later_version_is_refused_by_the_setting_that_is_unkno
     write_tensors(files.checkpoint, state)
     with pytest.raises(CheckpointError, match="colour: red there, not set now"):
         run(tmp_path, epochs=1)
+
+
+def test_chunks_of_time_change_the_weights_by_rounding_only():
+    data = load_dataset(SMALL["dataset"])
+    ends = []
+    for chunk in (None, 3):
+        settings = TrainSettings(**SMALL, dropout=0.2, surrogate="triangle", chunk=chunk)
+        trainer = Trainer(settings, data, Machine(torch.device("cpu")))
+        trainer.train_epoch()
+        ends.append(trainer.net.state_dict())
+    for name, weights in ends[0].items():
+        torch.testing.assert_close(ends[1][name], weights, rtol=1e-3, atol=1e-5)
 
 
 def test_a_run_of_synaptic_neurons_resumes(tmp_path):

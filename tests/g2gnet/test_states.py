@@ -1,0 +1,271 @@
+"""States into and out of a stack: parts in turn are the whole, and chunks change only how much memory a run takes."""
+
+import itertools
+
+import pytest
+import torch
+from helpers import rms, seeded
+
+from g2g_kernels import BlockMask, GroupLayout, available_backends
+from g2gnet import LIF, G2GLinear, G2GNet, SpikingStack, Synaptic
+
+T, B, D = 13, 3, 12
+#: by the names of parameters, and of the input
+Gradients = dict[str, torch.Tensor]
+BACKENDS = [name for name in ("torch", "cpu", "triton") if name in available_backends()]
+
+
+def stack_of(backend: str | None = None, **options) -> SpikingStack:
+    """LIF, synaptic and LIF neurons, with parameters per neuron and per layer, each reset, ragged units of 4."""
+    draw = seeded(3)
+    sizes = (D, 37, 21, 5)
+    neurons = (
+        LIF(37, threshold=0.3, backend=backend),
+        Synaptic(syn_decay=0.5, threshold=0.6, reset="zero", surrogate="triangle", alpha=0.7, backend=backend),
+        LIF(reset="none", threshold=0.8, backend=backend),
+    )
+    layers = []
+    for (below, size), of_layer in zip(itertools.pairwise(sizes), neurons, strict=True):
+        layouts = GroupLayout(size, 3, "random", draw), GroupLayout(below, 3, "interleaved")
+        mask = BlockMask.sample(*layouts, 1, 0.4, 4, draw)
+        layers.append((G2GLinear(mask, backend=backend, generator=draw), of_layer))
+    stack = SpikingStack(layers, T, backend, **options)
+    for connection, _ in stack.layers():
+        connection.values.data *= 3
+    return stack
+
+
+def inputs_of(held: bool) -> torch.Tensor:
+    shape = (B, D) if held else (T, B, D)
+    return (torch.rand(shape, generator=seeded(4)) * 2).requires_grad_()
+
+
+def mapped(function, state):
+    """The function of every tensor of a state."""
+    return tuple(tuple(map(function, each)) if isinstance(each, tuple) else function(each) for each in state)
+
+
+def tensors_of(state) -> list[torch.Tensor]:
+    return [tensor for each in state for tensor in (each if isinstance(each, tuple) else (each,))]
+
+
+def loss_of(counts, rates, state) -> torch.Tensor:
+    """Of counts, rates and every state."""
+    draw = seeded(5)
+    parts = [counts, *rates, *tensors_of(state)]
+    return sum((part * torch.randn(part.shape, generator=draw, dtype=torch.float64).to(part)).sum() for part in parts)
+
+
+def gradients(stack: SpikingStack, x: torch.Tensor, loss: torch.Tensor) -> Gradients:
+    named = {"x": x, **dict(stack.named_parameters())}
+    return dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
+
+
+def in_parts(stack: SpikingStack, x: torch.Tensor, borders):
+    """Counts, rates and the last state of a run in parts, each from the state that the one before left."""
+    state, counts, rates = None, 0, [0] * 3
+    for first, last in itertools.pairwise(borders):
+        stack.T = last - first  # for which held inputs are
+        activity = stack.simulate(x if x.dim() == 2 else x[first:last], state)
+        state, counts = activity.state, counts + activity.counts
+        rates = [sum_ + part * (stack.T / T) for sum_, part in zip(rates, activity.rates, strict=True)]
+    stack.T = T
+    return counts, rates, state
+
+
+def close(ours: Gradients, theirs: Gradients) -> None:
+    for name, expected in theirs.items():
+        assert rms(ours[name] - expected) <= 2e-5 * rms(expected), name
+
+
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_parts_in_turn_are_the_whole_with_gradients_through_the_states(backend, held):
+    stack, x = stack_of(backend), inputs_of(held)
+    whole = stack.simulate(x)
+    assert all(0.02 < rates.mean() < 0.9 for rates in whole.rates)
+    counts, rates, state = in_parts(stack, x, (0, 5, 6, T))
+    assert torch.equal(counts, whole.counts)
+    torch.testing.assert_close(state, whole.state)  # products of fewer rows may round otherwise
+    expected = gradients(stack, x, loss_of(whole.counts, whole.rates, whole.state))
+    close(gradients(stack, x, loss_of(counts, rates, state)), expected)
+
+
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "torch"])
+def test_states_and_their_gradients_are_those_of_float64(backend, held):
+    """Compiled kernels from a drawn state, against the reference in float64."""
+    draw = seeded(8)
+    drawn = [torch.rand(B, size, generator=draw) for size in (37, 21, 21, 5)]
+    found = []
+    for name, dtype in (("torch", torch.float64), (backend, torch.float32)):
+        stack = stack_of(name).to(dtype)
+        x = inputs_of(held).detach().to(dtype).requires_grad_()
+        first, *second, third = (tensor.to(dtype).clone().requires_grad_() for tensor in drawn)
+        activity = stack.simulate(x, (first, tuple(second), third))
+        loss = loss_of(activity.counts, activity.rates, activity.state)
+        leaves = [x, *stack.parameters(), first, *second, third]
+        found.append([activity.counts, *activity.states, *torch.autograd.grad(loss, leaves)])
+    assert torch.equal(found[1][0].double(), found[0][0])
+    for ours, exact in zip(found[1], found[0], strict=True):
+        assert rms(ours - exact) <= 2e-5 * rms(exact)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_step_and_a_run_hand_on_the_same_state(backend):
+    stack, x = stack_of(backend), inputs_of(held=False).detach()
+    whole = stack.simulate(x)
+    by_steps, state = 0, None
+    for t in range(4):
+        spikes, state = stack.step(x[t], state)
+        by_steps = by_steps + spikes
+    middle = stack.simulate(x[4:9], state)
+    counts, state = by_steps + middle.counts, middle.state
+    for t in range(9, T):
+        spikes, state = stack.step(x[t], state)
+        counts = counts + spikes
+    assert torch.equal(counts, whole.counts)
+    torch.testing.assert_close(state, whole.state)
+
+
+def test_a_detached_state_truncates_backpropagation():
+    """Spikes stay those of the whole; the second part's loss then reaches only its own steps."""
+    stack, x = stack_of(), inputs_of(held=False)
+    whole = stack.simulate(x)
+    first = stack.simulate(x[:6])
+    second = stack.simulate(x[6:], mapped(torch.Tensor.detach, first.state))
+    assert torch.equal(first.counts + second.counts, whole.counts)
+    (through,) = torch.autograd.grad(stack.simulate(x[6:], first.state).counts.sum(), x)
+    (truncated,) = torch.autograd.grad(second.counts.sum(), x)
+    assert through[:6].count_nonzero() > 0
+    assert truncated[:6].count_nonzero() == 0
+    torch.testing.assert_close(truncated[6:], through[6:])
+
+
+@pytest.mark.parametrize("chunk", [2, 5, 100])
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_chunks_change_no_spike_and_no_gradient(backend, held, chunk):
+    stack, x = stack_of(backend), inputs_of(held)
+    whole, chunked = stack.simulate(x), stack.simulate(x, chunk=chunk)
+    assert torch.equal(chunked.counts, whole.counts)
+    for ours, theirs in zip(chunked.spikes, whole.spikes, strict=True):
+        assert torch.equal(ours.dense(), theirs.dense())
+    for ours, theirs in zip((*chunked.states, *chunked.rates), (*whole.states, *whole.rates), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert chunked.synaptic_operations() == whole.synaptic_operations()
+    expected = gradients(stack, x, loss_of(whole.counts, whole.rates, whole.state))
+    close(gradients(stack, x, loss_of(chunked.counts, chunked.rates, chunked.state)), expected)
+
+
+def test_chunks_are_exact_under_autocast():
+    stack, x = stack_of(), inputs_of(held=False)
+    found = []
+    for chunk in (None, 5):
+        with torch.autocast("cpu", torch.bfloat16):
+            activity = stack.simulate(x, chunk=chunk)
+        found.append((activity.counts, gradients(stack, x, loss_of(activity.counts, activity.rates, activity.state))))
+    assert torch.equal(found[0][0], found[1][0])
+    for name, expected in found[0][1].items():
+        assert rms(found[1][1][name] - expected) <= 0.02 * rms(expected), name
+
+
+def test_chunks_keep_no_states_of_single_steps():
+    """Of the tensors that the graph of a chunked run holds, none has a time dimension, except the input."""
+    stack, x = stack_of("torch"), inputs_of(held=False)
+    sizes: list[int] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        sizes.append(tensor.untyped_storage().nbytes())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        stack.simulate(x, chunk=4)
+    assert max(sizes) <= max(x.nbytes, max(p.nbytes for p in stack.parameters()))
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered")  # of the square of −1e25, in the interpreter
+@pytest.mark.parametrize("chunk", [None, 4])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dropped_neurons_stay_silent_in_every_part_and_leave_no_state(backend, chunk):
+    stack, x = stack_of(backend, dropout=0.4).train(), inputs_of(held=False)
+    dropped = stack.drop(B, seeded(6))
+    whole = stack.simulate(x, dropped=dropped)
+    half = stack.simulate(x[:6], dropped=dropped, chunk=chunk)
+    rest = stack.simulate(x[6:], half.state, chunk, dropped=dropped)
+    assert torch.equal(half.counts + rest.counts, whole.counts)
+    for spikes, of_layer, states in zip(rest.spikes, dropped, rest.states, strict=False):
+        assert of_layer.any()
+        assert spikes.dense()[:, of_layer].count_nonzero() == 0
+        assert states[:, of_layer].count_nonzero() == 0
+    expected = gradients(stack, x, loss_of(whole.counts, [], whole.state))
+    close(gradients(stack, x, loss_of(half.counts + rest.counts, [], rest.state)), expected)
+
+
+def test_one_draw_drops_the_same_neurons_in_all_chunks():
+    torch.manual_seed(0)
+    stack = stack_of(dropout=0.5).train()
+    spikes = stack.simulate(inputs_of(held=False) + 1, chunk=3).spikes[0].dense()
+    silent = (spikes == 0).all(0)
+    torch.manual_seed(0)
+    assert silent[stack.drop(B)[0]].all()
+
+
+def test_a_run_that_continues_another_is_given_what_it_dropped():
+    stack = stack_of(dropout=0.5).train()
+    state = stack.simulate(inputs_of(held=False)).state
+    with pytest.raises(ValueError, match=r"give it to every part"):
+        stack.simulate(inputs_of(held=False), state)
+    assert stack.eval().simulate(inputs_of(held=False), state).counts.shape == (B, 5)
+
+
+def test_states_that_do_not_fit_are_refused_by_name():
+    stack, x = stack_of(), inputs_of(held=False)
+    state = stack.simulate(x).state
+    with pytest.raises(ValueError, match="state is of 2 layers, this stack has 3"):
+        stack.simulate(x, state[:2])
+    with pytest.raises(ValueError, match=r"state of layer 0 has shape \(1, 3, 37\); expected \(1, 2, 37\)"):
+        stack.simulate(x[:, :2], state)
+    with pytest.raises(ValueError, match="synaptic_current, membrane"):
+        stack.simulate(x, (state[0], state[1][0], state[2]))
+    with pytest.raises(ValueError, match="state of layer 0 must be a floating-point tensor"):
+        stack.simulate(x, (state[0] > 0, *state[1:]))
+    for chunk in (0, 2.5, True):
+        with pytest.raises(ValueError, match="chunk="):
+            stack.simulate(x, chunk=chunk)
+    with pytest.raises(ValueError, match="give one of them"):
+        stack.simulate(x, chunk=4, spikes=True)
+
+
+def test_a_stack_that_calls_its_layers_says_that_it_has_no_state():
+    stack, x = stack_of(), inputs_of(held=False)
+    state = stack.simulate(x).state
+    stack.fc1.register_forward_hook(lambda *_: None)
+    activity = stack.simulate(x)
+    with pytest.raises(RuntimeError, match="step"):
+        _ = activity.state
+    for given in ({"state": state}, {"chunk": 4}):
+        with pytest.raises(ValueError, match="fc1 carries hooks"):
+            stack.simulate(x, **given)
+
+
+def test_second_derivatives_of_chunks_are_refused():
+    stack, x = stack_of(), inputs_of(held=False)
+    (gradient,) = torch.autograd.grad(stack.simulate(x, chunk=4).counts.sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        gradient.sum().backward()
+
+
+def test_a_compiled_run_takes_and_gives_states():
+    net = G2GNet(D, 16, 3, num_groups=2, block_size=4, T=T, generator=seeded(1), backend="torch")
+    x = inputs_of(held=False).detach()
+    state = net.simulate(x[:6]).state
+
+    def run(x, state):
+        activity = net.simulate(x, state)
+        return activity.counts, activity.state
+
+    counts, after = torch.compile(run, backend="eager", fullgraph=True)(x[6:], state)
+    expected = net.simulate(x[6:], state)
+    assert torch.equal(counts, expected.counts)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(after, expected.state, strict=True))

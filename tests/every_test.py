@@ -8,11 +8,16 @@ import importlib
 import importlib.util
 import multiprocessing.util
 import os
+import signal
 import tempfile
 
 import pytest
 import torch
 from hypothesis import settings
+
+# A shell starts background jobs with SIGINT ignored, and so would be the programs that tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Without a GPU, Triton kernels run in its interpreter (test_triton_*.py); that has to be said before it is imported.
 if not torch.cuda.is_available():

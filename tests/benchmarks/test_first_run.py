@@ -5,7 +5,6 @@ import importlib
 import importlib.util
 import json
 import re
-import signal
 
 import pytest
 import torch
@@ -89,7 +88,6 @@ def test_everything_that_is_predicted_is_measured_by_a_stage():
 
 
 def run(capsys, *flags: str) -> tuple[int, str]:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with SIGINT ignored
     status = first_run.main(["--device", "cpu", "--folder", "run", *flags])
     written = capsys.readouterr()
     return status, written.out + written.err

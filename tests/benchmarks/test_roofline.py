@@ -49,10 +49,10 @@ def test_products_by_hand(operations):
 
 def test_neurons_by_hand(operations):
     first, second, _ = named(operations, "forward", "neurons_forward_kernel")
-    parameters, counts = 2 * 4, 4 * B * H
+    parameters, counts, last = 2 * 4, 4 * B * H, 4 * B * H
     # T = 3 is one segment: no checkpoint; a held current is float32 and read once
-    assert first.bytes == 4 * B * H + parameters + T * B * H + counts
-    assert second.bytes == 2 * T * B * H + parameters + T * B * H + counts
+    assert first.bytes == 4 * B * H + parameters + T * B * H + counts + last
+    assert second.bytes == 2 * T * B * H + parameters + T * B * H + counts + last
     assert first.flop == second.flop == 0
     _, second, first = named(operations, "backward", "neurons_backward_kernel")
     sums = 2 * 4  # one program: one number each for β and θ
@@ -72,8 +72,8 @@ def test_every_byte_has_a_kind(operations):
 def test_only_what_a_forward_pass_runs_is_recorded():
     net = G2GNet(IN, H, OUT, "index", p_inter=0.0, block_size=16, T=T, num_groups=2)
     names = [operation.name for operation in forward_pass(net, B, IN, torch.bfloat16) if operation.launch is None]
-    # weights to bfloat16, and rates, in each of three layers; the rates joined
-    assert sorted(names) == sorted(3 * ["_to_copy", "sum", "div"] + ["cat"])
+    # weights to bfloat16, and rates, in each of three layers; rates and last states joined
+    assert sorted(names) == sorted(3 * ["_to_copy", "sum", "div"] + ["cat", "cat"])
 
 
 def test_floors_by_hand():

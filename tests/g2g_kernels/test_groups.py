@@ -100,7 +100,7 @@ def test_repr_names_size_groups_and_kind():
     ("arguments", "message"),
     [
         ({"size": 10, "kind": "rows"}, "kind='rows' is not a group layout; choose one of index, interleaved, random"),
-        ({"size": 10, "num_groups": 0}, "num_groups=0 must be a whole number of at least 1"),
+        ({"size": 10, "num_groups": 0}, "num_groups=0 must be a whole number from 1"),
         ({"size": 3, "num_groups": 4}, "3 neurons cannot fill num_groups=4 groups"),
     ],
 )
@@ -123,7 +123,7 @@ def test_sizes_may_be_integers_of_numpy_or_tensors(whole):
     "value", [True, np.True_, torch.tensor(True), np.float64(2), torch.tensor(2.0), torch.tensor([2, 3]), "2", None]
 )
 def test_what_is_no_whole_number_is_no_size(value):
-    with pytest.raises(ValueError, match=r"size=.* must be a whole number of at least 1"):
+    with pytest.raises(ValueError, match=r"size=.* must be a whole number from 1"):
         GroupLayout(value)
 
 

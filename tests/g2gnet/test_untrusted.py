@@ -109,7 +109,7 @@ CRAFTED = {
     ),
     "a block size of 0": (
         lambda state: saved(replaced(state, "model/fc2.mask.block_size", torch.tensor(0))),
-        "block_size=0 must be a whole number of at least 1",
+        "block_size=0 must be a whole number from 1",
     ),
     "NaN weights": (
         lambda state: saved(changed(state, "model/fc2.values", (0, 0, 0), torch.nan)),

@@ -9,6 +9,8 @@ and the model's ``charge_backward`` takes what has reached the states to the cur
 parameters. No gradient passes through R.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from g2g_kernels.ops.derivatives import differentiable_once, for_each, root
@@ -25,6 +27,16 @@ def neurons(
         state = None if state is None else state.detach()
     origin = root(current) if torch.is_grad_enabled() else None
     return _Neurons.apply(current, state, steps, population._replace(parameters=()), origin, *parameters)
+
+
+def _joined(states: Sequence[torch.Tensor]) -> torch.Tensor:
+    """``torch.stack`` in operators that DirectML has."""
+    return torch.cat([state[None] for state in states])
+
+
+def _parted(states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The inverse of :func:`_joined`."""
+    return tuple(states[number] for number in range(len(states)))
 
 
 def _as_used(model: str, parameters: Tensors, dtype: torch.dtype) -> Tensors:
@@ -50,7 +62,7 @@ class _Neurons(torch.autograd.Function):
         if state is None:
             states = tuple(torch.zeros(shape, dtype=dtype, device=current.device) for _ in model.states)
         else:
-            states = tuple(state.to(dtype))
+            states = _parted(state.to(dtype))
         fired = states[-1] > used[-1]
         for t in range(num_steps):
             states = model.charge(states, fired, (current if held else current[t]).to(dtype), used, options.reset)
@@ -62,7 +74,7 @@ class _Neurons(torch.autograd.Function):
         if keep:
             ctx.save_for_backward(*kept, *parameters, state, origin)
             ctx.call = held, options, current.dtype
-        return spikes, torch.stack(states)
+        return spikes, _joined(states)
 
     @staticmethod
     @for_each
@@ -80,8 +92,8 @@ class _Neurons(torch.autograd.Function):
         theta = used[-1]
 
         zeros = torch.zeros(shape, dtype=dtype, device=membranes.device)
-        first = (zeros,) * len(kept) if state is None else tuple(state.to(dtype))
-        grads = tuple(grad_last)
+        first = (zeros,) * len(kept) if state is None else _parted(state.to(dtype))
+        grads = _parted(grad_last)
         sums = [zeros.clone() for _ in parameters]
         grad_current = zeros.clone() if held else torch.empty_like(membranes, dtype=current_dtype)
         for t in range(len(membranes) - 1, -1, -1):
@@ -101,7 +113,7 @@ class _Neurons(torch.autograd.Function):
                     total += term
         return (
             grad_current.to(current_dtype) if need_current else None,
-            torch.stack(grads).to(state.dtype) if need_state else None,
+            _joined(grads).to(state.dtype) if need_state else None,
             None,
             None,
             None,

@@ -19,7 +19,7 @@ from g2gnet.data import load_dataset
 from g2gnet.neurons import LIF, Synaptic
 from g2gnet.tensor_file import TensorFileError, read_tensors, write_tensors
 from g2gnet.training import CheckpointError, Interrupted, Machine, Trainer, TrainingError, TrainSettings, run_training
-from g2gnet.training.health import FiniteWatch, LayerWatch
+from g2gnet.training.health import DRIFTING, FiniteWatch, LayerWatch
 from g2gnet.training.run_files import RunFiles
 
 posix = pytest.mark.skipif(os.name != "posix", reason="signals and forks are those of POSIX")
@@ -440,8 +440,8 @@ def test_layers_that_do_nothing_useful_are_warned_about_once(caplog):
         "lif2 saturates in epoch 2 (firing rate 0.99); lower `enc_scale`, or give `enforce_sparsity`",
         "lif3 is mostly silent: 53 % of its neurons never fired in epoch 2; give `standardize`, or raise "
         "`init_gain`, `enc_scale` or `T`",
-        "lif2 has learned beta = 1.25 in epoch 2, outside 0 … 1: it counts as 1",
-        "lif3 has learned beta = -0.5 in epoch 2, outside 0 … 1: it counts as 0",
+        f"lif2 has learned beta = 1.25 in epoch 2, outside 0 … 1: it counts as 1; {DRIFTING}",
+        f"lif3 has learned beta = -0.5 in epoch 2, outside 0 … 1: it counts as 0; {DRIFTING}",
     ]
 
 
@@ -486,4 +486,6 @@ def test_every_decay_of_a_model_is_watched(caplog):
     neurons["lif1"].syn_decay.data[2] = 1.5
     LayerWatch().check(4, {"lif1": 0.1}, {"lif1": 0.0}, neurons)
     (record,) = caplog.records
-    assert record.getMessage() == "lif1 has learned syn_decay = 1.5 in epoch 4, outside 0 … 1: it counts as 1"
+    assert record.getMessage() == (
+        f"lif1 has learned syn_decay = 1.5 in epoch 4, outside 0 … 1: it counts as 1; {DRIFTING}"
+    )

@@ -116,11 +116,13 @@ def pages(site):
     return {page: Links(page) for page in site.rglob("*.html")}
 
 
+@pytest.mark.long
 def test_the_site_has_every_page(site):
     for name in PAGES:
         assert (site / name).with_suffix(".html").exists(), name
 
 
+@pytest.mark.long
 def test_the_site_loads_nothing_from_elsewhere(site, pages):
     assert len(pages) > len(PAGES)
     for page, links in pages.items():
@@ -132,6 +134,7 @@ def test_the_site_loads_nothing_from_elsewhere(site, pages):
         assert "url(http" not in text.replace('"', "").replace("'", "")
 
 
+@pytest.mark.long
 def test_every_link_inside_of_the_site_leads_somewhere(pages):
     for page, links in pages.items():
         for address in {*links.loaded, *links.followed}:
@@ -144,6 +147,7 @@ def test_every_link_inside_of_the_site_leads_somewhere(pages):
                 assert unquote(parts.fragment) in pages[target].places, f"{page.name} refers to {address}"
 
 
+@pytest.mark.long
 def test_every_public_name_is_in_the_reference(site, pages):
     described = set().union(*(links.places for page, links in pages.items() if page.parent == site / "docs" / "api"))
     for package in PACKAGES:

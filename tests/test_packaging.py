@@ -128,6 +128,7 @@ def where(programs, cwd):
     return json.loads(run(programs / "python", "-c", query % (names,), cwd=cwd))
 
 
+@pytest.mark.long
 def test_the_source_distribution_is_the_repository(repository, source):
     with tarfile.open(source) as archive:
         held = {name.removeprefix(f"{NAME}/") for name in archive.getnames() if archive.getmember(name).isfile()}
@@ -139,6 +140,7 @@ def test_the_source_distribution_is_the_repository(repository, source):
     assert "tests/test_packaging.py" in held
 
 
+@pytest.mark.long
 def test_the_wheel_holds_the_packages_and_serves_every_python(repository, wheel):
     assert wheel.name.startswith(f"{NAME}-py3-none-")
     with zipfile.ZipFile(wheel) as archive:
@@ -158,6 +160,7 @@ def test_the_wheel_holds_the_packages_and_serves_every_python(repository, wheel)
     assert ("g2g_kernels/cpu/libg2g_cpu.so" in held) == (shutil.which(os.environ.get("CXX", "c++")) is not None)
 
 
+@pytest.mark.long
 def test_the_installed_wheel_works_far_from_the_repository(wheel, tmp_path):
     programs = install(tmp_path / "environment", wheel)
     packages = where(programs, tmp_path)
@@ -176,6 +179,7 @@ def test_the_installed_wheel_works_far_from_the_repository(wheel, tmp_path):
     assert record["machine"]["commit"] is None
 
 
+@pytest.mark.long
 def test_the_source_distribution_installs_without_a_compiler(source, tmp_path):
     programs = install(tmp_path / "environment", source, G2G_BUILD_CPU="0")
     small = shlex.split(f"{SIZES} --model index --block_size 4 --limit_train 60 --limit_test 20 --epochs 1 --json")
@@ -185,6 +189,7 @@ def test_the_source_distribution_installs_without_a_compiler(source, tmp_path):
     assert "cpu" not in run(programs / "python", "-c", query, cwd=tmp_path)
 
 
+@pytest.mark.long
 def test_an_editable_installation_is_the_repository(repository, tmp_path):
     programs = install(tmp_path / "environment", "--editable", repository, G2G_BUILD_CPU="0")
     names = ("g2gnet", "g2g_kernels", "benchmarks")

@@ -115,6 +115,7 @@ def test_a_run_that_fails_does_not_stop_the_others(tmp_path, thread):
         sweep.run({**QUICK, "lr": 1e30, "epochs": 3}, tmp_path, executor=thread)
 
 
+@pytest.mark.long
 def test_a_sweep_that_is_killed_and_interrupted_resumes_and_ends_as_if_it_had_not_been(tmp_path, thread):
     grid = {**SMALL, "limit_train": 2000, "epochs": 8, "seed": [1, 2, 3]}
     folder = tmp_path / "killed"

@@ -291,6 +291,7 @@ sys.exit(train.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.long
 def test_two_machines_train_as_one_and_end_the_threads_of_their_group(tmp_path):
     """Two calls of torchrun that find each other at a port; most other tests start their processes in a cheaper way."""
     program = tmp_path / "program.py"

@@ -147,6 +147,7 @@ def test_the_program_stops_after_the_step_or_at_once(tmp_path, signals, grace, a
 
 
 @posix
+@pytest.mark.long
 def test_killed_at_random_instants_runs_end_with_the_same_weights():
     """50 SIGKILLs: in steps, in updates of the units, in writes of the checkpoint and of the marker."""
     done = subprocess.run(

@@ -256,6 +256,22 @@ def test_second_derivatives_of_chunks_are_refused():
         gradient.sum().backward()
 
 
+@pytest.mark.parametrize("chunk", [None, 4])
+@pytest.mark.parametrize("changed", ["units", "weights"])
+def test_units_and_weights_that_change_before_the_backward_pass_are_refused(chunk, changed):
+    stack, x = stack_of(), inputs_of(held=False)
+    counts = stack.simulate(x, chunk=chunk).counts
+    connection, _ = stack.layers()[1]
+    absent = (~connection.mask.present()).nonzero()[:1]
+    with torch.no_grad():
+        if changed == "units":
+            connection.mask.relabel_(torch.tensor([0]), absent[:, 0], absent[:, 1])
+        else:
+            connection.values.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        counts.sum().backward()
+
+
 def test_a_compiled_run_takes_and_gives_states():
     net = G2GNet(D, 16, 3, num_groups=2, block_size=4, T=T, generator=seeded(1), backend="torch")
     x = inputs_of(held=False).detach()

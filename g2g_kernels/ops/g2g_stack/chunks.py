@@ -103,7 +103,9 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, chunk, x, *tensors):
         ctx.chunk = chunk._replace(spikes=[])
-        ctx.save_for_backward(x, *tensors)
+        # the indices, too: PyTorch then refuses the gradient if the mask has changed in place in the meantime
+        indices = itertools.chain.from_iterable(layer.mask.tensors() for layer in chunk.layers)
+        ctx.save_for_backward(x, *tensors, *indices)
         activity = chunk(x, *tensors)
         chunk.spikes.extend(activity.spikes)
         ctx.set_materialize_grads(False)

@@ -261,7 +261,7 @@ def test_second_derivatives_of_chunks_are_refused():
 def test_units_and_weights_that_change_before_the_backward_pass_are_refused(chunk, changed):
     stack, x = stack_of(), inputs_of(held=False)
     counts = stack.simulate(x, chunk=chunk).counts
-    connection, _ = stack.layers()[1]
+    _, (connection, _), _ = stack.layers()
     absent = (~connection.mask.present()).nonzero()[:1]
     with torch.no_grad():
         if changed == "units":

@@ -13,6 +13,7 @@ import g2gnet
 from g2gnet import cli
 from g2gnet.files import make_directory
 from g2gnet.messages import OutputError, reason, say, warn
+from g2gnet.settings import SettingsError
 from g2gnet.sweep.engine import run
 from g2gnet.sweep.grid import read_grid, runs_of, values_of
 from g2gnet.sweep.results import as_csv
@@ -88,11 +89,14 @@ def grid_from(arguments: argparse.Namespace) -> dict[str, Any]:
     """The grid of the file and the flags.
 
     Raises:
-        SettingsError: if the file cannot be read.
+        SettingsError: if the file cannot be read, or there is no setting at all.
     """
     grid = read_grid(arguments.grid) if arguments.grid else {}
     flags = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(TrainSettings)}
-    return {**grid, **{name: values or [True] for name, values in flags.items() if isinstance(values, list)}}
+    grid |= {name: values or [True] for name, values in flags.items() if isinstance(values, list)}
+    if not grid:
+        raise SettingsError("a sweep needs a setting; give one several values, as in `seed=1 2 3`, or a file as `grid`")
+    return grid
 
 
 def sweep(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -166,6 +166,12 @@ def test_the_program_writes_a_table_csv_json_and_a_picture(tmp_path, capsys):
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_sweep_of_nothing_is_refused(tmp_path, capsys):
+    assert program.main(["--folder", str(tmp_path / "sweep")]) == 2
+    assert "a sweep needs a setting; give one several values, as in --seed 1 2 3" in capsys.readouterr().err
+    assert not (tmp_path / "sweep").exists()
+
+
 @pytest.mark.parametrize("jobs", ["0", "-1"])
 def test_a_number_of_jobs_below_one_is_refused(tmp_path, capsys, jobs):
     assert program.main([*flags_of(QUICK), "--folder", str(tmp_path / "sweep"), "--jobs", jobs]) == 2

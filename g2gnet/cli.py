@@ -108,9 +108,17 @@ class Parser(argparse.ArgumentParser):
         return f"; did you mean {' or '.join(near)}?" if near else "; --help lists the flags"
 
 
+def flag_types(settings: type) -> dict[str, Any]:
+    """The type of a value of each field: of ``int | None`` it is int."""
+    hints = typing.get_type_hints(settings)
+    return {
+        name: typing.get_args(kind)[0] if isinstance(kind, types.UnionType) else kind for name, kind in hints.items()
+    }
+
+
 def add_settings_flags(parser: Parser, settings: type = TrainSettings, names: Collection[str] | None = None) -> None:
     """Adds one flag for each field of ``settings`` that has a group, in these groups; with ``names`` only for these."""
-    types_of = typing.get_type_hints(settings)
+    types_of = flag_types(settings)
     fields = [field for field in dataclasses.fields(settings) if names is None or field.name in names]
     present = {field.metadata["group"] for field in fields}
     groups = {title: parser.add_argument_group(title) for title in GROUPS if title in present}
@@ -123,8 +131,6 @@ def add_settings_flags(parser: Parser, settings: type = TrainSettings, names: Co
         if flag_type is bool:
             group.add_argument(f"--{field.name}", action="store_true", help=text)
             continue
-        if isinstance(flag_type, types.UnionType):  # int | None, str | None
-            flag_type = typing.get_args(flag_type)[0]
         if about["others"]:
             text += f": {', '.join(about['choices'])}, or {about['others'].text} of your own"
         number = number_of(about, flag_type)

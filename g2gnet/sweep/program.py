@@ -3,8 +3,6 @@
 import argparse
 import dataclasses
 import json
-import types
-import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -67,14 +65,12 @@ def build_parser() -> cli.Parser:
 
 def _add_settings(parser: cli.Parser) -> None:
     """The flags of ``g2g-train``, each with one value or several."""
-    types_of = typing.get_type_hints(TrainSettings)
+    types_of = cli.flag_types(TrainSettings)
     group = parser.add_argument_group("settings of g2g-train, each with one value or several")
     for field in dataclasses.fields(TrainSettings):
         about, kind = field.metadata, types_of[field.name]
         if about["group"] is None:
             continue
-        if isinstance(kind, types.UnionType):  # int | None, str | None
-            kind = typing.get_args(kind)[0]
         group.add_argument(
             f"--{field.name}",
             nargs="*" if kind is bool else "+",  # --standardize alone turns it on

@@ -10,7 +10,6 @@ import io
 import itertools
 import os
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import hypothesis.strategies as st
 import pytest
@@ -28,7 +27,6 @@ from hypothesis.stateful import (
 from torch import nn
 
 from g2g_kernels import BlockMask, GroupLayout, packing
-from g2g_kernels.sides import Side
 from g2gnet import DSTScheduler, G2GLinear, sync_wiring, tie_wiring, untie_wiring
 
 SEQUENCES = int(os.environ.get("G2G_SEQUENCES", "2000"))
@@ -451,20 +449,11 @@ class Networks(RuleBasedStateMachine):
         for state, dense in self.files:
             for number in (0, 1):
                 mask = network(0)[number].mask  # the grid of all of them
-                units = Units(
+                units = packing.View(  # what the state says, read without a layer
                     state[f"{number}.mask.unit_row"], state[f"{number}.mask.unit_col"], mask.rows.side, mask.cols.side
                 )
                 weight = packing.unpacked(state[f"{number}.values"].detach(), units)
                 compare(weight, packing.flat_unit(units), dense or self.dense, number)
-
-
-class Units(NamedTuple):
-    """What a state says, read without a layer."""
-
-    unit_row: torch.Tensor
-    unit_col: torch.Tensor
-    rows: Side
-    cols: Side
 
 
 def equal(layer: G2GLinear, dense: Dense, number: int) -> None:

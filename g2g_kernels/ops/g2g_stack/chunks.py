@@ -118,12 +118,14 @@ class _Recomputed(torch.autograd.Function):
         needed = ctx.needs_input_grad[1:]
         inputs = [
             tensor.detach().requires_grad_(need)
-            for tensor, need in zip(ctx.saved_tensors, needed)  # noqa: B905
+            for tensor, need in zip(
+                ctx.saved_tensors, needed, strict=False
+            )  # indices follow, which are not differentiated
         ]
         with torch.enable_grad():
             activity = ctx.chunk(*inputs)
         outputs = activity.counts, *activity.rates, *activity.states
-        reached = [(output, grad) for output, grad in zip(outputs, grads) if grad is not None]  # noqa: B905
+        reached = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if grad is not None]
         wanted = [tensor for tensor in inputs if tensor.requires_grad]
         found = iter(
             torch.autograd.grad(

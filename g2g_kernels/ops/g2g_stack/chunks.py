@@ -116,12 +116,9 @@ class _Recomputed(torch.autograd.Function):
     @differentiable_once
     def backward(ctx, *grads):
         needed = ctx.needs_input_grad[1:]
-        inputs = [
-            tensor.detach().requires_grad_(need)
-            for tensor, need in zip(
-                ctx.saved_tensors, needed, strict=False
-            )  # indices follow, which are not differentiated
-        ]
+        # the saved tensors end with the indices, which have no gradient
+        differentiated = ctx.saved_tensors[: len(needed)]
+        inputs = [tensor.detach().requires_grad_(need) for tensor, need in zip(differentiated, needed, strict=True)]
         with torch.enable_grad():
             activity = ctx.chunk(*inputs)
         outputs = activity.counts, *activity.rates, *activity.states

@@ -112,13 +112,22 @@ def neurons_step(current: torch.Tensor, states: Tensors | None, population: Neur
 
     fired = states[-1] > theta  # R_t: a comparison, so no gradient passes through it
     states = model.charge(states, fired, current.to(dtype), parameters, population.reset)
-    spikes = (states[-1] > theta).to(dtype)
+    return _spikes(states[-1], theta, population).to(current.dtype), states
+
+
+def spikes_of(membrane: torch.Tensor, population: Neurons) -> torch.Tensor:
+    """S = 1[U > θ] with its surrogate derivative, for membranes U [..., N] of a checked population."""
+    return _spikes(membrane, population.parameters[-1].to(membrane.dtype), population)
+
+
+def _spikes(membrane: torch.Tensor, theta: torch.Tensor, population: Neurons) -> torch.Tensor:
+    spikes = (membrane > theta).to(membrane.dtype)
     # a trace must be the same with and without gradients
-    if torch.is_grad_enabled() or torch._C._is_tracing() or has_tangent(*states, *parameters):
-        smooth = SURROGATES[population.surrogate].primitive(states[-1] - theta, population.alpha)
+    if torch.is_grad_enabled() or torch._C._is_tracing() or has_tangent(membrane, theta):
+        smooth = SURROGATES[population.surrogate].primitive(membrane - theta, population.alpha)
         rise = smooth - smooth.detach()  # 0, with the derivative of the surrogate
         spikes = spikes + rise.masked_fill(rise.isnan(), 0)
-    return spikes.to(current.dtype), states
+    return spikes
 
 
 def in_steps(

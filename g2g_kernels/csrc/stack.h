@@ -43,6 +43,12 @@ struct LayerParameters {
 
 enum class Input { kHeld, kDense, kEvents, kDenseSpikes };
 
+inline bool any_recurrent(const Stack& s) {
+    for (int l = 0; l < s.count; ++l)
+        if (s.layers[l].recurrent) return true;
+    return false;
+}
+
 // How layer l's input is multiplied; `rate` is its measured share of ones.
 inline Input input_kind(const Stack& s, int l, double rate) {
     if (l == 0 && s.held) return Input::kHeld;

@@ -6,6 +6,7 @@
 #include "chunks.h"
 #include "events.h"
 #include "product.h"
+#include "recurrent.h"
 #include "stack.h"
 
 namespace g2g::G2G_ISA {
@@ -56,13 +57,25 @@ struct ForwardLayer {
     float* counts;   // spikes over all steps, [B][row blocks][64]
     float* scratch;  // currents, `scratch_size` floats per worker
     int64_t scratch_size;
+    float* states;   // of a recurrent layer, [B][row blocks][T][states][64]
 
     const Plan& plan() const { return *layer.plan; }
 
-    // The neurons of block r of sample b over all steps.
+    // The neurons of block r of sample b over all steps; those of a recurrent layer wait for one another (recurrent.h), so
+    // that only their currents are stored.
     template <class Current>
     void neurons(ForwardSweep<Current> sweep, const Current& current, int64_t b, int64_t r) const {
         const int64_t block = b * plan().rows.blocks + r;
+        if (layer.recurrent) {
+            const int64_t size = model_info(layer.neurons).states * kLanes;
+            float* membrane = states + block * stack.steps * size + size - kLanes;
+            for (int64_t t = 0; t < stack.steps; ++t) {
+                Vec input[kVecs];
+                current(t, input);
+                for (int v = 0; v < kVecs; ++v) store(membrane + t * size + v * W, input[v]);
+            }
+            return;
+        }
         alignas(64) float edge[kMostStates * kLanes];
         load_states(stack, layer, layer.first, b, r, edge);
         sweep(current, stack.steps, parameters.block(r),
@@ -247,6 +260,14 @@ inline void stack_forward(Stack& s, Arena& arena) {
         SpikeGroups groups{nullptr, lanes, s.steps};
         if (small && held) bands.data = arena.take<float>(Bands::size(lanes, s.batch));
         if (small && !held) groups.bits = arena.take<uint16_t>(SpikeGroups::size(s.batch, lanes, s.steps));
+        float *states = layer.states, *recurrent_tiles = nullptr;
+        uint64_t* begin = nullptr;
+        if (layer.recurrent) {
+            const int64_t blocks = static_cast<int64_t>(s.batch) * plan.rows.blocks;
+            if (!states) states = arena.take<float>(blocks * s.steps * model_info(layer.neurons).states * kLanes);
+            recurrent_tiles = arena.take<float>(static_cast<size_t>(layer.recurrent->tiles) * kTile);
+            begin = arena.take<uint64_t>(blocks);
+        }
         needed = most(needed, arena.used);
         if (!arena.base) continue;
 
@@ -262,7 +283,11 @@ inline void stack_forward(Stack& s, Arena& arena) {
             forward_tiles(plan, layer.values, s.threads, weights.tiles);
         else
             bf16_tiles(plan, layer.values, true, s.threads, weights.pairs);
-        ForwardLayer{s, layer, kind, parameters, weights, panel, bands, groups, by_batch, counts, scratch, scratch_size}.run();
+        ForwardLayer{s, layer, kind, parameters, weights, panel, bands, groups, by_batch, counts, scratch, scratch_size, states}.run();
+        if (layer.recurrent) {
+            forward_tiles(*layer.recurrent, layer.recurrent_values, s.threads, recurrent_tiles);
+            ForwardSteps{s, layer, parameters, recurrent_tiles, states, counts, begin}.run();
+        }
         const double spikes = sum_rates(s, layer, counts, totals);
         rate = spikes / (static_cast<double>(s.batch) * s.steps * plan.rows.size);
         if (l + 1 == s.count)

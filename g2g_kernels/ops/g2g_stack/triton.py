@@ -379,7 +379,7 @@ def _layers(call: StackCall) -> list[_Layer]:
     call.check()
     graphs = [units_of(layer.mask, layer.values) for layer in call.layers]
     layers = []
-    for i, (graph, (values, _, bias, neurons, dropped, state)) in enumerate(zip(graphs, call.layers, strict=True)):
+    for i, (graph, (values, _, bias, neurons, dropped, state, _)) in enumerate(zip(graphs, call.layers, strict=True)):
         neuron = column = None
         rows, cols = graph.rows, graph.cols
         if i + 1 < len(graphs):
@@ -653,7 +653,8 @@ def _backward(backward: StackBackward) -> StackGradients:
         elif backward.grad_x:
             grad_x = input_gradient(grad_current, layer.values.to(call.dtype), layer.units, call.x.dtype)
             grad_x = grad_x.view(call.x.shape)
-    return StackGradients(grad_x, values[::-1], biases[::-1], parameters[::-1], states[::-1])
+    recurrents = [layer.values.new_empty(0) for layer in call.layers]  # whose layers run step by step
+    return StackGradients(grad_x, values[::-1], biases[::-1], parameters[::-1], states[::-1], recurrents)
 
 
 FORWARD, BACKWARD = operators("triton_", ("CPU", "CUDA"), _forward, _forward_fake, _backward)  # CPU: the interpreter

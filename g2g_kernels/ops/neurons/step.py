@@ -93,6 +93,7 @@ def neurons_step(current: torch.Tensor, states: Tensors | None, population: Neur
     population = check_neurons("", population, current.shape[-1], current)
     model = MODELS[population.model]
     dtype = torch.promote_types(current.dtype, torch.float32)
+    begins = states is None
     if states is None:
         states = tuple(torch.zeros_like(current, dtype=dtype) for _ in model.states)
     if len(states) != len(model.states):
@@ -110,9 +111,16 @@ def neurons_step(current: torch.Tensor, states: Tensors | None, population: Neur
     )
     theta = parameters[-1]
 
+    def spike(membrane: torch.Tensor) -> torch.Tensor:
+        return _spikes(membrane, theta, population)
+
+    def constant_spike(membrane: torch.Tensor) -> torch.Tensor:
+        return (membrane > theta).to(dtype)
+
     fired = states[-1] > theta  # R_t: a comparison, so no gradient passes through it
-    states = model.charge(states, fired, current.to(dtype), parameters, population.reset)
-    return _spikes(states[-1], theta, population).to(current.dtype), states
+    spike_before = constant_spike if begins else spike
+    states = model.charge(states, fired, spike_before, current.to(dtype), parameters, population.reset)
+    return spike(states[-1]).to(current.dtype), states
 
 
 def spikes_of(membrane: torch.Tensor, population: Neurons) -> torch.Tensor:

@@ -140,6 +140,38 @@ inline void store_states(const Stack& s, const Layer& layer, const float* block,
     }
 }
 
+// The parameters of a block of one sample, in which dropped neurons have θ = ∞.
+struct SampleParameters : BlockParameters {
+    alignas(64) float thresholds[kLanes];
+
+    SampleParameters(const Stack& s, const Layer& layer, const LayerParameters& parameters, int64_t b, int64_t r)
+        : BlockParameters(parameters.block(r)) {
+        if (!layer.dropped) return;
+        const Axis& axis = layer.plan->rows;
+        const int last = model_info(layer.neurons).parameters - 1;
+        for (int i = 0; i < kLanes; ++i) {
+            const int32_t neuron = axis.neuron[r * kLanes + i];
+            const bool silent = neuron >= 0 && layer.dropped[b * axis.size + neuron];
+            thresholds[i] = silent ? __builtin_inff() : lanes[last][i];
+        }
+        lanes[last] = thresholds;
+    }
+    SampleParameters(const SampleParameters&) = delete;
+};
+
+// The spikes of the state before the first step, one word of a block; 0 if the run begins without one.
+inline uint64_t first_word(const Stack& s, const Layer& layer, const LayerParameters& parameters, int64_t b, int64_t r) {
+    if (!layer.first) return 0;
+    alignas(64) float states[kMostStates * kLanes];
+    load_states(s, layer, layer.first, b, r, states);
+    const SampleParameters own(s, layer, parameters, b, r);
+    const ModelInfo& model = model_info(layer.neurons);
+    const float *membrane = states + (model.states - 1) * kLanes, *theta = own.lanes[model.parameters - 1];
+    uint64_t word = 0;
+    for (int v = 0; v < kVecs; ++v) word |= greater_bits(load(membrane + v * W), load(theta + v * W)) << (v * W);
+    return word;
+}
+
 // The kept states of one block of one sample, [T][states][64]; null if none are kept.
 inline float* kept_states(const Stack& s, const Layer& layer, int64_t b, int64_t r) {
     const int64_t size = s.steps * model_info(layer.neurons).states * kLanes;

@@ -5,6 +5,7 @@
 
 #include <optional>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "batch.h"
@@ -168,6 +169,9 @@ struct BackwardLayer {
     int64_t most_events(int64_t rows) const {
         return static_cast<int64_t>((event_limit < 1 ? event_limit : 1.0) * static_cast<double>(rows * plan.rows.size));
     }
+
+    // How many parts the sums over t have: one of each sample, or of the samples of a task.
+    int64_t sums(int64_t batch) const { return recurrent ? divide_up(batch, recurrent->group()) : batch; }
 
     // Whether ∂L/∂I is read in bands.
     bool needs_bands() const {
@@ -414,36 +418,39 @@ struct BackwardPass {
     // All neurons of a recurrent layer, one step after the other (recurrent.h).
     void sweep_steps(BackwardLayer& x, int64_t first, int64_t samples) const {
         RecurrentBackward& v = *x.recurrent;
-        const int64_t R = x.plan.rows.blocks, group = v.group(), T = s.steps;
-        const int64_t groups = divide_up(samples, group);
+        const int64_t R = x.plan.rows.blocks, group = v.group(), groups = divide_up(samples, group), T = s.steps;
+        const Panel<float>& rows = x.weights.kind == Input::kHeld ? v.rows : x.grad.floats;
         const float beta = x.parameters.lanes[0][x.any_lane()];
         parallel(s.threads, R, 1, [&](int64_t r, int) { begin_steps(x, first, samples, r); });
+        bool by_events = v.event_limit > 0;
+        v.has_current = false;
         for (int64_t t = T - 1; t >= (x.layer.first ? -1 : 0); --t) {
-            const int now = t & 1, after = now ^ 1;
-            const bool by_events = t + 1 < T && v.by_events(v.words[after], samples);
-            if (by_events) v.gradient.load_tiles(x.layer.recurrent_values, s.threads);
-            if (!by_events && t + 1 < T) {
-                v.gradient.load(x.layer.recurrent_values, s.threads);
-                if (v.gradient.sparse()) v.bands.fill(v.current[after].floats, samples, s.threads);
+            const int after = (t + 1) & 1;
+            const bool later = t + 1 < T;
+            if (later) {
+                by_events = v.by_events(v.words[after], samples);
+                if (by_events)
+                    v.gradient.load_tiles(x.layer.recurrent_values, s.threads);
+                else
+                    v.load_product(rows, x.layer.recurrent_values, samples, t, T, s.threads);
             }
             parallel(s.threads, R * groups, 1, [&](int64_t task, int) {
-                const int64_t r = task / groups, begin = task % groups * group, end = least(samples, begin + group);
-                if (!by_events && t + 1 < T)
-                    v.gradient.run(r, v.current[after], v.bands, begin, end - begin, v.x.at(r, begin));
-                for (int64_t b = begin; b < end; ++b) {
-                    float* const from_later = v.x.at(r, b);
-                    if (by_events) {
-                        Vec sum[kVecs];
-                        for (int i = 0; i < kVecs; ++i) sum[i] = all(beta) * load(from_later + i * W);
-                        add_events(v.plan, v.gradient.tiles, r, v.words[after] + b, v.values[after] + b * kLanes, v.samples, sum);
-                        for (int i = 0; i < kVecs; ++i) store(from_later + i * W, sum[i]);
-                    }
-                    if (t < 0)
-                        end_steps(x, first + b, b, r);
-                    else
-                        step_block(x, first + b, b, r, t);
+                const int64_t r = task / groups, b = task % groups * group, count = least(group, samples - b);
+                if (later && !by_events) v.gradient.run(r, v.current, v.bands, b, count, v.x.at(r, b));
+                for (int64_t i = b; later && by_events && i < b + count; ++i) {
+                    Vec sum[kVecs];
+                    float* const lanes = v.x.at(r, i);
+                    for (int k = 0; k < kVecs; ++k) sum[k] = all(beta) * load(lanes + k * W);
+                    add_events(v.plan, v.gradient.tiles, r, v.words[after] + i, v.values[after] + i * kLanes, v.samples, sum);
+                    for (int k = 0; k < kVecs; ++k) store(lanes + k * W, sum[k]);
                 }
+                if (t < 0)
+                    for (int64_t i = b; i < b + count; ++i) end_steps(x, first, i, r);
+                else
+                    step_blocks(x, first, b, count, r, t, !by_events);
             });
+            v.has_current = !by_events;
+            std::swap(v.current, v.next);
         }
     }
 
@@ -455,64 +462,69 @@ struct BackwardPass {
         zero(v.listed + r * v.samples, samples * sizeof(int64_t));
         for (int64_t b = 0; b < samples; ++b) {
             load_states(s, x.layer, x.layer.grad_last, first + b, r, v.states + (r * v.samples + b) * size);
-            const BlockGradient sums = x.block_gradient(first + b, r);
+            if (x.weights.kind == Input::kHeld) zero(x.grad.floats.at(r, first + b), kLanes * sizeof(float));
+        }
+        for (int64_t b = 0; b < samples; b += v.group()) {
+            const BlockGradient sums = x.block_gradient((first + b) / v.group(), r);
             zero(sums.current, kLanes * sizeof(float));
             for (int k = 0; k < x.model.parameters; ++k) zero(sums.parameters[k], kLanes * sizeof(float));
         }
     }
 
-    // One step of one block of sample b of the chunk.
-    void step_block(const BackwardLayer& x, int64_t sample, int64_t b, int64_t r, int64_t t) const {
+    // One step of block r of `samples` samples of the chunk, from sample b on.
+    void step_blocks(const BackwardLayer& x, int64_t first, int64_t b, int64_t samples, int64_t r, int64_t t,
+                     bool compact) const {
         const RecurrentBackward& v = *x.recurrent;
         const int64_t T = s.steps, size = x.model.states * kLanes, at = r * v.samples + b;
         const int i = t & 1;
-        alignas(64) float begin[kMostStates * kLanes];
-        const float* now = kept_states(s, x.layer, sample, r) + t * size;
-        if (!t) load_states(s, x.layer, x.layer.first, sample, r, begin);
-        const BlockGradient sums = x.block_gradient(sample, r);
-        StepGradient step{};
-        step.tile = x.last ? nullptr : x.arrivals.panel.at(r, b * T + t);
-        step.constant = x.constant_of(sample, r);
-        step.recurrent = v.x.at(r, b);
-        step.now = now;
-        step.before = t ? now - size : begin;
+        const bool held = x.weights.kind == Input::kHeld;
+        alignas(64) float begin[kLanes * kMostStates * kLanes];
+        for (int64_t j = 0; !t && j < samples; ++j) load_states(s, x.layer, x.layer.first, first + b + j, r, begin + j * size);
+        const BlockGradient sums = x.block_gradient((first + b) / v.group(), r);
+        BackwardStep step{};
+        if (!x.last) step.tile = x.arrivals.panel.at(r, b * T + t), step.tile_stride = T * kLanes;
+        step.constant = x.constant_of(first + b, r), step.constant_stride = x.last ? x.lanes() : 0;
+        step.later = v.x.at(r, b);
+        step.now = step_states(s, x.layer, x.layer.states, r, t, first + b);
+        step.before = t ? step.now - s.batch * size : begin;
+        step.begins = !t && !x.layer.first;
         step.states = v.states + at * size;
         step.sum = sums.current;
         for (int k = 0; k < x.model.parameters; ++k) step.parameters[k] = sums.parameters[k];
-        step.current = v.current[i].floats.at(r, b);
-        if (v.current[i].halves.data) step.half = v.current[i].halves.at(r, b);
-        const bool held = x.weights.kind == Input::kHeld;
-        step.row = (held ? v.rows : x.grad.floats).at(r, b * T + t);
+        step.row = (held ? v.rows : x.grad.floats).at(r, b * T + t), step.row_stride = T * kLanes;
         if (!held && x.wants_halves()) step.half_row = x.grad.halves.at(r, b * T + t);
-        const bool events = x.lists_events || v.event_limit > 0;
-        if (events) step.word = v.words[i] + at, step.value = v.values[i] + at * kLanes;
-        v.steps.step(x.parameters.block(r), x.layer.neurons.alpha, step);
-        if (x.lists_events) {
-            const BlockEvents list = gradient_events.lists(r, b);
-            const int64_t count = __builtin_popcountll(*step.word);
-            __builtin_memcpy(list.value + v.listed[at], step.value, count * sizeof(float));
-            v.listed[at] += count;
-            list.words[t] = *step.word;
+        if (compact) step.compact = v.next.floats.at(r, b);
+        if (compact && v.next.halves.data) step.half = v.next.halves.at(r, b);
+        if (held) step.held = x.grad.floats.at(r, first + b);
+        step.values = v.values[i] + at * kLanes;
+        if (x.lists_events || v.event_limit > 0) step.words = v.words[i] + at;
+        if (!x.layer.dropped) v.steps.step(x.parameters.block(r), x.layer.neurons.alpha, samples, step);
+        for (int64_t j = 0; x.layer.dropped && j < samples; ++j) {
+            const SampleParameters own(s, x.layer, x.parameters, first + b + j, r);
+            v.steps.step(own, x.layer.neurons.alpha, 1, step.from(j, x.model.states));
         }
-        if (t) return;
-        if (held)
-            for (int k = 0; k < kVecs; ++k) {
-                const Vec g = load(sums.current + k * W);
-                store(x.grad.floats.at(r, sample) + k * W, g);
-                if (x.grad.halves.data) store(x.grad.halves.at(r, sample) + k * W, g);
-            }
+        for (int64_t j = 0; x.lists_events && j < samples; ++j) {
+            const BlockEvents list = gradient_events.lists(r, b + j);
+            const int64_t count = __builtin_popcountll(step.words[j]);
+            __builtin_memcpy(list.value + v.listed[at + j], step.values + j * kLanes, count * sizeof(float));
+            v.listed[at + j] += count;
+            list.words[t] = step.words[j];
+        }
+        if (t || !held || !x.grad.halves.data) return;
+        convert_bf16(x.grad.floats.at(r, first + b), samples * kLanes, x.grad.halves.at(r, first + b));
     }
 
     // Before the first step: the spikes of the state that the run began with have reached it, too.
-    void end_steps(const BackwardLayer& x, int64_t sample, int64_t b, int64_t r) const {
+    void end_steps(const BackwardLayer& x, int64_t first, int64_t b, int64_t r) const {
         const RecurrentBackward& v = *x.recurrent;
         alignas(64) float begin[kMostStates * kLanes];
-        load_states(s, x.layer, x.layer.first, sample, r, begin);
+        load_states(s, x.layer, x.layer.first, first + b, r, begin);
         float* const grads = v.states + (r * v.samples + b) * x.model.states * kLanes;
         const int64_t membrane = (x.model.states - 1) * kLanes;
-        v.steps.first(x.parameters.block(r), x.layer.neurons.alpha, begin + membrane, v.x.at(r, b), grads + membrane,
-                      x.block_gradient(sample, r).parameters[x.model.parameters - 1]);
-        if (x.layer.grad_first) store_states(s, x.layer, grads, sample, r, x.layer.grad_first);
+        const SampleParameters own(s, x.layer, x.parameters, first + b, r);
+        v.steps.begin(own, x.layer.neurons.alpha, begin + membrane, v.x.at(r, b), grads + membrane,
+                      x.block_gradient((first + b) / v.group(), r).parameters[x.model.parameters - 1]);
+        if (x.layer.grad_first) store_states(s, x.layer, grads, first + b, r, x.layer.grad_first);
     }
 
     // Block r of sample b of the chunk that begins with sample `first`.
@@ -633,7 +645,7 @@ struct BackwardPass {
         const Axis& axis = x.plan.rows;
         const auto neuron = [&](int64_t i) { return axis.neuron[i]; };
         const auto gradient = [&](const Parameter& parameter, bool decay, const float* sums) {
-            parameter_gradient(parameter, decay, sums, s.batch, x.lanes(), neuron, axis.size, s.threads, totals);
+            parameter_gradient(parameter, decay, sums, x.sums(s.batch), x.lanes(), neuron, axis.size, s.threads, totals);
         };
         if (x.event_rows)
             x.layer.gradient_event_rate = static_cast<double>(x.events) / static_cast<double>(x.event_rows * axis.size);

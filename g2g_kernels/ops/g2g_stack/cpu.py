@@ -7,7 +7,7 @@ backward pass:
     header   float64 [1 + layers], whether x was spikes, and how often each layer's inputs are ones
     inputs   for each layer the words that it reads in its own order, int64 [B, column blocks, T]
     states   for each layer float32 [B, row blocks, T, states, 64]; for a held input its currents [row blocks, B, 64],
-             unless the layer is recurrent
+             and for a recurrent layer [row blocks, T, B, states, 64]
 """
 
 import ctypes
@@ -142,8 +142,9 @@ def _shapes(call: StackCall) -> _Shapes:
         shapes.spikes.append((batch, rows, steps))
         shapes.inputs.append((0,) if held else (batch, cols, steps))
         states = len(MODELS[neurons.model].states)
+        of_all_steps = (batch, rows, steps) if recurrent is None else (rows, steps, batch)
         currents_alone = held and recurrent is None
-        shapes.states.append((rows, batch, 64) if currents_alone else (batch, rows, steps, states, 64))
+        shapes.states.append((rows, batch, 64) if currents_alone else (*of_all_steps, states, 64))
     return shapes
 
 

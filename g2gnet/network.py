@@ -153,9 +153,8 @@ class G2GNet(SpikingStack):
             recurrents.append(G2GLinear(mask, bias=False, backend=backend, generator=generator))
             with torch.no_grad():
                 recurrents[-1].values.mul_(rec_gain)
-        super().__init__(
-            [(*pair, *recurrents[number : number + 1]) for number, pair in enumerate(layers)], T, backend, dropout
-        )
+        joined_layers = [(*pair, joined) for pair, joined in zip(layers, recurrents)]  # noqa: B905
+        super().__init__([*joined_layers, *layers[len(recurrents) :]], T, backend, dropout)
         self.model = model
         self.enc = enc
         self.enc_scale = enc_scale

@@ -234,11 +234,11 @@ class NetworkSettings(Settings):
                 "out"
             )
         given = {"p_rec_inter": self.p_rec_inter is not None, "rec_gain": self.rec_gain != 1}
-        for name in [name for name, is_given in given.items() if is_given and not self.recurrent]:
-            problems.append(
-                f"{name}={getattr(self, name)} has no effect without recurrent connections; give `recurrent`, or leave "
-                "it out"
-            )
+        problems += [
+            f"{name}={getattr(self, name)} has no effect without recurrent connections; give `recurrent`, or leave it out"
+            for name, is_given in given.items()
+            if is_given and not self.recurrent
+        ]
         if self.p_rec_inter is not None and (self.model == "dense" or self.density != "uniform"):
             odds = "model=dense" if self.model == "dense" else f"density={self.density}"
             problems.append(f"p_rec_inter={self.p_rec_inter} has no effect with {odds}; leave it out")

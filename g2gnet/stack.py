@@ -266,7 +266,9 @@ class SpikingStack(nn.Module):
             for layer, recurrent in zip(layers, recurrents, strict=True)
         ]
         if dropped is not None:
-            layers = [self._with_dropped(number, *each) for number, each in enumerate(zip(layers, dropped, strict=True))]
+            layers = [
+                self._with_dropped(number, *each) for number, each in enumerate(zip(layers, dropped, strict=True))
+            ]
         if state is not None:
             self._check_depth(state)
             layers = [layer._replace(state=_as_one(before)) for layer, before in zip(layers, state, strict=True)]
@@ -489,7 +491,8 @@ def _steps_in_turn(
             f"{lif} {reason}, which would not be run: the neurons of a recurrent layer take steps. Use {name} for "
             "hooks, or take steps with SpikingStack.step"
         )
-    state, spikes = None, []
+    state: NeuronState | None = None
+    spikes: list[torch.Tensor] = []
     for now in current.unbind():
         if spikes:
             now = now + _output_of(name, recurrent, spikes[-1] * scale, now.shape)

@@ -26,8 +26,8 @@ from g2g_kernels.ops.neurons.checks import check_neurons, check_state, check_ste
 from g2g_kernels.tracing import is_transformed
 
 __all__ = [
-    "Activity", "NeuronState", "Recurrent", "Spikes", "SpikingLayer", "StackState", "Synapses", "SynapticOperations", "activity_of",
-    "check_dropped", "g2g_stack", "silenced",
+    "Activity", "NeuronState", "Recurrent", "Spikes", "SpikingLayer", "StackState", "Synapses", "SynapticOperations",
+    "activity_of", "check_dropped", "g2g_stack", "silenced",
 ]  # fmt: skip
 
 

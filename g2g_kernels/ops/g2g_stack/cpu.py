@@ -38,9 +38,11 @@ from g2g_kernels.ops.g2g_stack.activity import Activity
 from g2g_kernels.ops.g2g_stack.call import Outputs, StackBackward, StackCall, StackGradients, operators
 from g2g_kernels.ops.g2g_stack.layer import SpikingLayer
 from g2g_kernels.ops.g2g_stack.reference import activity_of, in_turn
-from g2g_kernels.ops.neurons.cpu import neuron_arguments, neurons
+from g2g_kernels.ops.neurons import cpu as population
+from g2g_kernels.ops.neurons.cpu import neuron_arguments
 from g2g_kernels.ops.neurons.models import MODELS, Neurons
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
+from g2g_kernels.tracing import is_traced
 from g2g_kernels.unit_grid import MaskTensors
 
 logger = logging.getLogger("g2g_kernels")
@@ -77,7 +79,7 @@ def refuses(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) 
 def g2g_stack(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> Activity:
     if any(layer.recurrent is not None and _in_other_order(layer) for layer in layers):
         _say_that_it_takes_steps()
-        return activity_of(*in_turn(x, layers, steps, g2g_linear, neurons), differentiable=False)
+        return activity_of(*in_turn(x, layers, steps, g2g_linear, population.neurons), differentiable=False)
     call = StackCall.of(x, layers, steps, torch.bfloat16 if bf16_wanted() else torch.float32)
     counts, rates, last, words, _ = FORWARD(call)
     return Activity(
@@ -89,9 +91,11 @@ def g2g_stack(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None
 
 
 def _in_other_order(layer: SpikingLayer) -> bool:
-    """Whether a recurrent connection has another order of neurons than the layer: other groups, or units of other sizes."""
+    """Whether a recurrent connection orders the neurons otherwise than the layer: other groups, or other units."""
     assert layer.recurrent is not None
     (values, mask), (own_values, own) = (layer.values, layer.mask), layer.recurrent
+    if is_traced() or type(mask.unit_row) is not torch.Tensor:
+        return False  # the operator itself refuses it
     plan, recurrent = plan_for(mask.tensors(), values), plan_for(own.tensors(), own_values)
     return not library().g2g_plans_join(plan.address, recurrent.address)
 

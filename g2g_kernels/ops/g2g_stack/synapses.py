@@ -37,8 +37,8 @@ class Synapses:
         steps: for which x is held, or None.
         weights: for each layer, packed values and mask of its connections: what comes from the layer before, and the
             recurrent one where there is one.
-        sent: for each layer, [N] the spikes, over all samples, that reach a recurrent connection beyond those of the run
-            (those of the state before it, less those of its last step); None where there is none.
+        sent: for each layer, [N] the spikes, over all samples, that reach a recurrent connection beyond those of the
+            run (those of the state before it, less those of its last step); None where there is none.
     """
 
     def __init__(

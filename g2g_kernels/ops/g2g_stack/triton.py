@@ -52,6 +52,7 @@ from g2g_kernels.ops.g2g_stack.activity import Activity
 from g2g_kernels.ops.g2g_stack.call import Outputs, StackBackward, StackCall, StackGradients, operators
 from g2g_kernels.ops.g2g_stack.layer import DROPPED, SpikingLayer
 from g2g_kernels.ops.g2g_stack.reference import activity_of, in_turn
+from g2g_kernels.ops.neurons import triton as population
 from g2g_kernels.ops.neurons.models import MODELS, Neurons
 from g2g_kernels.ops.neurons.triton import (
     NUM_WARPS,
@@ -62,7 +63,6 @@ from g2g_kernels.ops.neurons.triton import (
     launch_backward,
     launch_forward,
     model_options,
-    neurons,
     segment_of,
 )
 from g2g_kernels.triton import runtime
@@ -541,7 +541,7 @@ def _widest(layer: SpikingLayer) -> int:
 
 def g2g_stack(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> Activity:
     if any(layer.recurrent is not None for layer in layers):
-        return activity_of(*in_turn(x, layers, steps, g2g_linear, neurons), differentiable=False)
+        return activity_of(*in_turn(x, layers, steps, g2g_linear, population.neurons), differentiable=False)
     call = StackCall.of(x, layers, steps, runtime.autocast_dtype(x.device.type) or x.dtype)
     counts, rates, last, spikes, _ = FORWARD(call)
     readers = [None if layer.mask.cols.trivial else layer.mask.cols.place_of for layer in layers[1:]]

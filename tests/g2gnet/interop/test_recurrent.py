@@ -1,0 +1,282 @@
+"""Recurrent networks from and to snnTorch: its spikes and its gradients."""
+
+import pytest
+import snntorch
+import torch
+from helpers import seeded
+from snntorch import surrogate, utils
+from torch import nn
+from torch.nn.utils import prune
+
+from g2g_kernels import BlockMask
+from g2gnet import G2GLinear, G2GNet, SpikingStack
+from g2gnet.interop import from_snntorch, to_snntorch
+
+STEPS, INPUTS, HIDDEN, CLASSES = 12, 15, 20, 5
+SAMPLES = torch.rand(STEPS, 4, INPUTS, generator=seeded(1), dtype=torch.float64) * 3
+
+
+def fast_sigmoid(x):
+    """snnTorch's, of slope 4, in any dtype: its own returns float32, which ``nn.Linear`` in float64 refuses."""
+    smooth = x / (1 + 4 * x.abs())
+    return (x > 0).to(x.dtype) + (smooth - smooth.detach())
+
+
+class Theirs(nn.Module):
+    """Recurrent neurons behind a linear layer and before another, as snnTorch's tutorials write them."""
+
+    def __init__(self, kind, seed=0, bias=True, **options):
+        super().__init__()
+        torch.manual_seed(seed)
+        if kind == "RSynaptic":
+            options = {"alpha": 0.4, **options}
+        if options.get("all_to_all", True):
+            options["linear_features"] = HIDDEN
+        self.fc1 = nn.Linear(INPUTS, HIDDEN, bias=bias)
+        self.lif1 = getattr(snntorch, kind)(**{"beta": 0.8, "spike_grad": fast_sigmoid, **options})
+        self.fc2 = nn.Linear(HIDDEN, CLASSES)
+        self.lif2 = snntorch.Leaky(beta=0.7, threshold=0.3, spike_grad=fast_sigmoid)
+        with torch.no_grad():
+            for parameter in self.lif1.recurrent.parameters():
+                parameter.mul_(3)
+        self.double()
+
+    def forward(self, x):
+        state, mem2, spikes = self.lif1.reset_mem(), self.lif2.reset_mem(), []
+        for x_t in x:
+            spk1, *state = self.lif1(self.fc1(x_t), *state)
+            state = [spk1, *state]
+            spk2, mem2 = self.lif2(self.fc2(spk1), mem2)
+            spikes.append(spk2)
+        return torch.stack(spikes)
+
+
+def output_spikes(stack):
+    spikes = stack.simulate(SAMPLES.to(stack.fc1.values)).spikes[-1].dense()
+    assert 0 < spikes.sum() < spikes.numel()
+    return spikes
+
+
+def assert_equal_gradients(ours, theirs):
+    """After a loss of the counts, on both sides."""
+    theirs(SAMPLES).sum(0).square().sum().backward()
+    ours(SAMPLES).square().sum().backward()
+    names = {"fc1": theirs.fc1, "rec1": theirs.lif1.recurrent, "fc2": theirs.fc2}
+    pairs = [(ours.fc1.bias, theirs.lif1.recurrent.bias)]  # theirs has two that are always added
+    for name, linear in names.items():
+        layer = ours.get_submodule(name)
+        gradient = (linear.weight_orig if prune.is_pruned(linear) else linear.weight).grad
+        torch.testing.assert_close(layer.values.grad, layer.mask.pack(gradient), rtol=1e-9, atol=1e-9)
+        assert layer.values.grad.abs().sum() > 0
+        if name != "rec1" and linear.bias is not None:
+            pairs.append((layer.bias, linear.bias))
+    for their, our in {"alpha": "syn_decay", "beta": "beta", "threshold": "threshold"}.items():
+        if isinstance(getattr(theirs.lif1, their, None), nn.Parameter):
+            pairs.append((getattr(ours.lif1, our), getattr(theirs.lif1, their)))
+    for one, other in pairs:
+        assert other.grad.abs().sum() > 0
+        torch.testing.assert_close(one.grad.view_as(other), other.grad, rtol=1e-9, atol=1e-9)
+
+
+def per_neuron(low, high):
+    return torch.linspace(low, high, HIDDEN)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("parameters", ["layer", "neuron"])
+@pytest.mark.parametrize(
+    ("kind", "reset"),
+    [("RLeaky", "subtract"), ("RLeaky", "none"), *(("RSynaptic", reset) for reset in ("subtract", "zero", "none"))],
+)
+def test_recurrent_neurons_of_snntorch_have_their_spikes_and_gradients(kind, reset, parameters, seed):
+    options = {"learn_beta": True, "learn_threshold": True}
+    if kind == "RSynaptic":
+        options["learn_alpha"] = True
+    if parameters == "neuron":
+        options |= {"beta": per_neuron(0.4, 0.9), "threshold": per_neuron(1.2, 0.7)}
+        if kind == "RSynaptic":
+            options["alpha"] = per_neuron(0.1, 0.7)
+    theirs = Theirs(kind, seed, bias=seed == 0, reset_mechanism=reset, **options)
+    ours = from_snntorch(theirs, T=STEPS)
+    assert torch.equal(output_spikes(ours), theirs(SAMPLES).detach())
+    own = theirs.fc1.bias if seed == 0 else 0
+    assert torch.equal(ours.fc1.bias, own + theirs.lif1.recurrent.bias)
+    assert ours.rec1.bias is None
+    assert_equal_gradients(ours, theirs)
+
+
+def test_a_pruned_connection_or_a_mask_of_units_is_kept():
+    theirs = Theirs("RLeaky")
+    kept = torch.rand(HIDDEN, HIDDEN, generator=seeded(2)) < 0.3
+    prune.custom_from_mask(theirs.lif1.recurrent, "weight", kept)
+    ours = from_snntorch(theirs, T=STEPS)
+    assert torch.equal(ours.rec1.mask.to_dense(), kept)
+    assert torch.equal(output_spikes(ours), theirs(SAMPLES).detach())
+    assert_equal_gradients(ours, theirs)
+
+    units = BlockMask.from_dense(
+        torch.eye(HIDDEN // 4, dtype=torch.bool).repeat_interleave(4, 0).repeat_interleave(4, 1), 4
+    )
+    grouped = from_snntorch(Theirs("RLeaky"), masks={"lif1.recurrent": units}, T=STEPS)
+    assert grouped.rec1.mask.block_size == 4
+    assert torch.equal(grouped.rec1.mask.to_dense(), units.to_dense())
+    with pytest.raises(ValueError, match=r"masks names lif1; the linear layers are fc1, fc2, lif1.recurrent"):
+        from_snntorch(theirs, masks={"lif1": units}, T=STEPS)
+
+
+@pytest.mark.parametrize("kind", ["RLeaky", "RSynaptic"])
+def test_one_weight_per_neuron_is_a_diagonal(kind):
+    theirs = Theirs(kind, all_to_all=False, V=per_neuron(-0.4, 0.4))
+    ours = from_snntorch(theirs, T=STEPS)
+    assert torch.equal(ours.rec1.mask.to_dense(), torch.eye(HIDDEN, dtype=torch.bool))
+    expected = theirs(SAMPLES)
+    assert torch.equal(output_spikes(ours), expected.detach())
+    expected.sum(0).square().sum().backward()
+    ours(SAMPLES).square().sum().backward()
+    gradient = ours.rec1.mask.unpack(ours.rec1.values.grad).diag()
+    torch.testing.assert_close(gradient, theirs.lif1.V.grad, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(ours.fc1.bias.grad, theirs.fc1.bias.grad, rtol=1e-9, atol=1e-9)
+
+
+def test_one_weight_of_all_neurons_is_a_diagonal_if_it_is_not_learned():
+    theirs = Theirs("RLeaky", all_to_all=False, V=0.5, learn_recurrent=False)
+    ours = from_snntorch(theirs, T=STEPS)
+    assert torch.equal(ours.rec1.dense_weight(), 0.5 * torch.eye(HIDDEN, dtype=torch.float64))
+    assert not ours.rec1.values.requires_grad
+    assert torch.equal(output_spikes(ours), theirs(SAMPLES).detach())
+    with pytest.raises(
+        ValueError, match=r"lif1: V is one learnable weight for 20 neurons.*V=torch.full\(\(20,\), 1.5\)"
+    ):
+        from_snntorch(Theirs("RLeaky", all_to_all=False, V=0.5), T=STEPS)
+    with pytest.raises(ValueError, match="lif1: V has 3 entries for 20 neurons"):
+        from_snntorch(Theirs("RLeaky", all_to_all=False, V=torch.rand(3)), T=STEPS)
+
+
+def test_what_is_not_learned_there_is_not_learned_here():
+    theirs = Theirs("RSynaptic", learn_recurrent=False)
+    theirs.fc1.bias.requires_grad_(False)
+    ours = from_snntorch(theirs, T=STEPS)
+    assert not ours.rec1.values.requires_grad
+    assert not ours.fc1.bias.requires_grad
+    theirs.lif1.recurrent.bias.requires_grad_(True)
+    assert from_snntorch(theirs, T=STEPS).fc1.bias.requires_grad
+
+
+def test_a_reset_to_zero_without_delay_has_our_spikes(caplog):
+    """``RLeaky`` with delay holds the membrane at zero, where ``Leaky`` and our LIF let it charge."""
+    theirs = Theirs("RLeaky", reset_mechanism="zero", reset_delay=False)
+    assert torch.equal(output_spikes(from_snntorch(theirs, T=STEPS)), theirs(SAMPLES).detach())
+    assert "lif1: snnTorch's reset to zero without delay (reset_delay=False) gives our spikes, but not" in caplog.text
+    with pytest.raises(
+        ValueError, match=r"lif1: snn.RLeaky with reset_mechanism='zero' stays at zero .*reset_delay=False"
+    ):
+        from_snntorch(Theirs("RLeaky", reset_mechanism="zero"), T=STEPS)
+
+
+@pytest.mark.filterwarnings("ignore:Inhibition")
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("RLeaky", {"inhibition": True}, "lif1: our LIF has no inhibition; only snn.RLeaky with inhibition=False"),
+        ("RSynaptic", {"state_quant": lambda x: x}, "lif1: our Synaptic has no state_quant; only snn.RSynaptic with"),
+        (
+            "RLeaky",
+            {"reset_delay": False},
+            "lif1: our LIF has no reset_delay=False; only snn.RLeaky with reset_delay=T",
+        ),
+        (
+            "RSynaptic",
+            {"reset_delay": False, "reset_mechanism": "zero"},
+            "lif1: our Synaptic has no reset_delay=False; only snn.RSynaptic with reset_delay=True",
+        ),
+        ("RLeaky", {"spike_grad": surrogate.triangular()}, "lif1: spike_grad is not one of g2g's surrogates"),
+    ],
+)
+def test_options_of_recurrent_neurons_that_the_stack_lacks_are_refused(kind, options, message):
+    with pytest.raises(ValueError, match=message):
+        from_snntorch(Theirs(kind, **options), T=STEPS)
+
+
+def test_recurrent_connections_of_another_form_are_refused():
+    images = nn.Sequential(nn.Linear(9, 9), snntorch.RLeaky(beta=0.9, conv2d_channels=1, kernel_size=3))
+    with pytest.raises(
+        ValueError, match=r"1.recurrent is a Conv2d; from_snntorch takes snn.RLeaky with linear_features"
+    ):
+        from_snntorch(images, T=STEPS)
+    of_another_size = nn.Sequential(nn.Linear(9, 9), snntorch.RLeaky(beta=0.9, linear_features=8))
+    with pytest.raises(
+        ValueError, match=r"1.recurrent joins 8 to 8 neurons, but the layer has 9; give linear_features=9"
+    ):
+        from_snntorch(of_another_size, T=STEPS)
+
+
+def recurrent_net(**options):
+    return G2GNet(
+        INPUTS, HIDDEN, CLASSES, "mixer", recurrent=True, block_size=2, T=STEPS, generator=seeded(0), **options
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"per_neuron": True, "learn_beta": False, "threshold": 0.6},
+        {"neuron": "synaptic", "surrogate": "triangle"},
+        {"neuron": "synaptic", "per_neuron": True, "reset": "zero"},
+        {"reset": "zero"},
+    ],
+)
+def test_there_and_back_again_is_the_same_recurrent_network(options, caplog):
+    net = recurrent_net(**options)
+    net.rec2.requires_grad_(False)
+    before = torch.get_rng_state()
+    theirs = to_snntorch(net)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert theirs.lif1.recurrent.bias is None
+    kind = "RSynaptic" if "neuron" in options else "RLeaky"
+    assert [type(theirs[place]).__name__ for place in (1, 3)] == [kind] * 2
+    with torch.no_grad():
+        spikes = torch.stack([theirs(x_t) for x_t in SAMPLES.float()])
+    assert torch.equal(spikes, output_spikes(net))
+    assert ("gives our spikes, but not our gradients" in caplog.text) == (options == {"reset": "zero"})
+
+    recurrent = {f"lif{number}.recurrent": net.get_submodule(f"rec{number}").mask for number in (1, 2)}
+    masks = {name: net.get_submodule(name).mask for name in ("fc1", "fc2", "fc3")} | recurrent
+    back = from_snntorch(theirs, masks, T=STEPS)
+    state = back.state_dict()
+    assert set(state) == set(net.state_dict())
+    assert all(torch.equal(state[name], tensor) for name, tensor in net.state_dict().items())
+    learnable = {name: parameter.requires_grad for name, parameter in net.named_parameters()}
+    assert {name: parameter.requires_grad for name, parameter in back.named_parameters()} == learnable
+    # without the masks, the same graph as single weights
+    assert torch.equal(from_snntorch(theirs, T=STEPS).rec1.mask.to_dense(), net.rec1.mask.to_dense())
+
+
+def test_a_recurrent_network_in_snntorch_stays_sparse_and_starts_anew():
+    net = recurrent_net(neuron="synaptic", threshold=0.5)
+    theirs = to_snntorch(net)
+    optimizer = torch.optim.SGD(theirs.parameters(), lr=0.1)
+    first = [theirs(x_t) for x_t in SAMPLES.float()]
+    sum(first).square().sum().backward()
+    utils.reset(theirs)
+    for layer in (theirs.lif1, theirs.lif2):
+        layer.reset_mem()  # snnTorch's reset leaves the last spikes of RSynaptic
+    assert torch.equal(torch.stack([theirs(x_t) for x_t in SAMPLES.float()]), torch.stack(first))
+    optimizer.step()
+    trained = from_snntorch(theirs, T=STEPS)
+    assert not torch.equal(trained.rec1.dense_weight(), net.rec1.dense_weight())
+    assert torch.equal(trained.rec1.dense_weight() != 0, net.rec1.mask.to_dense())
+
+
+def test_a_stack_whose_layers_are_not_all_recurrent():
+    torch.manual_seed(0)
+    layers = recurrent_net(threshold=0.6)
+    stack = SpikingStack(
+        [(layers.fc1, layers.lif1), (layers.fc2, layers.lif2, layers.rec2), (layers.fc3, layers.lif3)], T=STEPS
+    )
+    theirs = to_snntorch(stack)
+    assert [type(layer).__name__ for layer in theirs] == ["Linear", "Leaky", "Linear", "RLeaky", "Linear", "Leaky"]
+    with torch.no_grad():
+        assert torch.equal(torch.stack([theirs(x_t) for x_t in SAMPLES.float()]), output_spikes(stack))
+    assert [recurrent is None for recurrent in from_snntorch(theirs, T=STEPS).recurrents()] == [True, False, True]
+    assert isinstance(from_snntorch(theirs, T=STEPS).rec2, G2GLinear)

@@ -1,16 +1,26 @@
-"""Recurrent networks from and to snnTorch: its spikes and its gradients."""
+"""Recurrent networks from and to snnTorch, with its spikes and its gradients, and NIR."""
 
+import contextlib
+import io
+import warnings
+
+import nir
+import numpy as np
 import pytest
 import snntorch
 import torch
 from helpers import seeded
 from snntorch import surrogate, utils
+from snntorch.export_nir import export_to_nir
+from snntorch.import_nir import import_from_nir
 from torch import nn
 from torch.nn.utils import prune
 
 from g2g_kernels import BlockMask
 from g2gnet import G2GLinear, G2GNet, SpikingStack
-from g2gnet.interop import from_snntorch, to_snntorch
+from g2gnet.interop import from_nir, from_snntorch, to_nir, to_snntorch
+
+# --- snnTorch -----------------------------------------------------------------------------------------------------
 
 STEPS, INPUTS, HIDDEN, CLASSES = 12, 15, 20, 5
 SAMPLES = torch.rand(STEPS, 4, INPUTS, generator=seeded(1), dtype=torch.float64) * 3
@@ -280,3 +290,202 @@ def test_a_stack_whose_layers_are_not_all_recurrent():
         assert torch.equal(torch.stack([theirs(x_t) for x_t in SAMPLES.float()]), output_spikes(stack))
     assert [recurrent is None for recurrent in from_snntorch(theirs, T=STEPS).recurrents()] == [True, False, True]
     assert isinstance(from_snntorch(theirs, T=STEPS).rec2, G2GLinear)
+
+
+# --- NIR ----------------------------------------------------------------------------------------------------------
+
+
+def resetting_net(**options):
+    """With decays that no float32 changes on the way through a time constant: 1 − (1 − 0.75) is 0.75."""
+    return recurrent_net(reset="zero", threshold=0.5, **{"beta": 0.75, **options})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"per_neuron": True, "learn_threshold": False},
+        {"neuron": "synaptic", "syn_decay": 0.5, "surrogate": "boxcar"},
+    ],
+)
+def test_a_file_of_nir_gives_the_same_recurrent_network_back(options, tmp_path, caplog):
+    net = resetting_net(**options)
+    nir.write(tmp_path / "net.nir", to_nir(net))
+    assert ("lif1, lif2, lif3: after a spike NIR's CubaLIF charges" in caplog.text) == ("neuron" in options)
+    back = from_nir(nir.read(tmp_path / "net.nir"), T=STEPS)
+    state = back.state_dict()
+    assert set(state) == set(net.state_dict())
+    assert all(torch.equal(state[name], tensor) for name, tensor in net.state_dict().items())
+    assert [name for name, _ in back.named_parameters()] == [name for name, _ in net.named_parameters()]
+    assert torch.equal(output_spikes(back), output_spikes(net))
+
+
+def test_the_graph_is_the_differential_equation_of_the_recurrent_layer():
+    """Euler steps of NIR's equation, written out: what a node sends reaches the nodes of its loop in the next step."""
+    net, dt = resetting_net(per_neuron=True), 1e-3
+    graph = to_nir(net, dt)
+    assert graph.edges == [(one, other) for one, other in zip(graph.nodes, list(graph.nodes)[1:], strict=False)]
+    names = ("lif1", "lif2", "lif3")
+    cells = {name: graph.nodes[name].nodes["lif"] if name != "lif3" else graph.nodes[name] for name in names}
+    membranes = {name: np.zeros((4, 1)) for name in names}
+    spikes = {name: np.zeros((4, cells[name].tau.size)) for name in names}
+    trains = []
+    for x in SAMPLES.numpy():
+        for name in names:
+            affine, lif = graph.nodes[name.replace("lif", "fc")], cells[name]
+            current = x @ affine.weight.T + affine.bias
+            if name != "lif3":
+                current = current + spikes[name] @ graph.nodes[name].nodes["w_rec"].weight.T
+            v = membranes[name]
+            v = v + dt / lif.tau * (lif.v_leak - v + lif.r * current)
+            x = spikes[name] = (v > lif.v_threshold).astype(float)
+            membranes[name] = np.where(x > 0, lif.v_reset, v)
+        trains.append(torch.from_numpy(x))
+    assert torch.equal(torch.stack(trains).float(), output_spikes(net))
+
+
+@pytest.mark.parametrize("tool", ["snnTorch", "Norse"])
+def test_other_tools_run_the_graph_with_the_same_spikes(tool):
+    net = resetting_net()
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        if tool == "snnTorch":
+            theirs = import_from_nir(to_nir(net))
+        else:
+            theirs = pytest.importorskip("norse.torch").from_nir(to_nir(net), dt=1e-4)
+    state, trains = None, []
+    with torch.no_grad():
+        for x_t in SAMPLES.float():
+            spikes, state = theirs(x_t, state)
+            trains.append(spikes)
+    assert torch.equal(torch.stack(trains), output_spikes(net))
+
+
+@pytest.mark.parametrize("all_to_all", [True, False])
+@pytest.mark.parametrize("kind", ["RLeaky", "RSynaptic"])
+def test_graphs_of_snntorch_are_read(kind, all_to_all):
+    torch.manual_seed(0)
+    options = {"beta": 0.75, "reset_mechanism": "zero", "init_hidden": True}
+    own = {"linear_features": HIDDEN} if all_to_all else {"all_to_all": False, "V": torch.linspace(-2, 2, HIDDEN)}
+    own |= {"alpha": 0.5} if kind == "RSynaptic" else {"reset_delay": False}
+    output = snntorch.Leaky(threshold=torch.full((CLASSES,), 0.3), **{**options, "beta": torch.full((CLASSES,), 0.75)})
+    theirs = nn.Sequential(
+        nn.Linear(INPUTS, HIDDEN), getattr(snntorch, kind)(**options, **own), nn.Linear(HIDDEN, CLASSES), output
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        ours = from_nir(export_to_nir(theirs, torch.rand(INPUTS)), T=STEPS)
+    if all_to_all:
+        assert torch.equal(ours.rec1.dense_weight(), theirs[1].recurrent.weight)
+        assert torch.equal(ours.fc1.bias, theirs[0].bias + theirs[1].recurrent.bias)
+    else:
+        assert torch.equal(ours.rec1.dense_weight(), theirs[1].V.diag())
+    for layer in (theirs[1], output):
+        layer.reset_mem()
+    with torch.no_grad():
+        spikes = torch.stack([theirs(x_t) for x_t in SAMPLES.float()])
+    assert torch.equal(output_spikes(ours), spikes)
+
+
+def lif_of(size=HIDDEN):
+    return nir.LIF(tau=np.full(size, 4e-4), r=np.full(size, 4.0), v_leak=np.zeros(size), v_threshold=np.full(size, 0.5))
+
+
+def weights(out=HIDDEN, into=HIDDEN, seed=3):
+    return torch.randn(out, into, generator=seeded(seed)).numpy()
+
+
+def flat_graph(edges, **nodes):
+    """A graph input → fc → lif → output with more nodes and edges."""
+    chain = {
+        "input": nir.Input(input_type={"input": np.array([INPUTS])}),
+        "fc": nir.Linear(weight=weights(HIDDEN, INPUTS)),
+        "lif": lif_of(),
+        "output": nir.Output(output_type={"output": np.array([HIDDEN])}),
+    }
+    edges = [("input", "fc"), ("fc", "lif"), ("lif", "output"), *edges]
+    return nir.NIRGraph(nodes={**chain, **nodes}, edges=edges, type_check=False)
+
+
+LOOP = [("lif", "w"), ("w", "lif")]
+
+
+def test_the_forms_of_a_recurrent_edge_are_one():
+    expected = output_spikes(from_nir(flat_graph(LOOP, w=nir.Linear(weight=weights())), T=STEPS))
+    for bias in (np.zeros(HIDDEN), np.linspace(-1, 1, HIDDEN)):
+        graph = flat_graph([*LOOP, ("lif", "w")], w=nir.Affine(weight=weights(), bias=bias))  # an edge twice
+        stack = from_nir(graph, T=STEPS)
+        assert stack.rec1.bias is None
+        assert (stack.fc1.bias is None) == (not bias.any())
+        if bias.any():
+            assert torch.equal(stack.fc1.bias, torch.from_numpy(bias).float())
+        else:
+            assert torch.equal(output_spikes(stack), expected)
+    # the loop around a graph, and with shapes that are changed on the way
+    cell = nir.NIRGraph.from_list(lif_of())
+    nodes = {"lif": cell, "w": nir.Linear(weight=weights()), "flat": nir.Flatten({"input": np.array([HIDDEN])}, 0)}
+    stack = from_nir(flat_graph([("lif", "flat"), ("flat", "w"), ("w", "lif")], **nodes), T=STEPS)
+    assert torch.equal(output_spikes(stack), expected)
+
+
+def test_a_mask_of_a_recurrent_node_is_given_by_its_name():
+    graph = to_nir(resetting_net())
+    kept = torch.rand(HIDDEN, HIDDEN, generator=seeded(2)) < 0.3
+    stack = from_nir(graph, masks={"lif1.w_rec": kept}, T=STEPS)
+    assert torch.equal(stack.rec1.mask.to_dense(), kept)
+    assert torch.equal(stack.rec2.mask.to_dense(), from_nir(graph, T=STEPS).rec2.mask.to_dense())
+    with pytest.raises(ValueError, match=r"masks names rec1, the graph fc1, fc2, fc3, lif1.w_rec, lif2.w_rec"):
+        from_nir(graph, masks={"rec1": kept}, T=STEPS)
+
+
+CONVOLUTION = nir.Conv2d((1, 1), np.ones((1, 1, 1, 1)), 1, 0, 1, 1, np.zeros(1))
+
+
+@pytest.mark.parametrize(
+    ("edges", "nodes", "message"),
+    [
+        (
+            [("lif", "lif")],
+            {},
+            "node lif leads back to itself; a stack has loops of a layer's neurons and one Linear or",
+        ),
+        (
+            [("lif", "d"), ("d", "w"), ("w", "lif")],
+            {"d": nir.Delay(np.ones(HIDDEN)), "w": nir.Linear(weight=weights())},
+            r"lif leads back to itself by d \(Delay\), w \(Linear\); .* by which their spikes return one step later",
+        ),
+        (LOOP, {"w": CONVOLUTION}, r"lif leads back to itself by w \(Conv2d\); a stack has loops"),
+        (LOOP, {"w": lif_of()}, r"lif leads back to itself by w \(LIF\); a stack has loops"),
+        (
+            [*LOOP, ("lif", "v"), ("v", "lif")],
+            {"w": nir.Linear(weight=weights()), "v": nir.Linear(weight=weights())},
+            "node lif has 2 recurrent connections, w, v; a layer has one: add their weights and biases",
+        ),
+        (
+            [*LOOP, ("w", "output")],
+            {"w": nir.Linear(weight=weights())},
+            "node w, in the loop of lif, is joined to output; a stack has loops",
+        ),
+        (
+            [("lif", "w"), ("w", "fc")],
+            {"w": nir.Linear(weight=weights(INPUTS, HIDDEN))},
+            r"node fc leads back to itself by lif \(LIF\), w \(Linear\); a stack has loops",
+        ),
+        (
+            [("fc", "w"), ("w", "fc")],
+            {"w": nir.Linear(weight=weights(INPUTS, HIDDEN))},
+            "nodes fc and w are a loop without neurons; a stack has loops of a layer's neurons",
+        ),
+        ([("w", "lif")], {"w": nir.Linear(weight=weights())}, "node w is not on the way from input; a stack has one"),
+    ],
+)
+def test_loops_that_a_stack_does_not_have_are_refused(edges, nodes, message):
+    with pytest.raises(ValueError, match=message):
+        from_nir(flat_graph(edges, **nodes), T=STEPS)
+
+
+def test_a_graph_inside_of_a_graph_has_one_input():
+    ends = {name: nir.Input(input_type={"input": np.array([HIDDEN])}) for name in ("one", "other")}
+    inner = nir.NIRGraph(nodes={**ends, "lif": lif_of()}, edges=[("one", "lif"), ("other", "lif")], type_check=False)
+    with pytest.raises(ValueError, match="the graph lif has 2 inputs; a stack takes graphs with one"):
+        from_nir(flat_graph([], lif=inner), T=STEPS)

@@ -58,7 +58,7 @@ def test_neurobench_counts_what_it_counts_of_the_same_network_in_snntorch(recurr
     assert ours["ActivationSparsity"] == theirs["ActivationSparsity"]
     assert list(ours["ActivationSparsityByLayer"].values()) == list(theirs["ActivationSparsityByLayer"].values())
     assert ours["SynapticOperations"] == theirs["SynapticOperations"]
-    # by hand: each spike of a hidden neuron reaches the weights of its column, but those of the last step no recurrent ones
+    # by hand: every spike of a hidden neuron reaches the weights of its column (in the last step, no recurrent ones)
     activity = net.simulate(INPUTS)
     first, second = (train.dense() for train in activity.spikes[:2])
     sent = [(first, net.fc2), (second, net.fc3)]

@@ -21,7 +21,6 @@ from g2g_kernels.ops.g2g_stack import (
     Synapses,
     activity_of,
     check_dropped,
-    silenced,
 )
 from g2g_kernels.tracing import is_traced, is_transformed, symbolic_call
 from g2gnet import graphs
@@ -273,8 +272,10 @@ class SpikingStack(nn.Module):
                     current, steps = current.expand(steps, *current.shape), None
                 if of_layer is not None:
                     check_dropped(f" of layer {number - 1}", of_layer, tuple(current.shape[1:]))
-                    current = silenced(current, of_layer)
+                    current = current.masked_fill(of_layer, 0)  # hooks of the neurons see them silent
                 spikes = _output_of(f"lif{number}", neurons, current, current.shape)
+                if of_layer is not None:
+                    spikes = spikes.masked_fill(of_layer, 0)
                 trains.append(spikes)
                 x = spikes if dropped is None else spikes * scale
         finally:

@@ -75,7 +75,7 @@ def read_grid(path: Path | str) -> dict[str, Any]:
     try:
         text = read_file(path).decode("utf-8")
         if path.suffix == ".json":
-            grid = json.loads(text)
+            grid = json.loads(text, object_pairs_hook=_table)
         else:
             import tomllib  # since Python 3.11
 
@@ -87,6 +87,15 @@ def read_grid(path: Path | str) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise SettingsError(f"grid={path} cannot be read ({reason(error)})") from error
     return grid
+
+
+def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A table of a JSON file, whose reader takes the last of equal names; that of TOML refuses them."""
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"it gives {name} twice")
+    return dict(pairs)
 
 
 def values_of(grid: Grid) -> dict[str, list[Any]]:

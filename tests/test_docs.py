@@ -11,6 +11,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from code_blocks import BLOCK, run_blocks
 from helpers import ROOT
+from notebooks import cells, run_cells
 from PIL import Image
 
 from g2g_kernels import dispatch
@@ -70,6 +71,31 @@ def test_the_pictures_can_be_drawn_again(name, tmp_path):
             assert all(abs(a - b) < 30 for a, b in zip(picture.size, committed.size, strict=True)), path.name
 
 
+# --- notebooks ----------------------------------------------------------------------------------------------------
+
+NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
+def test_a_notebook_runs_and_shows_pictures(notebook):
+    matplotlib = pytest.importorskip("matplotlib")
+    if notebook.stem == "from-snntorch":
+        pytest.importorskip("snntorch")
+    matplotlib.use("Agg")
+    _, shown = run_cells(notebook, {"range(1, 4)": "range(1, 2)", "epochs=2": "epochs=1"})
+    kinds = [type(value).__name__ for value in shown]
+    assert "Figure" in kinds
+    assert "BlockMask" in kinds
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
+def test_a_notebook_is_kept_without_outputs_which_could_be_stale(notebook):
+    """The site executes it, and so does its reader."""
+    assert notebook.stem in PAGES["docs/index.md"].read_text(encoding="utf-8")
+    for cell in cells(notebook):
+        assert (cell["outputs"], cell["execution_count"]) == ([], None)
+
+
 # --- the site -----------------------------------------------------------------------------------------------------
 
 
@@ -95,7 +121,7 @@ class Links(HTMLParser):
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """The site, built by the README's command elsewhere."""
-    for package in ("sphinx", "myst_parser", "furo"):
+    for package in ("sphinx", "myst_nb", "sphinx_copybutton", "sphinx_design", "furo"):
         pytest.importorskip(package, reason="the generator is not installed (pip install -e '.[docs]')")
     folder = tmp_path_factory.mktemp("docs")
     command = "sphinx-build -W -c docs . build/docs"
@@ -149,7 +175,23 @@ def test_every_link_inside_of_the_site_leads_somewhere(pages):
 
 @pytest.mark.long
 def test_every_public_name_is_in_the_reference(site, pages):
-    described = set().union(*(links.places for page, links in pages.items() if page.parent == site / "docs" / "api"))
+    reference = site / "docs" / "api"
+    described = set().union(*(links.places for page, links in pages.items() if reference in page.parents))
     for package in PACKAGES:
         for name in importlib.import_module(package).__all__:
             assert f"{package}.{name}" in described
+
+
+@pytest.mark.long
+def test_each_class_and_function_has_a_page_of_its_own(pages):
+    objects = {page.stem for page in pages if page.parent.name == "objects"}
+    assert {"g2g_kernels.BlockMask", "g2gnet.G2GNet", "g2gnet.interop.from_snntorch"} <= objects
+    assert len(objects) > 100
+
+
+@pytest.mark.long
+def test_the_site_has_executed_its_notebooks(site):
+    for notebook in NOTEBOOKS:
+        page = (site / notebook.relative_to(ROOT)).with_suffix(".html")
+        pictures = [address for address in Links(page).loaded if "_images" in address]
+        assert pictures, notebook.name

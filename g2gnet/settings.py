@@ -74,6 +74,11 @@ class Settings:
 
     Raises:
         SettingsError: naming each invalid value.
+
+    Example:
+        >>> from g2gnet.training import NetworkSettings
+        >>> isinstance(NetworkSettings(), Settings)
+        True
     """
 
     def __post_init__(self) -> None:
@@ -155,6 +160,12 @@ class NetworkSettings(Settings):
     """What decides a :class:`~g2gnet.G2GNet` beside the sizes of its data, its backend and its random draws.
 
     ``G2GNet.from_settings`` makes the network; the constructor's arguments have these names and defaults.
+
+    Example:
+        >>> from g2gnet import G2GNet
+        >>> settings = NetworkSettings(model="mixer", hidden_dim=64, block_size=8, T=5)
+        >>> G2GNet.from_settings(settings, input_dim=64, num_classes=10).T
+        5
     """
 
     model: str = setting("index", "model", "fully connected, or how groups of neurons are connected", choices=MODELS)

@@ -74,6 +74,16 @@ class SpikingStack(nn.Module):
 
     Raises:
         ValueError: for T below 1, a dropout outside [0, 1 − 2⁻¹⁶], no layers, or sizes that do not match.
+
+    Example:
+        >>> from g2g_kernels import BlockMask, GroupLayout
+        >>> layouts = [GroupLayout(size) for size in (64, 48, 32, 10)]
+        >>> masks = [BlockMask.sample(out, into, block_size=4) for into, out in zip(layouts, layouts[1:])]
+        >>> stack = SpikingStack([(G2GLinear(mask), LIF(beta=0.95)) for mask in masks], T=10)
+        >>> stack(torch.rand(5, 64)).shape  # held for T steps
+        torch.Size([5, 10])
+        >>> stack.simulate(torch.rand(20, 5, 64)).rates[0].shape
+        torch.Size([48])
     """
 
     #: whether :meth:`simulate` is calling the layers at the moment

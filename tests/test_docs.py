@@ -1,7 +1,9 @@
 """The documentation is true and whole: its code prints what it says, its site builds strictly and stands alone."""
 
+import doctest
 import importlib
 import importlib.util
+import inspect
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -9,6 +11,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+import torch
 from code_blocks import BLOCK, run_blocks
 from helpers import ROOT
 from notebooks import cells, run_cells
@@ -16,6 +19,7 @@ from PIL import Image
 
 from g2g_kernels import dispatch
 from g2g_kernels.ops.g2g_linear import operator
+from g2gnet import train
 
 #: pages whose code needs more than a directory to run in, and the tests that give it that
 ELSEWHERE = {"README.md": "test_readme.py", "docs/other-libraries.md": "g2gnet/training/test_logging.py"}
@@ -69,6 +73,52 @@ def test_the_pictures_can_be_drawn_again(name, tmp_path):
         with Image.open(path) as picture, Image.open(ROOT / "docs" / path.name) as committed:
             # text is laid out in whole pixels, which differ with the fonts' version
             assert all(abs(a - b) < 30 for a, b in zip(picture.size, committed.size, strict=True)), path.name
+
+
+# --- examples -----------------------------------------------------------------------------------------------------
+
+#: files whose docstrings get their examples later
+IN_WORK = ("g2g_kernels/ops/", "g2gnet/network.py", "g2gnet/data/")
+#: packages of which each public class and function has an example
+WITH_EXAMPLES = (*PACKAGES, "g2gnet.figures", "g2gnet.patterns")
+
+
+def public(package):
+    """The public classes and functions of a package by name, but for errors."""
+    module = importlib.import_module(package)
+    own = [
+        name for name, value in vars(module).items() if name[0] != "_" and getattr(value, "__module__", "") == package
+    ]
+    for name in getattr(module, "__all__", own):
+        value = getattr(module, name)
+        if inspect.isfunction(value) or (inspect.isclass(value) and not issubclass(value, BaseException)):
+            yield f"{package}.{name}", value
+
+
+@pytest.fixture(scope="module")
+def trained_run(tmp_path_factory):
+    """A folder in which train.py has left a small run."""
+    folder = tmp_path_factory.mktemp("trained")
+    flags = "--dataset fashionmnist-mini --model mixer --hidden_dim 32 --block_size 8 --T 5 --epochs 1"
+    small = f"--limit_train 128 --limit_test 64 --checkpoint_dir {folder}/checkpoints"
+    assert train.main([*flags.split(), *small.split()]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("package", WITH_EXAMPLES)
+def test_each_public_class_and_function_has_an_example_that_is_true(package, trained_run, monkeypatch, capsys):
+    pytest.importorskip("matplotlib").use("Agg")
+    monkeypatch.chdir(trained_run)
+    parser, runner = doctest.DocTestParser(), doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    names = {"torch": torch, **vars(importlib.import_module(package))}
+    for name, value in public(package):
+        file = Path(inspect.getsourcefile(inspect.unwrap(value))).relative_to(ROOT).as_posix()
+        if file.startswith(IN_WORK):
+            continue
+        text = inspect.getdoc(value)
+        assert "\nExample:\n" in text, f"{name} has no example"
+        result = runner.run(parser.get_doctest(text, dict(names), name, file, None))
+        assert result.failed == 0, capsys.readouterr().out
 
 
 # --- notebooks ----------------------------------------------------------------------------------------------------

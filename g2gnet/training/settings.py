@@ -25,7 +25,12 @@ def _texts(rules: Mapping[str, Rule]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class RunSettings(Settings):
-    """What every training run has: its data, the length of training and the seed."""
+    """What every training run has: its data, the length of training and the seed.
+
+    Example:
+        >>> RunSettings(dataset="fashionmnist-mini", epochs=3).seed
+        42
+    """
 
     dataset: str = setting(
         "fashionmnist",
@@ -64,6 +69,15 @@ class TrainSettings(NetworkSettings, RunSettings):
 
     ``resnet_weights`` stands for the content of that file: the first eight hexadecimal digits of its SHA-256
     (:func:`g2gnet.features.weights_digest`).
+
+    Example:
+        >>> settings = TrainSettings(dataset="fashionmnist-mini", model="mixer", T=10)
+        >>> settings.stem  # names its files
+        'fashionmnist-mini_mixer_p0.15_T10_current'
+        >>> TrainSettings(T=0)
+        Traceback (most recent call last):
+            ...
+        g2gnet.settings.SettingsError: T=0 is out of range; give a whole number from 1 to 65536
     """
 
     augment: str = setting(

@@ -82,6 +82,11 @@ class Evaluation(NamedTuple):
         accuracy: the share of the images that are classified correctly.
         accumulates, multiplies: synaptic operations of each connection per image
             (:class:`~g2g_kernels.ops.g2g_stack.SynapticOperations`).
+
+    Example:
+        >>> result = Evaluation(0.9, accumulates={"fc1": 0.0, "fc2": 120.0}, multiplies={"fc1": 800.0, "fc2": 0.0})
+        >>> sum(result.accumulates.values())  # additions per image
+        120.0
     """
 
     accuracy: float
@@ -113,6 +118,15 @@ class Trainer(EpochTrainer):
     Raises:
         SettingsError: if a batch has fewer images than there are processes, training has too few steps for DST, the
             images to be shifted or mirrored are vectors, or the network and a step need more memory than there is.
+
+    Example:
+        >>> from g2gnet.data import load_dataset
+        >>> settings = TrainSettings(dataset="fashionmnist-mini", model="mixer", hidden_dim=32, block_size=8, T=5)
+        >>> data = load_dataset("fashionmnist-mini").limited(256, 100)
+        >>> trainer = Trainer(settings, data, Machine(torch.device("cpu")))
+        >>> record = trainer.train_epoch()
+        >>> 0 <= record["test_acc"] <= 1
+        True
     """
 
     net: G2GNet

@@ -35,7 +35,7 @@ from g2gnet.files import check_writable, replace_file, same_file
 from g2gnet.memory import ran_out
 from g2gnet.messages import OutputError, discard, reason, say, warn
 from g2gnet.sequences import sequence_length
-from g2gnet.settings import Default, SettingsError, number_of
+from g2gnet.settings import Default, DefaultName, SettingsError, number_of
 from g2gnet.tensor_file import has_digest
 from g2gnet.training import (
     CheckpointError,
@@ -68,6 +68,11 @@ def file_name(text: str) -> str:
     """
     if not text:
         raise argparse.ArgumentTypeError("the name is empty; give one (the current directory is .)")
+    return text
+
+
+def as_it_is(text: str) -> str:
+    """The type of a flag with choices; ``str`` would make another string of a :class:`DefaultName`."""
     return text
 
 
@@ -142,7 +147,7 @@ def add_settings_flags(parser: Parser, settings: type = TrainSettings, names: Co
             text += f" (default: {field.default})"
         group.add_argument(
             f"--{field.name}",
-            type=file_name if flag_type is str and not about["choices"] else flag_type,
+            type=flag_type if flag_type is not str else as_it_is if about["choices"] else file_name,
             default=field.default,
             choices=None if about["others"] else about["choices"],
             metavar=about["metavar"]
@@ -249,7 +254,8 @@ def settings_from(arguments: argparse.Namespace, kind: type[SettingsT]) -> Setti
     if issubclass(kind, TrainSettings) and own.is_name(given["dataset"]):
         shape = own.sample_shape(given["dataset"], Path(arguments.data_dir))
         # only images can be mirrored, which states what they are
-        if given["sequence"] is None and own.holds_sequences(shape) and given["augment"] not in SHIFTS:
+        stated = not isinstance(given["sequence"], DefaultName) or given["augment"] in SHIFTS
+        if own.holds_sequences(shape) and not stated:
             given["sequence"] = "own"
     settings = kind(**given)
     if isinstance(settings, TrainSettings) and settings.sequence != "none":
@@ -273,7 +279,7 @@ def _length(settings: TrainSettings, shape: tuple[int, ...], arguments: argparse
         raise SettingsError(str(error)) from error
     if not isinstance(arguments.T, Default):
         held = ""
-        if arguments.sequence is None:
+        if isinstance(arguments.sequence, DefaultName):
             held = f", or give `sequence=none` if they are images of {' × '.join(map(str, shape))}, held for `T` steps"
         raise SettingsError(
             f"T={arguments.T} cannot be chosen: with sequence={settings.sequence} the samples of {settings.dataset} "
@@ -472,7 +478,7 @@ def out_of_memory(error: BaseException, arguments: argparse.Namespace) -> str:
         )
     flags = vars(arguments)
     growing = [name for name in GROWING if isinstance(flags.get(name), int)]
-    if flags.get("sequence") not in (None, "none"):  # their length is what it is
+    if flags.get("sequence", "none") != "none":  # their length is what it is
         growing.remove("T")
     lower = [f"--{name} (now {flags[name]})" for name in growing]
     remedies = [f"lower {' or '.join(lower)}"] if lower else []

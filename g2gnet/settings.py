@@ -28,7 +28,11 @@ class SettingsError(ValueError):
 
 
 class Default(int):
-    """A whole number that nobody gave: a setting's default where other settings may decide its value."""
+    """A whole number that nobody gave: a setting's default where other settings, or the data, may decide its value."""
+
+
+class DefaultName(str):
+    """The same for a name."""
 
 
 class Others(NamedTuple):
@@ -177,7 +181,7 @@ class NetworkSettings(Settings):
         "none",
         "data",
         f"what a time step receives; {'; '.join(f'{name}: {text}' for name, text in SEQUENCES.items())} "
-        "(default: none; own for a file of sequences)",
+        "(which a file of sequences says itself)",
         choices=tuple(SEQUENCES),
     )
     T: int = setting(50, "model", "time steps per sample, where `sequence` does not say it", low=1, high=MOST_STEPS)

@@ -11,7 +11,7 @@ DEFAULTS = {
     "dataset": "fashionmnist",
     "augment": "auto",
     "standardize": False,
-    "sequence": None,
+    "sequence": "none",
     "sequence_step": 1,
     "sequence_seed": 0,
     "model": "dense",

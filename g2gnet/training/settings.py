@@ -12,7 +12,7 @@ from g2gnet.neurons import NEURONS
 from g2gnet.patterns import SPARSE
 from g2gnet.schedules import SCHEDULES
 from g2gnet.sequences import sequence_length
-from g2gnet.settings import Default, NetworkSettings, Others, Settings, setting, with_default
+from g2gnet.settings import Default, DefaultName, NetworkSettings, Others, Settings, setting, with_default
 
 SPARSITY_MODES = ("static", "dynamic")
 PRECISIONS = ("fp32", "bf16")
@@ -77,7 +77,7 @@ class TrainSettings(NetworkSettings, RunSettings):
         "auto: crop-flip for raw CIFAR images, none for others",
         choices=AUGMENTATIONS,
     )
-    sequence: str = with_default(NetworkSettings, "sequence", None)
+    sequence: str = with_default(NetworkSettings, "sequence", DefaultName(NetworkSettings.sequence))
     sequence_step: int = setting(1, "data", "rows or pixels in a time step of such a `sequence`", low=1)
     sequence_seed: int = setting(
         0, "data", "seed of the order of `sequence=permuted`, whatever the seed of the run", low=0, high=LARGEST_SEED
@@ -140,9 +140,10 @@ class TrainSettings(NetworkSettings, RunSettings):
     )
 
     def __post_init__(self) -> None:
-        if self.sequence is None:
-            object.__setattr__(self, "sequence", NetworkSettings.sequence)
-        if isinstance(self.T, Default):  # the files store the value, as of any other setting
+        # the files store plain values, as of any other setting
+        if isinstance(self.sequence, DefaultName):
+            object.__setattr__(self, "sequence", str(self.sequence))
+        if isinstance(self.T, Default):
             object.__setattr__(self, "T", self._steps() or int(self.T))
         super().__post_init__()
 

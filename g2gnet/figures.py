@@ -229,13 +229,13 @@ def confusion(matrix: torch.Tensor, classes: Sequence[str]) -> Figure:
     """Which classes are taken for which: images, int64 [C, C] by true and found class, as shares of the true ones."""
     count = len(matrix)
     share = matrix.double() / matrix.sum(1, keepdim=True).clamp(min=1)
-    side = min(WIDTH, 3.5 + 0.35 * count)
+    many = count > 25  # names in small letters, on a picture to be enlarged
+    side = 14 if many else min(WIDTH, 3.5 + 0.35 * count)
     figure = Figure(figsize=(side, 0.85 * side), layout="constrained")
     axis = figure.subplots()
     image = axis.imshow(share.numpy(), vmin=0, vmax=1, cmap="viridis")
-    ticks = range(0, count, -(-count // 25))
-    axis.set_xticks(ticks, [classes[tick] for tick in ticks], rotation=90 if count > 5 else 0)
-    axis.set_yticks(ticks, [classes[tick] for tick in ticks])
+    axis.set_xticks(range(count), classes, rotation=90 if count > 5 else 0, fontsize=6 if many else None)
+    axis.set_yticks(range(count), classes, fontsize=6 if many else None)
     axis.set(xlabel="classified as", ylabel="true class")
     if count <= 12:
         for true, found in matrix.nonzero().tolist():

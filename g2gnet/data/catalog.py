@@ -18,7 +18,7 @@ class Dataset(NamedTuple):
         module: of this package; its ``load(name, data_dir)`` gives the :class:`ImageData`. It is imported only when
             data are read, since importing torchvision takes a second.
         crops: whether ``augment="auto"`` shifts and mirrors its images.
-        classes: their names, where they are few.
+        classes: their names, by number.
     """
 
     shape: tuple[int, ...]
@@ -35,13 +35,25 @@ class Dataset(NamedTuple):
 
 _CLOTHES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 _THINGS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+#: numbered in the order of the alphabet; an underscore is a space
+_HUNDRED = """
+    apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can
+    castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin
+    elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster
+    man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck
+    pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk
+    skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger
+    tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm
+"""
 
 #: every data set by name
 DATASETS = {
     "fashionmnist": Dataset((28, 28), 10, "fashion_mnist", classes=_CLOTHES),
     "fashionmnist-mini": Dataset((28, 28), 10, "fashion_mnist", classes=_CLOTHES),
     "cifar10": Dataset((3, 32, 32), 10, "cifar", crops=True, classes=_THINGS),
-    "cifar100": Dataset((3, 32, 32), 100, "cifar", crops=True),
+    "cifar100": Dataset(
+        (3, 32, 32), 100, "cifar", crops=True, classes=tuple(name.replace("_", " ") for name in _HUNDRED.split())
+    ),
 }
 
 

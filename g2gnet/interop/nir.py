@@ -114,7 +114,8 @@ def from_nir(
     graph: Any,
     dt: float = DEFAULT_DT,
     masks: Mapping[str, BlockMask | torch.Tensor] | None = None,
-    T: int = 50,  # noqa: N803  (the field's name for it)
+    *,
+    T: int,  # noqa: N803  (the field's name for it)
     backend: str | None = None,
 ) -> SpikingStack:
     """The stack of a NIR graph in which linear or affine nodes alternate with LIF, CubaLIF or IF nodes.
@@ -124,7 +125,8 @@ def from_nir(
         dt: the time step, in seconds, for which the graph was made.
         masks: by name of a node, the weights that exist, as for :meth:`G2GLinear.from_linear`. Other nodes have the
             mask of their metadata, or every weight.
-        T: the number of steps for which the stack holds inputs [B, D].
+        T: the number of steps for which the stack holds inputs [B, D], which a graph does not say. The length of inputs
+            [T, B, D] may differ from it.
         backend: ``"triton"``, ``"cpu"`` or ``"torch"``; None lets the device decide.
 
     Raises:

@@ -39,7 +39,8 @@ _KINDS = " or ".join(f"snn.{counterpart.kind}" for counterpart in _COUNTERPARTS.
 def from_snntorch(
     model: nn.Module,
     masks: Mapping[str, BlockMask | torch.Tensor] | None = None,
-    T: int = 50,  # noqa: N803  (the field's name for it)
+    *,
+    T: int,  # noqa: N803  (the field's name for it)
     backend: str | None = None,
 ) -> SpikingStack:
     """The stack that computes what the ``nn.Linear`` layers and neurons of ``model`` compute in turn at each step.
@@ -51,7 +52,8 @@ def from_snntorch(
         model: alternates ``nn.Linear`` and ``snn.Leaky`` or ``snn.Synaptic``.
         masks: by name of an ``nn.Linear``, the weights that exist, as for :meth:`G2GLinear.from_linear`. Other layers
             have the mask of ``torch.nn.utils.prune``, or every weight.
-        T: the number of steps for which the stack holds inputs [B, D].
+        T: the number of steps for which the stack holds inputs [B, D], which a model does not say. The length of inputs
+            [T, B, D] may differ from it.
         backend: ``"triton"``, ``"cpu"`` or ``"torch"``; None lets the device decide.
 
     Raises:

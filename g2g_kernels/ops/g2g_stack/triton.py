@@ -309,8 +309,9 @@ def fused_backward_kernel(
                 grad_spike += upstream[k].to(tl.float32)
             before = tl.where(t > 0, earlier[k].to(tl.float32), at_first)  # U_{t−1} − θ
             states = (before + threshold,)
+            begins = (t == 0) & (states_before is None)
             to_current, moved, added = step_backward(
-                grads, sums, states, before > 0, margin, grad_spike, own, alpha, MODEL, RESET, SURROGATE
+                grads, sums, states, before > 0, margin, grad_spike, begins, own, alpha, MODEL, RESET, SURROGATE
             )
             if grad_last is not None:  # which does not reach steps after the last
                 to_current = tl.where(t < steps, to_current, 0.0)

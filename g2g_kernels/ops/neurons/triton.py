@@ -229,8 +229,9 @@ def neurons_backward_kernel(
                 grad_spike += upstream[k].to(tl.float32)
             fired = fires(history[k][STATES - 1], threshold)
             margin = history[k + 1][STATES - 1] - threshold
+            begins = (t == 0) & (first is None)
             to_current, moved, added = step_backward(
-                grads, sums, history[k], fired, margin, grad_spike, values, alpha, MODEL, RESET, SURROGATE
+                grads, sums, history[k], fired, margin, grad_spike, begins, values, alpha, MODEL, RESET, SURROGATE
             )
             if grad_last is not None:  # which does not reach steps after the last
                 to_current = tl.where(t < steps, to_current, 0.0)

@@ -57,8 +57,8 @@ class LayerAnalysis:
         correlation: three [G, G] (:func:`count_correlation`).
         coherence: [G, G] between the layer's groups, NaN on the diagonal (:func:`coherence`).
         chance_coherence: [G, G], what independent neurons would give, NaN on the diagonal (:func:`chance_coherence`).
-        pathway_coherence: [G, G of the inputs] between the layer's groups and those of its inputs, or None if these do
-            not change in time (encoding ``current``).
+        pathway_coherence: [G, G of the inputs] between the layer's groups and those of its inputs, or None if these are
+            no spikes: samples that are held, or sequences with values other than 0 and 1 (encoding ``current``).
         density: [G, G of the inputs], output by input group (:func:`group_density`).
         cross_group_share: [G], share of the inputs from other groups (:func:`cross_group_share`).
         input_entropy, weight_entropy: [G], by connections and by weight (:func:`input_group_entropy`).
@@ -223,7 +223,7 @@ def analyze_network(net: G2GNet, batches: Iterable[Batch], num_classes: int) -> 
     correct = 0
     operations = torch.zeros(len(connections), 3, dtype=torch.float64)
     for received, activity, labels in batches:
-        pre = received if received.dim() == 3 else None
+        pre = received if received.dim() == 3 and bool(((received == 0) | (received == 1)).all()) else None
         correct += int((activity.counts.argmax(1) == labels).sum())
         operations += torch.tensor(activity.synaptic_operations())
         for number, connection in enumerate(connections):
@@ -236,7 +236,7 @@ def analyze_network(net: G2GNet, batches: Iterable[Batch], num_classes: int) -> 
     layers = []
     for number, connection in enumerate(connections):
         sums = SpikeSums.join(outputs[number])
-        pre_sums = SpikeSums.join(inputs[number]) if inputs[number] else None
+        pre_sums = SpikeSums.join(inputs[number]) if len(inputs[number]) == len(outputs[number]) else None
         rates = firing_rates(sums)
         layers.append(
             LayerAnalysis(

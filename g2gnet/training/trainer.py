@@ -26,6 +26,7 @@ from g2gnet.training.epochs import EpochTrainer, Progress, StepCallback
 from g2gnet.training.evaluation import autocast, build_network, run_images
 from g2gnet.training.health import LayerWatch, check_rates
 from g2gnet.training.machine import Machine
+from g2gnet.training.samples import check_images, order_of
 from g2gnet.training.settings import TrainSettings
 from g2gnet.training.sizes import check_memory
 
@@ -146,14 +147,14 @@ class Trainer(EpochTrainer):
                 f"batch_size={settings.batch_size} leaves {smallest} of {count} images to the last batch of an epoch, "
                 f"fewer than one for each of {world.size} processes; give another `batch_size`, or start fewer"
             )
-        if settings.shift is not None and data.train_images.dim() < 3:
-            raise SettingsError(
-                f"augment={settings.augment} needs images, but those of {data.name} are vectors of {data.input_dim} "
-                "values; leave `augment` out, or give arrays of shape [N, ..., height, width]"
-            )
+        check_images(settings, data)
+        order = None if settings.sequence == "none" else order_of(settings, data)
+        input_dim = data.input_dim if order is None else order.shape[1]
         in_step = min(count, settings.batch_size)
-        check_memory(settings, data.input_dim, data.num_classes, -(-in_step // world.size), device)
-        self.net = build_network(settings, data.input_dim, data.num_classes, machine.backend).to(device)
+        check_memory(settings, input_dim, data.num_classes, -(-in_step // world.size), device)
+        self.net = build_network(settings, input_dim, data.num_classes, machine.backend).to(device)
+        if order is not None:
+            self.net.input_order.copy_(order)
         if settings.standardize:
             mean, deviation = self.data.moments()
             self.net.input_mean.fill_(mean)
@@ -214,7 +215,7 @@ class Trainer(EpochTrainer):
                 total_steps=self._steps if bounded else None,
             )
         self._watch(settings.lr)
-        self._layers = LayerWatch()
+        self._layers = LayerWatch(order is not None)
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "dst": self.dst.state_dict() if self.dst else None}

@@ -235,7 +235,8 @@ class NetworkSettings(Settings):
             )
         given = {"p_rec_inter": self.p_rec_inter is not None, "rec_gain": self.rec_gain != 1}
         problems += [
-            f"{name}={getattr(self, name)} has no effect without recurrent connections; give `recurrent`, or leave it out"
+            f"{name}={getattr(self, name)} has no effect without recurrent connections; give `recurrent`, or leave it "
+            "out"
             for name, is_given in given.items()
             if is_given and not self.recurrent
         ]

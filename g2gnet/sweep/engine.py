@@ -79,7 +79,7 @@ def outcome(run: Run) -> dict[str, Any] | None:
     if last is None:
         return None
     saved = read_run(run.files.checkpoint)
-    weights = sum(int(connection.mask.unit_sizes.sum()) for connection, _ in saved.network().layers())
+    weights = sum(int(connection.mask.unit_sizes.sum()) for connection in saved.network().connections().values())
     return {**last, "train_seconds": sum(record["seconds"] for record in saved.history), "weights": weights}
 
 

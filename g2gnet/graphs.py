@@ -20,6 +20,12 @@ def to_networkx(layers: Layers, recurrents: Recurrents = ()) -> Any:
     Args:
         layers: ``stack.layers()``.
         recurrents: ``stack.recurrents()``, whose edges lead from the neurons of a layer to the same neurons.
+
+    Example:
+        >>> from g2gnet import G2GNet
+        >>> graph = to_networkx(G2GNet(64, 64, 10, block_size=8).layers())
+        >>> graph.number_of_nodes()
+        202
     """
     graph: Any = None
     source = "input"
@@ -44,6 +50,11 @@ def to_html(layers: Layers, recurrents: Recurrents = ()) -> str:
 
     Args:
         layers, recurrents: as for :func:`to_networkx`. A recurrent connection has the row below that of its layer.
+
+    Example:
+        >>> from g2gnet import G2GNet
+        >>> "<img" in to_html(G2GNet(64, 64, 10, block_size=8).layers())
+        True
     """
     joined = dict(enumerate(recurrents, 1))
     rows = []

@@ -13,7 +13,7 @@ from g2gnet.layers import G2GLinear
 from g2gnet.neurons import NEURONS, SpikingNeurons
 from g2gnet.patterns import MODELS, Pattern, layer_mask, layer_probabilities
 from g2gnet.settings import NetworkSettings
-from g2gnet.stack import SpikingStack
+from g2gnet.stack import SpikingStack, check_input
 
 
 class G2GNet(SpikingStack):
@@ -163,6 +163,7 @@ class G2GNet(SpikingStack):
 
         With ``share``, only these samples are encoded, as they would be in the whole batch.
         """
+        check_input(x)
         if x.dim() == 3:
             return x if share is None else x[:, share]
         check_samples(x)

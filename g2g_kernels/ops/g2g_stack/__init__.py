@@ -98,6 +98,7 @@ def g2g_stack(
         layer = layer._replace(neurons=check_neurons(suffix, layer.neurons, out_size, x))
         if layer.state is not None:
             check_state(suffix, layer.state, layer.neurons, (x.shape[-2], out_size))
+            _check_like(suffix, layer.state, x)
         checked.append(layer)
         size = out_size
     refuse_forward_mode(x, *(tensor for layer in checked for tensor in layer.tensors()))
@@ -106,6 +107,15 @@ def g2g_stack(
     if torch.compiler.is_compiling():
         return activity
     return activity._replace(synapses=Synapses(x, steps, [(layer.values, layer.mask) for layer in checked]))
+
+
+def _check_like(suffix: str, state: torch.Tensor, x: torch.Tensor) -> None:
+    """Raises ValueError for a state on another device than x, or of more bits than this run's states."""
+    if state.device != x.device:
+        raise ValueError(f"state{suffix} is on {state.device}, x on {x.device}; give state.to(x.device)")
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if torch.promote_types(state.dtype, dtype) != dtype:
+        raise ValueError(f"state{suffix} is {state.dtype}, those of x in {x.dtype} are {dtype}; give state.to({dtype})")
 
 
 def _run(

@@ -291,6 +291,8 @@ def run(
     A script that calls this without an executor needs ``if __name__ == "__main__":``, since its processes import it.
     """
     runs = runs_of(grid, folder)
+    for line in dict.fromkeys(line for each in runs for line in each.settings.without_effect()):
+        logger.warning("%s", line)
     several = {name for each in runs for name in each.differs}
     machine = {"data_dir": str(data_dir), "device": device, "backend": backend}
     ends = {}

@@ -226,6 +226,16 @@ class Sweep:
         ends: what each finished run reached (:func:`outcome`), by the run.
         failed: the errors of the runs that failed, by the settings that differ.
         rows: mean and standard error over the seeds, one per combination of the varied settings.
+
+    Example:
+        >>> from concurrent.futures import ThreadPoolExecutor
+        >>> small = {"hidden_dim": 32, "block_size": 8, "T": 3, "epochs": 1, "limit_train": 64}
+        >>> grid = {"dataset": "fashionmnist-mini", "model": "mixer", "seed": [1, 2], **small}
+        >>> with ThreadPoolExecutor(1) as executor:
+        ...     made = run(grid, executor=executor)
+        ...
+        >>> made.rows[0].seeds, sorted(made.as_dict())
+        ([1, 2], ['failed', 'rows', 'runs', 'settings'])
     """
 
     folder: Path
@@ -289,6 +299,16 @@ def run(
         CheckpointError: if the files of a finished run are damaged.
 
     A script that calls this without an executor needs ``if __name__ == "__main__":``, since its processes import it.
+
+    Example:
+        >>> from concurrent.futures import ThreadPoolExecutor
+        >>> small = {"hidden_dim": 32, "block_size": 8, "T": 3, "epochs": 1, "limit_train": 64}
+        >>> grid = {"dataset": "fashionmnist-mini", "model": ["index", "mixer"], "seed": [1, 2], **small}
+        >>> with ThreadPoolExecutor(1) as executor:
+        ...     made = run(grid, "models", executor=executor)
+        ...
+        >>> [(row.settings, row.seeds) for row in made.rows]
+        [({'model': 'index'}, [1, 2]), ({'model': 'mixer'}, [1, 2])]
     """
     runs = runs_of(grid, folder)
     for line in dict.fromkeys(line for each in runs for line in each.settings.without_effect()):

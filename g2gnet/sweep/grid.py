@@ -40,6 +40,12 @@ class Run:
         settings: all of them.
         differs: those that have several values in the grid, its seed included.
         folder: of its files and of what it printed, ``log.txt``.
+
+    Example:
+        >>> from g2gnet.sweep.grid import runs_of
+        >>> first = runs_of({"p_inter": [0.1, 0.3], "model": "mixer"}, "sweep")[0]
+        >>> first.label, first.settings.p_inter
+        ('p_inter=0.1', 0.1)
     """
 
     given: Mapping[str, Any]

@@ -78,6 +78,11 @@ class Lineage:
         origin.lineage._copies = [*copies, self._layer]
         self._note()
 
+    def synchronised(self) -> None:
+        """Notes that the layer has the wiring of its origin now; an average stays one."""
+        self._in_step = True
+        self._note()
+
     def leave(self) -> None:
         """Makes the layer a network of its own."""
         self._origin = None
@@ -252,7 +257,7 @@ def sync_wiring(source: nn.Module, target: nn.Module) -> None:
         mine.catch_up()
         take_wiring(theirs, mine)
         if mine.lineage.origin is theirs:
-            mine.lineage.come_from(theirs, mine.lineage.tied)
+            mine.lineage.synchronised()
 
 
 def tie_wiring(source: nn.Module, average: nn.Module) -> None:

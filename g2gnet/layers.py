@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from g2g_kernels import BlockMask, GroupLayout, g2g_linear
+from g2g_kernels.sides import deep_copied
 from g2g_kernels.tracing import is_traced, symbolic_call
 from g2gnet.copies import Lineage
 from g2gnet.derived import NOT_WRITABLE, DerivedWeight
@@ -296,7 +297,7 @@ class G2GLinear(nn.Module):
         self.catch_up()
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
-        twin.__setstate__(copy.deepcopy(self._state(), memo))
+        twin.__setstate__(deep_copied(self._state(), memo))
         twin.lineage.come_from(self)
         return twin
 

@@ -61,8 +61,8 @@ class Dense:
     @classmethod
     def of(cls, net: nn.Sequential) -> "Dense":
         return cls(
-            [layer.mask.unpack(layer.values.detach()).clone() for layer in net],
-            [layer.mask.to_dense() for layer in net],
+            [packing.unpacked(layer.values.detach(), layer.mask._view()) for layer in net],
+            [packing.unpacked(torch.ones_like(layer.values), layer.mask._view()) > 0 for layer in net],
             [layer.bias.detach().clone() for layer in net],
             [layer.mask.flat_unit() for layer in net],
         )
@@ -82,6 +82,12 @@ class Dense:
         for weight, mask, bias in zip(self.weights, self.masks, self.biases, strict=True):
             x = x @ (weight * mask).T + bias
         return x
+
+
+@functools.cache
+def dense_network(seed: int) -> Dense:
+    """The twin of :func:`network`, to read."""
+    return Dense.of(network(seed))
 
 
 @dataclass(eq=False)
@@ -106,7 +112,7 @@ class Networks(RuleBasedStateMachine):
     def begin(self, seed, ties):
         self.net = copy.deepcopy(network(2 * seed))
         untie_wiring(self.net)
-        self.dense = Dense.of(self.net)
+        self.dense = dense_network(2 * seed).copy()
         self.net[0].values.requires_grad_(False)  # frozen when the scheduler is made, and not in the optimizer
         self.optimizer = torch.optim.Adam(self.net[1].parameters(), lr=0.1)
         self.fails = 0
@@ -229,7 +235,7 @@ class Networks(RuleBasedStateMachine):
     def after_zero_step(self):
         """Adam's step on gradients of layer 1 that are zero moves weights by their moments only: read them again."""
         for number, layer in enumerate(self.net):
-            self.dense.weights[number] = layer.mask.unpack(layer.values.detach()).clone()
+            self.dense.weights[number] = packing.unpacked(layer.values.detach(), layer.mask._view())
             self.dense.biases[number] = layer.bias.detach().clone()
 
     @rule()
@@ -266,7 +272,7 @@ class Networks(RuleBasedStateMachine):
     def load_another(self, seed):
         """Of an odd seed it has another number of units."""
         other = network(seed)
-        self.load_into_network(other.state_dict(), Dense.of(other))
+        self.load_into_network(other.state_dict(), dense_network(seed))
 
     def load_into_network(self, state, dense):
         same = [self.net[n].mask.describes(state[f"{n}.mask.wiring"]) for n in (0, 1)]
@@ -318,7 +324,7 @@ class Networks(RuleBasedStateMachine):
             self.net.load_state_dict(state)
         self.optimizer.state.clear()
         self.dense.biases[0] = other[0].bias.detach().clone()
-        self.loaded(Dense.of(other), [1], [False, False])
+        self.loaded(dense_network(seed), [1], [False, False])
 
     # --- copies -------------------------------------------------------------------------------------------------
 
@@ -462,13 +468,14 @@ def second_for_first(index: torch.Tensor) -> torch.Tensor:
 
 
 def equal(layer: G2GLinear, dense: Dense, number: int) -> None:
-    compare(layer.dense_weight().detach(), layer.mask.flat_unit(), dense, number)
+    values, mask = layer.weights()
+    compare(packing.unpacked(values.detach(), mask._view()), mask.flat_unit(), dense, number)
 
 
 def compare(weight: torch.Tensor, slots: torch.Tensor, dense: Dense, number: int) -> None:
     assert torch.allclose(weight, dense.weights[number], rtol=1e-5, atol=1e-6), (weight, dense.weights[number])
     assert torch.equal(slots, dense.slots[number])
-    assert not weight[~dense.masks[number]].any()
+    assert not (weight * ~dense.masks[number]).any()
 
 
 def test_weights_and_wiring_never_come_apart():

@@ -16,6 +16,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
 OURS = "#1f5a7a"
@@ -34,14 +35,22 @@ COLOURS = {
     "bsr-lif": "#4f8a4a",
 }
 PEER = "#9a9a9a"
+#: what the numbers at the points of a trade-off are
+WIDTHS = "at each point: neurons of a hidden layer"
+#: colour, marker and the side on which the widths stand, so that those of neighbouring lines do not overlap
 TRADEOFF_STYLES = (
-    ("#7a7a7a", "o"),
-    (OURS, "o"),
-    ("#2f8f5b", "s"),
-    ("#c4552d", "^"),
-    ("#7a5195", "v"),
-    ("#b08a2e", "D"),
+    ("#7a7a7a", "o", "above"),
+    (OURS, "o", "above"),
+    ("#2f8f5b", "s", "right"),
+    ("#c4552d", "^", "right"),
+    ("#7a5195", "v", "above"),
+    ("#b08a2e", "D", "above"),
 )
+#: of text beside a point: its offset, in points, and its alignment
+SIDES: dict[str, dict[str, Any]] = {
+    "above": {"xytext": (-4, 4), "ha": "right", "va": "bottom"},
+    "right": {"xytext": (7, -2), "ha": "left", "va": "center"},
+}
 
 
 def draw(record: dict[str, Any], path: Path | str) -> None:
@@ -140,34 +149,39 @@ def _tradeoff(record: dict[str, Any]) -> Figure:
     for axis, quantity in zip(axes, ("train_seconds", "weights"), strict=True):
         draw_tradeoff(axis, record, quantity)
         _tidy(axis)
-    axes[0].set_xlabel("seconds of training")
-    axes[1].set_xlabel("weights")
+    axes[0].set_xlabel(f"seconds of training; {WIDTHS}")
+    axes[1].set_xlabel(f"weights; {WIDTHS}")
     axes[0].set_ylabel("test accuracy, %")
     axes[0].legend(frameon=False, loc="lower right")
     return figure
 
 
 def draw_tradeoff(axis: Axes, record: dict[str, Any], quantity: str) -> None:
-    """Test accuracy against ``weights`` or ``train_seconds``; one line per density, each point with its width."""
+    """Test accuracy against ``weights`` or ``train_seconds``; one line per density, each point with its width.
+
+    The width is the number of neurons of each hidden layer.
+    """
     lines: dict[str, list[dict[str, Any]]] = {}
     for row in record["rows"]:
         lines.setdefault(density(row), []).append(row)
-    for (name, rows), (colour, marker) in zip(lines.items(), itertools.cycle(TRADEOFF_STYLES)):
+    for (name, rows), (colour, marker, side) in zip(lines.items(), itertools.cycle(TRADEOFF_STYLES)):
         accuracies = [[accuracy(end) for end in row["ends"]] for row in rows]
         means = [statistics.mean(values) for values in accuracies]
         errors = [standard_error(values) for values in accuracies]
         x = [mean(row, quantity) for row in rows]
         style = f"{marker}{':' if name == 'dense' else '-'}"
-        axis.errorbar(x, means, errors, fmt=style, color=colour, markersize=5, linewidth=1, capsize=2, label=name)
+        axis.errorbar(
+            x, means, errors, fmt=style, color=colour, markersize=5, linewidth=1, capsize=2, label=name, zorder=4
+        )
         for row, place, height in zip(rows, x, means, strict=True):
             axis.annotate(
-                width(row), (place, height), (0, 5), textcoords="offset points", fontsize=7, color=colour, ha="center"
-            )
+                width(row), (place, height), textcoords="offset points", fontsize=7, color=colour, **SIDES[side]
+            ).set_path_effects([withStroke(linewidth=2, foreground="white")])
     axis.set_xscale("log")
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axis.xaxis.set_minor_formatter(NullFormatter())
-    axis.margins(y=0.1)
+    axis.margins(0.1)
 
 
 def _tidy(axis: Axes) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from benchmarks.plots import draw_tradeoff
+from benchmarks.plots import WIDTHS, draw_tradeoff
 from benchmarks.redraw import records
 from benchmarks.report import seconds, title
 
@@ -37,10 +37,10 @@ def draw_times(axis: Axes, content: dict[str, Any]) -> None:
 
 
 def draw(folder: Path) -> None:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10.4, 3.0), layout="constrained", width_ratios=(1.15, 1))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10.4, 3.6), layout="constrained", width_ratios=(1, 1.15))
     draw_times(left, record("step"))
     draw_tradeoff(right, record("tradeoff_study"), "weights")
-    right.set_xlabel("weights")
+    right.set_xlabel(f"weights; {WIDTHS}")
     right.set_ylabel("test accuracy, %")
     right.legend(frameon=False, loc="lower right")
     for axis in (left, right):

@@ -156,6 +156,18 @@ class DSTScheduler:
         ValueError: for an option out of range, no layer, a layer that the optimizer does not hold or of which this
             process has a part only, an optimizer whose states cannot be reset, or if every unit is present, so none can
             grow.
+
+    Example:
+        >>> net = G2GNet(64, 64, 10, block_size=8, T=5)
+        >>> optimizer = torch.optim.Adam(net.parameters())
+        >>> dst = DSTScheduler(net, optimizer, interval=2, fraction=0.25)
+        >>> for _ in range(4):
+        ...     net(torch.rand(8, 64)).sum().backward()
+        ...     optimizer.step()
+        ...     rewired = dst.step()
+        ...
+        >>> rewired, dst.pruned == dst.grown > 0
+        (True, True)
     """
 
     def __init__(

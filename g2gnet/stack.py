@@ -21,7 +21,6 @@ from g2g_kernels.ops.g2g_stack import (
     Synapses,
     activity_of,
     check_dropped,
-    silenced,
 )
 from g2g_kernels.tracing import is_traced, is_transformed, symbolic_call
 from g2gnet import graphs
@@ -75,6 +74,16 @@ class SpikingStack(nn.Module):
 
     Raises:
         ValueError: for T below 1, a dropout outside [0, 1 − 2⁻¹⁶], no layers, or sizes that do not match.
+
+    Example:
+        >>> from g2g_kernels import BlockMask, GroupLayout
+        >>> layouts = [GroupLayout(size) for size in (64, 48, 32, 10)]
+        >>> masks = [BlockMask.sample(out, into, block_size=4) for into, out in zip(layouts, layouts[1:])]
+        >>> stack = SpikingStack([(G2GLinear(mask), LIF(beta=0.95)) for mask in masks], T=10)
+        >>> stack(torch.rand(5, 64)).shape  # held for T steps
+        torch.Size([5, 10])
+        >>> stack.simulate(torch.rand(20, 5, 64)).rates[0].shape
+        torch.Size([48])
     """
 
     #: whether :meth:`simulate` is calling the layers at the moment
@@ -282,8 +291,10 @@ class SpikingStack(nn.Module):
                     current, steps = current.expand(steps, *current.shape), None
                 if of_layer is not None:
                     check_dropped(f" of layer {number - 1}", of_layer, tuple(current.shape[1:]))
-                    current = silenced(current, of_layer)
+                    current = current.masked_fill(of_layer, 0)  # hooks of the neurons see them silent
                 spikes = _output_of(f"lif{number}", neurons, current, current.shape)
+                if of_layer is not None:
+                    spikes = spikes.masked_fill(of_layer, 0)
                 trains.append(spikes)
                 x = spikes if dropped is None else spikes * scale
         finally:

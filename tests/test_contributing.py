@@ -72,8 +72,8 @@ TOYS: dict[str, dict[str, Callable[[str], str]]] = {
     },
     "neuron": {
         "g2g_kernels/ops/neurons/models.py": append(
-            "def _toy_charge(states, fired, current, parameters, reset):\n"
-            "    return _lif_charge(states, fired, 2 * current, parameters, reset)\n\n\n"
+            "def _toy_charge(states, fired, spike, current, parameters, reset):\n"
+            "    return _lif_charge(states, fired, spike, 2 * current, parameters, reset)\n\n\n"
             "def _toy_charge_backward(*arguments):\n"
             "    current, *rest = _lif_charge_backward(*arguments)\n"
             "    return 2 * current, *rest\n\n\n"
@@ -93,7 +93,7 @@ TOYS: dict[str, dict[str, Callable[[str], str]]] = {
                 "        return _lif_charge(states, fired, 2 * current, parameters, RESET)\n",
             ),
             replace(
-                r"(\ndef charge_backward\(.*\n)",
+                r"(\ndef charge_backward\([^)]*\):\n)",
                 r"\1"
                 '    if MODEL == "toy":\n'
                 "        return _toy_charge_backward(grads, sums, states, fired, parameters, RESET)\n",
@@ -108,10 +108,10 @@ TOYS: dict[str, dict[str, Callable[[str], str]]] = {
                 "    static G2G_INLINE void charge(Vec (&state)[1], Vec current, const Vec (&p)[2]) {\n"
                 "        Lif::charge<R>(state, current + current, p);\n"
                 "    }\n"
-                "    template <int R>\n"
-                "    static G2G_INLINE Vec charge_backward(Vec through, const Vec (&before)[1], const Vec (&p)[2],\n"
-                "                                          Vec (&g)[1], Vec (&grad)[2]) {\n"
-                "        return all(2.0f) * Lif::charge_backward<R>(through, before, p, g, grad);\n"
+                "    template <int R, class Slope>\n"
+                "    static G2G_INLINE Vec charge_backward(Vec through, const Slope& slope, const Vec (&before)[1],\n"
+                "                                          const Vec (&p)[2], Vec (&g)[1], Vec (&grad)[2]) {\n"
+                "        return all(2.0f) * Lif::charge_backward<R>(through, slope, before, p, g, grad);\n"
                 "    }\n"
                 "};\n"
                 r"\1",
@@ -126,7 +126,7 @@ TOYS: dict[str, dict[str, Callable[[str], str]]] = {
         ),
     },
     "data set": {
-        "g2gnet/data/catalog.py": append('DATASETS["toy"] = Dataset(12, 3, "toy")'),
+        "g2gnet/data/catalog.py": append('DATASETS["toy"] = Dataset((3, 4), 3, "toy")'),
         "g2gnet/data/toy.py": append(
             "import torch\n\n"
             "from g2gnet.data.image_data import ImageData\n\n\n"

@@ -215,9 +215,12 @@ void backward_bundle(const L& lanes, const Steps& steps, const ParameterRows& pa
             fetch(from + kAhead + v * W);
             Vec p[P];
             for (int k = 0; k < P; ++k) p[k] = load(rows[k] + v * W);
-            const Vec through = lanes.load(from, v) * Surrogate::derivative(state[v][S - 1] - p[P - 1], alpha);
+            const auto slope = [&](Vec u) { return Surrogate::derivative(u - p[P - 1], alpha); };
+            // without a state the spike before the first step is a constant
+            const auto slope_before = [&](Vec u) { return t || kept ? slope(u) : Vec{}; };
+            const Vec through = lanes.load(from, v) * slope(state[v][S - 1]);
             for (int s = 0; s < S; ++s) state[v][s] = load(states + (t * S + s) * kBundle + v * W);
-            const Vec now = M::template charge_backward<R>(through, state[v], p, g[v], grad[v]);
+            const Vec now = M::template charge_backward<R>(through, slope_before, state[v], p, g[v], grad[v]);
             to_current[v] += now;
             if (target) lanes.stream(target + t * stride, v, now);
         });

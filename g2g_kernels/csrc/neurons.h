@@ -6,7 +6,8 @@
 //   charge_backward  the same step backwards. `through` is what reaches the membrane through its own spike,
 //                    σ'(U_t − θ)·∂L/∂S_t; `before` are the states before the step; g is, for each state, what reaches it
 //                    from later steps, and is moved on to the states `before`. Adds to the parameters' gradients and
-//                    returns ∂L/∂I_t.
+//                    returns ∂L/∂I_t. slope(U) is σ'(U − θ): what reaches S_{t−1}, on which a step may depend by more than
+//                    the reset, goes on to U_{t−1}, and negated to θ, times slope(U_{t−1}). Who does not call it pays nothing.
 //
 // A spike is U_t > θ; it is compared, counted and differentiated outside. Everything works on one vector of lanes and is
 // inlined into loops that hold these arrays in registers. Padding lanes have θ = ∞: they never spike and every surrogate
@@ -39,8 +40,8 @@ struct Lif {
         state[0] = u;
     }
 
-    template <int R>
-    static G2G_INLINE Vec charge_backward(Vec through, const Vec (&before)[1], const Vec (&p)[2], Vec (&g)[1],
+    template <int R, class Slope>
+    static G2G_INLINE Vec charge_backward(Vec through, const Slope&, const Vec (&before)[1], const Vec (&p)[2], Vec (&g)[1],
                                           Vec (&grad)[2]) {
         const Vec decay = p[0], theta = p[1];
         const IntVec fired = before[0] > theta;
@@ -75,8 +76,8 @@ struct Synaptic {
         state[1] = u;
     }
 
-    template <int R>
-    static G2G_INLINE Vec charge_backward(Vec through, const Vec (&before)[2], const Vec (&p)[3], Vec (&g)[2],
+    template <int R, class Slope>
+    static G2G_INLINE Vec charge_backward(Vec through, const Slope&, const Vec (&before)[2], const Vec (&p)[3], Vec (&g)[2],
                                           Vec (&grad)[3]) {
         const Vec syn_decay = p[0], decay = p[1], theta = p[2];
         const IntVec fired = before[1] > theta;

@@ -41,6 +41,26 @@ struct LayerParameters {
     }
 };
 
+// The parameters of block r of sample b. A dropped neuron never fires: its threshold is infinite, as that of padding.
+struct SampleParameters {
+    BlockParameters block;
+    alignas(64) float threshold[kLanes];
+
+    SampleParameters(const LayerParameters& parameters, const Layer& layer, int64_t b, int64_t r)
+        : block(parameters.block(r)) {
+        if (!layer.dropped) return;
+        const Axis& axis = layer.plan->rows;
+        const float*& lanes = block.lanes[model_info(layer.neurons).parameters - 1];
+        for (int lane = 0; lane < kLanes; ++lane) {
+            const int32_t neuron = axis.neuron[r * kLanes + lane];
+            const bool dropped = neuron >= 0 && layer.dropped[b * axis.size + neuron];
+            threshold[lane] = dropped ? __builtin_inff() : lanes[lane];
+        }
+        lanes = threshold;
+    }
+    SampleParameters(const SampleParameters&) = delete;
+};
+
 enum class Input { kHeld, kDense, kEvents, kDenseSpikes };
 
 // How layer l's input is multiplied; `rate` is its measured share of ones.

@@ -352,12 +352,13 @@ struct BackwardPass {
     void sweep_states(const BackwardLayer& x, int64_t b, int64_t sample, int64_t r, const Upstream& upstream,
                       BlockGradient& out, float* room) const {
         const int64_t T = s.steps;
+        const SampleParameters own(x.parameters, x.layer, sample, r);
         if (x.kind == Input::kHeld) {
             const StoredCurrent current{kept_currents(s, x.layer, sample, r), 0};
             alignas(64) float states[kMostStates * kLanes];
             load_states(s, x.layer, x.layer.first, sample, r, states);
-            forward_sweep<StoredCurrent>(x.layer.neurons)(current, T, x.parameters.block(r), {nullptr, room, nullptr, states});
-            x.sweep(upstream, room, T, x.parameters.block(r), x.layer.neurons.alpha, out);
+            forward_sweep<StoredCurrent>(x.layer.neurons)(current, T, own.block, {nullptr, room, nullptr, states});
+            x.sweep(upstream, room, T, own.block, x.layer.neurons.alpha, out);
             for (int v = 0; v < kVecs; ++v) {
                 const Vec g = load(out.current + v * W);
                 store(x.grad.floats.at(r, sample) + v * W, g);
@@ -368,7 +369,7 @@ struct BackwardPass {
         out.rows = x.grad.floats.at(r, b * T);
         if (x.wants_halves()) out.halves = x.grad.halves.at(r, b * T);
         if (x.lists_events) out.events = gradient_events.lists(r, b);
-        x.sweep(upstream, kept_states(s, x.layer, sample, r), T, x.parameters.block(r), x.layer.neurons.alpha, out);
+        x.sweep(upstream, kept_states(s, x.layer, sample, r), T, own.block, x.layer.neurons.alpha, out);
     }
 
     // From ∂L/∂I of layer l: ∂L/∂W, how to compute ∂L/∂(input) and, in the first layer, ∂L/∂x.

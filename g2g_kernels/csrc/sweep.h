@@ -135,9 +135,11 @@ void sweep_backward(const Up& upstream, const float* states, int64_t steps, cons
                 before[s] = t       ? load(now + (s - S) * kLanes)
                             : first ? load(first + s * kLanes + v * W)
                                     : Vec{};
-            const Vec u = load(now + (S - 1) * kLanes);
-            const Vec through = spike_grad[v] * Surrogate::derivative(u - p[P - 1], alpha);
-            const Vec to_current = M::template charge_backward<R>(through, before, p, g[v], grad[v]);
+            const auto slope = [&](Vec u) { return Surrogate::derivative(u - p[P - 1], alpha); };
+            // without a state the spike before the first step is a constant
+            const auto slope_before = [&](Vec u) { return t || first ? slope(u) : Vec{}; };
+            const Vec through = spike_grad[v] * slope(load(now + (S - 1) * kLanes));
+            const Vec to_current = M::template charge_backward<R>(through, slope_before, before, p, g[v], grad[v]);
             sum[v] += to_current;
             if (rows) store(rows + t * kLanes + v * W, to_current);
             if (kBf16 && halves) store(halves + t * kLanes + v * W, to_current);

@@ -34,9 +34,10 @@ def _after_zero(value, fired, RESET: tl.constexpr):
 # --- the models -------------------------------------------------------------------------------------------------
 #
 # charge(states, fired, current, parameters) -> states after one more step; ``fired`` is R_t.
-# charge_backward(grads, sums, states, fired, parameters) -> the gradient of the current, those of the states before the
-# step, and ``sums`` of the parameters' gradients including this step; ``states`` are those before the step, and
-# ``grads`` the gradients of those after it.
+# charge_backward(grads, sums, states, fired, begins, parameters, alpha) -> the gradient of the current, those of the
+# states before the step, and ``sums`` of the parameters' gradients including this step; ``states`` are those before the
+# step, and ``grads`` the gradients of those after it. A model is given only what it needs: one whose step depends on
+# S_{t−1} by more than the reset multiplies what reaches that by :func:`slope_before`.
 
 
 @triton.jit
@@ -87,7 +88,18 @@ def charge(states, fired, current, parameters, MODEL: tl.constexpr, RESET: tl.co
 
 
 @triton.jit
-def charge_backward(grads, sums, states, fired, parameters, MODEL: tl.constexpr, RESET: tl.constexpr):
+def charge_backward(
+    grads,
+    sums,
+    states,
+    fired,
+    begins,
+    parameters,
+    alpha,
+    MODEL: tl.constexpr,
+    RESET: tl.constexpr,
+    SURROGATE: tl.constexpr,
+):
     if MODEL == "lif":
         return _lif_charge_backward(grads, sums, states, fired, parameters, RESET)
     else:
@@ -139,6 +151,24 @@ def store_states(pointer, stride, offsets, inside, tiles):
 
 
 @triton.jit
+def load_dropped(pointer, offsets, inside):
+    """Where a tile's neurons are dropped, bool; None if none is."""
+    if pointer is None:
+        return None
+    else:
+        return tl.load(pointer + offsets, mask=inside, other=0) != 0
+
+
+@triton.jit
+def unless(dropped, values):
+    """Spikes, or their gradients, without those of dropped neurons."""
+    if dropped is None:
+        return values
+    else:
+        return tl.where(dropped, 0.0, values)
+
+
+@triton.jit
 def select(condition, left, right):
     """Of two tuples of tiles the left one where a scalar is true."""
     result = ()
@@ -176,6 +206,7 @@ def step_backward(
     fired,
     margin,
     grad_spike,
+    begins,
     parameters,
     alpha,
     MODEL: tl.constexpr,
@@ -184,11 +215,19 @@ def step_backward(
 ):
     """One step of time backwards; as :func:`charge_backward`, with the gradient that comes through the spike.
 
-    ``margin`` is U_t − θ after the step, ``grad_spike`` ∂L/∂S_t.
+    ``margin`` is U_t − θ after the step, ``grad_spike`` ∂L/∂S_t, ``begins`` true at the first step of a run without a
+    state, before which no spike has a gradient.
     """
     through_spike = surrogate_derivative(margin, alpha, SURROGATE) * grad_spike
     grads, sums = _plus_last(grads, through_spike), _plus_last(sums, -through_spike)
-    return charge_backward(grads, sums, states, fired, parameters, MODEL, RESET)
+    return charge_backward(grads, sums, states, fired, begins, parameters, alpha, MODEL, RESET, SURROGATE)
+
+
+@triton.jit
+def slope_before(states, begins, parameters, alpha, SURROGATE: tl.constexpr):
+    """σ'(U_{t−1} − θ), and 0 where the spike before the step is a constant."""
+    margin = states[len(states) - 1] - parameters[len(parameters) - 1]
+    return tl.where(begins, 0.0, surrogate_derivative(margin, alpha, SURROGATE))
 
 
 @triton.jit

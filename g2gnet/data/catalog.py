@@ -1,6 +1,7 @@
 """The data sets by name. A new one is an entry here and a module that reads it."""
 
 import importlib
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,30 +13,47 @@ class Dataset(NamedTuple):
     """What is known about a data set before it is read.
 
     Attributes:
-        input_dim: values in a sample.
+        shape: of an image, (height, width) or (channels, height, width).
         num_classes: number of classes.
         module: of this package; its ``load(name, data_dir)`` gives the :class:`ImageData`. It is imported only when
             data are read, since importing torchvision takes a second.
         crops: whether ``augment="auto"`` shifts and mirrors its images.
-        classes: their names, where they are few.
+        classes: their names, by number.
     """
 
-    input_dim: int
+    shape: tuple[int, ...]
     num_classes: int
     module: str
     crops: bool = False
     classes: tuple[str, ...] = ()
 
+    @property
+    def input_dim(self) -> int:
+        """Values in an image."""
+        return math.prod(self.shape)
+
 
 _CLOTHES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 _THINGS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+#: numbered in the order of the alphabet; an underscore is a space
+_HUNDRED = """
+    apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can
+    castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin
+    elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster
+    man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck
+    pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk
+    skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger
+    tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm
+"""
 
 #: every data set by name
 DATASETS = {
-    "fashionmnist": Dataset(784, 10, "fashion_mnist", classes=_CLOTHES),
-    "fashionmnist-mini": Dataset(784, 10, "fashion_mnist", classes=_CLOTHES),
-    "cifar10": Dataset(3072, 10, "cifar", crops=True, classes=_THINGS),
-    "cifar100": Dataset(3072, 100, "cifar", crops=True),
+    "fashionmnist": Dataset((28, 28), 10, "fashion_mnist", classes=_CLOTHES),
+    "fashionmnist-mini": Dataset((28, 28), 10, "fashion_mnist", classes=_CLOTHES),
+    "cifar10": Dataset((3, 32, 32), 10, "cifar", crops=True, classes=_THINGS),
+    "cifar100": Dataset(
+        (3, 32, 32), 100, "cifar", crops=True, classes=tuple(name.replace("_", " ") for name in _HUNDRED.split())
+    ),
 }
 
 

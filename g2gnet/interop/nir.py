@@ -85,6 +85,12 @@ def to_nir(stack: SpikingStack, dt: float = DEFAULT_DT) -> Any:
     Raises:
         ValueError: for anything that NIR cannot express.
         ImportError: if the package ``nir``, 1.0.7 or newer, is not installed.
+
+    Example:
+        >>> from g2gnet import G2GNet
+        >>> graph = to_nir(G2GNet(64, 32, 10, block_size=4, reset="zero"))
+        >>> list(graph.nodes)
+        ['input', 'fc1', 'lif1', 'fc2', 'lif2', 'fc3', 'lif3', 'output']
     """
     nir = optional_package("nir", _LEAST_NIR)
     for _, neurons in stack.layers():
@@ -114,7 +120,8 @@ def from_nir(
     graph: Any,
     dt: float = DEFAULT_DT,
     masks: Mapping[str, BlockMask | torch.Tensor] | None = None,
-    T: int = 50,  # noqa: N803  (the field's name for it)
+    *,
+    T: int,  # noqa: N803  (the field's name for it)
     backend: str | None = None,
 ) -> SpikingStack:
     """The stack of a NIR graph in which linear or affine nodes alternate with LIF, CubaLIF or IF nodes.
@@ -124,12 +131,19 @@ def from_nir(
         dt: the time step, in seconds, for which the graph was made.
         masks: by name of a node, the weights that exist, as for :meth:`G2GLinear.from_linear`. Other nodes have the
             mask of their metadata, or every weight.
-        T: the number of steps for which the stack holds inputs [B, D].
+        T: the number of steps for which the stack holds inputs [B, D], which a graph does not say. The length of inputs
+            [T, B, D] may differ from it.
         backend: ``"triton"``, ``"cpu"`` or ``"torch"``; None lets the device decide.
 
     Raises:
         ValueError: for a graph of another form, or neurons that the stack does not have.
         ImportError: if the package ``nir``, 1.0.7 or newer, is not installed.
+
+    Example:
+        >>> from g2gnet import G2GNet
+        >>> graph = to_nir(G2GNet(64, 32, 10, block_size=4, reset="zero"))  # or nir.read("network.nir")
+        >>> from_nir(graph, T=25)(torch.rand(2, 64)).shape
+        torch.Size([2, 10])
     """
     nir = optional_package("nir", _LEAST_NIR)
     if not dt > 0:

@@ -39,7 +39,8 @@ _KINDS = " or ".join(f"snn.{counterpart.kind}" for counterpart in _COUNTERPARTS.
 def from_snntorch(
     model: nn.Module,
     masks: Mapping[str, BlockMask | torch.Tensor] | None = None,
-    T: int = 50,  # noqa: N803  (the field's name for it)
+    *,
+    T: int,  # noqa: N803  (the field's name for it)
     backend: str | None = None,
 ) -> SpikingStack:
     """The stack that computes what the ``nn.Linear`` layers and neurons of ``model`` compute in turn at each step.
@@ -51,12 +52,20 @@ def from_snntorch(
         model: alternates ``nn.Linear`` and ``snn.Leaky`` or ``snn.Synaptic``.
         masks: by name of an ``nn.Linear``, the weights that exist, as for :meth:`G2GLinear.from_linear`. Other layers
             have the mask of ``torch.nn.utils.prune``, or every weight.
-        T: the number of steps for which the stack holds inputs [B, D].
+        T: the number of steps for which the stack holds inputs [B, D], which a model does not say. The length of inputs
+            [T, B, D] may differ from it.
         backend: ``"triton"``, ``"cpu"`` or ``"torch"``; None lets the device decide.
 
     Raises:
         ValueError: for layers or options of neurons that the stack does not support.
         ImportError: if snnTorch is not installed.
+
+    Example:
+        >>> import snntorch
+        >>> from torch import nn
+        >>> theirs = nn.Sequential(nn.Linear(64, 32), snntorch.Leaky(0.9), nn.Linear(32, 10), snntorch.Leaky(0.9))
+        >>> from_snntorch(theirs, T=25)(torch.rand(2, 64)).shape  # held for 25 steps
+        torch.Size([2, 10])
     """
     snn = optional_package("snntorch")
     linears: dict[str, Any] = {}
@@ -101,6 +110,14 @@ def to_snntorch(stack: SpikingStack) -> nn.Sequential:
     Raises:
         ValueError: for neurons that snnTorch does not have.
         ImportError: if snnTorch is not installed.
+
+    Example:
+        >>> from g2gnet import G2GNet
+        >>> from snntorch import utils
+        >>> theirs = to_snntorch(G2GNet(64, 32, 10, block_size=4))
+        >>> utils.reset(theirs)
+        >>> theirs(torch.rand(2, 64)).shape  # one time step
+        torch.Size([2, 10])
     """
     snn = optional_package("snntorch")
     modules: OrderedDict[str, nn.Module] = OrderedDict()

@@ -1,6 +1,5 @@
 """The content of a report: settings, results, analysis and pictures of each run, and a comparison of several."""
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -86,7 +85,7 @@ def report(inspected: Sequence[Inspected]) -> str:
 
 def _run(each: Inspected) -> list[str]:
     run, analysis = each.run, each.analysis
-    defaults = {field.name: field.default for field in dataclasses.fields(run.settings)}
+    defaults = type(run.settings)(neuron=run.settings.neuron).as_dict()
     settings = run.settings.as_dict()
     own = {name: value for name, value in settings.items() if value != defaults[name]}
     rest = {name: value for name, value in settings.items() if name not in own}
@@ -149,6 +148,9 @@ def _wiring(each: Inspected) -> list[str]:
         note = "Above: as drawn from the seed. Below: after dynamic sparse training, which keeps the number of weights."
     size = net.fc1.in_features
     inputs = "features" if run.settings.use_resnet else "pixels"
+    whole = "whole input"
+    if run.settings.sequence != "none":
+        inputs, whole = "inputs", "input of one time step"
     parts = [
         picture(
             figures.connection_density(masks),
@@ -156,7 +158,7 @@ def _wiring(each: Inspected) -> list[str]:
         ),
         picture(
             figures.group_inputs(net.fc1.mask, figures.input_shape(size), "fc1", inputs),
-            f"Each map is the whole input and shows which of its {inputs} the neurons of one hidden group see. Index "
+            f"Each map is the {whole} and shows which of its {inputs} the neurons of one hidden group see. Index "
             "and Mixer give each group a band of neighbouring inputs, Random scattered ones; what else is bright comes "
             "from units between groups.",
         ),
@@ -248,7 +250,8 @@ def _describe(run: SavedRun) -> str:
     settings = run.settings
     features = " (ResNet features)" if settings.use_resnet else ""
     dst = f", DST {settings.cp}/{settings.cg}" if settings.sparsity_mode == "dynamic" else ""
-    return f"{settings.model}{dst} on {settings.dataset}{features}"
+    steps = "" if settings.sequence == "none" else f" as sequences ({settings.sequence})"
+    return f"{settings.model}{dst} on {settings.dataset}{features}{steps}"
 
 
 def _differing(runs: Sequence[SavedRun]) -> list[str]:

@@ -50,7 +50,7 @@ def test_norses_neurons_with_a_synaptic_current_are_read():
 def test_norses_recurrent_cells_which_nir_has_no_form_of_are_named():
     network = norse.SequentialState(nn.Linear(30, 40), norse.LIFRecurrentCell(40, 40))
     with pytest.raises(ValueError, match="node 1 is empty: the tool that wrote the graph could not express it in NIR"):
-        from_nir(norse.to_nir(network, X[0, :1]), dt=1e-6)
+        from_nir(norse.to_nir(network, X[0, :1]), dt=1e-6, T=STEPS)
 
 
 def per_neuron(size, value):

@@ -261,7 +261,7 @@ def _gradient_event_limit(neurons: Neurons, bf16: bool) -> float:
 def _why_product(model: str, reset: str, surrogate: str, per_neuron: bool) -> str | None:
     reasons = {
         f"gradients of surrogate {surrogate!r} reach every neuron": not SURROGATES[surrogate].compact,
-        f"neuron {model!r} has more than one state": len(MODELS[model].states) > 1,
+        f"gradients of neuron {model!r} do not decay by one factor alone": not MODELS[model].event_gradients,
         "gradients pass through reset 'zero'": reset == "zero",
         "each neuron has its own beta": per_neuron,
     }

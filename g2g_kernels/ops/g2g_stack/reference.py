@@ -7,7 +7,7 @@ import torch
 from g2g_kernels.ops.checks import mixed_dtypes
 from g2g_kernels.ops.g2g_linear.reference import g2g_linear
 from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes
-from g2g_kernels.ops.g2g_stack.layer import DROPPED, SpikingLayer
+from g2g_kernels.ops.g2g_stack.layer import SpikingLayer
 from g2g_kernels.ops.neurons.reference import neurons
 
 
@@ -28,18 +28,13 @@ def in_turn(
     states: list[torch.Tensor] = []
     for layer in layers:
         current = linear(x, layer.values, layer.mask, layer.bias)
-        if layer.dropped is not None:
-            current = silenced(current, layer.dropped)
         x, last = neurons(current, layer.neurons, steps, state=layer.state)
+        if layer.dropped is not None:
+            x = x.masked_fill(layer.dropped, 0)
         spikes.append(x)
         states.append(last)
         steps = None
     return spikes, states
-
-
-def silenced(current: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor:
-    """Currents [T, B, N], or [B, N], with which the neurons of ``dropped`` (bool [B, N]) never fire."""
-    return current.masked_fill(dropped, max(DROPPED, torch.finfo(current.dtype).min))
 
 
 def activity_of(

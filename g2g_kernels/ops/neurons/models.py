@@ -16,6 +16,12 @@ RESETS = ("subtract", "zero", "none")
 RESET = "subtract"
 
 Tensors = tuple[torch.Tensor, ...]
+#: of a membrane: its spike, or the surrogate's derivative there
+OfMembrane = Callable[[torch.Tensor], torch.Tensor]
+
+
+#: of the current, the states before the step, and the parameters
+StepGradients = tuple[torch.Tensor, Tensors, tuple[torch.Tensor | None, ...]]
 
 
 class NeuronModel(NamedTuple):
@@ -27,21 +33,25 @@ class NeuronModel(NamedTuple):
         decays: the names of those that are clamped to 0 … 1.
         states: the names of its state variables, initially 0. The last is the membrane, which is compared with the
             threshold.
-        charge: ``(states, fired, current, parameters, reset) -> states`` after one more step. ``fired`` is R_t, bool:
-            whether the membrane was above the threshold; decays among ``parameters`` are already clamped.
-        charge_backward: ``(grads, states, fired, parameters, reset) -> (current, states, parameters)``: maps the
+        charge: ``(states, fired, spike, current, parameters, reset) -> states`` after one more step. ``fired`` is R_t,
+            bool: whether the membrane was above the threshold; decays among ``parameters`` are already clamped.
+            ``spike(U)`` is S = 1[U > θ] as a number, with the surrogate's gradient, for a model whose step depends on
+            S_{t−1} by more than the reset.
+        charge_backward: ``(grads, states, fired, slope, parameters, reset) -> (current, states, parameters)``: maps the
             gradients of the states after the step to those of the current, of the ``states`` before it, and this step's
-            contribution to those of the parameters (None: nothing). No gradient passes through R.
+            contribution to those of the parameters (None: nothing). No gradient passes through R. ``slope(U)`` is
+            σ'(U − θ): what reaches S_{t−1} goes on to U_{t−1}, and negated to θ, times ``slope(U_{t−1})``.
+        event_gradients: whether ∂L/∂I_t = σ'(U_t − θ)·∂L/∂S_t + p·∂L/∂I_{t+1}, p the first parameter, but for reset
+            ``"zero"``; the input gradient may then be computed by events.
     """
 
     name: str
     parameters: tuple[str, ...]
     decays: tuple[str, ...]
     states: tuple[str, ...]
-    charge: Callable[[Tensors, torch.Tensor, torch.Tensor, Tensors, str], Tensors]
-    charge_backward: Callable[
-        [Tensors, Tensors, torch.Tensor, Tensors, str], tuple[torch.Tensor, Tensors, tuple[torch.Tensor | None, ...]]
-    ]
+    charge: Callable[[Tensors, torch.Tensor, OfMembrane, torch.Tensor, Tensors, str], Tensors]
+    charge_backward: Callable[[Tensors, Tensors, torch.Tensor, OfMembrane, Tensors, str], StepGradients]
+    event_gradients: bool = False
 
 
 # The order of operations is snnTorch's, so that float32 membranes are equal to the last bit. A reset selects and does
@@ -54,7 +64,7 @@ def _unless(fired: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 
 
 def _lif_charge(
-    states: Tensors, fired: torch.Tensor, current: torch.Tensor, parameters: Tensors, reset: str
+    states: Tensors, fired: torch.Tensor, spike: OfMembrane, current: torch.Tensor, parameters: Tensors, reset: str
 ) -> Tensors:
     (membrane,), (beta, theta) = states, parameters
     if reset == "zero":
@@ -64,8 +74,8 @@ def _lif_charge(
 
 
 def _lif_charge_backward(
-    grads: Tensors, states: Tensors, fired: torch.Tensor, parameters: Tensors, reset: str
-) -> tuple[torch.Tensor, Tensors, tuple[torch.Tensor | None, ...]]:
+    grads: Tensors, states: Tensors, fired: torch.Tensor, slope: OfMembrane, parameters: Tensors, reset: str
+) -> StepGradients:
     (grad,), (membrane,), (beta, _) = grads, states, parameters
     before = grad * beta
     if reset == "zero":
@@ -74,7 +84,7 @@ def _lif_charge_backward(
 
 
 def _synaptic_charge(
-    states: Tensors, fired: torch.Tensor, current: torch.Tensor, parameters: Tensors, reset: str
+    states: Tensors, fired: torch.Tensor, spike: OfMembrane, current: torch.Tensor, parameters: Tensors, reset: str
 ) -> Tensors:
     (synaptic_current, membrane), (syn_decay, beta, theta) = states, parameters
     synaptic_current = synaptic_current * syn_decay + current
@@ -87,8 +97,8 @@ def _synaptic_charge(
 
 
 def _synaptic_charge_backward(
-    grads: Tensors, states: Tensors, fired: torch.Tensor, parameters: Tensors, reset: str
-) -> tuple[torch.Tensor, Tensors, tuple[torch.Tensor | None, ...]]:
+    grads: Tensors, states: Tensors, fired: torch.Tensor, slope: OfMembrane, parameters: Tensors, reset: str
+) -> StepGradients:
     (to_current, to_membrane), (synaptic_current, membrane), (syn_decay, beta, _) = grads, states, parameters
     if reset == "zero":
         to_membrane = _unless(fired, to_membrane)
@@ -101,7 +111,15 @@ def _synaptic_charge_backward(
 MODELS = {
     model.name: model
     for model in (
-        NeuronModel("lif", ("beta", "threshold"), ("beta",), ("membrane",), _lif_charge, _lif_charge_backward),
+        NeuronModel(
+            "lif",
+            ("beta", "threshold"),
+            ("beta",),
+            ("membrane",),
+            _lif_charge,
+            _lif_charge_backward,
+            event_gradients=True,
+        ),
         NeuronModel(
             "synaptic",
             ("syn_decay", "beta", "threshold"),

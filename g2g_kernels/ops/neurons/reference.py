@@ -64,13 +64,18 @@ class _Neurons(torch.autograd.Function):
         else:
             states = _parted(state.to(dtype))
         fired = states[-1] > used[-1]
+
+        def spike(membrane: torch.Tensor) -> torch.Tensor:
+            return (membrane > used[-1]).to(dtype)
+
         for t in range(num_steps):
-            states = model.charge(states, fired, (current if held else current[t]).to(dtype), used, options.reset)
+            now = (current if held else current[t]).to(dtype)
+            states = model.charge(states, fired, spike, now, used, options.reset)
             fired = states[-1] > used[-1]
             spikes[t] = fired
             if keep:
-                for of_all_steps, now in zip(kept, states, strict=True):
-                    of_all_steps[t] = now
+                for of_all_steps, each in zip(kept, states, strict=True):
+                    of_all_steps[t] = each
         if keep:
             ctx.save_for_backward(*kept, *parameters, state, origin)
             ctx.call = held, options, current.dtype
@@ -91,18 +96,23 @@ class _Neurons(torch.autograd.Function):
         used = _as_used(model.name, parameters, dtype)
         theta = used[-1]
 
+        def slope(membrane: torch.Tensor) -> torch.Tensor:
+            return derivative(membrane - theta, options.alpha)
+
         zeros = torch.zeros(shape, dtype=dtype, device=membranes.device)
         first = (zeros,) * len(kept) if state is None else _parted(state.to(dtype))
         grads = _parted(grad_last)
         sums = [zeros.clone() for _ in parameters]
         grad_current = zeros.clone() if held else torch.empty_like(membranes, dtype=current_dtype)
         for t in range(len(membranes) - 1, -1, -1):
-            through_spike = derivative(membranes[t] - theta, options.alpha).mul_(grad_spikes[t])
+            through_spike = slope(membranes[t]).mul_(grad_spikes[t])
             sums[-1] -= through_spike
             before = tuple(states[t - 1] for states in kept) if t > 0 else first
             fired = before[-1] > theta
+            # without a state the spike before the first step is a constant
+            of_spike = slope if t > 0 or state is not None else torch.zeros_like
             to_current, grads, added = model.charge_backward(
-                (*grads[:-1], grads[-1] + through_spike), before, fired, used, options.reset
+                (*grads[:-1], grads[-1] + through_spike), before, fired, of_spike, used, options.reset
             )
             if need_current and held:
                 grad_current += to_current

@@ -93,6 +93,7 @@ def neurons_step(current: torch.Tensor, states: Tensors | None, population: Neur
     population = check_neurons("", population, current.shape[-1], current)
     model = MODELS[population.model]
     dtype = torch.promote_types(current.dtype, torch.float32)
+    begins = states is None
     if states is None:
         states = tuple(torch.zeros_like(current, dtype=dtype) for _ in model.states)
     if len(states) != len(model.states):
@@ -110,15 +111,22 @@ def neurons_step(current: torch.Tensor, states: Tensors | None, population: Neur
     )
     theta = parameters[-1]
 
+    def constant_spike(membrane: torch.Tensor) -> torch.Tensor:
+        return (membrane > theta).to(dtype)
+
+    def spike(membrane: torch.Tensor) -> torch.Tensor:
+        spikes = constant_spike(membrane)
+        # a trace must be the same with and without gradients
+        if torch.is_grad_enabled() or torch._C._is_tracing() or has_tangent(membrane, *parameters):
+            smooth = SURROGATES[population.surrogate].primitive(membrane - theta, population.alpha)
+            rise = smooth - smooth.detach()  # 0, with the derivative of the surrogate
+            spikes = spikes + rise.masked_fill(rise.isnan(), 0)
+        return spikes
+
     fired = states[-1] > theta  # R_t: a comparison, so no gradient passes through it
-    states = model.charge(states, fired, current.to(dtype), parameters, population.reset)
-    spikes = (states[-1] > theta).to(dtype)
-    # a trace must be the same with and without gradients
-    if torch.is_grad_enabled() or torch._C._is_tracing() or has_tangent(*states, *parameters):
-        smooth = SURROGATES[population.surrogate].primitive(states[-1] - theta, population.alpha)
-        rise = smooth - smooth.detach()  # 0, with the derivative of the surrogate
-        spikes = spikes + rise.masked_fill(rise.isnan(), 0)
-    return spikes.to(current.dtype), states
+    spike_before = constant_spike if begins else spike
+    states = model.charge(states, fired, spike_before, current.to(dtype), parameters, population.reset)
+    return spike(states[-1]).to(current.dtype), states
 
 
 def in_steps(

@@ -1,5 +1,6 @@
 """Networks from and to snnTorch and NIR: equal spikes on both sides, and a round trip that loses nothing."""
 
+import functools
 import itertools
 import sys
 import warnings
@@ -87,7 +88,7 @@ class TutorialNet(nn.Module):
 @pytest.mark.parametrize("reset", ["subtract", "zero", "none"])
 def test_a_network_from_snntorch_has_its_spikes_and_gradients(reset):
     theirs = TutorialNet(reset_mechanism=reset, spike_grad=surrogate.fast_sigmoid(slope=5))
-    ours = from_snntorch(theirs)
+    ours = from_snntorch(theirs, T=STEPS)
     expected = theirs(SAMPLES)
     assert torch.equal(output_spikes(ours), expected.detach())
     assert options_of(ours) == [(reset, "fast_sigmoid", 5.0)] * 2
@@ -117,7 +118,7 @@ def test_synaptic_neurons_from_snntorch_have_their_spikes_and_gradients(reset):
         nn.Linear(40, 10),
         snntorch.Leaky(beta=0.8, learn_beta=True, **{**options, "spike_grad": surrogate.atan()}),
     )
-    ours = from_snntorch(theirs)
+    ours = from_snntorch(theirs, T=STEPS)
     expected = torch.stack([theirs(x_t) for x_t in SAMPLES])
     assert torch.equal(output_spikes(ours), expected.detach())
     assert [type(neurons) for _, neurons in ours.layers()] == [Synaptic, LIF]
@@ -161,7 +162,7 @@ def test_there_and_back_again_is_the_same_network(options):
     learnable = {name: parameter.requires_grad for name, parameter in net.named_parameters()}
     assert {name: parameter.requires_grad for name, parameter in back.named_parameters()} == learnable
     # without the masks, the same graph as single weights
-    assert torch.equal(from_snntorch(theirs).fc1.mask.to_dense(), net.fc1.mask.to_dense())
+    assert torch.equal(from_snntorch(theirs, T=STEPS).fc1.mask.to_dense(), net.fc1.mask.to_dense())
 
 
 def test_a_network_in_snntorch_stays_sparse_while_it_trains():
@@ -170,7 +171,7 @@ def test_a_network_in_snntorch_stays_sparse_while_it_trains():
     optimizer = torch.optim.SGD(theirs.parameters(), lr=1.0)
     sum(theirs(x_t) for x_t in SAMPLES).square().sum().backward()
     optimizer.step()
-    trained = from_snntorch(theirs)
+    trained = from_snntorch(theirs, T=STEPS)
     assert not torch.equal(trained.fc2.dense_weight(), net.fc2.dense_weight())
     assert torch.equal(trained.fc2.dense_weight() != 0, net.fc2.mask.to_dense())
 
@@ -179,14 +180,14 @@ def test_a_network_in_snntorch_stays_sparse_while_it_trains():
 @pytest.mark.parametrize("alpha", [0.5, 2.0, 25.0])
 def test_every_surrogate_is_told_by_its_derivative(name, alpha):
     stack = SpikingStack([(G2GLinear.from_linear(nn.Linear(4, 3)), LIF(surrogate=name, alpha=alpha))])
-    assert options_of(from_snntorch(to_snntorch(stack))) == [("subtract", name, alpha)]
+    assert options_of(from_snntorch(to_snntorch(stack), T=STEPS)) == [("subtract", name, alpha)]
 
 
 def test_a_constant_derivative_is_no_wide_boxcar():
     theirs = to_snntorch(SpikingStack([(G2GLinear.from_linear(nn.Linear(4, 3)), LIF())]))
     theirs.lif1.spike_grad = lambda x: (x > 0).float() + 0.25 * (x - x.detach())
     with pytest.raises(ValueError, match="lif1: spike_grad is not one of g2g's surrogates"):
-        from_snntorch(theirs)
+        from_snntorch(theirs, T=STEPS)
 
 
 @pytest.mark.parametrize(
@@ -204,7 +205,7 @@ def test_neurons_that_the_stack_lacks_are_refused(options, message):
         warnings.simplefilter("ignore", UserWarning)  # snnTorch's own, of inhibition
         model = TutorialNet(**options)
     with pytest.raises(ValueError, match=message):
-        from_snntorch(model)
+        from_snntorch(model, T=STEPS)
 
 
 def test_neurons_that_the_other_library_lacks_are_refused(monkeypatch):
@@ -228,15 +229,15 @@ def test_models_of_another_form_are_refused():
         (nn.Sequential(nn.Linear(3, 4), leaky, nn.Linear(3, 3), leaky), "the model has 2 nn.Linear and 1 snn.Leaky or"),
     ):
         with pytest.raises(ValueError, match=message):
-            from_snntorch(model)
+            from_snntorch(model, T=STEPS)
     with pytest.raises(ValueError, match="masks names fc9; the linear layers are fc1, fc2"):
-        from_snntorch(TutorialNet(), masks={"fc9": torch.ones(1, 1)})
+        from_snntorch(TutorialNet(), masks={"fc9": torch.ones(1, 1)}, T=STEPS)
     for reset in ("subtract", "zero"):
         at_once = nn.Sequential(
             nn.Linear(3, 3), snntorch.Synaptic(alpha=0.9, beta=0.9, reset_mechanism=reset, reset_delay=False)
         )
         with pytest.raises(ValueError, match="1: our Synaptic has no reset_delay=False; only"):
-            from_snntorch(at_once)
+            from_snntorch(at_once, T=STEPS)
 
 
 # --- NIR ----------------------------------------------------------------------------------------------------------
@@ -331,7 +332,7 @@ def test_a_cubalif_of_another_tool_is_read_with_its_own_strengths_and_time_step(
     )
     ends = nir.Input(input_type={"input": np.array([30])}), nir.Output(output_type={"output": np.array([5])})
     nodes = {"input": ends[0], "w": nir.Linear(weight=weight), "n": node, "output": ends[1]}
-    stack = from_nir(nir.NIRGraph(nodes=nodes, edges=[("input", "w"), ("w", "n"), ("n", "output")]), dt)
+    stack = from_nir(nir.NIRGraph(nodes=nodes, edges=[("input", "w"), ("w", "n"), ("n", "output")]), dt, T=STEPS)
     torch.testing.assert_close(stack.lif1.syn_decay.detach(), torch.from_numpy(syn_decay).float())
     torch.testing.assert_close(stack.lif1.beta.detach(), torch.from_numpy(beta).float())
     torch.testing.assert_close(stack.lif1.threshold.detach().expand(5), torch.full((5,), threshold / gain))
@@ -368,7 +369,7 @@ def test_graphs_of_pytorchs_tensors_without_ends_and_within_graphs_are_read():
 
 def test_an_older_nir_is_refused_with_the_remedy(monkeypatch):
     monkeypatch.setattr("importlib.metadata.version", {"nir": "1.0.4"}.__getitem__)
-    for call in (lambda: to_nir(small_net(reset="zero")), lambda: from_nir(None)):
+    for call in (lambda: to_nir(small_net(reset="zero")), lambda: from_nir(None, T=STEPS)):
         with pytest.raises(ImportError, match=r"nir 1.0.7 or newer, not 1.0.4; pip install 'nir>=1.0.7'"):
             call()
     monkeypatch.setattr("importlib.metadata.version", {"nir": "1.1.dev3+g1234"}.__getitem__)
@@ -434,15 +435,15 @@ def test_a_graph_of_another_tool_is_read_with_its_own_resistance_and_time_step()
         edges=[("input", "w"), ("w", "n"), ("n", "output")],
     )
     mask = BlockMask.full(GroupLayout(5, 1), GroupLayout(30, 1), 8)
-    stack = from_nir(graph, dt, masks={"w": mask})
+    stack = from_nir(graph, dt, masks={"w": mask}, T=STEPS)
     torch.testing.assert_close(stack.lif1.beta.detach(), torch.from_numpy(beta).float())
     torch.testing.assert_close(stack.lif1.threshold.detach(), torch.tensor([threshold / gain]))
     assert torch.equal(stack.fc1.dense_weight(), torch.from_numpy(weight))
     assert stack.fc1.bias is None
     assert stack.fc1.mask.block_size == 8
-    assert from_nir(graph, dt).fc1.mask.is_full
+    assert from_nir(graph, dt, T=STEPS).fc1.mask.is_full
     with pytest.raises(ValueError, match=r"node n has a time constant below dt=0.1 s"):
-        from_nir(graph, 0.1)
+        from_nir(graph, 0.1, T=STEPS)
 
 
 def test_what_nir_cannot_carry_is_refused():
@@ -468,18 +469,33 @@ def test_graphs_of_another_form_are_refused():
         ({"fc2": nir.Affine(np.ones((40, 40)), np.ones(40), metadata=graph.nodes["fc2"].metadata)}, "calls absent"),
     ):
         with pytest.raises(ValueError, match=message):
-            from_nir(nir.NIRGraph(nodes={**graph.nodes, **changes}, edges=graph.edges))
+            from_nir(nir.NIRGraph(nodes={**graph.nodes, **changes}, edges=graph.edges), T=STEPS)
     nodes = {**graph.nodes, "lif1": None}  # as norse writes a recurrent cell
     with pytest.raises(ValueError, match="node lif1 is empty: the tool that wrote the graph could not express it"):
-        from_nir(nir.NIRGraph(nodes=nodes, edges=graph.edges, type_check=False))
+        from_nir(nir.NIRGraph(nodes=nodes, edges=graph.edges, type_check=False), T=STEPS)
     with pytest.raises(ValueError, match="no branches and no loops"):
-        from_nir(nir.NIRGraph(nodes=graph.nodes, edges=[*graph.edges, ("lif1", "fc3")], type_check=False))
+        from_nir(nir.NIRGraph(nodes=graph.nodes, edges=[*graph.edges, ("lif1", "fc3")], type_check=False), T=STEPS)
     with pytest.raises(ValueError, match="masks names fc9"):
-        from_nir(graph, masks={"fc9": torch.ones(1, 1)})
+        from_nir(graph, masks={"fc9": torch.ones(1, 1)}, T=STEPS)
 
 
-@pytest.mark.parametrize(("package", "convert"), [("nir", from_nir), ("nir", to_nir), ("snntorch", from_snntorch)])
+CONVERSIONS = [
+    ("nir", functools.partial(from_nir, T=STEPS)),
+    ("nir", to_nir),
+    ("snntorch", functools.partial(from_snntorch, T=STEPS)),
+    ("snntorch", to_snntorch),
+]
+
+
+@pytest.mark.parametrize(("package", "convert"), CONVERSIONS)
 def test_without_the_package_the_error_names_the_extra(package, convert, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=rf"needs the package {package}; pip install 'g2g\[interop\]' installs it"):
         convert(small_net(reset="zero"))
+
+
+def test_the_number_of_steps_of_a_held_sample_must_be_said():
+    """Neither form knows it, and a stack that holds samples for another number of steps would do so in silence."""
+    for convert in (from_snntorch, from_nir):
+        with pytest.raises(TypeError, match="missing 1 required keyword-only argument: 'T'"):
+            convert(TutorialNet())

@@ -21,6 +21,7 @@ import train
 from g2g_kernels import BlockMask, GroupLayout
 from g2gnet import analyze, figures, report
 from g2gnet.analysis import group_density
+from g2gnet.data.catalog import DATASETS
 from g2gnet.report import page
 from g2gnet.training import TrainSettings, read_run
 
@@ -144,6 +145,13 @@ def test_the_confusion_picture_has_names_and_shares():
     axis = figure.axes[0]
     assert [label.get_text() for label in axis.get_yticklabels()] == ["shirt", "shoe", "bag"]
     assert {text.get_text() for text in axis.texts} == {"3", "1", "2"}
+
+
+def test_each_of_a_hundred_classes_has_its_name():
+    classes = DATASETS["cifar100"].classes
+    assert len(set(classes)) == 100
+    axis = figures.confusion(torch.eye(100, dtype=torch.int64), classes).axes[0]
+    assert [label.get_text() for label in axis.get_yticklabels()] == list(classes)
 
 
 def test_an_animation_lights_up_the_neurons_that_fire_and_lets_them_fade(tmp_path):

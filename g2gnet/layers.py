@@ -352,7 +352,7 @@ class G2GLinear(nn.Module):
                 )
             if wiring is not None and not self.has_plain_values:
                 self._check_that_wiring_stays(wiring, prefix)
-            elif wiring is not None or (given and strict):
+            elif wiring is not None:
                 mask = self._mask_to_load(wiring, state_dict.get(key), prefix)
             fits = given
         except ValueError as error:
@@ -382,10 +382,10 @@ class G2GLinear(nn.Module):
             ValueError: if it does not.
         """
         key = prefix + "values"
-        if values is None or wiring is None:
+        if values is None:
             raise ValueError(
-                f"{key} and its mask are loaded together or not at all, and the state lacks "
-                f"{key if values is None else f'{prefix}mask.wiring'}; save the whole state_dict() of the layer"
+                f"{key} and its mask are loaded together or not at all, and the state lacks {key}; save the whole "
+                "state_dict() of the layer"
             )
         for name, tensor in ((key, values), (f"{prefix}mask.wiring", wiring)):
             if isinstance(tensor, torch.Tensor) and tensor.is_meta:

@@ -22,7 +22,6 @@ from g2g_kernels.ops.g2g_stack import (
     Synapses,
     activity_of,
     check_dropped,
-    silenced,
 )
 from g2g_kernels.ops.neurons.step import spikes_of
 from g2g_kernels.tracing import is_traced, is_transformed, symbolic_call
@@ -83,6 +82,16 @@ class SpikingStack(nn.Module):
 
     Raises:
         ValueError: for T below 1, a dropout outside [0, 1 − 2⁻¹⁶], no layers, or sizes that do not match.
+
+    Example:
+        >>> from g2g_kernels import BlockMask, GroupLayout
+        >>> layouts = [GroupLayout(size) for size in (64, 48, 32, 10)]
+        >>> masks = [BlockMask.sample(out, into, block_size=4) for into, out in zip(layouts, layouts[1:])]
+        >>> stack = SpikingStack([(G2GLinear(mask), LIF(beta=0.95)) for mask in masks], T=10)
+        >>> stack(torch.rand(5, 64)).shape  # held for T steps
+        torch.Size([5, 10])
+        >>> stack.simulate(torch.rand(20, 5, 64)).rates[0].shape
+        torch.Size([48])
     """
 
     #: whether :meth:`simulate` is calling the layers at the moment
@@ -324,10 +333,12 @@ class SpikingStack(nn.Module):
                     current, steps = current.expand(steps, *current.shape), None
                 if of_layer is not None:
                     check_dropped(f" of layer {number - 1}", of_layer, tuple(current.shape[1:]))
-                    current = silenced(current, of_layer)
+                    current = current.masked_fill(of_layer, 0)  # hooks of the neurons see them silent
                 recurrent = recurrents[number - 1]
                 if recurrent is None:
                     spikes = _output_of(f"lif{number}", neurons, current, current.shape)
+                    if of_layer is not None:
+                        spikes = spikes.masked_fill(of_layer, 0)
                 else:
                     factor = 1.0 if of_layer is None else scale
                     spikes = _steps_in_turn(f"rec{number}", recurrent, neurons, current, of_layer, factor)
@@ -496,9 +507,8 @@ def _steps_in_turn(
     for now in current.unbind():
         if spikes:
             now = now + _output_of(name, recurrent, spikes[-1] * scale, now.shape)
-            now = now if dropped is None else silenced(now, dropped)
         train, state = neurons.step(now, state)
-        spikes.append(train)
+        spikes.append(train if dropped is None else train.masked_fill(dropped, 0))
     return torch.stack(spikes)
 
 

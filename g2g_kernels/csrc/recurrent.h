@@ -139,8 +139,8 @@ struct ForwardSteps {
             step(parameters.block(r), samples, {current, before, now, words, R * T});
         } else {
             for (int64_t i = 0; i < samples; ++i) {
-                const SampleParameters own(stack, layer, parameters, first + i, r);
-                step(own, 1, {current + i * kLanes, before + i * size, now + i * size, words + i * R * T, R * T});
+                const SampleParameters own(parameters, layer, first + i, r);
+                step(own.block, 1, {current + i * kLanes, before + i * size, now + i * size, words + i * R * T, R * T});
             }
         }
         for (int64_t i = 0; t + 1 == T && layer.last && i < samples; ++i)

@@ -41,6 +41,26 @@ struct LayerParameters {
     }
 };
 
+// The parameters of block r of sample b. A dropped neuron never fires: its threshold is infinite, as that of padding.
+struct SampleParameters {
+    BlockParameters block;
+    alignas(64) float threshold[kLanes];
+
+    SampleParameters(const LayerParameters& parameters, const Layer& layer, int64_t b, int64_t r)
+        : block(parameters.block(r)) {
+        if (!layer.dropped) return;
+        const Axis& axis = layer.plan->rows;
+        const float*& lanes = block.lanes[model_info(layer.neurons).parameters - 1];
+        for (int lane = 0; lane < kLanes; ++lane) {
+            const int32_t neuron = axis.neuron[r * kLanes + lane];
+            const bool dropped = neuron >= 0 && layer.dropped[b * axis.size + neuron];
+            threshold[lane] = dropped ? __builtin_inff() : lanes[lane];
+        }
+        lanes = threshold;
+    }
+    SampleParameters(const SampleParameters&) = delete;
+};
+
 enum class Input { kHeld, kDense, kEvents, kDenseSpikes };
 
 inline bool any_recurrent(const Stack& s) {
@@ -140,33 +160,14 @@ inline void store_states(const Stack& s, const Layer& layer, const float* block,
     }
 }
 
-// The parameters of a block of one sample, in which dropped neurons have θ = ∞.
-struct SampleParameters : BlockParameters {
-    alignas(64) float thresholds[kLanes];
-
-    SampleParameters(const Stack& s, const Layer& layer, const LayerParameters& parameters, int64_t b, int64_t r)
-        : BlockParameters(parameters.block(r)) {
-        if (!layer.dropped) return;
-        const Axis& axis = layer.plan->rows;
-        const int last = model_info(layer.neurons).parameters - 1;
-        for (int i = 0; i < kLanes; ++i) {
-            const int32_t neuron = axis.neuron[r * kLanes + i];
-            const bool silent = neuron >= 0 && layer.dropped[b * axis.size + neuron];
-            thresholds[i] = silent ? __builtin_inff() : lanes[last][i];
-        }
-        lanes[last] = thresholds;
-    }
-    SampleParameters(const SampleParameters&) = delete;
-};
-
 // The spikes of the state before the first step, one word of a block; 0 if the run begins without one.
 inline uint64_t first_word(const Stack& s, const Layer& layer, const LayerParameters& parameters, int64_t b, int64_t r) {
     if (!layer.first) return 0;
     alignas(64) float states[kMostStates * kLanes];
     load_states(s, layer, layer.first, b, r, states);
-    const SampleParameters own(s, layer, parameters, b, r);
+    const SampleParameters own(parameters, layer, b, r);
     const ModelInfo& model = model_info(layer.neurons);
-    const float *membrane = states + (model.states - 1) * kLanes, *theta = own.lanes[model.parameters - 1];
+    const float *membrane = states + (model.states - 1) * kLanes, *theta = own.block.lanes[model.parameters - 1];
     uint64_t word = 0;
     for (int v = 0; v < kVecs; ++v) word |= greater_bits(load(membrane + v * W), load(theta + v * W)) << (v * W);
     return word;

@@ -500,8 +500,8 @@ struct BackwardPass {
         if (x.lists_events || v.event_limit > 0) step.words = v.words[i] + at;
         if (!x.layer.dropped) v.steps.step(x.parameters.block(r), x.layer.neurons.alpha, samples, step);
         for (int64_t j = 0; x.layer.dropped && j < samples; ++j) {
-            const SampleParameters own(s, x.layer, x.parameters, first + b + j, r);
-            v.steps.step(own, x.layer.neurons.alpha, 1, step.from(j, x.model.states));
+            const SampleParameters own(x.parameters, x.layer, first + b + j, r);
+            v.steps.step(own.block, x.layer.neurons.alpha, 1, step.from(j, x.model.states));
         }
         for (int64_t j = 0; x.lists_events && j < samples; ++j) {
             const BlockEvents list = gradient_events.lists(r, b + j);
@@ -521,8 +521,8 @@ struct BackwardPass {
         load_states(s, x.layer, x.layer.first, first + b, r, begin);
         float* const grads = v.states + (r * v.samples + b) * x.model.states * kLanes;
         const int64_t membrane = (x.model.states - 1) * kLanes;
-        const SampleParameters own(s, x.layer, x.parameters, first + b, r);
-        v.steps.begin(own, x.layer.neurons.alpha, begin + membrane, v.x.at(r, b), grads + membrane,
+        const SampleParameters own(x.parameters, x.layer, first + b, r);
+        v.steps.begin(own.block, x.layer.neurons.alpha, begin + membrane, v.x.at(r, b), grads + membrane,
                       x.block_gradient((first + b) / v.group(), r).parameters[x.model.parameters - 1]);
         if (x.layer.grad_first) store_states(s, x.layer, grads, first + b, r, x.layer.grad_first);
     }
@@ -543,12 +543,13 @@ struct BackwardPass {
     void sweep_states(const BackwardLayer& x, int64_t b, int64_t sample, int64_t r, const Upstream& upstream,
                       BlockGradient& out, float* room) const {
         const int64_t T = s.steps;
+        const SampleParameters own(x.parameters, x.layer, sample, r);
         if (x.weights.kind == Input::kHeld) {
             const StoredCurrent current{kept_currents(s, x.layer, sample, r), 0};
             alignas(64) float states[kMostStates * kLanes];
             load_states(s, x.layer, x.layer.first, sample, r, states);
-            forward_sweep<StoredCurrent>(x.layer.neurons)(current, T, x.parameters.block(r), {nullptr, room, nullptr, states});
-            x.sweep(upstream, room, T, x.parameters.block(r), x.layer.neurons.alpha, out);
+            forward_sweep<StoredCurrent>(x.layer.neurons)(current, T, own.block, {nullptr, room, nullptr, states});
+            x.sweep(upstream, room, T, own.block, x.layer.neurons.alpha, out);
             for (int v = 0; v < kVecs; ++v) {
                 const Vec g = load(out.current + v * W);
                 store(x.grad.floats.at(r, sample) + v * W, g);
@@ -559,7 +560,7 @@ struct BackwardPass {
         out.rows = x.grad.floats.at(r, b * T);
         if (x.wants_halves()) out.halves = x.grad.halves.at(r, b * T);
         if (x.lists_events) out.events = gradient_events.lists(r, b);
-        x.sweep(upstream, kept_states(s, x.layer, sample, r), T, x.parameters.block(r), x.layer.neurons.alpha, out);
+        x.sweep(upstream, kept_states(s, x.layer, sample, r), T, own.block, x.layer.neurons.alpha, out);
     }
 
     // From ∂L/∂I of layer l: ∂L/∂W, how to compute ∂L/∂(input) and, in the first layer, ∂L/∂x.

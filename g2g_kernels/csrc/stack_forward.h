@@ -70,7 +70,8 @@ struct ForwardLayer {
         if (layer.recurrent) return store_currents(current, b, r);
         alignas(64) float edge[kMostStates * kLanes];
         load_states(stack, layer, layer.first, b, r, edge);
-        sweep(current, stack.steps, parameters.block(r),
+        const SampleParameters own(parameters, layer, b, r);
+        sweep(current, stack.steps, own.block,
               {layer.spikes + block * stack.steps, kept_states(stack, layer, b, r), counts + block * kLanes, edge});
         if (layer.last) store_states(stack, layer, edge, b, r, layer.last);
     }
@@ -83,17 +84,6 @@ struct ForwardLayer {
             current(t, input);
             float* out = held ? held + (r * stack.batch + b) * kLanes : step_states(stack, layer, states, r, t, b) + membrane;
             for (int v = 0; v < kVecs; ++v) store(out + v * W, input[v]);
-        }
-    }
-
-    // Sets the currents of a sample's dropped neurons in `rows` rows of a block.
-    void drop(int64_t b, int64_t r, int64_t rows, float* currents) const {
-        if (!layer.dropped) return;
-        const Axis& axis = plan().rows;
-        for (int lane = 0; lane < kLanes; ++lane) {
-            const int32_t neuron = axis.neuron[r * kLanes + lane];
-            if (neuron < 0 || !layer.dropped[b * axis.size + neuron]) continue;
-            for (int64_t row = 0; row < rows; ++row) currents[row * kLanes + lane] = kDropped;
         }
     }
 
@@ -117,14 +107,7 @@ struct ForwardLayer {
         parallel(stack.threads, plan().rows.blocks * B, least(32, B), [&](int64_t task, int) {
             const int64_t r = task / B, b = task % B;
             const uint64_t* words = layer.inputs + b * C * T;
-            alignas(64) float start[kLanes];  // no weight is large enough to change the sum of a dropped neuron
-            const float* bias = parameters.bias + r * kLanes;
-            if (layer.dropped) {
-                for (int lane = 0; lane < kLanes; ++lane) start[lane] = bias[lane];
-                drop(b, r, 1, start);
-                bias = start;
-            }
-            neurons(sweep, Current{&plan(), r, words, T, weights.tiles, bias}, b, r);
+            neurons(sweep, Current{&plan(), r, words, T, weights.tiles, parameters.bias + r * kLanes}, b, r);
         });
     }
 
@@ -139,9 +122,7 @@ struct ForwardLayer {
             spike_currents(plan().by_row, weights.taps, r, groups.group(task / R), parameters.bias + r * kLanes,
                            currents + size, currents);
             for (int64_t i = 0; i < least(kSamples, stack.batch - first); ++i) {
-                float* own = currents + i * T * kLanes;
-                drop(first + i, r, T, own);
-                neurons(sweep, StoredCurrent{own, kLanes}, first + i, r);
+                neurons(sweep, StoredCurrent{currents + i * T * kLanes, kLanes}, first + i, r);
             }
         });
     }
@@ -162,7 +143,6 @@ struct ForwardLayer {
             transpose(sum, kLanes, currents);
             for (int64_t i = 0; i < least(kLanes, stack.batch - first); ++i) {
                 float* own = currents + i * kLanes;
-                drop(first + i, r, 1, own);
                 if (layer.currents) __builtin_memcpy(kept_currents(stack, layer, first + i, r), own, kLanes * sizeof(float));
                 neurons(sweep, StoredCurrent{own, 0}, first + i, r);
             }
@@ -183,10 +163,8 @@ struct ForwardLayer {
             float* currents = layer.currents ? kept_currents(stack, layer, first, r) : scratch + worker * scratch_size;
             product(product_weights, r, panel.floats, panel.halves, first, samples, {parameters.bias + r * kLanes, 0},
                     currents);
-            for (int64_t i = 0; i < samples; ++i) {
-                drop(first + i, r, 1, currents + i * kLanes);
+            for (int64_t i = 0; i < samples; ++i)
                 neurons(sweep, StoredCurrent{currents + i * kLanes, 0}, first + i, r);
-            }
         });
     }
 
@@ -206,11 +184,8 @@ struct ForwardLayer {
                 float* currents = scratch + worker * scratch_size;
                 product(product_weights, r, panel.floats, panel.halves, first * T, count * T,
                         {parameters.bias + r * kLanes, 0}, currents);
-                for (int64_t i = 0; i < count; ++i) {
-                    float* own = currents + i * T * kLanes;
-                    drop(begin + first + i, r, T, own);
-                    neurons(sweep, StoredCurrent{own, kLanes}, begin + first + i, r);
-                }
+                for (int64_t i = 0; i < count; ++i)
+                    neurons(sweep, StoredCurrent{currents + i * T * kLanes, kLanes}, begin + first + i, r);
             });
         }
     }

@@ -19,7 +19,7 @@ from g2g_kernels.ops.g2g_stack import cpu, reference
 from g2g_kernels.ops.g2g_stack.activity import Activity, NeuronState, Spikes, StackState
 from g2g_kernels.ops.g2g_stack.chunks import in_chunks
 from g2g_kernels.ops.g2g_stack.layer import Recurrent, SpikingLayer
-from g2g_kernels.ops.g2g_stack.reference import activity_of, silenced
+from g2g_kernels.ops.g2g_stack.reference import activity_of
 from g2g_kernels.ops.g2g_stack.synapses import Synapses, SynapticOperations
 from g2g_kernels.ops.neurons import run_neurons
 from g2g_kernels.ops.neurons.checks import check_neurons, check_state, check_steps
@@ -27,7 +27,7 @@ from g2g_kernels.tracing import is_transformed
 
 __all__ = [
     "Activity", "NeuronState", "Recurrent", "Spikes", "SpikingLayer", "StackState", "Synapses", "SynapticOperations",
-    "activity_of", "check_dropped", "g2g_stack", "silenced",
+    "activity_of", "check_dropped", "g2g_stack",
 ]  # fmt: skip
 
 
@@ -135,7 +135,7 @@ def _sent_beyond(layer: SpikingLayer, last: torch.Tensor) -> torch.Tensor:
 def _run(
     x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None, backend: str | None, spikes: bool
 ) -> Activity:
-    """:func:`g2g_stack` without its checks. A dropped neuron's state is 0: its current of −1e25 is no part of it."""
+    """:func:`g2g_stack` without its checks. A dropped neuron's state is 0."""
     drops = any(layer.dropped is not None for layer in layers)
     if drops:
         layers = [

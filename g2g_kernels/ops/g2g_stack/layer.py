@@ -8,10 +8,6 @@ import torch
 from g2g_kernels.block_mask import BlockMask
 from g2g_kernels.ops.neurons.models import Neurons
 
-#: the current, at every step, of a neuron that is dropped: it never fires, every surrogate's derivative is 0 there, and
-#: sums over 2^16 steps of two states stay finite
-DROPPED = -1e25
-
 
 class Recurrent(NamedTuple):
     """A connection from a layer's neurons to themselves: its spikes of one step are inputs of the next.
@@ -33,8 +29,8 @@ class SpikingLayer(NamedTuple):
         mask: the units that exist.
         bias: [N], or None.
         neurons: the population, with this layer's own model, reset, surrogate and α.
-        dropped: bool [B, N], or None: neurons that stay silent in a sample (their current is −1e25 at every
-            step), so that nothing comes from them and no gradient goes through them.
+        dropped: bool [B, N], or None: neurons that stay silent in a sample, so that nothing comes from them and no
+            gradient goes through them.
         state: float [states, B, N], the neurons' states before the first step, in the model's order; None: all 0.
         recurrent: what joins the neurons to themselves, or None: it adds V·S_{t−1} to the current, S_{t−1} being the
             spikes of the step before: none before the first step, those of ``state`` where that is given.

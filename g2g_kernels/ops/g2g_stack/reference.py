@@ -11,7 +11,7 @@ import torch
 from g2g_kernels.ops.checks import mixed_dtypes
 from g2g_kernels.ops.g2g_linear.reference import g2g_linear
 from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes
-from g2g_kernels.ops.g2g_stack.layer import DROPPED, SpikingLayer
+from g2g_kernels.ops.g2g_stack.layer import SpikingLayer
 from g2g_kernels.ops.neurons.reference import neurons
 from g2g_kernels.ops.neurons.step import spikes_of
 
@@ -34,10 +34,10 @@ def in_turn(
     states: list[torch.Tensor] = []
     for layer in layers:
         current = linear(x, layer.values, layer.mask, layer.bias)
-        if layer.dropped is not None:
-            current = silenced(current, layer.dropped)
         if layer.recurrent is None:
             x, last = neurons(current, layer.neurons, steps, state=layer.state)
+            if layer.dropped is not None:
+                x = x.masked_fill(layer.dropped, 0)
         else:
             x, last = in_steps(current, layer, steps, linear, neurons)
         spikes.append(x)
@@ -67,18 +67,13 @@ def in_steps(
     for now in current.unbind() if steps is None else itertools.repeat(current, steps):
         if before is not None:
             now = now + linear(before, values, mask, None)
-            if layer.dropped is not None:
-                now = silenced(now, layer.dropped)
         train, state = neurons(now[None], layer.neurons, None, state=state)
+        if layer.dropped is not None:
+            train = train.masked_fill(layer.dropped, 0)
         before = train[0]
         spikes.append(train)
     assert state is not None
     return torch.cat(spikes), state
-
-
-def silenced(current: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor:
-    """Currents [T, B, N], or [B, N], with which the neurons of ``dropped`` (bool [B, N]) never fire."""
-    return current.masked_fill(dropped, max(DROPPED, torch.finfo(current.dtype).min))
 
 
 def activity_of(

@@ -1,9 +1,9 @@
 """Redraws every measured table and picture of the documentation from the records: ``python -m benchmarks.redraw``.
 
-A page marks its drawn parts with ``<!-- drawn: NAME -->`` and ``<!-- end -->``. NAME is ``step`` or
-another kernel of the default network (``step, in short`` is a sentence; ``step, block_size 1`` and the like are of
-other networks), ``scaling-p_inter`` or another quantity, ``accuracy``, ``model_comparison`` (``…, in short``: a
-sentence), ``predictions`` or the name of a study. A part shows every such record in ``benchmarks/results``, whatever
+A page marks its drawn parts with ``<!-- drawn: NAME -->`` and ``<!-- end -->``. NAME is ``step`` or another kernel of
+the default network (``…, in short`` is a sentence; ``step, block_size 1`` and the like are of other networks),
+``scaling-p_inter`` or another quantity, ``accuracy``, ``model_comparison`` (``…, in short``: a sentence),
+``predictions`` or the name of a study. A part shows every such record in ``benchmarks/results``, whatever
 machine it is from, and is empty where there is none. Pictures lie in ``docs``, under the names of their records;
 ``docs/draw_result.py`` draws one more. Numbers are nowhere else, so a page cannot disagree with the measurements;
 ``tests/benchmarks/test_benchmark_reports.py`` checks that.
@@ -40,11 +40,10 @@ STUDIES = {
     for module in (model_comparison, surrogate_study, recipe_study, dst_study, tradeoff_study)
 }
 #: a throughput record's name contains these where they differ
-USUAL = {
-    field.name: field.default
-    for field in dataclasses.fields(Workload)
-    if field.name in ("model", "block_size", "hidden_dim")
-}
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Workload)}
+USUAL = {name: _DEFAULTS[name] for name in ("model", "block_size")}
+#: the same for recurrent networks
+USUAL_RECURRENT = {**USUAL, "hidden_dim": _DEFAULTS["hidden_dim"]}
 
 _PART = re.compile(r"(?<=<!-- drawn: )([^>]+)( -->\n)(.*?)(?=<!-- end -->)", re.DOTALL)
 
@@ -61,7 +60,8 @@ class Record(NamedTuple):
         benchmark = self.content["benchmark"]
         if benchmark == "throughput":
             workload = self.content["workload"]
-            other = (f", {name} {workload[name]}" for name, usual in USUAL.items() if workload[name] != usual)
+            usual = USUAL_RECURRENT if workload.get("recurrent") else USUAL
+            other = (f", {name} {workload[name]}" for name, value in usual.items() if workload[name] != value)
             return self.content["kernel"] + "".join(other)
         if self.content.get("tested_on", study.TEST_IMAGES) != study.TEST_IMAGES:
             return f"{benchmark}, validation"

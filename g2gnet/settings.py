@@ -19,8 +19,8 @@ from g2gnet.patterns import DENSITIES, MODELS, SPARSE
 from g2gnet.sequences import SEQUENCES
 
 MOST_DROPPED = 0.95
-#: on the initial recurrent weights: on rows of Fashion-MNIST such networks learn fastest at first, and none is better at
-#: the end (docs/over-time.md)
+#: on the initial recurrent weights: on rows of Fashion-MNIST such networks learn fastest at first, and none is better
+#: at the end (docs/over-time.md)
 REC_GAIN = 0.2
 #: of a sample; the compiled kernels number them in 16 bits
 MOST_STEPS = 1 << 16

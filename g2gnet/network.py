@@ -35,7 +35,8 @@ class G2GNet(SpikingStack):
         enc, enc_scale, enc_bias: how samples become input (:func:`g2gnet.encoding.encode`).
         standardize: before that, subtract ``input_mean`` from samples and divide them by ``input_deviation``: two
             scalar buffers, 0 and 1 until they are set, saved with the network. For ``"current"`` only.
-        neuron: model of all neurons, ``"lif"`` (:class:`LIF`) or ``"synaptic"`` (:class:`Synaptic`).
+        neuron: model of all neurons: ``"lif"`` (:class:`LIF`), ``"synaptic"`` (:class:`Synaptic`) or ``"adlif"``
+            (:class:`AdLIF`).
         per_neuron: one value of each of the neurons' parameters per neuron instead of one per layer.
         reset: as for :func:`g2g_kernels.lif`.
         surrogate, alpha: of the hidden layers, as for :func:`g2g_kernels.lif`. The output layer keeps ATan with α = 2:

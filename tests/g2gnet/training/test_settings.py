@@ -56,7 +56,7 @@ def test_the_stem_names_the_run(options, stem):
         ({"limit_train": 0}, "limit_train=0"),
         ({"model": "ring"}, "model='ring' is unknown; choose one of dense, index, random, mixer"),
         ({"dataset": "mnist"}, "dataset='mnist' is unknown; choose one of fashionmnist, "),
-        ({"neuron": "izhikevich"}, "neuron='izhikevich' is unknown; choose one of lif, synaptic"),
+        ({"neuron": "izhikevich"}, "neuron='izhikevich' is unknown; choose one of lif, synaptic, adlif"),
         ({"syn_decay": 0.8}, "syn_decay=0.8 has no effect with neuron=lif; give `neuron=synaptic`, or leave it out"),
         (
             {"neuron": "synaptic", "syn_decay": 1.5},

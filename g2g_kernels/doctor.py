@@ -149,7 +149,7 @@ def checks() -> Iterator[Check]:
     )
     for model in MODELS.values():
         for number, (reset, surrogate) in enumerate(cases):
-            current = multiples(0.25, -4, 6, STEPS, BATCH, SIZE) / len(model.states)
+            current = multiples(0.25, -4, 10, STEPS, BATCH, SIZE) / len(model.states)
             sizes = (SIZE, 1) if number % 2 else (1, SIZE)
             halves = {name: multiples(0.5, 1, 1, sizes[0]) for name in model.parameters[:-1]}
             leaves = {"current": current, **halves, "threshold": multiples(0.25, 3, 5, sizes[1])}

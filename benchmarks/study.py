@@ -57,7 +57,9 @@ class Study:
 def run_of(study: Study, row: str, epochs: int, seed: int, root: Path, dataset: Path | None = None) -> Run:
     """One run; if a flag is given twice the later one counts, so a row overrides the common flags."""
     flags = shlex.split(f"{study.common} --epochs {epochs} --seed {seed} {study.rows[row]}")
-    arguments = train.build_parser().parse_args([*flags, *([] if dataset is None else ["--dataset", str(dataset)])])
+    if dataset is not None:  # of images [N, height, width], which are no sequences unless the row says so
+        flags = ["--sequence", "none", *flags, "--dataset", str(dataset)]
+    arguments = train.build_parser().parse_args(flags)
     settings = settings_from(arguments, TrainSettings)
     given = {name: value for name, value in vars(arguments).items() if name in settings.given()}
     return Run(given, settings, {"row": row, "seed": seed}, folder_of(root, study, row, epochs, seed))

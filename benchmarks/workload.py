@@ -39,7 +39,7 @@ class Workload:
     """
 
     batch_size: int = TrainSettings.batch_size
-    T: int = TrainSettings.T
+    T: int = int(TrainSettings.T)
     hidden_dim: int = TrainSettings.hidden_dim
     p_inter: float = TrainSettings.p_inter
     block_size: int = TrainSettings.block_size

@@ -12,6 +12,7 @@ import os
 import platform
 import re
 import sys
+import threading
 import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -26,14 +27,16 @@ from g2g_kernels import BackendError, select_device
 from g2g_kernels.dispatch import BACKENDS, require_backend
 from g2g_kernels.numbers import COUNT
 from g2gnet.analysis import ANALYSIS_SAMPLES
-from g2gnet.data import DataError, ImageData, MissingDataError, dataset_name, load_dataset
+from g2gnet.data import DATASETS, DataError, ImageData, MissingDataError, dataset_name, load_dataset, own
+from g2gnet.data.augmentation import SHIFTS
 from g2gnet.data.own import SUFFIX as DATA_SUFFIX
 from g2gnet.distributed import LIMIT, DistributedError, launched, local_rank, rank
 from g2gnet.features import load_features, weights_digest
 from g2gnet.files import check_writable, replace_file, same_file
 from g2gnet.memory import ran_out
 from g2gnet.messages import OutputError, discard, reason, say, warn
-from g2gnet.settings import SettingsError, number_of
+from g2gnet.sequences import sequence_length
+from g2gnet.settings import Default, DefaultName, SettingsError, number_of
 from g2gnet.tensor_file import has_digest
 from g2gnet.training import (
     CheckpointError,
@@ -66,6 +69,11 @@ def file_name(text: str) -> str:
     """
     if not text:
         raise argparse.ArgumentTypeError("the name is empty; give one (the current directory is .)")
+    return text
+
+
+def as_it_is(text: str) -> str:
+    """The type of a flag with choices; ``str`` would make another string of a :class:`DefaultName`."""
     return text
 
 
@@ -140,7 +148,7 @@ def add_settings_flags(parser: Parser, settings: type = TrainSettings, names: Co
             text += f" (default: {field.default})"
         group.add_argument(
             f"--{field.name}",
-            type=file_name if flag_type is str and not about["choices"] else flag_type,
+            type=flag_type if flag_type is not str else as_it_is if about["choices"] else file_name,
             default=field.default,
             choices=None if about["others"] else about["choices"],
             metavar=about["metavar"]
@@ -243,11 +251,42 @@ def settings_from(arguments: argparse.Namespace, kind: type[SettingsT]) -> Setti
     """
     fields = dataclasses.fields(kind)
     given = {field.name: getattr(arguments, field.name) for field in fields if field.metadata["group"]}
-    settings = kind(**{**given, "dataset": dataset_name(given["dataset"])})
+    given["dataset"] = dataset_name(given["dataset"])
+    if issubclass(kind, TrainSettings) and own.is_name(given["dataset"]):
+        shape = own.sample_shape(given["dataset"], Path(arguments.data_dir))
+        # only images can be mirrored, which states what they are
+        stated = not isinstance(given["sequence"], DefaultName) or given["augment"] in SHIFTS
+        if own.holds_sequences(shape) and not stated:
+            given["sequence"] = "own"
+    settings = kind(**given)
+    if isinstance(settings, TrainSettings) and settings.sequence != "none":
+        known = DATASETS.get(settings.dataset)
+        settings = dataclasses.replace(settings, T=_length(settings, known.shape if known else shape, arguments))
     if isinstance(settings, TrainSettings) and settings.use_resnet:
         digest = weights_digest(settings.dataset, settings.resnet_weights)
         settings = dataclasses.replace(settings, resnet_weights=digest)
     return settings
+
+
+def _length(settings: TrainSettings, shape: tuple[int, ...], arguments: argparse.Namespace) -> int:
+    """The time steps of samples of that shape, which are sequences.
+
+    Raises:
+        SettingsError: if they have no such steps, or their number is given.
+    """
+    try:
+        steps = sequence_length(settings.sequence, shape, settings.sequence_step)
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+    if not isinstance(arguments.T, Default):
+        held = ""
+        if isinstance(arguments.sequence, DefaultName):
+            held = f", or give `sequence=none` if they are images of {' × '.join(map(str, shape))}, held for `T` steps"
+        raise SettingsError(
+            f"T={arguments.T} cannot be chosen: with sequence={settings.sequence} the samples of {settings.dataset} "
+            f"have {steps} steps; leave `T` out{held}"
+        )
+    return steps
 
 
 def load_data(arguments: argparse.Namespace, settings: TrainSettings, device: torch.device) -> ImageData:
@@ -383,6 +422,7 @@ def run_program(
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a pipe on Windows has a code page without the lines of our tables
     arguments = parser.parse_args(argv)
+    tqdm.set_lock(threading.RLock())  # the usual one is the system's, and left behind by a process that is killed
     handler = _BesideBars()
     handler.setFormatter(_InFlags(parser))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
@@ -439,8 +479,13 @@ def out_of_memory(error: BaseException, arguments: argparse.Namespace) -> str:
             f"{max(0.0, wanted - free):.2f} GiB were missing"
         )
     flags = vars(arguments)
-    lower = [f"--{name} (now {flags[name]})" for name in GROWING if isinstance(flags.get(name), int)]
+    growing = [name for name in GROWING if isinstance(flags.get(name), int)]
+    if flags.get("sequence", "none") != "none":  # their length is what it is
+        growing.remove("T")
+    lower = [f"--{name} (now {flags[name]})" for name in growing]
     remedies = [f"lower {' or '.join(lower)}"] if lower else []
+    if "chunk" in flags and flags["chunk"] is None:
+        remedies.append("give --chunk, so that a step keeps less for each of many time steps")
     if flags.get("precision") == "fp32":
         remedies.append("give --precision bf16, which halves what a step keeps")
     if "cuda_graph" in flags and flags["cuda_graph"] is not False:

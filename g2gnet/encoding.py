@@ -14,11 +14,11 @@ def encode(
     generator: torch.Generator | None = None,
     share: slice | None = None,
 ) -> torch.Tensor:
-    """Encodes samples x [B, D] as input currents, with x' = scale·x + bias.
+    """Encodes samples x [B, D], or sequences [steps, B, D], as input currents, with x' = scale·x + bias.
 
-    ``"current"``: x' itself, [B, D], held at every step. ``"rate"``: spikes [steps, B, D], Bernoulli with probability
-    clamp(x', 0, 1), drawn at each step from ``generator`` (PyTorch's global one if None; its device may differ
-    from x's).
+    ``"current"``: x' itself, [B, D] held at every step, or [steps, B, D]. ``"rate"``: spikes [steps, B, D], Bernoulli
+    with probability clamp(x', 0, 1), drawn at each step from ``generator`` (PyTorch's global one if None; its device
+    may differ from x's).
 
     With ``share``, only these samples are encoded, as they would be in the whole batch: the generator skips the
     random numbers of the others.
@@ -26,23 +26,32 @@ def encode(
     Raises:
         ValueError: for an unknown encoding.
         TypeError: for samples that are not floats: images of uint8 would be currents of up to 255.
+
+    Example:
+        >>> x = torch.tensor([[0.0, 1.0]])
+        >>> encode(x, "current", steps=3, scale=2.0)
+        tensor([[0., 2.]])
+        >>> encode(x, "rate", steps=3).shape
+        torch.Size([3, 1, 2])
     """
     if enc not in ENCODINGS:
         raise ValueError(f"enc={enc!r} is unknown; choose one of {', '.join(ENCODINGS)}")
     check_samples(x)
-    shape, share = x.shape, share or slice(None)
-    x = x[share] * scale + bias
+    shape, share = x.shape[-2:], share or slice(None)
+    x = x[..., share, :] * scale + bias
     if enc == "current":
         return x
+    if x.dim() == 2:
+        x = x.expand(steps, *x.shape)
     device = generator.device if generator is not None else x.device
     if device.type == x.device.type == "cpu":
         # the numbers of one step fit in the caches; drawn step by step, they are the same
-        spikes, draws = x.new_empty((steps, *x.shape)), x.new_empty(shape)
-        for spikes_t in spikes:
+        spikes, draws = x.new_empty(x.shape), x.new_empty(shape)
+        for spikes_t, x_t in zip(spikes, x, strict=True):
             torch.rand(shape, generator=generator, out=draws)
-            torch.lt(draws[share], x, out=spikes_t)
+            torch.lt(draws[share], x_t, out=spikes_t)
         return spikes
-    draws = torch.rand((steps, *shape), generator=generator, device=device, dtype=x.dtype)
+    draws = torch.rand((len(x), *shape), generator=generator, device=device, dtype=x.dtype)
     return (draws[:, share].to(x.device) < x).to(x.dtype)
 
 

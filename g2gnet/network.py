@@ -1,4 +1,4 @@
-"""G2GNet: three layers of spiking neurons joined by dense or group-sparse connections."""
+"""G2GNet: three layers of spiking neurons joined by dense or group-sparse connections, recurrent ones if wanted."""
 
 import itertools
 from typing import Any
@@ -6,12 +6,13 @@ from typing import Any
 import torch
 
 from g2g_kernels import BlockMask, GroupLayout
-from g2g_kernels.numbers import Number
+from g2g_kernels.numbers import PROBABILITY, Number
 from g2g_kernels.tracing import symbolic_call
 from g2gnet.encoding import ENCODINGS, check_samples, encode
 from g2gnet.layers import G2GLinear
 from g2gnet.neurons import NEURONS, SpikingNeurons
-from g2gnet.patterns import MODELS, Pattern, layer_mask, layer_probabilities
+from g2gnet.patterns import MODELS, Pattern, layer_mask, layer_probabilities, mask_between
+from g2gnet.sequences import SEQUENCES, unfold
 from g2gnet.settings import NetworkSettings
 from g2gnet.stack import SpikingStack
 
@@ -21,6 +22,7 @@ class G2GNet(SpikingStack):
 
     Args:
         input_dim, hidden_dim, num_classes: the sizes of the populations; the two hidden ones are equal.
+            ``input_dim`` counts the inputs of one time step.
         model: ``"dense"``, or how neurons are grouped. ``"index"``: contiguous ranges. ``"random"``: drawn for
             each side of each layer. ``"mixer"``: contiguous for fc1 and fc3 (spatial mixing), interleaved for fc2
             (feature mixing). ``"erdos_renyi"``, ``"small_world"``, ``"distance"``: contiguous groups, with equally many
@@ -35,6 +37,13 @@ class G2GNet(SpikingStack):
         enc, enc_scale, enc_bias: how samples become input (:func:`g2gnet.encoding.encode`).
         standardize: before that, subtract ``input_mean`` from samples and divide them by ``input_deviation``: two
             scalar buffers, 0 and 1 until they are set, saved with the network. For ``"current"`` only.
+        sequence: a name in :data:`g2gnet.sequences.SEQUENCES`. Other than ``"none"``, samples [B, T·input_dim] unfold
+            over T steps as the buffer ``input_order``, int64 [T, input_dim], says: where the inputs of each step lie in
+            a sample. It is 0, 1, 2, … until it is set (:func:`g2gnet.sequences.input_order`), saved with the network.
+        recurrent: whether the neurons of each hidden layer are joined to one another, by ``rec1`` and ``rec2``: spikes
+            reach them one step later. The groups are those of the layer's neurons.
+        p_rec_inter: the probability of a recurrent unit between groups; None: ``p_inter``.
+        rec_gain: factor on the initial recurrent weights, above 0.
         neuron: model of all neurons: ``"lif"`` (:class:`LIF`), ``"synaptic"`` (:class:`Synaptic`) or ``"adlif"``
             (:class:`AdLIF`).
         per_neuron: one value of each of the neurons' parameters per neuron instead of one per layer.
@@ -61,6 +70,7 @@ class G2GNet(SpikingStack):
     lif3: SpikingNeurons
     input_mean: torch.Tensor
     input_deviation: torch.Tensor
+    input_order: torch.Tensor
 
     def __init__(
         self,
@@ -79,7 +89,11 @@ class G2GNet(SpikingStack):
         enc_scale: float = NetworkSettings.enc_scale,
         enc_bias: float = NetworkSettings.enc_bias,
         standardize: bool = NetworkSettings.standardize,
+        sequence: str = NetworkSettings.sequence,
         neuron: str = NetworkSettings.neuron,
+        recurrent: bool = NetworkSettings.recurrent,
+        p_rec_inter: float | None = NetworkSettings.p_rec_inter,
+        rec_gain: float = NetworkSettings.rec_gain,
         per_neuron: bool = NetworkSettings.per_neuron,
         reset: str = NetworkSettings.reset,
         surrogate: str = NetworkSettings.surrogate,
@@ -98,6 +112,8 @@ class G2GNet(SpikingStack):
             )
         if enc not in ENCODINGS:
             raise ValueError(f"enc={enc!r} is unknown; choose one of {', '.join(ENCODINGS)}")
+        if sequence not in SEQUENCES:
+            raise ValueError(f"sequence={sequence!r} is unknown; choose one of {', '.join(SEQUENCES)}")
         if neuron not in NEURONS:
             raise ValueError(f"neuron={neuron!r} is unknown; choose one of {', '.join(NEURONS)}")
         if standardize and enc == "rate":
@@ -107,13 +123,21 @@ class G2GNet(SpikingStack):
                 f"hidden_dim={hidden_dim!r} is not a whole number: both hidden layers have one size. For others, or "
                 "another depth, make a SpikingStack of G2GLinear and LIF"
             )
-        Number(0, open_low=True).check("init_gain", init_gain)
+        for name, gain in (("init_gain", init_gain), ("rec_gain", rec_gain)):
+            Number(0, open_low=True).check(name, gain)
+        if p_rec_inter is not None and (callable(model) or model == "dense" or density != "uniform" or not recurrent):
+            raise ValueError(
+                f"p_rec_inter={p_rec_inter!r:.40} has no effect without recurrent=True, on a dense network, with a "
+                f"density of its own, or beside a pattern of your own; leave it out"
+            )
         for name, value in (("enc_scale", enc_scale), ("enc_bias", enc_bias)):
             Number().check(name, value)
         sizes = (input_dim, hidden_dim, hidden_dim, num_classes)
         shapes = [(out_size, in_size) for in_size, out_size in itertools.pairwise(sizes)]
-        probabilities = layer_probabilities(shapes, p_intra, p_inter, num_groups, density)
-        layers = []
+        hidden = len(shapes) - 1 if recurrent else 0
+        joined = [(hidden_dim, hidden_dim)] * hidden
+        probabilities = layer_probabilities(shapes + joined, p_intra, p_inter, num_groups, density)
+        layers: list[tuple[G2GLinear, SpikingNeurons]] = []
         for number, (out_size, in_size) in enumerate(shapes):
             if model == "dense":
                 mask = BlockMask.full(GroupLayout(out_size, 1), GroupLayout(in_size, 1), block_size)
@@ -129,7 +153,18 @@ class G2GNet(SpikingStack):
                 with torch.no_grad():
                     connection.values.mul_(init_gain)
             layers.append((connection, neurons))
-        super().__init__(layers, T, backend, dropout)
+        of_recurrent = probabilities[len(shapes) :]
+        if p_rec_inter is not None:
+            of_recurrent = [(p_intra, PROBABILITY.check("p_rec_inter", p_rec_inter))] * hidden
+        recurrents: list[G2GLinear] = []
+        for (connection, _), of_layer in zip(layers, of_recurrent):  # noqa: B905 - the output layer has none
+            groups = connection.mask.rows.layout
+            mask = mask_between(model, groups, groups, of_layer, block_size, generator)
+            recurrents.append(G2GLinear(mask, bias=False, backend=backend, generator=generator))
+            with torch.no_grad():
+                recurrents[-1].values.mul_(rec_gain)
+        joined_layers = [(*pair, joined) for pair, joined in zip(layers, recurrents)]  # noqa: B905
+        super().__init__([*joined_layers, *layers[len(recurrents) :]], T, backend, dropout)
         self.model = model
         self.enc = enc
         self.enc_scale = enc_scale
@@ -138,6 +173,9 @@ class G2GNet(SpikingStack):
             self.register_buffer("input_mean", torch.zeros(()))
             self.register_buffer("input_deviation", torch.ones(()))
         self.standardize = standardize
+        if sequence != "none":
+            self.register_buffer("input_order", torch.arange(self.T * input_dim).view(self.T, input_dim))
+        self.sequence = sequence
 
     @classmethod
     def from_settings(
@@ -151,7 +189,7 @@ class G2GNet(SpikingStack):
         """The network that ``settings`` (:class:`NetworkSettings`, or a training run's) describe.
 
         Args:
-            input_dim, num_classes: sizes of its data.
+            input_dim, num_classes: sizes of its data; of sequences, the inputs of one step.
             backend, generator: as for the constructor.
         """
         options = settings.network_options()
@@ -162,13 +200,16 @@ class G2GNet(SpikingStack):
     ) -> torch.Tensor:
         """What fc1 receives: samples [B, D] as [B, D] (held at every step) or [T, B, D]; x [T, B, D] as it is.
 
-        With ``share``, only these samples are encoded, as they would be in the whole batch.
+        Samples that unfold over time are [B, T·D]. With ``share``, only these samples are encoded, as they would be in
+        the whole batch.
         """
         if x.dim() == 3:
             return x if share is None else x[:, share]
         check_samples(x)
         if self.standardize:
             x = (x - self.input_mean) / self.input_deviation
+        if self.sequence != "none":
+            x = unfold(x, self.input_order)
         return encode(x, self.enc, self.T, self.enc_scale, self.enc_bias, generator, share)
 
     def forward(self, x: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -176,3 +217,17 @@ class G2GNet(SpikingStack):
         if not isinstance(x, torch.Tensor) and (node := symbolic_call(self, x, generator)) is not None:
             return node
         return self.simulate(self.encode(x, generator)).counts
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        # what a file says is used as an index
+        name = f"{prefix}input_order"
+        order = state_dict.get(name)
+        if isinstance(order, torch.Tensor) and self.sequence != "none" and order.shape == self.input_order.shape:
+            values = order.flatten().sort().values
+            if not torch.equal(values, torch.arange(len(values), device=values.device)):
+                error_msgs.append(f"{name} does not have each value of a sample once")
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )

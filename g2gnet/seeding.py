@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 #: the purposes, one stream each
-STREAMS = ("network", "order", "encode_train", "encode_test", "dst", "augment", "encode_val", "dropout")
+STREAMS = ("network", "order", "encode_train", "encode_test", "dst", "augment", "encode_val", "dropout", "permutation")
 
 
 def stream(seed: int, purpose: str, *counters: int, device: torch.device | str = "cpu") -> torch.Generator:

@@ -16,6 +16,7 @@ from g2g_kernels.ops.neurons.surrogates import ALPHA, SURROGATE
 from g2gnet.encoding import ENCODINGS
 from g2gnet.neurons import NEURONS
 from g2gnet.patterns import DENSITIES, MODELS, SPARSE
+from g2gnet.sequences import SEQUENCES
 
 MOST_DROPPED = 0.95
 #: of a sample; the compiled kernels number them in 16 bits
@@ -24,6 +25,14 @@ MOST_STEPS = 1 << 16
 
 class SettingsError(ValueError):
     """Settings out of range or in conflict; the message names each value, its range and a remedy."""
+
+
+class Default(int):
+    """A whole number that nobody gave: a setting's default where other settings, or the data, may decide its value."""
+
+
+class DefaultName(str):
+    """The same for a name."""
 
 
 class Others(NamedTuple):
@@ -74,6 +83,11 @@ class Settings:
 
     Raises:
         SettingsError: naming each invalid value.
+
+    Example:
+        >>> from g2gnet.training import NetworkSettings
+        >>> isinstance(NetworkSettings(), Settings)
+        True
     """
 
     def __post_init__(self) -> None:
@@ -155,6 +169,12 @@ class NetworkSettings(Settings):
     """What decides a :class:`~g2gnet.G2GNet` beside the sizes of its data, its backend and its random draws.
 
     ``G2GNet.from_settings`` makes the network; the constructor's arguments have these names and defaults.
+
+    Example:
+        >>> from g2gnet import G2GNet
+        >>> settings = NetworkSettings(model="mixer", hidden_dim=64, block_size=8, T=5)
+        >>> G2GNet.from_settings(settings, input_dim=64, num_classes=10).T
+        5
     """
 
     model: str = setting("index", "model", "fully connected, or how groups of neurons are connected", choices=MODELS)
@@ -168,7 +188,14 @@ class NetworkSettings(Settings):
     block_size: int = setting(
         64, "model", "side of a connection unit in weights; 1 is one weight", low=1, high=SIZE.high
     )
-    T: int = setting(50, "model", "time steps per sample", low=1, high=MOST_STEPS)
+    sequence: str = setting(
+        "none",
+        "data",
+        f"what a time step receives; {'; '.join(f'{name}: {text}' for name, text in SEQUENCES.items())} "
+        "(which a file of sequences says itself)",
+        choices=tuple(SEQUENCES),
+    )
+    T: int = setting(50, "model", "time steps per sample, where `sequence` does not say it", low=1, high=MOST_STEPS)
     enc: str = setting("current", "model", "input held as a current, or Bernoulli spikes", choices=ENCODINGS)
     enc_scale: float = setting(1.0, "model", "input x becomes enc_scale*x + enc_bias")
     enc_bias: float = setting(0.0, "model", "see enc_scale")
@@ -176,6 +203,19 @@ class NetworkSettings(Settings):
         False, "data", "subtract the training images' mean from all pixels (or features), and divide by their deviation"
     )
     neuron: str = setting("lif", "model", "neuron model", choices=tuple(NEURONS))
+    recurrent: bool = setting(
+        False, "model", "join the neurons of each hidden layer to one another: spikes reach them one step later"
+    )
+    p_rec_inter: float | None = setting(
+        None,
+        "model",
+        "probability of a recurrent unit between groups, for `recurrent` (default: p_inter)",
+        low=0,
+        high=1,
+    )
+    rec_gain: float = setting(
+        1.0, "model", "factor on the initial recurrent weights, for `recurrent`", low=0, open_low=True
+    )
     per_neuron: bool = setting(False, "model", "one value of each parameter per neuron instead of one per layer")
     beta: float | None = setting(None, "model", _initial("beta", "decay of the membrane"), low=0, high=1)
     threshold: float | None = setting(None, "model", _initial("threshold", "firing threshold"), low=0, open_low=True)
@@ -225,6 +265,16 @@ class NetworkSettings(Settings):
                 f"density={self.density} has no effect with model=dense; give `model={', '.join(SPARSE)}`, or leave it "
                 "out"
             )
+        given = {"p_rec_inter": self.p_rec_inter is not None, "rec_gain": self.rec_gain != 1}
+        problems += [
+            f"{name}={getattr(self, name)} has no effect without recurrent connections; give `recurrent`, or leave it "
+            "out"
+            for name, is_given in given.items()
+            if is_given and not self.recurrent
+        ]
+        if self.p_rec_inter is not None and (self.model == "dense" or self.density != "uniform"):
+            odds = "model=dense" if self.model == "dense" else f"density={self.density}"
+            problems.append(f"p_rec_inter={self.p_rec_inter} has no effect with {odds}; leave it out")
         if self.standardize and self.enc == "rate":
             problems.append(
                 "standardize makes values below 0 and above 1, which are not spike probabilities for enc=rate; "

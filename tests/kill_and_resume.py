@@ -32,6 +32,8 @@ SETTINGS = TrainSettings(
     dst_interval=2,
     cp="hebb",
     chunk=2,
+    sequence="permuted",
+    sequence_step=98,  # so T is 8
 )
 PHASES = {
     "step": (Trainer, "_train_step"),

@@ -126,7 +126,7 @@ TOYS: dict[str, dict[str, Callable[[str], str]]] = {
         ),
     },
     "data set": {
-        "g2gnet/data/catalog.py": append('DATASETS["toy"] = Dataset(12, 3, "toy")'),
+        "g2gnet/data/catalog.py": append('DATASETS["toy"] = Dataset((3, 4), 3, "toy")'),
         "g2gnet/data/toy.py": append(
             "import torch\n\n"
             "from g2gnet.data.image_data import ImageData\n\n\n"

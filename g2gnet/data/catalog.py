@@ -1,6 +1,7 @@
 """The data sets by name. A new one is an entry here and a module that reads it."""
 
 import importlib
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ class Dataset(NamedTuple):
     """What is known about a data set before it is read.
 
     Attributes:
-        input_dim: values in a sample.
+        shape: of an image, (height, width) or (channels, height, width).
         num_classes: number of classes.
         module: of this package; its ``load(name, data_dir)`` gives the :class:`ImageData`. It is imported only when
             data are read, since importing torchvision takes a second.
@@ -20,11 +21,16 @@ class Dataset(NamedTuple):
         classes: their names, by number.
     """
 
-    input_dim: int
+    shape: tuple[int, ...]
     num_classes: int
     module: str
     crops: bool = False
     classes: tuple[str, ...] = ()
+
+    @property
+    def input_dim(self) -> int:
+        """Values in an image."""
+        return math.prod(self.shape)
 
 
 _CLOTHES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
@@ -42,11 +48,11 @@ _HUNDRED = """
 
 #: every data set by name
 DATASETS = {
-    "fashionmnist": Dataset(784, 10, "fashion_mnist", classes=_CLOTHES),
-    "fashionmnist-mini": Dataset(784, 10, "fashion_mnist", classes=_CLOTHES),
-    "cifar10": Dataset(3072, 10, "cifar", crops=True, classes=_THINGS),
+    "fashionmnist": Dataset((28, 28), 10, "fashion_mnist", classes=_CLOTHES),
+    "fashionmnist-mini": Dataset((28, 28), 10, "fashion_mnist", classes=_CLOTHES),
+    "cifar10": Dataset((3, 32, 32), 10, "cifar", crops=True, classes=_THINGS),
     "cifar100": Dataset(
-        3072, 100, "cifar", crops=True, classes=tuple(name.replace("_", " ") for name in _HUNDRED.split())
+        (3, 32, 32), 100, "cifar", crops=True, classes=tuple(name.replace("_", " ") for name in _HUNDRED.split())
     ),
 }
 

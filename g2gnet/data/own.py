@@ -1,7 +1,10 @@
 """Your own data: one ``.npz`` file, as ``numpy.savez`` writes it, with four arrays.
 
-    train_images, test_images   uint8 [N, ...] (0 to 255 become 0 to 1), or float32 [N, ...] as they are;
-                                float64 becomes float32
+    train_images, test_images   uint8 (0 to 255 become 0 to 1), or float32 as they are; float64 becomes float32
+        [N, D]                                              vectors
+        [N, channels, height, width]                        images
+        [N, T, D], [N, T, channels, height, width]          sequences (:data:`SEQUENCE_DIMENSIONS`), unless a run
+                                                            states something else
     train_labels, test_labels   integers [N], 0 … C − 1
 
 A run names such data by the file's name and the first digits of its SHA-256, as in ``name-1a2b3c4d``, so different
@@ -13,7 +16,9 @@ import hashlib
 import math
 import re
 import zipfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -23,10 +28,14 @@ from g2gnet.files import open_file
 from g2gnet.memory import available, gigabytes
 from g2gnet.messages import reason
 
+Content = TypeVar("Content")
+
 SUFFIX = ".npz"
 PARTS = ("train_images", "train_labels", "test_images", "test_labels")
 #: hexadecimal digits of the SHA-256 that end a name
 DIGITS = 8
+#: dimensions of arrays of samples, N included; and of those that are sequences, unless a run states something else
+DIMENSIONS, SEQUENCE_DIMENSIONS = (2, 3, 4, 5), (3, 5)
 
 #: the data files given to this process, by name
 _paths: dict[str, Path] = {}
@@ -62,15 +71,11 @@ def load(name: str, data_dir: Path) -> ImageData:
     Raises:
         DataError: if the file is missing, has different content than the name says, or lacks such arrays.
     """
-    path = _paths.get(name, data_dir / f"{name[: -DIGITS - 1]}{SUFFIX}")
+    path = _path(name, data_dir)
     found = name_of(path)
     if found != name:
         raise DataError(f"{path} is {found}, not {name}: its content differs from the run's data; give its `data_dir`")
-    try:
-        with open_file(path) as file, zipfile.ZipFile(file) as archive:
-            arrays = _read(archive)
-    except Exception as error:  # zipfile's and NumPy's readers can raise anything at a damaged file
-        raise DataError(f"{path} cannot be used as data: {reason(error)}") from error
+    arrays = _from(path, _read)
     images = {part: torch.from_numpy(arrays[f"{part}_images"]) for part in ("train", "test")}
     labels = {part: torch.from_numpy(arrays[f"{part}_labels"].astype(np.int64)) for part in ("train", "test")}
     return ImageData(
@@ -83,8 +88,39 @@ def load(name: str, data_dir: Path) -> ImageData:
     )
 
 
-def _read(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
-    """The four arrays; raises ValueError, before allocating memory for them, if they are not as above."""
+def holds_sequences(shape: Sequence[int]) -> bool:
+    """Whether samples of this shape are sequences, if nothing else is stated."""
+    return 1 + len(shape) in SEQUENCE_DIMENSIONS
+
+
+def sample_shape(name: str, data_dir: Path) -> tuple[int, ...]:
+    """The shape of a sample of the data of that name, which the head of its file says.
+
+    Raises:
+        DataError: if the file is missing, or lacks such arrays.
+    """
+    return _from(_path(name, data_dir), _headers)["train_images"][0][1:]
+
+
+def _path(name: str, data_dir: Path) -> Path:
+    return _paths.get(name, data_dir / f"{name[: -DIGITS - 1]}{SUFFIX}")
+
+
+def _from(path: Path, read: Callable[[zipfile.ZipFile], Content]) -> Content:
+    """What ``read`` finds in a file.
+
+    Raises:
+        DataError: if it finds something else.
+    """
+    try:
+        with open_file(path) as file, zipfile.ZipFile(file) as archive:
+            return read(archive)
+    except Exception as error:  # zipfile's and NumPy's readers can raise anything at a damaged file
+        raise DataError(f"{path} cannot be used as data: {reason(error)}") from error
+
+
+def _headers(archive: zipfile.ZipFile) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Shape and dtype of the four arrays; raises ValueError if they are not as above."""
     missing = [part for part in PARTS if f"{part}.npy" not in archive.namelist()]
     if missing:
         raise ValueError(f"it lacks {', '.join(missing)}")
@@ -94,6 +130,11 @@ def _read(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
         fits = dtype in (np.uint8, np.float32, np.float64) if part.endswith("images") else dtype.kind in "iu"
         if not fits or not shape or 0 in shape or (len(shape) == 1) != part.endswith("labels"):
             raise ValueError(f"{part} is {dtype} {list(shape)}, not {kinds} [N{', ...' * (kinds != 'integers')}]")
+        if part.endswith("images") and len(shape) not in DIMENSIONS:
+            raise ValueError(
+                f"{part} is {list(shape)}, of {len(shape)} dimensions; give vectors [N, D], images [N, channels, "
+                "height, width], or sequences [N, T, D] or [N, T, channels, height, width]"
+            )
     for part in ("train", "test"):
         count, labels = headers[f"{part}_images"][0][0], headers[f"{part}_labels"][0][0]
         if count != labels:
@@ -102,6 +143,12 @@ def _read(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
         headers["train_images"][1] != headers["test_images"][1]
     ):
         raise ValueError("train_images and test_images differ in shape or dtype")
+    return headers
+
+
+def _read(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
+    """The four arrays; raises ValueError, before allocating memory for them, if they are not as above."""
+    headers = _headers(archive)
     needed = sum(math.prod(shape) * dtype.itemsize for shape, dtype in headers.values())
     free = available()
     if free is not None and needed > free:

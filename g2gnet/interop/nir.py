@@ -24,6 +24,7 @@ demands. The resets differ slightly: in the step after a spike NIR's membrane ch
 
 NIR cannot carry
 
+- adaptive neurons;
 - the reset by subtraction, delayed or not: its neurons only reset to a value (train with ``reset="zero"``);
 - decays of 1: no leak means an infinite τ (NIR's IF, which has none, is read as β = 1, g = R·Δt);
 - surrogates, learnability, groups and units: these go into the nodes' metadata, which other tools do not read;
@@ -85,9 +86,19 @@ def to_nir(stack: SpikingStack, dt: float = DEFAULT_DT) -> Any:
     Raises:
         ValueError: for anything that NIR cannot express.
         ImportError: if the package ``nir``, 1.0.7 or newer, is not installed.
+
+    Example:
+        >>> from g2gnet import G2GNet
+        >>> graph = to_nir(G2GNet(64, 32, 10, block_size=4, reset="zero"))
+        >>> list(graph.nodes)
+        ['input', 'fc1', 'lif1', 'fc2', 'lif2', 'fc3', 'lif3', 'output']
     """
     nir = optional_package("nir", _LEAST_NIR)
-    for _, neurons in stack.layers():
+    for number, (_, neurons) in enumerate(stack.layers(), 1):
+        if neurons.model.name not in _FORMS:
+            raise ValueError(
+                f"lif{number}: NIR has no {neurons.model.name!r} neurons; only {', '.join(_FORMS)} convert"
+            )
         if neurons.reset != "zero":
             raise ValueError(
                 f"reset={neurons.reset!r} cannot be written to NIR, whose neurons reset to a value; train the network "
@@ -132,6 +143,12 @@ def from_nir(
     Raises:
         ValueError: for a graph of another form, or neurons that the stack does not have.
         ImportError: if the package ``nir``, 1.0.7 or newer, is not installed.
+
+    Example:
+        >>> from g2gnet import G2GNet
+        >>> graph = to_nir(G2GNet(64, 32, 10, block_size=4, reset="zero"))  # or nir.read("network.nir")
+        >>> from_nir(graph, T=25)(torch.rand(2, 64)).shape
+        torch.Size([2, 10])
     """
     nir = optional_package("nir", _LEAST_NIR)
     if not dt > 0:
@@ -221,8 +238,6 @@ def _connection(name: str, node: Any, mask: BlockMask | torch.Tensor | None, bac
 
 
 def _neurons_node(name: str, neurons: SpikingNeurons, size: int, dt: float) -> Any:
-    if neurons.model.name not in _FORMS:
-        raise ValueError(f"{name}: NIR has no {neurons.model.name!r} neurons; only {', '.join(_FORMS)} convert")
     form = _FORMS[neurons.model.name]
     values = {
         parameter: (value.clamp(0, 1) if parameter in neurons.model.decays else value)

@@ -47,5 +47,5 @@ def run_images(
         generator = stream(settings.seed, f"encode_{part}", epoch, first, device=draw_device(device))
         with torch.no_grad(), autocast(settings, device):
             inputs = net.encode(as_samples(images[batch]), generator)
-            activity = net.simulate(inputs)
+            activity = net.simulate(inputs, chunk=settings.chunk)
         yield Batch(inputs, activity, labels[batch])

@@ -21,7 +21,7 @@ MOSTLY_SILENT = 0.5
 #: the remedy for learned parameters that drift
 DRIFTING = "that is harmless if it stays near; if it moves on, lower `lr`"
 #: the remedy for silent neurons
-WAKE_NEURONS = "give `standardize`, or raise `init_gain`, `enc_scale` or `T`"
+WAKE_NEURONS = "give `standardize`, or raise `init_gain`{}"
 
 _NEVER = torch.iinfo(torch.int64).max
 
@@ -76,9 +76,14 @@ class FiniteWatch:
 
 
 class LayerWatch:
-    """Warns, once for each layer and problem, about neurons that do nothing useful; through the logger ``g2gnet``."""
+    """Warns, once for each layer and problem, about neurons that do nothing useful; through the logger ``g2gnet``.
 
-    def __init__(self) -> None:
+    Args:
+        sequences: whether samples have a length of their own, so that ``T`` is no remedy.
+    """
+
+    def __init__(self, sequences: bool = False) -> None:
+        self._wake = WAKE_NEURONS.format(" or `enc_scale`" if sequences else ", `enc_scale` or `T`")
         self._said: set[tuple[str, str]] = set()
 
     def check(
@@ -91,10 +96,10 @@ class LayerWatch:
         """Checks each layer after an epoch: its mean firing rate, its share of silent neurons, and its decays."""
         for name, rate in rates.items():
             if rate < SILENT:
-                self._warn(name, "silent", f"fell silent in epoch {epoch} (firing rate {rate:.2g}); {WAKE_NEURONS}")
+                self._warn(name, "silent", f"fell silent in epoch {epoch} (firing rate {rate:.2g}); {self._wake}")
             elif silent[name] > MOSTLY_SILENT:
                 share = f"{100 * silent[name]:.0f} % of its neurons"
-                self._warn(name, "silent", f"is mostly silent: {share} never fired in epoch {epoch}; {WAKE_NEURONS}")
+                self._warn(name, "silent", f"is mostly silent: {share} never fired in epoch {epoch}; {self._wake}")
             if rate > SATURATED:
                 text = f"saturates in epoch {epoch} (firing rate {rate:.2g})"
                 self._warn(name, "saturated", f"{text}; lower `enc_scale`, or give `enforce_sparsity`")

@@ -11,7 +11,8 @@ from g2gnet.features.weights import RELEASES
 from g2gnet.neurons import NEURONS
 from g2gnet.patterns import SPARSE
 from g2gnet.schedules import SCHEDULES
-from g2gnet.settings import NetworkSettings, Others, Settings, setting, with_default
+from g2gnet.sequences import sequence_length
+from g2gnet.settings import Default, DefaultName, NetworkSettings, Others, Settings, setting, with_default
 
 SPARSITY_MODES = ("static", "dynamic")
 PRECISIONS = ("fp32", "bf16")
@@ -25,7 +26,12 @@ def _texts(rules: Mapping[str, Rule]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class RunSettings(Settings):
-    """What every training run has: its data, the length of training and the seed."""
+    """What every training run has: its data, the length of training and the seed.
+
+    Example:
+        >>> RunSettings(dataset="fashionmnist-mini", epochs=3).seed
+        42
+    """
 
     dataset: str = setting(
         "fashionmnist",
@@ -64,6 +70,18 @@ class TrainSettings(NetworkSettings, RunSettings):
 
     ``resnet_weights`` stands for the content of that file: the first eight hexadecimal digits of its SHA-256
     (:func:`g2gnet.features.weights_digest`).
+
+    ``T`` is 50 unless it is given, and of images that unfold over time their number of steps. Of data of your own that
+    are sequences it must be given here; programs look into the file.
+
+    Example:
+        >>> settings = TrainSettings(dataset="fashionmnist-mini", model="mixer", T=10)
+        >>> settings.stem  # names its files
+        'fashionmnist-mini_mixer_p0.15_T10_current'
+        >>> TrainSettings(T=0)
+        Traceback (most recent call last):
+            ...
+        g2gnet.settings.SettingsError: T=0 is out of range; give a whole number from 1 to 65536
     """
 
     augment: str = setting(
@@ -73,10 +91,16 @@ class TrainSettings(NetworkSettings, RunSettings):
         "auto: crop-flip for raw CIFAR images, none for others",
         choices=AUGMENTATIONS,
     )
+    sequence: str = with_default(NetworkSettings, "sequence", DefaultName(NetworkSettings.sequence))
+    sequence_step: int = setting(1, "data", "rows or pixels in a time step of such a `sequence`", low=1)
+    sequence_seed: int = setting(
+        0, "data", "seed of the order of `sequence=permuted`, whatever the seed of the run", low=0, high=LARGEST_SEED
+    )
     use_resnet: bool = setting(False, "data", "train on the features of a frozen ResNet-32 (CIFAR only)")
     resnet_weights: str | None = setting(None, "data", "weights of that ResNet-32 (default: the published ones)")
 
     model: str = with_default(NetworkSettings, "model", "dense")
+    T: int = with_default(NetworkSettings, "T", Default(NetworkSettings.T))
 
     name: str | None = setting(
         None,
@@ -129,8 +153,26 @@ class TrainSettings(NetworkSettings, RunSettings):
         open_low=True,
     )
 
+    def __post_init__(self) -> None:
+        # the files store plain values, as of any other setting
+        if isinstance(self.sequence, DefaultName):
+            object.__setattr__(self, "sequence", str(self.sequence))
+        if isinstance(self.T, Default):
+            object.__setattr__(self, "T", self._steps() or int(self.T))
+        super().__post_init__()
+
+    def _steps(self) -> int | None:
+        """The time steps of an image of the data set as a sequence; None if there are none, or they are unknown."""
+        if self.sequence not in ("rows", "pixels", "permuted"):
+            return None
+        try:
+            return sequence_length(self.sequence, DATASETS[self.dataset].shape, self.sequence_step)
+        except (LookupError, ValueError, TypeError, ZeroDivisionError):  # what is wrong is found with other problems
+            return None
+
     def _at_odds(self) -> list[str]:
         problems = super()._at_odds()
+        problems += self._no_sequence()
         if self.name is not None and not re.fullmatch(r"[\w.+=-]{1,64}", self.name):
             problems.append(f"name={self.name!r} is no part of a file's name; give up to 64 letters, digits, . _ + = -")
         if self.use_resnet and self.dataset not in RELEASES:
@@ -162,6 +204,38 @@ class TrainSettings(NetworkSettings, RunSettings):
             ]
         return problems
 
+    def _no_sequence(self) -> list[str]:
+        """What is wrong with the settings of sequences."""
+        problems = []
+        if self.sequence_step != 1 and self.sequence in ("none", "own"):
+            problems.append(
+                f"sequence_step={self.sequence_step} has no effect with sequence={self.sequence}; "
+                "give `sequence=pixels`, `sequence=permuted` or `sequence=rows`, or leave it out"
+            )
+        if self.sequence_seed != 0 and self.sequence != "permuted":
+            problems.append(
+                f"sequence_seed={self.sequence_seed} has no effect with sequence={self.sequence}; "
+                "give `sequence=permuted`, or leave it out"
+            )
+        if self.sequence == "none" or problems:
+            return problems
+        if self.use_resnet:
+            return [f"sequence={self.sequence} needs images, but use_resnet trains on features; leave one of them out"]
+        if self.dataset not in DATASETS:
+            return []  # the trainer has the shape of their samples
+        if self.sequence == "own":
+            return [
+                f"sequence=own is of data of your own, but {self.dataset} has images; give `sequence=rows`, "
+                "`sequence=pixels` or `sequence=permuted`"
+            ]
+        try:
+            steps = sequence_length(self.sequence, DATASETS[self.dataset].shape, self.sequence_step)
+        except ValueError as error:
+            return [str(error)]
+        if steps != self.T:
+            return [f"T={self.T} is at odds with sequence={self.sequence}, which has {steps} steps; leave `T` out"]
+        return []
+
     @property
     def shift(self) -> int | None:
         """By at most how many pixels training images are shifted before half are mirrored; None for neither."""
@@ -177,7 +251,9 @@ class TrainSettings(NetworkSettings, RunSettings):
                 neuron += f"_{name}{value}"
         rules = f"_cp{self.cp}_cg{self.cg}" if self.sparsity_mode == "dynamic" else ""
         name = "" if self.name is None else f"_{self.name}"
-        return f"{resnet}{self.dataset}_{self.model}_p{self.p_inter}_T{self.T}_{self.enc}{neuron}{rules}{name}"
+        sequence = "" if self.sequence == "none" else f"_{self.sequence}"
+        network = f"{self.model}_p{self.p_inter}_T{self.T}_{self.enc}{neuron}"
+        return f"{resnet}{self.dataset}{sequence}_{network}{rules}{name}"
 
     def tied_to_epochs(self) -> list[str]:
         tied = {

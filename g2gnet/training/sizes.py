@@ -37,10 +37,16 @@ def least_bytes(settings: TrainSettings, input_dim: int, num_classes: int, sampl
             density = inside * settings.p_intra + (1 - inside) * settings.p_inter
             drawn = max(drawn, grid * DRAWN_UNIT)
         total += int(density * (weights * WEIGHT + grid * UNIT))
+    if settings.recurrent:  # of those between groups there may be none
+        joined = settings.hidden_dim**2
+        total += (
+            2 * joined * WEIGHT if not sparse else int(2 * joined * WEIGHT * settings.p_intra / settings.num_groups)
+        )
     words = sum(-(-size // 64) * 8 for size in sizes[1:])  # a bit for each spike
     kept = 4 * len(NEURONS[settings.neuron].model.states) * sum(sizes[2:]) if device == "cpu" else 0
     recomputed = settings.T if settings.chunk is None else min(settings.chunk, settings.T)
-    return total + drawn + samples * (settings.T * words + recomputed * kept)
+    inputs = 4 * input_dim * (1 if settings.sequence == "none" else settings.T)
+    return total + drawn + samples * (inputs + settings.T * words + recomputed * kept)
 
 
 def check_memory(settings: TrainSettings, input_dim: int, num_classes: int, samples: int, device: torch.device) -> None:
@@ -50,6 +56,6 @@ def check_memory(settings: TrainSettings, input_dim: int, num_classes: int, samp
         raise SettingsError(
             f"training takes at least {gigabytes(needed)} of memory with hidden_dim={settings.hidden_dim}, "
             f"T={settings.T} and {samples} images per step, and there are {gigabytes(free)}; lower `hidden_dim`"
-            f"{' or `p_inter`, raise `block_size`' if settings.model != 'dense' else ''}, or lower `T`, `chunk` "
-            "or `batch_size`"
+            f"{' or `p_inter`, raise `block_size`' if settings.model != 'dense' else ''}, or lower "
+            f"{'`T`, ' if settings.sequence == 'none' else ''}`chunk` or `batch_size`"
         )

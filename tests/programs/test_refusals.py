@@ -106,6 +106,45 @@ def test_vectors_cannot_be_mirrored(tmp_path, capsys, no_step, program, augment)
     assert "are vectors of 20 values" in printed
 
 
+@pytest.mark.parametrize(
+    ("shape", "flags", "message"),
+    [
+        ((6, 5), "--T 6", "T=6 cannot be chosen: with sequence=own the samples of mine-"),
+        ((6, 5), "--T 3", "have 6 steps; leave --T out, or give --sequence none if they are images of 6 × 5"),
+        ((6, 5), "--T 6 --sequence rows", "have 6 steps; leave --T out\n"),
+        ((6, 5), "--sequence pixels --sequence_step 4", "sequence_step=4 does not divide the 30 pixels of an image"),
+        ((20,), "--sequence rows", "sequence=rows needs images [N, height, width] or [N, channels, height, width]"),
+        ((20,), "--sequence own", "sequence=own needs sequences [N, T, ...], but samples are [20]"),
+        ((6, 2, 3, 4), "--sequence rows", "but samples are [6, 2, 3, 4]; leave it out"),
+    ],
+)
+@pytest.mark.parametrize("program", [train, crossval], ids=["train", "crossval"])
+def test_the_length_of_sequences_is_not_chosen(tmp_path, capsys, no_step, program, shape, flags, message):
+    data = write_data(tmp_path / "mine.npz", *shape)
+    printed = refused(program, capsys, "--dataset", data, *shlex.split(flags), "--checkpoint_dir", tmp_path / "c")
+    assert message in printed
+    assert not (tmp_path / "c").exists()
+
+
+def test_the_length_of_known_images_is_not_chosen_either(tmp_path, capsys, no_step):
+    flags = [*TINY, "--sequence", "rows", "--T", "28", "--checkpoint_dir", tmp_path / "c"]
+    assert "T=28 cannot be chosen: with sequence=rows the samples of fashionmnist" in refused(train, capsys, *flags)
+
+
+def test_arrays_of_too_many_dimensions_are_refused(tmp_path, capsys, no_step):
+    data = write_data(tmp_path / "mine.npz", 2, 2, 2, 2, 2)
+    printed = refused(train, capsys, "--dataset", data, "--checkpoint_dir", tmp_path / "c", status=1)
+    assert "train_images is [40, 2, 2, 2, 2, 2], of 6 dimensions; give vectors [N, D], images [N, ch" in printed
+
+
+@pytest.mark.parametrize("augment", ["flip", "crop-flip"])
+def test_sequences_of_vectors_cannot_be_mirrored(tmp_path, capsys, no_step, augment):
+    data = write_data(tmp_path / "sequences.npz", 3, 20)
+    flags = [*shlex.split(SMALL.replace("--T 3 ", "")), "--dataset", data, "--checkpoint_dir", tmp_path / "c"]
+    printed = refused(train, capsys, *flags, "--sequence", "own", "--augment", augment)
+    assert "are sequences of vectors of 20 values; leave --augment out, or give arrays of shape [N, T, ..." in printed
+
+
 def test_images_of_ones_own_can_be_mirrored(tmp_path):
     data = write_data(tmp_path / "images.npz", 5, 4)
     flags = [*SMALL.split(), "--dataset", str(data), "--augment", "shift-flip", "--checkpoint_dir", str(tmp_path)]

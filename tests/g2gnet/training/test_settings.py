@@ -9,6 +9,7 @@ from g2gnet.training import SettingsError, TrainSettings
 
 def test_the_defaults():
     assert TrainSettings().as_dict() == {**DEFAULTS, **LIF.initial}
+    assert (type(TrainSettings().T), type(TrainSettings().sequence)) == (int, str)
 
 
 @pytest.mark.parametrize(
@@ -29,6 +30,15 @@ def test_the_defaults():
         ({"surrogate": "triangle", "alpha": 4.0}, "fashionmnist_dense_p0.15_T50_current"),
         ({"cp": "hebb"}, "fashionmnist_dense_p0.15_T50_current"),
         ({"dataset": "cifar10", "use_resnet": True}, "resnet_cifar10_dense_p0.15_T50_current"),
+        ({"sequence": "rows"}, "fashionmnist_rows_dense_p0.15_T28_current"),
+        ({"sequence": "pixels"}, "fashionmnist_pixels_dense_p0.15_T784_current"),
+        ({"sequence": "permuted", "sequence_step": 4}, "fashionmnist_permuted_dense_p0.15_T196_current"),
+        ({"sequence": "rows", "dataset": "cifar10", "T": 32}, "cifar10_rows_dense_p0.15_T32_current"),
+        ({"sequence": "pixels", "dataset": "cifar100"}, "cifar100_pixels_dense_p0.15_T1024_current"),
+        (
+            {"sequence": "own", "dataset": "mine-0123abcd", "T": 9, "enc": "rate"},
+            "mine-0123abcd_own_dense_p0.15_T9_rate",
+        ),
     ],
 )
 def test_the_stem_names_the_run(options, stem):
@@ -76,6 +86,18 @@ def test_the_stem_names_the_run(options, stem):
         ({"dst_stop": 0.5}, "dst_stop=0.5 has no effect with sparsity_mode=static; give `sparsity_mode=dynamic`"),
         ({"cg": "gradient"}, "cg=gradient has no effect with sparsity_mode=static"),
         ({"dst_stop": 0.0}, "dst_stop=0.0 is out of range; give a number above 0 and at most 1"),
+        ({"sequence": "columns"}, "sequence='columns' is unknown; choose one of none, rows, pixels, permuted, own"),
+        ({"sequence": "rows", "T": 50}, "T=50 is at odds with sequence=rows, which has 28 steps; leave `T` out"),
+        ({"sequence": "own"}, "sequence=own is of data of your own, but fashionmnist has images; give `sequence=rows`"),
+        ({"sequence_step": 4}, "sequence_step=4 has no effect with sequence=none; give `sequence=pixels`"),
+        ({"sequence": "own", "dataset": "mine-0123abcd", "sequence_step": 4}, "no effect with sequence=own"),
+        ({"sequence": "rows", "sequence_step": 0}, "sequence_step=0 is out of range"),
+        ({"sequence": "pixels", "sequence_step": 5}, "sequence_step=5 does not divide the 784 pixels of an image"),
+        ({"sequence": "pixels", "sequence_seed": 1}, "sequence_seed=1 has no effect with sequence=pixels; give `seq"),
+        (
+            {"dataset": "cifar10", "use_resnet": True, "sequence": "rows"},
+            "sequence=rows needs images, but use_resnet trains on features; leave one of them out",
+        ),
         ({"use_resnet": True}, "use_resnet needs `dataset=cifar10` or `dataset=cifar100`"),
         ({"dataset": "cifar10", "use_resnet": True, "augment": "crop-flip"}, "augment=crop-flip needs images"),
         ({"dataset": "cifar10", "resnet_weights": "w.pt"}, "resnet_weights has no effect without use_resnet"),

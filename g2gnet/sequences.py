@@ -1,0 +1,89 @@
+"""Samples that unfold over time: which values of a sample the network receives at each step.
+
+A sample is kept as it is stored, and becomes a sequence batch by batch (:meth:`g2gnet.G2GNet.encode`). An order of its
+values unfolds it, int64 [T, D]: where the D inputs of each of T steps lie in the flattened sample. Each comes once.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from g2gnet.seeding import stream
+
+#: by name, what a step receives
+SEQUENCES = {
+    "none": "the whole sample, held for all steps",
+    "rows": "rows of the image",
+    "pixels": "pixels of the image, row by row",
+    "permuted": "its pixels in one fixed random order",
+    "own": "the next step of sequences of your own, whose second axis is time",
+}
+
+
+def sequence_length(sequence: str, shape: Sequence[int], values: int = 1) -> int:
+    """The time steps of a sample, at least 1.
+
+    Args:
+        sequence: a name in :data:`SEQUENCES` other than ``"none"``.
+        shape: of a sample: (height, width) or (channels, height, width) of an image, or (T, ...) of a sequence.
+        values: rows or pixels in a step.
+
+    Raises:
+        ValueError: if such samples have no rows and pixels, or their number is no multiple of ``values``.
+    """
+    sizes = ", ".join(map(str, shape))
+    if sequence == "own":
+        if len(shape) < 2:
+            raise ValueError(f"sequence=own needs sequences [N, T, ...], but samples are [{sizes}]; leave it out")
+        return shape[0]
+    if len(shape) not in (2, 3):
+        raise ValueError(
+            f"sequence={sequence} needs images [N, height, width] or [N, channels, height, width], but samples are "
+            f"[{sizes}]; leave it out"
+        )
+    what, count = ("rows", shape[-2]) if sequence == "rows" else ("pixels", shape[-2] * shape[-1])
+    if count % values:
+        raise ValueError(
+            f"sequence_step={values} does not divide the {count} {what} of an image; give a divisor of {count}"
+        )
+    return count // values
+
+
+def input_order(sequence: str, shape: Sequence[int], values: int = 1, seed: int = 0) -> torch.Tensor:
+    """Where the inputs of each step lie in a flattened sample: int64 [T, D].
+
+    A step of a colour image has all channels, one after the other.
+
+    Args:
+        sequence, shape, values: as for :func:`sequence_length`.
+        seed: of the order of ``"permuted"``, which is the same for all channels.
+
+    Raises:
+        ValueError: as :func:`sequence_length` does.
+    """
+    steps, total = sequence_length(sequence, shape, values), math.prod(shape)
+    if sequence == "own":
+        return torch.arange(total).view(steps, -1)
+    pixels = shape[-2] * shape[-1]
+    places = torch.arange(pixels)
+    if sequence == "permuted":
+        places = torch.randperm(pixels, generator=stream(seed, "permutation"))
+    planes = torch.arange(total).view(-1, pixels)[:, places]
+    return planes.view(len(planes), steps, -1).transpose(0, 1).reshape(steps, -1)
+
+
+def unfold(samples: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Samples [B, T·D] as sequences [T, B, D] in the order of :func:`input_order`.
+
+    Raises:
+        ValueError: for samples of another size.
+    """
+    if samples.dim() != 2 or samples.shape[1] != order.numel():
+        steps, inputs = order.shape
+        raise ValueError(
+            f"samples are {list(samples.shape)}, not [B, {order.numel()}]: {steps} steps of {inputs} inputs each; "
+            f"sequences that are made already are [{steps}, B, {inputs}]"
+        )
+    ordered = samples.index_select(1, order.flatten()).view(len(samples), *order.shape)
+    return ordered.transpose(0, 1).contiguous()

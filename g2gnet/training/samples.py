@@ -1,0 +1,42 @@
+"""Whether the samples of a data set are what a run's settings need, and how they unfold over time."""
+
+import torch
+
+from g2gnet.data import ImageData
+from g2gnet.sequences import input_order
+from g2gnet.settings import SettingsError
+from g2gnet.training.settings import TrainSettings
+
+
+def check_images(settings: TrainSettings, data: ImageData) -> None:
+    """Raises SettingsError if samples are to be shifted or mirrored, but are no images."""
+    if settings.shift is None:
+        return
+    shape, what, wanted = data.train_images.shape[1:], "vectors", "[N, ..., height, width]"
+    if settings.sequence == "own":
+        shape, what, wanted = shape[1:], "sequences of vectors", "[N, T, ..., height, width]"
+    if len(shape) < 2:
+        raise SettingsError(
+            f"augment={settings.augment} needs images, but those of {data.name} are {what} of {shape.numel()} values; "
+            f"leave `augment` out, or give arrays of shape {wanted}"
+        )
+
+
+def order_of(settings: TrainSettings, data: ImageData) -> torch.Tensor:
+    """Where the inputs of each time step lie in a sample of a sequence: int64 [T, D].
+
+    Raises:
+        SettingsError: if samples do not unfold as the settings say, or have another length than ``T``.
+    """
+    try:
+        order = input_order(
+            settings.sequence, data.train_images.shape[1:], settings.sequence_step, settings.sequence_seed
+        )
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+    if len(order) != settings.T:
+        raise SettingsError(
+            f"T={settings.T} is not the length of the sequences of {data.name} with sequence={settings.sequence}; give "
+            f"`T={len(order)}`"
+        )
+    return order

@@ -1,0 +1,149 @@
+"""Samples that unfold over time: which value comes when, and how data of one's own say that they are sequences."""
+
+import math
+
+import pytest
+import torch
+from helpers import seeded
+
+from g2gnet import G2GNet
+from g2gnet.sequences import input_order, sequence_length, unfold
+
+GREY, COLOUR = (6, 4), (3, 6, 4)
+
+
+def images(*shape, count=5):
+    return torch.rand(count, *shape, generator=seeded(0))
+
+
+def sequences(given, sequence, values=1, seed=0):
+    return unfold(given.flatten(1), input_order(sequence, given.shape[1:], values, seed))
+
+
+def test_a_step_receives_a_row():
+    given = images(*GREY)
+    unfolded = sequences(given, "rows")
+    assert unfolded.shape == (6, 5, 4)
+    for t in range(6):
+        assert torch.equal(unfolded[t], given[:, t])
+
+
+def test_a_step_receives_the_row_of_every_channel():
+    given = images(*COLOUR)
+    unfolded = sequences(given, "rows")
+    assert unfolded.shape == (6, 5, 12)
+    for t in range(6):
+        assert torch.equal(unfolded[t], torch.cat([given[:, channel, t] for channel in range(3)], 1))
+
+
+def test_a_step_receives_some_rows():
+    unfolded = sequences(images(*GREY), "rows", 3)
+    assert torch.equal(unfolded[1], images(*GREY)[:, 3:].flatten(1))
+
+
+@pytest.mark.parametrize("values", [1, 4, 8])
+def test_a_step_receives_pixels_of_all_channels(values):
+    given = images(*COLOUR)
+    unfolded = sequences(given, "pixels", values)
+    assert unfolded.shape == (24 // values, 5, 3 * values)
+    planes = given.flatten(2)
+    for t in range(24 // values):
+        assert torch.equal(unfolded[t], planes[:, :, t * values : (t + 1) * values].flatten(1))
+
+
+@pytest.mark.parametrize("shape", [GREY, COLOUR])
+def test_the_permuted_pixels_are_all_pixels_in_an_order_of_its_seed(shape):
+    given = images(*shape)
+    pixels, permuted, again, other = (
+        sequences(given, *how) for how in (("pixels",), ("permuted", 1, 7), ("permuted", 1, 7), ("permuted", 1, 8))
+    )
+    assert torch.equal(permuted, again)
+    assert not torch.equal(permuted, other)
+    assert not torch.equal(permuted, pixels)
+    # the channels of a pixel stay together: there is one place in the image for each step
+    places = [next(p for p in range(24) if torch.equal(step, pixels[p])) for step in permuted]
+    assert sorted(places) == list(range(24))
+    # in steps of four, it is the same order
+    of_four = sequences(given, "permuted", 4, 7).view(6, 5, -1, 4)
+    assert torch.equal(of_four, permuted.view(6, 4, 5, -1).permute(0, 2, 3, 1))
+
+
+def test_the_second_axis_of_ones_own_sequences_is_time():
+    frames = images(7, 2, 3, 3)
+    unfolded = sequences(frames, "own")
+    assert torch.equal(unfolded, frames.transpose(0, 1).flatten(2))
+
+
+@pytest.mark.parametrize("sequence", ["rows", "pixels", "permuted", "own"])
+@pytest.mark.parametrize("shape", [GREY, COLOUR])
+def test_every_value_comes_once(sequence, shape):
+    order = input_order(sequence, shape)
+    assert len(order) == sequence_length(sequence, shape)
+    assert torch.equal(order.flatten().sort().values, torch.arange(math.prod(shape)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("rows", GREY, 4), "sequence_step=4 does not divide the 6 rows of an image; give a divisor of 6"),
+        (("pixels", COLOUR, 5), "sequence_step=5 does not divide the 24 pixels"),
+        (("permuted", (24,)), r"sequence=permuted needs images .* but samples are \[24\]"),
+        (("rows", (7, 2, 3, 3)), r"sequence=rows needs images .* but samples are \[7, 2, 3, 3\]"),
+        (("own", (24,)), r"sequence=own needs sequences \[N, T, ...\], but samples are \[24\]"),
+    ],
+)
+def test_what_has_no_such_steps_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        input_order(*arguments)
+
+
+def network(**options):
+    return G2GNet(4, 20, 3, "mixer", generator=seeded(0), **{"block_size": 4, "num_groups": 2, "T": 6, **options})
+
+
+def test_a_network_unfolds_samples_after_standardising_and_scaling_them():
+    net = network(sequence="permuted", standardize=True, enc_scale=2.0, enc_bias=0.5)
+    net.input_mean.fill_(0.25)
+    net.input_deviation.fill_(0.5)
+    order = input_order("permuted", GREY, 4, 3)
+    net.input_order.copy_(order)
+    given = images(24)
+    expected = torch.stack([2 * (given[:, order[t]] - 0.25) / 0.5 + 0.5 for t in range(6)])
+    assert torch.equal(net.encode(given), expected)
+    assert torch.equal(net.encode(given, share=slice(1, 3)), expected[:, 1:3])
+    assert net.encode(expected) is expected  # [T, B, D] is what fc1 receives
+    assert torch.equal(net(given), net(expected))
+
+
+def test_each_step_of_a_sequence_has_its_own_rates():
+    net = network(sequence="rows", enc="rate")
+    given = torch.tensor([0.0, 1.0]).repeat_interleave(12).expand(5, 24)
+    spikes = net.encode(given, seeded(1))
+    assert torch.equal(spikes, torch.tensor([0.0, 1.0]).repeat_interleave(3)[:, None, None].expand(6, 5, 4))
+    assert 0 < net.encode(0.5 * given, seeded(1))[3:].mean() < 1
+    whole = net.encode(0.5 * given, seeded(1))
+    assert torch.equal(net.encode(0.5 * given, seeded(1), slice(2, 4)), whole[:, 2:4])
+
+
+def test_samples_of_another_size_are_refused():
+    net = network(sequence="rows")
+    with pytest.raises(ValueError, match=r"samples are \[5, 4\], not \[B, 24\]: 6 steps of 4 inputs each"):
+        net(torch.rand(5, 4))
+
+
+def test_the_order_is_saved_with_the_network_and_checked():
+    net = network(sequence="permuted")
+    net.input_order.copy_(input_order("permuted", GREY, 4, 3))
+    other = network(sequence="permuted")
+    other.load_state_dict(net.state_dict())
+    assert torch.equal(net(images(24)), other(images(24)))
+    for value in (-1, 24, 5):
+        state = net.state_dict()
+        state["input_order"] = state["input_order"].clone().index_fill_(0, torch.tensor(0), value)
+        with pytest.raises(RuntimeError, match="input_order does not have each value of a sample once"):
+            other.load_state_dict(state)
+
+
+def test_an_unknown_sequence_is_refused():
+    with pytest.raises(ValueError, match="sequence='columns' is unknown; choose one of none, rows, pixels, permuted, "):
+        network(sequence="columns")

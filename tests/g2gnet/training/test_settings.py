@@ -27,6 +27,7 @@ def test_the_defaults():
             {"neuron": "synaptic", "syn_decay": 0.5, "model": "index", "sparsity_mode": "dynamic"},
             "fashionmnist_index_p0.15_T50_current_synaptic_syn_decay0.5_cpset_cghebb",
         ),
+        ({"neuron": "adlif", "a": 0.1, "b": 0.1}, "fashionmnist_dense_p0.15_T50_current_adlif_a0.1"),
         ({"surrogate": "triangle", "alpha": 4.0}, "fashionmnist_dense_p0.15_T50_current"),
         ({"cp": "hebb"}, "fashionmnist_dense_p0.15_T50_current"),
         ({"dataset": "cifar10", "use_resnet": True}, "resnet_cifar10_dense_p0.15_T50_current"),

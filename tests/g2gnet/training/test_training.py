@@ -240,13 +240,14 @@ def test_chunks_of_time_change_the_weights_by_rounding_only():
         torch.testing.assert_close(ends[1][name], weights, rtol=1e-3, atol=1e-5)
 
 
-def test_a_run_of_synaptic_neurons_resumes(tmp_path):
-    options = {"neuron": "synaptic", "syn_decay": 0.5, "surrogate": "triangle", "epochs": 1}
+@pytest.mark.parametrize(("neuron", "parameter"), [("synaptic", "syn_decay"), ("adlif", "b")])
+def test_a_run_of_other_neurons_resumes(neuron, parameter, tmp_path):
+    options = {"neuron": neuron, parameter: 0.5, "surrogate": "triangle", "epochs": 1}
     files = run(tmp_path, **options)
-    assert files.checkpoint.name == "fashionmnist-mini_mixer_p0.15_T8_current_synaptic_syn_decay0.5.pth"
+    assert files.checkpoint.name == f"fashionmnist-mini_mixer_p0.15_T8_current_{neuron}_{parameter}0.5.pth"
     state = load(files)
-    assert state["settings"]["syn_decay"] == 0.5
-    assert 0 < state["model"]["lif1.syn_decay"].item() != 0.5
+    assert state["settings"][parameter] == 0.5
+    assert 0 < state["model"][f"lif1.{parameter}"].item() != 0.5
     files.marker.unlink()
     with pytest.raises(CheckpointError, match="surrogate: triangle there, atan now"):
         run(tmp_path, **{**options, "surrogate": "atan"})

@@ -114,22 +114,26 @@ def training_curves(histories: Mapping[str, Sequence[History]]) -> Figure:
     return figure
 
 
-def connection_density(masks: Mapping[str, Sequence[BlockMask]]) -> Figure:
-    """The share of the weights between each pair of groups that exist: one row per state, one column per layer.
+def connection_density(masks: Mapping[str, Mapping[str, BlockMask]]) -> Figure:
+    """The share of the weights between each pair of groups that exist: one row per state, one column per connection.
+
+    Args:
+        masks: for each state, the masks by the names of the connections: ``{"now": {"fc1": net.fc1.mask}}``.
 
     Example:
         >>> from g2gnet import G2GNet
         >>> net = G2GNet(64, 64, 10, block_size=8)
-        >>> connection_density({"now": [connection.mask for connection, _ in net.layers()]}).savefig("density.png")
+        >>> masks = {name: connection.mask for name, connection in net.connections().items()}
+        >>> connection_density({"now": masks}).savefig("density.png")
     """
-    layers = len(next(iter(masks.values())))
-    figure, axes = _figure(len(masks), layers, 3.4 * len(masks))
-    for row, (state, of_layers) in enumerate(masks.items()):
-        for column, mask in enumerate(of_layers):
+    connections = len(next(iter(masks.values())))
+    figure, axes = _figure(len(masks), connections, 3.4 * len(masks))
+    for row, (state, by_name) in enumerate(masks.items()):
+        for column, (name, mask) in enumerate(by_name.items()):
             axis = axes[row, column]
             density = group_density(mask)
             image = axis.imshow(density.numpy(), vmin=0, vmax=1, cmap="viridis")
-            axis.set(title=f"fc{column + 1}, {state}", xlabel="input group", ylabel="output group")
+            axis.set(title=f"{name}, {state}", xlabel="input group", ylabel="output group")
             groups = len(density)
             step = 1 if groups <= 16 else groups // 8
             ticks = range(0, groups, step)

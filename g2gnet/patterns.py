@@ -262,6 +262,25 @@ def layer_mask(
     """
     grouping = model if isinstance(model, str) and model in GROUPINGS else "index"
     layouts = group_layouts(grouping, number, shape, num_groups, generator)
+    return mask_between(model, *layouts, probabilities, block_size, generator)
+
+
+def mask_between(
+    model: str | Pattern,
+    out_layout: GroupLayout,
+    in_layout: GroupLayout,
+    probabilities: tuple[float, float],
+    block_size: int,
+    generator: torch.Generator | None,
+) -> BlockMask:
+    """Draws the units between groups that are there already: recurrent connections have those of their layer.
+
+    Args:
+        model: ``"dense"``, or as for :func:`layer_mask`, as are the others.
+    """
+    layouts = out_layout, in_layout
+    if model == "dense":
+        return BlockMask.full(*layouts, block_size)
     if not isinstance(model, str):
         return pattern_mask(model, *layouts, block_size, generator)
     if model in GROUPINGS:

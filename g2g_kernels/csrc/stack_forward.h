@@ -6,6 +6,7 @@
 #include "chunks.h"
 #include "events.h"
 #include "product.h"
+#include "recurrent.h"
 #include "stack.h"
 
 namespace g2g::G2G_ISA {
@@ -56,19 +57,34 @@ struct ForwardLayer {
     float* counts;   // spikes over all steps, [B][row blocks][64]
     float* scratch;  // currents, `scratch_size` floats per worker
     int64_t scratch_size;
+    float* states;   // of a recurrent layer, by step (recurrent.h)
+    float* held;     // of a recurrent layer whose input is held: its currents, [row blocks][B][64]
 
     const Plan& plan() const { return *layer.plan; }
 
-    // The neurons of block r of sample b over all steps.
+    // The neurons of block r of sample b over all steps; those of a recurrent layer wait for one another (recurrent.h), so
+    // that only their currents are stored.
     template <class Current>
     void neurons(ForwardSweep<Current> sweep, const Current& current, int64_t b, int64_t r) const {
         const int64_t block = b * plan().rows.blocks + r;
+        if (layer.recurrent) return store_currents(current, b, r);
         alignas(64) float edge[kMostStates * kLanes];
         load_states(stack, layer, layer.first, b, r, edge);
         const SampleParameters own(parameters, layer, b, r);
         sweep(current, stack.steps, own.block,
               {layer.spikes + block * stack.steps, kept_states(stack, layer, b, r), counts + block * kLanes, edge});
         if (layer.last) store_states(stack, layer, edge, b, r, layer.last);
+    }
+
+    template <class Current>
+    void store_currents(const Current& current, int64_t b, int64_t r) const {
+        const int64_t membrane = (model_info(layer.neurons).states - 1) * kLanes;
+        for (int64_t t = 0; t < (held ? 1 : stack.steps); ++t) {
+            Vec input[kVecs];
+            current(t, input);
+            float* out = held ? held + (r * stack.batch + b) * kLanes : step_states(stack, layer, states, r, t, b) + membrane;
+            for (int v = 0; v < kVecs; ++v) store(out + v * W, input[v]);
+        }
     }
 
     void run() const {
@@ -222,6 +238,15 @@ inline void stack_forward(Stack& s, Arena& arena) {
         SpikeGroups groups{nullptr, lanes, s.steps};
         if (small && held) bands.data = arena.take<float>(Bands::size(lanes, s.batch));
         if (small && !held) groups.bits = arena.take<uint16_t>(SpikeGroups::size(s.batch, lanes, s.steps));
+        float *states = layer.states, *recurrent_tiles = nullptr, *currents = nullptr;
+        uint64_t* begin = nullptr;
+        if (layer.recurrent) {
+            const int64_t blocks = static_cast<int64_t>(s.batch) * plan.rows.blocks;
+            if (!states) states = arena.take<float>(blocks * s.steps * model_info(layer.neurons).states * kLanes);
+            if (held) currents = arena.take<float>(blocks * kLanes);
+            recurrent_tiles = arena.take<float>(static_cast<size_t>(layer.recurrent->tiles) * kTile);
+            begin = arena.take<uint64_t>(blocks);
+        }
         needed = most(needed, arena.used);
         if (!arena.base) continue;
 
@@ -237,7 +262,18 @@ inline void stack_forward(Stack& s, Arena& arena) {
             forward_tiles(plan, layer.values, s.threads, weights.tiles);
         else
             bf16_tiles(plan, layer.values, true, s.threads, weights.pairs);
-        ForwardLayer{s, layer, kind, parameters, weights, panel, bands, groups, by_batch, counts, scratch, scratch_size}.run();
+        const ForwardLayer forward{s,     layer,  kind,     parameters, weights,      panel,  bands,
+                                   groups, by_batch, counts, scratch,    scratch_size, states, currents};
+        if (layer.recurrent) {
+            const bool events = kind == Input::kEvents && !by_batch;  // which each step visits itself
+            if (!events) forward.run();
+            forward_tiles(*layer.recurrent, layer.recurrent_values, s.threads, recurrent_tiles);
+            const SpikeCurrents below(plan, weights.tiles);
+            const FromBelow from{events ? &below : nullptr, currents};
+            ForwardSteps{s, layer, parameters, {*layer.recurrent, recurrent_tiles}, from, states, counts, begin}.run();
+        } else {
+            forward.run();
+        }
         const double spikes = sum_rates(s, layer, counts, totals);
         rate = spikes / (static_cast<double>(s.batch) * s.steps * plan.rows.size);
         if (l + 1 == s.count)

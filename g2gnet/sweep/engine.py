@@ -86,7 +86,7 @@ def outcome(run: Run) -> dict[str, Any] | None:
         saved = read_run(run.files.checkpoint)
     except CheckpointError as error:
         raise CheckpointError(f"{error} The run is finished; delete {run.folder} to train it again") from error
-    weights = sum(int(connection.mask.unit_sizes.sum()) for connection, _ in saved.network().layers())
+    weights = sum(int(connection.mask.unit_sizes.sum()) for connection in saved.network().connections().values())
     return {**last, "train_seconds": sum(record["seconds"] for record in saved.history), "weights": weights}
 
 

@@ -36,6 +36,7 @@ from g2g_kernels.ops.g2g_linear.triton import (
     Units,
     columns,
     fitted,
+    g2g_linear,
     in_order,
     input_gradient,
     product,
@@ -50,6 +51,8 @@ from g2g_kernels.ops.g2g_linear.triton import (
 from g2g_kernels.ops.g2g_stack.activity import Activity
 from g2g_kernels.ops.g2g_stack.call import Outputs, StackBackward, StackCall, StackGradients, operators
 from g2g_kernels.ops.g2g_stack.layer import SpikingLayer
+from g2g_kernels.ops.g2g_stack.reference import activity_of, in_turn
+from g2g_kernels.ops.neurons import triton as population
 from g2g_kernels.ops.neurons.models import MODELS, Neurons
 from g2g_kernels.ops.neurons.triton import (
     NUM_WARPS,
@@ -380,7 +383,7 @@ def _layers(call: StackCall) -> list[_Layer]:
     call.check()
     graphs = [units_of(layer.mask, layer.values) for layer in call.layers]
     layers = []
-    for i, (graph, (values, _, bias, neurons, dropped, state)) in enumerate(zip(graphs, call.layers, strict=True)):
+    for i, (graph, (values, _, bias, neurons, dropped, state, _)) in enumerate(zip(graphs, call.layers, strict=True)):
         neuron = column = None
         rows, cols = graph.rows, graph.cols
         if i + 1 < len(graphs):
@@ -523,7 +526,7 @@ def refuses(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) 
     """Why these kernels cannot serve a call, or None."""
     reason = runtime.refuses(x, *(tensor for layer in layers for tensor in layer.tensors()))
     if reason is None and runtime.autocast_dtype(x.device.type) is None:
-        dtypes = {x.dtype, *(layer.values.dtype for layer in layers)}
+        dtypes = {x.dtype, *(values.dtype for layer in layers for values, _ in layer.connections())}
         if len(dtypes) > 1:
             reason = f"needs x and values of one dtype (or autocast), not {', '.join(sorted(map(str, dtypes)))}"
     if reason is None and x.numel() == 0:
@@ -535,10 +538,13 @@ def refuses(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) 
 
 def _widest(layer: SpikingLayer) -> int:
     """The most columns that a layer's inputs or outputs can have in memory."""
-    return max(axis.num_units * axis.width for axis in (layer.mask.rows, layer.mask.cols))
+    axes = [axis for _, mask in layer.connections() for axis in (mask.rows, mask.cols)]
+    return max(axis.num_units * axis.width for axis in axes)
 
 
 def g2g_stack(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> Activity:
+    if any(layer.recurrent is not None for layer in layers):
+        return activity_of(*in_turn(x, layers, steps, g2g_linear, population.neurons), differentiable=False)
     call = StackCall.of(x, layers, steps, runtime.autocast_dtype(x.device.type) or x.dtype)
     counts, rates, last, spikes, _ = FORWARD(call)
     readers = [None if layer.mask.cols.trivial else layer.mask.cols.place_of for layer in layers[1:]]
@@ -650,7 +656,8 @@ def _backward(backward: StackBackward) -> StackGradients:
         elif backward.grad_x:
             grad_x = input_gradient(grad_current, layer.values.to(call.dtype), layer.units, call.x.dtype)
             grad_x = grad_x.view(call.x.shape)
-    return StackGradients(grad_x, values[::-1], biases[::-1], parameters[::-1], states[::-1])
+    recurrents = [layer.values.new_empty(0) for layer in call.layers]  # whose layers run step by step
+    return StackGradients(grad_x, values[::-1], biases[::-1], parameters[::-1], states[::-1], recurrents)
 
 
 FORWARD, BACKWARD = operators("triton_", ("CPU", "CUDA"), _forward, _forward_fake, _backward)  # CPU: the interpreter

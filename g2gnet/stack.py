@@ -133,6 +133,15 @@ class SpikingStack(nn.Module):
                 self.add_module(f"rec{number}", recurrent[0])
 
     @property
+    def steps(self) -> torch.Tensor:
+        """``T`` as it is saved, int64 []. ``torch.func.functional_call`` sets it for the length of a call."""
+        return torch.tensor(self.T)
+
+    @steps.setter
+    def steps(self, value: torch.Tensor) -> None:
+        self.T = COUNT.check("T", int(as_integers("steps", value)))
+
+    @property
     def dropout(self) -> float:
         """The probability with which a hidden neuron is dropped; it may be changed."""
         return self._dropout
@@ -418,7 +427,7 @@ class SpikingStack(nn.Module):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "T"] = torch.tensor(self.T)
+        destination[prefix + "steps"] = self.steps
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -427,7 +436,7 @@ class SpikingStack(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        key = prefix + "T"
+        key = prefix + "steps"
         if key in unexpected_keys:
             unexpected_keys.remove(key)
         try:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from g2g_kernels.wiring import read_row
 from g2gnet.network import G2GNet
 from g2gnet.settings import SettingsError
 from g2gnet.training.cross_validation import FoldSettings
@@ -61,12 +62,16 @@ class SavedRun:
     @_as_trained()
     def initial_network(self, backend: str | None = None) -> G2GNet:
         """The network before the first step, on the CPU."""
-        input_dim = len(self.state["fc1.mask.in_group_of"])
-        num_classes = len(self.state["fc3.mask.out_group_of"])
-        hidden_dim = len(self.state["fc1.mask.out_group_of"])
+        hidden_dim, input_dim = self._sizes("fc1")
+        num_classes, _ = self._sizes("fc3")
         if hidden_dim != self.settings.hidden_dim:  # the settings alone could require any amount of memory
             raise ValueError(f"hidden_dim is {self.settings.hidden_dim}, the network has {hidden_dim}")
         return build_network(self.settings, input_dim, num_classes, backend)
+
+    def _sizes(self, layer: str) -> tuple[int, int]:
+        """(out, in) of a layer of the network."""
+        out_layout, in_layout, *_ = read_row(self.state[f"{layer}.mask.wiring"])
+        return out_layout.size, in_layout.size
 
     def network(self, device: torch.device | str = "cpu", backend: str | None = None) -> G2GNet:
         """The network after the last finished epoch."""

@@ -221,6 +221,7 @@ def test_the_program_writes_a_table_csv_json_and_a_picture(tmp_path, capsys):
     assert printed.startswith("g2g ")
     assert "4 runs: 2 p_inter × 2 seed | 4 finished" in printed.splitlines()[0]
     assert "| p_inter | runs | test accuracy, % |" in printed
+    assert printed.endswith(f"with pictures: python -m g2gnet.report {tmp_path}/*/*.pth\n")
     told = json.loads((tmp_path / "sweep.json").read_text())
     assert told == json.loads((tmp_path / "more.json").read_text())
     assert [row["settings"] for row in told["rows"]] == [{"p_inter": 0.1}, {"p_inter": 0.3}]

@@ -151,7 +151,7 @@ def test_an_epoch_is_printed_and_recorded(tmp_path, capsys):
     assert last["units_pruned"] == last["units_grown"] == 4 * sum(int(0.1 * n) for n in last["units"].values())
     assert last["units"] == records[0]["units"]
     saved = load(files)["model"]
-    assert last["units"] == {name: len(saved[f"{name}.mask.unit_row"]) for name in ("fc1", "fc2", "fc3")}
+    assert last["units"] == {name: len(saved[f"{name}.values"]) for name in ("fc1", "fc2", "fc3")}
     assert last["train_loss"] < records[0]["train_loss"]
 
 

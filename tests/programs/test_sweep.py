@@ -154,6 +154,12 @@ def test_a_sweep_that_is_killed_and_interrupted_resumes_and_ends_as_if_it_had_no
         assert_equal(load(one.files), load(other.files))
 
 
+def test_runs_that_are_alike_since_a_setting_has_no_effect_are_told(tmp_path, thread, caplog):
+    sweep.run({**QUICK, "model": ["dense", "index"], "p_inter": [0.15, 0.3]}, tmp_path, executor=thread)
+    told = [message for message in caplog.messages if "has no effect" in message]
+    assert told[0] == "`p_inter=0.3` has no effect with `model=dense`"
+
+
 def loses_its_sweep_while_it_loads(folder):
     """What a process of a sweep does that ends before the first step."""
     reader, writer = multiprocessing.Pipe(duplex=False)

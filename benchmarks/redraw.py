@@ -23,7 +23,17 @@ from typing import Any, NamedTuple
 from g2gnet.cli import Parser
 from g2gnet.sweep.results import markdown
 
-from . import accuracy, dst_study, flag_costs, model_comparison, recipe_study, study, surrogate_study, tradeoff_study
+from . import (
+    accuracy,
+    dst_study,
+    flag_costs,
+    model_comparison,
+    recipe_study,
+    sequence_study,
+    study,
+    surrogate_study,
+    tradeoff_study,
+)
 from .cli import BUSY
 from .first_run import comparison
 from .registry import COMPACT, KERNELS
@@ -37,7 +47,7 @@ PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("performance.md
 PICTURED = ("scaling", "accuracy", "tradeoff_study")
 STUDIES = {
     module.STUDY.name: module.STUDY
-    for module in (model_comparison, surrogate_study, recipe_study, dst_study, tradeoff_study)
+    for module in (model_comparison, surrogate_study, recipe_study, dst_study, tradeoff_study, sequence_study)
 }
 #: a throughput record's name contains these where they differ
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(Workload)}

@@ -32,7 +32,7 @@ class BlockMask(UnitGrid):
     not buffers, so weight averages leave them alone. :meth:`relabel_` gives slots to other units in place: shapes and
     addresses never change.
 
-    Its one buffer, ``wiring``, describes the mask in floats (:mod:`g2g_kernels.wiring`), so the mask travels wherever
+    Its one buffer, ``wiring``, describes the mask in floats (``g2g_kernels/wiring.py``), so the mask travels wherever
     parameters and buffers do. A ``state_dict`` has the same row and nothing else.
     :meth:`received` is a description that was copied into it: DistributedDataParallel broadcasts buffers when it is
     created, so networks that were drawn differently become equal. :meth:`current` reads one that stands in its place

@@ -29,6 +29,8 @@ QUICK = [
     "g2gnet/test_encoding_and_regularizer.py::test_current_is_scaled_and_shifted",
     "g2gnet/test_states.py::test_parts_in_turn_are_the_whole_with_gradients_through_the_states",
     "g2gnet/test_states.py::test_chunks_change_no_spike_and_no_gradient",
+    "g2gnet/test_recurrence.py::test_a_step_gets_the_spikes_of_the_step_before",
+    "g2gnet/data/test_sequences.py::test_a_step_receives_a_row",
     "g2gnet/test_drop_in.py::test_steps_of_a_network_equal_the_run_over_all_steps",
     "g2gnet/test_drop_in.py::test_a_stack_of_any_depth",
     "g2gnet/test_dst.py::test_an_update_follows_its_rules",

@@ -235,6 +235,13 @@ def test_each_class_and_function_has_a_page_of_its_own(pages):
 
 
 @pytest.mark.long
+def test_the_search_has_the_function_whose_results_are_shortened(site):
+    assert "_performSearch" in (site / "_static" / "few-results.js").read_text(encoding="utf-8")
+    assert "[docname, title, anchor, descr, score, filename" in (site / "_static" / "searchtools.js").read_text()
+    assert "Search._performSearch(" in (site / "_static" / "searchtools.js").read_text(encoding="utf-8")
+
+
+@pytest.mark.long
 def test_the_site_has_executed_its_notebooks(site):
     for notebook in NOTEBOOKS:
         page = (site / notebook.relative_to(ROOT)).with_suffix(".html")

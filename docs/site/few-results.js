@@ -1,6 +1,6 @@
 /* Search shows each page once, by its best place, and the best twenty pages: any common word is on most of them. */
 document.addEventListener("DOMContentLoaded", () => {
-  if (typeof Search === "undefined") return; // only the page of results has it
+  if (typeof Search === "undefined" || !Search._performSearch) return; // only Sphinx's page of results has it
   const PAGES = 20;
   const SCORE = 4; // of a result, beside its page, title, anchor, description, and file
   const search = Search._performSearch;

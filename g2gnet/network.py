@@ -14,7 +14,7 @@ from g2gnet.neurons import NEURONS, SpikingNeurons
 from g2gnet.patterns import MODELS, Pattern, layer_mask, layer_probabilities, mask_between
 from g2gnet.sequences import SEQUENCES, unfold
 from g2gnet.settings import NetworkSettings
-from g2gnet.stack import SpikingStack
+from g2gnet.stack import SpikingStack, check_input
 
 
 class G2GNet(SpikingStack):
@@ -59,6 +59,11 @@ class G2GNet(SpikingStack):
     Raises:
         ValueError: for a value out of range.
         TypeError: for an unknown parameter of the neurons.
+
+    Example:
+        >>> net = G2GNet(784, 256, 10, model="mixer", p_inter=0.15, block_size=16, T=10)
+        >>> net(torch.rand(5, 784)).shape  # spike counts of ten classes
+        torch.Size([5, 10])
     """
 
     fc1: G2GLinear
@@ -202,6 +207,7 @@ class G2GNet(SpikingStack):
         Samples that unfold over time are [B, T·D]. With ``share``, only these samples are encoded, as they would be in
         the whole batch.
         """
+        check_input(x)
         if x.dim() == 3:
             return x if share is None else x[:, share]
         check_samples(x)

@@ -1,5 +1,8 @@
 """A training run read from its checkpoint: settings, history, and its network at the start and now."""
 
+import contextlib
+import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,18 @@ from g2gnet.training.state import UNFIT, load_model
 
 #: what every epoch's record must contain besides its measures: a number for each layer
 MEASURES_BY_LAYER = ("units_kept", "initial_units_kept")
+
+
+@contextlib.contextmanager
+def _as_trained() -> Iterator[None]:
+    """While entered, tensors are made in float32 on the CPU, as in training, whatever the defaults are."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @dataclass(frozen=True)
@@ -44,6 +59,7 @@ class SavedRun:
     history: list[dict[str, Any]]
     state: dict[str, Any]
 
+    @_as_trained()
     def initial_network(self, backend: str | None = None) -> G2GNet:
         """The network before the first step, on the CPU."""
         hidden_dim, input_dim = self._sizes("fc1")
@@ -59,8 +75,9 @@ class SavedRun:
 
     def network(self, device: torch.device | str = "cpu", backend: str | None = None) -> G2GNet:
         """The network after the last finished epoch."""
-        net = self.initial_network(backend)
-        load_model(net, self.state)
+        with _as_trained():
+            net = self.initial_network(backend)
+            load_model(net, self.state)
         return net.to(device)
 
 
@@ -79,6 +96,9 @@ def read_run(checkpoint: Path | str) -> SavedRun:
     content = read_checkpoint(path)
     try:
         kind = FoldSettings if "fold" in content["settings"] else TrainSettings
+        later = content["settings"].keys() - {field.name for field in dataclasses.fields(kind)}
+        if later:
+            raise ValueError(f"the setting {', '.join(sorted(later))} is unknown; a later version of g2g may know it")
         settings = kind(**content["settings"])
         run = SavedRun(path, settings, content["epoch"], content["history"], content["model"])
         if not run.history:

@@ -69,6 +69,14 @@ def g2g_stack(
         ValueError: for options out of range, or tensors that do not match.
         BackendError: if the forced backend cannot serve the call.
         NotImplementedError: for a second derivative, or one in forward mode.
+
+    Example:
+        >>> mask = BlockMask.full(GroupLayout(4, 1), GroupLayout(8, 1), block_size=4)
+        >>> population = Neurons("lif", (torch.tensor([0.9]), torch.tensor([1.0])))
+        >>> layer = SpikingLayer(mask.pack(torch.ones(4, 8)), mask, None, population)
+        >>> activity = g2g_stack(torch.rand(20, 2, 8), [layer])  # [T, B, in]
+        >>> activity.counts.shape, activity.rates[0].shape
+        (torch.Size([2, 4]), torch.Size([4]))
     """
     steps = check_steps(steps)
     if chunk is not None:
@@ -98,6 +106,7 @@ def g2g_stack(
         layer = layer._replace(neurons=check_neurons(suffix, layer.neurons, out_size, x))
         if layer.state is not None:
             check_state(suffix, layer.state, layer.neurons, (x.shape[-2], out_size))
+            _check_like(suffix, layer.state, x)
         if layer.recurrent is not None:
             check_connection(f" of the recurrent connection of layer {number}", *layer.recurrent, None)
             if layer.recurrent.mask.shape != (out_size, out_size):
@@ -130,6 +139,15 @@ def _sent_beyond(layer: SpikingLayer, last: torch.Tensor) -> torch.Tensor:
     before = [0 * fired[0].sum(0)] if layer.state is None else []
     first, final = [*before, *(spikes.sum(0) for spikes in fired)]
     return first - final
+
+
+def _check_like(suffix: str, state: torch.Tensor, x: torch.Tensor) -> None:
+    """Raises ValueError for a state on another device than x, or of more bits than this run's states."""
+    if state.device != x.device:
+        raise ValueError(f"state{suffix} is on {state.device}, x on {x.device}; give state.to(x.device)")
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if torch.promote_types(state.dtype, dtype) != dtype:
+        raise ValueError(f"state{suffix} is {state.dtype}, those of x in {x.dtype} are {dtype}; give state.to({dtype})")
 
 
 def _run(

@@ -48,7 +48,7 @@ TRADEOFF_STYLES = (
     ("#b08a2e", "D", "above"),
 )
 #: of text beside a point: its offset, in points, and its alignment
-SIDES = {
+SIDES: dict[str, dict[str, Any]] = {
     "above": {"xytext": (-4, 4), "ha": "right", "va": "bottom"},
     "right": {"xytext": (7, -2), "ha": "left", "va": "center"},
 }

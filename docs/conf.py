@@ -28,14 +28,41 @@ include_patterns = [
     "CHANGELOG.md",
     "CONTRIBUTING.md",
     "docs/*.md",
-    "docs/api/*.rst",
+    "docs/api/**.rst",
+    "docs/notebooks/*.ipynb",
     "g2g_kernels/ops/*/README.md",
     "benchmarks/*.md",
     "benchmarks/results/*.md",
 ]
 exclude_patterns = [".*", "build", "data"]  # folders that need not be searched
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+    "sphinx_design",
+]
+myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
+
+# Notebooks are kept without outputs, which could go stale, and executed here.
+nb_execution_mode = "force"
+nb_execution_raise_on_error = True
+nb_execution_timeout = 300
+nb_merge_streams = True
+
+# Commands and programs are copied, without prompts; outputs are not.
+copybutton_selector = ", ".join(
+    f"div.highlight-{language} pre" for language in ("python", "py", "py3", "sh", "bat", "toml", "ipython3", "default")
+)
+copybutton_prompt_text = r">>> |\.\.\. "
+copybutton_prompt_is_regexp = True
+
+# a page of its own for each class and function, in docs/api/objects
+autosummary_generate = ["docs/api/g2g_kernels.rst", "docs/api/g2gnet.rst"]
+templates_path = [str(ROOT / "docs" / "site" / "templates")]  # autosummary looks for another path elsewhere
 
 autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_inherit_docstrings = False  # else PyTorch's own text for every method that overrides one of nn.Module
@@ -48,8 +75,9 @@ nitpick_ignore_regex = [("py:.*", r"(?!g2g)\w+\..*|.*\.(TrainerT|ResultT)")]
 
 html_theme = "furo"
 html_title = f"g2g {version}"
-html_static_path = ["site/wide.css"]
+html_static_path = ["site/wide.css", "site/few-results.js"]
 html_css_files = ["wide.css"]
+html_js_files = ["few-results.js"]
 html_extra_path = ["site/index.html"]  # leads from the top of the site to the front page
 html_copy_source = False
 html_show_copyright = False

@@ -52,6 +52,21 @@ class BlockMask(UnitGrid):
 
     Raises:
         ValueError: for coordinates outside the grid, or a unit given twice.
+
+    Example:
+        >>> draw = torch.Generator().manual_seed(0)
+        >>> mask = BlockMask.sample(GroupLayout(32), GroupLayout(64), p_inter=0.15, block_size=4, generator=draw)
+        >>> mask
+        BlockMask(32×64, 8 groups (index), block_size=4, 32 of 128 units, density=0.2500, device=cpu)
+        >>> print(mask.to_string())
+        ██░░░░░░█░░░░░█░
+        ░███░░░░░░░░█░░░
+        █░░░██░░░░█░░░░░
+        ░░░░░░███░░█░░░░
+        █░█░░░░░██░░░░░░
+        ░░░░░█░█░░██░░░░
+        █░░█░░░░░░░░██░░
+        █░░█░░░░░░░░░░██
     """
 
     wiring: torch.Tensor

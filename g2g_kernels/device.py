@@ -36,6 +36,10 @@ def select_device(name: str = "auto") -> torch.device:
 
     Raises:
         ValueError: for an unknown name or a device missing on this machine, with the remedy.
+
+    Example:
+        >>> select_device("cpu")
+        device(type='cpu')
     """
     if name == "auto":
         directml = _directml_device()

@@ -59,12 +59,22 @@ def register_backend(backend: Backend) -> None:
 
 
 def backend_status() -> dict[str, str | None]:
-    """Every backend in order of preference, with None if it is available here, otherwise the reason why not."""
+    """Every backend in order of preference, with None if it is available here, otherwise the reason why not.
+
+    Example:
+        >>> backend_status()["torch"] is None  # available
+        True
+    """
     return {name: backend.unavailable() for name, backend in BACKENDS.items()}
 
 
 def available_backends() -> list[str]:
-    """The backends available on this machine, in order of preference (``"torch"`` always is)."""
+    """The backends available on this machine, in order of preference (``"torch"`` always is).
+
+    Example:
+        >>> "torch" in available_backends()
+        True
+    """
     return [name for name, reason in backend_status().items() if reason is None]
 
 

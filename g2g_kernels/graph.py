@@ -51,7 +51,14 @@ class _Entries(NamedTuple):
 
 
 def edges(mask: UnitGrid, values: torch.Tensor | None = None) -> Edges:
-    """The list of edges, on the CPU; with the packed ``values`` also their weights, in float32 or float64."""
+    """The list of edges, on the CPU; with the packed ``values`` also their weights, in float32 or float64.
+
+    Example:
+        >>> from g2g_kernels import BlockMask, GroupLayout
+        >>> mask = BlockMask.full(GroupLayout(2, 1), GroupLayout(3, 1), block_size=1)
+        >>> edges(mask).source, edges(mask).target
+        (array([0, 1, 2, 0, 1, 2]), array([0, 0, 0, 1, 1, 1]))
+    """
     entries = _entries(mask)
     source, target = entries.col.cpu(), entries.row.cpu()
     source_group, target_group = mask.cols.layout.group_of[source], mask.rows.layout.group_of[target]
@@ -60,7 +67,15 @@ def edges(mask: UnitGrid, values: torch.Tensor | None = None) -> Edges:
 
 
 def to_scipy(mask: UnitGrid, values: torch.Tensor | None = None) -> Any:
-    """A ``scipy.sparse.csr_array`` [out, in]: of bool, or of the packed ``values``, also where these are zero."""
+    """A ``scipy.sparse.csr_array`` [out, in]: of bool, or of the packed ``values``, also where these are zero.
+
+    Example:
+        >>> from g2g_kernels import BlockMask, GroupLayout
+        >>> mask = BlockMask.full(GroupLayout(2, 1), GroupLayout(3, 1), block_size=1)
+        >>> to_scipy(mask).toarray()
+        array([[ True,  True,  True],
+               [ True,  True,  True]])
+    """
     from scipy.sparse import csr_array
 
     entries = _entries(mask)
@@ -69,7 +84,14 @@ def to_scipy(mask: UnitGrid, values: torch.Tensor | None = None) -> Any:
 
 
 def to_csr(mask: UnitGrid, values: torch.Tensor) -> torch.Tensor:
-    """The weight as a CSR tensor [out, in] on the device of ``values``, whose dtype it has; differentiable."""
+    """The weight as a CSR tensor [out, in] on the device of ``values``, whose dtype it has; differentiable.
+
+    Example:
+        >>> from g2g_kernels import BlockMask, GroupLayout
+        >>> mask = BlockMask.sample(GroupLayout(16), GroupLayout(16), block_size=2)
+        >>> to_csr(mask, mask.pack(torch.ones(16, 16))).shape
+        torch.Size([16, 16])
+    """
     mask.check_values(values)
     entries = _entries(mask)
     data = values.reshape(-1)[entries.place]
@@ -87,6 +109,12 @@ def to_bsr(mask: UnitGrid, values: torch.Tensor, order: str = "neuron") -> torch
 
     Raises:
         ValueError: if units differ in size, or groups are not contiguous and ``order`` is ``"neuron"``.
+
+    Example:
+        >>> from g2g_kernels import BlockMask, GroupLayout
+        >>> mask = BlockMask.sample(GroupLayout(16), GroupLayout(16), block_size=2)
+        >>> to_bsr(mask, mask.pack(torch.ones(16, 16))).layout
+        torch.sparse_bsr
     """
     mask.check_values(values)
     if order not in ("neuron", "group"):
@@ -111,6 +139,12 @@ def to_networkx(mask: UnitGrid, values: torch.Tensor | None = None, source: str 
     """A ``networkx.DiGraph`` from nodes (``source``, j) to nodes (``target``, i), with ``weight`` if values are given.
 
     All neurons are nodes, with their ``group``; equal names of both sides make one population of them.
+
+    Example:
+        >>> from g2g_kernels import BlockMask, GroupLayout
+        >>> mask = BlockMask.full(GroupLayout(2, 1), GroupLayout(3, 1), block_size=1)
+        >>> list(to_networkx(mask).edges)[:2]
+        [(('in', 0), ('out', 0)), (('in', 0), ('out', 1))]
     """
     if source == target and mask.shape[0] != mask.shape[1]:
         raise ValueError(f"source={source!r} is also the target, but {mask.shape[1]} inputs are not {mask.shape[0]}")
@@ -138,6 +172,14 @@ def to_string(mask: UnitGrid, max_cells: int = 64) -> str:
 
     A grid larger than ``max_cells`` in either direction is drawn with several units per cell; ``▒`` means up to
     half of them present, ``▓`` more than half.
+
+    Example:
+        >>> from g2g_kernels import BlockMask, GroupLayout
+        >>> print(to_string(BlockMask.sample(GroupLayout(4, 2), GroupLayout(8, 2), p_inter=0.0, block_size=1)))
+        ████░░░░
+        ████░░░░
+        ░░░░████
+        ░░░░████
     """
     grid = mask.present().cpu().float()[None, None]
     if max(mask.grid) > max_cells:
@@ -151,7 +193,13 @@ def to_string(mask: UnitGrid, max_cells: int = 64) -> str:
 
 
 def to_png(mask: UnitGrid) -> bytes:
-    """A picture of the unit grid as a PNG file: dark where units exist, in group order, outputs from top to bottom."""
+    """A picture of the unit grid as a PNG file: dark where units exist, in group order, outputs from top to bottom.
+
+    Example:
+        >>> from g2g_kernels import BlockMask, GroupLayout
+        >>> to_png(BlockMask.sample(GroupLayout(16), GroupLayout(16), block_size=2))[:4]
+        b'\x89PNG'
+    """
     grid = mask.present().cpu().float()
     height, width = grid.shape
     if max(height, width) > PICTURE:
@@ -168,7 +216,13 @@ def to_png(mask: UnitGrid) -> bytes:
 
 
 def to_html(mask: UnitGrid) -> str:
-    """The mask for a notebook: what ``repr`` says, and its picture."""
+    """The mask for a notebook: what ``repr`` says, and its picture.
+
+    Example:
+        >>> from g2g_kernels import BlockMask, GroupLayout
+        >>> "<img" in to_html(BlockMask.sample(GroupLayout(16), GroupLayout(16), block_size=2))
+        True
+    """
     return f"<div><code>{html.escape(repr(mask))}</code><br>{picture(mask)}</div>"
 
 

@@ -44,6 +44,13 @@ class GroupLayout:
 
     Raises:
         ValueError: for an unknown kind, or sizes that leave a group without a neuron.
+
+    Example:
+        >>> layout = GroupLayout(6, num_groups=2, kind="interleaved")
+        >>> layout.group_of
+        tensor([0, 1, 0, 1, 0, 1])
+        >>> layout.sizes
+        tensor([3, 3])
     """
 
     @on_cpu

@@ -12,6 +12,7 @@ import os
 import platform
 import re
 import sys
+import threading
 import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -421,6 +422,7 @@ def run_program(
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a pipe on Windows has a code page without the lines of our tables
     arguments = parser.parse_args(argv)
+    tqdm.set_lock(threading.RLock())  # the usual one is the system's, and left behind by a process that is killed
     handler = _BesideBars()
     handler.setFormatter(_InFlags(parser))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)

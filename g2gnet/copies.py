@@ -216,6 +216,14 @@ def sync_wiring(source: nn.Module, target: nn.Module) -> None:
 
     Raises:
         ValueError: if layers differ in name or size.
+
+    Example:
+        >>> net, other = (G2GNet(64, 64, 10, block_size=8) for _ in range(2))
+        >>> other.load_state_dict(net.state_dict())
+        <All keys matched successfully>
+        >>> sync_wiring(net, other)
+        >>> other.fc2.mask.equals(net.fc2.mask)
+        True
     """
     for theirs, mine in _pairs(source, target):
         mine.catch_up()
@@ -231,6 +239,12 @@ def tie_wiring(source: nn.Module, average: nn.Module) -> None:
 
     Raises:
         ValueError: if layers differ in name or size.
+
+    Example:
+        >>> net, average = (G2GNet(64, 64, 10, block_size=8) for _ in range(2))
+        >>> average.load_state_dict(net.state_dict())
+        <All keys matched successfully>
+        >>> tie_wiring(net, average)  # DST of net now rewires average too
     """
     sync_wiring(source, average)
     for theirs, mine in _pairs(source, average):
@@ -238,6 +252,13 @@ def tie_wiring(source: nn.Module, average: nn.Module) -> None:
 
 
 def untie_wiring(model: nn.Module) -> None:
-    """Says that ``model`` is a network of its own: it is never rewired with the one that it was copied from."""
+    """Says that ``model`` is a network of its own: it is never rewired with the one that it was copied from.
+
+    Example:
+        >>> import copy
+        >>> net = G2GNet(64, 64, 10, block_size=8)
+        >>> start = copy.deepcopy(net)
+        >>> untie_wiring(start)  # stays as it is when net is rewired
+    """
     for layer in _layers(model).values():
         layer.lineage.leave()

@@ -51,6 +51,18 @@ def captured(step: Callable[..., Any], device: torch.device | str) -> Callable[.
     Returns:
         A function that is called like ``step``. It returns the same tensors at every replay, with new content: read
         them before the next call.
+
+    Example:
+        >>> net = G2GNet(64, 64, 10, block_size=8, T=5)
+        >>> optimizer = torch.optim.Adam(net.parameters())
+        >>> def step(x, labels):
+        ...     loss = torch.nn.functional.cross_entropy(net(x), labels)
+        ...     loss.backward()
+        ...     return loss
+        ...
+        >>> step = captured(step, torch.device("cpu"))  # a CUDA graph on "cuda"
+        >>> step(torch.rand(8, 64), torch.zeros(8, dtype=torch.int64)).shape
+        torch.Size([])
     """
     device = torch.device(device)
     return CapturedStep(step, device) if device.type == "cuda" else step

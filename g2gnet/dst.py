@@ -6,10 +6,9 @@ Works on :class:`G2GLinear` layers with any optimizer that lets the state of gro
 
 import contextlib
 import copy
-import itertools
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +22,7 @@ from g2gnet.distributed import ALONE, World
 from g2gnet.dst_rules import ACTIVITY, GRADIENT, GROW_RULES, PRUNE_RULES, Evidence
 from g2gnet.layers import AbsentGradient, G2GLinear
 from g2gnet.optimizer_state import OptimizerState, ResetState
-from g2gnet.recording import ActivityRecorder, Recording, Train, Uncompiled, check_compiled, dense
+from g2gnet.recording import ActivityRecorder, OneStepLater, Recording, Train, Uncompiled, check_compiled, dense
 from g2gnet.schedules import SCHEDULES
 from g2gnet.seeding import draw_device, stream
 
@@ -145,6 +144,8 @@ class DSTScheduler:
             step of the last update.
         stop: the share of training, above 0 and at most 1, after which no unit is replaced.
         total_steps: the optimizer steps of the whole training, which ``"cosine"`` and ``stop`` refer to.
+        recurrent: if layers are given, those of them that join a layer's neurons to themselves; each comes after its
+            layer. Its inputs are the spikes of the step before.
         reset_state: for optimizers whose states differ in shape from the weights (factored, flat): called as
             ``reset_state(optimizer, values, fresh)`` for each layer after an update, with its packed weights and a bool
             tensor [num_units], true for the units whose state must be reset.
@@ -156,6 +157,18 @@ class DSTScheduler:
         ValueError: for an option out of range, no layer, a layer that the optimizer does not hold or of which this
             process has a part only, an optimizer whose states cannot be reset, or if every unit is present, so none can
             grow.
+
+    Example:
+        >>> net = G2GNet(64, 64, 10, block_size=8, T=5)
+        >>> optimizer = torch.optim.Adam(net.parameters())
+        >>> dst = DSTScheduler(net, optimizer, interval=2, fraction=0.25)
+        >>> for _ in range(4):
+        ...     net(torch.rand(8, 64)).sum().backward()
+        ...     optimizer.step()
+        ...     rewired = dst.step()
+        ...
+        >>> rewired, dst.pruned == dst.grown > 0
+        (True, True)
     """
 
     def __init__(
@@ -172,6 +185,7 @@ class DSTScheduler:
         schedule: str = "constant",
         stop: float = 1.0,
         total_steps: int | None = None,
+        recurrent: Collection[G2GLinear] = (),
         reset_state: ResetState | None = None,
     ) -> None:
         for name, value, known in (
@@ -201,6 +215,10 @@ class DSTScheduler:
             self.layers = [module for module in model.modules() if isinstance(module, G2GLinear)]
         else:
             self.layers = list(model)
+        unknown = [layer for layer in recurrent if layer not in self.layers[1:]]
+        if unknown:
+            raise ValueError(f"recurrent has {unknown[0]}, which is none of the layers after the first; give both")
+        self._recurrent = set(recurrent)
         if not self.layers:
             raise ValueError("there is no G2GLinear layer to rewire; g2gnet.sparsify(model) creates them")
         if all(layer.mask.is_full for layer in self.layers):
@@ -348,8 +366,7 @@ class DSTScheduler:
         try:
             if due:
                 if inputs is not None and activity is not None:
-                    pre: list[Train] = [inputs.detach(), *activity.spikes]
-                    recordings = [[pair] for pair in itertools.pairwise(pre)]
+                    recordings = [[pair] for pair in self._trains(inputs.detach(), activity)]
                 self._check_whole()
                 world = World.of(self._process_group)
                 world.stage = f"the update of the units after step {self.steps}"
@@ -362,6 +379,18 @@ class DSTScheduler:
             self._absent = {}
             self._record_if_due()
         return due
+
+    def _trains(self, inputs: torch.Tensor, activity: Activity) -> Iterator[tuple[Train, Train]]:
+        """What each layer received, and what its neurons did."""
+        received: Train = inputs
+        posts = iter(activity.spikes)
+        for layer in self.layers:
+            if layer in self._recurrent:
+                yield OneStepLater(received), received
+                continue
+            post = next(posts)
+            yield received, post
+            received = post
 
     def _wiring(self) -> list[torch.Tensor]:
         return [units for layer in self.layers for units in (layer.mask.unit_row, layer.mask.unit_col)]

@@ -26,6 +26,13 @@ def encode(
     Raises:
         ValueError: for an unknown encoding.
         TypeError: for samples that are not floats: images of uint8 would be currents of up to 255.
+
+    Example:
+        >>> x = torch.tensor([[0.0, 1.0]])
+        >>> encode(x, "current", steps=3, scale=2.0)
+        tensor([[0., 2.]])
+        >>> encode(x, "rate", steps=3).shape
+        torch.Size([3, 1, 2])
     """
     if enc not in ENCODINGS:
         raise ValueError(f"enc={enc!r} is unknown; choose one of {', '.join(ENCODINGS)}")

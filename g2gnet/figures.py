@@ -31,7 +31,13 @@ History = Sequence[Mapping[str, Any]]
 
 
 class Raster(NamedTuple):
-    """Spikes [T, N] of one layer for one sample, on the CPU, and the groups of its neurons (:func:`rasters`)."""
+    """Spikes [T, N] of one layer for one sample, on the CPU, and the groups of its neurons (:func:`rasters`).
+
+    Example:
+        >>> from g2g_kernels import GroupLayout
+        >>> raster = Raster("lif1", (torch.rand(20, 16) < 0.2).float(), GroupLayout(16, 4))
+        >>> spike_rasters([raster], "one layer").savefig("raster.png")
+    """
 
     name: str
     spikes: torch.Tensor
@@ -39,7 +45,12 @@ class Raster(NamedTuple):
 
 
 def style(number: int) -> dict[str, Any]:
-    """Colour and marker of a line; no two of the first 49 are alike."""
+    """Colour and marker of a line; no two of the first 49 are alike.
+
+    Example:
+        >>> style(0), style(7)
+        ({'color': '#0072B2', 'marker': 'o'}, {'color': '#0072B2', 'marker': 's'})
+    """
     return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number // len(COLOURS) % len(MARKERS)]}
 
 
@@ -50,6 +61,12 @@ def rasters(net: G2GNet, activity: Activity, sample: int = 0) -> list[Raster]:
         net: the network.
         activity: what ``net.simulate`` gave.
         sample: its number in the batch.
+
+    Example:
+        >>> from g2gnet import G2GNet
+        >>> net = G2GNet(64, 64, 10, block_size=8, T=5)
+        >>> [raster.name for raster in rasters(net, net.simulate(torch.rand(3, 64)), sample=2)]
+        ['lif1', 'lif2', 'lif3']
     """
     return [
         Raster(f"lif{number}", spikes.dense()[:, sample].detach().cpu(), connection.mask.rows.layout)
@@ -63,6 +80,10 @@ def training_curves(histories: Mapping[str, Sequence[History]]) -> Figure:
     Args:
         histories: of one run, or of several that differ in their seed: then their mean, and its standard error as a
             band, as far as all of them have come.
+
+    Example:
+        >>> history = [{"epoch": n, "train_acc": 0.5, "test_acc": 0.4 + n / 10, "train_loss": 1 / n} for n in (1, 2, 3)]
+        >>> training_curves({"mixer": [history]}).savefig("curves.png")
     """
     several = len(histories) > 1
     figure, axes = _figure(1, 2, 3.2 + (0.22 * -(-len(histories) // 2) if several else 0))
@@ -93,16 +114,26 @@ def training_curves(histories: Mapping[str, Sequence[History]]) -> Figure:
     return figure
 
 
-def connection_density(masks: Mapping[str, Sequence[BlockMask]]) -> Figure:
-    """The share of the weights between each pair of groups that exist: one row per state, one column per layer."""
-    layers = len(next(iter(masks.values())))
-    figure, axes = _figure(len(masks), layers, 3.4 * len(masks))
-    for row, (state, of_layers) in enumerate(masks.items()):
-        for column, mask in enumerate(of_layers):
+def connection_density(masks: Mapping[str, Mapping[str, BlockMask]]) -> Figure:
+    """The share of the weights between each pair of groups that exist: one row per state, one column per connection.
+
+    Args:
+        masks: for each state, the masks by the names of the connections: ``{"now": {"fc1": net.fc1.mask}}``.
+
+    Example:
+        >>> from g2gnet import G2GNet
+        >>> net = G2GNet(64, 64, 10, block_size=8)
+        >>> masks = {name: connection.mask for name, connection in net.connections().items()}
+        >>> connection_density({"now": masks}).savefig("density.png")
+    """
+    connections = len(next(iter(masks.values())))
+    figure, axes = _figure(len(masks), connections, 3.4 * len(masks))
+    for row, (state, by_name) in enumerate(masks.items()):
+        for column, (name, mask) in enumerate(by_name.items()):
             axis = axes[row, column]
             density = group_density(mask)
             image = axis.imshow(density.numpy(), vmin=0, vmax=1, cmap="viridis")
-            axis.set(title=f"fc{column + 1}, {state}", xlabel="input group", ylabel="output group")
+            axis.set(title=f"{name}, {state}", xlabel="input group", ylabel="output group")
             groups = len(density)
             step = 1 if groups <= 16 else groups // 8
             ticks = range(0, groups, step)
@@ -129,6 +160,11 @@ def group_inputs(mask: BlockMask, shape: tuple[int, ...], name: str, inputs: str
             image, which are drawn side by side.
         name: of the connection.
         inputs: the inputs, in words.
+
+    Example:
+        >>> from g2gnet import G2GNet
+        >>> net = G2GNet(784, 64, 10, block_size=8)
+        >>> group_inputs(net.fc1.mask, (28, 28), "fc1", "pixels").savefig("inputs.png")
     """
     dense = mask.to_dense().float().cpu()
     layout = mask.rows.layout
@@ -160,7 +196,14 @@ def group_inputs(mask: BlockMask, shape: tuple[int, ...], name: str, inputs: str
 
 
 def spike_rasters(rasters: Sequence[Raster], title: str) -> Figure:
-    """One dash per spike; neurons are sorted by group, neighbouring groups in two colours."""
+    """One dash per spike; neurons are sorted by group, neighbouring groups in two colours.
+
+    Example:
+        >>> from g2gnet import G2GNet
+        >>> net = G2GNet(64, 64, 10, block_size=8, T=5)
+        >>> activity = net.simulate(3 * torch.rand(1, 64))
+        >>> spike_rasters(rasters(net, activity), "a sample").savefig("raster.png")
+    """
     heights = [1.0 if raster.spikes.shape[1] > 20 else 0.45 for raster in rasters]
     figure, axes = _figure(len(rasters), 1, 2.6 * sum(heights) + 0.7, height_ratios=heights, sharex=True)
     for axis, raster, height in zip(axes.flat, rasters, heights, strict=True):
@@ -201,6 +244,12 @@ def spike_animation(rasters: Sequence[Raster], title: str = "", interval: int = 
         rasters: of one sample (:func:`rasters`).
         title: above the picture.
         interval: milliseconds per time step.
+
+    Example:
+        >>> from g2gnet import G2GNet
+        >>> net = G2GNet(64, 64, 10, block_size=8, T=5)
+        >>> activity = net.simulate(3 * torch.rand(1, 64))
+        >>> spike_animation(rasters(net, activity), "a sample").save("spikes.gif", writer="pillow")
     """
     figure, axes = _figure(1, len(rasters), 3.6)
     images, cells = [], []
@@ -226,7 +275,11 @@ def spike_animation(rasters: Sequence[Raster], title: str = "", interval: int = 
 
 
 def confusion(matrix: torch.Tensor, classes: Sequence[str]) -> Figure:
-    """Which classes are taken for which: images, int64 [C, C] by true and found class, as shares of the true ones."""
+    """Which classes are taken for which: images, int64 [C, C] by true and found class, as shares of the true ones.
+
+    Example:
+        >>> confusion(torch.tensor([[8, 2], [1, 9]]), ("shirt", "coat")).savefig("confusion.png")
+    """
     count = len(matrix)
     share = matrix.double() / matrix.sum(1, keepdim=True).clamp(min=1)
     many = count > 25  # names in small letters, on a picture to be enlarged
@@ -248,7 +301,17 @@ def confusion(matrix: torch.Tensor, classes: Sequence[str]) -> Figure:
 
 
 def rate_histograms(analysis: NetworkAnalysis) -> Figure:
-    """Histograms of each layer's firing rates."""
+    """Histograms of each layer's firing rates.
+
+    Example:
+        >>> from g2gnet import G2GNet
+        >>> from g2gnet.analysis import Batch, analyze_network
+        >>> net = G2GNet(64, 64, 10, block_size=8, T=20)
+        >>> inputs = net.encode(3 * torch.rand(30, 64))
+        >>> batch = Batch(inputs, net.simulate(inputs), torch.arange(30) % 10)
+        >>> analysis = analyze_network(net, [batch], num_classes=10)
+        >>> rate_histograms(analysis).savefig("rates.png")
+    """
     figure, axes = _figure(1, len(analysis.layers), 2.9)
     for axis, layer in zip(axes.flat, analysis.layers, strict=True):
         rates = layer.neuron_rates
@@ -268,12 +331,17 @@ def rate_histograms(analysis: NetworkAnalysis) -> Figure:
 
 
 def turnover(history: History) -> Figure:
-    """What dynamic sparse training replaced: in each epoch, and of the initial units."""
+    """What dynamic sparse training replaced: in each epoch, and of the initial units.
+
+    Example:
+        >>> kept = [{"units_kept": {"fc1": 0.9}, "initial_units_kept": {"fc1": 1 - n / 10}} for n in (1, 2, 3)]
+        >>> turnover([{"epoch": n, **record} for n, record in enumerate(kept, 1)]).savefig("turnover.png")
+    """
     figure, axes = _figure(1, 2, 3.0)
     replaced, kept = axes.flat
     epochs = [record["epoch"] for record in history]
     for number, name in enumerate(history[0]["units_kept"]):
-        style = {"color": COLOURS[number], "marker": "os^"[number], "markersize": 4, "label": name}
+        style = {"color": COLOURS[number], "marker": "os^Dv"[number], "markersize": 4, "label": name}
         replaced.plot(epochs, [1 - record["units_kept"][name] for record in history], **style)
         kept.plot([0, *epochs], [1, *(record["initial_units_kept"][name] for record in history)], **style)
     replaced.set(title="Replaced in each epoch", xlabel="epoch", ylabel="units of the layer")
@@ -288,7 +356,12 @@ def turnover(history: History) -> Figure:
 
 
 def input_shape(size: int) -> tuple[int, ...]:
-    """How ``size`` inputs are laid out: 28 × 28 and 3 × 32 × 32 images as they are, anything else roughly square."""
+    """How ``size`` inputs are laid out: 28 × 28 and 3 × 32 × 32 images as they are, anything else roughly square.
+
+    Example:
+        >>> input_shape(784), input_shape(3072)
+        ((28, 28), (3, 32, 32))
+    """
     if size == 784:
         return 28, 28
     if size == 3072:

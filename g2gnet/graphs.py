@@ -15,6 +15,12 @@ def to_networkx(layers: Layers) -> Any:
     """A ``networkx.DiGraph`` of all neurons: nodes ("input", j), ("lif1", i), ("lif2", i), …, edges with ``weight``.
 
     The ``group`` of a neuron is its group as an output; of inputs, that on the input side of ``fc1``.
+
+    Example:
+        >>> from g2gnet import G2GNet
+        >>> graph = to_networkx(G2GNet(64, 64, 10, block_size=8).layers())
+        >>> graph.number_of_nodes()
+        202
     """
     graph: Any = None
     source = "input"
@@ -31,7 +37,13 @@ def to_networkx(layers: Layers) -> Any:
 
 
 def to_html(layers: Layers) -> str:
-    """One row per layer: its connection, the units that exist, its neurons."""
+    """One row per layer: its connection, the units that exist, its neurons.
+
+    Example:
+        >>> from g2gnet import G2GNet
+        >>> "<img" in to_html(G2GNet(64, 64, 10, block_size=8).layers())
+        True
+    """
     rows = []
     for number, (connection, neurons) in enumerate(layers, 1):
         mask = connection.mask

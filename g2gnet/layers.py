@@ -67,6 +67,16 @@ class G2GLinear(nn.Module):
     Attributes:
         values: packed weights, Parameter [num_units, unit_rows, unit_cols].
         bias: Parameter [out], or None.
+
+    Example:
+        >>> from g2g_kernels import BlockMask, GroupLayout
+        >>> draw = torch.Generator().manual_seed(0)
+        >>> mask = BlockMask.sample(GroupLayout(32), GroupLayout(64), p_inter=0.15, block_size=4, generator=draw)
+        >>> layer = G2GLinear(mask, generator=draw)
+        >>> layer.values.shape  # the weights that exist, unit by unit
+        torch.Size([32, 4, 4])
+        >>> layer(torch.rand(5, 64)).shape
+        torch.Size([5, 32])
     """
 
     def __init__(

@@ -20,6 +20,11 @@ def load(checkpoint: Path | str, device: torch.device | str = "cpu", backend: st
 
     Raises:
         CheckpointError: if the file is missing, damaged, or not the checkpoint of a training run.
+
+    Example:
+        >>> net = load("checkpoints/fashionmnist-mini_mixer_p0.15_T5_current.pth")
+        >>> net(torch.rand(2, 784)).shape
+        torch.Size([2, 10])
     """
     from g2gnet.training import read_run  # which imports this package
 

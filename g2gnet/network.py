@@ -1,4 +1,4 @@
-"""G2GNet: three layers of spiking neurons joined by dense or group-sparse connections."""
+"""G2GNet: three layers of spiking neurons joined by dense or group-sparse connections, recurrent ones if wanted."""
 
 import itertools
 from typing import Any
@@ -6,12 +6,12 @@ from typing import Any
 import torch
 
 from g2g_kernels import BlockMask, GroupLayout
-from g2g_kernels.numbers import Number
+from g2g_kernels.numbers import PROBABILITY, Number
 from g2g_kernels.tracing import symbolic_call
 from g2gnet.encoding import ENCODINGS, check_samples, encode
 from g2gnet.layers import G2GLinear
 from g2gnet.neurons import NEURONS, SpikingNeurons
-from g2gnet.patterns import MODELS, Pattern, layer_mask, layer_probabilities
+from g2gnet.patterns import MODELS, Pattern, layer_mask, layer_probabilities, mask_between
 from g2gnet.sequences import SEQUENCES, unfold
 from g2gnet.settings import NetworkSettings
 from g2gnet.stack import SpikingStack
@@ -40,6 +40,10 @@ class G2GNet(SpikingStack):
         sequence: a name in :data:`g2gnet.sequences.SEQUENCES`. Other than ``"none"``, samples [B, T·input_dim] unfold
             over T steps as the buffer ``input_order``, int64 [T, input_dim], says: where the inputs of each step lie in
             a sample. It is 0, 1, 2, … until it is set (:func:`g2gnet.sequences.input_order`), saved with the network.
+        recurrent: whether the neurons of each hidden layer are joined to one another, by ``rec1`` and ``rec2``: spikes
+            reach them one step later. The groups are those of the layer's neurons.
+        p_rec_inter: the probability of a recurrent unit between groups; None: ``p_inter``.
+        rec_gain: factor on the initial recurrent weights, above 0.
         neuron: model of all neurons, ``"lif"`` (:class:`LIF`) or ``"synaptic"`` (:class:`Synaptic`).
         per_neuron: one value of each of the neurons' parameters per neuron instead of one per layer.
         reset: as for :func:`g2g_kernels.lif`.
@@ -86,6 +90,9 @@ class G2GNet(SpikingStack):
         standardize: bool = NetworkSettings.standardize,
         sequence: str = NetworkSettings.sequence,
         neuron: str = NetworkSettings.neuron,
+        recurrent: bool = NetworkSettings.recurrent,
+        p_rec_inter: float | None = NetworkSettings.p_rec_inter,
+        rec_gain: float = NetworkSettings.rec_gain,
         per_neuron: bool = NetworkSettings.per_neuron,
         reset: str = NetworkSettings.reset,
         surrogate: str = NetworkSettings.surrogate,
@@ -115,13 +122,21 @@ class G2GNet(SpikingStack):
                 f"hidden_dim={hidden_dim!r} is not a whole number: both hidden layers have one size. For others, or "
                 "another depth, make a SpikingStack of G2GLinear and LIF"
             )
-        Number(0, open_low=True).check("init_gain", init_gain)
+        for name, gain in (("init_gain", init_gain), ("rec_gain", rec_gain)):
+            Number(0, open_low=True).check(name, gain)
+        if p_rec_inter is not None and (callable(model) or model == "dense" or density != "uniform" or not recurrent):
+            raise ValueError(
+                f"p_rec_inter={p_rec_inter!r:.40} has no effect without recurrent=True, on a dense network, with a "
+                f"density of its own, or beside a pattern of your own; leave it out"
+            )
         for name, value in (("enc_scale", enc_scale), ("enc_bias", enc_bias)):
             Number().check(name, value)
         sizes = (input_dim, hidden_dim, hidden_dim, num_classes)
         shapes = [(out_size, in_size) for in_size, out_size in itertools.pairwise(sizes)]
-        probabilities = layer_probabilities(shapes, p_intra, p_inter, num_groups, density)
-        layers = []
+        hidden = len(shapes) - 1 if recurrent else 0
+        joined = [(hidden_dim, hidden_dim)] * hidden
+        probabilities = layer_probabilities(shapes + joined, p_intra, p_inter, num_groups, density)
+        layers: list[tuple[G2GLinear, SpikingNeurons]] = []
         for number, (out_size, in_size) in enumerate(shapes):
             if model == "dense":
                 mask = BlockMask.full(GroupLayout(out_size, 1), GroupLayout(in_size, 1), block_size)
@@ -137,7 +152,18 @@ class G2GNet(SpikingStack):
                 with torch.no_grad():
                     connection.values.mul_(init_gain)
             layers.append((connection, neurons))
-        super().__init__(layers, T, backend, dropout)
+        of_recurrent = probabilities[len(shapes) :]
+        if p_rec_inter is not None:
+            of_recurrent = [(p_intra, PROBABILITY.check("p_rec_inter", p_rec_inter))] * hidden
+        recurrents: list[G2GLinear] = []
+        for (connection, _), of_layer in zip(layers, of_recurrent):  # noqa: B905 - the output layer has none
+            groups = connection.mask.rows.layout
+            mask = mask_between(model, groups, groups, of_layer, block_size, generator)
+            recurrents.append(G2GLinear(mask, bias=False, backend=backend, generator=generator))
+            with torch.no_grad():
+                recurrents[-1].values.mul_(rec_gain)
+        joined_layers = [(*pair, joined) for pair, joined in zip(layers, recurrents)]  # noqa: B905
+        super().__init__([*joined_layers, *layers[len(recurrents) :]], T, backend, dropout)
         self.model = model
         self.enc = enc
         self.enc_scale = enc_scale

@@ -28,6 +28,13 @@ class SpikingNeurons(nn.Module):
     Raises:
         ValueError: for a number that a float32 cannot hold, or an α that is not above 0.
         TypeError: for an unknown parameter.
+
+    Example:
+        >>> from g2gnet import LIF, Synaptic
+        >>> [population.model.name for population in (LIF(), Synaptic())]
+        ['lif', 'synaptic']
+        >>> [name for name, _ in Synaptic().named_parameters()]
+        ['syn_decay', 'beta', 'threshold']
     """
 
     model: ClassVar[NeuronModel]
@@ -110,7 +117,13 @@ class SpikingNeurons(nn.Module):
 
 
 class LIF(SpikingNeurons):
-    """Leaky integrate-and-fire neurons (:func:`g2g_kernels.lif`), snnTorch's ``Leaky``: ``beta`` and ``threshold``."""
+    """Leaky integrate-and-fire neurons (:func:`g2g_kernels.lif`), snnTorch's ``Leaky``: ``beta`` and ``threshold``.
+
+    Example:
+        >>> neurons = LIF(beta=0.9)
+        >>> neurons(torch.rand(20, 2, 64)).shape  # currents over time [T, B, N] -> spikes
+        torch.Size([20, 2, 64])
+    """
 
     model = MODELS["lif"]
     initial: ClassVar = {"beta": 0.9, "threshold": 1.0}
@@ -123,6 +136,11 @@ class Synaptic(SpikingNeurons):
     ``beta`` and ``threshold``.
 
     Initially the current lasts half as long as the membrane: 1/(1 − γ) = 5 steps at γ = 0.8, 1/(1 − β) = 10 at β = 0.9.
+
+    Example:
+        >>> neurons = Synaptic(64, syn_decay=0.8)  # a decay, a leak and a threshold for each of 64 neurons
+        >>> neurons(torch.rand(20, 2, 64)).shape
+        torch.Size([20, 2, 64])
     """
 
     model = MODELS["synaptic"]

@@ -33,7 +33,14 @@ SCALE = Number(0, open_low=True)
 
 @dataclass(frozen=True)
 class ErdosRenyi:
-    """Each unit exists with the same probability, independently of all others (Erdős and Rényi 1959): no modules."""
+    """Each unit exists with the same probability, independently of all others (Erdős and Rényi 1959): no modules.
+
+    Example:
+        >>> from g2gnet import G2GNet
+        >>> net = G2GNet(64, 64, 10, model=ErdosRenyi(density=0.25), block_size=4)
+        >>> 0.1 < net.fc2.mask.density < 0.4
+        True
+    """
 
     density: float
 
@@ -57,6 +64,15 @@ class SmallWorld:
         p_inter: that of a unit between groups, in the mean over all other groups.
         neighbours: links per group of outputs; as many more as ``p_inter`` needs, and at most all others.
         rewire: the probability that a link is moved.
+
+    Example:
+        >>> world = SmallWorld(p_intra=1.0, p_inter=0.2, neighbours=2, rewire=0.0)
+        >>> world.links(5, 5, None).int()
+        tensor([[0, 1, 0, 0, 1],
+                [1, 0, 1, 0, 0],
+                [0, 1, 0, 1, 0],
+                [0, 0, 1, 0, 1],
+                [1, 0, 0, 1, 0]], dtype=torch.int32)
     """
 
     p_intra: float = 1.0
@@ -99,6 +115,12 @@ class Distance:
 
     The ranges of neurons of each side lie on a ring of length 1, in the order of the groups; d is the shorter way
     between them, at most 1/2. The constant c makes the mean probability ``density``.
+
+    Example:
+        >>> from g2gnet import G2GNet
+        >>> net = G2GNet(64, 64, 10, model=Distance(density=0.3, scale=0.15), block_size=4)
+        >>> 0.2 < net.fc2.mask.density < 0.4
+        True
     """
 
     density: float
@@ -121,7 +143,12 @@ class Distance:
 
 
 def ring_distance(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """The shorter way between each two places on a ring of length 1: [len(first), len(second)]."""
+    """The shorter way between each two places on a ring of length 1: [len(first), len(second)].
+
+    Example:
+        >>> ring_distance(torch.tensor([0.0]), torch.tensor([0.25, 0.5, 0.75]))
+        tensor([[0.2500, 0.5000, 0.2500]])
+    """
     way = (first[:, None] - second).abs()
     return torch.minimum(way, 1 - way)
 
@@ -159,6 +186,17 @@ def pattern_mask(
 
     Raises:
         ValueError: if the pattern returns anything but units or probabilities.
+
+    Example:
+        >>> from g2g_kernels import GroupLayout
+        >>> def diagonal(out, into, generator):
+        ...     return torch.eye(out.num_units, into.num_units, dtype=torch.bool)
+        ...
+        >>> print(pattern_mask(diagonal, GroupLayout(8, 2), GroupLayout(8, 2), block_size=2).to_string())
+        █░░░
+        ░█░░
+        ░░█░
+        ░░░█
     """
     empty = torch.zeros(0, dtype=torch.int64)
     grid = BlockMask(out_layout, in_layout, empty, empty, block_size)
@@ -209,9 +247,33 @@ def layer_mask(
         model: a name in ``SPARSE``, or a pattern, whose groups are then contiguous.
         probabilities: of a unit inside and between groups (:func:`layer_probabilities`); a pattern of one's own knows.
         num_groups, block_size, generator: as for :class:`g2gnet.G2GNet`.
+
+    Example:
+        >>> draw = torch.Generator().manual_seed(0)
+        >>> layer_mask("mixer", 1, (64, 64), (1.0, 0.15), num_groups=8, block_size=4, generator=draw)  # of fc2
+        BlockMask(64×64, 8 groups (interleaved), block_size=4, 66 of 256 units, density=0.2578, device=cpu)
     """
     grouping = model if isinstance(model, str) and model in GROUPINGS else "index"
     layouts = group_layouts(grouping, number, shape, num_groups, generator)
+    return mask_between(model, *layouts, probabilities, block_size, generator)
+
+
+def mask_between(
+    model: str | Pattern,
+    out_layout: GroupLayout,
+    in_layout: GroupLayout,
+    probabilities: tuple[float, float],
+    block_size: int,
+    generator: torch.Generator | None,
+) -> BlockMask:
+    """Draws the units between groups that are there already: recurrent connections have those of their layer.
+
+    Args:
+        model: ``"dense"``, or as for :func:`layer_mask`, as are the others.
+    """
+    layouts = out_layout, in_layout
+    if model == "dense":
+        return BlockMask.full(*layouts, block_size)
     if not isinstance(model, str):
         return pattern_mask(model, *layouts, block_size, generator)
     if model in GROUPINGS:
@@ -229,6 +291,10 @@ def layer_probabilities(
     proportional to (in + out) / (in · out), at most 1 (Evci et al. 2020, after Mocanu et al. 2018): small layers keep
     more. All layers together have as many weights as otherwise. A layer gets its density by another ``p_inter``, and by
     another ``p_intra`` where that does not suffice.
+
+    Example:
+        >>> layer_probabilities([(64, 784), (64, 64), (10, 64)], p_intra=1.0, p_inter=0.15, num_groups=8)[0]
+        (1.0, 0.15)
     """
     if density not in DENSITIES:
         raise ValueError(f"density={density!r} is unknown; choose one of {', '.join(DENSITIES)}")
@@ -246,7 +312,13 @@ def layer_probabilities(
 
 
 def erk(shapes: Sequence[tuple[int, int]], weights: float) -> list[float]:
-    """Densities proportional to (in + out) / (in · out), at most 1, of layers with ``weights`` weights together."""
+    """Densities proportional to (in + out) / (in · out), at most 1, of layers with ``weights`` weights together.
+
+    Example:
+        >>> shapes = [(64, 784), (64, 64), (10, 64)]
+        >>> [round(density, 2) for density in erk(shapes, weights=10_000)]
+        [0.16, 0.3, 1.0]
+    """
     full: set[int] = set()
     while True:
         free = [layer for layer in range(len(shapes)) if layer not in full]

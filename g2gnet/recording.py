@@ -18,6 +18,18 @@ Train = torch.Tensor | Spikes
 Recording = list[tuple[Train, Train]]
 
 
+class OneStepLater:
+    """Spikes [T, B, N] as they reach a recurrent connection: each one step later, none at the first."""
+
+    def __init__(self, train: Train) -> None:
+        self._train = train
+
+    def dense(self) -> torch.Tensor:
+        """The spikes, float [T, B, N]."""
+        spikes = dense(self._train)
+        return torch.cat([torch.zeros_like(spikes[:1]), spikes[:-1]])
+
+
 def dense(train: Train) -> torch.Tensor:
     """The activity as a tensor [..., N]."""
     return train if isinstance(train, torch.Tensor) else train.dense()
@@ -54,7 +66,7 @@ class ActivityRecorder:
         self._recordings = [[] for _ in self._number]
         for module in self.model.modules():
             if isinstance(module, SpikingStack):
-                layers = [self._layer_in(connection) for connection, _ in module.layers()]
+                layers = [self._layer_in(connection) for connection in module.connections().values()]
                 self._in_stack.update((layer, module) for layer in layers if layer is not None)
                 self._handles.append(module.register_activity_hook(OwnHook(self._stack_hook, module)))
             self._handles.append(module.register_forward_hook(OwnHook(self._module_hook)))
@@ -98,10 +110,14 @@ class ActivityRecorder:
         if not self._records(stack):
             return
         pre: Train = inputs.detach()
-        for (connection, _), post in zip(stack.layers(), activity.spikes, strict=True):
-            layer = self._layer_in(connection)
-            if layer is not None and self._is_new(layer):
-                self._recordings[self._number[layer]].append((pre, post))
+        for (connection, _), recurrent, post in zip(stack.layers(), stack.recurrents(), activity.spikes, strict=True):
+            received = (
+                [(connection, pre)] if recurrent is None else [(connection, pre), (recurrent, OneStepLater(post))]
+            )
+            for each, train in received:
+                layer = self._layer_in(each)
+                if layer is not None and self._is_new(layer):
+                    self._recordings[self._number[layer]].append((train, post))
             pre = post
 
     def _layer_in(self, connection: nn.Module) -> G2GLinear | None:

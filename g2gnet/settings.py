@@ -83,6 +83,11 @@ class Settings:
 
     Raises:
         SettingsError: naming each invalid value.
+
+    Example:
+        >>> from g2gnet.training import NetworkSettings
+        >>> isinstance(NetworkSettings(), Settings)
+        True
     """
 
     def __post_init__(self) -> None:
@@ -164,6 +169,12 @@ class NetworkSettings(Settings):
     """What decides a :class:`~g2gnet.G2GNet` beside the sizes of its data, its backend and its random draws.
 
     ``G2GNet.from_settings`` makes the network; the constructor's arguments have these names and defaults.
+
+    Example:
+        >>> from g2gnet import G2GNet
+        >>> settings = NetworkSettings(model="mixer", hidden_dim=64, block_size=8, T=5)
+        >>> G2GNet.from_settings(settings, input_dim=64, num_classes=10).T
+        5
     """
 
     model: str = setting("index", "model", "fully connected, or how groups of neurons are connected", choices=MODELS)
@@ -192,6 +203,19 @@ class NetworkSettings(Settings):
         False, "data", "subtract the training images' mean from all pixels (or features), and divide by their deviation"
     )
     neuron: str = setting("lif", "model", "neuron model", choices=tuple(NEURONS))
+    recurrent: bool = setting(
+        False, "model", "join the neurons of each hidden layer to one another: spikes reach them one step later"
+    )
+    p_rec_inter: float | None = setting(
+        None,
+        "model",
+        "probability of a recurrent unit between groups, for `recurrent` (default: p_inter)",
+        low=0,
+        high=1,
+    )
+    rec_gain: float = setting(
+        1.0, "model", "factor on the initial recurrent weights, for `recurrent`", low=0, open_low=True
+    )
     per_neuron: bool = setting(False, "model", "one value of each parameter per neuron instead of one per layer")
     beta: float | None = setting(None, "model", _initial("beta", "decay of the membrane"), low=0, high=1)
     threshold: float | None = setting(None, "model", _initial("threshold", "firing threshold"), low=0, open_low=True)
@@ -236,6 +260,16 @@ class NetworkSettings(Settings):
                 f"density={self.density} has no effect with model=dense; give `model={', '.join(SPARSE)}`, or leave it "
                 "out"
             )
+        given = {"p_rec_inter": self.p_rec_inter is not None, "rec_gain": self.rec_gain != 1}
+        problems += [
+            f"{name}={getattr(self, name)} has no effect without recurrent connections; give `recurrent`, or leave it "
+            "out"
+            for name, is_given in given.items()
+            if is_given and not self.recurrent
+        ]
+        if self.p_rec_inter is not None and (self.model == "dense" or self.density != "uniform"):
+            odds = "model=dense" if self.model == "dense" else f"density={self.density}"
+            problems.append(f"p_rec_inter={self.p_rec_inter} has no effect with {odds}; leave it out")
         if self.standardize and self.enc == "rate":
             problems.append(
                 "standardize makes values below 0 and above 1, which are not spike probabilities for enc=rate; "

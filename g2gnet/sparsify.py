@@ -72,6 +72,13 @@ def sparsify(
     Raises:
         ValueError: for an option out of range, an unknown name in ``skip``, or a model without a linear layer to
             replace. The model is then unchanged.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 16))
+        >>> model = sparsify(model, p_inter=0.15, block_size=4)
+        >>> type(model[0]).__name__, model[0].mask.num_units < 8 * 16
+        ('G2GLinear', True)
     """
     if not callable(kind) and kind not in SPARSE:
         raise ValueError(f"kind={kind!r} is unknown; choose one of {', '.join(SPARSE)}, or give a pattern")

@@ -17,12 +17,13 @@ from g2g_kernels.groups import as_integers
 from g2g_kernels.numbers import COUNT, Number
 from g2g_kernels.ops.g2g_stack import (
     NeuronState,
+    Recurrent,
     StackState,
     Synapses,
     activity_of,
     check_dropped,
-    silenced,
 )
+from g2g_kernels.ops.neurons.step import spikes_of
 from g2g_kernels.tracing import is_traced, is_transformed, symbolic_call
 from g2gnet import graphs
 from g2gnet.layers import G2GLinear
@@ -37,6 +38,7 @@ DROPOUT = Number(0, 1 - 1 / DRAWS)
 #: called with the inputs and the activity of a run over all time steps
 ActivityHook = Callable[[torch.Tensor, Activity], None]
 Pair = tuple[G2GLinear, SpikingNeurons]
+RecurrentLayer = tuple[G2GLinear, SpikingNeurons, G2GLinear]
 
 
 class OwnHook:
@@ -60,13 +62,18 @@ def _nothing(*arguments: Any) -> None:
 class SpikingStack(nn.Module):
     """Connections and neurons ``fc1``, ``lif1``, ``fc2``, ``lif2``, …, each layer's spikes the next one's inputs.
 
+    A layer may be recurrent: ``rec1`` then joins the neurons ``lif1`` to themselves. With W, b of ``fc1`` and V of
+    ``rec1`` their current is I_t = W·x_t + b + V·S_{t−1}; the first step has no S_{t−1}, or that of the state that it
+    continues. Gradients pass through S_{t−1} by the surrogate.
+
     All layers run in one call (:func:`g2g_kernels.g2g_stack`), which reads their weights and parameters. What only a
     call of a module would run (hooks on one of them, which also rewrite its weights; a ``forward`` of its own; another
     module in its place) is not left out: the stack then calls them in turn, each over all steps and on its own
     ``backend``. That is slower, gives the same results, and is logged once.
 
     Args:
-        layers: pairs (connection, neurons), from input to output. Each layer has its own model, reset and surrogate.
+        layers: pairs (connection, neurons), from input to output, or (connection, neurons, recurrent connection), the
+            last of as many inputs as outputs and without a bias. Each layer has its own model, reset and surrogate.
         T: number of time steps for which inputs [B, D] are held.
         backend: ``"triton"``, ``"cpu"`` or ``"torch"``; None lets the device decide.
         dropout: probability with which a hidden neuron is dropped in a sample, in training mode: it stays silent at all
@@ -75,6 +82,16 @@ class SpikingStack(nn.Module):
 
     Raises:
         ValueError: for T below 1, a dropout outside [0, 1 − 2⁻¹⁶], no layers, or sizes that do not match.
+
+    Example:
+        >>> from g2g_kernels import BlockMask, GroupLayout
+        >>> layouts = [GroupLayout(size) for size in (64, 48, 32, 10)]
+        >>> masks = [BlockMask.sample(out, into, block_size=4) for into, out in zip(layouts, layouts[1:])]
+        >>> stack = SpikingStack([(G2GLinear(mask), LIF(beta=0.95)) for mask in masks], T=10)
+        >>> stack(torch.rand(5, 64)).shape  # held for T steps
+        torch.Size([5, 10])
+        >>> stack.simulate(torch.rand(20, 5, 64)).rates[0].shape
+        torch.Size([48])
     """
 
     #: whether :meth:`simulate` is calling the layers at the moment
@@ -82,7 +99,7 @@ class SpikingStack(nn.Module):
 
     def __init__(
         self,
-        layers: Sequence[Pair],
+        layers: Sequence[Pair | RecurrentLayer],
         T: int = 50,  # noqa: N803  (the field's name for it)
         backend: str | None = None,
         dropout: float = 0.0,
@@ -91,13 +108,15 @@ class SpikingStack(nn.Module):
         DROPOUT.check("dropout", dropout)
         if not layers:
             raise ValueError("layers is empty; give at least one pair of a G2GLinear and its neurons")
-        for number, (connection, _) in enumerate(layers, 1):
+        for number, (connection, neurons, *recurrent) in enumerate(layers, 1):
             if not hasattr(connection, "in_features"):
                 raise TypeError(
                     f"fc{number} is a {type(connection).__name__}; a stack joins G2GLinear layers. Put others, as "
                     "convolutions, into a module of your own with LIF layers behind them (docs/limits.md)"
                 )
-        for number, ((lower, _), (upper, _)) in enumerate(itertools.pairwise(layers), 1):
+            if recurrent:
+                _check_recurrent(number, connection, neurons, recurrent)
+        for number, ((lower, *_), (upper, *_)) in enumerate(itertools.pairwise(layers), 1):
             if lower.out_features != upper.in_features:
                 raise ValueError(
                     f"fc{number} has {lower.out_features} outputs, but fc{number + 1} {upper.in_features} inputs"
@@ -107,9 +126,11 @@ class SpikingStack(nn.Module):
         self.dropout = dropout
         self.depth = len(layers)
         self._activity_hooks: OrderedDict[int, ActivityHook] = OrderedDict()
-        for number, (connection, neurons) in enumerate(layers, 1):
+        for number, (connection, neurons, *recurrent) in enumerate(layers, 1):
             self.add_module(f"fc{number}", connection)
             self.add_module(f"lif{number}", neurons)
+            if recurrent:
+                self.add_module(f"rec{number}", recurrent[0])
 
     @property
     def dropout(self) -> float:
@@ -136,6 +157,17 @@ class SpikingStack(nn.Module):
         modules: dict[str, Any] = self._modules
         for number in range(1, self.depth + 1):
             yield modules[f"fc{number}"], modules[f"lif{number}"]
+
+    def recurrents(self) -> list[G2GLinear | None]:
+        """The recurrent connection of each layer, or None."""
+        modules: dict[str, Any] = self._modules
+        return [modules.get(f"rec{number}") for number in range(1, self.depth + 1)]
+
+    def connections(self) -> dict[str, G2GLinear]:
+        """All connections by name: ``fc1``, ``rec1`` where there is one, ``fc2``, …."""
+        names = [f"{kind}{number}" for number in range(1, self.depth + 1) for kind in ("fc", "rec")]
+        modules: dict[str, Any] = self._modules
+        return {name: modules[name] for name in names if name in modules}
 
     def drop(self, samples: int, generator: torch.Generator | None = None) -> list[torch.Tensor]:
         """Draws the hidden neurons that are dropped in each sample: bool [samples, N] for each hidden layer.
@@ -205,9 +237,10 @@ class SpikingStack(nn.Module):
                 )
             of_layers = [*(self.drop(inputs.shape[-2]) if dropped is None else dropped), None]
         pairs = list(self.layers())
-        reason = _why_called(pairs)
+        recurrents = self.recurrents()
+        reason = _why_called(pairs, recurrents)
         if reason is None:
-            activity = self._in_one_call(inputs, pairs, of_layers, spikes, state, chunk)
+            activity = self._in_one_call(inputs, pairs, recurrents, of_layers, spikes, state, chunk)
         else:
             if state is not None or chunk is not None:
                 given = f"chunk={chunk}" if state is None else "a state"
@@ -217,11 +250,9 @@ class SpikingStack(nn.Module):
                 )
             if not is_traced():
                 _say_that_layers_are_called(reason)
-            activity = activity_of(self._in_turn(inputs, pairs, of_layers), None, differentiable=spikes)
-            if not is_traced() and all(isinstance(connection, G2GLinear) for connection, _ in pairs):
-                weights = [connection.weights() for connection, _ in pairs]
-                steps = self.T if inputs.dim() == 2 else None
-                activity = activity._replace(synapses=Synapses(inputs, steps, weights))
+            activity = activity_of(self._in_turn(inputs, pairs, recurrents, of_layers), None, differentiable=spikes)
+            if not is_traced() and all(isinstance(connection, G2GLinear) for connection in self.connections().values()):
+                activity = activity._replace(synapses=self._synapses(inputs, pairs, recurrents, activity))
         for hook in self._activity_hooks.values():
             hook(inputs, activity)
         return activity
@@ -230,6 +261,7 @@ class SpikingStack(nn.Module):
         self,
         inputs: torch.Tensor,
         pairs: Sequence[Pair],
+        recurrents: Sequence[G2GLinear | None],
         dropped: Sequence[torch.Tensor | None] | None,
         spikes: bool,
         state: StackState | None,
@@ -238,11 +270,13 @@ class SpikingStack(nn.Module):
         layers = [
             SpikingLayer(*connection.weights(), connection.bias, neurons.population) for connection, neurons in pairs
         ]
+        layers = [
+            layer if recurrent is None else layer._replace(recurrent=Recurrent(*recurrent.weights()))
+            for layer, recurrent in zip(layers, recurrents, strict=True)
+        ]
         if dropped is not None:
-            scale = self._scale
             layers = [
-                layer._replace(values=layer.values * scale if number else layer.values, dropped=of_layer)
-                for number, (layer, of_layer) in enumerate(zip(layers, dropped, strict=True))
+                self._with_dropped(number, *each) for number, each in enumerate(zip(layers, dropped, strict=True))
             ]
         if state is not None:
             self._check_depth(state)
@@ -250,16 +284,42 @@ class SpikingStack(nn.Module):
         steps = self.T if inputs.dim() == 2 else None
         return g2g_stack(inputs, layers, steps, self.backend, spikes, chunk)
 
+    def _with_dropped(self, number: int, layer: SpikingLayer, dropped: torch.Tensor | None) -> SpikingLayer:
+        """The layer with neurons dropped; what kept neurons send it, from below and from itself, is scaled."""
+        scale = self._scale
+        recurrent = layer.recurrent
+        if recurrent is not None and dropped is not None:
+            recurrent = recurrent._replace(values=recurrent.values * scale)
+        values = layer.values * scale if number else layer.values
+        return layer._replace(values=values, dropped=dropped, recurrent=recurrent)
+
+    def _synapses(
+        self, inputs: torch.Tensor, pairs: Sequence[Pair], recurrents: Sequence[G2GLinear | None], activity: Activity
+    ) -> Synapses:
+        """What the synaptic operations of a run that called the modules are counted from."""
+        weights = [[connection.weights()] for connection, _ in pairs]
+        sent: list[torch.Tensor | None] = [None] * self.depth
+        for number, recurrent in enumerate(recurrents):
+            if recurrent is not None:
+                weights[number].append(recurrent.weights())
+                sent[number] = -activity.spikes[number].dense()[-1].sum(0).long()
+        return Synapses(inputs, self.T if inputs.dim() == 2 else None, weights, sent)
+
     def _check_depth(self, state: StackState) -> None:
         if len(state) != self.depth:
             raise ValueError(f"state is of {len(state)} layers, this stack has {self.depth}")
 
     def _in_turn(
-        self, x: torch.Tensor, pairs: Sequence[Pair], dropped: Sequence[torch.Tensor | None] | None
+        self,
+        x: torch.Tensor,
+        pairs: Sequence[Pair],
+        recurrents: Sequence[G2GLinear | None],
+        dropped: Sequence[torch.Tensor | None] | None,
     ) -> list[torch.Tensor]:
         """The spikes [T, B, N] of each layer, by calls of its modules. A held input passes the first connection once.
 
-        Connections receive what is sent to them: with dropout, spikes divided by 1 − ``dropout``.
+        Connections receive what is sent to them: with dropout, spikes divided by 1 − ``dropout``. A recurrent one is
+        called at every step but the first, its neurons take steps.
         """
         steps = self.T if x.dim() == 2 else None
         scale = 1.0 if dropped is None else self._scale
@@ -273,8 +333,15 @@ class SpikingStack(nn.Module):
                     current, steps = current.expand(steps, *current.shape), None
                 if of_layer is not None:
                     check_dropped(f" of layer {number - 1}", of_layer, tuple(current.shape[1:]))
-                    current = silenced(current, of_layer)
-                spikes = _output_of(f"lif{number}", neurons, current, current.shape)
+                    current = current.masked_fill(of_layer, 0)  # hooks of the neurons see them silent
+                recurrent = recurrents[number - 1]
+                if recurrent is None:
+                    spikes = _output_of(f"lif{number}", neurons, current, current.shape)
+                    if of_layer is not None:
+                        spikes = spikes.masked_fill(of_layer, 0)
+                else:
+                    factor = 1.0 if of_layer is None else scale
+                    spikes = _steps_in_turn(f"rec{number}", recurrent, neurons, current, of_layer, factor)
                 trains.append(spikes)
                 x = spikes if dropped is None else spikes * scale
         finally:
@@ -314,9 +381,14 @@ class SpikingStack(nn.Module):
         if state is not None:
             self._check_depth(state)
         afters = []
-        for number, ((connection, neurons), before) in enumerate(zip(self.layers(), befores, strict=True), 1):
+        layers = zip(self.layers(), self.recurrents(), befores, strict=True)
+        for number, ((connection, neurons), recurrent, before) in enumerate(layers, 1):
             _check_steps_of(f"lif{number}", neurons)
-            x, after = neurons.step(connection(x), before)
+            current = connection(x)
+            if recurrent is not None and before is not None:
+                membrane = before if isinstance(before, torch.Tensor) else before[-1]
+                current = current + recurrent(spikes_of(membrane, neurons.population).to(current.dtype))
+            x, after = neurons.step(current, before)
             afters.append(after)
         return x, tuple(afters)
 
@@ -359,7 +431,24 @@ class SpikingStack(nn.Module):
             )
 
 
-def _why_called(pairs: Sequence[Pair]) -> str | None:
+def _check_recurrent(number: int, connection: nn.Module, neurons: nn.Module, recurrent: Sequence[Any]) -> None:
+    """Raises unless what follows the neurons of layer ``number`` is one recurrent connection of these neurons."""
+    name, size = f"rec{number}", connection.out_features
+    if len(recurrent) > 1 or not isinstance(recurrent[0], G2GLinear):
+        what = " and ".join(type(each).__name__ for each in recurrent)
+        raise TypeError(f"{name} is {what}; give one G2GLinear from the layer's neurons to themselves")
+    (own,) = recurrent
+    if (own.out_features, own.in_features) != (size, size):
+        raise ValueError(f"{name} joins {own.in_features} neurons to {own.out_features}, but lif{number} has {size}")
+    if own.bias is not None:
+        raise ValueError(f"{name} has a bias; give G2GLinear(mask, bias=False): fc{number} has the layer's bias")
+    if not isinstance(neurons, SpikingNeurons):
+        raise TypeError(
+            f"lif{number} is a {type(neurons).__name__}; a recurrent layer takes steps of the neurons of g2gnet"
+        )
+
+
+def _why_called(pairs: Sequence[Pair], recurrents: Sequence[G2GLinear | None]) -> str | None:
     """What would be left out unless the modules are called; None: nothing. (It costs every step some microseconds.)"""
     if (
         every_module._global_forward_hooks
@@ -375,6 +464,10 @@ def _why_called(pairs: Sequence[Pair]) -> str | None:
         reason = _why_call(neurons, SpikingNeurons.forward)
         if reason is not None:
             return f"lif{number} {reason}"
+    for number, recurrent in enumerate(recurrents, 1):
+        reason = None if recurrent is None else _why_call(recurrent, G2GLinear.forward)
+        if reason is not None:
+            return f"rec{number} {reason}"
     return None
 
 
@@ -387,6 +480,36 @@ def _why_call(module: nn.Module, forward: Callable) -> str | None:
     if type(module).forward is not forward or "forward" in module.__dict__:
         return f"({type(module).__name__}) has a forward of its own"
     return None
+
+
+def _steps_in_turn(
+    name: str,
+    recurrent: G2GLinear,
+    neurons: SpikingNeurons,
+    current: torch.Tensor,
+    dropped: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    """The spikes [T, B, N] of a recurrent layer by calls of its connection and steps of its neurons.
+
+    Raises:
+        TypeError: if a hook on the neurons, or a forward of their own, would be left out.
+    """
+    lif = name.replace("rec", "lif")
+    reason = _why_call(neurons, SpikingNeurons.forward)
+    if reason is not None:
+        raise TypeError(
+            f"{lif} {reason}, which would not be run: the neurons of a recurrent layer take steps. Use {name} for "
+            "hooks, or take steps with SpikingStack.step"
+        )
+    state: NeuronState | None = None
+    spikes: list[torch.Tensor] = []
+    for now in current.unbind():
+        if spikes:
+            now = now + _output_of(name, recurrent, spikes[-1] * scale, now.shape)
+        train, state = neurons.step(now, state)
+        spikes.append(train if dropped is None else train.masked_fill(dropped, 0))
+    return torch.stack(spikes)
 
 
 def _as_one(state: NeuronState) -> torch.Tensor:

@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+import pytest
+from quick import QUICK
+
 #: files whose tests take longest: they begin first, so that no process works long after the others have ended
 SLOWEST = [
     "g2gnet/test_weights_and_wiring.py",
@@ -33,7 +36,20 @@ def pytest_xdist_auto_num_workers(config):
     return 0 if config.option.file_or_dir else None
 
 
+def pytest_ignore_collect(collection_path, config):
+    """``-m quick`` reads only the files that it has tests in."""
+    if config.option.markexpr == "quick" and collection_path.suffix == ".py":
+        return str(collection_path.relative_to(TESTS).as_posix()) not in {name.partition("::")[0] for name in QUICK}
+    return None
+
+
 def pytest_collection_modifyitems(items):
+    quick = set(QUICK)
+    for item in items:
+        place = item.path.relative_to(TESTS).as_posix() if TESTS in item.path.parents else ""
+        for name in {f"{place}::{item.name}", f"{place}::{item.originalname}"} & quick:
+            quick.remove(name)
+            item.add_marker(pytest.mark.quick)
     first = [path for pattern in SLOWEST for path in sorted(TESTS.glob(pattern))]
     items.sort(key=lambda item: first.index(item.path) if item.path in first else len(first))
 

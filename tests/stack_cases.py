@@ -1,6 +1,7 @@
 """Stacks of layers of spiking neurons, small and lively, and draws that rounding cannot change."""
 
 import itertools
+import math
 from collections.abc import Iterator
 
 import torch
@@ -134,10 +135,10 @@ def clear_of_thresholds(stack: Stack, reset: str, edge: float = 0.0) -> bool:
     for layer in stack.layers(tensors):
         current = x @ dense_by_loop(layer.mask, layer.values).T + (0 if layer.bias is None else layer.bias)
         beta, threshold = layer.neurons.parameters
-        if layer.dropped is not None:
-            current = current.masked_fill(layer.dropped, -1e25)
         x, membranes = lif_by_autograd(current, beta, threshold, reset, SURROGATES["atan"].primitive, 2.0)
         distance = (membranes - threshold).abs()
+        if layer.dropped is not None:
+            x, distance = x.masked_fill(layer.dropped, 0), distance.masked_fill(layer.dropped, math.inf)
         if min(distance.min(), (distance - edge).abs().min()) < 1e-5:
             return False
     return True

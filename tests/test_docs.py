@@ -1,7 +1,9 @@
 """The documentation is true and whole: its code prints what it says, its site builds strictly and stands alone."""
 
+import doctest
 import importlib
 import importlib.util
+import inspect
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -9,12 +11,15 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+import torch
 from code_blocks import BLOCK, run_blocks
 from helpers import ROOT
+from notebooks import cells, run_cells
 from PIL import Image
 
 from g2g_kernels import dispatch
 from g2g_kernels.ops.g2g_linear import operator
+from g2gnet import train
 
 #: pages whose code needs more than a directory to run in, and the tests that give it that
 ELSEWHERE = {"README.md": "test_readme.py", "docs/other-libraries.md": "g2gnet/training/test_logging.py"}
@@ -70,6 +75,77 @@ def test_the_pictures_can_be_drawn_again(name, tmp_path):
             assert all(abs(a - b) < 30 for a, b in zip(picture.size, committed.size, strict=True)), path.name
 
 
+# --- examples -----------------------------------------------------------------------------------------------------
+
+#: files whose docstrings get their examples later
+IN_WORK = ("g2g_kernels/ops/", "g2gnet/network.py", "g2gnet/data/")
+#: packages of which each public class and function has an example
+WITH_EXAMPLES = (*PACKAGES, "g2gnet.figures", "g2gnet.patterns")
+
+
+def public(package):
+    """The public classes and functions of a package by name, but for errors."""
+    module = importlib.import_module(package)
+    own = [
+        name for name, value in vars(module).items() if name[0] != "_" and getattr(value, "__module__", "") == package
+    ]
+    for name in getattr(module, "__all__", own):
+        value = getattr(module, name)
+        if inspect.isfunction(value) or (inspect.isclass(value) and not issubclass(value, BaseException)):
+            yield f"{package}.{name}", value
+
+
+@pytest.fixture(scope="module")
+def trained_run(tmp_path_factory):
+    """A folder in which train.py has left a small run."""
+    folder = tmp_path_factory.mktemp("trained")
+    flags = "--dataset fashionmnist-mini --model mixer --hidden_dim 32 --block_size 8 --T 5 --epochs 1"
+    small = f"--limit_train 128 --limit_test 64 --checkpoint_dir {folder}/checkpoints"
+    assert train.main([*flags.split(), *small.split()]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("package", WITH_EXAMPLES)
+def test_each_public_class_and_function_has_an_example_that_is_true(package, trained_run, monkeypatch, capsys):
+    pytest.importorskip("matplotlib").use("Agg")
+    monkeypatch.chdir(trained_run)
+    parser, runner = doctest.DocTestParser(), doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    names = {"torch": torch, **vars(importlib.import_module(package))}
+    for name, value in public(package):
+        file = Path(inspect.getsourcefile(inspect.unwrap(value))).relative_to(ROOT).as_posix()
+        if file.startswith(IN_WORK):
+            continue
+        text = inspect.getdoc(value)
+        assert "\nExample:\n" in text, f"{name} has no example"
+        result = runner.run(parser.get_doctest(text, dict(names), name, file, None))
+        assert result.failed == 0, capsys.readouterr().out
+
+
+# --- notebooks ----------------------------------------------------------------------------------------------------
+
+NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
+def test_a_notebook_runs_and_shows_pictures(notebook):
+    matplotlib = pytest.importorskip("matplotlib")
+    if notebook.stem == "from-snntorch":
+        pytest.importorskip("snntorch")
+    matplotlib.use("Agg")
+    _, shown = run_cells(notebook, {"range(1, 4)": "range(1, 2)", "epochs=2": "epochs=1"})
+    kinds = [type(value).__name__ for value in shown]
+    assert "Figure" in kinds
+    assert "BlockMask" in kinds
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
+def test_a_notebook_is_kept_without_outputs_which_could_be_stale(notebook):
+    """The site executes it, and so does its reader."""
+    assert notebook.stem in PAGES["docs/index.md"].read_text(encoding="utf-8")
+    for cell in cells(notebook):
+        assert (cell["outputs"], cell["execution_count"]) == ([], None)
+
+
 # --- the site -----------------------------------------------------------------------------------------------------
 
 
@@ -95,7 +171,7 @@ class Links(HTMLParser):
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """The site, built by the README's command elsewhere."""
-    for package in ("sphinx", "myst_parser", "furo"):
+    for package in ("sphinx", "myst_nb", "sphinx_copybutton", "sphinx_design", "furo"):
         pytest.importorskip(package, reason="the generator is not installed (pip install -e '.[docs]')")
     folder = tmp_path_factory.mktemp("docs")
     command = "sphinx-build -W -c docs . build/docs"
@@ -149,7 +225,23 @@ def test_every_link_inside_of_the_site_leads_somewhere(pages):
 
 @pytest.mark.long
 def test_every_public_name_is_in_the_reference(site, pages):
-    described = set().union(*(links.places for page, links in pages.items() if page.parent == site / "docs" / "api"))
+    reference = site / "docs" / "api"
+    described = set().union(*(links.places for page, links in pages.items() if reference in page.parents))
     for package in PACKAGES:
         for name in importlib.import_module(package).__all__:
             assert f"{package}.{name}" in described
+
+
+@pytest.mark.long
+def test_each_class_and_function_has_a_page_of_its_own(pages):
+    objects = {page.stem for page in pages if page.parent.name == "objects"}
+    assert {"g2g_kernels.BlockMask", "g2gnet.G2GNet", "g2gnet.interop.from_snntorch"} <= objects
+    assert len(objects) > 100
+
+
+@pytest.mark.long
+def test_the_site_has_executed_its_notebooks(site):
+    for notebook in NOTEBOOKS:
+        page = (site / notebook.relative_to(ROOT)).with_suffix(".html")
+        pictures = [address for address in Links(page).loaded if "_images" in address]
+        assert pictures, notebook.name

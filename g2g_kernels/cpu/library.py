@@ -118,6 +118,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         "g2g_plan_matches": (c_int32, [c_void_p] * 3),
         "g2g_plan_row_blocks": (c_int32, [c_void_p]),
         "g2g_plans_aligned": (c_int32, [c_void_p] * 2),
+        "g2g_plans_join": (c_int32, [c_void_p] * 2),
         "g2g_unpack": (None, [c_void_p, c_void_p, _Int32, _Int32, _Int32, c_void_p]),
     }
     for operator in ("stack", "linear", "neurons"):

@@ -131,6 +131,11 @@ G2G_EXPORT int32_t g2g_plans_aligned(const g2g::Plan* lower, const g2g::Plan* up
     return lower->rows.neuron == upper->cols.neuron;
 }
 
+// 1 if both sides of a recurrent connection have the lanes of the layer's neurons.
+G2G_EXPORT int32_t g2g_plans_join(const g2g::Plan* layer, const g2g::Plan* recurrent) {
+    return layer->rows.neuron == recurrent->rows.neuron && layer->rows.neuron == recurrent->cols.neuron;
+}
+
 G2G_EXPORT int64_t g2g_stack_forward(g2g::Stack* s, void* scratch) {
     return g2g::call(g2g::kernels().stack_forward, s, scratch);
 }

@@ -24,10 +24,6 @@ struct ModelInfo {
     bool decays[kMostParameters];                  // clamped to 0 … 1
 };
 
-// The current of a dropped neuron at every step: it never fires, every surrogate's derivative is 0 there, and sums over
-// 2^16 steps of two states stay finite.
-constexpr float kDropped = -1e25f;
-
 // Divides a scratch buffer; with base null it only measures how large the buffer must be.
 struct Arena {
     char* base;

@@ -174,6 +174,17 @@ inline void reorder_words(const Axis& from, const Axis& to, const uint64_t* sour
     });
 }
 
+// The ones of each lane among some words, [64].
+inline void count_spikes(const uint64_t* words, int64_t steps, float* count) {
+    Vec sum[kVecs] = {};
+    alignas(64) float lanes[kLanes];
+    for (int64_t t = 0; t < steps; ++t) {
+        expand_bits(words[t], lanes);
+        for (int v = 0; v < kVecs; ++v) sum[v] += load(lanes + v * W);
+    }
+    for (int v = 0; v < kVecs; ++v) store(count + v * W, sum[v]);
+}
+
 // spikes[t][b][n], 0 or 1, of packed words.
 inline void unpack(const Plan& plan, const uint64_t* words, int32_t batch, int32_t steps, int32_t threads,
                    float* spikes) {

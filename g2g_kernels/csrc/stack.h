@@ -41,7 +41,33 @@ struct LayerParameters {
     }
 };
 
+// The parameters of block r of sample b. A dropped neuron never fires: its threshold is infinite, as that of padding.
+struct SampleParameters {
+    BlockParameters block;
+    alignas(64) float threshold[kLanes];
+
+    SampleParameters(const LayerParameters& parameters, const Layer& layer, int64_t b, int64_t r)
+        : block(parameters.block(r)) {
+        if (!layer.dropped) return;
+        const Axis& axis = layer.plan->rows;
+        const float*& lanes = block.lanes[model_info(layer.neurons).parameters - 1];
+        for (int lane = 0; lane < kLanes; ++lane) {
+            const int32_t neuron = axis.neuron[r * kLanes + lane];
+            const bool dropped = neuron >= 0 && layer.dropped[b * axis.size + neuron];
+            threshold[lane] = dropped ? __builtin_inff() : lanes[lane];
+        }
+        lanes = threshold;
+    }
+    SampleParameters(const SampleParameters&) = delete;
+};
+
 enum class Input { kHeld, kDense, kEvents, kDenseSpikes };
+
+inline bool any_recurrent(const Stack& s) {
+    for (int l = 0; l < s.count; ++l)
+        if (s.layers[l].recurrent) return true;
+    return false;
+}
 
 // How layer l's input is multiplied; `rate` is its measured share of ones.
 inline Input input_kind(const Stack& s, int l, double rate) {
@@ -132,6 +158,19 @@ inline void store_states(const Stack& s, const Layer& layer, const float* block,
         const int32_t neuron = axis.neuron[r * kLanes + i % kLanes];
         if (neuron >= 0) states[(i / kLanes * s.batch + b) * axis.size + neuron] = block[i];
     }
+}
+
+// The spikes of the state before the first step, one word of a block; 0 if the run begins without one.
+inline uint64_t first_word(const Stack& s, const Layer& layer, const LayerParameters& parameters, int64_t b, int64_t r) {
+    if (!layer.first) return 0;
+    alignas(64) float states[kMostStates * kLanes];
+    load_states(s, layer, layer.first, b, r, states);
+    const SampleParameters own(parameters, layer, b, r);
+    const ModelInfo& model = model_info(layer.neurons);
+    const float *membrane = states + (model.states - 1) * kLanes, *theta = own.block.lanes[model.parameters - 1];
+    uint64_t word = 0;
+    for (int v = 0; v < kVecs; ++v) word |= greater_bits(load(membrane + v * W), load(theta + v * W)) << (v * W);
+    return word;
 }
 
 // The kept states of one block of one sample, [T][states][64]; null if none are kept.

@@ -5,6 +5,7 @@
 
 #include <optional>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "batch.h"
@@ -13,6 +14,7 @@
 #include "gradient_events.h"
 #include "input_gradient.h"
 #include "product.h"
+#include "recurrent.h"
 #include "stack.h"
 
 namespace g2g::G2G_ISA {
@@ -64,14 +66,52 @@ struct ArrivalPanel {
     }
 };
 
+// The gradient of the weights of one connection, as a layer's own: from its inputs, and from ∂L/∂I.
+struct WeightGradient {
+    Layer layer;             // whose plan, inputs and gradient are the connection's
+    Input kind;
+    bool by_batch;           // weight by weight
+    float* tiles = nullptr;  // unless by_batch: [tile][source lane][output lane]
+
+    WeightGradient(const Stack& s, const Layer& of, Input input, Arena& arena)
+        : layer(of), kind(input), by_batch(outer_by_batch(s, of, input)) {
+        if (!by_batch) tiles = arena.take<float>(static_cast<size_t>(plan().tiles) * kTile);
+    }
+
+    const Plan& plan() const { return *layer.plan; }
+    bool spikes() const { return kind == Input::kEvents || kind == Input::kDenseSpikes; }
+
+    void begin(int threads) const {
+        if (by_batch) return zero_gradient(plan(), threads, layer.grad_values);
+        parallel(threads, plan().tiles, 8, [&](int64_t tile, int) { zero(tiles + tile * kTile, kTile * 4); });
+    }
+
+    void finish(int threads) const {
+        if (layer.grad_values && !by_batch) unpack_gradient(plan(), tiles, threads, layer.grad_values);
+    }
+};
+
+// A recurrent connection as a layer, whose inputs are the layer's own spikes one step later.
+inline Layer recurrent_layer(const Stack& s, const Layer& layer, uint64_t* inputs) {
+    Layer result = layer;
+    result.plan = layer.recurrent;
+    result.values = layer.recurrent_values;
+    result.grad_values = layer.grad_recurrent;
+    result.inputs = inputs;
+    int64_t spikes = 0;
+    const int64_t words = static_cast<int64_t>(s.batch) * layer.plan->rows.blocks * s.steps;
+    for (int64_t i = 0; i < words; ++i) spikes += __builtin_popcountll(layer.spikes[i]);
+    result.input_rate = static_cast<double>(spikes) / (static_cast<double>(s.batch) * s.steps * layer.plan->rows.size);
+    return result;
+}
+
 // The state of one layer's backward pass across chunks.
 struct BackwardLayer {
     Layer& layer;
     const Plan& plan;
     const ModelInfo& model;
     LayerParameters parameters;
-    Input kind;
-    bool outer_by_batch;                          // the weight gradient goes weight by weight
+    WeightGradient weights;
     Arrival arrival = Arrival::kConstant;
     BackwardSweep<Upstream> sweep;
     DualPanel grad;                               // ∂L/∂I: rows of the chunk; for a held input, one row per sample
@@ -80,7 +120,8 @@ struct BackwardLayer {
     bool lists_events = false, by_events = false;  // in the current chunk
     int64_t events = 0, event_rows = 0;           // listed so far, and the rows that they are in
     ArrivalPanel arrivals;
-    float* grad_tiles = nullptr;                  // unless outer_by_batch: [tile][source lane][output lane]
+    std::optional<RecurrentBackward> recurrent;
+    std::optional<WeightGradient> recurrent_weights;
     bool last;                                    // of the stack
     float* constant;                              // ∂L/∂S for all t, [row blocks][64]; in the last layer one per sample
     float* current_sum;                           // [B][row blocks][64], as are those of the parameters
@@ -91,24 +132,30 @@ struct BackwardLayer {
           plan(*layer.plan),
           model(model_info(layer.neurons)),
           parameters(layer, arena),
-          kind(input_kind(s, l, layer.input_rate)),
-          outer_by_batch(G2G_ISA::outer_by_batch(s, layer, kind)),
+          weights(s, layer, input_kind(s, l, layer.input_rate), arena),
           sweep(backward_sweep<Upstream>(layer.neurons)),
           last(l + 1 == s.count) {
         const bool below = l > 0 || s.grad_x;
-        const int64_t rows = kind == Input::kHeld ? s.batch : chunks.rows();
+        const bool held = weights.kind == Input::kHeld;
+        const int64_t rows = held ? s.batch : chunks.rows();
         grad = DualPanel(plan.rows.blocks, rows, s.bf16 && below, arena);
-        if (below && kind != Input::kHeld && plan.rows.blocks <= kMostEventBlocks)
+        if (below && !held && plan.rows.blocks <= kMostEventBlocks)
             event_limit = static_cast<float>(layer.gradient_event_limit * plan.event_runs.ratio);
         lists_events = event_limit > 0;
         if (below) input_gradient.emplace(plan, s.bf16, lists_events, arena);
-        if (!outer_by_batch) grad_tiles = arena.take<float>(static_cast<size_t>(plan.tiles) * kTile);
+        if (layer.recurrent) {
+            recurrent.emplace(s, layer, chunks.samples, !held, arena);
+            const Layer joined = recurrent_layer(s, layer, recurrent->inputs);
+            const Input kind = joined.input_rate <= s.event_limit ? Input::kEvents : Input::kDenseSpikes;
+            recurrent_weights.emplace(s, joined, kind, arena);
+        }
         constant = arena.take<float>(last ? lanes() * s.batch : lanes());
         current_sum = arena.take<float>(lanes() * s.batch);
         for (int k = 0; k < model.parameters; ++k) parameter_sums[k] = arena.take<float>(lanes() * s.batch);
         if (last) return;
         const Plan& above = *s.layers[l + 1].plan;
-        arrival = same_order(plan.rows, above.cols) && above.sparse.empty() ? Arrival::kTiles : Arrival::kPanel;
+        const bool whole = same_order(plan.rows, above.cols) && above.sparse.empty() && !recurrent;
+        arrival = whole ? Arrival::kTiles : Arrival::kPanel;
         if (arrival == Arrival::kPanel) arrivals = ArrivalPanel(plan.rows, above.cols, chunks.rows(), arena);
     }
 
@@ -123,8 +170,14 @@ struct BackwardLayer {
         return static_cast<int64_t>((event_limit < 1 ? event_limit : 1.0) * static_cast<double>(rows * plan.rows.size));
     }
 
+    // How many parts the sums over t have: one of each sample, or of the samples of a task.
+    int64_t sums(int64_t batch) const { return recurrent ? divide_up(batch, recurrent->group()) : batch; }
+
     // Whether ∂L/∂I is read in bands.
-    bool needs_bands() const { return outer_by_batch || (input_gradient && input_gradient->sparse()); }
+    bool needs_bands() const {
+        return weights.by_batch || (recurrent_weights && recurrent_weights->by_batch) ||
+               (input_gradient && input_gradient->sparse());
+    }
 
     // True if its sweep should write ∂L/∂I in bfloat16 too.
     bool wants_halves() const { return grad.halves.data && !by_events; }
@@ -153,25 +206,29 @@ struct BackwardPass {
     int64_t event_list = 0;
     float* scratch;
 
-    BackwardPass(const Stack& stack, Arena& arena) : s(stack), chunks(s.batch, s.steps) {
+    BackwardPass(const Stack& stack, Arena& arena) : s(stack), chunks(s.batch, s.steps, any_recurrent(s)) {
         int64_t panel_rows = 0, event_blocks = 0, lanes = 0, states = 0, listed_blocks = 0, listed = 0, band_rows = 0;
         size_t grad_bands = 0, dense_bands = 0, spike_bits = 0;
         layers.reserve(s.count);
         for (int l = 0; l < s.count; ++l) {
             const BackwardLayer& x = layers.emplace_back(s, l, chunks, arena);
-            const int64_t blocks = x.plan.cols.blocks;
-            const int64_t rows = x.kind == Input::kHeld ? s.batch : chunks.rows();
-            const bool spikes = x.kind == Input::kEvents || x.kind == Input::kDenseSpikes;
-            if (x.needs_bands()) grad_bands = most(grad_bands, Bands::size(x.lanes(), rows));
-            if (x.outer_by_batch) {
-                band_rows = most(band_rows, divide_up(rows, kLanes) * kLanes);
-                size_t& needed = spikes ? spike_bits : dense_bands;
-                needed = most(needed, (spikes ? RowBits::size : Bands::size)(blocks * kLanes, rows));
-            }
-            if (x.kind == Input::kEvents && !x.outer_by_batch)
-                event_blocks = most(event_blocks, blocks);
-            else if (!spikes || !x.outer_by_batch)
-                panel_rows = most(panel_rows, blocks * rows);
+            const int64_t own_rows = x.weights.kind == Input::kHeld ? s.batch : chunks.rows();
+            const auto measure = [&](const WeightGradient& w, int64_t rows) {
+                const int64_t blocks = w.plan().cols.blocks;
+                if (w.by_batch) {
+                    band_rows = most(band_rows, divide_up(rows, kLanes) * kLanes);
+                    size_t& needed = w.spikes() ? spike_bits : dense_bands;
+                    needed = most(needed, (w.spikes() ? RowBits::size : Bands::size)(blocks * kLanes, rows));
+                }
+                if (w.kind == Input::kEvents && !w.by_batch)
+                    event_blocks = most(event_blocks, blocks);
+                else if (!w.spikes() || !w.by_batch)
+                    panel_rows = most(panel_rows, blocks * rows);
+            };
+            measure(x.weights, own_rows);
+            if (x.recurrent) measure(*x.recurrent_weights, chunks.rows());
+            if (x.needs_bands())
+                grad_bands = most(grad_bands, Bands::size(x.lanes(), x.recurrent ? most(own_rows, chunks.rows()) : own_rows));
             lanes = most(lanes, x.lanes());
             states = most(states, x.model.states);
             if (!x.lists_events) continue;
@@ -207,10 +264,10 @@ struct BackwardPass {
             const int64_t samples = least(chunks.samples, s.batch - first);
             for (size_t l = layers.size(); l-- > 0;) {
                 sweep(l, first, samples);
-                if (layers[l].kind != Input::kHeld) hand_down(l, first, samples, s.steps);
+                if (layers[l].weights.kind != Input::kHeld) hand_down(l, first, samples, s.steps);
             }
         }
-        if (layers[0].kind == Input::kHeld) hand_down(0, 0, s.batch, 1);  // one row per sample: all at once
+        if (layers[0].weights.kind == Input::kHeld) hand_down(0, 0, s.batch, 1);  // one row per sample: all at once
         for (const BackwardLayer& x : layers) finish(x);
     }
 
@@ -219,10 +276,11 @@ struct BackwardPass {
     void begin(size_t l) const {
         const BackwardLayer& x = layers[l];
         const Axis& axis = x.plan.rows;
-        if (x.outer_by_batch)
-            zero_gradient(x.plan, s.threads, x.layer.grad_values);
-        else
-            parallel(s.threads, x.plan.tiles, 8, [&](int64_t tile, int) { zero(x.grad_tiles + tile * kTile, kTile * 4); });
+        x.weights.begin(s.threads);
+        if (x.recurrent) {
+            x.recurrent_weights->begin(s.threads);
+            x.recurrent->shift(s, x.layer, x.parameters);
+        }
         const float share = 1.0f / (static_cast<float>(s.batch) * s.steps);
         for (int64_t b = 0; b < (x.last ? s.batch : 1); ++b)
             for (int64_t i = 0; i < x.lanes(); ++i) {
@@ -253,15 +311,15 @@ struct BackwardPass {
         } else {
             x.input_gradient->load(x.layer.values, s.threads);
             if (!had_halves) x.grad.convert(x.plan.rows.blocks, rows, s.threads);
-            if (x.input_gradient->sparse()) fill_bands(x, rows);
+            if (x.input_gradient->sparse()) fill_bands(x.grad.floats, x.lanes(), rows);
         }
     }
 
     // Brings ∂L/∂I of a layer into bands, once after its sweep.
-    void fill_bands(const BackwardLayer& x, int64_t rows) {
+    void fill_bands(const Panel<float>& grad, int64_t lanes, int64_t rows) {
         if (bands_filled) return;
-        bands.lanes = x.lanes();
-        bands.fill(x.grad.floats, rows, s.threads);
+        bands.lanes = lanes;
+        bands.fill(grad, rows, s.threads);
         bands_filled = true;
     }
 
@@ -284,7 +342,14 @@ struct BackwardPass {
     }
 
     // ∂L/∂S of layer l, its neurons backwards, and with that ∂L/∂I, for the samples of a chunk.
-    void sweep(size_t l, int64_t first, int64_t samples) const {
+    void sweep(size_t l, int64_t first, int64_t samples) {
+        if (layers[l].recurrent) {
+            if (!layers[l].last) fill_arrivals(layers[l], layers[l + 1], samples);
+            sweep_steps(layers[l], first, samples);
+            if (layers[l].weights.kind != Input::kHeld) return;
+            bands_filled = false;
+            return weight_gradient(*layers[l].recurrent_weights, layers[l].recurrent->rows, first, samples, s.steps);
+        }
         switch (layers[l].arrival) {
             case Arrival::kConstant: return sweep_constant(layers[l], first, samples);
             case Arrival::kTiles: return sweep_tiles(layers[l], layers[l + 1], first, samples);
@@ -313,12 +378,26 @@ struct BackwardPass {
         });
     }
 
+    // The input gradient of the layer above in the panel of a layer, in the order of the columns above.
+    void store_arrivals(const BackwardLayer& x, const BackwardLayer& above, int64_t samples) const {
+        each_input_gradient(above, samples * s.steps, 2, [&](int64_t c, int64_t row, int64_t height, int worker) {
+            input_gradient(above, c, row, height, x.arrivals.panel.at(c, row), worker);
+        });
+    }
+
+    // The same, in the layer's own order.
+    void fill_arrivals(const BackwardLayer& x, const BackwardLayer& above, int64_t samples) const {
+        store_arrivals(x, above, samples);
+        if (x.arrivals.aligned) return;
+        parallel(s.threads, samples * s.steps, 8, [&](int64_t row, int worker) {
+            x.arrivals.reorder(row, scratch + worker * scratch_size);
+        });
+    }
+
     void sweep_panel(const BackwardLayer& x, const BackwardLayer& above, int64_t first, int64_t samples) const {
         const Panel<float>& panel = x.arrivals.panel;
         const int64_t R = x.plan.rows.blocks, T = s.steps, rows = samples * T;
-        each_input_gradient(above, rows, 2, [&](int64_t c, int64_t row, int64_t height, int worker) {
-            input_gradient(above, c, row, height, panel.at(c, row), worker);
-        });
+        store_arrivals(x, above, samples);
         const auto reorder = [&](int64_t row, int worker) {
             if (!x.arrivals.aligned) x.arrivals.reorder(row, scratch + worker * scratch_size);
         };
@@ -334,6 +413,118 @@ struct BackwardPass {
         parallel(s.threads, samples * R, 4, [&](int64_t task, int worker) {
             sweep_row_block(task / R, task % R, worker);
         });
+    }
+
+    // All neurons of a recurrent layer, one step after the other (recurrent.h).
+    void sweep_steps(BackwardLayer& x, int64_t first, int64_t samples) const {
+        RecurrentBackward& v = *x.recurrent;
+        const int64_t R = x.plan.rows.blocks, group = v.group(), groups = divide_up(samples, group), T = s.steps;
+        const Panel<float>& rows = x.weights.kind == Input::kHeld ? v.rows : x.grad.floats;
+        const float beta = x.parameters.lanes[0][x.any_lane()];
+        parallel(s.threads, R, 1, [&](int64_t r, int) { begin_steps(x, first, samples, r); });
+        bool by_events = v.event_limit > 0;
+        v.has_current = false;
+        for (int64_t t = T - 1; t >= (x.layer.first ? -1 : 0); --t) {
+            const int after = (t + 1) & 1;
+            const bool later = t + 1 < T;
+            if (later) {
+                by_events = v.by_events(v.words[after], samples);
+                if (by_events)
+                    v.gradient.load_tiles(x.layer.recurrent_values, s.threads);
+                else
+                    v.load_product(rows, x.layer.recurrent_values, samples, t, T, s.threads);
+            }
+            parallel(s.threads, R * groups, 1, [&](int64_t task, int) {
+                const int64_t r = task / groups, b = task % groups * group, count = least(group, samples - b);
+                if (later && !by_events) v.gradient.run(r, v.current, v.bands, b, count, v.x.at(r, b));
+                for (int64_t i = b; later && by_events && i < b + count; ++i) {
+                    Vec sum[kVecs];
+                    float* const lanes = v.x.at(r, i);
+                    for (int k = 0; k < kVecs; ++k) sum[k] = all(beta) * load(lanes + k * W);
+                    add_events(v.plan, v.gradient.tiles, r, v.words[after] + i, v.values[after] + i * kLanes, v.samples, sum);
+                    for (int k = 0; k < kVecs; ++k) store(lanes + k * W, sum[k]);
+                }
+                if (t < 0)
+                    for (int64_t i = b; i < b + count; ++i) end_steps(x, first, i, r);
+                else
+                    step_blocks(x, first, b, count, r, t, !by_events);
+            });
+            v.has_current = !by_events;
+            std::swap(v.current, v.next);
+        }
+    }
+
+    // Before the last step: nothing has reached the neurons of block r but what reaches their last states.
+    void begin_steps(const BackwardLayer& x, int64_t first, int64_t samples, int64_t r) const {
+        const RecurrentBackward& v = *x.recurrent;
+        const int64_t size = x.model.states * kLanes;
+        zero(v.x.at(r, 0), samples * kLanes * sizeof(float));
+        zero(v.listed + r * v.samples, samples * sizeof(int64_t));
+        for (int64_t b = 0; b < samples; ++b) {
+            load_states(s, x.layer, x.layer.grad_last, first + b, r, v.states + (r * v.samples + b) * size);
+            if (x.weights.kind == Input::kHeld) zero(x.grad.floats.at(r, first + b), kLanes * sizeof(float));
+        }
+        for (int64_t b = 0; b < samples; b += v.group()) {
+            const BlockGradient sums = x.block_gradient((first + b) / v.group(), r);
+            zero(sums.current, kLanes * sizeof(float));
+            for (int k = 0; k < x.model.parameters; ++k) zero(sums.parameters[k], kLanes * sizeof(float));
+        }
+    }
+
+    // One step of block r of `samples` samples of the chunk, from sample b on.
+    void step_blocks(const BackwardLayer& x, int64_t first, int64_t b, int64_t samples, int64_t r, int64_t t,
+                     bool compact) const {
+        const RecurrentBackward& v = *x.recurrent;
+        const int64_t T = s.steps, size = x.model.states * kLanes, at = r * v.samples + b;
+        const int i = t & 1;
+        const bool held = x.weights.kind == Input::kHeld;
+        alignas(64) float begin[kLanes * kMostStates * kLanes];
+        for (int64_t j = 0; !t && j < samples; ++j) load_states(s, x.layer, x.layer.first, first + b + j, r, begin + j * size);
+        const BlockGradient sums = x.block_gradient((first + b) / v.group(), r);
+        BackwardStep step{};
+        if (!x.last) step.tile = x.arrivals.panel.at(r, b * T + t), step.tile_stride = T * kLanes;
+        step.constant = x.constant_of(first + b, r), step.constant_stride = x.last ? x.lanes() : 0;
+        step.later = v.x.at(r, b);
+        step.now = step_states(s, x.layer, x.layer.states, r, t, first + b);
+        step.before = t ? step.now - s.batch * size : begin;
+        step.begins = !t && !x.layer.first;
+        step.states = v.states + at * size;
+        step.sum = sums.current;
+        for (int k = 0; k < x.model.parameters; ++k) step.parameters[k] = sums.parameters[k];
+        step.row = (held ? v.rows : x.grad.floats).at(r, b * T + t), step.row_stride = T * kLanes;
+        if (!held && x.wants_halves()) step.half_row = x.grad.halves.at(r, b * T + t);
+        if (compact) step.compact = v.next.floats.at(r, b);
+        if (compact && v.next.halves.data) step.half = v.next.halves.at(r, b);
+        if (held) step.held = x.grad.floats.at(r, first + b);
+        step.values = v.values[i] + at * kLanes;
+        if (x.lists_events || v.event_limit > 0) step.words = v.words[i] + at;
+        if (!x.layer.dropped) v.steps.step(x.parameters.block(r), x.layer.neurons.alpha, samples, step);
+        for (int64_t j = 0; x.layer.dropped && j < samples; ++j) {
+            const SampleParameters own(x.parameters, x.layer, first + b + j, r);
+            v.steps.step(own.block, x.layer.neurons.alpha, 1, step.from(j, x.model.states));
+        }
+        for (int64_t j = 0; x.lists_events && j < samples; ++j) {
+            const BlockEvents list = gradient_events.lists(r, b + j);
+            const int64_t count = __builtin_popcountll(step.words[j]);
+            __builtin_memcpy(list.value + v.listed[at + j], step.values + j * kLanes, count * sizeof(float));
+            v.listed[at + j] += count;
+            list.words[t] = step.words[j];
+        }
+        if (t || !held || !x.grad.halves.data) return;
+        convert_bf16(x.grad.floats.at(r, first + b), samples * kLanes, x.grad.halves.at(r, first + b));
+    }
+
+    // Before the first step: the spikes of the state that the run began with have reached it, too.
+    void end_steps(const BackwardLayer& x, int64_t first, int64_t b, int64_t r) const {
+        const RecurrentBackward& v = *x.recurrent;
+        alignas(64) float begin[kMostStates * kLanes];
+        load_states(s, x.layer, x.layer.first, first + b, r, begin);
+        float* const grads = v.states + (r * v.samples + b) * x.model.states * kLanes;
+        const int64_t membrane = (x.model.states - 1) * kLanes;
+        const SampleParameters own(x.parameters, x.layer, first + b, r);
+        v.steps.begin(own.block, x.layer.neurons.alpha, begin + membrane, v.x.at(r, b), grads + membrane,
+                      x.block_gradient((first + b) / v.group(), r).parameters[x.model.parameters - 1]);
+        if (x.layer.grad_first) store_states(s, x.layer, grads, first + b, r, x.layer.grad_first);
     }
 
     // Block r of sample b of the chunk that begins with sample `first`.
@@ -352,12 +543,13 @@ struct BackwardPass {
     void sweep_states(const BackwardLayer& x, int64_t b, int64_t sample, int64_t r, const Upstream& upstream,
                       BlockGradient& out, float* room) const {
         const int64_t T = s.steps;
-        if (x.kind == Input::kHeld) {
+        const SampleParameters own(x.parameters, x.layer, sample, r);
+        if (x.weights.kind == Input::kHeld) {
             const StoredCurrent current{kept_currents(s, x.layer, sample, r), 0};
             alignas(64) float states[kMostStates * kLanes];
             load_states(s, x.layer, x.layer.first, sample, r, states);
-            forward_sweep<StoredCurrent>(x.layer.neurons)(current, T, x.parameters.block(r), {nullptr, room, nullptr, states});
-            x.sweep(upstream, room, T, x.parameters.block(r), x.layer.neurons.alpha, out);
+            forward_sweep<StoredCurrent>(x.layer.neurons)(current, T, own.block, {nullptr, room, nullptr, states});
+            x.sweep(upstream, room, T, own.block, x.layer.neurons.alpha, out);
             for (int v = 0; v < kVecs; ++v) {
                 const Vec g = load(out.current + v * W);
                 store(x.grad.floats.at(r, sample) + v * W, g);
@@ -368,21 +560,25 @@ struct BackwardPass {
         out.rows = x.grad.floats.at(r, b * T);
         if (x.wants_halves()) out.halves = x.grad.halves.at(r, b * T);
         if (x.lists_events) out.events = gradient_events.lists(r, b);
-        x.sweep(upstream, kept_states(s, x.layer, sample, r), T, x.parameters.block(r), x.layer.neurons.alpha, out);
+        x.sweep(upstream, kept_states(s, x.layer, sample, r), T, own.block, x.layer.neurons.alpha, out);
     }
 
     // From ∂L/∂I of layer l: ∂L/∂W, how to compute ∂L/∂(input) and, in the first layer, ∂L/∂x.
     void hand_down(size_t l, int64_t first, int64_t samples, int64_t steps) {
         bands_filled = false;
         if (layers[l].input_gradient) choose_input_gradient(layers[l], samples, steps);
-        weight_gradient(layers[l], first, samples, steps);
+        weight_gradient(layers[l].weights, layers[l].grad.floats, first, samples, steps);
+        if (layers[l].recurrent && layers[l].weights.kind != Input::kHeld)
+            weight_gradient(*layers[l].recurrent_weights, layers[l].grad.floats, first, samples, steps);
         if (l == 0 && s.grad_x) store_input_gradient(layers[0], first, samples, steps);
     }
 
-    void weight_gradient(const BackwardLayer& x, int64_t first, int64_t samples, int64_t steps) {
-        if (x.outer_by_batch) return weight_gradient_by_batch(x, first, samples, steps);
-        const int64_t C = x.plan.cols.blocks;
-        const Panel<float> panel{panel_memory, x.grad.floats.rows};
+    // Adds what the samples of a chunk give, of whose currents `grad` is the gradient.
+    void weight_gradient(const WeightGradient& x, const Panel<float>& grad, int64_t first, int64_t samples, int64_t steps) {
+        if (x.by_batch) return weight_gradient_by_batch(x, grad, first, samples, steps);
+        const Plan& plan = x.plan();
+        const int64_t C = plan.cols.blocks;
+        const Panel<float> panel{panel_memory, grad.rows};
         const bool by_events = x.kind == Input::kEvents;
         if (by_events)
             parallel(s.threads, C, 1, [&](int64_t c, int worker) {
@@ -392,33 +588,34 @@ struct BackwardPass {
         else
             fill_panel(s, x.layer, x.kind, first, samples, panel);
         const bool strips = by_events && events_by_strip(x.layer, false);
-        parallel(s.threads, x.plan.tiles, 2, [&](int64_t tile, int) {
-            const int64_t row = x.plan.tile_row[tile], col = x.plan.tile_col[tile];
+        parallel(s.threads, plan.tiles, 2, [&](int64_t tile, int) {
+            const int64_t row = plan.tile_row[tile], col = plan.tile_col[tile];
+            float* const sum = x.tiles + tile * kTile;
             if (strips)
-                (x.plan.rows.strip == 16 ? strip_gradient<16> : strip_gradient<32>)(
-                    *events, x.plan, tile, x.grad.floats.at(row, 0), x.grad_tiles + tile * kTile);
+                (plan.rows.strip == 16 ? strip_gradient<16> : strip_gradient<32>)(*events, plan, tile, grad.at(row, 0), sum);
             else if (by_events)
-                event_gradient(*events, col, x.plan.tile_sources[tile], x.grad.floats.at(row, 0),
-                               x.grad_tiles + tile * kTile);
+                event_gradient(*events, col, plan.tile_sources[tile], grad.at(row, 0), sum);
             else
-                outer(panel.at(col, 0), x.grad.floats.at(row, 0), samples * steps, x.grad_tiles + tile * kTile);
+                outer(panel.at(col, 0), grad.at(row, 0), samples * steps, sum);
         });
     }
 
-    void weight_gradient_by_batch(const BackwardLayer& x, int64_t first, int64_t samples, int64_t steps) {
-        const int64_t C = x.plan.cols.blocks, rows = samples * steps, count = divide_up(rows, kLanes);
-        const bool spikes = x.kind == Input::kEvents || x.kind == Input::kDenseSpikes;
-        fill_bands(x, rows);
+    void weight_gradient_by_batch(const WeightGradient& x, const Panel<float>& grad, int64_t first, int64_t samples,
+                                  int64_t steps) {
+        const int64_t C = x.plan().cols.blocks, rows = samples * steps, count = divide_up(rows, kLanes);
+        const int64_t lanes = static_cast<int64_t>(x.plan().rows.blocks) * kLanes;
+        const bool spikes = x.spikes();
+        fill_bands(grad, lanes, rows);
         if (spikes) {
             row_bits.load(x.layer.inputs + first * C * steps, C, samples, steps, s.threads);
         } else {
-            const Panel<float> panel{panel_memory, x.grad.floats.rows};
+            const Panel<float> panel{panel_memory, grad.rows};
             fill_panel(s, x.layer, x.kind, first, samples, panel);
             input_bands.lanes = C * kLanes;
             input_bands.fill(panel, rows, s.threads);
         }
-        const WeightList& list = x.plan.by_row;
-        parallel(s.threads, x.lanes(), 16, [&](int64_t lane, int worker) {
+        const WeightList& list = x.plan().by_row;
+        parallel(s.threads, lanes, 16, [&](int64_t lane, int worker) {
             if (list.first[lane] == list.first[lane + 1]) return;
             float* e = scratch + worker * scratch_size;  // of this lane, in one piece: bands are a multiple of 4 KiB apart
             for (int64_t band = 0; band < count; ++band)
@@ -449,11 +646,12 @@ struct BackwardPass {
         const Axis& axis = x.plan.rows;
         const auto neuron = [&](int64_t i) { return axis.neuron[i]; };
         const auto gradient = [&](const Parameter& parameter, bool decay, const float* sums) {
-            parameter_gradient(parameter, decay, sums, s.batch, x.lanes(), neuron, axis.size, s.threads, totals);
+            parameter_gradient(parameter, decay, sums, x.sums(s.batch), x.lanes(), neuron, axis.size, s.threads, totals);
         };
         if (x.event_rows)
             x.layer.gradient_event_rate = static_cast<double>(x.events) / static_cast<double>(x.event_rows * axis.size);
-        if (x.layer.grad_values && !x.outer_by_batch) unpack_gradient(x.plan, x.grad_tiles, s.threads, x.layer.grad_values);
+        x.weights.finish(s.threads);
+        if (x.recurrent) x.recurrent_weights->finish(s.threads);
         gradient({x.layer.bias, x.layer.grad_bias, true}, false, x.current_sum);
         for (int k = 0; k < x.model.parameters; ++k)
             gradient(x.layer.neurons.parameters[k], x.model.decays[k], x.parameter_sums[k]);

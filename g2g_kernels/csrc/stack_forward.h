@@ -6,6 +6,7 @@
 #include "chunks.h"
 #include "events.h"
 #include "product.h"
+#include "recurrent.h"
 #include "stack.h"
 
 namespace g2g::G2G_ISA {
@@ -56,28 +57,33 @@ struct ForwardLayer {
     float* counts;   // spikes over all steps, [B][row blocks][64]
     float* scratch;  // currents, `scratch_size` floats per worker
     int64_t scratch_size;
+    float* states;   // of a recurrent layer, by step (recurrent.h)
+    float* held;     // of a recurrent layer whose input is held: its currents, [row blocks][B][64]
 
     const Plan& plan() const { return *layer.plan; }
 
-    // The neurons of block r of sample b over all steps.
+    // The neurons of block r of sample b over all steps; those of a recurrent layer wait for one another (recurrent.h), so
+    // that only their currents are stored.
     template <class Current>
     void neurons(ForwardSweep<Current> sweep, const Current& current, int64_t b, int64_t r) const {
         const int64_t block = b * plan().rows.blocks + r;
+        if (layer.recurrent) return store_currents(current, b, r);
         alignas(64) float edge[kMostStates * kLanes];
         load_states(stack, layer, layer.first, b, r, edge);
-        sweep(current, stack.steps, parameters.block(r),
+        const SampleParameters own(parameters, layer, b, r);
+        sweep(current, stack.steps, own.block,
               {layer.spikes + block * stack.steps, kept_states(stack, layer, b, r), counts + block * kLanes, edge});
         if (layer.last) store_states(stack, layer, edge, b, r, layer.last);
     }
 
-    // Sets the currents of a sample's dropped neurons in `rows` rows of a block.
-    void drop(int64_t b, int64_t r, int64_t rows, float* currents) const {
-        if (!layer.dropped) return;
-        const Axis& axis = plan().rows;
-        for (int lane = 0; lane < kLanes; ++lane) {
-            const int32_t neuron = axis.neuron[r * kLanes + lane];
-            if (neuron < 0 || !layer.dropped[b * axis.size + neuron]) continue;
-            for (int64_t row = 0; row < rows; ++row) currents[row * kLanes + lane] = kDropped;
+    template <class Current>
+    void store_currents(const Current& current, int64_t b, int64_t r) const {
+        const int64_t membrane = (model_info(layer.neurons).states - 1) * kLanes;
+        for (int64_t t = 0; t < (held ? 1 : stack.steps); ++t) {
+            Vec input[kVecs];
+            current(t, input);
+            float* out = held ? held + (r * stack.batch + b) * kLanes : step_states(stack, layer, states, r, t, b) + membrane;
+            for (int v = 0; v < kVecs; ++v) store(out + v * W, input[v]);
         }
     }
 
@@ -101,14 +107,7 @@ struct ForwardLayer {
         parallel(stack.threads, plan().rows.blocks * B, least(32, B), [&](int64_t task, int) {
             const int64_t r = task / B, b = task % B;
             const uint64_t* words = layer.inputs + b * C * T;
-            alignas(64) float start[kLanes];  // no weight is large enough to change the sum of a dropped neuron
-            const float* bias = parameters.bias + r * kLanes;
-            if (layer.dropped) {
-                for (int lane = 0; lane < kLanes; ++lane) start[lane] = bias[lane];
-                drop(b, r, 1, start);
-                bias = start;
-            }
-            neurons(sweep, Current{&plan(), r, words, T, weights.tiles, bias}, b, r);
+            neurons(sweep, Current{&plan(), r, words, T, weights.tiles, parameters.bias + r * kLanes}, b, r);
         });
     }
 
@@ -123,9 +122,7 @@ struct ForwardLayer {
             spike_currents(plan().by_row, weights.taps, r, groups.group(task / R), parameters.bias + r * kLanes,
                            currents + size, currents);
             for (int64_t i = 0; i < least(kSamples, stack.batch - first); ++i) {
-                float* own = currents + i * T * kLanes;
-                drop(first + i, r, T, own);
-                neurons(sweep, StoredCurrent{own, kLanes}, first + i, r);
+                neurons(sweep, StoredCurrent{currents + i * T * kLanes, kLanes}, first + i, r);
             }
         });
     }
@@ -146,7 +143,6 @@ struct ForwardLayer {
             transpose(sum, kLanes, currents);
             for (int64_t i = 0; i < least(kLanes, stack.batch - first); ++i) {
                 float* own = currents + i * kLanes;
-                drop(first + i, r, 1, own);
                 if (layer.currents) __builtin_memcpy(kept_currents(stack, layer, first + i, r), own, kLanes * sizeof(float));
                 neurons(sweep, StoredCurrent{own, 0}, first + i, r);
             }
@@ -167,10 +163,8 @@ struct ForwardLayer {
             float* currents = layer.currents ? kept_currents(stack, layer, first, r) : scratch + worker * scratch_size;
             product(product_weights, r, panel.floats, panel.halves, first, samples, {parameters.bias + r * kLanes, 0},
                     currents);
-            for (int64_t i = 0; i < samples; ++i) {
-                drop(first + i, r, 1, currents + i * kLanes);
+            for (int64_t i = 0; i < samples; ++i)
                 neurons(sweep, StoredCurrent{currents + i * kLanes, 0}, first + i, r);
-            }
         });
     }
 
@@ -190,11 +184,8 @@ struct ForwardLayer {
                 float* currents = scratch + worker * scratch_size;
                 product(product_weights, r, panel.floats, panel.halves, first * T, count * T,
                         {parameters.bias + r * kLanes, 0}, currents);
-                for (int64_t i = 0; i < count; ++i) {
-                    float* own = currents + i * T * kLanes;
-                    drop(begin + first + i, r, T, own);
-                    neurons(sweep, StoredCurrent{own, kLanes}, begin + first + i, r);
-                }
+                for (int64_t i = 0; i < count; ++i)
+                    neurons(sweep, StoredCurrent{currents + i * T * kLanes, kLanes}, begin + first + i, r);
             });
         }
     }
@@ -247,6 +238,15 @@ inline void stack_forward(Stack& s, Arena& arena) {
         SpikeGroups groups{nullptr, lanes, s.steps};
         if (small && held) bands.data = arena.take<float>(Bands::size(lanes, s.batch));
         if (small && !held) groups.bits = arena.take<uint16_t>(SpikeGroups::size(s.batch, lanes, s.steps));
+        float *states = layer.states, *recurrent_tiles = nullptr, *currents = nullptr;
+        uint64_t* begin = nullptr;
+        if (layer.recurrent) {
+            const int64_t blocks = static_cast<int64_t>(s.batch) * plan.rows.blocks;
+            if (!states) states = arena.take<float>(blocks * s.steps * model_info(layer.neurons).states * kLanes);
+            if (held) currents = arena.take<float>(blocks * kLanes);
+            recurrent_tiles = arena.take<float>(static_cast<size_t>(layer.recurrent->tiles) * kTile);
+            begin = arena.take<uint64_t>(blocks);
+        }
         needed = most(needed, arena.used);
         if (!arena.base) continue;
 
@@ -262,7 +262,18 @@ inline void stack_forward(Stack& s, Arena& arena) {
             forward_tiles(plan, layer.values, s.threads, weights.tiles);
         else
             bf16_tiles(plan, layer.values, true, s.threads, weights.pairs);
-        ForwardLayer{s, layer, kind, parameters, weights, panel, bands, groups, by_batch, counts, scratch, scratch_size}.run();
+        const ForwardLayer forward{s,     layer,  kind,     parameters, weights,      panel,  bands,
+                                   groups, by_batch, counts, scratch,    scratch_size, states, currents};
+        if (layer.recurrent) {
+            const bool events = kind == Input::kEvents && !by_batch;  // which each step visits itself
+            if (!events) forward.run();
+            forward_tiles(*layer.recurrent, layer.recurrent_values, s.threads, recurrent_tiles);
+            const SpikeCurrents below(plan, weights.tiles);
+            const FromBelow from{events ? &below : nullptr, currents};
+            ForwardSteps{s, layer, parameters, {*layer.recurrent, recurrent_tiles}, from, states, counts, begin}.run();
+        } else {
+            forward.run();
+        }
         const double spikes = sum_rates(s, layer, counts, totals);
         rate = spikes / (static_cast<double>(s.batch) * s.steps * plan.rows.size);
         if (l + 1 == s.count)

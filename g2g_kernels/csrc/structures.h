@@ -66,6 +66,9 @@ struct Layer {
     float gradient_event_limit;  // 0: its input gradient takes the product; else see GradientEvents
     int32_t gradient_event_chunks;  // out: chunks of the batch whose input gradient was computed by events
     double gradient_event_rate;  // out: share of events where they were listed
+    const Plan* recurrent;  // V, its lanes on both sides those of the plan's rows; null: none
+    const float* recurrent_values;
+    float* grad_recurrent;  // out: of its values
 };
 
 struct Stack {

@@ -151,6 +151,24 @@ def store_states(pointer, stride, offsets, inside, tiles):
 
 
 @triton.jit
+def load_dropped(pointer, offsets, inside):
+    """Where a tile's neurons are dropped, bool; None if none is."""
+    if pointer is None:
+        return None
+    else:
+        return tl.load(pointer + offsets, mask=inside, other=0) != 0
+
+
+@triton.jit
+def unless(dropped, values):
+    """Spikes, or their gradients, without those of dropped neurons."""
+    if dropped is None:
+        return values
+    else:
+        return tl.where(dropped, 0.0, values)
+
+
+@triton.jit
 def select(condition, left, right):
     """Of two tuples of tiles the left one where a scalar is true."""
     result = ()

@@ -34,6 +34,13 @@ class SpikeSums:
         counts: float64 [B, N], spikes in each sample.
         class_sums: float64 [T, C, N], spikes at each step over the samples of a class.
         activity: float64 [T, B, G], spikes of each group at each step.
+
+    Example:
+        >>> from g2g_kernels import GroupLayout
+        >>> spikes = (torch.rand(50, 20, 16) < 0.2).float()  # [T, B, N]
+        >>> sums = SpikeSums.of(spikes, torch.arange(20) % 2, num_classes=2, layout=GroupLayout(16, 4))
+        >>> firing_rates(sums).shape, temporal_synchrony(sums).shape
+        (torch.Size([16]), torch.Size([4]))
     """
 
     layout: GroupLayout
@@ -69,12 +76,25 @@ class SpikeSums:
 
 
 def firing_rates(sums: SpikeSums) -> torch.Tensor:
-    """Spikes of each neuron per step and sample: float64 [N], 0 to 1."""
+    """Spikes of each neuron per step and sample: float64 [N], 0 to 1.
+
+    Example:
+        >>> from g2g_kernels import GroupLayout
+        >>> spikes = torch.ones(10, 4, 8)
+        >>> firing_rates(SpikeSums.of(spikes, torch.arange(4) % 2, 2, GroupLayout(8, 2)))[:3]
+        tensor([1., 1., 1.], dtype=torch.float64)
+    """
     return sums.counts.mean(0) / sums.steps
 
 
 def group_means(values: torch.Tensor, layout: GroupLayout) -> torch.Tensor:
-    """The mean of ``values`` [N] over the neurons of each group, [G]."""
+    """The mean of ``values`` [N] over the neurons of each group, [G].
+
+    Example:
+        >>> from g2g_kernels import GroupLayout
+        >>> group_means(torch.tensor([1.0, 3.0, 5.0, 7.0]), GroupLayout(4, 2))
+        tensor([2., 6.])
+    """
     return torch.zeros(layout.num_groups, dtype=values.dtype).index_add_(0, layout.group_of, values) / layout.sizes
 
 
@@ -89,6 +109,14 @@ def temporal_synchrony(sums: SpikeSums) -> torch.Tensor:
     fire identically. The share of neurons that fire together would grow with the rate, and the onset of every image
     would count as synchrony; e excludes both the rate of a sample and what is locked to its onset. NaN for a group of
     one neuron, or where e = 0 throughout: silent neurons, T = 1, one sample per class.
+
+    Example:
+        >>> from g2g_kernels import GroupLayout
+        >>> one = (torch.rand(100, 20, 1) < 0.3).float()
+        >>> same = one.expand(-1, -1, 8).contiguous()  # all neurons do the same
+        >>> sums = SpikeSums.of(same, torch.zeros(20, dtype=torch.int64), 1, GroupLayout(8, 2))
+        >>> temporal_synchrony(sums).round(decimals=3)
+        tensor([1., 1.], dtype=torch.float64)
     """
     size = sums.layout.sizes
     variance = _noise_power(sums)
@@ -111,6 +139,13 @@ def coherence(first: SpikeSums, second: SpikeSums) -> torch.Tensor:
     Averaging over pairs and samples avoids both. Independent neurons give :func:`chance_coherence`, not 0. The diagonal
     of a population with itself includes the pairs i = j: use :func:`temporal_synchrony` there. NaN where e = 0
     throughout a group.
+
+    Example:
+        >>> from g2g_kernels import GroupLayout
+        >>> spikes = (torch.rand(50, 20, 16) < 0.2).float()
+        >>> sums = SpikeSums.of(spikes, torch.arange(20) % 2, 2, GroupLayout(16, 4))
+        >>> coherence(sums, sums).shape
+        torch.Size([4, 4])
     """
     steps = first.steps
     # the real transform omits frequencies above one half, equal to those below: these count twice
@@ -128,6 +163,13 @@ def chance_coherence(first: SpikeSums, second: SpikeSums) -> torch.Tensor:
 
     √(π/4 / (n·N_g·N_h)), the mean length of a sum of n·N_g·N_h unit steps in random directions over their number, with
     n = B − classes for the subtracted means; NaN for one sample per class.
+
+    Example:
+        >>> from g2g_kernels import GroupLayout
+        >>> spikes = (torch.rand(50, 20, 16) < 0.2).float()
+        >>> sums = SpikeSums.of(spikes, torch.arange(20) % 2, 2, GroupLayout(16, 4))
+        >>> chance_coherence(sums, sums).shape
+        torch.Size([4, 4])
     """
     free = len(first.labels) - len(first.labels.unique())
     pairs = (first.layout.sizes[:, None] * second.layout.sizes).double()
@@ -135,7 +177,15 @@ def chance_coherence(first: SpikeSums, second: SpikeSums) -> torch.Tensor:
 
 
 class CountCorrelation(NamedTuple):
-    """Mean Pearson correlation of spike counts over pairs of two groups, three float64 [G, G], −1 to 1."""
+    """Mean Pearson correlation of spike counts over pairs of two groups, three float64 [G, G], −1 to 1.
+
+    Example:
+        >>> from g2g_kernels import GroupLayout
+        >>> spikes = (torch.rand(50, 20, 16) < 0.2).float()
+        >>> correlation = count_correlation(SpikeSums.of(spikes, torch.arange(20) % 2, 2, GroupLayout(16, 4)))
+        >>> correlation.signal.shape
+        torch.Size([4, 4])
+    """
 
     total: torch.Tensor
     signal: torch.Tensor
@@ -150,6 +200,13 @@ def count_correlation(sums: SpikeSums) -> CountCorrelation:
 
     The total mixes the two: neurons that prefer the same class correlate even if they are not connected. Neurons whose
     count never changes (silent ones) have no correlation and are skipped; NaN where no pair is left.
+
+    Example:
+        >>> from g2g_kernels import GroupLayout
+        >>> spikes = (torch.rand(50, 20, 16) < 0.2).float()
+        >>> sums = SpikeSums.of(spikes, torch.arange(20) % 2, 2, GroupLayout(16, 4))
+        >>> count_correlation(sums).noise.shape  # by pairs of groups
+        torch.Size([4, 4])
     """
     labels, counts = sums.labels, sums.counts
     per_class = torch.bincount(labels, minlength=sums.class_sums.shape[1])

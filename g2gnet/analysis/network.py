@@ -28,7 +28,16 @@ ANALYSIS_SAMPLES = 1000
 
 
 class Batch(NamedTuple):
-    """A network's input ([B, D] held, or [T, B, D]), its activity, and the true classes [B]."""
+    """A network's input ([B, D] held, or [T, B, D]), its activity, and the true classes [B].
+
+    Example:
+        >>> from g2gnet import G2GNet
+        >>> net = G2GNet(64, 64, 10, block_size=8, T=20)
+        >>> inputs = net.encode(3 * torch.rand(30, 64))
+        >>> batch = Batch(inputs, net.simulate(inputs), torch.arange(30) % 10)
+        >>> analyze_network(net, [batch], num_classes=10).samples
+        30
+    """
 
     inputs: torch.Tensor
     activity: Activity
@@ -55,6 +64,16 @@ class LayerAnalysis:
         input_entropy, weight_entropy: [G], by connections and by weight (:func:`input_group_entropy`).
         accumulates, multiplies, dense_operations: synaptic operations of the connection per sample
             (:class:`~g2g_kernels.ops.g2g_stack.SynapticOperations`).
+
+    Example:
+        >>> from g2gnet import G2GNet
+        >>> net = G2GNet(64, 64, 10, block_size=8, T=20)
+        >>> inputs = net.encode(3 * torch.rand(30, 64))
+        >>> batch = Batch(inputs, net.simulate(inputs), torch.arange(30) % 10)
+        >>> analysis = analyze_network(net, [batch], num_classes=10)
+        >>> layer = analysis.layers[0]
+        >>> layer.group_rates.shape, layer.coherence.shape
+        (torch.Size([8]), torch.Size([8, 8]))
     """
 
     name: str
@@ -144,6 +163,15 @@ class NetworkAnalysis:
         samples, steps: B and T of what was analysed.
         accuracy: share of samples classified correctly.
         layers: from input to output.
+
+    Example:
+        >>> from g2gnet import G2GNet
+        >>> net = G2GNet(64, 64, 10, block_size=8, T=20)
+        >>> inputs = net.encode(3 * torch.rand(30, 64))
+        >>> batch = Batch(inputs, net.simulate(inputs), torch.arange(30) % 10)
+        >>> analysis = analyze_network(net, [batch], num_classes=10)
+        >>> 0 < analysis.firing_rate < 1, analysis.steps
+        (True, 20)
     """
 
     samples: int
@@ -179,6 +207,15 @@ def analyze_network(net: G2GNet, batches: Iterable[Batch], num_classes: int) -> 
 
     A layer's neurons are grouped as the output side of its connection; its inputs as the input side, which may group
     the same neurons differently.
+
+    Example:
+        >>> from g2gnet import G2GNet
+        >>> net = G2GNet(64, 64, 10, block_size=8, T=20)
+        >>> inputs = net.encode(3 * torch.rand(30, 64))
+        >>> batch = Batch(inputs, net.simulate(inputs), torch.arange(30) % 10)
+        >>> analysis = analyze_network(net, [batch], num_classes=10)
+        >>> [layer.name for layer in analysis.layers]
+        ['lif1', 'lif2', 'lif3']
     """
     connections = [connection for connection, _ in net.layers()]
     outputs: list[list[SpikeSums]] = [[] for _ in connections]

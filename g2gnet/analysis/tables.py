@@ -10,7 +10,15 @@ from g2gnet.analysis.network import LayerAnalysis, NetworkAnalysis
 
 
 class Table(NamedTuple):
-    """A heading for each column, and rows of as many cells."""
+    """A heading for each column, and rows of as many cells.
+
+    Example:
+        >>> print(Table(("layer", "rate"), [("lif1", "0.12"), ("lif2", "0.3")]))
+        layer  rate
+        ─────  ────
+        lif1   0.12
+        lif2    0.3
+    """
 
     header: tuple[str, ...]
     rows: list[tuple[str, ...]]
@@ -27,7 +35,17 @@ class Table(NamedTuple):
 
 
 def headline(analysis: NetworkAnalysis, images: int | None = None) -> str:
-    """What was analysed, of ``images`` in all, and the three main numbers of the network."""
+    """What was analysed, of ``images`` in all, and the three main numbers of the network.
+
+    Example:
+        >>> from g2gnet import G2GNet
+        >>> net = G2GNet(64, 64, 10, block_size=8, T=20)
+        >>> inputs = net.encode(3 * torch.rand(30, 64))
+        >>> batch = Batch(inputs, net.simulate(inputs), torch.arange(30) % 10)
+        >>> analysis = analyze_network(net, [batch], num_classes=10)
+        >>> headline(analysis, images=100).partition(":")[0]
+        '30 of 100 test images, 20 steps'
+    """
     part = "" if images is None or images <= analysis.samples else f" of {images:,}"
     return (
         f"{analysis.samples:,}{part} test images, {analysis.steps} steps: accuracy {analysis.accuracy:.4f}, "
@@ -37,7 +55,17 @@ def headline(analysis: NetworkAnalysis, images: int | None = None) -> str:
 
 
 def summary_table(analysis: NetworkAnalysis) -> Table:
-    """The main quantities, one row per layer: means over neurons or groups."""
+    """The main quantities, one row per layer: means over neurons or groups.
+
+    Example:
+        >>> from g2gnet import G2GNet
+        >>> net = G2GNet(64, 64, 10, block_size=8, T=20)
+        >>> inputs = net.encode(3 * torch.rand(30, 64))
+        >>> batch = Batch(inputs, net.simulate(inputs), torch.arange(30) % 10)
+        >>> analysis = analyze_network(net, [batch], num_classes=10)
+        >>> summary_table(analysis).header[:3]
+        ('', 'rate', 'silent')
+    """
     header = ("", "rate", "silent", "synchrony", "signal corr.", "noise corr.", "coherence", "other inputs", "entropy")
     rows: list[tuple[str, ...]] = [
         (
@@ -57,7 +85,17 @@ def summary_table(analysis: NetworkAnalysis) -> Table:
 
 
 def layers_table(analysis: NetworkAnalysis) -> Table:
-    """One column per layer; quantities of groups as means over them. – where not defined."""
+    """One column per layer; quantities of groups as means over them. – where not defined.
+
+    Example:
+        >>> from g2gnet import G2GNet
+        >>> net = G2GNet(64, 64, 10, block_size=8, T=20)
+        >>> inputs = net.encode(3 * torch.rand(30, 64))
+        >>> batch = Batch(inputs, net.simulate(inputs), torch.arange(30) % 10)
+        >>> analysis = analyze_network(net, [batch], num_classes=10)
+        >>> layers_table(analysis).header
+        ('', 'lif1', 'lif2', 'lif3')
+    """
     layers = analysis.layers
     rows = {
         "neurons": [str(len(layer.neuron_rates)) for layer in layers],
@@ -91,7 +129,17 @@ def layers_table(analysis: NetworkAnalysis) -> Table:
 
 
 def groups_table(layer: LayerAnalysis) -> Table:
-    """One row per group."""
+    """One row per group.
+
+    Example:
+        >>> from g2gnet import G2GNet
+        >>> net = G2GNet(64, 64, 10, block_size=8, T=20)
+        >>> inputs = net.encode(3 * torch.rand(30, 64))
+        >>> batch = Batch(inputs, net.simulate(inputs), torch.arange(30) % 10)
+        >>> analysis = analyze_network(net, [batch], num_classes=10)
+        >>> len(groups_table(analysis.layers[0]).rows)
+        8
+    """
     columns = {
         f"{layer.name} group": [str(group + 1) for group in range(len(layer.group_sizes))],
         "neurons": [str(size) for size in layer.group_sizes.tolist()],

@@ -12,6 +12,12 @@ def group_density(mask: BlockMask) -> torch.Tensor:
     """The share of the weights between each pair of groups that exist: float64 [groups out, groups in], 0 to 1.
 
     density_gh = weights that exist from input group h to output group g / (N_g · N_h)
+
+    Example:
+        >>> from g2g_kernels import BlockMask, GroupLayout
+        >>> group_density(BlockMask.sample(GroupLayout(8, 2), GroupLayout(8, 2), p_inter=0.0, block_size=2))
+        tensor([[1., 0.],
+                [0., 1.]], dtype=torch.float64)
     """
     return _mean_between_groups(mask, mask.unit_sizes)
 
@@ -38,6 +44,11 @@ def cross_group_share(mask: BlockMask) -> torch.Tensor:
     """The share of each output group's inputs that come from other input groups than its own: float64 [groups], 0 to 1.
 
     NaN for a group without inputs. Its own groups: ``g2g_kernels.groups.partners``.
+
+    Example:
+        >>> from g2g_kernels import BlockMask, GroupLayout
+        >>> cross_group_share(BlockMask.full(GroupLayout(8, 2), GroupLayout(8, 2), block_size=2))
+        tensor([0.5000, 0.5000], dtype=torch.float64)
     """
     inputs = group_density(mask) * mask.cols.layout.sizes
     return 1 - (inputs * partners(*inputs.shape)).sum(1) / inputs.sum(1)
@@ -53,6 +64,11 @@ def input_group_entropy(mask: BlockMask, values: torch.Tensor | None = None) -> 
     Shares d, not numbers of inputs, make 1 mean "as in a dense layer" when groups differ in size. The entropy is taken
     per neuron: pooled over a group it would near 1 even if each of its neurons saw only two input groups. Neurons
     without inputs are skipped; NaN where no neuron is left, and for a single input group.
+
+    Example:
+        >>> from g2g_kernels import BlockMask, GroupLayout
+        >>> input_group_entropy(BlockMask.full(GroupLayout(8, 2), GroupLayout(8, 2), block_size=2))
+        tensor([1., 1.], dtype=torch.float64)
     """
     strength = (mask.valid() if values is None else values.detach().abs()).sum(2).cpu().double()
     row, (_, col_group) = mask.unit_row.long().cpu(), _groups_of_units(mask)

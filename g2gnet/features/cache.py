@@ -37,6 +37,10 @@ def load_features(
 
     Raises:
         DataError: if the data or the weights are unavailable.
+
+    Example:
+        >>> data = load_features("cifar10", data_dir="data")  # doctest: +SKIP
+        >>> data.train_images.shape  # doctest: +SKIP
     """
     from g2gnet.data import cifar  # imports torchvision, which takes a second
 

@@ -47,6 +47,11 @@ class ResNet32(nn.Module):
         num_classes: number of classes.
         mean, std: of the three channels, values from 0 to 1; the pixels are normalised with them. They are not part of
             the state dict.
+
+    Example:
+        >>> net = ResNet32(10, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+        >>> net(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).shape
+        torch.Size([2, 10])
     """
 
     mean: torch.Tensor

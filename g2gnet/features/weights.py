@@ -41,7 +41,12 @@ RELEASES = {
 
 
 def new_resnet(dataset: str) -> ResNet32:
-    """A ResNet-32 for ``dataset`` with random weights."""
+    """A ResNet-32 for ``dataset`` with random weights.
+
+    Example:
+        >>> new_resnet("cifar100")(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).shape
+        torch.Size([2, 100])
+    """
     return ResNet32(DATASETS[dataset].num_classes, RELEASES[dataset].mean, RELEASES[dataset].std)
 
 
@@ -54,6 +59,9 @@ def weights_digest(dataset: str, file: Path | str | None = None) -> str:
 
     Raises:
         DataError: if the file cannot be read.
+
+    Example:
+        >>> weights_digest("cifar10", "checkpoints/resnet32_cifar10.pt")  # doctest: +SKIP
     """
     return RELEASES[dataset].digest if file is None else _digest(_read(Path(file)))
 
@@ -66,6 +74,9 @@ def load_resnet(dataset: str, file: Path | str | None = None) -> ResNet32:
 
     Raises:
         DataError: if the weights are unavailable, or are not those of such a network.
+
+    Example:
+        >>> net = load_resnet("cifar10")  # doctest: +SKIP
     """
     path = _published(dataset) if file is None else Path(file)
     network = new_resnet(dataset)

@@ -20,6 +20,10 @@ def to_neurobench(stack: SpikingStack) -> Any:
 
     Raises:
         ImportError: if NeuroBench is not installed.
+
+    Example:
+        >>> from g2gnet import G2GNet
+        >>> model = to_neurobench(G2GNet(64, 32, 10, block_size=4))  # doctest: +SKIP
     """
     try:
         from neurobench.hooks.layer import LayerHook

@@ -85,6 +85,12 @@ def to_nir(stack: SpikingStack, dt: float = DEFAULT_DT) -> Any:
     Raises:
         ValueError: for anything that NIR cannot express.
         ImportError: if the package ``nir``, 1.0.7 or newer, is not installed.
+
+    Example:
+        >>> from g2gnet import G2GNet
+        >>> graph = to_nir(G2GNet(64, 32, 10, block_size=4, reset="zero"))
+        >>> list(graph.nodes)
+        ['input', 'fc1', 'lif1', 'fc2', 'lif2', 'fc3', 'lif3', 'output']
     """
     nir = optional_package("nir", _LEAST_NIR)
     for _, neurons in stack.layers():
@@ -132,6 +138,12 @@ def from_nir(
     Raises:
         ValueError: for a graph of another form, or neurons that the stack does not have.
         ImportError: if the package ``nir``, 1.0.7 or newer, is not installed.
+
+    Example:
+        >>> from g2gnet import G2GNet
+        >>> graph = to_nir(G2GNet(64, 32, 10, block_size=4, reset="zero"))  # or nir.read("network.nir")
+        >>> from_nir(graph, T=25)(torch.rand(2, 64)).shape
+        torch.Size([2, 10])
     """
     nir = optional_package("nir", _LEAST_NIR)
     if not dt > 0:

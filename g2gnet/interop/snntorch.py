@@ -59,6 +59,13 @@ def from_snntorch(
     Raises:
         ValueError: for layers or options of neurons that the stack does not support.
         ImportError: if snnTorch is not installed.
+
+    Example:
+        >>> import snntorch
+        >>> from torch import nn
+        >>> theirs = nn.Sequential(nn.Linear(64, 32), snntorch.Leaky(0.9), nn.Linear(32, 10), snntorch.Leaky(0.9))
+        >>> from_snntorch(theirs, T=25)(torch.rand(2, 64)).shape  # held for 25 steps
+        torch.Size([2, 10])
     """
     snn = optional_package("snntorch")
     linears: dict[str, Any] = {}
@@ -103,6 +110,14 @@ def to_snntorch(stack: SpikingStack) -> nn.Sequential:
     Raises:
         ValueError: for neurons that snnTorch does not have.
         ImportError: if snnTorch is not installed.
+
+    Example:
+        >>> from g2gnet import G2GNet
+        >>> from snntorch import utils
+        >>> theirs = to_snntorch(G2GNet(64, 32, 10, block_size=4))
+        >>> utils.reset(theirs)
+        >>> theirs(torch.rand(2, 64)).shape  # one time step
+        torch.Size([2, 10])
     """
     snn = optional_package("snntorch")
     modules: OrderedDict[str, nn.Module] = OrderedDict()

@@ -140,11 +140,16 @@ def _wiring(each: Inspected) -> list[str]:
     run, net = each.run, each.net
     if run.settings.model == "dense":
         return [paragraph("Every neuron is connected to every neuron of the next layer: there are no groups to draw.")]
-    masks = {"now": [connection.mask for connection, _ in net.layers()]}
+    masks = {"now": {name: connection.mask for name, connection in net.connections().items()}}
     note = "The graph never changes."
+    recurrent = ""
+    if run.settings.recurrent:
+        recurrent = (
+            " rec1 and rec2 join the neurons of a hidden layer to one another; spikes reach them one step later."
+        )
     if run.settings.sparsity_mode == "dynamic":
-        before = [connection.mask for connection, _ in run.initial_network().layers()]
-        masks = {"before training": before, "now": masks["now"]}
+        initial = run.initial_network().connections().items()
+        masks = {"before training": {name: connection.mask for name, connection in initial}, "now": masks["now"]}
         note = "Above: as drawn from the seed. Below: after dynamic sparse training, which keeps the number of weights."
     size = net.fc1.in_features
     inputs = "features" if run.settings.use_resnet else "pixels"
@@ -154,7 +159,8 @@ def _wiring(each: Inspected) -> list[str]:
     parts = [
         picture(
             figures.connection_density(masks),
-            f"Share of the weights from each input group (column) to each output group (row) that exist. {note}",
+            f"Share of the weights from each input group (column) to each output group (row) that exist. {note}"
+            f"{recurrent}",
         ),
         picture(
             figures.group_inputs(net.fc1.mask, figures.input_shape(size), "fc1", inputs),
@@ -229,8 +235,9 @@ def _results(each: Inspected) -> dict[str, str]:
     history, net = each.run.history, each.net
     tests = [record["test_acc"] for record in history]
     best = max(range(len(tests)), key=tests.__getitem__)
-    weights = sum(int(connection.mask.unit_sizes.sum()) for connection, _ in net.layers())
-    possible = sum(connection.mask.shape[0] * connection.mask.shape[1] for connection, _ in net.layers())
+    masks = [connection.mask for connection in net.connections().values()]
+    weights = sum(int(mask.unit_sizes.sum()) for mask in masks)
+    possible = sum(mask.shape[0] * mask.shape[1] for mask in masks)
     return {
         "epochs": str(each.run.epoch),
         "test accuracy": f"{tests[-1]:.2%}".replace("%", " %"),

@@ -2,8 +2,10 @@
 
 import concurrent.futures
 import contextlib
+import logging
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.context
 import os
 import signal
 import sys
@@ -26,6 +28,8 @@ from g2gnet.settings import SettingsError
 from g2gnet.sweep.grid import Grid, Run, runs_of
 from g2gnet.sweep.results import Row, rows_of, table
 from g2gnet.training import CheckpointError, Interrupted, TrainingError, read_run
+
+logger = logging.getLogger("g2gnet")
 
 #: what ends one run and not the others
 FAILURES = (CheckpointError, DataError, OutputError, SettingsError, TrainingError)
@@ -78,9 +82,32 @@ def outcome(run: Run) -> dict[str, Any] | None:
     last = run.files.load_marker(run.settings)
     if last is None:
         return None
-    saved = read_run(run.files.checkpoint)
-    weights = sum(int(connection.mask.unit_sizes.sum()) for connection, _ in saved.network().layers())
+    try:
+        saved = read_run(run.files.checkpoint)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} The run is finished; delete {run.folder} to train it again") from error
+    weights = sum(int(connection.mask.unit_sizes.sum()) for connection in saved.network().connections().values())
     return {**last, "train_seconds": sum(record["seconds"] for record in saved.history), "weights": weights}
+
+
+class _Process(multiprocessing.context.SpawnProcess):
+    """A process that gets no Ctrl-C, which reaches every process of a terminal, before :func:`_begin`.
+
+    It would end with a traceback while it imports.
+    """
+
+    def start(self) -> None:
+        if not hasattr(signal, "pthread_sigmask"):  # on Windows
+            return super().start()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            super().start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class _Spawning(multiprocessing.context.SpawnContext):
+    Process = _Process
 
 
 @contextlib.contextmanager
@@ -91,7 +118,7 @@ def processes(jobs: int, threads: int | None = None) -> Iterator[concurrent.futu
     """
     threads = threads or max(1, (os.cpu_count() or 1) // jobs)
     reader, writer = multiprocessing.Pipe(duplex=False)
-    pool = concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _begin, (reader, threads))
+    pool = concurrent.futures.ProcessPoolExecutor(jobs, _Spawning(), _begin, (reader, threads))
     try:
         yield pool
     except BaseException:
@@ -107,16 +134,28 @@ def _begin(reader: multiprocessing.connection.Connection, threads: int) -> None:
     """What a process of the pool does first. ``reader`` ends when the process that has the other end closes it."""
     torch.set_num_threads(threads)
     tqdm.set_lock(threading.RLock())  # the usual one is shared with other processes, and would be left behind
-    # Ctrl-C reaches every process of a terminal; the end of the pipe tells what to do
-    signal.signal(signal.SIGINT, lambda *_: None)
+    # that of the terminal is not meant for these processes: the end of the pipe tells what to do
+    signal.signal(signal.SIGINT, _end_if_told)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=_end_with, args=(reader,), daemon=True).start()
+
+
+def _end_if_told(number: int, frame: object) -> None:
+    """Ends a run that has no step to save yet: while it trains, SIGINT has another handler."""
+    if _ended.is_set() and _training.locked():
+        raise KeyboardInterrupt
 
 
 def _end_with(reader: multiprocessing.connection.Connection) -> None:
     with contextlib.suppress(OSError):
         reader.poll(None)
     _ended.set()
-    signal.raise_signal(signal.SIGINT)  # a run finishes its step, saves it and ends
+    # a run finishes its step, saves it and ends
+    if sys.platform == "win32":
+        signal.raise_signal(signal.SIGINT)
+    else:
+        os.kill(os.getpid(), signal.SIGINT)  # the main thread gets it, even while it waits for the system
     with _training:
         os._exit(128 + signal.SIGINT)
 
@@ -158,14 +197,16 @@ def train_runs(
                         line = on_end(run)
                     except FAILURES as error:
                         failed[run.label] = str(error)
-                        line = f"{run.label}: failed: {error}"
-                    bar.write(line, file=stream)
+                        with bar.external_write_mode(file=stream):
+                            logger.error("%s: failed: %s", run.label, error)
+                    else:
+                        bar.write(line, file=stream)
                 bar.set_postfix_str(f"{len(runs) - len(waiting)} of {len(runs)} runs", refresh=False)
                 bar.update(sum(run.epochs() for run in runs) - bar.n)
         except BrokenProcessPool as error:
             raise TrainingError(
                 "a process that trained was killed, as by a system without memory; what it had saved is kept. Lower "
-                "jobs, or do the same again to resume"
+                "`jobs`, or do the same again to resume"
             ) from error
         except BaseException:
             for future in waiting:
@@ -185,6 +226,16 @@ class Sweep:
         ends: what each finished run reached (:func:`outcome`), by the run.
         failed: the errors of the runs that failed, by the settings that differ.
         rows: mean and standard error over the seeds, one per combination of the varied settings.
+
+    Example:
+        >>> from concurrent.futures import ThreadPoolExecutor
+        >>> small = {"hidden_dim": 32, "block_size": 8, "T": 3, "epochs": 1, "limit_train": 64}
+        >>> grid = {"dataset": "fashionmnist-mini", "model": "mixer", "seed": [1, 2], **small}
+        >>> with ThreadPoolExecutor(1) as executor:
+        ...     made = run(grid, executor=executor)
+        ...
+        >>> made.rows[0].seeds, sorted(made.as_dict())
+        ([1, 2], ['failed', 'rows', 'runs', 'settings'])
     """
 
     folder: Path
@@ -248,6 +299,16 @@ def run(
         CheckpointError: if the files of a finished run are damaged.
 
     A script that calls this without an executor needs ``if __name__ == "__main__":``, since its processes import it.
+
+    Example:
+        >>> from concurrent.futures import ThreadPoolExecutor
+        >>> small = {"hidden_dim": 32, "block_size": 8, "T": 3, "epochs": 1, "limit_train": 64}
+        >>> grid = {"dataset": "fashionmnist-mini", "model": ["index", "mixer"], "seed": [1, 2], **small}
+        >>> with ThreadPoolExecutor(1) as executor:
+        ...     made = run(grid, "models", executor=executor)
+        ...
+        >>> [(row.settings, row.seeds) for row in made.rows]
+        [({'model': 'index'}, [1, 2]), ({'model': 'mixer'}, [1, 2])]
     """
     runs = runs_of(grid, folder)
     several = {name for each in runs for name in each.differs}

@@ -40,6 +40,12 @@ class Run:
         settings: all of them.
         differs: those that have several values in the grid, its seed included.
         folder: of its files and of what it printed, ``log.txt``.
+
+    Example:
+        >>> from g2gnet.sweep.grid import runs_of
+        >>> first = runs_of({"p_inter": [0.1, 0.3], "model": "mixer"}, "sweep")[0]
+        >>> first.label, first.settings.p_inter
+        ('p_inter=0.1', 0.1)
     """
 
     given: Mapping[str, Any]
@@ -75,7 +81,7 @@ def read_grid(path: Path | str) -> dict[str, Any]:
     try:
         text = read_file(path).decode("utf-8")
         if path.suffix == ".json":
-            grid = json.loads(text)
+            grid = json.loads(text, object_pairs_hook=_table)
         else:
             import tomllib  # since Python 3.11
 
@@ -87,6 +93,15 @@ def read_grid(path: Path | str) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise SettingsError(f"grid={path} cannot be read ({reason(error)})") from error
     return grid
+
+
+def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A table of a JSON file, whose reader takes the last of equal names; that of TOML refuses them."""
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"it gives {name} twice")
+    return dict(pairs)
 
 
 def values_of(grid: Grid) -> dict[str, list[Any]]:

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from g2gnet.sweep.engine import run
 from g2gnet.sweep.grid import read_grid, runs_of, values_of
 from g2gnet.sweep.results import as_csv
 from g2gnet.training import TrainingError, TrainSettings
+from g2gnet.training.interruption import raised
 
 DESCRIPTION = """\
 Trains every combination of several values of settings, each with several seeds, in parallel; prints mean and standard
@@ -27,6 +29,7 @@ examples:
   g2g-sweep --grid density.toml --epochs 20
 """
 TRUTH = {"true": True, "false": False}
+RESUME = "run the same command again to resume with the remaining runs"
 
 
 def truth(text: str) -> bool:
@@ -110,15 +113,16 @@ def sweep(arguments: argparse.Namespace) -> dict[str, Any]:
     shape = " × ".join(f"{several[name]} {name}" for name in sorted(several, key=lambda name: name == "seed"))
     done = sum(each.files.marker.exists() for each in runs)
     say(f"g2g {g2gnet.__version__} | {len(runs)} runs{f': {shape}' if shape else ''} | {done} finished | {folder}")
-    made = run(
-        grid,
-        folder,
-        jobs=arguments.jobs,
-        data_dir=arguments.data_dir,
-        device=arguments.device,
-        backend=arguments.backend,
-        finished=arguments.finished,
-    )
+    with raised(signal.SIGTERM, f"interrupted by SIGTERM; {RESUME}"):
+        made = run(
+            grid,
+            folder,
+            jobs=arguments.jobs,
+            data_dir=arguments.data_dir,
+            device=arguments.device,
+            backend=arguments.backend,
+            finished=arguments.finished,
+        )
     say(made.table())
     document = made.as_dict()
     cli.write_output(files["csv"], as_csv([(each.differs, end) for each, end in made.ends]))
@@ -140,5 +144,4 @@ def sweep(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    interrupted = "run the same command again to resume with the remaining runs"
-    return cli.run_program(build_parser(), sweep, argv, interrupted)
+    return cli.run_program(build_parser(), sweep, argv, RESUME)

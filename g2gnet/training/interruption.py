@@ -6,6 +6,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 #: Seconds in which the same signal again is the same request: a terminal or a process manager sends it to every process
@@ -23,6 +24,27 @@ class Interrupted(Exception):  # noqa: N818  (nothing is wrong)
     def __init__(self, message: str, signal: int) -> None:
         super().__init__(message)
         self.signal = signal
+
+
+@contextlib.contextmanager
+def raised(number: signal.Signals, message: str) -> Iterator[None]:
+    """While entered, the signal raises :class:`Interrupted` with this message, as Ctrl-C raises KeyboardInterrupt.
+
+    Only the main thread gets signals: elsewhere this does nothing. One that is ignored stays ignored.
+    """
+
+    def interrupt(number: int, frame: object) -> None:
+        raise Interrupted(message, number)
+
+    before = signal.getsignal(number)
+    if threading.current_thread() is not threading.main_thread() or before is signal.SIG_IGN:
+        yield
+        return
+    signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
 
 
 class StopSignals:

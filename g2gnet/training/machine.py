@@ -19,6 +19,11 @@ class Machine(NamedTuple):
         backend: ``"triton"``, ``"cpu"`` or ``"torch"``; None lets the device decide.
         world: the processes that make the same calls, including this one.
         cuda_graph: replay training steps as a CUDA graph; None: where that is possible.
+
+    Example:
+        >>> machine = Machine(torch.device("cpu"), backend="torch")
+        >>> machine.device
+        device(type='cpu')
     """
 
     device: torch.device

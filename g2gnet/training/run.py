@@ -55,6 +55,18 @@ def run_training(
         SettingsError: if there are too many processes for a batch.
         DistributedError: if the states of the processes diverged.
         Interrupted: after a signal, when everything is saved.
+
+    Example:
+        >>> from g2gnet.data import load_dataset
+        >>> small = {"hidden_dim": 32, "block_size": 8, "T": 4, "epochs": 1}
+        >>> settings = TrainSettings(dataset="fashionmnist-mini", model="mixer", **small)
+        >>> def load_data():
+        ...     return load_dataset("fashionmnist-mini").limited(256, 100)
+        ...
+        >>> record = run_training(settings, load_data, "checkpoints", Machine(torch.device("cpu")))
+        Epoch 01 | train_acc=0...
+        >>> record["epoch"]
+        1
     """
 
     def analyze(trainer: Trainer, files: RunFiles) -> None:
@@ -101,6 +113,19 @@ def run_epochs(
             process.
         TrainingError: if the loss or a gradient is not finite any more.
         Interrupted: after a signal, when everything is saved.
+
+    Example:
+        >>> from g2gnet.data import load_dataset
+        >>> small = {"hidden_dim": 32, "block_size": 8, "T": 3, "epochs": 1}
+        >>> settings = TrainSettings(dataset="fashionmnist-mini", model="mixer", **small)
+        >>> machine = Machine(torch.device("cpu"))
+        >>> def make_trainer():
+        ...     return Trainer(settings, load_dataset("fashionmnist-mini").limited(256, 100), machine)
+        ...
+        >>> record = run_epochs(settings, make_trainer, "checkpoints", machine)
+        Epoch 01 | train_acc=0...
+        >>> record["epoch"]
+        1
     """
     world = machine.world
     files = RunFiles(checkpoint_dir, settings.stem)

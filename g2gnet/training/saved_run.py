@@ -28,6 +28,13 @@ class SavedRun:
         epoch: the number of finished epochs.
         history: one record per epoch.
         state: of the network.
+
+    Example:
+        >>> run = read_run("checkpoints/fashionmnist-mini_mixer_p0.15_T5_current.pth")
+        >>> run.epoch, run.settings.model, len(run.history)
+        (1, 'mixer', 1)
+        >>> run.network().T
+        5
     """
 
     path: Path
@@ -57,6 +64,11 @@ def read_run(checkpoint: Path | str) -> SavedRun:
 
     Raises:
         CheckpointError: if it is missing, damaged, or not the checkpoint of a training run.
+
+    Example:
+        >>> run = read_run("checkpoints/fashionmnist-mini_mixer_p0.15_T5_current.pth")
+        >>> run.history[-1]["epoch"]
+        1
     """
     path = Path(checkpoint)
     content = read_checkpoint(path)

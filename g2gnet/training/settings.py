@@ -26,7 +26,12 @@ def _texts(rules: Mapping[str, Rule]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class RunSettings(Settings):
-    """What every training run has: its data, the length of training and the seed."""
+    """What every training run has: its data, the length of training and the seed.
+
+    Example:
+        >>> RunSettings(dataset="fashionmnist-mini", epochs=3).seed
+        42
+    """
 
     dataset: str = setting(
         "fashionmnist",
@@ -68,6 +73,15 @@ class TrainSettings(NetworkSettings, RunSettings):
 
     ``T`` is 50 unless it is given, and of images that unfold over time their number of steps. Of data of your own that
     are sequences it must be given here; programs look into the file.
+
+    Example:
+        >>> settings = TrainSettings(dataset="fashionmnist-mini", model="mixer", T=10)
+        >>> settings.stem  # names its files
+        'fashionmnist-mini_mixer_p0.15_T10_current'
+        >>> TrainSettings(T=0)
+        Traceback (most recent call last):
+            ...
+        g2gnet.settings.SettingsError: T=0 is out of range; give a whole number from 1 to 65536
     """
 
     augment: str = setting(

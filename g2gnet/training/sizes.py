@@ -37,6 +37,11 @@ def least_bytes(settings: TrainSettings, input_dim: int, num_classes: int, sampl
             density = inside * settings.p_intra + (1 - inside) * settings.p_inter
             drawn = max(drawn, grid * DRAWN_UNIT)
         total += int(density * (weights * WEIGHT + grid * UNIT))
+    if settings.recurrent:  # of those between groups there may be none
+        joined = settings.hidden_dim**2
+        total += (
+            2 * joined * WEIGHT if not sparse else int(2 * joined * WEIGHT * settings.p_intra / settings.num_groups)
+        )
     words = sum(-(-size // 64) * 8 for size in sizes[1:])  # a bit for each spike
     kept = 4 * len(NEURONS[settings.neuron].model.states) * sum(sizes[2:]) if device == "cpu" else 0
     recomputed = settings.T if settings.chunk is None else min(settings.chunk, settings.T)

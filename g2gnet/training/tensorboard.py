@@ -54,13 +54,14 @@ class TensorBoardLog:
             for name, value in numbers(record):
                 if name != "epoch":
                     writer.add_scalar(name, value, epoch)
-            for number, (connection, neurons) in enumerate(trainer.net.layers(), 1):
+            for connection_name, connection in trainer.net.connections().items():
                 weights = connection.values.detach()[connection.mask.valid()].float().cpu()
-                writer.add_histogram(f"weights/fc{number}", weights, epoch)
+                writer.add_histogram(f"weights/{connection_name}", weights, epoch)
                 heat = group_weight(connection.mask, connection.values)
                 image = (heat / heat.max().clamp(min=1e-12)).float()
                 pixels = image.repeat_interleave(CELL, 0).repeat_interleave(CELL, 1)
-                writer.add_image(f"weight between groups/fc{number}", pixels[None], epoch)
+                writer.add_image(f"weight between groups/{connection_name}", pixels[None], epoch)
+            for number, (_, neurons) in enumerate(trainer.net.layers(), 1):
                 for name, tensor in neurons.values.items():
                     values = tensor.detach().float().cpu()
                     if values.numel() == 1:

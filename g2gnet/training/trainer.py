@@ -17,7 +17,6 @@ from g2gnet.cuda_graph import CapturedStep
 from g2gnet.data import ImageData, as_samples, random_crop_and_flip
 from g2gnet.distributed import World
 from g2gnet.dst import DSTScheduler
-from g2gnet.layers import G2GLinear
 from g2gnet.network import G2GNet
 from g2gnet.regularizer import RateTarget, rate_penalty, rate_target
 from g2gnet.seeding import draw_device, stream
@@ -83,6 +82,11 @@ class Evaluation(NamedTuple):
         accuracy: the share of the images that are classified correctly.
         accumulates, multiplies: synaptic operations of each connection per image
             (:class:`~g2g_kernels.ops.g2g_stack.SynapticOperations`).
+
+    Example:
+        >>> result = Evaluation(0.9, accumulates={"fc1": 0.0, "fc2": 120.0}, multiplies={"fc1": 800.0, "fc2": 0.0})
+        >>> sum(result.accumulates.values())  # additions per image
+        120.0
     """
 
     accuracy: float
@@ -114,6 +118,15 @@ class Trainer(EpochTrainer):
     Raises:
         SettingsError: if a batch has fewer images than there are processes, training has too few steps for DST, the
             images to be shifted or mirrored are vectors, or the network and a step need more memory than there is.
+
+    Example:
+        >>> from g2gnet.data import load_dataset
+        >>> settings = TrainSettings(dataset="fashionmnist-mini", model="mixer", hidden_dim=32, block_size=8, T=5)
+        >>> data = load_dataset("fashionmnist-mini").limited(256, 100)
+        >>> trainer = Trainer(settings, data, Machine(torch.device("cpu")))
+        >>> record = trainer.train_epoch()
+        >>> 0 <= record["test_acc"] <= 1
+        True
     """
 
     net: G2GNet
@@ -188,7 +201,7 @@ class Trainer(EpochTrainer):
                     f"nothing is replaced after dst_stop={settings.dst_stop} of them; lower `dst_interval`"
                 )
             self.dst = DSTScheduler(
-                [connection for connection, _ in self.net.layers()],
+                list(self.net.connections().values()),
                 self.optimizer,
                 settings.dst_interval,
                 settings.dst_fraction,
@@ -199,6 +212,7 @@ class Trainer(EpochTrainer):
                 schedule=settings.dst_schedule,
                 stop=settings.dst_stop,
                 total_steps=self._steps if bounded else None,
+                recurrent=[connection for connection in self.net.recurrents() if connection is not None],
             )
         self._watch(settings.lr)
         self._layers = LayerWatch(order is not None)
@@ -224,7 +238,7 @@ class Trainer(EpochTrainer):
 
     def train_epoch(self, on_step: StepCallback | None = None) -> dict[str, Any]:
         if self.world.leads:
-            *_, (name, last) = self._connections().items()
+            *_, (name, last) = self.net.connections().items()
             self._layers.check_classes(name, last.mask.fan_in())
         return super().train_epoch(on_step)
 
@@ -236,7 +250,7 @@ class Trainer(EpochTrainer):
         if self.world.leads:
             neurons = {f"lif{i}": lif for i, (_, lif) in enumerate(self.net.layers(), 1)}
             self._layers.check(self.epoch, firing_rate, silent, neurons)
-        connections = self._connections()
+        connections = self.net.connections()
         test = self.evaluate("test")
         accuracies = {"test_acc": test.accuracy}
         if self.data.val_images is not None:
@@ -345,28 +359,25 @@ class Trainer(EpochTrainer):
 
     def evaluate(self, part: str = "test") -> Evaluation:
         """The results on the ``"test"`` or ``"val"`` images."""
-        connections = self._connections()
-        # correct images; then additions and multiplications of each connection
-        sums = torch.zeros(1 + 2 * len(connections), dtype=torch.int64, device=self.device)
+        layers = [f"fc{number}" for number in range(1, self.net.depth + 1)]
+        # correct images; then additions and multiplications of each layer
+        sums = torch.zeros(1 + 2 * len(layers), dtype=torch.int64, device=self.device)
         for batch in run_images(self.net, self.settings, self.epoch, self.data, part, world=self.world):
             sums[0] += (batch.activity.counts.argmax(1) == batch.labels).sum()
             counted = [count for layer in batch.activity.synaptic_operations() for count in layer[:2]]
             sums[1:] += torch.tensor(counted, device=self.device)
         count = len(getattr(self.data, f"{part}_labels"))
         accuracy, *operations = (total / count for total in self.world.sum_(sums).tolist())
-        accumulates, multiplies = (dict(zip(connections, operations[kind::2], strict=True)) for kind in range(2))
+        accumulates, multiplies = (dict(zip(layers, operations[kind::2], strict=True)) for kind in range(2))
         return Evaluation(accuracy, accumulates, multiplies)
 
     def _units(self) -> dict[str, torch.Tensor]:
         """The existing units of each connection: bool [block rows, block columns]."""
-        return {name: layer.mask.present() for name, layer in self._connections().items()}
+        return {name: layer.mask.present() for name, layer in self.net.connections().items()}
 
     def _kept(self, units: dict[str, torch.Tensor]) -> dict[str, float]:
         """The share of ``units`` that each connection still has, 0 to 1."""
         return {name: int((units[name] & now).sum()) / max(1, int(now.sum())) for name, now in self._units().items()}
-
-    def _connections(self) -> dict[str, G2GLinear]:
-        return {f"fc{number}": connection for number, (connection, _) in enumerate(self.net.layers(), 1)}
 
     def _stream(self, purpose: str, *counters: int) -> torch.Generator:
         """The run's stream of that name, on the device if it has generators."""

@@ -1,9 +1,12 @@
 """Sweeps: which runs a grid consists of, that each is train.py's, that nothing is lost, and the statistics."""
 
+import contextlib
 import itertools
 import json
 import math
+import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,14 +15,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from helpers import ROOT
+from processes import SERVER
 from training_runs import SMALL, assert_equal, flags_of, load, run
 
 from g2gnet import sweep
 from g2gnet.settings import SettingsError
-from g2gnet.sweep import program
+from g2gnet.sweep import engine, program
 from g2gnet.sweep.grid import read_grid, runs_of
 from g2gnet.sweep.results import estimate
-from g2gnet.training import TrainingError
+from g2gnet.training import CheckpointError, TrainingError
 
 QUICK = {**SMALL, "T": 3, "limit_train": 64, "limit_test": 32, "epochs": 1}
 
@@ -77,6 +81,9 @@ def test_a_grid_comes_from_a_file_and_flags_replace_what_it_says(tmp_path):
     assert grid == {"seed": [3, 4], "p_inter": 1, "standardize": [True], "T": [7]}
     (tmp_path / "grid.json").write_text("[]")
     with pytest.raises(SettingsError, match="holds a list, not a table of settings"):
+        read_grid(tmp_path / "grid.json")
+    (tmp_path / "grid.json").write_text('{"seed": [1, 2], "T": 3, "seed": 1}')
+    with pytest.raises(SettingsError, match="it gives seed twice"):
         read_grid(tmp_path / "grid.json")
 
 
@@ -145,6 +152,58 @@ def test_a_sweep_that_is_killed_and_interrupted_resumes_and_ends_as_if_it_had_no
     whole = sweep.run(grid, tmp_path / "whole", executor=thread)
     for (one, _), (other, _) in zip(resumed.ends, whole.ends, strict=True):
         assert_equal(load(one.files), load(other.files))
+
+
+def loses_its_sweep_while_it_loads(folder):
+    """What a process of a sweep does that ends before the first step."""
+    reader, writer = multiprocessing.Pipe(duplex=False)
+
+    def load(arguments):
+        writer.close()
+        time.sleep(60)
+
+    engine.train.train = load
+    engine._begin(reader, 1)
+    engine.train_run(QUICK, folder)
+
+
+def test_a_process_whose_sweep_ends_before_its_first_step_ends_too(tmp_path):
+    process = SERVER.Process(target=loses_its_sweep_while_it_loads, args=(str(tmp_path / "run"),))
+    process.start()
+    process.join(50)
+    assert process.exitcode == 130
+
+
+def test_sigterm_ends_a_sweep_as_ctrl_c_does(tmp_path, capsys, monkeypatch):
+    def interrupted(*runs, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    monkeypatch.setattr(program, "run", interrupted)
+    assert program.main([*flags_of(QUICK), "--folder", str(tmp_path)]) == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == f"g2g-sweep: interrupted by SIGTERM; {program.RESUME}\n"
+
+
+def test_a_failure_is_logged_so_that_the_program_names_its_flags(tmp_path, capsys, caplog, monkeypatch, thread):
+    monkeypatch.setattr(engine, "processes", lambda jobs: contextlib.nullcontext(thread))
+    flags = [*flags_of({**QUICK, "lr": 1e30, "epochs": 3}), "--folder", str(tmp_path / "sweep")]
+    assert program.main(flags) == 1
+    (failure,) = [message for message in caplog.messages if message.startswith("the run: failed: ")]
+    assert "lower `lr`" in failure
+    said = capsys.readouterr().err
+    assert "lower --lr" in said
+    assert "`" not in said
+
+
+def test_a_finished_run_without_its_checkpoint_can_be_trained_again(tmp_path, thread):
+    made = sweep.run(QUICK, tmp_path, executor=thread)
+    ((run, end),) = made.ends
+    run.files.checkpoint.write_bytes(b"")
+    with pytest.raises(CheckpointError, match=f"The run is finished; delete {run.folder} to train it again"):
+        sweep.run(QUICK, tmp_path, executor=thread)
+    shutil.rmtree(run.folder)
+    ((_, again),) = sweep.run(QUICK, tmp_path, executor=thread).ends
+    assert again["test_acc"] == end["test_acc"]
 
 
 def test_the_program_writes_a_table_csv_json_and_a_picture(tmp_path, capsys):

@@ -18,16 +18,16 @@ from g2g_kernels.ops.g2g_linear import g2g_linear
 from g2g_kernels.ops.g2g_stack import cpu, reference
 from g2g_kernels.ops.g2g_stack.activity import Activity, NeuronState, Spikes, StackState
 from g2g_kernels.ops.g2g_stack.chunks import in_chunks
-from g2g_kernels.ops.g2g_stack.layer import SpikingLayer
-from g2g_kernels.ops.g2g_stack.reference import activity_of, silenced
+from g2g_kernels.ops.g2g_stack.layer import Recurrent, SpikingLayer
+from g2g_kernels.ops.g2g_stack.reference import activity_of
 from g2g_kernels.ops.g2g_stack.synapses import Synapses, SynapticOperations
 from g2g_kernels.ops.neurons import run_neurons
 from g2g_kernels.ops.neurons.checks import check_neurons, check_state, check_steps
 from g2g_kernels.tracing import is_transformed
 
 __all__ = [
-    "Activity", "NeuronState", "Spikes", "SpikingLayer", "StackState", "Synapses", "SynapticOperations", "activity_of",
-    "check_dropped", "g2g_stack", "silenced",
+    "Activity", "NeuronState", "Recurrent", "Spikes", "SpikingLayer", "StackState", "Synapses", "SynapticOperations",
+    "activity_of", "check_dropped", "g2g_stack",
 ]  # fmt: skip
 
 
@@ -98,6 +98,13 @@ def g2g_stack(
         layer = layer._replace(neurons=check_neurons(suffix, layer.neurons, out_size, x))
         if layer.state is not None:
             check_state(suffix, layer.state, layer.neurons, (x.shape[-2], out_size))
+        if layer.recurrent is not None:
+            check_connection(f" of the recurrent connection of layer {number}", *layer.recurrent, None)
+            if layer.recurrent.mask.shape != (out_size, out_size):
+                raise ValueError(
+                    f"the recurrent connection of layer {number} joins {layer.recurrent.mask.shape[1]} neurons to "
+                    f"{layer.recurrent.mask.shape[0]}, but the layer has {out_size}"
+                )
         checked.append(layer)
         size = out_size
     refuse_forward_mode(x, *(tensor for layer in checked for tensor in layer.tensors()))
@@ -105,13 +112,30 @@ def g2g_stack(
     activity = run(x, checked, steps) if chunk is None else in_chunks(x, checked, steps, chunk, run)
     if torch.compiler.is_compiling():
         return activity
-    return activity._replace(synapses=Synapses(x, steps, [(layer.values, layer.mask) for layer in checked]))
+    weights = [layer.connections() for layer in checked]
+    assert activity.states is not None
+    sent = [
+        None if layer.recurrent is None else _sent_beyond(layer, state.detach())
+        for layer, state in zip(checked, activity.states)  # noqa: B905
+    ]
+    return activity._replace(synapses=Synapses(x, steps, weights, sent))
+
+
+def _sent_beyond(layer: SpikingLayer, last: torch.Tensor) -> torch.Tensor:
+    """[N] spikes that reach a recurrent connection from before the run, less those that leave it in the last step."""
+    theta = layer.neurons.parameters[-1].detach()
+    fired = [state[-1].detach() > theta for state in (layer.state, last) if state is not None]
+    if layer.dropped is not None:
+        fired = [spikes & ~layer.dropped for spikes in fired]
+    before = [0 * fired[0].sum(0)] if layer.state is None else []
+    first, final = [*before, *(spikes.sum(0) for spikes in fired)]
+    return first - final
 
 
 def _run(
     x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None, backend: str | None, spikes: bool
 ) -> Activity:
-    """:func:`g2g_stack` without its checks. A dropped neuron's state is 0: its current of −1e25 is no part of it."""
+    """:func:`g2g_stack` without its checks. A dropped neuron's state is 0."""
     drops = any(layer.dropped is not None for layer in layers)
     if drops:
         layers = [

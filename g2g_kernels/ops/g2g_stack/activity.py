@@ -77,4 +77,4 @@ class Activity(NamedTuple):
                 "this run does not keep what its synaptic operations are counted from: it was compiled or traced, or a "
                 "connection is no G2GLinear; run it uncompiled"
             )
-        return self.synapses.operations(self.rates[:-1])
+        return self.synapses.operations(self.rates)

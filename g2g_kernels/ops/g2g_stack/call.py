@@ -19,6 +19,13 @@ from g2g_kernels.unit_grid import MaskTensors
 Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor], list[torch.Tensor]]
 
 
+class RecurrentCall(NamedTuple):
+    """A :class:`Recurrent`, its values contiguous and its mask as tensors."""
+
+    values: torch.Tensor
+    mask: MaskTensors
+
+
 class LayerCall(NamedTuple):
     """A :class:`SpikingLayer`, its tensors contiguous and its mask as tensors."""
 
@@ -28,6 +35,7 @@ class LayerCall(NamedTuple):
     neurons: Neurons
     dropped: torch.Tensor | None
     state: torch.Tensor | None = None
+    recurrent: RecurrentCall | None = None
 
     @property
     def size(self) -> int:
@@ -66,13 +74,14 @@ class StackCall(NamedTuple):
         tensors = [tensor for layer in layers for tensor in layer.tensors()]
         keep = torch.is_grad_enabled() and any([tensor.requires_grad for tensor in (x, *tensors)])
         called = []
-        for values, mask, bias, neurons, dropped, state in layers:
+        for values, mask, bias, neurons, dropped, state, recurrent in layers:
             parameters = tuple([parameter.reshape(-1).contiguous() for parameter in neurons.parameters])
             bias = None if bias is None else bias.contiguous()
             dropped = None if dropped is None else dropped.contiguous()
             population = neurons._replace(parameters=parameters)
             state = None if state is None else state.float().contiguous()
-            called.append(LayerCall(values.contiguous(), mask.tensors(), bias, population, dropped, state))
+            joined = None if recurrent is None else RecurrentCall(recurrent[0].contiguous(), recurrent[1].tensors())
+            called.append(LayerCall(values.contiguous(), mask.tensors(), bias, population, dropped, state, joined))
         return cls(x.contiguous(), tuple(called), steps or 0, dtype, keep)
 
     def flat(self) -> tuple[Any, ...]:
@@ -90,6 +99,8 @@ class StackCall(NamedTuple):
             [each.alpha for each in neurons],
             [_or_empty(layer.dropped, layer.values) for layer in layers],
             [_or_empty(layer.state, layer.values) for layer in layers],
+            [_or_empty(layer.recurrent and layer.recurrent.values, layer.values) for layer in layers],
+            [tensor for layer in layers if layer.recurrent for tensor in layer.recurrent.mask],
             steps,
             dtype,
             keep,
@@ -98,13 +109,17 @@ class StackCall(NamedTuple):
     @classmethod
     def of_flat(cls, *arguments: Any) -> "StackCall":
         x, values, masks, biases, models, parameters, resets, surrogates, alphas, dropped, states, *rest = arguments
-        masks, parameters, layers = iter(masks), iter(parameters), []
+        recurrents, recurrent_masks, *rest = rest
+        masks, recurrent_masks, parameters, layers = iter(masks), iter(recurrent_masks), iter(parameters), []
         for i, model in enumerate(models):
             mask = MaskTensors(*islice(masks, len(MaskTensors._fields)))
             own = tuple(islice(parameters, len(MODELS[model].parameters)))
             population = Neurons(model, own, resets[i], surrogates[i], alphas[i])
             bias, silent, state = (_unless_empty(optional[i]) for optional in (biases, dropped, states))
-            layers.append(LayerCall(values[i], mask, bias, population, silent, state))
+            joined = None
+            if recurrents[i].dim() == 3:  # values, even if there are none
+                joined = RecurrentCall(recurrents[i], MaskTensors(*islice(recurrent_masks, len(MaskTensors._fields))))
+            layers.append(LayerCall(values[i], mask, bias, population, silent, state, joined))
         return cls(x, tuple(layers), *rest)
 
     @property
@@ -144,6 +159,8 @@ class StackCall(NamedTuple):
                 raise ValueError(f"bias of layer {number} has {layer.bias.numel()} entries, expected {size}")
             if layer.dropped is not None and layer.dropped.shape != (self.batch, size):
                 raise ValueError(f"dropped of layer {number} has shape {tuple(layer.dropped.shape)}")
+            if layer.recurrent is not None and tuple(layer.recurrent.mask.shape) != (size, size):
+                raise ValueError(f"the recurrent connection of layer {number} is {tuple(layer.recurrent.mask.shape)}")
             if layer.state is not None and tuple(layer.state.shape) != self.state_shapes()[number]:
                 raise ValueError(f"state of layer {number} has shape {tuple(layer.state.shape)}")
             names = MODELS[layer.neurons.model].parameters
@@ -165,22 +182,30 @@ class StackCall(NamedTuple):
                 layer.values.new_empty(0) if layer.state is None else torch.empty_like(layer.state)
                 for layer in self.layers
             ],
+            [
+                layer.values.new_empty(0) if layer.recurrent is None else torch.empty_like(layer.recurrent.values)
+                for layer in self.layers
+            ],
         )
 
 
 class StackGradients(NamedTuple):
-    """∂L/∂x, and for each layer the gradients of values, bias, parameters and state (empty if none was given)."""
+    """∂L/∂x, and for each layer the gradients of values, bias, parameters, state and recurrent values.
+
+    Those of a bias, a state and recurrent values are empty if there are none.
+    """
 
     x: torch.Tensor
     values: list[torch.Tensor]
     biases: list[torch.Tensor]
     parameters: list[list[torch.Tensor]]
     states: list[torch.Tensor]
+    recurrents: list[torch.Tensor]
 
     def flat(self) -> list[torch.Tensor]:
         """One after the other, as an operator returns them."""
         parameters = [grad for layer in self.parameters for grad in layer]
-        return [self.x, *self.values, *self.biases, *self.states, *parameters]
+        return [self.x, *self.values, *self.biases, *self.states, *self.recurrents, *parameters]
 
 
 class StackBackward(NamedTuple):
@@ -254,13 +279,15 @@ def operators(
             "values": rest[:count],
             "biases": rest[count : 2 * count],
             "states": rest[2 * count : 3 * count],
-            "parameters": rest[3 * count :],
+            "recurrents": rest[3 * count : 4 * count],
+            "parameters": rest[4 * count :],
         }
 
-    # lists over the layers; absent biases, dropped neurons and states are empty
+    # lists over the layers; absent biases, dropped neurons, states and recurrent values are empty
     call = (
         "Tensor x, Tensor[] values, Tensor[] masks, Tensor[] biases, str[] models, Tensor[] parameters, str[] resets, "
-        "str[] surrogates, float[] alphas, Tensor[] dropped, Tensor[] states, int steps, ScalarType dtype, bool keep"
+        "str[] surrogates, float[] alphas, Tensor[] dropped, Tensor[] states, Tensor[] recurrents, "
+        "Tensor[] recurrent_masks, int steps, ScalarType dtype, bool keep"
     )
     more = "Tensor[] spikes, Tensor[] kept, Tensor? grad_counts, Tensor? grad_rates, bool grad_x, Tensor? grad_last"
     backward_operator = record.define(
@@ -274,7 +301,7 @@ def operators(
     results = "Tensor counts, Tensor rates, Tensor last, Tensor[] spikes, Tensor[] kept"
     forward_operator = record.define(f"{prefix}stack_forward({call}) -> ({results})", StackCall, forward, fake, keys)
     record.differentiate(forward_operator, 3, gradients)
-    count_flops(forward_operator, lambda call: sum(_flops(call)))
+    count_flops(forward_operator, lambda call: sum(_flops(call)) + _recurrent_flops(call))
     count_flops(backward_operator, _backward_flops)
     return forward_operator, backward_operator
 
@@ -285,6 +312,11 @@ def _flops(call: StackCall) -> list[int]:
     return [product_flops(count, layer.values, layer.mask) for count, layer in zip(samples, call.layers, strict=True)]
 
 
+def _recurrent_flops(call: StackCall) -> int:
+    samples = call.batch * (call.num_steps - 1)  # before the first step there are no spikes
+    return sum(product_flops(samples, *layer.recurrent) for layer in call.layers if layer.recurrent)
+
+
 def _backward_flops(backward: StackBackward) -> int:
     first, *rest = _flops(backward.call)
-    return first * (1 + backward.grad_x) + 2 * sum(rest)
+    return first * (1 + backward.grad_x) + 2 * (sum(rest) + _recurrent_flops(backward.call))

@@ -104,7 +104,7 @@ class _Recomputed(torch.autograd.Function):
     def forward(ctx, chunk, x, *tensors):
         ctx.chunk = chunk._replace(spikes=[])
         # the indices, too: PyTorch then refuses the gradient if the mask has changed in place in the meantime
-        indices = itertools.chain.from_iterable(layer.mask.tensors() for layer in chunk.layers)
+        indices = [index for layer in chunk.layers for _, mask in layer.connections() for index in mask.tensors()]
         ctx.save_for_backward(x, *tensors, *indices)
         activity = chunk(x, *tensors)
         chunk.spikes.extend(activity.spikes)

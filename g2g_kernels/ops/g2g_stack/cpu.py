@@ -6,7 +6,8 @@ backward pass:
 
     header   float64 [1 + layers], whether x was spikes, and how often each layer's inputs are ones
     inputs   for each layer the words that it reads in its own order, int64 [B, column blocks, T]
-    states   for each layer float32 [B, row blocks, T, states, 64]; for a held input its currents [row blocks, B, 64]
+    states   for each layer float32 [B, row blocks, T, states, 64]; for a held input its currents [row blocks, B, 64],
+             and for a recurrent layer [row blocks, T, B, states, 64]
 """
 
 import ctypes
@@ -32,12 +33,16 @@ from g2g_kernels.cpu.library import (
 from g2g_kernels.cpu.plans import Plan, blocks, plan_for
 from g2g_kernels.cpu.workspace import workspace
 from g2g_kernels.ops import record
+from g2g_kernels.ops.g2g_linear.cpu import g2g_linear
 from g2g_kernels.ops.g2g_stack.activity import Activity
 from g2g_kernels.ops.g2g_stack.call import Outputs, StackBackward, StackCall, StackGradients, operators
 from g2g_kernels.ops.g2g_stack.layer import SpikingLayer
+from g2g_kernels.ops.g2g_stack.reference import activity_of, in_turn
+from g2g_kernels.ops.neurons import cpu as population
 from g2g_kernels.ops.neurons.cpu import neuron_arguments
 from g2g_kernels.ops.neurons.models import MODELS, Neurons
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
+from g2g_kernels.tracing import is_traced
 from g2g_kernels.unit_grid import MaskTensors
 
 logger = logging.getLogger("g2g_kernels")
@@ -66,11 +71,15 @@ def refuses(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) 
         return f"serves at most {MOST_STEPS} time steps"
     if x.numel() == 0:
         return "needs a batch that is not empty"
-    reasons = [too_large(samples=x.shape[-2]), *(plans.refuses(layer.mask, layer.values) for layer in layers)]
+    connections = [connection for layer in layers for connection in layer.connections()]
+    reasons = [too_large(samples=x.shape[-2]), *(plans.refuses(mask, values) for values, mask in connections)]
     return next(filter(None, reasons), None)
 
 
 def g2g_stack(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> Activity:
+    if any(layer.recurrent is not None and _in_other_order(layer) for layer in layers):
+        _say_that_it_takes_steps()
+        return activity_of(*in_turn(x, layers, steps, g2g_linear, population.neurons), differentiable=False)
     call = StackCall.of(x, layers, steps, torch.bfloat16 if bf16_wanted() else torch.float32)
     counts, rates, last, words, _ = FORWARD(call)
     return Activity(
@@ -78,6 +87,25 @@ def g2g_stack(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None
         tuple(rates.split([layer.size for layer in call.layers])),
         tuple([PackedSpikes(each, layer.values.detach(), layer.mask) for each, layer in zip(words, call.layers)]),  # noqa: B905
         states=tuple(call.split_states(last)),
+    )
+
+
+def _in_other_order(layer: SpikingLayer) -> bool:
+    """Whether a recurrent connection orders the neurons otherwise than the layer: other groups, or other units."""
+    assert layer.recurrent is not None
+    (values, mask), (own_values, own) = (layer.values, layer.mask), layer.recurrent
+    if is_traced() or type(mask.unit_row) is not torch.Tensor:
+        return False  # the operator itself refuses it
+    plan, recurrent = plan_for(mask.tensors(), values), plan_for(own.tensors(), own_values)
+    return not library().g2g_plans_join(plan.address, recurrent.address)
+
+
+@functools.cache
+def _say_that_it_takes_steps() -> None:
+    logger.warning(
+        "a recurrent layer runs step by step, which is slower: its recurrent connection has other groups, or other "
+        "sizes of units, than the connection to the layer; give BlockMask.sample(layout, layout, …) that one's "
+        "mask.rows.layout and block_size"
     )
 
 
@@ -111,14 +139,16 @@ class _Shapes(NamedTuple):
 def _shapes(call: StackCall) -> _Shapes:
     shapes = _Shapes([], [], [])
     batch, steps = call.batch, call.num_steps
-    for number, (values, mask, _, neurons, *_) in enumerate(call.layers):
+    for number, (values, mask, _, neurons, _, _, recurrent) in enumerate(call.layers):
         _, height, width = values.shape
         rows, cols = (blocks(units, side) for units, side in zip(mask.grid, (height, width)))  # noqa: B905
         held = call.held and number == 0
         shapes.spikes.append((batch, rows, steps))
         shapes.inputs.append((0,) if held else (batch, cols, steps))
         states = len(MODELS[neurons.model].states)
-        shapes.states.append((rows, batch, 64) if held else (batch, rows, steps, states, 64))
+        of_all_steps = (batch, rows, steps) if recurrent is None else (rows, steps, batch)
+        currents_alone = held and recurrent is None
+        shapes.states.append((rows, batch, 64) if currents_alone else (*of_all_steps, states, 64))
     return shapes
 
 
@@ -139,16 +169,18 @@ class _Arguments:
     def __init__(self, call: StackCall, memory: _Memory, grads: Sequence[Tensors] | None = None) -> None:
         call.check()
         self.plans: list[Plan] = []
+        below: Plan | None = None
         self.layers = (structures.Layer * len(call.layers))()
-        for number, (values, mask, bias, neurons, dropped, state) in enumerate(call.layers):
-            for tensor in (call.x, values, bias, state, *neurons.parameters):
+        for number, (values, mask, bias, neurons, dropped, state, recurrent) in enumerate(call.layers):
+            joined = None if recurrent is None else recurrent.values
+            for tensor in (call.x, values, bias, state, joined, *neurons.parameters):
                 if tensor is not None and not (
                     tensor.dtype == torch.float32 and tensor.is_contiguous() and tensor.device.type == "cpu"
                 ):
                     raise ValueError("the compiled kernels need contiguous float32 tensors on the CPU")
             plan = plan_for(mask, values)
             kept = pointer(memory.states[number]) if memory.states else None
-            held = call.held and number == 0
+            currents_alone = call.held and number == 0 and recurrent is None
             self.layers[number] = structures.Layer(
                 plan=plan.address,
                 values=pointer(values),
@@ -156,13 +188,20 @@ class _Arguments:
                 neurons=neuron_arguments(neurons, grads[number] if grads else None),
                 spikes=pointer(memory.spikes[number]),
                 inputs=pointer(memory.inputs[number]),
-                states=None if held else kept,
-                currents=kept if held else None,
+                states=None if currents_alone else kept,
+                currents=kept if currents_alone else None,
                 dropped=pointer(dropped),
                 first=pointer(state),
             )
-            if number and _aligned(self.plans[-1], plan):
+            if recurrent is not None:
+                self.plans.append(plan_for(recurrent.mask, recurrent.values))
+                if not library().g2g_plans_join(plan.address, self.plans[-1].address):
+                    raise ValueError(f"the recurrent connection of layer {number} has another order of neurons")
+                self.layers[number].recurrent = self.plans[-1].address
+                self.layers[number].recurrent_values = pointer(recurrent.values)
+            if below is not None and _aligned(below, plan):
                 self.layers[number].inputs = self.layers[number - 1].spikes
+            below = plan
             self.plans.append(plan)
         self.stack = structures.Stack(
             layers=ctypes.addressof(self.layers),
@@ -229,6 +268,10 @@ def _backward(backward: StackBackward) -> StackGradients:
         [workspace.empty((0,) if layer.bias is None else tuple(layer.bias.shape)) for layer in call.layers],
         [[workspace.empty(tuple(p.shape)) for p in layer.neurons.parameters] for layer in call.layers],
         [workspace.empty((0,) if layer.state is None else tuple(layer.state.shape)) for layer in call.layers],
+        [
+            workspace.empty((0,) if layer.recurrent is None else tuple(layer.recurrent.values.shape))
+            for layer in call.layers
+        ],
     )
     arguments = _Arguments(call, _Memory(backward.spikes, inputs, states), grads.parameters)
     x_spikes, *input_rates = header.tolist()
@@ -240,6 +283,7 @@ def _backward(backward: StackBackward) -> StackGradients:
         layer.grad_last, layer.grad_first = pointer(grad_last), pointer(grads.states[number])
         layer.grad_rates = pointer(grad_rates)
         layer.grad_values, layer.grad_bias = pointer(grads.values[number]), pointer(grads.biases[number])
+        layer.grad_recurrent = pointer(grads.recurrents[number])
     stack = arguments.stack
     stack.x_spikes = int(x_spikes)
     stack.event_limit = event_limit(stack.bf16, backward=True)

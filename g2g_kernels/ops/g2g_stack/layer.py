@@ -8,9 +8,17 @@ import torch
 from g2g_kernels.block_mask import BlockMask
 from g2g_kernels.ops.neurons.models import Neurons
 
-#: the current, at every step, of a neuron that is dropped: it never fires, every surrogate's derivative is 0 there, and
-#: sums over 2^16 steps of two states stay finite
-DROPPED = -1e25
+
+class Recurrent(NamedTuple):
+    """A connection from a layer's neurons to themselves: its spikes of one step are inputs of the next.
+
+    Attributes:
+        values: packed weights [num_units, unit_rows, unit_cols].
+        mask: the units that exist, of as many outputs as inputs.
+    """
+
+    values: torch.Tensor
+    mask: BlockMask
 
 
 class SpikingLayer(NamedTuple):
@@ -21,9 +29,11 @@ class SpikingLayer(NamedTuple):
         mask: the units that exist.
         bias: [N], or None.
         neurons: the population, with this layer's own model, reset, surrogate and α.
-        dropped: bool [B, N], or None: neurons that stay silent in a sample (their current is −1e25 at every
-            step), so that nothing comes from them and no gradient goes through them.
+        dropped: bool [B, N], or None: neurons that stay silent in a sample, so that nothing comes from them and no
+            gradient goes through them.
         state: float [states, B, N], the neurons' states before the first step, in the model's order; None: all 0.
+        recurrent: what joins the neurons to themselves, or None: it adds V·S_{t−1} to the current, S_{t−1} being the
+            spikes of the step before: none before the first step, those of ``state`` where that is given.
     """
 
     values: torch.Tensor
@@ -32,15 +42,22 @@ class SpikingLayer(NamedTuple):
     neurons: Neurons
     dropped: torch.Tensor | None = None
     state: torch.Tensor | None = None
+    recurrent: Recurrent | None = None
 
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor that may need a gradient."""
         optional = [tensor for tensor in (self.bias, self.state) if tensor is not None]
-        return [self.values, *optional, *self.neurons.parameters]
+        recurrent = [] if self.recurrent is None else [self.recurrent.values]
+        return [self.values, *optional, *recurrent, *self.neurons.parameters]
+
+    def connections(self) -> list[tuple[torch.Tensor, BlockMask]]:
+        """Weights and mask of what comes from the layer before, and of the recurrent connection where there is one."""
+        return [(self.values, self.mask), *([] if self.recurrent is None else [self.recurrent])]
 
     def with_tensors(self, tensors: Iterator[torch.Tensor]) -> "SpikingLayer":
         """The layer with other tensors, in the order of :meth:`tensors`."""
         values = next(tensors)
         bias, state = (None if tensor is None else next(tensors) for tensor in (self.bias, self.state))
+        recurrent = None if self.recurrent is None else self.recurrent._replace(values=next(tensors))
         neurons = self.neurons._replace(parameters=tuple(next(tensors) for _ in self.neurons.parameters))
-        return self._replace(values=values, bias=bias, state=state, neurons=neurons)
+        return self._replace(values=values, bias=bias, state=state, neurons=neurons, recurrent=recurrent)

@@ -1,5 +1,9 @@
-"""Plain PyTorch ``g2g_stack``: the two operators one after the other, layer by layer. The oracle for every backend."""
+"""Plain PyTorch ``g2g_stack``: the two operators one after the other, layer by layer. The oracle for every backend.
 
+A recurrent layer needs its own last spikes and takes one step after the other, its product with the inputs excepted.
+"""
+
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -7,13 +11,15 @@ import torch
 from g2g_kernels.ops.checks import mixed_dtypes
 from g2g_kernels.ops.g2g_linear.reference import g2g_linear
 from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes
-from g2g_kernels.ops.g2g_stack.layer import DROPPED, SpikingLayer
+from g2g_kernels.ops.g2g_stack.layer import SpikingLayer
 from g2g_kernels.ops.neurons.reference import neurons
+from g2g_kernels.ops.neurons.step import spikes_of
 
 
 def refuses(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> str | None:
     """Why these operations cannot serve a call, or None."""
-    return next(filter(None, (mixed_dtypes(x, layer.values, layer.bias) for layer in layers)), None)
+    reasons = (mixed_dtypes(x, values, layer.bias) for layer in layers for values, _ in layer.connections())
+    return next(filter(None, reasons), None)
 
 
 def g2g_stack(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> Activity:
@@ -28,18 +34,46 @@ def in_turn(
     states: list[torch.Tensor] = []
     for layer in layers:
         current = linear(x, layer.values, layer.mask, layer.bias)
-        if layer.dropped is not None:
-            current = silenced(current, layer.dropped)
-        x, last = neurons(current, layer.neurons, steps, state=layer.state)
+        if layer.recurrent is None:
+            x, last = neurons(current, layer.neurons, steps, state=layer.state)
+            if layer.dropped is not None:
+                x = x.masked_fill(layer.dropped, 0)
+        else:
+            x, last = in_steps(current, layer, steps, linear, neurons)
         spikes.append(x)
         states.append(last)
         steps = None
     return spikes, states
 
 
-def silenced(current: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor:
-    """Currents [T, B, N], or [B, N], with which the neurons of ``dropped`` (bool [B, N]) never fire."""
-    return current.masked_fill(dropped, max(DROPPED, torch.finfo(current.dtype).min))
+def in_steps(
+    current: torch.Tensor, layer: SpikingLayer, steps: int | None, linear: Callable, neurons: Callable
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The spikes [T, B, N] of a recurrent layer and its last states, I_t = W·x_t + b + V·S_{t−1} step by step.
+
+    Gradients pass through S_{t−1} by the surrogate.
+
+    Args:
+        current: W·x_t + b, [T, B, N], or [B, N] held for ``steps`` steps.
+        linear, neurons: implementations of the two operators.
+    """
+    assert layer.recurrent is not None
+    values, mask = layer.recurrent
+    state = layer.state
+    before = None if state is None else spikes_of(state[-1], layer.neurons).to(current.dtype)
+    if before is not None and layer.dropped is not None:
+        before = before.masked_fill(layer.dropped, 0)
+    spikes: list[torch.Tensor] = []
+    for now in current.unbind() if steps is None else itertools.repeat(current, steps):
+        if before is not None:
+            now = now + linear(before, values, mask, None)
+        train, state = neurons(now[None], layer.neurons, None, state=state)
+        if layer.dropped is not None:
+            train = train.masked_fill(layer.dropped, 0)
+        before = train[0]
+        spikes.append(train)
+    assert state is not None
+    return torch.cat(spikes), state
 
 
 def activity_of(

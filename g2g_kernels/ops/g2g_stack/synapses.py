@@ -5,6 +5,7 @@ meets and that is not zero, at every time step. An input held for all steps meet
 is computed once. Biases and neurons count as nothing.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -34,21 +35,33 @@ class Synapses:
     Args:
         x: [T, B, in], or [B, in] held at every step.
         steps: for which x is held, or None.
-        weights: packed values and mask of each layer.
+        weights: for each layer, packed values and mask of its connections: what comes from the layer before, and the
+            recurrent one where there is one.
+        sent: for each layer, [N] the spikes, over all samples, that reach a recurrent connection beyond those of the
+            run (those of the state before it, less those of its last step); None where there is none.
     """
 
-    def __init__(self, x: torch.Tensor, steps: int | None, weights: Sequence[tuple[torch.Tensor, BlockMask]]) -> None:
+    def __init__(
+        self,
+        x: torch.Tensor,
+        steps: int | None,
+        weights: Sequence[Sequence[tuple[torch.Tensor, BlockMask]]],
+        sent: Sequence[torch.Tensor | None] | None = None,
+    ) -> None:
         self._x = x.detach()
         self._samples = x.shape[-2]
         self._steps = len(x) if steps is None else steps
-        self._weights = [(values.detach(), mask) for values, mask in weights]
+        self._weights = [[(values.detach(), mask) for values, mask in of_layer] for of_layer in weights]
+        self._sent = [None] * len(weights) if sent is None else sent
         self._then = self._now()
 
     def _now(self) -> list[tuple[int, int]]:
-        return [(version(self._x), 0)] + [(version(values), mask.changes) for values, mask in self._weights]
+        connections = itertools.chain.from_iterable(self._weights)
+        return [(version(self._x), 0)] + [(version(values), mask.changes) for values, mask in connections]
 
     def operations(self, rates: Sequence[torch.Tensor]) -> tuple[SynapticOperations, ...]:
-        """Of each layer, given the firing rates of each, [N]; waits for the device. Exact up to 2²³ spikes per neuron.
+        """Of each layer, its recurrent connection included, given the firing rates of each, [N]; waits for the device.
+        Exact up to 2²³ spikes per neuron.
 
         Raises:
             RuntimeError: if inputs, weights or masks have changed in the meantime.
@@ -60,16 +73,21 @@ class Synapses:
             )
         x = self._x.reshape(-1, self._x.shape[-1])
         received = [(x != 0).sum(0)]
-        received += [(of.detach().double() * (self._steps * self._samples)).nan_to_num().round().long() for of in rates]
+        vectors = self._steps * self._samples
+        received += [(of.detach().double() * vectors).nan_to_num().round().long() for of in rates]
         spiking = bool(((x == 0) | (x.abs() == 1)).all())
         counted = []
-        for number, (values, mask) in enumerate(self._weights):
+        for number, ((values, mask), *recurrent) in enumerate(self._weights):
             operations = int((received[number] * _fan_out(values, mask)).sum())
-            vectors = len(x) if number == 0 else self._steps * self._samples
             accumulates = operations if spiking or number else 0
-            counted.append(
-                SynapticOperations(accumulates, operations - accumulates, vectors * mask.shape[0] * mask.shape[1])
-            )
+            multiplies = operations - accumulates
+            dense = (vectors if number else len(x)) * mask.shape[0] * mask.shape[1]
+            for values, mask in recurrent:
+                sent = self._sent[number]
+                assert sent is not None
+                accumulates += int(((received[number + 1] + sent) * _fan_out(values, mask)).sum())
+                dense += vectors * mask.shape[0] * mask.shape[1]
+            counted.append(SynapticOperations(accumulates, multiplies, dense))
         return tuple(counted)
 
 

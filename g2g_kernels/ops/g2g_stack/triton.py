@@ -36,6 +36,7 @@ from g2g_kernels.ops.g2g_linear.triton import (
     Units,
     columns,
     fitted,
+    g2g_linear,
     in_order,
     input_gradient,
     product,
@@ -49,7 +50,9 @@ from g2g_kernels.ops.g2g_linear.triton import (
 )
 from g2g_kernels.ops.g2g_stack.activity import Activity
 from g2g_kernels.ops.g2g_stack.call import Outputs, StackBackward, StackCall, StackGradients, operators
-from g2g_kernels.ops.g2g_stack.layer import DROPPED, SpikingLayer
+from g2g_kernels.ops.g2g_stack.layer import SpikingLayer
+from g2g_kernels.ops.g2g_stack.reference import activity_of, in_turn
+from g2g_kernels.ops.neurons import triton as population
 from g2g_kernels.ops.neurons.models import MODELS, Neurons
 from g2g_kernels.ops.neurons.triton import (
     NUM_WARPS,
@@ -67,12 +70,14 @@ from g2g_kernels.triton.neuron import (
     EXACT,
     charge,
     fires,
+    load_dropped,
     load_parameters,
     load_states,
     plus,
     select,
     step_backward,
     store_states,
+    unless,
     zeros,
 )
 from g2g_kernels.triton.runtime import launch
@@ -116,7 +121,6 @@ def fused_forward_kernel(
     PER_NEURON: tl.constexpr,
     RESET: tl.constexpr,
     PRECISION: tl.constexpr,
-    DROPPED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -137,8 +141,7 @@ def fused_forward_kernel(
     start = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if bias is not None:
         start += tl.load(bias + column, mask=n_ok, other=0.0).to(tl.float32)[None, :]
-    if dropped is not None:
-        start = tl.where(tl.load(dropped + y_offset, mask=inside, other=0) != 0, DROPPED, start)
+    silent = load_dropped(dropped, y_offset, inside)
 
     first, end = tl.load(row_ptr + row), tl.load(row_ptr + row + 1)
     tiles_of_step = tl.maximum((end - first) * TILES_K, 1)  # a row without units still has neurons that decay
@@ -165,14 +168,14 @@ def fused_forward_kernel(
         if turn % tiles_of_step == tiles_of_step - 1:
             states = charge(states, fires(states[STATES - 1], threshold), current, own, MODEL, RESET)
             membrane = states[STATES - 1]
-            spike = fires(membrane, threshold)
-            count += spike.to(tl.float32)
+            spike = unless(silent, fires(membrane, threshold).to(tl.float32))
+            count += spike
             here = t * batch * y_size
             tl.store(spikes + here + y_offset, spike.to(spikes.dtype.element_ty), mask=inside)
             if margins is not None:
                 margin = membrane - threshold
                 if margins.dtype.element_ty == tl.float16:
-                    # a dropped neuron's margin would become −∞, of which the backward pass makes NaN
+                    # a margin of −∞ would make NaN in the backward pass
                     margin = tl.clamp(margin, -65504.0, 65504.0)
                 tl.store(margins + here + y_offset, margin.to(margins.dtype.element_ty), mask=inside)
             current = start
@@ -249,6 +252,7 @@ def fused_backward_kernel(
     states_before,
     grad_last,
     grad_first,
+    dropped,
     steps,
     batch,
     neurons,
@@ -282,6 +286,7 @@ def fused_backward_kernel(
     at_all_steps = tl.where(inside, at_all_steps, 0.0)  # elements that do not exist add nothing to any sum
 
     tl.static_assert(STATES == 1)
+    silent = load_dropped(dropped, offset, inside)
     grads = load_states(grad_last, step, offset, inside, STATES, BLOCK_B, BLOCK_N)
     at_first = load_states(states_before, step, offset, inside, STATES, BLOCK_B, BLOCK_N)[0] - threshold
     totals = zeros(len(own), BLOCK_B, BLOCK_N)
@@ -307,6 +312,7 @@ def fused_backward_kernel(
             grad_spike = tl.where(t < steps, at_all_steps, 0.0)
             if grad_spikes is not None:
                 grad_spike += upstream[k].to(tl.float32)
+            grad_spike = unless(silent, grad_spike)
             before = tl.where(t > 0, earlier[k].to(tl.float32), at_first)  # U_{t−1} − θ
             states = (before + threshold,)
             begins = (t == 0) & (states_before is None)
@@ -377,7 +383,7 @@ def _layers(call: StackCall) -> list[_Layer]:
     call.check()
     graphs = [units_of(layer.mask, layer.values) for layer in call.layers]
     layers = []
-    for i, (graph, (values, _, bias, neurons, dropped, state)) in enumerate(zip(graphs, call.layers, strict=True)):
+    for i, (graph, (values, _, bias, neurons, dropped, state, _)) in enumerate(zip(graphs, call.layers, strict=True)):
         neuron = column = None
         rows, cols = graph.rows, graph.cols
         if i + 1 < len(graphs):
@@ -443,7 +449,6 @@ def _launch_fused(
         K=units.cols.width,
         N=units.rows.width,
         PRECISION=runtime.input_precision(),
-        DROPPED=DROPPED,
         BLOCK_N=tile_of(units.rows),
         **model_options(layer.neurons),
         **options,
@@ -485,6 +490,7 @@ def _fused_backward(margins: torch.Tensor, layer: _Layer, upstream: Upstream) ->
         states_before=layer.first,
         grad_last=upstream.last,
         grad_first=grad_first,
+        dropped=layer.dropped,
         steps=steps,
         batch=batch,
         neurons=neurons,
@@ -520,7 +526,7 @@ def refuses(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) 
     """Why these kernels cannot serve a call, or None."""
     reason = runtime.refuses(x, *(tensor for layer in layers for tensor in layer.tensors()))
     if reason is None and runtime.autocast_dtype(x.device.type) is None:
-        dtypes = {x.dtype, *(layer.values.dtype for layer in layers)}
+        dtypes = {x.dtype, *(values.dtype for layer in layers for values, _ in layer.connections())}
         if len(dtypes) > 1:
             reason = f"needs x and values of one dtype (or autocast), not {', '.join(sorted(map(str, dtypes)))}"
     if reason is None and x.numel() == 0:
@@ -532,10 +538,13 @@ def refuses(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) 
 
 def _widest(layer: SpikingLayer) -> int:
     """The most columns that a layer's inputs or outputs can have in memory."""
-    return max(axis.num_units * axis.width for axis in (layer.mask.rows, layer.mask.cols))
+    axes = [axis for _, mask in layer.connections() for axis in (mask.rows, mask.cols)]
+    return max(axis.num_units * axis.width for axis in axes)
 
 
 def g2g_stack(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> Activity:
+    if any(layer.recurrent is not None for layer in layers):
+        return activity_of(*in_turn(x, layers, steps, g2g_linear, population.neurons), differentiable=False)
     call = StackCall.of(x, layers, steps, runtime.autocast_dtype(x.device.type) or x.dtype)
     counts, rates, last, spikes, _ = FORWARD(call)
     readers = [None if layer.mask.cols.trivial else layer.mask.cols.place_of for layer in layers[1:]]
@@ -579,13 +588,12 @@ def _forward(call: StackCall) -> Outputs:
         else:
             current = product(received, factors, layer.units, layer.bias, layer.current_dtype(call.dtype))
             current = current.view(shape[1:] if layer.held else shape)
-            if layer.dropped is not None:
-                current.masked_fill_(layer.dropped != 0, max(DROPPED, torch.finfo(current.dtype).min))
             checkpoints = None
             if call.keep:
                 of = checkpoint_shape(MODELS[layer.neurons.model], *shape)
                 checkpoints = torch.empty(of, dtype=torch.float32, device=device)
-            last = launch_forward(Run(current, layer.neurons, num_steps, layer.first), spikes, checkpoints, counts)
+            run = Run(current, layer.neurons, num_steps, layer.first, layer.dropped)
+            last = launch_forward(run, spikes, checkpoints, counts)
             to_keep = [current, checkpoints]
         kept += [tensor for tensor in to_keep if call.keep and tensor is not None]
         rates.append(layer.to_neurons(counts.sum(0) / (num_steps * batch)))
@@ -629,7 +637,7 @@ def _backward(backward: StackBackward) -> StackGradients:
         if layer.fused:
             through = _fused_backward(state, layer, upstream)
         else:
-            run = Run(state, layer.neurons, call.num_steps, layer.first)
+            run = Run(state, layer.neurons, call.num_steps, layer.first, layer.dropped)
             through = _pair_backward(run, checkpoints, upstream, call.dtype)
         grad_current = through.current.view(-1, through.current.shape[-1])
         received = (backward.spikes[i - 1] if i else call.x).view(-1, layer.units.cols.size)
@@ -648,7 +656,8 @@ def _backward(backward: StackBackward) -> StackGradients:
         elif backward.grad_x:
             grad_x = input_gradient(grad_current, layer.values.to(call.dtype), layer.units, call.x.dtype)
             grad_x = grad_x.view(call.x.shape)
-    return StackGradients(grad_x, values[::-1], biases[::-1], parameters[::-1], states[::-1])
+    recurrents = [layer.values.new_empty(0) for layer in call.layers]  # whose layers run step by step
+    return StackGradients(grad_x, values[::-1], biases[::-1], parameters[::-1], states[::-1], recurrents)
 
 
 FORWARD, BACKWARD = operators("triton_", ("CPU", "CUDA"), _forward, _forward_fake, _backward)  # CPU: the interpreter

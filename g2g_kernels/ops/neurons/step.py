@@ -111,22 +111,31 @@ def neurons_step(current: torch.Tensor, states: Tensors | None, population: Neur
     )
     theta = parameters[-1]
 
+    def spike(membrane: torch.Tensor) -> torch.Tensor:
+        return _spikes(membrane, theta, population)
+
     def constant_spike(membrane: torch.Tensor) -> torch.Tensor:
         return (membrane > theta).to(dtype)
-
-    def spike(membrane: torch.Tensor) -> torch.Tensor:
-        spikes = constant_spike(membrane)
-        # a trace must be the same with and without gradients
-        if torch.is_grad_enabled() or torch._C._is_tracing() or has_tangent(membrane, *parameters):
-            smooth = SURROGATES[population.surrogate].primitive(membrane - theta, population.alpha)
-            rise = smooth - smooth.detach()  # 0, with the derivative of the surrogate
-            spikes = spikes + rise.masked_fill(rise.isnan(), 0)
-        return spikes
 
     fired = states[-1] > theta  # R_t: a comparison, so no gradient passes through it
     spike_before = constant_spike if begins else spike
     states = model.charge(states, fired, spike_before, current.to(dtype), parameters, population.reset)
     return spike(states[-1]).to(current.dtype), states
+
+
+def spikes_of(membrane: torch.Tensor, population: Neurons) -> torch.Tensor:
+    """S = 1[U > θ] with its surrogate derivative, for membranes U [..., N] of a checked population."""
+    return _spikes(membrane, population.parameters[-1].to(membrane.dtype), population)
+
+
+def _spikes(membrane: torch.Tensor, theta: torch.Tensor, population: Neurons) -> torch.Tensor:
+    spikes = (membrane > theta).to(membrane.dtype)
+    # a trace must be the same with and without gradients
+    if torch.is_grad_enabled() or torch._C._is_tracing() or has_tangent(membrane, theta):
+        smooth = SURROGATES[population.surrogate].primitive(membrane - theta, population.alpha)
+        rise = smooth - smooth.detach()  # 0, with the derivative of the surrogate
+        spikes = spikes + rise.masked_fill(rise.isnan(), 0)
+    return spikes
 
 
 def in_steps(

@@ -44,12 +44,14 @@ from g2g_kernels.triton.neuron import (
     EXACT,
     charge,
     fires,
+    load_dropped,
     load_parameters,
     load_states,
     plus,
     select,
     step_backward,
     store_states,
+    unless,
     zeros,
 )
 from g2g_kernels.triton.runtime import launch
@@ -82,6 +84,7 @@ def neurons_forward_kernel(
     counts,
     first,
     last,
+    dropped,
     steps,
     batch,
     neurons,
@@ -105,6 +108,7 @@ def neurons_forward_kernel(
     if HELD:
         same = tl.load(current + offsets, mask=inside, other=0.0).to(tl.float32)
 
+    silent = load_dropped(dropped, offsets, inside)
     states = load_states(first, step, offsets, inside, STATES, BLOCK_B, BLOCK_N)
     count = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
     for segment in range(tl.cdiv(steps, SEGMENT)):
@@ -125,7 +129,7 @@ def neurons_forward_kernel(
             fired = fires(states[STATES - 1], threshold)
             charged = charge(states, fired, currents[k].to(tl.float32), values, MODEL, RESET)
             states = select(t < steps, charged, states)  # those of the last step remain
-            spike = fires(states[STATES - 1], threshold).to(tl.float32)
+            spike = unless(silent, fires(states[STATES - 1], threshold).to(tl.float32))
             now = _inside(sample, neuron, batch, neurons, t, steps)
             tl.store(spikes + t * step + offsets, spike.to(spikes.dtype.element_ty), mask=now)
             count += tl.where(t < steps, spike, 0.0)
@@ -156,6 +160,7 @@ def neurons_backward_kernel(
     first,
     grad_last,
     grad_first,
+    dropped,
     steps,
     batch,
     neurons,
@@ -189,6 +194,7 @@ def neurons_backward_kernel(
     if grad_rates is not None:
         at_all_steps += tl.load(grad_rates + neuron, mask=exists, other=0.0).to(tl.float32)[None, :] * rate_scale
 
+    silent = load_dropped(dropped, offsets, inside)
     grads = load_states(grad_last, step, offsets, inside, STATES, BLOCK_B, BLOCK_N)
     totals = zeros(len(values), BLOCK_B, BLOCK_N)
     grad_held = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
@@ -227,6 +233,7 @@ def neurons_backward_kernel(
             grad_spike = tl.where(t < steps, at_all_steps, 0.0)
             if grad_spikes is not None:
                 grad_spike += upstream[k].to(tl.float32)
+            grad_spike = unless(silent, grad_spike)
             fired = fires(history[k][STATES - 1], threshold)
             margin = history[k + 1][STATES - 1] - threshold
             begins = (t == 0) & (first is None)
@@ -280,12 +287,14 @@ class Run(NamedTuple):
         population: the neurons, parameters float32 [1] or [N].
         steps: T.
         first: the states before the first step, float32 [states, B, N]; None: zeros.
+        dropped: uint8 [B, N], 1 where a neuron's spikes are taken away; None: nowhere.
     """
 
     current: torch.Tensor
     population: Neurons
     steps: int
     first: torch.Tensor | None = None
+    dropped: torch.Tensor | None = None
 
     @property
     def held(self) -> bool:
@@ -317,6 +326,7 @@ class Run(NamedTuple):
         return {
             "current": self.current,
             "first": self.first,
+            "dropped": self.dropped,
             "parameters": self.population.parameters,
             "steps": self.steps,
             "batch": batch,

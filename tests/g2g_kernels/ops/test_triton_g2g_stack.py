@@ -177,9 +177,6 @@ def test_one_beta_and_threshold_a_layer_and_no_bias(way):
     ratios.check(cases=FEW, at_most=AT_MOST)
 
 
-# numpy, in the interpreter, says what is meant to be: the squared distance of a dropped neuron from its threshold is
-# infinite, and the surrogate's derivative zero
-@pytest.mark.filterwarnings("ignore:overflow encountered")
 @pytest.mark.parametrize("steps", [None, T], ids=["varying", "held"])
 def test_dropped_neurons(way, steps):
     ratios = ErrorRatios()
@@ -188,7 +185,6 @@ def test_dropped_neurons(way, steps):
     ratios.check(cases=FEW, at_most=AT_MOST)
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered")
 @every_half
 def test_dropped_neurons_in_16_bits(way, dtype):
     """float16 cannot hold the margin of a neuron that is dropped."""

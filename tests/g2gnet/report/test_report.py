@@ -39,7 +39,12 @@ def drawn_images(figure):
 @pytest.mark.parametrize("case", ["784 to 2048, an eighth", "single weights", "one group"])
 def test_the_density_picture_shows_the_density(case):
     masks = [MASK_CASES[case].mask(p_inter) for p_inter in (0.1, 0.4, 0.8)]
-    figure = figures.connection_density({"before training": masks, "now": masks[::-1]})
+    names = ("fc1", "fc2", "fc3")
+    states = {
+        "before training": dict(zip(names, masks, strict=True)),
+        "now": dict(zip(names, masks[::-1], strict=True)),
+    }
+    figure = figures.connection_density(states)
     for image, mask in zip(drawn_images(figure), masks + masks[::-1], strict=True):
         np.testing.assert_array_equal(image, group_density(mask))
     assert [axis.get_title() for axis in figure.axes[:4]] == [

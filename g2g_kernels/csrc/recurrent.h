@@ -1,0 +1,381 @@
+// Recurrent connections V inside a layer, I_t = (W·x_t + b) + V·S_{t−1}: a step needs all neurons of the step before.
+//
+// Feed-forward layers run one block over all T. Here the steps are the outer loop, and the tasks of a step are the blocks of
+// some samples: a block's weights (134 KB by default) are read once for all of them. States lie by block and step, [row
+// blocks][T][B][states][64], so that a task reads and writes whole stretches. Forward, V·S_{t−1} comes by events on top of
+// W·x_t + b. Backward, the steps go downwards:
+//
+//   ∂L/∂S_t = (from the layer above) + X_{t+1},   X_t = Vᵀ·∂I_t
+//
+// X comes by the product, or by events, X_t = Vᵀ·e_t + β·X_{t+1} as in gradient_events.h, whichever a step has few of.
+#pragma once
+
+#include "events.h"
+#include "input_gradient.h"
+#include "stack.h"
+#include "sweep.h"
+
+namespace g2g::G2G_ISA {
+
+constexpr int64_t kStepSamples = 16;      // of a task of one step, forward
+constexpr int64_t kGradientSamples = 32;  // the same, backward: rows of its product
+constexpr int64_t kSamplesAhead = 2;             // samples: how far ahead of its use memory that no hardware predicts is fetched
+
+inline void fetch_block(const float* lanes) {
+    for (int i = 0; i < kLanes; i += 16) __builtin_prefetch(lanes + i);
+}
+
+// States of block r of a recurrent layer after step t, from sample b on: [B][states][64].
+inline float* step_states(const Stack& s, const Layer& layer, float* states, int64_t r, int64_t t, int64_t b) {
+    return states + ((r * s.steps + t) * s.batch + b) * model_info(layer.neurons).states * kLanes;
+}
+
+// --- forward ----------------------------------------------------------------------------------------------------
+
+// One step of a block of some samples.
+struct ForwardStep {
+    const float* current;  // [samples][64]
+    const float* before;   // [samples][states][64]
+    float* now;            // out: the same
+    uint64_t* words;       // out, one per sample, `stride` apart
+    int64_t stride;
+};
+
+template <class M, int R>
+void step_forward(const BlockParameters& parameters, int64_t samples, const ForwardStep& step) {
+    constexpr int S = M::info.states, P = M::info.parameters;
+    Vec p[kVecs][P];
+    for (int v = 0; v < kVecs; ++v)
+        for (int k = 0; k < P; ++k) p[v][k] = load(parameters.lanes[k] + v * W);
+    for (int64_t b = 0; b < samples; ++b) {
+        uint64_t word = 0;
+        each_vec([&](auto v) {
+            Vec state[S];
+            for (int s = 0; s < S; ++s) state[s] = load(step.before + (b * S + s) * kLanes + v * W);
+            M::template charge<R>(state, load(step.current + b * kLanes + v * W), p[v]);
+            word |= greater_bits(state[S - 1], p[v][P - 1]) << (v * W);
+            for (int s = 0; s < S; ++s) store(step.now + (b * S + s) * kLanes + v * W, state[s]);
+        });
+        step.words[b * step.stride] = word;
+    }
+}
+
+// The currents of a block from the spikes of a step, on top of `start`.
+struct SpikeCurrents {
+    const Plan* plan;
+    const float* tiles;
+    void (*sum)(const SpikeCurrents&, int64_t r, const uint64_t* words, int64_t stride, int64_t t, const float* start, float* out);
+
+    template <class Current>
+    static void add(const SpikeCurrents& of, int64_t r, const uint64_t* words, int64_t stride, int64_t t, const float* start,
+                    float* out) {
+        Vec sum[kVecs];
+        Current{of.plan, r, words, stride, of.tiles, start}(t, sum);
+        for (int v = 0; v < kVecs; ++v) store(out + v * W, sum[v]);
+    }
+
+    SpikeCurrents(const Plan& p, const float* weights) : plan(&p), tiles(weights) {
+        sum = p.rows.strip == kLanes ? add<EventCurrent> : p.rows.strip == 16 ? add<StripCurrent<16>> : add<StripCurrent<32>>;
+    }
+};
+
+// What the layer below gives: spikes, or currents that lie in the place of the membranes, or one current for all steps.
+struct FromBelow {
+    const SpikeCurrents* spikes;
+    const float* held;  // [row blocks][B][64]
+};
+
+struct ForwardSteps {
+    const Stack& stack;
+    const Layer& layer;
+    const LayerParameters& parameters;
+    SpikeCurrents recurrent;
+    FromBelow below;
+    float* states;
+    float* counts;    // out: [B][row blocks][64]
+    uint64_t* begin;  // room for [B][row blocks]: the spikes before the first step
+
+    void run() const {
+        const int64_t R = layer.plan->rows.blocks, B = stack.batch, groups = divide_up(B, kStepSamples);
+        const auto step = with_model(layer.neurons, [&](auto model) {
+            return with_reset(layer.neurons, [](auto reset) { return &step_forward<decltype(model), decltype(reset)::value>; });
+        });
+        for (int64_t block = 0; layer.first && block < B * R; ++block)
+            begin[block] = first_word(stack, layer, parameters, block / R, block % R);
+        for (int64_t t = 0; t < stack.steps; ++t)
+            parallel(stack.threads, R * groups, 1, [&](int64_t task, int) {
+                const int64_t r = task / groups, b = task % groups * kStepSamples;
+                run_step(*step, r, t, b, least(kStepSamples, B - b));
+            });
+        parallel(stack.threads, B * R, 16, [&](int64_t block, int) {
+            count_spikes(layer.spikes + block * stack.steps, stack.steps, counts + block * kLanes);
+        });
+    }
+
+    void run_step(decltype(step_forward<Lif, kSubtract>)& step, int64_t r, int64_t t, int64_t first, int64_t samples) const {
+        const int64_t R = layer.plan->rows.blocks, C = layer.plan->cols.blocks, T = stack.steps;
+        const int64_t size = model_info(layer.neurons).states * kLanes;
+        alignas(64) float current[kStepSamples * kLanes], initial[kStepSamples * kMostStates * kLanes];
+        float* const now = step_states(stack, layer, states, r, t, first);
+        for (int64_t i = 0; i < samples; ++i) {
+            const int64_t b = first + i;
+            float* const own = current + i * kLanes;
+            const float* start = below.held ? below.held + (r * stack.batch + b) * kLanes : now + (i + 1) * size - kLanes;
+            if (below.spikes) {
+                below.spikes->sum(*below.spikes, r, layer.inputs + b * C * T, T, t, parameters.bias + r * kLanes, own);
+                start = own;
+            }
+            if (t)
+                recurrent.sum(recurrent, r, layer.spikes + b * R * T, T, t - 1, start, own);
+            else if (layer.first)
+                recurrent.sum(recurrent, r, begin + b * R, 1, 0, start, own);
+            else if (start != own)
+                __builtin_memcpy(own, start, kLanes * sizeof(float));
+            if (!t) load_states(stack, layer, layer.first, b, r, initial + i * size);
+        }
+        const float* before = t ? now - stack.batch * size : initial;
+        uint64_t* const words = layer.spikes + (first * R + r) * T + t;
+        if (!layer.dropped) {
+            step(parameters.block(r), samples, {current, before, now, words, R * T});
+        } else {
+            for (int64_t i = 0; i < samples; ++i) {
+                const SampleParameters own(parameters, layer, first + i, r);
+                step(own.block, 1, {current + i * kLanes, before + i * size, now + i * size, words + i * R * T, R * T});
+            }
+        }
+        for (int64_t i = 0; t + 1 == T && layer.last && i < samples; ++i)
+            store_states(stack, layer, now + i * size, first + i, r, layer.last);
+    }
+};
+
+// --- backward ---------------------------------------------------------------------------------------------------
+
+// One step backwards of a block of some samples: pointers to the first one's [64], and the floats from one to the next.
+struct BackwardStep {
+    const float *tile, *constant;  // ∂L/∂S_t from above: that of this step (or null), and the part without t
+    int64_t tile_stride, constant_stride;
+    const float* later;            // [samples][64] Vᵀ·∂I_{t+1}
+    const float *now, *before;     // [samples][states][64]
+    bool begins;                   // `before` are no states of a run
+    float* states;                 // [samples][states][64] what reaches the states after this step, then those before it
+    float* sum;                    // [64] += Σ ∂I_t over the samples
+    float* parameters[kMostParameters];  // [64] each, += their gradients
+    float* row;                    // out: ∂I_t
+    uint16_t* half_row;            // out: the same in bfloat16, may be null
+    int64_t row_stride;
+    float* compact;                // out: [samples][64] the same, may be null
+    uint16_t* half;                // out: the same in bfloat16, may be null
+    float* held;                   // [samples][64] += ∂I_t, may be null
+    uint64_t* words;               // out, may be null: bit i: lane i has σ'(U_t − θ)·∂L/∂S_t other than 0
+    float* values;                 // out: [samples][64] those, one after the other
+
+    // From the sample b places on.
+    BackwardStep from(int64_t b, int64_t states_of_model) const {
+        const auto after = [&](auto* p, int64_t stride) { return p ? p + b * stride : p; };
+        BackwardStep r = *this;
+        r.tile = after(tile, tile_stride), r.constant = after(constant, constant_stride), r.later = after(later, kLanes);
+        r.now = after(now, states_of_model * kLanes), r.before = after(before, states_of_model * kLanes);
+        r.states = after(states, states_of_model * kLanes);
+        r.row = after(row, row_stride), r.half_row = after(half_row, row_stride);
+        r.compact = after(compact, kLanes), r.half = after(half, kLanes), r.held = after(held, kLanes);
+        r.words = after(words, 1), r.values = after(values, kLanes);
+        return r;
+    }
+};
+
+template <class M, int R, class Surrogate>
+void step_backward(const BlockParameters& parameters, float alpha, int64_t samples, const BackwardStep& step) {
+    constexpr int S = M::info.states, P = M::info.parameters;
+    Vec sum[kVecs] = {}, grad[kVecs][P] = {};
+    for (int64_t b = 0; b < samples; ++b) {
+        const float* const tile = step.tile ? step.tile + b * step.tile_stride : nullptr;
+        float* const row = step.row + b * step.row_stride;
+        if (tile) fetch_block(tile + kSamplesAhead * step.tile_stride);
+        fetch_block(row + kSamplesAhead * step.row_stride);
+        float* value = step.values + b * kLanes;
+        uint64_t word = 0;
+        each_vec([&](auto v) {
+            const int64_t at = b * kLanes + v * W;
+            Vec p[P], before[S], g[S];
+            for (int k = 0; k < P; ++k) p[k] = load(parameters.lanes[k] + v * W);
+            for (int s = 0; s < S; ++s) {
+                before[s] = load(step.before + (b * S + s) * kLanes + v * W);
+                g[s] = load(step.states + (b * S + s) * kLanes + v * W);
+            }
+            Vec spike_grad = load(step.constant + b * step.constant_stride + v * W) + load(step.later + at);
+            if (tile) spike_grad += load(tile + v * W);
+            const auto slope = [&](Vec u) { return Surrogate::derivative(u - p[P - 1], alpha); };
+            const auto slope_before = [&](Vec u) { return step.begins ? Vec{} : slope(u); };
+            const Vec through = spike_grad * slope(load(step.now + (b * S + S - 1) * kLanes + v * W));
+            const Vec to_current = M::template charge_backward<R>(through, slope_before, before, p, g, grad[v]);
+            sum[v] += to_current;
+            for (int s = 0; s < S; ++s) store(step.states + (b * S + s) * kLanes + v * W, g[s]);
+            store(row + v * W, to_current);
+            if (step.compact) store(step.compact + at, to_current);
+            if (step.held) store(step.held + at, load(step.held + at) + to_current);
+            if (kBf16 && step.half) store(step.half + at, to_current);
+            if (kBf16 && step.half_row) store(step.half_row + b * step.row_stride + v * W, to_current);
+            if (step.words) {
+                const uint64_t bits = nonzero_bits(through);
+                store_chosen(value, through, bits);
+                value += __builtin_popcountll(bits);
+                word |= bits << (v * W);
+            }
+        });
+        if (step.words) step.words[b] = word;
+    }
+    for (int v = 0; v < kVecs; ++v) {
+        store(step.sum + v * W, load(step.sum + v * W) + sum[v]);
+        for (int k = 0; k < P; ++k) store(step.parameters[k] + v * W, load(step.parameters[k] + v * W) + grad[v][k]);
+    }
+}
+
+// What reaches the membranes [64] of a run's first state through its spikes, σ'(U − θ)·∂L/∂S.
+template <class M, class Surrogate>
+void spikes_backward(const BlockParameters& parameters, float alpha, const float* membrane, const float* spike_grad,
+                     float* grad_membrane, float* grad_threshold) {
+    for (int v = 0; v < kVecs; ++v) {
+        const Vec theta = load(parameters.lanes[M::info.parameters - 1] + v * W);
+        const Vec through = load(spike_grad + v * W) * Surrogate::derivative(load(membrane + v * W) - theta, alpha);
+        store(grad_membrane + v * W, load(grad_membrane + v * W) + through);
+        store(grad_threshold + v * W, load(grad_threshold + v * W) - through);
+    }
+}
+
+struct BackwardSteps {
+    void (*step)(const BlockParameters&, float, int64_t, const BackwardStep&);
+    void (*begin)(const BlockParameters&, float, const float*, const float*, float*, float*);
+
+    explicit BackwardSteps(const Neurons& neurons) {
+        with_model(neurons, [&](auto model) {
+            with_reset(neurons, [&](auto reset) {
+                with_surrogate(neurons, [&](auto surrogate) {
+                    using M = decltype(model);
+                    step = step_backward<M, decltype(reset)::value, decltype(surrogate)>;
+                    begin = spikes_backward<M, decltype(surrogate)>;
+                    return 0;
+                });
+                return 0;
+            });
+            return 0;
+        });
+    }
+};
+
+// X += Σ over the events of a step (rows of weights times factors) for one block of columns and one sample. `words` and
+// `values` are those of the sample, `stride` samples apart from block to block.
+inline void add_events(const Plan& plan, const float* tiles, int64_t block, const uint64_t* words, const float* values,
+                       int64_t stride, Vec* x) {
+    constexpr int kAtOnce = 32;  // tiles whose events make one list
+    uint16_t row[kAtOnce * 64 + 64];
+    float factor[kAtOnce * 64 + 64];
+    Vec odd[kVecs] = {};  // two chains of sums: for speed, and for smaller rounding errors
+    for (int32_t place = plan.col_first[block], end = plan.col_first[block + 1]; place < end;) {
+        const float* weights = tiles + static_cast<int64_t>(place) * kTile;
+        const int32_t stop = end - place > kAtOnce ? place + kAtOnce : end;
+        int size = 0;
+        for (int number = 0; place < stop; ++number, ++place) {
+            const int64_t at = plan.tile_row[plan.col_tile[place]] * stride;
+            const float* source = values + at * kLanes;
+            const int count = append_bits(row + size, words[at], number * 64);
+            for (int i = 0; i < count; i += W) {
+                store(factor + size + i, load(source + i));
+                asm("");  // keeps this from becoming a call of memcpy, which takes longer than most of these loops
+            }
+            size += count;
+        }
+        int e = 0;
+        for (; e + 1 < size; e += 2) {
+            const float *w = weights + row[e] * kLanes, *z = weights + row[e + 1] * kLanes;
+            const Vec a = all(factor[e]), b = all(factor[e + 1]);
+            each_vec([&](auto v) {
+                x[v] = fma(a, load(w + v * W), x[v]);
+                odd[v] = fma(b, load(z + v * W), odd[v]);
+            });
+        }
+        if (e < size) {
+            const float* w = weights + row[e] * kLanes;
+            each_vec([&](auto v) { x[v] = fma(all(factor[e]), load(w + v * W), x[v]); });
+        }
+    }
+    each_vec([&](auto v) { x[v] += odd[v]; });
+}
+
+// A recurrent connection in the backward pass: what a step hands to the step before it, for the samples of a chunk.
+struct RecurrentBackward {
+    const Plan& plan;
+    InputGradient gradient;  // Vᵀ·∂I by the product
+    BackwardSteps steps;
+    float event_limit;       // share of neurons with events up to which it is computed by events
+    int64_t samples;         // of a chunk
+    Panel<float> x;          // X_{t+1}, one row per sample
+    DualPanel current;       // ∂I_{t+1}, for the product, one row per sample
+    bool has_current = false;
+    Bands bands;             // the same, where there are sparse tiles
+    float* states;           // [row blocks][samples][states][64]
+    uint64_t* words[2];      // the events of this step and of the one after it, [row blocks][samples]
+    float* values[2];        // [row blocks][samples][64]
+    int64_t* listed;         // [row blocks][samples]: events that were listed for the connection from below
+    uint64_t* inputs;        // [B][row blocks][T] the spikes of the step before
+    Panel<float> rows;       // ∂I of all steps, if the layer does not keep them
+    DualPanel next;          // ∂I_t, for the product of the step before
+
+    RecurrentBackward(const Stack& s, const Layer& layer, int64_t chunk_samples, bool keeps_rows, Arena& arena)
+        : plan(*layer.recurrent),
+          gradient(plan, s.bf16, true, arena),
+          steps(layer.neurons),
+          event_limit(static_cast<float>(layer.gradient_event_limit * plan.event_runs.ratio)),
+          samples(chunk_samples) {
+        const int64_t blocks = plan.rows.blocks, count = blocks * samples;
+        for (int i = 0; i < 2; ++i) {
+            words[i] = arena.take<uint64_t>(count);
+            values[i] = arena.take<float>(count * kLanes + W);
+        }
+        current = DualPanel(blocks, samples, s.bf16, arena);
+        next = DualPanel(blocks, samples, s.bf16, arena);
+        if (gradient.sparse()) bands.data = arena.take<float>(Bands::size(blocks * kLanes, samples));
+        bands.lanes = blocks * kLanes;
+        x = {arena.take<float>(count * kLanes), samples};
+        states = arena.take<float>(count * model_info(layer.neurons).states * kLanes);
+        listed = arena.take<int64_t>(count);
+        inputs = arena.take<uint64_t>(static_cast<int64_t>(s.batch) * blocks * s.steps);
+        if (!keeps_rows) rows = {arena.take<float>(count * s.steps * kLanes), samples * s.steps};
+    }
+
+    // Samples of a task.
+    int64_t group() const { return gradient.sparse() ? kLanes : kGradientSamples; }
+
+    // The spikes of each step at the place of the next one, which they reach.
+    void shift(const Stack& s, const Layer& layer, const LayerParameters& parameters) const {
+        const int64_t R = plan.rows.blocks, T = s.steps;
+        parallel(s.threads, s.batch * R, 16, [&](int64_t block, int) {
+            uint64_t* out = inputs + block * T;
+            out[0] = first_word(s, layer, parameters, block / R, block % R);
+            for (int64_t t = 1; t < T; ++t) out[t] = layer.spikes[block * T + t - 1];
+        });
+    }
+
+    // Whether the step after this one reaches it by events, of which `after` are the words of `count` samples.
+    bool by_events(const uint64_t* after, int64_t count) const {
+        if (!(event_limit > 0)) return false;
+        int64_t events = 0;
+        for (int64_t r = 0; r < plan.rows.blocks; ++r)
+            for (int64_t b = 0; b < count; ++b) events += __builtin_popcountll(after[r * samples + b]);
+        return static_cast<double>(events) <= static_cast<double>(event_limit) * static_cast<double>(count * plan.rows.size);
+    }
+
+    // Prepares the product of ∂I_{t+1}, which lies in `grad` too, the steps of a sample one after the other.
+    void load_product(const Panel<float>& grad, const float* weights, int64_t count, int64_t t, int64_t T, int threads) {
+        gradient.load(weights, threads);
+        if (!has_current) {
+            parallel(threads, plan.rows.blocks, 1, [&](int64_t r, int) {
+                for (int64_t b = 0; b < count; ++b)
+                    __builtin_memcpy(current.floats.at(r, b), grad.at(r, b * T + t + 1), kLanes * sizeof(float));
+            });
+            current.convert(plan.rows.blocks, samples, threads);
+        }
+        if (gradient.sparse()) bands.fill(current.floats, count, threads);
+    }
+};
+
+}  // namespace g2g::G2G_ISA

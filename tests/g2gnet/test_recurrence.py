@@ -1,0 +1,453 @@
+"""Recurrent layers: I_t = W·x_t + b + V·S_{t−1}, with gradients through S_{t−1}, on every backend and in every part."""
+
+import itertools
+
+import pytest
+import snntorch
+import torch
+from helpers import lif_by_autograd, rms, seeded, threads
+from snntorch import surrogate as snn_surrogate
+
+from g2g_kernels import BlockMask, GroupLayout, available_backends
+from g2g_kernels.ops.neurons import RESETS
+from g2g_kernels.ops.neurons.surrogates import SURROGATES
+from g2gnet import LIF, DSTScheduler, G2GLinear, G2GNet, SpikingStack, Synaptic
+from g2gnet.dst import unit_correlation
+from g2gnet.settings import NetworkSettings, SettingsError
+
+B, SIZES = 5, (13, 38, 26, 7)
+COMPILED = [name for name in ("cpu", "triton") if name in available_backends()]
+
+
+def stack_of(
+    backend: str,
+    unit: int = 4,
+    groups: int = 3,
+    kind: str = "random",
+    sizes: tuple[int, ...] = SIZES,
+    T: int = 6,  # noqa: N803
+    neurons: type = LIF,
+    per_neuron: bool = True,
+    dropout: float = 0.0,
+    **options,
+) -> SpikingStack:
+    """Two recurrent layers and one without."""
+    draw, layers = seeded(3), []
+    for below, size in itertools.pairwise(sizes):
+        out = GroupLayout(size, groups, kind, draw)
+        mask = BlockMask.sample(out, GroupLayout(below, groups), 1, 0.4, unit, draw)
+        population = neurons(size if per_neuron else None, threshold=0.5, backend=backend, **options)
+        for name in population.model.parameters[:-1]:
+            value = population.values[name]
+            value.data = 0.5 + 0.4 * torch.rand(value.shape, generator=draw)
+        joined = BlockMask.sample(out, out, 1, 0.4, unit, draw)
+        recurrent = G2GLinear(joined, bias=False, backend=backend, generator=draw)
+        layers.append((G2GLinear(mask, backend=backend, generator=draw), population, recurrent))
+    (last, population, _) = layers.pop()
+    stack = SpikingStack([*layers, (last, population)], T, backend, dropout)
+    for connection in stack.connections().values():
+        connection.values.data *= 2
+    return stack
+
+
+def inputs_of(stack: SpikingStack, held: bool, batch: int = B) -> torch.Tensor:
+    size = stack.fc1.in_features
+    return torch.rand((batch, size) if held else (stack.T, batch, size), generator=seeded(4)) * 2
+
+
+def drawn_state(stack: SpikingStack, batch: int = B):
+    draw = seeded(8)
+    state = []
+    for connection, neurons in stack.layers():
+        states = [torch.rand(batch, connection.out_features, generator=draw) for _ in neurons.model.states]
+        state.append(tuple(states) if len(states) > 1 else states[0])
+    return state
+
+
+def run(stack: SpikingStack, x: torch.Tensor, dtype: torch.dtype, state=None, **options) -> dict[str, torch.Tensor]:
+    """Spikes, last states, and every gradient of a loss of counts, rates and last states."""
+    stack = stack.to(dtype)
+    leaf = x.to(dtype, copy=True).requires_grad_()
+    named = {"x": leaf, **dict(stack.named_parameters())}
+    first = None
+    if state is not None:
+        first = []
+        for number, each in enumerate(state):
+            tensors = each if isinstance(each, tuple) else (each,)
+            tensors = tuple(tensor.to(dtype, copy=True).requires_grad_() for tensor in tensors)
+            named |= {f"state {number} {part}": tensor for part, tensor in enumerate(tensors)}
+            first.append(tensors if len(tensors) > 1 else tensors[0])
+    activity = stack.simulate(leaf, first, **options)
+    draw, loss = seeded(5), 0
+    for part in (activity.counts, *(10 * rates for rates in activity.rates), *activity.states):
+        loss = loss + (part * torch.randn(part.shape, generator=draw, dtype=torch.float64).to(part)).sum()
+    grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    found = {
+        name: torch.zeros_like(named[name]) if grad is None else grad for name, grad in zip(named, grads, strict=True)
+    }
+    found |= {f"spikes {number}": spikes.dense() for number, spikes in enumerate(activity.spikes)}
+    return found | {f"last {number}": states.detach() for number, states in enumerate(activity.states)}
+
+
+def assert_same(found: dict[str, torch.Tensor], exact: dict[str, torch.Tensor], tolerance: float) -> None:
+    assert found.keys() == exact.keys()
+    for name, expected in exact.items():
+        if name.startswith("spikes"):
+            assert 0.02 < expected.mean() < 0.9, name  # else a comparison says little
+            assert torch.equal(found[name].to(expected), expected), name
+        else:
+            assert rms(found[name] - expected) <= tolerance * rms(expected), name
+
+
+# --- the formula --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("surrogate", ["atan", "triangle"])
+@pytest.mark.parametrize("reset", RESETS)
+def test_a_step_gets_the_spikes_of_the_step_before(reset, surrogate):
+    """One layer against a loop over dense matrices, differentiated by autograd."""
+    stack = stack_of("torch", sizes=(13, 38, 5), reset=reset, surrogate=surrogate).double()
+    x = inputs_of(stack, held=False).double()
+    weight, joined = stack.fc1.dense_weight(), stack.rec1.dense_weight()
+    beta, theta = stack.lif1.beta, stack.lif1.threshold
+    membrane, before, spikes = torch.zeros(B, 38, dtype=torch.float64), None, []
+    for now in x @ weight.T + stack.fc1.bias:
+        now = now if before is None else now + before @ joined.T
+        # a first step charges from 0: what the membrane carries is part of its current
+        fired = (membrane > theta).double()
+        carried = (1 - fired) * membrane if reset == "zero" else membrane
+        carried = beta * carried - (theta * fired if reset == "subtract" else 0)
+        (train,), (membrane,) = lif_by_autograd((now + carried)[None], torch.zeros(()), theta, "none",
+                                                SURROGATES[surrogate].primitive, 2.0)  # fmt: skip
+        before = train
+        spikes.append(train)
+    weights = torch.randn(len(spikes), B, 38, generator=seeded(1), dtype=torch.float64)
+    parameters = [stack.fc1.values, stack.fc1.bias, stack.rec1.values, beta, theta]
+    expected = torch.autograd.grad((torch.stack(spikes) * weights).sum(), parameters)
+    activity = stack.simulate(x, spikes=True)
+    assert torch.equal(activity.spikes[0].dense(), torch.stack(spikes))
+    found = torch.autograd.grad((activity.spikes[0].dense() * weights).sum(), parameters)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("kind", ["RLeaky", "RSynaptic"])
+def test_spikes_and_gradients_are_those_of_snntorch(kind, backend):
+    ours = stack_of(backend, sizes=(13, 38, 5), neurons={"RLeaky": LIF, "RSynaptic": Synaptic}[kind], per_neuron=False)
+    names = {"RLeaky": {"beta": "beta"}, "RSynaptic": {"syn_decay": "alpha", "beta": "beta"}}[kind]
+    learned = {theirs: ours.lif1.values[name].detach().clone() for name, theirs in names.items()}
+    theirs = getattr(snntorch, kind)(
+        **learned, **{f"learn_{name}": True for name in learned}, threshold=0.5, learn_threshold=True, all_to_all=True,
+        linear_features=38, spike_grad=snn_surrogate.atan(2.0),
+    )  # fmt: skip
+    theirs.recurrent.weight.data = ours.rec1.dense_weight().detach().clone()
+    theirs.recurrent.bias.data.zero_()
+    x = inputs_of(ours, held=False)
+    weight, bias = ours.fc1.dense_weight().detach().requires_grad_(), ours.fc1.bias.detach().clone().requires_grad_()
+    state, spikes = (theirs.init_rleaky if kind == "RLeaky" else theirs.init_rsynaptic)(), []
+    for now in x:
+        spike, *rest = theirs(now @ weight.T + bias, *state)
+        state = (spike, *rest)
+        spikes.append(spike)
+    counts, rates = ours(x), ours.simulate(x).spikes[0].dense()
+    assert torch.equal(rates, torch.stack(spikes).detach())
+    assert counts.shape == (B, 5)
+    weights = torch.randn(38, generator=seeded(1))
+    mine = (ours.simulate(x).rates[0] * weights).sum() * (len(x) * B)
+    names = {"threshold": "threshold", **names}
+    found = torch.autograd.grad(
+        mine, [ours.fc1.values, ours.fc1.bias, ours.rec1.values, *(ours.lif1.values[name] for name in names)]
+    )
+    expected = torch.autograd.grad(
+        (torch.stack(spikes).sum((0, 1)) * weights).sum(),
+        [weight, bias, theirs.recurrent.weight, *(getattr(theirs, name) for name in names.values())],
+    )
+    for number, connection in ((0, ours.fc1), (2, ours.rec1)):
+        assert rms(connection.mask.unpack(found[number]) - expected[number] * connection.mask.to_dense()) <= 2e-5 * rms(
+            expected[number]
+        )
+    for number in (1, 3, 4):
+        assert rms(found[number].flatten() - expected[number].flatten()) <= 2e-5 * rms(expected[number])
+
+
+# --- compiled kernels -----------------------------------------------------------------------------------------------
+
+#: every unit size, model, reset and surrogate, parameters per layer and per neuron, states, dropped neurons
+CASES = {
+    "units of 4": {},
+    "held": {"held": True},
+    "zero": {"reset": "zero", "surrogate": "sigmoid"},
+    "none, boxcar": {"reset": "none", "surrogate": "boxcar", "alpha": 0.7, "state": True},
+    "events": {"per_neuron": False, "surrogate": "triangle", "alpha": 2.0, "held": True},
+    "events from a state": {"per_neuron": False, "surrogate": "triangle", "alpha": 4.0, "state": True},
+    "events, dropped": {"per_neuron": False, "surrogate": "triangle", "alpha": 4.0, "dropped": True},
+    "synaptic": {"neurons": Synaptic, "surrogate": "fast_sigmoid", "state": True, "dropped": True},
+    "synaptic, zero, held": {"neurons": Synaptic, "reset": "zero", "per_neuron": False, "held": True},
+    "dropped, from a state": {"state": True, "dropped": True, "held": True},
+    "single weights": {"unit": 1, "kind": "index"},
+    "units of 8": {"unit": 8, "sizes": (13, 96, 64, 7), "kind": "interleaved"},
+    "units of 16": {"unit": 16, "sizes": (40, 128, 96, 7), "kind": "index", "batch": 37},
+    "units of 64": {"unit": 64, "sizes": (40, 260, 150, 7), "groups": 2, "kind": "index", "batch": 70, "T": 4},
+    "one sample": {"batch": 1},
+    "two steps": {"T": 2, "state": True},
+    "one step": {"T": 1},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("backend", COMPILED)
+def test_compiled_kernels_give_what_float64_gives(backend, case):
+    options = dict(CASES[case])
+    held, state, dropped = (options.pop(name, False) for name in ("held", "state", "dropped"))
+    batch = options.pop("batch", B)
+    if backend == "triton" and max(options.get("sizes", SIZES)) > 100:
+        pytest.skip("the interpreter takes minutes, and the launches are those of the smaller cases")
+    options["dropout"] = 0.4 if dropped else 0.0
+    exact = stack_of("torch", **options)
+    x = inputs_of(exact, held, batch)
+    arguments = {"state": drawn_state(exact, batch)} if state else {}
+    if dropped:
+        arguments["dropped"] = exact.drop(batch, seeded(9))
+    expected = run(exact, x, torch.float64, **arguments)
+    assert_same(run(stack_of(backend, **options), x, torch.float32, **arguments), expected, 2e-5)
+
+
+def test_results_do_not_depend_on_the_threads():
+    found = []
+    for number in (1, 2, 3):
+        with threads(number):
+            stack = stack_of("cpu", unit=16, sizes=(40, 128, 96, 7), kind="index")
+            found.append(run(stack, inputs_of(stack, held=False, batch=80), torch.float32))
+    for other in found[1:]:
+        for name, tensor in found[0].items():
+            assert torch.equal(tensor, other[name]), name
+
+
+def test_bfloat16_is_as_near_to_float32_as_a_loop_of_steps_is():
+    stack = stack_of("cpu", unit=16, sizes=(40, 128, 96, 7), kind="index", per_neuron=False)
+    for connection in stack.connections().values():  # currents that are exact in bfloat16, so that spikes are equal
+        connection.values.data = (connection.values.data * 16).round().clamp(-8, 8) / 16
+        if connection.bias is not None:
+            connection.bias.data = (connection.bias.data * 4).round() / 4
+    x = inputs_of(stack, held=False).round()
+    expected = run(stack, x, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = run(stack, x, torch.float32)
+    for name, exact in expected.items():
+        if name.startswith("spikes"):
+            assert torch.equal(found[name], exact), name
+        elif not name.startswith("last"):  # three products of 8 bits in turn
+            assert rms(found[name] - exact) <= 3 * 2**-8 * rms(exact), name
+
+
+def test_another_order_of_neurons_runs_step_by_step_and_says_so(caplog):
+    stack = stack_of("cpu")
+    draw = seeded(11)
+    other = GroupLayout(SIZES[1], 2, "random", draw)
+    joined = BlockMask.sample(other, other, 1, 0.4, 5, draw)
+
+    def with_other(backend: str) -> SpikingStack:
+        (first, second, _), *rest = [
+            (connection, neurons, recurrent)
+            for (connection, neurons), recurrent in zip(stack.layers(), stack.recurrents(), strict=True)
+        ]
+        recurrent = G2GLinear(BlockMask.from_state(state, (38, 38)), bias=False, generator=seeded(12))
+        layers = [(first, second, recurrent), *[each if each[2] is not None else each[:2] for each in rest]]
+        return SpikingStack(layers, stack.T, backend)
+
+    state: dict[str, torch.Tensor] = {}
+    joined._save_to_state_dict(state, "", keep_vars=False)
+    x = inputs_of(stack, held=True)
+    expected = run(with_other("torch"), x, torch.float64)
+    found = run(with_other("cpu").float(), x, torch.float32)
+    assert "runs step by step" in caplog.text
+    assert_same(found, expected, 2e-5)
+
+
+# --- over time ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["torch", *COMPILED])
+def test_halves_in_turn_chunks_and_steps_are_the_whole(backend):
+    stack = stack_of(backend, T=7)
+    x = inputs_of(stack, held=False)
+    whole = stack.simulate(x)
+    first = stack.simulate(x[:3])
+    second = stack.simulate(x[3:], first.state)
+    assert torch.equal(first.counts + second.counts, whole.counts)
+    torch.testing.assert_close(second.state, whole.state)
+    weights = torch.randn(whole.counts.shape, generator=seeded(1))
+    parameters = list(stack.parameters())
+    expected = torch.autograd.grad((whole.counts * weights).sum(), parameters)
+    parts = torch.autograd.grad(((first.counts + second.counts) * weights).sum(), parameters)
+    chunked = torch.autograd.grad((stack.simulate(x, chunk=3).counts * weights).sum(), parameters)
+    state, counts = None, 0
+    for now in x:
+        spikes, state = stack.step(now, state)
+        counts = counts + spikes
+    steps = torch.autograd.grad((counts * weights).sum(), parameters)
+    assert torch.equal(counts, whole.counts)
+    for found in (parts, chunked, steps):
+        for ours, theirs in zip(found, expected, strict=True):
+            assert rms(ours - theirs) <= 2e-5 * rms(theirs)
+
+
+def test_what_dropped_neurons_send_to_themselves_is_missing():
+    """Those that are kept send themselves more, as they send the next layer more."""
+    stack = stack_of("cpu", dropout=0.5)
+    dropped = stack.drop(B, seeded(2))
+    x = inputs_of(stack, held=False)
+    activity = stack.simulate(x, dropped=dropped)
+    by_hand = stack_of("torch")
+    by_hand.load_state_dict(stack.state_dict())
+    for name in ("rec1", "fc2", "rec2", "fc3"):
+        by_hand.get_submodule(name).values.data *= 2
+    silent = by_hand.simulate(x, dropped=dropped)  # in training mode without dropout nothing is dropped
+    assert not torch.equal(silent.counts, activity.counts)
+    by_hand.dropout, by_hand.__class__ = 0.5, _Unscaled
+    expected = by_hand.simulate(x, dropped=dropped)
+    for ours, theirs, of_layer in zip(activity.spikes, expected.spikes, (*dropped, None), strict=True):
+        assert torch.equal(ours.dense(), theirs.dense())
+        assert of_layer is None or not ours.dense()[:, of_layer].any()
+
+
+class _Unscaled(SpikingStack):
+    _scale = 1.0
+
+
+def test_synaptic_operations_count_the_spikes_that_were_sent():
+    stack = stack_of("cpu")
+    x = inputs_of(stack, held=False)
+    activity = stack.simulate(x, drawn_state(stack))
+    before = [state > neurons.threshold for state, (_, neurons) in zip(drawn_state(stack), stack.layers(), strict=True)]
+    for number, counted in enumerate(activity.synaptic_operations()):
+        connections = [list(stack.layers())[number][0], stack.recurrents()[number]]
+        received = x if number == 0 else activity.spikes[number - 1].dense()
+        own = activity.spikes[number].dense()
+        sent = torch.cat([before[number][None].to(own), own[:-1]])
+        sums = [
+            int(((train != 0).sum((0, 1)) * (connection.dense_weight() != 0).sum(0)).sum())
+            for connection, train in zip(connections, (received, sent), strict=True)
+            if connection is not None
+        ]
+        assert counted.accumulates + counted.multiplies == sum(sums)
+        assert counted.multiplies == (sums[0] if number == 0 else 0)
+
+
+def test_hooks_see_every_step_of_a_recurrent_connection():
+    stack = stack_of("cpu")
+    x = inputs_of(stack, held=True)
+    expected = stack.simulate(x)
+    calls = []
+    stack.rec2.register_forward_hook(lambda module, inputs, output: calls.append(inputs[0]))
+    found = stack.simulate(x)
+    assert len(calls) == stack.T - 1
+    assert torch.equal(torch.stack(calls), expected.spikes[1].dense()[:-1])
+    assert torch.equal(found.counts, expected.counts)
+    assert found.synaptic_operations() == expected.synaptic_operations()
+    stack.lif2.register_forward_hook(lambda *_: None)
+    with pytest.raises(TypeError, match="lif2 carries hooks, which would not be run"):
+        stack.simulate(x)
+
+
+# --- networks ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", ["index", "random", "mixer", "dense", "small_world"])
+def test_recurrent_connections_have_the_groups_of_their_layer(model):
+    net = G2GNet(20, 64, 5, model, block_size=8, recurrent=True, generator=seeded(1))
+    plain = G2GNet(20, 64, 5, model, block_size=8, generator=seeded(1))
+    assert list(net.connections()) == ["fc1", "rec1", "fc2", "rec2", "fc3"]
+    for connection, recurrent in ((net.fc1, net.rec1), (net.fc2, net.rec2)):
+        for side in (recurrent.mask.rows, recurrent.mask.cols):
+            assert torch.equal(side.layout.group_of, connection.mask.rows.layout.group_of)
+        assert recurrent.bias is None
+    for name, connection in plain.connections().items():  # the same seed gives the same layers without them
+        assert connection.mask.equals(net.connections()[name].mask)
+        assert torch.equal(connection.values, net.connections()[name].values)
+    assert all(recurrent.mask.is_full for recurrent in (net.rec1, net.rec2)) == (model == "dense")
+
+
+def test_density_and_gain_of_recurrent_connections_are_their_own():
+    make = {"block_size": 8, "recurrent": True, "p_inter": 0.3}
+    net = G2GNet(20, 64, 5, **make, p_rec_inter=0.0, rec_gain=0.5, generator=seeded(1))
+    assert net.rec1.mask.density == pytest.approx(1 / 8)
+    assert net.rec1.values.abs().max() <= 0.5 / 8**0.5
+    erk = G2GNet(20, 64, 5, **make, density="erk", generator=seeded(1))
+    uniform = G2GNet(20, 64, 5, **make, generator=seeded(1))
+    weights = [sum(int(each.mask.unit_sizes.sum()) for each in of.connections().values()) for of in (erk, uniform)]
+    assert weights[0] == pytest.approx(weights[1], rel=0.1)  # units are drawn
+    assert erk.rec1.mask.density < uniform.rec1.mask.density  # of the larger layers
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"p_rec_inter": 0.1}, "p_rec_inter=0.1 has no effect without recurrent connections"),
+        ({"rec_gain": 0.5}, "rec_gain=0.5 has no effect without recurrent connections"),
+        ({"recurrent": True, "model": "dense", "p_rec_inter": 0.1}, "p_rec_inter=0.1 has no effect with model=dense"),
+        ({"recurrent": True, "density": "erk", "p_rec_inter": 0.1}, "p_rec_inter=0.1 has no effect with density=erk"),
+    ],
+)
+def test_settings_without_effect_are_refused(options, message):
+    with pytest.raises(SettingsError, match=message):
+        NetworkSettings(**options)
+
+
+def test_what_is_no_recurrent_connection_is_refused():
+    def layer(out: int, size: int, **options) -> G2GLinear:
+        return G2GLinear(BlockMask.full(GroupLayout(out, 1), GroupLayout(size, 1)), **options)
+
+    for recurrent, error, message in (
+        (layer(4, 5, bias=False), ValueError, "rec1 joins 5 neurons to 4, but lif1 has 4"),
+        (layer(4, 4), ValueError, "rec1 has a bias"),
+        (torch.nn.Linear(4, 4), TypeError, "rec1 is Linear; give one G2GLinear"),
+    ):
+        with pytest.raises(error, match=message):
+            SpikingStack([(layer(4, 3), LIF(), recurrent)])
+    with pytest.raises(TypeError, match="rec1 is G2GLinear and G2GLinear"):
+        SpikingStack([(layer(4, 3), LIF(), layer(4, 4, bias=False), layer(4, 4, bias=False))])
+
+
+def test_rewiring_sees_the_spikes_of_the_step_before():
+    net = G2GNet(20, 64, 5, block_size=8, T=6, recurrent=True, threshold=0.3, generator=seeded(1))
+    x = torch.rand(30, 20, generator=seeded(2)) * 2
+    activity = net.simulate(net.encode(x))
+    spikes = activity.spikes[0].dense()
+    sent = torch.cat([torch.zeros_like(spikes[:1]), spikes[:-1]])
+    scores = unit_correlation(sent, spikes, net.rec1.mask)
+    present = net.rec1.mask.present()
+    expected = scores.masked_fill(present, -2).flatten().topk(int(0.25 * present.sum())).indices
+    for given in (False, True):
+        layers = list(net.connections().values()) if given else net
+        optimizer = torch.optim.SGD(net.parameters(), 0.0)
+        rewired = {"recurrent": [net.rec1, net.rec2]} if given else {}
+        dst = DSTScheduler(layers, optimizer, interval=1, fraction=0.25, prune="set", grow="hebb", **rewired)
+        before = net.rec1.mask.present().clone()
+        activity = net.simulate(net.encode(x))
+        activity.counts.sum().backward()
+        dst.step(net.encode(x), activity) if given else dst.step()
+        grown = (net.rec1.mask.present() & ~before).flatten().nonzero().flatten()
+        if not given:
+            assert set(grown.tolist()) == set(expected.tolist())
+        assert len(grown) == int(0.25 * before.sum())
+
+
+@pytest.mark.parametrize("grow", ["random", "gradient"])
+def test_copies_checkpoints_and_gradient_growth_know_recurrent_connections(grow):
+    net = G2GNet(20, 64, 5, block_size=8, T=4, recurrent=True, threshold=0.3, generator=seeded(1))
+    average = torch.optim.swa_utils.AveragedModel(net)
+    optimizer = torch.optim.Adam(net.parameters())
+    dst = DSTScheduler(net, optimizer, interval=1, fraction=0.3, grow=grow)
+    before = net.rec2.mask.present().clone()
+    net(torch.rand(9, 20, generator=seeded(2)) * 2).square().sum().backward()
+    optimizer.step()
+    average.update_parameters(net)
+    assert dst.step()
+    assert not torch.equal(net.rec2.mask.present(), before)
+    assert average.module.rec2.mask.equals(net.rec2.mask)
+    other = G2GNet(20, 64, 5, block_size=8, T=4, recurrent=True, generator=seeded(5))
+    other.load_state_dict(net.state_dict())
+    x = torch.rand(9, 20, generator=seeded(3)) * 2
+    assert torch.equal(other(x), net(x))

@@ -1,0 +1,94 @@
+"""Every command of the documentation and every extra are run by something, and the quick lane is there.
+
+Commands of ``train.py``, ``crossval.py`` and ``g2gnet.pretrain`` are run by ``test_readme.py``, blocks of Python by
+``test_docs.py``.
+"""
+
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT
+from quick import QUICK
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")]
+#: what runs a command, by how the command begins; "by hand" is for what needs hours, other machines or the network
+RUN_BY = {
+    r"python (train|crossval)\.py|python -m g2gnet\.(pretrain|analyze|report)": "tests/test_readme.py",
+    r"python -m g2gnet$": "tests/programs/test_programs.py",
+    r"python -m g2gnet\.sweep|g2g-sweep": "tests/programs/test_sweep.py",
+    r"python -m g2g_kernels\.doctor": "tests/g2g_kernels/test_doctor.py",
+    r"torchrun": "tests/g2gnet/training/test_distributed.py",
+    r"python -m benchmarks\.(throughput|scaling|accuracy)": "tests/benchmarks/test_benchmarks.py",
+    r"python -m benchmarks\.\w+_study|python -m benchmarks\.model_comparison": "tests/benchmarks/test_studies.py",
+    r"python -m benchmarks\.flag_costs": "tests/benchmarks/test_flag_costs.py",
+    r"python -m benchmarks\.first_run": "tests/benchmarks/test_first_run.py",
+    r"pip install -e \"\.\[test\]\" && pytest$": ".ci/run",
+    r"pip install -e \"\.\[(dev|docs|bench)\]\"( && .*)?$": ".ci/run",
+    r"pip install -e \.$|pip wheel|python -m build|python -m venv \.venv": "tests/test_packaging.py",
+    r"pip install -e \. && python train\.py": "tests/test_packaging.py",
+    r"tests/sanitize\.sh": ".ci/run",
+    r"pytest -n 0 benchmarks|pytest -m quick": "tests/test_commands.py",
+    r"pytest( |$)|\.ci/run": ".ci/run",
+    r"tests/(oldest|clients|execute_kernels)\.sh": "by hand",
+    r"py -3\.12|g2g-environment|pip install -e \"\.\[directml\]\"": "by hand",
+}
+EXTRAS = {
+    "test": ".ci/run",
+    "dev": ".ci/run",
+    "interop": "tests/g2gnet/interop/test_interop.py",
+    "plots": "tests/g2gnet/report/test_report.py",
+    "tensorboard": "tests/g2gnet/training/test_logging.py",
+    "bench": "tests/test_commands.py",
+    "docs": "tests/test_docs.py",
+    "triton": "tests/g2g_kernels/ops/test_triton_lif.py",
+    "clients": "by hand",
+    "directml": "by hand",
+}
+
+
+def commands():
+    for page in PAGES:
+        for block in re.findall(r"^```(?:sh|bat)\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S):
+            for line in re.sub(r"\\\n *", "", block).splitlines():
+                yield page.name, line.partition("  #")[0].strip()
+
+
+def test_every_documented_command_is_run_by_something():
+    found = list(commands())
+    assert len(found) > 40
+    for page, command in found:
+        runners = [runner for begin, runner in RUN_BY.items() if re.match(begin, command)]
+        assert runners, f"nothing runs {command} of {page}"
+        assert runners[0] == "by hand" or (ROOT / runners[0]).is_file()
+    for begin in RUN_BY:
+        assert any(re.match(begin, command) for _, command in found), f"no page has {begin}"
+
+
+def test_every_extra_is_used_by_something():
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11 has it")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert set(project["optional-dependencies"]) == set(EXTRAS)
+    for runner in EXTRAS.values():
+        assert runner == "by hand" or (ROOT / runner).is_file()
+
+
+def test_the_quick_lane_lists_tests_that_there_are():
+    for name in QUICK:
+        file, _, test = name.partition("::")
+        text = (ROOT / "tests" / file).read_text(encoding="utf-8")
+        assert f"def {test.partition('[')[0]}(" in text, name
+    assert len(set(QUICK)) == len(QUICK)
+
+
+@pytest.mark.long
+def test_the_kernels_can_be_timed_as_contributing_says():
+    """Each once, without statistics."""
+    pytest.importorskip("pytest_benchmark")
+    command = "pytest -n 0 benchmarks --benchmark-autosave"
+    assert command in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    arguments = shlex.split(command.replace("--benchmark-autosave", "--benchmark-disable"))
+    done = subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -24,6 +24,8 @@ from .workload import Prepared, Workload, load, prepare
 #: the sizes of ``--quick``; flags override them
 QUICK = {"batch_size": 64, "T": 20, "hidden_dim": 1024}
 QUICK_REPEATS = 5
+#: cores that other programs may use on average while nothing is measured
+BUSY = 0.1
 
 
 def add_flags(parser: Parser, repeats: int) -> None:
@@ -154,10 +156,10 @@ def headline(machine: dict[str, Any]) -> str:
 def warn_if_busy(machine: dict[str, Any], rates: dict[str, float]) -> None:
     """Warns if other programs used part of the machine during the measurement."""
     busy = rates.get("others_busy_cores", 0.0)
-    if busy > 0.1:
+    if busy > BUSY:
         print(
             f"Other programs kept {busy:.1f} of {machine['cores']} cores busy: do not trust these times, least "
-            "of all those of loops over many small operations."
+            "of all those of loops over many small operations; CPU time says more."
         )
 
 

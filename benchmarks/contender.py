@@ -70,8 +70,9 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 class NetworkContender(Contender):
     """A network from samples [B, D] to spike counts [B, C], trained with cross-entropy and fused Adam.
 
-    Its modules are called ``fc1``, ``lif1``, … ``lif3``; subclasses whose modules are not like ``nn.Linear`` and have
-    no parameters called ``beta`` and ``threshold`` override :meth:`gradients`.
+    Its modules are called ``fc1``, ``lif1``, … ``lif3``, and ``rec1``, ``rec2`` where they are recurrent; subclasses
+    whose modules are not like ``nn.Linear`` and have no parameters called ``beta`` and ``threshold`` override
+    :meth:`gradients`.
     """
 
     def __init__(self, prepared: Prepared, device: torch.device, precision: str) -> None:
@@ -89,10 +90,14 @@ class NetworkContender(Contender):
     def autocast(self) -> contextlib.AbstractContextManager:
         return autocast(self.device, self.precision)
 
+    def counts(self) -> torch.Tensor:
+        """The spike counts of the batch [B, C]."""
+        return self.net(self.images)
+
     def _backward(self) -> tuple[torch.Tensor, torch.Tensor]:
         self.optimizer.zero_grad(set_to_none=True)
         with self.autocast():
-            counts = self.net(self.images)
+            counts = self.counts()
         loss = F.cross_entropy(counts.float(), self.labels)
         loss.backward()
         return loss.detach(), counts.detach()
@@ -104,7 +109,7 @@ class NetworkContender(Contender):
     @torch.no_grad()
     def forward(self) -> torch.Tensor:
         with self.autocast():
-            return self.net(self.images)
+            return self.counts()
 
     def results(self) -> Results:
         loss, counts = self._backward()
@@ -141,11 +146,28 @@ class NetworkContender(Contender):
 
 def dense_linear(connection: G2GLinear, kind: type[nn.Linear] = nn.Linear, **options: Any) -> nn.Linear:
     """A dense layer with the weights of ``connection``, zero where it has none."""
-    linear = kind(connection.in_features, connection.out_features, **options)
-    assert connection.bias is not None
+    linear = kind(connection.in_features, connection.out_features, connection.bias is not None, **options)
     with torch.no_grad():
         linear.weight.copy_(connection.dense_weight())
-        linear.bias.copy_(connection.bias)
+        if connection.bias is not None:
+            linear.bias.copy_(connection.bias)
+    return linear
+
+
+class MaskedLinear(nn.Linear):
+    """A dense layer whose weight is multiplied by ``mask`` at every call."""
+
+    mask: torch.Tensor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight * self.mask, self.bias)
+
+
+def masked_linear(connection: G2GLinear) -> MaskedLinear:
+    """The same with the weights of ``connection``, the usual way to train sparse layers where a library has none."""
+    linear = dense_linear(connection, MaskedLinear)
+    assert isinstance(linear, MaskedLinear)
+    linear.register_buffer("mask", connection.mask.to_dense().float())
     return linear
 
 

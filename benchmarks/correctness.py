@@ -69,8 +69,8 @@ class Judge:
         self._prepared = prepared
         self._kernel = kernel
         self._masks = {
-            f"fc{number}.weight": connection.mask.to_dense()
-            for number, (connection, _) in enumerate(prepared.network("torch").layers(), 1)
+            f"{name}.weight": connection.mask.to_dense()
+            for name, connection in prepared.network("torch").connections().items()
         }
         self._masks["weight"] = self._masks["fc2.weight"]
         self._floor = PRODUCT_FLOOR if kernel.startswith("linear") else FLOOR

@@ -2,8 +2,8 @@
 
 Floating-point operations count active weights only: 2·T·B per weight for each of forward, input gradient and weight
 gradient. ``fc1`` gets the same input at every step and needs no input gradient: 2·B per weight, forward and once more.
-The input gradient of ``fc2`` counts the neurons of layer 2 that pass a gradient on, which are few under a surrogate
-with compact support.
+The input gradients of ``fc2`` and of recurrent connections count the neurons that pass a gradient on, which are few
+under a surrogate with compact support. A recurrent connection has no input at the first step.
 Bytes count the passes over [T, B, N] float32 that LIF neurons need at least: two forward (currents in, spikes
 out), three backward (the spikes' gradient and the membranes in, the currents' gradient out). A kernel that skips
 silent neurons or packs spikes can be faster than this floor.
@@ -21,17 +21,20 @@ def work(prepared: Prepared, kernel: str) -> dict[str, int]:
     samples = w.T * w.batch_size
     if kernel in ("lif", "synaptic"):
         return {"flop": 0, "bytes": 5 * 4 * samples * w.hidden_dim}
-    first, second, third = prepared.active_weights()
+    weights = prepared.active_weights()
     if kernel.startswith("linear"):
-        return {"flop": 3 * 2 * samples * second, "bytes": 5 * 4 * samples * w.hidden_dim}
+        return {"flop": 3 * 2 * samples * weights["fc2"], "bytes": 5 * 4 * samples * w.hidden_dim}
     neurons = 2 * w.hidden_dim + prepared.num_classes
     if kernel == "dst":
         return {"flop": 0, "bytes": 4 * (samples * neurons + prepared.images.numel())}
-    held, varying = w.batch_size * first, samples * (second + third)
+    passes = {name: samples - w.batch_size if name.startswith("rec") else samples for name in weights}
+    passes["fc1"] = w.batch_size
+    products = sum(passes[name] * count for name, count in weights.items())
     if kernel == "forward":
-        return {"flop": 2 * (held + varying), "bytes": 2 * 4 * samples * neurons}
-    input_gradient = round(samples * (prepared.event_share * second + third))
-    return {"flop": 2 * (2 * held + 2 * varying + input_gradient), "bytes": 5 * 4 * samples * neurons}
+        return {"flop": 2 * products, "bytes": 2 * 4 * samples * neurons}
+    shares = dict(zip(("1", "2", "3"), prepared.event_shares, strict=True))
+    input_gradients = sum(passes[name] * count * shares[name[-1]] for name, count in weights.items() if name != "fc1")
+    return {"flop": 2 * (2 * products + round(input_gradients)), "bytes": 5 * 4 * samples * neurons}
 
 
 def floor_seconds(done: dict[str, int], rates: dict[str, float]) -> float:

@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import multiprocessing
 import signal
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -45,6 +46,7 @@ class Outcome:
             do this), ``"wrong"`` (its results are).
         reason: the same in words, or "".
         seconds: one per repeat.
+        cpu_seconds: the same in processor time of all threads of its process, waiting in a loop included.
         first_seconds: of the first turn, which may compile, plan and allocate.
         peak_bytes: during the later turns, above the process with its imports and the data.
         differs: how its computation differs from the others', in words.
@@ -54,6 +56,7 @@ class Outcome:
     status: str = "timed"
     reason: str = ""
     seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
     first_seconds: float | None = None
     peak_bytes: int | None = None
     firing_rates: list[float] | None = None
@@ -128,11 +131,13 @@ class _Session:
         self.memory = PeakMemory(self.device)
         self.contender = kind(prepared, self.device, self.job.entry.precision, **self.job.entry.options)
 
-    def time(self) -> float:
-        """Seconds for one turn."""
+    def time(self) -> tuple[float, float]:
+        """Seconds for one turn, and processor time."""
         work = getattr(self.contender, KERNELS[self.job.kernel].method)
         self.contender.before_turn()
-        return timed(work, self.device)
+        before = time.process_time()
+        taken = timed(work, self.device)
+        return taken, time.process_time() - before
 
     def forget_peak(self) -> None:
         self.memory.restart()
@@ -201,7 +206,9 @@ def measure(
             progress(outcome.job.entry.label)
             if outcome.status == "timed":
                 with _noting_failure(outcome):
-                    outcome.seconds.append(worker.ask("time"))
+                    taken, processor = worker.ask("time")
+                    outcome.seconds.append(taken)
+                    outcome.cpu_seconds.append(processor)
     return outcomes
 
 
@@ -216,7 +223,7 @@ def _admit(worker: Worker, outcome: Outcome, judge: Judge, warm_up: int) -> bool
     """Builds and warms up the contender, counts its memory and has its results judged."""
     with _noting_failure(outcome):
         worker.ask("build")
-        outcome.first_seconds = worker.ask("time")
+        outcome.first_seconds, _ = worker.ask("time")
         worker.ask("forget_peak")
         for _ in range(max(1, warm_up - 1)):
             worker.ask("time")

@@ -43,6 +43,9 @@ class Network(NetworkContender):
             }.items():
                 if gradient is not None:
                     gradients[name] = connection.mask.unpack(gradient) if name.endswith("weight") else gradient
+        for number, recurrent in enumerate(self.net.recurrents(), 1):
+            if recurrent is not None and recurrent.values.grad is not None:
+                gradients[f"rec{number}.weight"] = recurrent.mask.unpack(recurrent.values.grad)
         return gradients
 
     @torch.no_grad()
@@ -50,6 +53,27 @@ class Network(NetworkContender):
         with self.autocast():
             rates = self.net.simulate(self.net.encode(self.images)).rates
         return [float(layer.float().mean()) for layer in rates]
+
+
+class FeedForward(Network):
+    """:class:`Network` without recurrent connections, to be compared with a recurrent one of as many weights."""
+
+    def __init__(self, prepared: Prepared, device: torch.device, precision: str, backend: str) -> None:
+        super().__init__(prepared, device, precision, backend)
+        weights = sum(prepared.active_weights().values())
+        self.differs = f"feed-forward, H {prepared.workload.hidden_dim}: {weights:,} weights"
+
+
+class Steps(Network):
+    """:class:`Network` in a Python loop over :meth:`g2gnet.SpikingStack.step`."""
+
+    def counts(self) -> torch.Tensor:
+        x = self.net.encode(self.images)
+        counts, state = torch.zeros((), device=self.device), None
+        for _ in range(self.net.T):
+            spikes, state = self.net.step(x, state)
+            counts = counts + spikes
+        return counts
 
 
 class Compiled(Network):

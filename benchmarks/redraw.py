@@ -1,9 +1,9 @@
 """Redraws every measured table and picture of the documentation from the records: ``python -m benchmarks.redraw``.
 
-A page marks its drawn parts with ``<!-- drawn: NAME -->`` and ``<!-- end -->``. NAME is ``step`` or
-another kernel of the default network (``step, in short`` is a sentence; ``step, block_size 1`` and the like are of
-other networks), ``scaling-p_inter`` or another quantity, ``accuracy``, ``model_comparison`` (``…, in short``: a
-sentence), ``predictions`` or the name of a study. A part shows every such record in ``benchmarks/results``, whatever
+A page marks its drawn parts with ``<!-- drawn: NAME -->`` and ``<!-- end -->``. NAME is ``step`` or another kernel of
+the default network (``…, in short`` is a sentence; ``step, block_size 1`` and the like are of other networks),
+``scaling-p_inter`` or another quantity, ``accuracy``, ``model_comparison`` (``…, in short``: a sentence),
+``predictions`` or the name of a study. A part shows every such record in ``benchmarks/results``, whatever
 machine it is from, and is empty where there is none. Pictures lie in ``docs``, under the names of their records;
 ``docs/draw_result.py`` draws one more. Numbers are nowhere else, so a page cannot disagree with the measurements;
 ``tests/benchmarks/test_benchmark_reports.py`` checks that.
@@ -34,6 +34,7 @@ from . import (
     surrogate_study,
     tradeoff_study,
 )
+from .cli import BUSY
 from .first_run import comparison
 from .registry import COMPACT, KERNELS
 from .report import curve_title, of_floor, seconds, title
@@ -52,7 +53,10 @@ STUDIES = {
     for module in (model_comparison, surrogate_study, recipe_study, dst_study, tradeoff_study)
 }
 #: a throughput record's name contains these where they differ
-USUAL = {field.name: field.default for field in dataclasses.fields(Workload) if field.name in ("model", "block_size")}
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Workload)}
+USUAL = {name: _DEFAULTS[name] for name in ("model", "block_size")}
+#: the same for recurrent networks
+USUAL_RECURRENT = {**USUAL, "hidden_dim": _DEFAULTS["hidden_dim"]}
 
 _PART = re.compile(r"(?<=<!-- drawn: )([^>]+)( -->\n)(.*?)(?=<!-- end -->)", re.DOTALL)
 
@@ -69,7 +73,8 @@ class Record(NamedTuple):
         benchmark = self.content["benchmark"]
         if benchmark == "throughput":
             workload = self.content["workload"]
-            other = (f", {name} {workload[name]}" for name, usual in USUAL.items() if workload[name] != usual)
+            usual = USUAL_RECURRENT if workload.get("recurrent") else USUAL
+            other = (f", {name} {workload[name]}" for name, value in usual.items() if workload[name] != value)
             return self.content["kernel"] + "".join(other)
         if self.content.get("tested_on", study.TEST_IMAGES) != study.TEST_IMAGES:
             return f"{benchmark}, validation"
@@ -133,8 +138,9 @@ def _machine(record: Record, link: Link) -> str:
 
 
 def _workload(workload: dict[str, Any]) -> str:
+    model = workload["model"] + (", recurrent" if workload.get("recurrent") else "")
     return (
-        f"{workload['model']}, B {workload['batch_size']}, T {workload['T']}, H {workload['hidden_dim']}, p_inter "
+        f"{model}, B {workload['batch_size']}, T {workload['T']}, H {workload['hidden_dim']}, p_inter "
         f"{workload['p_inter']}, units of {workload['block_size']}: {_percent(workload['density'])} of the weights; "
         f"{workload['dataset']}, after {workload['train_steps']} training steps"
     )
@@ -155,18 +161,29 @@ def _throughput(record: Record, link: Link) -> str:
         "median": lambda row: seconds(row["median"]),
         "20–80 %": lambda row: f"{seconds(row['p20'])} – {seconds(row['p80'])}",
         f"against {title(content['baseline'])}": lambda row: f"{baseline / row['median']:.3g} ×",
+        "processor time": lambda row: seconds(row["cpu_median"]) if "cpu_median" in row else "–",
         "GFLOP/s": lambda row: f"{flop / row['median'] / 1e9:.3g}",
         "of the floor": lambda row: f"{100 * of_floor(content, row):.0f} %",
         "peak memory": lambda row: f"{row['peak_bytes'] / 1e6:.0f} MB",
         "first turn": lambda row: seconds(row["first_seconds"]),
     }
-    shown = {name: cell for name, cell in columns.items() if flop or name != "GFLOP/s"}
+    busy = _busy(content)
+    shown = {
+        name: cell
+        for name, cell in columns.items()
+        if (flop or name != "GFLOP/s") and (busy or name != "processor time")
+    }
     table = markdown(list(shown), [[cell(row) for cell in shown.values()] for row in timed])
     kernel = KERNELS[content["kernel"]].about
     text = (
         f"{kernel[0].upper()}{kernel[1:]}: {_workload(content['workload'])}. {len(timed[0]['seconds'])} interleaved "
         f"repeats on {_machine(record, link)}.\n\n{table}"
     )
+    if busy:
+        others = f"{content['limits']['others_busy_cores']:.1f} of {content['machine']['cores']} cores"
+        text += (
+            f"\n\nOther programs kept {others} busy: what counts is the processor time of all threads of a contender."
+        )
     absent = [f"{title(row['contender'])} ({row['status']}: {row['reason']})" for row in rows if row not in timed]
     if absent:
         text += f"\n\nNot timed: {'; '.join(absent)}."
@@ -195,6 +212,27 @@ def _step_in_short(record: Record, link: Link) -> str:
             f"\nThe network: {_workload(content['workload'])}. Measured on {_machine(record, link)}.",
         ]
     )
+
+
+def _recurrent_in_short(record: Record, link: Link) -> str:
+    """Our time and memory of a recurrent step against those of the baseline, and of a feed-forward step."""
+    content = record.content
+    timed = {row["contender"]: row for row in content["contenders"] if row["status"] == "timed"}
+    name = next(name for name in ("g2g-triton", "g2g-cpu", "g2g-torch") if name in timed)
+    counted = "cpu_median" if _busy(content) else "median"
+    ours, baseline, plain = timed[name], timed[content["baseline"]], timed[f"{name}-feed-forward"]
+    return (
+        f"A training step takes **{seconds(ours[counted])}** and {ours['peak_bytes'] / 1e6:.0f} MB. "
+        f"{title(content['baseline'])}: **{baseline[counted] / ours[counted]:.3g} times** as long and "
+        f"{baseline['peak_bytes'] / ours['peak_bytes']:.3g} times the memory. A step of our own feed-forward network "
+        f"of as many weights takes {seconds(plain[counted])}: recurrence takes {ours[counted] / plain[counted]:.2g} "
+        "times as long."
+    )
+
+
+def _busy(content: dict[str, Any]) -> bool:
+    """Whether other programs used the machine while a record was made; then processor time is what counts."""
+    return content.get("limits", {}).get("others_busy_cores", 0.0) > BUSY
 
 
 def _seeds(content: dict[str, Any]) -> str:
@@ -373,6 +411,8 @@ PARTS: dict[str, tuple[str, Callable[[Record, Link], str]]] = {
     **{name: (name, _throughput) for name in KERNELS},
     "step, in short": ("step", _step_in_short),
     **{f"step, {other}": (f"step, {other}", _throughput) for other in ("block_size 32", "block_size 1", "model dense")},
+    "recurrent, hidden_dim 512": ("recurrent, hidden_dim 512", _throughput),
+    "recurrent, in short": ("recurrent", _recurrent_in_short),
     **{
         f"scaling-{name}": (f"scaling-{name}", _scaling)
         for name in ("p_inter", "block_size", "groups", "T", "B", "H", "alpha")

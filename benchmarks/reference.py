@@ -7,7 +7,9 @@ since samples only meet in sums; this keeps the graph over all time steps small.
 β and θ are per neuron here, so their gradients are the terms whose sum is the gradient of a shared β or θ.
 """
 
+import functools
 import math
+from collections.abc import Callable
 
 import torch
 from torch.nn import functional as F
@@ -16,9 +18,10 @@ from g2g_kernels import BlockMask
 
 from .workload import NeuronInputs, Prepared, Workload
 
-#: named tensors; of a network "loss", "counts" [B, C] and the gradients "fc1.weight" [out, in] … "lif3.threshold",
-#: of neurons alone "spikes" and the gradients "current" [T, B, N] and of the parameters by name, of a product alone "y"
-#: [T, B, out] and the gradients "x", "weight" and "bias", of an update what :func:`update_results` says
+#: named tensors; of a network "loss", "counts" [B, C] and the gradients "fc1.weight" [out, in] … "lif3.threshold", of a
+#: recurrent one also "rec1.weight" [N, N] and "rec2.weight"; of neurons alone "spikes" and the gradients "current"
+#: [T, B, N] and of the parameters by name, of a product alone "y" [T, B, out] and the gradients "x", "weight" and
+#: "bias", of an update what :func:`update_results` says
 Results = dict[str, torch.Tensor]
 
 ATAN_ALPHA = 2.0  # of neurons that are given no other surrogate
@@ -54,8 +57,9 @@ def _lif(
     reset: str,
     surrogate: str = "atan",
     alpha: float = ATAN_ALPHA,
+    recurrent: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> list[torch.Tensor]:
-    """The spikes for a list of currents, one per time step.
+    """The spikes for a list of currents, one per time step, to which ``recurrent`` adds a product of the last spikes.
 
     ``"after decay"``: U_t = β·U_{t−1} + I_t − θ·R_t, as snnTorch and g2g have it; ``"before decay"``:
     U_t = β·(U_{t−1} − θ·R_t) + I_t, as SpikingJelly has it. No gradient passes through R.
@@ -63,9 +67,11 @@ def _lif(
     decay = beta.clamp(0, 1)
     taken = theta if reset == "after decay" else decay * theta
     membrane = torch.zeros_like(currents[0])
-    spikes = []
+    spikes: list[torch.Tensor] = []
     for current in currents:
         fired = (membrane > theta).to(membrane.dtype)
+        if recurrent is not None and spikes:
+            current = current + recurrent(spikes[-1])
         membrane = decay * membrane + current - taken * fired
         spikes.append(_spike(membrane - theta, surrogate, alpha))
     return spikes
@@ -91,6 +97,10 @@ def _parameters(prepared: Prepared, dtype: torch.dtype) -> dict[str, torch.Tenso
             **{f"lif{number}.{name}": value.expand(connection.out_features) for name, value in neurons.values.items()},
         }.items():
             parameters[name] = tensor.detach().to(dtype, copy=True).requires_grad_()
+    for number, recurrent in enumerate(prepared.network("torch").recurrents(), 1):
+        if recurrent is not None:
+            weight = recurrent.dense_weight().detach()
+            parameters[f"rec{number}.weight"] = weight.to(dtype, copy=True).requires_grad_()
     return parameters
 
 
@@ -99,19 +109,21 @@ def _simulate(
 ) -> list[list[torch.Tensor]]:
     """The spikes of the three layers, one [B, N] per time step."""
 
-    def product(number: int, x: torch.Tensor) -> torch.Tensor:
+    def product(name: str, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            y = F.linear(x, parameters[f"fc{number}.weight"], parameters[f"fc{number}.bias"])
+            y = F.linear(x, parameters[f"{name}.weight"], parameters.get(f"{name}.bias"))
         return y.to(DTYPES[precision])
 
-    currents = [product(1, images)] * workload.T
+    currents = [product("fc1", images)] * workload.T
     layers = []
     for number in (1, 2, 3):
         surrogate = (workload.surrogate, workload.alpha) if number < 3 else ("atan", ATAN_ALPHA)
         beta, theta = parameters[f"lif{number}.beta"], parameters[f"lif{number}.threshold"]
-        layers.append(_lif(currents, beta, theta, reset, *surrogate))
+        joined = f"rec{number}.weight" in parameters
+        recurrent = functools.partial(product, f"rec{number}") if joined else None
+        layers.append(_lif(currents, beta, theta, reset, *surrogate, recurrent))
         if number < 3:
-            currents = list(product(number + 1, torch.stack(layers[-1])))
+            currents = list(product(f"fc{number + 1}", torch.stack(layers[-1])))
     return layers
 
 

@@ -15,6 +15,7 @@ from g2g_kernels import available_backends, backend_status
 from g2g_kernels.dispatch import BACKENDS
 
 from . import peers
+from .workload import Workload
 
 PRECISIONS = ("fp32", "bf16")
 
@@ -31,6 +32,7 @@ class Entry:
         compiles: whether its first turn compiles for a minute or so.
         backend: the g2g backend that it runs on, None for a peer.
         workload: changes of the workload for this contender, which is trained and judged with them.
+        feed_forward: whether its workload is the feed-forward one of as many weights.
         by_name: whether it takes part only when named.
     """
 
@@ -42,7 +44,13 @@ class Entry:
     compiles: bool = False
     backend: str | None = None
     workload: dict[str, Any] = field(default_factory=dict)
+    feed_forward: bool = False
     by_name: bool = False
+
+    def own(self, workload: Workload) -> Workload:
+        """What this contender computes where the others compute ``workload``."""
+        workload = replace(workload, **self.workload)
+        return workload.feed_forward() if self.feed_forward else workload
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,7 @@ class Kernel:
         method: the method of a contender that is timed.
         bf16: whether it exists in bfloat16 too.
         options: further arguments of every contender.
+        workload: of all contenders, where it is not that of the flags.
     """
 
     about: str
@@ -64,6 +73,7 @@ class Kernel:
     method: str = "step"
     bf16: bool = True
     options: dict[str, Any] = field(default_factory=dict)
+    workload: dict[str, Any] = field(default_factory=dict)
 
 
 COMPILER = "a C++ compiler"
@@ -73,6 +83,13 @@ COMPACT = {"surrogate": "triangle", "alpha": 4.0}
 
 KERNELS = {
     "step": Kernel("training step (forward, cross-entropy, backward, fused Adam)", "snntorch-masked", "Network"),
+    "recurrent": Kernel(
+        "training step of a recurrent network",
+        "snntorch-masked",
+        "Network",
+        bf16=False,
+        workload={"recurrent": True},
+    ),
     "forward": Kernel("forward pass without gradients", "snntorch-masked", "Network", method="forward"),
     "lif": Kernel(
         "LIF neurons alone, forward and backward",
@@ -145,8 +162,14 @@ def entries(kernel: str) -> dict[str, Entry]:
     if kernel == "step":
         found += [
             *(replace(entry, label=f"{entry.label}-triangle", workload=COMPACT) for entry in found),
-            *(_variant(entry, "compiled", "Compiled", _missing((COMPILER,))) for entry in found),
-            *(_variant(entry, "graph", "Captured", _no_graph(entry.backend)) for entry in found),
+            *(_variant(entry, "compiled", "Compiled", _missing((COMPILER,)), by_name=True) for entry in found),
+            *(_variant(entry, "graph", "Captured", _no_graph(entry.backend), by_name=True) for entry in found),
+        ]
+    if kernel == "recurrent":
+        found += [
+            *(replace(entry, label=f"{entry.label}-triangle", workload=COMPACT) for entry in found),
+            *(replace(_variant(entry, "feed-forward", "FeedForward"), feed_forward=True) for entry in found),
+            *(_variant(entry, "steps", "Steps") for entry in found),
         ]
     found_peers = [
         Entry(
@@ -165,7 +188,7 @@ def entries(kernel: str) -> dict[str, Entry]:
     return {entry.label: entry for entry in found}
 
 
-def _variant(entry: Entry, name: str, ours: str, lacks: str | None) -> Entry:
+def _variant(entry: Entry, name: str, ours: str, lacks: str | None = None, by_name: bool = False) -> Entry:
     """Our own network, run in another way."""
     return replace(
         entry,
@@ -173,7 +196,7 @@ def _variant(entry: Entry, name: str, ours: str, lacks: str | None) -> Entry:
         target=f"{__package__}.ours:{ours}",
         unavailable=entry.unavailable or lacks,
         compiles=name == "compiled",
-        by_name=True,
+        by_name=by_name,
     )
 
 

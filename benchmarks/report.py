@@ -28,6 +28,7 @@ def summary(outcome: Outcome) -> dict[str, Any]:
     if outcome.status == "timed":
         p20, median, p80 = np.percentile(outcome.seconds, (20, 50, 80)).tolist()
         row |= {"median": median, "p20": p20, "p80": p80, "seconds": outcome.seconds}
+        row |= {"cpu_median": float(np.median(outcome.cpu_seconds)), "cpu_seconds": outcome.cpu_seconds}
         row |= {"first_seconds": outcome.first_seconds, "peak_bytes": outcome.peak_bytes}
     return row
 
@@ -68,11 +69,14 @@ TITLES = {
     **{f"{label}-triangle": f"{title}, hidden triangle α = 4" for label, title in _OURS.items()},
     **{f"{label}-compiled": f"{title}, under torch.compile" for label, title in _OURS.items()},
     **{f"{label}-graph": f"{title}, a step as one CUDA graph" for label, title in _OURS.items()},
+    **{f"{label}-feed-forward": f"{title}, feed-forward, as many weights" for label, title in _OURS.items()},
+    **{f"{label}-steps": f"{title}, a loop over `step`" for label, title in _OURS.items()},
     "snntorch-masked": "snnTorch loop, dense weights × mask",
     "snntorch-dense": "snnTorch loop, dense",
     "compiled-masked": "torch.compile of the snnTorch loop, × mask",
     "compiled-dense": "torch.compile of the snnTorch loop, dense",
     "spikingjelly-dense": "SpikingJelly 2, multi-step, dense",
+    "spikingjelly-container": "SpikingJelly 2, recurrent container, dense",
     "dense-lif": "nn.Linear over all T with our LIF, dense",
     "bsr-lif": "PyTorch's block-sparse product with our LIF",
     "masked": "nn.Linear, weight × mask",
@@ -127,6 +131,7 @@ def throughput_table(record: dict[str, Any]) -> str:
             row["contender"],
             seconds(row["median"]),
             f"{seconds(row['p20'])} – {seconds(row['p80'])}",
+            seconds(row["cpu_median"]),
             f"{baseline / row['median']:.2f}×" if baseline else "–",
             f"{flop / row['median'] / 1e9:.3g}" if flop else "–",
             f"{of_floor(record, row):.0%}",
@@ -137,7 +142,7 @@ def throughput_table(record: dict[str, Any]) -> str:
         )
         for row in timed
     ]
-    columns = "contender,median,p20 – p80,speed-up,GFLOP/s,of floor,peak MB,first turn,rates %,error"
+    columns = "contender,median,p20 – p80,CPU time,speed-up,GFLOP/s,of floor,peak MB,first turn,rates %,error"
     parts = [grid(columns.split(","), rows)] if rows else ["no contender has a time"]
     parts += [f"{row['contender']}: {row['differs']}" for row in timed if row["differs"]]
     parts += [

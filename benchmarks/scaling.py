@@ -59,7 +59,7 @@ QUANTITIES = {
         "alpha",
         (8.0, 4.0, 2.0, 1.0, 0.5, 0.25),
         "share of neurons that pass a gradient on",
-        lambda prepared: prepared.event_share,
+        lambda prepared: prepared.event_shares[1],
         {"surrogate": COMPACT["surrogate"]},
     ),
 }

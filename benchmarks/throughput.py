@@ -41,16 +41,16 @@ def throughput(arguments: argparse.Namespace) -> cli.Report:
     entries = choose(arguments.kernel, arguments.contenders, arguments.backend, arguments.precision)
     if arguments.quick and not arguments.contenders:
         entries = [leave_out(entry) if entry.compiles else entry for entry in entries]
-    workload = cli.workload_from(arguments)
+    workload = cli.workload_from(arguments, **kernel.workload)
     machine = describe(device)
     print(cli.headline(machine))
     path, prepared = cli.prepare_with_bar(workload, arguments.data_dir)
     print(f"{kernel.about}: {about(prepared)}", flush=True)
 
     paths = {
-        entry.label: cli.prepare_with_bar(cli.workload_from(arguments, **entry.workload), arguments.data_dir)[0]
+        entry.label: cli.prepare_with_bar(entry.own(workload), arguments.data_dir)[0]
         for entry in entries
-        if entry.workload and entry.unavailable is None
+        if entry.own(workload) != workload and entry.unavailable is None
     }
     jobs = [Job(entry, paths.get(entry.label, path), arguments.kernel, str(device)) for entry in entries]
     limits = Limits(device)
@@ -78,7 +78,7 @@ def throughput(arguments: argparse.Namespace) -> cli.Report:
             **done,
         },
         "floor_seconds": floor_seconds(done, rates),
-        "contenders": [report.summary(outcome) | own_floor(outcome, arguments.kernel, rates) for outcome in outcomes],
+        "contenders": [report.summary(outcome) | own_floor(outcome, path, rates) for outcome in outcomes],
     }
     print(report.throughput_table(record))
     print(
@@ -89,11 +89,11 @@ def throughput(arguments: argparse.Namespace) -> cli.Report:
     return cli.Report(record, csv_rows(record), status=int(any(outcome.status == "wrong" for outcome in outcomes)))
 
 
-def own_floor(outcome: Outcome, kernel: str, rates: dict[str, float]) -> dict[str, float]:
-    """``floor_seconds`` of a contender whose workload differs from that of the others."""
-    if outcome.status != "timed" or not outcome.job.entry.workload:
+def own_floor(outcome: Outcome, path: Path, rates: dict[str, float]) -> dict[str, float]:
+    """``floor_seconds`` of a contender whose workload is not that at ``path``, which the others have."""
+    if outcome.status != "timed" or outcome.job.path == path:
         return {}
-    return {"floor_seconds": floor_seconds(work(load(outcome.job.path), kernel), rates)}
+    return {"floor_seconds": floor_seconds(work(load(outcome.job.path), outcome.job.kernel), rates)}
 
 
 def leave_out(entry: Entry) -> Entry:
@@ -118,9 +118,9 @@ def about(prepared: Prepared) -> str:
     """The workload in one line."""
     w = prepared.workload
     return (
-        f"{w.model}, B {w.batch_size}, T {w.T}, H {w.hidden_dim}, p_inter {w.p_inter}, units of {w.block_size}: "
-        f"{prepared.density():.1%} of the weights; {w.dataset}, after {w.train_steps} training steps "
-        f"(test accuracy {prepared.test_accuracy:.2f})"
+        f"{w.model}{', recurrent' * w.recurrent}, B {w.batch_size}, T {w.T}, H {w.hidden_dim}, p_inter {w.p_inter}, "
+        f"units of {w.block_size}: {prepared.density():.1%} of the weights; {w.dataset}, after {w.train_steps} "
+        f"training steps (test accuracy {prepared.test_accuracy:.2f})"
     )
 
 

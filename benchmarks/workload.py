@@ -9,6 +9,7 @@ import functools
 import getpass
 import hashlib
 import json
+import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +36,7 @@ class Workload:
 
     Attributes:
         surrogate, alpha: of the hidden layers; the output's is always ATan with α = 2.
+        recurrent: whether the neurons of each hidden layer are joined to one another.
         train_steps: optimizer steps before anything is measured, since firing rates decide the cost of events.
     """
 
@@ -47,6 +49,7 @@ class Workload:
     model: str = "index"
     surrogate: str = TrainSettings.surrogate
     alpha: float = TrainSettings.alpha
+    recurrent: bool = TrainSettings.recurrent
     dataset: str = TrainSettings.dataset
     train_steps: int = 100
     seed: int = TrainSettings.seed
@@ -65,6 +68,14 @@ class Workload:
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+    def feed_forward(self) -> "Workload":
+        """The feed-forward workload of as many weights as this recurrent one: hidden layers as wide as that needs."""
+        sizes, width = DATASETS[self.dataset], self.hidden_dim
+        outside = sizes.input_dim + sizes.num_classes
+        weights = outside * width + 3 * width**2  # fc1 and fc3; fc2, rec1 and rec2
+        wider = round(math.sqrt(weights + (outside / 2) ** 2) - outside / 2)
+        return dataclasses.replace(self, recurrent=False, hidden_dim=wider)
 
     @property
     def path(self) -> Path:
@@ -174,18 +185,20 @@ class Prepared:
 
     @functools.cached_property
     @torch.no_grad()
-    def event_share(self) -> float:
-        """The share of the second hidden layer's neurons, over all steps and samples, that pass a gradient on
-        (nonzero derivative of the surrogate). 1 for a surrogate without compact support."""
+    def event_shares(self) -> list[float]:
+        """The share of each layer's neurons, over all steps and samples, that pass a gradient on (nonzero derivative of
+        the surrogate). 1 for a surrogate without compact support."""
         net = self.network("torch")
-        current, lif = net.fc2(self._first_spikes), net.lif2
-        derivative = SURROGATES[lif.surrogate].derivative
-        beta, threshold = lif.values["beta"].clamp(0, 1), lif.values["threshold"]
-        membrane, passing = torch.zeros_like(current[0]), 0
-        for step in current:
-            membrane = beta * membrane + step - threshold * (membrane > threshold)
-            passing += int(derivative(membrane - threshold, lif.alpha).count_nonzero())
-        return passing / current.numel()
+        passing, neurons = [0] * net.depth, [0] * net.depth
+        state = None
+        for _ in range(net.T):
+            _, state = net.step(self.images, state)
+            for number, (membrane, (_, lif)) in enumerate(zip(state, net.layers(), strict=True)):
+                assert isinstance(membrane, torch.Tensor)  # of LIF neurons
+                slope = SURROGATES[lif.surrogate].derivative(membrane - lif.values["threshold"], lif.alpha)
+                passing[number] += int(slope.count_nonzero())
+                neurons[number] += slope.numel()
+        return [count / of for count, of in zip(passing, neurons, strict=True)]
 
     def _noise(self, count: int) -> torch.Tensor:
         """Standard normal numbers [count, T, B, H]."""
@@ -193,15 +206,15 @@ class Prepared:
         generator = torch.Generator().manual_seed(w.seed)
         return torch.randn(count, w.T, len(self.images), w.hidden_dim, generator=generator)
 
-    def active_weights(self) -> list[int]:
-        """The number of weights that exist in each layer."""
-        masks = (connection.mask for connection, _ in self.network("torch").layers())
-        return [int(mask.unit_sizes.sum()) for mask in masks]
+    def active_weights(self) -> dict[str, int]:
+        """The number of weights that exist in each connection: ``fc1``, ``rec1`` if it is recurrent, …."""
+        connections = self.network("torch").connections()
+        return {name: int(connection.mask.unit_sizes.sum()) for name, connection in connections.items()}
 
     def density(self) -> float:
-        """The share of existing weights in all layers together."""
-        sizes = (connection.mask.shape for connection, _ in self.network("torch").layers())
-        return sum(self.active_weights()) / sum(rows * cols for rows, cols in sizes)
+        """The share of existing weights in all connections together."""
+        sizes = (connection.mask.shape for connection in self.network("torch").connections().values())
+        return sum(self.active_weights().values()) / sum(rows * cols for rows, cols in sizes)
 
     @torch.no_grad()
     def firing_rates(self) -> list[float]:

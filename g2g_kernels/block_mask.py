@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from g2g_kernels import graph, packing
-from g2g_kernels.groups import GroupLayout, as_integers, partners
+from g2g_kernels.groups import GroupLayout, partners
 from g2g_kernels.numbers import PROBABILITY, SIZE
 from g2g_kernels.sides import UnitAxis
 from g2g_kernels.tracing import on_cpu
@@ -32,7 +32,8 @@ class BlockMask(UnitGrid):
     not buffers, so weight averages leave them alone. :meth:`relabel_` gives slots to other units in place: shapes and
     addresses never change.
 
-    Its one buffer, ``wiring``, describes the mask in floats, so the mask travels wherever parameters and buffers do.
+    Its one buffer, ``wiring``, describes the mask in floats (:mod:`g2g_kernels.wiring`), so the mask travels wherever
+    parameters and buffers do. A ``state_dict`` has the same row and nothing else.
     :meth:`received` is a description that was copied into it: DistributedDataParallel broadcasts buffers when it is
     created, so networks that were drawn differently become equal. :meth:`current` reads one that stands in its place
     for a while: ``torch.func.functional_call`` with the parameters and buffers of another network.
@@ -70,6 +71,7 @@ class BlockMask(UnitGrid):
     """
 
     wiring: torch.Tensor
+    _own: torch.Tensor
 
     @on_cpu
     def __init__(
@@ -214,8 +216,7 @@ class BlockMask(UnitGrid):
 
     def equals(self, other: "BlockMask") -> bool:
         """Whether both have the same units in the same slots, and the same groups. Waits for the device."""
-        mine, theirs = row_of(self), row_of(other)
-        return mine.shape == theirs.shape and torch.equal(mine.cpu(), theirs.cpu())
+        return self.describes(row_of(other))
 
     # --- what others send ---------------------------------------------------------------------------------------
 
@@ -231,7 +232,7 @@ class BlockMask(UnitGrid):
 
     def _see(self) -> None:
         #: the buffer of this mask itself; another one stands in its place inside ``torch.func.functional_call``
-        self._own = self.wiring
+        self.__dict__["_own"] = self.wiring  # no buffer itself, even if it is an nn.Buffer
         #: the version of it that was checked last, and whether it had been changed from outside
         self._seen, self._received = version(self.wiring), False
         #: another buffer, its version, and what it describes
@@ -247,7 +248,17 @@ class BlockMask(UnitGrid):
             return None
         self._seen, self._received = version(self._own), True
         sent = self._own.detach().cpu()
-        return None if torch.equal(sent, row_of(self).cpu()) else self._described(sent)
+        if self.describes(sent):
+            return None
+        try:
+            return BlockMask(*read_row(sent, self.shape))
+        except ValueError:
+            return None
+
+    @property
+    def visited(self) -> bool:
+        """Whether the buffer of another mask stands in place of ``wiring``."""
+        return self.wiring is not self._own
 
     def current(self) -> "BlockMask":
         """This mask; or while the buffer of another mask stands in place of ``wiring``, what that one describes.
@@ -266,22 +277,24 @@ class BlockMask(UnitGrid):
                     "networks with different wirings cannot run in one torch.func.vmap, whose networks share their "
                     "indices; call them one by one"
                 )
-            mask = self._described(sent[0])
-            if mask is None:
+            if self.describes(sent[0]):
+                return self
+            try:
+                mask = BlockMask(*read_row(sent[0], self.shape))
+            except ValueError as error:
                 raise ValueError(
-                    "the buffer in place of mask.wiring describes no mask of this layer: it comes from a layer of "
-                    "another size, or is an average of two wirings; pass parameters and buffers of one network"
-                )
+                    f"the buffer in place of mask.wiring describes no mask of this layer ({error}); pass parameters "
+                    "and buffers of one network"
+                ) from error
             self._visitor = (rows, version(rows), mask.to(wiring.device))
         return self._visitor[2]
 
-    def _described(self, sent: torch.Tensor) -> "BlockMask | None":
-        """The mask of this shape that a copy of ``wiring`` on the CPU describes, or None if it describes none."""
-        wiring = read_row(sent, self.shape)
-        try:
-            return None if wiring is None else BlockMask(*wiring)
-        except ValueError:
-            return None
+    def described_in(self, wiring: torch.Tensor) -> "BlockMask":
+        """A copy of this mask whose buffer is a tensor that describes it already."""
+        twin = copy.deepcopy(self)
+        twin.wiring = wiring
+        twin._see()
+        return twin
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "BlockMask":
         super()._apply(fn, recurse)
@@ -323,96 +336,40 @@ class BlockMask(UnitGrid):
 
     # --- saving -------------------------------------------------------------------------------------------------
 
-    #: the tensors of a mask's ``state_dict``
-    STATE = ("block_size", "out_group_of", "in_group_of", "unit_row", "unit_col", "row_bounds", "col_bounds")
-
     @classmethod
     @on_cpu
     def from_state(cls, state: Mapping[str, torch.Tensor], shape: tuple[int, int] | None = None) -> "BlockMask":
-        """The mask with that ``state_dict`` (the tensors :data:`STATE`), on the CPU.
+        """The mask with that ``state_dict`` (one tensor, ``wiring``), on the CPU.
 
         Raises:
-            ValueError: if they describe no mask, if its groups are cut into other ranges than here, or if its shape
-                (out, in) is not ``shape``.
+            ValueError: if it describes no mask, or if its shape (out, in) is not ``shape``.
         """
-        if "row_bounds" not in state and "col_bounds" not in state:
-            raise ValueError(
-                "the mask was saved by a version whose groups could end in a short unit; now all units have nearly the "
-                "same size, and it does not fit. Train the network again; or save dense_weight() of each layer with "
-                "that version and pass BlockMask.from_dense(weight != 0), units of single weights, to "
-                "G2GLinear.from_linear"
-            )
-        state = {name: as_integers(name, state[name]) for name in cls.STATE}
-        saved = (state["out_group_of"].numel(), state["in_group_of"].numel())
-        if shape is not None and saved != shape:
-            raise ValueError(f"the saved mask is {saved}, this layer is {shape}")
-        if state["block_size"].numel() != 1:
-            raise ValueError(f"block_size has shape {tuple(state['block_size'].shape)}, expected one number")
-        mask = cls(
-            GroupLayout.from_assignment(state["out_group_of"]),
-            GroupLayout.from_assignment(state["in_group_of"]),
-            state["unit_row"].cpu(),
-            state["unit_col"].cpu(),
-            int(state["block_size"]),
-        )
-        for name, axis in (("row_bounds", mask.rows), ("col_bounds", mask.cols)):
-            if not torch.equal(state[name].cpu().long(), axis.bounds.long()):
-                raise ValueError(f"{name} do not match groups cut into units of at most {mask.block_size}")
-        return mask
-
-    @property
-    def out_group_of(self) -> torch.Tensor:
-        """int64 [out] on the CPU, the group of each output neuron."""
-        return self.rows.layout.group_of
-
-    @property
-    def in_group_of(self) -> torch.Tensor:
-        """int64 [in] on the CPU, the group of each input neuron."""
-        return self.cols.layout.group_of
-
-    @property
-    def row_bounds(self) -> torch.Tensor:
-        """``rows.bounds``."""
-        return self.rows.bounds
-
-    @property
-    def col_bounds(self) -> torch.Tensor:
-        """``cols.bounds``."""
-        return self.cols.bounds
+        return cls(*read_row(state["wiring"], shape))
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        # every name is that of an attribute, which torch.distributed.checkpoint asks for
-        for name in self.STATE:
-            value = getattr(self, name)
-            # copies: some averages write into what they find here
-            destination[prefix + name] = value.clone() if isinstance(value, torch.Tensor) else torch.tensor(value)
-
-    def _has_state(self, state: Mapping[str, Any]) -> bool:
-        """Whether these are all tensors of this mask's ``state_dict``, with their dtypes and numbers."""
-        own: dict[str, torch.Tensor] = {}
-        self._save_to_state_dict(own, "", keep_vars=False)
-        return state.keys() == own.keys() and all(
-            isinstance(tensor, torch.Tensor)
-            and tensor.dtype == own[name].dtype
-            and not (tensor.is_meta or own[name].is_meta)
-            and torch.equal(tensor.cpu(), own[name].cpu())
-            for name, tensor in state.items()
-        )
+        # a copy: some averages write into what they find here, and DistributedDataParallel into the buffer
+        destination[prefix + "wiring"] = row_of(self)
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ):
-        state = {name: state_dict[prefix + name] for name in self.STATE if prefix + name in state_dict}
-        absent = [name for name in self.STATE if name not in state]
-        if absent and absent != ["row_bounds", "col_bounds"]:
-            missing_keys += [prefix + name for name in absent]
+        wiring = state_dict.get(prefix + "wiring")
+        if wiring is None:
+            missing_keys.append(prefix + "wiring")
             return
-        if self._has_state(state):
+        if isinstance(wiring, torch.Tensor) and self.describes(wiring):
             return
         try:
-            loaded = BlockMask.from_state(state, self.shape)
+            loaded = BlockMask.from_state({"wiring": wiring}, self.shape)
         except ValueError as error:
             error_msgs.append(f"{prefix.rstrip('.')}: {error}")
             return
-        if not self.unit_row.is_meta and not self.equals(loaded):
+        if not self.unit_row.is_meta:
             self.become_(loaded.to(self.unit_row.device))
+
+    def describes(self, wiring: torch.Tensor) -> bool:
+        """Whether a row says what this mask is; false where there are no numbers to compare (``meta``)."""
+        own = row_of(self)
+        if own.is_meta or wiring.is_meta or own.shape != wiring.shape:
+            return False
+        return bool((own.cpu() == wiring.detach().cpu()).all())

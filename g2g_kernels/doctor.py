@@ -32,7 +32,7 @@ from g2g_kernels.dispatch import BACKENDS, BackendError, available_backends, bac
 from g2g_kernels.groups import GroupLayout
 from g2g_kernels.ops.g2g_linear import g2g_linear
 from g2g_kernels.ops.g2g_linear import reference as g2g_linear_reference
-from g2g_kernels.ops.g2g_stack import SpikingLayer, g2g_stack
+from g2g_kernels.ops.g2g_stack import Recurrent, SpikingLayer, g2g_stack
 from g2g_kernels.ops.g2g_stack import reference as g2g_stack_reference
 from g2g_kernels.ops.neurons import MODELS, Neurons, neurons
 from g2g_kernels.ops.neurons import reference as neurons_reference
@@ -140,6 +140,10 @@ def checks() -> Iterator[Check]:
         run = functools.partial(_stack, mask)
         yield Check("g2g_stack", case, held, run)
         yield Check("fused stack", case, held, run, fused=True)
+        # so few that gradients do not grow from step to step, and their rounding with them
+        own = BlockMask.sample(layouts[0], layouts[0], 0.2, 0.05, block_size, draw)
+        joined = multiples(0.25, -1, 1, own.num_units, *own.unit_shape) * own.valid()
+        yield Check("recurrent", case, {"joined": joined, **held}, functools.partial(_recurrent, mask, own))
     cases = (
         ("subtract", "atan"),
         ("zero", "fast_sigmoid"),
@@ -204,6 +208,13 @@ def _stack(mask: BlockMask, leaves: Tensors, backend: str | None) -> Tensors:
     x, values, bias, *parameters = leaves.values()
     layers = [SpikingLayer(values, _on_device(mask, x), bias, Neurons("lif", tuple(parameters)))] * 2
     return _activity(x, layers, backend)
+
+
+def _recurrent(mask: BlockMask, own: BlockMask, leaves: Tensors, backend: str | None) -> Tensors:
+    """One recurrent layer."""
+    joined, x, values, bias, *parameters = leaves.values()
+    layer = SpikingLayer(values, _on_device(mask, x), bias, Neurons("lif", tuple(parameters)))
+    return _activity(x, [layer._replace(recurrent=Recurrent(joined, _on_device(own, x)))], backend)
 
 
 def _network(masks: Sequence[BlockMask], leaves: Tensors, backend: str | None) -> Tensors:

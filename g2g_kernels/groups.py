@@ -3,6 +3,8 @@
 Only the assignment lives here; which groups are connected is :mod:`g2g_kernels.block_mask`'s business.
 """
 
+from typing import Any
+
 import torch
 
 from g2g_kernels.numbers import SIZE
@@ -91,6 +93,9 @@ class GroupLayout:
             layout.kind = "interleaved" if interleaved else "random"
             layout.group_of = group_of.clone()
         return layout
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "GroupLayout":
+        return self  # it never changes
 
     @property
     def sizes(self) -> torch.Tensor:

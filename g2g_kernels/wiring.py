@@ -1,7 +1,7 @@
-"""A mask as a row of float32: what travels wherever parameters and buffers do, between processes and into averages.
+"""A mask as a row of float32: what is saved of it, and what travels wherever parameters and buffers do.
 
-The numbers are whole: the group of each neuron on both sides, ``unit_row``, ``unit_col``, the block size, and a
-checksum, so that an average of two wirings is no wiring.
+The numbers are whole: the sizes of both sides, the block size, the group of each neuron, ``unit_row``, ``unit_col``,
+and two checksums, so an average of two wirings is no wiring.
 """
 
 from typing import NamedTuple
@@ -10,6 +10,9 @@ import torch
 
 from g2g_kernels.groups import GroupLayout
 from g2g_kernels.unit_grid import UnitGrid
+
+#: what an average of equal numbers may be off, relative to them
+ROUNDING = 1e-6
 
 
 class Wiring(NamedTuple):
@@ -25,32 +28,64 @@ class Wiring(NamedTuple):
 def row_of(units: UnitGrid) -> torch.Tensor:
     """The row that describes some units."""
     # clamp: between to_empty and loading a state, indices are arbitrary
-    groups = [axis.group_of_unit[axis.unit_of.clamp(0, axis.num_units - 1)] for axis in (units.rows, units.cols)]
-    size = units.unit_row.new_full((1,), units.block_size)
-    numbers = torch.cat([*groups, units.unit_row.long(), units.unit_col.long(), size])
-    return torch.cat([numbers, _check_sum(numbers)]).to(torch.float32)
+    out_group_of, in_group_of = (
+        axis.group_of_unit[axis.unit_of.clamp(0, axis.num_units - 1)] for axis in (units.rows, units.cols)
+    )
+    return as_row(units.block_size, out_group_of, in_group_of, units.unit_row, units.unit_col)
 
 
-def read_row(row: torch.Tensor, shape: tuple[int, int]) -> Wiring | None:
-    """What a row on the CPU says of a weight matrix of ``shape``, or None if it is not the row of a mask."""
-    numbers = row.nan_to_num().long()
-    units, odd = divmod(len(numbers) - 2 - sum(shape), 2)
-    if units < 0 or odd or not torch.equal(numbers.float(), row):
-        return None
-    if not torch.equal(_check_sum(numbers[:-1]), numbers[-1:]):
-        return None
-    out_group_of, in_group_of, unit_row, unit_col = numbers[:-2].split([*shape, units, units])
-    try:
-        layouts = GroupLayout.from_assignment(out_group_of), GroupLayout.from_assignment(in_group_of)
-    except ValueError:
-        return None
-    return Wiring(*layouts, unit_row, unit_col, int(numbers[-2]))
+def as_row(
+    block_size: int,
+    out_group_of: torch.Tensor,
+    in_group_of: torch.Tensor,
+    unit_row: torch.Tensor,
+    unit_col: torch.Tensor,
+) -> torch.Tensor:
+    """The row of these parts of a mask; none of them is checked."""
+    sizes = out_group_of.new_tensor([len(out_group_of), len(in_group_of), block_size])
+    numbers = torch.cat([sizes, out_group_of, in_group_of, unit_row.long(), unit_col.long()])
+    return torch.cat([numbers, _checksums(numbers)]).to(torch.float32)
 
 
-def _check_sum(numbers: torch.Tensor) -> torch.Tensor:
-    """int64 [1], a checksum below 2²⁰ of whole numbers. That of an average is not the average of two."""
+def read_row(row: torch.Tensor, shape: tuple[int, int] | None = None) -> Wiring:
+    """What a row says, on the CPU.
+
+    Args:
+        row: as :func:`row_of` gives it, on any device and of any dtype that holds its numbers.
+        shape: (out, in) of the weight matrix, if that is known.
+
+    Raises:
+        ValueError: if it is not the row of a mask, or of another shape.
+    """
+    if row.dim() != 1 or row.is_complex() or len(row) < 5:
+        raise ValueError(f"wiring must be a row of numbers, not of shape {tuple(row.shape)} and {row.dtype}")
+    if shape is not None and len(row) > 5 + sum(shape) + 2 * shape[0] * shape[1]:
+        raise ValueError(f"wiring has {len(row)} numbers, more than {shape} weights need")
+    given = row.detach().cpu().double().nan_to_num()
+    whole = given.round()
+    numbers = whole.long()
+    checked = numbers[:-2]
+    rounded = (given - whole).abs() <= ROUNDING * whole.abs()
+    if not (rounded.all() and torch.equal(_checksums(checked), numbers[-2:])):
+        raise ValueError(
+            "wiring and its checksum do not match: it is an average of networks with different wirings, or damaged"
+        )
+    (out_size, in_size, block_size), lists = checked[:3].tolist(), checked[3:]
+    if shape is not None and (out_size, in_size) != shape:
+        raise ValueError(f"the saved mask is {(out_size, in_size)}, this layer is {shape}")
+    units, odd = divmod(len(lists) - out_size - in_size, 2)
+    if min(out_size, in_size, units) < 0 or odd:
+        raise ValueError(f"wiring of {out_size} × {in_size} weights has {len(row)} numbers")
+    out_group_of, in_group_of, unit_row, unit_col = lists.split([out_size, in_size, units, units])
+    layouts = GroupLayout.from_assignment(out_group_of), GroupLayout.from_assignment(in_group_of)
+    return Wiring(*layouts, unit_row, unit_col, block_size)
+
+
+def _checksums(numbers: torch.Tensor) -> torch.Tensor:
+    """int64 [2], checksums below 2¹² of whole numbers. Those of an average are not the average of two."""
     place = torch.arange(1, len(numbers) + 1, device=numbers.device)
-    return (numbers * (place * 7919 % 10007) % 65521).square().sum(0, keepdim=True) % (1 << 20)
+    total = ((numbers + 1) * (place * 7919 % 10007 + 1) % 65521).square().sum()
+    return torch.stack([total % 4096, total // 4096 % 4096])
 
 
 def unwrapped(tensor: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 import g2gnet
 from g2g_kernels import BackendError, select_device
 from g2g_kernels.dispatch import BACKENDS, require_backend
-from g2g_kernels.numbers import COUNT
+from g2g_kernels.numbers import COUNT, Number
 from g2gnet.analysis import ANALYSIS_SAMPLES
 from g2gnet.data import DATASETS, DataError, ImageData, MissingDataError, dataset_name, load_dataset, own
 from g2gnet.data.augmentation import SHIFTS
@@ -50,6 +50,8 @@ from g2gnet.training import (
 )
 from g2gnet.training.run_files import RunFiles
 from g2gnet.training.tensorboard import TensorBoardLog
+
+logger = logging.getLogger("g2gnet")
 
 #: of settings, in the order of the help
 GROUPS = ("data", "model", "training", "dynamic sparse training", "cross-validation")
@@ -86,6 +88,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
+        # what begins with - and is a value; argparse's own takes -1e-3 for a flag
+        self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$|-(inf|infinity|nan)$", re.I)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         arguments, unknown = self.parse_known_args(args, namespace)
@@ -186,12 +190,12 @@ def peer_limit(arguments: argparse.Namespace) -> datetime.timedelta:
     """The time that processes wait for one another.
 
     Raises:
-        FlagError: if it is not above 0 and at most a year.
+        FlagError: if it is less than some moments, or more than a year.
     """
-    minutes, most = arguments.peer_timeout, 365 * 24 * 60
-    if not 0 < minutes <= most:
-        raise FlagError(f"peer_timeout={minutes} is out of range; give minutes above 0 and at most {most}")
-    return datetime.timedelta(minutes=minutes)
+    wanted = Number(0.01, 365 * 24 * 60).refuses(arguments.peer_timeout)
+    if wanted:
+        raise FlagError(f"peer_timeout={arguments.peer_timeout} is out of range; give {wanted}")
+    return datetime.timedelta(minutes=arguments.peer_timeout)
 
 
 def about(program: str, settings: RunSettings, machine: Machine) -> dict[str, Any]:
@@ -306,7 +310,9 @@ def load_data(arguments: argparse.Namespace, settings: TrainSettings, device: to
 
 
 def announce(settings: TrainSettings, machine: Machine) -> None:
-    """Prints what is trained and the settings that differ from the defaults; warns of a setting without effect."""
+    """Prints what is trained and the settings that differ from the defaults; warns of settings without effect."""
+    for line in settings.without_effect():
+        logger.warning("%s", line)
     if settings.enforce_sparsity and settings.warmup_epochs >= settings.epochs:
         warn(
             f"warning: --enforce_sparsity never begins: warmup_epochs={settings.warmup_epochs} is not below "

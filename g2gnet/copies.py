@@ -9,6 +9,10 @@ average mixes weights of different connections. Nothing tells a layer that a cop
   that such a copy is rewired, the log says so.
 - :func:`untie_wiring` makes a copy a network of its own.
 
+Weights and a ``mask.wiring`` in place of a network's own (``torch.func.functional_call``; torchrl's target networks,
+which are tensors and no modules) are a copy, too, if they need no gradient and had its wiring when they were first
+used.
+
 An average is rewired together with its network. Loading a ``state_dict`` into a network is no such change: its
 averages keep their wiring and weights, since they are usually loaded as well. An average that is then written to all
 the same has been mixed with weights of the network's new wiring: it takes over that wiring, and for units that are new
@@ -26,6 +30,9 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import nn
 
+from g2g_kernels import BlockMask
+from g2g_kernels.tracing import is_transformed
+
 if TYPE_CHECKING:
     from g2gnet.layers import G2GLinear
 
@@ -39,6 +46,8 @@ class Lineage:
         self._layer = weakref.ref(layer)
         self._origin: weakref.ref[G2GLinear] | None = None
         self._copies: list[weakref.ref[G2GLinear]] = []
+        #: the weights and wirings that were used in place of the layer's, while someone keeps them, as layers
+        self._guests: list[tuple[weakref.ref[torch.Tensor], weakref.ref[torch.Tensor], G2GLinear]] = []
         self.tied = False
         #: of a copy: whether its weights were written to, whether its slots mean what those of the origin do, and the
         #: fingerprint of its weights when that was noted
@@ -69,9 +78,36 @@ class Lineage:
         origin.lineage._copies = [*copies, self._layer]
         self._note()
 
+    def synchronised(self) -> None:
+        """Notes that the layer has the wiring of its origin now; an average stays one."""
+        self._in_step = True
+        self._note()
+
     def leave(self) -> None:
         """Makes the layer a network of its own."""
         self._origin = None
+
+    def mask_of_guest(self, values: torch.Tensor, wiring: torch.Tensor, mask: BlockMask) -> BlockMask:
+        """The mask of packed weights that stand in place of the layer's own.
+
+        Args:
+            values, wiring: the tensors that are there now.
+            mask: what ``wiring`` describes; the layer's own if it describes that.
+        """
+        if is_transformed() or values.requires_grad or type(values) is not torch.Tensor:
+            return mask
+        self._guests = [guest for guest in self._guests if guest[0]() is not None and guest[1]() is not None]
+        for weights, row, guest in self._guests:
+            if weights() is values and row() is wiring:
+                guest.catch_up()
+                return guest.mask
+        layer = self.layer
+        if mask is not layer.mask:
+            return mask
+        guest = layer.with_tensors(values, wiring)
+        guest.lineage.come_from(layer)
+        self._guests.append((weakref.ref(values), weakref.ref(wiring), guest))
+        return guest.mask
 
     def watch(self) -> None:
         """Notes from now on when the weights receive a gradient: unless the layer is tied, it is then no average."""
@@ -229,7 +265,7 @@ def sync_wiring(source: nn.Module, target: nn.Module) -> None:
         mine.catch_up()
         take_wiring(theirs, mine)
         if mine.lineage.origin is theirs:
-            mine.lineage.come_from(theirs, mine.lineage.tied)
+            mine.lineage.synchronised()
 
 
 def tie_wiring(source: nn.Module, average: nn.Module) -> None:

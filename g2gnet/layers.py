@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from g2g_kernels import BlockMask, GroupLayout, g2g_linear
+from g2g_kernels.sides import deep_copied
 from g2g_kernels.tracing import is_traced, symbolic_call
 from g2gnet.copies import Lineage
 from g2gnet.derived import NOT_WRITABLE, DerivedWeight
@@ -91,8 +92,8 @@ class G2GLinear(nn.Module):
         self.backend = backend
         #: which averages are rewired with it
         self.lineage = Lineage(self)
-        #: states that were given out, while someone keeps them: the weights, and the indices by name
-        self._states: list[tuple[weakref.ref[torch.Tensor], dict[str, weakref.ref[torch.Tensor]]]] = []
+        #: states that were given out, while someone keeps them: the weights, and the row that describes the mask
+        self._states: list[tuple[weakref.ref[torch.Tensor], weakref.ref[torch.Tensor]]] = []
         #: while this is set, training steps give every unit a gradient
         self.absent_gradient: AbsentGradient | None = None
         device = mask.unit_row.device
@@ -192,13 +193,21 @@ class G2GLinear(nn.Module):
         else:
             self.catch_up()
             values, mask = self.values, self.mask.current()
-            if mask is self.mask and self._own != id(values):
+            if self.mask.visited and self._own != id(values):
+                mask = self.lineage.mask_of_guest(values, self.mask.wiring, mask)
+            elif mask is self.mask and self._own != id(values):
                 mask = _mask_of(values, mask)
             elif torch.is_grad_enabled() and self.lineage.origin is not None:
                 self.lineage.watch()
         if self.absent_gradient is None or not (self.training and torch.is_grad_enabled()):
             return values, mask
         return self.absent_gradient.expand(values, mask)
+
+    def with_tensors(self, values: torch.Tensor, wiring: torch.Tensor) -> "G2GLinear":
+        """A layer with this mask, whose weights and whose mask's description are these tensors."""
+        twin = G2GLinear(self.mask.described_in(wiring), bias=False, generator=torch.Generator())
+        twin.values = nn.Parameter(values.detach(), requires_grad=False)
+        return twin
 
     def dense_weight(self) -> torch.Tensor:
         """The weight in dense form, [out, in], zero where nothing exists; differentiable."""
@@ -279,18 +288,11 @@ class G2GLinear(nn.Module):
         """While entered, mask and weights change together; with ``follow`` averages of the layer then change, too."""
         with self.lineage.rewired(follow):
             yield
-        # the weights in a state_dict that someone keeps are the layer's own, its indices are copies
-        if not self._states:
-            return
-        mask: dict[str, torch.Tensor] = {}
-        self.mask._save_to_state_dict(mask, "", keep_vars=False)
-        for values, indices in self._states:
-            kept = values()
-            if kept is not None and kept.data_ptr() == self.values.data_ptr():
-                for name, reference in indices.items():
-                    index = reference()
-                    if index is not None:
-                        index.data = mask[name].clone()
+        # the weights in a state_dict that someone keeps are the layer's own, its description of the mask is a copy
+        for values, wiring in self._states:
+            kept, row = values(), wiring()
+            if kept is not None and row is not None and kept.data_ptr() == self.values.data_ptr():
+                row.data = self.mask.state_dict()["wiring"]
 
     def catch_up(self) -> None:
         """Applies what was written from outside: a wiring into the mask, weights of a new wiring into an average."""
@@ -305,7 +307,7 @@ class G2GLinear(nn.Module):
         self.catch_up()
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
-        twin.__setstate__(copy.deepcopy(self._state(), memo))
+        twin.__setstate__(deep_copied(self._state(), memo))
         twin.lineage.come_from(self)
         return twin
 
@@ -336,15 +338,22 @@ class G2GLinear(nn.Module):
         Weights alone (a state of parameters, for ``strict=False``) are taken for those of the units that the layer has.
         """
         mask_prefix, key = prefix + "mask.", prefix + "values"
-        parts = {name: state_dict[mask_prefix + name] for name in BlockMask.STATE if mask_prefix + name in state_dict}
+        wiring = state_dict.get(mask_prefix + "wiring")
         assign = local_metadata.get("assign_to_params_buffers", False)
         given = key in state_dict
         mask: BlockMask | None = None
         try:
-            if parts and not self.has_plain_values:
-                self._check_that_wiring_stays(parts, prefix)
-            elif parts:
-                mask = self._mask_to_load(parts, state_dict.get(key), prefix)
+            if mask_prefix + "unit_row" in state_dict:
+                raise ValueError(
+                    f"{mask_prefix}unit_row was saved by a version that described masks by several tensors; now it is "
+                    f"one, {mask_prefix}wiring. Train the network again; or save dense_weight() of each layer with "
+                    "that version and pass BlockMask.from_dense(weight != 0), units of single weights, to "
+                    "G2GLinear.from_linear"
+                )
+            if wiring is not None and not self.has_plain_values:
+                self._check_that_wiring_stays(wiring, prefix)
+            elif wiring is not None:
+                mask = self._mask_to_load(wiring, state_dict.get(key), prefix)
             fits = given
         except ValueError as error:
             error_msgs.append(str(error))
@@ -366,28 +375,22 @@ class G2GLinear(nn.Module):
         if assign and mask is not None:  # the weights in that state are the layer's own now
             self._give_out(state_dict, prefix)
 
-    def _mask_to_load(self, parts: dict[str, torch.Tensor], values: Any, prefix: str) -> BlockMask:
+    def _mask_to_load(self, wiring: Any, values: Any, prefix: str) -> BlockMask:
         """The mask that a state describes, if it fits this layer and the weights beside it.
 
         Raises:
             ValueError: if it does not.
         """
         key = prefix + "values"
-        absent = [f"{prefix}mask.{name}" for name in BlockMask.STATE if name not in parts]
-        if all(name.endswith("_bounds") for name in absent) and len(absent) == 2:
-            absent = []  # of an older version, as from_state will say
-        if values is None or absent:
+        if values is None:
             raise ValueError(
-                f"{key} and its mask are loaded together or not at all, and the state lacks "
-                f"{', '.join(absent) or key}; save the whole state_dict() of the layer"
+                f"{key} and its mask are loaded together or not at all, and the state lacks {key}; save the whole "
+                "state_dict() of the layer"
             )
-        for name, tensor in ((key, values), (f"{prefix}mask.unit_row", parts["unit_row"])):
+        for name, tensor in ((key, values), (f"{prefix}mask.wiring", wiring)):
             if isinstance(tensor, torch.Tensor) and tensor.is_meta:
                 raise ValueError(f"{name} is on the device meta, which has no numbers to load")
-        try:
-            mask = BlockMask.from_state(parts, self.mask.shape)
-        except ValueError as error:
-            raise ValueError(f"{prefix}mask: {error}") from error
+        mask = _mask_from(wiring, self.mask.shape, prefix)
         packed = (mask.num_units, *mask.unit_shape)
         if not isinstance(values, torch.Tensor) or not values.is_floating_point():
             kind = values.dtype if isinstance(values, torch.Tensor) else type(values).__name__
@@ -396,9 +399,9 @@ class G2GLinear(nn.Module):
             raise ValueError(f"size mismatch for {key}: {tuple(values.shape)}, but its mask has units {packed}")
         return mask
 
-    def _check_that_wiring_stays(self, parts: dict[str, torch.Tensor], prefix: str) -> None:
+    def _check_that_wiring_stays(self, wiring: Any, prefix: str) -> None:
         """Raises ValueError if a state has another mask than this layer, whose weights are computed from others."""
-        if len(parts) == len(BlockMask.STATE) and not BlockMask.from_state(parts, self.mask.shape).equals(self.mask):
+        if not _mask_from(wiring, self.mask.shape, prefix).equals(self.mask):
             raise ValueError(
                 f"{prefix}mask differs from the layer's, whose weights a parametrization (or pruning, or a norm) "
                 "computes; load the state into a layer of the same wiring, or before that was registered"
@@ -435,9 +438,9 @@ class G2GLinear(nn.Module):
 
     def _give_out(self, state: dict[str, Any], prefix: str) -> None:
         """Notes that a state, whose weights are the layer's own, is in someone's hands."""
-        indices = {name: weakref.ref(state[f"{prefix}mask.{name}"]) for name in BlockMask.STATE}
+        values, wiring = (weakref.ref(state[prefix + name]) for name in ("values", "mask.wiring"))
         self._states = [kept for kept in self._states if kept[0]() is not None]
-        self._states.append((weakref.ref(state[prefix + "values"]), indices))
+        self._states.append((values, wiring))
 
 
 class _Parametrizations(nn.ModuleDict):
@@ -445,6 +448,16 @@ class _Parametrizations(nn.ModuleDict):
 
     def __setitem__(self, key: str, module: nn.Module) -> None:
         self._modules[key] = module
+
+
+def _mask_from(wiring: Any, shape: tuple[int, int], prefix: str) -> BlockMask:
+    """The mask of a layer ``prefix`` of that shape in a state; raises ValueError if ``wiring`` describes none."""
+    try:
+        if not isinstance(wiring, torch.Tensor):
+            raise ValueError(f"wiring must be a tensor, not {type(wiring).__name__}")
+        return BlockMask.from_state({"wiring": wiring}, shape)
+    except ValueError as error:
+        raise ValueError(f"{prefix}mask: {error}") from error
 
 
 #: the layer that each packed parameter belongs to, by the parameter's id

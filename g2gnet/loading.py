@@ -4,6 +4,8 @@ from pathlib import Path
 
 import torch
 
+from g2g_kernels import select_device
+from g2g_kernels.dispatch import require_backend
 from g2gnet.network import G2GNet
 
 
@@ -11,14 +13,17 @@ def load(checkpoint: Path | str, device: torch.device | str = "cpu", backend: st
     """The network that ``train.py`` or ``crossval.py`` saved, after its last finished epoch, in evaluation mode.
 
     Its input is that of training: ``net(x)`` scales, standardises and encodes samples [B, D] as the run did. Images of
-    uint8 become samples by :func:`g2gnet.data.as_samples`. Nothing in the file is executed.
+    uint8 become samples by :func:`g2gnet.data.as_samples`. It computes in float32: a run with ``precision="bf16"``
+    classified under ``torch.autocast``. Nothing in the file is executed.
 
     Args:
         checkpoint: the ``.pth`` file, of a finished run or not.
-        device: where the network is to be.
+        device: where the network is to be; ``"auto"`` takes the fastest.
         backend: ``"triton"``, ``"cpu"`` or ``"torch"``; None lets the device decide.
 
     Raises:
+        ValueError: for an unknown device or backend, or a device that this machine does not have.
+        BackendError: for a backend that cannot be used here.
         CheckpointError: if the file is missing, damaged, or not the checkpoint of a training run.
 
     Example:
@@ -28,4 +33,6 @@ def load(checkpoint: Path | str, device: torch.device | str = "cpu", backend: st
     """
     from g2gnet.training import read_run  # which imports this package
 
+    device = select_device(device) if isinstance(device, str) else device
+    require_backend(backend)
     return read_run(checkpoint).network(device, backend).eval()

@@ -14,7 +14,7 @@ from g2gnet.neurons import NEURONS, SpikingNeurons
 from g2gnet.patterns import MODELS, Pattern, layer_mask, layer_probabilities, mask_between
 from g2gnet.sequences import SEQUENCES, unfold
 from g2gnet.settings import NetworkSettings
-from g2gnet.stack import SpikingStack
+from g2gnet.stack import SpikingStack, check_input
 
 
 class G2GNet(SpikingStack):
@@ -202,6 +202,7 @@ class G2GNet(SpikingStack):
         Samples that unfold over time are [B, T·D]. With ``share``, only these samples are encoded, as they would be in
         the whole batch.
         """
+        check_input(x)
         if x.dim() == 3:
             return x if share is None else x[:, share]
         check_samples(x)

@@ -270,6 +270,15 @@ def mask_between(
 
     Args:
         model: ``"dense"``, or as for :func:`layer_mask`, as are the others.
+
+    Example:
+        >>> from g2g_kernels import GroupLayout
+        >>> groups = GroupLayout(8, 2)
+        >>> print(mask_between("index", groups, groups, (1.0, 0.0), block_size=2, generator=None).to_string())
+        ██░░
+        ██░░
+        ░░██
+        ░░██
     """
     layouts = out_layout, in_layout
     if model == "dense":

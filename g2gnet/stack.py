@@ -133,6 +133,15 @@ class SpikingStack(nn.Module):
                 self.add_module(f"rec{number}", recurrent[0])
 
     @property
+    def steps(self) -> torch.Tensor:
+        """``T`` as it is saved, int64 []. ``torch.func.functional_call`` sets it for the length of a call."""
+        return torch.tensor(self.T)
+
+    @steps.setter
+    def steps(self, value: torch.Tensor) -> None:
+        self.T = COUNT.check("T", int(as_integers("steps", value)))
+
+    @property
     def dropout(self) -> float:
         """The probability with which a hidden neuron is dropped; it may be changed."""
         return self._dropout
@@ -211,8 +220,8 @@ class SpikingStack(nn.Module):
 
         Args:
             inputs: for all layers.
-            state: ``activity.state`` of the run that this one continues, or what :meth:`step` returned; None: all
-                states are 0.
+            state: ``activity.state`` of the run that this one continues, or what :meth:`step` returned; None, for all
+                layers or for one: its states are 0.
             chunk: how many steps are computed at a time. The backward pass computes them again, from the states between
                 chunks: the same gradients, and memory that grows with T by spikes and those states only.
             dropped: in training mode with ``dropout``, what :meth:`drop` returns; None: drawn here, once for all steps.
@@ -226,6 +235,7 @@ class SpikingStack(nn.Module):
             ValueError: if the inputs have another shape, or seem to have samples before time steps; if the state is
                 not one of these layers and samples; if a state or a chunk is given to a stack that calls its modules.
         """
+        check_input(inputs)
         if inputs.dim() == 3 and not is_traced():  # where sizes may be unknown
             self._check_that_time_is_first(*inputs.shape[:2])
         of_layers: list[torch.Tensor | None] | None = None
@@ -279,7 +289,7 @@ class SpikingStack(nn.Module):
                 self._with_dropped(number, *each) for number, each in enumerate(zip(layers, dropped, strict=True))
             ]
         if state is not None:
-            self._check_depth(state)
+            self._check_form(state)
             layers = [layer._replace(state=_as_one(before)) for layer, before in zip(layers, state, strict=True)]
         steps = self.T if inputs.dim() == 2 else None
         return g2g_stack(inputs, layers, steps, self.backend, spikes, chunk)
@@ -305,9 +315,19 @@ class SpikingStack(nn.Module):
                 sent[number] = -activity.spikes[number].dense()[-1].sum(0).long()
         return Synapses(inputs, self.T if inputs.dim() == 2 else None, weights, sent)
 
-    def _check_depth(self, state: StackState) -> None:
+    def _check_form(self, state: StackState) -> None:
+        """Raises unless there is one entry per layer, each a tensor, several or None."""
+        if type(state) not in (tuple, list):
+            raise TypeError(
+                f"state is a {type(state).__name__}, not a tuple of the layers' states; give activity.state of a run, "
+                "or what step(x, state) returned"
+            )
         if len(state) != self.depth:
             raise ValueError(f"state is of {len(state)} layers, this stack has {self.depth}")
+        for number, before in enumerate(state):
+            tensors = before if type(before) in (tuple, list) else (before,)
+            if before is not None and not all(isinstance(each, torch.Tensor) for each in tensors):
+                raise TypeError(f"state of layer {number} is a {type(before).__name__}, not a tensor or several")
 
     def _in_turn(
         self,
@@ -379,7 +399,7 @@ class SpikingStack(nn.Module):
         """
         befores: tuple[NeuronState | None, ...] = (None,) * self.depth if state is None else state
         if state is not None:
-            self._check_depth(state)
+            self._check_form(state)
         afters = []
         layers = zip(self.layers(), self.recurrents(), befores, strict=True)
         for number, ((connection, neurons), recurrent, before) in enumerate(layers, 1):
@@ -407,7 +427,7 @@ class SpikingStack(nn.Module):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "T"] = torch.tensor(self.T)
+        destination[prefix + "steps"] = self.steps
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -416,7 +436,7 @@ class SpikingStack(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        key = prefix + "T"
+        key = prefix + "steps"
         if key in unexpected_keys:
             unexpected_keys.remove(key)
         try:
@@ -482,6 +502,12 @@ def _why_call(module: nn.Module, forward: Callable) -> str | None:
     return None
 
 
+def check_input(x: object) -> None:
+    """Raises TypeError unless the input of a stack is a tensor."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"the input is a {type(x).__name__}, not a tensor")
+
+
 def _steps_in_turn(
     name: str,
     recurrent: G2GLinear,
@@ -512,8 +538,10 @@ def _steps_in_turn(
     return torch.stack(spikes)
 
 
-def _as_one(state: NeuronState) -> torch.Tensor:
+def _as_one(state: NeuronState | None) -> torch.Tensor | None:
     """The states of a layer's neurons as one tensor [states, B, N]."""
+    if state is None:
+        return None
     return state.unsqueeze(0) if isinstance(state, torch.Tensor) else torch.stack(tuple(state))
 
 

@@ -13,6 +13,7 @@ from g2g_kernels import BackendError, BlockMask, GroupLayout, Neurons, SpikingLa
 from g2g_kernels.dispatch import Operator
 from g2g_kernels.ops.neurons import MODELS
 from g2g_kernels.triton.runtime import interpreted
+from g2g_kernels.wiring import as_row
 
 #: the repository
 ROOT = Path(__file__).parents[1]
@@ -114,6 +115,21 @@ def packed_randn(mask: BlockMask, seed: int, dtype: torch.dtype = torch.float32)
     """Random packed values, zero in the padding, scaled to the fan-in."""
     values = torch.randn(mask.num_units, *mask.unit_shape, generator=seeded(seed)) * mask.valid()
     return (values / max(1.0, mask.density * mask.shape[1]) ** 0.5).to(dtype)
+
+
+def row_with(mask: BlockMask, **changes: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """The row that describes a mask, with some parts changed by functions and with the right checksums."""
+    layouts = {"out_group_of": mask.rows.layout.group_of, "in_group_of": mask.cols.layout.group_of}
+    parts = {"block_size": mask.block_size, **layouts, "unit_row": mask.unit_row, "unit_col": mask.unit_col}
+    parts = {name: part.clone() if isinstance(part, torch.Tensor) else part for name, part in parts.items()}
+    return as_row(**{**parts, **{name: change(parts[name]) for name, change in changes.items()}})
+
+
+def units_of(row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``unit_row`` and ``unit_col`` in a row that describes a mask, int64."""
+    out_size, in_size = row[:2].int().tolist()
+    unit_row, unit_col = row[3 + out_size + in_size : -2].long().view(2, -1)
+    return unit_row, unit_col
 
 
 # --- neurons ------------------------------------------------------------------------------------------------------

@@ -2,11 +2,10 @@
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from g2gnet import G2GLinear
 
-from ..contender import LinearContender, dense_linear
+from ..contender import LinearContender, MaskedLinear, dense_linear, masked_linear
 
 PEERS = (
     ("masked", "Masked", ("linear", "linear-dense")),
@@ -29,22 +28,13 @@ class Dense(LinearContender):
         return self.layer.weight.grad
 
 
-class _MaskedLinear(nn.Linear):
-    mask: torch.Tensor
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight * self.mask, self.bias)
-
-
 class Masked(LinearContender):
     """The dense layer, its weight times a mask at every call."""
 
-    layer: _MaskedLinear
+    layer: MaskedLinear
 
     def build(self, connection: G2GLinear) -> nn.Module:
-        linear = dense_linear(connection, _MaskedLinear)
-        linear.register_buffer("mask", connection.mask.to_dense().float())
-        return linear
+        return masked_linear(connection)
 
     def weight_gradient(self) -> torch.Tensor:
         assert self.layer.weight.grad is not None

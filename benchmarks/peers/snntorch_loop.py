@@ -3,7 +3,8 @@
 The neurons are ``snntorch.Leaky`` with learnable β and θ, reset by subtraction and the ATan surrogate: exactly
 g2g's formula. All three products are inside the loop, as in snnTorch's tutorials (``fc1`` too, although its input is
 constant). The masked loop adds ``weight * mask`` at every step, the usual way to train sparse layers where a library
-has none.
+has none. The neurons of a recurrent layer are ``RLeaky`` with ``all_to_all``, its recurrent weights ours and without a
+bias, which the layer below has.
 
 Improvements for the peer beyond the tutorials: membranes in float32 under bfloat16 autocast, spike counts accumulated
 instead of stacked, fused Adam, and for the neurons alone no stacking of spikes before the backward pass.
@@ -12,30 +13,36 @@ instead of stacked, fused Adam, and for the neurons alone no stacking of spikes 
 import snntorch
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from ..contender import NetworkContender, NeuronContender, dense_linear
+from ..contender import NetworkContender, NeuronContender, dense_linear, masked_linear
 from ..workload import Prepared
 
 PEERS = (
-    ("snntorch-masked", "MaskedLoop", ("step", "forward")),
-    ("snntorch-dense", "DenseLoop", ("step", "forward")),
+    ("snntorch-masked", "MaskedLoop", ("step", "forward", "recurrent")),
+    ("snntorch-dense", "DenseLoop", ("step", "forward", "recurrent")),
     ("snntorch", "Neurons", ("lif",)),
     ("snntorch", "SynapticNeurons", ("synaptic",)),
 )
 NEEDS = ("snntorch",)
 
 
-def leaky(beta: torch.Tensor, threshold: torch.Tensor) -> snntorch.Leaky:
-    """g2g's default neurons as snnTorch has them."""
-    neurons = snntorch.Leaky(
-        beta=beta.detach().clone(),
-        threshold=threshold.detach().clone(),
-        spike_grad=snntorch.surrogate.atan(alpha=2.0),
-        learn_beta=True,
-        learn_threshold=True,
-        reset_mechanism="subtract",
-    )
+def leaky(
+    beta: torch.Tensor, threshold: torch.Tensor, recurrent: nn.Linear | None = None
+) -> snntorch.Leaky | snntorch.RLeaky:
+    """g2g's default neurons as snnTorch has them, joined to one another by ``recurrent``."""
+    options = {
+        "beta": beta.detach().clone(),
+        "threshold": threshold.detach().clone(),
+        "spike_grad": snntorch.surrogate.atan(alpha=2.0),
+        "learn_beta": True,
+        "learn_threshold": True,
+        "reset_mechanism": "subtract",
+    }
+    if recurrent is None:
+        neurons = snntorch.Leaky(**options)
+    else:
+        neurons = snntorch.RLeaky(all_to_all=True, linear_features=recurrent.in_features, **options)
+        neurons.recurrent = recurrent
     snntorch.SpikingNeuron.init()  # remove it from the library's list of all neurons, which would keep it forever
     return neurons
 
@@ -46,28 +53,27 @@ class Loop(nn.Module):
     def __init__(self, prepared: Prepared, masked: bool) -> None:
         super().__init__()
         self.steps = prepared.workload.T
-        self.masked = masked
-        for number, (connection, neurons) in enumerate(prepared.network("torch").layers(), 1):
-            self.add_module(f"fc{number}", dense_linear(connection))
-            self.add_module(f"lif{number}", leaky(**neurons.values))
-            if masked:
-                self.register_buffer(f"mask{number}", connection.mask.to_dense().float())
-
-    def product(self, number: int, x: torch.Tensor) -> torch.Tensor:
-        fc = getattr(self, f"fc{number}")
-        return F.linear(x, fc.weight * getattr(self, f"mask{number}"), fc.bias) if self.masked else fc(x)
+        linear = masked_linear if masked else dense_linear
+        net = prepared.network("torch")
+        for number, ((connection, neurons), joined) in enumerate(zip(net.layers(), net.recurrents(), strict=True), 1):
+            self.add_module(f"fc{number}", linear(connection))
+            recurrent = None if joined is None else linear(joined)
+            if recurrent is not None:
+                self.add_module(f"rec{number}", recurrent)
+            self.add_module(f"lif{number}", leaky(**neurons.values, recurrent=recurrent))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        layers = [(number, getattr(self, f"lif{number}")) for number in (1, 2, 3)]
-        membranes = [
-            torch.zeros(len(images), getattr(self, f"fc{number}").out_features, device=images.device)
-            for number, _ in layers
-        ]
-        counts = torch.zeros_like(membranes[-1])
+        layers = [(getattr(self, f"fc{number}"), getattr(self, f"lif{number}")) for number in (1, 2, 3)]
+        states = []  # of a recurrent layer spikes and membranes, of another membranes
+        for fc, lif in layers:
+            zero = torch.zeros(len(images), fc.out_features, device=images.device)
+            states.append((zero, zero) if isinstance(lif, snntorch.RLeaky) else (zero,))
+        counts = torch.zeros_like(zero)
         for _ in range(self.steps):
             spikes = images
-            for index, (number, lif) in enumerate(layers):
-                spikes, membranes[index] = lif(self.product(number, spikes), membranes[index])
+            for index, (fc, lif) in enumerate(layers):
+                spikes, membrane = lif(fc(spikes), *states[index])
+                states[index] = (spikes, membrane)[-len(states[index]) :]
             counts = counts + spikes
         return counts
 
@@ -94,7 +100,7 @@ class Neurons(NeuronContender):
 
     def __init__(self, prepared: Prepared, device: torch.device, precision: str, inputs: str) -> None:
         super().__init__(prepared, device, precision, inputs)
-        self.neurons = leaky(**self.parameters).to(device)
+        self.neurons = leaky(self.parameters["beta"], self.parameters["threshold"]).to(device)
         self.parameters = {"beta": self.neurons.beta, "threshold": self.neurons.threshold}
 
     def run(self) -> list[torch.Tensor]:

@@ -13,6 +13,10 @@ float32 membranes. That is why the function behind ``LIFNode(step_mode="m")`` is
   state here: the module itself would keep its state in bfloat16 under autocast, and leave the fused kernel.
 
 The input is the same at every step, so ``fc1`` is computed once and expanded without a copy.
+
+A recurrent layer is its ``LinearRecurrentContainer``: at every step one linear layer over the inputs and the last
+spikes side by side, then ``LIFNode``. As the library makes it, that layer has as many outputs as inputs; here it has
+one per neuron, so that none of its products is with an identity.
 """
 
 import logging
@@ -20,20 +24,30 @@ import logging
 import torch
 from torch import nn
 
+from g2gnet import G2GLinear
+
 from ..contender import NetworkContender, NeuronContender, dense_linear
+from ..reference import Results
 from ..workload import Prepared
 
 logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # importing it without Triton warns twice
 
-from spikingjelly.activation_based import functional, layer, surrogate  # noqa: E402  (see above)
+from spikingjelly.activation_based import functional, layer, neuron, surrogate  # noqa: E402  (see above)
 
 PEERS = (
     ("spikingjelly-dense", "MultiStep", ("step", "forward")),
     ("spikingjelly", "Neurons", ("lif",)),
+    ("spikingjelly-container", "Recurrent", ("recurrent",)),
 )
 NEEDS = ("spikingjelly",)
 
 LIF_GRADIENTS = tuple(f"lif{number}.{name}" for number in (1, 2, 3) for name in ("beta", "threshold"))
+
+
+def _tau(beta: float) -> float:
+    if not 0 < beta < 1:
+        raise ValueError(f"SpikingJelly's τ = 1/(1 − β) has to be above 1 and finite, which β = {beta} does not give")
+    return 1 / (1 - beta)
 
 
 class _MultiStepLIF(nn.Module):
@@ -41,11 +55,7 @@ class _MultiStepLIF(nn.Module):
 
     def __init__(self, beta: float, threshold: float) -> None:
         super().__init__()
-        if not 0 < beta < 1:
-            raise ValueError(
-                f"SpikingJelly's τ = 1/(1 − β) has to be above 1 and finite, which β = {beta} does not give"
-            )
-        self.tau = 1 / (1 - beta)
+        self.tau = _tau(beta)
         self.threshold = threshold
         self.surrogate = surrogate.ATan(alpha=2.0)
 
@@ -99,6 +109,73 @@ class MultiStep(NetworkContender):
 
     def build(self, prepared: Prepared) -> nn.Module:
         return _Network(prepared)
+
+
+def _container(connection: G2GLinear, recurrent: G2GLinear, beta: float, threshold: float) -> nn.Module:
+    """A recurrent layer, [T, B, in] → spikes [T, B, out]."""
+    neurons = neuron.LIFNode(
+        tau=_tau(beta),
+        decay_input=False,
+        v_threshold=threshold,
+        v_reset=None,
+        surrogate_function=surrogate.ATan(alpha=2.0),
+        detach_reset=True,
+    )
+    size = connection.out_features
+    container = layer.LinearRecurrentContainer(neurons, size, size, step_mode="m")
+    container.rc = nn.Linear(connection.in_features + size, size)
+    assert connection.bias is not None
+    with torch.no_grad():
+        container.rc.weight.copy_(torch.cat([connection.dense_weight(), recurrent.dense_weight()], dim=1))
+        container.rc.bias.copy_(connection.bias)
+    return container
+
+
+class _RecurrentNetwork(nn.Module):
+    lif1: nn.Module
+    lif2: nn.Module
+    fc3: nn.Linear
+    lif3: _MultiStepLIF
+
+    def __init__(self, prepared: Prepared) -> None:
+        super().__init__()
+        self.steps = prepared.workload.T
+        net = prepared.network("torch")
+        for number, ((connection, neurons), recurrent) in enumerate(
+            zip(net.layers(), net.recurrents(), strict=True), 1
+        ):
+            beta, threshold = (value.item() for value in neurons.values.values())
+            if recurrent is not None:
+                self.add_module(f"lif{number}", _container(connection, recurrent, beta, threshold))
+                continue
+            self.add_module(f"fc{number}", dense_linear(connection, layer.Linear, step_mode="m"))
+            self.add_module(f"lif{number}", _MultiStepLIF(beta, threshold))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        functional.reset_net(self)
+        x = images.expand(self.steps, -1, -1)
+        return self.lif3(self.fc3(self.lif2(self.lif1(x)))).sum(0)
+
+
+class Recurrent(NetworkContender):
+    """The recurrent network with dense weights: those outside the mask start at zero and are trained like the rest."""
+
+    reset = "before decay"
+    masked = False
+    omits = LIF_GRADIENTS
+    differs = MultiStep.differs
+
+    def build(self, prepared: Prepared) -> nn.Module:
+        return _RecurrentNetwork(prepared)
+
+    def gradients(self) -> Results:
+        gradients = super().gradients()
+        for number in (1, 2):
+            joined = gradients.pop(f"lif{number}.rc.weight")
+            own = len(joined)  # the last columns are those of the layer itself
+            gradients[f"fc{number}.weight"], gradients[f"rec{number}.weight"] = joined[:, :-own], joined[:, -own:]
+            gradients[f"fc{number}.bias"] = gradients.pop(f"lif{number}.rc.bias")
+        return gradients
 
 
 class Neurons(NeuronContender):

@@ -210,11 +210,7 @@ def _array(tensor: torch.Tensor) -> np.ndarray:
 
 
 def _mask_metadata(mask: BlockMask) -> dict[str, Any]:
-    if mask.is_full:
-        return {}
-    state = mask.state_dict()
-    indices = {name: state[name].cpu().numpy().copy() for name in BlockMask.STATE}
-    return {**indices, "block_size": mask.block_size}  # NIR files store numbers, but no arrays without dimensions
+    return {} if mask.is_full else {"wiring": _array(mask.state_dict()["wiring"])}
 
 
 def _connection(name: str, node: Any, mask: BlockMask | torch.Tensor | None, backend: str | None) -> G2GLinear:
@@ -224,9 +220,10 @@ def _connection(name: str, node: Any, mask: BlockMask | torch.Tensor | None, bac
     linear.weight.data.copy_(weight)
     if bias is not None:
         linear.bias.data.copy_(torch.as_tensor(bias))
-    state = {name: torch.as_tensor(node.metadata[name]) for name in BlockMask.STATE if name in node.metadata}
-    if mask is None and "unit_row" in state:
-        mask = BlockMask.from_state(state)
+    if mask is None and "wiring" in node.metadata:
+        mask = BlockMask.from_state(
+            {"wiring": torch.as_tensor(node.metadata["wiring"])}, (weight.shape[0], weight.shape[1])
+        )
         if weight[~mask.to_dense()].any():
             raise ValueError(f"node {name} has weights that its metadata calls absent; give masks={{{name!r}: ...}}")
     return G2GLinear.from_linear(linear, mask, backend)

@@ -311,6 +311,8 @@ def run(
         [({'model': 'index'}, [1, 2]), ({'model': 'mixer'}, [1, 2])]
     """
     runs = runs_of(grid, folder)
+    for line in dict.fromkeys(line for each in runs for line in each.settings.without_effect()):
+        logger.warning("%s", line)
     several = {name for each in runs for name in each.differs}
     machine = {"data_dir": str(data_dir), "device": device, "backend": backend}
     ends = {}

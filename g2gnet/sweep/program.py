@@ -133,10 +133,12 @@ def sweep(arguments: argparse.Namespace) -> dict[str, Any]:
         del files["png"]
         warn(f'no picture: matplotlib is missing ({error}); pip install -e ".[plots]"')
     else:
-        common = ", ".join(f"{name} {value}" for name, value in made.common.items())
+        common = ", ".join(f"{name}={value}" for name, value in made.common.items())
         figure = draw(made.rows, common)
         cli.write_file(files["png"], lambda file: figure.savefig(file, format="png", dpi=150))
     say(f"wrote {', '.join(map(str, files.values()))}")
+    if made.ends:
+        say(f"with pictures: python -m g2gnet.report {folder}/*/*.pth")
     if made.failed:
         failed = "\n".join(f"{label}: {error}" for label, error in made.failed.items())
         raise TrainingError(f"{len(made.failed)} of {len(runs)} runs failed:\n{failed}")

@@ -1,11 +1,15 @@
 """A training run read from its checkpoint: settings, history, and its network at the start and now."""
 
+import contextlib
+import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from g2g_kernels.wiring import read_row
 from g2gnet.network import G2GNet
 from g2gnet.settings import SettingsError
 from g2gnet.training.cross_validation import FoldSettings
@@ -16,6 +20,18 @@ from g2gnet.training.state import UNFIT, load_model
 
 #: what every epoch's record must contain besides its measures: a number for each layer
 MEASURES_BY_LAYER = ("units_kept", "initial_units_kept")
+
+
+@contextlib.contextmanager
+def _as_trained() -> Iterator[None]:
+    """While entered, tensors are made in float32 on the CPU, as in training, whatever the defaults are."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @dataclass(frozen=True)
@@ -43,19 +59,25 @@ class SavedRun:
     history: list[dict[str, Any]]
     state: dict[str, Any]
 
+    @_as_trained()
     def initial_network(self, backend: str | None = None) -> G2GNet:
         """The network before the first step, on the CPU."""
-        input_dim = len(self.state["fc1.mask.in_group_of"])
-        num_classes = len(self.state["fc3.mask.out_group_of"])
-        hidden_dim = len(self.state["fc1.mask.out_group_of"])
+        hidden_dim, input_dim = self._sizes("fc1")
+        num_classes, _ = self._sizes("fc3")
         if hidden_dim != self.settings.hidden_dim:  # the settings alone could require any amount of memory
             raise ValueError(f"hidden_dim is {self.settings.hidden_dim}, the network has {hidden_dim}")
         return build_network(self.settings, input_dim, num_classes, backend)
 
+    def _sizes(self, layer: str) -> tuple[int, int]:
+        """(out, in) of a layer of the network."""
+        out_layout, in_layout, *_ = read_row(self.state[f"{layer}.mask.wiring"])
+        return out_layout.size, in_layout.size
+
     def network(self, device: torch.device | str = "cpu", backend: str | None = None) -> G2GNet:
         """The network after the last finished epoch."""
-        net = self.initial_network(backend)
-        load_model(net, self.state)
+        with _as_trained():
+            net = self.initial_network(backend)
+            load_model(net, self.state)
         return net.to(device)
 
 
@@ -74,6 +96,9 @@ def read_run(checkpoint: Path | str) -> SavedRun:
     content = read_checkpoint(path)
     try:
         kind = FoldSettings if "fold" in content["settings"] else TrainSettings
+        later = content["settings"].keys() - {field.name for field in dataclasses.fields(kind)}
+        if later:
+            raise ValueError(f"the setting {', '.join(sorted(later))} is unknown; a later version of g2g may know it")
         settings = kind(**content["settings"])
         run = SavedRun(path, settings, content["epoch"], content["history"], content["model"])
         if not run.history:

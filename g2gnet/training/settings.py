@@ -204,6 +204,23 @@ class TrainSettings(NetworkSettings, RunSettings):
             ]
         return problems
 
+    def without_effect(self) -> list[str]:
+        """What of these settings differs from the default and changes nothing, each with the reason."""
+        idle: dict[str, tuple[str, ...]] = {}
+        if self.sparsity_mode == "static":
+            idle["with `sparsity_mode=static`"] = ("cp", "cg", "dst_interval", "dst_fraction")
+        if self.model == "dense":
+            idle["with `model=dense`"] = ("num_groups", "p_inter", "p_intra")
+        if not self.enforce_sparsity:
+            idle["without `enforce_sparsity`"] = ("warmup_epochs",)
+        usual = {field.name: field.default for field in dataclasses.fields(self)}
+        return [
+            f"`{name}={getattr(self, name)}` has no effect {reason}"
+            for reason, names in idle.items()
+            for name in names
+            if getattr(self, name) != usual[name]
+        ]
+
     def _no_sequence(self) -> list[str]:
         """What is wrong with the settings of sequences."""
         problems = []

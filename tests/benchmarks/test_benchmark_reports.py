@@ -108,7 +108,7 @@ def test_a_part_without_a_record_is_empty():
 
 
 def test_an_unknown_part_is_refused():
-    with pytest.raises(ValueError, match="part 'speed' is unknown; choose one of step, forward"):
+    with pytest.raises(ValueError, match="part 'speed' is unknown; choose one of step, recurrent, forward"):
         redraw.redrawn("<!-- drawn: speed -->\n<!-- end -->\n", redraw.ROOT, [])
 
 

@@ -166,6 +166,47 @@ def test_another_surrogate_is_trained_and_judged_by_its_own_formula(label, prepa
     assert "fc1.weight is off" in judged(contender, judges["step"]).objection
 
 
+@pytest.fixture(scope="module")
+def recurrent(_cache) -> Prepared:
+    return load(prepare(dataclasses.replace(TINY, recurrent=True)))
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("label", contenders("recurrent"))
+def test_every_recurrent_network_passes_the_gate(label, recurrent):
+    chosen = entries("recurrent")[label]
+    own = load(prepare(chosen.own(recurrent.workload)))
+    verdict = judged(built(chosen, own), Judge(own, "recurrent"))
+    assert not verdict.objection
+    assert chosen.feed_forward or verdict.errors.keys() >= {"counts", "fc1.weight", "rec1.weight", "rec2.weight"}
+
+
+def test_other_recurrent_weights_have_no_time(recurrent):
+    ours = Network(recurrent, torch.device("cpu"), "fp32", backend="torch")
+    judge = Judge(recurrent, "recurrent")
+    gradient = ours.results()["rec1.weight"]
+    assert "rec1.weight is off" in judged(ours, judge, **{"rec1.weight": gradient * 0.99}).objection
+    with torch.no_grad():
+        ours.net.rec1.values.mul_(0.9)
+    assert judged(ours, judge).objection
+
+
+def test_the_feed_forward_network_has_as_many_weights(recurrent):
+    plain = load(prepare(recurrent.workload.feed_forward()))
+    assert not plain.workload.recurrent
+    weights, beside = (sum(each.active_weights().values()) for each in (recurrent, plain))
+    assert beside == pytest.approx(weights, rel=0.05)  # units are drawn
+    assert dataclasses.replace(Workload(), recurrent=True).feed_forward().hidden_dim == 3393
+
+
+def test_the_floor_of_a_recurrent_step_counts_its_products(recurrent):
+    weights, samples = recurrent.active_weights(), TINY.T * TINY.batch_size
+    after_the_first = samples - TINY.batch_size
+    products = 2 * TINY.batch_size * weights["fc1"] + 3 * samples * (weights["fc2"] + weights["fc3"])
+    products += 3 * after_the_first * (weights["rec1"] + weights["rec2"])  # ATan passes every gradient on
+    assert work(recurrent, "recurrent")["flop"] == 2 * products
+
+
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize(
     ("kernel", "label"), [(k, label) for k in ("linear", "linear-dense") for label in contenders(k)]
@@ -424,12 +465,12 @@ def test_the_floor_counts_the_neurons_that_pass_a_gradient_on(prepared):
     (gradient,) = torch.autograd.grad(spikes.sum(), current)
     # ∂I_t = e_t + β·∂I_{t+1}
     events = gradient - parameters["beta"] * torch.cat([gradient[1:], torch.zeros_like(gradient[:1])])
-    assert own.event_share == pytest.approx(float((events.abs() > 1e-9).double().mean()), abs=2e-3)
-    assert prepared.event_share == 1
+    assert own.event_shares[1] == pytest.approx(float((events.abs() > 1e-9).double().mean()), abs=2e-3)
+    assert prepared.event_shares[1] == 1
     done, whole = (work(each, "step")["flop"] for each in (own, prepared))
-    second = own.active_weights()[1]
+    second = own.active_weights()["fc2"]
     samples = TINY.T * TINY.batch_size
-    assert whole - done == pytest.approx(2 * samples * second * (1 - own.event_share), abs=2)
+    assert whole - done == pytest.approx(2 * samples * second * (1 - own.event_shares[1]), abs=2)
 
 
 def test_the_line_is_fitted_to_the_work(outcomes):
@@ -495,7 +536,7 @@ def test_the_subset_stands_in_for_fashion_mnist_with_a_note(monkeypatch):
 
 
 def test_work_counts_active_weights(prepared):
-    first, second, third = prepared.active_weights()
+    first, second, third = prepared.active_weights().values()
     assert first + second + third == pytest.approx(prepared.density() * (784 * 48 + 48 * 48 + 48 * 10))
     assert work(prepared, "step")["flop"] == 4 * 40 * first + 6 * 40 * 6 * (second + third)
     assert work(prepared, "forward")["flop"] == 2 * 40 * first + 2 * 40 * 6 * (second + third)

@@ -9,7 +9,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from helpers import MASK_CASES, MaskCase, dense_by_loop, neurons_of_units, packed_randn, seeded
+from helpers import MASK_CASES, MaskCase, dense_by_loop, neurons_of_units, packed_randn, row_with, seeded
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -535,8 +535,7 @@ def test_to_moves_every_index_and_keeps_it_an_integer(mask):
 def test_a_mask_has_no_parameters_and_saves_no_derived_index(mask):
     assert list(mask.parameters()) == []
     assert [name for name, _ in mask.named_buffers()] == ["wiring"]
-    layouts = {"block_size", "out_group_of", "in_group_of", "row_bounds", "col_bounds"}
-    assert set(mask.state_dict()) == {*layouts, "unit_row", "unit_col"}
+    assert list(mask.state_dict()) == ["wiring"]
 
 
 def test_deepcopy_is_independent():
@@ -626,10 +625,7 @@ def test_state_dict_does_not_share_memory_with_the_loaded_mask():
 
 
 def corrupted(**changes) -> dict:
-    state = {name: tensor.clone() for name, tensor in MASK_CASES["ten outputs"].mask().state_dict().items()}
-    for name, change in changes.items():
-        state[name] = change(state[name])
-    return {f"mask.{name}": tensor for name, tensor in state.items()}
+    return {"mask.wiring": row_with(MASK_CASES["ten outputs"].mask(), **changes)}
 
 
 def with_first(value: int):
@@ -649,15 +645,13 @@ def with_first(value: int):
             {"unit_row": lambda t: torch.cat([t, t[:1]]), "unit_col": lambda t: torch.cat([t, t[:1]])},
             "mask: the mask names a unit twice",
         ),
-        ({"unit_row": lambda t: t[:-1]}, r"mask: unit_row \(\d+,\) and unit_col \(\d+,\) must match"),
-        ({"unit_row": lambda t: t[None], "unit_col": lambda t: t[None]}, "mask: unit_row .* must match, 1-D"),
-        ({"block_size": lambda t: t * 0}, "mask: block_size=0 must be a whole number from 1"),
+        ({"unit_row": lambda t: t[:-1]}, r"mask: wiring of 10 × 43 weights has \d+ numbers"),
+        ({"block_size": lambda size: 0}, "mask: block_size=0 must be a whole number from 1"),
         ({"in_group_of": lambda t: t * 0}, r"mask: unit_col must lie in"),
         ({"out_group_of": lambda t: t.clamp(max=1)}, r"mask: group sizes \[2, 8\] must differ by at most one"),
         ({"out_group_of": with_first(-3)}, r"mask: group_of must hold group numbers"),
         ({"out_group_of": lambda t: torch.cat([t, t[-1:] + 1])}, r"saved mask is \(11, 43\), this layer is \(10, 43\)"),
-        ({"col_bounds": lambda t: t.flip(0)}, "mask: col_bounds do not match groups cut into units of at most 3"),
-        ({"row_bounds": lambda t: t[:-1]}, "mask: row_bounds do not match"),
+        ({"unit_row": lambda t: t.expand(99, -1).flatten()}, r"mask: wiring has \d+ numbers, more than \(10, 43\)"),
     ],
 )
 def test_corrupted_state_is_refused_and_leaves_the_mask_alone(changes, message):
@@ -680,31 +674,47 @@ def test_a_state_averaged_with_equal_ones_is_the_same_mask(dtype):
     assert all(torch.equal(tensor, state[name]) for name, tensor in layer.state_dict().items())
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda t: t + 0.5, "unit_col holds numbers that are not whole, as an average of networks with different wir"),
-        (lambda t: t * math.nan, "unit_col holds numbers that are not whole"),
-        (lambda t: t.bfloat16() + 300, r"unit_col holds integers that torch.bfloat16 has rounded"),
-    ],
-)
-def test_an_average_that_is_no_mask_is_refused(change, message):
+NOT_THIS_ROW = {
+    "halves": (lambda row: row + 0.5, "do not match: it is an average of networks with different wirings"),
+    "NaN": (lambda row: row * torch.nan, "do not match"),
+    "rounded": (lambda row: row.to(torch.float8_e5m2).float(), "do not match"),
+    "one number": (lambda row: torch.cat([row[:60], row[60:61] + 1, row[61:]]), "do not match"),
+    "a matrix": (lambda row: row[None], r"must be a row of numbers, not of shape \(1, \d+\)"),
+    "nothing": (lambda row: row[:0], "must be a row of numbers"),
+    "complex": (lambda row: row.to(torch.complex64), "must be a row of numbers"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), NOT_THIS_ROW.values(), ids=NOT_THIS_ROW)
+def test_a_row_that_is_no_mask_is_refused(change, message):
     layer = nn.ModuleDict({"mask": MASK_CASES["ten outputs"].mask(seed=5)})
     with pytest.raises(RuntimeError, match=message):
-        layer.load_state_dict(corrupted(unit_col=change))
+        layer.load_state_dict({"mask.wiring": change(corrupted()["mask.wiring"])})
 
 
-def test_a_mask_whose_groups_end_in_short_units_is_refused_by_name():
-    state = corrupted()
-    del state["mask.row_bounds"], state["mask.col_bounds"]
-    layer = nn.ModuleDict({"mask": MASK_CASES["ten outputs"].mask()})
-    with pytest.raises(RuntimeError, match=r"mask: the mask was saved by a version .* Train the network again"):
-        layer.load_state_dict(state)
+def test_an_average_of_two_wirings_is_refused_where_every_mean_is_whole():
+    """Two units in other rows, whose means are rows."""
+    case = MASK_CASES["single weights"]
+    for seed in range(50):
+        mask = case.mask(seed=seed)
+        row, other = row_with(mask), row_with(mask, unit_row=lambda t: (t + 2 * (torch.arange(len(t)) % 3 == 0)) % 12)
+        mean = (row + other) / 2
+        mean[-2:] = mean[-2:].round()  # as if those were whole, too
+        with pytest.raises(ValueError, match="average of networks with different wirings"):
+            BlockMask.from_state({"wiring": mean}, mask.shape)
+
+
+def test_a_weighted_average_of_equal_states_is_that_mask():
+    """Which rounds: federated averages, EMAs of whole states."""
+    row = corrupted()["mask.wiring"]
+    average = sum(row * weight for weight in (0.3, 0.1, 0.6))
+    assert not torch.equal(average, row)
+    layer = nn.ModuleDict({"mask": MASK_CASES["ten outputs"].mask(seed=5)})
+    layer.load_state_dict({"mask.wiring": average})
+    assert torch.equal(layer["mask"].state_dict()["wiring"], row)
 
 
 def test_missing_keys_are_named():
-    state = corrupted()
-    del state["mask.unit_col"]
     layer = nn.ModuleDict({"mask": MASK_CASES["ten outputs"].mask()})
-    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "mask.unit_col"'):
-        layer.load_state_dict(state)
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "mask.wiring"'):
+        layer.load_state_dict({})

@@ -266,7 +266,7 @@ def test_units_are_rewired_as_without_hooks(prune_rule, grow):
         assert dst.step()
         states.append({name.replace("inner.", ""): tensor for name, tensor in net.state_dict().items()})
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0] if "unit" in name)
-    assert not torch.equal(states[0]["fc2.mask.unit_col"], net_of().state_dict()["fc2.mask.unit_col"])
+    assert not torch.equal(states[0]["fc2.mask.wiring"], net_of().state_dict()["fc2.mask.wiring"])
 
 
 def test_the_recorder_of_units_alone_leaves_the_one_call(one_call):

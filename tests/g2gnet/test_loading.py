@@ -3,9 +3,11 @@
 import pytest
 import torch
 from tiny_checkpoints import train_tiny
+from training_runs import assert_equal
 
 import g2gnet
 from g2gnet.data import as_samples, load_dataset
+from g2gnet.tensor_file import read_tensors, write_tensors
 from g2gnet.training import CheckpointError, read_run
 
 
@@ -24,6 +26,37 @@ def test_a_loaded_network_classifies_as_the_run_did(tmp_path, flags):
 def test_what_is_no_checkpoint_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"nowhere.pth cannot be read \(No such file or directory\)"):
         g2gnet.load(tmp_path / "nowhere.pth")
+
+
+def test_a_device_or_backend_that_is_not_there_is_refused_before_the_file_is_read(tmp_path):
+    with pytest.raises(ValueError, match="device='gpu' is unknown; give auto, cpu"):
+        g2gnet.load(tmp_path / "nowhere.pth", device="gpu")
+    with pytest.raises(ValueError, match="backend='fast' is not a backend; choose one of auto"):
+        g2gnet.load(tmp_path / "nowhere.pth", backend="fast")
+
+
+def test_defaults_of_pytorch_do_not_change_what_is_loaded(tmp_path):
+    checkpoint = train_tiny(tmp_path)
+    plain = g2gnet.load(checkpoint)
+    with torch.device("meta"):
+        on_meta = g2gnet.load(checkpoint)
+    torch.set_default_dtype(torch.float64)
+    try:
+        in_float64 = g2gnet.load(checkpoint)
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for net in (on_meta, in_float64):
+        assert_equal(dict(net.state_dict()), dict(plain.state_dict()))
+
+
+def test_settings_of_a_later_version_are_named(tmp_path):
+    checkpoint = train_tiny(tmp_path)
+    content = read_tensors(checkpoint)
+    content["settings"]["tempo"] = 1
+    write_tensors(checkpoint, content)
+    with pytest.raises(CheckpointError, match=r"the setting tempo is unknown; a later version of g2g may"):
+        g2gnet.load(checkpoint)
 
 
 def test_a_network_that_was_trained_with_reset_to_zero_goes_to_nir_and_back(tmp_path):

@@ -284,11 +284,11 @@ def test_samples_before_time_steps_are_refused_or_where_nothing_tells_them_apart
 def test_a_state_of_another_number_of_time_steps_is_refused_by_name():
     net = small_net(T=12)
     state = net.state_dict()
-    message = "T: saved by a network with 12 time steps, this one has 9; load it into one with T=12"
+    message = "steps: saved by a network with 12 time steps, this one has 9; load it into one with T=12"
     for into in (small_net(T=9), SpikingStack(list(small_net().layers()), T=9)):
         with pytest.raises(RuntimeError, match=message):
             into.load_state_dict(state)
-    state.pop("T")  # as it was saved before, and as the message says
+    state.pop("steps")  # as it was saved before, and as the message says
     other = small_net(seed=1, T=9)
     other.load_state_dict(state)
     assert torch.equal(other.fc1.values, net.fc1.values)
@@ -328,8 +328,8 @@ def test_a_state_averaged_with_equal_ones_is_the_same_network():
 
 def test_averaged_time_steps_that_are_not_whole_are_refused():
     net = small_net()
-    with pytest.raises(RuntimeError, match="T holds numbers that are not whole"):
-        net.load_state_dict({**net.state_dict(), "T": torch.tensor(net.T + 0.5)})
+    with pytest.raises(RuntimeError, match="steps holds numbers that are not whole"):
+        net.load_state_dict({**net.state_dict(), "steps": torch.tensor(net.T + 0.5)})
 
 
 @pytest.mark.parametrize("model", ["index", "random", "mixer"])

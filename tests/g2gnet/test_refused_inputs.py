@@ -22,6 +22,14 @@ def test_samples_that_are_not_floats_are_refused_with_what_makes_them_so(options
     assert net(as_samples(images)).shape == (2, 10)
 
 
+@pytest.mark.parametrize("x", [None, [[0.5] * 784], np.zeros((2, 784), np.float32)])
+def test_inputs_that_are_no_tensors_are_refused(x):
+    net = G2GNet(784, 32, 10, T=3, block_size=8)
+    for call in (net, net.encode, net.simulate):
+        with pytest.raises(TypeError, match=rf"the input is a {type(x).__name__}, not a tensor"):
+            call(x)
+
+
 def test_what_a_network_cannot_be_made_of_is_named():
     with pytest.raises(TypeError, match=r"hidden_dim=\[256, 128\] is not a whole number: .* make a SpikingStack"):
         G2GNet(784, [256, 128], 10)

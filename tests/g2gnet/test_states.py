@@ -230,11 +230,34 @@ def test_states_that_do_not_fit_are_refused_by_name():
         stack.simulate(x, (state[0], state[1][0], state[2]))
     with pytest.raises(ValueError, match="state of layer 0 must be a floating-point tensor"):
         stack.simulate(x, (state[0] > 0, *state[1:]))
+    with pytest.raises(ValueError, match=r"state of layer 0 is torch.float64, .* give state.to\(torch.float32\)"):
+        stack.simulate(x, (state[0].double(), *state[1:]))
+    with pytest.raises(ValueError, match="state of layer 2 is on meta, x on cpu"):
+        stack.simulate(x, (*state[:2], state[2].to("meta")))
+    activity = stack.simulate(x)
+    for other, match in (
+        (activity, "state is a Activity, .* give activity.state of a run"),
+        (state[0], "state is a Tensor"),
+        ((*state[:2], state[2].detach().numpy()), "state of layer 2 is a ndarray, not a tensor"),
+        (((None,), *state[1:]), "state of layer 0 is a tuple"),
+    ):
+        for call in (lambda state: stack.simulate(x, state), lambda state: stack.step(x[0], state)):
+            with pytest.raises(TypeError, match=match):
+                call(other)
     for chunk in (0, 2.5, True):
         with pytest.raises(ValueError, match="chunk="):
             stack.simulate(x, chunk=chunk)
     with pytest.raises(ValueError, match="give one of them"):
         stack.simulate(x, chunk=4, spikes=True)
+
+
+def test_a_layer_without_a_state_begins_with_zeros():
+    stack, x = stack_of(), inputs_of(held=False)
+    state = stack.simulate(x).state
+    one = stack.simulate(x[:1], (state[0], None, state[2]))
+    zeros = tuple(map(torch.zeros_like, state[1]))
+    assert torch.equal(one.counts, stack.simulate(x[:1], (state[0], zeros, state[2])).counts)
+    assert torch.equal(one.counts, stack.step(x[0], (state[0], None, state[2]))[0])
 
 
 def test_a_stack_that_calls_its_layers_says_that_it_has_no_state():

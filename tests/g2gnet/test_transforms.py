@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import backends_of, seeded
+from helpers import backends_of, row_with, seeded
 from torch import nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, stack_module_state, vmap
 
@@ -189,8 +189,7 @@ def test_an_ensemble_of_one_wiring_runs_under_vmap(backend):
 def test_an_ensemble_of_several_wirings_is_refused():
     nets = [net_of() for _ in range(2)]
     mask = nets[1].fc2.mask  # the same units, in other slots
-    other_slots = {name: mask.state_dict()[name].flip(0) for name in ("unit_row", "unit_col")}
-    mask.load_state_dict({**mask.state_dict(), **other_slots})
+    mask.load_state_dict({"wiring": row_with(mask, unit_row=lambda t: t.flip(0), unit_col=lambda t: t.flip(0))})
     base, state = copy.deepcopy(nets[0]), stack_module_state(nets)
     with pytest.raises(ValueError, match=r"networks with different wirings cannot run in one torch\.func\.vmap"):
         vmap(lambda *state: functional_call(base, state, (SAMPLES,)))(*state)

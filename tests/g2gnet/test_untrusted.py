@@ -10,7 +10,17 @@ from pathlib import Path
 import processes
 import pytest
 import torch
-from helpers import MASK_CASES, ROOT, backends_of, dense_by_loop, lif_layer, packed_randn, with_parameter
+from helpers import (
+    MASK_CASES,
+    ROOT,
+    backends_of,
+    dense_by_loop,
+    lif_layer,
+    packed_randn,
+    row_with,
+    units_of,
+    with_parameter,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from training_runs import SMALL, load, run
@@ -62,6 +72,12 @@ def changed(state, name, index, value):
     return replaced(state, name, tensor)
 
 
+def rewired(state, **changes):
+    """The state with parts of the wiring of fc2 changed, and the right checksums."""
+    mask = BlockMask.from_state({"wiring": state["model"]["fc2.mask.wiring"]})
+    return replaced(state, "model/fc2.mask.wiring", row_with(mask, **changes))
+
+
 def repacked(archive, change, compression=zipfile.ZIP_STORED):
     """The archive with its pickle changed."""
     file = io.BytesIO()
@@ -78,7 +94,8 @@ def claiming_a_terabyte():
 
 
 huge = torch.zeros(1).expand(10**6, 10**3, 10**3)
-many = torch.zeros(1, dtype=torch.int32).expand(10**12)
+many = torch.zeros(1).expand(10**12)
+FIRST = torch.tensor([0])
 CRAFTED = {
     "a command": (lambda state: saved({**state, "settings": Command(Path("ran"))}), "cannot be read"),
     "a bare pickle": (lambda state: with_digest(pickle.dumps(Command(Path("ran")))), "cannot be read"),
@@ -91,25 +108,26 @@ CRAFTED = {
         lambda state: saved(replaced(state, "model/fc2.values", huge)),
         r"model/fc2\.values has shape \(1000000, 1000, 1000\), but not as many values",
     ),
-    "10^12 units": (lambda state: saved(replaced(state, "model/fc2.mask.unit_row", many)), "fc2.mask.unit_row has"),
-    "10^12 neurons": (lambda state: saved(replaced(state, "model/fc1.mask.in_group_of", many)), "in_group_of has"),
+    "10^12 units": (lambda state: saved(replaced(state, "model/fc2.mask.wiring", many)), "fc2.mask.wiring has"),
     "an index out of range": (
-        lambda state: saved(changed(state, "model/fc2.mask.unit_row", 0, 10**6)),
+        lambda state: saved(rewired(state, unit_row=lambda t: t.index_fill(0, FIRST, 10**6))),
         r"fc2\.mask: unit_row must lie in 0 … 7, not 0 … 1000000",
     ),
     "a negative index": (
-        lambda state: saved(changed(state, "model/fc2.mask.unit_col", 0, -1)),
+        lambda state: saved(rewired(state, unit_col=lambda t: t.index_fill(0, FIRST, -1))),
         r"fc2\.mask: unit_col must lie in 0 … 7, not -1",
     ),
     "units that overlap": (
-        lambda state: saved(
-            changed(changed(state, "model/fc2.mask.unit_row", slice(2), 0), "model/fc2.mask.unit_col", slice(2), 0)
-        ),
+        lambda state: saved(rewired(state, unit_row=torch.zeros_like, unit_col=torch.zeros_like)),
         "fc2.mask: the mask names a unit twice",
     ),
     "a block size of 0": (
-        lambda state: saved(replaced(state, "model/fc2.mask.block_size", torch.tensor(0))),
+        lambda state: saved(rewired(state, block_size=lambda size: 0)),
         "block_size=0 must be a whole number from 1",
+    ),
+    "a number of the wiring changed": (
+        lambda state: saved(changed(state, "model/fc2.mask.wiring", 100, 3.0)),
+        "wiring and its checksum do not match",
     ),
     "NaN weights": (
         lambda state: saved(changed(state, "model/fc2.values", (0, 0, 0), torch.nan)),
@@ -131,9 +149,9 @@ CRAFTED = {
         lambda state: saved(replaced(state, "model/lif1.beta", state["model"]["lif1.beta"].half())),
         r"lif1\.beta is torch\.float16, not torch\.float32",
     ),
-    "units that are no integers": (
-        lambda state: saved(replaced(state, "model/fc2.mask.unit_row", state["model"]["fc2.mask.unit_row"].float())),
-        r"fc2\.mask\.unit_row is torch\.float32",
+    "a wiring of halves": (
+        lambda state: saved(replaced(state, "model/fc2.mask.wiring", state["model"]["fc2.mask.wiring"].half())),
+        r"fc2\.mask\.wiring is torch\.float16",
     ),
     "a number for a setting's name": (
         lambda state: saved({**state, "settings": {**state["settings"], 3: 1}}),
@@ -277,12 +295,23 @@ def spoiled(draw, content):
 
 
 LAYER = dict(G2GLinear(MASK_CASES["ten outputs"].mask()).state_dict())
+indices = st.lists(st.integers(-2, 12), max_size=12).map(torch.tensor).map(torch.Tensor.long)
+
+
+def with_part(name, first, rest):
+    """The layer's state whose wiring has other numbers at one place, behind checksums that are right."""
+    change = (lambda size: first) if name == "block_size" else lambda part: torch.cat([rest, part[len(rest) :]])
+    return {**LAYER, "mask.wiring": row_with(MASK_CASES["ten outputs"].mask(), **{name: change})}
+
+
+PARTS = ["block_size", "out_group_of", "in_group_of", "unit_row", "unit_col"]
+spoiled_parts = st.builds(with_part, st.sampled_from(PARTS), st.integers(-2, 2**40), indices)
 
 
 @settings(max_examples=600)
 @given(st.data())
 def test_arbitrary_masks_are_loaded_right_or_refused(data):
-    state = data.draw(spoiled(LAYER))
+    state = data.draw(spoiled(LAYER) | spoiled_parts)
     other = G2GLinear(MASK_CASES["ten outputs"].mask(seed=1), backend="torch")
     try:
         other.load_state_dict(state)
@@ -290,8 +319,8 @@ def test_arbitrary_masks_are_loaded_right_or_refused(data):
         assert re.search(r"mask|values|bias", str(refusal)), refusal  # noqa: PT017  (it may as well be taken)
         return
     mask = other.mask
-    for name in ("unit_row", "unit_col"):
-        assert torch.equal(getattr(mask, name).long(), state[f"mask.{name}"].long())
+    for mine, theirs in zip((mask.unit_row, mask.unit_col), units_of(state["mask.wiring"]), strict=True):
+        assert torch.equal(mine.long(), theirs)
     values = other.values.detach()
     assert torch.equal(other.dense_weight().detach(), dense_by_loop(mask, values))
     x = torch.ones(2, mask.shape[1])

@@ -51,6 +51,73 @@ def test_a_functional_call_follows_the_network_whose_weights_it_is_given():
     assert torch.equal(functional_call(host, parameters(net), (X,)), net(X))
 
 
+@pytest.mark.parametrize("steps", [4, 6])
+def test_a_functional_call_with_a_networks_state_is_that_network(steps):
+    """Of another wiring and another number of steps, too, of which nothing stays."""
+    net, host = G2GNet(32, 40, 10, "mixer", block_size=3, T=steps, generator=seeded(0), enc_scale=3.0), network(seed=1)
+    for each in (net, host):
+        assert torch.equal(functional_call(each, net.state_dict(), (X,)), net(X))
+    assert host.T == 4
+    assert torch.equal(host(X), network(seed=1)(X))
+
+
+def soft(target, source):
+    target.data.lerp_(source.data, 0.1)
+
+
+def hard(target, source):
+    target.data.copy_(source.data)
+
+
+@pytest.mark.parametrize("update", [soft, hard])
+@pytest.mark.parametrize("every", [1, 3])
+def test_target_networks_that_are_tensors_are_rewired_with_their_network(update, every):
+    """As torchrl's: clones of parameters and buffers, of which only the parameters are updated."""
+    net = network()
+    target = {name: tensor.detach().clone() for name, tensor in parameters_and_buffers(net).items()}
+    twin = {name: layer.dense_weight().detach() for name, layer in net.named_children() if name.startswith("fc")}
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+    dst = DSTScheduler(net, optimizer, interval=2, fraction=0.3, prune="random", grow="random")
+    for step in range(8):
+        counts = functional_call(net, target, (X,))
+        host = network(seed=1)
+        expected = {**target, **{f"{name}.values": net.get_submodule(name).mask.pack(twin[name]) for name in twin}}
+        expected |= {name: buffer for name, buffer in net.named_buffers() if name.endswith("wiring")}
+        assert torch.equal(counts, functional_call(host, expected, (X,))), step
+        optimizer.zero_grad()
+        (net(X) - counts - 1).square().sum().backward()
+        optimizer.step()
+        if step % every == 0:
+            for name, parameter in net.named_parameters():
+                update(target[name], parameter)
+            for name, weight in twin.items():
+                update(weight, net.get_submodule(name).dense_weight())
+        dst.step()
+        for name, weight in twin.items():
+            twin[name] = weight * net.get_submodule(name).mask.to_dense()
+    assert dst.pruned > 0
+    assert len(net.fc2.lineage._guests) == 1
+    del target, expected
+    net(X)
+    functional_call(net, net.state_dict(), (X,))
+    assert len(net.fc2.lineage._guests) <= 1
+
+
+def test_other_tensors_in_place_of_weights_keep_their_own_wiring():
+    """A snapshot that nobody writes to, and the tensors of another network."""
+    net, other = network(), network(seed=1)
+    snapshot = {name: tensor.detach().clone() for name, tensor in parameters_and_buffers(net).items()}
+    theirs = {name: tensor.detach().clone() for name, tensor in parameters_and_buffers(other).items()}
+    expected = [functional_call(net, each, (X,)) for each in (snapshot, theirs)]
+    dst = DSTScheduler(net, torch.optim.SGD(net.parameters(), lr=0.1), interval=1, fraction=0.3, grow="random")
+    dst.step()
+    theirs["fc2.values"].mul_(2)
+    with torch.no_grad():
+        other.fc2.values.mul_(2)
+    assert torch.equal(functional_call(net, snapshot, (X,)), expected[0])
+    assert torch.equal(functional_call(net, theirs, (X,)), other(X))
+
+
 def test_an_average_of_two_wirings_in_place_of_the_wiring_is_refused():
     net, other = network(), network()
     mask = other.fc2.mask
@@ -62,7 +129,7 @@ def test_an_average_of_two_wirings_in_place_of_the_wiring_is_refused():
             parameters_and_buffers(net).items(), parameters_and_buffers(other).values(), strict=True
         )
     }
-    with pytest.raises(ValueError, match="average of two wirings"):
+    with pytest.raises(ValueError, match="average of networks with different wirings"):
         functional_call(net, mixed, (X,))
 
 
@@ -98,6 +165,17 @@ def test_numbers_that_are_not_there_are_not_loaded():
     with pytest.raises(RuntimeError, match=r"fc1\.values is on the device meta"):
         net.load_state_dict(network(seed=1).to("meta").state_dict())
     assert torch.equal(net.fc2.mask.to_dense(), network().fc2.mask.to_dense())
+
+
+def test_a_state_of_a_version_that_described_masks_otherwise_is_refused_by_name():
+    net = network()
+    state = network(seed=1).state_dict()
+    state["fc2.mask.unit_row"] = state.pop("fc2.mask.wiring")
+    with pytest.raises(
+        RuntimeError, match=r"fc2\.mask\.unit_row was saved by a version that .* Train the network again"
+    ):
+        net.load_state_dict(state, strict=False)
+    assert torch.equal(net.fc2.dense_weight(), network().fc2.dense_weight())
 
 
 class Half(nn.Module):

@@ -81,7 +81,7 @@ def test_each_fold_is_a_training_run_without_its_part(tmp_path, capsys):
             expected = torch.load(directory / f"{settings.stem}.pth", weights_only=True)["model"]
             assert_equal(dict(checkpoint["model"]), dict(expected))
     first, second = (load(tmp_path, fold)["model"] for fold in (1, 2))
-    assert not torch.equal(first["fc1.mask.unit_col"], second["fc1.mask.unit_col"]), "masks are drawn anew"
+    assert not torch.equal(first["fc1.mask.wiring"], second["fc1.mask.wiring"]), "masks are drawn anew"
 
 
 def test_the_results_are_printed_and_written(tmp_path, capsys):

@@ -74,6 +74,9 @@ def refused(program, capsys, *arguments, status=2):
         ("--enc_scale 1e300", r"enc_scale=1e\+300 is out of range; give a finite number that a float32 holds"),
         ("--enc_bias 1e39", r"enc_bias=1e\+39"),
         ("--lr nan", "lr=nan"),
+        ("--lr -1e-3", "lr=-0.001 is out of range"),
+        ("--enc_bias -inf", "enc_bias=-inf is out of range; give a finite number"),
+        ("--peer_timeout 1e-300", "peer_timeout=1e-300 is out of range; give a number from 0.01 to 525600"),
         ("--log_dir ''", "argument --log_dir: the name is empty"),
         ("--json ''", "argument --json: the name is empty"),
         ("--checkpoint_dir ''", "argument --checkpoint_dir: the name is empty"),
@@ -89,6 +92,11 @@ def test_values_that_would_fail_later_are_refused_by_their_flags(
     printed = refused(program, capsys, *TINY, *shlex.split(flags))
     assert re.search(message, printed)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ["-1e-3", "-.5E+2", "-7.", "-12"])
+def test_a_negative_number_is_a_value_and_no_flag(text):
+    assert train.build_parser().parse_args(["--enc_bias", text, "--T", "3"]).enc_bias == float(text)
 
 
 def test_the_last_fold_has_a_seed_too(capsys, no_step, tmp_path):

@@ -63,9 +63,7 @@ def test_counts_of_events_in_uint8_are_noticed(tmp_path, caplog):
     labels = {f"{part}_labels": LABELS[:40] for part in ("train", "test")}
     np.savez(tmp_path / "mine.npz", **arrays, **labels)
     trained(train, tmp_path, "--dataset", tmp_path / "mine.npz")
-    said = (
-        "are uint8 up to 4 and become inputs up to 0.016: uint8 is taken for pixels; give counts of events as f"
-    )
+    said = "are uint8 up to 4 and become inputs up to 0.016: uint8 is taken for pixels; give counts of events as f"
     assert said in caplog.text
 
 

@@ -154,6 +154,12 @@ def test_a_sweep_that_is_killed_and_interrupted_resumes_and_ends_as_if_it_had_no
         assert_equal(load(one.files), load(other.files))
 
 
+def test_runs_that_are_alike_since_a_setting_has_no_effect_are_told(tmp_path, thread, caplog):
+    sweep.run({**QUICK, "model": ["dense", "index"], "p_inter": [0.15, 0.3]}, tmp_path, executor=thread)
+    told = [message for message in caplog.messages if "has no effect" in message]
+    assert told[0] == "`p_inter=0.3` has no effect with `model=dense`"
+
+
 def loses_its_sweep_while_it_loads(folder):
     """What a process of a sweep does that ends before the first step."""
     reader, writer = multiprocessing.Pipe(duplex=False)
@@ -215,6 +221,7 @@ def test_the_program_writes_a_table_csv_json_and_a_picture(tmp_path, capsys):
     assert printed.startswith("g2g ")
     assert "4 runs: 2 p_inter × 2 seed | 4 finished" in printed.splitlines()[0]
     assert "| p_inter | runs | test accuracy, % |" in printed
+    assert printed.endswith(f"with pictures: python -m g2gnet.report {tmp_path}/*/*.pth\n")
     told = json.loads((tmp_path / "sweep.json").read_text())
     assert told == json.loads((tmp_path / "more.json").read_text())
     assert [row["settings"] for row in told["rows"]] == [{"p_inter": 0.1}, {"p_inter": 0.3}]

@@ -98,6 +98,7 @@ def g2g_stack(
         layer = layer._replace(neurons=check_neurons(suffix, layer.neurons, out_size, x))
         if layer.state is not None:
             check_state(suffix, layer.state, layer.neurons, (x.shape[-2], out_size))
+            _check_like(suffix, layer.state, x)
         if layer.recurrent is not None:
             check_connection(f" of the recurrent connection of layer {number}", *layer.recurrent, None)
             if layer.recurrent.mask.shape != (out_size, out_size):
@@ -130,6 +131,15 @@ def _sent_beyond(layer: SpikingLayer, last: torch.Tensor) -> torch.Tensor:
     before = [0 * fired[0].sum(0)] if layer.state is None else []
     first, final = [*before, *(spikes.sum(0) for spikes in fired)]
     return first - final
+
+
+def _check_like(suffix: str, state: torch.Tensor, x: torch.Tensor) -> None:
+    """Raises ValueError for a state on another device than x, or of more bits than this run's states."""
+    if state.device != x.device:
+        raise ValueError(f"state{suffix} is on {state.device}, x on {x.device}; give state.to(x.device)")
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if torch.promote_types(state.dtype, dtype) != dtype:
+        raise ValueError(f"state{suffix} is {state.dtype}, those of x in {x.dtype} are {dtype}; give state.to({dtype})")
 
 
 def _run(

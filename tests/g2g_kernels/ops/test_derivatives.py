@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import MASK_CASES, backends_of, packed_randn, seeded
+from helpers import MASK_CASES, backends_of, packed_randn, row_with, seeded
 from torch.autograd import forward_ad
 
 from g2g_kernels import BackendError, Neurons, SpikingLayer, g2g_linear, g2g_stack, lif, lif_step, synaptic
@@ -114,8 +114,7 @@ def test_a_mask_that_changed_since_the_forward_pass_is_refused(backend, change):
     if change == "relabel_":
         mask.relabel_(torch.tensor([0]), mask.unit_row[1:2].clone(), mask.unit_col[:1].clone())
     else:
-        state = {name: tensor.clone() for name, tensor in mask.state_dict().items()}
-        mask.load_state_dict({**state, "unit_row": state["unit_row"].flip(0), "unit_col": state["unit_col"].flip(0)})
+        mask.load_state_dict({"wiring": row_with(mask, unit_row=lambda t: t.flip(0), unit_col=lambda t: t.flip(0))})
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
 

@@ -110,6 +110,24 @@ def test_bad_values_are_named_with_range_and_remedy(options, message):
         TrainSettings(**options)
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({}, []),
+        ({"cp": "random", "dst_fraction": 0.2}, ["`cp=random` ", "`dst_fraction=0.2` "]),
+        ({"model": "index", "cg": "random"}, ["`cg=random` has no effect with `sparsity_mode=static`"]),
+        ({"model": "index", "sparsity_mode": "dynamic", "cp": "random", "p_inter": 0.2}, []),
+        ({"num_groups": 4, "p_intra": 0.5}, ["`num_groups=4` has no effect with `model=dense`", "`p_intra=0.5` "]),
+        ({"warmup_epochs": 3}, ["`warmup_epochs=3` has no effect without `enforce_sparsity`"]),
+        ({"warmup_epochs": 3, "enforce_sparsity": True}, []),
+    ],
+)
+def test_what_changes_nothing_is_named(options, told):
+    found = TrainSettings(**options).without_effect()
+    assert len(found) == len(told)
+    assert all(line.startswith(start) for line, start in zip(found, told, strict=True))
+
+
 def test_a_decay_that_is_left_out_is_that_of_the_module():
     assert TrainSettings(neuron="synaptic") == TrainSettings(neuron="synaptic", syn_decay=Synaptic.initial["syn_decay"])
 

@@ -10,6 +10,7 @@ import torch
 from helpers import threads
 from training_runs import SMALL, VARIANTS, assert_equal, load, run
 
+from g2gnet import SpikingStack
 from g2gnet.data import DataError, as_samples, load_dataset, random_crop_and_flip
 from g2gnet.seeding import stream
 from g2gnet.tensor_file import write_tensors
@@ -150,7 +151,7 @@ def test_an_epoch_is_printed_and_recorded(tmp_path, capsys):
     assert last["units_pruned"] == last["units_grown"] == 4 * sum(int(0.1 * n) for n in last["units"].values())
     assert last["units"] == records[0]["units"]
     saved = load(files)["model"]
-    assert last["units"] == {name: len(saved[f"{name}.mask.unit_row"]) for name in ("fc1", "fc2", "fc3")}
+    assert last["units"] == {name: len(saved[f"{name}.values"]) for name in ("fc1", "fc2", "fc3")}
     assert last["train_loss"] < records[0]["train_loss"]
 
 
@@ -211,6 +212,20 @@ def test_a_checkpoint_of_a_later_version_is_refused_by_the_setting_that_is_unkno
     write_tensors(files.checkpoint, state)
     with pytest.raises(CheckpointError, match="colour: red there, not set now"):
         run(tmp_path, epochs=1)
+
+
+def test_evaluation_and_analysis_compute_as_many_steps_at_a_time_as_training(tmp_path, monkeypatch):
+    chunks = []
+    simulate = SpikingStack.simulate
+
+    def noted(self, *arguments, chunk=None, **options):
+        chunks.append(chunk)
+        return simulate(self, *arguments, chunk=chunk, **options)
+
+    monkeypatch.setattr(SpikingStack, "simulate", noted)
+    run(tmp_path, epochs=1, limit_train=100, chunk=2)
+    assert len(chunks) > 3
+    assert set(chunks) == {2}
 
 
 def test_chunks_of_time_change_the_weights_by_rounding_only():

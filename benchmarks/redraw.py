@@ -30,6 +30,7 @@ from . import (
     flag_costs,
     model_comparison,
     recipe_study,
+    sequence_study,
     study,
     surrogate_study,
     tradeoff_study,
@@ -50,7 +51,7 @@ PAGES = (
 PICTURED = ("scaling", "accuracy", "chunks", "tradeoff_study")
 STUDIES = {
     module.STUDY.name: module.STUDY
-    for module in (model_comparison, surrogate_study, recipe_study, dst_study, tradeoff_study)
+    for module in (model_comparison, surrogate_study, recipe_study, dst_study, tradeoff_study, sequence_study)
 }
 #: a throughput record's name contains these where they differ
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(Workload)}

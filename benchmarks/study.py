@@ -14,6 +14,7 @@ import os
 import re
 import shlex
 import statistics
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,11 @@ class Study:
         rows: the flags of each row, by its name.
         epochs: of each run.
         table: a Markdown table from the record.
+        default_rows: what ``--rows`` is unless it is given.
+        others: rows that ``g2g-train`` does not train, and what does: from the settings of their flags, a folder and a
+            function that prints a line, to the end of the run.
+        finished_others: the end of such a run in its folder, or None.
+        more: what else to record of the settings of a row, in a folder for it.
     """
 
     name: str
@@ -52,6 +58,12 @@ class Study:
     rows: Mapping[str, str]
     epochs: int
     table: Callable[[dict[str, Any]], str]
+    default_rows: Sequence[str] = ("*",)
+    others: Mapping[str, Callable[[TrainSettings, Path, Callable[[str], None]], dict[str, Any]]] = dataclasses.field(
+        default_factory=dict
+    )
+    finished_others: Callable[[Path], dict[str, Any] | None] = lambda folder: None
+    more: Callable[[str, TrainSettings, Path], dict[str, Any]] = lambda row, settings, folder: {}
 
 
 def run_of(study: Study, row: str, epochs: int, seed: int, root: Path, dataset: Path | None = None) -> Run:
@@ -127,8 +139,8 @@ def build_parser(study: Study) -> Parser:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], metavar="N", help="default: 1 2 3")
     text = f"epochs of each run (default: {study.epochs})"
     parser.add_argument("--epochs", type=int, default=study.epochs, metavar="N", help=text)
-    text = "rows to train, or patterns of their names with *"
-    parser.add_argument("--rows", nargs="+", default=["*"], metavar="NAME", help=text)
+    text = f"rows to train, or patterns of their names with * (default: {' '.join(study.default_rows)})"
+    parser.add_argument("--rows", nargs="+", default=study.default_rows, metavar="NAME", help=text)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="parallel runs (default: cores)")
     text = f"train on all but the last {HELD_BACK:,} training images, and test on these, not on the test images"
     parser.add_argument("--validation", action="store_true", help=text)
@@ -203,6 +215,7 @@ def make(study: Study, arguments: argparse.Namespace) -> dict[str, Any]:
         for row in rows
         if (row, seed) not in known
     }
+    others = {key: runs.pop(key) for key in list(runs) if key[0] in study.others}
     missing = [] if arguments.finished else [run for run in runs.values() if not run.files.marker.exists()]
 
     def line(run: Run) -> str:
@@ -220,6 +233,21 @@ def make(study: Study, arguments: argparse.Namespace) -> dict[str, Any]:
         end = result(run)
         if end is not None:
             ends[row, seed] = {"seed": seed, **end}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # those of a run
+    for (row, seed), run in others.items():
+
+        def note(text: str, label: str = run.label) -> None:
+            print(f"{label}: {text}", file=sys.stderr)
+
+        train_other = study.others[row]
+        end = study.finished_others(run.folder) if arguments.finished else train_other(run.settings, run.folder, note)
+        if end is not None:
+            ends[row, seed] = {"seed": seed, **end}
+    torch.set_num_threads(threads)
+    for (row, seed), run in {**runs, **others}.items():
+        if (row, seed) in ends:
+            ends[row, seed] |= study.more(row, run.settings, run.folder)
     found: dict[str, list[dict[str, Any]]] = {row: [] for row in study.rows}
     for row, seed in sorted(ends):
         found[row].append(ends[row, seed])

@@ -59,6 +59,11 @@ class G2GNet(SpikingStack):
     Raises:
         ValueError: for a value out of range.
         TypeError: for an unknown parameter of the neurons.
+
+    Example:
+        >>> net = G2GNet(784, 256, 10, model="mixer", p_inter=0.15, block_size=16, T=10)
+        >>> net(torch.rand(5, 784)).shape  # spike counts of ten classes
+        torch.Size([5, 10])
     """
 
     fc1: G2GLinear

@@ -17,7 +17,7 @@ DEFAULTS = {
     "model": "dense",
     "recurrent": False,
     "p_rec_inter": None,
-    "rec_gain": 1.0,
+    "rec_gain": 0.2,
     "name": None,
     "epochs": 20,
     "p_inter": 0.15,

@@ -22,6 +22,11 @@ def random_crop_and_flip(
 
     Returns:
         New images of the same shape and dtype.
+
+    Example:
+        >>> images = torch.randint(256, (5, 28, 28), dtype=torch.uint8)
+        >>> random_crop_and_flip(images, torch.Generator().manual_seed(0), shift=2).shape
+        torch.Size([5, 28, 28])
     """
     count, (height, width) = len(images), images.shape[-2:]
     drawn_on = generator.device

@@ -62,6 +62,10 @@ def dataset_name(given: str) -> str:
 
     Raises:
         DataError: if the file cannot be read.
+
+    Example:
+        >>> dataset_name("fashionmnist")
+        'fashionmnist'
     """
     return own.name_of(given) if given.endswith(own.SUFFIX) else given
 
@@ -74,6 +78,11 @@ def load_dataset(name: str, data_dir: Path | str = "data") -> ImageData:
     Raises:
         ValueError: for an unknown name.
         DataError: if it cannot be found, downloaded or read.
+
+    Example:
+        >>> data = load_dataset("fashionmnist-mini")
+        >>> data.train_images.shape, data.num_classes
+        (torch.Size([6000, 28, 28]), 10)
     """
     if own.is_name(name):
         return own.load(name, Path(data_dir))

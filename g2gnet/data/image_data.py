@@ -26,6 +26,12 @@ class ImageData:
         train_labels, test_labels: int64 [N].
         num_classes: number of classes.
         val_images, val_labels: training images held out for validation, or None.
+
+    Example:
+        >>> images, labels = torch.randint(256, (20, 8, 8), dtype=torch.uint8), torch.arange(20) % 4
+        >>> data = ImageData("toy", images[:15], labels[:15], images[15:], labels[15:], num_classes=4)
+        >>> data.input_dim, len(data.limited(10, 2).train_labels)
+        (64, 10)
     """
 
     name: str
@@ -89,6 +95,11 @@ class ImageData:
 
 
 def as_samples(images: torch.Tensor) -> torch.Tensor:
-    """uint8 images [B, ...] as float32 samples [B, D] from 0 to 1; float32 features [B, D] as they are."""
+    """uint8 images [B, ...] as float32 samples [B, D] from 0 to 1; float32 features [B, D] as they are.
+
+    Example:
+        >>> as_samples(torch.tensor([[[0, 255], [51, 102]]], dtype=torch.uint8))
+        tensor([[0.0000, 1.0000, 0.2000, 0.4000]])
+    """
     samples = images.reshape(len(images), -1)
     return samples.float() / 255 if samples.dtype == torch.uint8 else samples

@@ -22,18 +22,24 @@ Here :func:`to_nir` writes w_in = τ_syn/Δt and R = τ_mem/Δt, so that g = 1 a
 demands. The resets differ slightly: in the step after a spike NIR's membrane charges from zero, while that of
 ``Synaptic`` stays at zero, as in snnTorch. A warning says so.
 
+A recurrent connection V is a loop of two nodes, neurons → linear → neurons. Its spikes take one time step, as in all
+tools that run NIR step by step. :func:`to_nir` writes the layer as a graph inside of the graph, with the nodes
+``input``, ``lif``, ``w_rec``, ``output``; snnTorch writes the same nodes without that graph. A bias in the loop is a
+constant current: it is read as part of b.
+
 NIR cannot carry
 
 - the reset by subtraction, delayed or not: its neurons only reset to a value (train with ``reset="zero"``);
 - decays of 1: no leak means an infinite τ (NIR's IF, which has none, is read as β = 1, g = R·Δt);
 - surrogates, learnability, groups and units: these go into the nodes' metadata, which other tools do not read;
+- delays of synapses, which a stack does not have: a graph with delays is refused;
 - the encoding of samples: the graph's input is that of fc1.
 """
 
 import itertools
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,7 +51,7 @@ from g2g_kernels.ops.neurons.surrogates import ALPHA, SURROGATE
 from g2gnet.interop.optional import optional_package
 from g2gnet.layers import G2GLinear
 from g2gnet.neurons import NEURONS, SpikingNeurons
-from g2gnet.stack import SpikingStack
+from g2gnet.stack import Pair, RecurrentLayer, SpikingStack
 
 logger = logging.getLogger("g2gnet")
 
@@ -76,7 +82,7 @@ DEFAULT_DT = 1e-4
 
 
 def to_nir(stack: SpikingStack, dt: float = DEFAULT_DT) -> Any:
-    """The ``nir.NIRGraph`` of a stack: input → fc1 → lif1 → fc2 → … → output.
+    """The ``nir.NIRGraph`` of a stack: input → fc1 → lif1 → fc2 → … → output; a recurrent layer's lif is a graph.
 
     Args:
         stack: its neurons have reset to zero.
@@ -93,7 +99,13 @@ def to_nir(stack: SpikingStack, dt: float = DEFAULT_DT) -> Any:
         ['input', 'fc1', 'lif1', 'fc2', 'lif2', 'fc3', 'lif3', 'output']
     """
     nir = optional_package("nir", _LEAST_NIR)
-    for _, neurons in stack.layers():
+    layers = list(stack.layers())
+    for number, (_, neurons) in enumerate(layers, 1):  # no reset makes them fit
+        if neurons.model.name not in _FORMS:
+            raise ValueError(
+                f"lif{number}: NIR has no {neurons.model.name!r} neurons; only {', '.join(_FORMS)} convert"
+            )
+    for _, neurons in layers:
         if neurons.reset != "zero":
             raise ValueError(
                 f"reset={neurons.reset!r} cannot be written to NIR, whose neurons reset to a value; train the network "
@@ -101,19 +113,24 @@ def to_nir(stack: SpikingStack, dt: float = DEFAULT_DT) -> Any:
             )
     if not dt > 0:
         raise ValueError(f"dt={dt} must be above 0 seconds")
-    layers = list(stack.layers())
-    nodes = {"input": nir.Input(input_type={"input": np.array([layers[0][0].in_features])})}
-    for number, (connection, neurons) in enumerate(layers, 1):
-        weight, metadata = _array(connection.dense_weight()), _mask_metadata(connection.mask)
-        if connection.bias is None:
-            nodes[f"fc{number}"] = nir.Linear(weight=weight, metadata=metadata)
-        else:
-            nodes[f"fc{number}"] = nir.Affine(weight=weight, bias=_array(connection.bias), metadata=metadata)
-        nodes[f"lif{number}"] = _neurons_node(f"lif{number}", neurons, connection.out_features, dt)
-    nodes["output"] = nir.Output(output_type={"output": np.array([layers[-1][0].out_features])})
-    names = list(nodes)
-    _warn_of_the_hold([name for name, node in nodes.items() if isinstance(node, nir.CubaLIF)])
-    return nir.NIRGraph(nodes=nodes, edges=list(itertools.pairwise(names)))
+    nodes = {"input": _end(nir.Input, layers[0][0].in_features)}
+    for number, ((connection, neurons), recurrent) in enumerate(zip(layers, stack.recurrents(), strict=True), 1):
+        size = connection.out_features
+        nodes[f"fc{number}"] = _connection_node(connection)
+        node = _neurons_node(f"lif{number}", neurons, size, dt)
+        if recurrent is not None:
+            inner = {
+                "input": _end(nir.Input, size),
+                "lif": node,
+                "w_rec": _connection_node(recurrent),
+                "output": _end(nir.Output, size),
+            }
+            edges = [("input", "lif"), ("lif", "w_rec"), ("w_rec", "lif"), ("lif", "output")]
+            node = nir.NIRGraph(nodes=inner, edges=edges)
+        nodes[f"lif{number}"] = node
+    nodes["output"] = _end(nir.Output, layers[-1][0].out_features)
+    _warn_of_the_hold([f"lif{n}" for n, (_, of) in enumerate(layers, 1) if _FORMS[of.model.name].node == "CubaLIF"])
+    return nir.NIRGraph(nodes=nodes, edges=list(itertools.pairwise(nodes)))
 
 
 def from_nir(
@@ -126,11 +143,13 @@ def from_nir(
 ) -> SpikingStack:
     """The stack of a NIR graph in which linear or affine nodes alternate with LIF, CubaLIF or IF nodes.
 
+    Neurons may lead back to themselves through one linear or affine node, the layer's recurrent connection.
+
     Args:
         graph: a ``nir.NIRGraph``, as ``nir.read(file)`` gives it.
         dt: the time step, in seconds, for which the graph was made.
-        masks: by name of a node, the weights that exist, as for :meth:`G2GLinear.from_linear`. Other nodes have the
-            mask of their metadata, or every weight.
+        masks: by name of a node (``"lif1.w_rec"`` of one in a graph inside of the graph), the weights that exist, as
+            for :meth:`G2GLinear.from_linear`. Other nodes have the mask of their metadata, or every weight.
         T: the number of steps for which the stack holds inputs [B, D], which a graph does not say. The length of inputs
             [T, B, D] may differ from it.
         backend: ``"triton"``, ``"cpu"`` or ``"torch"``; None lets the device decide.
@@ -149,10 +168,10 @@ def from_nir(
     if not dt > 0:
         raise ValueError(f"dt={dt} must be above 0 seconds")
     masks = masks or {}
-    chain = [(name, node) for name, node in _chain(graph, nir) if not isinstance(node, nir.Flatten)]
+    chain = _chain(graph, nir)
     linear, neurons = chain[::2], chain[1::2]
-    for kinds, found in (((nir.Affine, nir.Linear), linear), (tuple(getattr(nir, kind) for kind in _READ), neurons)):
-        for name, node in found:
+    for kinds, found in ((_linear_kinds(nir), linear), (tuple(getattr(nir, kind) for kind in _READ), neurons)):
+        for name, node, _ in found:
             if node is None:
                 raise ValueError(f"node {name} is empty: the tool that wrote the graph could not express it in NIR")
             if not isinstance(node, kinds):
@@ -164,45 +183,155 @@ def from_nir(
         raise ValueError(
             f"the graph has {len(linear)} linear and {len(neurons)} LIF, CubaLIF or IF nodes; each needs the other"
         )
-    unknown = set(masks) - {name for name, _ in linear}
+    known = [name for name, *_ in linear] + [recurrent[0] for *_, recurrent in neurons if recurrent is not None]
+    unknown = set(masks) - set(known)
     if unknown:
-        raise ValueError(f"masks names {', '.join(sorted(unknown))}, the graph {', '.join(n for n, _ in linear)}")
-    layers = [
-        (
-            _connection(name, node, masks.get(name), backend),
-            _neurons(lif_name, lif_node, dt, backend),
-        )
-        for (name, node), (lif_name, lif_node) in zip(linear, neurons, strict=True)
-    ]
-    _warn_of_the_hold([name for name, node in neurons if isinstance(node, nir.CubaLIF)])
+        raise ValueError(f"masks names {', '.join(sorted(unknown))}, the graph {', '.join(known)}")
+    layers: list[Pair | RecurrentLayer] = []
+    for (name, node, _), (lif_name, lif_node, recurrent) in zip(linear, neurons, strict=True):
+        population = _neurons(lif_name, lif_node, dt, backend)
+        bias = _bias(node)
+        if recurrent is None:
+            layers.append((_connection(name, node, bias, masks.get(name), backend), population))
+            continue
+        rec_name, rec_node = recurrent
+        in_loop = _bias(rec_node)
+        if in_loop is not None and in_loop.any():  # tools that know no Linear write an Affine with zeros
+            bias = in_loop if bias is None else bias + in_loop
+        connection = _connection(name, node, bias, masks.get(name), backend)
+        layers.append((connection, population, _connection(rec_name, rec_node, None, masks.get(rec_name), backend)))
+    _warn_of_the_hold([name for name, node, _ in neurons if isinstance(node, nir.CubaLIF)])
     return SpikingStack(layers, T, backend)
 
 
-def _chain(graph: Any, nir: Any) -> list[tuple[str, Any]]:
-    """The nodes of a graph without branches, in order, those of a graph inside of it among them, without the ends."""
-    followers: dict[str, list[str]] = {name: [] for name in graph.nodes}
+_LOOPS = (
+    "a stack has loops of a layer's neurons and one Linear or Affine node only, by which their spikes return one step "
+    "later"
+)
+
+
+def _linear_kinds(nir: Any) -> tuple[type, ...]:
+    return nir.Affine, nir.Linear
+
+
+def _flattened(graph: Any, nir: Any, prefix: str = "") -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """Nodes and edges of a graph and of those inside of it; what leads to one of these leads to its input."""
+    nodes: dict[str, Any] = {}
+    edges: list[tuple[str, str]] = []
+    ends: dict[str, tuple[str, str]] = {}
+    for key, node in graph.nodes.items():
+        name = prefix + key
+        if isinstance(node, nir.NIRGraph):
+            inner_nodes, inner_edges = _flattened(node, nir, f"{name}.")
+            nodes |= inner_nodes
+            edges += inner_edges
+            followed, leading = {target for _, target in inner_edges}, {source for source, _ in inner_edges}
+            both = []
+            # some tools leave the ends out
+            for kind, others, what in ((nir.Input, followed, "inputs"), (nir.Output, leading, "outputs")):
+                own = [f"{name}.{inner}" for inner, of in node.nodes.items() if isinstance(of, kind)]
+                own = own or [inner for inner in inner_nodes if inner not in others]
+                if len(own) != 1:
+                    raise ValueError(f"the graph {name} has {len(own)} {what}; a stack takes graphs with one")
+                both.append(own[0])
+            ends[name] = (both[0], both[1])
+        else:
+            nodes[name] = node
     for source, target in graph.edges:
-        followers[source].append(target)
-    followed = {target for _, target in graph.edges}
+        first, last = prefix + source, prefix + target
+        edges.append((ends[first][1] if first in ends else first, ends[last][0] if last in ends else last))
+    return nodes, list(dict.fromkeys(edges))
+
+
+def _without(name: str, edges: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The edges without a node, past which they lead."""
+    before = [source for source, target in edges if target == name and source != name]
+    after = [target for source, target in edges if source == name and target != name]
+    past = [(source, target) for source in before for target in after]
+    return list(dict.fromkeys([edge for edge in edges if name not in edge] + past))
+
+
+def _chain(graph: Any, nir: Any) -> list[tuple[str, Any, tuple[str, Any] | None]]:
+    """The nodes in order, those of graphs inside of the graph among them, each with that of its recurrent connection.
+
+    Flatten and the ends, which compute nothing, are left out.
+    """
+    nodes, edges = _flattened(graph, nir)
+    for key, node in list(nodes.items()):
+        is_inner_end = isinstance(node, nir.Input | nir.Output) and key not in graph.nodes
+        if is_inner_end or isinstance(node, nir.Flatten):
+            del nodes[key]
+            edges = _without(key, edges)
+    followed = {target for _, target in edges}
     # some tools leave the input node out
-    starts = [name for name, node in graph.nodes.items() if isinstance(node, nir.Input)] or [
-        name for name in graph.nodes if name not in followed
+    starts = [key for key, node in nodes.items() if isinstance(node, nir.Input)] or [
+        key for key in nodes if key not in followed
     ]
     if len(starts) != 1:
         raise ValueError(f"the graph has {len(starts)} inputs; a stack has one")
-    names = [starts[0]]
-    while followers[names[-1]]:
-        if len(followers[names[-1]]) > 1 or followers[names[-1]][0] in names:
-            raise ValueError(f"node {names[-1]} leads to {followers[names[-1]]}; a stack has no branches and no loops")
-        names.append(followers[names[-1]][0])
-    chain: list[tuple[str, Any]] = []
-    for name in names:
-        node = graph.nodes[name]
-        if isinstance(node, nir.NIRGraph):
-            chain += [(f"{name}.{inner}", inner_node) for inner, inner_node in _chain(node, nir)]
-        elif not isinstance(node, nir.Input | nir.Output):
-            chain.append((name, node))
-    return chain
+    chain: list[tuple[str, Any, tuple[str, Any] | None]] = []
+    left = dict(nodes)
+    name: str | None = starts[0]
+    while name is not None:
+        node = left.pop(name)
+        loop = _loop_of(name, nodes, edges, nir)
+        chain.append((name, node, None if loop is None else (loop, left.pop(loop))))
+        onward = [target for source, target in edges if source == name and target != loop]
+        if len(onward) > 1:
+            raise ValueError(f"node {name} leads to {onward}; a stack has no branches")
+        name = onward[0] if onward else None
+    if left:
+        raise ValueError(
+            f"node {next(iter(left))} is not on the way from {starts[0]}; a stack has one input and no branches"
+        )
+    return [each for each in chain if not isinstance(each[1], nir.Input | nir.Output)]
+
+
+def _loop_of(name: str, nodes: Mapping[str, Any], edges: Sequence[tuple[str, str]], nir: Any) -> str | None:
+    """The linear node by which a node leads back to itself; None: it does not.
+
+    Raises:
+        ValueError: for more than one, or a loop of other nodes.
+    """
+    ways = [_way(target, name, edges) for source, target in edges if source == name]
+    loops = [way for way in ways if way]
+    for *through, _ in loops:
+        if len(through) != 1 or not isinstance(nodes[through[0]], _linear_kinds(nir)):
+            by = ", ".join(f"{each} ({type(nodes[each]).__name__})" for each in through)
+            raise ValueError(f"node {name} leads back to itself{' by ' * bool(by)}{by}; {_LOOPS}")
+        if isinstance(nodes[name], _linear_kinds(nir)):
+            raise ValueError(f"nodes {name} and {through[0]} are a loop without neurons; {_LOOPS}")
+        others = {each for edge in edges if through[0] in edge for each in edge} - {name, through[0]}
+        if others:
+            raise ValueError(f"node {through[0]}, in the loop of {name}, is joined to {', '.join(others)}; {_LOOPS}")
+    if len(loops) > 1:
+        raise ValueError(
+            f"node {name} has {len(loops)} recurrent connections, {', '.join(first for first, *_ in loops)}; a layer "
+            "has one: add their weights and biases"
+        )
+    return loops[0][0] if loops else None
+
+
+def _way(start: str, end: str, edges: Sequence[tuple[str, str]]) -> list[str]:
+    """The shortest way from ``start`` to ``end``, both included; empty: there is none."""
+    ways, seen = [[start]], {start}
+    for way in ways:  # which grows
+        if way[-1] == end:
+            return way
+        onward = [target for source, target in edges if source == way[-1] and target not in seen]
+        seen.update(onward)
+        ways += [[*way, target] for target in onward]
+    return []
+
+
+def _bias(node: Any) -> torch.Tensor | None:
+    bias = getattr(node, "bias", None)
+    return None if bias is None else torch.as_tensor(bias).detach().float()
+
+
+def _numbers(node: Any, option: str, otherwise: float = 0.0) -> np.ndarray:
+    """An option of a node, an array there, a number, or another tool's tensor."""
+    return _array(torch.as_tensor(getattr(node, option, otherwise))).astype(np.float64)
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:
@@ -213,13 +342,28 @@ def _mask_metadata(mask: BlockMask) -> dict[str, Any]:
     return {} if mask.is_full else {"wiring": _array(mask.state_dict()["wiring"])}
 
 
-def _connection(name: str, node: Any, mask: BlockMask | torch.Tensor | None, backend: str | None) -> G2GLinear:
+def _end(kind: Any, size: int) -> Any:
+    """An input or output node."""
+    name = kind.__name__.lower()
+    return kind(**{f"{name}_type": {name: np.array([size])}})
+
+
+def _connection_node(connection: G2GLinear) -> Any:
+    nir = optional_package("nir", _LEAST_NIR)
+    weight, metadata = _array(connection.dense_weight()), _mask_metadata(connection.mask)
+    if connection.bias is None:
+        return nir.Linear(weight=weight, metadata=metadata)
+    return nir.Affine(weight=weight, bias=_array(connection.bias), metadata=metadata)
+
+
+def _connection(
+    name: str, node: Any, bias: torch.Tensor | None, mask: BlockMask | torch.Tensor | None, backend: str | None
+) -> G2GLinear:
     weight = torch.as_tensor(node.weight).float()
-    bias = getattr(node, "bias", None)
     linear = torch.nn.utils.skip_init(torch.nn.Linear, weight.shape[1], weight.shape[0], bias=bias is not None)
     linear.weight.data.copy_(weight)
     if bias is not None:
-        linear.bias.data.copy_(torch.as_tensor(bias))
+        linear.bias.data.copy_(bias)
     if mask is None and "wiring" in node.metadata:
         mask = BlockMask.from_state(
             {"wiring": torch.as_tensor(node.metadata["wiring"])}, (weight.shape[0], weight.shape[1])
@@ -230,8 +374,6 @@ def _connection(name: str, node: Any, mask: BlockMask | torch.Tensor | None, bac
 
 
 def _neurons_node(name: str, neurons: SpikingNeurons, size: int, dt: float) -> Any:
-    if neurons.model.name not in _FORMS:
-        raise ValueError(f"{name}: NIR has no {neurons.model.name!r} neurons; only {', '.join(_FORMS)} convert")
     form = _FORMS[neurons.model.name]
     values = {
         parameter: (value.clamp(0, 1) if parameter in neurons.model.decays else value)
@@ -263,24 +405,20 @@ def _neurons_node(name: str, neurons: SpikingNeurons, size: int, dt: float) -> A
 
 def _neurons(name: str, node: Any, dt: float, backend: str | None) -> SpikingNeurons:
     model, time_constants = _READ[type(node).__name__]
-
-    def numbers(option: str, otherwise: float = 0.0) -> np.ndarray:  # of an array, a number, or another tool's tensor
-        return _array(torch.as_tensor(getattr(node, option, otherwise))).astype(np.float64)
-
     for option in ("v_leak", "v_reset"):
-        if numbers(option).any():
+        if _numbers(node, option).any():
             raise ValueError(f"node {name} has {option} other than 0, which our neurons do not support")
     values: dict[str, np.ndarray] = {decay: np.ones(()) for decay in MODELS[model].decays}
-    gain = numbers("r") * numbers("w_in", 1.0) * (1.0 if time_constants else dt)
+    gain = _numbers(node, "r") * _numbers(node, "w_in", 1.0) * (1.0 if time_constants else dt)
     for decay, constant in time_constants.items():
-        step = dt / numbers(constant)
+        step = dt / _numbers(node, constant)
         if np.any(step > 1) or np.any(step < 0):
             raise ValueError(
                 f"node {name} has a time constant below dt={dt} s; give the dt that the graph was made for"
             )
         values[decay] = 1 - step
         gain = gain * step
-    values["threshold"] = numbers("v_threshold") / gain
+    values["threshold"] = _numbers(node, "v_threshold") / gain
     about = node.metadata
     population = NEURONS[model](
         reset="zero",

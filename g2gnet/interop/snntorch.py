@@ -1,10 +1,16 @@
-"""Networks of ``nn.Linear`` and ``snntorch.Leaky`` or ``snntorch.Synaptic`` as g2g stacks, and back.
+"""Networks of ``nn.Linear`` and snnTorch's ``Leaky``, ``Synaptic``, ``RLeaky``, ``RSynaptic`` as g2g stacks, and back.
 
 Weights, masks, biases, the neurons' parameters and which of them are learnable, reset and surrogate are converted; the
 spikes are equal, since our neurons are exactly snnTorch's. A PyTorch mask is that of ``torch.nn.utils.prune``, which
 has only single weights: the argument ``masks`` restores groups and larger units.
+
+The recurrent neurons of snnTorch contain their connection V, with a bias that acts at every step, the first included:
+it is part of our b. With ``all_to_all=False`` V is diagonal: a mask of single weights. ``RLeaky`` differs from
+``Leaky`` in one thing: its reset to zero holds the membrane at zero for a step. Its reset without delay
+(``reset_delay=False``) is ours, but for the gradient, which snnTorch lets pass through the reset.
 """
 
+import logging
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -19,21 +25,29 @@ from g2g_kernels.ops.neurons.surrogates import SURROGATES, Surrogate
 from g2gnet.interop.optional import optional_package
 from g2gnet.layers import G2GLinear
 from g2gnet.neurons import NEURONS, SpikingNeurons
-from g2gnet.stack import SpikingStack
+from g2gnet.stack import Pair, RecurrentLayer, SpikingStack
+
+logger = logging.getLogger("g2gnet")
 
 
 class _Counterpart(NamedTuple):
-    """snnTorch's form of a model: its class, and its name for each of our parameters."""
+    """snnTorch's form of a model: its class, the recurrent one, and its name for each of our parameters."""
 
     kind: str
+    recurrent: str
     parameters: dict[str, str]
+
+    @property
+    def kinds(self) -> tuple[str, str]:
+        return self.kind, self.recurrent
 
 
 _COUNTERPARTS = {
-    "lif": _Counterpart("Leaky", {"beta": "beta", "threshold": "threshold"}),
-    "synaptic": _Counterpart("Synaptic", {"syn_decay": "alpha", "beta": "beta", "threshold": "threshold"}),
+    "lif": _Counterpart("Leaky", "RLeaky", {"beta": "beta", "threshold": "threshold"}),
+    "synaptic": _Counterpart("Synaptic", "RSynaptic", {"syn_decay": "alpha", "beta": "beta", "threshold": "threshold"}),
 }
-_KINDS = " or ".join(f"snn.{counterpart.kind}" for counterpart in _COUNTERPARTS.values())
+_NAMES = [f"snn.{kind}" for counterpart in _COUNTERPARTS.values() for kind in counterpart.kinds]
+_KINDS = f"{', '.join(_NAMES[:-1])} or {_NAMES[-1]}"
 
 
 def from_snntorch(
@@ -49,9 +63,9 @@ def from_snntorch(
     ``nn.Flatten`` and ``nn.Identity`` are skipped. Anything added by the model's own ``forward`` is ignored.
 
     Args:
-        model: alternates ``nn.Linear`` and ``snn.Leaky`` or ``snn.Synaptic``.
-        masks: by name of an ``nn.Linear``, the weights that exist, as for :meth:`G2GLinear.from_linear`. Other layers
-            have the mask of ``torch.nn.utils.prune``, or every weight.
+        model: alternates ``nn.Linear`` and ``snn.Leaky``, ``snn.Synaptic``, ``snn.RLeaky`` or ``snn.RSynaptic``.
+        masks: by name of an ``nn.Linear``, also a recurrent one (``"lif1.recurrent"``), the weights that exist, as for
+            :meth:`G2GLinear.from_linear`. Other layers have the mask of ``torch.nn.utils.prune``, or every weight.
         T: the number of steps for which the stack holds inputs [B, D], which a model does not say. The length of inputs
             [T, B, D] may differ from it.
         backend: ``"triton"``, ``"cpu"`` or ``"torch"``; None lets the device decide.
@@ -70,8 +84,10 @@ def from_snntorch(
     snn = optional_package("snntorch")
     linears: dict[str, Any] = {}
     neurons: dict[str, Any] = {}
-    kinds = tuple(getattr(snn, counterpart.kind) for counterpart in _COUNTERPARTS.values())
+    kinds = tuple(getattr(snn, kind) for counterpart in _COUNTERPARTS.values() for kind in counterpart.kinds)
     for name, module in model.named_modules():
+        if any(name.startswith(f"{outer}.") for outer in neurons):
+            continue  # part of recurrent neurons
         if isinstance(module, (nn.Linear, *kinds)):
             linear_next = len(linears) == len(neurons)
             if isinstance(module, nn.Linear) != linear_next:
@@ -85,25 +101,27 @@ def from_snntorch(
             )
     if not linears or len(linears) != len(neurons):
         raise ValueError(f"the model has {len(linears)} nn.Linear and {len(neurons)} {_KINDS}; each needs the other")
+    recurrents = {f"{name}.recurrent": of for name, theirs in neurons.items() if (of := _all_to_all(name, theirs))}
     masks = masks or {}
-    unknown = set(masks) - set(linears)
+    unknown = set(masks) - set(linears) - set(recurrents)
     if unknown:
-        raise ValueError(f"masks names {', '.join(sorted(unknown))}; the linear layers are {', '.join(linears)}")
-    layers = [
-        (
-            G2GLinear.from_linear(linear, masks.get(name), backend),
-            _neurons_from(neurons_name, theirs, linear.out_features, linear.weight, backend),
-        )
-        for (name, linear), (neurons_name, theirs) in zip(linears.items(), neurons.items(), strict=True)
-    ]
+        known = ", ".join([*linears, *recurrents])
+        raise ValueError(f"masks names {', '.join(sorted(unknown))}; the linear layers are {known}")
+    layers: list[Pair | RecurrentLayer] = []
+    for (name, linear), (neurons_name, theirs) in zip(linears.items(), neurons.items(), strict=True):
+        connection = G2GLinear.from_linear(linear, masks.get(name), backend)
+        population = _neurons_from(neurons_name, theirs, linear.out_features, linear.weight, backend)
+        recurrent = _recurrent_from(neurons_name, theirs, connection, masks.get(f"{neurons_name}.recurrent"))
+        layers.append((connection, population) if recurrent is None else (connection, population, recurrent))
     return SpikingStack(layers, T, backend).train(model.training)
 
 
 def to_snntorch(stack: SpikingStack) -> nn.Sequential:
     """snnTorch's form of a stack: ``nn.Linear`` and ``snn.Leaky`` or ``snn.Synaptic`` with the stack's names, one time
-    step per call.
+    step per call. Neurons with a recurrent connection are ``snn.RLeaky`` or ``snn.RSynaptic``.
 
-    The neurons keep their states between calls (``init_hidden=True``): ``snntorch.utils.reset(model)`` resets them.
+    The neurons keep their states between calls (``init_hidden=True``): ``snntorch.utils.reset(model)`` resets them. But
+    it leaves the last spikes of ``snn.RSynaptic``: call the layer's own ``reset_mem()``.
     A sparse layer is an ``nn.Linear`` with a mask of ``torch.nn.utils.prune``, so it stays sparse in training. Groups,
     units and the encoding of a :class:`G2GNet` are lost (``stack.encode`` gives the model's input).
 
@@ -120,35 +138,119 @@ def to_snntorch(stack: SpikingStack) -> nn.Sequential:
         torch.Size([2, 10])
     """
     snn = optional_package("snntorch")
-    modules: OrderedDict[str, nn.Module] = OrderedDict()
-    for number, (connection, neurons) in enumerate(stack.layers(), 1):
-        modules[f"fc{number}"] = _linear_from_connection(connection)
+    layers = list(zip(stack.layers(), stack.recurrents(), strict=True))
+    for number, ((_, neurons), _) in enumerate(layers, 1):
         if neurons.model.name not in _COUNTERPARTS:
             raise ValueError(
                 f"lif{number}: snnTorch has no {neurons.model.name!r} neurons; only {', '.join(_COUNTERPARTS)} convert"
             )
+    modules: OrderedDict[str, nn.Module] = OrderedDict()
+    for number, ((connection, neurons), recurrent) in enumerate(layers, 1):
+        modules[f"fc{number}"] = _linear_from_connection(connection)
         counterpart = _COUNTERPARTS[neurons.model.name]
         values = {counterpart.parameters[name]: value for name, value in neurons.values.items()}
         shapes = {name: () if value.numel() == 1 else value.shape for name, value in values.items()}
-        theirs = getattr(snn, counterpart.kind)(
+        options: dict[str, Any] = {
             **{name: value.detach().clone().reshape(shapes[name]) for name, value in values.items()},
             **{f"learn_{name}": isinstance(value, nn.Parameter) for name, value in values.items()},
-            reset_mechanism=neurons.reset,
-            spike_grad=_spike_function(neurons.surrogate, neurons.alpha),
-            init_hidden=True,
-        )
+            "reset_mechanism": neurons.reset,
+            "spike_grad": _spike_function(neurons.surrogate, neurons.alpha),
+            "init_hidden": True,
+        }
+        if recurrent is None:
+            theirs = getattr(snn, counterpart.kind)(**options)
+        else:
+            options["learn_recurrent"] = recurrent.values.requires_grad
+            if (counterpart.recurrent, neurons.reset) == _HOLDS:
+                options["reset_delay"] = False
+                _warn_of_the_reset(f"lif{number}")
+            with torch.random.fork_rng(devices=[]):  # of weights that are replaced at once
+                theirs = getattr(snn, counterpart.recurrent)(**options, linear_features=connection.out_features)
+            theirs.recurrent = _linear_from_connection(recurrent)
         for name, value in values.items():
             getattr(theirs, name).requires_grad_(value.requires_grad)
         modules[f"lif{number}"] = theirs.to(connection.values.device)
     return nn.Sequential(modules).train(stack.training)
 
 
+def _all_to_all(name: str, theirs: Any) -> nn.Linear | None:
+    """The linear layer inside of recurrent neurons; None: there is none, or V is one weight per neuron."""
+    recurrent = getattr(theirs, "recurrent", None)
+    if recurrent is None or isinstance(recurrent, nn.Linear):
+        return recurrent
+    if not theirs.all_to_all and isinstance(getattr(recurrent, "V", None), torch.Tensor):
+        return None
+    raise ValueError(
+        f"{name}.recurrent is a {type(recurrent).__name__}; from_snntorch takes snn.{type(theirs).__name__} with "
+        "linear_features, or with all_to_all=False"
+    )
+
+
+def _recurrent_from(
+    name: str, theirs: Any, connection: G2GLinear, mask: BlockMask | torch.Tensor | None
+) -> G2GLinear | None:
+    """The recurrent connection of neurons behind ``connection``, whose bias theirs is added to; None: there is none."""
+    if not hasattr(theirs, "recurrent"):
+        return None
+    size, linear = connection.out_features, _all_to_all(name, theirs)
+    if linear is None:
+        weight = theirs.recurrent.V
+        if weight.numel() == 1 < size and weight.requires_grad:
+            raise ValueError(
+                f"{name}: V is one learnable weight for {size} neurons, ours has one for each; give "
+                f"V=torch.full(({size},), {weight.item():g}), or learn_recurrent=False"
+            )
+        if weight.numel() not in (1, size):
+            raise ValueError(f"{name}: V has {weight.numel()} entries for {size} neurons")
+        linear = nn.utils.skip_init(nn.Linear, size, size, bias=False)
+        linear.weight.data = torch.diag(weight.detach().float().flatten().expand(size)).to(connection.values)
+        linear.weight.requires_grad_(weight.requires_grad)
+        mask = torch.eye(size, dtype=torch.bool, device=connection.values.device)
+    if (linear.in_features, linear.out_features) != (size, size):
+        raise ValueError(
+            f"{name}.recurrent joins {linear.in_features} to {linear.out_features} neurons, but the layer has {size}; "
+            f"give linear_features={size}"
+        )
+    recurrent = G2GLinear.from_linear(linear, mask, connection.backend)
+    if recurrent.bias is not None:
+        if connection.bias is None:
+            connection.bias = recurrent.bias
+        else:
+            connection.bias.data += recurrent.bias.data
+            connection.bias.requires_grad_(connection.bias.requires_grad or recurrent.bias.requires_grad)
+        recurrent.bias = None
+    return recurrent
+
+
+#: the reset that holds a membrane at zero for a step where that of our neurons decays from zero
+_HOLDS = ("RLeaky", "zero")
+
+
+def _warn_of_the_reset(name: str) -> None:
+    logger.warning(
+        "%s: snnTorch's reset to zero without delay (reset_delay=False) gives our spikes, but not our gradients: there "
+        "they pass through the reset",
+        name,
+    )
+
+
 def _neurons_from(name: str, theirs: Any, size: int, like: torch.Tensor, backend: str | None) -> SpikingNeurons:
     snn = optional_package("snntorch")
-    model = next(model for model, known in _COUNTERPARTS.items() if isinstance(theirs, getattr(snn, known.kind)))
+    model, kind = next(
+        (model, kind)
+        for model, counterpart in _COUNTERPARTS.items()
+        for kind in counterpart.kinds
+        if isinstance(theirs, getattr(snn, kind))
+    )
     # Reset to zero at once is that of our LIF, whose membrane decays from there. That of our synaptic neurons is
     # snnTorch's delayed one: the membrane stays at zero for a step.
     delayed = ("subtract",) if model == "lif" else ("subtract", "zero")
+    if (kind, theirs.reset_mechanism) == _HOLDS and theirs.reset_delay:
+        raise ValueError(
+            f"{name}: snn.{kind} with reset_mechanism='zero' stays at zero for the step after a spike, our "
+            f"{NEURONS[model].__name__} is charged from zero in it; give it reset_delay=False, with which they are "
+            "equal, or reset_mechanism='subtract'"
+        )
     for option, value, remedy in (
         ("inhibition", theirs.inhibition, "False"),
         ("state_quant", theirs.state_quant, "False"),
@@ -158,9 +260,11 @@ def _neurons_from(name: str, theirs: Any, size: int, like: torch.Tensor, backend
     ):
         if value:
             raise ValueError(
-                f"{name}: our {NEURONS[model].__name__} has no {option}; only snn.{_COUNTERPARTS[model].kind} with "
+                f"{name}: our {NEURONS[model].__name__} has no {option}; only snn.{kind} with "
                 f"{option.split('=')[0]}={remedy}"
             )
+    if theirs.reset_mechanism == "zero" and not theirs.reset_delay:
+        _warn_of_the_reset(name)
     surrogate, alpha = _surrogate_of(name, theirs.spike_grad)
     values = {ours: getattr(theirs, their) for ours, their in _COUNTERPARTS[model].parameters.items()}
     population = NEURONS[model](

@@ -107,6 +107,32 @@ def test_a_part_without_a_record_is_empty():
     assert redraw.redrawn(PAGE, redraw.ROOT, []) == PAGE.replace("old\n", "")
 
 
+def test_a_busy_machine_has_processor_time_in_its_table():
+    rows = [{**row, "cpu_median": 0.003} for row in STEP["contenders"]]
+    idle = {**STEP, "contenders": rows, "limits": {"others_busy_cores": 0.05}}
+    busy = {**idle, "limits": {"others_busy_cores": 1.5}, "machine": {**MACHINE, "cores": 2}}
+    assert "processor time" not in redraw.redrawn(PAGE, redraw.ROOT, [record(idle)])
+    page = redraw.redrawn(PAGE, redraw.ROOT, [record(busy)])
+    assert "| g2g, compiled CPU kernels | 2 ms | 1.8 ms – 2.2 ms | 4 × | 3 ms | 2 |" in page
+    assert "Other programs kept 1.5 of 2 cores busy" in page
+
+
+def test_recurrent_networks_of_two_sizes_have_a_part_each_and_a_sentence():
+    contenders = [timed("g2g-cpu", 0.002), timed("g2g-cpu-feed-forward", 0.001), timed("snntorch-masked", 0.03)]
+    contenders[-1]["peak_bytes"] = 140_000_000
+    workload = {**WORKLOAD, "hidden_dim": 2048, "recurrent": True}
+    large = {**STEP, "kernel": "recurrent", "workload": workload, "contenders": contenders}
+    small = {**large, "workload": {**workload, "hidden_dim": 512}}
+    assert [record(each).name for each in (large, small)] == ["recurrent", "recurrent, hidden_dim 512"]
+    page = redraw.redrawn(
+        "<!-- drawn: recurrent, in short -->\n<!-- end -->\n", redraw.ROOT, [record(large), record(small)]
+    )
+    assert "**2 ms** and 7 MB" in page
+    assert "**15 times** as long and 20 times the memory" in page
+    assert "takes 1 ms: recurrence takes 2 times as long" in page
+    assert page.count("**15 times**") == 1
+
+
 def test_an_unknown_part_is_refused():
     with pytest.raises(ValueError, match="part 'speed' is unknown; choose one of step, recurrent, forward"):
         redraw.redrawn("<!-- drawn: speed -->\n<!-- end -->\n", redraw.ROOT, [])

@@ -1,5 +1,7 @@
 """Studies of training: what they run, that they go on where they stopped, and what they say of it."""
 
+import concurrent.futures
+import dataclasses
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -7,12 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from benchmarks import dst_study, plots, study, tradeoff_study
+from benchmarks import dst_study, gru, plots, sequence_study, study, tradeoff_study
 from benchmarks.redraw import STUDIES
 from benchmarks.study import Study, spread
 from g2gnet.data import load_dataset
 from g2gnet.data.own import name_of
 from g2gnet.sweep.results import markdown
+from g2gnet.tensor_file import read_tensors
 
 SMALL = Study(
     "small_study",
@@ -130,6 +133,59 @@ def test_an_earlier_record_is_extended(tmp_path, capsys, trained):
     earlier.write_text("{")
     assert study.run_study(SMALL, [*more, "--finished"]) == 1
     assert "is not a record: Expecting property name" in capsys.readouterr().err
+
+
+SEQUENCES = dataclasses.replace(
+    sequence_study.STUDY,
+    common="--dataset fashionmnist-mini --hidden_dim 32 --limit_train 96 --limit_test 32 --batch_size 32 --standardize",
+)
+
+
+def test_sequences_are_learned_by_networks_and_by_a_gru(tmp_path, capsys, monkeypatch, trained):
+    monkeypatch.setattr(sequence_study, "_peak", lambda settings, is_gru: 3_000_000)
+    monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
+    rows = ["rows, recurrent, 25 %", "rows, GRU"]
+    arguments = ["--runs", str(tmp_path), "--seeds", "1", "--epochs", "1", "--json", str(tmp_path / "record.json")]
+    assert study.run_study(SEQUENCES, [*arguments, "--rows", *rows]) == 0
+    network, yardstick = json.loads((tmp_path / "record.json").read_text())["rows"]
+    assert [network["row"], yardstick["row"]] == rows
+    (found,) = yardstick["ends"]
+    assert found["weights"] == pytest.approx(network["ends"][0]["weights"], rel=0.05)
+    assert 0 <= found["test_acc"] <= 1
+    printed = capsys.readouterr().out
+    assert f"| rows, GRU | {found['weights']:,} | 3 MB |" in printed
+    assert study.run_study(SEQUENCES, [*arguments, "--rows", *rows, "--finished"]) == 0
+    assert capsys.readouterr().out == printed
+    assert len(trained) == 1  # the network; the GRU is trained by the study itself
+
+
+def test_a_gru_that_was_stopped_goes_on_to_the_same_end(tmp_path):
+    settings = study.run_of(SEQUENCES, "rows, GRU", 2, 1, tmp_path).settings
+    whole = gru.train(settings, tmp_path / "whole")
+
+    def stop(line):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        gru.train(settings, tmp_path / "stopped", stop)
+    assert gru.finished(tmp_path / "stopped") is None
+    resumed = gru.train(settings, tmp_path / "stopped")
+    assert {**resumed, "train_seconds": 0} == {**whole, "train_seconds": 0}
+    assert gru.train(settings, tmp_path / "stopped") == resumed
+    states = [read_tensors(tmp_path / folder / "gru.pt")["net"] for folder in ("whole", "stopped")]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@pytest.mark.parametrize("row", ["pixels, recurrent, 25 %", "rows, GRU"])
+def test_the_memory_of_a_row_is_that_of_a_step_of_its_sequences(row, tmp_path):
+    settings = study.run_of(SEQUENCES, row, 1, 1, tmp_path).settings
+    assert sequence_study._peak(settings, row.endswith("GRU")) > 0
+
+
+def test_the_width_of_a_gru_has_the_weights_wanted():
+    for width in (1, 17, 200):
+        weights = sum(parameter.numel() for parameter in gru.GRU(4, width, 10).parameters())
+        assert gru.width_of(weights, 4, 10) == width
 
 
 def test_what_cannot_be_is_named(tmp_path, capsys):

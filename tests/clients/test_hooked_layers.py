@@ -33,14 +33,15 @@ def benchmark(model, metrics, inputs):
 # --- NeuroBench ---------------------------------------------------------------------------------------------------
 
 
-def test_neurobench_counts_what_it_counts_of_the_same_network_in_snntorch():
-    net = net_of()
+@pytest.mark.parametrize("recurrent", [False, True])
+def test_neurobench_counts_what_it_counts_of_the_same_network_in_snntorch(recurrent):
+    net = net_of(recurrent=recurrent)
 
     class Theirs(nn.Module):
         def __init__(self):
             super().__init__()
             self.layers = to_snntorch(net)
-            for layer in self.layers:
+            for layer in self.layers.modules():
                 if isinstance(layer, nn.Linear) and prune.is_pruned(layer):
                     prune.remove(layer, "weight")
 
@@ -57,13 +58,17 @@ def test_neurobench_counts_what_it_counts_of_the_same_network_in_snntorch():
     assert ours["ActivationSparsity"] == theirs["ActivationSparsity"]
     assert list(ours["ActivationSparsityByLayer"].values()) == list(theirs["ActivationSparsityByLayer"].values())
     assert ours["SynapticOperations"] == theirs["SynapticOperations"]
-    # by hand: every spike of a hidden neuron reaches the weights of its column
+    # by hand: every spike of a hidden neuron reaches the weights of its column (in the last step, no recurrent ones)
     activity = net.simulate(INPUTS)
-    operations = sum(
-        (train.dense().sum((0, 1)) * layer.mask.to_dense().sum(0)).sum().item()
-        for train, layer in zip(activity.spikes[:2], (net.fc2, net.fc3), strict=True)
-    )
+    first, second = (train.dense() for train in activity.spikes[:2])
+    sent = [(first, net.fc2), (second, net.fc3)]
+    if recurrent:
+        sent += [(first[:-1], net.rec1), (second[:-1], net.rec2)]
+    operations = sum((train.sum((0, 1)) * layer.mask.to_dense().sum(0)).sum().item() for train, layer in sent)
     assert ours["SynapticOperations"]["Effective_ACs"] == operations / 12
+    counted = activity.synaptic_operations()
+    assert sum(layer.accumulates for layer in counted) == operations
+    assert sum(layer.dense for layer in counted) / 12 == ours["SynapticOperations"]["Dense"]
     assert operations > 0
 
 

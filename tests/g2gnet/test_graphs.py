@@ -5,11 +5,11 @@ import numpy as np
 import torch
 from helpers import seeded
 
-from g2gnet import G2GNet
+from g2gnet import G2GNet, graphs
 
 
-def network():
-    return G2GNet(20, 16, 5, "mixer", p_inter=0.3, block_size=2, num_groups=4, generator=seeded(0))
+def network(**options):
+    return G2GNet(20, 16, 5, "mixer", p_inter=0.3, block_size=2, num_groups=4, generator=seeded(0), **options)
 
 
 def test_the_graph_of_a_network_is_the_chain_of_its_layers():
@@ -50,3 +50,28 @@ def test_a_notebook_shows_one_row_per_layer():
     for text in ("fc2, lif2", "16 → 16", "4 (interleaved)", f"{net.fc2.mask.num_units} of 64", "LIF("):
         assert text in page
     assert net.fc1._repr_html_() == net.fc1.mask._repr_html_()
+
+
+def test_recurrent_connections_are_edges_among_the_neurons_of_a_layer():
+    net = network(recurrent=True)
+    graph = graphs.to_networkx(net.layers(), net.recurrents())
+    forward = graphs.to_networkx(net.layers())
+    assert list(graph.nodes(data=True)) == list(forward.nodes(data=True))
+    for name, recurrent in (("lif1", net.rec1), ("lif2", net.rec2)):
+        nodes = [(name, neuron) for neuron in range(16)]
+        weight = networkx.to_numpy_array(graph, nodes).T  # [target, source]
+        assert np.array_equal(weight, recurrent.dense_weight().detach().numpy())
+        assert weight.any()
+        graph.remove_edges_from(list(graph.subgraph(nodes).edges))
+    assert set(graph.edges(data="weight")) == set(forward.edges(data="weight"))
+
+
+def test_a_recurrent_connection_has_a_row_and_a_picture_of_its_own():
+    net = network(recurrent=True)
+    page = graphs.to_html(net.layers(), net.recurrents())
+    rows = page.split("<tr>")[2:]
+    assert [row[4 : row.index("</td>")] for row in rows] == ["fc1, lif1", "rec1", "fc2, lif2", "rec2", "fc3, lif3"]
+    for row, connection in zip(rows, net.connections().values(), strict=True):
+        assert f"{connection.mask.num_units} of {connection.mask.grid[0] * connection.mask.grid[1]}" in row
+        assert graphs.picture(connection.mask) in row
+    assert "lif1, one step later" in rows[1]

@@ -47,6 +47,13 @@ def g2g_linear(
     Raises:
         ValueError: for tensors that do not match, or an unknown backend.
         BackendError: if the forced backend cannot serve the call.
+
+    Example:
+        >>> mask = BlockMask.sample(GroupLayout(32), GroupLayout(64), block_size=4)
+        >>> weight = torch.rand(32, 64)
+        >>> y = g2g_linear(torch.rand(5, 64), mask.pack(weight), mask)
+        >>> y.shape
+        torch.Size([5, 32])
     """
     check_tensor("x", x, spikes=True)
     check_connection("", values, mask, bias)

@@ -69,6 +69,14 @@ def g2g_stack(
         ValueError: for options out of range, or tensors that do not match.
         BackendError: if the forced backend cannot serve the call.
         NotImplementedError: for a second derivative, or one in forward mode.
+
+    Example:
+        >>> mask = BlockMask.full(GroupLayout(4, 1), GroupLayout(8, 1), block_size=4)
+        >>> population = Neurons("lif", (torch.tensor([0.9]), torch.tensor([1.0])))
+        >>> layer = SpikingLayer(mask.pack(torch.ones(4, 8)), mask, None, population)
+        >>> activity = g2g_stack(torch.rand(20, 2, 8), [layer])  # [T, B, in]
+        >>> activity.counts.shape, activity.rates[0].shape
+        (torch.Size([2, 4]), torch.Size([4]))
     """
     steps = check_steps(steps)
     if chunk is not None:

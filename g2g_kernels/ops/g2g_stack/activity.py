@@ -42,6 +42,14 @@ class Activity(NamedTuple):
         synapses: what :meth:`synaptic_operations` counts; None if they are unknown.
         states: one [states, B, N] per layer, the neurons' states after the last step; differentiable. None if modules
             that keep their states to themselves were called.
+
+    Example:
+        >>> from g2gnet import G2GNet
+        >>> activity = G2GNet(64, 64, 10, block_size=8, T=5).simulate(torch.rand(3, 64))
+        >>> activity.counts.shape, [rates.shape[0] for rates in activity.rates]
+        (torch.Size([3, 10]), [64, 64, 10])
+        >>> activity.spikes[0].dense().shape  # [T, B, N]
+        torch.Size([5, 3, 64])
     """
 
     counts: torch.Tensor

@@ -34,6 +34,13 @@ class SpikingLayer(NamedTuple):
         state: float [states, B, N], the neurons' states before the first step, in the model's order; None: all 0.
         recurrent: what joins the neurons to themselves, or None: it adds V·S_{t−1} to the current, S_{t−1} being the
             spikes of the step before: none before the first step, those of ``state`` where that is given.
+
+    Example:
+        >>> mask = BlockMask.full(GroupLayout(4, 1), GroupLayout(8, 1), block_size=4)
+        >>> population = Neurons("lif", (torch.tensor([0.9]), torch.tensor([1.0])))
+        >>> layer = SpikingLayer(mask.pack(torch.ones(4, 8)), mask, None, population)
+        >>> g2g_stack(torch.rand(2, 8), [layer], steps=5).counts.shape
+        torch.Size([2, 4])
     """
 
     values: torch.Tensor

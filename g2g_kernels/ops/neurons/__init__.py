@@ -79,6 +79,13 @@ def lif(
         ValueError: for an option or a shape out of range, or an unknown backend.
         BackendError: if the forced backend cannot serve the call.
         NotImplementedError: for a second derivative, or one in forward mode.
+
+    Example:
+        >>> current = torch.full((4, 1, 1), 0.6)  # [T, B, N]
+        >>> lif(current, beta=0.5, threshold=1.0).flatten()
+        tensor([0., 0., 1., 0.])
+        >>> lif(torch.full((1, 1), 0.6), beta=0.9, threshold=1.0, steps=4).flatten()  # held
+        tensor([0., 1., 0., 1.])
     """
     population = Neurons("lif", as_tensors(current, beta=beta, threshold=threshold), reset, surrogate, alpha)
     return neurons(current, population, steps, backend)
@@ -118,6 +125,10 @@ def synaptic(
         ValueError: for an option or a shape out of range, or an unknown backend.
         BackendError: if the forced backend cannot serve the call.
         NotImplementedError: for a second derivative, or one in forward mode.
+
+    Example:
+        >>> synaptic(torch.full((1, 1), 0.4), syn_decay=0.8, beta=0.9, threshold=1.0, steps=4).flatten()
+        tensor([0., 1., 0., 1.])
     """
     parameters = as_tensors(current, syn_decay=syn_decay, beta=beta, threshold=threshold)
     population = Neurons("synaptic", parameters, reset, surrogate, alpha)
@@ -140,6 +151,11 @@ def neurons(
         ValueError: for an option or a shape out of range, or an unknown backend.
         BackendError: if the forced backend cannot serve the call.
         NotImplementedError: for a second derivative, or one in forward mode.
+
+    Example:
+        >>> population = Neurons("synaptic", (torch.tensor([0.8]), torch.tensor([0.9]), torch.tensor([1.0])))
+        >>> neurons(torch.full((1, 1), 0.4), population, steps=4).flatten()
+        tensor([0., 1., 0., 1.])
     """
     return run_neurons(current, population, steps, backend)[0]
 

@@ -141,6 +141,11 @@ class Neurons(NamedTuple):
         reset: ``"subtract"``, ``"zero"`` or ``"none"``.
         surrogate: the stand-in for dS/dU, a name in ``SURROGATES``.
         alpha: the sharpness α of the surrogate, above 0.
+
+    Example:
+        >>> population = Neurons("lif", (torch.tensor([0.9]), torch.tensor([1.0])))  # beta and threshold, one for all
+        >>> neurons(torch.full((3, 1, 4), 0.6), population)[:, 0, 0]
+        tensor([0., 1., 0.])
     """
 
     model: str

@@ -39,6 +39,16 @@ def lif_step(
 
     Raises:
         ValueError: for an option or a shape out of range.
+
+    Example:
+        >>> membrane = None
+        >>> for _ in range(3):
+        ...     spikes, membrane = lif_step(torch.full((1, 1), 0.6), membrane, beta=0.9, threshold=1.0)
+        ...     print(spikes.item())
+        ...
+        0.0
+        1.0
+        0.0
     """
     population = Neurons("lif", as_tensors(current, beta=beta, threshold=threshold), reset, surrogate, alpha)
     spikes, (membrane,) = neurons_step(current, None if membrane is None else (membrane,), population)
@@ -67,6 +77,16 @@ def synaptic_step(
 
     Raises:
         ValueError: for an option or a shape out of range.
+
+    Example:
+        >>> states = None
+        >>> for _ in range(3):
+        ...     spikes, states = synaptic_step(torch.full((1, 1), 0.4), states, syn_decay=0.8, beta=0.9, threshold=1.0)
+        ...     print(spikes.item())
+        ...
+        0.0
+        1.0
+        0.0
     """
     parameters = as_tensors(current, syn_decay=syn_decay, beta=beta, threshold=threshold)
     population = Neurons("synaptic", parameters, reset, surrogate, alpha)
@@ -86,6 +106,12 @@ def neurons_step(current: torch.Tensor, states: Tensors | None, population: Neur
 
     Raises:
         ValueError: for an option or a shape out of range.
+
+    Example:
+        >>> population = Neurons("synaptic", (torch.tensor([0.8]), torch.tensor([0.9]), torch.tensor([1.0])))
+        >>> spikes, states = neurons_step(torch.full((1, 1), 0.4), None, population)
+        >>> len(states)  # the current and the membrane
+        2
     """
     check_tensor("current", current)
     if current.dim() < 1:

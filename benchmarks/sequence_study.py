@@ -1,0 +1,140 @@
+"""Sequences with and without recurrence and adaptation, on Fashion-MNIST: ``python -m benchmarks.sequence_study``.
+
+Images come row by row (T 28), as pixels in a fixed random order, four at a time (T 196), or pixel by pixel (T 784, 56
+steps at a time). Each is learned by feed-forward and recurrent networks, sparse (units of 16: a quarter of the weights,
+or a twentieth that is rewired, pruned by magnitude and grown by gradient) and dense, and by PyTorch's GRU with as many
+weights as the recurrent network of a quarter. Only the rows are trained unless ``--rows`` names others: pixels take
+hours. Memory is that of a training step, above the process with its imports.
+"""
+
+import concurrent.futures
+import json
+import multiprocessing
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from g2gnet import G2GNet
+from g2gnet.data import DATASETS
+from g2gnet.files import make_directory, replace_file
+from g2gnet.sweep.results import markdown
+from g2gnet.training import TrainSettings
+
+from . import gru
+from .dst_study import GROWTH, SCHEDULE, density_flags
+from .machine import PeakMemory, load_lazy_parts
+from .study import Study, accuracy, mean, run_study, spread
+
+#: how an image unfolds
+DATA = {
+    "rows": "--sequence rows",
+    "permuted": "--sequence permuted --sequence_step 4",
+    "pixels": "--sequence pixels --chunk 56",
+}
+NETWORKS = {"feed-forward": "", "recurrent": "--recurrent"}
+GRAPHS = {
+    "25 %": f"--model index --block_size 16 {density_flags(25)}",
+    "5 %, rewired": f"--model index --block_size 16 {density_flags(5)} {GROWTH['gradient']} {SCHEDULE}",
+    "dense": "--model dense",
+}
+#: the network whose weights are those of the GRU
+AS_MANY = ("recurrent", "25 %")
+
+
+def _rows() -> dict[str, str]:
+    rows = {}
+    for data, sequence in DATA.items():
+        for network, flags in NETWORKS.items():
+            for graph, wiring in GRAPHS.items():
+                rows[f"{data}, {network}, {graph}"] = " ".join(filter(None, (sequence, flags, wiring)))
+        rows[f"{data}, GRU"] = f"{rows[', '.join((data, *AS_MANY))]} --name GRU"
+    return rows
+
+
+ROWS = _rows()
+
+
+def table(record: dict[str, Any]) -> str:
+    """Accuracy, weights, memory and time of each row."""
+    rows = []
+    for row in record["rows"]:
+        ends = row["ends"]
+        rows.append(
+            [
+                row["row"],
+                f"{mean(row, 'weights'):,.0f}",
+                f"{mean(row, 'step_bytes') / 1e6:.0f} MB",
+                spread(ends, lambda end: end["train_seconds"], 0),
+                spread(ends, accuracy),
+            ]
+        )
+    return markdown(["", "weights", "memory of a step", "seconds of training", "test accuracy, %"], rows)
+
+
+def step_memory(row: str, settings: TrainSettings, folder: Path) -> dict[str, Any]:
+    """``step_bytes``: the memory of a training step, measured in a process of its own and kept in ``folder``."""
+    path = folder / "memory.json"
+    if not path.exists():
+        context = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as process:
+            found = {"step_bytes": process.submit(_peak, settings, row.endswith("GRU")).result()}
+        make_directory(folder)
+        replace_file(path, lambda file: file.write(json.dumps(found).encode()))
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _peak(settings: TrainSettings, is_gru: bool) -> int:
+    """The most memory during the second of two training steps on random sequences, in bytes."""
+    torch.set_num_threads(1)
+    device = torch.device("cpu")
+    load_lazy_parts(device)
+    memory = PeakMemory(device)
+    step = _training_step(settings, is_gru)
+    step()
+    memory.restart()
+    step()
+    return memory.above()
+
+
+def _training_step(settings: TrainSettings, is_gru: bool) -> Callable[[], None]:
+    values, classes = 28 * 28, DATASETS["fashionmnist"].num_classes
+    x = torch.randn(settings.T, settings.batch_size, values // settings.T)
+    labels = torch.randint(classes, (settings.batch_size,))
+    sizes = settings, x.shape[2], classes
+    net = gru.build(*sizes) if is_gru else G2GNet.from_settings(*sizes)
+    optimizer = torch.optim.Adam(net.parameters(), settings.lr, fused=True)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        logits = net.simulate(x, chunk=settings.chunk).counts if isinstance(net, G2GNet) else net(x)
+        F.cross_entropy(logits, labels).backward()
+        optimizer.step()
+
+    return step
+
+
+STUDY = Study(
+    "sequence_study",
+    __doc__,
+    "--dataset fashionmnist --hidden_dim 512 --lr 0.002 --lr_schedule cosine --weight_decay 0 --standardize "
+    "--surrogate triangle --alpha 1",
+    ROWS,
+    20,
+    table,
+    default_rows=("rows, *",),
+    others={row: gru.train for row in ROWS if row.endswith("GRU")},
+    finished_others=gru.finished,
+    more=step_memory,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_study(STUDY, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

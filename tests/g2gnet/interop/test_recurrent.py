@@ -1,0 +1,491 @@
+"""Recurrent networks from and to snnTorch, with its spikes and its gradients, and NIR."""
+
+import contextlib
+import io
+import warnings
+
+import nir
+import numpy as np
+import pytest
+import snntorch
+import torch
+from helpers import seeded
+from snntorch import surrogate, utils
+from snntorch.export_nir import export_to_nir
+from snntorch.import_nir import import_from_nir
+from torch import nn
+from torch.nn.utils import prune
+
+from g2g_kernels import BlockMask
+from g2gnet import G2GLinear, G2GNet, SpikingStack
+from g2gnet.interop import from_nir, from_snntorch, to_nir, to_snntorch
+
+# --- snnTorch -----------------------------------------------------------------------------------------------------
+
+STEPS, INPUTS, HIDDEN, CLASSES = 12, 15, 20, 5
+SAMPLES = torch.rand(STEPS, 4, INPUTS, generator=seeded(1), dtype=torch.float64) * 3
+
+
+def fast_sigmoid(x):
+    """snnTorch's, of slope 4, in any dtype: its own returns float32, which ``nn.Linear`` in float64 refuses."""
+    smooth = x / (1 + 4 * x.abs())
+    return (x > 0).to(x.dtype) + (smooth - smooth.detach())
+
+
+class Theirs(nn.Module):
+    """Recurrent neurons behind a linear layer and before another, as snnTorch's tutorials write them."""
+
+    def __init__(self, kind, seed=0, bias=True, **options):
+        super().__init__()
+        torch.manual_seed(seed)
+        if kind == "RSynaptic":
+            options = {"alpha": 0.4, **options}
+        if options.get("all_to_all", True):
+            options["linear_features"] = HIDDEN
+        self.fc1 = nn.Linear(INPUTS, HIDDEN, bias=bias)
+        self.lif1 = getattr(snntorch, kind)(**{"beta": 0.8, "spike_grad": fast_sigmoid, **options})
+        self.fc2 = nn.Linear(HIDDEN, CLASSES)
+        self.lif2 = snntorch.Leaky(beta=0.7, threshold=0.3, spike_grad=fast_sigmoid)
+        with torch.no_grad():
+            for parameter in self.lif1.recurrent.parameters():
+                parameter.mul_(3)
+        self.double()
+
+    def forward(self, x):
+        state, mem2, spikes = self.lif1.reset_mem(), self.lif2.reset_mem(), []
+        for x_t in x:
+            spk1, *state = self.lif1(self.fc1(x_t), *state)
+            state = [spk1, *state]
+            spk2, mem2 = self.lif2(self.fc2(spk1), mem2)
+            spikes.append(spk2)
+        return torch.stack(spikes)
+
+
+def output_spikes(stack):
+    spikes = stack.simulate(SAMPLES.to(stack.fc1.values)).spikes[-1].dense()
+    assert 0 < spikes.sum() < spikes.numel()
+    return spikes
+
+
+def assert_equal_gradients(ours, theirs):
+    """After a loss of the counts, on both sides."""
+    theirs(SAMPLES).sum(0).square().sum().backward()
+    ours(SAMPLES).square().sum().backward()
+    names = {"fc1": theirs.fc1, "rec1": theirs.lif1.recurrent, "fc2": theirs.fc2}
+    pairs = [(ours.fc1.bias, theirs.lif1.recurrent.bias)]  # theirs has two that are always added
+    for name, linear in names.items():
+        layer = ours.get_submodule(name)
+        gradient = (linear.weight_orig if prune.is_pruned(linear) else linear.weight).grad
+        torch.testing.assert_close(layer.values.grad, layer.mask.pack(gradient), rtol=1e-9, atol=1e-9)
+        assert layer.values.grad.abs().sum() > 0
+        if name != "rec1" and linear.bias is not None:
+            pairs.append((layer.bias, linear.bias))
+    for their, our in {"alpha": "syn_decay", "beta": "beta", "threshold": "threshold"}.items():
+        if isinstance(getattr(theirs.lif1, their, None), nn.Parameter):
+            pairs.append((getattr(ours.lif1, our), getattr(theirs.lif1, their)))
+    for one, other in pairs:
+        assert other.grad.abs().sum() > 0
+        torch.testing.assert_close(one.grad.view_as(other), other.grad, rtol=1e-9, atol=1e-9)
+
+
+def per_neuron(low, high):
+    return torch.linspace(low, high, HIDDEN)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("parameters", ["layer", "neuron"])
+@pytest.mark.parametrize(
+    ("kind", "reset"),
+    [("RLeaky", "subtract"), ("RLeaky", "none"), *(("RSynaptic", reset) for reset in ("subtract", "zero", "none"))],
+)
+def test_recurrent_neurons_of_snntorch_have_their_spikes_and_gradients(kind, reset, parameters, seed):
+    options = {"learn_beta": True, "learn_threshold": True}
+    if kind == "RSynaptic":
+        options["learn_alpha"] = True
+    if parameters == "neuron":
+        options |= {"beta": per_neuron(0.4, 0.9), "threshold": per_neuron(1.2, 0.7)}
+        if kind == "RSynaptic":
+            options["alpha"] = per_neuron(0.1, 0.7)
+    theirs = Theirs(kind, seed, bias=seed == 0, reset_mechanism=reset, **options)
+    ours = from_snntorch(theirs, T=STEPS)
+    assert torch.equal(output_spikes(ours), theirs(SAMPLES).detach())
+    own = theirs.fc1.bias if seed == 0 else 0
+    assert torch.equal(ours.fc1.bias, own + theirs.lif1.recurrent.bias)
+    assert ours.rec1.bias is None
+    assert_equal_gradients(ours, theirs)
+
+
+def test_a_pruned_connection_or_a_mask_of_units_is_kept():
+    theirs = Theirs("RLeaky")
+    kept = torch.rand(HIDDEN, HIDDEN, generator=seeded(2)) < 0.3
+    prune.custom_from_mask(theirs.lif1.recurrent, "weight", kept)
+    ours = from_snntorch(theirs, T=STEPS)
+    assert torch.equal(ours.rec1.mask.to_dense(), kept)
+    assert torch.equal(output_spikes(ours), theirs(SAMPLES).detach())
+    assert_equal_gradients(ours, theirs)
+
+    units = BlockMask.from_dense(
+        torch.eye(HIDDEN // 4, dtype=torch.bool).repeat_interleave(4, 0).repeat_interleave(4, 1), 4
+    )
+    grouped = from_snntorch(Theirs("RLeaky"), masks={"lif1.recurrent": units}, T=STEPS)
+    assert grouped.rec1.mask.block_size == 4
+    assert torch.equal(grouped.rec1.mask.to_dense(), units.to_dense())
+    with pytest.raises(ValueError, match=r"masks names lif1; the linear layers are fc1, fc2, lif1.recurrent"):
+        from_snntorch(theirs, masks={"lif1": units}, T=STEPS)
+
+
+@pytest.mark.parametrize("kind", ["RLeaky", "RSynaptic"])
+def test_one_weight_per_neuron_is_a_diagonal(kind):
+    theirs = Theirs(kind, all_to_all=False, V=per_neuron(-0.4, 0.4))
+    ours = from_snntorch(theirs, T=STEPS)
+    assert torch.equal(ours.rec1.mask.to_dense(), torch.eye(HIDDEN, dtype=torch.bool))
+    expected = theirs(SAMPLES)
+    assert torch.equal(output_spikes(ours), expected.detach())
+    expected.sum(0).square().sum().backward()
+    ours(SAMPLES).square().sum().backward()
+    gradient = ours.rec1.mask.unpack(ours.rec1.values.grad).diag()
+    torch.testing.assert_close(gradient, theirs.lif1.V.grad, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(ours.fc1.bias.grad, theirs.fc1.bias.grad, rtol=1e-9, atol=1e-9)
+
+
+def test_one_weight_of_all_neurons_is_a_diagonal_if_it_is_not_learned():
+    theirs = Theirs("RLeaky", all_to_all=False, V=0.5, learn_recurrent=False)
+    ours = from_snntorch(theirs, T=STEPS)
+    assert torch.equal(ours.rec1.dense_weight(), 0.5 * torch.eye(HIDDEN, dtype=torch.float64))
+    assert not ours.rec1.values.requires_grad
+    assert torch.equal(output_spikes(ours), theirs(SAMPLES).detach())
+    with pytest.raises(
+        ValueError, match=r"lif1: V is one learnable weight for 20 neurons.*V=torch.full\(\(20,\), 1.5\)"
+    ):
+        from_snntorch(Theirs("RLeaky", all_to_all=False, V=0.5), T=STEPS)
+    with pytest.raises(ValueError, match="lif1: V has 3 entries for 20 neurons"):
+        from_snntorch(Theirs("RLeaky", all_to_all=False, V=torch.rand(3)), T=STEPS)
+
+
+def test_what_is_not_learned_there_is_not_learned_here():
+    theirs = Theirs("RSynaptic", learn_recurrent=False)
+    theirs.fc1.bias.requires_grad_(False)
+    ours = from_snntorch(theirs, T=STEPS)
+    assert not ours.rec1.values.requires_grad
+    assert not ours.fc1.bias.requires_grad
+    theirs.lif1.recurrent.bias.requires_grad_(True)
+    assert from_snntorch(theirs, T=STEPS).fc1.bias.requires_grad
+
+
+def test_a_reset_to_zero_without_delay_has_our_spikes(caplog):
+    """``RLeaky`` with delay holds the membrane at zero, where ``Leaky`` and our LIF let it charge."""
+    theirs = Theirs("RLeaky", reset_mechanism="zero", reset_delay=False)
+    assert torch.equal(output_spikes(from_snntorch(theirs, T=STEPS)), theirs(SAMPLES).detach())
+    assert "lif1: snnTorch's reset to zero without delay (reset_delay=False) gives our spikes, but not" in caplog.text
+    with pytest.raises(
+        ValueError, match=r"lif1: snn.RLeaky with reset_mechanism='zero' stays at zero .*reset_delay=False"
+    ):
+        from_snntorch(Theirs("RLeaky", reset_mechanism="zero"), T=STEPS)
+
+
+@pytest.mark.filterwarnings("ignore:Inhibition")
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("RLeaky", {"inhibition": True}, "lif1: our LIF has no inhibition; only snn.RLeaky with inhibition=False"),
+        ("RSynaptic", {"state_quant": lambda x: x}, "lif1: our Synaptic has no state_quant; only snn.RSynaptic with"),
+        (
+            "RLeaky",
+            {"reset_delay": False},
+            "lif1: our LIF has no reset_delay=False; only snn.RLeaky with reset_delay=T",
+        ),
+        (
+            "RSynaptic",
+            {"reset_delay": False, "reset_mechanism": "zero"},
+            "lif1: our Synaptic has no reset_delay=False; only snn.RSynaptic with reset_delay=True",
+        ),
+        ("RLeaky", {"spike_grad": surrogate.triangular()}, "lif1: spike_grad is not one of g2g's surrogates"),
+    ],
+)
+def test_options_of_recurrent_neurons_that_the_stack_lacks_are_refused(kind, options, message):
+    with pytest.raises(ValueError, match=message):
+        from_snntorch(Theirs(kind, **options), T=STEPS)
+
+
+def test_recurrent_connections_of_another_form_are_refused():
+    images = nn.Sequential(nn.Linear(9, 9), snntorch.RLeaky(beta=0.9, conv2d_channels=1, kernel_size=3))
+    with pytest.raises(
+        ValueError, match=r"1.recurrent is a Conv2d; from_snntorch takes snn.RLeaky with linear_features"
+    ):
+        from_snntorch(images, T=STEPS)
+    of_another_size = nn.Sequential(nn.Linear(9, 9), snntorch.RLeaky(beta=0.9, linear_features=8))
+    with pytest.raises(
+        ValueError, match=r"1.recurrent joins 8 to 8 neurons, but the layer has 9; give linear_features=9"
+    ):
+        from_snntorch(of_another_size, T=STEPS)
+
+
+def recurrent_net(**options):
+    return G2GNet(
+        INPUTS, HIDDEN, CLASSES, "mixer", recurrent=True, block_size=2, T=STEPS, generator=seeded(0), **options
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"per_neuron": True, "learn_beta": False, "threshold": 0.6},
+        {"neuron": "synaptic", "surrogate": "triangle"},
+        {"neuron": "synaptic", "per_neuron": True, "reset": "zero"},
+        {"reset": "zero"},
+    ],
+)
+def test_there_and_back_again_is_the_same_recurrent_network(options, caplog):
+    net = recurrent_net(**options)
+    net.rec2.requires_grad_(False)
+    before = torch.get_rng_state()
+    theirs = to_snntorch(net)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert theirs.lif1.recurrent.bias is None
+    kind = "RSynaptic" if "neuron" in options else "RLeaky"
+    assert [type(theirs[place]).__name__ for place in (1, 3)] == [kind] * 2
+    with torch.no_grad():
+        spikes = torch.stack([theirs(x_t) for x_t in SAMPLES.float()])
+    assert torch.equal(spikes, output_spikes(net))
+    assert ("gives our spikes, but not our gradients" in caplog.text) == (options == {"reset": "zero"})
+
+    recurrent = {f"lif{number}.recurrent": net.get_submodule(f"rec{number}").mask for number in (1, 2)}
+    masks = {name: net.get_submodule(name).mask for name in ("fc1", "fc2", "fc3")} | recurrent
+    back = from_snntorch(theirs, masks, T=STEPS)
+    state = back.state_dict()
+    assert set(state) == set(net.state_dict())
+    assert all(torch.equal(state[name], tensor) for name, tensor in net.state_dict().items())
+    learnable = {name: parameter.requires_grad for name, parameter in net.named_parameters()}
+    assert {name: parameter.requires_grad for name, parameter in back.named_parameters()} == learnable
+    # without the masks, the same graph as single weights
+    assert torch.equal(from_snntorch(theirs, T=STEPS).rec1.mask.to_dense(), net.rec1.mask.to_dense())
+
+
+def test_a_recurrent_network_in_snntorch_stays_sparse_and_starts_anew():
+    net = recurrent_net(neuron="synaptic", threshold=0.5)
+    theirs = to_snntorch(net)
+    optimizer = torch.optim.SGD(theirs.parameters(), lr=0.1)
+    first = [theirs(x_t) for x_t in SAMPLES.float()]
+    sum(first).square().sum().backward()
+    utils.reset(theirs)
+    for layer in (theirs.lif1, theirs.lif2):
+        layer.reset_mem()  # snnTorch's reset leaves the last spikes of RSynaptic
+    assert torch.equal(torch.stack([theirs(x_t) for x_t in SAMPLES.float()]), torch.stack(first))
+    optimizer.step()
+    trained = from_snntorch(theirs, T=STEPS)
+    assert not torch.equal(trained.rec1.dense_weight(), net.rec1.dense_weight())
+    assert torch.equal(trained.rec1.dense_weight() != 0, net.rec1.mask.to_dense())
+
+
+def test_a_stack_whose_layers_are_not_all_recurrent():
+    torch.manual_seed(0)
+    layers = recurrent_net(threshold=0.6)
+    stack = SpikingStack(
+        [(layers.fc1, layers.lif1), (layers.fc2, layers.lif2, layers.rec2), (layers.fc3, layers.lif3)], T=STEPS
+    )
+    theirs = to_snntorch(stack)
+    assert [type(layer).__name__ for layer in theirs] == ["Linear", "Leaky", "Linear", "RLeaky", "Linear", "Leaky"]
+    with torch.no_grad():
+        assert torch.equal(torch.stack([theirs(x_t) for x_t in SAMPLES.float()]), output_spikes(stack))
+    assert [recurrent is None for recurrent in from_snntorch(theirs, T=STEPS).recurrents()] == [True, False, True]
+    assert isinstance(from_snntorch(theirs, T=STEPS).rec2, G2GLinear)
+
+
+# --- NIR ----------------------------------------------------------------------------------------------------------
+
+
+def resetting_net(**options):
+    """With decays that no float32 changes on the way through a time constant: 1 − (1 − 0.75) is 0.75."""
+    return recurrent_net(reset="zero", threshold=0.5, **{"beta": 0.75, **options})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"per_neuron": True, "learn_threshold": False},
+        {"neuron": "synaptic", "syn_decay": 0.5, "surrogate": "boxcar"},
+    ],
+)
+def test_a_file_of_nir_gives_the_same_recurrent_network_back(options, tmp_path, caplog):
+    net = resetting_net(**options)
+    nir.write(tmp_path / "net.nir", to_nir(net))
+    assert ("lif1, lif2, lif3: after a spike NIR's CubaLIF charges" in caplog.text) == ("neuron" in options)
+    back = from_nir(nir.read(tmp_path / "net.nir"), T=STEPS)
+    state = back.state_dict()
+    assert set(state) == set(net.state_dict())
+    assert all(torch.equal(state[name], tensor) for name, tensor in net.state_dict().items())
+    assert [name for name, _ in back.named_parameters()] == [name for name, _ in net.named_parameters()]
+    assert torch.equal(output_spikes(back), output_spikes(net))
+
+
+def test_the_graph_is_the_differential_equation_of_the_recurrent_layer():
+    """Euler steps of NIR's equation, written out: what a node sends reaches the nodes of its loop in the next step."""
+    net, dt = resetting_net(per_neuron=True), 1e-3
+    graph = to_nir(net, dt)
+    assert graph.edges == [(one, other) for one, other in zip(graph.nodes, list(graph.nodes)[1:], strict=False)]
+    names = ("lif1", "lif2", "lif3")
+    cells = {name: graph.nodes[name].nodes["lif"] if name != "lif3" else graph.nodes[name] for name in names}
+    membranes = {name: np.zeros((4, 1)) for name in names}
+    spikes = {name: np.zeros((4, cells[name].tau.size)) for name in names}
+    trains = []
+    for x in SAMPLES.numpy():
+        for name in names:
+            affine, lif = graph.nodes[name.replace("lif", "fc")], cells[name]
+            current = x @ affine.weight.T + affine.bias
+            if name != "lif3":
+                current = current + spikes[name] @ graph.nodes[name].nodes["w_rec"].weight.T
+            v = membranes[name]
+            v = v + dt / lif.tau * (lif.v_leak - v + lif.r * current)
+            x = spikes[name] = (v > lif.v_threshold).astype(float)
+            membranes[name] = np.where(x > 0, lif.v_reset, v)
+        trains.append(torch.from_numpy(x))
+    assert torch.equal(torch.stack(trains).float(), output_spikes(net))
+
+
+@pytest.mark.parametrize("tool", ["snnTorch", "Norse"])
+def test_other_tools_run_the_graph_with_the_same_spikes(tool):
+    net = resetting_net()
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        if tool == "snnTorch":
+            theirs = import_from_nir(to_nir(net))
+        else:
+            theirs = pytest.importorskip("norse.torch").from_nir(to_nir(net), dt=1e-4)
+    state, trains = None, []
+    with torch.no_grad():
+        for x_t in SAMPLES.float():
+            spikes, state = theirs(x_t, state)
+            trains.append(spikes)
+    assert torch.equal(torch.stack(trains), output_spikes(net))
+
+
+@pytest.mark.parametrize("all_to_all", [True, False])
+@pytest.mark.parametrize("kind", ["RLeaky", "RSynaptic"])
+def test_graphs_of_snntorch_are_read(kind, all_to_all):
+    torch.manual_seed(0)
+    options = {"beta": 0.75, "reset_mechanism": "zero", "init_hidden": True}
+    own = {"linear_features": HIDDEN} if all_to_all else {"all_to_all": False, "V": torch.linspace(-2, 2, HIDDEN)}
+    own |= {"alpha": 0.5} if kind == "RSynaptic" else {"reset_delay": False}
+    output = snntorch.Leaky(threshold=torch.full((CLASSES,), 0.3), **{**options, "beta": torch.full((CLASSES,), 0.75)})
+    theirs = nn.Sequential(
+        nn.Linear(INPUTS, HIDDEN), getattr(snntorch, kind)(**options, **own), nn.Linear(HIDDEN, CLASSES), output
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        ours = from_nir(export_to_nir(theirs, torch.rand(INPUTS)), T=STEPS)
+    if all_to_all:
+        assert torch.equal(ours.rec1.dense_weight(), theirs[1].recurrent.weight)
+        assert torch.equal(ours.fc1.bias, theirs[0].bias + theirs[1].recurrent.bias)
+    else:
+        assert torch.equal(ours.rec1.dense_weight(), theirs[1].V.diag())
+    for layer in (theirs[1], output):
+        layer.reset_mem()
+    with torch.no_grad():
+        spikes = torch.stack([theirs(x_t) for x_t in SAMPLES.float()])
+    assert torch.equal(output_spikes(ours), spikes)
+
+
+def lif_of(size=HIDDEN):
+    return nir.LIF(tau=np.full(size, 4e-4), r=np.full(size, 4.0), v_leak=np.zeros(size), v_threshold=np.full(size, 0.5))
+
+
+def weights(out=HIDDEN, into=HIDDEN, seed=3):
+    return torch.randn(out, into, generator=seeded(seed)).numpy()
+
+
+def flat_graph(edges, **nodes):
+    """A graph input → fc → lif → output with more nodes and edges."""
+    chain = {
+        "input": nir.Input(input_type={"input": np.array([INPUTS])}),
+        "fc": nir.Linear(weight=weights(HIDDEN, INPUTS)),
+        "lif": lif_of(),
+        "output": nir.Output(output_type={"output": np.array([HIDDEN])}),
+    }
+    edges = [("input", "fc"), ("fc", "lif"), ("lif", "output"), *edges]
+    return nir.NIRGraph(nodes={**chain, **nodes}, edges=edges, type_check=False)
+
+
+LOOP = [("lif", "w"), ("w", "lif")]
+
+
+def test_the_forms_of_a_recurrent_edge_are_one():
+    expected = output_spikes(from_nir(flat_graph(LOOP, w=nir.Linear(weight=weights())), T=STEPS))
+    for bias in (np.zeros(HIDDEN), np.linspace(-1, 1, HIDDEN)):
+        graph = flat_graph([*LOOP, ("lif", "w")], w=nir.Affine(weight=weights(), bias=bias))  # an edge twice
+        stack = from_nir(graph, T=STEPS)
+        assert stack.rec1.bias is None
+        assert (stack.fc1.bias is None) == (not bias.any())
+        if bias.any():
+            assert torch.equal(stack.fc1.bias, torch.from_numpy(bias).float())
+        else:
+            assert torch.equal(output_spikes(stack), expected)
+    # the loop around a graph, and with shapes that are changed on the way
+    cell = nir.NIRGraph.from_list(lif_of())
+    nodes = {"lif": cell, "w": nir.Linear(weight=weights()), "flat": nir.Flatten({"input": np.array([HIDDEN])}, 0)}
+    stack = from_nir(flat_graph([("lif", "flat"), ("flat", "w"), ("w", "lif")], **nodes), T=STEPS)
+    assert torch.equal(output_spikes(stack), expected)
+
+
+def test_a_mask_of_a_recurrent_node_is_given_by_its_name():
+    graph = to_nir(resetting_net())
+    kept = torch.rand(HIDDEN, HIDDEN, generator=seeded(2)) < 0.3
+    stack = from_nir(graph, masks={"lif1.w_rec": kept}, T=STEPS)
+    assert torch.equal(stack.rec1.mask.to_dense(), kept)
+    assert torch.equal(stack.rec2.mask.to_dense(), from_nir(graph, T=STEPS).rec2.mask.to_dense())
+    with pytest.raises(ValueError, match=r"masks names rec1, the graph fc1, fc2, fc3, lif1.w_rec, lif2.w_rec"):
+        from_nir(graph, masks={"rec1": kept}, T=STEPS)
+
+
+CONVOLUTION = nir.Conv2d((1, 1), np.ones((1, 1, 1, 1)), 1, 0, 1, 1, np.zeros(1))
+
+
+@pytest.mark.parametrize(
+    ("edges", "nodes", "message"),
+    [
+        (
+            [("lif", "lif")],
+            {},
+            "node lif leads back to itself; a stack has loops of a layer's neurons and one Linear or",
+        ),
+        (
+            [("lif", "d"), ("d", "w"), ("w", "lif")],
+            {"d": nir.Delay(np.ones(HIDDEN)), "w": nir.Linear(weight=weights())},
+            r"lif leads back to itself by d \(Delay\), w \(Linear\); .* by which their spikes return one step later",
+        ),
+        (LOOP, {"w": CONVOLUTION}, r"lif leads back to itself by w \(Conv2d\); a stack has loops"),
+        (LOOP, {"w": lif_of()}, r"lif leads back to itself by w \(LIF\); a stack has loops"),
+        (
+            [*LOOP, ("lif", "v"), ("v", "lif")],
+            {"w": nir.Linear(weight=weights()), "v": nir.Linear(weight=weights())},
+            "node lif has 2 recurrent connections, w, v; a layer has one: add their weights and biases",
+        ),
+        (
+            [*LOOP, ("w", "output")],
+            {"w": nir.Linear(weight=weights())},
+            "node w, in the loop of lif, is joined to output; a stack has loops",
+        ),
+        (
+            [("lif", "w"), ("w", "fc")],
+            {"w": nir.Linear(weight=weights(INPUTS, HIDDEN))},
+            r"node fc leads back to itself by lif \(LIF\), w \(Linear\); a stack has loops",
+        ),
+        (
+            [("fc", "w"), ("w", "fc")],
+            {"w": nir.Linear(weight=weights(INPUTS, HIDDEN))},
+            "nodes fc and w are a loop without neurons; a stack has loops of a layer's neurons",
+        ),
+        ([("w", "lif")], {"w": nir.Linear(weight=weights())}, "node w is not on the way from input; a stack has one"),
+    ],
+)
+def test_loops_that_a_stack_does_not_have_are_refused(edges, nodes, message):
+    with pytest.raises(ValueError, match=message):
+        from_nir(flat_graph(edges, **nodes), T=STEPS)
+
+
+def test_a_graph_inside_of_a_graph_has_one_input():
+    ends = {name: nir.Input(input_type={"input": np.array([HIDDEN])}) for name in ("one", "other")}
+    inner = nir.NIRGraph(nodes={**ends, "lif": lif_of()}, edges=[("one", "lif"), ("other", "lif")], type_check=False)
+    with pytest.raises(ValueError, match="the graph lif has 2 inputs; a stack takes graphs with one"):
+        from_nir(flat_graph([], lif=inner), T=STEPS)

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import statistics
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -72,9 +73,11 @@ class Session:
         gradients = {name: parameter.grad for name, parameter in self.net.named_parameters()}
         return {"counts": counts.numpy(), **{name: of.numpy() for name, of in gradients.items() if of is not None}}
 
-    def time(self) -> float:
-        """Seconds for one step."""
-        return timed(self._step, torch.device("cpu"))
+    def time(self) -> tuple[float, float]:
+        """Seconds for one step, and processor time of all threads."""
+        before = time.process_time()
+        taken = timed(self._step, torch.device("cpu"))
+        return taken, time.process_time() - before
 
     def forget_peak(self) -> None:
         self.memory.restart()
@@ -176,7 +179,7 @@ def measure(size: Size, steps: int, of: Sequence[int | None], repeats: int, bar:
             try:
                 worker.ask("build")
                 results = worker.ask("results")
-                point["first_seconds"] = worker.ask("time")
+                point["first_seconds"], _ = worker.ask("time")
                 worker.ask("forget_peak")
                 worker.ask("time")
                 point["peak_bytes"] = worker.ask("peak")
@@ -193,13 +196,15 @@ def measure(size: Size, steps: int, of: Sequence[int | None], repeats: int, bar:
         for turn in range(repeats):
             first = turn % len(racers) if racers else 0
             for worker, point in (*racers[first:], *racers[:first]):
-                point.setdefault("seconds", []).append(worker.ask("time"))
+                for quantity, taken in zip(("seconds", "cpu_seconds"), worker.ask("time"), strict=True):
+                    point.setdefault(quantity, []).append(taken)
                 bar.update()
     for _, point in racers:
         point["median"] = statistics.median(point["seconds"])
         if racers[0][1]["chunk"] is None:
-            whole = racers[0][1]["seconds"]
-            point["times"] = statistics.median(a / b for a, b in zip(point["seconds"], whole, strict=True))
+            for ratio, quantity in (("times", "seconds"), ("cpu_times", "cpu_seconds")):
+                pairs = zip(point[quantity], racers[0][1][quantity], strict=True)
+                point[ratio] = statistics.median(a / b for a, b in pairs)
     return points
 
 
@@ -228,14 +233,15 @@ def table(record: dict[str, Any]) -> str:
     for point in record["points"]:
         row = [f"{point['T']:,}", "–" if point["chunk"] is None else str(point["chunk"])]
         if point["status"] != "timed":
-            rows.append([*row, point["status"], "", "", ""])
+            rows.append([*row, point["status"], "", "", "", ""])
             continue
         beside = whole.get(point["T"], {})
-        of = peak = ""
+        of = peak = processor = ""
         if point["chunk"] is not None and "median" in beside:
             peak, of = f"{100 * point['peak_bytes'] / beside['peak_bytes']:.0f} %", f"{point['times']:.2f} ×"
-        rows.append([*row, f"{point['peak_bytes'] / 1e6:,.0f} MB", peak, seconds(point["median"]), of])
-    return markdown(["T", "chunk", "peak memory", "of the whole's", "step", "of the whole's"], rows)
+            processor = f"{point['cpu_times']:.2f} ×"
+        rows.append([*row, f"{point['peak_bytes'] / 1e6:,.0f} MB", peak, seconds(point["median"]), of, processor])
+    return markdown(["T", "chunk", "peak memory", "of the whole's", "step", "of the whole's", "processor time"], rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

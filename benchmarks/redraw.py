@@ -180,11 +180,7 @@ def _throughput(record: Record, link: Link) -> str:
         f"{kernel[0].upper()}{kernel[1:]}: {_workload(content['workload'])}. {len(timed[0]['seconds'])} interleaved "
         f"repeats on {_machine(record, link)}.\n\n{table}"
     )
-    if busy:
-        others = f"{content['limits']['others_busy_cores']:.1f} of {content['machine']['cores']} cores"
-        text += (
-            f"\n\nOther programs kept {others} busy: what counts is the processor time of all threads of a contender."
-        )
+    text += _said_of_others(content)
     absent = [f"{title(row['contender'])} ({row['status']}: {row['reason']})" for row in rows if row not in timed]
     if absent:
         text += f"\n\nNot timed: {'; '.join(absent)}."
@@ -234,6 +230,14 @@ def _recurrent_in_short(record: Record, link: Link) -> str:
 def _busy(content: dict[str, Any]) -> bool:
     """Whether other programs used the machine while a record was made; then processor time is what counts."""
     return content.get("limits", {}).get("others_busy_cores", 0.0) > BUSY
+
+
+def _said_of_others(content: dict[str, Any]) -> str:
+    """A paragraph about a busy machine; "" where it was not."""
+    if not _busy(content):
+        return ""
+    others = f"{content['limits']['others_busy_cores']:.1f} of {content['machine']['cores']} cores"
+    return f"\n\nOther programs kept {others} busy: what counts is the processor time of all threads of a contender."
 
 
 def _seeds(content: dict[str, Any]) -> str:
@@ -377,7 +381,7 @@ def _chunks(record: Record, link: Link) -> str:
     return (
         f"![Memory and time against T]({link(record.picture)})\n\n"
         f"A training step of index, B {size['batch_size']}, {layers}, varying inputs, on {_machine(record, link)}.\n\n"
-        f"{chunks.table(record.content)}"
+        f"{chunks.table(record.content)}{_said_of_others(record.content)}"
     )
 
 
@@ -386,11 +390,12 @@ def _chunks_in_short(record: Record, link: Link) -> str:
     chunk = chunks.usual_chunk(record.content)
     whole, part = points[chunks.USUAL, None], points[chunks.USUAL, chunk]
     size = record.content["sizes"]
+    ratio, what = ("cpu_times", "processor time") if _busy(record.content) else ("times", "time")
     return (
         f"At T = {chunks.USUAL:,} (B {size['batch_size']}, {size['input_dim']} → {size['hidden_dim']:,} → "
         f"{size['hidden_dim']:,} → {size['num_classes']}) a training step in chunks of {chunk} takes "
         f"{part['peak_bytes'] / 1e6:.0f} MB above the process instead of {whole['peak_bytes'] / 1e6:.0f}, and "
-        f"{part['times']:.2f} times the time (`python -m benchmarks.chunks`, on {_machine(record, link)})."
+        f"{part[ratio]:.2f} times the {what} (`python -m benchmarks.chunks`, on {_machine(record, link)})."
     )
 
 

@@ -420,10 +420,10 @@ class SpikingStack(nn.Module):
 
     def to_networkx(self) -> Any:
         """The whole network as a ``networkx.DiGraph`` (:func:`g2gnet.graphs.to_networkx`)."""
-        return graphs.to_networkx(self.layers())
+        return graphs.to_networkx(self.layers(), self.recurrents())
 
     def _repr_html_(self) -> str:
-        return graphs.to_html(self.layers())
+        return graphs.to_html(self.layers(), self.recurrents())
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)

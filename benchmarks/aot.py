@@ -79,6 +79,7 @@ class Case:
     model: str = "index"
     block_size: int = 64
     batch: int = 256
+    neuron: str = "lif"
 
     def launches(self, target: Target) -> list[Launch]:
         """The launches of the step on such a card."""
@@ -86,7 +87,7 @@ class Case:
         torch.set_float32_matmul_precision(self.precision)
         try:
             draw = torch.Generator().manual_seed(0)
-            net = G2GNet(784, 2048, 10, self.model, block_size=self.block_size, generator=draw)
+            net = G2GNet(784, 2048, 10, self.model, block_size=self.block_size, neuron=self.neuron, generator=draw)
             architecture = target.arch if isinstance(target.arch, str) else ""
             operations = training_step(net, self.batch, 784, self.dtype, architecture)
         finally:
@@ -105,6 +106,7 @@ CASES = {
         Case("batch of 32, bf16", batch=32),
         Case("float32, tf32 products", torch.float32, "high"),
         Case("float32, ieee products", torch.float32),
+        Case("adaptive neurons, bf16", neuron="adlif"),
     )
 }
 

@@ -68,13 +68,13 @@ class WorkerError(RuntimeError):
     """A worker could not fulfil a request."""
 
 
-class _Worker:
-    """The parent's end of a contender's process."""
+class Worker:
+    """The parent's end of a process that answers requests: calls of the methods of ``session(*arguments)``."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, session: Callable[..., Any], *arguments: Any) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, job), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, session, *arguments), daemon=True)
         self._process.start()
         theirs.close()
 
@@ -96,10 +96,10 @@ class _Worker:
         self._process.join()
 
 
-def _serve(connection: Connection, job: Job) -> None:
+def _serve(connection: Connection, make: Callable[..., Any], *about: Any) -> None:
     """The child's main loop: answers requests until the pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
-    session = _Session(job)
+    session = make(*about)
     with contextlib.suppress(EOFError, OSError):
         while True:
             request, *arguments = connection.recv()
@@ -184,7 +184,7 @@ def measure(
     outcomes = [Outcome(job) for job in jobs]
     judges: dict[tuple[Path, str], Judge] = {}
     with contextlib.ExitStack() as stack:
-        racers: list[tuple[_Worker, Outcome]] = []
+        racers: list[tuple[Worker, Outcome]] = []
         for outcome in outcomes:
             progress(f"checking {outcome.job.entry.label}")
             if outcome.job.entry.unavailable:
@@ -193,7 +193,7 @@ def measure(
             key = outcome.job.path, outcome.job.kernel
             if key not in judges:
                 judges[key] = Judge(load(outcome.job.path), outcome.job.kernel)
-            worker = _Worker(outcome.job)
+            worker = Worker(_Session, outcome.job)
             stack.callback(worker.close)
             if _admit(worker, outcome, judges[key], warm_up):
                 racers.append((worker, outcome))
@@ -212,14 +212,14 @@ def measure(
     return outcomes
 
 
-def _turns(racers: Sequence[tuple[_Worker, Outcome]], rounds: int) -> Iterator[tuple[int, tuple[_Worker, Outcome]]]:
+def _turns(racers: Sequence[tuple[Worker, Outcome]], rounds: int) -> Iterator[tuple[int, tuple[Worker, Outcome]]]:
     """Every contender once per round, each round started by the next one; numbered within the round."""
     for number in range(rounds):
         first = number % len(racers) if racers else 0
         yield from enumerate((*racers[first:], *racers[:first]))
 
 
-def _admit(worker: _Worker, outcome: Outcome, judge: Judge, warm_up: int) -> bool:
+def _admit(worker: Worker, outcome: Outcome, judge: Judge, warm_up: int) -> bool:
     """Builds and warms up the contender, counts its memory and has its results judged."""
     with _noting_failure(outcome):
         worker.ask("build")

@@ -8,6 +8,7 @@ from typing import Any
 
 import matplotlib
 
+from .chunks import usual_chunk
 from .report import curve_title, digest, seconds, title
 from .study import accuracy, mean, standard_error
 from .tradeoff_study import density, width
@@ -184,6 +185,32 @@ def draw_tradeoff(axis: Axes, record: dict[str, Any], quantity: str) -> None:
     axis.margins(0.1)
 
 
+def _chunks(record: dict[str, Any]) -> Figure:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 4.1), layout="constrained")
+    usual = usual_chunk(record)
+    for chunk, label, colour, marker in (
+        (None, "all steps at once", PEER, "o"),
+        (usual, f"in chunks of {usual} steps", OURS, "s"),
+    ):
+        points = [point for point in record["points"] if point["chunk"] == chunk and point["status"] == "timed"]
+        for axis, quantity, unit in ((left, "peak_bytes", 1e6), (right, "median", 1)):
+            style = {"color": colour, "marker": marker, "markersize": 5}
+            axis.plot([p["T"] for p in points], [p[quantity] / unit for p in points], label=label, **style)
+    left.set_ylabel("peak memory above the process, MB")
+    right.set_ylabel("seconds per training step")
+    for axis in (left, right):
+        axis.set_xlabel("time steps T")
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        for side in (axis.xaxis, axis.yaxis):
+            side.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            side.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+            side.set_minor_formatter(NullFormatter())
+        _tidy(axis)
+    left.legend(frameon=False)
+    return figure
+
+
 def _tidy(axis: Axes) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.25)
@@ -194,5 +221,6 @@ DRAWN_BY: dict[str, Callable[[dict[str, Any]], Figure]] = {
     "throughput": _throughput,
     "scaling": _scaling,
     "accuracy": _accuracy,
+    "chunks": _chunks,
     "tradeoff_study": _tradeoff,
 }

@@ -25,6 +25,7 @@ from g2gnet.sweep.results import markdown
 
 from . import (
     accuracy,
+    chunks,
     dst_study,
     flag_costs,
     model_comparison,
@@ -43,8 +44,11 @@ from .workload import Workload
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PICTURES = ROOT / "docs"
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("performance.md", "results.md", "first-run.md")))
-PICTURED = ("scaling", "accuracy", "tradeoff_study")
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / name for name in ("performance.md", "results.md", "first-run.md", "other-libraries.md")),
+)
+PICTURED = ("scaling", "accuracy", "chunks", "tradeoff_study")
 STUDIES = {
     module.STUDY.name: module.STUDY
     for module in (model_comparison, surrogate_study, recipe_study, dst_study, tradeoff_study, sequence_study)
@@ -366,6 +370,30 @@ def _flag_costs(record: Record, link: Link) -> str:
     )
 
 
+def _chunks(record: Record, link: Link) -> str:
+    size = record.content["sizes"]
+    layers = " → ".join(f"{size[name]:,}" for name in ("input_dim", "hidden_dim", "hidden_dim", "num_classes"))
+    assert record.picture is not None
+    return (
+        f"![Memory and time against T]({link(record.picture)})\n\n"
+        f"A training step of index, B {size['batch_size']}, {layers}, varying inputs, on {_machine(record, link)}.\n\n"
+        f"{chunks.table(record.content)}"
+    )
+
+
+def _chunks_in_short(record: Record, link: Link) -> str:
+    points = {(point["T"], point["chunk"]): point for point in record.content["points"]}
+    chunk = chunks.usual_chunk(record.content)
+    whole, part = points[chunks.USUAL, None], points[chunks.USUAL, chunk]
+    size = record.content["sizes"]
+    return (
+        f"At T = {chunks.USUAL:,} (B {size['batch_size']}, {size['input_dim']} → {size['hidden_dim']:,} → "
+        f"{size['hidden_dim']:,} → {size['num_classes']}) a training step in chunks of {chunk} takes "
+        f"{part['peak_bytes'] / 1e6:.0f} MB above the process instead of {whole['peak_bytes'] / 1e6:.0f}, and "
+        f"{part['times']:.2f} times the time (`python -m benchmarks.chunks`, on {_machine(record, link)})."
+    )
+
+
 def _predictions(record: Record, link: Link) -> str:
     content = record.content
     nexts = markdown(
@@ -391,6 +419,8 @@ PARTS: dict[str, tuple[str, Callable[[Record, Link], str]]] = {
         for name in ("p_inter", "block_size", "groups", "T", "B", "H", "alpha")
     },
     "accuracy": ("accuracy", _accuracy),
+    "chunks": ("chunks", _chunks),
+    "chunks, in short": ("chunks", _chunks_in_short),
     "flag_costs": ("flag_costs", _flag_costs),
     "model_comparison, in short": ("model_comparison", _models_in_short),
     "recipe_study, in short": ("recipe_study", _recipe_in_short),

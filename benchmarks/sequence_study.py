@@ -1,10 +1,10 @@
 """Sequences with and without recurrence and adaptation, on Fashion-MNIST: ``python -m benchmarks.sequence_study``.
 
 Images come row by row (T 28), as pixels in a fixed random order, four at a time (T 196), or pixel by pixel (T 784, 56
-steps at a time). Each is learned by feed-forward and recurrent networks, sparse (units of 16: a quarter of the weights,
-or a twentieth that is rewired, pruned by magnitude and grown by gradient) and dense, and by PyTorch's GRU with as many
-weights as the recurrent network of a quarter. Only the rows are trained unless ``--rows`` names others: pixels take
-hours. Memory is that of a training step, above the process with its imports.
+steps at a time). Each is learned by networks that are feed-forward, recurrent, adaptive or both, sparse (units of 16: a
+quarter of the weights, or a twentieth that is rewired, pruned by magnitude and grown by gradient) and dense, and by
+PyTorch's GRU with as many weights as the recurrent network of a quarter. Only the rows are trained unless ``--rows``
+names others: pixels take hours. Memory is that of a training step, above the process with its imports.
 """
 
 import concurrent.futures
@@ -35,7 +35,12 @@ DATA = {
     "permuted": "--sequence permuted --sequence_step 4",
     "pixels": "--sequence pixels --chunk 56",
 }
-NETWORKS = {"feed-forward": "", "recurrent": "--recurrent"}
+NETWORKS = {
+    "feed-forward": "",
+    "recurrent": "--recurrent",
+    "adaptive": "--neuron adlif",
+    "both": "--recurrent --neuron adlif",
+}
 GRAPHS = {
     "25 %": f"--model index --block_size 16 {density_flags(25)}",
     "5 %, rewired": f"--model index --block_size 16 {density_flags(5)} {GROWTH['gradient']} {SCHEDULE}",

@@ -218,7 +218,50 @@ def draw_lif() -> Figure:
     return figure
 
 
-PICTURES = {"units.png": draw_units, "readouts.png": draw_readouts, "dst.png": draw_dst, "lif.png": draw_lif}
+# --- recurrence ---------------------------------------------------------------------------------------------------
+
+
+def draw_recurrence() -> Figure:
+    """A recurrent layer: the weights of both connections, and its spikes for one image with and without the second."""
+    draw = torch.Generator().manual_seed(0)
+    net = G2GNet(
+        28, 64, 10, T=28, sequence="rows", block_size=4, num_groups=4, threshold=0.3, recurrent=True, rec_gain=1.0,
+        generator=draw,
+    )  # fmt: skip
+    image = as_samples(load_dataset("fashionmnist-mini").test_images[:1])
+    colours = plt.get_cmap("RdBu_r").with_extremes(bad=PAPER)
+    figure, places = plt.subplot_mosaic(
+        [["fc1", "rec1", "with", "without"]],
+        figsize=(11, 3.2),
+        layout="constrained",
+        width_ratios=(0.75, 1.3, 1.2, 1.2),
+    )
+    for name, inputs in (("fc1", "28 inputs of a row"), ("rec1", "64 neurons, one step before")):
+        connection = net.connections()[name]
+        weight = connection.dense_weight().detach().masked_fill(~connection.mask.to_dense(), torch.nan)
+        limit = float(connection.values.detach().abs().max())
+        places[name].imshow(
+            weight.numpy(), cmap=colours, vmin=-limit, vmax=limit, interpolation="nearest", aspect="auto"
+        )
+        _lines(places[name], connection.mask)
+        places[name].set(title=name, xlabel=inputs, ylabel="64 neurons")
+    for name, title in (("with", "spikes of lif1"), ("without", "without rec1")):
+        with torch.no_grad():
+            spikes = net.simulate(net.encode(image)).spikes[0].dense()[:, 0]
+            net.rec1.values.zero_()
+        step, neuron = spikes.nonzero().T
+        places[name].scatter(step + 1, neuron, s=4, color=DARK, marker="|")
+        places[name].set(title=title, xlabel="time step = row", xlim=(0, 29), ylim=(63.5, -0.5))
+    return figure
+
+
+PICTURES = {
+    "units.png": draw_units,
+    "readouts.png": draw_readouts,
+    "dst.png": draw_dst,
+    "lif.png": draw_lif,
+    "over-time.png": draw_recurrence,
+}
 
 
 def draw(folder: Path) -> None:

@@ -6,8 +6,8 @@ from g2g_kernels.dispatch import BackendError, available_backends, backend_statu
 from g2g_kernels.groups import GroupLayout
 from g2g_kernels.ops.g2g_linear import g2g_linear
 from g2g_kernels.ops.g2g_stack import Activity, SpikingLayer, g2g_stack
-from g2g_kernels.ops.neurons import Neurons, lif, neurons, synaptic
-from g2g_kernels.ops.neurons.step import lif_step, neurons_step, synaptic_step
+from g2g_kernels.ops.neurons import Neurons, adlif, lif, neurons, synaptic
+from g2g_kernels.ops.neurons.step import adlif_step, lif_step, neurons_step, synaptic_step
 
 __all__ = [
     "Activity",
@@ -16,6 +16,8 @@ __all__ = [
     "GroupLayout",
     "Neurons",
     "SpikingLayer",
+    "adlif",
+    "adlif_step",
     "available_backends",
     "backend_status",
     "g2g_linear",

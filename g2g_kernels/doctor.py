@@ -153,10 +153,10 @@ def checks() -> Iterator[Check]:
     )
     for model in MODELS.values():
         for number, (reset, surrogate) in enumerate(cases):
-            current = multiples(0.25, -4, 6, STEPS, BATCH, SIZE) / len(model.states)
+            current = multiples(0.25, -4, 10, STEPS, BATCH, SIZE) / len(model.states)
             sizes = (SIZE, 1) if number % 2 else (1, SIZE)
-            decays = {name: multiples(0.5, 1, 1, sizes[0]) for name in model.decays}
-            leaves = {"current": current, **decays, "threshold": multiples(0.25, 3, 5, sizes[1])}
+            halves = {name: multiples(0.5, 1, 1, sizes[0]) for name in model.parameters[:-1]}
+            leaves = {"current": current, **halves, "threshold": multiples(0.25, 3, 5, sizes[1])}
             case = f"reset {reset}, surrogate {surrogate}"
             yield Check(model.name, case, leaves, functools.partial(_neurons, model.name, reset, surrogate))
     yield from _default_step(draw, multiples)

@@ -6,12 +6,12 @@ from g2gnet.dst import DSTScheduler
 from g2gnet.layers import G2GLinear
 from g2gnet.loading import load
 from g2gnet.network import G2GNet
-from g2gnet.neurons import LIF, SpikingNeurons, Synaptic
+from g2gnet.neurons import LIF, AdLIF, SpikingNeurons, Synaptic
 from g2gnet.sparsify import sparsify
 from g2gnet.stack import SpikingStack
 
 __version__ = "0.1.0"
 __all__ = [
-    "LIF", "DSTScheduler", "G2GLinear", "G2GNet", "SpikingNeurons", "SpikingStack", "Synaptic",
+    "LIF", "AdLIF", "DSTScheduler", "G2GLinear", "G2GNet", "SpikingNeurons", "SpikingStack", "Synaptic",
     "captured", "load", "sparsify", "sync_wiring", "tie_wiring", "untie_wiring",
 ]  # fmt: skip

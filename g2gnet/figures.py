@@ -341,9 +341,9 @@ def turnover(history: History) -> Figure:
     replaced, kept = axes.flat
     epochs = [record["epoch"] for record in history]
     for number, name in enumerate(history[0]["units_kept"]):
-        style = {"color": COLOURS[number], "marker": "os^Dv"[number], "markersize": 4, "label": name}
-        replaced.plot(epochs, [1 - record["units_kept"][name] for record in history], **style)
-        kept.plot([0, *epochs], [1, *(record["initial_units_kept"][name] for record in history)], **style)
+        look = {**style(number), "markersize": 4, "label": name}
+        replaced.plot(epochs, [1 - record["units_kept"][name] for record in history], **look)
+        kept.plot([0, *epochs], [1, *(record["initial_units_kept"][name] for record in history)], **look)
     replaced.set(title="Replaced in each epoch", xlabel="epoch", ylabel="units of the layer")
     kept.set(title="Initial units still there", xlabel="epoch", ylabel="units of the layer")
     for axis in (replaced, kept):

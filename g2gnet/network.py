@@ -44,7 +44,8 @@ class G2GNet(SpikingStack):
             reach them one step later. The groups are those of the layer's neurons.
         p_rec_inter: the probability of a recurrent unit between groups; None: ``p_inter``.
         rec_gain: factor on the initial recurrent weights, above 0.
-        neuron: model of all neurons, ``"lif"`` (:class:`LIF`) or ``"synaptic"`` (:class:`Synaptic`).
+        neuron: model of all neurons: ``"lif"`` (:class:`LIF`), ``"synaptic"`` (:class:`Synaptic`) or ``"adlif"``
+            (:class:`AdLIF`).
         per_neuron: one value of each of the neurons' parameters per neuron instead of one per layer.
         reset: as for :func:`g2g_kernels.lif`.
         surrogate, alpha: of the hidden layers, as for :func:`g2g_kernels.lif`. The output layer keeps ATan with α = 2:

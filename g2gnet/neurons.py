@@ -150,5 +150,26 @@ class Synaptic(SpikingNeurons):
     threshold: torch.Tensor
 
 
+class AdLIF(SpikingNeurons):
+    """Adaptive LIF neurons (:func:`g2g_kernels.adlif`): ``adapt_decay``, ``beta``, ``a``, ``b`` and ``threshold``.
+
+    Initially the adaptation lasts twice as long as the membrane: 1/(1 − ρ) = 20 steps at ρ = 0.95, 1/(1 − β) = 10 at
+    β = 0.9.
+
+    Example:
+        >>> neurons = AdLIF(64, b=0.3)  # a spike makes the next one of the same neuron harder
+        >>> neurons(torch.rand(20, 2, 64)).shape
+        torch.Size([20, 2, 64])
+    """
+
+    model = MODELS["adlif"]
+    initial: ClassVar = {"adapt_decay": 0.95, "beta": 0.9, "a": 0.05, "b": 0.1, "threshold": 1.0}
+    adapt_decay: torch.Tensor
+    beta: torch.Tensor
+    a: torch.Tensor
+    b: torch.Tensor
+    threshold: torch.Tensor
+
+
 #: the class of each model
-NEURONS: dict[str, type[SpikingNeurons]] = {kind.model.name: kind for kind in (LIF, Synaptic)}
+NEURONS: dict[str, type[SpikingNeurons]] = {kind.model.name: kind for kind in (LIF, Synaptic, AdLIF)}

@@ -186,7 +186,7 @@ def _kept(state: dict[str, Any], shape: torch.Size) -> Iterator[_Kept]:
     for name, value in state.items():
         if not _of_weights(value, shape):
             continue
-        table = state.get(name.replace("state", "qmap"))
+        table = state.get(name.replace("state", "qmap")) if isinstance(name, str) else None
         if value.is_floating_point() or value.dtype == torch.bool:
             yield _Kept(name, value, None)
         elif isinstance(table, torch.Tensor) and "state" in name:
@@ -198,10 +198,10 @@ def _unknown(state: dict[str, Any], parameter: torch.nn.Parameter) -> list[str]:
     known = {kept.name for kept in _kept(state, parameter.shape)}
     coded = any(kept.table is not None for kept in _kept(state, parameter.shape))
     return [
-        name
+        str(name)
         for name, value in state.items()
         if name not in known
-        and not (coded and _BESIDE_CODES.fullmatch(name))
+        and not (coded and _BESIDE_CODES.fullmatch(str(name)))
         and any(tensor.numel() > 1 and tensor is not parameter for tensor in _tensors(value))
     ]
 

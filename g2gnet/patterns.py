@@ -21,6 +21,7 @@ import torch
 from g2g_kernels import BlockMask, GroupLayout
 from g2g_kernels.groups import partners
 from g2g_kernels.numbers import COUNT, PROBABILITY, Number
+from g2g_kernels.ops.checks import DTYPES
 from g2g_kernels.sides import UnitAxis
 from g2g_kernels.tracing import on_cpu
 from g2gnet.grouping import GROUPINGS, group_layouts
@@ -186,6 +187,7 @@ def pattern_mask(
 
     Raises:
         ValueError: if the pattern returns anything but units or probabilities.
+        TypeError: for a class of patterns in place of one of its objects.
 
     Example:
         >>> from g2g_kernels import GroupLayout
@@ -198,10 +200,13 @@ def pattern_mask(
         ░░█░
         ░░░█
     """
+    if isinstance(pattern, type):
+        raise TypeError(f"the pattern {pattern.__name__} is a class; give one of its objects, {pattern.__name__}(…)")
     empty = torch.zeros(0, dtype=torch.int64)
     grid = BlockMask(out_layout, in_layout, empty, empty, block_size)
     units = pattern(grid.rows, grid.cols, generator)
     _check_units(pattern, units, (grid.rows.num_units, grid.cols.num_units))
+    units = units.detach().cpu()
     if units.dtype != torch.bool:
         units = _drawn(units.double(), generator)
     unit_row, unit_col = units.nonzero(as_tuple=True)
@@ -212,14 +217,16 @@ def _check_units(pattern: Pattern, units: object, shape: tuple[int, int]) -> Non
     what = f"of type {type(units).__name__}"
     if isinstance(units, torch.Tensor):
         what = f"{units.dtype} {list(units.shape)}"
-        if tuple(units.shape) == shape and (units.dtype == torch.bool or units.is_floating_point()):
+        if units.layout != torch.strided or units.is_meta:
+            what += f" of layout {units.layout} on {units.device}"
+        elif tuple(units.shape) == shape and units.dtype in (torch.bool, *DTYPES):
             if units.dtype == torch.bool or bool(((units >= 0) & (units <= 1)).all()):
                 return
             what += " with numbers that are not from 0 to 1"
     name = getattr(pattern, "__name__", type(pattern).__name__)
     raise ValueError(
-        f"the pattern {name} returned {what}; it must return [{shape[0]}, {shape[1]}], bool (which units exist) or "
-        "float (with which probability, from 0 to 1)"
+        f"the pattern {name} returned {what}; it must return a dense tensor [{shape[0]}, {shape[1]}], bool "
+        "(which units exist) or float (with which probability, from 0 to 1)"
     )
 
 

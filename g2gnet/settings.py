@@ -19,8 +19,8 @@ from g2gnet.patterns import DENSITIES, MODELS, SPARSE
 from g2gnet.sequences import SEQUENCES
 
 MOST_DROPPED = 0.95
-#: on the initial recurrent weights: on rows of Fashion-MNIST such networks learn fastest at first, and none is better at
-#: the end (docs/over-time.md)
+#: on the initial recurrent weights: on rows of Fashion-MNIST such networks learn fastest at first, and none is better
+#: at the end (docs/over-time.md)
 REC_GAIN = 0.2
 #: of a sample; the compiled kernels number them in 16 bits
 MOST_STEPS = 1 << 16
@@ -151,7 +151,7 @@ def _kind(expected: Any, value: Any) -> str | None:
 
 
 #: the parameters of neurons whose initial values are settings
-PARAMETERS = ("syn_decay", "beta", "threshold")
+PARAMETERS = ("syn_decay", "adapt_decay", "beta", "a", "b", "threshold")
 
 
 def owners(parameter: str) -> list[str]:
@@ -225,6 +225,11 @@ class NetworkSettings(Settings):
     syn_decay: float | None = setting(
         None, "model", _initial("syn_decay", "decay of the synaptic current"), low=0, high=1
     )
+    adapt_decay: float | None = setting(
+        None, "model", _initial("adapt_decay", "decay of the adaptation"), low=0, high=1
+    )
+    a: float | None = setting(None, "model", _initial("a", "share of the membrane that is added to the adaptation"))
+    b: float | None = setting(None, "model", _initial("b", "increase of the adaptation by a spike"))
     reset: str = setting(
         RESET, "model", "after a spike: subtract the threshold, set the membrane to zero, or nothing", choices=RESETS
     )

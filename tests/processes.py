@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import runpy
 import sys
+import time
 from collections.abc import Sequence
 from datetime import timedelta
 from multiprocessing.process import BaseProcess
@@ -49,9 +50,18 @@ def fork_contenders(patch: pytest.MonkeyPatch) -> None:
 
 def start(program: Path | str, *arguments: object, output: Path, **variables: str) -> BaseProcess:
     """Starts a program (``python PROGRAM ARGUMENTS``), which prints into the files OUTPUT.out and OUTPUT.err."""
+    for name in ("out", "err"):
+        Path(f"{output}.{name}").touch()
     process = SERVER.Process(target=_run, args=(str(program), [*map(str, arguments)], variables, output))
     process.start()
     return process
+
+
+def wait_for(text: str, process: BaseProcess, file: Path) -> None:
+    """Waits until a started program has printed ``text`` into that file."""
+    while text not in file.read_text():
+        assert process.is_alive(), file.read_text()
+        time.sleep(0.005)
 
 
 def run(program: Path | str, *arguments: object, output: Path, **variables: str) -> Ended:

@@ -1,8 +1,8 @@
 // Neuron models, resets and surrogates, and everything that depends on them. A model is a struct of
 //
 //   info             its name, states and parameters. The last state is the membrane, the last parameter its threshold θ.
-//   charge           one step of time: moves the states on by the current I_t. The order of operations is snnTorch's, so
-//                    that float32 membranes are equal to the last bit. A reset follows the spike of the step before.
+//   charge           one step of time: moves the states on by the current I_t. The order of operations is PyTorch's
+//                    (and snnTorch's), so that float32 membranes are equal to the last bit. A reset follows the spike of the step before.
 //   charge_backward  the same step backwards. `through` is what reaches the membrane through its own spike,
 //                    σ'(U_t − θ)·∂L/∂S_t; `before` are the states before the step; g is, for each state, what reaches it
 //                    from later steps, and is moved on to the states `before`. Adds to the parameters' gradients and
@@ -94,6 +94,57 @@ struct Synaptic {
     }
 };
 
+// w_t = ρ·w_{t−1} + a·U_{t−1} + b·S_{t−1};  U_t = β·U_{t−1} + I_t − w_t − θ·R_t; reset "zero" discharges U_{t−1} before the
+// step, for both of them.
+//
+//   g_t = through_t + …_{t+1};  h_t = ρ·h_{t+1} − g_t;  e_t = σ'(U_{t−1} − θ)·b·h_t;  ∂I_t = g_t
+//   to U_{t−1}: β·g_t + a·h_t + e_t
+//   ∂ρ += h_t·w_{t−1};  ∂β += g_t·U_{t−1};  ∂a += h_t·U_{t−1};  ∂b += h_t·S_{t−1};  ∂θ −= through_t + e_t + R_t·g_t
+//   "zero": 0 in place of β·g_t + a·h_t, and of U_{t−1}, where R_t = 1
+struct AdLif {
+    static constexpr ModelInfo info = {"adlif",
+                                       2,
+                                       5,
+                                       {"adaptation", "membrane"},
+                                       {"adapt_decay", "beta", "a", "b", "threshold"},
+                                       {true, true, false, false, false}};
+
+    template <int R>
+    static G2G_INLINE void charge(Vec (&state)[2], Vec current, const Vec (&p)[5]) {
+        const Vec adapt_decay = p[0], decay = p[1], a = p[2], b = p[3], theta = p[4];
+        Vec u = state[1];
+        const IntVec fired = u > theta;
+        const Vec spikes = heaviside(u, theta);
+        if (R == kZero) u = fired ? Vec{} : u;
+        const Vec w = (adapt_decay * state[0] + a * u) + b * spikes;
+        u = (decay * u + current) - w;
+        if (R == kSubtract) u = u - (fired ? theta : Vec{});
+        state[0] = w;
+        state[1] = u;
+    }
+
+    template <int R, class Slope>
+    static G2G_INLINE Vec charge_backward(Vec through, const Slope& slope, const Vec (&before)[2], const Vec (&p)[5],
+                                          Vec (&g)[2], Vec (&grad)[5]) {
+        const Vec adapt_decay = p[0], decay = p[1], a = p[2], b = p[3], theta = p[4];
+        const IntVec fired = before[1] > theta;
+        const Vec now = through + g[1];
+        const Vec to_adaptation = g[0] - now;
+        const Vec through_before = slope(before[1]) * (b * to_adaptation);
+        const Vec decaying = R == kZero ? (fired ? Vec{} : before[1]) : before[1];
+        const Vec reaching = decay * now + a * to_adaptation;
+        grad[0] += to_adaptation * before[0];
+        grad[1] += now * decaying;
+        grad[2] += to_adaptation * decaying;
+        grad[3] += to_adaptation * heaviside(before[1], theta);
+        grad[4] -= through + through_before;
+        if (R == kSubtract) grad[4] -= fired ? now : Vec{};
+        g[0] = adapt_decay * to_adaptation;
+        g[1] = (R == kZero ? (fired ? Vec{} : reaching) : reaching) + through_before;
+        return now;
+    }
+};
+
 // A surrogate is its name and its derivative at x = U − θ.
 
 struct Atan {
@@ -136,7 +187,7 @@ struct Boxcar {
 // All options, in the order in which Python numbers them.
 template <class... Each>
 struct Types {};
-using Models = Types<Lif, Synaptic>;
+using Models = Types<Lif, Synaptic, AdLif>;
 using Resets = Types<Constant<kSubtract>, Constant<kZero>, Constant<kNone>>;
 using Surrogates = Types<Atan, FastSigmoid, Sigmoid, Triangle, Boxcar>;
 

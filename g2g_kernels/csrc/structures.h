@@ -22,7 +22,7 @@ struct Plan;
 // Only int32_t, int64_t, float, double, pointers, other structures, and arrays of them.
 G2G_STRUCTURES(
 
-constexpr int kMostParameters = 3;
+constexpr int kMostParameters = 5;
 
 // One side of a mask.
 struct Side {

@@ -11,10 +11,10 @@ from typing import Any, NoReturn
 import torch
 from torch.autograd import forward_ad
 
-_NEURONS = "spiking neurons over time (lif, synaptic, g2g_stack)"
+_NEURONS = "spiking neurons over time (lif, synaptic, adlif, g2g_stack)"
 _REMEDY = (
-    "lif_step and synaptic_step in a loop over time are plain PyTorch operations, which are differentiated any number "
-    "of times and in forward mode; g2g_linear is, too"
+    "lif_step, synaptic_step and adlif_step in a loop over time are plain PyTorch operations, which are differentiated "
+    "any number of times and in forward mode; g2g_linear is, too"
 )
 
 

@@ -79,12 +79,46 @@ def _synaptic_charge_backward(grads, sums, states, fired, parameters, RESET: tl.
 
 
 @triton.jit
+def _adlif_charge(states, fired, current, parameters, RESET: tl.constexpr):
+    membrane = _after_zero(states[1], fired, RESET)
+    adaptation = states[0] * parameters[0] + membrane * parameters[2] + fired.to(tl.float32) * parameters[3]
+    charged = membrane * parameters[1] + current - adaptation
+    if RESET == "subtract":
+        charged = tl.where(fired, charged - parameters[4], charged)
+    return (adaptation, charged)
+
+
+@triton.jit
+def _adlif_charge_backward(
+    grads, sums, states, fired, begins, parameters, alpha, RESET: tl.constexpr, SURROGATE: tl.constexpr
+):
+    to_membrane = grads[1]
+    to_adaptation = grads[0] - to_membrane
+    through_spike = slope_before(states, begins, parameters, alpha, SURROGATE) * (to_adaptation * parameters[3])
+    before = _after_zero(to_membrane * parameters[1] + to_adaptation * parameters[2], fired, RESET) + through_spike
+    membrane = _after_zero(states[1], fired, RESET)
+    to_theta = sums[4] - through_spike
+    if RESET == "subtract":
+        to_theta -= tl.where(fired, to_membrane, 0.0)
+    sums = (
+        sums[0] + to_adaptation * states[0],
+        sums[1] + to_membrane * membrane,
+        sums[2] + to_adaptation * membrane,
+        sums[3] + to_adaptation * fired.to(tl.float32),
+        to_theta,
+    )
+    return to_membrane, (to_adaptation * parameters[0], before), sums
+
+
+@triton.jit
 def charge(states, fired, current, parameters, MODEL: tl.constexpr, RESET: tl.constexpr):
     if MODEL == "lif":
         return _lif_charge(states, fired, current, parameters, RESET)
-    else:
-        tl.static_assert(MODEL == "synaptic")
+    elif MODEL == "synaptic":
         return _synaptic_charge(states, fired, current, parameters, RESET)
+    else:
+        tl.static_assert(MODEL == "adlif")
+        return _adlif_charge(states, fired, current, parameters, RESET)
 
 
 @triton.jit
@@ -102,9 +136,11 @@ def charge_backward(
 ):
     if MODEL == "lif":
         return _lif_charge_backward(grads, sums, states, fired, parameters, RESET)
-    else:
-        tl.static_assert(MODEL == "synaptic")
+    elif MODEL == "synaptic":
         return _synaptic_charge_backward(grads, sums, states, fired, parameters, RESET)
+    else:
+        tl.static_assert(MODEL == "adlif")
+        return _adlif_charge_backward(grads, sums, states, fired, begins, parameters, alpha, RESET, SURROGATE)
 
 
 # --- what holds for every model ---------------------------------------------------------------------------------

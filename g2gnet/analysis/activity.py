@@ -69,6 +69,17 @@ class SpikeSums:
             torch.cat([part.activity for part in parts], 1),
         )
 
+    @classmethod
+    def of_chunks(cls, parts: Sequence["SpikeSums"]) -> "SpikeSums":
+        """The sums over all steps of ``parts``, which are of the same samples."""
+        return cls(
+            parts[0].layout,
+            parts[0].labels,
+            torch.stack([part.counts for part in parts]).sum(0),
+            torch.cat([part.class_sums for part in parts]),
+            torch.cat([part.activity for part in parts]),
+        )
+
     @property
     def steps(self) -> int:
         """T."""

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from g2g_kernels import Activity
+from g2g_kernels import Activity, GroupLayout
 from g2g_kernels.groups import partners
+from g2g_kernels.ops.g2g_stack.chunks import ChunkedSpikes
 from g2gnet.analysis.activity import (
     CountCorrelation,
     SpikeSums,
@@ -22,6 +23,7 @@ from g2gnet.analysis.activity import (
 )
 from g2gnet.analysis.wiring import cross_group_share, group_density, input_group_entropy
 from g2gnet.network import G2GNet
+from g2gnet.recording import Train, dense
 
 #: default number of test images to analyse
 ANALYSIS_SAMPLES = 1000
@@ -223,14 +225,15 @@ def analyze_network(net: G2GNet, batches: Iterable[Batch], num_classes: int) -> 
     correct = 0
     operations = torch.zeros(len(connections), 3, dtype=torch.float64)
     for received, activity, labels in batches:
-        pre = received if received.dim() == 3 and bool(((received == 0) | (received == 1)).all()) else None
+        over_time = received.dim() == 3 and bool(((received == 0) | (received == 1)).all())
+        pre: Train | None = received if over_time else None
         correct += int((activity.counts.argmax(1) == labels).sum())
         operations += torch.tensor(activity.synaptic_operations())
         for number, connection in enumerate(connections):
             if pre is not None:
-                inputs[number].append(SpikeSums.of(pre, labels, num_classes, connection.mask.cols.layout))
-            pre = activity.spikes[number].dense()
-            outputs[number].append(SpikeSums.of(pre, labels, num_classes, connection.mask.rows.layout))
+                inputs[number].append(_sums(pre, labels, num_classes, connection.mask.cols.layout))
+            pre = activity.spikes[number]
+            outputs[number].append(_sums(pre, labels, num_classes, connection.mask.rows.layout))
 
     per_sample = (operations / sum(len(sums.labels) for sums in outputs[0])).tolist()
     layers = []
@@ -260,6 +263,13 @@ def analyze_network(net: G2GNet, batches: Iterable[Batch], num_classes: int) -> 
         )
     samples = len(sums.labels)
     return NetworkAnalysis(samples, sums.steps, correct / samples, tuple(layers))
+
+
+def _sums(train: Train, labels: torch.Tensor, num_classes: int, layout: GroupLayout) -> SpikeSums:
+    """The sums over spikes. Of a long sequence, which came in chunks, one chunk is a float tensor at a time."""
+    if isinstance(train, ChunkedSpikes):
+        return SpikeSums.of_chunks([_sums(part, labels, num_classes, layout) for part in train.chunks])
+    return SpikeSums.of(dense(train), labels, num_classes, layout)
 
 
 def _plain(value: Any) -> Any:

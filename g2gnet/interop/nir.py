@@ -29,6 +29,7 @@ constant current: it is read as part of b.
 
 NIR cannot carry
 
+- adaptive neurons;
 - the reset by subtraction, delayed or not: its neurons only reset to a value (train with ``reset="zero"``);
 - decays of 1: no leak means an infinite τ (NIR's IF, which has none, is read as β = 1, g = R·Δt);
 - surrogates, learnability, groups and units: these go into the nodes' metadata, which other tools do not read;

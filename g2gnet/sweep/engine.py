@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from g2g_kernels.numbers import COUNT
 from g2gnet import train
 from g2gnet.cli import FlagError, machine_from
 from g2gnet.data import DataError
@@ -354,6 +355,7 @@ def _jobs(jobs: int | None, runs: int, machine: Mapping[str, Any]) -> int:
         raise SettingsError(str(error)) from error
     if jobs is None:
         jobs = cores if device.type == "cpu" else 1
-    if jobs < 1:
-        raise SettingsError(f"jobs={jobs} is out of range; give a whole number of at least 1")
+    wanted = COUNT.refuses(jobs)
+    if wanted:
+        raise SettingsError(f"jobs={jobs!r} is out of range; give {wanted}")
     return min(jobs, runs)

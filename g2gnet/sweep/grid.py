@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from g2gnet import train
 from g2gnet.cli import settings_from
@@ -24,6 +25,9 @@ from g2gnet.training.run_files import RunFiles
 
 #: settings of ``g2g-train`` by name, each with one value or an iterable of values
 Grid = Mapping[str, Any]
+
+#: whose numbers become Python's
+ARRAYS = (np.generic, np.ndarray, torch.Tensor)
 
 #: characters of a folder's name that say what differs
 READABLE = 100
@@ -116,13 +120,14 @@ def values_of(grid: Grid) -> dict[str, list[Any]]:
     problems = []
     for name, given in grid.items():
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
+            near = difflib.get_close_matches(str(name), known, 1)
             problems.append(
                 f"{name} is not a setting; {f'did you mean {near[0]}?' if near else 'see g2g-train --help'}"
             )
             continue
+        given = given.tolist() if isinstance(given, ARRAYS) else given
         values = list(given) if isinstance(given, Iterable) and not isinstance(given, str | Mapping) else [given]
-        values = [value.item() if isinstance(value, np.generic) else value for value in values]
+        values = [value.tolist() if isinstance(value, ARRAYS) else value for value in values]
         if float in (types_of[name], *typing.get_args(types_of[name])):
             values = [float(value) if type(value) is int else value for value in values]
         if not values:

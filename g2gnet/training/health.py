@@ -18,6 +18,8 @@ CHECK_INTERVAL = 100
 SILENT, SATURATED = 1e-4, 0.99
 #: share of a layer's neurons that never fire, above which there is a warning
 MOSTLY_SILENT = 0.5
+#: largest values below this are hardly those of pixels
+FEW = 32
 #: the remedy for learned parameters that drift
 DRIFTING = "that is harmless if it stays near; if it moves on, lower `lr`"
 #: the remedy for silent neurons
@@ -129,6 +131,19 @@ class LayerWatch:
         if (layer, problem) not in self._said:
             self._said.add((layer, problem))
             logger.warning("%s %s", layer, text)
+
+
+def check_counts(data: ImageData) -> None:
+    """Warns if the values of sequences seem to be counts of events, which as uint8 are divided by 255."""
+    largest = int(data.train_images.max()) if data.train_images.dtype == torch.uint8 else FEW
+    if largest < FEW:
+        logger.warning(
+            "the sequences of %s are uint8 up to %d and become inputs up to %.2g: uint8 is taken for pixels; give "
+            "counts of events as float32, or raise `enc_scale`",
+            data.name,
+            largest,
+            largest / 255,
+        )
 
 
 def check_rates(settings: NetworkSettings, data: ImageData) -> None:

@@ -173,8 +173,12 @@ class TrainSettings(NetworkSettings, RunSettings):
     def _at_odds(self) -> list[str]:
         problems = super()._at_odds()
         problems += self._no_sequence()
-        if self.name is not None and not re.fullmatch(r"[\w.+=-]{1,64}", self.name):
-            problems.append(f"name={self.name!r} is no part of a file's name; give up to 64 letters, digits, . _ + = -")
+        # a point before a letter could make it the name of another run's file, as that of x.previous.pth
+        if self.name is not None and not re.fullmatch(r"([\w+=-]|\.(?=\d)){1,64}", self.name):
+            problems.append(
+                f"name={self.name!r} is no part of a file's name; give up to 64 letters, digits, _ + = -, and points "
+                "before digits"
+            )
         if self.use_resnet and self.dataset not in RELEASES:
             problems.append(
                 f"use_resnet needs {' or '.join(f'`dataset={name}`' for name in RELEASES)}, not {self.dataset}"

@@ -23,7 +23,7 @@ from g2gnet.seeding import draw_device, stream
 from g2gnet.settings import SettingsError
 from g2gnet.training.epochs import EpochTrainer, Progress, StepCallback
 from g2gnet.training.evaluation import autocast, build_network, run_images
-from g2gnet.training.health import LayerWatch, check_rates
+from g2gnet.training.health import LayerWatch, check_counts, check_rates
 from g2gnet.training.machine import Machine
 from g2gnet.training.samples import check_images, order_of
 from g2gnet.training.settings import TrainSettings
@@ -158,6 +158,8 @@ class Trainer(EpochTrainer):
             mean, deviation = self.data.moments()
             self.net.input_mean.fill_(mean)
             self.net.input_deviation.fill_(deviation)
+        if settings.sequence == "own":
+            check_counts(self.data)
         if settings.enc == "rate":
             check_rates(settings, self.data)
         self._neurons = [connection.out_features for connection, _ in self.net.layers()]

@@ -123,8 +123,14 @@ def test_the_baseline_is_the_first_peer(kernel):
 # --- the gate -------------------------------------------------------------------------------------------------------
 
 
+def with_compiled_peers_apart(labels):
+    """Peers that PyTorch compiles, of which one takes as long as ten others, are in the longer lane."""
+    peers = {label for label, entry in entries("step").items() if entry.compiles and entry.backend is None}
+    return [pytest.param(label, marks=pytest.mark.long) if label in peers else label for label in labels]
+
+
 @pytest.mark.filterwarnings("default")  # importing a peer is not ours to keep free of warnings
-@pytest.mark.parametrize("label", contenders("step"))
+@pytest.mark.parametrize("label", with_compiled_peers_apart(contenders("step")))
 def test_every_network_passes_the_gate(label, prepared, judges):
     chosen = entries("step")[label]
     if chosen.compiles and torch.__version__ < (2, 5):

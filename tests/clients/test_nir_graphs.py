@@ -1,13 +1,17 @@
-"""Graphs as other simulators write them, read by ours: the same spikes, where a graph says all of a neuron."""
+"""Graphs as other simulators write them, read by ours, and ours read by them: the same spikes, where a graph says all
+of a neuron."""
 
+import nir
 import norse.torch as norse
 import pytest
 import snntorch
 import torch
 from snntorch.export_nir import export_to_nir
+from snntorch.import_nir import import_from_nir
 from torch import nn
 
-from g2gnet.interop import from_nir
+from g2gnet import G2GNet
+from g2gnet.interop import from_nir, to_nir
 
 STEPS, BATCH = 20, 4
 X = torch.rand(STEPS, BATCH, 30, generator=torch.Generator().manual_seed(0)) * 3
@@ -99,3 +103,23 @@ def test_sinabs_leaky_neurons_are_read():
     assert stack.lif1.beta.item() == pytest.approx(0.95)  # exp(−1/20) in sinabs
     assert stack.lif1.threshold.item() == pytest.approx(0.5 * 20)
     assert torch.equal(stack.fc1.dense_weight(), network[0].weight)
+
+
+@pytest.mark.parametrize("tool", ["norse", "snntorch"])
+@pytest.mark.parametrize("written", [False, True])
+def test_recurrent_networks_of_ours_are_run_by_others(tool, written, tmp_path):
+    options = {"recurrent": True, "reset": "zero", "threshold": 0.5, "block_size": 4}
+    net = G2GNet(30, 40, 10, T=STEPS, generator=torch.Generator().manual_seed(0), **options)
+    graph = to_nir(net)
+    if written:
+        order = list(graph.nodes)
+        nir.write(tmp_path / "net.nir", graph)
+        graph = nir.read(tmp_path / "net.nir")  # in the order of the alphabet, which snnTorch's importer cannot read
+        graph.nodes = {name: graph.nodes[name] for name in order}
+    network = norse.from_nir(graph, dt=1e-4) if tool == "norse" else import_from_nir(graph)
+    state, train = None, []
+    with torch.no_grad():
+        for x_t in X:
+            spikes, state = network(x_t, state)
+            train.append(spikes)
+    assert_the_same_spikes(net, torch.stack(train))

@@ -55,7 +55,7 @@ def _declare(monkeypatch, old: str, new: str) -> None:
             r"Layer.input_rate is 'field \d+, double' there",
         ),
         ("int32_t size, num_units", "int32_t num_units, size", "Side.size is 'field 1, int32_t' there"),
-        ("kMostParameters = 3;", "kMostParameters = 4;", "kMostParameters is '3' there and '4' here"),
+        ("kMostParameters = 5;", "kMostParameters = 4;", "kMostParameters is '5' there and '4' here"),
     ],
 )
 def test_a_library_with_other_fields_is_refused_by_the_name_of_the_first(old, new, difference, monkeypatch):

@@ -6,6 +6,7 @@ import torch
 from g2g_kernels import BackendError, backend_status, doctor
 from g2g_kernels.ops import neurons as neurons_package
 from g2g_kernels.ops.g2g_stack import operator as g2g_stack_operator
+from g2g_kernels.ops.neurons import MODELS
 from g2g_kernels.ops.neurons import operator as neurons_operator
 
 CPU = torch.device("cpu")
@@ -32,7 +33,7 @@ def test_everything_on_this_machine_is_right(capsys):
         assert f"  {name:<9} {f'no: {reason}' if reason else 'yes'}" in out
     rows = [line.split()[:4] for line in out.splitlines() if line.startswith("cpu  ")]
     for backend in set(doctor.available_backends()) - {"triton"}:
-        for operator in ("g2g_linear", "g2g_stack", "lif", "synaptic"):
+        for operator in ("g2g_linear", "g2g_stack", *MODELS):
             for precision in ("float32", "bfloat16"):
                 assert ["cpu", backend, operator, precision] in rows
 

@@ -8,8 +8,8 @@ import snntorch
 import torch
 from torch import nn
 
-from g2g_kernels import BlockMask, GroupLayout, g2g_linear, lif, synaptic
-from g2gnet import LIF, G2GLinear, Synaptic
+from g2g_kernels import BlockMask, GroupLayout, adlif, g2g_linear, lif, synaptic
+from g2gnet import LIF, AdLIF, G2GLinear, Synaptic
 
 
 def sample_mask(out_size=50, in_size=98, block_size=8, seed=0, **kwargs):
@@ -63,6 +63,9 @@ def test_modules_call_the_operators():
     other = Synaptic(syn_decay=0.5, beta=0.75, reset="none", surrogate="boxcar", alpha=1.0)
     expected = synaptic(current, 0.5, 0.75, other.threshold, reset="none", surrogate="boxcar", alpha=1.0)
     torch.testing.assert_close(other(current), expected, rtol=0, atol=0)
+    adaptive = AdLIF(a=0.125, reset="zero")
+    expected = adlif(current, 0.95, 0.9, 0.125, adaptive.b, adaptive.threshold, reset="zero")
+    torch.testing.assert_close(adaptive(current), expected, rtol=0, atol=0)
     assert repr(other) == "Synaptic(reset='none', surrogate='boxcar', alpha=1.0)"
 
 

@@ -13,7 +13,7 @@ from snntorch import surrogate
 from g2g_kernels import BackendError, g2g_stack, lif
 from g2gnet import G2GNet, SpikingStack, Synaptic, stack
 from g2gnet.patterns import MODELS
-from g2gnet.settings import NetworkSettings
+from g2gnet.settings import PARAMETERS, NetworkSettings
 
 SPARSE = [model for model in MODELS if model != "dense"]
 
@@ -47,7 +47,7 @@ def test_the_constructor_has_the_names_and_defaults_of_the_settings():
         name for name in arguments if name not in ("input_dim", "num_classes", "backend", "generator", "parameters")
     }
     fields = {field.name: field.default for field in dataclasses.fields(NetworkSettings)}
-    assert shared == fields.keys() - {"beta", "threshold", "syn_decay"}  # which are among the neurons' parameters
+    assert shared == fields.keys() - set(PARAMETERS)  # which are among the neurons' parameters
     for name in shared - {"hidden_dim"}:  # which has none
         assert arguments[name].default == fields[name], name
 
@@ -243,7 +243,7 @@ def test_a_state_dict_carries_masks_and_groups():
     [
         ({"model": "ring"}, "model='ring' is unknown; choose one of dense, index, random, mixer"),
         ({"T": 0}, "T=0 must be a whole number of at least 1"),
-        ({"neuron": "if"}, "neuron='if' is unknown; choose one of lif, synaptic"),
+        ({"neuron": "if"}, "neuron='if' is unknown; choose one of lif, synaptic, adlif"),
         ({"init_gain": 0.0}, "init_gain=0.0 must be a number above 0"),
         ({"enc": "latency"}, "enc='latency' is unknown"),
         ({"p_inter": 1.5}, "p_inter=1.5 must be a number from 0 to 1"),

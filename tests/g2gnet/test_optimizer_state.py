@@ -231,6 +231,20 @@ def test_a_state_in_queues_objects_arrays_and_other_tensors_is_refused(keep):
         DSTScheduler(net, Keeper(parameters(net), keep))
 
 
+def test_states_under_numbers_are_refused_by_name():
+    """As heavyball keeps them."""
+
+    class Numbered(Keeper):
+        def step(self, closure=None):
+            super().step()
+            for state in self.state.values():
+                state |= {0: {"rows": state.pop("kept")}, "first": torch.zeros(3)}
+
+    net = network()
+    with pytest.raises(ValueError, match=r"Numbered keeps 0, first in a form other .*pass reset_state="):
+        DSTScheduler(net, Numbered(parameters(net), torch.clone))
+
+
 def test_a_state_outside_of_the_state_is_refused_and_a_table_is_not():
     net = network()
     with pytest.raises(ValueError, match="Outside keeps attribute moments in a form other"):

@@ -187,10 +187,13 @@ def test_probabilities_of_layers_stay_probabilities(density):
 @pytest.mark.parametrize(
     ("result", "message"),
     [
-        (torch.ones(3, 4, dtype=torch.bool), r"torch.bool \[3, 4\]; it must return \[16, 24\]"),
+        (torch.ones(3, 4, dtype=torch.bool), r"torch.bool \[3, 4\]; it must return a dense tensor \[16, 24\]"),
         (torch.ones(16, 24, dtype=torch.int64), r"torch.int64 \[16, 24\]"),
         (torch.full((16, 24), 1.5), "numbers that are not from 0 to 1"),
         (torch.full((16, 24), torch.nan), "numbers that are not from 0 to 1"),
+        (torch.full((16, 24), 0.5).to(torch.float8_e4m3fn), "torch.float8_e4m3fn"),
+        (torch.eye(16, 24).to_sparse(), "of layout torch.sparse_coo on cpu"),
+        (torch.empty(16, 24, device="meta"), "on meta"),
         ([[True]], "of type list"),
         (None, "of type NoneType"),
     ],
@@ -221,6 +224,12 @@ def test_a_pattern_that_returns_anything_else_is_refused(result, message):
 def test_what_is_out_of_range_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_class_of_patterns_is_told_from_its_objects():
+    for make in (lambda: G2GNet(8, 8, 8, SmallWorld), lambda: sparsify(nn.Linear(8, 8), kind=SmallWorld)):
+        with pytest.raises(TypeError, match="the pattern SmallWorld is a class; give one of its objects"):
+            make()
 
 
 def test_patterns_are_drawn_from_the_generator_alone():

@@ -11,7 +11,7 @@ from snntorch import surrogate as snn_surrogate
 from g2g_kernels import BlockMask, GroupLayout, available_backends
 from g2g_kernels.ops.neurons import RESETS
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
-from g2gnet import LIF, DSTScheduler, G2GLinear, G2GNet, SpikingStack, Synaptic
+from g2gnet import LIF, AdLIF, DSTScheduler, G2GLinear, G2GNet, SpikingStack, Synaptic
 from g2gnet.dst import unit_correlation
 from g2gnet.settings import NetworkSettings, SettingsError
 
@@ -184,6 +184,8 @@ CASES = {
     "events, dropped": {"per_neuron": False, "surrogate": "triangle", "alpha": 4.0, "dropped": True},
     "synaptic": {"neurons": Synaptic, "surrogate": "fast_sigmoid", "state": True, "dropped": True},
     "synaptic, zero, held": {"neurons": Synaptic, "reset": "zero", "per_neuron": False, "held": True},
+    "adaptive": {"neurons": AdLIF, "surrogate": "triangle", "state": True, "dropped": True},
+    "adaptive, zero, held": {"neurons": AdLIF, "reset": "zero", "per_neuron": False, "held": True},
     "dropped, from a state": {"state": True, "dropped": True, "held": True},
     "single weights": {"unit": 1, "kind": "index"},
     "units of 8": {"unit": 8, "sizes": (13, 96, 64, 7), "kind": "interleaved"},
@@ -268,9 +270,10 @@ def test_another_order_of_neurons_runs_step_by_step_and_says_so(caplog):
 # --- over time ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("neurons", [LIF, AdLIF])
 @pytest.mark.parametrize("backend", ["torch", *COMPILED])
-def test_halves_in_turn_chunks_and_steps_are_the_whole(backend):
-    stack = stack_of(backend, T=7)
+def test_halves_in_turn_chunks_and_steps_are_the_whole(backend, neurons):
+    stack = stack_of(backend, T=7, neurons=neurons)
     x = inputs_of(stack, held=False)
     whole = stack.simulate(x)
     first = stack.simulate(x[:3])

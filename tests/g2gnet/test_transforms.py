@@ -114,7 +114,7 @@ def loss_of(net):
 
 
 @pytest.mark.parametrize("backend", [None, *STACK_BACKENDS])
-@pytest.mark.parametrize("neuron", ["lif", "synaptic"])
+@pytest.mark.parametrize("neuron", ["lif", "synaptic", "adlif"])
 def test_gradients_of_every_sample_are_those_of_samples_alone(neuron, backend):
     net = net_of(neuron=neuron, per_neuron=True, backend=backend)
     labels = torch.arange(5)

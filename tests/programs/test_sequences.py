@@ -57,6 +57,16 @@ def test_sequences_of_ones_own_have_their_own_length(tmp_path, shape, inputs, dt
     assert float(accuracy) == document["result"]["test_acc"]
 
 
+def test_counts_of_events_in_uint8_are_noticed(tmp_path, caplog):
+    counts = np.random.default_rng(0).integers(0, 5, (40, 6, 5), dtype=np.uint8)
+    arrays = {f"{part}_images": counts for part in ("train", "test")}
+    labels = {f"{part}_labels": LABELS[:40] for part in ("train", "test")}
+    np.savez(tmp_path / "mine.npz", **arrays, **labels)
+    trained(train, tmp_path, "--dataset", tmp_path / "mine.npz")
+    said = "are uint8 up to 4 and become inputs up to 0.016: uint8 is taken for pixels; give counts of events as f"
+    assert said in caplog.text
+
+
 @pytest.mark.parametrize("flags", [["--sequence", "none"], ["--augment", "flip"]], ids=["stated", "mirrored"])
 def test_images_of_ones_own_are_held_if_that_is_stated(tmp_path, flags):
     document = trained(train, tmp_path, "--dataset", write_data(tmp_path / "mine.npz", 6, 5), "--T", "3", *flags)

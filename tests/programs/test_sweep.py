@@ -13,7 +13,9 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
+import torch
 from helpers import ROOT
 from processes import SERVER
 from training_runs import SMALL, assert_equal, flags_of, load, run
@@ -55,6 +57,8 @@ def test_a_grid_is_every_combination_and_a_larger_one_keeps_its_folders(tmp_path
         ({"p_intr": 1}, ["p_intr is not a setting; did you mean p_intra?"]),
         ({"seed": [1, 2, 1]}, ["seed=1 is given twice"]),
         ({"seed": []}, ["seed has no value"]),
+        ({3: 1}, ["3 is not a setting"]),
+        ({"seed": np.ones((2, 2), int)}, ["seed=[1, 1] is given twice"]),
         (
             {"model": ["index", "ring"], "T": [0, 3]},
             ["model='ring' is unknown; choose one of", "T=0 is out of range"],
@@ -68,6 +72,12 @@ def test_what_is_wrong_with_a_grid_is_said_before_anything_is_trained(tmp_path, 
     for message in messages:
         assert message in str(error.value)
     assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.parametrize("values", [range(2), {0, 1}, np.arange(2), torch.arange(2), [np.int64(0), torch.tensor(1)]])
+def test_values_may_be_numbers_of_numpy_and_tensors(tmp_path, values):
+    runs = runs_of({"seed": values, "T": np.array(3), "p_inter": torch.tensor(0.25)}, tmp_path)
+    assert [(run.settings.seed, run.settings.T, run.settings.p_inter) for run in runs] == [(0, 3, 0.25), (1, 3, 0.25)]
 
 
 def test_a_grid_comes_from_a_file_and_flags_replace_what_it_says(tmp_path):
@@ -236,6 +246,12 @@ def test_a_sweep_of_nothing_is_refused(tmp_path, capsys):
     assert program.main(["--folder", str(tmp_path / "sweep")]) == 2
     assert "a sweep needs a setting; give one several values, as in --seed 1 2 3" in capsys.readouterr().err
     assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.parametrize("jobs", [0, 1.5, "2"])
+def test_a_number_of_jobs_that_is_not_whole_is_refused(tmp_path, jobs):
+    with pytest.raises(SettingsError, match=f"jobs={jobs!r} is out of range; give a whole number of at least 1"):
+        sweep.run(QUICK, tmp_path, jobs=jobs)
 
 
 @pytest.mark.parametrize("jobs", ["0", "-1"])

@@ -20,14 +20,18 @@ Run = Callable[[torch.Tensor, Sequence[SpikingLayer], int | None], Activity]
 
 
 class ChunkedSpikes:
-    """Spikes of one layer, chunk after chunk."""
+    """Spikes of one layer, chunk after chunk.
+
+    Attributes:
+        chunks: the spikes of each.
+    """
 
     def __init__(self, chunks: Sequence[Spikes]) -> None:
-        self._chunks = chunks
+        self.chunks = chunks
 
     def dense(self) -> torch.Tensor:
         """The spikes, 0 or 1, float [T, B, N] in neuron order, without gradient."""
-        return torch.cat([chunk.dense() for chunk in self._chunks])
+        return torch.cat([chunk.dense() for chunk in self.chunks])
 
 
 def in_chunks(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None, chunk: int, run: Run) -> Activity:

@@ -1,4 +1,4 @@
-"""Spiking neurons over all time steps in one call: ``lif``, ``synaptic``, and :func:`neurons` for any model."""
+"""Spiking neurons over all time steps in one call: ``lif``, ``synaptic``, ``adlif``; :func:`neurons` for any model."""
 
 import functools
 import logging
@@ -20,6 +20,7 @@ __all__ = [
     "RESETS",
     "SURROGATES",
     "Neurons",
+    "adlif",
     "lif",
     "neurons",
     "run_neurons",
@@ -132,6 +133,51 @@ def synaptic(
     """
     parameters = as_tensors(current, syn_decay=syn_decay, beta=beta, threshold=threshold)
     population = Neurons("synaptic", parameters, reset, surrogate, alpha)
+    return neurons(current, population, steps, backend)
+
+
+def adlif(
+    current: torch.Tensor,
+    adapt_decay: torch.Tensor | float,
+    beta: torch.Tensor | float,
+    a: torch.Tensor | float,
+    b: torch.Tensor | float,
+    threshold: torch.Tensor | float,
+    steps: int | None = None,
+    reset: str = RESET,
+    surrogate: str = SURROGATE,
+    alpha: float = ALPHA,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Runs adaptive LIF neurons over time; differentiable in everything that is a tensor.
+
+    With w_0 = U_0 = 0, R_t = 1[U_{t−1} > θ] and S_t = 1[U_t > θ] (strict)::
+
+        w_t = clamp(ρ, 0, 1)·w_{t−1} + a·V_{t−1} + b·S_{t−1}
+        subtract:  U_t = clamp(β, 0, 1)·V_{t−1} + I_t − w_t − θ·R_t,    V = U
+        zero:      U_t = clamp(β, 0, 1)·V_{t−1} + I_t − w_t,            V_{t−1} = (1 − R_t)·U_{t−1}
+        none:      U_t = clamp(β, 0, 1)·V_{t−1} + I_t − w_t,            V = U
+
+    This is the adaptive neuron of Bittar and Garner (2022), whose reset is by subtraction. Reset to zero discharges the
+    membrane before the step, so that neither U nor w sees what was in it. The gradient passes through b·S_{t−1} by the
+    surrogate, and not through R.
+
+    Args:
+        adapt_decay: decay ρ of the adaptation w per step, a scalar or [N].
+        a: what the membrane adds to the adaptation, a scalar or [N], of either sign.
+        b: what a spike adds to the adaptation, a scalar or [N], of either sign.
+        current, beta, threshold, steps, reset, surrogate, alpha, backend: as for :func:`lif`.
+
+    Returns:
+        Spikes 0 or 1, [T, ..., N], in the dtype of ``current``.
+
+    Raises:
+        ValueError: for an option or a shape out of range, or an unknown backend.
+        BackendError: if the forced backend cannot serve the call.
+        NotImplementedError: for a second derivative, or one in forward mode.
+    """
+    parameters = as_tensors(current, adapt_decay=adapt_decay, beta=beta, a=a, b=b, threshold=threshold)
+    population = Neurons("adlif", parameters, reset, surrogate, alpha)
     return neurons(current, population, steps, backend)
 
 

@@ -54,8 +54,8 @@ class NeuronModel(NamedTuple):
     event_gradients: bool = False
 
 
-# The order of operations is snnTorch's, so that float32 membranes are equal to the last bit. A reset selects and does
-# not multiply: 0·∞ would be NaN, at an infinite threshold or after an infinite current.
+# The order of operations of `lif` and `synaptic` is snnTorch's, so that float32 membranes are equal to the last bit. A
+# reset selects and does not multiply: 0·∞ would be NaN, at an infinite threshold or after an infinite current.
 
 
 def _unless(fired: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -108,6 +108,40 @@ def _synaptic_charge_backward(
     return to_current, before, (to_current * synaptic_current, to_membrane * membrane, to_theta)
 
 
+def _adlif_charge(
+    states: Tensors, fired: torch.Tensor, spike: OfMembrane, current: torch.Tensor, parameters: Tensors, reset: str
+) -> Tensors:
+    (adaptation, membrane), (adapt_decay, beta, a, b, theta) = states, parameters
+    spikes = spike(membrane)
+    if reset == "zero":
+        membrane = _unless(fired, membrane)
+    adaptation = adaptation * adapt_decay + membrane * a + spikes * b
+    membrane = membrane * beta + current - adaptation
+    return adaptation, torch.where(fired, membrane - theta, membrane) if reset == "subtract" else membrane
+
+
+def _adlif_charge_backward(
+    grads: Tensors, states: Tensors, fired: torch.Tensor, slope: OfMembrane, parameters: Tensors, reset: str
+) -> StepGradients:
+    (to_adaptation, to_membrane), (adaptation, membrane), (adapt_decay, beta, a, b, _) = grads, states, parameters
+    to_adaptation = to_adaptation - to_membrane
+    through_spike = slope(membrane) * (to_adaptation * b)
+    before = to_membrane * beta + to_adaptation * a
+    to_theta = -through_spike
+    if reset == "subtract":
+        to_theta = to_theta - _unless(~fired, to_membrane)
+    if reset == "zero":
+        membrane, before = _unless(fired, membrane), _unless(fired, before)
+    to_parameters = (
+        to_adaptation * adaptation,
+        to_membrane * membrane,
+        to_adaptation * membrane,
+        to_adaptation * fired,
+        to_theta,
+    )
+    return to_membrane, (to_adaptation * adapt_decay, before + through_spike), to_parameters
+
+
 MODELS = {
     model.name: model
     for model in (
@@ -128,6 +162,14 @@ MODELS = {
             _synaptic_charge,
             _synaptic_charge_backward,
         ),
+        NeuronModel(
+            "adlif",
+            ("adapt_decay", "beta", "a", "b", "threshold"),
+            ("adapt_decay", "beta"),
+            ("adaptation", "membrane"),
+            _adlif_charge,
+            _adlif_charge_backward,
+        ),
     )
 }
 
@@ -136,7 +178,7 @@ class Neurons(NamedTuple):
     """A population of neurons in the operators' form.
 
     Attributes:
-        model: ``"lif"`` or ``"synaptic"``, a name in ``MODELS``.
+        model: ``"lif"``, ``"synaptic"`` or ``"adlif"``, a name in ``MODELS``.
         parameters: in the model's order, each a scalar or [N].
         reset: ``"subtract"``, ``"zero"`` or ``"none"``.
         surrogate: the stand-in for dS/dU, a name in ``SURROGATES``.

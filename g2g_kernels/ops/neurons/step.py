@@ -1,7 +1,7 @@
 """One time step of neurons, for loops that cannot run all steps at once: online input, recurrent networks.
 
-Plain PyTorch operations on every device, differentiated by autograd. Over a whole sequence :func:`g2g_kernels.lif` and
-:func:`g2g_kernels.synaptic` compute the same, faster and with less memory.
+Plain PyTorch operations on every device, differentiated by autograd. Over a whole sequence :func:`g2g_kernels.lif`,
+:func:`g2g_kernels.synaptic` and :func:`g2g_kernels.adlif` compute the same, faster and with less memory.
 """
 
 import itertools
@@ -91,6 +91,36 @@ def synaptic_step(
     parameters = as_tensors(current, syn_decay=syn_decay, beta=beta, threshold=threshold)
     population = Neurons("synaptic", parameters, reset, surrogate, alpha)
     return neurons_step(current, states, population)
+
+
+def adlif_step(
+    current: torch.Tensor,
+    states: Tensors | None,
+    adapt_decay: torch.Tensor | float,
+    beta: torch.Tensor | float,
+    a: torch.Tensor | float,
+    b: torch.Tensor | float,
+    threshold: torch.Tensor | float,
+    reset: str = RESET,
+    surrogate: str = SURROGATE,
+    alpha: float = ALPHA,
+) -> tuple[torch.Tensor, Tensors]:
+    """Advances adaptive LIF neurons by one step; differentiable in everything that is a tensor.
+
+    Args:
+        current: input currents I_t [..., N].
+        states: (w_{t−1}, U_{t−1}), each [..., N], as the last step returned them; None at the first step. The spike
+            S_{t−1} = 1[U_{t−1} > θ] of given states has the surrogate's gradient.
+        adapt_decay, beta, a, b, threshold, reset, surrogate, alpha: as for :func:`g2g_kernels.adlif`.
+
+    Returns:
+        spikes S_t [..., N] and the states (w_t, U_t).
+
+    Raises:
+        ValueError: for an option or a shape out of range.
+    """
+    parameters = as_tensors(current, adapt_decay=adapt_decay, beta=beta, a=a, b=b, threshold=threshold)
+    return neurons_step(current, states, Neurons("adlif", parameters, reset, surrogate, alpha))
 
 
 def neurons_step(current: torch.Tensor, states: Tensors | None, population: Neurons) -> tuple[torch.Tensor, Tensors]:

@@ -7,7 +7,7 @@ import torch
 from helpers import MASK_CASES, backends_of, packed_randn, row_with, seeded
 from torch.autograd import forward_ad
 
-from g2g_kernels import BackendError, Neurons, SpikingLayer, g2g_linear, g2g_stack, lif, lif_step, synaptic
+from g2g_kernels import BackendError, Neurons, SpikingLayer, adlif, g2g_linear, g2g_stack, lif, lif_step, synaptic
 from g2g_kernels.ops import g2g_linear as linear_module
 from g2g_kernels.ops import neurons as neurons_module
 
@@ -143,6 +143,9 @@ def stack_counts(backend):
 NEURONS = {
     "lif": lambda backend: lambda x: lif(x, torch.tensor(0.9, requires_grad=True), 0.3, backend=backend),
     "synaptic": lambda backend: lambda x: synaptic(x, 0.5, torch.tensor(0.9, requires_grad=True), 0.3, backend=backend),
+    "adlif": lambda backend: (
+        lambda x: adlif(x, 0.9, 0.9, 0.1, torch.tensor(0.1, requires_grad=True), 0.3, backend=backend)
+    ),
     "g2g_stack": stack_counts,
 }
 

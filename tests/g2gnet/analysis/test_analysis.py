@@ -335,6 +335,14 @@ def test_a_network_is_analysed_layer_by_layer(model, enc):
     assert json.loads(json.dumps(analysis.as_dict(), allow_nan=False)) == analysis.as_dict()
 
 
+def test_spikes_in_chunks_are_analysed_as_the_whole():
+    net = G2GNet(49, 64, 10, "mixer", 0.3, 4, T=12, enc="rate", enc_scale=3.0, generator=seeded(0))
+    inputs, whole, labels = next(batches_of(net))
+    parts = net.simulate(inputs, chunk=5)
+    expected, found = (analyze_network(net, [(inputs, of, labels)], 10) for of in (whole, parts))
+    assert found.as_dict() == expected.as_dict()
+
+
 def test_a_network_of_two_classes_is_analysed_by_the_groups_that_each_of_them_hears():
     net = G2GNet(49, 64, 2, "index", 0.3, 4, T=12, enc="rate", enc_scale=3.0, threshold=0.1, generator=seeded(0))
     analysis = analyze_network(net, ((x, activity, labels % 2) for x, activity, labels in batches_of(net)), 2)

@@ -20,8 +20,6 @@ from g2g_kernels import BlockMask, GroupLayout
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
 from g2gnet import LIF, G2GLinear, G2GNet, SpikingStack, Synaptic
 from g2gnet.interop import from_nir, from_snntorch, to_nir, to_snntorch
-from g2gnet.interop import nir as nir_interop
-from g2gnet.interop import snntorch as snntorch_interop
 
 STEPS = 12
 SAMPLES = torch.rand(STEPS, 6, 30, generator=seeded(1)) * 3
@@ -208,13 +206,11 @@ def test_neurons_that_the_stack_lacks_are_refused(options, message):
         from_snntorch(model, T=STEPS)
 
 
-def test_neurons_that_the_other_library_lacks_are_refused(monkeypatch):
-    monkeypatch.delitem(snntorch_interop._COUNTERPARTS, "lif")
-    with pytest.raises(ValueError, match="lif1: snnTorch has no 'lif' neurons; only synaptic convert"):
-        to_snntorch(small_net())
-    monkeypatch.delitem(nir_interop._FORMS, "lif")
-    with pytest.raises(ValueError, match="lif1: NIR has no 'lif' neurons; only synaptic convert"):
-        to_nir(small_net())  # which another reset would not help
+def test_neurons_that_the_other_library_lacks_are_refused():
+    with pytest.raises(ValueError, match="lif1: snnTorch has no 'adlif' neurons; only lif, synaptic convert"):
+        to_snntorch(small_net(neuron="adlif"))
+    with pytest.raises(ValueError, match="lif1: NIR has no 'adlif' neurons; only lif, synaptic convert"):
+        to_nir(small_net(neuron="adlif"))
 
 
 def test_models_of_another_form_are_refused():

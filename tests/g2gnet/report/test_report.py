@@ -104,13 +104,13 @@ def test_turnover_and_curves_show_the_records():
             "train_loss": 1 / epoch,
             "train_acc": 0.5,
             "test_acc": 0.1 * epoch,
-            "units_kept": {"fc1": 0.9, "fc2": 0.75, "fc3": 1.0},
-            "initial_units_kept": {"fc1": 0.9**epoch, "fc2": 0.75**epoch, "fc3": 1.0},
+            "units_kept": {"fc1": 0.9, "fc2": 0.75, "fc3": 1.0, "fc4": 1.0},
+            "initial_units_kept": {"fc1": 0.9**epoch, "fc2": 0.75**epoch, "fc3": 1.0, "fc4": 1.0},
         }
         for epoch in (1, 2, 3)
     ]
     replaced, kept = figures.turnover(history).axes
-    assert [line.get_ydata()[1] for line in replaced.lines] == pytest.approx([0.1, 0.25, 0.0])
+    assert [line.get_ydata()[1] for line in replaced.lines] == pytest.approx([0.1, 0.25, 0.0, 0.0])
     assert list(kept.lines[1].get_xdata()) == [0, 1, 2, 3]
     assert list(kept.lines[1].get_ydata()) == pytest.approx([1, 0.75, 0.75**2, 0.75**3])
     figure = figures.training_curves({"first": [history], "second": [history[:1]]})

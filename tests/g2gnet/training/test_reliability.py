@@ -123,27 +123,26 @@ sys.exit(train.main(sys.argv[1:]))
 def test_the_program_stops_after_the_step_or_at_once(tmp_path, signals, grace, at_once):
     # a second signal must not wait for the step, which would take an hour
     seconds = "3600" if at_once else "0.5"
-    process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, *flags_of(SMALL), "--checkpoint_dir", tmp_path, str(grace), seconds],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert "in the step\n" in iter(process.stdout.readline, "")
-    process.send_signal(signals[0])
-    assert any("a second signal ends at once" in line for line in iter(process.stderr.readline, ""))
+    program, printed = tmp_path / "program.py", tmp_path / "printed"
+    program.write_text(PROGRAM)
+    output, errors = (printed.with_suffix(f".{name}") for name in ("out", "err"))
+    flags = [*flags_of(SMALL), "--checkpoint_dir", tmp_path, grace, seconds]
+    process = processes.start(program, *flags, output=printed)
+    processes.wait_for("in the step\n", process, output)
+    os.kill(process.pid, signals[0])
+    processes.wait_for("a second signal ends at once", process, errors)
     for number in signals[1:]:
-        process.send_signal(number)
-    output, rest = process.communicate()
+        os.kill(process.pid, number)
+    process.join()
+    rest = errors.read_text()
     checkpoint = read_tensors(next(tmp_path.glob("*current.pth")))
-    assert process.returncode == 128 + signals[-1]
+    assert process.exitcode == 128 + signals[-1]
     if at_once:
         assert checkpoint["step"] == 4
     else:
         assert "after step 6, with 1 of 3 epochs done" in rest
         assert checkpoint["step"] == 6
-    assert "Traceback" not in output + rest
+    assert "Traceback" not in output.read_text() + rest
 
 
 @posix

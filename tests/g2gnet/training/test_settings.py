@@ -27,6 +27,7 @@ def test_the_defaults():
             {"neuron": "synaptic", "syn_decay": 0.5, "model": "index", "sparsity_mode": "dynamic"},
             "fashionmnist_index_p0.15_T50_current_synaptic_syn_decay0.5_cpset_cghebb",
         ),
+        ({"neuron": "adlif", "a": 0.1, "b": 0.1}, "fashionmnist_dense_p0.15_T50_current_adlif_a0.1"),
         ({"surrogate": "triangle", "alpha": 4.0}, "fashionmnist_dense_p0.15_T50_current"),
         ({"cp": "hebb"}, "fashionmnist_dense_p0.15_T50_current"),
         ({"dataset": "cifar10", "use_resnet": True}, "resnet_cifar10_dense_p0.15_T50_current"),
@@ -66,7 +67,7 @@ def test_the_stem_names_the_run(options, stem):
         ({"limit_train": 0}, "limit_train=0"),
         ({"model": "ring"}, "model='ring' is unknown; choose one of dense, index, random, mixer"),
         ({"dataset": "mnist"}, "dataset='mnist' is unknown; choose one of fashionmnist, "),
-        ({"neuron": "izhikevich"}, "neuron='izhikevich' is unknown; choose one of lif, synaptic"),
+        ({"neuron": "izhikevich"}, "neuron='izhikevich' is unknown; choose one of lif, synaptic, adlif"),
         ({"syn_decay": 0.8}, "syn_decay=0.8 has no effect with neuron=lif; give `neuron=synaptic`, or leave it out"),
         (
             {"neuron": "synaptic", "syn_decay": 1.5},

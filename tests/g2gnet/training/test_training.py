@@ -240,13 +240,14 @@ def test_chunks_of_time_change_the_weights_by_rounding_only():
         torch.testing.assert_close(ends[1][name], weights, rtol=1e-3, atol=1e-5)
 
 
-def test_a_run_of_synaptic_neurons_resumes(tmp_path):
-    options = {"neuron": "synaptic", "syn_decay": 0.5, "surrogate": "triangle", "epochs": 1}
+@pytest.mark.parametrize(("neuron", "parameter"), [("synaptic", "syn_decay"), ("adlif", "b")])
+def test_a_run_of_other_neurons_resumes(neuron, parameter, tmp_path):
+    options = {"neuron": neuron, parameter: 0.5, "surrogate": "triangle", "epochs": 1}
     files = run(tmp_path, **options)
-    assert files.checkpoint.name == "fashionmnist-mini_mixer_p0.15_T8_current_synaptic_syn_decay0.5.pth"
+    assert files.checkpoint.name == f"fashionmnist-mini_mixer_p0.15_T8_current_{neuron}_{parameter}0.5.pth"
     state = load(files)
-    assert state["settings"]["syn_decay"] == 0.5
-    assert 0 < state["model"]["lif1.syn_decay"].item() != 0.5
+    assert state["settings"][parameter] == 0.5
+    assert 0 < state["model"][f"lif1.{parameter}"].item() != 0.5
     files.marker.unlink()
     with pytest.raises(CheckpointError, match="surrogate: triangle there, atan now"):
         run(tmp_path, **{**options, "surrogate": "atan"})
@@ -378,6 +379,12 @@ def test_more_epochs_continue_a_finished_run_as_if_it_had_been_as_long_from_the_
     assert json.loads(files.marker.read_text())["settings"]["epochs"] == 3
     with pytest.raises(CheckpointError, match="epochs: 3 there, 2 now"):
         run(tmp_path / "grown", **VARIANTS[variant], epochs=2)
+    assert files.analysis.exists()
+    state = load(files)
+    files.save_checkpoint({name: value for name, value in state.items() if name != "format"})
+    # what was of the end is gone when a run goes on
+    assert not files.marker.exists()
+    assert not files.analysis.exists()
 
 
 @pytest.mark.parametrize(
@@ -404,6 +411,6 @@ def test_a_name_makes_room_for_a_run_that_differs_in_what_is_not_named(tmp_path)
     second = run(tmp_path, epochs=1, seed=2, name="seed2")
     assert second.checkpoint.stem == f"{first.checkpoint.stem}_seed2"
     assert_equal(load(second)["model"], load(run(tmp_path / "alone", epochs=1, seed=2))["model"])
-    for name in ("", "a/b", "..\\a", "a b", "x" * 65):
+    for name in ("", "a/b", "..\\a", "a b", "x" * 65, "x.previous", "x.pth", "x."):
         with pytest.raises(SettingsError, match="is no part of a file's name"):
             TrainSettings(name=name)

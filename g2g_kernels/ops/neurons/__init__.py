@@ -175,6 +175,11 @@ def adlif(
         ValueError: for an option or a shape out of range, or an unknown backend.
         BackendError: if the forced backend cannot serve the call.
         NotImplementedError: for a second derivative, or one in forward mode.
+
+    Example:
+        >>> adaptive = {"adapt_decay": 0.9, "beta": 0.9, "a": 0.0, "b": 0.5, "threshold": 1.0}
+        >>> adlif(torch.full((1, 1), 0.6), **adaptive, steps=8).flatten()
+        tensor([0., 1., 0., 0., 0., 0., 0., 1.])
     """
     parameters = as_tensors(current, adapt_decay=adapt_decay, beta=beta, a=a, b=b, threshold=threshold)
     population = Neurons("adlif", parameters, reset, surrogate, alpha)

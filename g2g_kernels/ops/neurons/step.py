@@ -118,6 +118,12 @@ def adlif_step(
 
     Raises:
         ValueError: for an option or a shape out of range.
+
+    Example:
+        >>> adaptive = {"adapt_decay": 0.9, "beta": 0.9, "a": 0.0, "b": 0.5, "threshold": 1.0}
+        >>> spikes, states = adlif_step(torch.full((1, 1), 0.6), None, **adaptive)
+        >>> len(states)  # the adaptation and the membrane
+        2
     """
     parameters = as_tensors(current, adapt_decay=adapt_decay, beta=beta, a=a, b=b, threshold=threshold)
     return neurons_step(current, states, Neurons("adlif", parameters, reset, surrogate, alpha))

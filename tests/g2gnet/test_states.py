@@ -158,7 +158,7 @@ def test_chunks_change_no_spike_and_no_gradient(backend, held, chunk):
     close(gradients(stack, x, loss_of(chunked.counts, chunked.rates, chunked.state)), expected)
 
 
-def test_chunks_are_exact_under_autocast():
+def test_the_backward_pass_of_chunks_knows_autocast():
     stack, x = stack_of(), inputs_of(held=False)
     found = []
     for chunk in (None, 5):

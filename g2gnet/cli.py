@@ -318,7 +318,7 @@ def announce(settings: TrainSettings, machine: Machine) -> None:
             f"warning: --enforce_sparsity never begins: warmup_epochs={settings.warmup_epochs} is not below "
             f"epochs={settings.epochs}"
         )
-    default = type(settings)(neuron=settings.neuron).given()
+    default = {**type(settings)(neuron=settings.neuron).given(), "neuron": type(settings).neuron}
     always = ("dataset", "model", "epochs", "seed")
     shown = " ".join(
         f"{name}={value}" for name, value in settings.given().items() if name in always or value != default[name]

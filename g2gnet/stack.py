@@ -23,6 +23,7 @@ from g2g_kernels.ops.g2g_stack import (
     activity_of,
     check_dropped,
 )
+from g2g_kernels.ops.neurons.checks import check_states
 from g2g_kernels.ops.neurons.step import spikes_of
 from g2g_kernels.tracing import is_traced, is_transformed, symbolic_call
 from g2gnet import graphs
@@ -246,6 +247,11 @@ class SpikingStack(nn.Module):
                     f"dropped = stack.drop({inputs.shape[-2]}) once, and give it to every part of the run"
                 )
             of_layers = [*(self.drop(inputs.shape[-2]) if dropped is None else dropped), None]
+            if len(of_layers) != self.depth:
+                raise ValueError(
+                    f"dropped is of {len(of_layers) - 1} layers, this stack has {self.depth - 1} hidden ones; give "
+                    f"what drop({inputs.shape[-2]}) returns"
+                )
         pairs = list(self.layers())
         recurrents = self.recurrents()
         reason = _why_called(pairs, recurrents)
@@ -406,8 +412,9 @@ class SpikingStack(nn.Module):
             _check_steps_of(f"lif{number}", neurons)
             current = connection(x)
             if recurrent is not None and before is not None:
-                membrane = before if isinstance(before, torch.Tensor) else before[-1]
-                current = current + recurrent(spikes_of(membrane, neurons.population).to(current.dtype))
+                states = (before,) if isinstance(before, torch.Tensor) else before
+                check_states(states, neurons.population, tuple(current.shape))  # a sum would broadcast
+                current = current + recurrent(spikes_of(states[-1], neurons.population).to(current.dtype))
             x, after = neurons.step(current, before)
             afters.append(after)
         return x, tuple(afters)

@@ -265,6 +265,9 @@ def test_another_order_of_neurons_runs_step_by_step_and_says_so(caplog):
     found = run(with_other("cpu").float(), x, torch.float32)
     assert "runs step by step" in caplog.text
     assert_same(found, expected, 2e-5)
+    with pytest.raises(ValueError, match=r"compiled code cannot run on backend cpu; give `backend='torch'`"):
+        torch.compile(with_other("cpu"), backend="aot_eager")(x)
+    torch._dynamo.reset()
 
 
 # --- over time ------------------------------------------------------------------------------------------------------
@@ -294,6 +297,16 @@ def test_halves_in_turn_chunks_and_steps_are_the_whole(backend, neurons):
     for found in (parts, chunked, steps):
         for ours, theirs in zip(found, expected, strict=True):
             assert rms(ours - theirs) <= 2e-5 * rms(theirs)
+
+
+@pytest.mark.parametrize("neurons", [LIF, AdLIF])
+def test_a_state_of_another_batch_is_refused_by_a_step(neurons):
+    stack = stack_of("torch", neurons=neurons)
+    x = inputs_of(stack, held=False)
+    for samples, given in ((B, 1), (1, B)):  # either would broadcast
+        _, state = stack.step(x[0, :samples])
+        with pytest.raises(ValueError, match=rf"has shape \({samples}, 38\), the current \({given}, 38\); give None"):
+            stack.step(x[1, :given], state)
 
 
 def test_what_dropped_neurons_send_to_themselves_is_missing():

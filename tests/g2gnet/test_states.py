@@ -158,7 +158,7 @@ def test_chunks_change_no_spike_and_no_gradient(backend, held, chunk):
     close(gradients(stack, x, loss_of(chunked.counts, chunked.rates, chunked.state)), expected)
 
 
-def test_chunks_are_exact_under_autocast():
+def test_the_backward_pass_of_chunks_knows_autocast():
     stack, x = stack_of(), inputs_of(held=False)
     found = []
     for chunk in (None, 5):
@@ -249,6 +249,9 @@ def test_states_that_do_not_fit_are_refused_by_name():
             stack.simulate(x, chunk=chunk)
     with pytest.raises(ValueError, match="give one of them"):
         stack.simulate(x, chunk=4, spikes=True)
+    drops = stack_of(dropout=0.5).train()
+    with pytest.raises(ValueError, match=r"dropped is of 1 layers, this stack has 2 hidden ones; give what drop\(3\)"):
+        drops.simulate(x, dropped=drops.drop(B)[:1])
 
 
 def test_a_layer_without_a_state_begins_with_zeros():
@@ -280,15 +283,18 @@ def test_second_derivatives_of_chunks_are_refused():
 
 
 @pytest.mark.parametrize("chunk", [None, 4])
-@pytest.mark.parametrize("changed", ["units", "weights"])
-def test_units_and_weights_that_change_before_the_backward_pass_are_refused(chunk, changed):
-    stack, x = stack_of(), inputs_of(held=False)
-    counts = stack.simulate(x, chunk=chunk).counts
+@pytest.mark.parametrize("changed", ["units", "weights", "dropped"])
+def test_what_changes_before_the_backward_pass_is_refused(chunk, changed):
+    stack, x = stack_of(dropout=0.5 if changed == "dropped" else 0.0).train(), inputs_of(held=False)
+    dropped = stack.drop(B)
+    counts = stack.simulate(x, chunk=chunk, dropped=dropped).counts
     _, (connection, _), _ = stack.layers()
     absent = (~connection.mask.present()).nonzero()[:1]
     with torch.no_grad():
         if changed == "units":
             connection.mask.relabel_(torch.tensor([0]), absent[:, 0], absent[:, 1])
+        elif changed == "dropped":
+            dropped[0].logical_not_()
         else:
             connection.values.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):

@@ -224,9 +224,10 @@ def test_a_reader_that_leaves_ends_the_program_without_a_traceback(tmp_path):
 
 
 def test_the_first_line_names_what_differs_from_the_defaults_and_no_more(at_work, capsys):
-    assert train.main([*SMALL, "--epochs", "1"]) == 0
+    assert train.main([*SMALL, "--epochs", "1", "--neuron", "adlif"]) == 0
     line = capsys.readouterr().out.splitlines()[0]
-    for name in ("dataset=fashionmnist-mini", "model=mixer", "hidden_dim=32", "block_size=4", "epochs=1", "seed=42"):
+    different = "dataset=fashionmnist-mini", "model=mixer", "hidden_dim=32", "block_size=4", "epochs=1", "neuron=adlif"
+    for name in (*different, "seed=42"):
         assert f" {name}" in line
-    assert "p_inter" not in line
-    assert "alpha" not in line
+    for name in ("p_inter", "alpha", "adapt_decay"):
+        assert name not in line

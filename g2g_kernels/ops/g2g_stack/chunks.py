@@ -107,9 +107,10 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, chunk, x, *tensors):
         ctx.chunk = chunk._replace(spikes=[])
-        # the indices, too: PyTorch then refuses the gradient if the mask has changed in place in the meantime
+        # what has no gradient, too: PyTorch then refuses the others' if it has changed in place in the meantime
         indices = [index for layer in chunk.layers for _, mask in layer.connections() for index in mask.tensors()]
-        ctx.save_for_backward(x, *tensors, *indices)
+        dropped = [layer.dropped for layer in chunk.layers if layer.dropped is not None]
+        ctx.save_for_backward(x, *tensors, *indices, *dropped)
         activity = chunk(x, *tensors)
         chunk.spikes.extend(activity.spikes)
         ctx.set_materialize_grads(False)
@@ -120,7 +121,7 @@ class _Recomputed(torch.autograd.Function):
     @differentiable_once
     def backward(ctx, *grads):
         needed = ctx.needs_input_grad[1:]
-        # the saved tensors end with the indices, which have no gradient
+        # the saved tensors end with those that have no gradient
         differentiated = ctx.saved_tensors[: len(needed)]
         inputs = [tensor.detach().requires_grad_(need) for tensor, need in zip(differentiated, needed, strict=True)]
         with torch.enable_grad():

@@ -196,7 +196,12 @@ class _Arguments:
             if recurrent is not None:
                 self.plans.append(plan_for(recurrent.mask, recurrent.values))
                 if not library().g2g_plans_join(plan.address, self.plans[-1].address):
-                    raise ValueError(f"the recurrent connection of layer {number} has another order of neurons")
+                    raise ValueError(
+                        f"the recurrent connection of layer {number} has other groups, or other sizes of units, than "
+                        "the connection to the layer, which compiled code cannot run on backend cpu; give "
+                        "`backend='torch'`, or BlockMask.sample(layout, layout, …) that one's mask.rows.layout and "
+                        "block_size"
+                    )
                 self.layers[number].recurrent = self.plans[-1].address
                 self.layers[number].recurrent_values = pointer(recurrent.values)
             if below is not None and _aligned(below, plan):

@@ -5,7 +5,7 @@ import torch
 
 from g2g_kernels.numbers import COUNT, SHARPNESS, check_parameter
 from g2g_kernels.ops.checks import check_tensor
-from g2g_kernels.ops.neurons.models import MODELS, RESETS, Neurons
+from g2g_kernels.ops.neurons.models import MODELS, RESETS, Neurons, Tensors
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
 
 #: what is taken for a parameter beside tensors
@@ -70,3 +70,16 @@ def check_state(suffix: str, state: torch.Tensor, population: Neurons, shape: tu
             f"state{suffix} has shape {tuple(state.shape)}; expected {(len(names), *shape)} ({', '.join(names)} of "
             f"every neuron and sample)"
         )
+
+
+def check_states(states: Tensors, population: Neurons, shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless these are that model's states before one step, each of ``shape``, the current's."""
+    names = MODELS[population.model].states
+    if len(states) != len(names):
+        raise ValueError(f"{len(states)} states given, {population.model} neurons have {', '.join(names)}")
+    for name, state in zip(names, states, strict=True):
+        check_tensor(name, state)
+        if tuple(state.shape) != shape:
+            raise ValueError(
+                f"{name} has shape {tuple(state.shape)}, the current {shape}; give None to begin with another batch"
+            )

@@ -10,7 +10,7 @@ import torch
 
 from g2g_kernels.ops.checks import check_tensor
 from g2g_kernels.ops.derivatives import has_tangent
-from g2g_kernels.ops.neurons.checks import as_tensors, check_neurons
+from g2g_kernels.ops.neurons.checks import as_tensors, check_neurons, check_states
 from g2g_kernels.ops.neurons.models import MODELS, RESET, Neurons, Tensors
 from g2g_kernels.ops.neurons.surrogates import ALPHA, SURROGATE, SURROGATES
 
@@ -158,15 +158,7 @@ def neurons_step(current: torch.Tensor, states: Tensors | None, population: Neur
     begins = states is None
     if states is None:
         states = tuple(torch.zeros_like(current, dtype=dtype) for _ in model.states)
-    if len(states) != len(model.states):
-        raise ValueError(f"{len(states)} states given, {model.name} neurons have {', '.join(model.states)}")
-    for name, state in zip(model.states, states, strict=True):
-        check_tensor(name, state)
-        if state.shape != current.shape:
-            raise ValueError(
-                f"{name} has shape {tuple(state.shape)}, the current {tuple(current.shape)}; "
-                "give None to begin with another batch"
-            )
+    check_states(states, population, tuple(current.shape))
     parameters = tuple(
         _clamped(parameter.to(dtype)) if name in model.decays else parameter.to(dtype)
         for name, parameter in zip(model.parameters, population.parameters, strict=True)

@@ -155,9 +155,9 @@ def test_numbers_of_steps(way, steps):
 
 def test_more_samples_than_a_tile(way):
     ratios = ErrorRatios()
-    for stack in itertools.islice(clear_stacks(STACKS_OF_UNITS[0], None, batch=67), 3):
+    for stack in itertools.islice(clear_stacks(STACKS_OF_UNITS[0], None, batch=67), FEW):
         compare(ratios, stack)
-    ratios.check(cases=3, at_most=AT_MOST)
+    ratios.check(cases=FEW, at_most=AT_MOST)
 
 
 @pytest.mark.parametrize("steps", [None, T], ids=["varying", "held"])

@@ -209,6 +209,7 @@ class SpikingStack(nn.Module):
         *,
         dropped: Sequence[torch.Tensor] | None = None,
         spikes: bool = False,
+        membranes: bool = False,
     ) -> Activity:
         """Runs the stack on inputs [B, D] held for T steps, or [T, B, D].
 
@@ -228,13 +229,17 @@ class SpikingStack(nn.Module):
             dropped: in training mode with ``dropout``, what :meth:`drop` returns; None: drawn here, once for all steps.
                 A run that continues another drops the same neurons, and must be given them.
             spikes: whether the spikes over time have a gradient too (:func:`g2g_kernels.g2g_stack`).
+            membranes: whether ``activity.membranes`` has the membranes over time [T, B, N] of every layer, with a
+                gradient. All neurons then take one step after the other, which is slower, and currents, spikes and
+                membranes of all layers are in memory.
 
         Returns:
             Activity: differentiable spike counts of the output [B, C] and firing rates of each layer, and the spikes.
 
         Raises:
             ValueError: if the inputs have another shape, or seem to have samples before time steps; if the state is
-                not one of these layers and samples; if a state or a chunk is given to a stack that calls its modules.
+                not one of these layers and samples; if a chunk is given and spikes or membranes are wanted; if a state,
+                a chunk or membranes are asked of a stack that calls its modules.
         """
         check_input(inputs)
         if inputs.dim() == 3 and not is_traced():  # where sizes may be unknown
@@ -256,10 +261,14 @@ class SpikingStack(nn.Module):
         recurrents = self.recurrents()
         reason = _why_called(pairs, recurrents)
         if reason is None:
-            activity = self._in_one_call(inputs, pairs, recurrents, of_layers, spikes, state, chunk)
+            layers = self._as_layers(pairs, recurrents, of_layers, state)
+            if membranes:
+                layers = [layer._replace(membranes=True) for layer in layers]
+            steps = self.T if inputs.dim() == 2 else None
+            activity = g2g_stack(inputs, layers, steps, self.backend, spikes, chunk)
         else:
-            if state is not None or chunk is not None:
-                given = f"chunk={chunk}" if state is None else "a state"
+            if state is not None or chunk is not None or membranes:
+                given = "membranes=True" if membranes else f"chunk={chunk}" if state is None else "a state"
                 raise ValueError(
                     f"{given} was given to a stack whose layers are called in turn, and modules return spikes only "
                     f"({reason}); take single steps with step(x, state)"
@@ -273,16 +282,14 @@ class SpikingStack(nn.Module):
             hook(inputs, activity)
         return activity
 
-    def _in_one_call(
+    def _as_layers(
         self,
-        inputs: torch.Tensor,
         pairs: Sequence[Pair],
         recurrents: Sequence[G2GLinear | None],
         dropped: Sequence[torch.Tensor | None] | None,
-        spikes: bool,
         state: StackState | None,
-        chunk: int | None,
-    ) -> Activity:
+    ) -> list[SpikingLayer]:
+        """The layers in the operator's form."""
         layers = [
             SpikingLayer(*connection.weights(), connection.bias, neurons.population) for connection, neurons in pairs
         ]
@@ -297,8 +304,7 @@ class SpikingStack(nn.Module):
         if state is not None:
             self._check_form(state)
             layers = [layer._replace(state=_as_one(before)) for layer, before in zip(layers, state, strict=True)]
-        steps = self.T if inputs.dim() == 2 else None
-        return g2g_stack(inputs, layers, steps, self.backend, spikes, chunk)
+        return layers
 
     def _with_dropped(self, number: int, layer: SpikingLayer, dropped: torch.Tensor | None) -> SpikingLayer:
         """The layer with neurons dropped; what kept neurons send it, from below and from itself, is scaled."""

@@ -42,6 +42,8 @@ class Activity(NamedTuple):
         synapses: what :meth:`synaptic_operations` counts; None if they are unknown.
         states: one [states, B, N] per layer, the neurons' states after the last step; differentiable. None if modules
             that keep their states to themselves were called.
+        membranes: one [T, B, N] per layer, the membrane U_t after each step, from which the spikes follow;
+            differentiable. None for a layer that was not asked for them, or instead of all.
 
     Example:
         >>> from g2gnet import G2GNet
@@ -57,6 +59,7 @@ class Activity(NamedTuple):
     spikes: tuple[Spikes, ...]
     synapses: Synapses | None = None
     states: tuple[torch.Tensor, ...] | None = None
+    membranes: tuple[torch.Tensor | None, ...] | None = None
 
     @property
     def state(self) -> "StackState":

@@ -16,7 +16,7 @@ from g2g_kernels.ops.checks import check_connection, check_tensor
 from g2g_kernels.ops.derivatives import refuse_forward_mode
 from g2g_kernels.ops.g2g_linear import g2g_linear
 from g2g_kernels.ops.g2g_stack import cpu, reference
-from g2g_kernels.ops.g2g_stack.activity import Activity, NeuronState, Spikes, StackState
+from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes, NeuronState, Spikes, StackState
 from g2g_kernels.ops.g2g_stack.chunks import in_chunks
 from g2g_kernels.ops.g2g_stack.layer import Recurrent, SpikingLayer
 from g2g_kernels.ops.g2g_stack.reference import activity_of
@@ -26,8 +26,8 @@ from g2g_kernels.ops.neurons.checks import check_neurons, check_state, check_ste
 from g2g_kernels.tracing import is_transformed
 
 __all__ = [
-    "Activity", "NeuronState", "Recurrent", "Spikes", "SpikingLayer", "StackState", "Synapses", "SynapticOperations",
-    "activity_of", "check_dropped", "g2g_stack",
+    "Activity", "DenseSpikes", "NeuronState", "Recurrent", "Spikes", "SpikingLayer", "StackState", "Synapses",
+    "SynapticOperations", "activity_of", "check_dropped", "g2g_stack",
 ]  # fmt: skip
 
 

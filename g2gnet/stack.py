@@ -467,14 +467,13 @@ class SpikingStack(nn.Module):
         for number, ((connection, neurons), recurrent, before) in enumerate(layers, 1):
             _check_steps_of(f"lif{number}", neurons)
             current = connection(x)
-            if recurrent is not None and before is not None:
-                states = (before,) if isinstance(before, torch.Tensor) else before
+            states = (before,) if isinstance(before, torch.Tensor) else before
+            if recurrent is not None and states is not None:
                 check_states(states, neurons.population, tuple(current.shape))  # a sum would broadcast
                 current = current + recurrent(spikes_of(states[-1], neurons.population).to(current.dtype))
             if number == self.depth and self.readout != "counts":
-                states = (before,) if isinstance(before, torch.Tensor) else before
-                _, states = neurons_step(current, states, neurons.population.integrating())
-                x, after = states[-1], states[0] if len(states) == 1 else states
+                _, last = neurons_step(current, states, neurons.population.integrating())
+                x, after = last[-1], last[0] if len(last) == 1 else last
             else:
                 x, after = neurons.step(current, before)
             afters.append(after)

@@ -18,6 +18,7 @@ export LD_PRELOAD ASAN_OPTIONS="detect_leaks=0" UBSAN_OPTIONS="print_stacktrace=
 export G2G_CPU_POOL=0  # memory maps have no guard zones, malloc has
 if [ $# -eq 0 ]; then
     # opcheck and the compiler test PyTorch's side of the operators, and take minutes under the sanitizers
-    set -- -n 2 --dist load tests/g2g_kernels/test_cpu_backend.py -k "not opcheck and not full_graph"
+    set -- -n 2 --dist load tests/g2g_kernels/test_cpu_backend.py tests/g2gnet/test_recurrence.py \
+        -k "(test_cpu_backend and not opcheck and not full_graph) or (test_recurrence and cpu)"
 fi
 python -m pytest -q -p no:cacheprovider "$@"

@@ -25,6 +25,7 @@ from g2gnet.optimizer_state import OptimizerState, ResetState
 from g2gnet.recording import ActivityRecorder, OneStepLater, Recording, Train, Uncompiled, check_compiled, dense
 from g2gnet.schedules import SCHEDULES
 from g2gnet.seeding import draw_device, stream
+from g2gnet.stack import SpikingStack
 
 logger = logging.getLogger("g2gnet")
 
@@ -104,6 +105,16 @@ def _first(
     return order[:count]
 
 
+def _check_spikes(model: nn.Module) -> None:
+    """Raises ValueError if the neurons behind a layer do not spike: there is nothing to correlate."""
+    for module in model.modules():
+        if isinstance(module, SpikingStack) and module.readout != "counts":
+            raise ValueError(
+                f"a correlation needs output spikes, and with readout={module.readout!r} there are none; give "
+                "prune='set' or 'random', and grow='random' or 'gradient'"
+            )
+
+
 class _Outcome(NamedTuple):
     """The result of an update; it stays on the device until it is read."""
 
@@ -155,8 +166,8 @@ class DSTScheduler:
 
     Raises:
         ValueError: for an option out of range, no layer, a layer that the optimizer does not hold or of which this
-            process has a part only, an optimizer whose states cannot be reset, or if every unit is present, so none can
-            grow.
+            process has a part only, an optimizer whose states cannot be reset, a rule by correlation for a stack whose
+            output does not spike, or if every unit is present, so none can grow.
 
     Example:
         >>> net = G2GNet(64, 64, 10, block_size=8, T=5)
@@ -237,6 +248,8 @@ class DSTScheduler:
         self._replaced = 0
         self._outcomes: list[_Outcome] = []  # not yet counted there
         self._needs = {self.prune.needs, self.grow.needs}
+        if isinstance(model, nn.Module) and ACTIVITY in self._needs:
+            _check_spikes(model)
         self._recorder = ActivityRecorder(model, self.layers) if isinstance(model, nn.Module) else None
         if isinstance(model, nn.Module) and self._needs != {None}:
             check_compiled(model, " and ".join(sorted(filter(None, self._needs))))

@@ -53,6 +53,9 @@ class G2GNet(SpikingStack):
         parameters: the initial values of the neurons' parameters and whether they are learned, as for
             :class:`SpikingNeurons`: ``beta=0.95``, ``learn_threshold=False``.
         dropout: of hidden neurons, in training mode (:class:`SpikingStack`).
+        readout: the output: spike ``"counts"``, or the ``"last"``, ``"mean"`` or ``"max"`` membrane of output neurons
+            that do not spike (:class:`SpikingStack`). Their threshold then has no effect and is not learned, nor are
+            they reset; of ``"adlif"``, b is 0.
         init_gain: factor on the initial weights of fc2 and fc3, above 0. Above 1, fewer neurons are silent at first.
         backend: ``"triton"``, ``"cpu"`` or ``"torch"``; None lets the device decide.
         generator: source of randomness for masks and weights, on the CPU (PyTorch's global one if None).
@@ -105,6 +108,7 @@ class G2GNet(SpikingStack):
         alpha: float = NetworkSettings.alpha,
         dropout: float = NetworkSettings.dropout,
         init_gain: float = NetworkSettings.init_gain,
+        readout: str = NetworkSettings.readout,
         backend: str | None = None,
         generator: torch.Generator | None = None,
         **parameters: float,
@@ -152,6 +156,11 @@ class G2GNet(SpikingStack):
                 )
             of_hidden = {"surrogate": surrogate, "alpha": alpha} if number < len(shapes) - 1 else {}
             options: dict[str, Any] = {"reset": reset, "backend": backend, **of_hidden, **parameters}
+            if number == len(shapes) - 1 and readout != "counts":
+                options["reset"] = "none"
+                for name in (*NEURONS[neuron].model.by_spikes, "threshold"):  # nothing reaches them
+                    options[f"learn_{name}"] = False
+                options |= dict.fromkeys(NEURONS[neuron].model.by_spikes, 0.0)
             neurons = NEURONS[neuron](out_size if per_neuron else None, **options)
             connection = G2GLinear(mask, backend=backend, generator=generator)
             if number > 0:
@@ -169,7 +178,7 @@ class G2GNet(SpikingStack):
             with torch.no_grad():
                 recurrents[-1].values.mul_(rec_gain)
         joined_layers = [(*pair, joined) for pair, joined in zip(layers, recurrents)]  # noqa: B905
-        super().__init__([*joined_layers, *layers[len(recurrents) :]], T, backend, dropout)
+        super().__init__([*joined_layers, *layers[len(recurrents) :]], T, backend, dropout, readout)
         self.model = model
         self.enc = enc
         self.enc_scale = enc_scale
@@ -219,10 +228,12 @@ class G2GNet(SpikingStack):
         return encode(x, self.enc, self.T, self.enc_scale, self.enc_bias, generator, share)
 
     def forward(self, x: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-        """Samples [B, D], or inputs over time [T, B, D] → spike counts of the output neurons [B, C] (the logits)."""
+        """Samples [B, D], or inputs over time [T, B, D] → spike counts of the output neurons, or their readout, [B, C]
+        (the logits).
+        """
         if not isinstance(x, torch.Tensor) and (node := symbolic_call(self, x, generator)) is not None:
             return node
-        return self.simulate(self.encode(x, generator)).counts
+        return self.simulate(self.encode(x, generator)).output
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs

@@ -17,6 +17,7 @@ from g2gnet.encoding import ENCODINGS
 from g2gnet.neurons import NEURONS
 from g2gnet.patterns import DENSITIES, MODELS, SPARSE
 from g2gnet.sequences import SEQUENCES
+from g2gnet.stack import READOUTS
 
 MOST_DROPPED = 0.95
 #: on the initial recurrent weights: on rows of Fashion-MNIST such networks learn fastest at first, and none is better
@@ -241,6 +242,12 @@ class NetworkSettings(Settings):
     )
     alpha: float = setting(
         ALPHA, "model", "sharpness of the surrogate gradient", low=0, high=SHARPNESS.high, open_low=True
+    )
+    readout: str = setting(
+        "counts",
+        "model",
+        "what the output neurons answer: their spike counts, or without spikes their last, mean or largest membrane",
+        choices=READOUTS,
     )
     dropout: float = setting(
         0.0, "model", "probability that a hidden neuron stays silent for a training image", low=0, high=MOST_DROPPED

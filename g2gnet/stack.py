@@ -12,10 +12,11 @@ from torch import nn
 from torch.nn.modules import module as every_module
 from torch.utils.hooks import RemovableHandle
 
-from g2g_kernels import Activity, SpikingLayer, g2g_stack
+from g2g_kernels import Activity, SpikingLayer, g2g_stack, neurons_step
 from g2g_kernels.groups import as_integers
 from g2g_kernels.numbers import COUNT, Number
 from g2g_kernels.ops.g2g_stack import (
+    DenseSpikes,
     NeuronState,
     Recurrent,
     StackState,
@@ -36,6 +37,8 @@ logger = logging.getLogger("g2gnet")
 DRAWS = 1 << 16
 #: at least one of the draws keeps a neuron
 DROPOUT = Number(0, 1 - 1 / DRAWS)
+#: what the last layer answers: its spike counts, or of neurons that do not spike the last, mean or largest membrane
+READOUTS = ("counts", "last", "mean", "max")
 #: called with the inputs and the activity of a run over all time steps
 ActivityHook = Callable[[torch.Tensor, Activity], None]
 Pair = tuple[G2GLinear, SpikingNeurons]
@@ -80,9 +83,15 @@ class SpikingStack(nn.Module):
         dropout: probability with which a hidden neuron is dropped in a sample, in training mode: it stays silent at all
             steps of that sample, and the output of the others is divided by the probability that they are kept. For
             :meth:`simulate`; :meth:`step` drops nothing.
+        readout: what the stack returns of the last layer: ``"counts"``, spikes over all steps. With ``"last"``,
+            ``"mean"`` or ``"max"`` its neurons do not spike and are not reset, whatever their threshold and reset: they
+            integrate, and the answer is their membrane after the last step, its mean, or its largest value over all
+            steps. Their spikes, counts and rates are 0. ``"last"`` costs what counts do; for the others the operators
+            run one after the other, and the last layer takes steps.
 
     Raises:
-        ValueError: for T below 1, a dropout outside [0, 1 − 2⁻¹⁶], no layers, or sizes that do not match.
+        ValueError: for T below 1, a dropout outside [0, 1 − 2⁻¹⁶], an unknown readout, a readout of a layer that is
+            recurrent, no layers, or sizes that do not match.
 
     Example:
         >>> from g2g_kernels import BlockMask, GroupLayout
@@ -106,9 +115,12 @@ class SpikingStack(nn.Module):
         T: int = 50,  # noqa: N803  (the field's name for it)
         backend: str | None = None,
         dropout: float = 0.0,
+        readout: str = "counts",
     ) -> None:
         super().__init__()
         DROPOUT.check("dropout", dropout)
+        if readout not in READOUTS:
+            raise ValueError(f"readout={readout!r:.40} is unknown; choose one of {', '.join(READOUTS)}")
         if not layers:
             raise ValueError("layers is empty; give at least one pair of a G2GLinear and its neurons")
         for number, (connection, neurons, *recurrent) in enumerate(layers, 1):
@@ -124,7 +136,10 @@ class SpikingStack(nn.Module):
                 raise ValueError(
                     f"fc{number} has {lower.out_features} outputs, but fc{number + 1} {upper.in_features} inputs"
                 )
+        if readout != "counts":
+            _check_integrates(readout, *layers[-1])
         self.T = COUNT.check("T", T)
+        self.readout = readout
         self.backend = backend
         self.dropout = dropout
         self.depth = len(layers)
@@ -211,6 +226,7 @@ class SpikingStack(nn.Module):
         *,
         dropped: Sequence[torch.Tensor] | None = None,
         spikes: bool = False,
+        membranes: bool = False,
     ) -> Activity:
         """Runs the stack on inputs [B, D] held for T steps, or [T, B, D].
 
@@ -230,13 +246,19 @@ class SpikingStack(nn.Module):
             dropped: in training mode with ``dropout``, what :meth:`drop` returns; None: drawn here, once for all steps.
                 A run that continues another drops the same neurons, and must be given them.
             spikes: whether the spikes over time have a gradient too (:func:`g2g_kernels.g2g_stack`).
+            membranes: whether ``activity.membranes`` has the membranes over time [T, B, N] of every layer, with a
+                gradient. All neurons then take one step after the other, which is slower, and currents, spikes and
+                membranes of all layers are in memory.
 
         Returns:
-            Activity: differentiable spike counts of the output [B, C] and firing rates of each layer, and the spikes.
+            Activity: differentiable ``output`` [B, C], spike counts of the last layer or its readout, and firing rates
+            of each layer; and the spikes.
 
         Raises:
             ValueError: if the inputs have another shape, or seem to have samples before time steps; if the state is
-                not one of these layers and samples; if a state or a chunk is given to a stack that calls its modules.
+                not one of these layers and samples; if a chunk is given and spikes or membranes are wanted, or the
+                readout is that of all steps; if a state, a chunk, membranes or a readout is asked of a stack that calls
+                its modules.
         """
         check_input(inputs)
         if inputs.dim() == 3 and not is_traced():  # where sizes may be unknown
@@ -254,14 +276,32 @@ class SpikingStack(nn.Module):
                     f"dropped is of {len(of_layers) - 1} layers, this stack has {self.depth - 1} hidden ones; give "
                     f"what drop({inputs.shape[-2]}) returns"
                 )
+        if chunk is not None and self.readout in ("mean", "max"):
+            raise ValueError(
+                f"chunk={chunk} does not keep the membranes of all steps that readout={self.readout!r} is taken from; "
+                "leave it out, or make the stack with readout='last'"
+            )
         pairs = list(self.layers())
         recurrents = self.recurrents()
         reason = _why_called(pairs, recurrents)
         if reason is None:
-            activity = self._in_one_call(inputs, pairs, recurrents, of_layers, spikes, state, chunk)
+            layers = self._as_layers(pairs, recurrents, of_layers, state)
+            if membranes:
+                layers = [layer._replace(membranes=True) for layer in layers]
+            if self.readout != "counts":
+                *_, last = layers
+                layers[-1] = last._replace(
+                    neurons=last.neurons.integrating(), membranes=membranes or self.readout != "last"
+                )
+            steps = self.T if inputs.dim() == 2 else None
+            activity = g2g_stack(inputs, layers, steps, self.backend, spikes, chunk)
+            if self.readout != "counts":
+                activity = self._read(activity, self.T if inputs.dim() == 2 else len(inputs), membranes)
         else:
-            if state is not None or chunk is not None:
-                given = f"chunk={chunk}" if state is None else "a state"
+            if state is not None or chunk is not None or membranes or self.readout != "counts":
+                given = "a state" if state is not None else f"chunk={chunk}"
+                if membranes or self.readout != "counts":
+                    given = "membranes=True" if membranes else f"readout={self.readout!r}"
                 raise ValueError(
                     f"{given} was given to a stack whose layers are called in turn, and modules return spikes only "
                     f"({reason}); take single steps with step(x, state)"
@@ -304,16 +344,14 @@ class SpikingStack(nn.Module):
             spikes.append(membrane.detach() > neurons.population.parameters[-1].detach())
         return spikes
 
-    def _in_one_call(
+    def _as_layers(
         self,
-        inputs: torch.Tensor,
         pairs: Sequence[Pair],
         recurrents: Sequence[G2GLinear | None],
         dropped: Sequence[torch.Tensor | None] | None,
-        spikes: bool,
         state: StackState | None,
-        chunk: int | None,
-    ) -> Activity:
+    ) -> list[SpikingLayer]:
+        """The layers in the operator's form."""
         layers = [
             SpikingLayer(*connection.weights(), connection.bias, neurons.population) for connection, neurons in pairs
         ]
@@ -328,8 +366,26 @@ class SpikingStack(nn.Module):
         if state is not None:
             self._check_form(state)
             layers = [layer._replace(state=_as_one(before)) for layer, before in zip(layers, state, strict=True)]
-        steps = self.T if inputs.dim() == 2 else None
-        return g2g_stack(inputs, layers, steps, self.backend, spikes, chunk)
+        return layers
+
+    def _read(self, activity: Activity, steps: int, membranes: bool) -> Activity:
+        """The activity of a run whose last layer integrates: its readout, and no spikes."""
+        states, over_time = activity.states, activity.membranes
+        assert states is not None
+        if self.readout == "last":
+            readout = states[-1][-1]
+        else:
+            membrane = over_time and over_time[-1]
+            assert isinstance(membrane, torch.Tensor)
+            readout = membrane.mean(0) if self.readout == "mean" else membrane.amax(0)
+        none = torch.zeros_like(activity.counts)
+        return activity._replace(
+            counts=none,
+            rates=(*activity.rates[:-1], torch.zeros_like(activity.rates[-1])),
+            spikes=(*activity.spikes[:-1], DenseSpikes(none.expand(steps, *none.shape))),
+            membranes=over_time if membranes else None,
+            readout=readout,
+        )
 
     def _with_dropped(self, number: int, layer: SpikingLayer, dropped: torch.Tensor | None) -> SpikingLayer:
         """The layer with neurons dropped; what kept neurons send it, from below and from itself, is scaled."""
@@ -432,46 +488,53 @@ class SpikingStack(nn.Module):
             state: what the last step returned, or ``activity.state`` of a run; None at the first.
 
         Returns:
-            output spikes of this step [B, C], and the state.
+            output spikes of this step [B, C], or the membranes that the readout is taken from; and the state.
         """
         befores: tuple[NeuronState | None, ...] = (None,) * self.depth if state is None else state
         if state is not None:
             self._check_form(state)
         recorders = [hook for hook in self._activity_hooks.values() if isinstance(hook, OwnHook)]
         if not recorders:
-            trains, afters = self._one_step(x, befores)
-            return trains[-1], afters
+            output, _, afters = self._one_step(x, befores)
+            return output, afters
         self.calls_layers = True  # what they do is recorded here
         try:
-            trains, afters = self._one_step(x, befores)
+            output, trains, afters = self._one_step(x, befores)
         finally:
             self.calls_layers = False
         self._call(recorders, x, activity_of([spikes[None] for spikes in trains], None, differentiable=False), state)
-        return trains[-1], afters
+        return output, afters
 
     def _one_step(
         self, x: torch.Tensor, befores: Sequence[NeuronState | None]
-    ) -> tuple[list[torch.Tensor], StackState]:
-        """The spikes [B, N] of each layer in one step, and the states after it."""
+    ) -> tuple[torch.Tensor, list[torch.Tensor], StackState]:
+        """The output of one step, the spikes [B, N] of each layer, and the states after it."""
         trains, afters = [], []
         layers = zip(self.layers(), self.recurrents(), befores, strict=True)
         for number, ((connection, neurons), recurrent, before) in enumerate(layers, 1):
             _check_steps_of(f"lif{number}", neurons)
             current = connection(x)
-            if recurrent is not None and before is not None:
-                states = (before,) if isinstance(before, torch.Tensor) else before
+            states = (before,) if isinstance(before, torch.Tensor) else before
+            if recurrent is not None and states is not None:
                 check_states(states, neurons.population, tuple(current.shape))  # a sum would broadcast
                 current = current + recurrent(spikes_of(states[-1], neurons.population).to(current.dtype))
-            x, after = neurons.step(current, before)
-            trains.append(x)
+            if number == self.depth and self.readout != "counts":
+                train, last = neurons_step(current, states, neurons.population.integrating())
+                x, after = last[-1], last[0] if len(last) == 1 else last
+            else:
+                x, after = neurons.step(current, before)
+                train = x
+            trains.append(train)
             afters.append(after)
-        return trains, tuple(afters)
+        return x, trains, tuple(afters)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Inputs [B, D] held for T steps, or [T, B, D] → spike counts of the output neurons [B, C] (the logits)."""
+        """Inputs [B, D] held for T steps, or [T, B, D] → spike counts of the output neurons, or their readout, [B, C]
+        (the logits).
+        """
         if not isinstance(x, torch.Tensor) and (node := symbolic_call(self, x)) is not None:
             return node
-        return self.simulate(x).counts
+        return self.simulate(x).output
 
     def to_networkx(self) -> Any:
         """The whole network as a ``networkx.DiGraph`` (:func:`g2gnet.graphs.to_networkx`)."""
@@ -520,6 +583,20 @@ def _check_recurrent(number: int, connection: nn.Module, neurons: nn.Module, rec
     if not isinstance(neurons, SpikingNeurons):
         raise TypeError(
             f"lif{number} is a {type(neurons).__name__}; a recurrent layer takes steps of the neurons of g2gnet"
+        )
+
+
+def _check_integrates(readout: str, connection: nn.Module, neurons: nn.Module, *recurrent: nn.Module) -> None:
+    """Raises unless the last layer can have this readout."""
+    if recurrent:
+        raise ValueError(
+            f"readout={readout!r} is of neurons that do not spike, but the last layer is recurrent; leave its "
+            "recurrent connection out, or give readout='counts'"
+        )
+    if not isinstance(neurons, SpikingNeurons):
+        raise TypeError(
+            f"readout={readout!r} is of the membranes of the neurons of g2gnet, and the last are "
+            f"{type(neurons).__name__}; give readout='counts'"
         )
 
 

@@ -54,6 +54,7 @@ DEFAULTS = {
     "lr": 1e-3,
     "lr_schedule": "constant",
     "weight_decay": 1e-4,
+    "readout": "counts",
     "dropout": 0.0,
     "init_gain": 1.0,
     "dst_interval": 1000,

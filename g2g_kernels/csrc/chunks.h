@@ -8,7 +8,7 @@ namespace g2g::G2G_ISA {
 constexpr int64_t kChunkRows = 800;  // (sample, t) rows of a chunk: 2048 neurons × 800 rows × 4 B = 6.5 MB, L3-sized
 constexpr int64_t kGroupRows = 24;   // samples are grouped to at least so many rows: four full register tiles
 
-constexpr int64_t kStepChunk = 64;   // samples of a chunk of a recurrent layer, which runs step by step: each step reads
+constexpr int64_t kStepChunk = 36;   // samples of a chunk of a recurrent layer, which runs step by step: each step reads
                                      // all its weights
 constexpr int64_t kMostRows = 1 << 16;  // of a chunk: they are numbered in 16 bits
 

@@ -18,7 +18,7 @@
 namespace g2g::G2G_ISA {
 
 constexpr int64_t kStepSamples = 16;      // of a task of one step, forward
-constexpr int64_t kGradientSamples = 32;  // the same, backward: rows of its product
+constexpr int64_t kGradientSamples = 36;  // the same, backward: six register tiles of its product
 constexpr int64_t kSamplesAhead = 2;             // samples: how far ahead of its use memory that no hardware predicts is fetched
 
 inline void fetch_block(const float* lanes) {

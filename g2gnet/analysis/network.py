@@ -227,7 +227,7 @@ def analyze_network(net: G2GNet, batches: Iterable[Batch], num_classes: int) -> 
     for received, activity, labels in batches:
         over_time = received.dim() == 3 and bool(((received == 0) | (received == 1)).all())
         pre: Train | None = received if over_time else None
-        correct += int((activity.counts.argmax(1) == labels).sum())
+        correct += int((activity.output.argmax(1) == labels).sum())
         operations += torch.tensor(activity.synaptic_operations())
         for number, connection in enumerate(connections):
             if pre is not None:

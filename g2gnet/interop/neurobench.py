@@ -24,12 +24,17 @@ def to_neurobench(stack: SpikingStack) -> Any:
     knows no layers but PyTorch's own: it is the mean of ``mask.sparsity()``, weighted by the sizes of layers.
 
     Raises:
+        ValueError: for a stack whose output does not spike.
         ImportError: if NeuroBench is not installed.
 
     Example:
         >>> from g2gnet import G2GNet
         >>> model = to_neurobench(G2GNet(64, 32, 10, block_size=4))  # doctest: +SKIP
     """
+    if stack.readout != "counts":
+        raise ValueError(
+            f"readout={stack.readout!r} has no output spikes, which NeuroBench takes; give readout='counts'"
+        )
     try:
         from neurobench.hooks.layer import LayerHook
         from neurobench.hooks.neuron import NeuronHook

@@ -101,6 +101,11 @@ def to_nir(stack: SpikingStack, dt: float = DEFAULT_DT) -> Any:
     """
     nir = optional_package("nir", _LEAST_NIR)
     layers = list(stack.layers())
+    if stack.readout != "counts":
+        raise ValueError(
+            f"readout={stack.readout!r} cannot be written to NIR, whose LIF nodes spike; train the network with "
+            "readout='counts' (train.py --readout counts)"
+        )
     for number, (_, neurons) in enumerate(layers, 1):  # no reset makes them fit
         if neurons.model.name not in _FORMS:
             raise ValueError(

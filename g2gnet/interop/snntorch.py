@@ -124,6 +124,8 @@ def to_snntorch(stack: SpikingStack) -> nn.Sequential:
     it leaves the last spikes of ``snn.RSynaptic``: call the layer's own ``reset_mem()``.
     A sparse layer is an ``nn.Linear`` with a mask of ``torch.nn.utils.prune``, so it stays sparse in training. Groups,
     units and the encoding of a :class:`G2GNet` are lost (``stack.encode`` gives the model's input).
+    The last neurons of a stack with a readout of membranes have no reset and return spikes and membranes
+    (``output=True``); the readout is taken from those of all steps, and the spikes mean nothing.
 
     Raises:
         ValueError: for neurons that snnTorch does not have.
@@ -157,6 +159,8 @@ def to_snntorch(stack: SpikingStack) -> nn.Sequential:
             "spike_grad": _spike_function(neurons.surrogate, neurons.alpha),
             "init_hidden": True,
         }
+        if number == stack.depth and stack.readout != "counts":
+            options |= {"reset_mechanism": "none", "output": True}
         if recurrent is None:
             theirs = getattr(snn, counterpart.kind)(**options)
         else:

@@ -47,18 +47,18 @@ def inspect(run: SavedRun, net: G2GNet, data: ImageData, samples: int) -> Inspec
         for batch in run_images(net, run.settings, run.epoch, data, count=samples):
             if not seen:
                 seen.append(batch)
-            pairs = torch.stack((batch.labels, batch.activity.counts.argmax(1))).cpu()
+            pairs = torch.stack((batch.labels, batch.activity.output.argmax(1))).cpu()
             confusion.index_put_(tuple(pairs), torch.ones((), dtype=torch.int64), accumulate=True)
             yield batch
 
     analysis = analyze_network(net, watched(), data.num_classes)
     first = seen[0]
-    counts = first.activity.counts
-    right = (counts.argmax(1) == first.labels) & (counts.sum(1) > 0)
+    output = first.activity.output
+    right = (output.argmax(1) == first.labels) & output.any(1)
     shown = int(right.long().argmax())  # the first that is classified correctly, or the first of all
     rasters = figures.rasters(net, first.activity, shown)
     classes = _classes(run, data.num_classes)
-    true, found = classes[int(first.labels[shown])], classes[int(counts[shown].argmax())]
+    true, found = classes[int(first.labels[shown])], classes[int(output[shown].argmax())]
     example = f"test image {shown + 1} (class {true}, classified as {found})"
     return Inspected(run, net, analysis, rasters, example, confusion, len(data.test_labels))
 
@@ -106,6 +106,8 @@ def _run(each: Inspected) -> list[str]:
         paragraph(
             f"{headline(analysis, each.images)}"
             f"{_own(each)}. – means not defined: no pairs, no spikes, one group or a constant input."
+            + " lif3 does not spike: its membranes are read."
+            * (run.settings.readout != "counts")
         ),
         table(*layers_table(analysis)),
         details("By group", [table(*groups_table(layer)) for layer in analysis.layers]),
@@ -121,8 +123,8 @@ def _run(each: Inspected) -> list[str]:
         ),
         picture(
             figures.confusion(each.confusion, _classes(run, len(each.confusion))),
-            "Rows: the true class of these images; columns: what they were classified as. An image without output "
-            "spikes counts as the first class.",
+            "Rows: the true class of these images; columns: what they were classified as."
+            + " An image without output spikes counts as the first class." * (run.settings.readout == "counts"),
         ),
         heading(3, "Who is connected to whom"),
     ]

@@ -189,6 +189,17 @@ class TrainSettings(NetworkSettings, RunSettings):
             )
         if self.resnet_weights is not None and not self.use_resnet:
             problems.append("resnet_weights has no effect without use_resnet; give `use_resnet`, or leave it out")
+        if self.chunk is not None and self.readout in ("mean", "max"):
+            problems.append(
+                f"chunk={self.chunk} does not keep the membranes of all steps that readout={self.readout} is taken "
+                "from; leave it out, or give `readout=last`"
+            )
+        rules = [f"{name}={rule}" for name, rule in (("cp", self.cp), ("cg", self.cg)) if rule == "hebb"]
+        if self.sparsity_mode == "dynamic" and self.readout != "counts" and rules:
+            problems.append(
+                f"{' and '.join(rules)}: a correlation needs output spikes, and with readout={self.readout} there are "
+                "none; give `cp=set` or `cp=random`, and `cg=random` or `cg=gradient`"
+            )
         if self.sparsity_mode == "dynamic":
             if self.model == "dense":
                 problems.append(f"sparsity_mode=dynamic needs a sparse model; give `model={', '.join(SPARSE)}`")

@@ -247,6 +247,8 @@ class Trainer(EpochTrainer):
     def _measures(self, progress: NetworkProgress) -> tuple[dict[str, float], dict[str, Any]]:
         count = len(self.data.train_labels)
         rates = {f"lif{i}": of for i, of in enumerate(progress.firing_rates.split(self._neurons), 1)}
+        if self.settings.readout != "counts":
+            rates.popitem()  # the last layer has no spikes
         firing_rate = {name: of.mean().item() / count for name, of in rates.items()}
         silent = {name: (of == 0).float().mean().item() for name, of in rates.items()}
         if self.world.leads:
@@ -317,7 +319,7 @@ class Trainer(EpochTrainer):
                 activity = self._parallel(inputs, list(dropped) or None)
             else:
                 activity = self.net.simulate(inputs, chunk=self.settings.chunk, dropped=list(dropped) or None)
-        loss = F.cross_entropy(activity.counts, labels)
+        loss = F.cross_entropy(activity.output, labels)
         objective = share * loss
         if target and target.strength > 0:
             rates = [self._whole_batch(share * rates) for rates in activity.rates[:-1]]
@@ -327,7 +329,7 @@ class Trainer(EpochTrainer):
             objective.backward()
         self._update()
         with torch.no_grad():
-            correct = (activity.counts.argmax(1) == labels).sum().to(loss.dtype)
+            correct = (activity.output.argmax(1) == labels).sum().to(loss.dtype)
             firing_rates = share * torch.cat(activity.rates)
             result = _StepResult(share * loss, correct, firing_rates).summed(self.world)
             self._finite.note(result.loss)
@@ -365,7 +367,7 @@ class Trainer(EpochTrainer):
         # correct images; then additions and multiplications of each layer
         sums = torch.zeros(1 + 2 * len(layers), dtype=torch.int64, device=self.device)
         for batch in run_images(self.net, self.settings, self.epoch, self.data, part, world=self.world):
-            sums[0] += (batch.activity.counts.argmax(1) == batch.labels).sum()
+            sums[0] += (batch.activity.output.argmax(1) == batch.labels).sum()
             counted = [count for layer in batch.activity.synaptic_operations() for count in layer[:2]]
             sums[1:] += torch.tensor(counted, device=self.device)
         count = len(getattr(self.data, f"{part}_labels"))

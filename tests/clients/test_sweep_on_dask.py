@@ -25,7 +25,7 @@ def test_a_sweep_whose_worker_dies_ends_as_if_it_had_not(tmp_path):
                 time.sleep(0.01)
             os.kill(next(iter(cluster.workers.values())).pid, signal.SIGKILL)
 
-        killer = threading.Thread(target=kill_one)
+        killer = threading.Thread(target=kill_one, daemon=True)  # a sweep that fails early does not wait for it
         killer.start()
         made = sweep.run(grid, folder, executor=client.get_executor())
         killer.join()

@@ -16,7 +16,7 @@ from g2g_kernels.ops.checks import check_connection, check_tensor
 from g2g_kernels.ops.derivatives import refuse_forward_mode
 from g2g_kernels.ops.g2g_linear import g2g_linear
 from g2g_kernels.ops.g2g_stack import cpu, reference
-from g2g_kernels.ops.g2g_stack.activity import Activity, NeuronState, Spikes, StackState
+from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes, NeuronState, Spikes, StackState
 from g2g_kernels.ops.g2g_stack.chunks import in_chunks
 from g2g_kernels.ops.g2g_stack.layer import Recurrent, SpikingLayer
 from g2g_kernels.ops.g2g_stack.reference import activity_of
@@ -26,8 +26,8 @@ from g2g_kernels.ops.neurons.checks import check_neurons, check_state, check_ste
 from g2g_kernels.tracing import is_transformed
 
 __all__ = [
-    "Activity", "NeuronState", "Recurrent", "Spikes", "SpikingLayer", "StackState", "Synapses", "SynapticOperations",
-    "activity_of", "check_dropped", "g2g_stack",
+    "Activity", "DenseSpikes", "NeuronState", "Recurrent", "Spikes", "SpikingLayer", "StackState", "Synapses",
+    "SynapticOperations", "activity_of", "check_dropped", "g2g_stack",
 ]  # fmt: skip
 
 
@@ -60,7 +60,8 @@ def g2g_stack(
             α.
         steps, backend: as for :func:`g2g_kernels.lif`.
         spikes: whether spikes over time need a gradient, for a loss on when neurons fire. The operators then run one
-            after the other, and spikes and currents of all layers are in memory.
+            after the other, and spikes and currents of all layers are in memory. So they do if one of the ``layers`` is
+            to give its membranes.
         chunk: for long runs: so many steps at a time are computed, and in the backward pass computed again. Gradients
             are the same, and memory grows with T by spikes and the states between chunks only. (Inside
             ``torch.compile`` and ``torch.func`` nothing is computed again, so that no memory is saved.)
@@ -85,6 +86,8 @@ def g2g_stack(
             raise ValueError(
                 f"chunk={chunk} does not keep the spikes over time that spikes=True gives a gradient; give one of them"
             )
+        if any(layer.membranes for layer in layers):
+            raise ValueError(f"chunk={chunk} does not keep the membranes that a layer is to give; leave it out")
     check_tensor("x", x)
     if not layers:
         raise ValueError("layers is empty; give at least one SpikingLayer")
@@ -162,7 +165,7 @@ def _run(
             else layer._replace(state=layer.state.masked_fill(layer.dropped, 0))
             for layer in layers
         ]
-    if spikes or is_transformed():
+    if spikes or is_transformed() or any(layer.membranes for layer in layers):
         linear, population = partial(g2g_linear, backend=backend), partial(run_neurons, backend=backend)
         activity = activity_of(*reference.in_turn(x, layers, steps, linear, population), differentiable=spikes)
     else:

@@ -42,6 +42,10 @@ class Activity(NamedTuple):
         synapses: what :meth:`synaptic_operations` counts; None if they are unknown.
         states: one [states, B, N] per layer, the neurons' states after the last step; differentiable. None if modules
             that keep their states to themselves were called.
+        membranes: one [T, B, N] per layer, the membrane U_t after each step, from which the spikes follow;
+            differentiable. None for a layer that was not asked for them, or instead of all.
+        readout: [B, N] of the last layer, if its neurons do not spike: what is read from their membranes;
+            differentiable.
 
     Example:
         >>> from g2gnet import G2GNet
@@ -57,6 +61,13 @@ class Activity(NamedTuple):
     spikes: tuple[Spikes, ...]
     synapses: Synapses | None = None
     states: tuple[torch.Tensor, ...] | None = None
+    membranes: tuple[torch.Tensor | None, ...] | None = None
+    readout: torch.Tensor | None = None
+
+    @property
+    def output(self) -> torch.Tensor:
+        """[B, N], the answer of the last layer (logits of a classifier): its readout, or spike counts."""
+        return self.counts if self.readout is None else self.readout
 
     @property
     def state(self) -> "StackState":

@@ -34,6 +34,7 @@ class SpikingLayer(NamedTuple):
         state: float [states, B, N], the neurons' states before the first step, in the model's order; None: all 0.
         recurrent: what joins the neurons to themselves, or None: it adds V·S_{t−1} to the current, S_{t−1} being the
             spikes of the step before: none before the first step, those of ``state`` where that is given.
+        membranes: whether the run gives the layer's membranes over time. Its neurons then take steps in turn.
 
     Example:
         >>> mask = BlockMask.full(GroupLayout(4, 1), GroupLayout(8, 1), block_size=4)
@@ -50,6 +51,7 @@ class SpikingLayer(NamedTuple):
     dropped: torch.Tensor | None = None
     state: torch.Tensor | None = None
     recurrent: Recurrent | None = None
+    membranes: bool = False
 
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor that may need a gradient."""

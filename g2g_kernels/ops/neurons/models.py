@@ -41,6 +41,7 @@ class NeuronModel(NamedTuple):
             gradients of the states after the step to those of the current, of the ``states`` before it, and this step's
             contribution to those of the parameters (None: nothing). No gradient passes through R. ``slope(U)`` is
             σ'(U − θ): what reaches S_{t−1} goes on to U_{t−1}, and negated to θ, times ``slope(U_{t−1})``.
+        by_spikes: the names of parameters that only multiply spikes.
         event_gradients: whether ∂L/∂I_t = σ'(U_t − θ)·∂L/∂S_t + p·∂L/∂I_{t+1}, p the first parameter, but for reset
             ``"zero"``; the input gradient may then be computed by events.
     """
@@ -51,6 +52,7 @@ class NeuronModel(NamedTuple):
     states: tuple[str, ...]
     charge: Callable[[Tensors, torch.Tensor, OfMembrane, torch.Tensor, Tensors, str], Tensors]
     charge_backward: Callable[[Tensors, Tensors, torch.Tensor, OfMembrane, Tensors, str], StepGradients]
+    by_spikes: tuple[str, ...] = ()
     event_gradients: bool = False
 
 
@@ -169,6 +171,7 @@ MODELS = {
             ("adaptation", "membrane"),
             _adlif_charge,
             _adlif_charge_backward,
+            by_spikes=("b",),
         ),
     )
 }
@@ -195,3 +198,12 @@ class Neurons(NamedTuple):
     reset: str = RESET
     surrogate: str = SURROGATE
     alpha: float = ALPHA
+
+    def integrating(self) -> "Neurons":
+        """The population whose membranes are those of neurons that do not spike: nothing follows from their spikes."""
+        model = MODELS[self.model]
+        parameters = tuple(
+            torch.zeros_like(parameter) if name in model.by_spikes else parameter
+            for name, parameter in zip(model.parameters, self.parameters, strict=True)
+        )
+        return self._replace(parameters=parameters, reset="none")

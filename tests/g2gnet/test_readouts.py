@@ -1,0 +1,193 @@
+"""Readouts of output neurons that do not spike: their last, mean or largest membrane, on every backend."""
+
+import pytest
+import torch
+from helpers import backends_of, seeded
+from torch import nn
+from torch.nn import functional as F
+from training_runs import SMALL, load, run
+
+from g2g_kernels import BlockMask, GroupLayout
+from g2g_kernels.ops.g2g_stack import operator
+from g2gnet import LIF, AdLIF, DSTScheduler, G2GLinear, G2GNet, SpikingStack
+from g2gnet.data import load_dataset
+from g2gnet.interop import to_nir, to_snntorch
+from g2gnet.interop.neurobench import to_neurobench
+from g2gnet.report.content import inspect
+from g2gnet.settings import SettingsError
+from g2gnet.stack import READOUTS
+from g2gnet.training import TrainSettings, read_run
+
+STEPS = 5
+X = torch.rand(STEPS, 4, 12, generator=seeded(1)) * 4
+LABELS = torch.arange(4)
+OF_MEMBRANES = READOUTS[1:]
+READ = {"last": lambda membranes: membranes[-1], "mean": lambda membranes: membranes.mean(0)}
+READ["max"] = lambda membranes: membranes.max(0).values
+
+
+def net_of(readout, **options):
+    options = {"block_size": 4, "T": STEPS, "threshold": 0.4, **options}
+    return G2GNet(12, 16, 5, "mixer", generator=seeded(0), readout=readout, **options)
+
+
+def membranes_by_hand(net, x):
+    """[T, B, C]: hidden layers by their steps, output neurons that integrate and do nothing else, written out."""
+    hidden, (fc3, lif3) = list(net.layers())[:2], (net.fc3, net.lif3)
+    values = {
+        name: value.clamp(0, 1) if "decay" in name or name == "beta" else value for name, value in lif3.values.items()
+    }
+    states, of_all_steps = [None, None], []
+    other = membrane = torch.zeros(())
+    for spikes in x.expand(STEPS, 4, 12):
+        for number, (connection, neurons) in enumerate(hidden):
+            spikes, states[number] = neurons.step(connection(spikes), states[number])
+        current = fc3(spikes)
+        if lif3.model.name == "synaptic":
+            current = other = values["syn_decay"] * other + current
+        elif lif3.model.name == "adlif":
+            other = values["adapt_decay"] * other + values["a"] * membrane
+            current = current - other
+        membrane = values["beta"] * membrane + current
+        of_all_steps.append(membrane)
+    return torch.stack(of_all_steps)
+
+
+@pytest.mark.parametrize("backend", backends_of(operator))
+@pytest.mark.parametrize(
+    ("x", "options"),
+    [(X, {"per_neuron": True}), (X[0], {"neuron": "synaptic", "reset": "zero"}), (X, {"neuron": "adlif", "b": 0.3})],
+    ids=["lif", "synaptic, held", "adlif"],
+)
+@pytest.mark.parametrize("readout", OF_MEMBRANES)
+def test_a_readout_and_its_gradients_are_those_of_neurons_that_only_integrate(backend, x, options, readout):
+    net, exact = net_of(readout, backend=backend, **options), net_of(readout, backend="torch", **options).double()
+    membranes = membranes_by_hand(exact, x.double())
+    assert (membranes > 0.4).any()  # where neurons would spike
+    expected = READ[readout](membranes)
+    torch.testing.assert_close(net(x).double(), expected, rtol=1e-5, atol=1e-5)
+    F.cross_entropy(expected, LABELS).backward()
+    F.cross_entropy(net(x), LABELS).backward()
+    for (name, parameter), reference in zip(net.named_parameters(), exact.parameters(), strict=True):
+        # float32 against float64, through 5 steps and 3 layers
+        torch.testing.assert_close(parameter.grad.double(), reference.grad, rtol=1e-3, atol=1e-5, msg=name)
+        assert parameter.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("readout", OF_MEMBRANES)
+def test_a_readout_is_that_of_snntorchs_membranes_without_a_reset(readout):
+    net = net_of(readout)
+    theirs = to_snntorch(net)
+    assert (theirs.lif3.reset_mechanism, theirs.lif1.reset_mechanism) == ("none", "subtract")
+    membranes = torch.stack([theirs(x)[1] for x in X])
+    torch.testing.assert_close(net.simulate(X, membranes=True).membranes[-1], membranes)
+    torch.testing.assert_close(net(X), READ[readout](membranes))
+    F.cross_entropy(READ[readout](membranes), LABELS).backward()
+    F.cross_entropy(net(X), LABELS).backward()
+    for number in (1, 2, 3):
+        ours, linear = net.get_submodule(f"fc{number}"), theirs.get_submodule(f"fc{number}")
+        torch.testing.assert_close(ours.mask.unpack(ours.values.grad), linear.weight_orig.grad * linear.weight_mask)
+        beta = theirs.get_submodule(f"lif{number}").beta.grad
+        torch.testing.assert_close(net.get_submodule(f"lif{number}").beta.grad.squeeze(), beta)
+
+
+@pytest.mark.parametrize("readout", OF_MEMBRANES)
+def test_neurons_that_integrate_have_no_spikes_and_their_membranes_by_steps(readout):
+    net = net_of(readout)
+    activity = net.simulate(X)
+    assert not activity.counts.any()
+    assert not activity.rates[-1].any()
+    assert activity.spikes[-1].dense().shape == (STEPS, 4, 5)
+    assert not activity.spikes[-1].dense().any()
+    assert activity.rates[1].any()
+    assert activity.membranes is None
+    torch.testing.assert_close(activity.output, net(X))
+    state, membranes = None, []
+    for x in X:
+        membrane, state = net.step(x, state)
+        membranes.append(membrane)
+    torch.testing.assert_close(torch.stack(membranes), net.simulate(X, membranes=True).membranes[-1])
+    torch.testing.assert_close(READ[readout](torch.stack(membranes)), activity.readout)
+    second = net.simulate(X[2:], net.simulate(X[:2]).state)
+    torch.testing.assert_close(second.output, READ[readout](torch.stack(membranes[2:])))
+
+
+def test_a_stack_of_any_neurons_reads_what_they_would_integrate_and_counts_stay_as_they_were():
+    masks = [BlockMask.full(GroupLayout(out, 1), GroupLayout(into, 1), 4) for into, out in ((12, 16), (16, 5))]
+    of_layers = LIF(threshold=0.1), AdLIF(threshold=0.1, b=5.0)
+    layers = [(G2GLinear(mask, generator=seeded(3)), each) for mask, each in zip(masks, of_layers, strict=True)]
+    last, counting = SpikingStack(layers, STEPS, readout="last"), SpikingStack(layers, STEPS)
+    hidden = counting.simulate(X).spikes[0].dense()
+    adaptation = membrane = torch.zeros(())
+    for spikes in hidden:
+        adaptation = 0.95 * adaptation + 0.05 * membrane
+        membrane = 0.9 * membrane + layers[1][0](spikes) - adaptation
+    assert counting(X).any()  # where it would spike
+    torch.testing.assert_close(last(X), membrane)
+    assert counting.simulate(X).readout is None
+    assert torch.equal(counting(X), counting.simulate(X).counts)
+
+
+def test_the_last_membrane_in_chunks_has_the_same_gradients():
+    gradients = []
+    for chunk in (None, 2):
+        net = net_of("last")
+        F.cross_entropy(net.simulate(X, chunk=chunk).output, LABELS).backward()
+        gradients.append([parameter.grad for parameter in net.parameters()])
+    for whole, in_chunks in zip(*gradients, strict=True):
+        torch.testing.assert_close(in_chunks, whole)
+
+
+def test_what_cannot_be_read_is_refused_by_name():
+    net = net_of("mean")
+    with pytest.raises(ValueError, match="readout='sum' is unknown; choose one of counts, last, mean, max"):
+        net_of("sum")
+    with pytest.raises(ValueError, match="chunk=2 does not keep the membranes of all steps that readout='mean'"):
+        net.simulate(X, chunk=2)
+    with pytest.raises(ValueError, match="readout='mean' cannot be written to NIR"):
+        to_nir(net)
+    with pytest.raises(ValueError, match="readout='mean' has no output spikes, which NeuroBench takes"):
+        to_neurobench(net)
+    optimizer = torch.optim.Adam(net.parameters())
+    with pytest.raises(ValueError, match="a correlation needs output spikes"):
+        DSTScheduler(net, optimizer, prune="set", grow="hebb")
+    DSTScheduler(net, optimizer, prune="set", grow="gradient")
+    net.fc3.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="readout='mean' was given to a stack whose layers are called in turn"):
+        net(X)
+    mask = BlockMask.full(GroupLayout(8, 1), GroupLayout(8, 1), 4)
+    with pytest.raises(ValueError, match="readout='last' is of neurons that do not spike, but the last layer is recur"):
+        SpikingStack([(G2GLinear(mask), LIF(), G2GLinear(mask, bias=False))], 5, readout="last")
+    with pytest.raises(TypeError, match="and the last are ReLU"):
+        SpikingStack([(G2GLinear(mask), nn.ReLU())], 5, readout="last")
+    for options, match in (
+        ({"chunk": 3}, "chunk=3 does not keep .* readout=max is taken from; leave it out, or give `readout=last`"),
+        ({"sparsity_mode": "dynamic"}, "cg=hebb: a correlation needs output spikes"),
+        ({"sparsity_mode": "dynamic", "cp": "hebb", "cg": "random"}, "cp=hebb: a correlation"),
+    ):
+        with pytest.raises(SettingsError, match=match):
+            TrainSettings(model="index", readout="max", **options)
+    TrainSettings(model="index", readout="last", chunk=3, sparsity_mode="dynamic", cg="random")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"readout": "last", "chunk": 3, "enforce_sparsity": True, "warmup_epochs": 0},
+        {"readout": "mean", "sparsity_mode": "dynamic", "cg": "gradient", "dst_interval": 2, "precision": "bf16"},
+        {"readout": "max", "neuron": "adlif", "recurrent": True, "dropout": 0.2},
+    ],
+    ids=lambda options: options["readout"],
+)
+def test_networks_with_a_readout_learn(options, tmp_path, caplog):
+    files = run(tmp_path, **options, epochs=4, lr=5e-3)
+    history = load(files)["history"]
+    assert history[-1]["train_loss"] < history[0]["train_loss"]
+    assert history[-1]["train_acc"] > 0.3  # of ten classes
+    assert list(history[-1]["firing_rate"]) == list(history[-1]["silent"]) == ["lif1", "lif2"]
+    assert "silent" not in caplog.text
+    saved = read_run(files.checkpoint)
+    data = load_dataset(SMALL["dataset"]).limited(SMALL["limit_train"], SMALL["limit_test"])
+    found = inspect(saved, saved.network(), data, SMALL["limit_test"])
+    assert found.analysis.accuracy == history[-1]["test_acc"] == int(found.confusion.trace()) / SMALL["limit_test"]
+    assert found.analysis.layers[-1].firing_rate == 0

@@ -519,12 +519,12 @@ class SpikingStack(nn.Module):
                 check_states(states, neurons.population, tuple(current.shape))  # a sum would broadcast
                 current = current + recurrent(spikes_of(states[-1], neurons.population).to(current.dtype))
             if number == self.depth and self.readout != "counts":
-                train, last = neurons_step(current, states, neurons.population.integrating())
+                _, last = neurons_step(current, states, neurons.population.integrating())
                 x, after = last[-1], last[0] if len(last) == 1 else last
+                trains.append(torch.zeros_like(x))
             else:
                 x, after = neurons.step(current, before)
-                train = x
-            trains.append(train)
+                trains.append(x)
             afters.append(after)
         return x, trains, tuple(afters)
 

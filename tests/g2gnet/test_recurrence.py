@@ -456,10 +456,10 @@ def test_rewiring_sees_the_spikes_of_the_step_before():
         unnamed.step(x, activity)
 
 
-@pytest.mark.parametrize("steps", [1, 4])
-def test_rewiring_sees_the_spikes_before_a_part_of_a_run(steps):
+@pytest.mark.parametrize(("steps", "readout"), [(1, "counts"), (4, "counts"), (4, "last")])
+def test_rewiring_sees_the_spikes_before_a_part_of_a_run(steps, readout):
     """Parts that continue one another, and single steps, record what one run does."""
-    net = G2GNet(20, 64, 5, block_size=8, T=8, recurrent=True, threshold=0.3, generator=seeded(1), neuron="adlif")
+    net = G2GNet(20, 64, 5, block_size=8, T=8, recurrent=True, threshold=0.3, generator=seeded(1), readout=readout)
     x = torch.rand(8, 7, 20, generator=seeded(2)) * 2
     layers = list(net.connections().values())
     recorders = [ActivityRecorder(net, layers) for _ in range(3)]

@@ -357,11 +357,13 @@ class DSTScheduler:
         Args:
             inputs: what the first layer received in this step, [B, in] or [T, B, in].
             activity: what the stack of these layers did in this step; its spikes are the samples of the correlation.
+                Recurrent connections received nothing before its first step.
                 Omit both if the scheduler was created with a model, which it then observes itself.
 
         Raises:
             RuntimeError: if a rule needs what was neither given nor recorded.
-            ValueError: if the optimizer now has a state that cannot be reset, or does not hold a layer.
+            ValueError: if the activity is of other layers, or the optimizer now has a state that cannot be reset, or
+                does not hold a layer.
             DistributedError: if the processes of the group do not all make this update, have different networks before
                 it, or different units after it.
 
@@ -394,7 +396,15 @@ class DSTScheduler:
         return due
 
     def _trains(self, inputs: torch.Tensor, activity: Activity) -> Iterator[tuple[Train, Train]]:
-        """What each layer received, and what its neurons did."""
+        """What each layer received, and what its neurons did; raises ValueError for the activity of others."""
+        mine = [layer.out_features for layer in self.layers if layer not in self._recurrent]
+        theirs = [len(rates) for rates in activity.rates]
+        if mine != theirs:
+            raise ValueError(
+                f"the activity is of layers of {theirs} neurons, those of the scheduler have {mine}; give it all "
+                "layers of the stack, from input to output, and name the recurrent connections among them in "
+                "`recurrent`"
+            )
         received: Train = inputs
         posts = iter(activity.spikes)
         for layer in self.layers:

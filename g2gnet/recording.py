@@ -19,15 +19,21 @@ Recording = list[tuple[Train, Train]]
 
 
 class OneStepLater:
-    """Spikes [T, B, N] as they reach a recurrent connection: each one step later, none at the first."""
+    """Spikes [T, B, N] as they reach a recurrent connection, each one step later.
 
-    def __init__(self, train: Train) -> None:
-        self._train = train
+    Args:
+        train: the spikes.
+        before: bool [B, N], those of the step before the first; None: there were none.
+    """
+
+    def __init__(self, train: Train, before: torch.Tensor | None = None) -> None:
+        self._train, self._before = train, before
 
     def dense(self) -> torch.Tensor:
         """The spikes, float [T, B, N]."""
         spikes = dense(self._train)
-        return torch.cat([torch.zeros_like(spikes[:1]), spikes[:-1]])
+        before = torch.zeros_like(spikes[:1]) if self._before is None else self._before[None].to(spikes)
+        return torch.cat([before, spikes[:-1]])
 
 
 def dense(train: Train) -> torch.Tensor:
@@ -41,7 +47,7 @@ class ActivityRecorder:
     The postsynaptic activity is the output of the module that receives a layer's output (a :class:`LIF`, an
     ``snn.Leaky``, an ``nn.ReLU``); of a tuple, its first element. If no module receives it, as for the last layer of a
     classifier, it is the layer's output itself. Calls in evaluation mode or without gradients are not recorded. In a
-    :class:`SpikingStack` the spikes come from :meth:`~SpikingStack.simulate`.
+    :class:`SpikingStack` the spikes come from :meth:`~SpikingStack.simulate` and :meth:`~SpikingStack.step`.
 
     Code that ``torch.compile`` has compiled ignores hooks registered later; ``Uncompiled`` makes it run them.
 
@@ -110,10 +116,12 @@ class ActivityRecorder:
         if not self._records(stack):
             return
         pre: Train = inputs.detach()
-        for (connection, _), recurrent, post in zip(stack.layers(), stack.recurrents(), activity.spikes, strict=True):
-            received = (
-                [(connection, pre)] if recurrent is None else [(connection, pre), (recurrent, OneStepLater(post))]
-            )
+        befores = stack.spikes_before()
+        layers = zip(stack.layers(), stack.recurrents(), activity.spikes, befores, strict=True)
+        for (connection, _), recurrent, post, before in layers:
+            received = [(connection, pre)]
+            if recurrent is not None:
+                received.append((recurrent, OneStepLater(post, before)))
             for each, train in received:
                 layer = self._layer_in(each)
                 if layer is not None and self._is_new(layer):

@@ -104,8 +104,10 @@ class SpikingStack(nn.Module):
         torch.Size([48])
     """
 
-    #: whether :meth:`simulate` is calling the layers at the moment
+    #: whether :meth:`simulate` or :meth:`step` is calling the layers at the moment
     calls_layers = False
+    #: while hooks are called, the state that the run continues
+    _continued: Sequence[NeuronState | None] | None = None
 
     def __init__(
         self,
@@ -309,9 +311,38 @@ class SpikingStack(nn.Module):
             activity = activity_of(self._in_turn(inputs, pairs, recurrents, of_layers), None, differentiable=spikes)
             if not is_traced() and all(isinstance(connection, G2GLinear) for connection in self.connections().values()):
                 activity = activity._replace(synapses=self._synapses(inputs, pairs, recurrents, activity))
-        for hook in self._activity_hooks.values():
-            hook(inputs, activity)
+        self._call(list(self._activity_hooks.values()), inputs, activity, state)
         return activity
+
+    def _call(
+        self,
+        hooks: Sequence[ActivityHook],
+        inputs: torch.Tensor,
+        activity: Activity,
+        state: Sequence[NeuronState | None] | None,
+    ) -> None:
+        """Calls hooks after a run that continues ``state``."""
+        self._continued = state
+        try:
+            for hook in hooks:
+                hook(inputs, activity)
+        finally:
+            self._continued = None
+
+    def spikes_before(self) -> list[torch.Tensor | None]:
+        """For hooks: what the neurons of each recurrent layer did in the step before the run, bool [..., N].
+
+        None if the run begins there, and for other layers.
+        """
+        befores = self._continued or (None,) * self.depth
+        spikes: list[torch.Tensor | None] = []
+        for (_, neurons), recurrent, before in zip(self.layers(), self.recurrents(), befores, strict=True):
+            if recurrent is None or before is None:
+                spikes.append(None)
+                continue
+            membrane = before if isinstance(before, torch.Tensor) else before[-1]
+            spikes.append(membrane.detach() > neurons.population.parameters[-1].detach())
+        return spikes
 
     def _as_layers(
         self,
@@ -462,7 +493,23 @@ class SpikingStack(nn.Module):
         befores: tuple[NeuronState | None, ...] = (None,) * self.depth if state is None else state
         if state is not None:
             self._check_form(state)
-        afters = []
+        recorders = [hook for hook in self._activity_hooks.values() if isinstance(hook, OwnHook)]
+        if not recorders:
+            output, _, afters = self._one_step(x, befores)
+            return output, afters
+        self.calls_layers = True  # what they do is recorded here
+        try:
+            output, trains, afters = self._one_step(x, befores)
+        finally:
+            self.calls_layers = False
+        self._call(recorders, x, activity_of([spikes[None] for spikes in trains], None, differentiable=False), state)
+        return output, afters
+
+    def _one_step(
+        self, x: torch.Tensor, befores: Sequence[NeuronState | None]
+    ) -> tuple[torch.Tensor, list[torch.Tensor], StackState]:
+        """The output of one step, the spikes [B, N] of each layer, and the states after it."""
+        trains, afters = [], []
         layers = zip(self.layers(), self.recurrents(), befores, strict=True)
         for number, ((connection, neurons), recurrent, before) in enumerate(layers, 1):
             _check_steps_of(f"lif{number}", neurons)
@@ -474,10 +521,12 @@ class SpikingStack(nn.Module):
             if number == self.depth and self.readout != "counts":
                 _, last = neurons_step(current, states, neurons.population.integrating())
                 x, after = last[-1], last[0] if len(last) == 1 else last
+                trains.append(torch.zeros_like(x))
             else:
                 x, after = neurons.step(current, before)
+                trains.append(x)
             afters.append(after)
-        return x, tuple(afters)
+        return x, trains, tuple(afters)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Inputs [B, D] held for T steps, or [T, B, D] → spike counts of the output neurons, or their readout, [B, C]

@@ -13,6 +13,7 @@ from g2g_kernels.ops.neurons import RESETS
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
 from g2gnet import LIF, AdLIF, DSTScheduler, G2GLinear, G2GNet, SpikingStack, Synaptic
 from g2gnet.dst import unit_correlation
+from g2gnet.recording import ActivityRecorder, dense
 from g2gnet.settings import NetworkSettings, SettingsError
 
 B, SIZES = 5, (13, 38, 26, 7)
@@ -448,6 +449,40 @@ def test_rewiring_sees_the_spikes_of_the_step_before():
         if not given:
             assert set(grown.tolist()) == set(expected.tolist())
         assert len(grown) == int(0.25 * before.sum())
+    unnamed = DSTScheduler(layers, optimizer, interval=1)
+    with pytest.raises(
+        ValueError, match=r"of layers of \[64, 64, 5\] neurons, .* connections among them in `recurrent`"
+    ):
+        unnamed.step(x, activity)
+
+
+@pytest.mark.parametrize(("steps", "readout"), [(1, "counts"), (4, "counts"), (4, "last")])
+def test_rewiring_sees_the_spikes_before_a_part_of_a_run(steps, readout):
+    """Parts that continue one another, and single steps, record what one run does."""
+    net = G2GNet(20, 64, 5, block_size=8, T=8, recurrent=True, threshold=0.3, generator=seeded(1), readout=readout)
+    x = torch.rand(8, 7, 20, generator=seeded(2)) * 2
+    layers = list(net.connections().values())
+    recorders = [ActivityRecorder(net, layers) for _ in range(3)]
+    recorders[0].start()
+    net.simulate(x)
+    whole = recorders[0].stop()
+    recorders[1].start()
+    state = None
+    for part in x.split(steps):
+        state = net.simulate(part, state).state
+    parts = recorders[1].stop()
+    recorders[2].start()
+    state = None
+    for now in x:
+        _, state = net.step(now, state)
+    singly = recorders[2].stop()
+    assert dense(whole[1][0][0]).any()
+    for recorded in (parts, singly):
+        for ours, ((pre, post),) in zip(recorded, whole, strict=True):
+            assert torch.equal(
+                torch.cat([dense(each).reshape(-1, 7, dense(pre).shape[-1]) for each, _ in ours]), dense(pre)
+            )
+            assert torch.equal(torch.cat([dense(each) for _, each in ours]), dense(post))
 
 
 @pytest.mark.parametrize("grow", ["random", "gradient"])

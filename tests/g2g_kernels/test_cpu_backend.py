@@ -748,8 +748,9 @@ def test_opcheck_of_a_product():
 @pytest.mark.parametrize("model", MODELS)
 def test_opcheck_of_neurons(model):
     current = torch.randn(7, 3, 10, requires_grad=True)
-    decays = [torch.tensor(0.9, requires_grad=True) for _ in MODELS[model].decays]
-    population = Neurons(model, (*decays, torch.rand(10, requires_grad=True)), "zero", "sigmoid")
+    *others, _ = MODELS[model].parameters
+    shared = [torch.tensor(0.5, requires_grad=True) for _ in others]
+    population = Neurons(model, (*shared, torch.rand(10, requires_grad=True)), "zero", "sigmoid")
     neurons_alone.FORWARD.opcheck(NeuronsCall.of(current, population, None))
     call = detached(NeuronsCall.of(current, population, None))
     spikes, _, kept = neurons_alone.FORWARD(call)

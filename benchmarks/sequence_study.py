@@ -115,7 +115,7 @@ def _training_step(settings: TrainSettings, is_gru: bool) -> Callable[[], None]:
 
     def step() -> None:
         optimizer.zero_grad()
-        logits = net.simulate(x, chunk=settings.chunk).counts if isinstance(net, G2GNet) else net(x)
+        logits = net.simulate(x, chunk=settings.chunk).output if isinstance(net, G2GNet) else net(x)
         F.cross_entropy(logits, labels).backward()
         optimizer.step()
 

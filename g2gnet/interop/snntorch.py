@@ -56,6 +56,7 @@ def from_snntorch(
     *,
     T: int,  # noqa: N803  (the field's name for it)
     backend: str | None = None,
+    readout: str | None = None,
 ) -> SpikingStack:
     """The stack that computes what the ``nn.Linear`` layers and neurons of ``model`` compute in turn at each step.
 
@@ -69,9 +70,12 @@ def from_snntorch(
         T: the number of steps for which the stack holds inputs [B, D], which a model does not say. The length of inputs
             [T, B, D] may differ from it.
         backend: ``"triton"``, ``"cpu"`` or ``"torch"``; None lets the device decide.
+        readout: of the stack, which a model does not say: ``"counts"``, or what is read from the membranes of the last
+            neurons, which need ``reset_mechanism="none"``. None: counts, refused for neurons without a reset that
+            return membranes (``output=True``, as :func:`to_snntorch` writes a readout).
 
     Raises:
-        ValueError: for layers or options of neurons that the stack does not support.
+        ValueError: for layers or options of neurons that the stack does not support, or another readout than theirs.
         ImportError: if snnTorch is not installed.
 
     Example:
@@ -113,7 +117,8 @@ def from_snntorch(
         population = _neurons_from(neurons_name, theirs, linear.out_features, linear.weight, backend)
         recurrent = _recurrent_from(neurons_name, theirs, connection, masks.get(f"{neurons_name}.recurrent"))
         layers.append((connection, population) if recurrent is None else (connection, population, recurrent))
-    return SpikingStack(layers, T, backend).train(model.training)
+    readout = _readout_of(*list(neurons.items())[-1], readout)
+    return SpikingStack(layers, T, backend, readout=readout).train(model.training)
 
 
 def to_snntorch(stack: SpikingStack) -> nn.Sequential:
@@ -175,6 +180,28 @@ def to_snntorch(stack: SpikingStack) -> nn.Sequential:
             getattr(theirs, name).requires_grad_(value.requires_grad)
         modules[f"lif{number}"] = theirs.to(connection.values.device)
     return nn.Sequential(modules).train(stack.training)
+
+
+def _readout_of(name: str, theirs: Any, readout: str | None) -> str:
+    """The readout of a stack that ends with these neurons; their membranes can be read if nothing resets them."""
+    integrates = theirs.reset_mechanism == "none"
+    if readout is None and integrates and theirs.output:
+        raise ValueError(
+            f"{name} has no reset and returns membranes; say what is read from them, readout='last', 'mean' or 'max', "
+            "or readout='counts' to count its spikes"
+        )
+    if readout is None and integrates:
+        logger.warning(
+            "%s has no reset: its spikes are counted; if your loop reads its membranes, give readout='last', 'mean' or "
+            "'max'",
+            name,
+        )
+    if readout not in (None, "counts") and not integrates:
+        raise ValueError(
+            f"readout={readout!r} is of membranes that are not reset, but {name} has "
+            f"reset_mechanism={theirs.reset_mechanism!r}; give it 'none', or read simulate(x, membranes=True)"
+        )
+    return "counts" if readout is None else readout
 
 
 def _all_to_all(name: str, theirs: Any) -> nn.Linear | None:

@@ -11,7 +11,7 @@ from g2g_kernels import BlockMask, GroupLayout
 from g2g_kernels.ops.g2g_stack import operator
 from g2gnet import LIF, AdLIF, DSTScheduler, G2GLinear, G2GNet, SpikingStack
 from g2gnet.data import load_dataset
-from g2gnet.interop import to_nir, to_snntorch
+from g2gnet.interop import from_snntorch, to_nir, to_snntorch
 from g2gnet.interop.neurobench import to_neurobench
 from g2gnet.report.content import inspect
 from g2gnet.settings import SettingsError
@@ -89,6 +89,27 @@ def test_a_readout_is_that_of_snntorchs_membranes_without_a_reset(readout):
         torch.testing.assert_close(ours.mask.unpack(ours.values.grad), linear.weight_orig.grad * linear.weight_mask)
         beta = theirs.get_submodule(f"lif{number}").beta.grad
         torch.testing.assert_close(net.get_submodule(f"lif{number}").beta.grad.squeeze(), beta)
+
+
+def test_a_network_from_snntorch_counts_only_spikes_that_are_meant(caplog):
+    net = net_of("mean")
+    theirs = to_snntorch(net)
+    with pytest.raises(ValueError, match="lif3 has no reset and returns membranes; say what is read from them"):
+        from_snntorch(theirs, T=STEPS)
+    back = from_snntorch(theirs, T=STEPS, readout="mean")
+    torch.testing.assert_close(back(X), net(X))
+    assert from_snntorch(theirs, T=STEPS, readout="counts")(X).any()
+    assert not caplog.records
+    theirs.lif3.output = False  # as in loops that take the membranes themselves
+    assert from_snntorch(theirs, T=STEPS).readout == "counts"
+    assert "lif3 has no reset: its spikes are counted" in caplog.text
+    with pytest.raises(ValueError, match="readout='sum' is unknown"):
+        from_snntorch(theirs, T=STEPS, readout="sum")
+    theirs.lif3.reset_mechanism = "subtract"
+    with pytest.raises(
+        ValueError, match=r"readout='max' is of membranes that are not reset, but lif3 has .*'subtract'"
+    ):
+        from_snntorch(theirs, T=STEPS, readout="max")
 
 
 @pytest.mark.parametrize("readout", OF_MEMBRANES)

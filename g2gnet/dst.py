@@ -105,13 +105,16 @@ def _first(
     return order[:count]
 
 
+#: the rules that need no spikes
+_OTHERS = "give prune='set' or 'random', and grow='random' or 'gradient'"
+
+
 def _check_spikes(model: nn.Module) -> None:
     """Raises ValueError if the neurons behind a layer do not spike: there is nothing to correlate."""
     for module in model.modules():
         if isinstance(module, SpikingStack) and module.readout != "counts":
             raise ValueError(
-                f"a correlation needs output spikes, and with readout={module.readout!r} there are none; give "
-                "prune='set' or 'random', and grow='random' or 'gradient'"
+                f"a correlation needs output spikes, and with readout={module.readout!r} there are none; {_OTHERS}"
             )
 
 
@@ -362,8 +365,8 @@ class DSTScheduler:
 
         Raises:
             RuntimeError: if a rule needs what was neither given nor recorded.
-            ValueError: if the activity is of other layers, or the optimizer now has a state that cannot be reset, or
-                does not hold a layer.
+            ValueError: if the activity is of other layers; if the optimizer now has a state that cannot be reset, or does
+                not hold a layer; if a rule needs the output spikes of an activity that is a readout of membranes.
             DistributedError: if the processes of the group do not all make this update, have different networks before
                 it, or different units after it.
 
@@ -374,6 +377,10 @@ class DSTScheduler:
             raise RuntimeError(
                 "DSTScheduler does not work inside model.join(): a process without further batches takes no part in "
                 "the updates; give all processes equally many batches (DistributedSampler, drop_last=True)"
+            )
+        if activity is not None and ACTIVITY in self._needs and self._lacks_spikes(activity):
+            raise ValueError(
+                f"a correlation needs output spikes, and this activity is a readout of membranes; {_OTHERS}"
             )
         due = self.next_is_due
         self.steps += 1
@@ -395,15 +402,18 @@ class DSTScheduler:
             self._record_if_due()
         return due
 
+    def _lacks_spikes(self, activity: Activity) -> bool:
+        """Whether the last of these layers is one whose neurons do not spike."""
+        return activity.readout is not None and len(self.layers) - len(self._recurrent) >= len(activity.spikes)
+
     def _trains(self, inputs: torch.Tensor, activity: Activity) -> Iterator[tuple[Train, Train]]:
         """What each layer received, and what its neurons did; raises ValueError for the activity of others."""
         mine = [layer.out_features for layer in self.layers if layer not in self._recurrent]
         theirs = [len(rates) for rates in activity.rates]
-        if mine != theirs:
+        if mine != theirs[: len(mine)]:
             raise ValueError(
-                f"the activity is of layers of {theirs} neurons, those of the scheduler have {mine}; give it all "
-                "layers of the stack, from input to output, and name the recurrent connections among them in "
-                "`recurrent`"
+                f"the activity is of layers of {theirs} neurons, those of the scheduler have {mine}; give it the "
+                "layers of the stack from its input on, and name the recurrent connections among them in `recurrent`"
             )
         received: Train = inputs
         posts = iter(activity.spikes)

@@ -139,7 +139,7 @@ class SpikingStack(nn.Module):
         if readout != "counts":
             _check_integrates(readout, *layers[-1])
         self.T = COUNT.check("T", T)
-        self.readout = readout
+        self._readout = readout
         self.backend = backend
         self.dropout = dropout
         self.depth = len(layers)
@@ -158,6 +158,11 @@ class SpikingStack(nn.Module):
     @steps.setter
     def steps(self, value: torch.Tensor) -> None:
         self.T = COUNT.check("T", int(as_integers("steps", value)))
+
+    @property
+    def readout(self) -> str:
+        """What the last layer answers; its neurons were made for it, so it stays."""
+        return self._readout
 
     @property
     def dropout(self) -> float:

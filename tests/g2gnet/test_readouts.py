@@ -149,6 +149,21 @@ def test_a_stack_of_any_neurons_reads_what_they_would_integrate_and_counts_stay_
     assert torch.equal(counting(X), counting.simulate(X).counts)
 
 
+@pytest.mark.skipif("cpu" not in backends_of(operator), reason="the CPU kernels were not built")
+def test_in_bfloat16_the_cpu_kernels_take_the_currents_of_single_steps():
+    outcomes = []
+    for backend in (None, "cpu"):  # alone, neurons run on PyTorch's operations
+        net = net_of("mean", neuron="adlif", backend=backend, dropout=0.2)
+        dropped = [torch.rand(4, 16, generator=seeded(4)) < 0.2 for _ in range(2)]
+        with torch.autocast("cpu", torch.bfloat16):
+            activity = net.simulate(X, membranes=True, spikes=True, dropped=dropped)
+        F.cross_entropy(activity.output, LABELS).backward()
+        outcomes.append([activity.output, *activity.membranes, *(each.grad for each in net.parameters())])
+        assert [each.dense().dtype for each in activity.spikes[:-1]] == [torch.bfloat16] * 2
+    for one, other in zip(*outcomes, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_the_last_membrane_in_chunks_has_the_same_gradients():
     gradients = []
     for chunk in (None, 2):
@@ -173,6 +188,14 @@ def test_what_cannot_be_read_is_refused_by_name():
     with pytest.raises(ValueError, match="a correlation needs output spikes"):
         DSTScheduler(net, optimizer, prune="set", grow="hebb")
     DSTScheduler(net, optimizer, prune="set", grow="gradient")
+    activity = net.simulate(X)
+    of_layers = DSTScheduler([net.fc1, net.fc2, net.fc3], optimizer, prune="hebb", grow="random", interval=1)
+    with pytest.raises(ValueError, match="a correlation needs output spikes, and this activity is a readout"):
+        of_layers.step(X, activity)
+    assert of_layers.steps == 0
+    assert DSTScheduler([net.fc1, net.fc2], optimizer, prune="hebb", grow="random", interval=1).step(X, activity)
+    with pytest.raises(AttributeError):
+        net.readout = "largest"
     net.fc3.register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match="readout='mean' was given to a stack whose layers are called in turn"):
         net(X)

@@ -7,6 +7,7 @@ neurons) and how long each tensor lives.
 from collections.abc import Sequence
 from functools import partial
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -166,7 +167,8 @@ def _run(
             for layer in layers
         ]
     if spikes or is_transformed() or any(layer.membranes for layer in layers):
-        linear, population = partial(g2g_linear, backend=backend), partial(run_neurons, backend=backend)
+        linear = partial(g2g_linear, backend=backend)
+        population = partial(_neurons_in_float32 if backend == "cpu" else run_neurons, backend=backend)
         activity = activity_of(*reference.in_turn(x, layers, steps, linear, population), differentiable=spikes)
     else:
         activity = operator(x, layers, steps, backend=backend)
@@ -177,6 +179,12 @@ def _run(
         for state, layer in zip(activity.states, layers)  # noqa: B905
     ]
     return activity._replace(states=tuple(states))
+
+
+def _neurons_in_float32(current: torch.Tensor, *arguments: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Neurons on currents of fewer bits, which the CPU kernels do not take alone: they keep their states in float32."""
+    spikes, state = run_neurons(current.to(torch.promote_types(current.dtype, torch.float32)), *arguments, **options)
+    return spikes.to(current.dtype), state
 
 
 def check_dropped(suffix: str, dropped: torch.Tensor, shape: tuple[int, ...]) -> None:

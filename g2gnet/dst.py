@@ -365,8 +365,8 @@ class DSTScheduler:
 
         Raises:
             RuntimeError: if a rule needs what was neither given nor recorded.
-            ValueError: if the activity is of other layers; if the optimizer now has a state that cannot be reset, or does
-                not hold a layer; if a rule needs the output spikes of an activity that is a readout of membranes.
+            ValueError: if the activity is of other layers; if a rule needs the output spikes of an activity that is a
+                readout of membranes; if the optimizer now has a state that cannot be reset, or does not hold a layer.
             DistributedError: if the processes of the group do not all make this update, have different networks before
                 it, or different units after it.
 

@@ -143,9 +143,8 @@ class G2GNet(SpikingStack):
             Number().check(name, value)
         sizes = (input_dim, hidden_dim, hidden_dim, num_classes)
         shapes = [(out_size, in_size) for in_size, out_size in itertools.pairwise(sizes)]
-        hidden = len(shapes) - 1 if recurrent else 0
-        joined = [(hidden_dim, hidden_dim)] * hidden
-        probabilities = layer_probabilities(shapes + joined, p_intra, p_inter, num_groups, density)
+        recurrent_shapes = [(hidden_dim, hidden_dim)] * (len(shapes) - 1 if recurrent else 0)
+        probabilities = layer_probabilities(shapes + recurrent_shapes, p_intra, p_inter, num_groups, density)
         layers: list[tuple[G2GLinear, SpikingNeurons]] = []
         for number, (out_size, in_size) in enumerate(shapes):
             if model == "dense":
@@ -169,7 +168,7 @@ class G2GNet(SpikingStack):
             layers.append((connection, neurons))
         of_recurrent = probabilities[len(shapes) :]
         if p_rec_inter is not None:
-            of_recurrent = [(p_intra, PROBABILITY.check("p_rec_inter", p_rec_inter))] * hidden
+            of_recurrent = [(p_intra, PROBABILITY.check("p_rec_inter", p_rec_inter))] * len(recurrent_shapes)
         recurrents: list[G2GLinear] = []
         for (connection, _), of_layer in zip(layers, of_recurrent):  # noqa: B905 - the output layer has none
             groups = connection.mask.rows.layout
@@ -177,8 +176,8 @@ class G2GNet(SpikingStack):
             recurrents.append(G2GLinear(mask, bias=False, backend=backend, generator=generator))
             with torch.no_grad():
                 recurrents[-1].values.mul_(rec_gain)
-        joined_layers = [(*pair, joined) for pair, joined in zip(layers, recurrents)]  # noqa: B905
-        super().__init__([*joined_layers, *layers[len(recurrents) :]], T, backend, dropout, readout)
+        recurrent_layers = [(*pair, joined) for pair, joined in zip(layers, recurrents)]  # noqa: B905
+        super().__init__([*recurrent_layers, *layers[len(recurrents) :]], T, backend, dropout, readout)
         self.model = model
         self.enc = enc
         self.enc_scale = enc_scale

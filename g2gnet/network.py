@@ -170,13 +170,13 @@ class G2GNet(SpikingStack):
         if p_rec_inter is not None:
             of_recurrent = [(p_intra, PROBABILITY.check("p_rec_inter", p_rec_inter))] * len(recurrent_shapes)
         recurrents: list[G2GLinear] = []
-        for (connection, _), of_layer in zip(layers, of_recurrent):  # noqa: B905 - the output layer has none
+        for (connection, _), of_layer in zip(layers, of_recurrent, strict=False):  # the output layer has none
             groups = connection.mask.rows.layout
             mask = mask_between(model, groups, groups, of_layer, block_size, generator)
             recurrents.append(G2GLinear(mask, bias=False, backend=backend, generator=generator))
             with torch.no_grad():
                 recurrents[-1].values.mul_(rec_gain)
-        recurrent_layers = [(*pair, joined) for pair, joined in zip(layers, recurrents)]  # noqa: B905
+        recurrent_layers = [(*pair, joined) for pair, joined in zip(layers, recurrents, strict=False)]
         super().__init__([*recurrent_layers, *layers[len(recurrents) :]], T, backend, dropout, readout)
         self.model = model
         self.enc = enc

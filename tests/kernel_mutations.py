@@ -81,13 +81,13 @@ MUTATIONS = (
     Mutation(
         "slots as far apart as whole tiles",
         LINEAR,
-        (("values + slot * (N * K) + k[:, None] + n", "values + slot * (BLOCK_N * BLOCK_K) + k[:, None] + n"),),
+        (("(TILES * N * K) + k[:, None] + n[None, :] * K", "(TILES * BLOCK_N * BLOCK_K) + k[:, None] + n[None, :] * K"),),
         PADDING,
     ),
     Mutation(
         "the transpose of the input gradient left out",
         LINEAR,
-        (("slot * (N * K) + k[:, None] * N + n[None, :]", "slot * (N * K) + k[:, None] + n[None, :] * K"),),
+        (("(TILES * N * K) + k[:, None] * N + n[None, :]", "(TILES * N * K) + k[:, None] + n[None, :] * K"),),
         PADDING,
     ),
     Mutation(
@@ -133,9 +133,8 @@ MUTATIONS = (
         LINEAR,
         (
             (
-                "total = tl.dot(x_tile.to(weights.dtype), weights, total, input_precision=PRECISION)",
-                "total = tl.dot(x_tile.to(weights.dtype), weights, total, input_precision=PRECISION)\n"
-                "        total = total.to(tl.float16).to(tl.float32)",
+                "total = plus_product(total, x_tile, weights, PRECISION)",
+                "total = plus_product(total, x_tile, weights, PRECISION).to(tl.float16).to(tl.float32)",
             ),
         ),
         PADDING,

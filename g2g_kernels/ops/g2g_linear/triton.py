@@ -29,6 +29,14 @@ from g2g_kernels.ops.g2g_linear.call import LinearBackward, LinearCall, call_ope
 from g2g_kernels.packing import assembled, no_tiles, packed
 from g2g_kernels.sides import Side
 from g2g_kernels.triton import runtime
+from g2g_kernels.triton.products import (
+    in_parts,
+    load_factors,
+    part_ty,
+    plus_product,
+    plus_product_over_rows,
+    precision_of,
+)
 from g2g_kernels.triton.runtime import launch
 from g2g_kernels.unit_grid import MaskTensors
 
@@ -198,6 +206,7 @@ def product_kernel(
 ):
     TILES_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     TILES_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    TILES: tl.constexpr = 3 if PRECISION == "parts" else 1  # of a unit, in memory
     tile = tl.program_id(0) % (num_n * TILES_N)
     unit = tile // TILES_N
     first_m = (tl.program_id(0) // (num_n * TILES_N)).to(tl.int64) * BLOCK_M
@@ -216,11 +225,11 @@ def product_kernel(
         x_address = x + first_m * x_size + (m[:, None] * x_size + x_col[None, :])
         x_tile = tl.load(x_address, mask=m_ok[:, None] & x_ok[None, :], other=0)
         if BY_ROWS:  # values are [slot, N, K]
-            address = values + slot * (N * K) + k[:, None] + n[None, :] * K
+            address = values + slot * (TILES * N * K) + k[:, None] + n[None, :] * K
         else:  # [slot, K, N]
-            address = values + slot * (N * K) + k[:, None] * N + n[None, :]
-        weights = tl.load(address, mask=weighs[:, None] & n_inside[None, :], other=0)
-        total = tl.dot(x_tile.to(weights.dtype), weights, total, input_precision=PRECISION)
+            address = values + slot * (TILES * N * K) + k[:, None] * N + n[None, :]
+        weights = load_factors(address, weighs[:, None] & n_inside[None, :], N * K, PRECISION)
+        total = plus_product(total, x_tile, weights, PRECISION)
         slot, weighs, x_col, x_ok = tile_at(i + 1, end, slots, others, x_column, x_bounds, x_size, K, TILES_K, BLOCK_K)
 
     column, n_ok = columns(unit * N + n, y_column, n < N, y_size)
@@ -230,27 +239,30 @@ def product_kernel(
     tl.store(y_address, total.to(y.dtype.element_ty), mask=m_ok[:, None] & n_ok[None, :])
 
 
-def product_tiles(samples: int, width: int, x: torch.dtype, products: torch.dtype) -> dict[str, int]:
+def product_tiles(samples: int, width: int, x: torch.dtype, products: torch.dtype, precision: str) -> dict[str, int]:
     """Rows and depth of a tile for units ``width`` deep, and the number of loads in flight.
 
     128 rows are two ``wgmma`` of 64, and reuse each weight tile for 128 FLOPs per byte; for few samples 16 rows are
     enough, the minimum of a tensor core. Three stages of 16 KB of x and 8 KB of weights leave room for other programs
     on an SM, and fit the 99 KB of consumer cards. float32 samples take twice the registers, whatever they are converted
     to: half the rows, half the depth; float32 weights alone, and units 16 deep, half the rows. ``ieee`` products run on
-    the ordinary cores, with fully unrolled loops: a depth of 16. With these numbers no kernel uses the stack
-    (``benchmarks/results/aot.md``).
+    the ordinary cores, with fully unrolled loops: a depth of 16. Parts, of which there are three for a tile of weights,
+    are shared by 128 rows and two sums by 8 warps: read for 64 rows they would come from L2 more slowly than they are
+    multiplied. With these numbers no kernel uses the stack (``benchmarks/results/aot.md``).
     """
-    block_m = 16 if samples <= 32 else 64 if torch.float32 in (x, products) or width <= 16 else 128
-    depth = 16 if _on_ordinary_cores(products) else 32 if x == torch.float32 else 64
-    return {"BLOCK_M": block_m, "BLOCK_K": min(depth, width), "num_warps": 4, "num_stages": STAGES}
+    wide = precision == "parts" or torch.float32 not in (x, products)
+    block_m = 16 if samples <= 32 else 128 if wide and width > 16 else 64
+    depth = 16 if _on_ordinary_cores(products, precision) else 32 if x == torch.float32 else 64
+    num_warps = 8 if precision == "parts" and block_m == 128 else 4
+    return {"BLOCK_M": block_m, "BLOCK_K": min(depth, width), "num_warps": num_warps, "num_stages": STAGES}
 
 
 #: buffers of the loads that a product waits for: that of this turn, and those of the next two
 STAGES = 3
 
 
-def _on_ordinary_cores(products: torch.dtype) -> bool:
-    return products == torch.float32 and runtime.input_precision() == "ieee"
+def _on_ordinary_cores(products: torch.dtype, precision: str) -> bool:
+    return products == torch.float32 and precision == "ieee"
 
 
 def fitted(tiles: dict[str, int], device: torch.device, deepest: int = 32) -> dict[str, int]:
@@ -284,14 +296,15 @@ def _launch_product(
         inner, outer, ptr, slots, others = units.cols, units.rows, units.row_ptr, units.row_slot, units.unit_col
     else:
         inner, outer, ptr, slots, others = units.rows, units.cols, units.col_ptr, units.col_slot, units.unit_row
-    options = fitted(product_tiles(len(x), tile_of(inner), x.dtype, values.dtype), x.device)
+    precision = precision_of(values.dtype, x.device)
+    options = fitted(product_tiles(len(x), tile_of(inner), x.dtype, values.dtype, precision), x.device)
     launch(
         product_kernel,
         (outer.num_units * tiles_of(outer) * triton.cdiv(len(x), options["BLOCK_M"]),),
         x=x,
         x_column=inner.neuron_at,
         x_bounds=inner.bounds,
-        values=values,
+        values=in_parts(values) if precision == "parts" else values,
         ptr=ptr,
         slots=slots,
         others=others,
@@ -306,7 +319,7 @@ def _launch_product(
         K=inner.width,
         N=outer.width,
         BY_ROWS=by_rows,
-        PRECISION=runtime.input_precision(),
+        PRECISION=precision,
         BLOCK_N=tile_of(outer),
         **options,
     )
@@ -410,6 +423,7 @@ def weight_gradient_kernel(
     R: tl.constexpr,
     C: tl.constexpr,
     PRECISION: tl.constexpr,
+    PART: tl.constexpr,
     ROWS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -457,11 +471,10 @@ def weight_gradient_kernel(
         y_tile = tl.load(y_address, mask=s_ok & y_ok[None, :], other=0)
         x_address = x + row_start * x_size + (s[:, None] * x_size + column[None, :])
         x_tile = tl.load(x_address, mask=s_ok & column_ok[None, :], other=0)
-        x_tile = x_tile.to(y_tile.dtype)
         if BLOCK_R >= 64:
-            chain = tl.dot(tl.trans(y_tile), x_tile, chain, input_precision=PRECISION)
+            chain = plus_product_over_rows(chain, y_tile, x_tile, y_tile.dtype, PRECISION, PART)
         else:
-            chain = tl.dot(tl.trans(x_tile), y_tile, chain, input_precision=PRECISION)
+            chain = plus_product_over_rows(chain, x_tile, y_tile, y_tile.dtype, PRECISION, PART)
         if grad_bias is not None:
             chain_summed += y_tile.to(tl.float32)
         if CHAIN:
@@ -489,17 +502,21 @@ def weight_gradient_kernel(
 _PROGRAMS = 528
 
 
-def weight_gradient_tiles(width: int, x: torch.dtype, products: torch.dtype) -> dict[str, int]:
+def weight_gradient_tiles(width: int, x: torch.dtype, products: torch.dtype, precision: str) -> dict[str, int]:
     """The number of units ``width`` wide that share a tile of dy, of samples per step, and of loads in flight.
 
     128 columns of x, as wide as a ``wgmma`` or two of them deep: with 256, most rows of the default mask (8 or 9 units
     of 64) would leave a last group almost empty. 64 samples per step are four ``wgmma`` deep; three stages take 72 KB
-    at most. In float32, half of both, as in :func:`product_tiles`. CHAIN is 0 where one chain is as good as several.
+    at most. In float32, half of both, as in :func:`product_tiles`; spikes beside parts are narrow enough for all 128
+    columns, with 8 warps for the two sums. CHAIN is 0 where one chain is as good as several.
     """
-    depth = 16 if _on_ordinary_cores(products) else 32 if torch.float32 in (x, products) else 64
-    lanes = 64 if torch.float32 in (x, products) else 128
+    floats = torch.float32 in (x, products)
+    depth = 16 if _on_ordinary_cores(products, precision) else 32 if floats else 64
+    spikes_by_parts = precision == "parts" and x == torch.uint8
+    lanes = 64 if floats and not spikes_by_parts else 128
     chain = 256 if products == torch.float32 else 0
-    return {"GROUP": lanes // width, "BLOCK_S": depth, "CHAIN": chain, "num_warps": 4, "num_stages": STAGES}
+    warps = 8 if spikes_by_parts else 4
+    return {"GROUP": lanes // width, "BLOCK_S": depth, "CHAIN": chain, "num_warps": warps, "num_stages": STAGES}
 
 
 def weight_gradient(
@@ -518,7 +535,8 @@ def weight_gradient(
         return grad_values, grad_y.sum(0, dtype=torch.float32) if want_bias else None
     # on the ordinary cores, with fully unrolled loops, RDNA has registers for a depth of 8
     deepest = 8 if grad_y.dtype == torch.float32 else 32
-    options = fitted(weight_gradient_tiles(tile_of(cols), x.dtype, grad_y.dtype), x.device, deepest)
+    precision = precision_of(grad_y.dtype, x.device)
+    options = fitted(weight_gradient_tiles(tile_of(cols), x.dtype, grad_y.dtype, precision), x.device, deepest)
     groups = num_units // options["GROUP"] + rows.num_units
     tiles = tiles_of(rows) * tiles_of(cols)
     parts = max(1, min(_PROGRAMS // (groups * tiles), len(x) // 1024))
@@ -546,7 +564,8 @@ def weight_gradient(
         x_size=cols.size,
         R=rows.width,
         C=cols.width,
-        PRECISION=runtime.input_precision(),
+        PRECISION=precision,
+        PART=part_ty(),
         ROWS=triton.next_power_of_2(rows.num_units),
         BLOCK_R=tile_of(rows),
         BLOCK_C=tile_of(cols),

@@ -80,6 +80,7 @@ from g2g_kernels.triton.neuron import (
     unless,
     zeros,
 )
+from g2g_kernels.triton.products import in_parts, load_factors, plus_product, precision_of
 from g2g_kernels.triton.runtime import launch
 
 # --- the fused kernel -------------------------------------------------------------------------------------------
@@ -127,6 +128,7 @@ def fused_forward_kernel(
 ):
     TILES_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     TILES_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    TILES: tl.constexpr = 3 if PRECISION == "parts" else 1  # of a unit, in memory
     tile = tl.program_id(0) % (num_rows * TILES_N)
     row = tile // TILES_N
     b = (tl.program_id(0) // (num_rows * TILES_N)) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -159,10 +161,9 @@ def fused_forward_kernel(
         t = (turn // tiles_of_step).to(tl.int64)
         k = (turn % tiles_of_step % TILES_K) * BLOCK_K + tl.arange(0, BLOCK_K)
         x_tile = tl.load(x + t * batch * x_size + (x_offset + x_col[None, :]), mask=b_ok & x_ok[None, :], other=0)
-        weights = tl.load(
-            values + slot * (N * K) + k[:, None] + n[None, :] * K, mask=weighs[:, None] & n_inside, other=0
-        )
-        current = tl.dot(x_tile.to(weights.dtype), weights, current, input_precision=PRECISION)
+        address = values + slot * (TILES * N * K) + k[:, None] + n[None, :] * K
+        weights = load_factors(address, weighs[:, None] & n_inside, N * K, PRECISION)
+        current = plus_product(current, x_tile, weights, PRECISION)
         i = first * TILES_K + (turn + 1) % tiles_of_step
         slot, weighs, x_col, x_ok = tile_at(i, end, row_slot, unit_col, x_column, x_bounds, x_size, K, TILES_K, BLOCK_K)
         if turn % tiles_of_step == tiles_of_step - 1:
@@ -183,11 +184,15 @@ def fused_forward_kernel(
     tl.store(counts + y_offset, count, mask=inside)
 
 
-def fused_tiles(batch: int, width: int, x: torch.dtype, products: torch.dtype) -> dict[str, int]:
+def fused_tiles(batch: int, units: Units, x: torch.dtype, products: torch.dtype, precision: str) -> dict[str, int]:
     """As for the product, with 64 samples at most: two row tiles of a batch of 256 times 32 block rows would leave half
-    of an H100's 132 SMs without work. Membranes and counts are registers too, so 8 warps share a tile."""
-    tiles = product_tiles(batch, width, x, products)
-    return tiles | {"BLOCK_M": min(64, tiles["BLOCK_M"]), "num_warps": 8}
+    of an H100's 132 SMs without work. Membranes and counts are registers too, so 8 warps share a tile. Parts need a
+    second sum: half the neurons, with which two programs of 4 warps fit an SM and none uses the stack."""
+    tiles = product_tiles(batch, tile_of(units.cols), x, products, precision) | {"num_warps": 8}
+    block_n = tile_of(units.rows)
+    if precision == "parts" and block_n > 32:
+        tiles, block_n = tiles | {"num_warps": 4}, 32
+    return tiles | {"BLOCK_M": min(64, tiles["BLOCK_M"]), "BLOCK_N": block_n}
 
 
 #: SMs of an H100, used if there is no device to ask
@@ -209,7 +214,7 @@ def fused_pays(units: Units, neurons: Neurons, batch: int, dtype: torch.dtype, d
     if _chosen is not None:
         return _chosen
     sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else _H100_SMS
-    block_m = fused_tiles(batch, tile_of(units.cols), torch.uint8, dtype)["BLOCK_M"]
+    block_m = fused_tiles(batch, units, torch.uint8, dtype, precision_of(dtype, device))["BLOCK_M"]
     programs = units.rows.num_units * tiles_of(units.rows) * triton.cdiv(batch, block_m)
     return 4 * programs >= 3 * sms
 
@@ -421,14 +426,16 @@ def _launch_fused(
     """Writes spikes [T, B, N'], margins of the same shape if given, and counts [B, N'], from x [T·B, in]."""
     units = layer.units
     steps, batch, _ = spikes.shape
-    options = fitted(fused_tiles(batch, tile_of(units.cols), x.dtype, values.dtype), x.device)
+    precision = precision_of(values.dtype, x.device)
+    options = fitted(fused_tiles(batch, units, x.dtype, values.dtype, precision), x.device)
+    tiles_of_row = triton.cdiv(units.rows.width, options["BLOCK_N"])
     launch(
         fused_forward_kernel,
-        (units.rows.num_units * tiles_of(units.rows) * triton.cdiv(batch, options["BLOCK_M"]),),
+        (units.rows.num_units * tiles_of_row * triton.cdiv(batch, options["BLOCK_M"]),),
         x=x,
         x_column=units.cols.neuron_at,
         x_bounds=units.cols.bounds,
-        values=values,
+        values=in_parts(values) if precision == "parts" else values,
         row_ptr=units.row_ptr,
         row_slot=units.row_slot,
         unit_col=units.unit_col,
@@ -448,8 +455,7 @@ def _launch_fused(
         y_size=units.rows.size,
         K=units.cols.width,
         N=units.rows.width,
-        PRECISION=runtime.input_precision(),
-        BLOCK_N=tile_of(units.rows),
+        PRECISION=precision,
         **model_options(layer.neurons),
         **options,
         **EXACT,

@@ -134,7 +134,8 @@ def test_spikes_in_bytes_are_those_in_floats(case):
     as_bytes, as_floats = (
         g2g_linear(x.to(dtype), values, mask, bias, backend="triton") for dtype in (torch.uint8, torch.float32)
     )
-    assert torch.equal(as_bytes, as_floats)
+    # tiles of bytes are deeper than those of floats, so sums are rounded elsewhere
+    assert rms(as_bytes - as_floats) <= 1e-6 * rms(as_floats)
 
 
 @pytest.mark.parametrize("needed", ["x", "values", "bias"])

@@ -393,11 +393,11 @@ def dense_weight(values: torch.Tensor, units: Units) -> torch.Tensor:
 # parts go to memory in float32 and are added by a second launch, always in the same order: no atomics. Bytes from L2
 # for 16-bit dy and uint8 x: U·M·(2·R/GROUP + C); memory: 2·4·PARTS·U·R·C for the parts.
 #
-# Float32 factors go to the ordinary cores, which add one product after another: a chain of 12,800 samples gave weight
-# gradients 5.2 times and bias gradients 3.6 times PyTorch's error. So each chain of CHAIN samples is added to a total,
-# and the next begins at zero (0.8 and 1.3 times). This needs a second accumulator but no extra bytes: on sm_90 222
-# registers per thread instead of 191, and 181 instead of 109 for a held input (benchmarks/results/aot.md). The rounding
-# of 16-bit and tf32 factors outweighs that of the sums: they use one chain; only tf32's bias, in float32, uses several.
+# In float32 a chain of additions can be too long: with one product after another, as on the ordinary cores, 12,800
+# samples gave weight gradients 5.2 times and bias gradients 3.6 times PyTorch's error; with one tile of parts after
+# another 2.3 times, with tensor cores emulated. So each chain of CHAIN samples is added to a total, and the next begins
+# at zero (0.8 and 1.3 times; 1.0). This needs another accumulator but no extra bytes. The rounding of 16-bit and tf32
+# factors outweighs that of the sums: they use one chain; only tf32's bias, in float32, uses several.
 #
 # Rows have different numbers of units, which dynamic sparse training changes on the device. The grid is therefore sized
 # for an upper bound on the number of groups. Each program finds its own row; programs without work return at once.
@@ -479,13 +479,13 @@ def weight_gradient_kernel(
             chain_summed += y_tile.to(tl.float32)
         if CHAIN:
             if (start // BLOCK_S) % (CHAIN // BLOCK_S) == CHAIN // BLOCK_S - 1:
-                if PRECISION == "ieee":
+                if PRECISION != "tf32":
                     total += chain
                     chain = tl.zeros_like(chain)
                 if grad_bias is not None:
                     summed += chain_summed
                     chain_summed = tl.zeros_like(chain_summed)
-    total = total + chain if CHAIN and PRECISION == "ieee" else chain
+    total = total + chain if CHAIN and PRECISION != "tf32" else chain
     summed = summed + chain_summed if CHAIN else chain_summed
 
     address = grad_values + (part * num_units + slot)[None, :] * (R * C) + r[:, None] * C + c[None, :]
@@ -507,15 +507,16 @@ def weight_gradient_tiles(width: int, x: torch.dtype, products: torch.dtype, pre
 
     128 columns of x, as wide as a ``wgmma`` or two of them deep: with 256, most rows of the default mask (8 or 9 units
     of 64) would leave a last group almost empty. 64 samples per step are four ``wgmma`` deep; three stages take 72 KB
-    at most. In float32, half of both, as in :func:`product_tiles`; spikes beside parts are narrow enough for all 128
-    columns, with 8 warps for the two sums. CHAIN is 0 where one chain is as good as several.
+    at most. In float32, half of both, as in :func:`product_tiles`, and for floats by parts a quarter of the samples;
+    spikes beside parts are narrow enough for all 128 columns, with 8 warps for the sums. CHAIN is 0 where one chain is
+    as good as several.
     """
     floats = torch.float32 in (x, products)
-    depth = 16 if _on_ordinary_cores(products, precision) else 32 if floats else 64
-    spikes_by_parts = precision == "parts" and x == torch.uint8
-    lanes = 64 if floats and not spikes_by_parts else 128
+    by_parts, spikes = precision == "parts", x == torch.uint8
+    depth = 16 if _on_ordinary_cores(products, precision) or (by_parts and not spikes) else 32 if floats else 64
+    lanes = 64 if floats and not (by_parts and spikes) else 128
     chain = 256 if products == torch.float32 else 0
-    warps = 8 if spikes_by_parts else 4
+    warps = 8 if by_parts and spikes else 4
     return {"GROUP": lanes // width, "BLOCK_S": depth, "CHAIN": chain, "num_warps": warps, "num_stages": STAGES}
 
 

@@ -107,9 +107,9 @@ def g2g_stack(
             raise ValueError(f"layer {number} has {in_size} inputs but receives {size}")
         if layer.dropped is not None:
             check_dropped(suffix, layer.dropped, (x.shape[-2], out_size))
-        layer = layer._replace(neurons=check_neurons(suffix, layer.neurons, out_size, x))
+        layer = layer._replace(population=check_neurons(suffix, layer.population, out_size, x))
         if layer.state is not None:
-            check_state(suffix, layer.state, layer.neurons, (x.shape[-2], out_size))
+            check_state(suffix, layer.state, layer.population, (x.shape[-2], out_size))
             _check_like(suffix, layer.state, x)
         if layer.recurrent is not None:
             check_connection(f" of the recurrent connection of layer {number}", *layer.recurrent, None)
@@ -136,7 +136,7 @@ def g2g_stack(
 
 def _sent_beyond(layer: SpikingLayer, last: torch.Tensor) -> torch.Tensor:
     """[N] spikes that reach a recurrent connection from before the run, less those that leave it in the last step."""
-    theta = layer.neurons.parameters[-1].detach()
+    theta = layer.population.parameters[-1].detach()
     fired = [state[-1].detach() > theta for state in (layer.state, last) if state is not None]
     if layer.dropped is not None:
         fired = [spikes & ~layer.dropped for spikes in fired]

@@ -258,13 +258,13 @@ class NetworkSettings(Settings):
         5
     """
 
-    NEEDS: ClassVar = {
+    NEEDS: ClassVar[Mapping[str, tuple[Need, ...]]] = {
         **{name: (Need("neuron", tuple(owners(name))),) for name in PARAMETERS},
         **dict.fromkeys(("num_groups", "p_inter", "p_intra", "density"), (SPARSE_MODEL,)),
         "p_rec_inter": (RECURRENT, SPARSE_MODEL, Need("density", ("uniform",))),
         "rec_gain": (RECURRENT,),
     }
-    TOLD: ClassVar = ("num_groups", "p_inter", "p_intra")
+    TOLD: ClassVar[tuple[str, ...]] = ("num_groups", "p_inter", "p_intra")
 
     model: str = setting("index", "model", "fully connected, or how groups of neurons are connected", choices=MODELS)
     hidden_dim: int = setting(2048, "model", "neurons in each of the two hidden layers", low=1, high=SIZE.high)

@@ -86,7 +86,7 @@ class TrainSettings(NetworkSettings, RunSettings):
         g2gnet.settings.SettingsError: T=0 is out of range; give a whole number from 1 to 65536
     """
 
-    NEEDS: ClassVar = {
+    NEEDS: ClassVar[Mapping[str, tuple[Need, ...]]] = {
         **NetworkSettings.NEEDS,
         **dict.fromkeys(("cp", "cg", "dst_interval", "dst_fraction", "dst_schedule", "dst_stop"), (DYNAMIC,)),
         "warmup_epochs": (Need("enforce_sparsity", (True,)),),
@@ -94,7 +94,14 @@ class TrainSettings(NetworkSettings, RunSettings):
         "sequence_step": (Need("sequence", ("pixels", "permuted", "rows")),),
         "sequence_seed": (Need("sequence", ("permuted",)),),
     }
-    TOLD: ClassVar = (*NetworkSettings.TOLD, "cp", "cg", "dst_interval", "dst_fraction", "warmup_epochs")
+    TOLD: ClassVar[tuple[str, ...]] = (
+        *NetworkSettings.TOLD,
+        "cp",
+        "cg",
+        "dst_interval",
+        "dst_fraction",
+        "warmup_epochs",
+    )
 
     augment: str = setting(
         "auto",

@@ -222,7 +222,7 @@ def test_settings_without_effect_may_differ_from_those_of_a_checkpoint(tmp_path)
     with pytest.raises(CheckpointError) as error:
         run(tmp_path, epochs=1, recurrent=True)
     assert "rec_gain: 1.0 there, 0.2 now\n  recurrent: False there, True now\nGive" in str(error.value)
-    with pytest.raises(CheckpointError, match="rec_gain: 1.0 there, 0.5 now"):
+    with pytest.raises(CheckpointError, match=r"rec_gain: 1\.0 there, 0\.5 now"):
         run(tmp_path, epochs=1, recurrent=True, rec_gain=0.5)
 
 

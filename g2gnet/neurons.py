@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from g2g_kernels import Neurons, neurons, neurons_step
-from g2g_kernels.numbers import SHARPNESS, SIZE, check_parameter
+from g2g_kernels.numbers import SHARPNESS, SIZE, check_flag, check_parameter
 from g2g_kernels.ops.g2g_stack import NeuronState
 from g2g_kernels.ops.neurons import MODELS
 from g2g_kernels.ops.neurons.models import RESET, NeuronModel
@@ -31,7 +31,7 @@ class SpikingNeurons(nn.Module):
 
     Example:
         >>> from g2gnet import LIF, Synaptic
-        >>> [population.model.name for population in (LIF(), Synaptic())]
+        >>> [neurons.model.name for neurons in (LIF(), Synaptic())]
         ['lif', 'synaptic']
         >>> [name for name, _ in Synaptic().named_parameters()]
         ['syn_decay', 'beta', 'threshold']
@@ -62,10 +62,7 @@ class SpikingNeurons(nn.Module):
         for name in self.model.parameters:
             value = check_parameter(name, parameters.pop(name, self.initial[name]))
             tensor = torch.full(shape, value)
-            learned = parameters.pop(f"learn_{name}", True)
-            if not isinstance(learned, bool):
-                raise ValueError(f"learn_{name}={learned!r:.40} must be True or False")
-            if learned:
+            if check_flag(f"learn_{name}", parameters.pop(f"learn_{name}", True)):
                 self.register_parameter(name, nn.Parameter(tensor))
             else:
                 self.register_buffer(name, tensor)
@@ -76,14 +73,14 @@ class SpikingNeurons(nn.Module):
             )
 
     @property
-    def values(self) -> dict[str, torch.Tensor]:
+    def by_name(self) -> dict[str, torch.Tensor]:
         """The parameters by name, in the model's order, each [1] or [N]."""
         return {name: getattr(self, name) for name in self.model.parameters}
 
     @property
     def population(self) -> Neurons:
-        """The population in the operators' form."""
-        return Neurons(self.model.name, tuple(self.values.values()), self.reset, self.surrogate, self.alpha)
+        """These neurons as operators take them."""
+        return Neurons(self.model.name, tuple(self.by_name.values()), self.reset, self.surrogate, self.alpha)
 
     def forward(self, current: torch.Tensor, steps: int | None = None) -> torch.Tensor:
         """Currents [T, ..., N], or one current [..., N] held for ``steps`` steps → spikes [T, ..., N]."""

@@ -45,7 +45,7 @@ def in_turn(
             observer(x, current)
         of_layer = None
         if layer.recurrent is None and not layer.membranes:
-            x, last = neurons(current, layer.neurons, steps, state=layer.state)
+            x, last = neurons(current, layer.population, steps, state=layer.state)
             if layer.dropped is not None:
                 x = x.masked_fill(layer.dropped, 0)
         else:
@@ -74,7 +74,7 @@ def in_steps(
     state = layer.state
     before = None
     if layer.recurrent is not None and state is not None:
-        before = spikes_of(state[-1], layer.neurons).to(current.dtype)
+        before = spikes_of(state[-1], layer.population).to(current.dtype)
         if layer.dropped is not None:
             before = before.masked_fill(layer.dropped, 0)
     spikes: list[torch.Tensor] = []
@@ -86,7 +86,7 @@ def in_steps(
             if observer is not None:
                 observer(before, received)
             now = now + received
-        train, state = neurons(now[None], layer.neurons, None, state=state)
+        train, state = neurons(now[None], layer.population, None, state=state)
         if layer.dropped is not None:
             train = train.masked_fill(layer.dropped, 0)
         before = train[0]

@@ -58,7 +58,7 @@ WIDE_GROUP = 256
 
 
 def _wide(neurons: int) -> dict[str, Any]:
-    """Groups of one size, so that each neuron has as many weights whatever their number: as many again between groups."""
+    """Groups of one size, with as many weights between them as inside, so that a neuron has as many in any layer."""
     groups = neurons // WIDE_GROUP
     return {"num_groups": groups, "p_inter": 1 / max(1, groups - 1)}
 
@@ -110,8 +110,8 @@ def build_parser() -> Parser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="By default g2g on its best backend takes part, the masked snnTorch loop and the dense layers with our "
-        "LIF;\nfor alpha, g2g under a triangle and under ATan; for wide layers g2g alone, with the memory of dense weights "
-        "beside it.\nNames are those of benchmarks.throughput.",
+        "LIF;\nfor alpha, g2g under a triangle and under ATan; for wide layers g2g alone, beside the memory of dense ones.\n"
+        "Names are those of benchmarks.throughput.",
     )
     parser.add_argument(
         "--quantity", default="p_inter", choices=tuple(QUANTITIES), help="what grows (default: p_inter)"

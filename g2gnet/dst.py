@@ -29,6 +29,7 @@ from g2gnet.stack import SpikingStack
 
 logger = logging.getLogger("g2gnet")
 
+
 def _samples(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
     """The pre- and postsynaptic samples of all calls of a layer, in the form that :func:`unit_correlation` takes."""
     if len(pairs) == 1 and pairs[0][1].dim() == 3:

@@ -1,5 +1,5 @@
-"""What the rules of dynamic sparse training know of the units of a layer: one number for each unit of the grid, of units
-that exist and of those that do not. The dense [out, in] matrix behind these numbers is never formed.
+"""What the rules of dynamic sparse training know of a layer: one number for each unit of the grid, whether it exists or
+not. The dense [out, in] matrix behind these numbers is never formed.
 """
 
 from collections.abc import Iterator, Sequence

@@ -370,10 +370,7 @@ class SpikingStack(nn.Module):
             for (connection, _), recurrent in zip(pairs, recurrents, strict=True)
         ]
         if any(itertools.chain.from_iterable(observers)):
-            layers = [
-                layer._replace(observers=each)
-                for layer, each in zip(layers, observers, strict=True)
-            ]
+            layers = [layer._replace(observers=each) for layer, each in zip(layers, observers, strict=True)]
         if dropped is not None:
             layers = [
                 self._with_dropped(number, *each) for number, each in enumerate(zip(layers, dropped, strict=True))

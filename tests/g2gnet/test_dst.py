@@ -7,12 +7,12 @@ import pickle
 
 import pytest
 import torch
-from helpers import backends_of
+from helpers import backends_of, seeded
 from torch.utils.checkpoint import checkpoint
 
 from g2g_kernels import BlockMask, GroupLayout, lif
 from g2g_kernels.ops.g2g_stack import operator
-from g2gnet import DSTScheduler, G2GLinear, G2GNet, sparsify
+from g2gnet import DSTScheduler, G2GLinear, G2GNet, dst_scores, sparsify
 from g2gnet.dst import _first
 from g2gnet.dst_rules import GROW_RULES, PRUNE_RULES
 from g2gnet.dst_scores import UnitGradients, unit_correlation
@@ -288,6 +288,38 @@ def test_absent_units_get_the_gradient_of_a_dense_layer_and_nothing_else_changes
         net.simulate(x)
     net.eval().simulate(x).counts.sum().backward()
     assert [len(layer.observer.pairs()) for layer in sparse_layers(net)] == before
+
+
+@pytest.mark.parametrize("backend", backends_of(operator))
+@pytest.mark.parametrize("chunk", [None, 3])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_gradients_of_units_are_those_of_the_network_with_every_unit(backend, dropout, chunk, monkeypatch):
+    monkeypatch.setattr(dst_scores, "BAND", 100)  # one block row at a time
+    options = {"model": "random", "num_groups": 3, "block_size": 4, "T": 7, "recurrent": True, "rec_gain": 1.0}
+    net = G2GNet(20, 26, 7, p_inter=0.3, backend=backend, dropout=dropout, generator=seeded(1), **options)
+    dense = copy.deepcopy(net).double()
+    x = torch.rand(7, 5, 20, generator=seeded(2)) * 2
+    dropped = net.drop(5, seeded(3)) if dropout else None
+    for name, layer in net.connections().items():
+        mask = layer.mask
+        every = BlockMask.full(mask.rows.layout, mask.cols.layout, 4)
+        twin = G2GLinear(every, layer.bias is not None, backend="torch").double()
+        twin.values.data = every.pack(mask.unpack(layer.values.detach().double()))
+        if layer.bias is not None:
+            twin.bias.data = layer.bias.detach().double()
+        setattr(dense, name, twin)
+        layer.observer = UnitGradients()
+    dense.backend = "torch"
+    for stack, inputs in ((net, x), (dense, x.double())):
+        for part in inputs.split(3, 1):  # gradients of two backward passes
+            of_part = dropped and [each[: part.shape[1]] for each in dropped]
+            stack.simulate(part, chunk=chunk, dropped=of_part).counts.square().sum().backward()
+    for name, layer in net.connections().items():
+        gradient = dense.connections()[name].mask.unpack(dense.connections()[name].values.grad)
+        expected = mean_by_unit(gradient.square(), layer.mask).sqrt().flatten()
+        assert expected.max() > 0
+        found = layer.observer.root_mean_squares(layer.mask).double()
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.max()))
 
 
 def own_model(**options):

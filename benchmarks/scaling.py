@@ -110,7 +110,7 @@ def build_parser() -> Parser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="By default g2g on its best backend takes part, the masked snnTorch loop and the dense layers with our "
-        "LIF;\nfor alpha, g2g under a triangle and under ATan; for wide layers g2g alone, beside the memory of dense.\n"
+        "LIF;\nfor alpha, g2g under a triangle and under ATan; for wide layers g2g alone.\n"
         "Names are those of benchmarks.throughput.",
     )
     parser.add_argument(

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from g2g_kernels.numbers import COUNT
 from g2gnet import G2GNet
 from g2gnet.cli import Parser
-from g2gnet.sweep.results import markdown
+from g2gnet.tables import markdown
 
 from . import cli
 from .harness import Worker, WorkerError

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from g2g_kernels import available_backends
 from g2gnet.cli import Parser
+from g2gnet.tables import in_columns
 
 from . import cli, report
 from .floor import work
@@ -254,9 +255,9 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"{record['x_is']}: median time, and the line over active multiply-adds",
-            report.grid(("", *places, "intercept", "of largest", "R²"), times),
+            in_columns(("", *places, "intercept", "of largest", "R²"), times),
             "peak memory, MB",
-            report.grid(("", *places), memory),
+            in_columns(("", *places), memory),
             *notes,
         ]
     )

@@ -140,8 +140,8 @@ def scaling(arguments: argparse.Namespace) -> cli.Report:
     own = [[cli.workload_from(arguments, **quantity.of(entry, value)) for value in values] for entry in entries]
     machine = describe(device)
     print(cli.headline(machine))
-    every = dict.fromkeys([*workloads, *itertools.chain.from_iterable(own)])
-    prepared = {workload: cli.prepare_with_bar(workload, arguments.data_dir) for workload in every}
+    distinct = dict.fromkeys([*workloads, *itertools.chain.from_iterable(own)])
+    prepared = {workload: cli.prepare_with_bar(workload, arguments.data_dir) for workload in distinct}
     places = [
         {
             **one.workload.as_dict(),

@@ -239,13 +239,13 @@ class G2GLinear(nn.Module):
 
     # --- changes of the wiring ----------------------------------------------------------------------------------
 
-    def rewire_(self, slots: torch.Tensor, units: torch.Tensor, really: torch.Tensor) -> Callable[[], None]:
+    def rewire_(self, slots: torch.Tensor, units: torch.Tensor, apply: torch.Tensor) -> Callable[[], None]:
         """Gives slots to other units, whose weights (and gradients, if any) start at zero; inside :meth:`rewired`.
 
         Args:
             slots: integer [k].
             units: int64 [k], the units, counted row by row (:meth:`BlockMask.flat_unit`).
-            really: bool scalar; if it is false, ``units`` are those that the slots have now, and nothing changes.
+            apply: bool scalar; if it is false, ``units`` are those that the slots have now, and nothing changes.
 
         Returns:
             a function that takes it back. If an error is raised, nothing has changed.
@@ -257,7 +257,7 @@ class G2GLinear(nn.Module):
                 if tensor is not None:
                     rows = tensor[slots].detach()
                     undo.callback(tensor.detach().index_copy_, 0, slots, rows)
-                    tensor[slots] = torch.where(really, 0.0, rows)
+                    tensor[slots] = torch.where(apply, 0.0, rows)
             return undo.pop_all().close
 
     @contextlib.contextmanager

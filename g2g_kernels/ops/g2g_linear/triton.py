@@ -26,6 +26,15 @@ from torch.nn import functional as F
 
 from g2g_kernels.block_mask import BlockMask
 from g2g_kernels.ops.g2g_linear.call import LinearBackward, LinearCall, call_operators, operators
+from g2g_kernels.ops.g2g_linear.tiles import (
+    Shape,
+    dense_pays,
+    fitted,
+    groups_and_parts,
+    product_tiles,
+    side_of,
+    weight_gradient_tiles,
+)
 from g2g_kernels.packing import assembled, no_tiles, packed
 from g2g_kernels.sides import Side
 from g2g_kernels.triton import runtime
@@ -45,7 +54,7 @@ from g2g_kernels.unit_grid import MaskTensors
 
 def tile_of(side: Side) -> int:
     """The side of a tile that covers a range, or a part of one wider than 64: 16, 32 or 64."""
-    return min(64, max(16, triton.next_power_of_2(side.width)))
+    return side_of(side.width)
 
 
 def tiles_of(side: Side) -> int:
@@ -99,15 +108,9 @@ class Units(NamedTuple):
     cols: Side
 
     @property
-    def dense_pays(self) -> bool:
-        """True if the dense product with stored zeros multiplies less than the units' tiles do.
-
-        This holds for full masks, and for units below 16, whose tiles (at least 16 × 16) are mostly padding: at the
-        default density a mask of single weights has no empty 16 × 16 block at all. A dense product has its own tiles,
-        at least 64 wide.
-        """
-        tiles = len(self.unit_row) * tiles_of(self.rows) * tiles_of(self.cols)
-        return tiles * tile_of(self.rows) * tile_of(self.cols) >= max(64, self.rows.size) * max(64, self.cols.size)
+    def shape(self) -> Shape:
+        rows, cols = self.rows, self.cols
+        return Shape(len(self.unit_row), rows.num_units, rows.width, rows.size, cols.num_units, cols.width, cols.size)
 
 
 def units_of(mask: MaskTensors, values: torch.Tensor) -> Units:
@@ -239,56 +242,6 @@ def product_kernel(
     tl.store(y_address, total.to(y.dtype.element_ty), mask=m_ok[:, None] & n_ok[None, :])
 
 
-def product_tiles(samples: int, width: int, x: torch.dtype, products: torch.dtype, precision: str) -> dict[str, int]:
-    """Rows and depth of a tile for units ``width`` deep, and the number of loads in flight.
-
-    128 rows are two ``wgmma`` of 64, and reuse each weight tile for 128 FLOPs per byte; for few samples 16 rows are
-    enough, the minimum of a tensor core. Three stages of 16 KB of x and 8 KB of weights leave room for other programs
-    on an SM, and fit the 99 KB of consumer cards. float32 samples take twice the registers, whatever they are converted
-    to: half the rows, half the depth; float32 weights alone, and units 16 deep, half the rows. ``ieee`` products run on
-    the ordinary cores, with fully unrolled loops: a depth of 16. Parts, of which there are three for a tile of weights,
-    are shared by 128 rows and two sums by 8 warps: read for 64 rows they would come from L2 more slowly than they are
-    multiplied. With these numbers no kernel uses the stack (``benchmarks/results/aot.md``).
-    """
-    wide = precision == "parts" or torch.float32 not in (x, products)
-    block_m = 16 if samples <= 32 else 128 if wide and width > 16 else 64
-    depth = 16 if _on_ordinary_cores(products, precision) else 32 if x == torch.float32 else 64
-    num_warps = 8 if precision == "parts" and block_m == 128 else 4
-    return {"BLOCK_M": block_m, "BLOCK_K": min(depth, width), "num_warps": num_warps, "num_stages": STAGES}
-
-
-#: buffers of the loads that a product waits for: that of this turn, and those of the next two
-STAGES = 3
-
-
-def _on_ordinary_cores(products: torch.dtype, precision: str) -> bool:
-    return products == torch.float32 and precision == "ieee"
-
-
-def fitted(tiles: dict[str, int], device: torch.device, deepest: int = 32) -> dict[str, int]:
-    """The tiles of a matrix-product kernel, adjusted to ``device``.
-
-    On AMD's cards loads travel in registers, and the 64 KB of shared memory hold two programs of two stages: one stage
-    is in shared memory while the other is loaded.
-
-    RDNA: 8 warps, and no tile deeper than ``deepest``. Its warps are 32 threads wide like NVIDIA's, but its ``wmma``
-    needs each factor twice in a warp's registers. With the tiles of other cards, 16-bit kernels spilled up to 292 bytes
-    per thread to the stack, a float32 kernel 2,764.
-    """
-    architecture = runtime.amd(device)
-    if not architecture:
-        return tiles
-    tiles = tiles | {"num_stages": 2}
-    if not architecture.startswith(RDNA):
-        return tiles
-    capped = {name: min(tiles[name], deepest) for name in ("BLOCK_K", "BLOCK_S") if name in tiles}
-    return tiles | capped | {"num_warps": 8}
-
-
-#: AMD's GPUs with warps of 32 threads; the others' have 64
-RDNA = ("gfx10", "gfx11", "gfx12")
-
-
 def _launch_product(
     x: torch.Tensor, values: torch.Tensor, by_rows: bool, units: Units, bias: torch.Tensor | None, y: torch.Tensor
 ) -> None:
@@ -329,7 +282,7 @@ def product(
     x: torch.Tensor, values: torch.Tensor, units: Units, bias: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
     """y [M, out] of ``dtype``: x [M, in] (floats, or spikes in uint8), ``bias`` [out] in the order of y's columns."""
-    if units.dense_pays:  # cuBLAS, with the zeros stored
+    if dense_pays(units.shape, "forward", x, dtype, values.dtype):  # cuBLAS, with the zeros stored
         weight = dense_weight(values, units)
         return F.linear(x.to(values.dtype), weight, None if bias is None else bias.to(values.dtype)).to(dtype)
     # nothing is stored to columns without a neuron
@@ -342,7 +295,7 @@ def product(
 
 def input_gradient(grad_y: torch.Tensor, values: torch.Tensor, units: Units, dtype: torch.dtype) -> torch.Tensor:
     """dx [M, in] of ``dtype``, from dy [M, out] of the dtype of ``values``."""
-    if units.dense_pays:
+    if dense_pays(units.shape, "to x", grad_y, dtype, values.dtype):
         return (grad_y @ dense_weight(values, units)).to(dtype)
     grad_x = torch.empty((len(grad_y), units.cols.size), dtype=dtype, device=grad_y.device)
     if grad_x.numel():
@@ -497,29 +450,6 @@ def weight_gradient_kernel(
             tl.store(grad_bias + part * y_size + y_col, tl.sum(summed, 0), mask=y_ok)
 
 
-#: programs of the weight gradient: four for each of an H100's 132 SMs. Constant, so sums have the same order on
-#: every card.
-_PROGRAMS = 528
-
-
-def weight_gradient_tiles(width: int, x: torch.dtype, products: torch.dtype, precision: str) -> dict[str, int]:
-    """The number of units ``width`` wide that share a tile of dy, of samples per step, and of loads in flight.
-
-    128 columns of x, as wide as a ``wgmma`` or two of them deep: with 256, most rows of the default mask (8 or 9 units
-    of 64) would leave a last group almost empty. 64 samples per step are four ``wgmma`` deep; three stages take 72 KB
-    at most. In float32, half of both, as in :func:`product_tiles`, and for floats by parts a quarter of the samples;
-    spikes beside parts are narrow enough for all 128 columns, with 8 warps for the sums. CHAIN is 0 where one chain is
-    as good as several.
-    """
-    floats = torch.float32 in (x, products)
-    by_parts, spikes = precision == "parts", x == torch.uint8
-    depth = 16 if _on_ordinary_cores(products, precision) or (by_parts and not spikes) else 32 if floats else 64
-    lanes = 64 if floats and not (by_parts and spikes) else 128
-    chain = 256 if products == torch.float32 else 0
-    warps = 8 if by_parts and spikes else 4
-    return {"GROUP": lanes // width, "BLOCK_S": depth, "CHAIN": chain, "num_warps": warps, "num_stages": STAGES}
-
-
 def weight_gradient(
     grad_y: torch.Tensor, x: torch.Tensor, units: Units, dtype: torch.dtype, want_bias: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -531,16 +461,15 @@ def weight_gradient(
     """
     rows, cols = units.rows, units.cols
     num_units = len(units.unit_row)
-    if units.dense_pays:
+    if dense_pays(units.shape, "to weights", x, dtype, grad_y.dtype):
         grad_values = packed(grad_y.T @ x.to(grad_y.dtype), units).to(dtype)
         return grad_values, grad_y.sum(0, dtype=torch.float32) if want_bias else None
     # on the ordinary cores, with fully unrolled loops, RDNA has registers for a depth of 8
     deepest = 8 if grad_y.dtype == torch.float32 else 32
     precision = precision_of(grad_y.dtype, x.device)
     options = fitted(weight_gradient_tiles(tile_of(cols), x.dtype, grad_y.dtype, precision), x.device, deepest)
-    groups = num_units // options["GROUP"] + rows.num_units
     tiles = tiles_of(rows) * tiles_of(cols)
-    parts = max(1, min(_PROGRAMS // (groups * tiles), len(x) // 1024))
+    groups, parts = groups_and_parts(num_units, rows.num_units, tiles, len(x), options["GROUP"])
     samples_of_part = triton.cdiv(triton.cdiv(len(x), parts), options["BLOCK_S"]) * options["BLOCK_S"]
     grad_values = torch.empty((parts, num_units, rows.width, cols.width), dtype=torch.float32, device=x.device)
     allocate = torch.zeros if rows.holes else torch.empty

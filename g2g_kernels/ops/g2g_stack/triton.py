@@ -24,6 +24,7 @@ Bytes per element of [T, B, N] in a training step, with c the size of the produc
 """
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -32,19 +33,17 @@ import torch
 import triton
 import triton.language as tl
 
+from g2g_kernels.ops.g2g_linear.tiles import Call, Shape, fitted, parts_work, product_tiles, side_of
+from g2g_kernels.ops.g2g_linear.tiles import seconds as product_seconds
 from g2g_kernels.ops.g2g_linear.triton import (
     Units,
     columns,
-    fitted,
     g2g_linear,
     in_order,
     input_gradient,
     product,
-    product_tiles,
     read_by,
     tile_at,
-    tile_of,
-    tiles_of,
     units_of,
     weight_gradient,
 )
@@ -56,6 +55,7 @@ from g2g_kernels.ops.neurons import triton as neurons_alone
 from g2g_kernels.ops.neurons.models import MODELS, Neurons
 from g2g_kernels.ops.neurons.triton import (
     NUM_WARPS,
+    SEGMENT,
     Run,
     Upstream,
     blocks,
@@ -65,7 +65,7 @@ from g2g_kernels.ops.neurons.triton import (
     model_options,
     segment_of,
 )
-from g2g_kernels.triton import runtime
+from g2g_kernels.triton import costs, runtime
 from g2g_kernels.triton.neuron import (
     EXACT,
     charge,
@@ -184,39 +184,83 @@ def fused_forward_kernel(
     tl.store(counts + y_offset, count, mask=inside)
 
 
-def fused_tiles(batch: int, units: Units, x: torch.dtype, products: torch.dtype, precision: str) -> dict[str, int]:
+def fused_tiles(batch: int, shape: Shape, x: torch.dtype, products: torch.dtype, precision: str) -> dict[str, int]:
     """As for the product, with 64 samples at most: two row tiles of a batch of 256 times 32 block rows would leave half
     of an H100's 132 SMs without work. Membranes and counts are registers too, so 8 warps share a tile. Parts need a
     second sum: half the neurons, with which two programs of 4 warps fit an SM and none uses the stack."""
-    tiles = product_tiles(batch, tile_of(units.cols), x, products, precision) | {"num_warps": 8}
-    block_n = tile_of(units.rows)
+    tiles = product_tiles(batch, side_of(shape.col_width), x, products, precision) | {"num_warps": 8}
+    block_n = side_of(shape.row_width)
     if precision == "parts" and block_n > 32:
         tiles, block_n = tiles | {"num_warps": 4}, 32
     return tiles | {"BLOCK_M": min(64, tiles["BLOCK_M"]), "BLOCK_N": block_n}
 
 
-#: SMs of an H100, used if there is no device to ask
-_H100_SMS = 132
+@functools.lru_cache(maxsize=4096)
+def layer_seconds(call: Call, steps: int, fused: bool) -> float:
+    """The modelled time of the forward product of a layer with its neurons, and of their backward pass, fused or as a
+    pair."""
+    shape, batch = call.shape, call.samples // steps
+    elements, size = call.samples * shape.outputs, call.products.itemsize
+    neurons = costs.Work(bytes=3 * size * elements)  # the backward pass
+    if not fused:
+        checkpoints = 4 * (triton.cdiv(steps, SEGMENT) - 1) * batch * shape.outputs
+        passes = (
+            costs.Work(bytes=(size + 1) * elements + checkpoints),
+            neurons._replace(bytes=neurons.bytes + checkpoints),
+        )
+        product = min(product_seconds(call, dense) for dense in (False, True))
+        return product + sum(costs.seconds(each, call.card) for each in passes)
+    tiles = fused_tiles(batch, shape, call.x, call.products, call.precision)
+    block = costs.Block(tiles["BLOCK_M"], tiles["BLOCK_N"], tiles["BLOCK_K"])
+    columns, of_m = triton.cdiv(shape.row_width, block.n), triton.cdiv(batch, block.m)
+    pairs = steps * shape.units * columns * triton.cdiv(shape.col_width, block.k) * of_m
+    kind, times = call.factors
+    own = costs.Work(
+        times * block.flop(pairs),
+        kind,
+        call.samples * shape.inputs * call.x.itemsize + shape.weights * call.weight_bytes + (1 + size) * elements,
+        block.l2_bytes(pairs, call.x.itemsize, call.weight_bytes),
+        shape.row_ranges * columns * of_m,
+        tiles["num_warps"],
+    )
+    parts = [parts_work(shape)] if call.precision == "parts" else []
+    return sum(costs.seconds(each, call.card) for each in (*parts, own, neurons))
 
 
-def fused_pays(units: Units, population: Neurons, batch: int, dtype: torch.dtype, device: torch.device) -> bool:
+def fused_pays(
+    units: Units,
+    population: Neurons,
+    steps: int,
+    batch: int,
+    x: torch.dtype,
+    products: torch.dtype,
+    device: torch.device,
+) -> bool:
     """True where one kernel for product and neurons is expected to be faster than the pair; a cost model, not measured.
 
     Only for models whose one state is the membrane: the backward pass can recover only that from the margins.
 
-    Fusing saves 2.6 bytes per element of [T, B, N] in 16 bits (the table above): about a third of the time of the
-    default product at its rate on an H100. But its programs loop over time and cannot be split over it, so there
-    are only B/64 of them per block row. With less than three quarters of the SMs at work, the product loses more than
-    fusing saves. The dense product is cuBLAS's, which cannot be fused.
+    Fusing saves 2.6 bytes per element of [T, B, N] in 16 bits (the table above). But its programs loop over time and
+    cannot be split over it, so there are only B/64 of them per block row, which may leave SMs without work; and each of
+    its tiles of 64 samples reads the weights anew at every step, from L2. The dense product is cuBLAS's, which cannot
+    be fused.
+
+    Args:
+        units, population: of the layer.
+        steps, batch: of the input.
+        x: the dtype of the layer's inputs, uint8 for spikes.
+        products: of the factors.
+        device: whose card decides.
     """
-    if units.dense_pays or len(MODELS[population.model].states) > 1:
+    if len(MODELS[population.model].states) > 1:
         return False
     if _chosen is not None:
         return _chosen
-    sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else _H100_SMS
-    block_m = fused_tiles(batch, units, torch.uint8, dtype, precision_of(dtype, device))["BLOCK_M"]
-    programs = units.rows.num_units * tiles_of(units.rows) * triton.cdiv(batch, block_m)
-    return 4 * programs >= 3 * sms
+    # of a graph with dynamic shapes: one for each size, since what is kept depends on it
+    steps, batch = int(steps), int(batch)
+    precision, card = precision_of(products, device), costs.card_of(device)
+    call = Call("forward", units.shape, steps * batch, x, products, products, precision, card)
+    return layer_seconds(call, steps, True) < layer_seconds(call, steps, False)
 
 
 _chosen: bool | None = None
@@ -400,7 +444,9 @@ def _layers(call: StackCall) -> list[_Layer]:
             cols = in_order(cols)
         units = graph._replace(rows=rows, cols=cols)
         held = call.held and i == 0
-        fused = not held and fused_pays(units, population, call.batch, call.dtype, call.x.device)
+        fused = not held and fused_pays(
+            units, population, call.num_steps, call.batch, torch.uint8 if i else call.x.dtype, call.dtype, call.x.device
+        )
         layer = _Layer(values, units, None, population, neuron, column, held, fused)
         # a column without a neuron gets one that never fires
         *decays, threshold = (parameter.float() for parameter in population.parameters)
@@ -429,7 +475,7 @@ def _launch_fused(
     units = layer.units
     steps, batch, _ = spikes.shape
     precision = precision_of(values.dtype, x.device)
-    options = fitted(fused_tiles(batch, units, x.dtype, values.dtype, precision), x.device)
+    options = fitted(fused_tiles(batch, units.shape, x.dtype, values.dtype, precision), x.device)
     tiles_of_row = triton.cdiv(units.rows.width, options["BLOCK_N"])
     launch(
         fused_forward_kernel,

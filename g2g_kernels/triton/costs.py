@@ -25,6 +25,7 @@ class Card:
         flop_per_s: of dense matrix products, by their factors: ``"bf16"`` (16 bits), ``"tf32"`` and ``"fp32"``.
         bytes_per_s, l2_bytes_per_s: of memory and of L2.
         multiprocessors: how many it has.
+        shared_bytes: the shared memory of a program.
         source: of these numbers.
     """
 
@@ -32,6 +33,7 @@ class Card:
     bytes_per_s: float
     l2_bytes_per_s: float
     multiprocessors: int
+    shared_bytes: int
     source: str
 
 
@@ -41,6 +43,7 @@ CARDS = {
         3.0e12,
         5.5e12,
         132,
+        227 << 10,
         "H100 SXM, as measured on one (fp32: data sheet)",
     ),
     "h200": Card(
@@ -48,6 +51,7 @@ CARDS = {
         4.8e12,
         5.5e12,
         132,
+        227 << 10,
         "H200 SXM, peak rates of the data sheet",
     ),
     "a100": Card(
@@ -55,6 +59,7 @@ CARDS = {
         2.039e12,
         4e12,
         108,
+        163 << 10,
         "A100 SXM 80 GB, peak rates of the data sheet",
     ),
 }
@@ -166,10 +171,11 @@ def card_of(device: torch.device) -> Card:
 @functools.cache
 def _card_of(index: int) -> Card:
     properties = torch.cuda.get_device_properties(index)
-    return named(properties.name, properties.multi_processor_count)
+    shared = getattr(properties, "shared_memory_per_block_optin", 64 << 10)
+    return named(properties.name, properties.multi_processor_count, shared)
 
 
-def named(name: str, multiprocessors: int) -> Card:
+def named(name: str, multiprocessors: int, shared_bytes: int) -> Card:
     """The card of a name; one that is not known has an H100's multiprocessors, as many as it has."""
     known = next((card for short, card in CARDS.items() if short in name.lower()), None)
     if known is not None:
@@ -181,5 +187,6 @@ def named(name: str, multiprocessors: int) -> Card:
         like.bytes_per_s * times,
         like.l2_bytes_per_s * times,
         multiprocessors,
+        shared_bytes,
         f"{name}, as if of an H100's multiprocessors",
     )

@@ -184,21 +184,28 @@ def forward_pass(net: G2GNet, batch: int, input_dim: int, dtype: torch.dtype) ->
     return recorder.operations
 
 
-def layer_step(layer: SpikingLayer, steps: int, batch: int, dtype: torch.dtype, fused: bool) -> list[Operation]:
-    """One layer, with an input of ``dtype`` that varies over time, forward and backward, fused or as a pair."""
+def layer_step(
+    layer: SpikingLayer, steps: int, batch: int, dtype: torch.dtype, fused: bool, spikes: bool = False
+) -> list[Operation]:
+    """One layer, forward and backward, fused or as a pair.
+
+    Its input varies over time: numbers of ``dtype``, which get a gradient, or the bytes of a layer before it.
+    """
     from g2g_kernels.ops.g2g_stack import triton as stack
 
-    x = torch.empty(steps, batch, layer.mask.shape[1], dtype=dtype, device="meta")
+    x = torch.empty(steps, batch, layer.mask.shape[1], dtype=torch.uint8 if spikes else dtype, device="meta")
     call = StackCall.of(x, [layer], None, dtype)
     with stack.choose(fused), _recording() as recorder:
-        counts, _, _, spikes, kept = stack._forward(call._replace(keep=True))
+        counts, _, _, made, kept = stack._forward(call._replace(keep=True))
         recorder.begin("backward")
-        stack._backward(StackBackward(call, tuple(spikes), tuple(kept), torch.empty_like(counts), None, True))
+        stack._backward(StackBackward(call, tuple(made), tuple(kept), torch.empty_like(counts), None, not spikes))
     return recorder.operations
 
 
-def product_step(connection: G2GLinear, samples: int, dtype: torch.dtype) -> list[Operation]:
-    """A product alone, with an input of ``dtype``, and the gradients of input, weights and bias."""
+def product_step(
+    connection: G2GLinear, samples: int, dtype: torch.dtype, wanted: tuple[bool, bool, bool] = (True, True, True)
+) -> list[Operation]:
+    """A product alone, with an input of ``dtype``, and the gradients of input, weights and bias that are wanted."""
     from g2g_kernels.ops.g2g_linear import triton as linear
 
     connection = connection.to("meta")
@@ -207,7 +214,7 @@ def product_step(connection: G2GLinear, samples: int, dtype: torch.dtype) -> lis
     with _recording() as recorder:
         y = linear._forward(call)
         recorder.begin("backward")
-        linear._backward(LinearBackward(call, torch.empty_like(y), (True, True, True)))
+        linear._backward(LinearBackward(call, torch.empty_like(y), wanted))
     return recorder.operations
 
 

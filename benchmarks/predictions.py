@@ -92,8 +92,11 @@ def work_of(operation: Operation) -> costs.Work:
     else:
         samples, steps = (a["batch"], a["steps"]) if operation.name == "fused_forward_kernel" else (a["samples"], 1)
         block = costs.Block(a["BLOCK_M"], a["BLOCK_N"], a["BLOCK_K"])
-        pairs = len(a["values"]) * -(-a["N"] // block.n) * -(-a["K"] // block.k) * steps * -(-samples // block.m)
-        left, right = a["x"].itemsize, a["values"].itemsize * (costs.PARTS if a["PRECISION"] == "parts" else 1)
+        on_chip = a.get("ON_CHIP", 0)
+        units = a["num_rows"] * on_chip if on_chip else len(a["values"])
+        pairs = units * -(-a["N"] // block.n) * -(-a["K"] // block.k) * steps * -(-samples // block.m)
+        parts = costs.PARTS if a["PRECISION"] == "parts" else 1
+        left, right = a["x"].itemsize, 0 if on_chip else a["values"].itemsize * parts
     kind, times = operation.factors
     flop, l2_bytes = times * block.flop(pairs), block.l2_bytes(pairs, left, right)
     return costs.Work(flop, kind, operation.bytes, l2_bytes, programs, warps)

@@ -216,15 +216,16 @@ def _dense(call: Call) -> list[costs.Work]:
     shape, size = call.shape, call.products.itemsize
     inputs, outputs = call.samples * shape.inputs, call.samples * shape.outputs
     kind, _ = costs.factors(call.products, "tf32" if call.precision == "tf32" else "ieee", False)
-    passes = [2 * shape.dense, 2 * shape.weights]
-    if call.way != "to weights":  # zeros, units put among them, rows joined
-        passes.append(shape.dense)
+    put = shape.dense + shape.weights
+    # cut into units, whose numbers take four small kernels, and selected; or zeros, units put among them, rows joined
+    passes = [2 * shape.dense, put, 0, 0, 0, 0] if call.way == "to weights" else [put, put, 2 * shape.dense]
     work = [costs.Work(bytes=size * numbers) for numbers in passes]
     work.append(costs.Work(2 * inputs * shape.outputs, kind, (inputs + outputs + shape.dense) * size))
     if call.x != call.products:
         work.append(costs.Work(bytes=inputs * (call.x.itemsize + size)))
-    if call.y != call.products and call.way != "to weights":
-        work.append(costs.Work(bytes=(outputs if call.way == "forward" else inputs) * (call.y.itemsize + size)))
+    if call.y != call.products:
+        made = {"forward": outputs, "to x": inputs, "to weights": shape.weights}[call.way]
+        work.append(costs.Work(bytes=made * (call.y.itemsize + size)))
     return work
 
 

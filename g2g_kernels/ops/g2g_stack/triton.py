@@ -272,7 +272,7 @@ def fused_tiles(batch: int, shape: Shape, x: torch.dtype, products: torch.dtype,
     block_n = side_of(shape.row_width)
     if precision == "parts" and block_n > 32:
         tiles, block_n = tiles | {"num_warps": 4}, 32
-    return tiles | {"BLOCK_M": min(64, tiles["BLOCK_M"]), "BLOCK_N": block_n}
+    return {"BLOCK_N": block_n} | tiles | {"BLOCK_M": min(64, tiles["BLOCK_M"])}
 
 
 #: the most units over which the loop is unrolled

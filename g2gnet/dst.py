@@ -18,9 +18,10 @@ from torch import nn
 from g2g_kernels import Activity, BlockMask
 from g2g_kernels.numbers import COUNT, Number
 from g2g_kernels.sides import UnitAxis
+from g2gnet.absent_gradient import AbsentGradient
 from g2gnet.distributed import ALONE, World
 from g2gnet.dst_rules import ACTIVITY, GRADIENT, GROW_RULES, PRUNE_RULES, Evidence
-from g2gnet.layers import AbsentGradient, G2GLinear
+from g2gnet.layers import G2GLinear
 from g2gnet.optimizer_state import OptimizerState, ResetState
 from g2gnet.recording import ActivityRecorder, OneStepLater, Recording, Train, Uncompiled, check_compiled, dense
 from g2gnet.schedules import SCHEDULES
@@ -147,7 +148,7 @@ class DSTScheduler:
         prune: ``"set"`` lowest mean ``|w|`` (Mocanu et al. 2018); ``"random"``; ``"hebb"`` lowest correlation.
         grow: ``"hebb"`` highest correlation; ``"random"``; ``"gradient"`` largest root mean square of ∂L/∂W over the
             unit, in the step of the update (Evci et al. 2020, for units). Only in that step the layers run with every
-            unit (:class:`g2gnet.layers.AbsentGradient`), at the cost of a dense layer. With ``"hebb"`` and
+            unit (:class:`g2gnet.absent_gradient.AbsentGradient`), at the cost of a dense layer. With ``"hebb"`` and
             ``"gradient"``, compiled code runs uncompiled in the step before an update.
         seed: of the draws that break ties and drive the random rules.
         process_group: the processes of data-parallel training. Each has a scheduler like this one, whole layers, and

@@ -13,9 +13,9 @@ from torch.utils.checkpoint import checkpoint
 from g2g_kernels import BlockMask, GroupLayout, lif
 from g2g_kernels.ops.g2g_stack import operator
 from g2gnet import DSTScheduler, G2GLinear, G2GNet, sparsify
+from g2gnet.absent_gradient import AbsentGradient
 from g2gnet.dst import _first, unit_correlation
 from g2gnet.dst_rules import GROW_RULES, PRUNE_RULES
-from g2gnet.layers import AbsentGradient
 from g2gnet.regularizer import rate_penalty, rate_target
 
 RULES = list(itertools.product(PRUNE_RULES, GROW_RULES))

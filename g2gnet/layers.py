@@ -1,6 +1,7 @@
 """A sparse linear layer over a :class:`BlockMask`."""
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -9,6 +10,9 @@ from g2g_kernels import BlockMask, GroupLayout, g2g_linear
 from g2g_kernels.tracing import is_traced, symbolic_call
 from g2gnet.derived import NOT_WRITABLE, DerivedWeight
 from g2gnet.packed_weights import PackedWeights
+
+#: called with what a layer receives and what it gives for that, before its bias or after
+Observer = Callable[[torch.Tensor, torch.Tensor], None]
 
 
 class G2GLinear(PackedWeights):
@@ -52,6 +56,8 @@ class G2GLinear(PackedWeights):
         device = mask.unit_row.device
         super().__init__(mask, nn.Parameter(torch.empty(mask.num_units, *mask.unit_shape, device=device)))
         self.backend = backend
+        #: while this is set, it is called in every training step
+        self.observer: Observer | None = None
         self.bias = nn.Parameter(torch.empty(mask.shape[0], device=device)) if bias else None
         self.reset_parameters(generator)
         if torch.get_default_device().type != "cpu":  # where masks are created all the same
@@ -135,7 +141,16 @@ class G2GLinear(PackedWeights):
         """[..., in] → [..., out]."""
         if not isinstance(x, torch.Tensor) and (node := symbolic_call(self, x)) is not None:
             return node
-        return g2g_linear(x, *self.weights(), self.bias, backend=self.backend)
+        y = g2g_linear(x, *self.weights(), self.bias, backend=self.backend)
+        observer = self.active_observer
+        if observer is not None:
+            observer(x, y)
+        return y
+
+    @property
+    def active_observer(self) -> Observer | None:
+        """The observer, in training mode with gradients."""
+        return self.observer if self.training and torch.is_grad_enabled() else None
 
     def dense_weight(self) -> torch.Tensor:
         """The weight in dense form, [out, in], zero where nothing exists; differentiable."""

@@ -16,7 +16,6 @@ from torch import nn
 from g2g_kernels import BlockMask
 from g2g_kernels.sides import deep_copied
 from g2g_kernels.tracing import is_traced
-from g2gnet.absent_gradient import AbsentGradient
 from g2gnet.arrivals import Received, current_mask, is_replaced
 from g2gnet.copies import Lineage
 from g2gnet.saved_weights import GivenStates, mask_to_load
@@ -37,8 +36,6 @@ class PackedWeights(nn.Module):
         super().__init__()
         self._begin()
         self.mask = mask
-        #: while this is set, training steps give every unit a gradient
-        self.absent_gradient: AbsentGradient | None = None
         self.values = values
 
     def _begin(self) -> None:
@@ -55,14 +52,10 @@ class PackedWeights(nn.Module):
         Inside ``torch.func.functional_call`` they may be those of another layer.
         """
         if is_traced():
-            values, mask = self.values, self.mask
-        else:
-            self.catch_up()
-            values = self.values
-            mask = self._mask_of(values)
-        if self.absent_gradient is None or not (self.training and torch.is_grad_enabled()):
-            return values, mask
-        return self.absent_gradient.expand(values, mask)
+            return self.values, self.mask
+        self.catch_up()
+        values = self.values
+        return values, self._mask_of(values)
 
     def _mask_of(self, values: torch.Tensor) -> BlockMask:
         """The mask of the packed weights that are here now."""
@@ -102,13 +95,13 @@ class PackedWeights(nn.Module):
 
     # --- changes of the mask ------------------------------------------------------------------------------------
 
-    def rewire_(self, slots: torch.Tensor, units: torch.Tensor, really: torch.Tensor) -> Callable[[], None]:
+    def rewire_(self, slots: torch.Tensor, units: torch.Tensor, apply: torch.Tensor) -> Callable[[], None]:
         """Gives slots to other units, whose weights (and gradients, if any) start at zero; inside :meth:`rewired`.
 
         Args:
             slots: integer [k].
             units: int64 [k], the units, counted row by row (:meth:`BlockMask.flat_unit`).
-            really: bool scalar; if it is false, ``units`` are those that the slots have now, and nothing changes.
+            apply: bool scalar; if it is false, ``units`` are those that the slots have now, and nothing changes.
 
         Returns:
             a function that takes it back. If an error is raised, nothing has changed.
@@ -120,7 +113,7 @@ class PackedWeights(nn.Module):
                 if tensor is not None:
                     rows = tensor[slots].detach()
                     undo.callback(tensor.detach().index_copy_, 0, slots, rows)
-                    tensor[slots] = torch.where(really, 0.0, rows)
+                    tensor[slots] = torch.where(apply, 0.0, rows)
             return undo.pop_all().close
 
     @contextlib.contextmanager

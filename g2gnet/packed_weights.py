@@ -27,6 +27,13 @@ class PackedWeights(nn.Module):
     Args:
         mask: the units that exist; the module owns it from now on.
         values: their packed weights [num_units, unit_rows, unit_cols].
+
+    Example:
+        >>> from g2g_kernels import BlockMask, GroupLayout
+        >>> layer = G2GLinear(BlockMask.full(GroupLayout(8), GroupLayout(8), block_size=1))
+        >>> values, mask = layer.weights()  # that a kernel takes
+        >>> mask.unpack(values).shape
+        torch.Size([8, 8])
     """
 
     #: attributes that say what happened to this very module; a copy begins with its own

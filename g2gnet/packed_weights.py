@@ -37,7 +37,7 @@ class PackedWeights(nn.Module):
     """
 
     #: attributes that say what happened to this very module; a copy begins with its own
-    OWN = ("lineage", "_received", "_given", "_own")
+    _NOT_COPIED = ("lineage", "_received", "_given", "_own")
 
     def __init__(self, mask: BlockMask, values: nn.Parameter) -> None:
         super().__init__()
@@ -160,7 +160,7 @@ class PackedWeights(nn.Module):
 
     def _state(self) -> dict[str, Any]:
         """What a copy begins with. (``torch.nn.utils.parametrize`` replaces ``__getstate__`` by a refusal.)"""
-        return {name: value for name, value in self.__dict__.items() if name not in self.OWN}
+        return {name: value for name, value in self.__dict__.items() if name not in self._NOT_COPIED}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

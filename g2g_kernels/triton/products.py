@@ -112,12 +112,9 @@ def parts_kernel(values, parts, count, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 def in_parts(values: torch.Tensor) -> torch.Tensor:
-    """Packed float32 weights [units, rows, columns] as their parts, bfloat16 [units, 3, rows, columns].
-
-    float32 in Triton's interpreter, whose products of bfloat16 are wrong; the parts are the same numbers.
-    """
+    """Packed float32 weights [units, rows, columns] as their parts, bfloat16 [units, 3, rows, columns]."""
     units, rows, cols = values.shape
-    dtype = torch.float32 if runtime.interpreted() else torch.bfloat16
+    dtype = torch.float32 if _as_floats(values.device) else torch.bfloat16
     parts = torch.empty((units, PARTS, rows, cols), dtype=dtype, device=values.device)
     if parts.numel():
         runtime.launch(
@@ -133,9 +130,14 @@ def in_parts(values: torch.Tensor) -> torch.Tensor:
     return parts
 
 
-def part_ty() -> tl.dtype:
+def part_ty(device: torch.device) -> tl.dtype:
     """The dtype of parts that a kernel makes of a tile."""
-    return tl.float32 if runtime.interpreted() else tl.bfloat16
+    return tl.float32 if _as_floats(device) else tl.bfloat16
+
+
+def _as_floats(device: torch.device) -> bool:
+    """Whether parts are float32, which are the same numbers: in Triton's interpreter products of bfloat16 are wrong."""
+    return device.type == "cpu" and runtime.interpreted()
 
 
 def precision_of(products: torch.dtype, device: torch.device) -> str:

@@ -495,7 +495,7 @@ def weight_gradient(
         R=rows.width,
         C=cols.width,
         PRECISION=precision,
-        PART=part_ty(),
+        PART=part_ty(x.device),
         ROWS=triton.next_power_of_2(rows.num_units),
         BLOCK_R=tile_of(rows),
         BLOCK_C=tile_of(cols),

@@ -54,8 +54,8 @@ _NEURONS = "TILE 1024, then 256; SEGMENT 5; twice the warps"
 NEXT = {
     "product_kernel": "BLOCK_M 256 with 8 warps (a fifth less from L2); num_stages 4, then 2; 64 rows where the last "
     "tile of samples is nearly empty",
-    "fused_forward_kernel": "num_stages 4, then 2; 4 warps; BLOCK_M 32, for twice the programs; a block row's weights "
-    "(67 KB) kept in shared memory over all T; the pair, where that is faster",
+    "fused_forward_kernel": "num_stages 4, then 2; 4 warps; BLOCK_M 32, for twice the programs; weights read anew in "
+    "each step (units_on_chip 0); the pair, where that is faster",
     "weight_gradient_kernel": "BLOCK_S 128 with num_stages 2; 256 columns (GROUP 4); _PROGRAMS 264, then 1056",
     "fused_backward_kernel": _NEURONS,
     "neurons_forward_kernel": _NEURONS,

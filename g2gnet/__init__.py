@@ -12,19 +12,6 @@ from g2gnet.stack import SpikingStack
 from g2gnet.version import __version__ as __version__
 
 __all__ = [
-    "LIF",
-    "AdLIF",
-    "DSTScheduler",
-    "G2GLinear",
-    "G2GNet",
-    "SpikingNeurons",
-    "SpikingStack",
-    "Synaptic",
-    "__version__",
-    "captured",
-    "load",
-    "sparsify",
-    "sync_wiring",
-    "tie_wiring",
-    "untie_wiring",
+    "LIF", "AdLIF", "DSTScheduler", "G2GLinear", "G2GNet", "SpikingNeurons", "SpikingStack", "Synaptic",
+    "captured", "load", "sparsify", "sync_wiring", "tie_wiring", "untie_wiring",
 ]  # fmt: skip

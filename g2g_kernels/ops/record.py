@@ -1,16 +1,20 @@
 """Operators of ``torch.library`` that take one record instead of a list of arguments.
 
-A record is a NamedTuple with two more methods: ``flat()`` gives the arguments in the order of the operator's schema,
-and ``of_flat(*arguments)`` makes the record of them again. Autograd saves what is flat, and names gradients as the
-schema names arguments.
+A record is a NamedTuple with three more methods: ``flat()`` gives the arguments in the order of the operator's schema,
+``of_flat(*arguments)`` makes the record of them again, and ``inputs()`` lists what may need a gradient.
+
+The dispatcher takes longer than a small network. An operator goes through it only where something looks at operators
+(:func:`g2g_kernels.tracing.is_observed`); otherwise its implementation is called, with the same autograd formula.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from g2g_kernels.ops.derivatives import for_each
+from g2g_kernels.tracing import is_observed
 
 _library = torch.library.Library("g2g", "FRAGMENT")
 
@@ -23,6 +27,8 @@ class Record(Protocol):
     @classmethod
     def of_flat(cls, *arguments: Any) -> Any: ...
 
+    def inputs(self) -> Sequence[torch.Tensor | None]: ...
+
 
 class RecordOperator:
     """An operator that is called with a record.
@@ -30,13 +36,26 @@ class RecordOperator:
     Attributes:
         overload: the operator in ``torch.ops.g2g``.
         record: the type of the record.
+        function: its implementation.
+        differentiated: the same as ``function(record)``, part of the graph of autograd.
     """
 
-    def __init__(self, overload: Any, record: type[Record]) -> None:
-        self.overload, self.record = overload, record
+    def __init__(self, overload: Any, record: type[Record], function: Callable[[Any], Any]) -> None:
+        self.overload, self.record, self.function = overload, record, function
+        self.differentiated: Callable[..., Any] = self.dispatched
+
+    def dispatched(self, record: Record, *_: Any) -> Any:
+        """The call through PyTorch's dispatcher."""
+        return self.overload(*record.flat())
 
     def __call__(self, record: Record) -> Any:
-        return self.overload(*record.flat())
+        inputs = record.inputs()
+        if is_observed(inputs):
+            return self.dispatched(record)
+        if torch.is_grad_enabled() and any([tensor is not None and tensor.requires_grad for tensor in inputs]):
+            return self.differentiated(record, *inputs)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.function(record)
 
     def opcheck(self, record: Record) -> None:
         """Checks schema, fake and autograd formula on this record (``torch.library.opcheck``)."""
@@ -59,7 +78,7 @@ def define(
     for key in keys:
         _library.impl(name, lambda *arguments: function(record.of_flat(*arguments)), key)
     torch.library.register_fake(f"g2g::{name}", lambda *arguments: fake(record.of_flat(*arguments)), lib=_library)
-    return RecordOperator(getattr(torch.ops.g2g, name).default, record)
+    return RecordOperator(getattr(torch.ops.g2g, name).default, record, function)
 
 
 def refuse_derivative(operator: RecordOperator, refuse: Callable) -> None:
@@ -74,56 +93,83 @@ class Gradients(NamedTuple):
         record: the record of the forward pass.
         kept: its outputs that only the backward pass needs.
         grads: the gradients of its other outputs, contiguous; None for one that was not used.
-        needed: for each argument of the schema, whether its gradient is needed; a list for a list.
+        needed: whether the gradient of each of ``record.inputs()`` is needed.
     """
 
     record: Any
     kept: tuple[Any, ...]
     grads: tuple[Any, ...]
-    needed: dict[str, Any]
+    needed: tuple[bool, ...]
 
 
-def differentiate(operator: RecordOperator, outputs: int, backward: Callable[[Gradients], dict[str, Any]]) -> None:
-    """Registers the autograd formula of an operator.
+def differentiate(
+    operator: RecordOperator,
+    inputs: Sequence[str],
+    outputs: int,
+    backward: Callable[[Gradients], Sequence[torch.Tensor | None]],
+) -> None:
+    """Gives an operator its autograd formula.
 
     Args:
         operator: what :func:`define` returned.
+        inputs: the arguments of the schema that ``record.inputs()`` has, in that order.
         outputs: the number of outputs that are results; the others are kept for the backward pass.
-        backward: returns gradients by the names of arguments; where all of ``grads`` are None it is not called.
+        backward: the gradients of ``record.inputs()``, any for one that is not needed; it is not called where all of
+            ``grads`` are None.
     """
     names = [argument.name for argument in operator.overload._schema.arguments]
 
-    def setup_context(ctx, inputs, output):
+    def save(ctx: Any, flat: Sequence[Any], results: Any) -> None:
         ctx.set_materialize_grads(False)
-        kept = output[outputs:] if isinstance(output, (list, tuple)) else ()
-        ctx.values = _Saved(ctx, (*inputs, *kept))
-
-    def apply(ctx, *grads):
-        nothing = ctx.values.nothing()[: len(names)]
-        if all(grad is None for grad in grads[:outputs]):
-            return tuple(nothing)
-        flat = iter(gradients(ctx, *grads[:outputs]))
-        return tuple([next(flat) for _ in none] if isinstance(none, list) else next(flat) for none in nothing)
+        kept = results[outputs:] if isinstance(results, (list, tuple)) else ()
+        ctx.values = _Saved(ctx, (*flat, *kept))
 
     @for_each
     def gradients(ctx, *grads):
-        """Those of all arguments, the tensors of lists one by one."""
+        """Those of all inputs, one by one."""
+        if all(grad is None for grad in grads):
+            return [None] * len(ctx.needed)
         values = ctx.values.of(ctx)
-        by_name = backward(
+        found = backward(
             Gradients(
                 operator.record.of_flat(*values[: len(names)]),
                 tuple(values[len(names) :]),
-                tuple(None if grad is None else grad.contiguous() for grad in grads),
-                dict(zip(names, ctx.needs_input_grad, strict=True)),
+                tuple([None if grad is None else grad.contiguous() for grad in grads]),
+                ctx.needed,
             )
         )
-        flat: list[torch.Tensor | None] = []
-        for name, none in zip(names, ctx.values.nothing(), strict=False):
-            value = by_name.get(name, none)
-            flat += value if isinstance(none, list) else [value]
-        return flat
+        return [grad if need else None for grad, need in zip(found, ctx.needed, strict=True)]
 
-    torch.library.register_autograd(operator.overload.name(), apply, setup_context=setup_context, lib=_library)
+    def setup_context(ctx, inputs, output):
+        save(ctx, inputs, output)
+
+    def by_arguments(ctx, *grads):
+        needed = dict(zip(names, ctx.needs_input_grad, strict=True))
+        ctx.needed = tuple(itertools.chain.from_iterable(map(_as_list, (needed[name] for name in inputs))))
+        flat = iter(gradients(ctx, *grads[:outputs]))
+        of = {name: [next(flat) for _ in needed[name]] if isinstance(needed[name], Sequence) else next(flat) for name in inputs}
+        return tuple([of.get(name, none) for name, none in zip(names, ctx.values.nothing(), strict=False)])
+
+    torch.library.register_autograd(operator.overload.name(), by_arguments, setup_context=setup_context, lib=_library)
+
+    class Differentiated(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, record, *inputs):
+            with torch._C._AutoDispatchBelowAutograd():
+                results = operator.function(record)
+            save(ctx, record.flat(), results)
+            return results
+
+        @staticmethod
+        def backward(ctx, *grads):
+            ctx.needed = ctx.needs_input_grad[1:]
+            return None, *gradients(ctx, *grads[:outputs])
+
+    operator.differentiated = Differentiated.apply
+
+
+def _as_list(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, Sequence) else (value,)
 
 
 class _Saved:

@@ -39,6 +39,10 @@ class LinearCall(NamedTuple):
     def of_flat(cls, x: Any, values: Any, mask: Any, bias: Any, dtype: Any) -> "LinearCall":
         return cls(x, values, MaskTensors(*mask), bias, dtype)
 
+    def inputs(self) -> tuple[torch.Tensor | None, ...]:
+        """What may need a gradient."""
+        return self.x, self.values, self.bias
+
 
 class LinearBackward(NamedTuple):
     """What the backward pass takes.
@@ -60,6 +64,10 @@ class LinearBackward(NamedTuple):
     def of_flat(cls, *arguments: Any) -> "LinearBackward":
         *call, grad_y, wanted = arguments
         return cls(LinearCall.of_flat(*call), grad_y, tuple(wanted))
+
+    def inputs(self) -> tuple[torch.Tensor | None, ...]:
+        """What may need a gradient."""
+        return *self.call.inputs(), self.grad_y
 
     def empty_gradients(self) -> list[torch.Tensor]:
         """Empty tensors for the gradients of x, values and bias (the last float32), 0 elements if unwanted."""
@@ -90,15 +98,10 @@ def operators(
     def fake(call: LinearCall) -> torch.Tensor:
         return call.x.new_empty((call.x.shape[0], call.mask.shape[0]), dtype=call.dtype)
 
-    def gradients(given: record.Gradients) -> dict[str, object]:
-        (grad_y,) = given.grads
-        wanted = tuple([given.needed[name] for name in ("x", "values", "bias")])
-        to_x, to_values, to_bias = backward_operator(LinearBackward(given.record, grad_y, wanted))
-        return {
-            "x": to_x if wanted[0] else None,
-            "values": to_values if wanted[1] else None,
-            "bias": to_bias.to(given.record.bias.dtype) if wanted[2] else None,
-        }
+    def gradients(given: record.Gradients) -> Sequence[torch.Tensor]:
+        (grad_y,), call = given.grads, given.record
+        to_x, to_values, to_bias = backward_operator(LinearBackward(call, grad_y, given.needed))
+        return to_x, to_values, to_bias if call.bias is None else to_bias.to(call.bias.dtype)
 
     call = "Tensor x, Tensor values, Tensor[] mask, Tensor? bias, ScalarType dtype"
     schema = f"{prefix}linear_backward({call}, Tensor grad_y, bool[] wanted) -> Tensor[]"
@@ -106,7 +109,7 @@ def operators(
     record.refuse_derivative(backward_operator, refuse_compiled_backward)
     schema = f"{prefix}linear_forward({call}) -> Tensor"
     forward_operator = record.define(schema, LinearCall, forward, fake, keys)
-    record.differentiate(forward_operator, 1, gradients)
+    record.differentiate(forward_operator, ("x", "values", "bias"), 1, gradients)
 
     def flops(call: LinearCall) -> int:
         return product_flops(call.x.shape[0], call.values, call.mask)

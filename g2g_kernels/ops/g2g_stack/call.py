@@ -122,6 +122,18 @@ class StackCall(NamedTuple):
             layers.append(LayerCall(values[i], mask, bias, population, silent, state, joined))
         return cls(x, tuple(layers), *rest)
 
+    def inputs(self) -> list[torch.Tensor | None]:
+        """What may need a gradient, in the order of :class:`StackGradients`."""
+        layers = self.layers
+        return [
+            self.x,
+            *[layer.values for layer in layers],
+            *[layer.bias for layer in layers],
+            *[layer.state for layer in layers],
+            *[layer.recurrent and layer.recurrent.values for layer in layers],
+            *[parameter for layer in layers for parameter in layer.neurons.parameters],
+        ]
+
     @property
     def held(self) -> bool:
         """Whether x is the same at all steps."""
@@ -243,6 +255,10 @@ class StackBackward(NamedTuple):
         *call, spikes, kept, grad_counts, grad_rates, grad_x, grad_last = arguments
         return cls(StackCall.of_flat(*call), tuple(spikes), tuple(kept), grad_counts, grad_rates, grad_x, grad_last)
 
+    def inputs(self) -> list[torch.Tensor | None]:
+        """What may need a gradient."""
+        return [*self.call.inputs(), self.grad_counts, self.grad_rates, self.grad_last]
+
     def rates_of_layers(self) -> list[torch.Tensor | None]:
         """∂L/∂rates layer by layer."""
         layers = self.call.layers
@@ -267,21 +283,12 @@ def operators(
         backward: the backward pass.
     """
 
-    def gradients(given: record.Gradients) -> dict[str, object]:
-        call, (spikes, kept), grad_x = given.record, given.kept, given.needed["x"]
+    def gradients(given: record.Gradients) -> Sequence[torch.Tensor]:
+        call, (spikes, kept), grad_x = given.record, given.kept, given.needed[0]
         grad_counts, grad_rates, grad_last = given.grads
-        to_x, *rest = backward_operator(
+        return backward_operator(
             StackBackward(call, tuple(spikes), tuple(kept), grad_counts, grad_rates, grad_x, grad_last)
         )
-        count = len(call.layers)
-        return {
-            "x": to_x if grad_x else None,
-            "values": rest[:count],
-            "biases": rest[count : 2 * count],
-            "states": rest[2 * count : 3 * count],
-            "recurrents": rest[3 * count : 4 * count],
-            "parameters": rest[4 * count :],
-        }
 
     # lists over the layers; absent biases, dropped neurons, states and recurrent values are empty
     call = (
@@ -300,7 +307,8 @@ def operators(
     record.refuse_derivative(backward_operator, refuse_backward)
     results = "Tensor counts, Tensor rates, Tensor last, Tensor[] spikes, Tensor[] kept"
     forward_operator = record.define(f"{prefix}stack_forward({call}) -> ({results})", StackCall, forward, fake, keys)
-    record.differentiate(forward_operator, 3, gradients)
+    inputs = ("x", "values", "biases", "states", "recurrents", "parameters")
+    record.differentiate(forward_operator, inputs, 3, gradients)
     count_flops(forward_operator, lambda call: sum(_flops(call)) + _recurrent_flops(call))
     count_flops(backward_operator, _backward_flops)
     return forward_operator, backward_operator

@@ -334,6 +334,10 @@ class PackedWords(NamedTuple):
     def of_flat(cls, words: Any, values: Any, mask: Any) -> "PackedWords":
         return cls(words, values, MaskTensors(*mask))
 
+    def inputs(self) -> tuple[torch.Tensor, ...]:
+        """None of which needs a gradient."""
+        return self.words, self.values
+
 
 def _unpack(packed: PackedWords) -> torch.Tensor:
     words, values, mask = packed

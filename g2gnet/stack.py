@@ -16,6 +16,7 @@ from g2g_kernels import Activity, SpikingLayer, g2g_stack, neurons_step
 from g2g_kernels.groups import as_integers
 from g2g_kernels.numbers import COUNT, Number
 from g2g_kernels.ops.g2g_stack import (
+    Border,
     DenseSpikes,
     NeuronState,
     Recurrent,
@@ -406,12 +407,13 @@ class SpikingStack(nn.Module):
     ) -> Synapses:
         """What the synaptic operations of a run that called the modules are counted from."""
         weights = [[connection.weights()] for connection, _ in pairs]
-        sent: list[torch.Tensor | None] = [None] * self.depth
+        borders: list[Border | None] = [None] * self.depth
         for number, recurrent in enumerate(recurrents):
             if recurrent is not None:
                 weights[number].append(recurrent.weights())
-                sent[number] = -activity.spikes[number].dense()[-1].sum(0).long()
-        return Synapses(inputs, self.T if inputs.dim() == 2 else None, weights, sent)
+                spikes = activity.spikes[number].dense().detach()[-1]
+                borders[number] = Border(None, spikes, torch.zeros_like(spikes[0]))
+        return Synapses(inputs, self.T if inputs.dim() == 2 else None, weights, borders)
 
     def _check_form(self, state: StackState) -> None:
         """Raises unless there is one entry per layer, each a tensor, several or None."""

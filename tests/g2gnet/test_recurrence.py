@@ -352,6 +352,21 @@ def test_synaptic_operations_count_the_spikes_that_were_sent():
         assert counted.multiplies == (sums[0] if number == 0 else 0)
 
 
+@pytest.mark.parametrize("change", ["threshold", "state before", "state after"])
+def test_spikes_at_the_ends_of_a_run_are_not_counted_wrongly_after_a_change(change):
+    """They are compared with the threshold only when someone asks."""
+    stack = stack_of("cpu")
+    before = drawn_state(stack)
+    with torch.no_grad():
+        activity = stack.simulate(inputs_of(stack, held=False), before)
+        counted = activity.synaptic_operations()
+        assert activity.synaptic_operations() == counted
+        changed = {"threshold": stack.lif1.threshold, "state before": before[0], "state after": activity.state[0]}
+        changed[change].mul_(0.5)
+    with pytest.raises(RuntimeError, match=r"thresholds or states of this run have changed since.*right after the run"):
+        activity.synaptic_operations()
+
+
 def test_hooks_see_every_step_of_a_recurrent_connection():
     stack = stack_of("cpu")
     x = inputs_of(stack, held=True)

@@ -21,13 +21,13 @@ from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes, NeuronStat
 from g2g_kernels.ops.g2g_stack.chunks import in_chunks
 from g2g_kernels.ops.g2g_stack.layer import Recurrent, SpikingLayer
 from g2g_kernels.ops.g2g_stack.reference import activity_of
-from g2g_kernels.ops.g2g_stack.synapses import Synapses, SynapticOperations
+from g2g_kernels.ops.g2g_stack.synapses import Border, Synapses, SynapticOperations
 from g2g_kernels.ops.neurons import run_neurons
 from g2g_kernels.ops.neurons.checks import check_neurons, check_state, check_steps
 from g2g_kernels.tracing import is_transformed
 
 __all__ = [
-    "Activity", "DenseSpikes", "NeuronState", "Recurrent", "Spikes", "SpikingLayer", "StackState", "Synapses",
+    "Activity", "Border", "DenseSpikes", "NeuronState", "Recurrent", "Spikes", "SpikingLayer", "StackState", "Synapses",
     "SynapticOperations", "activity_of", "check_dropped", "g2g_stack",
 ]  # fmt: skip
 
@@ -127,22 +127,17 @@ def g2g_stack(
         return activity
     weights = [layer.connections() for layer in checked]
     assert activity.states is not None
-    sent = [
-        None if layer.recurrent is None else _sent_beyond(layer, state.detach())
+    borders = [
+        None if layer.recurrent is None else _border(layer, state)
         for layer, state in zip(checked, activity.states)  # noqa: B905
     ]
-    return activity._replace(synapses=Synapses(x, steps, weights, sent))
+    return activity._replace(synapses=Synapses(x, steps, weights, borders))
 
 
-def _sent_beyond(layer: SpikingLayer, last: torch.Tensor) -> torch.Tensor:
-    """[N] spikes that reach a recurrent connection from before the run, less those that leave it in the last step."""
-    theta = layer.neurons.parameters[-1].detach()
-    fired = [state[-1].detach() > theta for state in (layer.state, last) if state is not None]
-    if layer.dropped is not None:
-        fired = [spikes & ~layer.dropped for spikes in fired]
-    before = [0 * fired[0].sum(0)] if layer.state is None else []
-    first, final = [*before, *(spikes.sum(0) for spikes in fired)]
-    return first - final
+def _border(layer: SpikingLayer, last: torch.Tensor) -> Border:
+    """The ends of a run of a layer; ``last``: its states after it."""
+    before = None if layer.state is None else layer.state.detach()[-1]
+    return Border(before, last.detach()[-1], layer.neurons.parameters[-1].detach(), layer.dropped)
 
 
 def _check_like(suffix: str, state: torch.Tensor, x: torch.Tensor) -> None:

@@ -89,7 +89,8 @@ class Activity(NamedTuple):
         For one sample, divide by the size of the batch. Waits for the device.
 
         Raises:
-            RuntimeError: if inputs, weights or masks have changed since the run, or if the run was compiled.
+            RuntimeError: if inputs, weights or masks (in recurrent layers thresholds and states, too) have changed
+                since the run, or if the run was compiled.
         """
         if self.synapses is None:
             raise RuntimeError(

@@ -29,6 +29,30 @@ class SynapticOperations(NamedTuple):
     dense: int
 
 
+class Border(NamedTuple):
+    """The ends of a run: where the spikes that a recurrent connection receives are not those of the run. No gradients.
+
+    Attributes:
+        before, after: [B, N] membranes before the first step (None: no spikes) and after the last.
+        threshold: that a membrane exceeds in a spike.
+        dropped: bool [B, N], the neurons that are silent; or None.
+    """
+
+    before: torch.Tensor | None
+    after: torch.Tensor
+    threshold: torch.Tensor
+    dropped: torch.Tensor | None = None
+
+    def sent_beyond(self) -> torch.Tensor:
+        """int64 [N], the spikes that enter from before the run, less those of its last step, over all samples."""
+        first = 0 if self.before is None else self._spikes(self.before)
+        return first - self._spikes(self.after)
+
+    def _spikes(self, membrane: torch.Tensor) -> torch.Tensor:
+        spikes = membrane > self.threshold
+        return (spikes if self.dropped is None else spikes & ~self.dropped).sum(0)
+
+
 class Synapses:
     """The inputs and the weights of a run, from which its synaptic operations can be counted afterwards.
 
@@ -37,8 +61,7 @@ class Synapses:
         steps: for which x is held, or None.
         weights: for each layer, packed values and mask of its connections: what comes from the layer before, and the
             recurrent one where there is one.
-        sent: for each layer, [N] the spikes, over all samples, that reach a recurrent connection beyond those of the
-            run (those of the state before it, less those of its last step); None where there is none.
+        borders: for each layer, both ends of the run where it has a recurrent connection, else None.
     """
 
     def __init__(
@@ -46,30 +69,36 @@ class Synapses:
         x: torch.Tensor,
         steps: int | None,
         weights: Sequence[Sequence[tuple[torch.Tensor, BlockMask]]],
-        sent: Sequence[torch.Tensor | None] | None = None,
+        borders: Sequence[Border | None],
     ) -> None:
         self._x = x.detach()
         self._samples = x.shape[-2]
         self._steps = len(x) if steps is None else steps
         self._weights = [[(values.detach(), mask) for values, mask in of_layer] for of_layer in weights]
-        self._sent = [None] * len(weights) if sent is None else sent
+        self._borders = borders
         self._then = self._now()
 
-    def _now(self) -> list[tuple[int, int]]:
-        connections = itertools.chain.from_iterable(self._weights)
-        return [(version(self._x), 0)] + [(version(values), mask.changes) for values, mask in connections]
+    def _now(self) -> list[int]:
+        """Numbers that differ after a change of what is counted."""
+        connections = list(itertools.chain.from_iterable(self._weights))
+        at_borders = [tensor for border in self._borders if border is not None for tensor in border]
+        tensors = [self._x, *(values for values, _ in connections), *at_borders]
+        changes = [version(tensor) for tensor in tensors if tensor is not None]
+        return changes + [mask.changes for _, mask in connections]
 
     def operations(self, rates: Sequence[torch.Tensor]) -> tuple[SynapticOperations, ...]:
         """Of each layer, its recurrent connection included, given the firing rates of each, [N]; waits for the device.
         Exact up to 2²³ spikes per neuron.
 
         Raises:
-            RuntimeError: if inputs, weights or masks have changed in the meantime.
+            RuntimeError: if inputs, weights or masks have changed in the meantime, or of a recurrent layer its
+                thresholds or its states at both ends of the run.
         """
         if self._now() != self._then:
             raise RuntimeError(
-                "the inputs or the weights of this run have changed since, so its synaptic operations are unknown; "
-                "call synaptic_operations() right after the run, before the optimizer's step and the scheduler's"
+                "the inputs, weights, thresholds or states of this run have changed since, so its synaptic operations "
+                "are unknown; call synaptic_operations() right after the run, before the optimizer's step and the "
+                "scheduler's"
             )
         x = self._x.reshape(-1, self._x.shape[-1])
         received = [(x != 0).sum(0)]
@@ -83,9 +112,10 @@ class Synapses:
             multiplies = operations - accumulates
             dense = (vectors if number else len(x)) * mask.shape[0] * mask.shape[1]
             for values, mask in recurrent:
-                sent = self._sent[number]
-                assert sent is not None
-                accumulates += int(((received[number + 1] + sent) * _fan_out(values, mask)).sum())
+                border = self._borders[number]
+                assert border is not None
+                sent = received[number + 1] + border.sent_beyond()
+                accumulates += int((sent * _fan_out(values, mask)).sum())
                 dense += vectors * mask.shape[0] * mask.shape[1]
             counted.append(SynapticOperations(accumulates, multiplies, dense))
         return tuple(counted)

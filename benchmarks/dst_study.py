@@ -86,7 +86,7 @@ def _gain(of: dict[str, list[dict[str, Any]] | None]) -> str:
 
 def _graph(runs: list[dict[str, Any]]) -> list[str]:
     def mean(layer: str, name: str) -> float:
-        return sum(run["wiring"][layer][name] for run in runs) / len(runs)
+        return sum(run["placement"][layer][name] for run in runs) / len(runs)
 
     silent = [100 * sum(run["silent"][layer] for run in runs) / len(runs) for layer in ("lif1", "lif2")]
     return [

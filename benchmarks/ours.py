@@ -39,7 +39,7 @@ class Network(NetworkContender):
             for name, gradient in {
                 f"fc{number}.weight": connection.values.grad,
                 f"fc{number}.bias": connection.bias.grad if connection.bias is not None else None,
-                **{f"lif{number}.{name}": value.grad for name, value in neurons.values.items()},
+                **{f"lif{number}.{name}": value.grad for name, value in neurons.by_name.items()},
             }.items():
                 if gradient is not None:
                     gradients[name] = connection.mask.unpack(gradient) if name.endswith("weight") else gradient

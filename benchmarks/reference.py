@@ -94,7 +94,7 @@ def _parameters(prepared: Prepared, dtype: torch.dtype) -> dict[str, torch.Tenso
         for name, tensor in {
             f"fc{number}.weight": connection.dense_weight(),
             f"fc{number}.bias": connection.bias,
-            **{f"lif{number}.{name}": value.expand(connection.out_features) for name, value in neurons.values.items()},
+            **{f"lif{number}.{name}": value.expand(connection.out_features) for name, value in neurons.by_name.items()},
         }.items():
             parameters[name] = tensor.detach().to(dtype, copy=True).requires_grad_()
     for number, recurrent in enumerate(prepared.network("torch").recurrents(), 1):
@@ -195,10 +195,10 @@ def update_results(prepared: Prepared, reset: str = "after decay", precision: st
     """
     dtype = DTYPES[precision]
     parameters, steps = _parameters(prepared, dtype), prepared.workload.T
-    populations = [(name, parameters[f"{name}.weight"].shape) for name in ("fc1", "fc2", "fc3")]
-    products = [torch.zeros(shape, dtype=dtype) for _, shape in populations]
-    squares = [torch.zeros(shape[1], dtype=dtype) for _, shape in populations]
-    squares.append(torch.zeros(populations[-1][1][0], dtype=dtype))
+    shapes = [(name, parameters[f"{name}.weight"].shape) for name in ("fc1", "fc2", "fc3")]
+    products = [torch.zeros(shape, dtype=dtype) for _, shape in shapes]
+    squares = [torch.zeros(shape[1], dtype=dtype) for _, shape in shapes]
+    squares.append(torch.zeros(shapes[-1][1][0], dtype=dtype))
     for images in prepared.images.to(dtype).split(CHUNK):
         layers = [[images] * steps, *_simulate(images, parameters, prepared.workload, reset, precision)]
         samples = [torch.cat(layer) for layer in layers]

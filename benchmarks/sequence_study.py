@@ -41,7 +41,8 @@ NETWORKS = {
     "adaptive": "--neuron adlif",
     "both": "--recurrent --neuron adlif",
 }
-GRAPHS = {
+#: which weights a network has
+WEIGHTS = {
     "25 %": f"--model index --block_size 16 {density_flags(25)}",
     "5 %, rewired": f"--model index --block_size 16 {density_flags(5)} {GROWTH['gradient']} {SCHEDULE}",
     "dense": "--model dense",
@@ -54,8 +55,8 @@ def _rows() -> dict[str, str]:
     rows = {}
     for data, sequence in DATA.items():
         for network, flags in NETWORKS.items():
-            for graph, wiring in GRAPHS.items():
-                rows[f"{data}, {network}, {graph}"] = " ".join(filter(None, (sequence, flags, wiring)))
+            for kept, sparsity in WEIGHTS.items():
+                rows[f"{data}, {network}, {kept}"] = " ".join(filter(None, (sequence, flags, sparsity)))
         rows[f"{data}, GRU"] = f"{rows[', '.join((data, *AS_MANY))]} --name GRU"
     return rows
 

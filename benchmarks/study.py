@@ -101,16 +101,16 @@ def folder_of(root: Path, study: Study, row: str, epochs: int, seed: int) -> Pat
 
 
 def result(run: Run) -> dict[str, Any] | None:
-    """The results of a finished run: its last epoch, its training time, and its wiring; None if it is not finished."""
+    """The results of a run: its last epoch, its training time, where its units are; None if it is not finished."""
     end = outcome(run)
     if end is None:
         return None
     net = read_run(run.files.checkpoint).network()
     masks = {f"fc{number}": connection.mask for number, (connection, _) in enumerate(net.layers(), 1)}
-    return {**end, "wiring": {name: wiring(mask) for name, mask in masks.items()}}
+    return {**end, "placement": {name: placement(mask) for name, mask in masks.items()}}
 
 
-def wiring(mask: Any) -> dict[str, float]:
+def placement(mask: Any) -> dict[str, float]:
     """How evenly the units of a layer are distributed, which distinguishes growth rules.
 
     ``rows_spread`` and ``cols_spread``: standard deviation of the units of a block row or column over their mean.

@@ -152,7 +152,7 @@ class Prepared:
         """The input currents of the second hidden layer, its β and θ, and a random gradient."""
         net = self.network("torch")
         current = net.fc2(self._first_spikes)
-        parameters = {name: value.detach() for name, value in net.lif2.values.items()}
+        parameters = {name: value.detach() for name, value in net.lif2.by_name.items()}
         return NeuronInputs(current, self._noise(1)[0], parameters)
 
     @functools.cached_property
@@ -195,7 +195,7 @@ class Prepared:
             _, state = net.step(self.images, state)
             for number, (membrane, (_, lif)) in enumerate(zip(state, net.layers(), strict=True)):
                 assert isinstance(membrane, torch.Tensor)  # of LIF neurons
-                slope = SURROGATES[lif.surrogate].derivative(membrane - lif.values["threshold"], lif.alpha)
+                slope = SURROGATES[lif.surrogate].derivative(membrane - lif.by_name["threshold"], lif.alpha)
                 passing[number] += int(slope.count_nonzero())
                 neurons[number] += slope.numel()
         return [count / of for count, of in zip(passing, neurons, strict=True)]

@@ -119,7 +119,7 @@ _limits: "weakref.WeakKeyDictionary[dist.ProcessGroup, datetime.timedelta]" = we
 
 
 class World:
-    """The processes that work on one run. All of them must call every method except :meth:`share`.
+    """The processes that work on one run. All of them must call every method except :meth:`part`.
 
     Args:
         group: PyTorch's group of these processes; None: a single process, and nothing is sent.
@@ -152,7 +152,7 @@ class World:
         """Whether this process writes and prints."""
         return self.rank == 0
 
-    def share(self, count: int) -> slice:
+    def part(self, count: int) -> slice:
         """This process's part of ``count`` samples: the parts are contiguous and differ by at most one sample."""
         return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 

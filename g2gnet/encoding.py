@@ -12,7 +12,7 @@ def encode(
     scale: float = 1.0,
     bias: float = 0.0,
     generator: torch.Generator | None = None,
-    share: slice | None = None,
+    part: slice | None = None,
 ) -> torch.Tensor:
     """Encodes samples x [B, D], or sequences [steps, B, D], as input currents, with x' = scale·x + bias.
 
@@ -20,7 +20,7 @@ def encode(
     with probability clamp(x', 0, 1), drawn at each step from ``generator`` (PyTorch's global one if None; its device
     may differ from x's).
 
-    With ``share``, only these samples are encoded, as they would be in the whole batch: the generator skips the
+    With ``part``, only these samples are encoded, as they would be in the whole batch: the generator skips the
     random numbers of the others.
 
     Raises:
@@ -37,8 +37,8 @@ def encode(
     if enc not in ENCODINGS:
         raise ValueError(f"enc={enc!r} is unknown; choose one of {', '.join(ENCODINGS)}")
     check_samples(x)
-    shape, share = x.shape[-2:], share or slice(None)
-    x = x[..., share, :] * scale + bias
+    shape, part = x.shape[-2:], part or slice(None)
+    x = x[..., part, :] * scale + bias
     if enc == "current":
         return x
     if x.dim() == 2:
@@ -49,10 +49,10 @@ def encode(
         spikes, draws = x.new_empty(x.shape), x.new_empty(shape)
         for spikes_t, x_t in zip(spikes, x, strict=True):
             torch.rand(shape, generator=generator, out=draws)
-            torch.lt(draws[share], x_t, out=spikes_t)
+            torch.lt(draws[part], x_t, out=spikes_t)
         return spikes
     draws = torch.rand((len(x), *shape), generator=generator, device=device, dtype=x.dtype)
-    return (draws[:, share].to(x.device) < x).to(x.dtype)
+    return (draws[:, part].to(x.device) < x).to(x.dtype)
 
 
 def check_samples(x: torch.Tensor) -> None:

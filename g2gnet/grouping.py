@@ -1,11 +1,11 @@
-"""The wirings of sparse networks by name: how the neurons on both sides of each layer are grouped."""
+"""The groupings of sparse networks by name: how the neurons on both sides of each layer are grouped."""
 
 import torch
 
 from g2g_kernels import GroupLayout
 from g2g_kernels.numbers import COUNT
 
-#: of each wiring, the kinds of groups (:class:`GroupLayout`) of the first, second, third … layer, over and over.
+#: of each grouping, the kinds of groups (:class:`GroupLayout`) of the first, second, third … layer, over and over.
 #: ``"mixer"`` takes turns between contiguous ranges (spatial mixing) and interleaved groups (feature mixing).
 GROUPINGS = {
     "index": ("index",),
@@ -15,7 +15,7 @@ GROUPINGS = {
 
 
 def group_layouts(
-    wiring: str, number: int, shape: tuple[int, int], num_groups: int, generator: torch.Generator | None
+    grouping: str, number: int, shape: tuple[int, int], num_groups: int, generator: torch.Generator | None
 ) -> tuple[GroupLayout, GroupLayout]:
     """The groups of the outputs and of the inputs of layer ``number`` (from 0), whose weight has ``shape`` (out, in).
 
@@ -25,6 +25,6 @@ def group_layouts(
         ValueError: if ``num_groups`` is not a whole number of at least 1.
     """
     num_groups = COUNT.check("num_groups", num_groups)
-    kind = GROUPINGS[wiring][number % len(GROUPINGS[wiring])]
+    kind = GROUPINGS[grouping][number % len(GROUPINGS[grouping])]
     out_layout, in_layout = (GroupLayout(size, min(num_groups, size), kind, generator) for size in shape)
     return out_layout, in_layout

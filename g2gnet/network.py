@@ -209,22 +209,22 @@ class G2GNet(SpikingStack):
         return cls(input_dim, num_classes=num_classes, backend=backend, generator=generator, **options)
 
     def encode(
-        self, x: torch.Tensor, generator: torch.Generator | None = None, share: slice | None = None
+        self, x: torch.Tensor, generator: torch.Generator | None = None, part: slice | None = None
     ) -> torch.Tensor:
         """What fc1 receives: samples [B, D] as [B, D] (held at every step) or [T, B, D]; x [T, B, D] as it is.
 
-        Samples that unfold over time are [B, T·D]. With ``share``, only these samples are encoded, as they would be in
+        Samples that unfold over time are [B, T·D]. With ``part``, only these samples are encoded, as they would be in
         the whole batch.
         """
         check_input(x)
         if x.dim() == 3:
-            return x if share is None else x[:, share]
+            return x if part is None else x[:, part]
         check_samples(x)
         if self.standardize:
             x = (x - self.input_mean) / self.input_deviation
         if self.sequence != "none":
             x = unfold(x, self.input_order)
-        return encode(x, self.enc, self.T, self.enc_scale, self.enc_bias, generator, share)
+        return encode(x, self.enc, self.T, self.enc_scale, self.enc_bias, generator, part)
 
     def forward(self, x: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         """Samples [B, D], or inputs over time [T, B, D] → spike counts of the output neurons, or their readout, [B, C]

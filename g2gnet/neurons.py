@@ -31,7 +31,7 @@ class SpikingNeurons(nn.Module):
 
     Example:
         >>> from g2gnet import LIF, Synaptic
-        >>> [population.model.name for population in (LIF(), Synaptic())]
+        >>> [neurons.model.name for neurons in (LIF(), Synaptic())]
         ['lif', 'synaptic']
         >>> [name for name, _ in Synaptic().named_parameters()]
         ['syn_decay', 'beta', 'threshold']
@@ -76,14 +76,14 @@ class SpikingNeurons(nn.Module):
             )
 
     @property
-    def values(self) -> dict[str, torch.Tensor]:
+    def by_name(self) -> dict[str, torch.Tensor]:
         """The parameters by name, in the model's order, each [1] or [N]."""
         return {name: getattr(self, name) for name in self.model.parameters}
 
     @property
     def population(self) -> Neurons:
-        """The population in the operators' form."""
-        return Neurons(self.model.name, tuple(self.values.values()), self.reset, self.surrogate, self.alpha)
+        """These neurons as operators take them."""
+        return Neurons(self.model.name, tuple(self.by_name.values()), self.reset, self.surrogate, self.alpha)
 
     def forward(self, current: torch.Tensor, steps: int | None = None) -> torch.Tensor:
         """Currents [T, ..., N], or one current [..., N] held for ``steps`` steps → spikes [T, ..., N]."""

@@ -1,6 +1,6 @@
-"""Which units of a sparse layer exist: the named models, patterns of one's own, and densities per layer.
+"""Which units of a sparse layer exist at first: patterns by name or of one's own, and densities per layer.
 
-A pattern is a function of the two sides of a layer::
+A pattern of one's own is a function of the two sides of a layer::
 
     def neighbours(out, into, generator):
         return (out.group_of_unit[:, None] - into.group_of_unit).abs() <= 1
@@ -164,9 +164,9 @@ PATTERNS: dict[str, Callable[[float, float, float], Pattern]] = {
     "small_world": lambda p_intra, p_inter, density: SmallWorld(p_intra, p_inter),
     "distance": lambda p_intra, p_inter, density: Distance(density),
 }
-#: the sparse models by name
+#: the patterns by name, which are the sparse models of a network
 SPARSE = (*GROUPINGS, *PATTERNS)
-#: all of them
+#: all models
 MODELS = ("dense", *SPARSE)
 #: how the densities of a network's layers relate
 DENSITIES = ("uniform", "erk")
@@ -240,7 +240,7 @@ def _drawn(probability: torch.Tensor, generator: torch.Generator | None) -> torc
 
 
 def layer_mask(
-    model: str | Pattern,
+    pattern: str | Pattern,
     number: int,
     shape: tuple[int, int],
     probabilities: tuple[float, float],
@@ -251,8 +251,8 @@ def layer_mask(
     """Draws the units of layer ``number`` (from 0), whose weight has ``shape`` (out, in).
 
     Args:
-        model: a name in ``SPARSE``, or a pattern, whose groups are then contiguous.
-        probabilities: of a unit inside and between groups (:func:`layer_probabilities`); a pattern of one's own knows.
+        pattern: a name in ``SPARSE``, or a function, whose groups are then contiguous.
+        probabilities: of a unit inside and between groups (:func:`layer_probabilities`); a function knows its own.
         num_groups, block_size, generator: as for :class:`g2gnet.G2GNet`.
 
     Example:
@@ -260,9 +260,9 @@ def layer_mask(
         >>> layer_mask("mixer", 1, (64, 64), (1.0, 0.15), num_groups=8, block_size=4, generator=draw)  # of fc2
         BlockMask(64×64, 8 groups (interleaved), block_size=4, 66 of 256 units, density=0.2578, device=cpu)
     """
-    grouping = model if isinstance(model, str) and model in GROUPINGS else "index"
+    grouping = pattern if isinstance(pattern, str) and pattern in GROUPINGS else "index"
     layouts = group_layouts(grouping, number, shape, num_groups, generator)
-    return mask_between(model, *layouts, probabilities, block_size, generator)
+    return mask_between(pattern, *layouts, probabilities, block_size, generator)
 
 
 def mask_between(
@@ -276,7 +276,8 @@ def mask_between(
     """Draws the units between groups that are there already: recurrent connections have those of their layer.
 
     Args:
-        model: ``"dense"``, or as for :func:`layer_mask`, as are the others.
+        model: ``"dense"``, or a pattern.
+        probabilities, block_size, generator: as for :func:`layer_mask`.
 
     Example:
         >>> from g2g_kernels import GroupLayout

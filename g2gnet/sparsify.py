@@ -36,7 +36,7 @@ STATE_HOOKS = (
 def sparsify(
     model: nn.Module,
     p_inter: float = NetworkSettings.p_inter,
-    kind: str | Pattern = NetworkSettings.model,
+    pattern: str | Pattern = NetworkSettings.model,
     *,
     p_intra: float = NetworkSettings.p_intra,
     num_groups: int = NetworkSettings.num_groups,
@@ -57,9 +57,9 @@ def sparsify(
 
     Args:
         p_inter, p_intra: the probability of a unit between and inside groups; a pattern of your own has its own.
-        kind: how neurons are grouped: ``"index"`` in contiguous ranges, ``"random"`` by a draw for each side of each
-            layer, ``"mixer"`` in contiguous ranges and interleaved in turn; or another model or pattern, as for
-            :class:`G2GNet`.
+        pattern: how neurons are grouped: ``"index"`` in contiguous ranges, ``"random"`` by a draw for each side of each
+            layer, ``"mixer"`` in contiguous ranges and interleaved in turn; or another sparse model of
+            :class:`G2GNet`, by name or as a function.
         num_groups: groups on each side of a layer; on a side with fewer neurons, one per neuron.
         density: ``"uniform"`` or ``"erk"``, as for :class:`G2GNet`.
         block_size: side of a connection unit, in weights.
@@ -80,9 +80,9 @@ def sparsify(
         >>> type(model[0]).__name__, model[0].mask.num_units < 8 * 16
         ('G2GLinear', True)
     """
-    if not callable(kind) and kind not in SPARSE:
-        raise ValueError(f"kind={kind!r} is unknown; choose one of {', '.join(SPARSE)}, or give a pattern")
-    if callable(kind) and density != "uniform":
+    if not callable(pattern) and pattern not in SPARSE:
+        raise ValueError(f"pattern={pattern!r} is unknown; choose one of {', '.join(SPARSE)}, or give a pattern")
+    if callable(pattern) and density != "uniform":
         raise ValueError(f"density={density!r} has no effect on a pattern of your own; leave it out")
     # a layer that is used in two places has two names
     places = {
@@ -113,7 +113,7 @@ def sparsify(
     probabilities = layer_probabilities(shapes, p_intra, p_inter, num_groups, density)
     sparse: dict[nn.Module, G2GLinear] = {}
     for number, linear in enumerate(chosen):
-        mask = layer_mask(kind, number, shapes[number], probabilities[number], num_groups, block_size, generator)
+        mask = layer_mask(pattern, number, shapes[number], probabilities[number], num_groups, block_size, generator)
         sparse[linear] = G2GLinear.from_linear(linear, mask)
     if stay:
         logger.warning("sparsify: these stay dense: %s", stay)

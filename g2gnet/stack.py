@@ -297,7 +297,7 @@ class SpikingStack(nn.Module):
             if self.readout != "counts":
                 *_, last = layers
                 layers[-1] = last._replace(
-                    neurons=last.neurons.integrating(), membranes=membranes or self.readout != "last"
+                    population=last.population.integrating(), membranes=membranes or self.readout != "last"
                 )
             steps = self.T if inputs.dim() == 2 else None
             activity = g2g_stack(inputs, layers, steps, self.backend, spikes, chunk)

@@ -182,9 +182,9 @@ def with_parameter(layer: SpikingLayer, name: str, value: object) -> SpikingLaye
     """``layer`` with another tensor in the place of the one of that name: values, mask, bias, beta or threshold."""
     if name in layer._fields:
         return layer._replace(**{name: value})
-    names = MODELS[layer.neurons.model].parameters
-    parameters = (value if n == name else p for n, p in zip(names, layer.neurons.parameters, strict=True))
-    return layer._replace(neurons=layer.neurons._replace(parameters=tuple(parameters)))
+    names = MODELS[layer.population.model].parameters
+    parameters = (value if n == name else p for n, p in zip(names, layer.population.parameters, strict=True))
+    return layer._replace(population=layer.population._replace(parameters=tuple(parameters)))
 
 
 # --- the rule -----------------------------------------------------------------------------------------------------

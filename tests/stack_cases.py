@@ -134,7 +134,7 @@ def clear_of_thresholds(stack: Stack, reset: str, edge: float = 0.0) -> bool:
     x = tensors["x"].expand(T, -1, -1)
     for layer in stack.layers(tensors):
         current = x @ dense_by_loop(layer.mask, layer.values).T + (0 if layer.bias is None else layer.bias)
-        beta, threshold = layer.neurons.parameters
+        beta, threshold = layer.population.parameters
         x, membranes = lif_by_autograd(current, beta, threshold, reset, SURROGATES["atan"].primitive, 2.0)
         distance = (membranes - threshold).abs()
         if layer.dropped is not None:

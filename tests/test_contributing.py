@@ -135,7 +135,7 @@ TOYS: dict[str, dict[str, Callable[[str], str]]] = {
             "    return ImageData(name, images, labels, images[:9], labels[:9], 3)"
         ),
     },
-    "wiring": {
+    "grouping": {
         "g2gnet/grouping.py": replace(r"(\nGROUPINGS = {\n)", r'\1    "toy": ("random", "interleaved"),\n'),
     },
     "sparsity pattern": {

@@ -60,7 +60,7 @@ class Loop(nn.Module):
             recurrent = None if joined is None else linear(joined)
             if recurrent is not None:
                 self.add_module(f"rec{number}", recurrent)
-            self.add_module(f"lif{number}", leaky(**neurons.values, recurrent=recurrent))
+            self.add_module(f"lif{number}", leaky(**neurons.by_name, recurrent=recurrent))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         layers = [(getattr(self, f"fc{number}"), getattr(self, f"lif{number}")) for number in (1, 2, 3)]

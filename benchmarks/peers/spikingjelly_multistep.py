@@ -86,7 +86,7 @@ class _Network(nn.Module):
         super().__init__()
         self.steps = prepared.workload.T
         for number, (connection, neurons) in enumerate(prepared.network("torch").layers(), 1):
-            beta, threshold = (value.item() for value in neurons.values.values())
+            beta, threshold = (value.item() for value in neurons.by_name.values())
             self.add_module(f"fc{number}", dense_linear(connection, layer.Linear, step_mode="m"))
             self.add_module(f"lif{number}", _MultiStepLIF(beta, threshold))
 
@@ -144,7 +144,7 @@ class _RecurrentNetwork(nn.Module):
         for number, ((connection, neurons), recurrent) in enumerate(
             zip(net.layers(), net.recurrents(), strict=True), 1
         ):
-            beta, threshold = (value.item() for value in neurons.values.values())
+            beta, threshold = (value.item() for value in neurons.by_name.values())
             if recurrent is not None:
                 self.add_module(f"lif{number}", _container(connection, recurrent, beta, threshold))
                 continue

@@ -1,4 +1,4 @@
-"""A look inside trained networks: how groups are wired and what their neurons do together."""
+"""A look inside trained networks: how groups are connected and what their neurons do together."""
 
 from g2gnet.analysis.activity import (
     CountCorrelation,
@@ -10,9 +10,9 @@ from g2gnet.analysis.activity import (
     group_means,
     temporal_synchrony,
 )
+from g2gnet.analysis.connections import cross_group_share, group_density, input_group_entropy
 from g2gnet.analysis.network import ANALYSIS_SAMPLES, Batch, LayerAnalysis, NetworkAnalysis, analyze_network
 from g2gnet.analysis.tables import Table, groups_table, headline, layers_table, summary_table
-from g2gnet.analysis.wiring import cross_group_share, group_density, input_group_entropy
 
 __all__ = [
     "ANALYSIS_SAMPLES",

@@ -21,7 +21,7 @@ from g2gnet.analysis.activity import (
     pearson,
     temporal_synchrony,
 )
-from g2gnet.analysis.wiring import cross_group_share, group_density, input_group_entropy
+from g2gnet.analysis.connections import cross_group_share, group_density, input_group_entropy
 from g2gnet.network import G2GNet
 from g2gnet.recording import Train, dense
 
@@ -48,7 +48,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerAnalysis:
-    """One layer: its connection's wiring and its neurons' activity, by group. Tensors are float64, NaN: not defined.
+    """One layer: its connection and its neurons' activity, by group. Tensors are float64, NaN: not defined.
 
     Attributes:
         name: ``lif1``, ``lif2`` or ``lif3``.

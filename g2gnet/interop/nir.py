@@ -195,17 +195,17 @@ def from_nir(
         raise ValueError(f"masks names {', '.join(sorted(unknown))}, the graph {', '.join(known)}")
     layers: list[Pair | RecurrentLayer] = []
     for (name, node, _), (lif_name, lif_node, recurrent) in zip(linear, neurons, strict=True):
-        population = _neurons(lif_name, lif_node, dt, backend)
+        ours = _neurons(lif_name, lif_node, dt, backend)
         bias = _bias(node)
         if recurrent is None:
-            layers.append((_connection(name, node, bias, masks.get(name), backend), population))
+            layers.append((_connection(name, node, bias, masks.get(name), backend), ours))
             continue
         rec_name, rec_node = recurrent
         in_loop = _bias(rec_node)
         if in_loop is not None and in_loop.any():  # tools that know no Linear write an Affine with zeros
             bias = in_loop if bias is None else bias + in_loop
         connection = _connection(name, node, bias, masks.get(name), backend)
-        layers.append((connection, population, _connection(rec_name, rec_node, None, masks.get(rec_name), backend)))
+        layers.append((connection, ours, _connection(rec_name, rec_node, None, masks.get(rec_name), backend)))
     _warn_of_the_hold([name for name, node, _ in neurons if isinstance(node, nir.CubaLIF)])
     return SpikingStack(layers, T, backend)
 
@@ -388,14 +388,14 @@ def _neurons_node(name: str, neurons: SpikingNeurons, size: int, dt: float) -> A
         .double()
         .expand(size)
         .numpy()
-        for parameter, value in neurons.values.items()
+        for parameter, value in neurons.by_name.items()
     }
     for decay in form.time_constants:
         if (values[decay] == 1).any():
             raise ValueError(f"{name} has {decay}=1, no leak: the time constant that NIR asks for is infinite")
     strengths = {strength: 1 / (1 - values[decay]) for strength, decay in form.strengths.items()}
     metadata: dict[str, Any] = {"surrogate": neurons.surrogate, "alpha": neurons.alpha}
-    for parameter, value in neurons.values.items():
+    for parameter, value in neurons.by_name.items():
         metadata[f"{parameter}_per_neuron"] = value.numel() > 1
         metadata[f"learn_{parameter}"] = isinstance(value, torch.nn.Parameter)
     gain = math.prod(1 - values[decay] for decay in form.time_constants if decay not in form.strengths.values())
@@ -426,7 +426,7 @@ def _neurons(name: str, node: Any, dt: float, backend: str | None) -> SpikingNeu
         gain = gain * step
     values["threshold"] = _numbers(node, "v_threshold") / gain
     about = node.metadata
-    population = NEURONS[model](
+    neurons = NEURONS[model](
         reset="zero",
         surrogate=about.get("surrogate", SURROGATE),
         alpha=float(about.get("alpha", ALPHA)),
@@ -440,8 +440,8 @@ def _neurons(name: str, node: Any, dt: float, backend: str | None) -> SpikingNeu
     for parameter, value in values.items():
         tensor = torch.from_numpy(np.asarray(value)).float()
         per_neuron = about.get(f"{parameter}_per_neuron", bool((tensor != tensor.flatten()[0]).any()))
-        population.values[parameter].data = tensor.flatten() if per_neuron else tensor.flatten()[:1]
-    return population
+        neurons.by_name[parameter].data = tensor.flatten() if per_neuron else tensor.flatten()[:1]
+    return neurons
 
 
 def _warn_of_the_hold(names: list[str]) -> None:

@@ -114,9 +114,9 @@ def from_snntorch(
     layers: list[Pair | RecurrentLayer] = []
     for (name, linear), (neurons_name, theirs) in zip(linears.items(), neurons.items(), strict=True):
         connection = G2GLinear.from_linear(linear, masks.get(name), backend)
-        population = _neurons_from(neurons_name, theirs, linear.out_features, linear.weight, backend)
+        ours = _neurons_from(neurons_name, theirs, linear.out_features, linear.weight, backend)
         recurrent = _recurrent_from(neurons_name, theirs, connection, masks.get(f"{neurons_name}.recurrent"))
-        layers.append((connection, population) if recurrent is None else (connection, population, recurrent))
+        layers.append((connection, ours) if recurrent is None else (connection, ours, recurrent))
     readout = _readout_of(*list(neurons.items())[-1], readout)
     return SpikingStack(layers, T, backend, readout=readout).train(model.training)
 
@@ -155,7 +155,7 @@ def to_snntorch(stack: SpikingStack) -> nn.Sequential:
     for number, ((connection, neurons), recurrent) in enumerate(layers, 1):
         modules[f"fc{number}"] = _linear_from_connection(connection)
         counterpart = _COUNTERPARTS[neurons.model.name]
-        values = {counterpart.parameters[name]: value for name, value in neurons.values.items()}
+        values = {counterpart.parameters[name]: value for name, value in neurons.by_name.items()}
         shapes = {name: () if value.numel() == 1 else value.shape for name, value in values.items()}
         options: dict[str, Any] = {
             **{name: value.detach().clone().reshape(shapes[name]) for name, value in values.items()},
@@ -298,7 +298,7 @@ def _neurons_from(name: str, theirs: Any, size: int, like: torch.Tensor, backend
         _warn_of_the_reset(name)
     surrogate, alpha = _surrogate_of(name, theirs.spike_grad)
     values = {ours: getattr(theirs, their) for ours, their in _COUNTERPARTS[model].parameters.items()}
-    population = NEURONS[model](
+    neurons = NEURONS[model](
         reset=theirs.reset_mechanism,
         surrogate=surrogate,
         alpha=alpha,
@@ -311,10 +311,10 @@ def _neurons_from(name: str, theirs: Any, size: int, like: torch.Tensor, backend
         shape = (1,) if value.numel() == 1 else (size,)
         # a whole number would have made it an integer there
         dtype = value.dtype if value.is_floating_point() else torch.float32
-        ours = population.values[parameter]
+        ours = neurons.by_name[parameter]
         ours.data = value.detach().to(like.device, dtype, copy=True).reshape(shape)
         ours.requires_grad_(value.requires_grad)
-    return population
+    return neurons
 
 
 def _linear_from_connection(connection: G2GLinear) -> nn.Linear:

@@ -106,7 +106,7 @@ def _run(each: Inspected) -> list[str]:
         paragraph(
             f"{headline(analysis, each.images)}"
             f"{_own(each)}. – means not defined: no pairs, no spikes, one group or a constant input."
-            + " lif3 does not spike: its membranes are read."
+            + " The output neurons do not spike: their membranes are read."
             * (run.settings.readout != "counts")
         ),
         table(*layers_table(analysis)),
@@ -128,7 +128,7 @@ def _run(each: Inspected) -> list[str]:
         ),
         heading(3, "Who is connected to whom"),
     ]
-    return parts + _wiring(each)
+    return parts + _connections(each)
 
 
 def _own(each: Inspected) -> str:
@@ -138,7 +138,7 @@ def _own(each: Inspected) -> str:
     return f" (the run's own accuracy, on all {each.images:,}: {each.run.history[-1]['test_acc']:.4f})"
 
 
-def _wiring(each: Inspected) -> list[str]:
+def _connections(each: Inspected) -> list[str]:
     run, net = each.run, each.net
     if run.settings.model == "dense":
         return [paragraph("Every neuron is connected to every neuron of the next layer: there are no groups to draw.")]

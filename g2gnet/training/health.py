@@ -107,7 +107,7 @@ class LayerWatch:
                 self._warn(name, "saturated", f"{text}; lower `enc_scale`, or give `enforce_sparsity`")
         for name, layer in neurons.items():
             for decay in layer.model.decays:
-                values = layer.values[decay]
+                values = layer.by_name[decay]
                 low, high = values.min().item(), values.max().item()
                 if low < 0 or high > 1:
                     value = f"{low:.4g}" if low < 0 else f"{high:.4g}"

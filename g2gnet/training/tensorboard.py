@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from g2gnet.analysis.wiring import group_weight
+from g2gnet.analysis.connections import group_weight
 from g2gnet.files import make_directory
 from g2gnet.messages import reason, warn
 from g2gnet.training.run_files import numbers
@@ -62,7 +62,7 @@ class TensorBoardLog:
                 pixels = image.repeat_interleave(CELL, 0).repeat_interleave(CELL, 1)
                 writer.add_image(f"weight between groups/{connection_name}", pixels[None], epoch)
             for number, (_, neurons) in enumerate(trainer.net.layers(), 1):
-                for name, tensor in neurons.values.items():
+                for name, tensor in neurons.by_name.items():
                     values = tensor.detach().float().cpu()
                     if values.numel() == 1:
                         writer.add_scalar(f"{name}/lif{number}", values, epoch)

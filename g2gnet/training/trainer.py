@@ -112,7 +112,7 @@ class Trainer(EpochTrainer):
     Args:
         settings: what to train and how.
         data: the images, on any device; they are moved to that of ``machine``.
-        machine: where to compute. Each process of its ``world`` has such a trainer and computes its share of every
+        machine: where to compute. Each process of its ``world`` has such a trainer and computes its part of every
             batch. Together they do what one process would do, except for the order of floating-point sums.
 
     Raises:
@@ -282,9 +282,9 @@ class Trainer(EpochTrainer):
         if self.settings.shift is not None:
             images = random_crop_and_flip(images, self._stream("augment", self.step), self.settings.shift)
         # from the whole batch's draws, so each image gets what it would get in one process
-        share = self.world.share(len(index))
-        inputs = self.net.encode(as_samples(images), self._stream("encode_train", self.step), share)
-        labels = labels[share]
+        part = self.world.part(len(index))
+        inputs = self.net.encode(as_samples(images), self._stream("encode_train", self.step), part)
+        labels = labels[part]
         target = None
         if self.settings.enforce_sparsity:
             target = rate_target(self.epoch + 1, self.settings.epochs, self.settings.warmup_epochs)
@@ -294,7 +294,7 @@ class Trainer(EpochTrainer):
         dropped: list[torch.Tensor] = []
         if self.settings.dropout:
             drawn = self.net.drop(len(index), self._stream("dropout", self.step))
-            dropped = [each[share].to(self.device) for each in drawn]
+            dropped = [each[part].to(self.device) for each in drawn]
         result, activity = learn(inputs, labels, _StepConstants(target, len(labels) / len(index)), *dropped)
         runtime.tell_compiled()
         self._stepped()

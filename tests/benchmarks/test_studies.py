@@ -81,7 +81,7 @@ def test_a_study_goes_on_where_it_stopped_and_records_what_there_is(tmp_path, ca
     assert end["weights"] == sum(
         round(end["density"][name] * size) for name, size in (("fc1", 784 * 64), ("fc2", 64 * 64), ("fc3", 640))
     )
-    assert set(end["wiring"]["fc2"]) == {"rows_spread", "cols_spread", "rows_empty", "cols_empty", "inside"}
+    assert set(end["placement"]["fc2"]) == {"rows_spread", "cols_spread", "rows_empty", "cols_empty", "inside"}
     assert f"| gradient | {100 * end['test_acc']:.2f} (n = 1) |" in capsys.readouterr().out
 
 
@@ -226,7 +226,7 @@ def end(seed, accuracy, seconds=10.0):
         "silent": {"lif1": 0.1, "lif2": 0.3, "lif3": 0.0},
         "weights": 1234567,
         "train_seconds": seconds,
-        "wiring": {"fc1": layer, "fc2": layer, "fc3": layer},
+        "placement": {"fc1": layer, "fc2": layer, "fc3": layer},
     }
 
 

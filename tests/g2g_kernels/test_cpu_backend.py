@@ -130,7 +130,7 @@ class Network:
         reset, least = self.options.get("reset", "subtract") if hasattr(self, "options") else "subtract", float("inf")
         for layer in self._layers(t):
             current = g2g_linear(x, layer.values, layer.mask, layer.bias, backend="torch")
-            beta, threshold = layer.neurons.parameters
+            beta, threshold = layer.population.parameters
             u, out = torch.zeros_like(current[0]), []
             for i in current:
                 fired = (u > threshold).double()
@@ -724,8 +724,8 @@ def test_opcheck_of_a_stack(model):
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in network.tensors.items()}
     layers = network._layers(leaves)
     if model == "synaptic":  # in the midst of others, without a bias
-        parameters = (torch.tensor(0.5, requires_grad=True), *layers[1].neurons.parameters)
-        layers[1] = layers[1]._replace(neurons=Neurons("synaptic", parameters, surrogate="boxcar"), bias=None)
+        parameters = (torch.tensor(0.5, requires_grad=True), *layers[1].population.parameters)
+        layers[1] = layers[1]._replace(population=Neurons("synaptic", parameters, surrogate="boxcar"), bias=None)
     stack.FORWARD.opcheck(StackCall.of(leaves["x"], layers, 3, torch.float32))
     call = detached(StackCall.of(leaves["x"], layers, 3, torch.float32))
     counts, rates, _, spikes, kept = stack.FORWARD(call)
@@ -802,10 +802,10 @@ def test_operators_refuse_what_would_read_out_of_bounds():
         call(values=good.layers[0].values[:-1].contiguous())
     with pytest.raises(ValueError, match="bias"):
         call(bias=good.layers[0].bias[:5])
-    population = good.layers[0].neurons
+    population = good.layers[0].population
     for name, parameters in (("beta", (torch.rand(3), torch.rand(1))), ("threshold", (torch.rand(1), torch.rand(3)))):
         with pytest.raises(ValueError, match=name):
-            call(neurons=population._replace(parameters=parameters))
+            call(population=population._replace(parameters=parameters))
     with pytest.raises(ValueError, match="float32"):
         call(x=good.x.double())
 

@@ -33,15 +33,15 @@ def test_rate_is_scaled_before_it_is_drawn_and_repeats_with_its_generator():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("share", [slice(None), slice(0, 2), slice(2, 5), slice(4, 5)], ids=str)
-def test_a_share_of_the_samples_is_drawn_as_in_the_whole_batch(share, dtype):
+@pytest.mark.parametrize("part", [slice(None), slice(0, 2), slice(2, 5), slice(4, 5)], ids=str)
+def test_a_part_of_the_samples_is_drawn_as_in_the_whole_batch(part, dtype):
     """The spikes of a batch are those of one call for all numbers, whoever computes which samples of it."""
     x = torch.rand(5, 301, generator=seeded(1), dtype=dtype)
     draws = torch.rand((7, 5, 301), generator=seeded(2), dtype=dtype)
-    spikes = encode(x, "rate", 7, 2.0, -0.3, seeded(2), share)
+    spikes = encode(x, "rate", 7, 2.0, -0.3, seeded(2), part)
     assert spikes.dtype == dtype
-    assert torch.equal(spikes, (draws < 2.0 * x - 0.3).to(dtype)[:, share])
-    assert torch.equal(encode(x, "current", 7, 2.0, -0.3, None, share), (2.0 * x - 0.3)[share])
+    assert torch.equal(spikes, (draws < 2.0 * x - 0.3).to(dtype)[:, part])
+    assert torch.equal(encode(x, "current", 7, 2.0, -0.3, None, part), (2.0 * x - 0.3)[part])
     net = G2GNet(301, 16, 8, enc="rate", T=7)
     assert torch.equal(net.encode(spikes.float(), None, slice(0, 1)), spikes[:, :1].float())
 

@@ -112,7 +112,7 @@ def test_lif_keeps_scalars_or_one_value_a_neuron_learnable_or_not():
     assert all(value.shape == () for value in scalars.values())
     for loaded in (LIF(), LIF(learn_beta=False)):
         loaded.load_state_dict(scalars)
-        assert {name: value.tolist() for name, value in loaded.values.items()} == {
+        assert {name: value.tolist() for name, value in loaded.by_name.items()} == {
             "beta": [pytest.approx(0.7)],
             "threshold": [1.5],
         }

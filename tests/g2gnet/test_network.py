@@ -96,13 +96,13 @@ def test_the_default_sizes_have_the_density_of_the_paper():
     assert net.lif3.threshold.item() == 1.0
 
 
-def their_neurons(neuron, population):
+def their_neurons(neuron, ours):
     """snnTorch's form of our neurons, a function (current, states) -> (spikes, states), and its gradients by our names.
 
     Both ways of writing a parameter are snnTorch's own: its state dict of ``Leaky`` has the names that ours has.
     """
     options = {"spike_grad": surrogate.atan(alpha=2.0), "learn_beta": True, "learn_threshold": True}
-    values = {name: value.detach().clone() for name, value in population.values.items()}
+    values = {name: value.detach().clone() for name, value in ours.by_name.items()}
     if neuron == "lif":
         theirs = snntorch.Leaky(**values, **options).double()
         names = {"beta": "beta", "threshold": "threshold"}
@@ -126,20 +126,20 @@ def test_the_network_equals_snntorchs(model, per_neuron, neuron):
     torch.nn.functional.cross_entropy(activity.counts, labels).backward()
 
     weights, biases, neurons, gradients = [], [], [], []
-    for connection, population in net.layers():
+    for connection, ours in net.layers():
         weights.append(connection.dense_weight().detach().requires_grad_())
         biases.append(connection.bias.detach().clone().requires_grad_())
-        their_population, their_gradients = their_neurons(neuron, population)
-        neurons.append(their_population)
+        cell, their_gradients = their_neurons(neuron, ours)
+        neurons.append(cell)
         gradients.append(their_gradients)
     theirs = x.clone().requires_grad_()
     states = [[torch.zeros(6, len(bias), dtype=torch.float64)] * (1 + (neuron == "synaptic")) for bias in biases]
     trains = [[], [], []]
     for _ in range(net.T):
         spikes = theirs
-        for number, (weight, bias, population) in enumerate(zip(weights, biases, neurons, strict=True)):
+        for number, (weight, bias, cell) in enumerate(zip(weights, biases, neurons, strict=True)):
             current = torch.nn.functional.linear(spikes, weight, bias)
-            spikes, *states[number] = population(current, *states[number])
+            spikes, *states[number] = cell(current, *states[number])
             spikes = spikes.double()  # snnTorch casts spikes to float32
             trains[number].append(spikes)
     torch.nn.functional.cross_entropy(torch.stack(trains[2]).sum(0), labels).backward()
@@ -148,13 +148,11 @@ def test_the_network_equals_snntorchs(model, per_neuron, neuron):
         assert torch.equal(activity.spikes[number].dense(), torch.stack(trains[number]))
         assert activity.spikes[number].dense().sum() > 0
     assert_near(inputs.grad, theirs.grad)
-    for (connection, population), weight, bias, their_gradients in zip(
-        net.layers(), weights, biases, gradients, strict=True
-    ):
+    for (connection, ours), weight, bias, their_gradients in zip(net.layers(), weights, biases, gradients, strict=True):
         assert_near(connection.values.grad, connection.mask.pack(weight.grad))
         assert_near(connection.bias.grad, bias.grad)
         for name, gradient in their_gradients().items():
-            assert_near(population.values[name].grad, gradient)
+            assert_near(ours.by_name[name].grad, gradient)
 
 
 def test_init_gain_multiplies_the_initial_weights_of_the_second_and_third_layer():

@@ -55,7 +55,7 @@ def test_a_pattern_of_ones_own_decides_every_layer_of_a_network():
 def test_a_pattern_of_ones_own_makes_any_model_sparse():
     model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 16))
     before = model[0].weight.detach().clone()
-    sparsify(model, kind=neighbours, block_size=2)
+    sparsify(model, pattern=neighbours, block_size=2)
     expected = (torch.arange(32)[:, None] // 4 - torch.arange(64) // 8).abs() <= 1
     assert torch.equal(model[0].dense_weight(), before * expected)
 
@@ -217,8 +217,8 @@ def test_a_pattern_that_returns_anything_else_is_refused(result, message):
         (lambda: G2GNet(8, 8, 8, neighbours, density="erk"), "density='erk' has no effect on a dense network"),
         (lambda: G2GNet(8, 8, 8, "dense", density="erk"), "density='erk' has no effect on a dense network"),
         (lambda: G2GNet(8, 8, 8, density="er"), "density='er' is unknown; choose one of uniform, erk"),
-        (lambda: sparsify(nn.Linear(8, 8), kind="ring"), "kind='ring' is unknown"),
-        (lambda: sparsify(nn.Linear(8, 8), kind=neighbours, density="erk"), "no effect on a pattern of your own"),
+        (lambda: sparsify(nn.Linear(8, 8), pattern="ring"), "pattern='ring' is unknown"),
+        (lambda: sparsify(nn.Linear(8, 8), pattern=neighbours, density="erk"), "no effect on a pattern of your own"),
     ],
 )  # fmt: skip
 def test_what_is_out_of_range_is_refused(make, message):
@@ -227,7 +227,7 @@ def test_what_is_out_of_range_is_refused(make, message):
 
 
 def test_a_class_of_patterns_is_told_from_its_objects():
-    for make in (lambda: G2GNet(8, 8, 8, SmallWorld), lambda: sparsify(nn.Linear(8, 8), kind=SmallWorld)):
+    for make in (lambda: G2GNet(8, 8, 8, SmallWorld), lambda: sparsify(nn.Linear(8, 8), pattern=SmallWorld)):
         with pytest.raises(TypeError, match="the pattern SmallWorld is a class; give one of its objects"):
             make()
 

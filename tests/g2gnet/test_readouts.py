@@ -35,7 +35,7 @@ def membranes_by_hand(net, x):
     """[T, B, C]: hidden layers by their steps, output neurons that integrate and do nothing else, written out."""
     hidden, (fc3, lif3) = list(net.layers())[:2], (net.fc3, net.lif3)
     values = {
-        name: value.clamp(0, 1) if "decay" in name or name == "beta" else value for name, value in lif3.values.items()
+        name: value.clamp(0, 1) if "decay" in name or name == "beta" else value for name, value in lif3.by_name.items()
     }
     states, of_all_steps = [None, None], []
     other = membrane = torch.zeros(())

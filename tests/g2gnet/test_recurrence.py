@@ -37,15 +37,15 @@ def stack_of(
     for below, size in itertools.pairwise(sizes):
         out = GroupLayout(size, groups, kind, draw)
         mask = BlockMask.sample(out, GroupLayout(below, groups), 1, 0.4, unit, draw)
-        population = neurons(size if per_neuron else None, threshold=0.5, backend=backend, **options)
-        for name in population.model.parameters[:-1]:
-            value = population.values[name]
+        made = neurons(size if per_neuron else None, threshold=0.5, backend=backend, **options)
+        for name in made.model.parameters[:-1]:
+            value = made.by_name[name]
             value.data = 0.5 + 0.4 * torch.rand(value.shape, generator=draw)
         joined = BlockMask.sample(out, out, 1, 0.4, unit, draw)
         recurrent = G2GLinear(joined, bias=False, backend=backend, generator=draw)
-        layers.append((G2GLinear(mask, backend=backend, generator=draw), population, recurrent))
-    (last, population, _) = layers.pop()
-    stack = SpikingStack([*layers, (last, population)], T, backend, dropout)
+        layers.append((G2GLinear(mask, backend=backend, generator=draw), made, recurrent))
+    (last, made, _) = layers.pop()
+    stack = SpikingStack([*layers, (last, made)], T, backend, dropout)
     for connection in stack.connections().values():
         connection.values.data *= 2
     return stack
@@ -137,7 +137,7 @@ def test_a_step_gets_the_spikes_of_the_step_before(reset, surrogate):
 def test_spikes_and_gradients_are_those_of_snntorch(kind, backend):
     ours = stack_of(backend, sizes=(13, 38, 5), neurons={"RLeaky": LIF, "RSynaptic": Synaptic}[kind], per_neuron=False)
     names = {"RLeaky": {"beta": "beta"}, "RSynaptic": {"syn_decay": "alpha", "beta": "beta"}}[kind]
-    learned = {theirs: ours.lif1.values[name].detach().clone() for name, theirs in names.items()}
+    learned = {theirs: ours.lif1.by_name[name].detach().clone() for name, theirs in names.items()}
     theirs = getattr(snntorch, kind)(
         **learned, **{f"learn_{name}": True for name in learned}, threshold=0.5, learn_threshold=True, all_to_all=True,
         linear_features=38, spike_grad=snn_surrogate.atan(2.0),
@@ -158,7 +158,7 @@ def test_spikes_and_gradients_are_those_of_snntorch(kind, backend):
     mine = (ours.simulate(x).rates[0] * weights).sum() * (len(x) * B)
     names = {"threshold": "threshold", **names}
     found = torch.autograd.grad(
-        mine, [ours.fc1.values, ours.fc1.bias, ours.rec1.values, *(ours.lif1.values[name] for name in names)]
+        mine, [ours.fc1.values, ours.fc1.bias, ours.rec1.values, *(ours.lif1.by_name[name] for name in names)]
     )
     expected = torch.autograd.grad(
         (torch.stack(spikes).sum((0, 1)) * weights).sum(),

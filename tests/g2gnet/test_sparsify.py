@@ -117,7 +117,7 @@ def test_skipped_and_foreign_layers_stay_and_shared_ones_stay_shared():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": "ring"}, "kind='ring' is unknown; choose one of index, random, mixer"),
+        ({"pattern": "ring"}, "pattern='ring' is unknown; choose one of index, random, mixer"),
         ({"p_inter": 2}, "p_inter=2 must be a number from 0 to 1"),
         ({"num_groups": 0}, "num_groups=0 must be a whole number of at least 1"),
         ({"skip": ["head"]}, "skip names head; the linear layers are 0, 2.0, 3"),

@@ -532,7 +532,7 @@ def test_g2g_stack_is_exact_or_names_the_argument(data):
             for layer, computed in zip(layers, activity.spikes, strict=True):
                 dense = dense_by_loop(layer.mask, layer.values).double()
                 currents = spikes.double() @ dense.T + (0 if layer.bias is None else layer.bias.double())
-                spikes = spikes_by_loop(currents, *(p.double() for p in layer.neurons.parameters), held, reset)
+                spikes = spikes_by_loop(currents, *(p.double() for p in layer.population.parameters), held, reset)
                 assert torch.equal(computed.dense(), spikes)
                 held = None
             assert torch.equal(activity.counts, spikes.sum(0))

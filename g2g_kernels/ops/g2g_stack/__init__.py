@@ -107,9 +107,9 @@ def g2g_stack(
             raise ValueError(f"layer {number} has {in_size} inputs but receives {size}")
         if layer.dropped is not None:
             check_dropped(suffix, layer.dropped, (x.shape[-2], out_size))
-        layer = layer._replace(neurons=check_neurons(suffix, layer.neurons, out_size, x))
+        layer = layer._replace(population=check_neurons(suffix, layer.population, out_size, x))
         if layer.state is not None:
-            check_state(suffix, layer.state, layer.neurons, (x.shape[-2], out_size))
+            check_state(suffix, layer.state, layer.population, (x.shape[-2], out_size))
             _check_like(suffix, layer.state, x)
         if layer.recurrent is not None:
             check_connection(f" of the recurrent connection of layer {number}", *layer.recurrent, None)
@@ -137,7 +137,7 @@ def g2g_stack(
 def _border(layer: SpikingLayer, last: torch.Tensor) -> Border:
     """The ends of a run of a layer; ``last``: its states after it."""
     before = None if layer.state is None else layer.state.detach()[-1]
-    return Border(before, last.detach()[-1], layer.neurons.parameters[-1].detach(), layer.dropped)
+    return Border(before, last.detach()[-1], layer.population.parameters[-1].detach(), layer.dropped)
 
 
 def _check_like(suffix: str, state: torch.Tensor, x: torch.Tensor) -> None:

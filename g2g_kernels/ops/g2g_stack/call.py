@@ -32,7 +32,7 @@ class LayerCall(NamedTuple):
     values: torch.Tensor
     mask: MaskTensors
     bias: torch.Tensor | None
-    neurons: Neurons
+    population: Neurons
     dropped: torch.Tensor | None
     state: torch.Tensor | None = None
     recurrent: RecurrentCall | None = None
@@ -74,11 +74,11 @@ class StackCall(NamedTuple):
         tensors = [tensor for layer in layers for tensor in layer.tensors()]
         keep = torch.is_grad_enabled() and any([tensor.requires_grad for tensor in (x, *tensors)])
         called = []
-        for values, mask, bias, neurons, dropped, state, recurrent, _ in layers:
-            parameters = tuple([parameter.reshape(-1).contiguous() for parameter in neurons.parameters])
+        for values, mask, bias, population, dropped, state, recurrent, _ in layers:
+            parameters = tuple([parameter.reshape(-1).contiguous() for parameter in population.parameters])
             bias = None if bias is None else bias.contiguous()
             dropped = None if dropped is None else dropped.contiguous()
-            population = neurons._replace(parameters=parameters)
+            population = population._replace(parameters=parameters)
             state = None if state is None else state.float().contiguous()
             joined = None if recurrent is None else RecurrentCall(recurrent[0].contiguous(), recurrent[1].tensors())
             called.append(LayerCall(values.contiguous(), mask.tensors(), bias, population, dropped, state, joined))
@@ -86,17 +86,17 @@ class StackCall(NamedTuple):
 
     def flat(self) -> tuple[Any, ...]:
         x, layers, steps, dtype, keep = self
-        neurons = [layer.neurons for layer in layers]
+        populations = [layer.population for layer in layers]
         return (
             x,
             [layer.values for layer in layers],
             [tensor for layer in layers for tensor in layer.mask],
             [_or_empty(layer.bias, layer.values) for layer in layers],
-            [each.model for each in neurons],
-            [parameter for each in neurons for parameter in each.parameters],
-            [each.reset for each in neurons],
-            [each.surrogate for each in neurons],
-            [each.alpha for each in neurons],
+            [each.model for each in populations],
+            [parameter for each in populations for parameter in each.parameters],
+            [each.reset for each in populations],
+            [each.surrogate for each in populations],
+            [each.alpha for each in populations],
             [_or_empty(layer.dropped, layer.values) for layer in layers],
             [_or_empty(layer.state, layer.values) for layer in layers],
             [_or_empty(layer.recurrent and layer.recurrent.values, layer.values) for layer in layers],
@@ -151,7 +151,7 @@ class StackCall(NamedTuple):
 
     def state_shapes(self) -> list[tuple[int, int, int]]:
         """[states, B, N] of each layer."""
-        return [(len(MODELS[layer.neurons.model].states), self.batch, layer.size) for layer in self.layers]
+        return [(len(MODELS[layer.population.model].states), self.batch, layer.size) for layer in self.layers]
 
     def split_states(self, flat: torch.Tensor) -> list[torch.Tensor]:
         """The states of each layer, [states, B, N], in a tensor that holds them one after the other."""
@@ -175,8 +175,8 @@ class StackCall(NamedTuple):
                 raise ValueError(f"the recurrent connection of layer {number} is {tuple(layer.recurrent.mask.shape)}")
             if layer.state is not None and tuple(layer.state.shape) != self.state_shapes()[number]:
                 raise ValueError(f"state of layer {number} has shape {tuple(layer.state.shape)}")
-            names = MODELS[layer.neurons.model].parameters
-            for name, parameter in zip(names, layer.neurons.parameters, strict=True):
+            names = MODELS[layer.population.model].parameters
+            for name, parameter in zip(names, layer.population.parameters, strict=True):
                 if parameter.numel() not in (1, size):
                     raise ValueError(f"{name} of layer {number} has {parameter.numel()} entries, expected 1 or {size}")
 
@@ -189,7 +189,7 @@ class StackCall(NamedTuple):
                 layer.values.new_empty(0) if layer.bias is None else torch.empty_like(layer.bias)
                 for layer in self.layers
             ],
-            [[torch.empty_like(parameter) for parameter in layer.neurons.parameters] for layer in self.layers],
+            [[torch.empty_like(parameter) for parameter in layer.population.parameters] for layer in self.layers],
             [
                 layer.values.new_empty(0) if layer.state is None else torch.empty_like(layer.state)
                 for layer in self.layers

@@ -38,7 +38,7 @@ from g2g_kernels.ops.g2g_stack.activity import Activity
 from g2g_kernels.ops.g2g_stack.call import Outputs, StackBackward, StackCall, StackGradients, operators
 from g2g_kernels.ops.g2g_stack.layer import SpikingLayer
 from g2g_kernels.ops.g2g_stack.reference import activity_of, in_turn
-from g2g_kernels.ops.neurons import cpu as population
+from g2g_kernels.ops.neurons import cpu as neurons_alone
 from g2g_kernels.ops.neurons.cpu import neuron_arguments
 from g2g_kernels.ops.neurons.models import MODELS, Neurons
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
@@ -79,7 +79,7 @@ def refuses(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) 
 def g2g_stack(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> Activity:
     if any(layer.recurrent is not None and _in_other_order(layer) for layer in layers):
         _say_that_it_takes_steps()
-        return activity_of(*in_turn(x, layers, steps, g2g_linear, population.neurons), differentiable=False)
+        return activity_of(*in_turn(x, layers, steps, g2g_linear, neurons_alone.neurons), differentiable=False)
     call = StackCall.of(x, layers, steps, torch.bfloat16 if bf16_wanted() else torch.float32)
     counts, rates, last, words, _ = FORWARD(call)
     return Activity(
@@ -139,13 +139,13 @@ class _Shapes(NamedTuple):
 def _shapes(call: StackCall) -> _Shapes:
     shapes = _Shapes([], [], [])
     batch, steps = call.batch, call.num_steps
-    for number, (values, mask, _, neurons, _, _, recurrent) in enumerate(call.layers):
+    for number, (values, mask, _, population, _, _, recurrent) in enumerate(call.layers):
         _, height, width = values.shape
         rows, cols = (blocks(units, side) for units, side in zip(mask.grid, (height, width)))  # noqa: B905
         held = call.held and number == 0
         shapes.spikes.append((batch, rows, steps))
         shapes.inputs.append((0,) if held else (batch, cols, steps))
-        states = len(MODELS[neurons.model].states)
+        states = len(MODELS[population.model].states)
         of_all_steps = (batch, rows, steps) if recurrent is None else (rows, steps, batch)
         currents_alone = held and recurrent is None
         shapes.states.append((rows, batch, 64) if currents_alone else (*of_all_steps, states, 64))
@@ -171,9 +171,9 @@ class _Arguments:
         self.plans: list[Plan] = []
         below: Plan | None = None
         self.layers = (structures.Layer * len(call.layers))()
-        for number, (values, mask, bias, neurons, dropped, state, recurrent) in enumerate(call.layers):
+        for number, (values, mask, bias, population, dropped, state, recurrent) in enumerate(call.layers):
             joined = None if recurrent is None else recurrent.values
-            for tensor in (call.x, values, bias, state, joined, *neurons.parameters):
+            for tensor in (call.x, values, bias, state, joined, *population.parameters):
                 if tensor is not None and not (
                     tensor.dtype == torch.float32 and tensor.is_contiguous() and tensor.device.type == "cpu"
                 ):
@@ -185,7 +185,7 @@ class _Arguments:
                 plan=plan.address,
                 values=pointer(values),
                 bias=pointer(bias),
-                neurons=neuron_arguments(neurons, grads[number] if grads else None),
+                neurons=neuron_arguments(population, grads[number] if grads else None),
                 spikes=pointer(memory.spikes[number]),
                 inputs=pointer(memory.inputs[number]),
                 states=None if currents_alone else kept,
@@ -271,7 +271,7 @@ def _backward(backward: StackBackward) -> StackGradients:
         workspace.empty(tuple(call.x.shape)) if backward.grad_x else call.x.new_empty(0),
         [workspace.empty(tuple(layer.values.shape)) for layer in call.layers],
         [workspace.empty((0,) if layer.bias is None else tuple(layer.bias.shape)) for layer in call.layers],
-        [[workspace.empty(tuple(p.shape)) for p in layer.neurons.parameters] for layer in call.layers],
+        [[workspace.empty(tuple(p.shape)) for p in layer.population.parameters] for layer in call.layers],
         [workspace.empty((0,) if layer.state is None else tuple(layer.state.shape)) for layer in call.layers],
         [
             workspace.empty((0,) if layer.recurrent is None else tuple(layer.recurrent.values.shape))
@@ -284,7 +284,7 @@ def _backward(backward: StackBackward) -> StackGradients:
     for number, (layer, grad_rates, grad_last) in enumerate(of_layers):
         layer.input_rate = input_rates[number]
         if grad_last is None:  # which reaches the currents through no event
-            layer.gradient_event_limit = _gradient_event_limit(call.layers[number].neurons, arguments.stack.bf16)
+            layer.gradient_event_limit = _gradient_event_limit(call.layers[number].population, arguments.stack.bf16)
         layer.grad_last, layer.grad_first = pointer(grad_last), pointer(grads.states[number])
         layer.grad_rates = pointer(grad_rates)
         layer.grad_values, layer.grad_bias = pointer(grads.values[number]), pointer(grads.biases[number])
@@ -297,12 +297,13 @@ def _backward(backward: StackBackward) -> StackGradients:
     return grads
 
 
-def _gradient_event_limit(neurons: Neurons, bf16: bool) -> float:
+def _gradient_event_limit(population: Neurons, bf16: bool) -> float:
     """The share of events up to which the input gradient of a layer with these neurons is computed by events.
 
     0 if it always takes the product; the reason is logged once.
     """
-    reason = _why_product(neurons.model, neurons.reset, neurons.surrogate, neurons.parameters[0].numel() > 1)
+    model, parameters, reset, surrogate, _ = population
+    reason = _why_product(model, reset, surrogate, parameters[0].numel() > 1)
     return 0.0 if reason else GRADIENT_EVENT_LIMIT[bool(bf16)]
 
 

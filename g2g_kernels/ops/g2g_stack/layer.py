@@ -28,7 +28,7 @@ class SpikingLayer(NamedTuple):
         values: packed weights [num_units, unit_rows, unit_cols].
         mask: the units that exist.
         bias: [N], or None.
-        neurons: the population, with this layer's own model, reset, surrogate and α.
+        population: its neurons, with this layer's own model, reset, surrogate and α.
         dropped: bool [B, N], or None: neurons that stay silent in a sample, so that nothing comes from them and no
             gradient goes through them.
         state: float [states, B, N], the neurons' states before the first step, in the model's order; None: all 0.
@@ -47,7 +47,7 @@ class SpikingLayer(NamedTuple):
     values: torch.Tensor
     mask: BlockMask
     bias: torch.Tensor | None
-    neurons: Neurons
+    population: Neurons
     dropped: torch.Tensor | None = None
     state: torch.Tensor | None = None
     recurrent: Recurrent | None = None
@@ -57,7 +57,7 @@ class SpikingLayer(NamedTuple):
         """Every tensor that may need a gradient."""
         optional = [tensor for tensor in (self.bias, self.state) if tensor is not None]
         recurrent = [] if self.recurrent is None else [self.recurrent.values]
-        return [self.values, *optional, *recurrent, *self.neurons.parameters]
+        return [self.values, *optional, *recurrent, *self.population.parameters]
 
     def connections(self) -> list[tuple[torch.Tensor, BlockMask]]:
         """Weights and mask of what comes from the layer before, and of the recurrent connection where there is one."""
@@ -68,5 +68,5 @@ class SpikingLayer(NamedTuple):
         values = next(tensors)
         bias, state = (None if tensor is None else next(tensors) for tensor in (self.bias, self.state))
         recurrent = None if self.recurrent is None else self.recurrent._replace(values=next(tensors))
-        neurons = self.neurons._replace(parameters=tuple(next(tensors) for _ in self.neurons.parameters))
-        return self._replace(values=values, bias=bias, state=state, neurons=neurons, recurrent=recurrent)
+        population = self.population._replace(parameters=tuple(next(tensors) for _ in self.population.parameters))
+        return self._replace(values=values, bias=bias, state=state, population=population, recurrent=recurrent)

@@ -42,7 +42,7 @@ def in_turn(
         current = linear(x, layer.values, layer.mask, layer.bias)
         of_layer = None
         if layer.recurrent is None and not layer.membranes:
-            x, last = neurons(current, layer.neurons, steps, state=layer.state)
+            x, last = neurons(current, layer.population, steps, state=layer.state)
             if layer.dropped is not None:
                 x = x.masked_fill(layer.dropped, 0)
         else:
@@ -71,7 +71,7 @@ def in_steps(
     state = layer.state
     before = None
     if layer.recurrent is not None and state is not None:
-        before = spikes_of(state[-1], layer.neurons).to(current.dtype)
+        before = spikes_of(state[-1], layer.population).to(current.dtype)
         if layer.dropped is not None:
             before = before.masked_fill(layer.dropped, 0)
     spikes: list[torch.Tensor] = []
@@ -79,7 +79,7 @@ def in_steps(
     for now in current.unbind() if steps is None else itertools.repeat(current, steps):
         if layer.recurrent is not None and before is not None:
             now = now + linear(before, *layer.recurrent, None)
-        train, state = neurons(now[None], layer.neurons, None, state=state)
+        train, state = neurons(now[None], layer.population, None, state=state)
         if layer.dropped is not None:
             train = train.masked_fill(layer.dropped, 0)
         before = train[0]

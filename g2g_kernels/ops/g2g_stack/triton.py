@@ -52,7 +52,7 @@ from g2g_kernels.ops.g2g_stack.activity import Activity
 from g2g_kernels.ops.g2g_stack.call import Outputs, StackBackward, StackCall, StackGradients, operators
 from g2g_kernels.ops.g2g_stack.layer import SpikingLayer
 from g2g_kernels.ops.g2g_stack.reference import activity_of, in_turn
-from g2g_kernels.ops.neurons import triton as population
+from g2g_kernels.ops.neurons import triton as neurons_alone
 from g2g_kernels.ops.neurons.models import MODELS, Neurons
 from g2g_kernels.ops.neurons.triton import (
     NUM_WARPS,
@@ -194,7 +194,7 @@ def fused_tiles(batch: int, width: int, x: torch.dtype, products: torch.dtype) -
 _H100_SMS = 132
 
 
-def fused_pays(units: Units, neurons: Neurons, batch: int, dtype: torch.dtype, device: torch.device) -> bool:
+def fused_pays(units: Units, population: Neurons, batch: int, dtype: torch.dtype, device: torch.device) -> bool:
     """True where one kernel for product and neurons is expected to be faster than the pair; a cost model, not measured.
 
     Only for models whose one state is the membrane: the backward pass can recover only that from the margins.
@@ -204,7 +204,7 @@ def fused_pays(units: Units, neurons: Neurons, batch: int, dtype: torch.dtype, d
     are only B/64 of them per block row. With less than three quarters of the SMs at work, the product loses more than
     fusing saves. The dense product is cuBLAS's, which cannot be fused.
     """
-    if units.dense_pays or len(MODELS[neurons.model].states) > 1:
+    if units.dense_pays or len(MODELS[population.model].states) > 1:
         return False
     if _chosen is not None:
         return _chosen
@@ -346,7 +346,7 @@ class _Layer(NamedTuple):
     values: torch.Tensor
     units: Units
     bias: torch.Tensor | None  # [N'], N' columns
-    neurons: Neurons  # parameters float32, [1] or [N']
+    population: Neurons  # parameters float32, [1] or [N']
     neuron: torch.Tensor | None  # int64 [N'], the neuron of each column, N where there is none; None if they are equal
     column: torch.Tensor | None  # int64 [N], the column of each neuron
     held: bool
@@ -383,7 +383,9 @@ def _layers(call: StackCall) -> list[_Layer]:
     call.check()
     graphs = [units_of(layer.mask, layer.values) for layer in call.layers]
     layers = []
-    for i, (graph, (values, _, bias, neurons, dropped, state, _)) in enumerate(zip(graphs, call.layers, strict=True)):
+    for i, (graph, (values, _, bias, population, dropped, state, _)) in enumerate(
+        zip(graphs, call.layers, strict=True)
+    ):
         neuron = column = None
         rows, cols = graph.rows, graph.cols
         if i + 1 < len(graphs):
@@ -393,15 +395,15 @@ def _layers(call: StackCall) -> list[_Layer]:
             cols = in_order(cols)
         units = graph._replace(rows=rows, cols=cols)
         held = call.held and i == 0
-        fused = not held and fused_pays(units, neurons, call.batch, call.dtype, call.x.device)
-        layer = _Layer(values, units, None, neurons, neuron, column, held, fused)
+        fused = not held and fused_pays(units, population, call.batch, call.dtype, call.x.device)
+        layer = _Layer(values, units, None, population, neuron, column, held, fused)
         # a column without a neuron gets one that never fires
-        *decays, threshold = (parameter.float() for parameter in neurons.parameters)
+        *decays, threshold = (parameter.float() for parameter in population.parameters)
         parameters = *map(layer.to_columns, decays), layer.to_columns(threshold, 1.0)
         layers.append(
             layer._replace(
                 bias=None if bias is None else layer.to_columns(bias),
-                neurons=neurons._replace(parameters=parameters),
+                population=population._replace(parameters=parameters),
                 dropped=None if dropped is None else layer.to_columns(dropped.to(torch.uint8)),
                 first=None if state is None else layer.to_columns(state).contiguous(),
             )
@@ -435,7 +437,7 @@ def _launch_fused(
         bias=layer.bias,
         dropped=layer.dropped,
         y_column=units.rows.neuron_at,
-        parameters=layer.neurons.parameters,
+        parameters=layer.population.parameters,
         spikes=spikes,
         margins=margins,
         counts=counts,
@@ -450,7 +452,7 @@ def _launch_fused(
         N=units.rows.width,
         PRECISION=runtime.input_precision(),
         BLOCK_N=tile_of(units.rows),
-        **model_options(layer.neurons),
+        **model_options(layer.population),
         **options,
         **EXACT,
     )
@@ -470,7 +472,7 @@ def _fused_backward(margins: torch.Tensor, layer: _Layer, upstream: Upstream) ->
     steps, batch, neurons = margins.shape
     block_b, block_n = blocks(neurons)
     grid = triton.cdiv(batch, block_b), triton.cdiv(neurons, block_n)
-    parameters = layer.neurons.parameters
+    parameters = layer.population.parameters
     grad_current = torch.empty_like(margins)
     grad_first = None if layer.first is None else torch.empty_like(layer.first)
     bias_sums, *partials = (
@@ -494,17 +496,17 @@ def _fused_backward(margins: torch.Tensor, layer: _Layer, upstream: Upstream) ->
         steps=steps,
         batch=batch,
         neurons=neurons,
-        alpha=float(layer.neurons.alpha),
+        alpha=float(layer.population.alpha),
         rate_scale=1 / (steps * batch),
-        SURROGATE=layer.neurons.surrogate,
+        SURROGATE=layer.population.surrogate,
         SEGMENT=segment_of(steps),
         BLOCK_B=block_b,
         BLOCK_N=block_n,
         num_warps=NUM_WARPS,
-        **model_options(layer.neurons),
+        **model_options(layer.population),
     )
     grads = [partial.sum(0) for partial in partials]
-    for i in range(len(MODELS[layer.neurons.model].decays)):
+    for i in range(len(MODELS[layer.population.model].decays)):
         # the clamp's own derivative
         grads[i] = grads[i].masked_fill((parameters[i] < 0) | (parameters[i] > 1), 0)
     return _NeuronGradients(grad_current, bias_sums.sum(0), grads, grad_first)
@@ -544,7 +546,7 @@ def _widest(layer: SpikingLayer) -> int:
 
 def g2g_stack(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> Activity:
     if any(layer.recurrent is not None for layer in layers):
-        return activity_of(*in_turn(x, layers, steps, g2g_linear, population.neurons), differentiable=False)
+        return activity_of(*in_turn(x, layers, steps, g2g_linear, neurons_alone.neurons), differentiable=False)
     call = StackCall.of(x, layers, steps, runtime.autocast_dtype(x.device.type) or x.dtype)
     counts, rates, last, spikes, _ = FORWARD(call)
     readers = [None if layer.mask.cols.trivial else layer.mask.cols.place_of for layer in layers[1:]]
@@ -590,9 +592,9 @@ def _forward(call: StackCall) -> Outputs:
             current = current.view(shape[1:] if layer.held else shape)
             checkpoints = None
             if call.keep:
-                of = checkpoint_shape(MODELS[layer.neurons.model], *shape)
+                of = checkpoint_shape(MODELS[layer.population.model], *shape)
                 checkpoints = torch.empty(of, dtype=torch.float32, device=device)
-            run = Run(current, layer.neurons, num_steps, layer.first, layer.dropped)
+            run = Run(current, layer.population, num_steps, layer.first, layer.dropped)
             last = launch_forward(run, spikes, checkpoints, counts)
             to_keep = [current, checkpoints]
         kept += [tensor for tensor in to_keep if call.keep and tensor is not None]
@@ -609,7 +611,7 @@ def _forward_fake(call: StackCall) -> Outputs:
         shape = (call.num_steps, call.batch, layer.units.rows.size)
         spikes.append(call.x.new_empty(shape, dtype=torch.uint8))
         if call.keep:
-            of = (0,) if layer.fused else checkpoint_shape(MODELS[layer.neurons.model], *shape)
+            of = (0,) if layer.fused else checkpoint_shape(MODELS[layer.population.model], *shape)
             state = shape[1:] if layer.held else shape
             kept += [
                 call.x.new_empty(state, dtype=layer.current_dtype(call.dtype)),
@@ -637,7 +639,7 @@ def _backward(backward: StackBackward) -> StackGradients:
         if layer.fused:
             through = _fused_backward(state, layer, upstream)
         else:
-            run = Run(state, layer.neurons, call.num_steps, layer.first, layer.dropped)
+            run = Run(state, layer.population, call.num_steps, layer.first, layer.dropped)
             through = _pair_backward(run, checkpoints, upstream, call.dtype)
         grad_current = through.current.view(-1, through.current.shape[-1])
         received = (backward.spikes[i - 1] if i else call.x).view(-1, layer.units.cols.size)
@@ -646,7 +648,7 @@ def _backward(backward: StackBackward) -> StackGradients:
         values.append(grad_values)
         biases.append(layer.bias_gradient(given.bias, summed if want_bias else through.bias))
         parameters.append(
-            [layer.like(*pair) for pair in zip(given.neurons.parameters, through.parameters, strict=True)]
+            [layer.like(*pair) for pair in zip(given.population.parameters, through.parameters, strict=True)]
         )
         states.append(call.x.new_empty(0) if through.first is None else layer.to_neurons(through.first))
         grad_counts = None

@@ -254,7 +254,7 @@ def adaptive(stack: Stack, leaves: Tensors, reset: str = "subtract", surrogate: 
     for k in (0, 2):
         own = tuple(leaves[f"{name}{k}"] for name in PARAMETERS)
         layers[k] = layers[k]._replace(
-            neurons=Neurons("adlif", own, reset, surrogate, 1.5), state=leaves.get(f"state{k}")
+            population=Neurons("adlif", own, reset, surrogate, 1.5), state=leaves.get(f"state{k}")
         )
     return layers
 

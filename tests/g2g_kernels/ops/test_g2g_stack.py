@@ -40,7 +40,7 @@ def composed(stack: Stack, dtype: torch.dtype, **options) -> dict[str, torch.Ten
     x, steps, spikes = leaves["x"], stack.steps, []
     for layer in stack.layers(leaves):
         current = g2g_linear(x, layer.values, layer.mask, layer.bias, backend="torch")
-        x = lif(current, *layer.neurons.parameters, steps, backend="torch", **options)
+        x = lif(current, *layer.population.parameters, steps, backend="torch", **options)
         if layer.dropped is not None:
             x = x * ~layer.dropped
         spikes.append(x)

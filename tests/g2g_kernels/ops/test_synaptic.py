@@ -198,9 +198,9 @@ def mixed(stack: Stack, leaves: dict[str, torch.Tensor]) -> list:
         ("synaptic", "none", "atan", 3.0),
     )
     for k, (model, *rest) in enumerate(options):
-        own = layers[k].neurons.parameters
+        own = layers[k].population.parameters
         own = (leaves[f"syn_decay{k}"], *own) if model == "synaptic" else own
-        layers[k] = layers[k]._replace(neurons=Neurons(model, own, *rest))
+        layers[k] = layers[k]._replace(population=Neurons(model, own, *rest))
     return layers
 
 

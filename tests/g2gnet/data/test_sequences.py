@@ -110,7 +110,7 @@ def test_a_network_unfolds_samples_after_standardising_and_scaling_them():
     given = images(24)
     expected = torch.stack([2 * (given[:, order[t]] - 0.25) / 0.5 + 0.5 for t in range(6)])
     assert torch.equal(net.encode(given), expected)
-    assert torch.equal(net.encode(given, share=slice(1, 3)), expected[:, 1:3])
+    assert torch.equal(net.encode(given, part=slice(1, 3)), expected[:, 1:3])
     assert net.encode(expected) is expected  # [T, B, D] is what fc1 receives
     assert torch.equal(net(given), net(expected))
 

@@ -100,7 +100,7 @@ def assert_same_course(one, several):
         (3, EVERYTHING),
         (2, VARIANTS["all schedules"]),
     ],
-    ids=["static", "dense, uneven shares", "dynamic and all else, three", "schedules and gradient growth"],
+    ids=["static", "dense, uneven parts", "dynamic and all else, three", "schedules and gradient growth"],
 )
 def test_processes_train_as_one(tmp_path, processes, options):
     one = run(tmp_path / "one", **options)
@@ -478,11 +478,11 @@ def test_shares_are_contiguous_and_nearly_equal():
         parts = []
         for rank in range(size):
             world.size, world.rank = size, rank
-            parts.append(list(range(count))[world.share(count)])
+            parts.append(list(range(count))[world.part(count)])
         assert list(itertools.chain(*parts)) == list(range(count))
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
         assert all(parts)
-    assert ALONE.share(5) == slice(0, 5)
+    assert ALONE.part(5) == slice(0, 5)
 
 
 # --- cross-validation ---------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train
 from g2g_kernels import BlockMask, GroupLayout
-from g2gnet.analysis.wiring import group_weight
+from g2gnet.analysis.connections import group_weight
 from g2gnet.data import load_dataset
 from g2gnet.training import Machine, TrainSettings, run_training
 from g2gnet.training.run_files import RunFiles

@@ -44,7 +44,7 @@ def test_each_batch_is_augmented_with_the_draws_of_its_step():
     data = load_dataset(settings.dataset)
     trainer = Trainer(settings, data, Machine(torch.device("cpu")))
     seen = []
-    trainer.net.encode = lambda x, generator, share=None: seen.append(x) or x
+    trainer.net.encode = lambda x, generator, part=None: seen.append(x) or x
     trainer.train_epoch()
     order = torch.randperm(200, generator=stream(42, "order", 1))
     for step in range(4):

@@ -1,4 +1,4 @@
-"""How a layer's groups are wired, from its :class:`BlockMask`, without any activity."""
+"""How a connection joins the groups of its two sides, from its :class:`BlockMask`, without any activity."""
 
 import math
 

@@ -1,14 +1,12 @@
 """Operators of ``torch.library`` that take one record instead of a list of arguments.
 
-A record is a NamedTuple with three more methods: ``flat()`` gives the arguments in the order of the operator's schema,
-``of_flat(*arguments)`` makes the record of them again, and ``inputs()`` lists what may need a gradient.
-
-The dispatcher takes longer than a small network. An operator goes through it only where something looks at operators
-(:func:`g2g_kernels.tracing.is_observed`); otherwise its implementation is called, with the same autograd formula.
+PyTorch's dispatcher takes longer than a small network. An operator goes through it only where something may look at
+operators (:func:`g2g_kernels.tracing.is_observed`); otherwise its implementation is called, by the same autograd
+formula.
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -20,14 +18,31 @@ _library = torch.library.Library("g2g", "FRAGMENT")
 
 
 class Record(Protocol):
-    """What an operator takes."""
+    """What an operator takes: a NamedTuple that has another form, the arguments of the operator's schema."""
 
-    def flat(self) -> tuple[Any, ...]: ...
+    def flat(self) -> tuple[Any, ...]:
+        """The arguments in the order of the schema."""
+        ...
 
     @classmethod
-    def of_flat(cls, *arguments: Any) -> Any: ...
+    def of_flat(cls, *arguments: Any) -> Any:
+        """The record of these arguments."""
+        ...
 
-    def inputs(self) -> Sequence[torch.Tensor | None]: ...
+    def tensors(self) -> Sequence[torch.Tensor | None]:
+        """All that may need a gradient, and more."""
+        ...
+
+
+class DifferentiableRecord(Record, Protocol):
+    """What an operator with an autograd formula takes.
+
+    Its :meth:`tensors` are what autograd saves. Of a mask it is the first index, which changes whenever another does.
+    """
+
+    def with_tensors(self, tensors: Sequence[Any]) -> Any:
+        """The record with these tensors in place of :meth:`tensors`; masks stay."""
+        ...
 
 
 class RecordOperator:
@@ -37,23 +52,19 @@ class RecordOperator:
         overload: the operator in ``torch.ops.g2g``.
         record: the type of the record.
         function: its implementation.
-        differentiated: the same as ``function(record)``, part of the graph of autograd.
+        differentiated: what to call with a record and its tensors where a gradient may be requested.
     """
 
     def __init__(self, overload: Any, record: type[Record], function: Callable[[Any], Any]) -> None:
         self.overload, self.record, self.function = overload, record, function
-        self.differentiated: Callable[..., Any] = self.dispatched
-
-    def dispatched(self, record: Record, *_: Any) -> Any:
-        """The call through PyTorch's dispatcher."""
-        return self.overload(*record.flat())
+        self.differentiated: Callable[..., Any] = lambda record, *_: self.overload(*record.flat())
 
     def __call__(self, record: Record) -> Any:
-        inputs = record.inputs()
-        if is_observed(inputs):
-            return self.dispatched(record)
-        if torch.is_grad_enabled() and any([tensor is not None and tensor.requires_grad for tensor in inputs]):
-            return self.differentiated(record, *inputs)
+        tensors = record.tensors()
+        if is_observed(tensors):
+            return self.overload(*record.flat())
+        if torch.is_grad_enabled() and any([tensor is not None and tensor.requires_grad for tensor in tensors]):
+            return self.differentiated(record, *tensors)
         with torch._C._AutoDispatchBelowAutograd():
             return self.function(record)
 
@@ -63,7 +74,12 @@ class RecordOperator:
 
 
 def define(
-    schema: str, record: type[Record], function: Callable, fake: Callable, keys: Sequence[str] = ("CPU",)
+    schema: str,
+    record: type[Record],
+    function: Callable,
+    fake: Callable,
+    keys: Sequence[str] = ("CPU",),
+    check: Callable[[Any], None] = lambda record: None,
 ) -> RecordOperator:
     """Registers an operator.
 
@@ -72,11 +88,19 @@ def define(
         record: the type of its argument.
         function, fake: implementation and fake implementation; both take the record.
         keys: the dispatch keys that ``function`` serves.
+        check: raises ValueError for a record that ``function`` cannot serve. Those that the public functions make are
+            right; ``torch.ops`` takes any.
     """
     name = schema.partition("(")[0]
     _library.define(schema)
+
+    def checked(*arguments: Any) -> Any:
+        given = record.of_flat(*arguments)
+        check(given)
+        return function(given)
+
     for key in keys:
-        _library.impl(name, lambda *arguments: function(record.of_flat(*arguments)), key)
+        _library.impl(name, checked, key)
     torch.library.register_fake(f"g2g::{name}", lambda *arguments: fake(record.of_flat(*arguments)), lib=_library)
     return RecordOperator(getattr(torch.ops.g2g, name).default, record, function)
 
@@ -91,15 +115,15 @@ class Gradients(NamedTuple):
 
     Attributes:
         record: the record of the forward pass.
-        kept: its outputs that only the backward pass needs.
+        kept: its outputs that only the backward pass needs, the tensors of lists one by one.
         grads: the gradients of its other outputs, contiguous; None for one that was not used.
-        needed: whether the gradient of each of ``record.inputs()`` is needed.
+        needed: whether the gradient of each of ``record.tensors()`` is needed.
     """
 
     record: Any
-    kept: tuple[Any, ...]
-    grads: tuple[Any, ...]
-    needed: tuple[bool, ...]
+    kept: tuple[torch.Tensor, ...]
+    grads: tuple[torch.Tensor | None, ...]
+    needed: Sequence[bool]
 
 
 def differentiate(
@@ -112,94 +136,76 @@ def differentiate(
 
     Args:
         operator: what :func:`define` returned.
-        inputs: the arguments of the schema that ``record.inputs()`` has, in that order.
+        inputs: the arguments of the schema that may need a gradient, in the order of ``record.tensors()``.
         outputs: the number of outputs that are results; the others are kept for the backward pass.
-        backward: the gradients of ``record.inputs()``, any for one that is not needed; it is not called where all of
-            ``grads`` are None.
+        backward: the gradients of ``inputs``, the tensors of lists one by one; of any content where none is needed. It
+            is not called where all of ``grads`` are None.
     """
-    names = [argument.name for argument in operator.overload._schema.arguments]
+    arguments = operator.overload._schema.arguments
+    names = [argument.name for argument in arguments]
+    lists = [str(argument.type) == "List[Tensor]" for argument in arguments]
+    nothing = itertools.repeat(None)
 
-    def save(ctx: Any, flat: Sequence[Any], results: Any) -> None:
+    def save(ctx: Any, record: DifferentiableRecord, results: Any) -> None:
+        tensors = record.tensors()
+        kept = _each(results[outputs:]) if isinstance(results, (list, tuple)) else ()
         ctx.set_materialize_grads(False)
-        kept = results[outputs:] if isinstance(results, (list, tuple)) else ()
-        ctx.values = _Saved(ctx, (*flat, *kept))
+        ctx.save_for_backward(*tensors, *kept)
+        ctx.record, ctx.count = record.with_tensors([None] * len(tensors)), len(tensors)
 
     @for_each
-    def gradients(ctx, *grads):
-        """Those of all inputs, one by one."""
-        if all(grad is None for grad in grads):
+    def gradients(ctx: Any, *grads: Any) -> Sequence[torch.Tensor | None]:
+        """Those of ``inputs``, the tensors of lists one by one."""
+        if all([grad is None for grad in grads]):
             return [None] * len(ctx.needed)
-        values = ctx.values.of(ctx)
+        saved = ctx.saved_tensors
         found = backward(
             Gradients(
-                operator.record.of_flat(*values[: len(names)]),
-                tuple(values[len(names) :]),
+                ctx.record.with_tensors(saved[: ctx.count]),
+                saved[ctx.count :],
                 tuple([None if grad is None else grad.contiguous() for grad in grads]),
                 ctx.needed,
             )
         )
-        return [grad if need else None for grad, need in zip(found, ctx.needed, strict=True)]
+        return [grad if need else None for grad, need in zip(found, ctx.needed)]  # noqa: B905
 
-    def setup_context(ctx, inputs, output):
-        save(ctx, inputs, output)
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        save(ctx, operator.record.of_flat(*inputs), output)
+        ctx.lengths = [len(value) if is_list else None for value, is_list in zip(inputs, lists, strict=True)]
 
-    def by_arguments(ctx, *grads):
+    def of_arguments(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         needed = dict(zip(names, ctx.needs_input_grad, strict=True))
-        ctx.needed = tuple(itertools.chain.from_iterable(map(_as_list, (needed[name] for name in inputs))))
-        flat = iter(gradients(ctx, *grads[:outputs]))
-        of = {name: [next(flat) for _ in needed[name]] if isinstance(needed[name], Sequence) else next(flat) for name in inputs}
-        return tuple([of.get(name, none) for name, none in zip(names, ctx.values.nothing(), strict=False)])
+        ctx.needed = _each([needed[name] for name in inputs])
+        found = iter(gradients(ctx, *grads[:outputs]))
+        lengths = dict(zip(names, ctx.lengths, strict=True))
+        of = {name: _next(found, lengths[name]) for name in inputs}
+        return tuple([of[name] if name in of else _next(nothing, lengths[name]) for name in names])
 
-    torch.library.register_autograd(operator.overload.name(), by_arguments, setup_context=setup_context, lib=_library)
+    torch.library.register_autograd(operator.overload.name(), of_arguments, setup_context=setup_context, lib=_library)
 
     class Differentiated(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, record, *inputs):
+        def forward(ctx, record, *_):
             with torch._C._AutoDispatchBelowAutograd():
                 results = operator.function(record)
-            save(ctx, record.flat(), results)
+            save(ctx, record, results)
             return results
 
         @staticmethod
         def backward(ctx, *grads):
-            ctx.needed = ctx.needs_input_grad[1:]
-            return None, *gradients(ctx, *grads[:outputs])
+            _, *ctx.needed = ctx.needs_input_grad
+            found = gradients(ctx, *grads[:outputs])
+            return None, *found, *[None] * (ctx.count - len(found))
 
     operator.differentiated = Differentiated.apply
 
 
-def _as_list(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, Sequence) else (value,)
+def _each(values: Iterable[Any]) -> list[Any]:
+    """The values, those of lists one by one."""
+    lists = [value if isinstance(value, (list, tuple)) else (value,) for value in values]
+    return list(itertools.chain.from_iterable(lists))
 
 
-class _Saved:
-    """Values of a call: autograd saves the tensors, one by one and of lists; everything else is stored here."""
-
-    def __init__(self, ctx: Any, values: Iterable[Any]) -> None:
-        self._values: list[Any] = []  # in place of a tensor its type, of a list of tensors their number as a tuple
-        tensors: list[torch.Tensor] = []
-        for value in values:
-            if isinstance(value, torch.Tensor):
-                tensors.append(value)
-                value = torch.Tensor
-            elif isinstance(value, (list, tuple)) and all([isinstance(each, torch.Tensor) for each in value]):
-                tensors += value
-                value = (len(value),)
-            self._values.append(value)
-        ctx.save_for_backward(*tensors)
-
-    def of(self, ctx: Any) -> list[Any]:
-        """The values."""
-        tensors = iter(ctx.saved_tensors)
-        return [
-            next(tensors)
-            if value is torch.Tensor
-            else [next(tensors) for _ in range(value[0])]
-            if isinstance(value, tuple)
-            else value
-            for value in self._values
-        ]
-
-    def nothing(self) -> list[Any]:
-        """None for each value, as a list for a list of tensors."""
-        return [[None] * value[0] if isinstance(value, tuple) else None for value in self._values]
+def _next(values: Iterator[Any], length: int | None) -> Any:
+    """The next value, or a list of the next ones."""
+    return next(values) if length is None else list(itertools.islice(values, length))

@@ -39,9 +39,14 @@ class LinearCall(NamedTuple):
     def of_flat(cls, x: Any, values: Any, mask: Any, bias: Any, dtype: Any) -> "LinearCall":
         return cls(x, values, MaskTensors(*mask), bias, dtype)
 
-    def inputs(self) -> tuple[torch.Tensor | None, ...]:
-        """What may need a gradient."""
-        return self.x, self.values, self.bias
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """Those that may need a gradient, then what else a pass reads."""
+        return self.x, self.values, self.bias, self.mask.unit_row
+
+    def with_tensors(self, tensors: Sequence[Any]) -> "LinearCall":
+        """The call with these tensors in place of :meth:`tensors`; the mask stays."""
+        x, values, bias, _ = tensors
+        return LinearCall(x, values, self.mask, bias, self.dtype)
 
 
 class LinearBackward(NamedTuple):
@@ -65,9 +70,9 @@ class LinearBackward(NamedTuple):
         *call, grad_y, wanted = arguments
         return cls(LinearCall.of_flat(*call), grad_y, tuple(wanted))
 
-    def inputs(self) -> tuple[torch.Tensor | None, ...]:
-        """What may need a gradient."""
-        return *self.call.inputs(), self.grad_y
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """Those that may need a gradient."""
+        return *self.call.tensors(), self.grad_y
 
     def empty_gradients(self) -> list[torch.Tensor]:
         """Empty tensors for the gradients of x, values and bias (the last float32), 0 elements if unwanted."""
@@ -100,7 +105,7 @@ def operators(
 
     def gradients(given: record.Gradients) -> Sequence[torch.Tensor]:
         (grad_y,), call = given.grads, given.record
-        to_x, to_values, to_bias = backward_operator(LinearBackward(call, grad_y, given.needed))
+        to_x, to_values, to_bias = backward_operator(LinearBackward(call, grad_y, tuple(given.needed)))
         return to_x, to_values, to_bias if call.bias is None else to_bias.to(call.bias.dtype)
 
     call = "Tensor x, Tensor values, Tensor[] mask, Tensor? bias, ScalarType dtype"

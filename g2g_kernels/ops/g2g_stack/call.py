@@ -122,8 +122,8 @@ class StackCall(NamedTuple):
             layers.append(LayerCall(values[i], mask, bias, population, silent, state, joined))
         return cls(x, tuple(layers), *rest)
 
-    def inputs(self) -> list[torch.Tensor | None]:
-        """What may need a gradient, in the order of :class:`StackGradients`."""
+    def tensors(self) -> list[torch.Tensor | None]:
+        """Those that may need a gradient in the order of :class:`StackGradients`, then what else a pass reads."""
         layers = self.layers
         return [
             self.x,
@@ -131,8 +131,32 @@ class StackCall(NamedTuple):
             *[layer.bias for layer in layers],
             *[layer.state for layer in layers],
             *[layer.recurrent and layer.recurrent.values for layer in layers],
-            *[parameter for layer in layers for parameter in layer.neurons.parameters],
+            *[parameter for layer in layers for parameter in layer.population.parameters],
+            *[layer.dropped for layer in layers],
+            *[layer.mask.unit_row for layer in layers],
+            *[layer.recurrent and layer.recurrent.mask.unit_row for layer in layers],
         ]
+
+    def with_tensors(self, tensors: Sequence[Any]) -> "StackCall":
+        """The call with these tensors in place of :meth:`tensors`; masks stay."""
+        each = iter(tensors)
+        count = len(self.layers)
+        x = next(each)
+        values, biases, states, recurrents = (list(islice(each, count)) for _ in range(4))
+        parameters = [tuple(islice(each, len(layer.population.parameters))) for layer in self.layers]
+        layers = [
+            LayerCall(
+                values[i],
+                layer.mask,
+                biases[i],
+                layer.population.with_parameters(parameters[i]),
+                next(each),
+                states[i],
+                layer.recurrent and RecurrentCall(recurrents[i], layer.recurrent.mask),
+            )
+            for i, layer in enumerate(self.layers)
+        ]
+        return StackCall(x, tuple(layers), self.steps, self.dtype, self.keep)
 
     @property
     def held(self) -> bool:
@@ -255,9 +279,9 @@ class StackBackward(NamedTuple):
         *call, spikes, kept, grad_counts, grad_rates, grad_x, grad_last = arguments
         return cls(StackCall.of_flat(*call), tuple(spikes), tuple(kept), grad_counts, grad_rates, grad_x, grad_last)
 
-    def inputs(self) -> list[torch.Tensor | None]:
-        """What may need a gradient."""
-        return [*self.call.inputs(), self.grad_counts, self.grad_rates, self.grad_last]
+    def tensors(self) -> list[torch.Tensor | None]:
+        """Those that may need a gradient."""
+        return [*self.call.tensors(), self.grad_counts, self.grad_rates, self.grad_last]
 
     def rates_of_layers(self) -> list[torch.Tensor | None]:
         """∂L/∂rates layer by layer."""
@@ -284,11 +308,9 @@ def operators(
     """
 
     def gradients(given: record.Gradients) -> Sequence[torch.Tensor]:
-        call, (spikes, kept), grad_x = given.record, given.kept, given.needed[0]
-        grad_counts, grad_rates, grad_last = given.grads
-        return backward_operator(
-            StackBackward(call, tuple(spikes), tuple(kept), grad_counts, grad_rates, grad_x, grad_last)
-        )
+        call, (grad_counts, grad_rates, grad_last), grad_x = given.record, given.grads, given.needed[0]
+        spikes, kept = given.kept[: len(call.layers)], given.kept[len(call.layers) :]
+        return backward_operator(StackBackward(call, spikes, kept, grad_counts, grad_rates, grad_x, grad_last))
 
     # lists over the layers; absent biases, dropped neurons, states and recurrent values are empty
     call = (

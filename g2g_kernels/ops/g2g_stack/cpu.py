@@ -335,8 +335,8 @@ class PackedWords(NamedTuple):
     def of_flat(cls, words: Any, values: Any, mask: Any) -> "PackedWords":
         return cls(words, values, MaskTensors(*mask))
 
-    def inputs(self) -> tuple[torch.Tensor, ...]:
-        """None of which needs a gradient."""
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Those that are not the mask's."""
         return self.words, self.values
 
 

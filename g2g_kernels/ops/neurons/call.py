@@ -48,9 +48,14 @@ class NeuronsCall(NamedTuple):
         reset, surrogate, alpha, *call = rest
         return cls(current, Neurons(model, tuple(parameters), reset, surrogate, alpha), *call)
 
-    def inputs(self) -> list[torch.Tensor | None]:
-        """What may need a gradient."""
+    def tensors(self) -> list[torch.Tensor | None]:
+        """All tensors."""
         return [self.state, self.current, *self.population.parameters]
+
+    def with_tensors(self, tensors: Sequence[Any]) -> "NeuronsCall":
+        """The call with these tensors in place of :meth:`tensors`."""
+        state, current, *parameters = tensors
+        return NeuronsCall(current, self.population.with_parameters(tuple(parameters)), self.steps, self.keep, state)
 
     @property
     def model(self) -> NeuronModel:
@@ -114,9 +119,9 @@ class NeuronsBackward(NamedTuple):
         *call, kept, grad_spikes, wanted, grad_last, state_wanted = arguments
         return cls(NeuronsCall.of_flat(*call), kept, grad_spikes, tuple(wanted), grad_last, state_wanted)
 
-    def inputs(self) -> list[torch.Tensor | None]:
-        """What may need a gradient."""
-        return [*self.call.inputs(), self.grad_spikes, self.grad_last]
+    def tensors(self) -> list[torch.Tensor | None]:
+        """Those that may need a gradient."""
+        return [*self.call.tensors(), self.grad_spikes, self.grad_last]
 
     def check(self, kept_shape: tuple[int, ...]) -> None:
         """Raises ValueError unless kept states and gradient have the shapes that belong to the call."""

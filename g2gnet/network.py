@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from g2g_kernels import BlockMask, GroupLayout
-from g2g_kernels.numbers import PROBABILITY, Number
+from g2g_kernels.numbers import PROBABILITY, Number, check_flag
 from g2g_kernels.tracing import symbolic_call
 from g2gnet.encoding import ENCODINGS, check_samples, encode
 from g2gnet.layers import G2GLinear
@@ -113,6 +113,8 @@ class G2GNet(SpikingStack):
         generator: torch.Generator | None = None,
         **parameters: float,
     ) -> None:
+        for name, flag in (("standardize", standardize), ("recurrent", recurrent), ("per_neuron", per_neuron)):
+            check_flag(name, flag)
         if not callable(model) and model not in MODELS:
             raise ValueError(f"model={model!r} is unknown; choose one of {', '.join(MODELS)}, or give a pattern")
         if density != "uniform" and (callable(model) or model == "dense"):
@@ -166,18 +168,15 @@ class G2GNet(SpikingStack):
                 with torch.no_grad():
                     connection.values.mul_(init_gain)
             layers.append((connection, neurons))
-        of_recurrent = probabilities[len(shapes) :]
+        of_recurrents = probabilities[len(shapes) :]
         if p_rec_inter is not None:
-            of_recurrent = [(p_intra, PROBABILITY.check("p_rec_inter", p_rec_inter))] * len(recurrent_shapes)
-        recurrents: list[G2GLinear] = []
-        for (connection, _), of_layer in zip(layers, of_recurrent, strict=False):  # the output layer has none
-            groups = connection.mask.rows.layout
-            mask = mask_between(model, groups, groups, of_layer, block_size, generator)
-            recurrents.append(G2GLinear(mask, bias=False, backend=backend, generator=generator))
-            with torch.no_grad():
-                recurrents[-1].values.mul_(rec_gain)
-        recurrent_layers = [(*pair, joined) for pair, joined in zip(layers, recurrents, strict=False)]
-        super().__init__([*recurrent_layers, *layers[len(recurrents) :]], T, backend, dropout, readout)
+            of_recurrents = [(p_intra, PROBABILITY.check("p_rec_inter", p_rec_inter))] * len(recurrent_shapes)
+        joined = [
+            _recurrent(model, connection, of_layer, rec_gain, generator)
+            for (connection, _), of_layer in zip(layers, of_recurrents, strict=False)  # the output layer has none
+        ]
+        hidden = [(*pair, recurrent) for pair, recurrent in zip(layers, joined, strict=False)]
+        super().__init__([*hidden, *layers[len(joined) :]], T, backend, dropout, readout)
         self.model = model
         self.enc = enc
         self.enc_scale = enc_scale
@@ -247,3 +246,24 @@ class G2GNet(SpikingStack):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+
+def _recurrent(
+    model: str | Pattern,
+    connection: G2GLinear,
+    probabilities: tuple[float, float],
+    gain: float,
+    generator: torch.Generator | None,
+) -> G2GLinear:
+    """Draws the recurrent connection of the neurons that ``connection`` feeds, with their groups.
+
+    Args:
+        probabilities: of a unit inside and between groups.
+        gain: factor on the initial weights.
+    """
+    groups = connection.mask.rows.layout
+    mask = mask_between(model, groups, groups, probabilities, connection.mask.block_size, generator)
+    recurrent = G2GLinear(mask, bias=False, backend=connection.backend, generator=generator)
+    with torch.no_grad():
+        recurrent.values.mul_(gain)
+    return recurrent

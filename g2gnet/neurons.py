@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from g2g_kernels import Neurons, neurons, neurons_step
-from g2g_kernels.numbers import SHARPNESS, SIZE, check_parameter
+from g2g_kernels.numbers import SHARPNESS, SIZE, check_flag, check_parameter
 from g2g_kernels.ops.g2g_stack import NeuronState
 from g2g_kernels.ops.neurons import MODELS
 from g2g_kernels.ops.neurons.models import RESET, NeuronModel
@@ -62,10 +62,7 @@ class SpikingNeurons(nn.Module):
         for name in self.model.parameters:
             value = check_parameter(name, parameters.pop(name, self.initial[name]))
             tensor = torch.full(shape, value)
-            learned = parameters.pop(f"learn_{name}", True)
-            if not isinstance(learned, bool):
-                raise ValueError(f"learn_{name}={learned!r:.40} must be True or False")
-            if learned:
+            if check_flag(f"learn_{name}", parameters.pop(f"learn_{name}", True)):
                 self.register_parameter(name, nn.Parameter(tensor))
             else:
                 self.register_buffer(name, tensor)

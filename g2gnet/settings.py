@@ -7,7 +7,7 @@ import dataclasses
 import math
 import typing
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from g2g_kernels.numbers import SHARPNESS, SIZE, Number
 from g2g_kernels.ops.neurons import RESETS, SURROGATES
@@ -37,6 +37,30 @@ class Default(int):
 
 class DefaultName(str):
     """The same for a name."""
+
+
+class Need(NamedTuple):
+    """What a setting needs to have an effect: that the setting ``name`` has one of some values."""
+
+    name: str
+    values: tuple[Any, ...]
+
+    def is_met(self, settings: Mapping[str, Any]) -> bool:
+        """Whether a setting has an effect beside these."""
+        value = settings.get(self.name)  # from a file it may be anything
+        return isinstance(value, str | bool) and value in self.values
+
+    def unmet(self, settings: Mapping[str, Any], quote: str = "") -> str:
+        """Why a setting has no effect beside these."""
+        value = settings[self.name]
+        return f"without {quote}{self.name}{quote}" if value is False else f"with {quote}{self.name}={value}{quote}"
+
+    def remedy(self) -> str:
+        """What to give so that it has an effect."""
+        if self.values == (True,):
+            return f"give `{self.name}`"
+        *others, last = (f"`{self.name}={value}`" for value in self.values)
+        return f"give {', '.join(others)} or {last}" if others else f"give {last}"
 
 
 class Others(NamedTuple):
@@ -81,6 +105,9 @@ def number_of(about: Mapping[str, Any], expected: Any) -> Number | None:
     return about["number"]._replace(whole=int in kinds) if int in kinds or float in kinds else None
 
 
+Kind = TypeVar("Kind", bound="Settings")
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """Base of frozen dataclasses with fields made by ``setting``; values out of range are refused.
@@ -93,6 +120,11 @@ class Settings:
         >>> isinstance(NetworkSettings(), Settings)
         True
     """
+
+    #: of settings that do not always have an effect: what they need for it, the most telling first
+    NEEDS: ClassVar[Mapping[str, tuple[Need, ...]]] = {}
+    #: those that programs warn of where they have none; others are refused unless they have their default
+    TOLD: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         problems = self._out_of_range() or self._at_odds()
@@ -118,7 +150,35 @@ class Settings:
 
     def _at_odds(self) -> list[str]:
         """Conflicts between values that are each in range."""
-        return []
+        values = vars(self)
+        return [
+            f"{name}={values[name]} has no effect {need.unmet(values)}; {need.remedy()}, or leave it out"
+            for name, need in self._without_effect().items()
+            if name not in self.TOLD
+        ]
+
+    @classmethod
+    def idle(cls, values: Mapping[str, Any]) -> dict[str, Need]:
+        """The settings that decide nothing beside these values, each with what it lacks."""
+        lacks = {name: [need for need in needs if not need.is_met(values)] for name, needs in cls.NEEDS.items()}
+        return {name: needs[0] for name, needs in lacks.items() if needs}
+
+    def _without_effect(self) -> dict[str, Need]:
+        """The idle settings that differ from their default."""
+        values, usual = vars(self), self._defaults()
+        return {name: need for name, need in self.idle(values).items() if values[name] != usual[name]}
+
+    def without_effect(self) -> list[str]:
+        """What of these settings differs from the default and changes nothing, each with the reason."""
+        values = vars(self)
+        return [
+            f"`{name}={values[name]}` has no effect {need.unmet(values, '`')}"
+            for name, need in self._without_effect().items()
+        ]
+
+    @classmethod
+    def _defaults(cls) -> dict[str, Any]:
+        return {field.name: field.default for field in dataclasses.fields(cls)}
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -128,14 +188,27 @@ class Settings:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.metadata["group"]}
 
     @classmethod
+    def from_saved(cls: type[Kind], saved: Mapping[str, Any]) -> Kind:
+        """The settings that ``as_dict`` gave, perhaps in an earlier version.
+
+        Later settings have their default. So have those that are refused without effect, and have none: their default
+        was another one.
+
+        Raises:
+            SettingsError: if they are no settings of ours.
+        """
+        idle = cls.idle({**cls._defaults(), **saved}).keys() - set(cls.TOLD)
+        return cls(**{name: value for name, value in saved.items() if name not in idle})
+
+    @classmethod
     def complete(cls, saved: Mapping[str, Any]) -> dict[str, Any]:
-        """``saved``, what ``as_dict`` gave perhaps in an earlier version, with the default of each later setting.
+        """``saved``, as for :meth:`from_saved`, with the default of each later setting.
 
         Names that are unknown here stay.
         """
-        names = {field.name for field in dataclasses.fields(cls)}
+        names = cls._defaults().keys()
         try:
-            known = cls(**{name: value for name, value in saved.items() if name in names})
+            known = cls.from_saved({name: value for name, value in saved.items() if name in names})
         except SettingsError:  # no settings of ours, whatever else they lack
             return dict(saved)
         return {**known.as_dict(), **saved}
@@ -168,6 +241,10 @@ def _initial(parameter: str, text: str) -> str:
     return f"initial {text}{only} (default: {default})"
 
 
+SPARSE_MODEL = Need("model", tuple(SPARSE))
+RECURRENT = Need("recurrent", (True,))
+
+
 @dataclasses.dataclass(frozen=True)
 class NetworkSettings(Settings):
     """What decides a :class:`~g2gnet.G2GNet` beside the sizes of its data, its backend and its random draws.
@@ -180,6 +257,14 @@ class NetworkSettings(Settings):
         >>> G2GNet.from_settings(settings, input_dim=64, num_classes=10).T
         5
     """
+
+    NEEDS: ClassVar[Mapping[str, tuple[Need, ...]]] = {
+        **{name: (Need("neuron", tuple(owners(name))),) for name in PARAMETERS},
+        **dict.fromkeys(("num_groups", "p_inter", "p_intra", "density"), (SPARSE_MODEL,)),
+        "p_rec_inter": (RECURRENT, SPARSE_MODEL, Need("density", ("uniform",))),
+        "rec_gain": (RECURRENT,),
+    }
+    TOLD: ClassVar[tuple[str, ...]] = ("num_groups", "p_inter", "p_intra")
 
     model: str = setting("index", "model", "fully connected, or how groups of neurons are connected", choices=MODELS)
     hidden_dim: int = setting(2048, "model", "neurons in each of the two hidden layers", low=1, high=SIZE.high)
@@ -262,29 +347,7 @@ class NetworkSettings(Settings):
         super().__post_init__()
 
     def _at_odds(self) -> list[str]:
-        problems = []
-        for name in PARAMETERS:
-            value = getattr(self, name)
-            if value is not None and self.neuron not in owners(name):
-                others = " or ".join(f"`neuron={owner}`" for owner in owners(name))
-                problems.append(
-                    f"{name}={value} has no effect with neuron={self.neuron}; give {others}, or leave it out"
-                )
-        if self.density != "uniform" and self.model == "dense":
-            problems.append(
-                f"density={self.density} has no effect with model=dense; give `model={', '.join(SPARSE)}`, or leave it "
-                "out"
-            )
-        given = {"p_rec_inter": self.p_rec_inter is not None, "rec_gain": self.rec_gain != REC_GAIN}
-        problems += [
-            f"{name}={getattr(self, name)} has no effect without recurrent connections; give `recurrent`, or leave it "
-            "out"
-            for name, is_given in given.items()
-            if is_given and not self.recurrent
-        ]
-        if self.p_rec_inter is not None and (self.model == "dense" or self.density != "uniform"):
-            odds = "model=dense" if self.model == "dense" else f"density={self.density}"
-            problems.append(f"p_rec_inter={self.p_rec_inter} has no effect with {odds}; leave it out")
+        problems = super()._at_odds()
         if self.standardize and self.enc == "rate":
             problems.append(
                 "standardize makes values below 0 and above 1, which are not spike probabilities for enc=rate; "

@@ -90,10 +90,16 @@ class EpochTrainer(ABC):
         self._batches = math.ceil(len(self.data.train_labels) / settings.batch_size)
         self._steps = settings.epochs * self._batches
 
-    def _watch(self, lr: float) -> None:
-        """Follows the loss and the gradients of ``net`` from the first step on; ``lr`` is the learning rate then."""
+    def _watch(self, lr: float, **others: float) -> None:
+        """Follows the loss and the gradients of ``net`` from the first step on.
+
+        Args:
+            lr: the learning rate then.
+            others: what else can be lowered if they do not stay finite.
+        """
         self._lr = lr
-        self._finite = FiniteWatch(self.net, self.device, f"lower `lr` (now {lr})")
+        remedy = " or ".join(f"`{name}` (now {value})" for name, value in {"lr": lr, **others}.items())
+        self._finite = FiniteWatch(self.net, self.device, f"lower {remedy}")
 
     @abstractmethod
     def _train_step(self, index: torch.Tensor) -> StepResult:

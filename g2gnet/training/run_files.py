@@ -263,6 +263,9 @@ class RunFiles:
     def _check_settings(self, path: Path, theirs: dict[str, Any], ours: RunSettings) -> None:
         """Raises CheckpointError unless a run with settings ``ours`` begins as, or is, the one with ``theirs``."""
         was, now = ours.complete(theirs), ours.as_dict()
+        # what has no effect in either run may have had another default
+        for name in ours.idle(was).keys() & ours.idle(now).keys():
+            was[name] = now[name]
         differing = compared(was, now)
         fewer = type(was.get("epochs")) is int and was["epochs"] < ours.epochs
         tied = ours.tied_to_epochs()

@@ -99,7 +99,7 @@ def read_run(checkpoint: Path | str) -> SavedRun:
         later = content["settings"].keys() - {field.name for field in dataclasses.fields(kind)}
         if later:
             raise ValueError(f"the setting {', '.join(sorted(later))} is unknown; a later version of g2g may know it")
-        settings = kind(**content["settings"])
+        settings = kind.from_saved(content["settings"])
         run = SavedRun(path, settings, content["epoch"], content["history"], content["model"])
         if not run.history:
             raise ValueError("it holds no finished epoch")

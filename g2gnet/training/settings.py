@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Mapping
+from typing import ClassVar
 
 from g2gnet.data import DATASETS, own
 from g2gnet.data.augmentation import SHIFTS
@@ -12,12 +13,13 @@ from g2gnet.neurons import NEURONS
 from g2gnet.patterns import SPARSE
 from g2gnet.schedules import SCHEDULES
 from g2gnet.sequences import sequence_length
-from g2gnet.settings import Default, DefaultName, NetworkSettings, Others, Settings, setting, with_default
+from g2gnet.settings import Default, DefaultName, Need, NetworkSettings, Others, Settings, setting, with_default
 
 SPARSITY_MODES = ("static", "dynamic")
 PRECISIONS = ("fp32", "bf16")
 AUGMENTATIONS = ("auto", *SHIFTS, "none")
 LARGEST_SEED = (1 << 63) - 1
+DYNAMIC = Need("sparsity_mode", ("dynamic",))
 
 
 def _texts(rules: Mapping[str, Rule]) -> str:
@@ -83,6 +85,23 @@ class TrainSettings(NetworkSettings, RunSettings):
             ...
         g2gnet.settings.SettingsError: T=0 is out of range; give a whole number from 1 to 65536
     """
+
+    NEEDS: ClassVar[Mapping[str, tuple[Need, ...]]] = {
+        **NetworkSettings.NEEDS,
+        **dict.fromkeys(("cp", "cg", "dst_interval", "dst_fraction", "dst_schedule", "dst_stop"), (DYNAMIC,)),
+        "warmup_epochs": (Need("enforce_sparsity", (True,)),),
+        "resnet_weights": (Need("use_resnet", (True,)),),
+        "sequence_step": (Need("sequence", ("pixels", "permuted", "rows")),),
+        "sequence_seed": (Need("sequence", ("permuted",)),),
+    }
+    TOLD: ClassVar[tuple[str, ...]] = (
+        *NetworkSettings.TOLD,
+        "cp",
+        "cg",
+        "dst_interval",
+        "dst_fraction",
+        "warmup_epochs",
+    )
 
     augment: str = setting(
         "auto",
@@ -187,8 +206,6 @@ class TrainSettings(NetworkSettings, RunSettings):
             problems.append(
                 f"augment={self.augment} needs images, but use_resnet trains on features; leave one of them out"
             )
-        if self.resnet_weights is not None and not self.use_resnet:
-            problems.append("resnet_weights has no effect without use_resnet; give `use_resnet`, or leave it out")
         if self.chunk is not None and self.readout in ("mean", "max"):
             problems.append(
                 f"chunk={self.chunk} does not keep the membranes of all steps that readout={self.readout} is taken "
@@ -205,52 +222,14 @@ class TrainSettings(NetworkSettings, RunSettings):
                 problems.append(f"sparsity_mode=dynamic needs a sparse model; give `model={', '.join(SPARSE)}`")
             elif self.p_inter == 1 and self.p_intra == 1:
                 problems.append("sparsity_mode=dynamic has nothing to grow at p_inter=1 and p_intra=1; lower p_inter")
-        else:
-            given = {
-                "cg": self.cg == "gradient",
-                "dst_schedule": self.dst_schedule != "constant",
-                "dst_stop": self.dst_stop != 1,
-            }
-            problems += [
-                f"{name}={getattr(self, name)} has no effect with sparsity_mode=static; "
-                "give `sparsity_mode=dynamic`, or leave it out"
-                for name, changed in given.items()
-                if changed
-            ]
+        elif self.cg == "gradient":
+            problems.append(f"cg=gradient has no effect with sparsity_mode=static; {DYNAMIC.remedy()}, or leave it out")
         return problems
-
-    def without_effect(self) -> list[str]:
-        """What of these settings differs from the default and changes nothing, each with the reason."""
-        idle: dict[str, tuple[str, ...]] = {}
-        if self.sparsity_mode == "static":
-            idle["with `sparsity_mode=static`"] = ("cp", "cg", "dst_interval", "dst_fraction")
-        if self.model == "dense":
-            idle["with `model=dense`"] = ("num_groups", "p_inter", "p_intra")
-        if not self.enforce_sparsity:
-            idle["without `enforce_sparsity`"] = ("warmup_epochs",)
-        usual = {field.name: field.default for field in dataclasses.fields(self)}
-        return [
-            f"`{name}={getattr(self, name)}` has no effect {reason}"
-            for reason, names in idle.items()
-            for name in names
-            if getattr(self, name) != usual[name]
-        ]
 
     def _no_sequence(self) -> list[str]:
         """What is wrong with the settings of sequences."""
-        problems = []
-        if self.sequence_step != 1 and self.sequence in ("none", "own"):
-            problems.append(
-                f"sequence_step={self.sequence_step} has no effect with sequence={self.sequence}; "
-                "give `sequence=pixels`, `sequence=permuted` or `sequence=rows`, or leave it out"
-            )
-        if self.sequence_seed != 0 and self.sequence != "permuted":
-            problems.append(
-                f"sequence_seed={self.sequence_seed} has no effect with sequence={self.sequence}; "
-                "give `sequence=permuted`, or leave it out"
-            )
-        if self.sequence == "none" or problems:
-            return problems
+        if self.sequence == "none" or self._without_effect().keys() & {"sequence_step", "sequence_seed"}:
+            return []
         if self.use_resnet:
             return [f"sequence={self.sequence} needs images, but use_resnet trains on features; leave one of them out"]
         if self.dataset not in DATASETS:

@@ -216,7 +216,7 @@ class Trainer(EpochTrainer):
                 total_steps=self._steps if bounded else None,
                 recurrent=[connection for connection in self.net.recurrents() if connection is not None],
             )
-        self._watch(settings.lr)
+        self._watch(settings.lr, **({"rec_gain": settings.rec_gain} if settings.recurrent else {}))
         self._layers = LayerWatch(order is not None)
 
     def state_dict(self) -> dict[str, Any]:

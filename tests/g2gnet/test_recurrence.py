@@ -416,10 +416,16 @@ def test_density_and_gain_of_recurrent_connections_are_their_own():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"p_rec_inter": 0.1}, "p_rec_inter=0.1 has no effect without recurrent connections"),
-        ({"rec_gain": 0.5}, "rec_gain=0.5 has no effect without recurrent connections"),
-        ({"recurrent": True, "model": "dense", "p_rec_inter": 0.1}, "p_rec_inter=0.1 has no effect with model=dense"),
-        ({"recurrent": True, "density": "erk", "p_rec_inter": 0.1}, "p_rec_inter=0.1 has no effect with density=erk"),
+        ({"p_rec_inter": 0.1}, "p_rec_inter=0.1 has no effect without recurrent; give `recurrent`, or leave it out"),
+        ({"rec_gain": 0.5}, "rec_gain=0.5 has no effect without recurrent; give `recurrent`, or leave it out"),
+        (
+            {"recurrent": True, "model": "dense", "p_rec_inter": 0.1},
+            "p_rec_inter=0.1 has no effect with model=dense; give `model=index`",
+        ),
+        (
+            {"recurrent": True, "density": "erk", "p_rec_inter": 0.1},
+            "p_rec_inter=0.1 has no effect with density=erk; give `density=u",
+        ),
     ],
 )
 def test_settings_without_effect_are_refused(options, message):

@@ -37,6 +37,13 @@ def test_what_a_network_cannot_be_made_of_is_named():
         SpikingStack([(nn.Conv2d(1, 8, 3), LIF())])
 
 
+@pytest.mark.parametrize("name", ["recurrent", "standardize", "per_neuron", "learn_beta"])
+@pytest.mark.parametrize("value", ["no", 1, None])
+def test_a_flag_that_is_neither_true_nor_false_is_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name}={value!r} must be True or False"):
+        G2GNet(784, 32, 10, block_size=8, **{name: value})
+
+
 def save(path, images, labels):
     np.savez(path, train_images=images, train_labels=labels, test_images=images, test_labels=labels)
     return dataset_name(str(path))

@@ -375,6 +375,13 @@ def test_what_is_not_finite_is_named_and_the_last_good_checkpoint_kept(tmp_path,
     assert load(files)["epoch"] == 1
 
 
+def test_the_gain_of_recurrent_weights_is_a_remedy_too():
+    trainer = small_trainer(recurrent=True, rec_gain=0.5)
+    spoil_weight(trainer.net)
+    with pytest.raises(TrainingError, match=r"became non-finite; lower `lr` \(now 0.001\) or `rec_gain` \(now 0.5\)$"):
+        trainer.train_epoch()
+
+
 def test_a_loss_that_is_not_finite_is_named():
     trainer = small_trainer()
     simulate = trainer.net.simulate

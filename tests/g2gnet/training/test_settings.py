@@ -101,7 +101,7 @@ def test_the_stem_names_the_run(options, stem):
         ),
         ({"use_resnet": True}, "use_resnet needs `dataset=cifar10` or `dataset=cifar100`"),
         ({"dataset": "cifar10", "use_resnet": True, "augment": "crop-flip"}, "augment=crop-flip needs images"),
-        ({"dataset": "cifar10", "resnet_weights": "w.pt"}, "resnet_weights has no effect without use_resnet"),
+        ({"dataset": "cifar10", "resnet_weights": "w.pt"}, "resnet_weights=w.pt has no effect without use_resnet"),
         ({"sparsity_mode": "dynamic"}, "sparsity_mode=dynamic needs a sparse model; give `model=index"),
         ({"sparsity_mode": "dynamic", "model": "index", "p_inter": 1.0}, "nothing to grow at p_inter=1"),
     ],

@@ -204,6 +204,28 @@ def test_a_checkpoint_and_a_marker_made_before_there_was_a_setting_have_its_defa
     assert read_run(files.checkpoint).settings == TrainSettings(**{**SMALL, "epochs": 1})
 
 
+def test_settings_without_effect_may_differ_from_those_of_a_checkpoint(tmp_path):
+    """As after a release that changes their default. Where they have an effect, they may not."""
+    files = run(tmp_path, epochs=1)
+    state, marker = load(files), json.loads(files.marker.read_text())
+    others = {"rec_gain": 1.0, "dst_stop": 0.5, "warmup_epochs": 3}
+    for saved in (state, marker):
+        saved["settings"] |= others
+        del saved["settings"]["reset"]  # and it was saved before there was this one
+    write_tensors(files.checkpoint, state)
+    files.marker.write_text(json.dumps(marker))
+    assert read_run(files.checkpoint).settings == TrainSettings(**{**SMALL, "epochs": 1, "warmup_epochs": 3})
+    run(tmp_path, epochs=1)
+    files.marker.unlink()
+    run(tmp_path, epochs=1, cp="random")
+    files.marker.unlink()
+    with pytest.raises(CheckpointError) as error:
+        run(tmp_path, epochs=1, recurrent=True)
+    assert "rec_gain: 1.0 there, 0.2 now\n  recurrent: False there, True now\nGive" in str(error.value)
+    with pytest.raises(CheckpointError, match=r"rec_gain: 1\.0 there, 0\.5 now"):
+        run(tmp_path, epochs=1, recurrent=True, rec_gain=0.5)
+
+
 def test_a_checkpoint_of_a_later_version_is_refused_by_the_setting_that_is_unknown(tmp_path):
     files = run(tmp_path, epochs=1)
     files.marker.unlink()

@@ -222,6 +222,7 @@ class BlockMask(UnitGrid):
 
     def _changed(self) -> None:
         self.changes += 1
+        self._tensors = None
         with torch.no_grad():
             self._own.copy_(row_of(self))
         self._seen = version(self._own)

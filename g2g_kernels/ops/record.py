@@ -74,34 +74,33 @@ class RecordOperator:
 
 
 def define(
-    schema: str,
-    record: type[Record],
-    function: Callable,
-    fake: Callable,
-    keys: Sequence[str] = ("CPU",),
-    check: Callable[[Any], None] = lambda record: None,
+    schema: str, record: type[Record], function: Callable, fake: Callable, keys: Sequence[str] = ("CPU",)
 ) -> RecordOperator:
     """Registers an operator.
 
     Args:
         schema: ``"name(Tensor x, int steps) -> (Tensor, Tensor[])"``, as ``record.flat()`` has its arguments.
         record: the type of its argument.
-        function, fake: implementation and fake implementation; both take the record.
+        function, fake: implementation and fake implementation; both take the record. A list that they return may have
+            None for a tensor that there is none of, which the dispatcher gets as an empty one.
         keys: the dispatch keys that ``function`` serves.
-        check: raises ValueError for a record that ``function`` cannot serve. Those that the public functions make are
-            right; ``torch.ops`` takes any.
     """
     name = schema.partition("(")[0]
     _library.define(schema)
 
-    def checked(*arguments: Any) -> Any:
-        given = record.of_flat(*arguments)
-        check(given)
-        return function(given)
+    def implementation(function: Callable) -> Callable:
+        def flat(*arguments: Any) -> Any:
+            results = function(record.of_flat(*arguments))
+            if isinstance(results, list):
+                like = next(tensor for tensor in results if tensor is not None)
+                return [like.new_empty(0) if tensor is None else tensor for tensor in results]
+            return results
+
+        return flat
 
     for key in keys:
-        _library.impl(name, checked, key)
-    torch.library.register_fake(f"g2g::{name}", lambda *arguments: fake(record.of_flat(*arguments)), lib=_library)
+        _library.impl(name, implementation(function), key)
+    torch.library.register_fake(f"g2g::{name}", implementation(fake), lib=_library)
     return RecordOperator(getattr(torch.ops.g2g, name).default, record, function)
 
 
@@ -116,7 +115,8 @@ class Gradients(NamedTuple):
     Attributes:
         record: the record of the forward pass.
         kept: its outputs that only the backward pass needs, the tensors of lists one by one.
-        grads: the gradients of its other outputs, contiguous; None for one that was not used.
+        grads: the gradients of its other outputs, contiguous, the tensors of lists one by one; None for one that was
+            not used.
         needed: whether the gradient of each of ``record.tensors()`` is needed.
     """
 
@@ -155,7 +155,7 @@ def differentiate(
 
     @for_each
     def gradients(ctx: Any, *grads: Any) -> Sequence[torch.Tensor | None]:
-        """Those of ``inputs``, the tensors of lists one by one."""
+        """Those of ``inputs``, from those of all results, the tensors of lists one by one."""
         if all([grad is None for grad in grads]):
             return [None] * len(ctx.needed)
         saved = ctx.saved_tensors
@@ -176,7 +176,7 @@ def differentiate(
     def of_arguments(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         needed = dict(zip(names, ctx.needs_input_grad, strict=True))
         ctx.needed = _each([needed[name] for name in inputs])
-        found = iter(gradients(ctx, *grads[:outputs]))
+        found = iter(gradients(ctx, *_each(grads[:outputs])))
         lengths = dict(zip(names, ctx.lengths, strict=True))
         of = {name: _next(found, lengths[name]) for name in inputs}
         return tuple([of[name] if name in of else _next(nothing, lengths[name]) for name in names])
@@ -184,20 +184,30 @@ def differentiate(
     torch.library.register_autograd(operator.overload.name(), of_arguments, setup_context=setup_context, lib=_library)
 
     class Differentiated(torch.autograd.Function):
+        """The results, the tensors of lists one by one; then all outputs as the implementation gave them."""
+
         @staticmethod
         def forward(ctx, record, *_):
             with torch._C._AutoDispatchBelowAutograd():
-                results = operator.function(record)
-            save(ctx, record, results)
-            return results
+                made = operator.function(record)
+            save(ctx, record, made)
+            return (made, made) if isinstance(made, torch.Tensor) else (*_each(made[:outputs]), made)
 
         @staticmethod
         def backward(ctx, *grads):
             _, *ctx.needed = ctx.needs_input_grad
-            found = gradients(ctx, *grads[:outputs])
+            found = gradients(ctx, *grads[:-1])
             return None, *found, *[None] * (ctx.count - len(found))
 
-    operator.differentiated = Differentiated.apply
+    def differentiated(record: DifferentiableRecord, *tensors: torch.Tensor | None) -> Any:
+        *results, made = Differentiated.apply(record, *tensors)
+        if isinstance(made, torch.Tensor):
+            return results[0]
+        each = iter(results)
+        of = [_next(each, len(value) if isinstance(value, list) else None) for value in made[:outputs]]
+        return *of, *made[outputs:]
+
+    operator.differentiated = differentiated
 
 
 def _each(values: Iterable[Any]) -> list[Any]:

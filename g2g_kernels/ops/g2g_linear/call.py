@@ -105,6 +105,7 @@ def operators(
 
     def gradients(given: record.Gradients) -> Sequence[torch.Tensor]:
         (grad_y,), call = given.grads, given.record
+        assert grad_y is not None  # y is the only result
         to_x, to_values, to_bias = backward_operator(LinearBackward(call, grad_y, tuple(given.needed)))
         return to_x, to_values, to_bias if call.bias is None else to_bias.to(call.bias.dtype)
 

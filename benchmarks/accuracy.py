@@ -18,6 +18,7 @@ import g2gnet.cli
 from g2g_kernels.dispatch import BACKENDS
 from g2gnet.data import ImageData
 from g2gnet.seeding import make_deterministic
+from g2gnet.tables import in_columns
 from g2gnet.training import Machine, SettingsError, TrainSettings
 from g2gnet.training.trainer import Trainer
 
@@ -142,7 +143,7 @@ def table(record: dict[str, Any]) -> str:
         )
         for run in record["runs"]
     ]
-    return report.grid(("test accuracy, %, after epoch", "per epoch", *numbers), rows)
+    return in_columns(("test accuracy, %, after epoch", "per epoch", *numbers), rows)
 
 
 def csv_rows(record: dict[str, Any]) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ from g2g_kernels.triton import runtime
 from g2g_kernels.triton.runtime import Launch
 from g2gnet import G2GNet
 from g2gnet.cli import Parser
+from g2gnet.tables import markdown, markdown_row
 
 from .launches import training_step
 
@@ -146,10 +147,6 @@ KERNELS = [
 ]
 HEADINGS = ["step", "kernel", "tile", "factors", "target", "registers", "stack", "shared", "programs/SM", "matrix",
             "buffers", "in flight"]  # fmt: skip
-
-
-def line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -319,14 +316,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ["TRITON_CACHE_DIR"] = cache  # never use results of an earlier run
         print("# Machine code of the Triton kernels\n")
         print(f"Triton {triton.__version__}, `python -m benchmarks.aot`. Compiled, not run on a GPU.\n")
-        print(line(HEADINGS))
-        print(line(["---"] * len(HEADINGS)))
+        print(markdown(HEADINGS, []))
         cases, targets = [CASES[name] for name in arguments.cases], [TARGETS[name] for name in arguments.targets]
         printed = set()
         for row in rows(cases, targets, arguments.kernels):
             unlike = dataclasses.replace(row, case="")  # steps differ in arguments that change nothing of this
             if unlike not in printed:
-                tqdm.write(line(row.cells()))
+                tqdm.write(markdown_row(row.cells()))
                 sys.stdout.flush()
             printed.add(unlike)
     return 0

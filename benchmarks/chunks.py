@@ -21,7 +21,7 @@ from tqdm import tqdm
 from g2g_kernels.numbers import COUNT
 from g2gnet import G2GNet
 from g2gnet.cli import Parser
-from g2gnet.sweep.results import markdown
+from g2gnet.tables import markdown
 
 from . import cli
 from .harness import Worker, WorkerError
@@ -133,8 +133,8 @@ def plan(arguments: argparse.Namespace) -> dict[int, list[int | None]]:
         for number in numbers:
             COUNT.check(name, number)
     compared = sorted({*chunks, arguments.chunk})
-    of = {steps: [None, *(compared if steps == USUAL else [arguments.chunk])] for steps in lengths}
-    return {**of, **({arguments.long: [arguments.chunk]} if arguments.long else {})}
+    planned = {steps: [None, *(compared if steps == USUAL else [arguments.chunk])] for steps in lengths}
+    return {**planned, **({arguments.long: [arguments.chunk]} if arguments.long else {})}
 
 
 def chunks(arguments: argparse.Namespace) -> cli.Report:
@@ -142,11 +142,11 @@ def chunks(arguments: argparse.Namespace) -> cli.Report:
     size = Size(batch_size=arguments.batch_size, hidden_dim=arguments.hidden_dim)
     machine, limits = describe(torch.device("cpu")), Limits(torch.device("cpu"))
     print(cli.headline(machine))
-    turns = sum(len(of) for of in planned.values()) * (1 + arguments.repeats)
+    turns = sum(map(len, planned.values())) * (1 + arguments.repeats)
     points: list[dict[str, Any]] = []
     with tqdm(total=turns, leave=False, disable=None) as bar:
-        for steps, of in planned.items():
-            points += measure(size, steps, of, arguments.repeats, bar)
+        for steps, compared in planned.items():
+            points += measure(size, steps, compared, arguments.repeats, bar)
             limits.measure()
     record = {
         "benchmark": "chunks",
@@ -164,12 +164,12 @@ def chunks(arguments: argparse.Namespace) -> cli.Report:
     return cli.Report(record, rows, status=int(wrong))
 
 
-def measure(size: Size, steps: int, of: Sequence[int | None], repeats: int, bar: tqdm) -> list[dict[str, Any]]:
+def measure(size: Size, steps: int, compared: Sequence[int | None], repeats: int, bar: tqdm) -> list[dict[str, Any]]:
     """The point of each chunk at one T, from processes that take turns."""
     points: list[dict[str, Any]] = []
     with contextlib.ExitStack() as stack:
         racers, expected = [], None
-        for chunk in of:
+        for chunk in compared:
             bar.set_description(f"T {steps}, {'whole' if chunk is None else f'chunks of {chunk}'}")
             bar.update()
             point: dict[str, Any] = {"T": steps, "chunk": chunk, "status": "timed"}
@@ -236,11 +236,11 @@ def table(record: dict[str, Any]) -> str:
             rows.append([*row, point["status"], "", "", "", ""])
             continue
         beside = whole.get(point["T"], {})
-        of = peak = processor = ""
+        time = peak = processor = ""
         if point["chunk"] is not None and "median" in beside:
-            peak, of = f"{100 * point['peak_bytes'] / beside['peak_bytes']:.0f} %", f"{point['times']:.2f} ×"
+            peak, time = f"{100 * point['peak_bytes'] / beside['peak_bytes']:.0f} %", f"{point['times']:.2f} ×"
             processor = f"{point['cpu_times']:.2f} ×"
-        rows.append([*row, f"{point['peak_bytes'] / 1e6:,.0f} MB", peak, seconds(point["median"]), of, processor])
+        rows.append([*row, f"{point['peak_bytes'] / 1e6:,.0f} MB", peak, seconds(point["median"]), time, processor])
     return markdown(["T", "chunk", "peak memory", "of the whole's", "step", "of the whole's", "processor time"], rows)
 
 

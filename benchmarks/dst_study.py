@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from g2gnet.sweep.results import markdown
+from g2gnet.tables import markdown
 
 from .study import Study, accuracy, run_study, spread, standard_error
 
@@ -52,12 +52,12 @@ def table(record: dict[str, Any]) -> str:
     accuracies, graphs = [], []
     for side, densities in DENSITIES.items():
         for percent in densities:
-            of = {growth: ends.get(f"units of {side}, {percent} %, {growth}") for growth in GROWTH}
-            if not any(of.values()):
+            grown = {growth: ends.get(f"units of {side}, {percent} %, {growth}") for growth in GROWTH}
+            if not any(grown.values()):
                 continue
-            cells = [spread(runs, accuracy) if runs else "–" for runs in of.values()]
-            accuracies.append([f"{side}", f"{percent} %", *cells, _gain(of)])
-            graphs += [[f"{side}", f"{percent} %", growth, *_graph(runs)] for growth, runs in of.items() if runs]
+            cells = [spread(runs, accuracy) if runs else "–" for runs in grown.values()]
+            accuracies.append([f"{side}", f"{percent} %", *cells, _gain(grown)])
+            graphs += [[f"{side}", f"{percent} %", growth, *_graph(runs)] for growth, runs in grown.items() if runs]
     others = [[name, spread(runs, accuracy)] for name, runs in ends.items() if "default schedule" in name]
     parts = [
         markdown(["units of", "density", *GROWTH, "best growth − static"], accuracies) if accuracies else "",
@@ -70,10 +70,10 @@ def table(record: dict[str, Any]) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def _gain(of: dict[str, list[dict[str, Any]] | None]) -> str:
+def _gain(runs_of: dict[str, list[dict[str, Any]] | None]) -> str:
     """The growth rule of the highest mean accuracy minus static, with its standard error if that is known."""
-    static = [accuracy(end) for end in of["static"] or []]
-    grown = {growth: [accuracy(end) for end in runs] for growth, runs in of.items() if runs and growth != "static"}
+    static = [accuracy(end) for end in runs_of["static"] or []]
+    grown = {growth: [accuracy(end) for end in runs] for growth, runs in runs_of.items() if runs and growth != "static"}
     if not static or not grown:
         return "–"
     best = max(grown, key=lambda growth: sum(grown[growth]) / len(grown[growth]))

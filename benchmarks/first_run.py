@@ -29,7 +29,7 @@ import torch
 from g2gnet.cli import FlagError, Parser, run_program
 from g2gnet.files import replace_file
 from g2gnet.messages import say
-from g2gnet.sweep.results import markdown
+from g2gnet.tables import markdown
 
 from .machine import describe
 from .predictions import CHIPS, FUSED_BATCHES, FUSED_UNITS, GROWING, OTHERS, RECORD, WAYS, scaling_stage

@@ -19,13 +19,14 @@ from g2g_kernels.numbers import COUNT
 from g2g_kernels.triton import runtime
 from g2gnet.cli import FlagError, Parser, add_json_flag, run_program
 from g2gnet.cuda_graph import CapturedStep
+from g2gnet.tables import in_columns
 
 from . import cli
 from .contender import autocast
 from .machine import describe, timed
 from .predictions import FUSED_BATCHES, FUSED_UNITS, fused_label
 from .registry import PRECISIONS
-from .report import grid, seconds
+from .report import seconds
 from .roofline import DTYPES
 
 #: firing rate of the inputs
@@ -137,7 +138,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
                     }
                 )
     rows = [(one["what"], seconds(one["median"]), f"{one['counts_that_differ']:.1e}") for one in found]
-    print(grid(("", "median", "counts that differ"), rows))
+    print(in_columns(("", "median", "counts that differ"), rows))
     return {
         "benchmark": "fused_pair",
         "precision": arguments.precision,

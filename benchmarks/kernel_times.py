@@ -13,11 +13,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from g2gnet.cli import FlagError, Parser, run_program
+from g2gnet.tables import in_columns
 
 from . import cli
 from .machine import describe, synchronize
 from .ours import Network
-from .report import grid, seconds
+from .report import seconds
 
 #: kernels below this share of the total are omitted from the table
 SMALL = 0.01
@@ -65,7 +66,7 @@ def kernel_times(arguments: argparse.Namespace) -> dict[str, Any]:
     whole = sum(kernel["median"] for kernel in kernels)
     shown = [kernel for kernel in kernels if kernel["median"] >= SMALL * whole]
     rows = [(k["what"][:60], seconds(k["median"]), f"{k['calls']:g}") for k in shown]
-    print(grid(("per step", "time", "calls"), rows))
+    print(in_columns(("per step", "time", "calls"), rows))
     return {
         "benchmark": "kernel_times",
         "precision": precision,

@@ -22,7 +22,7 @@ from g2g_kernels.ops.g2g_stack.call import StackBackward, StackCall
 from g2g_kernels.ops.neurons.call import NeuronsBackward, NeuronsCall
 from g2g_kernels.triton.runtime import Launch, recorded
 from g2gnet import G2GLinear, G2GNet
-from g2gnet.dst import unit_correlation
+from g2gnet.dst_scores import unit_correlation
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ from torch import nn
 from g2g_kernels import lif, synaptic
 from g2gnet import DSTScheduler, G2GLinear, G2GNet
 from g2gnet.cuda_graph import CapturedStep
-from g2gnet.dst import unit_correlation
+from g2gnet.dst_scores import unit_correlation
 
 from .contender import LinearContender, NetworkContender, NeuronContender, UpdateContender
 from .reference import UPDATE_FRACTION, Results

@@ -19,10 +19,11 @@ from typing import Any
 import torch
 
 from g2gnet.cli import FlagError, Parser, add_json_flag, run_program
+from g2gnet.tables import in_columns
 from g2gnet.training import TrainingError
 
 from .machine import describe
-from .report import grid, seconds
+from .report import seconds
 
 #: the largest relative difference of losses that the order of sums explains, including a few changed spikes
 ALLOWED = 0.02
@@ -76,7 +77,11 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
             history = epochs(launcher, arguments.flags, arguments.device, Path(root) / name.replace(" ", "-"))
             last = history[-1]
             found.append({"what": name, "median": min(epoch["seconds"] for epoch in history), "epochs": history})
-            print(grid(("", "per epoch", "loss"), [(name, seconds(found[-1]["median"]), f"{last['train_loss']:.4f}")]))
+            print(
+                in_columns(
+                    ("", "per epoch", "loss"), [(name, seconds(found[-1]["median"]), f"{last['train_loss']:.4f}")]
+                )
+            )
     for epoch, (alone, shared) in enumerate(zip(*(one["epochs"] for one in found), strict=True), 1):
         if not math.isclose(alone["train_loss"], shared["train_loss"], rel_tol=ALLOWED):
             raise TrainingError(

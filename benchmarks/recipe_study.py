@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from g2gnet.sweep.results import markdown
+from g2gnet.tables import markdown
 
 from .dst_study import GROWTH, SCHEDULE, density_flags
 from .study import Study, accuracy, run_study, spread

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from g2gnet.cli import Parser
-from g2gnet.sweep.results import markdown
+from g2gnet.tables import markdown
 
 from . import (
     accuracy,

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from g2gnet.tables import in_columns
+
 from .harness import Outcome
 from .registry import COMPACT
 
@@ -107,17 +109,6 @@ def seconds(value: float) -> str:
     return f"{value / scale:.3g} {unit}"
 
 
-def grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns under a header, the first aligned left, the others right."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-
-    def line(cells: Sequence[str]) -> str:
-        (name, first), *rest = zip(cells, widths, strict=True)
-        return "  ".join([f"{name:<{first}}"] + [f"{cell:>{width}}" for cell, width in rest]).rstrip()
-
-    return "\n".join([line(header), "  ".join("─" * width for width in widths), *map(line, rows)])
-
-
 def throughput_table(record: dict[str, Any]) -> str:
     """The contenders of a throughput record; then how some differ, and which have no time and why.
 
@@ -143,7 +134,7 @@ def throughput_table(record: dict[str, Any]) -> str:
         for row in timed
     ]
     columns = "contender,median,p20 – p80,CPU time,speed-up,GFLOP/s,of floor,peak MB,first turn,rates %,error"
-    parts = [grid(columns.split(","), rows)] if rows else ["no contender has a time"]
+    parts = [in_columns(columns.split(","), rows)] if rows else ["no contender has a time"]
     parts += [f"{row['contender']}: {row['differs']}" for row in timed if row["differs"]]
     parts += [
         f"{row['contender']}: {row['status']}: {row['reason']}"

@@ -18,6 +18,7 @@ import torch
 from g2gnet import G2GNet
 from g2gnet.cli import Parser, add_settings_flags
 from g2gnet.settings import with_default
+from g2gnet.tables import markdown
 from g2gnet.training import TrainSettings
 
 from .launches import Operation, training_step
@@ -81,27 +82,24 @@ def table(operations: Sequence[Operation], card: Card, precision: str) -> str:
     floors = [seconds(operation, card, precision) for operation in operations]
     total = sum(floors)
 
-    def row(phase: str, name: str, chosen: Sequence[Operation], bound: str, moved: str) -> str:
+    def row(phase: str, name: str, chosen: Sequence[Operation], bound: str, moved: str) -> list[str]:
         flop = sum(operation.flop for operation in chosen) / 1e9
         megabytes = sum(operation.bytes for operation in chosen) / 1e6
         floor = sum(seconds(operation, card, precision) for operation in chosen) * 1e6
-        return f"| {phase} | {name} | {flop:.1f} | {megabytes:.1f} | {floor:.1f} | {bound} | {moved} |"
+        return [phase, name, f"{flop:.1f}", f"{megabytes:.1f}", f"{floor:.1f}", bound, moved]
 
-    lines = [
-        "| pass | kernel | GFLOP | MB | floor, µs | bound by | of which, MB |",
-        "| --- | --- | --: | --: | --: | --- | --- |",
-    ]
-    small = []
+    rows, small = [], []
     for operation, floor in zip(operations, floors, strict=True):
         if floor < SMALL * total:
             small.append(operation)
             continue
         bound = "memory" if floor == operation.bytes / card.bytes_per_s else "arithmetic"
         parts = [f"{size / 1e6:.1f} {kind}" for kind, size in kinds(operation).items() if size > 0.01 * operation.bytes]
-        lines.append(row(operation.phase, operation.name, [operation], bound, ", ".join(parts)))
-    lines.append(row("", f"{len(small)} smaller ones", small, "", ""))
-    lines.append(row("", f"**all {len(operations)}**", operations, "", ""))
-    return "\n".join(lines)
+        rows.append(row(operation.phase, operation.name, [operation], bound, ", ".join(parts)))
+    rows.append(row("", f"{len(small)} smaller ones", small, "", ""))
+    rows.append(row("", f"**all {len(operations)}**", operations, "", ""))
+    header = ["pass", "kernel", "GFLOP", "MB", "floor, µs", "bound by", "of which, MB"]
+    return markdown(header, rows, right=header[2:5])
 
 
 def bytes_left(operations: Sequence[Operation], card: Card) -> str:
@@ -110,10 +108,12 @@ def bytes_left(operations: Sequence[Operation], card: Card) -> str:
     for operation in operations:
         for kind, size in kinds(operation).items():
             moved[kind] += size
-    lines = ["| what moves | MB | µs at the card's bandwidth |", "| --- | --: | --: |"]
-    for kind, size in sorted(moved.items(), key=lambda item: -item[1]):
-        lines.append(f"| {kind} | {size / 1e6:.0f} | {size / card.bytes_per_s * 1e6:.0f} |")
-    return "\n".join(lines)
+    header = ["what moves", "MB", "µs at the card's bandwidth"]
+    rows = [
+        [kind, f"{size / 1e6:.0f}", f"{size / card.bytes_per_s * 1e6:.0f}"]
+        for kind, size in sorted(moved.items(), key=lambda item: -item[1])
+    ]
+    return markdown(header, rows, right=header[1:])
 
 
 #: the settings that are flags here

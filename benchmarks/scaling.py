@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from g2g_kernels import available_backends
 from g2gnet.cli import Parser
+from g2gnet.tables import in_columns
 
 from . import cli, report
 from .floor import work
@@ -34,6 +35,9 @@ class Quantity(NamedTuple):
         x_is: the label of x.
         x: of a prepared workload; None: the value itself.
         changes: of the workload, whatever the value.
+        changes_at: those that depend on the value.
+        beside_dense: whether the memory of the dense network's parameters stands beside: it is computed, since the
+            largest cannot be run.
     """
 
     field: str
@@ -41,11 +45,23 @@ class Quantity(NamedTuple):
     x_is: str
     x: Callable[[Prepared], float] | None = None
     changes: dict[str, Any] = {}  # noqa: RUF012  (never changed)
+    changes_at: Callable[[Any], dict[str, Any]] = lambda value: {}
+    beside_dense: bool = False
 
     def of(self, entry: Entry, value: Any) -> dict[str, Any]:
         """The changes of a contender's workload; α only concerns those with another surrogate."""
         concerned = self.field != "alpha" or "alpha" in entry.workload
-        return {**entry.workload, **({self.field: value} if concerned else {})}
+        return {**entry.workload, **({self.field: value, **self.changes_at(value)} if concerned else {})}
+
+
+#: neurons in a group of a wide layer
+WIDE_GROUP = 256
+
+
+def _wide(neurons: int) -> dict[str, Any]:
+    """Groups of one size, with as many weights between them as inside, so that a neuron has as many in any layer."""
+    groups = neurons // WIDE_GROUP
+    return {"num_groups": groups, "p_inter": 1 / max(1, groups - 1)}
 
 
 QUANTITIES = {
@@ -55,6 +71,13 @@ QUANTITIES = {
     "T": Quantity("T", (10, 20, 30, 40, 50), "time steps T"),
     "B": Quantity("batch_size", (1, 8, 32, 128, 256), "batch size B"),
     "H": Quantity("hidden_dim", (128, 256, 512, 1024, 2048), "hidden neurons H"),
+    "wide": Quantity(
+        "hidden_dim",
+        (1024, 4096, 16384, 65536),
+        f"hidden neurons H in groups of {WIDE_GROUP}",
+        changes_at=_wide,
+        beside_dense=True,
+    ),
     "alpha": Quantity(
         "alpha",
         (8.0, 4.0, 2.0, 1.0, 0.5, 0.25),
@@ -88,7 +111,8 @@ def build_parser() -> Parser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="By default g2g on its best backend takes part, the masked snnTorch loop and the dense layers with our "
-        "LIF;\nfor alpha, g2g under a triangle and under ATan. Names are those of benchmarks.throughput.",
+        "LIF;\nfor alpha, g2g under a triangle and under ATan; for wide layers g2g alone.\n"
+        "Names are those of benchmarks.throughput.",
     )
     parser.add_argument(
         "--quantity", default="p_inter", choices=tuple(QUANTITIES), help="what grows (default: p_inter)"
@@ -109,12 +133,15 @@ def scaling(arguments: argparse.Namespace) -> cli.Report:
         values = list(cli.numbers(arguments.values, type(values[0])))
     if len(set(values)) < 2:
         raise ValueError(f"values={arguments.values!r}: a line needs at least two different values")
-    workloads = [cli.workload_from(arguments, **quantity.changes, **{quantity.field: value}) for value in values]
+    workloads = [
+        cli.workload_from(arguments, **quantity.changes, **quantity.changes_at(value), **{quantity.field: value})
+        for value in values
+    ]
     own = [[cli.workload_from(arguments, **quantity.of(entry, value)) for value in values] for entry in entries]
     machine = describe(device)
     print(cli.headline(machine))
-    every = dict.fromkeys([*workloads, *itertools.chain.from_iterable(own)])
-    prepared = {workload: cli.prepare_with_bar(workload, arguments.data_dir) for workload in every}
+    distinct = dict.fromkeys([*workloads, *itertools.chain.from_iterable(own)])
+    prepared = {workload: cli.prepare_with_bar(workload, arguments.data_dir) for workload in distinct}
     places = [
         {
             **one.workload.as_dict(),
@@ -122,6 +149,7 @@ def scaling(arguments: argparse.Namespace) -> cli.Report:
             "density": one.density(),
             "note": one.note,
             **work(one, arguments.kernel),
+            **({"dense_bytes": dense_bytes(one)} if quantity.beside_dense else {}),
         }
         for _, one in map(prepared.__getitem__, workloads)
     ]
@@ -160,12 +188,21 @@ def scaling(arguments: argparse.Namespace) -> cli.Report:
     return cli.Report(record, csv_rows(record), status=int(any(outcome.status == "wrong" for outcome in outcomes)))
 
 
+def dense_bytes(prepared: Prepared) -> int:
+    """Memory of the dense network's weights, their gradients and Adam's two moments, in float32."""
+    hidden = prepared.workload.hidden_dim
+    weights = hidden * (prepared.images.shape[1] + hidden + prepared.num_classes)
+    return 4 * 4 * weights
+
+
 def contenders(arguments: argparse.Namespace) -> list[Entry]:
     """The contenders requested by the flags; by default g2g at its best, a masked and a dense network."""
     asked = arguments.contenders, arguments.backend, arguments.precision
     if any(asked):
         return choose(arguments.kernel, *asked)
     ours = f"g2g-{available_backends()[0]}"
+    if QUANTITIES[arguments.quantity].beside_dense:
+        return choose(arguments.kernel, ours)
     beside = f"{ours}-triangle" if arguments.quantity == "alpha" else "snntorch-masked,dense-lif"
     return choose(arguments.kernel, f"{ours},{beside}")
 
@@ -212,12 +249,15 @@ def table(record: dict[str, Any]) -> str:
             ]
         times.append((one["contender"], *(report.seconds(m) if m else "–" for m in medians), *fitted))
         memory.append((one["contender"], *(f"{peak / 1e6:.0f}" if peak else "–" for peak in peaks)))
+    if "dense_bytes" in record["workloads"][0]:
+        dense = [f"{place['dense_bytes'] / 1e6:.0f}" for place in record["workloads"]]
+        memory.append(("dense weights with gradients and Adam, computed", *dense))
     return "\n".join(
         [
             f"{record['x_is']}: median time, and the line over active multiply-adds",
-            report.grid(("", *places, "intercept", "of largest", "R²"), times),
+            in_columns(("", *places, "intercept", "of largest", "R²"), times),
             "peak memory, MB",
-            report.grid(("", *places), memory),
+            in_columns(("", *places), memory),
             *notes,
         ]
     )

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from g2gnet import G2GNet
 from g2gnet.data import DATASETS
 from g2gnet.files import make_directory, replace_file
-from g2gnet.sweep.results import markdown
+from g2gnet.tables import markdown
 from g2gnet.training import TrainSettings
 
 from . import gru

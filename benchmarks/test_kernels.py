@@ -82,11 +82,11 @@ def test_g2g_linear(benchmark, backend, block_size, rate):
     x = x if rate is None else (x > torch.quantile(x[0], 1 - rate)).float()
     values = torch.randn(mask.num_units, *mask.unit_shape, generator=draw)
     gradient = torch.randn(len(x), HIDDEN, generator=draw)
-    there = mask.to(device_of(backend))
+    mask = mask.to(device_of(backend))
     compared(
         benchmark,
         backend,
-        lambda name, *given: g2g_linear(given[0], given[1], there, backend=name),
+        lambda name, *given: g2g_linear(given[0], given[1], mask, backend=name),
         [x, values],
         gradient,
     )
@@ -145,14 +145,14 @@ def test_training_step(benchmark, backend, block_size):
     net = network(backend, block_size).to(device_of(backend))
     exact = network("torch", block_size).double()(images.double())
     assert exact.sum() > BATCH, "the output neurons hardly fire"
-    there = images.to(device_of(backend))
-    difference = (net(there).cpu() - exact).abs().sum() / exact.abs().sum()
+    images = images.to(device_of(backend))
+    difference = (net(images).cpu() - exact).abs().sum() / exact.abs().sum()
     assert difference < 1e-3, f"counts are off by {difference:.1e}"  # a spike or two may flip
     optimizer = torch.optim.Adam(net.parameters(), lr=0.0, fused=True)
 
     def work() -> None:
         optimizer.zero_grad(set_to_none=True)
-        torch.nn.functional.cross_entropy(net(there), labels).backward()
+        torch.nn.functional.cross_entropy(net(images), labels).backward()
         optimizer.step()
 
     timed(benchmark, backend, work)

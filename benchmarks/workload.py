@@ -198,7 +198,7 @@ class Prepared:
                 slope = SURROGATES[lif.surrogate].derivative(membrane - lif.by_name["threshold"], lif.alpha)
                 passing[number] += int(slope.count_nonzero())
                 neurons[number] += slope.numel()
-        return [count / of for count, of in zip(passing, neurons, strict=True)]
+        return [count / number for count, number in zip(passing, neurons, strict=True)]
 
     def _noise(self, count: int) -> torch.Tensor:
         """Standard normal numbers [count, T, B, H]."""

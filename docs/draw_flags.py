@@ -7,6 +7,7 @@ from pathlib import Path
 from g2gnet import analyze, crossval, pretrain, train
 from g2gnet.report import program as report
 from g2gnet.sweep import program as sweep
+from g2gnet.tables import markdown
 
 PAGE = Path(__file__).with_name("flags.md")
 HEAD = """\
@@ -37,7 +38,6 @@ PROGRAMS = (
     ("python -m g2gnet.analyze", analyze, "Analyses the network of a checkpoint.", None),
     ("python -m g2gnet.report", report, "Writes an HTML page about one or several runs.", None),
 )
-HEADER = "| flag | default | meaning |\n| --- | --- | --- |"
 
 
 def flags(parser: argparse.ArgumentParser) -> dict[str, dict[str, argparse.Action]]:
@@ -51,7 +51,7 @@ def flags(parser: argparse.ArgumentParser) -> dict[str, dict[str, argparse.Actio
     return {title: actions for title, actions in groups.items() if actions}
 
 
-def row(name: str, action: argparse.Action) -> str:
+def row(name: str, action: argparse.Action) -> list[str]:
     meaning = re.sub(r" \(default: [^)]*\)", "", action.help or "")
     if action.choices:
         meaning += f"; one of {', '.join(f'`{choice}`' for choice in action.choices)}"
@@ -60,7 +60,7 @@ def row(name: str, action: argparse.Action) -> str:
     if action.default is None and stated:
         default = stated[1]
     value = f" {action.metavar}" if isinstance(action.metavar, str) and action.option_strings else ""
-    return f"| `{name}{value}` | {default} | {meaning.replace('|', chr(92) + '|')} |"
+    return [f"`{name}{value}`", default, meaning]
 
 
 def page() -> str:
@@ -85,7 +85,7 @@ def page() -> str:
         for title, lines in rows.items():
             heading = {"": "", "options": "### Others\n\n", "positional arguments": "### Arguments\n\n"}
             heading = heading.get(title, f"### {title[:1].upper()}{title[1:]}\n\n")
-            text.append(heading + "\n".join([HEADER, *lines]) + "\n")
+            text.append(heading + markdown(["flag", "default", "meaning"], lines) + "\n")
     return "\n".join(text)
 
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from g2g_kernels import graph, packing
 from g2g_kernels.groups import GroupLayout, partners
@@ -135,18 +134,6 @@ class BlockMask(UnitGrid):
         mask = cls(out_layout, in_layout, empty, empty, block_size)
         mask._set_units(*torch.ones(mask.grid).nonzero(as_tuple=True))
         return mask
-
-    def filled(self) -> "BlockMask":
-        """The mask with every unit of the same grid; slot u holds the unit whose ``flat_unit`` is u.
-
-        It shares this mask's axes. Creating it does not wait for the device.
-        """
-        full = BlockMask.__new__(BlockMask)
-        nn.Module.__init__(full)
-        full.block_size, full.rows, full.cols, full.changes = self.block_size, self.rows, self.cols, 0
-        unit = torch.arange(self.rows.num_units * self.cols.num_units, device=self.unit_row.device)
-        full._register_units(unit // self.cols.num_units, unit % self.cols.num_units)
-        return full
 
     @classmethod
     @on_cpu

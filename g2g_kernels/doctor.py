@@ -124,9 +124,9 @@ def checks() -> Iterator[Check]:
     # a draw in which no gradient of one number is a small difference of large ones, which bfloat16 would not hold
     draw = torch.Generator().manual_seed(6)
 
-    def multiples(of: float, least: int, most: int, *shape: int, generator: torch.Generator = draw) -> torch.Tensor:
-        """Random multiples of ``of``, from ``least`` to ``most`` times it."""
-        return torch.randint(least, most + 1, shape, generator=generator).double() * of
+    def multiples(unit: float, least: int, most: int, *shape: int, generator: torch.Generator = draw) -> torch.Tensor:
+        """Random multiples of ``unit``, from ``least`` to ``most`` times it."""
+        return torch.randint(least, most + 1, shape, generator=generator).double() * unit
 
     for block_size, kind in ((1, "interleaved"), (16, "random"), (32, "interleaved"), (64, "index"), (64, "random")):
         layouts = GroupLayout(SIZE, GROUPS, kind, draw), GroupLayout(SIZE, GROUPS, "index")
@@ -278,11 +278,11 @@ def describe() -> str:
 
 def examine(device: torch.device) -> Iterator[tuple[str, list[str]]]:
     """Runs every check on ``device``; for each backend, operator and precision a line of the table and its findings."""
-    every = list(checks())
+    known = list(checks())
     for backend in available_backends():
         if BACKENDS[backend].device_type not in (None, device.type) or BACKENDS[backend].only_by_name():
             continue
-        served = [check for check in every if backend == "triton" or not check.fused]
+        served = [check for check in known if backend == "triton" or not check.fused]
         if backend == "triton":
             print(f"compiling Triton kernels for {device} …", flush=True)
         for operator in dict.fromkeys(check.operator for check in served):

@@ -12,7 +12,7 @@ from g2g_kernels.sides import Side
 from g2g_kernels.tracing import is_traced
 
 
-class Units(Protocol):
+class HasUnits(Protocol):
     """The units that exist: their coordinates, int32 [num_units], and the two sides."""
 
     @property
@@ -25,40 +25,40 @@ class Units(Protocol):
     def cols(self) -> Side: ...
 
 
-def flat_unit(units: Units) -> torch.Tensor:
+def flat_unit(units: HasUnits) -> torch.Tensor:
     """int64 [num_units], the number of each slot's unit when the grid is counted row by row."""
     return units.unit_row.long() * units.cols.num_units + units.unit_col.long()
 
 
-def tiles(weight: torch.Tensor, units: Units) -> torch.Tensor:
+def tiles(weight: torch.Tensor, units: HasUnits) -> torch.Tensor:
     """A dense matrix cut into tiles [grid rows, grid columns, unit rows, unit columns], zero in the padding."""
     rows, cols = units.rows, units.cols
     weight = _gathered(_gathered(weight, 0, rows.neuron_at), 1, cols.neuron_at)
     return weight.reshape(rows.num_units, rows.width, cols.num_units, cols.width).permute(0, 2, 1, 3)
 
 
-def packed(weight: torch.Tensor, units: Units) -> torch.Tensor:
+def packed(weight: torch.Tensor, units: HasUnits) -> torch.Tensor:
     """The tiles of a dense matrix that exist: [num_units, unit rows, unit columns]."""
-    every = tiles(weight, units).reshape(-1, units.rows.width, units.cols.width)
-    return every.index_select(0, flat_unit(units))
+    grid = tiles(weight, units).reshape(-1, units.rows.width, units.cols.width)
+    return grid.index_select(0, flat_unit(units))
 
 
-def unpacked(values: torch.Tensor, units: Units) -> torch.Tensor:
+def unpacked(values: torch.Tensor, units: HasUnits) -> torch.Tensor:
     """The dense matrix of packed values, zero where there is no unit: the inverse of :func:`packed`."""
-    every = no_tiles(values, units)
-    every.index_copy_(0, flat_unit(units), values)
-    return assembled(every, units)
+    grid = no_tiles(values, units)
+    grid.index_copy_(0, flat_unit(units), values)
+    return assembled(grid, units)
 
 
-def no_tiles(values: torch.Tensor, units: Units) -> torch.Tensor:
+def no_tiles(values: torch.Tensor, units: HasUnits) -> torch.Tensor:
     """Zeros for the tiles of the whole grid: [grid rows · grid columns, unit rows, unit columns]."""
     return values.new_zeros(units.rows.num_units * units.cols.num_units, units.rows.width, units.cols.width)
 
 
-def assembled(every: torch.Tensor, units: Units) -> torch.Tensor:
+def assembled(grid: torch.Tensor, units: HasUnits) -> torch.Tensor:
     """The dense matrix of the tiles of the whole grid, in the form of :func:`no_tiles`."""
     rows, cols = units.rows, units.cols
-    weight = every.view(rows.num_units, cols.num_units, rows.width, cols.width).permute(0, 2, 1, 3)
+    weight = grid.view(rows.num_units, cols.num_units, rows.width, cols.width).permute(0, 2, 1, 3)
     weight = weight.reshape(rows.num_units * rows.width, cols.num_units * cols.width)
     return _gathered(_gathered(weight, 0, rows.place_of, rows.holes), 1, cols.place_of, cols.holes)
 

@@ -95,7 +95,7 @@ class Parser(argparse.ArgumentParser):
         arguments, unknown = self.parse_known_args(args, namespace)
         flags = [word.partition("=")[0] for word in unknown if word.startswith("-")]
         if flags:
-            self.error(f"unknown flag {flags[0]}{self._meant(flags[0])}")
+            self.error(f"unknown flag {flags[0]}{self._suggestion(flags[0])}")
         if unknown:
             self.error(f"unknown arguments {' '.join(unknown)}; --help lists what this program takes")
         return arguments
@@ -111,7 +111,7 @@ class Parser(argparse.ArgumentParser):
 
         return re.sub(r"`(\w+)(?:=([^`]*))?`", flag, text)
 
-    def _meant(self, flag: str) -> str:
+    def _suggestion(self, flag: str) -> str:
         known = [name for name in self._option_string_actions if name.startswith("--")]
         name = "--" + flag.lstrip("-").replace("-", "_")
         near = [each for each in known if each.lower() == name.lower()]
@@ -246,23 +246,23 @@ def add_json_flag(parser: Any, content: str) -> None:
 SettingsT = typing.TypeVar("SettingsT", bound=RunSettings)
 
 
-def settings_from(arguments: argparse.Namespace, kind: type[SettingsT]) -> SettingsT:
+def settings_from(arguments: argparse.Namespace, settings_type: type[SettingsT]) -> SettingsT:
     """The settings that the flags gave, with the content of a file of weights or of data in place of its name.
 
     Raises:
         SettingsError: if they are out of range or in conflict.
         DataError: if the file cannot be read.
     """
-    fields = dataclasses.fields(kind)
+    fields = dataclasses.fields(settings_type)
     given = {field.name: getattr(arguments, field.name) for field in fields if field.metadata["group"]}
     given["dataset"] = dataset_name(given["dataset"])
-    if issubclass(kind, TrainSettings) and own.is_name(given["dataset"]):
+    if issubclass(settings_type, TrainSettings) and own.is_name(given["dataset"]):
         shape = own.sample_shape(given["dataset"], Path(arguments.data_dir))
         # only images can be mirrored, which states what they are
         stated = not isinstance(given["sequence"], DefaultName) or given["augment"] in SHIFTS
         if own.holds_sequences(shape) and not stated:
             given["sequence"] = "own"
-    settings = kind(**given)
+    settings = settings_type(**given)
     if isinstance(settings, TrainSettings) and settings.sequence != "none":
         known = DATASETS.get(settings.dataset)
         settings = dataclasses.replace(settings, T=_length(settings, known.shape if known else shape, arguments))

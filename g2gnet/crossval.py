@@ -13,6 +13,7 @@ import g2gnet
 from g2gnet import cli
 from g2gnet.distributed import apart
 from g2gnet.messages import say
+from g2gnet.tables import markdown
 from g2gnet.training.cross_validation import ACCURACIES, FoldSettings, cross_validate
 from g2gnet.training.run_files import RunFiles
 
@@ -37,13 +38,12 @@ def build_parser() -> cli.Parser:
 
 def table(results: dict[str, Any]) -> str:
     """The accuracies of each fold, their mean and standard deviation, as a Markdown table."""
-    lines = [f"| fold | seed | {' | '.join(ACCURACIES)} |", f"| --- {'| --- ' * (1 + len(ACCURACIES))}|"]
     rows = [(str(result["fold"]), str(result["seed"]), result) for result in results["folds"]]
     rows += [("mean", "", results["mean"]), ("std", "", results["std"])]
-    for name, seed, values in rows:
-        cells = " | ".join(f"{values[accuracy]:.4f}" for accuracy in ACCURACIES)
-        lines.append(f"| {name} | {seed} | {cells} |")
-    return "\n".join(lines)
+    return markdown(
+        ["fold", "seed", *ACCURACIES],
+        [[name, seed, *(f"{values[accuracy]:.4f}" for accuracy in ACCURACIES)] for name, seed, values in rows],
+    )
 
 
 def files_of_fold(arguments: argparse.Namespace, settings: FoldSettings) -> Sequence[Path]:

@@ -165,7 +165,7 @@ class World:
 
     @contextlib.contextmanager
     def backward(self) -> Iterator[None]:
-        """Around a backward pass whose gradients :meth:`sum_gradients` sums."""
+        """For the time of a backward pass, whose gradients :meth:`sum_gradients` sums."""
         try:
             yield
         finally:
@@ -287,7 +287,7 @@ class Apart(World):
         """
         self._meeting.publish("result", pickle.dumps(value))
         values = [pickle.loads(text) for text in self._meeting.collect("result", alive=True)]
-        self._meeting.part()
+        self._meeting.leave()
         return values
 
 
@@ -311,9 +311,9 @@ class Meeting:
         self._place = f"MASTER_ADDR={self._host}, MASTER_PORT={self._port}"
         self._trouble = "no answer"
         self._agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun serves it, not rank 0
-        self._parted = False
+        self._left = False
         self._quiet = threading.Event()
-        self.store: dist.Store = self._asked(self._connect)
+        self.store: dist.Store = self._within_limit(self._connect)
 
     # --- the store ----------------------------------------------------------------------------------------------
 
@@ -355,7 +355,7 @@ class Meeting:
             "and a port that is free there and open to the others"
         )
 
-    def _asked(self, question: Callable[[], ResultT], seconds: float | None = None) -> ResultT:
+    def _within_limit(self, question: Callable[[], ResultT], seconds: float | None = None) -> ResultT:
         """What ``question``, which may block inside PyTorch, returns within so many seconds, or within the limit."""
         answer: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
 
@@ -385,11 +385,11 @@ class Meeting:
     def publish(self, what: str, value: bytes, seconds: float | None = None) -> None:
         """Lets the others know this process's value."""
         key = f"{what}/{self.rank}"
-        self._asked(lambda: self.store.set(key, value), seconds)  # type: ignore[arg-type]  # it takes bytes, too
+        self._within_limit(lambda: self.store.set(key, value), seconds)  # type: ignore[arg-type]  # it takes bytes, too
 
-    def _value(self, what: str, of: int, seconds: float | None = None) -> bytes | None:
-        key = f"{what}/{of}"
-        return self._asked(lambda: self.store.get(key) if self.store.check([key]) else None, seconds)
+    def _value(self, what: str, other: int, seconds: float | None = None) -> bytes | None:
+        key = f"{what}/{other}"
+        return self._within_limit(lambda: self.store.get(key) if self.store.check([key]) else None, seconds)
 
     def collect(self, what: str, alive: bool = False) -> list[bytes]:
         """The values that all have published, by rank.
@@ -455,30 +455,30 @@ class Meeting:
                 if name == "program":
                     break
         if lines:
-            self.part()
+            self.leave()
             differing = "\n".join(lines)
             raise DistributedError(
                 f"the processes do not match:\n{differing}\n"
                 "Start all with the same program, flags and versions (G2G_CPU_ISA sets the instruction set)."
             )
 
-    def part(self) -> None:
+    def leave(self) -> None:
         """Leaves, when all know what this process knows.
 
         The process that serves the store has to be the last; with ``torchrun``, which ends all where one ends, each.
         """
         self._quiet.set()
-        self._parted = True
+        self._left = True
         with contextlib.suppress(DistributedError):
-            self.publish("parting", b"", FAREWELL)
+            self.publish("leaving", b"", FAREWELL)
             until = time.monotonic() + FAREWELL
             for other in range(self.size if self._agent or self.rank == 0 else 0):
-                while self._value("parting", other, FAREWELL) is None and time.monotonic() < until:
+                while self._value("leaving", other, FAREWELL) is None and time.monotonic() < until:
                     time.sleep(0.02)
 
     def _is_open(self) -> bool:
         """Whether the others can still be told and asked something: PyTorch's own attempt would print a traceback."""
-        if self._parted:
+        if self._left:
             return False
         try:
             socket.create_connection((self._host, self._port), FAREWELL).close()
@@ -559,7 +559,7 @@ def meet(peer_timeout: datetime.timedelta) -> Iterator[Meeting]:
     meeting = Meeting(peer_timeout)
     try:
         yield meeting
-    except LostConnectionError:  # no cause of anything
+    except LostConnectionError:  # the process that ended tells why
         raise
     except BaseException as error:
         meeting.end(error)
@@ -609,9 +609,9 @@ def join(
         )
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # Its functions keep the group of the moment of their import as a default, and optimizers import it.
+    # optimizers import this module, whose functions take the group at the time of that import as their default
     importlib.import_module("torch.distributed.nn")
-    with _group_left(), meet(peer_timeout) as meeting:
+    with _leaving_group(), meet(peer_timeout) as meeting:
         _check_interfaces()
         meeting.agree(about or {})
         try:
@@ -637,7 +637,7 @@ def join(
 
 
 @contextlib.contextmanager
-def _group_left() -> Iterator[None]:
+def _leaving_group() -> Iterator[None]:
     """Leaves PyTorch's group at the end, when the others already know why."""
     try:
         yield

@@ -15,12 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from g2g_kernels import Activity, BlockMask
+from g2g_kernels import Activity
 from g2g_kernels.numbers import COUNT, Number
-from g2g_kernels.sides import UnitAxis
-from g2gnet.distributed import ALONE, World
+from g2gnet.distributed import World
 from g2gnet.dst_rules import ACTIVITY, GRADIENT, GROW_RULES, PRUNE_RULES, Evidence
-from g2gnet.layers import AbsentGradient, G2GLinear
+from g2gnet.dst_scores import UnitGradients, unit_correlation
+from g2gnet.layers import G2GLinear
 from g2gnet.optimizer_state import OptimizerState, ResetState
 from g2gnet.recording import ActivityRecorder, OneStepLater, Recording, Train, Uncompiled, check_compiled, dense
 from g2gnet.schedules import SCHEDULES
@@ -28,54 +28,6 @@ from g2gnet.seeding import draw_device, stream
 from g2gnet.stack import SpikingStack
 
 logger = logging.getLogger("g2gnet")
-
-#: units of at least this many neurons on a side are summed by a matrix product: one pass over the samples, where
-#: scaling, padding and reordering take several
-PRODUCT_WIDTH = 4
-
-
-def unit_correlation(pre: torch.Tensor, post: torch.Tensor, mask: BlockMask, world: World = ALONE) -> torch.Tensor:
-    """The mean pre/post correlation of every unit of the grid, [block rows, block columns], between −1 and 1.
-
-    The correlation of input j and output i is the uncentred cosine Σ post_i·pre_j / (‖post_i‖·‖pre_j‖) over all T·B
-    samples, 0 where either is silent. Its mean over a unit separates into sums over the unit's normalised outputs and
-    inputs, so that the dense [out, in] matrix is never formed::
-
-        mean over unit (r, c) = Σ_samples (Σ_{i∈r} post_i/‖post_i‖) · (Σ_{j∈c} pre_j/‖pre_j‖) / (|r|·|c|)
-
-    Args:
-        pre: inputs [T, B, in], or [B, in] held at every step.
-        post: output spikes [T, B, out].
-        world: processes, each of which has some of the samples; all get the correlation over all samples.
-    """
-    pre, post = pre.float(), post.float()
-    norm_post = world.sum_(_squares(post)).sqrt()
-    norm_pre = world.sum_(_squares(pre)).sqrt()
-    if pre.dim() == 2:
-        norm_pre = norm_pre * len(post) ** 0.5
-        post = post.sum(0)
-    post_sums = _unit_sums(post.reshape(-1, post.shape[-1]), norm_post, mask.rows)
-    pre_sums = _unit_sums(pre.reshape(-1, pre.shape[-1]), norm_pre, mask.cols)
-    return world.sum_(post_sums.T @ pre_sums) / (mask.rows.lengths[:, None] * mask.cols.lengths[None, :])
-
-
-def _squares(train: torch.Tensor) -> torch.Tensor:
-    """Σ x² over the samples of a train [..., N], for each neuron: [N]; exact for spikes."""
-    total = train.new_zeros(train.shape[-1])
-    for samples in train.reshape(-1, train.shape[-1]).split(512):  # their squares fit into the cache
-        total += samples.square().sum(0)
-    return total
-
-
-def _unit_sums(samples: torch.Tensor, norm: torch.Tensor, axis: UnitAxis) -> torch.Tensor:
-    """Σ over the neurons of each unit range of samples/norm (0 for silent neurons): [M, size] → [M, num_units]."""
-    scale = torch.where(norm > 0, 1 / norm, 0.0)
-    if axis.width < PRODUCT_WIDTH:
-        padded = torch.cat([samples * scale, samples.new_zeros(len(samples), 1)], 1).index_select(1, axis.neuron_at)
-        return padded.view(len(samples), axis.num_units, axis.width).sum(2)
-    membership = scale.new_zeros(axis.size, axis.num_units)
-    membership[torch.arange(axis.size, device=scale.device), axis.unit_of] = scale
-    return samples @ membership
 
 
 def _samples(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -146,8 +98,9 @@ class DSTScheduler:
         fraction: share of the units replaced in an update, 0 to 1.
         prune: ``"set"`` lowest mean ``|w|`` (Mocanu et al. 2018); ``"random"``; ``"hebb"`` lowest correlation.
         grow: ``"hebb"`` highest correlation; ``"random"``; ``"gradient"`` largest root mean square of ∂L/∂W over the
-            unit, in the step of the update (Evci et al. 2020, for units). Only in that step the layers run with every
-            unit (:class:`g2gnet.layers.AbsentGradient`), at the cost of a dense layer. With ``"hebb"`` and
+            unit, in the step of the update (Evci et al. 2020, for units). Only in that step the operators run one after
+            the other, and the gradient of all weights is computed, at the cost of a dense layer's; a part of it at a
+            time is in memory. With ``"hebb"`` and
             ``"gradient"``, compiled code runs uncompiled in the step before an update.
         seed: of the draws that break ties and drive the random rules.
         process_group: the processes of data-parallel training. Each has a scheduler like this one, whole layers, and
@@ -256,7 +209,7 @@ class DSTScheduler:
         self._recorder = ActivityRecorder(model, self.layers) if isinstance(model, nn.Module) else None
         if isinstance(model, nn.Module) and self._needs != {None}:
             check_compiled(model, " and ".join(sorted(filter(None, self._needs))))
-        self._absent: dict[G2GLinear, AbsentGradient] = {}
+        self._gradients: dict[G2GLinear, UnitGradients] = {}
         self._overtaken = False  # by another scheduler, which records the gradient of the same layers now
         self._uncompiled: Uncompiled | None = None
         self._record_if_due()
@@ -303,7 +256,7 @@ class DSTScheduler:
         if GRADIENT in self._needs:
             for layer in self.layers:
                 if layer.values.requires_grad and not layer.mask.is_full:
-                    self._absent[layer] = layer.absent_gradient = AbsentGradient(layer.mask)
+                    self._gradients[layer] = layer.observer = UnitGradients()
 
     @property
     def _records(self) -> bool:
@@ -313,10 +266,10 @@ class DSTScheduler:
         if self._uncompiled is not None:
             self._uncompiled.end()
             self._uncompiled = None
-        mine = [layer for layer, absent in self._absent.items() if layer.absent_gradient is absent]
-        self._overtaken = len(mine) < len(self._absent)
+        mine = [layer for layer, gradients in self._gradients.items() if layer.observer is gradients]
+        self._overtaken = len(mine) < len(self._gradients)
         for layer in mine:
-            layer.absent_gradient = None
+            layer.observer = None
         return self._recorder.stop() if self._recorder is not None else None
 
     def _count(self) -> int:
@@ -349,7 +302,7 @@ class DSTScheduler:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self._stop_recording()
-        self._absent = {}
+        self._gradients = {}
         self.steps, self._replaced, self._outcomes = state["steps"], state["pruned"], []
         self._record_if_due()
 
@@ -398,7 +351,7 @@ class DSTScheduler:
                 self._update(list(self._evidence(recordings, world)))
                 world.check_same(f"the wiring after step {self.steps}", None, self._wiring())
         finally:  # whoever catches an error can go on
-            self._absent = {}
+            self._gradients = {}
             self._record_if_due()
         return due
 
@@ -474,12 +427,10 @@ class DSTScheduler:
                 samples = _samples([(unpacked[id(pre)], unpacked[id(post)]) for pre, post in pairs])
                 correlation = unit_correlation(*samples, layer.mask, world).flatten()
             if GRADIENT in self._needs:
-                absent = self._absent.get(layer)
-                if absent is None or absent.total is None:
+                gradients = self._gradients.pop(layer, None)
+                if gradients is None or not gradients.pairs():
                     raise RuntimeError(_nothing_seen("gradient", number, self))
-                squares = world.sum_(absent.total).square().sum((1, 2))
-                gradient = (squares / absent.mask.unit_sizes).sqrt()
-                absent.total = None
+                gradient = gradients.root_mean_squares(layer.mask, world)
             yield number, Evidence(layer, correlation, gradient)
 
     def _update(self, evidence: list[tuple[int, Evidence]]) -> None:
@@ -539,19 +490,19 @@ class DSTScheduler:
         state = {**self.__dict__, "prune": self.prune.name, "grow": self.grow.name, "_uncompiled": None}
         # what was recorded so far in this step; hooks and attributes of layers are not copied
         state["_recorder"] = self._recorder and (self._recorder.model, self._recorder.recorded())
-        state["_absent"] = [(layer, absent.total) for layer, absent in self._absent.items()]
+        state["_gradients"] = [(layer, gradients.pairs()) for layer, gradients in self._gradients.items()]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        seen, totals = state["_recorder"], state["_absent"]
-        self.__dict__.update(state, prune=PRUNE_RULES[state["prune"]], grow=GROW_RULES[state["grow"]], _absent={})
+        seen, gradients = state["_recorder"], state["_gradients"]
+        self.__dict__.update(state, prune=PRUNE_RULES[state["prune"]], grow=GROW_RULES[state["grow"]], _gradients={})
         self._recorder = seen and ActivityRecorder(seen[0], self.layers)
         self._record_if_due()
         if self._recorder is not None and seen[1]:
             self._recorder.stop()
             self._recorder.resume(seen[1])
-        for layer, total in totals:
-            self._absent[layer].total = total
+        for layer, pairs in gradients:
+            self._gradients[layer].resume(pairs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DSTScheduler":
         twin = type(self).__new__(type(self))

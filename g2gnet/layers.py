@@ -15,38 +15,8 @@ from g2g_kernels.tracing import is_traced, symbolic_call
 from g2gnet.copies import Lineage
 from g2gnet.derived import NOT_WRITABLE, DerivedWeight
 
-
-class AbsentGradient:
-    """Gives absent units of a layer a gradient too: while it is set, the layer runs with every unit.
-
-    Absent units are zero, so the layer computes the same output with the same kernels (by events if the input is
-    spikes), and its own weights get the same gradient. The gradients of all units of the grid are summed over backward
-    passes in ``total``.
-
-    Args:
-        mask: the layer's.
-
-    Attributes:
-        mask: the mask of every unit; slot u holds unit u of the grid, counted row by row.
-        total: ∂L/∂W so far, [block rows · block columns, unit_rows, unit_cols], or None.
-    """
-
-    def __init__(self, mask: BlockMask) -> None:
-        self.mask = mask.filled()
-        self.total: torch.Tensor | None = None
-
-    def expand(self, values: torch.Tensor, mask: BlockMask) -> tuple[torch.Tensor, BlockMask]:
-        """The same weights with every unit: packed values and their mask."""
-        units = values.new_zeros(self.mask.num_units, *mask.unit_shape).index_copy(0, mask.flat_unit(), values)
-        units.register_hook(self._add)
-        return units, self.mask
-
-    def _add(self, gradient: torch.Tensor) -> None:
-        gradient = gradient.detach().float()
-        self.total = gradient.clone() if self.total is None else self.total + gradient
-
-    def __reduce__(self) -> tuple:
-        return type(None), ()  # a copy of the layer takes no part in the step
+#: called with what a layer receives and what it gives for that, before its bias or after
+Observer = Callable[[torch.Tensor, torch.Tensor], None]
 
 
 class G2GLinear(nn.Module):
@@ -94,8 +64,8 @@ class G2GLinear(nn.Module):
         self.lineage = Lineage(self)
         #: states that were given out, while someone keeps them: the weights, and the row that describes the mask
         self._states: list[tuple[weakref.ref[torch.Tensor], weakref.ref[torch.Tensor]]] = []
-        #: while this is set, training steps give every unit a gradient
-        self.absent_gradient: AbsentGradient | None = None
+        #: while this is set, it is called in every training step
+        self.observer: Observer | None = None
         device = mask.unit_row.device
         self.values = nn.Parameter(torch.empty(mask.num_units, *mask.unit_shape, device=device))
         self.bias = nn.Parameter(torch.empty(mask.shape[0], device=device)) if bias else None
@@ -181,7 +151,16 @@ class G2GLinear(nn.Module):
         """[..., in] → [..., out]."""
         if not isinstance(x, torch.Tensor) and (node := symbolic_call(self, x)) is not None:
             return node
-        return g2g_linear(x, *self.weights(), self.bias, backend=self.backend)
+        y = g2g_linear(x, *self.weights(), self.bias, backend=self.backend)
+        observer = self.active_observer
+        if observer is not None:
+            observer(x, y)
+        return y
+
+    @property
+    def active_observer(self) -> Observer | None:
+        """The observer, in training mode with gradients."""
+        return self.observer if self.training and torch.is_grad_enabled() else None
 
     def weights(self) -> tuple[torch.Tensor, BlockMask]:
         """The packed weights and their mask for the kernels in this step.
@@ -199,9 +178,7 @@ class G2GLinear(nn.Module):
                 mask = _mask_of(values, mask)
             elif torch.is_grad_enabled() and self.lineage.origin is not None:
                 self.lineage.watch()
-        if self.absent_gradient is None or not (self.training and torch.is_grad_enabled()):
-            return values, mask
-        return self.absent_gradient.expand(values, mask)
+        return values, mask
 
     def with_tensors(self, values: torch.Tensor, wiring: torch.Tensor) -> "G2GLinear":
         """A layer with this mask, whose weights and whose mask's description are these tensors."""
@@ -262,13 +239,13 @@ class G2GLinear(nn.Module):
 
     # --- changes of the wiring ----------------------------------------------------------------------------------
 
-    def rewire_(self, slots: torch.Tensor, units: torch.Tensor, really: torch.Tensor) -> Callable[[], None]:
+    def rewire_(self, slots: torch.Tensor, units: torch.Tensor, apply: torch.Tensor) -> Callable[[], None]:
         """Gives slots to other units, whose weights (and gradients, if any) start at zero; inside :meth:`rewired`.
 
         Args:
             slots: integer [k].
             units: int64 [k], the units, counted row by row (:meth:`BlockMask.flat_unit`).
-            really: bool scalar; if it is false, ``units`` are those that the slots have now, and nothing changes.
+            apply: bool scalar; if it is false, ``units`` are those that the slots have now, and nothing changes.
 
         Returns:
             a function that takes it back. If an error is raised, nothing has changed.
@@ -280,7 +257,7 @@ class G2GLinear(nn.Module):
                 if tensor is not None:
                     rows = tensor[slots].detach()
                     undo.callback(tensor.detach().index_copy_, 0, slots, rows)
-                    tensor[slots] = torch.where(really, 0.0, rows)
+                    tensor[slots] = torch.where(apply, 0.0, rows)
             return undo.pop_all().close
 
     @contextlib.contextmanager

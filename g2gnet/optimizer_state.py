@@ -54,7 +54,7 @@ class OptimizerState:
         for parameter in weights:
             self.check(parameter)
         for inner in self._optimizers():
-            if not _inside(inner):
+            if not _wrapped(inner):
                 self._probe(inner, weights)
 
     def _optimizers(self) -> Iterator[Any]:
@@ -65,12 +65,12 @@ class OptimizerState:
             if id(optimizer) not in seen:
                 seen.add(id(optimizer))
                 yield optimizer
-                pending += _inside(optimizer)
+                pending += _wrapped(optimizer)
 
     def check(self, parameter: torch.nn.Parameter) -> None:
         """Raises ValueError if the state of this parameter cannot be reset."""
         for inner in self._optimizers():
-            self._check(inner, parameter, {**_state_of(inner, parameter), **_under_names(inner)})
+            self._check(inner, parameter, {**_state_of(inner, parameter), **_named_state(inner)})
 
     def _check(self, optimizer: Any, parameter: torch.nn.Parameter, state: dict[str, Any]) -> None:
         unknown = sorted(_unknown(state, parameter))
@@ -96,19 +96,19 @@ class OptimizerState:
             options = {name: value for name, value in group.items() if name in known and name != "params"}
             with torch.random.fork_rng([like.device] if like.is_cuda else []), torch.enable_grad():
                 twin = type(optimizer)([parameter], **options)
-                first = _step(twin, parameter, 0.0)
+                first = _state_after_step(twin, parameter, 0.0)
                 initial = {
                     (type(optimizer).__name__, kept.name): float(kept.tensor.flatten()[0])
                     for kept in _kept(first, like.shape)
-                    if kept.table is None and _constant(kept.tensor)
+                    if kept.table is None and _is_constant(kept.tensor)
                 }
                 before = _attributes(twin, parameter)
-                second = _step(twin, parameter, 1.0)
+                second = _state_after_step(twin, parameter, 1.0)
                 after = _attributes(twin, parameter)
         except Exception:  # a class that cannot be created like this is checked once it has a state
             return
         self._initial |= initial
-        self._check(optimizer, parameter, {**second, **_under_names(twin), **_changed(before, after)})
+        self._check(optimizer, parameter, {**second, **_named_state(twin), **_changed(before, after)})
 
     def reset_(self, parameter: torch.nn.Parameter, slots: torch.Tensor, apply: torch.Tensor) -> Callable[[], None]:
         """Resets the state of some slots if ``apply``, a bool scalar, is true. Does not wait for the device.
@@ -124,8 +124,8 @@ class OptimizerState:
                         value = table.abs().argmin().to(tensor)
                     place = slots.to(tensor.device)
                     now = tensor[..., place, :, :]
-                    undo.callback(_put, tensor, place, now)
-                    _put(tensor, place, torch.where(apply.to(tensor.device), value, now).to(tensor.dtype))
+                    undo.callback(_write, tensor, place, now)
+                    _write(tensor, place, torch.where(apply.to(tensor.device), value, now).to(tensor.dtype))
             if self._reset is not None:
                 for inner in self._optimizers():
                     undo.callback(_restore, *_saved(_state_of(inner, parameter)))
@@ -135,7 +135,7 @@ class OptimizerState:
             return undo.pop_all().close
 
 
-def _inside(optimizer: Any) -> list[Any]:
+def _wrapped(optimizer: Any) -> list[Any]:
     """The optimizers among an optimizer's attributes."""
     found = []
     for value in getattr(optimizer, "__dict__", {}).values():
@@ -150,7 +150,7 @@ def _state_of(optimizer: Any, parameter: torch.nn.Parameter) -> dict[str, Any]:
     return own if isinstance(own, dict) else {}
 
 
-def _under_names(optimizer: Any) -> dict[str, Any]:
+def _named_state(optimizer: Any) -> dict[str, Any]:
     """What an optimizer's state holds under keys that are no parameters."""
     state = getattr(optimizer, "state", None)
     return {
@@ -160,12 +160,12 @@ def _under_names(optimizer: Any) -> dict[str, Any]:
     }
 
 
-def _of_weights(tensor: Any, shape: torch.Size) -> bool:
+def _has_weights_shape(tensor: Any, shape: torch.Size) -> bool:
     """Whether it is a plain tensor with one number per weight; others (quantised, sharded) may not be indexed."""
     return type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.shape[-len(shape) :] == shape
 
 
-def _put(tensor: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor) -> None:
+def _write(tensor: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor) -> None:
     tensor[..., slots, :, :] = rows
 
 
@@ -184,7 +184,7 @@ def _restore(state: dict[str, Any], entries: dict[str, Any], copies: list[tuple[
 def _kept(state: dict[str, Any], shape: torch.Size) -> Iterator[_Kept]:
     """The tensors of a parameter's state that have one number per weight."""
     for name, value in state.items():
-        if not _of_weights(value, shape):
+        if not _has_weights_shape(value, shape):
             continue
         table = state.get(name.replace("state", "qmap")) if isinstance(name, str) else None
         if value.is_floating_point() or value.dtype == torch.bool:
@@ -228,11 +228,11 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
             pending += [getattr(each, slot, None) for slot in getattr(type(each), "__slots__", ())]
 
 
-def _constant(tensor: torch.Tensor) -> bool:
+def _is_constant(tensor: torch.Tensor) -> bool:
     return tensor.numel() > 0 and bool((tensor == tensor.flatten()[0]).all())
 
 
-def _step(optimizer: Any, parameter: torch.nn.Parameter, gradient: float) -> dict[str, Any]:
+def _state_after_step(optimizer: Any, parameter: torch.nn.Parameter, gradient: float) -> dict[str, Any]:
     """The parameter's state after a step with that gradient."""
 
     def closure() -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Records what the layers of any model receive and what the neurons behind them do; its hooks exist only meanwhile."""
+"""Records, by hooks, what the layers of any model receive and what the neurons behind them do, from start to stop."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar

@@ -29,7 +29,7 @@ from g2g_kernels.ops.neurons.checks import check_states
 from g2g_kernels.ops.neurons.step import spikes_of
 from g2g_kernels.tracing import is_traced, is_transformed, symbolic_call
 from g2gnet import graphs
-from g2gnet.layers import G2GLinear
+from g2gnet.layers import G2GLinear, Observer
 from g2gnet.neurons import SpikingNeurons
 
 logger = logging.getLogger("g2gnet")
@@ -365,6 +365,12 @@ class SpikingStack(nn.Module):
             layer if recurrent is None else layer._replace(recurrent=Recurrent(*recurrent.weights()))
             for layer, recurrent in zip(layers, recurrents, strict=True)
         ]
+        observers = [
+            (connection.active_observer, recurrent and recurrent.active_observer)
+            for (connection, _), recurrent in zip(pairs, recurrents, strict=True)
+        ]
+        if any(itertools.chain.from_iterable(observers)):
+            layers = [layer._replace(observers=each) for layer, each in zip(layers, observers, strict=True)]
         if dropped is not None:
             layers = [
                 self._with_dropped(number, *each) for number, each in enumerate(zip(layers, dropped, strict=True))
@@ -396,11 +402,15 @@ class SpikingStack(nn.Module):
     def _with_dropped(self, number: int, layer: SpikingLayer, dropped: torch.Tensor | None) -> SpikingLayer:
         """The layer with neurons dropped; what kept neurons send it, from below and from itself, is scaled."""
         scale = self._scale
-        recurrent = layer.recurrent
+        values, recurrent, (observer, of_recurrent) = layer.values, layer.recurrent, layer.observers
         if recurrent is not None and dropped is not None:
             recurrent = recurrent._replace(values=recurrent.values * scale)
-        values = layer.values * scale if number else layer.values
-        return layer._replace(values=values, dropped=dropped, recurrent=recurrent)
+            of_recurrent = of_recurrent and _of_scaled(of_recurrent, scale)
+        if number:
+            values = values * scale
+            observer = observer and _of_scaled(observer, scale)
+        observers = observer, of_recurrent
+        return layer._replace(values=values, dropped=dropped, recurrent=recurrent, observers=observers)
 
     def _synapses(
         self, inputs: torch.Tensor, pairs: Sequence[Pair], recurrents: Sequence[G2GLinear | None], activity: Activity
@@ -675,6 +685,11 @@ def _steps_in_turn(
         train, state = neurons.step(now, state)
         spikes.append(train if dropped is None else train.masked_fill(dropped, 0))
     return torch.stack(spikes)
+
+
+def _of_scaled(observer: Observer, scale: float) -> Observer:
+    """An observer that is told of scaled inputs where the weights are scaled instead."""
+    return lambda x, y: observer(x * scale, y)
 
 
 def _as_one(state: NeuronState | None) -> torch.Tensor | None:

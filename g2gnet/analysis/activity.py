@@ -232,10 +232,10 @@ def count_correlation(sums: SpikeSums) -> CountCorrelation:
     )
 
 
-def _mean_correlation(deviations: torch.Tensor, of: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
-    """The mean cosine of pairs of columns of ``deviations`` [M, N] by group, given as indicators [N, G]."""
+def _mean_correlation(deviations: torch.Tensor, counts: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+    """The mean cosine of pairs of columns of ``deviations`` [M, N] of counts, by group, given as indicators [N, G]."""
     power = deviations.square().sum(0)
-    active = power > ROUNDING * of.square().sum(0)
+    active = power > ROUNDING * counts.square().sum(0)
     scaled = torch.where(active, deviations / power.sqrt(), 0.0) @ group
     number = (active[:, None] * group).sum(0)
     pairs = number[:, None] * number - number.diag()

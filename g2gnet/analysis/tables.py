@@ -1,12 +1,12 @@
 """The analysis as tables: rows of text for a page, or columns for a terminal."""
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from g2gnet.analysis.network import LayerAnalysis, NetworkAnalysis
+from g2gnet.tables import in_columns
 
 
 class Table(NamedTuple):
@@ -24,14 +24,7 @@ class Table(NamedTuple):
     rows: list[tuple[str, ...]]
 
     def __str__(self) -> str:
-        """Set in columns, the first to the left, the others to the right."""
-        widths = [max(map(len, column)) for column in zip(self.header, *self.rows, strict=True)]
-
-        def line(cells: Sequence[str]) -> str:
-            (name, first), *rest = zip(cells, widths, strict=True)
-            return "  ".join([f"{name:<{first}}"] + [f"{cell:>{width}}" for cell, width in rest]).rstrip()
-
-        return "\n".join([line(self.header), "  ".join("─" * width for width in widths), *map(line, self.rows)])
+        return in_columns(self.header, self.rows)
 
 
 def headline(analysis: NetworkAnalysis, images: int | None = None) -> str:

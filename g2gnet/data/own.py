@@ -31,7 +31,7 @@ from g2gnet.messages import reason
 Content = TypeVar("Content")
 
 SUFFIX = ".npz"
-PARTS = ("train_images", "train_labels", "test_images", "test_labels")
+ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 #: hexadecimal digits of the SHA-256 that end a name
 DIGITS = 8
 #: dimensions of arrays of samples, N included; and of those that are sequences, unless a run states something else
@@ -75,16 +75,16 @@ def load(name: str, data_dir: Path) -> ImageData:
     found = name_of(path)
     if found != name:
         raise DataError(f"{path} is {found}, not {name}: its content differs from the run's data; give its `data_dir`")
-    arrays = _from(path, _read)
-    images = {part: torch.from_numpy(arrays[f"{part}_images"]) for part in ("train", "test")}
-    labels = {part: torch.from_numpy(arrays[f"{part}_labels"].astype(np.int64)) for part in ("train", "test")}
+    arrays = _read_archive(path, _arrays)
+    images = {split: torch.from_numpy(arrays[f"{split}_images"]) for split in ("train", "test")}
+    labels = {split: torch.from_numpy(arrays[f"{split}_labels"].astype(np.int64)) for split in ("train", "test")}
     return ImageData(
         name=name,
         train_images=images["train"],
         train_labels=labels["train"],
         test_images=images["test"],
         test_labels=labels["test"],
-        num_classes=1 + max(int(part.max()) for part in labels.values()),
+        num_classes=1 + max(int(each.max()) for each in labels.values()),
     )
 
 
@@ -99,14 +99,14 @@ def sample_shape(name: str, data_dir: Path) -> tuple[int, ...]:
     Raises:
         DataError: if the file is missing, or lacks such arrays.
     """
-    return _from(_path(name, data_dir), _headers)["train_images"][0][1:]
+    return _read_archive(_path(name, data_dir), _headers)["train_images"][0][1:]
 
 
 def _path(name: str, data_dir: Path) -> Path:
     return _paths.get(name, data_dir / f"{name[: -DIGITS - 1]}{SUFFIX}")
 
 
-def _from(path: Path, read: Callable[[zipfile.ZipFile], Content]) -> Content:
+def _read_archive(path: Path, read: Callable[[zipfile.ZipFile], Content]) -> Content:
     """What ``read`` finds in a file.
 
     Raises:
@@ -121,24 +121,24 @@ def _from(path: Path, read: Callable[[zipfile.ZipFile], Content]) -> Content:
 
 def _headers(archive: zipfile.ZipFile) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """Shape and dtype of the four arrays; raises ValueError if they are not as above."""
-    missing = [part for part in PARTS if f"{part}.npy" not in archive.namelist()]
+    missing = [name for name in ARRAYS if f"{name}.npy" not in archive.namelist()]
     if missing:
         raise ValueError(f"it lacks {', '.join(missing)}")
-    headers = {part: _header(archive, part) for part in PARTS}
-    for part, (shape, dtype) in headers.items():
-        kinds = "uint8, float32 or float64" if part.endswith("images") else "integers"
-        fits = dtype in (np.uint8, np.float32, np.float64) if part.endswith("images") else dtype.kind in "iu"
-        if not fits or not shape or 0 in shape or (len(shape) == 1) != part.endswith("labels"):
-            raise ValueError(f"{part} is {dtype} {list(shape)}, not {kinds} [N{', ...' * (kinds != 'integers')}]")
-        if part.endswith("images") and len(shape) not in DIMENSIONS:
+    headers = {name: _header(archive, name) for name in ARRAYS}
+    for name, (shape, dtype) in headers.items():
+        kinds = "uint8, float32 or float64" if name.endswith("images") else "integers"
+        fits = dtype in (np.uint8, np.float32, np.float64) if name.endswith("images") else dtype.kind in "iu"
+        if not fits or not shape or 0 in shape or (len(shape) == 1) != name.endswith("labels"):
+            raise ValueError(f"{name} is {dtype} {list(shape)}, not {kinds} [N{', ...' * (kinds != 'integers')}]")
+        if name.endswith("images") and len(shape) not in DIMENSIONS:
             raise ValueError(
-                f"{part} is {list(shape)}, of {len(shape)} dimensions; give vectors [N, D], images [N, channels, "
+                f"{name} is {list(shape)}, of {len(shape)} dimensions; give vectors [N, D], images [N, channels, "
                 "height, width], or sequences [N, T, D] or [N, T, channels, height, width]"
             )
-    for part in ("train", "test"):
-        count, labels = headers[f"{part}_images"][0][0], headers[f"{part}_labels"][0][0]
+    for split in ("train", "test"):
+        count, labels = headers[f"{split}_images"][0][0], headers[f"{split}_labels"][0][0]
         if count != labels:
-            raise ValueError(f"{part}_images are {count}, {part}_labels {labels}")
+            raise ValueError(f"{split}_images are {count}, {split}_labels {labels}")
     if headers["train_images"][0][1:] != headers["test_images"][0][1:] or (
         headers["train_images"][1] != headers["test_images"][1]
     ):
@@ -146,7 +146,7 @@ def _headers(archive: zipfile.ZipFile) -> dict[str, tuple[tuple[int, ...], np.dt
     return headers
 
 
-def _read(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
+def _arrays(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
     """The four arrays; raises ValueError, before allocating memory for them, if they are not as above."""
     headers = _headers(archive)
     needed = sum(math.prod(shape) * dtype.itemsize for shape, dtype in headers.values())
@@ -154,28 +154,28 @@ def _read(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
     if free is not None and needed > free:
         raise ValueError(f"its arrays take {gigabytes(needed)} of memory, and there are {gigabytes(free)}")
     arrays = {}
-    for part in PARTS:
-        with archive.open(f"{part}.npy") as member:
-            arrays[part] = np.lib.format.read_array(member, allow_pickle=False)
-        if arrays[part].dtype == np.float64:
+    for name in ARRAYS:
+        with archive.open(f"{name}.npy") as member:
+            arrays[name] = np.lib.format.read_array(member, allow_pickle=False)
+        if arrays[name].dtype == np.float64:
             with np.errstate(over="ignore"):  # infinities are refused below
-                arrays[part] = arrays[part].astype(np.float32)
-        if part.endswith("images") and not np.isfinite(arrays[part]).all():
-            raise ValueError(f"{part} are not finite everywhere")
-        if part.endswith("labels") and arrays[part].min() < 0:
-            raise ValueError(f"{part} are negative")
-        if part.endswith("labels") and arrays[part].max() >= headers[part][0][0]:
-            raise ValueError(f"{part} go up to {arrays[part].max()}, with {headers[part][0][0]} images")
+                arrays[name] = arrays[name].astype(np.float32)
+        if name.endswith("images") and not np.isfinite(arrays[name]).all():
+            raise ValueError(f"{name} are not finite everywhere")
+        if name.endswith("labels") and arrays[name].min() < 0:
+            raise ValueError(f"{name} are negative")
+        if name.endswith("labels") and arrays[name].max() >= headers[name][0][0]:
+            raise ValueError(f"{name} go up to {arrays[name].max()}, with {headers[name][0][0]} images")
     return arrays
 
 
-def _header(archive: zipfile.ZipFile, part: str) -> tuple[tuple[int, ...], np.dtype]:
+def _header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype]:
     """The declared shape and dtype of an array, if they match the size of the archive's member."""
-    with archive.open(f"{part}.npy") as member:
+    with archive.open(f"{name}.npy") as member:
         version = np.lib.format.read_magic(member)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read(member)
         size = member.tell() + math.prod(shape) * dtype.itemsize
-    if dtype.hasobject or size != archive.getinfo(f"{part}.npy").file_size:
-        raise ValueError(f"{part} does not have the size that it claims")
+    if dtype.hasobject or size != archive.getinfo(f"{name}.npy").file_size:
+        raise ValueError(f"{name} does not have the size that it claims")
     return shape, dtype

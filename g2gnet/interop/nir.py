@@ -135,7 +135,8 @@ def to_nir(stack: SpikingStack, dt: float = DEFAULT_DT) -> Any:
             node = nir.NIRGraph(nodes=inner, edges=edges)
         nodes[f"lif{number}"] = node
     nodes["output"] = _end(nir.Output, layers[-1][0].out_features)
-    _warn_of_the_hold([f"lif{n}" for n, (_, of) in enumerate(layers, 1) if _FORMS[of.model.name].node == "CubaLIF"])
+    models = [neurons.model.name for _, neurons in layers]
+    _warn_of_the_hold([f"lif{n}" for n, name in enumerate(models, 1) if _FORMS[name].node == "CubaLIF"])
     return nir.NIRGraph(nodes=nodes, edges=list(itertools.pairwise(nodes)))
 
 
@@ -235,7 +236,7 @@ def _flattened(graph: Any, nir: Any, prefix: str = "") -> tuple[dict[str, Any], 
             both = []
             # some tools leave the ends out
             for kind, others, what in ((nir.Input, followed, "inputs"), (nir.Output, leading, "outputs")):
-                own = [f"{name}.{inner}" for inner, of in node.nodes.items() if isinstance(of, kind)]
+                own = [f"{name}.{inner}" for inner, within in node.nodes.items() if isinstance(within, kind)]
                 own = own or [inner for inner in inner_nodes if inner not in others]
                 if len(own) != 1:
                     raise ValueError(f"the graph {name} has {len(own)} {what}; a stack takes graphs with one")

@@ -204,10 +204,10 @@ def _comparison(inspected: Mapping[str, Inspected]) -> list[str]:
         rows = [
             (
                 label,
-                ", ".join(str(each.run.settings.seed) for each in of),
-                *(estimate([value(each) for each in of]).text(digits) for digits, value in quantities.values()),
+                ", ".join(str(each.run.settings.seed) for each in runs),
+                *(estimate([value(each) for each in runs]).text(digits) for digits, value in quantities.values()),
             )
-            for label, of in groups.items()
+            for label, runs in groups.items()
         ]
         means = [
             heading(3, "Mean ± standard error over seeds"),
@@ -225,7 +225,7 @@ def _comparison(inspected: Mapping[str, Inspected]) -> list[str]:
         if differing
         else paragraph("None."),
         picture(
-            figures.training_curves({label: [each.run.history for each in of] for label, of in groups.items()}),
+            figures.training_curves({label: [each.run.history for each in runs] for label, runs in groups.items()}),
             "All runs together: test accuracy solid, training accuracy dotted. Runs that differ only in their seed are "
             "one line, their mean, with its standard error as a band.",
         ),

@@ -165,8 +165,8 @@ def runs_of(grid: Grid, folder: Path | str) -> list[Run]:
         digest = _digest(settings)
         words = "-".join(f"{name}{value}" for name, value in differs.items()) or "run"
         words = re.sub(r"[^A-Za-z0-9._]+", "-", words)[:READABLE]
-        there = sorted(Path(folder).glob(f"*-{digest}"))
-        runs.append(Run(given, settings, differs, there[0] if there else Path(folder) / f"{words}-{digest}"))
+        existing = sorted(Path(folder).glob(f"*-{digest}"))
+        runs.append(Run(given, settings, differs, existing[0] if existing else Path(folder) / f"{words}-{digest}"))
     if problems:
         raise SettingsError("\n".join(problems))
     return runs

@@ -30,15 +30,15 @@ def draw(rows: Sequence[Row], common: str = "") -> Figure:
         label = ", ".join(f"{name} {value}" for name, value in row.settings.items() if name != across)
         lines.setdefault(label, []).append(row)
     numeric = across is not None and _numeric(values[across])
-    for number, (label, of) in enumerate(lines.items()):
+    for number, (label, points) in enumerate(lines.items()):
         if across is None:
             x: list[Any] = [0]
         elif numeric:
-            of = sorted(of, key=lambda row: row.settings[across])
-            x = [row.settings[across] for row in of]
+            points = sorted(points, key=lambda row: row.settings[across])
+            x = [row.settings[across] for row in points]
         else:
-            x = [values[across].index(row.settings[across]) for row in of]
-        found = [row.estimate("test_acc") for row in of]
+            x = [values[across].index(row.settings[across]) for row in points]
+        found = [row.estimate("test_acc") for row in points]
         errors = [each.error or 0 for each in found]
         axis.errorbar(x, [each.mean for each in found], errors, label=label, capsize=3, markersize=5, **style(number))
     if across is not None and numeric:

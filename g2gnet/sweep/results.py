@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from g2gnet.tables import markdown
 from g2gnet.training import TrainSettings
 from g2gnet.training.run_files import numbers
 
@@ -68,12 +69,6 @@ def rows_of(varied: Sequence[str], ends: Sequence[tuple[TrainSettings, dict[str,
         row.seeds.append(settings.seed)
         row.ends.append(end)
     return list(rows.values())
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def table(varied: Sequence[str], rows: Sequence[Row]) -> str:

@@ -18,8 +18,8 @@ CHECK_INTERVAL = 100
 SILENT, SATURATED = 1e-4, 0.99
 #: share of a layer's neurons that never fire, above which there is a warning
 MOSTLY_SILENT = 0.5
-#: largest values below this are hardly those of pixels
-FEW = 32
+#: uint8 data whose largest value is below this may be counts of events; pixels are hardly so dark
+DARKEST_PIXELS = 32
 #: the remedy for learned parameters that drift
 DRIFTING = "that is harmless if it stays near; if it moves on, lower `lr`"
 #: the remedy for silent neurons
@@ -85,7 +85,7 @@ class LayerWatch:
     """
 
     def __init__(self, sequences: bool = False) -> None:
-        self._wake = WAKE_NEURONS.format(" or `enc_scale`" if sequences else ", `enc_scale` or `T`")
+        self._remedy = WAKE_NEURONS.format(" or `enc_scale`" if sequences else ", `enc_scale` or `T`")
         self._said: set[tuple[str, str]] = set()
 
     def check(
@@ -98,10 +98,14 @@ class LayerWatch:
         """Checks each layer after an epoch: its mean firing rate, its share of silent neurons, and its decays."""
         for name, rate in rates.items():
             if rate < SILENT:
-                self._warn(name, "silent", f"fell silent in epoch {epoch} (firing rate {rate:.2g}); {self._wake}")
+                self._warn(name, "silent", f"fell silent in epoch {epoch} (firing rate {rate:.2g}); {self._remedy}")
             elif silent[name] > MOSTLY_SILENT:
                 share = f"{100 * silent[name]:.0f} % of its neurons"
-                self._warn(name, "silent", f"is mostly silent: {share} never fired in epoch {epoch}; {self._wake}")
+                self._warn(
+                    name,
+                    "silent",
+                    f"is mostly silent: {share} never fired in epoch {epoch}; {self._remedy}",
+                )
             if rate > SATURATED:
                 text = f"saturates in epoch {epoch} (firing rate {rate:.2g})"
                 self._warn(name, "saturated", f"{text}; lower `enc_scale`, or give `enforce_sparsity`")
@@ -135,8 +139,8 @@ class LayerWatch:
 
 def check_counts(data: ImageData) -> None:
     """Warns if the values of sequences seem to be counts of events, which as uint8 are divided by 255."""
-    largest = int(data.train_images.max()) if data.train_images.dtype == torch.uint8 else FEW
-    if largest < FEW:
+    largest = int(data.train_images.max()) if data.train_images.dtype == torch.uint8 else DARKEST_PIXELS
+    if largest < DARKEST_PIXELS:
         logger.warning(
             "the sequences of %s are uint8 up to %d and become inputs up to %.2g: uint8 is taken for pixels; give "
             "counts of events as float32, or raise `enc_scale`",

@@ -217,7 +217,7 @@ class _Run(Generic[TrainerT]):
             except TrainingError as error:
                 raise TrainingError(f"{error}. {files.last_checkpoint()}") from error
             if record is not None:
-                self._tell(record, on_epoch)
+                self._report(record, on_epoch)
             # asked in any case: where one process ends, torchrun ends the others, and all must be written by then
             stop = self._told_to_stop(signals)
             if stop:
@@ -246,7 +246,7 @@ class _Run(Generic[TrainerT]):
         self.files.save_checkpoint(state)
         self.files.write_history(self.history)
 
-    def _tell(self, record: dict[str, Any], on_epoch: Sequence[EpochCallback[TrainerT]]) -> None:
+    def _report(self, record: dict[str, Any], on_epoch: Sequence[EpochCallback[TrainerT]]) -> None:
         """Prints an epoch's accuracies, and calls ``on_epoch`` in the first process."""
         names = [name for name in ("train_acc", "val_acc", "test_acc") if name in record]
         accuracies = [f"{name}={record[name]:.4f}" for name in names]

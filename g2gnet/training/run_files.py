@@ -187,8 +187,8 @@ class RunFiles:
         keep = self.previous if self._whole else None
         with self._writing(self.checkpoint):
             write_tensors(self.checkpoint, {"format": FORMAT, **state}, keep)
-            for of_the_end in (self.marker, self.analysis):  # of a run that goes on for more epochs
-                of_the_end.unlink(missing_ok=True)
+            for of_finished in (self.marker, self.analysis):  # a run that was finished goes on for more epochs
+                of_finished.unlink(missing_ok=True)
         self._whole = True
 
     def load_checkpoint(self, settings: RunSettings) -> Checkpoint | None:

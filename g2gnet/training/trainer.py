@@ -246,11 +246,11 @@ class Trainer(EpochTrainer):
 
     def _measures(self, progress: NetworkProgress) -> tuple[dict[str, float], dict[str, Any]]:
         count = len(self.data.train_labels)
-        rates = {f"lif{i}": of for i, of in enumerate(progress.firing_rates.split(self._neurons), 1)}
+        rates = {f"lif{i}": counts for i, counts in enumerate(progress.firing_rates.split(self._neurons), 1)}
         if self.settings.readout != "counts":
             rates.popitem()  # the last layer has no spikes
-        firing_rate = {name: of.mean().item() / count for name, of in rates.items()}
-        silent = {name: (of == 0).float().mean().item() for name, of in rates.items()}
+        firing_rate = {name: counts.mean().item() / count for name, counts in rates.items()}
+        silent = {name: (counts == 0).float().mean().item() for name, counts in rates.items()}
         if self.world.leads:
             neurons = {f"lif{i}": lif for i, (_, lif) in enumerate(self.net.layers(), 1)}
             self._layers.check(self.epoch, firing_rate, silent, neurons)

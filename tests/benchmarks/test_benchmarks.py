@@ -445,6 +445,23 @@ def test_a_quantity_grows_and_nothing_else(quantity, values, densities):
 
 
 @pytest.mark.usefixtures("forked")
+def test_wide_layers_have_as_many_weights_per_neuron_and_the_dense_memory_beside_them(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(scaling, "WIDE_GROUP", 16)
+    file = tmp_path / "record.json"
+    flags = [*FLAGS.split(), "--quantity", "wide", "--values", "64,128", "--contenders", "g2g-torch", "--repeats", "1"]
+    assert scaling.main([*flags, "--json", str(file)]) == 0
+    narrow, wide = json.loads(file.read_text())["workloads"]
+    assert (narrow["num_groups"], wide["num_groups"]) == (4, 8)
+    for place in (narrow, wide):
+        sizes = {name: place[name] for name in ("hidden_dim", "num_groups", "p_inter")}
+        prepared = load(prepare(dataclasses.replace(TINY, train_steps=0, **sizes)))
+        assert prepared.network().fc2.mask.density * place["hidden_dim"] == pytest.approx(32, rel=0.2)
+        weights = sum(connection.mask.to_dense().numel() for connection, _ in prepared.network().layers())
+        assert place["dense_bytes"] == 16 * weights
+    assert "Adam, computed" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("forked")
 def test_alpha_is_that_of_the_contender_with_another_surrogate(tmp_path):
     file = tmp_path / "record.json"
     name = "g2g-torch-triangle"

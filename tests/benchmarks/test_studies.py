@@ -14,7 +14,7 @@ from benchmarks.redraw import STUDIES
 from benchmarks.study import Study, spread
 from g2gnet.data import load_dataset
 from g2gnet.data.own import name_of
-from g2gnet.sweep.results import markdown
+from g2gnet.tables import markdown
 from g2gnet.tensor_file import read_tensors
 
 SMALL = Study(

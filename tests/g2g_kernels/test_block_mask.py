@@ -503,15 +503,6 @@ def test_relabel_carries_the_values_of_a_slot_with_it():
     assert torch.equal(mask.unpack(values), expected)
 
 
-def test_a_filled_mask_is_the_full_one(mask):
-    filled, full = shuffled(mask).filled(), BlockMask.full(mask.rows.layout, mask.cols.layout, mask.block_size)
-    assert filled.is_full
-    assert filled.block_size == mask.block_size
-    for name, tensor in indices(full).items():
-        assert torch.equal(indices(filled)[name], tensor), name
-    assert filled.flat_unit().tolist() == list(range(filled.num_units))
-
-
 def test_relabel_of_nothing_changes_nothing():
     mask = MASK_CASES["ten outputs"].mask()
     before = [getattr(mask, name).clone() for name in BUFFERS]

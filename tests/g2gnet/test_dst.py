@@ -7,15 +7,15 @@ import pickle
 
 import pytest
 import torch
-from helpers import backends_of
+from helpers import backends_of, seeded
 from torch.utils.checkpoint import checkpoint
 
 from g2g_kernels import BlockMask, GroupLayout, lif
 from g2g_kernels.ops.g2g_stack import operator
-from g2gnet import DSTScheduler, G2GLinear, G2GNet, sparsify
-from g2gnet.dst import _first, unit_correlation
+from g2gnet import DSTScheduler, G2GLinear, G2GNet, dst_scores, sparsify
+from g2gnet.dst import _first
 from g2gnet.dst_rules import GROW_RULES, PRUNE_RULES
-from g2gnet.layers import AbsentGradient
+from g2gnet.dst_scores import UnitGradients, unit_correlation
 from g2gnet.regularizer import rate_penalty, rate_target
 
 RULES = list(itertools.product(PRUNE_RULES, GROW_RULES))
@@ -272,25 +272,54 @@ def test_absent_units_get_the_gradient_of_a_dense_layer_and_nothing_else_changes
 
     without = run()
     for layer in sparse_layers(net):
-        layer.absent_gradient = AbsentGradient(layer.mask)
+        layer.observer = UnitGradients()
     counts, gradients = run()
     assert torch.equal(counts, without[0])
     for one, other in zip(gradients, without[1], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)  # sums in another order
     if not varying:
         for layer, expected in zip(sparse_layers(net), dense_gradients(net, x), strict=True):
-            absent = layer.absent_gradient
-            assert absent.mask.is_full
-            torch.testing.assert_close(absent.mask.unpack(absent.total), expected, rtol=1e-4, atol=1e-6)
+            found = layer.observer.root_mean_squares(layer.mask).view(layer.mask.grid)
+            size = mean_by_unit(expected.square(), layer.mask).sqrt()
+            torch.testing.assert_close(found.double(), size, rtol=1e-4, atol=1e-7)
     # neither in evaluation nor without gradients
-    before = [layer.absent_gradient.total.clone() for layer in sparse_layers(net)]
+    before = [len(layer.observer.pairs()) for layer in sparse_layers(net)]
     with torch.no_grad():
         net.simulate(x)
-    assert net.fc2.weights()[1].is_full
-    net.eval()
-    assert net.fc2.weights()[1] is net.fc2.mask
-    for layer, total in zip(sparse_layers(net), before, strict=True):
-        assert torch.equal(layer.absent_gradient.total, total)
+    net.eval().simulate(x).counts.sum().backward()
+    assert [len(layer.observer.pairs()) for layer in sparse_layers(net)] == before
+
+
+@pytest.mark.parametrize("backend", backends_of(operator))
+@pytest.mark.parametrize("chunk", [None, 3])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_gradients_of_units_are_those_of_the_network_with_every_unit(backend, dropout, chunk, monkeypatch):
+    monkeypatch.setattr(dst_scores, "BAND", 100)  # one block row at a time
+    options = {"model": "random", "num_groups": 3, "block_size": 4, "T": 7, "recurrent": True, "rec_gain": 1.0}
+    net = G2GNet(20, 26, 7, p_inter=0.3, backend=backend, dropout=dropout, generator=seeded(1), **options)
+    dense = copy.deepcopy(net).double()
+    x = torch.rand(7, 5, 20, generator=seeded(2)) * 2
+    dropped = net.drop(5, seeded(3)) if dropout else None
+    for name, layer in net.connections().items():
+        mask = layer.mask
+        every = BlockMask.full(mask.rows.layout, mask.cols.layout, 4)
+        twin = G2GLinear(every, layer.bias is not None, backend="torch").double()
+        twin.values.data = every.pack(mask.unpack(layer.values.detach().double()))
+        if layer.bias is not None:
+            twin.bias.data = layer.bias.detach().double()
+        setattr(dense, name, twin)
+        layer.observer = UnitGradients()
+    dense.backend = "torch"
+    for stack, inputs in ((net, x), (dense, x.double())):
+        for part in inputs.split(3, 1):  # gradients of two backward passes
+            of_part = dropped and [each[: part.shape[1]] for each in dropped]
+            stack.simulate(part, chunk=chunk, dropped=of_part).counts.square().sum().backward()
+    for name, layer in net.connections().items():
+        gradient = dense.connections()[name].mask.unpack(dense.connections()[name].values.grad)
+        expected = mean_by_unit(gradient.square(), layer.mask).sqrt().flatten()
+        assert expected.max() > 0
+        found = layer.observer.root_mean_squares(layer.mask).double()
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.max()))
 
 
 def own_model(**options):
@@ -311,7 +340,7 @@ def test_in_ones_own_loop_the_units_of_the_largest_gradient_grow_and_only_when_d
         loss = torch.nn.functional.linear(hidden, weights[1], model[2].bias).square().sum()
         expected = torch.autograd.grad(loss, weights)
         old = [units_of(model[place].mask) for place in (0, 2)]
-        assert (model[0].absent_gradient is not None) == (step % 2 == 0)
+        assert (model[0].observer is not None) == (step % 2 == 0)
         for half in x.split(8):  # gradients are accumulated over two backward passes
             model(half).square().sum().backward()
         optimizer.step()
@@ -361,8 +390,8 @@ def test_a_copy_of_a_layer_forms_no_gradient_of_absent_units():
     model, _, scheduler = own_model(interval=1, grow="gradient")
     assert scheduler.forms_gradient
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert model[0].absent_gradient is not None
-        assert twin[0].absent_gradient is None
+        assert model[0].observer is not None
+        assert twin[0].observer is None
 
 
 # --- numbers that are not finite ----------------------------------------------------------------------------------

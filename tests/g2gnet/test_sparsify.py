@@ -12,7 +12,7 @@ from torch.nn.utils import prune
 
 from g2g_kernels import BlockMask, GroupLayout
 from g2gnet import LIF, DSTScheduler, G2GLinear, G2GNet, SpikingStack, sparsify
-from g2gnet.dst import unit_correlation
+from g2gnet.dst_scores import unit_correlation
 
 
 def block_mask(out_size=24, in_size=30, seed=0):

@@ -73,7 +73,7 @@ class StackCall(NamedTuple):
         tensors = [tensor for layer in layers for tensor in layer.tensors()]
         keep = torch.is_grad_enabled() and any([tensor.requires_grad for tensor in (x, *tensors)])
         called = []
-        for values, mask, bias, population, dropped, state, recurrent, _ in layers:
+        for values, mask, bias, population, dropped, state, recurrent, *_ in layers:
             parameters = tuple([parameter.reshape(-1).contiguous() for parameter in population.parameters])
             bias = None if bias is None else bias.contiguous()
             dropped = None if dropped is None else dropped.contiguous()

@@ -1,12 +1,15 @@
 """A spiking layer as ``g2g_stack`` takes it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 
 from g2g_kernels.block_mask import BlockMask
 from g2g_kernels.ops.neurons.models import Neurons
+
+#: called with the inputs of a product and what it gives
+Observer = Callable[[torch.Tensor, torch.Tensor], None]
 
 
 class Recurrent(NamedTuple):
@@ -35,6 +38,9 @@ class SpikingLayer(NamedTuple):
         recurrent: what joins the neurons to themselves, or None: it adds V·S_{t−1} to the current, S_{t−1} being the
             spikes of the step before: none before the first step, those of ``state`` where that is given.
         membranes: whether the run gives the layer's membranes over time. Its neurons then take steps in turn.
+        observers: of the connection and of the recurrent one, or None: called with x and W·x + b, and at each step with
+            S_{t−1} and V·S_{t−1}; hooks on these find their gradients. The operators then run one after the other; in
+            chunks, what is called in the backward pass is what has gradients.
 
     Example:
         >>> mask = BlockMask.full(GroupLayout(4, 1), GroupLayout(8, 1), block_size=4)
@@ -52,6 +58,7 @@ class SpikingLayer(NamedTuple):
     state: torch.Tensor | None = None
     recurrent: Recurrent | None = None
     membranes: bool = False
+    observers: tuple[Observer | None, Observer | None] = (None, None)
 
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor that may need a gradient."""

@@ -40,6 +40,9 @@ def in_turn(
     membranes: list[torch.Tensor | None] = []
     for layer in layers:
         current = linear(x, layer.values, layer.mask, layer.bias)
+        observer, _ = layer.observers
+        if observer is not None:
+            observer(x, current)
         of_layer = None
         if layer.recurrent is None and not layer.membranes:
             x, last = neurons(current, layer.population, steps, state=layer.state)
@@ -78,7 +81,11 @@ def in_steps(
     membranes: list[torch.Tensor] = []
     for now in current.unbind() if steps is None else itertools.repeat(current, steps):
         if layer.recurrent is not None and before is not None:
-            now = now + linear(before, *layer.recurrent, None)
+            received = linear(before, *layer.recurrent, None)
+            _, observer = layer.observers
+            if observer is not None:
+                observer(before, received)
+            now = now + received
         train, state = neurons(now[None], layer.population, None, state=state)
         if layer.dropped is not None:
             train = train.masked_fill(layer.dropped, 0)

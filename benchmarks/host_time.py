@@ -28,10 +28,11 @@ from g2g_kernels.numbers import COUNT
 from g2g_kernels.triton import runtime
 from g2gnet import LIF, G2GLinear, G2GNet, SpikingStack
 from g2gnet.cli import FlagError, Parser, add_json_flag, run_program
+from g2gnet.tables import in_columns
 
 from .contender import autocast
 from .machine import describe
-from .report import grid, seconds
+from .report import seconds
 
 PARTS = ("forward", "loss", "backward", "optimizer")
 #: steps of a case in its turn
@@ -230,7 +231,7 @@ def table(record: dict[str, Any]) -> str:
     for row in record["rows"]:
         name = ", ".join(row[field] for field in Case._fields)
         cases.setdefault(name, [name]).append(f"{seconds(row['least'])} ({seconds(row['median'])})")
-    return grid(("least (median)", *parts), list(cases.values()))
+    return in_columns(("least (median)", *parts), list(cases.values()))
 
 
 def build_parser() -> Parser:

@@ -29,7 +29,7 @@ from g2g_kernels.ops.g2g_linear.call import LinearBackward, LinearCall, call_ope
 from g2g_kernels.packing import assembled, no_tiles, packed
 from g2g_kernels.sides import Side
 from g2g_kernels.triton import runtime
-from g2g_kernels.triton.runtime import launch
+from g2g_kernels.triton.runtime import cdiv, launch, next_power_of_2
 from g2g_kernels.unit_grid import MaskTensors
 
 # --- the graph as kernels read it -------------------------------------------------------------------------------
@@ -37,12 +37,12 @@ from g2g_kernels.unit_grid import MaskTensors
 
 def tile_of(side: Side) -> int:
     """The side of a tile that covers a range, or a part of one wider than 64: 16, 32 or 64."""
-    return min(64, max(16, triton.next_power_of_2(side.width)))
+    return min(64, max(16, next_power_of_2(side.width)))
 
 
 def tiles_of(side: Side) -> int:
     """The number of tiles that cover a range."""
-    return triton.cdiv(side.width, tile_of(side))
+    return cdiv(side.width, tile_of(side))
 
 
 def in_order(side: Side) -> Side:
@@ -287,7 +287,7 @@ def _launch_product(
     options = fitted(product_tiles(len(x), tile_of(inner), x.dtype, values.dtype), x.device)
     launch(
         product_kernel,
-        (outer.num_units * tiles_of(outer) * triton.cdiv(len(x), options["BLOCK_M"]),),
+        (outer.num_units * tiles_of(outer) * cdiv(len(x), options["BLOCK_M"]),),
         x=x,
         x_column=inner.neuron_at,
         x_bounds=inner.bounds,
@@ -359,7 +359,7 @@ def dense_weight(values: torch.Tensor, units: Units) -> torch.Tensor:
     if values.numel():
         launch(
             place_kernel,
-            (triton.cdiv(values.numel(), 1024),),
+            (cdiv(values.numel(), 1024),),
             values=values,
             unit_row=units.unit_row,
             unit_col=units.unit_col,
@@ -522,7 +522,7 @@ def weight_gradient(
     groups = num_units // options["GROUP"] + rows.num_units
     tiles = tiles_of(rows) * tiles_of(cols)
     parts = max(1, min(_PROGRAMS // (groups * tiles), len(x) // 1024))
-    samples_of_part = triton.cdiv(triton.cdiv(len(x), parts), options["BLOCK_S"]) * options["BLOCK_S"]
+    samples_of_part = cdiv(cdiv(len(x), parts), options["BLOCK_S"]) * options["BLOCK_S"]
     grad_values = torch.empty((parts, num_units, rows.width, cols.width), dtype=torch.float32, device=x.device)
     allocate = torch.zeros if rows.holes else torch.empty
     grad_bias = allocate((parts, rows.size), dtype=torch.float32, device=x.device) if want_bias else None
@@ -547,7 +547,7 @@ def weight_gradient(
         R=rows.width,
         C=cols.width,
         PRECISION=runtime.input_precision(),
-        ROWS=triton.next_power_of_2(rows.num_units),
+        ROWS=next_power_of_2(rows.num_units),
         BLOCK_R=tile_of(rows),
         BLOCK_C=tile_of(cols),
         **options,

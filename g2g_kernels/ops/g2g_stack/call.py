@@ -286,9 +286,7 @@ def operators(
         call, (grad_counts, *grads) = given.record, given.grads
         count = len(call.layers)
         spikes, kept, grad_rates, grad_last = given.kept[:count], given.kept[count:], grads[:count], grads[count:]
-        return backward_operator(
-            StackBackward(call, spikes, kept, grad_counts, grad_rates, grad_last, given.needed[0])
-        )
+        return backward_operator(StackBackward(call, spikes, kept, grad_counts, grad_rates, grad_last, given.needed[0]))
 
     # lists over the layers; absent biases, dropped neurons, states and recurrent values are empty
     call = (
@@ -296,9 +294,7 @@ def operators(
         "str[] surrogates, float[] alphas, Tensor[] dropped, Tensor[] states, Tensor[] recurrents, "
         "Tensor[] recurrent_masks, int steps, ScalarType dtype, bool keep"
     )
-    more = (
-        "Tensor[] spikes, Tensor[] kept, Tensor? grad_counts, Tensor?[] grad_rates, Tensor?[] grad_last, bool grad_x"
-    )
+    more = "Tensor[] spikes, Tensor[] kept, Tensor? grad_counts, Tensor?[] grad_rates, Tensor?[] grad_last, bool grad_x"
     backward_operator = record.define(
         f"{prefix}stack_backward({call}, {more}) -> Tensor[]",
         StackBackward,

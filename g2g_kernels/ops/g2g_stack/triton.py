@@ -79,7 +79,7 @@ from g2g_kernels.triton.neuron import (
     unless,
     zeros,
 )
-from g2g_kernels.triton.runtime import launch
+from g2g_kernels.triton.runtime import cdiv, launch
 
 # --- the fused kernel -------------------------------------------------------------------------------------------
 #
@@ -209,7 +209,7 @@ def fused_pays(units: Units, population: Neurons, batch: int, dtype: torch.dtype
         return _chosen
     sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else _H100_SMS
     block_m = fused_tiles(batch, tile_of(units.cols), torch.uint8, dtype)["BLOCK_M"]
-    programs = units.rows.num_units * tiles_of(units.rows) * triton.cdiv(batch, block_m)
+    programs = units.rows.num_units * tiles_of(units.rows) * cdiv(batch, block_m)
     return 4 * programs >= 3 * sms
 
 
@@ -425,7 +425,7 @@ def _launch_fused(
     options = fitted(fused_tiles(batch, tile_of(units.cols), x.dtype, values.dtype), x.device)
     launch(
         fused_forward_kernel,
-        (units.rows.num_units * tiles_of(units.rows) * triton.cdiv(batch, options["BLOCK_M"]),),
+        (units.rows.num_units * tiles_of(units.rows) * cdiv(batch, options["BLOCK_M"]),),
         x=x,
         x_column=units.cols.neuron_at,
         x_bounds=units.cols.bounds,
@@ -470,7 +470,7 @@ def _fused_backward(margins: torch.Tensor, layer: _Layer, upstream: Upstream) ->
     """The backward pass of the neurons of a fused layer."""
     steps, batch, neurons = margins.shape
     block_b, block_n = blocks(neurons)
-    grid = triton.cdiv(batch, block_b), triton.cdiv(neurons, block_n)
+    grid = cdiv(batch, block_b), cdiv(neurons, block_n)
     parameters = layer.population.parameters
     grad_current = torch.empty_like(margins)
     grad_first = None if layer.first is None else torch.empty_like(layer.first)

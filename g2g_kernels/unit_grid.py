@@ -171,7 +171,7 @@ class UnitGrid(Indices):
     def check_values(self, values: torch.Tensor) -> None:
         """Raises ValueError unless ``values`` has this mask's packed shape."""
         packed = (self.num_units, *self.unit_shape)
-        if tuple(values.shape) != packed:
+        if values.shape != packed:
             raise ValueError(f"values have shape {tuple(values.shape)}, this mask's packed weights {packed}")
 
     def to_dense(self) -> torch.Tensor:

@@ -167,15 +167,15 @@ class G2GLinear(nn.Module):
 
         Inside ``torch.func.functional_call`` they may be those of another layer.
         """
+        own = mask = self.mask
         if is_traced():
-            values, mask = self.values, self.mask
+            values = self.values
         else:
             self.catch_up()
-            values, mask = self.values, self.mask.current()
-            if self.mask.visited and self._own != id(values):
-                mask = self.lineage.mask_of_guest(values, self.mask.wiring, mask)
-            elif mask is self.mask and self._own != id(values):
-                mask = _mask_of(values, mask)
+            values, mask = self.values, own.current()
+            if self._own != id(values):
+                visited = own.visited
+                mask = self.lineage.mask_of_guest(values, own.wiring, mask) if visited else _mask_of(values, mask)
             elif torch.is_grad_enabled() and self.lineage.origin is not None:
                 self.lineage.watch()
         return values, mask

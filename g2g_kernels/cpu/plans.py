@@ -6,6 +6,8 @@ a memory comparison of 8 bytes per unit, which detects every in-place change.
 
 import contextlib
 import ctypes
+import functools
+import math
 import threading
 import weakref
 from collections import OrderedDict
@@ -69,9 +71,14 @@ def _axes(mask: MaskTensors) -> tuple[torch.Tensor, ...]:
 
 def refuses(mask: BlockMask, values: torch.Tensor) -> str | None:
     """Why a mask with these packed weights cannot have a plan, or None: its parts are numbered in 32 bits."""
-    rows, cols = (blocks(units, width) for units, width in zip(mask.grid, values.shape[1:], strict=True))
+    return None if torch.compiler.is_compiling() else _refuses(mask.grid, tuple(values.shape))
+
+
+@functools.lru_cache(1024)
+def _refuses(grid: tuple[int, int], packed: tuple[int, int, int]) -> str | None:
+    rows, cols = (blocks(units, width) for units, width in zip(grid, packed[1:], strict=True))
     return too_large(
-        **{"weights in a layer": values.numel(), "blocks of 64 × 64 weights in the matrix of a layer": rows * cols},
+        **{"weights in a layer": math.prod(packed), "blocks of 64 × 64 weights in the matrix of a layer": rows * cols},
         **{"places for the neurons of a layer, in blocks of 64": 64 * max(rows, cols)},
     )
 

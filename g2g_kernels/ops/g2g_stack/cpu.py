@@ -59,20 +59,19 @@ Tensors = Sequence[torch.Tensor]
 
 def refuses(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> str | None:
     """Why these kernels cannot serve a call, or None."""
-    for tensor in (x, *(tensor for layer in layers for tensor in layer.tensors())):
-        if tensor.device.type != "cpu":
+    for tensor in (x, *[tensor for layer in layers for tensor in layer.tensors()]):
+        if not tensor.is_cpu:
             return f"needs tensors on the CPU, not on {tensor.device}"
         if tensor.dtype != torch.float32:
             return f"needs float32 tensors, not {tensor.dtype}"
-    if any(layer.dropped is not None and layer.dropped.device.type != "cpu" for layer in layers):
+    if any([layer.dropped is not None and not layer.dropped.is_cpu for layer in layers]):
         return "needs tensors on the CPU, dropped among them"
     if (steps or len(x)) > MOST_STEPS:
         return f"serves at most {MOST_STEPS} time steps"
     if x.numel() == 0:
         return "needs a batch that is not empty"
-    connections = [connection for layer in layers for connection in layer.connections()]
-    reasons = [too_large(samples=x.shape[-2]), *(plans.refuses(mask, values) for values, mask in connections)]
-    return next(filter(None, reasons), None)
+    reasons = [plans.refuses(mask, values) for layer in layers for values, mask in layer.connections()]
+    return next(filter(None, reasons), too_large(samples=x.shape[-2]))
 
 
 def g2g_stack(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> Activity:

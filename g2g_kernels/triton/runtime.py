@@ -89,15 +89,13 @@ def only_by_name() -> str | None:
 def refuses(*tensors: torch.Tensor | None) -> str | None:
     """Why kernels cannot serve these tensors, or None: a wrong device or number format."""
     device_type = "cpu" if interpreted() else "cuda"
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        if tensor.device.type != device_type:
-            return f"needs tensors on {device_type}, not on {tensor.device}"
-        if tensor.device.type == "cuda" and (reason := old_device(tensor.device.index)):
+    for device, dtype in dict.fromkeys([(tensor.device, tensor.dtype) for tensor in tensors if tensor is not None]):
+        if device.type != device_type:
+            return f"needs tensors on {device_type}, not on {device}"
+        if device.type == "cuda" and (reason := old_device(device.index)):
             return reason
-        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            return f"needs float32, float16 or bfloat16 tensors, not {tensor.dtype}"
+        if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            return f"needs float32, float16 or bfloat16 tensors, not {dtype}"
     return None
 
 

@@ -17,6 +17,7 @@ the padded group order of a :class:`BlockMask` (*places*); these kernels transla
 separate pass.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -35,9 +36,14 @@ from g2g_kernels.unit_grid import MaskTensors
 # --- the graph as kernels read it -------------------------------------------------------------------------------
 
 
+@functools.cache
+def _tile(width: int) -> int:
+    return min(64, max(16, next_power_of_2(width)))
+
+
 def tile_of(side: Side) -> int:
     """The side of a tile that covers a range, or a part of one wider than 64: 16, 32 or 64."""
-    return min(64, max(16, next_power_of_2(side.width)))
+    return _tile(side.width)
 
 
 def tiles_of(side: Side) -> int:
@@ -98,7 +104,7 @@ class Units(NamedTuple):
         default density a mask of single weights has no empty 16 × 16 block at all. A dense product has its own tiles,
         at least 64 wide.
         """
-        tiles = len(self.unit_row) * tiles_of(self.rows) * tiles_of(self.cols)
+        tiles = self.unit_row.shape[0] * tiles_of(self.rows) * tiles_of(self.cols)
         return tiles * tile_of(self.rows) * tile_of(self.cols) >= max(64, self.rows.size) * max(64, self.cols.size)
 
 
@@ -108,6 +114,14 @@ def units_of(mask: MaskTensors, values: torch.Tensor) -> Units:
     Raises:
         ValueError: for values that are not the mask's.
     """
+    known = vars(mask)
+    if known.get("packed") != values.shape:
+        known["units"] = _units_of(mask, values)
+        known["packed"] = values.shape
+    return known["units"]
+
+
+def _units_of(mask: MaskTensors, values: torch.Tensor) -> Units:
     if values.dim() != 3 or len(values) != len(mask.unit_row):
         raise ValueError(f"values of shape {tuple(values.shape)} do not fit a mask of {len(mask.unit_row)} units")
     sides: list[Side] = []

@@ -26,7 +26,8 @@ import triton.language as tl
 from torch.nn import functional as F
 
 from g2g_kernels.block_mask import BlockMask
-from g2g_kernels.ops.g2g_linear.call import LinearBackward, LinearCall, call_operators, operators
+from g2g_kernels.ops.g2g_linear import derivatives
+from g2g_kernels.ops.g2g_linear.call import LinearBackward, LinearCall, operators
 from g2g_kernels.packing import assembled, no_tiles, packed
 from g2g_kernels.sides import Side
 from g2g_kernels.triton import runtime
@@ -583,7 +584,7 @@ def refuses(x: torch.Tensor, values: torch.Tensor, mask: BlockMask, bias: torch.
 
 def g2g_linear(x: torch.Tensor, values: torch.Tensor, mask: BlockMask, bias: torch.Tensor | None) -> torch.Tensor:
     dtype = runtime.autocast_dtype(x.device.type) or values.dtype
-    return call_operators((FORWARD, BACKWARD), x, values, mask, bias, dtype)
+    return derivatives.g2g_linear(FORWARD, BACKWARD, x, values, mask, bias, dtype)
 
 
 def _forward(call: LinearCall) -> torch.Tensor:

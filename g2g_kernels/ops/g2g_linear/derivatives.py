@@ -15,7 +15,7 @@ import torch
 
 from g2g_kernels.block_mask import BlockMask
 from g2g_kernels.ops.derivatives import for_each_of_old, has_tangent
-from g2g_kernels.ops.g2g_linear.call import Gradients, LinearCall, gradients
+from g2g_kernels.ops.g2g_linear.call import LinearCall, gradients
 from g2g_kernels.ops.record import RecordOperator
 from g2g_kernels.tracing import is_traced
 from g2g_kernels.unit_grid import MaskTensors
@@ -42,17 +42,6 @@ class Kernels:
         """The product of contiguous x [M, in]."""
         bias = None if bias is None else bias.contiguous()
         return LinearCall(x.contiguous(), values.contiguous(), self.mask, bias, self.dtype)
-
-    def gradients(
-        self,
-        grad_y: torch.Tensor,
-        x: torch.Tensor,
-        values: torch.Tensor,
-        bias: torch.Tensor | None,
-        wanted: tuple[bool, bool, bool],
-    ) -> Gradients:
-        """∂F/∂x, ∂F/∂W and Σ g, None where not wanted."""
-        return gradients(self.backward, self.call(x, values, bias), grad_y, wanted)
 
 
 def g2g_linear(
@@ -103,7 +92,8 @@ class _Product(_Form):
             to_x = _ToInput.apply(grad_y, values, x.dtype, ctx.kernels) if need_x else None
             to_values = _ToWeights.apply(grad_y, x, values.dtype, ctx.kernels) if need_values else None
             return to_x, to_values, grad_y.sum(0, dtype=bias.dtype) if need_bias else None, None
-        return *ctx.kernels.gradients(grad_y, x, values, bias, (need_x, need_values, need_bias)), None
+        call = ctx.kernels.call(x, values, bias)
+        return *gradients(ctx.kernels.backward, call, grad_y, (need_x, need_values, need_bias)), None
 
     @staticmethod
     def jvp(ctx, x_tangent, values_tangent, bias_tangent, _):
@@ -132,7 +122,7 @@ class _ToInput(_Form):
     @staticmethod
     def forward(grad_y, values, dtype, kernels):
         x = grad_y.new_zeros((len(grad_y), kernels.mask.shape[1]), dtype=dtype)
-        return kernels.gradients(grad_y, x, values, None, (True, False, False))[0]
+        return gradients(kernels.backward, kernels.call(x, values, None), grad_y, (True, False, False))[0]
 
     @staticmethod
     @for_each_of_old
@@ -170,7 +160,7 @@ class _ToWeights(_Form):
     @staticmethod
     def forward(grad_y, x, dtype, kernels):
         values = grad_y.new_zeros(kernels.packed, dtype=dtype)
-        return kernels.gradients(grad_y, x, values, None, (False, True, False))[1]
+        return gradients(kernels.backward, kernels.call(x, values, None), grad_y, (False, True, False))[1]
 
     @staticmethod
     @for_each_of_old

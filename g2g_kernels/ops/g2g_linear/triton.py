@@ -568,7 +568,10 @@ def weight_gradient(
         **options,
     )
     # the second stage: a plain sum over the parts, always in the same order
-    return grad_values.sum(0).to(dtype), None if grad_bias is None else grad_bias.sum(0)
+    grad_values, grad_bias = (
+        each if each is None else each.squeeze(0) if parts == 1 else each.sum(0) for each in (grad_values, grad_bias)
+    )
+    return grad_values.to(dtype), grad_bias
 
 
 # --- operators --------------------------------------------------------------------------------------------------

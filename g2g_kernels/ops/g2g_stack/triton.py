@@ -370,8 +370,8 @@ class _Layer(NamedTuple):
     def like(self, parameter: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
         """The gradient of a parameter, a scalar or one per neuron, from its sum or its values per column."""
         if grad.numel() > 1:
-            grad = self.to_neurons(grad)
-        return (grad if parameter.numel() > 1 else grad.sum()).reshape(parameter.shape).to(parameter.dtype)
+            grad = self.to_neurons(grad) if parameter.numel() > 1 else self.to_neurons(grad).sum()
+        return grad.reshape(parameter.shape).to(parameter.dtype)
 
     def bias_gradient(self, bias: torch.Tensor | None, grad: torch.Tensor | None) -> torch.Tensor | None:
         """The gradient of the bias from its values per column; None if there is no bias."""

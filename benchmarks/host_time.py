@@ -196,7 +196,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             "turn": TURN,
             "rows": rows,
         }
-    print(table(record))
+    print(in_columns(*table(record)))
     return record
 
 
@@ -224,14 +224,14 @@ def _rows(contender: Contender) -> Iterator[dict[str, Any]]:
         }
 
 
-def table(record: dict[str, Any]) -> str:
-    """Least and median time of each part of each case."""
+def table(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: least and median time of each part of each case."""
     parts = dict.fromkeys(row["part"] for row in record["rows"])
     cases: dict[str, list[str]] = {}
     for row in record["rows"]:
         name = ", ".join(row[field] for field in Case._fields)
         cases.setdefault(name, [name]).append(f"{seconds(row['least'])} ({seconds(row['median'])})")
-    return in_columns(("least (median)", *parts), list(cases.values()))
+    return ["least (median)", *parts], list(cases.values())
 
 
 def build_parser() -> Parser:

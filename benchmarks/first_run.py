@@ -259,7 +259,7 @@ def status_table(made: Mapping[str, Mapping[str, Any]], planned: Sequence[str]) 
                 (line for line in reversed(lines) if re.search("wrong: |error", line, re.IGNORECASE)), lines[-1]
             )
         became = ["to come", ""] if stage is None else [stage["status"], f"{stage['seconds']:.0f} s"]
-        rows.append([name, *became, said.replace("|", "\\|")[:200]])
+        rows.append([name, *became, said[:200]])
     return markdown(["stage", "", "took", ""], rows)
 
 

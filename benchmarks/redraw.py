@@ -315,7 +315,7 @@ def _scaling(record: Record, link: Link) -> str:
             ("p_inter", "p_inter", "p_inter"),
             ("units of", "block_size", "block_size"),
         )
-        if quantity != content["quantity"]
+        if quantity != content["quantity"] and not (content["quantity"] == "wide" and quantity in ("H", "p_inter"))
     ]
     if content["quantity"] == "alpha":
         alphas = ", ".join(f"{place['alpha']:g}" for place in places)
@@ -326,8 +326,26 @@ def _scaling(record: Record, link: Link) -> str:
     return (
         f"![{what} against {content['x_is']}]({link(record.picture)})\n\n"
         f"{what} of {first['model']}, {', '.join(fixed)}, on {_machine(record, link)}.\n\n"
-        f"{markdown(header, rows)}"
+        f"{markdown(header, rows)}{_beside_dense(content)}"
     )
+
+
+def _beside_dense(content: dict[str, Any]) -> str:
+    """The memory of each contender, above that of a dense network, if the record has this."""
+    places = content["workloads"]
+    if "dense_bytes" not in places[0]:
+        return ""
+    rows = [
+        [one["contender"], *(f"{point['peak_bytes'] / 1e9:.2f}" for point in one["points"])]
+        for one in content["contenders"]
+    ]
+    rows.append(
+        [
+            "dense weights, gradients and Adam's moments (computed)",
+            *(f"{each['dense_bytes'] / 1e9:.2f}" for each in places),
+        ]
+    )
+    return f"\n\n{markdown(['memory of a step, GB', *(str(place['x']) for place in places)], rows)}"
 
 
 def _accuracy(record: Record, link: Link) -> str:
@@ -430,7 +448,7 @@ PARTS: dict[str, tuple[str, Callable[[Record, Link], str]]] = {
     "recurrent, in short": ("recurrent", _recurrent_in_short),
     **{
         f"scaling-{name}": (f"scaling-{name}", _scaling)
-        for name in ("p_inter", "block_size", "groups", "T", "B", "H", "alpha")
+        for name in ("p_inter", "block_size", "groups", "T", "B", "H", "wide", "alpha")
     },
     "accuracy": ("accuracy", _accuracy),
     "chunks": ("chunks", _chunks),

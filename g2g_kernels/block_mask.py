@@ -13,10 +13,11 @@ import torch
 from g2g_kernels import graph, packing
 from g2g_kernels.groups import GroupLayout, partners
 from g2g_kernels.numbers import PROBABILITY, SIZE
+from g2g_kernels.sampling import sample_rows
 from g2g_kernels.sides import UnitAxis
 from g2g_kernels.tracing import on_cpu
 from g2g_kernels.unit_grid import UnitGrid
-from g2g_kernels.wiring import read_row, row_of, unwrapped, version
+from g2g_kernels.wiring import read_row, row_of, version
 
 
 class BlockMask(UnitGrid):
@@ -32,10 +33,8 @@ class BlockMask(UnitGrid):
     addresses never change.
 
     Its one buffer, ``wiring``, describes the mask in floats (``g2g_kernels/wiring.py``), so the mask travels wherever
-    parameters and buffers do. A ``state_dict`` has the same row and nothing else.
-    :meth:`received` is a description that was copied into it: DistributedDataParallel broadcasts buffers when it is
-    created, so networks that were drawn differently become equal. :meth:`current` reads one that stands in its place
-    for a while: ``torch.func.functional_call`` with the parameters and buffers of another network.
+    parameters and buffers do. A ``state_dict`` has the same row and nothing else. The mask writes that buffer and never
+    reads it; what arrives there is for its owner to find (as ``g2gnet`` does).
 
     Args:
         out_layout, in_layout: the groups of the output and input neurons.
@@ -45,6 +44,9 @@ class BlockMask(UnitGrid):
     Attributes:
         rows, cols: :class:`UnitAxis` of the output and the input side.
         changes: the number of changes of units so far.
+        own_wiring: the buffer of this mask itself. Inside ``torch.func.functional_call`` another one may stand in its
+            place, as ``wiring``.
+        written: its version (:func:`g2g_kernels.wiring.version`) when the mask wrote it last.
         unit_row, unit_col: int32 [num_units], the coordinates of the unit in each slot.
         row_ptr, row_slot: int32 [rows.num_units + 1], int32 [num_units]: the slots of block row r, by column, are
             ``row_slot[row_ptr[r] : row_ptr[r + 1]]``.
@@ -70,7 +72,8 @@ class BlockMask(UnitGrid):
     """
 
     wiring: torch.Tensor
-    _own: torch.Tensor
+    own_wiring: torch.Tensor
+    written: int
 
     @on_cpu
     def __init__(
@@ -103,9 +106,7 @@ class BlockMask(UnitGrid):
     ) -> "BlockMask":
         """Draws a random graph: units inside a group with probability ``p_intra``, between groups ``p_inter``.
 
-        Each block row gets ⌊p·n⌋ or ⌈p·n⌉ of its n candidate units of either sort (randomised rounding, so that
-        the probability of each unit is exactly p), at uniformly drawn places, so rows have equal work.
-
+        Rows have equal work (:func:`g2g_kernels.sampling.sample_rows`).
         ``g2g_kernels.groups.partners`` defines which groups of the two sides count as one.
         """
         for name, p in (("p_intra", p_intra), ("p_inter", p_inter)):
@@ -114,16 +115,9 @@ class BlockMask(UnitGrid):
         mask = cls(out_layout, in_layout, empty, empty, block_size)
         own = partners(out_layout.num_groups, in_layout.num_groups)
         same_group = own[mask.rows.group_of_unit][:, mask.cols.group_of_unit]
-        present = torch.zeros_like(same_group)
-        for candidates, p in ((same_group, p_intra), (~same_group, p_inter)):
-            rounding = torch.rand(mask.rows.num_units, generator=generator, dtype=torch.float64)
-            count = torch.floor(candidates.sum(1).double() * p + rounding).long()
-            # candidates in uniformly random order first, the others behind them
-            key = torch.rand(candidates.shape, generator=generator).masked_fill_(~candidates, 2.0)
-            rank = torch.empty_like(key, dtype=torch.int64)
-            rank.scatter_(1, key.argsort(dim=1), torch.arange(key.shape[1]).expand_as(rank))
-            present |= candidates & (rank < count[:, None])
-        mask._set_units(*present.nonzero(as_tuple=True))
+        inside = sample_rows(same_group, p_intra, generator)
+        between = sample_rows(~same_group, p_inter, generator)
+        mask._set_units(*(inside | between).nonzero(as_tuple=True))
         return mask
 
     @classmethod
@@ -205,84 +199,27 @@ class BlockMask(UnitGrid):
         """Whether both have the same units in the same slots, and the same groups. Waits for the device."""
         return self.describes(row_of(other))
 
-    # --- what others send ---------------------------------------------------------------------------------------
+    # --- the buffer that describes it -----------------------------------------------------------------------------
 
     def _changed(self) -> None:
         self.changes += 1
         self._tensors = None
         with torch.no_grad():
-            self._own.copy_(row_of(self))
-        self._seen = version(self._own)
+            self.own_wiring.copy_(row_of(self))
+        self.written = version(self.own_wiring)
 
     def _publish(self) -> None:
         self.register_buffer("wiring", row_of(self), persistent=False)
-        self._see()
+        self._own_wiring()
 
-    def _see(self) -> None:
-        #: the buffer of this mask itself; another one stands in its place inside ``torch.func.functional_call``
-        self.__dict__["_own"] = self.wiring  # no buffer itself, even if it is an nn.Buffer
-        #: the version of it that was checked last, and whether it had been changed from outside
-        self._seen, self._received = version(self.wiring), False
-        #: another buffer, its version, and what it describes
-        self._visitor: tuple[torch.Tensor, int, BlockMask] | None = None
+    def publish_in(self, wiring: torch.Tensor) -> None:
+        """Makes ``wiring``, which describes the mask already, its buffer."""
+        self.wiring = wiring
+        self._own_wiring()
 
-    def received(self) -> "BlockMask | None":
-        """The mask that was copied into ``wiring``, if any; content that describes no mask is ignored.
-
-        Data-parallel processes broadcast the same buffers at every step. Checking a change waits for the device, so in
-        training mode only the first one is checked.
-        """
-        if version(self._own) == self._seen or (self._received and self.training):
-            return None
-        self._seen, self._received = version(self._own), True
-        sent = self._own.detach().cpu()
-        if self.describes(sent):
-            return None
-        try:
-            return BlockMask(*read_row(sent, self.shape))
-        except ValueError:
-            return None
-
-    @property
-    def visited(self) -> bool:
-        """Whether the buffer of another mask stands in place of ``wiring``."""
-        return self.wiring is not self._own
-
-    def current(self) -> "BlockMask":
-        """This mask; or while the buffer of another mask stands in place of ``wiring``, what that one describes.
-
-        Raises:
-            ValueError: if it describes no mask (two wirings were averaged, say), or under ``torch.func.vmap`` several.
-        """
-        wiring = self.wiring
-        if wiring is self._own:
-            return self
-        rows = unwrapped(wiring).detach()
-        if self._visitor is None or self._visitor[0] is not rows or self._visitor[1] != version(rows):
-            sent = rows.reshape(-1, rows.shape[-1]).cpu()
-            if not (sent == sent[:1]).all():
-                raise ValueError(
-                    "networks with different wirings cannot run in one torch.func.vmap, whose networks share their "
-                    "indices; call them one by one"
-                )
-            if self.describes(sent[0]):
-                return self
-            try:
-                mask = BlockMask(*read_row(sent[0], self.shape))
-            except ValueError as error:
-                raise ValueError(
-                    f"the buffer in place of mask.wiring describes no mask of this layer ({error}); pass parameters "
-                    "and buffers of one network"
-                ) from error
-            self._visitor = (rows, version(rows), mask.to(wiring.device))
-        return self._visitor[2]
-
-    def described_in(self, wiring: torch.Tensor) -> "BlockMask":
-        """A copy of this mask whose buffer is a tensor that describes it already."""
-        twin = copy.deepcopy(self)
-        twin.wiring = wiring
-        twin._see()
-        return twin
+    def _own_wiring(self) -> None:
+        self.__dict__["own_wiring"] = self.wiring  # no second buffer, even if it is an nn.Buffer
+        self.written = version(self.wiring)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "BlockMask":
         super()._apply(fn, recurse)
@@ -291,7 +228,7 @@ class BlockMask(UnitGrid):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._see()
+        self._own_wiring()
 
     # --- other libraries' graphs ----------------------------------------------------------------------------------
 

@@ -34,7 +34,7 @@ from g2g_kernels import BlockMask
 from g2g_kernels.tracing import is_transformed
 
 if TYPE_CHECKING:
-    from g2gnet.layers import G2GLinear
+    from g2gnet.packed_weights import PackedWeights
 
 logger = logging.getLogger("g2gnet")
 
@@ -42,12 +42,12 @@ logger = logging.getLogger("g2gnet")
 class Lineage:
     """Where a layer comes from, and which layers come from it."""
 
-    def __init__(self, layer: "G2GLinear") -> None:
+    def __init__(self, layer: "PackedWeights") -> None:
         self._layer = weakref.ref(layer)
-        self._origin: weakref.ref[G2GLinear] | None = None
-        self._copies: list[weakref.ref[G2GLinear]] = []
+        self._origin: weakref.ref[PackedWeights] | None = None
+        self._copies: list[weakref.ref[PackedWeights]] = []
         #: the weights and wirings that were used in place of the layer's, while someone keeps them, as layers
-        self._guests: list[tuple[weakref.ref[torch.Tensor], weakref.ref[torch.Tensor], G2GLinear]] = []
+        self._guests: list[tuple[weakref.ref[torch.Tensor], weakref.ref[torch.Tensor], PackedWeights]] = []
         self.tied = False
         #: of a copy: whether its weights were written to, whether its slots mean what those of the origin do, and the
         #: fingerprint of its weights when that was noted
@@ -56,13 +56,13 @@ class Lineage:
         self.watched = 0  # the id of the parameter that is watched
 
     @property
-    def layer(self) -> "G2GLinear":
+    def layer(self) -> "PackedWeights":
         layer = self._layer()
         assert layer is not None  # it owns this
         return layer
 
     @property
-    def origin(self) -> "G2GLinear | None":
+    def origin(self) -> "PackedWeights | None":
         """The layer that this one is a copy of, if that lives and this is no network of its own.
 
         A layer whose weights something computes (a parametrization, pruning) is one: they are not in units' slots.
@@ -71,7 +71,7 @@ class Lineage:
             self.leave()
         return None if self._origin is None else self._origin()
 
-    def come_from(self, origin: "G2GLinear", tied: bool = False) -> None:
+    def come_from(self, origin: "PackedWeights", tied: bool = False) -> None:
         """Notes that the layer is a copy of ``origin``, or with ``tied`` its average."""
         self._origin, self.tied, self._averages, self._in_step = weakref.ref(origin), tied, tied, True
         copies = [copy for copy in origin.lineage._copies if copy() not in (None, self.layer)]
@@ -184,7 +184,7 @@ def _trained(lineage: Lineage | None) -> None:
 
 
 @torch.no_grad()
-def take_wiring(source: "G2GLinear", target: "G2GLinear") -> None:
+def take_wiring(source: "PackedWeights", target: "PackedWeights") -> None:
     """Gives ``target`` the units of ``source``; for units that are new in their slots, the source's weights."""
     if target.values.shape != source.values.shape:
         return
@@ -215,12 +215,12 @@ def _say_that_copies_follow() -> None:
     )
 
 
-def _layers(model: nn.Module) -> "dict[str, G2GLinear]":
+def _layers(model: nn.Module) -> "dict[str, PackedWeights]":
     found = {name: module for name, module in model.named_modules() if hasattr(module, "lineage")}
-    return cast("dict[str, G2GLinear]", found)
+    return cast("dict[str, PackedWeights]", found)
 
 
-def _pairs(source: nn.Module, target: nn.Module) -> "list[tuple[G2GLinear, G2GLinear]]":
+def _pairs(source: nn.Module, target: nn.Module) -> "list[tuple[PackedWeights, PackedWeights]]":
     theirs, mine = _layers(source), _layers(target)
     if not theirs or theirs.keys() != mine.keys():
         raise ValueError(

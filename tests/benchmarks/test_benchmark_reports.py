@@ -146,6 +146,16 @@ def test_a_scaling_part_says_which_points_have_no_time():
     assert "| snnTorch loop, dense weights × mask | 2 s | – | 2 s | – | – |" in page
 
 
+def test_wide_layers_stand_beside_the_memory_of_a_dense_network():
+    places = [{**place, "dense_bytes": 3_000_000_000 * number} for number, place in enumerate(SCALING["workloads"], 1)]
+    content = {**SCALING, "quantity": "wide", "workloads": places, "contenders": SCALING["contenders"][:1]}
+    page = redraw.redrawn("<!-- drawn: scaling-wide -->\n<!-- end -->\n", redraw.ROOT / "docs", [record(content)])
+    assert "p_inter" not in page
+    assert "| memory of a step, GB | 0.25 | 0.5 | 1.0 |" in page
+    assert "| g2g-cpu | 0.01 | 0.01 | 0.01 |" in page
+    assert "| dense weights, gradients and Adam's moments (computed) | 3.00 | 6.00 | 9.00 |" in page
+
+
 @pytest.mark.parametrize("content", [STEP, SCALING], ids=lambda content: content["benchmark"])
 def test_a_picture_names_its_record(content, tmp_path):
     plots = pytest.importorskip("benchmarks.plots", reason="needs matplotlib", exc_type=ImportError)

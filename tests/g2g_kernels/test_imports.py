@@ -9,7 +9,7 @@ from helpers import ROOT
 #: modules of ``g2g_kernels``, or packages of them, from the bottom to the top
 LAYERS = (
     ("numbers", "tracing", "device"),
-    ("groups", "sides", "packing", "unit_grid", "graph", "wiring", "block_mask", "dispatch"),
+    ("groups", "sides", "packing", "unit_grid", "graph", "wiring", "sampling", "block_mask", "dispatch"),
     ("cpu", "triton"),
     ("backends",),
     ("ops.derivatives", "ops.checks", "ops.record", "ops.flops"),

@@ -183,24 +183,24 @@ def differentiate(
 
     torch.library.register_autograd(operator.overload.name(), of_arguments, setup_context=setup_context, lib=_library)
 
-    class Differentiated(torch.autograd.Function):
+    def forward(ctx: Any, record: DifferentiableRecord, *_: torch.Tensor | None) -> tuple[Any, ...]:
         """The results, the tensors of lists one by one; then all outputs as the implementation gave them."""
+        with torch._C._AutoDispatchBelowAutograd():
+            made = operator.function(record)
+        save(ctx, record, made)
+        return (made, made) if isinstance(made, torch.Tensor) else (*_each(made[:outputs]), made)
 
-        @staticmethod
-        def forward(ctx, record, *_):
-            with torch._C._AutoDispatchBelowAutograd():
-                made = operator.function(record)
-            save(ctx, record, made)
-            return (made, made) if isinstance(made, torch.Tensor) else (*_each(made[:outputs]), made)
+    def backward_of_all(ctx: Any, *grads: Any) -> tuple[torch.Tensor | None, ...]:
+        _, *ctx.needed = ctx.needs_input_grad
+        found = gradients(ctx, *grads[:-1])
+        return None, *found, *[None] * (ctx.count - len(found))
 
-        @staticmethod
-        def backward(ctx, *grads):
-            _, *ctx.needed = ctx.needs_input_grad
-            found = gradients(ctx, *grads[:-1])
-            return None, *found, *[None] * (ctx.count - len(found))
+    # the name is that of the node in the graph
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward_of_all)}
+    function: Any = type(operator.overload.overloadpacket.__name__, (torch.autograd.Function,), methods)
 
     def differentiated(record: DifferentiableRecord, *tensors: torch.Tensor | None) -> Any:
-        *results, made = Differentiated.apply(record, *tensors)
+        *results, made = function.apply(record, *tensors)
         if isinstance(made, torch.Tensor):
             return results[0]
         each = iter(results)

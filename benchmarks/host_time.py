@@ -3,8 +3,9 @@
 CPU time of one thread, at sizes that leave little but Python and dispatch. ``tiny`` has 32-64-64-16 neurons, T = 5 and
 B = 4; ``plain loop`` is the same network with dense layers, a loop over time in plain PyTorch. ``default`` has the
 layers and options of the default network, and launches its kernels, at 112-256-256-10 neurons, T = B = 2 and units of
-16. Backend ``triton`` records its launches instead of running them, so it needs no GPU; Triton's own launcher is not in
-its time. Cases take turns. The least time is the one to compare, since other programs share the machine.
+16. Backend ``triton`` records its launches instead of running them, so it needs no GPU. Triton's own launcher is not in
+its time; ``--launcher`` measures that too, up to its call of the driver. Cases take turns. The least time is the one to
+compare, since other programs share the machine.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from g2gnet.cli import FlagError, Parser, add_json_flag, run_program
 from g2gnet.tables import in_columns
 
 from .contender import autocast
+from .launcher import launcher_seconds
 from .machine import describe
 from .report import seconds
 
@@ -176,6 +178,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         FlagError: for numbers of turns out of range.
     """
+    if arguments.launcher and runtime.interpreted():
+        raise FlagError("launcher: TRITON_INTERPRET is set, and the interpreter has none; unset it")
     for name in ("turns", "warm_up"):
         value = getattr(arguments, name)
         if COUNT.refuses(value):
@@ -189,6 +193,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                     for taken in contender.seconds.values():
                         taken.clear()
         rows = [row for contender in contenders for row in _rows(contender)]
+        if arguments.launcher:
+            *_, last = contenders
+            taken = launcher_seconds(last.launches, arguments.turns)
+            rows.append(_row(last.case, "launcher", taken) | {"launches": len(last.launches)})
         record = {
             "benchmark": "host_time",
             "machine": describe(torch.device("cpu")),
@@ -216,22 +224,22 @@ def _rows(contender: Contender) -> Iterator[dict[str, Any]]:
     both = [sum(parts) for parts in zip(*(contender.seconds[part] for part in PARTS[:3]), strict=True)]
     of = {**contender.seconds, "forward to backward": both, "step": steps}
     for part, taken in of.items():
-        yield {
-            **contender.case._asdict(),
-            "part": part,
-            "least": min(taken),
-            "median": statistics.median(taken),
-        }
+        yield _row(contender.case, part, taken)
+
+
+def _row(case: Case, part: str, taken: Sequence[float]) -> dict[str, Any]:
+    return {**case._asdict(), "part": part, "least": min(taken), "median": statistics.median(taken)}
 
 
 def table(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: least and median time of each part of each case."""
-    parts = dict.fromkeys(row["part"] for row in record["rows"])
-    cases: dict[str, list[str]] = {}
+    parts = list(dict.fromkeys(row["part"] for row in record["rows"]))
+    cases: dict[str, dict[str, str]] = {}
     for row in record["rows"]:
         name = ", ".join(row[field] for field in Case._fields)
-        cases.setdefault(name, [name]).append(f"{seconds(row['least'])} ({seconds(row['median'])})")
-    return ["least (median)", *parts], list(cases.values())
+        cases.setdefault(name, {})[row["part"]] = f"{seconds(row['least'])} ({seconds(row['median'])})"
+    rows = [[name, *(times.get(part, "–") for part in parts)] for name, times in cases.items()]
+    return ["least (median)", *parts], rows
 
 
 def build_parser() -> Parser:
@@ -243,6 +251,8 @@ def build_parser() -> Parser:
     for name, number, text in (("turns", 50, "timed turns"), ("warm_up", 5, "turns before them")):
         text = f"{text} of {TURN} steps (default: {number})"
         parser.add_argument(f"--{name}", type=int, default=number, metavar="N", help=text)
+    text = "time Triton's launcher, too; compiles the kernels of a step for an H100 (a minute)"
+    parser.add_argument("--launcher", action="store_true", help=text)
     add_json_flag(parser, "every least and median time")
     return parser
 

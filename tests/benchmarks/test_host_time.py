@@ -44,3 +44,9 @@ def test_every_part_of_every_case_has_a_time(tmp_path, capsys, monkeypatch):
 def test_numbers_of_turns_are_checked(capsys):
     assert host_time.main(["--turns", "0"]) != 0
     assert "turns=0 must be" in capsys.readouterr().err
+
+
+def test_the_interpreter_has_no_launcher_to_time(capsys, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert host_time.main(["--launcher"]) != 0
+    assert "TRITON_INTERPRET is set" in capsys.readouterr().err

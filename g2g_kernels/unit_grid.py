@@ -7,6 +7,7 @@ import torch
 from g2g_kernels import packing
 from g2g_kernels.groups import check_integers
 from g2g_kernels.sides import Indices, UnitAxis
+from g2g_kernels.tracing import is_traced
 
 
 class _MaskTensors(NamedTuple):
@@ -191,13 +192,15 @@ class UnitGrid(Indices):
 
     def tensors(self) -> MaskTensors:
         """What operators take; the same object until the mask changes."""
-        if self._tensors is None or torch.compiler.is_compiling():
-            index = self.unit_row, self.unit_col, self.row_ptr, self.row_slot, self.col_ptr, self.col_slot
-            tensors = MaskTensors(*index, *self.rows.tensors(), *self.cols.tensors())
-            if torch.compiler.is_compiling():  # to which an attribute would be a side effect
-                return tensors
-            self._tensors = tensors
+        if is_traced():  # where an attribute would be a side effect, and every trace must be alike
+            return self._as_tensors()
+        if self._tensors is None:
+            self._tensors = self._as_tensors()
         return self._tensors
+
+    def _as_tensors(self) -> MaskTensors:
+        index = self.unit_row, self.unit_col, self.row_ptr, self.row_slot, self.col_ptr, self.col_slot
+        return MaskTensors(*index, *self.rows.tensors(), *self.cols.tensors())
 
     def _view(self) -> packing.View:
         return packing.View(self.unit_row, self.unit_col, self.rows.side, self.cols.side)

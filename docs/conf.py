@@ -71,7 +71,7 @@ add_module_names = False
 toc_object_entries_show_parents = "hide"
 nitpicky = True
 # other projects' names, which only a connection could look up
-nitpick_ignore_regex = [("py:.*", r"(?!g2g)\w+\..*|.*\.(TrainerT|ResultT)")]
+nitpick_ignore_regex = [("py:.*", r"(?!g2g)\w+\..*|.*\.(TrainerT|ResultT|SettingsT)")]
 
 html_theme = "furo"
 html_title = f"g2g {version}"

@@ -46,7 +46,7 @@ class BlockMask(UnitGrid):
         changes: the number of changes of units so far.
         own_wiring: the buffer of this mask itself. Inside ``torch.func.functional_call`` another one may stand in its
             place, as ``wiring``.
-        written: its version (:func:`g2g_kernels.wiring.version`) when the mask wrote it last.
+        written: its version (``g2g_kernels.wiring.version``) when the mask wrote it last.
         unit_row, unit_col: int32 [num_units], the coordinates of the unit in each slot.
         row_ptr, row_slot: int32 [rows.num_units + 1], int32 [num_units]: the slots of block row r, by column, are
             ``row_slot[row_ptr[r] : row_ptr[r + 1]]``.
@@ -106,7 +106,7 @@ class BlockMask(UnitGrid):
     ) -> "BlockMask":
         """Draws a random graph: units inside a group with probability ``p_intra``, between groups ``p_inter``.
 
-        Rows have equal work (:func:`g2g_kernels.sampling.sample_rows`).
+        Rows have equal work (``g2g_kernels/sampling.py``).
         ``g2g_kernels.groups.partners`` defines which groups of the two sides count as one.
         """
         for name, p in (("p_intra", p_intra), ("p_inter", p_inter)):

@@ -1,4 +1,4 @@
-"""Kinds of numbers (and flags), and the one check of each: of arguments, of settings and of what files hold.
+"""Kinds of numbers, and the one check of each: of arguments, of settings and of what files hold.
 
 A number outside its range, or one that the type it becomes cannot hold, would be wrong in silence: C cuts whole numbers
 off, and makes large ones of floating point infinite and small ones 0.
@@ -32,17 +32,6 @@ def check_parameter(name: str, value: Any, of: str = "") -> float:
             return number
     held = f"a number that a float32 holds, at most {FLOAT32[1]:.3g}, or inf"
     raise ValueError(f"{name}={value!r:.40}{of} must be {held}")
-
-
-def check_flag(name: str, value: Any) -> bool:
-    """``value``, which is True or False.
-
-    Raises:
-        ValueError: if it is anything else, as ``"no"``, which counts as true.
-    """
-    if not isinstance(value, bool):
-        raise ValueError(f"{name}={value!r:.40} must be True or False")
-    return value
 
 
 class Number(NamedTuple):

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from g2g_kernels import Activity
+from g2g_kernels.choices import check_choice
 from g2g_kernels.numbers import COUNT, Number
 from g2gnet.distributed import World
 from g2gnet.dst_rules import ACTIVITY, GRADIENT, GROW_RULES, PRUNE_RULES, Evidence
@@ -160,8 +161,7 @@ class DSTScheduler:
             ("grow", grow, GROW_RULES),
             ("schedule", schedule, SCHEDULES),
         ):
-            if value not in known:
-                raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(known)}")
+            check_choice(name, value, known)
         if isinstance(process_group, str) and process_group != "world":
             raise ValueError(f"process_group={process_group!r} is unknown; give 'world', a process group or None")
         COUNT.check("interval", interval)

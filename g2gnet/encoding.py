@@ -2,6 +2,8 @@
 
 import torch
 
+from g2g_kernels.choices import check_choice
+
 ENCODINGS = ("current", "rate")
 
 
@@ -34,8 +36,7 @@ def encode(
         >>> encode(x, "rate", steps=3).shape
         torch.Size([3, 1, 2])
     """
-    if enc not in ENCODINGS:
-        raise ValueError(f"enc={enc!r} is unknown; choose one of {', '.join(ENCODINGS)}")
+    check_choice("enc", enc, ENCODINGS)
     check_samples(x)
     shape, part = x.shape[-2:], part or slice(None)
     x = x[..., part, :] * scale + bias

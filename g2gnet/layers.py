@@ -18,8 +18,8 @@ Observer = Callable[[torch.Tensor, torch.Tensor], None]
 class G2GLinear(PackedWeights):
     """y = x·Wᵀ + b with a weight of which only the units of ``mask`` exist.
 
-    A ``copy.deepcopy`` of a layer is independent, unless it is an average of this layer (EMA, SWA): :meth:`rewire_`
-    rewires it too. It then has the units that the network has now, and its average of a grown unit starts anew.
+    A ``copy.deepcopy`` of a layer is independent, unless it is an average of this layer (EMA, SWA), which is rewired
+    with it. It then has the units that the network has now, and its average of a grown unit starts anew.
     :mod:`g2gnet.copies` says what counts as an average.
 
     Initial values: the active weights of output neuron i are uniform in ±1/√k_i, where k_i is its active fan-in

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from g2g_kernels import BlockMask, GroupLayout
-from g2g_kernels.numbers import PROBABILITY, Number, check_flag
+from g2g_kernels.choices import check_choice, check_flag
+from g2g_kernels.numbers import PROBABILITY, Number
 from g2g_kernels.tracing import symbolic_call
 from g2gnet.encoding import ENCODINGS, check_samples, encode
 from g2gnet.layers import G2GLinear
@@ -14,7 +15,7 @@ from g2gnet.neurons import NEURONS, SpikingNeurons
 from g2gnet.patterns import MODELS, Pattern, layer_mask, layer_probabilities, mask_between
 from g2gnet.sequences import SEQUENCES, unfold
 from g2gnet.settings import NetworkSettings
-from g2gnet.stack import SpikingStack, check_input
+from g2gnet.stack import Pair, RecurrentLayer, SpikingStack, check_input
 
 
 class G2GNet(SpikingStack):
@@ -115,18 +116,18 @@ class G2GNet(SpikingStack):
     ) -> None:
         for name, flag in (("standardize", standardize), ("recurrent", recurrent), ("per_neuron", per_neuron)):
             check_flag(name, flag)
-        if not callable(model) and model not in MODELS:
-            raise ValueError(f"model={model!r} is unknown; choose one of {', '.join(MODELS)}, or give a pattern")
+        if not callable(model):
+            check_choice("model", model, MODELS, "give a pattern")
+        for name, value, known in (
+            ("enc", enc, ENCODINGS),
+            ("sequence", sequence, SEQUENCES),
+            ("neuron", neuron, NEURONS),
+        ):
+            check_choice(name, value, known)
         if density != "uniform" and (callable(model) or model == "dense"):
             raise ValueError(
                 f"density={density!r} has no effect on a dense network or a pattern of your own; leave it out"
             )
-        if enc not in ENCODINGS:
-            raise ValueError(f"enc={enc!r} is unknown; choose one of {', '.join(ENCODINGS)}")
-        if sequence not in SEQUENCES:
-            raise ValueError(f"sequence={sequence!r} is unknown; choose one of {', '.join(SEQUENCES)}")
-        if neuron not in NEURONS:
-            raise ValueError(f"neuron={neuron!r} is unknown; choose one of {', '.join(NEURONS)}")
         if standardize and enc == "rate":
             raise ValueError("standardize makes values that are not spike probabilities; give enc='current'")
         if isinstance(hidden_dim, list | tuple):
@@ -141,13 +142,13 @@ class G2GNet(SpikingStack):
                 f"p_rec_inter={p_rec_inter!r:.40} has no effect without recurrent=True, on a dense network, with a "
                 f"density of its own, or beside a pattern of your own; leave it out"
             )
-        for name, value in (("enc_scale", enc_scale), ("enc_bias", enc_bias)):
-            Number().check(name, value)
+        for name, number in (("enc_scale", enc_scale), ("enc_bias", enc_bias)):
+            Number().check(name, number)
         sizes = (input_dim, hidden_dim, hidden_dim, num_classes)
         shapes = [(out_size, in_size) for in_size, out_size in itertools.pairwise(sizes)]
         recurrent_shapes = [(hidden_dim, hidden_dim)] * (len(shapes) - 1 if recurrent else 0)
         probabilities = layer_probabilities(shapes + recurrent_shapes, p_intra, p_inter, num_groups, density)
-        layers: list[tuple[G2GLinear, SpikingNeurons]] = []
+        layers: list[Pair | RecurrentLayer] = []
         for number, (out_size, in_size) in enumerate(shapes):
             if model == "dense":
                 mask = BlockMask.full(GroupLayout(out_size, 1), GroupLayout(in_size, 1), block_size)
@@ -171,12 +172,10 @@ class G2GNet(SpikingStack):
         of_recurrents = probabilities[len(shapes) :]
         if p_rec_inter is not None:
             of_recurrents = [(p_intra, PROBABILITY.check("p_rec_inter", p_rec_inter))] * len(recurrent_shapes)
-        joined = [
-            _recurrent(model, connection, of_layer, rec_gain, generator)
-            for (connection, _), of_layer in zip(layers, of_recurrents, strict=False)  # the output layer has none
-        ]
-        hidden = [(*pair, recurrent) for pair, recurrent in zip(layers, joined, strict=False)]
-        super().__init__([*hidden, *layers[len(joined) :]], T, backend, dropout, readout)
+        for number, of_layer in enumerate(of_recurrents):  # after all others, which are the same without them
+            connection, neurons, *_ = layers[number]
+            layers[number] = connection, neurons, _recurrent(model, connection, of_layer, rec_gain, generator)
+        super().__init__(layers, T, backend, dropout, readout)
         self.model = model
         self.enc = enc
         self.enc_scale = enc_scale

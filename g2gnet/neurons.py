@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from g2g_kernels import Neurons, neurons, neurons_step
-from g2g_kernels.numbers import SHARPNESS, SIZE, check_flag, check_parameter
+from g2g_kernels.choices import check_flag
+from g2g_kernels.numbers import SHARPNESS, SIZE, check_parameter
 from g2g_kernels.ops.g2g_stack import NeuronState
 from g2g_kernels.ops.neurons import MODELS
 from g2g_kernels.ops.neurons.models import RESET, NeuronModel

@@ -27,10 +27,17 @@ class PackedWeights(nn.Module):
     Args:
         mask: the units that exist; the module owns it from now on.
         values: their packed weights [num_units, unit_rows, unit_cols].
+
+    Example:
+        >>> from g2g_kernels import BlockMask, GroupLayout
+        >>> layer = G2GLinear(BlockMask.full(GroupLayout(8), GroupLayout(8), block_size=1))
+        >>> values, mask = layer.weights()  # that a kernel takes
+        >>> mask.unpack(values).shape
+        torch.Size([8, 8])
     """
 
     #: attributes that say what happened to this very module; a copy begins with its own
-    OWN = ("lineage", "_received", "_given", "_own")
+    _NOT_COPIED = ("lineage", "_received", "_given", "_own")
 
     def __init__(self, mask: BlockMask, values: nn.Parameter) -> None:
         super().__init__()
@@ -153,7 +160,7 @@ class PackedWeights(nn.Module):
 
     def _state(self) -> dict[str, Any]:
         """What a copy begins with. (``torch.nn.utils.parametrize`` replaces ``__getstate__`` by a refusal.)"""
-        return {name: value for name, value in self.__dict__.items() if name not in self.OWN}
+        return {name: value for name, value in self.__dict__.items() if name not in self._NOT_COPIED}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

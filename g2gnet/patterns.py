@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from g2g_kernels import BlockMask, GroupLayout
+from g2g_kernels.choices import check_choice
 from g2g_kernels.groups import partners
 from g2g_kernels.numbers import COUNT, PROBABILITY, Number
 from g2g_kernels.ops.checks import DTYPES
@@ -313,8 +314,7 @@ def layer_probabilities(
         >>> layer_probabilities([(64, 784), (64, 64), (10, 64)], p_intra=1.0, p_inter=0.15, num_groups=8)[0]
         (1.0, 0.15)
     """
-    if density not in DENSITIES:
-        raise ValueError(f"density={density!r} is unknown; choose one of {', '.join(DENSITIES)}")
+    check_choice("density", density, DENSITIES)
     if density == "uniform":
         return [(p_intra, p_inter)] * len(shapes)
     num_groups = COUNT.check("num_groups", num_groups)

@@ -9,6 +9,7 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
+from g2g_kernels.choices import unknown
 from g2g_kernels.numbers import SHARPNESS, SIZE, Number
 from g2g_kernels.ops.neurons import RESETS, SURROGATES
 from g2g_kernels.ops.neurons.models import RESET
@@ -40,7 +41,13 @@ class DefaultName(str):
 
 
 class Need(NamedTuple):
-    """What a setting needs to have an effect: that the setting ``name`` has one of some values."""
+    """What a setting needs to have an effect: that the setting ``name`` has one of some values.
+
+    Example:
+        >>> need = Need("sparsity_mode", ("dynamic",))
+        >>> need.unmet({"sparsity_mode": "static"}), need.remedy()
+        ('with sparsity_mode=static', 'give `sparsity_mode=dynamic`')
+    """
 
     name: str
     values: tuple[Any, ...]
@@ -105,7 +112,7 @@ def number_of(about: Mapping[str, Any], expected: Any) -> Number | None:
     return about["number"]._replace(whole=int in kinds) if int in kinds or float in kinds else None
 
 
-Kind = TypeVar("Kind", bound="Settings")
+SettingsT = TypeVar("SettingsT", bound="Settings")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,9 +128,9 @@ class Settings:
         True
     """
 
-    #: of settings that do not always have an effect: what they need for it, the most telling first
+    #: what settings need that do not always have an effect, the most telling first
     NEEDS: ClassVar[Mapping[str, tuple[Need, ...]]] = {}
-    #: those that programs warn of where they have none; others are refused unless they have their default
+    #: those of which programs warn where they have none; others are then refused, unless they have their default
     TOLD: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
@@ -141,9 +148,8 @@ class Settings:
                 problems.append(f"{field.name}={value!r:.40} is not {expected}")
             elif about["choices"]:
                 if value not in about["choices"] and not (about["others"] and about["others"].accepts(value)):
-                    more = f", or {about['others'].text}" if about["others"] else ""
-                    known = ", ".join(about["choices"])
-                    problems.append(f"{field.name}={value!r} is unknown; choose one of {known}{more}")
+                    more = about["others"].text if about["others"] else ""
+                    problems.append(unknown(field.name, value, about["choices"], more))
             elif number and value is not None and (wanted := number.refuses(value)):
                 problems.append(f"{field.name}={value!r:.40} is out of range; give {wanted}")
         return problems
@@ -188,7 +194,7 @@ class Settings:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.metadata["group"]}
 
     @classmethod
-    def from_saved(cls: type[Kind], saved: Mapping[str, Any]) -> Kind:
+    def from_saved(cls: type[SettingsT], saved: Mapping[str, Any]) -> SettingsT:
         """The settings that ``as_dict`` gave, perhaps in an earlier version.
 
         Later settings have their default. So have those that are refused without effect, and have none: their default

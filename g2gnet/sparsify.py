@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from g2g_kernels.choices import check_choice
 from g2gnet.layers import G2GLinear
 from g2gnet.patterns import SPARSE, Pattern, layer_mask, layer_probabilities
 from g2gnet.settings import NetworkSettings
@@ -80,9 +81,9 @@ def sparsify(
         >>> type(model[0]).__name__, model[0].mask.num_units < 8 * 16
         ('G2GLinear', True)
     """
-    if not callable(pattern) and pattern not in SPARSE:
-        raise ValueError(f"pattern={pattern!r} is unknown; choose one of {', '.join(SPARSE)}, or give a pattern")
-    if callable(pattern) and density != "uniform":
+    if not callable(pattern):
+        check_choice("pattern", pattern, SPARSE, "give a pattern")
+    elif density != "uniform":
         raise ValueError(f"density={density!r} has no effect on a pattern of your own; leave it out")
     # a layer that is used in two places has two names
     places = {

@@ -13,6 +13,7 @@ from torch.nn.modules import module as every_module
 from torch.utils.hooks import RemovableHandle
 
 from g2g_kernels import Activity, SpikingLayer, g2g_stack, neurons_step
+from g2g_kernels.choices import check_choice
 from g2g_kernels.groups import as_integers
 from g2g_kernels.numbers import COUNT, Number
 from g2g_kernels.ops.g2g_stack import (
@@ -120,8 +121,7 @@ class SpikingStack(nn.Module):
     ) -> None:
         super().__init__()
         DROPOUT.check("dropout", dropout)
-        if readout not in READOUTS:
-            raise ValueError(f"readout={readout!r:.40} is unknown; choose one of {', '.join(READOUTS)}")
+        check_choice("readout", readout, READOUTS)
         if not layers:
             raise ValueError("layers is empty; give at least one pair of a G2GLinear and its neurons")
         for number, (connection, neurons, *recurrent) in enumerate(layers, 1):

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
+from g2g_kernels.choices import check_choice
 from g2gnet.data import own
 from g2gnet.data.image_data import ImageData
 
@@ -86,10 +87,6 @@ def load_dataset(name: str, data_dir: Path | str = "data") -> ImageData:
     """
     if own.is_name(name):
         return own.load(name, Path(data_dir))
-    if name not in DATASETS:
-        known = ", ".join(DATASETS)
-        raise ValueError(
-            f"dataset={name!r} is unknown; choose one of {known}, or the name of your own .npz file (dataset_name)"
-        )
+    check_choice("dataset", name, DATASETS, "the name of your own .npz file (dataset_name)")
     module = importlib.import_module(f"{__package__}.{DATASETS[name].module}")
     return module.load(name, Path(data_dir))

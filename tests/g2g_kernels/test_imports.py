@@ -8,7 +8,7 @@ from helpers import ROOT
 
 #: modules of ``g2g_kernels``, or packages of them, from the bottom to the top
 LAYERS = (
-    ("numbers", "tracing", "device"),
+    ("numbers", "choices", "tracing", "device"),
     ("groups", "sides", "packing", "unit_grid", "graph", "wiring", "sampling", "block_mask", "dispatch"),
     ("cpu", "triton"),
     ("backends",),

@@ -66,7 +66,7 @@ class Activity(NamedTuple):
 
     @property
     def output(self) -> torch.Tensor:
-        """[B, N], the answer of the last layer (logits of a classifier): its readout, or spike counts."""
+        """The answer of the last layer [B, N] (logits of a classifier), which is its readout, or spike counts."""
         return self.counts if self.readout is None else self.readout
 
     @property

@@ -1,0 +1,27 @@
+"""Arguments that are one of a few values, and the one check of each: flags and names."""
+
+from collections.abc import Iterable
+from typing import Any
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """``value``, which is True or False.
+
+    Raises:
+        ValueError: if it is anything else, as ``"no"``, which counts as true.
+    """
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r:.40} must be True or False")
+    return value
+
+
+def check_choice(name: str, value: Any, known: Iterable[str], more: str = "") -> None:
+    """Raises ValueError unless ``value`` is one of the ``known`` names; ``more`` says what else could be given."""
+    known = list(known)
+    if value not in known:
+        raise ValueError(unknown(name, value, known, more))
+
+
+def unknown(name: str, value: Any, known: Iterable[str], more: str = "") -> str:
+    """What to say of a value that is not known."""
+    return f"{name}={value!r:.40} is unknown; choose one of {', '.join(known)}{more and ', or '}{more}"

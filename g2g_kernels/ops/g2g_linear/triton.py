@@ -17,7 +17,6 @@ the padded group order of a :class:`BlockMask` (*places*); these kernels transla
 separate pass.
 """
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -37,14 +36,9 @@ from g2g_kernels.unit_grid import MaskTensors
 # --- the graph as kernels read it -------------------------------------------------------------------------------
 
 
-@functools.cache
-def _tile(width: int) -> int:
-    return min(64, max(16, next_power_of_2(width)))
-
-
 def tile_of(side: Side) -> int:
     """The side of a tile that covers a range, or a part of one wider than 64: 16, 32 or 64."""
-    return _tile(side.width)
+    return 16 if side.width <= 16 else 32 if side.width <= 32 else 64
 
 
 def tiles_of(side: Side) -> int:

@@ -170,7 +170,8 @@ def training_step(
     with _recording(architecture) as recorder:
         counts, _, _, spikes, kept = stack._forward(call._replace(keep=True))
         recorder.begin("backward")
-        stack._backward(StackBackward(call, tuple(spikes), tuple(kept), torch.empty_like(counts), None, False))
+        none = [None] * len(call.layers)
+        stack._backward(StackBackward(call, spikes, kept, torch.empty_like(counts), none, none, False))
     return recorder.operations
 
 
@@ -198,7 +199,8 @@ def layer_step(
     with stack.choose(fused), _recording() as recorder:
         counts, _, _, made, kept = stack._forward(call._replace(keep=True))
         recorder.begin("backward")
-        stack._backward(StackBackward(call, tuple(made), tuple(kept), torch.empty_like(counts), None, not spikes))
+        grads = torch.empty_like(counts), [None], [None], not spikes
+        stack._backward(StackBackward(call, made, kept, *grads))
     return recorder.operations
 
 

@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/kernel-checks.md"
 LINEAR, STACK, NEURONS = (f"g2g_kernels/ops/{name}/triton.py" for name in ("g2g_linear", "g2g_stack", "neurons"))
 NEURON = "g2g_kernels/triton/neuron.py"
+TILES = "g2g_kernels/ops/g2g_linear/tiles.py"
 TESTS = "tests/g2g_kernels/ops/test_triton_{}.py"
 MISSED = "—"
 
@@ -170,7 +171,7 @@ MUTATIONS = (
     ),
     Mutation(
         "more stages than shared memory holds",
-        LINEAR,
+        TILES,
         (("STAGES = 3", "STAGES = 12"),),
         PADDING,
     ),

@@ -12,17 +12,17 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-import triton
 
 from g2g_kernels.triton import costs, runtime
 from g2g_kernels.triton.products import precision_of
+from g2g_kernels.triton.runtime import cdiv
 
 # --- tiles --------------------------------------------------------------------------------------------------------
 
 
 def side_of(width: int) -> int:
     """The side of a tile that covers a range of that width, or a part of one wider than 64: 16, 32 or 64."""
-    return min(64, max(16, triton.next_power_of_2(width)))
+    return 16 if width <= 16 else 32 if width <= 32 else 64
 
 
 def product_tiles(samples: int, width: int, x: torch.dtype, products: torch.dtype, precision: str) -> dict[str, int]:
@@ -166,7 +166,7 @@ class Call(NamedTuple):
 
 def parts_work(shape: Shape) -> costs.Work:
     """What makes parts of the weights."""
-    return costs.Work(bytes=(4 + costs.PART_BYTES) * shape.weights, programs=triton.cdiv(shape.weights, 1024))
+    return costs.Work(bytes=(4 + costs.PART_BYTES) * shape.weights, programs=cdiv(shape.weights, 1024))
 
 
 def _by_units(call: Call) -> list[costs.Work]:
@@ -174,8 +174,8 @@ def _by_units(call: Call) -> list[costs.Work]:
     shape = call.shape if call.way == "forward" else call.shape.transposed
     tiles = product_tiles(call.samples, side_of(shape.col_width), call.x, call.products, call.precision)
     block = costs.Block(tiles["BLOCK_M"], side_of(shape.row_width), tiles["BLOCK_K"])
-    columns, of_m = triton.cdiv(shape.row_width, block.n), triton.cdiv(call.samples, block.m)
-    pairs = shape.units * columns * triton.cdiv(shape.col_width, block.k) * of_m
+    columns, of_m = cdiv(shape.row_width, block.n), cdiv(call.samples, block.m)
+    pairs = shape.units * columns * cdiv(shape.col_width, block.k) * of_m
     kind, times = call.factors
     moved = call.samples * (shape.inputs * call.x.itemsize + shape.outputs * call.y.itemsize)
     own = costs.Work(
@@ -194,7 +194,7 @@ def _weight_gradient(call: Call) -> list[costs.Work]:
     shape = call.shape
     tiles = weight_gradient_tiles(side_of(shape.col_width), call.x, call.products, call.precision)
     block_r, block_c = side_of(shape.row_width), tiles["GROUP"] * side_of(shape.col_width)
-    of_unit = triton.cdiv(shape.row_width, block_r) * triton.cdiv(shape.col_width, side_of(shape.col_width))
+    of_unit = cdiv(shape.row_width, block_r) * cdiv(shape.col_width, side_of(shape.col_width))
     groups, parts = groups_and_parts(shape.units, shape.row_ranges, of_unit, call.samples, tiles["GROUP"])
     block = costs.Block(block_r, block_c, call.samples)
     pairs = of_unit * costs.groups_of(shape.units, shape.row_ranges, tiles["GROUP"])

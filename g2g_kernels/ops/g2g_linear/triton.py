@@ -25,7 +25,8 @@ import triton.language as tl
 from torch.nn import functional as F
 
 from g2g_kernels.block_mask import BlockMask
-from g2g_kernels.ops.g2g_linear.call import LinearBackward, LinearCall, call_operators, operators
+from g2g_kernels.ops.g2g_linear import derivatives
+from g2g_kernels.ops.g2g_linear.call import LinearBackward, LinearCall, operators
 from g2g_kernels.ops.g2g_linear.tiles import (
     Shape,
     dense_pays,
@@ -46,7 +47,7 @@ from g2g_kernels.triton.products import (
     plus_product_over_rows,
     precision_of,
 )
-from g2g_kernels.triton.runtime import launch
+from g2g_kernels.triton.runtime import cdiv, launch, next_power_of_2
 from g2g_kernels.unit_grid import MaskTensors
 
 # --- the graph as kernels read it -------------------------------------------------------------------------------
@@ -59,7 +60,7 @@ def tile_of(side: Side) -> int:
 
 def tiles_of(side: Side) -> int:
     """The number of tiles that cover a range."""
-    return triton.cdiv(side.width, tile_of(side))
+    return cdiv(side.width, tile_of(side))
 
 
 def in_order(side: Side) -> Side:
@@ -119,6 +120,14 @@ def units_of(mask: MaskTensors, values: torch.Tensor) -> Units:
     Raises:
         ValueError: for values that are not the mask's.
     """
+    known = vars(mask)
+    if known.get("packed") != values.shape:
+        known["units"] = _units_of(mask, values)
+        known["packed"] = values.shape
+    return known["units"]
+
+
+def _units_of(mask: MaskTensors, values: torch.Tensor) -> Units:
     if values.dim() != 3 or len(values) != len(mask.unit_row):
         raise ValueError(f"values of shape {tuple(values.shape)} do not fit a mask of {len(mask.unit_row)} units")
     sides: list[Side] = []
@@ -253,7 +262,7 @@ def _launch_product(
     options = fitted(product_tiles(len(x), tile_of(inner), x.dtype, values.dtype, precision), x.device)
     launch(
         product_kernel,
-        (outer.num_units * tiles_of(outer) * triton.cdiv(len(x), options["BLOCK_M"]),),
+        (outer.num_units * tiles_of(outer) * cdiv(len(x), options["BLOCK_M"]),),
         x=x,
         x_column=inner.neuron_at,
         x_bounds=inner.bounds,
@@ -325,7 +334,7 @@ def dense_weight(values: torch.Tensor, units: Units) -> torch.Tensor:
     if values.numel():
         launch(
             place_kernel,
-            (triton.cdiv(values.numel(), 1024),),
+            (cdiv(values.numel(), 1024),),
             values=values,
             unit_row=units.unit_row,
             unit_col=units.unit_col,
@@ -468,9 +477,11 @@ def weight_gradient(
     deepest = 8 if grad_y.dtype == torch.float32 else 32
     precision = precision_of(grad_y.dtype, x.device)
     options = fitted(weight_gradient_tiles(tile_of(cols), x.dtype, grad_y.dtype, precision), x.device, deepest)
+    if want_bias and rows.neuron_at is not None:  # whose addresses take registers, too
+        options["BLOCK_S"] = min(32, options["BLOCK_S"])
     tiles = tiles_of(rows) * tiles_of(cols)
     groups, parts = groups_and_parts(num_units, rows.num_units, tiles, len(x), options["GROUP"])
-    samples_of_part = triton.cdiv(triton.cdiv(len(x), parts), options["BLOCK_S"]) * options["BLOCK_S"]
+    samples_of_part = cdiv(cdiv(len(x), parts), options["BLOCK_S"]) * options["BLOCK_S"]
     grad_values = torch.empty((parts, num_units, rows.width, cols.width), dtype=torch.float32, device=x.device)
     allocate = torch.zeros if rows.holes else torch.empty
     grad_bias = allocate((parts, rows.size), dtype=torch.float32, device=x.device) if want_bias else None
@@ -496,13 +507,16 @@ def weight_gradient(
         C=cols.width,
         PRECISION=precision,
         PART=part_ty(x.device),
-        ROWS=triton.next_power_of_2(rows.num_units),
+        ROWS=next_power_of_2(rows.num_units),
         BLOCK_R=tile_of(rows),
         BLOCK_C=tile_of(cols),
         **options,
     )
     # the second stage: a plain sum over the parts, always in the same order
-    return grad_values.sum(0).to(dtype), None if grad_bias is None else grad_bias.sum(0)
+    grad_values, grad_bias = (
+        each if each is None else each.squeeze(0) if parts == 1 else each.sum(0) for each in (grad_values, grad_bias)
+    )
+    return grad_values.to(dtype), grad_bias
 
 
 # --- operators --------------------------------------------------------------------------------------------------
@@ -518,7 +532,7 @@ def refuses(x: torch.Tensor, values: torch.Tensor, mask: BlockMask, bias: torch.
 
 def g2g_linear(x: torch.Tensor, values: torch.Tensor, mask: BlockMask, bias: torch.Tensor | None) -> torch.Tensor:
     dtype = runtime.autocast_dtype(x.device.type) or values.dtype
-    return call_operators((FORWARD, BACKWARD), x, values, mask, bias, dtype)
+    return derivatives.g2g_linear(FORWARD, BACKWARD, x, values, mask, bias, dtype)
 
 
 def _forward(call: LinearCall) -> torch.Tensor:

@@ -25,7 +25,6 @@ Bytes per element of [T, B, N] in a training step, with c the size of the produc
 
 import contextlib
 import functools
-import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -81,7 +80,7 @@ from g2g_kernels.triton.neuron import (
     zeros,
 )
 from g2g_kernels.triton.products import in_parts, load_factors, plus_product, precision_of
-from g2g_kernels.triton.runtime import launch
+from g2g_kernels.triton.runtime import cdiv, launch
 
 # --- the fused kernel -------------------------------------------------------------------------------------------
 #
@@ -288,7 +287,7 @@ def units_on_chip(units: Units, x: torch.dtype, products: torch.dtype, device: t
     cards, where Triton keeps what it loads in registers.
     """
     shape = units.shape
-    number, sides = triton.cdiv(shape.units, shape.row_ranges), (side_of(shape.row_width), side_of(shape.col_width))
+    number, sides = cdiv(shape.units, shape.row_ranges), (side_of(shape.row_width), side_of(shape.col_width))
     if x != torch.uint8 or products.itemsize != 2 or runtime.amd(device):
         return 0
     if units.cols.neuron_at is not None or units.rows.neuron_at is not None:
@@ -307,7 +306,7 @@ def layer_seconds(call: Call, steps: int, fused: bool, on_chip: int = 0) -> floa
     elements, size = call.samples * shape.outputs, call.products.itemsize
     neurons = costs.Work(bytes=3 * size * elements)  # the backward pass
     if not fused:
-        checkpoints = 4 * (triton.cdiv(steps, SEGMENT) - 1) * batch * shape.outputs
+        checkpoints = 4 * (cdiv(steps, SEGMENT) - 1) * batch * shape.outputs
         passes = (
             costs.Work(bytes=(size + 1) * elements + checkpoints),
             neurons._replace(bytes=neurons.bytes + checkpoints),
@@ -316,9 +315,9 @@ def layer_seconds(call: Call, steps: int, fused: bool, on_chip: int = 0) -> floa
         return product + sum(costs.seconds(each, call.card) for each in passes)
     tiles = fused_tiles(batch, shape, call.x, call.products, call.precision)
     block = costs.Block(tiles["BLOCK_M"], tiles["BLOCK_N"], tiles["BLOCK_K"])
-    columns, of_m = triton.cdiv(shape.row_width, block.n), triton.cdiv(batch, block.m)
+    columns, of_m = cdiv(shape.row_width, block.n), cdiv(batch, block.m)
     units = shape.row_ranges * on_chip or shape.units
-    pairs = steps * units * columns * triton.cdiv(shape.col_width, block.k) * of_m
+    pairs = steps * units * columns * cdiv(shape.col_width, block.k) * of_m
     kind, times = call.factors
     own = costs.Work(
         times * block.flop(pairs),
@@ -361,6 +360,8 @@ def fused_pays(
         return False
     if _chosen is not None:
         return _chosen
+    if units.rows.neuron_at is not None:  # registers spill on some cards, as above
+        return False
     # of a graph with dynamic shapes: one for each size, since what is kept depends on it
     steps, batch = int(steps), int(batch)
     precision, card = precision_of(products, device), costs.card_of(device)
@@ -526,12 +527,12 @@ class _Layer(NamedTuple):
     def like(self, parameter: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
         """The gradient of a parameter, a scalar or one per neuron, from its sum or its values per column."""
         if grad.numel() > 1:
-            grad = self.to_neurons(grad)
-        return (grad if parameter.numel() > 1 else grad.sum()).reshape(parameter.shape).to(parameter.dtype)
+            grad = self.to_neurons(grad) if parameter.numel() > 1 else self.to_neurons(grad).sum()
+        return grad.reshape(parameter.shape).to(parameter.dtype)
 
-    def bias_gradient(self, bias: torch.Tensor | None, grad: torch.Tensor | None) -> torch.Tensor:
-        """The gradient of the bias from its values per column; an empty tensor if there is no bias."""
-        return self.values.new_empty(0) if bias is None or grad is None else self.like(bias, grad)
+    def bias_gradient(self, bias: torch.Tensor | None, grad: torch.Tensor | None) -> torch.Tensor | None:
+        """The gradient of the bias from its values per column; None if there is no bias."""
+        return None if bias is None or grad is None else self.like(bias, grad)
 
 
 def _layers(call: StackCall) -> list[_Layer]:
@@ -583,10 +584,10 @@ def _launch_fused(
     precision = precision_of(values.dtype, x.device)
     on_chip = units_on_chip(units, x.dtype, values.dtype, x.device)
     options = fitted(fused_tiles(batch, units.shape, x.dtype, values.dtype, precision), x.device)
-    tiles_of_row = triton.cdiv(units.rows.width, options["BLOCK_N"])
+    tiles_of_row = cdiv(units.rows.width, options["BLOCK_N"])
     launch(
         fused_forward_kernel,
-        (units.rows.num_units * tiles_of_row * triton.cdiv(batch, options["BLOCK_M"]),),
+        (units.rows.num_units * tiles_of_row * cdiv(batch, options["BLOCK_M"]),),
         x=x,
         x_column=units.cols.neuron_at,
         x_bounds=units.cols.bounds,
@@ -632,7 +633,7 @@ def _fused_backward(margins: torch.Tensor, layer: _Layer, upstream: Upstream) ->
     """The backward pass of the neurons of a fused layer."""
     steps, batch, neurons = margins.shape
     block_b, block_n = blocks(neurons)
-    grid = triton.cdiv(batch, block_b), triton.cdiv(neurons, block_n)
+    grid = cdiv(batch, block_b), cdiv(neurons, block_n)
     parameters = layer.population.parameters
     grad_current = torch.empty_like(margins)
     grad_first = None if layer.first is None else torch.empty_like(layer.first)
@@ -711,9 +712,8 @@ def g2g_stack(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None
     call = StackCall.of(x, layers, steps, runtime.autocast_dtype(x.device.type) or x.dtype)
     counts, rates, last, spikes, _ = FORWARD(call)
     readers = [None if layer.mask.cols.trivial else layer.mask.cols.place_of for layer in layers[1:]]
-    sizes = [layer.size for layer in call.layers]
     all_spikes = tuple(map(ByteSpikes, spikes, [*readers, None]))
-    return Activity(counts, tuple(rates.split(sizes)), all_spikes, states=tuple(call.split_states(last)))
+    return Activity(counts, tuple(rates), all_spikes, states=tuple(last))
 
 
 class ByteSpikes:
@@ -733,7 +733,8 @@ def _forward(call: StackCall) -> Outputs:
     num_steps, batch, device = call.num_steps, call.batch, call.x.device
     all_spikes: list[torch.Tensor] = []
     kept: list[torch.Tensor] = []
-    rates, states = [], []
+    rates: list[torch.Tensor] = []
+    states: list[torch.Tensor] = []
     received = call.x
     for layer in _layers(call):
         shape = (num_steps, batch, layer.units.rows.size)
@@ -760,10 +761,10 @@ def _forward(call: StackCall) -> Outputs:
             to_keep = [current, checkpoints]
         kept += [tensor for tensor in to_keep if call.keep and tensor is not None]
         rates.append(layer.to_neurons(counts.sum(0) / (num_steps * batch)))
-        states.append(layer.to_neurons(last).flatten())
+        states.append(layer.to_neurons(last))
         all_spikes.append(spikes)
         received = spikes
-    return counts, torch.cat(rates), torch.cat(states), all_spikes, kept
+    return counts, rates, states, all_spikes, kept
 
 
 def _forward_fake(call: StackCall) -> Outputs:
@@ -778,23 +779,21 @@ def _forward_fake(call: StackCall) -> Outputs:
                 call.x.new_empty(state, dtype=layer.current_dtype(call.dtype)),
                 call.x.new_empty(of, dtype=torch.float32),
             ]
-    sizes = [layer.size for layer in call.layers]
-    counts = call.x.new_empty((call.batch, sizes[-1]), dtype=torch.float32)
-    last = call.x.new_empty(sum(map(math.prod, call.state_shapes())), dtype=torch.float32)
-    return counts, call.x.new_empty(sum(sizes), dtype=torch.float32), last, spikes, kept
+    counts = call.x.new_empty((call.batch, call.layers[-1].size), dtype=torch.float32)
+    rates = [call.x.new_empty(layer.size, dtype=torch.float32) for layer in call.layers]
+    last = [call.x.new_empty(call.state_shape(layer), dtype=torch.float32) for layer in call.layers]
+    return counts, rates, last, spikes, kept
 
 
 def _backward(backward: StackBackward) -> StackGradients:
     call, layers = backward.call, _layers(backward.call)
-    rates_of_layers = backward.rates_of_layers()
-    grad_x, grad_spikes, grad_counts = call.x.new_empty(0), None, backward.grad_counts
-    last_of_layers = backward.states_of_layers()
+    grad_x, grad_spikes, grad_counts = None, None, backward.grad_counts
     values, biases, parameters, states = [], [], [], []  # of the layers, the last one first
     for i in reversed(range(len(layers))):
         layer, given, (state, checkpoints) = layers[i], call.layers[i], backward.kept[2 * i : 2 * i + 2]
         rates, last = (
             None if grad is None else layer.to_columns(grad).contiguous()
-            for grad in (rates_of_layers[i], last_of_layers[i])
+            for grad in (backward.grad_rates[i], backward.grad_last[i])
         )
         upstream = Upstream(grad_spikes, grad_counts, rates, last)
         if layer.fused:
@@ -811,7 +810,7 @@ def _backward(backward: StackBackward) -> StackGradients:
         parameters.append(
             [layer.like(*pair) for pair in zip(given.population.parameters, through.parameters, strict=True)]
         )
-        states.append(call.x.new_empty(0) if through.first is None else layer.to_neurons(through.first))
+        states.append(None if through.first is None else layer.to_neurons(through.first))
         grad_counts = None
         if i > 0:
             grad_spikes = input_gradient(grad_current, layer.values.to(call.dtype), layer.units, call.dtype)
@@ -819,7 +818,7 @@ def _backward(backward: StackBackward) -> StackGradients:
         elif backward.grad_x:
             grad_x = input_gradient(grad_current, layer.values.to(call.dtype), layer.units, call.x.dtype)
             grad_x = grad_x.view(call.x.shape)
-    recurrents = [layer.values.new_empty(0) for layer in call.layers]  # whose layers run step by step
+    recurrents = [None] * len(layers)  # whose layers run step by step
     return StackGradients(grad_x, values[::-1], biases[::-1], parameters[::-1], states[::-1], recurrents)
 
 

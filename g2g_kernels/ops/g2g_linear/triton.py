@@ -477,7 +477,7 @@ def weight_gradient(
     deepest = 8 if grad_y.dtype == torch.float32 else 32
     precision = precision_of(grad_y.dtype, x.device)
     options = fitted(weight_gradient_tiles(tile_of(cols), x.dtype, grad_y.dtype, precision), x.device, deepest)
-    if want_bias and rows.neuron_at is not None:  # whose addresses take registers, too
+    if want_bias and rows.neuron_at is not None and tile_of(rows) == 64:  # whose addresses take registers, too
         options["BLOCK_S"] = min(32, options["BLOCK_S"])
     tiles = tiles_of(rows) * tiles_of(cols)
     groups, parts = groups_and_parts(num_units, rows.num_units, tiles, len(x), options["GROUP"])

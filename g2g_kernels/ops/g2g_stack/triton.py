@@ -360,7 +360,7 @@ def fused_pays(
         return False
     if _chosen is not None:
         return _chosen
-    if units.rows.neuron_at is not None:  # registers spill on some cards, as above
+    if units.rows.neuron_at is not None and side_of(units.shape.row_width) == 64:  # registers spill on some cards
         return False
     # of a graph with dynamic shapes: one for each size, since what is kept depends on it
     steps, batch = int(steps), int(batch)

@@ -6,6 +6,7 @@ per multiprocessor, matrix instructions, and how far loads overlap products. Not
 its speed.
 """
 
+import collections
 import dataclasses
 import itertools
 import os
@@ -83,14 +84,23 @@ class Case:
     neuron: str = "lif"
 
     def launches(self, target: Target) -> list[Launch]:
-        """The launches of the step on such a card."""
+        """The launches of the step on such a card, with layers fused and as pairs, whichever is chosen there.
+
+        Single weights run as they are chosen, dense; neurons out of order as pairs.
+        """
+        from g2g_kernels.ops.g2g_linear import tiles
+        from g2g_kernels.ops.g2g_stack import triton as stack
+
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision(self.precision)
         try:
             draw = torch.Generator().manual_seed(0)
             net = G2GNet(784, 2048, 10, self.model, block_size=self.block_size, neuron=self.neuron, generator=draw)
             architecture = target.arch if isinstance(target.arch, str) else ""
-            operations = training_step(net, self.batch, 784, self.dtype, architecture)
+            operations = []
+            for fused in (True, False) if self.model == "index" else (False,):
+                with stack.choose(fused and self.block_size > 1), tiles.choose(self.block_size == 1):
+                    operations += training_step(net, self.batch, 784, self.dtype, architecture)
         finally:
             torch.set_float32_matmul_precision(before)
         return [operation.launch for operation in operations if operation.launch]
@@ -106,7 +116,8 @@ CASES = {
         Case("single weights, bf16", block_size=1),
         Case("batch of 32, bf16", batch=32),
         Case("float32, tf32 products", torch.float32, "high"),
-        Case("float32, ieee products", torch.float32),
+        Case("float32 by parts", torch.float32),
+        Case("random groups, float32 by parts", torch.float32, model="random"),
         Case("adaptive neurons, bf16", neuron="adlif"),
     )
 }
@@ -138,6 +149,7 @@ class Row:
 KERNELS = [
     "product_kernel",
     "place_kernel",
+    "parts_kernel",
     "weight_gradient_kernel",
     "fused_forward_kernel",
     "fused_backward_kernel",
@@ -249,7 +261,8 @@ def loads(compiled: Any, target: Target) -> tuple[str, str]:
     are stored to shared memory after its product.
     """
     text = compiled.asm["ttgir"]
-    buffers = ", ".join(f"{count} of {shape} {kind}" for count, shape, kind in BUFFERS.findall(text)) or "–"
+    found = collections.Counter(f"{count} of {shape} {kind}" for count, shape, kind in BUFFERS.findall(text))
+    buffers = ", ".join(f"{n} × {each}" if n > 1 else each for each, n in found.items()) or "–"
     if target.backend == "cuda":
         return buffers, " ".join(re.findall(r"ttg\.async_wait .*num = (\d+)", text)) or "–"
     loops = [body for _, body in LOOP.findall(text) if "tt.dot" in body]

@@ -26,13 +26,14 @@ from typing import Any
 
 import torch
 
+from g2g_kernels.triton.costs import CARDS
 from g2gnet.cli import FlagError, Parser, run_program
 from g2gnet.files import replace_file
 from g2gnet.messages import say
 from g2gnet.tables import markdown
 
 from .machine import describe
-from .predictions import CHIPS, FUSED_BATCHES, FUSED_UNITS, GROWING, OTHERS, RECORD, WAYS, scaling_stage
+from .predictions import FUSED_BATCHES, FUSED_UNITS, GROWING, OTHERS, RECORD, WAYS, scaling_stage
 from .report import seconds
 from .scaling import QUANTITIES
 
@@ -207,7 +208,7 @@ def measured(record: Any) -> dict[str, float]:
 
 def card_of(gpu: str | None) -> str:
     """The card whose predictions are compared with measurements on ``gpu``; the H100 if it has none of its own."""
-    return next((card for card in CHIPS if gpu and card in gpu.lower()), "h100")
+    return next((card for card in CARDS if gpu and card in gpu.lower()), "h100")
 
 
 def comparison(predictions: Mapping[str, Any], made: Mapping[str, Mapping[str, Any]], card: str, tiny: bool) -> str:

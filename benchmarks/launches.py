@@ -20,6 +20,7 @@ from g2g_kernels import Neurons, SpikingLayer
 from g2g_kernels.ops.g2g_linear.call import LinearBackward, LinearCall
 from g2g_kernels.ops.g2g_stack.call import StackBackward, StackCall
 from g2g_kernels.ops.neurons.call import NeuronsBackward, NeuronsCall
+from g2g_kernels.triton import costs
 from g2g_kernels.triton.runtime import Launch, recorded
 from g2gnet import G2GLinear, G2GNet
 from g2gnet.dst_scores import unit_correlation
@@ -45,18 +46,32 @@ class Operation:
     launch: Launch | None = None
 
     @functools.cached_property
+    def factors(self) -> tuple[str, int]:
+        """The format of the factors, a key of a card's rates, and how many of its products one product takes."""
+        if self.launch is None:
+            return costs.factors(next(iter(self.tensors.values())).dtype, "ieee", False)
+        a = self.launch.arguments
+        products = (a["grad_y"] if "grad_y" in a else a["values"]).dtype
+        return costs.factors(products, a["PRECISION"], a["x"].dtype == torch.uint8)
+
+    @functools.cached_property
     def bytes(self) -> int:
         """The least memory traffic: every tensor read or written once."""
         return sum(tensor.numel() * tensor.itemsize for tensor in self.tensors.values())
+
+
+def _weights(arguments: dict[str, Any]) -> int:
+    """The weights of a product's units, whether they are in memory as they are or by parts."""
+    return len(arguments["values"]) * arguments["N"] * arguments["K"]
 
 
 def _flop(name: str, arguments: dict[str, Any]) -> int:
     """Multiply-adds, counted as two, of a Triton kernel's matrix products."""
     match name:
         case "product_kernel":
-            return 2 * arguments["samples"] * arguments["values"].numel()
+            return 2 * arguments["samples"] * _weights(arguments)
         case "fused_forward_kernel":
-            return 2 * arguments["steps"] * arguments["batch"] * arguments["values"].numel()
+            return 2 * arguments["steps"] * arguments["batch"] * _weights(arguments)
         case "weight_gradient_kernel":
             return 2 * arguments["samples"] * arguments["num_units"] * arguments["R"] * arguments["C"]
     return 0
@@ -170,21 +185,29 @@ def forward_pass(net: G2GNet, batch: int, input_dim: int, dtype: torch.dtype) ->
     return recorder.operations
 
 
-def layer_step(layer: SpikingLayer, steps: int, batch: int, dtype: torch.dtype, fused: bool) -> list[Operation]:
-    """One layer, with an input of ``dtype`` that varies over time, forward and backward, fused or as a pair."""
+def layer_step(
+    layer: SpikingLayer, steps: int, batch: int, dtype: torch.dtype, fused: bool, spikes: bool = False
+) -> list[Operation]:
+    """One layer, forward and backward, fused or as a pair.
+
+    Its input varies over time: numbers of ``dtype``, which get a gradient, or the bytes of a layer before it.
+    """
     from g2g_kernels.ops.g2g_stack import triton as stack
 
-    x = torch.empty(steps, batch, layer.mask.shape[1], dtype=dtype, device="meta")
+    x = torch.empty(steps, batch, layer.mask.shape[1], dtype=torch.uint8 if spikes else dtype, device="meta")
     call = StackCall.of(x, [layer], None, dtype)
     with stack.choose(fused), _recording() as recorder:
-        counts, _, _, spikes, kept = stack._forward(call._replace(keep=True))
+        counts, _, _, made, kept = stack._forward(call._replace(keep=True))
         recorder.begin("backward")
-        stack._backward(StackBackward(call, spikes, kept, torch.empty_like(counts), [None], [None], True))
+        grads = torch.empty_like(counts), [None], [None], not spikes
+        stack._backward(StackBackward(call, made, kept, *grads))
     return recorder.operations
 
 
-def product_step(connection: G2GLinear, samples: int, dtype: torch.dtype) -> list[Operation]:
-    """A product alone, with an input of ``dtype``, and the gradients of input, weights and bias."""
+def product_step(
+    connection: G2GLinear, samples: int, dtype: torch.dtype, wanted: tuple[bool, bool, bool] = (True, True, True)
+) -> list[Operation]:
+    """A product alone, with an input of ``dtype``, and the gradients of input, weights and bias that are wanted."""
     from g2g_kernels.ops.g2g_linear import triton as linear
 
     connection = connection.to("meta")
@@ -193,7 +216,7 @@ def product_step(connection: G2GLinear, samples: int, dtype: torch.dtype) -> lis
     with _recording() as recorder:
         y = linear._forward(call)
         recorder.begin("backward")
-        linear._backward(LinearBackward(call, torch.empty_like(y), (True, True, True)))
+        linear._backward(LinearBackward(call, torch.empty_like(y), wanted))
     return recorder.operations
 
 

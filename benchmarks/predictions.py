@@ -2,16 +2,15 @@
 
     python -m benchmarks.predictions --written 2026-11-25 --json benchmarks/results/predictions.json
 
-A kernel (:mod:`benchmarks.launches` lists them) takes the longest of three times: its products at a share of the card's
-rate, longer if there are fewer programs than multiprocessors; the bytes that it reads and writes, each once, at a share
-of the memory bandwidth; and what its tiles read from L2, a tile of each factor for each pair that is multiplied. Added
-to this is a launch latency. Kernels run one after another, unless the host launches them more slowly. The shares are
-guesses; the record lists them with the predictions.
+What a kernel takes (:mod:`benchmarks.launches` lists them) is modelled by :mod:`g2g_kernels.triton.costs`, which also
+decides between ways to compute a layer. Kernels run one after another, unless the host launches them more slowly. The
+shares of a card's rates are guesses; the record lists them with the predictions.
 
 Do not write the record again once something has run on a GPU: it would no longer show what was expected.
 :mod:`benchmarks.first_run` compares measured times with it.
 """
 
+import math
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from g2g_kernels import Neurons, SpikingLayer
+from g2g_kernels.triton import costs
 from g2gnet import G2GNet
 from g2gnet.cli import Parser, add_json_flag, run_program
 
@@ -35,28 +35,13 @@ from .launches import (
     training_step,
 )
 from .machine import describe
-from .roofline import CARDS, DTYPES, INPUT_DIM, NUM_CLASSES, Card, adam, seconds
+from .roofline import CARDS, DTYPES, INPUT_DIM, NUM_CLASSES, adam, seconds
 
 RECORD = Path(__file__).parent / "results" / "predictions.json"
 
 
-class Chip(NamedTuple):
-    """Multiprocessors of a card, and bytes/s of its L2."""
-
-    multiprocessors: int
-    l2_bytes_per_s: float
-
-
-CHIPS = {"h100": Chip(132, 5.5e12), "h200": Chip(132, 5.5e12), "a100": Chip(108, 4e12)}
-
-#: the guesses: shares of a card's rates, and seconds
-ASSUMED = {
-    "share of the matrix rate, our products, 16 bits": 0.6,
-    "share of the matrix rate, our products, float32": 0.45,
-    "share of the matrix rate, PyTorch's products": 0.8,
-    "share of the memory's rate": 0.85,
-    "share of the rate of L2": 0.8,
-    "start of a kernel, s": 2e-6,
+#: the guesses: of the model of kernels, and of the host in seconds
+ASSUMED = costs.ASSUMED | {
     "host, to launch a Triton kernel, s": 25e-6,
     "host, a PyTorch operation, s": 5e-6,
     "host, a training step beside those (autograd, loss, optimizer), s": 500e-6,
@@ -69,8 +54,8 @@ _NEURONS = "TILE 1024, then 256; SEGMENT 5; twice the warps"
 NEXT = {
     "product_kernel": "BLOCK_M 256 with 8 warps (a fifth less from L2); num_stages 4, then 2; 64 rows where the last "
     "tile of samples is nearly empty",
-    "fused_forward_kernel": "num_stages 4, then 2; 4 warps; BLOCK_M 32, for twice the programs; a block row's weights "
-    "(67 KB) kept in shared memory over all T; the pair, where that is faster",
+    "fused_forward_kernel": "num_stages 4, then 2; 4 warps; BLOCK_M 32, for twice the programs; weights read anew in "
+    "each step (units_on_chip 0); the pair, where that is faster",
     "weight_gradient_kernel": "BLOCK_S 128 with num_stages 2; 256 columns (GROUP 4); _PROGRAMS 264, then 1056",
     "fused_backward_kernel": _NEURONS,
     "neurons_forward_kernel": _NEURONS,
@@ -91,36 +76,30 @@ def decider(operation: Operation) -> str:
     return "PyTorch's products" if operation.flop else "PyTorch's other operations"
 
 
-def l2_bytes(operation: Operation) -> int:
-    """The bytes that a kernel's tiles read from L2; without products, those that it moves from and to memory."""
-    if operation.launch is None or not operation.flop:
-        return operation.bytes
-    a, grid = operation.launch.arguments, operation.launch.grid
+def work_of(operation: Operation) -> costs.Work:
+    """What a kernel does, by its launch; a kernel without products reads nothing but memory."""
+    if operation.launch is None:
+        kind, _ = operation.factors if operation.flop else ("bf16", 1)
+        return costs.Work(operation.flop, kind, operation.bytes, operation.bytes)
+    a, programs = operation.launch.arguments, math.prod(operation.launch.grid)
+    warps = a.get("num_warps", 4)
+    if not operation.flop:
+        return costs.Work(bytes=operation.bytes, l2_bytes=operation.bytes, programs=programs, warps=warps)
     if operation.name == "weight_gradient_kernel":
-        # the last group of a row is half full on average
-        groups = a["num_units"] / a["GROUP"] + a["num_rows"] * (a["GROUP"] - 1) / (2 * a["GROUP"])
-        left, right = a["BLOCK_R"] * a["grad_y"].itemsize, a["GROUP"] * a["BLOCK_C"] * a["x"].itemsize
-        return round(groups * grid[2] * a["samples"] * (left + right))
-    samples, steps = (a["batch"], a["steps"]) if operation.name == "fused_forward_kernel" else (a["samples"], 1)
-    tiles = len(a["values"]) * -(-a["N"] // a["BLOCK_N"]) * -(-a["K"] // a["BLOCK_K"])
-    pairs = tiles * steps * -(-samples // a["BLOCK_M"])
-    left, right = a["BLOCK_M"] * a["x"].itemsize, a["BLOCK_N"] * a["values"].itemsize
-    return pairs * a["BLOCK_K"] * (left + right)
-
-
-def predicted(operation: Operation, card: Card, chip: Chip, precision: str) -> float:
-    """Seconds of one kernel on the device."""
-    share, programs = "PyTorch's products", chip.multiprocessors
-    if operation.launch is not None:
-        share = "our products, float32" if precision == "fp32" else "our products, 16 bits"
-        programs = 1
-        for size in operation.launch.grid:
-            programs *= size
-    idle = max(1.0, chip.multiprocessors / programs)
-    arithmetic = operation.flop / (card.flop_per_s[precision] * ASSUMED[f"share of the matrix rate, {share}"]) * idle
-    memory = operation.bytes / (card.bytes_per_s * ASSUMED["share of the memory's rate"])
-    l2 = l2_bytes(operation) / (chip.l2_bytes_per_s * ASSUMED["share of the rate of L2"]) * idle
-    return max(arithmetic, memory, l2) + ASSUMED["start of a kernel, s"]
+        block = costs.Block(a["BLOCK_R"], a["GROUP"] * a["BLOCK_C"], a["samples"])
+        pairs = operation.launch.grid[2] * costs.groups_of(a["num_units"], a["num_rows"], a["GROUP"])
+        left, right = a["grad_y"].itemsize, a["x"].itemsize
+    else:
+        samples, steps = (a["batch"], a["steps"]) if operation.name == "fused_forward_kernel" else (a["samples"], 1)
+        block = costs.Block(a["BLOCK_M"], a["BLOCK_N"], a["BLOCK_K"])
+        on_chip = a.get("ON_CHIP", 0)
+        units = a["num_rows"] * on_chip if on_chip else len(a["values"])
+        pairs = units * -(-a["N"] // block.n) * -(-a["K"] // block.k) * steps * -(-samples // block.m)
+        parts = costs.PARTS if a["PRECISION"] == "parts" else 1
+        left, right = a["x"].itemsize, 0 if on_chip else a["values"].itemsize * parts
+    kind, times = operation.factors
+    flop, l2_bytes = times * block.flop(pairs), block.l2_bytes(pairs, left, right)
+    return costs.Work(flop, kind, operation.bytes, l2_bytes, programs, warps)
 
 
 def on_host(operations: Sequence[Operation], whole_step: bool) -> float:
@@ -159,10 +138,10 @@ class Work(NamedTuple):
 
     def row(self, card: str) -> dict[str, Any]:
         """Its floor and its prediction on a card, and what determines the latter."""
-        floor = sum(seconds(operation, CARDS[card], self.precision) for operation in self.operations)
+        floor = sum(seconds(operation, CARDS[card]) for operation in self.operations)
         times: dict[str, float] = defaultdict(float)
         for operation in self.operations:
-            times[decider(operation)] += predicted(operation, CARDS[card], CHIPS[card], self.precision)
+            times[decider(operation)] += costs.seconds(work_of(operation), CARDS[card])
         total, decides = sum(times.values()), max(times, key=lambda name: times[name])
         host = on_host(self.operations, self.whole_step)
         if self.graph:
@@ -265,8 +244,10 @@ def everything() -> Iterator[Work]:
 
 def record(written: str) -> dict[str, Any]:
     """The predictions for every card, written down on the day ``written``; prints those for an H100."""
-    work = list(everything())
-    cards = {card: [each.row(card) for each in work] for card in CARDS}
+    cards = {}
+    for card in CARDS:
+        with costs.assumed(card):  # which decides how a step is computed
+            cards[card] = [each.row(card) for each in everything()]
     for row in cards["h100"]:
         print(f"{row['stage']}, {row['what']}: {report.seconds(row['predicted'])}, {row['decides']}")
     return {

@@ -11,10 +11,11 @@ import dataclasses
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 
+from g2g_kernels.triton import costs
+from g2g_kernels.triton.costs import CARDS, Card
 from g2gnet import G2GNet
 from g2gnet.cli import Parser, add_settings_flags
 from g2gnet.settings import with_default
@@ -23,20 +24,6 @@ from g2gnet.training import TrainSettings
 
 from .launches import Operation, training_step
 
-
-class Card(NamedTuple):
-    """Rates of a GPU: dense matrix FLOP/s by precision, memory bytes/s, and their source."""
-
-    flop_per_s: dict[str, float]
-    bytes_per_s: float
-    source: str
-
-
-CARDS = {
-    "h100": Card({"bf16": 798e12, "fp32": 67e12}, 3.0e12, "H100 SXM, as measured on one (fp32: data sheet)"),
-    "h200": Card({"bf16": 989e12, "fp32": 67e12}, 4.8e12, "H200 SXM, peak rates of the data sheet"),
-    "a100": Card({"bf16": 312e12, "fp32": 19.5e12}, 2.039e12, "A100 SXM 80 GB, peak rates of the data sheet"),
-}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 INPUT_DIM, NUM_CLASSES = 784, 10  # Fashion-MNIST
 
@@ -65,9 +52,13 @@ def kinds(operation: Operation) -> dict[str, int]:
     return dict(moved)
 
 
-def seconds(operation: Operation, card: Card, precision: str) -> float:
+def seconds(operation: Operation, card: Card) -> float:
     """The floor of one operation."""
-    return max(operation.flop / card.flop_per_s[precision], operation.bytes / card.bytes_per_s)
+    memory = operation.bytes / card.bytes_per_s
+    if not operation.flop:
+        return memory
+    kind, times = operation.factors
+    return max(times * operation.flop / card.flop_per_s[kind], memory)
 
 
 def adam(net: G2GNet) -> Operation:
@@ -77,15 +68,15 @@ def adam(net: G2GNet) -> Operation:
     return Operation("optimizer", "fused Adam", {name: torch.empty(weights, device="meta") for name in passes}, 0)
 
 
-def table(operations: Sequence[Operation], card: Card, precision: str) -> str:
+def table(operations: Sequence[Operation], card: Card) -> str:
     """The floor of every operation and of all together, as Markdown."""
-    floors = [seconds(operation, card, precision) for operation in operations]
+    floors = [seconds(operation, card) for operation in operations]
     total = sum(floors)
 
     def row(phase: str, name: str, chosen: Sequence[Operation], bound: str, moved: str) -> list[str]:
         flop = sum(operation.flop for operation in chosen) / 1e9
         megabytes = sum(operation.bytes for operation in chosen) / 1e6
-        floor = sum(seconds(operation, card, precision) for operation in chosen) * 1e6
+        floor = sum(seconds(operation, card) for operation in chosen) * 1e6
         return [phase, name, f"{flop:.1f}", f"{megabytes:.1f}", f"{floor:.1f}", bound, moved]
 
     rows, small = [], []
@@ -149,9 +140,10 @@ def roofline(arguments: argparse.Namespace) -> str:
     weights = sum(int(mask.unit_sizes.sum()) for mask in masks)
     density = weights / sum(rows * cols for rows, cols in (mask.shape for mask in masks))
     card = CARDS[arguments.card]
-    operations = training_step(net, arguments.batch_size, INPUT_DIM, DTYPES[arguments.precision])
+    with costs.assumed(arguments.card):
+        operations = training_step(net, arguments.batch_size, INPUT_DIM, DTYPES[arguments.precision])
     operations.append(adam(net))
-    total = sum(seconds(operation, card, arguments.precision) for operation in operations)
+    total = sum(seconds(operation, card) for operation in operations)
     return f"""\
 # Floor of a training step: {total * 1e3:.3f} ms
 
@@ -161,7 +153,7 @@ A model, not a measurement: these kernels have not been run on a GPU. `python -m
 units of {arguments.block_size}, {arguments.precision}: {weights:,} weights, {density:.1%} of the dense network's.
 {card.source}: {card.flop_per_s[arguments.precision] / 1e12:.0f} TFLOP/s, {card.bytes_per_s / 1e12:.1f} TB/s.
 
-{table(operations, card, arguments.precision)}
+{table(operations, card)}
 
 A kernel's floor is the longer of its arithmetic and its memory traffic; every tensor counts once per kernel. Kernels
 are listed in the order of their launches, layers 1 to 3 forward and 3 to 1 backward. Gaps between them and the loss are

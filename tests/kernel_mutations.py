@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/kernel-checks.md"
 LINEAR, STACK, NEURONS = (f"g2g_kernels/ops/{name}/triton.py" for name in ("g2g_linear", "g2g_stack", "neurons"))
 NEURON = "g2g_kernels/triton/neuron.py"
+TILES = "g2g_kernels/ops/g2g_linear/tiles.py"
 TESTS = "tests/g2g_kernels/ops/test_triton_{}.py"
 MISSED = "—"
 
@@ -81,13 +82,18 @@ MUTATIONS = (
     Mutation(
         "slots as far apart as whole tiles",
         LINEAR,
-        (("values + slot * (N * K) + k[:, None] + n", "values + slot * (BLOCK_N * BLOCK_K) + k[:, None] + n"),),
+        (
+            (
+                "(TILES * N * K) + k[:, None] + n[None, :] * K",
+                "(TILES * BLOCK_N * BLOCK_K) + k[:, None] + n[None, :] * K",
+            ),
+        ),
         PADDING,
     ),
     Mutation(
         "the transpose of the input gradient left out",
         LINEAR,
-        (("slot * (N * K) + k[:, None] * N + n[None, :]", "slot * (N * K) + k[:, None] + n[None, :] * K"),),
+        (("(TILES * N * K) + k[:, None] * N + n[None, :]", "(TILES * N * K) + k[:, None] + n[None, :] * K"),),
         PADDING,
     ),
     Mutation(
@@ -133,9 +139,8 @@ MUTATIONS = (
         LINEAR,
         (
             (
-                "total = tl.dot(x_tile.to(weights.dtype), weights, total, input_precision=PRECISION)",
-                "total = tl.dot(x_tile.to(weights.dtype), weights, total, input_precision=PRECISION)\n"
-                "        total = total.to(tl.float16).to(tl.float32)",
+                "total = plus_product(total, x_tile, weights, PRECISION)",
+                "total = plus_product(total, x_tile, weights, PRECISION).to(tl.float16).to(tl.float32)",
             ),
         ),
         PADDING,
@@ -166,7 +171,7 @@ MUTATIONS = (
     ),
     Mutation(
         "more stages than shared memory holds",
-        LINEAR,
+        TILES,
         (("STAGES = 3", "STAGES = 12"),),
         PADDING,
     ),

@@ -1,5 +1,5 @@
 """Shared parts of the Triton kernels: where they can run (:mod:`.runtime`), device functions of neurons
-(:mod:`.neuron`).
+(:mod:`.neuron`) and of products (:mod:`.products`).
 
 Kernels are in their operators' folders (``ops/*/triton.py``). Importing this package does not import Triton.
 """

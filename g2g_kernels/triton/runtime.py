@@ -100,7 +100,7 @@ def refuses(*tensors: torch.Tensor | None) -> str | None:
 
 
 def input_precision() -> str:
-    """How float32 factors are multiplied: ``"tf32"`` (10-bit mantissas, on tensor cores) or ``"ieee"`` (all 23 bits).
+    """What PyTorch asks of float32 products: ``"tf32"`` (10-bit mantissas) or ``"ieee"`` (all 23 bits).
 
     PyTorch's own switch decides, as for its dense products: ``torch.backends.cuda.matmul.fp32_precision``, or where
     that is not set ``torch.backends.fp32_precision``; ``torch.set_float32_matmul_precision`` sets the first, and is all

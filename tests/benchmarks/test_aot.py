@@ -55,13 +55,14 @@ def check_loads(row: dict[str, str]) -> None:
     """Loads are in flight while the loop multiplies."""
     if TARGETS[row["target"]].backend == "hip":
         # tiles 16 deep have too few bytes for each of CDNA's threads
-        assert re.fullmatch(r"[12] in registers", row["in flight"]) or "K16" in row["tile"], row
+        assert re.fullmatch(r"[1-4] in registers", row["in flight"]) or "K16" in row["tile"], row
         return
-    *inside, behind = map(int, row["in flight"].split())
-    assert behind == 0, row
-    assert inside, row
-    assert min(inside) >= 1, row
-    assert re.fullmatch(r"([23] of \d+x\d+ \w+(, )?)+", row["buffers"]), row
+    # a loop does not wait for its own loads; after it, a wait for all
+    *loops, end = re.split(r" ?\b0\b ?", row["in flight"])
+    assert end == "", row
+    assert loops, row
+    assert all(re.fullmatch(r"[1-9]\d*( [1-9]\d*)*", waits) for waits in loops), row
+    assert re.fullmatch(r"((\d+ × )?[23] of \d+x\d+ \w+(, )?)+", row["buffers"]), row
 
 
 def test_every_kernel_of_the_default_step_for_sm_90():
@@ -95,7 +96,8 @@ def test_the_record_is_of_every_target_and_has_nothing_on_the_stack():
 
 
 def test_loads_of_the_default_step_overlap_on_every_target():
-    """Both tiles of the fused kernel and of the product of units of 64, with two loads in flight on NVIDIA's cards."""
+    """Both tiles of the fused kernel and of the product of units of 64, with two loads in flight on NVIDIA's cards;
+    beside them nine of a step's spikes, where the fused kernel keeps the weights on chip."""
     lines = [line for line in RECORD.splitlines() if line.startswith("| default step, bf16 ")]
     rows = [dict(zip(HEADINGS, line.strip("| ").split(" | "), strict=True)) for line in lines]
     for target in TARGETS.values():
@@ -110,7 +112,8 @@ def test_loads_of_the_default_step_overlap_on_every_target():
             check_loads(row)
             assert row["buffers"].count(" of ") == 2, row
             if target.backend == "cuda":
-                assert set(row["in flight"].split()[:-1]) == {"2"}, row
+                on_chip = {"9", "0"} if row["kernel"] == "`fused_forward_kernel`" else set()
+                assert set(row["in flight"].split()[:-1]) == {"2"} | on_chip, row
 
 
 # --- what is compiled at all --------------------------------------------------------------------------------------
@@ -120,7 +123,7 @@ import dataclasses, functools, torch
 from benchmarks.aot import CASES, TARGETS, source_of
 from g2g_kernels import doctor
 from g2g_kernels.ops.g2g_stack import triton as stack
-from g2g_kernels.triton import runtime
+from g2g_kernels.triton import products, runtime
 
 sm_90 = TARGETS["sm_90"]
 def of(launches):
@@ -131,6 +134,7 @@ for batch in (250, 255, 240):
     print(len(of(dataclasses.replace(step, batch=batch).launches(sm_90)) - of(step.launches(sm_90))))
 
 runtime.interpreted = lambda: True  # so that tensors on the CPU are served; launches are only recorded
+products._as_floats = lambda device: False  # parts as on a card
 checks = [check for check in doctor.checks() if check.case == "a default step"]
 for dtype in (torch.bfloat16, torch.float32):
     checked = set()

@@ -17,6 +17,9 @@ from g2gnet import G2GNet
 
 pytest.importorskip("triton", minversion="3.3")
 from benchmarks.launches import Operation, training_step
+from g2g_kernels.ops.g2g_linear import tiles
+from g2g_kernels.ops.g2g_stack import triton as stack
+from g2g_kernels.triton import costs
 
 RECORD = json.loads(predictions.RECORD.read_text())
 
@@ -199,25 +202,45 @@ def test_a_card_has_its_own_predictions():
 
 def test_what_tiles_read_from_l2_by_hand():
     net = G2GNet(64, 256, 4, "index", p_inter=0.0, block_size=64, T=2, num_groups=2)
-    operations = training_step(net, 128, 64, torch.bfloat16)
-    (product,) = [o for o in operations if o.phase == "forward" and o.name == "product_kernel"][1:2]
     assert tuple(net.fc2.values.shape) == (8, 64, 64)
+    with stack.choose(fused=False), tiles.choose(dense=False):
+        bf16, fp32 = (training_step(net, 128, 64, dtype) for dtype in (torch.bfloat16, torch.float32))
+    product, by_parts = (
+        [o for o in operations if o.phase == "forward" and o.name == "product_kernel"][1] for operations in (bf16, fp32)
+    )
     # 256 samples are two tiles of 128: for each and each unit 128 × 64 spikes in bytes, 64 × 64 weights of two
-    assert predictions.l2_bytes(product) == 2 * 8 * (128 * 64 + 2 * 64 * 64)
-    gradient = [o for o in operations if o.name == "weight_gradient_kernel"][1]
+    assert predictions.work_of(product).l2_bytes == 2 * 8 * (128 * 64 + 2 * 64 * 64)
+    assert predictions.work_of(by_parts).l2_bytes == 2 * 8 * (128 * 64 + 6 * 64 * 64)
+    assert predictions.work_of(product).flop == product.flop == by_parts.flop
+    assert predictions.work_of(by_parts).flop == 3 * product.flop
+    gradient = [o for o in bf16 if o.name == "weight_gradient_kernel"][1]
     # 8 units in groups of 2, and in each of 4 rows a quarter of a group that is not full; 256 samples
-    assert predictions.l2_bytes(gradient) == (4 + 1) * 256 * (2 * 64 + 128)
+    assert predictions.work_of(gradient).l2_bytes == (4 + 1) * 256 * (2 * 64 + 128)
+
+
+def test_spikes_alone_are_read_where_the_weights_stay_on_chip():
+    with stack.choose(fused=True):
+        (fused,) = [
+            o
+            for o in training_step(predictions.network(), 256, 784, torch.bfloat16)
+            if o.name == "fused_forward_kernel" and o.launch.arguments["N"] == 64
+        ]
+    # in each of 50 steps 4 tiles of 64 samples of 9 units of 32 rows, of which some rows have 8
+    assert predictions.work_of(fused).l2_bytes == 50 * 4 * 9 * 32 * 64 * 64
 
 
 def test_a_kernel_takes_the_longest_of_its_times():
-    card = predictions.Card({"fp32": 1e9}, 1e6, "imagined")
     copy = Operation("forward", "copy", {"input": torch.empty(500), "output": torch.empty(500)}, 0)
     product = Operation("forward", "mm", {"x": torch.empty(250)}, 8_000_000)
     start = predictions.ASSUMED["start of a kernel, s"]
-    slow_l2, fast_l2 = predictions.Chip(10, 1e6), predictions.Chip(10, 1e9)
-    assert predictions.predicted(copy, card, fast_l2, "fp32") == pytest.approx(4000 / 0.85e6 + start)
-    assert predictions.predicted(copy, card, slow_l2, "fp32") == pytest.approx(4000 / 0.8e6 + start)
-    assert predictions.predicted(product, card, fast_l2, "fp32") == pytest.approx(8e6 / 0.8e9 + start)
+    slow_l2, fast_l2 = (costs.Card({"bf16": 1e9, "fp32": 1e9}, 1e6, rate, 10, 0, "imagined") for rate in (1e6, 1e9))
+
+    def predicted(operation: Operation, card: costs.Card) -> float:
+        return costs.seconds(predictions.work_of(operation), card)
+
+    assert predicted(copy, fast_l2) == pytest.approx(4000 / 0.85e6 + start)
+    assert predicted(copy, slow_l2) == pytest.approx(4000 / 0.8e6 + start)
+    assert predicted(product, fast_l2) == pytest.approx(8e6 / 0.8e9 + start)
 
 
 def test_a_step_without_a_graph_takes_what_the_host_takes():

@@ -27,9 +27,26 @@ from torch.nn import functional as F
 from g2g_kernels.block_mask import BlockMask
 from g2g_kernels.ops.g2g_linear import derivatives
 from g2g_kernels.ops.g2g_linear.call import LinearBackward, LinearCall, operators
+from g2g_kernels.ops.g2g_linear.tiles import (
+    Shape,
+    dense_pays,
+    fitted,
+    groups_and_parts,
+    product_tiles,
+    side_of,
+    weight_gradient_tiles,
+)
 from g2g_kernels.packing import assembled, no_tiles, packed
 from g2g_kernels.sides import Side
 from g2g_kernels.triton import runtime
+from g2g_kernels.triton.products import (
+    in_parts,
+    load_factors,
+    part_ty,
+    plus_product,
+    plus_product_over_rows,
+    precision_of,
+)
 from g2g_kernels.triton.runtime import cdiv, launch, next_power_of_2
 from g2g_kernels.unit_grid import MaskTensors
 
@@ -38,7 +55,7 @@ from g2g_kernels.unit_grid import MaskTensors
 
 def tile_of(side: Side) -> int:
     """The side of a tile that covers a range, or a part of one wider than 64: 16, 32 or 64."""
-    return 16 if side.width <= 16 else 32 if side.width <= 32 else 64
+    return side_of(side.width)
 
 
 def tiles_of(side: Side) -> int:
@@ -92,15 +109,9 @@ class Units(NamedTuple):
     cols: Side
 
     @property
-    def dense_pays(self) -> bool:
-        """True if the dense product with stored zeros multiplies less than the units' tiles do.
-
-        This holds for full masks, and for units below 16, whose tiles (at least 16 × 16) are mostly padding: at the
-        default density a mask of single weights has no empty 16 × 16 block at all. A dense product has its own tiles,
-        at least 64 wide.
-        """
-        tiles = self.unit_row.shape[0] * tiles_of(self.rows) * tiles_of(self.cols)
-        return tiles * tile_of(self.rows) * tile_of(self.cols) >= max(64, self.rows.size) * max(64, self.cols.size)
+    def shape(self) -> Shape:
+        rows, cols = self.rows, self.cols
+        return Shape(len(self.unit_row), rows.num_units, rows.width, rows.size, cols.num_units, cols.width, cols.size)
 
 
 def units_of(mask: MaskTensors, values: torch.Tensor) -> Units:
@@ -207,6 +218,7 @@ def product_kernel(
 ):
     TILES_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     TILES_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    TILES: tl.constexpr = 3 if PRECISION == "parts" else 1  # of a unit, in memory
     tile = tl.program_id(0) % (num_n * TILES_N)
     unit = tile // TILES_N
     first_m = (tl.program_id(0) // (num_n * TILES_N)).to(tl.int64) * BLOCK_M
@@ -225,11 +237,11 @@ def product_kernel(
         x_address = x + first_m * x_size + (m[:, None] * x_size + x_col[None, :])
         x_tile = tl.load(x_address, mask=m_ok[:, None] & x_ok[None, :], other=0)
         if BY_ROWS:  # values are [slot, N, K]
-            address = values + slot * (N * K) + k[:, None] + n[None, :] * K
+            address = values + slot * (TILES * N * K) + k[:, None] + n[None, :] * K
         else:  # [slot, K, N]
-            address = values + slot * (N * K) + k[:, None] * N + n[None, :]
-        weights = tl.load(address, mask=weighs[:, None] & n_inside[None, :], other=0)
-        total = tl.dot(x_tile.to(weights.dtype), weights, total, input_precision=PRECISION)
+            address = values + slot * (TILES * N * K) + k[:, None] * N + n[None, :]
+        weights = load_factors(address, weighs[:, None] & n_inside[None, :], N * K, PRECISION)
+        total = plus_product(total, x_tile, weights, PRECISION)
         slot, weighs, x_col, x_ok = tile_at(i + 1, end, slots, others, x_column, x_bounds, x_size, K, TILES_K, BLOCK_K)
 
     column, n_ok = columns(unit * N + n, y_column, n < N, y_size)
@@ -239,53 +251,6 @@ def product_kernel(
     tl.store(y_address, total.to(y.dtype.element_ty), mask=m_ok[:, None] & n_ok[None, :])
 
 
-def product_tiles(samples: int, width: int, x: torch.dtype, products: torch.dtype) -> dict[str, int]:
-    """Rows and depth of a tile for units ``width`` deep, and the number of loads in flight.
-
-    128 rows are two ``wgmma`` of 64, and reuse each weight tile for 128 FLOPs per byte; for few samples 16 rows are
-    enough, the minimum of a tensor core. Three stages of 16 KB of x and 8 KB of weights leave room for other programs
-    on an SM, and fit the 99 KB of consumer cards. float32 samples take twice the registers, whatever they are converted
-    to: half the rows, half the depth; float32 weights alone, and units 16 deep, half the rows. ``ieee`` products run on
-    the ordinary cores, with fully unrolled loops: a depth of 16. With these numbers no kernel uses the stack
-    (``benchmarks/results/aot.md``).
-    """
-    block_m = 16 if samples <= 32 else 64 if torch.float32 in (x, products) or width <= 16 else 128
-    depth = 16 if _on_ordinary_cores(products) else 32 if x == torch.float32 else 64
-    return {"BLOCK_M": block_m, "BLOCK_K": min(depth, width), "num_warps": 4, "num_stages": STAGES}
-
-
-#: buffers of the loads that a product waits for: that of this turn, and those of the next two
-STAGES = 3
-
-
-def _on_ordinary_cores(products: torch.dtype) -> bool:
-    return products == torch.float32 and runtime.input_precision() == "ieee"
-
-
-def fitted(tiles: dict[str, int], device: torch.device, deepest: int = 32) -> dict[str, int]:
-    """The tiles of a matrix-product kernel, adjusted to ``device``.
-
-    On AMD's cards loads travel in registers, and the 64 KB of shared memory hold two programs of two stages: one stage
-    is in shared memory while the other is loaded.
-
-    RDNA: 8 warps, and no tile deeper than ``deepest``. Its warps are 32 threads wide like NVIDIA's, but its ``wmma``
-    needs each factor twice in a warp's registers. With the tiles of other cards, 16-bit kernels spilled up to 292 bytes
-    per thread to the stack, a float32 kernel 2,764.
-    """
-    architecture = runtime.amd(device)
-    if not architecture:
-        return tiles
-    tiles = tiles | {"num_stages": 2}
-    if not architecture.startswith(RDNA):
-        return tiles
-    capped = {name: min(tiles[name], deepest) for name in ("BLOCK_K", "BLOCK_S") if name in tiles}
-    return tiles | capped | {"num_warps": 8}
-
-
-#: AMD's GPUs with warps of 32 threads; the others' have 64
-RDNA = ("gfx10", "gfx11", "gfx12")
-
-
 def _launch_product(
     x: torch.Tensor, values: torch.Tensor, by_rows: bool, units: Units, bias: torch.Tensor | None, y: torch.Tensor
 ) -> None:
@@ -293,14 +258,15 @@ def _launch_product(
         inner, outer, ptr, slots, others = units.cols, units.rows, units.row_ptr, units.row_slot, units.unit_col
     else:
         inner, outer, ptr, slots, others = units.rows, units.cols, units.col_ptr, units.col_slot, units.unit_row
-    options = fitted(product_tiles(len(x), tile_of(inner), x.dtype, values.dtype), x.device)
+    precision = precision_of(values.dtype, x.device)
+    options = fitted(product_tiles(len(x), tile_of(inner), x.dtype, values.dtype, precision), x.device)
     launch(
         product_kernel,
         (outer.num_units * tiles_of(outer) * cdiv(len(x), options["BLOCK_M"]),),
         x=x,
         x_column=inner.neuron_at,
         x_bounds=inner.bounds,
-        values=values,
+        values=in_parts(values) if precision == "parts" else values,
         ptr=ptr,
         slots=slots,
         others=others,
@@ -315,7 +281,7 @@ def _launch_product(
         K=inner.width,
         N=outer.width,
         BY_ROWS=by_rows,
-        PRECISION=runtime.input_precision(),
+        PRECISION=precision,
         BLOCK_N=tile_of(outer),
         **options,
     )
@@ -325,7 +291,7 @@ def product(
     x: torch.Tensor, values: torch.Tensor, units: Units, bias: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
     """y [M, out] of ``dtype``: x [M, in] (floats, or spikes in uint8), ``bias`` [out] in the order of y's columns."""
-    if units.dense_pays:  # cuBLAS, with the zeros stored
+    if dense_pays(units.shape, "forward", x, dtype, values.dtype):  # cuBLAS, with the zeros stored
         weight = dense_weight(values, units)
         return F.linear(x.to(values.dtype), weight, None if bias is None else bias.to(values.dtype)).to(dtype)
     # nothing is stored to columns without a neuron
@@ -338,7 +304,7 @@ def product(
 
 def input_gradient(grad_y: torch.Tensor, values: torch.Tensor, units: Units, dtype: torch.dtype) -> torch.Tensor:
     """dx [M, in] of ``dtype``, from dy [M, out] of the dtype of ``values``."""
-    if units.dense_pays:
+    if dense_pays(units.shape, "to x", grad_y, dtype, values.dtype):
         return (grad_y @ dense_weight(values, units)).to(dtype)
     grad_x = torch.empty((len(grad_y), units.cols.size), dtype=dtype, device=grad_y.device)
     if grad_x.numel():
@@ -389,11 +355,11 @@ def dense_weight(values: torch.Tensor, units: Units) -> torch.Tensor:
 # parts go to memory in float32 and are added by a second launch, always in the same order: no atomics. Bytes from L2
 # for 16-bit dy and uint8 x: U·M·(2·R/GROUP + C); memory: 2·4·PARTS·U·R·C for the parts.
 #
-# Float32 factors go to the ordinary cores, which add one product after another: a chain of 12,800 samples gave weight
-# gradients 5.2 times and bias gradients 3.6 times PyTorch's error. So each chain of CHAIN samples is added to a total,
-# and the next begins at zero (0.8 and 1.3 times). This needs a second accumulator but no extra bytes: on sm_90 222
-# registers per thread instead of 191, and 181 instead of 109 for a held input (benchmarks/results/aot.md). The rounding
-# of 16-bit and tf32 factors outweighs that of the sums: they use one chain; only tf32's bias, in float32, uses several.
+# In float32 a chain of additions can be too long: with one product after another, as on the ordinary cores, 12,800
+# samples gave weight gradients 5.2 times and bias gradients 3.6 times PyTorch's error; with one tile of parts after
+# another 2.3 times, with tensor cores emulated. So each chain of CHAIN samples is added to a total, and the next begins
+# at zero (0.8 and 1.3 times; 1.0). This needs another accumulator but no extra bytes. The rounding of 16-bit and tf32
+# factors outweighs that of the sums: they use one chain; only tf32's bias, in float32, uses several.
 #
 # Rows have different numbers of units, which dynamic sparse training changes on the device. The grid is therefore sized
 # for an upper bound on the number of groups. Each program finds its own row; programs without work return at once.
@@ -419,6 +385,7 @@ def weight_gradient_kernel(
     R: tl.constexpr,
     C: tl.constexpr,
     PRECISION: tl.constexpr,
+    PART: tl.constexpr,
     ROWS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -466,22 +433,21 @@ def weight_gradient_kernel(
         y_tile = tl.load(y_address, mask=s_ok & y_ok[None, :], other=0)
         x_address = x + row_start * x_size + (s[:, None] * x_size + column[None, :])
         x_tile = tl.load(x_address, mask=s_ok & column_ok[None, :], other=0)
-        x_tile = x_tile.to(y_tile.dtype)
         if BLOCK_R >= 64:
-            chain = tl.dot(tl.trans(y_tile), x_tile, chain, input_precision=PRECISION)
+            chain = plus_product_over_rows(chain, y_tile, x_tile, y_tile.dtype, PRECISION, PART)
         else:
-            chain = tl.dot(tl.trans(x_tile), y_tile, chain, input_precision=PRECISION)
+            chain = plus_product_over_rows(chain, x_tile, y_tile, y_tile.dtype, PRECISION, PART)
         if grad_bias is not None:
             chain_summed += y_tile.to(tl.float32)
         if CHAIN:
             if (start // BLOCK_S) % (CHAIN // BLOCK_S) == CHAIN // BLOCK_S - 1:
-                if PRECISION == "ieee":
+                if PRECISION != "tf32":
                     total += chain
                     chain = tl.zeros_like(chain)
                 if grad_bias is not None:
                     summed += chain_summed
                     chain_summed = tl.zeros_like(chain_summed)
-    total = total + chain if CHAIN and PRECISION == "ieee" else chain
+    total = total + chain if CHAIN and PRECISION != "tf32" else chain
     summed = summed + chain_summed if CHAIN else chain_summed
 
     address = grad_values + (part * num_units + slot)[None, :] * (R * C) + r[:, None] * C + c[None, :]
@@ -491,24 +457,6 @@ def weight_gradient_kernel(
     if grad_bias is not None:
         if (group == 0) & (tile_c == 0):
             tl.store(grad_bias + part * y_size + y_col, tl.sum(summed, 0), mask=y_ok)
-
-
-#: programs of the weight gradient: four for each of an H100's 132 SMs. Constant, so sums have the same order on
-#: every card.
-_PROGRAMS = 528
-
-
-def weight_gradient_tiles(width: int, x: torch.dtype, products: torch.dtype) -> dict[str, int]:
-    """The number of units ``width`` wide that share a tile of dy, of samples per step, and of loads in flight.
-
-    128 columns of x, as wide as a ``wgmma`` or two of them deep: with 256, most rows of the default mask (8 or 9 units
-    of 64) would leave a last group almost empty. 64 samples per step are four ``wgmma`` deep; three stages take 72 KB
-    at most. In float32, half of both, as in :func:`product_tiles`. CHAIN is 0 where one chain is as good as several.
-    """
-    depth = 16 if _on_ordinary_cores(products) else 32 if torch.float32 in (x, products) else 64
-    lanes = 64 if torch.float32 in (x, products) else 128
-    chain = 256 if products == torch.float32 else 0
-    return {"GROUP": lanes // width, "BLOCK_S": depth, "CHAIN": chain, "num_warps": 4, "num_stages": STAGES}
 
 
 def weight_gradient(
@@ -522,15 +470,17 @@ def weight_gradient(
     """
     rows, cols = units.rows, units.cols
     num_units = len(units.unit_row)
-    if units.dense_pays:
+    if dense_pays(units.shape, "to weights", x, dtype, grad_y.dtype):
         grad_values = packed(grad_y.T @ x.to(grad_y.dtype), units).to(dtype)
         return grad_values, grad_y.sum(0, dtype=torch.float32) if want_bias else None
     # on the ordinary cores, with fully unrolled loops, RDNA has registers for a depth of 8
     deepest = 8 if grad_y.dtype == torch.float32 else 32
-    options = fitted(weight_gradient_tiles(tile_of(cols), x.dtype, grad_y.dtype), x.device, deepest)
-    groups = num_units // options["GROUP"] + rows.num_units
+    precision = precision_of(grad_y.dtype, x.device)
+    options = fitted(weight_gradient_tiles(tile_of(cols), x.dtype, grad_y.dtype, precision), x.device, deepest)
+    if want_bias and rows.neuron_at is not None and tile_of(rows) == 64:  # whose addresses take registers, too
+        options["BLOCK_S"] = min(32, options["BLOCK_S"])
     tiles = tiles_of(rows) * tiles_of(cols)
-    parts = max(1, min(_PROGRAMS // (groups * tiles), len(x) // 1024))
+    groups, parts = groups_and_parts(num_units, rows.num_units, tiles, len(x), options["GROUP"])
     samples_of_part = cdiv(cdiv(len(x), parts), options["BLOCK_S"]) * options["BLOCK_S"]
     grad_values = torch.empty((parts, num_units, rows.width, cols.width), dtype=torch.float32, device=x.device)
     allocate = torch.zeros if rows.holes else torch.empty
@@ -555,7 +505,8 @@ def weight_gradient(
         x_size=cols.size,
         R=rows.width,
         C=cols.width,
-        PRECISION=runtime.input_precision(),
+        PRECISION=precision,
+        PART=part_ty(x.device),
         ROWS=next_power_of_2(rows.num_units),
         BLOCK_R=tile_of(rows),
         BLOCK_C=tile_of(cols),

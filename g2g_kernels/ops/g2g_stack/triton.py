@@ -24,6 +24,7 @@ Bytes per element of [T, B, N] in a training step, with c the size of the produc
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -31,19 +32,17 @@ import torch
 import triton
 import triton.language as tl
 
+from g2g_kernels.ops.g2g_linear.tiles import STAGES, Call, Shape, fitted, parts_work, product_tiles, side_of
+from g2g_kernels.ops.g2g_linear.tiles import seconds as product_seconds
 from g2g_kernels.ops.g2g_linear.triton import (
     Units,
     columns,
-    fitted,
     g2g_linear,
     in_order,
     input_gradient,
     product,
-    product_tiles,
     read_by,
     tile_at,
-    tile_of,
-    tiles_of,
     units_of,
     weight_gradient,
 )
@@ -55,6 +54,7 @@ from g2g_kernels.ops.neurons import triton as neurons_alone
 from g2g_kernels.ops.neurons.models import MODELS, Neurons
 from g2g_kernels.ops.neurons.triton import (
     NUM_WARPS,
+    SEGMENT,
     Run,
     Upstream,
     blocks,
@@ -64,7 +64,7 @@ from g2g_kernels.ops.neurons.triton import (
     model_options,
     segment_of,
 )
-from g2g_kernels.triton import runtime
+from g2g_kernels.triton import costs, runtime
 from g2g_kernels.triton.neuron import (
     EXACT,
     charge,
@@ -79,6 +79,7 @@ from g2g_kernels.triton.neuron import (
     unless,
     zeros,
 )
+from g2g_kernels.triton.products import in_parts, load_factors, plus_product, precision_of
 from g2g_kernels.triton.runtime import cdiv, launch
 
 # --- the fused kernel -------------------------------------------------------------------------------------------
@@ -87,6 +88,107 @@ from g2g_kernels.triton.runtime import cdiv, launch
 # runs over (t, unit of the block row) flattened into one and carries the next tile, as that of the product does, so the
 # loads of step t + 1 are in flight while step t finishes. 2·T·B·U·R·C FLOPs; the weights of a block row (67 KB by
 # default, in 16 bits) are read T times, from L2.
+#
+# If they fit into shared memory beside two steps of x, they are read once and stay for all T: the loop runs over t
+# and is unrolled over ON_CHIP units, so each step's loads are in flight during the step before. Rows with fewer units
+# multiply zeros; those with more, which dynamic sparse training may make, take the other loop.
+
+
+@triton.jit
+def next_states(
+    states, count, current, own, silent, spikes, margins, y_offset, inside, MODEL: tl.constexpr, RESET: tl.constexpr
+):
+    """The states and counts after one more step, whose spikes and margins are stored."""
+    threshold = own[len(own) - 1]
+    states = charge(states, fires(states[len(states) - 1], threshold), current, own, MODEL, RESET)
+    membrane = states[len(states) - 1]
+    spike = unless(silent, fires(membrane, threshold).to(tl.float32))
+    tl.store(spikes + y_offset, spike.to(spikes.dtype.element_ty), mask=inside)
+    if margins is not None:
+        margin = membrane - threshold
+        if margins.dtype.element_ty == tl.float16:
+            # a margin of −∞ would make NaN in the backward pass
+            margin = tl.clamp(margin, -65504.0, 65504.0)
+        tl.store(margins + y_offset, margin.to(margins.dtype.element_ty), mask=inside)
+    return states, count + spike
+
+
+@triton.jit
+def after(pointer, elements):
+    """A pointer so many elements further, or None."""
+    if pointer is not None:
+        return pointer + elements
+    else:
+        return None
+
+
+@triton.jit
+def over_time(
+    states, count, start, own, silent, x, x_column, x_bounds, values, first, end, row_slot, unit_col, spikes, margins,
+    steps, batch, b, n, y_offset, inside, x_size, y_size,
+    K: tl.constexpr, N: tl.constexpr, MODEL: tl.constexpr, RESET: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """All steps; the weights are read anew in each."""
+    TILES_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    TILES: tl.constexpr = 3 if PRECISION == "parts" else 1  # of a unit, in memory
+    tiles_of_step = tl.maximum((end - first) * TILES_K, 1)  # a row without units still has neurons that decay
+    current = start
+    x_offset = b[:, None] * x_size
+    # a row without units multiplies nothing
+    b_ok = (b < tl.where(first < end, batch, 0))[:, None]
+    n_inside = (n < tl.where(first < end, N, 0))[None, :]
+    slot, weighs, x_col, x_ok = tile_at(
+        first * TILES_K, end, row_slot, unit_col, x_column, x_bounds, x_size, K, TILES_K, BLOCK_K
+    )
+    for turn in range(steps * tiles_of_step):
+        t = (turn // tiles_of_step).to(tl.int64)
+        k = (turn % tiles_of_step % TILES_K) * BLOCK_K + tl.arange(0, BLOCK_K)
+        x_tile = tl.load(x + t * batch * x_size + (x_offset + x_col[None, :]), mask=b_ok & x_ok[None, :], other=0)
+        address = values + slot * (TILES * N * K) + k[:, None] + n[None, :] * K
+        weights = load_factors(address, weighs[:, None] & n_inside, N * K, PRECISION)
+        current = plus_product(current, x_tile, weights, PRECISION)
+        i = first * TILES_K + (turn + 1) % tiles_of_step
+        slot, weighs, x_col, x_ok = tile_at(i, end, row_slot, unit_col, x_column, x_bounds, x_size, K, TILES_K, BLOCK_K)
+        if turn % tiles_of_step == tiles_of_step - 1:
+            here = t * batch * y_size
+            states, count = next_states(
+                states, count, current, own, silent, spikes + here, after(margins, here), y_offset, inside, MODEL, RESET
+            )
+            current = start
+    return states, count
+
+
+@triton.jit
+def over_time_on_chip(
+    states, count, start, own, silent, x, values, first, end, row_slot, unit_col, spikes, margins,
+    steps, batch, b, n, y_offset, inside, x_size, y_size,
+    K: tl.constexpr, N: tl.constexpr, MODEL: tl.constexpr, RESET: tl.constexpr, BLOCK_K: tl.constexpr,
+    ON_CHIP: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """All steps, with the weights of at most ON_CHIP units, read before; x is in the order of places, without holes."""
+    k = tl.arange(0, BLOCK_K)
+    weights, columns_before = (), ()
+    for j in tl.static_range(ON_CHIP):
+        exists = first + j < end
+        slot = tl.load(row_slot + first + j, mask=exists, other=0)
+        inside_unit = (k < tl.where(exists, K, 0))[:, None] & (n < N)[None, :]
+        address = values + slot.to(tl.int64) * (N * K) + k[:, None] + n[None, :] * K
+        weights += (tl.load(address, mask=inside_unit, other=0),)
+        columns_before += (tl.load(unit_col + slot, mask=exists, other=0) * K,)
+    x_offset = b[:, None] * x_size + k[None, :]
+    x_ok = (b < batch)[:, None] & (k < K)[None, :]
+    for t in tl.range(steps, num_stages=STAGES):
+        step = tl.cast(t, tl.int64) * batch
+        current = start
+        for j in tl.static_range(ON_CHIP):
+            x_tile = tl.load(x + step * x_size + columns_before[j] + x_offset, mask=x_ok, other=0)
+            current = tl.dot(x_tile.to(weights[j].dtype), weights[j], current)
+        here = step * y_size
+        states, count = next_states(
+            states, count, current, own, silent, spikes + here, after(margins, here), y_offset, inside, MODEL, RESET
+        )
+    return states, count
 
 
 @triton.jit(do_not_specialize=["steps", "batch", "num_rows"])
@@ -120,11 +222,12 @@ def fused_forward_kernel(
     PER_NEURON: tl.constexpr,
     RESET: tl.constexpr,
     PRECISION: tl.constexpr,
+    ON_CHIP: tl.constexpr,
+    STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    TILES_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     TILES_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     tile = tl.program_id(0) % (num_rows * TILES_N)
     row = tile // TILES_N
@@ -133,84 +236,138 @@ def fused_forward_kernel(
     column, n_ok = columns(row * N + n, y_column, n < N, y_size)
     inside = (b < batch)[:, None] & n_ok[None, :]
     y_offset = b[:, None] * y_size + column[None, :]
-    x_offset = b[:, None] * x_size
 
     own = load_parameters(parameters, column, n_ok, DECAYS, PER_NEURON)
-    threshold = own[len(own) - 1]
     start = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if bias is not None:
         start += tl.load(bias + column, mask=n_ok, other=0.0).to(tl.float32)[None, :]
     silent = load_dropped(dropped, y_offset, inside)
 
     first, end = tl.load(row_ptr + row), tl.load(row_ptr + row + 1)
-    tiles_of_step = tl.maximum((end - first) * TILES_K, 1)  # a row without units still has neurons that decay
-    current = start
     step = tl.cast(batch, tl.int64) * y_size
     states = load_states(states_before, step, y_offset, inside, STATES, BLOCK_M, BLOCK_N)
     count = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    # a row without units multiplies nothing
-    b_ok = (b < tl.where(first < end, batch, 0))[:, None]
-    n_inside = (n < tl.where(first < end, N, 0))[None, :]
-    slot, weighs, x_col, x_ok = tile_at(
-        first * TILES_K, end, row_slot, unit_col, x_column, x_bounds, x_size, K, TILES_K, BLOCK_K
-    )
-    for turn in range(steps * tiles_of_step):
-        t = (turn // tiles_of_step).to(tl.int64)
-        k = (turn % tiles_of_step % TILES_K) * BLOCK_K + tl.arange(0, BLOCK_K)
-        x_tile = tl.load(x + t * batch * x_size + (x_offset + x_col[None, :]), mask=b_ok & x_ok[None, :], other=0)
-        weights = tl.load(
-            values + slot * (N * K) + k[:, None] + n[None, :] * K, mask=weighs[:, None] & n_inside, other=0
-        )
-        current = tl.dot(x_tile.to(weights.dtype), weights, current, input_precision=PRECISION)
-        i = first * TILES_K + (turn + 1) % tiles_of_step
-        slot, weighs, x_col, x_ok = tile_at(i, end, row_slot, unit_col, x_column, x_bounds, x_size, K, TILES_K, BLOCK_K)
-        if turn % tiles_of_step == tiles_of_step - 1:
-            states = charge(states, fires(states[STATES - 1], threshold), current, own, MODEL, RESET)
-            membrane = states[STATES - 1]
-            spike = unless(silent, fires(membrane, threshold).to(tl.float32))
-            count += spike
-            here = t * batch * y_size
-            tl.store(spikes + here + y_offset, spike.to(spikes.dtype.element_ty), mask=inside)
-            if margins is not None:
-                margin = membrane - threshold
-                if margins.dtype.element_ty == tl.float16:
-                    # a margin of −∞ would make NaN in the backward pass
-                    margin = tl.clamp(margin, -65504.0, 65504.0)
-                tl.store(margins + here + y_offset, margin.to(margins.dtype.element_ty), mask=inside)
-            current = start
+    on_chip = end - first <= ON_CHIP
+    if ON_CHIP:
+        if on_chip:
+            states, count = over_time_on_chip(
+                states, count, start, own, silent, x, values, first, end, row_slot, unit_col, spikes, margins,
+                steps, batch, b, n, y_offset, inside, x_size, y_size, K, N, MODEL, RESET, BLOCK_K, ON_CHIP, STAGES,
+            )  # fmt: skip
+    if not ON_CHIP or not on_chip:
+        states, count = over_time(
+            states, count, start, own, silent, x, x_column, x_bounds, values, first, end, row_slot, unit_col, spikes,
+            margins, steps, batch, b, n, y_offset, inside, x_size, y_size, K, N, MODEL, RESET, PRECISION, BLOCK_K,
+        )  # fmt: skip
     store_states(last, step, y_offset, inside, states)
     tl.store(counts + y_offset, count, mask=inside)
 
 
-def fused_tiles(batch: int, width: int, x: torch.dtype, products: torch.dtype) -> dict[str, int]:
+def fused_tiles(batch: int, shape: Shape, x: torch.dtype, products: torch.dtype, precision: str) -> dict[str, int]:
     """As for the product, with 64 samples at most: two row tiles of a batch of 256 times 32 block rows would leave half
-    of an H100's 132 SMs without work. Membranes and counts are registers too, so 8 warps share a tile."""
-    tiles = product_tiles(batch, width, x, products)
-    return tiles | {"BLOCK_M": min(64, tiles["BLOCK_M"]), "num_warps": 8}
+    of an H100's 132 SMs without work. Membranes and counts are registers too, so 8 warps share a tile. Parts need a
+    second sum: half the neurons, with which two programs of 4 warps fit an SM and none uses the stack."""
+    tiles = product_tiles(batch, side_of(shape.col_width), x, products, precision) | {"num_warps": 8}
+    block_n = side_of(shape.row_width)
+    if precision == "parts" and block_n > 32:
+        tiles, block_n = tiles | {"num_warps": 4}, 32
+    return {"BLOCK_N": block_n} | tiles | {"BLOCK_M": min(64, tiles["BLOCK_M"])}
 
 
-#: SMs of an H100, used if there is no device to ask
-_H100_SMS = 132
+#: the most units over which the loop is unrolled
+MOST_ON_CHIP = 16
 
 
-def fused_pays(units: Units, population: Neurons, batch: int, dtype: torch.dtype, device: torch.device) -> bool:
+def units_on_chip(units: Units, x: torch.dtype, products: torch.dtype, device: torch.device) -> int:
+    """The units of a block row whose weights stay on chip: as many as rows have on average, rounded up, or 0.
+
+    0 where they do not fit into shared memory beside the spikes of two steps, and where the loop is not made for it:
+    for weights of 32 bits, inputs that are no spikes or not in the order of places, and units wider than a tile. Nor
+    where registers would spill to the stack: for neurons out of order, whose addresses take 32 per thread, and on AMD's
+    cards, where Triton keeps what it loads in registers.
+    """
+    shape = units.shape
+    number, sides = cdiv(shape.units, shape.row_ranges), (side_of(shape.row_width), side_of(shape.col_width))
+    if x != torch.uint8 or products.itemsize != 2 or runtime.amd(device):
+        return 0
+    if units.cols.neuron_at is not None or units.rows.neuron_at is not None:
+        return 0
+    if max(shape.row_width, shape.col_width) > 64 or number > MOST_ON_CHIP or units.cols.bounds is not None:
+        return 0
+    taken = number * sides[1] * (2 * sides[0] + 2 * 64)
+    return number if taken <= costs.card_of(device).shared_bytes else 0
+
+
+@functools.lru_cache(maxsize=4096)
+def layer_seconds(call: Call, steps: int, fused: bool, on_chip: int = 0) -> float:
+    """The modelled time of the forward product of a layer with its neurons, and of their backward pass, fused (with
+    the weights of ``on_chip`` units on chip) or as a pair."""
+    shape, batch = call.shape, call.samples // steps
+    elements, size = call.samples * shape.outputs, call.products.itemsize
+    neurons = costs.Work(bytes=3 * size * elements)  # the backward pass
+    if not fused:
+        checkpoints = 4 * (cdiv(steps, SEGMENT) - 1) * batch * shape.outputs
+        passes = (
+            costs.Work(bytes=(size + 1) * elements + checkpoints),
+            neurons._replace(bytes=neurons.bytes + checkpoints),
+        )
+        product = min(product_seconds(call, dense) for dense in (False, True))
+        return product + sum(costs.seconds(each, call.card) for each in passes)
+    tiles = fused_tiles(batch, shape, call.x, call.products, call.precision)
+    block = costs.Block(tiles["BLOCK_M"], tiles["BLOCK_N"], tiles["BLOCK_K"])
+    columns, of_m = cdiv(shape.row_width, block.n), cdiv(batch, block.m)
+    units = shape.row_ranges * on_chip or shape.units
+    pairs = steps * units * columns * cdiv(shape.col_width, block.k) * of_m
+    kind, times = call.factors
+    own = costs.Work(
+        times * block.flop(pairs),
+        kind,
+        call.samples * shape.inputs * call.x.itemsize + shape.weights * call.weight_bytes + (1 + size) * elements,
+        block.l2_bytes(pairs, call.x.itemsize, 0 if on_chip else call.weight_bytes),
+        shape.row_ranges * columns * of_m,
+        tiles["num_warps"],
+    )
+    parts = [parts_work(shape)] if call.precision == "parts" else []
+    return sum(costs.seconds(each, call.card) for each in (*parts, own, neurons))
+
+
+def fused_pays(
+    units: Units,
+    population: Neurons,
+    steps: int,
+    batch: int,
+    x: torch.dtype,
+    products: torch.dtype,
+    device: torch.device,
+) -> bool:
     """True where one kernel for product and neurons is expected to be faster than the pair; a cost model, not measured.
 
     Only for models whose one state is the membrane: the backward pass can recover only that from the margins.
 
-    Fusing saves 2.6 bytes per element of [T, B, N] in 16 bits (the table above): about a third of the time of the
-    default product at its rate on an H100. But its programs loop over time and cannot be split over it, so there
-    are only B/64 of them per block row. With less than three quarters of the SMs at work, the product loses more than
-    fusing saves. The dense product is cuBLAS's, which cannot be fused.
+    Fusing saves 2.6 bytes per element of [T, B, N] in 16 bits (the table above). But its programs loop over time and
+    cannot be split over it, so there are only B/64 of them per block row, which may leave SMs without work; and each of
+    its tiles of 64 samples reads the weights anew at every step, from L2. The dense product is cuBLAS's, which cannot
+    be fused.
+
+    Args:
+        units, population: of the layer.
+        steps, batch: of the input.
+        x: the dtype of the layer's inputs, uint8 for spikes.
+        products: of the factors.
+        device: whose card decides.
     """
-    if units.dense_pays or len(MODELS[population.model].states) > 1:
+    if len(MODELS[population.model].states) > 1:
         return False
     if _chosen is not None:
         return _chosen
-    sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else _H100_SMS
-    block_m = fused_tiles(batch, tile_of(units.cols), torch.uint8, dtype)["BLOCK_M"]
-    programs = units.rows.num_units * tiles_of(units.rows) * cdiv(batch, block_m)
-    return 4 * programs >= 3 * sms
+    if units.rows.neuron_at is not None and side_of(units.shape.row_width) == 64:  # registers spill on some cards
+        return False
+    # of a graph with dynamic shapes: one for each size, since what is kept depends on it
+    steps, batch = int(steps), int(batch)
+    precision, card = precision_of(products, device), costs.card_of(device)
+    call = Call("forward", units.shape, steps * batch, x, products, products, precision, card)
+    on_chip = units_on_chip(units, x, products, device)
+    return layer_seconds(call, steps, True, on_chip) < layer_seconds(call, steps, False)
 
 
 _chosen: bool | None = None
@@ -394,7 +551,9 @@ def _layers(call: StackCall) -> list[_Layer]:
             cols = in_order(cols)
         units = graph._replace(rows=rows, cols=cols)
         held = call.held and i == 0
-        fused = not held and fused_pays(units, population, call.batch, call.dtype, call.x.device)
+        fused = not held and fused_pays(
+            units, population, call.num_steps, call.batch, torch.uint8 if i else call.x.dtype, call.dtype, call.x.device
+        )
         layer = _Layer(values, units, None, population, neuron, column, held, fused)
         # a column without a neuron gets one that never fires
         *decays, threshold = (parameter.float() for parameter in population.parameters)
@@ -422,14 +581,17 @@ def _launch_fused(
     """Writes spikes [T, B, N'], margins of the same shape if given, and counts [B, N'], from x [T·B, in]."""
     units = layer.units
     steps, batch, _ = spikes.shape
-    options = fitted(fused_tiles(batch, tile_of(units.cols), x.dtype, values.dtype), x.device)
+    precision = precision_of(values.dtype, x.device)
+    on_chip = units_on_chip(units, x.dtype, values.dtype, x.device)
+    options = fitted(fused_tiles(batch, units.shape, x.dtype, values.dtype, precision), x.device)
+    tiles_of_row = cdiv(units.rows.width, options["BLOCK_N"])
     launch(
         fused_forward_kernel,
-        (units.rows.num_units * tiles_of(units.rows) * cdiv(batch, options["BLOCK_M"]),),
+        (units.rows.num_units * tiles_of_row * cdiv(batch, options["BLOCK_M"]),),
         x=x,
         x_column=units.cols.neuron_at,
         x_bounds=units.cols.bounds,
-        values=values,
+        values=in_parts(values) if precision == "parts" else values,
         row_ptr=units.row_ptr,
         row_slot=units.row_slot,
         unit_col=units.unit_col,
@@ -449,8 +611,9 @@ def _launch_fused(
         y_size=units.rows.size,
         K=units.cols.width,
         N=units.rows.width,
-        PRECISION=runtime.input_precision(),
-        BLOCK_N=tile_of(units.rows),
+        PRECISION=precision,
+        ON_CHIP=on_chip,
+        STAGES=STAGES,
         **model_options(layer.population),
         **options,
         **EXACT,

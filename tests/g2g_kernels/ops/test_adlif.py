@@ -281,7 +281,11 @@ def run_stack(stack: Stack, dtype: torch.dtype, backend: str, chunk: int | None 
     return results(activity.counts, activity.rates, [spikes.dense() for spikes in activity.spikes], leaves)
 
 
-@pytest.mark.parametrize("chunk", [None, 4], ids=["whole", "chunks"])
+@pytest.mark.parametrize(
+    # chunks are run again in the backward pass, in which the tensors of tests/execute_kernels.sh are on no GPU
+    "chunk",
+    [pytest.param(None, id="whole"), pytest.param(4, id="chunks", marks=pytest.mark.driver)],
+)
 @pytest.mark.parametrize("steps", [None, 9], ids=["varying", "held"])
 @every_reset
 @every_backend

@@ -1,13 +1,14 @@
 """The stack of layers in Triton, in pairs of kernels and fused; without a GPU in the interpreter, on the CPU."""
 
 import itertools
+from collections.abc import Iterator
 
 import pytest
 import torch
 from helpers import ErrorRatios, MaskCase, device_of, lif_layer, rms, seeded
 from stack_cases import STACKS, Stack, check_compact, clear_of_thresholds, clear_stack, clear_stacks, loss, rounded
 
-from g2g_kernels import BackendError, BlockMask, GroupLayout, Neurons, g2g_stack
+from g2g_kernels import BackendError, BlockMask, GroupLayout, g2g_stack
 from g2g_kernels.ops.g2g_stack.call import StackBackward, StackCall
 from g2g_kernels.ops.neurons import RESETS
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
@@ -28,12 +29,13 @@ FEW, AT_MOST = 8, 2
 
 
 @pytest.fixture(params=["pair", "fused"])
-def way(request, monkeypatch) -> str:
+def way(request) -> Iterator[str]:
     """Runs every layer whose input is not held as a pair of kernels, or fused into one."""
+    from g2g_kernels.ops.g2g_linear import tiles
     from g2g_kernels.ops.g2g_stack import triton
 
-    monkeypatch.setattr(triton, "fused_pays", lambda units, *_: request.param == "fused" and not units.dense_pays)
-    return request.param
+    with triton.choose(request.param == "fused"), tiles.choose(dense=False):
+        yield request.param
 
 
 def compare(ratios: ErrorRatios, stack: Stack, dtype: torch.dtype = torch.float32, **options) -> None:
@@ -163,9 +165,13 @@ def test_more_samples_than_a_tile(way):
 @pytest.mark.parametrize("steps", [None, T], ids=["varying", "held"])
 def test_single_weights(steps):
     """Dense products with stored zeros, as pairs."""
+    from g2g_kernels.ops.g2g_linear import tiles
+    from g2g_kernels.ops.g2g_stack import triton
+
     ratios = ErrorRatios()
-    for stack in itertools.islice(clear_stacks(STACKS["random single weights"], steps), FEW):
-        compare(ratios, stack)
+    with triton.choose(fused=False), tiles.choose(dense=True):
+        for stack in itertools.islice(clear_stacks(STACKS["random single weights"], steps), FEW):
+            compare(ratios, stack)
     ratios.check(cases=FEW, at_most=AT_MOST)
 
 
@@ -239,28 +245,34 @@ def test_results_are_reproducible(way):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-# --- which way ----------------------------------------------------------------------------------------------------
+# --- weights on chip ----------------------------------------------------------------------------------------------
 
 
-def test_layers_are_fused_where_that_fills_the_device(monkeypatch):
-    """Of the default network on an H100 the second layer is, at a batch of 256 and not at 32; single weights never."""
+def test_weights_on_chip_are_those_read_anew(monkeypatch):
+    """In rows of units with fewer weights than fit, with as many, and with more, which read theirs in each step."""
     from g2g_kernels.ops.g2g_stack import triton
 
-    monkeypatch.setattr(triton, "_H100_SMS", 132)
-    cpu = torch.device("cpu")
-
-    def pays(rows: int, block_size: int, batch: int, model: str = "lif") -> bool:
-        draw = seeded(0)
-        mask = BlockMask.sample(GroupLayout(rows, 8), GroupLayout(2048, 8), 1.0, 0.15, block_size, draw)
-        units = triton.units_of(mask.tensors(), torch.empty(mask.num_units, *mask.unit_shape))
-        return triton.fused_pays(units, Neurons(model, ()), batch, torch.bfloat16, cpu)
-
-    assert pays(2048, 64, 256)
-    assert not pays(2048, 64, 128)
-    assert pays(2048, 32, 128)
-    assert not pays(10, 64, 256)
-    assert not pays(512, 1, 256)
-    assert not pays(2048, 64, 256, "synaptic")  # margins say nothing of its current
+    layout = GroupLayout(48, 1)
+    rows, cols = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([0, 1, 2, 2, 0])  # none in the third
+    draw = seeded(3)
+    layers = []
+    for mask in (BlockMask.sample(layout, layout, 1.0, 1.0, 16, draw), BlockMask(layout, layout, rows, cols, 16)):
+        values = torch.randn(mask.num_units, 16, 16, generator=draw).half() / 4
+        beta, threshold = torch.rand(1, generator=draw), torch.ones(1)
+        layers.append((values, mask, torch.rand(48, generator=draw).half(), beta.half(), threshold.half()))
+    x = torch.rand(11, 67, 48, generator=draw).half()
+    results = []
+    for on_chip in (0, 2):
+        monkeypatch.setattr(triton, "units_on_chip", lambda units, x, *_, n=on_chip: n if x == torch.uint8 else 0)
+        device = device_of("triton")
+        leaves = [[tensor.to(device).requires_grad_() for tensor in (v, *rest)] for v, _, *rest in layers]
+        stack = [lif_layer(v, mask.to(device), *rest) for (v, *rest), (_, mask, *_) in zip(leaves, layers, strict=True)]
+        with triton.choose(fused=True):
+            activity = g2g_stack(x.to(device), stack, backend="triton")
+            activity.counts.sum().backward()
+        results.append([activity.counts, *(leaf.grad for layer in leaves for leaf in layer)])
+    assert results[0][0].any()
+    assert all(map(torch.equal, *results))
 
 
 # --- operators ----------------------------------------------------------------------------------------------------

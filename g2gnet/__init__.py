@@ -9,8 +9,8 @@ from g2gnet.network import G2GNet
 from g2gnet.neurons import LIF, AdLIF, SpikingNeurons, Synaptic
 from g2gnet.sparsify import sparsify
 from g2gnet.stack import SpikingStack
+from g2gnet.version import __version__ as __version__
 
-__version__ = "0.1.0"
 __all__ = [
     "LIF", "AdLIF", "DSTScheduler", "G2GLinear", "G2GNet", "SpikingNeurons", "SpikingStack", "Synaptic",
     "captured", "load", "sparsify", "sync_wiring", "tie_wiring", "untie_wiring",

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import torch
 from helpers import (
     MaskCase,
-    dense_by_loop,
     device_of,
     lif_by_autograd,
     lif_layer,
@@ -85,6 +84,20 @@ class Stack:
     def leaves(self, dtype: torch.dtype, device: str = "cpu") -> dict[str, torch.Tensor]:
         return {name: tensor.to(device, dtype).clone().requires_grad_() for name, tensor in self.tensors.items()}
 
+    def margin(self, reset: str = "subtract", edge: float = 0.0) -> float:
+        """The least distance of a float64 membrane to its threshold, or to ``edge`` above or below it."""
+        tensors, least = {name: tensor.double() for name, tensor in self.tensors.items()}, math.inf
+        x = tensors["x"] if self.steps is None else tensors["x"].expand(self.steps, -1, -1)
+        for layer in self.layers(tensors):
+            current = x @ layer.mask.unpack(layer.values).T + (0 if layer.bias is None else layer.bias)
+            beta, threshold = layer.population.parameters
+            x, membranes = lif_by_autograd(current, beta, threshold, reset, SURROGATES["atan"].primitive, 2.0)
+            distance = (membranes - threshold).abs()
+            if layer.dropped is not None:
+                x, distance = x.masked_fill(layer.dropped, 0), distance.masked_fill(layer.dropped, math.inf)
+            least = min(least, distance.min().item(), (distance - edge).abs().min().item())
+        return least
+
     def run(self, dtype: torch.dtype, backend: str, **options) -> dict[str, torch.Tensor]:
         """Counts, rates, spikes and all gradients of :func:`loss`, on the CPU."""
         device = device_of(backend)
@@ -130,18 +143,7 @@ def results(counts, rates, spikes, leaves) -> dict[str, torch.Tensor]:
 def clear_of_thresholds(stack: Stack, reset: str, edge: float = 0.0) -> bool:
     """True if no float64 membrane of the stack comes within 1e-5 of its threshold (float32 ones are wrong by 1e-6), or
     of ``edge`` above or below it, where a surrogate's support ends."""
-    tensors = {name: tensor.double() for name, tensor in stack.tensors.items()}
-    x = tensors["x"].expand(T, -1, -1)
-    for layer in stack.layers(tensors):
-        current = x @ dense_by_loop(layer.mask, layer.values).T + (0 if layer.bias is None else layer.bias)
-        beta, threshold = layer.population.parameters
-        x, membranes = lif_by_autograd(current, beta, threshold, reset, SURROGATES["atan"].primitive, 2.0)
-        distance = (membranes - threshold).abs()
-        if layer.dropped is not None:
-            x, distance = x.masked_fill(layer.dropped, 0), distance.masked_fill(layer.dropped, math.inf)
-        if min(distance.min(), (distance - edge).abs().min()) < 1e-5:
-            return False
-    return True
+    return stack.margin(reset, edge) >= 1e-5
 
 
 def clear_stacks(cases, steps: int | None, reset: str = "subtract", edge: float = 0.0, **options) -> Iterator[Stack]:

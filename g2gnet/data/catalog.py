@@ -14,12 +14,13 @@ class Dataset(NamedTuple):
     """What is known about a data set before it is read.
 
     Attributes:
-        shape: of an image, (height, width) or (channels, height, width).
+        shape: of a sample: an image, (height, width) or (channels, height, width), or a sequence (T, …).
         num_classes: number of classes.
         module: of this package; its ``load(name, data_dir)`` gives the :class:`ImageData`. It is imported only when
             data are read, since importing torchvision takes a second.
         crops: whether ``augment="auto"`` shifts and mirrors its images.
         classes: their names, by number.
+        sequences: whether samples are sequences, whose first dimension is time, as event frames (T, 2, height, width).
     """
 
     shape: tuple[int, ...]
@@ -27,10 +28,11 @@ class Dataset(NamedTuple):
     module: str
     crops: bool = False
     classes: tuple[str, ...] = ()
+    sequences: bool = False
 
     @property
     def input_dim(self) -> int:
-        """Values in an image."""
+        """Values in a sample."""
         return math.prod(self.shape)
 
 

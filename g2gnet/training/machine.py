@@ -4,11 +4,11 @@ from typing import NamedTuple
 
 import torch
 
-import g2gnet
 from g2g_kernels import available_backends
 from g2g_kernels.cpu.library import instruction_set
 from g2g_kernels.dispatch import forced_backend
 from g2gnet.distributed import ALONE, World
+from g2gnet.version import __version__
 
 
 class Machine(NamedTuple):
@@ -45,7 +45,7 @@ class Machine(NamedTuple):
             preferred = {"cuda": "triton", "cpu": "cpu"}.get(self.device.type, "torch")
             backend = preferred if preferred in available_backends() else "torch"
         return {
-            "g2g": g2gnet.__version__,
+            "g2g": __version__,
             "torch": str(torch.__version__),
             "device": self.device.type,
             "backend": backend,

@@ -175,14 +175,15 @@ class TrainSettings(NetworkSettings, RunSettings):
     def __post_init__(self) -> None:
         # the files store plain values, as of any other setting
         if isinstance(self.sequence, DefaultName):
-            object.__setattr__(self, "sequence", str(self.sequence))
+            own = self.dataset in DATASETS and DATASETS[self.dataset].sequences
+            object.__setattr__(self, "sequence", "own" if own else str(self.sequence))
         if isinstance(self.T, Default):
             object.__setattr__(self, "T", self._steps() or int(self.T))
         super().__post_init__()
 
     def _steps(self) -> int | None:
-        """The time steps of an image of the data set as a sequence; None if there are none, or they are unknown."""
-        if self.sequence not in ("rows", "pixels", "permuted"):
+        """The time steps of a sample of the data set as a sequence; None if there are none, or they are unknown."""
+        if self.sequence == "none":
             return None
         try:
             return sequence_length(self.sequence, DATASETS[self.dataset].shape, self.sequence_step)
@@ -234,7 +235,7 @@ class TrainSettings(NetworkSettings, RunSettings):
             return [f"sequence={self.sequence} needs images, but use_resnet trains on features; leave one of them out"]
         if self.dataset not in DATASETS:
             return []  # the trainer has the shape of their samples
-        if self.sequence == "own":
+        if self.sequence == "own" and not DATASETS[self.dataset].sequences:
             return [
                 f"sequence=own is of data of your own, but {self.dataset} has images; give `sequence=rows`, "
                 "`sequence=pixels` or `sequence=permuted`"

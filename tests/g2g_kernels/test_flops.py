@@ -6,12 +6,13 @@ import sys
 import pytest
 import torch
 from helpers import seeded
+from networks import small_net
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from g2g_kernels import BlockMask, GroupLayout, SpikingLayer, available_backends, g2g_linear, g2g_stack
-from g2gnet import G2GLinear, G2GNet, sparsify
+from g2gnet import G2GLinear, sparsify
 
 if "cpu" not in available_backends():
     pytest.skip("backend torch multiplies dense weights, and PyTorch counts that", allow_module_level=True)
@@ -50,7 +51,7 @@ def in_one_call(net):
 @pytest.mark.parametrize("held", [True, False])
 @pytest.mark.parametrize("of", [in_one_call, lambda net: net], ids=["in one call", "layer by layer"])
 def test_a_network_counts_the_product_of_a_held_input_once(of, held):
-    net = G2GNet(30, 40, 10, "mixer", block_size=4, T=STEPS, generator=seeded(0))
+    net = small_net(T=STEPS)
     run = of(net)
     x = torch.rand(BATCH, 30) if held else torch.rand(STEPS, BATCH, 30)
     first, *rest = (2 * BATCH * STEPS * weights(layer) for layer, _ in net.layers())
@@ -62,7 +63,7 @@ def test_a_network_counts_the_product_of_a_held_input_once(of, held):
 
 
 def test_the_counter_tells_the_layers_of_a_network_apart():
-    net = G2GNet(30, 40, 10, "mixer", block_size=4, T=STEPS, generator=seeded(0))
+    net = small_net(T=STEPS)
     with FlopCounterMode(display=False) as counter:
         net(torch.rand(STEPS, BATCH, 30))
     for name, product in ((f"fc{number}", weights(layer)) for number, (layer, _) in enumerate(net.layers(), 1)):

@@ -1,6 +1,11 @@
-"""Modules import downwards only, in the order of :data:`LAYERS`, and never in a circle; lazy imports count."""
+"""Modules import downwards only, in the order of :data:`LAYERS`, and never in a circle.
+
+Imports inside functions count, those for type checkers do not.
+"""
 
 import ast
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,8 +24,12 @@ LAYERS = (
 )
 
 
+#: parts of ``g2gnet``, each with those above it
+ABOVE = (("stack", "data"), ("network", "data"), ("data", "training"), ("training", "cli"), ("training", "report"))
+
+
 def imports_of(package: Path) -> dict[str, set[str]]:
-    """Of each module of a package by its name in it, the modules that it imports anywhere."""
+    """Of each module of a package by its name in it, the modules of the package that it imports when it runs."""
     files = {}
     for file in package.rglob("*.py"):
         parts = [*package.parts[-1:], *file.relative_to(package).with_suffix("").parts]
@@ -28,7 +37,7 @@ def imports_of(package: Path) -> dict[str, set[str]]:
     imports = {}
     for module, file in files.items():
         names = set()
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        for node in walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 names |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
@@ -37,6 +46,14 @@ def imports_of(package: Path) -> dict[str, set[str]]:
                 names |= {name if name in files else str(node.module) for name in inside}
         imports[module] = names & set(files) - {module}
     return {short(module): {short(name) for name in names} for module, names in imports.items()}
+
+
+def walk(node: ast.AST) -> Iterator[ast.AST]:
+    """The nodes of a tree, but for those under ``if TYPE_CHECKING``."""
+    yield node
+    for child in ast.iter_child_nodes(node):
+        if not (isinstance(child, ast.If) and getattr(child.test, "id", "") == "TYPE_CHECKING"):
+            yield from walk(child)
 
 
 def short(module: str) -> str:
@@ -59,11 +76,27 @@ def circle(imports: dict[str, set[str]]) -> list[str]:
     return sorted(left)
 
 
-IMPORTS = imports_of(ROOT / "g2g_kernels")
+IMPORTS, NETWORKS = (imports_of(ROOT / package) for package in ("g2g_kernels", "g2gnet"))
 
 
-def test_no_module_imports_itself_by_others():
-    assert circle(IMPORTS) == []
+@pytest.mark.parametrize("imports", [IMPORTS, NETWORKS], ids=["g2g_kernels", "g2gnet"])
+def test_no_module_imports_itself_by_others(imports):
+    assert circle(imports) == []
+
+
+def test_kernels_know_nothing_of_networks():
+    files = (ROOT / "g2g_kernels").rglob("*.py")
+    assert not [file for file in files if re.search(r"^\s*(from|import) g2gnet\b", file.read_text("utf-8"), re.M)]
+
+
+@pytest.mark.parametrize(("part", "above"), ABOVE)
+def test_a_part_of_g2gnet_imports_nothing_from_above_it(part, above):
+    found, pending = set(), {module for module in NETWORKS if f"{module}.".startswith(f"{part}.")}
+    assert pending
+    while pending:
+        found |= pending
+        pending = set().union(*(NETWORKS[module] for module in pending)) - found
+    assert not [module for module in found if f"{module}.".startswith(f"{above}.")]
 
 
 def test_modules_import_from_lower_layers_only():

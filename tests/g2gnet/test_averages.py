@@ -8,16 +8,16 @@ import pickle
 import pytest
 import torch
 from helpers import seeded
+from networks import small_net
 from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from g2gnet import DSTScheduler, G2GNet, copies, sync_wiring, tie_wiring, untie_wiring
+from g2gnet import DSTScheduler, copies, sync_wiring, tie_wiring, untie_wiring
 
 DECAY = 0.8
 
 
-def network(seed=0):
-    return G2GNet(32, 40, 10, "mixer", p_inter=1 / 7, block_size=3, T=4, generator=seeded(seed), enc_scale=3.0)
+network = functools.partial(small_net, sizes=(32, 40, 10), p_inter=1 / 7, block_size=3, T=4, enc_scale=3.0)
 
 
 def averaged_model(**options):
@@ -276,7 +276,7 @@ def test_ties_are_refused_between_networks_that_do_not_correspond():
     with pytest.raises(ValueError, match="must be two"):
         sync_wiring(net, net)
     with pytest.raises(ValueError, match=r"fc1.*packed weights"):
-        sync_wiring(net, G2GNet(32, 40, 10, "mixer", block_size=4, T=4))
+        sync_wiring(net, network(block_size=4))
 
 
 def test_weights_of_another_process_come_with_their_wiring():

@@ -1,16 +1,18 @@
 """What hangs on the layers of a stack: hooks, forwards of their own, weights that are rewritten before a call."""
 
 import copy
+import functools
 
 import pytest
 import torch
 from helpers import backends_of, seeded
+from networks import small_net
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize, prune
 
 from g2g_kernels.ops.g2g_stack import operator
-from g2gnet import LIF, DSTScheduler, G2GLinear, G2GNet, SpikingStack, stack
+from g2gnet import LIF, DSTScheduler, G2GLinear, SpikingStack, stack
 
 STACK_BACKENDS = backends_of(operator)
 STEPS = 6
@@ -18,10 +20,7 @@ SAMPLES = torch.rand(5, 30, generator=seeded(1)) * 3
 LABELS = torch.arange(5)
 
 
-def net_of(**options):
-    return G2GNet(
-        30, 40, 10, "mixer", generator=seeded(0), **{"block_size": 4, "T": STEPS, "threshold": 0.5, **options}
-    )
+net_of = functools.partial(small_net, T=STEPS, threshold=0.5)
 
 
 def run(net, x=SAMPLES, dropped=None, spikes=False):

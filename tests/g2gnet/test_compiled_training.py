@@ -6,9 +6,10 @@ import io
 import pytest
 import torch
 from helpers import seeded
+from networks import small_net
 from torch import nn
 
-from g2gnet import DSTScheduler, G2GNet, sparsify
+from g2gnet import DSTScheduler, sparsify
 
 X = torch.rand(8, 30, generator=seeded(1)) * 3
 LABELS = torch.arange(8)
@@ -16,7 +17,7 @@ RULES = [("hebb", "hebb"), ("set", "gradient")]
 
 
 def spiking():
-    return G2GNet(30, 40, 10, "mixer", block_size=3, T=4, generator=seeded(0))
+    return small_net(block_size=3, T=4)
 
 
 def perceptron():

@@ -8,6 +8,7 @@ import pytest
 import snntorch
 import torch
 from helpers import backends_of, seeded
+from networks import small_net
 from torch import nn
 
 from g2g_kernels import BlockMask, GroupLayout, lif, lif_step
@@ -18,10 +19,6 @@ from g2gnet import LIF, G2GLinear, G2GNet, SpikingStack, Synaptic
 
 STACK_BACKENDS = backends_of(operator)
 SAMPLES = torch.rand(5, 30, generator=seeded(1)) * 3
-
-
-def small_net(model="mixer", **options):
-    return G2GNet(30, 40, 10, model, generator=seeded(0), **{"block_size": 4, "T": 6, **options})
 
 
 def small_layer(out_size=40, in_size=30, **options):

@@ -1,15 +1,15 @@
 """A whole network as one graph, and its table for notebooks."""
 
+import functools
+
 import networkx
 import numpy as np
 import torch
-from helpers import seeded
+from networks import small_net
 
-from g2gnet import G2GNet, graphs
+from g2gnet import graphs
 
-
-def network(**options):
-    return G2GNet(20, 16, 5, "mixer", p_inter=0.3, block_size=2, num_groups=4, generator=seeded(0), **options)
+network = functools.partial(small_net, sizes=(20, 16, 5), p_inter=0.3, block_size=2, num_groups=4, T=50)
 
 
 def test_the_graph_of_a_network_is_the_chain_of_its_layers():

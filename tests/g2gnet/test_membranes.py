@@ -1,12 +1,14 @@
 """Membranes over time with their gradient, for losses on them, on every backend."""
 
+import functools
+
 import pytest
 import torch
 from helpers import backends_of, seeded
+from networks import small_net
 from torch.nn import functional as F
 
 from g2g_kernels.ops.g2g_stack import operator
-from g2gnet import G2GNet
 from g2gnet.interop import to_snntorch
 
 STEPS = 5
@@ -14,9 +16,7 @@ X = torch.rand(STEPS, 4, 12, generator=seeded(1)) * 4
 LABELS = torch.arange(4)
 
 
-def net_of(**options):
-    options = {"model": "mixer", "block_size": 4, "T": STEPS, "threshold": 0.4, **options}
-    return G2GNet(12, 16, 5, generator=seeded(0), **options)
+net_of = functools.partial(small_net, sizes=(12, 16, 5), T=STEPS, threshold=0.4)
 
 
 def loss_of(membranes):

@@ -1,8 +1,10 @@
 """G2GNet: its graph, its input forms, and equality with the same network in snnTorch."""
 
 import dataclasses
+import functools
 import inspect
 
+import networks
 import numpy as np
 import pytest
 import snntorch
@@ -18,9 +20,7 @@ from g2gnet.settings import PARAMETERS, NetworkSettings
 SPARSE = [model for model in MODELS if model != "dense"]
 
 
-def small_net(model="index", seed=0, **kwargs):
-    options = {"block_size": 4, "T": 12, **kwargs}
-    return G2GNet(30, 40, 10, model, generator=torch.Generator().manual_seed(seed), **options)
+small_net = functools.partial(networks.small_net, T=12)
 
 
 def assert_near(ours, theirs):

@@ -1,14 +1,16 @@
 """The state of grown units begins anew, whatever optimizer keeps it."""
 
 import copy
+import functools
 from collections import deque
 
 import pytest
 import torch
 from helpers import seeded
+from networks import small_net
 from torch import nn
 
-from g2gnet import DSTScheduler, G2GNet
+from g2gnet import DSTScheduler
 
 X = torch.rand(6, 30, generator=seeded(0)) * 3
 
@@ -148,8 +150,7 @@ def rewired(net, optimizer, **options):
     return fresh
 
 
-def network():
-    return G2GNet(30, 40, 10, "mixer", block_size=3, T=6, generator=seeded(0))
+network = functools.partial(small_net, block_size=3)
 
 
 def test_a_code_of_eight_bits_is_the_one_of_zero():

@@ -3,15 +3,16 @@
 import pytest
 import torch
 from helpers import seeded
+from networks import small_net
 
-from g2gnet import DSTScheduler, G2GNet
+from g2gnet import DSTScheduler
 from g2gnet.tensor_file import read_tensors, write_tensors
 
 X = torch.rand(6, 30, generator=seeded(0)) * 3
 
 
 def network(fill=None):
-    net = G2GNet(30, 40, 10, "mixer", block_size=3, T=6, generator=seeded(0))
+    net = small_net(block_size=3)
     assert all(connection.mask.has_padding for connection, _ in net.layers())
     for connection, _ in net.layers() if fill is not None else ():
         connection.values.data.masked_fill_(~connection.mask.valid(), fill)
@@ -26,7 +27,7 @@ def test_it_is_zero_in_what_is_saved_and_loading_takes_anything(fill, tmp_path):
     write_tensors(file, net.state_dict())
     for name, tensor in read_tensors(file).items():
         assert torch.equal(tensor, clean.state_dict()[name]), name
-    again = G2GNet(30, 40, 10, "mixer", block_size=3, T=6, generator=seeded(1))
+    again = small_net(seed=1, block_size=3)
     again.load_state_dict({**clean.state_dict(), **padded})
     assert torch.equal(again(X), clean(X))
     assert torch.equal(again.state_dict()["fc2.values"], clean.state_dict()["fc2.values"])

@@ -3,13 +3,14 @@
 import pytest
 import torch
 from helpers import backends_of, seeded
+from networks import small_net
 from torch import nn
 from torch.nn import functional as F
 from training_runs import SMALL, load, run
 
 from g2g_kernels import BlockMask, GroupLayout
 from g2g_kernels.ops.g2g_stack import operator
-from g2gnet import LIF, AdLIF, DSTScheduler, G2GLinear, G2GNet, SpikingStack
+from g2gnet import LIF, AdLIF, DSTScheduler, G2GLinear, SpikingStack
 from g2gnet.data import load_dataset
 from g2gnet.interop import from_snntorch, to_nir, to_snntorch
 from g2gnet.interop.neurobench import to_neurobench
@@ -27,8 +28,7 @@ READ["max"] = lambda membranes: membranes.max(0).values
 
 
 def net_of(readout, **options):
-    options = {"block_size": 4, "T": STEPS, "threshold": 0.4, **options}
-    return G2GNet(12, 16, 5, "mixer", generator=seeded(0), readout=readout, **options)
+    return small_net(sizes=(12, 16, 5), readout=readout, **{"T": STEPS, "threshold": 0.4, **options})
 
 
 def membranes_by_hand(net, x):

@@ -1,11 +1,10 @@
 """Recurrent layers: I_t = W·x_t + b + V·S_{t−1}, with gradients through S_{t−1}, on every backend and in every part."""
 
-import itertools
-
 import pytest
 import snntorch
 import torch
 from helpers import lif_by_autograd, rms, seeded, threads
+from networks import sparse_stack
 from snntorch import surrogate as snn_surrogate
 
 from g2g_kernels import BlockMask, GroupLayout, available_backends
@@ -33,22 +32,14 @@ def stack_of(
     **options,
 ) -> SpikingStack:
     """Two recurrent layers and one without."""
-    draw, layers = seeded(3), []
-    for below, size in itertools.pairwise(sizes):
-        out = GroupLayout(size, groups, kind, draw)
-        mask = BlockMask.sample(out, GroupLayout(below, groups), 1, 0.4, unit, draw)
-        made = neurons(size if per_neuron else None, threshold=0.5, backend=backend, **options)
-        for name in made.model.parameters[:-1]:
-            value = made.by_name[name]
+    draw, of_layers = seeded(3), []
+    for size in sizes[1:]:
+        of_layers.append(neurons(size if per_neuron else None, threshold=0.5, backend=backend, **options))
+        for name in of_layers[-1].model.parameters[:-1]:
+            value = of_layers[-1].by_name[name]
             value.data = 0.5 + 0.4 * torch.rand(value.shape, generator=draw)
-        joined = BlockMask.sample(out, out, 1, 0.4, unit, draw)
-        recurrent = G2GLinear(joined, bias=False, backend=backend, generator=draw)
-        layers.append((G2GLinear(mask, backend=backend, generator=draw), made, recurrent))
-    (last, made, _) = layers.pop()
-    stack = SpikingStack([*layers, (last, made)], T, backend, dropout)
-    for connection in stack.connections().values():
-        connection.values.data *= 2
-    return stack
+    make = {"unit": unit, "groups": groups, "kinds": (kind, "index"), "dropout": dropout}
+    return sparse_stack(sizes, of_layers, T, backend, recurrent=True, gain=2.0, **make)
 
 
 def inputs_of(stack: SpikingStack, held: bool, batch: int = B) -> torch.Tensor:

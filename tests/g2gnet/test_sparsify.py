@@ -7,11 +7,12 @@ import pytest
 import snntorch
 import torch
 from helpers import seeded
+from networks import small_net
 from torch import nn
 from torch.nn.utils import prune
 
 from g2g_kernels import BlockMask, GroupLayout
-from g2gnet import LIF, DSTScheduler, G2GLinear, G2GNet, SpikingStack, sparsify
+from g2gnet import LIF, DSTScheduler, G2GLinear, SpikingStack, sparsify
 from g2gnet.dst_scores import unit_correlation
 
 
@@ -355,7 +356,7 @@ def test_a_model_and_its_layers_are_rewired_alike():
     """Given the network or its layers with their activity, the scheduler does the same."""
     states = []
     for by_layers in (True, False):
-        net = G2GNet(30, 40, 10, "mixer", block_size=3, T=5, generator=seeded(0))
+        net = small_net(block_size=3, T=5)
         optimizer = torch.optim.Adam(net.parameters())
         dst = DSTScheduler([net.fc1, net.fc2, net.fc3] if by_layers else net, optimizer, interval=1, prune="hebb")
         x = torch.rand(6, 30, generator=seeded(1)) * 3

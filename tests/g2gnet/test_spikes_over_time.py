@@ -1,22 +1,22 @@
 """Losses on when neurons fire: spikes of every layer with their gradient, on every backend."""
 
+import functools
+
 import pytest
 import torch
 from helpers import backends_of, seeded
+from networks import small_net
 from snntorch import functional as snn_functional
 from torch import nn
 
 from g2g_kernels.ops.g2g_stack import operator
-from g2gnet import DSTScheduler, G2GNet
+from g2gnet import DSTScheduler
 
 STEPS = 7
 X = torch.rand(STEPS, 5, 30, generator=seeded(1)) * 3
 
 
-def net_of(**options):
-    return G2GNet(
-        30, 40, 10, "mixer", generator=seeded(0), **{"block_size": 4, "T": STEPS, "threshold": 0.5, **options}
-    )
+net_of = functools.partial(small_net, T=STEPS, threshold=0.5)
 
 
 def lateness(spikes):

@@ -5,9 +5,10 @@ import itertools
 import pytest
 import torch
 from helpers import rms, seeded
+from networks import sparse_stack
 
-from g2g_kernels import BlockMask, GroupLayout, available_backends
-from g2gnet import LIF, G2GLinear, G2GNet, SpikingStack, Synaptic
+from g2g_kernels import available_backends
+from g2gnet import LIF, G2GNet, SpikingStack, Synaptic
 
 T, B, D = 13, 3, 12
 #: by the names of parameters, and of the input
@@ -17,22 +18,12 @@ BACKENDS = [name for name in ("torch", "cpu", "triton") if name in available_bac
 
 def stack_of(backend: str | None = None, **options) -> SpikingStack:
     """LIF, synaptic and LIF neurons, with parameters per neuron and per layer, each reset, ragged units of 4."""
-    draw = seeded(3)
-    sizes = (D, 37, 21, 5)
     neurons = (
         LIF(37, threshold=0.3, backend=backend),
         Synaptic(syn_decay=0.5, threshold=0.6, reset="zero", surrogate="triangle", alpha=0.7, backend=backend),
         LIF(reset="none", threshold=0.8, backend=backend),
     )
-    layers = []
-    for (below, size), of_layer in zip(itertools.pairwise(sizes), neurons, strict=True):
-        layouts = GroupLayout(size, 3, "random", draw), GroupLayout(below, 3, "interleaved")
-        mask = BlockMask.sample(*layouts, 1, 0.4, 4, draw)
-        layers.append((G2GLinear(mask, backend=backend, generator=draw), of_layer))
-    stack = SpikingStack(layers, T, backend, **options)
-    for connection, _ in stack.layers():
-        connection.values.data *= 3
-    return stack
+    return sparse_stack((D, 37, 21, 5), neurons, T, backend, gain=3.0, kinds=("random", "interleaved"), **options)
 
 
 def inputs_of(held: bool) -> torch.Tensor:

@@ -1,10 +1,12 @@
 """Synaptic operations against a count by loops over every weight, and where they are reported."""
 
+import functools
 import itertools
 
 import pytest
 import torch
 from helpers import backends_of, seeded
+from networks import small_net
 from torch import nn
 
 from g2g_kernels.ops.g2g_stack import operator
@@ -15,9 +17,7 @@ from g2gnet.analysis.tables import headline, layers_table
 B, T = 3, 5
 
 
-def network(model="mixer", **options):
-    options = {"enc_scale": 4.0, **options}
-    return G2GNet(14, 18, 5, model, p_inter=0.3, block_size=2, num_groups=4, T=T, generator=seeded(0), **options)
+network = functools.partial(small_net, sizes=(14, 18, 5), p_inter=0.3, block_size=2, num_groups=4, T=T, enc_scale=4.0)
 
 
 def by_loops(net, x, activity):

@@ -1,19 +1,21 @@
 """Layers and networks under torch.func, batched gradients, torch.jit.trace, torch.fx and torch.device("meta")."""
 
 import copy
+import functools
 import io
 import warnings
 
 import pytest
 import torch
 from helpers import backends_of, row_with, seeded
+from networks import small_net
 from torch import nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, stack_module_state, vmap
 
 from g2g_kernels import BlockMask, GroupLayout
 from g2g_kernels.ops import neurons as neurons_module
 from g2g_kernels.ops.g2g_stack import operator
-from g2gnet import LIF, G2GLinear, G2GNet, Synaptic
+from g2gnet import LIF, G2GLinear, Synaptic
 
 STACK_BACKENDS = backends_of(operator)
 STEPS = 6
@@ -24,10 +26,7 @@ pytestmark = [
 ]
 
 
-def net_of(seed=0, **options):
-    return G2GNet(
-        30, 40, 10, "mixer", generator=seeded(seed), **{"block_size": 4, "T": STEPS, "threshold": 0.5, **options}
-    )
+net_of = functools.partial(small_net, T=STEPS, threshold=0.5)
 
 
 def close(one, other):

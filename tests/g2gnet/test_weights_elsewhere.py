@@ -1,23 +1,24 @@
 """Weights that stand in place of a layer's own, or that something else computes: the wiring comes with them."""
 
 import copy
+import functools
 import io
 
 import pytest
 import torch
 from helpers import seeded
+from networks import small_net
 from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from g2gnet import DSTScheduler, G2GNet
+from g2gnet import DSTScheduler
 
 X = torch.rand(6, 32, generator=seeded(9))
 HIDDEN = torch.rand(5, 40, generator=seeded(8))
 
 
-def network(seed=0):
-    return G2GNet(32, 40, 10, "mixer", p_inter=1 / 7, block_size=3, T=4, generator=seeded(seed), enc_scale=3.0)
+network = functools.partial(small_net, sizes=(32, 40, 10), p_inter=1 / 7, block_size=3, T=4, enc_scale=3.0)
 
 
 def parameters(net):
@@ -54,7 +55,7 @@ def test_a_functional_call_follows_the_network_whose_weights_it_is_given():
 @pytest.mark.parametrize("steps", [4, 6])
 def test_a_functional_call_with_a_networks_state_is_that_network(steps):
     """Of another wiring and another number of steps, too, of which nothing stays."""
-    net, host = G2GNet(32, 40, 10, "mixer", block_size=3, T=steps, generator=seeded(0), enc_scale=3.0), network(seed=1)
+    net, host = network(p_inter=0.15, T=steps), network(seed=1)
     for each in (net, host):
         assert torch.equal(functional_call(each, net.state_dict(), (X,)), net(X))
     assert host.T == 4

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from helpers import ROOT
@@ -60,13 +61,11 @@ def test_the_list_names_every_script_and_backend(capsys):
 
 
 @pytest.mark.parametrize("name", ["train", "crossval"])
-def test_a_file_of_the_checkout_is_the_console_script(name):
+def test_a_file_of_the_checkout_is_the_console_script(name, tmp_path):
     file, script = importlib.import_module(name), module_of(f"g2g-{name}")
     assert file.main is script.main
-    result = subprocess.run(
-        [sys.executable, f"{name}.py", "--epochs", "0"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 2
+    result = processes.run(ROOT / f"{name}.py", "--epochs", "0", output=tmp_path / "printed")
+    assert result.statuses == [2]
     assert result.stdout == ""
     assert result.stderr.startswith(f"{name}.py: error: epochs=0 is out of range")
 

@@ -16,6 +16,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import matplotlib.figure
 import pytest
 from processes import fork_contenders
 from small_data import publish_resnet, write_cifar
@@ -78,6 +79,7 @@ def workplace(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmarks.workload, "cache_dir", lambda: tmp_path / "workloads")
     monkeypatch.setattr(tqdm, "__init__", functools.partialmethod(tqdm.__init__, mininterval=0, miniters=1))
     end = {"test_acc": 0.5, "train_acc": 0.5, "density": {"fc2": 1}, "train_seconds": 1.0}
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda *_, **__: None)  # takes most of the time
     monkeypatch.setattr(benchmarks.study, "processes", lambda jobs, threads: ThreadPoolExecutor(jobs))
     monkeypatch.setattr(g2gnet.sweep.engine, "train_run", lambda settings, folder: None)
     monkeypatch.setattr(g2gnet.sweep.engine.Run, "epochs", lambda run: 1)

@@ -1,6 +1,9 @@
 """Programs on sequences: data of one's own, and images that unfold over time, from flags to reports."""
 
+import dataclasses
 import json
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,10 +12,11 @@ import torch
 import crossval
 import train
 from g2gnet import analyze, load
-from g2gnet.data import as_samples, load_dataset
+from g2gnet.data import DATASETS, ImageData, as_samples, load_dataset
+from g2gnet.data.catalog import Dataset
 from g2gnet.report import program as report
 from g2gnet.sequences import input_order
-from g2gnet.training import read_run
+from g2gnet.training import TrainSettings, read_run
 
 SMALL = ["--hidden_dim", "16", "--batch_size", "20", "--block_size", "4", "--epochs", "1", "--model", "mixer"]
 LABELS = np.arange(60) % 4
@@ -55,6 +59,19 @@ def test_sequences_of_ones_own_have_their_own_length(tmp_path, shape, inputs, dt
     assert torch.equal(net.encode(samples), samples.view(20, 6, inputs).transpose(0, 1))
     accuracy = (net(samples).argmax(1) == torch.from_numpy(LABELS[40:])).double().mean()
     assert float(accuracy) == document["result"]["test_acc"]
+
+
+def test_a_named_data_set_of_event_frames_is_an_entry_and_a_module(tmp_path, monkeypatch):
+    frames, labels = torch.rand(60, 6, 2, 3, 4), torch.from_numpy(LABELS)
+    data = ImageData("events", frames[:40], labels[:40], frames[40:], labels[40:], 4)
+    monkeypatch.setitem(DATASETS, "events", Dataset((6, 2, 3, 4), 4, "events", sequences=True))
+    monkeypatch.setitem(sys.modules, "g2gnet.data.events", SimpleNamespace(load=lambda name, data_dir: data))
+    flag = next(each for each in dataclasses.fields(TrainSettings) if each.name == "dataset")
+    monkeypatch.setattr(flag, "metadata", {**flag.metadata, "choices": (*flag.metadata["choices"], "events")})
+    document = trained(train, tmp_path, "--dataset", "events")
+    assert (document["settings"]["T"], document["settings"]["sequence"]) == (6, "own")
+    assert load(document["files"]["checkpoint"]).fc1.in_features == 24
+    assert TrainSettings(dataset="events", sequence="none", T=9).T == 9
 
 
 def test_counts_of_events_in_uint8_are_noticed(tmp_path, caplog):

@@ -2,9 +2,8 @@
 
 import os
 import shlex
-import subprocess
-import sys
 
+import processes
 import pytest
 from helpers import ROOT
 from training_runs import DEFAULTS, MACHINE_FLAGS
@@ -138,10 +137,8 @@ def test_a_directory_without_write_permission_is_named(tmp_path, capsys):
     assert "cannot write to the checkpoint directory" in capsys.readouterr().err
 
 
-def test_output_in_a_pipe_has_no_progress_bar(tmp_path):
-    result = subprocess.run(
-        [sys.executable, "train.py", *TINY, "--checkpoint_dir", tmp_path], cwd=ROOT, capture_output=True, text=True
-    )
-    assert result.returncode == 0
+def test_output_in_a_file_has_no_progress_bar(tmp_path):
+    result = processes.run(ROOT / "train.py", *TINY, "--checkpoint_dir", tmp_path, output=tmp_path / "printed")
+    assert result.statuses == [0]
     assert "\r" not in result.stdout + result.stderr
     assert "samples/s" not in result.stderr

@@ -1,12 +1,13 @@
 """Samples that unfold over time: which value comes when, and how data of one's own say that they are sequences."""
 
+import functools
 import math
 
 import pytest
 import torch
 from helpers import seeded
+from networks import small_net
 
-from g2gnet import G2GNet
 from g2gnet.sequences import input_order, sequence_length, unfold
 
 GREY, COLOUR = (6, 4), (3, 6, 4)
@@ -97,8 +98,7 @@ def test_what_has_no_such_steps_is_refused(arguments, message):
         input_order(*arguments)
 
 
-def network(**options):
-    return G2GNet(4, 20, 3, "mixer", generator=seeded(0), **{"block_size": 4, "num_groups": 2, "T": 6, **options})
+network = functools.partial(small_net, sizes=(4, 20, 3), num_groups=2)
 
 
 def test_a_network_unfolds_samples_after_standardising_and_scaling_them():

@@ -5,6 +5,7 @@ import itertools
 import sys
 import warnings
 
+import networks
 import nir
 import numpy as np
 import pytest
@@ -18,15 +19,14 @@ from torch.nn.utils import prune
 
 from g2g_kernels import BlockMask, GroupLayout
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
-from g2gnet import LIF, G2GLinear, G2GNet, SpikingStack, Synaptic
+from g2gnet import LIF, G2GLinear, SpikingStack, Synaptic
 from g2gnet.interop import from_nir, from_snntorch, to_nir, to_snntorch
 
 STEPS = 12
 SAMPLES = torch.rand(STEPS, 6, 30, generator=seeded(1)) * 3
 
 
-def small_net(**options):
-    return G2GNet(30, 40, 10, "mixer", generator=seeded(0), **{"block_size": 4, "T": STEPS, **options})
+small_net = functools.partial(networks.small_net, T=STEPS)
 
 
 def trained_net(**options):

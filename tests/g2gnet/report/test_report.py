@@ -22,7 +22,7 @@ from g2g_kernels import BlockMask, GroupLayout
 from g2gnet import analyze, figures, report
 from g2gnet.analysis import group_density
 from g2gnet.data.catalog import DATASETS
-from g2gnet.report import page
+from g2gnet.report import content, page
 from g2gnet.training import TrainSettings, read_run
 
 README = (ROOT / "README.md").read_text()
@@ -215,6 +215,12 @@ def _coarse_pictures(monkeypatch):
     monkeypatch.setattr(page, "DPI", 40)
 
 
+@pytest.fixture
+def captions_alone(monkeypatch):
+    """Pages without pictures, which take most of the time."""
+    monkeypatch.setattr(content, "picture", lambda figure, caption: page.paragraph(caption))
+
+
 def read_page(path):
     text = path.read_text()
     reader = Reader(text)
@@ -292,7 +298,7 @@ def test_the_page_of_several_runs_compares_them(checkpoints, tmp_path):
         assert f"{read_run(path).history[-1]['train_loss']:.4f}" in text
 
 
-def test_runs_that_differ_in_their_seed_are_shown_with_their_mean(tmp_path):
+def test_runs_that_differ_in_their_seed_are_shown_with_their_mean(tmp_path, captions_alone):
     paths = [
         train_tiny(tmp_path / f"{model}{seed}", f"--model {model} --seed {seed}")
         for model in ("index", "mixer")
@@ -308,7 +314,7 @@ def test_runs_that_differ_in_their_seed_are_shown_with_their_mean(tmp_path):
     assert "4: model=mixer, seed=1" in text
 
 
-def test_what_comes_from_files_is_text_on_the_page(checkpoints, tmp_path):
+def test_what_comes_from_files_is_text_on_the_page(checkpoints, tmp_path, captions_alone):
     """A checkpoint can have any name; text in place of a number is refused."""
     settings = read_run(checkpoints["dense"]).settings.as_dict()
     folder = tmp_path / "<img src=x onerror=alert(1)><script>"
@@ -367,7 +373,7 @@ def test_damaged_checkpoints_are_named(checkpoints, tmp_path, capsys):
     assert not (tmp_path / "report.html").exists()
 
 
-def test_a_failed_write_leaves_the_old_page(checkpoints, tmp_path, monkeypatch, capsys):
+def test_a_failed_write_leaves_the_old_page(checkpoints, tmp_path, monkeypatch, capsys, captions_alone):
     target = tmp_path / "report.html"
     target.write_text("old")
 
@@ -389,7 +395,7 @@ def test_without_matplotlib_the_report_says_what_to_install(checkpoints, tmp_pat
     assert 'pip install -e ".[plots]"' in capsys.readouterr().err
 
 
-def test_a_page_may_be_read_by_others_as_the_umask_says(checkpoints, tmp_path):
+def test_a_page_may_be_read_by_others_as_the_umask_says(checkpoints, tmp_path, captions_alone):
     if os.name != "posix":
         pytest.skip("file modes are POSIX's")
     target = tmp_path / "report.html"

@@ -285,20 +285,23 @@ def test_a_second_run_of_the_same_name_is_refused(tmp_path):
 
 @posix
 def test_a_lock_dies_with_its_owner(tmp_path):
-    program = f"""
+    program = tmp_path / "program.py"
+    program.write_text(
+        f"""
 import time
 from g2gnet.training.run_files import RunFiles
 with RunFiles({str(tmp_path)!r}, "name").locked():
     print("locked", flush=True)
     time.sleep(3600)
 """
-    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "locked\n"
+    )
+    process = processes.start(program, output=tmp_path / "printed")
+    processes.wait_for("locked\n", process, tmp_path / "printed.out")
     files = RunFiles(tmp_path, "name")
     with pytest.raises(CheckpointError, match="another run"), files.locked():
         pass
     process.kill()
-    process.communicate()
+    process.join()
     with files.locked():
         pass
 

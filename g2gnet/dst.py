@@ -272,6 +272,11 @@ class DSTScheduler:
             layer.observer = None
         return self._recorder.stop() if self._recorder is not None else None
 
+    def _forget_gradients(self) -> None:
+        for gradients in self._gradients.values():
+            gradients.close()
+        self._gradients = {}
+
     def _count(self) -> int:
         """Units replaced so far; waits for the device, and logs the updates that were skipped."""
         outcomes, self._outcomes = self._outcomes, []
@@ -302,7 +307,7 @@ class DSTScheduler:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self._stop_recording()
-        self._gradients = {}
+        self._forget_gradients()
         self.steps, self._replaced, self._outcomes = state["steps"], state["pruned"], []
         self._record_if_due()
 
@@ -348,10 +353,11 @@ class DSTScheduler:
                 world.assemble()
                 world.check_same(f"the count of steps at {world.stage}", self.steps)
                 world.check_same(f"the network after step {self.steps}", None, self._network())
-                self._update(list(self._evidence(recordings, world)))
+                with torch.autocast(self.layers[0].values.device.type, enabled=False):  # it would round the scores
+                    self._update(list(self._evidence(recordings, world)))
                 world.check_same(f"the wiring after step {self.steps}", None, self._wiring())
         finally:  # whoever catches an error can go on
-            self._gradients = {}
+            self._forget_gradients()
             self._record_if_due()
         return due
 
@@ -427,10 +433,11 @@ class DSTScheduler:
                 samples = _samples([(unpacked[id(pre)], unpacked[id(post)]) for pre, post in pairs])
                 correlation = unit_correlation(*samples, layer.mask, world).flatten()
             if GRADIENT in self._needs:
-                gradients = self._gradients.pop(layer, None)
-                if gradients is None or not gradients.pairs():
+                gradients = self._gradients.get(layer)
+                if gradients is None or not any(gradients.seen()):
                     raise RuntimeError(_nothing_seen("gradient", number, self))
                 gradient = gradients.root_mean_squares(layer.mask, world)
+                gradients.close()
             yield number, Evidence(layer, correlation, gradient)
 
     def _update(self, evidence: list[tuple[int, Evidence]]) -> None:
@@ -490,7 +497,7 @@ class DSTScheduler:
         state = {**self.__dict__, "prune": self.prune.name, "grow": self.grow.name, "_uncompiled": None}
         # what was recorded so far in this step; hooks and attributes of layers are not copied
         state["_recorder"] = self._recorder and (self._recorder.model, self._recorder.recorded())
-        state["_gradients"] = [(layer, gradients.pairs()) for layer, gradients in self._gradients.items()]
+        state["_gradients"] = [(layer, gradients.seen()) for layer, gradients in self._gradients.items()]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -501,8 +508,8 @@ class DSTScheduler:
         if self._recorder is not None and seen[1]:
             self._recorder.stop()
             self._recorder.resume(seen[1])
-        for layer, pairs in gradients:
-            self._gradients[layer].resume(pairs)
+        for layer, what in gradients:
+            self._gradients[layer].resume(what)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DSTScheduler":
         twin = type(self).__new__(type(self))

@@ -2,12 +2,15 @@
 not. The dense [out, in] matrix behind these numbers is never formed.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
 from g2g_kernels import BlockMask
+from g2g_kernels.ops.g2g_stack.layer import Observer as ProductObserver
 from g2g_kernels.sides import UnitAxis
+from g2g_kernels.tracing import is_transformed
 from g2gnet.distributed import ALONE, World
 
 #: units of at least this many neurons on a side are summed by a matrix product: one pass over the samples, where
@@ -69,40 +72,110 @@ def _padded(samples: torch.Tensor, axis: UnitAxis) -> torch.Tensor:
     return samples.index_select(1, axis.neuron_at)
 
 
+#: what a layer received and the gradient of what it gave, [..., in] and [..., out]
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+class Seen(NamedTuple):
+    """What a :class:`UnitGradients` has seen.
+
+    Attributes:
+        pairs: of products; each adds Σ over samples of g·xᵀ to ∂L/∂W.
+        dense: ∂L/∂W of reads of the dense weight, [out, in].
+        twice: whether the gradient of a product's output was formed with a gradient of its own.
+    """
+
+    pairs: list[Pair]
+    dense: list[torch.Tensor]
+    twice: bool = False
+
+
 class UnitGradients:
     """The size of ∂L/∂W in every unit of a layer: the observer of a layer that is trained by several backward passes.
 
-    It keeps what the layer received and the gradient of what it gave, of which ∂L/∂W = Σ over samples of g·xᵀ.
+    It keeps what the layer received and the gradient of what it gave, of which ∂L/∂W = Σ over samples of g·xᵀ. They
+    count where a backward pass forms the gradient of the layer's weights; one for the inputs alone adds nothing.
     """
 
     def __init__(self) -> None:
-        self._pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._seen = Seen([], [])
+        #: inputs by the number of their product. Graphs that someone keeps refer to them through this object
+        self._inputs: dict[int, torch.Tensor] = {}
 
-    def __call__(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        if y.requires_grad:
-            received = x.detach()
-            y.register_hook(lambda gradient: self._pairs.append((received, gradient.detach())))
+    def of_call(self, values: torch.Tensor) -> tuple[torch.Tensor, ProductObserver]:
+        """The packed weights for the products of one call, and what these products are told to."""
+        if not values.requires_grad:
+            return values, lambda _, y: y
+        reached: dict[int, Pair] = {}  # in a backward pass, which may not go on to the weights
+
+        def count(_: torch.Tensor) -> None:
+            self._seen.pairs.extend(reached.values())
+            reached.clear()
+
+        def observe(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            if not y.requires_grad:  # in the forward pass of chunks
+                return y
+            number = len(self._inputs)
+            self._inputs[number] = x.detach().clone()  # the caller may use the memory for the next samples
+
+            def reach(gradients: tuple[torch.Tensor | None, ...]) -> None:
+                received, (gradient,) = self._inputs.get(number), gradients
+                if received is None or gradient is None:
+                    return
+                reached[number] = received, gradient.detach()
+                if torch.is_grad_enabled() and not is_transformed():
+                    self._seen = self._seen._replace(twice=True)
+
+            # a node of its own has the gradient after all hooks on y, also if y is changed in place
+            y = y.clone()
+            assert y.grad_fn is not None
+            y.grad_fn.register_prehook(reach)
+            return y
+
+        values = values.view_as(values)
+        values.register_hook(count)
+        return values, observe
+
+    def of_dense(self, weight: torch.Tensor) -> None:
+        """Counts the gradient of a dense weight [out, in] that was read."""
+        if weight.requires_grad:
+            weight.register_hook(lambda gradient: self._seen.dense.append(gradient.detach()))
+
+    def close(self) -> None:
+        """Forgets everything, also what graphs of this step refer to."""
+        self._seen = Seen([], [])
+        self._inputs = {}
 
     def __reduce__(self) -> tuple:
         return type(None), ()  # a copy of the layer takes no part in the step
 
-    def pairs(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Inputs and gradients of outputs so far, [..., in] and [..., out]."""
-        return list(self._pairs)
+    def seen(self) -> Seen:
+        """What was seen so far."""
+        return Seen([*self._seen.pairs], [*self._seen.dense], self._seen.twice)
 
-    def resume(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    def resume(self, seen: Seen) -> None:
         """Goes on after what another one has seen."""
-        self._pairs = list(pairs)
+        self._seen = seen
 
     def root_mean_squares(self, mask: BlockMask, world: World = ALONE) -> torch.Tensor:
-        """√ of the mean of (∂L/∂W)² over each unit, float32 [block rows · block columns].
+        """√ of the mean of (∂L/∂W)² over each unit, float32 [block rows · block columns]; something was seen.
 
         Args:
             mask: the layer's.
             world: processes, each of which has some of the samples; the gradient is that of all samples.
+
+        Raises:
+            RuntimeError: if a gradient was formed that has a gradient itself: that of the weights has more parts then.
         """
+        if self._seen.twice:
+            raise RuntimeError(
+                "grow='gradient' does not see the gradient of a gradient, and in this step there was a backward pass "
+                "with create_graph=True; use grow='random' or 'hebb'"
+            )
         rows, cols = mask.rows, mask.cols
-        seen = [(x.reshape(-1, cols.size).float(), g.reshape(-1, rows.size).float()) for x, g in self._pairs]
+        seen = [(x.reshape(-1, cols.size).float(), g.reshape(-1, rows.size).float()) for x, g in self._seen.pairs]
+        # that of a dense weight is its product with the identity
+        seen += [(torch.eye(cols.size, device=weight.device), weight.T.float()) for weight in self._seen.dense]
         x = _padded(torch.cat([x for x, _ in seen]), cols)
         g = _padded(torch.cat([g for _, g in seen]), rows)
         squares = [

@@ -1,18 +1,26 @@
 """A sparse linear layer over a :class:`BlockMask`."""
 
 import copy
-from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import nn
 
 from g2g_kernels import BlockMask, GroupLayout, g2g_linear
+from g2g_kernels.ops.g2g_stack.layer import Observer as ProductObserver
 from g2g_kernels.tracing import is_traced, symbolic_call
 from g2gnet.derived import NOT_WRITABLE, DerivedWeight
 from g2gnet.packed_weights import PackedWeights
 
-#: called with what a layer receives and what it gives for that, before its bias or after
-Observer = Callable[[torch.Tensor, torch.Tensor], None]
+
+class Observer(Protocol):
+    """What :attr:`G2GLinear.observer` is told."""
+
+    def of_call(self, values: torch.Tensor) -> tuple[torch.Tensor, ProductObserver]:
+        """The packed weights for the products of one call, and what these products are told to."""
+
+    def of_dense(self, weight: torch.Tensor) -> None:
+        """The dense weight is read."""
 
 
 class G2GLinear(PackedWeights):
@@ -56,7 +64,7 @@ class G2GLinear(PackedWeights):
         device = mask.unit_row.device
         super().__init__(mask, nn.Parameter(torch.empty(mask.num_units, *mask.unit_shape, device=device)))
         self.backend = backend
-        #: while this is set, it is called in every training step
+        #: while this is set, it is told of every training step
         self.observer: Observer | None = None
         self.bias = nn.Parameter(torch.empty(mask.shape[0], device=device)) if bias else None
         self.reset_parameters(generator)
@@ -141,21 +149,32 @@ class G2GLinear(PackedWeights):
         """[..., in] → [..., out]."""
         if not isinstance(x, torch.Tensor) and (node := symbolic_call(self, x)) is not None:
             return node
-        y = g2g_linear(x, *self.weights(), self.bias, backend=self.backend)
-        observer = self.active_observer
-        if observer is not None:
-            observer(x, y)
-        return y
+        (values, mask), observer = self.observed_weights()
+        y = g2g_linear(x, values, mask, self.bias, backend=self.backend)
+        return y if observer is None else observer(x, y)
+
+    def observed_weights(self) -> tuple[tuple[torch.Tensor, BlockMask], ProductObserver | None]:
+        """:meth:`weights`, and what is to be told of the products with them."""
+        values, mask = self.weights()
+        observer = self._active_observer
+        if observer is None:
+            return (values, mask), None
+        values, of_products = observer.of_call(values)
+        return (values, mask), of_products
 
     @property
-    def active_observer(self) -> Observer | None:
+    def _active_observer(self) -> Observer | None:
         """The observer, in training mode with gradients."""
         return self.observer if self.training and torch.is_grad_enabled() else None
 
     def dense_weight(self) -> torch.Tensor:
         """The weight in dense form, [out, in], zero where nothing exists; differentiable."""
         values, mask = self.weights()
-        return mask.unpack(values)
+        weight = mask.unpack(values)
+        observer = self._active_observer
+        if observer is not None:
+            observer.of_dense(weight)
+        return weight
 
     @property
     def weight(self) -> torch.Tensor:

@@ -26,11 +26,12 @@ from g2g_kernels.ops.g2g_stack import (
     activity_of,
     check_dropped,
 )
+from g2g_kernels.ops.g2g_stack.layer import Observer
 from g2g_kernels.ops.neurons.checks import check_states
 from g2g_kernels.ops.neurons.step import spikes_of
 from g2g_kernels.tracing import is_traced, is_transformed, symbolic_call
 from g2gnet import graphs
-from g2gnet.layers import G2GLinear, Observer
+from g2gnet.layers import G2GLinear
 from g2gnet.neurons import SpikingNeurons
 
 logger = logging.getLogger("g2gnet")
@@ -360,19 +361,15 @@ class SpikingStack(nn.Module):
         state: StackState | None,
     ) -> list[SpikingLayer]:
         """The layers in the operator's form."""
-        layers = [
-            SpikingLayer(*connection.weights(), connection.bias, neurons.population) for connection, neurons in pairs
-        ]
-        layers = [
-            layer if recurrent is None else layer._replace(recurrent=Recurrent(*recurrent.weights()))
-            for layer, recurrent in zip(layers, recurrents, strict=True)
-        ]
-        observers = [
-            (connection.active_observer, recurrent and recurrent.active_observer)
-            for (connection, _), recurrent in zip(pairs, recurrents, strict=True)
-        ]
-        if any(itertools.chain.from_iterable(observers)):
-            layers = [layer._replace(observers=each) for layer, each in zip(layers, observers, strict=True)]
+        layers = []
+        for (connection, neurons), recurrent in zip(pairs, recurrents, strict=True):
+            weights, observer = connection.observed_weights()
+            layer = SpikingLayer(*weights, connection.bias, neurons.population)
+            of_recurrent = None
+            if recurrent is not None:
+                weights, of_recurrent = recurrent.observed_weights()
+                layer = layer._replace(recurrent=Recurrent(*weights))
+            layers.append(layer._replace(observers=(observer, of_recurrent)))
         if dropped is not None:
             layers = [
                 self._with_dropped(number, *each) for number, each in enumerate(zip(layers, dropped, strict=True))

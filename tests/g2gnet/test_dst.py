@@ -283,11 +283,11 @@ def test_absent_units_get_the_gradient_of_a_dense_layer_and_nothing_else_changes
             size = mean_by_unit(expected.square(), layer.mask).sqrt()
             torch.testing.assert_close(found.double(), size, rtol=1e-4, atol=1e-7)
     # neither in evaluation nor without gradients
-    before = [len(layer.observer.pairs()) for layer in sparse_layers(net)]
+    before = [len(layer.observer.seen().pairs) for layer in sparse_layers(net)]
     with torch.no_grad():
         net.simulate(x)
     net.eval().simulate(x).counts.sum().backward()
-    assert [len(layer.observer.pairs()) for layer in sparse_layers(net)] == before
+    assert [len(layer.observer.seen().pairs) for layer in sparse_layers(net)] == before
 
 
 @pytest.mark.parametrize("backend", backends_of(operator))
@@ -384,6 +384,72 @@ def test_a_scheduler_made_again_replaces_the_one_before():
     scheduler = DSTScheduler(model, optimizer, interval=1, grow="gradient")
     train(model, optimizer, scheduler, steps=2)
     assert scheduler.grown > 0
+
+
+def reuses_a_buffer(model, x):
+    buffer = torch.empty_like(x[:4])
+    for part in x.split(4):
+        model(buffer.copy_(part)).square().sum().backward()
+
+
+def changes_a_gradient(model, x):
+    hidden = model[0](x)
+    hidden.register_hook(lambda gradient: gradient.clamp(-0.1, 0.1))
+    model[2](hidden.relu_()).square().sum().backward()
+
+
+def wants_gradients_of_inputs_first(model, x):
+    x = x.clone().requires_grad_()
+    hidden = model[0](x)
+    y = model[2](hidden.tanh()).square().sum()
+    direction = torch.autograd.grad(y, (x, hidden), retain_graph=True)[0].sign()
+    y.backward(retain_graph=True)
+    model((x + 0.1 * direction).detach()).square().sum().backward()
+
+
+def penalizes_the_dense_weight(model, x):
+    (model(x).square().sum() + (model[0].weight @ model[0].weight.T).square().sum()).backward()
+
+
+@pytest.mark.parametrize(
+    "step", [reuses_a_buffer, changes_a_gradient, wants_gradients_of_inputs_first, penalizes_the_dense_weight]
+)
+def test_the_gradient_by_which_units_grow_is_the_one_that_trains(step):
+    model, _, _ = own_model(interval=1, grow="gradient")
+    x = torch.rand(16, model[0].in_features, generator=seeded(3))
+    dense = copy.deepcopy(model).double()
+    for place in (0, 2):
+        dense[place] = dense[place].to_linear()
+    step(model, x)
+    step(dense, x.double())
+    for place in (0, 2):
+        expected = mean_by_unit(dense[place].weight.grad.square(), model[place].mask).sqrt().flatten()
+        found = model[place].observer.root_mean_squares(model[place].mask).double()
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.max()))
+
+
+def test_the_gradient_of_a_gradient_is_refused():
+    model, _, scheduler = own_model(interval=1, grow="gradient")
+    x = torch.rand(4, model[0].in_features).requires_grad_()
+    (of_inputs,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+    of_inputs.square().sum().backward()
+    with pytest.raises(RuntimeError, match=r"create_graph=True; use grow='random' or 'hebb'"):
+        scheduler.step()
+
+
+def test_scores_are_not_rounded_by_autocast_and_graphs_that_are_kept_hold_no_samples():
+    scores = []
+    for autocast in (False, True):
+        model, _, scheduler = own_model(interval=1, grow="gradient")
+        observer = model[0].observer
+        scheduler.grow = scheduler.grow._replace(score=lambda seen: scores.append(seen.gradient) or seen.gradient)
+        model(torch.rand(16, model[0].in_features, generator=seeded(3))).square().sum().backward()
+        with torch.autocast("cpu", torch.bfloat16, autocast):
+            scheduler.step()
+        assert not any(observer.seen())
+        assert not observer._inputs
+    for exact, found in zip(scores[:2], scores[2:], strict=True):
+        assert torch.equal(exact, found)
 
 
 def test_a_copy_of_a_layer_forms_no_gradient_of_absent_units():

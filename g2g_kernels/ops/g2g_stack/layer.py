@@ -8,8 +8,8 @@ import torch
 from g2g_kernels.block_mask import BlockMask
 from g2g_kernels.ops.neurons.models import Neurons
 
-#: called with the inputs of a product and what it gives
-Observer = Callable[[torch.Tensor, torch.Tensor], None]
+#: called with the inputs of a product and what it gives; returns that
+Observer = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Recurrent(NamedTuple):
@@ -39,8 +39,8 @@ class SpikingLayer(NamedTuple):
             spikes of the step before: none before the first step, those of ``state`` where that is given.
         membranes: whether the run gives the layer's membranes over time. Its neurons then take steps in turn.
         observers: of the connection and of the recurrent one, or None: called with x and W·x + b, and at each step with
-            S_{t−1} and V·S_{t−1}; hooks on these find their gradients. The operators then run one after the other; in
-            chunks, what is called in the backward pass is what has gradients.
+            S_{t−1} and V·S_{t−1}. They return the latter, perhaps by a node that finds its gradient. The operators then
+            run one after the other; in chunks, what is called in the backward pass is what has gradients.
 
     Example:
         >>> mask = BlockMask.full(GroupLayout(4, 1), GroupLayout(8, 1), block_size=4)

@@ -42,7 +42,7 @@ def in_turn(
         current = linear(x, layer.values, layer.mask, layer.bias)
         observer, _ = layer.observers
         if observer is not None:
-            observer(x, current)
+            current = observer(x, current)
         of_layer = None
         if layer.recurrent is None and not layer.membranes:
             x, last = neurons(current, layer.population, steps, state=layer.state)
@@ -84,7 +84,7 @@ def in_steps(
             received = linear(before, *layer.recurrent, None)
             _, observer = layer.observers
             if observer is not None:
-                observer(before, received)
+                received = observer(before, received)
             now = now + received
         train, state = neurons(now[None], layer.population, None, state=state)
         if layer.dropped is not None:

@@ -10,6 +10,7 @@ Do not write the record again once something has run on a GPU: it would no longe
 :mod:`benchmarks.first_run` compares measured times with it.
 """
 
+import json
 import math
 import sys
 from collections import defaultdict
@@ -38,14 +39,22 @@ from .machine import describe
 from .roofline import CARDS, DTYPES, INPUT_DIM, NUM_CLASSES, adam, seconds
 
 RECORD = Path(__file__).parent / "results" / "predictions.json"
+#: what :mod:`benchmarks.host_time` has measured of the default network's bfloat16 step on backend ``triton``
+HOST = {
+    row["part"]: row
+    for row in json.loads(RECORD.with_name("host-time-2-core-avx512.json").read_text(encoding="utf-8"))["rows"]
+    if (row["backend"], row["precision"]) == ("triton", "bf16")
+}
 
 
-#: the guesses: of the model of kernels, and of the host in seconds
+#: the guesses: of the model of kernels, and of the host in seconds; what is measured says so
 ASSUMED = costs.ASSUMED | {
     "host, to launch a Triton kernel, s": 25e-6,
     "host, a PyTorch operation, s": 5e-6,
-    "host, a training step beside those (autograd, loss, optimizer), s": 500e-6,
     "host, a part of a step beside those, s": 150e-6,
+    "host, Triton's launcher up to the driver, measured, s": HOST["launcher"]["least"] / HOST["launcher"]["launches"],
+    "host, a training step without it, measured, s": HOST["step"]["least"],
+    "host, a forward pass without it, measured, s": HOST["forward"]["least"],
     "replaying a CUDA graph, s": 15e-6,
 }
 
@@ -102,16 +111,16 @@ def work_of(operation: Operation) -> costs.Work:
     return costs.Work(flop, kind, operation.bytes, l2_bytes, programs, warps)
 
 
-def on_host(operations: Sequence[Operation], whole_step: bool) -> float:
-    """Seconds that the host needs to launch them."""
-    beside = (
-        "a training step beside those (autograd, loss, optimizer)" if whole_step else "a part of a step beside those"
-    )
+def on_host(operations: Sequence[Operation], work: str) -> float:
+    """Seconds that the host needs to launch them; for a ``"training step"`` or a ``"forward pass"`` as measured."""
     launches = sum(operation.launch is not None for operation in operations)
+    if work != "part":
+        launching = launches * ASSUMED["host, Triton's launcher up to the driver, measured, s"]
+        return launching + ASSUMED[f"host, a {work} without it, measured, s"]
     return (
         launches * ASSUMED["host, to launch a Triton kernel, s"]
         + (len(operations) - launches) * ASSUMED["host, a PyTorch operation, s"]
-        + ASSUMED[f"host, {beside}, s"]
+        + ASSUMED["host, a part of a step beside those, s"]
     )
 
 
@@ -125,7 +134,7 @@ class Work(NamedTuple):
         stage, what: as the page names it.
         operations: what it launches.
         precision: of its products.
-        whole_step: whether it is a training step, whose loss and optimizer the host launches too.
+        work: ``"training step"``, whose loss and optimizer the host launches too, ``"forward pass"`` or ``"part"``.
         graph: whether it is replayed as a CUDA graph.
     """
 
@@ -133,7 +142,7 @@ class Work(NamedTuple):
     what: str
     operations: Sequence[Operation]
     precision: str
-    whole_step: bool = True
+    work: str = "training step"
     graph: bool = False
 
     def row(self, card: str) -> dict[str, Any]:
@@ -143,7 +152,7 @@ class Work(NamedTuple):
         for operation in self.operations:
             times[decider(operation)] += costs.seconds(work_of(operation), CARDS[card])
         total, decides = sum(times.values()), max(times, key=lambda name: times[name])
-        host = on_host(self.operations, self.whole_step)
+        host = on_host(self.operations, self.work)
         if self.graph:
             total += ASSUMED["replaying a CUDA graph, s"]
         elif host > total:
@@ -209,14 +218,16 @@ def everything() -> Iterator[Work]:
     default = network()
     yield from steps("step", default, WAYS)
     for precision, dtype in DTYPES.items():
-        yield Work("forward", label(precision), forward_pass(network(), 256, INPUT_DIM, dtype), precision, False)
+        yield Work(
+            "forward", label(precision), forward_pass(network(), 256, INPUT_DIM, dtype), precision, "forward pass"
+        )
     for stage in ("linear", "linear-dense"):
         for precision, dtype in DTYPES.items():
-            yield Work(stage, label(precision), product_step(network().fc2, samples, dtype), precision, False)
+            yield Work(stage, label(precision), product_step(network().fc2, samples, dtype), precision, "part")
     for model, count in (("lif", 2), ("synaptic", 3)):
         population = Neurons(model, tuple(torch.empty(1, device="meta") for _ in range(count)))
-        yield Work(model, label("fp32"), neurons_step(population, 50, 256, 2048), "fp32", False)
-    yield Work("dst", label("fp32"), correlations(network(), 256, INPUT_DIM), "fp32", False)
+        yield Work(model, label("fp32"), neurons_step(population, 50, 256, 2048), "fp32", "part")
+    yield Work("dst", label("fp32"), correlations(network(), 256, INPUT_DIM), "fp32", "part")
     for stage, other in OTHERS.items():
         yield from steps(stage, network(**other), WAYS[:2])
     for quantity, values in GROWING.items():
@@ -233,13 +244,13 @@ def everything() -> Iterator[Work]:
                 for fused in (False, True):
                     operations = layer_step(layer, 50, batch, dtype, fused)
                     what = fused_label(batch, block_size, fused)
-                    yield Work(f"fused-{precision}", what, operations, precision, False, graph=True)
+                    yield Work(f"fused-{precision}", what, operations, precision, "part", graph=True)
     by_kernel: dict[str, list[Operation]] = defaultdict(list)
     for operation in training_step(network(), 256, INPUT_DIM, torch.bfloat16):
         if operation.launch is not None:
             by_kernel[operation.name].append(operation)
     for name, operations in by_kernel.items():
-        yield Work("kernels", name, operations, "bf16", False, graph=True)
+        yield Work("kernels", name, operations, "bf16", "part", graph=True)
 
 
 def record(written: str) -> dict[str, Any]:

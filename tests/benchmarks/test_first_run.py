@@ -244,9 +244,13 @@ def test_a_kernel_takes_the_longest_of_its_times():
 
 
 def test_a_step_without_a_graph_takes_what_the_host_takes():
+    """As :mod:`benchmarks.host_time` has measured it, and Triton's launcher for each kernel of ours."""
     tiny = [Operation("forward", "add", {"x": torch.empty(1)}, 0)] * 100
     alone, graph = (predictions.Work("step", "ours", tiny, "bf16", graph=graph).row("h100") for graph in (False, True))
-    assert (alone["decides"], alone["predicted"]) == ("the host", pytest.approx(100 * 5e-6 + 500e-6))
+    assert (alone["decides"], alone["predicted"]) == (
+        "the host",
+        pytest.approx(predictions.HOST["step"]["least"], rel=1e-2),
+    )
     assert (graph["decides"], graph["predicted"]) == (
         "PyTorch's other operations",
         pytest.approx(100 * 2e-6 + 15e-6, rel=1e-2),

@@ -155,7 +155,8 @@ def training_step(
     with _recording(architecture) as recorder:
         counts, _, _, spikes, kept = stack._forward(call._replace(keep=True))
         recorder.begin("backward")
-        stack._backward(StackBackward(call, tuple(spikes), tuple(kept), torch.empty_like(counts), None, False))
+        none = [None] * len(call.layers)
+        stack._backward(StackBackward(call, spikes, kept, torch.empty_like(counts), none, none, False))
     return recorder.operations
 
 
@@ -178,7 +179,7 @@ def layer_step(layer: SpikingLayer, steps: int, batch: int, dtype: torch.dtype, 
     with stack.choose(fused), _recording() as recorder:
         counts, _, _, spikes, kept = stack._forward(call._replace(keep=True))
         recorder.begin("backward")
-        stack._backward(StackBackward(call, tuple(spikes), tuple(kept), torch.empty_like(counts), None, True))
+        stack._backward(StackBackward(call, spikes, kept, torch.empty_like(counts), [None], [None], True))
     return recorder.operations
 
 

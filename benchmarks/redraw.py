@@ -28,6 +28,7 @@ from . import (
     chunks,
     dst_study,
     flag_costs,
+    host_time,
     model_comparison,
     recipe_study,
     sequence_study,
@@ -392,6 +393,14 @@ def _flag_costs(record: Record, link: Link) -> str:
     )
 
 
+def _host_time(record: Record, link: Link) -> str:
+    content = record.content
+    return (
+        f"CPU time of one thread, in {content['turns'] * content['turn']:,} steps. On {_machine(record, link)}.\n\n"
+        f"{markdown(*host_time.table(content))}"
+    )
+
+
 def _chunks(record: Record, link: Link) -> str:
     size = record.content["sizes"]
     layers = " → ".join(f"{size[name]:,}" for name in ("input_dim", "hidden_dim", "hidden_dim", "num_classes"))
@@ -445,6 +454,7 @@ PARTS: dict[str, tuple[str, Callable[[Record, Link], str]]] = {
     "chunks": ("chunks", _chunks),
     "chunks, in short": ("chunks", _chunks_in_short),
     "flag_costs": ("flag_costs", _flag_costs),
+    "host_time": ("host_time", _host_time),
     "model_comparison, in short": ("model_comparison", _models_in_short),
     "recipe_study, in short": ("recipe_study", _recipe_in_short),
     "tradeoff_study, in short": ("tradeoff_study", _tradeoff_in_short),

@@ -203,6 +203,7 @@ class BlockMask(UnitGrid):
 
     def _changed(self) -> None:
         self.changes += 1
+        self._tensors = None
         with torch.no_grad():
             self.own_wiring.copy_(row_of(self))
         self.written = version(self.own_wiring)

@@ -51,6 +51,11 @@ class Indices(nn.Module):
     """
 
     INDICES: ClassVar[tuple[str, ...]]
+    #: what operators take of it, until it gets other tensors
+    _tensors: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_tensors"}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Indices":
         # copy.deepcopy takes ten times as long for a tensor as clone; it finds these in memo
@@ -59,13 +64,14 @@ class Indices(nn.Module):
             memo[id(index)] = index.clone()
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
-        twin.__setstate__(deep_copied(self.__dict__, memo))
+        twin.__setstate__(deep_copied(self.__getstate__(), memo))
         return twin
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "Indices":
         super()._apply(fn, recurse)
         for name in self.INDICES:
             setattr(self, name, fn(getattr(self, name)))
+        self._tensors = None
         return self
 
 

@@ -1,7 +1,7 @@
 """What is different where calls are recorded instead of run: by torch.compile, torch.export and torch.jit.trace."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -31,6 +31,25 @@ def is_transformed() -> bool:
     Neither can look into an operator whose gradient is an operator, too. (torch.compile can.)
     """
     return not torch.compiler.is_compiling() and (torch._C._are_functorch_transforms_active() or torch._C._is_tracing())
+
+
+def is_observed(tensors: Sequence[torch.Tensor | None]) -> bool:
+    """Whether something may look at the operators that are called with these tensors.
+
+    Tracers, dispatch modes (fake tensors, counters of FLOPs), transforms, profilers and subclasses of tensors do.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch.autograd._profiler_enabled()
+        or not _PLAIN.issuperset(map(type, tensors))
+    )
+
+
+_PLAIN = {torch.Tensor, nn.Parameter, type(None)}
 
 
 def symbolic_call(module: nn.Module, x: Any, *rest: Any) -> Any:

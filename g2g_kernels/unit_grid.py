@@ -7,14 +7,10 @@ import torch
 from g2g_kernels import packing
 from g2g_kernels.groups import check_integers
 from g2g_kernels.sides import Indices, UnitAxis
+from g2g_kernels.tracing import is_traced
 
 
-class MaskTensors(NamedTuple):
-    """The tensors of a :class:`BlockMask` and its sides, for operators; each uses those that it needs.
-
-    ``…_neuron_at`` and ``…_place_of`` are empty where place p holds neuron p.
-    """
-
+class _MaskTensors(NamedTuple):
     unit_row: torch.Tensor
     unit_col: torch.Tensor
     row_ptr: torch.Tensor
@@ -29,6 +25,14 @@ class MaskTensors(NamedTuple):
     col_bounds: torch.Tensor
     col_neuron_at: torch.Tensor
     col_place_of: torch.Tensor
+
+
+class MaskTensors(_MaskTensors):
+    """The tensors of a :class:`BlockMask` and its sides, for operators; each uses those that it needs.
+
+    ``…_neuron_at`` and ``…_place_of`` are empty where place p holds neuron p. What a backend derives from them once, it
+    keeps as an attribute (``vars(mask)``): the tensors may change in place, but stay the same ones.
+    """
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -55,6 +59,12 @@ class UnitGrid(Indices):
     row_slot: torch.Tensor
     col_ptr: torch.Tensor
     col_slot: torch.Tensor
+    #: (out, in) of the weight matrix
+    shape: tuple[int, int]
+    #: (block rows, block columns) of the unit grid
+    grid: tuple[int, int]
+    #: (rows, columns) of a packed tile, the sides of the largest unit
+    unit_shape: tuple[int, int]
 
     # --- units and slots ----------------------------------------------------------------------------------------
 
@@ -65,8 +75,9 @@ class UnitGrid(Indices):
         check_integers("unit_col", unit_col)
         if unit_row.shape != unit_col.shape or unit_row.dim() != 1:
             raise ValueError(f"unit_row {tuple(unit_row.shape)} and unit_col {tuple(unit_col.shape)} must match, 1-D")
-        if unit_row.numel() > self.rows.num_units * self.cols.num_units:
-            raise ValueError(f"unit_row names {unit_row.numel()} units, but there are only {self.grid} in the grid")
+        grid = self.rows.num_units, self.cols.num_units
+        if unit_row.numel() > grid[0] * grid[1]:
+            raise ValueError(f"unit_row names {unit_row.numel()} units, but there are only {grid} in the grid")
         unit_row = unit_row.detach().to(device, torch.int64)
         unit_col = unit_col.detach().to(device, torch.int64)
         for name, coordinate, limit in (
@@ -80,6 +91,10 @@ class UnitGrid(Indices):
         self._register_units(unit_row, unit_col)
 
     def _register_units(self, unit_row: torch.Tensor, unit_col: torch.Tensor) -> None:
+        self.shape = self.rows.size, self.cols.size
+        self.grid = self.rows.num_units, self.cols.num_units
+        self.unit_shape = self.rows.width, self.cols.width
+        self._tensors = None
         self.unit_row, self.unit_col = unit_row.to(torch.int32), unit_col.to(torch.int32)
         self.row_ptr, self.col_ptr = (unit_row.new_zeros(n + 1, dtype=torch.int32) for n in self.grid)
         self.row_slot, self.col_slot = (torch.zeros_like(self.unit_row) for _ in range(2))
@@ -97,21 +112,6 @@ class UnitGrid(Indices):
             ptr.copy_(torch.searchsorted(major[order], torch.arange(num_major + 1, device=major.device)))
 
     # --- what is in it ------------------------------------------------------------------------------------------
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in) of the weight matrix."""
-        return self.rows.size, self.cols.size
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(block rows, block columns) of the unit grid."""
-        return self.rows.num_units, self.cols.num_units
-
-    @property
-    def unit_shape(self) -> tuple[int, int]:
-        """(rows, columns) of a packed tile, the sides of the largest unit."""
-        return self.rows.width, self.cols.width
 
     @property
     def num_units(self) -> int:
@@ -172,7 +172,7 @@ class UnitGrid(Indices):
     def check_values(self, values: torch.Tensor) -> None:
         """Raises ValueError unless ``values`` has this mask's packed shape."""
         packed = (self.num_units, *self.unit_shape)
-        if tuple(values.shape) != packed:
+        if values.shape != packed:
             raise ValueError(f"values have shape {tuple(values.shape)}, this mask's packed weights {packed}")
 
     def to_dense(self) -> torch.Tensor:
@@ -191,7 +191,14 @@ class UnitGrid(Indices):
         return grid.view(self.grid)
 
     def tensors(self) -> MaskTensors:
-        """What operators take."""
+        """What operators take; the same object until the mask changes."""
+        if is_traced():  # where an attribute would be a side effect, and every trace must be alike
+            return self._as_tensors()
+        if self._tensors is None:
+            self._tensors = self._as_tensors()
+        return self._tensors
+
+    def _as_tensors(self) -> MaskTensors:
         index = self.unit_row, self.unit_col, self.row_ptr, self.row_slot, self.col_ptr, self.col_slot
         return MaskTensors(*index, *self.rows.tensors(), *self.cols.tensors())
 

@@ -328,6 +328,8 @@ class SpikingStack(nn.Module):
         state: Sequence[NeuronState | None] | None,
     ) -> None:
         """Calls hooks after a run that continues ``state``."""
+        if not hooks:
+            return
         self._continued = state
         try:
             for hook in hooks:

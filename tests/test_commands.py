@@ -25,6 +25,7 @@ RUN_BY = {
     r"python -m benchmarks\.(throughput|scaling|accuracy)": "tests/benchmarks/test_benchmarks.py",
     r"python -m benchmarks\.\w+_study|python -m benchmarks\.model_comparison": "tests/benchmarks/test_studies.py",
     r"python -m benchmarks\.flag_costs": "tests/benchmarks/test_flag_costs.py",
+    r"python -m benchmarks\.host_time": "tests/benchmarks/test_host_time.py",
     r"python -m benchmarks\.first_run": "tests/benchmarks/test_first_run.py",
     r"pip install -e \"\.\[test\]\" && pytest$": ".ci/run",
     r"pip install -e \"\.\[(dev|docs|bench)\]\"( && .*)?$": ".ci/run",

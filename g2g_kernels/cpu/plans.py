@@ -4,7 +4,10 @@ A mask's index buffers change in place (dynamic sparse training), so a cached pl
 a memory comparison of 8 bytes per unit, which detects every in-place change.
 """
 
+import contextlib
 import ctypes
+import functools
+import math
 import threading
 import weakref
 from collections import OrderedDict
@@ -68,9 +71,14 @@ def _axes(mask: MaskTensors) -> tuple[torch.Tensor, ...]:
 
 def refuses(mask: BlockMask, values: torch.Tensor) -> str | None:
     """Why a mask with these packed weights cannot have a plan, or None: its parts are numbered in 32 bits."""
-    rows, cols = (blocks(units, width) for units, width in zip(mask.grid, values.shape[1:], strict=True))
+    return None if torch.compiler.is_compiling() else _refuses(mask.grid, tuple(values.shape))
+
+
+@functools.lru_cache(1024)
+def _refuses(grid: tuple[int, int], packed: tuple[int, int, int]) -> str | None:
+    rows, cols = (blocks(units, width) for units, width in zip(grid, packed[1:], strict=True))
     return too_large(
-        **{"weights in a layer": values.numel(), "blocks of 64 × 64 weights in the matrix of a layer": rows * cols},
+        **{"weights in a layer": math.prod(packed), "blocks of 64 × 64 weights in the matrix of a layer": rows * cols},
         **{"places for the neurons of a layer, in blocks of 64": 64 * max(rows, cols)},
     )
 
@@ -81,6 +89,26 @@ def plan_for(mask: MaskTensors, values: torch.Tensor) -> Plan:
     Raises:
         ValueError: for tensors that do not fit a mask.
     """
+    key = vars(mask).get("plan_key")
+    if key is None or key[:3] != values.shape:
+        key = mask.__dict__["plan_key"] = _key(mask, values)
+    plan = _plans.get(key)
+    if plan is not None and plan.matches(mask):
+        with contextlib.suppress(KeyError):  # unless another thread has removed it
+            _plans.move_to_end(key)  # most recently used last
+        return plan
+    with _lock:
+        plan = Plan(mask, (key[1], key[2]))
+        excess = sum(kept.units for kept in _plans.values()) + plan.units - _UNITS
+        while excess > 0 and len(_plans) >= _PLANS:
+            excess -= _plans.popitem(last=False)[1].units
+        _plans.pop(key, None)
+        _plans[key] = plan
+    return plan
+
+
+def _key(mask: MaskTensors, values: torch.Tensor) -> tuple[int, ...]:
+    """The packed shape and the addresses of what a plan is made of."""
     tensors = mask.unit_row, mask.unit_col, *_axes(mask)
     unit_row, unit_col, row_order, row_bounds, col_order, col_bounds = tensors
     for tensor, dtype in ((unit_row, torch.int32), (unit_col, torch.int32), (row_bounds, torch.int32),
@@ -89,15 +117,4 @@ def plan_for(mask: MaskTensors, values: torch.Tensor) -> Plan:
             raise ValueError("the mask's index buffers must be contiguous tensors on the CPU")
     if values.dim() != 3 or len(unit_row) != len(values) or len(unit_col) != len(values):
         raise ValueError(f"values of shape {tuple(values.shape)} do not fit a mask of {len(unit_row)} units")
-    width = (values.shape[1], values.shape[2])
-    key = (*(tensor.data_ptr() for tensor in tensors), *(tensor.numel() for tensor in tensors), *width)
-    with _lock:
-        plan = _plans.get(key)
-        if plan is None or not plan.matches(mask):
-            plan = Plan(mask, width)
-            excess = sum(kept.units for kept in _plans.values()) + plan.units - _UNITS
-            while excess > 0 and len(_plans) >= _PLANS:
-                excess -= _plans.popitem(last=False)[1].units
-        _plans.pop(key, None)
-        _plans[key] = plan  # most recently used last
-    return plan
+    return (*values.shape, *(tensor.data_ptr() for tensor in tensors), *(tensor.numel() for tensor in tensors))

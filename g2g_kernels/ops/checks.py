@@ -4,20 +4,23 @@ import torch
 
 from g2g_kernels.block_mask import BlockMask
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 
 
-def check_tensor(name: str, tensor: torch.Tensor, spikes: bool = False) -> None:
+def check_tensor(name: str, tensor: torch.Tensor, spikes: bool = False, of: str = "") -> None:
     """Raises ValueError unless ``tensor`` is a dense floating-point tensor, or with ``spikes`` one of bytes.
 
     Backends judge device and width.
+
+    Args:
+        name, of: what the error names.
     """
     if not isinstance(tensor, torch.Tensor):
-        raise ValueError(f"{name} must be a tensor, not {type(tensor).__name__}")
+        raise ValueError(f"{name}{of} must be a tensor, not {type(tensor).__name__}")
     if tensor.layout != torch.strided:
-        raise ValueError(f"{name} must be a dense tensor, not one of layout {tensor.layout}")
+        raise ValueError(f"{name}{of} must be a dense tensor, not one of layout {tensor.layout}")
     if tensor.dtype not in DTYPES and not (spikes and tensor.dtype == torch.uint8):
-        raise ValueError(f"{name} must be a floating-point tensor, not {tensor.dtype}")
+        raise ValueError(f"{name}{of} must be a floating-point tensor, not {tensor.dtype}")
 
 
 def mixed_dtypes(x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None) -> str | None:
@@ -36,9 +39,9 @@ def check_connection(suffix: str, values: torch.Tensor, mask: BlockMask, bias: t
     """Raises ValueError unless weights and bias fit ``mask``."""
     if not isinstance(mask, BlockMask):
         raise ValueError(f"mask{suffix} must be a BlockMask, not {type(mask).__name__}")
-    check_tensor(f"values{suffix}", values)
+    check_tensor("values", values, of=suffix)
     mask.check_values(values)
     if bias is not None:
-        check_tensor(f"bias{suffix}", bias)
-        if tuple(bias.shape) != mask.shape[:1]:
+        check_tensor("bias", bias, of=suffix)
+        if bias.shape != mask.shape[:1]:
             raise ValueError(f"bias{suffix} has shape {tuple(bias.shape)}, the mask has {mask.shape[0]} outputs")

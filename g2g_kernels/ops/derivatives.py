@@ -20,6 +20,8 @@ _REMEDY = (
 
 def has_tangent(*tensors: torch.Tensor | None) -> bool:
     """True if one of them carries a tangent of forward-mode differentiation."""
+    if forward_ad._current_level < 0 and not torch.compiler.is_compiling():  # which keeps a level of its own
+        return False
     return any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 

@@ -705,6 +705,35 @@ def test_a_weighted_average_of_equal_states_is_that_mask():
     assert torch.equal(layer["mask"].state_dict()["wiring"], row)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda mask, other: mask.relabel_(torch.tensor([0]), mask.unit_row[:1].clone(), mask.unit_col[:1].clone()),
+        lambda mask, other: mask.load_state_dict(other.state_dict()),
+        lambda mask, other: mask.become_(other),
+        lambda mask, other: mask.replace_by_(other),
+        lambda mask, other: mask.to("meta"),
+        lambda mask, other: copy.deepcopy(mask),
+        lambda mask, other: pickle.loads(pickle.dumps(mask)),
+    ],
+    ids=["relabel_", "load_state_dict", "become_", "replace_by_", "to", "deepcopy", "pickle"],
+)
+@pytest.mark.parametrize("kind", ["random", "index"])  # of other groups, or of none that need a permutation
+def test_operators_get_the_tensors_that_a_mask_has_now(change, kind):
+    mask = BlockMask.sample(GroupLayout(32, 4), GroupLayout(32, 4), block_size=8, generator=seeded(0))
+    layout = GroupLayout(32, 4, kind, seeded(1))
+    other = BlockMask.sample(layout, layout, p_inter=0.15, block_size=8, generator=seeded(2))
+    assert mask.tensors() is mask.tensors()
+    changed = change(mask, other)
+    mask = changed if isinstance(changed, BlockMask) else mask
+    index = (getattr(mask, name) for name in mask.INDICES)
+    found = mask.tensors()
+    for own, tensor in zip((*index, *mask.rows.tensors(), *mask.cols.tensors()), found, strict=True):
+        assert tensor is own or tensor.numel() == own.numel() == 0
+    assert (found.shape, found.grid) == (mask.shape, mask.grid)
+    assert vars(found) == {}
+
+
 def test_missing_keys_are_named():
     layer = nn.ModuleDict({"mask": MASK_CASES["ten outputs"].mask()})
     with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "mask.wiring"'):

@@ -1,16 +1,17 @@
-"""A call of ``g2g_linear`` in the form of the compiled backends' operators, and their registration."""
+"""A call of ``g2g_linear`` in the form of the compiled backends' operators, and their registration.
+
+The autograd formula that is registered serves compiled code, which traces no ``autograd.Function`` with a forward mode;
+all other code takes that of ``derivatives.py``, which has one. Both call :func:`gradients`.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-from g2g_kernels.block_mask import BlockMask
 from g2g_kernels.ops import record
 from g2g_kernels.ops.derivatives import refuse_compiled_backward
 from g2g_kernels.ops.flops import count_flops, product_flops
-from g2g_kernels.ops.g2g_linear.derivatives import Kernels, linear
-from g2g_kernels.tracing import is_traced
 from g2g_kernels.unit_grid import MaskTensors
 
 
@@ -39,6 +40,15 @@ class LinearCall(NamedTuple):
     def of_flat(cls, x: Any, values: Any, mask: Any, bias: Any, dtype: Any) -> "LinearCall":
         return cls(x, values, MaskTensors(*mask), bias, dtype)
 
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """Those that may need a gradient, then what else a pass reads."""
+        return self.x, self.values, self.bias, self.mask.unit_row
+
+    def with_tensors(self, tensors: Sequence[Any]) -> "LinearCall":
+        """The call with these tensors in place of :meth:`tensors`; the mask stays."""
+        x, values, bias, _ = tensors
+        return LinearCall(x, values, self.mask, bias, self.dtype)
+
 
 class LinearBackward(NamedTuple):
     """What the backward pass takes.
@@ -61,6 +71,10 @@ class LinearBackward(NamedTuple):
         *call, grad_y, wanted = arguments
         return cls(LinearCall.of_flat(*call), grad_y, tuple(wanted))
 
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """Those that may need a gradient."""
+        return *self.call.tensors(), self.grad_y
+
     def empty_gradients(self) -> list[torch.Tensor]:
         """Empty tensors for the gradients of x, values and bias (the last float32), 0 elements if unwanted."""
         x, values, mask, _, _ = self.call
@@ -70,6 +84,21 @@ class LinearBackward(NamedTuple):
             values.new_empty(values.shape if want_values else 0),
             values.new_empty(mask.shape[0] if want_bias else 0, dtype=torch.float32),
         ]
+
+
+Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+
+
+def gradients(
+    backward: record.RecordOperator, call: LinearCall, grad_y: torch.Tensor, wanted: tuple[bool, ...]
+) -> Gradients:
+    """∂L/∂x, ∂L/∂W and ∂L/∂b by the backward operator of a backend, None where not wanted."""
+    to_x, to_values, to_bias = backward(LinearBackward(call, grad_y.contiguous(), wanted))
+    return (
+        to_x if wanted[0] else None,
+        to_values if wanted[1] else None,
+        to_bias.to(call.bias.dtype) if wanted[2] and call.bias is not None else None,
+    )
 
 
 def operators(
@@ -90,15 +119,10 @@ def operators(
     def fake(call: LinearCall) -> torch.Tensor:
         return call.x.new_empty((call.x.shape[0], call.mask.shape[0]), dtype=call.dtype)
 
-    def gradients(given: record.Gradients) -> dict[str, object]:
+    def of_record(given: record.Gradients) -> Gradients:
         (grad_y,) = given.grads
-        wanted = tuple([given.needed[name] for name in ("x", "values", "bias")])
-        to_x, to_values, to_bias = backward_operator(LinearBackward(given.record, grad_y, wanted))
-        return {
-            "x": to_x if wanted[0] else None,
-            "values": to_values if wanted[1] else None,
-            "bias": to_bias.to(given.record.bias.dtype) if wanted[2] else None,
-        }
+        assert grad_y is not None  # y is the only result
+        return gradients(backward_operator, given.record, grad_y, tuple(given.needed))
 
     call = "Tensor x, Tensor values, Tensor[] mask, Tensor? bias, ScalarType dtype"
     schema = f"{prefix}linear_backward({call}, Tensor grad_y, bool[] wanted) -> Tensor[]"
@@ -106,7 +130,7 @@ def operators(
     record.refuse_derivative(backward_operator, refuse_compiled_backward)
     schema = f"{prefix}linear_forward({call}) -> Tensor"
     forward_operator = record.define(schema, LinearCall, forward, fake, keys)
-    record.differentiate(forward_operator, 1, gradients)
+    record.differentiate(forward_operator, ("x", "values", "bias"), 1, of_record)
 
     def flops(call: LinearCall) -> int:
         return product_flops(call.x.shape[0], call.values, call.mask)
@@ -114,31 +138,3 @@ def operators(
     count_flops(forward_operator, flops)
     count_flops(backward_operator, lambda given: flops(given.call) * sum(given.wanted[:2]))
     return forward_operator, backward_operator
-
-
-def call_operators(
-    operators: tuple[record.RecordOperator, record.RecordOperator],
-    x: torch.Tensor,
-    values: torch.Tensor,
-    mask: BlockMask,
-    bias: torch.Tensor | None,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """y [..., out] of ``dtype`` by the two operators of a backend, with derivatives of every order."""
-    forward, backward = operators
-    tensors = mask.tensors()
-
-    def product(x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        bias = None if bias is None else bias.contiguous()
-        return forward(LinearCall(x.contiguous(), values.contiguous(), tensors, bias, dtype))
-
-    def gradients(grad_y, x, values, *wanted):
-        return backward(LinearBackward(LinearCall(x, values, tensors, None, dtype), grad_y, wanted))
-
-    flat = x.reshape(-1, x.shape[-1])
-    if is_traced():  # which traces no Function with a forward mode
-        y = product(flat, values, bias)
-    else:
-        kernels = Kernels(product, gradients, mask, tuple(tensors))
-        y = linear(flat.contiguous(), values.contiguous(), bias, kernels)
-    return y.view(*x.shape[:-1], y.shape[-1])

@@ -16,7 +16,8 @@ from g2g_kernels.cpu.interface import structures
 from g2g_kernels.cpu.library import bf16_wanted, event_limit, library, pointer, run
 from g2g_kernels.cpu.plans import Plan, plan_for
 from g2g_kernels.cpu.workspace import workspace
-from g2g_kernels.ops.g2g_linear.call import LinearBackward, LinearCall, call_operators, operators
+from g2g_kernels.ops.g2g_linear import derivatives
+from g2g_kernels.ops.g2g_linear.call import LinearBackward, LinearCall, operators
 
 
 def refuses(x: torch.Tensor, values: torch.Tensor, mask: BlockMask, bias: torch.Tensor | None) -> str | None:
@@ -40,9 +41,8 @@ def _converts(dtype: torch.dtype) -> bool:
 
 def g2g_linear(x: torch.Tensor, values: torch.Tensor, mask: BlockMask, bias: torch.Tensor | None) -> torch.Tensor:
     read = x if x.dtype == torch.bfloat16 else x.to(torch.float32)
-    return call_operators(
-        (FORWARD, BACKWARD), read, values, mask, bias, torch.bfloat16 if bf16_wanted() else torch.float32
-    )
+    dtype = torch.bfloat16 if bf16_wanted() else torch.float32
+    return derivatives.g2g_linear(FORWARD, BACKWARD, read, values, mask, bias, dtype)
 
 
 def _arguments(call: LinearCall) -> tuple[Structure, Plan]:

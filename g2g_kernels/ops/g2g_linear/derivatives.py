@@ -8,22 +8,17 @@ so each of the three is linear in two of the arguments, and its derivatives are 
 plain sum.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from g2g_kernels.block_mask import BlockMask
 from g2g_kernels.ops.derivatives import for_each_of_old, has_tangent
-
-
-class Gradients(Protocol):
-    """(∂F/∂x, ∂F/∂W, Σ g), each None or of any content unless it is wanted."""
-
-    def __call__(
-        self, grad_y: torch.Tensor, x: torch.Tensor, values: torch.Tensor, x_: bool, values_: bool, bias: bool, /
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]: ...
+from g2g_kernels.ops.g2g_linear.call import LinearCall, gradients
+from g2g_kernels.ops.record import RecordOperator
+from g2g_kernels.tracing import is_traced
+from g2g_kernels.unit_grid import MaskTensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,21 +26,41 @@ class Kernels:
     """What a backend computes for one mask.
 
     Attributes:
-        product: x [M, in], values, bias → [M, out].
-        gradients: see :class:`Gradients`.
+        forward, backward: its operators.
         mask: the units that exist.
-        tensors: the mask's tensors that both read; they are saved, so a changed mask is noticed.
+        packed: the shape of the weights, [num_units, unit_rows, unit_cols].
+        dtype: that of the product.
     """
 
-    product: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
-    gradients: Gradients
-    mask: BlockMask
-    tensors: tuple[torch.Tensor, ...]
+    forward: RecordOperator
+    backward: RecordOperator
+    mask: MaskTensors
+    packed: torch.Size
+    dtype: torch.dtype
+
+    def call(self, x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None) -> LinearCall:
+        """The product of contiguous x [M, in]."""
+        bias = None if bias is None else bias.contiguous()
+        return LinearCall(x.contiguous(), values.contiguous(), self.mask, bias, self.dtype)
 
 
-def linear(x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None, kernels: Kernels) -> torch.Tensor:
-    """[M, in] → [M, out]; differentiable any number of times."""
-    return _Product.apply(x, values, bias, kernels)
+def g2g_linear(
+    forward: RecordOperator,
+    backward: RecordOperator,
+    x: torch.Tensor,
+    values: torch.Tensor,
+    mask: BlockMask,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """y [..., out] of ``dtype`` by the two operators of a backend, with derivatives of every order."""
+    kernels = Kernels(forward, backward, mask.tensors(), values.shape, dtype)
+    flat = x.reshape(-1, x.shape[-1])
+    if is_traced():
+        y = forward(kernels.call(flat, values, bias))
+    else:
+        y = _Product.apply(flat.contiguous(), values.contiguous(), bias, kernels)
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 class _Form(torch.autograd.Function):
@@ -54,9 +69,11 @@ class _Form(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         first, second, other, ctx.kernels = inputs
-        ctx.other_dtype = other.dtype if isinstance(other, torch.Tensor) else None
-        ctx.save_for_backward(first, second, *ctx.kernels.tensors)
-        ctx.save_for_forward(first, second, *ctx.kernels.tensors)
+        other = other if isinstance(other, torch.Tensor) else None
+        # the mask's first index changes whenever it does, which PyTorch then notices
+        saved = first, second, other, ctx.kernels.mask.unit_row
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
 
 
 class _Product(_Form):
@@ -64,24 +81,19 @@ class _Product(_Form):
 
     @staticmethod
     def forward(x, values, bias, kernels):
-        return kernels.product(x, values, bias)
+        return kernels.forward(kernels.call(x, values, bias))
 
     @staticmethod
     @for_each_of_old
     def backward(ctx, grad_y):
-        x, values, *_ = ctx.saved_tensors
+        x, values, bias, _ = ctx.saved_tensors
         need_x, need_values, need_bias, _ = ctx.needs_input_grad
         if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active() or has_tangent(grad_y, x, values):
             to_x = _ToInput.apply(grad_y, values, x.dtype, ctx.kernels) if need_x else None
             to_values = _ToWeights.apply(grad_y, x, values.dtype, ctx.kernels) if need_values else None
-            return to_x, to_values, grad_y.sum(0, dtype=ctx.other_dtype) if need_bias else None, None
-        to_x, to_values, to_bias = ctx.kernels.gradients(grad_y.contiguous(), x, values, need_x, need_values, need_bias)
-        return (
-            to_x if need_x else None,
-            to_values if need_values else None,
-            to_bias.to(ctx.other_dtype) if need_bias else None,
-            None,
-        )
+            return to_x, to_values, grad_y.sum(0, dtype=bias.dtype) if need_bias else None, None
+        call = ctx.kernels.call(x, values, bias)
+        return *gradients(ctx.kernels.backward, call, grad_y, (need_x, need_values, need_bias)), None
 
     @staticmethod
     def jvp(ctx, x_tangent, values_tangent, bias_tangent, _):
@@ -110,7 +122,7 @@ class _ToInput(_Form):
     @staticmethod
     def forward(grad_y, values, dtype, kernels):
         x = grad_y.new_zeros((len(grad_y), kernels.mask.shape[1]), dtype=dtype)
-        return kernels.gradients(grad_y.contiguous(), x, values.contiguous(), True, False, False)[0]
+        return gradients(kernels.backward, kernels.call(x, values, None), grad_y, (True, False, False))[0]
 
     @staticmethod
     @for_each_of_old
@@ -147,9 +159,8 @@ class _ToWeights(_Form):
 
     @staticmethod
     def forward(grad_y, x, dtype, kernels):
-        mask = kernels.mask
-        values = grad_y.new_zeros((mask.num_units, *mask.unit_shape), dtype=dtype)
-        return kernels.gradients(grad_y.contiguous(), x.contiguous(), values, False, True, False)[1]
+        values = grad_y.new_zeros(kernels.packed, dtype=dtype)
+        return gradients(kernels.backward, kernels.call(x, values, None), grad_y, (False, True, False))[1]
 
     @staticmethod
     @for_each_of_old

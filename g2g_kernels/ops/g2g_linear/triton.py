@@ -25,11 +25,12 @@ import triton.language as tl
 from torch.nn import functional as F
 
 from g2g_kernels.block_mask import BlockMask
-from g2g_kernels.ops.g2g_linear.call import LinearBackward, LinearCall, call_operators, operators
+from g2g_kernels.ops.g2g_linear import derivatives
+from g2g_kernels.ops.g2g_linear.call import LinearBackward, LinearCall, operators
 from g2g_kernels.packing import assembled, no_tiles, packed
 from g2g_kernels.sides import Side
 from g2g_kernels.triton import runtime
-from g2g_kernels.triton.runtime import launch
+from g2g_kernels.triton.runtime import cdiv, launch, next_power_of_2
 from g2g_kernels.unit_grid import MaskTensors
 
 # --- the graph as kernels read it -------------------------------------------------------------------------------
@@ -37,12 +38,12 @@ from g2g_kernels.unit_grid import MaskTensors
 
 def tile_of(side: Side) -> int:
     """The side of a tile that covers a range, or a part of one wider than 64: 16, 32 or 64."""
-    return min(64, max(16, triton.next_power_of_2(side.width)))
+    return 16 if side.width <= 16 else 32 if side.width <= 32 else 64
 
 
 def tiles_of(side: Side) -> int:
     """The number of tiles that cover a range."""
-    return triton.cdiv(side.width, tile_of(side))
+    return cdiv(side.width, tile_of(side))
 
 
 def in_order(side: Side) -> Side:
@@ -98,7 +99,7 @@ class Units(NamedTuple):
         default density a mask of single weights has no empty 16 × 16 block at all. A dense product has its own tiles,
         at least 64 wide.
         """
-        tiles = len(self.unit_row) * tiles_of(self.rows) * tiles_of(self.cols)
+        tiles = self.unit_row.shape[0] * tiles_of(self.rows) * tiles_of(self.cols)
         return tiles * tile_of(self.rows) * tile_of(self.cols) >= max(64, self.rows.size) * max(64, self.cols.size)
 
 
@@ -108,6 +109,14 @@ def units_of(mask: MaskTensors, values: torch.Tensor) -> Units:
     Raises:
         ValueError: for values that are not the mask's.
     """
+    known = vars(mask)
+    if known.get("packed") != values.shape:
+        known["units"] = _units_of(mask, values)
+        known["packed"] = values.shape
+    return known["units"]
+
+
+def _units_of(mask: MaskTensors, values: torch.Tensor) -> Units:
     if values.dim() != 3 or len(values) != len(mask.unit_row):
         raise ValueError(f"values of shape {tuple(values.shape)} do not fit a mask of {len(mask.unit_row)} units")
     sides: list[Side] = []
@@ -287,7 +296,7 @@ def _launch_product(
     options = fitted(product_tiles(len(x), tile_of(inner), x.dtype, values.dtype), x.device)
     launch(
         product_kernel,
-        (outer.num_units * tiles_of(outer) * triton.cdiv(len(x), options["BLOCK_M"]),),
+        (outer.num_units * tiles_of(outer) * cdiv(len(x), options["BLOCK_M"]),),
         x=x,
         x_column=inner.neuron_at,
         x_bounds=inner.bounds,
@@ -359,7 +368,7 @@ def dense_weight(values: torch.Tensor, units: Units) -> torch.Tensor:
     if values.numel():
         launch(
             place_kernel,
-            (triton.cdiv(values.numel(), 1024),),
+            (cdiv(values.numel(), 1024),),
             values=values,
             unit_row=units.unit_row,
             unit_col=units.unit_col,
@@ -522,7 +531,7 @@ def weight_gradient(
     groups = num_units // options["GROUP"] + rows.num_units
     tiles = tiles_of(rows) * tiles_of(cols)
     parts = max(1, min(_PROGRAMS // (groups * tiles), len(x) // 1024))
-    samples_of_part = triton.cdiv(triton.cdiv(len(x), parts), options["BLOCK_S"]) * options["BLOCK_S"]
+    samples_of_part = cdiv(cdiv(len(x), parts), options["BLOCK_S"]) * options["BLOCK_S"]
     grad_values = torch.empty((parts, num_units, rows.width, cols.width), dtype=torch.float32, device=x.device)
     allocate = torch.zeros if rows.holes else torch.empty
     grad_bias = allocate((parts, rows.size), dtype=torch.float32, device=x.device) if want_bias else None
@@ -547,13 +556,16 @@ def weight_gradient(
         R=rows.width,
         C=cols.width,
         PRECISION=runtime.input_precision(),
-        ROWS=triton.next_power_of_2(rows.num_units),
+        ROWS=next_power_of_2(rows.num_units),
         BLOCK_R=tile_of(rows),
         BLOCK_C=tile_of(cols),
         **options,
     )
     # the second stage: a plain sum over the parts, always in the same order
-    return grad_values.sum(0).to(dtype), None if grad_bias is None else grad_bias.sum(0)
+    grad_values, grad_bias = (
+        each if each is None else each.squeeze(0) if parts == 1 else each.sum(0) for each in (grad_values, grad_bias)
+    )
+    return grad_values.to(dtype), grad_bias
 
 
 # --- operators --------------------------------------------------------------------------------------------------
@@ -569,7 +581,7 @@ def refuses(x: torch.Tensor, values: torch.Tensor, mask: BlockMask, bias: torch.
 
 def g2g_linear(x: torch.Tensor, values: torch.Tensor, mask: BlockMask, bias: torch.Tensor | None) -> torch.Tensor:
     dtype = runtime.autocast_dtype(x.device.type) or values.dtype
-    return call_operators((FORWARD, BACKWARD), x, values, mask, bias, dtype)
+    return derivatives.g2g_linear(FORWARD, BACKWARD, x, values, mask, bias, dtype)
 
 
 def _forward(call: LinearCall) -> torch.Tensor:

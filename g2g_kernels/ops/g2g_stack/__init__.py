@@ -107,7 +107,9 @@ def g2g_stack(
             raise ValueError(f"layer {number} has {in_size} inputs but receives {size}")
         if layer.dropped is not None:
             check_dropped(suffix, layer.dropped, (x.shape[-2], out_size))
-        layer = layer._replace(population=check_neurons(suffix, layer.population, out_size, x))
+        population = check_neurons(suffix, layer.population, out_size, x)
+        if population is not layer.population:
+            layer = layer._replace(population=population)
         if layer.state is not None:
             check_state(suffix, layer.state, layer.population, (x.shape[-2], out_size))
             _check_like(suffix, layer.state, x)

@@ -1,6 +1,5 @@
 """A call of ``g2g_stack`` in the form of the compiled backends' operators, and their registration."""
 
-import math
 from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
@@ -14,9 +13,9 @@ from g2g_kernels.ops.g2g_stack.layer import SpikingLayer
 from g2g_kernels.ops.neurons.models import MODELS, Neurons
 from g2g_kernels.unit_grid import MaskTensors
 
-#: counts [B, N] of the last layer, rates of all neurons, all layers' states after the last step one after the other
-#: (:meth:`StackCall.split_states`), spikes of each layer, and what the backward pass needs
-Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor], list[torch.Tensor]]
+#: counts [B, N] of the last layer; of each layer rates [N], states after the last step [states, B, N], and spikes; and
+#: what the backward pass needs
+Outputs = tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]
 
 
 class RecurrentCall(NamedTuple):
@@ -122,6 +121,42 @@ class StackCall(NamedTuple):
             layers.append(LayerCall(values[i], mask, bias, population, silent, state, joined))
         return cls(x, tuple(layers), *rest)
 
+    def tensors(self) -> list[torch.Tensor | None]:
+        """Those that may need a gradient in the order of :class:`StackGradients`, then what else a pass reads."""
+        layers = self.layers
+        return [
+            self.x,
+            *[layer.values for layer in layers],
+            *[layer.bias for layer in layers],
+            *[layer.state for layer in layers],
+            *[layer.recurrent and layer.recurrent.values for layer in layers],
+            *[parameter for layer in layers for parameter in layer.population.parameters],
+            *[layer.dropped for layer in layers],
+            *[layer.mask.unit_row for layer in layers],
+            *[layer.recurrent and layer.recurrent.mask.unit_row for layer in layers],
+        ]
+
+    def with_tensors(self, tensors: Sequence[Any]) -> "StackCall":
+        """The call with these tensors in place of :meth:`tensors`; masks stay."""
+        each = iter(tensors)
+        count = len(self.layers)
+        x = next(each)
+        values, biases, states, recurrents = (list(islice(each, count)) for _ in range(4))
+        parameters = [tuple(islice(each, len(layer.population.parameters))) for layer in self.layers]
+        layers = [
+            LayerCall(
+                values[i],
+                layer.mask,
+                biases[i],
+                layer.population.with_parameters(parameters[i]),
+                next(each),
+                states[i],
+                layer.recurrent and RecurrentCall(recurrents[i], layer.recurrent.mask),
+            )
+            for i, layer in enumerate(self.layers)
+        ]
+        return StackCall(x, tuple(layers), self.steps, self.dtype, self.keep)
+
     @property
     def held(self) -> bool:
         """Whether x is the same at all steps."""
@@ -137,15 +172,9 @@ class StackCall(NamedTuple):
         """B."""
         return self.x.shape[-2]
 
-    def state_shapes(self) -> list[tuple[int, int, int]]:
-        """[states, B, N] of each layer."""
-        return [(len(MODELS[layer.population.model].states), self.batch, layer.size) for layer in self.layers]
-
-    def split_states(self, flat: torch.Tensor) -> list[torch.Tensor]:
-        """The states of each layer, [states, B, N], in a tensor that holds them one after the other."""
-        shapes = self.state_shapes()
-        parts = flat.split([math.prod(shape) for shape in shapes])
-        return [part.view(shape) for part, shape in zip(parts, shapes)]  # noqa: B905
+    def state_shape(self, layer: LayerCall) -> tuple[int, int, int]:
+        """[states, B, N]."""
+        return len(MODELS[layer.population.model].states), self.batch, layer.size
 
     def check(self) -> None:
         """Raises ValueError unless the sizes of layers, biases and parameters match."""
@@ -161,48 +190,43 @@ class StackCall(NamedTuple):
                 raise ValueError(f"dropped of layer {number} has shape {tuple(layer.dropped.shape)}")
             if layer.recurrent is not None and tuple(layer.recurrent.mask.shape) != (size, size):
                 raise ValueError(f"the recurrent connection of layer {number} is {tuple(layer.recurrent.mask.shape)}")
-            if layer.state is not None and tuple(layer.state.shape) != self.state_shapes()[number]:
+            if layer.state is not None and tuple(layer.state.shape) != self.state_shape(layer):
                 raise ValueError(f"state of layer {number} has shape {tuple(layer.state.shape)}")
             names = MODELS[layer.population.model].parameters
             for name, parameter in zip(names, layer.population.parameters, strict=True):
                 if parameter.numel() not in (1, size):
                     raise ValueError(f"{name} of layer {number} has {parameter.numel()} entries, expected 1 or {size}")
 
-    def empty_gradients(self, grad_x: bool = True) -> "StackGradients":
-        """Empty tensors for all gradients, without elements for x unless ``grad_x``, missing biases and states."""
+    def empty_gradients(self, grad_x: bool) -> "StackGradients":
+        """Uninitialised gradients."""
+
+        def like(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else torch.empty_like(tensor)
+
         return StackGradients(
-            self.x.new_empty(self.x.shape if grad_x else 0),
+            torch.empty_like(self.x) if grad_x else None,
             [torch.empty_like(layer.values) for layer in self.layers],
-            [
-                layer.values.new_empty(0) if layer.bias is None else torch.empty_like(layer.bias)
-                for layer in self.layers
-            ],
+            [like(layer.bias) for layer in self.layers],
             [[torch.empty_like(parameter) for parameter in layer.population.parameters] for layer in self.layers],
-            [
-                layer.values.new_empty(0) if layer.state is None else torch.empty_like(layer.state)
-                for layer in self.layers
-            ],
-            [
-                layer.values.new_empty(0) if layer.recurrent is None else torch.empty_like(layer.recurrent.values)
-                for layer in self.layers
-            ],
+            [like(layer.state) for layer in self.layers],
+            [like(layer.recurrent and layer.recurrent.values) for layer in self.layers],
         )
 
 
 class StackGradients(NamedTuple):
     """∂L/∂x, and for each layer the gradients of values, bias, parameters, state and recurrent values.
 
-    Those of a bias, a state and recurrent values are empty if there are none.
+    None where there is no such tensor, and for x if its gradient is not wanted.
     """
 
-    x: torch.Tensor
-    values: list[torch.Tensor]
-    biases: list[torch.Tensor]
-    parameters: list[list[torch.Tensor]]
-    states: list[torch.Tensor]
-    recurrents: list[torch.Tensor]
+    x: torch.Tensor | None
+    values: Sequence[torch.Tensor]
+    biases: Sequence[torch.Tensor | None]
+    parameters: Sequence[Sequence[torch.Tensor]]
+    states: Sequence[torch.Tensor | None]
+    recurrents: Sequence[torch.Tensor | None]
 
-    def flat(self) -> list[torch.Tensor]:
+    def flat(self) -> list[torch.Tensor | None]:
         """One after the other, as an operator returns them."""
         parameters = [grad for layer in self.parameters for grad in layer]
         return [self.x, *self.values, *self.biases, *self.states, *self.recurrents, *parameters]
@@ -215,40 +239,31 @@ class StackBackward(NamedTuple):
         call: as the forward pass had it.
         spikes, kept: what the forward pass returned.
         grad_counts: ∂L/∂counts [B, N] of the last layer, or None for zeros.
-        grad_rates: ∂L/∂rates of all neurons, or None for zeros.
+        grad_rates: of each layer ∂L/∂rates, or None for zeros.
         grad_x: whether ∂L/∂x is wanted.
-        grad_last: that of all states after the last step, one after the other, or None for zeros.
+        grad_last: of each layer that of its states after the last step, or None for zeros.
     """
 
     call: StackCall
-    spikes: tuple[torch.Tensor, ...]
-    kept: tuple[torch.Tensor, ...]
+    spikes: Sequence[torch.Tensor]
+    kept: Sequence[torch.Tensor]
     grad_counts: torch.Tensor | None
-    grad_rates: torch.Tensor | None
+    grad_rates: Sequence[torch.Tensor | None]
+    grad_last: Sequence[torch.Tensor | None]
     grad_x: bool
-    grad_last: torch.Tensor | None = None
-
-    def states_of_layers(self) -> list[torch.Tensor | None]:
-        """The gradients of the states after the last step, layer by layer, [states, B, N]."""
-        if self.grad_last is None:
-            return [None] * len(self.call.layers)
-        return list(self.call.split_states(self.grad_last))
 
     def flat(self) -> tuple[Any, ...]:
-        call, spikes, kept, *rest = self
-        return *call.flat(), list(spikes), list(kept), *rest
+        call, *lists, grad_x = self
+        return *call.flat(), *(list(each) if isinstance(each, Sequence) else each for each in lists), grad_x
 
     @classmethod
     def of_flat(cls, *arguments: Any) -> "StackBackward":
-        *call, spikes, kept, grad_counts, grad_rates, grad_x, grad_last = arguments
-        return cls(StackCall.of_flat(*call), tuple(spikes), tuple(kept), grad_counts, grad_rates, grad_x, grad_last)
+        *call, spikes, kept, grad_counts, grad_rates, grad_last, grad_x = arguments
+        return cls(StackCall.of_flat(*call), spikes, kept, grad_counts, grad_rates, grad_last, grad_x)
 
-    def rates_of_layers(self) -> list[torch.Tensor | None]:
-        """∂L/∂rates layer by layer."""
-        layers = self.call.layers
-        if self.grad_rates is None:
-            return [None] * len(layers)
-        return list(self.grad_rates.split([layer.size for layer in layers]))
+    def tensors(self) -> list[torch.Tensor | None]:
+        """Those that may need a gradient."""
+        return [*self.call.tensors(), self.grad_counts, *self.grad_rates, *self.grad_last]
 
 
 def operators(
@@ -267,21 +282,11 @@ def operators(
         backward: the backward pass.
     """
 
-    def gradients(given: record.Gradients) -> dict[str, object]:
-        call, (spikes, kept), grad_x = given.record, given.kept, given.needed["x"]
-        grad_counts, grad_rates, grad_last = given.grads
-        to_x, *rest = backward_operator(
-            StackBackward(call, tuple(spikes), tuple(kept), grad_counts, grad_rates, grad_x, grad_last)
-        )
+    def gradients(given: record.Gradients) -> Sequence[torch.Tensor | None]:
+        call, (grad_counts, *grads) = given.record, given.grads
         count = len(call.layers)
-        return {
-            "x": to_x if grad_x else None,
-            "values": rest[:count],
-            "biases": rest[count : 2 * count],
-            "states": rest[2 * count : 3 * count],
-            "recurrents": rest[3 * count : 4 * count],
-            "parameters": rest[4 * count :],
-        }
+        spikes, kept, grad_rates, grad_last = given.kept[:count], given.kept[count:], grads[:count], grads[count:]
+        return backward_operator(StackBackward(call, spikes, kept, grad_counts, grad_rates, grad_last, given.needed[0]))
 
     # lists over the layers; absent biases, dropped neurons, states and recurrent values are empty
     call = (
@@ -289,7 +294,7 @@ def operators(
         "str[] surrogates, float[] alphas, Tensor[] dropped, Tensor[] states, Tensor[] recurrents, "
         "Tensor[] recurrent_masks, int steps, ScalarType dtype, bool keep"
     )
-    more = "Tensor[] spikes, Tensor[] kept, Tensor? grad_counts, Tensor? grad_rates, bool grad_x, Tensor? grad_last"
+    more = "Tensor[] spikes, Tensor[] kept, Tensor? grad_counts, Tensor?[] grad_rates, Tensor?[] grad_last, bool grad_x"
     backward_operator = record.define(
         f"{prefix}stack_backward({call}, {more}) -> Tensor[]",
         StackBackward,
@@ -298,9 +303,10 @@ def operators(
         keys,
     )
     record.refuse_derivative(backward_operator, refuse_backward)
-    results = "Tensor counts, Tensor rates, Tensor last, Tensor[] spikes, Tensor[] kept"
+    results = "Tensor counts, Tensor[] rates, Tensor[] last, Tensor[] spikes, Tensor[] kept"
     forward_operator = record.define(f"{prefix}stack_forward({call}) -> ({results})", StackCall, forward, fake, keys)
-    record.differentiate(forward_operator, 3, gradients)
+    inputs = ("x", "values", "biases", "states", "recurrents", "parameters")
+    record.differentiate(forward_operator, inputs, 3, gradients)
     count_flops(forward_operator, lambda call: sum(_flops(call)) + _recurrent_flops(call))
     count_flops(backward_operator, _backward_flops)
     return forward_operator, backward_operator

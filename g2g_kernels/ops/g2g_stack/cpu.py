@@ -13,7 +13,6 @@ backward pass:
 import ctypes
 import functools
 import logging
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -60,20 +59,19 @@ Tensors = Sequence[torch.Tensor]
 
 def refuses(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> str | None:
     """Why these kernels cannot serve a call, or None."""
-    for tensor in (x, *(tensor for layer in layers for tensor in layer.tensors())):
-        if tensor.device.type != "cpu":
+    for tensor in (x, *[tensor for layer in layers for tensor in layer.tensors()]):
+        if not tensor.is_cpu:
             return f"needs tensors on the CPU, not on {tensor.device}"
         if tensor.dtype != torch.float32:
             return f"needs float32 tensors, not {tensor.dtype}"
-    if any(layer.dropped is not None and layer.dropped.device.type != "cpu" for layer in layers):
+    if any([layer.dropped is not None and not layer.dropped.is_cpu for layer in layers]):
         return "needs tensors on the CPU, dropped among them"
     if (steps or len(x)) > MOST_STEPS:
         return f"serves at most {MOST_STEPS} time steps"
     if x.numel() == 0:
         return "needs a batch that is not empty"
-    connections = [connection for layer in layers for connection in layer.connections()]
-    reasons = [too_large(samples=x.shape[-2]), *(plans.refuses(mask, values) for values, mask in connections)]
-    return next(filter(None, reasons), None)
+    reasons = [plans.refuses(mask, values) for layer in layers for values, mask in layer.connections()]
+    return next(filter(None, reasons), too_large(samples=x.shape[-2]))
 
 
 def g2g_stack(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> Activity:
@@ -82,12 +80,8 @@ def g2g_stack(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None
         return activity_of(*in_turn(x, layers, steps, g2g_linear, neurons_alone.neurons), differentiable=False)
     call = StackCall.of(x, layers, steps, torch.bfloat16 if bf16_wanted() else torch.float32)
     counts, rates, last, words, _ = FORWARD(call)
-    return Activity(
-        counts,
-        tuple(rates.split([layer.size for layer in call.layers])),
-        tuple([PackedSpikes(each, layer.values.detach(), layer.mask) for each, layer in zip(words, call.layers)]),  # noqa: B905
-        states=tuple(call.split_states(last)),
-    )
+    spikes = [PackedSpikes(each, layer.values.detach(), layer.mask) for each, layer in zip(words, call.layers)]  # noqa: B905
+    return Activity(counts, tuple(rates), tuple(spikes), states=tuple(last))
 
 
 def _in_other_order(layer: SpikingLayer) -> bool:
@@ -175,7 +169,7 @@ class _Arguments:
             joined = None if recurrent is None else recurrent.values
             for tensor in (call.x, values, bias, state, joined, *population.parameters):
                 if tensor is not None and not (
-                    tensor.dtype == torch.float32 and tensor.is_contiguous() and tensor.device.type == "cpu"
+                    tensor.dtype == torch.float32 and tensor.is_contiguous() and tensor.is_cpu
                 ):
                     raise ValueError("the compiled kernels need contiguous float32 tensors on the CPU")
             plan = plan_for(mask, values)
@@ -231,11 +225,10 @@ def _forward(call: StackCall) -> Outputs:
     inputs = [workspace.empty(shape, torch.int64) for shape in shapes.inputs]
     states = [workspace.empty(shape) for shape in shapes.states] if call.keep else None
     arguments = _Arguments(call, _Memory(spikes, inputs, states))
-    sizes = [layer.size for layer in call.layers]
-    counts, rates = workspace.empty((call.batch, sizes[-1])), workspace.empty((sum(sizes),))
-    last = workspace.exactly((sum(map(math.prod, call.state_shapes())),))
-    states_after = call.split_states(last)
-    for layer, of_layer, after in zip(arguments.layers, rates.split(sizes), states_after, strict=True):
+    counts = workspace.empty((call.batch, call.layers[-1].size))
+    rates = [workspace.empty((layer.size,)) for layer in call.layers]
+    last = [workspace.exactly(call.state_shape(layer)) for layer in call.layers]
+    for layer, of_layer, after in zip(arguments.layers, rates, last, strict=True):
         layer.rates, layer.last = of_layer.data_ptr(), after.data_ptr()
     arguments.stack.counts = counts.data_ptr()
     arguments.stack.event_limit = event_limit(arguments.stack.bf16, backward=False)
@@ -248,17 +241,22 @@ def _forward(call: StackCall) -> Outputs:
 
 def _forward_fake(call: StackCall) -> Outputs:
     shapes, x = _shapes(call), call.x
-    sizes = [layer.size for layer in call.layers]
     kept = []
     if call.keep:
         kept = [
-            x.new_empty(1 + len(sizes), dtype=torch.float64),
+            x.new_empty(1 + len(call.layers), dtype=torch.float64),
             *(x.new_empty(shape, dtype=torch.int64) for shape in shapes.inputs),
             *(x.new_empty(shape) for shape in shapes.states),
         ]
     spikes = [x.new_empty(shape, dtype=torch.int64) for shape in shapes.spikes]
-    last = x.new_empty(sum(map(math.prod, call.state_shapes())))
-    return x.new_empty(call.batch, sizes[-1]), x.new_empty(sum(sizes)), last, spikes, kept
+    rates = [x.new_empty(layer.size) for layer in call.layers]
+    last = [x.new_empty(call.state_shape(layer)) for layer in call.layers]
+    return x.new_empty(call.batch, call.layers[-1].size), rates, last, spikes, kept
+
+
+def _like(tensor: torch.Tensor) -> torch.Tensor:
+    """A new tensor of the same shape, uninitialised float32."""
+    return workspace.empty(tuple(tensor.shape))
 
 
 def _backward(backward: StackBackward) -> StackGradients:
@@ -268,19 +266,16 @@ def _backward(backward: StackBackward) -> StackGradients:
         if [tuple(tensor.shape) for tensor in tensors] != expected:
             raise ValueError("spikes and kept are not those of a forward pass over these tensors")
     grads = StackGradients(
-        workspace.empty(tuple(call.x.shape)) if backward.grad_x else call.x.new_empty(0),
-        [workspace.empty(tuple(layer.values.shape)) for layer in call.layers],
-        [workspace.empty((0,) if layer.bias is None else tuple(layer.bias.shape)) for layer in call.layers],
-        [[workspace.empty(tuple(p.shape)) for p in layer.population.parameters] for layer in call.layers],
-        [workspace.empty((0,) if layer.state is None else tuple(layer.state.shape)) for layer in call.layers],
-        [
-            workspace.empty((0,) if layer.recurrent is None else tuple(layer.recurrent.values.shape))
-            for layer in call.layers
-        ],
+        _like(call.x) if backward.grad_x else None,
+        [_like(layer.values) for layer in call.layers],
+        [None if layer.bias is None else _like(layer.bias) for layer in call.layers],
+        [[_like(parameter) for parameter in layer.population.parameters] for layer in call.layers],
+        [None if layer.state is None else _like(layer.state) for layer in call.layers],
+        [None if layer.recurrent is None else _like(layer.recurrent.values) for layer in call.layers],
     )
     arguments = _Arguments(call, _Memory(backward.spikes, inputs, states), grads.parameters)
     x_spikes, *input_rates = header.tolist()
-    of_layers = zip(arguments.layers, backward.rates_of_layers(), backward.states_of_layers(), strict=True)
+    of_layers = zip(arguments.layers, backward.grad_rates, backward.grad_last, strict=True)
     for number, (layer, grad_rates, grad_last) in enumerate(of_layers):
         layer.input_rate = input_rates[number]
         if grad_last is None:  # which reaches the currents through no event
@@ -334,6 +329,10 @@ class PackedWords(NamedTuple):
     @classmethod
     def of_flat(cls, words: Any, values: Any, mask: Any) -> "PackedWords":
         return cls(words, values, MaskTensors(*mask))
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Those that are not the mask's."""
+        return self.words, self.values
 
 
 def _unpack(packed: PackedWords) -> torch.Tensor:

@@ -24,7 +24,6 @@ Bytes per element of [T, B, N] in a training step, with c the size of the produc
 """
 
 import contextlib
-import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -80,7 +79,7 @@ from g2g_kernels.triton.neuron import (
     unless,
     zeros,
 )
-from g2g_kernels.triton.runtime import launch
+from g2g_kernels.triton.runtime import cdiv, launch
 
 # --- the fused kernel -------------------------------------------------------------------------------------------
 #
@@ -210,7 +209,7 @@ def fused_pays(units: Units, population: Neurons, batch: int, dtype: torch.dtype
         return _chosen
     sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else _H100_SMS
     block_m = fused_tiles(batch, tile_of(units.cols), torch.uint8, dtype)["BLOCK_M"]
-    programs = units.rows.num_units * tiles_of(units.rows) * triton.cdiv(batch, block_m)
+    programs = units.rows.num_units * tiles_of(units.rows) * cdiv(batch, block_m)
     return 4 * programs >= 3 * sms
 
 
@@ -371,12 +370,12 @@ class _Layer(NamedTuple):
     def like(self, parameter: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
         """The gradient of a parameter, a scalar or one per neuron, from its sum or its values per column."""
         if grad.numel() > 1:
-            grad = self.to_neurons(grad)
-        return (grad if parameter.numel() > 1 else grad.sum()).reshape(parameter.shape).to(parameter.dtype)
+            grad = self.to_neurons(grad) if parameter.numel() > 1 else self.to_neurons(grad).sum()
+        return grad.reshape(parameter.shape).to(parameter.dtype)
 
-    def bias_gradient(self, bias: torch.Tensor | None, grad: torch.Tensor | None) -> torch.Tensor:
-        """The gradient of the bias from its values per column; an empty tensor if there is no bias."""
-        return self.values.new_empty(0) if bias is None or grad is None else self.like(bias, grad)
+    def bias_gradient(self, bias: torch.Tensor | None, grad: torch.Tensor | None) -> torch.Tensor | None:
+        """The gradient of the bias from its values per column; None if there is no bias."""
+        return None if bias is None or grad is None else self.like(bias, grad)
 
 
 def _layers(call: StackCall) -> list[_Layer]:
@@ -426,7 +425,7 @@ def _launch_fused(
     options = fitted(fused_tiles(batch, tile_of(units.cols), x.dtype, values.dtype), x.device)
     launch(
         fused_forward_kernel,
-        (units.rows.num_units * tiles_of(units.rows) * triton.cdiv(batch, options["BLOCK_M"]),),
+        (units.rows.num_units * tiles_of(units.rows) * cdiv(batch, options["BLOCK_M"]),),
         x=x,
         x_column=units.cols.neuron_at,
         x_bounds=units.cols.bounds,
@@ -471,7 +470,7 @@ def _fused_backward(margins: torch.Tensor, layer: _Layer, upstream: Upstream) ->
     """The backward pass of the neurons of a fused layer."""
     steps, batch, neurons = margins.shape
     block_b, block_n = blocks(neurons)
-    grid = triton.cdiv(batch, block_b), triton.cdiv(neurons, block_n)
+    grid = cdiv(batch, block_b), cdiv(neurons, block_n)
     parameters = layer.population.parameters
     grad_current = torch.empty_like(margins)
     grad_first = None if layer.first is None else torch.empty_like(layer.first)
@@ -550,9 +549,8 @@ def g2g_stack(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None
     call = StackCall.of(x, layers, steps, runtime.autocast_dtype(x.device.type) or x.dtype)
     counts, rates, last, spikes, _ = FORWARD(call)
     readers = [None if layer.mask.cols.trivial else layer.mask.cols.place_of for layer in layers[1:]]
-    sizes = [layer.size for layer in call.layers]
     all_spikes = tuple(map(ByteSpikes, spikes, [*readers, None]))
-    return Activity(counts, tuple(rates.split(sizes)), all_spikes, states=tuple(call.split_states(last)))
+    return Activity(counts, tuple(rates), all_spikes, states=tuple(last))
 
 
 class ByteSpikes:
@@ -572,7 +570,8 @@ def _forward(call: StackCall) -> Outputs:
     num_steps, batch, device = call.num_steps, call.batch, call.x.device
     all_spikes: list[torch.Tensor] = []
     kept: list[torch.Tensor] = []
-    rates, states = [], []
+    rates: list[torch.Tensor] = []
+    states: list[torch.Tensor] = []
     received = call.x
     for layer in _layers(call):
         shape = (num_steps, batch, layer.units.rows.size)
@@ -599,10 +598,10 @@ def _forward(call: StackCall) -> Outputs:
             to_keep = [current, checkpoints]
         kept += [tensor for tensor in to_keep if call.keep and tensor is not None]
         rates.append(layer.to_neurons(counts.sum(0) / (num_steps * batch)))
-        states.append(layer.to_neurons(last).flatten())
+        states.append(layer.to_neurons(last))
         all_spikes.append(spikes)
         received = spikes
-    return counts, torch.cat(rates), torch.cat(states), all_spikes, kept
+    return counts, rates, states, all_spikes, kept
 
 
 def _forward_fake(call: StackCall) -> Outputs:
@@ -617,23 +616,21 @@ def _forward_fake(call: StackCall) -> Outputs:
                 call.x.new_empty(state, dtype=layer.current_dtype(call.dtype)),
                 call.x.new_empty(of, dtype=torch.float32),
             ]
-    sizes = [layer.size for layer in call.layers]
-    counts = call.x.new_empty((call.batch, sizes[-1]), dtype=torch.float32)
-    last = call.x.new_empty(sum(map(math.prod, call.state_shapes())), dtype=torch.float32)
-    return counts, call.x.new_empty(sum(sizes), dtype=torch.float32), last, spikes, kept
+    counts = call.x.new_empty((call.batch, call.layers[-1].size), dtype=torch.float32)
+    rates = [call.x.new_empty(layer.size, dtype=torch.float32) for layer in call.layers]
+    last = [call.x.new_empty(call.state_shape(layer), dtype=torch.float32) for layer in call.layers]
+    return counts, rates, last, spikes, kept
 
 
 def _backward(backward: StackBackward) -> StackGradients:
     call, layers = backward.call, _layers(backward.call)
-    rates_of_layers = backward.rates_of_layers()
-    grad_x, grad_spikes, grad_counts = call.x.new_empty(0), None, backward.grad_counts
-    last_of_layers = backward.states_of_layers()
+    grad_x, grad_spikes, grad_counts = None, None, backward.grad_counts
     values, biases, parameters, states = [], [], [], []  # of the layers, the last one first
     for i in reversed(range(len(layers))):
         layer, given, (state, checkpoints) = layers[i], call.layers[i], backward.kept[2 * i : 2 * i + 2]
         rates, last = (
             None if grad is None else layer.to_columns(grad).contiguous()
-            for grad in (rates_of_layers[i], last_of_layers[i])
+            for grad in (backward.grad_rates[i], backward.grad_last[i])
         )
         upstream = Upstream(grad_spikes, grad_counts, rates, last)
         if layer.fused:
@@ -650,7 +647,7 @@ def _backward(backward: StackBackward) -> StackGradients:
         parameters.append(
             [layer.like(*pair) for pair in zip(given.population.parameters, through.parameters, strict=True)]
         )
-        states.append(call.x.new_empty(0) if through.first is None else layer.to_neurons(through.first))
+        states.append(None if through.first is None else layer.to_neurons(through.first))
         grad_counts = None
         if i > 0:
             grad_spikes = input_gradient(grad_current, layer.values.to(call.dtype), layer.units, call.dtype)
@@ -658,7 +655,7 @@ def _backward(backward: StackBackward) -> StackGradients:
         elif backward.grad_x:
             grad_x = input_gradient(grad_current, layer.values.to(call.dtype), layer.units, call.x.dtype)
             grad_x = grad_x.view(call.x.shape)
-    recurrents = [layer.values.new_empty(0) for layer in call.layers]  # whose layers run step by step
+    recurrents = [None] * len(layers)  # whose layers run step by step
     return StackGradients(grad_x, values[::-1], biases[::-1], parameters[::-1], states[::-1], recurrents)
 
 

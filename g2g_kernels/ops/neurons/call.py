@@ -48,6 +48,15 @@ class NeuronsCall(NamedTuple):
         reset, surrogate, alpha, *call = rest
         return cls(current, Neurons(model, tuple(parameters), reset, surrogate, alpha), *call)
 
+    def tensors(self) -> list[torch.Tensor | None]:
+        """All tensors."""
+        return [self.state, self.current, *self.population.parameters]
+
+    def with_tensors(self, tensors: Sequence[Any]) -> "NeuronsCall":
+        """The call with these tensors in place of :meth:`tensors`."""
+        state, current, *parameters = tensors
+        return NeuronsCall(current, self.population.with_parameters(tuple(parameters)), self.steps, self.keep, state)
+
     @property
     def model(self) -> NeuronModel:
         return MODELS[self.population.model]
@@ -110,6 +119,10 @@ class NeuronsBackward(NamedTuple):
         *call, kept, grad_spikes, wanted, grad_last, state_wanted = arguments
         return cls(NeuronsCall.of_flat(*call), kept, grad_spikes, tuple(wanted), grad_last, state_wanted)
 
+    def tensors(self) -> list[torch.Tensor | None]:
+        """Those that may need a gradient."""
+        return [*self.call.tensors(), self.grad_spikes, self.grad_last]
+
     def check(self, kept_shape: tuple[int, ...]) -> None:
         """Raises ValueError unless kept states and gradient have the shapes that belong to the call."""
         for name, tensor, shape in (
@@ -154,15 +167,12 @@ def operators(
         last = call.current.new_empty(call.state_shape, dtype=torch.float32)
         return call.current.new_empty(call.shape), last, kept
 
-    def gradients(given: record.Gradients) -> dict[str, object]:
+    def gradients(given: record.Gradients) -> Sequence[torch.Tensor]:
         (grad_spikes, grad_last), (kept,), call = given.grads, given.kept, given.record
         if grad_spikes is None:
             grad_spikes = call.current.new_zeros(call.shape)
-        wanted, state_wanted = (given.needed["current"], *given.needed["parameters"]), given.needed["state"]
-        backward = NeuronsBackward(call, kept, grad_spikes, wanted, grad_last, state_wanted)
-        state, *grads = backward_operator(backward)
-        current, *parameters = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
-        return {"current": current, "parameters": parameters, "state": state if state_wanted else None}
+        state_wanted, *wanted = given.needed
+        return backward_operator(NeuronsBackward(call, kept, grad_spikes, tuple(wanted), grad_last, state_wanted))
 
     call = (
         "Tensor current, str model, Tensor[] parameters, str reset, str surrogate, float alpha, int steps, bool keep, "
@@ -174,5 +184,5 @@ def operators(
     record.refuse_derivative(backward_operator, refuse_backward)
     schema = f"{prefix}neurons_forward({call}) -> (Tensor spikes, Tensor last, Tensor kept)"
     forward_operator = record.define(schema, NeuronsCall, forward, fake, keys)
-    record.differentiate(forward_operator, 2, gradients)
+    record.differentiate(forward_operator, ("state", "current", "parameters"), 2, gradients)
     return forward_operator, backward_operator

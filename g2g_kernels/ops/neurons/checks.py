@@ -41,29 +41,32 @@ def check_neurons(suffix: str, population: Neurons, size: int, like: torch.Tenso
         ValueError: for an unknown model, an option out of range, or parameters that ``size`` neurons cannot have.
     """
     model, parameters, reset, surrogate, alpha = population
-    for name, value, known in (
-        ("model", model, MODELS),
-        ("reset", reset, RESETS),
-        ("surrogate", surrogate, SURROGATES),
-    ):
-        if value not in known:
-            raise ValueError(f"{name}={value!r}{suffix} is unknown; choose one of {', '.join(known)}")
+    if not (model in MODELS and reset in RESETS and surrogate in SURROGATES):
+        for name, value, known in (
+            ("model", model, MODELS),
+            ("reset", reset, RESETS),
+            ("surrogate", surrogate, SURROGATES),
+        ):
+            if value not in known:
+                raise ValueError(f"{name}={value!r}{suffix} is unknown; choose one of {', '.join(known)}")
     SHARPNESS.check("alpha", alpha, suffix)
     names = MODELS[model].parameters
     if len(parameters) != len(names):
         raise ValueError(f"{model} neurons{suffix} have {len(parameters)} parameters; expected {', '.join(names)}")
-    parameters = as_tensors(like, suffix, **dict(zip(names, parameters, strict=True)))
-    for name, parameter in zip(names, parameters, strict=True):
-        check_tensor(f"{name}{suffix}", parameter)
-        shape = tuple(parameter.shape)
-        if shape not in ((), (1,), (size,)):
+    if any([isinstance(parameter, NUMBERS) for parameter in parameters]):
+        parameters = as_tensors(like, suffix, **dict(zip(names, parameters, strict=True)))
+        population = population.with_parameters(parameters)
+    for name, parameter in zip(names, parameters):  # noqa: B905
+        check_tensor(name, parameter, of=suffix)
+        if parameter.shape not in ((), (1,), (size,)):
+            shape = tuple(parameter.shape)
             raise ValueError(f"{name}{suffix} has shape {shape}; expected a scalar or [{size}], one per neuron")
-    return population._replace(parameters=parameters)
+    return population
 
 
 def check_state(suffix: str, state: torch.Tensor, population: Neurons, shape: tuple[int, ...]) -> None:
     """Raises ValueError unless ``state`` holds the states of that model's neurons, each of ``shape`` [..., N]."""
-    check_tensor(f"state{suffix}", state)
+    check_tensor("state", state, of=suffix)
     names = MODELS[population.model].states
     if tuple(state.shape) != (len(names), *shape):
         raise ValueError(

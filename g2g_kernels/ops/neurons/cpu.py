@@ -25,19 +25,27 @@ for _name, _model in MODELS.items():
 EVERY = 5
 
 
-@functools.cache
-def _numbers(model: str, reset: str, surrogate: str) -> tuple[int, ...]:
-    """The numbers of a population's options."""
-    return list(MODELS).index(model), RESETS.index(reset), list(SURROGATES).index(surrogate)
+@functools.lru_cache(1024)
+def _options(model: str, reset: str, surrogate: str, alpha: float, per_neuron: tuple[bool, ...]) -> Structure:
+    """A population's options, without its parameters."""
+    numbers = list(MODELS).index(model), RESETS.index(reset), list(SURROGATES).index(surrogate)
+    options = structures.Neurons(**dict(zip(("model", "reset", "surrogate"), numbers, strict=True)), alpha=alpha)
+    for parameter, one_each in zip(options.parameters, per_neuron):  # noqa: B905  # of the models with the most
+        parameter.per_neuron = one_each
+    return options
 
 
-def neuron_arguments(neurons: Neurons, grads: Sequence[torch.Tensor] | None = None) -> Structure:
+def neuron_arguments(population: Neurons, grads: Sequence[torch.Tensor] | None = None) -> Structure:
     """A population of neurons, and where the gradients of its parameters go (nowhere for empty ones)."""
-    model, reset, surrogate = _numbers(neurons.model, neurons.reset, neurons.surrogate)
-    arguments = structures.Neurons(model=model, reset=reset, surrogate=surrogate, alpha=neurons.alpha)
-    for k, value in enumerate(neurons.parameters):
-        grad = pointer(grads[k]) if grads else None
-        arguments.parameters[k] = structures.Parameter(value=value.data_ptr(), grad=grad, per_neuron=value.numel() > 1)
+    model, parameters, reset, surrogate, alpha = population
+    per_neuron = tuple([parameter.numel() > 1 for parameter in parameters])
+    arguments = structures.Neurons.from_buffer_copy(_options(model, reset, surrogate, alpha, per_neuron))
+    places = arguments.parameters
+    for k, parameter in enumerate(parameters):
+        place = places[k]
+        place.value = parameter.data_ptr()
+        if grads:
+            place.grad = pointer(grads[k])
     return arguments
 
 

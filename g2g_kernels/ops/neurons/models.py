@@ -199,6 +199,10 @@ class Neurons(NamedTuple):
     surrogate: str = SURROGATE
     alpha: float = ALPHA
 
+    def with_parameters(self, parameters: Tensors) -> "Neurons":
+        """The population with other parameters. (``_replace`` takes four times as long.)"""
+        return Neurons(self.model, parameters, self.reset, self.surrogate, self.alpha)
+
     def integrating(self) -> "Neurons":
         """The population whose membranes are those of neurons that do not spike: nothing follows from their spikes."""
         model = MODELS[self.model]

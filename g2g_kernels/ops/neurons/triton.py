@@ -54,7 +54,7 @@ from g2g_kernels.triton.neuron import (
     unless,
     zeros,
 )
-from g2g_kernels.triton.runtime import launch
+from g2g_kernels.triton.runtime import cdiv, launch, next_power_of_2
 
 #: the longest segment: its states live in registers, four per thread and step
 SEGMENT = 10
@@ -318,7 +318,7 @@ class Run(NamedTuple):
     @property
     def grid(self) -> tuple[int, int]:
         (batch, neurons), (block_b, block_n) = self.current.shape[-2:], self.blocks
-        return triton.cdiv(batch, block_b), triton.cdiv(neurons, block_n)
+        return cdiv(batch, block_b), cdiv(neurons, block_n)
 
     def arguments(self) -> dict[str, Any]:
         """The arguments that both kernels take."""
@@ -372,17 +372,17 @@ def model_options(population: Neurons) -> dict[str, Any]:
 
 def segment_of(steps: int) -> int:
     """The length of a segment: at most :data:`SEGMENT`, and such that the last one is nearly as long."""
-    return triton.cdiv(steps, triton.cdiv(steps, SEGMENT))
+    return cdiv(steps, cdiv(steps, SEGMENT))
 
 
 def checkpoint_shape(model: NeuronModel, steps: int, batch: int, neurons: int) -> tuple[int, int, int, int]:
     """The shape of the float32 states that the forward pass keeps: of [B, N] neurons per segment but the first."""
-    return triton.cdiv(steps, SEGMENT) - 1, len(model.states), batch, neurons
+    return cdiv(steps, SEGMENT) - 1, len(model.states), batch, neurons
 
 
 def blocks(neurons: int) -> tuple[int, int]:
     """BLOCK_B, BLOCK_N."""
-    block_n = min(128, triton.next_power_of_2(neurons))
+    block_n = min(128, next_power_of_2(neurons))
     return TILE // block_n, block_n
 
 
@@ -451,10 +451,10 @@ def launch_backward(
     for i, (parameter, partial) in enumerate(zip(run.population.parameters, partials, strict=True)):
         if partial is not None:
             rows, cols = partial.shape
-            block_c = min(64, triton.next_power_of_2(cols))
+            block_c = min(64, next_power_of_2(cols))
             launch(
                 sum_kernel,
-                (triton.cdiv(cols, block_c),),
+                (cdiv(cols, block_c),),
                 partial=partial,
                 decay=parameter if i < len(run.model.decays) else None,
                 out=grad_parameters[i],

@@ -282,8 +282,8 @@ def test_operator_registration(way, plain_memory):
             leaves["x"].detach(), stack.layers({k: t.detach() for k, t in leaves.items()}), 2, torch.float32
         )
         counts, rates, _, spikes, kept = triton.FORWARD(call._replace(keep=True))
-        grads = torch.ones_like(counts), torch.ones_like(rates)
-        triton.BACKWARD.opcheck(StackBackward(call, tuple(spikes), tuple(kept), *grads, True))
+        grads = torch.ones_like(counts), list(map(torch.ones_like, rates)), [None] * len(rates)
+        triton.BACKWARD.opcheck(StackBackward(call, spikes, kept, *grads, True))
 
 
 @pytest.mark.driver

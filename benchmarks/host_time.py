@@ -1,0 +1,265 @@
+"""The time of the host in a training step, by part, where kernels cost nothing: ``python -m benchmarks.host_time``.
+
+CPU time of one thread, at sizes that leave little but Python and dispatch. ``tiny`` has 32-64-64-16 neurons, T = 5 and
+B = 4; ``plain loop`` is the same network with dense layers, a loop over time in plain PyTorch. ``default`` has the
+layers and options of the default network, and launches its kernels, at 112-256-256-10 neurons, T = B = 2 and units of
+16. Backend ``triton`` records its launches instead of running them, so it needs no GPU. Triton's own launcher is not in
+its time; ``--launcher`` measures that too, up to its call of the driver. Cases take turns. The least time is the one to
+compare, since other programs share the machine.
+"""
+
+import argparse
+import contextlib
+import itertools
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from g2g_kernels import BlockMask, GroupLayout
+from g2g_kernels.numbers import COUNT
+from g2g_kernels.triton import runtime
+from g2gnet import LIF, G2GLinear, G2GNet, SpikingStack
+from g2gnet.cli import FlagError, Parser, add_json_flag, run_program
+from g2gnet.tables import in_columns
+
+from .contender import autocast
+from .launcher import launcher_seconds
+from .machine import describe
+from .report import seconds
+
+PARTS = ("forward", "loss", "backward", "optimizer")
+#: steps of a case in its turn
+TURN = 10
+
+
+class Case(NamedTuple):
+    """What is timed: a network, who runs it, and the precision of products."""
+
+    network: str
+    backend: str
+    precision: str = "fp32"
+
+
+CASES = (
+    Case("tiny", "plain loop"),
+    Case("tiny", "cpu"),
+    Case("default", "cpu"),
+    Case("default", "triton"),
+    Case("default", "triton", "bf16"),
+)
+
+
+class ATan(torch.autograd.Function):
+    """A step of the membrane above the threshold, with the derivative of an arctangent (α = 2)."""
+
+    @staticmethod
+    def forward(ctx, above):
+        ctx.save_for_backward(above)
+        return (above > 0).to(above.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (above,) = ctx.saved_tensors
+        return grad / (1 + (torch.pi * above) ** 2)
+
+
+class PlainLoop(nn.Module):
+    """The layers of a stack as dense ones, in a loop over time as one writes it."""
+
+    def __init__(self, stack: SpikingStack) -> None:
+        super().__init__()
+        self.T = stack.T
+        self.linears = nn.ModuleList(connection.to_linear() for connection, _ in stack.layers())
+        self.neurons = nn.ModuleList(neurons for _, neurons in stack.layers())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Inputs [B, D] held for T steps → spike counts [B, C]."""
+        membranes = [torch.zeros(())] * len(self.linears)
+        counts = torch.zeros(())
+        for _ in range(self.T):
+            spikes = x
+            for number, (linear, neurons) in enumerate(zip(self.linears, self.neurons, strict=True)):
+                assert isinstance(neurons, LIF)
+                beta, threshold = neurons.beta, neurons.threshold
+                reset = (membranes[number] > threshold).detach() * threshold
+                membranes[number] = beta * membranes[number] + linear(spikes) - reset
+                spikes = ATan.apply(membranes[number] - threshold)
+            counts = counts + spikes
+        return counts
+
+
+def tiny(backend: str) -> SpikingStack:
+    """32-64-64-16 neurons in groups, units of 8, T = 5."""
+    draw = torch.Generator().manual_seed(42)
+    layouts = [GroupLayout(size) for size in (32, 64, 64, 16)]
+    masks = [BlockMask.sample(out, into, block_size=8, generator=draw) for into, out in itertools.pairwise(layouts)]
+    return SpikingStack([(G2GLinear(mask, generator=draw), LIF()) for mask in masks], 5, backend)
+
+
+def default(backend: str) -> G2GNet:
+    """The default network at sizes that cost nothing; every layer has the form that it has there."""
+    draw = torch.Generator().manual_seed(42)
+    return G2GNet(112, 256, 10, block_size=16, T=2, backend=backend, generator=draw)
+
+
+class Contender:
+    """A training step of one case, and the seconds of each of its parts."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        draw = torch.Generator().manual_seed(0)
+        stack = (tiny if case.network == "tiny" else default)("cpu" if case.backend == "plain loop" else case.backend)
+        *_, (last, _) = stack.layers()
+        self.x = torch.rand(4 if case.network == "tiny" else 2, next(stack.layers())[0].in_features, generator=draw)
+        self.labels = torch.randint(last.out_features, self.x.shape[:1], generator=draw)
+        self.net = PlainLoop(stack) if case.backend == "plain loop" else stack
+        self.optimizer = torch.optim.Adam(self.net.parameters(), fused=True)
+        self.seconds: dict[str, list[float]] = {part: [] for part in PARTS}
+        #: what the last step launched, on Triton
+        self.launches: list[runtime.Launch] = []
+
+    def step(self) -> None:
+        """Trains for one step."""
+        marks = [time.process_time()]
+        with autocast(self.x.device, self.case.precision):
+            counts = self.net(self.x)
+        marks.append(time.process_time())
+        loss = F.cross_entropy(counts.float(), self.labels)
+        marks.append(time.process_time())
+        loss.backward()
+        marks.append(time.process_time())
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        marks.append(time.process_time())
+        for part, start, end in zip(PARTS, marks, marks[1:], strict=False):
+            self.seconds[part].append(end - start)
+
+    def turn(self, steps: int) -> None:
+        """Trains for some steps."""
+        on_triton = self.case.backend == "triton"
+        with contextlib.ExitStack() as stack:
+            self.launches = stack.enter_context(free_launches()) if on_triton else []
+            for _ in range(steps):
+                self.launches.clear()
+                self.step()
+
+
+@contextlib.contextmanager
+def free_launches() -> Iterator[list[runtime.Launch]]:
+    """Inside, backend ``triton`` takes tensors on the CPU, and its launches are recorded instead of run."""
+    from g2g_kernels.ops.g2g_stack import triton as stack
+
+    pays = stack.fused_pays
+
+    def pays_in_the_default_network(units: Any, *rest: Any) -> bool:
+        pays(units, *rest)  # takes its time, but layers as small as these have too few programs
+        return units.rows.num_units >= 16
+
+    with (
+        mock.patch.dict(os.environ, TRITON_INTERPRET="1"),
+        mock.patch.object(stack, "fused_pays", pays_in_the_default_network),
+        runtime.recorded() as launches,
+    ):
+        yield launches
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Times all cases in turn, prints the table and returns the record.
+
+    Raises:
+        FlagError: for numbers of turns out of range.
+    """
+    if arguments.launcher and runtime.interpreted():
+        raise FlagError("launcher: TRITON_INTERPRET is set, and the interpreter has none; unset it")
+    for name in ("turns", "warm_up"):
+        value = getattr(arguments, name)
+        if COUNT.refuses(value):
+            raise FlagError(f"{name}={value} must be {COUNT}")
+    with pytorch_threads(1):
+        contenders = [Contender(case) for case in CASES]
+        for number in tqdm(range(arguments.warm_up + arguments.turns), leave=False, disable=None):
+            for contender in contenders:
+                contender.turn(TURN)
+                if number < arguments.warm_up:
+                    for taken in contender.seconds.values():
+                        taken.clear()
+        rows = [row for contender in contenders for row in _rows(contender)]
+        if arguments.launcher:
+            *_, last = contenders
+            taken = launcher_seconds(last.launches, arguments.turns)
+            rows.append(_row(last.case, "launcher", taken) | {"launches": len(last.launches)})
+        record = {
+            "benchmark": "host_time",
+            "machine": describe(torch.device("cpu")),
+            "turns": arguments.turns,
+            "turn": TURN,
+            "rows": rows,
+        }
+    print(in_columns(*table(record)))
+    return record
+
+
+@contextlib.contextmanager
+def pytorch_threads(number: int) -> Iterator[None]:
+    """Inside, PyTorch computes on so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _rows(contender: Contender) -> Iterator[dict[str, Any]]:
+    steps = [sum(parts) for parts in zip(*contender.seconds.values(), strict=True)]
+    both = [sum(parts) for parts in zip(*(contender.seconds[part] for part in PARTS[:3]), strict=True)]
+    of = {**contender.seconds, "forward to backward": both, "step": steps}
+    for part, taken in of.items():
+        yield _row(contender.case, part, taken)
+
+
+def _row(case: Case, part: str, taken: Sequence[float]) -> dict[str, Any]:
+    return {**case._asdict(), "part": part, "least": min(taken), "median": statistics.median(taken)}
+
+
+def table(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: least and median time of each part of each case."""
+    parts = list(dict.fromkeys(row["part"] for row in record["rows"]))
+    cases: dict[str, dict[str, str]] = {}
+    for row in record["rows"]:
+        name = ", ".join(row[field] for field in Case._fields)
+        cases.setdefault(name, {})[row["part"]] = f"{seconds(row['least'])} ({seconds(row['median'])})"
+    rows = [[name, *(times.get(part, "–") for part in parts)] for name, times in cases.items()]
+    return ["least (median)", *parts], rows
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        prog=f"python -m {__package__}.host_time",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for name, number, text in (("turns", 50, "timed turns"), ("warm_up", 5, "turns before them")):
+        text = f"{text} of {TURN} steps (default: {number})"
+        parser.add_argument(f"--{name}", type=int, default=number, metavar="N", help=text)
+    text = "time Triton's launcher, too; compiles the kernels of a step for an H100 (a minute)"
+    parser.add_argument("--launcher", action="store_true", help=text)
+    add_json_flag(parser, "every least and median time")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_program(build_parser(), measure, argv, "nothing was written")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

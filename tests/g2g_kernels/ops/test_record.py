@@ -1,0 +1,154 @@
+"""Operators call their implementation, and go through PyTorch's dispatcher where something may look at them."""
+
+import contextlib
+
+import pytest
+import torch
+from helpers import row_with, seeded
+from stack_cases import STACKS, Stack, loss
+from torch.overrides import TorchFunctionMode
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from g2g_kernels import available_backends, g2g_linear, g2g_stack, lif
+from g2g_kernels.ops.record import RecordOperator
+
+COMPILED = [backend for backend in available_backends() if backend != "torch"]
+
+
+def passes(backend: str) -> list[torch.Tensor]:
+    """Results and gradients of every operator."""
+    stack = Stack(STACKS["mixer"], None)
+    leaves = stack.leaves(torch.float32)
+    activity = g2g_stack(leaves["x"], stack.layers(leaves), backend=backend)
+    loss(activity.counts, activity.rates).backward()
+    results = [activity.counts, *activity.rates, *activity.states, *(leaf.grad for leaf in leaves.values())]
+    x, values, bias = (leaves[name].detach().requires_grad_() for name in ("x", "values0", "bias0"))
+    current = g2g_linear(x, values, stack.masks[0], bias, backend=backend)
+    spikes = lif(current, leaves["beta0"], 1.0, backend=backend)
+    (spikes * torch.randn(spikes.shape, generator=seeded(5))).sum().backward()
+    return [*results, current, spikes, x.grad, values.grad, bias.grad, leaves["beta0"].grad]
+
+
+class Seen(TorchDispatchMode):
+    """The operators that PyTorch dispatches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function.overloadpacket._qualified_op_name)
+        return function(*args, **kwargs or {})
+
+
+class Functions(TorchFunctionMode):
+    """As :class:`Seen`, of what is called by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if isinstance(function, torch._ops.OpOverload):
+            self.names.add(function.overloadpacket._qualified_op_name)
+        return function(*args, **kwargs or {})
+
+
+@contextlib.contextmanager
+def profiled():
+    class Names:
+        names: set[str]
+
+    found = Names()
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        yield found
+    found.names = {event.name for event in profiler.events() or []}
+
+
+LOOKING = [("cpu", Seen), ("cpu", profiled), ("triton", Seen)]
+
+
+@pytest.mark.parametrize(("backend", "observer"), [pair for pair in LOOKING if pair[0] in COMPILED])
+def test_who_looks_at_operators_sees_them_and_the_same_bits(backend, observer, plain_memory):
+    expected = passes(backend)
+    with observer() as seen:
+        found = passes(backend)
+    prefix = "triton_" if backend == "triton" else ""
+    operators = {
+        f"g2g::{prefix}{operator}_{way}"
+        for operator in ("stack", "linear", "neurons")
+        for way in ("forward", "backward")
+    }
+    assert operators <= seen.names
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+def test_where_nobody_looks_nothing_is_dispatched(backend, monkeypatch):
+    called = []
+    direct = RecordOperator.__call__
+
+    def noted(operator, record):
+        monkeypatch.setattr(operator, "overload", None)
+        called.append(operator)
+        return direct(operator, record)
+
+    monkeypatch.setattr(RecordOperator, "__call__", noted)
+    passes(backend)
+    assert len(called) == 6
+
+
+class Plain(torch.Tensor):
+    """A subclass, whose ``__torch_function__`` may look at every operator."""
+
+
+@pytest.mark.skipif("cpu" not in available_backends(), reason="needs the compiled CPU kernels")
+@pytest.mark.parametrize("looks", ["subclass", "mode"])
+def test_subclasses_and_modes_of_functions_get_the_dispatched_operator(looks):
+    stack = Stack(STACKS["mixer"], None)
+    leaves = stack.leaves(torch.float32)
+    expected = g2g_stack(leaves["x"], stack.layers(leaves), backend="cpu").counts
+    if looks == "subclass":
+        found = g2g_stack(leaves["x"].detach().as_subclass(Plain), stack.layers(leaves), backend="cpu").counts
+    else:
+        with Functions() as functions:
+            found = g2g_stack(leaves["x"], stack.layers(leaves), backend="cpu").counts
+        assert "g2g::stack_forward" in functions.names
+    assert torch.equal(found.as_subclass(torch.Tensor), expected)
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+@pytest.mark.parametrize("change", ["relabel_", "load_state_dict", "values"])
+def test_what_a_stack_saved_must_not_have_changed(backend, change):
+    stack = Stack(STACKS["random single weights"], None)
+    leaves = stack.leaves(torch.float32)
+    counts = g2g_stack(leaves["x"], stack.layers(leaves), backend=backend).counts
+    mask = stack.masks[1]
+    if change == "relabel_":
+        mask.relabel_(torch.tensor([0]), mask.unit_row[1:2].clone(), mask.unit_col[:1].clone())
+    elif change == "load_state_dict":
+        mask.load_state_dict({"wiring": row_with(mask, unit_row=lambda t: t.flip(0), unit_col=lambda t: t.flip(0))})
+    else:
+        with torch.no_grad():
+            leaves["values1"].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        counts.sum().backward()
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+def test_saved_tensors_may_be_moved_away_in_between(backend):
+    """What hooks give back is read, and nothing that they took is kept alive."""
+    stack = Stack(STACKS["mixer"], None)
+
+    def gradients(pack, unpack):
+        leaves = stack.leaves(torch.float32)
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            counts = g2g_stack(leaves["x"] + 0, stack.layers(leaves), backend=backend).counts
+        counts.sum().backward()
+        return [leaf.grad for leaf in leaves.values()]
+
+    expected = gradients(lambda tensor: tensor, lambda tensor: tensor)
+    found = gradients(lambda tensor: tensor.clone(), lambda tensor: tensor.clone())
+    assert all(map(torch.equal, found, expected))

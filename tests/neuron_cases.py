@@ -1,16 +1,24 @@
 """Currents, parameters and neurons clear of their threshold, for the tests of neurons alone."""
 
+import pytest
 import snntorch
 import torch
-from helpers import device_of, lif_by_autograd, seeded
+from helpers import backends_of, device_of, lif_by_autograd, seeded
 from snntorch import surrogate as snn_surrogate
 
 from g2g_kernels import lif
+from g2g_kernels.ops.neurons import RESETS, operator
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
+from g2g_kernels.triton.runtime import interpreted, unavailable
 
 #: snnTorch's surrogates that have the same formula, α being their slope
 SNNTORCH = {"atan": snn_surrogate.atan, "fast_sigmoid": snn_surrogate.fast_sigmoid, "sigmoid": snn_surrogate.sigmoid}
 
+#: the backends that run neurons alone, Triton's interpreter included
+BACKENDS = [*backends_of(operator), *(["triton"] if interpreted() and unavailable() is None else [])]
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+every_reset = pytest.mark.parametrize("reset", RESETS)
+every_surrogate = pytest.mark.parametrize("surrogate", SURROGATES)
 
 T, B, N = 23, 5, 7
 

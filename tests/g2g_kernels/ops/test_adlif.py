@@ -5,24 +5,16 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import ErrorRatios, backends_of, device_of, rms, seeded
-from neuron_cases import currents, output_weights
+from helpers import ErrorRatios, device_of, rms, seeded
+from neuron_cases import BACKENDS, currents, every_backend, every_reset, every_surrogate, output_weights
 from stack_cases import STACKS, Stack, loss, results
 
 from g2g_kernels import Neurons, adlif, adlif_step, g2g_stack, lif
 from g2g_kernels.ops.g2g_stack import cpu as stack_on_cpu
-from g2g_kernels.ops.neurons import RESETS, operator, run_neurons
+from g2g_kernels.ops.neurons import RESETS, run_neurons
 from g2g_kernels.ops.neurons.models import MODELS
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
-from g2g_kernels.triton.runtime import interpreted, unavailable
-
-BACKENDS = backends_of(operator)
-if interpreted() and unavailable() is None:
-    BACKENDS.append("triton")
-
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
-every_reset = pytest.mark.parametrize("reset", RESETS)
-every_surrogate = pytest.mark.parametrize("surrogate", SURROGATES)
+from g2g_kernels.triton.runtime import interpreted
 
 PARAMETERS = MODELS["adlif"].parameters
 T, B, N = 17, 5, 7

@@ -27,6 +27,8 @@ from neuron_cases import (
     by_snntorch,
     clear_of_threshold,
     currents,
+    every_reset,
+    every_surrogate,
     gradients,
     lif_on,
     output_weights,
@@ -40,8 +42,6 @@ from g2g_kernels.ops.neurons import RESETS, operator
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
 
 every_backend = pytest.mark.parametrize("backend", backends_of(operator))
-every_reset = pytest.mark.parametrize("reset", RESETS)
-every_surrogate = pytest.mark.parametrize("surrogate", SURROGATES)
 
 
 # --- snnTorch is the judge ----------------------------------------------------------------------------------------

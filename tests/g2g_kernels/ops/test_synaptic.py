@@ -5,22 +5,13 @@ import itertools
 import pytest
 import snntorch
 import torch
-from helpers import ErrorRatios, backends_of, device_of, rms, seeded
-from neuron_cases import SNNTORCH, currents, output_weights
+from helpers import ErrorRatios, device_of, rms, seeded
+from neuron_cases import BACKENDS, SNNTORCH, currents, every_backend, every_reset, every_surrogate, output_weights
 from stack_cases import STACKS, Stack, T, loss, results
 
 from g2g_kernels import Neurons, g2g_stack, lif, synaptic, synaptic_step
-from g2g_kernels.ops.neurons import RESETS, operator
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
-from g2g_kernels.triton.runtime import interpreted, unavailable
 
-BACKENDS = backends_of(operator)
-if interpreted() and unavailable() is None:
-    BACKENDS.append("triton")
-
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
-every_reset = pytest.mark.parametrize("reset", RESETS)
-every_surrogate = pytest.mark.parametrize("surrogate", SURROGATES)
 scalar_or_per_neuron = pytest.mark.parametrize("per_neuron", [False, True], ids=["scalar", "per neuron"])
 held_or_varying = pytest.mark.parametrize("held", [False, True], ids=["varying", "held"])
 

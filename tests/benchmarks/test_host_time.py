@@ -11,15 +11,15 @@ from benchmarks.host_time import CASES, Case, Contender, PlainLoop, tiny
 pytest.importorskip("triton", minversion="3.3")
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
-def test_the_small_network_launches_what_the_default_one_does(precision, dtype):
+def test_the_small_network_launches_what_the_default_one_does():
+    """In bfloat16, whose times the predictions take; in float32 the small one is fused where the default one is not."""
     from benchmarks.launches import training_step
     from benchmarks.predictions import network
 
-    contender = Contender(Case("default", "triton", precision))
+    contender = Contender(Case("default", "triton", "bf16"))
     contender.turn(1)
     launched = [launch.kernel.fn.__name__ for launch in contender.launches]
-    assert launched == [each.name for each in training_step(network(), 256, 784, dtype) if each.launch]
+    assert launched == [each.name for each in training_step(network(), 256, 784, torch.bfloat16) if each.launch]
 
 
 def test_the_plain_loop_is_the_same_network():

@@ -2,7 +2,6 @@
 not. The dense [out, in] matrix behind these numbers is never formed.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ from g2gnet.distributed import ALONE, World
 #: units of at least this many neurons on a side are summed by a matrix product: one pass over the samples, where
 #: scaling, padding and reordering take several; but not of more units, whose product takes longer than that
 PRODUCT_WIDTH, PRODUCT_UNITS = 4, 256
-#: elements of the gradient that are formed at a time: a product of this size runs at full speed
+#: elements of the gradient that are formed at a time (at least a block row): a product of this size runs at full speed
 BAND = 1 << 24
 
 
@@ -178,14 +177,10 @@ class UnitGradients:
         seen += [(torch.eye(cols.size, device=weight.device), weight.T.float()) for weight in self._seen.dense]
         x = _padded(torch.cat([x for x, _ in seen]), cols)
         g = _padded(torch.cat([g for _, g in seen]), rows)
+        block_rows = max(1, BAND // (x.shape[1] * rows.width))  # at a time
         squares = [
             world.sum_(band.T @ x).square_().view(-1, rows.width, cols.num_units, cols.width).sum((1, 3))
-            for band in _bands(g, rows, x.shape[1])
+            for band in g.split(block_rows * rows.width, 1)
         ]
         sizes = rows.lengths[:, None] * cols.lengths[None, :]
         return (torch.cat(squares) / sizes).sqrt().flatten()
-
-
-def _bands(g: torch.Tensor, rows: UnitAxis, width: int) -> Iterator[torch.Tensor]:
-    """The columns of g, some block rows at a time, whose gradient is not much larger than ``BAND``."""
-    return iter(g.split(max(1, BAND // (width * rows.width)) * rows.width, 1))

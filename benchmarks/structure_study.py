@@ -1,4 +1,4 @@
-"""Does it matter who connects to whom? Static graphs of one size on Fashion-MNIST: ``python -m benchmarks.structure_study``.
+"""Does it matter who connects to whom? Static graphs on Fashion-MNIST: ``python -m benchmarks.structure_study``.
 
 Groups by *index*, *random* and *mixer*, a small world of groups, and distance on a ring, against two graphs without
 modules: *Erdős–Rényi* and *regular*, whose rows have equally many units, as those of groups have. Each is compared with
@@ -120,7 +120,7 @@ STUDY = Study(
         for size, flags in SIZES.items()
         for graph, model in GRAPHS.items()
     },
-    10,
+    5,
     table,
     default_rows=("*, H 1024, 5 %, units of 16",),
     seeds=(1, 2, 3, 4, 5),

@@ -142,7 +142,8 @@ def build_parser(study: Study) -> Parser:
     parser.add_argument("--seeds", type=int, nargs="+", default=study.seeds, metavar="N", help=text)
     text = f"epochs of each run (default: {study.epochs})"
     parser.add_argument("--epochs", type=int, default=study.epochs, metavar="N", help=text)
-    text = f"rows to train, or patterns of their names with * (default: {' '.join(study.default_rows)})"
+    default = " ".join(study.default_rows).replace("%", "%%")  # argparse formats the text
+    text = f"rows to train, or patterns of their names with * (default: {default})"
     parser.add_argument("--rows", nargs="+", default=study.default_rows, metavar="NAME", help=text)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="parallel runs (default: cores)")
     text = f"train on all but the last {HELD_BACK:,} training images, and test on these, not on the test images"

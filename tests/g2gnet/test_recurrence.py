@@ -3,10 +3,11 @@
 import pytest
 import snntorch
 import torch
-from helpers import lif_by_autograd, rms, seeded, threads
+from helpers import lif_by_autograd, rms, seeded
 from networks import sparse_stack
 from snntorch import surrogate as snn_surrogate
 
+from benchmarks.machine import pytorch_threads
 from g2g_kernels import BlockMask, GroupLayout, available_backends
 from g2g_kernels.ops.neurons import RESETS
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
@@ -210,7 +211,7 @@ def test_compiled_kernels_give_what_float64_gives(backend, case):
 def test_results_do_not_depend_on_the_threads():
     found = []
     for number in (1, 2, 3):
-        with threads(number):
+        with pytorch_threads(number):
             stack = stack_of("cpu", unit=16, sizes=(40, 128, 96, 7), kind="index")
             found.append(run(stack, inputs_of(stack, held=False, batch=80), torch.float32))
     for other in found[1:]:

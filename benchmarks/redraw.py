@@ -32,6 +32,7 @@ from . import (
     model_comparison,
     recipe_study,
     sequence_study,
+    structure_study,
     study,
     surrogate_study,
     tradeoff_study,
@@ -52,7 +53,15 @@ PAGES = (
 PICTURED = ("scaling", "accuracy", "chunks", "tradeoff_study")
 STUDIES = {
     module.STUDY.name: module.STUDY
-    for module in (model_comparison, surrogate_study, recipe_study, dst_study, tradeoff_study, sequence_study)
+    for module in (
+        model_comparison,
+        surrogate_study,
+        recipe_study,
+        dst_study,
+        tradeoff_study,
+        sequence_study,
+        structure_study,
+    )
 }
 #: a throughput record's name contains these where they differ
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(Workload)}

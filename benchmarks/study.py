@@ -46,6 +46,7 @@ class Study:
         epochs: of each run.
         table: a Markdown table from the record.
         default_rows: what ``--rows`` is unless it is given.
+        seeds: the same for ``--seeds``.
         others: rows that ``g2g-train`` does not train, and what does: from the settings of their flags, a folder and a
             function that prints a line, to the end of the run.
         finished_others: the end of such a run in its folder, or None.
@@ -59,6 +60,7 @@ class Study:
     epochs: int
     table: Callable[[dict[str, Any]], str]
     default_rows: Sequence[str] = ("*",)
+    seeds: Sequence[int] = (1, 2, 3)
     others: Mapping[str, Callable[[TrainSettings, Path, Callable[[str], None]], dict[str, Any]]] = dataclasses.field(
         default_factory=dict
     )
@@ -136,10 +138,12 @@ def build_parser(study: Study) -> Parser:
     parser.add_argument(
         "--runs", type=Path, default=Path("runs"), metavar="DIR", help="folder of the runs (default: runs)"
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], metavar="N", help="default: 1 2 3")
+    text = f"default: {' '.join(map(str, study.seeds))}"
+    parser.add_argument("--seeds", type=int, nargs="+", default=study.seeds, metavar="N", help=text)
     text = f"epochs of each run (default: {study.epochs})"
     parser.add_argument("--epochs", type=int, default=study.epochs, metavar="N", help=text)
-    text = f"rows to train, or patterns of their names with * (default: {' '.join(study.default_rows)})"
+    default = " ".join(study.default_rows).replace("%", "%%")  # argparse formats the text
+    text = f"rows to train, or patterns of their names with * (default: {default})"
     parser.add_argument("--rows", nargs="+", default=study.default_rows, metavar="NAME", help=text)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="parallel runs (default: cores)")
     text = f"train on all but the last {HELD_BACK:,} training images, and test on these, not on the test images"

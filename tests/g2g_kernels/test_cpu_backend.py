@@ -168,7 +168,8 @@ def check(ratios: ErrorRatios) -> None:
         fresh = ErrorRatios()
         fresh._logarithms = {name: logs[name]}
         # The ratios of single numbers vary by a factor of 3 (in a layer of ten neurons the standard deviation of their
-        # logarithm is 1.2), so luck takes the mean of a few dozen above 1.5 on some machine. Over 600 networks it is 1.09.
+        # logarithm is 1.2), so luck takes the mean of a few dozen above 1.5 on some machine. Over 600 networks it is
+        # 1.09.
         luck = statistics.stdev(logs[name]) / len(logs[name]) ** 0.5 if name == ONE_NUMBER else 0.0
         fresh.check(len(logs[name]), 1.5 * math.exp(2 * luck))
 

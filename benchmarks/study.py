@@ -31,7 +31,7 @@ from g2gnet.sweep.grid import Run
 from g2gnet.sweep.results import estimate
 from g2gnet.training import TrainingError, TrainSettings, read_run
 
-from .machine import describe
+from .machine import describe, pytorch_threads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,18 +237,16 @@ def make(study: Study, arguments: argparse.Namespace) -> dict[str, Any]:
         end = result(run)
         if end is not None:
             ends[row, seed] = {"seed": seed, **end}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # those of a run
-    for (row, seed), run in others.items():
+    with pytorch_threads(1):  # those of a run
+        for (row, seed), run in others.items():
 
-        def note(text: str, label: str = run.label) -> None:
-            print(f"{label}: {text}", file=sys.stderr)
+            def note(text: str, label: str = run.label) -> None:
+                print(f"{label}: {text}", file=sys.stderr)
 
-        train_other = study.others[row]
-        end = study.finished_others(run.folder) if arguments.finished else train_other(run.settings, run.folder, note)
-        if end is not None:
-            ends[row, seed] = {"seed": seed, **end}
-    torch.set_num_threads(threads)
+            train = study.others[row]
+            end = study.finished_others(run.folder) if arguments.finished else train(run.settings, run.folder, note)
+            if end is not None:
+                ends[row, seed] = {"seed": seed, **end}
     for (row, seed), run in {**runs, **others}.items():
         if (row, seed) in ends:
             ends[row, seed] |= study.more(row, run.settings, run.folder)

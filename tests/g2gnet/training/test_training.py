@@ -7,9 +7,9 @@ import os
 
 import pytest
 import torch
-from helpers import threads
 from training_runs import SMALL, VARIANTS, assert_equal, load, run
 
+from benchmarks.machine import pytorch_threads
 from g2gnet import SpikingStack
 from g2gnet.data import DataError, as_samples, load_dataset, random_crop_and_flip
 from g2gnet.seeding import stream
@@ -410,7 +410,7 @@ def test_few_parameters_are_updated_by_one_thread_to_the_same_bits(monkeypatch, 
         trainer.train_epoch()
         return trainer.net.state_dict()
 
-    with threads(2):
+    with pytorch_threads(2):
         state = trained(limit)
         assert torch.get_num_threads() == 2
         assert set(used) == {1 if limit else 2}

@@ -45,7 +45,7 @@ class _StepConstants(NamedTuple):
 class _StepResult(NamedTuple):
     """Results of a step on a batch."""
 
-    loss: torch.Tensor  # mean cross-entropy of the images, a scalar
+    loss: torch.Tensor  # mean cross-entropy of the images with their labels, smoothed or not, a scalar
     correct: torch.Tensor  # correctly classified images, a scalar
     firing_rates: torch.Tensor  # mean rate of each neuron, layer after layer [2·H + C]
 
@@ -138,7 +138,12 @@ class Trainer(EpochTrainer):
         super().__init__(settings, data, device)
         self.settings = settings
         self.world = world
-        self.lr_schedule = settings.lr_schedule
+        self.lr_schedule, self.lr_warmup = settings.lr_schedule, settings.lr_warmup
+        if self.lr_warmup >= self._steps:
+            raise SettingsError(
+                f"lr_warmup={self.lr_warmup} leaves no step at `lr`: training takes {self._steps} steps; lower "
+                "`lr_warmup`"
+            )
         count = len(self.data.train_labels)
         smallest = count - (self._batches - 1) * settings.batch_size
         if smallest < world.size:
@@ -164,20 +169,9 @@ class Trainer(EpochTrainer):
             check_rates(settings, self.data)
         self._neurons = [connection.out_features for connection, _ in self.net.layers()]
         self._initial_units = self._units()
-        # PyTorch's fused update supports CPU and CUDA; other devices take the plain loop
-        fused = device.type in ("cpu", "cuda")
         parameters = sum(parameter.numel() for parameter in self.net.parameters())
         self._one_thread_updates = device.type == "cpu" and parameters <= ONE_THREAD_UPDATE
-        falls = settings.lr_schedule != "constant"
-        self.optimizer = torch.optim.Adam(
-            self.net.parameters(),
-            # a captured step reads it from a tensor
-            lr=torch.tensor(settings.lr, device=device) if machine.captures and falls else settings.lr,
-            weight_decay=settings.weight_decay,
-            fused=fused,
-            foreach=False,
-            capturable=machine.captures,
-        )
+        self.optimizer = self._make_optimizer(machine)
         self._parallel: DistributedDataParallel | None = None
         if world.size > 1:
             self._parallel = DistributedDataParallel(
@@ -229,6 +223,26 @@ class Trainer(EpochTrainer):
                 raise ValueError(f"dst/steps={state['dst']['steps']} and step={state['step']} are at odds")
             self.dst.load_state_dict(state["dst"])
         self._captured = self._capture()  # the optimizer's state has other addresses now
+
+    def _make_optimizer(self, machine: Machine) -> torch.optim.Optimizer:
+        settings, device = self.settings, machine.device
+        varies = settings.lr_schedule != "constant" or settings.lr_warmup > 0
+        options: dict[str, Any] = {
+            # a captured step reads it from a tensor
+            "lr": torch.tensor(settings.lr, device=device) if machine.captures and varies else settings.lr,
+            "weight_decay": settings.weight_decay,
+            # PyTorch's fused update supports CPU and CUDA; other devices take the plain loop
+            "fused": device.type in ("cpu", "cuda"),
+            "foreach": False,
+            "capturable": machine.captures,
+        }
+        if settings.optimizer == "adam":
+            return torch.optim.Adam(self.net.parameters(), **options)
+        # a decay that no gradient scales would draw decays and thresholds of neurons to zero
+        weights = [connection.values for connection in self.net.connections().values()]
+        others = [each for each in self.net.parameters() if all(each is not weight for weight in weights)]
+        groups: list[dict[str, Any]] = [{"params": weights}, {"params": others, "weight_decay": 0.0}]
+        return torch.optim.AdamW(groups, **options)
 
     def _capture(self) -> CapturedStep | None:
         machine = self._machine
@@ -319,7 +333,7 @@ class Trainer(EpochTrainer):
                 activity = self._parallel(inputs, list(dropped) or None)
             else:
                 activity = self.net.simulate(inputs, chunk=self.settings.chunk, dropped=list(dropped) or None)
-        loss = F.cross_entropy(activity.output, labels)
+        loss = F.cross_entropy(activity.output, labels, label_smoothing=self.settings.label_smoothing)
         objective = share * loss
         if target and target.strength > 0:
             rates = [self._whole_batch(share * rates) for rates in activity.rates[:-1]]

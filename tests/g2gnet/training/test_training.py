@@ -65,6 +65,51 @@ def test_the_learning_rate_falls_as_a_cosine_over_all_steps():
     assert rates == pytest.approx([1e-3 * (1 + math.cos(math.pi * step / 12)) / 2 for step in range(12)])
 
 
+def test_the_learning_rate_rises_before_it_falls():
+    """4 of 12 steps rise, by lr/4 each; the cosine falls over the other 8."""
+    trainer = small_trainer(lr_schedule="cosine", lr_warmup=4)
+    rates = []
+    for _ in range(3):
+        trainer.train_epoch(lambda *_: rates.append(trainer.optimizer.param_groups[0]["lr"]))
+    falling = [1e-3 * (1 + math.cos(math.pi * step / 8)) / 2 for step in range(8)]
+    assert rates == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3, *falling])
+
+
+def test_a_warmup_without_end_is_refused():
+    with pytest.raises(SettingsError, match="lr_warmup=12 leaves no step at `lr`: training takes 12 steps; lower"):
+        small_trainer(lr_warmup=12)
+
+
+def small_trainer(**options):
+    settings = TrainSettings(**{**SMALL, **options})
+    return Trainer(settings, load_dataset(settings.dataset), Machine(torch.device("cpu")))
+
+
+ONE_STEP = {"batch_size": 200, "epochs": 1}
+
+
+def test_smoothed_labels_give_each_class_its_share_of_the_loss():
+    """0.3 spread over 10 classes: 0.73 for the label's class and 0.03 for each other."""
+    trainer = small_trainer(**ONE_STEP, label_smoothing=0.3)
+    with torch.no_grad():
+        scores = trainer.net(as_samples(trainer.data.train_images)).double().log_softmax(1)
+    wanted = torch.full_like(scores, 0.03)
+    wanted[torch.arange(200), trainer.data.train_labels] = 0.73
+    assert trainer.train_epoch()["train_loss"] == pytest.approx(-(wanted * scores).sum(1).mean().item(), rel=1e-5)
+
+
+def test_a_decoupled_decay_takes_its_share_of_connections_alone():
+    before = small_trainer(**ONE_STEP).net.state_dict()
+    plain = small_trainer(**ONE_STEP, weight_decay=0.0, lr=0.01)
+    decayed = small_trainer(**ONE_STEP, weight_decay=0.5, lr=0.01, optimizer="adamw")
+    for trainer in (plain, decayed):
+        trainer.train_epoch()
+    for (name, without), (_, found) in zip(plain.net.named_parameters(), decayed.net.named_parameters(), strict=True):
+        taken = 0.01 * 0.5 * before[name] if name.endswith("values") else torch.zeros(())
+        assert not torch.equal(without, before[name])
+        torch.testing.assert_close(found, without - taken, rtol=0, atol=6e-8 if name.endswith("values") else 0)
+
+
 def test_standardized_inputs_have_mean_zero_and_deviation_one():
     data = load_dataset(SMALL["dataset"])
     trainer = Trainer(TrainSettings(**SMALL, standardize=True), data, Machine(torch.device("cpu")))

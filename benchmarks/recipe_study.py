@@ -38,6 +38,7 @@ OTHERS = {
         "decoupled decay 0.1": "--optimizer adamw --weight_decay 0.1",
     },
     "labels": {"label smoothing 0.1": "--label_smoothing 0.1"},
+    "average": {"averaged over an epoch": "--average 235", "averaged over four epochs": "--average 940"},
     "surrogate": {"ATan": "", "triangle, alpha 4": "--surrogate triangle --alpha 4"},
     "dropout": {"no dropout": "", "dropout 0.1": "--dropout 0.1", "dropout 0.3": "--dropout 0.3"},
     "augmentation": {"no augmentation": "", "shifted and mirrored": "--augment shift-flip"},

@@ -151,6 +151,13 @@ class TrainSettings(NetworkSettings, RunSettings):
     label_smoothing: float = setting(
         0.0, "training", "share of each label that is spread over all classes, in training", low=0, high=1
     )
+    average: int | None = setting(
+        None,
+        "training",
+        "test, analyse and save averaged weights: the mean over all steps, after N steps an exponential average with "
+        "decay 1 - 1/N",
+        low=2,
+    )
     precision: str = setting("fp32", "training", "precision of the matrix products", choices=PRECISIONS)
     chunk: int | None = setting(
         None,

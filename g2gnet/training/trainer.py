@@ -1,5 +1,6 @@
 """The optimisation of one network: steps, epochs, evaluation, and a state to resume from."""
 
+import copy
 import dataclasses
 import logging
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from g2g_kernels import Activity
 from g2g_kernels.triton import runtime
 from g2gnet.analysis import Batch
+from g2gnet.copies import tie_wiring
 from g2gnet.cuda_graph import CapturedStep
 from g2gnet.data import ImageData, as_samples, random_crop_and_flip
 from g2gnet.distributed import World
@@ -28,6 +30,7 @@ from g2gnet.training.machine import Machine
 from g2gnet.training.samples import check_images, order_of
 from g2gnet.training.settings import TrainSettings
 from g2gnet.training.sizes import check_memory
+from g2gnet.training.state import load_model
 
 logger = logging.getLogger("g2gnet")
 
@@ -115,6 +118,11 @@ class Trainer(EpochTrainer):
         machine: where to compute. Each process of its ``world`` has such a trainer and computes its part of every
             batch. Together they do what one process would do, except for the order of floating-point sums.
 
+    Attributes:
+        net: the network that is trained.
+        tested: what is tested, analysed and saved as the run's network: ``net``, or with ``settings.average`` its
+            average, which is rewired with it.
+
     Raises:
         SettingsError: if a batch has fewer images than there are processes, training has too few steps for DST, the
             images to be shifted or mirrored are vectors, or the network and a step need more memory than there is.
@@ -167,6 +175,10 @@ class Trainer(EpochTrainer):
             check_counts(self.data)
         if settings.enc == "rate":
             check_rates(settings, self.data)
+        self.tested = self.net
+        if settings.average is not None:
+            self.tested = copy.deepcopy(self.net).requires_grad_(False)
+            tie_wiring(self.net, self.tested)
         self._neurons = [connection.out_features for connection, _ in self.net.layers()]
         self._initial_units = self._units()
         parameters = sum(parameter.numel() for parameter in self.net.parameters())
@@ -214,10 +226,17 @@ class Trainer(EpochTrainer):
         self._layers = LayerWatch(order is not None)
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "dst": self.dst.state_dict() if self.dst else None}
+        state = {**super().state_dict(), "dst": self.dst.state_dict() if self.dst else None}
+        if self.tested is not self.net:
+            state |= {"model": self.tested.state_dict(), "trained": state["model"]}
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
+        if self.tested is self.net:
+            super().load_state_dict(state)
+        else:
+            super().load_state_dict({**state, "model": state["trained"]})
+            load_model(self.tested, state["model"])
         if self.dst:
             if state["dst"]["steps"] != state["step"]:
                 raise ValueError(f"dst/steps={state['dst']['steps']} and step={state['step']} are at odds")
@@ -312,6 +331,7 @@ class Trainer(EpochTrainer):
         result, activity = learn(inputs, labels, _StepConstants(target, len(labels) / len(index)), *dropped)
         runtime.tell_compiled()
         self._stepped()
+        self._add_to_average()
         if self.dst:
             self.dst.step(inputs, activity)
         return result
@@ -365,6 +385,14 @@ class Trainer(EpochTrainer):
         finally:
             torch.set_num_threads(threads)
 
+    @torch.no_grad()
+    def _add_to_average(self) -> None:
+        if self.settings.average is None:
+            return
+        share = 1 / min(self.step, self.settings.average)
+        for average, now in zip(self.tested.parameters(), self.net.parameters(), strict=True):
+            average.lerp_(now, share)
+
     def _whole_batch(self, part: torch.Tensor) -> torch.Tensor:
         """The sum over the processes; its gradient goes only to this process's part, since each sends its own."""
         if self.world.size == 1:
@@ -373,14 +401,14 @@ class Trainer(EpochTrainer):
 
     def run_images(self, part: str = "test", count: int | None = None) -> Iterator[Batch]:
         """The network's activity on the first ``count`` (None: all) of the ``"test"`` or ``"val"`` images."""
-        return run_images(self.net, self.settings, self.epoch, self.data, part, count)
+        return run_images(self.tested, self.settings, self.epoch, self.data, part, count)
 
     def evaluate(self, part: str = "test") -> Evaluation:
         """The results on the ``"test"`` or ``"val"`` images."""
         layers = [f"fc{number}" for number in range(1, self.net.depth + 1)]
         # correct images; then additions and multiplications of each layer
         sums = torch.zeros(1 + 2 * len(layers), dtype=torch.int64, device=self.device)
-        for batch in run_images(self.net, self.settings, self.epoch, self.data, part, world=self.world):
+        for batch in run_images(self.tested, self.settings, self.epoch, self.data, part, world=self.world):
             sums[0] += (batch.activity.output.argmax(1) == batch.labels).sum()
             counted = [count for layer in batch.activity.synaptic_operations() for count in layer[:2]]
             sums[1:] += torch.tensor(counted, device=self.device)

@@ -110,6 +110,53 @@ def test_a_decoupled_decay_takes_its_share_of_connections_alone():
         torch.testing.assert_close(found, without - taken, rtol=0, atol=6e-8 if name.endswith("values") else 0)
 
 
+def test_the_average_is_the_mean_of_all_steps_and_then_of_about_the_last_and_follows_rewiring(tmp_path):
+    trainer = small_trainer(average=3, sparsity_mode="dynamic", dst_interval=2, cg="random", lr=0.03)
+    expected = {name: tensor.double() for name, tensor in weights_of(trainer.net).items()}
+    seen, rewired = 0, 0
+
+    def add(*_):
+        nonlocal seen, rewired
+        seen += 1
+        for name, now in weights_of(trainer.net).items():
+            expected[name] += (now.double() - expected[name]) / min(seen, 3)
+            # a new unit begins at zero in both, a lost one is in neither
+            there = (now != 0) & (before[name] != 0) if name.startswith("fc") else True
+            rewired += int((expected[name][now == 0] != 0).sum()) if now.ndim == 2 else 0
+            expected[name] *= there
+        before.update(weights_of(trainer.net))
+
+    for _ in range(2):
+        before = weights_of(trainer.net)
+        trainer.train_epoch(add)
+    assert seen == 8
+    assert rewired > 0
+    for name, found in weights_of(trainer.tested).items():
+        torch.testing.assert_close(found.double(), expected[name], rtol=0, atol=1e-7, msg=name)
+        assert not torch.equal(found, weights_of(trainer.net)[name])
+
+
+def weights_of(net):
+    """Dense weights of each connection, and the neurons' parameters."""
+    weights = {name: connection.dense_weight().detach().clone() for name, connection in net.connections().items()}
+    neurons = {name: value.detach().clone() for name, value in net.named_parameters() if name.startswith("lif")}
+    return {**weights, **neurons}
+
+
+def test_the_average_is_what_is_tested_analysed_and_saved(tmp_path):
+    files = run(tmp_path, average=100, epochs=2)
+    state = load(files)
+    settings = TrainSettings(**{**SMALL, "epochs": 2})
+    trainer = Trainer(settings, load_dataset(settings.dataset), Machine(torch.device("cpu")))
+    accuracies = {}
+    for part in ("model", "trained"):
+        trainer.net.load_state_dict(state[part])
+        accuracies[part] = trainer.evaluate().accuracy
+    assert accuracies["model"] != accuracies["trained"]
+    assert state["history"][-1]["test_acc"] == accuracies["model"]
+    assert_equal(dict(read_run(files.checkpoint).network().state_dict()), dict(state["model"]))
+
+
 def test_standardized_inputs_have_mean_zero_and_deviation_one():
     data = load_dataset(SMALL["dataset"])
     trainer = Trainer(TrainSettings(**SMALL, standardize=True), data, Machine(torch.device("cpu")))

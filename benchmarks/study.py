@@ -223,7 +223,7 @@ def make(study: Study, arguments: argparse.Namespace) -> dict[str, Any]:
     dataset = validation_data(arguments.runs) if arguments.validation else None
     root = arguments.runs / "validation" if arguments.validation else arguments.runs
     if arguments.flags:
-        root /= _name(arguments.flags)
+        root /= _name(arguments.flags).strip("-")
     runs = {
         (row, seed): run_of(study, row, arguments.epochs, seed, root, dataset)
         for seed in arguments.seeds

@@ -14,7 +14,6 @@ from helpers import (
     lif_by_autograd,
     rms,
     skip_where_refused,
-    threads,
     unavailable,
 )
 from hypothesis import given
@@ -37,6 +36,7 @@ from neuron_cases import (
 from snntorch import surrogate as snn_surrogate
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.machine import pytorch_threads
 from g2g_kernels import BackendError, lif
 from g2g_kernels.ops.neurons import RESETS, operator
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
@@ -422,7 +422,7 @@ def test_with_several_threads(backend):
     current, (beta, threshold) = currents(T, 900, N, seed=2, dtype=torch.float32), parameters(True, torch.float32)
     weights = output_weights(T, 900, N)
     single = gradients(lif_on(backend), current, beta, threshold, weights)
-    with threads(3):
+    with pytorch_threads(3):
         several = gradients(lif_on(backend), current, beta, threshold, weights)
     assert torch.equal(several["spikes"], single["spikes"])
     assert torch.equal(several["current.grad"], single["current.grad"])

@@ -42,6 +42,7 @@ OTHERS = {
     "surrogate": {"ATan": "", "triangle, alpha 4": "--surrogate triangle --alpha 4"},
     "dropout": {"no dropout": "", "dropout 0.1": "--dropout 0.1", "dropout 0.3": "--dropout 0.3"},
     "augmentation": {"no augmentation": "", "shifted and mirrored": "--augment shift-flip"},
+    "occlusion": {"half of the images occluded": "--erase 0.5"},
     "steps": {"T 5": "--T 5", "T 20": "--T 20"},
     "initial weights": {"initial weights × 3": "--init_gain 3"},
     "width": {"H 512": "--hidden_dim 512", "H 2048": "--hidden_dim 2048"},

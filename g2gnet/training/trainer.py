@@ -16,7 +16,7 @@ from g2g_kernels.triton import runtime
 from g2gnet.analysis import Batch
 from g2gnet.copies import tie_wiring
 from g2gnet.cuda_graph import CapturedStep
-from g2gnet.data import ImageData, as_samples, random_crop_and_flip
+from g2gnet.data import ImageData, as_samples, random_crop_and_flip, random_erase
 from g2gnet.distributed import World
 from g2gnet.dst import DSTScheduler
 from g2gnet.network import G2GNet
@@ -125,7 +125,7 @@ class Trainer(EpochTrainer):
 
     Raises:
         SettingsError: if a batch has fewer images than there are processes, training has too few steps for DST, the
-            images to be shifted or mirrored are vectors, or the network and a step need more memory than there is.
+            images to be changed are vectors, or the network and a step need more memory than there is.
 
     Example:
         >>> from g2gnet.data import load_dataset
@@ -314,6 +314,8 @@ class Trainer(EpochTrainer):
         images = self.data.train_images[index]
         if self.settings.shift is not None:
             images = random_crop_and_flip(images, self._stream("augment", self.step), self.settings.shift)
+        if self.settings.erase:
+            images = random_erase(images, self._stream("erase", self.step), self.settings.erase)
         # from the whole batch's draws, so each image gets what it would get in one process
         part = self.world.part(len(index))
         inputs = self.net.encode(as_samples(images), self._stream("encode_train", self.step), part)

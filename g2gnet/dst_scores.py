@@ -71,6 +71,11 @@ def _padded(samples: torch.Tensor, axis: UnitAxis) -> torch.Tensor:
     return samples.index_select(1, axis.neuron_at)
 
 
+def _backward_pass() -> int:
+    """The number of the backward pass that runs now; −1 outside of them."""
+    return torch._C._current_graph_task_id()
+
+
 #: what a layer received and the gradient of what it gave, [..., in] and [..., out]
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -105,10 +110,13 @@ class UnitGradients:
         """The packed weights for the products of one call, and what these products are told to."""
         if not values.requires_grad:
             return values, lambda _, y: y
-        reached: dict[int, Pair] = {}  # in a backward pass, which may not go on to the weights
+        called_in = _backward_pass()
+        #: by product, with the backward pass, which may not go on to the weights
+        reached: dict[int, tuple[int, Pair]] = {}
 
         def count(_: torch.Tensor) -> None:
-            self._seen.pairs.extend(reached.values())
+            this = _backward_pass()
+            self._seen.pairs.extend(pair for of, pair in reached.values() if of == this)
             reached.clear()
 
         def observe(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -116,12 +124,15 @@ class UnitGradients:
                 return y
             number = len(self._inputs)
             self._inputs[number] = x.detach().clone()  # the caller may use the memory for the next samples
+            recomputed_in = _backward_pass()
 
             def reach(gradients: tuple[torch.Tensor | None, ...]) -> None:
                 received, (gradient,) = self._inputs.get(number), gradients
                 if received is None or gradient is None:
                     return
-                reached[number] = received, gradient.detach()
+                # a chunk is computed again, and its gradients are formed, in a pass within that to the weights
+                this = _backward_pass() if recomputed_in == called_in else recomputed_in
+                reached[number] = this, (received, gradient.detach())
                 if torch.is_grad_enabled() and not is_transformed():
                     self._seen = self._seen._replace(twice=True)
 

@@ -313,7 +313,10 @@ def test_gradients_of_units_are_those_of_the_network_with_every_unit(backend, dr
     for stack, inputs in ((net, x), (dense, x.double())):
         for part in inputs.split(3, 1):  # gradients of two backward passes
             of_part = dropped and [each[: part.shape[1]] for each in dropped]
-            stack.simulate(part, chunk=chunk, dropped=of_part).counts.square().sum().backward()
+            part = part.detach().requires_grad_()
+            loss = stack.simulate(part, chunk=chunk, dropped=of_part).counts.square().sum()
+            torch.autograd.grad(loss, part, retain_graph=True)  # a pass for inputs alone does not count
+            loss.backward()
     for name, layer in net.connections().items():
         gradient = dense.connections()[name].mask.unpack(dense.connections()[name].values.grad)
         expected = mean_by_unit(gradient.square(), layer.mask).sqrt().flatten()

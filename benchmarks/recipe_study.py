@@ -3,7 +3,7 @@
 The recipe takes 40 epochs. The rows of 20 epochs are the recipe, and the recipe with one part left out or replaced; two
 of these have rows of 40 epochs, too. Choose what to keep with ``--validation``, which tests on 10,000 of the training
 images; without it the rows are tested on the test images. The rows ``5 %, …`` have that share of the weights, in units
-of 16 that are pruned by magnitude and grown by gradient.
+of 16 that are pruned by magnitude and grown by gradient. Rows of ReLU are the same networks without spikes and time.
 """
 
 import sys
@@ -12,6 +12,7 @@ from typing import Any
 
 from g2gnet.tables import markdown
 
+from . import relu
 from .dst_study import GROWTH, SCHEDULE, density_flags
 from .study import Study, accuracy, run_study, spread
 
@@ -50,6 +51,8 @@ OTHERS = {
 }
 #: rows of 40 epochs, too: what prevents overfitting pays in long runs
 LONGER = {"dropout": "dropout 0.1", "augmentation": "no augmentation"}
+#: rows with a conventional network beside them
+CONVENTIONAL = ("the recipe", "20 epochs", "H 2048", "dense")
 #: a twentieth of the weights, rewired
 SPARSER = f"--block_size 16 {density_flags(5)} {GROWTH['gradient']} {SCHEDULE}"
 
@@ -66,7 +69,7 @@ def _rows() -> dict[str, str]:
         for row, dropout in (("dropout 0.2", RECIPE["dropout"]), ("no dropout", "")):
             parts = {**RECIPE, "width": f"--hidden_dim {width}", "dropout": dropout, "sparser": SPARSER}
             rows[f"5 %, H {width}, {row}"] = " ".join(filter(None, parts.values()))
-    return rows
+    return rows | {f"{row}, ReLU": f"{rows[row]} --name ReLU" for row in CONVENTIONAL}
 
 
 def table(record: dict[str, Any]) -> str:
@@ -96,7 +99,16 @@ def table(record: dict[str, Any]) -> str:
     return markdown(header, rows)
 
 
-STUDY = Study("recipe_study", __doc__, "--dataset fashionmnist", _rows(), 40, table)
+STUDY = Study(
+    "recipe_study",
+    __doc__,
+    "--dataset fashionmnist",
+    _rows(),
+    40,
+    table,
+    others={f"{row}, ReLU": relu.train for row in CONVENTIONAL},
+    finished_others=relu.finished,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -29,9 +29,16 @@ RECIPE = {
 }
 #: the replacement of a part
 OTHERS = {
-    "schedule": {"constant rate": ""},
+    "schedule": {"constant rate": "", "two epochs of warm-up": "--lr_schedule cosine --lr_warmup 470"},
     "input": {"input as it is": ""},
-    "weight decay": {"weight decay 1e-5": "--weight_decay 1e-5", "weight decay 1e-4": "--weight_decay 1e-4"},
+    "weight decay": {
+        "weight decay 1e-5": "--weight_decay 1e-5",
+        "weight decay 1e-4": "--weight_decay 1e-4",
+        "decoupled decay 0.01": "--optimizer adamw --weight_decay 0.01",
+        "decoupled decay 0.1": "--optimizer adamw --weight_decay 0.1",
+    },
+    "labels": {"label smoothing 0.1": "--label_smoothing 0.1"},
+    "average": {"averaged over an epoch": "--average 235", "averaged over four epochs": "--average 940"},
     "surrogate": {"ATan": "", "triangle, alpha 4": "--surrogate triangle --alpha 4"},
     "dropout": {"no dropout": "", "dropout 0.1": "--dropout 0.1", "dropout 0.3": "--dropout 0.3"},
     "augmentation": {"no augmentation": "", "shifted and mirrored": "--augment shift-flip"},

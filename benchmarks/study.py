@@ -99,7 +99,12 @@ def validation_data(root: Path) -> Path:
 
 def folder_of(root: Path, study: Study, row: str, epochs: int, seed: int) -> Path:
     """The directory of a run's files."""
-    return root / study.name / f"{re.sub(r'[^A-Za-z0-9.]+', '-', row)}-{epochs}-epochs-seed{seed}"
+    return root / study.name / f"{_name(row)}-{epochs}-epochs-seed{seed}"
+
+
+def _name(text: str) -> str:
+    """``text`` as part of a path."""
+    return re.sub(r"[^A-Za-z0-9.]+", "-", text)
 
 
 def result(run: Run) -> dict[str, Any] | None:
@@ -145,6 +150,8 @@ def build_parser(study: Study) -> Parser:
     default = " ".join(study.default_rows).replace("%", "%%")  # argparse formats the text
     text = f"rows to train, or patterns of their names with * (default: {default})"
     parser.add_argument("--rows", nargs="+", default=study.default_rows, metavar="NAME", help=text)
+    text = "flags of every run, after the study's own and before a row's, as '--hidden_dim 256'"
+    parser.add_argument("--flags", default="", metavar="FLAGS", help=text)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="parallel runs (default: cores)")
     text = f"train on all but the last {HELD_BACK:,} training images, and test on these, not on the test images"
     parser.add_argument("--validation", action="store_true", help=text)
@@ -202,6 +209,8 @@ def taken_over(study: Study, path: Path, record: dict[str, Any]) -> dict[tuple[s
 
 def make(study: Study, arguments: argparse.Namespace) -> dict[str, Any]:
     """Trains the unfinished runs, prints the table and returns the record."""
+    if arguments.flags:
+        study = dataclasses.replace(study, common=f"{study.common} {arguments.flags}")
     rows = chosen(study, arguments.rows)
     record: dict[str, Any] = {
         "benchmark": study.name,
@@ -213,6 +222,8 @@ def make(study: Study, arguments: argparse.Namespace) -> dict[str, Any]:
     known = taken_over(study, arguments.extend, record) if arguments.extend else {}
     dataset = validation_data(arguments.runs) if arguments.validation else None
     root = arguments.runs / "validation" if arguments.validation else arguments.runs
+    if arguments.flags:
+        root /= _name(arguments.flags).strip("-")
     runs = {
         (row, seed): run_of(study, row, arguments.epochs, seed, root, dataset)
         for seed in arguments.seeds

@@ -17,6 +17,7 @@ from g2gnet.settings import Default, DefaultName, Need, NetworkSettings, Others,
 
 SPARSITY_MODES = ("static", "dynamic")
 PRECISIONS = ("fp32", "bf16")
+OPTIMIZERS = ("adam", "adamw")
 AUGMENTATIONS = ("auto", *SHIFTS, "none")
 LARGEST_SEED = (1 << 63) - 1
 DYNAMIC = Need("sparsity_mode", ("dynamic",))
@@ -135,7 +136,28 @@ class TrainSettings(NetworkSettings, RunSettings):
         "keep the learning rate, or let it fall to zero over all steps",
         choices=tuple(SCHEDULES),
     )
-    weight_decay: float = setting(1e-4, "training", "Adam's L2 penalty", low=0)
+    lr_warmup: int = setting(
+        0, "training", "first optimizer steps, in which the learning rate rises in equal steps to `lr`", low=0
+    )
+    optimizer: str = setting(
+        "adam",
+        "training",
+        "Adam; or AdamW, whose weight decay is of connections alone, and not scaled by their gradients",
+        choices=OPTIMIZERS,
+    )
+    weight_decay: float = setting(
+        1e-4, "training", "Adam's L2 penalty; of adamw the share of a weight that a step would take at lr=1", low=0
+    )
+    label_smoothing: float = setting(
+        0.0, "training", "share of each label that is spread over all classes, in training", low=0, high=1
+    )
+    average: int | None = setting(
+        None,
+        "training",
+        "test, analyse and save averaged weights: the mean over all steps, after N steps an exponential average with "
+        "decay 1 - 1/N",
+        low=2,
+    )
     precision: str = setting("fp32", "training", "precision of the matrix products", choices=PRECISIONS)
     chunk: int | None = setting(
         None,
@@ -206,6 +228,10 @@ class TrainSettings(NetworkSettings, RunSettings):
         if self.use_resnet and self.augment in SHIFTS:
             problems.append(
                 f"augment={self.augment} needs images, but use_resnet trains on features; leave one of them out"
+            )
+        if self.optimizer == "adamw" and self.weight_decay == 0:
+            problems.append(
+                "optimizer=adamw has no effect with weight_decay=0; give a `weight_decay`, or leave `optimizer` out"
             )
         if self.chunk is not None and self.readout in ("mean", "max"):
             problems.append(

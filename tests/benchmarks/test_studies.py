@@ -159,10 +159,24 @@ def test_sequences_are_learned_by_networks_and_by_a_gru(tmp_path, capsys, monkey
     assert capsys.readouterr().out == printed
     assert len(trained) == 1  # the network; the GRU is trained by the study itself
 
+    # flags of every run: others, in another folder
+    smaller = [*arguments, "--rows", *rows, "--flags", "--hidden_dim 16 --lr 0.01"]
+    assert study.run_study(SEQUENCES, smaller) == 0
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert record["settings"] == f"{SEQUENCES.common} --hidden_dim 16 --lr 0.01"
+    ends = [row["ends"][0]["weights"] for row in record["rows"]]
+    assert ends[0] < network["ends"][0]["weights"] / 2
+    assert ends[1] == pytest.approx(ends[0], rel=0.1)
+    assert (tmp_path / "hidden-dim-16-lr-0.01" / "sequence_study").is_dir()
+
 
 def test_a_gru_that_was_stopped_goes_on_to_the_same_end(tmp_path):
     settings = study.run_of(SEQUENCES, "rows, GRU", 2, 1, tmp_path).settings
-    whole = gru.train(settings, tmp_path / "whole")
+    products: list[float] = []
+    tiny = torch.tensor(1e-30)
+    whole = gru.train(settings, tmp_path / "whole", lambda line: products.append((tiny * 1e-10).item()))
+    assert products == [0, 0]  # denormal numbers, which gradients over long sequences become, take too long
+    assert tiny * 1e-10 != 0
 
     def stop(line):
         raise KeyboardInterrupt

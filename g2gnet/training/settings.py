@@ -112,7 +112,11 @@ class TrainSettings(NetworkSettings, RunSettings):
         choices=AUGMENTATIONS,
     )
     erase: float = setting(
-        0.0, "data", "probability that a rectangle of a training image, 2 to 33 % of it, is set to zero", low=0, high=1
+        0.0,
+        "data",
+        "probability that a rectangle of a training image, a fiftieth to a third of it, is set to zero",
+        low=0,
+        high=1,
     )
     sequence: str = with_default(NetworkSettings, "sequence", DefaultName(NetworkSettings.sequence))
     sequence_step: int = setting(1, "data", "rows or pixels in a time step of such a `sequence`", low=1)

@@ -33,7 +33,7 @@ from g2gnet.tables import in_columns
 
 from .contender import autocast
 from .launcher import launcher_seconds
-from .machine import describe
+from .machine import describe, pytorch_threads
 from .report import seconds
 
 PARTS = ("forward", "loss", "backward", "optimizer")
@@ -206,17 +206,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         }
     print(in_columns(*table(record)))
     return record
-
-
-@contextlib.contextmanager
-def pytorch_threads(number: int) -> Iterator[None]:
-    """Inside, PyTorch computes on so many threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _rows(contender: Contender) -> Iterator[dict[str, Any]]:

@@ -54,6 +54,29 @@ class ErdosRenyi:
 
 
 @dataclass(frozen=True)
+class Regular:
+    """Each unit exists with the same probability, and each row has equally many, rounded: no modules, equal fan-in.
+
+    It differs from :class:`ErdosRenyi` in that no neuron is left without inputs by chance, and from groups in nothing
+    but where units lie.
+
+    Example:
+        >>> from g2gnet import G2GNet
+        >>> net = G2GNet(64, 64, 10, model=Regular(density=0.25), block_size=4)
+        >>> net.fc2.mask.to_dense().sum(1).unique()
+        tensor([16])
+    """
+
+    density: float
+
+    def __post_init__(self) -> None:
+        PROBABILITY.check("density", self.density)
+
+    def __call__(self, out: UnitAxis, into: UnitAxis, generator: torch.Generator | None = None) -> torch.Tensor:
+        return torch.full((out.num_units, into.num_units), self.density, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
 class SmallWorld:
     """A small world of groups (Watts and Strogatz 1998): each is linked to its neighbours on a ring, and to few others.
 
@@ -162,6 +185,7 @@ def _centres(groups: int) -> torch.Tensor:
 #: what makes a layer's pattern, with contiguous groups, of the probabilities inside and between groups, and their mean
 PATTERNS: dict[str, Callable[[float, float, float], Pattern]] = {
     "erdos_renyi": lambda p_intra, p_inter, density: ErdosRenyi(density),
+    "regular": lambda p_intra, p_inter, density: Regular(density),
     "small_world": lambda p_intra, p_inter, density: SmallWorld(p_intra, p_inter),
     "distance": lambda p_intra, p_inter, density: Distance(density),
 }

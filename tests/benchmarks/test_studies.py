@@ -8,8 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from scipy import stats
 
-from benchmarks import dst_study, gru, plots, sequence_study, study, tradeoff_study
+from benchmarks import dst_study, gru, plots, sequence_study, structure_study, study, tradeoff_study
 from benchmarks.redraw import STUDIES
 from benchmarks.study import Study, spread
 from g2gnet.data import load_dataset
@@ -158,10 +159,24 @@ def test_sequences_are_learned_by_networks_and_by_a_gru(tmp_path, capsys, monkey
     assert capsys.readouterr().out == printed
     assert len(trained) == 1  # the network; the GRU is trained by the study itself
 
+    # flags of every run: others, in another folder
+    smaller = [*arguments, "--rows", *rows, "--flags", "--hidden_dim 16 --lr 0.01"]
+    assert study.run_study(SEQUENCES, smaller) == 0
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert record["settings"] == f"{SEQUENCES.common} --hidden_dim 16 --lr 0.01"
+    ends = [row["ends"][0]["weights"] for row in record["rows"]]
+    assert ends[0] < network["ends"][0]["weights"] / 2
+    assert ends[1] == pytest.approx(ends[0], rel=0.1)
+    assert (tmp_path / "hidden-dim-16-lr-0.01" / "sequence_study").is_dir()
+
 
 def test_a_gru_that_was_stopped_goes_on_to_the_same_end(tmp_path):
     settings = study.run_of(SEQUENCES, "rows, GRU", 2, 1, tmp_path).settings
-    whole = gru.train(settings, tmp_path / "whole")
+    products: list[float] = []
+    tiny = torch.tensor(1e-30)
+    whole = gru.train(settings, tmp_path / "whole", lambda line: products.append((tiny * 1e-10).item()))
+    assert products == [0, 0]  # denormal numbers, which gradients over long sequences become, take too long
+    assert tiny * 1e-10 != 0
 
     def stop(line):
         raise KeyboardInterrupt
@@ -245,6 +260,43 @@ def test_the_best_growth_is_held_against_static_with_the_error_of_the_difference
     assert line in text
     assert "| 1 | 5 % | 88.00 (n = 1) | 87.50 ± 0.50 (n = 2) | – | – | -0.50 (random) |" in text  # an error is unknown
     assert "| 16 | 5 % | gradient | 10, 30 | 0.10, 0.20 | 25 % | 50 % |" in text
+
+
+def test_graphs_are_held_against_the_control_seed_by_seed():
+    size = "H 1024, 5 %, units of 16"
+    control = {1: 0.86, 2: 0.87, 3: 0.89, 4: 0.85}
+    graphs = {
+        "regular": control,
+        "index": {1: 0.87, 2: 0.885, 3: 0.893, 5: 0.5},  # +1.0, +1.5, +0.3; seed 5 has no partner
+        "mixer": {1: 0.861, 2: 0.868, 3: 0.89},  # +0.1, -0.2, 0.0
+        "distance": {1: 0.9},
+    }
+    rows = [
+        {"row": f"{graph}, {size}", "ends": [end(s, a) for s, a in found.items()]} for graph, found in graphs.items()
+    ]
+    lines = structure_study.table({"rows": rows}).split("\n")
+    p = {
+        graph: stats.ttest_rel([graphs[graph][s] for s in (1, 2, 3)], [control[s] for s in (1, 2, 3)]).pvalue
+        for graph in ("index", "mixer")
+    }
+    assert p["index"] < p["mixer"] / 2  # so Holm's doubles it, and leaves the other
+    # 0.93 ± 4.303 · 0.603 / √3
+    assert f"| index | 1,234,567 | 78.70 ± 9.58 (n = 4) | +0.93 | -0.56 to +2.43 | {2 * p['index']:.2g} |" in lines
+    assert f"| mixer | 1,234,567 | 87.30 ± 0.87 | -0.03 | -0.41 to +0.35 | {p['mixer']:.2g} |" in lines
+    assert "| distance | 1,234,567 | 90.00 (n = 1) | – | – | – |" in lines
+    assert "All sizes together" not in "".join(lines)
+
+    rows[3]["ends"][0]["test_acc"] = 0.91
+    other = [{**row, "row": row["row"].replace("5 %", "10 %")} for row in rows]
+    other[3]["ends"] = [end(1, 0.9)]
+    text = structure_study.table({"rows": [*rows, *other]})
+    assert "| index | 6 | +0.93 |" in text
+    assert "| distance | 2 | +4.50 |" in text
+
+
+def test_p_values_are_corrected_as_by_holm():
+    assert structure_study.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert structure_study.holm([0.7, 0.9]) == [1.0, 1.0]
 
 
 def test_the_tradeoff_has_a_picture(tmp_path):

@@ -29,12 +29,20 @@ RECIPE = {
 }
 #: the replacement of a part
 OTHERS = {
-    "schedule": {"constant rate": ""},
+    "schedule": {"constant rate": "", "two epochs of warm-up": "--lr_schedule cosine --lr_warmup 470"},
     "input": {"input as it is": ""},
-    "weight decay": {"weight decay 1e-5": "--weight_decay 1e-5", "weight decay 1e-4": "--weight_decay 1e-4"},
+    "weight decay": {
+        "weight decay 1e-5": "--weight_decay 1e-5",
+        "weight decay 1e-4": "--weight_decay 1e-4",
+        "decoupled decay 0.01": "--optimizer adamw --weight_decay 0.01",
+        "decoupled decay 0.1": "--optimizer adamw --weight_decay 0.1",
+    },
+    "labels": {"label smoothing 0.1": "--label_smoothing 0.1"},
+    "average": {"averaged over an epoch": "--average 235", "averaged over four epochs": "--average 940"},
     "surrogate": {"ATan": "", "triangle, alpha 4": "--surrogate triangle --alpha 4"},
     "dropout": {"no dropout": "", "dropout 0.1": "--dropout 0.1", "dropout 0.3": "--dropout 0.3"},
     "augmentation": {"no augmentation": "", "shifted and mirrored": "--augment shift-flip"},
+    "occlusion": {"half of the images occluded": "--erase 0.5"},
     "steps": {"T 5": "--T 5", "T 20": "--T 20"},
     "initial weights": {"initial weights × 3": "--init_gain 3"},
     "width": {"H 512": "--hidden_dim 512", "H 2048": "--hidden_dim 2048"},

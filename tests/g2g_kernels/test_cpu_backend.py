@@ -7,10 +7,12 @@ sizes at which these kernels take other paths, compared with plain PyTorch in fl
 import copy
 import functools
 import gc
+import math
 import os
 import re
 import shutil
 import signal
+import statistics
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -134,6 +136,10 @@ class Network(Stack):
 drawn = functools.cache(Network)
 
 
+#: gradients of parameters that a layer shares, as a group of the rule
+ONE_NUMBER = "one number"
+
+
 def compare(network: Network, ratios: ErrorRatios) -> None:
     actual = network.run(torch.float32, "cpu")
     plain, exact = network.plain, network.exact
@@ -141,14 +147,14 @@ def compare(network: Network, ratios: ErrorRatios) -> None:
         if name.startswith(("spikes", "counts")):
             assert torch.equal(actual[name].double(), exact[name]), name
         else:
-            # parameters shared by a layer are one number each; the rule needs a mean, which tensor groups give
             if rms(exact[name]) == 0:  # the gradient of β in one time step, for one
                 assert (actual[name] == 0).all(), name
                 continue
+            if exact[name].numel() == 1:  # may be what is left of much larger terms
+                ratios.add(ONE_NUMBER, actual[name], plain[name], exact[name])
+                continue
             kind = re.sub(r"\d(\.grad)?$", "", name)
             ratios.add(kind, actual[name], plain[name], exact[name])
-            if exact[name].numel() == 1:  # may be what is left of much larger terms
-                continue
             scale = max(rms(exact[name]), 1e-30)
             assert rms(actual[name].double() - exact[name]) / scale < 3e-5, f"{name} is wrong"
     for k, mask in enumerate(network.masks):
@@ -161,7 +167,11 @@ def check(ratios: ErrorRatios) -> None:
     for name in list(logs):
         fresh = ErrorRatios()
         fresh._logarithms = {name: logs[name]}
-        fresh.check(len(logs[name]))
+        # The ratios of single numbers vary by a factor of 3 (in a layer of ten neurons the standard deviation of their
+        # logarithm is 1.2), so luck takes the mean of a few dozen above 1.5 on some machine. Over 600 networks it is
+        # 1.09.
+        luck = statistics.stdev(logs[name]) / len(logs[name]) ** 0.5 if name == ONE_NUMBER else 0.0
+        fresh.check(len(logs[name]), 1.5 * math.exp(2 * luck))
 
 
 # --- the stack ----------------------------------------------------------------------------------------------------
@@ -920,7 +930,7 @@ def test_calls_from_several_python_threads(whose):
     with running_on(whose), pytorch_threads(2), ThreadPoolExecutor(4) as callers:
         expected = counts(0)
         assert expected.any()
-        assert all(torch.equal(expected, other) for other in callers.map(counts, range(40)))
+        assert all(torch.equal(expected, other) for other in callers.map(counts, range(12)))
 
 
 def _threads_of_this_process() -> int:

@@ -144,7 +144,7 @@ class TrainSettings(NetworkSettings, RunSettings):
         choices=tuple(SCHEDULES),
     )
     lr_warmup: int = setting(
-        0, "training", "first optimizer steps, in which the learning rate rises in equal steps to `lr`", low=0
+        0, "training", "first optimizer steps, after which the learning rate has risen in equal steps to `lr`", low=0
     )
     optimizer: str = setting(
         "adam",

@@ -6,6 +6,7 @@
 #include "layout.h"
 #include "panel.h"
 #include "parameters.h"
+#include "subset_sums.h"
 #include "sweep.h"
 
 namespace g2g::G2G_ISA {
@@ -84,23 +85,51 @@ constexpr double kListCycles = 5;            // a tile or a segment whose events
 constexpr double kProductCycles = 0.08;      // a weight of a dense product
 constexpr double kSpikeWeightCycles = 0.11;  // a weight by batch.h, its input being spikes
 constexpr double kDenseWeightCycles = 0.2;   // the same for a dense input
+constexpr double kSumCycles = 1.3;           // a sum of a subset, of 16 lanes
+constexpr double kTableCycles = 40;          // all sixteen
 #else
 constexpr double kEventCycles = 14, kStripEventCycles = 4, kListCycles = 8;
 constexpr double kProductCycles = 0.16, kSpikeWeightCycles = 0.5, kDenseWeightCycles = 0.4;
+constexpr double kSumCycles = 2.2, kTableCycles = 60;
 #endif
 
 inline double event_cycles(const Layer& layer) {
     return layer.input_rate * static_cast<double>(layer.plan->sources) * kEventCycles + layer.plan->tiles * kListCycles;
 }
 
-// Whether events visit the strips of lanes that their units have, not all lanes of a tile. Forward, each strip has lists of
-// its own.
-inline bool events_by_strip(const Layer& layer, bool forward) {
+// The same if events visit the strips of lanes that their units have, not all lanes of a tile. Forward, each strip has lists
+// of its own.
+inline double strip_event_cycles(const Layer& layer, bool forward) {
     const Plan& plan = *layer.plan;
-    if (plan.rows.strip == kLanes) return false;
-    const double strips = layer.input_rate * plan.product_weights / 16 * kStripEventCycles;
-    if (!forward) return strips < event_cycles(layer) - plan.tiles * kListCycles;
-    return strips + static_cast<double>(plan.forward.list.size()) * kListCycles < event_cycles(layer);
+    if (plan.rows.strip == kLanes) return __builtin_inf();
+    const double lists = forward ? static_cast<double>(plan.forward.list.size()) : plan.tiles;
+    return layer.input_rate * plan.product_weights / 16 * kStripEventCycles + lists * kListCycles;
+}
+
+inline bool events_by_strip(const Layer& layer, bool forward) {
+    return strip_event_cycles(layer, forward) < event_cycles(layer);
+}
+
+// The cheapest way without vectors over the batch and without sums of subsets.
+inline double plain_cycles(const Layer& layer, Input kind, bool forward) {
+    if (kind == Input::kEvents) return events_by_strip(layer, forward) ? strip_event_cycles(layer, forward) : event_cycles(layer);
+    return kProductCycles * (forward ? layer.plan->product_weights : static_cast<double>(layer.plan->tiles) * kTile);
+}
+
+inline bool are_spikes(Input kind) { return kind == Input::kEvents || kind == Input::kDenseSpikes; }
+
+// Whether the forward product or the weight gradient of a layer with that input goes by sums of subsets (subset_sums.h).
+inline bool by_subsets(const Stack& s, const Layer& layer, Input kind, bool forward) {
+    const Plan& plan = *layer.plan;
+    if (plan.granules.list.empty() || !are_spikes(kind)) return false;
+    const double vectors = plan.rows.strip / 16.0, granules = static_cast<double>(plan.granules.list.size());
+    const double rows = static_cast<double>(s.batch) * s.steps;
+    double cycles = granules * 4 * kSumCycles * vectors;  // four quads of lanes, or four times four lanes for four rows
+    if (forward)
+        cycles += granules * 4 * kTableCycles * vectors / (rows < kSubsetRows ? rows : kSubsetRows);
+    else
+        cycles += plan.rows.blocks * (kLanes / 16.0) * kTableCycles / 4;
+    return s.subset_cost * cycles < plain_cycles(layer, kind, forward);
 }
 
 // Whether the forward product or the weight gradient of a layer with that input goes weight by weight, with vectors over
@@ -108,14 +137,13 @@ inline bool events_by_strip(const Layer& layer, bool forward) {
 inline bool by_batch(const Stack& s, const Layer& layer, Input kind, bool forward) {
     const Plan& plan = *layer.plan;
     if (plan.by_row.empty() || s.batch < kSamples) return false;
-    const bool spikes = kind == Input::kEvents || kind == Input::kDenseSpikes;
+    const bool spikes = are_spikes(kind);
     if (!spikes && s.bf16) return false;  // the product has twice the rate
     const int64_t fill = spikes ? kSamples : kLanes;  // rows that vectors hold, of which some may not exist
     const double padded = static_cast<double>(divide_up(s.batch, fill) * fill) / s.batch;
     const double weights = static_cast<double>(plan.by_row.source.size());
     const double batch = weights * padded * (spikes ? kSpikeWeightCycles : kDenseWeightCycles);
-    const double multiplied = forward ? plan.product_weights : static_cast<double>(plan.tiles) * kTile;
-    return s.batch_cost * batch < (kind == Input::kEvents ? event_cycles(layer) : multiplied * kProductCycles);
+    return s.batch_cost * batch < plain_cycles(layer, kind, forward);
 }
 
 inline bool forward_by_batch(const Stack& s, const Layer& layer, Input kind) {
@@ -125,6 +153,9 @@ inline bool forward_by_batch(const Stack& s, const Layer& layer, Input kind) {
 inline bool outer_by_batch(const Stack& s, const Layer& layer, Input kind) {
     return layer.grad_values && by_batch(s, layer, kind, false);
 }
+
+// Samples of a task that a table serves.
+inline int64_t subset_samples(int64_t batch, int64_t steps) { return least(batch, most(1, kSubsetRows / steps)); }
 
 // Fills the input panel of a chunk: held rows, dense rows, or spikes as floats.
 inline void fill_panel(const Stack& s, const Layer& layer, Input kind, int64_t first, int64_t samples,

@@ -22,13 +22,20 @@ namespace g2g::G2G_ISA {
 constexpr int kGranules = kLanes / kGranule;
 constexpr int64_t kMostEventBlocks = 1023;  // of rows: lanes and events of a step are numbered in 16 bits
 
-// Copies events and moves their lanes by `shift`; may write up to W entries more than `count`.
+// Copies events and moves their lanes by `shift`, `at_once` at a time; may write as many entries more than `count`.
+template <int at_once>
 inline void copy_events(const uint16_t* lane, const float* value, int64_t count, uint16_t shift, uint16_t* row, float* to) {
-    for (int64_t i = 0; i < count; i += W) {
-        store(to + i, load(value + i));
-        store_shifted(row + i, lane + i, shift);
+    typedef uint16_t Numbers __attribute__((vector_size(2 * at_once)));
+    int64_t i = 0;
+    do {  // most strips have some events here, and a branch for those that have none would be mispredicted
+        Numbers numbers;
+        __builtin_memcpy(&numbers, lane + i, sizeof numbers);
+        numbers += shift;
+        __builtin_memcpy(row + i, &numbers, sizeof numbers);
+        __builtin_memcpy(to + i, value + i, at_once * sizeof(float));
         asm("");  // keeps this from becoming a call of memcpy, which takes longer than most of these loops
-    }
+        i += at_once;
+    } while (i < count);
 }
 
 // What the sweeps of a layer list, for the samples of a chunk.
@@ -88,7 +95,7 @@ struct MergedEvents {
                 int64_t size = 0;
                 for (int64_t k = 0; k < count; ++k) {
                     const int64_t start = starts[runs[k].first], events = starts[runs[k].last] - start;
-                    copy_events(lanes + start, values + start, events, runs[k].shift, row + size, factor + size);
+                    copy_events<L == kLanes ? 16 : 8>(lanes + start, values + start, events, runs[k].shift, row + size, factor + size);
                     size += events;
                 }
                 Vec sum[chains][N] = {};  // for speed, and for smaller rounding errors

@@ -176,9 +176,10 @@ inline void fill_panel(const Stack& s, const Layer& layer, Input kind, int64_t f
 inline void load_states(const Stack& s, const Layer& layer, const float* states, int64_t b, int64_t r, float* block) {
     const Axis& axis = layer.plan->rows;
     const int64_t count = model_info(layer.neurons).states;
+    if (!states) return zero(block, count * kLanes * sizeof(float));
     for (int64_t i = 0; i < count * kLanes; ++i) {
         const int32_t neuron = axis.neuron[r * kLanes + i % kLanes];
-        block[i] = states && neuron >= 0 ? states[(i / kLanes * s.batch + b) * axis.size + neuron] : 0.0f;
+        block[i] = neuron >= 0 ? states[(i / kLanes * s.batch + b) * axis.size + neuron] : 0.0f;
     }
 }
 

@@ -166,15 +166,6 @@ inline void store_chosen(float* p, Vec x, uint64_t bits) {
 #endif
 }
 
-// to[i] = from[i] + shift in 16 bits, for W numbers.
-inline void store_shifted(uint16_t* to, const uint16_t* from, uint16_t shift) {
-    typedef uint16_t Numbers __attribute__((vector_size(2 * W)));
-    Numbers numbers;
-    __builtin_memcpy(&numbers, from, sizeof numbers);
-    numbers += shift;
-    __builtin_memcpy(to, &numbers, sizeof numbers);
-}
-
 #if defined(__AVX512VBMI2__)
 inline __m512i counting_bytes() {
     alignas(64) static constexpr uint8_t counting[64] = {

@@ -345,6 +345,11 @@ struct RecurrentBackward {
     // Samples of a task.
     int64_t group() const { return gradient.sparse() ? kLanes : kGradientSamples; }
 
+    // Sums over t and the samples of a task: which of them is that of sample b of the chunk that begins with sample `first`;
+    // and how many there are of `batch` samples.
+    int64_t sum_of(int64_t first, int64_t b) const { return first / samples * divide_up(samples, group()) + b / group(); }
+    int64_t sums(int64_t batch) const { return sum_of(batch, 0) + divide_up(batch % samples, group()); }
+
     // The spikes of each step at the place of the next one, which they reach.
     void shift(const Stack& s, const Layer& layer, const LayerParameters& parameters) const {
         const int64_t R = plan.rows.blocks, T = s.steps;

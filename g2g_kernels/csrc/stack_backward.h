@@ -185,7 +185,7 @@ struct BackwardLayer {
     }
 
     // How many parts the sums over t have: one of each sample, or of the samples of a task.
-    int64_t sums(int64_t batch) const { return recurrent ? divide_up(batch, recurrent->group()) : batch; }
+    int64_t sums(int64_t batch) const { return recurrent ? recurrent->sums(batch) : batch; }
 
     // Whether ∂L/∂I is read in bands.
     bool needs_bands() const {
@@ -498,7 +498,7 @@ struct BackwardPass {
             if (x.weights.kind == Input::kHeld) zero(x.grad.floats.at(r, first + b), kLanes * sizeof(float));
         }
         for (int64_t b = 0; b < samples; b += v.group()) {
-            const BlockGradient sums = x.block_gradient((first + b) / v.group(), r);
+            const BlockGradient sums = x.block_gradient(v.sum_of(first, b), r);
             zero(sums.current, kLanes * sizeof(float));
             for (int k = 0; k < x.model.parameters; ++k) zero(sums.parameters[k], kLanes * sizeof(float));
         }
@@ -513,7 +513,7 @@ struct BackwardPass {
         const bool held = x.weights.kind == Input::kHeld;
         alignas(64) float begin[kLanes * kMostStates * kLanes];
         for (int64_t j = 0; !t && j < samples; ++j) load_states(s, x.layer, x.layer.first, first + b + j, r, begin + j * size);
-        const BlockGradient sums = x.block_gradient((first + b) / v.group(), r);
+        const BlockGradient sums = x.block_gradient(v.sum_of(first, b), r);
         BackwardStep step{};
         if (!x.last) step.tile = x.arrivals.panel.at(r, b * T + t), step.tile_stride = T * kLanes;
         step.constant = x.constant_of(first + b, r), step.constant_stride = x.last ? x.lanes() : 0;
@@ -556,7 +556,7 @@ struct BackwardPass {
         const int64_t membrane = (x.model.states - 1) * kLanes;
         const SampleParameters own(x.parameters, x.layer, first + b, r);
         v.steps.begin(own.block, x.layer.neurons.alpha, begin + membrane, v.x.at(r, b), grads + membrane,
-                      x.block_gradient((first + b) / v.group(), r).parameters[x.model.parameters - 1]);
+                      x.block_gradient(v.sum_of(first, b), r).parameters[x.model.parameters - 1]);
         if (x.layer.grad_first) store_states(s, x.layer, grads, first + b, r, x.layer.grad_first);
     }
 

@@ -71,8 +71,9 @@ struct MergedEvents {
     void input_gradient(const Plan& plan, const float* tiles, float decay, int64_t block, int64_t sample, uint16_t* row,
                         float* factor, float* out) const {
         const float* own = tiles + int64_t{plan.col_first[block]} * kTile;
-        if (plan.cols.strip == kLanes) return strip_gradients<kLanes>(plan, own, decay, block, sample, row, factor, out);
-        if (plan.cols.strip == 32) return strip_gradients<32>(plan, own, decay, block, sample, row, factor, out);
+        const int32_t width = plan.event_runs.width;
+        if (width == kLanes) return strip_gradients<kLanes>(plan, own, decay, block, sample, row, factor, out);
+        if (width == 32) return strip_gradients<32>(plan, own, decay, block, sample, row, factor, out);
         strip_gradients<16>(plan, own, decay, block, sample, row, factor, out);
     }
 

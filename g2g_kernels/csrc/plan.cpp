@@ -178,14 +178,15 @@ Granules granules(const Plan& plan) {
     return result;
 }
 
-// Cost of an event that visits so many lanes, relative to one that visits 64.
-double event_cost(int32_t lanes) { return lanes == 16 ? 0.4 : lanes == 32 ? 0.6 : 1; }
+// Cost of an event that visits so many lanes, its place in a list included, relative to one that visits 64.
+double event_cost(int32_t lanes) { return lanes == 16 ? 0.45 : lanes == 32 ? 0.65 : 1; }
 
-EventRuns event_runs(const Plan& plan) {
+EventRuns event_runs(const Plan& plan, int32_t width) {
     EventRuns result;
     constexpr int32_t granules = kLanes / kGranule;
-    const int32_t width = plan.cols.strip, strips = kLanes / width;
+    const int32_t strips = kLanes / width;
     double rows = 0;  // of events, in rows of 64 weights
+    result.width = width;
     result.first.push_back(0);
     for (int32_t strip = 0; strip < plan.cols.blocks * strips; ++strip) {
         const int32_t block = strip / strips, lane = strip % strips * width;
@@ -292,7 +293,11 @@ Plan* build_plan(const Side& rows, const Side& cols, const int32_t* unit_row, co
     for (const Segment& segment : plan.forward.list) plan.product_weights += segment.count * plan.rows.strip;
     for (const uint64_t tile : plan.tile_sources) plan.sources += __builtin_popcountll(tile);
     plan.granules = granules(plan);
-    plan.event_runs = event_runs(plan);
+    plan.event_runs = event_runs(plan, kLanes);
+    if (plan.cols.strip < kLanes) {
+        EventRuns narrow = event_runs(plan, plan.cols.strip);
+        if (narrow.ratio > plan.event_runs.ratio) plan.event_runs = std::move(narrow);
+    }
     return new Plan(std::move(plan));
 }
 

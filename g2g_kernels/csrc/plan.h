@@ -75,6 +75,7 @@ struct EventRun {
 
 // The rows with weights in each strip of the columns, for the input gradient by events.
 struct EventRuns {
+    int32_t width = kLanes;      // lanes of a strip: fewer than a block's where few rows have weights in all of a block
     std::vector<int32_t> first;  // [column strips + 1]
     std::vector<EventRun> list;
     double ratio = 1;  // cost of the product, in rows of 64 weights, per row that events may have to multiply

@@ -195,6 +195,7 @@ def choices(arguments: argparse.Namespace) -> cli.Report:
         COUNT.check(name, getattr(arguments, name))
     every = list(grid())
     kept = every[:: -(-len(every) // min(arguments.points, len(every)))]
+    torch.set_num_threads(1)  # others spin, which counts as processor time
     machine = describe(torch.device("cpu"))
     print(cli.headline(machine))
     points: list[dict[str, Any]] = []

@@ -178,14 +178,18 @@ Granules granules(const Plan& plan) {
     return result;
 }
 
-// Cost of an event that visits so many lanes, its place in a list included, relative to one that visits 64.
-double event_cost(int32_t lanes) { return lanes == 16 ? 0.45 : lanes == 32 ? 0.65 : 1; }
+// Cost of an event that visits so many lanes, relative to one that visits 64.
+double event_cost(int32_t lanes) { return lanes == 16 ? 0.16 : lanes == 32 ? 0.3 : 1; }
+
+// What lists of events cost where units are small, in rows of 64 weights of the product: of a granule, and of a strip.
+constexpr double kGranuleCost = 3.6, kStripCost = 8.6;
 
 EventRuns event_runs(const Plan& plan, int32_t width) {
     EventRuns result;
     constexpr int32_t granules = kLanes / kGranule;
     const int32_t strips = kLanes / width;
     double rows = 0;  // of events, in rows of 64 weights
+    double lists = plan.cols.strip < kLanes ? plan.cols.blocks * strips * kStripCost : 0;
     result.width = width;
     result.first.push_back(0);
     for (int32_t strip = 0; strip < plan.cols.blocks * strips; ++strip) {
@@ -204,6 +208,7 @@ EventRuns event_runs(const Plan& plan, int32_t width) {
                 const auto shift = static_cast<uint16_t>((i - plan.col_first[block] - row) * kLanes);
                 const EventRun run{row * granules + g, row * granules + g + 1, shift};
                 rows += kGranule * event_cost(width);
+                if (plan.cols.strip < kLanes) lists += kGranuleCost;
                 if (result.list.size() > begin && result.list.back().last == run.first &&
                     result.list.back().shift == run.shift)
                     result.list.back().last = run.last;
@@ -217,7 +222,8 @@ EventRuns event_runs(const Plan& plan, int32_t width) {
     const double strip = plan.cols.strip == 16 ? 1.6 * 16 : plan.cols.strip == 32 ? 1.2 * 32 : kLanes;
     double multiplied = kSparseCost / kLanes * static_cast<double>(plan.sparse.source.size());
     for (const Segment& segment : plan.backward.list) multiplied += segment.count * strip / kLanes;
-    if (rows > 0) result.ratio = multiplied / rows;
+    constexpr double least = 0.05;  // a few events are always fewer than the product
+    if (rows > 0) result.ratio = std::max(least, (multiplied - lists) / rows);
     return result;
 }
 

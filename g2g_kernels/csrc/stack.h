@@ -85,12 +85,13 @@ constexpr double kListCycles = 5;            // a tile or a segment whose events
 constexpr double kProductCycles = 0.08;      // a weight of a dense product
 constexpr double kSpikeWeightCycles = 0.11;  // a weight by batch.h, its input being spikes
 constexpr double kDenseWeightCycles = 0.2;   // the same for a dense input
-constexpr double kSumCycles = 1.3;           // a sum of a subset, of 16 lanes
+constexpr double kSumCycles = 1.0;           // a sum of a subset, of 16 lanes
 constexpr double kTableCycles = 40;          // all sixteen
+constexpr double kSortCycles = 800;          // up to 64 words of a block, whose events are sorted by source
 #else
 constexpr double kEventCycles = 14, kStripEventCycles = 4, kListCycles = 8;
 constexpr double kProductCycles = 0.16, kSpikeWeightCycles = 0.5, kDenseWeightCycles = 0.4;
-constexpr double kSumCycles = 2.2, kTableCycles = 60;
+constexpr double kSumCycles = 2.2, kTableCycles = 60, kSortCycles = 1000;
 #endif
 
 inline double event_cycles(const Layer& layer) {
@@ -111,8 +112,11 @@ inline bool events_by_strip(const Layer& layer, bool forward) {
 }
 
 // The cheapest way without vectors over the batch and without sums of subsets.
-inline double plain_cycles(const Layer& layer, Input kind, bool forward) {
-    if (kind == Input::kEvents) return events_by_strip(layer, forward) ? strip_event_cycles(layer, forward) : event_cycles(layer);
+inline double plain_cycles(const Stack& s, const Layer& layer, Input kind, bool forward) {
+    if (kind == Input::kEvents) {
+        const double sorted = forward ? 0 : kSortCycles * layer.plan->cols.blocks * divide_up(s.steps, 64) / s.steps;
+        return sorted + (events_by_strip(layer, forward) ? strip_event_cycles(layer, forward) : event_cycles(layer));
+    }
     return kProductCycles * (forward ? layer.plan->product_weights : static_cast<double>(layer.plan->tiles) * kTile);
 }
 
@@ -129,7 +133,7 @@ inline bool by_subsets(const Stack& s, const Layer& layer, Input kind, bool forw
         cycles += granules * 4 * kTableCycles * vectors / (rows < kSubsetRows ? rows : kSubsetRows);
     else
         cycles += plan.rows.blocks * (kLanes / 16.0) * kTableCycles / 4;
-    return s.subset_cost * cycles < plain_cycles(layer, kind, forward);
+    return s.subset_cost * cycles < plain_cycles(s, layer, kind, forward);
 }
 
 // Whether the forward product or the weight gradient of a layer with that input goes weight by weight, with vectors over
@@ -143,7 +147,7 @@ inline bool by_batch(const Stack& s, const Layer& layer, Input kind, bool forwar
     const double padded = static_cast<double>(divide_up(s.batch, fill) * fill) / s.batch;
     const double weights = static_cast<double>(plan.by_row.source.size());
     const double batch = weights * padded * (spikes ? kSpikeWeightCycles : kDenseWeightCycles);
-    return s.batch_cost * batch < plain_cycles(layer, kind, forward);
+    return s.batch_cost * batch < plain_cycles(s, layer, kind, forward);
 }
 
 inline bool forward_by_batch(const Stack& s, const Layer& layer, Input kind) {

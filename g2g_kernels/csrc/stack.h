@@ -77,47 +77,48 @@ inline Input input_kind(const Stack& s, int l, double rate) {
     return rate <= s.event_limit ? Input::kEvents : Input::kDenseSpikes;
 }
 
-// Cycles of each way to form a product, of one row (a sample at a step), measured (docs/cpu-performance.md).
+// Cycles of each way to form a product, of one row (a sample at a step), measured (benchmarks/cpu_choices.py).
 #if defined(__AVX512F__)
-constexpr double kEventCycles = 10;          // an event, which visits 64 weights
-constexpr double kStripEventCycles = 2.5;    // an event that visits 16; one that visits 32 twice as many
-constexpr double kListCycles = 5;            // a tile or a segment whose events are listed
-constexpr double kProductCycles = 0.08;      // a weight of a dense product
-constexpr double kSpikeWeightCycles = 0.11;  // a weight by batch.h, its input being spikes
-constexpr double kDenseWeightCycles = 0.2;   // the same for a dense input
-constexpr double kSumCycles = 1.0;           // a sum of a subset, of 16 lanes
-constexpr double kTableCycles = 40;          // all sixteen
-constexpr double kSortCycles = 800;          // up to 64 words of a block, whose events are sorted by source
+constexpr double kEventCycles = 4.3;            // an event, which visits 64 weights
+constexpr double kStripEventCycles = 1.2;       // an event that visits 16; one that visits 32 twice as many
+constexpr double kProductCycles = 0.08;         // a weight of a dense product
+constexpr double kSpikeWeightCycles = 0.046;    // a weight by batch.h, its input being spikes
+constexpr double kDenseWeightCycles = 0.2;      // the same for a dense input
+constexpr double kSumCycles = 1.1;              // a sum of a subset, of 16 lanes
 #else
-constexpr double kEventCycles = 14, kStripEventCycles = 4, kListCycles = 8;
-constexpr double kProductCycles = 0.16, kSpikeWeightCycles = 0.5, kDenseWeightCycles = 0.4;
-constexpr double kSumCycles = 2.2, kTableCycles = 60, kSortCycles = 1000;
+constexpr double kEventCycles = 14, kStripEventCycles = 4;
+constexpr double kProductCycles = 0.16, kSpikeWeightCycles = 0.5, kDenseWeightCycles = 0.4, kSumCycles = 2.2;
 #endif
+constexpr double kListCycles = 6;     // forward: a tile or a segment whose events are listed
+constexpr double kLaneCycles = 1;     // gradient: 16 source lanes of a strip
+constexpr double kSortCycles = 750;   // gradient: up to 64 words of a block, whose events are sorted by source
+constexpr double kBandCycles = 45;    // gradient: a block of ∂I that is brought into bands
+constexpr double kTableCycles = 40;   // the sixteen sums of 16 lanes
+constexpr double kPieceCycles = 18;   // a piece of a unit that is brought into a tile, once for all rows
 
-inline double event_cycles(const Layer& layer) {
-    return layer.input_rate * static_cast<double>(layer.plan->sources) * kEventCycles + layer.plan->tiles * kListCycles;
-}
-
-// The same if events visit the strips of lanes that their units have, not all lanes of a tile. Forward, each strip has lists
-// of its own.
-inline double strip_event_cycles(const Layer& layer, bool forward) {
+// Cycles by events, of all lanes of a tile or of those of the strips that their units have.
+inline double event_cycles(const Layer& layer, bool forward, bool strips) {
     const Plan& plan = *layer.plan;
-    if (plan.rows.strip == kLanes) return __builtin_inf();
-    const double lists = forward ? static_cast<double>(plan.forward.list.size()) : plan.tiles;
-    return layer.input_rate * plan.product_weights / 16 * kStripEventCycles + lists * kListCycles;
+    if (strips && plan.rows.strip == kLanes) return __builtin_inf();
+    const double events = strips ? plan.product_weights / 16 * kStripEventCycles : static_cast<double>(plan.sources) * kEventCycles;
+    const double listed = strips ? static_cast<double>(plan.forward.list.size()) : plan.tiles;
+    const double lanes = strips ? static_cast<double>(plan.granules.list.size()) : 0;
+    return layer.input_rate * events + (forward ? listed * kListCycles : lanes * kLaneCycles);
 }
 
 inline bool events_by_strip(const Layer& layer, bool forward) {
-    return strip_event_cycles(layer, forward) < event_cycles(layer);
+    return event_cycles(layer, forward, true) < event_cycles(layer, forward, false);
 }
 
 // The cheapest way without vectors over the batch and without sums of subsets.
 inline double plain_cycles(const Stack& s, const Layer& layer, Input kind, bool forward) {
-    if (kind == Input::kEvents) {
-        const double sorted = forward ? 0 : kSortCycles * layer.plan->cols.blocks * divide_up(s.steps, 64) / s.steps;
-        return sorted + (events_by_strip(layer, forward) ? strip_event_cycles(layer, forward) : event_cycles(layer));
-    }
-    return kProductCycles * (forward ? layer.plan->product_weights : static_cast<double>(layer.plan->tiles) * kTile);
+    const Plan& plan = *layer.plan;
+    const double rows = static_cast<double>(s.batch) * s.steps;
+    const double pieces = kPieceCycles * static_cast<double>(plan.pieces.size()) / rows;
+    if (kind != Input::kEvents)
+        return pieces + kProductCycles * (forward ? plan.product_weights : static_cast<double>(plan.tiles) * kTile);
+    const double sorted = kSortCycles * plan.cols.blocks * static_cast<double>(divide_up(s.steps, 64)) / s.steps;
+    return pieces + (forward ? 0 : sorted) + event_cycles(layer, forward, events_by_strip(layer, forward));
 }
 
 inline bool are_spikes(Input kind) { return kind == Input::kEvents || kind == Input::kDenseSpikes; }
@@ -146,7 +147,8 @@ inline bool by_batch(const Stack& s, const Layer& layer, Input kind, bool forwar
     const int64_t fill = spikes ? kSamples : kLanes;  // rows that vectors hold, of which some may not exist
     const double padded = static_cast<double>(divide_up(s.batch, fill) * fill) / s.batch;
     const double weights = static_cast<double>(plan.by_row.source.size());
-    const double batch = weights * padded * (spikes ? kSpikeWeightCycles : kDenseWeightCycles);
+    const double batch = weights * padded * (spikes ? kSpikeWeightCycles : kDenseWeightCycles) +
+                         (forward ? 0 : kBandCycles * plan.rows.blocks);
     return s.batch_cost * batch < plain_cycles(s, layer, kind, forward);
 }
 

@@ -181,7 +181,7 @@ MUTATIONS = (
     Mutation(
         "the third part of a weight left out",
         PRODUCTS,
-        (("tl.dot(a[0], b[1], tl.dot(a[0], b[2])))", "tl.dot(a[0], b[1]))"),),
+        (("(rest - second).to(part_ty)", "(rest - rest).to(part_ty)"),),
         BY_PARTS,
     ),
     Mutation(

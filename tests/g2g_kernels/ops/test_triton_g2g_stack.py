@@ -203,6 +203,18 @@ def test_dropped_neurons_in_16_bits(way, dtype):
     ratios.check(cases=len(STACKS_OF_UNITS))
 
 
+def test_a_margin_that_float16_cannot_hold():
+    """A neuron whose threshold is out of reach: a margin stored as −∞ would make its β's gradient NaN."""
+    from g2g_kernels.ops.g2g_stack import triton
+
+    stack = Stack(STACKS_OF_UNITS[0], None, batch=3)
+    stack.tensors["threshold1"][0] = 1e5
+    with triton.choose(fused=True), torch.autocast(device_of("triton"), torch.float16):
+        results = stack.run(torch.float32, "triton")
+    assert all(tensor.isfinite().all() for tensor in results.values())
+    assert results["beta1.grad"].any()
+
+
 @pytest.mark.parametrize("used", ["counts", "rates0"])
 def test_one_output_alone(way, used):
     """A loss on the counts only, or on one hidden layer's rates only: layers behind it get no gradient."""

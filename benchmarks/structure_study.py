@@ -1,11 +1,12 @@
 """Does it matter who connects to whom? Static graphs on Fashion-MNIST: ``python -m benchmarks.structure_study``.
 
-Groups by *index*, *random* and *mixer*, a small world of groups, and distance on a ring, against two graphs without
-modules: *Erdős–Rényi* and *regular*, whose rows have equally many units, as those of groups have. Each is compared with
-*regular*, seed by seed, so that all differ from it in nothing but where units lie. The weights are shared out by ERK:
-the read-out is then complete, or nearly so, and no graph is judged by a class that its draw left without weights.
+Groups by *index*, *random* and *mixer*, a small world of groups, distance on a ring and on the image plane, against two
+graphs without modules: *Erdős–Rényi* and *regular*, whose rows have equally many units, as those of groups have. Each
+is compared with *regular*, seed by seed, so that all differ from it in nothing but where units lie. The weights are
+shared out by ERK: the read-out is then complete, or nearly so, and no graph is judged by a class that its draw left
+without weights.
 
-The whole study is 560 runs. By default the graphs of one size are trained; ``--rows "*, H 2048, 10 %, units of 1"``
+The whole study is 640 runs. By default the graphs of one size are trained; ``--rows "*, H 2048, 10 %, units of 1"``
 trains those of another, and ``--extend`` adds them to an earlier record.
 """
 
@@ -30,6 +31,7 @@ GRAPHS = {
     "mixer": "mixer",
     "small world": "small_world",
     "distance": "distance",
+    "image plane": "plane",
 }
 #: what the others are compared with
 CONTROL = "regular"

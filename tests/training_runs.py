@@ -10,6 +10,7 @@ from g2gnet.training.run_files import RunFiles
 DEFAULTS = {
     "dataset": "fashionmnist",
     "augment": "auto",
+    "erase": 0.0,
     "standardize": False,
     "sequence": "none",
     "sequence_step": 1,
@@ -113,6 +114,7 @@ VARIANTS = {
         "average": 3,
         "standardize": True,
         "augment": "shift-flip",
+        "erase": 0.5,
         "sparsity_mode": "dynamic",
         "dst_interval": 2,
         "dst_fraction": 0.3,

@@ -18,15 +18,18 @@
 
 namespace g2g::G2G_ISA {
 
-// Currents of row block `row` from spikes; `words` are one sample's [column blocks][stride].
-struct EventCurrent {
-    static constexpr int kAtOnce = 64;  // tiles whose events make one list
-
+// Row block `row` of a plan and the spikes of one sample, words [column blocks][stride].
+struct BlockSpikes {
     const Plan* plan;
     int64_t row;
     const uint64_t* words;
     int64_t stride;
     const float *tiles, *bias;
+};
+
+// The currents of the row block.
+struct EventCurrent : BlockSpikes {
+    static constexpr int kAtOnce = 64;  // tiles whose events make one list
 
     void operator()(int64_t t, Vec* current) const {
         Vec odd[kVecs] = {};  // two chains of sums, for smaller rounding errors
@@ -56,15 +59,9 @@ alignas(64) constexpr float kZeros[kLanes] = {};
 
 // The same strip by strip of L lanes: an event costs L additions, for units of L rows that leave much of a tile empty.
 template <int L>
-struct StripCurrent {
-    static constexpr int kAtOnce = 64;    // segments whose events make one list
+struct StripCurrent : BlockSpikes {
+    static constexpr int kAtOnce = 64;         // segments whose events make one list
     static constexpr int kTilesOfList = 1000;  // numbers of events have 16 bits
-
-    const Plan* plan;
-    int64_t row;
-    const uint64_t* words;
-    int64_t stride;
-    const float *tiles, *bias;
 
     void operator()(int64_t t, Vec* current) const {
         constexpr int strips = kLanes / L, N = L / W, chains = 4;

@@ -11,6 +11,8 @@
 // tile would end in a mispredicted branch after a few events.
 #pragma once
 
+#include <optional>
+
 #include "events.h"
 #include "parallel.h"
 #include "sweep.h"
@@ -29,97 +31,33 @@ inline void copy_events(const uint16_t* lane, const float* value, int64_t count,
     }
 }
 
-// e of one layer for the samples of a chunk.
-struct GradientEvents {
-    int64_t samples = 0, steps = 0, blocks = 0;  // of the layer that the events belong to now
-    int64_t room = 0;                            // the number of events of a chunk that fit into the merged lists
-
-    float* block_value = nullptr;  // as sweeps list them: [row blocks][samples][T · 64]
-    uint64_t* words = nullptr;     // [row blocks][samples][T]
-
-    uint16_t* lane = nullptr;      // merged, sample by sample, the steps downwards
-    float* value = nullptr;
-    int64_t* begin = nullptr;      // [samples][T] where the events of a step begin
-    uint16_t* first = nullptr;     // [samples][T][granules + 1] the first event of each granule
-    int64_t* number = nullptr;     // [samples] the events of a sample
-    int64_t* place = nullptr;      // [samples] where they begin
-    int64_t* next = nullptr;       // [samples][row blocks]
+// What the sweeps of a layer list, for the samples of a chunk.
+struct EventLists {
+    int64_t samples = 0, steps = 0;
+    float* value = nullptr;     // [row blocks][samples][T · 64]
+    uint64_t* words = nullptr;  // [row blocks][samples][T]
 
     static constexpr int64_t kSlack = 64;  // entries that are written beyond a list
 
-    // What sweeps write; needed until merge() alone.
-    void take_lists(int64_t most_blocks, int64_t chunk_samples, int64_t T, Arena& arena) {
-        samples = chunk_samples, steps = T;
-        block_value = arena.take<float>(most_blocks * samples * steps * kLanes + kSlack);
+    EventLists() = default;
+    EventLists(int64_t most_blocks, int64_t chunk_samples, int64_t T, Arena& arena) : samples(chunk_samples), steps(T) {
+        value = arena.take<float>(most_blocks * samples * steps * kLanes + kSlack);
         words = arena.take<uint64_t>(most_blocks * samples * steps);
     }
 
-    void take_merged(int64_t most_blocks, int64_t most_events, Arena& arena) {
-        room = most_events;
-        const int64_t rows = samples * steps;
-        lane = arena.take<uint16_t>(room + samples * kSlack);
-        value = arena.take<float>(room + samples * kSlack);
-        begin = arena.take<int64_t>(rows);
-        first = arena.take<uint16_t>(rows * (most_blocks * kGranules + 1));
-        number = arena.take<int64_t>(samples);
-        place = arena.take<int64_t>(samples);
-        next = arena.take<int64_t>(samples * most_blocks);
-    }
-
-    BlockEvents lists(int64_t block, int64_t sample) const {
+    BlockEvents of(int64_t block, int64_t sample) const {
         const int64_t list = block * samples + sample;
-        return {block_value + list * steps * kLanes, words + list * steps};
+        return {value + list * steps * kLanes, words + list * steps};
     }
+};
 
-    // The number of events that the sweeps of `row_blocks` blocks listed for the first `count` samples.
-    int64_t count_events(int64_t row_blocks, int64_t count, int threads) {
-        blocks = row_blocks;
-        parallel(threads, count, 1, [&](int64_t sample, int) {
-            int64_t sum = 0;
-            for (int64_t r = 0; r < blocks; ++r)
-                for (int64_t t = 0; t < steps; ++t) sum += __builtin_popcountll(lists(r, sample).words[t]);
-            number[sample] = sum;
-        });
-        int64_t total = 0;
-        for (int64_t sample = 0; sample < count; ++sample) {
-            place[sample] = total + sample * kSlack;
-            total += number[sample];
-        }
-        return total;
-    }
-
-    // Merges the lists that were counted last, of at most `room` events.
-    void merge(int64_t count, int threads) const {
-        parallel(threads, count, 1, [&](int64_t sample, int) {
-            int64_t at = place[sample];
-            int64_t* const from = next + sample * blocks;
-            zero(from, blocks * sizeof *from);
-            for (int64_t t = steps - 1; t >= 0; --t) {
-                const int64_t row = sample * steps + t;
-                uint16_t* starts = first + row * (blocks * kGranules + 1);
-                int64_t size = 0;
-                for (int64_t r = 0; r < blocks; ++r) {
-                    const BlockEvents list = lists(r, sample);
-                    const uint64_t word = list.words[t];
-                    int64_t start = size;
-                    for (int g = 0; g < kGranules; ++g) {
-                        *starts++ = static_cast<uint16_t>(start);
-                        start += __builtin_popcountll(word >> (g * kGranule) & ((1u << kGranule) - 1));
-                    }
-                    const int64_t events = append_bits(lane + at + size, word, r * kLanes);
-                    const float* source = list.value + from[r];
-                    for (int64_t i = 0; i < events; i += W) {
-                        store(value + at + size + i, load(source + i));
-                        asm("");  // as above
-                    }
-                    from[r] += events, size += events;
-                }
-                *starts = static_cast<uint16_t>(size);
-                begin[row] = at;
-                at += size;
-            }
-        });
-    }
+// The same as one list per step of each sample, sample by sample, the steps downwards.
+struct MergedEvents {
+    int64_t steps, blocks;
+    const uint16_t* lane;
+    const float* value;
+    const int64_t* begin;   // [samples][T] where the events of a step begin
+    const uint16_t* first;  // [samples][T][granules + 1] the first event of each granule
 
     // X of column block `block` for one sample of the chunk, out[T][64]; `tiles` as backward_tiles() gives them. `row`
     // and `factor` have room for the events of a step, and W more.
@@ -160,6 +98,89 @@ struct GradientEvents {
             });
         }
     }
+};
+
+// Memory for merged lists.
+class EventMerger {
+  public:
+    EventMerger() = default;
+    EventMerger(int64_t most_blocks, int64_t samples, int64_t steps, int64_t most_events, Arena& arena) {
+        constexpr int64_t slack = EventLists::kSlack;
+        lane = arena.take<uint16_t>(most_events + samples * slack);
+        value = arena.take<float>(most_events + samples * slack);
+        begin = arena.take<int64_t>(samples * steps);
+        first = arena.take<uint16_t>(samples * steps * (most_blocks * kGranules + 1));
+        number = arena.take<int64_t>(samples);
+        place = arena.take<int64_t>(samples);
+        next = arena.take<int64_t>(samples * most_blocks);
+    }
+
+    struct Result {
+        int64_t events;
+        std::optional<MergedEvents> merged;  // unless there are too many
+    };
+
+    // Merges what the sweeps of `blocks` blocks listed for the first `samples` samples, if it is at most `most` events.
+    Result merge(const EventLists& lists, int64_t blocks, int64_t samples, int64_t most, int threads) const {
+        const int64_t events = count(lists, blocks, samples, threads);
+        if (events > most) return {events, {}};
+        parallel(threads, samples, 1, [&](int64_t sample, int) { merge_sample(lists, blocks, sample); });
+        return {events, MergedEvents{lists.steps, blocks, lane, value, begin, first}};
+    }
+
+  private:
+    int64_t count(const EventLists& lists, int64_t blocks, int64_t samples, int threads) const {
+        parallel(threads, samples, 1, [&](int64_t sample, int) {
+            int64_t sum = 0;
+            for (int64_t r = 0; r < blocks; ++r)
+                for (int64_t t = 0; t < lists.steps; ++t) sum += __builtin_popcountll(lists.of(r, sample).words[t]);
+            number[sample] = sum;
+        });
+        int64_t total = 0;
+        for (int64_t sample = 0; sample < samples; ++sample) {
+            place[sample] = total + sample * EventLists::kSlack;
+            total += number[sample];
+        }
+        return total;
+    }
+
+    void merge_sample(const EventLists& lists, int64_t blocks, int64_t sample) const {
+        int64_t at = place[sample];
+        int64_t* const from = next + sample * blocks;
+        zero(from, blocks * sizeof *from);
+        for (int64_t t = lists.steps - 1; t >= 0; --t) {
+            const int64_t row = sample * lists.steps + t;
+            uint16_t* starts = first + row * (blocks * kGranules + 1);
+            int64_t size = 0;
+            for (int64_t r = 0; r < blocks; ++r) {
+                const BlockEvents list = lists.of(r, sample);
+                const uint64_t word = list.words[t];
+                int64_t start = size;
+                for (int g = 0; g < kGranules; ++g) {
+                    *starts++ = static_cast<uint16_t>(start);
+                    start += __builtin_popcountll(word >> (g * kGranule) & ((1u << kGranule) - 1));
+                }
+                const int64_t events = append_bits(lane + at + size, word, r * kLanes);
+                const float* source = list.value + from[r];
+                for (int64_t i = 0; i < events; i += W) {
+                    store(value + at + size + i, load(source + i));
+                    asm("");  // as above
+                }
+                from[r] += events, size += events;
+            }
+            *starts = static_cast<uint16_t>(size);
+            begin[row] = at;
+            at += size;
+        }
+    }
+
+    uint16_t* lane = nullptr;  // as in MergedEvents
+    float* value = nullptr;
+    int64_t* begin = nullptr;
+    uint16_t* first = nullptr;
+    int64_t* number = nullptr;  // [samples] the events of a sample
+    int64_t* place = nullptr;   // [samples] where they begin
+    int64_t* next = nullptr;    // [samples][row blocks]
 };
 
 }  // namespace g2g::G2G_ISA

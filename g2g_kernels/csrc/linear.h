@@ -85,7 +85,7 @@ inline void linear_forward(Linear& a, Arena& arena) {
             const int64_t r = task / groups, first = task % groups * group, count = least(group, rows - first);
             float* out = scratch + worker * group * kLanes;
             if (input.events) {
-                const EventCurrent current{&plan, r, input.words + first, chunk, tiles, bias + r * kLanes};
+                const EventCurrent current{{&plan, r, input.words + first, chunk, tiles, bias + r * kLanes}};
                 for (int64_t i = 0; i < count; ++i) {
                     Vec y[kVecs];
                     current(i, y);
@@ -108,7 +108,7 @@ inline void linear_backward(Linear& a, Arena& arena) {
     const DualPanel grad(R, chunk, a.bf16 && a.grad_x, arena);
     double* bias = arena.take<double>(lanes);
     std::optional<InputGradient> down;
-    if (a.grad_x) down.emplace(plan, a.bf16, false, arena);
+    if (a.grad_x) down.emplace(plan, a.values, a.bf16, false, arena);
     Bands bands{nullptr, lanes};
     if (down && down->sparse()) bands.data = arena.take<float>(Bands::size(lanes, chunk));
     float* grad_tiles = a.grad_values ? arena.take<float>(static_cast<size_t>(plan.tiles) * kTile) : nullptr;
@@ -119,7 +119,8 @@ inline void linear_backward(Linear& a, Arena& arena) {
     if (!arena.base) return;
 
     zero(bias, lanes * sizeof(double));
-    if (down) down->load(a.values, a.threads);
+    std::optional<InputProduct> product;
+    if (down) product = down->product(a.threads);
     if (a.grad_values)
         parallel(a.threads, plan.tiles, 8, [&](int64_t tile, int) { zero(grad_tiles + tile * kTile, kTile * 4); });
     for (int64_t begin = 0; begin < a.rows; begin += chunk) {
@@ -149,11 +150,11 @@ inline void linear_backward(Linear& a, Arena& arena) {
                     outer(input.panel.floats.at(col, 0), dy, rows, grad_tiles + tile * kTile);
             });
         }
-        if (!down) continue;
+        if (!product) continue;
         if (down->sparse()) bands.fill(grad.floats, rows, a.threads);
         down->each_task(rows, kLanes, down->sparse(), a.threads, 1, [&](int64_t block, int64_t row, int64_t height, int worker) {
             float* out = scratch + worker * kTile;
-            down->run(block, grad, bands, row, height, out);
+            product->run(block, grad, bands, row, height, out);
             with_elements(a.grad_x, a.x_half, (begin + row) * plan.cols.size, [&](auto* grad_x) {
                 store_block(plan.cols, block, out, Rows{0, 1, a.rows, plan.cols.size}, height, grad_x);
             });

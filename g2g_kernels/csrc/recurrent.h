@@ -70,7 +70,7 @@ struct SpikeCurrents {
     static void add(const SpikeCurrents& of, int64_t r, const uint64_t* words, int64_t stride, int64_t t, const float* start,
                     float* out) {
         Vec sum[kVecs];
-        Current{of.plan, r, words, stride, of.tiles, start}(t, sum);
+        Current{{of.plan, r, words, stride, of.tiles, start}}(t, sum);
         for (int v = 0; v < kVecs; ++v) store(out + v * W, sum[v]);
     }
 
@@ -304,9 +304,9 @@ inline void add_events(const Plan& plan, const float* tiles, int64_t block, cons
 // A recurrent connection in the backward pass: what a step hands to the step before it, for the samples of a chunk.
 struct RecurrentBackward {
     const Plan& plan;
-    InputGradient gradient;  // Vᵀ·∂I by the product
+    float event_limit;       // share of neurons with events up to which X is computed by events
+    InputGradient gradient;
     BackwardSteps steps;
-    float event_limit;       // share of neurons with events up to which it is computed by events
     int64_t samples;         // of a chunk
     Panel<float> x;          // X_{t+1}, one row per sample
     DualPanel current;       // ∂I_{t+1}, for the product, one row per sample
@@ -322,9 +322,9 @@ struct RecurrentBackward {
 
     RecurrentBackward(const Stack& s, const Layer& layer, int64_t chunk_samples, bool keeps_rows, Arena& arena)
         : plan(*layer.recurrent),
-          gradient(plan, s.bf16, true, arena),
-          steps(layer.neurons),
           event_limit(static_cast<float>(layer.gradient_event_limit * plan.event_runs.ratio)),
+          gradient(plan, layer.recurrent_values, s.bf16, event_limit > 0, arena),
+          steps(layer.neurons),
           samples(chunk_samples) {
         const int64_t blocks = plan.rows.blocks, count = blocks * samples;
         for (int i = 0; i < 2; ++i) {
@@ -345,6 +345,11 @@ struct RecurrentBackward {
     // Samples of a task.
     int64_t group() const { return gradient.sparse() ? kLanes : kGradientSamples; }
 
+    // Sums over t and the samples of a task: which of them is that of sample b of the chunk that begins with sample `first`;
+    // and how many there are of `batch` samples.
+    int64_t sum_of(int64_t first, int64_t b) const { return first / samples * divide_up(samples, group()) + b / group(); }
+    int64_t sums(int64_t batch) const { return sum_of(batch, 0) + divide_up(batch % samples, group()); }
+
     // The spikes of each step at the place of the next one, which they reach.
     void shift(const Stack& s, const Layer& layer, const LayerParameters& parameters) const {
         const int64_t R = plan.rows.blocks, T = s.steps;
@@ -364,9 +369,8 @@ struct RecurrentBackward {
         return static_cast<double>(events) <= static_cast<double>(event_limit) * static_cast<double>(count * plan.rows.size);
     }
 
-    // Prepares the product of ∂I_{t+1}, which lies in `grad` too, the steps of a sample one after the other.
-    void load_product(const Panel<float>& grad, const float* weights, int64_t count, int64_t t, int64_t T, int threads) {
-        gradient.load(weights, threads);
+    // The product of ∂I_{t+1}, which lies in `grad` too, the steps of a sample one after the other.
+    InputProduct product(const Panel<float>& grad, int64_t count, int64_t t, int64_t T, int threads) {
         if (!has_current) {
             parallel(threads, plan.rows.blocks, 1, [&](int64_t r, int) {
                 for (int64_t b = 0; b < count; ++b)
@@ -375,6 +379,7 @@ struct RecurrentBackward {
             current.convert(plan.rows.blocks, samples, threads);
         }
         if (gradient.sparse()) bands.fill(current.floats, count, threads);
+        return gradient.product(threads);
     }
 };
 

@@ -91,17 +91,25 @@ struct WeightGradient {
     }
 };
 
-// A recurrent connection as a layer, whose inputs are the layer's own spikes one step later.
-inline Layer recurrent_layer(const Stack& s, const Layer& layer, uint64_t* inputs) {
+// The share of ones among the spikes of layer l.
+inline double spike_rate(const Stack& s, int l) {
+    if (l + 1 < s.count) return s.layers[l + 1].input_rate;
+    const Layer& layer = s.layers[l];
+    const int64_t words = static_cast<int64_t>(s.batch) * layer.plan->rows.blocks * s.steps;
+    int64_t spikes = 0;
+    for (int64_t i = 0; i < words; ++i) spikes += __builtin_popcountll(layer.spikes[i]);
+    return static_cast<double>(spikes) / (static_cast<double>(s.batch) * s.steps * layer.plan->rows.size);
+}
+
+// The recurrent connection of layer l as a layer, whose inputs are the layer's own spikes one step later.
+inline Layer recurrent_layer(const Stack& s, int l, uint64_t* inputs) {
+    const Layer& layer = s.layers[l];
     Layer result = layer;
     result.plan = layer.recurrent;
     result.values = layer.recurrent_values;
     result.grad_values = layer.grad_recurrent;
     result.inputs = inputs;
-    int64_t spikes = 0;
-    const int64_t words = static_cast<int64_t>(s.batch) * layer.plan->rows.blocks * s.steps;
-    for (int64_t i = 0; i < words; ++i) spikes += __builtin_popcountll(layer.spikes[i]);
-    result.input_rate = static_cast<double>(spikes) / (static_cast<double>(s.batch) * s.steps * layer.plan->rows.size);
+    result.input_rate = spike_rate(s, l);
     return result;
 }
 
@@ -117,7 +125,8 @@ struct BackwardLayer {
     DualPanel grad;                               // ∂L/∂I: rows of the chunk; for a held input, one row per sample
     std::optional<InputGradient> input_gradient;  // if the layer below or the input needs it
     float event_limit = 0;                        // share of events up to which it is computed by events
-    bool lists_events = false, by_events = false;  // in the current chunk
+    bool lists_events = false;                    // in the current chunk
+    bool by_events = false;                       // whether the last chunk's was, which its sweep expects of the next one
     int64_t events = 0, event_rows = 0;           // listed so far, and the rows that they are in
     ArrivalPanel arrivals;
     std::optional<RecurrentBackward> recurrent;
@@ -142,10 +151,10 @@ struct BackwardLayer {
         if (below && !held && plan.rows.blocks <= kMostEventBlocks)
             event_limit = static_cast<float>(layer.gradient_event_limit * plan.event_runs.ratio);
         lists_events = event_limit > 0;
-        if (below) input_gradient.emplace(plan, s.bf16, lists_events, arena);
+        if (below) input_gradient.emplace(plan, layer.values, s.bf16, lists_events, arena);
         if (layer.recurrent) {
             recurrent.emplace(s, layer, chunks.samples, !held, arena);
-            const Layer joined = recurrent_layer(s, layer, recurrent->inputs);
+            const Layer joined = recurrent_layer(s, l, recurrent->inputs);
             const Input kind = joined.input_rate <= s.event_limit ? Input::kEvents : Input::kDenseSpikes;
             recurrent_weights.emplace(s, joined, kind, arena);
         }
@@ -171,7 +180,7 @@ struct BackwardLayer {
     }
 
     // How many parts the sums over t have: one of each sample, or of the samples of a task.
-    int64_t sums(int64_t batch) const { return recurrent ? divide_up(batch, recurrent->group()) : batch; }
+    int64_t sums(int64_t batch) const { return recurrent ? recurrent->sums(batch) : batch; }
 
     // Whether ∂L/∂I is read in bands.
     bool needs_bands() const {
@@ -190,6 +199,21 @@ struct BackwardLayer {
     }
 };
 
+// ∂L/∂I of a layer for the samples of a chunk.
+struct CurrentGradient {
+    Panel<float> rows;
+    Bands bands;  // the same, unless nothing reads them
+};
+
+// ∂L/∂(input) of a layer for the samples of a chunk, ready to be computed block by block: by events, or by the product.
+struct ChunkInputGradient {
+    const BackwardLayer* layer;
+    std::optional<MergedEvents> events;
+    const float* event_tiles;
+    std::optional<InputProduct> product;
+    Bands bands;  // of ∂L/∂I, where the product reads them
+};
+
 struct BackwardPass {
     const Stack& s;
     Chunks chunks;
@@ -197,11 +221,11 @@ struct BackwardPass {
     float* panel_memory;                // of dense inputs
     std::optional<EventsByLane> events; // of inputs that are spikes
     uint64_t* bits;
-    Bands bands, input_bands;           // ∂L/∂I of the layer that was swept last; dense inputs, for its weight gradient
-    bool bands_filled = false;
+    float *band_memory, *input_band_memory;  // of ∂L/∂I of the layer that was swept last; of dense inputs
     RowBits row_bits;                   // inputs that are spikes, for the same
     double* totals;
-    GradientEvents gradient_events;     // of the layer above the one that is being swept
+    EventLists event_lists;             // of the layer that is being swept
+    EventMerger event_merger;           // of the same, and then for the sweep of the layer below
     int64_t states_size, tile_size, scratch_size;  // of a worker: states of one block, a tile, then events of a step
     int64_t event_list = 0;
     float* scratch;
@@ -235,21 +259,22 @@ struct BackwardPass {
             listed_blocks = most(listed_blocks, x.plan.rows.blocks);
             listed = most(listed, x.most_events(chunks.rows()));
         }
-        // A layer's lists are merged before its weight gradient begins, which then uses their memory.
-        const size_t here = arena.used;
-        if (listed_blocks) gradient_events.take_lists(listed_blocks, chunks.samples, s.steps, arena);
-        const size_t end = arena.used;
-        arena.used = here;
-        panel_memory = arena.take<float>(panel_rows * kLanes);
-        events.emplace(event_blocks, chunks.rows(), arena);
-        bits = arena.take<uint64_t>(EventsByLane::scratch_words(chunks.samples, s.steps) * s.threads);
-        arena.used = most(arena.used, end);
+        // The weight gradient of a layer begins after its lists were merged: it is given what choose() returns.
+        arena.overlay(
+            [&] {
+                if (listed_blocks) event_lists = EventLists(listed_blocks, chunks.samples, s.steps, arena);
+            },
+            [&] {
+                panel_memory = arena.take<float>(panel_rows * kLanes);
+                events.emplace(event_blocks, chunks.rows(), arena);
+                bits = arena.take<uint64_t>(EventsByLane::scratch_words(chunks.samples, s.steps) * s.threads);
+            });
         if (listed_blocks) {
-            gradient_events.take_merged(listed_blocks, listed, arena);
-            event_list = listed_blocks * kLanes + GradientEvents::kSlack;
+            event_merger = EventMerger(listed_blocks, chunks.samples, s.steps, listed, arena);
+            event_list = listed_blocks * kLanes + EventLists::kSlack;
         }
-        bands.data = arena.take<float>(grad_bands);
-        input_bands.data = arena.take<float>(dense_bands);
+        band_memory = arena.take<float>(grad_bands);
+        input_band_memory = arena.take<float>(dense_bands);
         row_bits.bits = arena.take<uint16_t>(spike_bits);
         totals = arena.take<double>(lanes);
         states_size = s.steps * states * kLanes;
@@ -262,9 +287,10 @@ struct BackwardPass {
         for (size_t l = 0; l < layers.size(); ++l) begin(l);
         for (int64_t first = 0; first < s.batch; first += chunks.samples) {
             const int64_t samples = least(chunks.samples, s.batch - first);
+            ChunkInputGradient above{};  // of the layer above
             for (size_t l = layers.size(); l-- > 0;) {
-                sweep(l, first, samples);
-                if (layers[l].weights.kind != Input::kHeld) hand_down(l, first, samples, s.steps);
+                sweep(layers[l], above, first, samples);
+                if (layers[l].weights.kind != Input::kHeld) above = hand_down(l, first, samples, s.steps);
             }
         }
         if (layers[0].weights.kind == Input::kHeld) hand_down(0, 0, s.batch, 1);  // one row per sample: all at once
@@ -292,71 +318,72 @@ struct BackwardPass {
         if (!x.arrivals.aligned) x.arrivals.find_offsets(axis, layers[l + 1].plan.cols);
     }
 
-    // Chooses how to compute the input gradient of a layer in a chunk, after its sweep: by events or by the product.
-    // The sweep writes only what the choice in the chunk before suggests.
-    void choose_input_gradient(BackwardLayer& x, int64_t samples, int64_t steps) {
-        const int64_t rows = samples * steps;
+    // How to compute the input gradient of a layer in a chunk, after its sweep: by events or by the product. The sweep
+    // writes only what the choice in the chunk before suggests.
+    ChunkInputGradient choose(BackwardLayer& x, int64_t samples, int64_t steps) {
+        const int64_t rows = samples * steps, R = x.plan.rows.blocks;
         const bool had_halves = x.wants_halves();
-        x.by_events = false;
+        ChunkInputGradient result{&x, {}, nullptr, {}, {}};
         if (x.lists_events) {
-            const int64_t events = gradient_events.count_events(x.plan.rows.blocks, samples, s.threads);
+            const int64_t limit = x.most_events(rows);
+            auto [events, merged] = event_merger.merge(event_lists, R, samples, limit, s.threads);
+            result.events = merged;
             x.events += events, x.event_rows += rows;
-            x.by_events = events <= x.most_events(rows);
-            x.lists_events = events <= 2 * x.most_events(rows);
+            x.lists_events = events <= 2 * limit;
         }
+        x.by_events = result.events.has_value();
         if (x.by_events) {
             ++x.layer.gradient_event_chunks;
-            x.input_gradient->load_tiles(x.layer.values, s.threads);
-            gradient_events.merge(samples, s.threads);
+            result.event_tiles = x.input_gradient->event_tiles(s.threads);
         } else {
-            x.input_gradient->load(x.layer.values, s.threads);
-            if (!had_halves) x.grad.convert(x.plan.rows.blocks, rows, s.threads);
-            if (x.input_gradient->sparse()) fill_bands(x.grad.floats, x.lanes(), rows);
+            result.product = x.input_gradient->product(s.threads);
+            if (!had_halves) x.grad.convert(R, rows, s.threads);
         }
+        return result;
     }
 
-    // Brings ∂L/∂I of a layer into bands, once after its sweep.
-    void fill_bands(const Panel<float>& grad, int64_t lanes, int64_t rows) {
-        if (bands_filled) return;
-        bands.lanes = lanes;
+    // ∂L/∂I of a layer in bands.
+    Bands fill_bands(const Panel<float>& grad, int64_t lanes, int64_t rows) const {
+        const Bands bands{band_memory, lanes};
         bands.fill(grad, rows, s.threads);
-        bands_filled = true;
+        return bands;
     }
 
-    // call(block, row, rows, worker) for all of the input gradient of a layer; see input_gradient().
+    // call(block, row, rows, worker) for all of an input gradient; see input_gradient().
     template <class F>
-    void each_input_gradient(const BackwardLayer& x, int64_t rows, int64_t grain, const F& call) const {
-        const int64_t group = chunks.group * s.steps;
-        const bool banded = !x.by_events && x.input_gradient->sparse();
-        x.input_gradient->each_task(rows, banded ? kLanes : group, banded, s.threads, grain, call);
+    void each_input_gradient(const ChunkInputGradient& x, int64_t rows, int64_t grain, const F& call) const {
+        const InputGradient& gradient = *x.layer->input_gradient;
+        const bool banded = x.product && gradient.sparse();
+        gradient.each_task(rows, banded ? kLanes : chunks.group * s.steps, banded, s.threads, grain, call);
     }
 
-    // Rows row … of ∂L/∂(input) of a layer, for block c of its columns.
-    void input_gradient(const BackwardLayer& x, int64_t c, int64_t row, int64_t rows, float* out, int worker) const {
-        if (!x.by_events) return x.input_gradient->run(c, x.grad, bands, row, rows, out);
+    // Rows row … of an input gradient, for block c of its columns.
+    void input_gradient(const ChunkInputGradient& x, int64_t c, int64_t row, int64_t rows, float* out, int worker) const {
+        if (x.product) return x.product->run(c, x.layer->grad, x.bands, row, rows, out);
         float* factor = scratch + worker * scratch_size + states_size + tile_size;
+        const float decay = x.layer->parameters.lanes[0][x.layer->any_lane()];
         for (int64_t i = 0; i < rows; i += s.steps)
-            gradient_events.input_gradient(x.plan, x.input_gradient->tiles, x.parameters.lanes[0][x.any_lane()], c,
-                                           (row + i) / s.steps, reinterpret_cast<uint32_t*>(factor + event_list), factor,
-                                           out + i * kLanes);
+            x.events->input_gradient(x.layer->plan, x.event_tiles, decay, c, (row + i) / s.steps,
+                                     reinterpret_cast<uint32_t*>(factor + event_list), factor, out + i * kLanes);
     }
 
-    // ∂L/∂S of layer l, its neurons backwards, and with that ∂L/∂I, for the samples of a chunk.
-    void sweep(size_t l, int64_t first, int64_t samples) {
-        if (layers[l].recurrent) {
-            if (!layers[l].last) fill_arrivals(layers[l], layers[l + 1], samples);
-            sweep_steps(layers[l], first, samples);
-            if (layers[l].weights.kind != Input::kHeld) return;
-            bands_filled = false;
-            return weight_gradient(*layers[l].recurrent_weights, layers[l].recurrent->rows, first, samples, s.steps);
+    // ∂L/∂S of a layer, its neurons backwards, and with that ∂L/∂I, for the samples of a chunk.
+    void sweep(BackwardLayer& x, const ChunkInputGradient& above, int64_t first, int64_t samples) {
+        if (x.recurrent) {
+            if (!x.last) fill_arrivals(x, above, samples);
+            sweep_steps(x, first, samples);
+            if (x.weights.kind != Input::kHeld) return;
+            const Panel<float>& rows = x.recurrent->rows;
+            Bands bands;
+            if (x.recurrent_weights->by_batch) bands = fill_bands(rows, x.lanes(), samples * s.steps);
+            return weight_gradient(*x.recurrent_weights, {rows, bands}, first, samples, s.steps);
         }
-        switch (layers[l].arrival) {
-            case Arrival::kConstant: return sweep_constant(layers[l], first, samples);
-            case Arrival::kTiles: return sweep_tiles(layers[l], layers[l + 1], first, samples);
+        switch (x.arrival) {
+            case Arrival::kConstant: return sweep_constant(x, first, samples);
+            case Arrival::kTiles: return sweep_tiles(x, above, first, samples);
             case Arrival::kPanel:
-                if (layers[l + 1].by_events && layers[l].arrivals.aligned)
-                    return sweep_tiles(layers[l], layers[l + 1], first, samples);
-                return sweep_panel(layers[l], layers[l + 1], first, samples);
+                if (above.events && x.arrivals.aligned) return sweep_tiles(x, above, first, samples);
+                return sweep_panel(x, above, first, samples);
         }
     }
 
@@ -367,7 +394,7 @@ struct BackwardPass {
         });
     }
 
-    void sweep_tiles(const BackwardLayer& x, const BackwardLayer& above, int64_t first, int64_t samples) const {
+    void sweep_tiles(const BackwardLayer& x, const ChunkInputGradient& above, int64_t first, int64_t samples) const {
         const int64_t T = s.steps, groups = divide_up(samples, chunks.group);
         parallel(s.threads, x.plan.rows.blocks * groups, 2, [&](int64_t task, int worker) {
             const int64_t r = task / groups, b = task % groups * chunks.group, count = least(chunks.group, samples - b);
@@ -379,14 +406,14 @@ struct BackwardPass {
     }
 
     // The input gradient of the layer above in the panel of a layer, in the order of the columns above.
-    void store_arrivals(const BackwardLayer& x, const BackwardLayer& above, int64_t samples) const {
+    void store_arrivals(const BackwardLayer& x, const ChunkInputGradient& above, int64_t samples) const {
         each_input_gradient(above, samples * s.steps, 2, [&](int64_t c, int64_t row, int64_t height, int worker) {
             input_gradient(above, c, row, height, x.arrivals.panel.at(c, row), worker);
         });
     }
 
     // The same, in the layer's own order.
-    void fill_arrivals(const BackwardLayer& x, const BackwardLayer& above, int64_t samples) const {
+    void fill_arrivals(const BackwardLayer& x, const ChunkInputGradient& above, int64_t samples) const {
         store_arrivals(x, above, samples);
         if (x.arrivals.aligned) return;
         parallel(s.threads, samples * s.steps, 8, [&](int64_t row, int worker) {
@@ -394,7 +421,7 @@ struct BackwardPass {
         });
     }
 
-    void sweep_panel(const BackwardLayer& x, const BackwardLayer& above, int64_t first, int64_t samples) const {
+    void sweep_panel(const BackwardLayer& x, const ChunkInputGradient& above, int64_t first, int64_t samples) const {
         const Panel<float>& panel = x.arrivals.panel;
         const int64_t R = x.plan.rows.blocks, T = s.steps, rows = samples * T;
         store_arrivals(x, above, samples);
@@ -427,21 +454,23 @@ struct BackwardPass {
         for (int64_t t = T - 1; t >= (x.layer.first ? -1 : 0); --t) {
             const int after = (t + 1) & 1;
             const bool later = t + 1 < T;
+            const float* event_tiles = nullptr;
+            std::optional<InputProduct> product;
             if (later) {
                 by_events = v.by_events(v.words[after], samples);
                 if (by_events)
-                    v.gradient.load_tiles(x.layer.recurrent_values, s.threads);
+                    event_tiles = v.gradient.event_tiles(s.threads);
                 else
-                    v.load_product(rows, x.layer.recurrent_values, samples, t, T, s.threads);
+                    product = v.product(rows, samples, t, T, s.threads);
             }
             parallel(s.threads, R * groups, 1, [&](int64_t task, int) {
                 const int64_t r = task / groups, b = task % groups * group, count = least(group, samples - b);
-                if (later && !by_events) v.gradient.run(r, v.current, v.bands, b, count, v.x.at(r, b));
-                for (int64_t i = b; later && by_events && i < b + count; ++i) {
+                if (product) product->run(r, v.current, v.bands, b, count, v.x.at(r, b));
+                for (int64_t i = b; event_tiles && i < b + count; ++i) {
                     Vec sum[kVecs];
                     float* const lanes = v.x.at(r, i);
                     for (int k = 0; k < kVecs; ++k) sum[k] = all(beta) * load(lanes + k * W);
-                    add_events(v.plan, v.gradient.tiles, r, v.words[after] + i, v.values[after] + i * kLanes, v.samples, sum);
+                    add_events(v.plan, event_tiles, r, v.words[after] + i, v.values[after] + i * kLanes, v.samples, sum);
                     for (int k = 0; k < kVecs; ++k) store(lanes + k * W, sum[k]);
                 }
                 if (t < 0)
@@ -465,7 +494,7 @@ struct BackwardPass {
             if (x.weights.kind == Input::kHeld) zero(x.grad.floats.at(r, first + b), kLanes * sizeof(float));
         }
         for (int64_t b = 0; b < samples; b += v.group()) {
-            const BlockGradient sums = x.block_gradient((first + b) / v.group(), r);
+            const BlockGradient sums = x.block_gradient(v.sum_of(first, b), r);
             zero(sums.current, kLanes * sizeof(float));
             for (int k = 0; k < x.model.parameters; ++k) zero(sums.parameters[k], kLanes * sizeof(float));
         }
@@ -480,7 +509,7 @@ struct BackwardPass {
         const bool held = x.weights.kind == Input::kHeld;
         alignas(64) float begin[kLanes * kMostStates * kLanes];
         for (int64_t j = 0; !t && j < samples; ++j) load_states(s, x.layer, x.layer.first, first + b + j, r, begin + j * size);
-        const BlockGradient sums = x.block_gradient((first + b) / v.group(), r);
+        const BlockGradient sums = x.block_gradient(v.sum_of(first, b), r);
         BackwardStep step{};
         if (!x.last) step.tile = x.arrivals.panel.at(r, b * T + t), step.tile_stride = T * kLanes;
         step.constant = x.constant_of(first + b, r), step.constant_stride = x.last ? x.lanes() : 0;
@@ -504,7 +533,7 @@ struct BackwardPass {
             v.steps.step(own.block, x.layer.neurons.alpha, 1, step.from(j, x.model.states));
         }
         for (int64_t j = 0; x.lists_events && j < samples; ++j) {
-            const BlockEvents list = gradient_events.lists(r, b + j);
+            const BlockEvents list = event_lists.of(r, b + j);
             const int64_t count = __builtin_popcountll(step.words[j]);
             __builtin_memcpy(list.value + v.listed[at + j], step.values + j * kLanes, count * sizeof(float));
             v.listed[at + j] += count;
@@ -523,7 +552,7 @@ struct BackwardPass {
         const int64_t membrane = (x.model.states - 1) * kLanes;
         const SampleParameters own(x.parameters, x.layer, first + b, r);
         v.steps.begin(own.block, x.layer.neurons.alpha, begin + membrane, v.x.at(r, b), grads + membrane,
-                      x.block_gradient((first + b) / v.group(), r).parameters[x.model.parameters - 1]);
+                      x.block_gradient(v.sum_of(first, b), r).parameters[x.model.parameters - 1]);
         if (x.layer.grad_first) store_states(s, x.layer, grads, first + b, r, x.layer.grad_first);
     }
 
@@ -559,23 +588,30 @@ struct BackwardPass {
         }
         out.rows = x.grad.floats.at(r, b * T);
         if (x.wants_halves()) out.halves = x.grad.halves.at(r, b * T);
-        if (x.lists_events) out.events = gradient_events.lists(r, b);
+        if (x.lists_events) out.events = event_lists.of(r, b);
         x.sweep(upstream, kept_states(s, x.layer, sample, r), T, own.block, x.layer.neurons.alpha, out);
     }
 
     // From ∂L/∂I of layer l: ∂L/∂W, how to compute ∂L/∂(input) and, in the first layer, ∂L/∂x.
-    void hand_down(size_t l, int64_t first, int64_t samples, int64_t steps) {
-        bands_filled = false;
-        if (layers[l].input_gradient) choose_input_gradient(layers[l], samples, steps);
-        weight_gradient(layers[l].weights, layers[l].grad.floats, first, samples, steps);
-        if (layers[l].recurrent && layers[l].weights.kind != Input::kHeld)
-            weight_gradient(*layers[l].recurrent_weights, layers[l].grad.floats, first, samples, steps);
-        if (l == 0 && s.grad_x) store_input_gradient(layers[0], first, samples, steps);
+    ChunkInputGradient hand_down(size_t l, int64_t first, int64_t samples, int64_t steps) {
+        BackwardLayer& x = layers[l];
+        const bool recurrent = x.recurrent && x.weights.kind != Input::kHeld;
+        ChunkInputGradient result{};
+        if (x.input_gradient) result = choose(x, samples, steps);
+        CurrentGradient grad{x.grad.floats, {}};
+        if ((result.product && x.input_gradient->sparse()) || x.weights.by_batch || (recurrent && x.recurrent_weights->by_batch))
+            grad.bands = fill_bands(grad.rows, x.lanes(), samples * steps);
+        result.bands = grad.bands;
+        weight_gradient(x.weights, grad, first, samples, steps);
+        if (recurrent) weight_gradient(*x.recurrent_weights, grad, first, samples, steps);
+        if (l == 0 && s.grad_x) store_input_gradient(result, first, samples, steps);
+        return result;
     }
 
-    // Adds what the samples of a chunk give, of whose currents `grad` is the gradient.
-    void weight_gradient(const WeightGradient& x, const Panel<float>& grad, int64_t first, int64_t samples, int64_t steps) {
-        if (x.by_batch) return weight_gradient_by_batch(x, grad, first, samples, steps);
+    // Adds what the samples of a chunk give, of whose currents `of` is the gradient.
+    void weight_gradient(const WeightGradient& x, const CurrentGradient& of, int64_t first, int64_t samples, int64_t steps) {
+        const Panel<float>& grad = of.rows;
+        if (x.by_batch) return weight_gradient_by_batch(x, of, first, samples, steps);
         const Plan& plan = x.plan();
         const int64_t C = plan.cols.blocks;
         const Panel<float> panel{panel_memory, grad.rows};
@@ -600,18 +636,17 @@ struct BackwardPass {
         });
     }
 
-    void weight_gradient_by_batch(const WeightGradient& x, const Panel<float>& grad, int64_t first, int64_t samples,
+    void weight_gradient_by_batch(const WeightGradient& x, const CurrentGradient& grad, int64_t first, int64_t samples,
                                   int64_t steps) {
         const int64_t C = x.plan().cols.blocks, rows = samples * steps, count = divide_up(rows, kLanes);
         const int64_t lanes = static_cast<int64_t>(x.plan().rows.blocks) * kLanes;
         const bool spikes = x.spikes();
-        fill_bands(grad, lanes, rows);
+        const Bands input_bands{input_band_memory, C * kLanes};
         if (spikes) {
             row_bits.load(x.layer.inputs + first * C * steps, C, samples, steps, s.threads);
         } else {
-            const Panel<float> panel{panel_memory, grad.rows};
+            const Panel<float> panel{panel_memory, grad.rows.rows};
             fill_panel(s, x.layer, x.kind, first, samples, panel);
-            input_bands.lanes = C * kLanes;
             input_bands.fill(panel, rows, s.threads);
         }
         const WeightList& list = x.plan().by_row;
@@ -619,7 +654,7 @@ struct BackwardPass {
             if (list.first[lane] == list.first[lane + 1]) return;
             float* e = scratch + worker * scratch_size;  // of this lane, in one piece: bands are a multiple of 4 KiB apart
             for (int64_t band = 0; band < count; ++band)
-                __builtin_memcpy(e + band * kLanes, bands.at(band, lane), kLanes * sizeof(float));
+                __builtin_memcpy(e + band * kLanes, grad.bands.at(band, lane), kLanes * sizeof(float));
             if (spikes)
                 spike_outer(list, lane, row_bits, e, x.layer.grad_values);
             else
@@ -628,8 +663,8 @@ struct BackwardPass {
     }
 
     // ∂L/∂x of rows of the first layer, to the user's matrix.
-    void store_input_gradient(const BackwardLayer& x, int64_t first, int64_t samples, int64_t steps) const {
-        const Axis& axis = x.plan.cols;
+    void store_input_gradient(const ChunkInputGradient& x, int64_t first, int64_t samples, int64_t steps) const {
+        const Axis& axis = x.layer->plan.cols;
         each_input_gradient(x, samples * steps, 1, [&](int64_t block, int64_t row, int64_t height, int worker) {
             float* out = scratch + worker * scratch_size + states_size;
             input_gradient(x, block, row, height, out, worker);

@@ -107,7 +107,7 @@ struct ForwardLayer {
         parallel(stack.threads, plan().rows.blocks * B, least(32, B), [&](int64_t task, int) {
             const int64_t r = task / B, b = task % B;
             const uint64_t* words = layer.inputs + b * C * T;
-            neurons(sweep, Current{&plan(), r, words, T, weights.tiles, parameters.bias + r * kLanes}, b, r);
+            neurons(sweep, Current{{&plan(), r, words, T, weights.tiles, parameters.bias + r * kLanes}}, b, r);
         });
     }
 

@@ -63,7 +63,7 @@ struct Layer {
     float* last;            // out: [states][B][N] after the last step; null: not wanted
     const float* grad_last;  // null: zeros
     float* grad_first;      // out, null: not wanted
-    float gradient_event_limit;  // 0: its input gradient takes the product; else see GradientEvents
+    float gradient_event_limit;  // 0: its input gradient takes the product; else see gradient_events.h
     int32_t gradient_event_chunks;  // out: chunks of the batch whose input gradient was computed by events
     double gradient_event_rate;  // out: share of events where they were listed
     const Plan* recurrent;  // V, its lanes on both sides those of the plan's rows; null: none

@@ -193,7 +193,7 @@ class EpochTrainer(ABC):
     def _lr_factor(self) -> float:
         """What the learning rate of the next step is multiplied by."""
         if self.step < self.lr_warmup:
-            return (self.step + 1) / self.lr_warmup
+            return (self.step + 1) / (self.lr_warmup + 1)
         return SCHEDULES[self.lr_schedule]((self.step - self.lr_warmup) / (self._steps - self.lr_warmup))
 
     def _set_lr(self, lr: float) -> None:

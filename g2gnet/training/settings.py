@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from g2gnet.data import DATASETS, own
 from g2gnet.data.augmentation import SHIFTS
@@ -111,6 +111,13 @@ class TrainSettings(NetworkSettings, RunSettings):
         "auto: crop-flip for raw CIFAR images, none for others",
         choices=AUGMENTATIONS,
     )
+    erase: float = setting(
+        0.0,
+        "data",
+        "probability that a rectangle of a training image, a fiftieth to a third of it, is set to zero",
+        low=0,
+        high=1,
+    )
     sequence: str = with_default(NetworkSettings, "sequence", DefaultName(NetworkSettings.sequence))
     sequence_step: int = setting(1, "data", "rows or pixels in a time step of such a `sequence`", low=1)
     sequence_seed: int = setting(
@@ -137,7 +144,7 @@ class TrainSettings(NetworkSettings, RunSettings):
         choices=tuple(SCHEDULES),
     )
     lr_warmup: int = setting(
-        0, "training", "first optimizer steps, in which the learning rate rises in equal steps to `lr`", low=0
+        0, "training", "first optimizer steps, after which the learning rate has risen in equal steps to `lr`", low=0
     )
     optimizer: str = setting(
         "adam",
@@ -225,10 +232,11 @@ class TrainSettings(NetworkSettings, RunSettings):
             problems.append(
                 f"use_resnet needs {' or '.join(f'`dataset={name}`' for name in RELEASES)}, not {self.dataset}"
             )
-        if self.use_resnet and self.augment in SHIFTS:
-            problems.append(
-                f"augment={self.augment} needs images, but use_resnet trains on features; leave one of them out"
-            )
+        if self.use_resnet:
+            problems += [
+                f"{name}={value} needs images, but use_resnet trains on features; leave one of them out"
+                for name, value in self.of_images().items()
+            ]
         if self.optimizer == "adamw" and self.weight_decay == 0:
             problems.append(
                 "optimizer=adamw has no effect with weight_decay=0; give a `weight_decay`, or leave `optimizer` out"
@@ -279,6 +287,11 @@ class TrainSettings(NetworkSettings, RunSettings):
         """By at most how many pixels training images are shifted before half are mirrored; None for neither."""
         crops = self.dataset in DATASETS and DATASETS[self.dataset].crops and not self.use_resnet
         return SHIFTS.get("crop-flip" if self.augment == "auto" and crops else self.augment)
+
+    def of_images(self) -> dict[str, Any]:
+        """The settings that change training images, of those that were given."""
+        changes = {"augment": self.augment in SHIFTS, "erase": self.erase > 0}
+        return {name: getattr(self, name) for name, given in changes.items() if given}
 
     @property
     def stem(self) -> str:

@@ -16,7 +16,7 @@ from g2g_kernels.triton import runtime
 from g2gnet.analysis import Batch
 from g2gnet.copies import tie_wiring
 from g2gnet.cuda_graph import CapturedStep
-from g2gnet.data import ImageData, as_samples, random_crop_and_flip
+from g2gnet.data import ImageData, as_samples, random_crop_and_flip, random_erase
 from g2gnet.distributed import World
 from g2gnet.dst import DSTScheduler
 from g2gnet.network import G2GNet
@@ -125,7 +125,7 @@ class Trainer(EpochTrainer):
 
     Raises:
         SettingsError: if a batch has fewer images than there are processes, training has too few steps for DST, the
-            images to be shifted or mirrored are vectors, or the network and a step need more memory than there is.
+            images to be changed are vectors, or the network and a step need more memory than there is.
 
     Example:
         >>> from g2gnet.data import load_dataset
@@ -164,7 +164,8 @@ class Trainer(EpochTrainer):
         input_dim = data.input_dim if order is None else order.shape[1]
         in_step = min(count, settings.batch_size)
         check_memory(settings, input_dim, data.num_classes, -(-in_step // world.size), device)
-        self.net = build_network(settings, input_dim, data.num_classes, machine.backend).to(device)
+        self._machine = machine
+        self.net = self._build_network(input_dim, data.num_classes).to(device)
         if order is not None:
             self.net.input_order.copy_(order)
         if settings.standardize:
@@ -183,7 +184,7 @@ class Trainer(EpochTrainer):
         self._initial_units = self._units()
         parameters = sum(parameter.numel() for parameter in self.net.parameters())
         self._one_thread_updates = device.type == "cpu" and parameters <= ONE_THREAD_UPDATE
-        self.optimizer = self._make_optimizer(machine)
+        self.optimizer = self._make_optimizer()
         self._parallel: DistributedDataParallel | None = None
         if world.size > 1:
             self._parallel = DistributedDataParallel(
@@ -194,7 +195,6 @@ class Trainer(EpochTrainer):
             )
             # their sum, where DistributedDataParallel itself averages them
             self._parallel.register_comm_hook(world, World.sum_gradients)
-        self._machine = machine
         self._captured = self._capture()
         if machine.cuda_graph is None and device.type == "cuda" and world.size > 1:
             logger.info(
@@ -243,8 +243,11 @@ class Trainer(EpochTrainer):
             self.dst.load_state_dict(state["dst"])
         self._captured = self._capture()  # the optimizer's state has other addresses now
 
-    def _make_optimizer(self, machine: Machine) -> torch.optim.Optimizer:
-        settings, device = self.settings, machine.device
+    def _build_network(self, input_dim: int, num_classes: int) -> G2GNet:
+        return build_network(self.settings, input_dim, num_classes, self._machine.backend)
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        settings, machine, device = self.settings, self._machine, self.device
         varies = settings.lr_schedule != "constant" or settings.lr_warmup > 0
         options: dict[str, Any] = {
             # a captured step reads it from a tensor
@@ -255,11 +258,12 @@ class Trainer(EpochTrainer):
             "foreach": False,
             "capturable": machine.captures,
         }
+        learned = [parameter for parameter in self.net.parameters() if parameter.requires_grad]
         if settings.optimizer == "adam":
-            return torch.optim.Adam(self.net.parameters(), **options)
+            return torch.optim.Adam(learned, **options)
         # a decay that no gradient scales would draw decays and thresholds of neurons to zero
         weights = [connection.values for connection in self.net.connections().values()]
-        others = [each for each in self.net.parameters() if all(each is not weight for weight in weights)]
+        others = [each for each in learned if all(each is not weight for weight in weights)]
         groups: list[dict[str, Any]] = [{"params": weights}, {"params": others, "weight_decay": 0.0}]
         return torch.optim.AdamW(groups, **options)
 
@@ -314,6 +318,8 @@ class Trainer(EpochTrainer):
         images = self.data.train_images[index]
         if self.settings.shift is not None:
             images = random_crop_and_flip(images, self._stream("augment", self.step), self.settings.shift)
+        if self.settings.erase:
+            images = random_erase(images, self._stream("erase", self.step), self.settings.erase)
         # from the whole batch's draws, so each image gets what it would get in one process
         part = self.world.part(len(index))
         inputs = self.net.encode(as_samples(images), self._stream("encode_train", self.step), part)

@@ -9,8 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from scipy import stats
+from training_runs import assert_equal
 
-from benchmarks import dst_study, gru, plots, sequence_study, structure_study, study, tradeoff_study
+from benchmarks import dst_study, gru, plots, recipe_study, relu, sequence_study, structure_study, study, tradeoff_study
 from benchmarks.redraw import STUDIES
 from benchmarks.study import Study, spread
 from g2gnet.data import load_dataset
@@ -218,6 +219,72 @@ def test_the_width_of_a_gru_has_the_weights_wanted():
     for width in (1, 17, 200):
         weights = sum(parameter.numel() for parameter in gru.GRU(4, width, 10).parameters())
         assert gru.width_of(weights, 4, 10) == width
+
+
+CONVENTIONAL = dataclasses.replace(
+    recipe_study.STUDY,
+    common="--dataset fashionmnist-mini --model index --hidden_dim 64 --block_size 16 --T 3 --limit_train 96 "
+    "--limit_test 32 --batch_size 32",
+    rows={"20 epochs": "", "20 epochs, ReLU": "--name ReLU --dropout 0.2 --lr_schedule cosine"},
+)
+
+
+def test_a_conventional_network_stands_beside_the_spiking_one(tmp_path, capsys, monkeypatch, trained):
+    arguments = ["--runs", str(tmp_path), "--seeds", "1", "--epochs", "3", "--json", str(tmp_path / "record.json")]
+    assert study.run_study(CONVENTIONAL, arguments) == 0
+    spiking, other = json.loads((tmp_path / "record.json").read_text())["rows"]
+    assert spiking["ends"][0]["weights"] == other["ends"][0]["weights"]  # of one seed: the same masks
+    assert other["ends"][0]["accumulates"]["fc2"] == 0 < other["ends"][0]["multiplies"]["fc2"]
+    assert set(other["ends"][0]["silent"]) == {"lif1", "lif2", "lif3"}
+    printed = capsys.readouterr()
+    assert "row=20 epochs, ReLU, seed=1: epoch 3: test accuracy" in printed.err
+    assert "Epoch" not in printed.out
+    # a finished one is not trained again, and one that was stopped resumes with the same weights
+    again = dataclasses.replace(CONVENTIONAL, others={"20 epochs, ReLU": lambda *_: pytest.fail("trained")})
+    assert study.run_study(again, [*arguments, "--finished"]) == 0
+    folder = study.folder_of(tmp_path, CONVENTIONAL, "20 epochs, ReLU", 3, 1)
+    (whole,) = (read_tensors(path) for path in folder.glob("*.pth"))
+    settings = study.run_of(CONVENTIONAL, "20 epochs, ReLU", 3, 1, tmp_path).settings
+
+    def stop_in_epoch_two(self, on_step=None, train_epoch=relu.ReLUTrainer.train_epoch):
+        if self.epoch == 1:
+            raise KeyboardInterrupt
+        return train_epoch(self, on_step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(relu.ReLUTrainer, "train_epoch", stop_in_epoch_two)
+        with pytest.raises(KeyboardInterrupt):
+            relu.train(settings, tmp_path / "parts")
+    assert relu.finished(tmp_path / "parts") is None
+    relu.train(settings, tmp_path / "parts")
+    (parts,) = (read_tensors(path) for path in (tmp_path / "parts").glob("*.pth"))
+    assert_equal(whole, parts)
+
+
+def test_a_conventional_network_is_a_perceptron_with_the_masks():
+    net = relu.ReLUNet(784, 64, 10, block_size=16, dropout=0.5, generator=torch.Generator().manual_seed(0))
+    x = torch.rand(40, 784)
+    dropped = net.drop(40)
+    dense = [
+        (connection.dense_weight().detach().double(), connection.bias.detach().double())
+        for connection, _ in net.layers()
+    ]
+    for training in (False, True):
+        net.train(training)
+        activity = net.simulate(x, dropped=dropped)
+        hidden, rates, multiplies = x.double(), [], []
+        for number, (weight, bias) in enumerate(dense):
+            multiplies.append(int((hidden != 0).long().sum(0) @ (weight != 0).long().sum(0)))
+            logits = hidden @ weight.T + bias
+            hidden = logits.relu()
+            if training and number < 2:
+                hidden = hidden * ~dropped[number] * 2
+            rates.append((hidden > 0).double().mean(0))
+        torch.testing.assert_close(activity.output.double(), logits, rtol=1e-5, atol=1e-5)
+        for found, wanted in zip(activity.rates, rates, strict=True):
+            assert (found - wanted).abs().max() < 1 / 39  # one sample at zero may be on either side
+        if not training:
+            assert [each.multiplies for each in activity.synaptic_operations()] == pytest.approx(multiplies, rel=1e-3)
 
 
 def test_what_cannot_be_is_named(tmp_path, capsys):

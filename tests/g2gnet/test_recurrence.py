@@ -191,6 +191,8 @@ CASES = {
     "units of 8": {"unit": 8, "sizes": (13, 96, 64, 7), "kind": "interleaved"},
     "units of 16": {"unit": 16, "sizes": (40, 128, 96, 7), "kind": "index", "batch": 37},
     "units of 64": {"unit": 64, "sizes": (40, 260, 150, 7), "groups": 2, "kind": "index", "batch": 70, "T": 4},
+    "chunks of 40 samples": {"unit": 16, "sizes": (13, 128, 26, 7), "kind": "index", "batch": 90, "T": 20},
+    "chunks of 36, single weights": {"unit": 1, "sizes": (13, 128, 26, 7), "kind": "index", "batch": 50, "T": 24},
     "one sample": {"batch": 1},
     "two steps": {"T": 2, "state": True},
     "one step": {"T": 1},

@@ -35,6 +35,7 @@ from neuron_cases import (
 )
 from snntorch import surrogate as snn_surrogate
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from benchmarks.machine import pytorch_threads
 from g2g_kernels import BackendError, lif
@@ -475,6 +476,24 @@ def test_half_precision_on_every_backend(backend, dtype):
         for name in ("current.grad", "beta.grad", "threshold.grad"):
             ratios.add(name, actual[name], plain[name], exact[name])
     ratios.check(cases=12)
+
+
+@every_backend
+def test_a_checkpoint_computes_the_same_gradients(backend):
+    device = device_of(backend)
+    leaf = currents(T, B, N, dtype=torch.float32).to(device).requires_grad_()
+    beta, threshold = (tensor.to(device).requires_grad_() for tensor in parameters(True, torch.float32))
+
+    def found(run):
+        return torch.autograd.grad(run(leaf, beta, threshold).square().mean(), (leaf, beta, threshold))
+
+    def neurons(*tensors):
+        return lif(*tensors, backend=backend)
+
+    at_once = found(neurons)
+    again = found(lambda *tensors: checkpoint(neurons, *tensors, use_reentrant=False))
+    for expected, recomputed in zip(at_once, again, strict=True):
+        assert torch.equal(expected, recomputed)
 
 
 # --- memory -------------------------------------------------------------------------------------------------------

@@ -179,7 +179,7 @@ MUTATIONS = (
         PADDING,
     ),
     Mutation(
-        "the third part of a weight left out",
+        "the third part left out",
         PRODUCTS,
         (("(rest - second).to(part_ty)", "(rest - rest).to(part_ty)"),),
         BY_PARTS,

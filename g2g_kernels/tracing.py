@@ -79,7 +79,8 @@ def on_cpu(function: _Function) -> _Function:
 
     @functools.wraps(function)
     def with_cpu_as_default(*args: Any, **kwargs: Any) -> Any:
-        if torch.get_default_device().type == "cpu":  # the context would slow each of its calls down
+        # the context would slow each of its calls down; PyTorch 2.4's default device is not that of a context
+        if torch.get_default_device().type == "cpu" and not torch._C._len_torch_function_stack():
             return function(*args, **kwargs)
         with torch.device("cpu"):
             return function(*args, **kwargs)

@@ -161,10 +161,11 @@ def lif_layer(
     bias: torch.Tensor | None,
     beta: torch.Tensor,
     threshold: torch.Tensor,
+    dropped: torch.Tensor | None = None,
     **options,
 ) -> SpikingLayer:
     """A layer of LIF neurons."""
-    return SpikingLayer(values, mask, bias, Neurons("lif", (beta, threshold), **options))
+    return SpikingLayer(values, mask, bias, Neurons("lif", (beta, threshold), **options), dropped)
 
 
 def with_parameter(layer: SpikingLayer, name: str, value: object) -> SpikingLayer:

@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/kernel-checks.md"
 LINEAR, STACK, NEURONS = (f"g2g_kernels/ops/{name}/triton.py" for name in ("g2g_linear", "g2g_stack", "neurons"))
 NEURON = "g2g_kernels/triton/neuron.py"
+PRODUCTS = "g2g_kernels/triton/products.py"
 TILES = "g2g_kernels/ops/g2g_linear/tiles.py"
 TESTS = "tests/g2g_kernels/ops/test_triton_{}.py"
 MISSED = "—"
@@ -59,6 +60,8 @@ PADDING = "linear", "padding or rows_and_columns or one_gradient_alone"
 PARTS = "linear", "sums_over_many"
 BY_LIF = "lif", "no_particular_strides or counts_rates or reproducible or one_step_by_hand"
 BY_STACK = "g2g_stack", "test_numbers_of_steps"
+BY_PARTS = "linear", "one_spike_gives or not_finite or long_sums"
+ON_CHIP = "g2g_stack", "on_chip"
 
 MUTATIONS = (
     Mutation(
@@ -175,6 +178,53 @@ MUTATIONS = (
         (("STAGES = 3", "STAGES = 12"),),
         PADDING,
     ),
+    Mutation(
+        "the third part left out",
+        PRODUCTS,
+        (("(rest - second).to(part_ty)", "(rest - rest).to(part_ty)"),),
+        BY_PARTS,
+    ),
+    Mutation(
+        "the third part read where the second is",
+        PRODUCTS,
+        (("tl.load(address + 2 * apart, mask", "tl.load(address + apart, mask"),),
+        BY_PARTS,
+    ),
+    Mutation(
+        "0 · ∞ of a part kept as NaN",
+        PRODUCTS,
+        (("small = tl.where(small == small, small, 0.0)", "small = small"),),
+        BY_PARTS,
+    ),
+    Mutation(
+        "one sum of parts over all tiles",
+        PRODUCTS,
+        (
+            (
+                "return total + tl.dot(a[0], b[0], tl.dot(a[0], b[1], tl.dot(a[0], b[2])))",
+                "return tl.dot(a[0], b[0], tl.dot(a[0], b[1], tl.dot(a[0], b[2], total)))",
+            ),
+        ),
+        BY_PARTS,
+    ),
+    Mutation(
+        "on chip, a unit of the next row",
+        STACK,
+        (("exists = first + j < end", "exists = first + j <= end"),),
+        ON_CHIP,
+    ),
+    Mutation(
+        "on chip, the inputs of the first unit for all",
+        STACK,
+        (("columns_before[j] + x_offset", "columns_before[0] + x_offset"),),
+        ON_CHIP,
+    ),
+    Mutation(
+        "on chip, rows with more units than fit",
+        STACK,
+        (("on_chip = end - first <= ON_CHIP", "on_chip = end - first <= ON_CHIP + 1"),),
+        ON_CHIP,
+    ),
 )
 
 
@@ -233,7 +283,7 @@ def interpreted(mutation: Mutation) -> str:
 def compiled(mutations: Sequence[Mutation]) -> Iterator[tuple[Mutation, str]]:
     """Faults are compiled together, and by halves where something is found."""
     with copy_with(mutations) as copy:
-        found = finding(run(copy, "tests/benchmarks/test_aot.py", "-k", "default_step"))
+        found = finding(run(copy, "-m", "long or not long", "tests/benchmarks/test_aot.py", "-k", "default_step"))
     if found == MISSED or len(mutations) == 1:
         yield from ((mutation, found) for mutation in mutations)
     else:

@@ -76,9 +76,10 @@ class Stack:
                 tensors.get(f"bias{k}"),
                 tensors[f"beta{k}"],
                 tensors[f"threshold{k}"],
+                None if dropped is None else dropped.to(tensors["x"].device),
                 **options,
-            )._replace(dropped=None if self.dropped[k] is None else self.dropped[k].to(tensors["x"].device))
-            for k, mask in enumerate(self.masks)
+            )
+            for k, (mask, dropped) in enumerate(zip(self.masks, self.dropped, strict=True))
         ]
 
     def leaves(self, dtype: torch.dtype, device: str = "cpu") -> dict[str, torch.Tensor]:

@@ -50,7 +50,8 @@ def product_flops(samples: int, values: torch.Tensor, mask: MaskTensors) -> int:
 
 
 def _register(overload: torch._ops.OpOverload) -> None:
-    sys.modules[COUNTER].register_flop_formula(overload.overloadpacket, get_raw=True)(_formulas[overload])
+    # what its register_flop_formula does, but for that of PyTorch 2.4: it registers overloads, which nobody looks up
+    sys.modules[COUNTER].flop_registry[overload.overloadpacket] = _formulas[overload]
 
 
 class _WhenImported(importlib.abc.MetaPathFinder):

@@ -247,7 +247,7 @@ def test_bfloat16_is_as_near_to_float32_as_a_loop_of_steps_is():
             assert rms(found[name] - exact) <= 3 * 2**-8 * rms(exact), name
 
 
-def test_another_order_of_neurons_runs_step_by_step_and_says_so(caplog):
+def test_another_order_of_neurons_runs_step_by_step_and_says_so(caplog, plain_memory):
     stack = stack_of("cpu")
     draw = seeded(11)
     other = GroupLayout(SIZES[1], 2, "random", draw)

@@ -77,7 +77,7 @@ class StackCall(NamedTuple):
             parameters = tuple([parameter.reshape(-1).contiguous() for parameter in population.parameters])
             bias = None if bias is None else bias.contiguous()
             dropped = None if dropped is None else dropped.contiguous()
-            population = population._replace(parameters=parameters)
+            population = population.with_parameters(parameters)
             state = None if state is None else state.float().contiguous()
             joined = None if recurrent is None else RecurrentCall(recurrent[0].contiguous(), recurrent[1].tensors())
             called.append(LayerCall(values.contiguous(), mask.tensors(), bias, population, dropped, state, joined))

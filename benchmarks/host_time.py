@@ -33,7 +33,7 @@ from g2gnet.tables import in_columns
 
 from .contender import autocast
 from .launcher import launcher_seconds
-from .machine import describe
+from .machine import describe, pytorch_threads
 from .report import seconds
 
 PARTS = ("forward", "loss", "backward", "optimizer")
@@ -161,8 +161,9 @@ def free_launches() -> Iterator[list[runtime.Launch]]:
     pays = stack.fused_pays
 
     def pays_in_the_default_network(units: Any, *rest: Any) -> bool:
-        pays(units, *rest)  # takes its time, but layers as small as these have too few programs
-        return units.rows.num_units >= 16
+        pays(units, *rest)  # takes its time, but for layers as small as these it decides otherwise
+        *_, products, _ = rest
+        return units.rows.num_units >= 16 and products != torch.float32
 
     with (
         mock.patch.dict(os.environ, TRITON_INTERPRET="1"),
@@ -206,17 +207,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         }
     print(in_columns(*table(record)))
     return record
-
-
-@contextlib.contextmanager
-def pytorch_threads(number: int) -> Iterator[None]:
-    """Inside, PyTorch computes on so many threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _rows(contender: Contender) -> Iterator[dict[str, Any]]:

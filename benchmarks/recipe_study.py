@@ -2,8 +2,9 @@
 
 The recipe takes 40 epochs. The rows of 20 epochs are the recipe, and the recipe with one part left out or replaced; two
 of these have rows of 40 epochs, too. Choose what to keep with ``--validation``, which tests on 10,000 of the training
-images; without it the rows are tested on the test images. The rows ``5 %, …`` have that share of the weights, in units
-of 16 that are pruned by magnitude and grown by gradient.
+images; without it the rows are tested on the test images. The rows ``5 %, …``, ``2 %, …`` and ``1 %, …`` have that
+share of the weights, in units of 16 or single ones that are pruned by magnitude and grown by gradient. Rows of ReLU are
+the same networks without spikes and time.
 """
 
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 
 from g2gnet.tables import markdown
 
+from . import relu
 from .dst_study import GROWTH, SCHEDULE, density_flags
 from .study import Study, accuracy, run_study, spread
 
@@ -29,21 +31,42 @@ RECIPE = {
 }
 #: the replacement of a part
 OTHERS = {
-    "schedule": {"constant rate": ""},
+    "schedule": {"constant rate": "", "two epochs of warm-up": "--lr_schedule cosine --lr_warmup 470"},
     "input": {"input as it is": ""},
-    "weight decay": {"weight decay 1e-5": "--weight_decay 1e-5", "weight decay 1e-4": "--weight_decay 1e-4"},
+    "weight decay": {
+        "weight decay 1e-5": "--weight_decay 1e-5",
+        "weight decay 1e-4": "--weight_decay 1e-4",
+        "decoupled decay 0.01": "--optimizer adamw --weight_decay 0.01",
+        "decoupled decay 0.1": "--optimizer adamw --weight_decay 0.1",
+    },
+    "labels": {"label smoothing 0.1": "--label_smoothing 0.1"},
+    "average": {"averaged over an epoch": "--average 235", "averaged over four epochs": "--average 940"},
     "surrogate": {"ATan": "", "triangle, alpha 4": "--surrogate triangle --alpha 4"},
     "dropout": {"no dropout": "", "dropout 0.1": "--dropout 0.1", "dropout 0.3": "--dropout 0.3"},
     "augmentation": {"no augmentation": "", "shifted and mirrored": "--augment shift-flip"},
-    "steps": {"T 5": "--T 5", "T 20": "--T 20"},
+    "occlusion": {"half of the images occluded": "--erase 0.5"},
+    "steps": {"T 5": "--T 5", "T 16": "--T 16", "T 20": "--T 20"},
+    "neurons": {
+        "a beta and threshold per neuron": "--per_neuron",
+        "synaptic neurons": "--neuron synaptic",
+        "adaptive neurons": "--neuron adlif",
+    },
     "initial weights": {"initial weights × 3": "--init_gain 3"},
-    "width": {"H 512": "--hidden_dim 512", "H 2048": "--hidden_dim 2048"},
+    "width": {"H 512": "--hidden_dim 512", "H 2048": "--hidden_dim 2048", "H 4096": "--hidden_dim 4096"},
     "network": {"mixer": "--model mixer", "dense": "--model dense"},
 }
 #: rows of 40 epochs, too: what prevents overfitting pays in long runs
 LONGER = {"dropout": "dropout 0.1", "augmentation": "no augmentation"}
-#: a twentieth of the weights, rewired
-SPARSER = f"--block_size 16 {density_flags(5)} {GROWTH['gradient']} {SCHEDULE}"
+#: rows with a conventional network beside them
+CONVENTIONAL = ("the recipe", "20 epochs", "H 2048", "dense")
+#: rewired, pruned by magnitude and grown by gradient
+REWIRED = f"{GROWTH['gradient']} {SCHEDULE}"
+#: few of the weights of H 2048, in per cent, without dropout: how they are shared out, by the ending of a row's name
+FEW, SHARED_OUT = (2, 1), {"": "", ", ERK": "--density erk"}
+
+
+def _few(percent: int, side: int) -> str:
+    return f"--block_size {side} {density_flags(percent)} {REWIRED}"
 
 
 def _rows() -> dict[str, str]:
@@ -56,9 +79,14 @@ def _rows() -> dict[str, str]:
         rows[f"40 epochs, {row}"] = " ".join(filter(None, {**RECIPE, part: OTHERS[part][row]}.values()))
     for width in (1024, 2048):
         for row, dropout in (("dropout 0.2", RECIPE["dropout"]), ("no dropout", "")):
-            parts = {**RECIPE, "width": f"--hidden_dim {width}", "dropout": dropout, "sparser": SPARSER}
+            parts = {**RECIPE, "width": f"--hidden_dim {width}", "dropout": dropout, "sparser": _few(5, 16)}
             rows[f"5 %, H {width}, {row}"] = " ".join(filter(None, parts.values()))
-    return rows
+    for percent in FEW:
+        for side in (16, 1):
+            for shared, density in SHARED_OUT.items():
+                parts = {**RECIPE, "width": "--hidden_dim 2048", "dropout": "", "few": _few(percent, side), "": density}
+                rows[f"{percent} %, H 2048, units of {side}{shared}"] = " ".join(filter(None, parts.values()))
+    return rows | {f"{row}, ReLU": f"{rows[row]} --name ReLU" for row in CONVENTIONAL}
 
 
 def table(record: dict[str, Any]) -> str:
@@ -88,7 +116,16 @@ def table(record: dict[str, Any]) -> str:
     return markdown(header, rows)
 
 
-STUDY = Study("recipe_study", __doc__, "--dataset fashionmnist", _rows(), 40, table)
+STUDY = Study(
+    "recipe_study",
+    __doc__,
+    "--dataset fashionmnist",
+    _rows(),
+    40,
+    table,
+    others={f"{row}, ReLU": relu.train for row in CONVENTIONAL},
+    finished_others=relu.finished,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

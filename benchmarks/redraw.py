@@ -32,6 +32,7 @@ from . import (
     model_comparison,
     recipe_study,
     sequence_study,
+    structure_study,
     study,
     surrogate_study,
     tradeoff_study,
@@ -52,7 +53,15 @@ PAGES = (
 PICTURED = ("scaling", "accuracy", "chunks", "tradeoff_study")
 STUDIES = {
     module.STUDY.name: module.STUDY
-    for module in (model_comparison, surrogate_study, recipe_study, dst_study, tradeoff_study, sequence_study)
+    for module in (
+        model_comparison,
+        surrogate_study,
+        recipe_study,
+        dst_study,
+        tradeoff_study,
+        sequence_study,
+        structure_study,
+    )
 }
 #: a throughput record's name contains these where they differ
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(Workload)}
@@ -131,12 +140,17 @@ def _machine(record: Record, link: Link) -> str:
     machine = record.content["machine"]
     ends = [end for row in record.content.get("rows", ()) for end in row.get("ends", ())]
     days = _range(when["date"][:10] for when in (machine, *(end["measured"] for end in ends if "measured" in end)))
-    threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
-    device = machine["gpu"] or f"{machine['cpu']} with {threads} ({machine['cpu_capability']})"
     return (
-        f"{device}, PyTorch {machine['versions']['torch']}, {days}; every number, the versions and the commit "
-        f"are in the [record]({link(record.path)})"
+        f"{_processor(record.content)}, PyTorch {machine['versions']['torch']}, {days}; every number, the versions and "
+        f"the commit are in the [record]({link(record.path)})"
     )
+
+
+def _processor(content: dict[str, Any]) -> str:
+    """The name of what computed, and its threads."""
+    machine = content["machine"]
+    threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
+    return machine["gpu"] or f"{machine['cpu']} with {threads} ({machine['cpu_capability']})"
 
 
 def _workload(workload: dict[str, Any]) -> str:
@@ -156,25 +170,23 @@ def _throughput(record: Record, link: Link) -> str:
     content = record.content
     rows = content["contenders"]
     timed = [row for row in rows if row["status"] == "timed"]
-    baseline = next(row["median"] for row in timed if row["contender"] == content["baseline"])
+    counted = _counted(content)
+    baseline = next(row[counted] for row in timed if row["contender"] == content["baseline"])
     flop = content["workload"]["flop"]
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
         "": lambda row: title(row["contender"]),
         "median": lambda row: seconds(row["median"]),
         "20–80 %": lambda row: f"{seconds(row['p20'])} – {seconds(row['p80'])}",
-        f"against {title(content['baseline'])}": lambda row: f"{baseline / row['median']:.3g} ×",
+        f"against {title(content['baseline'])}": lambda row: f"{baseline / row[counted]:.3g} ×",
         "processor time": lambda row: seconds(row["cpu_median"]) if "cpu_median" in row else "–",
-        "GFLOP/s": lambda row: f"{flop / row['median'] / 1e9:.3g}",
+        "GFLOP/s": lambda row: f"{flop / row[counted] / 1e9:.3g}",
         "of the floor": lambda row: f"{100 * of_floor(content, row):.0f} %",
         "peak memory": lambda row: f"{row['peak_bytes'] / 1e6:.0f} MB",
         "first turn": lambda row: seconds(row["first_seconds"]),
     }
     busy = _busy(content)
-    shown = {
-        name: cell
-        for name, cell in columns.items()
-        if (flop or name != "GFLOP/s") and (busy or name != "processor time")
-    }
+    left_out = {"GFLOP/s": not flop, "processor time": not busy, "of the floor": busy}
+    shown = {name: cell for name, cell in columns.items() if not left_out.get(name)}
     table = markdown(list(shown), [[cell(row) for cell in shown.values()] for row in timed])
     kernel = KERNELS[content["kernel"]].about
     text = (
@@ -217,11 +229,12 @@ def _recurrent_in_short(record: Record, link: Link) -> str:
     content = record.content
     timed = {row["contender"]: row for row in content["contenders"] if row["status"] == "timed"}
     name = next(name for name in ("g2g-triton", "g2g-cpu", "g2g-torch") if name in timed)
-    counted = "cpu_median" if _busy(content) else "median"
+    counted = _counted(content)
     ours, baseline, plain = timed[name], timed[content["baseline"]], timed[f"{name}-feed-forward"]
     return (
-        f"A training step takes **{seconds(ours[counted])}** and {ours['peak_bytes'] / 1e6:.0f} MB. "
-        f"{title(content['baseline'])}: **{baseline[counted] / ours[counted]:.3g} times** as long and "
+        f"On {_processor(content)}, a training step takes **{seconds(ours[counted])}** and "
+        f"{ours['peak_bytes'] / 1e6:.0f} MB. {title(content['baseline'])}: "
+        f"**{baseline[counted] / ours[counted]:.3g} times** as long and "
         f"{baseline['peak_bytes'] / ours['peak_bytes']:.3g} times the memory. A step of our own feed-forward network "
         f"of as many weights takes {seconds(plain[counted])}: recurrence takes {ours[counted] / plain[counted]:.2g} "
         "times as long."
@@ -231,6 +244,11 @@ def _recurrent_in_short(record: Record, link: Link) -> str:
 def _busy(content: dict[str, Any]) -> bool:
     """Whether other programs used the machine while a record was made; then processor time is what counts."""
     return content.get("limits", {}).get("others_busy_cores", 0.0) > BUSY
+
+
+def _counted(content: dict[str, Any]) -> str:
+    """The time of a contender that counts."""
+    return "cpu_median" if _busy(content) else "median"
 
 
 def _said_of_others(content: dict[str, Any]) -> str:

@@ -31,7 +31,7 @@ from g2gnet.sweep.grid import Run
 from g2gnet.sweep.results import estimate
 from g2gnet.training import TrainingError, TrainSettings, read_run
 
-from .machine import describe
+from .machine import describe, pytorch_threads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Study:
         epochs: of each run.
         table: a Markdown table from the record.
         default_rows: what ``--rows`` is unless it is given.
+        seeds: the same for ``--seeds``.
         others: rows that ``g2g-train`` does not train, and what does: from the settings of their flags, a folder and a
             function that prints a line, to the end of the run.
         finished_others: the end of such a run in its folder, or None.
@@ -59,6 +60,7 @@ class Study:
     epochs: int
     table: Callable[[dict[str, Any]], str]
     default_rows: Sequence[str] = ("*",)
+    seeds: Sequence[int] = (1, 2, 3)
     others: Mapping[str, Callable[[TrainSettings, Path, Callable[[str], None]], dict[str, Any]]] = dataclasses.field(
         default_factory=dict
     )
@@ -97,7 +99,12 @@ def validation_data(root: Path) -> Path:
 
 def folder_of(root: Path, study: Study, row: str, epochs: int, seed: int) -> Path:
     """The directory of a run's files."""
-    return root / study.name / f"{re.sub(r'[^A-Za-z0-9.]+', '-', row)}-{epochs}-epochs-seed{seed}"
+    return root / study.name / f"{_name(row)}-{epochs}-epochs-seed{seed}"
+
+
+def _name(text: str) -> str:
+    """``text`` as part of a path."""
+    return re.sub(r"[^A-Za-z0-9.]+", "-", text)
 
 
 def result(run: Run) -> dict[str, Any] | None:
@@ -136,11 +143,15 @@ def build_parser(study: Study) -> Parser:
     parser.add_argument(
         "--runs", type=Path, default=Path("runs"), metavar="DIR", help="folder of the runs (default: runs)"
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], metavar="N", help="default: 1 2 3")
+    text = f"default: {' '.join(map(str, study.seeds))}"
+    parser.add_argument("--seeds", type=int, nargs="+", default=study.seeds, metavar="N", help=text)
     text = f"epochs of each run (default: {study.epochs})"
     parser.add_argument("--epochs", type=int, default=study.epochs, metavar="N", help=text)
-    text = f"rows to train, or patterns of their names with * (default: {' '.join(study.default_rows)})"
+    default = " ".join(study.default_rows).replace("%", "%%")  # argparse formats the text
+    text = f"rows to train, or patterns of their names with * (default: {default})"
     parser.add_argument("--rows", nargs="+", default=study.default_rows, metavar="NAME", help=text)
+    text = "flags of every run, after the study's own and before a row's, as '--hidden_dim 256'"
+    parser.add_argument("--flags", default="", metavar="FLAGS", help=text)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="parallel runs (default: cores)")
     text = f"train on all but the last {HELD_BACK:,} training images, and test on these, not on the test images"
     parser.add_argument("--validation", action="store_true", help=text)
@@ -198,6 +209,8 @@ def taken_over(study: Study, path: Path, record: dict[str, Any]) -> dict[tuple[s
 
 def make(study: Study, arguments: argparse.Namespace) -> dict[str, Any]:
     """Trains the unfinished runs, prints the table and returns the record."""
+    if arguments.flags:
+        study = dataclasses.replace(study, common=f"{study.common} {arguments.flags}")
     rows = chosen(study, arguments.rows)
     record: dict[str, Any] = {
         "benchmark": study.name,
@@ -209,6 +222,8 @@ def make(study: Study, arguments: argparse.Namespace) -> dict[str, Any]:
     known = taken_over(study, arguments.extend, record) if arguments.extend else {}
     dataset = validation_data(arguments.runs) if arguments.validation else None
     root = arguments.runs / "validation" if arguments.validation else arguments.runs
+    if arguments.flags:
+        root /= _name(arguments.flags).strip("-")
     runs = {
         (row, seed): run_of(study, row, arguments.epochs, seed, root, dataset)
         for seed in arguments.seeds
@@ -233,18 +248,16 @@ def make(study: Study, arguments: argparse.Namespace) -> dict[str, Any]:
         end = result(run)
         if end is not None:
             ends[row, seed] = {"seed": seed, **end}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # those of a run
-    for (row, seed), run in others.items():
+    with pytorch_threads(1):  # those of a run
+        for (row, seed), run in others.items():
 
-        def note(text: str, label: str = run.label) -> None:
-            print(f"{label}: {text}", file=sys.stderr)
+            def note(text: str, label: str = run.label) -> None:
+                print(f"{label}: {text}", file=sys.stderr)
 
-        train_other = study.others[row]
-        end = study.finished_others(run.folder) if arguments.finished else train_other(run.settings, run.folder, note)
-        if end is not None:
-            ends[row, seed] = {"seed": seed, **end}
-    torch.set_num_threads(threads)
+            train = study.others[row]
+            end = study.finished_others(run.folder) if arguments.finished else train(run.settings, run.folder, note)
+            if end is not None:
+                ends[row, seed] = {"seed": seed, **end}
     for (row, seed), run in {**runs, **others}.items():
         if (row, seed) in ends:
             ends[row, seed] |= study.more(row, run.settings, run.folder)

@@ -15,13 +15,18 @@ def check_flag(name: str, value: Any) -> bool:
     return value
 
 
-def check_choice(name: str, value: Any, known: Iterable[str], more: str = "") -> None:
-    """Raises ValueError unless ``value`` is one of the ``known`` names; ``more`` says what else could be given."""
+def check_choice(name: str, value: Any, known: Iterable[str], more: str = "", of: str = "") -> None:
+    """Raises ValueError unless ``value`` is one of the ``known`` names.
+
+    Args:
+        more: what else could be given.
+        of: whose argument it is, after its value.
+    """
     known = list(known)
     if value not in known:
-        raise ValueError(unknown(name, value, known, more))
+        raise ValueError(unknown(name, value, known, more, of))
 
 
-def unknown(name: str, value: Any, known: Iterable[str], more: str = "") -> str:
+def unknown(name: str, value: Any, known: Iterable[str], more: str = "", of: str = "") -> str:
     """What to say of a value that is not known."""
-    return f"{name}={value!r:.40} is unknown; choose one of {', '.join(known)}{more and ', or '}{more}"
+    return f"{name}={value!r:.40}{of} is unknown; choose one of {', '.join(known)}{more and ', or '}{more}"

@@ -258,8 +258,9 @@ def settings_from(arguments: argparse.Namespace, settings_type: type[SettingsT])
     given["dataset"] = dataset_name(given["dataset"])
     if issubclass(settings_type, TrainSettings) and own.is_name(given["dataset"]):
         shape = own.sample_shape(given["dataset"], Path(arguments.data_dir))
-        # only images can be mirrored, which states what they are
-        stated = not isinstance(given["sequence"], DefaultName) or given["augment"] in SHIFTS
+        # only images can be mirrored or lose a rectangle, which states what they are
+        changed = given["augment"] in SHIFTS or given["erase"] > 0
+        stated = changed or not isinstance(given["sequence"], DefaultName)
         if own.holds_sequences(shape) and not stated:
             given["sequence"] = "own"
     settings = settings_type(**given)

@@ -101,8 +101,8 @@ class DSTScheduler:
         grow: ``"hebb"`` highest correlation; ``"random"``; ``"gradient"`` largest root mean square of ∂L/∂W over the
             unit, in the step of the update (Evci et al. 2020, for units). Only in that step the operators run one after
             the other, and the gradient of all weights is computed, at the cost of a dense layer's; a part of it at a
-            time is in memory. That step takes no ``create_graph=True``. With ``"hebb"`` and ``"gradient"``, compiled
-            code runs uncompiled in the step before an update.
+            time is in memory. That step takes no ``create_graph=True`` and no batches of gradients (``vmap``). With
+            ``"hebb"`` and ``"gradient"``, compiled code runs uncompiled in the step before an update.
         seed: of the draws that break ties and drive the random rules.
         process_group: the processes of data-parallel training. Each has a scheduler like this one, whole layers, and
             a part of the samples. Scores are computed over all samples. The processes check that they have the same
@@ -323,7 +323,7 @@ class DSTScheduler:
 
         Raises:
             RuntimeError: if a rule needs what was neither given nor recorded, or growth by gradient follows a backward
-                pass with ``create_graph=True``.
+                pass with ``create_graph=True`` or with batches of gradients.
             ValueError: if the activity is of other layers; if a rule needs the output spikes of an activity that is a
                 readout of membranes; if the optimizer now has a state that cannot be reset, or does not hold a layer.
             DistributedError: if the processes of the group do not all make this update, have different networks before

@@ -71,6 +71,23 @@ def _padded(samples: torch.Tensor, axis: UnitAxis) -> torch.Tensor:
     return samples.index_select(1, axis.neuron_at)
 
 
+def _backward_pass() -> int:
+    """The number of the backward pass that runs now; −1 outside of them."""
+    return torch._C._current_graph_task_id()
+
+
+def _is_batch(gradient: torch.Tensor) -> bool:
+    """Whether it stands for several gradients."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(gradient):
+        if functorch.is_batchedtensor(gradient):
+            return True
+        gradient = functorch.get_unwrapped(gradient)
+    return functorch.is_legacy_batchedtensor(gradient)
+
+
+_BATCHES = "gradients in batches (torch.func.vmap, is_grads_batched, jacobian(vectorize=True))"
+_TWICE = "the gradient of a gradient (create_graph=True)"
 #: what a layer received and the gradient of what it gave, [..., in] and [..., out]
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -81,12 +98,12 @@ class Seen(NamedTuple):
     Attributes:
         pairs: of products; each adds Σ over samples of g·xᵀ to ∂L/∂W.
         dense: ∂L/∂W of reads of the dense weight, [out, in].
-        twice: whether the gradient of a product's output was formed with a gradient of its own.
+        unseen: what the step had of which the gradient is not seen, or None.
     """
 
     pairs: list[Pair]
     dense: list[torch.Tensor]
-    twice: bool = False
+    unseen: str | None = None
 
 
 class UnitGradients:
@@ -105,10 +122,16 @@ class UnitGradients:
         """The packed weights for the products of one call, and what these products are told to."""
         if not values.requires_grad:
             return values, lambda _, y: y
-        reached: dict[int, Pair] = {}  # in a backward pass, which may not go on to the weights
+        called_in = _backward_pass()
+        #: by product, with the backward pass, which may not go on to the weights
+        reached: dict[int, tuple[int, Pair]] = {}
 
-        def count(_: torch.Tensor) -> None:
-            self._seen.pairs.extend(reached.values())
+        def count(of_weights: torch.Tensor) -> None:
+            this = _backward_pass()
+            if _is_batch(of_weights):
+                reached.clear()
+                self._cannot_see(_BATCHES)
+            self._seen.pairs.extend(pair for of, pair in reached.values() if of == this)
             reached.clear()
 
         def observe(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -116,14 +139,17 @@ class UnitGradients:
                 return y
             number = len(self._inputs)
             self._inputs[number] = x.detach().clone()  # the caller may use the memory for the next samples
+            recomputed_in = _backward_pass()
 
             def reach(gradients: tuple[torch.Tensor | None, ...]) -> None:
                 received, (gradient,) = self._inputs.get(number), gradients
-                if received is None or gradient is None:
+                if received is None or gradient is None or _is_batch(gradient):
                     return
-                reached[number] = received, gradient.detach()
+                # a chunk is computed again, and its gradients are formed, in a pass within that to the weights
+                this = _backward_pass() if recomputed_in == called_in else recomputed_in
+                reached[number] = this, (received, gradient.detach())
                 if torch.is_grad_enabled() and not is_transformed():
-                    self._seen = self._seen._replace(twice=True)
+                    self._cannot_see(_TWICE)
 
             # a node of its own has the gradient after all hooks on y, also if y is changed in place
             y = y.clone()
@@ -138,7 +164,16 @@ class UnitGradients:
     def of_dense(self, weight: torch.Tensor) -> None:
         """Counts the gradient of a dense weight [out, in] that was read."""
         if weight.requires_grad:
-            weight.register_hook(lambda gradient: self._seen.dense.append(gradient.detach()))
+            weight.register_hook(self._count_dense)
+
+    def _count_dense(self, gradient: torch.Tensor) -> None:
+        if _is_batch(gradient):
+            self._cannot_see(_BATCHES)
+        else:
+            self._seen.dense.append(gradient.detach())
+
+    def _cannot_see(self, what: str) -> None:
+        self._seen = self._seen._replace(unseen=what)
 
     def close(self) -> None:
         """Forgets everything, also what graphs of this step refer to."""
@@ -150,7 +185,7 @@ class UnitGradients:
 
     def seen(self) -> Seen:
         """What was seen so far."""
-        return Seen([*self._seen.pairs], [*self._seen.dense], self._seen.twice)
+        return Seen([*self._seen.pairs], [*self._seen.dense], self._seen.unseen)
 
     def resume(self, seen: Seen) -> None:
         """Goes on after what another one has seen."""
@@ -164,12 +199,12 @@ class UnitGradients:
             world: processes, each of which has some of the samples; the gradient is that of all samples.
 
         Raises:
-            RuntimeError: if a gradient was formed that has a gradient itself: that of the weights has more parts then.
+            RuntimeError: if gradients of the weights were formed in batches, or one that has a gradient itself: that of
+                the weights has more parts then.
         """
-        if self._seen.twice:
+        if self._seen.unseen is not None:
             raise RuntimeError(
-                "grow='gradient' does not see the gradient of a gradient, and in this step there was a backward pass "
-                "with create_graph=True; use grow='random' or 'hebb'"
+                f"grow='gradient' does not see {self._seen.unseen}, and this step had it; use grow='random' or 'hebb'"
             )
         rows, cols = mask.rows, mask.cols
         seen = [(x.reshape(-1, cols.size).float(), g.reshape(-1, rows.size).float()) for x, g in self._seen.pairs]

@@ -54,6 +54,29 @@ class ErdosRenyi:
 
 
 @dataclass(frozen=True)
+class Regular:
+    """Each unit exists with the same probability, and each row has equally many, rounded: no modules, equal fan-in.
+
+    It differs from :class:`ErdosRenyi` in that no neuron is left without inputs by chance, and from groups in nothing
+    but where units lie.
+
+    Example:
+        >>> from g2gnet import G2GNet
+        >>> net = G2GNet(64, 64, 10, model=Regular(density=0.25), block_size=4)
+        >>> net.fc2.mask.to_dense().sum(1).unique()
+        tensor([16])
+    """
+
+    density: float
+
+    def __post_init__(self) -> None:
+        PROBABILITY.check("density", self.density)
+
+    def __call__(self, out: UnitAxis, into: UnitAxis, generator: torch.Generator | None = None) -> torch.Tensor:
+        return torch.full((out.num_units, into.num_units), self.density, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
 class SmallWorld:
     """A small world of groups (Watts and Strogatz 1998): each is linked to its neighbours on a ring, and to few others.
 
@@ -134,14 +157,49 @@ class Distance:
 
     def __call__(self, out: UnitAxis, into: UnitAxis, generator: torch.Generator | None = None) -> torch.Tensor:
         places = [(side.bounds[1:] + side.bounds[:-1]).double() / (2 * side.size) for side in (out, into)]
-        weight = (-ring_distance(*places) / self.scale).exp().clamp(min=1e-300)
-        # the k heaviest have probability 1, where c from the others' share is the first that none of them exceeds
-        heaviest = weight.flatten().sort(descending=True).values
-        rest = heaviest.flip(0).cumsum(0).flip(0)
-        taken = torch.arange(heaviest.numel(), dtype=torch.float64)
-        factors = (self.density * heaviest.numel() - taken) / rest
-        (fits,) = (factors * heaviest <= 1).nonzero(as_tuple=True)
-        return (weight * factors[fits[0] if len(fits) else -1]).clamp(0, 1)
+        return _falling(ring_distance(*places), self.density, self.scale)
+
+
+@dataclass(frozen=True)
+class Plane(Distance):
+    """The same with distances on the plane of an image, in sides of the image.
+
+    The neurons of each side, in the order of the groups, fill a square row by row, as pixels fill a square image. A
+    range of neurons lies at their mean place.
+
+    Example:
+        >>> from g2gnet import G2GNet
+        >>> net = G2GNet(64, 64, 10, model=Plane(density=0.1, scale=0.1), block_size=1)
+        >>> place = torch.cartesian_prod(torch.arange(8.0), torch.arange(8.0))
+        >>> torch.cdist(place, place)[net.fc1.mask.to_dense()].mean() < 3  # pixels; 4.1 between any two
+        tensor(True)
+    """
+
+    def __call__(self, out: UnitAxis, into: UnitAxis, generator: torch.Generator | None = None) -> torch.Tensor:
+        return _falling(torch.cdist(_plane_places(out), _plane_places(into)), self.density, self.scale)
+
+
+def _plane_places(side: UnitAxis) -> torch.Tensor:
+    """The mean place of the neurons of each range of a side in the unit square: [ranges, 2]."""
+    width = math.ceil(math.sqrt(side.size))
+    neuron = torch.arange(side.size)
+    places = torch.stack([neuron // width, neuron % width], 1).double()
+    places = (places + 0.5) / torch.tensor([math.ceil(side.size / width), width])
+    bounds = side.bounds.long()
+    sums = torch.cat([torch.zeros(1, 2, dtype=torch.float64), places.cumsum(0)])[bounds]
+    return sums.diff(dim=0) / bounds.diff()[:, None]
+
+
+def _falling(distance: torch.Tensor, density: float, scale: float) -> torch.Tensor:
+    """Probabilities min(1, c·exp(−distance / scale)) with c so that their mean is ``density``."""
+    weight = (-distance / scale).exp().clamp(min=1e-300)
+    # the k heaviest have probability 1, where c from the others' share is the first that none of them exceeds
+    heaviest = weight.flatten().sort(descending=True).values
+    rest = heaviest.flip(0).cumsum(0).flip(0)
+    taken = torch.arange(heaviest.numel(), dtype=torch.float64)
+    factors = (density * heaviest.numel() - taken) / rest
+    (fits,) = (factors * heaviest <= 1).nonzero(as_tuple=True)
+    return (weight * factors[fits[0] if len(fits) else -1]).clamp(0, 1)
 
 
 def ring_distance(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
@@ -162,8 +220,10 @@ def _centres(groups: int) -> torch.Tensor:
 #: what makes a layer's pattern, with contiguous groups, of the probabilities inside and between groups, and their mean
 PATTERNS: dict[str, Callable[[float, float, float], Pattern]] = {
     "erdos_renyi": lambda p_intra, p_inter, density: ErdosRenyi(density),
+    "regular": lambda p_intra, p_inter, density: Regular(density),
     "small_world": lambda p_intra, p_inter, density: SmallWorld(p_intra, p_inter),
     "distance": lambda p_intra, p_inter, density: Distance(density),
+    "plane": lambda p_intra, p_inter, density: Plane(density),
 }
 #: the patterns by name, which are the sparse models of a network
 SPARSE = (*GROUPINGS, *PATTERNS)

@@ -11,7 +11,18 @@ import numpy as np
 import torch
 
 #: the purposes, one stream each
-STREAMS = ("network", "order", "encode_train", "encode_test", "dst", "augment", "encode_val", "dropout", "permutation")
+STREAMS = (
+    "network",
+    "order",
+    "encode_train",
+    "encode_test",
+    "dst",
+    "augment",
+    "encode_val",
+    "dropout",
+    "permutation",
+    "erase",
+)
 
 
 def stream(seed: int, purpose: str, *counters: int, device: torch.device | str = "cpu") -> torch.Generator:

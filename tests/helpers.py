@@ -44,17 +44,6 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@contextmanager
-def threads(number: int) -> Iterator[None]:
-    """Lets PyTorch, and a backend that follows it, use ``number`` threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 # --- masks --------------------------------------------------------------------------------------------------------
 
 

@@ -10,9 +10,11 @@ if [ -z "${G2G_OLDEST:-}" ]; then
 fi
 if [ ! -x "$G2G_OLDEST/bin/python" ]; then
     "${PYTHON:-python3.10}" -m venv "$G2G_OLDEST"
-    # setuptools builds g2g and is no part of it; pyparsing and protobuf: newer ones than these versions know
+    # setuptools builds g2g, also in tests, and has no version 77.0; pyparsing and protobuf: newer ones than these
+    # versions know
     python3 tests/oldest.py interop plots tensorboard test | grep -v '^setuptools==' >"$G2G_OLDEST/oldest.txt"
-    "$G2G_OLDEST/bin/pip" install -r "$G2G_OLDEST/oldest.txt" hypothesis "protobuf<3.20" "pyparsing<3.1"
+    "$G2G_OLDEST/bin/pip" install -r "$G2G_OLDEST/oldest.txt" hypothesis "setuptools>=77" \
+        "protobuf<3.20" "pyparsing<3.1"
 fi
 if [ $# -eq 0 ]; then
     # not the Triton kernels, which need a newer Triton, nor style, types, packages and pages, which need newer tools

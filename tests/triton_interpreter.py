@@ -1,8 +1,8 @@
-"""Triton's interpreter without work that comes to nothing: the same values in a third of the time.
+"""Triton's interpreter without work that comes to nothing: the same values in less than a third of the time.
 
 It looks through the language's modules anew at every call of a device function, builds a table for every cast, a type
 for every operand and a shape for every result, and computes whether each integer operation overflows only to drop the
-answer (device assertions are off).
+answer (device assertions are off). Above all it goes through ten functions for each addition of two arrays.
 """
 
 import contextlib
@@ -24,6 +24,7 @@ def quicken() -> None:
     _patch_the_language_once_a_launch()
     _broadcast_only_what_differs()
     _make_shapes_once()
+    _compute_at_once()
 
 
 def _drop_unused_overflow_checks() -> None:
@@ -114,6 +115,73 @@ def _make_shapes_once() -> None:
 
     core.block_type.__init__ = make_type_once
     core.tensor.__init__ = make_tensor_with_its_shape
+
+
+#: number formats whose arrays are NumPy's own
+FLOATS, INTEGERS = ("fp16", "fp32", "fp64"), ("int32", "int64")
+NUMBERS = (*FLOATS, *INTEGERS)
+AT_ONCE = {
+    "__add__": (np.add, NUMBERS),
+    "__sub__": (np.subtract, NUMBERS),
+    "__mul__": (np.multiply, NUMBERS),
+    "__lt__": (np.less, NUMBERS),
+    "__le__": (np.less_equal, NUMBERS),
+    "__gt__": (np.greater, NUMBERS),
+    "__ge__": (np.greater_equal, NUMBERS),
+    "__and__": (np.bitwise_and, ("int1", *INTEGERS)),
+    "__or__": (np.bitwise_or, ("int1", *INTEGERS)),
+}
+
+
+def _compute_at_once() -> None:
+    """Arithmetic of two tensors of one number format, or of a tensor and a number, goes straight to NumPy, which
+    broadcasts blocks of as many dimensions as Triton does; so do offsets of pointers. All else takes the interpreter's
+    own way."""
+    core, patch, builder = interpreter.tl.core, interpreter._patch_lang, interpreter.interpreter_builder
+
+    def result(handle, shape):
+        return core.tensor(handle, core.block_type(handle.dtype, [*handle.data.shape]) if shape else handle.dtype)
+
+    def operand(left, other, formats):
+        """The array or number that NumPy may combine with a tensor, or None."""
+        name = left.dtype.name
+        if name not in formats:
+            return None
+        if type(other) is core.tensor:
+            alike = other.dtype.name == name and len(other.shape) == len(left.shape)
+            return other.handle.data if alike else None
+        number = other.value if type(other) is core.constexpr else other
+        whole = type(number) is int and -(2**31) <= number < 2**31 and name != "int1"
+        return left.handle.data.dtype.type(number) if whole or (type(number) is float and name in FLOATS) else None
+
+    def offset(left, other):
+        """Whether elements of a pointer or block of pointers are added."""
+        both = type(left.dtype) is core.pointer_type and type(other) is core.tensor
+        return both and other.dtype.name in INTEGERS and len(other.shape) == len(left.shape)
+
+    def at_once(operation, compute, formats):
+        def computed(self, other, **options):
+            right = operand(self, other, formats)
+            if right is not None:
+                data = compute(self.handle.data, right)
+                dtype = core.int1 if data.dtype == np.bool_ else self.dtype
+                return result(interpreter.TensorHandle(data, dtype), self.shape)
+            if compute is np.add and offset(self, other):
+                return result(builder.create_addptr(self.handle, other.handle), self.shape)
+            return operation(self, other, **options)
+
+        return computed
+
+    @functools.wraps(patch)
+    def patch_and_compute(function):
+        scope = patch(function)
+        for name, (compute, formats) in AT_ONCE.items() if scope else ():
+            operation = getattr(core.tensor, name)
+            if operation.__name__ != "computed":
+                scope.set_attr(core.tensor, name, at_once(operation, compute, formats))
+        return scope
+
+    interpreter._patch_lang = patch_and_compute
 
 
 @contextlib.contextmanager

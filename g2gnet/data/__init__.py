@@ -1,6 +1,6 @@
 """Image data sets as whole tensors, read by torchvision's readers or from the package."""
 
-from g2gnet.data.augmentation import random_crop_and_flip
+from g2gnet.data.augmentation import random_crop_and_flip, random_erase
 from g2gnet.data.catalog import DATASETS, dataset_name, load_dataset
 from g2gnet.data.image_data import DataError, ImageData, MissingDataError, as_samples
 
@@ -13,4 +13,5 @@ __all__ = [
     "dataset_name",
     "load_dataset",
     "random_crop_and_flip",
+    "random_erase",
 ]

@@ -75,8 +75,8 @@ class EpochTrainer(ABC):
 
     #: the optimizer's tensors for each parameter
     optimizer_state: ClassVar[Collection[str]]
-    #: how the learning rate falls, a name in ``SCHEDULES``
-    lr_schedule = "constant"
+    #: how the learning rate falls, a name in ``SCHEDULES``, after so many steps in which it rises
+    lr_schedule, lr_warmup = "constant", 0
     net: nn.Module
     optimizer: torch.optim.Optimizer
 
@@ -160,8 +160,8 @@ class EpochTrainer(ABC):
         for first in range((self.step - self.epoch * self._batches) * size, count, size):
             start = time.perf_counter()
             index = order[first : first + size]
-            if self.lr_schedule != "constant":
-                self._set_lr(self._lr * SCHEDULES[self.lr_schedule](self.step / self._steps))
+            if self.lr_schedule != "constant" or self.lr_warmup:
+                self._set_lr(self._lr * self._lr_factor())
             progress.add(self._train_step(index), len(index))
             progress.seconds += time.perf_counter() - start
             if on_step:
@@ -189,6 +189,12 @@ class EpochTrainer(ABC):
         self.step += 1
         if self.step % CHECK_INTERVAL == 0:
             self._finite.check()
+
+    def _lr_factor(self) -> float:
+        """What the learning rate of the next step is multiplied by."""
+        if self.step < self.lr_warmup:
+            return (self.step + 1) / (self.lr_warmup + 1)
+        return SCHEDULES[self.lr_schedule]((self.step - self.lr_warmup) / (self._steps - self.lr_warmup))
 
     def _set_lr(self, lr: float) -> None:
         """The learning rate of the next step."""

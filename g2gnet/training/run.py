@@ -71,7 +71,7 @@ def run_training(
 
     def analyze(trainer: Trainer, files: RunFiles) -> None:
         batches = trainer.run_images("test", ANALYSIS_SAMPLES)
-        analysis = analyze_network(trainer.net, batches, trainer.data.num_classes)
+        analysis = analyze_network(trainer.tested, batches, trainer.data.num_classes)
         files.write_analysis(analysis.as_dict())
         if show_analysis:
             show_analysis(analysis, len(trainer.data.test_labels), files.analysis)
@@ -200,7 +200,8 @@ class _Run(Generic[TrainerT]):
         """What a checkpoint holds; the processes must agree on it."""
         state, step = self.trainer.state_dict(), self.trainer.step
         moments = [each for of in state["optimizer"]["state"].values() for each in of.values() if each is not None]
-        self.world.check_same(f"the network after step {step}", step, state["model"].values())
+        weights = [*state["model"].values(), *state.get("trained", {}).values()]
+        self.world.check_same(f"the network after step {step}", step, weights)
         self.world.check_same(f"the optimizer's state after step {step}", None, moments)
         about = {"settings": self.settings.as_dict(), "data": self.data, "versions": self.versions}
         return {**about, "history": self.history, **state}

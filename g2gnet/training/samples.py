@@ -9,17 +9,16 @@ from g2gnet.training.settings import TrainSettings
 
 
 def check_images(settings: TrainSettings, data: ImageData) -> None:
-    """Raises SettingsError if samples are to be shifted or mirrored, but are no images."""
-    if settings.shift is None:
-        return
+    """Raises SettingsError if samples are to be changed as images, but are none."""
     shape, what, wanted = data.train_images.shape[1:], "vectors", "[N, ..., height, width]"
     if settings.sequence == "own":
         shape, what, wanted = shape[1:], "sequences of vectors", "[N, T, ..., height, width]"
-    if len(shape) < 2:
-        raise SettingsError(
-            f"augment={settings.augment} needs images, but those of {data.name} are {what} of {shape.numel()} values; "
-            f"leave `augment` out, or give arrays of shape {wanted}"
-        )
+    for name, value in settings.of_images().items():
+        if len(shape) < 2:
+            raise SettingsError(
+                f"{name}={value} needs images, but those of {data.name} are {what} of {shape.numel()} values; leave "
+                f"`{name}` out, or give arrays of shape {wanted}"
+            )
 
 
 def order_of(settings: TrainSettings, data: ImageData) -> torch.Tensor:

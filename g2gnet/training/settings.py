@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from g2gnet.data import DATASETS, own
 from g2gnet.data.augmentation import SHIFTS
@@ -17,6 +17,7 @@ from g2gnet.settings import Default, DefaultName, Need, NetworkSettings, Others,
 
 SPARSITY_MODES = ("static", "dynamic")
 PRECISIONS = ("fp32", "bf16")
+OPTIMIZERS = ("adam", "adamw")
 AUGMENTATIONS = ("auto", *SHIFTS, "none")
 LARGEST_SEED = (1 << 63) - 1
 DYNAMIC = Need("sparsity_mode", ("dynamic",))
@@ -110,6 +111,13 @@ class TrainSettings(NetworkSettings, RunSettings):
         "auto: crop-flip for raw CIFAR images, none for others",
         choices=AUGMENTATIONS,
     )
+    erase: float = setting(
+        0.0,
+        "data",
+        "probability that a rectangle of a training image, a fiftieth to a third of it, is set to zero",
+        low=0,
+        high=1,
+    )
     sequence: str = with_default(NetworkSettings, "sequence", DefaultName(NetworkSettings.sequence))
     sequence_step: int = setting(1, "data", "rows or pixels in a time step of such a `sequence`", low=1)
     sequence_seed: int = setting(
@@ -135,7 +143,28 @@ class TrainSettings(NetworkSettings, RunSettings):
         "keep the learning rate, or let it fall to zero over all steps",
         choices=tuple(SCHEDULES),
     )
-    weight_decay: float = setting(1e-4, "training", "Adam's L2 penalty", low=0)
+    lr_warmup: int = setting(
+        0, "training", "first optimizer steps, after which the learning rate has risen in equal steps to `lr`", low=0
+    )
+    optimizer: str = setting(
+        "adam",
+        "training",
+        "Adam; or AdamW, whose weight decay is of connections alone, and not scaled by their gradients",
+        choices=OPTIMIZERS,
+    )
+    weight_decay: float = setting(
+        1e-4, "training", "Adam's L2 penalty; of adamw the share of a weight that a step would take at lr=1", low=0
+    )
+    label_smoothing: float = setting(
+        0.0, "training", "share of each label that is spread over all classes, in training", low=0, high=1
+    )
+    average: int | None = setting(
+        None,
+        "training",
+        "test, analyse and save averaged weights: the mean over all steps, after N steps an exponential average with "
+        "decay 1 - 1/N",
+        low=2,
+    )
     precision: str = setting("fp32", "training", "precision of the matrix products", choices=PRECISIONS)
     chunk: int | None = setting(
         None,
@@ -203,9 +232,14 @@ class TrainSettings(NetworkSettings, RunSettings):
             problems.append(
                 f"use_resnet needs {' or '.join(f'`dataset={name}`' for name in RELEASES)}, not {self.dataset}"
             )
-        if self.use_resnet and self.augment in SHIFTS:
+        if self.use_resnet:
+            problems += [
+                f"{name}={value} needs images, but use_resnet trains on features; leave one of them out"
+                for name, value in self.of_images().items()
+            ]
+        if self.optimizer == "adamw" and self.weight_decay == 0:
             problems.append(
-                f"augment={self.augment} needs images, but use_resnet trains on features; leave one of them out"
+                "optimizer=adamw has no effect with weight_decay=0; give a `weight_decay`, or leave `optimizer` out"
             )
         if self.chunk is not None and self.readout in ("mean", "max"):
             problems.append(
@@ -253,6 +287,11 @@ class TrainSettings(NetworkSettings, RunSettings):
         """By at most how many pixels training images are shifted before half are mirrored; None for neither."""
         crops = self.dataset in DATASETS and DATASETS[self.dataset].crops and not self.use_resnet
         return SHIFTS.get("crop-flip" if self.augment == "auto" and crops else self.augment)
+
+    def of_images(self) -> dict[str, Any]:
+        """The settings that change training images, of those that were given."""
+        changes = {"augment": self.augment in SHIFTS, "erase": self.erase > 0}
+        return {name: getattr(self, name) for name, given in changes.items() if given}
 
     @property
     def stem(self) -> str:

@@ -10,8 +10,8 @@ from g2gnet.neurons import NEURONS
 from g2gnet.settings import SettingsError
 from g2gnet.training.settings import TrainSettings
 
-#: bytes of a weight that is trained: the weight, its gradient and Adam's two moments, in float32
-WEIGHT = 16
+#: bytes of a weight that is trained: the weight, its gradient and Adam's two moments, in float32; and of its average
+WEIGHT, AVERAGE = 16, 4
 #: bytes of a unit of the grid while a mask is drawn: a random key, its order and its rank
 DRAWN_UNIT = 20
 #: bytes of a unit that exists: its row and column, and its places by row and by column
@@ -29,6 +29,7 @@ def least_bytes(settings: TrainSettings, input_dim: int, num_classes: int, sampl
     """
     sizes = input_dim, settings.hidden_dim, settings.hidden_dim, num_classes
     sparse, drawn, total = settings.model != "dense", 0, 0
+    of_weight = WEIGHT if settings.average is None else WEIGHT + AVERAGE
     for below, size in itertools.pairwise(sizes):
         weights, grid = below * size, math.prod(-(-side // settings.block_size) for side in (below, size))
         density = 1.0
@@ -36,12 +37,11 @@ def least_bytes(settings: TrainSettings, input_dim: int, num_classes: int, sampl
             inside = 1 / min(settings.num_groups, max(below, size))
             density = inside * settings.p_intra + (1 - inside) * settings.p_inter
             drawn = max(drawn, grid * DRAWN_UNIT)
-        total += int(density * (weights * WEIGHT + grid * UNIT))
+        total += int(density * (weights * of_weight + grid * UNIT))
     if settings.recurrent:  # of those between groups there may be none
         joined = settings.hidden_dim**2
-        total += (
-            2 * joined * WEIGHT if not sparse else int(2 * joined * WEIGHT * settings.p_intra / settings.num_groups)
-        )
+        share = settings.p_intra / settings.num_groups if sparse else 1
+        total += int(2 * joined * of_weight * share)
     words = sum(-(-size // 64) * 8 for size in sizes[1:])  # a bit for each spike
     kept = 4 * len(NEURONS[settings.neuron].model.states) * sum(sizes[2:]) if device == "cpu" else 0
     recomputed = settings.T if settings.chunk is None else min(settings.chunk, settings.T)

@@ -1,5 +1,6 @@
 """The optimisation of one network: steps, epochs, evaluation, and a state to resume from."""
 
+import copy
 import dataclasses
 import logging
 from collections.abc import Iterator
@@ -13,8 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 from g2g_kernels import Activity
 from g2g_kernels.triton import runtime
 from g2gnet.analysis import Batch
+from g2gnet.copies import tie_wiring
 from g2gnet.cuda_graph import CapturedStep
-from g2gnet.data import ImageData, as_samples, random_crop_and_flip
+from g2gnet.data import ImageData, as_samples, random_crop_and_flip, random_erase
 from g2gnet.distributed import World
 from g2gnet.dst import DSTScheduler
 from g2gnet.network import G2GNet
@@ -28,6 +30,7 @@ from g2gnet.training.machine import Machine
 from g2gnet.training.samples import check_images, order_of
 from g2gnet.training.settings import TrainSettings
 from g2gnet.training.sizes import check_memory
+from g2gnet.training.state import load_model
 
 logger = logging.getLogger("g2gnet")
 
@@ -45,7 +48,7 @@ class _StepConstants(NamedTuple):
 class _StepResult(NamedTuple):
     """Results of a step on a batch."""
 
-    loss: torch.Tensor  # mean cross-entropy of the images, a scalar
+    loss: torch.Tensor  # mean cross-entropy of the images with their labels, smoothed or not, a scalar
     correct: torch.Tensor  # correctly classified images, a scalar
     firing_rates: torch.Tensor  # mean rate of each neuron, layer after layer [2·H + C]
 
@@ -115,9 +118,14 @@ class Trainer(EpochTrainer):
         machine: where to compute. Each process of its ``world`` has such a trainer and computes its part of every
             batch. Together they do what one process would do, except for the order of floating-point sums.
 
+    Attributes:
+        net: the network that is trained.
+        tested: what is tested, analysed and saved as the run's network: ``net``, or with ``settings.average`` its
+            average, which is rewired with it.
+
     Raises:
         SettingsError: if a batch has fewer images than there are processes, training has too few steps for DST, the
-            images to be shifted or mirrored are vectors, or the network and a step need more memory than there is.
+            images to be changed are vectors, or the network and a step need more memory than there is.
 
     Example:
         >>> from g2gnet.data import load_dataset
@@ -138,7 +146,12 @@ class Trainer(EpochTrainer):
         super().__init__(settings, data, device)
         self.settings = settings
         self.world = world
-        self.lr_schedule = settings.lr_schedule
+        self.lr_schedule, self.lr_warmup = settings.lr_schedule, settings.lr_warmup
+        if self.lr_warmup >= self._steps:
+            raise SettingsError(
+                f"lr_warmup={self.lr_warmup} leaves no step at `lr`: training takes {self._steps} steps; lower "
+                "`lr_warmup`"
+            )
         count = len(self.data.train_labels)
         smallest = count - (self._batches - 1) * settings.batch_size
         if smallest < world.size:
@@ -151,7 +164,8 @@ class Trainer(EpochTrainer):
         input_dim = data.input_dim if order is None else order.shape[1]
         in_step = min(count, settings.batch_size)
         check_memory(settings, input_dim, data.num_classes, -(-in_step // world.size), device)
-        self.net = build_network(settings, input_dim, data.num_classes, machine.backend).to(device)
+        self._machine = machine
+        self.net = self._build_network(input_dim, data.num_classes).to(device)
         if order is not None:
             self.net.input_order.copy_(order)
         if settings.standardize:
@@ -162,22 +176,15 @@ class Trainer(EpochTrainer):
             check_counts(self.data)
         if settings.enc == "rate":
             check_rates(settings, self.data)
+        self.tested = self.net
+        if settings.average is not None:
+            self.tested = copy.deepcopy(self.net).requires_grad_(False)
+            tie_wiring(self.net, self.tested)
         self._neurons = [connection.out_features for connection, _ in self.net.layers()]
         self._initial_units = self._units()
-        # PyTorch's fused update supports CPU and CUDA; other devices take the plain loop
-        fused = device.type in ("cpu", "cuda")
         parameters = sum(parameter.numel() for parameter in self.net.parameters())
         self._one_thread_updates = device.type == "cpu" and parameters <= ONE_THREAD_UPDATE
-        falls = settings.lr_schedule != "constant"
-        self.optimizer = torch.optim.Adam(
-            self.net.parameters(),
-            # a captured step reads it from a tensor
-            lr=torch.tensor(settings.lr, device=device) if machine.captures and falls else settings.lr,
-            weight_decay=settings.weight_decay,
-            fused=fused,
-            foreach=False,
-            capturable=machine.captures,
-        )
+        self.optimizer = self._make_optimizer()
         self._parallel: DistributedDataParallel | None = None
         if world.size > 1:
             self._parallel = DistributedDataParallel(
@@ -188,7 +195,6 @@ class Trainer(EpochTrainer):
             )
             # their sum, where DistributedDataParallel itself averages them
             self._parallel.register_comm_hook(world, World.sum_gradients)
-        self._machine = machine
         self._captured = self._capture()
         if machine.cuda_graph is None and device.type == "cuda" and world.size > 1:
             logger.info(
@@ -220,15 +226,46 @@ class Trainer(EpochTrainer):
         self._layers = LayerWatch(order is not None)
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "dst": self.dst.state_dict() if self.dst else None}
+        state = {**super().state_dict(), "dst": self.dst.state_dict() if self.dst else None}
+        if self.tested is not self.net:
+            state |= {"model": self.tested.state_dict(), "trained": state["model"]}
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
+        if self.tested is self.net:
+            super().load_state_dict(state)
+        else:
+            super().load_state_dict({**state, "model": state["trained"]})
+            load_model(self.tested, state["model"])
         if self.dst:
             if state["dst"]["steps"] != state["step"]:
                 raise ValueError(f"dst/steps={state['dst']['steps']} and step={state['step']} are at odds")
             self.dst.load_state_dict(state["dst"])
         self._captured = self._capture()  # the optimizer's state has other addresses now
+
+    def _build_network(self, input_dim: int, num_classes: int) -> G2GNet:
+        return build_network(self.settings, input_dim, num_classes, self._machine.backend)
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        settings, machine, device = self.settings, self._machine, self.device
+        varies = settings.lr_schedule != "constant" or settings.lr_warmup > 0
+        options: dict[str, Any] = {
+            # a captured step reads it from a tensor
+            "lr": torch.tensor(settings.lr, device=device) if machine.captures and varies else settings.lr,
+            "weight_decay": settings.weight_decay,
+            # PyTorch's fused update supports CPU and CUDA; other devices take the plain loop
+            "fused": device.type in ("cpu", "cuda"),
+            "foreach": False,
+            "capturable": machine.captures,
+        }
+        learned = [parameter for parameter in self.net.parameters() if parameter.requires_grad]
+        if settings.optimizer == "adam":
+            return torch.optim.Adam(learned, **options)
+        # a decay that no gradient scales would draw decays and thresholds of neurons to zero
+        weights = [connection.values for connection in self.net.connections().values()]
+        others = [each for each in learned if all(each is not weight for weight in weights)]
+        groups: list[dict[str, Any]] = [{"params": weights}, {"params": others, "weight_decay": 0.0}]
+        return torch.optim.AdamW(groups, **options)
 
     def _capture(self) -> CapturedStep | None:
         machine = self._machine
@@ -281,6 +318,8 @@ class Trainer(EpochTrainer):
         images = self.data.train_images[index]
         if self.settings.shift is not None:
             images = random_crop_and_flip(images, self._stream("augment", self.step), self.settings.shift)
+        if self.settings.erase:
+            images = random_erase(images, self._stream("erase", self.step), self.settings.erase)
         # from the whole batch's draws, so each image gets what it would get in one process
         part = self.world.part(len(index))
         inputs = self.net.encode(as_samples(images), self._stream("encode_train", self.step), part)
@@ -298,6 +337,7 @@ class Trainer(EpochTrainer):
         result, activity = learn(inputs, labels, _StepConstants(target, len(labels) / len(index)), *dropped)
         runtime.tell_compiled()
         self._stepped()
+        self._add_to_average()
         if self.dst:
             self.dst.step(inputs, activity)
         return result
@@ -319,7 +359,7 @@ class Trainer(EpochTrainer):
                 activity = self._parallel(inputs, list(dropped) or None)
             else:
                 activity = self.net.simulate(inputs, chunk=self.settings.chunk, dropped=list(dropped) or None)
-        loss = F.cross_entropy(activity.output, labels)
+        loss = F.cross_entropy(activity.output, labels, label_smoothing=self.settings.label_smoothing)
         objective = share * loss
         if target and target.strength > 0:
             rates = [self._whole_batch(share * rates) for rates in activity.rates[:-1]]
@@ -351,6 +391,14 @@ class Trainer(EpochTrainer):
         finally:
             torch.set_num_threads(threads)
 
+    @torch.no_grad()
+    def _add_to_average(self) -> None:
+        if self.settings.average is None:
+            return
+        share = 1 / min(self.step, self.settings.average)
+        for average, now in zip(self.tested.parameters(), self.net.parameters(), strict=True):
+            average.lerp_(now, share)
+
     def _whole_batch(self, part: torch.Tensor) -> torch.Tensor:
         """The sum over the processes; its gradient goes only to this process's part, since each sends its own."""
         if self.world.size == 1:
@@ -359,14 +407,14 @@ class Trainer(EpochTrainer):
 
     def run_images(self, part: str = "test", count: int | None = None) -> Iterator[Batch]:
         """The network's activity on the first ``count`` (None: all) of the ``"test"`` or ``"val"`` images."""
-        return run_images(self.net, self.settings, self.epoch, self.data, part, count)
+        return run_images(self.tested, self.settings, self.epoch, self.data, part, count)
 
     def evaluate(self, part: str = "test") -> Evaluation:
         """The results on the ``"test"`` or ``"val"`` images."""
         layers = [f"fc{number}" for number in range(1, self.net.depth + 1)]
         # correct images; then additions and multiplications of each layer
         sums = torch.zeros(1 + 2 * len(layers), dtype=torch.int64, device=self.device)
-        for batch in run_images(self.net, self.settings, self.epoch, self.data, part, world=self.world):
+        for batch in run_images(self.tested, self.settings, self.epoch, self.data, part, world=self.world):
             sums[0] += (batch.activity.output.argmax(1) == batch.labels).sum()
             counted = [count for layer in batch.activity.synaptic_operations() for count in layer[:2]]
             sums[1:] += torch.tensor(counted, device=self.device)

@@ -11,15 +11,16 @@ from benchmarks.host_time import CASES, Case, Contender, PlainLoop, tiny
 pytest.importorskip("triton", minversion="3.3")
 
 
-def test_the_small_network_launches_what_the_default_one_does():
-    """In bfloat16, whose times the predictions take; in float32 the small one is fused where the default one is not."""
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_the_small_network_launches_what_the_default_one_does(precision):
     from benchmarks.launches import training_step
     from benchmarks.predictions import network
 
-    contender = Contender(Case("default", "triton", "bf16"))
+    contender = Contender(Case("default", "triton", precision))
     contender.turn(1)
     launched = [launch.kernel.fn.__name__ for launch in contender.launches]
-    assert launched == [each.name for each in training_step(network(), 256, 784, torch.bfloat16) if each.launch]
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    assert launched == [each.name for each in training_step(network(), 256, 784, dtype) if each.launch]
 
 
 def test_the_plain_loop_is_the_same_network():

@@ -8,8 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from scipy import stats
+from training_runs import assert_equal
 
-from benchmarks import dst_study, gru, plots, sequence_study, study, tradeoff_study
+from benchmarks import dst_study, gru, plots, recipe_study, relu, sequence_study, structure_study, study, tradeoff_study
 from benchmarks.redraw import STUDIES
 from benchmarks.study import Study, spread
 from g2gnet.data import load_dataset
@@ -158,10 +160,24 @@ def test_sequences_are_learned_by_networks_and_by_a_gru(tmp_path, capsys, monkey
     assert capsys.readouterr().out == printed
     assert len(trained) == 1  # the network; the GRU is trained by the study itself
 
+    # flags of every run: others, in another folder
+    smaller = [*arguments, "--rows", *rows, "--flags", "--hidden_dim 16 --lr 0.01"]
+    assert study.run_study(SEQUENCES, smaller) == 0
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert record["settings"] == f"{SEQUENCES.common} --hidden_dim 16 --lr 0.01"
+    ends = [row["ends"][0]["weights"] for row in record["rows"]]
+    assert ends[0] < network["ends"][0]["weights"] / 2
+    assert ends[1] == pytest.approx(ends[0], rel=0.1)
+    assert (tmp_path / "hidden-dim-16-lr-0.01" / "sequence_study").is_dir()
+
 
 def test_a_gru_that_was_stopped_goes_on_to_the_same_end(tmp_path):
     settings = study.run_of(SEQUENCES, "rows, GRU", 2, 1, tmp_path).settings
-    whole = gru.train(settings, tmp_path / "whole")
+    products: list[float] = []
+    tiny = torch.tensor(1e-30)
+    whole = gru.train(settings, tmp_path / "whole", lambda line: products.append((tiny * 1e-10).item()))
+    assert products == [0, 0]  # denormal numbers, which gradients over long sequences become, take too long
+    assert tiny * 1e-10 != 0
 
     def stop(line):
         raise KeyboardInterrupt
@@ -205,6 +221,72 @@ def test_the_width_of_a_gru_has_the_weights_wanted():
         assert gru.width_of(weights, 4, 10) == width
 
 
+CONVENTIONAL = dataclasses.replace(
+    recipe_study.STUDY,
+    common="--dataset fashionmnist-mini --model index --hidden_dim 64 --block_size 16 --T 3 --limit_train 96 "
+    "--limit_test 32 --batch_size 32",
+    rows={"20 epochs": "", "20 epochs, ReLU": "--name ReLU --dropout 0.2 --lr_schedule cosine"},
+)
+
+
+def test_a_conventional_network_stands_beside_the_spiking_one(tmp_path, capsys, monkeypatch, trained):
+    arguments = ["--runs", str(tmp_path), "--seeds", "1", "--epochs", "3", "--json", str(tmp_path / "record.json")]
+    assert study.run_study(CONVENTIONAL, arguments) == 0
+    spiking, other = json.loads((tmp_path / "record.json").read_text())["rows"]
+    assert spiking["ends"][0]["weights"] == other["ends"][0]["weights"]  # of one seed: the same masks
+    assert other["ends"][0]["accumulates"]["fc2"] == 0 < other["ends"][0]["multiplies"]["fc2"]
+    assert set(other["ends"][0]["silent"]) == {"lif1", "lif2", "lif3"}
+    printed = capsys.readouterr()
+    assert "row=20 epochs, ReLU, seed=1: epoch 3: test accuracy" in printed.err
+    assert "Epoch" not in printed.out
+    # a finished one is not trained again, and one that was stopped resumes with the same weights
+    again = dataclasses.replace(CONVENTIONAL, others={"20 epochs, ReLU": lambda *_: pytest.fail("trained")})
+    assert study.run_study(again, [*arguments, "--finished"]) == 0
+    folder = study.folder_of(tmp_path, CONVENTIONAL, "20 epochs, ReLU", 3, 1)
+    (whole,) = (read_tensors(path) for path in folder.glob("*.pth"))
+    settings = study.run_of(CONVENTIONAL, "20 epochs, ReLU", 3, 1, tmp_path).settings
+
+    def stop_in_epoch_two(self, on_step=None, train_epoch=relu.ReLUTrainer.train_epoch):
+        if self.epoch == 1:
+            raise KeyboardInterrupt
+        return train_epoch(self, on_step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(relu.ReLUTrainer, "train_epoch", stop_in_epoch_two)
+        with pytest.raises(KeyboardInterrupt):
+            relu.train(settings, tmp_path / "parts")
+    assert relu.finished(tmp_path / "parts") is None
+    relu.train(settings, tmp_path / "parts")
+    (parts,) = (read_tensors(path) for path in (tmp_path / "parts").glob("*.pth"))
+    assert_equal(whole, parts)
+
+
+def test_a_conventional_network_is_a_perceptron_with_the_masks():
+    net = relu.ReLUNet(784, 64, 10, block_size=16, dropout=0.5, generator=torch.Generator().manual_seed(0))
+    x = torch.rand(40, 784)
+    dropped = net.drop(40)
+    dense = [
+        (connection.dense_weight().detach().double(), connection.bias.detach().double())
+        for connection, _ in net.layers()
+    ]
+    for training in (False, True):
+        net.train(training)
+        activity = net.simulate(x, dropped=dropped)
+        hidden, rates, multiplies = x.double(), [], []
+        for number, (weight, bias) in enumerate(dense):
+            multiplies.append(int((hidden != 0).long().sum(0) @ (weight != 0).long().sum(0)))
+            logits = hidden @ weight.T + bias
+            hidden = logits.relu()
+            if training and number < 2:
+                hidden = hidden * ~dropped[number] * 2
+            rates.append((hidden > 0).double().mean(0))
+        torch.testing.assert_close(activity.output.double(), logits, rtol=1e-5, atol=1e-5)
+        for found, wanted in zip(activity.rates, rates, strict=True):
+            assert (found - wanted).abs().max() < 1 / 39  # one sample at zero may be on either side
+        if not training:
+            assert [each.multiplies for each in activity.synaptic_operations()] == pytest.approx(multiplies, rel=1e-3)
+
+
 def test_what_cannot_be_is_named(tmp_path, capsys):
     for arguments, message in (
         (["--rows", "statical"], "--rows 'statical' matches none of the rows: static, gradient"),
@@ -245,6 +327,43 @@ def test_the_best_growth_is_held_against_static_with_the_error_of_the_difference
     assert line in text
     assert "| 1 | 5 % | 88.00 (n = 1) | 87.50 ± 0.50 (n = 2) | – | – | -0.50 (random) |" in text  # an error is unknown
     assert "| 16 | 5 % | gradient | 10, 30 | 0.10, 0.20 | 25 % | 50 % |" in text
+
+
+def test_graphs_are_held_against_the_control_seed_by_seed():
+    size = "H 1024, 5 %, units of 16"
+    control = {1: 0.86, 2: 0.87, 3: 0.89, 4: 0.85}
+    graphs = {
+        "regular": control,
+        "index": {1: 0.87, 2: 0.885, 3: 0.893, 5: 0.5},  # +1.0, +1.5, +0.3; seed 5 has no partner
+        "mixer": {1: 0.861, 2: 0.868, 3: 0.89},  # +0.1, -0.2, 0.0
+        "distance": {1: 0.9},
+    }
+    rows = [
+        {"row": f"{graph}, {size}", "ends": [end(s, a) for s, a in found.items()]} for graph, found in graphs.items()
+    ]
+    lines = structure_study.table({"rows": rows}).split("\n")
+    p = {
+        graph: stats.ttest_rel([graphs[graph][s] for s in (1, 2, 3)], [control[s] for s in (1, 2, 3)]).pvalue
+        for graph in ("index", "mixer")
+    }
+    assert p["index"] < p["mixer"] / 2  # so Holm's doubles it, and leaves the other
+    # 0.93 ± 4.303 · 0.603 / √3
+    assert f"| index | 1,234,567 | 78.70 ± 9.58 (n = 4) | +0.93 | -0.56 to +2.43 | {2 * p['index']:.2g} |" in lines
+    assert f"| mixer | 1,234,567 | 87.30 ± 0.87 | -0.03 | -0.41 to +0.35 | {p['mixer']:.2g} |" in lines
+    assert "| distance | 1,234,567 | 90.00 (n = 1) | – | – | – |" in lines
+    assert "All sizes together" not in "".join(lines)
+
+    rows[3]["ends"][0]["test_acc"] = 0.91
+    other = [{**row, "row": row["row"].replace("5 %", "10 %")} for row in rows]
+    other[3]["ends"] = [end(1, 0.9)]
+    text = structure_study.table({"rows": [*rows, *other]})
+    assert "| index | 6 | +0.93 |" in text
+    assert "| distance | 2 | +4.50 |" in text
+
+
+def test_p_values_are_corrected_as_by_holm():
+    assert structure_study.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert structure_study.holm([0.7, 0.9]) == [1.0, 1.0]
 
 
 def test_the_tradeoff_has_a_picture(tmp_path):

@@ -7,19 +7,22 @@ sizes at which these kernels take other paths, compared with plain PyTorch in fl
 import copy
 import functools
 import gc
+import math
 import os
 import re
 import shutil
 import signal
+import statistics
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
 import torch
 from compiled_kernels import build, instruction_set, loaded
-from helpers import ErrorRatios, lif_layer, rms, seeded, threads
+from helpers import ErrorRatios, lif_layer, rms, seeded
 from stack_cases import Stack, loss
 
+from benchmarks.machine import pytorch_threads
 from g2g_kernels import BlockMask, GroupLayout, Neurons, SpikingLayer, backend_status, g2g_linear, g2g_stack, lif
 from g2g_kernels.cpu import library
 from g2g_kernels.cpu.workspace import Workspace, workspace
@@ -133,6 +136,10 @@ class Network(Stack):
 drawn = functools.cache(Network)
 
 
+#: gradients of parameters that a layer shares, as a group of the rule
+ONE_NUMBER = "one number"
+
+
 def compare(network: Network, ratios: ErrorRatios) -> None:
     actual = network.run(torch.float32, "cpu")
     plain, exact = network.plain, network.exact
@@ -140,14 +147,14 @@ def compare(network: Network, ratios: ErrorRatios) -> None:
         if name.startswith(("spikes", "counts")):
             assert torch.equal(actual[name].double(), exact[name]), name
         else:
-            # parameters shared by a layer are one number each; the rule needs a mean, which tensor groups give
             if rms(exact[name]) == 0:  # the gradient of β in one time step, for one
                 assert (actual[name] == 0).all(), name
                 continue
+            if exact[name].numel() == 1:  # may be what is left of much larger terms
+                ratios.add(ONE_NUMBER, actual[name], plain[name], exact[name])
+                continue
             kind = re.sub(r"\d(\.grad)?$", "", name)
             ratios.add(kind, actual[name], plain[name], exact[name])
-            if exact[name].numel() == 1:  # may be what is left of much larger terms
-                continue
             scale = max(rms(exact[name]), 1e-30)
             assert rms(actual[name].double() - exact[name]) / scale < 3e-5, f"{name} is wrong"
     for k, mask in enumerate(network.masks):
@@ -160,7 +167,11 @@ def check(ratios: ErrorRatios) -> None:
     for name in list(logs):
         fresh = ErrorRatios()
         fresh._logarithms = {name: logs[name]}
-        fresh.check(len(logs[name]))
+        # The ratios of single numbers vary by a factor of 3 (in a layer of ten neurons the standard deviation of their
+        # logarithm is 1.2), so luck takes the mean of a few dozen above 1.5 on some machine. Over 600 networks it is
+        # 1.09.
+        luck = statistics.stdev(logs[name]) / len(logs[name]) ** 0.5 if name == ONE_NUMBER else 0.0
+        fresh.check(len(logs[name]), 1.5 * math.exp(2 * luck))
 
 
 # --- the stack ----------------------------------------------------------------------------------------------------
@@ -251,7 +262,7 @@ def test_bits_do_not_depend_on_the_threads(unit, x):
     network = drawn("mixer", unit, steps=11, batch=40, x=x)
     results = []
     for number in (1, 2, 3, 7):
-        with threads(number):
+        with pytorch_threads(number):
             results.append(network.run(torch.float32, "cpu"))
     for other in results[1:]:
         for name, tensor in results[0].items():
@@ -380,7 +391,7 @@ def test_bits_with_vectors_over_the_batch_do_not_depend_on_the_threads(x, batch_
     network = drawn("random", 1, steps=11, batch=100, x=x)
     results = []
     for number in (1, 2, 3, 7):
-        with threads(number):
+        with pytorch_threads(number):
             results.append(network.run(torch.float32, "cpu"))
     for other in results[1:]:
         assert all(torch.equal(results[0][name], other[name]) for name in other)
@@ -580,7 +591,7 @@ def test_bits_by_events_do_not_depend_on_the_threads(kind, unit, limit_gradient_
     network = compact(kind, unit, 11, 150, margin=0)
     results = []
     for number in (1, 2, 3, 7):
-        with threads(number):
+        with pytorch_threads(number):
             results.append(network.run(torch.float32, "cpu"))
     for other in results[1:]:
         for name, tensor in results[0].items():
@@ -744,7 +755,7 @@ def test_bits_of_lif_alone_do_not_depend_on_the_threads(shape, per_neuron):
     upstream = torch.randn(shape, generator=draw)
     results = []
     for number in (1, 2, 3, 7):
-        with threads(number):
+        with pytorch_threads(number):
             leaves = [tensor.clone().requires_grad_() for tensor in (current, beta, threshold)]
             spikes = lif(*leaves, backend="cpu")
             spikes.backward(upstream)
@@ -971,7 +982,7 @@ def test_a_forked_child_computes_the_same(whose, monkeypatch):
     # in the child, tensors are small and not poisoned: PyTorch's own OpenMP must not run there, it hangs
     monkeypatch.setattr(workspace, "poison", False)
     step = Step(**LARGE)
-    with running_on(whose), threads(2):
+    with running_on(whose), pytorch_threads(2):
         expected = step()
         child = os.fork()
         if child == 0:
@@ -996,10 +1007,10 @@ def test_calls_from_several_python_threads(whose):
         with torch.no_grad():
             return g2g_stack(x, layers, steps=20, backend="cpu").counts
 
-    with running_on(whose), threads(2), ThreadPoolExecutor(4) as callers:
+    with running_on(whose), pytorch_threads(2), ThreadPoolExecutor(4) as callers:
         expected = counts(0)
         assert expected.any()
-        assert all(torch.equal(expected, other) for other in callers.map(counts, range(40)))
+        assert all(torch.equal(expected, other) for other in callers.map(counts, range(12)))
 
 
 def _threads_of_this_process() -> int:
@@ -1012,9 +1023,9 @@ def test_no_thread_of_ours_is_alive_where_openmp_serves(tmp_path):
     # a fresh copy of the library has not started any thread; seven workers are more than other tests leave behind
     copy = shutil.copy(library.library()._name, tmp_path / "fresh.so")
     step = Step(**LARGE)
-    with threads(1):
+    with pytorch_threads(1):
         expected = step()
-    with loaded(copy), threads(8):
+    with loaded(copy), pytorch_threads(8):
         torch.ones(1 << 20).add_(1)  # PyTorch starts its workers
         with running_on("openmp"):
             before = _threads_of_this_process()
@@ -1030,7 +1041,7 @@ def test_no_thread_of_ours_is_alive_where_openmp_serves(tmp_path):
 def test_borrowed_threads_keep_their_own_treatment_of_denormal_numbers():
     tiny = torch.full((1 << 20,), 1e-40)
     step = Step(**LARGE)
-    with running_on("openmp"), threads(2):
+    with running_on("openmp"), pytorch_threads(2):
         for _ in range(20):  # in the first few a thread may come too late for any task
             step()
         assert (tiny * 0.5).count_nonzero() == len(tiny)
@@ -1040,7 +1051,7 @@ def test_borrowed_threads_keep_their_own_treatment_of_denormal_numbers():
 def test_calls_go_to_threads_of_our_own_when_those_of_openmp_come_late(tmp_path):
     copy = shutil.copy(library.library()._name, tmp_path / "fresh.so")
     step = Step(**LARGE)
-    with loaded(copy), threads(8), running_on("openmp"):
+    with loaded(copy), pytorch_threads(8), running_on("openmp"):
         step()
         before = _threads_of_this_process()
         library.library().g2g_use_openmp(library.openmp(), 0.0)  # any thread is too late
@@ -1052,12 +1063,12 @@ def test_calls_go_to_threads_of_our_own_when_those_of_openmp_come_late(tmp_path)
 @once
 def test_the_kernels_follow_a_changing_number_of_threads():
     step = Step(**LARGE)
-    with threads(1):
+    with pytorch_threads(1):
         expected = step()
     for whose in ("openmp", "own"):
         with running_on(whose):
             for number in (2, 5, 1, 3, 2):
-                with threads(number):
+                with pytorch_threads(number):
                     assert all(map(torch.equal, step(), expected))
 
 

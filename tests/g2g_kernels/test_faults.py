@@ -8,8 +8,9 @@ import sys
 import pytest
 import torch
 from compiled_kernels import instruction_set
-from helpers import MASK_CASES, packed_randn, threads
+from helpers import MASK_CASES, packed_randn
 
+from benchmarks.machine import pytorch_threads
 from g2g_kernels import (
     BackendError,
     BlockMask,
@@ -84,7 +85,7 @@ def test_denormal_numbers_count_as_zero_on_every_thread(flush, number):
     if not torch.set_flush_denormal(flush):
         pytest.skip("this CPU has no such mode")
     try:
-        with threads(number):
+        with pytorch_threads(number):
             for operands in ((values * 1e-20, x * 1e-20), (values, x.sign() * 1e-40), (values.sign() * 1e-40, x)):
                 for _ in range(5):
                     assert not g2g_linear(operands[1], operands[0], mask, backend="cpu").any()

@@ -313,7 +313,10 @@ def test_gradients_of_units_are_those_of_the_network_with_every_unit(backend, dr
     for stack, inputs in ((net, x), (dense, x.double())):
         for part in inputs.split(3, 1):  # gradients of two backward passes
             of_part = dropped and [each[: part.shape[1]] for each in dropped]
-            stack.simulate(part, chunk=chunk, dropped=of_part).counts.square().sum().backward()
+            part = part.detach().requires_grad_()
+            loss = stack.simulate(part, chunk=chunk, dropped=of_part).counts.square().sum()
+            torch.autograd.grad(loss, part, retain_graph=True)  # a pass for inputs alone does not count
+            loss.backward()
     for name, layer in net.connections().items():
         gradient = dense.connections()[name].mask.unpack(dense.connections()[name].values.grad)
         expected = mean_by_unit(gradient.square(), layer.mask).sqrt().flatten()
@@ -428,13 +431,48 @@ def test_the_gradient_by_which_units_grow_is_the_one_that_trains(step):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.max()))
 
 
-def test_the_gradient_of_a_gradient_is_refused():
-    model, _, scheduler = own_model(interval=1, grow="gradient")
-    x = torch.rand(4, model[0].in_features).requires_grad_()
+def penalizes_the_gradient(model, x):
     (of_inputs,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
     of_inputs.square().sum().backward()
-    with pytest.raises(RuntimeError, match=r"create_graph=True; use grow='random' or 'hebb'"):
+
+
+def wants_the_gradients_of_samples(model, x):
+    def loss(parameters, sample):
+        return torch.func.functional_call(model, parameters, (sample,)).square().sum()
+
+    torch.func.vmap(torch.func.grad(loss), (None, 0))(dict(model.named_parameters()), x)
+
+
+def wants_a_jacobian_of_the_weights(model, x):
+    y = model(x)[0]
+    torch.autograd.grad(y, model[0].values, torch.eye(len(y)), is_grads_batched=True)
+
+
+@pytest.mark.parametrize(
+    ("step", "named"),
+    [
+        (penalizes_the_gradient, r"the gradient of a gradient \(create_graph=True\)"),
+        (wants_the_gradients_of_samples, r"gradients in batches \(torch.func.vmap, "),
+        (wants_a_jacobian_of_the_weights, r"gradients in batches \(torch.func.vmap, "),
+    ],
+)
+def test_gradients_that_are_not_seen_are_refused(step, named):
+    model, _, scheduler = own_model(interval=1, grow="gradient")
+    step(model, torch.rand(4, model[0].in_features).requires_grad_())
+    model(torch.rand(4, model[0].in_features)).sum().backward()
+    with pytest.raises(RuntimeError, match=named):
         scheduler.step()
+
+
+def test_a_jacobian_of_the_inputs_does_not_count():
+    model, _, scheduler = own_model(interval=1, grow="gradient")
+    x = torch.rand(4, model[0].in_features)
+    jacobian = torch.autograd.functional.jacobian(model, x, vectorize=True)
+    dense = torch.nn.Sequential(model[0].to_linear(), model[1], model[2].to_linear())
+    torch.testing.assert_close(jacobian, torch.autograd.functional.jacobian(dense, x))
+    assert not any(model[0].observer.seen())
+    model(x).sum().backward()
+    assert scheduler.step()
 
 
 def test_scores_are_not_rounded_by_autocast_and_graphs_that_are_kept_hold_no_samples():

@@ -16,6 +16,7 @@ from g2gnet.patterns import (
     PATTERNS,
     Distance,
     ErdosRenyi,
+    Plane,
     SmallWorld,
     erk,
     layer_probabilities,
@@ -139,6 +140,29 @@ def test_a_distance_rule_falls_exponentially_and_has_its_density(density, scale)
     if 0 < density < 1:
         factor = math.exp(optimize.brentq(excess, -30, 60))
         assert torch.allclose(probability, torch.from_numpy((factor * weight).clip(max=1)), atol=1e-6)
+
+
+@pytest.mark.parametrize(("density", "scale"), [(0.05, 0.1), (0.256, 0.3)])
+def test_a_distance_on_the_plane_is_that_of_the_means_of_pixels(density, scale):
+    """35 neurons fill 6 rows of 6 but for one, in ranges of up to 4; 28 of them 5 rows of 6."""
+    out, into = grid(35, 28, 3, 4)
+    probability = Plane(density, scale)(out, into)
+    assert probability.mean().item() == pytest.approx(density, abs=1e-9)
+
+    def places(side, rows, columns):
+        found = []
+        for first, end in itertools.pairwise(side.bounds.tolist()):
+            pixels = [((n // columns + 0.5) / rows, (n % columns + 0.5) / columns) for n in range(first, end)]
+            found.append([sum(pixel[axis] for pixel in pixels) / len(pixels) for axis in (0, 1)])
+        return found
+
+    weight = torch.tensor(
+        [[math.exp(-math.dist(a, b) / scale) for b in places(into, 5, 6)] for a in places(out, 6, 6)]
+    ).double()
+    free = probability < 1
+    ratio = probability[free] / weight[free]
+    assert ratio.max() / ratio.min() == pytest.approx(1, abs=1e-5)
+    assert (weight[~free] * ratio.mean() >= 1 - 1e-5).all()
 
 
 def test_a_ring_has_no_ends():

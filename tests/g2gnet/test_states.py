@@ -10,7 +10,8 @@ from networks import sparse_stack
 from g2g_kernels import available_backends
 from g2gnet import LIF, G2GNet, SpikingStack, Synaptic
 
-T, B, D = 13, 3, 12
+T, B, D = 10, 3, 12
+SIZES = (D, 22, 13, 5)
 #: by the names of parameters, and of the input
 Gradients = dict[str, torch.Tensor]
 BACKENDS = [name for name in ("torch", "cpu", "triton") if name in available_backends()]
@@ -19,11 +20,11 @@ BACKENDS = [name for name in ("torch", "cpu", "triton") if name in available_bac
 def stack_of(backend: str | None = None, **options) -> SpikingStack:
     """LIF, synaptic and LIF neurons, with parameters per neuron and per layer, each reset, ragged units of 4."""
     neurons = (
-        LIF(37, threshold=0.3, backend=backend),
+        LIF(SIZES[1], threshold=0.3, backend=backend),
         Synaptic(syn_decay=0.5, threshold=0.6, reset="zero", surrogate="triangle", alpha=0.7, backend=backend),
         LIF(reset="none", threshold=0.8, backend=backend),
     )
-    return sparse_stack((D, 37, 21, 5), neurons, T, backend, gain=3.0, kinds=("random", "interleaved"), **options)
+    return sparse_stack(SIZES, neurons, T, backend, gain=3.0, kinds=("random", "interleaved"), **options)
 
 
 def inputs_of(held: bool) -> torch.Tensor:
@@ -87,7 +88,7 @@ def test_parts_in_turn_are_the_whole_with_gradients_through_the_states(backend, 
 def test_states_and_their_gradients_are_those_of_float64(backend, held):
     """Compiled kernels from a drawn state, against the reference in float64."""
     draw = seeded(8)
-    drawn = [torch.rand(B, size, generator=draw) for size in (37, 21, 21, 5)]
+    drawn = [torch.rand(B, size, generator=draw) for size in (*SIZES[1:3], *SIZES[2:])]
     found = []
     for name, dtype in (("torch", torch.float64), (backend, torch.float32)):
         stack = stack_of(name).to(dtype)
@@ -215,7 +216,7 @@ def test_states_that_do_not_fit_are_refused_by_name():
     state = stack.simulate(x).state
     with pytest.raises(ValueError, match="state is of 2 layers, this stack has 3"):
         stack.simulate(x, state[:2])
-    with pytest.raises(ValueError, match=r"state of layer 0 has shape \(1, 3, 37\); expected \(1, 2, 37\)"):
+    with pytest.raises(ValueError, match=r"state of layer 0 has shape \(1, 3, 22\); expected \(1, 2, 22\)"):
         stack.simulate(x[:, :2], state)
     with pytest.raises(ValueError, match="synaptic_current, membrane"):
         stack.simulate(x, (state[0], state[1][0], state[2]))

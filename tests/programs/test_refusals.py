@@ -105,13 +105,14 @@ def test_the_last_fold_has_a_seed_too(capsys, no_step, tmp_path):
 
 
 @pytest.mark.parametrize("program", [train, crossval], ids=["train", "crossval"])
-@pytest.mark.parametrize("augment", ["flip", "shift-flip", "crop-flip"])
-def test_vectors_cannot_be_mirrored(tmp_path, capsys, no_step, program, augment):
+@pytest.mark.parametrize("change", ["augment=flip", "augment=shift-flip", "augment=crop-flip", "erase=0.5"])
+def test_vectors_cannot_be_mirrored(tmp_path, capsys, no_step, program, change):
     data = write_data(tmp_path / "vectors.npz", 20)
-    flags = [*shlex.split(SMALL), "--dataset", data, "--augment", augment, "--checkpoint_dir", tmp_path / "c"]
+    flag, value = change.split("=")
+    flags = [*shlex.split(SMALL), "--dataset", data, f"--{flag}", value, "--checkpoint_dir", tmp_path / "c"]
     printed = refused(program, capsys, *flags)
-    assert f"augment={augment} needs images, but those of vectors-" in printed
-    assert "are vectors of 20 values" in printed
+    assert f"{change} needs images, but those of vectors-" in printed
+    assert f"are vectors of 20 values; leave --{flag} out" in printed
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,9 @@ def test_counts_of_events_in_uint8_are_noticed(tmp_path, caplog):
     assert said in caplog.text
 
 
-@pytest.mark.parametrize("flags", [["--sequence", "none"], ["--augment", "flip"]], ids=["stated", "mirrored"])
+@pytest.mark.parametrize(
+    "flags", [["--sequence", "none"], ["--augment", "flip"], ["--erase", "0.5"]], ids=["stated", "mirrored", "erased"]
+)
 def test_images_of_ones_own_are_held_if_that_is_stated(tmp_path, flags):
     document = trained(train, tmp_path, "--dataset", write_data(tmp_path / "mine.npz", 6, 5), "--T", "3", *flags)
     assert (document["settings"]["T"], document["settings"]["sequence"]) == (3, "none")

@@ -246,7 +246,7 @@ def dense_pays(shape: Shape, way: str, x: torch.Tensor, y: torch.dtype, products
     """
     if _chosen is not None:
         return _chosen
-    call = Call(way, shape, len(x), x.dtype, y, products, precision_of(products, x.device), costs.card_of(x.device))
+    call = Call(way, shape, x.shape[0], x.dtype, y, products, precision_of(products, x.device), costs.card_of(x.device))
     return seconds(call, True) < seconds(call, False)
 
 

@@ -111,7 +111,8 @@ class Units(NamedTuple):
     @property
     def shape(self) -> Shape:
         rows, cols = self.rows, self.cols
-        return Shape(len(self.unit_row), rows.num_units, rows.width, rows.size, cols.num_units, cols.width, cols.size)
+        units = self.unit_row.shape[0]  # len() of a tensor takes a microsecond more
+        return Shape(units, rows.num_units, rows.width, rows.size, cols.num_units, cols.width, cols.size)
 
 
 def units_of(mask: MaskTensors, values: torch.Tensor) -> Units:
@@ -259,10 +260,11 @@ def _launch_product(
     else:
         inner, outer, ptr, slots, others = units.rows, units.cols, units.col_ptr, units.col_slot, units.unit_row
     precision = precision_of(values.dtype, x.device)
-    options = fitted(product_tiles(len(x), tile_of(inner), x.dtype, values.dtype, precision), x.device)
+    samples = x.shape[0]
+    options = fitted(product_tiles(samples, tile_of(inner), x.dtype, values.dtype, precision), x.device)
     launch(
         product_kernel,
-        (outer.num_units * tiles_of(outer) * cdiv(len(x), options["BLOCK_M"]),),
+        (outer.num_units * tiles_of(outer) * cdiv(samples, options["BLOCK_M"]),),
         x=x,
         x_column=inner.neuron_at,
         x_bounds=inner.bounds,
@@ -274,7 +276,7 @@ def _launch_product(
         y=y,
         y_column=outer.neuron_at,
         y_bounds=outer.bounds,
-        samples=len(x),
+        samples=samples,
         num_n=outer.num_units,
         x_size=inner.size,
         y_size=outer.size,
@@ -296,7 +298,7 @@ def product(
         return F.linear(x.to(values.dtype), weight, None if bias is None else bias.to(values.dtype)).to(dtype)
     # nothing is stored to columns without a neuron
     allocate = torch.zeros if units.rows.holes else torch.empty
-    y = allocate((len(x), units.rows.size), dtype=dtype, device=x.device)
+    y = allocate((x.shape[0], units.rows.size), dtype=dtype, device=x.device)
     if y.numel():
         _launch_product(x, values, True, units, bias, y)
     return y
@@ -306,7 +308,7 @@ def input_gradient(grad_y: torch.Tensor, values: torch.Tensor, units: Units, dty
     """dx [M, in] of ``dtype``, from dy [M, out] of the dtype of ``values``."""
     if dense_pays(units.shape, "to x", grad_y, dtype, values.dtype):
         return (grad_y @ dense_weight(values, units)).to(dtype)
-    grad_x = torch.empty((len(grad_y), units.cols.size), dtype=dtype, device=grad_y.device)
+    grad_x = torch.empty((grad_y.shape[0], units.cols.size), dtype=dtype, device=grad_y.device)
     if grad_x.numel():
         _launch_product(grad_y, values, False, units, None, grad_x)
     return grad_x
@@ -469,7 +471,7 @@ def weight_gradient(
         x: [M, in], floats or spikes in uint8.
     """
     rows, cols = units.rows, units.cols
-    num_units = len(units.unit_row)
+    num_units, samples = units.unit_row.shape[0], x.shape[0]
     if dense_pays(units.shape, "to weights", x, dtype, grad_y.dtype):
         grad_values = packed(grad_y.T @ x.to(grad_y.dtype), units).to(dtype)
         return grad_values, grad_y.sum(0, dtype=torch.float32) if want_bias else None
@@ -480,8 +482,8 @@ def weight_gradient(
     if want_bias and rows.neuron_at is not None and tile_of(rows) == 64:  # whose addresses take registers, too
         options["BLOCK_S"] = min(32, options["BLOCK_S"])
     tiles = tiles_of(rows) * tiles_of(cols)
-    groups, parts = groups_and_parts(num_units, rows.num_units, tiles, len(x), options["GROUP"])
-    samples_of_part = cdiv(cdiv(len(x), parts), options["BLOCK_S"]) * options["BLOCK_S"]
+    groups, parts = groups_and_parts(num_units, rows.num_units, tiles, samples, options["GROUP"])
+    samples_of_part = cdiv(cdiv(samples, parts), options["BLOCK_S"]) * options["BLOCK_S"]
     grad_values = torch.empty((parts, num_units, rows.width, cols.width), dtype=torch.float32, device=x.device)
     allocate = torch.zeros if rows.holes else torch.empty
     grad_bias = allocate((parts, rows.size), dtype=torch.float32, device=x.device) if want_bias else None
@@ -497,7 +499,7 @@ def weight_gradient(
         unit_col=units.unit_col,
         grad_values=grad_values,
         grad_bias=grad_bias,
-        samples=len(x),
+        samples=samples,
         samples_of_part=samples_of_part,
         num_rows=rows.num_units,
         num_units=num_units,

@@ -286,12 +286,12 @@ def units_on_chip(units: Units, x: torch.dtype, products: torch.dtype, device: t
     where registers would spill to the stack: for neurons out of order, whose addresses take 32 per thread, and on AMD's
     cards, where Triton keeps what it loads in registers.
     """
-    shape = units.shape
-    number, sides = cdiv(shape.units, shape.row_ranges), (side_of(shape.row_width), side_of(shape.col_width))
     if x != torch.uint8 or products.itemsize != 2 or runtime.amd(device):
         return 0
     if units.cols.neuron_at is not None or units.rows.neuron_at is not None:
         return 0
+    shape = units.shape
+    number, sides = cdiv(shape.units, shape.row_ranges), (side_of(shape.row_width), side_of(shape.col_width))
     if max(shape.row_width, shape.col_width) > 64 or number > MOST_ON_CHIP or units.cols.bounds is not None:
         return 0
     taken = number * sides[1] * (2 * sides[0] + 2 * 64)

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from g2g_kernels.choices import check_choice
 from g2g_kernels.numbers import COUNT, SHARPNESS, check_parameter
 from g2g_kernels.ops.checks import check_tensor
 from g2g_kernels.ops.neurons.models import MODELS, RESETS, Neurons, Tensors
@@ -42,13 +43,9 @@ def check_neurons(suffix: str, population: Neurons, size: int, like: torch.Tenso
     """
     model, parameters, reset, surrogate, alpha = population
     if not (model in MODELS and reset in RESETS and surrogate in SURROGATES):
-        for name, value, known in (
-            ("model", model, MODELS),
-            ("reset", reset, RESETS),
-            ("surrogate", surrogate, SURROGATES),
-        ):
-            if value not in known:
-                raise ValueError(f"{name}={value!r}{suffix} is unknown; choose one of {', '.join(known)}")
+        check_choice("model", model, MODELS, of=suffix)
+        check_choice("reset", reset, RESETS, of=suffix)
+        check_choice("surrogate", surrogate, SURROGATES, of=suffix)
     SHARPNESS.check("alpha", alpha, suffix)
     names = MODELS[model].parameters
     if len(parameters) != len(names):

@@ -88,8 +88,8 @@ class _Neurons(torch.autograd.Function):
         held, options, current_dtype = ctx.call
         model = MODELS[options.model]
         derivative = SURROGATES[options.surrogate].derivative
-        kept, parameters = ctx.saved_tensors[: len(model.states)], ctx.saved_tensors[len(model.states) : -2]
-        state = ctx.saved_tensors[-2]
+        *saved, state, _ = ctx.saved_tensors  # read once: non-reentrant checkpoints refuse more
+        kept, parameters = saved[: len(model.states)], saved[len(model.states) :]
         need_current, need_state, _, _, _, *need_parameters = ctx.needs_input_grad
         membranes = kept[-1]
         dtype, shape = membranes.dtype, membranes.shape[1:]

@@ -12,11 +12,11 @@ from helpers import (
     rms,
     seeded,
     skip_where_refused,
-    threads,
     unavailable,
 )
 from linear_cases import backend_result, dense_result, inputs
 
+from benchmarks.machine import pytorch_threads
 from g2g_kernels import BackendError, BlockMask, GroupLayout, g2g_linear
 from g2g_kernels.ops.g2g_linear import operator
 
@@ -228,7 +228,7 @@ def test_with_several_threads(backend):
     x, values, bias = inputs(mask, 700)
     grad_output = torch.randn(700, mask.shape[0], generator=seeded(4))
     exact = dense_result(mask, x, values, bias, grad_output)
-    with threads(3):
+    with pytorch_threads(3):
         results = backend_result(mask, x, values, bias, grad_output, backend)
     for name, actual in results.items():
         assert rms(actual - exact[name]) <= 1e-6 * rms(exact[name]), name

@@ -14,7 +14,6 @@ from helpers import (
     lif_layer,
     rms,
     seeded,
-    threads,
     unavailable,
     with_parameter,
 )
@@ -22,6 +21,7 @@ from snntorch import surrogate as snn_surrogate
 from stack_cases import SHARES, SIZES, STACKS, B, Stack, T, check_compact, clear_stack, loss, results
 from torch import nn
 
+from benchmarks.machine import pytorch_threads
 from g2g_kernels import Activity, BackendError, SpikingLayer, g2g_linear, g2g_stack, lif
 from g2g_kernels.ops.g2g_stack import operator
 from g2g_kernels.ops.neurons import RESETS
@@ -370,7 +370,7 @@ def test_with_several_threads(backend, steps):
     """More samples than one thread takes at a time; another division of the sums is float32 rounding."""
     stack = clear_stack(STACKS["mixer"], steps, batch=150)
     single = stack.run(torch.float32, backend)
-    with threads(3):
+    with pytorch_threads(3):
         several = stack.run(torch.float32, backend)
     for name, expected in single.items():
         if name.startswith(("spikes", "counts")):

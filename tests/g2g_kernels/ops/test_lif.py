@@ -14,7 +14,6 @@ from helpers import (
     lif_by_autograd,
     rms,
     skip_where_refused,
-    threads,
     unavailable,
 )
 from hypothesis import given
@@ -36,7 +35,9 @@ from neuron_cases import (
 )
 from snntorch import surrogate as snn_surrogate
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
+from benchmarks.machine import pytorch_threads
 from g2g_kernels import BackendError, lif
 from g2g_kernels.ops.neurons import RESETS, operator
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
@@ -422,7 +423,7 @@ def test_with_several_threads(backend):
     current, (beta, threshold) = currents(T, 900, N, seed=2, dtype=torch.float32), parameters(True, torch.float32)
     weights = output_weights(T, 900, N)
     single = gradients(lif_on(backend), current, beta, threshold, weights)
-    with threads(3):
+    with pytorch_threads(3):
         several = gradients(lif_on(backend), current, beta, threshold, weights)
     assert torch.equal(several["spikes"], single["spikes"])
     assert torch.equal(several["current.grad"], single["current.grad"])
@@ -475,6 +476,24 @@ def test_half_precision_on_every_backend(backend, dtype):
         for name in ("current.grad", "beta.grad", "threshold.grad"):
             ratios.add(name, actual[name], plain[name], exact[name])
     ratios.check(cases=12)
+
+
+@every_backend
+def test_a_checkpoint_computes_the_same_gradients(backend):
+    device = device_of(backend)
+    leaf = currents(T, B, N, dtype=torch.float32).to(device).requires_grad_()
+    beta, threshold = (tensor.to(device).requires_grad_() for tensor in parameters(True, torch.float32))
+
+    def found(run):
+        return torch.autograd.grad(run(leaf, beta, threshold).square().mean(), (leaf, beta, threshold))
+
+    def neurons(*tensors):
+        return lif(*tensors, backend=backend)
+
+    at_once = found(neurons)
+    again = found(lambda *tensors: checkpoint(neurons, *tensors, use_reentrant=False))
+    for expected, recomputed in zip(at_once, again, strict=True):
+        assert torch.equal(expected, recomputed)
 
 
 # --- memory -------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from stack_cases import STACKS, Stack, T, loss, results
 
 from g2g_kernels import Neurons, g2g_stack, lif, synaptic, synaptic_step
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
+from g2g_kernels.triton.runtime import interpreted
 
 scalar_or_per_neuron = pytest.mark.parametrize("per_neuron", [False, True], ids=["scalar", "per neuron"])
 held_or_varying = pytest.mark.parametrize("held", [False, True], ids=["varying", "held"])
@@ -163,9 +164,9 @@ def test_without_decay_of_the_current_it_is_lif():
 @every_reset
 @every_backend
 def test_errors_are_at_most_1_5_times_those_of_plain_pytorch(backend, reset, held, per_neuron):
-    """Over all surrogates and four draws."""
-    ratios = ErrorRatios()
-    for surrogate, seed in itertools.product(SURROGATES, range(4)):
+    """Over all surrogates and four draws (in the interpreter, which is slow, two)."""
+    ratios, draws = ErrorRatios(), 2 if backend == "triton" and interpreted() else 4
+    for surrogate, seed in itertools.product(SURROGATES, range(draws)):
         exact_tensors, weights = [drawn(held, seed=seed), *parameters(per_neuron)], output_weights(STEPS, B, N)
         tensors = [tensor.float() for tensor in exact_tensors]
         exact_tensors = [tensor.double() for tensor in tensors]
@@ -177,7 +178,7 @@ def test_errors_are_at_most_1_5_times_those_of_plain_pytorch(backend, reset, hel
         assert torch.equal(actual["spikes"], plain["spikes"])
         for name in NAMES:
             ratios.add(name, actual[name], plain[name], exact[name])
-    ratios.check(cases=4 * len(SURROGATES))
+    ratios.check(cases=draws * len(SURROGATES))
 
 
 def mixed(stack: Stack, leaves: dict[str, torch.Tensor]) -> list:

@@ -23,6 +23,8 @@ STACKS_OF_UNITS = [
     STACKS["one unit a group"],
 ]  # fmt: skip
 T = 9
+#: steps of a test of something else: the first layer's input is held, that of the others varies
+SHORT = 3
 #: stacks that differ by their seed alone, and the limit for the mean ratio of so few errors of one number (one β a
 #: layer) or ten, which scatters by a quarter; the rule itself is applied to more cases
 FEW, AT_MOST = 8, 2
@@ -156,21 +158,21 @@ def test_numbers_of_steps(way, steps):
 
 
 def test_more_samples_than_a_tile(way):
+    """Of a product, 128, and of a fused layer, 64."""
     ratios = ErrorRatios()
-    for stack in itertools.islice(clear_stacks(STACKS_OF_UNITS[0], None, batch=67), FEW):
+    for stack in itertools.islice(clear_stacks(STACKS_OF_UNITS[0], SHORT, batch=67), FEW):
         compare(ratios, stack)
     ratios.check(cases=FEW, at_most=AT_MOST)
 
 
-@pytest.mark.parametrize("steps", [None, T], ids=["varying", "held"])
-def test_single_weights(steps):
+def test_single_weights():
     """Dense products with stored zeros, as pairs."""
     from g2g_kernels.ops.g2g_linear import tiles
     from g2g_kernels.ops.g2g_stack import triton
 
     ratios = ErrorRatios()
     with triton.choose(fused=False), tiles.choose(dense=True):
-        for stack in itertools.islice(clear_stacks(STACKS["random single weights"], steps), FEW):
+        for stack in itertools.islice(clear_stacks(STACKS["random single weights"], SHORT), FEW):
             compare(ratios, stack)
     ratios.check(cases=FEW, at_most=AT_MOST)
 
@@ -183,10 +185,9 @@ def test_one_beta_and_threshold_a_layer_and_no_bias(way):
     ratios.check(cases=FEW, at_most=AT_MOST)
 
 
-@pytest.mark.parametrize("steps", [None, T], ids=["varying", "held"])
-def test_dropped_neurons(way, steps):
+def test_dropped_neurons(way):
     ratios = ErrorRatios()
-    for stack in itertools.islice(clear_stacks(STACKS_OF_UNITS[0], steps, dropout=0.3), FEW):
+    for stack in itertools.islice(clear_stacks(STACKS_OF_UNITS[0], SHORT, dropout=0.3), FEW):
         compare(ratios, stack)
     ratios.check(cases=FEW, at_most=AT_MOST)
 
@@ -200,6 +201,18 @@ def test_dropped_neurons_in_16_bits(way, dtype):
         stack = next(stack for stack in draws if clear_of_thresholds(stack, "subtract"))
         compare(ratios, stack, dtype)
     ratios.check(cases=len(STACKS_OF_UNITS))
+
+
+def test_a_margin_that_float16_cannot_hold():
+    """A neuron whose threshold is out of reach: a margin stored as −∞ would make its β's gradient NaN."""
+    from g2g_kernels.ops.g2g_stack import triton
+
+    stack = Stack(STACKS_OF_UNITS[0], None, batch=3)
+    stack.tensors["threshold1"][0] = 1e5
+    with triton.choose(fused=True), torch.autocast(device_of("triton"), torch.float16):
+        results = stack.run(torch.float32, "triton")
+    assert all(tensor.isfinite().all() for tensor in results.values())
+    assert results["beta1.grad"].any()
 
 
 @pytest.mark.parametrize("used", ["counts", "rates0"])
@@ -260,7 +273,7 @@ def test_weights_on_chip_are_those_read_anew(monkeypatch):
         values = torch.randn(mask.num_units, 16, 16, generator=draw).half() / 4
         beta, threshold = torch.rand(1, generator=draw), torch.ones(1)
         layers.append((values, mask, torch.rand(48, generator=draw).half(), beta.half(), threshold.half()))
-    x = torch.rand(11, 67, 48, generator=draw).half()
+    x = torch.rand(5, 67, 48, generator=draw).half()
     results = []
     for on_chip in (0, 2):
         monkeypatch.setattr(triton, "units_on_chip", lambda units, x, *_, n=on_chip: n if x == torch.uint8 else 0)
@@ -283,7 +296,7 @@ def test_operator_registration(way, plain_memory):
     from g2g_kernels.ops.g2g_stack import triton
 
     device = device_of("triton")
-    stack = Stack(STACKS_OF_UNITS[0], 2, batch=2)
+    stack = Stack(STACKS_OF_UNITS[0][:2], 2, batch=2)
     leaves = stack.leaves(torch.float32, device)
     layers = stack.layers(leaves)
     for mask in stack.masks:

@@ -6,9 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from small_data import cifar_archive, cifar_files, expect_files, write
+from torchvision.transforms import v2
 
-from g2gnet.data import DataError, as_samples, cifar, load_dataset, random_crop_and_flip
+from g2gnet.data import DataError, as_samples, cifar, load_dataset, random_crop_and_flip, random_erase
 from g2gnet.data.augmentation import SHIFTS
 from g2gnet.seeding import stream
 
@@ -165,3 +167,42 @@ def test_each_step_has_its_own_draws_that_can_be_repeated():
     first, again, next_step = (random_crop_and_flip(images, stream(1, "augment", step)) for step in (7, 7, 8))
     assert torch.equal(first, again)
     assert not torch.equal(first, next_step)
+
+
+@pytest.mark.parametrize("shape", [(2000, 28, 28), (2000, 3, 20, 12)])
+def test_rectangles_are_erased_as_torchvision_erases_them(shape):
+    """Heights, widths and places by Kolmogorov and Smirnov, how many by the normal approximation of a binomial."""
+    probability = 0.7
+    images = torch.full(shape, 9, dtype=torch.uint8)
+    ours = random_erase(images, stream(3, "erase", 0), probability)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        theirs = torch.stack([v2.RandomErasing(p=1.0)(image[None] if image.ndim == 2 else image) for image in images])
+    found = [boxes(changed.reshape(len(images), -1, *shape[-2:])) for changed in (ours, theirs)]
+    for of_ours, of_theirs in zip(*found, strict=True):
+        assert stats.ks_2samp(of_ours, of_theirs).pvalue > 1e-3
+    # of theirs a few have no rectangle that fits
+    share = probability * len(found[1][0]) / len(images)
+    assert abs(len(found[0][0]) - share * len(images)) < 4 * (len(images) * share * (1 - share)) ** 0.5
+    assert ours.dtype == torch.uint8
+
+
+def boxes(images):
+    """Height, width, top and left of the rectangle of zeros in each image that has one, in all channels alike."""
+    missing = images == 0
+    assert (missing == missing[:, :1]).all()
+    lines = missing[:, 0].any(2), missing[:, 0].any(1)
+    erased = lines[0].any(1)
+    rows, columns = (line[erased].int() for line in lines)
+    # a full rectangle
+    assert torch.equal(missing[erased, 0], (rows[:, :, None] * columns[:, None, :]).bool())
+    for line in (rows, columns):
+        assert (line.diff(dim=1) > 0).sum() + line[:, 0].sum() == len(line)
+    return rows.sum(1), columns.sum(1), rows.argmax(1), columns.argmax(1)
+
+
+def test_no_image_or_each_loses_a_rectangle():
+    images = torch.ones(300, 28, 28)
+    assert torch.equal(random_erase(images, stream(1, "erase", 0), 0.0), images)
+    assert (random_erase(images, stream(1, "erase", 0), 1.0) == 0).flatten(1).any(1).all()
+    assert torch.equal(random_erase(torch.ones(3, 1, 1), stream(1, "erase", 0), 1.0), torch.ones(3, 1, 1))

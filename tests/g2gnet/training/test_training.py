@@ -7,11 +7,11 @@ import os
 
 import pytest
 import torch
-from helpers import threads
 from training_runs import SMALL, VARIANTS, assert_equal, load, run
 
+from benchmarks.machine import pytorch_threads
 from g2gnet import SpikingStack
-from g2gnet.data import DataError, as_samples, load_dataset, random_crop_and_flip
+from g2gnet.data import DataError, as_samples, load_dataset, random_crop_and_flip, random_erase
 from g2gnet.seeding import stream
 from g2gnet.tensor_file import write_tensors
 from g2gnet.training import CheckpointError, Machine, SettingsError, Trainer, TrainSettings, read_run, run_training
@@ -40,7 +40,7 @@ def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(tmp_path, mo
 
 
 def test_each_batch_is_augmented_with_the_draws_of_its_step():
-    settings = TrainSettings(**SMALL, augment="crop-flip")
+    settings = TrainSettings(**SMALL, augment="crop-flip", erase=0.5)
     data = load_dataset(settings.dataset)
     trainer = Trainer(settings, data, Machine(torch.device("cpu")))
     seen = []
@@ -49,7 +49,8 @@ def test_each_batch_is_augmented_with_the_draws_of_its_step():
     order = torch.randperm(200, generator=stream(42, "order", 1))
     for step in range(4):
         images = data.train_images[order[64 * step : 64 * (step + 1)]]
-        assert torch.equal(seen[step], as_samples(random_crop_and_flip(images, stream(42, "augment", step))))
+        changed = random_crop_and_flip(images, stream(42, "augment", step))
+        assert torch.equal(seen[step], as_samples(random_erase(changed, stream(42, "erase", step), 0.5)))
     # test images are shown as they are
     assert torch.equal(seen[4], as_samples(data.test_images[:64]))
 
@@ -63,6 +64,98 @@ def test_the_learning_rate_falls_as_a_cosine_over_all_steps():
     for _ in range(3):
         trainer.train_epoch(lambda *_: rates.append(trainer.optimizer.param_groups[0]["lr"]))
     assert rates == pytest.approx([1e-3 * (1 + math.cos(math.pi * step / 12)) / 2 for step in range(12)])
+
+
+def test_the_learning_rate_rises_before_it_falls():
+    """4 of 12 steps rise, by lr/5 each; the cosine falls over the other 8, from lr on."""
+    trainer = small_trainer(lr_schedule="cosine", lr_warmup=4)
+    rates = []
+    for _ in range(3):
+        trainer.train_epoch(lambda *_: rates.append(trainer.optimizer.param_groups[0]["lr"]))
+    falling = [1e-3 * (1 + math.cos(math.pi * step / 8)) / 2 for step in range(8)]
+    assert rates == pytest.approx([0.2e-3, 0.4e-3, 0.6e-3, 0.8e-3, *falling])
+
+
+def test_a_warmup_without_end_is_refused():
+    with pytest.raises(SettingsError, match="lr_warmup=12 leaves no step at `lr`: training takes 12 steps; lower"):
+        small_trainer(lr_warmup=12)
+
+
+def small_trainer(**options):
+    settings = TrainSettings(**{**SMALL, **options})
+    return Trainer(settings, load_dataset(settings.dataset), Machine(torch.device("cpu")))
+
+
+ONE_STEP = {"batch_size": 200, "epochs": 1}
+
+
+def test_smoothed_labels_give_each_class_its_share_of_the_loss():
+    """0.3 spread over 10 classes: 0.73 for the label's class and 0.03 for each other."""
+    trainer = small_trainer(**ONE_STEP, label_smoothing=0.3)
+    with torch.no_grad():
+        scores = trainer.net(as_samples(trainer.data.train_images)).double().log_softmax(1)
+    wanted = torch.full_like(scores, 0.03)
+    wanted[torch.arange(200), trainer.data.train_labels] = 0.73
+    assert trainer.train_epoch()["train_loss"] == pytest.approx(-(wanted * scores).sum(1).mean().item(), rel=1e-5)
+
+
+def test_a_decoupled_decay_takes_its_share_of_connections_alone():
+    before = small_trainer(**ONE_STEP).net.state_dict()
+    plain = small_trainer(**ONE_STEP, weight_decay=0.0, lr=0.01)
+    decayed = small_trainer(**ONE_STEP, weight_decay=0.5, lr=0.01, optimizer="adamw")
+    for trainer in (plain, decayed):
+        trainer.train_epoch()
+    for (name, without), (_, found) in zip(plain.net.named_parameters(), decayed.net.named_parameters(), strict=True):
+        taken = 0.01 * 0.5 * before[name] if name.endswith("values") else torch.zeros(())
+        assert not torch.equal(without, before[name])
+        torch.testing.assert_close(found, without - taken, rtol=0, atol=6e-8 if name.endswith("values") else 0)
+
+
+def test_the_average_is_the_mean_of_all_steps_and_then_of_about_the_last_and_follows_rewiring(tmp_path):
+    trainer = small_trainer(average=3, sparsity_mode="dynamic", dst_interval=2, cg="random", lr=0.03)
+    expected = {name: tensor.double() for name, tensor in weights_of(trainer.net).items()}
+    seen, rewired = 0, 0
+
+    def add(*_):
+        nonlocal seen, rewired
+        seen += 1
+        for name, now in weights_of(trainer.net).items():
+            expected[name] += (now.double() - expected[name]) / min(seen, 3)
+            # a new unit begins at zero in both, a lost one is in neither
+            there = (now != 0) & (before[name] != 0) if name.startswith("fc") else True
+            rewired += int((expected[name][now == 0] != 0).sum()) if now.ndim == 2 else 0
+            expected[name] *= there
+        before.update(weights_of(trainer.net))
+
+    for _ in range(2):
+        before = weights_of(trainer.net)
+        trainer.train_epoch(add)
+    assert seen == 8
+    assert rewired > 0
+    for name, found in weights_of(trainer.tested).items():
+        torch.testing.assert_close(found.double(), expected[name], rtol=0, atol=1e-7, msg=name)
+        assert not torch.equal(found, weights_of(trainer.net)[name])
+
+
+def weights_of(net):
+    """Dense weights of each connection, and the neurons' parameters."""
+    weights = {name: connection.dense_weight().detach().clone() for name, connection in net.connections().items()}
+    neurons = {name: value.detach().clone() for name, value in net.named_parameters() if name.startswith("lif")}
+    return {**weights, **neurons}
+
+
+def test_the_average_is_what_is_tested_analysed_and_saved(tmp_path):
+    files = run(tmp_path, average=100, epochs=2)
+    state = load(files)
+    settings = TrainSettings(**{**SMALL, "epochs": 2})
+    trainer = Trainer(settings, load_dataset(settings.dataset), Machine(torch.device("cpu")))
+    accuracies = {}
+    for part in ("model", "trained"):
+        trainer.net.load_state_dict(state[part])
+        accuracies[part] = trainer.evaluate().accuracy
+    assert accuracies["model"] != accuracies["trained"]
+    assert state["history"][-1]["test_acc"] == accuracies["model"]
+    assert_equal(dict(read_run(files.checkpoint).network().state_dict()), dict(state["model"]))
 
 
 def test_standardized_inputs_have_mean_zero_and_deviation_one():
@@ -365,7 +458,7 @@ def test_few_parameters_are_updated_by_one_thread_to_the_same_bits(monkeypatch, 
         trainer.train_epoch()
         return trainer.net.state_dict()
 
-    with threads(2):
+    with pytorch_threads(2):
         state = trained(limit)
         assert torch.get_num_threads() == 2
         assert set(used) == {1 if limit else 2}

@@ -1,0 +1,103 @@
+"""A conventional network of the sizes, masks, initial weights and recipe of a spiking one: what does spiking cost?
+
+ReLU stands in place of spiking neurons, and there is no time. All else is that of :class:`g2gnet.training.Trainer`:
+images and their changes, order, dropout, optimizer, schedule, checkpoints.
+"""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from g2g_kernels import Activity
+from g2g_kernels.ops.g2g_stack.synapses import Synapses, SynapticOperations
+from g2gnet import G2GNet
+from g2gnet.data import load_dataset
+from g2gnet.seeding import stream
+from g2gnet.training import Machine, Trainer, TrainSettings, read_run, run_epochs
+
+
+class ReLUNet(G2GNet):
+    """Connections of a :class:`G2GNet` with ReLU between them: [B, D] → logits [B, C].
+
+    A "rate" is the share of the samples for which a neuron is not zero (of the last layer: above zero).
+    """
+
+    def simulate(
+        self,
+        inputs: torch.Tensor,
+        state: Any = None,
+        chunk: int | None = None,
+        *,
+        dropped: Sequence[torch.Tensor] | None = None,
+        spikes: bool = False,
+        membranes: bool = False,
+    ) -> Activity:
+        layers = [connection for connection, _ in self.layers()]
+        drops = dropped if self.training and dropped is not None else [None] * (len(layers) - 1)
+        x, rates = inputs, []
+        for layer, of_layer in zip(layers, [*drops, None], strict=True):
+            logits = layer(x)
+            x = logits.relu()
+            if of_layer is not None:
+                x = x.masked_fill(of_layer, 0) * self._scale
+            rates.append((x > 0).float().mean(0))
+        return Activity(logits, tuple(rates), (), _Synapses(inputs, layers))
+
+
+class _Synapses(Synapses):
+    """Every input that is not zero costs a multiplication, where a spike costs an addition."""
+
+    def __init__(self, inputs: torch.Tensor, layers: Sequence[Any]) -> None:
+        super().__init__(inputs, 1, [[(layer.values, layer.mask)] for layer in layers], [None] * len(layers))
+
+    def operations(self, rates: Sequence[torch.Tensor]) -> tuple[SynapticOperations, ...]:
+        found = super().operations(rates)
+        return tuple(SynapticOperations(0, each.accumulates + each.multiplies, each.dense) for each in found)
+
+
+class ReLUTrainer(Trainer):
+    """Trains a :class:`ReLUNet`, whose neurons have nothing to learn."""
+
+    def _build_network(self, input_dim: int, num_classes: int) -> G2GNet:
+        net = ReLUNet.from_settings(
+            self.settings, input_dim, num_classes, generator=stream(self.settings.seed, "network")
+        )
+        for name, parameter in net.named_parameters():
+            parameter.requires_grad_(not name.startswith("lif"))
+        return net
+
+
+def train(settings: TrainSettings, folder: Path, on_epoch: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+    """Trains the network, or resumes it; returns its last epoch, as :func:`finished`.
+
+    Args:
+        settings: of the run whose data, sizes, masks and recipe it takes.
+        folder: of its files.
+        on_epoch: called with a line after each epoch.
+    """
+
+    def make_trainer() -> ReLUTrainer:
+        data = load_dataset(settings.dataset, "data")
+        return ReLUTrainer(settings, data, Machine(torch.device("cpu")))
+
+    def tell(record: dict[str, Any], trainer: ReLUTrainer) -> None:
+        on_epoch(f"epoch {record['epoch']}: test accuracy {record['test_acc']:.4f}")
+
+    with contextlib.redirect_stdout(None):  # which is the study's table's
+        run_epochs(settings, make_trainer, folder, Machine(torch.device("cpu")), on_epoch=[tell])
+    end = finished(folder)
+    assert end is not None
+    return end
+
+
+def finished(folder: Path) -> dict[str, Any] | None:
+    """The last epoch's record, seconds of training and weights, or None if it has not finished in this folder."""
+    marker = next(folder.glob("*.DONE"), None)
+    if marker is None:
+        return None
+    run = read_run(marker.with_suffix(".pth"))
+    weights = sum(int(connection.mask.unit_sizes.sum()) for connection in run.network().connections().values())
+    return {**run.history[-1], "train_seconds": sum(record["seconds"] for record in run.history), "weights": weights}

@@ -1,0 +1,137 @@
+"""Does it matter who connects to whom? Static graphs on Fashion-MNIST: ``python -m benchmarks.structure_study``.
+
+Groups by *index*, *random* and *mixer*, a small world of groups, distance on a ring and on the image plane, against two
+graphs without modules: *Erdős–Rényi* and *regular*, whose rows have equally many units, as those of groups have. Each
+is compared with *regular*, seed by seed, so that all differ from it in nothing but where units lie. The weights are
+shared out by ERK: the read-out is then complete, or nearly so, and no graph is judged by a class that its draw left
+without weights.
+
+The whole study is 640 runs. By default the graphs of one size are trained; ``--rows "*, H 2048, 10 %, units of 1"``
+trains those of another, and ``--extend`` adds them to an earlier record.
+"""
+
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from scipy import stats
+
+from g2gnet.tables import markdown
+
+from .dst_study import density_flags
+from .study import Study, accuracy, mean, run_study, spread
+
+#: the model of each graph
+GRAPHS = {
+    "regular": "regular",
+    "Erdős–Rényi": "erdos_renyi",
+    "index": "index",
+    "random": "random",
+    "mixer": "mixer",
+    "small world": "small_world",
+    "distance": "distance",
+    "image plane": "plane",
+}
+#: what the others are compared with
+CONTROL = "regular"
+WIDTHS, DENSITIES, UNITS = (1024, 2048), (25, 10, 5, 2), (16, 1)
+SIZES = {
+    f"H {width}, {percent} %, units of {side}": f"--hidden_dim {width} --block_size {side} {density_flags(percent)}"
+    for width in WIDTHS
+    for percent in DENSITIES
+    for side in UNITS
+}
+
+
+def differences(ends: Sequence[dict[str, Any]], control: Sequence[dict[str, Any]]) -> list[float]:
+    """Accuracy minus that of the control, in points, for each seed that both have."""
+    of_control = {end["seed"]: accuracy(end) for end in control}
+    return [accuracy(end) - of_control[end["seed"]] for end in ends if end["seed"] in of_control]
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """The 95 % confidence interval of the mean of some differences, by Student's t."""
+    found = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    return float(found.low), float(found.high)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values corrected for their number (Holm 1979): the chance of one so small among so many tests, at most."""
+    corrected, least = [0.0] * len(p_values), 0.0
+    for rank, test in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        least = max(least, (len(p_values) - rank) * p_values[test])
+        corrected[test] = min(1.0, least)
+    return corrected
+
+
+def compared(record: dict[str, Any]) -> Iterator[tuple[str, dict[str, dict[str, Any]]]]:
+    """Each size of the record, with the rows of its graphs."""
+    rows = {row["row"]: row for row in record["rows"]}
+    for size in SIZES:
+        of_size = {graph: rows[f"{graph}, {size}"] for graph in GRAPHS if f"{graph}, {size}" in rows}
+        if of_size:
+            yield size, of_size
+
+
+def table(record: dict[str, Any]) -> str:
+    """Accuracy of each graph by size, and what it has more than the control: mean, interval, p."""
+    parts = []
+    pooled: dict[str, list[float]] = {graph: [] for graph in GRAPHS if graph != CONTROL}
+    sizes = list(compared(record))
+    for size, rows in sizes:
+        control = rows.get(CONTROL, {"ends": []})["ends"]
+        more = {graph: differences(row["ends"], control) for graph, row in rows.items() if graph != CONTROL}
+        for graph, values in more.items():
+            pooled[graph] += values
+        tested = _tested(more)
+        lines = [
+            [graph, f"{mean(row, 'weights'):,.0f}", spread(row["ends"], accuracy, 2), *tested.get(graph, _NOTHING)]
+            for graph, row in rows.items()
+        ]
+        parts += [f"**{size}**", markdown(["graph", "weights", "test accuracy, %", *_TESTED], lines)]
+    if len(sizes) > 1:
+        tested = _tested(pooled)
+        lines = [[graph, str(len(pooled[graph])), *tested[graph]] for graph in pooled if graph in tested]
+        parts += ["**All sizes together**", markdown(["graph", "pairs", *_TESTED], lines)]
+    return "\n\n".join(parts)
+
+
+_TESTED = (f"minus {CONTROL}, points", "95 % interval", "p (paired t, Holm)")
+_NOTHING = ("–",) * len(_TESTED)
+
+
+def _tested(more: dict[str, list[float]]) -> dict[str, tuple[str, str, str]]:
+    """The cells of each graph with two pairs or more: mean difference, its interval, and its corrected p-value."""
+    more = {graph: values for graph, values in more.items() if len(values) > 1}
+    p_values = holm([float(stats.ttest_1samp(values, 0).pvalue) for values in more.values()])
+    cells = {}
+    for (graph, values), p in zip(more.items(), p_values, strict=True):
+        low, high = interval(values)
+        cells[graph] = (f"{statistics.mean(values):+.2f}", f"{low:+.2f} to {high:+.2f}", f"{p:.2g}")
+    return cells
+
+
+STUDY = Study(
+    "structure_study",
+    __doc__,
+    "--dataset fashionmnist --density erk --T 10 --lr_schedule cosine --weight_decay 0 --standardize "
+    "--surrogate triangle",
+    {
+        f"{graph}, {size}": f"--model {model} {flags}"
+        for size, flags in SIZES.items()
+        for graph, model in GRAPHS.items()
+    },
+    5,
+    table,
+    default_rows=("*, H 1024, 5 %, units of 16",),
+    seeds=(1, 2, 3, 4, 5),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_study(STUDY, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -487,7 +487,7 @@ def test_bits_with_sums_of_subsets_do_not_depend_on_the_threads(subset_cost):
         network = drawn("random", unit, steps=11, batch=150, x="spikes", sizes=FULL, margin=0)
         results = []
         for number in (1, 2, 3, 7):
-            with threads(number):
+            with pytorch_threads(number):
                 results.append(network.run(torch.float32, "cpu"))
         for other in results[1:]:
             assert all(torch.equal(results[0][name], other[name]) for name in other)

@@ -108,7 +108,9 @@ class Layer:
             with torch.no_grad():
                 begin = time.process_time()
                 result = g2g_stack(self.x, [self.layer], backend="cpu")
-                return time.process_time() - begin, result.states[0][0]
+                seconds = time.process_time() - begin
+            assert result.states is not None
+            return seconds, result.states[0][0]
 
         return run
 

@@ -41,6 +41,8 @@ EVENT_LIMIT_BACKWARD = {False: 0.5, True: 0.5}
 #: Cost of products with vectors over the batch, relative to what the kernels assume (``by_batch`` in ``csrc/stack.h``):
 #: layers with units below 16 take them where they cost less than events and matrix kernels. 0: always, infinity: never.
 BATCH_COST = 1.0
+#: The same for products by sums of subsets (``by_subsets`` there), which layers with units of 16 and 32 take.
+SUBSET_COST = 1.0
 #: Share of a call that may be spent waiting for PyTorch's threads before some calls run on others (``csrc/pool.h``).
 MOST_WAITING = 0.1
 

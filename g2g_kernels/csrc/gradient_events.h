@@ -22,13 +22,20 @@ namespace g2g::G2G_ISA {
 constexpr int kGranules = kLanes / kGranule;
 constexpr int64_t kMostEventBlocks = 1023;  // of rows: lanes and events of a step are numbered in 16 bits
 
-// Copies events and moves their lanes by `shift`; may write up to W entries more than `count`.
-inline void copy_events(const uint16_t* lane, const float* value, int64_t count, int32_t shift, uint32_t* row, float* to) {
-    for (int64_t i = 0; i < count; i += W) {
-        store(to + i, load(value + i));
-        store_shifted(row + i, lane + i, shift);
+// Copies events and moves their lanes by `shift`, `at_once` at a time; may write as many entries more than `count`.
+template <int at_once>
+inline void copy_events(const uint16_t* lane, const float* value, int64_t count, uint16_t shift, uint16_t* row, float* to) {
+    typedef uint16_t Numbers __attribute__((vector_size(2 * at_once)));
+    int64_t i = 0;
+    do {  // most strips have some events here, and a branch for those that have none would be mispredicted
+        Numbers numbers;
+        __builtin_memcpy(&numbers, lane + i, sizeof numbers);
+        numbers += shift;
+        __builtin_memcpy(row + i, &numbers, sizeof numbers);
+        __builtin_memcpy(to + i, value + i, at_once * sizeof(float));
         asm("");  // keeps this from becoming a call of memcpy, which takes longer than most of these loops
-    }
+        i += at_once;
+    } while (i < count);
 }
 
 // What the sweeps of a layer list, for the samples of a chunk.
@@ -61,41 +68,56 @@ struct MergedEvents {
 
     // X of column block `block` for one sample of the chunk, out[T][64]; `tiles` as backward_tiles() gives them. `row`
     // and `factor` have room for the events of a step, and W more.
-    void input_gradient(const Plan& plan, const float* tiles, float decay, int64_t block, int64_t sample, uint32_t* row,
+    void input_gradient(const Plan& plan, const float* tiles, float decay, int64_t block, int64_t sample, uint16_t* row,
                         float* factor, float* out) const {
-        const EventRun* const runs = plan.event_runs.list.data() + plan.event_runs.first[block];
-        const int64_t count = plan.event_runs.first[block + 1] - plan.event_runs.first[block];
+        const float* own = tiles + int64_t{plan.col_first[block]} * kTile;
+        const int32_t width = plan.event_runs.width;
+        if (width == kLanes) return strip_gradients<kLanes>(plan, own, decay, block, sample, row, factor, out);
+        if (width == 32) return strip_gradients<32>(plan, own, decay, block, sample, row, factor, out);
+        strip_gradients<16>(plan, own, decay, block, sample, row, factor, out);
+    }
+
+  private:
+    // Strip by strip of L lanes, each with events of its own.
+    template <int L>
+    void strip_gradients(const Plan& plan, const float* tiles, float decay, int64_t block, int64_t sample, uint16_t* row,
+                         float* factor, float* out) const {
+        constexpr int strips = kLanes / L, N = L / W, chains = L == kLanes ? 2 : 4;
         const Vec beta = all(decay);
-        Vec x[kVecs] = {};
-        for (int64_t t = steps - 1; t >= 0; --t) {
-            const int64_t at = sample * steps + t;
-            const uint16_t* starts = first + at * (blocks * kGranules + 1);
-            int64_t size = 0;
-            for (int64_t k = 0; k < count; ++k) {
-                const int64_t start = starts[runs[k].first], events = starts[runs[k].last] - start;
-                copy_events(lane + begin[at] + start, value + begin[at] + start, events, runs[k].shift, row + size,
-                            factor + size);
-                size += events;
-            }
-            Vec odd[kVecs] = {};  // two chains of sums: for speed, and for smaller rounding errors
-            each_vec([&](auto v) { x[v] *= beta; });
-            int64_t e = 0;
-            for (; e + 1 < size; e += 2) {
-                const float *w = tiles + int64_t{row[e]} * kLanes, *z = tiles + int64_t{row[e + 1]} * kLanes;
-                const Vec a = all(factor[e]), b = all(factor[e + 1]);
-                each_vec([&](auto v) {
-                    x[v] = fma(a, load(w + v * W), x[v]);
-                    odd[v] = fma(b, load(z + v * W), odd[v]);
+        for (int s = 0; s < strips; ++s, tiles += L, out += L) {
+            const EventRun* const runs = plan.event_runs.list.data() + plan.event_runs.first[block * strips + s];
+            const int64_t count = plan.event_runs.first[block * strips + s + 1] - plan.event_runs.first[block * strips + s];
+            Vec x[N] = {};
+            for (int64_t t = steps - 1; t >= 0; --t) {
+                const int64_t at = sample * steps + t;
+                const uint16_t* starts = first + at * (blocks * kGranules + 1);
+                const uint16_t* const lanes = lane + begin[at];
+                const float* const values = value + begin[at];
+                int64_t size = 0;
+                for (int64_t k = 0; k < count; ++k) {
+                    const int64_t start = starts[runs[k].first], events = starts[runs[k].last] - start;
+                    copy_events<L == kLanes ? 16 : 8>(lanes + start, values + start, events, runs[k].shift, row + size, factor + size);
+                    size += events;
+                }
+                Vec sum[chains][N] = {};  // for speed, and for smaller rounding errors
+                each<N>([&](auto v) { sum[0][v] = x[v] * beta; });
+                const auto add = [&](auto c, float a, const float* w) {
+                    each<N>([&](auto v) { sum[c][v] = fma(all(a), load(w + v * W), sum[c][v]); });
+                };
+                int64_t e = 0;
+                for (; e + chains <= size; e += chains)
+                    unrolled<chains>([&](auto c) { add(c, factor[e + c], tiles + int64_t{row[e + c]} * kLanes); });
+                if (e < size)  // zeros in place of those that do not exist: a loop over the rest would be mispredicted
+                    unrolled<chains>([&](auto c) {
+                        const bool exists = e + c < size;
+                        add(c, exists ? factor[e + c] : 0.0f, exists ? tiles + int64_t{row[e + c]} * kLanes : kZeros);
+                    });
+                each<N>([&](auto v) {
+                    x[v] = sum[0][v];
+                    for (int c = 1; c < chains; ++c) x[v] += sum[c][v];
+                    store(out + t * kLanes + v * W, x[v]);
                 });
             }
-            if (e < size) {
-                const float* w = tiles + int64_t{row[e]} * kLanes;
-                each_vec([&](auto v) { x[v] = fma(all(factor[e]), load(w + v * W), x[v]); });
-            }
-            each_vec([&](auto v) {
-                x[v] += odd[v];
-                store(out + t * kLanes + v * W, x[v]);
-            });
         }
     }
 };

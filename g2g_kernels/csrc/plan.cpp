@@ -160,24 +160,55 @@ WeightList list_weights(const Plan& plan, const std::vector<char>& chosen, bool 
     return result;
 }
 
-EventRuns event_runs(const Plan& plan) {
+// From the segments of the product that gives row strips.
+Granules granules(const Plan& plan) {
+    Granules result;
+    if (plan.rows.strip == kLanes) return result;
+    result.first.push_back(0);
+    for (size_t strip = 0; strip + 1 < plan.forward.first.size(); ++strip) {
+        const size_t begin = result.list.size();
+        for (int32_t i = plan.forward.first[strip]; i < plan.forward.first[strip + 1]; ++i) {
+            const Segment& segment = plan.forward.list[i];
+            for (int32_t part = segment.lane / kGranule; part * kGranule < segment.lane + segment.count; ++part)
+                if (result.list.size() == begin || result.list.back().tile != segment.place || result.list.back().part < part)
+                    result.list.push_back({segment.place, part});
+        }
+        result.first.push_back(static_cast<int32_t>(result.list.size()));
+    }
+    return result;
+}
+
+// Cost of an event that visits so many lanes, relative to one that visits 64.
+double event_cost(int32_t lanes) { return lanes == 16 ? 0.16 : lanes == 32 ? 0.3 : 1; }
+
+// What lists of events cost where units are small, in rows of 64 weights of the product: of a granule, and of a strip.
+constexpr double kGranuleCost = 3.6, kStripCost = 8.6;
+
+EventRuns event_runs(const Plan& plan, int32_t width) {
     EventRuns result;
     constexpr int32_t granules = kLanes / kGranule;
-    int64_t lanes = 0;
+    const int32_t strips = kLanes / width;
+    double rows = 0;  // of events, in rows of 64 weights
+    double lists = plan.cols.strip < kLanes ? plan.cols.blocks * strips * kStripCost : 0;
+    result.width = width;
     result.first.push_back(0);
-    for (int32_t block = 0; block < plan.cols.blocks; ++block) {
+    for (int32_t strip = 0; strip < plan.cols.blocks * strips; ++strip) {
+        const int32_t block = strip / strips, lane = strip % strips * width;
         const size_t begin = result.list.size();
         for (int32_t i = plan.col_first[block]; i < plan.col_first[block + 1]; ++i) {
             const int32_t tile = plan.col_tile[i], row = plan.tile_row[tile];
             std::array<bool, granules> used{};
             for (int64_t p = plan.piece_first[tile]; p < plan.piece_first[tile + 1]; ++p) {
                 const Piece& piece = plan.pieces[p];
+                if (piece.lane_col >= lane + width || piece.lane_col + piece.cols <= lane) continue;
                 for (int32_t g = piece.lane_row / kGranule; g * kGranule < piece.lane_row + piece.rows; ++g) used[g] = true;
             }
             for (int32_t g = 0; g < granules; ++g) {
                 if (!used[g]) continue;
-                const EventRun run{row * granules + g, row * granules + g + 1, (i - row) * kLanes};
-                lanes += kGranule;
+                const auto shift = static_cast<uint16_t>((i - plan.col_first[block] - row) * kLanes);
+                const EventRun run{row * granules + g, row * granules + g + 1, shift};
+                rows += kGranule * event_cost(width);
+                if (plan.cols.strip < kLanes) lists += kGranuleCost;
                 if (result.list.size() > begin && result.list.back().last == run.first &&
                     result.list.back().shift == run.shift)
                     result.list.back().last = run.last;
@@ -191,7 +222,8 @@ EventRuns event_runs(const Plan& plan) {
     const double strip = plan.cols.strip == 16 ? 1.6 * 16 : plan.cols.strip == 32 ? 1.2 * 32 : kLanes;
     double multiplied = kSparseCost / kLanes * static_cast<double>(plan.sparse.source.size());
     for (const Segment& segment : plan.backward.list) multiplied += segment.count * strip / kLanes;
-    if (lanes) result.ratio = multiplied / static_cast<double>(lanes);
+    constexpr double least = 0.05;  // a few events are always fewer than the product
+    if (rows > 0) result.ratio = std::max(least, (multiplied - lists) / rows);
     return result;
 }
 
@@ -266,7 +298,12 @@ Plan* build_plan(const Side& rows, const Side& cols, const int32_t* unit_row, co
     if (rows.width < kGranule || cols.width < kGranule) plan.by_row = list_weights(plan, std::vector<char>(plan.tiles, 1), true);
     for (const Segment& segment : plan.forward.list) plan.product_weights += segment.count * plan.rows.strip;
     for (const uint64_t tile : plan.tile_sources) plan.sources += __builtin_popcountll(tile);
-    plan.event_runs = event_runs(plan);
+    plan.granules = granules(plan);
+    plan.event_runs = event_runs(plan, kLanes);
+    if (plan.cols.strip < kLanes) {
+        EventRuns narrow = event_runs(plan, plan.cols.strip);
+        if (narrow.ratio > plan.event_runs.ratio) plan.event_runs = std::move(narrow);
+    }
     return new Plan(std::move(plan));
 }
 

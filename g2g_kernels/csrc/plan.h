@@ -55,15 +55,28 @@ struct WeightList {
 
 constexpr int kGranule = 16;  // lanes
 
-// Granules first … last − 1 of the rows, whose rows of 64 weights lie one after the other in the order of `col_tile`: that
-// of lane i is row i + shift.
-struct EventRun {
-    int32_t first, last, shift;
+// 16 source lanes of a tile: those from part · 16 on.
+struct Granule {
+    int32_t tile, part;
 };
 
-// The rows with weights in each block of columns, for the input gradient by events.
+// The granules that have weights in each strip of the rows.
+struct Granules {
+    std::vector<int32_t> first;  // [strips + 1]
+    std::vector<Granule> list;
+};
+
+// Granules first … last − 1 of the rows, whose rows of 64 weights lie one after the other in the order of `col_tile`: that
+// of lane i is row i + shift (in 16 bits) from the first tile of the column block on.
+struct EventRun {
+    int32_t first, last;
+    uint16_t shift;
+};
+
+// The rows with weights in each strip of the columns, for the input gradient by events.
 struct EventRuns {
-    std::vector<int32_t> first;  // [column blocks + 1]
+    int32_t width = kLanes;      // lanes of a strip: fewer than a block's where few rows have weights in all of a block
+    std::vector<int32_t> first;  // [column strips + 1]
     std::vector<EventRun> list;
     double ratio = 1;  // cost of the product, in rows of 64 weights, per row that events may have to multiply
 };
@@ -79,6 +92,7 @@ struct Plan {
     std::vector<Piece> pieces;                  // by tile
     std::vector<int64_t> piece_first;           // [tiles + 1]
     Segments forward, backward;                 // products that give row strips, and column strips
+    Granules granules;                          // of strips narrower than a block
     WeightList sparse;                          // by column lane: weights of tiles with few, for the input gradient
     WeightList by_row;                          // by row lane: all weights, if units are small
     double product_weights = 0;                 // that a forward product multiplies, zeros among them

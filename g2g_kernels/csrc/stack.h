@@ -6,6 +6,7 @@
 #include "layout.h"
 #include "panel.h"
 #include "parameters.h"
+#include "subset_sums.h"
 #include "sweep.h"
 
 namespace g2g::G2G_ISA {
@@ -76,31 +77,64 @@ inline Input input_kind(const Stack& s, int l, double rate) {
     return rate <= s.event_limit ? Input::kEvents : Input::kDenseSpikes;
 }
 
-// Cycles of each way to form a product, of one row (a sample at a step), measured (docs/cpu-performance.md).
+// Cycles of each way to form a product, of one row (a sample at a step), measured (benchmarks/cpu_choices.py).
 #if defined(__AVX512F__)
-constexpr double kEventCycles = 10;          // an event, which visits 64 weights
-constexpr double kStripEventCycles = 2.5;    // an event that visits 16; one that visits 32 twice as many
-constexpr double kListCycles = 5;            // a tile or a segment whose events are listed
-constexpr double kProductCycles = 0.08;      // a weight of a dense product
-constexpr double kSpikeWeightCycles = 0.11;  // a weight by batch.h, its input being spikes
-constexpr double kDenseWeightCycles = 0.2;   // the same for a dense input
+constexpr double kEventCycles = 4.3;            // an event, which visits 64 weights
+constexpr double kStripEventCycles = 1.2;       // an event that visits 16; one that visits 32 twice as many
+constexpr double kProductCycles = 0.08;         // a weight of a dense product
+constexpr double kSpikeWeightCycles = 0.046;    // a weight by batch.h, its input being spikes
+constexpr double kDenseWeightCycles = 0.2;      // the same for a dense input
+constexpr double kSumCycles = 1.1;              // a sum of a subset, of 16 lanes
 #else
-constexpr double kEventCycles = 14, kStripEventCycles = 4, kListCycles = 8;
-constexpr double kProductCycles = 0.16, kSpikeWeightCycles = 0.5, kDenseWeightCycles = 0.4;
+constexpr double kEventCycles = 14, kStripEventCycles = 4;
+constexpr double kProductCycles = 0.16, kSpikeWeightCycles = 0.5, kDenseWeightCycles = 0.4, kSumCycles = 2.2;
 #endif
+constexpr double kListCycles = 6;     // forward: a tile or a segment whose events are listed
+constexpr double kLaneCycles = 1;     // gradient: 16 source lanes of a strip
+constexpr double kSortCycles = 750;   // gradient: up to 64 words of a block, whose events are sorted by source
+constexpr double kBandCycles = 45;    // gradient: a block of ∂I that is brought into bands
+constexpr double kTableCycles = 40;   // the sixteen sums of 16 lanes
+constexpr double kPieceCycles = 18;   // a piece of a unit that is brought into a tile, once for all rows
 
-inline double event_cycles(const Layer& layer) {
-    return layer.input_rate * static_cast<double>(layer.plan->sources) * kEventCycles + layer.plan->tiles * kListCycles;
+// Cycles by events, of all lanes of a tile or of those of the strips that their units have.
+inline double event_cycles(const Layer& layer, bool forward, bool strips) {
+    const Plan& plan = *layer.plan;
+    if (strips && plan.rows.strip == kLanes) return __builtin_inf();
+    const double events = strips ? plan.product_weights / 16 * kStripEventCycles : static_cast<double>(plan.sources) * kEventCycles;
+    const double listed = strips ? static_cast<double>(plan.forward.list.size()) : plan.tiles;
+    const double lanes = strips ? static_cast<double>(plan.granules.list.size()) : 0;
+    return layer.input_rate * events + (forward ? listed * kListCycles : lanes * kLaneCycles);
 }
 
-// Whether events visit the strips of lanes that their units have, not all lanes of a tile. Forward, each strip has lists of
-// its own.
 inline bool events_by_strip(const Layer& layer, bool forward) {
+    return event_cycles(layer, forward, true) < event_cycles(layer, forward, false);
+}
+
+// The cheapest way without vectors over the batch and without sums of subsets.
+inline double plain_cycles(const Stack& s, const Layer& layer, Input kind, bool forward) {
     const Plan& plan = *layer.plan;
-    if (plan.rows.strip == kLanes) return false;
-    const double strips = layer.input_rate * plan.product_weights / 16 * kStripEventCycles;
-    if (!forward) return strips < event_cycles(layer) - plan.tiles * kListCycles;
-    return strips + static_cast<double>(plan.forward.list.size()) * kListCycles < event_cycles(layer);
+    const double rows = static_cast<double>(s.batch) * s.steps;
+    const double pieces = kPieceCycles * static_cast<double>(plan.pieces.size()) / rows;
+    if (kind != Input::kEvents)
+        return pieces + kProductCycles * (forward ? plan.product_weights : static_cast<double>(plan.tiles) * kTile);
+    const double sorted = kSortCycles * plan.cols.blocks * static_cast<double>(divide_up(s.steps, 64)) / s.steps;
+    return pieces + (forward ? 0 : sorted) + event_cycles(layer, forward, events_by_strip(layer, forward));
+}
+
+inline bool are_spikes(Input kind) { return kind == Input::kEvents || kind == Input::kDenseSpikes; }
+
+// Whether the forward product or the weight gradient of a layer with that input goes by sums of subsets (subset_sums.h).
+inline bool by_subsets(const Stack& s, const Layer& layer, Input kind, bool forward) {
+    const Plan& plan = *layer.plan;
+    if (plan.granules.list.empty() || !are_spikes(kind)) return false;
+    const double vectors = plan.rows.strip / 16.0, granules = static_cast<double>(plan.granules.list.size());
+    const double rows = static_cast<double>(s.batch) * s.steps;
+    double cycles = granules * 4 * kSumCycles * vectors;  // four quads of lanes, or four times four lanes for four rows
+    if (forward)
+        cycles += granules * 4 * kTableCycles * vectors / (rows < kSubsetRows ? rows : kSubsetRows);
+    else
+        cycles += plan.rows.blocks * (kLanes / 16.0) * kTableCycles / 4;
+    return s.subset_cost * cycles < plain_cycles(s, layer, kind, forward);
 }
 
 // Whether the forward product or the weight gradient of a layer with that input goes weight by weight, with vectors over
@@ -108,14 +142,14 @@ inline bool events_by_strip(const Layer& layer, bool forward) {
 inline bool by_batch(const Stack& s, const Layer& layer, Input kind, bool forward) {
     const Plan& plan = *layer.plan;
     if (plan.by_row.empty() || s.batch < kSamples) return false;
-    const bool spikes = kind == Input::kEvents || kind == Input::kDenseSpikes;
+    const bool spikes = are_spikes(kind);
     if (!spikes && s.bf16) return false;  // the product has twice the rate
     const int64_t fill = spikes ? kSamples : kLanes;  // rows that vectors hold, of which some may not exist
     const double padded = static_cast<double>(divide_up(s.batch, fill) * fill) / s.batch;
     const double weights = static_cast<double>(plan.by_row.source.size());
-    const double batch = weights * padded * (spikes ? kSpikeWeightCycles : kDenseWeightCycles);
-    const double multiplied = forward ? plan.product_weights : static_cast<double>(plan.tiles) * kTile;
-    return s.batch_cost * batch < (kind == Input::kEvents ? event_cycles(layer) : multiplied * kProductCycles);
+    const double batch = weights * padded * (spikes ? kSpikeWeightCycles : kDenseWeightCycles) +
+                         (forward ? 0 : kBandCycles * plan.rows.blocks);
+    return s.batch_cost * batch < plain_cycles(s, layer, kind, forward);
 }
 
 inline bool forward_by_batch(const Stack& s, const Layer& layer, Input kind) {
@@ -125,6 +159,9 @@ inline bool forward_by_batch(const Stack& s, const Layer& layer, Input kind) {
 inline bool outer_by_batch(const Stack& s, const Layer& layer, Input kind) {
     return layer.grad_values && by_batch(s, layer, kind, false);
 }
+
+// Samples of a task that a table serves.
+inline int64_t subset_samples(int64_t batch, int64_t steps) { return least(batch, most(1, kSubsetRows / steps)); }
 
 // Fills the input panel of a chunk: held rows, dense rows, or spikes as floats.
 inline void fill_panel(const Stack& s, const Layer& layer, Input kind, int64_t first, int64_t samples,
@@ -145,9 +182,10 @@ inline void fill_panel(const Stack& s, const Layer& layer, Input kind, int64_t f
 inline void load_states(const Stack& s, const Layer& layer, const float* states, int64_t b, int64_t r, float* block) {
     const Axis& axis = layer.plan->rows;
     const int64_t count = model_info(layer.neurons).states;
+    if (!states) return zero(block, count * kLanes * sizeof(float));
     for (int64_t i = 0; i < count * kLanes; ++i) {
         const int32_t neuron = axis.neuron[r * kLanes + i % kLanes];
-        block[i] = states && neuron >= 0 ? states[(i / kLanes * s.batch + b) * axis.size + neuron] : 0.0f;
+        block[i] = neuron >= 0 ? states[(i / kLanes * s.batch + b) * axis.size + neuron] : 0.0f;
     }
 }
 

@@ -71,15 +71,20 @@ struct WeightGradient {
     Layer layer;             // whose plan, inputs and gradient are the connection's
     Input kind;
     bool by_batch;           // weight by weight
+    bool by_subsets;         // by sums of subsets
     float* tiles = nullptr;  // unless by_batch: [tile][source lane][output lane]
 
     WeightGradient(const Stack& s, const Layer& of, Input input, Arena& arena)
-        : layer(of), kind(input), by_batch(outer_by_batch(s, of, input)) {
+        : layer(of),
+          kind(input),
+          by_batch(outer_by_batch(s, of, input)),
+          by_subsets(!by_batch && g2g::G2G_ISA::by_subsets(s, of, input, false)) {
         if (!by_batch) tiles = arena.take<float>(static_cast<size_t>(plan().tiles) * kTile);
     }
 
     const Plan& plan() const { return *layer.plan; }
-    bool spikes() const { return kind == Input::kEvents || kind == Input::kDenseSpikes; }
+    bool spikes() const { return are_spikes(kind); }
+    bool reads_bits() const { return by_subsets || (by_batch && spikes()); }
 
     void begin(int threads) const {
         if (by_batch) return zero_gradient(plan(), threads, layer.grad_values);
@@ -239,14 +244,13 @@ struct BackwardPass {
             const int64_t own_rows = x.weights.kind == Input::kHeld ? s.batch : chunks.rows();
             const auto measure = [&](const WeightGradient& w, int64_t rows) {
                 const int64_t blocks = w.plan().cols.blocks;
-                if (w.by_batch) {
-                    band_rows = most(band_rows, divide_up(rows, kLanes) * kLanes);
-                    size_t& needed = w.spikes() ? spike_bits : dense_bands;
-                    needed = most(needed, (w.spikes() ? RowBits::size : Bands::size)(blocks * kLanes, rows));
-                }
-                if (w.kind == Input::kEvents && !w.by_batch)
+                if (w.by_batch) band_rows = most(band_rows, divide_up(rows, kLanes) * kLanes);
+                if (w.by_batch && !w.spikes()) dense_bands = most(dense_bands, Bands::size(blocks * kLanes, rows));
+                if (w.reads_bits())
+                    spike_bits = most(spike_bits, RowBits::size(blocks * kLanes, rows));
+                else if (w.kind == Input::kEvents)
                     event_blocks = most(event_blocks, blocks);
-                else if (!w.spikes() || !w.by_batch)
+                else
                     panel_rows = most(panel_rows, blocks * rows);
             };
             measure(x.weights, own_rows);
@@ -364,7 +368,7 @@ struct BackwardPass {
         const float decay = x.layer->parameters.lanes[0][x.layer->any_lane()];
         for (int64_t i = 0; i < rows; i += s.steps)
             x.events->input_gradient(x.layer->plan, x.event_tiles, decay, c, (row + i) / s.steps,
-                                     reinterpret_cast<uint32_t*>(factor + event_list), factor, out + i * kLanes);
+                                     reinterpret_cast<uint16_t*>(factor + event_list), factor, out + i * kLanes);
     }
 
     // ∂L/∂S of a layer, its neurons backwards, and with that ∂L/∂I, for the samples of a chunk.
@@ -614,6 +618,14 @@ struct BackwardPass {
         if (x.by_batch) return weight_gradient_by_batch(x, of, first, samples, steps);
         const Plan& plan = x.plan();
         const int64_t C = plan.cols.blocks;
+        if (x.by_subsets) {
+            row_bits.load(x.layer.inputs + first * C * steps, C, samples, steps, s.threads);
+            const int strips = kLanes / plan.rows.strip;
+            return parallel(s.threads, plan.rows.blocks * strips, 1, [&](int64_t strip, int) {
+                (plan.rows.strip == 16 ? subset_gradient<16> : subset_gradient<32>)(
+                    plan, strip, row_bits, grad.at(strip / strips, 0), samples * steps, x.tiles);
+            });
+        }
         const Panel<float> panel{panel_memory, grad.rows};
         const bool by_events = x.kind == Input::kEvents;
         if (by_events)

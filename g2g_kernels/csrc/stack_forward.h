@@ -53,7 +53,7 @@ struct ForwardLayer {
     const DualPanel& panel;
     const Bands& bands;          // of a held input, for products by batch
     const SpikeGroups& groups;   // of spikes, for the same
-    bool by_batch;
+    bool by_batch, by_subsets;
     float* counts;   // spikes over all steps, [B][row blocks][64]
     float* scratch;  // currents, `scratch_size` floats per worker
     int64_t scratch_size;
@@ -89,6 +89,7 @@ struct ForwardLayer {
 
     void run() const {
         if (by_batch) return kind == Input::kHeld ? run_held_by_batch() : run_spikes_by_batch();
+        if (by_subsets) return plan().rows.strip == 16 ? run_subsets<16>() : run_subsets<32>();
         if (kind == Input::kEvents) return run_events();
         if (kind == Input::kHeld) return run_held();
         run_dense();
@@ -108,6 +109,23 @@ struct ForwardLayer {
             const int64_t r = task / B, b = task % B;
             const uint64_t* words = layer.inputs + b * C * T;
             neurons(sweep, Current{{&plan(), r, words, T, weights.tiles, parameters.bias + r * kLanes}}, b, r);
+        });
+    }
+
+    // The currents of some samples of a block at once.
+    template <int L>
+    void run_subsets() const {
+        const auto sweep = forward_sweep<StoredCurrent>(layer.neurons);
+        const int64_t R = plan().rows.blocks, C = plan().cols.blocks, T = stack.steps;
+        const int64_t most_samples = subset_samples(stack.batch, T), groups = divide_up(stack.batch, most_samples);
+        parallel(stack.threads, R * groups, 1, [&](int64_t task, int worker) {
+            const int64_t r = task / groups, first = task % groups * most_samples;
+            const int64_t samples = least(most_samples, stack.batch - first);
+            float* currents = scratch + worker * scratch_size;
+            subset_currents<L>(plan(), r, weights.tiles, parameters.bias + r * kLanes, layer.inputs + first * C * T, samples, T,
+                               currents);
+            for (int64_t i = 0; i < samples; ++i)
+                neurons(sweep, StoredCurrent{currents + i * T * kLanes, kLanes}, first + i, r);
         });
     }
 
@@ -210,9 +228,12 @@ inline void stack_forward(Stack& s, Arena& arena) {
     const size_t input_blocks = s.layers[0].plan->cols.blocks;
     int64_t* ones = arena.take<int64_t>(input_blocks * 16);
     int64_t scratch_size = most(2 * kGroupRows, chunks.group * s.steps) * kLanes;
-    for (int l = 0; l < s.count; ++l)
+    for (int l = 0; l < s.count; ++l) {
         if (!s.layers[l].plan->by_row.empty() && s.batch >= kSamples)
             scratch_size = most(scratch_size, 2 * kSamples * s.steps * kLanes);
+        if (!s.layers[l].plan->granules.list.empty())
+            scratch_size = most(scratch_size, subset_samples(s.batch, s.steps) * s.steps * kLanes);
+    }
     float* scratch = arena.take<float>(scratch_size * s.threads);
 
     double rate = 0;
@@ -255,17 +276,17 @@ inline void stack_forward(Stack& s, Arena& arena) {
                           layer.inputs);
         layer.input_rate = rate;
         const Input kind = input_kind(s, l, rate);
-        const bool by_batch = forward_by_batch(s, layer, kind);
+        const bool by_batch = forward_by_batch(s, layer, kind), subsets = !by_batch && by_subsets(s, layer, kind, true);
         if (by_batch)
             load_taps(plan.by_row, layer.values, s.threads, weights.taps);
-        else if (kind == Input::kEvents || !s.bf16)
+        else if (kind == Input::kEvents || subsets || !s.bf16)
             forward_tiles(plan, layer.values, s.threads, weights.tiles);
         else
             bf16_tiles(plan, layer.values, true, s.threads, weights.pairs);
         const ForwardLayer forward{s,     layer,  kind,     parameters, weights,      panel,  bands,
-                                   groups, by_batch, counts, scratch,    scratch_size, states, currents};
+                                   groups, by_batch, subsets, counts, scratch, scratch_size, states, currents};
         if (layer.recurrent) {
-            const bool events = kind == Input::kEvents && !by_batch;  // which each step visits itself
+            const bool events = kind == Input::kEvents && !by_batch && !subsets;  // which each step visits itself
             if (!events) forward.run();
             forward_tiles(*layer.recurrent, layer.recurrent_values, s.threads, recurrent_tiles);
             const SpikeCurrents below(plan, weights.tiles);

@@ -76,7 +76,8 @@ struct Stack {
     int32_t count, batch, steps, threads, bf16;
     int32_t held;           // x is [B, in], held for all steps
     float event_limit;      // inputs that spike more often than this go through the matrix kernels
-    float batch_cost;       // of products with vectors over the batch, relative to what the kernels assume
+    float batch_cost, subset_cost;  // of products with vectors over the batch, and by sums of subsets, relative to what
+                                    // the kernels assume
     const float* x;         // [B, in] or [T, B, in]
     float* counts;          // out: [B, N] of the last layer
     const float* grad_counts;

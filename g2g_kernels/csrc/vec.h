@@ -59,13 +59,19 @@ G2G_INLINE void unrolled(const F& f) {
     unrolled(std::make_integer_sequence<int, N>{}, f);
 }
 
-// f(v) for the vectors of a block: unrolled where there are so few that registers hold what f keeps of them all.
+// f(v) for N vectors: unrolled where there are so few that registers hold what f keeps of them all.
+template <int N, class F>
+G2G_INLINE void each(const F& f) {
+    if constexpr (N <= 4)
+        unrolled<N>(f);
+    else
+        for (int v = 0; v < N; ++v) f(v);
+}
+
+// The same for the vectors of a block.
 template <class F>
 G2G_INLINE void each_vec(const F& f) {
-    if constexpr (kVecs <= 4)
-        unrolled<kVecs>(f);
-    else
-        for (int v = 0; v < kVecs; ++v) f(v);
+    each<kVecs>(f);
 }
 
 inline Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
@@ -157,16 +163,6 @@ inline void store_chosen(float* p, Vec x, uint64_t bits) {
     _mm512_storeu_ps(p, _mm512_maskz_compress_ps(static_cast<__mmask16>(bits), x));
 #else
     for (; bits; bits &= bits - 1) *p++ = x[__builtin_ctzll(bits)];
-#endif
-}
-
-// to[i] = from[i] + shift, for W numbers.
-inline void store_shifted(uint32_t* to, const uint16_t* from, int32_t shift) {
-#if defined(__AVX512F__)
-    const __m512i numbers = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-    _mm512_storeu_si512(to, _mm512_add_epi32(numbers, _mm512_set1_epi32(shift)));
-#else
-    for (int i = 0; i < W; ++i) to[i] = static_cast<uint32_t>(from[i] + shift);
 #endif
 }
 

@@ -405,10 +405,10 @@ class Single:
         self.mask = BlockMask.sample(*layouts, p_intra=0.4, p_inter=0.1, block_size=unit, generator=seeded(3))
         self.values = self.mask.pack(torch.randn(256, 256, generator=seeded(4)) / 5)
 
-    def gradient(self, batch: int, rate: float) -> torch.Tensor:
+    def gradient(self, batch: int, rate: float, steps: int = 6) -> torch.Tensor:
         leaf = self.values.clone().requires_grad_()
         layer = lif_layer(leaf, self.mask, None, torch.tensor(0.9), torch.tensor(1.0))
-        x = (torch.rand(6, batch, 256, generator=seeded(5)) < rate).float()
+        x = (torch.rand(steps, batch, 256, generator=seeded(5)) < rate).float()
         g2g_stack(x, [layer], backend="cpu").counts.square().sum().backward()
         return leaf.grad
 
@@ -429,7 +429,7 @@ def test_vectors_over_the_batch_are_chosen_by_their_cost(rate, by_vectors, batch
     found = {}
     for cost in (0.0, 1.0, float("inf")):
         batch_cost(cost)
-        found[cost] = Single(1).gradient(32, rate)
+        found[cost] = Single(1).gradient(32, rate, steps=64)
     assert not torch.equal(found[0.0], found[float("inf")]), "only one path was taken"
     assert torch.equal(found[1.0], found[0.0 if by_vectors else float("inf")])
 
@@ -440,6 +440,86 @@ def test_instruction_sets_agree_with_vectors_over_the_batch(isa, tmp_path, batch
     with instruction_set(isa, tmp_path):
         for x in ("held", "spikes"):
             compare(drawn("mixer", 3, steps=5, batch=33, x=x), ErrorRatios())
+
+
+# --- sums of subsets -------------------------------------------------------------------------------------------------
+
+#: whose units fill strips of 16 and 32 lanes
+FULL = (64, 128, 192, 10)
+
+
+@pytest.fixture
+def subset_cost(monkeypatch):
+    """Sets the cost of products by sums of subsets: 0 for always, infinity for never."""
+    return functools.partial(monkeypatch.setattr, library, "SUBSET_COST")
+
+
+@pytest.mark.parametrize("x", ["held", "dense", "spikes", "many spikes"])
+@pytest.mark.parametrize("unit", [16, 32])
+def test_errors_with_sums_of_subsets(unit, x, subset_cost):
+    """Layer 1 has an empty row of units; groups of sizes that units do not divide, too."""
+    subset_cost(0.0)
+    ratios = ErrorRatios()
+    for kind in KINDS:
+        for sizes in (FULL, (98, 200, 136, 10)):
+            compare(drawn(kind, unit, steps=5, batch=33, x=x, sizes=sizes), ratios)
+    check(ratios)
+
+
+@pytest.mark.parametrize(("steps", "batch"), [(1, 1), (1, 31), (3, 5), (16, 2), (13, 70), (600, 1), (70, 9)])
+def test_steps_and_batches_with_sums_of_subsets(steps, batch, subset_cost):
+    subset_cost(0.0)
+    for unit in (16, 32):
+        compare(drawn("mixer", unit, steps, batch, x="spikes", sizes=FULL), ErrorRatios())
+
+
+def test_more_units_in_a_strip_than_fit_into_a_table(subset_cost):
+    subset_cost(0.0)
+    ratios = ErrorRatios()
+    for unit in (16, 32):
+        compare(drawn("index", unit, 3, 20, x="spikes", sizes=(1024, 128, 64, 10)), ratios)
+    check(ratios)
+
+
+def test_bits_with_sums_of_subsets_do_not_depend_on_the_threads(subset_cost):
+    subset_cost(0.0)
+    for unit in (16, 32):
+        network = drawn("random", unit, steps=11, batch=150, x="spikes", sizes=FULL, margin=0)
+        results = []
+        for number in (1, 2, 3, 7):
+            with pytorch_threads(number):
+                results.append(network.run(torch.float32, "cpu"))
+        for other in results[1:]:
+            assert all(torch.equal(results[0][name], other[name]) for name in other)
+
+
+@pytest.mark.parametrize(
+    ("unit", "batch", "by_sums"), [(16, 64, True), (32, 64, True), (1, 64, False), (64, 64, False)]
+)
+def test_units_of_16_and_32_alone_take_sums_of_subsets(unit, batch, by_sums, subset_cost):
+    gradients = []
+    for cost in (0.0, float("inf")):
+        subset_cost(cost)
+        gradients.append(Single(unit).gradient(batch, 0.3))
+    assert torch.equal(*gradients) != by_sums
+
+
+@pytest.mark.parametrize(("rate", "by_sums"), [(0.03, False), (0.45, True)])
+def test_sums_of_subsets_are_chosen_by_their_cost(rate, by_sums, subset_cost):
+    found = {}
+    for cost in (0.0, 1.0, float("inf")):
+        subset_cost(cost)
+        found[cost] = Single(32).gradient(16, rate, steps=64)
+    assert not torch.equal(found[0.0], found[float("inf")]), "only one path was taken"
+    assert torch.equal(found[1.0], found[0.0 if by_sums else float("inf")])
+
+
+@pytest.mark.parametrize("isa", library.ISAS)
+def test_instruction_sets_agree_with_sums_of_subsets(isa, tmp_path, subset_cost):
+    subset_cost(0.0)
+    with instruction_set(isa, tmp_path):
+        for unit in (16, 32):
+            compare(drawn("mixer", unit, steps=5, batch=33, x="spikes", sizes=FULL), ErrorRatios())
 
 
 # --- the input gradient by events -----------------------------------------------------------------------------------

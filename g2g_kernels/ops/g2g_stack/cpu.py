@@ -211,6 +211,7 @@ class _Arguments:
             bf16=call.dtype == torch.bfloat16 and library().g2g_has_bf16(),
             held=call.held,
             batch_cost=cpu_library.BATCH_COST,
+            subset_cost=cpu_library.SUBSET_COST,
             x=call.x.data_ptr(),
         )
 

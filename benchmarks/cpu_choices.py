@@ -1,0 +1,215 @@
+"""Whether the CPU kernels choose the fastest way to multiply: ``python -m benchmarks.cpu_choices``.
+
+Spikes are multiplied by events, by sums of subsets, with vectors over the batch or by matrix tiles, and the gradient
+of the inputs by events or by tiles (docs/cpu-performance.md). Each point is one layer of N → N neurons, T steps of B
+samples. Forward pass, gradient of the weights and gradient of the inputs are timed by themselves, each way forced in
+turn and then as the kernels choose: processor time, the least of all turns, which other programs disturb least. Sums in
+another order have other last bits, which tell the chosen way.
+"""
+
+import argparse
+import itertools
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from tqdm import tqdm
+
+from g2g_kernels import BlockMask, GroupLayout, Neurons, SpikingLayer, g2g_stack
+from g2g_kernels.cpu import library
+from g2g_kernels.numbers import COUNT
+from g2g_kernels.ops.g2g_stack import cpu as stack
+from g2gnet.cli import Parser
+from g2gnet.tables import markdown
+
+from . import cli
+from .machine import describe
+
+NEVER = math.inf
+#: what forces each way to multiply spikes: the rate up to which events pay, the costs of vectors over the batch and of
+#: sums of subsets
+WAYS = {
+    "events": (1.0, NEVER, NEVER),
+    "tiles": (-1.0, NEVER, NEVER),
+    "batch": (1.0, 0.0, NEVER),
+    "sums": (1.0, NEVER, 0.0),
+}
+#: the share of events up to which the gradient of the inputs goes by them
+DOWN = {"events": NEVER, "tiles": 0.0}
+#: a chosen way may be so much slower than the fastest
+ALLOWED = 1.03
+
+
+class Point(NamedTuple):
+    unit: int
+    density: float
+    rate: float
+    T: int
+    B: int
+
+
+def grid() -> Iterator[Point]:
+    """Units × densities × rates, and other T and B."""
+    densities = rates = (0.02, 0.05, 0.1, 0.25)
+    for unit, density, rate in itertools.product((1, 16, 64), densities, rates):
+        yield Point(unit, density, rate, 10, 128)
+    for unit, density, (steps, batch) in itertools.product((1, 16, 32), (0.05, 0.25), ((10, 16), (50, 32), (1, 256))):
+        yield Point(unit, density, 0.1, steps, batch)
+
+
+@contextmanager
+def forced(way: str | None, down: str | None) -> Iterator[None]:
+    """The way to multiply spikes, and the way to the gradient of the inputs; None: as the kernels choose."""
+    with ExitStack() as changed:
+
+        def change(module: Any, name: str, value: Any) -> None:
+            changed.enter_context(mock.patch.object(module, name, value))
+
+        if way is not None:
+            limit, batch, sums = WAYS[way]
+            for name in ("EVENT_LIMIT_FORWARD", "EVENT_LIMIT_BACKWARD"):
+                change(library, name, {False: limit, True: limit})
+            change(library, "BATCH_COST", batch)
+            change(library, "SUBSET_COST", sums)
+        if down is not None:
+            change(stack, "GRADIENT_EVENT_LIMIT", {False: DOWN[down], True: DOWN[down]})
+        yield
+
+
+#: seconds, and a tensor whose last bits depend on the way
+Run = Callable[[], tuple[float, torch.Tensor]]
+
+
+class Layer:
+    """The layer of one point, and its passes."""
+
+    def __init__(self, point: Point, size: int, alpha: float) -> None:
+        draw = torch.Generator().manual_seed(0)
+        layout = GroupLayout(size, 8)
+        mask = BlockMask.sample(
+            layout, layout, p_intra=point.density, p_inter=point.density, block_size=point.unit, generator=draw
+        )
+        fan_in = size * point.density
+        # the spread of the currents is that of the threshold, so that some membranes are near it and some spike
+        weight = torch.randn(size, size, generator=draw) / (fan_in * point.rate) ** 0.5
+        self.values = mask.pack(weight).requires_grad_()
+        numbers = torch.tensor(0.9), torch.tensor(1.0)
+        neurons = Neurons("lif", numbers, "subtract", "triangle", alpha)
+        self.layer = SpikingLayer(self.values, mask, None, neurons)
+        self.x = (torch.rand(point.T, point.B, size, generator=draw) < point.rate).float()
+
+    def forward(self) -> Run:
+        def run() -> tuple[float, torch.Tensor]:
+            with torch.no_grad():
+                begin = time.process_time()
+                result = g2g_stack(self.x, [self.layer], backend="cpu")
+                return time.process_time() - begin, result.states[0][0]
+
+        return run
+
+    def backward(self, inputs: bool) -> Run:
+        """The gradient of the weights, and that of the inputs, too."""
+        counts = g2g_stack(self.x.requires_grad_(inputs), [self.layer], backend="cpu").counts
+        wanted = [self.values, self.x] if inputs else [self.values]
+        grad = torch.randn(counts.shape, generator=torch.Generator().manual_seed(1))
+
+        def run() -> tuple[float, torch.Tensor]:
+            begin = time.process_time()
+            found = torch.autograd.grad(counts, wanted, grad, retain_graph=True)
+            return time.process_time() - begin, found[-1]
+
+        return run
+
+
+def measure(point: Point, size: int, repeats: int) -> list[dict[str, Any]]:
+    """Processor milliseconds of each pass, by way."""
+    found = []
+    for name, alpha in (("forward", 2.0), ("weights", 2.0), ("inputs, α 2", 2.0), ("inputs, α 8", 8.0)):
+        down = name.startswith("inputs")
+        layer = Layer(point, size, alpha)
+        run = layer.forward() if name == "forward" else layer.backward(inputs=down)
+        ways: dict[str, tuple[str | None, str | None]] = {
+            way: (None, way) if down else (way, None) for way in (DOWN if down else WAYS)
+        }
+        with forced(None, None):
+            _, expected = run()
+        results = {}
+        for way, how in ways.items():
+            with forced(*how):
+                results[way] = run()[1]  # which also makes the plan and maps memory
+        # a way that does not serve these units is another one
+        distinct = [
+            way for k, way in enumerate(ways) if not any(torch.equal(results[way], results[w]) for w in list(ways)[:k])
+        ]
+        times: dict[str, list[float]] = {way: [] for way in distinct}
+        for _, way in itertools.product(range(repeats), distinct):
+            with forced(*ways[way]):
+                times[way].append(1e3 * run()[0])
+        least = {way: min(taken) for way, taken in times.items()}
+        chosen = next((way for way in distinct if torch.equal(results[way], expected)), None)
+        over = least[chosen] / min(least.values()) if chosen else None
+        found.append({**point._asdict(), "pass": name, "ms": least, "chosen": chosen, "over": over})
+    return found
+
+
+def table(record: dict[str, Any]) -> str:
+    """The points whose chosen way is slower than the fastest by more than is allowed, and how many there are in all."""
+    known = [point for point in record["points"] if point["chosen"]]
+    slow = [point for point in known if point["over"] > ALLOWED]
+    rows = [
+        [str(point[name]) for name in ("unit", "density", "rate", "T", "B", "pass", "chosen")]
+        + [", ".join(f"{way} {ms:.2f}" for way, ms in point["ms"].items()), f"{point['over']:.2f}"]
+        for point in slow
+    ]
+    head = ["unit", "density", "rate", "T", "B", "pass", "chosen", "ms of each way", "over the fastest"]
+    said = (
+        f"Of {len(record['points'])} passes {len(slow)} take more than {ALLOWED} times the fastest way; in "
+        f"{len(record['points']) - len(known)} chunks of the batch differ in what they choose."
+    )
+    return f"{said}\n\n{markdown(head, rows)}" if rows else said
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        prog=f"python -m {__package__}.cpu_choices",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for name, number, text in (
+        ("size", 1024, "neurons of the layer"),
+        ("repeats", 7, "timed turns"),
+        ("points", 10_000, "points of the grid that are measured, spread over it"),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=number, metavar="N", help=f"{text} (default: {number})")
+    cli.add_report_flags(parser)
+    return parser
+
+
+def choices(arguments: argparse.Namespace) -> cli.Report:
+    for name in ("size", "repeats", "points"):
+        COUNT.check(name, getattr(arguments, name))
+    every = list(grid())
+    kept = every[:: -(-len(every) // min(arguments.points, len(every)))]
+    torch.set_num_threads(1)  # others spin, which counts as processor time
+    machine = describe(torch.device("cpu"))
+    print(cli.headline(machine))
+    points: list[dict[str, Any]] = []
+    for point in tqdm(kept, leave=False, disable=None):
+        points += measure(point, arguments.size, arguments.repeats)
+    record = {"benchmark": "cpu_choices", "machine": machine, "size": arguments.size, "points": points}
+    print(table(record))
+    rows = [{**point, "ms": " ".join(f"{way}={ms:.3f}" for way, ms in point["ms"].items())} for point in points]
+    return cli.Report(record, rows)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.run(build_parser(), choices, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -4,13 +4,15 @@ Images come row by row (T 28), as pixels in a fixed random order, four at a time
 steps at a time). Each is learned by networks that are feed-forward, recurrent, adaptive or both, sparse (units of 16: a
 quarter of the weights, or a twentieth that is rewired, pruned by magnitude and grown by gradient) and dense, and by
 PyTorch's GRU with as many weights as the recurrent network of a quarter. Only the rows are trained unless ``--rows``
-names others: pixels take hours. Memory is that of a training step, above the process with its imports.
+names others: pixels take hours. Memory and processor time are those of a training step; memory above the process with
+its imports.
 """
 
 import concurrent.futures
 import json
 import multiprocessing
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from g2gnet.training import TrainSettings
 
 from . import gru
 from .dst_study import GROWTH, SCHEDULE, density_flags
-from .machine import PeakMemory, load_lazy_parts
+from .machine import PeakMemory, load_lazy_parts, pytorch_threads
 from .study import Study, accuracy, mean, run_study, spread
 
 #: how an image unfolds
@@ -65,7 +67,7 @@ ROWS = _rows()
 
 
 def table(record: dict[str, Any]) -> str:
-    """Accuracy, weights, memory and time of each row."""
+    """Accuracy, weights, and the memory and processor time of a step, of each row."""
     rows = []
     for row in record["rows"]:
         ends = row["ends"]
@@ -74,36 +76,42 @@ def table(record: dict[str, Any]) -> str:
                 row["row"],
                 f"{mean(row, 'weights'):,.0f}",
                 f"{mean(row, 'step_bytes') / 1e6:.0f} MB",
-                spread(ends, lambda end: end["train_seconds"], 0),
+                f"{1e3 * min(end['step_seconds'] for end in ends):.3g} ms",
                 spread(ends, accuracy),
             ]
         )
-    return markdown(["", "weights", "memory of a step", "seconds of training", "test accuracy, %"], rows)
+    return markdown(["", "weights", "memory of a step", "its processor time", "test accuracy, %"], rows)
 
 
-def step_memory(row: str, settings: TrainSettings, folder: Path) -> dict[str, Any]:
-    """``step_bytes``: the memory of a training step, measured in a process of its own and kept in ``folder``."""
-    path = folder / "memory.json"
+def step_costs(row: str, settings: TrainSettings, folder: Path) -> dict[str, Any]:
+    """What a training step takes (:func:`_costs`), measured in a process of its own, once for all seeds, and kept."""
+    path = folder.with_name(f"{folder.name.rpartition('-seed')[0]}-step.json")
     if not path.exists():
         context = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as process:
-            found = {"step_bytes": process.submit(_peak, settings, row.endswith("GRU")).result()}
-        make_directory(folder)
+            found = process.submit(_costs, settings, row.endswith("GRU")).result()
+        make_directory(path.parent)
         replace_file(path, lambda file: file.write(json.dumps(found).encode()))
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _peak(settings: TrainSettings, is_gru: bool) -> int:
-    """The most memory during the second of two training steps on random sequences, in bytes."""
-    torch.set_num_threads(1)
+def _costs(settings: TrainSettings, is_gru: bool) -> dict[str, float]:
+    """Of training steps on random sequences: ``step_bytes``, the most memory during the second one, and
+    ``step_seconds``, the least processor time of the three after it."""
     device = torch.device("cpu")
-    load_lazy_parts(device)
-    memory = PeakMemory(device)
-    step = _training_step(settings, is_gru)
-    step()
-    memory.restart()
-    step()
-    return memory.above()
+    with pytorch_threads(1):
+        load_lazy_parts(device)
+        memory = PeakMemory(device)
+        step = _training_step(settings, is_gru)
+        step()
+        memory.restart()
+        step()
+        most, seconds = memory.above(), []
+        for _ in range(3):
+            began = time.process_time()
+            step()
+            seconds.append(time.process_time() - began)
+    return {"step_bytes": most, "step_seconds": min(seconds)}
 
 
 def _training_step(settings: TrainSettings, is_gru: bool) -> Callable[[], None]:
@@ -134,7 +142,7 @@ STUDY = Study(
     default_rows=("rows, *",),
     others={row: gru.train for row in ROWS if row.endswith("GRU")},
     finished_others=gru.finished,
-    more=step_memory,
+    more=step_costs,
 )
 
 

@@ -144,7 +144,8 @@ SEQUENCES = dataclasses.replace(
 
 
 def test_sequences_are_learned_by_networks_and_by_a_gru(tmp_path, capsys, monkeypatch, trained):
-    monkeypatch.setattr(sequence_study, "_peak", lambda settings, is_gru: 3_000_000)
+    costs = {"step_bytes": 3_000_000, "step_seconds": 0.0123}
+    monkeypatch.setattr(sequence_study, "_costs", lambda settings, is_gru: costs)
     monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
     rows = ["rows, recurrent, 25 %", "rows, GRU"]
     arguments = ["--runs", str(tmp_path), "--seeds", "1", "--epochs", "1", "--json", str(tmp_path / "record.json")]
@@ -155,7 +156,7 @@ def test_sequences_are_learned_by_networks_and_by_a_gru(tmp_path, capsys, monkey
     assert found["weights"] == pytest.approx(network["ends"][0]["weights"], rel=0.05)
     assert 0 <= found["test_acc"] <= 1
     printed = capsys.readouterr().out
-    assert f"| rows, GRU | {found['weights']:,} | 3 MB |" in printed
+    assert f"| rows, GRU | {found['weights']:,} | 3 MB | 12.3 ms |" in printed
     assert study.run_study(SEQUENCES, [*arguments, "--rows", *rows, "--finished"]) == 0
     assert capsys.readouterr().out == printed
     assert len(trained) == 1  # the network; the GRU is trained by the study itself
@@ -207,12 +208,15 @@ def test_the_memory_of_a_row_is_that_of_its_second_step(row, tmp_path, monkeypat
             done.append("restart")
 
         def above(self):
+            done.append("above")
             return 7
 
     monkeypatch.setattr(sequence_study, "PeakMemory", Memory)
     settings = study.run_of(SEQUENCES, row, 1, 1, tmp_path).settings
-    assert sequence_study._peak(settings, row.endswith("GRU")) == 7
-    assert done == ["step", "restart", "step"]
+    costs = sequence_study._costs(settings, row.endswith("GRU"))
+    assert costs["step_bytes"] == 7
+    assert 0 < costs["step_seconds"] < 10
+    assert done == ["step", "restart", "step", "above", "step", "step", "step"]
 
 
 def test_the_width_of_a_gru_has_the_weights_wanted():

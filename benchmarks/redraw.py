@@ -26,6 +26,7 @@ from g2gnet.tables import markdown
 from . import (
     accuracy,
     chunks,
+    cpu_choices,
     dst_study,
     flag_costs,
     host_time,
@@ -419,6 +420,14 @@ def _host_time(record: Record, link: Link) -> str:
     )
 
 
+def _cpu_choices(record: Record, link: Link) -> str:
+    content = record.content
+    return (
+        f"Processor time of one pass of a layer of {content['size']} neurons on {_machine(record, link)}.\n\n"
+        f"{cpu_choices.table(content)}"
+    )
+
+
 def _chunks(record: Record, link: Link) -> str:
     size = record.content["sizes"]
     layers = " → ".join(f"{size[name]:,}" for name in ("input_dim", "hidden_dim", "hidden_dim", "num_classes"))
@@ -473,6 +482,7 @@ PARTS: dict[str, tuple[str, Callable[[Record, Link], str]]] = {
     "chunks, in short": ("chunks", _chunks_in_short),
     "flag_costs": ("flag_costs", _flag_costs),
     "host_time": ("host_time", _host_time),
+    "cpu_choices": ("cpu_choices", _cpu_choices),
     "model_comparison, in short": ("model_comparison", _models_in_short),
     "recipe_study, in short": ("recipe_study", _recipe_in_short),
     "tradeoff_study, in short": ("tradeoff_study", _tradeoff_in_short),

@@ -28,7 +28,7 @@ from g2gnet.cli import Parser
 from g2gnet.tables import markdown
 
 from . import cli
-from .machine import describe
+from .machine import describe, pytorch_threads
 
 NEVER = math.inf
 #: what forces each way to multiply spikes: the rate up to which events pay, the costs of vectors over the batch and of
@@ -197,12 +197,12 @@ def choices(arguments: argparse.Namespace) -> cli.Report:
         COUNT.check(name, getattr(arguments, name))
     every = list(grid())
     kept = every[:: -(-len(every) // min(arguments.points, len(every)))]
-    torch.set_num_threads(1)  # others spin, which counts as processor time
-    machine = describe(torch.device("cpu"))
-    print(cli.headline(machine))
     points: list[dict[str, Any]] = []
-    for point in tqdm(kept, leave=False, disable=None):
-        points += measure(point, arguments.size, arguments.repeats)
+    with pytorch_threads(1):  # others spin, which counts as processor time
+        machine = describe(torch.device("cpu"))
+        print(cli.headline(machine))
+        for point in tqdm(kept, leave=False, disable=None):
+            points += measure(point, arguments.size, arguments.repeats)
     record = {"benchmark": "cpu_choices", "machine": machine, "size": arguments.size, "points": points}
     print(table(record))
     rows = [{**point, "ms": " ".join(f"{way}={ms:.3f}" for way, ms in point["ms"].items())} for point in points]

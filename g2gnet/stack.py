@@ -364,12 +364,14 @@ class SpikingStack(nn.Module):
         layers = []
         for (connection, neurons), recurrent in zip(pairs, recurrents, strict=True):
             weights, observer = connection.observed_weights()
-            layer = SpikingLayer(*weights, connection.bias, neurons.population)
-            of_recurrent = None
+            joined, of_recurrent = None, None
             if recurrent is not None:
-                weights, of_recurrent = recurrent.observed_weights()
-                layer = layer._replace(recurrent=Recurrent(*weights))
-            layers.append(layer._replace(observers=(observer, of_recurrent)))
+                recurrent_weights, of_recurrent = recurrent.observed_weights()
+                joined = Recurrent(*recurrent_weights)
+            observers = observer, of_recurrent
+            layers.append(
+                SpikingLayer(*weights, connection.bias, neurons.population, recurrent=joined, observers=observers)
+            )
         if dropped is not None:
             layers = [
                 self._with_dropped(number, *each) for number, each in enumerate(zip(layers, dropped, strict=True))

@@ -5,7 +5,6 @@ import json
 import pytest
 
 from benchmarks import cpu_choices
-from benchmarks.machine import pytorch_threads
 from g2g_kernels.cpu import library
 
 pytestmark = pytest.mark.skipif(library.unavailable() is not None, reason=str(library.unavailable()))
@@ -15,8 +14,7 @@ def test_each_way_is_timed_beside_the_chosen_one(tmp_path, monkeypatch):
     points = [cpu_choices.Point(16, 0.1, 0.2, 5, 32), cpu_choices.Point(1, 0.1, 0.2, 5, 32)]
     monkeypatch.setattr(cpu_choices, "grid", lambda: iter(points))
     file = tmp_path / "record.json"
-    with pytorch_threads(1):  # which the benchmark sets
-        assert cpu_choices.main(["--size", "256", "--repeats", "2", "--json", str(file)]) == 0
+    assert cpu_choices.main(["--size", "256", "--repeats", "2", "--json", str(file)]) == 0
     found = {(point["unit"], point["pass"]): point for point in json.loads(file.read_text())["points"]}
     assert len(found) == 8
     for (unit, name), point in found.items():

@@ -256,10 +256,7 @@ def test_input_rates_on_both_sides_of_the_crossing(monkeypatch):
     assert not torch.equal(results[0]["values1.grad"], results[1]["values1.grad"]), "only one path was taken"
 
 
-@pytest.mark.parametrize("x", ["held", "dense", "spikes"])
-@pytest.mark.parametrize("unit", [1, 16, 64])
-def test_bits_do_not_depend_on_the_threads(unit, x):
-    network = drawn("mixer", unit, steps=11, batch=40, x=x)
+def assert_bits_do_not_depend_on_the_threads(network: Network) -> None:
     results = []
     for number in (1, 2, 3, 7):
         with pytorch_threads(number):
@@ -267,6 +264,12 @@ def test_bits_do_not_depend_on_the_threads(unit, x):
     for other in results[1:]:
         for name, tensor in results[0].items():
             assert torch.equal(tensor, other[name]), name
+
+
+@pytest.mark.parametrize("x", ["held", "dense", "spikes"])
+@pytest.mark.parametrize("unit", [1, 16, 64])
+def test_bits_do_not_depend_on_the_threads(unit, x):
+    assert_bits_do_not_depend_on_the_threads(drawn("mixer", unit, steps=11, batch=40, x=x))
 
 
 def test_a_changed_mask_is_noticed():
@@ -388,13 +391,7 @@ def test_resets_and_surrogates_with_vectors_over_the_batch(reset, surrogate, bat
 @pytest.mark.parametrize("x", ["held", "spikes"])
 def test_bits_with_vectors_over_the_batch_do_not_depend_on_the_threads(x, batch_cost):
     batch_cost(0.0)
-    network = drawn("random", 1, steps=11, batch=100, x=x)
-    results = []
-    for number in (1, 2, 3, 7):
-        with pytorch_threads(number):
-            results.append(network.run(torch.float32, "cpu"))
-    for other in results[1:]:
-        assert all(torch.equal(results[0][name], other[name]) for name in other)
+    assert_bits_do_not_depend_on_the_threads(drawn("random", 1, steps=11, batch=100, x=x))
 
 
 class Single:
@@ -412,26 +409,37 @@ class Single:
         g2g_stack(x, [layer], backend="cpu").counts.square().sum().backward()
         return leaf.grad
 
+    def takes_another_way(self, set_cost, batch: int) -> bool:
+        """Whether other bits come out where that way to multiply costs nothing."""
+        gradients = []
+        for cost in (0.0, float("inf")):
+            set_cost(cost)
+            gradients.append(self.gradient(batch, 0.3))
+        return not torch.equal(*gradients)
+
+    def chooses(self, set_cost, batch: int, rate: float) -> bool:
+        """Whether that way to multiply is taken at its own cost."""
+        found = {}
+        for cost in (0.0, 1.0, float("inf")):
+            set_cost(cost)
+            found[cost] = self.gradient(batch, rate, steps=64)
+        always, chosen, never = found.values()
+        assert not torch.equal(always, never), "only one path was taken"
+        by_this_way = torch.equal(chosen, always)
+        assert by_this_way or torch.equal(chosen, never)
+        return by_this_way
+
 
 @pytest.mark.parametrize(
     ("unit", "batch", "by_vectors"), [(1, 16, True), (8, 16, True), (1, 15, False), (16, 64, False)]
 )
 def test_small_units_and_large_batches_alone_take_vectors_over_the_batch(unit, batch, by_vectors, batch_cost):
-    gradients = []
-    for cost in (0.0, float("inf")):
-        batch_cost(cost)
-        gradients.append(Single(unit).gradient(batch, 0.3))
-    assert torch.equal(*gradients) != by_vectors
+    assert Single(unit).takes_another_way(batch_cost, batch) == by_vectors
 
 
 @pytest.mark.parametrize(("rate", "by_vectors"), [(0.01, False), (0.4, True)])
 def test_vectors_over_the_batch_are_chosen_by_their_cost(rate, by_vectors, batch_cost):
-    found = {}
-    for cost in (0.0, 1.0, float("inf")):
-        batch_cost(cost)
-        found[cost] = Single(1).gradient(32, rate, steps=64)
-    assert not torch.equal(found[0.0], found[float("inf")]), "only one path was taken"
-    assert torch.equal(found[1.0], found[0.0 if by_vectors else float("inf")])
+    assert Single(1).chooses(batch_cost, 32, rate) == by_vectors
 
 
 @pytest.mark.parametrize("isa", library.ISAS)
@@ -484,34 +492,21 @@ def test_more_units_in_a_strip_than_fit_into_a_table(subset_cost):
 def test_bits_with_sums_of_subsets_do_not_depend_on_the_threads(subset_cost):
     subset_cost(0.0)
     for unit in (16, 32):
-        network = drawn("random", unit, steps=11, batch=150, x="spikes", sizes=FULL, margin=0)
-        results = []
-        for number in (1, 2, 3, 7):
-            with pytorch_threads(number):
-                results.append(network.run(torch.float32, "cpu"))
-        for other in results[1:]:
-            assert all(torch.equal(results[0][name], other[name]) for name in other)
+        assert_bits_do_not_depend_on_the_threads(
+            drawn("random", unit, steps=11, batch=150, x="spikes", sizes=FULL, margin=0)
+        )
 
 
 @pytest.mark.parametrize(
     ("unit", "batch", "by_sums"), [(16, 64, True), (32, 64, True), (1, 64, False), (64, 64, False)]
 )
 def test_units_of_16_and_32_alone_take_sums_of_subsets(unit, batch, by_sums, subset_cost):
-    gradients = []
-    for cost in (0.0, float("inf")):
-        subset_cost(cost)
-        gradients.append(Single(unit).gradient(batch, 0.3))
-    assert torch.equal(*gradients) != by_sums
+    assert Single(unit).takes_another_way(subset_cost, batch) == by_sums
 
 
 @pytest.mark.parametrize(("rate", "by_sums"), [(0.03, False), (0.45, True)])
 def test_sums_of_subsets_are_chosen_by_their_cost(rate, by_sums, subset_cost):
-    found = {}
-    for cost in (0.0, 1.0, float("inf")):
-        subset_cost(cost)
-        found[cost] = Single(32).gradient(16, rate, steps=64)
-    assert not torch.equal(found[0.0], found[float("inf")]), "only one path was taken"
-    assert torch.equal(found[1.0], found[0.0 if by_sums else float("inf")])
+    assert Single(32).chooses(subset_cost, 16, rate) == by_sums
 
 
 @pytest.mark.parametrize("isa", library.ISAS)
@@ -588,14 +583,7 @@ def test_steps_and_batches_by_events(steps, batch, reset, limit_gradient_events)
 @pytest.mark.parametrize("kind", ["index", "mixer"])
 def test_bits_by_events_do_not_depend_on_the_threads(kind, unit, limit_gradient_events):
     limit_gradient_events(ALWAYS)
-    network = compact(kind, unit, 11, 150, margin=0)
-    results = []
-    for number in (1, 2, 3, 7):
-        with pytorch_threads(number):
-            results.append(network.run(torch.float32, "cpu"))
-    for other in results[1:]:
-        for name, tensor in results[0].items():
-            assert torch.equal(tensor, other[name]), name
+    assert_bits_do_not_depend_on_the_threads(compact(kind, unit, 11, 150, margin=0))
 
 
 def test_input_gradients_are_chosen_by_the_share_of_events(limit_gradient_events):

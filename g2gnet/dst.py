@@ -140,9 +140,9 @@ class DSTScheduler:
 
                 F + (W₀ − F)·(1 − s/S)³
 
-            weights, W₀ being those at first and F the final ones: each update takes what is above F times
-            ((S − s)/(S − s + interval))³. Units of lowest prune score go first, whichever layer they are in. A layer
-            then replaces ``fraction`` (0: none) of the units that it keeps. Weights and their optimizer state become
+            weights or up to a unit fewer, W₀ being those at first and F the final ones: each update takes what is above
+            F times ((S − s)/(S − s + interval))³. Units of lowest prune score go first, whichever layer they are in. A
+            layer then replaces ``fraction`` (0: none) of the units that it keeps, if need be by larger ones. Weights and their optimizer state become
             new, smaller tensors: after such an update make a new ``captured`` step and a new DistributedDataParallel.
             None: the number of units stays.
         recurrent: if layers are given, those of them that join a layer's neurons to themselves; each comes after its
@@ -213,11 +213,10 @@ class DSTScheduler:
                 raise ValueError(
                     f"interval={interval} leaves no update in the first {stop:.4g} of {total_steps} steps; lower it"
                 )
-        elif schedule != "constant" or stop != 1.0 or final_density is not None:
-            raise ValueError(
-                f"schedule={schedule!r}, stop={stop} and final_density={final_density} need total_steps, the steps of "
-                "the whole training"
-            )
+        elif schedule != "constant" or stop != 1.0:
+            raise ValueError(f"schedule={schedule!r} and stop={stop} need total_steps, the steps of the whole training")
+        elif final_density is not None:
+            raise ValueError(f"final_density={final_density} needs total_steps, the steps of the whole training")
         if isinstance(model, nn.Module):
             self.layers = [module for module in model.modules() if isinstance(module, G2GLinear)]
         else:

@@ -273,7 +273,9 @@ class TrainSettings(NetworkSettings, RunSettings):
                 )
         elif self.final_density is None:
             if self.dst_fraction == 0:
-                problems.append("dst_fraction=0 replaces nothing; raise it, or give a `final_density`")
+                problems.append(
+                    f"dst_fraction={self.dst_fraction} replaces nothing; raise it, or give a `final_density`"
+                )
             if self.model == "dense":
                 problems.append(
                     f"sparsity_mode=dynamic needs a sparse model; give `model={', '.join(SPARSE)}`, or a "
@@ -283,7 +285,7 @@ class TrainSettings(NetworkSettings, RunSettings):
                 problems.append("sparsity_mode=dynamic has nothing to grow at p_inter=1 and p_intra=1; lower p_inter")
         elif self.dst_fraction == 0:
             problems += [
-                f"{name}={getattr(self, name)} has no effect with dst_fraction=0; raise `dst_fraction`, or leave it out"
+                f"{name}={getattr(self, name)} has no effect with dst_fraction={self.dst_fraction}; raise that, or leave it out"
                 for name in ("cg", "dst_schedule")
                 if getattr(self, name) != usual[name]
             ]

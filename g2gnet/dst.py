@@ -142,8 +142,9 @@ class DSTScheduler:
 
             weights or up to a unit fewer, W₀ being those at first and F the final ones: each update takes what is above
             F times ((S − s)/(S − s + interval))³. Units of lowest prune score go first, whichever layer they are in. A
-            layer then replaces ``fraction`` (0: none) of the units that it keeps, if need be by larger ones. Weights and their optimizer state become
-            new, smaller tensors: after such an update make a new ``captured`` step and a new DistributedDataParallel.
+            layer then replaces ``fraction`` (0: none) of the units that it keeps, if need be by larger ones. Weights
+            and their optimizer state become new, smaller tensors: after such an update make a new ``captured`` step
+            and a new DistributedDataParallel.
             None: the number of units stays.
         recurrent: if layers are given, those of them that join a layer's neurons to themselves; each comes after its
             layer. Its inputs are the spikes of the step before.

@@ -275,14 +275,14 @@ class Factored(torch.optim.SGD):
 
 def test_what_cannot_follow_is_refused(monkeypatch):
     net, optimizer = trained()
-    with pytest.raises(ValueError, match="final_density=0.1 needs total_steps"):
+    with pytest.raises(ValueError, match=r"final_density=0\.1 needs total_steps"):
         DSTScheduler(net, optimizer, final_density=0.1)
     for share in (0.0, 1.5):
         with pytest.raises(ValueError, match="final_density"):
             pruning(net, optimizer, final=share)
-    with pytest.raises(ValueError, match="final_density= makes weights fewer, which reset_state="):
+    with pytest.raises(ValueError, match=r"makes weights fewer, which reset_state="):
         pruning(net, optimizer, reset_state=lambda *_: None)
-    with pytest.raises(ValueError, match="keeps row in a form.*leave final_density= out"):
+    with pytest.raises(ValueError, match=r"keeps row in a form.*leave final_density= out"):
         pruning(net, Factored(net.parameters(), lr=0.1))
     with pytest.raises(ValueError, match="fraction"):
         DSTScheduler(net, optimizer, fraction=0.0)

@@ -3,8 +3,8 @@
 The recipe takes 40 epochs. The rows of 20 epochs are the recipe, and the recipe with one part left out or replaced; two
 of these have rows of 40 epochs, too. Choose what to keep with ``--validation``, which tests on 10,000 of the training
 images; without it the rows are tested on the test images. The rows ``5 %, …``, ``2 %, …`` and ``1 %, …`` have that
-share of the weights, in units of 16 or single ones that are pruned by magnitude and grown by gradient. Rows of ReLU are
-the same networks without spikes and time.
+share of the weights, in units of 16 or single ones that are pruned by magnitude and grown by gradient; ``…, gradual``
+begin with 25 % and are pruned to that share. Rows of ReLU are the same networks without spikes and time.
 """
 
 import sys
@@ -63,10 +63,20 @@ CONVENTIONAL = ("the recipe", "20 epochs", "H 2048", "dense")
 REWIRED = f"{GROWTH['gradient']} {SCHEDULE}"
 #: few of the weights of H 2048, in per cent, without dropout: how they are shared out, by the ending of a row's name
 FEW, SHARED_OUT = (2, 1), {"": "", ", ERK": "--density erk"}
+#: they begin as 25 % in the same units, and are pruned to as few; alone, or while others are replaced
+GRADUAL = {
+    ", gradual": "--sparsity_mode dynamic --dst_interval 100 --dst_fraction 0 --dst_stop 0.75",
+    ", gradual and rewired": REWIRED,
+}
 
 
 def _few(percent: int, side: int) -> str:
     return f"--block_size {side} {density_flags(percent)} {REWIRED}"
+
+
+def _gradual(percent: int, side: int, how: str) -> str:
+    # a little less, so that 1 % is below 58,000 weights
+    return f"--block_size {side} {GRADUAL[how]} --final_density {0.00995 * percent:.4g}"
 
 
 def _rows() -> dict[str, str]:
@@ -83,9 +93,10 @@ def _rows() -> dict[str, str]:
             rows[f"5 %, H {width}, {row}"] = " ".join(filter(None, parts.values()))
     for percent in FEW:
         for side in (16, 1):
-            for shared, density in SHARED_OUT.items():
-                parts = {**RECIPE, "width": "--hidden_dim 2048", "dropout": "", "few": _few(percent, side), "": density}
-                rows[f"{percent} %, H 2048, units of {side}{shared}"] = " ".join(filter(None, parts.values()))
+            flags = {shared: f"{_few(percent, side)} {density}".strip() for shared, density in SHARED_OUT.items()}
+            for how, few in (flags | {how: _gradual(percent, side, how) for how in GRADUAL}).items():
+                parts = {**RECIPE, "width": "--hidden_dim 2048", "dropout": "", "few": few}
+                rows[f"{percent} %, H 2048, units of {side}{how}"] = " ".join(filter(None, parts.values()))
     return rows | {f"{row}, ReLU": f"{rows[row]} --name ReLU" for row in CONVENTIONAL}
 
 

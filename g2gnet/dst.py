@@ -22,7 +22,7 @@ from g2g_kernels.choices import check_choice
 from g2g_kernels.numbers import COUNT, Number
 from g2gnet.distributed import World
 from g2gnet.dst_rules import ACTIVITY, GRADIENT, GROW_RULES, PRUNE_RULES, Evidence
-from g2gnet.dst_scores import UnitGradients, unit_correlation
+from g2gnet.dst_scores import UnitGradients, layer_adapted, unit_correlation
 from g2gnet.layers import G2GLinear
 from g2gnet.optimizer_state import OptimizerState, ResetState
 from g2gnet.recording import ActivityRecorder, OneStepLater, Recording, Train, Uncompiled, check_compiled, dense
@@ -141,10 +141,11 @@ class DSTScheduler:
                 F + (W₀ − F)·(1 − s/S)³
 
             weights or up to a unit fewer, W₀ being those at first and F the final ones: each update takes what is above
-            F times ((S − s)/(S − s + interval))³. Units of lowest prune score go first, whichever layer they are in. A
-            layer then replaces ``fraction`` (0: none) of the units that it keeps, if need be by larger ones. Weights
-            and their optimizer state become new, smaller tensors: after such an update make a new ``captured`` step
-            and a new DistributedDataParallel.
+            F times ((S − s)/(S − s + interval))³. How many units a layer keeps is decided by comparing all
+            (:func:`~g2gnet.dst_scores.layer_adapted`), and which by their prune score. A layer then replaces
+            ``fraction`` (0: none) of the units that it keeps, if need be by larger ones. Weights and their optimizer
+            state become new, smaller tensors: after such an update make a new ``captured`` step and a new
+            DistributedDataParallel.
             None: the number of units stays.
         recurrent: if layers are given, those of them that join a layer's neurons to themselves; each comes after its
             layer. Its inputs are the spikes of the step before.
@@ -172,6 +173,15 @@ class DSTScheduler:
         ...
         >>> rewired, dst.pruned == dst.grown > 0
         (True, True)
+        >>> options = {"fraction": 0.0, "final_density": 0.1, "total_steps": 40, "stop": 0.75}
+        >>> pruning = DSTScheduler(net, optimizer, interval=10, **options)  # gradual, in three updates
+        >>> for _ in range(40):
+        ...     net(torch.rand(8, 64)).sum().backward()
+        ...     optimizer.step()
+        ...     pruned = pruning.step()
+        ...
+        >>> mean_density(pruning.layers) < 0.1
+        True
     """
 
     def __init__(
@@ -495,9 +505,7 @@ class DSTScheduler:
         grow = self.grow if self.fraction else GROW_RULES["random"]  # which needs nothing, and none are taken
         scores = [(self.prune.score(seen), grow.score(seen)) for _, seen in evidence]
         finite = torch.stack([score.isfinite().all() for pair in scores for score in pair])
-        layers, prune = [seen.layer for _, seen in evidence], [score[0] for score in scores]
-        draw = stream(self.seed, "dst", self.steps, device=draw_device(finite.device))
-        counts = self._counts(layers, prune, finite.all(), draw)
+        counts = self._counts([seen for _, seen in evidence], finite.all())
         share = self.steps / self._last if self._last else 0.0
         fraction, pruned, grown = self.fraction * SCHEDULES[self.schedule](share), 0, 0
         with contextlib.ExitStack() as averages, contextlib.ExitStack() as undo:
@@ -519,29 +527,24 @@ class DSTScheduler:
         """Whether an update prunes or grows units of the layer."""
         return self.final_density is not None or not layer.mask.is_full
 
-    def _counts(
-        self, layers: list[G2GLinear], prune: list[torch.Tensor], apply: torch.Tensor, draw: torch.Generator
-    ) -> list[int]:
-        """How many units each layer keeps. Waits for the device if units are pruned for good.
+    def _counts(self, evidence: list[Evidence], apply: torch.Tensor) -> list[int]:
+        """How many units each layer keeps; all if ``apply``, a bool scalar, is false.
 
-        Args:
-            layers: with their masks as they are.
-            prune: the prune scores of each layer's units.
-            apply: bool scalar; if it is false, all layers keep their units.
-            draw: breaks ties.
+        Waits for the device if their number falls.
         """
-        counts = [layer.mask.num_units for layer in layers]
+        masks = [seen.mask for seen in evidence]
+        counts = [mask.num_units for mask in masks]
         if self.final_density is None or not apply:
             return counts
         assert self._last is not None
-        sizes = torch.cat([layer.mask.unit_sizes for layer in layers])
-        possible = sum(math.prod(layer.mask.shape) for layer in layers)
-        before, final = int(sizes.sum()), self.final_density * possible
-        left, step = self._last - self.steps, self.interval
-        weights = final + max(0.0, before - final) * (left / (left + step)) ** 3
-        strongest = _first(-torch.cat(prune), len(sizes), draw)
+        sizes = torch.cat([mask.unit_sizes for mask in masks]).cpu()
+        before, final = int(sizes.sum()), self.final_density * sum(math.prod(mask.shape) for mask in masks)
+        left = self._last - self.steps
+        weights = final + max(0.0, before - final) * (left / (left + self.interval)) ** 3
+        adapted = torch.cat([layer_adapted(PRUNE_RULES["set"].score(seen)) for seen in evidence])
+        order = adapted.argsort(descending=True, stable=True)
         remain = torch.empty_like(sizes, dtype=torch.bool)
-        remain[strongest] = sizes[strongest].cumsum(0) <= weights
+        remain[order] = sizes[order].cumsum(0) <= weights
         return [int(of_layer.sum()) for of_layer in remain.split(counts)]
 
     def _replace(

@@ -285,8 +285,8 @@ class TrainSettings(NetworkSettings, RunSettings):
                 problems.append("sparsity_mode=dynamic has nothing to grow at p_inter=1 and p_intra=1; lower p_inter")
         elif self.dst_fraction == 0:
             problems += [
-                f"{name}={getattr(self, name)} has no effect with dst_fraction={self.dst_fraction}; raise `dst_fraction`, "
-                "or leave it out"
+                f"{name}={getattr(self, name)} has no effect with dst_fraction={self.dst_fraction}; raise "
+                "`dst_fraction`, or leave it out"
                 for name in ("cg", "dst_schedule")
                 if getattr(self, name) != usual[name]
             ]

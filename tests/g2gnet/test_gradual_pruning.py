@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from g2gnet import DSTScheduler
+from g2gnet.dst_scores import layer_adapted
 from g2gnet.optimizer_state import OptimizerState
 
 
@@ -63,7 +64,7 @@ def test_the_number_of_weights_falls_by_the_cubic_schedule(model):
     assert dst.grown == 0
 
 
-def test_the_strongest_units_of_all_layers_stay_with_their_weights_and_moments():
+def test_the_strongest_units_of_a_layer_stay_with_their_weights_and_moments():
     net, optimizer = trained(steps=2)
     layers = list(net.connections().values())
     dst = pruning(net, optimizer)
@@ -84,8 +85,8 @@ def test_the_strongest_units_of_all_layers_stay_with_their_weights_and_moments()
     parameters = [id(parameter) for parameter in net.parameters()]
     dst.step()
     assert [id(parameter) for parameter in net.parameters()] == parameters
-    kept, lost = [], []
     for layer, units in zip(layers, before, strict=True):
+        kept = []
         now = layer.mask.flat_unit().tolist()
         assert layer.values.shape[0] == layer.mask.num_units == len(now) < len(units)
         state = optimizer.state[layer.values]
@@ -94,8 +95,7 @@ def test_the_strongest_units_of_all_layers_stay_with_their_weights_and_moments()
             kept.append(score)
             for tensor, was in zip((layer.values, state["exp_avg"], state["exp_avg_sq"]), tensors, strict=True):
                 assert torch.equal(tensor[slot], was)
-        lost += [score for score, *_ in units.values()]
-    assert max(lost) <= min(kept)
+        assert max(score for score, *_ in units.values()) <= min(kept)
     assert train(net, optimizer).isfinite()
 
 
@@ -240,15 +240,31 @@ def test_scores_that_are_no_numbers_prune_nothing_until_the_next_update(caplog):
     assert final - 16 < weights_of(net) <= final
 
 
-def test_random_pruning_takes_from_all_layers_alike():
-    net, optimizer = trained("dense", sizes=(80, 100, 10), block_size=1)
-    dst = pruning(net, optimizer, final=0.25, prune="random")
-    for _ in range(4):
-        train(net, optimizer)
-        dst.step()
-    for layer in net.connections().values():
-        # 4 standard deviations of a layer's share, for the smallest of 1,000 weights
-        assert layer.mask.density == pytest.approx(0.25, abs=4 * math.sqrt(0.25 * 0.75 / 1000))
+def adapted_by_hand(size):
+    """size² over the sum of squares of the units at least as large."""
+    return [x * x / sum(y * y for y in size if y >= x) for x in size]
+
+
+def test_units_of_different_layers_are_compared_by_their_share_of_the_rest():
+    assert layer_adapted(torch.tensor([1.0, 3.0, 2.0])).tolist() == [1 / 14, 9 / 9, 4 / 13]
+    assert layer_adapted(torch.zeros(3)).tolist() == [0, 0, 0]
+    size = torch.rand(40, generator=torch.Generator().manual_seed(0)).double()
+    torch.testing.assert_close(layer_adapted(size), torch.tensor(adapted_by_hand(size.tolist()), dtype=torch.double))
+
+
+@pytest.mark.parametrize("prune", ["set", "random"])
+def test_layers_keep_as_many_as_stand_out_in_them_whatever_their_scale(prune):
+    kept = []
+    for scale in (1.0, 0.01):
+        net, _ = trained("dense", sizes=(20, 24, 10), block_size=1)
+        net.fc2.values.data *= scale
+        layers = list(net.connections().values())
+        scores = [adapted_by_hand(layer.values.detach().abs().flatten().tolist()) for layer in layers]
+        pruning(net, torch.optim.SGD(net.parameters()), final=0.1, prune=prune).step()
+        least = sorted(itertools.chain(*scores), reverse=True)[weights_of(net) - 1]
+        assert [layer.mask.num_units for layer in layers] == [sum(x >= least for x in of_layer) for of_layer in scores]
+        kept.append([layer.mask.flat_unit().tolist() for layer in layers])
+    assert kept[0] == kept[1]
 
 
 def test_layers_in_place_of_a_model_and_recurrent_ones():

@@ -93,8 +93,8 @@ def _rows() -> dict[str, str]:
             rows[f"5 %, H {width}, {row}"] = " ".join(filter(None, parts.values()))
     for percent in FEW:
         for side in (16, 1):
-            flags = {shared: f"{_few(percent, side)} {density}".strip() for shared, density in SHARED_OUT.items()}
-            for how, few in (flags | {how: _gradual(percent, side, how) for how in GRADUAL}).items():
+            fewer_of = {shared: f"{_few(percent, side)} {density}".strip() for shared, density in SHARED_OUT.items()}
+            for how, few in (fewer_of | {how: _gradual(percent, side, how) for how in GRADUAL}).items():
                 parts = {**RECIPE, "width": "--hidden_dim 2048", "dropout": "", "few": few}
                 rows[f"{percent} %, H 2048, units of {side}{how}"] = " ".join(filter(None, parts.values()))
     return rows | {f"{row}, ReLU": f"{rows[row]} --name ReLU" for row in CONVENTIONAL}

@@ -47,8 +47,7 @@ class MaskTensors(_MaskTensors):
 
     @functools.cached_property
     def rows_then(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Copies of ``row_order`` and ``row_bounds``: as they were before the mask next changes, which ends this object's
-        use."""
+        """Copies of ``row_order`` and ``row_bounds``, for those who need them after the mask has changed."""
         return self.row_order.clone(), self.row_bounds.clone()
 
 

@@ -91,7 +91,7 @@ def plan_for(mask: MaskTensors, values: torch.Tensor) -> Plan:
         key = mask.__dict__["plan_key"] = _key(mask, values)
     plan = _plans.get(key)
     if plan is not None and plan.matches(mask):
-        try:  # contextlib.suppress takes as long as the comparison
+        try:  # noqa: SIM105  (contextlib.suppress takes as long as the comparison)
             _plans.move_to_end(key)  # most recently used last
         except KeyError:
             pass  # another thread has removed it

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from compiled_kernels import build, instruction_set, loaded
-from helpers import ErrorRatios, lif_layer, rms, seeded
+from helpers import ErrorRatios, compiles_whole, lif_layer, rms, seeded
 from stack_cases import Stack, loss
 
 from benchmarks.machine import pytorch_threads
@@ -861,7 +861,7 @@ def test_operators_refuse_what_would_read_out_of_bounds():
 
 
 @once
-@pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="PyTorch 2.4 and 2.5 do not compile it whole")
+@compiles_whole
 def test_compiled_with_a_full_graph(plain_memory):
     network = Network("index", 32)
     expected = network.run(torch.float32, "cpu")

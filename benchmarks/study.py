@@ -147,8 +147,7 @@ def build_parser(study: Study) -> Parser:
     parser.add_argument("--seeds", type=int, nargs="+", default=study.seeds, metavar="N", help=text)
     text = f"epochs of each run (default: {study.epochs})"
     parser.add_argument("--epochs", type=int, default=study.epochs, metavar="N", help=text)
-    default = " ".join(study.default_rows).replace("%", "%%")  # argparse formats the text
-    text = f"rows to train, or patterns of their names with * (default: {default})"
+    text = f"rows to train, or patterns of their names with * (default: {' '.join(study.default_rows)})"
     parser.add_argument("--rows", nargs="+", default=study.default_rows, metavar="NAME", help=text)
     text = "flags of every run, after the study's own and before a row's, as '--hidden_dim 256'"
     parser.add_argument("--flags", default="", metavar="FLAGS", help=text)

@@ -168,6 +168,14 @@ class BlockMask(UnitGrid):
         self._build_index()
         self._changed()
 
+    def keep_(self, kept: torch.Tensor) -> None:
+        """Keeps the units of the slots where ``kept``, bool [num_units], is true, in their order.
+
+        There are fewer then, so all indices are new tensors.
+        """
+        self._register_units(self.unit_row[kept], self.unit_col[kept])
+        self.changes += 1
+
     def become_(self, other: "BlockMask") -> None:
         """Takes over the units of another mask of the same ``shape``, and their slots.
 

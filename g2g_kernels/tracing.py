@@ -74,13 +74,21 @@ def symbolic_call(module: nn.Module, x: Any, *rest: Any) -> Any:
     return x.tracer.create_proxy("call_module", path, (x, *rest), {})
 
 
+def default_device() -> torch.device:
+    """The device on which a tensor is created, in a ``torch.device`` context too.
+
+    ``torch.get_default_device`` of PyTorch 2.4 knows nothing of contexts.
+    """
+    return torch.zeros(0).device
+
+
 def on_cpu(function: _Function) -> _Function:
     """Decorates a function that creates tensors on the CPU, whatever ``torch.device`` or default device is in force."""
 
     @functools.wraps(function)
     def with_cpu_as_default(*args: Any, **kwargs: Any) -> Any:
-        # the context would slow each of its calls down; PyTorch 2.4's default device is not that of a context
-        if torch.get_default_device().type == "cpu" and not torch._C._len_torch_function_stack():
+        # the context would slow each call in the function down
+        if default_device().type == "cpu":
             return function(*args, **kwargs)
         with torch.device("cpu"):
             return function(*args, **kwargs)

@@ -79,6 +79,14 @@ def as_it_is(text: str) -> str:
     return text
 
 
+class _Plain(argparse.HelpFormatter):
+    """Shows a flag's text as it is, where argparse takes a per cent sign for the begin of a format."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = super()._get_help_string(action)
+        return text and text.replace("%", "%%")
+
+
 class Parser(argparse.ArgumentParser):
     """A parser that takes no abbreviations; of an unknown flag it says which one may have been meant.
 
@@ -86,8 +94,9 @@ class Parser(argparse.ArgumentParser):
     :meth:`in_flags` makes this program's flags of them.
     """
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, **options)
+    def __init__(self, formatter_class: Any = argparse.HelpFormatter, **options: Any) -> None:
+        plain: Any = type("Plain", (_Plain, formatter_class), {})
+        super().__init__(allow_abbrev=False, formatter_class=plain, **options)
         # what begins with - and is a value; argparse's own takes -1e-3 for a flag
         self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$|-(inf|infinity|nan)$", re.I)
 

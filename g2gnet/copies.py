@@ -22,6 +22,7 @@ in their slots the network's weights.
 import contextlib
 import functools
 import logging
+import math
 import weakref
 import zlib
 from collections.abc import Iterator
@@ -185,14 +186,29 @@ def _trained(lineage: Lineage | None) -> None:
 
 @torch.no_grad()
 def take_wiring(source: "PackedWeights", target: "PackedWeights") -> None:
-    """Gives ``target`` the units of ``source``; for units that are new in their slots, the source's weights."""
+    """Gives ``target`` the units of ``source``; for units that are new in their slots, the source's weights.
+
+    If it has fewer units than before, there are other slots, and for units that are new.
+    """
     if target.values.shape != source.values.shape:
+        _take_fewer(source, target)
         return
     before = target.mask.flat_unit()
     with target.rewired(follow=True):
         target.mask.become_(source.mask)
         new = (before != target.mask.flat_unit())[:, None, None]
         target.values.copy_(torch.where(new, source.values.to(target.values), target.values))
+
+
+def _take_fewer(source: "PackedWeights", target: "PackedWeights") -> None:
+    before, now = target.mask.flat_unit(), source.mask.flat_unit().to(target.values.device)
+    slot_of = before.new_full((math.prod(target.mask.grid),), -1)
+    slot_of[before] = torch.arange(len(before), device=before.device)
+    slots = slot_of[now]
+    weights = torch.where((slots < 0)[:, None, None], source.values.to(target.values), target.values[slots])
+    with target.rewired(follow=True):
+        target.mask.become_(source.mask)
+        target.hold_(weights)
 
 
 def fingerprint(values: torch.Tensor) -> int | None:

@@ -1,4 +1,4 @@
-"""Dynamic sparse training: at regular intervals the weakest units are pruned and as many new ones are grown.
+"""Dynamic sparse training: at regular intervals the weakest units are pruned and new ones are grown, as many or fewer.
 
 Works on :class:`G2GLinear` layers with any optimizer that lets the state of grown units be reset
 (:mod:`g2gnet.optimizer_state`).
@@ -7,6 +7,7 @@ Works on :class:`G2GLinear` layers with any optimizer that lets the state of gro
 import contextlib
 import copy
 import logging
+import math
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -14,13 +15,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from g2g_kernels import Activity
 from g2g_kernels.choices import check_choice
 from g2g_kernels.numbers import COUNT, Number
 from g2gnet.distributed import World
 from g2gnet.dst_rules import ACTIVITY, GRADIENT, GROW_RULES, PRUNE_RULES, Evidence
-from g2gnet.dst_scores import UnitGradients, unit_correlation
+from g2gnet.dst_scores import UnitGradients, layer_adapted, unit_correlation
 from g2gnet.layers import G2GLinear
 from g2gnet.optimizer_state import OptimizerState, ResetState
 from g2gnet.recording import ActivityRecorder, OneStepLater, Recording, Train, Uncompiled, check_compiled, dense
@@ -71,17 +73,37 @@ def _check_spikes(model: nn.Module) -> None:
             )
 
 
+def _check_fewer(model: nn.Module | Sequence[G2GLinear], reset_state: ResetState | None) -> None:
+    """Raises ValueError for what cannot follow weights that become fewer."""
+    if isinstance(model, nn.Module) and any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        raise ValueError(
+            "final_density= makes weights fewer, but DistributedDataParallel keeps buffers of their first number; give "
+            "the layers in place of the model, and wrap the model anew after each update"
+        )
+    if reset_state is not None:
+        raise ValueError(
+            "final_density= makes weights fewer, which reset_state= does not tell an optimizer; leave one of them out"
+        )
+
+
+def mean_density(layers: Sequence[G2GLinear]) -> float:
+    """The share of the weights of all layers together that exist."""
+    exist = sum(int(layer.mask.unit_sizes.sum()) for layer in layers)
+    return exist / sum(math.prod(layer.mask.shape) for layer in layers)
+
+
 class _Outcome(NamedTuple):
     """The result of an update; it stays on the device until it is read."""
 
     step: int
     layers: list[int]
     finite: torch.Tensor  # bool [2 · layers]: for the prune and grow scores of each layer
-    units: int  # replaced, if all scores are finite
+    pruned: int  # units, if all scores are finite
+    grown: int
 
 
 class DSTScheduler:
-    """Prunes and regrows units every ``interval`` optimizer steps; the number of units never changes.
+    """Prunes and regrows units every ``interval`` optimizer steps; their number stays, or falls to ``final_density``.
 
     As with a learning-rate scheduler, call :meth:`step` after each ``optimizer.step()``. In an update, each layer loses
     the ``fraction`` of its units with the lowest prune score and gains as many, with the highest grow score, among
@@ -111,7 +133,20 @@ class DSTScheduler:
         schedule: ``"constant"``, or ``"cosine"``: in step s the fraction is multiplied by ½(1 + cos πs/S), S being the
             step of the last update.
         stop: the share of training, above 0 and at most 1, after which no unit is replaced.
-        total_steps: the optimizer steps of the whole training, which ``"cosine"`` and ``stop`` refer to.
+        total_steps: the optimizer steps of the whole training, which ``"cosine"``, ``stop`` and ``final_density`` refer
+            to.
+        final_density: the share of all weights, above 0 and at most 1, that is left by the last update, in step S:
+            gradual pruning (Zhu and Gupta 2017). After the update in step s there are
+
+                F + (W₀ − F)·(1 − s/S)³
+
+            weights or up to a unit fewer, W₀ being those at first and F the final ones: each update takes what is above
+            F times ((S − s)/(S − s + interval))³. How many units a layer keeps is decided by comparing all
+            (:func:`~g2gnet.dst_scores.layer_adapted`), and which by their prune score. A layer then replaces
+            ``fraction`` (0: none) of the units that it keeps, if need be by larger ones. Weights and their optimizer
+            state become new, smaller tensors: after such an update make a new ``captured`` step and a new
+            DistributedDataParallel.
+            None: the number of units stays.
         recurrent: if layers are given, those of them that join a layer's neurons to themselves; each comes after its
             layer. Its inputs are the spikes of the step before.
         reset_state: for optimizers whose states differ in shape from the weights (factored, flat): called as
@@ -124,7 +159,8 @@ class DSTScheduler:
     Raises:
         ValueError: for an option out of range, no layer, a layer that the optimizer does not hold or of which this
             process has a part only, an optimizer whose states cannot be reset, a rule by correlation for a stack whose
-            output does not spike, or if every unit is present, so none can grow.
+            output does not spike, or if every unit is present, so none can grow. With ``final_density``, for a
+            DistributedDataParallel, and for optimizer states that only ``reset_state`` or a table of codes explains.
 
     Example:
         >>> net = G2GNet(64, 64, 10, block_size=8, T=5)
@@ -137,6 +173,15 @@ class DSTScheduler:
         ...
         >>> rewired, dst.pruned == dst.grown > 0
         (True, True)
+        >>> options = {"fraction": 0.0, "final_density": 0.1, "total_steps": 40, "stop": 0.75}
+        >>> pruning = DSTScheduler(net, optimizer, interval=10, **options)  # gradual, in three updates
+        >>> for _ in range(40):
+        ...     net(torch.rand(8, 64)).sum().backward()
+        ...     optimizer.step()
+        ...     pruned = pruning.step()
+        ...
+        >>> pruning.pruned > 0, pruning.grown
+        (True, 0)
     """
 
     def __init__(
@@ -153,6 +198,7 @@ class DSTScheduler:
         schedule: str = "constant",
         stop: float = 1.0,
         total_steps: int | None = None,
+        final_density: float | None = None,
         recurrent: Collection[G2GLinear] = (),
         reset_state: ResetState | None = None,
     ) -> None:
@@ -166,8 +212,10 @@ class DSTScheduler:
             raise ValueError(f"process_group={process_group!r} is unknown; give 'world', a process group or None")
         COUNT.check("interval", interval)
         Number(0, whole=True).check("seed", seed)
-        for name, share in (("fraction", fraction), ("stop", stop)):
-            Number(0, 1, open_low=True).check(name, share)
+        Number(0, 1, open_low=final_density is None).check("fraction", fraction)
+        for name, share in (("stop", stop), ("final_density", final_density)):
+            if share is not None:
+                Number(0, 1, open_low=True).check(name, share)
         self._last: int | None = None  # the step of the last update
         if total_steps is not None:
             COUNT.check("total_steps", total_steps)
@@ -178,6 +226,8 @@ class DSTScheduler:
                 )
         elif schedule != "constant" or stop != 1.0:
             raise ValueError(f"schedule={schedule!r} and stop={stop} need total_steps, the steps of the whole training")
+        elif final_density is not None:
+            raise ValueError(f"final_density={final_density} needs total_steps, the steps of the whole training")
         if isinstance(model, nn.Module):
             self.layers = [module for module in model.modules() if isinstance(module, G2GLinear)]
         else:
@@ -188,7 +238,7 @@ class DSTScheduler:
         self._recurrent = set(recurrent)
         if not self.layers:
             raise ValueError("there is no G2GLinear layer to rewire; g2gnet.sparsify(model) creates them")
-        if all(layer.mask.is_full for layer in self.layers):
+        if final_density is None and all(layer.mask.is_full for layer in self.layers):
             raise ValueError("every unit of every layer is present, so none can grow; lower p_inter or p_intra")
         self._check_whole()
         self.optimizer = optimizer
@@ -199,11 +249,15 @@ class DSTScheduler:
         self.seed = seed
         self.schedule = schedule
         self._process_group = process_group
-        self._state = OptimizerState(optimizer, [layer.values for _, layer in self._trained_layers()], reset_state)
+        if final_density is not None:
+            _check_fewer(model, reset_state)
+        weights = [layer.values for _, layer in self._trained_layers()]
+        self._state = OptimizerState(optimizer, weights, reset_state, fewer=final_density is not None)
         self.steps = 0
-        self._replaced = 0
+        self.final_density = final_density
+        self._pruned = self._grown = 0
         self._outcomes: list[_Outcome] = []  # not yet counted there
-        self._needs = {self.prune.needs, self.grow.needs}
+        self._needs = {self.prune.needs, self.grow.needs if fraction else None}
         if isinstance(model, nn.Module) and ACTIVITY in self._needs:
             _check_spikes(model)
         self._recorder = ActivityRecorder(model, self.layers) if isinstance(model, nn.Module) else None
@@ -255,7 +309,7 @@ class DSTScheduler:
             self._recorder.start()
         if GRADIENT in self._needs:
             for layer in self.layers:
-                if layer.values.requires_grad and not layer.mask.is_full:
+                if layer.values.requires_grad and self._can_change(layer):
                     self._gradients[layer] = layer.observer = UnitGradients()
 
     @property
@@ -277,13 +331,14 @@ class DSTScheduler:
             gradients.close()
         self._gradients = {}
 
-    def _count(self) -> int:
-        """Units replaced so far; waits for the device, and logs the updates that were skipped."""
+    def _count(self) -> tuple[int, int]:
+        """Units pruned and grown so far; waits for the device, and logs the updates that were skipped."""
         outcomes, self._outcomes = self._outcomes, []
         for outcome in outcomes:
             finite = outcome.finite.tolist()
             if all(finite):
-                self._replaced += outcome.units
+                self._pruned += outcome.pruned
+                self._grown += outcome.grown
                 continue
             bad = finite.index(False)
             kind, rule = (("prune", self.prune), ("grow", self.grow))[bad % 2]
@@ -291,15 +346,15 @@ class DSTScheduler:
                 "step %d: no unit was replaced, because scores of %s=%r in layer %d are not finite",
                 outcome.step, kind, rule.name, outcome.layers[bad // 2],
             )  # fmt: skip
-        return self._replaced
+        return self._pruned, self._grown
 
     @property
     def pruned(self) -> int:
-        return self._count()
+        return self._count()[0]
 
     @property
     def grown(self) -> int:
-        return self._count()
+        return self._count()[1]
 
     def state_dict(self) -> dict[str, int]:
         """The counters; masks and weights are in the layers' own state."""
@@ -308,7 +363,8 @@ class DSTScheduler:
     def load_state_dict(self, state: dict[str, int]) -> None:
         self._stop_recording()
         self._forget_gradients()
-        self.steps, self._replaced, self._outcomes = state["steps"], state["pruned"], []
+        self.steps, self._outcomes = state["steps"], []
+        self._pruned, self._grown = state["pruned"], state["grown"]
         self._record_if_due()
 
     @torch.no_grad()
@@ -421,7 +477,7 @@ class DSTScheduler:
         """What the rules need of each layer that can change, with the layer's number."""
         unpacked: dict[int, torch.Tensor] = {}  # by the train's id; a layer's spikes are the next one's inputs
         for number, layer in self._trained_layers():
-            if layer.mask.is_full:
+            if not self._can_change(layer):
                 continue
             self._state.check(layer.values)
             correlation = gradient = None
@@ -444,28 +500,57 @@ class DSTScheduler:
     def _update(self, evidence: list[tuple[int, Evidence]]) -> None:
         """Prunes and grows in all layers, or in none of them if a score is not finite.
 
-        Nothing here waits for the device: a unit that must stay is replaced by itself.
+        Nothing here waits for the device while the number of units stays: one that must stay is replaced by itself.
         """
-        scores = [(self.prune.score(seen), self.grow.score(seen)) for _, seen in evidence]
+        grow = self.grow if self.fraction else GROW_RULES["random"]  # which needs nothing, and none are taken
+        scores = [(self.prune.score(seen), grow.score(seen)) for _, seen in evidence]
         finite = torch.stack([score.isfinite().all() for pair in scores for score in pair])
+        counts = self._counts([seen for _, seen in evidence], finite.all())
         share = self.steps / self._last if self._last else 0.0
-        fraction, total = self.fraction * SCHEDULES[self.schedule](share), 0
+        fraction, pruned, grown = self.fraction * SCHEDULES[self.schedule](share), 0, 0
         with contextlib.ExitStack() as averages, contextlib.ExitStack() as undo:
             for _, seen in evidence:
                 averages.enter_context(seen.layer.rewired(follow=True))
             # an error in one layer takes back what was done before it, and no average follows
-            for (number, seen), (prune, grow) in zip(evidence, scores, strict=True):
-                draw = stream(self.seed, "dst", self.steps, number, device=draw_device(prune.device))
-                total += self._replace(seen.layer, fraction, prune, grow, finite.all(), draw, undo)
+            for (number, seen), score, kept in zip(evidence, scores, counts, strict=True):
+                draw = stream(self.seed, "dst", self.steps, number, device=draw_device(score[0].device))
+                before = seen.mask.num_units
+                replaced = self._replace(seen.layer, kept, fraction, *score, finite.all(), draw, undo)
+                pruned, grown = pruned + before - kept + replaced, grown + replaced
             undo.pop_all()
         for _, seen in evidence:
             seen.layer.lineage.leave()  # a network that is rewired by itself is no average
         numbers = [number for number, _ in evidence]
-        self._outcomes.append(_Outcome(self.steps, numbers, finite, total))
+        self._outcomes.append(_Outcome(self.steps, numbers, finite, pruned, grown))
+
+    def _can_change(self, layer: G2GLinear) -> bool:
+        """Whether an update prunes or grows units of the layer."""
+        return self.final_density is not None or not layer.mask.is_full
+
+    def _counts(self, evidence: list[Evidence], apply: torch.Tensor) -> list[int]:
+        """How many units each layer keeps; all if ``apply``, a bool scalar, is false.
+
+        Waits for the device if their number falls.
+        """
+        masks = [seen.mask for seen in evidence]
+        counts = [mask.num_units for mask in masks]
+        if self.final_density is None or not apply:
+            return counts
+        assert self._last is not None
+        sizes = torch.cat([mask.unit_sizes for mask in masks]).cpu()
+        before, final = int(sizes.sum()), self.final_density * sum(math.prod(mask.shape) for mask in masks)
+        left = self._last - self.steps
+        weights = final + max(0.0, before - final) * (left / (left + self.interval)) ** 3
+        adapted = torch.cat([layer_adapted(PRUNE_RULES["set"].score(seen)) for seen in evidence])
+        order = adapted.argsort(descending=True, stable=True)
+        remain = torch.empty_like(sizes, dtype=torch.bool)
+        remain[order] = sizes[order].cumsum(0) <= weights
+        return [int(of_layer.sum()) for of_layer in remain.split(counts)]
 
     def _replace(
         self,
         layer: G2GLinear,
+        kept: int,
         fraction: float,
         prune: torch.Tensor,
         grow: torch.Tensor,
@@ -473,18 +558,24 @@ class DSTScheduler:
         draw: torch.Generator,
         undo: contextlib.ExitStack,
     ) -> int:
-        """Gives the slots of lowest ``prune`` score [num_units] to absent units of highest ``grow`` score [grid].
+        """Prunes all but ``kept`` units of highest ``prune`` score [num_units], and replaces ``fraction`` of these.
 
-        Nothing changes if ``apply``, a bool scalar, is false. Closing ``undo`` takes it back. Returns the number of
-        slots.
+        The next lowest scores give their slots to absent units of highest ``grow`` score [grid]. Nothing changes if
+        ``apply``, a bool scalar, is false. Closing ``undo`` takes it back. Returns the number of replaced units.
         """
         mask = layer.mask
         active = mask.present().flatten()
-        count = min(int(fraction * mask.num_units), len(grow) - mask.num_units)
-        slots = _first(prune, count, draw)
+        count, removed = min(int(fraction * kept), len(grow) - mask.num_units), mask.num_units - kept
+        weakest = _first(prune, removed + count, draw)
+        slots = weakest[removed:]
         units = torch.where(apply, _first(-grow, count, draw, last=active), mask.flat_unit()[slots])
         undo.callback(layer.rewire_(slots, units, apply))
         undo.callback(self._state.reset_(layer.values, slots, apply))
+        if removed:
+            remain = torch.ones_like(prune, dtype=torch.bool)
+            remain[weakest[:removed]] = False
+            undo.callback(self._state.keep_(layer.values, remain))
+            undo.callback(layer.keep_(remain))
         return count
 
     def __del__(self) -> None:
@@ -535,6 +626,6 @@ def _nothing_seen(what: str, number: int, scheduler: DSTScheduler) -> str:
     return (
         f"no {what} of layer {number} was recorded in this step, but prune={scheduler.prune.name!r} with "
         f"grow={scheduler.grow.name!r} needs it. Pass the inputs and the activity to step(); or create the scheduler "
-        "with the model, and run the model forward and backward in training mode before each step(); or use "
-        "prune='set' or 'random' with grow='random'"
+        "with the model, and run the model forward and backward in training mode before each step(), not as a CUDA "
+        "graph while next_is_due; or use prune='set' or 'random' with grow='random'"
     )

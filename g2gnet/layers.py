@@ -8,7 +8,7 @@ from torch import nn
 
 from g2g_kernels import BlockMask, GroupLayout, g2g_linear
 from g2g_kernels.ops.g2g_stack.layer import Observer as ProductObserver
-from g2g_kernels.tracing import is_traced, symbolic_call
+from g2g_kernels.tracing import default_device, is_traced, symbolic_call
 from g2gnet.derived import NOT_WRITABLE, DerivedWeight
 from g2gnet.packed_weights import PackedWeights
 
@@ -68,8 +68,8 @@ class G2GLinear(PackedWeights):
         self.observer: Observer | None = None
         self.bias = nn.Parameter(torch.empty(mask.shape[0], device=device)) if bias else None
         self.reset_parameters(generator)
-        if torch.get_default_device().type != "cpu":  # where masks are created all the same
-            self.to(torch.get_default_device())
+        if default_device().type != "cpu":  # where masks are created all the same
+            self.to(default_device())
 
     @classmethod
     def from_linear(

@@ -40,13 +40,21 @@ class OptimizerState:
             ``optimizer``), in lists or dicts.
         weights: the packed weights of the layers.
         reset: resets states of other shapes.
+        fewer: whether units will be removed (:meth:`keep_`), which states of other shapes, and codes, cannot follow.
 
     Raises:
         ValueError: for a state that cannot be reset, with its name.
     """
 
-    def __init__(self, optimizer: Any, weights: Iterable[torch.nn.Parameter], reset: ResetState | None = None) -> None:
+    def __init__(
+        self,
+        optimizer: Any,
+        weights: Iterable[torch.nn.Parameter],
+        reset: ResetState | None = None,
+        fewer: bool = False,
+    ) -> None:
         self._optimizer = optimizer
+        self._fewer = fewer
         self._reset = reset
         #: initial values, by the names of class and state; zero where unknown
         self._initial: dict[tuple[str, str], float] = {}
@@ -73,7 +81,13 @@ class OptimizerState:
             self._check(inner, parameter, {**_state_of(inner, parameter), **_named_state(inner)})
 
     def _check(self, optimizer: Any, parameter: torch.nn.Parameter, state: dict[str, Any]) -> None:
-        unknown = sorted(_unknown(state, parameter))
+        unknown = sorted(_unknown(state, parameter, codes=not self._fewer))
+        if unknown and self._fewer:
+            raise ValueError(
+                f"{type(optimizer).__name__} keeps {', '.join(unknown)} in a form other than plain tensors of the "
+                f"weights' shape, {list(parameter.shape)}, so it cannot follow weights that become fewer; leave "
+                "final_density= out, or use an optimizer whose states have the weights' shape (SGD, Adam, ...)"
+            )
         if unknown and self._reset is None:
             raise ValueError(
                 f"{type(optimizer).__name__} keeps {', '.join(unknown)} in a form other than plain tensors of the "
@@ -109,6 +123,20 @@ class OptimizerState:
             return
         self._initial |= initial
         self._check(optimizer, parameter, {**second, **_named_state(twin), **_changed(before, after)})
+
+    def keep_(self, parameter: torch.nn.Parameter, kept: torch.Tensor) -> Callable[[], None]:
+        """Keeps the state of the slots where ``kept``, bool [num_units], is true, before the weights follow.
+
+        Returns:
+            a function that takes it back.
+        """
+        with ExitStack() as undo:
+            for inner in self._optimizers():
+                state = _state_of(inner, parameter)
+                for name, tensor, _ in list(_kept(state, parameter.shape)):
+                    undo.callback(state.__setitem__, name, tensor)
+                    state[name] = tensor[..., kept.to(tensor.device), :, :]
+            return undo.pop_all().close
 
     def reset_(self, parameter: torch.nn.Parameter, slots: torch.Tensor, apply: torch.Tensor) -> Callable[[], None]:
         """Resets the state of some slots if ``apply``, a bool scalar, is true. Does not wait for the device.
@@ -193,10 +221,14 @@ def _kept(state: dict[str, Any], shape: torch.Size) -> Iterator[_Kept]:
             yield _Kept(name, value, table)
 
 
-def _unknown(state: dict[str, Any], parameter: torch.nn.Parameter) -> list[str]:
-    """The names of everything else in a parameter's state that holds a tensor with more than one number."""
-    known = {kept.name for kept in _kept(state, parameter.shape)}
-    coded = any(kept.table is not None for kept in _kept(state, parameter.shape))
+def _unknown(state: dict[str, Any], parameter: torch.nn.Parameter, codes: bool) -> list[str]:
+    """The names of everything else in a parameter's state that holds a tensor with more than one number.
+
+    Args:
+        codes: whether 8-bit states are known.
+    """
+    known = {kept.name for kept in _kept(state, parameter.shape) if codes or kept.table is None}
+    coded = codes and any(kept.table is not None for kept in _kept(state, parameter.shape))
     return [
         str(name)
         for name, value in state.items()

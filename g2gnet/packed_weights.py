@@ -123,6 +123,32 @@ class PackedWeights(nn.Module):
                     tensor[slots] = torch.where(apply, 0.0, rows)
             return undo.pop_all().close
 
+    def keep_(self, kept: torch.Tensor) -> Callable[[], None]:
+        """Keeps the units of the slots where ``kept``, bool [num_units], is true; inside :meth:`rewired`.
+
+        Returns:
+            a function that takes it back. If an error is raised, nothing has changed.
+        """
+        before, values, gradient = copy.deepcopy(self.mask), self.values.data, self.values.grad
+        fewer = values[kept]
+        self.mask.keep_(kept)
+        self.hold_(fewer, None if gradient is None else gradient[kept])
+
+        def undo() -> None:
+            self.mask.replace_by_(before)
+            self.hold_(values, gradient)
+
+        return undo
+
+    def hold_(self, values: torch.Tensor, gradient: torch.Tensor | None = None) -> None:
+        """Makes ``values``, of any number of units, the data of the same parameter, and ``gradient`` its gradient."""
+        self.values.grad = None
+        # a graph that someone keeps has the node that accumulates gradients of the old shape; PyTorch makes another one
+        # only for another dtype
+        self.values.data = values.new_empty(0, dtype=torch.float if values.dtype == torch.half else torch.half)
+        self.values.data = values
+        self.values.grad = gradient
+
     @contextlib.contextmanager
     def rewired(self, follow: bool) -> Iterator[None]:
         """While entered, mask and weights change together; with ``follow`` averages of the layer then change, too."""
@@ -215,7 +241,7 @@ class PackedWeights(nn.Module):
         elif not self.values.is_meta:
             self.mask.become_(mask.to(self.mask.unit_row.device))
         if self.values.shape != values.shape:
-            self.values.data, self.values.grad = self.values.new_zeros(values.shape), None
+            self.hold_(self.values.new_zeros(values.shape))
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         self.catch_up()

@@ -66,6 +66,7 @@ DEFAULTS = {
     "dst_fraction": 0.1,
     "dst_schedule": "constant",
     "dst_stop": 1.0,
+    "final_density": None,
     "precision": "fp32",
     "limit_train": None,
     "limit_test": None,
@@ -121,6 +122,15 @@ VARIANTS = {
         "dst_schedule": "cosine",
         "dst_stop": 0.75,
         "cg": "gradient",
+    },
+    "pruned from a dense start": {
+        "model": "dense",
+        "sparsity_mode": "dynamic",
+        "dst_interval": 2,
+        "dst_fraction": 0.0,
+        "dst_stop": 0.75,
+        "final_density": 0.2,
+        "average": 3,
     },
     "random rules, single weights": {
         "sparsity_mode": "dynamic",

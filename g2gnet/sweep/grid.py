@@ -108,8 +108,16 @@ def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
+def may_be_none(kind: Any) -> bool:
+    """Whether a setting of this type is a number or None."""
+    kinds = typing.get_args(kind)
+    return type(None) in kinds and str not in kinds
+
+
 def values_of(grid: Grid) -> dict[str, list[Any]]:
     """The values of each setting of a grid, as a list; a whole number for a setting with a fraction becomes a float.
+
+    The word ``none`` is None for a number that may be left out.
 
     Raises:
         SettingsError: for an unknown name, a setting without a value, or a value that is listed twice.
@@ -128,6 +136,8 @@ def values_of(grid: Grid) -> dict[str, list[Any]]:
         given = given.tolist() if isinstance(given, ARRAYS) else given
         values = list(given) if isinstance(given, Iterable) and not isinstance(given, str | Mapping) else [given]
         values = [value.tolist() if isinstance(value, ARRAYS) else value for value in values]
+        if may_be_none(types_of[name]):  # which neither flags nor TOML can say in another way
+            values = [None if value == "none" else value for value in values]
         if float in (types_of[name], *typing.get_args(types_of[name])):
             values = [float(value) if type(value) is int else value for value in values]
         if not values:

@@ -4,7 +4,8 @@ import argparse
 import dataclasses
 import json
 import signal
-from collections.abc import Sequence
+import typing
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from g2gnet.files import make_directory
 from g2gnet.messages import OutputError, reason, say, warn
 from g2gnet.settings import SettingsError
 from g2gnet.sweep.engine import run
-from g2gnet.sweep.grid import read_grid, runs_of, values_of
+from g2gnet.sweep.grid import may_be_none, read_grid, runs_of, values_of
 from g2gnet.sweep.results import as_csv
 from g2gnet.training import TrainingError, TrainSettings
 from g2gnet.training.interruption import raised
@@ -43,6 +44,16 @@ def truth(text: str) -> bool:
     return TRUTH[text]
 
 
+def number_or_none(kind: type) -> Callable[[str], Any]:
+    """The type of a setting that is a number or ``none``."""
+
+    def read(text: str) -> Any:
+        return text if text == "none" else kind(text)
+
+    read.__name__ = f"{kind.__name__} or none"  # which argparse names in an error
+    return read
+
+
 def build_parser() -> cli.Parser:
     parser = cli.Parser(
         prog="g2g-sweep",
@@ -68,7 +79,7 @@ def build_parser() -> cli.Parser:
 
 def _add_settings(parser: cli.Parser) -> None:
     """The flags of ``g2g-train``, each with one value or several."""
-    types_of = cli.flag_types(TrainSettings)
+    types_of, hints = cli.flag_types(TrainSettings), typing.get_type_hints(TrainSettings)
     group = parser.add_argument_group("settings of g2g-train, each with one value or several")
     for field in dataclasses.fields(TrainSettings):
         about, kind = field.metadata, types_of[field.name]
@@ -77,7 +88,7 @@ def _add_settings(parser: cli.Parser) -> None:
         group.add_argument(
             f"--{field.name}",
             nargs="*" if kind is bool else "+",  # --standardize alone turns it on
-            type=truth if kind is bool else kind,
+            type=truth if kind is bool else number_or_none(kind) if may_be_none(hints[field.name]) else kind,
             default=field.default,
             metavar="true|false" if kind is bool else cli.METAVARS[kind] if kind is not str else "NAME",
             help=parser.in_flags(about["text"]),

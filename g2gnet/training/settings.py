@@ -89,7 +89,9 @@ class TrainSettings(NetworkSettings, RunSettings):
 
     NEEDS: ClassVar[Mapping[str, tuple[Need, ...]]] = {
         **NetworkSettings.NEEDS,
-        **dict.fromkeys(("cp", "cg", "dst_interval", "dst_fraction", "dst_schedule", "dst_stop"), (DYNAMIC,)),
+        **dict.fromkeys(
+            ("cp", "cg", "dst_interval", "dst_fraction", "dst_schedule", "dst_stop", "final_density"), (DYNAMIC,)
+        ),
         "warmup_epochs": (Need("enforce_sparsity", (True,)),),
         "resnet_weights": (Need("use_resnet", (True,)),),
         "sequence_step": (Need("sequence", ("pixels", "permuted", "rows")),),
@@ -183,9 +185,7 @@ class TrainSettings(NetworkSettings, RunSettings):
     )
     cg: str = setting("hebb", "dynamic sparse training", f"grow rule: {_texts(GROW_RULES)}", choices=tuple(GROW_RULES))
     dst_interval: int = setting(1000, "dynamic sparse training", "optimizer steps between updates", low=1)
-    dst_fraction: float = setting(
-        0.1, "dynamic sparse training", "share of units replaced in an update", low=0, high=1, open_low=True
-    )
+    dst_fraction: float = setting(0.1, "dynamic sparse training", "share of units replaced in an update", low=0, high=1)
     dst_schedule: str = setting(
         "constant",
         "dynamic sparse training",
@@ -196,6 +196,14 @@ class TrainSettings(NetworkSettings, RunSettings):
         1.0,
         "dynamic sparse training",
         "share of training after which nothing is replaced",
+        low=0,
+        high=1,
+        open_low=True,
+    )
+    final_density: float | None = setting(
+        None,
+        "dynamic sparse training",
+        "share of all weights left by the last update: more are pruned than grown, fast at first and ever slower",
         low=0,
         high=1,
         open_low=True,
@@ -246,19 +254,42 @@ class TrainSettings(NetworkSettings, RunSettings):
                 f"chunk={self.chunk} does not keep the membranes of all steps that readout={self.readout} is taken "
                 "from; leave it out, or give `readout=last`"
             )
-        rules = [f"{name}={rule}" for name, rule in (("cp", self.cp), ("cg", self.cg)) if rule == "hebb"]
+        used = {"cp": self.cp, "cg": self.cg} if self.dst_fraction else {"cp": self.cp}
+        rules = [f"{name}={rule}" for name, rule in used.items() if rule == "hebb"]
         if self.sparsity_mode == "dynamic" and self.readout != "counts" and rules:
             problems.append(
                 f"{' and '.join(rules)}: a correlation needs output spikes, and with readout={self.readout} there are "
                 "none; give `cp=set` or `cp=random`, and `cg=random` or `cg=gradient`"
             )
-        if self.sparsity_mode == "dynamic":
+        return problems + self._no_rewiring()
+
+    def _no_rewiring(self) -> list[str]:
+        """What is wrong with the settings of dynamic sparse training."""
+        problems, usual = [], self._defaults()
+        if self.sparsity_mode == "static":
+            if self.cg == "gradient":
+                problems.append(
+                    f"cg=gradient has no effect with sparsity_mode=static; {DYNAMIC.remedy()}, or leave it out"
+                )
+        elif self.final_density is None:
+            if self.dst_fraction == 0:
+                problems.append(
+                    f"dst_fraction={self.dst_fraction} replaces nothing; raise it, or give a `final_density`"
+                )
             if self.model == "dense":
-                problems.append(f"sparsity_mode=dynamic needs a sparse model; give `model={', '.join(SPARSE)}`")
+                problems.append(
+                    f"sparsity_mode=dynamic needs a sparse model; give `model={', '.join(SPARSE)}`, or a "
+                    "`final_density` to prune to"
+                )
             elif self.p_inter == 1 and self.p_intra == 1:
                 problems.append("sparsity_mode=dynamic has nothing to grow at p_inter=1 and p_intra=1; lower p_inter")
-        elif self.cg == "gradient":
-            problems.append(f"cg=gradient has no effect with sparsity_mode=static; {DYNAMIC.remedy()}, or leave it out")
+        elif self.dst_fraction == 0:
+            problems += [
+                f"{name}={getattr(self, name)} has no effect with dst_fraction={self.dst_fraction}; raise "
+                "`dst_fraction`, or leave it out"
+                for name in ("cg", "dst_schedule")
+                if getattr(self, name) != usual[name]
+            ]
         return problems
 
     def _no_sequence(self) -> list[str]:
@@ -312,5 +343,6 @@ class TrainSettings(NetworkSettings, RunSettings):
             "`enforce_sparsity`": self.enforce_sparsity,
             f"`dst_schedule={self.dst_schedule}`": self.dst_schedule != "constant",
             f"`dst_stop={self.dst_stop}`": self.dst_stop != 1,
+            f"`final_density={self.final_density}`": self.final_density is not None,
         }
         return [setting for setting, depends in tied.items() if depends]

@@ -18,7 +18,7 @@ from g2gnet.copies import tie_wiring
 from g2gnet.cuda_graph import CapturedStep
 from g2gnet.data import ImageData, as_samples, random_crop_and_flip, random_erase
 from g2gnet.distributed import World
-from g2gnet.dst import DSTScheduler
+from g2gnet.dst import DSTScheduler, mean_density
 from g2gnet.network import G2GNet
 from g2gnet.regularizer import RateTarget, rate_penalty, rate_target
 from g2gnet.seeding import draw_device, stream
@@ -182,34 +182,30 @@ class Trainer(EpochTrainer):
             tie_wiring(self.net, self.tested)
         self._neurons = [connection.out_features for connection, _ in self.net.layers()]
         self._initial_units = self._units()
-        parameters = sum(parameter.numel() for parameter in self.net.parameters())
-        self._one_thread_updates = device.type == "cpu" and parameters <= ONE_THREAD_UPDATE
         self.optimizer = self._make_optimizer()
-        self._parallel: DistributedDataParallel | None = None
-        if world.size > 1:
-            self._parallel = DistributedDataParallel(
-                _Simulation(self.net, settings.chunk),
-                device_ids=[device] if device.type == "cuda" else None,
-                process_group=world.group,
-                gradient_as_bucket_view=True,
-            )
-            # their sum, where DistributedDataParallel itself averages them
-            self._parallel.register_comm_hook(world, World.sum_gradients)
-        self._captured = self._capture()
+        self._follow_weights()
         if machine.cuda_graph is None and device.type == "cuda" and world.size > 1:
             logger.info(
                 "training steps are not replayed as a CUDA graph: each of %d processes sends in them", world.size
             )
         self.dst: DSTScheduler | None = None
         if settings.sparsity_mode == "dynamic":
-            bounded = settings.dst_schedule != "constant" or settings.dst_stop != 1
+            pruned = settings.final_density is not None
+            bounded = settings.dst_schedule != "constant" or settings.dst_stop != 1 or pruned
             if bounded and settings.dst_interval > settings.dst_stop * self._steps:
                 raise SettingsError(
                     f"dst_interval={settings.dst_interval} leaves no update: training takes {self._steps} steps, and "
                     f"nothing is replaced after dst_stop={settings.dst_stop} of them; lower `dst_interval`"
                 )
+            connections = list(self.net.connections().values())
+            density = mean_density(connections)
+            if settings.final_density is not None and settings.final_density >= density:
+                raise SettingsError(
+                    f"final_density={settings.final_density} is no less than the {density:.4g} that training begins "
+                    "with; lower it, or begin with more weights, as with a higher `p_inter`"
+                )
             self.dst = DSTScheduler(
-                list(self.net.connections().values()),
+                connections,
                 self.optimizer,
                 settings.dst_interval,
                 settings.dst_fraction,
@@ -220,6 +216,7 @@ class Trainer(EpochTrainer):
                 schedule=settings.dst_schedule,
                 stop=settings.dst_stop,
                 total_steps=self._steps if bounded else None,
+                final_density=settings.final_density,
                 recurrent=[connection for connection in self.net.recurrents() if connection is not None],
             )
         self._watch(settings.lr, **({"rec_gain": settings.rec_gain} if settings.recurrent else {}))
@@ -241,7 +238,7 @@ class Trainer(EpochTrainer):
             if state["dst"]["steps"] != state["step"]:
                 raise ValueError(f"dst/steps={state['dst']['steps']} and step={state['step']} are at odds")
             self.dst.load_state_dict(state["dst"])
-        self._captured = self._capture()  # the optimizer's state has other addresses now
+        self._follow_weights()
 
     def _build_network(self, input_dim: int, num_classes: int) -> G2GNet:
         return build_network(self.settings, input_dim, num_classes, self._machine.backend)
@@ -270,6 +267,29 @@ class Trainer(EpochTrainer):
     def _capture(self) -> CapturedStep | None:
         machine = self._machine
         return CapturedStep(self._learn, machine.device, bool(machine.cuda_graph)) if machine.captures else None
+
+    def _follow_weights(self) -> None:
+        """Makes what depends on the addresses of weights and optimizer state, and on how many there are."""
+        parameters = sum(parameter.numel() for parameter in self.net.parameters())
+        self._one_thread_updates = self.device.type == "cpu" and parameters <= ONE_THREAD_UPDATE
+        self._captured = self._capture()
+        self._parallel: DistributedDataParallel | None = None  # the former one first takes its hooks off the parameters
+        self._parallel = self._in_parallel()
+
+    def _in_parallel(self) -> DistributedDataParallel | None:
+        """What shares out steps on the present weights, if there are several processes."""
+        world, device = self.world, self.device
+        if world.size == 1:
+            return None
+        parallel = DistributedDataParallel(
+            _Simulation(self.net, self.settings.chunk),
+            device_ids=[device] if device.type == "cuda" else None,
+            process_group=world.group,
+            gradient_as_bucket_view=True,
+        )
+        # their sum, where DistributedDataParallel itself averages them
+        parallel.register_comm_hook(world, World.sum_gradients)
+        return parallel
 
     def _no_progress(self) -> NetworkProgress:
         zero, firing_rates = torch.zeros((), device=self.device), torch.zeros(sum(self._neurons), device=self.device)
@@ -338,8 +358,8 @@ class Trainer(EpochTrainer):
         runtime.tell_compiled()
         self._stepped()
         self._add_to_average()
-        if self.dst:
-            self.dst.step(inputs, activity)
+        if self.dst and self.dst.step(inputs, activity) and self.settings.final_density is not None:
+            self._follow_weights()
         return result
 
     def _learn(

@@ -80,6 +80,20 @@ def test_values_may_be_numbers_of_numpy_and_tensors(tmp_path, values):
     assert [(run.settings.seed, run.settings.T, run.settings.p_inter) for run in runs] == [(0, 3, 0.25), (1, 3, 0.25)]
 
 
+def test_a_number_that_may_be_left_out_may_be_none(tmp_path, capsys):
+    flags = ["--average", "none", "5", "--name", "none"]
+    grid = program.grid_from(program.build_parser().parse_args(flags))
+    assert [(run.settings.average, run.settings.name) for run in runs_of(grid, tmp_path)] == [
+        (None, "none"),
+        (5, "none"),
+    ]
+    with pytest.raises(SystemExit):
+        program.build_parser().parse_args(["--average", "nil"])
+    assert "--average: invalid int or none value: 'nil'" in capsys.readouterr().err
+    with pytest.raises(SettingsError, match="seed='none' is not a whole number"):
+        runs_of({"seed": "none"}, tmp_path)
+
+
 def test_a_grid_comes_from_a_file_and_flags_replace_what_it_says(tmp_path):
     (tmp_path / "grid.json").write_text('{"seed": [1, 2], "p_inter": 1}')
     assert read_grid(tmp_path / "grid.json") == {"seed": [1, 2], "p_inter": 1}

@@ -9,6 +9,7 @@ from helpers import ROOT
 from training_runs import DEFAULTS, MACHINE_FLAGS
 
 from g2gnet import train
+from g2gnet.cli import Parser
 
 TINY = shlex.split(
     "--dataset fashionmnist-mini --model mixer --hidden_dim 64 --block_size 8 --T 3 --limit_train 100 --limit_test 50 "
@@ -30,6 +31,13 @@ def test_help_groups_the_flags_and_explains_each(capsys):
         assert f"\n{heading}\n" in text
     for action in train.build_parser()._actions:
         assert action.help, action.dest
+
+
+def test_a_flags_text_may_have_a_per_cent_sign(capsys):
+    parser = Parser()
+    parser.add_argument_group("all").add_argument("--share", help="5 % of (all)")
+    parser.print_help()
+    assert "5 % of (all)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

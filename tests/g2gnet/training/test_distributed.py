@@ -99,8 +99,9 @@ def assert_same_course(one, several):
         (2, {"model": "dense", "batch_size": 71}),
         (3, EVERYTHING),
         (2, VARIANTS["all schedules"]),
+        (2, VARIANTS["pruned from a dense start"]),
     ],
-    ids=["static", "dense, uneven parts", "dynamic and all else, three", "schedules and gradient growth"],
+    ids=["static", "dense, uneven parts", "dynamic and all else, three", "schedules and gradient growth", "pruned"],
 )
 def test_processes_train_as_one(tmp_path, processes, options):
     one = run(tmp_path / "one", **options)

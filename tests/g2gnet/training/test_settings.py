@@ -63,7 +63,7 @@ def test_the_stem_names_the_run(options, stem):
         ({"block_size": 0}, "block_size=0"),
         ({"seed": -1}, "seed=-1"),
         ({"dst_interval": 0}, "dst_interval=0"),
-        ({"dst_fraction": 0.0}, "dst_fraction=0.0"),
+        ({"dst_fraction": -0.1}, "dst_fraction=-0.1"),
         ({"limit_train": 0}, "limit_train=0"),
         ({"model": "ring"}, "model='ring' is unknown; choose one of dense, index, random, mixer"),
         ({"dataset": "mnist"}, "dataset='mnist' is unknown; choose one of fashionmnist, "),
@@ -110,6 +110,13 @@ def test_the_stem_names_the_run(options, stem):
         ({"dataset": "cifar10", "use_resnet": True, "augment": "crop-flip"}, "augment=crop-flip needs images"),
         ({"dataset": "cifar10", "resnet_weights": "w.pt"}, "resnet_weights=w.pt has no effect without use_resnet"),
         ({"sparsity_mode": "dynamic"}, "sparsity_mode=dynamic needs a sparse model; give `model=index"),
+        ({"sparsity_mode": "dynamic", "model": "index", "dst_fraction": 0.0}, "dst_fraction=0.0 replaces nothing"),
+        ({"final_density": 0.1}, "final_density=0.1 has no effect with sparsity_mode=static; give `sparsity_mode=dyn"),
+        (
+            {"sparsity_mode": "dynamic", "final_density": 0.1, "dst_fraction": 0.0, "cg": "gradient"},
+            "cg=gradient has no effect with dst_fraction=0.0",
+        ),
+        ({"sparsity_mode": "dynamic", "final_density": 0.0}, "final_density=0.0 is out of range"),
         ({"sparsity_mode": "dynamic", "model": "index", "p_inter": 1.0}, "nothing to grow at p_inter=1"),
     ],
 )

@@ -1,0 +1,307 @@
+"""Gradual pruning: which weights are left after each update, and that everything that belongs to them follows."""
+
+import copy
+import itertools
+import math
+import pickle
+
+import pytest
+import torch
+from networks import small_net
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+from g2gnet import DSTScheduler
+from g2gnet.dst_scores import layer_adapted
+from g2gnet.optimizer_state import OptimizerState
+
+
+def weights_of(net):
+    return sum(int(layer.mask.unit_sizes.sum()) for layer in net.connections().values())
+
+
+def possible(net):
+    return sum(math.prod(layer.mask.shape) for layer in net.connections().values())
+
+
+def trained(model="mixer", steps=1, optimizer=torch.optim.Adam, **options):
+    net = small_net(model, **options)
+    made = optimizer(net.parameters(), lr=1e-2)
+    for _ in range(steps):
+        train(net, made)
+    return net, made
+
+
+def train(net, optimizer):
+    inputs = torch.rand(8, net.fc1.in_features, generator=torch.Generator().manual_seed(1)) * 3
+    loss = torch.nn.functional.cross_entropy(net(inputs), torch.arange(8))
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss
+
+
+def pruning(net, optimizer, final=0.05, **options):
+    """Updates after steps 1 to 4 of 5, of the lowest weights alone."""
+    settings = {"interval": 1, "fraction": 0.0, "stop": 0.8, "total_steps": 5, "final_density": final, **options}
+    return DSTScheduler(net, optimizer, **settings)
+
+
+@pytest.mark.parametrize("model", ["dense", "mixer"])
+def test_the_number_of_weights_falls_by_the_cubic_schedule(model):
+    """In quarters of the way what is above the final number is 27/64, 8/64, 1/64 and nothing of what it was."""
+    net, optimizer = trained(model, sizes=(80, 100, 10), block_size=1)
+    dst = pruning(net, optimizer)
+    first, final = weights_of(net), 0.05 * possible(net)
+    counts = []
+    for _ in range(5):
+        train(net, optimizer)
+        dst.step()
+        counts.append(weights_of(net))
+    for count, left in zip(counts, (27, 8, 1, 0, 0), strict=True):
+        assert final + (first - final) * left / 64 - 2 < count <= final + (first - final) * left / 64
+    assert dst.pruned == first - counts[-1]
+    assert dst.grown == 0
+
+
+def test_the_strongest_units_of_a_layer_stay_with_their_weights_and_moments():
+    net, optimizer = trained(steps=2)
+    layers = list(net.connections().values())
+    dst = pruning(net, optimizer)
+    train(net, optimizer)
+    before = [
+        {
+            unit: (values.abs().double().sum() / size, values, mean, square)
+            for unit, size, values, mean, square in zip(
+                layer.mask.flat_unit().tolist(),
+                layer.mask.unit_sizes.tolist(),
+                layer.values.detach().clone(),
+                *(optimizer.state[layer.values][name].clone() for name in ("exp_avg", "exp_avg_sq")),
+                strict=True,
+            )
+        }
+        for layer in layers
+    ]
+    parameters = [id(parameter) for parameter in net.parameters()]
+    dst.step()
+    assert [id(parameter) for parameter in net.parameters()] == parameters
+    for layer, units in zip(layers, before, strict=True):
+        kept = []
+        now = layer.mask.flat_unit().tolist()
+        assert layer.values.shape[0] == layer.mask.num_units == len(now) < len(units)
+        state = optimizer.state[layer.values]
+        for slot, unit in enumerate(now):
+            score, *tensors = units.pop(unit)
+            kept.append(score)
+            for tensor, was in zip((layer.values, state["exp_avg"], state["exp_avg_sq"]), tensors, strict=True):
+                assert torch.equal(tensor[slot], was)
+        assert max(score for score, *_ in units.values()) <= min(kept)
+    assert train(net, optimizer).isfinite()
+
+
+def test_units_are_replaced_among_those_that_stay():
+    net, optimizer = trained()
+    dst = pruning(net, optimizer, fraction=0.5, grow="gradient", schedule="cosine")
+    for update in range(1, 5):
+        share = (1 + math.cos(math.pi * update / 4)) / 4
+        before = {name: set(layer.mask.flat_unit().tolist()) for name, layer in net.connections().items()}
+        total = dst.grown
+        train(net, optimizer)
+        dst.step()
+        grown = 0
+        for name, layer in net.connections().items():
+            now = set(layer.mask.flat_unit().tolist())
+            new = now - before[name]
+            room = math.prod(layer.mask.grid) - len(before[name])
+            assert len(new) == min(int(share * len(now)), room)
+            grown += len(new)
+        assert dst.grown - total == grown
+    assert weights_of(net) <= 0.05 * possible(net)
+
+
+def test_a_full_layer_is_pruned_and_later_grows_by_gradient():
+    net, optimizer = trained("dense")
+    dst = pruning(net, optimizer, fraction=0.5, grow="gradient")
+    for grows in (False, True):
+        train(net, optimizer)
+        dst.step()
+        assert (dst.grown > 0) == grows
+
+
+def test_weights_follow_that_someone_keeps_a_graph_of():
+    """PyTorch accumulates gradients in a node that a kept graph keeps, with the shape that it had."""
+    net, optimizer = trained()
+    dst = pruning(net, optimizer)
+    kept = []
+    for _ in range(4):
+        kept.append(train(net, optimizer))
+        dst.step()
+    assert net.fc1.values.grad is None or net.fc1.values.grad.shape == net.fc1.values.shape
+    kept.append(train(net, optimizer))
+    assert net.fc1.values.grad.shape == net.fc1.values.shape
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.3])
+def test_averages_have_the_units_and_keep_their_own_weights(fraction):
+    net, optimizer = trained()
+    dst = pruning(net, optimizer, fraction=fraction, grow="random")
+    averages = AveragedModel(net, avg_fn=lambda average, now, _: average + (now - average) / 4), AveragedModel(net)
+    for _ in range(4):
+        train(net, optimizer)
+        for average in averages:
+            average.update_parameters(net)
+        dense = [[layer.dense_weight() for layer in average.module.connections().values()] for average in averages]
+        old = [layer.mask.to_dense() for layer in net.connections().values()]
+        dst.step()
+        for average, weights in zip(averages, dense, strict=True):
+            for mine, theirs, weight, before in zip(
+                average.module.connections().values(), net.connections().values(), weights, old, strict=True
+            ):
+                assert mine.mask.equals(theirs.mask)
+                assert torch.equal(mine.dense_weight(), weight * theirs.mask.to_dense() * before)
+
+
+def test_copies_and_pickles_go_on_alike():
+    net, optimizer = trained()
+    dst = pruning(net, optimizer)
+    train(net, optimizer)
+    dst.step()
+    made = [
+        (net, optimizer, dst),
+        copy.deepcopy((net, optimizer, dst)),
+        pickle.loads(pickle.dumps((net, optimizer, dst))),
+    ]
+    for each in made:
+        train(*each[:2])
+        each[2].step()
+    for other, _, _ in made[1:]:
+        assert all(map(torch.equal, other.parameters(), net.parameters()))
+        assert other.fc2.mask.equals(net.fc2.mask)
+
+
+def test_a_state_goes_into_a_network_that_has_more_weights():
+    net, optimizer = trained()
+    dst = pruning(net, optimizer)
+    train(net, optimizer)
+    dst.step()
+    other, other_optimizer = trained(seed=1)
+    other_dst = pruning(other, other_optimizer)
+    other.load_state_dict(net.state_dict())
+    other_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    other_dst.load_state_dict(dst.state_dict())
+    for each in ((net, optimizer, dst), (other, other_optimizer, other_dst)):
+        train(*each[:2])
+        each[2].step()
+    assert all(map(torch.equal, other.parameters(), net.parameters()))
+    assert dst.state_dict() == other_dst.state_dict()
+
+
+def test_an_error_in_one_layer_leaves_all_as_they_were(monkeypatch):
+    net, optimizer = trained()
+    dst = pruning(net, optimizer, fraction=0.2, grow="random")
+    average = copy.deepcopy(net)
+    train(net, optimizer)
+    before = copy.deepcopy((net.state_dict(), optimizer.state_dict()))
+
+    def fails(self, parameter, kept, keep=OptimizerState.keep_):
+        if parameter is net.fc3.values:
+            raise RuntimeError("no memory")
+        return keep(self, parameter, kept)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OptimizerState, "keep_", fails)
+        with pytest.raises(RuntimeError, match="no memory"):
+            dst.step()
+    after = net.state_dict(), optimizer.state_dict()
+    assert all(torch.equal(after[0][name], tensor) for name, tensor in before[0].items())
+    for number, state in before[1]["state"].items():
+        assert all(torch.equal(after[1]["state"][number][name], tensor) for name, tensor in state.items())
+    assert average.fc1.mask.num_units == net.fc1.mask.num_units
+    train(net, optimizer)
+    dst.step()
+    assert weights_of(net) < weights_of(average)
+
+
+def test_scores_that_are_no_numbers_prune_nothing_until_the_next_update(caplog):
+    net, optimizer = trained()
+    dst = pruning(net, optimizer)
+    first, final = weights_of(net), 0.05 * possible(net)
+    train(net, optimizer)
+    weight = net.fc2.values.data[0, 0, 0].clone()
+    net.fc2.values.data[0, 0, 0] = torch.nan
+    dst.step()
+    assert weights_of(net) == first
+    assert dst.pruned == 0
+    assert "are not finite" in caplog.text
+    net.fc2.values.data[0, 0, 0] = weight
+    for _ in range(3):
+        train(net, optimizer)
+        dst.step()
+    assert final - 16 < weights_of(net) <= final
+
+
+def adapted_by_hand(size):
+    """size² over the sum of squares of the units at least as large."""
+    return [x * x / sum(y * y for y in size if y >= x) for x in size]
+
+
+def test_units_of_different_layers_are_compared_by_their_share_of_the_rest():
+    assert layer_adapted(torch.tensor([1.0, 3.0, 2.0])).tolist() == [1 / 14, 9 / 9, 4 / 13]
+    assert layer_adapted(torch.zeros(3)).tolist() == [0, 0, 0]
+    size = torch.rand(40, generator=torch.Generator().manual_seed(0)).double()
+    torch.testing.assert_close(layer_adapted(size), torch.tensor(adapted_by_hand(size.tolist()), dtype=torch.double))
+
+
+@pytest.mark.parametrize("prune", ["set", "random"])
+def test_layers_keep_as_many_as_stand_out_in_them_whatever_their_scale(prune):
+    kept = []
+    for scale in (1.0, 0.01):
+        net, _ = trained("dense", sizes=(20, 24, 10), block_size=1)
+        net.fc2.values.data *= scale
+        layers = list(net.connections().values())
+        scores = [adapted_by_hand(layer.values.detach().abs().flatten().tolist()) for layer in layers]
+        pruning(net, torch.optim.SGD(net.parameters()), final=0.1, prune=prune).step()
+        least = sorted(itertools.chain(*scores), reverse=True)[weights_of(net) - 1]
+        assert [layer.mask.num_units for layer in layers] == [sum(x >= least for x in of_layer) for of_layer in scores]
+        kept.append([layer.mask.flat_unit().tolist() for layer in layers])
+    assert kept[0] == kept[1]
+
+
+def test_layers_in_place_of_a_model_and_recurrent_ones():
+    net, optimizer = trained(recurrent=True)
+    layers = list(net.connections().values())
+    joined = [layer for layer in net.recurrents() if layer is not None]
+    dst = pruning(layers, optimizer, recurrent=joined)
+    for _ in range(4):
+        train(net, optimizer)
+        dst.step()
+    assert weights_of(net) <= 0.05 * possible(net)
+    assert train(net, optimizer).isfinite()
+
+
+class Factored(torch.optim.SGD):
+    """An optimizer with a state whose units nobody knows."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for parameter in itertools.chain.from_iterable(group["params"] for group in self.param_groups):
+            self.state[parameter]["row"] = torch.zeros(parameter.shape[0])
+        return super().step(closure)
+
+
+def test_what_cannot_follow_is_refused(monkeypatch):
+    net, optimizer = trained()
+    with pytest.raises(ValueError, match=r"final_density=0\.1 needs total_steps"):
+        DSTScheduler(net, optimizer, final_density=0.1)
+    for share in (0.0, 1.5):
+        with pytest.raises(ValueError, match="final_density"):
+            pruning(net, optimizer, final=share)
+    with pytest.raises(ValueError, match=r"makes weights fewer, which reset_state="):
+        pruning(net, optimizer, reset_state=lambda *_: None)
+    with pytest.raises(ValueError, match=r"keeps row in a form.*leave final_density= out"):
+        pruning(net, Factored(net.parameters(), lr=0.1))
+    with pytest.raises(ValueError, match="fraction"):
+        DSTScheduler(net, optimizer, fraction=0.0)
+    monkeypatch.setattr(DistributedDataParallel, "__init__", lambda self, net: torch.nn.Module.__init__(self))
+    with pytest.raises(ValueError, match="DistributedDataParallel keeps buffers"):
+        pruning(torch.nn.Sequential(net, DistributedDataParallel(net)), optimizer)

@@ -180,8 +180,8 @@ class DSTScheduler:
         ...     optimizer.step()
         ...     pruned = pruning.step()
         ...
-        >>> mean_density(pruning.layers) < 0.1
-        True
+        >>> pruning.pruned > 0, pruning.grown
+        (True, 0)
     """
 
     def __init__(
@@ -626,6 +626,6 @@ def _nothing_seen(what: str, number: int, scheduler: DSTScheduler) -> str:
     return (
         f"no {what} of layer {number} was recorded in this step, but prune={scheduler.prune.name!r} with "
         f"grow={scheduler.grow.name!r} needs it. Pass the inputs and the activity to step(); or create the scheduler "
-        "with the model, and run the model forward and backward in training mode before each step(), not by a CUDA graph "
-        "while next_is_due; or use prune='set' or 'random' with grow='random'"
+        "with the model, and run the model forward and backward in training mode before each step(), not as a CUDA "
+        "graph while next_is_due; or use prune='set' or 'random' with grow='random'"
     )

@@ -42,7 +42,7 @@ RECORD = Path(__file__).parent / "results" / "predictions.json"
 #: what :mod:`benchmarks.host_time` has measured of the default network's bfloat16 step on backend ``triton``
 HOST = {
     row["part"]: row
-    for row in json.loads(RECORD.with_name("host-time-2-core-avx512.json").read_text(encoding="utf-8"))["rows"]
+    for row in json.loads(RECORD.with_name("host-time-2-core-zen4.json").read_text(encoding="utf-8"))["rows"]
     if (row["backend"], row["precision"]) == ("triton", "bf16")
 }
 

@@ -43,6 +43,8 @@ EVENT_LIMIT_BACKWARD = {False: 0.5, True: 0.5}
 BATCH_COST = 1.0
 #: The same for products by sums of subsets (``by_subsets`` there), which layers with units of 16 and 32 take.
 SUBSET_COST = 1.0
+#: The same for input gradients where the layer below needs them (``by_need`` there).
+NEEDED_COST = 1.0
 #: Share of a call that may be spent waiting for PyTorch's threads before some calls run on others (``csrc/pool.h``).
 MOST_WAITING = 0.1
 

@@ -212,6 +212,7 @@ class _Arguments:
             held=call.held,
             batch_cost=cpu_library.BATCH_COST,
             subset_cost=cpu_library.SUBSET_COST,
+            needed_cost=cpu_library.NEEDED_COST,
             x=call.x.data_ptr(),
         )
 

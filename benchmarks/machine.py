@@ -192,9 +192,12 @@ class Limits:
     counts. Also measured: the number of cores that other programs kept busy while all of ours waited.
     """
 
+    #: of the factors, and of the copied memory in float32 numbers
+    side, size = 2048, 64 << 20
+
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        side, size = 2048, 64 << 20
+        side, size = self.side, self.size
         self._factors = torch.rand(2, side, side, device=device)
         self._product = torch.empty(side, side, device=device)
         self._source = torch.ones(size, device=device)

@@ -1,16 +1,19 @@
 #!/bin/sh
 # Builds the CPU kernels with AddressSanitizer and UndefinedBehaviorSanitizer and runs the parity tests on them.
+# G2G_SANITIZED=FOLDER keeps the library for the next time; tests/sanitize.sh --build makes it and no more.
 # Usage: tests/sanitize.sh [pytest arguments]
 set -eu
 cd "$(dirname "$0")/.."
-scratch=$(mktemp -d)
-trap 'rm -rf "$scratch"' EXIT
+if [ -z "${G2G_SANITIZED:-}" ]; then
+    G2G_SANITIZED=$(mktemp -d)
+    trap 'rm -rf "$G2G_SANITIZED"' EXIT
+fi
 export G2G_CXXFLAGS="-Og -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
-export G2G_CPU_LIBRARY="$scratch/libg2g_cpu.so"
-python -c "
-from pathlib import Path
-from setup import build_library
-build_library(Path('$G2G_CPU_LIBRARY'), Path('$scratch'))"
+export G2G_CPU_LIBRARY="$G2G_SANITIZED/libg2g_cpu.so"
+if [ ! -e "$G2G_CPU_LIBRARY" ] || [ -n "$(find g2g_kernels/csrc setup.py -newer "$G2G_CPU_LIBRARY")" ]; then
+    python tests/build_kernels.py "$G2G_CPU_LIBRARY"
+fi
+if [ "${1:-}" = --build ]; then exit; fi
 compiler=${CXX:-c++}
 # Python is not instrumented, so the runtime comes first; its leaks are not ours
 LD_PRELOAD="$($compiler -print-file-name=libasan.so) $($compiler -print-file-name=libubsan.so) $($compiler -print-file-name=libstdc++.so)"

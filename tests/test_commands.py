@@ -31,7 +31,7 @@ RUN_BY = {
     r"pip install -e \"\.\[(dev|docs|bench)\]\"( && .*)?$": ".ci/run",
     r"pip install -e \.$|pip wheel|python -m build|python -m venv \.venv": "tests/test_packaging.py",
     r"pip install -e \. && python train\.py": "tests/test_packaging.py",
-    r"tests/sanitize\.sh": ".ci/run",
+    r"tests/(sanitize|clang)\.sh": ".ci/run",
     r"pytest -n 0 benchmarks|pytest -m quick": "tests/test_commands.py",
     r"pytest( |$)|\.ci/run": ".ci/run",
     r"tests/(oldest|clients|execute_kernels)\.sh": "by hand",

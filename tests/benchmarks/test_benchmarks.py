@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import ROOT
-from processes import fork_contenders
+from processes import fork_contenders, hurry
 
 import benchmarks.ours
 import benchmarks.peers
@@ -39,6 +39,7 @@ def _cache(tmp_path_factory):
     """Prepared workloads of these tests go to a folder of their own."""
     folder = tmp_path_factory.mktemp("workloads")
     with pytest.MonkeyPatch.context() as patch:
+        hurry(patch)
         patch.setattr(benchmarks.workload, "cache_dir", lambda: folder)
         yield
 

@@ -1,4 +1,4 @@
-"""The CPU kernels as the cross compiler of another processor makes them; those of clang are in test_cpu_backend."""
+"""The CPU kernels as the cross compiler of another processor makes them; those of clang: ``tests/clang.sh``."""
 
 import os
 import shutil

@@ -281,11 +281,19 @@ def test_every_kind_of_data_and_grouping_can_be_drawn(tmp_path, monkeypatch, fla
     assert words in reader.text
 
 
-def test_the_page_of_several_runs_compares_them(checkpoints, tmp_path):
+def test_the_page_of_several_runs_compares_them(checkpoints, tmp_path, monkeypatch):
+    """Here with the picture that pages of one run do not have alone."""
+    draw = content.picture
+
+    def picture(figure, caption):
+        return draw(figure, caption) if caption.startswith("All runs together") else page.paragraph(caption)
+
+    monkeypatch.setattr(content, "picture", picture)
     target = tmp_path / "report.html"
     paths = [str(checkpoints[name]) for name in ("mixer", "dense", "index, dynamic")]
     assert report.main([*paths, "--output", str(target), "--samples", "20"]) == 0
     reader = read_page(target)
+    assert len(reader.images) == 1
     text = " ".join(reader.text.split())
     assert "Comparison" in text
     assert "setting 1 2 3 model mixer dense index sparsity_mode static static dynamic dst_interval 1000 1000 3" in text

@@ -1,0 +1,23 @@
+"""Builds the CPU kernels into a file, with the compiler and flags of the environment (``CXX``, ``G2G_CXXFLAGS``).
+
+Usage: ``python tests/build_kernels.py FILE``. It needs setuptools alone.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def main() -> None:
+    file = Path(sys.argv[1]).resolve()
+    os.chdir(ROOT)
+    sys.path.insert(0, str(ROOT))
+    from setup import build_library
+
+    build_library(file, file.parent)
+
+
+if __name__ == "__main__":
+    main()

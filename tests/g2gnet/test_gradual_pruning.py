@@ -161,6 +161,29 @@ def test_averages_have_the_units_and_keep_their_own_weights(fraction):
                 assert torch.equal(mine.dense_weight(), weight * theirs.mask.to_dense() * before)
 
 
+def test_tensors_that_stand_in_for_the_weights_keep_their_units():
+    """Of tensors that someone else owns nobody can change the shape."""
+    net, optimizer = trained()
+    inputs = torch.rand(8, net.fc1.in_features) * 3
+    tensors = {
+        name: tensor.detach().clone() for name, tensor in itertools.chain(net.named_parameters(), net.named_buffers())
+    }
+
+    def answer():
+        return torch.func.functional_call(net, tensors, (inputs,))
+
+    dst = pruning(net, optimizer)
+    answer()
+    train(net, optimizer)
+    for name, parameter in net.named_parameters():  # an average, which would be rewired with the network
+        tensors[name].lerp_(parameter.detach(), 0.5)
+    before = answer()
+    for _ in range(2):
+        dst.step()
+        assert torch.equal(answer(), before)
+        train(net, optimizer)
+
+
 def test_copies_and_pickles_go_on_alike():
     net, optimizer = trained()
     dst = pruning(net, optimizer)

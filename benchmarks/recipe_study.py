@@ -1,10 +1,11 @@
 """What each part of the recipe contributes, on Fashion-MNIST: ``python -m benchmarks.recipe_study``.
 
-The recipe takes 40 epochs. The rows of 20 epochs are the recipe, and the recipe with one part left out or replaced; two
-of these have rows of 40 epochs, too. Choose what to keep with ``--validation``, which tests on 10,000 of the training
-images; without it the rows are tested on the test images. The rows ``5 %, …``, ``2 %, …`` and ``1 %, …`` have that
-share of the weights, in units of 16 or single ones that are pruned by magnitude and grown by gradient; ``…, gradual``
-begin with 25 % and are pruned to that share. Rows of ReLU are the same networks without spikes and time.
+The recipe takes 40 epochs. The rows of 20 epochs are the recipe, and the recipe with one part left out or replaced; the
+rows ``40 epochs, …`` have some of these, alone or together, in runs as long as the recipe's. Choose what to keep with
+``--validation``, which tests on 10,000 of the training images; without it the rows are tested on the test images. The
+rows ``5 %, …``, ``2 %, …`` and ``1 %, …`` have that share of the weights, in units of 16 or single ones that are pruned
+by magnitude and grown by gradient; ``…, gradual`` begin with 25 % and are pruned to that share. Rows of ReLU are the
+same networks without spikes and time.
 """
 
 import sys
@@ -39,6 +40,8 @@ OTHERS = {
         "decoupled decay 0.01": "--optimizer adamw --weight_decay 0.01",
         "decoupled decay 0.1": "--optimizer adamw --weight_decay 0.1",
     },
+    "learning rate": {"learning rate 5e-4": "--lr 5e-4", "learning rate 2e-3": "--lr 2e-3"},
+    "batch": {"batches of 128": "--batch_size 128"},
     "labels": {"label smoothing 0.1": "--label_smoothing 0.1"},
     "average": {"averaged over an epoch": "--average 235", "averaged over four epochs": "--average 940"},
     "surrogate": {"ATan": "", "triangle, alpha 4": "--surrogate triangle --alpha 4"},
@@ -55,8 +58,18 @@ OTHERS = {
     "width": {"H 512": "--hidden_dim 512", "H 2048": "--hidden_dim 2048", "H 4096": "--hidden_dim 4096"},
     "network": {"mixer": "--model mixer", "dense": "--model dense"},
 }
-#: rows of 40 epochs, too: what prevents overfitting pays in long runs
-LONGER = {"dropout": "dropout 0.1", "augmentation": "no augmentation"}
+#: rows of 40 epochs, too: what prevents overfitting pays in long runs, and in wide networks
+LONGER = {
+    "dropout 0.1": {"dropout": "dropout 0.1"},
+    "no augmentation": {"augmentation": "no augmentation"},
+    "H 2048": {"width": "H 2048"},
+    "H 2048, dropout 0.1": {"width": "H 2048", "dropout": "dropout 0.1"},
+    "H 2048, label smoothing, decay": {
+        "width": "H 2048",
+        "labels": "label smoothing 0.1",
+        "weight decay": "decoupled decay 0.1",
+    },
+}
 #: rows with a conventional network beside them
 CONVENTIONAL = ("the recipe", "20 epochs", "H 2048", "dense")
 #: rewired, pruned by magnitude and grown by gradient
@@ -85,8 +98,9 @@ def _rows() -> dict[str, str]:
     for part, others in OTHERS.items():
         for row, flags in others.items():
             rows[row] = " ".join(filter(None, {**fewer, part: flags}.values()))
-    for part, row in LONGER.items():
-        rows[f"40 epochs, {row}"] = " ".join(filter(None, {**RECIPE, part: OTHERS[part][row]}.values()))
+    for row, replaced in LONGER.items():
+        parts = RECIPE | {part: OTHERS[part][other] for part, other in replaced.items()}
+        rows[f"40 epochs, {row}"] = " ".join(filter(None, parts.values()))
     for width in (1024, 2048):
         for row, dropout in (("dropout 0.2", RECIPE["dropout"]), ("no dropout", "")):
             parts = {**RECIPE, "width": f"--hidden_dim {width}", "dropout": dropout, "sparser": _few(5, 16)}

@@ -8,12 +8,16 @@ sparse training changes these in place, so the graph stays valid across its upda
 """
 
 import collections
+import contextlib
+import inspect
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from g2gnet.messages import reason
 
@@ -42,10 +46,17 @@ def captured(step: Callable[..., Any], device: torch.device | str) -> Callable[.
     on the CPU: a graph repeats the launches of one call. If it cannot be captured, it runs directly, and a warning says
     why.
 
+    What a graph cannot change is compared before each replay, and a call with something else runs directly; the fourth
+    of them captures a new graph. That is everything among the arguments but the tensors' numbers; and of each network
+    and optimizer that ``step`` refers to (by a variable, or by an attribute of the object whose method it is)
+    ``train()`` or ``eval()``, which parameters are learned and where they are, settings such as the learning rate, and
+    a state that was loaded. A learning rate that changes at every step must be a tensor, as a graph reads its number:
+    ``Adam(…, lr=torch.tensor(0.001, device=device), capturable=True)``. Everything else that ``step`` reads is as it
+    was when captured.
+
     Args:
-        step: one training step. Tensors among its arguments, all on ``device``, are copied to where the graph reads
-            them. Everything else, hashable, and the tensors' shapes and dtypes are constants of the graph: the first
-            three calls with others run directly, the next one captures a new graph.
+        step: one training step. Tensors among its arguments (also in tuples, lists and dictionaries) are copied to
+            where the graph reads them; they are on ``device`` and need no gradient. What is no tensor is hashable.
         device: of the network and the tensors.
 
     Returns:
@@ -69,13 +80,11 @@ def captured(step: Callable[..., Any], device: torch.device | str) -> Callable[.
 
 
 class CapturedStep:
-    """Calls ``step(*arguments)`` by replaying its CUDA graph.
+    """Calls ``step`` by replaying its CUDA graph; what ``captured`` says of it.
 
-    Tensors among the arguments are copied to where the graph reads them. Everything else is a constant of the graph,
-    hashable, and so are the tensors' shapes and dtypes. A call with others runs directly; after :data:`WARM_UP` of them
+    A call of another kind (:meth:`_kind_of`) than that of the graph runs directly; after :data:`WARM_UP` of them
     without a replay between, the next one captures a new graph: by then kernels are compiled and the optimizer has its
-    state, whatever changed. Direct calls are ordinary ones, so training is the same with and without a graph. Replays
-    return the same tensors each time, with new content: read them before the next call.
+    state, whatever changed. Direct calls are ordinary ones, so training is the same with and without a graph.
 
     Args:
         step: launches one training step.
@@ -83,12 +92,15 @@ class CapturedStep:
         required: whether a step that cannot be captured is an error; if not, it runs directly from then on.
 
     Raises:
-        ValueError: without a CUDA device; at a call, for tensors on another device.
+        ValueError: without a CUDA device; at a call, for tensors on another device or that need a gradient.
+        TypeError: at a call, for an argument that is neither a tensor nor hashable.
         RuntimeError: at a call, if the step cannot be captured but has to be.
     """
 
     #: direct calls before a graph is captured
     WARM_UP = 3
+    #: kinds of direct calls that are remembered
+    KINDS = 8
 
     def __init__(self, step: Callable[..., Any], device: torch.device, required: bool = False) -> None:
         if not torch.cuda.is_available() or device.type != "cuda":
@@ -101,66 +113,190 @@ class CapturedStep:
         # the current device's, wherever it is made
         with torch.cuda.device(self._device):
             self._stream = torch.cuda.Stream()
-        self._direct: collections.Counter[Any] = collections.Counter()  # calls of each kind since the last replay
+        self._watched: _Watched | None = None
+        # kinds of calls since the last replay, and how many there were of each
+        self._direct: collections.deque[tuple[Any, int]] = collections.deque(maxlen=self.KINDS)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._captured_kind: Any = None
 
-    def __call__(self, *arguments: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One step."""
-        kind = self._kind_of(arguments)
+        if not self._possible:
+            with torch.cuda.device(self._device):
+                return self._step(*args, **kwargs)
+        if self._watched is None:  # what the step refers to may have been made after this object
+            self._watched = _Watched(self._step)
+        given, form = tree_flatten((args, kwargs))
+        kind = self._kind_of(given, form)
         with torch.cuda.device(self._device):
-            if not self._possible:
-                return self._step(*arguments)
             if self._graph is None or kind != self._captured_kind:
-                self._direct[kind] += 1
-                if self._direct[kind] <= self.WARM_UP or not self._capture(kind, arguments):
-                    return self._directly(arguments)
+                calls = self._count(kind)
+                if calls <= self.WARM_UP:
+                    return self._directly(args, kwargs, last=calls == self.WARM_UP)
+                if not self._capture(given, form, kind):
+                    return self._directly(args, kwargs)
             self._direct.clear()
-            for here, given in zip(self._arguments, arguments, strict=True):
-                if isinstance(given, torch.Tensor):
-                    here.copy_(given)
+            for here, each in zip(self._read, given, strict=True):
+                if isinstance(each, torch.Tensor):
+                    here.copy_(each)
             assert self._graph is not None
             self._graph.replay()
             return self._result
 
-    def _kind_of(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        """What a graph cannot change between replays."""
-        kind = []
-        for given in arguments:
-            if isinstance(given, torch.Tensor):
-                _check_device(given, self._device)
-            kind.append((given.shape, given.dtype) if isinstance(given, torch.Tensor) else given)
-        return tuple(kind)
+    def _kind_of(self, given: list[Any], form: Any) -> tuple[Any, ...]:
+        """What a graph cannot change between replays; equal for calls that one graph serves."""
+        assert self._watched is not None
+        mode = torch.is_grad_enabled(), torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+        return form, [_kind_of_argument(each, self._device) for each in given], mode, self._watched.settings()
 
-    def _directly(self, arguments: tuple[Any, ...]) -> Any:
-        """A call on the stream on which the step will be captured, as autograd needs it."""
+    def _count(self, kind: Any) -> int:
+        """How many calls of this kind there were since the last replay, with this one."""
+        for number, (other, calls) in enumerate(self._direct):
+            if other == kind:
+                self._direct[number] = kind, calls + 1
+                return calls + 1
+        if len(self._direct) == self.KINDS and all(calls == 1 for _, calls in self._direct):
+            self._give_up(
+                f"{self.KINDS + 1} calls differ in an argument or a setting that a graph cannot change; give numbers "
+                f"that change as tensors, a learning rate as lr=torch.tensor(0.001, device='{self._device}')"
+            )
+        self._direct.append((kind, 1))
+        return 1
+
+    def _directly(self, args: tuple[Any, ...], kwargs: dict[str, Any], last: bool = False) -> Any:
+        """A call on the stream on which the step will be captured, as autograd needs it.
+
+        In the last one before the capture, what waits for the device is noticed: PyTorch up to 2.11 may end the process
+        where a capture fails.
+        """
+        waits: list[str] = []
         self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            result = self._step(*arguments)
+        with torch.cuda.stream(self._stream), _noticing(waits) if last else contextlib.nullcontext():
+            result = self._step(*args, **kwargs)
         torch.cuda.current_stream().wait_stream(self._stream)
+        if waits:
+            self._give_up(f"it waits for the device in {waits[0]}")
         return result
 
-    def _capture(self, kind: Any, arguments: tuple[Any, ...]) -> bool:
+    def _capture(self, given: list[Any], form: Any, kind: Any) -> bool:
         """Captures a step with copies of these tensors; nothing is computed. Returns whether it could."""
         self._graph = self._result = self._captured_kind = None  # gives its memory to the next one
-        copies = [given.clone() if isinstance(given, torch.Tensor) else given for given in arguments]
+        copies = [each.clone() if isinstance(each, torch.Tensor) else each for each in given]
+        args, kwargs = tree_unflatten(copies, form)
         graph = torch.cuda.CUDAGraph()
         try:
             with warnings.catch_warnings():
                 # of a step that launches on another device or stream: replays would do nothing
                 warnings.filterwarnings("error", message="The CUDA Graph is empty")
-                with torch.cuda.graph(graph, stream=self._stream):
-                    result = self._step(*copies)
+                # other threads, such as one that pins batches, may call what a capture forbids
+                with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+                    result = self._step(*args, **kwargs)
         except (RuntimeError, UserWarning) as error:
-            if self._required:
-                raise RuntimeError(f"the training step cannot be captured in a CUDA graph: {error}") from error
-            logger.warning("training steps are not replayed as a CUDA graph, but run directly: %s", reason(error))
-            self._possible = False
+            self._give_up(reason(error), error)
             return False
-        self._graph, self._result, self._arguments, self._captured_kind = graph, result, copies, kind
+        self._graph, self._result, self._read, self._captured_kind = graph, result, copies, kind
         return True
+
+    def _give_up(self, why: str, error: BaseException | None = None) -> None:
+        if self._required:
+            raise RuntimeError(f"the training step cannot be captured in a CUDA graph: {why}") from error
+        logger.warning("training steps are not replayed as a CUDA graph, but run directly: %s", why)
+        self._possible = False
+
+
+def _kind_of_argument(given: Any, device: torch.device) -> tuple[Any, ...]:
+    if isinstance(given, torch.Tensor):
+        _check_device(given, device)
+        if given.requires_grad:
+            raise ValueError(
+                f"an argument of the step, a tensor of shape {tuple(given.shape)}, needs a gradient, which its copy in "
+                "the CUDA graph would get; detach it, or make it inside the step"
+            )
+        return given.shape, given.dtype
+    try:
+        hash(given)
+    except TypeError:
+        raise TypeError(
+            f"an argument of the step, of type {type(given).__name__}, is a constant of the CUDA graph and has to be "
+            "hashable; give a tensor, or a tuple, list or dictionary of them"
+        ) from None
+    return type(given), given  # 1, 1.0 and True are equal
 
 
 def _check_device(tensor: torch.Tensor, device: torch.device) -> None:
     if tensor.device != device:
         raise ValueError(f"the step is captured on {device}, but a tensor is on {tensor.device}; move it there")
+
+
+class _Identity:
+    """Equal to that of the same object only."""
+
+    def __init__(self, of: object) -> None:
+        self._of = of
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Identity) and self._of is other._of
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class _Watched:
+    """The networks and optimizers that a function refers to."""
+
+    def __init__(self, step: Callable[..., Any]) -> None:
+        owners = step, getattr(step, "__self__", None)
+        objects = [each for owner in owners for each in (owner, *getattr(owner, "__dict__", {}).values())]
+        function = inspect.unwrap(getattr(step, "__func__", step))
+        if inspect.isfunction(function):
+            for cell in function.__closure__ or ():
+                with contextlib.suppress(ValueError):  # not assigned yet
+                    objects.append(cell.cell_contents)
+            objects += [
+                function.__globals__[name] for name in function.__code__.co_names if name in function.__globals__
+            ]
+        modules = [module for each in objects if isinstance(each, nn.Module) for module in each.modules()]
+        self._modules = list(dict.fromkeys(modules))
+        self._optimizers = [each for each in objects if isinstance(each, torch.optim.Optimizer)]
+
+    def settings(self) -> tuple[Any, ...]:
+        """Their settings that a graph cannot change."""
+        training = [module.training for module in self._modules]
+        parameters = [
+            (parameter.requires_grad, parameter.data_ptr())
+            for module in self._modules
+            for parameter in module._parameters.values()
+            if parameter is not None
+        ]
+        optimizers = [
+            (_Identity(optimizer.state), [_settings_of(group) for group in optimizer.param_groups])
+            for optimizer in self._optimizers
+        ]
+        return training, parameters, optimizers
+
+
+def _settings_of(group: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a group of an optimizer; of tensors, which graphs read, only which they are."""
+    return {
+        name: [id(each) for each in value] if name == "params"
+        else _Identity(value) if isinstance(value, torch.Tensor)
+        else value
+        for name, value in group.items()
+    }  # fmt: skip
+
+
+@contextlib.contextmanager
+def _noticing(waits: list[str]) -> Iterator[None]:
+    """Adds to ``waits`` where the CPU waits for the device while entered."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    for each in seen:
+        if "synchronizing CUDA operation" in str(each.message):
+            waits.append(f"{each.filename}, line {each.lineno}")
+        else:
+            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)

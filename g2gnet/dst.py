@@ -626,6 +626,6 @@ def _nothing_seen(what: str, number: int, scheduler: DSTScheduler) -> str:
     return (
         f"no {what} of layer {number} was recorded in this step, but prune={scheduler.prune.name!r} with "
         f"grow={scheduler.grow.name!r} needs it. Pass the inputs and the activity to step(); or create the scheduler "
-        "with the model, and run the model forward and backward in training mode before each step(); or use "
-        "prune='set' or 'random' with grow='random'"
+        "with the model, and run the model forward and backward in training mode before each step(), not as a CUDA "
+        "graph while next_is_due; or use prune='set' or 'random' with grow='random'"
     )

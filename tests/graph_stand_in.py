@@ -5,6 +5,7 @@ the tensors of the captured call, wherever parameters and gradients have gone si
 """
 
 import contextlib
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -82,14 +83,33 @@ class Device(contextlib.AbstractContextManager):
         Device.current = self.before
 
 
+def wait() -> None:
+    """What an operation does that waits for the device."""
+    if Graph.capturing:
+        raise RuntimeError("operation not permitted when stream is capturing")
+    if SyncDebug.mode == "warn":
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=2)
+
+
+class SyncDebug:
+    """Stands in for PyTorch's mode that tells of :func:`wait`."""
+
+    mode: "int | str" = 0
+
+    @classmethod
+    def set(cls, mode: "int | str") -> None:
+        cls.mode = mode
+
+
 @contextlib.contextmanager
-def capture(graph: Graph, stream: Stream):
+def capture(graph: Graph, stream: Stream, capture_error_mode: str):
     """Stands in for ``torch.cuda.graph``."""
+    assert capture_error_mode == "thread_local"
     assert stream.device == Device.current
     Graph.captured.append(graph)
     Graph.capturing, graph.stream = True, stream
     try:
-        with _Recorder() as recorder:
+        with torch.random.fork_rng(devices=[]), _Recorder() as recorder:
             yield
     finally:
         Graph.capturing = False
@@ -109,6 +129,8 @@ def install(monkeypatch) -> None:
         "Stream": Stream,
         "current_stream": Stream,
         "stream": lambda stream: contextlib.nullcontext(),
+        "get_sync_debug_mode": lambda: SyncDebug.mode,
+        "set_sync_debug_mode": SyncDebug.set,
         "CUDAGraph": Graph,
         "graph": capture,
     }.items():

@@ -12,8 +12,10 @@ import logging
 import os
 import shutil
 import sys
+import sysconfig
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -47,9 +49,22 @@ def _unavailable(interpreter: bool) -> str | None:
     reasons = [old_device(index) for index in range(torch.cuda.device_count())]
     if all(reasons):
         return reasons[0]
+    return _no_launcher() or _too_old()
+
+
+def _no_launcher() -> str | None:
+    """Why Triton cannot compile its launcher and keep it, or None."""
     if not os.environ.get("CC") and not any(map(shutil.which, ("gcc", "clang", "cc"))):
         return "Triton needs a C compiler for its launcher, and there is none (apt install gcc, or name one by CC=…)"
-    return _too_old()
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if not header.exists():
+        return f"Triton needs Python's headers for its launcher, and there is no {header} (apt install python3-dev)"
+    home = Path(os.environ.get("TRITON_HOME") or Path.home())
+    cache = Path(os.environ.get("TRITON_CACHE_DIR") or home / ".triton" / "cache")
+    exists = next(folder for folder in (cache, *cache.absolute().parents) if folder.exists())
+    if not os.access(exists, os.W_OK):
+        return f"Triton cannot write what it compiles to {cache} (name a folder by TRITON_CACHE_DIR=…)"
+    return None
 
 
 @constant_when_traced

@@ -166,6 +166,38 @@ def test_the_doctor_checks_every_kernel_of_a_default_step_and_other_batches_need
         assert unchecked == []
 
 
+ON_CHIP = """
+import torch
+from benchmarks.aot import TARGETS, compile_for, source_of
+from benchmarks.launches import training_step
+from g2g_kernels.ops.g2g_linear import tiles
+from g2g_kernels.ops.g2g_stack import triton as stack
+from g2g_kernels.triton import costs
+from g2gnet import G2GNet
+
+def fused(hidden, side, card):
+    net = G2GNet(784, hidden, 10, "dense", block_size=side, T=50)
+    with costs.assumed(card), stack.choose(True), tiles.choose(False):
+        operations = training_step(net, 256, 784, torch.bfloat16)
+    launches = [operation.launch for operation in operations if operation.launch]
+    return [each for each in launches if each.kernel.__name__ == "fused_forward_kernel"]
+
+print(*[launch.arguments["ON_CHIP"] for units in (9, 10) for launch in fused(64 * units, 64, "a100")])
+(launch,) = [each for each in fused(512, 32, "a100") if each.arguments["BLOCK_N"] == 32][-1:]
+sm_80 = TARGETS["sm_80"]
+shared = compile_for(source_of(launch, sm_80), sm_80).metadata.shared
+print(launch.arguments["ON_CHIP"], shared, stack.on_chip_bytes(16, 32, 32))
+"""
+
+
+def test_weights_stay_on_chip_only_where_the_compiled_kernel_fits():
+    """A launch that asks for more shared memory than the card has is an error there."""
+    chosen, compiled = printed_by(ON_CHIP).splitlines()
+    assert chosen == "9 9 0 10"  # fc2 and fc3, whose units are 64 and 10 high
+    number, shared, expected = map(int, compiled.split())
+    assert (number, shared) == (16, expected)
+
+
 def test_programs_of_a_multiprocessor_by_hand():
     sm_90 = TARGETS["sm_90"]
     assert programs_of_sm(128, 0, 4, sm_90) == 4  # 65536 / (128 registers · 128 threads)

@@ -3,8 +3,10 @@
 import contextlib
 import importlib.util
 import logging
+import os
 import shutil
 import sys
+import sysconfig
 import types
 
 import pytest
@@ -16,7 +18,7 @@ from g2g_kernels.triton import runtime
 
 
 @pytest.fixture
-def machine(monkeypatch):
+def machine(monkeypatch, tmp_path):
     """Describes a machine: a GPU at hand, Triton installed, a CUDA build of PyTorch, unless changed."""
 
     def describe(
@@ -28,6 +30,8 @@ def machine(monkeypatch):
         triton="3.3.1",
         compilers=("gcc",),
         named=None,
+        include=tmp_path,
+        cache=tmp_path / "new" / "cache",
     ) -> None:
         monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__=triton))
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
@@ -38,6 +42,10 @@ def machine(monkeypatch):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device])
         monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}" if name in compilers else None)
+        monkeypatch.setattr(sysconfig, "get_path", lambda name: str(include))
+        (tmp_path / "Python.h").touch()
+        monkeypatch.setattr(os, "access", lambda path, mode: "proc" not in str(path))  # the tests may run as root
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
         monkeypatch.delenv("CC", raising=False)
         if named:
             monkeypatch.setenv("CC", named)
@@ -70,6 +78,14 @@ def machine(monkeypatch):
         ),
         ({"compilers": ("clang",)}, None),
         ({"compilers": (), "named": "/opt/cc"}, None),
+        (
+            {"include": "/nowhere"},
+            "needs Python's headers for its launcher, and there is no /nowhere/Python.h (apt install python3-dev)",
+        ),
+        (
+            {"cache": "/proc/of/triton"},
+            "cannot write what it compiles to /proc/of/triton (name a folder by TRITON_CACHE_DIR=…)",
+        ),
         ({"cuda": None, "hip": "6.2", "capabilities": ((9, 4),)}, None),
     ],
     ids=str,

@@ -1,10 +1,13 @@
 """Training steps as CUDA graphs, as far as they can be tested without a GPU: refusal, purity, and what is replayed."""
 
 import copy
+import gc
 import types
 import warnings
+import weakref
 
 import graph_stand_in
+import numpy as np
 import pytest
 import torch
 from graph_stand_in import Graph
@@ -216,6 +219,145 @@ def test_a_loop_of_ones_own_trains_as_without_a_graph(stand_ins):
     assert len(Graph.captured) == 1
     assert plain[0] == graph[0]
     assert all(map(torch.equal, plain[1], graph[1]))
+
+
+class Own:
+    """A loop of one's own whose step is a method, of a network with dropout."""
+
+    def __init__(self, device, lr=0.1):
+        torch.manual_seed(0)
+        self.net = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 3))
+        self.optimizer = torch.optim.Adam(self.net.parameters(), lr, capturable=True, fused=True)
+        self.step = g2gnet.captured(self.learn, device)
+
+    def learn(self, x, labels):
+        loss = F.cross_entropy(self.net(x), labels)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+
+def with_another_rate(own, before):
+    own.optimizer.param_groups[0]["lr"] = 0.0
+
+
+def with_a_fixed_layer(own, before):
+    own.net[0].requires_grad_(False)
+
+
+def without_dropout(own, before):
+    own.net.eval()
+
+
+def with_a_loaded_state(own, before):
+    own.optimizer.load_state_dict(before)
+
+
+def with_another_parameter(own, before):
+    own.net[2].bias.data = torch.zeros(3)
+
+
+CHANGES = [with_another_rate, with_a_fixed_layer, without_dropout, with_a_loaded_state, with_another_parameter]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_change_that_a_graph_cannot_follow_is_followed_all_the_same(stand_ins, change):
+    plain, graph = Own("cpu"), Own(CUDA)
+    before = copy.deepcopy(plain.optimizer.state_dict())
+    for number in range(12):
+        if number == 6:
+            assert len(Graph.captured) == 1
+            for own in (plain, graph):
+                change(own, copy.deepcopy(before))
+        x, labels = torch.randn(5, 6), torch.randint(3, (5,))
+        for own in (plain, graph):
+            torch.manual_seed(number)
+            own.step(x, labels)
+        assert all(map(torch.equal, plain.net.parameters(), graph.net.parameters())), number
+    assert len(Graph.captured) == 2
+
+
+def test_numbers_that_change_at_every_step_are_read_from_tensors_or_leave_no_graph(stand_ins, caplog):
+    plain, number, tensor = Own("cpu"), Own(CUDA), Own(CUDA, torch.tensor(0.1))
+    owns = plain, number, tensor
+    schedules = [torch.optim.lr_scheduler.ExponentialLR(own.optimizer, 0.9) for own in owns]
+    for step in range(14):
+        x, labels = torch.randn(5, 6), torch.randint(3, (5,))
+        for own, schedule in zip(owns, schedules, strict=True):
+            torch.manual_seed(step)
+            own.step(x, labels)
+            schedule.step()
+    assert len(Graph.captured) == 1
+    assert all(map(torch.equal, plain.net.parameters(), number.net.parameters()))
+    for one, other in zip(plain.net.parameters(), tensor.net.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)  # a rate of float32
+    (line,) = caplog.messages
+    assert "9 calls differ" in line
+    assert "lr=torch.tensor(0.001, device='cuda:1')" in line
+
+
+def test_arguments_may_be_named_and_nested_and_are_not_kept(stand_ins):
+    def step(batch, *, scale):
+        (x, (y,)), extra = batch
+        return scale * (x.sum() + y.sum() + extra["z"].sum())
+
+    captured = CapturedStep(step, CUDA)
+    alive = []
+    for k in range(10):
+        tensors = [torch.full((2,), float(k)) for _ in range(3)]
+        batch = [(tensors[0], [tensors[1]]), {"z": tensors[2]}]
+        assert captured(batch, scale=2).item() == 12 * k
+        alive += map(weakref.ref, tensors)
+        del tensors, batch
+    gc.collect()
+    assert len(Graph.captured) == 1
+    assert not any(reference() is not None for reference in alive)
+
+
+def test_constants_of_another_type_are_others(stand_ins):
+    captured = CapturedStep(lambda x, many: x + (2 if many is True else 3), CUDA)
+    assert [captured(torch.zeros(()), many).item() for many in 5 * [1] + 5 * [True] + 5 * [1.0]] == (
+        5 * [3.0] + 5 * [2.0] + 5 * [3.0]
+    )
+
+
+@pytest.mark.parametrize(
+    ("argument", "error", "message"),
+    [
+        (np.zeros(2), TypeError, "of type ndarray, is a constant of the CUDA graph and has to be hashable"),
+        (torch.zeros(2, requires_grad=True), ValueError, r"of shape \(2,\), needs a gradient, which its copy"),
+    ],
+    ids=["array", "gradient"],
+)
+def test_arguments_that_a_graph_cannot_take_are_refused(stand_ins, argument, error, message):
+    with pytest.raises(error, match=message):
+        CapturedStep(lambda x: x, CUDA)(argument)
+
+
+def test_a_step_that_waits_for_the_device_is_not_captured_at_all(stand_ins, caplog):
+    """PyTorch up to 2.11 may end the process where a capture fails."""
+
+    def step(x):
+        warnings.warn("of something else", stacklevel=1)
+        graph_stand_in.wait()
+        return x + 1
+
+    captured = CapturedStep(step, CUDA)
+    with pytest.warns(UserWarning, match="of something else"):
+        assert [captured(torch.tensor(float(k))).item() for k in range(8)] == [float(k + 1) for k in range(8)]
+    assert not Graph.captured
+    (line,) = caplog.messages
+    assert "it waits for the device in " in line
+    assert "test_cuda_graph.py, line " in line
+
+
+def test_a_step_that_waits_and_has_to_be_captured_is_an_error(stand_ins):
+    captured = CapturedStep(lambda x: graph_stand_in.wait(), CUDA, required=True)
+    for _ in range(CapturedStep.WARM_UP - 1):
+        captured(torch.zeros(()))
+    with pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph: it waits for the device in"):
+        captured(torch.zeros(()))
 
 
 # --- in the trainer -----------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """States into and out of a stack: parts in turn are the whole, and chunks change only how much memory a run takes."""
 
+import functools
 import itertools
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from helpers import rms, seeded
 from networks import sparse_stack
 
-from g2g_kernels import available_backends
+from g2g_kernels import Activity, available_backends
 from g2gnet import LIF, G2GNet, SpikingStack, Synaptic
 
 T, B, D = 10, 3, 12
@@ -134,19 +135,27 @@ def test_a_detached_state_truncates_backpropagation():
     torch.testing.assert_close(truncated[6:], through[6:])
 
 
+@functools.cache
+def whole_run(backend: str | None, held: bool) -> tuple[Activity, Gradients]:
+    """A run that is not in chunks, and its gradients; computed once, to compare with."""
+    stack, x = stack_of(backend), inputs_of(held)
+    whole = stack.simulate(x)
+    return whole, gradients(stack, x, loss_of(whole.counts, whole.rates, whole.state))
+
+
 @pytest.mark.parametrize("chunk", [2, 5, 100])
 @pytest.mark.parametrize("held", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_chunks_change_no_spike_and_no_gradient(backend, held, chunk):
+    whole, expected = whole_run(backend, held)
     stack, x = stack_of(backend), inputs_of(held)
-    whole, chunked = stack.simulate(x), stack.simulate(x, chunk=chunk)
+    chunked = stack.simulate(x, chunk=chunk)
     assert torch.equal(chunked.counts, whole.counts)
     for ours, theirs in zip(chunked.spikes, whole.spikes, strict=True):
         assert torch.equal(ours.dense(), theirs.dense())
     for ours, theirs in zip((*chunked.states, *chunked.rates), (*whole.states, *whole.rates), strict=True):
         torch.testing.assert_close(ours, theirs)
     assert chunked.synaptic_operations() == whole.synaptic_operations()
-    expected = gradients(stack, x, loss_of(whole.counts, whole.rates, whole.state))
     close(gradients(stack, x, loss_of(chunked.counts, chunked.rates, chunked.state)), expected)
 
 

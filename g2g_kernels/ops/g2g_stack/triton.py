@@ -281,7 +281,7 @@ MOST_ON_CHIP = 16
 def units_on_chip(units: Units, x: torch.dtype, products: torch.dtype, device: torch.device) -> int:
     """The units of a block row whose weights stay on chip: as many as rows have on average, rounded up, or 0.
 
-    0 where they do not fit into shared memory beside the spikes of two steps, and where the loop is not made for it:
+    0 where they do not fit into shared memory (:func:`on_chip_bytes`), and where the loop is not made for it:
     for weights of 32 bits, inputs that are no spikes or not in the order of places, and units wider than a tile. Nor
     where registers would spill to the stack: for neurons out of order, whose addresses take 32 per thread, and on AMD's
     cards, where Triton keeps what it loads in registers.
@@ -294,8 +294,16 @@ def units_on_chip(units: Units, x: torch.dtype, products: torch.dtype, device: t
     number, sides = cdiv(shape.units, shape.row_ranges), (side_of(shape.row_width), side_of(shape.col_width))
     if max(shape.row_width, shape.col_width) > 64 or number > MOST_ON_CHIP or units.cols.bounds is not None:
         return 0
-    taken = number * sides[1] * (2 * sides[0] + 2 * 64)
-    return number if taken <= costs.card_of(device).shared_bytes else 0
+    return number if on_chip_bytes(number, *sides) <= costs.card_of(device).shared_bytes else 0
+
+
+def on_chip_bytes(number: int, height: int, width: int) -> int:
+    """The shared memory of the fused kernel with the weights of ``number`` units, 16 bits each, on chip.
+
+    Beside them, the spikes of two steps, 64 samples of 8 bits for each unit, and of one unit in 16 bits.
+    """
+    samples = 64
+    return number * width * (2 * height + 2 * samples) + 2 * width * samples
 
 
 @functools.lru_cache(maxsize=4096)

@@ -19,7 +19,6 @@
 
 namespace g2g::G2G_ISA {
 
-constexpr int kGranules = kLanes / kGranule;
 constexpr int64_t kMostEventBlocks = 1023;  // of rows: lanes and events of a step are numbered in 16 bits
 
 // Copies events and moves their lanes by `shift`, `at_once` at a time; may write as many entries more than `count`.

@@ -12,19 +12,24 @@ struct InputProduct {
     const Plan* plan;
     const float* tiles;
     const uint16_t* pairs;
-    const Tap* taps;  // the weights of sparse tiles
+    const Tap* taps;           // the weights of sparse tiles
+    const int32_t* taps_end;   // [column lanes] where those of a lane end; they begin as in the plan
 
     // out[rows][64] for column block `block`. With sparse tiles `bands` are of `grad`, `row` begins one and rows are at most 64.
     void run(int64_t block, const DualPanel& grad, const Bands& bands, int64_t row, int64_t rows, float* out) const {
-        product({&plan->backward, plan->cols.strip, tiles, pairs, kBackwardPartial}, block, grad.floats, grad.halves, row,
-                rows, nothing(), out);
+        const int strips = kLanes / plan->cols.strip;
+        const int32_t* segments = plan->backward.first.data() + block * strips;
         const int32_t* first = plan->sparse.first.data() + block * kLanes;
-        if (plan->sparse.empty() || first[0] == first[kLanes]) return;
+        const bool dense = segments[0] < segments[strips], single = !plan->sparse.empty() && first[0] < first[kLanes];
+        if (dense || !single)
+            product({&plan->backward, plan->cols.strip, tiles, pairs, kBackwardPartial}, block, grad.floats, grad.halves, row,
+                    rows, nothing(), out);
+        if (!single) return;
         alignas(64) float sum[kTile], turned[kTile];
         for (int lane = 0; lane < kLanes; ++lane)
-            dense_sum(taps + first[lane], taps + first[lane + 1], bands.at(row / kLanes, 0), 0.0f, sum + lane * kLanes);
+            dense_sum(taps + first[lane], taps + taps_end[block * kLanes + lane], bands.at(row / kLanes, 0), 0.0f, sum + lane * kLanes);
         transpose(sum, kLanes, turned);
-        for (int64_t i = 0; i < rows * kLanes; i += W) store(out + i, load(out + i) + load(turned + i));
+        for (int64_t i = 0; i < rows * kLanes; i += W) store(out + i, dense ? load(out + i) + load(turned + i) : load(turned + i));
     }
 };
 
@@ -36,6 +41,8 @@ class InputGradient {
         if (bf16) pairs = arena.take<uint16_t>(static_cast<size_t>(p.tiles) * kTile);
         if (!bf16 || events) tiles = arena.take<float>(static_cast<size_t>(p.tiles) * kTile);
         taps = arena.take<Tap>(p.sparse.source.size());
+        chosen_taps = arena.take<Tap>(p.sparse.source.size());
+        taps_end = arena.take<int32_t>(p.sparse.first.size());
     }
 
     // Whether there are sparse tiles; the product then needs ∂L/∂(current) in bands too.
@@ -48,16 +55,18 @@ class InputGradient {
         return tiles;
     }
 
-    InputProduct product(int threads) {
+    // Single weights of rows that no gradient reaches are left out: reached[row block] bit i, of lane i. Null: it is unknown.
+    InputProduct product(int threads, const uint64_t* reached = nullptr) {
         if (!product_loaded) {
-            if (pairs)
-                bf16_tiles(*plan, values, false, threads, pairs);
-            else
-                event_tiles(threads);
+            const bool dense = !plan->backward.list.empty();  // else single weights are all that there is
+            if (dense && pairs) bf16_tiles(*plan, values, false, threads, pairs);
+            if (dense && !pairs) event_tiles(threads);
             load_taps(plan->sparse, values, threads, taps);
         }
         product_loaded = true;
-        return {plan, tiles, pairs, taps};
+        if (!reached) return {plan, tiles, pairs, taps, plan->sparse.first.data() + 1};
+        choose_taps(reached, threads);
+        return {plan, tiles, pairs, chosen_taps, taps_end};
     }
 
     // call(block, row, rows, worker) for all column blocks and rows, `most_rows` at a time; if `banded`, all blocks of one
@@ -73,11 +82,28 @@ class InputGradient {
     }
 
   private:
+    void choose_taps(const uint64_t* reached, int threads) const {
+        const WeightList& list = plan->sparse;
+        if (list.empty()) return;
+        parallel(threads, plan->cols.blocks, 1, [&](int64_t block, int) {
+            for (int64_t col = block * kLanes; col < (block + 1) * kLanes; ++col) {
+                int32_t count = list.first[col];
+                for (int32_t i = list.first[col]; i < list.first[col + 1]; ++i) {
+                    chosen_taps[count] = taps[i];
+                    count += static_cast<int32_t>(reached[taps[i].lane / kLanes] >> (taps[i].lane % kLanes) & 1);
+                }
+                taps_end[col] = count;
+            }
+        });
+    }
+
     const Plan* plan;
     const float* values;
     float* tiles = nullptr;
     uint16_t* pairs = nullptr;
     Tap* taps = nullptr;
+    Tap* chosen_taps = nullptr;  // those of a chunk, in the places of all of them
+    int32_t* taps_end = nullptr;
     bool tiles_loaded = false, product_loaded = false;
 };
 

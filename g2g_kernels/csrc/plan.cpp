@@ -46,6 +46,8 @@ bool lay_out(const Side& source, Axis& axis) {
         for (int32_t i = 1; run && i < kLanes; ++i) run = neuron[i] == neuron[0] + i;
         axis.contiguous.push_back(run ? neuron[0] : -1);
     }
+    axis.order.assign(source.order, source.order + source.size);
+    axis.bounds.assign(source.bounds, source.bounds + source.num_units + 1);
     axis.strip = source.width == 16 || source.width == 32 ? source.width : kLanes;
     return true;
 }
@@ -178,6 +180,38 @@ Granules granules(const Plan& plan) {
     return result;
 }
 
+Patches patches(const Plan& plan) {
+    constexpr int32_t pairs = kGranules * kGranules;
+    Patches result;
+    result.place.assign(static_cast<size_t>(plan.tiles) * pairs, -1);
+    for (const Piece& piece : plan.pieces)
+        for (int32_t col = piece.lane_col / kGranule; col * kGranule < piece.lane_col + piece.cols; ++col)
+            for (int32_t row = piece.lane_row / kGranule; row * kGranule < piece.lane_row + piece.rows; ++row)
+                result.place[piece.tile * pairs + col * kGranules + row] = 0;
+    result.first.push_back(0);
+    for (int32_t granule = 0; granule < plan.cols.blocks * kGranules; ++granule) {
+        const int32_t block = granule / kGranules;
+        for (int32_t i = plan.col_first[block]; i < plan.col_first[block + 1]; ++i)
+            for (int32_t row = 0; row < kGranules; ++row) {
+                int32_t& place = result.place[plan.col_tile[i] * pairs + granule % kGranules * kGranules + row];
+                if (place < 0) continue;
+                place = static_cast<int32_t>(result.row.size());
+                result.row.push_back(plan.tile_row[plan.col_tile[i]] * kGranules + row);
+            }
+        result.first.push_back(static_cast<int32_t>(result.row.size()));
+    }
+    return result;
+}
+
+// The rows of 64 weights that cost as much as the product of the input gradient.
+double gradient_rows(const Plan& plan) {
+    // narrow strips load more for each multiply-add
+    const double strip = plan.cols.strip == 16 ? 1.6 * 16 : plan.cols.strip == 32 ? 1.2 * 32 : kLanes;
+    double rows = kSparseCost / kLanes * static_cast<double>(plan.sparse.source.size());
+    for (const Segment& segment : plan.backward.list) rows += segment.count * strip / kLanes;
+    return rows;
+}
+
 // Cost of an event that visits so many lanes, relative to one that visits 64.
 double event_cost(int32_t lanes) { return lanes == 16 ? 0.16 : lanes == 32 ? 0.3 : 1; }
 
@@ -186,9 +220,7 @@ constexpr double kGranuleCost = 3.6, kStripCost = 8.6;
 
 EventRuns event_runs(const Plan& plan, int32_t width) {
     EventRuns result;
-    constexpr int32_t granules = kLanes / kGranule;
     const int32_t strips = kLanes / width;
-    double rows = 0;  // of events, in rows of 64 weights
     double lists = plan.cols.strip < kLanes ? plan.cols.blocks * strips * kStripCost : 0;
     result.width = width;
     result.first.push_back(0);
@@ -197,17 +229,17 @@ EventRuns event_runs(const Plan& plan, int32_t width) {
         const size_t begin = result.list.size();
         for (int32_t i = plan.col_first[block]; i < plan.col_first[block + 1]; ++i) {
             const int32_t tile = plan.col_tile[i], row = plan.tile_row[tile];
-            std::array<bool, granules> used{};
+            std::array<bool, kGranules> used{};
             for (int64_t p = plan.piece_first[tile]; p < plan.piece_first[tile + 1]; ++p) {
                 const Piece& piece = plan.pieces[p];
                 if (piece.lane_col >= lane + width || piece.lane_col + piece.cols <= lane) continue;
                 for (int32_t g = piece.lane_row / kGranule; g * kGranule < piece.lane_row + piece.rows; ++g) used[g] = true;
             }
-            for (int32_t g = 0; g < granules; ++g) {
+            for (int32_t g = 0; g < kGranules; ++g) {
                 if (!used[g]) continue;
                 const auto shift = static_cast<uint16_t>((i - plan.col_first[block] - row) * kLanes);
-                const EventRun run{row * granules + g, row * granules + g + 1, shift};
-                rows += kGranule * event_cost(width);
+                const EventRun run{row * kGranules + g, row * kGranules + g + 1, shift};
+                result.rows += kGranule * event_cost(width);
                 if (plan.cols.strip < kLanes) lists += kGranuleCost;
                 if (result.list.size() > begin && result.list.back().last == run.first &&
                     result.list.back().shift == run.shift)
@@ -218,12 +250,8 @@ EventRuns event_runs(const Plan& plan, int32_t width) {
         }
         result.first.push_back(static_cast<int32_t>(result.list.size()));
     }
-    // narrow strips load more for each multiply-add
-    const double strip = plan.cols.strip == 16 ? 1.6 * 16 : plan.cols.strip == 32 ? 1.2 * 32 : kLanes;
-    double multiplied = kSparseCost / kLanes * static_cast<double>(plan.sparse.source.size());
-    for (const Segment& segment : plan.backward.list) multiplied += segment.count * strip / kLanes;
     constexpr double least = 0.05;  // a few events are always fewer than the product
-    if (rows > 0) result.ratio = std::max(least, (multiplied - lists) / rows);
+    if (result.rows > 0) result.ratio = std::max(least, (plan.gradient_rows - lists) / result.rows);
     return result;
 }
 
@@ -299,6 +327,8 @@ Plan* build_plan(const Side& rows, const Side& cols, const int32_t* unit_row, co
     for (const Segment& segment : plan.forward.list) plan.product_weights += segment.count * plan.rows.strip;
     for (const uint64_t tile : plan.tile_sources) plan.sources += __builtin_popcountll(tile);
     plan.granules = granules(plan);
+    plan.patches = patches(plan);
+    plan.gradient_rows = gradient_rows(plan);
     plan.event_runs = event_runs(plan, kLanes);
     if (plan.cols.strip < kLanes) {
         EventRuns narrow = event_runs(plan, plan.cols.strip);

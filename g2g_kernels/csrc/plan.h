@@ -23,6 +23,8 @@ struct Axis {
     std::vector<int32_t> lane;        // [size] the lane of each neuron
     std::vector<int32_t> contiguous;  // [blocks] n where the block's lanes are neurons n … n + 63 in order, else −1
     int32_t strip = kLanes;           // lanes that always share their units: 16, 32 or 64
+    std::vector<int64_t> order;       // the side this was built from
+    std::vector<int32_t> bounds;
 };
 
 // The part of one unit that lies in one tile.
@@ -54,6 +56,7 @@ struct WeightList {
 };
 
 constexpr int kGranule = 16;  // lanes
+constexpr int kGranules = kLanes / kGranule;
 
 // 16 source lanes of a tile: those from part · 16 on.
 struct Granule {
@@ -64,6 +67,13 @@ struct Granule {
 struct Granules {
     std::vector<int32_t> first;  // [strips + 1]
     std::vector<Granule> list;
+};
+
+// The 16 × 16 weights between granules of the two sides, where some exist (needed_gradient.h).
+struct Patches {
+    std::vector<int32_t> first;  // [column granules + 1]
+    std::vector<int32_t> row;    // [patches] the granule of the rows, ascending
+    std::vector<int32_t> place;  // [tiles][4 of the columns][4 of the rows] which patch, −1: none
 };
 
 // Granules first … last − 1 of the rows, whose rows of 64 weights lie one after the other in the order of `col_tile`: that
@@ -78,6 +88,7 @@ struct EventRuns {
     int32_t width = kLanes;      // lanes of a strip: fewer than a block's where few rows have weights in all of a block
     std::vector<int32_t> first;  // [column strips + 1]
     std::vector<EventRun> list;
+    double rows = 0;   // of 64 weights that events may have to multiply
     double ratio = 1;  // cost of the product, in rows of 64 weights, per row that events may have to multiply
 };
 
@@ -98,6 +109,8 @@ struct Plan {
     double product_weights = 0;                 // that a forward product multiplies, zeros among them
     int64_t sources = 0;                        // lanes of the columns that have weights in a tile, over all tiles
     EventRuns event_runs;
+    Patches patches;
+    double gradient_rows = 0;                   // that a backward product multiplies, in rows of 64 weights of a dense tile
     std::vector<int32_t> unit_row, unit_col;    // the coordinates this was built from
 };
 

@@ -85,9 +85,11 @@ constexpr double kProductCycles = 0.08;         // a weight of a dense product
 constexpr double kSpikeWeightCycles = 0.046;    // a weight by batch.h, its input being spikes
 constexpr double kDenseWeightCycles = 0.2;      // the same for a dense input
 constexpr double kSumCycles = 1.1;              // a sum of a subset, of 16 lanes
+constexpr double kPatchCycles = 5.5, kDotCycles = 10;  // a dot product of an input gradient: for each patch, and else
 #else
 constexpr double kEventCycles = 14, kStripEventCycles = 4;
 constexpr double kProductCycles = 0.16, kSpikeWeightCycles = 0.5, kDenseWeightCycles = 0.4, kSumCycles = 2.2;
+constexpr double kPatchCycles = 4, kDotCycles = 16;
 #endif
 constexpr double kListCycles = 6;     // forward: a tile or a segment whose events are listed
 constexpr double kLaneCycles = 1;     // gradient: 16 source lanes of a strip
@@ -158,6 +160,36 @@ inline bool forward_by_batch(const Stack& s, const Layer& layer, Input kind) {
 
 inline bool outer_by_batch(const Stack& s, const Layer& layer, Input kind) {
     return layer.grad_values && by_batch(s, layer, kind, false);
+}
+
+// The patches of layer l whose rows a gradient can reach: neurons that feed no other get none.
+inline double fed_patches(const Stack& s, int l) {
+    const Layer& layer = s.layers[l];
+    const Patches& patches = layer.plan->patches;
+    const bool all = l + 1 == s.count || layer.grad_rates || layer.grad_last || layer.recurrent ||
+                     !same_order(layer.plan->rows, s.layers[l + 1].plan->cols);
+    if (all) return static_cast<double>(patches.row.size());
+    const std::vector<int32_t>& first = s.layers[l + 1].plan->patches.first;
+    double fed = 0;
+    for (const int32_t row : patches.row) fed += first[row] < first[row + 1];
+    return fed;
+}
+
+// Whether the input gradient of layer l is computed where the layer below needs it alone, a share of its neurons and steps
+// (needed_gradient.h): if that is cheaper than the product, and than events, were they as many.
+inline bool by_need(const Stack& s, int l, double share) {
+    const Layer& layer = s.layers[l];
+    const Plan& plan = *layer.plan;
+    const double fed = fed_patches(s, l), strips = plan.cols.blocks * kGranules;
+    const double needed = share * kGranule * (fed * kPatchCycles + strips * kDotCycles);
+    const double bands = plan.sparse.empty() ? 0 : kBandCycles * (plan.rows.blocks + plan.cols.blocks);
+    double rows = plan.gradient_rows;
+    if (layer.gradient_event_limit > 0) {
+        const double events = share * fed / most(1, static_cast<int64_t>(plan.patches.row.size()));
+        const double more = (events / layer.gradient_event_limit - plan.event_runs.ratio) * plan.event_runs.rows;
+        if (more < 0) rows += more;
+    }
+    return s.needed_cost * needed < rows * kLanes * kProductCycles / (s.bf16 ? 2 : 1) + bands;
 }
 
 // Samples of a task that a table serves.

@@ -13,6 +13,7 @@
 #include "events.h"
 #include "gradient_events.h"
 #include "input_gradient.h"
+#include "needed_gradient.h"
 #include "product.h"
 #include "recurrent.h"
 #include "stack.h"
@@ -130,6 +131,8 @@ struct BackwardLayer {
     DualPanel grad;                               // ∂L/∂I: rows of the chunk; for a held input, one row per sample
     std::optional<InputGradient> input_gradient;  // if the layer below or the input needs it
     float event_limit = 0;                        // share of events up to which it is computed by events
+    std::optional<NeededGradient> needed;         // if the layer below may need only a part of it
+    bool by_need = false;                         // whether it is computed so
     bool lists_events = false;                    // in the current chunk
     bool by_events = false;                       // whether the last chunk's was, which its sweep expects of the next one
     int64_t events = 0, event_rows = 0;           // listed so far, and the rows that they are in
@@ -137,6 +140,8 @@ struct BackwardLayer {
     std::optional<RecurrentBackward> recurrent;
     std::optional<WeightGradient> recurrent_weights;
     bool last;                                    // of the stack
+    uint64_t* reached;                            // [B][row blocks] bit i: ∂I of lane i is not 0 at some step
+    uint64_t* reached_in_chunk;                   // [row blocks] the same of any sample of the chunk
     float* constant;                              // ∂L/∂S for all t, [row blocks][64]; in the last layer one per sample
     float* current_sum;                           // [B][row blocks][64], as are those of the parameters
     float* parameter_sums[kMostParameters] = {};
@@ -156,6 +161,7 @@ struct BackwardLayer {
         if (below && !held && plan.rows.blocks <= kMostEventBlocks)
             event_limit = static_cast<float>(layer.gradient_event_limit * plan.event_runs.ratio);
         lists_events = event_limit > 0;
+        if (l > 0 && !s.layers[l - 1].recurrent && same_order(s.layers[l - 1].plan->rows, plan.cols)) needed.emplace(plan, arena);
         if (below) input_gradient.emplace(plan, layer.values, s.bf16, lists_events, arena);
         if (layer.recurrent) {
             recurrent.emplace(s, layer, chunks.samples, !held, arena);
@@ -163,6 +169,8 @@ struct BackwardLayer {
             const Input kind = joined.input_rate <= s.event_limit ? Input::kEvents : Input::kDenseSpikes;
             recurrent_weights.emplace(s, joined, kind, arena);
         }
+        reached = arena.take<uint64_t>(static_cast<size_t>(plan.rows.blocks) * s.batch);
+        reached_in_chunk = arena.take<uint64_t>(plan.rows.blocks);
         constant = arena.take<float>(last ? lanes() * s.batch : lanes());
         current_sum = arena.take<float>(lanes() * s.batch);
         for (int k = 0; k < model.parameters; ++k) parameter_sums[k] = arena.take<float>(lanes() * s.batch);
@@ -176,6 +184,8 @@ struct BackwardLayer {
     int64_t lanes() const { return static_cast<int64_t>(plan.rows.blocks) * kLanes; }
 
     float* constant_of(int64_t sample, int64_t r) const { return constant + (last ? sample * lanes() : 0) + r * kLanes; }
+
+    const float* threshold(const BlockParameters& block) const { return block.lanes[model.parameters - 1]; }
 
     int64_t any_lane() const { return plan.rows.lane[0]; }
 
@@ -194,11 +204,21 @@ struct BackwardLayer {
     }
 
     // True if its sweep should write ∂L/∂I in bfloat16 too.
-    bool wants_halves() const { return grad.halves.data && !by_events; }
+    bool wants_halves() const { return grad.halves.data && !by_events && !by_need; }
+
+    // The lanes of each block that a gradient reaches in some samples. Of a recurrent layer it is not known.
+    const uint64_t* reached_in(int64_t first, int64_t samples) const {
+        for (int64_t r = 0; r < plan.rows.blocks; ++r) {
+            uint64_t lanes = recurrent ? ~uint64_t{0} : 0;
+            for (int64_t b = first; !recurrent && b < first + samples; ++b) lanes |= reached[b * plan.rows.blocks + r];
+            reached_in_chunk[r] = lanes;
+        }
+        return reached_in_chunk;
+    }
 
     BlockGradient block_gradient(int64_t b, int64_t r) const {
-        const int64_t at = (b * plan.rows.blocks + r) * kLanes;
-        BlockGradient result{nullptr, nullptr, {}, current_sum + at, {}, nullptr, nullptr};
+        const int64_t block = b * plan.rows.blocks + r, at = block * kLanes;
+        BlockGradient result{nullptr, nullptr, {}, current_sum + at, {}, reached + block, nullptr, nullptr};
         for (int k = 0; k < model.parameters; ++k) result.parameters[k] = parameter_sums[k] + at;
         return result;
     }
@@ -207,12 +227,15 @@ struct BackwardLayer {
 // ∂L/∂I of a layer for the samples of a chunk.
 struct CurrentGradient {
     Panel<float> rows;
-    Bands bands;  // the same, unless nothing reads them
+    Bands bands;              // the same, unless nothing reads them
+    const uint64_t* reached;  // [row blocks] bit i: not all of lane i is 0
 };
 
-// ∂L/∂(input) of a layer for the samples of a chunk, ready to be computed block by block: by events, or by the product.
+// ∂L/∂(input) of a layer for the samples of a chunk, ready to be computed block by block: where it is needed, by events, or
+// by the product.
 struct ChunkInputGradient {
     const BackwardLayer* layer;
+    const NeededGradient* needed;
     std::optional<MergedEvents> events;
     const float* event_tiles;
     std::optional<InputProduct> product;
@@ -231,7 +254,8 @@ struct BackwardPass {
     double* totals;
     EventLists event_lists;             // of the layer that is being swept
     EventMerger event_merger;           // of the same, and then for the sweep of the layer below
-    int64_t states_size, tile_size, scratch_size;  // of a worker: states of one block, a tile, then events of a step
+    int64_t states_size, tile_size, scratch_size;  // of a worker: states of one block, a tile, then events of a step, or
+                                                   // what is needed of all steps
     int64_t event_list = 0;
     float* scratch;
 
@@ -283,12 +307,20 @@ struct BackwardPass {
         totals = arena.take<double>(lanes);
         states_size = s.steps * states * kLanes;
         tile_size = most(kLanes, chunks.group * s.steps) * kLanes;
-        scratch_size = most(most(states_size + tile_size + 2 * event_list, lanes), band_rows);
+        scratch_size = most(most(states_size + tile_size + 2 * most(event_list, s.steps), lanes), band_rows);
         scratch = arena.take<float>(scratch_size * s.threads);
     }
 
     void run() {
         for (size_t l = 0; l < layers.size(); ++l) begin(l);
+        for (size_t l = 1; l < layers.size(); ++l) {
+            BackwardLayer& x = layers[l];
+            x.by_need = x.needed && by_need(s, static_cast<int>(l), needed_share(layers[l - 1]));
+            x.layer.gradient_needed = x.by_need;
+            if (!x.by_need) continue;
+            x.lists_events = false;
+            x.needed->load(x.layer.values, s.threads);
+        }
         for (int64_t first = 0; first < s.batch; first += chunks.samples) {
             const int64_t samples = least(chunks.samples, s.batch - first);
             ChunkInputGradient above{};  // of the layer above
@@ -324,10 +356,15 @@ struct BackwardPass {
 
     // How to compute the input gradient of a layer in a chunk, after its sweep: by events or by the product. The sweep
     // writes only what the choice in the chunk before suggests.
-    ChunkInputGradient choose(BackwardLayer& x, int64_t samples, int64_t steps) {
+    ChunkInputGradient choose(BackwardLayer& x, const uint64_t* reached, int64_t samples, int64_t steps) {
         const int64_t rows = samples * steps, R = x.plan.rows.blocks;
         const bool had_halves = x.wants_halves();
-        ChunkInputGradient result{&x, {}, nullptr, {}, {}};
+        ChunkInputGradient result{&x, nullptr, {}, nullptr, {}, {}};
+        if (x.by_need) {
+            x.needed->choose(reached, x.grad.floats.rows);
+            result.needed = &*x.needed;
+            return result;
+        }
         if (x.lists_events) {
             const int64_t limit = x.most_events(rows);
             auto [events, merged] = event_merger.merge(event_lists, R, samples, limit, s.threads);
@@ -340,7 +377,7 @@ struct BackwardPass {
             ++x.layer.gradient_event_chunks;
             result.event_tiles = x.input_gradient->event_tiles(s.threads);
         } else {
-            result.product = x.input_gradient->product(s.threads);
+            result.product = x.input_gradient->product(s.threads, x.recurrent ? nullptr : reached);
             if (!had_halves) x.grad.convert(R, rows, s.threads);
         }
         return result;
@@ -380,13 +417,13 @@ struct BackwardPass {
             const Panel<float>& rows = x.recurrent->rows;
             Bands bands;
             if (x.recurrent_weights->by_batch) bands = fill_bands(rows, x.lanes(), samples * s.steps);
-            return weight_gradient(*x.recurrent_weights, {rows, bands}, first, samples, s.steps);
+            return weight_gradient(*x.recurrent_weights, {rows, bands, x.reached_in(first, samples)}, first, samples, s.steps);
         }
         switch (x.arrival) {
             case Arrival::kConstant: return sweep_constant(x, first, samples);
             case Arrival::kTiles: return sweep_tiles(x, above, first, samples);
             case Arrival::kPanel:
-                if (above.events && x.arrivals.aligned) return sweep_tiles(x, above, first, samples);
+                if (above.needed || (above.events && x.arrivals.aligned)) return sweep_tiles(x, above, first, samples);
                 return sweep_panel(x, above, first, samples);
         }
     }
@@ -394,18 +431,28 @@ struct BackwardPass {
     void sweep_constant(const BackwardLayer& x, int64_t first, int64_t samples) const {
         parallel(s.threads, x.plan.rows.blocks * samples, 4, [&](int64_t task, int worker) {
             const int64_t r = task / samples, b = task % samples;
-            sweep_block(x, first, b, r, nullptr, scratch + worker * scratch_size);
+            sweep_block(x, first, b, r, scratch + worker * scratch_size, [](auto...) -> const float* { return nullptr; });
         });
     }
 
     void sweep_tiles(const BackwardLayer& x, const ChunkInputGradient& above, int64_t first, int64_t samples) const {
         const int64_t T = s.steps, groups = divide_up(samples, chunks.group);
         parallel(s.threads, x.plan.rows.blocks * groups, 2, [&](int64_t task, int worker) {
-            const int64_t r = task / groups, b = task % groups * chunks.group, count = least(chunks.group, samples - b);
+            // where it is needed: all blocks of some samples, whose ∂L/∂I above stays in L2; else all samples of a block
+            const int64_t r = above.needed ? task % x.plan.rows.blocks : task / groups;
+            const int64_t b = (above.needed ? task / x.plan.rows.blocks : task % groups) * chunks.group;
+            const int64_t count = least(chunks.group, samples - b);
             float* mine = scratch + worker * scratch_size;
             float* tile = mine + states_size;
-            input_gradient(above, r, b * T, count * T, tile, worker);
-            for (int64_t i = 0; i < count; ++i) sweep_block(x, first, b + i, r, tile + i * T * kLanes, mine);
+            if (!above.needed) input_gradient(above, r, b * T, count * T, tile, worker);
+            for (int64_t i = 0; i < count; ++i)
+                sweep_block(x, first, b + i, r, mine, [&](const float* states, const float* theta) -> const float* {
+                    if (!above.needed) return tile + i * T * kLanes;
+                    auto* const words = reinterpret_cast<uint64_t*>(tile + tile_size);
+                    needed_words(x.layer.neurons)(states, x.model.states, T, theta, x.layer.neurons.alpha, words);
+                    above.needed->run(r, above.layer->grad.floats.at(0, (b + i) * T), words, T, tile);
+                    return tile;
+                });
         });
     }
 
@@ -433,7 +480,7 @@ struct BackwardPass {
             if (!x.arrivals.aligned) x.arrivals.reorder(row, scratch + worker * scratch_size);
         };
         const auto sweep_row_block = [&](int64_t b, int64_t r, int worker) {
-            sweep_block(x, first, b, r, panel.at(r, b * T), scratch + worker * scratch_size);
+            sweep_block(x, first, b, r, scratch + worker * scratch_size, [&](auto...) -> const float* { return panel.at(r, b * T); });
         };
         if (samples >= s.threads)  // one sample's panel (400 KB) stays in L2
             return parallel(s.threads, samples, 1, [&](int64_t b, int worker) {
@@ -560,29 +607,54 @@ struct BackwardPass {
         if (x.layer.grad_first) store_states(s, x.layer, grads, first + b, r, x.layer.grad_first);
     }
 
-    // Block r of sample b of the chunk that begins with sample `first`.
-    void sweep_block(const BackwardLayer& x, int64_t first, int64_t b, int64_t r, const float* tile, float* room) const {
+    // The states of block r of a sample at all steps. Those of a layer whose input is held are computed anew, in `room`.
+    const float* states_of(const BackwardLayer& x, int64_t sample, int64_t r, const BlockParameters& own, float* room) const {
+        if (x.weights.kind != Input::kHeld) return kept_states(s, x.layer, sample, r);
+        const StoredCurrent current{kept_currents(s, x.layer, sample, r), 0};
+        alignas(64) float states[kMostStates * kLanes];
+        load_states(s, x.layer, x.layer.first, sample, r, states);
+        forward_sweep<StoredCurrent>(x.layer.neurons)(current, s.steps, own, {nullptr, room, nullptr, states});
+        return room;
+    }
+
+    // The share of lanes and steps at which the neurons of a layer need ∂L/∂S, of some blocks all over the batch.
+    double needed_share(const BackwardLayer& x) const {
+        const int64_t R = x.plan.rows.blocks, blocks = s.batch * R;
+        const int64_t apart = (blocks / 128) | 1;
+        auto* const words = reinterpret_cast<uint64_t*>(scratch + states_size + tile_size);
+        int64_t needed = 0, visited = 0;
+        for (int64_t i = 0; i < blocks; i += apart, ++visited) {
+            const SampleParameters own(x.parameters, x.layer, i / R, i % R);
+            const float* states = states_of(x, i / R, i % R, own.block, scratch);
+            needed_words(x.layer.neurons)(states, x.model.states, s.steps, x.threshold(own.block), x.layer.neurons.alpha, words);
+            for (int64_t t = 0; t < s.steps; ++t) needed += __builtin_popcountll(words[t]);
+        }
+        return static_cast<double>(needed) / static_cast<double>(visited * s.steps * kLanes);
+    }
+
+    // Block r of sample b of the chunk that begins with sample `first`. arrive(states, θ) is the part of ∂L/∂S that depends
+    // on t, [T][64], or null.
+    template <class F>
+    void sweep_block(const BackwardLayer& x, int64_t first, int64_t b, int64_t r, float* room, const F& arrive) const {
         const int64_t sample = first + b;
-        const Upstream upstream{tile, x.constant_of(sample, r)};
         BlockGradient out = x.block_gradient(sample, r);
         alignas(64) float first_states[kMostStates * kLanes], edge[kMostStates * kLanes];
         if (x.layer.first) load_states(s, x.layer, x.layer.first, sample, r, first_states), out.first = first_states;
         if (x.layer.grad_last || x.layer.grad_first) load_states(s, x.layer, x.layer.grad_last, sample, r, edge), out.edge = edge;
-        sweep_states(x, b, sample, r, upstream, out, room);
+        sweep_states(x, b, sample, r, arrive, out, room);
         if (x.layer.grad_first) store_states(s, x.layer, edge, sample, r, x.layer.grad_first);
     }
 
     // The same, with everything that the sweep reads and writes.
-    void sweep_states(const BackwardLayer& x, int64_t b, int64_t sample, int64_t r, const Upstream& upstream,
-                      BlockGradient& out, float* room) const {
+    template <class F>
+    void sweep_states(const BackwardLayer& x, int64_t b, int64_t sample, int64_t r, const F& arrive, BlockGradient& out,
+                      float* room) const {
         const int64_t T = s.steps;
         const SampleParameters own(x.parameters, x.layer, sample, r);
+        const float* const states = states_of(x, sample, r, own.block, room);
+        const Upstream upstream{arrive(states, x.threshold(own.block)), x.constant_of(sample, r)};
         if (x.weights.kind == Input::kHeld) {
-            const StoredCurrent current{kept_currents(s, x.layer, sample, r), 0};
-            alignas(64) float states[kMostStates * kLanes];
-            load_states(s, x.layer, x.layer.first, sample, r, states);
-            forward_sweep<StoredCurrent>(x.layer.neurons)(current, T, own.block, {nullptr, room, nullptr, states});
-            x.sweep(upstream, room, T, own.block, x.layer.neurons.alpha, out);
+            x.sweep(upstream, states, T, own.block, x.layer.neurons.alpha, out);
             for (int v = 0; v < kVecs; ++v) {
                 const Vec g = load(out.current + v * W);
                 store(x.grad.floats.at(r, sample) + v * W, g);
@@ -593,7 +665,7 @@ struct BackwardPass {
         out.rows = x.grad.floats.at(r, b * T);
         if (x.wants_halves()) out.halves = x.grad.halves.at(r, b * T);
         if (x.lists_events) out.events = event_lists.of(r, b);
-        x.sweep(upstream, kept_states(s, x.layer, sample, r), T, own.block, x.layer.neurons.alpha, out);
+        x.sweep(upstream, states, T, own.block, x.layer.neurons.alpha, out);
     }
 
     // From ∂L/∂I of layer l: ∂L/∂W, how to compute ∂L/∂(input) and, in the first layer, ∂L/∂x.
@@ -601,8 +673,8 @@ struct BackwardPass {
         BackwardLayer& x = layers[l];
         const bool recurrent = x.recurrent && x.weights.kind != Input::kHeld;
         ChunkInputGradient result{};
-        if (x.input_gradient) result = choose(x, samples, steps);
-        CurrentGradient grad{x.grad.floats, {}};
+        CurrentGradient grad{x.grad.floats, {}, x.reached_in(first, samples)};
+        if (x.input_gradient) result = choose(x, grad.reached, samples, steps);
         if ((result.product && x.input_gradient->sparse()) || x.weights.by_batch || (recurrent && x.recurrent_weights->by_batch))
             grad.bands = fill_bands(grad.rows, x.lanes(), samples * steps);
         result.bands = grad.bands;
@@ -622,6 +694,8 @@ struct BackwardPass {
             row_bits.load(x.layer.inputs + first * C * steps, C, samples, steps, s.threads);
             const int strips = kLanes / plan.rows.strip;
             return parallel(s.threads, plan.rows.blocks * strips, 1, [&](int64_t strip, int) {
+                const uint64_t lanes = (uint64_t{1} << plan.rows.strip) - 1;
+                if (!(of.reached[strip / strips] >> (strip % strips * plan.rows.strip) & lanes)) return;
                 (plan.rows.strip == 16 ? subset_gradient<16> : subset_gradient<32>)(
                     plan, strip, row_bits, grad.at(strip / strips, 0), samples * steps, x.tiles);
             });
@@ -638,6 +712,7 @@ struct BackwardPass {
         const bool strips = by_events && events_by_strip(x.layer, false);
         parallel(s.threads, plan.tiles, 2, [&](int64_t tile, int) {
             const int64_t row = plan.tile_row[tile], col = plan.tile_col[tile];
+            if (!of.reached[row]) return;
             float* const sum = x.tiles + tile * kTile;
             if (strips)
                 (plan.rows.strip == 16 ? strip_gradient<16> : strip_gradient<32>)(*events, plan, tile, grad.at(row, 0), sum);
@@ -663,7 +738,7 @@ struct BackwardPass {
         }
         const WeightList& list = x.plan().by_row;
         parallel(s.threads, lanes, 16, [&](int64_t lane, int worker) {
-            if (list.first[lane] == list.first[lane + 1]) return;
+            if (list.first[lane] == list.first[lane + 1] || !(grad.reached[lane / kLanes] >> (lane % kLanes) & 1)) return;
             float* e = scratch + worker * scratch_size;  // of this lane, in one piece: bands are a multiple of 4 KiB apart
             for (int64_t band = 0; band < count; ++band)
                 __builtin_memcpy(e + band * kLanes, grad.bands.at(band, lane), kLanes * sizeof(float));

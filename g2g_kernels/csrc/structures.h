@@ -65,6 +65,7 @@ struct Layer {
     float* grad_first;      // out, null: not wanted
     float gradient_event_limit;  // 0: its input gradient takes the product; else see gradient_events.h
     int32_t gradient_event_chunks;  // out: chunks of the batch whose input gradient was computed by events
+    int32_t gradient_needed;  // out: its input gradient was computed where the layer below needs it (needed_gradient.h)
     double gradient_event_rate;  // out: share of events where they were listed
     const Plan* recurrent;  // V, its lanes on both sides those of the plan's rows; null: none
     const float* recurrent_values;
@@ -76,8 +77,8 @@ struct Stack {
     int32_t count, batch, steps, threads, bf16;
     int32_t held;           // x is [B, in], held for all steps
     float event_limit;      // inputs that spike more often than this go through the matrix kernels
-    float batch_cost, subset_cost;  // of products with vectors over the batch, and by sums of subsets, relative to what
-                                    // the kernels assume
+    float batch_cost, subset_cost, needed_cost;  // of products with vectors over the batch, by sums of subsets, and of input
+                                                 // gradients where they are needed, relative to what the kernels assume
     const float* x;         // [B, in] or [T, B, in]
     float* counts;          // out: [B, N] of the last layer
     const float* grad_counts;

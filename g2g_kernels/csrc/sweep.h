@@ -103,6 +103,7 @@ struct BlockGradient {
     BlockEvents events;
     float* current;    // Σ ∂L/∂I_t
     float* parameters[kMostParameters];
+    uint64_t* reached;   // bit i: ∂L/∂I_t of lane i is not 0 at some step
     const float* first;  // [states][64], the states before the first step; null: zeros
     float* edge;         // [states][64]: ∂L/∂(states after the last step), and then ∂L/∂first; null: zeros, not wanted
 };
@@ -117,6 +118,7 @@ void sweep_backward(const Up& upstream, const float* states, int64_t steps, cons
     const float* lanes[P];
     for (int k = 0; k < P; ++k) lanes[k] = parameters.lanes[k];
     Vec g[kVecs][S] = {}, sum[kVecs] = {}, grad[kVecs][P] = {};
+    IntVec seen[kVecs] = {};  // the bits of all ∂L/∂I_t
     const float* const first = out.first;
     if (out.edge)
         for (int v = 0; v < kVecs; ++v)
@@ -141,6 +143,7 @@ void sweep_backward(const Up& upstream, const float* states, int64_t steps, cons
             const Vec through = spike_grad[v] * slope(load(now + (S - 1) * kLanes));
             const Vec to_current = M::template charge_backward<R>(through, slope_before, before, p, g[v], grad[v]);
             sum[v] += to_current;
+            seen[v] |= reinterpret_cast<IntVec>(to_current);
             if (rows) store(rows + t * kLanes + v * W, to_current);
             if (kBf16 && halves) store(halves + t * kLanes + v * W, to_current);
             if (words) {
@@ -152,7 +155,9 @@ void sweep_backward(const Up& upstream, const float* states, int64_t steps, cons
         });
         if (words) words[t] = word;
     }
+    *out.reached = 0;
     for (int v = 0; v < kVecs; ++v) {
+        *out.reached |= nonzero_bits(reinterpret_cast<Vec>(seen[v])) << (v * W);
         store(out.current + v * W, sum[v]);
         for (int k = 0; k < P; ++k) store(out.parameters[k] + v * W, grad[v][k]);
         if (out.edge)

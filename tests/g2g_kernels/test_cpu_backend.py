@@ -19,7 +19,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from compiled_kernels import build, instruction_set, loaded
-from helpers import ErrorRatios, lif_layer, rms, seeded
+from helpers import ErrorRatios, compiles_whole, lif_layer, rms, seeded
 from stack_cases import Stack, loss
 
 from benchmarks.machine import pytorch_threads
@@ -650,6 +650,82 @@ def test_the_log_says_once_what_computes_input_gradients(caplog):
             assert said == ([] if call else [f"input gradients are computed by {text}"])
 
 
+# --- the input gradient where it is needed ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def needed_cost(monkeypatch):
+    """Sets the cost of input gradients where the layer below needs them: 0 for always, infinity for never."""
+    return functools.partial(monkeypatch.setattr, library, "NEEDED_COST")
+
+
+@pytest.mark.parametrize("per_neuron", [False, True])
+@pytest.mark.parametrize("x", ["held", "spikes"])
+def test_errors_of_input_gradients_where_they_are_needed(x, per_neuron, needed_cost):
+    needed_cost(0.0)
+    ratios = ErrorRatios()
+    for unit in UNITS:
+        compare(drawn("index", unit, x=x, per_neuron=per_neuron, surrogate="triangle"), ratios)
+    check(ratios)
+
+
+@pytest.mark.parametrize("reset", RESETS)
+@pytest.mark.parametrize("surrogate", SURROGATES)
+def test_resets_and_surrogates_where_gradients_are_needed(reset, surrogate, needed_cost):
+    needed_cost(0.0)
+    compare(drawn("index", 16, steps=5, batch=16, reset=reset, surrogate=surrogate), ErrorRatios())
+
+
+def assert_as_everywhere(network: Network, needed_cost) -> None:
+    """Gradients where they are needed and everywhere differ by rounding, after the same forward pass."""
+    needed_cost(0.0)
+    needed = network.run(torch.float32, "cpu")
+    needed_cost(math.inf)
+    everywhere = network.run(torch.float32, "cpu")
+    for name, tensor in needed.items():
+        limit = 1e-4 if tensor.numel() == 1 else 3e-6
+        assert rms(tensor.double() - everywhere[name]) <= limit * rms(everywhere[name]), name
+
+
+@pytest.mark.parametrize("alpha", [1e4, 10.0, 1.0, 1e-3])
+def test_no_neuron_to_all_of_them_need_a_gradient(alpha, needed_cost):
+    """At great sharpness no gradient reaches most neurons, and what multiplies theirs leaves them out."""
+    for unit in (1, 16, 32, 64):
+        for surrogate in ("triangle", "boxcar"):
+            assert_as_everywhere(compact("index", unit, surrogate=surrogate, alpha=alpha, margin=0), needed_cost)
+
+
+@pytest.mark.parametrize(("steps", "batch"), [(1, 1), (1, 5), (2, 1), (24, 3), (65, 2), (13, 70), (900, 1)])
+def test_steps_and_batches_where_gradients_are_needed(steps, batch, needed_cost):
+    for unit in (1, 16, 48):
+        assert_as_everywhere(compact("index", unit, steps, batch, margin=0), needed_cost)
+
+
+@pytest.mark.parametrize("unit", [1, 16, 64])
+def test_bits_where_gradients_are_needed_do_not_depend_on_the_threads(unit, needed_cost):
+    needed_cost(0.0)
+    assert_bits_do_not_depend_on_the_threads(compact("index", unit, 11, 150, margin=0))
+
+
+@pytest.mark.parametrize("isa", library.ISAS)
+def test_instruction_sets_agree_where_gradients_are_needed(isa, tmp_path, needed_cost):
+    needed_cost(0.0)
+    with instruction_set(isa, tmp_path):
+        for unit in (3, 16, 64):
+            compare(drawn("index", unit, steps=5, batch=33, x="held", surrogate="triangle"), ErrorRatios())
+
+
+@pytest.mark.parametrize(("alpha", "where_needed"), [(20.0, True), (0.01, False)])
+def test_gradients_where_they_are_needed_are_chosen_by_their_cost(alpha, where_needed, needed_cost):
+    network = drawn("index", 16, 13, 70, per_neuron=True, surrogate="triangle", alpha=alpha, margin=0)
+    found = {}
+    for cost in (0.0, 1.0, math.inf):
+        needed_cost(cost)
+        found[cost] = network.run(torch.float32, "cpu")["values0.grad"]
+    assert not torch.equal(found[0.0], found[math.inf]), "both took one path"
+    assert torch.equal(found[1.0], found[0.0 if where_needed else math.inf])
+
+
 # --- the parts alone ----------------------------------------------------------------------------------------------
 
 
@@ -861,7 +937,7 @@ def test_operators_refuse_what_would_read_out_of_bounds():
 
 
 @once
-@pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="PyTorch 2.4 and 2.5 do not compile it whole")
+@compiles_whole
 def test_compiled_with_a_full_graph(plain_memory):
     network = Network("index", 32)
     expected = network.run(torch.float32, "cpu")
@@ -896,7 +972,7 @@ def test_workspace_gives_memory_again_and_never_twice():
     del view
     gc.collect()
     assert pool.empty((1 << 20,)).data_ptr() == address
-    assert pool.bytes(100).data_ptr() % 64 == 0
+    assert not any(pool.bytes(size).data_ptr() % 64 for size in (1, 100, 5000))
     pool.poison = True
     assert pool.empty((3, 5)).isnan().all()
     pool.clear()
@@ -911,9 +987,8 @@ def test_scratch_of_two_sizes_in_turn_is_one_map():
     addresses = set()
     for _ in range(3):
         for megabytes in (8, 30):
-            scratch = pool.bytes(megabytes << 20, briefly=True)
-            addresses.add((megabytes, scratch.data_ptr()))
-            del scratch
+            with pool.scratch(megabytes << 20) as address:
+                addresses.add((megabytes, address))
     assert len({address for megabytes, address in addresses if megabytes == 30}) == 1
     assert sum(map(len, pool._free)) <= 40 << 20
     del kept

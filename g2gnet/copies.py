@@ -50,6 +50,8 @@ class Lineage:
         #: the weights and wirings that were used in place of the layer's, while someone keeps them, as layers
         self._guests: list[tuple[weakref.ref[torch.Tensor], weakref.ref[torch.Tensor], PackedWeights]] = []
         self.tied = False
+        #: whether its weights are a tensor that someone else owns, whose shape stays
+        self.guest = False
         #: of a copy: whether its weights were written to, whether its slots mean what those of the origin do, and the
         #: fingerprint of its weights when that was noted
         self._averages, self._in_step = False, True
@@ -106,6 +108,7 @@ class Lineage:
         if mask is not layer.mask:
             return mask
         guest = layer.with_tensors(values, wiring)
+        guest.lineage.guest = True
         guest.lineage.come_from(layer)
         self._guests.append((weakref.ref(values), weakref.ref(wiring), guest))
         return guest.mask
@@ -155,6 +158,9 @@ class Lineage:
     def _follow(self) -> None:
         origin = self.origin
         assert origin is not None
+        if self.guest and self.layer.values.shape != origin.values.shape:
+            self.leave()
+            return
         if not self.tied:
             _say_that_copies_follow()
         take_wiring(origin, self.layer)

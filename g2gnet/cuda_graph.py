@@ -2,7 +2,8 @@
 
 A step of a small network is some fifty launches that cost the CPU microseconds each; a captured step is a single
 launch. It reads and writes tensors at fixed addresses: parameters, optimizer state and the masks' buffers. Dynamic
-sparse training changes these in place, so the graph stays valid across its updates.
+sparse training changes these in place, so the graph stays valid across its updates, unless weights become fewer
+(``final_density``).
 
 **Not run on a GPU yet.** That nothing in the step waits for the device, which capturing forbids, is tested on the CPU.
 """

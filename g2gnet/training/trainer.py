@@ -449,7 +449,8 @@ class Trainer(EpochTrainer):
 
     def _kept(self, units: dict[str, torch.Tensor]) -> dict[str, float]:
         """The share of ``units`` that each connection still has, 0 to 1."""
-        return {name: int((units[name] & now).sum()) / max(1, int(now.sum())) for name, now in self._units().items()}
+        now = self._units()
+        return {name: int((had & now[name]).sum()) / max(1, int(had.sum())) for name, had in units.items()}
 
     def _stream(self, purpose: str, *counters: int) -> torch.Generator:
         """The run's stream of that name, on the device if it has generators."""

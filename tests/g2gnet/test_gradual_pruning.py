@@ -10,10 +10,15 @@ import torch
 from networks import small_net
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
+from training_runs import SMALL
 
 from g2gnet import DSTScheduler
+from g2gnet.data import load_dataset
 from g2gnet.dst_scores import layer_adapted
 from g2gnet.optimizer_state import OptimizerState
+from g2gnet.training import Machine, SettingsError, Trainer, TrainSettings
+
+PRUNED = {"sparsity_mode": "dynamic", "dst_interval": 2, "dst_fraction": 0.0, "dst_stop": 0.75, "final_density": 0.1}
 
 
 def weights_of(net):
@@ -161,6 +166,29 @@ def test_averages_have_the_units_and_keep_their_own_weights(fraction):
                 assert torch.equal(mine.dense_weight(), weight * theirs.mask.to_dense() * before)
 
 
+def test_tensors_that_stand_in_for_the_weights_keep_their_units():
+    """Of tensors that someone else owns nobody can change the shape."""
+    net, optimizer = trained()
+    inputs = torch.rand(8, net.fc1.in_features) * 3
+    tensors = {
+        name: tensor.detach().clone() for name, tensor in itertools.chain(net.named_parameters(), net.named_buffers())
+    }
+
+    def answer():
+        return torch.func.functional_call(net, tensors, (inputs,))
+
+    dst = pruning(net, optimizer)
+    answer()
+    train(net, optimizer)
+    for name, parameter in net.named_parameters():  # an average, which would be rewired with the network
+        tensors[name].lerp_(parameter.detach(), 0.5)
+    before = answer()
+    for _ in range(2):
+        dst.step()
+        assert torch.equal(answer(), before)
+        train(net, optimizer)
+
+
 def test_copies_and_pickles_go_on_alike():
     net, optimizer = trained()
     dst = pruning(net, optimizer)
@@ -277,6 +305,21 @@ def test_layers_in_place_of_a_model_and_recurrent_ones():
         dst.step()
     assert weights_of(net) <= 0.05 * possible(net)
     assert train(net, optimizer).isfinite()
+
+
+def test_a_run_records_what_is_left():
+    settings = TrainSettings(**SMALL, **PRUNED)
+    trainer = Trainer(settings, load_dataset(settings.dataset), Machine(torch.device("cpu")))
+    first = {name: layer.mask.num_units for name, layer in trainer.net.connections().items()}
+    for _ in range(settings.epochs):
+        began = {name: layer.mask.num_units for name, layer in trainer.net.connections().items()}
+        record = trainer.train_epoch()
+        for name, units in record["units"].items():
+            assert record["units_kept"][name] == units / began[name]
+            assert record["initial_units_kept"][name] == units / first[name]
+    assert record["units_pruned"] == sum(first.values()) - sum(record["units"].values())
+    with pytest.raises(SettingsError, match=r"final_density=0\.9 is no less than the 0\.2"):
+        Trainer(TrainSettings(**SMALL, **(PRUNED | {"final_density": 0.9})), trainer.data, Machine(torch.device("cpu")))
 
 
 class Factored(torch.optim.SGD):

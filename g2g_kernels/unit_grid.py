@@ -1,5 +1,6 @@
 """The units of a sparse weight matrix: their coordinates, both indices of them, and their weights, packed or dense."""
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -34,15 +35,20 @@ class MaskTensors(_MaskTensors):
     keeps as an attribute (``vars(mask)``): the tensors may change in place, but stay the same ones.
     """
 
-    @property
+    @functools.cached_property
     def shape(self) -> tuple[int, int]:
         """(out, in) of the weight matrix."""
         return self.row_order.shape[0], self.col_order.shape[0]
 
-    @property
+    @functools.cached_property
     def grid(self) -> tuple[int, int]:
         """(block rows, block columns) of the unit grid."""
         return self.row_bounds.shape[0] - 1, self.col_bounds.shape[0] - 1
+
+    @functools.cached_property
+    def rows_then(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies of ``row_order`` and ``row_bounds``, for those who need them after the mask has changed."""
+        return self.row_order.clone(), self.row_bounds.clone()
 
 
 class UnitGrid(Indices):

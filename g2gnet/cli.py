@@ -269,9 +269,15 @@ def settings_from(arguments: argparse.Namespace, settings_type: type[SettingsT])
         shape = own.sample_shape(given["dataset"], Path(arguments.data_dir))
         # only images can be mirrored or lose a rectangle, which states what they are
         changed = given["augment"] in SHIFTS or given["erase"] > 0
-        stated = changed or not isinstance(given["sequence"], DefaultName)
-        if own.holds_sequences(shape) and not stated:
-            given["sequence"] = "own"
+        if own.holds_sequences(shape) and isinstance(given["sequence"], DefaultName):
+            if not changed:
+                given["sequence"] = "own"
+            else:
+                logger.warning(
+                    "the samples of %s, of shape %s, are read as images, as augment=%s and erase=%s say; without these "
+                    "they are sequences. Give sequence=none to say so in either case",
+                    given["dataset"], " × ".join(map(str, shape)), given["augment"], given["erase"],
+                )  # fmt: skip
     settings = settings_type(**given)
     if isinstance(settings, TrainSettings) and settings.sequence != "none":
         known = DATASETS.get(settings.dataset)

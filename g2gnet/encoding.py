@@ -38,10 +38,13 @@ def encode(
     """
     check_choice("enc", enc, ENCODINGS)
     check_samples(x)
-    shape, part = x.shape[-2:], part or slice(None)
-    x = x[..., part, :] * scale + bias
+    shape = x.shape[-2:]
+    if part is not None:
+        x = x[..., part, :]
+    x = x * scale + bias
     if enc == "current":
         return x
+    part = part or slice(None)
     if x.dim() == 2:
         x = x.expand(steps, *x.shape)
     device = generator.device if generator is not None else x.device

@@ -66,13 +66,14 @@ class PackedWeights(nn.Module):
 
     def _mask_of(self, values: torch.Tensor) -> BlockMask:
         """The mask of the packed weights that are here now."""
-        mask = current_mask(self.mask)
+        own = self.mask
+        mask = current_mask(own)
         if self._own == id(values):
             if torch.is_grad_enabled() and self.lineage.origin is not None:
                 self.lineage.watch()
             return mask
-        if is_replaced(self.mask):
-            return self.lineage.mask_of_guest(values, self.mask.wiring, mask)
+        if is_replaced(own):
+            return self.lineage.mask_of_guest(values, own.wiring, mask)
         owner = _OWNERS.get(id(values))
         return owner.mask if owner is not None and owner._parameters.get("values") is values else mask
 
@@ -158,11 +159,12 @@ class PackedWeights(nn.Module):
 
     def catch_up(self) -> None:
         """Applies what was written from outside: a wiring into the mask, weights of a new wiring into an average."""
-        received = self._received.mask(self.mask)
+        mask = self.mask
+        received = self._received.mask(mask)
         if received is not None:
             with self.rewired(follow=False):
-                self.mask.become_(received)
-        if self.has_plain_values and self._own == id(self.values):
+                mask.become_(received)
+        if self._own == id(self._parameters.get("values")):
             self.lineage.catch_up()
 
     # --- copies, devices and dtypes -----------------------------------------------------------------------------

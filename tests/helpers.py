@@ -19,6 +19,12 @@ from g2g_kernels.wiring import as_row
 ROOT = Path(__file__).parents[1]
 
 
+#: marks a test that compiles a whole network or layer
+compiles_whole = pytest.mark.skipif(
+    not hasattr(torch.compiler, "set_stance"), reason="PyTorch 2.4 and 2.5 do not compile it whole"
+)
+
+
 def backends_of(operator: Operator) -> list[str]:
     """Every backend of an operator that can be used on this machine; the parity tests run on each.
 

@@ -25,7 +25,7 @@ from g2g_kernels.tracing import constant_when_traced
 
 logger = logging.getLogger("g2g_kernels")
 
-ABI = 5
+ABI = 6
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
 
 #: the names of the options of neurons, which both sides number in their order (``g2g_kernels.ops.neurons.cpu``)
@@ -119,7 +119,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         "g2g_use_openmp": (None, [c_void_p, c_double]),
         "g2g_plan_new": (c_void_p, [*[c_void_p] * 4, _Int32]),
         "g2g_plan_free": (None, [c_void_p]),
-        "g2g_plan_matches": (c_int32, [c_void_p] * 3),
+        "g2g_plan_matches": (c_int32, [c_void_p] * 7),
         "g2g_plan_row_blocks": (c_int32, [c_void_p]),
         "g2g_plans_aligned": (c_int32, [c_void_p] * 2),
         "g2g_plans_join": (c_int32, [c_void_p] * 2),
@@ -187,8 +187,8 @@ def run(kernel: Callable[..., int], arguments: Structure) -> None:
     """
     address = ctypes.addressof(arguments)
     size = _checked(kernel(address, None))
-    scratch = workspace.bytes(max(size, 64), briefly=True)
-    _checked(kernel(address, scratch.data_ptr()))
+    with workspace.scratch(size) as scratch:
+        _checked(kernel(address, scratch))
 
 
 def _checked(answer: int) -> int:
@@ -209,8 +209,8 @@ def _checked(answer: int) -> int:
 
 
 def pointer(tensor: torch.Tensor | None) -> int | None:
-    """The address of a tensor's first element, None for no tensor or one without elements."""
-    return tensor.data_ptr() if tensor is not None and tensor.numel() else None
+    """The address of a tensor's first element, None for no tensor and 0 for one without elements."""
+    return None if tensor is None else tensor.data_ptr()
 
 
 def event_limit(bf16: bool, backward: bool) -> float:

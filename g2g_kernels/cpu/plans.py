@@ -4,7 +4,6 @@ A mask's index buffers change in place (dynamic sparse training), so a cached pl
 a memory comparison of 8 bytes per unit, which detects every in-place change.
 """
 
-import contextlib
 import ctypes
 import functools
 import math
@@ -35,7 +34,6 @@ class Plan:
     """A built plan; ``address`` is what the kernels take."""
 
     def __init__(self, mask: MaskTensors, width: tuple[int, int]) -> None:
-        self._axes = [tensor.clone() for tensor in _axes(mask)]
         sources = [
             structures.Side(
                 size=len(order),
@@ -58,15 +56,14 @@ class Plan:
         self.units = max(len(mask.unit_row), _LEAST_UNITS)
         weakref.finalize(self, lib.g2g_plan_free, address).atexit = False
 
-    def matches(self, mask: MaskTensors) -> bool:
-        """True if this is still the plan of that mask."""
-        same = library().g2g_plan_matches(self.address, mask.unit_row.data_ptr(), mask.unit_col.data_ptr())
-        return bool(same) and all(map(torch.equal, self._axes, _axes(mask)))
+    def matches(self, mask: MaskTensors) -> int:
+        """Whether this is still the plan of that mask."""
+        return library().g2g_plan_matches(self.address, *[tensor.data_ptr() for tensor in _sources(mask)])
 
 
-def _axes(mask: MaskTensors) -> tuple[torch.Tensor, ...]:
-    """The parts of a mask's two sides that a plan is built from."""
-    return mask.row_order, mask.row_bounds, mask.col_order, mask.col_bounds
+def _sources(mask: MaskTensors) -> tuple[torch.Tensor, ...]:
+    """What a plan is built from: the units, and both sides."""
+    return mask.unit_row, mask.unit_col, mask.row_order, mask.row_bounds, mask.col_order, mask.col_bounds
 
 
 def refuses(mask: BlockMask, values: torch.Tensor) -> str | None:
@@ -94,8 +91,10 @@ def plan_for(mask: MaskTensors, values: torch.Tensor) -> Plan:
         key = mask.__dict__["plan_key"] = _key(mask, values)
     plan = _plans.get(key)
     if plan is not None and plan.matches(mask):
-        with contextlib.suppress(KeyError):  # unless another thread has removed it
+        try:  # noqa: SIM105  (contextlib.suppress takes as long as the comparison)
             _plans.move_to_end(key)  # most recently used last
+        except KeyError:
+            pass  # another thread has removed it
         return plan
     with _lock:
         plan = Plan(mask, (key[1], key[2]))
@@ -109,7 +108,7 @@ def plan_for(mask: MaskTensors, values: torch.Tensor) -> Plan:
 
 def _key(mask: MaskTensors, values: torch.Tensor) -> tuple[int, ...]:
     """The packed shape and the addresses of what a plan is made of."""
-    tensors = mask.unit_row, mask.unit_col, *_axes(mask)
+    tensors = _sources(mask)
     unit_row, unit_col, row_order, row_bounds, col_order, col_bounds = tensors
     for tensor, dtype in ((unit_row, torch.int32), (unit_col, torch.int32), (row_bounds, torch.int32),
                           (col_bounds, torch.int32), (row_order, torch.int64), (col_order, torch.int64)):  # fmt: skip

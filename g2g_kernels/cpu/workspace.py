@@ -16,6 +16,7 @@ import os
 import sys
 import threading
 import weakref
+from collections.abc import Iterator
 
 import torch
 
@@ -40,16 +41,12 @@ class Workspace:
         self._in_use = 0
         self._most_in_use = 0
 
-    def bytes(self, size: int, briefly: bool = False) -> torch.Tensor:
-        """An uninitialised uint8 tensor of ``size`` elements, aligned to 64 bytes.
-
-        One that is needed only ``briefly`` may be in a far larger map.
-        """
+    def bytes(self, size: int) -> torch.Tensor:
+        """An uninitialised uint8 tensor of ``size`` elements, aligned to 64 bytes."""
         if size < SMALL:
-            tensor = torch.empty(size + 64, dtype=torch.uint8)
-            tensor = tensor[-tensor.data_ptr() % 64 :][:size]
+            tensor = torch.empty(size, dtype=torch.uint8)  # PyTorch aligns its memory so
         else:
-            memory = self._take(size, briefly)
+            memory = self._take(size)
             array = (ctypes.c_char * len(memory)).from_buffer(memory)
             weakref.finalize(array, self._returned.append, memory).atexit = False
             tensor = torch.frombuffer(array, dtype=torch.uint8, count=size)
@@ -57,12 +54,34 @@ class Workspace:
             tensor.fill_(0xFF)
         return tensor
 
+    @contextlib.contextmanager
+    def scratch(self, size: int) -> Iterator[int]:
+        """The address of ``size`` uninitialised bytes, aligned to 64, while entered: perhaps in a far larger map."""
+        if size < SMALL:
+            tensor = self.bytes(max(size, 1))
+            yield tensor.data_ptr()
+            return
+        memory = self._take(size, briefly=True)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        if self.poison:
+            ctypes.memset(address, 0xFF, size)
+        try:
+            yield address
+        finally:
+            self._returned.append(memory)
+
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """An uninitialised contiguous tensor."""
         count = math.prod(shape)
         if not self.poison and count * dtype.itemsize < SMALL:
             return torch.empty(shape, dtype=dtype)
         return self.bytes(count * dtype.itemsize).view(dtype).view(shape)
+
+    def like(self, tensor: torch.Tensor) -> torch.Tensor:
+        """An uninitialised tensor like a contiguous one."""
+        if not self.poison and tensor.nbytes < SMALL:
+            return torch.empty_like(tensor)
+        return self.empty(tuple(tensor.shape), tensor.dtype)
 
     def exactly(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """As :meth:`empty`, for one of many that are kept for long: up to a few maps' size it takes no whole map."""
@@ -77,7 +96,7 @@ class Workspace:
             self._collect()
             self._free.clear()
 
-    def _take(self, size: int, briefly: bool) -> mmap.mmap:
+    def _take(self, size: int, briefly: bool = False) -> mmap.mmap:
         length = -(-size // PAGE) * PAGE
         with self._lock:
             self._collect()

@@ -1,6 +1,7 @@
 // The C interface that Python loads with ctypes: plans, and the kernels of the best instruction set this CPU has.
 //
 // A kernel is called twice: with scratch null it returns how many bytes of scratch memory it needs, then it runs.
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
@@ -95,7 +96,7 @@ int64_t call(void (*kernel)(Arguments&, Arena&), Arguments* arguments, void* scr
 
 #define G2G_EXPORT extern "C" __attribute__((visibility("default")))
 
-G2G_EXPORT int32_t g2g_abi() { return 5; }
+G2G_EXPORT int32_t g2g_abi() { return 6; }
 // The table that Python compares with what it knows; nullptr if memory runs out.
 G2G_EXPORT const char* g2g_interface() try {
     return g2g::interface_table(g2g::kernels().options);
@@ -117,11 +118,15 @@ G2G_EXPORT g2g::Plan* g2g_plan_new(const g2g::Side* rows, const g2g::Side* cols,
 
 G2G_EXPORT void g2g_plan_free(g2g::Plan* plan) { delete plan; }
 
-// 1 if the plan was built from these coordinates (a mask's buffers change in place).
-G2G_EXPORT int32_t g2g_plan_matches(const g2g::Plan* plan, const int32_t* unit_row, const int32_t* unit_col) {
-    const size_t bytes = plan->unit_row.size() * sizeof(int32_t);
-    return !bytes || (!std::memcmp(plan->unit_row.data(), unit_row, bytes) &&
-                      !std::memcmp(plan->unit_col.data(), unit_col, bytes));
+// 1 if the plan was built from these coordinates and sides (a mask's buffers change in place).
+G2G_EXPORT int32_t g2g_plan_matches(const g2g::Plan* plan, const int32_t* unit_row, const int32_t* unit_col,
+                                    const int64_t* row_order, const int32_t* row_bounds, const int64_t* col_order,
+                                    const int32_t* col_bounds) {
+    const auto same = [](const auto& built_from, const auto* now) {
+        return std::equal(built_from.begin(), built_from.end(), now);
+    };
+    return same(plan->unit_row, unit_row) && same(plan->unit_col, unit_col) && same(plan->rows.order, row_order) &&
+           same(plan->rows.bounds, row_bounds) && same(plan->cols.order, col_order) && same(plan->cols.bounds, col_bounds);
 }
 
 G2G_EXPORT int32_t g2g_plan_row_blocks(const g2g::Plan* plan) { return plan->rows.blocks; }

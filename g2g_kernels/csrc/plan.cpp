@@ -46,6 +46,8 @@ bool lay_out(const Side& source, Axis& axis) {
         for (int32_t i = 1; run && i < kLanes; ++i) run = neuron[i] == neuron[0] + i;
         axis.contiguous.push_back(run ? neuron[0] : -1);
     }
+    axis.order.assign(source.order, source.order + source.size);
+    axis.bounds.assign(source.bounds, source.bounds + source.num_units + 1);
     axis.strip = source.width == 16 || source.width == 32 ? source.width : kLanes;
     return true;
 }

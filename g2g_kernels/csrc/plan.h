@@ -23,6 +23,8 @@ struct Axis {
     std::vector<int32_t> lane;        // [size] the lane of each neuron
     std::vector<int32_t> contiguous;  // [blocks] n where the block's lanes are neurons n … n + 63 in order, else −1
     int32_t strip = kLanes;           // lanes that always share their units: 16, 32 or 64
+    std::vector<int64_t> order;       // the side this was built from
+    std::vector<int32_t> bounds;
 };
 
 // The part of one unit that lies in one tile.

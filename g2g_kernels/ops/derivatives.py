@@ -5,7 +5,7 @@ Without a rule, PyTorch silently gives an operator a tangent of zero and a secon
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -18,16 +18,16 @@ _REMEDY = (
 )
 
 
-def has_tangent(*tensors: torch.Tensor | None) -> bool:
+def has_tangent(tensors: Iterable[torch.Tensor | None]) -> bool:
     """True if one of them carries a tangent of forward-mode differentiation."""
     if forward_ad._current_level < 0 and not torch.compiler.is_compiling():  # which keeps a level of its own
         return False
     return any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
-def refuse_forward_mode(*tensors: torch.Tensor | None) -> None:
+def refuse_forward_mode(tensors: Iterable[torch.Tensor | None]) -> None:
     """Raises NotImplementedError if a tensor that neurons receive carries a tangent."""
-    if has_tangent(*tensors):
+    if has_tangent(tensors):
         raise NotImplementedError(f"{_NEURONS} have no forward-mode derivative (jvp, jacfwd); {_REMEDY}")
 
 

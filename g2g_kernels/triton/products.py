@@ -119,7 +119,7 @@ def in_parts(values: torch.Tensor) -> torch.Tensor:
     if parts.numel():
         runtime.launch(
             parts_kernel,
-            (triton.cdiv(values.numel(), 1024),),
+            (runtime.cdiv(values.numel(), 1024),),
             values=values,
             parts=parts,
             count=values.numel(),
@@ -147,6 +147,6 @@ def precision_of(products: torch.dtype, device: torch.device) -> str:
     """
     if products != torch.float32:
         return "ieee"
-    architecture = runtime.amd(device)
-    parts = runtime.input_precision() == "ieee" and (not architecture or architecture.startswith(("gfx94", "gfx95")))
-    return "parts" if parts else runtime.input_precision()
+    precision, architecture = runtime.input_precision(), runtime.amd(device)
+    parts = precision == "ieee" and (not architecture or architecture.startswith(("gfx94", "gfx95")))
+    return "parts" if parts else precision

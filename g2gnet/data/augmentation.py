@@ -5,6 +5,8 @@ import math
 import torch
 from torch.nn import functional as F
 
+from g2g_kernels.numbers import Number
+
 #: by name, the maximal shift of images in pixels; all of them also mirror half of the images
 SHIFTS = {"crop-flip": 4, "shift-flip": 1, "flip": 0}
 
@@ -28,11 +30,15 @@ def random_crop_and_flip(
     Returns:
         New images of the same shape and dtype.
 
+    Raises:
+        ValueError: for a shift below 0.
+
     Example:
         >>> images = torch.randint(256, (5, 28, 28), dtype=torch.uint8)
         >>> random_crop_and_flip(images, torch.Generator().manual_seed(0), shift=2).shape
         torch.Size([5, 28, 28])
     """
+    Number(0, whole=True).check("shift", shift)
     count, (height, width) = len(images), images.shape[-2:]
     drawn_on = generator.device
     top, left = torch.randint(2 * shift + 1, (2, count, 1), generator=generator, device=drawn_on).to(images.device)
@@ -61,12 +67,16 @@ def random_erase(images: torch.Tensor, generator: torch.Generator, probability: 
     Returns:
         New images of the same shape and dtype.
 
+    Raises:
+        ValueError: for a probability out of range.
+
     Example:
         >>> images = torch.ones(100, 28, 28)
         >>> erased = random_erase(images, torch.Generator().manual_seed(0), probability=0.5)
         >>> 30 < (erased == 0).flatten(1).any(1).sum() < 70
         tensor(True)
     """
+    Number(0, 1).check("probability", probability)
     count, (height, width) = len(images), images.shape[-2:]
     drawn_on = generator.device
     share, shape = torch.rand(2, TRIES, count, generator=generator, device=drawn_on)

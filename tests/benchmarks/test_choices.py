@@ -55,7 +55,7 @@ def test_the_dense_product_is_taken_where_it_is_predicted_to_be_faster(layer, dt
                 times = {dense: microseconds(operations[dense, way], card) for dense in (False, True)}
                 with costs.assumed(card):
                     y = connection.values.dtype if way == "to weights" else dtype
-                    chosen = tiles.dense_pays(shape, way, x, y, dtype)
+                    chosen = tiles.dense_pays(shape, way, x, y, dtype, precision_of(dtype, META))
                 assert times[chosen] <= SLACK * min(times.values()), (card, samples, way, times)
                 call = tiles.Call(way, shape, samples, dtype, y, dtype, precision_of(dtype, META), costs.CARDS[card])
                 # of few samples, weights that are converted or put in place count too, which the choice leaves out

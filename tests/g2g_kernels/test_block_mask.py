@@ -728,10 +728,10 @@ def test_operators_get_the_tensors_that_a_mask_has_now(change, kind):
     mask = changed if isinstance(changed, BlockMask) else mask
     index = (getattr(mask, name) for name in mask.INDICES)
     found = mask.tensors()
+    assert vars(found) == {}
     for own, tensor in zip((*index, *mask.rows.tensors(), *mask.cols.tensors()), found, strict=True):
         assert tensor is own or tensor.numel() == own.numel() == 0
     assert (found.shape, found.grid) == (mask.shape, mask.grid)
-    assert vars(found) == {}
 
 
 def test_missing_keys_are_named():

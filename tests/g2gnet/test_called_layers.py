@@ -5,7 +5,7 @@ import functools
 
 import pytest
 import torch
-from helpers import backends_of, seeded
+from helpers import backends_of, compiles_whole, seeded
 from networks import small_net
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
@@ -287,6 +287,7 @@ def test_activity_hooks_are_called_once():
     assert torch.equal(seen[0].counts, counts)
 
 
+@compiles_whole
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo's own
 def test_a_stack_with_hooks_compiles_to_equal_results(plain_memory):
     net = net_of()

@@ -7,7 +7,7 @@ import pickle
 import pytest
 import snntorch
 import torch
-from helpers import backends_of, seeded
+from helpers import backends_of, compiles_whole, seeded
 from networks import small_net
 from torch import nn
 
@@ -300,6 +300,7 @@ def test_parameters_can_be_substituted():
 dynamo = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 
 
+@compiles_whole
 @dynamo
 @pytest.mark.parametrize("backend", STACK_BACKENDS)
 def test_a_compiled_network_is_one_graph_with_equal_results(backend, plain_memory):
@@ -315,6 +316,7 @@ def test_a_compiled_network_is_one_graph_with_equal_results(backend, plain_memor
         torch.testing.assert_close(one.grad, other.grad)
 
 
+@compiles_whole
 @dynamo
 def test_compiled_steps_are_one_graph_with_equal_results(plain_memory):
     net = small_net(backend="torch")
@@ -331,7 +333,7 @@ def exports(test):
     """Marks a test that exports: PyTorch 2.4 warns of every custom operator, and of how it loads by itself."""
     for message in ("At pre-dispatch tracing.*:UserWarning", "You are using `torch.load`.*:FutureWarning"):
         test = pytest.mark.filterwarnings(f"ignore:{message}")(test)
-    return dynamo(test)
+    return compiles_whole(dynamo(test))
 
 
 @exports

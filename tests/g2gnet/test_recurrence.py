@@ -3,7 +3,7 @@
 import pytest
 import snntorch
 import torch
-from helpers import lif_by_autograd, rms, seeded
+from helpers import compiles_whole, lif_by_autograd, rms, seeded
 from networks import sparse_stack
 from snntorch import surrogate as snn_surrogate
 
@@ -247,30 +247,29 @@ def test_bfloat16_is_as_near_to_float32_as_a_loop_of_steps_is():
             assert rms(found[name] - exact) <= 3 * 2**-8 * rms(exact), name
 
 
-def test_another_order_of_neurons_runs_step_by_step_and_says_so(caplog, plain_memory):
-    stack = stack_of("cpu")
-    draw = seeded(11)
+def in_another_order(backend: str) -> SpikingStack:
+    """A stack whose first recurrent connection has other groups than the layer."""
+    stack, draw = stack_of(backend), seeded(11)
     other = GroupLayout(SIZES[1], 2, "random", draw)
-    joined = BlockMask.sample(other, other, 1, 0.4, 5, draw)
+    recurrent = G2GLinear(BlockMask.sample(other, other, 1, 0.4, 5, draw), bias=False, generator=seeded(12))
+    (first, _), *rest = zip(stack.layers(), stack.recurrents(), strict=True)
+    layers = [(*first, recurrent), *[(*pair, joined) if joined is not None else pair for pair, joined in rest]]
+    return SpikingStack(layers, stack.T, backend)
 
-    def with_other(backend: str) -> SpikingStack:
-        (first, second, _), *rest = [
-            (connection, neurons, recurrent)
-            for (connection, neurons), recurrent in zip(stack.layers(), stack.recurrents(), strict=True)
-        ]
-        recurrent = G2GLinear(BlockMask.from_state(state, (38, 38)), bias=False, generator=seeded(12))
-        layers = [(first, second, recurrent), *[each if each[2] is not None else each[:2] for each in rest]]
-        return SpikingStack(layers, stack.T, backend)
 
-    state: dict[str, torch.Tensor] = {}
-    joined._save_to_state_dict(state, "", keep_vars=False)
-    x = inputs_of(stack, held=True)
-    expected = run(with_other("torch"), x, torch.float64)
-    found = run(with_other("cpu").float(), x, torch.float32)
+def test_another_order_of_neurons_runs_step_by_step_and_says_so(caplog):
+    x = inputs_of(in_another_order("torch"), held=True)
+    expected = run(in_another_order("torch"), x, torch.float64)
+    found = run(in_another_order("cpu"), x, torch.float32)
     assert "runs step by step" in caplog.text
     assert_same(found, expected, 2e-5)
+
+
+@compiles_whole
+def test_another_order_of_neurons_is_refused_in_compiled_code(plain_memory):
+    stack = in_another_order("cpu")
     with pytest.raises(ValueError, match=r"compiled code cannot run on backend cpu; give `backend='torch'`"):
-        torch.compile(with_other("cpu"), backend="aot_eager")(x)
+        torch.compile(stack, backend="aot_eager")(inputs_of(stack, held=True))
     torch._dynamo.reset()
 
 

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from helpers import rms, seeded
+from helpers import compiles_whole, rms, seeded
 from networks import sparse_stack
 
 from g2g_kernels import Activity, available_backends
@@ -302,6 +302,7 @@ def test_what_changes_before_the_backward_pass_is_refused(chunk, changed):
         counts.sum().backward()
 
 
+@compiles_whole
 def test_a_compiled_run_takes_and_gives_states():
     net = G2GNet(D, 16, 3, num_groups=2, block_size=4, T=T, generator=seeded(1), backend="torch")
     x = inputs_of(held=False).detach()

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from helpers import backends_of, seeded
+from helpers import backends_of, compiles_whole, seeded
 from networks import small_net
 from torch import nn
 
@@ -106,7 +106,7 @@ def test_what_changed_after_the_run_is_not_counted_wrongly(change):
         activity.synaptic_operations()
 
 
-@pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="PyTorch 2.4 and 2.5 do not compile it whole")
+@compiles_whole
 def test_a_compiled_run_says_that_it_does_not_know():
     net = network().eval()
     run = torch.compile(lambda x: net.simulate(x), backend="eager", fullgraph=True)

@@ -87,10 +87,12 @@ def test_counts_of_events_in_uint8_are_noticed(tmp_path, caplog):
 @pytest.mark.parametrize(
     "flags", [["--sequence", "none"], ["--augment", "flip"], ["--erase", "0.5"]], ids=["stated", "mirrored", "erased"]
 )
-def test_images_of_ones_own_are_held_if_that_is_stated(tmp_path, flags):
+def test_images_of_ones_own_are_held_if_that_is_stated(tmp_path, flags, caplog):
     document = trained(train, tmp_path, "--dataset", write_data(tmp_path / "mine.npz", 6, 5), "--T", "3", *flags)
     assert (document["settings"]["T"], document["settings"]["sequence"]) == (3, "none")
     assert load(document["files"]["checkpoint"]).fc1.in_features == 30
+    # another flag changes what the samples are
+    assert ("of shape 6 × 5, are read as images, as augment=" in caplog.text) == ("--sequence" not in flags)
 
 
 def test_images_of_ones_own_unfold_as_known_ones_do(tmp_path):

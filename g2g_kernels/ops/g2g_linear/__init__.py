@@ -59,7 +59,7 @@ def g2g_linear(
     check_connection("", values, mask, bias)
     if x.dim() < 1 or x.shape[-1] != mask.shape[1]:
         raise ValueError(f"x has shape {tuple(x.shape)}, its last dimension must be the mask's {mask.shape[1]} inputs")
-    if torch.compiler.is_compiling() and has_tangent(x, values, bias):
+    if torch.compiler.is_compiling() and has_tangent((x, values, bias)):
         return reference.g2g_linear(x, values, mask, bias)  # whose operations have a forward mode there
     if torch._C._is_tracing() and forced_backend(backend) is None:  # converters know no operator of ours
         return reference.g2g_linear(x, values, mask, bias)

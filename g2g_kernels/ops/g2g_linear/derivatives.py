@@ -88,7 +88,7 @@ class _Product(_Form):
     def backward(ctx, grad_y):
         x, values, bias, _ = ctx.saved_tensors
         need_x, need_values, need_bias, _ = ctx.needs_input_grad
-        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active() or has_tangent(grad_y, x, values):
+        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active() or has_tangent((grad_y, x, values)):
             to_x = _ToInput.apply(grad_y, values, x.dtype, ctx.kernels) if need_x else None
             to_values = _ToWeights.apply(grad_y, x, values.dtype, ctx.kernels) if need_values else None
             return to_x, to_values, grad_y.sum(0, dtype=bias.dtype) if need_bias else None, None

@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 
 from g2g_kernels.triton import costs, runtime
-from g2g_kernels.triton.products import precision_of
 from g2g_kernels.triton.runtime import cdiv
 
 # --- tiles --------------------------------------------------------------------------------------------------------
@@ -236,17 +235,17 @@ def seconds(call: Call, dense: bool) -> float:
     return sum(costs.seconds(each, call.card) for each in work)
 
 
-def dense_pays(shape: Shape, way: str, x: torch.Tensor, y: torch.dtype, products: torch.dtype) -> bool:
+def dense_pays(shape: Shape, way: str, x: torch.Tensor, y: torch.dtype, products: torch.dtype, precision: str) -> bool:
     """True where the dense product is expected to be faster; a cost model, not measured.
 
     Args:
         shape: of the layer.
-        way, y, products: as :class:`Call` has them.
+        way, y, products, precision: as :class:`Call` has them.
         x: [M, …], what is multiplied.
     """
     if _chosen is not None:
         return _chosen
-    call = Call(way, shape, x.shape[0], x.dtype, y, products, precision_of(products, x.device), costs.card_of(x.device))
+    call = Call(way, shape, x.shape[0], x.dtype, y, products, precision, costs.card_of(x.device))
     return seconds(call, True) < seconds(call, False)
 
 

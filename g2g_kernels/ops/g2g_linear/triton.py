@@ -253,13 +253,18 @@ def product_kernel(
 
 
 def _launch_product(
-    x: torch.Tensor, values: torch.Tensor, by_rows: bool, units: Units, bias: torch.Tensor | None, y: torch.Tensor
+    x: torch.Tensor,
+    values: torch.Tensor,
+    by_rows: bool,
+    units: Units,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    precision: str,
 ) -> None:
     if by_rows:
         inner, outer, ptr, slots, others = units.cols, units.rows, units.row_ptr, units.row_slot, units.unit_col
     else:
         inner, outer, ptr, slots, others = units.rows, units.cols, units.col_ptr, units.col_slot, units.unit_row
-    precision = precision_of(values.dtype, x.device)
     samples = x.shape[0]
     options = fitted(product_tiles(samples, tile_of(inner), x.dtype, values.dtype, precision), x.device)
     launch(
@@ -293,24 +298,26 @@ def product(
     x: torch.Tensor, values: torch.Tensor, units: Units, bias: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
     """y [M, out] of ``dtype``: x [M, in] (floats, or spikes in uint8), ``bias`` [out] in the order of y's columns."""
-    if dense_pays(units.shape, "forward", x, dtype, values.dtype):  # cuBLAS, with the zeros stored
+    precision = precision_of(values.dtype, x.device)
+    if dense_pays(units.shape, "forward", x, dtype, values.dtype, precision):  # cuBLAS, with the zeros stored
         weight = dense_weight(values, units)
         return F.linear(x.to(values.dtype), weight, None if bias is None else bias.to(values.dtype)).to(dtype)
     # nothing is stored to columns without a neuron
     allocate = torch.zeros if units.rows.holes else torch.empty
     y = allocate((x.shape[0], units.rows.size), dtype=dtype, device=x.device)
     if y.numel():
-        _launch_product(x, values, True, units, bias, y)
+        _launch_product(x, values, True, units, bias, y, precision)
     return y
 
 
 def input_gradient(grad_y: torch.Tensor, values: torch.Tensor, units: Units, dtype: torch.dtype) -> torch.Tensor:
     """dx [M, in] of ``dtype``, from dy [M, out] of the dtype of ``values``."""
-    if dense_pays(units.shape, "to x", grad_y, dtype, values.dtype):
+    precision = precision_of(values.dtype, grad_y.device)
+    if dense_pays(units.shape, "to x", grad_y, dtype, values.dtype, precision):
         return (grad_y @ dense_weight(values, units)).to(dtype)
     grad_x = torch.empty((grad_y.shape[0], units.cols.size), dtype=dtype, device=grad_y.device)
     if grad_x.numel():
-        _launch_product(grad_y, values, False, units, None, grad_x)
+        _launch_product(grad_y, values, False, units, None, grad_x, precision)
     return grad_x
 
 
@@ -472,12 +479,12 @@ def weight_gradient(
     """
     rows, cols = units.rows, units.cols
     num_units, samples = units.unit_row.shape[0], x.shape[0]
-    if dense_pays(units.shape, "to weights", x, dtype, grad_y.dtype):
+    precision = precision_of(grad_y.dtype, x.device)
+    if dense_pays(units.shape, "to weights", x, dtype, grad_y.dtype, precision):
         grad_values = packed(grad_y.T @ x.to(grad_y.dtype), units).to(dtype)
         return grad_values, grad_y.sum(0, dtype=torch.float32) if want_bias else None
     # on the ordinary cores, with fully unrolled loops, RDNA has registers for a depth of 8
     deepest = 8 if grad_y.dtype == torch.float32 else 32
-    precision = precision_of(grad_y.dtype, x.device)
     options = fitted(weight_gradient_tiles(tile_of(cols), x.dtype, grad_y.dtype, precision), x.device, deepest)
     if want_bias and rows.neuron_at is not None and tile_of(rows) == 64:  # whose addresses take registers, too
         options["BLOCK_S"] = min(32, options["BLOCK_S"])

@@ -6,6 +6,7 @@ neurons) and how long each tensor lives.
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import chain
 from types import ModuleType
 from typing import Any
 
@@ -122,7 +123,7 @@ def g2g_stack(
                 )
         checked.append(layer)
         size = out_size
-    refuse_forward_mode(x, *(tensor for layer in checked for tensor in layer.tensors()))
+    refuse_forward_mode(chain([x], (tensor for layer in checked for tensor in layer.tensors())))
     run = partial(_run, backend=backend, spikes=spikes)
     activity = run(x, checked, steps) if chunk is None else in_chunks(x, checked, steps, chunk, run)
     if torch.compiler.is_compiling():

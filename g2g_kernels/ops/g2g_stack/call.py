@@ -119,7 +119,9 @@ class StackCall(NamedTuple):
             if recurrents[i].dim() == 3:  # values, even if there are none
                 joined = RecurrentCall(recurrents[i], MaskTensors(*islice(recurrent_masks, len(MaskTensors._fields))))
             layers.append(LayerCall(values[i], mask, bias, population, silent, state, joined))
-        return cls(x, tuple(layers), *rest)
+        call = cls(x, tuple(layers), *rest)
+        call.check()  # which the public function does for its callers
+        return call
 
     def tensors(self) -> list[torch.Tensor | None]:
         """Those that may need a gradient in the order of :class:`StackGradients`, then what else a pass reads."""
@@ -197,19 +199,18 @@ class StackCall(NamedTuple):
                 if parameter.numel() not in (1, size):
                     raise ValueError(f"{name} of layer {number} has {parameter.numel()} entries, expected 1 or {size}")
 
-    def empty_gradients(self, grad_x: bool) -> "StackGradients":
-        """Uninitialised gradients."""
-
-        def like(tensor: torch.Tensor | None) -> torch.Tensor | None:
-            return None if tensor is None else torch.empty_like(tensor)
-
+    def empty_gradients(
+        self, grad_x: bool, like: Callable[[torch.Tensor], torch.Tensor] = torch.empty_like
+    ) -> "StackGradients":
+        """Uninitialised gradients, made by ``like``."""
+        layers = self.layers
         return StackGradients(
-            torch.empty_like(self.x) if grad_x else None,
-            [torch.empty_like(layer.values) for layer in self.layers],
-            [like(layer.bias) for layer in self.layers],
-            [[torch.empty_like(parameter) for parameter in layer.population.parameters] for layer in self.layers],
-            [like(layer.state) for layer in self.layers],
-            [like(layer.recurrent and layer.recurrent.values) for layer in self.layers],
+            like(self.x) if grad_x else None,
+            [like(layer.values) for layer in layers],
+            [None if layer.bias is None else like(layer.bias) for layer in layers],
+            [[like(parameter) for parameter in layer.population.parameters] for layer in layers],
+            [None if layer.state is None else like(layer.state) for layer in layers],
+            [None if layer.recurrent is None else like(layer.recurrent.values) for layer in layers],
         )
 
 

@@ -109,7 +109,7 @@ class PackedSpikes:
     def __init__(self, words: torch.Tensor, values: torch.Tensor, mask: MaskTensors) -> None:
         self._packed = PackedWords(words, values, mask)
         # the order of the neurons and the ranges of units, which load_state_dict may change in place
-        self._order, self._bounds = mask.row_order.clone(), mask.row_bounds.clone()
+        self._order, self._bounds = mask.rows_then
 
     def dense(self) -> torch.Tensor:
         """The spikes, 0 or 1, float [T, B, N] in neuron order, without gradient."""
@@ -135,7 +135,8 @@ def _shapes(call: StackCall) -> _Shapes:
     batch, steps = call.batch, call.num_steps
     for number, (values, mask, _, population, _, _, recurrent) in enumerate(call.layers):
         _, height, width = values.shape
-        rows, cols = (blocks(units, side) for units, side in zip(mask.grid, (height, width)))  # noqa: B905
+        rows, cols = mask.grid
+        rows, cols = blocks(rows, height), blocks(cols, width)
         held = call.held and number == 0
         shapes.spikes.append((batch, rows, steps))
         shapes.inputs.append((0,) if held else (batch, cols, steps))
@@ -161,7 +162,6 @@ class _Arguments:
     """The arguments of one call of the C kernels, and everything that must outlive it."""
 
     def __init__(self, call: StackCall, memory: _Memory, grads: Sequence[Tensors] | None = None) -> None:
-        call.check()
         self.plans: list[Plan] = []
         below: Plan | None = None
         self.layers = (structures.Layer * len(call.layers))()
@@ -256,25 +256,13 @@ def _forward_fake(call: StackCall) -> Outputs:
     return x.new_empty(call.batch, call.layers[-1].size), rates, last, spikes, kept
 
 
-def _like(tensor: torch.Tensor) -> torch.Tensor:
-    """A new tensor of the same shape, uninitialised float32."""
-    return workspace.empty(tuple(tensor.shape))
-
-
 def _backward(backward: StackBackward) -> StackGradients:
     call, shapes, count = backward.call, _shapes(backward.call), len(backward.call.layers)
     header, inputs, states = backward.kept[0], backward.kept[1 : 1 + count], backward.kept[1 + count :]
     for tensors, expected in ((backward.spikes, shapes.spikes), (inputs, shapes.inputs), (states, shapes.states)):
         if [tuple(tensor.shape) for tensor in tensors] != expected:
             raise ValueError("spikes and kept are not those of a forward pass over these tensors")
-    grads = StackGradients(
-        _like(call.x) if backward.grad_x else None,
-        [_like(layer.values) for layer in call.layers],
-        [None if layer.bias is None else _like(layer.bias) for layer in call.layers],
-        [[_like(parameter) for parameter in layer.population.parameters] for layer in call.layers],
-        [None if layer.state is None else _like(layer.state) for layer in call.layers],
-        [None if layer.recurrent is None else _like(layer.recurrent.values) for layer in call.layers],
-    )
+    grads = call.empty_gradients(backward.grad_x, workspace.like)
     arguments = _Arguments(call, _Memory(backward.spikes, inputs, states), grads.parameters)
     x_spikes, *input_rates = header.tolist()
     of_layers = zip(arguments.layers, backward.grad_rates, backward.grad_last, strict=True)

@@ -544,7 +544,6 @@ class _Layer(NamedTuple):
 
 
 def _layers(call: StackCall) -> list[_Layer]:
-    call.check()
     graphs = [units_of(layer.mask, layer.values) for layer in call.layers]
     layers = []
     for i, (graph, (values, _, bias, population, dropped, state, _)) in enumerate(

@@ -234,7 +234,7 @@ def run_neurons(
     population = check_neurons("", population, current.shape[-1], current)
     if state is not None:
         check_state("", state, population, current.shape if steps is not None else current.shape[1:])
-    refuse_forward_mode(current, state, *population.parameters)
+    refuse_forward_mode((current, state, *population.parameters))
     if is_transformed():
         return in_steps(current, population, steps, state)
     return operator(current, population, steps, state, backend=backend)

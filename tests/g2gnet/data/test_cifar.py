@@ -206,3 +206,12 @@ def test_no_image_or_each_loses_a_rectangle():
     assert torch.equal(random_erase(images, stream(1, "erase", 0), 0.0), images)
     assert (random_erase(images, stream(1, "erase", 0), 1.0) == 0).flatten(1).any(1).all()
     assert torch.equal(random_erase(torch.ones(3, 1, 1), stream(1, "erase", 0), 1.0), torch.ones(3, 1, 1))
+
+
+def test_changes_out_of_range_are_refused():
+    images, draw = torch.ones(3, 28, 28), stream(1, "erase", 0)
+    for probability in (-1, 2, float("nan")):
+        with pytest.raises(ValueError, match=f"probability={probability}"):
+            random_erase(images, draw, probability)
+    with pytest.raises(ValueError, match="shift=-1"):
+        random_crop_and_flip(images, draw, -1)

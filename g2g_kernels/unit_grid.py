@@ -1,7 +1,7 @@
 """The units of a sparse weight matrix: their coordinates, both indices of them, and their weights, packed or dense."""
 
-import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -9,6 +9,8 @@ from g2g_kernels import packing
 from g2g_kernels.groups import check_integers
 from g2g_kernels.sides import Indices, UnitAxis
 from g2g_kernels.tracing import is_traced
+
+_Value = TypeVar("_Value")
 
 
 class _MaskTensors(NamedTuple):
@@ -28,6 +30,22 @@ class _MaskTensors(NamedTuple):
     col_place_of: torch.Tensor
 
 
+def _once(function: Callable[["MaskTensors"], _Value]) -> property:
+    """A property that is computed once, but by every trace anew (functools.cached_property has a lock, which
+    torch.compile cannot enter)."""
+    name = f"_{function.__name__}"
+
+    def value(self: "MaskTensors") -> _Value:
+        if is_traced():
+            return function(self)
+        kept = self.__dict__
+        if name not in kept:
+            kept[name] = function(self)
+        return kept[name]
+
+    return property(value, doc=function.__doc__)
+
+
 class MaskTensors(_MaskTensors):
     """The tensors of a :class:`BlockMask` and its sides, for operators; each uses those that it needs.
 
@@ -35,17 +53,17 @@ class MaskTensors(_MaskTensors):
     keeps as an attribute (``vars(mask)``): the tensors may change in place, but stay the same ones.
     """
 
-    @functools.cached_property
+    @_once
     def shape(self) -> tuple[int, int]:
         """(out, in) of the weight matrix."""
         return self.row_order.shape[0], self.col_order.shape[0]
 
-    @functools.cached_property
+    @_once
     def grid(self) -> tuple[int, int]:
         """(block rows, block columns) of the unit grid."""
         return self.row_bounds.shape[0] - 1, self.col_bounds.shape[0] - 1
 
-    @functools.cached_property
+    @_once
     def rows_then(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Copies of ``row_order`` and ``row_bounds``, for those who need them after the mask has changed."""
         return self.row_order.clone(), self.row_bounds.clone()

@@ -117,6 +117,7 @@ class CapturedStep:
         self._watched: _Watched | None = None
         # kinds of calls since the last replay, and how many there were of each
         self._direct: collections.deque[tuple[Any, int]] = collections.deque(maxlen=self.KINDS)
+        self._told = False  # that none of them came again
         self._graph: torch.cuda.CUDAGraph | None = None
         self._captured_kind: Any = None
 
@@ -156,11 +157,14 @@ class CapturedStep:
             if other == kind:
                 self._direct[number] = kind, calls + 1
                 return calls + 1
-        if len(self._direct) == self.KINDS and all(calls == 1 for _, calls in self._direct):
-            self._give_up(
-                f"{self.KINDS + 1} calls differ in an argument or a setting that a graph cannot change; give numbers "
-                f"that change as tensors, a learning rate as lr=torch.tensor(0.001, device='{self._device}')"
-            )
+        if len(self._direct) == self.KINDS and all(calls == 1 for _, calls in self._direct) and not self._told:
+            self._told = True
+            logger.warning(
+                "training steps are not replayed as a CUDA graph, but run directly: %d calls differ in an argument or "
+                "a setting that a graph cannot change; give numbers that change as tensors, a learning rate as "
+                "lr=torch.tensor(0.001, device='%s')",
+                self.KINDS + 1, self._device,
+            )  # fmt: skip
         self._direct.append((kind, 1))
         return 1
 
@@ -289,15 +293,16 @@ def _settings_of(group: dict[str, Any]) -> dict[str, Any]:
 def _noticing(waits: list[str]) -> Iterator[None]:
     """Adds to ``waits`` where the CPU waits for the device while entered."""
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as seen:
-            warnings.simplefilter("always")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
             yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
     for each in seen:
-        if "synchronizing CUDA operation" in str(each.message):
+        text = str(each.message)
+        if "synchronizing CUDA operation" in text:
             waits.append(f"{each.filename}, line {each.lineno}")
-        else:
+        elif not text.startswith("Synchronization debug mode is a prototype"):
             warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)

@@ -98,6 +98,7 @@ class SyncDebug:
 
     @classmethod
     def set(cls, mode: "int | str") -> None:
+        warnings.warn("Synchronization debug mode is a prototype feature and does not yet detect all", stacklevel=2)
         cls.mode = mode
 
 

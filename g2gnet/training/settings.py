@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from g2g_kernels.numbers import FLOAT32
 from g2gnet.data import DATASETS, own
 from g2gnet.data.augmentation import SHIFTS
 from g2gnet.dst_rules import GROW_RULES, PRUNE_RULES, Rule
@@ -272,7 +273,7 @@ class TrainSettings(NetworkSettings, RunSettings):
                     f"cg=gradient has no effect with sparsity_mode=static; {DYNAMIC.remedy()}, or leave it out"
                 )
         elif self.final_density is None:
-            if self.dst_fraction == 0:
+            if self.dst_fraction < FLOAT32[0]:  # which may be flushed to 0
                 problems.append(
                     f"dst_fraction={self.dst_fraction} replaces nothing; raise it, or give a `final_density`"
                 )

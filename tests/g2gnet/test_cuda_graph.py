@@ -65,7 +65,11 @@ def test_waiting_is_noticed():
         torch.ones(3)[torch.tensor([True, False, True])]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+#: an update that makes weights fewer needs their number, and the step is captured anew after it
+SAME_SIZE = [name for name, changes in VARIANTS.items() if "final_density" not in changes]
+
+
+@pytest.mark.parametrize("variant", SAME_SIZE)
 def test_no_step_and_no_update_of_the_masks_waits_for_the_device(variant):
     settings = TrainSettings(**{**SMALL, **VARIANTS[variant]})
     trainer = Trainer(settings, load_dataset(settings.dataset), Machine(torch.device("cpu"), "torch"))
@@ -344,8 +348,10 @@ def test_a_step_that_waits_for_the_device_is_not_captured_at_all(stand_ins, capl
         return x + 1
 
     captured = CapturedStep(step, CUDA)
-    with pytest.warns(UserWarning, match="of something else"):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
         assert [captured(torch.tensor(float(k))).item() for k in range(8)] == [float(k + 1) for k in range(8)]
+    assert {str(each.message) for each in seen} == {"of something else"}
     assert not Graph.captured
     (line,) = caplog.messages
     assert "it waits for the device in " in line

@@ -1,15 +1,15 @@
 """A training step as a CUDA graph: what ``train.py`` does on a CUDA device, for loops of one's own too.
 
-A step of a small network is some fifty launches that cost the CPU microseconds each; a captured step is a single
-launch. It reads and writes tensors at fixed addresses: parameters, optimizer state and the masks' buffers. Dynamic
-sparse training changes these in place, so the graph stays valid across its updates, unless weights become fewer
-(``final_density``).
+A step of a small network takes some fifty launches, each microseconds of the CPU's time; a captured step is one launch.
+It reads and writes tensors at fixed addresses: parameters, optimizer state and the masks' buffers. Dynamic sparse
+training changes these in place, so the graph stays valid across its updates, unless they make weights fewer.
 
 **Not run on a GPU yet.** That nothing in the step waits for the device, which capturing forbids, is tested on the CPU.
 """
 
 import collections
 import contextlib
+import enum
 import inspect
 import logging
 import warnings
@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from g2gnet.messages import reason
 
@@ -47,18 +48,23 @@ def captured(step: Callable[..., Any], device: torch.device | str) -> Callable[.
     on the CPU: a graph repeats the launches of one call. If it cannot be captured, it runs directly, and a warning says
     why.
 
-    What a graph cannot change is compared before each replay, and a call with something else runs directly; the fourth
-    of them captures a new graph. That is everything among the arguments but the tensors' numbers; and of each network
-    and optimizer that ``step`` refers to (by a variable, or by an attribute of the object whose method it is)
-    ``train()`` or ``eval()``, which parameters are learned and where they are, settings such as the learning rate, and
-    a state that was loaded. A learning rate that changes at every step must be a tensor, as a graph reads its number:
-    ``Adam(…, lr=torch.tensor(0.001, device=device), capturable=True)``. Everything else that ``step`` reads is as it
-    was when captured.
+    A graph does not follow changes of Python objects. Compared before each replay are
+
+    - arguments that are no tensors, and the tensors' shapes and dtypes;
+    - of each network and optimizer that ``step`` refers to, by a variable or by an attribute of the object whose method
+      it is: which one it is, ``train()`` or ``eval()``, where parameters and buffers are and which are learned, the
+      settings of the optimizer, and whether a state was loaded into it;
+    - whether gradients are recorded, and autocast.
+
+    If one has changed, the step runs directly, and the fourth such call captures a new graph. Changes of anything else
+    that ``step`` reads are not noticed. A learning rate that changes at every step must be a tensor, whose number a
+    graph reads: ``Adam(…, lr=torch.tensor(0.001, device=device), capturable=True)``.
 
     Args:
         step: one training step. Tensors among its arguments (also in tuples, lists and dictionaries) are copied to
-            where the graph reads them; they are on ``device`` and need no gradient. What is no tensor is hashable.
-        device: of the network and the tensors.
+            where the graph reads them; they are on ``device``, need no gradient and are not changed by ``step``. Other
+            arguments are numbers, strings, None and the like.
+        device: of the network and of all tensors.
 
     Returns:
         A function that is called like ``step``. It returns the same tensors at every replay, with new content: read
@@ -69,8 +75,10 @@ def captured(step: Callable[..., Any], device: torch.device | str) -> Callable[.
         >>> optimizer = torch.optim.Adam(net.parameters())
         >>> def step(x, labels):
         ...     loss = torch.nn.functional.cross_entropy(net(x), labels)
+        ...     optimizer.zero_grad()
         ...     loss.backward()
-        ...     return loss
+        ...     optimizer.step()
+        ...     return loss.detach()
         ...
         >>> step = captured(step, torch.device("cpu"))  # a CUDA graph on "cuda"
         >>> step(torch.rand(8, 64), torch.zeros(8, dtype=torch.int64)).shape
@@ -81,7 +89,7 @@ def captured(step: Callable[..., Any], device: torch.device | str) -> Callable[.
 
 
 class CapturedStep:
-    """Calls ``step`` by replaying its CUDA graph; what ``captured`` says of it.
+    """Calls ``step`` by replaying its CUDA graph; see :func:`captured`.
 
     A call of another kind (:meth:`_kind_of`) than that of the graph runs directly; after :data:`WARM_UP` of them
     without a replay between, the next one captures a new graph: by then kernels are compiled and the optimizer has its
@@ -89,12 +97,12 @@ class CapturedStep:
 
     Args:
         step: launches one training step.
-        device: on which; the tensors' and the network's.
+        device: of the network and of all tensors.
         required: whether a step that cannot be captured is an error; if not, it runs directly from then on.
 
     Raises:
-        ValueError: without a CUDA device; at a call, for tensors on another device or that need a gradient.
-        TypeError: at a call, for an argument that is neither a tensor nor hashable.
+        ValueError: if ``device`` is no CUDA device; at a call, for tensors on another device or that need a gradient.
+        TypeError: at a call, for an argument that is neither a tensor nor a plain constant.
         RuntimeError: at a call, if the step cannot be captured but has to be.
     """
 
@@ -114,11 +122,12 @@ class CapturedStep:
         # the current device's, wherever it is made
         with torch.cuda.device(self._device):
             self._stream = torch.cuda.Stream()
-        self._watched: _Watched | None = None
+        self._watched = _Watched(step, self._device)
         # kinds of calls since the last replay, and how many there were of each
         self._direct: collections.deque[tuple[Any, int]] = collections.deque(maxlen=self.KINDS)
         self._told = False  # that none of them came again
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._gradients: list[_Gradient] = []
         self._captured_kind: Any = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -126,8 +135,6 @@ class CapturedStep:
         if not self._possible:
             with torch.cuda.device(self._device):
                 return self._step(*args, **kwargs)
-        if self._watched is None:  # what the step refers to may have been made after this object
-            self._watched = _Watched(self._step)
         given, form = tree_flatten((args, kwargs))
         kind = self._kind_of(given, form)
         with torch.cuda.device(self._device):
@@ -142,13 +149,19 @@ class CapturedStep:
                 if isinstance(each, torch.Tensor):
                     here.copy_(each)
             assert self._graph is not None
+            for gradient in self._gradients:
+                gradient.before()
             self._graph.replay()
+            for gradient in self._gradients:
+                gradient.after()
             return self._result
 
     def _kind_of(self, given: list[Any], form: Any) -> tuple[Any, ...]:
         """What a graph cannot change between replays; equal for calls that one graph serves."""
-        assert self._watched is not None
-        mode = torch.is_grad_enabled(), torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+        mode = (
+            torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.are_deterministic_algorithms_enabled(),
+            torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"),
+        )  # fmt: skip
         return form, [_kind_of_argument(each, self._device) for each in given], mode, self._watched.settings()
 
     def _count(self, kind: Any) -> int:
@@ -175,11 +188,17 @@ class CapturedStep:
         where a capture fails.
         """
         waits: list[str] = []
+        tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
+        versions = [each._version for each in tensors if not each.is_inference()]
         self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream), _noticing(waits) if last else contextlib.nullcontext():
-            result = self._step(*args, **kwargs)
-        torch.cuda.current_stream().wait_stream(self._stream)
-        if waits:
+        try:
+            with torch.cuda.stream(self._stream), _noticing(waits) if last else contextlib.nullcontext():
+                result = self._step(*args, **kwargs)
+        finally:
+            torch.cuda.current_stream().wait_stream(self._stream)
+        if versions != [each._version for each in tensors if not each.is_inference()]:
+            self._give_up("it changes an argument in place, of which a graph would change a copy; return it instead")
+        elif waits:
             self._give_up(f"it waits for the device in {waits[0]}")
         return result
 
@@ -188,7 +207,8 @@ class CapturedStep:
         self._graph = self._result = self._captured_kind = None  # gives its memory to the next one
         copies = [each.clone() if isinstance(each, torch.Tensor) else each for each in given]
         args, kwargs = tree_unflatten(copies, form)
-        graph = torch.cuda.CUDAGraph()
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        gradients = [_Gradient(parameter) for parameter in self._watched.parameters()]
         try:
             with warnings.catch_warnings():
                 # of a step that launches on another device or stream: replays would do nothing
@@ -197,9 +217,15 @@ class CapturedStep:
                 with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                     result = self._step(*args, **kwargs)
         except (RuntimeError, UserWarning) as error:
+            torch.cuda.set_stream(current)  # which PyTorch up to 2.11 does not after an error
+            for gradient in gradients:
+                gradient.restore()
             self._give_up(reason(error), error)
             return False
+        for gradient in gradients:
+            gradient.captured()
         self._graph, self._result, self._read, self._captured_kind = graph, result, copies, kind
+        self._gradients = gradients
         return True
 
     def _give_up(self, why: str, error: BaseException | None = None) -> None:
@@ -218,14 +244,16 @@ def _kind_of_argument(given: Any, device: torch.device) -> tuple[Any, ...]:
                 "the CUDA graph would get; detach it, or make it inside the step"
             )
         return given.shape, given.dtype
-    try:
-        hash(given)
-    except TypeError:
+    if not isinstance(given, _CONSTANTS):
         raise TypeError(
-            f"an argument of the step, of type {type(given).__name__}, is a constant of the CUDA graph and has to be "
-            "hashable; give a tensor, or a tuple, list or dictionary of them"
-        ) from None
+            f"an argument of the step, of type {type(given).__name__}, would be a constant of the CUDA graph, and its "
+            "changes would not be noticed; give tensors, numbers, strings, None, or tuples, lists and dictionaries of "
+            "these. To networks and optimizers let the step refer by variables"
+        )
     return type(given), given  # 1, 1.0 and True are equal
+
+
+_CONSTANTS = (type(None), bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.device)
 
 
 def _check_device(tensor: torch.Tensor, device: torch.device) -> None:
@@ -245,48 +273,100 @@ class _Identity:
     __hash__ = None  # type: ignore[assignment]
 
 
+class _Gradient:
+    """The gradient of a parameter, which Python may take away or replace between replays."""
+
+    def __init__(self, parameter: torch.Tensor) -> None:
+        self._parameter, self._read = parameter, parameter.grad
+
+    def captured(self) -> None:
+        """What the graph writes is known."""
+        self._written = self._parameter.grad
+
+    def before(self) -> None:
+        """Gives a graph that adds to a gradient the present one."""
+        present = self._parameter.grad
+        if self._read is self._written is not present and present is not None and self._read is not None:
+            self._read.copy_(present)
+
+    def after(self) -> None:
+        """Shows what the graph wrote."""
+        if self._parameter.grad is not self._written:
+            self._parameter.grad = self._written
+
+    def restore(self) -> None:
+        """Takes away what a capture left that failed."""
+        self._parameter.grad = self._read
+
+
 class _Watched:
     """The networks and optimizers that a function refers to."""
 
-    def __init__(self, step: Callable[..., Any]) -> None:
-        owners = step, getattr(step, "__self__", None)
-        objects = [each for owner in owners for each in (owner, *getattr(owner, "__dict__", {}).values())]
+    def __init__(self, step: Callable[..., Any], device: torch.device) -> None:
+        self._owners, self._device = (
+            [each for each in (step, getattr(step, "__self__", None)) if each is not None],
+            device,
+        )
         function = inspect.unwrap(getattr(step, "__func__", step))
-        if inspect.isfunction(function):
-            for cell in function.__closure__ or ():
+        self._function = function if inspect.isfunction(function) else None
+        self._found: list[Any] = []
+        self._modules: list[nn.Module] = []
+        self._optimizers: list[torch.optim.Optimizer] = []
+
+    def _look(self) -> None:
+        """Finds them as they are now: variables may have been assigned anew."""
+        objects = [each for owner in self._owners for each in (owner, *getattr(owner, "__dict__", {}).values())]
+        if self._function is not None:
+            for cell in self._function.__closure__ or ():
                 with contextlib.suppress(ValueError):  # not assigned yet
                     objects.append(cell.cell_contents)
-            objects += [
-                function.__globals__[name] for name in function.__code__.co_names if name in function.__globals__
-            ]
-        modules = [module for each in objects if isinstance(each, nn.Module) for module in each.modules()]
-        self._modules = list(dict.fromkeys(modules))
-        self._optimizers = [each for each in objects if isinstance(each, torch.optim.Optimizer)]
+            objects += map(self._function.__globals__.get, self._function.__code__.co_names)
+        found = [each for each in objects if isinstance(each, nn.Module | torch.optim.Optimizer)]
+        if list(map(id, found)) != list(map(id, self._found)):
+            self._found = found
+            modules = [module for each in found if isinstance(each, nn.Module) for module in each.modules()]
+            self._modules = list(dict.fromkeys(modules))
+            self._optimizers = [each for each in found if isinstance(each, torch.optim.Optimizer)]
+
+    def parameters(self) -> list[torch.Tensor]:
+        """All that may be learned, each once."""
+        learned = [
+            each for optimizer in self._optimizers for group in optimizer.param_groups for each in group["params"]
+        ]
+        learned += [each for module in self._modules for each in module._parameters.values() if each is not None]
+        return list({id(each): each for each in learned}.values())
 
     def settings(self) -> tuple[Any, ...]:
         """Their settings that a graph cannot change."""
+        self._look()
         training = [module.training for module in self._modules]
-        parameters = [
-            (parameter.requires_grad, parameter.data_ptr())
-            for module in self._modules
-            for parameter in module._parameters.values()
-            if parameter is not None
+        learned = [(each.requires_grad, each.grad is None, _address(each)) for each in self.parameters()]
+        buffers = [
+            _address(buffer) for module in self._modules for buffer in module._buffers.values() if buffer is not None
         ]
         optimizers = [
-            (_Identity(optimizer.state), [_settings_of(group) for group in optimizer.param_groups])
+            (_Identity(optimizer.state), [self._of_group(group) for group in optimizer.param_groups])
             for optimizer in self._optimizers
         ]
-        return training, parameters, optimizers
+        return [_Identity(each) for each in self._found], training, learned, buffers, optimizers
+
+    def _of_group(self, group: dict[str, Any]) -> dict[str, Any]:
+        """The settings of a group of an optimizer; of tensors that a graph reads, only which they are."""
+
+        def setting(value: Any) -> Any:
+            if not isinstance(value, torch.Tensor):
+                return value
+            return _Identity(value) if _is_on(value, self._device) else value.tolist()
+
+        return {name: len(value) if name == "params" else setting(value) for name, value in group.items()}
 
 
-def _settings_of(group: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a group of an optimizer; of tensors, which graphs read, only which they are."""
-    return {
-        name: [id(each) for each in value] if name == "params"
-        else _Identity(value) if isinstance(value, torch.Tensor)
-        else value
-        for name, value in group.items()
-    }  # fmt: skip
+def _address(tensor: torch.Tensor) -> int:
+    return 0 if is_lazy(tensor) else tensor.data_ptr()
+
+
+def _is_on(tensor: torch.Tensor, device: torch.device) -> bool:
+    return tensor.device == device
 
 
 @contextlib.contextmanager

@@ -129,6 +129,7 @@ def install(monkeypatch) -> None:
         "device": Device,
         "Stream": Stream,
         "current_stream": Stream,
+        "set_stream": lambda stream: None,
         "stream": lambda stream: contextlib.nullcontext(),
         "get_sync_debug_mode": lambda: SyncDebug.mode,
         "set_sync_debug_mode": SyncDebug.set,
@@ -140,3 +141,4 @@ def install(monkeypatch) -> None:
         if hasattr(torch.optim.Optimizer, name):
             monkeypatch.setattr(torch.optim.Optimizer, name, lambda self: None)
     monkeypatch.setattr("g2gnet.cuda_graph._check_device", lambda tensor, device: None)
+    monkeypatch.setattr("g2gnet.cuda_graph._is_on", lambda tensor, device: True)

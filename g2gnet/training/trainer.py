@@ -178,7 +178,7 @@ class Trainer(EpochTrainer):
             check_rates(settings, self.data)
         self.tested = self.net
         if settings.average is not None:
-            self.tested = copy.deepcopy(self.net).requires_grad_(False)
+            self.tested = copy.deepcopy(self.net).requires_grad_(False).eval()
             tie_wiring(self.net, self.tested)
         self._neurons = [connection.out_features for connection, _ in self.net.layers()]
         self._initial_units = self._units()

@@ -262,7 +262,16 @@ def with_another_parameter(own, before):
     own.net[2].bias.data = torch.zeros(3)
 
 
-CHANGES = [with_another_rate, with_a_fixed_layer, without_dropout, with_a_loaded_state, with_another_parameter]
+def with_another_optimizer(own, before):
+    own.optimizer = torch.optim.Adam(own.net.parameters(), 0.01, capturable=True, fused=True)
+
+
+def with_another_layer(own, before):
+    own.net = torch.nn.Sequential(own.net[0], own.net[1], copy.deepcopy(own.net[2]))
+
+
+CHANGES = [with_another_rate, with_a_fixed_layer, without_dropout, with_a_loaded_state, with_another_parameter,
+           with_another_optimizer, with_another_layer]  # fmt: skip
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
@@ -301,6 +310,42 @@ def test_numbers_that_change_at_every_step_are_read_from_tensors_or_leave_no_gra
     assert "lr=torch.tensor(0.001, device='cuda:1')" in line
 
 
+@pytest.mark.parametrize("accumulated", [1, 3])
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_gradients_may_be_used_and_reset_outside_the_step(stand_ins, accumulated, set_to_none):
+    def trained(device):
+        torch.manual_seed(0)
+        net = torch.nn.Linear(6, 3)
+        optimizer = torch.optim.Adam(net.parameters(), 0.1)
+
+        def step(x, labels):
+            loss = F.cross_entropy(net(x), labels)
+            loss.backward()
+            return loss.detach()
+
+        step = g2gnet.captured(step, device)
+        for number in range(18):
+            step(torch.randn(5, 6), torch.randint(3, (5,)))
+            if number % accumulated == accumulated - 1:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none)
+        return list(net.parameters())
+
+    assert all(map(torch.equal, trained("cpu"), trained(CUDA)))
+
+
+def test_a_step_that_changes_an_argument_in_place_runs_directly(stand_ins, caplog):
+    def step(x, total):
+        total += x.sum()
+        return total
+
+    total, captured = torch.zeros(()), CapturedStep(step, CUDA)
+    for _ in range(6):
+        captured(torch.ones(2), total)
+    assert total == 12
+    assert "changes an argument in place" in caplog.text
+
+
 def test_arguments_may_be_named_and_nested_and_are_not_kept(stand_ins):
     def step(batch, *, scale):
         (x, (y,)), extra = batch
@@ -329,10 +374,11 @@ def test_constants_of_another_type_are_others(stand_ins):
 @pytest.mark.parametrize(
     ("argument", "error", "message"),
     [
-        (np.zeros(2), TypeError, "of type ndarray, is a constant of the CUDA graph and has to be hashable"),
+        (np.zeros(2), TypeError, "of type ndarray, would be a constant of the CUDA graph"),
+        (torch.nn.Linear(2, 2), TypeError, "of type Linear, would be .* let the step refer by variables"),
         (torch.zeros(2, requires_grad=True), ValueError, r"of shape \(2,\), needs a gradient, which its copy"),
     ],
-    ids=["array", "gradient"],
+    ids=["array", "network", "gradient"],
 )
 def test_arguments_that_a_graph_cannot_take_are_refused(stand_ins, argument, error, message):
     with pytest.raises(error, match=message):

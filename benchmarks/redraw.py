@@ -282,9 +282,9 @@ def _models_in_short(record: Record, link: Link) -> str:
 
 
 def _recipe_in_short(record: Record, link: Link) -> str:
-    """What the recipe reaches, and its command."""
+    """What the record's first row reaches, and its command."""
     content = record.content
-    row = next(row for row in content["rows"] if row["row"] == "the recipe")
+    row = content["rows"][0]
     command = f"python train.py {content['settings']} {row['flags']} --epochs {content['epochs']}"
     whole_flags = re.sub(" (?!--)", "\0", command)
     lines = textwrap.wrap(whole_flags, 84, break_on_hyphens=False, break_long_words=False)

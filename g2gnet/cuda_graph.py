@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from g2gnet.messages import reason
 
@@ -141,9 +141,9 @@ class CapturedStep:
             if self._graph is None or kind != self._captured_kind:
                 calls = self._count(kind)
                 if calls <= self.WARM_UP:
-                    return self._directly(args, kwargs, last=calls == self.WARM_UP)
+                    return self._directly(args, kwargs, given, last=calls == self.WARM_UP)
                 if not self._capture(given, form, kind):
-                    return self._directly(args, kwargs)
+                    return self._directly(args, kwargs, given)
             self._direct.clear()
             for here, each in zip(self._read, given, strict=True):
                 if isinstance(each, torch.Tensor):
@@ -181,14 +181,14 @@ class CapturedStep:
         self._direct.append((kind, 1))
         return 1
 
-    def _directly(self, args: tuple[Any, ...], kwargs: dict[str, Any], last: bool = False) -> Any:
-        """A call on the stream on which the step will be captured, as autograd needs it.
+    def _directly(self, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Any], last: bool = False) -> Any:
+        """A call on the stream on which the step will be captured, as autograd needs it; ``given`` are all arguments.
 
         In the last one before the capture, what waits for the device is noticed: PyTorch up to 2.11 may end the process
         where a capture fails.
         """
         waits: list[str] = []
-        tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
+        tensors = [each for each in given if isinstance(each, torch.Tensor)]
         versions = [each._version for each in tensors if not each.is_inference()]
         self._stream.wait_stream(torch.cuda.current_stream())
         try:
@@ -270,8 +270,6 @@ class _Identity:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Identity) and self._of is other._of
 
-    __hash__ = None  # type: ignore[assignment]
-
 
 class _Gradient:
     """The gradient of a parameter, which Python may take away or replace between replays."""
@@ -303,10 +301,8 @@ class _Watched:
     """The networks and optimizers that a function refers to."""
 
     def __init__(self, step: Callable[..., Any], device: torch.device) -> None:
-        self._owners, self._device = (
-            [each for each in (step, getattr(step, "__self__", None)) if each is not None],
-            device,
-        )
+        self._device = device
+        self._owners = step, getattr(step, "__self__", None)
         function = inspect.unwrap(getattr(step, "__func__", step))
         self._function = function if inspect.isfunction(function) else None
         self._found: list[Any] = []

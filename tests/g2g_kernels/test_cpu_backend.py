@@ -871,11 +871,9 @@ def test_operators_refuse_what_would_read_out_of_bounds():
 
     def call(**changes):
         """With another x, or with changes of the first layer."""
-        layers = (
-            good.layers[0]._replace(**{name: each for name, each in changes.items() if name != "x"}),
-            *good.layers[1:],
-        )
-        stack.FORWARD.overload(*good._replace(x=changes.get("x", good.x), layers=layers).flat())
+        x = changes.pop("x", good.x)
+        changed = good._replace(x=x, layers=(good.layers[0]._replace(**changes), *good.layers[1:]))
+        stack.FORWARD.overload(*changed.flat())
 
     call()
     mask = good.layers[0].mask

@@ -3,11 +3,12 @@
 //
 //   X_t[j] = Σ over the patches of lane j's strip:  W[·][j]·∂I_t[·]
 //
-// A patch is the weights between 16 lanes of the columns and 16 of the rows, [column lane][row lane], so that a dot product
-// costs two loads and a multiply-add of 16 lanes per patch. Patches whose rows no gradient reaches in a chunk are left out:
-// neurons that never come near their threshold, or that feed nothing. There is no list of events, no condition on the
-// neurons of the layer itself, and what is not needed is not computed. Patches of a block of columns stay in L1 over the samples of a task,
-// ∂I of those samples in L2.
+// A patch is the weights between 16 lanes of the columns and 16 of the rows, so that a dot product costs a multiply-add of 16
+// lanes per patch. Those of a lane over up to 64 rows (samples and steps) follow one another, and four share a load of weights,
+// which lie in that order: [strip of 16 lanes][lane][patch][16 rows]. ∂I of these rows stays in L2, and its part for a strip in
+// L1. Patches whose rows no gradient reaches in a chunk are left out: neurons that never come near their threshold, or that
+// feed nothing. There is no list of events, no condition on the neurons of the layer itself, and what is not needed is not
+// computed.
 #pragma once
 
 #include "events.h"
@@ -55,9 +56,10 @@ class NeededGradient {
             const int32_t* place = patches.place.data() + tile * kGranules * kGranules;
             float* to[kGranules * kGranules];  // the first lane of each patch
             for (int i = 0; i < kGranules * kGranules; ++i) {
+                if (place[i] < 0) continue;
                 const int64_t strip = int64_t{plan->tile_col[tile]} * kGranules + i / kGranules;
                 to[i] = lane_weights(strip * kGranule) + (place[i] - patches.first[strip]) * kGranule;
-                for (int lane = 0; lane < kGranule && place[i] >= 0; ++lane) zero(to[i] + lane * lane_length(strip), kGranule * sizeof(float));
+                for (int lane = 0; lane < kGranule; ++lane) zero(to[i] + lane * lane_length(strip), kGranule * sizeof(float));
             }
             for_each_weight(*plan, tile, [&](int64_t i, int32_t row, int32_t col) {
                 const int64_t strip = int64_t{plan->tile_col[tile]} * kGranules + col / kGranule;
@@ -134,7 +136,7 @@ class NeededGradient {
     }
 
     const Plan* plan;
-    float* weights;  // [strip of 16 column lanes][lane][patch][16 row lanes]
+    float* weights;  // as above
     int32_t* first;  // [column granules + 1] into the chosen ones
     Chosen* chosen;
 };

@@ -183,6 +183,9 @@ class Trainer(EpochTrainer):
         self._neurons = [connection.out_features for connection, _ in self.net.layers()]
         self._initial_units = self._units()
         self.optimizer = self._make_optimizer()
+        self._captured: CapturedStep | None = None
+        if machine.captures:
+            self._captured = CapturedStep(self._learn, device, bool(machine.cuda_graph))
         self._follow_weights()
         if machine.cuda_graph is None and device.type == "cuda" and world.size > 1:
             logger.info(
@@ -264,15 +267,10 @@ class Trainer(EpochTrainer):
         groups: list[dict[str, Any]] = [{"params": weights}, {"params": others, "weight_decay": 0.0}]
         return torch.optim.AdamW(groups, **options)
 
-    def _capture(self) -> CapturedStep | None:
-        machine = self._machine
-        return CapturedStep(self._learn, machine.device, bool(machine.cuda_graph)) if machine.captures else None
-
     def _follow_weights(self) -> None:
-        """Makes what depends on the addresses of weights and optimizer state, and on how many there are."""
+        """Makes what depends on the addresses of weights and on how many there are; a captured step sees for itself."""
         parameters = sum(parameter.numel() for parameter in self.net.parameters())
         self._one_thread_updates = self.device.type == "cpu" and parameters <= ONE_THREAD_UPDATE
-        self._captured = self._capture()
         self._parallel: DistributedDataParallel | None = None  # the former one first takes its hooks off the parameters
         self._parallel = self._in_parallel()
 

@@ -3,6 +3,7 @@
 import copy
 import functools
 import gc
+import itertools
 import types
 import warnings
 import weakref
@@ -20,7 +21,7 @@ from training_runs import SMALL, TIMES, VARIANTS
 import g2gnet
 import train
 from g2gnet import G2GNet
-from g2gnet.cuda_graph import CapturedStep, _check_device
+from g2gnet.cuda_graph import CapturedStep, _check_device, _places
 from g2gnet.data import load_dataset
 from g2gnet.training import Machine, Trainer, TrainingError, TrainSettings
 from g2gnet.training import trainer as trainer_module
@@ -369,11 +370,23 @@ def test_a_tensor_that_is_read_otherwise_at_its_address_is_noticed(stand_ins, ch
     assert len(Graph.captured) == 1
     change(layer)
     assert [tensor.data_ptr() for tensor in layer.state_dict().values()] == addresses
-    assert captured(x) == step(x)
+    for _ in range(5):
+        assert captured(x) == step(x)
+    assert len(Graph.captured) == 2
+
+
+def test_a_tensor_with_the_address_and_the_id_of_one_that_is_gone_is_another():
+    memory = torch.zeros(3)
+    assert _places([memory]) == _places([memory])
+    places = [_places([memory[:]]) for _ in range(30)]
+    assert all(one != other for one, other in itertools.combinations(places, 2))
 
 
 class Rebinding(torch.optim.Optimizer):
     """Keeps momentum in a new tensor after each step, as many an optimizer of third parties does."""
+
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, {"lr": lr})
 
     def step(self):
         for group in self.param_groups:
@@ -383,7 +396,7 @@ class Rebinding(torch.optim.Optimizer):
                 parameter.data.add_(self.state[parameter]["momentum"], alpha=-group["lr"])
 
 
-class Counting(torch.optim.Optimizer):
+class Counting(Rebinding):
     """Keeps the number of its steps in Python."""
 
     def step(self):
@@ -393,13 +406,13 @@ class Counting(torch.optim.Optimizer):
                 parameter.data.add_(parameter.grad, alpha=-group["lr"] / steps)
 
 
+DECAYING = functools.partial(torch.optim.Adagrad, lr_decay=0.1)
+
+
 @pytest.mark.parametrize(
     ("optimizer", "why"),
-    [
-        (Rebinding, "change tensors in place"),
-        (Counting, "counts on the CPU"),
-        (torch.optim.Adagrad, "`capturable=True`"),
-    ],
+    [(Rebinding, "change tensors in place"), (Counting, "counts on the CPU"), (DECAYING, "`capturable=True`")],
+    ids=["rebinding", "counting", "Adagrad"],
 )
 def test_an_optimizer_whose_state_a_graph_cannot_change_trains_as_without_one(
     stand_ins, monkeypatch, caplog, optimizer, why
@@ -409,11 +422,7 @@ def test_an_optimizer_whose_state_a_graph_cannot_change_trains_as_without_one(
     def trained(device):
         torch.manual_seed(0)
         net = torch.nn.Linear(6, 3)
-        updates = (
-            optimizer(net.parameters(), {"lr": 0.1})
-            if why != "`capturable=True`"
-            else optimizer(net.parameters(), lr=0.1, lr_decay=0.1)
-        )
+        updates = optimizer(net.parameters(), lr=0.1)
 
         def step(x, labels):
             loss = F.cross_entropy(net(x), labels)
@@ -434,7 +443,7 @@ def test_an_optimizer_whose_state_a_graph_cannot_change_trains_as_without_one(
 
 
 def test_a_state_that_a_module_keeps_in_a_new_tensor_leaves_no_graph(stand_ins):
-    """As those of snnTorch with ``init_hidden``; freed addresses and ids come again."""
+    """As those of snnTorch with ``init_hidden``."""
 
     def run(device):
         net = torch.nn.Module()
@@ -534,6 +543,22 @@ def test_networks_that_are_added_and_objects_that_are_replaced_are_noticed(stand
             own.inner = types.SimpleNamespace(net=torch.nn.Linear(4, 1))
         assert torch.equal(captured(x), step(x))
     assert len(Graph.captured) == 3
+
+
+def test_networks_are_looked_for_until_the_capture(stand_ins):
+    first, late = torch.nn.Linear(4, 1), []
+
+    def step(x):
+        return first(x) + sum(net(x) for net in late)
+
+    captured, x = CapturedStep(step, CUDA), torch.rand(3, 4)
+    captured(x)
+    late.append(torch.nn.Linear(4, 1))
+    for _ in range(5):
+        captured(x)
+    assert len(Graph.captured) == 1
+    late[0] = torch.nn.Linear(4, 1)
+    assert torch.equal(captured(x), step(x))
 
 
 def test_a_step_without_a_network_is_warned_of_once(stand_ins, caplog):

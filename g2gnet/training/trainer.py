@@ -18,7 +18,7 @@ from g2gnet.copies import tie_wiring
 from g2gnet.cuda_graph import CapturedStep
 from g2gnet.data import ImageData, as_samples, random_crop_and_flip, random_erase
 from g2gnet.distributed import World
-from g2gnet.dst import DSTScheduler, mean_density
+from g2gnet.dst import DSTScheduler, least_density, mean_density
 from g2gnet.network import G2GNet
 from g2gnet.regularizer import RateTarget, rate_penalty, rate_target
 from g2gnet.seeding import draw_device, stream
@@ -206,6 +206,12 @@ class Trainer(EpochTrainer):
                 raise SettingsError(
                     f"final_density={settings.final_density} is no less than the {density:.4g} that training begins "
                     "with; lower it, or begin with more weights, as with a higher `p_inter`"
+                )
+            least = least_density(connections)
+            if settings.final_density is not None and settings.final_density < least:
+                raise SettingsError(
+                    f"final_density={settings.final_density} is less than the {least:.4g} of one unit in each layer; "
+                    "raise it, or lower `block_size`"
                 )
             self.dst = DSTScheduler(
                 connections,

@@ -29,7 +29,7 @@ from torch import nn
 from g2g_kernels import BlockMask, GroupLayout, packing
 from g2gnet import DSTScheduler, G2GLinear, sync_wiring, tie_wiring, untie_wiring
 
-SEQUENCES = int(os.environ.get("G2G_SEQUENCES", "2000"))
+SEQUENCES = int(os.environ.get("G2G_SEQUENCES", "1000"))
 SIZES = (7, 9, 5)  # units of 2: some are shorter than others, so there is padding
 INPUTS = torch.rand(3, SIZES[0], generator=seeded(1))
 DECAY = 0.5

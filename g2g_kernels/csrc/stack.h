@@ -90,7 +90,7 @@ constexpr double kPatchCycles = 4.2, kDotCycles = 12;  // a dot product of an in
 #else
 constexpr double kEventCycles = 14, kStripEventCycles = 4;
 constexpr double kProductCycles = 0.16, kSpikeWeightCycles = 0.5, kDenseWeightCycles = 0.4, kSumCycles = 2.2;
-constexpr double kPatchCycles = 4, kDotCycles = 16;
+constexpr double kPatchCycles = 2.5, kDotCycles = 2;
 #endif
 constexpr double kListCycles = 6;     // forward: a tile or a segment whose events are listed
 constexpr double kLaneCycles = 1;     // gradient: 16 source lanes of a strip

@@ -36,7 +36,9 @@ def is_transformed() -> bool:
 def is_observed(tensors: Sequence[torch.Tensor | None]) -> bool:
     """Whether something may look at the operators that are called with these tensors.
 
-    Tracers, dispatch modes (fake tensors, counters of FLOPs), transforms, profilers and subclasses of tensors do.
+    Tracers, dispatch modes (fake tensors, counters of FLOPs), transforms, profilers and subclasses of tensors do. So
+    does the dispatcher itself where a tensor's memory is not its content: a view that is to be negated, zeros that are
+    only noted.
     """
     return (
         torch.compiler.is_compiling()
@@ -46,6 +48,7 @@ def is_observed(tensors: Sequence[torch.Tensor | None]) -> bool:
         or torch._C._len_torch_function_stack() > 0
         or torch.autograd._profiler_enabled()
         or not _PLAIN.issuperset(map(type, tensors))
+        or any([tensor is not None and (tensor.is_neg() or tensor._is_zerotensor()) for tensor in tensors])
     )
 
 

@@ -10,16 +10,18 @@ training changes these in place, so the graph stays valid across its updates, un
 import collections
 import contextlib
 import enum
-import inspect
+import functools
 import logging
+import types
 import warnings
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from g2gnet.messages import reason
 
@@ -51,14 +53,18 @@ def captured(step: Callable[..., Any], device: torch.device | str) -> Callable[.
     A graph does not follow changes of Python objects. Compared before each replay are
 
     - arguments that are no tensors, and the tensors' shapes and dtypes;
-    - of each network and optimizer that ``step`` refers to, by a variable or by an attribute of the object whose method
-      it is: which one it is, ``train()`` or ``eval()``, where parameters and buffers are and which are learned, the
-      settings of the optimizer, and whether a state was loaded into it;
+    - of each network to which ``step`` refers: its modules, ``train()`` or ``eval()``, and its parameters and buffers:
+      which tensors they are, their addresses, shapes, strides and dtypes, and which are learned;
+    - of each optimizer: which one it is, its settings, and which tensors its state consists of and where they are;
     - whether gradients are recorded, and autocast.
 
-    If one has changed, the step runs directly, and the fourth such call captures a new graph. Changes of anything else
-    that ``step`` reads are not noticed. A learning rate that changes at every step must be a tensor, whose number a
-    graph reads: ``Adam(…, lr=torch.tensor(0.001, device=device), capturable=True)``.
+    If one has changed, the step runs directly, and the fourth such call captures a new graph. Networks and optimizers
+    are found by the variables of ``step``, by the object whose method it is, by ``functools.partial``, and from there
+    by at most three attributes of objects or items of tuples, lists and dictionaries (of at most 100 items):
+    ``self.trainer.nets[0]``. What is first referred to after the capture, from an object that referred to none before,
+    is not found. If there is none at all, a warning says so. Changes of anything else that ``step`` reads are not
+    noticed, such as another number in a variable. A learning rate that changes at every step must be a tensor, whose
+    number a graph reads: ``Adam(…, lr=torch.tensor(0.001, device=device), capturable=True)``.
 
     Args:
         step: one training step. Tensors among its arguments (also in tuples, lists and dictionaries) are copied to
@@ -125,7 +131,7 @@ class CapturedStep:
         self._watched = _Watched(step, self._device)
         # kinds of calls since the last replay, and how many there were of each
         self._direct: collections.deque[tuple[Any, int]] = collections.deque(maxlen=self.KINDS)
-        self._told = False  # that none of them came again
+        self._told: set[str] = set()  # warnings
         self._graph: torch.cuda.CUDAGraph | None = None
         self._gradients: list[_Gradient] = []
         self._captured_kind: Any = None
@@ -137,6 +143,8 @@ class CapturedStep:
                 return self._step(*args, **kwargs)
         given, form = tree_flatten((args, kwargs))
         kind = self._kind_of(given, form)
+        if kind != self._captured_kind and self._watched.search():
+            kind = self._kind_of(given, form)
         with torch.cuda.device(self._device):
             if self._graph is None or kind != self._captured_kind:
                 calls = self._count(kind)
@@ -170,12 +178,11 @@ class CapturedStep:
             if other == kind:
                 self._direct[number] = kind, calls + 1
                 return calls + 1
-        if len(self._direct) == self.KINDS and all(calls == 1 for _, calls in self._direct) and not self._told:
-            self._told = True
-            logger.warning(
-                "training steps are not replayed as a CUDA graph, but run directly: %d calls differ in an argument or "
-                "a setting that a graph cannot change; give numbers that change as tensors, a learning rate as "
-                "lr=torch.tensor(0.001, device='%s')",
+        if len(self._direct) == self.KINDS and all(calls == 1 for _, calls in self._direct):
+            self._warn_once(
+                "training steps are not replayed as a CUDA graph, but run directly: %d calls differ in an argument, a "
+                "setting or a state that a graph cannot change; give numbers that change as tensors, a learning rate "
+                "as lr=torch.tensor(0.001, device='%s'), and change tensors in place",
                 self.KINDS + 1, self._device,
             )  # fmt: skip
         self._direct.append((kind, 1))
@@ -185,11 +192,12 @@ class CapturedStep:
         """A call on the stream on which the step will be captured, as autograd needs it; ``given`` are all arguments.
 
         In the last one before the capture, what waits for the device is noticed: PyTorch up to 2.11 may end the process
-        where a capture fails.
+        where a capture fails. So is what an optimizer counts in Python, which would stand still.
         """
         waits: list[str] = []
         tensors = [each for each in given if isinstance(each, torch.Tensor)]
         versions = [each._version for each in tensors if not each.is_inference()]
+        numbers = self._watched.numbers() if last else []
         self._stream.wait_stream(torch.cuda.current_stream())
         try:
             with torch.cuda.stream(self._stream), _noticing(waits) if last else contextlib.nullcontext():
@@ -198,6 +206,8 @@ class CapturedStep:
             torch.cuda.current_stream().wait_stream(self._stream)
         if versions != [each._version for each in tensors if not each.is_inference()]:
             self._give_up("it changes an argument in place, of which a graph would change a copy; return it instead")
+        elif last and numbers != self._watched.numbers():
+            self._give_up("its optimizer counts on the CPU, which a graph does not repeat; give it `capturable=True`")
         elif waits:
             self._give_up(f"it waits for the device in {waits[0]}")
         return result
@@ -226,7 +236,17 @@ class CapturedStep:
             gradient.captured()
         self._graph, self._result, self._read, self._captured_kind = graph, result, copies, kind
         self._gradients = gradients
+        if not self._watched:
+            self._warn_once(
+                "no network and no optimizer was found to which the training step refers, so its CUDA graph does not "
+                "notice their changes; let it refer to them by variables, attributes or functools.partial"
+            )
         return True
+
+    def _warn_once(self, message: str, *values: object) -> None:
+        if message not in self._told:
+            self._told.add(message)
+            logger.warning(message, *values)
 
     def _give_up(self, why: str, error: BaseException | None = None) -> None:
         if self._required:
@@ -298,31 +318,23 @@ class _Gradient:
 
 
 class _Watched:
-    """The networks and optimizers that a function refers to."""
+    """The networks and optimizers to which a step refers (:func:`_search`)."""
 
     def __init__(self, step: Callable[..., Any], device: torch.device) -> None:
-        self._device = device
-        self._owners = step, getattr(step, "__self__", None)
-        function = inspect.unwrap(getattr(step, "__func__", step))
-        self._function = function if inspect.isfunction(function) else None
+        self._step, self._device = step, device
         self._found: list[Any] = []
+        self._holders: dict[int, Any] = {}
         self._modules: list[nn.Module] = []
         self._optimizers: list[torch.optim.Optimizer] = []
 
-    def _look(self) -> None:
-        """Finds them as they are now: variables may have been assigned anew."""
-        objects = [each for owner in self._owners for each in (owner, *getattr(owner, "__dict__", {}).values())]
-        if self._function is not None:
-            for cell in self._function.__closure__ or ():
-                with contextlib.suppress(ValueError):  # not assigned yet
-                    objects.append(cell.cell_contents)
-            objects += map(self._function.__globals__.get, self._function.__code__.co_names)
-        found = [each for each in objects if isinstance(each, nn.Module | torch.optim.Optimizer)]
-        if list(map(id, found)) != list(map(id, self._found)):
-            self._found = found
-            modules = [module for each in found if isinstance(each, nn.Module) for module in each.modules()]
-            self._modules = list(dict.fromkeys(modules))
-            self._optimizers = [each for each in found if isinstance(each, torch.optim.Optimizer)]
+    def __bool__(self) -> bool:
+        return bool(self._found)
+
+    def search(self) -> bool:
+        """Looks for them everywhere; returns whether others were found than before."""
+        before = self._found
+        self._found, self._holders = _search(self._step)
+        return list(map(id, before)) != list(map(id, self._found))
 
     def parameters(self) -> list[torch.Tensor]:
         """All that may be learned, each once."""
@@ -333,18 +345,21 @@ class _Watched:
         return list({id(each): each for each in learned}.values())
 
     def settings(self) -> tuple[Any, ...]:
-        """Their settings that a graph cannot change."""
-        self._look()
+        """What a graph cannot change: which they are, where their tensors are, and their other settings."""
+        # variables may have been assigned anew; looking only where some were found is quick
+        self._found, _ = _search(self._step, self._holders)
+        self._modules = _with_children([each for each in self._found if isinstance(each, nn.Module)])
+        self._optimizers = [each for each in self._found if isinstance(each, torch.optim.Optimizer)]
+        parameters = self.parameters()
+        buffers = [each for module in self._modules for each in module._buffers.values() if each is not None]
+        tensors = [each for each in parameters + buffers if not is_lazy(each)]
         training = [module.training for module in self._modules]
-        learned = [(each.requires_grad, each.grad is None, _address(each)) for each in self.parameters()]
-        buffers = [
-            _address(buffer) for module in self._modules for buffer in module._buffers.values() if buffer is not None
-        ]
-        optimizers = [
-            (_Identity(optimizer.state), [self._of_group(group) for group in optimizer.param_groups])
-            for optimizer in self._optimizers
-        ]
-        return [_Identity(each) for each in self._found], training, learned, buffers, optimizers
+        learned = [(each.requires_grad, each.grad is None) for each in parameters]
+        groups = [self._of_group(group) for optimizer in self._optimizers for group in optimizer.param_groups]
+        layouts = [(each.shape, each.stride(), each.dtype) for each in tensors]
+        for optimizer in self._optimizers:
+            _add_tensors(optimizer.state, tensors)
+        return self._modules, self._optimizers, training, learned, groups, layouts, _places(tensors)
 
     def _of_group(self, group: dict[str, Any]) -> dict[str, Any]:
         """The settings of a group of an optimizer; of tensors that a graph reads, only which they are."""
@@ -356,9 +371,110 @@ class _Watched:
 
         return {name: len(value) if name == "params" else setting(value) for name, value in group.items()}
 
+    def numbers(self) -> list[Any]:
+        """What optimizers keep in their state for Python to read and change, as a step that they count."""
+        leaves = tree_leaves([list(optimizer.state.values()) for optimizer in self._optimizers])
+        on_host = [each for each in leaves if not isinstance(each, torch.Tensor) or not _is_on(each, self._device)]
+        numbers = [each.item() if isinstance(each, torch.Tensor) and each.ndim == 0 else each for each in on_host]
+        return [each for each in numbers if isinstance(each, _CONSTANTS)]
 
-def _address(tensor: torch.Tensor) -> int:
-    return 0 if is_lazy(tensor) else tensor.data_ptr()
+
+_CONTAINERS = tuple, list, dict
+
+
+def _add_tensors(state: Any, tensors: list[torch.Tensor]) -> None:
+    """Adds those of an optimizer's state to ``tensors``; quicker than ``tree_leaves``."""
+    for each in state.values() if isinstance(state, dict) else state:
+        if isinstance(each, torch.Tensor):
+            tensors.append(each)
+        elif isinstance(each, _CONTAINERS):
+            _add_tensors(each, tensors)
+
+
+def _with_children(modules: list[nn.Module]) -> list[nn.Module]:
+    """These and all below, each once; quicker than ``Module.modules``."""
+    each_once = dict.fromkeys(modules)
+    queue = list(each_once)
+    for module in queue:
+        for child in module._modules.values():
+            if child is not None and child not in each_once:
+                each_once[child] = None
+                queue.append(child)
+    return queue
+
+
+def _places(tensors: list[torch.Tensor]) -> tuple[Any, ...]:
+    """Which tensors these are, and where: a new one may have the address and the id of one that is gone.
+
+    A tensor has one weak reference, whose id is no other's while these are kept. Ids come first: where they are equal,
+    so are the references, and ``==`` of tensors is not called.
+    """
+    references = list(map(weakref.ref, tensors))
+    return list(map(id, references)), references, list(map(torch.Tensor.data_ptr, tensors))
+
+
+#: how many variables, attributes and items after one another lead from a step to a network
+_DEPTH = 4
+#: items of a tuple, list or dictionary that may have networks in it
+_MANY = 100
+_SOUGHT = nn.Module, torch.optim.Optimizer
+
+
+def _search(step: Any, within: dict[int, Any] | None = None) -> tuple[list[Any], dict[int, Any]]:
+    """The networks and optimizers to which a step refers, and by which objects; ``within``: by those only."""
+    found = [step] if isinstance(step, _SOUGHT) else []
+    holder: dict[int, Any] = {id(step): None}
+    level = [step]
+    for _ in range(_DEPTH):
+        below = []
+        for value in level:
+            for each in _referred(value) if within is None or id(value) in within else ():
+                if id(each) not in holder:
+                    holder[id(each)] = value
+                    below.append(each)
+                    if isinstance(each, _SOUGHT):
+                        found.append(each)
+        level = below
+    holders: dict[int, Any] = {}
+    for each in found:
+        while (each := holder[id(each)]) is not None:
+            holders[id(each)] = each
+    return found, holders
+
+
+def _referred(value: Any) -> Collection[Any]:
+    """The objects to which one refers by a variable, an attribute or an item."""
+    if isinstance(value, types.FunctionType):
+        cells = []
+        for cell in value.__closure__ or ():
+            with contextlib.suppress(ValueError):  # not assigned yet
+                cells.append(cell.cell_contents)
+        return [*cells, *map(value.__globals__.get, _names(value.__code__)), *vars(value).values()]
+    if isinstance(value, types.MethodType):
+        return value.__self__, value.__func__
+    if isinstance(value, functools.partial):
+        return value.func, *value.args, *value.keywords.values()
+    if isinstance(value, _CONTAINERS):
+        items = list(value.values()) if isinstance(value, dict) else value
+        return items if len(items) <= _MANY else ()
+    if isinstance(value, _OPAQUE):
+        return ()
+    attributes = getattr(value, "__dict__", {})
+    if isinstance(value, _SOUGHT):
+        return [each for name, each in attributes.items() if name not in ("_modules", "state", "param_groups")]
+    return list(attributes.values())
+
+
+def _names(code: types.CodeType) -> tuple[str, ...]:
+    """The names in a function, with those in functions and generators inside it."""
+    names = code.co_names
+    for each in code.co_consts:
+        if isinstance(each, types.CodeType):
+            names += _names(each)
+    return names
+
+
+_OPAQUE = types.ModuleType, type, torch.Tensor
 
 
 def _is_on(tensor: torch.Tensor, device: torch.device) -> bool:

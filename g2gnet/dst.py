@@ -92,6 +92,12 @@ def mean_density(layers: Sequence[G2GLinear]) -> float:
     return exist / sum(math.prod(layer.mask.shape) for layer in layers)
 
 
+def least_density(layers: Sequence[G2GLinear]) -> float:
+    """The share of the weights of all layers together that one unit of each, its largest, has."""
+    largest = sum(int(layer.mask.unit_sizes.max()) for layer in layers if layer.mask.num_units)
+    return largest / sum(math.prod(layer.mask.shape) for layer in layers)
+
+
 class _Outcome(NamedTuple):
     """The result of an update; it stays on the device until it is read."""
 
@@ -142,8 +148,9 @@ class DSTScheduler:
 
             weights or up to a unit fewer, W₀ being those at first and F the final ones: each update takes what is above
             F times ((S − s)/(S − s + interval))³. How many units a layer keeps is decided by comparing all
-            (:func:`~g2gnet.dst_scores.layer_adapted`), and which by their prune score. A layer then replaces
-            ``fraction`` (0: none) of the units that it keeps, if need be by larger ones. Weights and their optimizer
+            (:func:`~g2gnet.dst_scores.layer_adapted`), at least one, and which by their prune score. A layer then
+            replaces ``fraction`` (0: none) of the units that it keeps. Where units differ in size, those that it keeps
+            or grows may be larger, so that a few weights more are left. Weights and their optimizer
             state become new, smaller tensors: after such an update make a new DistributedDataParallel (a ``captured``
             step notices it).
             None: the number of units stays.
@@ -159,8 +166,9 @@ class DSTScheduler:
     Raises:
         ValueError: for an option out of range, no layer, a layer that the optimizer does not hold or of which this
             process has a part only, an optimizer whose states cannot be reset, a rule by correlation for a stack whose
-            output does not spike, or if every unit is present, so none can grow. With ``final_density``, for a
-            DistributedDataParallel, and for optimizer states that only ``reset_state`` or a table of codes explains.
+            output does not spike, or if every unit is present, so none can grow. With ``final_density``, for one
+            that leaves less than a unit in each layer, a DistributedDataParallel, and for optimizer states that only
+            ``reset_state`` or a table of codes explains.
 
     Example:
         >>> net = G2GNet(64, 64, 10, block_size=8, T=5)
@@ -251,6 +259,11 @@ class DSTScheduler:
         self._process_group = process_group
         if final_density is not None:
             _check_fewer(model, reset_state)
+            least = least_density(self.layers)
+            if final_density < least:
+                raise ValueError(
+                    f"final_density={final_density} is less than the {least:.4g} of one unit in each layer; raise it"
+                )
         weights = [layer.values for _, layer in self._trained_layers()]
         self._state = OptimizerState(optimizer, weights, reset_state, fewer=final_density is not None)
         self.steps = 0
@@ -545,7 +558,11 @@ class DSTScheduler:
         order = adapted.argsort(descending=True, stable=True)
         remain = torch.empty_like(sizes, dtype=torch.bool)
         remain[order] = sizes[order].cumsum(0) <= weights
-        return [int(of_layer.sum()) for of_layer in remain.split(counts)]
+        # a layer without a unit would cut the network in two
+        return [
+            max(int(of_layer.sum()), min(count, 1))
+            for of_layer, count in zip(remain.split(counts), counts, strict=True)
+        ]
 
     def _replace(
         self,

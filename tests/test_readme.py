@@ -35,7 +35,7 @@ COMMANDS = [
 ]
 
 #: of each program: its module, its settings, and flags that make a run small without another name for its files
-SMALL = "--hidden_dim 16 --batch_size 16 --dst_interval 2 --limit_test 20 --epochs 1 --warmup_epochs 0 --lr_warmup 1"
+SMALL = "--hidden_dim 64 --batch_size 16 --dst_interval 2 --limit_test 20 --epochs 1 --warmup_epochs 0 --lr_warmup 1"
 PROGRAMS = {
     "train.py": (train, TrainSettings, f"{SMALL} --limit_train 40"),
     "crossval.py": (crossval, FoldSettings, f"{SMALL} --k_folds 2"),

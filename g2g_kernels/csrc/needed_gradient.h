@@ -3,11 +3,12 @@
 //
 //   X_t[j] = Σ over the patches of lane j's strip:  W[·][j]·∂I_t[·]
 //
-// A patch is the weights between 16 lanes of the columns and 16 of the rows, [column lane][row lane], so that a dot product
-// costs two loads and a multiply-add of 16 lanes per patch. Patches whose rows no gradient reaches in a chunk are left out:
-// neurons that never come near their threshold, or that feed nothing. There is no list of events, no condition on the
-// neurons of the layer itself, and what is not needed is not computed. Patches of a block of columns stay in L1 over the samples of a task,
-// ∂I of those samples in L2.
+// A patch is the weights between 16 lanes of the columns and 16 of the rows, so that a dot product costs a multiply-add of 16
+// lanes per patch. Those of a lane over up to 64 rows (samples and steps) follow one another, and four share a load of weights,
+// which lie in that order: [strip of 16 lanes][lane][patch][16 rows]. ∂I of these rows stays in L2, and its part for a strip in
+// L1. Patches whose rows no gradient reaches in a chunk are left out: neurons that never come near their threshold, or that
+// feed nothing. There is no list of events, no condition on the neurons of the layer itself, and what is not needed is not
+// computed.
 #pragma once
 
 #include "events.h"
@@ -18,6 +19,7 @@
 namespace g2g::G2G_ISA {
 
 constexpr int kPatch = kGranule * kGranule;  // weights
+constexpr int64_t kNeededRows = kLanes;      // at once: bits of a word
 
 // words[t] bit i: σ'(U_t − θ) of lane i is not 0. `states` [T][states][64] of a block, `theta` [64].
 using NeededWords = void (*)(const float* states, int64_t states_of_model, int64_t steps, const float* theta, float alpha,
@@ -52,11 +54,16 @@ class NeededGradient {
         const Patches& patches = plan->patches;
         parallel(threads, plan->tiles, 4, [&](int64_t tile, int) {
             const int32_t* place = patches.place.data() + tile * kGranules * kGranules;
-            for (int i = 0; i < kGranules * kGranules; ++i)
-                if (place[i] >= 0) zero(weights + int64_t{place[i]} * kPatch, kPatch * sizeof(float));
+            float* to[kGranules * kGranules];  // the first lane of each patch
+            for (int i = 0; i < kGranules * kGranules; ++i) {
+                if (place[i] < 0) continue;
+                const int64_t strip = int64_t{plan->tile_col[tile]} * kGranules + i / kGranules;
+                to[i] = lane_weights(strip * kGranule) + (place[i] - patches.first[strip]) * kGranule;
+                for (int lane = 0; lane < kGranule; ++lane) zero(to[i] + lane * lane_length(strip), kGranule * sizeof(float));
+            }
             for_each_weight(*plan, tile, [&](int64_t i, int32_t row, int32_t col) {
-                const int64_t patch = place[col / kGranule * kGranules + row / kGranule];
-                weights[patch * kPatch + col % kGranule * kGranule + row % kGranule] = values[i];
+                const int64_t strip = int64_t{plan->tile_col[tile]} * kGranules + col / kGranule;
+                to[col / kGranule * kGranules + row / kGranule][col % kGranule * lane_length(strip) + row % kGranule] = values[i];
             });
         });
     }
@@ -69,64 +76,67 @@ class NeededGradient {
             first[strip] = count;
             for (int32_t i = patches.first[strip]; i < patches.first[strip + 1]; ++i) {
                 const int64_t block = patches.row[i] / kGranules, part = patches.row[i] % kGranules;
-                chosen[count] = {int64_t{i} * kPatch, block * panel_rows * kLanes + part * kGranule};
+                chosen[count] = {int64_t{i - patches.first[strip]} * kGranule, block * panel_rows * kLanes + part * kGranule};
                 count += (reached[block] >> (part * kGranule) & 0xFFFF) != 0;
             }
         }
         first[patches.first.size() - 1] = count;
     }
 
-    // out[T][64] for column block `block` of one sample: X where `words` say that it is needed, else 0. `grad` is ∂L/∂I of the
-    // first row block at the sample's first step.
-    void run(int64_t block, const float* grad, const uint64_t* words, int64_t steps, float* out) const {
-        constexpr int at_once = 4;
-        constexpr int64_t steps_of_list = 64, steps_of_word = 64 / kGranule;
-        zero(out, steps * kLanes * sizeof(float));
-        for (int64_t strip = block * kGranules; strip < (block + 1) * kGranules; ++strip, out += kGranule) {
-            const Chosen *const patches = chosen + first[strip], *const patches_end = chosen + first[strip + 1];
-            if (patches == patches_end) continue;
-            for (int64_t begin = 0; begin < steps; begin += steps_of_list) {
-                const int64_t end = least(steps, begin + steps_of_list);
-                uint16_t needed[steps_of_list * kGranule + 64];  // (t − begin) · 16 + lane
-                int size = 0;
-                for (int64_t t = begin; t < end; t += steps_of_word) {
-                    uint64_t bits = 0;
-                    for (int64_t i = 0; i < least(steps_of_word, end - t); ++i)
-                        bits |= (words[t + i] >> (strip % kGranules * kGranule) & 0xFFFF) << (i * kGranule);
-                    size += append_bits(needed + size, bits, (t - begin) * kGranule);
-                }
-                if (!size) continue;
-                for (int i = 0; i < at_once; ++i) needed[size + i] = needed[size - 1];
-                for (int i = 0; i < size; i += at_once) {
-                    const float *w[at_once], *g[at_once];
-                    float* to[at_once];
-                    unrolled<at_once>([&](auto k) {
-                        const int64_t t = begin + needed[i + k] / kGranule, lane = needed[i + k] % kGranule;
-                        w[k] = weights + lane * kGranule;
-                        g[k] = grad + t * kLanes;
-                        to[k] = out + t * kLanes + lane;
-                    });
-                    Vec sum[at_once] = {};
-                    for (const Chosen* patch = patches; patch < patches_end; ++patch)
-                        unrolled<at_once>([&](auto k) {
-                            const float *x = w[k] + patch->weights, *y = g[k] + patch->rows;
-                            for (int v = 0; v < kGranule; v += W) sum[k] = fma(G2G_ISA::load(x + v), G2G_ISA::load(y + v), sum[k]);
-                        });
-                    const Sums<at_once> sums = sums_of(sum);
-                    unrolled<at_once>([&](auto k) { *to[k] = sums.of[k]; });
-                }
-            }
+    // out[rows][64] for column block `block`: X where `words` say that it is needed, else 0. `grad` is ∂L/∂I of the first row
+    // block at the first row.
+    void run(int64_t block, const float* grad, const uint64_t* words, int64_t rows, float* out) const {
+        zero(out, rows * kLanes * sizeof(float));
+        for (int64_t begin = 0; begin < rows; begin += kNeededRows) {
+            const int64_t count = least(kNeededRows, rows - begin), at = begin * kLanes;
+            uint64_t needed[kLanes] = {};  // [lane] bit i: at row begin + i
+            __builtin_memcpy(needed, words + begin, count * sizeof(uint64_t));
+            transpose_bits(needed);
+            for (int lane = 0; lane < kLanes; ++lane)
+                if (needed[lane]) dot_products(block * kLanes + lane, needed[lane], grad + at, out + at + lane);
         }
     }
 
   private:
-    // A patch of the chunk: where its weights begin, and in a panel its row lanes.
+    // A patch of the chunk: where its weights are among those of a lane, and in a panel its row lanes.
     struct Chosen {
         int64_t weights, rows;
     };
 
+    // The weights of a column lane, and how many there are: 16 of each patch of its strip.
+    float* lane_weights(int64_t lane) const {
+        const int64_t strip = lane / kGranule;
+        return weights + int64_t{plan->patches.first[strip]} * kPatch + lane % kGranule * lane_length(strip);
+    }
+    int64_t lane_length(int64_t strip) const {
+        return int64_t{plan->patches.first[strip + 1] - plan->patches.first[strip]} * kGranule;
+    }
+
+    // Those of a column lane at the rows of `needed`, out[row · 64].
+    void dot_products(int64_t lane, uint64_t needed, const float* grad, float* out) const {
+        constexpr int at_once = 4;  // which share a load of weights
+        const Chosen *const patches = chosen + first[lane / kGranule], *const patches_end = chosen + first[lane / kGranule + 1];
+        if (patches == patches_end) return;
+        const float* const w = lane_weights(lane);
+        uint16_t row[kNeededRows + 64];
+        const int size = append_bits(row, needed, 0);
+        for (int i = 0; i < at_once; ++i) row[size + i] = row[size - 1];
+        for (int i = 0; i < size; i += at_once) {
+            const float* g[at_once];
+            unrolled<at_once>([&](auto k) { g[k] = grad + row[i + k] * kLanes; });
+            Vec sum[at_once] = {};
+            for (const Chosen* patch = patches; patch < patches_end; ++patch)
+                for (int v = 0; v < kGranule; v += W) {
+                    const Vec x = G2G_ISA::load(w + patch->weights + v);
+                    unrolled<at_once>([&](auto k) { sum[k] = fma(x, G2G_ISA::load(g[k] + patch->rows + v), sum[k]); });
+                }
+            const Sums<at_once> sums = sums_of(sum);
+            unrolled<at_once>([&](auto k) { out[row[i + k] * kLanes] = sums.of[k]; });
+        }
+    }
+
     const Plan* plan;
-    float* weights;  // [patches][16 column lanes][16 row lanes]
+    float* weights;  // as above
     int32_t* first;  // [column granules + 1] into the chosen ones
     Chosen* chosen;
 };

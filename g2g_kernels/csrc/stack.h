@@ -85,7 +85,8 @@ constexpr double kProductCycles = 0.08;         // a weight of a dense product
 constexpr double kSpikeWeightCycles = 0.046;    // a weight by batch.h, its input being spikes
 constexpr double kDenseWeightCycles = 0.2;      // the same for a dense input
 constexpr double kSumCycles = 1.1;              // a sum of a subset, of 16 lanes
-constexpr double kPatchCycles = 5.5, kDotCycles = 10;  // a dot product of an input gradient: for each patch, and else
+constexpr double kPatchCycles = 4.2, kDotCycles = 12;  // a dot product of an input gradient: for each patch, and else; it takes
+                                                       // 2.8 and 8, but products and events are overrated, too
 #else
 constexpr double kEventCycles = 14, kStripEventCycles = 4;
 constexpr double kProductCycles = 0.16, kSpikeWeightCycles = 0.5, kDenseWeightCycles = 0.4, kSumCycles = 2.2;
@@ -176,8 +177,8 @@ inline double fed_patches(const Stack& s, int l) {
 }
 
 // Whether the input gradient of layer l is computed where the layer below needs it alone, a share of its neurons and steps
-// (needed_gradient.h): if that is cheaper than the product, and than events, were they as many.
-inline bool by_need(const Stack& s, int l, double share) {
+// (needed_gradient.h): if that is cheaper than the product, and than events, at most a share `listed` of the layer's own.
+inline bool by_need(const Stack& s, int l, double share, double listed) {
     const Layer& layer = s.layers[l];
     const Plan& plan = *layer.plan;
     const double fed = fed_patches(s, l), strips = plan.cols.blocks * kGranules;
@@ -185,7 +186,7 @@ inline bool by_need(const Stack& s, int l, double share) {
     const double bands = plan.sparse.empty() ? 0 : kBandCycles * (plan.rows.blocks + plan.cols.blocks);
     double rows = plan.gradient_rows;
     if (layer.gradient_event_limit > 0) {
-        const double events = share * fed / most(1, static_cast<int64_t>(plan.patches.row.size()));
+        const double events = listed * fed / most(1, static_cast<int64_t>(plan.patches.row.size()));
         const double more = (events / layer.gradient_event_limit - plan.event_runs.ratio) * plan.event_runs.rows;
         if (more < 0) rows += more;
     }

@@ -254,8 +254,8 @@ struct BackwardPass {
     double* totals;
     EventLists event_lists;             // of the layer that is being swept
     EventMerger event_merger;           // of the same, and then for the sweep of the layer below
-    int64_t states_size, tile_size, scratch_size;  // of a worker: states of one block, a tile, then events of a step, or
-                                                   // what is needed of all steps
+    int64_t states_size, tile_size, scratch_size;  // of a worker: states of a block of some samples, a tile, then events of a
+                                                   // step, or what is needed of all rows
     int64_t event_list = 0;
     float* scratch;
 
@@ -305,9 +305,9 @@ struct BackwardPass {
         input_band_memory = arena.take<float>(dense_bands);
         row_bits.bits = arena.take<uint16_t>(spike_bits);
         totals = arena.take<double>(lanes);
-        states_size = s.steps * states * kLanes;
+        states_size = most(kNeededRows, s.steps) * states * kLanes;
         tile_size = most(kLanes, chunks.group * s.steps) * kLanes;
-        scratch_size = most(most(states_size + tile_size + 2 * most(event_list, s.steps), lanes), band_rows);
+        scratch_size = most(most(states_size + tile_size + 2 * most(event_list, most(kNeededRows, s.steps)), lanes), band_rows);
         scratch = arena.take<float>(scratch_size * s.threads);
     }
 
@@ -315,7 +315,8 @@ struct BackwardPass {
         for (size_t l = 0; l < layers.size(); ++l) begin(l);
         for (size_t l = 1; l < layers.size(); ++l) {
             BackwardLayer& x = layers[l];
-            x.by_need = x.needed && by_need(s, static_cast<int>(l), needed_share(layers[l - 1]));
+            const double listed = x.needed && x.lists_events ? needed_share(x) : 1;
+            x.by_need = x.needed && by_need(s, static_cast<int>(l), needed_share(layers[l - 1]), listed);
             x.layer.gradient_needed = x.by_need;
             if (!x.by_need) continue;
             x.lists_events = false;
@@ -419,11 +420,12 @@ struct BackwardPass {
             if (x.recurrent_weights->by_batch) bands = fill_bands(rows, x.lanes(), samples * s.steps);
             return weight_gradient(*x.recurrent_weights, {rows, bands, x.reached_in(first, samples)}, first, samples, s.steps);
         }
+        if (above.needed) return sweep_needed(x, above, first, samples);
         switch (x.arrival) {
             case Arrival::kConstant: return sweep_constant(x, first, samples);
             case Arrival::kTiles: return sweep_tiles(x, above, first, samples);
             case Arrival::kPanel:
-                if (above.needed || (above.events && x.arrivals.aligned)) return sweep_tiles(x, above, first, samples);
+                if (above.events && x.arrivals.aligned) return sweep_tiles(x, above, first, samples);
                 return sweep_panel(x, above, first, samples);
         }
     }
@@ -431,28 +433,36 @@ struct BackwardPass {
     void sweep_constant(const BackwardLayer& x, int64_t first, int64_t samples) const {
         parallel(s.threads, x.plan.rows.blocks * samples, 4, [&](int64_t task, int worker) {
             const int64_t r = task / samples, b = task % samples;
-            sweep_block(x, first, b, r, scratch + worker * scratch_size, [](auto...) -> const float* { return nullptr; });
+            sweep_block(x, first, b, r, nullptr, scratch + worker * scratch_size);
         });
     }
 
     void sweep_tiles(const BackwardLayer& x, const ChunkInputGradient& above, int64_t first, int64_t samples) const {
         const int64_t T = s.steps, groups = divide_up(samples, chunks.group);
         parallel(s.threads, x.plan.rows.blocks * groups, 2, [&](int64_t task, int worker) {
-            // where it is needed: all blocks of some samples, whose ∂L/∂I above stays in L2; else all samples of a block
-            const int64_t r = above.needed ? task % x.plan.rows.blocks : task / groups;
-            const int64_t b = (above.needed ? task / x.plan.rows.blocks : task % groups) * chunks.group;
-            const int64_t count = least(chunks.group, samples - b);
-            float* mine = scratch + worker * scratch_size;
-            float* tile = mine + states_size;
-            if (!above.needed) input_gradient(above, r, b * T, count * T, tile, worker);
-            for (int64_t i = 0; i < count; ++i)
-                sweep_block(x, first, b + i, r, mine, [&](const float* states, const float* theta) -> const float* {
-                    if (!above.needed) return tile + i * T * kLanes;
-                    auto* const words = reinterpret_cast<uint64_t*>(tile + tile_size);
-                    needed_words(x.layer.neurons)(states, x.model.states, T, theta, x.layer.neurons.alpha, words);
-                    above.needed->run(r, above.layer->grad.floats.at(0, (b + i) * T), words, T, tile);
-                    return tile;
-                });
+            const int64_t r = task / groups, b = task % groups * chunks.group, count = least(chunks.group, samples - b);
+            float *const room = scratch + worker * scratch_size, *const tile = room + states_size;
+            input_gradient(above, r, b * T, count * T, tile, worker);
+            for (int64_t i = 0; i < count; ++i) sweep_block(x, first, b + i, r, tile + i * T * kLanes, room);
+        });
+    }
+
+    // All blocks of some samples, whose ∂L/∂I above stays in L2.
+    void sweep_needed(const BackwardLayer& x, const ChunkInputGradient& above, int64_t first, int64_t samples) const {
+        const int64_t T = s.steps, R = x.plan.rows.blocks, group = most(1, kNeededRows / T);
+        parallel(s.threads, divide_up(samples, group) * R, 2, [&](int64_t task, int worker) {
+            const int64_t r = task % R, b = task / R * group, count = least(group, samples - b);
+            float *const room = scratch + worker * scratch_size, *const tile = room + states_size;
+            auto* const words = reinterpret_cast<uint64_t*>(tile + tile_size);
+            const float* states[kNeededRows];
+            for (int64_t i = 0; i < count; ++i) {
+                const SampleParameters own(x.parameters, x.layer, first + b + i, r);
+                states[i] = states_of(x, first + b + i, r, own.block, room + i * T * x.model.states * kLanes);
+                needed_words(x.layer.neurons)(states[i], x.model.states, T, x.threshold(own.block), x.layer.neurons.alpha,
+                                              words + i * T);
+            }
+            above.needed->run(r, above.layer->grad.floats.at(0, b * T), words, count * T, tile);
+            for (int64_t i = 0; i < count; ++i) sweep_block(x, first, b + i, r, tile + i * T * kLanes, room, states[i]);
         });
     }
 
@@ -480,7 +490,7 @@ struct BackwardPass {
             if (!x.arrivals.aligned) x.arrivals.reorder(row, scratch + worker * scratch_size);
         };
         const auto sweep_row_block = [&](int64_t b, int64_t r, int worker) {
-            sweep_block(x, first, b, r, scratch + worker * scratch_size, [&](auto...) -> const float* { return panel.at(r, b * T); });
+            sweep_block(x, first, b, r, panel.at(r, b * T), scratch + worker * scratch_size);
         };
         if (samples >= s.threads)  // one sample's panel (400 KB) stays in L2
             return parallel(s.threads, samples, 1, [&](int64_t b, int worker) {
@@ -617,7 +627,8 @@ struct BackwardPass {
         return room;
     }
 
-    // The share of lanes and steps at which the neurons of a layer need ∂L/∂S, of some blocks all over the batch.
+    // The share of lanes and steps at which the neurons of a layer need ∂L/∂S, of some blocks all over the batch. At the others
+    // they list no events.
     double needed_share(const BackwardLayer& x) const {
         const int64_t R = x.plan.rows.blocks, blocks = s.batch * R;
         const int64_t apart = (blocks / 128) | 1;
@@ -632,27 +643,26 @@ struct BackwardPass {
         return static_cast<double>(needed) / static_cast<double>(visited * s.steps * kLanes);
     }
 
-    // Block r of sample b of the chunk that begins with sample `first`. arrive(states, θ) is the part of ∂L/∂S that depends
-    // on t, [T][64], or null.
-    template <class F>
-    void sweep_block(const BackwardLayer& x, int64_t first, int64_t b, int64_t r, float* room, const F& arrive) const {
+    // Block r of sample b of the chunk that begins with sample `first`. `arrived` is the part of ∂L/∂S that depends on t,
+    // [T][64], or null. `states` are those of states_of(); null: they are found in `room`.
+    void sweep_block(const BackwardLayer& x, int64_t first, int64_t b, int64_t r, const float* arrived, float* room,
+                     const float* states = nullptr) const {
         const int64_t sample = first + b;
         BlockGradient out = x.block_gradient(sample, r);
         alignas(64) float first_states[kMostStates * kLanes], edge[kMostStates * kLanes];
         if (x.layer.first) load_states(s, x.layer, x.layer.first, sample, r, first_states), out.first = first_states;
         if (x.layer.grad_last || x.layer.grad_first) load_states(s, x.layer, x.layer.grad_last, sample, r, edge), out.edge = edge;
-        sweep_states(x, b, sample, r, arrive, out, room);
+        sweep_states(x, b, sample, r, arrived, out, room, states);
         if (x.layer.grad_first) store_states(s, x.layer, edge, sample, r, x.layer.grad_first);
     }
 
     // The same, with everything that the sweep reads and writes.
-    template <class F>
-    void sweep_states(const BackwardLayer& x, int64_t b, int64_t sample, int64_t r, const F& arrive, BlockGradient& out,
-                      float* room) const {
+    void sweep_states(const BackwardLayer& x, int64_t b, int64_t sample, int64_t r, const float* arrived, BlockGradient& out,
+                      float* room, const float* states) const {
         const int64_t T = s.steps;
         const SampleParameters own(x.parameters, x.layer, sample, r);
-        const float* const states = states_of(x, sample, r, own.block, room);
-        const Upstream upstream{arrive(states, x.threshold(own.block)), x.constant_of(sample, r)};
+        if (!states) states = states_of(x, sample, r, own.block, room);
+        const Upstream upstream{arrived, x.constant_of(sample, r)};
         if (x.weights.kind == Input::kHeld) {
             x.sweep(upstream, states, T, own.block, x.layer.neurons.alpha, out);
             for (int v = 0; v < kVecs; ++v) {

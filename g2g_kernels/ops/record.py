@@ -90,7 +90,8 @@ def define(
 
     def implementation(function: Callable) -> Callable:
         def flat(*arguments: Any) -> Any:
-            results = function(record.of_flat(*arguments))
+            # where zeros were only noted, the dispatcher has made them of one element
+            results = function(record.of_flat(*[_contiguous(argument) for argument in arguments]))
             if isinstance(results, list):
                 like = next(tensor for tensor in results if tensor is not None)
                 return [like.new_empty(0) if tensor is None else tensor for tensor in results]
@@ -102,6 +103,13 @@ def define(
         _library.impl(name, implementation(function), key)
     torch.library.register_fake(f"g2g::{name}", implementation(fake), lib=_library)
     return RecordOperator(getattr(torch.ops.g2g, name).default, record, function)
+
+
+def _contiguous(argument: Any) -> Any:
+    """An operator's argument with its tensor, or the tensors of its list, contiguous."""
+    if isinstance(argument, torch.Tensor):
+        return argument.contiguous()
+    return [_contiguous(each) for each in argument] if isinstance(argument, list) else argument
 
 
 def refuse_derivative(operator: RecordOperator, refuse: Callable) -> None:

@@ -73,7 +73,7 @@ def train_run(given: Mapping[str, Any], folder: str) -> None:
 
 
 def outcome(run: Run) -> dict[str, Any] | None:
-    """What a finished run reached: its last epoch's record, the seconds of training, the number of weights.
+    """What a finished run reached: its last epoch's record, seconds of training, the number of weights.
 
     None if it is not finished.
 
@@ -88,7 +88,8 @@ def outcome(run: Run) -> dict[str, Any] | None:
     except CheckpointError as error:
         raise CheckpointError(f"{error} The run is finished; delete {run.folder} to train it again") from error
     weights = sum(int(connection.mask.unit_sizes.sum()) for connection in saved.network().connections().values())
-    return {**last, "train_seconds": sum(record["seconds"] for record in saved.history), "weights": weights}
+    seconds = {f"train_{name}": sum(record[name] for record in saved.history) for name in ("seconds", "cpu_seconds")}
+    return {**last, **seconds, "weights": weights}
 
 
 class _Process(multiprocessing.context.SpawnProcess):

@@ -39,7 +39,8 @@ class Progress:
 
     loss: torch.Tensor  # Σ over images of the loss, a scalar
     correct: torch.Tensor  # correctly classified images, a scalar
-    seconds: float = 0.0
+    seconds: float = 0.0  # that have passed
+    cpu_seconds: float = 0.0  # of processor time, all threads together
 
     def add(self, result: Any, images: int) -> None:
         """Adds a step on so many images."""
@@ -53,7 +54,7 @@ class Progress:
                 value.update({key: check_like(f"progress/{name}/{key}", saved[name][key], value[key]) for key in value})
             elif isinstance(value, torch.Tensor):
                 setattr(self, name, check_like(f"progress/{name}", saved[name], value))
-        self.seconds = float(saved["seconds"])
+        self.seconds, self.cpu_seconds = float(saved["seconds"]), float(saved["cpu_seconds"])
 
 
 class EpochTrainer(ABC):
@@ -158,12 +159,13 @@ class EpochTrainer(ABC):
         self.progress = progress = self.progress or self._no_progress()
         self.net.train()
         for first in range((self.step - self.epoch * self._batches) * size, count, size):
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             index = order[first : first + size]
             if self.lr_schedule != "constant" or self.lr_warmup:
                 self._set_lr(self._lr * self._lr_factor())
             progress.add(self._train_step(index), len(index))
             progress.seconds += time.perf_counter() - start
+            progress.cpu_seconds += time.process_time() - cpu_start
             if on_step:
                 seen = first + len(index)
                 on_step(seen, progress.loss / seen, progress.correct / seen)
@@ -180,6 +182,7 @@ class EpochTrainer(ABC):
             "train_acc": progress.correct.item() / count,
             **accuracies,
             "seconds": round(seconds, 3),
+            "cpu_seconds": round(progress.cpu_seconds, 3),
             "samples_per_s": round(count / seconds, 1),
             **others,
         }

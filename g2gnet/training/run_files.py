@@ -19,9 +19,9 @@ from g2gnet.tensor_file import TensorFileError, check_plain, read_tensors, write
 from g2gnet.training.settings import RunSettings
 
 #: version of the checkpoint's structure
-FORMAT = 4
+FORMAT = 5
 #: the numbers that an epoch's record and a marker's result must contain
-MEASURES = ("epoch", "train_loss", "train_acc", "test_acc", "seconds")
+MEASURES = ("epoch", "train_loss", "train_acc", "test_acc", "seconds", "cpu_seconds")
 
 
 class CheckpointError(RuntimeError):

@@ -18,7 +18,7 @@ from g2gnet.copies import tie_wiring
 from g2gnet.cuda_graph import CapturedStep
 from g2gnet.data import ImageData, as_samples, random_crop_and_flip, random_erase
 from g2gnet.distributed import World
-from g2gnet.dst import DSTScheduler, mean_density
+from g2gnet.dst import DSTScheduler, least_density, mean_density
 from g2gnet.network import G2GNet
 from g2gnet.regularizer import RateTarget, rate_penalty, rate_target
 from g2gnet.seeding import draw_device, stream
@@ -183,6 +183,9 @@ class Trainer(EpochTrainer):
         self._neurons = [connection.out_features for connection, _ in self.net.layers()]
         self._initial_units = self._units()
         self.optimizer = self._make_optimizer()
+        self._captured: CapturedStep | None = None
+        if machine.captures:
+            self._captured = CapturedStep(self._learn, device, bool(machine.cuda_graph))
         self._follow_weights()
         if machine.cuda_graph is None and device.type == "cuda" and world.size > 1:
             logger.info(
@@ -203,6 +206,12 @@ class Trainer(EpochTrainer):
                 raise SettingsError(
                     f"final_density={settings.final_density} is no less than the {density:.4g} that training begins "
                     "with; lower it, or begin with more weights, as with a higher `p_inter`"
+                )
+            least = least_density(connections)
+            if settings.final_density is not None and settings.final_density < least:
+                raise SettingsError(
+                    f"final_density={settings.final_density} is less than the {least:.4g} of one unit in each layer; "
+                    "raise it, or lower `block_size`"
                 )
             self.dst = DSTScheduler(
                 connections,
@@ -264,15 +273,10 @@ class Trainer(EpochTrainer):
         groups: list[dict[str, Any]] = [{"params": weights}, {"params": others, "weight_decay": 0.0}]
         return torch.optim.AdamW(groups, **options)
 
-    def _capture(self) -> CapturedStep | None:
-        machine = self._machine
-        return CapturedStep(self._learn, machine.device, bool(machine.cuda_graph)) if machine.captures else None
-
     def _follow_weights(self) -> None:
-        """Makes what depends on the addresses of weights and optimizer state, and on how many there are."""
+        """Makes what depends on the addresses of weights and on how many there are; a captured step sees for itself."""
         parameters = sum(parameter.numel() for parameter in self.net.parameters())
         self._one_thread_updates = self.device.type == "cpu" and parameters <= ONE_THREAD_UPDATE
-        self._captured = self._capture()
         self._parallel: DistributedDataParallel | None = None  # the former one first takes its hooks off the parameters
         self._parallel = self._in_parallel()
 

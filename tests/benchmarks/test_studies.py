@@ -80,6 +80,7 @@ def test_a_study_goes_on_where_it_stopped_and_records_what_there_is(tmp_path, ca
     (end,) = record["rows"][1]["ends"]
     assert (record["rows"][1]["row"], end["seed"]) == ("gradient", 1)
     assert end["train_seconds"] > 0
+    assert end["train_cpu_seconds"] > 0
     assert end["weights"] == sum(
         round(end["density"][name] * size) for name, size in (("fc1", 784 * 64), ("fc2", 64 * 64), ("fc3", 640))
     )

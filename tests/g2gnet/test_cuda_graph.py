@@ -1,7 +1,9 @@
 """Training steps as CUDA graphs, as far as they can be tested without a GPU: refusal, purity, and what is replayed."""
 
 import copy
+import functools
 import gc
+import itertools
 import types
 import warnings
 import weakref
@@ -14,12 +16,12 @@ from graph_stand_in import Graph
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from training_runs import SMALL, VARIANTS
+from training_runs import SMALL, TIMES, VARIANTS
 
 import g2gnet
 import train
 from g2gnet import G2GNet
-from g2gnet.cuda_graph import CapturedStep, _check_device
+from g2gnet.cuda_graph import CapturedStep, _check_device, _places
 from g2gnet.data import load_dataset
 from g2gnet.training import Machine, Trainer, TrainingError, TrainSettings
 from g2gnet.training import trainer as trainer_module
@@ -266,12 +268,37 @@ def with_another_optimizer(own, before):
     own.optimizer = torch.optim.Adam(own.net.parameters(), 0.01, capturable=True, fused=True)
 
 
-def with_another_layer(own, before):
+def with_another_network(own, before):
     own.net = torch.nn.Sequential(own.net[0], own.net[1], copy.deepcopy(own.net[2]))
 
 
+def with_another_layer(own, before):
+    own.net[2] = copy.deepcopy(own.net[2])
+
+
+def with_less_dropout(own, before):
+    own.net[1] = torch.nn.Dropout(0.1)
+
+
+def with_a_cleared_state(own, before):
+    own.optimizer.state.clear()
+
+
+def with_a_state_less(own, before):
+    del own.optimizer.state[own.net[0].weight]
+
+
+def with_another_moment(own, before):
+    own.optimizer.state[own.net[2].bias]["exp_avg"] = torch.ones(3)
+
+
+def with_another_parameter_at_the_same_address(own, before):
+    own.net[2].bias = own.optimizer.param_groups[0]["params"][3] = torch.nn.Parameter(own.net[2].bias.detach())
+
+
 CHANGES = [with_another_rate, with_a_fixed_layer, without_dropout, with_a_loaded_state, with_another_parameter,
-           with_another_optimizer, with_another_layer]  # fmt: skip
+           with_another_optimizer, with_another_network, with_another_layer, with_less_dropout, with_a_cleared_state,
+           with_a_state_less, with_another_moment, with_another_parameter_at_the_same_address]  # fmt: skip
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
@@ -289,6 +316,258 @@ def test_a_change_that_a_graph_cannot_follow_is_followed_all_the_same(stand_ins,
             own.step(x, labels)
         assert all(map(torch.equal, plain.net.parameters(), graph.net.parameters())), number
     assert len(Graph.captured) == 2
+
+
+def test_a_momentum_that_is_forgotten_is_forgotten_by_the_graph(stand_ins):
+    def trained(device):
+        torch.manual_seed(0)
+        net = torch.nn.Linear(6, 3)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+
+        def step(x, labels):
+            loss = F.cross_entropy(net(x), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        step = g2gnet.captured(step, device)
+        for number in range(14):
+            if number == 8:
+                assert len(Graph.captured) == (device != "cpu")
+                optimizer.state.clear()
+            step(torch.randn(5, 6), torch.randint(3, (5,)))
+        return list(net.parameters())
+
+    assert all(map(torch.equal, trained("cpu"), trained(CUDA)))
+    assert len(Graph.captured) == 2
+
+
+def shortened(layer):
+    layer.weight.data, layer.bias.data = layer.weight.data[:2], layer.bias.data[:2]
+
+
+def transposed(layer):
+    layer.weight.data = layer.weight.data.t()
+
+
+def of_another_dtype(layer):
+    layer.scale.data = layer.scale.data.view(torch.int32)
+
+
+@pytest.mark.parametrize("change", [shortened, transposed, of_another_dtype], ids=lambda change: change.__name__)
+def test_a_tensor_that_is_read_otherwise_at_its_address_is_noticed(stand_ins, change):
+    layer = torch.nn.Linear(4, 4)
+    layer.register_buffer("scale", torch.ones(4))
+    addresses = [tensor.data_ptr() for tensor in layer.state_dict().values()]
+
+    def step(x):
+        return layer(x).sum() * layer.scale.sum()
+
+    captured, x = CapturedStep(step, CUDA), torch.rand(3, 4)
+    for _ in range(5):
+        captured(x)
+    assert len(Graph.captured) == 1
+    change(layer)
+    assert [tensor.data_ptr() for tensor in layer.state_dict().values()] == addresses
+    for _ in range(5):
+        assert captured(x) == step(x)
+    assert len(Graph.captured) == 2
+
+
+def test_a_tensor_with_the_address_and_the_id_of_one_that_is_gone_is_another():
+    memory = torch.zeros(3)
+    assert _places([memory]) == _places([memory])
+    places = [_places([memory[:]]) for _ in range(30)]
+    assert all(one != other for one, other in itertools.combinations(places, 2))
+
+
+class Rebinding(torch.optim.Optimizer):
+    """Keeps momentum in a new tensor after each step, as many an optimizer of third parties does."""
+
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, {"lr": lr})
+
+    def step(self):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                momentum = self.state[parameter].get("momentum", 0)
+                self.state[parameter]["momentum"] = 0.9 * momentum + parameter.grad
+                parameter.data.add_(self.state[parameter]["momentum"], alpha=-group["lr"])
+
+
+class Counting(Rebinding):
+    """Keeps the number of its steps in Python."""
+
+    def step(self):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                steps = self.state[parameter]["steps"] = self.state[parameter].get("steps", 0) + 1
+                parameter.data.add_(parameter.grad, alpha=-group["lr"] / steps)
+
+
+DECAYING = functools.partial(torch.optim.Adagrad, lr_decay=0.1)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "why"),
+    [(Rebinding, "change tensors in place"), (Counting, "counts on the CPU"), (DECAYING, "`capturable=True`")],
+    ids=["rebinding", "counting", "Adagrad"],
+)
+def test_an_optimizer_whose_state_a_graph_cannot_change_trains_as_without_one(
+    stand_ins, monkeypatch, caplog, optimizer, why
+):
+    monkeypatch.setattr("g2gnet.cuda_graph._is_on", lambda tensor, device: tensor.ndim > 0)  # steps are on the CPU
+
+    def trained(device):
+        torch.manual_seed(0)
+        net = torch.nn.Linear(6, 3)
+        updates = optimizer(net.parameters(), lr=0.1)
+
+        def step(x, labels):
+            loss = F.cross_entropy(net(x), labels)
+            updates.zero_grad()
+            loss.backward()
+            updates.step()
+            return loss.detach()
+
+        step = g2gnet.captured(step, device)
+        for _ in range(20):
+            step(torch.randn(5, 6), torch.randint(3, (5,)))
+        return list(net.parameters())
+
+    assert all(map(torch.equal, trained("cpu"), trained(CUDA)))
+    assert not Graph.captured
+    (line,) = caplog.messages
+    assert why in line
+
+
+def test_a_state_that_a_module_keeps_in_a_new_tensor_leaves_no_graph(stand_ins):
+    """As those of snnTorch with ``init_hidden``."""
+
+    def run(device):
+        net = torch.nn.Module()
+        net.register_buffer("membrane", torch.zeros(3))
+
+        def step(x):
+            net.membrane = 0.5 * net.membrane + x
+            return net.membrane.sum()
+
+        step = g2gnet.captured(step, device)
+        return [step(torch.full((3,), float(number))).item() for number in range(30)]
+
+    assert run("cpu") == run(CUDA)
+
+
+class Slots:
+    __slots__ = ("net",)
+
+    def __init__(self, net):
+        self.net = net
+
+    def learn(self, x):
+        return self.net(x)
+
+
+def in_a_partial(net):
+    return functools.partial(lambda net, x: net(x), net)
+
+
+def by_name_in_a_partial(net):
+    return functools.partial(lambda x, net: net(x), net=net)
+
+
+def in_a_partial_of_a_method(net):
+    return functools.partial(types.MethodType(lambda own, x: own.inner.net(x), holding(net)))
+
+
+def in_a_list(net):
+    nets = [net]
+    return lambda x: sum(each(x) for each in nets)
+
+
+def in_a_dictionary_of_tuples(net):
+    nets = {"first": (net,)}
+    return lambda x: nets["first"][0](x)
+
+
+def in_an_attribute_of_an_attribute(net):
+    return types.MethodType(lambda own, x: own.inner.net(x), holding(net))
+
+
+def in_a_helper(net):
+    def helper(x):
+        return net(x)
+
+    return lambda x: helper(x) + 0
+
+
+def in_a_global_of_a_generator(net):
+    variables = {"nets": [net], "parts": [1.0]}
+    exec("def step(x):\n    return sum(nets[0](part * x) for part in parts)", variables)
+    return variables["step"]
+
+
+def holding(net):
+    return types.SimpleNamespace(inner=types.SimpleNamespace(net=net))
+
+
+WAYS = [in_a_partial, by_name_in_a_partial, in_a_partial_of_a_method, in_a_list, in_a_dictionary_of_tuples,
+        in_an_attribute_of_an_attribute, in_a_helper, in_a_global_of_a_generator]  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+def test_a_network_is_found_wherever_the_step_has_it(stand_ins, caplog, way):
+    net = torch.nn.Linear(4, 1)
+    step = way(net)
+    captured, x = CapturedStep(step, CUDA), torch.rand(3, 4)
+    for _ in range(5):
+        captured(x)
+    assert len(Graph.captured) == 1
+    assert not caplog.messages
+    net.weight.data = torch.ones(1, 4)
+    assert torch.equal(captured(x), step(x))
+
+
+def test_networks_that_are_added_and_objects_that_are_replaced_are_noticed(stand_ins):
+    own = types.SimpleNamespace(nets=[torch.nn.Linear(4, 1)], inner=types.SimpleNamespace(net=torch.nn.Linear(4, 1)))
+
+    def step(x):
+        return sum(net(x) for net in own.nets) + own.inner.net(x)
+
+    captured, x = CapturedStep(step, CUDA), torch.rand(3, 4)
+    for number in range(15):
+        if number == 5:
+            own.nets.append(torch.nn.Linear(4, 1))
+        if number == 10:
+            own.inner = types.SimpleNamespace(net=torch.nn.Linear(4, 1))
+        assert torch.equal(captured(x), step(x))
+    assert len(Graph.captured) == 3
+
+
+def test_networks_are_looked_for_until_the_capture(stand_ins):
+    first, late = torch.nn.Linear(4, 1), []
+
+    def step(x):
+        return first(x) + sum(net(x) for net in late)
+
+    captured, x = CapturedStep(step, CUDA), torch.rand(3, 4)
+    captured(x)
+    late.append(torch.nn.Linear(4, 1))
+    for _ in range(5):
+        captured(x)
+    assert len(Graph.captured) == 1
+    late[0] = torch.nn.Linear(4, 1)
+    assert torch.equal(captured(x), step(x))
+
+
+def test_a_step_without_a_network_is_warned_of_once(stand_ins, caplog):
+    captured = CapturedStep(Slots(torch.nn.Linear(2, 1)).learn, CUDA)
+    for size in 5 * [3] + 5 * [4]:
+        captured(torch.zeros(size, 2))
+    assert len(Graph.captured) == 2
+    (line,) = caplog.messages
+    assert line.startswith("no network and no optimizer was found to which the training step refers")
 
 
 def test_numbers_that_change_at_every_step_are_read_from_tensors_or_leave_no_graph(stand_ins, caplog):
@@ -430,17 +709,27 @@ def trainer_of(stand_ins, monkeypatch):
     return make
 
 
-@pytest.mark.parametrize("variant", ["static", "regularised", "dynamic", "all schedules"])
-def test_training_is_the_same_with_and_without_a_graph(trainer_of, variant):
-    """Batches that are not full, masks that change, targets that change with the epoch, dropout."""
-    changes = {"batch_size": 32, **VARIANTS[variant]}
+@pytest.mark.parametrize(
+    ("variant", "more", "graphs"),
+    [
+        ("static", {}, 1),
+        ("regularised", {}, 3),  # a target for each epoch
+        ("dynamic", {}, 1),
+        ("all schedules", {}, 1),
+        ("pruned from a dense start", {"dst_interval": 6}, 3),  # two updates, each after a capture
+    ],
+)
+def test_training_is_the_same_with_and_without_a_graph(trainer_of, variant, more, graphs):
+    """Batches that are not full, masks that change, weights that become fewer, targets that change, dropout."""
+    changes = {"batch_size": 32, **VARIANTS[variant], **more}
     graph, plain = trainer_of(**changes), trainer_of(cuda_graph=False, **changes)
     for _ in range(graph.settings.epochs):
         records = [trainer.train_epoch() for trainer in (graph, plain)]
         for record in records:
-            del record["seconds"], record["samples_per_s"]
+            for name in TIMES:
+                del record[name]
         assert records[0] == records[1]
-    assert Graph.captured
+    assert len(Graph.captured) == graphs
     # a learning rate that falls is read from a float32 tensor
     rounding = 1e-6 if "lr_schedule" in changes else 0.0
     for name, value in plain.net.state_dict().items():

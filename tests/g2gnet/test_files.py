@@ -242,7 +242,7 @@ def test_a_marker_that_is_none_is_named(tmp_path, result):
 def test_what_files_say_cannot_move_the_cursor(tmp_path, capsys):
     settings = TrainSettings(**SMALL)
     marker = tmp_path / f"{settings.stem}.DONE"
-    record = dict.fromkeys(("epoch", "train_loss", "train_acc", "test_acc", "seconds"), 1)
+    record = dict.fromkeys(("epoch", "train_loss", "train_acc", "test_acc", "seconds", "cpu_seconds"), 1)
     marker.write_text(json.dumps({"settings": {"model": "\x1b[2J\x9b\u202e"}, "result": record}))
     from g2gnet import train
 

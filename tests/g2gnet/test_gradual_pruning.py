@@ -275,7 +275,7 @@ def adapted_by_hand(size):
 
 def test_units_of_different_layers_are_compared_by_their_share_of_the_rest():
     assert layer_adapted(torch.tensor([1.0, 3.0, 2.0])).tolist() == [1 / 14, 9 / 9, 4 / 13]
-    assert layer_adapted(torch.zeros(3)).tolist() == [0, 0, 0]
+    assert sorted(layer_adapted(torch.zeros(3)).tolist()) == [0, 0, 1]
     size = torch.rand(40, generator=torch.Generator().manual_seed(0)).double()
     torch.testing.assert_close(layer_adapted(size), torch.tensor(adapted_by_hand(size.tolist()), dtype=torch.double))
 
@@ -293,6 +293,23 @@ def test_layers_keep_as_many_as_stand_out_in_them_whatever_their_scale(prune):
         assert [layer.mask.num_units for layer in layers] == [sum(x >= least for x in of_layer) for of_layer in scores]
         kept.append([layer.mask.flat_unit().tolist() for layer in layers])
     assert kept[0] == kept[1]
+
+
+@pytest.mark.parametrize("prune", ["set", "random", "hebb"])
+def test_no_layer_loses_its_last_unit(prune):
+    """Not even one whose units are all zero, as those that have just grown are until a gradient reaches them."""
+    net, _ = trained("dense", sizes=(20, 24, 10), block_size=4)
+    layers = list(net.connections().values())
+    layers[-1].values.data.zero_()
+    least = sum(int(layer.mask.unit_sizes.max()) for layer in layers) / possible(net)
+    with pytest.raises(ValueError, match=f"is less than the {least:.4g} of one unit in each layer; raise it"):
+        pruning(net, torch.optim.SGD(net.parameters()), final=0.9 * least)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    dst = pruning(net, optimizer, final=1.1 * least, prune=prune)
+    for _ in range(4):
+        train(net, optimizer)
+        dst.step()
+    assert [layer.mask.num_units for layer in layers] == [1] * len(layers)
 
 
 def test_layers_in_place_of_a_model_and_recurrent_ones():
@@ -318,8 +335,13 @@ def test_a_run_records_what_is_left():
             assert record["units_kept"][name] == units / began[name]
             assert record["initial_units_kept"][name] == units / first[name]
     assert record["units_pruned"] == sum(first.values()) - sum(record["units"].values())
-    with pytest.raises(SettingsError, match=r"final_density=0\.9 is no less than the 0\.2"):
-        Trainer(TrainSettings(**SMALL, **(PRUNED | {"final_density": 0.9})), trainer.data, Machine(torch.device("cpu")))
+    for final, message in (
+        (0.9, r"final_density=0\.9 is no less than the 0\.2"),
+        (1e-6, "one unit in each layer; raise it"),
+    ):
+        settings = TrainSettings(**SMALL, **(PRUNED | {"final_density": final}))
+        with pytest.raises(SettingsError, match=message):
+            Trainer(settings, trainer.data, Machine(torch.device("cpu")))
 
 
 class Factored(torch.optim.SGD):

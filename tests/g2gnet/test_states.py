@@ -159,6 +159,20 @@ def test_chunks_change_no_spike_and_no_gradient(backend, held, chunk):
     close(gradients(stack, x, loss_of(chunked.counts, chunked.rates, chunked.state)), expected)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_chunks_of_a_frozen_first_layer_have_the_gradients_of_the_others(backend):
+    found = []
+    for chunk in (None, 4):
+        stack, x = stack_of(backend), inputs_of(held=False).detach()
+        for module in (stack.fc1, stack.lif1):
+            module.requires_grad_(False)
+        activity = stack.simulate(x, chunk=chunk)
+        learned = {name: each for name, each in stack.named_parameters() if each.requires_grad}
+        loss = loss_of(activity.counts, activity.rates, activity.state)
+        found.append(dict(zip(learned, torch.autograd.grad(loss, list(learned.values())), strict=True)))
+    close(found[1], found[0])
+
+
 def test_the_backward_pass_of_chunks_knows_autocast():
     stack, x = stack_of(), inputs_of(held=False)
     found = []

@@ -127,7 +127,14 @@ class _Recomputed(torch.autograd.Function):
         with torch.enable_grad():
             activity = ctx.chunk(*inputs)
         outputs = activity.counts, *activity.rates, *activity.states
-        reached = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if grad is not None]
+        # where operators run in turn, outputs of a frozen layer have no gradient
+        reached = [
+            (output, grad)
+            for output, grad in zip(outputs, grads, strict=True)
+            if grad is not None and output.requires_grad
+        ]
+        if not reached:
+            return None, *[None] * len(needed)
         wanted = [tensor for tensor in inputs if tensor.requires_grad]
         found = iter(
             torch.autograd.grad(

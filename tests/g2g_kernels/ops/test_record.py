@@ -152,3 +152,39 @@ def test_saved_tensors_may_be_moved_away_in_between(backend):
     expected = gradients(lambda tensor: tensor, lambda tensor: tensor)
     found = gradients(lambda tensor: tensor.clone(), lambda tensor: tensor.clone())
     assert all(map(torch.equal, found, expected))
+
+
+def negated(tensor: torch.Tensor) -> torch.Tensor:
+    """Equal to ``tensor``, whose negative is in memory."""
+    return torch._neg_view(-tensor.detach())
+
+
+def zeros(tensor: torch.Tensor) -> torch.Tensor:
+    """Zeros that are only noted: there is no memory."""
+    return torch._efficientzerotensor(tensor.shape)
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+@pytest.mark.parametrize(("lazy", "plain"), [(negated, torch.Tensor.clone), (zeros, torch.zeros_like)])
+def test_what_is_not_in_memory_as_it_is_read(backend, lazy, plain):
+    def outcome(form):
+        stack = Stack(STACKS["mixer"], None)
+        leaves = {name: form(leaf).requires_grad_() for name, leaf in stack.leaves(torch.float32).items()}
+        activity = g2g_stack(leaves["x"], stack.layers(leaves), backend=backend)
+        counts = torch.autograd.grad(activity.counts, list(leaves.values()), form(activity.counts), allow_unused=True)
+        x, values, bias, beta = (leaves[name] for name in ("x", "values0", "bias0", "beta0"))
+        current = g2g_linear(x, values, stack.masks[0], bias, backend=backend)
+        spikes = lif(current, beta, 1.0, backend=backend)
+        upstream = form(torch.randn(spikes.shape, generator=seeded(5)))
+        of_current = torch.autograd.grad(current, (x, values, bias), upstream, retain_graph=True)
+        return [
+            activity.counts,
+            *counts,
+            current,
+            spikes,
+            *of_current,
+            *torch.autograd.grad(spikes, (x, beta), upstream),
+        ]
+
+    for ours, expected in zip(outcome(lazy), outcome(plain), strict=True):
+        assert torch.equal(ours, expected)

@@ -218,6 +218,7 @@ def test_an_epoch_is_printed_and_recorded(tmp_path, capsys):
         "train_acc",
         "test_acc",
         "seconds",
+        "cpu_seconds",
         "samples_per_s",
         "firing_rate",
         "silent",

@@ -1,12 +1,12 @@
 """Sequences with and without recurrence and adaptation, on Fashion-MNIST: ``python -m benchmarks.sequence_study``.
 
 Images come row by row (T 28), as pixels in a fixed random order, four at a time (T 196), or pixel by pixel (T 784, 56
-steps at a time). Each is learned by networks that are feed-forward, recurrent, adaptive or both, sparse (a quarter of the
-weights in units of 16, or a twentieth in units of 4 that is rewired, pruned by magnitude and grown by gradient; small
-layers keep more of theirs) and dense, and by PyTorch's GRU with as many weights as the recurrent network of a quarter. Only the rows are trained unless ``--rows``
-names others: pixels take hours. Settings were chosen on held-back training images, once per data set for all its
-networks. Memory and processor time are those of a training step; memory above the process with
-its imports.
+steps at a time). Each is learned by networks that are feed-forward, recurrent, adaptive or both, sparse (a quarter of
+the weights in units of 16, or a twentieth in units of 4 that is rewired, pruned by magnitude and grown by gradient;
+small layers keep more of theirs) and dense, and by PyTorch's GRU with as many weights as the recurrent network of a
+quarter. Only the rows are trained unless ``--rows`` names others: pixels take hours. The settings of rows and of
+permuted pixels were chosen on held-back training images, once for all spiking networks (docs/results.md). Memory and
+processor time are those of a training step; memory above the process with its imports.
 """
 
 import concurrent.futures
@@ -32,7 +32,7 @@ from .dst_study import GROWTH, SCHEDULE, density_flags
 from .machine import PeakMemory, load_lazy_parts, pytorch_threads
 from .study import Study, accuracy, mean, run_study, spread
 
-#: where steps are many: a longer memory, and a surrogate so low that gradients through V do not explode
+#: where steps are many: a longer memory, and a surrogate so low that gradients through V explode less
 LONG = "--beta 0.97 --alpha 0.05"
 #: how an image unfolds
 DATA = {

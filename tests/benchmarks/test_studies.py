@@ -154,7 +154,8 @@ def test_sequences_are_learned_by_networks_and_by_a_gru(tmp_path, capsys, monkey
     network, yardstick = json.loads((tmp_path / "record.json").read_text())["rows"]
     assert [network["row"], yardstick["row"]] == rows
     (found,) = yardstick["ends"]
-    assert found["weights"] == pytest.approx(network["ends"][0]["weights"], rel=0.05)
+    # hidden neurons are whole numbers: 8 have 1,002 weights, 9 have 1,153
+    assert found["weights"] == pytest.approx(network["ends"][0]["weights"], rel=0.08)
     assert 0 <= found["test_acc"] <= 1
     printed = capsys.readouterr().out
     assert f"| rows, GRU | {found['weights']:,} | 3 MB | 12.3 ms |" in printed

@@ -161,6 +161,13 @@ class TrainSettings(NetworkSettings, RunSettings):
     label_smoothing: float = setting(
         0.0, "training", "share of each label that is spread over all classes, in training", low=0, high=1
     )
+    clip_grad_norm: float | None = setting(
+        None,
+        "training",
+        "largest norm of the gradient of all parameters together; a larger one is scaled down to it",
+        low=0,
+        open_low=True,
+    )
     average: int | None = setting(
         None,
         "training",

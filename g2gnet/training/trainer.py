@@ -391,6 +391,8 @@ class Trainer(EpochTrainer):
         self.optimizer.zero_grad(set_to_none=True)
         with self.world.backward():
             objective.backward()
+        if self.settings.clip_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self.net.parameters(), self.settings.clip_grad_norm)
         self._update()
         with torch.no_grad():
             correct = (activity.output.argmax(1) == labels).sum().to(loss.dtype)

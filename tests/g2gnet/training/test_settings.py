@@ -83,6 +83,7 @@ def test_the_stem_names_the_run(options, stem):
         ({"standardize": True, "enc": "rate"}, "standardize makes .* not spike probabilities .* give `enc=current`"),
         ({"dropout": 1.0}, "dropout=1.0 is out of range; give a number from 0 to 0.95"),
         ({"label_smoothing": 1.5}, "label_smoothing=1.5 is out of range; give a number from 0 to 1"),
+        ({"clip_grad_norm": 0.0}, "clip_grad_norm=0.0 is out of range; give a number above 0"),
         ({"erase": 1.1}, "erase=1.1 is out of range; give a number from 0 to 1"),
         ({"dataset": "cifar10", "use_resnet": True, "erase": 0.5}, "erase=0.5 needs images, but use_resnet trains"),
         ({"average": 1}, "average=1 is out of range; give a whole number of at least 2"),

@@ -99,6 +99,23 @@ def test_smoothed_labels_give_each_class_its_share_of_the_loss():
     assert trainer.train_epoch()["train_loss"] == pytest.approx(-(wanted * scores).sum(1).mean().item(), rel=1e-5)
 
 
+def test_a_gradient_is_scaled_down_to_the_largest_norm():
+    """Even one whose squares overflow float32."""
+    trainer = small_trainer(**ONE_STEP)
+    trainer.train_epoch()
+    whole = {name: parameter.grad for name, parameter in trainer.net.named_parameters()}
+    norm = torch.cat([gradient.flatten().double() for gradient in whole.values()]).norm().item()
+    for largest in (0.1 * norm, 10 * norm):
+        clipped = small_trainer(**ONE_STEP, clip_grad_norm=largest)
+        clipped.train_epoch()
+        for name, parameter in clipped.net.named_parameters():
+            torch.testing.assert_close(parameter.grad, whole[name] * min(1, largest / norm), rtol=1e-4, atol=0)
+    clipped.net.fc3.values.register_hook(lambda gradient: gradient * 1e30)
+    clipped.epoch = clipped.step = 0
+    clipped.train_epoch()
+    assert all(tensor.isfinite().all() for tensor in clipped.net.state_dict().values())
+
+
 def test_a_decoupled_decay_takes_its_share_of_connections_alone():
     before = small_trainer(**ONE_STEP).net.state_dict()
     plain = small_trainer(**ONE_STEP, weight_decay=0.0, lr=0.01)

@@ -99,6 +99,8 @@ def train(settings: TrainSettings, folder: Path, on_epoch: Callable[[str], None]
             logits = net(sequences(data.train_images[chosen]))
             optimizer.zero_grad()
             F.cross_entropy(logits, labels).backward()
+            if settings.clip_grad_norm is not None:
+                torch.nn.utils.clip_grad_norm_(net.parameters(), settings.clip_grad_norm)
             optimizer.step()
             right += int((logits.argmax(1) == labels).sum())
         seconds += time.perf_counter() - began

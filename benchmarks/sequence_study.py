@@ -32,8 +32,8 @@ from .dst_study import GROWTH, SCHEDULE, density_flags
 from .machine import PeakMemory, load_lazy_parts, pytorch_threads
 from .study import Study, accuracy, mean, run_study, spread
 
-#: where steps are many: a longer memory, and against exploding gradients a low surrogate and a largest norm
-LONG = "--beta 0.97 --alpha 0.05 --clip_grad_norm 5"
+#: where steps are many: a longer memory, and against exploding gradients a low surrogate and smaller steps
+LONG = "--beta 0.97 --alpha 0.05 --lr 0.002"
 #: how an image unfolds
 DATA = {
     "rows": "--sequence rows",

@@ -106,7 +106,7 @@ VARIANTS = {
     "permuted pixels, chunks": {"sequence": "permuted", "sequence_step": 98, "chunk": 3},
     "small world": {"model": "small_world", "density": "erk", "per_neuron": True, "reset": "zero", "threshold": 0.8},
     "augmented": {"augment": "crop-flip"},
-    "regularised": {"enforce_sparsity": True, "warmup_epochs": 1},
+    "regularised": {"enforce_sparsity": True, "warmup_epochs": 1, "clip_grad_norm": 0.5},
     "dynamic": {"sparsity_mode": "dynamic", "dst_interval": 2, "cp": "hebb"},
     "all schedules": {
         "dropout": 0.2,
@@ -115,7 +115,6 @@ VARIANTS = {
         "optimizer": "adamw",
         "weight_decay": 0.1,
         "label_smoothing": 0.1,
-        "clip_grad_norm": 0.5,
         "average": 3,
         "standardize": True,
         "augment": "shift-flip",

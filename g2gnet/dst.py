@@ -150,9 +150,8 @@ class DSTScheduler:
             F times ((S − s)/(S − s + interval))³. How many units a layer keeps is decided by comparing all
             (:func:`~g2gnet.dst_scores.layer_adapted`), at least one, and which by their prune score. A layer then
             replaces ``fraction`` (0: none) of the units that it keeps. Where units differ in size, those that it keeps
-            or grows may be larger, so that a few weights more are left. Weights and their optimizer
-            state become new, smaller tensors: after such an update make a new DistributedDataParallel (a ``captured``
-            step notices it).
+            or grows may be larger, so that a few weights more are left. Weights and their optimizer state become new,
+            smaller tensors: after such an update make a new DistributedDataParallel (a ``captured`` step notices it).
             None: the number of units stays.
         recurrent: if layers are given, those of them that join a layer's neurons to themselves; each comes after its
             layer. Its inputs are the spikes of the step before.

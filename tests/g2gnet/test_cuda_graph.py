@@ -318,20 +318,25 @@ def test_a_change_that_a_graph_cannot_follow_is_followed_all_the_same(stand_ins,
     assert len(Graph.captured) == 2
 
 
+def captured_step(net, optimizer, device):
+    """A whole training step, as a graph unless the device is the CPU."""
+
+    def step(x, labels):
+        loss = F.cross_entropy(net(x), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return g2gnet.captured(step, device)
+
+
 def test_a_momentum_that_is_forgotten_is_forgotten_by_the_graph(stand_ins):
     def trained(device):
         torch.manual_seed(0)
         net = torch.nn.Linear(6, 3)
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
-
-        def step(x, labels):
-            loss = F.cross_entropy(net(x), labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            return loss.detach()
-
-        step = g2gnet.captured(step, device)
+        step = captured_step(net, optimizer, device)
         for number in range(14):
             if number == 8:
                 assert len(Graph.captured) == (device != "cpu")
@@ -422,16 +427,7 @@ def test_an_optimizer_whose_state_a_graph_cannot_change_trains_as_without_one(
     def trained(device):
         torch.manual_seed(0)
         net = torch.nn.Linear(6, 3)
-        updates = optimizer(net.parameters(), lr=0.1)
-
-        def step(x, labels):
-            loss = F.cross_entropy(net(x), labels)
-            updates.zero_grad()
-            loss.backward()
-            updates.step()
-            return loss.detach()
-
-        step = g2gnet.captured(step, device)
+        step = captured_step(net, optimizer(net.parameters(), lr=0.1), device)
         for _ in range(20):
             step(torch.randn(5, 6), torch.randint(3, (5,)))
         return list(net.parameters())

@@ -96,12 +96,20 @@ def assert_same_course(one, several):
     # batches of 71: in others some membrane is so near to its threshold that the order of sums decides about a spike
     [
         (2, {}),
+        (2, {"clip_grad_norm": 0.5}),
         (2, {"model": "dense", "batch_size": 71}),
         (3, EVERYTHING),
         (2, VARIANTS["all schedules"]),
         (2, VARIANTS["pruned from a dense start"]),
     ],
-    ids=["static", "dense, uneven parts", "dynamic and all else, three", "schedules and gradient growth", "pruned"],
+    ids=[
+        "static",
+        "clipped",
+        "dense, uneven parts",
+        "dynamic and all else, three",
+        "schedules and gradient growth",
+        "pruned",
+    ],
 )
 def test_processes_train_as_one(tmp_path, processes, options):
     one = run(tmp_path / "one", **options)

@@ -4,9 +4,9 @@ Images come row by row (T 28), as pixels in a fixed random order, four at a time
 steps at a time). Each is learned by networks that are feed-forward, recurrent, adaptive or both, sparse (a quarter of
 the weights in units of 16, or a twentieth in units of 4 that is rewired, pruned by magnitude and grown by gradient;
 small layers keep more of theirs) and dense, and by PyTorch's GRU with as many weights as the recurrent network of a
-quarter. Only the rows are trained unless ``--rows`` names others: pixels take hours. The settings of rows and of
-permuted pixels were chosen on held-back training images, once for all spiking networks (docs/results.md). Memory and
-processor time are those of a training step; memory above the process with its imports.
+quarter. Only the rows are trained unless ``--rows`` names others: pixels take hours. The settings of each data set were
+chosen on held-back training images, once for all spiking networks (docs/results.md). Memory and processor time are
+those of a training step; memory above the process with its imports.
 """
 
 import concurrent.futures
@@ -32,13 +32,12 @@ from .dst_study import GROWTH, SCHEDULE, density_flags
 from .machine import PeakMemory, load_lazy_parts, pytorch_threads
 from .study import Study, accuracy, mean, run_study, spread
 
-#: where steps are many: a longer memory, and against exploding gradients a low surrogate and smaller steps
-LONG = "--beta 0.97 --alpha 0.05 --lr 0.002"
-#: how an image unfolds
+#: how an image unfolds; where steps are many, a longer memory, and against exploding gradients a lower surrogate and
+#: smaller steps
 DATA = {
     "rows": "--sequence rows",
-    "permuted": f"--sequence permuted --sequence_step 4 {LONG}",
-    "pixels": f"--sequence pixels --chunk 56 {LONG}",
+    "permuted": "--sequence permuted --sequence_step 4 --beta 0.97 --alpha 0.05 --lr 0.002",
+    "pixels": "--sequence pixels --chunk 56 --beta 0.97 --alpha 0.02 --lr 0.001",
 }
 NETWORKS = {
     "feed-forward": "",

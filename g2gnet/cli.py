@@ -267,8 +267,8 @@ def settings_from(arguments: argparse.Namespace, settings_type: type[SettingsT])
     given["dataset"] = dataset_name(given["dataset"])
     if issubclass(settings_type, TrainSettings) and own.is_name(given["dataset"]):
         shape = own.sample_shape(given["dataset"], Path(arguments.data_dir))
-        # only images can be mirrored or lose a rectangle, which states what they are
-        changed = given["augment"] in SHIFTS or given["erase"] > 0
+        # only images can be mirrored or lose a rectangle, which states what they are; frames are images in any case
+        changed = len(shape) == 2 and (given["augment"] in SHIFTS or given["erase"] > 0)
         if own.holds_sequences(shape) and isinstance(given["sequence"], DefaultName):
             if not changed:
                 given["sequence"] = "own"

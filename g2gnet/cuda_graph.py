@@ -54,7 +54,7 @@ def captured(step: Callable[..., Any], device: torch.device | str) -> Callable[.
 
     - arguments that are no tensors, and the tensors' shapes and dtypes;
     - of each network to which ``step`` refers: its modules, ``train()`` or ``eval()``, and its parameters and buffers:
-      which tensors they are, their addresses, shapes, strides and dtypes, and which are learned;
+      which tensors they are, of which module, their addresses, shapes, strides and dtypes, and which are learned;
     - of each optimizer: which one it is, its settings, and which tensors its state consists of and where they are;
     - whether gradients are recorded, and autocast.
 
@@ -354,12 +354,14 @@ class _Watched:
         buffers = [each for module in self._modules for each in module._buffers.values() if each is not None]
         tensors = [each for each in parameters + buffers if not is_lazy(each)]
         training = [module.training for module in self._modules]
+        # by which module; which they are follows from their places
+        roles = [list(map(id, module._parameters.values())) for module in self._modules]
         learned = [(each.requires_grad, each.grad is None) for each in parameters]
         groups = [self._of_group(group) for optimizer in self._optimizers for group in optimizer.param_groups]
         layouts = [(each.shape, each.stride(), each.dtype) for each in tensors]
         for optimizer in self._optimizers:
             _add_tensors(optimizer.state, tensors)
-        return self._modules, self._optimizers, training, learned, groups, layouts, _places(tensors)
+        return self._modules, self._optimizers, training, roles, learned, groups, layouts, _places(tensors)
 
     def _of_group(self, group: dict[str, Any]) -> dict[str, Any]:
         """The settings of a group of an optimizer; of tensors that a graph reads, only which they are."""

@@ -36,6 +36,8 @@ logger = logging.getLogger("g2gnet")
 
 #: parameters that one thread updates in about a millisecond
 ONE_THREAD_UPDATE = 1_000_000
+#: squares of numbers up to this can be summed in float32
+_SQUARED = 1e15
 
 
 class _StepConstants(NamedTuple):
@@ -391,15 +393,28 @@ class Trainer(EpochTrainer):
         self.optimizer.zero_grad(set_to_none=True)
         with self.world.backward():
             objective.backward()
-        if self.settings.clip_grad_norm is not None:
-            nn.utils.clip_grad_norm_(self.net.parameters(), self.settings.clip_grad_norm)
-        self._update()
         with torch.no_grad():
             correct = (activity.output.argmax(1) == labels).sum().to(loss.dtype)
             firing_rates = share * torch.cat(activity.rates)
             result = _StepResult(share * loss, correct, firing_rates).summed(self.world)
-            self._finite.note(result.loss)
-            return result, activity
+            self._finite.note(result.loss)  # before a gradient that is not finite is scaled into all others
+            if self.settings.clip_grad_norm is not None:
+                self._clip_gradient(self.settings.clip_grad_norm)
+        self._update()
+        return result, activity
+
+    def _clip_gradient(self, largest: float) -> None:
+        """Scales the gradient down to that norm, also one whose squares overflow: ``clip_grad_norm_`` makes that 0."""
+        every = [parameter.grad for parameter in self.net.parameters()]
+        gradients = [gradient for gradient in every if gradient is not None and gradient.numel()]
+        entry = torch.stack([gradient.abs().max() for gradient in gradients]).max()
+        shrink = (_SQUARED / entry).clamp(max=1)  # 1 leaves every bit
+        for gradient in gradients:
+            gradient.mul_(shrink)
+        norm = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]).norm()
+        scale = (largest / (norm + 1e-6)).clamp(max=1 / shrink)
+        for gradient in gradients:
+            gradient.mul_(scale)
 
     def _update(self) -> None:
         """The optimizer's step, on one thread if there are few parameters on a CPU; results are bitwise equal.

@@ -331,6 +331,23 @@ def captured_step(net, optimizer, device):
     return g2gnet.captured(step, device)
 
 
+def test_parameters_that_change_places_are_noticed(stand_ins):
+    """The optimizer has the same ones, in the same order."""
+
+    def trained(device):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Tanh(), torch.nn.Linear(6, 6))
+        step = captured_step(net, torch.optim.SGD(net.parameters(), 0.1, fused=True), device)
+        for number in range(8):
+            if number == 6:
+                net[0].weight, net[2].weight = net[2].weight, net[0].weight
+            step(torch.randn(5, 6), torch.randint(6, (5,)))
+        return list(net.parameters())
+
+    assert all(map(torch.equal, trained("cpu"), trained(CUDA)))
+    assert len(Graph.captured) == 1
+
+
 def test_a_momentum_that_is_forgotten_is_forgotten_by_the_graph(stand_ins):
     def trained(device):
         torch.manual_seed(0)

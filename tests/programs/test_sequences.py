@@ -95,6 +95,12 @@ def test_images_of_ones_own_are_held_if_that_is_stated(tmp_path, flags, caplog):
     assert ("of shape 6 × 5, are read as images, as augment=" in caplog.text) == ("--sequence" not in flags)
 
 
+@pytest.mark.parametrize("flags", [["--augment", "flip"], ["--erase", "0.5"]], ids=["mirrored", "erased"])
+def test_frames_that_are_changed_as_images_stay_sequences(tmp_path, flags):
+    document = trained(train, tmp_path, "--dataset", write_data(tmp_path / "mine.npz", 6, 2, 3, 4), *flags)
+    assert (document["settings"]["T"], document["settings"]["sequence"]) == (6, "own")
+
+
 def test_images_of_ones_own_unfold_as_known_ones_do(tmp_path):
     data = write_data(tmp_path / "mine.npz", 2, 6, 5)
     document = trained(train, tmp_path, "--dataset", data, "--sequence", "rows", "--sequence_step", "2")

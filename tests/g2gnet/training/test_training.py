@@ -14,7 +14,16 @@ from g2gnet import SpikingStack
 from g2gnet.data import DataError, as_samples, load_dataset, random_crop_and_flip, random_erase
 from g2gnet.seeding import stream
 from g2gnet.tensor_file import write_tensors
-from g2gnet.training import CheckpointError, Machine, SettingsError, Trainer, TrainSettings, read_run, run_training
+from g2gnet.training import (
+    CheckpointError,
+    Machine,
+    SettingsError,
+    Trainer,
+    TrainingError,
+    TrainSettings,
+    read_run,
+    run_training,
+)
 from g2gnet.training import trainer as trainer_module
 from g2gnet.training.evaluation import build_network
 
@@ -99,22 +108,36 @@ def test_smoothed_labels_give_each_class_its_share_of_the_loss():
     assert trainer.train_epoch()["train_loss"] == pytest.approx(-(wanted * scores).sum(1).mean().item(), rel=1e-5)
 
 
-def test_a_gradient_is_scaled_down_to_the_largest_norm():
+@pytest.mark.parametrize("factor", [1.0, 1e30])
+def test_a_gradient_is_scaled_down_to_the_largest_norm(factor):
     """Even one whose squares overflow float32."""
-    trainer = small_trainer(**ONE_STEP)
-    trainer.train_epoch()
-    whole = {name: parameter.grad for name, parameter in trainer.net.named_parameters()}
+
+    def gradients(**options):
+        trainer = small_trainer(**ONE_STEP, **options)
+        trainer.net.fc3.values.register_hook(lambda gradient: gradient * factor)
+        trainer.train_epoch()
+        return {name: parameter.grad for name, parameter in trainer.net.named_parameters()}
+
+    whole = gradients()
     norm = torch.cat([gradient.flatten().double() for gradient in whole.values()]).norm().item()
-    for largest in (0.1 * norm, 10 * norm):
-        clipped = small_trainer(**ONE_STEP, clip_grad_norm=largest)
-        clipped.train_epoch()
-        for name, parameter in clipped.net.named_parameters():
-            # PyTorch divides by the norm + 1e-6, summed in float32
-            torch.testing.assert_close(parameter.grad, whole[name] * min(1, largest / norm), rtol=1e-4, atol=0)
-    clipped.net.fc3.values.register_hook(lambda gradient: gradient * 1e30)
-    clipped.epoch = clipped.step = 0
-    clipped.train_epoch()
-    assert all(tensor.isfinite().all() for tensor in clipped.net.state_dict().values())
+    for largest in (0.1, 0.1 * norm, 10 * norm):
+        clipped = gradients(clip_grad_norm=largest)
+        for name, gradient in clipped.items():
+            wanted = (whole[name].double() * min(1, largest / norm)).float()
+            # the norm is summed in float32, and 1e-6 is added to it; smaller than 1e-38 have fewer bits
+            torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-38)
+
+
+def test_gradients_of_connections_without_weights_are_clipped():
+    small_trainer(**ONE_STEP, model="index", p_intra=0.0, p_inter=0.0, clip_grad_norm=0.1).train_epoch()
+
+
+def test_a_clipped_gradient_that_is_not_finite_is_named():
+    """The norm is not finite either, by which all gradients are divided."""
+    trainer = small_trainer(**ONE_STEP, clip_grad_norm=0.1)
+    trainer.net.fc1.values.register_hook(lambda gradient: gradient * torch.nan)
+    with pytest.raises(TrainingError, match=r"in step 1 the gradient of fc1\.values became"):
+        trainer.train_epoch()
 
 
 def test_a_decoupled_decay_takes_its_share_of_connections_alone():

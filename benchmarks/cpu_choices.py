@@ -1,10 +1,11 @@
 """Whether the CPU kernels choose the fastest way to multiply: ``python -m benchmarks.cpu_choices``.
 
 Spikes are multiplied by events, by sums of subsets, with vectors over the batch or by matrix tiles, and the gradient
-of the inputs by events or by tiles (docs/cpu-performance.md). Each point is one layer of N → N neurons, T steps of B
-samples. Forward pass, gradient of the weights and gradient of the inputs are timed by themselves, each way forced in
-turn and then as the kernels choose: processor time, the least of all turns, which other programs disturb least. Sums in
-another order have other last bits, which tell the chosen way.
+of the inputs by events, by tiles or, if they are the spikes of a layer below, where that layer needs it
+(docs/cpu-performance.md). Each point is one layer of N → N neurons, T steps of B samples; where gradients pass from a
+layer to one below, two of them. Forward pass, gradient of the weights, and that with the gradient of the inputs are
+timed by themselves, each way forced in turn and then as the kernels choose: processor time, the least of all turns,
+which other programs disturb least. Sums in another order have other last bits, which tell the chosen way.
 """
 
 import argparse
@@ -39,10 +40,32 @@ WAYS = {
     "batch": (1.0, 0.0, NEVER),
     "sums": (1.0, NEVER, 0.0),
 }
-#: the share of events up to which the gradient of the inputs goes by them
-DOWN = {"events": NEVER, "tiles": 0.0}
+#: what forces each way to the gradient of the inputs: the share of events up to which they pay, and the cost where the
+#: layer below needs it
+DOWN = {"tiles": (0.0, NEVER), "events": (NEVER, NEVER), "needed": (0.0, 0.0)}
 #: a chosen way may be so much slower than the fastest
 ALLOWED = 1.03
+
+
+class Pass(NamedTuple):
+    """How many layers, the sharpness of their surrogate, and whether each neuron has its own β, which bars events."""
+
+    layers: int = 1
+    alpha: float = 2.0
+    per_neuron: bool = False
+
+
+#: between two layers, a gradient is needed by 36, 19 and 5 % of the neurons and steps at α 1, 2 and 8
+PASSES = {
+    "forward": Pass(),
+    "weights": Pass(),
+    "inputs, α 2": Pass(),
+    "inputs, α 8": Pass(alpha=8.0),
+    "inputs of two layers, α 1": Pass(2, 1.0),
+    "inputs of two layers, α 2": Pass(2),
+    "inputs of two layers, α 8": Pass(2, 8.0),
+    "inputs of two layers, α 1, β per neuron": Pass(2, 1.0, per_neuron=True),
+}
 
 
 class Point(NamedTuple):
@@ -77,7 +100,9 @@ def forced(way: str | None, down: str | None) -> Iterator[None]:
             change(library, "BATCH_COST", batch)
             change(library, "SUBSET_COST", sums)
         if down is not None:
-            change(stack, "GRADIENT_EVENT_LIMIT", {False: DOWN[down], True: DOWN[down]})
+            limit, needed = DOWN[down]
+            change(stack, "GRADIENT_EVENT_LIMIT", {False: limit, True: limit})
+            change(library, "NEEDED_COST", needed)
         yield
 
 
@@ -85,29 +110,30 @@ def forced(way: str | None, down: str | None) -> Iterator[None]:
 Run = Callable[[], tuple[float, torch.Tensor]]
 
 
-class Layer:
-    """The layer of one point, and its passes."""
+class Layers:
+    """The layers of one point, and their passes."""
 
-    def __init__(self, point: Point, size: int, alpha: float) -> None:
+    def __init__(self, point: Point, size: int, of: Pass) -> None:
         draw = torch.Generator().manual_seed(0)
         layout = GroupLayout(size, 8)
-        mask = BlockMask.sample(
-            layout, layout, p_intra=point.density, p_inter=point.density, block_size=point.unit, generator=draw
-        )
-        fan_in = size * point.density
+        beta = torch.full((size if of.per_neuron else 1,), 0.9)
+        neurons = Neurons("lif", (beta, torch.tensor(1.0)), "subtract", "triangle", of.alpha)
         # the spread of the currents is that of the threshold, so that some membranes are near it and some spike
-        weight = torch.randn(size, size, generator=draw) / (fan_in * point.rate) ** 0.5
-        self.values = mask.pack(weight).requires_grad_()
-        numbers = torch.tensor(0.9), torch.tensor(1.0)
-        neurons = Neurons("lif", numbers, "subtract", "triangle", alpha)
-        self.layer = SpikingLayer(self.values, mask, None, neurons)
+        spread = (size * point.density * point.rate) ** -0.5
+        self.layers = []
+        for _ in range(of.layers):
+            mask = BlockMask.sample(
+                layout, layout, p_intra=point.density, p_inter=point.density, block_size=point.unit, generator=draw
+            )
+            values = mask.pack(spread * torch.randn(size, size, generator=draw)).requires_grad_()
+            self.layers.append(SpikingLayer(values, mask, None, neurons))
         self.x = (torch.rand(point.T, point.B, size, generator=draw) < point.rate).float()
 
     def forward(self) -> Run:
         def run() -> tuple[float, torch.Tensor]:
             with torch.no_grad():
                 begin = time.process_time()
-                result = g2g_stack(self.x, [self.layer], backend="cpu")
+                result = g2g_stack(self.x, self.layers, backend="cpu")
                 seconds = time.process_time() - begin
             assert result.states is not None
             return seconds, result.states[0][0]
@@ -116,8 +142,8 @@ class Layer:
 
     def backward(self, inputs: bool) -> Run:
         """The gradient of the weights, and that of the inputs, too."""
-        counts = g2g_stack(self.x.requires_grad_(inputs), [self.layer], backend="cpu").counts
-        wanted = [self.values, self.x] if inputs else [self.values]
+        counts = g2g_stack(self.x.requires_grad_(inputs), self.layers, backend="cpu").counts
+        wanted = [*(layer.values for layer in reversed(self.layers)), *([self.x] if inputs else [])]
         grad = torch.randn(counts.shape, generator=torch.Generator().manual_seed(1))
 
         def run() -> tuple[float, torch.Tensor]:
@@ -131,10 +157,10 @@ class Layer:
 def measure(point: Point, size: int, repeats: int) -> list[dict[str, Any]]:
     """Processor milliseconds of each pass, by way."""
     found = []
-    for name, alpha in (("forward", 2.0), ("weights", 2.0), ("inputs, α 2", 2.0), ("inputs, α 8", 8.0)):
-        down = name.startswith("inputs")
-        layer = Layer(point, size, alpha)
-        run = layer.forward() if name == "forward" else layer.backward(inputs=down)
+    for name, of in PASSES.items():
+        down = "inputs" in name
+        layers = Layers(point, size, of)
+        run = layers.forward() if name == "forward" else layers.backward(inputs=down and of.layers == 1)
         ways: dict[str, tuple[str | None, str | None]] = {
             way: (None, way) if down else (way, None) for way in (DOWN if down else WAYS)
         }
@@ -183,7 +209,7 @@ def build_parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     for name, number, text in (
-        ("size", 1024, "neurons of the layer"),
+        ("size", 1024, "neurons of a layer"),
         ("repeats", 7, "timed turns"),
         ("points", 10_000, "points of the grid that are measured, spread over it"),
     ):

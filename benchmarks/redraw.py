@@ -423,7 +423,7 @@ def _host_time(record: Record, link: Link) -> str:
 def _cpu_choices(record: Record, link: Link) -> str:
     content = record.content
     return (
-        f"Processor time of one pass of a layer of {content['size']} neurons on {_machine(record, link)}.\n\n"
+        f"Processor time of one pass of layers of {content['size']} neurons on {_machine(record, link)}.\n\n"
         f"{cpu_choices.table(content)}"
     )
 

@@ -53,18 +53,17 @@ class NeededGradient {
     void load(const float* values, int threads) const {
         const Patches& patches = plan->patches;
         parallel(threads, plan->tiles, 4, [&](int64_t tile, int) {
+            alignas(64) float by_row[kTile];
+            zero(by_row, sizeof by_row);
+            for_each_weight(*plan, tile, [&](int64_t i, int32_t row, int32_t col) { by_row[row * kLanes + col] = values[i]; });
             const int32_t* place = patches.place.data() + tile * kGranules * kGranules;
-            float* to[kGranules * kGranules];  // the first lane of each patch
             for (int i = 0; i < kGranules * kGranules; ++i) {
                 if (place[i] < 0) continue;
-                const int64_t strip = int64_t{plan->tile_col[tile]} * kGranules + i / kGranules;
-                to[i] = lane_weights(strip * kGranule) + (place[i] - patches.first[strip]) * kGranule;
-                for (int lane = 0; lane < kGranule; ++lane) zero(to[i] + lane * lane_length(strip), kGranule * sizeof(float));
+                const int col = i / kGranules, row = i % kGranules;
+                const int64_t strip = int64_t{plan->tile_col[tile]} * kGranules + col;
+                float* const first_lane = lane_weights(strip * kGranule) + (place[i] - patches.first[strip]) * kGranule;
+                transpose_16(by_row + (row * kLanes + col) * kGranule, kLanes, first_lane, lane_length(strip));
             }
-            for_each_weight(*plan, tile, [&](int64_t i, int32_t row, int32_t col) {
-                const int64_t strip = int64_t{plan->tile_col[tile]} * kGranules + col / kGranule;
-                to[col / kGranule * kGranules + row / kGranule][col % kGranule * lane_length(strip) + row % kGranule] = values[i];
-            });
         });
     }
 

@@ -297,7 +297,7 @@ inline void neurons_backward(NeuronLoop& a, Arena& arena) {
                 __builtin_memcpy(a.grad_first + s * spans.lanes + place, mine + s * spans.span, width * sizeof(float));
     });
     for (int k = 0; k < model.parameters; ++k)
-        parameter_gradient(a.neurons.parameters[k], model.decays[k], parameter_sums[k], a.samples, a.size,
+        parameter_gradient(a.neurons.parameters[k], model.decays[k], {parameter_sums[k], a.samples, a.size, a.size, kLanes},
                            [](int64_t i) { return i; }, a.size, a.threads, totals);
 }
 

@@ -19,26 +19,33 @@ void spread(const Parameter& parameter, bool decay, float padding, int64_t count
     }
 }
 
-// totals[lane] = Σ_b sums[b][lane], over the samples in order.
-inline void sum_over_samples(const float* sums, int64_t samples, int64_t lanes, int threads, double* totals) {
-    parallel(threads, divide_up(lanes, kLanes), 1, [&](int64_t block, int) {
-        const int64_t first = block * kLanes, width = least(kLanes, lanes - first);
+// What each sample gives to each lane: from data[b · sample + block · place] on, of sample b to the lanes of a block.
+struct LaneParts {
+    const float* data;
+    int64_t samples, sample, lanes, place;
+};
+
+// totals[lane] = what lane is given, over the samples in order.
+inline void sum_over_samples(const LaneParts& parts, int threads, double* totals) {
+    parallel(threads, divide_up(parts.lanes, kLanes), 1, [&](int64_t block, int) {
+        const int64_t first = block * kLanes, width = least(kLanes, parts.lanes - first);
+        const float* part = parts.data + block * parts.place;
         double total[kLanes] = {};
-        for (int64_t b = 0; b < samples; ++b)
-            for (int64_t i = 0; i < width; ++i) total[i] += sums[b * lanes + first + i];
+        for (int64_t b = 0; b < parts.samples; ++b, part += parts.sample)
+            for (int64_t i = 0; i < width; ++i) total[i] += part[i];
         for (int64_t i = 0; i < width; ++i) totals[first + i] = total[i];
     });
 }
 
-// The gradient of a parameter of `size` neurons from the part of each lane of each sample, sums[samples][lanes].
+// The gradient of a parameter of `size` neurons from its parts.
 // It is zero where clamp(decay, 0, 1) is flat.
 template <class Neuron>
-void parameter_gradient(const Parameter& parameter, bool decay, const float* sums, int64_t samples, int64_t lanes,
-                        const Neuron& neuron, int64_t size, int threads, double* totals) {
+void parameter_gradient(const Parameter& parameter, bool decay, const LaneParts& parts, const Neuron& neuron, int64_t size,
+                        int threads, double* totals) {
     if (!parameter.grad) return;
-    sum_over_samples(sums, samples, lanes, threads, totals);
+    sum_over_samples(parts, threads, totals);
     double total = 0;
-    for (int64_t i = 0; i < lanes; ++i) {
+    for (int64_t i = 0; i < parts.lanes; ++i) {
         const int64_t n = neuron(i);
         if (n < 0) continue;
         if (parameter.per_neuron) parameter.grad[n] = static_cast<float>(totals[i]);

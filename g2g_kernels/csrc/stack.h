@@ -85,12 +85,13 @@ constexpr double kProductCycles = 0.08;         // a weight of a dense product
 constexpr double kSpikeWeightCycles = 0.046;    // a weight by batch.h, its input being spikes
 constexpr double kDenseWeightCycles = 0.2;      // the same for a dense input
 constexpr double kSumCycles = 1.1;              // a sum of a subset, of 16 lanes
-constexpr double kPatchCycles = 4.2, kDotCycles = 12;  // a dot product of an input gradient: for each patch, and else; it takes
-                                                       // 2.8 and 8, but products and events are overrated, too
+constexpr double kPatchCycles = 3.6, kDotCycles = 4;  // a dot product of an input gradient: for each patch, and else, as many
+                                                      // times overrated as the product that it is compared with
+constexpr double kFarPatchCycles = 5;                 // a patch whose weights come from L3
 #else
 constexpr double kEventCycles = 14, kStripEventCycles = 4;
 constexpr double kProductCycles = 0.16, kSpikeWeightCycles = 0.5, kDenseWeightCycles = 0.4, kSumCycles = 2.2;
-constexpr double kPatchCycles = 2.5, kDotCycles = 2;
+constexpr double kPatchCycles = 6.5, kDotCycles = 4, kFarPatchCycles = 5;
 #endif
 constexpr double kListCycles = 6;     // forward: a tile or a segment whose events are listed
 constexpr double kLaneCycles = 1;     // gradient: 16 source lanes of a strip
@@ -98,6 +99,7 @@ constexpr double kSortCycles = 750;   // gradient: up to 64 words of a block, wh
 constexpr double kBandCycles = 45;    // gradient: a block of ∂I that is brought into bands
 constexpr double kTableCycles = 40;   // the sixteen sums of 16 lanes
 constexpr double kPieceCycles = 18;   // a piece of a unit that is brought into a tile, once for all rows
+constexpr double kNearPatches = 1024;  // whose weights fit into L2
 
 // Cycles by events, of all lanes of a tile or of those of the strips that their units have.
 inline double event_cycles(const Layer& layer, bool forward, bool strips) {
@@ -177,12 +179,14 @@ inline double fed_patches(const Stack& s, int l) {
 }
 
 // Whether the input gradient of layer l is computed where the layer below needs it alone, a share of its neurons and steps
-// (needed_gradient.h): if that is cheaper than the product, and than events, at most a share `listed` of the layer's own.
+// (needed_gradient.h): if that is cheaper than the product, and than events, at most a share `listed` of the layer's own. All
+// weights are read again every 64 rows.
 inline bool by_need(const Stack& s, int l, double share, double listed) {
     const Layer& layer = s.layers[l];
     const Plan& plan = *layer.plan;
     const double fed = fed_patches(s, l), strips = plan.cols.blocks * kGranules;
-    const double needed = share * kGranule * (fed * kPatchCycles + strips * kDotCycles);
+    const double far = fed > kNearPatches ? (fed - kNearPatches) * kFarPatchCycles : 0;
+    const double needed = share * kGranule * (fed * kPatchCycles + strips * kDotCycles) + far;
     const double bands = plan.sparse.empty() ? 0 : kBandCycles * (plan.rows.blocks + plan.cols.blocks);
     double rows = plan.gradient_rows;
     if (layer.gradient_event_limit > 0) {

@@ -143,7 +143,8 @@ struct BackwardLayer {
     uint64_t* reached;                            // [B][row blocks] bit i: ∂I of lane i is not 0 at some step
     uint64_t* reached_in_chunk;                   // [row blocks] the same of any sample of the chunk
     float* constant;                              // ∂L/∂S for all t, [row blocks][64]; in the last layer one per sample
-    float* current_sum;                           // [B][row blocks][64], as are those of the parameters
+    int64_t parts;                                // of the sums over t: one of each sample, or of the samples of a task
+    float* current_sum;                           // [row blocks][parts][64], as are those of the parameters
     float* parameter_sums[kMostParameters] = {};
 
     BackwardLayer(const Stack& s, int l, const Chunks& chunks, Arena& arena)
@@ -172,8 +173,9 @@ struct BackwardLayer {
         reached = arena.take<uint64_t>(static_cast<size_t>(plan.rows.blocks) * s.batch);
         reached_in_chunk = arena.take<uint64_t>(plan.rows.blocks);
         constant = arena.take<float>(last ? lanes() * s.batch : lanes());
-        current_sum = arena.take<float>(lanes() * s.batch);
-        for (int k = 0; k < model.parameters; ++k) parameter_sums[k] = arena.take<float>(lanes() * s.batch);
+        parts = recurrent ? recurrent->sums(s.batch) : s.batch;
+        current_sum = arena.take<float>(lanes() * parts);
+        for (int k = 0; k < model.parameters; ++k) parameter_sums[k] = arena.take<float>(lanes() * parts);
         if (last) return;
         const Plan& above = *s.layers[l + 1].plan;
         const bool whole = same_order(plan.rows, above.cols) && above.sparse.empty() && !recurrent;
@@ -194,9 +196,6 @@ struct BackwardLayer {
         return static_cast<int64_t>((event_limit < 1 ? event_limit : 1.0) * static_cast<double>(rows * plan.rows.size));
     }
 
-    // How many parts the sums over t have: one of each sample, or of the samples of a task.
-    int64_t sums(int64_t batch) const { return recurrent ? recurrent->sums(batch) : batch; }
-
     // Whether ∂L/∂I is read in bands.
     bool needs_bands() const {
         return weights.by_batch || (recurrent_weights && recurrent_weights->by_batch) ||
@@ -216,9 +215,10 @@ struct BackwardLayer {
         return reached_in_chunk;
     }
 
-    BlockGradient block_gradient(int64_t b, int64_t r) const {
-        const int64_t block = b * plan.rows.blocks + r, at = block * kLanes;
-        BlockGradient result{nullptr, nullptr, {}, current_sum + at, {}, reached + block, nullptr, nullptr};
+    // Of block r and a part of the sums.
+    BlockGradient block_gradient(int64_t part, int64_t r) const {
+        const int64_t at = (r * parts + part) * kLanes;
+        BlockGradient result{nullptr, nullptr, {}, current_sum + at, {}, reached + part * plan.rows.blocks + r, nullptr, nullptr};
         for (int k = 0; k < model.parameters; ++k) result.parameters[k] = parameter_sums[k] + at;
         return result;
     }
@@ -778,7 +778,8 @@ struct BackwardPass {
         const Axis& axis = x.plan.rows;
         const auto neuron = [&](int64_t i) { return axis.neuron[i]; };
         const auto gradient = [&](const Parameter& parameter, bool decay, const float* sums) {
-            parameter_gradient(parameter, decay, sums, x.sums(s.batch), x.lanes(), neuron, axis.size, s.threads, totals);
+            parameter_gradient(parameter, decay, {sums, x.parts, kLanes, x.lanes(), x.parts * kLanes}, neuron, axis.size,
+                               s.threads, totals);
         };
         if (x.event_rows)
             x.layer.gradient_event_rate = static_cast<double>(x.events) / static_cast<double>(x.event_rows * axis.size);

@@ -213,7 +213,7 @@ struct ForwardLayer {
 inline double sum_rates(const Stack& s, const Layer& layer, const float* counts, double* totals) {
     const Axis& axis = layer.plan->rows;
     const int64_t lanes = static_cast<int64_t>(axis.blocks) * kLanes;
-    sum_over_samples(counts, s.batch, lanes, s.threads, totals);
+    sum_over_samples({counts, s.batch, lanes, lanes, kLanes}, s.threads, totals);
     double spikes = 0;
     for (int64_t i = 0; i < lanes; ++i) {
         if (axis.neuron[i] < 0) continue;

@@ -16,11 +16,13 @@ def test_each_way_is_timed_beside_the_chosen_one(tmp_path, monkeypatch):
     file = tmp_path / "record.json"
     assert cpu_choices.main(["--size", "256", "--repeats", "2", "--json", str(file)]) == 0
     found = {(point["unit"], point["pass"]): point for point in json.loads(file.read_text())["points"]}
-    assert len(found) == 8
+    assert len(found) == 2 * len(cpu_choices.PASSES)
     for (unit, name), point in found.items():
         ways = set(point["ms"])
-        if name.startswith("inputs"):
-            assert ways == {"events", "tiles"}
+        if "two layers" in name:
+            assert ways == {"needed", "tiles"} if "per neuron" in name else {"needed", "events", "tiles"}, (unit, name)
+        elif name.startswith("inputs"):
+            assert ways == {"events", "tiles"}, (unit, name)
         else:
             assert ways == {"events", "tiles", "sums" if unit == 16 else "batch"}, (unit, name)
         if point["chosen"]:

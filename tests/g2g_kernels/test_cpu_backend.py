@@ -65,9 +65,10 @@ class Network(Stack):
 
     def __init__(
         self, kind: str, unit: int, steps: int = 9, batch: int = 5, x: str = "held", per_neuron: bool = True,
-        margin: float = 3e-6, sizes: tuple[int, ...] = (98, 200, 136, 10), **options
+        margin: float = 3e-6, sizes: tuple[int, ...] = (98, 200, 136, 10),
+        dropped: tuple[torch.Tensor | None, ...] = (None,) * 3, **options
     ) -> None:  # fmt: skip
-        self.options, self.dropped = options, [None] * 3
+        self.options, self.dropped = options, list(dropped)
         for seed in range(200):
             self._draw(seeded(seed), sizes, kind, unit, steps, batch, x, per_neuron)
             if not margin or self.margin(options.get("reset", "subtract")) > margin:
@@ -682,6 +683,58 @@ def test_no_neuron_to_all_of_them_need_a_gradient(alpha, needed_cost):
 def test_steps_and_batches_where_gradients_are_needed(steps, batch, needed_cost):
     for unit in (1, 16, 48):
         assert_as_everywhere(compact("index", unit, steps, batch, margin=0), needed_cost)
+
+
+def of_model(layer: SpikingLayer, model: str) -> SpikingLayer:
+    """The layer of LIF neurons with neurons of another model."""
+    own = dict(zip(MODELS["lif"].parameters, layer.population.parameters, strict=True))
+    parameters = tuple(own.get(name, torch.tensor(0.5)) for name in MODELS[model].parameters)
+    return layer._replace(population=layer.population._replace(model=model, parameters=parameters))
+
+
+@pytest.mark.parametrize("x", ["held", "spikes"])
+@pytest.mark.parametrize("model", [name for name in MODELS if name != "lif"])
+def test_neurons_of_several_states_where_gradients_are_needed(model, x, needed_cost):
+    for steps, batch in ((9, 20), (70, 2)):
+        network = copy.copy(compact("index", 16, steps, batch, x=x, margin=0))
+        network.layers = lambda tensors, of=network: [of_model(layer, model) for layer in Network.layers(of, tensors)]
+        assert_as_everywhere(network, needed_cost)
+
+
+@pytest.mark.parametrize("x", ["held", "spikes"])
+def test_each_sample_drops_neurons_of_its_own_where_gradients_are_needed(x, needed_cost):
+    draw = seeded(3)
+    dropped = tuple(torch.rand(20, size, generator=draw) < 0.5 for size in FULL[1:])
+    assert_as_everywhere(compact("index", 16, 9, 20, x=x, sizes=FULL, dropped=dropped, margin=0), needed_cost)
+
+
+@pytest.mark.parametrize("neuron", [0, 95, 191])
+@pytest.mark.parametrize("unit", [1, 16, 64])
+def test_a_gradient_reaches_one_neuron_alone(unit, neuron, needed_cost, subset_cost):
+    """All others of its layer are dropped: of its sixteen lanes, its strip and its block it is the only one."""
+    needed_cost(0.0)
+    subset_cost(0.0)
+    others = (torch.arange(FULL[2]) != neuron).expand(5, -1)
+    network = compact("index", unit, sizes=FULL, dropped=(None, others, None), alpha=1.0)
+    compare(network, ErrorRatios())
+    assert network.exact["bias1.grad"].nonzero().tolist() == [[neuron]]
+
+
+@pytest.mark.parametrize("unit", [1, 16, 64])
+def test_chunks_that_no_gradient_reaches(unit, needed_cost):
+    """Nothing reaches the first 70 of 210 samples, of which a chunk has 61."""
+    network = copy.copy(compact("index", unit, 13, 210, alpha=10.0, margin=0))
+    network.tensors = {name: tensor.clone() for name, tensor in network.tensors.items()}
+    network.tensors["x"][:, :70] = 0
+    network.tensors |= {f"bias{k}": torch.zeros_like(network.tensors[f"bias{k}"]) for k in range(3)}
+    assert_as_everywhere(network, needed_cost)
+
+
+@pytest.mark.parametrize("kind", ["mixer", "random"])
+def test_other_orders_of_neurons_where_gradients_are_needed(kind, needed_cost):
+    """The layer below has another order than the inputs, which this way does not serve."""
+    for unit in (1, 16):
+        assert_as_everywhere(compact(kind, unit, 9, 5, margin=0), needed_cost)
 
 
 @pytest.mark.parametrize("unit", [1, 16, 64])

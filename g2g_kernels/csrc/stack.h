@@ -100,6 +100,7 @@ constexpr double kBandCycles = 45;    // gradient: a block of ∂I that is broug
 constexpr double kTableCycles = 40;   // the sixteen sums of 16 lanes
 constexpr double kPieceCycles = 18;   // a piece of a unit that is brought into a tile, once for all rows
 constexpr double kNearPatches = 1024;  // whose weights fit into L2
+constexpr double kLoadCycles = 150;    // to write the weights of a patch, once a pass
 
 // Cycles by events, of all lanes of a tile or of those of the strips that their units have.
 inline double event_cycles(const Layer& layer, bool forward, bool strips) {
@@ -180,13 +181,14 @@ inline double fed_patches(const Stack& s, int l) {
 
 // Whether the input gradient of layer l is computed where the layer below needs it alone, a share of its neurons and steps
 // (needed_gradient.h): if that is cheaper than the product, and than events, at most a share `listed` of the layer's own. All
-// weights are read again every 64 rows.
+// weights are written once, and read again every 64 rows.
 inline bool by_need(const Stack& s, int l, double share, double listed) {
     const Layer& layer = s.layers[l];
     const Plan& plan = *layer.plan;
     const double fed = fed_patches(s, l), strips = plan.cols.blocks * kGranules;
     const double far = fed > kNearPatches ? (fed - kNearPatches) * kFarPatchCycles : 0;
-    const double needed = share * kGranule * (fed * kPatchCycles + strips * kDotCycles) + far;
+    const double load = kLoadCycles * static_cast<double>(plan.patches.row.size()) / (static_cast<double>(s.batch) * s.steps);
+    const double needed = share * kGranule * (fed * kPatchCycles + strips * kDotCycles) + far + load;
     const double bands = plan.sparse.empty() ? 0 : kBandCycles * (plan.rows.blocks + plan.cols.blocks);
     double rows = plan.gradient_rows;
     if (layer.gradient_event_limit > 0) {

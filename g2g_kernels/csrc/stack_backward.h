@@ -635,8 +635,11 @@ struct BackwardPass {
         auto* const words = reinterpret_cast<uint64_t*>(scratch + states_size + tile_size);
         int64_t needed = 0, visited = 0;
         for (int64_t i = 0; i < blocks; i += apart, ++visited) {
-            const SampleParameters own(x.parameters, x.layer, i / R, i % R);
-            const float* states = states_of(x, i / R, i % R, own.block, scratch);
+            // a recurrent layer keeps [R][T][B]: as many rows, of other samples
+            const int64_t sample = x.recurrent ? i % s.batch : i / R, r = x.recurrent ? i / s.batch : i % R;
+            const SampleParameters own(x.parameters, x.layer, sample, r);
+            const float* states = x.recurrent ? x.layer.states + i * s.steps * x.model.states * kLanes
+                                              : states_of(x, sample, r, own.block, scratch);
             needed_words(x.layer.neurons)(states, x.model.states, s.steps, x.threshold(own.block), x.layer.neurons.alpha, words);
             for (int64_t t = 0; t < s.steps; ++t) needed += __builtin_popcountll(words[t]);
         }

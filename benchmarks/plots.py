@@ -46,6 +46,8 @@ TRADEOFF_STYLES = (
     ("#c4552d", "^", "right"),
     ("#7a5195", "v", "above"),
     ("#b08a2e", "D", "above"),
+    ("#c77ba0", "<", "right"),
+    ("#4c4c9a", ">", "above"),
 )
 #: of text beside a point: its offset, in points, and its alignment
 SIDES: dict[str, dict[str, Any]] = {

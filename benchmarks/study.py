@@ -277,7 +277,7 @@ def spread(ends: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], flo
 
 
 def mean(row: dict[str, Any], quantity: str) -> float:
-    """The mean of ``weights`` or ``train_seconds`` over the runs of a row."""
+    """The mean of ``weights``, or another number, over the runs of a row."""
     return statistics.mean(end[quantity] for end in row["ends"])
 
 

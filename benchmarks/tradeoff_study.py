@@ -16,19 +16,22 @@ from .dst_study import GROWTH, SCHEDULE, density_flags
 from .study import Study, accuracy, mean, run_study, spread
 
 DENSE_WIDTHS = (64, 128, 256, 512, 1024, 2048)
-#: (width, density in per cent)
-SPARSE = ((256, 25), (512, 25), (1024, 25), (2048, 25), (1024, 10), (2048, 10), (4096, 10), (2048, 5), (4096, 5))
+#: (width, density in per cent, side of a unit)
+SPARSE = (
+    *((width, 25, 64) for width in (256, 512, 1024, 2048)),
+    *((width, percent, 16) for percent in (10, 5) for width in (1024, 2048, 4096)),
+    *((width, percent, 1) for percent in (10, 5) for width in (1024, 2048)),
+)
 #: those of the sparse ones that are also rewired, pruned by magnitude and grown by gradient
-REWIRED = ((2048, 10), (2048, 5))
+REWIRED = ((2048, 10, 16), (2048, 5, 16))
 
 
 def _rows() -> dict[str, str]:
     rows = {f"dense, {width}": f"--model dense --hidden_dim {width}" for width in DENSE_WIDTHS}
-    for width, percent in SPARSE:
-        units = 64 if percent == 25 else 16
+    for width, percent, units in SPARSE:
         flags = f"--model index --hidden_dim {width} --block_size {units} {density_flags(percent)}"
         rows[f"index, {width}, {percent} %, units of {units}"] = flags
-        if (width, percent) in REWIRED:
+        if (width, percent, units) in REWIRED:
             rows[f"index, {width}, {percent} %, rewired, units of {units}"] = f"{flags} {GROWTH['gradient']} {SCHEDULE}"
     return rows
 
@@ -47,8 +50,8 @@ def width(row: dict[str, Any]) -> str:
 
 
 def density(row: dict[str, Any]) -> str:
-    """``dense``, or the share of the weights, with ``rewired`` where they are."""
-    return ", ".join(str(row["row"]).split(", ")[2:-1]) or "dense"
+    """``dense``, or the share of the weights, whether they are rewired, and the units."""
+    return ", ".join(str(row["row"]).split(", ")[2:]) or "dense"
 
 
 def best(record: dict[str, Any], kind: str, quantity: str, budget: float) -> dict[str, Any] | None:

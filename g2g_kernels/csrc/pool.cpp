@@ -48,12 +48,14 @@ public:
 #endif
 };
 
+using Clock = std::chrono::steady_clock;
+
 // Threads that share the tasks of one loop after another: our own, which wait for work until the process ends, or those
 // that the OpenMP runtime lends for one call (with_team()).
 struct Team {
-    std::mutex busy;        // held by the caller whose loop or call runs; guards the next two
-    int calls_to_skip = 0;  // which run on our own threads, because OpenMP's came late
-    int next_skip = 1;
+    std::mutex busy;              // held by the caller whose loop or call runs; guards the next two
+    Clock::time_point own_until;  // calls run on our own threads until then, because OpenMP's came late
+    int next_times = 1;           // of a wait: the time for which they do so after the next one
 
     std::mutex mutex;  // guards everything below that is not atomic
     std::condition_variable wake;
@@ -135,8 +137,6 @@ Team& the_team() {
     return *current;
 }
 
-using Clock = std::chrono::steady_clock;
-
 // A call that OpenMP's threads serve.
 struct Call {
     Team* team;
@@ -173,7 +173,7 @@ struct Call {
 void use_openmp(GompParallel parallel, double share) {
     Team& t = the_team();  // forked children must know
     std::lock_guard<std::mutex> lock(t.busy);
-    t.calls_to_skip = 0, t.next_skip = 1;
+    t.own_until = {}, t.next_times = 1;
     most_waiting.store(share, std::memory_order_relaxed);
     openmp.store(parallel, std::memory_order_release);
 }
@@ -189,20 +189,21 @@ void with_team(int threads, void (*body)(void*), void* context) {
     }
     Team& t = the_team();
     if (!t.busy.try_lock()) return body(context);
-    if (t.calls_to_skip) {
-        --t.calls_to_skip;
+    const Clock::time_point begin = Clock::now();
+    if (begin < t.own_until) {
         t.busy.unlock();
         return body(context);
     }
     leads = true;
     t.closed = false;
-    const Clock::time_point begin = Clock::now();
     Call call{&t, std::this_thread::get_id(), t.job.load(std::memory_order_relaxed), body, context, begin};
     parallel(Call::member, &call, static_cast<unsigned>(threads), 0);
     leads = false;
-    const bool late = Clock::now() - call.closed > (call.closed - begin) * most_waiting.load(std::memory_order_relaxed);
-    t.calls_to_skip = late ? t.next_skip : 0;
-    t.next_skip = late ? std::min(2 * t.next_skip, 64) : 1;
+    const Clock::time_point end = Clock::now();
+    const Clock::duration waited = end - call.closed;
+    const bool late = waited > (call.closed - begin) * most_waiting.load(std::memory_order_relaxed);
+    if (late) t.own_until = end + t.next_times * waited;
+    t.next_times = late ? std::min(2 * t.next_times, 64) : std::max(t.next_times / 2, 1);
     t.busy.unlock();
 }
 

@@ -5,6 +5,7 @@ sizes at which these kernels take other paths, compared with plain PyTorch in fl
 """
 
 import copy
+import ctypes
 import functools
 import gc
 import math
@@ -13,6 +14,7 @@ import re
 import shutil
 import signal
 import statistics
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -1139,16 +1141,31 @@ def test_borrowed_threads_keep_their_own_treatment_of_denormal_numbers():
         assert (tiny * 0.5).count_nonzero() == len(tiny)
 
 
-def test_calls_go_to_threads_of_our_own_when_those_of_openmp_come_late(tmp_path):
+def test_calls_go_to_threads_of_our_own_for_a_time_after_those_of_openmp_came_late(tmp_path):
+    asked = []
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    def late(member, context, threads, flags):
+        asked.append(threads)
+        ctypes.CFUNCTYPE(None, ctypes.c_void_p)(member)(context)
+        time.sleep(0.2)
+
     copy = shutil.copy(library.library()._name, tmp_path / "fresh.so")
     step = Step(**LARGE)
+    with pytorch_threads(1):
+        expected = step()
     with loaded(copy), pytorch_threads(8), running_on("openmp"):
         step()
+        library.library().g2g_use_openmp(ctypes.cast(late, ctypes.c_void_p), library.MOST_WAITING)
         before = _threads_of_this_process()
-        library.library().g2g_use_openmp(library.openmp(), 0.0)  # any thread is too late
-        for _ in range(3):
-            step()
+        assert all(map(torch.equal, step(), expected))  # forward waits; backward runs on our own threads
+        assert asked == [8]
         assert _threads_of_this_process() == before + 7
+        time.sleep(0.25)  # longer than that wait: tried again, and then left for two such waits
+        assert all(map(torch.equal, step(), expected))
+        time.sleep(0.25)
+        assert all(map(torch.equal, step(), expected))
+        assert asked == [8, 8]
 
 
 def test_the_kernels_follow_a_changing_number_of_threads():

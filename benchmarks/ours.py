@@ -11,7 +11,7 @@ from g2gnet.cuda_graph import CapturedStep
 from g2gnet.dst_scores import unit_correlation
 
 from .contender import LinearContender, NetworkContender, NeuronContender, UpdateContender
-from .reference import UPDATE_FRACTION, Results
+from .reference import UPDATE_FRACTION, Results, is_wide
 from .workload import Prepared
 
 
@@ -24,6 +24,7 @@ class Network(NetworkContender):
         self.backend = backend
         super().__init__(prepared, device, precision)
         w = prepared.workload
+        self.wide = is_wide(w)
         if w.surrogate != "atan":
             self.differs = (
                 f"surrogate {w.surrogate}, alpha {w.alpha:g}, in the hidden layers, all others ATan; trained so, to a "
@@ -35,17 +36,17 @@ class Network(NetworkContender):
 
     def gradients(self) -> Results:
         gradients: Results = {}
+        for name, connection in self.net.connections().items():
+            gradient, mask = connection.values.grad, connection.mask
+            if gradient is not None:
+                # the padding of packed ones is no weight
+                weights = gradient.masked_fill(~mask.valid(), 0) if self.wide else mask.unpack(gradient)
+                gradients[f"{name}.weight"] = weights
         for number, (connection, neurons) in enumerate(self.net.layers(), 1):
-            for name, gradient in {
-                f"fc{number}.weight": connection.values.grad,
-                f"fc{number}.bias": connection.bias.grad if connection.bias is not None else None,
-                **{f"lif{number}.{name}": value.grad for name, value in neurons.by_name.items()},
-            }.items():
-                if gradient is not None:
-                    gradients[name] = connection.mask.unpack(gradient) if name.endswith("weight") else gradient
-        for number, recurrent in enumerate(self.net.recurrents(), 1):
-            if recurrent is not None and recurrent.values.grad is not None:
-                gradients[f"rec{number}.weight"] = recurrent.mask.unpack(recurrent.values.grad)
+            others = {f"lif{number}.{name}": value for name, value in neurons.by_name.items()}
+            for name, parameter in {f"fc{number}.bias": connection.bias, **others}.items():
+                if parameter is not None and parameter.grad is not None:
+                    gradients[name] = parameter.grad
         return gradients
 
     @torch.no_grad()

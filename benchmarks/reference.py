@@ -2,14 +2,15 @@
 
 It shares no code with :mod:`g2g_kernels` (from a mask it only reads which weight is in which unit) or with any peer:
 dense weights, one loop over time, each surrogate as the derivative of a smooth step. The batch is processed in pieces,
-since samples only meet in sums; this keeps the graph over all time steps small.
+since samples only meet in sums; this keeps the graph over all time steps small. The weights of a network of more than
+``DENSE_UP_TO`` neurons in a layer, which would not fit as dense ones, are multiplied unit by unit.
 
 β and θ are per neuron here, so their gradients are the terms whose sum is the gradient of a shared β or θ.
 """
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch.nn import functional as F
@@ -19,19 +20,26 @@ from g2g_kernels import BlockMask
 from .workload import NeuronInputs, Prepared, Workload
 
 #: named tensors; of a network "loss", "counts" [B, C] and the gradients "fc1.weight" [out, in] … "lif3.threshold", of a
-#: recurrent one also "rec1.weight" [N, N] and "rec2.weight"; of neurons alone "spikes" and the gradients "current"
-#: [T, B, N] and of the parameters by name, of a product alone "y" [T, B, out] and the gradients "x", "weight" and
-#: "bias", of an update what :func:`update_results` says
+#: recurrent one also "rec1.weight" [N, N] and "rec2.weight", all weights packed where the network :func:`is_wide`; of
+#: neurons alone "spikes" and the gradients "current" [T, B, N] and of the parameters by name, of a product alone "y"
+#: [T, B, out] and the gradients "x", "weight" and "bias", of an update what :func:`update_results` says
 Results = dict[str, torch.Tensor]
 
 ATAN_ALPHA = 2.0  # of neurons that are given no other surrogate
 
 CHUNK = 32  # samples in a piece
 
+DENSE_UP_TO = 4096  # neurons of a layer, whose weights are 134 MB in float64
+
 UPDATE_FRACTION = 0.1  # share of a layer's units that an update replaces
 
 #: precisions: "float64" is the truth; "fp32" and "bf16" (products in bfloat16) show what rounding alone does to it
 DTYPES = {"float64": torch.float64, "fp32": torch.float32, "bf16": torch.float32}
+
+
+def is_wide(workload: Workload) -> bool:
+    """Whether dense weights of its network, at H 65,536 34 GB in float64, are too large to be formed."""
+    return workload.hidden_dim > DENSE_UP_TO
 
 
 def _smooth_step(x: torch.Tensor, surrogate: str, alpha: float) -> torch.Tensor:
@@ -86,32 +94,50 @@ def _filtered(currents: list[torch.Tensor], syn_decay: torch.Tensor) -> list[tor
     return synaptic_currents
 
 
-def _parameters(prepared: Prepared, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Copies of the network's parameters by the names of :data:`Results`, weights dense."""
+def _parameters(prepared: Prepared, dtype: torch.dtype, packed: bool = False) -> dict[str, torch.Tensor]:
+    """Copies of the network's parameters by the names of :data:`Results`, weights dense or packed."""
     parameters: dict[str, torch.Tensor] = {}
     for number, (connection, neurons) in enumerate(prepared.network("torch").layers(), 1):
         assert connection.bias is not None
         for name, tensor in {
-            f"fc{number}.weight": connection.dense_weight(),
+            f"fc{number}.weight": connection.values if packed else connection.dense_weight(),
             f"fc{number}.bias": connection.bias,
             **{f"lif{number}.{name}": value.expand(connection.out_features) for name, value in neurons.by_name.items()},
         }.items():
             parameters[name] = tensor.detach().to(dtype, copy=True).requires_grad_()
     for number, recurrent in enumerate(prepared.network("torch").recurrents(), 1):
         if recurrent is not None:
-            weight = recurrent.dense_weight().detach()
-            parameters[f"rec{number}.weight"] = weight.to(dtype, copy=True).requires_grad_()
+            weight = recurrent.values if packed else recurrent.dense_weight()
+            parameters[f"rec{number}.weight"] = weight.detach().to(dtype, copy=True).requires_grad_()
     return parameters
 
 
+def _by_units(x: torch.Tensor, values: torch.Tensor, mask: BlockMask, bias: torch.Tensor | None) -> torch.Tensor:
+    """``F.linear`` of [..., in] and the weight of packed ``values``: a product for each unit, added up by block row."""
+    rows, cols = mask.rows, mask.cols
+    places = F.pad(x, (0, 1)).index_select(-1, cols.neuron_at)  # zero where there is no neuron
+    ranges = places.view(-1, cols.num_units, cols.width).transpose(0, 1)
+    products = ranges.index_select(0, mask.unit_col.long()) @ values.mT  # [num_units, samples, unit rows]
+    sums = x.new_zeros(rows.num_units, products.shape[1], rows.width)
+    sums = sums.index_add(0, mask.unit_row.long(), products.to(x.dtype)).transpose(0, 1).flatten(1)
+    y = sums.index_select(1, rows.place_of).view(*x.shape[:-1], rows.size)
+    return y if bias is None else y + bias
+
+
 def _simulate(
-    images: torch.Tensor, parameters: dict[str, torch.Tensor], workload: Workload, reset: str, precision: str
+    images: torch.Tensor,
+    parameters: dict[str, torch.Tensor],
+    workload: Workload,
+    reset: str,
+    precision: str,
+    masks: Mapping[str, BlockMask] | None = None,
 ) -> list[list[torch.Tensor]]:
-    """The spikes of the three layers, one [B, N] per time step."""
+    """The spikes of the three layers, one [B, N] per time step; of packed weights if their ``masks`` are given."""
 
     def product(name: str, x: torch.Tensor) -> torch.Tensor:
+        weight, bias = parameters[f"{name}.weight"], parameters.get(f"{name}.bias")
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            y = F.linear(x, parameters[f"{name}.weight"], parameters.get(f"{name}.bias"))
+            y = F.linear(x, weight, bias) if masks is None else _by_units(x, weight, masks[name], bias)
         return y.to(DTYPES[precision])
 
     currents = [product("fc1", images)] * workload.T
@@ -130,10 +156,14 @@ def _simulate(
 def network_results(prepared: Prepared, reset: str = "after decay", precision: str = "float64") -> Results:
     """Loss, spike counts and gradients of the workload's network on its batch."""
     dtype = DTYPES[precision]
-    parameters = _parameters(prepared, dtype)
+    masks, chunk = None, CHUNK
+    if is_wide(prepared.workload):
+        masks = {name: connection.mask for name, connection in prepared.network("torch").connections().items()}
+        chunk = max(1, 2 * CHUNK * DENSE_UP_TO // prepared.workload.hidden_dim)
+    parameters = _parameters(prepared, dtype, packed=masks is not None)
     loss, counts = torch.zeros((), dtype=dtype), []
-    for images, labels in zip(prepared.images.to(dtype).split(CHUNK), prepared.labels.split(CHUNK), strict=True):
-        *_, spikes = _simulate(images, parameters, prepared.workload, reset, precision)
+    for images, labels in zip(prepared.images.to(dtype).split(chunk), prepared.labels.split(chunk), strict=True):
+        *_, spikes = _simulate(images, parameters, prepared.workload, reset, precision, masks)
         count = torch.stack(spikes).sum(0)
         piece = F.cross_entropy(count, labels, reduction="sum") / len(prepared.labels)
         piece.backward()

@@ -188,7 +188,7 @@ class Prepared:
     def event_shares(self) -> list[float]:
         """The share of each layer's neurons, over all steps and samples, that pass a gradient on (nonzero derivative of
         the surrogate). 1 for a surrogate without compact support."""
-        net = self.network("torch")
+        net = self.network()  # on the fastest backend, since that of plain PyTorch forms dense weights
         passing, neurons = [0] * net.depth, [0] * net.depth
         state = None
         for _ in range(net.T):

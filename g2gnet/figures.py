@@ -166,8 +166,11 @@ def group_inputs(mask: BlockMask, shape: tuple[int, ...], name: str, inputs: str
         >>> net = G2GNet(784, 64, 10, block_size=8)
         >>> group_inputs(net.fc1.mask, (28, 28), "fc1", "pixels").savefig("inputs.png")
     """
-    dense = mask.to_dense().float().cpu()
     layout = mask.rows.layout
+    row, col = mask.unit_row.long().cpu(), mask.unit_col.long().cpu()
+    seeing = torch.zeros(layout.num_groups, mask.cols.num_units)  # neurons of each group, by range of inputs
+    seeing.index_put_((mask.rows.group_of_unit.cpu()[row], col), mask.rows.lengths.cpu()[row].float(), accumulate=True)
+    shares = (seeing / layout.sizes[:, None])[:, mask.cols.unit_of.cpu()]
     groups = min(layout.num_groups, SHOWN_GROUPS)
     columns = min(4, groups)
     rows = -(-groups // columns)
@@ -178,7 +181,7 @@ def group_inputs(mask: BlockMask, shape: tuple[int, ...], name: str, inputs: str
         if group >= groups:
             axis.set_axis_off()
             continue
-        share = dense[layout.group_of == group].mean(0).reshape(shape)
+        share = shares[group].reshape(shape)
         picture = torch.cat(list(share), 1) if len(shape) == 3 else share
         image = axis.imshow(picture.numpy(), vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
         axis.set_title(f"group {group + 1}")

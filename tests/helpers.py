@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from g2g_kernels import BackendError, BlockMask, GroupLayout, Neurons, SpikingLayer, available_backends, dispatch
 from g2g_kernels.dispatch import Operator
@@ -48,6 +50,22 @@ def unavailable(monkeypatch: pytest.MonkeyPatch, **reasons: str | None) -> None:
 
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+# --- memory -------------------------------------------------------------------------------------------------------
+
+
+class Largest(TorchDispatchMode):
+    """``with Largest() as largest``: ``largest.numel`` elements has the largest tensor that is made."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return made
 
 
 # --- masks --------------------------------------------------------------------------------------------------------

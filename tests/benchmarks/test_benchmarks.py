@@ -11,13 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, Largest
 from processes import fork_contenders, hurry
 
 import benchmarks.ours
 import benchmarks.peers
 import benchmarks.workload
-from benchmarks import report, scaling, test_kernels, throughput
+from benchmarks import reference, report, scaling, test_kernels, throughput
 from benchmarks.contender import Contender
 from benchmarks.correctness import Judge, Verdict, error
 from benchmarks.floor import floor_seconds, work
@@ -311,6 +311,47 @@ def test_a_gradient_outside_the_mask_is_an_error_unless_the_contender_is_dense(p
     weight = ours.results()["fc2.weight"]
     stray = torch.where(prepared.network().fc2.mask.to_dense(), weight, weight.abs().mean())
     assert "fc2.weight is off" in judged(ours, judges["step"], **{"fc2.weight": stray}).objection
+
+
+@pytest.fixture
+def every_network_is_wide(monkeypatch):
+    monkeypatch.setattr(reference, "DENSE_UP_TO", 16)
+
+
+@pytest.mark.parametrize("precision", ["float64", "bf16"])
+@pytest.mark.parametrize("name", ["prepared", "recurrent"])
+def test_units_give_what_dense_weights_give(name, precision, request):
+    of_weights = request.getfixturevalue(name)  # 784 inputs in eight groups: ragged units
+    dense = reference.network_results(of_weights, precision=precision)
+    request.getfixturevalue("every_network_is_wide")
+    by_units = reference.network_results(of_weights, precision=precision)
+    assert by_units.keys() == dense.keys()
+    masks = {f"{name}.weight": layer.mask for name, layer in of_weights.network().connections().items()}
+    for name, tensor in by_units.items():
+        unpacked = masks[name].unpack(tensor) if name in masks else tensor
+        exact = dense[name] * masks[name].to_dense() if name in masks else dense[name]
+        assert error(unpacked, exact) < (1e-12 if precision == "float64" else 0.1), name
+
+
+@pytest.mark.usefixtures("every_network_is_wide")
+@pytest.mark.parametrize("label", ["g2g-cpu", "g2g-torch", "snntorch-masked"])
+def test_a_wide_network_is_judged_by_its_units(label, prepared):
+    contender, judge = built(entries("step")[label], prepared), Judge(prepared, "step")
+    results = contender.results()
+    assert not judged(contender, judge).objection
+    for change in (0.99, math.nan):
+        changed = {"fc2.weight": results["fc2.weight"] * change}
+        assert judged(contender, judge, **changed).objection.startswith("fc2.weight is off by ")
+
+
+@pytest.mark.usefixtures("every_network_is_wide")
+def test_a_wide_network_is_judged_without_dense_weights():
+    of_weights = load(prepare(dataclasses.replace(TINY, hidden_dim=512, num_groups=64, p_inter=0.0, train_steps=0)))
+    with Largest() as largest:
+        assert work(of_weights, "step")["flop"]
+        contender = built(entries("step")["g2g-cpu"], of_weights)
+        assert not judged(contender, Judge(of_weights, "step")).objection
+    assert largest.numel < 512**2
 
 
 def test_the_error_of_a_sum_is_measured_by_its_terms():

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import MASK_CASES, ROOT, seeded
+from helpers import MASK_CASES, ROOT, Largest, seeded
 from PIL import Image
 from small_data import publish_resnet, write_cifar
 from tiny_checkpoints import VARIANTS, rewrite, train_tiny
@@ -65,6 +65,16 @@ def test_the_input_maps_show_who_sees_what():
     for group, image in enumerate(images):
         expected = dense[group::4].mean(0).view(28, 28)  # interleaved: every fourth neuron
         np.testing.assert_allclose(image, expected, atol=1e-6)
+
+
+def test_the_input_maps_of_a_wide_layer_form_no_dense_weights():
+    mask = BlockMask.sample(GroupLayout(1000, 60), GroupLayout(900, 60, "random"), 1.0, 0.05, 8, seeded(0))  # ragged
+    with Largest() as largest:
+        images = drawn_images(figures.group_inputs(mask, (30, 30), "fc2", "neurons"))
+    assert largest.numel < 1000 * 900 / 8
+    dense, group_of = mask.to_dense().float(), mask.rows.layout.group_of
+    for group, image in enumerate(images):
+        np.testing.assert_allclose(image, dense[group_of == group].mean(0).view(30, 30), atol=1e-6)
 
 
 def test_colour_images_are_drawn_plane_by_plane_and_at_most_eight_groups():

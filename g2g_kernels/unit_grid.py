@@ -10,7 +10,7 @@ from g2g_kernels.groups import check_integers
 from g2g_kernels.sides import Indices, UnitAxis
 from g2g_kernels.tracing import is_traced
 
-_Value = TypeVar("_Value")
+ValueT = TypeVar("ValueT")
 
 
 class _MaskTensors(NamedTuple):
@@ -30,12 +30,12 @@ class _MaskTensors(NamedTuple):
     col_place_of: torch.Tensor
 
 
-def _once(function: Callable[["MaskTensors"], _Value]) -> property:
+def _once(function: Callable[["MaskTensors"], ValueT]) -> property:
     """A property that is computed once, but by every trace anew (functools.cached_property has a lock, which
     torch.compile cannot enter)."""
     name = f"_{function.__name__}"
 
-    def value(self: "MaskTensors") -> _Value:
+    def value(self: "MaskTensors") -> ValueT:
         if is_traced():
             return function(self)
         kept = self.__dict__

@@ -148,7 +148,7 @@ class DSTScheduler:
 
             weights or up to a unit fewer, W₀ being those at first and F the final ones: each update takes what is above
             F times ((S − s)/(S − s + interval))³. How many units a layer keeps is decided by comparing all
-            (:func:`~g2gnet.dst_scores.layer_adapted`), at least one, and which by their prune score. A layer then
+            (``dst_scores.layer_adapted``), at least one, and which by their prune score. A layer then
             replaces ``fraction`` (0: none) of the units that it keeps. Where units differ in size, those that it keeps
             or grows may be larger, so that a few weights more are left. Weights and their optimizer state become new,
             smaller tensors: after such an update make a new DistributedDataParallel (a ``captured`` step notices it).

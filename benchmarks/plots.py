@@ -149,10 +149,10 @@ def _accuracy(record: dict[str, Any]) -> Figure:
 
 def _tradeoff(record: dict[str, Any]) -> Figure:
     figure, axes = plt.subplots(1, 2, figsize=(9.6, 4.1), sharey=True, layout="constrained")
-    for axis, quantity in zip(axes, ("train_seconds", "weights"), strict=True):
+    for axis, quantity in zip(axes, ("train_cpu_seconds", "weights"), strict=True):
         draw_tradeoff(axis, record, quantity)
         _tidy(axis)
-    axes[0].set_xlabel(f"seconds of training; {WIDTHS}")
+    axes[0].set_xlabel(f"processor seconds of training; {WIDTHS}")
     axes[1].set_xlabel(f"weights; {WIDTHS}")
     axes[0].set_ylabel("test accuracy, %")
     axes[0].legend(frameon=False, loc="lower right")
@@ -160,7 +160,7 @@ def _tradeoff(record: dict[str, Any]) -> Figure:
 
 
 def draw_tradeoff(axis: Axes, record: dict[str, Any], quantity: str) -> None:
-    """Test accuracy against ``weights`` or ``train_seconds``; one line per density, each point with its width.
+    """Test accuracy against ``weights`` or ``train_cpu_seconds``; one line per density, each point with its width.
 
     The width is the number of neurons of each hidden layer.
     """

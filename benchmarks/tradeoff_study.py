@@ -1,8 +1,8 @@
 """Accuracy for time and for weights on Fashion-MNIST, dense against sparse: ``python -m benchmarks.tradeoff_study``.
 
 Dense networks of several widths and wide sparse ones, by one recipe: which should be trained with a given budget of
-time or of weights? Times are processor seconds of training without evaluation, on one thread; with ``--jobs 1`` no other
-run uses the caches.
+time or of weights? Times are processor seconds of training without evaluation, on one thread; with ``--jobs 1`` no
+other run uses the caches.
 """
 
 import statistics

@@ -70,8 +70,8 @@ python_maximum_signature_line_length = 100
 add_module_names = False
 toc_object_entries_show_parents = "hide"
 nitpicky = True
-# other projects' names, which only a connection could look up; and names without a page: type variables, and what layers and
-# their observers exchange
+# other projects' names, which only a connection could look up; and names without a page: type variables, and what
+# layers and their observers exchange
 nitpick_ignore_regex = [("py:.*", r"(?!g2g)\w+\..*|.*\.(\w+T|Observer|Seen)")]
 
 html_theme = "furo"

@@ -41,7 +41,7 @@ from . import (
 from .cli import BUSY
 from .first_run import comparison
 from .registry import COMPACT, KERNELS
-from .report import curve_title, of_floor, seconds, title
+from .report import curve_title, of_floor, plain, seconds, title
 from .workload import Workload
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -341,7 +341,7 @@ def _scaling(record: Record, link: Link) -> str:
         fixed.append(f"hidden {first['surrogate']} of α = {alphas}")
     assert record.picture is not None
     what = "A training step" if content["kernel"] == "step" else "A forward pass"
-    header = [content["x_is"], *(f"{place['x']:.3g}" for place in places), "begins at", "R²"]
+    header = [content["x_is"], *(plain(place["x"]) for place in places), "begins at", "R²"]
     return (
         f"![{what} against {content['x_is']}]({link(record.picture)})\n\n"
         f"{what} of {first['model']}, {', '.join(fixed)}, on {_machine(record, link)}.\n\n"
@@ -364,7 +364,7 @@ def _beside_dense(content: dict[str, Any]) -> str:
             *(f"{each['dense_bytes'] / 1e9:.2f}" for each in places),
         ]
     )
-    return f"\n\n{markdown(['memory of a step, GB', *(str(place['x']) for place in places)], rows)}"
+    return f"\n\n{markdown(['memory of a step, GB', *(plain(place['x']) for place in places)], rows)}"
 
 
 def _accuracy(record: Record, link: Link) -> str:

@@ -101,6 +101,11 @@ def curve_title(label: str, quantity: str) -> str:
     return name.removesuffix(f" α = {COMPACT['alpha']:g}") if quantity == "alpha" else name
 
 
+def plain(value: float) -> str:
+    """A whole number as it is, others to three digits."""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
+
+
 def seconds(value: float) -> str:
     """A time with three digits and its unit."""
     unit, scale = next(

@@ -229,13 +229,13 @@ def curve(label: str, places: Sequence[dict[str, Any]], outcomes: Sequence[Outco
 
 def table(record: dict[str, Any]) -> str:
     """One row per contender: the medians and the line; then the memory; then the contenders without a time and why."""
-    places = [f"{place['x']:.3g}" for place in record["workloads"]]
+    places = [report.plain(place["x"]) for place in record["workloads"]]
     times, memory, notes = [], [], []
     for one in record["contenders"]:
         medians = [point.get("median") for point in one["points"]]
         peaks = [point.get("peak_bytes") for point in one["points"]]
         notes += [
-            f"{one['contender']} at {point['x']:.3g}: {point['status']}: {point['reason']}"
+            f"{one['contender']} at {report.plain(point['x'])}: {point['status']}: {point['reason']}"
             for point in one["points"]
             if point["status"] != "timed"
         ]

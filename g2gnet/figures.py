@@ -21,8 +21,8 @@ from g2gnet.network import G2GNet
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "os^DvP*"
 WIDTH = 9.6  # inches, the width of the page
-#: at most this many groups of a layer are drawn
-SHOWN_GROUPS = 8
+#: at most this many groups of a layer are drawn, and neurons of a raster, of which more could not be told apart
+SHOWN_GROUPS, SHOWN_NEURONS = 8, 4096
 
 #: how much of a spike's light is left one step later
 FADE = 0.6
@@ -132,15 +132,15 @@ def connection_density(masks: Mapping[str, Mapping[str, BlockMask]]) -> Figure:
         for column, (name, mask) in enumerate(by_name.items()):
             axis = axes[row, column]
             density = group_density(mask)
-            image = axis.imshow(density.numpy(), vmin=0, vmax=1, cmap="viridis")
+            outputs, inputs = density.shape
+            aspect = "equal" if max(density.shape) <= 4 * min(density.shape) else "auto"
+            image = axis.imshow(density.numpy(), vmin=0, vmax=1, cmap="viridis", aspect=aspect)
             axis.set(title=f"{name}, {state}", xlabel="input group", ylabel="output group")
-            groups = len(density)
-            step = 1 if groups <= 16 else groups // 8
-            ticks = range(0, groups, step)
-            axis.set_xticks(ticks, [str(tick + 1) for tick in ticks])
-            axis.set_yticks(ticks, [str(tick + 1) for tick in ticks])
-            if groups <= 10:
-                for g, h in torch.cartesian_prod(torch.arange(groups), torch.arange(groups)).tolist():
+            for set_ticks, groups in ((axis.set_xticks, inputs), (axis.set_yticks, outputs)):
+                ticks = range(0, groups, 1 if groups <= 16 else groups // 8)
+                set_ticks(ticks, [str(tick + 1) for tick in ticks])
+            if max(density.shape) <= 10:
+                for g, h in torch.cartesian_prod(torch.arange(outputs), torch.arange(inputs)).tolist():
                     value = 100 * float(density[g, h])
                     if value > 0:
                         colour = "black" if value > 60 else "white"
@@ -194,12 +194,15 @@ def group_inputs(mask: BlockMask, shape: tuple[int, ...], name: str, inputs: str
     bar = figure.colorbar(image, ax=axes, pad=0.02, aspect=25)
     bar.set_label("neurons that see it (%)")
     bar.ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
-    figure.suptitle(f"{name}: {inputs} seen by the neurons of each group", fontsize=10)
+    shown = "each group" if groups == layout.num_groups else f"the first {groups} of {layout.num_groups} groups"
+    figure.suptitle(f"{name}: {inputs} seen by the neurons of {shown}", fontsize=10)
     return figure
 
 
 def spike_rasters(rasters: Sequence[Raster], title: str) -> Figure:
     """One dash per spike; neurons are sorted by group, neighbouring groups in two colours.
+
+    Of a layer of more than 4,096 neurons, only the first are drawn, as its label says.
 
     Example:
         >>> from g2gnet import G2GNet
@@ -210,20 +213,22 @@ def spike_rasters(rasters: Sequence[Raster], title: str) -> Figure:
     heights = [1.0 if raster.spikes.shape[1] > 20 else 0.45 for raster in rasters]
     figure, axes = _figure(len(rasters), 1, 2.6 * sum(heights) + 0.7, height_ratios=heights, sharex=True)
     for axis, raster, height in zip(axes.flat, rasters, heights, strict=True):
-        steps, neurons = raster.spikes.shape
-        order = torch.argsort(raster.layout.group_of, stable=True)
+        steps, whole = raster.spikes.shape
+        order = torch.argsort(raster.layout.group_of, stable=True)[:SHOWN_NEURONS]
+        neurons, sizes = len(order), torch.bincount(raster.layout.group_of[order])
         step, place = raster.spikes[:, order].nonzero(as_tuple=True)
         shades = [COLOURS[group % 2] for group in raster.layout.group_of[order][place].tolist()]
         start = (step + 0.6).numpy()  # steps count from 1
         points = 72 * 2.6 * height / neurons  # of each neuron's line, in typographic points
         axis.hlines(place.numpy(), start, start + 0.8, colors=shades, linewidth=min(4.0, max(0.6, 0.8 * points)))
-        edges = raster.layout.sizes.cumsum(0)
+        edges = sizes.cumsum(0)
         if neurons > 20:
-            shown = slice(None, None, -(-raster.layout.num_groups // 16))
-            labels = [str(group + 1) for group in range(raster.layout.num_groups)]
-            axis.set_yticks((edges - raster.layout.sizes / 2)[shown].tolist(), labels[shown])
+            shown = slice(None, None, -(-len(sizes) // 16))
+            labels = [str(group + 1) for group in range(len(sizes))]
+            axis.set_yticks((edges - sizes / 2)[shown].tolist(), labels[shown])
             axis.tick_params(axis="y", length=0)
-            axis.set_ylabel(f"{raster.name} ({neurons} neurons)\ngroup")
+            count = str(whole) if neurons == whole else f"{neurons:,} of {whole:,}"
+            axis.set_ylabel(f"{raster.name} ({count} neurons)\ngroup")
             for edge in edges[:-1].tolist():
                 axis.axhline(edge - 0.5, color="0.85", linewidth=0.6, zorder=0)
         else:

@@ -63,8 +63,9 @@ class Largest(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         made = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
-            if isinstance(tensor, torch.Tensor):
-                self.numel = max(self.numel, tensor.untyped_storage().nbytes() // tensor.element_size())
+            if isinstance(tensor, torch.Tensor):  # an expanded one has few elements in memory
+                stored = tensor.untyped_storage().nbytes() // tensor.element_size()
+                self.numel = max(self.numel, min(tensor.numel(), stored))
         return made
 
 

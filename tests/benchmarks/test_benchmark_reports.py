@@ -147,11 +147,15 @@ def test_a_scaling_part_says_which_points_have_no_time():
 
 
 def test_wide_layers_stand_beside_the_memory_of_a_dense_network():
-    places = [{**place, "dense_bytes": 3_000_000_000 * number} for number, place in enumerate(SCALING["workloads"], 1)]
+    places = [
+        {**place, "x": x, "dense_bytes": 3_000_000_000 * number}
+        for number, (x, place) in enumerate(zip((1024, 4096, 16384), SCALING["workloads"], strict=True), 1)
+    ]
     content = {**SCALING, "quantity": "wide", "workloads": places, "contenders": SCALING["contenders"][:1]}
     page = redraw.redrawn("<!-- drawn: scaling-wide -->\n<!-- end -->\n", redraw.ROOT / "docs", [record(content)])
     assert "p_inter" not in page
-    assert "| memory of a step, GB | 0.25 | 0.5 | 1.0 |" in page
+    assert "| density of all weights | 1,024 | 4,096 | 16,384 | begins at | R² |" in page
+    assert "| memory of a step, GB | 1,024 | 4,096 | 16,384 |" in page
     assert "| g2g-cpu | 0.01 | 0.01 | 0.01 |" in page
     assert "| dense weights, gradients and Adam's moments (computed) | 3.00 | 6.00 | 9.00 |" in page
 

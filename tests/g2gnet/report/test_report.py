@@ -79,7 +79,9 @@ def test_the_input_maps_of_a_wide_layer_form_no_dense_weights():
 
 def test_colour_images_are_drawn_plane_by_plane_and_at_most_eight_groups():
     mask = BlockMask.sample(GroupLayout(48, 12), GroupLayout(3072, 12), 1.0, 0.0, 64)
-    images = drawn_images(figures.group_inputs(mask, figures.input_shape(3072), "fc1", "pixels"))
+    figure = figures.group_inputs(mask, figures.input_shape(3072), "fc1", "pixels")
+    assert "the first 8 of 12 groups" in figure.get_suptitle()
+    images = drawn_images(figure)
     assert len(images) == 8
     # group 4 of 12 sees the last quarter of the red plane
     expected = np.zeros((32, 96))
@@ -92,6 +94,25 @@ def test_colour_images_are_drawn_plane_by_plane_and_at_most_eight_groups():
 )
 def test_inputs_are_laid_out_as_images_where_they_are(size, shape):
     assert figures.input_shape(size) == shape
+
+
+def test_the_density_of_few_output_groups_among_many_inputs_is_labelled_by_both():
+    mask = BlockMask.sample(GroupLayout(10, 10), GroupLayout(512, 64), 1.0, 0.1, 8, seeded(0))
+    axis = figures.connection_density({"now": {"fc3": mask}}).axes[0]
+    assert [label.get_text() for label in axis.get_yticklabels()] == [str(group + 1) for group in range(10)]
+    assert [label.get_text() for label in axis.get_xticklabels()] == [str(group + 1) for group in range(0, 64, 8)]
+    assert not axis.texts  # 640 numbers would lie one over the other
+
+
+def test_a_raster_of_a_wide_layer_says_what_it_leaves_out(monkeypatch):
+    monkeypatch.setattr(figures, "SHOWN_NEURONS", 40)
+    spikes = torch.ones(2, 60)
+    layout = GroupLayout(60, 4, "interleaved")
+    axis = figures.spike_rasters([figures.Raster("lif1", spikes, layout)], "title").axes[0]
+    assert axis.get_ylabel() == "lif1 (40 of 60 neurons)\ngroup"
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["1", "2", "3"]
+    (dashes,) = axis.collections
+    assert len(dashes.get_segments()) == 2 * 40
 
 
 def test_a_raster_has_a_dash_at_each_spike():

@@ -222,17 +222,17 @@ def test_resets_and_surrogates(reset, surrogate, per_neuron):
         compare(network, ratios)
 
 
-def _limit_events(monkeypatch, limit: float) -> None:
-    for name in ("EVENT_LIMIT_FORWARD", "EVENT_LIMIT_BACKWARD"):
-        monkeypatch.setattr(library, name, {False: limit, True: limit})
+@pytest.fixture
+def event_cost(monkeypatch):
+    """Sets the cost of products by events: 0 for always, infinity for never."""
+    return functools.partial(monkeypatch.setattr, library, "EVENT_COST")
 
 
-def test_input_rates_on_both_sides_of_the_crossing(monkeypatch):
-    """The same spikes through the event-driven products and through the matrix kernels."""
+def test_spikes_by_events_and_by_the_matrix_kernels(event_cost):
     network = drawn("index", 64, x="spikes")
     results = []
-    for limit in (1.0, -1.0):
-        _limit_events(monkeypatch, limit)
+    for cost in (0.0, math.inf):
+        event_cost(cost)
         ratios = ErrorRatios()
         compare(network, ratios)
         check(ratios)
@@ -309,9 +309,9 @@ def test_without_gradients_nothing_is_kept():
     assert [kept.shape for *_, kept in both] == [(2, 1, 3, 10), (0,)]
 
 
-def test_bfloat16_leaves_products_of_events_exact(monkeypatch):
+def test_bfloat16_leaves_products_of_events_exact(event_cost):
     """Under autocast only dense factors are rounded; spikes and weights of event-driven products stay float32."""
-    _limit_events(monkeypatch, 1.0)
+    event_cost(0.0)
     network = drawn("mixer", 32, x="spikes")
     exact = network.exact
     with torch.autocast("cpu", torch.bfloat16):
@@ -325,9 +325,9 @@ def test_bfloat16_leaves_products_of_events_exact(monkeypatch):
 
 
 @pytest.mark.parametrize("x", ["held", "dense", "many spikes"])
-def test_bfloat16_matrix_kernels(x, monkeypatch):
+def test_bfloat16_matrix_kernels(x, event_cost):
     """Rounded factors change some spikes: no more of them, and no more of the gradients, than in plain PyTorch."""
-    _limit_events(monkeypatch, -1.0)
+    event_cost(math.inf)
     errors = {"cpu": 0.0, "torch": 0.0}
     for unit in (1, 16, 32, 64):
         network = drawn("mixer", unit, x=x)
@@ -605,9 +605,9 @@ def test_each_chunk_of_the_batch_chooses(bf16, limit_gradient_events):
     assert all(not torch.equal(results[0]["x.grad"], other["x.grad"]) for other in results[1:])
 
 
-def test_events_under_bfloat16_use_float32_weights(limit_gradient_events, monkeypatch):
+def test_events_under_bfloat16_use_float32_weights(limit_gradient_events, event_cost):
     limit_gradient_events(ALWAYS)
-    _limit_events(monkeypatch, 1.0)
+    event_cost(0.0)
     network = compact("mixer", 32)
     exact = network.exact
     with torch.autocast("cpu", torch.bfloat16):

@@ -74,30 +74,34 @@ inline bool any_recurrent(const Stack& s) {
 inline bool are_spikes(Input kind) { return kind == Input::kEvents || kind == Input::kDenseSpikes; }
 
 // Cycles of each way to form a product, of one row (a sample at a step) unless a comment says otherwise: fitted to passes by
-// each way, of the points of benchmarks/cpu_choices.py and of others (docs/cpu-performance.md).
+// each way, of the points of benchmarks/cpu_choices.py and of 90 others (docs/cpu-performance.md).
 #if defined(__AVX512F__)
-constexpr double kProductCycles = 0.065;         // a weight of a dense product
-constexpr double kExpandCycles = 50;             // a block of spikes that is written as floats for it
-constexpr double kEventCycles = 7.5;             // an event, which visits 64 weights or rows of ∂I in L2
-constexpr double kStripEventCycles = 1.6;        // forward: an event that visits 16; one that visits 32 twice as many
-constexpr double kStripGradientCycles = 2.3;     // gradient: the same
-constexpr double kListCycles = 80;               // forward: a list of events, of a block or of a strip, whose end is mispredicted
-constexpr double kWordCycles = 5;                // forward: a tile or a segment whose events are listed
-constexpr double kSumCycles = 1.7;               // a sum of a subset, of 16 lanes
-constexpr double kSpikeWeightCycles = 0.055;     // a weight by batch.h, its input being spikes
-constexpr double kDenseWeightCycles = 0.17;      // the same for a dense input
-constexpr double kTotalCycles = 13;              // gradient: a weight's lanes that are added up, once a chunk
-constexpr double kBandCycles = 75;               // gradient: a block of ∂I that is brought into bands
+constexpr double kProductCycles = 0.06;       // a weight of a dense product
+constexpr double kExpandCycles = 60;          // a block of spikes that is written as floats for it
+constexpr double kEventCycles = 8;            // an event, which visits 64 weights or a row of 64 ∂I, from L2
+constexpr double kStripEventCycles = 1.8;     // forward: an event that visits 16; one that visits 32 twice as many
+constexpr double kStripGradientCycles = 2.3;  // gradient: the same
+constexpr double kListCycles = 90;            // forward: a list of events, of a block or of a strip, with its mispredicted end
+constexpr double kWordCycles = 4;             // forward: a tile or a segment whose events are listed
+constexpr double kSumCycles = 1.7;            // a sum of a subset, of 16 lanes
+constexpr double kSpikeWeightCycles = 0.052;  // a weight by batch.h, its input being spikes
+constexpr double kDenseWeightCycles = 0.15;   // the same for a dense input
+constexpr double kTotalCycles = 13;           // gradient: the lanes of a weight's sum that are added up, once a chunk
+constexpr double kBandCycles = 60;            // gradient: a block of ∂I that is brought into bands
+#elif defined(__AVX2__)
+constexpr double kProductCycles = 0.078, kExpandCycles = 130, kEventCycles = 10, kStripEventCycles = 5, kStripGradientCycles = 3.4;
+constexpr double kListCycles = 30, kWordCycles = 27, kSumCycles = 2.4, kSpikeWeightCycles = 0.105, kDenseWeightCycles = 0.2;
+constexpr double kTotalCycles = 17, kBandCycles = 170;
 #else
-constexpr double kProductCycles = 0.08, kExpandCycles = 130, kEventCycles = 10, kStripEventCycles = 5, kStripGradientCycles = 3.3;
-constexpr double kListCycles = 32, kWordCycles = 28, kSumCycles = 2.4;
-constexpr double kSpikeWeightCycles = 0.11, kDenseWeightCycles = 0.2, kTotalCycles = 17, kBandCycles = 200;
+constexpr double kProductCycles = 0.23, kExpandCycles = 130, kEventCycles = 17, kStripEventCycles = 3.8, kStripGradientCycles = 7.4;
+constexpr double kListCycles = 35, kWordCycles = 34, kSumCycles = 4, kSpikeWeightCycles = 0.26, kDenseWeightCycles = 0.57;
+constexpr double kTotalCycles = 17, kBandCycles = 170;
 #endif
-constexpr double kSortCycles = 1350;  // gradient: up to 64 words of a block, whose events are sorted by source
-constexpr double kTableCycles = 40;   // the sixteen sums of 16 lanes
-constexpr double kBitsCycles = 40;    // a block of spikes that is brought into bits of rows or of samples
-constexpr double kStoreCycles = 65;   // forward: a block of currents that its neurons do not take from registers
-constexpr double kPieceCycles = 12;   // a piece of a unit that is brought into a tile, once a pass
+constexpr double kSortCycles = 1500;  // gradient: up to 64 words of a block, whose events are sorted by source
+constexpr double kTableCycles = 20;   // the sixteen sums of 16 lanes
+constexpr double kBitsCycles = 60;    // a block of spikes that is brought into bits of rows or of samples
+constexpr double kStoreCycles = 45;   // forward: a block of currents that its neurons do not take from registers
+constexpr double kPieceCycles = 13;   // a piece of a unit that is brought into a tile, once a pass
 
 // The rows of a pass over a layer: all; those that fill vectors of spikes or floats, of which some do not exist; and the chunks
 // that a weight gradient is summed in.

@@ -205,18 +205,17 @@ inline bool outer_by_batch(const Stack& s, const Layer& layer, Input kind) {
     return layer.grad_values && by_batch(s, layer, kind, false);
 }
 
-// The cycles of the ways to an input gradient, fitted alone.
+// The same for input gradients, by the product (`gradient_rows` of a plan) and where they are needed.
 #if defined(__AVX512F__)
-constexpr double kRowCycles = 0.08;  // a weight of the product
-constexpr double kPatchCycles = 3.6, kDotCycles = 4;  // a dot product of an input gradient: for each patch, and else, as many
-                                                      // times overrated as the product that it is compared with
-constexpr double kFarPatchCycles = 5;                 // a patch whose weights come from L3
+constexpr double kRowCycles = 4.5;       // a row of 64 weights of the product
+constexpr double kPatchCycles = 2.5;     // a dot product's patch
+constexpr double kFarPatchCycles = 2.4;  // a patch whose weights come from L3
 #else
-constexpr double kRowCycles = 0.16, kPatchCycles = 6.5, kDotCycles = 4, kFarPatchCycles = 5;
+constexpr double kRowCycles = 7, kPatchCycles = 4.2, kFarPatchCycles = 2.6;
 #endif
 constexpr double kNearPatches = 1024;  // whose weights fit into L2
-constexpr double kLoadCycles = 150;    // to write the weights of a patch, once a pass
-constexpr double kTurnCycles = 45;     // a block of ∂I that is brought into bands, and one of the result that is brought back
+constexpr double kFindCycles = 40;     // to find what is needed of a block
+constexpr double kLoadCycles = 300;    // to write the weights of a patch, once a pass
 
 // The patches of layer l whose rows a gradient can reach: neurons that feed no other get none.
 inline double fed_patches(const Stack& s, int l) {
@@ -237,18 +236,17 @@ inline double fed_patches(const Stack& s, int l) {
 inline bool by_need(const Stack& s, int l, double share, double listed) {
     const Layer& layer = s.layers[l];
     const Plan& plan = *layer.plan;
-    const double fed = fed_patches(s, l), strips = plan.cols.blocks * kGranules;
+    const double fed = fed_patches(s, l);
     const double far = fed > kNearPatches ? (fed - kNearPatches) * kFarPatchCycles : 0;
     const double load = kLoadCycles * static_cast<double>(plan.patches.row.size()) / (static_cast<double>(s.batch) * s.steps);
-    const double needed = share * kGranule * (fed * kPatchCycles + strips * kDotCycles) + far + load;
-    const double bands = plan.sparse.empty() ? 0 : kTurnCycles * (plan.rows.blocks + plan.cols.blocks);
+    const double needed = share * kGranule * fed * kPatchCycles + plan.cols.blocks * kFindCycles + far + load;
     double rows = plan.gradient_rows;
     if (layer.gradient_event_limit > 0) {
         const double events = listed * fed / most(1, static_cast<int64_t>(plan.patches.row.size()));
         const double more = (events / layer.gradient_event_limit - plan.event_runs.ratio) * plan.event_runs.rows;
         if (more < 0) rows += more;
     }
-    return s.needed_cost * needed < rows * kLanes * kRowCycles / (s.bf16 ? 2 : 1) + bands;
+    return s.needed_cost * needed < rows * kRowCycles / (s.bf16 ? 2 : 1);
 }
 
 // Fills the input panel of a chunk: held rows, dense rows, or spikes as floats.

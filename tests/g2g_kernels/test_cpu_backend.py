@@ -382,9 +382,9 @@ def test_bits_with_vectors_over_the_batch_do_not_depend_on_the_threads(x, batch_
 class Single:
     """A layer of 256 → 256 neurons in four groups, and the gradient of its weights for spikes of some rate."""
 
-    def __init__(self, unit: int) -> None:
+    def __init__(self, unit: int, p_intra: float = 0.4, p_inter: float = 0.1) -> None:
         layouts = GroupLayout(256, 4), GroupLayout(256, 4)
-        self.mask = BlockMask.sample(*layouts, p_intra=0.4, p_inter=0.1, block_size=unit, generator=seeded(3))
+        self.mask = BlockMask.sample(*layouts, p_intra=p_intra, p_inter=p_inter, block_size=unit, generator=seeded(3))
         self.values = self.mask.pack(torch.randn(256, 256, generator=seeded(4)) / 5)
 
     def gradient(self, batch: int, rate: float, steps: int = 6) -> torch.Tensor:
@@ -489,9 +489,9 @@ def test_units_of_16_and_32_alone_take_sums_of_subsets(unit, batch, by_sums, sub
     assert Single(unit).takes_another_way(subset_cost, batch) == by_sums
 
 
-@pytest.mark.parametrize(("rate", "by_sums"), [(0.03, False), (0.45, True)])
+@pytest.mark.parametrize(("rate", "by_sums"), [(0.01, False), (0.45, True)])
 def test_sums_of_subsets_are_chosen_by_their_cost(rate, by_sums, subset_cost):
-    assert Single(32).chooses(subset_cost, 16, rate) == by_sums
+    assert Single(32, p_intra=1.0, p_inter=1.0).chooses(subset_cost, 16, rate) == by_sums
 
 
 @pytest.mark.parametrize("isa", library.ISAS)
@@ -580,7 +580,7 @@ def test_input_gradients_are_chosen_by_the_share_of_events(limit_gradient_events
         for limit in (ALWAYS, NEVER):
             limit_gradient_events(limit)
             by[limit] = network.run(torch.float32, "cpu")
-        limit_gradient_events(0.3)
+        limit_gradient_events(0.35)
         assert any(not torch.equal(by[ALWAYS][name], by[NEVER][name]) for name in chosen), "both took one path"
         for name, tensor in chosen.items():
             assert torch.equal(tensor, by[expected][name]), f"{name} at alpha {alpha}"

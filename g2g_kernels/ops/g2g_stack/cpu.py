@@ -51,7 +51,7 @@ MOST_STEPS = 1 << 16
 #: The input gradient of a layer is computed by events up to this share of neurons that a gradient reaches through their
 #: own spikes (True: under bfloat16), where the product multiplies as many rows of weights as events may have to; the
 #: kernels scale it by how many (``EventRuns.ratio``).
-GRADIENT_EVENT_LIMIT = {False: 0.3, True: 0.2}
+GRADIENT_EVENT_LIMIT = {False: 0.35, True: 0.23}
 
 Tensors = Sequence[torch.Tensor]
 

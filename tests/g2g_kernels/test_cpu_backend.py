@@ -573,7 +573,7 @@ def test_bits_by_events_do_not_depend_on_the_threads(kind, unit, limit_gradient_
 
 def test_input_gradients_are_chosen_by_the_share_of_events(limit_gradient_events):
     """Bit by bit those of the events where these are few, those of the product where they are many."""
-    for alpha, expected in ((20.0, ALWAYS), (0.01, NEVER)):
+    for alpha, expected in ((100.0, ALWAYS), (0.01, NEVER)):
         network = compact("index", 64, 13, 70, alpha=alpha, margin=0)
         chosen = network.run(torch.float32, "cpu")
         by = {}

@@ -32,13 +32,12 @@ from . import cli
 from .machine import describe, pytorch_threads
 
 NEVER = math.inf
-#: what forces each way to multiply spikes: the rate up to which events pay, the costs of vectors over the batch and of
-#: sums of subsets
+#: what forces each way to multiply spikes: the costs of events, of vectors over the batch and of sums of subsets
 WAYS = {
-    "events": (1.0, NEVER, NEVER),
-    "tiles": (-1.0, NEVER, NEVER),
-    "batch": (1.0, 0.0, NEVER),
-    "sums": (1.0, NEVER, 0.0),
+    "events": (0.0, NEVER, NEVER),
+    "tiles": (NEVER, NEVER, NEVER),
+    "batch": (0.0, 0.0, NEVER),
+    "sums": (0.0, NEVER, 0.0),
 }
 #: what forces each way to the gradient of the inputs: the share of events up to which they pay, and the cost where the
 #: layer below needs it
@@ -94,11 +93,8 @@ def forced(way: str | None, down: str | None) -> Iterator[None]:
             changed.enter_context(mock.patch.object(module, name, value))
 
         if way is not None:
-            limit, batch, sums = WAYS[way]
-            for name in ("EVENT_LIMIT_FORWARD", "EVENT_LIMIT_BACKWARD"):
-                change(library, name, {False: limit, True: limit})
-            change(library, "BATCH_COST", batch)
-            change(library, "SUBSET_COST", sums)
+            for name, cost in zip(("EVENT_COST", "BATCH_COST", "SUBSET_COST"), WAYS[way], strict=True):
+                change(library, name, cost)
         if down is not None:
             limit, needed = DOWN[down]
             change(stack, "GRADIENT_EVENT_LIMIT", {False: limit, True: limit})

@@ -34,12 +34,15 @@ OPTIONS: dict[str, Iterable[str]] = {}
 #: what a kernel answers, instead of the size of its scratch memory, to sizes and options that it cannot number
 TOO_LARGE, UNKNOWN_OPTION = -2, -3
 
-#: Inputs that are spikes more often than this are multiplied by the matrix kernels (in float32, under bfloat16): where
-#: the two take equally long (docs/cpu-performance.md). Weight gradients are summed in float32 in either case.
+#: Inputs of ``g2g_linear`` that are spikes more often than this are multiplied by the matrix kernels (in float32, under
+#: bfloat16): where the two take equally long (docs/cpu-performance.md). Weight gradients are summed in float32 anyway.
 EVENT_LIMIT_FORWARD = {False: 0.5, True: 0.28}
 EVENT_LIMIT_BACKWARD = {False: 0.5, True: 0.5}
-#: Cost of products with vectors over the batch, relative to what the kernels assume (``by_batch`` in ``csrc/stack.h``):
-#: layers with units below 16 take them where they cost less than events and matrix kernels. 0: always, infinity: never.
+#: Cost of events in a stack, relative to what the kernels assume (``event_cycles`` in ``csrc/stack.h``): spikes are
+#: multiplied by events where they cost less than matrix kernels. 0: always, infinity: never.
+EVENT_COST = 1.0
+#: The same for products with vectors over the batch (``by_batch`` there): layers with units below 16 take them where
+#: they cost less than events and matrix kernels.
 BATCH_COST = 1.0
 #: The same for products by sums of subsets (``by_subsets`` there), which layers with units of 16 and 32 take.
 SUBSET_COST = 1.0

@@ -103,7 +103,7 @@ Segments segments(const Plan& plan, bool by_row, const std::vector<char>& skip) 
     return result;
 }
 
-constexpr double kSparseCost = 2.8;  // of a single weight, in weights of a dense tile
+constexpr double kSparseCost = 2.3;  // of a single weight, in weights of a dense tile
 
 // Which tiles the input gradient visits weight by weight: those of units too small for a strip, where that costs less.
 std::vector<char> sparse_tiles(const Plan& plan) {
@@ -203,25 +203,27 @@ Patches patches(const Plan& plan) {
     return result;
 }
 
+constexpr double kBandCost = 13;  // of a block that is brought into bands or back, in rows of 64 weights
+
 // The rows of 64 weights that cost as much as the product of the input gradient.
 double gradient_rows(const Plan& plan) {
-    // narrow strips load more for each multiply-add
-    const double strip = plan.cols.strip == 16 ? 1.6 * 16 : plan.cols.strip == 32 ? 1.2 * 32 : kLanes;
+    const double strip = plan.cols.strip == 16 ? 1.1 * 16 : plan.cols.strip;  // narrow ones load more for each multiply-add
     double rows = kSparseCost / kLanes * static_cast<double>(plan.sparse.source.size());
+    if (!plan.sparse.empty()) rows += kBandCost * (plan.rows.blocks + plan.cols.blocks);
     for (const Segment& segment : plan.backward.list) rows += segment.count * strip / kLanes;
     return rows;
 }
 
-// Cost of an event that visits so many lanes, relative to one that visits 64.
-double event_cost(int32_t lanes) { return lanes == 16 ? 0.16 : lanes == 32 ? 0.3 : 1; }
+// Cost of an event that visits so many lanes, relative to one that visits 64: its place is copied all the same.
+double event_cost(int32_t lanes) { return lanes == 16 ? 0.38 : lanes == 32 ? 0.45 : 1; }
 
-// What lists of events cost where units are small, in rows of 64 weights of the product: of a granule, and of a strip.
-constexpr double kGranuleCost = 3.6, kStripCost = 8.6;
+// What lists of events cost, in rows of 64 weights of the product: of a granule, and of a strip.
+constexpr double kGranuleCost = 0.3, kStripCost = 12;
 
 EventRuns event_runs(const Plan& plan, int32_t width) {
     EventRuns result;
     const int32_t strips = kLanes / width;
-    double lists = plan.cols.strip < kLanes ? plan.cols.blocks * strips * kStripCost : 0;
+    double lists = plan.cols.blocks * strips * kStripCost;
     result.width = width;
     result.first.push_back(0);
     for (int32_t strip = 0; strip < plan.cols.blocks * strips; ++strip) {
@@ -240,7 +242,7 @@ EventRuns event_runs(const Plan& plan, int32_t width) {
                 const auto shift = static_cast<uint16_t>((i - plan.col_first[block] - row) * kLanes);
                 const EventRun run{row * kGranules + g, row * kGranules + g + 1, shift};
                 result.rows += kGranule * event_cost(width);
-                if (plan.cols.strip < kLanes) lists += kGranuleCost;
+                lists += kGranuleCost;
                 if (result.list.size() > begin && result.list.back().last == run.first &&
                     result.list.back().shift == run.shift)
                     result.list.back().last = run.last;

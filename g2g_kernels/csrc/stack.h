@@ -2,6 +2,7 @@
 #pragma once
 
 #include "batch.h"
+#include "chunks.h"
 #include "interface.h"
 #include "layout.h"
 #include "panel.h"
@@ -70,76 +71,113 @@ inline bool any_recurrent(const Stack& s) {
     return false;
 }
 
-// How layer l's input is multiplied; `rate` is its measured share of ones.
-inline Input input_kind(const Stack& s, int l, double rate) {
-    if (l == 0 && s.held) return Input::kHeld;
-    if (l == 0 && !s.x_spikes) return Input::kDense;
-    return rate <= s.event_limit ? Input::kEvents : Input::kDenseSpikes;
-}
+inline bool are_spikes(Input kind) { return kind == Input::kEvents || kind == Input::kDenseSpikes; }
 
-// Cycles of each way to form a product, of one row (a sample at a step), measured (benchmarks/cpu_choices.py).
+// Cycles of each way to form a product, of one row (a sample at a step) unless a comment says otherwise: fitted to passes by
+// each way, of the points of benchmarks/cpu_choices.py and of 90 others (docs/cpu-performance.md).
 #if defined(__AVX512F__)
-constexpr double kEventCycles = 4.3;            // an event, which visits 64 weights
-constexpr double kStripEventCycles = 1.2;       // an event that visits 16; one that visits 32 twice as many
-constexpr double kProductCycles = 0.08;         // a weight of a dense product
-constexpr double kSpikeWeightCycles = 0.046;    // a weight by batch.h, its input being spikes
-constexpr double kDenseWeightCycles = 0.2;      // the same for a dense input
-constexpr double kSumCycles = 1.1;              // a sum of a subset, of 16 lanes
-constexpr double kPatchCycles = 3.6, kDotCycles = 4;  // a dot product of an input gradient: for each patch, and else, as many
-                                                      // times overrated as the product that it is compared with
-constexpr double kFarPatchCycles = 5;                 // a patch whose weights come from L3
+constexpr double kProductCycles = 0.06;       // a weight of a dense product
+constexpr double kExpandCycles = 60;          // a block of spikes that is written as floats for it
+constexpr double kEventCycles = 8;            // an event, which visits 64 weights or a row of 64 ∂I, from L2
+constexpr double kStripEventCycles = 1.8;     // forward: an event that visits 16; one that visits 32 twice as many
+constexpr double kStripGradientCycles = 2.3;  // gradient: the same
+constexpr double kListCycles = 90;            // forward: a list of events, of a block or of a strip, with its mispredicted end
+constexpr double kWordCycles = 4;             // forward: a tile or a segment whose events are listed
+constexpr double kSumCycles = 1.7;            // a sum of a subset, of 16 lanes
+constexpr double kSpikeWeightCycles = 0.052;  // a weight by batch.h, its input being spikes
+constexpr double kDenseWeightCycles = 0.15;   // the same for a dense input
+constexpr double kTotalCycles = 13;           // gradient: the lanes of a weight's sum that are added up, once a chunk
+constexpr double kBandCycles = 60;            // gradient: a block of ∂I that is brought into bands
+#elif defined(__AVX2__)
+constexpr double kProductCycles = 0.078, kExpandCycles = 130, kEventCycles = 10, kStripEventCycles = 5, kStripGradientCycles = 3.4;
+constexpr double kListCycles = 30, kWordCycles = 27, kSumCycles = 2.4, kSpikeWeightCycles = 0.105, kDenseWeightCycles = 0.2;
+constexpr double kTotalCycles = 17, kBandCycles = 170;
 #else
-constexpr double kEventCycles = 14, kStripEventCycles = 4;
-constexpr double kProductCycles = 0.16, kSpikeWeightCycles = 0.5, kDenseWeightCycles = 0.4, kSumCycles = 2.2;
-constexpr double kPatchCycles = 6.5, kDotCycles = 4, kFarPatchCycles = 5;
+constexpr double kProductCycles = 0.23, kExpandCycles = 130, kEventCycles = 17, kStripEventCycles = 3.8, kStripGradientCycles = 7.4;
+constexpr double kListCycles = 35, kWordCycles = 34, kSumCycles = 4, kSpikeWeightCycles = 0.26, kDenseWeightCycles = 0.57;
+constexpr double kTotalCycles = 17, kBandCycles = 170;
 #endif
-constexpr double kListCycles = 6;     // forward: a tile or a segment whose events are listed
-constexpr double kLaneCycles = 1;     // gradient: 16 source lanes of a strip
-constexpr double kSortCycles = 750;   // gradient: up to 64 words of a block, whose events are sorted by source
-constexpr double kBandCycles = 45;    // gradient: a block of ∂I that is brought into bands
-constexpr double kTableCycles = 40;   // the sixteen sums of 16 lanes
-constexpr double kPieceCycles = 18;   // a piece of a unit that is brought into a tile, once for all rows
-constexpr double kNearPatches = 1024;  // whose weights fit into L2
-constexpr double kLoadCycles = 150;    // to write the weights of a patch, once a pass
+constexpr double kSortCycles = 1500;  // gradient: up to 64 words of a block, whose events are sorted by source
+constexpr double kTableCycles = 20;   // the sixteen sums of 16 lanes
+constexpr double kBitsCycles = 60;    // a block of spikes that is brought into bits of rows or of samples
+constexpr double kStoreCycles = 45;   // forward: a block of currents that its neurons do not take from registers
+constexpr double kPieceCycles = 13;   // a piece of a unit that is brought into a tile, once a pass
 
-// Cycles by events, of all lanes of a tile or of those of the strips that their units have.
-inline double event_cycles(const Layer& layer, bool forward, bool strips) {
+// The rows of a pass over a layer: all; those that fill vectors of spikes or floats, of which some do not exist; and the chunks
+// that a weight gradient is summed in.
+struct PassRows {
+    double all, filled, chunks;
+    PassRows(const Stack& s, Input kind, bool forward) {
+        const auto fill = [](int64_t count, int64_t size) { return divide_up(count, size) * size; };
+        const int64_t steps = kind == Input::kHeld ? 1 : s.steps;
+        const int64_t samples = kind == Input::kHeld ? s.batch : Chunks(s.batch, s.steps, any_recurrent(s)).samples;
+        all = static_cast<double>(s.batch * steps);
+        chunks = static_cast<double>(divide_up(s.batch, samples));
+        filled = forward ? static_cast<double>(fill(s.batch, are_spikes(kind) ? kSamples : kLanes) * steps)
+                         : chunks * static_cast<double>(fill(samples * steps, kLanes));
+    }
+};
+
+// Cycles of a row by events, of all lanes of a tile or of those of the strips that their units have.
+inline double event_cycles(const Stack& s, const Layer& layer, bool forward, bool strips) {
     const Plan& plan = *layer.plan;
     if (strips && plan.rows.strip == kLanes) return __builtin_inf();
-    const double events = strips ? plan.product_weights / 16 * kStripEventCycles : static_cast<double>(plan.sources) * kEventCycles;
-    const double listed = strips ? static_cast<double>(plan.forward.list.size()) : plan.tiles;
-    const double lanes = strips ? static_cast<double>(plan.granules.list.size()) : 0;
-    return layer.input_rate * events + (forward ? listed * kListCycles : lanes * kLaneCycles);
+    const double each = strips ? plan.product_weights / 16 * (forward ? kStripEventCycles : kStripGradientCycles)
+                               : static_cast<double>(plan.sources) * kEventCycles;
+    const double lists = plan.rows.blocks * (strips ? kLanes / plan.rows.strip : 1);
+    const double words = strips ? static_cast<double>(plan.forward.list.size()) : plan.tiles;
+    const double sorted = plan.cols.blocks * static_cast<double>(divide_up(s.steps, 64)) / s.steps;
+    return layer.input_rate * each + (forward ? lists * kListCycles + words * kWordCycles : sorted * kSortCycles);
 }
 
-inline bool events_by_strip(const Layer& layer, bool forward) {
-    return event_cycles(layer, forward, true) < event_cycles(layer, forward, false);
+inline bool events_by_strip(const Stack& s, const Layer& layer, bool forward) {
+    return event_cycles(s, layer, forward, true) < event_cycles(s, layer, forward, false);
 }
 
-// The cheapest way without vectors over the batch and without sums of subsets.
-inline double plain_cycles(const Stack& s, const Layer& layer, Input kind, bool forward) {
+inline double event_cycles(const Stack& s, const Layer& layer, bool forward) {
+    return event_cycles(s, layer, forward, events_by_strip(s, layer, forward));
+}
+
+// Cycles of a row by the product.
+inline double product_cycles(const Stack& s, const Layer& layer, Input kind, bool forward) {
     const Plan& plan = *layer.plan;
-    const double rows = static_cast<double>(s.batch) * s.steps;
-    const double pieces = kPieceCycles * static_cast<double>(plan.pieces.size()) / rows;
-    if (kind != Input::kEvents)
-        return pieces + kProductCycles * (forward ? plan.product_weights : static_cast<double>(plan.tiles) * kTile);
-    const double sorted = kSortCycles * plan.cols.blocks * static_cast<double>(divide_up(s.steps, 64)) / s.steps;
-    return pieces + (forward ? 0 : sorted) + event_cycles(layer, forward, events_by_strip(layer, forward));
+    const double weights = forward ? plan.product_weights : static_cast<double>(plan.tiles) * kTile;
+    return weights * kProductCycles / (forward && s.bf16 ? 2 : 1) + (are_spikes(kind) ? plan.cols.blocks * kExpandCycles : 0) +
+           (forward ? plan.rows.blocks * kStoreCycles : 0);
 }
 
-inline bool are_spikes(Input kind) { return kind == Input::kEvents || kind == Input::kDenseSpikes; }
+// How spikes that are multiplied neither over the batch nor by sums of subsets are.
+inline Input spike_kind(const Stack& s, const Layer& layer, bool forward) {
+    const double product = product_cycles(s, layer, Input::kDenseSpikes, forward);
+    return s.event_cost * event_cycles(s, layer, forward) <= product ? Input::kEvents : Input::kDenseSpikes;
+}
+
+// The same for all inputs, of layer l.
+inline Input input_kind(const Stack& s, int l, bool forward) {
+    if (l == 0 && s.held) return Input::kHeld;
+    if (l == 0 && !s.x_spikes) return Input::kDense;
+    return spike_kind(s, s.layers[l], forward);
+}
+
+// Cycles of a pass without vectors over the batch and without sums of subsets.
+inline double plain_cycles(const Stack& s, const Layer& layer, Input kind, bool forward) {
+    const double row = kind == Input::kEvents ? event_cycles(s, layer, forward) : product_cycles(s, layer, kind, forward);
+    return PassRows(s, kind, forward).all * row + kPieceCycles * static_cast<double>(layer.plan->pieces.size());
+}
 
 // Whether the forward product or the weight gradient of a layer with that input goes by sums of subsets (subset_sums.h).
 inline bool by_subsets(const Stack& s, const Layer& layer, Input kind, bool forward) {
     const Plan& plan = *layer.plan;
     if (plan.granules.list.empty() || !are_spikes(kind)) return false;
-    const double vectors = plan.rows.strip / 16.0, granules = static_cast<double>(plan.granules.list.size());
-    const double rows = static_cast<double>(s.batch) * s.steps;
-    double cycles = granules * 4 * kSumCycles * vectors;  // four quads of lanes, or four times four lanes for four rows
+    const PassRows rows(s, kind, forward);
+    const double vectors = plan.rows.strip / 16.0;
+    const double sums = 4 * vectors * static_cast<double>(plan.granules.list.size());  // of four quads of lanes; or of rows
+    double cycles = rows.all * sums * kSumCycles + kPieceCycles * static_cast<double>(plan.pieces.size());
     if (forward)
-        cycles += granules * 4 * kTableCycles * vectors / (rows < kSubsetRows ? rows : kSubsetRows);
+        cycles += sums * kTableCycles * static_cast<double>(divide_up(s.batch, subset_samples(s.batch, s.steps))) +
+                  rows.all * plan.rows.blocks * kStoreCycles;
     else
-        cycles += plan.rows.blocks * (kLanes / 16.0) * kTableCycles / 4;
+        cycles += rows.all / 4 * plan.rows.blocks * (kLanes / 16.0) * kTableCycles + rows.filled * plan.cols.blocks * kBitsCycles;
     return s.subset_cost * cycles < plain_cycles(s, layer, kind, forward);
 }
 
@@ -150,12 +188,13 @@ inline bool by_batch(const Stack& s, const Layer& layer, Input kind, bool forwar
     if (plan.by_row.empty() || s.batch < kSamples) return false;
     const bool spikes = are_spikes(kind);
     if (!spikes && s.bf16) return false;  // the product has twice the rate
-    const int64_t fill = spikes ? kSamples : kLanes;  // rows that vectors hold, of which some may not exist
-    const double padded = static_cast<double>(divide_up(s.batch, fill) * fill) / s.batch;
+    const PassRows rows(s, kind, forward);
     const double weights = static_cast<double>(plan.by_row.source.size());
-    const double batch = weights * padded * (spikes ? kSpikeWeightCycles : kDenseWeightCycles) +
-                         (forward ? 0 : kBandCycles * plan.rows.blocks);
-    return s.batch_cost * batch < plain_cycles(s, layer, kind, forward);
+    double cycles = rows.filled * weights * (spikes ? kSpikeWeightCycles : kDenseWeightCycles);
+    if (spikes) cycles += rows.filled * plan.cols.blocks * kBitsCycles;
+    cycles += forward ? rows.all * plan.rows.blocks * kStoreCycles
+                      : rows.chunks * weights * kTotalCycles + rows.filled * plan.rows.blocks * kBandCycles;
+    return s.batch_cost * cycles < plain_cycles(s, layer, kind, forward);
 }
 
 inline bool forward_by_batch(const Stack& s, const Layer& layer, Input kind) {
@@ -165,6 +204,18 @@ inline bool forward_by_batch(const Stack& s, const Layer& layer, Input kind) {
 inline bool outer_by_batch(const Stack& s, const Layer& layer, Input kind) {
     return layer.grad_values && by_batch(s, layer, kind, false);
 }
+
+// The same for input gradients, by the product (`gradient_rows` of a plan) and where they are needed.
+#if defined(__AVX512F__)
+constexpr double kRowCycles = 4.5;       // a row of 64 weights of the product
+constexpr double kPatchCycles = 2.5;     // a dot product's patch
+constexpr double kFarPatchCycles = 2.4;  // a patch whose weights come from L3
+#else
+constexpr double kRowCycles = 7, kPatchCycles = 4.2, kFarPatchCycles = 2.6;
+#endif
+constexpr double kNearPatches = 1024;  // whose weights fit into L2
+constexpr double kFindCycles = 40;     // to find what is needed of a block
+constexpr double kLoadCycles = 300;    // to write the weights of a patch, once a pass
 
 // The patches of layer l whose rows a gradient can reach: neurons that feed no other get none.
 inline double fed_patches(const Stack& s, int l) {
@@ -185,22 +236,18 @@ inline double fed_patches(const Stack& s, int l) {
 inline bool by_need(const Stack& s, int l, double share, double listed) {
     const Layer& layer = s.layers[l];
     const Plan& plan = *layer.plan;
-    const double fed = fed_patches(s, l), strips = plan.cols.blocks * kGranules;
+    const double fed = fed_patches(s, l);
     const double far = fed > kNearPatches ? (fed - kNearPatches) * kFarPatchCycles : 0;
     const double load = kLoadCycles * static_cast<double>(plan.patches.row.size()) / (static_cast<double>(s.batch) * s.steps);
-    const double needed = share * kGranule * (fed * kPatchCycles + strips * kDotCycles) + far + load;
-    const double bands = plan.sparse.empty() ? 0 : kBandCycles * (plan.rows.blocks + plan.cols.blocks);
+    const double needed = share * kGranule * fed * kPatchCycles + plan.cols.blocks * kFindCycles + far + load;
     double rows = plan.gradient_rows;
     if (layer.gradient_event_limit > 0) {
         const double events = listed * fed / most(1, static_cast<int64_t>(plan.patches.row.size()));
         const double more = (events / layer.gradient_event_limit - plan.event_runs.ratio) * plan.event_runs.rows;
         if (more < 0) rows += more;
     }
-    return s.needed_cost * needed < rows * kLanes * kProductCycles / (s.bf16 ? 2 : 1) + bands;
+    return s.needed_cost * needed < rows * kRowCycles / (s.bf16 ? 2 : 1);
 }
-
-// Samples of a task that a table serves.
-inline int64_t subset_samples(int64_t batch, int64_t steps) { return least(batch, most(1, kSubsetRows / steps)); }
 
 // Fills the input panel of a chunk: held rows, dense rows, or spikes as floats.
 inline void fill_panel(const Stack& s, const Layer& layer, Input kind, int64_t first, int64_t samples,

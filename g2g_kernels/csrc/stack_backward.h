@@ -152,7 +152,7 @@ struct BackwardLayer {
           plan(*layer.plan),
           model(model_info(layer.neurons)),
           parameters(layer, arena),
-          weights(s, layer, input_kind(s, l, layer.input_rate), arena),
+          weights(s, layer, input_kind(s, l, false), arena),
           sweep(backward_sweep<Upstream>(layer.neurons)),
           last(l + 1 == s.count) {
         const bool below = l > 0 || s.grad_x;
@@ -167,8 +167,7 @@ struct BackwardLayer {
         if (layer.recurrent) {
             recurrent.emplace(s, layer, chunks.samples, !held, arena);
             const Layer joined = recurrent_layer(s, l, recurrent->inputs);
-            const Input kind = joined.input_rate <= s.event_limit ? Input::kEvents : Input::kDenseSpikes;
-            recurrent_weights.emplace(s, joined, kind, arena);
+            recurrent_weights.emplace(s, joined, spike_kind(s, joined, false), arena);
         }
         reached = arena.take<uint64_t>(static_cast<size_t>(plan.rows.blocks) * s.batch);
         reached_in_chunk = arena.take<uint64_t>(plan.rows.blocks);
@@ -722,7 +721,7 @@ struct BackwardPass {
             });
         else
             fill_panel(s, x.layer, x.kind, first, samples, panel);
-        const bool strips = by_events && events_by_strip(x.layer, false);
+        const bool strips = by_events && events_by_strip(s, x.layer, false);
         parallel(s.threads, plan.tiles, 2, [&](int64_t tile, int) {
             const int64_t row = plan.tile_row[tile], col = plan.tile_col[tile];
             if (!of.reached[row]) return;

@@ -96,7 +96,7 @@ struct ForwardLayer {
     }
 
     void run_events() const {
-        if (!events_by_strip(layer, true)) return run_events<EventCurrent>();
+        if (!events_by_strip(stack, layer, true)) return run_events<EventCurrent>();
         if (plan().rows.strip == 16) return run_events<StripCurrent<16>>();
         run_events<StripCurrent<32>>();
     }
@@ -275,7 +275,7 @@ inline void stack_forward(Stack& s, Arena& arena) {
             reorder_words(s.layers[l - 1].plan->rows, plan.cols, s.layers[l - 1].spikes, s.batch, s.steps, s.threads,
                           layer.inputs);
         layer.input_rate = rate;
-        const Input kind = input_kind(s, l, rate);
+        const Input kind = input_kind(s, l, true);
         const bool by_batch = forward_by_batch(s, layer, kind), subsets = !by_batch && by_subsets(s, layer, kind, true);
         if (by_batch)
             load_taps(plan.by_row, layer.values, s.threads, weights.taps);

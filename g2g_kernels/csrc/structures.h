@@ -76,9 +76,8 @@ struct Stack {
     Layer* layers;
     int32_t count, batch, steps, threads, bf16;
     int32_t held;           // x is [B, in], held for all steps
-    float event_limit;      // inputs that spike more often than this go through the matrix kernels
-    float batch_cost, subset_cost, needed_cost;  // of products with vectors over the batch, by sums of subsets, and of input
-                                                 // gradients where they are needed, relative to what the kernels assume
+    float event_cost, batch_cost, subset_cost, needed_cost;  // of products by events, with vectors over the batch, by sums of
+                            // subsets, and of input gradients where they are needed, relative to what the kernels assume
     const float* x;         // [B, in] or [T, B, in]
     float* counts;          // out: [B, N] of the last layer
     const float* grad_counts;

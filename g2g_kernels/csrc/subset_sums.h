@@ -18,6 +18,9 @@ constexpr int kQuads = kGranule / kQuad;
 constexpr int kTableFloats = 7 * 1024;  // 28 KB
 constexpr int64_t kSubsetRows = 480;    // that a table serves, forward: 120 KB of currents
 
+// Samples of a task that a table serves, forward.
+inline int64_t subset_samples(int64_t batch, int64_t steps) { return least(batch, most(1, kSubsetRows / steps)); }
+
 // table[16][L]: row i is the sum of those of four rows, `stride` floats apart, whose bits are set in i. Of the rows `count`
 // exist, the others are 0.
 template <int L>

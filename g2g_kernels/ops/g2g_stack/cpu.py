@@ -23,7 +23,6 @@ from g2g_kernels.cpu import plans
 from g2g_kernels.cpu.interface import structures
 from g2g_kernels.cpu.library import (
     bf16_wanted,
-    event_limit,
     library,
     pointer,
     run,
@@ -52,7 +51,7 @@ MOST_STEPS = 1 << 16
 #: The input gradient of a layer is computed by events up to this share of neurons that a gradient reaches through their
 #: own spikes (True: under bfloat16), where the product multiplies as many rows of weights as events may have to; the
 #: kernels scale it by how many (``EventRuns.ratio``).
-GRADIENT_EVENT_LIMIT = {False: 0.3, True: 0.2}
+GRADIENT_EVENT_LIMIT = {False: 0.35, True: 0.23}
 
 Tensors = Sequence[torch.Tensor]
 
@@ -210,6 +209,7 @@ class _Arguments:
             threads=torch.get_num_threads(),
             bf16=call.dtype == torch.bfloat16 and library().g2g_has_bf16(),
             held=call.held,
+            event_cost=cpu_library.EVENT_COST,
             batch_cost=cpu_library.BATCH_COST,
             subset_cost=cpu_library.SUBSET_COST,
             needed_cost=cpu_library.NEEDED_COST,
@@ -233,7 +233,6 @@ def _forward(call: StackCall) -> Outputs:
     for layer, of_layer, after in zip(arguments.layers, rates, last, strict=True):
         layer.rates, layer.last = of_layer.data_ptr(), after.data_ptr()
     arguments.stack.counts = counts.data_ptr()
-    arguments.stack.event_limit = event_limit(arguments.stack.bf16, backward=False)
     run(library().g2g_stack_forward, arguments.stack)
     if states is None:
         return counts, rates, last, spikes, []
@@ -276,7 +275,6 @@ def _backward(backward: StackBackward) -> StackGradients:
         layer.grad_recurrent = pointer(grads.recurrents[number])
     stack = arguments.stack
     stack.x_spikes = int(x_spikes)
-    stack.event_limit = event_limit(stack.bf16, backward=True)
     stack.grad_counts, stack.grad_x = pointer(backward.grad_counts), pointer(grads.x)
     run(library().g2g_stack_backward, stack)
     return grads

@@ -19,6 +19,7 @@ import torch
 from torch.nn import functional as F
 
 from g2g_kernels import GroupLayout
+from g2g_kernels.sides import UnitAxis
 
 #: below this share of a sum of squares, what is left after subtracting means is rounding and counts as zero
 ROUNDING = 1e-12
@@ -53,9 +54,8 @@ class SpikeSums:
     def of(cls, spikes: torch.Tensor, labels: torch.Tensor, num_classes: int, layout: GroupLayout) -> "SpikeSums":
         """The sums of ``spikes`` [T, B, N], each 0 or 1; ``labels`` are int64 [B], 0 to ``num_classes`` − 1."""
         spikes = spikes.float()
-        group = F.one_hot(layout.group_of, layout.num_groups).to(spikes)
         label = F.one_hot(labels.cpu(), num_classes).to(spikes)
-        sums = (spikes.sum(0), label.T @ spikes, spikes @ group)
+        sums = (spikes.sum(0), label.T @ spikes, _group_sums(spikes, layout))
         return cls(layout, labels.cpu(), *(tensor.cpu().double() for tensor in sums))
 
     @classmethod
@@ -106,7 +106,15 @@ def group_means(values: torch.Tensor, layout: GroupLayout) -> torch.Tensor:
         >>> group_means(torch.tensor([1.0, 3.0, 5.0, 7.0]), GroupLayout(4, 2))
         tensor([2., 6.])
     """
-    return torch.zeros(layout.num_groups, dtype=values.dtype).index_add_(0, layout.group_of, values) / layout.sizes
+    return _group_sums(values, layout) / layout.sizes
+
+
+def _group_sums(values: torch.Tensor, layout: GroupLayout) -> torch.Tensor:
+    """The sum of ``values`` [..., N] over the neurons of each group, [..., G]; no neurons × groups matrix is formed."""
+    axis = UnitAxis(layout, layout.size)  # a range for each group
+    if not axis.trivial:
+        values = F.pad(values, (0, 1)).index_select(-1, axis.neuron_at.to(values.device))
+    return values.unflatten(-1, (axis.num_units, axis.width)).sum(-1)
 
 
 def temporal_synchrony(sums: SpikeSums) -> torch.Tensor:
@@ -224,20 +232,19 @@ def count_correlation(sums: SpikeSums) -> CountCorrelation:
     present = per_class > 0
     means = sums.class_sums.sum(0) / per_class[:, None]
     signal = means[present] if present.sum() >= 3 else means[:0]
-    group = F.one_hot(sums.layout.group_of, sums.layout.num_groups).double()
     return CountCorrelation(
-        _mean_correlation(counts - counts.mean(0), counts, group),
-        _mean_correlation(signal - signal.mean(0), signal, group),
-        _mean_correlation(counts - means[labels], counts, group),
+        _mean_correlation(counts - counts.mean(0), counts, sums.layout),
+        _mean_correlation(signal - signal.mean(0), signal, sums.layout),
+        _mean_correlation(counts - means[labels], counts, sums.layout),
     )
 
 
-def _mean_correlation(deviations: torch.Tensor, counts: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
-    """The mean cosine of pairs of columns of ``deviations`` [M, N] of counts, by group, given as indicators [N, G]."""
+def _mean_correlation(deviations: torch.Tensor, counts: torch.Tensor, layout: GroupLayout) -> torch.Tensor:
+    """The mean cosine of pairs of columns of ``deviations`` [M, N] of counts, by group."""
     power = deviations.square().sum(0)
     active = power > ROUNDING * counts.square().sum(0)
-    scaled = torch.where(active, deviations / power.sqrt(), 0.0) @ group
-    number = (active[:, None] * group).sum(0)
+    scaled = _group_sums(torch.where(active, deviations / power.sqrt(), 0.0), layout)
+    number = _group_sums(active.double(), layout)
     pairs = number[:, None] * number - number.diag()
     return _defined(scaled.T @ scaled - number.diag(), pairs)
 
@@ -251,7 +258,7 @@ def _noise_power(sums: SpikeSums) -> torch.Tensor:
     locked = sums.class_sums.square().sum(0) - sums.class_sums.sum(0).square() / sums.steps
     power = total - of_samples - (locked / per_class[:, None]).sum(0)
     power = torch.where(power > ROUNDING * total, power, 0.0)
-    return torch.zeros(sums.layout.num_groups).double().index_add_(0, sums.layout.group_of, power)
+    return _group_sums(power, sums.layout)
 
 
 def _group_noise(sums: SpikeSums) -> torch.Tensor:

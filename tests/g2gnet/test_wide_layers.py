@@ -7,8 +7,9 @@ import pytest
 import torch
 from helpers import Largest
 
-from g2g_kernels import available_backends
+from g2g_kernels import GroupLayout, available_backends
 from g2gnet import G2GNet, dst_scores
+from g2gnet.analysis import SpikeSums, coherence, count_correlation, temporal_synchrony
 from g2gnet.data import load_dataset
 from g2gnet.training import Machine, TrainSettings, run_training
 
@@ -62,3 +63,14 @@ def test_what_shows_and_keeps_a_network_forms_no_dense_weights():
             assert mask._repr_html_()
         net.fc2.mask.edges(net.fc2.values)
     assert largest.numel < H * H
+
+
+@pytest.mark.parametrize("kind", ["index", "random"])
+def test_activity_is_summed_without_a_matrix_of_neurons_by_groups(kind):
+    layout = GroupLayout(H + 1, GROUPS, kind)  # one group is larger than the others
+    spikes = (torch.rand(3, 9, H + 1) < 0.3).float()
+    with Largest() as largest:
+        sums = SpikeSums.of(spikes, torch.arange(9) % 3, 3, layout)
+        count_correlation(sums), temporal_synchrony(sums), coherence(sums, sums)
+    assert largest.numel < H * GROUPS
+    assert torch.equal(sums.activity[..., 0], spikes[..., layout.group_of == 0].sum(-1).double())

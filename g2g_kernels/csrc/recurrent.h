@@ -304,7 +304,7 @@ inline void add_events(const Plan& plan, const float* tiles, int64_t block, cons
 // A recurrent connection in the backward pass: what a step hands to the step before it, for the samples of a chunk.
 struct RecurrentBackward {
     const Plan& plan;
-    float event_limit;       // share of neurons with events up to which X is computed by events
+    float event_limit;       // share of neurons with events up to which X is computed by events, which visit all lanes of a tile
     InputGradient gradient;
     BackwardSteps steps;
     int64_t samples;         // of a chunk
@@ -322,7 +322,7 @@ struct RecurrentBackward {
 
     RecurrentBackward(const Stack& s, const Layer& layer, int64_t chunk_samples, bool keeps_rows, Arena& arena)
         : plan(*layer.recurrent),
-          event_limit(static_cast<float>(layer.gradient_event_limit * plan.event_runs.ratio)),
+          event_limit(static_cast<float>(layer.gradient_event_limit * plan.gradient_rows / most(1, plan.tiles * kLanes))),
           gradient(plan, layer.recurrent_values, s.bf16, event_limit > 0, arena),
           steps(layer.neurons),
           samples(chunk_samples) {

@@ -40,7 +40,7 @@ PEER = "#9a9a9a"
 WIDTHS = "at each point: neurons of a hidden layer"
 #: colour, marker and the side on which the widths stand, so that those of neighbouring lines do not overlap
 TRADEOFF_STYLES = (
-    ("#7a7a7a", "o", "above"),
+    ("#7a7a7a", "o", "below"),
     (OURS, "o", "above"),
     ("#2f8f5b", "s", "right"),
     ("#c4552d", "^", "right"),
@@ -52,6 +52,7 @@ TRADEOFF_STYLES = (
 #: of text beside a point: its offset, in points, and its alignment
 SIDES: dict[str, dict[str, Any]] = {
     "above": {"xytext": (-4, 4), "ha": "right", "va": "bottom"},
+    "below": {"xytext": (3, -4), "ha": "left", "va": "top"},
     "right": {"xytext": (7, -2), "ha": "left", "va": "center"},
 }
 
@@ -159,10 +160,12 @@ def _tradeoff(record: dict[str, Any]) -> Figure:
     return figure
 
 
-def draw_tradeoff(axis: Axes, record: dict[str, Any], quantity: str) -> None:
-    """Test accuracy against ``weights`` or ``train_cpu_seconds``; one line per density, each point with its width.
+def draw_tradeoff(
+    axis: Axes, record: dict[str, Any], quantity: str, label: Callable[[dict[str, Any]], str] = width
+) -> None:
+    """Test accuracy against ``weights`` or ``train_cpu_seconds``; one line per density, each point with a label.
 
-    The width is the number of neurons of each hidden layer.
+    The label is the width, the number of neurons of each hidden layer, unless another is given.
     """
     lines: dict[str, list[dict[str, Any]]] = {}
     for row in record["rows"]:
@@ -178,7 +181,7 @@ def draw_tradeoff(axis: Axes, record: dict[str, Any], quantity: str) -> None:
         )
         for row, place, height in zip(rows, x, means, strict=True):
             axis.annotate(
-                width(row), (place, height), textcoords="offset points", fontsize=7, color=colour, **SIDES[side]
+                label(row), (place, height), textcoords="offset points", fontsize=7, color=colour, **SIDES[side]
             ).set_path_effects([withStroke(linewidth=2, foreground="white")])
     axis.set_xscale("log")
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 3)))

@@ -297,18 +297,28 @@ def _recipe_in_short(record: Record, link: Link) -> str:
 
 
 def _tradeoff_in_short(record: Record, link: Link) -> str:
-    """The best dense and the best sparse network with the largest budget of weights."""
+    """The best dense and the best sparse network with each budget of weights."""
     content = record.content
     quantity, unit, budgets = tradeoff_study.BUDGETS[0]
-    best = {kind: tradeoff_study.best(content, kind, quantity, budgets[-1]) for kind in tradeoff_study.KINDS}
-    found = [
-        f"{study.spread(row['ends'], study.accuracy)} % with the best {kind} network (`{row['flags']}`)"
-        for kind, row in best.items()
-        if row
+
+    def cell(row: dict[str, Any] | None) -> str:
+        if row is None:
+            return "–"
+        seconds = study.mean(row, "train_cpu_seconds")
+        return f"{study.spread(row['ends'], study.accuracy)}: {row['row']}; {seconds:.0f} s"
+
+    rows = [
+        [
+            f"{budget:,} {unit}",
+            *(cell(tradeoff_study.best(content, kind, quantity, budget)) for kind in tradeoff_study.KINDS),
+        ]
+        for budget in budgets
     ]
     return (
-        f"**Accuracy for weights**, at most {budgets[-1]:,} {unit}, {content['epochs']} epochs, {_seeds(content)}: "
-        f"{'; '.join(found)}. The other flags: `{content['settings']}`. Measured on {_machine(record, link)}."
+        f"**Accuracy for weights**: the best network of the study within a budget, test accuracy in %, neurons of a "
+        f"hidden layer and processor time of {content['epochs']} epochs, {_seeds(content)}. The flags: "
+        f"`{content['settings']}`, and those of the [study](docs/results.md#for-so-much-time-for-so-many-weights). "
+        f"Measured on {_machine(record, link)}.\n\n{markdown(['at most', *tradeoff_study.KINDS], rows)}"
     )
 
 

@@ -21,7 +21,8 @@ SPARSE = (
     *((width, 25, 64) for width in (256, 512, 1024, 2048)),
     *((width, percent, 16) for percent in (10, 5) for width in (1024, 2048, 4096)),
     *((width, percent, 1) for percent in (10, 5) for width in (1024, 2048)),
-    *((width, percent, 1) for width, percent in ((128, 8), (256, 3))),  # below 10,000 weights, as is dense, 12
+    # below 10,000 weights, as is dense, 12; as many as dense, 64 and dense, 128
+    *((width, percent, 1) for width, percent in ((128, 8), (256, 3), (512, 8), (512, 16))),
 )
 #: those of the sparse ones that are also rewired, pruned by magnitude and grown by gradient
 REWIRED = ((2048, 10, 16), (2048, 5, 16))

@@ -7,6 +7,7 @@ a memory comparison of 8 bytes per unit, which detects every in-place change.
 import ctypes
 import functools
 import math
+import os
 import threading
 import weakref
 from collections import OrderedDict
@@ -23,6 +24,16 @@ _PLANS, _UNITS = 64, 1 << 22
 _LEAST_UNITS = 1 << 10  # minimum size of a plan, however small its mask
 _lock = threading.RLock()  # the garbage collector may call kernels from a finalizer while it is held
 _plans: "OrderedDict[tuple, Plan]" = OrderedDict()
+
+
+def _renew_lock() -> None:
+    """In a forked child, where a thread that held the lock does not exist."""
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 def blocks(units: int, width: int) -> int:
@@ -98,7 +109,8 @@ def plan_for(mask: MaskTensors, values: torch.Tensor) -> Plan:
         return plan
     with _lock:
         plan = Plan(mask, (key[1], key[2]))
-        excess = sum(kept.units for kept in _plans.values()) + plan.units - _UNITS
+        kept = list(_plans.values())  # at once, since other threads move theirs to the end without the lock
+        excess = sum(other.units for other in kept) + plan.units - _UNITS
         while excess > 0 and len(_plans) >= _PLANS:
             excess -= _plans.popitem(last=False)[1].units
         _plans.pop(key, None)

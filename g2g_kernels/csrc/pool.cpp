@@ -202,7 +202,7 @@ void with_team(int threads, void (*body)(void*), void* context) {
     const Clock::time_point end = Clock::now();
     const Clock::duration waited = end - call.closed;
     const bool late = waited > (call.closed - begin) * most_waiting.load(std::memory_order_relaxed);
-    if (late) t.own_until = end + t.next_times * waited;
+    if (late) t.own_until = end + std::min<Clock::duration>(t.next_times * waited, std::chrono::seconds(2));
     t.next_times = late ? std::min(2 * t.next_times, 64) : std::max(t.next_times / 2, 1);
     t.busy.unlock();
 }

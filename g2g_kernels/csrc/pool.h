@@ -7,7 +7,8 @@
 //
 // The end of a region waits for all of its threads, which beside a busy program takes up to a time slice of the system:
 // hence one region for a call, not for each of its dozens of loops. Where even that took too large a share of a call, the
-// next calls run on threads of our own, for which no one waits; after 1, 2, 4, … 64 times that wait OpenMP is tried again.
+// next calls run on threads of our own, for which no one waits; after 1, 2, 4, … 64 times that wait,
+// two seconds at most, OpenMP is tried again.
 #pragma once
 
 #include <cstdint>

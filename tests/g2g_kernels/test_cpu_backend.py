@@ -14,7 +14,9 @@ import re
 import shutil
 import signal
 import statistics
+import threading
 import time
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -26,8 +28,8 @@ from stack_cases import Stack, loss
 
 from benchmarks.machine import pytorch_threads
 from g2g_kernels import BlockMask, GroupLayout, Neurons, SpikingLayer, backend_status, g2g_linear, g2g_stack, lif
-from g2g_kernels.cpu import library
-from g2g_kernels.cpu.workspace import Workspace, workspace
+from g2g_kernels.cpu import library, plans
+from g2g_kernels.cpu.workspace import SMALL, Workspace, workspace
 from g2g_kernels.ops.g2g_linear import cpu as linear
 from g2g_kernels.ops.g2g_linear.call import LinearBackward, LinearCall
 from g2g_kernels.ops.g2g_stack import cpu as stack
@@ -1090,6 +1092,55 @@ def test_a_forked_child_computes_the_same(whose, monkeypatch):
                 os._exit(status)
         assert os.waitpid(child, 0)[1] == 0
         assert all(map(torch.equal, step(), expected))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("lock_of", [lambda: plans._lock, lambda: workspace._lock], ids=["plans", "workspace"])
+def test_a_child_that_is_forked_while_another_thread_holds_a_lock(lock_of, monkeypatch):
+    monkeypatch.setattr(workspace, "poison", False)
+    held, ended = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with lock_of():
+            held.set()
+            ended.wait()
+
+    with ThreadPoolExecutor(1) as other, pytorch_threads(1):
+        other.submit(hold)
+        held.wait()
+        child = os.fork()
+        if child == 0:
+            try:
+                signal.alarm(10)  # a child that hangs is killed
+                mask = BlockMask.full(GroupLayout(32, 2), GroupLayout(32, 2), 16)  # which has no plan yet
+                plans.plan_for(mask.tensors(), torch.zeros(mask.num_units, *mask.unit_shape))
+                workspace.bytes(SMALL)
+                os._exit(0)
+            finally:
+                os._exit(1)
+        status = os.waitpid(child, 0)[1]
+        ended.set()
+    assert status == 0
+
+
+def test_a_plan_is_added_while_other_threads_use_theirs(monkeypatch):
+    """Those move to the end of the order in the midst of a count of all."""
+    mask = BlockMask.full(GroupLayout(32, 2), GroupLayout(32, 2), 16)
+    values = torch.zeros(mask.num_units, *mask.unit_shape)
+    plan = plans.plan_for(mask.tensors(), values)
+    key = next(key for key, kept in plans._plans.items() if kept is plan)
+
+    class Counted:
+        @property
+        def units(self) -> int:
+            plans._plans.move_to_end(key)
+            return 1
+
+    monkeypatch.setattr(plans, "_plans", OrderedDict([(key, plan), (None, Counted()), (1, Counted())]))
+    new = BlockMask.full(GroupLayout(48, 2), GroupLayout(48, 2), 16)
+    plans.plan_for(new.tensors(), torch.zeros(new.num_units, *new.unit_shape))
+    assert len(plans._plans) == 4
 
 
 @both_threads

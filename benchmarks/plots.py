@@ -42,18 +42,22 @@ WIDTHS = "at each point: neurons of a hidden layer"
 TRADEOFF_STYLES = (
     ("#7a7a7a", "o", "below"),
     (OURS, "o", "above"),
-    ("#2f8f5b", "s", "right"),
+    ("#2f8f5b", "s", "left"),
     ("#c4552d", "^", "right"),
     ("#7a5195", "v", "above"),
     ("#b08a2e", "D", "above"),
     ("#c77ba0", "<", "right"),
     ("#4c4c9a", ">", "above"),
+    ("#1b9aaa", "P", "above"),
+    ("#8a8f2a", "X", "above"),
+    ("#a23b72", "*", "above"),
 )
 #: of text beside a point: its offset, in points, and its alignment
 SIDES: dict[str, dict[str, Any]] = {
     "above": {"xytext": (-4, 4), "ha": "right", "va": "bottom"},
     "below": {"xytext": (3, -4), "ha": "left", "va": "top"},
     "right": {"xytext": (7, -2), "ha": "left", "va": "center"},
+    "left": {"xytext": (-7, 0), "ha": "right", "va": "center"},
 }
 
 
@@ -156,7 +160,7 @@ def _tradeoff(record: dict[str, Any]) -> Figure:
     axes[0].set_xlabel(f"processor seconds of training; {WIDTHS}")
     axes[1].set_xlabel(f"weights; {WIDTHS}")
     axes[0].set_ylabel("test accuracy, %")
-    axes[0].legend(frameon=False, loc="lower right")
+    axes[1].legend(frameon=False, loc="lower right", fontsize=8)
     return figure
 
 

@@ -29,7 +29,7 @@ from stack_cases import Stack, loss
 from benchmarks.machine import pytorch_threads
 from g2g_kernels import BlockMask, GroupLayout, Neurons, SpikingLayer, backend_status, g2g_linear, g2g_stack, lif
 from g2g_kernels.cpu import library, plans
-from g2g_kernels.cpu.workspace import SMALL, Workspace, workspace
+from g2g_kernels.cpu.workspace import Workspace, workspace
 from g2g_kernels.ops.g2g_linear import cpu as linear
 from g2g_kernels.ops.g2g_linear.call import LinearBackward, LinearCall
 from g2g_kernels.ops.g2g_stack import cpu as stack
@@ -1115,7 +1115,7 @@ def test_a_child_that_is_forked_while_another_thread_holds_a_lock(lock_of, monke
                 signal.alarm(10)  # a child that hangs is killed
                 mask = BlockMask.full(GroupLayout(32, 2), GroupLayout(32, 2), 16)  # which has no plan yet
                 plans.plan_for(mask.tensors(), torch.zeros(mask.num_units, *mask.unit_shape))
-                workspace.bytes(SMALL)
+                workspace.bytes(1 << 20)  # too large for PyTorch's allocator
                 os._exit(0)
             finally:
                 os._exit(1)

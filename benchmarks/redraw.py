@@ -302,10 +302,8 @@ def _tradeoff_in_short(record: Record, link: Link) -> str:
     quantity, unit, budgets = tradeoff_study.BUDGETS[0]
 
     def cell(row: dict[str, Any] | None) -> str:
-        if row is None:
-            return "–"
-        seconds = study.mean(row, "train_cpu_seconds")
-        return f"{study.spread(row['ends'], study.accuracy)}: {row['row']}; {seconds:.0f} s"
+        time = f"; {study.mean(row, 'train_cpu_seconds'):.0f} s" if row else ""
+        return tradeoff_study.summary(row) + time
 
     rows = [
         [

@@ -63,7 +63,8 @@ def best(record: dict[str, Any], kind: str, quantity: str, budget: float) -> dic
     return max(within, key=lambda row: statistics.mean(map(accuracy, row["ends"])), default=None)
 
 
-def _summary(row: dict[str, Any] | None) -> str:
+def summary(row: dict[str, Any] | None) -> str:
+    """What a row reaches, and its name."""
     return f"{spread(row['ends'], accuracy)}: {row['row']}" if row else "–"
 
 
@@ -75,7 +76,7 @@ def table(record: dict[str, Any]) -> str:
         seconds = spread(ends, lambda end: end["train_cpu_seconds"], 0)
         rows.append([row["row"], f"{mean(row, 'weights'):,.0f}", seconds, spread(ends, accuracy)])
     within = [
-        [f"{budget:,} {unit}", *(_summary(best(record, kind, quantity, budget)) for kind in KINDS)]
+        [f"{budget:,} {unit}", *(summary(best(record, kind, quantity, budget)) for kind in KINDS)]
         for quantity, unit, budgets in BUDGETS
         for budget in budgets
     ]

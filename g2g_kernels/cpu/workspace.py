@@ -35,16 +35,14 @@ class Workspace:
 
     def __init__(self) -> None:
         self.poison = os.environ.get("G2G_CPU_POISON", "") not in ("", "0")
-        self._renew_lock()
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._renew_lock)
+        self.renew_lock()
         self._returned: collections.deque[mmap.mmap] = collections.deque()  # by finalizers, and still in _in_use
         self._free: list[mmap.mmap] = []  # most recently returned last
         self._in_use = 0
         self._most_in_use = 0
 
-    def _renew_lock(self) -> None:
-        # in a forked child, too, where a thread that held the lock does not exist
+    def renew_lock(self) -> None:
+        """Once more in a forked child, where a thread that held the lock does not exist."""
         self._lock = threading.Lock()
 
     def bytes(self, size: int) -> torch.Tensor:
@@ -140,3 +138,5 @@ def _map(length: int) -> mmap.mmap:
 
 
 workspace = Workspace()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=workspace.renew_lock)

@@ -120,16 +120,24 @@ def find_by_last_name(
     return make_refnode(app.builder, link["refdoc"], found[0].docname, found[0].node_id, [text])
 
 
-def add_names_under_packages(app: Sphinx, doctree: nodes.document) -> None:
-    """Gives what is documented under its module a place under the packages above too.
+def add_names_under_modules(app: Sphinx, doctree: nodes.document) -> None:
+    """Gives what is documented a place under the module that defines it, and under the packages above, too.
 
     The pages of source code lead back to one of them for all of a module, whichever came first.
     """
     for signature in doctree.findall(desc_signature):
-        module = signature.get("module", "")
-        while signature["ids"] and "." in module:
-            module = module.rpartition(".")[0]
-            signature["ids"].append(f"{module}.{signature['fullname']}")
+        name = signature.get("fullname", "")
+        for module in _modules_of(signature.get("module", ""), name) if signature["ids"] else ():
+            while module:
+                if (place := f"{module}.{name}") not in signature["ids"]:
+                    signature["ids"].append(place)
+                module = module.rpartition(".")[0]
+
+
+def _modules_of(documented: str, name: str) -> tuple[str, str]:
+    """The module under which an object is documented, and the one that defines it."""
+    thing = getattr(sys.modules.get(documented), name.partition(".")[0], None)
+    return documented, getattr(thing, "__module__", documented)
 
 
 def skip_field(app: Sphinx, what: str, name: str, member: object, skip: bool, options: object) -> bool | None:
@@ -140,5 +148,5 @@ def skip_field(app: Sphinx, what: str, name: str, member: object, skip: bool, op
 def setup(app: Sphinx) -> None:
     app.add_transform(FoldersAsText)
     app.connect("missing-reference", find_by_last_name)
-    app.connect("doctree-read", add_names_under_packages)
+    app.connect("doctree-read", add_names_under_modules)
     app.connect("autodoc-skip-member", skip_field)

@@ -224,7 +224,9 @@ def test_a_signal_to_one_stops_all_after_the_same_step_and_more_go_on(tmp_path, 
 def test_where_one_dies_the_job_ends_with_a_message_and_one_goes_on(tmp_path):
     program = tmp_path / "faulty.py"
     program.write_text(FAULTY)
-    command = torchrun(2, program, "SIGKILL", *train_flags(tmp_path / "run"))
+    # torchrun looks every 0.1 s by default, and ends the other process, which may still have to say what happened
+    patient = ("--standalone", "--monitor-interval", "2")
+    command = torchrun(2, program, "SIGKILL", *train_flags(tmp_path / "run"), launcher=patient)
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert done.returncode == 1
     files, errors = RunFiles(tmp_path / "run", TrainSettings(**SMALL).stem), done.stderr

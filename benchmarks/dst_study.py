@@ -27,7 +27,7 @@ SCHEDULE = "--dst_interval 100 --dst_fraction 0.3 --dst_schedule cosine --dst_st
 FULL = 0.25625  # the density at p_intra = 1, p_inter = 0.15 and 8 groups
 
 
-def density_flags(percent: int) -> str:
+def density_flags(percent: float) -> str:
     """The probabilities of a density; the default ones for 25 %."""
     p_intra = 1.0 if percent == 25 else percent / 100 / FULL
     return f"--p_intra {p_intra:.4g} --p_inter {0.15 * p_intra:.4g}"

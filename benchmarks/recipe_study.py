@@ -1,11 +1,12 @@
 """What each part of the recipe contributes, on Fashion-MNIST: ``python -m benchmarks.recipe_study``.
 
-The recipe takes 40 epochs. The rows of 20 epochs are the recipe, and the recipe with one part left out or replaced; the
-rows ``40 epochs, …`` have some of these, alone or together, in runs as long as the recipe's. Choose what to keep with
-``--validation``, which tests on 10,000 of the training images; without it the rows are tested on the test images. The
-rows ``5 %, …``, ``2 %, …`` and ``1 %, …`` have that share of the weights, in units of 16 or single ones that are pruned
-by magnitude and grown by gradient; ``…, gradual`` begin with 25 % and are pruned to that share. Rows of ReLU are the
-same networks without spikes and time.
+The recipe takes 40 epochs. The rows of 20 epochs are the recipe, and the recipe with one part left out or replaced;
+the rows ``40 epochs, …`` have some of these, alone or together, in runs as long as the recipe's or longer. The second
+recipe is what came of them: the last membrane, label smoothing, decoupled decay, ERK, shifted images and no dropout;
+its other rows have one part of the first recipe instead. Choose what to keep with ``--validation``, which tests on
+held-back training images; without it the rows are tested on the test images. The rows ``5 %, …`` have that share of
+the weights, in units of 16 that are pruned by magnitude and grown by gradient; for still fewer see
+:mod:`benchmarks.few_study`. Rows of ReLU are the same networks without spikes and time.
 """
 
 import sys
@@ -49,14 +50,36 @@ OTHERS = {
     "augmentation": {"no augmentation": "", "shifted and mirrored": "--augment shift-flip"},
     "occlusion": {"half of the images occluded": "--erase 0.5"},
     "steps": {"T 5": "--T 5", "T 16": "--T 16", "T 20": "--T 20"},
+    "read-out": {"last membrane": "--readout last"},
     "neurons": {
         "a beta and threshold per neuron": "--per_neuron",
         "synaptic neurons": "--neuron synaptic",
         "adaptive neurons": "--neuron adlif",
     },
     "initial weights": {"initial weights × 3": "--init_gain 3"},
+    "density": {"ERK": "--density erk"},
     "width": {"H 512": "--hidden_dim 512", "H 2048": "--hidden_dim 2048", "H 4096": "--hidden_dim 4096"},
     "network": {"mixer": "--model mixer", "dense": "--model dense"},
+}
+#: parts that help one another
+MEMBRANE = {
+    "read-out": "last membrane",
+    "labels": "label smoothing 0.1",
+    "weight decay": "decoupled decay 0.1",
+    "density": "ERK",
+}
+SHIFTED = {"augmentation": "shifted and mirrored", "dropout": "no dropout"}
+#: parts replaced together
+TOGETHER = {"last membrane, label smoothing, decay, ERK": MEMBRANE, "shifted and mirrored, no dropout": SHIFTED}
+SECOND = {**MEMBRANE, **SHIFTED}
+#: what the recipe has in their place
+FIRST = {
+    "read-out": "spike counts",
+    "labels": "hard labels",
+    "weight decay": "no decay",
+    "density": "uniform",
+    "augmentation": "mirrored",
+    "dropout": "dropout 0.2",
 }
 #: rows of 40 epochs, too: what prevents overfitting pays in long runs, and in wide networks
 LONGER = {
@@ -69,27 +92,35 @@ LONGER = {
         "labels": "label smoothing 0.1",
         "weight decay": "decoupled decay 0.1",
     },
+    "last membrane, label smoothing, decay, ERK": MEMBRANE,
+    "H 2048, last membrane, label smoothing, decay, ERK": {"width": "H 2048", **MEMBRANE},
+    "second recipe": SECOND,
+    "second recipe, H 2048": {"width": "H 2048", **SECOND},
+    "second recipe, H 4096": {"width": "H 4096", **SECOND},
+    "second recipe, H 2048, dense": {
+        "width": "H 2048",
+        "network": "dense",
+        **{part: other for part, other in SECOND.items() if part != "density"},
+    },
+    **{
+        f"second recipe, {first}": {other: of for other, of in SECOND.items() if other != part}
+        for part, first in FIRST.items()
+    },
 }
+#: those that are also rows of 80 epochs
+LONGEST = ("second recipe, H 2048", "second recipe, H 2048, dense")
+#: the choice of the held-back images, for README: of H 1024, and of all
+CHOSEN = ("the recipe", "80 epochs, second recipe, H 2048")
 #: rows with a conventional network beside them
-CONVENTIONAL = ("the recipe", "20 epochs", "H 2048", "dense")
-#: rewired, pruned by magnitude and grown by gradient
-REWIRED = f"{GROWTH['gradient']} {SCHEDULE}"
-#: few of the weights of H 2048, in per cent, without dropout: how they are shared out, by the ending of a row's name
-FEW, SHARED_OUT = (2, 1), {"": "", ", ERK": "--density erk"}
-#: they begin as 25 % in the same units, and are pruned to as few; alone, or while others are replaced
-GRADUAL = {
-    ", gradual": "--sparsity_mode dynamic --dst_interval 100 --dst_fraction 0 --dst_stop 0.75",
-    ", gradual and rewired": REWIRED,
-}
-
-
-def _few(percent: int, side: int) -> str:
-    return f"--block_size {side} {density_flags(percent)} {REWIRED}"
-
-
-def _gradual(percent: int, side: int, how: str) -> str:
-    # a little less, so that 1 % is below 58,000 weights
-    return f"--block_size {side} {GRADUAL[how]} --final_density {0.00995 * percent:.4g}"
+CONVENTIONAL = (
+    "the recipe",
+    "20 epochs",
+    "H 2048",
+    "dense",
+    *(f"{epochs} epochs, second recipe, H 2048{dense}" for epochs in (40, 80) for dense in ("", ", dense")),
+)
+#: a twentieth of the weights, rewired, pruned by magnitude and grown by gradient
+FEWER = f"--block_size 16 {density_flags(5)} {GROWTH['gradient']} {SCHEDULE}"
 
 
 def _rows() -> dict[str, str]:
@@ -98,19 +129,18 @@ def _rows() -> dict[str, str]:
     for part, others in OTHERS.items():
         for row, flags in others.items():
             rows[row] = " ".join(filter(None, {**fewer, part: flags}.values()))
+    for row, replaced in TOGETHER.items():
+        parts = fewer | {part: OTHERS[part][other] for part, other in replaced.items()}
+        rows[row] = " ".join(filter(None, parts.values()))
     for row, replaced in LONGER.items():
         parts = RECIPE | {part: OTHERS[part][other] for part, other in replaced.items()}
         rows[f"40 epochs, {row}"] = " ".join(filter(None, parts.values()))
+        if row in LONGEST:
+            rows[f"80 epochs, {row}"] = f"{rows[f'40 epochs, {row}']} --epochs 80"
     for width in (1024, 2048):
         for row, dropout in (("dropout 0.2", RECIPE["dropout"]), ("no dropout", "")):
-            parts = {**RECIPE, "width": f"--hidden_dim {width}", "dropout": dropout, "sparser": _few(5, 16)}
+            parts = {**RECIPE, "width": f"--hidden_dim {width}", "dropout": dropout, "sparser": FEWER}
             rows[f"5 %, H {width}, {row}"] = " ".join(filter(None, parts.values()))
-    for percent in FEW:
-        for side in (16, 1):
-            fewer_of = {shared: f"{_few(percent, side)} {density}".strip() for shared, density in SHARED_OUT.items()}
-            for how, few in (fewer_of | {how: _gradual(percent, side, how) for how in GRADUAL}).items():
-                parts = {**RECIPE, "width": "--hidden_dim 2048", "dropout": "", "few": few}
-                rows[f"{percent} %, H 2048, units of {side}{how}"] = " ".join(filter(None, parts.values()))
     return rows | {f"{row}, ReLU": f"{rows[row]} --name ReLU" for row in CONVENTIONAL}
 
 

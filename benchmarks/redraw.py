@@ -28,6 +28,7 @@ from . import (
     chunks,
     cpu_choices,
     dst_study,
+    few_study,
     flag_costs,
     host_time,
     model_comparison,
@@ -59,6 +60,7 @@ STUDIES = {
         surrogate_study,
         recipe_study,
         dst_study,
+        few_study,
         tradeoff_study,
         sequence_study,
         structure_study,
@@ -281,18 +283,43 @@ def _models_in_short(record: Record, link: Link) -> str:
     )
 
 
-def _recipe_in_short(record: Record, link: Link) -> str:
-    """What the record's first row reaches, and its command."""
-    content = record.content
-    row = content["rows"][0]
-    command = f"python train.py {content['settings']} {row['flags']} --epochs {content['epochs']}"
+def _command(content: dict[str, Any], row: dict[str, Any]) -> str:
+    """The command of a study's row, in lines that a page has room for."""
+    command = f"python train.py {content['settings']} {row['flags']}"
+    if "--epochs" not in row["flags"]:
+        command += f" --epochs {content['epochs']}"
     whole_flags = re.sub(" (?!--)", "\0", command)
     lines = textwrap.wrap(whole_flags, 84, break_on_hyphens=False, break_long_words=False)
-    joined = " \\\n  ".join(lines).replace("\0", " ")
-    return (
+    return "```sh\n" + " \\\n  ".join(lines).replace("\0", " ") + "\n```"
+
+
+def _recipe_in_short(record: Record, link: Link) -> str:
+    """What the rows that were chosen on held-back images reach, and their commands."""
+    content = record.content
+    return "\n\n\n".join(
         f"**A recipe.** This command reaches {study.spread(row['ends'], study.accuracy)} % on {content['tested_on']} "
         f"with {study.mean(row, 'weights'):,.0f} weights (mean ± standard error over {len(row['ends'])} seeds, after "
-        f"the last epoch). Measured on {_machine(record, link)}.\n\n```sh\n{joined}\n```"
+        f"the last epoch). Measured on {_machine(record, link)}.\n\n{_command(content, row)}"
+        for row in content["rows"]
+        if row["row"] in recipe_study.CHOSEN
+    )
+
+
+def _few_in_short(record: Record, link: Link) -> str:
+    """The networks of few weights, and the command of one."""
+    content = record.content
+    commands = [
+        f"This command trains *{row['row']}*:\n\n{_command(content, row)}"
+        for row in content["rows"]
+        if row["row"] == few_study.EXAMPLE
+    ]
+    return "\n\n".join(
+        [
+            "**Few weights**: one or two hundredths of those of a dense network with H 2048. Names are explained in "
+            f"the [study](docs/results.md#few-weights). {_seeds(content)}. Measured on {_machine(record, link)}.",
+            few_study.table(content),
+            *commands,
+        ]
     )
 
 
@@ -493,9 +520,10 @@ PARTS: dict[str, tuple[str, Callable[[Record, Link], str]]] = {
     "cpu_choices": ("cpu_choices", _cpu_choices),
     "model_comparison, in short": ("model_comparison", _models_in_short),
     "recipe_study, in short": ("recipe_study", _recipe_in_short),
+    "few_study, in short": ("few_study", _few_in_short),
     "tradeoff_study, in short": ("tradeoff_study", _tradeoff_in_short),
     **{name: (name, _study) for name in STUDIES},
-    "recipe_study, validation": ("recipe_study, validation", _study),
+    **{f"{name}, validation": (f"{name}, validation", _study) for name in ("recipe_study", "few_study")},
     "predictions": ("predictions", _predictions),
 }
 

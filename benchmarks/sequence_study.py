@@ -9,27 +9,18 @@ chosen on held-back training images, once for all spiking networks (docs/results
 those of a training step; memory above the process with its imports.
 """
 
-import concurrent.futures
-import json
-import multiprocessing
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.nn import functional as F
-
 from g2gnet import G2GNet
-from g2gnet.data import DATASETS
-from g2gnet.files import make_directory, replace_file
 from g2gnet.tables import markdown
 from g2gnet.training import TrainSettings
 
 from . import gru
 from .dst_study import GROWTH, SCHEDULE, density_flags
-from .machine import PeakMemory, load_lazy_parts, pytorch_threads
+from .step_costs import step_costs
 from .study import Study, accuracy, mean, run_study, spread
 
 #: how an image unfolds; where steps are many, a longer memory, and against exploding gradients a lower surrogate and
@@ -88,52 +79,9 @@ def table(record: dict[str, Any]) -> str:
     return markdown(["", "weights", "memory of a step", "its processor time", "test accuracy, %"], rows)
 
 
-def step_costs(row: str, settings: TrainSettings, folder: Path) -> dict[str, Any]:
-    """What a training step takes (:func:`_costs`), measured in a process of its own, once for all seeds, and kept."""
-    path = folder.with_name(f"{folder.name.rpartition('-seed')[0]}-step.json")
-    if not path.exists():
-        context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as process:
-            found = process.submit(_costs, settings, row.endswith("GRU")).result()
-        make_directory(path.parent)
-        replace_file(path, lambda file: file.write(json.dumps(found).encode()))
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _costs(settings: TrainSettings, is_gru: bool) -> dict[str, float]:
-    """Of training steps on random sequences: ``step_bytes``, the most memory during the second one, and
-    ``step_seconds``, the least processor time of the three after it."""
-    device = torch.device("cpu")
-    with pytorch_threads(1):
-        load_lazy_parts(device)
-        memory = PeakMemory(device)
-        step = _training_step(settings, is_gru)
-        step()
-        memory.restart()
-        step()
-        most, seconds = memory.above(), []
-        for _ in range(3):
-            began = time.process_time()
-            step()
-            seconds.append(time.process_time() - began)
-    return {"step_bytes": most, "step_seconds": min(seconds)}
-
-
-def _training_step(settings: TrainSettings, is_gru: bool) -> Callable[[], None]:
-    values, classes = 28 * 28, DATASETS["fashionmnist"].num_classes
-    x = torch.randn(settings.T, settings.batch_size, values // settings.T)
-    labels = torch.randint(classes, (settings.batch_size,))
-    sizes = settings, x.shape[2], classes
-    net = gru.build(*sizes) if is_gru else G2GNet.from_settings(*sizes)
-    optimizer = torch.optim.Adam(net.parameters(), settings.lr, fused=True)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        logits = net.simulate(x, chunk=settings.chunk).output if isinstance(net, G2GNet) else net(x)
-        F.cross_entropy(logits, labels).backward()
-        optimizer.step()
-
-    return step
+def costs(row: str, settings: TrainSettings, folder: Path) -> dict[str, Any]:
+    """Memory and processor time of a training step."""
+    return step_costs(settings, folder, gru.build if row.endswith("GRU") else G2GNet.from_settings)
 
 
 STUDY = Study(
@@ -147,7 +95,7 @@ STUDY = Study(
     default_rows=("rows, *",),
     others={row: gru.train for row in ROWS if row.endswith("GRU")},
     finished_others=gru.finished,
-    more=step_costs,
+    more=costs,
 )
 
 

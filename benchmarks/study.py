@@ -15,7 +15,7 @@ import re
 import shlex
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,20 +79,29 @@ def run_of(study: Study, row: str, epochs: int, seed: int, root: Path, dataset: 
     return Run(given, settings, {"row": row, "seed": seed}, folder_of(root, study, row, epochs, seed))
 
 
-#: training images that ``--validation`` tests on
-HELD_BACK = 10_000
+#: with ``--validation`` a run tests on one part of so many of the training images
+FOLDS = 6
 TEST_IMAGES = "the test images"
+HELD_BACK = "a sixth of the training images, another one for each seed"
 
 
-def validation_data(root: Path) -> Path:
-    """A file of Fashion-MNIST's training images whose test images are the last of them; made if it is missing."""
-    path = root / "fashionmnist-validation.npz"
+def fold_of(seed: int) -> int:
+    """The part of the training images that a run holds back: with seed 1 the last, with seed 2 the last but one, ..."""
+    return (1 - seed) % FOLDS or FOLDS
+
+
+def validation_data(folder: Path, fold: int) -> Path:
+    """A file of Fashion-MNIST's training images whose test images are one part of them; made if it is missing."""
+    path = folder / "fashionmnist-validation.npz"
     if not path.exists():
         data = load_dataset("fashionmnist", "data")
-        parts = {"train": slice(None, -HELD_BACK), "test": slice(-HELD_BACK, None)}
+        size = len(data.train_images) // FOLDS
+        held_back = torch.zeros(len(data.train_images), dtype=torch.bool)
+        held_back[(fold - 1) * size : fold * size] = True
+        parts = {"train": ~held_back, "test": held_back}
         arrays = {f"{part}_images": data.train_images[of].numpy() for part, of in parts.items()}
         labels = {f"{part}_labels": data.train_labels[of].numpy() for part, of in parts.items()}
-        root.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         replace_file(path, lambda file: np.savez(file, **arrays, **labels))  # type: ignore[arg-type]  # they are arrays
     return path
 
@@ -145,14 +154,17 @@ def build_parser(study: Study) -> Parser:
     )
     text = f"default: {' '.join(map(str, study.seeds))}"
     parser.add_argument("--seeds", type=int, nargs="+", default=study.seeds, metavar="N", help=text)
-    text = f"epochs of each run (default: {study.epochs})"
+    text = f"epochs of each run whose row does not say it (default: {study.epochs})"
     parser.add_argument("--epochs", type=int, default=study.epochs, metavar="N", help=text)
     text = f"rows to train, or patterns of their names with * (default: {' '.join(study.default_rows)})"
     parser.add_argument("--rows", nargs="+", default=study.default_rows, metavar="NAME", help=text)
     text = "flags of every run, after the study's own and before a row's, as '--hidden_dim 256'"
     parser.add_argument("--flags", default="", metavar="FLAGS", help=text)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="parallel runs (default: cores)")
-    text = f"train on all but the last {HELD_BACK:,} training images, and test on these, not on the test images"
+    text = (
+        f"train on {FOLDS - 1} of {FOLDS} parts of the training images, and test on the other, not on the test images; "
+        "each of six seeds in a row holds back another part, seed 1 the last"
+    )
     parser.add_argument("--validation", action="store_true", help=text)
     parser.add_argument("--finished", action="store_true", help="train nothing; write a record of the finished runs")
     text = "an earlier record of the study: take over its runs, train the others"
@@ -172,7 +184,7 @@ def chosen(study: Study, patterns: Sequence[str]) -> list[str]:
         expression = ".*".join(map(re.escape, pattern.split("*")))
         fitting = {row for row in study.rows if re.fullmatch(expression, row)}
         if not fitting:
-            raise TrainingError(f"--rows {pattern!r} matches none of the rows: {', '.join(study.rows)}")
+            raise TrainingError(f"--rows {pattern!r} matches none of the rows, which --help lists")
         wanted |= fitting
     return [row for row in study.rows if row in wanted]
 
@@ -206,6 +218,39 @@ def taken_over(study: Study, path: Path, record: dict[str, Any]) -> dict[tuple[s
     return found
 
 
+def _runs(
+    study: Study, rows: Sequence[str], arguments: argparse.Namespace, known: Collection[tuple[str, int]]
+) -> dict[tuple[str, int], Run]:
+    """The runs that are not ``known``, by row and seed.
+
+    Raises:
+        TrainingError: if ``--validation`` cannot hold back what the seeds or flags ask for.
+    """
+    if arguments.validation:
+        by_fold: dict[int, int] = {}
+        for seed in arguments.seeds:
+            if by_fold.setdefault(fold_of(seed), seed) != seed:
+                raise TrainingError(
+                    f"--validation holds back the same images with seeds {by_fold[fold_of(seed)]} and {seed}; give at "
+                    f"most {FOLDS} seeds in a row"
+                )
+        if "--dataset" in study.common.split()[2:]:
+            raise TrainingError("--validation is of Fashion-MNIST; leave --dataset out of --flags")
+    runs = {}
+    for seed in arguments.seeds:
+        folder, dataset = arguments.runs, None
+        if arguments.validation:
+            folder = folder / "validation" / f"fold-{fold_of(seed)}"
+            if arguments.finished and not folder.exists():
+                continue
+            dataset = validation_data(folder, fold_of(seed))
+        folder /= _name(arguments.flags).strip("-")
+        for row in rows:
+            if (row, seed) not in known:
+                runs[row, seed] = run_of(study, row, arguments.epochs, seed, folder, dataset)
+    return runs
+
+
 def make(study: Study, arguments: argparse.Namespace) -> dict[str, Any]:
     """Trains the unfinished runs, prints the table and returns the record."""
     if arguments.flags:
@@ -216,19 +261,10 @@ def make(study: Study, arguments: argparse.Namespace) -> dict[str, Any]:
         "machine": {**describe(torch.device("cpu")), "threads": 1},  # those of a run
         "settings": study.common,
         "epochs": arguments.epochs,
-        "tested_on": f"the last {HELD_BACK:,} training images" if arguments.validation else TEST_IMAGES,
+        "tested_on": HELD_BACK if arguments.validation else TEST_IMAGES,
     }
     known = taken_over(study, arguments.extend, record) if arguments.extend else {}
-    dataset = validation_data(arguments.runs) if arguments.validation else None
-    root = arguments.runs / "validation" if arguments.validation else arguments.runs
-    if arguments.flags:
-        root /= _name(arguments.flags).strip("-")
-    runs = {
-        (row, seed): run_of(study, row, arguments.epochs, seed, root, dataset)
-        for seed in arguments.seeds
-        for row in rows
-        if (row, seed) not in known
-    }
+    runs = _runs(study, rows, arguments, known)
     others = {key: runs.pop(key) for key in list(runs) if key[0] in study.others}
     missing = [] if arguments.finished else [run for run in runs.values() if not run.files.marker.exists()]
 

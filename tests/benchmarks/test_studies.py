@@ -11,9 +11,22 @@ import torch
 from scipy import stats
 from training_runs import assert_equal
 
-from benchmarks import dst_study, gru, plots, recipe_study, relu, sequence_study, structure_study, study, tradeoff_study
+from benchmarks import (
+    dst_study,
+    few_study,
+    gru,
+    plots,
+    recipe_study,
+    relu,
+    sequence_study,
+    step_costs,
+    structure_study,
+    study,
+    tradeoff_study,
+)
 from benchmarks.redraw import STUDIES
 from benchmarks.study import Study, spread
+from g2gnet import G2GNet
 from g2gnet.data import load_dataset
 from g2gnet.data.own import name_of
 from g2gnet.tables import markdown
@@ -91,15 +104,21 @@ def test_a_study_goes_on_where_it_stopped_and_records_what_there_is(tmp_path, ca
 def test_validation_tests_on_training_images_that_are_held_back(tmp_path, monkeypatch, trained):
     mini = load_dataset("fashionmnist-mini")
     monkeypatch.setattr(study, "load_dataset", lambda *_: mini)
-    monkeypatch.setattr(study, "HELD_BACK", 40)
-    arguments = ["--runs", str(tmp_path), "--seeds", "1", "--rows", "static", "--validation"]
+    arguments = ["--runs", str(tmp_path), "--seeds", "1", "2", "--rows", "static", "--validation"]
     assert study.run_study(SMALL, [*arguments, "--json", str(tmp_path / "record.json")]) == 0
-    held_back = load_dataset(name_of(tmp_path / "fashionmnist-validation.npz"))
-    assert torch.equal(held_back.test_images, mini.train_images[-40:])
-    assert torch.equal(held_back.test_labels, mini.train_labels[-40:])
-    assert torch.equal(held_back.train_images, mini.train_images[:-40])
-    assert json.loads((tmp_path / "record.json").read_text())["tested_on"] == "the last 40 training images"
+    size = len(mini.train_images) // 6
+    for seed, fold, of in ((1, 6, slice(5 * size, 6 * size)), (2, 5, slice(4 * size, 5 * size))):
+        folder = tmp_path / "validation" / f"fold-{fold}"
+        held_back = load_dataset(name_of(folder / "fashionmnist-validation.npz"))
+        assert torch.equal(held_back.test_images, mini.train_images[of])
+        assert torch.equal(held_back.test_labels, mini.train_labels[of])
+        rest = torch.cat([mini.train_images[: of.start], mini.train_images[of.stop :]])
+        assert torch.equal(held_back.train_images, rest)
+        assert [run.name for run in (folder / "small_study").iterdir()] == [f"static-1-epochs-seed{seed}"]
+    tested_on = json.loads((tmp_path / "record.json").read_text())["tested_on"]
+    assert tested_on == "a sixth of the training images, another one for each seed"
     assert not (tmp_path / "small_study").exists()  # runs that are tested on test images are others
+    assert [study.fold_of(seed) for seed in range(8)] == [1, 6, 5, 4, 3, 2, 1, 6]
 
 
 def test_an_earlier_record_is_extended(tmp_path, capsys, trained):
@@ -146,7 +165,7 @@ SEQUENCES = dataclasses.replace(
 
 def test_sequences_are_learned_by_networks_and_by_a_gru(tmp_path, capsys, monkeypatch, trained):
     costs = {"step_bytes": 3_000_000, "step_seconds": 0.0123}
-    monkeypatch.setattr(sequence_study, "_costs", lambda settings, is_gru: costs)
+    monkeypatch.setattr(step_costs, "_costs", lambda settings, build: costs)
     monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
     rows = ["rows, recurrent, 25 %", "rows, GRU"]
     arguments = ["--runs", str(tmp_path), "--seeds", "1", "--epochs", "1", "--json", str(tmp_path / "record.json")]
@@ -213,9 +232,9 @@ def test_the_memory_of_a_row_is_that_of_its_second_step(row, tmp_path, monkeypat
             done.append("above")
             return 7
 
-    monkeypatch.setattr(sequence_study, "PeakMemory", Memory)
+    monkeypatch.setattr(step_costs, "PeakMemory", Memory)
     settings = study.run_of(SEQUENCES, row, 1, 1, tmp_path).settings
-    costs = sequence_study._costs(settings, row.endswith("GRU"))
+    costs = step_costs._costs(settings, gru.build if row.endswith("GRU") else G2GNet.from_settings)
     assert costs["step_bytes"] == 7
     assert 0 < costs["step_seconds"] < 10
     assert done == ["step", "restart", "step", "above", "step", "step", "step"]
@@ -293,13 +312,45 @@ def test_a_conventional_network_is_a_perceptron_with_the_masks():
             assert [each.multiplies for each in activity.synaptic_operations()] == pytest.approx(multiplies, rel=1e-3)
 
 
+@pytest.mark.parametrize("weights", few_study.DENSE_WIDTHS)
+def test_networks_of_few_weights_have_no_more_and_hardly_fewer(weights, tmp_path):
+    def of_dense(width):
+        return width * (28 * 28 + width + 10)
+
+    width = few_study.DENSE_WIDTHS[weights]
+    assert of_dense(width) <= weights < of_dense(width + 1)
+    for way in ("units of 1", "units of 1, ERK"):
+        settings = study.run_of(few_study.STUDY, f"{weights:,} weights, H 512, {way}", 1, 1, tmp_path).settings
+        net = G2GNet.from_settings(settings, 28 * 28, 10, generator=torch.Generator().manual_seed(1))
+        found = sum(int(connection.mask.unit_sizes.sum()) for connection in net.connections().values())
+        assert 0.985 * weights < found <= weights, way
+    settings = study.run_of(
+        few_study.STUDY, f"{weights:,} weights, H 1024, units of 1, gradual", 1, 1, tmp_path
+    ).settings
+    assert 0.99 * weights < settings.final_density * of_dense(1024) <= weights
+
+
+def test_memory_stands_beside_few_weights():
+    row = "58,000 weights, dense, 67"
+    text = few_study.table({"rows": [{"row": row, "ends": [{**end(1, 0.88), "train_acc": 0.93, "step_bytes": 2.1e7}]}]})
+    line = "| 1,234,567 | 88.00 (n = 1) | 93.00 (n = 1) | 10, 30 | 10 (n = 1) | 21 MB |"
+    assert f"| {row} {line}" in text
+
+
 def test_what_cannot_be_is_named(tmp_path, capsys):
     for arguments, message in (
-        (["--rows", "statical"], "--rows 'statical' matches none of the rows: static, gradient"),
+        (["--rows", "statical"], "--rows 'statical' matches none of the rows, which --help lists"),
+        (
+            ["--validation", "--seeds", "1", "2", "7"],
+            "--validation holds back the same images with seeds 1 and 7; give",
+        ),
+        (["--validation", "--flags", "--dataset cifar10"], "--validation is of Fashion-MNIST; leave --dataset out"),
+        (["--validation", "--finished"], "no run of small_study is finished"),
         (["--finished"], "no run of small_study is finished"),
     ):
         assert study.run_study(SMALL, ["--runs", str(tmp_path), *arguments]) == 1
         assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
     broken = Study("broken", "", "--dataset fashionmnist-mini --model ring", {"ring": ""}, 1, lambda record: "")
     with pytest.raises(SystemExit):
         study.run_study(broken, ["--runs", str(tmp_path), "--seeds", "1"])

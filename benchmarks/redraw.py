@@ -340,8 +340,8 @@ def _tradeoff_in_short(record: Record, link: Link) -> str:
         for budget in budgets
     ]
     return (
-        f"**Accuracy for weights**: the best network of the study within a budget, test accuracy in %, neurons of a "
-        f"hidden layer and processor time of {content['epochs']} epochs, {_seeds(content)}. The flags: "
+        f"**Accuracy for weights**, with a plainer recipe: the best network within a budget, accuracy in %, neurons "
+        f"of a hidden layer and processor time of {content['epochs']} epochs, {_seeds(content)}. The flags: "
         f"`{content['settings']}`, and those of the [study](docs/results.md#for-so-much-time-for-so-many-weights). "
         f"Measured on {_machine(record, link)}.\n\n{markdown(['at most', *tradeoff_study.KINDS], rows)}"
     )

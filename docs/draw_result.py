@@ -10,6 +10,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator
 
+from benchmarks.few_study import EXAMPLE
 from benchmarks.plots import draw_tradeoff
 from benchmarks.redraw import records
 from benchmarks.report import seconds, title
@@ -45,17 +46,23 @@ def width_and_time(row: dict[str, Any]) -> str:
     return f"{width(row)} · {mean(row, 'train_cpu_seconds'):.0f} s"
 
 
+def pruned() -> dict[str, Any]:
+    """The network that is pruned to the fewest single weights, named as a row of the other study."""
+    row = next(row for row in record("few_study")["rows"] if row["row"] == EXAMPLE)
+    return {**row, "row": "index, 512, pruned, 40 epochs"}
+
+
 def draw(folder: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10.4, 3.6), layout="constrained", width_ratios=(1, 1.15))
     draw_times(left, record("step"))
     study = record("tradeoff_study")
     shown = [row for row in study["rows"] if density(row) in SHOWN]
-    draw_tradeoff(right, {**study, "rows": shown}, "weights", width_and_time)
+    draw_tradeoff(right, {**study, "rows": [*shown, pruned()]}, "weights", width_and_time)
     right.set_xlim(left=2000)  # room for a label
     right.xaxis.set_major_locator(LogLocator())
     right.set_xlabel("weights; at each point: neurons of a layer, time of training")
     right.set_ylabel("test accuracy, %")
-    right.legend(frameon=False, loc="lower right")
+    right.legend(frameon=False, loc="lower right", fontsize=9)
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(folder / "result.png", dpi=110)

@@ -49,7 +49,7 @@ def width_and_time(row: dict[str, Any]) -> str:
 def pruned() -> dict[str, Any]:
     """The network that is pruned to the fewest single weights, named as a row of the other study."""
     row = next(row for row in record("few_study")["rows"] if row["row"] == EXAMPLE)
-    return {**row, "row": "index, 512, pruned, 40 epochs"}
+    return {**row, "row": "index, 512, pruned, smoothed, 40 epochs"}
 
 
 def draw(folder: Path) -> None:

@@ -225,7 +225,7 @@ def test_where_one_dies_the_job_ends_with_a_message_and_one_goes_on(tmp_path):
     program = tmp_path / "faulty.py"
     program.write_text(FAULTY)
     # torchrun looks every 0.1 s by default, and ends the other process, which may still have to say what happened
-    patient = ("--standalone", "--monitor-interval", "2")
+    patient = ("--standalone", "--monitor-interval", "1")
     command = torchrun(2, program, "SIGKILL", *train_flags(tmp_path / "run"), launcher=patient)
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert done.returncode == 1

@@ -13,7 +13,7 @@ from typing import Any
 
 from g2gnet.tables import markdown
 
-from .study import Study, accuracy, run_study, spread, standard_error
+from .study import Study, accuracy, of_hidden_layers, run_study, spread, standard_error
 
 #: densities in per cent, by the side of a unit
 DENSITIES = {16: (25, 10, 5, 2), 64: (25, 5), 1: (5,)}
@@ -24,6 +24,8 @@ GROWTH = {
     "gradient": "--sparsity_mode dynamic --cg gradient",
 }
 SCHEDULE = "--dst_interval 100 --dst_fraction 0.3 --dst_schedule cosine --dst_stop 0.75"
+#: flags of rewired networks: pruned by magnitude and grown by gradient
+REWIRED = f"{GROWTH['gradient']} {SCHEDULE}"
 FULL = 0.25625  # the density at p_intra = 1, p_inter = 0.15 and 8 groups
 
 
@@ -88,9 +90,8 @@ def _graph(runs: list[dict[str, Any]]) -> list[str]:
     def mean(layer: str, name: str) -> float:
         return sum(run["placement"][layer][name] for run in runs) / len(runs)
 
-    silent = [100 * sum(run["silent"][layer] for run in runs) / len(runs) for layer in ("lif1", "lif2")]
     return [
-        ", ".join(f"{share:.0f}" for share in silent),
+        of_hidden_layers(runs, "silent"),
         f"{mean('fc2', 'rows_spread'):.2f}, {mean('fc2', 'cols_spread'):.2f}",
         f"{100 * mean('fc2', 'rows_empty'):.0f} %",
         f"{100 * mean('fc2', 'inside'):.0f} %",

@@ -16,14 +16,13 @@ from typing import Any
 
 from g2gnet.tables import markdown
 
-from .dst_study import GROWTH, SCHEDULE, density_flags
+from .dst_study import REWIRED, density_flags
 from .step_costs import step_costs
-from .study import Study, accuracy, mean, run_study, spread
+from .study import Study, accuracy, mean, of_hidden_layers, run_study, spread
 
 #: neurons per layer of the dense network that has no more weights
 DENSE_WIDTHS = {58_000: 67, 118_000: 127}
 WIDTHS, SIDES = (512, 1024), (1, 16)
-REWIRED = f"{GROWTH['gradient']} {SCHEDULE}"
 PRUNED = "--sparsity_mode dynamic --dst_interval 100 --dst_fraction 0 --dst_stop 0.75"
 #: flags of a way to few weights that begins with few, by the ending of a row's name
 FEW_AT_FIRST = {"": "", ", ERK": "--density erk", ", rewired": REWIRED, ", rewired, ERK": f"{REWIRED} --density erk"}
@@ -42,8 +41,6 @@ MORE = {
     ", smoothed, shifted": f"{SMOOTHED} --augment shift-flip",
     ", smoothed, shifted, decayed": f"{SMOOTHED} --augment shift-flip --optimizer adamw --weight_decay 0.1",
 }
-
-
 #: the choice of the held-back images, on which the two of 127 neurons were level
 CHOSEN = (
     "58,000 weights, dense, 67, smoothed",
@@ -87,14 +84,13 @@ def table(record: dict[str, Any]) -> str:
     rows = []
     for row in record["rows"]:
         ends = row["ends"]
-        silent = [100 * sum(end["silent"][layer] for end in ends) / len(ends) for layer in ("lif1", "lif2")]
         rows.append(
             [
                 row["row"],
                 f"{mean(row, 'weights'):,.0f}",
                 spread(ends, accuracy),
                 spread(ends, lambda end: 100 * end["train_acc"]),
-                ", ".join(f"{share:.0f}" for share in silent),
+                of_hidden_layers(ends, "silent"),
                 spread(ends, lambda end: end["train_cpu_seconds"], 0),
                 f"{mean(row, 'step_bytes') / 1e6:.0f} MB",
             ]

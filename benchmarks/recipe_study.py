@@ -16,8 +16,8 @@ from typing import Any
 from g2gnet.tables import markdown
 
 from . import relu
-from .dst_study import GROWTH, SCHEDULE, density_flags
-from .study import Study, accuracy, run_study, spread
+from .dst_study import REWIRED, density_flags
+from .study import Study, accuracy, of_hidden_layers, run_study, spread
 
 #: the flags of each part
 RECIPE = {
@@ -119,22 +119,24 @@ CONVENTIONAL = (
     "dense",
     *(f"{epochs} epochs, second recipe, H 2048{dense}" for epochs in (40, 80) for dense in ("", ", dense")),
 )
-#: a twentieth of the weights, rewired, pruned by magnitude and grown by gradient
-FEWER = f"--block_size 16 {density_flags(5)} {GROWTH['gradient']} {SCHEDULE}"
+#: a twentieth of the weights, rewired
+FEWER = f"--block_size 16 {density_flags(5)} {REWIRED}"
+
+
+def _flags(parts: dict[str, str], replaced: dict[str, str]) -> str:
+    """The flags of some parts, of which others stand in place of some."""
+    others = {part: OTHERS[part][other] for part, other in replaced.items()}
+    return " ".join(filter(None, (parts | others).values()))
 
 
 def _rows() -> dict[str, str]:
     fewer = {**RECIPE, "epochs": "--epochs 20"}
     rows = {"the recipe": " ".join(RECIPE.values()), "20 epochs": " ".join(fewer.values())}
     for part, others in OTHERS.items():
-        for row, flags in others.items():
-            rows[row] = " ".join(filter(None, {**fewer, part: flags}.values()))
-    for row, replaced in TOGETHER.items():
-        parts = fewer | {part: OTHERS[part][other] for part, other in replaced.items()}
-        rows[row] = " ".join(filter(None, parts.values()))
+        rows |= {row: _flags(fewer, {part: row}) for row in others}
+    rows |= {row: _flags(fewer, replaced) for row, replaced in TOGETHER.items()}
     for row, replaced in LONGER.items():
-        parts = RECIPE | {part: OTHERS[part][other] for part, other in replaced.items()}
-        rows[f"40 epochs, {row}"] = " ".join(filter(None, parts.values()))
+        rows[f"40 epochs, {row}"] = _flags(RECIPE, replaced)
         if row in LONGEST:
             rows[f"80 epochs, {row}"] = f"{rows[f'40 epochs, {row}']} --epochs 80"
     for width in (1024, 2048):
@@ -149,14 +151,13 @@ def table(record: dict[str, Any]) -> str:
     rows = []
     for row in record["rows"]:
         ends = row["ends"]
-        silent = [100 * sum(end["silent"][layer] for end in ends) / len(ends) for layer in ("lif1", "lif2")]
         rows.append(
             [
                 row["row"],
                 str(ends[0]["epoch"]),
                 spread(ends, accuracy),
                 spread(ends, lambda end: 100 * end["train_acc"]),
-                ", ".join(f"{share:.0f}" for share in silent),
+                of_hidden_layers(ends, "silent"),
                 spread(ends, lambda end: end["train_seconds"], 0),
             ]
         )

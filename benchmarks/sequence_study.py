@@ -19,7 +19,7 @@ from g2gnet.tables import markdown
 from g2gnet.training import TrainSettings
 
 from . import gru
-from .dst_study import GROWTH, SCHEDULE, density_flags
+from .dst_study import REWIRED, density_flags
 from .step_costs import step_costs
 from .study import Study, accuracy, mean, run_study, spread
 
@@ -40,7 +40,7 @@ NETWORKS = {
 WEIGHTS = {
     "25 %": f"--model index --density erk --block_size 16 {density_flags(25)}",
     # in units of 16, 37 % of the second layer never fired
-    "5 %, rewired": f"--model index --density erk --block_size 4 {density_flags(5)} {GROWTH['gradient']} {SCHEDULE}",
+    "5 %, rewired": f"--model index --density erk --block_size 4 {density_flags(5)} {REWIRED}",
     "dense": "--model dense",
 }
 #: the network whose weights are those of the GRU

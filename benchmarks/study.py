@@ -234,7 +234,7 @@ def _runs(
                     f"--validation holds back the same images with seeds {by_fold[fold_of(seed)]} and {seed}; give at "
                     f"most {FOLDS} seeds in a row"
                 )
-        if "--dataset" in study.common.split()[2:]:
+        if any(flag.partition("=")[0] == "--dataset" for flag in shlex.split(arguments.flags)):
             raise TrainingError("--validation is of Fashion-MNIST; leave --dataset out of --flags")
     runs = {}
     for seed in arguments.seeds:
@@ -310,6 +310,12 @@ def spread(ends: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], flo
     """Mean ± standard error of the mean over runs, and their number where it is not three."""
     text = estimate([value(end) for end in ends]).text(digits)
     return text if len(ends) == 3 else f"{text} (n = {len(ends)})"
+
+
+def of_hidden_layers(ends: Sequence[dict[str, Any]], quantity: str, digits: int = 0) -> str:
+    """``silent`` or another share of hidden layers 1 and 2, in per cent, as ``8, 28``: the mean over runs."""
+    means = (100 * statistics.mean(end[quantity][layer] for end in ends) for layer in ("lif1", "lif2"))
+    return ", ".join(f"{value:.{digits}f}" for value in means)
 
 
 def mean(row: dict[str, Any], quantity: str) -> float:

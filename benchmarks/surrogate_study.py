@@ -10,7 +10,7 @@ from typing import Any
 
 from g2gnet.tables import markdown
 
-from .study import Study, accuracy, run_study, spread
+from .study import Study, accuracy, of_hidden_layers, run_study, spread
 
 SURROGATES = {
     "ATan, alpha 2": "--surrogate atan --alpha 2",
@@ -27,17 +27,12 @@ def table(record: dict[str, Any]) -> str:
     rows = []
     for row in record["rows"]:
         ends = row["ends"]
-
-        def layers(name: str, ends: Sequence[dict[str, Any]] = ends) -> str:
-            means = (100 * sum(end[name][layer] for end in ends) / len(ends) for layer in ("lif1", "lif2"))
-            return ", ".join(f"{mean:.1f}" for mean in means)
-
         rows.append(
             [
                 row["row"],
                 spread(ends, accuracy),
-                layers("firing_rate"),
-                layers("silent"),
+                of_hidden_layers(ends, "firing_rate", 1),
+                of_hidden_layers(ends, "silent", 1),
                 spread(ends, lambda end: end["train_seconds"], 0),
             ]
         )

@@ -12,7 +12,7 @@ from typing import Any
 
 from g2gnet.tables import markdown
 
-from .dst_study import GROWTH, SCHEDULE, density_flags
+from .dst_study import REWIRED, density_flags
 from .study import Study, accuracy, mean, run_study, spread
 
 DENSE_WIDTHS = (12, 32, 64, 128, 256, 512, 1024, 2048)
@@ -25,7 +25,7 @@ SPARSE = (
     *((width, percent, 1) for width, percent in ((128, 8), (256, 3), (512, 8), (512, 16))),
 )
 #: those of the sparse ones that are also rewired, pruned by magnitude and grown by gradient
-REWIRED = ((2048, 10, 16), (2048, 5, 16))
+ALSO_REWIRED = ((2048, 10, 16), (2048, 5, 16))
 
 
 def _rows() -> dict[str, str]:
@@ -33,8 +33,8 @@ def _rows() -> dict[str, str]:
     for width, percent, units in SPARSE:
         flags = f"--model index --hidden_dim {width} --block_size {units} {density_flags(percent)}"
         rows[f"index, {width}, {percent} %, units of {units}"] = flags
-        if (width, percent, units) in REWIRED:
-            rows[f"index, {width}, {percent} %, rewired, units of {units}"] = f"{flags} {GROWTH['gradient']} {SCHEDULE}"
+        if (width, percent, units) in ALSO_REWIRED:
+            rows[f"index, {width}, {percent} %, rewired, units of {units}"] = f"{flags} {REWIRED}"
     return rows
 
 

@@ -345,7 +345,7 @@ def test_what_cannot_be_is_named(tmp_path, capsys):
             "--validation holds back the same images with seeds 1 and 7; give",
         ),
         (["--validation", "--flags", "--dataset cifar10"], "--validation is of Fashion-MNIST; leave --dataset out"),
-        (["--validation", "--flags", "--dataset=cifar10"], "--validation is of Fashion-MNIST; leave --dataset out"),
+        (["--validation", "--flags=--dataset=cifar10"], "--validation is of Fashion-MNIST; leave --dataset out"),
         (["--validation", "--finished"], "no run of small_study is finished"),
         (["--finished"], "no run of small_study is finished"),
     ):

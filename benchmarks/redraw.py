@@ -33,6 +33,7 @@ from . import (
     host_time,
     model_comparison,
     recipe_study,
+    recurrent_structure_study,
     sequence_study,
     structure_study,
     study,
@@ -64,6 +65,7 @@ STUDIES = {
         tradeoff_study,
         sequence_study,
         structure_study,
+        recurrent_structure_study,
     )
 }
 #: a throughput record's name contains these where they differ

@@ -84,11 +84,15 @@ def costs(row: str, settings: TrainSettings, folder: Path) -> dict[str, Any]:
     return step_costs(settings, folder, gru.build if row.endswith("GRU") else G2GNet.from_settings)
 
 
+#: flags of every network
+COMMON = (
+    "--dataset fashionmnist --hidden_dim 256 --batch_size 128 --lr 0.004 --lr_schedule cosine --weight_decay 0 "
+    "--standardize --readout last --per_neuron --surrogate triangle --alpha 0.5"
+)
 STUDY = Study(
     "sequence_study",
     __doc__,
-    "--dataset fashionmnist --hidden_dim 256 --batch_size 128 --lr 0.004 --lr_schedule cosine --weight_decay 0 "
-    "--standardize --readout last --per_neuron --surrogate triangle --alpha 0.5",
+    COMMON,
     ROWS,
     20,
     table,

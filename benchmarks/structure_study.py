@@ -7,12 +7,13 @@ shared out by ERK: the read-out is then complete, or nearly so, and no graph is 
 without weights.
 
 The whole study is 640 runs. By default the graphs of one size are trained; ``--rows "*, H 2048, 10 %, units of 1"``
-trains those of another, and ``--extend`` adds them to an earlier record.
+trains those of another, and ``--extend`` adds them to an earlier record. For recurrent networks see
+:mod:`benchmarks.recurrent_structure_study`.
 """
 
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from scipy import stats
@@ -44,6 +45,15 @@ SIZES = {
 }
 
 
+def rows_of(sizes: Mapping[str, str]) -> dict[str, str]:
+    """The flags of each graph of each size, whose own flags are given."""
+    return {
+        f"{graph}, {size}": f"--model {model} {flags}"
+        for size, flags in sizes.items()
+        for graph, model in GRAPHS.items()
+    }
+
+
 def differences(ends: Sequence[dict[str, Any]], control: Sequence[dict[str, Any]]) -> list[float]:
     """Accuracy minus that of the control, in points, for each seed that both have."""
     of_control = {end["seed"]: accuracy(end) for end in control}
@@ -65,21 +75,21 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def compared(record: dict[str, Any]) -> Iterator[tuple[str, dict[str, dict[str, Any]]]]:
-    """Each size of the record, with the rows of its graphs."""
-    rows = {row["row"]: row for row in record["rows"]}
-    for size in SIZES:
-        of_size = {graph: rows[f"{graph}, {size}"] for graph in GRAPHS if f"{graph}, {size}" in rows}
-        if of_size:
-            yield size, of_size
+def compared(record: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+    """The rows of a record by size and graph."""
+    sizes: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in record["rows"]:
+        graph, _, size = row["row"].partition(", ")
+        sizes.setdefault(size, {})[graph] = row
+    return sizes
 
 
 def table(record: dict[str, Any]) -> str:
     """Accuracy of each graph by size, and what it has more than the control: mean, interval, p."""
     parts = []
     pooled: dict[str, list[float]] = {graph: [] for graph in GRAPHS if graph != CONTROL}
-    sizes = list(compared(record))
-    for size, rows in sizes:
+    sizes = compared(record)
+    for size, rows in sizes.items():
         control = rows.get(CONTROL, {"ends": []})["ends"]
         more = {graph: differences(row["ends"], control) for graph, row in rows.items() if graph != CONTROL}
         for graph, values in more.items():
@@ -117,11 +127,7 @@ STUDY = Study(
     __doc__,
     "--dataset fashionmnist --density erk --T 10 --lr_schedule cosine --weight_decay 0 --standardize "
     "--surrogate triangle",
-    {
-        f"{graph}, {size}": f"--model {model} {flags}"
-        for size, flags in SIZES.items()
-        for graph, model in GRAPHS.items()
-    },
+    rows_of(SIZES),
     5,
     table,
     default_rows=("*, H 1024, 5 %, units of 16",),

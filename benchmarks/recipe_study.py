@@ -17,7 +17,7 @@ from g2gnet.tables import markdown
 
 from . import relu
 from .dst_study import REWIRED, density_flags
-from .study import Study, accuracy, of_hidden_layers, run_study, spread
+from .study import Study, accuracy, gain, of_hidden_layers, run_study, spread
 
 #: the flags of each part
 RECIPE = {
@@ -147,15 +147,22 @@ def _rows() -> dict[str, str]:
 
 
 def table(record: dict[str, Any]) -> str:
-    """Accuracy of each row, of the training images too, its silent neurons and its time."""
+    """Accuracy of each row, of the training images too, its silent neurons and its time.
+
+    A row of the recipe, or of 20 epochs of it, is what others of as many epochs are compared with, seed by seed.
+    """
+    ends_of = {row["row"]: row["ends"] for row in record["rows"]}
+    bases = {of[0]["epoch"]: of for of in (ends_of.get("the recipe"), ends_of.get("20 epochs")) if of}
     rows = []
     for row in record["rows"]:
         ends = row["ends"]
+        base = bases.get(ends[0]["epoch"], [])
         rows.append(
             [
                 row["row"],
                 str(ends[0]["epoch"]),
                 spread(ends, accuracy),
+                "–" if ends is base else gain(ends, base),
                 spread(ends, lambda end: 100 * end["train_acc"]),
                 of_hidden_layers(ends, "silent"),
                 spread(ends, lambda end: end["train_seconds"], 0),
@@ -165,6 +172,7 @@ def table(record: dict[str, Any]) -> str:
         "",
         "epochs",
         "test accuracy, %",
+        "minus the recipe, points",
         "training accuracy, %",
         "never fires, % of layers 1 and 2",
         "seconds of training",

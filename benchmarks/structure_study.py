@@ -21,7 +21,7 @@ from scipy import stats
 from g2gnet.tables import markdown
 
 from .dst_study import density_flags
-from .study import Study, accuracy, mean, run_study, spread
+from .study import Study, accuracy, differences, mean, run_study, spread
 
 #: the model of each graph
 GRAPHS = {
@@ -52,12 +52,6 @@ def rows_of(sizes: Mapping[str, str]) -> dict[str, str]:
         for size, flags in sizes.items()
         for graph, model in GRAPHS.items()
     }
-
-
-def differences(ends: Sequence[dict[str, Any]], control: Sequence[dict[str, Any]]) -> list[float]:
-    """Accuracy minus that of the control, in points, for each seed that both have."""
-    of_control = {end["seed"]: accuracy(end) for end in control}
-    return [accuracy(end) - of_control[end["seed"]] for end in ends if end["seed"] in of_control]
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:

@@ -333,6 +333,21 @@ def accuracy(end: dict[str, Any]) -> float:
     return 100 * end["test_acc"]
 
 
+def differences(ends: Sequence[dict[str, Any]], control: Sequence[dict[str, Any]]) -> list[float]:
+    """Accuracy minus that of the control, in points, for each seed that both have."""
+    of_control = {end["seed"]: accuracy(end) for end in control}
+    return [accuracy(end) - of_control[end["seed"]] for end in ends if end["seed"] in of_control]
+
+
+def gain(ends: Sequence[dict[str, Any]], control: Sequence[dict[str, Any]]) -> str:
+    """Mean ± standard error of these differences; ``–`` without any."""
+    found = differences(ends, control)
+    if not found:
+        return "–"
+    mean, error = estimate(found)
+    return f"{mean:+.2f}" if error is None else f"{mean:+.2f} ± {error:.2f}"
+
+
 def run_study(study: Study, argv: Sequence[str] | None = None) -> int:
     """The program of a study."""
     interrupted = "run the same command again to resume with the remaining runs"

@@ -363,6 +363,7 @@ def end(seed, accuracy, seconds=10.0):
     return {
         "seed": seed,
         "test_acc": accuracy,
+        "train_acc": accuracy,
         "silent": {"lif1": 0.1, "lif2": 0.3, "lif3": 0.0},
         "weights": 1234567,
         "train_seconds": seconds,
@@ -418,6 +419,23 @@ def test_graphs_are_held_against_the_control_seed_by_seed():
     text = structure_study.table({"rows": [*rows, *other]})
     assert "| index | 6 | +0.93 |" in text
     assert "| distance | 2 | +4.50 |" in text
+
+
+def test_parts_of_the_recipe_are_compared_seed_by_seed_with_runs_of_as_many_epochs():
+    found = {
+        "the recipe": {1: 0.9},
+        "20 epochs": {1: 0.88, 2: 0.89},
+        "T 5": {1: 0.87, 2: 0.886, 3: 0.7},  # -1.0, -0.4; seed 3 has no partner
+        "40 epochs, H 2048": {1: 0.91},
+        "80 epochs, second recipe, H 2048": {1: 0.92},
+    }
+    epochs = {row: int(row[:2]) if row[:2].isdigit() else 20 for row in found} | {"the recipe": 40}
+    rows = [
+        {"row": row, "ends": [end(seed, value) | {"epoch": epochs[row]} for seed, value in of.items()]}
+        for row, of in found.items()
+    ]
+    lines = [line.split(" | ") for line in recipe_study.table({"rows": rows}).split("\n")[2:]]
+    assert [line[3] for line in lines] == ["–", "–", "-0.70 ± 0.30", "+1.00", "–"]
 
 
 def test_p_values_are_corrected_as_by_holm():

@@ -23,6 +23,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from g2g_kernels.sides import Indices
 from g2gnet.messages import reason
 
 logger = logging.getLogger("g2gnet")
@@ -53,8 +54,9 @@ def captured(step: Callable[..., Any], device: torch.device | str) -> Callable[.
     A graph does not follow changes of Python objects. Compared before each replay are
 
     - arguments that are no tensors, and the tensors' shapes and dtypes;
-    - of each network to which ``step`` refers: its modules, ``train()`` or ``eval()``, and its parameters and buffers:
-      which tensors they are, of which module, their addresses, shapes, strides and dtypes, and which are learned;
+    - of each network to which ``step`` refers: its modules, their attributes that are numbers or strings (``T``,
+      ``training``), and its parameters and buffers: which tensors they are, of which module, their addresses, shapes,
+      strides and dtypes, and which are learned;
     - of each optimizer: which one it is, its settings, and which tensors its state consists of and where they are;
     - whether gradients are recorded, and autocast.
 
@@ -353,7 +355,8 @@ class _Watched:
         parameters = self.parameters()
         buffers = [each for module in self._modules for each in module._buffers.values() if each is not None]
         tensors = [each for each in parameters + buffers if not is_lazy(each)]
-        training = [module.training for module in self._modules]
+        # masks count their changes, which a graph reads from their tensors
+        attributes = [_attributes(module) for module in self._modules if not isinstance(module, Indices)]
         # by which module; which they are follows from their places
         roles = [list(map(id, module._parameters.values())) for module in self._modules]
         learned = [(each.requires_grad, each.grad is None) for each in parameters]
@@ -361,7 +364,7 @@ class _Watched:
         layouts = [(each.shape, each.stride(), each.dtype) for each in tensors]
         for optimizer in self._optimizers:
             _add_tensors(optimizer.state, tensors)
-        return self._modules, self._optimizers, training, roles, learned, groups, layouts, _places(tensors)
+        return self._modules, self._optimizers, attributes, roles, learned, groups, layouts, _places(tensors)
 
     def _of_group(self, group: dict[str, Any]) -> dict[str, Any]:
         """The settings of a group of an optimizer; of tensors that a graph reads, only which they are."""
@@ -391,6 +394,14 @@ def _add_tensors(state: Any, tensors: list[torch.Tensor]) -> None:
             tensors.append(each)
         elif isinstance(each, _CONTAINERS):
             _add_tensors(each, tensors)
+
+
+def _attributes(module: nn.Module) -> list[Any]:
+    """The attributes of a module that are constants of a graph, such as ``training`` and ``T``."""
+    return [each for each in vars(module).values() if type(each) in _PLAIN]
+
+
+_PLAIN = frozenset(_CONSTANTS) - {enum.Enum}
 
 
 def _with_children(modules: list[nn.Module]) -> list[nn.Module]:

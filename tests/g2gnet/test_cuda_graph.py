@@ -280,6 +280,10 @@ def with_less_dropout(own, before):
     own.net[1] = torch.nn.Dropout(0.1)
 
 
+def with_less_of_it(own, before):
+    own.net[1].p = 0.1
+
+
 def with_a_cleared_state(own, before):
     own.optimizer.state.clear()
 
@@ -297,8 +301,9 @@ def with_another_parameter_at_the_same_address(own, before):
 
 
 CHANGES = [with_another_rate, with_a_fixed_layer, without_dropout, with_a_loaded_state, with_another_parameter,
-           with_another_optimizer, with_another_network, with_another_layer, with_less_dropout, with_a_cleared_state,
-           with_a_state_less, with_another_moment, with_another_parameter_at_the_same_address]  # fmt: skip
+           with_another_optimizer, with_another_network, with_another_layer, with_less_dropout, with_less_of_it,
+           with_a_cleared_state, with_a_state_less, with_another_moment,
+           with_another_parameter_at_the_same_address]  # fmt: skip
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)

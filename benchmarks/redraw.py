@@ -270,6 +270,14 @@ def _seeds(content: dict[str, Any]) -> str:
     return f"{counts} seed" if counts == "1" else f"{counts} seeds"
 
 
+def _whole(content: dict[str, Any]) -> str:
+    """How long all runs of a study took, each on one core: ``24 runs, 3.1 hours of processor time``."""
+    ends = [end for row in content["rows"] for end in row["ends"]]
+    measured = all("train_cpu_seconds" in end for end in ends)  # not in older records
+    quantity, what = ("train_cpu_seconds", "processor time") if measured else ("train_seconds", "training")
+    return f"{len(ends)} runs, {sum(end[quantity] for end in ends) / 3600:.1f} hours of {what}"
+
+
 def _models_in_short(record: Record, link: Link) -> str:
     """The accuracies of the four default models."""
     content = record.content
@@ -444,7 +452,8 @@ def _study(record: Record, link: Link) -> str:
     picture = f"![Test accuracy against time and weights]({link(record.picture)})\n\n" if record.picture else ""
     return (
         f"{picture}`{content['settings']} --epochs {content['epochs']}`, {_seeds(content)}: mean ± standard "
-        f"error of the mean after the last epoch, on {content['tested_on']}. On {_machine(record, link)}.\n\n"
+        f"error of the mean after the last epoch, on {content['tested_on']}. {_whole(content)}, on "
+        f"{_machine(record, link)}.\n\n"
         f"{STUDIES[content['benchmark']].table(content)}"
     )
 

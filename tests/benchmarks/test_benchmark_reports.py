@@ -169,6 +169,19 @@ def test_a_picture_names_its_record(content, tmp_path):
         assert min(picture.size) > 100
 
 
+def test_the_time_of_a_whole_study_is_that_of_its_runs():
+    ends = [{"seed": 1, "test_acc": 0.9, "weights": 7, "train_seconds": 4000.0, "train_cpu_seconds": 3600.0}] * 3
+    content = {
+        "benchmark": "structure_study", "settings": "--T 2", "epochs": 1, "tested_on": "the test images",
+        "machine": STEP["machine"],
+        "rows": [{"row": "regular, H 8", "ends": ends[:2]}, {"row": "index, H 8", "ends": ends[2:]}],
+    }  # fmt: skip
+    drawn = "<!-- drawn: structure_study -->\n<!-- end -->\n"
+    assert "3 runs, 3.0 hours of processor time, on" in redraw.redrawn(drawn, redraw.ROOT, [record(content)])
+    del ends[0]["train_cpu_seconds"]  # of all three
+    assert "3 runs, 3.3 hours of training, on" in redraw.redrawn(drawn, redraw.ROOT, [record(content)])
+
+
 def test_every_part_of_the_documentation_is_known():
     for page in redraw.PAGES:
         names = re.findall(r"<!-- drawn: ([^>]+) -->", Path(page).read_text(encoding="utf-8"))

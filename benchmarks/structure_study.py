@@ -79,25 +79,39 @@ def compared(record: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def table(record: dict[str, Any]) -> str:
-    """Accuracy of each graph by size, and what it has more than the control: mean, interval, p."""
-    parts = []
-    pooled: dict[str, list[float]] = {graph: [] for graph in GRAPHS if graph != CONTROL}
+    """Accuracy of each graph by size, and what it has more than the control: mean, interval, p.
+
+    p-values are corrected for all tests of all sizes. Seeds of one size are no independent sample of sizes, so all
+    sizes together are tested by their means.
+    """
     sizes = compared(record)
+    more = {
+        (size, graph): differences(row["ends"], rows.get(CONTROL, {"ends": []})["ends"])
+        for size, rows in sizes.items()
+        for graph, row in rows.items()
+        if graph != CONTROL
+    }
+    tested = _tested(more)
+    parts = []
     for size, rows in sizes.items():
-        control = rows.get(CONTROL, {"ends": []})["ends"]
-        more = {graph: differences(row["ends"], control) for graph, row in rows.items() if graph != CONTROL}
-        for graph, values in more.items():
-            pooled[graph] += values
-        tested = _tested(more)
         lines = [
-            [graph, f"{mean(row, 'weights'):,.0f}", spread(row["ends"], accuracy, 2), *tested.get(graph, _NOTHING)]
+            [
+                graph,
+                f"{mean(row, 'weights'):,.0f}",
+                spread(row["ends"], accuracy, 2),
+                *tested.get((size, graph), _NOTHING),
+            ]
             for graph, row in rows.items()
         ]
         parts += [f"**{size}**", markdown(["graph", "weights", "test accuracy, %", *_TESTED], lines)]
-    if len(sizes) > 1:
-        tested = _tested(pooled)
-        lines = [[graph, str(len(pooled[graph])), *tested[graph]] for graph in pooled if graph in tested]
-        parts += ["**All sizes together**", markdown(["graph", "pairs", *_TESTED], lines)]
+    if len(sizes) > 2:
+        means = {
+            graph: [statistics.mean(more[size, graph]) for size in sizes if more.get((size, graph))]
+            for graph in GRAPHS
+            if graph != CONTROL
+        }
+        lines = [[graph, str(len(means[graph])), *cells] for graph, cells in _tested(means).items()]
+        parts += ["**All sizes together**", markdown(["graph", "sizes", *_TESTED], lines)]
     return "\n\n".join(parts)
 
 
@@ -105,14 +119,14 @@ _TESTED = (f"minus {CONTROL}, points", "95 % interval", "p (paired t, Holm)")
 _NOTHING = ("–",) * len(_TESTED)
 
 
-def _tested(more: dict[str, list[float]]) -> dict[str, tuple[str, str, str]]:
-    """The cells of each graph with two pairs or more: mean difference, its interval, and its corrected p-value."""
-    more = {graph: values for graph, values in more.items() if len(values) > 1}
+def _tested(more: dict[Any, list[float]]) -> dict[Any, tuple[str, str, str]]:
+    """The cells of differences that vary: their mean, its interval, and its p-value, corrected for all of them."""
+    more = {key: values for key, values in more.items() if len({round(value, 9) for value in values}) > 1}
     p_values = holm([float(stats.ttest_1samp(values, 0).pvalue) for values in more.values()])
     cells = {}
-    for (graph, values), p in zip(more.items(), p_values, strict=True):
+    for (key, values), p in zip(more.items(), p_values, strict=True):
         low, high = interval(values)
-        cells[graph] = (f"{statistics.mean(values):+.2f}", f"{low:+.2f} to {high:+.2f}", f"{p:.2g}")
+        cells[key] = (f"{statistics.mean(values):+.2f}", f"{low:+.2f} to {high:+.2f}", f"{p:.2g}")
     return cells
 
 

@@ -158,7 +158,7 @@ def build_parser(study: Study) -> Parser:
     parser.add_argument("--epochs", type=int, default=study.epochs, metavar="N", help=text)
     text = f"rows to train, or patterns of their names with * (default: {' '.join(study.default_rows)})"
     parser.add_argument("--rows", nargs="+", default=study.default_rows, metavar="NAME", help=text)
-    text = "flags of every run, after the study's own and before a row's, as '--hidden_dim 256'"
+    text = "flags of every run, after the study's own and before a row's, as '--limit_train 10000 --precision bf16'"
     parser.add_argument("--flags", default="", metavar="FLAGS", help=text)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="parallel runs (default: cores)")
     text = (
@@ -218,6 +218,26 @@ def taken_over(study: Study, path: Path, record: dict[str, Any]) -> dict[tuple[s
     return found
 
 
+def _names(flags: str) -> list[str]:
+    """The names of some flags: ``["--T", "--lr"]`` of ``--T 5 --lr=0.01``."""
+    return [flag.partition("=")[0] for flag in shlex.split(flags) if flag.startswith("--")]
+
+
+def with_flags(study: Study, flags: str, rows: Sequence[str]) -> Study:
+    """The study with more flags of every run.
+
+    Raises:
+        TrainingError: for one that would change no run.
+    """
+    own = {"--epochs": "--epochs", "--seed": "--seeds"}
+    for name in _names(flags):
+        if name in own:
+            raise TrainingError(f"--flags {flags!r}: {name} has no effect there; give the study {own[name]}")
+        if all(name in _names(study.rows[row]) for row in rows):
+            raise TrainingError(f"--flags {flags!r}: {name} has no effect, since every row has one of its own")
+    return dataclasses.replace(study, common=f"{study.common} {flags}")
+
+
 def _runs(
     study: Study, rows: Sequence[str], arguments: argparse.Namespace, known: Collection[tuple[str, int]]
 ) -> dict[tuple[str, int], Run]:
@@ -234,7 +254,7 @@ def _runs(
                     f"--validation holds back the same images with seeds {by_fold[fold_of(seed)]} and {seed}; give at "
                     f"most {FOLDS} seeds in a row"
                 )
-        if any(flag.partition("=")[0] == "--dataset" for flag in shlex.split(arguments.flags)):
+        if "--dataset" in _names(arguments.flags):
             raise TrainingError("--validation is of Fashion-MNIST; leave --dataset out of --flags")
     runs = {}
     for seed in arguments.seeds:
@@ -253,9 +273,9 @@ def _runs(
 
 def make(study: Study, arguments: argparse.Namespace) -> dict[str, Any]:
     """Trains the unfinished runs, prints the table and returns the record."""
-    if arguments.flags:
-        study = dataclasses.replace(study, common=f"{study.common} {arguments.flags}")
     rows = chosen(study, arguments.rows)
+    if arguments.flags:
+        study = with_flags(study, arguments.flags, rows)
     record: dict[str, Any] = {
         "benchmark": study.name,
         "machine": {**describe(torch.device("cpu")), "threads": 1},  # those of a run

@@ -346,6 +346,9 @@ def test_what_cannot_be_is_named(tmp_path, capsys):
         ),
         (["--validation", "--flags", "--dataset cifar10"], "--validation is of Fashion-MNIST; leave --dataset out"),
         (["--validation", "--flags=--dataset=cifar10"], "--validation is of Fashion-MNIST; leave --dataset out"),
+        (["--flags", "--lr 0.1 --epochs 3"], "--epochs has no effect there; give the study --epochs"),
+        (["--flags=--seed=3"], "--seed has no effect there; give the study --seeds"),
+        (["--flags", "--cg random", "--rows", "gradient"], "--cg has no effect, since every row has one of its own"),
         (["--validation", "--finished"], "no run of small_study is finished"),
         (["--finished"], "no run of small_study is finished"),
     ):
@@ -413,12 +416,24 @@ def test_graphs_are_held_against_the_control_seed_by_seed():
     assert "| distance | 1,234,567 | 90.00 (n = 1) | – | – | – |" in lines
     assert "All sizes together" not in "".join(lines)
 
-    rows[3]["ends"][0]["test_acc"] = 0.91
-    other = [{**row, "row": row["row"].replace("5 %", "10 %")} for row in rows]
-    other[3]["ends"] = [end(1, 0.9)]
-    text = structure_study.table({"rows": [*rows, *other]})
-    assert "| index | 6 | +0.93 |" in text
-    assert "| distance | 2 | +4.50 |" in text
+    # all sizes together are as many values as there are sizes: their seeds are no sample of sizes
+    others = {
+        "10 %": {"regular": {1: 0.9, 2: 0.8}, "index": {1: 0.91, 2: 0.81}, "mixer": {1: 0.9, 2: 0.81}},
+        "25 %": {"regular": {1: 0.9}, "index": {1: 0.88}, "mixer": {1: 0.9}, "distance": {2: 0.9}},
+    }
+    rows += [
+        {"row": f"{graph}, {size.replace('5 %', share)}", "ends": [end(seed, value) for seed, value in of.items()]}
+        for share, graphs in others.items()
+        for graph, of in graphs.items()
+    ]
+    text = structure_study.table({"rows": rows})
+    assert f"| +0.93 | -0.56 to +2.43 | {3 * p['index']:.2g} |" in text  # of three tests: two of mixer, this one
+    assert "| index | 1,234,567 | 86.00 ± 5.00 (n = 2) | – | – | – |" in text  # by the same twice: nothing to test
+    pooled = text.split("**All sizes together**")[1]
+    for graph, of in (("index", (2.8 / 3, 1.0, -2.0)), ("mixer", (-0.1 / 3, 0.5, 0.0))):
+        found = stats.ttest_1samp(of, 0).confidence_interval()
+        assert f"| {graph} | 3 | {sum(of) / 3:+.2f} | {found.low:+.2f} to {found.high:+.2f} | 0.9" in pooled
+    assert "distance" not in pooled  # of one size
 
 
 def test_parts_of_the_recipe_are_compared_seed_by_seed_with_runs_of_as_many_epochs():

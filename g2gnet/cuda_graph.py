@@ -11,6 +11,7 @@ import collections
 import contextlib
 import enum
 import functools
+import itertools
 import logging
 import types
 import warnings
@@ -18,6 +19,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -54,19 +56,20 @@ def captured(step: Callable[..., Any], device: torch.device | str) -> Callable[.
     A graph does not follow changes of Python objects. Compared before each replay are
 
     - arguments that are no tensors, and the tensors' shapes and dtypes;
-    - of each network to which ``step`` refers: its modules, their attributes that are numbers or strings (``T``,
-      ``training``), and its parameters and buffers: which tensors they are, of which module, their addresses, shapes,
-      strides and dtypes, and which are learned;
+    - of each network to which ``step`` refers: its modules, their attributes (numbers such as ``T`` and ``training``,
+      which objects they are, and what is in a list, tuple, set or dictionary), and its parameters and buffers: which
+      tensors they are, of which module, their addresses, shapes, strides and dtypes, and which are learned;
     - of each optimizer: which one it is, its settings, and which tensors its state consists of and where they are;
+    - which hooks these have: they are called at direct steps alone, and what they launch is in the graph;
     - whether gradients are recorded, and autocast.
 
     If one has changed, the step runs directly, and the fourth such call captures a new graph. Networks and optimizers
     are found by the variables of ``step``, by the object whose method it is, by ``functools.partial``, and from there
-    by at most three attributes of objects or items of tuples, lists and dictionaries (of at most 100 items):
+    by at most three attributes of objects or items of tuples, lists, sets and dictionaries (of at most 100 items):
     ``self.trainer.nets[0]``. What is first referred to after the capture, from an object that referred to none before,
-    is not found. If there is none at all, a warning says so. Changes of anything else that ``step`` reads are not
-    noticed, such as another number in a variable. A learning rate that changes at every step must be a tensor, whose
-    number a graph reads: ``Adam(…, lr=torch.tensor(0.001, device=device), capturable=True)``.
+    is not found. If there is no parameter at all, a warning says so. Changes of anything else that ``step`` reads are
+    not noticed, such as another number in a variable. A learning rate that changes at every step must be a tensor,
+    whose number a graph reads: ``Adam(…, lr=torch.tensor(0.001, device=device), capturable=True)``.
 
     Args:
         step: one training step. Tensors among its arguments (also in tuples, lists and dictionaries) are copied to
@@ -240,7 +243,7 @@ class CapturedStep:
         self._gradients = gradients
         if not self._watched:
             self._warn_once(
-                "no network and no optimizer was found to which the training step refers, so its CUDA graph does not "
+                "no parameter and no optimizer was found to which the training step refers, so its CUDA graph does not "
                 "notice their changes; let it refer to them by variables, attributes or functools.partial"
             )
         return True
@@ -330,7 +333,7 @@ class _Watched:
         self._optimizers: list[torch.optim.Optimizer] = []
 
     def __bool__(self) -> bool:
-        return bool(self._found)
+        return bool(self.parameters())
 
     def search(self) -> bool:
         """Looks for them everywhere; returns whether others were found than before."""
@@ -356,25 +359,55 @@ class _Watched:
         buffers = [each for module in self._modules for each in module._buffers.values() if each is not None]
         tensors = [each for each in parameters + buffers if not is_lazy(each)]
         # masks count their changes, which a graph reads from their tensors
-        attributes = [_attributes(module) for module in self._modules if not isinstance(module, Indices)]
+        attributes = [self._attributes(module, tensors) for module in self._modules if not isinstance(module, Indices)]
         # by which module; which they are follows from their places
         roles = [list(map(id, module._parameters.values())) for module in self._modules]
-        learned = [(each.requires_grad, each.grad is None) for each in parameters]
+        learned = [(each.requires_grad, each.grad is None, _hooks(each, _OF_TENSORS)) for each in parameters]
         groups = [self._of_group(group) for optimizer in self._optimizers for group in optimizer.param_groups]
+        hooks = [_hooks(optimizer, _OF_OPTIMIZERS) for optimizer in self._optimizers]
         layouts = [(each.shape, each.stride(), each.dtype) for each in tensors]
         for optimizer in self._optimizers:
             _add_tensors(optimizer.state, tensors)
-        return self._modules, self._optimizers, attributes, roles, learned, groups, layouts, _places(tensors)
+        return self._modules, self._optimizers, attributes, roles, learned, groups, hooks, layouts, _places(tensors)
 
     def _of_group(self, group: dict[str, Any]) -> dict[str, Any]:
         """The settings of a group of an optimizer; of tensors that a graph reads, only which they are."""
 
         def setting(value: Any) -> Any:
-            if not isinstance(value, torch.Tensor):
-                return value
-            return _Identity(value) if _is_on(value, self._device) else value.tolist()
+            return self._of_tensor(value) if isinstance(value, torch.Tensor) else value
 
         return {name: len(value) if name == "params" else setting(value) for name, value in group.items()}
+
+    def _of_tensor(self, tensor: torch.Tensor) -> Any:
+        """Which one it is, if a graph reads it; its numbers, if Python does."""
+        return _Identity(tensor) if _is_on(tensor, self._device) else tensor.tolist()
+
+    def _attributes(self, module: nn.Module, tensors: list[torch.Tensor]) -> dict[str, Any]:
+        """The attributes of a module as constants of a graph; adds those on the device to ``tensors``.
+
+        Of objects it is which ones they are, and what is in a list, tuple or dictionary, as one of hooks.
+        """
+
+        def constant(value: Any) -> Any:
+            if type(value) in _PLAIN or isinstance(value, np.generic):
+                return value
+            if not isinstance(value, torch.Tensor):
+                return _Identity(value)
+            if value.ndim == 0 and not _is_on(value, self._device):
+                return value.item()
+            tensors.append(value)
+            return None
+
+        found = {}
+        for name, value in vars(module).items():
+            if type(value) in _PLAIN:
+                found[name] = value
+            elif not isinstance(value, _COLLECTIONS):
+                found[name] = constant(value)
+            elif value and name not in _WATCHED:
+                items = [*value, *value.values()] if isinstance(value, dict) else value
+                found[name] = [type(value), *map(constant, items)]
+        return found
 
     def numbers(self) -> list[Any]:
         """What optimizers keep in their state for Python to read and change, as a step that they count."""
@@ -385,6 +418,7 @@ class _Watched:
 
 
 _CONTAINERS = tuple, list, dict
+_COLLECTIONS = *_CONTAINERS, set, frozenset
 
 
 def _add_tensors(state: Any, tensors: list[torch.Tensor]) -> None:
@@ -396,12 +430,17 @@ def _add_tensors(state: Any, tensors: list[torch.Tensor]) -> None:
             _add_tensors(each, tensors)
 
 
-def _attributes(module: nn.Module) -> list[Any]:
-    """The attributes of a module that are constants of a graph, such as ``training`` and ``T``."""
-    return [each for each in vars(module).values() if type(each) in _PLAIN]
-
-
 _PLAIN = frozenset(_CONSTANTS) - {enum.Enum}
+#: the attributes of a module that are compared by themselves
+_WATCHED = frozenset(("_parameters", "_buffers", "_modules"))
+#: attributes with the hooks of a tensor and of an optimizer
+_OF_TENSORS = "_backward_hooks", "_post_accumulate_grad_hooks"
+_OF_OPTIMIZERS = "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"
+
+
+def _hooks(of: Any, names: tuple[str, ...]) -> list[list[int]]:
+    """Numbers of the hooks, which are given to no other."""
+    return [list(getattr(of, name, None) or ()) for name in names]
 
 
 def _with_children(modules: list[nn.Module]) -> list[nn.Module]:
@@ -462,20 +501,29 @@ def _referred(value: Any) -> Collection[Any]:
         for cell in value.__closure__ or ():
             with contextlib.suppress(ValueError):  # not assigned yet
                 cells.append(cell.cell_contents)
-        return [*cells, *map(value.__globals__.get, _names(value.__code__)), *vars(value).values()]
+        defaults = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+        return [*cells, *defaults, *map(value.__globals__.get, _names(value.__code__)), *vars(value).values()]
     if isinstance(value, types.MethodType):
-        return value.__self__, value.__func__
+        owner = value.__self__
+        return [*(vars(owner).values() if isinstance(owner, type) else [owner]), value.__func__]
     if isinstance(value, functools.partial):
         return value.func, *value.args, *value.keywords.values()
-    if isinstance(value, _CONTAINERS):
+    if isinstance(value, _COLLECTIONS):
         items = list(value.values()) if isinstance(value, dict) else value
         return items if len(items) <= _MANY else ()
     if isinstance(value, _OPAQUE):
         return ()
-    attributes = getattr(value, "__dict__", {})
+    attributes = _slots(value) | getattr(value, "__dict__", {})
     if isinstance(value, _SOUGHT):
         return [each for name, each in attributes.items() if name not in ("_modules", "state", "param_groups")]
     return list(attributes.values())
+
+
+def _slots(value: Any) -> dict[str, Any]:
+    """The attributes of an object that its classes name in ``__slots__``."""
+    slots = [vars(each).get("__slots__", ()) for each in type(value).__mro__]
+    names = itertools.chain.from_iterable([each] if isinstance(each, str) else each for each in slots)
+    return {name: getattr(value, name) for name in names if hasattr(value, name)}
 
 
 def _names(code: types.CodeType) -> tuple[str, ...]:

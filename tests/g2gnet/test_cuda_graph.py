@@ -300,10 +300,35 @@ def with_another_parameter_at_the_same_address(own, before):
     own.net[2].bias = own.optimizer.param_groups[0]["params"][3] = torch.nn.Parameter(own.net[2].bias.detach())
 
 
+def with_a_hook(own, before):
+    own.net[0].register_forward_hook(lambda module, inputs, output: 2 * output)
+
+
+def with_a_hook_of_a_gradient(own, before):
+    own.net[2].weight.register_hook(lambda gradient: -gradient)
+
+
+def forget(parameter):
+    parameter.grad.zero_()
+
+
+def with_a_hook_after_the_gradient(own, before):
+    own.net[2].weight.register_post_accumulate_grad_hook(forget)
+
+
+def with_a_hook_of_the_optimizer(own, before):
+    own.optimizer.register_step_pre_hook(lambda *_: forget(own.net[2].bias))
+
+
+def with_another_function(own, before):
+    own.net[1].forward = torch.nn.functional.silu
+
+
 CHANGES = [with_another_rate, with_a_fixed_layer, without_dropout, with_a_loaded_state, with_another_parameter,
            with_another_optimizer, with_another_network, with_another_layer, with_less_dropout, with_less_of_it,
            with_a_cleared_state, with_a_state_less, with_another_moment,
-           with_another_parameter_at_the_same_address]  # fmt: skip
+           with_another_parameter_at_the_same_address, with_a_hook, with_a_hook_of_a_gradient,
+           with_a_hook_after_the_gradient, with_a_hook_of_the_optimizer, with_another_function]  # fmt: skip
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
@@ -477,6 +502,27 @@ def test_a_state_that_a_module_keeps_in_a_new_tensor_leaves_no_graph(stand_ins):
     assert run("cpu") == run(CUDA)
 
 
+@pytest.mark.parametrize(
+    "others",
+    [np.arange(1.0, 3.0), [[1.0], [2.0]], [{"a": 1.0}, {"a": 2.0}], [{1.0}, {2.0}], list(torch.tensor([[1.0], [2.0]]))],
+    ids=["numpy", "list", "dictionary", "set", "tensor"],
+)
+def test_an_attribute_that_a_graph_cannot_change_is_noticed(stand_ins, others):
+    net = torch.nn.Linear(2, 1)
+
+    def step(x):
+        factor = net.factor.values() if isinstance(net.factor, dict) else net.factor
+        return net(x) * (factor if isinstance(factor, np.generic) else sum(factor))
+
+    net.factor = others[0]
+    captured, x = CapturedStep(step, CUDA), torch.rand(3, 2)
+    for _ in range(6):
+        assert torch.equal(captured(x), step(x))
+    assert len(Graph.captured) == 1
+    net.factor = others[1]
+    assert torch.equal(captured(x), step(x))
+
+
 class Slots:
     __slots__ = ("net",)
 
@@ -526,12 +572,34 @@ def in_a_global_of_a_generator(net):
     return variables["step"]
 
 
+def in_a_default(net):
+    return lambda x, own=net: own(x)
+
+
+def in_a_named_default(net):
+    return lambda x, *, own=net: own(x)
+
+
+def in_a_set(net):
+    nets = {net}
+    return lambda x: sum(each(x) for each in nets)
+
+
+def in_a_class(net):
+    return classmethod(lambda cls, x: cls.net(x)).__get__(None, type("Own", (), {"net": net}))
+
+
+def in_a_slot(net):
+    return Slots(net).learn
+
+
 def holding(net):
     return types.SimpleNamespace(inner=types.SimpleNamespace(net=net))
 
 
 WAYS = [in_a_partial, by_name_in_a_partial, in_a_partial_of_a_method, in_a_list, in_a_dictionary_of_tuples,
-        in_an_attribute_of_an_attribute, in_a_helper, in_a_global_of_a_generator]  # fmt: skip
+        in_an_attribute_of_an_attribute, in_a_helper, in_a_global_of_a_generator, in_a_default, in_a_named_default,
+        in_a_set, in_a_class, in_a_slot]  # fmt: skip
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
@@ -580,12 +648,13 @@ def test_networks_are_looked_for_until_the_capture(stand_ins):
 
 
 def test_a_step_without_a_network_is_warned_of_once(stand_ins, caplog):
-    captured = CapturedStep(Slots(torch.nn.Linear(2, 1)).learn, CUDA)
+    far, loss = types.SimpleNamespace(inner=holding(holding(torch.nn.Linear(2, 1)))), torch.nn.Identity()
+    captured = CapturedStep(lambda x: loss(far.inner.inner.net.inner.net(x)), CUDA)
     for size in 5 * [3] + 5 * [4]:
         captured(torch.zeros(size, 2))
     assert len(Graph.captured) == 2
     (line,) = caplog.messages
-    assert line.startswith("no network and no optimizer was found to which the training step refers")
+    assert line.startswith("no parameter and no optimizer was found to which the training step refers")
 
 
 def test_numbers_that_change_at_every_step_are_read_from_tensors_or_leave_no_graph(stand_ins, caplog):

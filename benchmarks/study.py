@@ -158,7 +158,7 @@ def build_parser(study: Study) -> Parser:
     parser.add_argument("--epochs", type=int, default=study.epochs, metavar="N", help=text)
     text = f"rows to train, or patterns of their names with * (default: {' '.join(study.default_rows)})"
     parser.add_argument("--rows", nargs="+", default=study.default_rows, metavar="NAME", help=text)
-    text = "flags of every run, after the study's own and before a row's, as '--limit_train 10000 --precision bf16'"
+    text = "flags of every run, after the study's own and before a row's, as '--hidden_dim 256 --limit_train 10000'"
     parser.add_argument("--flags", default="", metavar="FLAGS", help=text)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="parallel runs (default: cores)")
     text = (

@@ -10,6 +10,7 @@ import matplotlib
 
 from .chunks import usual_chunk
 from .report import curve_title, digest, seconds, title
+from .structure_study import CONTROL, compared, interval, means
 from .study import accuracy, mean, standard_error
 from .tradeoff_study import density, width
 
@@ -194,6 +195,34 @@ def draw_tradeoff(
     axis.margins(0.1)
 
 
+def _structure(record: dict[str, Any]) -> Figure:
+    """What each graph has more than the control: a bar per size, in the table's order, and one of all sizes."""
+    sizes = compared(record)
+    together = means(sizes)
+    units = [size.rpartition(", ")[2] for size in sizes]
+    colours = dict(zip(dict.fromkeys(units), (OURS, "#c4552d"), strict=False))  # one or two
+    figure, axis = plt.subplots(figsize=(8.2, 1 + 0.8 * len(together)), layout="constrained")
+    for row, graph in enumerate(together):
+        bars = [(of_size.get(graph, []), colours[unit]) for of_size, unit in zip(sizes.values(), units, strict=True)]
+        if len(sizes) > 2:
+            bars.append((together[graph], "black"))
+        for number, (values, colour) in enumerate(bars, 1):
+            if len(set(values)) > 1:
+                middle, (low, high) = statistics.mean(values), interval(values)
+                errors = [[middle - low], [high - middle]]
+                place = row - 0.4 + 0.8 * number / (len(bars) + 1)
+                axis.errorbar(middle, place, xerr=errors, fmt="o", color=colour, markersize=3, linewidth=1)
+    for label, colour in {**colours, **({"all sizes": "black"} if len(sizes) > 2 else {})}.items():
+        axis.plot([], [], "o-", color=colour, markersize=3, linewidth=1, label=label)
+    axis.axvline(0, color="black", linestyle=":", linewidth=1)
+    axis.set_yticks(range(len(together)), list(together))
+    axis.invert_yaxis()
+    axis.set_xlabel(f"points more than {CONTROL}: mean and 95 % interval")
+    axis.legend(frameon=False, loc="upper right")
+    _tidy(axis)
+    return figure
+
+
 def _chunks(record: dict[str, Any]) -> Figure:
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 4.1), layout="constrained")
     usual = usual_chunk(record)
@@ -232,4 +261,6 @@ DRAWN_BY: dict[str, Callable[[dict[str, Any]], Figure]] = {
     "accuracy": _accuracy,
     "chunks": _chunks,
     "tradeoff_study": _tradeoff,
+    "structure_study": _structure,
+    "recurrent_structure_study": _structure,
 }

@@ -53,7 +53,13 @@ PAGES = (
     ROOT / "README.md",
     *(ROOT / "docs" / name for name in ("performance.md", "results.md", "first-run.md", "other-libraries.md")),
 )
-PICTURED = ("scaling", "accuracy", "chunks", "tradeoff_study")
+#: what is on the picture of a study
+STUDIES_PICTURED = {
+    "tradeoff_study": "Test accuracy against time and weights",
+    "structure_study": "Accuracy of each graph minus that of a regular one",
+    "recurrent_structure_study": "Accuracy of each recurrent graph minus that of a regular one",
+}
+PICTURED = ("scaling", "accuracy", "chunks", *STUDIES_PICTURED)
 STUDIES = {
     module.STUDY.name: module.STUDY
     for module in (
@@ -449,7 +455,8 @@ def _accuracy(record: Record, link: Link) -> str:
 
 def _study(record: Record, link: Link) -> str:
     content = record.content
-    picture = f"![Test accuracy against time and weights]({link(record.picture)})\n\n" if record.picture else ""
+    shown = STUDIES_PICTURED.get(content["benchmark"])
+    picture = f"![{shown}]({link(record.picture)})\n\n" if record.picture else ""
     return (
         f"{picture}`{content['settings']} --epochs {content['epochs']}`, {_seeds(content)}: mean ± standard "
         f"error of the mean after the last epoch, on {content['tested_on']}. {_whole(content)}, on "

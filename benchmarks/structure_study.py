@@ -69,49 +69,46 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def compared(record: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
-    """The rows of a record by size and graph."""
-    sizes: dict[str, dict[str, dict[str, Any]]] = {}
-    for row in record["rows"]:
-        graph, _, size = row["row"].partition(", ")
-        sizes.setdefault(size, {})[graph] = row
+def compared(record: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
+    """For each size of a record what each graph has more than the control, in points: by seed."""
+    rows = {row["row"]: row["ends"] for row in record["rows"]}
+    sizes: dict[str, dict[str, list[float]]] = {}
+    for row, ends in rows.items():
+        graph, _, size = row.partition(", ")
+        of_size = sizes.setdefault(size, {})
+        if graph != CONTROL:
+            of_size[graph] = differences(ends, rows.get(f"{CONTROL}, {size}", []))
     return sizes
+
+
+def means(sizes: dict[str, dict[str, list[float]]]) -> dict[str, list[float]]:
+    """For each graph the mean of these differences at each size where there are some."""
+    return {
+        graph: [statistics.mean(of_size[graph]) for of_size in sizes.values() if of_size.get(graph)]
+        for graph in GRAPHS
+        if graph != CONTROL
+    }
 
 
 def table(record: dict[str, Any]) -> str:
     """Accuracy of each graph by size, and what it has more than the control: mean, interval, p.
 
-    p-values are corrected for all tests of all sizes. Seeds of one size are no independent sample of sizes, so all
-    sizes together are tested by their means.
+    p-values are corrected for all tests of all sizes. Seeds of one size are no sample of sizes, so all sizes together
+    are tested by their means.
     """
     sizes = compared(record)
-    more = {
-        (size, graph): differences(row["ends"], rows.get(CONTROL, {"ends": []})["ends"])
-        for size, rows in sizes.items()
-        for graph, row in rows.items()
-        if graph != CONTROL
-    }
-    tested = _tested(more)
-    parts = []
-    for size, rows in sizes.items():
-        lines = [
-            [
-                graph,
-                f"{mean(row, 'weights'):,.0f}",
-                spread(row["ends"], accuracy, 2),
-                *tested.get((size, graph), _NOTHING),
-            ]
-            for graph, row in rows.items()
-        ]
-        parts += [f"**{size}**", markdown(["graph", "weights", "test accuracy, %", *_TESTED], lines)]
+    tested = _tested({(graph, size): values for size, more in sizes.items() for graph, values in more.items()})
+    lines: dict[str, list[list[str]]] = {size: [] for size in sizes}
+    for row in record["rows"]:
+        graph, _, size = row["row"].partition(", ")
+        cells = tested.get((graph, size), _NOTHING)
+        lines[size].append([graph, f"{mean(row, 'weights'):,.0f}", spread(row["ends"], accuracy, 2), *cells])
+    header = ["graph", "weights", "test accuracy, %", *_TESTED]
+    parts = [f"**{size}**\n\n{markdown(header, of_size)}" for size, of_size in lines.items()]
     if len(sizes) > 2:
-        means = {
-            graph: [statistics.mean(more[size, graph]) for size in sizes if more.get((size, graph))]
-            for graph in GRAPHS
-            if graph != CONTROL
-        }
-        lines = [[graph, str(len(means[graph])), *cells] for graph, cells in _tested(means).items()]
-        parts += ["**All sizes together**", markdown(["graph", "sizes", *_TESTED], lines)]
+        together = means(sizes)
+        rows = [[graph, str(len(together[graph])), *cells] for graph, cells in _tested(together).items()]
+        parts.append(f"**All sizes together**\n\n{markdown(['graph', 'sizes', *_TESTED], rows)}")
     return "\n\n".join(parts)
 
 
@@ -121,7 +118,7 @@ _NOTHING = ("–",) * len(_TESTED)
 
 def _tested(more: dict[Any, list[float]]) -> dict[Any, tuple[str, str, str]]:
     """The cells of differences that vary: their mean, its interval, and its p-value, corrected for all of them."""
-    more = {key: values for key, values in more.items() if len({round(value, 9) for value in values}) > 1}
+    more = {key: values for key, values in more.items() if len(set(values)) > 1}
     p_values = holm([float(stats.ttest_1samp(values, 0).pvalue) for values in more.values()])
     cells = {}
     for (key, values), p in zip(more.items(), p_values, strict=True):

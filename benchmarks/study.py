@@ -354,9 +354,9 @@ def accuracy(end: dict[str, Any]) -> float:
 
 
 def differences(ends: Sequence[dict[str, Any]], control: Sequence[dict[str, Any]]) -> list[float]:
-    """Accuracy minus that of the control, in points, for each seed that both have."""
+    """Accuracy minus that of the control, in points, for each seed that both have; equal ones are equal numbers."""
     of_control = {end["seed"]: accuracy(end) for end in control}
-    return [accuracy(end) - of_control[end["seed"]] for end in ends if end["seed"] in of_control]
+    return [round(accuracy(end) - of_control[end["seed"]], 9) for end in ends if end["seed"] in of_control]
 
 
 def gain(ends: Sequence[dict[str, Any]], control: Sequence[dict[str, Any]]) -> str:

@@ -392,7 +392,7 @@ def test_the_best_growth_is_held_against_static_with_the_error_of_the_difference
     assert "| 16 | 5 % | gradient | 10, 30 | 0.10, 0.20 | 25 % | 50 % |" in text
 
 
-def test_graphs_are_held_against_the_control_seed_by_seed():
+def test_graphs_are_held_against_the_control_seed_by_seed(tmp_path):
     size = "H 1024, 5 %, units of 16"
     control = {1: 0.86, 2: 0.87, 3: 0.89, 4: 0.85}
     graphs = {
@@ -434,6 +434,8 @@ def test_graphs_are_held_against_the_control_seed_by_seed():
         found = stats.ttest_1samp(of, 0).confidence_interval()
         assert f"| {graph} | 3 | {sum(of) / 3:+.2f} | {found.low:+.2f} to {found.high:+.2f} | 0.9" in pooled
     assert "distance" not in pooled  # of one size
+    plots.draw({"benchmark": "structure_study", "rows": rows}, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 
 def test_parts_of_the_recipe_are_compared_seed_by_seed_with_runs_of_as_many_epochs():

@@ -218,7 +218,7 @@ def _structure(record: dict[str, Any]) -> Figure:
     axis.set_yticks(range(len(together)), list(together))
     axis.invert_yaxis()
     axis.set_xlabel(f"points more than {CONTROL}: mean and 95 % interval")
-    axis.legend(frameon=False, loc="upper right")
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
     _tidy(axis)
     return figure
 

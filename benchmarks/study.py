@@ -218,7 +218,7 @@ def taken_over(study: Study, path: Path, record: dict[str, Any]) -> dict[tuple[s
     return found
 
 
-def _names(flags: str) -> list[str]:
+def _flag_names(flags: str) -> list[str]:
     """The names of some flags: ``["--T", "--lr"]`` of ``--T 5 --lr=0.01``."""
     return [flag.partition("=")[0] for flag in shlex.split(flags) if flag.startswith("--")]
 
@@ -230,10 +230,10 @@ def with_flags(study: Study, flags: str, rows: Sequence[str]) -> Study:
         TrainingError: for one that would change no run.
     """
     own = {"--epochs": "--epochs", "--seed": "--seeds"}
-    for name in _names(flags):
+    for name in _flag_names(flags):
         if name in own:
             raise TrainingError(f"--flags {flags!r}: {name} has no effect there; give the study {own[name]}")
-        if all(name in _names(study.rows[row]) for row in rows):
+        if all(name in _flag_names(study.rows[row]) for row in rows):
             raise TrainingError(f"--flags {flags!r}: {name} has no effect, since every row has one of its own")
     return dataclasses.replace(study, common=f"{study.common} {flags}")
 
@@ -254,7 +254,7 @@ def _runs(
                     f"--validation holds back the same images with seeds {by_fold[fold_of(seed)]} and {seed}; give at "
                     f"most {FOLDS} seeds in a row"
                 )
-        if "--dataset" in _names(arguments.flags):
+        if "--dataset" in _flag_names(arguments.flags):
             raise TrainingError("--validation is of Fashion-MNIST; leave --dataset out of --flags")
     runs = {}
     for seed in arguments.seeds:

@@ -374,13 +374,11 @@ class _Watched:
         """The settings of a group of an optimizer; of tensors that a graph reads, only which they are."""
 
         def setting(value: Any) -> Any:
-            return self._of_tensor(value) if isinstance(value, torch.Tensor) else value
+            if not isinstance(value, torch.Tensor):
+                return value
+            return _Identity(value) if _is_on(value, self._device) else value.tolist()
 
         return {name: len(value) if name == "params" else setting(value) for name, value in group.items()}
-
-    def _of_tensor(self, tensor: torch.Tensor) -> Any:
-        """Which one it is, if a graph reads it; its numbers, if Python does."""
-        return _Identity(tensor) if _is_on(tensor, self._device) else tensor.tolist()
 
     def _attributes(self, module: nn.Module, tensors: list[torch.Tensor]) -> dict[str, Any]:
         """The attributes of a module as constants of a graph; adds those on the device to ``tensors``.
@@ -400,9 +398,7 @@ class _Watched:
 
         found = {}
         for name, value in vars(module).items():
-            if type(value) in _PLAIN:
-                found[name] = value
-            elif not isinstance(value, _COLLECTIONS):
+            if not isinstance(value, _COLLECTIONS):
                 found[name] = constant(value)
             elif value and name not in _WATCHED:
                 items = [*value, *value.values()] if isinstance(value, dict) else value

@@ -99,5 +99,5 @@ def finished(folder: Path) -> dict[str, Any] | None:
     if marker is None:
         return None
     run = read_run(marker.with_suffix(".pth"))
-    weights = sum(int(connection.mask.unit_sizes.sum()) for connection in run.network().connections().values())
+    weights = sum(int(mask.unit_sizes.sum()) for mask in run.masks().values())
     return {**run.history[-1], "train_seconds": sum(record["seconds"] for record in run.history), "weights": weights}

@@ -29,7 +29,7 @@ from g2gnet.files import replace_file
 from g2gnet.sweep.engine import outcome, processes, train_runs
 from g2gnet.sweep.grid import Run
 from g2gnet.sweep.results import estimate
-from g2gnet.training import TrainingError, TrainSettings, read_run
+from g2gnet.training import TrainingError, TrainSettings
 
 from .machine import describe, pytorch_threads
 
@@ -118,12 +118,12 @@ def _name(text: str) -> str:
 
 def result(run: Run) -> dict[str, Any] | None:
     """The results of a run: its last epoch, its training time, where its units are; None if it is not finished."""
-    end = outcome(run)
-    if end is None:
-        return None
-    net = read_run(run.files.checkpoint).network()
-    masks = {f"fc{number}": connection.mask for number, (connection, _) in enumerate(net.layers(), 1)}
-    return {**end, "placement": {name: placement(mask) for name, mask in masks.items()}}
+    return outcome(
+        run,
+        lambda saved: {
+            "placement": {name: placement(mask) for name, mask in saved.masks().items() if name.startswith("fc")}
+        },
+    )
 
 
 def placement(mask: Any) -> dict[str, float]:
@@ -288,8 +288,10 @@ def make(study: Study, arguments: argparse.Namespace) -> dict[str, Any]:
     others = {key: runs.pop(key) for key in list(runs) if key[0] in study.others}
     missing = [] if arguments.finished else [run for run in runs.values() if not run.files.marker.exists()]
 
+    results: dict[Path, dict[str, Any] | None] = {}
+
     def line(run: Run) -> str:
-        end = outcome(run) or {}
+        end = results[run.folder] = result(run) or {}
         return f"{run.label}: test accuracy {end['test_acc']:.4f}, {end['train_seconds']:.0f} s"
 
     if missing:
@@ -300,7 +302,7 @@ def make(study: Study, arguments: argparse.Namespace) -> dict[str, Any]:
             raise TrainingError("\n".join(f"{label}: {error}" for label, error in failed.items()))
     ends = dict(known)
     for (row, seed), run in runs.items():
-        end = result(run)
+        end = results[run.folder] if run.folder in results else result(run)
         if end is not None:
             ends[row, seed] = {"seed": seed, **end}
     with pytorch_threads(1):  # those of a run

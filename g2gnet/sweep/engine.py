@@ -28,7 +28,7 @@ from g2gnet.messages import OutputError, reason
 from g2gnet.settings import SettingsError
 from g2gnet.sweep.grid import Grid, Run, runs_of
 from g2gnet.sweep.results import Row, rows_of, table
-from g2gnet.training import CheckpointError, Interrupted, TrainingError, read_run
+from g2gnet.training import CheckpointError, Interrupted, SavedRun, TrainingError, read_run
 
 logger = logging.getLogger("g2gnet")
 
@@ -72,10 +72,10 @@ def train_run(given: Mapping[str, Any], folder: str) -> None:
                 raise KeyboardInterrupt from None
 
 
-def outcome(run: Run) -> dict[str, Any] | None:
+def outcome(run: Run, more: Callable[[SavedRun], dict[str, Any]] = lambda saved: {}) -> dict[str, Any] | None:
     """What a finished run reached: its last epoch's record, seconds of training, the number of weights.
 
-    None if it is not finished.
+    ``more`` gives further values from its checkpoint. None if it is not finished.
 
     Raises:
         CheckpointError: if its files are damaged, or of other settings.
@@ -87,9 +87,9 @@ def outcome(run: Run) -> dict[str, Any] | None:
         saved = read_run(run.files.checkpoint)
     except CheckpointError as error:
         raise CheckpointError(f"{error} The run is finished; delete {run.folder} to train it again") from error
-    weights = sum(int(connection.mask.unit_sizes.sum()) for connection in saved.network().connections().values())
+    weights = sum(int(mask.unit_sizes.sum()) for mask in saved.masks().values())
     seconds = {f"train_{name}": sum(record[name] for record in saved.history) for name in ("seconds", "cpu_seconds")}
-    return {**last, **seconds, "weights": weights}
+    return {**last, **seconds, "weights": weights, **more(saved)}
 
 
 class _Process(multiprocessing.context.SpawnProcess):

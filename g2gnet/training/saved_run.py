@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from g2g_kernels import BlockMask
 from g2g_kernels.wiring import read_row
 from g2gnet.network import G2GNet
 from g2gnet.settings import SettingsError
@@ -51,6 +52,8 @@ class SavedRun:
         (1, 'mixer', 1)
         >>> run.network().T
         5
+        >>> list(run.masks())
+        ['fc1', 'fc2', 'fc3']
     """
 
     path: Path
@@ -79,6 +82,13 @@ class SavedRun:
             net = self.initial_network(backend)
             load_model(net, self.state)
         return net.to(device)
+
+    @_as_trained()
+    def masks(self) -> dict[str, BlockMask]:
+        """The wiring of each connection (``fc1``, ``rec1``, …) after the last finished epoch; no network is drawn."""
+        end = ".mask.wiring"
+        wirings = {name.removesuffix(end): row for name, row in self.state.items() if name.endswith(end)}
+        return {name: BlockMask.from_state({"wiring": row}) for name, row in wirings.items()}
 
 
 def read_run(checkpoint: Path | str) -> SavedRun:

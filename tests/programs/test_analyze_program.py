@@ -8,6 +8,7 @@ import pytest
 import torch
 from small_data import publish_resnet, write_cifar, write_resnet
 from tiny_checkpoints import TINY, VARIANTS, rewrite, train_tiny
+from training_runs import assert_equal
 
 import crossval
 import train
@@ -60,7 +61,8 @@ def test_fewer_samples_give_the_analysis_of_those(checkpoint, tmp_path, capsys):
 
 
 def test_a_saved_run_has_the_network_before_and_after(tmp_path):
-    run = read_run(train_tiny(tmp_path, "--model index --sparsity_mode dynamic --dst_interval 3 --dst_fraction 0.3"))
+    flags = "--model index --recurrent --sparsity_mode dynamic --dst_interval 3 --dst_fraction 0.3"
+    run = read_run(train_tiny(tmp_path, flags))
     before, after = run.initial_network(), run.network()
     kept = {
         name: (before.get_submodule(name).mask.to_dense() & after.get_submodule(name).mask.to_dense()).sum().item()
@@ -72,6 +74,9 @@ def test_a_saved_run_has_the_network_before_and_after(tmp_path):
     assert kept["fc2"] < 1
     assert run.history[0]["initial_units_kept"] == run.history[0]["units_kept"]
     assert run.history[1]["units_kept"]["fc2"] < 1
+    masks = {name: connection.mask.to_dense() for name, connection in after.connections().items()}
+    assert "rec2" in masks
+    assert_equal({name: mask.to_dense() for name, mask in run.masks().items()}, masks)
 
 
 def test_a_run_without_rewiring_keeps_all_units(checkpoint):

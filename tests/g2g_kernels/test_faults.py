@@ -39,7 +39,7 @@ def calls(number):
         cycle = [g2g_linear(x, values, mask, backend="cpu")]
         cycle.append(cycle)
 for number in (1, 4):
-    callers = [threading.Thread(target=calls, args=(600 // number,)) for _ in range(number)]
+    callers = [threading.Thread(target=calls, args=(200 // number,)) for _ in range(number)]
     for caller in callers:
         caller.start()
     for caller in callers:

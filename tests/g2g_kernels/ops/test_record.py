@@ -18,7 +18,7 @@ COMPILED = [backend for backend in available_backends() if backend != "torch"]
 
 def passes(backend: str) -> list[torch.Tensor]:
     """Results and gradients of every operator."""
-    stack = Stack(STACKS["mixer"], None)
+    stack = Stack(STACKS["one unit a group"], None)
     leaves = stack.leaves(torch.float32)
     activity = g2g_stack(leaves["x"], stack.layers(leaves), backend=backend)
     loss(activity.counts, activity.rates).backward()
@@ -107,7 +107,7 @@ class Plain(torch.Tensor):
 @pytest.mark.skipif("cpu" not in available_backends(), reason="needs the compiled CPU kernels")
 @pytest.mark.parametrize("looks", ["subclass", "mode"])
 def test_subclasses_and_modes_of_functions_get_the_dispatched_operator(looks):
-    stack = Stack(STACKS["mixer"], None)
+    stack = Stack(STACKS["one unit a group"], None)
     leaves = stack.leaves(torch.float32)
     expected = g2g_stack(leaves["x"], stack.layers(leaves), backend="cpu").counts
     if looks == "subclass":
@@ -140,7 +140,7 @@ def test_what_a_stack_saved_must_not_have_changed(backend, change):
 @pytest.mark.parametrize("backend", COMPILED)
 def test_saved_tensors_may_be_moved_away_in_between(backend):
     """What hooks give back is read, and nothing that they took is kept alive."""
-    stack = Stack(STACKS["mixer"], None)
+    stack = Stack(STACKS["one unit a group"], None)
 
     def gradients(pack, unpack):
         leaves = stack.leaves(torch.float32)
@@ -168,7 +168,7 @@ def zeros(tensor: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(("lazy", "plain"), [(negated, torch.Tensor.clone), (zeros, torch.zeros_like)])
 def test_what_is_not_in_memory_as_it_is_read(backend, lazy, plain):
     def outcome(form):
-        stack = Stack(STACKS["mixer"], None)
+        stack = Stack(STACKS["one unit a group"], None)
         leaves = {name: form(leaf).requires_grad_() for name, leaf in stack.leaves(torch.float32).items()}
         activity = g2g_stack(leaves["x"], stack.layers(leaves), backend=backend)
         counts = torch.autograd.grad(activity.counts, list(leaves.values()), form(activity.counts), allow_unused=True)

@@ -197,10 +197,10 @@ def faulty(tmp_path):
     program = tmp_path / "faulty.py"
     program.write_text(FAULTY)
 
-    def run_faulty(fault, status=1, **options):
+    def run_faulty(fault, statuses=(1, 1), **options):
         flags = train_flags(tmp_path / "run", **options)
         done = launch(2, program, fault, *flags, folder=tmp_path / "printed")
-        assert done.statuses == [status] * 2, done.stderr
+        assert tuple(done.statuses) == statuses, done.stderr
         options.pop("peer_timeout", None)
         return RunFiles(tmp_path / "run", TrainSettings(**{**SMALL, **options}).stem), done.stderr
 
@@ -209,7 +209,7 @@ def faulty(tmp_path):
 
 def test_a_signal_to_one_stops_all_after_the_same_step_and_more_go_on(tmp_path, faulty):
     whole = run(tmp_path / "whole", **VARIANTS["dynamic"])
-    files, errors = faulty("SIGTERM", status=128 + signal.SIGTERM, **VARIANTS["dynamic"])
+    files, errors = faulty("SIGTERM", (128 + signal.SIGTERM,) * 2, **VARIANTS["dynamic"])
     message = "faulty.py: stopped by SIGTERM after step 6, with 1 of 3 epochs done; saved in"
     assert errors.count(message) == 1, errors
     assert load(files)["step"] == 6
@@ -221,7 +221,21 @@ def test_a_signal_to_one_stops_all_after_the_same_step_and_more_go_on(tmp_path, 
     assert_same_course(load(whole), load(files))
 
 
-def test_where_one_dies_the_job_ends_with_a_message_and_one_goes_on(tmp_path):
+LOST = "faulty.py, rank 0: error: lost the connection to another process; run the same command again to resume"
+
+
+def test_where_one_dies_the_other_ends_with_a_message_and_one_goes_on(tmp_path, faulty):
+    files, errors = faulty("SIGKILL", (1, -signal.SIGKILL))
+    assert LOST in errors
+    assert load(files)["step"] == 4
+    assert not files.marker.exists()
+    whole = run(tmp_path / "whole")
+    run(tmp_path / "run")
+    assert_same_course(load(whole), load(files))
+
+
+@pytest.mark.long
+def test_where_one_dies_torchrun_ends_with_that_message(tmp_path):
     program = tmp_path / "faulty.py"
     program.write_text(FAULTY)
     # torchrun looks every 0.1 s by default, and ends the other process, which may still have to say what happened
@@ -229,17 +243,8 @@ def test_where_one_dies_the_job_ends_with_a_message_and_one_goes_on(tmp_path):
     command = torchrun(2, program, "SIGKILL", *train_flags(tmp_path / "run"), launcher=patient)
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert done.returncode == 1
-    files, errors = RunFiles(tmp_path / "run", TrainSettings(**SMALL).stem), done.stderr
-    assert (
-        "faulty.py, rank 0: error: lost the connection to another process; run the same command again to resume"
-        in errors
-    )
-    assert re.search(r"rank\s+: 1 .*\n\s+exitcode\s+: -9", errors), errors  # torchrun's own words
-    assert load(files)["step"] == 4
-    assert not files.marker.exists()
-    whole = run(tmp_path / "whole")
-    run(tmp_path / "run")
-    assert_same_course(load(whole), load(files))
+    assert LOST in done.stderr
+    assert re.search(r"rank\s+: 1 .*\n\s+exitcode\s+: -9", done.stderr), done.stderr  # torchrun's own words
 
 
 def test_other_decisions_are_noticed_at_once(faulty):
@@ -262,8 +267,8 @@ def test_moments_that_drift_apart_are_noticed_before_they_are_saved(faulty):
 @pytest.mark.parametrize("fault", ["other directory of rank 1", "no directory of rank 1"])
 def test_only_the_first_process_needs_the_files(tmp_path, faulty, fault):
     whole = run(tmp_path / "whole")
-    faulty("SIGTERM", status=128 + signal.SIGTERM)
-    files, _ = faulty(fault, status=0)
+    faulty("SIGTERM", (128 + signal.SIGTERM,) * 2)
+    files, _ = faulty(fault, (0, 0))
     assert_same_course(load(whole), load(files))
     assert files.marker.exists()
     assert not (tmp_path / "run-of-its-own").exists()

@@ -10,7 +10,7 @@ import matplotlib
 
 from .chunks import usual_chunk
 from .report import curve_title, digest, seconds, title
-from .structure_study import CONTROL, compared, interval, means
+from .structure_study import CONTROL, GRAPHS, compared, interval, means
 from .study import accuracy, mean, standard_error
 from .tradeoff_study import density, width
 
@@ -201,10 +201,11 @@ def _structure(record: dict[str, Any]) -> Figure:
     together = means(sizes)
     units = [size.rpartition(", ")[2] for size in sizes]
     colours = dict(zip(dict.fromkeys(units), (OURS, "#c4552d"), strict=False))  # one or two
-    figure, axis = plt.subplots(figsize=(8.2, 1 + 0.8 * len(together)), layout="constrained")
-    for row, graph in enumerate(together):
+    graphs = [graph for graph in GRAPHS if any(graph in of_size for of_size in sizes.values())]
+    figure, axis = plt.subplots(figsize=(8.2, 1 + (0.6 + 0.04 * len(sizes)) * len(graphs)), layout="constrained")
+    for row, graph in enumerate(graphs):
         bars = [(of_size.get(graph, []), colours[unit]) for of_size, unit in zip(sizes.values(), units, strict=True)]
-        if len(sizes) > 2:
+        if together:
             bars.append((together[graph], "black"))
         for number, (values, colour) in enumerate(bars, 1):
             if len(set(values)) > 1:
@@ -212,10 +213,10 @@ def _structure(record: dict[str, Any]) -> Figure:
                 errors = [[middle - low], [high - middle]]
                 place = row - 0.4 + 0.8 * number / (len(bars) + 1)
                 axis.errorbar(middle, place, xerr=errors, fmt="o", color=colour, markersize=3, linewidth=1)
-    for label, colour in {**colours, **({"all sizes": "black"} if len(sizes) > 2 else {})}.items():
+    for label, colour in {**colours, **({"all sizes": "black"} if together else {})}.items():
         axis.plot([], [], "o-", color=colour, markersize=3, linewidth=1, label=label)
     axis.axvline(0, color="black", linestyle=":", linewidth=1)
-    axis.set_yticks(range(len(together)), list(together))
+    axis.set_yticks(range(len(graphs)), graphs)
     axis.invert_yaxis()
     axis.set_xlabel(f"points more than {CONTROL}: mean and 95 % interval")
     figure.legend(loc="outside upper center", ncols=3, frameon=False)

@@ -82,7 +82,9 @@ def compared(record: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
 
 
 def means(sizes: dict[str, dict[str, list[float]]]) -> dict[str, list[float]]:
-    """For each graph the mean of these differences at each size where there are some."""
+    """For each graph the mean of these differences at each size that has some; nothing for less than three sizes."""
+    if len(sizes) <= 2:
+        return {}
     return {
         graph: [statistics.mean(of_size[graph]) for of_size in sizes.values() if of_size.get(graph)]
         for graph in GRAPHS
@@ -105,8 +107,8 @@ def table(record: dict[str, Any]) -> str:
         lines[size].append([graph, f"{mean(row, 'weights'):,.0f}", spread(row["ends"], accuracy, 2), *cells])
     header = ["graph", "weights", "test accuracy, %", *_TESTED]
     parts = [f"**{size}**\n\n{markdown(header, of_size)}" for size, of_size in lines.items()]
-    if len(sizes) > 2:
-        together = means(sizes)
+    together = means(sizes)
+    if together:
         rows = [[graph, str(len(together[graph])), *cells] for graph, cells in _tested(together).items()]
         parts.append(f"**All sizes together**\n\n{markdown(['graph', 'sizes', *_TESTED], rows)}")
     return "\n\n".join(parts)

@@ -113,7 +113,7 @@ def folder_of(root: Path, study: Study, row: str, epochs: int, seed: int) -> Pat
 
 def _name(text: str) -> str:
     """``text`` as part of a path."""
-    return re.sub(r"[^A-Za-z0-9.]+", "-", text)
+    return re.sub(r"[^A-Za-z0-9.+]+", "-", text)
 
 
 def result(run: Run) -> dict[str, Any] | None:
@@ -256,6 +256,8 @@ def _runs(
                 )
         if "--dataset" in _flag_names(arguments.flags):
             raise TrainingError("--validation is of Fashion-MNIST; leave --dataset out of --flags")
+        for seed in arguments.seeds:  # what no run can have is refused before data is written
+            run_of(study, rows[0], arguments.epochs, seed, arguments.runs)
     runs = {}
     for seed in arguments.seeds:
         folder, dataset = arguments.runs, None
@@ -264,7 +266,7 @@ def _runs(
             if arguments.finished and not folder.exists():
                 continue
             dataset = validation_data(folder, fold_of(seed))
-        folder /= _name(arguments.flags).strip("-")
+        folder /= "_".join(map(_name, shlex.split(arguments.flags))).lstrip("-")
         for row in rows:
             if (row, seed) not in known:
                 runs[row, seed] = run_of(study, row, arguments.epochs, seed, folder, dataset)

@@ -190,7 +190,7 @@ def test_sequences_are_learned_by_networks_and_by_a_gru(tmp_path, capsys, monkey
     ends = [row["ends"][0]["weights"] for row in record["rows"]]
     assert ends[0] < network["ends"][0]["weights"] / 2
     assert ends[1] == pytest.approx(ends[0], rel=0.1)
-    assert (tmp_path / "hidden-dim-16-lr-0.01" / "sequence_study").is_dir()
+    assert (tmp_path / "hidden-dim_16_-lr_0.01" / "sequence_study").is_dir()
 
 
 def test_a_gru_that_was_stopped_goes_on_to_the_same_end(tmp_path):
@@ -354,6 +354,8 @@ def test_what_cannot_be_is_named(tmp_path, capsys):
     ):
         assert study.run_study(SMALL, ["--runs", str(tmp_path), *arguments]) == 1
         assert message in capsys.readouterr().err
+    assert study.run_study(SMALL, ["--runs", str(tmp_path), "--validation", "--seeds", "-1"]) == 2
+    assert "seed=-1 is out of range" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
     broken = Study("broken", "", "--dataset fashionmnist-mini --model ring", {"ring": ""}, 1, lambda record: "")
     with pytest.raises(SystemExit):

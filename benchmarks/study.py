@@ -266,7 +266,7 @@ def _runs(
             if arguments.finished and not folder.exists():
                 continue
             dataset = validation_data(folder, fold_of(seed))
-        folder /= "_".join(map(_name, shlex.split(arguments.flags))).lstrip("-")
+        folder /= "_".join(map(_name, shlex.split(arguments.flags.replace("=", " ")))).lstrip("-")
         for row in rows:
             if (row, seed) not in known:
                 runs[row, seed] = run_of(study, row, arguments.epochs, seed, folder, dataset)

@@ -141,4 +141,4 @@ def install(monkeypatch) -> None:
         if hasattr(torch.optim.Optimizer, name):
             monkeypatch.setattr(torch.optim.Optimizer, name, lambda self: None)
     monkeypatch.setattr("g2gnet.cuda_graph._check_device", lambda tensor, device: None)
-    monkeypatch.setattr("g2gnet.cuda_graph._is_on", lambda tensor, device: True)
+    monkeypatch.setattr("g2gnet.watched._is_on", lambda tensor, device: True)

@@ -16,15 +16,17 @@ from graph_stand_in import Graph
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from training_runs import SMALL, TIMES, VARIANTS
 
 import g2gnet
 import train
 from g2gnet import G2GNet
-from g2gnet.cuda_graph import CapturedStep, _check_device, _places
+from g2gnet.cuda_graph import CapturedStep, _check_device
 from g2gnet.data import load_dataset
 from g2gnet.training import Machine, Trainer, TrainingError, TrainSettings
 from g2gnet.training import trainer as trainer_module
+from g2gnet.watched import _places
 
 no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 
@@ -469,7 +471,7 @@ DECAYING = functools.partial(torch.optim.Adagrad, lr_decay=0.1)
 def test_an_optimizer_whose_state_a_graph_cannot_change_trains_as_without_one(
     stand_ins, monkeypatch, caplog, optimizer, why
 ):
-    monkeypatch.setattr("g2gnet.cuda_graph._is_on", lambda tensor, device: tensor.ndim > 0)  # steps are on the CPU
+    monkeypatch.setattr("g2gnet.watched._is_on", lambda tensor, device: tensor.ndim > 0)  # steps are on the CPU
 
     def trained(device):
         torch.manual_seed(0)
@@ -504,15 +506,19 @@ def test_a_state_that_a_module_keeps_in_a_new_tensor_leaves_no_graph(stand_ins):
 
 @pytest.mark.parametrize(
     "others",
-    [np.arange(1.0, 3.0), [[1.0], [2.0]], [{"a": 1.0}, {"a": 2.0}], [{1.0}, {2.0}], list(torch.tensor([[1.0], [2.0]]))],
-    ids=["numpy", "list", "dictionary", "set", "tensor"],
-)
+    [
+        np.arange(1.0, 3.0), [[1.0], [2.0]], [{"a": 1.0}, {"a": 2.0}], [{1.0}, {2.0}],
+        list(torch.tensor([[1.0], [2.0]])), [[[1.0]], [[2.0]]], [{"a": {"b": 1.0}}, {"a": {"b": 2.0}}], [[1], [1.0]],
+        [np.float64(1.0), (1.0, 2.0)],
+    ],
+    ids=["numpy", "list", "dictionary", "set", "tensor", "nested", "nested dictionaries", "type", "numpy and tuple"],
+)  # fmt: skip
 def test_an_attribute_that_a_graph_cannot_change_is_noticed(stand_ins, others):
     net = torch.nn.Linear(2, 1)
 
     def step(x):
-        factor = net.factor.values() if isinstance(net.factor, dict) else net.factor
-        return net(x) * (factor if isinstance(factor, np.generic) else sum(factor))
+        factors = np.array(tree_leaves(list(net.factor) if isinstance(net.factor, set) else net.factor))
+        return net(x) * factors.sum().item() * (2 if factors.dtype.kind == "i" else 1)
 
     net.factor = others[0]
     captured, x = CapturedStep(step, CUDA), torch.rand(3, 2)
@@ -523,14 +529,175 @@ def test_an_attribute_that_a_graph_cannot_change_is_noticed(stand_ins, others):
     assert torch.equal(captured(x), step(x))
 
 
-class Slots:
+def test_what_is_changed_in_place_is_noticed(stand_ins):
+    net = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    optimizer.param_groups[0]["factors"] = [1.0, {"last": np.ones(2)}]
+    net.factors = [[1.0]]
+
+    def step(x):
+        first, last = optimizer.param_groups[0]["factors"]
+        return net(x) * net.factors[0][0] * first * float(last["last"].sum())
+
+    captured, x = CapturedStep(step, CUDA), torch.rand(3, 2)
+
+    def check(graphs):
+        for _ in range(6):
+            assert torch.equal(captured(x), step(x))
+        assert len(Graph.captured) == graphs
+
+    check(1)
+    net.factors[0][0] = 2.0
+    check(2)
+    optimizer.param_groups[0]["factors"][0] = 3.0
+    check(3)
+    optimizer.param_groups[0]["factors"][1]["last"] = np.full(2, 2.0)
+    check(4)
+
+
+def with_a_buffer(tensor):
+    net = torch.nn.Linear(4, 1)
+    net.register_buffer("adjacency", tensor)
+    return net
+
+
+class Incomparable:
+    def __eq__(self, other):
+        raise ValueError("of elements there are several")
+
+    def __bool__(self):
+        raise ValueError("of an array")
+
+    __hash__ = None
+
+
+def with_an_attribute(value):
+    net = torch.nn.Linear(4, 1)
+    net.kept = value
+    return net
+
+
+def itself():
+    items = []
+    items.append(items)
+    return items
+
+
+ODD = {
+    "COO": lambda: with_a_buffer(torch.eye(4).to_sparse()),
+    "CSR": lambda: with_a_buffer(torch.eye(4).to_sparse_csr()),
+    "nested": lambda: with_an_attribute(torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])),
+    "array": lambda: with_an_attribute(np.ones(3)),
+    "objects": lambda: with_an_attribute([np.array([None, Incomparable()]), Incomparable()]),
+    "itself": lambda: with_an_attribute(itself()),
+    "not a number": lambda: with_an_attribute([float("nan"), np.float32("nan"), torch.tensor(torch.nan)]),
+    "many": lambda: with_an_attribute(list(range(100_000))),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
+@pytest.mark.parametrize("make", ODD.values(), ids=ODD)
+def test_whatever_a_network_keeps_its_step_is_captured(stand_ins, monkeypatch, caplog, make):
+    net = make()
+    monkeypatch.setattr("g2gnet.watched._is_on", lambda tensor, device: tensor.ndim > 0)
+    captured, x = CapturedStep(lambda x: net(x), CUDA), torch.rand(3, 4)
+    for _ in range(6):
+        captured(x)
+    assert len(Graph.captured) == 1
+    assert not caplog.messages
+    if isinstance(getattr(net, "kept", None), np.ndarray):
+        net.kept = (0.5, 0.5)
+    net.weight.data = torch.ones(1, 4)
+    assert torch.equal(captured(x), net(x))
+
+
+def test_a_sparse_buffer_that_is_written_to_is_noticed(stand_ins):
+    net = with_a_buffer(torch.eye(4).to_sparse().coalesce())
+    captured, x = CapturedStep(lambda x: net(torch.sparse.mm(net.adjacency, x.T).T), CUDA), torch.rand(3, 4)
+    for _ in range(5):
+        captured(x)
+    net.adjacency.zero_()
+    assert torch.equal(captured(x), net(torch.zeros(3, 4)))
+
+
+def test_a_set_is_compared_without_its_order(stand_ins):
+    net = with_an_attribute({8, 0})
+    captured = CapturedStep(lambda x: net(x), CUDA)
+    for number in range(6):
+        net.kept = {0, 8} if number % 2 else {8, 0}  # in other orders
+        captured(torch.rand(3, 4))
+    assert len(Graph.captured) == 1
+
+
+class Unreadable:
     __slots__ = ("net",)
 
     def __init__(self, net):
         self.net = net
 
+    def __getattribute__(self, name):
+        if name == "net":
+            raise OSError("the connection is closed")
+        return super().__getattribute__(name)
+
+
+def test_what_cannot_be_looked_at_leaves_no_graph_and_a_reason(stand_ins, caplog):
+    own = types.SimpleNamespace(net=torch.nn.Linear(2, 1), other=Unreadable(None))
+    captured = CapturedStep(lambda x: own.net(x), CUDA)
+    for _ in range(6):
+        assert torch.equal(captured(torch.ones(3, 2)), own.net(torch.ones(3, 2)))
+    (line,) = caplog.messages
+    assert "what it refers to cannot be compared (the connection is closed)" in line
+    with pytest.raises(RuntimeError, match="cannot be compared"):
+        CapturedStep(lambda x: own.net(x), CUDA, required=True)(torch.ones(3, 2))
+
+
+def test_objects_that_a_network_kept_are_not_kept_alive(stand_ins):
+    class Loss:
+        pass
+
+    net, alive = torch.nn.Linear(2, 1), []
+
+    def step(x):
+        net.loss = Loss()
+        net.loss.value = net(x).mean()
+        alive.append(weakref.ref(net.loss))
+        return net.loss.value.detach()
+
+    captured = CapturedStep(step, CUDA)
+    for _ in range(30):
+        captured(torch.rand(3, 2))
+    gc.collect()
+    assert sum(each() is not None for each in alive) == 1
+
+
+@pytest.mark.parametrize(("steps", "graphs"), [(2, 0), (4, 15)])
+def test_an_attribute_that_changes_every_few_steps_is_named(stand_ins, caplog, steps, graphs):
+    net = torch.nn.Linear(2, 1)
+    captured = CapturedStep(lambda x: net(x), CUDA)
+    for number in range(60):
+        net.phase = number // steps
+        captured(torch.rand(3, 2))
+    assert len(Graph.captured) == graphs
+    (line,) = caplog.messages
+    assert "the last two differ in the attribute 'phase' of Linear" in line
+
+
+class Slots:
+    __slots__ = ("__net",)
+
+    def __init__(self, net):
+        self.__net = net
+
     def learn(self, x):
-        return self.net(x)
+        return self.__net(x)
+
+    def __call__(self, x):
+        return GLOBAL["net"](x)
+
+
+GLOBAL = {}
 
 
 def in_a_partial(net):
@@ -593,13 +760,37 @@ def in_a_slot(net):
     return Slots(net).learn
 
 
+def in_a_global_of_a_callable_object(net):
+    GLOBAL["net"] = net
+    return Slots(None)
+
+
+def behind_a_weak_reference(net):
+    net = weakref.ref(net)
+    return lambda x: net()(x)
+
+
+def behind_a_proxy(net):
+    own = types.SimpleNamespace(net=weakref.proxy(net))
+    return lambda x: own.net(x)
+
+
+def in_a_list_of_a_module(net):
+    """As networks keep others that they do not train."""
+    outer = torch.nn.Sequential(torch.nn.Identity())
+    outer[0].others = [net]
+    outer.forward = lambda x: outer[0].others[0](x)
+    return lambda x: outer(x)
+
+
 def holding(net):
     return types.SimpleNamespace(inner=types.SimpleNamespace(net=net))
 
 
 WAYS = [in_a_partial, by_name_in_a_partial, in_a_partial_of_a_method, in_a_list, in_a_dictionary_of_tuples,
         in_an_attribute_of_an_attribute, in_a_helper, in_a_global_of_a_generator, in_a_default, in_a_named_default,
-        in_a_set, in_a_class, in_a_slot]  # fmt: skip
+        in_a_set, in_a_class, in_a_slot, in_a_global_of_a_callable_object, behind_a_weak_reference, behind_a_proxy,
+        in_a_list_of_a_module]  # fmt: skip
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
@@ -613,6 +804,14 @@ def test_a_network_is_found_wherever_the_step_has_it(stand_ins, caplog, way):
     assert not caplog.messages
     net.weight.data = torch.ones(1, 4)
     assert torch.equal(captured(x), step(x))
+
+
+def test_a_proxy_of_what_is_gone_is_passed_over(stand_ins):
+    own = types.SimpleNamespace(net=torch.nn.Linear(2, 1), gone=weakref.proxy(torch.nn.Linear(2, 1)))
+    captured = CapturedStep(lambda x: own.net(x), CUDA)
+    for _ in range(5):
+        captured(torch.rand(3, 2))
+    assert len(Graph.captured) == 1
 
 
 def test_networks_that_are_added_and_objects_that_are_replaced_are_noticed(stand_ins):
@@ -672,7 +871,7 @@ def test_numbers_that_change_at_every_step_are_read_from_tensors_or_leave_no_gra
     for one, other in zip(plain.net.parameters(), tensor.net.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)  # a rate of float32
     (line,) = caplog.messages
-    assert "9 calls differ" in line
+    assert "of 9 calls no four could share one, the last two differ in the setting 'lr' of an optimizer" in line
     assert "lr=torch.tensor(0.001, device='cuda:1')" in line
 
 

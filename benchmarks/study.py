@@ -364,12 +364,13 @@ def differences(ends: Sequence[dict[str, Any]], control: Sequence[dict[str, Any]
 
 
 def gain(ends: Sequence[dict[str, Any]], control: Sequence[dict[str, Any]]) -> str:
-    """Mean ± standard error of these differences; ``–`` without any."""
+    """Mean ± standard error of these differences, and their number if it is not that of the runs; ``–`` without any."""
     found = differences(ends, control)
     if not found:
         return "–"
     mean, error = estimate(found)
-    return f"{mean:+.2f}" if error is None else f"{mean:+.2f} ± {error:.2f}"
+    text = f"{mean:+.2f}" if error is None else f"{mean:+.2f} ± {error:.2f}"
+    return text if len(found) == len(ends) else f"{text} (n = {len(found)})"
 
 
 def run_study(study: Study, argv: Sequence[str] | None = None) -> int:

@@ -454,7 +454,7 @@ def test_parts_of_the_recipe_are_compared_seed_by_seed_with_runs_of_as_many_epoc
         for row, of in found.items()
     ]
     lines = [line.split(" | ") for line in recipe_study.table({"rows": rows}).split("\n")[2:]]
-    assert [line[3] for line in lines] == ["–", "–", "-0.70 ± 0.30", "+1.00", "–"]
+    assert [line[3] for line in lines] == ["–", "–", "-0.70 ± 0.30 (n = 2)", "+1.00", "–"]
 
 
 def test_p_values_are_corrected_as_by_holm():

@@ -10,7 +10,7 @@ import matplotlib
 
 from .chunks import usual_chunk
 from .report import curve_title, digest, seconds, title
-from .structure_study import CONTROL, GRAPHS, compared, interval, means
+from .structure_study import CONTROL, GRAPHS, compared, interval, pooled
 from .study import accuracy, mean, standard_error
 from .tradeoff_study import density, width
 
@@ -196,24 +196,24 @@ def draw_tradeoff(
 
 
 def _structure(record: dict[str, Any]) -> Figure:
-    """What each graph has more than the control: a bar per size, in the table's order, and one of all sizes."""
+    """What each graph has more than the control: a bar per size, in the table's order, and those of all sizes."""
     sizes = compared(record)
-    together = means(sizes)
+    together = pooled(sizes)
     units = [size.rpartition(", ")[2] for size in sizes]
     colours = dict(zip(dict.fromkeys(units), (OURS, "#c4552d"), strict=False))  # one or two
-    graphs = [graph for graph in GRAPHS if any(graph in of_size for of_size in sizes.values())]
-    figure, axis = plt.subplots(figsize=(8.2, 1 + (0.6 + 0.04 * len(sizes)) * len(graphs)), layout="constrained")
+    colours |= {name: shade for name, shade in zip(reversed(together), ("black", "dimgrey", "darkgrey"), strict=False)}
+    bars = list(zip(units, sizes.values(), strict=True)) + list(together.items())
+    graphs = [graph for graph in GRAPHS if any(graph in of for _, of in bars)]
+    figure, axis = plt.subplots(figsize=(8.2, 1 + (0.6 + 0.04 * len(bars)) * len(graphs)), layout="constrained")
     for row, graph in enumerate(graphs):
-        bars = [(of_size.get(graph, []), colours[unit]) for of_size, unit in zip(sizes.values(), units, strict=True)]
-        if together:
-            bars.append((together[graph], "black"))
-        for number, (values, colour) in enumerate(bars, 1):
+        for number, (label, of) in enumerate(bars, 1):
+            values = of.get(graph, [])
             if len(set(values)) > 1:
                 middle, (low, high) = statistics.mean(values), interval(values)
                 errors = [[middle - low], [high - middle]]
                 place = row - 0.4 + 0.8 * number / (len(bars) + 1)
-                axis.errorbar(middle, place, xerr=errors, fmt="o", color=colour, markersize=3, linewidth=1)
-    for label, colour in {**colours, **({"all sizes": "black"} if together else {})}.items():
+                axis.errorbar(middle, place, xerr=errors, fmt="o", color=colours[label], markersize=3, linewidth=1)
+    for label, colour in colours.items():
         axis.plot([], [], "o-", color=colour, markersize=3, linewidth=1, label=label)
     axis.axvline(0, color="black", linestyle=":", linewidth=1)
     axis.set_yticks(range(len(graphs)), graphs)

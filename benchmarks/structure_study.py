@@ -81,14 +81,23 @@ def compared(record: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
     return sizes
 
 
-def means(sizes: dict[str, dict[str, list[float]]]) -> dict[str, list[float]]:
-    """For each graph the mean of these differences at each size that has some; nothing for less than three sizes."""
-    if len(sizes) <= 2:
-        return {}
+def pooled(sizes: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, list[float]]]:
+    """Means of these differences, one per size, by graph: of all sizes, and of each width's if there are several.
+
+    Nothing for less than three sizes.
+    """
+    groups: dict[str, list[dict[str, list[float]]]] = {"All sizes together": list(sizes.values())}
+    for size, of_size in sizes.items():
+        groups.setdefault(f"All sizes of {size.partition(', ')[0]}", []).append(of_size)
+    of_all, *of_widths = groups
     return {
-        graph: [statistics.mean(of_size[graph]) for of_size in sizes.values() if of_size.get(graph)]
-        for graph in GRAPHS
-        if graph != CONTROL
+        name: {
+            graph: [statistics.mean(each[graph]) for each in groups[name] if each.get(graph)]
+            for graph in GRAPHS
+            if graph != CONTROL
+        }
+        for name in (*of_widths, of_all)
+        if len(groups[name]) > 2 and (name == of_all or len(groups[name]) < len(sizes))
     }
 
 
@@ -96,7 +105,7 @@ def table(record: dict[str, Any]) -> str:
     """Accuracy of each graph by size, and what it has more than the control: mean, interval, p.
 
     p-values are corrected for all tests of all sizes. Seeds of one size are no sample of sizes, so all sizes together
-    are tested by their means.
+    are tested by their means, with p-values that are corrected for all of these tests.
     """
     sizes = compared(record)
     tested = _tested({(graph, size): values for size, more in sizes.items() for graph, values in more.items()})
@@ -107,10 +116,11 @@ def table(record: dict[str, Any]) -> str:
         lines[size].append([graph, f"{mean(row, 'weights'):,.0f}", spread(row["ends"], accuracy, 2), *cells])
     header = ["graph", "weights", "test accuracy, %", *_TESTED]
     parts = [f"**{size}**\n\n{markdown(header, of_size)}" for size, of_size in lines.items()]
-    together = means(sizes)
-    if together:
-        rows = [[graph, str(len(together[graph])), *cells] for graph, cells in _tested(together).items()]
-        parts.append(f"**All sizes together**\n\n{markdown(['graph', 'sizes', *_TESTED], rows)}")
+    together = pooled(sizes)
+    tested = _tested({(graph, name): values for name, of in together.items() for graph, values in of.items()})
+    for name, of in together.items():
+        rows = [[graph, str(len(of[graph])), *tested[graph, name]] for graph in of if (graph, name) in tested]
+        parts.append(f"**{name}**\n\n{markdown(['graph', 'sizes', *_TESTED], rows)}")
     return "\n\n".join(parts)
 
 

@@ -179,19 +179,20 @@ class BlockMask(UnitGrid):
     def become_(self, other: "BlockMask") -> None:
         """Takes over the units of another mask of the same ``shape``, and their slots.
 
-        This happens in place if both have the same numbers of units and ranges, so a captured graph that holds these
-        tensors sees the new units.
+        This happens in place if both have the same numbers of units and ranges, and operators read the same tensors of
+        both, so a captured graph that holds these tensors sees the new units.
         """
+        sides = (self.rows, other.rows), (self.cols, other.cols)
         mine, theirs = (
             [*mask.tensors()[:6], *(getattr(axis, name) for axis in (mask.rows, mask.cols) for name in axis.INDICES)]
             for mask in (self, other)
         )
-        if all(a.shape == b.shape for a, b in zip(mine, theirs, strict=True)):
+        alike = self.block_size == other.block_size and all(axis.trivial == new.trivial for axis, new in sides)
+        if alike and all(a.shape == b.shape for a, b in zip(mine, theirs, strict=True)):
             for a, b in zip(mine, theirs, strict=True):
                 a.copy_(b)
-            for axis, new in ((self.rows, other.rows), (self.cols, other.cols)):
-                axis.layout, axis.trivial = new.layout, new.trivial
-            self.block_size = other.block_size
+            for axis, new in sides:
+                axis.layout = new.layout
             self._changed()
             return
         device = self.unit_row.device

@@ -18,7 +18,7 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from g2gnet.messages import reason
-from g2gnet.watched import CONSTANTS, Watched
+from g2gnet.watched import CONSTANTS, Watched, plain
 
 logger = logging.getLogger("g2gnet")
 
@@ -49,21 +49,24 @@ def captured(step: Callable[..., Any], device: torch.device | str) -> Callable[.
 
     - arguments that are no tensors, and the tensors' shapes and dtypes;
     - of each network to which ``step`` refers: its modules, their attributes (numbers such as ``T`` and ``training``,
-      which objects they are, and what is in a list, tuple, set or dictionary of at most 100 items, also in one inside
-      it), and its parameters and buffers: which tensors they are, of which module, their addresses, shapes, strides and
-      dtypes, and which are learned;
+      which objects they are, what is in a list, tuple, set or dictionary of at most 100 items, also in one inside it,
+      and the numbers of a small tensor on the host; but none of its masks, which a graph reads), and its parameters and
+      buffers: which tensors they are, of which module, their addresses, shapes, strides and dtypes, and which are
+      learned;
     - of each optimizer: which one it is, its settings, and which tensors its state consists of and where they are;
     - which hooks these have: they are called at direct steps alone, and what they launch is in the graph;
     - whether gradients are recorded, and autocast.
 
-    If one has changed, the step runs directly, and the fourth such call captures a new graph. Networks and optimizers
-    are found by the variables of ``step``, by the object whose method it is, by ``functools.partial``, and from there
-    by at most three attributes of objects or items of tuples, lists, sets and dictionaries (of at most 100 items), also
-    by weak references: ``self.trainer.nets[0]``. What a module of a network refers to is found as what the network
-    refers to. What is first referred to after the capture, from an object that referred to none before, is not found.
-    If there is no parameter at all, a warning says so. Changes of anything else that ``step`` reads are not noticed,
-    such as another number in a variable. A learning rate that changes at every step must be a tensor, whose number a
-    graph reads: ``Adam(…, lr=torch.tensor(0.001, device=device), capturable=True)``.
+    If one has changed, the step runs directly, and the fourth such call without a replay between captures a new graph.
+    Networks and optimizers are found by the variables of ``step``, by the object whose method it is, by
+    ``functools.partial``, and from there by at most three attributes of objects (not of classes) or items of tuples,
+    lists, sets and dictionaries (of at most 100 items), also by weak references: ``self.trainer.nets[0]``. What a
+    module of a network refers to is found as what the network refers to. What is first referred to after the capture,
+    by an object that referred to none before, is not found. If there is no parameter at all, a warning says so. Changes
+    of anything else that ``step`` reads are not noticed, such as another number in a variable. A learning rate that
+    changes at every step must be a tensor, whose number a graph reads:
+    ``Adam(…, lr=torch.tensor(0.001, device=device), capturable=True)``. A module that makes a tensor at every call and
+    keeps it, as those of ``torch.nn.utils.prune`` do, leaves no graph.
 
     Args:
         step: one training step. Tensors among its arguments (also in tuples, lists and dictionaries) are copied to
@@ -132,6 +135,8 @@ class CapturedStep:
         self._direct: collections.deque[tuple[Any, int]] = collections.deque(maxlen=self.KINDS)
         self._told: set[str] = set()  # warnings
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._read: list[Any] = []
+        self._result: Any = None
         self._gradients: list[_Gradient] = []
         self._captured_kind: Any = None
         self._captures = self._replays = 0
@@ -229,7 +234,7 @@ class CapturedStep:
                 "%s; " + _REMEDY,
                 self._captures, self._replays, _difference(self._captured_kind, kind), self._device,
             )  # fmt: skip
-        self._graph = self._result = self._captured_kind = None  # gives its memory to the next one
+        self._forget()  # gives its memory to the next one
         copies = [each.clone() if isinstance(each, torch.Tensor) else each for each in given]
         args, kwargs = tree_unflatten(copies, form)
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
@@ -259,6 +264,11 @@ class CapturedStep:
             )
         return True
 
+    def _forget(self) -> None:
+        """Lets go of the graph, and of all that belongs to its memory."""
+        self._graph = self._result = self._captured_kind = None
+        self._read, self._gradients = [], []
+
     def _warn_once(self, message: str, *values: object) -> None:
         if message not in self._told:
             self._told.add(message)
@@ -269,6 +279,9 @@ class CapturedStep:
             raise RuntimeError(f"the training step cannot be captured in a CUDA graph: {why}") from error
         logger.warning("training steps are not replayed as a CUDA graph, but run directly: %s", why)
         self._possible = False
+        self._forget()
+        self._direct.clear()
+        self._watched = Watched(self._step, self._device)
 
 
 #: of calls that differ; the device follows
@@ -302,7 +315,7 @@ def _kind_of_argument(given: Any, device: torch.device) -> tuple[Any, ...]:
             "changes would not be noticed; give tensors, numbers, strings, None, or tuples, lists and dictionaries of "
             "these. To networks and optimizers let the step refer by variables"
         )
-    return type(given), given  # 1, 1.0 and True are equal
+    return plain(given)
 
 
 def _check_device(tensor: torch.Tensor, device: torch.device) -> None:

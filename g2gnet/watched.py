@@ -4,6 +4,7 @@ import collections
 import contextlib
 import enum
 import functools
+import itertools
 import types
 import weakref
 from collections.abc import Callable, Collection, Iterable
@@ -22,12 +23,18 @@ CONSTANTS = (type(None), bool, int, float, complex, str, bytes, enum.Enum, torch
 _PLAIN = frozenset(CONSTANTS) - {enum.Enum}
 _COLLECTIONS = tuple, list, dict, collections.OrderedDict, set, frozenset
 #: items of a collection that are looked at, and how many collections inside one another
-_MANY, _NESTED = 100, 3
+_MANY, _NESTED = 100, 2
+_NUMBERS = (
+    torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.bool, torch.uint8, torch.int8, torch.int16,
+    torch.int32, torch.int64, torch.complex64, torch.complex128,
+)  # fmt: skip
 #: the attributes of a module that are compared by themselves
 _WATCHED = frozenset(("_parameters", "_buffers", "_modules"))
 #: attributes with the hooks of a tensor and of an optimizer
 _OF_TENSORS = "_backward_hooks", "_post_accumulate_grad_hooks"
 _OF_OPTIMIZERS = "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"
+#: attributes of an optimizer that are compared by themselves, and those that schedulers count
+_OF_PYTORCH = frozenset(("state", "param_groups", "_step_count", "_opt_called"))
 
 
 class Settings(NamedTuple):
@@ -38,11 +45,11 @@ class Settings(NamedTuple):
         attributes: of each module, by name.
         groups: the settings of each group of each optimizer, by name.
         roles: which parameters each module has.
-        learned: of each parameter, whether it is learned, has a gradient, and its hooks.
+        learned: of each parameter and buffer, whether it is learned, has a gradient, and its hooks.
         hooks: of the optimizers.
         layouts: shapes, strides and dtypes of all tensors.
         places: which they are and where.
-        odd: sparse and nested tensors, and how often each was written to.
+        odd: tensors without an address, as sparse ones, and how often each was written to.
     """
 
     which: Any
@@ -66,9 +73,13 @@ class Settings(NamedTuple):
                 for name in {**mine, **others}:
                     if mine.get(name) != others.get(name):
                         return f"the setting {name!r} of an optimizer"
-        names = {"which": "which networks and optimizers there are", "hooks": "hooks"}
-        found = next((name for name in self._fields if getattr(self, name) != getattr(other, name)), "")
-        return names.get(found, "which tensors there are, where they are, or whether they have gradients")
+        names = {
+            "which": "which networks and optimizers there are",
+            "learned": "which tensors are learned, have a gradient, or have hooks",
+            "hooks": "the hooks of an optimizer",
+        }
+        found = next(name for name in self._fields if getattr(self, name) != getattr(other, name))
+        return names.get(found, "which tensors its networks and optimizers have, or where these are")
 
 
 class Watched:
@@ -118,24 +129,25 @@ class Watched:
             _add_tensors(optimizer.state, tensors)
         # by which module; which they are follows from their places
         roles = [list(map(id, module._parameters.values())) for module in self._modules]
-        learned = [(each.requires_grad, each.grad is None, _hooks(each, _OF_TENSORS)) for each in parameters]
+        learned = [
+            (each.requires_grad, each.is_leaf and each.grad is None, _hooks(each, _OF_TENSORS))
+            for each in parameters + buffers
+        ]
         hooks = [_hooks(optimizer, _OF_OPTIMIZERS) for optimizer in self._optimizers]
+        with_address = list(filter(_has_address, tensors))
         odd = []
-        try:
-            laid_out = _layouts(tensors), _places(tensors)
-        except RuntimeError:
-            odd = [(_Identity(each), version(each)) for each in tensors if not _is_plain(each)]
-            plain = list(filter(_is_plain, tensors))
-            laid_out = _layouts(plain), _places(plain)
+        if len(with_address) < len(tensors):
+            odd = [(_Identity(each), version(each)) for each in tensors if not _has_address(each)]
+        layouts = [(each.shape, each.stride(), each.dtype) for each in with_address]
         which = list(map(_Identity, (*self._modules, *self._optimizers)))
-        return Settings(which, attributes, groups, roles, learned, hooks, *laid_out, odd)
+        return Settings(which, attributes, groups, roles, learned, hooks, layouts, _places(with_address), odd)
 
     def _attributes(self, module: nn.Module, tensors: list[torch.Tensor]) -> dict[str, Any]:
         """The attributes of a module as constants of a graph; adds tensors that it reads to ``tensors``."""
         found = {}
         for name, value in vars(module).items():
             kind = type(value)
-            if kind in _PLAIN and value == value:  # most, and quicker than by a call
+            if kind in _PLAIN and value == value:  # as `plain` has it, quicker
                 found[name] = kind, value
             elif name not in _WATCHED and not (kind in _COLLECTIONS and not value):
                 found[name] = self._constant(value, tensors)
@@ -150,33 +162,51 @@ class Watched:
     def _constant(self, value: Any, tensors: list[torch.Tensor], nested: int = _NESTED) -> Any:
         """A value as a constant of a graph, to be compared by ``==``; adds tensors that it reads to ``tensors``.
 
-        Of objects it is which ones they are; of a collection, what is in it.
+        Of objects it is which ones they are; of a collection, what is in it; of few numbers on the host, which.
         """
-        kind = type(value)
+        kind = type(value)  # objects may answer for another, or fail to
         if kind in _PLAIN:
-            return kind, value if value == value else "nan"
-        if isinstance(value, np.generic):
-            return kind, value.tobytes()
-        if isinstance(value, torch.Tensor):
-            on_host = not _is_on(value, self._device) and _is_plain(value)
-            if on_host and value.numel() <= _MANY:  # the step may have read its numbers
-                return kind, value.dtype, repr(value.tolist())
-            tensors.append(value)
-            return kind
-        if isinstance(value, _COLLECTIONS) and len(value) <= _MANY and nested:
+            return plain(value)
+        if kind in weakref.ProxyTypes:  # which asks what it refers to for its class, and may be gone
+            return kind, _Identity(value)
+        if issubclass(kind, np.generic):
+            return kind, value.dtype, value.tobytes()
+        if issubclass(kind, torch.Tensor):
+            return kind, self._numbers(value, tensors)
+        collection = issubclass(kind, _COLLECTIONS)
+        if collection and len(value) <= _MANY and nested:
             constants = [self._constant(each, tensors, nested - 1) for each in value]
-            if isinstance(value, dict):
+            if issubclass(kind, dict):
                 items = [self._constant(each, tensors, nested - 1) for each in value.values()]
                 return kind, tuple(constants), tuple(items)
-            return kind, frozenset(constants) if isinstance(value, set | frozenset) else tuple(constants)
-        return kind, len(value) if isinstance(value, _COLLECTIONS) else None, _Identity(value)
+            return kind, frozenset(constants) if issubclass(kind, set | frozenset) else tuple(constants)
+        return kind, len(value) if collection else None, _Identity(value)
+
+    def _numbers(self, tensor: torch.Tensor, tensors: list[torch.Tensor]) -> Any:
+        """Few numbers on the host, which a step may have read; a graph reads others: adds these to ``tensors``."""
+        if is_lazy(tensor):
+            return _Identity(tensor)
+        if not _is_on(tensor, self._device) and _is_read_by_python(tensor):
+            return tensor.dtype, repr(tensor.tolist())
+        tensors.append(tensor)
+        return None
 
     def numbers(self) -> list[Any]:
-        """What optimizers keep in their state for Python to read and change, as a step that they count."""
-        leaves = tree_leaves([list(optimizer.state.values()) for optimizer in self._optimizers])
-        on_host = [each for each in leaves if not isinstance(each, torch.Tensor) or not _is_on(each, self._device)]
-        numbers = [each.item() if isinstance(each, torch.Tensor) and each.ndim == 0 else each for each in on_host]
-        return [each for each in numbers if isinstance(each, CONSTANTS)]
+        """What optimizers keep for Python to read and change, as a step that they count."""
+        counted = []
+        for optimizer in self._optimizers:
+            own = [value for name, value in vars(optimizer).items() if name not in _OF_PYTORCH]
+            counted += [each for each in tree_leaves([list(optimizer.state.values()), own]) if _is_number(each)]
+        return [self._constant(each, []) for each in counted]
+
+
+def plain(value: Any) -> tuple[Any, ...]:
+    """A number, a string or the like, to be compared by ``==``: 1, 1.0 and True differ, and NaN is itself."""
+    return type(value), value if value == value else "nan"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, CONSTANTS) or (isinstance(value, torch.Tensor) and _is_read_by_python(value))
 
 
 class _Identity:
@@ -195,9 +225,19 @@ class _Identity:
         return id(self._of)
 
 
-def _is_plain(tensor: torch.Tensor) -> bool:
-    """Whether it has strides and an address."""
-    return tensor.layout is torch.strided and not tensor.is_nested
+def _has_address(tensor: torch.Tensor) -> bool:
+    """Whether it has strides and an address, unlike sparse and nested tensors, and some of ``torch.func``."""
+    try:
+        tensor.data_ptr()
+        return tensor.layout is torch.strided and not tensor.is_nested
+    except RuntimeError:
+        return False
+
+
+def _is_read_by_python(tensor: torch.Tensor) -> bool:
+    """Whether a step may read its numbers as Python's: a small one of a usual kind."""
+    kind = type(tensor) in (torch.Tensor, nn.Parameter) and not tensor.is_meta and not tensor.is_quantized
+    return kind and _has_address(tensor) and tensor.numel() <= _MANY and tensor.dtype in _NUMBERS
 
 
 def _is_on(tensor: torch.Tensor, device: torch.device) -> bool:
@@ -223,15 +263,11 @@ def _with_children(modules: Iterable[nn.Module]) -> list[nn.Module]:
     each_once = dict.fromkeys(modules)
     queue = list(each_once)
     for module in queue:
-        for child in module._modules.values():
+        for child in map(_dereferenced, module._modules.values()):
             if child is not None and child not in each_once:
                 each_once[child] = None
                 queue.append(child)
     return queue
-
-
-def _layouts(tensors: list[torch.Tensor]) -> list[Any]:
-    return [(each.shape, each.stride(), each.dtype) for each in tensors]
 
 
 def _places(tensors: list[torch.Tensor]) -> tuple[Any, ...]:
@@ -258,47 +294,60 @@ def _search(step: Any, within: dict[int, Any] | None = None) -> tuple[list[Any],
     The modules of a network count as the network, so that what one of them refers to is found as well.
     """
     found: list[Any] = []
-    holder: dict[int, Any] = {}
+    referrers: dict[int, list[Any]] = {}  # by the id of what they refer to; all of them, since each may change
 
-    def with_modules(each: Any, by: Any) -> list[Any]:
-        holder[id(each)] = by
-        if isinstance(each, _SOUGHT):
-            found.append(each)
-        if not isinstance(each, nn.Module):
+    def is_new(each: Any, by: Any) -> bool:
+        new = id(each) not in referrers
+        referrers.setdefault(id(each), []).append(by)
+        return new
+
+    def note(each: Any, by: Any) -> list[Any]:
+        """Notes who refers to an object; returns the objects from which to go on."""
+        if not is_new(each, by):
+            return []
+        if not issubclass(type(each), _SOUGHT):
             return [each]
-        below = [child for child in _with_children([each])[1:] if id(child) not in holder]
-        below = below if within is None else [child for child in below if id(child) in within]
-        holder.update((id(child), each) for child in below)
-        return [each, *below]
+        found.append(each)
+        modules = _with_children([each]) if isinstance(each, nn.Module) else [each]
+        inner = [child for child in modules[1:] if within is None or id(child) in within]
+        return [each, *(child for child in inner if is_new(child, each))]
 
-    level = with_modules(_referent(step), None)
+    level = note(step, None)
     for _ in range(_DEPTH):
         below: list[Any] = []
         for value in level:
-            for each in _referred(value) if within is None or id(value) in within else ():
-                each = _referent(each)
-                if id(each) not in holder:
-                    below += with_modules(each, value)
+            for each in _references_of(value) if within is None or id(value) in within else ():
+                below += note(_dereferenced(each), value)
         level = below
     holders: dict[int, Any] = {}
-    for each in found:
-        while (each := holder[id(each)]) is not None:
-            holders[id(each)] = each
+    queue = list(found)
+    for each in queue:
+        for by in referrers[id(each)]:
+            if by is not None and id(by) not in holders:
+                holders[id(by)] = by
+                queue.append(by)
     return found, holders
 
 
-def _referent(value: Any) -> Any:
+def _dereferenced(value: Any) -> Any:
     """What a weak reference or proxy refers to, None if that is gone; any other object itself."""
     if type(value) in weakref.ProxyTypes:
         try:
             return value.__reduce_ex__.__self__
-        except ReferenceError:
+        except (ReferenceError, AttributeError):  # gone, or of a class
             return None
-    return value() if isinstance(value, weakref.ref) else value
+    return value() if type(value) is weakref.ref else value
 
 
-def _referred(value: Any) -> Collection[Any]:
-    """The objects to which one refers by a variable, an attribute or an item."""
+def _references_of(value: Any) -> Collection[Any]:
+    """The objects to which one refers by a variable, an attribute or an item; none if it cannot be looked at."""
+    try:
+        return _references(value)
+    except Exception:
+        return ()
+
+
+def _references(value: Any) -> Collection[Any]:
     if isinstance(value, types.FunctionType):
         cells = []
         for cell in value.__closure__ or ():
@@ -309,6 +358,9 @@ def _referred(value: Any) -> Collection[Any]:
     if isinstance(value, types.MethodType):
         owner = value.__self__
         return [*(vars(owner).values() if isinstance(owner, type) else [owner]), value.__func__]
+    if isinstance(value, weakref.WeakMethod):
+        method = value()  # a new one each time
+        return () if method is None else (method.__self__, method.__func__)
     if isinstance(value, functools.partial):
         return value.func, *value.args, *value.keywords.values()
     if isinstance(value, _COLLECTIONS):
@@ -325,14 +377,17 @@ def _referred(value: Any) -> Collection[Any]:
 def _slots(value: Any) -> dict[str, Any]:
     """The attributes of an object that its classes name in ``__slots__``."""
     found = {}
-    for each in type(value).__mro__:
-        slots = vars(each).get("__slots__", ())
-        for name in [slots] if isinstance(slots, str) else slots:
-            private = name.startswith("__") and not name.endswith("__")
-            name = f"_{each.__name__.lstrip('_')}{name}" if private else name  # as Python calls it
-            if hasattr(value, name):
-                found[name] = getattr(value, name)
+    kind: Any = type(value)
+    for name, slot in _slots_of(kind):
+        with contextlib.suppress(AttributeError):  # not assigned yet
+            found[name] = slot.__get__(value)
     return found
+
+
+@functools.lru_cache(maxsize=1000)
+def _slots_of(kind: type) -> list[tuple[str, Any]]:
+    classes = (vars(each).items() for each in kind.__mro__)
+    return [each for each in itertools.chain(*classes) if isinstance(each[1], types.MemberDescriptorType)]
 
 
 def _names(code: types.CodeType) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from graph_stand_in import Graph
+from helpers import seeded
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -460,13 +461,30 @@ class Counting(Rebinding):
                 parameter.data.add_(parameter.grad, alpha=-group["lr"] / steps)
 
 
+class Looking(torch.optim.SGD):
+    """Counts in an attribute of its own, as Lookahead does."""
+
+    calls = 0
+
+    @torch.no_grad()
+    def step(self):
+        self.calls += 1
+        for parameter in self.param_groups[0]["params"]:
+            parameter -= 0.1 / self.calls * parameter.grad
+
+
 DECAYING = functools.partial(torch.optim.Adagrad, lr_decay=0.1)
 
 
 @pytest.mark.parametrize(
     ("optimizer", "why"),
-    [(Rebinding, "change tensors in place"), (Counting, "counts on the CPU"), (DECAYING, "`capturable=True`")],
-    ids=["rebinding", "counting", "Adagrad"],
+    [
+        (Rebinding, "change tensors in place"),
+        (Counting, "counts on the CPU"),
+        (Looking, "counts on the CPU"),
+        (DECAYING, "`capturable=True`"),
+    ],
+    ids=["rebinding", "counting", "looking", "Adagrad"],
 )
 def test_an_optimizer_whose_state_a_graph_cannot_change_trains_as_without_one(
     stand_ins, monkeypatch, caplog, optimizer, why
@@ -577,6 +595,11 @@ def with_an_attribute(value):
     return net
 
 
+class Other(torch.Tensor):
+    def tolist(self):
+        raise RuntimeError("not of this class")
+
+
 def itself():
     items = []
     items.append(items)
@@ -590,6 +613,10 @@ ODD = {
     "array": lambda: with_an_attribute(np.ones(3)),
     "objects": lambda: with_an_attribute([np.array([None, Incomparable()]), Incomparable()]),
     "itself": lambda: with_an_attribute(itself()),
+    "meta": lambda: with_an_attribute(torch.zeros(3, device="meta")),
+    "quantized": lambda: with_an_attribute(torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)),
+    "lazy": lambda: with_an_attribute([torch.nn.UninitializedParameter()]),
+    "subclass": lambda: with_an_attribute(torch.ones(3).as_subclass(Other)),
     "not a number": lambda: with_an_attribute([float("nan"), np.float32("nan"), torch.tensor(torch.nan)]),
     "many": lambda: with_an_attribute(list(range(100_000))),
 }
@@ -597,6 +624,7 @@ ODD = {
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
 @pytest.mark.parametrize("make", ODD.values(), ids=ODD)
 def test_whatever_a_network_keeps_its_step_is_captured(stand_ins, monkeypatch, caplog, make):
     net = make()
@@ -621,6 +649,16 @@ def test_a_sparse_buffer_that_is_written_to_is_noticed(stand_ins):
     assert torch.equal(captured(x), net(torch.zeros(3, 4)))
 
 
+def test_a_buffer_that_is_learned_from_now_on_is_noticed(stand_ins):
+    net = with_a_buffer(torch.ones(4))
+    captured = CapturedStep(lambda x: net(x * net.adjacency), CUDA)
+    for _ in range(5):
+        captured(torch.ones(3, 4))
+    net.adjacency.requires_grad_()
+    captured(torch.ones(3, 4)).sum().backward()
+    assert torch.equal(net.adjacency.grad, 3 * net.weight[0])
+
+
 def test_a_set_is_compared_without_its_order(stand_ins):
     net = with_an_attribute({8, 0})
     captured = CapturedStep(lambda x: net(x), CUDA)
@@ -631,26 +669,40 @@ def test_a_set_is_compared_without_its_order(stand_ins):
 
 
 class Unreadable:
-    __slots__ = ("net",)
-
-    def __init__(self, net):
-        self.net = net
-
     def __getattribute__(self, name):
-        if name == "net":
-            raise OSError("the connection is closed")
-        return super().__getattribute__(name)
+        raise OSError("the connection is closed")
+
+    __getattr__ = __len__ = __getattribute__
 
 
-def test_what_cannot_be_looked_at_leaves_no_graph_and_a_reason(stand_ins, caplog):
-    own = types.SimpleNamespace(net=torch.nn.Linear(2, 1), other=Unreadable(None))
+class UnreadableList(list):
+    def __len__(self):
+        raise OSError("the connection is closed")
+
+
+def test_what_cannot_be_looked_at_is_passed_over(stand_ins, caplog):
+    own = types.SimpleNamespace(net=torch.nn.Linear(4, 1), other=Unreadable(), list=UnreadableList())
     captured = CapturedStep(lambda x: own.net(x), CUDA)
     for _ in range(6):
-        assert torch.equal(captured(torch.ones(3, 2)), own.net(torch.ones(3, 2)))
+        captured(torch.ones(3, 4))
+    assert len(Graph.captured) == 1
+    assert not caplog.messages
+
+
+def test_a_network_that_cannot_be_compared_leaves_no_graph_and_a_reason(stand_ins, caplog):
+    net = with_an_attribute([1])
+    captured = CapturedStep(lambda x: net(x), CUDA)
+    for number in range(12):
+        if number == 6:
+            net.kept = UnreadableList()
+            graph = weakref.ref(Graph.captured.pop())
+        assert torch.equal(captured(torch.ones(3, 4)), net(torch.ones(3, 4)))
     (line,) = caplog.messages
     assert "what it refers to cannot be compared (the connection is closed)" in line
+    gc.collect()
+    assert graph() is None  # its memory is free
     with pytest.raises(RuntimeError, match="cannot be compared"):
-        CapturedStep(lambda x: own.net(x), CUDA, required=True)(torch.ones(3, 2))
+        CapturedStep(lambda x: net(x), CUDA, required=True)(torch.ones(3, 4))
 
 
 def test_objects_that_a_network_kept_are_not_kept_alive(stand_ins):
@@ -787,10 +839,20 @@ def holding(net):
     return types.SimpleNamespace(inner=types.SimpleNamespace(net=net))
 
 
+def behind_a_weak_method(net):
+    method = weakref.WeakMethod(net.forward)
+    return lambda x: method()(x)
+
+
+def in_two_ways(net):
+    own = types.SimpleNamespace(net=net)
+    return lambda x: (net, own.net(x))[1]
+
+
 WAYS = [in_a_partial, by_name_in_a_partial, in_a_partial_of_a_method, in_a_list, in_a_dictionary_of_tuples,
         in_an_attribute_of_an_attribute, in_a_helper, in_a_global_of_a_generator, in_a_default, in_a_named_default,
         in_a_set, in_a_class, in_a_slot, in_a_global_of_a_callable_object, behind_a_weak_reference, behind_a_proxy,
-        in_a_list_of_a_module]  # fmt: skip
+        in_a_list_of_a_module, behind_a_weak_method, in_two_ways]  # fmt: skip
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
@@ -806,12 +868,65 @@ def test_a_network_is_found_wherever_the_step_has_it(stand_ins, caplog, way):
     assert torch.equal(captured(x), step(x))
 
 
-def test_a_proxy_of_what_is_gone_is_passed_over(stand_ins):
+def test_a_proxy_of_what_is_gone_is_passed_over(stand_ins, caplog):
     own = types.SimpleNamespace(net=torch.nn.Linear(2, 1), gone=weakref.proxy(torch.nn.Linear(2, 1)))
+    owner = torch.nn.Identity()
+    own.net.owner = weakref.proxy(owner)
     captured = CapturedStep(lambda x: own.net(x), CUDA)
-    for _ in range(5):
+    for _ in range(10):
         captured(torch.rand(3, 2))
+    del owner
+    captured(torch.rand(3, 2))
     assert len(Graph.captured) == 1
+    assert not caplog.messages
+
+
+def test_each_of_several_ways_to_a_network_is_followed(stand_ins):
+    own = types.SimpleNamespace(net=torch.nn.Linear(2, 1))
+    own.state = types.SimpleNamespace(net=own.net)
+    captured, x = CapturedStep(types.MethodType(lambda own, x: own.state.net(x), own), CUDA), torch.rand(3, 2)
+    for _ in range(5):
+        captured(x)
+    own.state.net = torch.nn.Linear(2, 1)
+    assert torch.equal(captured(x), own.state.net(x))
+
+
+@pytest.mark.parametrize(("model", "other"), [("index", "random"), ("random", "index"), ("random", "random")])
+def test_a_loaded_wiring_is_that_of_the_graph(stand_ins, model, other):
+    """With contiguous groups operators do not read the permutation of neurons: the captured launches would not."""
+    nets = [
+        G2GNet(16, 16, 4, each, num_groups=4, block_size=4, T=3, p_inter=0.0, backend="torch", generator=seeded(number))
+        for number, each in enumerate((model, other))
+    ]
+    net, x = nets[0], 3 * torch.rand(5, 16, generator=seeded(3))
+    captured = CapturedStep(lambda x: net(x), CUDA)
+    with torch.no_grad():
+        for number in range(10):
+            if number == 6:
+                net.load_state_dict(nets[1].state_dict())
+            assert torch.equal(captured(x), net(x))
+    assert len(Graph.captured) == (1 if model == other else 1 + (number - 6 >= 3))
+
+
+def test_the_memory_of_a_graph_is_given_to_the_next(stand_ins):
+    net = torch.nn.Linear(2, 1)
+
+    def step(x):
+        net(x).sum().backward()
+
+    captured = CapturedStep(step, CUDA)
+    for _ in range(6):
+        captured(torch.rand(3, 2))
+    weight = weakref.ref(net.weight)
+    net.weight = torch.nn.Parameter(torch.ones(1, 2))
+    Graph.captured.clear()
+    for _ in range(3):
+        captured(torch.rand(3, 2))
+    alive = []
+    net.register_forward_pre_hook(lambda *_: alive.append(weight() is not None) if Graph.capturing else None)
+    for _ in range(4):
+        captured(torch.rand(3, 2))
+    assert alive == [False]
 
 
 def test_networks_that_are_added_and_objects_that_are_replaced_are_noticed(stand_ins):
@@ -927,6 +1042,12 @@ def test_arguments_may_be_named_and_nested_and_are_not_kept(stand_ins):
     gc.collect()
     assert len(Graph.captured) == 1
     assert not any(reference() is not None for reference in alive)
+
+
+def test_an_argument_that_is_not_a_number_is_itself(stand_ins):
+    captured = CapturedStep(lambda x, factor: factor * x, CUDA)
+    assert all(captured(torch.ones(()), float("nan")).isnan() for _ in range(6))
+    assert len(Graph.captured) == 1
 
 
 def test_constants_of_another_type_are_others(stand_ins):

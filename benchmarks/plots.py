@@ -201,7 +201,7 @@ def _structure(record: dict[str, Any]) -> Figure:
     together = pooled(sizes)
     units = [size.rpartition(", ")[2] for size in sizes]
     colours = dict(zip(dict.fromkeys(units), (OURS, "#c4552d"), strict=False))  # one or two
-    colours |= {name: shade for name, shade in zip(reversed(together), ("black", "dimgrey", "darkgrey"), strict=False)}
+    colours |= dict(zip(reversed(together), ("black", "dimgrey", "darkgrey"), strict=False))
     bars = list(zip(units, sizes.values(), strict=True)) + list(together.items())
     graphs = [graph for graph in GRAPHS if any(graph in of for _, of in bars)]
     figure, axis = plt.subplots(figsize=(8.2, 1 + (0.6 + 0.04 * len(bars)) * len(graphs)), layout="constrained")

@@ -181,7 +181,7 @@ class CapturedStep:
             kind = *called, self._watched.settings()
             if kind != self._captured_kind and self._watched.search():
                 kind = *called, self._watched.settings()
-        except Exception as error:
+        except Exception as error:  # a user's object may raise anything when it is looked at
             self._give_up(f"what it refers to cannot be compared ({reason(error)})", error)
             return None
         return kind

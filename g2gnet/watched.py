@@ -343,7 +343,7 @@ def _references_of(value: Any) -> Collection[Any]:
     """The objects to which one refers by a variable, an attribute or an item; none if it cannot be looked at."""
     try:
         return _references(value)
-    except Exception:
+    except Exception:  # a user's object may raise anything when it is looked at, and the search goes on without it
         return ()
 
 

@@ -3,7 +3,8 @@
 Which network of at most 58,000 or 118,000 weights is best? As many have dense networks of 67 and 127 neurons per
 layer. Against these stand wider sparse ones in units of 16 or single weights: static; ``rewired`` (pruned by magnitude
 and grown by gradient); ``ERK`` (small layers keep more of their weights); ``gradual``: beginning with all weights
-inside groups and a seventh of the others, pruned by magnitude; ``from dense``: the same, beginning with all weights.
+inside groups and a seventh of the others, pruned by magnitude; ``from dense``: the same, beginning with all weights;
+``DEEP R`` (:mod:`benchmarks.deep_r`).
 Any may be ``smoothed`` (labels, and the last membrane instead of spike counts), ``shifted`` (images, which are always
 mirrored) and ``decayed`` (AdamW's decoupled decay). By default those are trained that were the best with
 ``--validation``, which tests on held-back training images. Memory is that of a training step, with the weights that
@@ -16,6 +17,7 @@ from typing import Any
 
 from g2gnet.tables import markdown
 
+from . import deep_r, own_trainer
 from .dst_study import REWIRED, density_flags
 from .step_costs import step_costs
 from .study import Study, accuracy, mean, of_hidden_layers, run_study, spread
@@ -24,8 +26,17 @@ from .study import Study, accuracy, mean, of_hidden_layers, run_study, spread
 DENSE_WIDTHS = {58_000: 67, 118_000: 127}
 WIDTHS, SIDES = (512, 1024), (1, 16)
 PRUNED = "--sparsity_mode dynamic --dst_interval 100 --dst_fraction 0 --dst_stop 0.75"
+#: what a row's name has that is trained by DEEP R
+DEEP_R = ", DEEP R"
 #: flags of a way to few weights that begins with few, by the ending of a row's name
-FEW_AT_FIRST = {"": "", ", ERK": "--density erk", ", rewired": REWIRED, ", rewired, ERK": f"{REWIRED} --density erk"}
+FEW_AT_FIRST = {
+    "": "",
+    ", ERK": "--density erk",
+    ", rewired": REWIRED,
+    ", rewired, ERK": f"{REWIRED} --density erk",
+    DEEP_R: "--name DEEP_R",
+    f"{DEEP_R}, ERK": "--name DEEP_R --density erk",
+}
 #: the same of one that begins with many
 MANY_AT_FIRST = {
     ", gradual": PRUNED,
@@ -115,6 +126,8 @@ STUDY = Study(
     40,
     table,
     default_rows=CHOSEN,
+    others={row: deep_r.train for row in _rows() if DEEP_R in row},
+    finished_others=own_trainer.finished,
     more=lambda row, settings, folder: step_costs(settings, folder),
 )
 

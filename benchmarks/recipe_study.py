@@ -15,7 +15,7 @@ from typing import Any
 
 from g2gnet.tables import markdown
 
-from . import relu
+from . import own_trainer, relu
 from .dst_study import REWIRED, density_flags
 from .study import Study, accuracy, gain, of_hidden_layers, run_study, spread
 
@@ -188,7 +188,7 @@ STUDY = Study(
     40,
     table,
     others={f"{row}, ReLU": relu.train for row in CONVENTIONAL},
-    finished_others=relu.finished,
+    finished_others=own_trainer.finished,
 )
 
 

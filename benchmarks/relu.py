@@ -4,7 +4,6 @@ ReLU stands in place of spiking neurons, and there is no time. All else is that 
 images and their changes, order, dropout, optimizer, schedule, checkpoints.
 """
 
-import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,10 @@ import torch
 from g2g_kernels import Activity
 from g2g_kernels.ops.g2g_stack.synapses import Synapses, SynapticOperations
 from g2gnet import G2GNet
-from g2gnet.data import load_dataset
 from g2gnet.seeding import stream
-from g2gnet.training import Machine, Trainer, TrainSettings, read_run, run_epochs
+from g2gnet.training import Trainer, TrainSettings
+
+from . import own_trainer
 
 
 class ReLUNet(G2GNet):
@@ -71,33 +71,5 @@ class ReLUTrainer(Trainer):
 
 
 def train(settings: TrainSettings, folder: Path, on_epoch: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
-    """Trains the network, or resumes it; returns its last epoch, as :func:`finished`.
-
-    Args:
-        settings: of the run whose data, sizes, masks and recipe it takes.
-        folder: of its files.
-        on_epoch: called with a line after each epoch.
-    """
-
-    def make_trainer() -> ReLUTrainer:
-        data = load_dataset(settings.dataset, "data")
-        return ReLUTrainer(settings, data, Machine(torch.device("cpu")))
-
-    def tell(record: dict[str, Any], trainer: ReLUTrainer) -> None:
-        on_epoch(f"epoch {record['epoch']}: test accuracy {record['test_acc']:.4f}")
-
-    with contextlib.redirect_stdout(None):  # which is the study's table's
-        run_epochs(settings, make_trainer, folder, Machine(torch.device("cpu")), on_epoch=[tell])
-    end = finished(folder)
-    assert end is not None
-    return end
-
-
-def finished(folder: Path) -> dict[str, Any] | None:
-    """The last epoch's record, seconds of training and weights, or None if it has not finished in this folder."""
-    marker = next(folder.glob("*.DONE"), None)
-    if marker is None:
-        return None
-    run = read_run(marker.with_suffix(".pth"))
-    weights = sum(int(mask.unit_sizes.sum()) for mask in run.masks().values())
-    return {**run.history[-1], "train_seconds": sum(record["seconds"] for record in run.history), "weights": weights}
+    """As :func:`benchmarks.own_trainer.train`."""
+    return own_trainer.train(ReLUTrainer, settings, folder, on_epoch)

@@ -12,9 +12,11 @@ from scipy import stats
 from training_runs import assert_equal
 
 from benchmarks import (
+    deep_r,
     dst_study,
     few_study,
     gru,
+    own_trainer,
     plots,
     recipe_study,
     relu,
@@ -26,7 +28,8 @@ from benchmarks import (
 )
 from benchmarks.redraw import STUDIES
 from benchmarks.study import Study, spread
-from g2gnet import G2GNet
+from g2g_kernels import BlockMask, GroupLayout
+from g2gnet import G2GLinear, G2GNet
 from g2gnet.data import load_dataset
 from g2gnet.data.own import name_of
 from g2gnet.tables import markdown
@@ -264,26 +267,71 @@ def test_a_conventional_network_stands_beside_the_spiking_one(tmp_path, capsys, 
     printed = capsys.readouterr()
     assert "row=20 epochs, ReLU, seed=1: epoch 3: test accuracy" in printed.err
     assert "Epoch" not in printed.out
-    # a finished one is not trained again, and one that was stopped resumes with the same weights
+    # a finished one is not trained again
     again = dataclasses.replace(CONVENTIONAL, others={"20 epochs, ReLU": lambda *_: pytest.fail("trained")})
     assert study.run_study(again, [*arguments, "--finished"]) == 0
-    folder = study.folder_of(tmp_path, CONVENTIONAL, "20 epochs, ReLU", 3, 1)
-    (whole,) = (read_tensors(path) for path in folder.glob("*.pth"))
-    settings = study.run_of(CONVENTIONAL, "20 epochs, ReLU", 3, 1, tmp_path).settings
 
-    def stop_in_epoch_two(self, on_step=None, train_epoch=relu.ReLUTrainer.train_epoch):
+
+@pytest.mark.parametrize(
+    ("flags", "trainer", "train"),
+    [
+        ("--dropout 0.2 --lr_schedule cosine", relu.ReLUTrainer, relu.train),
+        ("--block_size 1 --lr_schedule cosine", deep_r.DeepRTrainer, deep_r.train),
+    ],
+)
+def test_a_trainer_of_a_studys_own_resumes_with_the_same_weights(tmp_path, monkeypatch, flags, trainer, train):
+    of_rows = dataclasses.replace(CONVENTIONAL, rows={"row": f"--name own {flags}"})
+    settings = study.run_of(of_rows, "row", 3, 1, tmp_path).settings
+    end = train(settings, tmp_path / "whole")
+    assert end == own_trainer.finished(tmp_path / "whole")
+    assert end["epoch"] == 3
+    assert end["units_pruned"] == end["units_grown"]
+    assert (end["units_grown"] > 0) == (trainer is deep_r.DeepRTrainer)
+
+    def stop_in_epoch_two(self, on_step=None, train_epoch=trainer.train_epoch):
         if self.epoch == 1:
             raise KeyboardInterrupt
         return train_epoch(self, on_step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(relu.ReLUTrainer, "train_epoch", stop_in_epoch_two)
+        patch.setattr(trainer, "train_epoch", stop_in_epoch_two)
         with pytest.raises(KeyboardInterrupt):
-            relu.train(settings, tmp_path / "parts")
-    assert relu.finished(tmp_path / "parts") is None
-    relu.train(settings, tmp_path / "parts")
-    (parts,) = (read_tensors(path) for path in (tmp_path / "parts").glob("*.pth"))
+            train(settings, tmp_path / "parts")
+    assert own_trainer.finished(tmp_path / "parts") is None
+    train(settings, tmp_path / "parts")
+    whole, parts = (read_tensors(*(tmp_path / name).glob("*.pth")) for name in ("whole", "parts"))
     assert_equal(whole, parts)
+
+
+def test_deep_r_replaces_weights_that_cross_zero():
+    draw = torch.Generator().manual_seed(0)
+    mask = BlockMask.sample(GroupLayout(40), GroupLayout(56), p_inter=0.1, block_size=1, generator=draw)
+    layer = G2GLinear(mask, bias=False, generator=draw)
+    optimizer = torch.optim.Adam([layer.values], lr=0.05)
+    rewiring = deep_r.DeepR([layer], optimizer, seed=1)
+    sign, count = torch.zeros(40, 56), mask.num_units  # of connections that had a weight, so far
+    for _ in range(8):
+        sign = torch.where(sign == 0, layer.dense_weight().detach().sign(), sign)
+        layer.values.grad = torch.randn(layer.values.shape, generator=draw)
+        optimizer.step()
+        trained, was_there, replaced = layer.dense_weight().detach(), layer.mask.to_dense(), rewiring.grown
+        rewiring.step()
+        weight, there = layer.dense_weight().detach(), layer.mask.to_dense()
+        moments = layer.mask.unpack(optimizer.state[layer.values]["exp_avg"])
+        forced = trained - 0.05 * deep_r.FORCE * sign
+        known, grown, pruned = was_there & (sign != 0), there & ~was_there, was_there & ~there
+        torch.testing.assert_close(there[known], (forced * sign >= 0)[known])
+        torch.testing.assert_close(weight[known & there], forced[known & there])
+        assert not weight[grown].any()
+        assert not moments[grown].any()
+        assert moments[there & ~grown].all()
+        assert there.sum() == count
+        assert grown.sum() == pruned.sum() == rewiring.grown - replaced > 0
+        assert (weight * sign >= 0).all()  # also of those that have come back
+    assert rewiring.pruned == rewiring.grown
+    units = G2GLinear(BlockMask.sample(GroupLayout(40), GroupLayout(56), block_size=4, generator=draw))
+    with pytest.raises(ValueError, match="block_size=1"):
+        deep_r.DeepR([units], torch.optim.Adam(units.parameters()), seed=1)
 
 
 def test_a_conventional_network_is_a_perceptron_with_the_masks():

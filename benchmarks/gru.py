@@ -51,7 +51,7 @@ def width_of(weights: int, input_dim: int, num_classes: int) -> int:
 def build(settings: TrainSettings, input_dim: int, num_classes: int) -> GRU:
     """A GRU of as many weights as the network of ``settings``, with initial weights from its seed."""
     net = G2GNet.from_settings(settings, input_dim, num_classes, generator=torch.Generator().manual_seed(settings.seed))
-    weights = sum(int(connection.mask.unit_sizes.sum()) for connection in net.connections().values())
+    weights = sum(connection.mask.num_weights for connection in net.connections().values())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         return GRU(input_dim, width_of(weights, input_dim, num_classes), num_classes)

@@ -46,6 +46,6 @@ def finished(folder: Path) -> dict[str, Any] | None:
     if marker is None:
         return None
     run = read_run(marker.with_suffix(".pth"))
-    weights = sum(int(mask.unit_sizes.sum()) for mask in run.masks().values())
+    weights = sum(mask.num_weights for mask in run.masks().values())
     times = {f"train_{name}": sum(record[name] for record in run.history) for name in ("seconds", "cpu_seconds")}
     return {**run.history[-1], **times, "weights": weights}

@@ -137,7 +137,7 @@ def roofline(arguments: argparse.Namespace) -> str:
     generator = torch.Generator().manual_seed(42)
     net = G2GNet.from_settings(settings, INPUT_DIM, NUM_CLASSES, generator=generator)
     masks = [connection.mask for connection, _ in net.layers()]
-    weights = sum(int(mask.unit_sizes.sum()) for mask in masks)
+    weights = sum(mask.num_weights for mask in masks)
     density = weights / sum(rows * cols for rows, cols in (mask.shape for mask in masks))
     card = CARDS[arguments.card]
     with costs.assumed(arguments.card):

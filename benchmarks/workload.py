@@ -209,7 +209,7 @@ class Prepared:
     def active_weights(self) -> dict[str, int]:
         """The number of weights that exist in each connection: ``fc1``, ``rec1`` if it is recurrent, …."""
         connections = self.network("torch").connections()
-        return {name: int(connection.mask.unit_sizes.sum()) for name, connection in connections.items()}
+        return {name: connection.mask.num_weights for name, connection in connections.items()}
 
     def density(self) -> float:
         """The share of existing weights in all connections together."""

@@ -158,9 +158,14 @@ class UnitGrid(Indices):
         return self.rows.lengths[self.unit_row.long()] * self.cols.lengths[self.unit_col.long()]
 
     @property
+    def num_weights(self) -> int:
+        """The weights that exist; reading it waits for an accelerator."""
+        return int(self.unit_sizes.sum())
+
+    @property
     def density(self) -> float:
         """The share of the [out, in] weights that exist, 0 to 1."""
-        return int(self.unit_sizes.sum()) / (self.rows.size * self.cols.size)
+        return self.num_weights / (self.rows.size * self.cols.size)
 
     def sparsity(self) -> float:
         """The share of the [out, in] weights that do not exist, 1 − density."""

@@ -88,7 +88,7 @@ def _check_fewer(model: nn.Module | Sequence[G2GLinear], reset_state: ResetState
 
 def mean_density(layers: Sequence[G2GLinear]) -> float:
     """The share of the weights of all layers together that exist."""
-    exist = sum(int(layer.mask.unit_sizes.sum()) for layer in layers)
+    exist = sum(layer.mask.num_weights for layer in layers)
     return exist / sum(math.prod(layer.mask.shape) for layer in layers)
 
 

@@ -238,7 +238,7 @@ def _results(each: Inspected) -> dict[str, str]:
     tests = [record["test_acc"] for record in history]
     best = max(range(len(tests)), key=tests.__getitem__)
     masks = [connection.mask for connection in net.connections().values()]
-    weights = sum(int(mask.unit_sizes.sum()) for mask in masks)
+    weights = sum(mask.num_weights for mask in masks)
     possible = sum(mask.shape[0] * mask.shape[1] for mask in masks)
     return {
         "epochs": str(each.run.epoch),

@@ -87,7 +87,7 @@ def outcome(run: Run, more: Callable[[SavedRun], dict[str, Any]] = lambda saved:
         saved = read_run(run.files.checkpoint)
     except CheckpointError as error:
         raise CheckpointError(f"{error} The run is finished; delete {run.folder} to train it again") from error
-    weights = sum(int(mask.unit_sizes.sum()) for mask in saved.masks().values())
+    weights = sum(mask.num_weights for mask in saved.masks().values())
     seconds = {f"train_{name}": sum(record[name] for record in saved.history) for name in ("seconds", "cpu_seconds")}
     return {**last, **seconds, "weights": weights, **more(saved)}
 

@@ -38,10 +38,10 @@ def test_ptflops_and_thop_count_the_weights_that_exist_with_the_functions_of_the
     model, weights = nn.Sequential(G2GLinear(mask), nn.Linear(64, 10)), int(mask.to_dense().sum())
 
     def for_ptflops(layer, inputs, output):
-        layer.__flops__ += output[..., 0].numel() * int(layer.mask.unit_sizes.sum())
+        layer.__flops__ += output[..., 0].numel() * layer.mask.num_weights
 
     def for_thop(layer, inputs, output):
-        layer.total_ops += output[..., 0].numel() * int(layer.mask.unit_sizes.sum())
+        layer.total_ops += output[..., 0].numel() * layer.mask.num_weights
 
     def by_ptflops(hooks):
         options = {"as_strings": False, "print_per_layer_stat": False, "backend": "pytorch"}

@@ -34,7 +34,7 @@ def check(found, net, activity):
         "Effective_MACs": sum(layer.multiplies for layer in ours) / B,
         "Dense": sum(layer.dense for layer in ours) / B,
     }
-    weights = [int(connection.mask.unit_sizes.sum()) for connection, _ in net.layers()]
+    weights = [connection.mask.num_weights for connection, _ in net.layers()]
     possible = [connection.in_features * connection.out_features for connection, _ in net.layers()]
     assert found["ConnectionSparsity"] == pytest.approx(1 - sum(weights) / sum(possible), abs=1e-4)
     spikes = torch.cat([layer.dense().flatten() for layer in activity.spikes])

@@ -352,7 +352,7 @@ def test_counts_agree_with_the_dense_form(mask):
     assert torch.equal(mask.fan_in(), dense.sum(1))
     assert mask.density == dense.sum().item() / dense.numel()
     assert mask.sparsity() == 1.0 - mask.density
-    assert mask.unit_sizes.sum() == dense.sum()
+    assert mask.num_weights == mask.unit_sizes.sum() == dense.sum()
     assert torch.equal(mask.valid().sum((1, 2)), mask.unit_sizes)
     assert mask.is_full == bool(dense.all())
 

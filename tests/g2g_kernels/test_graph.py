@@ -55,7 +55,7 @@ def test_the_matrix_of_scipy_is_the_dense_one_and_keeps_weights_that_are_zero(ma
     assert np.array_equal(matrix.toarray(), dense(mask, values).numpy())
     assert np.array_equal(graph.toarray(), mask.to_dense().numpy())
     assert (matrix.dtype, graph.dtype) == (np.float32, bool)
-    assert matrix.nnz == graph.nnz == int(mask.unit_sizes.sum())
+    assert matrix.nnz == graph.nnz == mask.num_weights
     assert matrix.has_canonical_format
 
 

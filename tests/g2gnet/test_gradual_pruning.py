@@ -22,7 +22,7 @@ PRUNED = {"sparsity_mode": "dynamic", "dst_interval": 2, "dst_fraction": 0.0, "d
 
 
 def weights_of(net):
-    return sum(int(layer.mask.unit_sizes.sum()) for layer in net.connections().values())
+    return sum(layer.mask.num_weights for layer in net.connections().values())
 
 
 def possible(net):

@@ -411,7 +411,7 @@ def test_density_and_gain_of_recurrent_connections_are_their_own():
     assert net.rec1.values.abs().max() <= 0.5 / 8**0.5
     erk = G2GNet(20, 64, 5, **make, density="erk", generator=seeded(1))
     uniform = G2GNet(20, 64, 5, **make, generator=seeded(1))
-    weights = [sum(int(each.mask.unit_sizes.sum()) for each in of.connections().values()) for of in (erk, uniform)]
+    weights = [sum(each.mask.num_weights for each in of.connections().values()) for of in (erk, uniform)]
     assert weights[0] == pytest.approx(weights[1], rel=0.1)  # units are drawn
     assert erk.rec1.mask.density < uniform.rec1.mask.density  # of the larger layers
 

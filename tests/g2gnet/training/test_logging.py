@@ -123,7 +123,7 @@ def test_tensorboard_shows_the_record_the_weights_and_the_groups(tmp_path):
 
     mask, values = trainer.net.fc2.mask, trainer.net.fc2.values
     histogram = events.Histograms("weights/fc2")[-1].histogram_value
-    assert histogram.num == mask.unit_sizes.sum()
+    assert histogram.num == mask.num_weights
     assert histogram.sum == pytest.approx(values.sum().item(), rel=1e-3)
 
     image = events.Images("weight between groups/fc2")[-1]

@@ -10,7 +10,7 @@ from torchvision.datasets.utils import check_integrity, extract_archive
 
 from g2gnet.data.download import download
 from g2gnet.data.image_data import DataError, ImageData, MissingDataError
-from g2gnet.files import make_directory, one_at_a_time
+from g2gnet.files import directory, one_at_a_time
 
 #: torchvision's reader of each data set; its class attributes hold the names, checksums and address of the files
 READERS: dict[str, type[CIFAR10]] = {"cifar10": CIFAR10, "cifar100": CIFAR100}
@@ -76,8 +76,11 @@ def _fetch(name: str, data_dir: Path, folder: Path) -> None:
             "downloaded again"
         )
     try:
-        make_directory(data_dir)
-        with one_at_a_time(folder), tempfile.TemporaryDirectory(dir=data_dir, prefix=f".{name}-") as scratch:
+        with (
+            one_at_a_time(folder),
+            directory(data_dir),
+            tempfile.TemporaryDirectory(dir=data_dir, prefix=f".{name}-") as scratch,
+        ):
             if folder.is_dir():  # another process put it there in the meantime
                 return
             if not archive.exists():

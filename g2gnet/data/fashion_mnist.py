@@ -16,7 +16,7 @@ from torchvision.datasets.utils import extract_archive
 
 from g2gnet.data.download import download
 from g2gnet.data.image_data import DataError, ImageData, MissingDataError
-from g2gnet.files import one_at_a_time, open_file
+from g2gnet.files import directory, one_at_a_time, open_file
 from g2gnet.messages import reason
 
 #: where the Debian package dataset-fashion-mnist puts its files
@@ -66,8 +66,7 @@ def load(name: str, data_dir: Path) -> ImageData:
 
 def _fetch(folder: Path) -> None:
     """Downloads the four files and, when all are there, puts them into ``folder`` as torchvision would."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as scratch:
+    with directory(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as scratch:
         for name, md5 in FashionMNIST.resources:
             archive = Path(scratch, name)
             download([f"{mirror}{name}" for mirror in FashionMNIST.mirrors], archive, md5)

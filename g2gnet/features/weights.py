@@ -10,7 +10,7 @@ import torch
 
 from g2gnet.data import DATASETS, DataError
 from g2gnet.features.resnet import ResNet32
-from g2gnet.files import read_file
+from g2gnet.files import directory, read_file
 from g2gnet.messages import reason
 from g2gnet.tensor_file import check_plain
 
@@ -101,10 +101,10 @@ def _published(dataset: str) -> Path:
     path = folder / release.url.rpartition("/")[2]
     if not path.exists():
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            torch.hub.load_state_dict_from_url(
-                release.url, check_hash=True, weights_only=True, progress=sys.stderr.isatty()
-            )
+            with directory(folder):
+                torch.hub.load_state_dict_from_url(
+                    release.url, check_hash=True, weights_only=True, progress=sys.stderr.isatty()
+                )
         except (OSError, RuntimeError) as error:  # RuntimeError: the hash differs
             raise DataError(
                 f"the published ResNet-32 for {dataset} is not at {path} and could not be downloaded ({error}). "

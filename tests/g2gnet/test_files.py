@@ -36,6 +36,31 @@ def program(*arguments, redirect="", **environment):
     )
 
 
+def test_a_directory_for_what_could_not_be_had_is_not_left_behind(tmp_path):
+    def fail_in(path, name=None):
+        def act():
+            if name is not None:
+                (path / name).touch()
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt), files.directory(path):
+            act()
+
+    fail_in(tmp_path / "a/b/c")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "a").mkdir()
+    fail_in(tmp_path / "a/b")
+    assert [each.name for each in tmp_path.rglob("*")] == ["a"]  # which was there before
+    fail_in(tmp_path / "a/b", "kept")
+    assert (tmp_path / "a/b/kept").exists()
+    with files.directory(tmp_path / "d/e"):
+        pass
+    assert (tmp_path / "d/e").is_dir()
+    with pytest.raises(NotADirectoryError), files.directory(tmp_path / "a/b/kept"):
+        pytest.fail("entered")
+    assert (tmp_path / "a/b/kept").is_file()
+
+
 # --- what is written ----------------------------------------------------------------------------------------------
 
 

@@ -415,6 +415,7 @@ def test_the_data_set_without_files_is_named_only_where_it_is_offered(tmp_path, 
     assert f"as --data_dir.\n{hint}\n" in printed
     printed = refused(train, capsys, "--dataset", "cifar10", "--use_resnet", *flags, status=1)
     assert hint not in printed
+    assert not (tmp_path / "none").exists()  # nor is an empty one left behind
 
 
 def test_what_is_no_directory_is_called_so(tmp_path, capsys, no_step):

@@ -12,13 +12,13 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from g2gnet.messages import reason
-from g2gnet.watched import CONSTANTS, Watched, plain
+from g2gnet.watched import CONSTANTS, Settings, Watched, plain
 
 logger = logging.getLogger("g2gnet")
 
@@ -48,25 +48,29 @@ def captured(step: Callable[..., Any], device: torch.device | str) -> Callable[.
     A graph does not follow changes of Python objects. Compared before each replay are
 
     - arguments that are no tensors, and the tensors' shapes and dtypes;
-    - of each network to which ``step`` refers: its modules, their attributes (numbers such as ``T`` and ``training``,
-      which objects they are, what is in a list, tuple, set or dictionary of at most 100 items, also in one inside it,
+    - by which of its variables, attributes and items ``step`` refers to which network or optimizer;
+    - of each network: its modules and where each is, their attributes (numbers such as ``T`` and ``training``, which
+      objects they are, what is in a list, tuple, set, deque or dictionary of at most 100 items, also in one inside it,
       and the numbers of a small tensor on the host; but none of its masks, which a graph reads), and its parameters and
       buffers: which tensors they are, of which module, their addresses, shapes, strides and dtypes, and which are
       learned;
-    - of each optimizer: which one it is, its settings, and which tensors its state consists of and where they are;
+    - of each optimizer: its settings, its attributes, and which numbers and tensors its state consists of and where
+      these are;
     - which hooks these have: they are called at direct steps alone, and what they launch is in the graph;
     - whether gradients are recorded, and autocast.
 
     If one has changed, the step runs directly, and the fourth such call without a replay between captures a new graph.
     Networks and optimizers are found by the variables of ``step``, by the object whose method it is, by
     ``functools.partial``, and from there by at most three attributes of objects (not of classes) or items of tuples,
-    lists, sets and dictionaries (of at most 100 items), also by weak references: ``self.trainer.nets[0]``. What a
-    module of a network refers to is found as what the network refers to. What is first referred to after the capture,
+    lists, sets, deques and dictionaries (of at most 100 items), also by weak references (it keeps these networks
+    alive): ``self.trainer.nets[0]``. What a module of a network refers to, also by variables of its ``forward``, is
+    found as what the network refers to. What is first referred to after the capture,
     by an object that referred to none before, is not found. If there is no parameter at all, a warning says so. Changes
     of anything else that ``step`` reads are not noticed, such as another number in a variable. A learning rate that
     changes at every step must be a tensor, whose number a graph reads:
     ``Adam(…, lr=torch.tensor(0.001, device=device), capturable=True)``. A module that makes a tensor at every call and
-    keeps it, as those of ``torch.nn.utils.prune`` do, leaves no graph.
+    keeps it as an attribute, as those of ``torch.nn.utils.prune`` do, leaves no graph, as does whatever ``step`` itself
+    changes of what is compared. If capturing fails, the Python of ``step`` has run once more than its launches.
 
     Args:
         step: one training step. Tensors among its arguments (also in tuples, lists and dictionaries) are copied to
@@ -137,38 +141,41 @@ class CapturedStep:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._read: list[Any] = []
         self._result: Any = None
-        self._gradients: list[_Gradient] = []
+        self._gradients: _Gradients | None = None
+        self._kept: list[torch.Tensor] = []
         self._captured_kind: Any = None
         self._captures = self._replays = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One step."""
         given, form = tree_flatten((args, kwargs))
-        kind = self._kind_of(given, form) if self._possible else None
+        kind, tensors = self._kind_of(given, form) if self._possible else (None, [])
         with torch.cuda.device(self._device):
-            if not self._possible:
+            if kind is None:
                 return self._step(*args, **kwargs)
             if self._graph is None or kind != self._captured_kind:
                 calls = self._count(kind)
-                if calls <= self.WARM_UP:
-                    return self._directly(args, kwargs, given, last=calls == self.WARM_UP)
-                if not self._capture(given, form, kind):
+                if calls < self.WARM_UP:
+                    del tensors  # the step may replace them, which should not take more memory
+                    return self._directly(args, kwargs, given)
+                if calls == self.WARM_UP:
+                    return self._directly(args, kwargs, given, kind)
+                if not self._capture(given, form, kind, tensors):
                     return self._directly(args, kwargs, given)
             self._direct.clear()
             for here, each in zip(self._read, given, strict=True):
                 if isinstance(each, torch.Tensor):
                     here.copy_(each)
             assert self._graph is not None
-            for gradient in self._gradients:
-                gradient.before()
+            assert self._gradients is not None
+            self._gradients.before()
             self._graph.replay()
             self._replays += 1
-            for gradient in self._gradients:
-                gradient.after()
+            self._gradients.after()
             return self._result
 
-    def _kind_of(self, given: list[Any], form: Any) -> tuple[Any, ...] | None:
-        """What a graph cannot change between replays; equal for calls that one graph serves.
+    def _kind_of(self, given: list[Any], form: Any) -> "tuple[_Kind | None, list[torch.Tensor]]":
+        """What a graph cannot change between replays, equal for calls that one graph serves, and tensors of it.
 
         Gives up at an object of the user's that cannot be looked at.
         """
@@ -176,18 +183,23 @@ class CapturedStep:
             torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.are_deterministic_algorithms_enabled(),
             torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"),
         )  # fmt: skip
-        called = form, [_kind_of_argument(each, self._device) for each in given], mode
+        arguments = [_kind_of_argument(each, self._device) for each in given]
         try:
-            kind = *called, self._watched.settings()
+            settings, tensors = self._watched.settings()
+            kind = _Kind(form, arguments, mode, settings)
             if kind != self._captured_kind and self._watched.search():
-                kind = *called, self._watched.settings()
+                settings, tensors = self._watched.settings()
         except Exception as error:  # a user's object may raise anything when it is looked at
             self._give_up(f"what it refers to cannot be compared ({reason(error)})", error)
-            return None
-        return kind
+            return None, []
+        return kind._replace(settings=settings), tensors
 
-    def _count(self, kind: Any) -> int:
-        """How many calls of this kind there were since the last replay, with this one."""
+    def _count(self, kind: "_Kind") -> int:
+        """How many calls of this kind there were since the last replay, with this one.
+
+        What optimizers count may differ: :meth:`_give_up_if_changed` says so.
+        """
+        kind = kind._replace(settings=kind.settings.without("counts"))
         for number, (other, calls) in enumerate(self._direct):
             if other == kind:
                 self._direct[number] = kind, calls + 1
@@ -197,48 +209,70 @@ class CapturedStep:
             self._warn_once(
                 "training steps are not replayed as a CUDA graph, but run directly: of %d calls no four could share "
                 "one, the last two differ in %s; " + _REMEDY,
-                made + 1, _difference(last, kind), self._device,
+                made + 1, last.difference(kind), self._device,
             )  # fmt: skip
         self._direct.append((kind, 1))
         return 1
 
-    def _directly(self, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Any], last: bool = False) -> Any:
+    def _directly(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Any], before: "_Kind | None" = None
+    ) -> Any:
         """A call on the stream on which the step will be captured, as autograd needs it; ``given`` are all arguments.
 
-        In the last one before the capture, what waits for the device is noticed: PyTorch up to 2.11 may end the process
-        where a capture fails. So is what an optimizer counts in Python, which would stand still.
+        In the last one before the capture, which has the kind ``before``, what waits for the device is noticed: PyTorch
+        up to 2.11 may end the process where a capture fails. So is what the step changes in Python.
         """
         waits: list[str] = []
         tensors = [each for each in given if isinstance(each, torch.Tensor)]
         versions = [each._version for each in tensors if not each.is_inference()]
-        numbers = self._watched.numbers() if last else []
         self._stream.wait_stream(torch.cuda.current_stream())
         try:
-            with torch.cuda.stream(self._stream), _noticing(waits) if last else contextlib.nullcontext():
+            with torch.cuda.stream(self._stream), _noticing(waits) if before else contextlib.nullcontext():
                 result = self._step(*args, **kwargs)
         finally:
             torch.cuda.current_stream().wait_stream(self._stream)
         if versions != [each._version for each in tensors if not each.is_inference()]:
             self._give_up("it changes an argument in place, of which a graph would change a copy; return it instead")
-        elif last and numbers != self._watched.numbers():
-            self._give_up("its optimizer counts on the CPU, which a graph does not repeat; give it `capturable=True`")
         elif waits:
             self._give_up(f"it waits for the device in {waits[0]}")
+        elif before:
+            self._give_up_if_changed(before)
         return result
 
-    def _capture(self, given: list[Any], form: Any, kind: Any) -> bool:
-        """Captures a step with copies of these tensors; nothing is computed. Returns whether it could."""
+    def _give_up_if_changed(self, before: "_Kind") -> bool:
+        """Gives up if a call changed in Python what a graph cannot change: this would stand still. Returns whether."""
+        try:
+            settings, _ = self._watched.settings()
+        except Exception as error:
+            self._give_up(f"what it refers to cannot be compared ({reason(error)})", error)
+            return True
+        # most steps replace gradients
+        was, now = (each.without("gradients") for each in (before.settings, settings))
+        if was == now:
+            return False
+        if was.without("counts") == now.without("counts"):
+            why = "its optimizer counts on the CPU, which a graph does not repeat; give it `capturable=True`"
+        else:
+            why = f"it changes {was.difference(now)}, which a graph does not repeat"
+        self._give_up(why)
+        return True
+
+    def _capture(self, given: list[Any], form: Any, kind: "_Kind", tensors: list[torch.Tensor]) -> bool:
+        """Captures a step with copies of the arguments; nothing is computed. Returns whether it could.
+
+        Keeps ``tensors``, those of networks and optimizers: another one would be taken for one that is gone.
+        """
         if self._captures >= self.KINDS and self._replays < self.KINDS * self._captures:
             self._warn_once(
                 "a CUDA graph of the training step was captured %d times and replayed %d times; the last two differ in "
                 "%s; " + _REMEDY,
-                self._captures, self._replays, _difference(self._captured_kind, kind), self._device,
+                self._captures, self._replays, self._captured_kind.difference(kind), self._device,
             )  # fmt: skip
         self._forget()  # gives its memory to the next one
         copies = [each.clone() if isinstance(each, torch.Tensor) else each for each in given]
         args, kwargs = tree_unflatten(copies, form)
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        gradients = [_Gradient(parameter) for parameter in self._watched.parameters()]
+        gradients = _Gradients(tensors)
         try:
             with warnings.catch_warnings():
                 # of a step that launches on another device or stream: replays would do nothing
@@ -246,16 +280,19 @@ class CapturedStep:
                 # other threads, such as one that pins batches, may call what a capture forbids
                 with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                     result = self._step(*args, **kwargs)
-        except (RuntimeError, UserWarning) as error:
+        except BaseException as error:
             torch.cuda.set_stream(current)  # which PyTorch up to 2.11 does not after an error
-            for gradient in gradients:
-                gradient.restore()
+            gradients.restore()
+            if not isinstance(error, RuntimeError | UserWarning):  # the step's own
+                raise
             self._give_up(reason(error), error)
             return False
-        for gradient in gradients:
-            gradient.captured()
+        if self._give_up_if_changed(kind):
+            gradients.restore()
+            return False
+        gradients.captured()
         self._graph, self._result, self._read, self._captured_kind = graph, result, copies, kind
-        self._gradients = gradients
+        self._gradients, self._kept = gradients, tensors
         self._captures += 1
         if not self._watched:
             self._warn_once(
@@ -266,8 +303,8 @@ class CapturedStep:
 
     def _forget(self) -> None:
         """Lets go of the graph, and of all that belongs to its memory."""
-        self._graph = self._result = self._captured_kind = None
-        self._read, self._gradients = [], []
+        self._graph = self._result = self._captured_kind = self._gradients = None
+        self._read, self._kept = [], []
 
     def _warn_once(self, message: str, *values: object) -> None:
         if message not in self._told:
@@ -291,13 +328,21 @@ _REMEDY = (
 )
 
 
-def _difference(kind: Any, other: Any) -> str:
-    """In what two kinds of calls differ, in words."""
-    if kind[:2] != other[:2]:
-        return "an argument"
-    if kind[2] != other[2]:
-        return "a mode of PyTorch"
-    return kind[3].difference(other[3])
+class _Kind(NamedTuple):
+    """Of a call: the form of its arguments and these, modes of PyTorch, and what the step refers to."""
+
+    form: Any
+    arguments: list[Any]
+    mode: tuple[Any, ...]
+    settings: Settings
+
+    def difference(self, other: "_Kind") -> str:
+        """In what two kinds differ, in words."""
+        if self[:2] != other[:2]:
+            return "an argument"
+        if self.mode != other.mode:
+            return "a mode of PyTorch"
+        return self.settings.difference(other.settings)
 
 
 def _kind_of_argument(given: Any, device: torch.device) -> tuple[Any, ...]:
@@ -323,30 +368,34 @@ def _check_device(tensor: torch.Tensor, device: torch.device) -> None:
         raise ValueError(f"the step is captured on {device}, but a tensor is on {tensor.device}; move it there")
 
 
-class _Gradient:
-    """The gradient of a parameter, which Python may take away or replace between replays."""
+class _Gradients:
+    """The gradients of tensors, which Python may take away or replace between replays."""
 
-    def __init__(self, parameter: torch.Tensor) -> None:
-        self._parameter, self._read = parameter, parameter.grad
+    def __init__(self, tensors: list[torch.Tensor]) -> None:
+        self._tensors = list({id(each): each for each in tensors if each.requires_grad and each.is_leaf}.values())
+        self._read = [each.grad for each in self._tensors]
 
     def captured(self) -> None:
-        """What the graph writes is known."""
-        self._written = self._parameter.grad
+        """What the graph writes is known; nothing is computed yet, so the present ones stay."""
+        self._written = [each.grad for each in self._tensors]
+        self.restore()
 
     def before(self) -> None:
-        """Gives a graph that adds to a gradient the present one."""
-        present = self._parameter.grad
-        if self._read is self._written is not present and present is not None and self._read is not None:
-            self._read.copy_(present)
+        """Gives the present ones to a graph, which may add to those that it was captured with, or read them first."""
+        for read, each in zip(self._read, self._tensors, strict=True):
+            if read is not None and each.grad is not None and each.grad is not read:
+                read.copy_(each.grad)
 
     def after(self) -> None:
         """Shows what the graph wrote."""
-        if self._parameter.grad is not self._written:
-            self._parameter.grad = self._written
+        for written, each in zip(self._written, self._tensors, strict=True):
+            if each.grad is not written:
+                each.grad = written
 
     def restore(self) -> None:
-        """Takes away what a capture left that failed."""
-        self._parameter.grad = self._read
+        """Takes away what a capture left."""
+        for read, each in zip(self._read, self._tensors, strict=True):
+            each.grad = read
 
 
 @contextlib.contextmanager

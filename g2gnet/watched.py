@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_leaves
 
+from g2g_kernels import BlockMask
 from g2g_kernels.sides import Indices
 from g2g_kernels.wiring import version
 
 CONSTANTS = (type(None), bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.device)
 _PLAIN = frozenset(CONSTANTS) - {enum.Enum}
-_COLLECTIONS = tuple, list, dict, collections.OrderedDict, set, frozenset
+_COLLECTIONS = tuple, list, dict, collections.OrderedDict, set, frozenset, collections.deque
 #: items of a collection that are looked at, and how many collections inside one another
 _MANY, _NESTED = 100, 2
 _NUMBERS = (
@@ -34,7 +34,7 @@ _WATCHED = frozenset(("_parameters", "_buffers", "_modules"))
 _OF_TENSORS = "_backward_hooks", "_post_accumulate_grad_hooks"
 _OF_OPTIMIZERS = "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"
 #: attributes of an optimizer that are compared by themselves, and those that schedulers count
-_OF_PYTORCH = frozenset(("state", "param_groups", "_step_count", "_opt_called"))
+_OF_PYTORCH = frozenset(("state", "param_groups", "defaults", "_step_count", "_opt_called", *_OF_OPTIMIZERS))
 
 
 class Settings(NamedTuple):
@@ -42,41 +42,66 @@ class Settings(NamedTuple):
 
     Attributes:
         which: the networks' modules and the optimizers.
+        ways: by which variables, attributes and items the step refers to them.
         attributes: of each module, by name.
         groups: the settings of each group of each optimizer, by name.
-        roles: which parameters each module has.
-        learned: of each parameter and buffer, whether it is learned, has a gradient, and its hooks.
+        counts: what optimizers keep for Python to read and change, as a step that they count.
+        members: which parameters, buffers and modules each module has, by which names.
+        learned: of each tensor, whether it is learned, and its hooks.
+        gradients: of each tensor, whether it has one.
         hooks: of the optimizers.
         layouts: shapes, strides and dtypes of all tensors.
         places: which they are and where.
         odd: tensors without an address, as sparse ones, and how often each was written to.
+        numbers: those of small parameters and buffers on the host.
+        arrivals: of each mask, whether another was written into its buffer, which it has not become yet.
     """
 
     which: Any
+    ways: Any
     attributes: list[tuple[str, dict[str, Any]]]
     groups: list[dict[str, Any]]
-    roles: Any
+    counts: Any
+    members: Any
     learned: Any
+    gradients: Any
     hooks: Any
     layouts: Any
     places: Any
     odd: Any
+    numbers: Any
+    arrivals: Any
+
+    def without(self, *names: str) -> "Settings":
+        """These settings, as if equal to others in ``names``."""
+        unknown: dict[str, Any] = dict.fromkeys(names)
+        return self._replace(**unknown)
 
     def difference(self, other: "Settings") -> str:
         """What differs, in words: the first that is found."""
         if self.which == other.which:
-            for (module, mine), (_, others) in zip(self.attributes, other.attributes, strict=True):
+            for (module, mine), (kind, others) in zip(self.attributes, other.attributes, strict=True):
+                if module != kind:
+                    return f"the class of a module, {module} or {kind}"
                 for name in {**mine, **others}:
                     if mine.get(name) != others.get(name):
                         return f"the attribute {name!r} of {module}"
-            for mine, others in zip(self.groups, other.groups, strict=False):
+            if len(self.groups) != len(other.groups):
+                return "the number of an optimizer's groups"
+            for mine, others in zip(self.groups, other.groups, strict=True):
                 for name in {**mine, **others}:
                     if mine.get(name) != others.get(name):
                         return f"the setting {name!r} of an optimizer"
         names = {
             "which": "which networks and optimizers there are",
-            "learned": "which tensors are learned, have a gradient, or have hooks",
+            "ways": "which variable or attribute has which network or optimizer",
+            "counts": "what an optimizer keeps on the CPU",
+            "members": "which parameters, buffers and modules a module has",
+            "learned": "which tensors are learned, or have hooks",
+            "gradients": "which tensors have a gradient",
             "hooks": "the hooks of an optimizer",
+            "numbers": "the numbers of a buffer on the host",
+            "arrivals": "a mask that was written into a network's buffers",
         }
         found = next(name for name in self._fields if getattr(self, name) != getattr(other, name))
         return names.get(found, "which tensors its networks and optimizers have, or where these are")
@@ -93,15 +118,15 @@ class Watched:
         self._optimizers: list[torch.optim.Optimizer] = []
 
     def __bool__(self) -> bool:
-        return bool(self.parameters())
+        return bool(self._parameters())
 
     def search(self) -> bool:
         """Looks for them everywhere; returns whether others were found than before."""
         before = self._found
-        self._found, self._holders = _search(self._step)
+        self._found, self._holders, _ = _search(self._step)
         return list(map(id, before)) != list(map(id, self._found))
 
-    def parameters(self) -> list[torch.Tensor]:
+    def _parameters(self) -> list[torch.Tensor]:
         """All that may be learned, each once."""
         learned = [
             each for optimizer in self._optimizers for group in optimizer.param_groups for each in group["params"]
@@ -109,15 +134,19 @@ class Watched:
         learned += [each for module in self._modules for each in module._parameters.values() if each is not None]
         return list({id(each): each for each in learned}.values())
 
-    def settings(self) -> Settings:
-        """What a graph cannot change: which they are, where their tensors are, and their other settings."""
+    def settings(self) -> tuple[Settings, list[torch.Tensor]]:
+        """What a graph cannot change, and the tensors of which it is; equal for other ones only if these are gone.
+
+        A weak reference to a tensor would tell it from one that is gone, but keep PyTorch from swapping it.
+        """
         # variables may have been assigned anew; looking only where some were found is quick
-        self._found, _ = _search(self._step, self._holders)
+        self._found, _, ways = _search(self._step, self._holders)
         self._modules = _with_children([each for each in self._found if isinstance(each, nn.Module)])
         self._optimizers = [each for each in self._found if isinstance(each, torch.optim.Optimizer)]
-        parameters = self.parameters()
+        parameters = self._parameters()
         buffers = [each for module in self._modules for each in module._buffers.values() if each is not None]
         tensors = [each for each in parameters + buffers if not is_lazy(each)]
+        numbers = [self._constant(each, []) for each in tensors if not _is_on(each, self._device)]
         # masks count their changes, which a graph reads from their tensors
         attributes = [
             (type(module).__name__, self._attributes(module, tensors))
@@ -125,27 +154,36 @@ class Watched:
             if not isinstance(module, Indices)
         ]
         groups = [self._of_group(group, tensors) for each in self._optimizers for group in each.param_groups]
-        for optimizer in self._optimizers:
-            _add_tensors(optimizer.state, tensors)
-        # by which module; which they are follows from their places
-        roles = [list(map(id, module._parameters.values())) for module in self._modules]
-        learned = [
-            (each.requires_grad, each.is_leaf and each.grad is None, _hooks(each, _OF_TENSORS))
-            for each in parameters + buffers
+        members = [
+            (list(of.keys()), list(map(id, of.values())))  # TorchScript's are no dictionaries
+            for module in self._modules
+            for of in (module._parameters, module._buffers, module._modules)
+            if of
         ]
+        learned = [(each.requires_grad, _hooks(each, _OF_TENSORS)) for each in tensors]
+        gradients = [each.is_leaf and each.grad is None for each in tensors]
+        counts = [self._counts(optimizer, tensors) for optimizer in self._optimizers]
         hooks = [_hooks(optimizer, _OF_OPTIMIZERS) for optimizer in self._optimizers]
-        with_address = list(filter(_has_address, tensors))
+        with_address = [each for each in tensors if _has_address(each)]
         odd = []
         if len(with_address) < len(tensors):
-            odd = [(_Identity(each), version(each)) for each in tensors if not _has_address(each)]
+            odd = [(id(each), version(each)) for each in tensors if not _has_address(each)]
         layouts = [(each.shape, each.stride(), each.dtype) for each in with_address]
+        places = list(map(id, with_address)), list(map(torch.Tensor.data_ptr, with_address))
         which = list(map(_Identity, (*self._modules, *self._optimizers)))
-        return Settings(which, attributes, groups, roles, learned, hooks, layouts, _places(with_address), odd)
+        arrivals = [version(each.own_wiring) != each.written for each in self._modules if isinstance(each, BlockMask)]
+        return (
+            Settings(
+                which, ways, attributes, groups, counts, members, learned, gradients, hooks, layouts, places, odd,
+                numbers, arrivals,
+            ),
+            tensors,
+        )  # fmt: skip
 
     def _attributes(self, module: nn.Module, tensors: list[torch.Tensor]) -> dict[str, Any]:
         """The attributes of a module as constants of a graph; adds tensors that it reads to ``tensors``."""
-        found = {}
-        for name, value in vars(module).items():
+        found: dict[str, Any] = {}
+        for name, value in _own(module).items():
             kind = type(value)
             if kind in _PLAIN and value == value:  # as `plain` has it, quicker
                 found[name] = kind, value
@@ -156,8 +194,29 @@ class Watched:
     def _of_group(self, group: dict[str, Any], tensors: list[torch.Tensor]) -> dict[str, Any]:
         """The settings of a group of an optimizer, in the same way."""
         return {
-            name: len(value) if name == "params" else self._constant(value, tensors) for name, value in group.items()
+            name: list(map(id, value)) if name == "params" else self._constant(value, tensors)
+            for name, value in group.items()
         }
+
+    def _counts(self, optimizer: torch.optim.Optimizer, tensors: list[torch.Tensor]) -> list[Any]:
+        """What Python reads of an optimizer's own attributes and state; adds tensors that a graph reads."""
+        counted = [
+            (name, self._constant(value, tensors))
+            for name, value in vars(optimizer).items()
+            if name not in _OF_PYTORCH and not (isinstance(value, _COLLECTIONS) and not value)
+        ]
+        self._count_in(optimizer.state, tensors, counted)
+        return counted
+
+    def _count_in(self, state: Any, tensors: list[torch.Tensor], counted: list[Any]) -> None:
+        """Of a collection, however deep; quicker than ``tree_leaves``."""
+        for each in state.values() if isinstance(state, dict) else state:
+            if isinstance(each, torch.Tensor) and _is_on(each, self._device):
+                tensors.append(each)
+            elif isinstance(each, tuple | list | dict):
+                self._count_in(each, tensors, counted)
+            else:
+                counted.append(self._constant(each, tensors))
 
     def _constant(self, value: Any, tensors: list[torch.Tensor], nested: int = _NESTED) -> Any:
         """A value as a constant of a graph, to be compared by ``==``; adds tensors that it reads to ``tensors``.
@@ -185,28 +244,16 @@ class Watched:
     def _numbers(self, tensor: torch.Tensor, tensors: list[torch.Tensor]) -> Any:
         """Few numbers on the host, which a step may have read; a graph reads others: adds these to ``tensors``."""
         if is_lazy(tensor):
-            return _Identity(tensor)
+            return id(tensor)
         if not _is_on(tensor, self._device) and _is_read_by_python(tensor):
             return tensor.dtype, repr(tensor.tolist())
         tensors.append(tensor)
         return None
 
-    def numbers(self) -> list[Any]:
-        """What optimizers keep for Python to read and change, as a step that they count."""
-        counted = []
-        for optimizer in self._optimizers:
-            own = [value for name, value in vars(optimizer).items() if name not in _OF_PYTORCH]
-            counted += [each for each in tree_leaves([list(optimizer.state.values()), own]) if _is_number(each)]
-        return [self._constant(each, []) for each in counted]
-
 
 def plain(value: Any) -> tuple[Any, ...]:
     """A number, a string or the like, to be compared by ``==``: 1, 1.0 and True differ, and NaN is itself."""
     return type(value), value if value == value else "nan"
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, CONSTANTS) or (isinstance(value, torch.Tensor) and _is_read_by_python(value))
 
 
 class _Identity:
@@ -244,15 +291,6 @@ def _is_on(tensor: torch.Tensor, device: torch.device) -> bool:
     return tensor.device == device
 
 
-def _add_tensors(state: Any, tensors: list[torch.Tensor]) -> None:
-    """Adds those of an optimizer's state to ``tensors``; quicker than ``tree_leaves``."""
-    for each in state.values() if isinstance(state, dict) else state:
-        if isinstance(each, torch.Tensor):
-            tensors.append(each)
-        elif isinstance(each, tuple | list | dict):
-            _add_tensors(each, tensors)
-
-
 def _hooks(of: Any, names: tuple[str, ...]) -> list[list[int]]:
     """Numbers of the hooks, which are given to no other."""
     return [list(getattr(of, name, None) or ()) for name in names]
@@ -270,63 +308,65 @@ def _with_children(modules: Iterable[nn.Module]) -> list[nn.Module]:
     return queue
 
 
-def _places(tensors: list[torch.Tensor]) -> tuple[Any, ...]:
-    """Which tensors these are, and where: a new one may have the address and the id of one that is gone.
-
-    A tensor has one weak reference, whose id is no other's while these are kept. Ids come first: where they are equal,
-    so are the references, and ``==`` of tensors is not called.
-    """
-    references = list(map(weakref.ref, tensors))
-    return list(map(id, references)), references, list(map(torch.Tensor.data_ptr, tensors))
-
-
 # --- the search -----------------------------------------------------------------------------------------------------
 
 #: how many variables, attributes and items after one another lead from a step to a network
 _DEPTH = 4
 _SOUGHT = nn.Module, torch.optim.Optimizer
-_OPAQUE = types.ModuleType, type, torch.Tensor
+_OPAQUE = types.ModuleType, type, torch.Tensor, Watched, _Identity
 
 
-def _search(step: Any, within: dict[int, Any] | None = None) -> tuple[list[Any], dict[int, Any]]:
-    """The networks and optimizers to which a step refers, and by which objects; ``within``: by those only.
+def _search(
+    step: Any, within: dict[int, Any] | None = None
+) -> tuple[list[Any], dict[int, Any], list[tuple[int, int, int]]]:
+    """The networks and optimizers to which a step refers; ``within``: by these objects only.
 
     The modules of a network count as the network, so that what one of them refers to is found as well.
+
+    Returns:
+        them; the objects by which it refers to them, by id; and these ways: from which object, by which of its
+        references, to which.
     """
     found: list[Any] = []
-    referrers: dict[int, list[Any]] = {}  # by the id of what they refer to; all of them, since each may change
+    #: by the id of what they refer to, with their reference; all of them, since each may change
+    referrers: dict[int, list[tuple[Any, int]]] = {}
 
-    def is_new(each: Any, by: Any) -> bool:
+    def is_new(each: Any, by: Any, place: int) -> bool:
         new = id(each) not in referrers
-        referrers.setdefault(id(each), []).append(by)
+        referrers.setdefault(id(each), []).append((by, place))
         return new
 
-    def note(each: Any, by: Any) -> list[Any]:
+    def note(each: Any, by: Any, place: int) -> list[Any]:
         """Notes who refers to an object; returns the objects from which to go on."""
-        if not is_new(each, by):
+        if not is_new(each, by, place):
             return []
         if not issubclass(type(each), _SOUGHT):
             return [each]
         found.append(each)
         modules = _with_children([each]) if isinstance(each, nn.Module) else [each]
         inner = [child for child in modules[1:] if within is None or id(child) in within]
-        return [each, *(child for child in inner if is_new(child, each))]
+        return [each, *(child for child in inner if is_new(child, each, 0))]
 
-    level = note(step, None)
+    level = note(step, None, 0)
     for _ in range(_DEPTH):
         below: list[Any] = []
         for value in level:
-            for each in _references_of(value) if within is None or id(value) in within else ():
-                below += note(_dereferenced(each), value)
+            references = _references_of(value) if within is None or id(value) in within else ()
+            for place, each in enumerate(references):
+                below += note(_dereferenced(each), value, place)
         level = below
     holders: dict[int, Any] = {}
+    ways = []
     queue = list(found)
     for each in queue:
-        for by in referrers[id(each)]:
-            if by is not None and id(by) not in holders:
+        for by, place in referrers[id(each)]:
+            if by is None:
+                continue
+            ways.append((id(by), place, id(each)))
+            if id(by) not in holders:
                 holders[id(by)] = by
                 queue.append(by)
-    return found, holders
+    return found, holders, ways
 
 
 def _dereferenced(value: Any) -> Any:
@@ -365,13 +405,20 @@ def _references(value: Any) -> Collection[Any]:
         return value.func, *value.args, *value.keywords.values()
     if isinstance(value, _COLLECTIONS):
         items = list(value.values()) if isinstance(value, dict) else value
-        return items if len(items) <= _MANY else ()
+        return [each for each in items if type(each) not in _PLAIN] if len(items) <= _MANY else ()
     if isinstance(value, _OPAQUE):
         return ()
-    attributes = _slots(value) | getattr(value, "__dict__", {})
+    attributes = _own(value)
     if isinstance(value, _SOUGHT):
-        return [each for name, each in attributes.items() if name not in ("_modules", "state", "param_groups")]
+        own = [each for name, each in attributes.items() if name not in ("_modules", "state", "param_groups")]
+        return [*own, getattr(type(value), "forward", None)]
     return [*attributes.values(), type(value).__call__ if callable(value) else None]
+
+
+def _own(value: Any) -> dict[str, Any]:
+    """The attributes of an object itself."""
+    slots, own = _slots(value), getattr(value, "__dict__", {})
+    return slots | own if slots else own
 
 
 def _slots(value: Any) -> dict[str, Any]:

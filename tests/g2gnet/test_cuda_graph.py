@@ -3,7 +3,6 @@
 import copy
 import functools
 import gc
-import itertools
 import types
 import warnings
 import weakref
@@ -27,7 +26,6 @@ from g2gnet.cuda_graph import CapturedStep, _check_device
 from g2gnet.data import load_dataset
 from g2gnet.training import Machine, Trainer, TrainingError, TrainSettings
 from g2gnet.training import trainer as trainer_module
-from g2gnet.watched import _places
 
 no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 
@@ -428,13 +426,6 @@ def test_a_tensor_that_is_read_otherwise_at_its_address_is_noticed(stand_ins, ch
     for _ in range(5):
         assert captured(x) == step(x)
     assert len(Graph.captured) == 2
-
-
-def test_a_tensor_with_the_address_and_the_id_of_one_that_is_gone_is_another():
-    memory = torch.zeros(3)
-    assert _places([memory]) == _places([memory])
-    places = [_places([memory[:]]) for _ in range(30)]
-    assert all(one != other for one, other in itertools.combinations(places, 2))
 
 
 class Rebinding(torch.optim.Optimizer):
@@ -889,6 +880,310 @@ def test_each_of_several_ways_to_a_network_is_followed(stand_ins):
         captured(x)
     own.state.net = torch.nn.Linear(2, 1)
     assert torch.equal(captured(x), own.state.net(x))
+
+
+class Placed(torch.nn.Module):
+    """Has modules and buffers at places that they may exchange."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.relu, self.tanh = torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Tanh()
+        self.first, self.second = (
+            torch.nn.ModuleList([torch.nn.Sigmoid()]),
+            torch.nn.ModuleList([torch.nn.Linear(4, 4)]),
+        )
+        self.act = self.relu
+        self.register_buffer("factor", torch.arange(4.0))
+        self.register_buffer("summand", None)
+
+    def forward(self, x):
+        y = self.act(self.layer(x)) if self.factor is None else self.layer(x) * self.factor
+        y = self.tanh(y) if self.summand is None else y + self.summand
+        for layer in self.first:
+            y = layer(y)
+        return self.act(y) + sum(layer(x) for layer in self.second)
+
+
+def with_another_act(net):
+    net.act = net.tanh
+
+
+def with_a_buffer_elsewhere(net):
+    net.summand, net.factor = net.factor, None
+
+
+def with_a_layer_elsewhere(net):
+    net.first.append(net.second[0])
+    del net.second[0]
+
+
+@pytest.mark.parametrize("change", [with_another_act, with_a_buffer_elsewhere, with_a_layer_elsewhere])
+def test_what_changes_its_place_in_a_network_is_noticed(stand_ins, change):
+    net = Placed()
+    captured, x = CapturedStep(lambda x: net(x), CUDA), torch.randn(3, 4, generator=seeded(0))
+    for number in range(12):
+        if number == 6:
+            change(net)
+        assert torch.equal(captured(x), net(x))
+    assert len(Graph.captured) == 2
+
+
+def test_which_of_several_networks_and_optimizers_is_meant_is_noticed(stand_ins):
+    nets = [torch.nn.Linear(4, 1), torch.nn.Linear(4, 1)]
+    optimizers = [torch.optim.SGD(nets[0].parameters(), rate) for rate in (0.1, 1.0)]
+    own = types.SimpleNamespace(nets=[*nets, nets[0]], active=optimizers[0], optimizers=optimizers)
+    before = copy.deepcopy(nets[0].state_dict())
+
+    def step(x):
+        nets[0].load_state_dict(before)
+        output = own.nets[2](x).sum()
+        (nets[0](x).sum() + output).backward()
+        own.active.step()
+        own.active.zero_grad()
+        return torch.cat([output.detach()[None], nets[0].bias.detach()])
+
+    captured, x = CapturedStep(step, CUDA), torch.randn(3, 4, generator=seeded(0))
+    for number in range(18):
+        if number == 6:
+            own.active = optimizers[1]
+        if number == 12:
+            own.nets[2] = own.nets[1]
+        assert torch.equal(captured(x).clone(), step(x)), number
+    assert len(Graph.captured) == 3
+
+
+class Scaling(torch.optim.Optimizer):
+    """Has numbers that Python reads, as an attribute and in its state."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {})
+        self.scale = 1.0
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter -= 0.1 * self.scale * self.state[parameter].setdefault("scale", 1.0) * parameter.grad
+
+
+def with_another_attribute(optimizer, other):
+    optimizer.scale = 0.1
+
+
+def with_another_state(optimizer, other):
+    for state in optimizer.state.values():
+        state["scale"] = 0.1
+
+
+def with_another_step(optimizer, other):
+    optimizer.step = lambda: None
+
+
+def with_the_parameters_of_another(optimizer, other):
+    optimizer.param_groups[0]["params"] = other.param_groups[0]["params"]
+
+
+@pytest.mark.parametrize(
+    "change", [with_another_attribute, with_another_state, with_another_step, with_the_parameters_of_another]
+)
+def test_what_an_optimizer_has_for_python_to_read_is_noticed(stand_ins, change):
+    def trained(device):
+        torch.manual_seed(0)
+        net = torch.nn.Linear(4, 2)
+        optimizers = [Scaling([parameter]) for parameter in net.parameters()]
+
+        def step(x):
+            net.zero_grad()
+            net(x).square().sum().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+
+        step, seen = g2gnet.captured(step, device), []
+        for number in range(12):
+            if number == 6:
+                change(*optimizers)
+            step(torch.randn(3, 4, generator=seeded(number)))
+            seen.append(torch.cat([each.detach().flatten() for each in net.parameters()]))
+        return torch.stack(seen)
+
+    assert torch.equal(trained("cpu"), trained(CUDA))
+    assert len(Graph.captured) == 2
+
+
+def counted_by_twos(net):
+    net.phase = (net.phase + 1) % 2
+    return 1 + net.phase
+
+
+def exchanged(net):
+    with torch.no_grad():
+        net.after.copy_(0.5 * net.before + 1)
+    net.before, net.after = net.after, net.before
+    return net.before
+
+
+@pytest.mark.parametrize(
+    ("change", "what"), [(counted_by_twos, "attribute 'phase' of Linear"), (exchanged, "buffers and modules a module")]
+)
+def test_what_a_step_itself_changes_in_python_leaves_no_graph(stand_ins, caplog, change, what):
+    def run(device):
+        torch.manual_seed(0)
+        net = torch.nn.Linear(4, 1)
+        net.phase = 0
+        net.register_buffer("before", torch.zeros(1))
+        net.register_buffer("after", torch.zeros(1))
+        step = g2gnet.captured(lambda x: net(x) * change(net), device)
+        return [step(torch.ones(3, 4)).sum().item() for _ in range(20)]
+
+    assert run("cpu") == run(CUDA)
+    assert not Graph.captured
+    (line,) = caplog.messages
+    assert what in line
+    assert "which a graph does not repeat" in line
+
+
+def test_a_step_that_begins_with_the_gradients_of_the_last_reads_these(stand_ins):
+    def trained(device):
+        torch.manual_seed(0)
+        net = torch.nn.Linear(4, 1)
+        optimizer = torch.optim.SGD(net.parameters(), 0.05)
+        net(torch.ones(1, 4)).sum().backward()
+
+        def step(x):
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            net(x).square().sum().backward()
+
+        step = g2gnet.captured(step, device)
+        for number in range(12):
+            step(torch.randn(3, 4, generator=seeded(number)))
+        return [*net.parameters(), *(parameter.grad for parameter in net.parameters())]
+
+    assert all(map(torch.equal, trained("cpu"), trained(CUDA)))
+    assert len(Graph.captured) == 1
+
+
+@pytest.mark.parametrize("kept", [torch.nn.Module.register_buffer, setattr], ids=["buffer", "attribute"])
+def test_a_tensor_that_is_learned_but_no_parameter_has_its_gradient(stand_ins, kept):
+    net = torch.nn.Linear(4, 4)
+    kept(net, "scale", torch.ones(4, requires_grad=True))
+
+    def step(x):
+        (net(x) * net.scale).square().sum().backward()
+
+    captured = CapturedStep(step, CUDA)
+
+    def gradient_of(step, x):
+        net.zero_grad()
+        net.scale.grad = None
+        step(x)
+        return net.scale.grad.clone()
+
+    for number in range(12):
+        if number == 8:
+            net.scale.register_hook(lambda gradient: 2 * gradient)
+        x = torch.randn(3, 4, generator=seeded(number))
+        assert torch.equal(gradient_of(captured, x), gradient_of(step, x)), number
+    assert len(Graph.captured) == 2
+
+
+learned, optimizer = None, None
+
+
+class Learner(torch.nn.Module):
+    """Reads an optimizer and a network that are variables of its module."""
+
+    def forward(self, x):
+        return learned(x) * optimizer.param_groups[0]["lr"]
+
+
+def test_variables_of_a_networks_forward_are_searched(stand_ins, monkeypatch):
+    monkeypatch.setitem(globals(), "learned", torch.nn.Linear(4, 1))
+    monkeypatch.setitem(globals(), "optimizer", torch.optim.SGD(learned.parameters(), 0.5))
+    step = Learner()
+    captured, x = CapturedStep(step, CUDA), torch.ones(3, 4)
+    for number in range(18):
+        if number == 6:
+            optimizer.param_groups[0]["lr"] = 0.25
+        if number == 12:
+            monkeypatch.setitem(globals(), "learned", torch.nn.Linear(4, 1))
+        assert torch.equal(captured(x), step(x)), number
+    assert len(Graph.captured) == 3
+
+
+def test_numbers_of_a_buffer_on_the_host_are_noticed(stand_ins, monkeypatch):
+    net = torch.nn.Linear(4, 1)
+    net.register_buffer("scale", torch.tensor([2.0]))
+    monkeypatch.setattr("g2gnet.watched._is_on", lambda tensor, device: tensor is not net.scale)
+    captured, x = CapturedStep(lambda x: net(x) * net.scale.item(), CUDA), torch.ones(3, 4)
+    for number in range(12):
+        if number == 6:
+            net.scale.fill_(3.0)
+        assert torch.equal(captured(x), net(x) * net.scale.item()), number
+    assert len(Graph.captured) == 2
+
+
+def test_tensors_may_be_swapped(stand_ins):
+    """PyTorch swaps none to which there is a weak reference. (The stand-in's graph has tensors of its own.)"""
+    net, other = torch.nn.Linear(4, 1), torch.nn.Linear(4, 1)
+    captured, x = CapturedStep(lambda x: net(x), CUDA), torch.ones(3, 4)
+    with torch.no_grad():
+        for number in range(12):
+            if number == 1:
+                torch.utils.swap_tensors(net.weight, other.weight)
+            assert torch.equal(captured(x), net(x)), number
+    assert len(Graph.captured) == 1
+
+
+def tensors_of(net):
+    return [*net.parameters(), *net.buffers()]
+
+
+def test_a_wiring_that_is_written_into_the_buffers_is_that_of_the_graph(stand_ins):
+    """DistributedDataParallel writes it there."""
+    net, other = (
+        G2GNet(16, 16, 4, "random", num_groups=4, block_size=4, T=3, p_inter=0, backend="torch", generator=seeded(each))
+        for each in range(2)
+    )
+    captured, x = CapturedStep(lambda x: net(x), CUDA), 3 * torch.rand(5, 16, generator=seeded(3))
+    with torch.no_grad():
+        for number in range(12):
+            if number == 6:
+                for mine, theirs in zip(tensors_of(net), tensors_of(other), strict=True):
+                    mine.copy_(theirs)
+            assert torch.equal(captured(x), (net if number < 6 else other)(x)), number
+
+
+def test_a_step_that_refers_to_its_captured_self_keeps_no_replaced_network(stand_ins, monkeypatch):
+    own = types.SimpleNamespace(net=torch.nn.Linear(4, 1))
+    own.step = CapturedStep(lambda x: own.net(x), CUDA)
+    old = []
+    for _ in range(4):
+        old.append(weakref.ref(own.net))
+        own.net = torch.nn.Linear(4, 1)
+        for _ in range(6):
+            own.step(torch.ones(3, 4))
+    gc.collect()
+    assert [each() for each in old] == 4 * [None]
+
+
+def test_an_error_of_the_step_in_a_capture_is_the_users(stand_ins):
+    net, calls = torch.nn.Linear(4, 1), []
+
+    def step(x):
+        net(x).sum().backward()
+        calls.append(net.weight.grad)
+        if len(calls) == 5:
+            raise ValueError("mine")
+
+    captured = CapturedStep(step, CUDA)
+    for _ in range(4):  # in the first there is no gradient yet
+        captured(torch.ones(3, 4))
+    gradient = net.weight.grad.clone()
+    with pytest.raises(ValueError, match="mine"):
+        captured(torch.ones(3, 4))
+    assert len(Graph.captured) == 1
+    assert torch.equal(net.weight.grad, gradient)
 
 
 @pytest.mark.parametrize(("model", "other"), [("index", "random"), ("random", "index"), ("random", "random")])

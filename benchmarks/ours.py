@@ -102,12 +102,16 @@ class Captured(Network):
         self.optimizer.step()
         return loss, counts
 
+    def _call(self) -> tuple[torch.Tensor, torch.Tensor]:
+        self.optimizer.zero_grad(set_to_none=True)  # a graph would get copies of those with which it begins
+        return self._captured(self.images, self.labels, None)
+
     def step(self) -> None:
-        self._captured(self.images, self.labels, None)
+        self._call()
 
     def results(self) -> Results:
         for _ in range(CapturedStep.WARM_UP + 1):  # the last of which is a replay
-            loss, counts = self._captured(self.images, self.labels, None)
+            loss, counts = self._call()
         return {"loss": loss, "counts": counts, **self.gradients()}
 
 

@@ -32,9 +32,9 @@ def captured(step: Callable[..., Any], device: torch.device | str) -> Callable[.
 
         def step(x, labels):
             loss = F.cross_entropy(net(x), labels)
-            optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
             return loss
 
         step = g2gnet.captured(step, device)
@@ -64,13 +64,16 @@ def captured(step: Callable[..., Any], device: torch.device | str) -> Callable[.
     ``functools.partial``, and from there by at most three attributes of objects (not of classes) or items of tuples,
     lists, sets, deques and dictionaries (of at most 100 items), also by weak references (it keeps these networks
     alive): ``self.trainer.nets[0]``. What a module of a network refers to, also by variables of its ``forward``, is
-    found as what the network refers to. What is first referred to after the capture,
-    by an object that referred to none before, is not found. If there is no parameter at all, a warning says so. Changes
-    of anything else that ``step`` reads are not noticed, such as another number in a variable. A learning rate that
-    changes at every step must be a tensor, whose number a graph reads:
-    ``Adam(…, lr=torch.tensor(0.001, device=device), capturable=True)``. A module that makes a tensor at every call and
-    keeps it as an attribute, as those of ``torch.nn.utils.prune`` do, leaves no graph, as does whatever ``step`` itself
-    changes of what is compared. If capturing fails, the Python of ``step`` has run once more than its launches.
+    found as what the network refers to. What is first referred to after the capture, by an object that referred to none
+    before, is not found. If there is no parameter at all, a warning says so. Changes of anything else that ``step``
+    reads are not noticed, such as another number in a variable. A learning rate that changes at every step must be a
+    tensor, whose number a graph reads:
+    ``Adam(…, lr=torch.tensor(0.001, device=device), capturable=True)``.
+
+    A module that makes a tensor at every call and keeps it as an attribute, as those of ``torch.nn.utils.prune`` do,
+    leaves no graph, as does whatever else ``step`` changes of what is compared, unless the loop restores it before the
+    next step. Gradients that exist when a step begins are copied before each replay, since it may read them; those that
+    it clears at its end are not. If capturing fails, the Python of ``step`` has run once more than its launches.
 
     Args:
         step: one training step. Tensors among its arguments (also in tuples, lists and dictionaries) are copied to
@@ -87,9 +90,9 @@ def captured(step: Callable[..., Any], device: torch.device | str) -> Callable[.
         >>> optimizer = torch.optim.Adam(net.parameters())
         >>> def step(x, labels):
         ...     loss = torch.nn.functional.cross_entropy(net(x), labels)
-        ...     optimizer.zero_grad()
         ...     loss.backward()
         ...     optimizer.step()
+        ...     optimizer.zero_grad()
         ...     return loss.detach()
         ...
         >>> step = captured(step, torch.device("cpu"))  # a CUDA graph on "cuda"
@@ -143,7 +146,9 @@ class CapturedStep:
         self._result: Any = None
         self._gradients: _Gradients | None = None
         self._kept: list[torch.Tensor] = []
-        self._captured_kind: Any = None
+        self._captured_kind: _Kind | None = None
+        # of the last direct call before a capture: its kind, what the step refers to after it, and the tensors of that
+        self._last: tuple[_Kind, Settings, list[torch.Tensor]] | None = None
         self._captures = self._replays = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -152,6 +157,8 @@ class CapturedStep:
         kind, tensors = self._kind_of(given, form) if self._possible else (None, [])
         with torch.cuda.device(self._device):
             if kind is None:
+                return self._step(*args, **kwargs)
+            if not self._stays(kind):
                 return self._step(*args, **kwargs)
             if self._graph is None or kind != self._captured_kind:
                 calls = self._count(kind)
@@ -197,9 +204,9 @@ class CapturedStep:
     def _count(self, kind: "_Kind") -> int:
         """How many calls of this kind there were since the last replay, with this one.
 
-        What optimizers count may differ: :meth:`_give_up_if_changed` says so.
+        What optimizers count may differ: :meth:`_stays` says so.
         """
-        kind = kind._replace(settings=kind.settings.without("counts"))
+        kind = kind.without("counts")
         for number, (other, calls) in enumerate(self._direct):
             if other == kind:
                 self._direct[number] = kind, calls + 1
@@ -214,13 +221,19 @@ class CapturedStep:
         self._direct.append((kind, 1))
         return 1
 
+    def _uncount(self, kind: "_Kind") -> None:
+        """Makes the last call of this kind count for nothing."""
+        kind = kind.without("counts")
+        counted = [(other, calls - (other == kind)) for other, calls in self._direct]
+        self._direct = collections.deque(counted, maxlen=self.KINDS)
+
     def _directly(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Any], before: "_Kind | None" = None
     ) -> Any:
         """A call on the stream on which the step will be captured, as autograd needs it; ``given`` are all arguments.
 
         In the last one before the capture, which has the kind ``before``, what waits for the device is noticed: PyTorch
-        up to 2.11 may end the process where a capture fails. So is what the step changes in Python.
+        up to 2.11 may end the process where a capture fails. So is what the step changes in Python (:meth:`_stays`).
         """
         waits: list[str] = []
         tensors = [each for each in given if isinstance(each, torch.Tensor)]
@@ -229,6 +242,10 @@ class CapturedStep:
         try:
             with torch.cuda.stream(self._stream), _noticing(waits) if before else contextlib.nullcontext():
                 result = self._step(*args, **kwargs)
+        except BaseException:
+            if before:
+                self._uncount(before)
+            raise
         finally:
             torch.cuda.current_stream().wait_stream(self._stream)
         if versions != [each._version for each in tensors if not each.is_inference()]:
@@ -236,37 +253,45 @@ class CapturedStep:
         elif waits:
             self._give_up(f"it waits for the device in {waits[0]}")
         elif before:
-            self._give_up_if_changed(before)
+            try:
+                self._last = before, *self._watched.settings()
+            except Exception as error:
+                self._give_up(f"what it refers to cannot be compared ({reason(error)})", error)
         return result
 
-    def _give_up_if_changed(self, before: "_Kind") -> bool:
-        """Gives up if a call changed in Python what a graph cannot change: this would stand still. Returns whether."""
-        try:
-            settings, _ = self._watched.settings()
-        except Exception as error:
-            self._give_up(f"what it refers to cannot be compared ({reason(error)})", error)
+    def _stays(self, kind: "_Kind") -> bool:
+        """Gives up if the last call before a capture changed in Python what is so now; returns whether it did not.
+
+        A graph would not repeat this. What a loop restores after each step does no harm.
+        """
+        if self._last is None:
             return True
+        before, after, _ = self._last
+        self._last = None
         # most steps replace gradients
-        was, now = (each.without("gradients") for each in (before.settings, settings))
-        if was == now:
-            return False
+        was, became, now = (each.without("gradients") for each in (before.settings, after, kind.settings))
+        if now == was or became == was:
+            return True
+        if now != became:  # by whom?
+            self._uncount(before)
+            return True
         if was.without("counts") == now.without("counts"):
-            why = "its optimizer counts on the CPU, which a graph does not repeat; give it `capturable=True`"
+            self._give_up("its optimizer counts on the CPU, which a graph does not repeat; give it `capturable=True`")
         else:
-            why = f"it changes {was.difference(now)}, which a graph does not repeat"
-        self._give_up(why)
-        return True
+            self._give_up(f"it changes {was.difference(now)}, which a graph does not repeat")
+        return False
 
     def _capture(self, given: list[Any], form: Any, kind: "_Kind", tensors: list[torch.Tensor]) -> bool:
         """Captures a step with copies of the arguments; nothing is computed. Returns whether it could.
 
         Keeps ``tensors``, those of networks and optimizers: another one would be taken for one that is gone.
         """
-        if self._captures >= self.KINDS and self._replays < self.KINDS * self._captures:
+        before = self._captured_kind
+        if before is not None and self._captures >= self.KINDS and self._replays < self.KINDS * self._captures:
             self._warn_once(
                 "a CUDA graph of the training step was captured %d times and replayed %d times; the last two differ in "
                 "%s; " + _REMEDY,
-                self._captures, self._replays, self._captured_kind.difference(kind), self._device,
+                self._captures, self._replays, before.difference(kind), self._device,
             )  # fmt: skip
         self._forget()  # gives its memory to the next one
         copies = [each.clone() if isinstance(each, torch.Tensor) else each for each in given]
@@ -286,9 +311,6 @@ class CapturedStep:
             if not isinstance(error, RuntimeError | UserWarning):  # the step's own
                 raise
             self._give_up(reason(error), error)
-            return False
-        if self._give_up_if_changed(kind):
-            gradients.restore()
             return False
         gradients.captured()
         self._graph, self._result, self._read, self._captured_kind = graph, result, copies, kind
@@ -318,13 +340,14 @@ class CapturedStep:
         self._possible = False
         self._forget()
         self._direct.clear()
+        self._last = None
         self._watched = Watched(self._step, self._device)
 
 
 #: of calls that differ; the device follows
 _REMEDY = (
-    "give numbers that change as tensors, a learning rate as lr=torch.tensor(0.001, device='%s'), and change tensors "
-    "in place"
+    "give numbers that change as tensors on the device, a learning rate as lr=torch.tensor(0.001, device='%s'), and "
+    "change tensors in place"
 )
 
 
@@ -335,6 +358,10 @@ class _Kind(NamedTuple):
     arguments: list[Any]
     mode: tuple[Any, ...]
     settings: Settings
+
+    def without(self, *names: str) -> "_Kind":
+        """This kind, as if equal to others in these settings."""
+        return self._replace(settings=self.settings.without(*names))
 
     def difference(self, other: "_Kind") -> str:
         """In what two kinds differ, in words."""
@@ -380,11 +407,21 @@ class _Gradients:
         self._written = [each.grad for each in self._tensors]
         self.restore()
 
+    @torch.no_grad()
     def before(self) -> None:
         """Gives the present ones to a graph, which may add to those that it was captured with, or read them first."""
-        for read, each in zip(self._read, self._tensors, strict=True):
-            if read is not None and each.grad is not None and each.grad is not read:
-                read.copy_(each.grad)
+        present = [each.grad for each in self._tensors]
+        pairs = [
+            (read, now)
+            for read, now in zip(self._read, present, strict=True)
+            if read is not None and now is not None and now is not read
+        ]
+        if pairs:
+            places = set(map(id, self._read))
+            torch._foreach_copy_(
+                [read for read, _ in pairs],
+                [now.clone() if id(now) in places else now.detach() for _, now in pairs],
+            )
 
     def after(self) -> None:
         """Shows what the graph wrote."""

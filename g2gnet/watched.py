@@ -43,7 +43,7 @@ class Settings(NamedTuple):
     Attributes:
         which: the networks' modules and the optimizers.
         ways: by which variables, attributes and items the step refers to them.
-        attributes: of each module, by name.
+        attributes: of each module, by name, and the numbers of its small parameters and buffers on the host.
         groups: the settings of each group of each optimizer, by name.
         counts: what optimizers keep for Python to read and change, as a step that they count.
         members: which parameters, buffers and modules each module has, by which names.
@@ -53,7 +53,6 @@ class Settings(NamedTuple):
         layouts: shapes, strides and dtypes of all tensors.
         places: which they are and where.
         odd: tensors without an address, as sparse ones, and how often each was written to.
-        numbers: those of small parameters and buffers on the host.
         arrivals: of each mask, whether another was written into its buffer, which it has not become yet.
     """
 
@@ -69,7 +68,6 @@ class Settings(NamedTuple):
     layouts: Any
     places: Any
     odd: Any
-    numbers: Any
     arrivals: Any
 
     def without(self, *names: str) -> "Settings":
@@ -100,7 +98,6 @@ class Settings(NamedTuple):
             "learned": "which tensors are learned, or have hooks",
             "gradients": "which tensors have a gradient",
             "hooks": "the hooks of an optimizer",
-            "numbers": "the numbers of a buffer on the host",
             "arrivals": "a mask that was written into a network's buffers",
         }
         found = next(name for name in self._fields if getattr(self, name) != getattr(other, name))
@@ -121,10 +118,10 @@ class Watched:
         return bool(self._parameters())
 
     def search(self) -> bool:
-        """Looks for them everywhere; returns whether others were found than before."""
-        before = self._found
+        """Looks for them everywhere; returns whether others were found than before, or by other objects."""
+        before, by = self._found, self._holders
         self._found, self._holders, _ = _search(self._step)
-        return list(map(id, before)) != list(map(id, self._found))
+        return list(map(id, before)) != list(map(id, self._found)) or by.keys() != self._holders.keys()
 
     def _parameters(self) -> list[torch.Tensor]:
         """All that may be learned, each once."""
@@ -146,7 +143,6 @@ class Watched:
         parameters = self._parameters()
         buffers = [each for module in self._modules for each in module._buffers.values() if each is not None]
         tensors = [each for each in parameters + buffers if not is_lazy(each)]
-        numbers = [self._constant(each, []) for each in tensors if not _is_on(each, self._device)]
         # masks count their changes, which a graph reads from their tensors
         attributes = [
             (type(module).__name__, self._attributes(module, tensors))
@@ -175,7 +171,7 @@ class Watched:
         return (
             Settings(
                 which, ways, attributes, groups, counts, members, learned, gradients, hooks, layouts, places, odd,
-                numbers, arrivals,
+                arrivals,
             ),
             tensors,
         )  # fmt: skip
@@ -189,6 +185,10 @@ class Watched:
                 found[name] = kind, value
             elif name not in _WATCHED and not (kind in _COLLECTIONS and not value):
                 found[name] = self._constant(value, tensors)
+        for members in (module._parameters, module._buffers):
+            for name, value in members.items():
+                if value is not None and not _is_on(value, self._device):
+                    found[name] = self._constant(value, [])
         return found
 
     def _of_group(self, group: dict[str, Any], tensors: list[torch.Tensor]) -> dict[str, Any]:
@@ -316,57 +316,55 @@ _SOUGHT = nn.Module, torch.optim.Optimizer
 _OPAQUE = types.ModuleType, type, torch.Tensor, Watched, _Identity
 
 
-def _search(
-    step: Any, within: dict[int, Any] | None = None
-) -> tuple[list[Any], dict[int, Any], list[tuple[int, int, int]]]:
+def _search(step: Any, within: dict[int, Any] | None = None) -> tuple[list[Any], dict[int, Any], list[Any]]:
     """The networks and optimizers to which a step refers; ``within``: by these objects only.
 
     The modules of a network count as the network, so that what one of them refers to is found as well.
 
     Returns:
-        them; the objects by which it refers to them, by id; and these ways: from which object, by which of its
-        references, to which.
+        them; the objects by which it refers to them, by id; and the ways to them: from which of these objects, by which
+        of its references, to which. There they have numbers, so a container made anew leads the same way.
     """
     found: list[Any] = []
-    #: by the id of what they refer to, with their reference; all of them, since each may change
-    referrers: dict[int, list[tuple[Any, int]]] = {}
+    #: by the id of what they refer to, with the name of the reference; all of them, since each may change
+    referrers: dict[int, list[tuple[Any, Any]]] = {}
 
-    def is_new(each: Any, by: Any, place: int) -> bool:
+    def is_new(each: Any, by: Any, name: Any) -> bool:
         new = id(each) not in referrers
-        referrers.setdefault(id(each), []).append((by, place))
+        referrers.setdefault(id(each), []).append((by, name))
         return new
 
-    def note(each: Any, by: Any, place: int) -> list[Any]:
+    def note(each: Any, by: Any, name: Any) -> list[Any]:
         """Notes who refers to an object; returns the objects from which to go on."""
-        if not is_new(each, by, place):
+        if not is_new(each, by, name):
             return []
         if not issubclass(type(each), _SOUGHT):
             return [each]
         found.append(each)
         modules = _with_children([each]) if isinstance(each, nn.Module) else [each]
         inner = [child for child in modules[1:] if within is None or id(child) in within]
-        return [each, *(child for child in inner if is_new(child, each, 0))]
+        return [each, *(child for child in inner if is_new(child, each, None))]
 
-    level = note(step, None, 0)
+    level = note(step, None, None)
     for _ in range(_DEPTH):
         below: list[Any] = []
         for value in level:
-            references = _references_of(value) if within is None or id(value) in within else ()
-            for place, each in enumerate(references):
-                below += note(_dereferenced(each), value, place)
+            for name, each in _references_of(value) if within is None or id(value) in within else ():
+                below += note(_dereferenced(each), value, name)
         level = below
     holders: dict[int, Any] = {}
-    ways = []
+    edges = []
     queue = list(found)
     for each in queue:
-        for by, place in referrers[id(each)]:
+        for by, name in referrers[id(each)]:
             if by is None:
                 continue
-            ways.append((id(by), place, id(each)))
+            edges.append((id(by), name, id(each)))
             if id(by) not in holders:
                 holders[id(by)] = by
                 queue.append(by)
-    return found, holders, ways
+    number = {each: count for count, each in enumerate(dict.fromkeys(map(id, queue)))}
+    return found, holders, [(number[by], name, number[each]) for by, name, each in edges]
 
 
 def _dereferenced(value: Any) -> Any:
@@ -379,40 +377,56 @@ def _dereferenced(value: Any) -> Any:
     return value() if type(value) is weakref.ref else value
 
 
-def _references_of(value: Any) -> Collection[Any]:
-    """The objects to which one refers by a variable, an attribute or an item; none if it cannot be looked at."""
+def _references_of(value: Any) -> Collection[tuple[Any, Any]]:
+    """The objects to which one refers by a variable, an attribute or an item; none if it cannot be looked at.
+
+    Each comes with the name of the reference: that of the variable or attribute, the index or key, None in a set.
+    """
     try:
         return _references(value)
     except Exception:  # a user's object may raise anything when it is looked at, and the search goes on without it
         return ()
 
 
-def _references(value: Any) -> Collection[Any]:
+def _references(value: Any) -> Collection[tuple[Any, Any]]:
     if isinstance(value, types.FunctionType):
         cells = []
-        for cell in value.__closure__ or ():
+        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
             with contextlib.suppress(ValueError):  # not assigned yet
-                cells.append(cell.cell_contents)
-        defaults = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
-        return [*cells, *defaults, *map(value.__globals__.get, _names(value.__code__)), *vars(value).values()]
+                cells.append((name, cell.cell_contents))
+        defaults = [*enumerate(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).items()]
+        variables = [(name, value.__globals__.get(name)) for name in _names(value.__code__)]
+        return [*cells, *defaults, *variables, *vars(value).items()]
     if isinstance(value, types.MethodType):
         owner = value.__self__
-        return [*(vars(owner).values() if isinstance(owner, type) else [owner]), value.__func__]
+        own = vars(owner).items() if isinstance(owner, type) else [("__self__", owner)]
+        return [*own, ("__func__", value.__func__)]
     if isinstance(value, weakref.WeakMethod):
         method = value()  # a new one each time
-        return () if method is None else (method.__self__, method.__func__)
+        return () if method is None else [("__self__", method.__self__), ("__func__", method.__func__)]
     if isinstance(value, functools.partial):
-        return value.func, *value.args, *value.keywords.values()
+        return [("func", value.func), *enumerate(value.args), *value.keywords.items()]
     if isinstance(value, _COLLECTIONS):
-        items = list(value.values()) if isinstance(value, dict) else value
-        return [each for each in items if type(each) not in _PLAIN] if len(items) <= _MANY else ()
+        return _items(value) if len(value) <= _MANY else ()
     if isinstance(value, _OPAQUE):
         return ()
     attributes = _own(value)
     if isinstance(value, _SOUGHT):
-        own = [each for name, each in attributes.items() if name not in ("_modules", "state", "param_groups")]
-        return [*own, getattr(type(value), "forward", None)]
-    return [*attributes.values(), type(value).__call__ if callable(value) else None]
+        own = [each for each in attributes.items() if each[0] not in ("_modules", "state", "param_groups")]
+        return [*own, ("forward", getattr(type(value), "forward", None))]
+    return [*attributes.items(), ("__call__", type(value).__call__ if callable(value) else None)]
+
+
+def _items(value: Any) -> list[tuple[Any, Any]]:
+    """The items of a collection that are no constants, with their indices or keys."""
+    items: Iterable[tuple[Any, Any]]
+    if isinstance(value, dict):
+        items = ((key if type(key) in _PLAIN else None, each) for key, each in value.items())
+    elif isinstance(value, set | frozenset):
+        items = ((None, each) for each in value)
+    else:
+        items = enumerate(value)
+    return [item for item in items if type(item[1]) not in _PLAIN]
 
 
 def _own(value: Any) -> dict[str, Any]:
@@ -434,7 +448,8 @@ def _slots(value: Any) -> dict[str, Any]:
 @functools.lru_cache(maxsize=1000)
 def _slots_of(kind: type) -> list[tuple[str, Any]]:
     classes = (vars(each).items() for each in kind.__mro__)
-    return [each for each in itertools.chain(*classes) if isinstance(each[1], types.MemberDescriptorType)]
+    slots = (each for each in itertools.chain(*classes) if isinstance(each[1], types.MemberDescriptorType))
+    return [each for each in slots if each[0] != "__dict__"]  # of classes written in C
 
 
 def _names(code: types.CodeType) -> tuple[str, ...]:

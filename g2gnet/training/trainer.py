@@ -390,7 +390,7 @@ class Trainer(EpochTrainer):
         if target and target.strength > 0:
             rates = [self._whole_batch(share * rates) for rates in activity.rates[:-1]]
             objective = objective + rate_penalty(rates, target)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)  # of a step that was interrupted
         with self.world.backward():
             objective.backward()
         with torch.no_grad():
@@ -401,6 +401,7 @@ class Trainer(EpochTrainer):
             if self.settings.clip_grad_norm is not None:
                 self._clip_gradient(self.settings.clip_grad_norm)
         self._update()
+        self.optimizer.zero_grad(set_to_none=True)  # a graph would get copies of those with which it begins
         return result, activity
 
     def _clip_gradient(self, largest: float) -> None:

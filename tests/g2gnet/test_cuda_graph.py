@@ -1042,6 +1042,108 @@ def test_what_a_step_itself_changes_in_python_leaves_no_graph(stand_ins, caplog,
     assert "which a graph does not repeat" in line
 
 
+@pytest.mark.parametrize("calls", [1, 2])
+def test_what_the_loop_restores_before_the_next_step_does_no_harm(stand_ins, caplog, calls):
+    """As spikingjelly's ``reset_net`` after each step, or networks that are frozen by turns."""
+    net = torch.nn.Linear(4, 1)
+
+    def step(x):
+        net.memories = [net(x).detach()]
+        return net.memories[0]
+
+    captured, x = CapturedStep(step, CUDA), torch.ones(3, 4)
+    for _ in range(12):
+        for size in range(calls):  # the loop calls it with batches of two sizes
+            net.memories = []
+            assert torch.equal(captured(x[: 3 - size]), step(x[: 3 - size]))
+    assert Graph.captured
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("nets", "exchange"),
+    [
+        ({"a": 0, "b": 1}, lambda nets: nets.update(a=nets["b"], b=nets["a"])),
+        ({"a": None, "b": 0}, lambda nets: nets.update(a=nets["b"], b=None)),
+        ([0, None], list.reverse),
+    ],
+    ids=["dictionary", "with None", "list"],
+)
+def test_networks_that_exchange_their_names_are_noticed(stand_ins, nets, exchange):
+    made = [torch.nn.Linear(4, 1) for _ in range(2)]
+    items = nets.items() if isinstance(nets, dict) else enumerate(nets)
+    own = types.SimpleNamespace(nets=type(nets)(nets))
+    for key, number in items:
+        own.nets[key] = None if number is None else made[number]
+
+    def step(x):
+        of = own.nets.values() if isinstance(own.nets, dict) else own.nets
+        return sum((place + 1) * net(x) for place, net in enumerate(of) if net is not None)
+
+    captured, x = CapturedStep(step, CUDA), torch.ones(3, 4)
+    for number in range(12):
+        if number == 6:
+            exchange(own.nets)
+        assert torch.equal(captured(x), step(x)), number
+    assert len(Graph.captured) == 2
+
+
+def test_a_container_of_networks_that_is_made_anew_keeps_the_graph(stand_ins):
+    own = types.SimpleNamespace(net=torch.nn.Linear(4, 1))
+    captured, x = CapturedStep(lambda x: own.net(x), CUDA), torch.ones(3, 4)
+    for number in range(12):
+        own.checkpoint = {"net": own.net, "step": number}
+        if number == 2:
+            own.evaluator = types.SimpleNamespace(net=own.net)
+        assert torch.equal(captured(x), own.net(x))
+    assert len(Graph.captured) == 1
+
+
+@pytest.mark.filterwarnings("ignore:Using backward")
+def test_gradients_with_a_history_are_kept_without_it(stand_ins):
+    net = torch.nn.Linear(4, 1)
+
+    def step(x):
+        net.zero_grad(set_to_none=True)
+        net(x).square().sum().backward(create_graph=True)
+
+    def history():
+        nodes, queue = set(), [net.weight.grad.grad_fn]
+        while queue:
+            node = queue.pop()
+            if node is not None and node not in nodes:
+                nodes.add(node)
+                queue += [each for each, _ in node.next_functions]
+        return len(nodes)
+
+    captured, found = CapturedStep(step, CUDA), []
+    for _ in range(12):
+        captured(torch.ones(3, 4))
+        found.append(history())
+    assert len(Graph.captured) == 1
+    assert len(set(found)) == 1
+
+
+def test_a_step_that_fails_before_the_capture_is_looked_at_again(stand_ins, caplog):
+    calls = []
+
+    def step(x):
+        graph_stand_in.wait()
+        calls.append(x)
+        if len(calls) == 3:
+            raise ValueError("mine")
+
+    captured = CapturedStep(step, CUDA)
+    for _ in range(2):
+        captured(torch.ones(3))
+    with pytest.raises(ValueError, match="mine"):
+        captured(torch.ones(3))
+    captured(torch.ones(3))
+    assert not Graph.captured
+    (line,) = caplog.messages
+    assert "it waits for the device" in line
+
+
 def test_a_step_that_begins_with_the_gradients_of_the_last_reads_these(stand_ins):
     def trained(device):
         torch.manual_seed(0)

@@ -115,8 +115,15 @@ def test_a_gradient_is_scaled_down_to_the_largest_norm(factor):
     def gradients(**options):
         trainer = small_trainer(**ONE_STEP, **options)
         trainer.net.fc3.values.register_hook(lambda gradient: gradient * factor)
+        found = {}
+
+        def note(*_):
+            found.update({name: parameter.grad for name, parameter in trainer.net.named_parameters()})
+
+        trainer.optimizer.register_step_pre_hook(note)
         trainer.train_epoch()
-        return {name: parameter.grad for name, parameter in trainer.net.named_parameters()}
+        assert all(parameter.grad is None for parameter in trainer.net.parameters())
+        return found
 
     whole = gradients()
     norm = torch.cat([gradient.flatten().double() for gradient in whole.values()]).norm().item()

@@ -35,7 +35,6 @@ FEW_AT_FIRST = {
     ", rewired": REWIRED,
     ", rewired, ERK": f"{REWIRED} --density erk",
     DEEP_R: "--name DEEP_R",
-    f"{DEEP_R}, ERK": "--name DEEP_R --density erk",
 }
 #: the same of one that begins with many
 MANY_AT_FIRST = {

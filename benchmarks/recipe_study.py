@@ -9,6 +9,7 @@ the weights, in units of 16 that are pruned by magnitude and grown by gradient; 
 :mod:`benchmarks.few_study`. Rows of ReLU are the same networks without spikes and time.
 """
 
+import statistics
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from g2gnet.tables import markdown
 
 from . import own_trainer, relu
 from .dst_study import REWIRED, density_flags
-from .study import Study, accuracy, gain, of_hidden_layers, run_study, spread
+from .study import FOLDS, HELD_BACK, Study, accuracy, fold_of, gain, of_hidden_layers, run_study, spread
 
 #: the flags of each part
 RECIPE = {
@@ -178,6 +179,34 @@ def table(record: dict[str, Any]) -> str:
         "seconds of training",
     ]
     return markdown(header, rows)
+
+
+def gains_by_seed(records: Sequence[dict[str, Any]]) -> str:
+    """What each row of 20 epochs gains over the recipe of as many, seed by seed: each holds back a part of the images.
+
+    Runs of one seed, part and version of PyTorch are compared. A run that several records have has several numbers.
+    """
+    found: dict[tuple[str, int], list[float]] = {}
+    of_version: dict[tuple[int, str], dict[str, list[float]]] = {}
+    for record in records:
+        for row in record["rows"]:
+            for end in row["ends"]:
+                # older records hold back the last part whatever the seed
+                if end["epoch"] == 20 and (record["tested_on"] == HELD_BACK or fold_of(end["seed"]) == FOLDS):
+                    of_rows = of_version.setdefault((end["seed"], record["machine"]["versions"]["torch"]), {})
+                    of_rows.setdefault(row["row"], []).append(accuracy(end))
+    for (seed, _), of_rows in of_version.items():
+        base = of_rows.pop("20 epochs", [])[:1]
+        for name, accuracies in of_rows.items() if base else ():
+            found.setdefault((name, seed), []).extend(round(value - base[0], 9) for value in accuracies)
+    seeds = sorted({seed for _, seed in found})
+    means = {name: [statistics.mean(found[name, seed]) for seed in seeds if (name, seed) in found] for name, _ in found}
+    rows = [
+        [name, *(", ".join(f"{gain:+.2f}" for gain in found.get((name, seed), ())) or "–" for seed in seeds)]
+        for name in sorted(means, key=lambda name: -statistics.mean(means[name]))
+        if not name.endswith("ReLU")
+    ]
+    return markdown(["minus the recipe of 20 epochs, points", *(f"seed {seed}" for seed in seeds)], rows)
 
 
 STUDY = Study(

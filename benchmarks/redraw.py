@@ -3,10 +3,10 @@
 A page marks its drawn parts with ``<!-- drawn: NAME -->`` and ``<!-- end -->``. NAME is ``step`` or another kernel of
 the default network (``…, in short`` is a sentence; ``step, block_size 1`` and the like are of other networks),
 ``scaling-p_inter`` or another quantity, ``accuracy``, ``model_comparison`` (``…, in short``: a sentence),
-``predictions`` or the name of a study. A part shows every such record in ``benchmarks/results``, whatever
-machine it is from, and is empty where there is none. Pictures lie in ``docs``, under the names of their records;
-``docs/draw_result.py`` draws one more. Numbers are nowhere else, so a page cannot disagree with the measurements;
-``tests/benchmarks/test_benchmark_reports.py`` checks that.
+``predictions`` or the name of a study (``recipe_study, validation, by seed``: its records together). A part shows every
+such record in ``benchmarks/results``, whatever machine it is from, and is empty where there is none. Pictures lie in
+``docs``, under the names of their records; ``docs/draw_result.py`` draws one more. Numbers are nowhere else, so a page
+cannot disagree with the measurements; ``tests/benchmarks/test_benchmark_reports.py`` checks that.
 """
 
 import dataclasses
@@ -124,8 +124,11 @@ def redrawn(page: str, folder: Path, kept: Sequence[Record]) -> str:
 
     def part(found: re.Match[str]) -> str:
         name = found[1]
+        if name in SUMMARIES:
+            wanted, summary = SUMMARIES[name]
+            return f"{name}{found[2]}\n{summary([each.content for each in kept if each.name == wanted])}\n\n"
         if name not in PARTS:
-            raise ValueError(f"part {name!r} is unknown; choose one of {', '.join(PARTS)}")
+            raise ValueError(f"part {name!r} is unknown; choose one of {', '.join((*PARTS, *SUMMARIES))}")
         wanted, draw = PARTS[name]
         texts = [draw(record, functools.partial(_link, folder)) for record in kept if record.name == wanted]
         return name + found[2] + "".join(f"\n{text}\n\n" for text in texts)
@@ -554,6 +557,11 @@ PARTS: dict[str, tuple[str, Callable[[Record, Link], str]]] = {
     **{name: (name, _study) for name in STUDIES},
     **{f"{name}, validation": (f"{name}, validation", _study) for name in ("recipe_study", "few_study")},
     "predictions": ("predictions", _predictions),
+}
+
+#: those that show all records of a name together
+SUMMARIES: dict[str, tuple[str, Callable[[Sequence[dict[str, Any]]], str]]] = {
+    "recipe_study, validation, by seed": ("recipe_study, validation", recipe_study.gains_by_seed),
 }
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from benchmarks import accuracy, redraw
+from benchmarks import accuracy, recipe_study, redraw, study
 from benchmarks.report import digest
 
 MACHINE = {
@@ -182,16 +182,43 @@ def test_the_time_of_a_whole_study_is_that_of_its_runs():
     assert "3 runs, 3.3 hours of training, on" in redraw.redrawn(drawn, redraw.ROOT, [record(content)])
 
 
+def test_parts_of_the_recipe_are_compared_seed_by_seed():
+    def record(torch, tested_on, **rows):
+        ends = {
+            row.replace("_", " "): [
+                {"seed": seed, "epoch": 40 if row.startswith("longer") else 20, "test_acc": accuracy}
+                for seed, accuracy in accuracies.items()
+            ]
+            for row, accuracies in rows.items()
+        }
+        rows = [{"row": row, "flags": "", "ends": of} for row, of in ends.items()]
+        return {"machine": {"versions": {"torch": torch}}, "tested_on": tested_on, "rows": rows}
+
+    base = "20 epochs"
+    last, each = "the last 10,000 training images", study.HELD_BACK
+    records = [
+        record("2.13", last, **{base: {1: 0.90, 2: 0.5}}, wide={1: 0.91, 2: 0.9}, longer={1: 0.99}),
+        record("2.15", last, **{base: {1: 0.89}, "wide, ReLU": {1: 0.95}}, wide={1: 0.91}),
+        record("2.15", each, **{base: {2: 0.92}}, wide={2: 0.915}, narrow={1: 0.885}),
+        record("2.16", each, wide={1: 0.99}),  # of which no recipe was trained
+    ]
+    text = recipe_study.gains_by_seed(records)
+    assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:]] == [
+        ["wide", "+1.00, +2.00", "-0.50"],
+        ["narrow", "-0.50", "–"],
+    ]
+
+
 def test_every_part_of_the_documentation_is_known():
     for page in redraw.PAGES:
         names = re.findall(r"<!-- drawn: ([^>]+) -->", Path(page).read_text(encoding="utf-8"))
         assert names
-        assert set(names) <= redraw.PARTS.keys()
+        assert set(names) <= redraw.PARTS.keys() | redraw.SUMMARIES.keys()
 
 
 def test_every_record_is_shown_somewhere():
     text = "".join(Path(page).read_text(encoding="utf-8") for page in redraw.PAGES)
-    wanted = {redraw.PARTS[name][0] for name in re.findall(r"<!-- drawn: ([^>]+) -->", text)}
+    wanted = {redraw.PARTS[name][0] for name in re.findall(r"<!-- drawn: ([^>]+) -->", text) if name in redraw.PARTS}
     assert {kept.name for kept in redraw.records()} <= wanted
 
 

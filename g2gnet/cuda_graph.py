@@ -156,9 +156,7 @@ class CapturedStep:
         given, form = tree_flatten((args, kwargs))
         kind, tensors = self._kind_of(given, form) if self._possible else (None, [])
         with torch.cuda.device(self._device):
-            if kind is None:
-                return self._step(*args, **kwargs)
-            if not self._stays(kind):
+            if kind is None or not self._stays(kind):
                 return self._step(*args, **kwargs)
             if self._graph is None or kind != self._captured_kind:
                 calls = self._count(kind)

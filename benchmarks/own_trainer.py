@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from g2gnet.data import load_dataset
+from g2gnet.sweep.engine import costs
 from g2gnet.training import Machine, Trainer, TrainSettings, read_run, run_epochs
 
 
@@ -46,6 +47,4 @@ def finished(folder: Path) -> dict[str, Any] | None:
     if marker is None:
         return None
     run = read_run(marker.with_suffix(".pth"))
-    weights = sum(mask.num_weights for mask in run.masks().values())
-    times = {f"train_{name}": sum(record[name] for record in run.history) for name in ("seconds", "cpu_seconds")}
-    return {**run.history[-1], **times, "weights": weights}
+    return {**run.history[-1], **costs(run)}

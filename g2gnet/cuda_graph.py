@@ -195,7 +195,7 @@ class CapturedStep:
             if kind != self._captured_kind and self._watched.search():
                 settings, tensors = self._watched.settings()
         except Exception as error:  # a user's object may raise anything when it is looked at
-            self._give_up(f"what it refers to cannot be compared ({reason(error)})", error)
+            self._give_up_comparing(error)
             return None, []
         return kind._replace(settings=settings), tensors
 
@@ -253,8 +253,8 @@ class CapturedStep:
         elif before:
             try:
                 self._last = before, *self._watched.settings()
-            except Exception as error:
-                self._give_up(f"what it refers to cannot be compared ({reason(error)})", error)
+            except Exception as error:  # as before the call
+                self._give_up_comparing(error)
         return result
 
     def _stays(self, kind: "_Kind") -> bool:
@@ -330,6 +330,9 @@ class CapturedStep:
         if message not in self._told:
             self._told.add(message)
             logger.warning(message, *values)
+
+    def _give_up_comparing(self, error: Exception) -> None:
+        self._give_up(f"what it refers to cannot be compared ({reason(error)})", error)
 
     def _give_up(self, why: str, error: BaseException | None = None) -> None:
         if self._required:

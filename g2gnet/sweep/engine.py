@@ -87,9 +87,13 @@ def outcome(run: Run, more: Callable[[SavedRun], dict[str, Any]] = lambda saved:
         saved = read_run(run.files.checkpoint)
     except CheckpointError as error:
         raise CheckpointError(f"{error} The run is finished; delete {run.folder} to train it again") from error
-    weights = sum(mask.num_weights for mask in saved.masks().values())
+    return {**last, **costs(saved), **more(saved)}
+
+
+def costs(saved: SavedRun) -> dict[str, Any]:
+    """Wall-clock and processor seconds of training, and the number of weights."""
     seconds = {f"train_{name}": sum(record[name] for record in saved.history) for name in ("seconds", "cpu_seconds")}
-    return {**last, **seconds, "weights": weights, **more(saved)}
+    return {**seconds, "weights": sum(mask.num_weights for mask in saved.masks().values())}
 
 
 class _Process(multiprocessing.context.SpawnProcess):

@@ -1,7 +1,12 @@
 """Arguments that are one of a few values, and the one check of each: flags and names."""
 
+import reprlib
 from collections.abc import Iterable
 from typing import Any
+
+#: of a value that is no known name, perhaps a long path: both of its ends
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = 60
 
 
 def check_flag(name: str, value: Any) -> bool:
@@ -29,4 +34,4 @@ def check_choice(name: str, value: Any, known: Iterable[str], more: str = "", of
 
 def unknown(name: str, value: Any, known: Iterable[str], more: str = "", of: str = "") -> str:
     """What to say of a value that is not known."""
-    return f"{name}={value!r:.40}{of} is unknown; choose one of {', '.join(known)}{more and ', or '}{more}"
+    return f"{name}={_SHORT.repr(value)}{of} is unknown; choose one of {', '.join(known)}{more and ', or '}{more}"

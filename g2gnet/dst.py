@@ -92,10 +92,11 @@ def mean_density(layers: Sequence[G2GLinear]) -> float:
     return exist / sum(math.prod(layer.mask.shape) for layer in layers)
 
 
-def least_density(layers: Sequence[G2GLinear]) -> float:
-    """The share of the weights of all layers together that one unit of each, its largest, has."""
-    largest = sum(int(layer.mask.unit_sizes.max()) for layer in layers if layer.mask.num_units)
-    return largest / sum(math.prod(layer.mask.shape) for layer in layers)
+def least_density(layers: Sequence[G2GLinear], frozen: Collection[G2GLinear] = ()) -> float:
+    """The share of the weights of all layers together that one unit of each, its largest, has; all of frozen ones."""
+    of_layers = [(layer.mask.unit_sizes, layer in frozen) for layer in layers if layer.mask.num_units]
+    left = sum(int(sizes.sum() if all_stay else sizes.max()) for sizes, all_stay in of_layers)
+    return left / sum(math.prod(layer.mask.shape) for layer in layers)
 
 
 class _Outcome(NamedTuple):
@@ -141,8 +142,8 @@ class DSTScheduler:
         stop: the share of training, above 0 and at most 1, after which no unit is replaced.
         total_steps: the optimizer steps of the whole training, which ``"cosine"``, ``stop`` and ``final_density`` refer
             to.
-        final_density: the share of all weights, above 0 and at most 1, that is left by the last update, in step S:
-            gradual pruning (Zhu and Gupta 2017). After the update in step s there are
+        final_density: the share of all weights, those of frozen layers among them, above 0 and at most 1, that is left
+            by the last update, in step S: gradual pruning (Zhu and Gupta 2017). After the update in step s there are
 
                 F + (W₀ − F)·(1 − s/S)³
 
@@ -258,10 +259,12 @@ class DSTScheduler:
         self._process_group = process_group
         if final_density is not None:
             _check_fewer(model, reset_state)
-            least = least_density(self.layers)
+            frozen = set(self.layers) - {layer for _, layer in self._trained_layers()}
+            least = least_density(self.layers, frozen)
             if final_density < least:
                 raise ValueError(
-                    f"final_density={final_density} is less than the {least:.4g} of one unit in each layer; raise it"
+                    f"final_density={final_density} is less than the {least:.4g} of one unit in each layer"
+                    f"{', and of all in frozen ones' if frozen else ''}; raise it"
                 )
         weights = [layer.values for _, layer in self._trained_layers()]
         self._state = OptimizerState(optimizer, weights, reset_state, fewer=final_density is not None)
@@ -392,7 +395,8 @@ class DSTScheduler:
         Raises:
             RuntimeError: if a rule needs what was neither given nor recorded, or growth by gradient follows a backward
                 pass with ``create_graph=True`` or with batches of gradients.
-            ValueError: if the activity is of other layers; if a rule needs the output spikes of an activity that is a
+            ValueError: in the first step, if there are no more weights than ``final_density``; if the activity is of
+                other layers; if a rule needs the output spikes of an activity that is a
                 readout of membranes; if the optimizer now has a state that cannot be reset, or does not hold a layer.
             DistributedError: if the processes of the group do not all make this update, have different networks before
                 it, or different units after it.
@@ -408,6 +412,11 @@ class DSTScheduler:
         if activity is not None and ACTIVITY in self._needs and self._lacks_spikes(activity):
             raise ValueError(
                 f"a correlation needs output spikes, and this activity is a readout of membranes; {_OTHERS}"
+            )
+        if self.final_density is not None and self.steps == 0 and self.final_density >= mean_density(self.layers):
+            raise ValueError(
+                f"final_density={self.final_density} is no less than the {mean_density(self.layers):.4g} that training "
+                "begins with; lower it, or leave it out"
             )
         due = self.next_is_due
         self.steps += 1
@@ -550,7 +559,9 @@ class DSTScheduler:
             return counts
         assert self._last is not None
         sizes = torch.cat([mask.unit_sizes for mask in masks]).cpu()
-        before, final = int(sizes.sum()), self.final_density * sum(math.prod(mask.shape) for mask in masks)
+        total = sum(math.prod(layer.mask.shape) for layer in self.layers)
+        frozen = sum(layer.mask.num_weights for layer in self.layers) - int(sizes.sum())
+        before, final = int(sizes.sum()), self.final_density * total - frozen
         left = self._last - self.steps
         weights = final + max(0.0, before - final) * (left / (left + self.interval)) ** 3
         adapted = torch.cat([layer_adapted(PRUNE_RULES["set"].score(seen)) for seen in evidence])

@@ -1,4 +1,4 @@
-"""Resets the optimizer state of grown units, for any optimizer.
+"""Resets the optimizer state of grown units, for any optimizer, and refuses states of another number of units.
 
 It handles states of the weights' shape (moments, slow weights), also with leading dimensions, and the codes of 8-bit
 optimizers (bitsandbytes), however deeply optimizers are wrapped. Initial values are found by trial: an optimizer of the
@@ -9,12 +9,17 @@ unless the user passes a function that resets it.
 
 import inspect
 import re
+import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from g2g_kernels.tracing import is_traced
 
 #: ``reset_state(optimizer, values, fresh)``: resets the state of the new units of the packed weights ``values``, those
 #: where ``fresh``, bool [num_units], is true
@@ -161,6 +166,49 @@ class OptimizerState:
                 fresh[slots] = apply
                 self._reset(self._optimizer, parameter, fresh)
             return undo.pop_all().close
+
+
+#: modules whose packed weights, ``values``, were replaced by those of a state with another number of units
+_RESIZED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def expect_other_states(module: nn.Module) -> None:
+    """Has every optimizer refuse to step ``module.values``, of another number of units now, with the states of before.
+
+    Fused optimizers do not compare shapes: they would write past the end of the smaller tensor.
+    """
+    if not _hooks:
+        _hooks.append(register_optimizer_step_pre_hook(_refuse_states_of_before))
+    _RESIZED.add(module)
+
+
+#: of all optimizers, from the first such module on
+_hooks: list[Any] = []
+
+
+def _refuse_states_of_before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Raises ValueError if a state has another number of units than its weights."""
+    if is_traced():  # which compares shapes
+        return
+    for module in _RESIZED:
+        values = module._parameters.get("values")
+        if values is None:
+            continue
+        stale = {
+            str(name): list(tensor.shape)
+            for name, tensor in _state_of(optimizer, values).items()
+            if isinstance(tensor, torch.Tensor)
+            and tensor.shape[-2:] == values.shape[-2:]
+            and tensor.dim() > 2
+            and tensor.shape[-3] != len(values)
+        }
+        if stale:
+            states = ", ".join(f"{name} {shape}" for name, shape in stale.items())
+            raise ValueError(
+                f"weights of shape {list(values.shape)} were loaded with {module.mask}, but the "
+                f"{type(optimizer).__name__} has states of those before: {states}; load the optimizer's state_dict of "
+                "the same time, too, or make a new optimizer"
+            )
 
 
 def _wrapped(optimizer: Any) -> list[Any]:

@@ -87,14 +87,15 @@ def setting(
     low: float | None = None,
     high: float | None = None,
     open_low: bool = False,
+    open_high: bool = False,
     metavar: str | None = None,
 ) -> Any:
-    """A field with its description, and for numbers the range ``low`` (excluded if ``open_low``) to ``high``.
+    """A field with its description, and for numbers their range: ``low`` and ``high`` count unless they are open.
 
     Whole numbers fit an int64, others a float32 (:class:`g2g_kernels.numbers.Number`). Programs make a flag of each
     field, in the help's ``group``; None: it has no flag. ``metavar`` stands for its value there.
     """
-    number = Number(-math.inf if low is None else low, math.inf if high is None else high, open_low)
+    number = Number(-math.inf if low is None else low, math.inf if high is None else high, open_low, open_high)
     metadata = {"group": group, "text": text, "choices": choices, "others": others, "number": number}
     metadata["metavar"] = metavar
     return dataclasses.field(default=default, metadata=metadata)

@@ -60,7 +60,7 @@ DATASETS = {
 }
 
 
-def dataset_name(given: str) -> str:
+def dataset_name(given: Path | str) -> str:
     """The name of the data set that is asked for: one of :data:`DATASETS`, or your own file.
 
     Raises:
@@ -70,7 +70,7 @@ def dataset_name(given: str) -> str:
         >>> dataset_name("fashionmnist")
         'fashionmnist'
     """
-    return own.name_of(given) if given.endswith(own.SUFFIX) else given
+    return own.name_of(given) if str(given).endswith(own.SUFFIX) else str(given)
 
 
 def load_dataset(name: str, data_dir: Path | str = "data") -> ImageData:

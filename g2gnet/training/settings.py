@@ -159,7 +159,12 @@ class TrainSettings(NetworkSettings, RunSettings):
         1e-4, "training", "Adam's L2 penalty; of adamw the share of a weight that a step would take at lr=1", low=0
     )
     label_smoothing: float = setting(
-        0.0, "training", "share of each label that is spread over all classes, in training", low=0, high=1
+        0.0,
+        "training",
+        "share of each label that is spread over all classes, in training",
+        low=0,
+        high=1,
+        open_high=True,
     )
     clip_grad_norm: float | None = setting(
         None,
@@ -256,6 +261,11 @@ class TrainSettings(NetworkSettings, RunSettings):
         if self.optimizer == "adamw" and self.weight_decay == 0:
             problems.append(
                 "optimizer=adamw has no effect with weight_decay=0; give a `weight_decay`, or leave `optimizer` out"
+            )
+        if self.optimizer == "adamw" and self.lr * self.weight_decay >= 1:
+            problems.append(
+                f"lr={self.lr} times weight_decay={self.weight_decay} is the share of each weight that a step of adamw "
+                f"takes, {self.lr * self.weight_decay:.4g}, and none would be left; lower one of them"
             )
         if self.chunk is not None and self.readout in ("mean", "max"):
             problems.append(

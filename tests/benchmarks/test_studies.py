@@ -34,6 +34,7 @@ from g2gnet.data import load_dataset
 from g2gnet.data.own import name_of
 from g2gnet.tables import markdown
 from g2gnet.tensor_file import read_tensors
+from g2gnet.training import CheckpointError, TrainingError, TrainSettings
 
 SMALL = Study(
     "small_study",
@@ -209,10 +210,17 @@ def test_a_gru_that_was_stopped_goes_on_to_the_same_end(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         gru.train(settings, tmp_path / "stopped", stop)
-    assert gru.finished(tmp_path / "stopped") is None
+    assert gru.finished(settings, tmp_path / "stopped") is None
+    faster = dataclasses.replace(settings, lr=0.5)
+    with pytest.raises(
+        TrainingError, match=r"gru\.pt belongs to a run with different settings:\n  lr: .* there, 0\.5 now"
+    ):
+        gru.train(faster, tmp_path / "stopped")
     resumed = gru.train(settings, tmp_path / "stopped")
     assert {**resumed, "train_seconds": 0} == {**whole, "train_seconds": 0}
     assert gru.train(settings, tmp_path / "stopped") == resumed
+    with pytest.raises(TrainingError, match=r"gru\.json belongs to a run with different settings"):
+        gru.finished(faster, tmp_path / "stopped")
     states = [read_tensors(tmp_path / folder / "gru.pt")["net"] for folder in ("whole", "stopped")]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
@@ -241,6 +249,21 @@ def test_the_memory_of_a_row_is_that_of_its_second_step(row, tmp_path, monkeypat
     assert costs["step_bytes"] == 7
     assert 0 < costs["step_seconds"] < 10
     assert done == ["step", "restart", "step", "above", "step", "step", "step"]
+
+
+def test_the_costs_of_a_step_are_kept_for_the_seeds_of_the_same_settings(tmp_path, monkeypatch):
+    measured = []
+    monkeypatch.setattr(
+        step_costs, "_costs", lambda settings, build: measured.append(settings) or {"step_bytes": settings.T}
+    )
+    monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
+    settings = TrainSettings(dataset="fashionmnist-mini", T=3)
+    for seed in (1, 2):
+        of_seed = dataclasses.replace(settings, seed=seed)
+        assert step_costs.step_costs(of_seed, tmp_path / f"row-seed{seed}") == {"step_bytes": 3}
+    assert len(measured) == 1
+    others = dataclasses.replace(settings, T=4)
+    assert step_costs.step_costs(others, tmp_path / "row-seed1") == {"step_bytes": 4}
 
 
 def test_the_width_of_a_gru_has_the_weights_wanted():
@@ -283,7 +306,7 @@ def test_a_trainer_of_a_studys_own_resumes_with_the_same_weights(tmp_path, monke
     of_rows = dataclasses.replace(CONVENTIONAL, rows={"row": f"--name own {flags}"})
     settings = study.run_of(of_rows, "row", 3, 1, tmp_path).settings
     end = train(settings, tmp_path / "whole")
-    assert end == own_trainer.finished(tmp_path / "whole")
+    assert end == own_trainer.finished(settings, tmp_path / "whole")
     assert end["epoch"] == 3
     assert end["units_pruned"] == end["units_grown"]
     assert (end["units_grown"] > 0) == (trainer is deep_r.DeepRTrainer)
@@ -297,10 +320,44 @@ def test_a_trainer_of_a_studys_own_resumes_with_the_same_weights(tmp_path, monke
         patch.setattr(trainer, "train_epoch", stop_in_epoch_two)
         with pytest.raises(KeyboardInterrupt):
             train(settings, tmp_path / "parts")
-    assert own_trainer.finished(tmp_path / "parts") is None
+    assert own_trainer.finished(settings, tmp_path / "parts") is None
     train(settings, tmp_path / "parts")
     whole, parts = (read_tensors(*(tmp_path / name).glob("*.pth")) for name in ("whole", "parts"))
     assert_equal(whole, parts)
+    for of in (train, own_trainer.finished):
+        with pytest.raises(CheckpointError, match=r"different settings:\n  lr: 0\.001 there, 0\.002 now"):
+            of(dataclasses.replace(settings, lr=0.002), tmp_path / "whole")
+
+
+def record_of(accuracies, tested_on=study.HELD_BACK, cpu="one", settings="--dataset fashionmnist", torch_version="2"):
+    """A record of runs of 20 epochs: of each row and seed its accuracy."""
+    rows: dict = {}
+    for (row, seed), reached in accuracies.items():
+        rows.setdefault(row, []).append({"seed": seed, "epoch": 20, "test_acc": reached})
+    machine = {"cpu": cpu, "versions": {"torch": torch_version}}
+    found = [{"row": row, "ends": ends} for row, ends in rows.items()]
+    return {"machine": machine, "settings": settings, "tested_on": tested_on, "rows": found}
+
+
+def test_gains_are_over_the_recipe_of_the_same_seed_machine_and_settings():
+    """Its own record's, if that has it."""
+    first = record_of({("20 epochs", 1): 0.9, ("T 5", 1): 0.91, ("20 epochs", 2): 0.8, ("T 5", 2): 0.83})
+    lone = record_of({("T 5", 1): 0.88, ("H 512", 2): 0.7})
+    own = record_of({("20 epochs", 1): 0.5, ("H 512", 1): 0.52})
+    table = recipe_study.gains_by_seed([first, lone, own])
+    assert "| T 5 | +1.00, -2.00 | +3.00 |" in table
+    assert "| H 512 | +2.00 | -10.00 |" in table
+    alone = recipe_study.gains_by_seed([first])
+    for other in (
+        {"tested_on": study.TEST_IMAGES},
+        {"cpu": "another"},
+        {"settings": "--dataset fashionmnist --limit_train 5000"},
+        {"torch_version": "3"},
+    ):
+        assert recipe_study.gains_by_seed([first, record_of({("T 5", 1): 0.5}, **other)]) == alone
+    # all seeds of an older record hold back the last images, as seed 1 does
+    old = record_of({("20 epochs", 1): 0.9, ("T 5", 1): 0.91, ("T 5", 2): 0.5}, "the last 10,000 training images")
+    assert "| T 5 | +1.00 |" in recipe_study.gains_by_seed([old])
 
 
 def test_deep_r_replaces_weights_that_cross_zero():

@@ -224,6 +224,72 @@ def test_a_state_goes_into_a_network_that_has_more_weights():
     assert dst.state_dict() == other_dst.state_dict()
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda parameters: torch.optim.Adam(parameters, 1e-2, fused=True),
+        lambda parameters: torch.optim.Adam(parameters, 1e-2),
+        lambda parameters: torch.optim.SGD(parameters, 1e-2, momentum=0.9, fused=True),
+    ],
+)
+@pytest.mark.parametrize("fewer", [True, False])
+def test_states_of_other_weights_are_refused_before_a_step(make, fewer):
+    """Fused optimizers would write past the end of their states, or step some units with those of others."""
+    states, net = [], small_net("mixer")
+    optimizer = make(net.parameters())
+    dst = pruning(net, optimizer)
+    for _ in range(4):
+        train(net, optimizer)
+        dst.step()
+        states.append(copy.deepcopy([net.state_dict(), optimizer.state_dict(), dst.state_dict()]))
+    if fewer:  # forward in time
+        for each, state in zip((net, optimizer, dst), states[0], strict=True):
+            each.load_state_dict(state)
+    then = states[-1 if fewer else 0]
+    net.load_state_dict(then[0])
+    with pytest.raises(
+        ValueError, match=r"were loaded with BlockMask.*load the optimizer's state_dict of the same time"
+    ):
+        train(net, optimizer)
+    assert all(torch.equal(value, then[0][name]) for name, value in net.state_dict().items())
+    other, other_optimizer = trained(seed=1)  # another network's optimizer goes on, as does a new one
+    train(other, other_optimizer)
+    optimizer.load_state_dict(then[1])
+    dst.load_state_dict(then[2])
+    twin = small_net("mixer", seed=1)
+    twin.load_state_dict(then[0])
+    twin_optimizer = make(twin.parameters())
+    twin_optimizer.load_state_dict(copy.deepcopy(then[1]))
+    train(net, optimizer)
+    train(twin, twin_optimizer)
+    assert all(map(torch.equal, net.parameters(), twin.parameters()))
+
+
+def test_frozen_weights_count_as_weights():
+    net, optimizer = trained(steps=0)
+    net.fc1.values.requires_grad_(False)
+    dst, frozen = pruning(net, optimizer, final=0.2), net.fc1.mask.num_weights
+    for _ in range(5):
+        train(net, optimizer)
+        dst.step()
+    assert net.fc1.mask.num_weights == frozen
+    unit = max(int(layer.mask.unit_sizes.max()) for layer in net.connections().values())
+    assert 0.2 * possible(net) - unit < weights_of(net) <= 0.2 * possible(net)
+    with pytest.raises(ValueError, match=r"final_density=0\.05 is less than the .* of all in frozen ones; raise it"):
+        pruning(net, optimizer, final=0.05)
+
+
+def test_nothing_to_prune_is_refused_in_the_first_step():
+    net, optimizer = trained()
+    dst = pruning(net, optimizer, final=0.9)
+    with pytest.raises(ValueError, match=r"final_density=0\.9 is no less than the 0\.\d+ that training begins with"):
+        dst.step()
+    done = pruning(net, optimizer, final=0.9)  # of a run that was stopped when it had that many
+    done.load_state_dict({"steps": 1, "pruned": 9, "grown": 0})
+    done.step()
+    assert done.pruned == 9
+
+
 def test_an_error_in_one_layer_leaves_all_as_they_were(monkeypatch):
     net, optimizer = trained()
     dst = pruning(net, optimizer, fraction=0.2, grow="random")

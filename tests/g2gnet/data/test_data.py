@@ -160,7 +160,7 @@ def test_data_of_ones_own_are_read_and_named_by_their_content(tmp_path, save, dt
     arrays = own_arrays()
     arrays |= {name: arrays[name].astype(dtype) for name in ("train_images", "test_images")}
     save(tmp_path / "mine.npz", **arrays)
-    name = dataset_name(str(tmp_path / "mine.npz"))
+    name = dataset_name(tmp_path / "mine.npz")
     assert re.fullmatch("mine-[0-9a-f]{8}", name)
     for _ in range(2):
         data = load_dataset(name, tmp_path)
@@ -290,3 +290,6 @@ def test_limits_keep_the_first_images():
 def test_other_names_are_refused():
     with pytest.raises(ValueError, match=r"dataset='mnist' is unknown; choose one of fashionmnist, .*, cifar100"):
         load_dataset("mnist")
+    long = "/runs/validation/fold-6/" * 4 + "fashionmnist-validation.npz"
+    with pytest.raises(ValueError, match=r"dataset='/runs/.*\.\.\..*validation\.npz' is unknown"):
+        load_dataset(long)

@@ -68,7 +68,7 @@ class DeepR(DSTScheduler):
             absent = (~layer.mask.present()).flatten().nonzero().flatten()
             order = torch.randperm(len(absent), generator=stream(self.seed, "dst", self.steps, number))
             slots = crossed[: len(absent)]
-            with layer.rewired(follow=False):
+            with layer.rewired(follow=True):
                 layer.rewire_(slots, absent[order[: len(slots)]], torch.tensor(True))
             self._state.reset_(layer.values, slots, torch.tensor(True))
             self._pruned += len(slots)

@@ -23,7 +23,8 @@ from g2gnet.schedules import SCHEDULES
 from g2gnet.seeding import stream
 from g2gnet.sequences import unfold
 from g2gnet.tensor_file import read_tensors, write_tensors
-from g2gnet.training import TrainSettings
+from g2gnet.training import TrainingError, TrainSettings
+from g2gnet.training.run_files import compared
 from g2gnet.training.samples import order_of
 
 from .machine import flushed_denormals
@@ -66,7 +67,7 @@ def train(settings: TrainSettings, folder: Path, on_epoch: Callable[[str], None]
         folder: of its files.
         on_epoch: called with a line after each epoch.
     """
-    done = finished(folder)
+    done = finished(settings, folder)
     if done is not None:
         return done
     data = load_dataset(settings.dataset, "data").limited(settings.limit_train, settings.limit_test)
@@ -86,6 +87,7 @@ def train(settings: TrainSettings, folder: Path, on_epoch: Callable[[str], None]
     make_directory(folder)
     if path.exists():
         saved = read_tensors(path)
+        _check(path, saved["settings"], settings)
         net.load_state_dict(saved["net"])
         optimizer.load_state_dict(saved["optimizer"])
         first, seconds = saved["epoch"], saved["seconds"]
@@ -107,21 +109,46 @@ def train(settings: TrainSettings, folder: Path, on_epoch: Callable[[str], None]
         end = {"epoch": epoch + 1, "train_acc": right / count, "test_acc": _accuracy(net, data, sequences)}
         write_tensors(
             path,
-            {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1, "seconds": seconds},
+            {
+                "net": net.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "epoch": epoch + 1,
+                "seconds": seconds,
+                "settings": settings.as_dict(),
+            },
         )
         on_epoch(f"epoch {epoch + 1}: test accuracy {end['test_acc']:.4f}, {seconds:.0f} s")
     if not end:  # it was killed between its last epoch and its end
         end = {"epoch": settings.epochs, "test_acc": _accuracy(net, data, sequences)}
     weights = sum(parameter.numel() for parameter in net.parameters())
     end |= {"train_seconds": seconds, "weights": weights, "hidden_dim": net.recurrent.hidden_size}
-    replace_file(folder / "gru.json", lambda file: file.write(json.dumps(end).encode()))
+    of_run = {"settings": settings.as_dict(), "end": end}
+    replace_file(folder / "gru.json", lambda file: file.write(json.dumps(of_run).encode()))
     return end
 
 
-def finished(folder: Path) -> dict[str, Any] | None:
-    """What :func:`train` returned, or None if it has not finished in this folder."""
+def finished(settings: TrainSettings, folder: Path) -> dict[str, Any] | None:
+    """What :func:`train` returned, or None if it has not finished in this folder.
+
+    Raises:
+        TrainingError: if the folder has a run of other settings.
+    """
     path = folder / "gru.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    if not path.exists():
+        return None
+    of_run = json.loads(path.read_text(encoding="utf-8"))
+    _check(path, of_run["settings"], settings)
+    end: dict[str, Any] = of_run["end"]
+    return end
+
+
+def _check(path: Path, theirs: dict[str, Any], ours: TrainSettings) -> None:
+    """Raises TrainingError unless a run was made with these settings."""
+    differing = compared(theirs, ours.as_dict())
+    if differing:
+        raise TrainingError(
+            f"{path} belongs to a run with different settings:\n" + "\n".join(differing) + f"\nDelete {path.parent}"
+        )
 
 
 @torch.no_grad()

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from g2gnet.data import load_dataset
-from g2gnet.sweep.engine import costs
-from g2gnet.training import Machine, Trainer, TrainSettings, read_run, run_epochs
+from g2gnet.sweep.engine import outcome
+from g2gnet.sweep.grid import Run
+from g2gnet.training import Machine, Trainer, TrainSettings, run_epochs
 
 
 def train(
@@ -36,15 +37,15 @@ def train(
             machine,
             on_epoch=[tell],
         )
-    end = finished(folder)
+    end = finished(settings, folder)
     assert end is not None
     return end
 
 
-def finished(folder: Path) -> dict[str, Any] | None:
-    """The last epoch's record, times of training and weights, or None if it has not finished in this folder."""
-    marker = next(folder.glob("*.DONE"), None)
-    if marker is None:
-        return None
-    run = read_run(marker.with_suffix(".pth"))
-    return {**run.history[-1], **costs(run)}
+def finished(settings: TrainSettings, folder: Path) -> dict[str, Any] | None:
+    """The last epoch's record, times of training and weights, or None if it has not finished in this folder.
+
+    Raises:
+        CheckpointError: if the folder has a run of other settings.
+    """
+    return outcome(Run({}, settings, {}, folder))

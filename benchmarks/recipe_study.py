@@ -18,7 +18,7 @@ from g2gnet.tables import markdown
 
 from . import own_trainer, relu
 from .dst_study import REWIRED, density_flags
-from .study import FOLDS, HELD_BACK, Study, accuracy, fold_of, gain, of_hidden_layers, run_study, spread
+from .study import FOLDS, HELD_BACK, TEST_IMAGES, Study, accuracy, fold_of, gain, of_hidden_layers, run_study, spread
 
 #: the flags of each part
 RECIPE = {
@@ -184,21 +184,30 @@ def table(record: dict[str, Any]) -> str:
 def gains_by_seed(records: Sequence[dict[str, Any]]) -> str:
     """What each row of 20 epochs gains over the recipe of as many, seed by seed: each holds back a part of the images.
 
-    Runs of one seed, part and version of PyTorch are compared. A run that several records have has several numbers.
+    Runs of one seed, part, processor, version of PyTorch and common settings are compared, with the recipe of their own
+    record if it has it. A run that several records have has several numbers.
     """
     found: dict[tuple[str, int], list[float]] = {}
-    of_version: dict[tuple[int, str], dict[str, list[float]]] = {}
-    for record in records:
+    recipes: list[tuple[tuple[Any, ...], int, float]] = []
+    others: list[tuple[tuple[Any, ...], int, float, str]] = []
+    for number, record in enumerate(records):
+        machine = record["machine"]
         for row in record["rows"]:
             for end in row["ends"]:
                 # older records hold back the last part whatever the seed
-                if end["epoch"] == 20 and (record["tested_on"] == HELD_BACK or fold_of(end["seed"]) == FOLDS):
-                    of_rows = of_version.setdefault((end["seed"], record["machine"]["versions"]["torch"]), {})
-                    of_rows.setdefault(row["row"], []).append(accuracy(end))
-    for (seed, _), of_rows in of_version.items():
-        base = of_rows.pop("20 epochs", [])[:1]
-        for name, accuracies in of_rows.items() if base else ():
-            found.setdefault((name, seed), []).extend(round(value - base[0], 9) for value in accuracies)
+                held_back = record["tested_on"] == HELD_BACK or fold_of(end["seed"]) == FOLDS
+                if end["epoch"] != 20 or record["tested_on"] == TEST_IMAGES or not held_back:
+                    continue
+                alike = (end["seed"], machine["cpu"], machine["versions"]["torch"], record["settings"])
+                if row["row"] == "20 epochs":
+                    recipes.append((alike, number, accuracy(end)))
+                else:
+                    others.append((alike, number, accuracy(end), row["row"]))
+    for alike, number, reached, name in others:
+        bases = {of: base for their, of, base in reversed(recipes) if their == alike}
+        if bases:
+            base = bases.get(number, list(bases.values())[-1])
+            found.setdefault((name, alike[0]), []).append(round(reached - base, 9))
     seeds = sorted({seed for _, seed in found})
     means = {name: [statistics.mean(found[name, seed]) for seed in seeds if (name, seed) in found] for name, _ in found}
     rows = [

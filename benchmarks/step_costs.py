@@ -23,7 +23,7 @@ Build = Callable[[TrainSettings, int, int], nn.Module]
 
 
 def step_costs(settings: TrainSettings, folder: Path, build: Build = G2GNet.from_settings) -> dict[str, float]:
-    """What a training step takes, measured in a process of its own, once for all seeds, and kept.
+    """What a training step takes, measured in a process of its own and kept, once for all seeds.
 
     Args:
         settings: of the run, on images of 28 × 28 pixels, or sequences of these.
@@ -35,13 +35,15 @@ def step_costs(settings: TrainSettings, folder: Path, build: Build = G2GNet.from
         ``step_seconds``: the least processor time of the three after it.
     """
     path = folder.with_name(f"{folder.name.rpartition('-seed')[0]}-step.json")
-    if not path.exists():
+    of_step = {name: value for name, value in settings.as_dict().items() if name != "seed"}
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if kept.get("settings") != of_step:
         context = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as process:
-            found = process.submit(_costs, settings, build).result()
+            kept = {"settings": of_step, "costs": process.submit(_costs, settings, build).result()}
         make_directory(path.parent)
-        replace_file(path, lambda file: file.write(json.dumps(found).encode()))
-    costs: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
+        replace_file(path, lambda file: file.write(json.dumps(kept).encode()))
+    costs: dict[str, float] = kept["costs"]
     return costs
 
 

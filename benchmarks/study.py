@@ -49,7 +49,7 @@ class Study:
         seeds: the same for ``--seeds``.
         others: rows that ``g2g-train`` does not train, and what does: from the settings of their flags, a folder and a
             function that prints a line, to the end of the run.
-        finished_others: the end of such a run in its folder, or None.
+        finished_others: the end of such a run, from its settings and folder, or None.
         more: what else to record of the settings of a row, in a folder for it.
     """
 
@@ -64,7 +64,7 @@ class Study:
     others: Mapping[str, Callable[[TrainSettings, Path, Callable[[str], None]], dict[str, Any]]] = dataclasses.field(
         default_factory=dict
     )
-    finished_others: Callable[[Path], dict[str, Any] | None] = lambda folder: None
+    finished_others: Callable[[TrainSettings, Path], dict[str, Any] | None] = lambda settings, folder: None
     more: Callable[[str, TrainSettings, Path], dict[str, Any]] = lambda row, settings, folder: {}
 
 
@@ -313,8 +313,8 @@ def make(study: Study, arguments: argparse.Namespace) -> dict[str, Any]:
             def note(text: str, label: str = run.label) -> None:
                 print(f"{label}: {text}", file=sys.stderr)
 
-            train = study.others[row]
-            end = study.finished_others(run.folder) if arguments.finished else train(run.settings, run.folder, note)
+            own = (run.settings, run.folder)
+            end = study.finished_others(*own) if arguments.finished else study.others[row](*own, note)
             if end is not None:
                 ends[row, seed] = {"seed": seed, **end}
     for (row, seed), run in {**runs, **others}.items():

@@ -183,7 +183,7 @@ def test_the_time_of_a_whole_study_is_that_of_its_runs():
 
 
 def test_parts_of_the_recipe_are_compared_seed_by_seed():
-    def record(torch, tested_on, **rows):
+    def record(torch, tested_on, cpu="one", settings="--T 2", **rows):
         ends = {
             row.replace("_", " "): [
                 {"seed": seed, "epoch": 40 if row.startswith("longer") else 20, "test_acc": accuracy}
@@ -192,7 +192,8 @@ def test_parts_of_the_recipe_are_compared_seed_by_seed():
             for row, accuracies in rows.items()
         }
         rows = [{"row": row, "flags": "", "ends": of} for row, of in ends.items()]
-        return {"machine": {"versions": {"torch": torch}}, "tested_on": tested_on, "rows": rows}
+        machine = {"cpu": cpu, "versions": {"torch": torch}}
+        return {"machine": machine, "settings": settings, "tested_on": tested_on, "rows": rows}
 
     base = "20 epochs"
     last, each = "the last 10,000 training images", study.HELD_BACK
@@ -201,12 +202,19 @@ def test_parts_of_the_recipe_are_compared_seed_by_seed():
         record("2.15", last, **{base: {1: 0.89}, "wide, ReLU": {1: 0.95}}, wide={1: 0.91}),
         record("2.15", each, **{base: {2: 0.92}}, wide={2: 0.915}, narrow={1: 0.885}),
         record("2.16", each, wide={1: 0.99}),  # of which no recipe was trained
+        record("2.15", each, "another", wide={1: 0.5}),
+        record("2.15", each, settings="--T 3", wide={1: 0.5}),
+        record("2.15", study.TEST_IMAGES, **{base: {1: 0.5}}, wide={1: 0.6}),
     ]
-    text = recipe_study.gains_by_seed(records)
-    assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:]] == [
-        ["wide", "+1.00, +2.00", "-0.50"],
-        ["narrow", "-0.50", "–"],
-    ]
+
+    def gains(of):
+        lines = recipe_study.gains_by_seed(of).splitlines()[2:]
+        return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+
+    assert gains(records) == [["wide", "+1.00, +2.00", "-0.50"], ["narrow", "-0.50", "–"]]
+    # a recipe of its own comes before that of another record
+    own = record("2.15", each, **{base: {1: 0.50}}, wide={1: 0.53})
+    assert gains([*records, own])[0] == ["wide", "+1.00, +2.00, +3.00", "-0.50"]
 
 
 def test_every_part_of_the_documentation_is_known():

@@ -329,37 +329,6 @@ def test_a_trainer_of_a_studys_own_resumes_with_the_same_weights(tmp_path, monke
             of(dataclasses.replace(settings, lr=0.002), tmp_path / "whole")
 
 
-def record_of(accuracies, tested_on=study.HELD_BACK, cpu="one", settings="--dataset fashionmnist", torch_version="2"):
-    """A record of runs of 20 epochs: of each row and seed its accuracy."""
-    rows: dict = {}
-    for (row, seed), reached in accuracies.items():
-        rows.setdefault(row, []).append({"seed": seed, "epoch": 20, "test_acc": reached})
-    machine = {"cpu": cpu, "versions": {"torch": torch_version}}
-    found = [{"row": row, "ends": ends} for row, ends in rows.items()]
-    return {"machine": machine, "settings": settings, "tested_on": tested_on, "rows": found}
-
-
-def test_gains_are_over_the_recipe_of_the_same_seed_machine_and_settings():
-    """Its own record's, if that has it."""
-    first = record_of({("20 epochs", 1): 0.9, ("T 5", 1): 0.91, ("20 epochs", 2): 0.8, ("T 5", 2): 0.83})
-    lone = record_of({("T 5", 1): 0.88, ("H 512", 2): 0.7})
-    own = record_of({("20 epochs", 1): 0.5, ("H 512", 1): 0.52})
-    table = recipe_study.gains_by_seed([first, lone, own])
-    assert "| T 5 | +1.00, -2.00 | +3.00 |" in table
-    assert "| H 512 | +2.00 | -10.00 |" in table
-    alone = recipe_study.gains_by_seed([first])
-    for other in (
-        {"tested_on": study.TEST_IMAGES},
-        {"cpu": "another"},
-        {"settings": "--dataset fashionmnist --limit_train 5000"},
-        {"torch_version": "3"},
-    ):
-        assert recipe_study.gains_by_seed([first, record_of({("T 5", 1): 0.5}, **other)]) == alone
-    # all seeds of an older record hold back the last images, as seed 1 does
-    old = record_of({("20 epochs", 1): 0.9, ("T 5", 1): 0.91, ("T 5", 2): 0.5}, "the last 10,000 training images")
-    assert "| T 5 | +1.00 |" in recipe_study.gains_by_seed([old])
-
-
 def test_deep_r_replaces_weights_that_cross_zero():
     draw = torch.Generator().manual_seed(0)
     mask = BlockMask.sample(GroupLayout(40), GroupLayout(56), p_inter=0.1, block_size=1, generator=draw)

@@ -22,6 +22,8 @@ SLOWEST = [
     "test_readme.py",
     "g2gnet/test_untrusted.py",
     "g2gnet/test_dst.py",
+    "g2gnet/training/test_training.py",
+    "g2gnet/test_cuda_graph.py",
     "g2g_kernels/ops/test_adlif.py",
     "g2g_kernels/ops/test_record.py",
     "g2g_kernels/ops/test_synaptic.py",

@@ -172,7 +172,7 @@ def unit_mask(mask, units):
 
 
 @pytest.mark.parametrize(("prune", "grow"), RULES)
-@pytest.mark.parametrize("block_size", [64, 16])
+@pytest.mark.parametrize("block_size", [64, pytest.param(16, marks=pytest.mark.long)])
 def test_no_rule_drifts_towards_small_units(prune, grow, block_size):
     """25 updates of a fifth leave the density within 1 %, with groups of 98 inputs, which neither 64 nor 16 divides."""
     net = G2GNet(

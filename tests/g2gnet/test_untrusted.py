@@ -250,7 +250,7 @@ def test_containers_that_hold_one_another_a_billion_times_are_read_at_once():
 ARCHIVE = saved({"mask": MASK_CASES["ten outputs"].mask().state_dict(), "epoch": 1, "history": [{"loss": 0.5}]})
 
 
-@settings(max_examples=600)
+@settings(max_examples=300)
 @given(st.data())
 def test_arbitrary_bytes_are_read_or_refused(data):
     """Bytes of a checkpoint replaced, inserted and removed, behind a right checksum."""
@@ -308,7 +308,7 @@ PARTS = ["block_size", "out_group_of", "in_group_of", "unit_row", "unit_col"]
 spoiled_parts = st.builds(with_part, st.sampled_from(PARTS), st.integers(-2, 2**40), indices)
 
 
-@settings(max_examples=600)
+@settings(max_examples=300)
 @given(st.data())
 def test_arbitrary_masks_are_loaded_right_or_refused(data):
     state = data.draw(spoiled(LAYER) | spoiled_parts)
@@ -342,7 +342,7 @@ def trained():
     return data, torch.load(io.BytesIO(saved(trainer.state_dict())), weights_only=True)
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(st.data())
 def test_arbitrary_checkpoints_are_gone_on_from_or_refused(trained, data):
     images, state = trained
@@ -406,7 +406,7 @@ def check_call(operator, function, arguments, wrong, data, expected):
             assert torch.equal(function(**arguments, backend=backend), expected())
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(st.data())
 def test_g2g_linear_is_exact_or_names_the_argument(data):
     mask = data.draw(masks())
@@ -452,7 +452,7 @@ def neurons(draw, size):
     return draw(value | value.map(torch.tensor) | per_neuron)
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(st.data())
 def test_lif_is_exact_or_names_the_argument(data):
     steps = data.draw(st.none() | st.integers(1, 6))
@@ -487,7 +487,7 @@ def test_lif_is_exact_or_names_the_argument(data):
     )
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(st.data())
 def test_g2g_stack_is_exact_or_names_the_argument(data):
     first = data.draw(masks())

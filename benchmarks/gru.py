@@ -87,7 +87,7 @@ def train(settings: TrainSettings, folder: Path, on_epoch: Callable[[str], None]
     make_directory(folder)
     if path.exists():
         saved = read_tensors(path)
-        _check(path, saved["settings"], settings)
+        _check(path, saved.get("settings", {}), settings)
         net.load_state_dict(saved["net"])
         optimizer.load_state_dict(saved["optimizer"])
         first, seconds = saved["epoch"], saved["seconds"]
@@ -137,7 +137,7 @@ def finished(settings: TrainSettings, folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     of_run = json.loads(path.read_text(encoding="utf-8"))
-    _check(path, of_run["settings"], settings)
+    _check(path, of_run.get("settings", {}), settings)
     end: dict[str, Any] = of_run["end"]
     return end
 

@@ -46,6 +46,6 @@ def finished(settings: TrainSettings, folder: Path) -> dict[str, Any] | None:
     """The last epoch's record, times of training and weights, or None if it has not finished in this folder.
 
     Raises:
-        CheckpointError: if the folder has a run of other settings.
+        CheckpointError: as :func:`g2gnet.sweep.engine.outcome`.
     """
     return outcome(Run({}, settings, {}, folder))

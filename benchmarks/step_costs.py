@@ -1,11 +1,13 @@
 """Memory and processor time of a training step of a study's row."""
 
 import concurrent.futures
+import contextlib
 import json
 import multiprocessing
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,9 +37,11 @@ def step_costs(settings: TrainSettings, folder: Path, build: Build = G2GNet.from
         ``step_seconds``: the least processor time of the three after it.
     """
     path = folder.with_name(f"{folder.name.rpartition('-seed')[0]}-step.json")
-    of_step = {name: value for name, value in settings.as_dict().items() if name != "seed"}
-    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if kept.get("settings") != of_step:
+    of_step = {name: value for name, value in settings.as_dict().items() if name not in ("seed", "epochs")}
+    kept: Any = None
+    with contextlib.suppress(OSError, ValueError):  # not there yet, or damaged
+        kept = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(kept, dict) or kept.get("settings") != of_step:
         context = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as process:
             kept = {"settings": of_step, "costs": process.submit(_costs, settings, build).result()}

@@ -259,13 +259,7 @@ class DSTScheduler:
         self._process_group = process_group
         if final_density is not None:
             _check_fewer(model, reset_state)
-            frozen = set(self.layers) - {layer for _, layer in self._trained_layers()}
-            least = least_density(self.layers, frozen)
-            if final_density < least:
-                raise ValueError(
-                    f"final_density={final_density} is less than the {least:.4g} of one unit in each layer"
-                    f"{', and of all in frozen ones' if frozen else ''}; raise it"
-                )
+            self._check_enough_is_left(final_density)
         weights = [layer.values for _, layer in self._trained_layers()]
         self._state = OptimizerState(optimizer, weights, reset_state, fewer=final_density is not None)
         self.steps = 0
@@ -313,6 +307,18 @@ class DSTScheduler:
                     "model.parameters(), or add a layer that was thawed by optimizer.add_param_group"
                 )
         return trained
+
+    def _check_enough_is_left(self, final_density: float) -> None:
+        """Raises ValueError if pruning to this share of all weights would leave less than a unit in a layer."""
+        frozen = set(self.layers) - {layer for _, layer in self._trained_layers()}
+        if len(frozen) == len(self.layers):
+            raise ValueError(f"final_density={final_density} prunes nothing: all layers are frozen; leave it out")
+        least = least_density(self.layers, frozen)
+        if final_density < least:
+            raise ValueError(
+                f"final_density={final_density} is less than the {least:.4g} of one unit in each layer"
+                f"{', and of all in frozen ones' if frozen else ''}; raise it"
+            )
 
     def _record_if_due(self) -> None:
         """Starts recording the next training step if the :meth:`step` after it is an update that needs that."""
@@ -395,9 +401,10 @@ class DSTScheduler:
         Raises:
             RuntimeError: if a rule needs what was neither given nor recorded, or growth by gradient follows a backward
                 pass with ``create_graph=True`` or with batches of gradients.
-            ValueError: in the first step, if there are no more weights than ``final_density``; if the activity is of
-                other layers; if a rule needs the output spikes of an activity that is a
-                readout of membranes; if the optimizer now has a state that cannot be reset, or does not hold a layer.
+            ValueError: in the first step, if there are no more weights than ``final_density``; in an update, if frozen
+                layers leave too few to the others; if the activity is of other layers; if a rule needs the output
+                spikes of an activity that is a readout of membranes; if the optimizer now has a state that cannot be
+                reset, or does not hold a layer.
             DistributedError: if the processes of the group do not all make this update, have different networks before
                 it, or different units after it.
 
@@ -414,9 +421,11 @@ class DSTScheduler:
                 f"a correlation needs output spikes, and this activity is a readout of membranes; {_OTHERS}"
             )
         if self.final_density is not None and self.steps == 0 and self.final_density >= mean_density(self.layers):
+            self._stop_recording()
+            self._forget_gradients()
             raise ValueError(
                 f"final_density={self.final_density} is no less than the {mean_density(self.layers):.4g} that training "
-                "begins with; lower it, or leave it out"
+                "begins with; lower it, leave it out, or load the state of the scheduler that pruned to it"
             )
         due = self.next_is_due
         self.steps += 1
@@ -426,6 +435,8 @@ class DSTScheduler:
                 if inputs is not None and activity is not None:
                     recordings = [[pair] for pair in self._trains(inputs.detach(), activity)]
                 self._check_whole()
+                if self.final_density is not None:
+                    self._check_enough_is_left(self.final_density)
                 world = World.of(self._process_group)
                 world.stage = f"the update of the units after step {self.steps}"
                 world.assemble()
@@ -523,6 +534,8 @@ class DSTScheduler:
 
         Nothing here waits for the device while the number of units stays: one that must stay is replaced by itself.
         """
+        if not evidence:  # every layer is frozen, or full
+            return
         grow = self.grow if self.fraction else GROW_RULES["random"]  # which needs nothing, and none are taken
         scores = [(self.prune.score(seen), grow.score(seen)) for _, seen in evidence]
         finite = torch.stack([score.isfinite().all() for pair in scores for score in pair])

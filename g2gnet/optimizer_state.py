@@ -9,17 +9,13 @@ unless the user passes a function that resets it.
 
 import inspect
 import re
-import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-
-from g2g_kernels.tracing import is_traced
 
 #: ``reset_state(optimizer, values, fresh)``: resets the state of the new units of the packed weights ``values``, those
 #: where ``fresh``, bool [num_units], is true
@@ -168,47 +164,27 @@ class OptimizerState:
             return undo.pop_all().close
 
 
-#: modules whose packed weights, ``values``, were replaced by those of a state with another number of units
-_RESIZED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+def _refuse_states_of_other_weights(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Raises ValueError if a fused optimizer has states of another number of units than its weights have.
 
-
-def expect_other_states(module: nn.Module) -> None:
-    """Has every optimizer refuse to step ``module.values``, of another number of units now, with the states of before.
-
-    Fused optimizers do not compare shapes: they would write past the end of the smaller tensor.
+    It does not compare shapes, and would write past the end of the smaller tensor; all others say so themselves.
     """
-    if not _hooks:
-        _hooks.append(register_optimizer_step_pre_hook(_refuse_states_of_before))
-    _RESIZED.add(module)
+    for group in optimizer.param_groups:
+        for weights in group["params"] if group.get("fused") else ():
+            if weights.dim() != 3 or not weights.requires_grad:  # packed weights are [num_units, unit_rows, unit_cols]
+                continue
+            for name, state in _state_of(optimizer, weights).items():
+                if isinstance(state, torch.Tensor) and state.dim() == 3 and state.shape != weights.shape:
+                    raise ValueError(
+                        f"{type(optimizer).__name__} has {name} of shape {list(state.shape)} for weights of shape "
+                        f"{list(weights.shape)}: one was loaded without the other, or is of another time; load both "
+                        "(state_dict), or make a new optimizer"
+                    )
 
 
-#: of all optimizers, from the first such module on
-_hooks: list[Any] = []
-
-
-def _refuse_states_of_before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """Raises ValueError if a state has another number of units than its weights."""
-    if is_traced():  # which compares shapes
-        return
-    for module in _RESIZED:
-        values = module._parameters.get("values")
-        if values is None:
-            continue
-        stale = {
-            str(name): list(tensor.shape)
-            for name, tensor in _state_of(optimizer, values).items()
-            if isinstance(tensor, torch.Tensor)
-            and tensor.shape[-2:] == values.shape[-2:]
-            and tensor.dim() > 2
-            and tensor.shape[-3] != len(values)
-        }
-        if stale:
-            states = ", ".join(f"{name} {shape}" for name, shape in stale.items())
-            raise ValueError(
-                f"weights of shape {list(values.shape)} were loaded with {module.mask}, but the "
-                f"{type(optimizer).__name__} has states of those before: {states}; load the optimizer's state_dict of "
-                "the same time, too, or make a new optimizer"
-            )
+# a state may come to other weights in many ways (loading, copies, an optimizer that no scheduler knows), but it is
+# used in one place
+register_optimizer_step_pre_hook(_refuse_states_of_other_weights)
 
 
 def _wrapped(optimizer: Any) -> list[Any]:

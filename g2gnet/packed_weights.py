@@ -18,7 +18,6 @@ from g2g_kernels.sides import deep_copied
 from g2g_kernels.tracing import is_traced
 from g2gnet.arrivals import Received, current_mask, is_replaced
 from g2gnet.copies import Lineage
-from g2gnet.optimizer_state import expect_other_states
 from g2gnet.saved_weights import GivenStates, mask_to_load
 
 
@@ -245,7 +244,6 @@ class PackedWeights(nn.Module):
             self.mask.become_(mask.to(self.mask.unit_row.device))
         if self.values.shape != values.shape:
             self.hold_(self.values.new_zeros(values.shape))
-            expect_other_states(self)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         self.catch_up()

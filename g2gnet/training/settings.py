@@ -265,7 +265,7 @@ class TrainSettings(NetworkSettings, RunSettings):
         if self.optimizer == "adamw" and self.lr * self.weight_decay >= 1:
             problems.append(
                 f"lr={self.lr} times weight_decay={self.weight_decay} is the share of each weight that a step of adamw "
-                f"takes, {self.lr * self.weight_decay:.4g}, and none would be left; lower one of them"
+                f"takes, {self.lr * self.weight_decay:.4g}, and must be below 1; lower one of them"
             )
         if self.chunk is not None and self.readout in ("mean", "max"):
             problems.append(

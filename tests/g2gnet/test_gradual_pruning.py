@@ -224,11 +224,13 @@ def test_a_state_goes_into_a_network_that_has_more_weights():
     assert dst.state_dict() == other_dst.state_dict()
 
 
+MISMATCH = r"has \w+ of shape \[\d+, 3, 4\] for weights of shape \[\d+, 3, 4\].*load both"
+
+
 @pytest.mark.parametrize(
     "make",
     [
         lambda parameters: torch.optim.Adam(parameters, 1e-2, fused=True),
-        lambda parameters: torch.optim.Adam(parameters, 1e-2),
         lambda parameters: torch.optim.SGD(parameters, 1e-2, momentum=0.9, fused=True),
     ],
 )
@@ -247,10 +249,10 @@ def test_states_of_other_weights_are_refused_before_a_step(make, fewer):
             each.load_state_dict(state)
     then = states[-1 if fewer else 0]
     net.load_state_dict(then[0])
-    with pytest.raises(
-        ValueError, match=r"were loaded with BlockMask.*load the optimizer's state_dict of the same time"
-    ):
-        train(net, optimizer)
+    copies = [copy.deepcopy([net, optimizer]), pickle.loads(pickle.dumps([net, optimizer]))]
+    for each in (*copies, [net, optimizer]):
+        with pytest.raises(ValueError, match=MISMATCH):
+            train(*each)
     assert all(torch.equal(value, then[0][name]) for name, value in net.state_dict().items())
     other, other_optimizer = trained(seed=1)  # another network's optimizer goes on, as does a new one
     train(other, other_optimizer)
@@ -265,6 +267,24 @@ def test_states_of_other_weights_are_refused_before_a_step(make, fewer):
     assert all(map(torch.equal, net.parameters(), twin.parameters()))
 
 
+def test_a_state_alone_and_one_that_no_scheduler_knows_are_refused():
+    net = small_net("mixer")
+    optimizer, other = (torch.optim.Adam(net.parameters(), 1e-2, fused=True) for _ in range(2))
+    dst, before = pruning(net, optimizer), copy.deepcopy(net)
+    train(net, other)
+    train(net, optimizer)
+    dst.step()
+    with pytest.raises(ValueError, match=MISMATCH):
+        train(net, other)
+    of_before = torch.optim.Adam(before.parameters(), 1e-2, fused=True)
+    of_before.load_state_dict(optimizer.state_dict())
+    with pytest.raises(ValueError, match=MISMATCH):
+        train(before, of_before)
+    for layer in before.connections().values():
+        layer.values.requires_grad_(False)
+    train(before, of_before)  # which steps none of them
+
+
 def test_frozen_weights_count_as_weights():
     net, optimizer = trained(steps=0)
     net.fc1.values.requires_grad_(False)
@@ -277,6 +297,24 @@ def test_frozen_weights_count_as_weights():
     assert 0.2 * possible(net) - unit < weights_of(net) <= 0.2 * possible(net)
     with pytest.raises(ValueError, match=r"final_density=0\.05 is less than the .* of all in frozen ones; raise it"):
         pruning(net, optimizer, final=0.05)
+
+
+def test_layers_that_are_frozen_later_leave_the_others_what_they_have():
+    net, optimizer = trained(steps=0)
+    dst = pruning(net, optimizer)
+    net.fc1.values.requires_grad_(False)
+    train(net, optimizer)
+    units = [layer.mask.num_units for layer in net.connections().values()]
+    with pytest.raises(ValueError, match=r"final_density=0\.05 is less than .* of all in frozen ones; raise it"):
+        dst.step()
+    assert [layer.mask.num_units for layer in net.connections().values()] == units
+    for layer in net.connections().values():
+        layer.values.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"final_density=0\.05 prunes nothing: all layers are frozen"):
+        dst.step()
+    rewiring = DSTScheduler(net, optimizer, 1, 0.5, "random", "random")
+    assert rewiring.step()
+    assert rewiring.pruned == 0
 
 
 def test_nothing_to_prune_is_refused_in_the_first_step():

@@ -89,7 +89,7 @@ def test_the_stem_names_the_run(options, stem):
         ({"average": 1}, "average=1 is out of range; give a whole number of at least 2"),
         ({"lr_warmup": -1}, "lr_warmup=-1 is out of range"),
         ({"optimizer": "sgd"}, "optimizer='sgd' is unknown; choose one of adam, adamw"),
-        ({"optimizer": "adamw", "weight_decay": 1000.0}, "takes, 1, and none would be left; lower one of them"),
+        ({"optimizer": "adamw", "weight_decay": 1000.0}, "takes, 1, and must be below 1; lower one of them"),
         ({"optimizer": "adamw", "weight_decay": 0.0}, "optimizer=adamw has no effect with weight_decay=0; give a"),
         ({"lr_schedule": "step"}, "lr_schedule='step' is unknown; choose one of constant, cosine"),
         ({"dst_schedule": "cosine", "model": "index"}, "dst_schedule=cosine has no effect with sparsity_mode=static"),

@@ -11,7 +11,7 @@ the weights, in units of 16 that are pruned by magnitude and grown by gradient; 
 
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from g2gnet.tables import markdown
@@ -87,7 +87,6 @@ LONGER = {
     "dropout 0.1": {"dropout": "dropout 0.1"},
     "no augmentation": {"augmentation": "no augmentation"},
     "H 2048": {"width": "H 2048"},
-    "H 2048, dropout 0.1": {"width": "H 2048", "dropout": "dropout 0.1"},
     "H 2048, label smoothing, decay": {
         "width": "H 2048",
         "labels": "label smoothing 0.1",
@@ -108,17 +107,17 @@ LONGER = {
         for part, first in FIRST.items()
     },
 }
-#: those that are also rows of 80 epochs
-LONGEST = ("second recipe, H 2048", "second recipe, H 2048, dense")
+#: the one that is also a row of 80 epochs
+LONGEST = "second recipe, H 2048"
 #: the choice of the held-back images, for README: of H 1024, and of all
 CHOSEN = ("the recipe", "80 epochs, second recipe, H 2048")
 #: rows with a conventional network beside them
 CONVENTIONAL = (
     "the recipe",
     "20 epochs",
-    "H 2048",
-    "dense",
-    *(f"{epochs} epochs, second recipe, H 2048{dense}" for epochs in (40, 80) for dense in ("", ", dense")),
+    "40 epochs, second recipe, H 2048",
+    "40 epochs, second recipe, H 2048, dense",
+    "80 epochs, second recipe, H 2048",
 )
 #: a twentieth of the weights, rewired
 FEWER = f"--block_size 16 {density_flags(5)} {REWIRED}"
@@ -138,7 +137,7 @@ def _rows() -> dict[str, str]:
     rows |= {row: _flags(fewer, replaced) for row, replaced in TOGETHER.items()}
     for row, replaced in LONGER.items():
         rows[f"40 epochs, {row}"] = _flags(RECIPE, replaced)
-        if row in LONGEST:
+        if row == LONGEST:
             rows[f"80 epochs, {row}"] = f"{rows[f'40 epochs, {row}']} --epochs 80"
     for width in (1024, 2048):
         for row, dropout in (("dropout 0.2", RECIPE["dropout"]), ("no dropout", "")):
@@ -182,13 +181,26 @@ def table(record: dict[str, Any]) -> str:
 
 
 def gains_by_seed(records: Sequence[dict[str, Any]]) -> str:
-    """What each row of 20 epochs gains over the recipe of as many, seed by seed: each holds back a part of the images.
+    """What each row of 20 epochs gains over the recipe of as many, seed by seed: each holds back other images."""
+    rows = {row for row, flags in STUDY.rows.items() if "--epochs 20" in flags and not row.endswith("ReLU")}
+    return _gains(records, "20 epochs", rows, "minus the recipe of 20 epochs, points")
 
-    Runs of one seed, part, processor, version of PyTorch and common settings are compared, with the recipe of their own
+
+def second_by_seed(records: Sequence[dict[str, Any]]) -> str:
+    """The same for the second recipe with a part of the first one, at 40 epochs."""
+    second = "40 epochs, second recipe"
+    rows = {f"{second}, {first}" for first in FIRST.values()}
+    return _gains(records, second, rows, "minus the second recipe of 40 epochs, points")
+
+
+def _gains(records: Sequence[dict[str, Any]], base: str, rows: Collection[str], header: str) -> str:
+    """What some rows gain over another one, seed by seed, on held-back images.
+
+    Runs of one seed, part, processor, version of PyTorch and common settings are compared, with the base of their own
     record if it has it. A run that several records have has several numbers.
     """
     found: dict[tuple[str, int], list[float]] = {}
-    recipes: list[tuple[tuple[Any, ...], int, float]] = []
+    bases: list[tuple[tuple[Any, ...], int, float]] = []
     others: list[tuple[tuple[Any, ...], int, float, str]] = []
     for number, record in enumerate(records):
         machine = record["machine"]
@@ -196,26 +208,25 @@ def gains_by_seed(records: Sequence[dict[str, Any]]) -> str:
             for end in row["ends"]:
                 # older records hold back the last part whatever the seed
                 held_back = record["tested_on"] == HELD_BACK or fold_of(end["seed"]) == FOLDS
-                if end["epoch"] != 20 or record["tested_on"] == TEST_IMAGES or not held_back:
+                if record["tested_on"] == TEST_IMAGES or not held_back:
                     continue
                 alike = (end["seed"], machine["cpu"], machine["versions"]["torch"], record["settings"])
-                if row["row"] == "20 epochs":
-                    recipes.append((alike, number, accuracy(end)))
-                else:
+                if row["row"] == base:
+                    bases.append((alike, number, accuracy(end)))
+                elif row["row"] in rows:
                     others.append((alike, number, accuracy(end), row["row"]))
     for alike, number, reached, name in others:
-        bases = {of: base for their, of, base in reversed(recipes) if their == alike}
-        if bases:
-            base = bases.get(number, list(bases.values())[-1])
-            found.setdefault((name, alike[0]), []).append(round(reached - base, 9))
+        of = {record: value for their, record, value in reversed(bases) if their == alike}
+        if of:
+            gained = reached - of.get(number, list(of.values())[-1])
+            found.setdefault((name, alike[0]), []).append(round(gained, 9))
     seeds = sorted({seed for _, seed in found})
     means = {name: [statistics.mean(found[name, seed]) for seed in seeds if (name, seed) in found] for name, _ in found}
-    rows = [
+    lines = [
         [name, *(", ".join(f"{gain:+.2f}" for gain in found.get((name, seed), ())) or "–" for seed in seeds)]
         for name in sorted(means, key=lambda name: -statistics.mean(means[name]))
-        if not name.endswith("ReLU")
     ]
-    return markdown(["minus the recipe of 20 epochs, points", *(f"seed {seed}" for seed in seeds)], rows)
+    return markdown([header, *(f"seed {seed}" for seed in seeds)], lines)
 
 
 STUDY = Study(

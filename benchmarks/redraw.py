@@ -562,6 +562,7 @@ PARTS: dict[str, tuple[str, Callable[[Record, Link], str]]] = {
 #: those that show all records of a name together
 SUMMARIES: dict[str, tuple[str, Callable[[Sequence[dict[str, Any]]], str]]] = {
     "recipe_study, validation, by seed": ("recipe_study, validation", recipe_study.gains_by_seed),
+    "recipe_study, validation, second recipe": ("recipe_study, validation", recipe_study.second_by_seed),
 }
 
 

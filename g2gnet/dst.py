@@ -435,8 +435,8 @@ class DSTScheduler:
                 if inputs is not None and activity is not None:
                     recordings = [[pair] for pair in self._trains(inputs.detach(), activity)]
                 self._check_whole()
-                if self.final_density is not None:
-                    self._check_enough_is_left(self.final_density)
+                if self.final_density is not None and len(self._trained_layers()) < len(self.layers):
+                    self._check_enough_is_left(self.final_density)  # some may have been frozen since
                 world = World.of(self._process_group)
                 world.stage = f"the update of the units after step {self.steps}"
                 world.assemble()

@@ -73,7 +73,7 @@ def train_run(given: Mapping[str, Any], folder: str) -> None:
 
 
 def outcome(run: Run, more: Callable[[SavedRun], dict[str, Any]] = lambda saved: {}) -> dict[str, Any] | None:
-    """What a finished run reached: its last epoch's record, seconds of training, the number of weights.
+    """What a finished run reached: its last epoch's record, wall-clock and processor seconds of training, its weights.
 
     ``more`` gives further values from its checkpoint. None if it is not finished.
 
@@ -87,13 +87,9 @@ def outcome(run: Run, more: Callable[[SavedRun], dict[str, Any]] = lambda saved:
         saved = read_run(run.files.checkpoint)
     except CheckpointError as error:
         raise CheckpointError(f"{error} The run is finished; delete {run.folder} to train it again") from error
-    return {**last, **costs(saved), **more(saved)}
-
-
-def costs(saved: SavedRun) -> dict[str, Any]:
-    """Wall-clock and processor seconds of training, and the number of weights."""
     seconds = {f"train_{name}": sum(record[name] for record in saved.history) for name in ("seconds", "cpu_seconds")}
-    return {**seconds, "weights": sum(mask.num_weights for mask in saved.masks().values())}
+    weights = sum(mask.num_weights for mask in saved.masks().values())
+    return {**last, **seconds, "weights": weights, **more(saved)}
 
 
 class _Process(multiprocessing.context.SpawnProcess):

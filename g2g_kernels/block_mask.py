@@ -17,7 +17,7 @@ from g2g_kernels.sampling import sample_rows
 from g2g_kernels.sides import UnitAxis
 from g2g_kernels.tracing import on_cpu
 from g2g_kernels.unit_grid import UnitGrid
-from g2g_kernels.wiring import read_row, row_of, version
+from g2g_kernels.wiring import as_row, numbers_of, read_row, version
 
 
 class BlockMask(UnitGrid):
@@ -180,7 +180,8 @@ class BlockMask(UnitGrid):
         """Takes over the units of another mask of the same ``shape``, and their slots.
 
         This happens in place if both have the same numbers of units and ranges, and operators read the same tensors of
-        both, so a captured graph that holds these tensors sees the new units.
+        both, so a captured graph that holds these tensors sees the new units. The buffer stays if the shape of packed
+        weights does.
         """
         sides = (self.rows, other.rows), (self.cols, other.cols)
         mine, theirs = (
@@ -195,35 +196,47 @@ class BlockMask(UnitGrid):
                 axis.layout = new.layout
             self._changed()
             return
-        device = self.unit_row.device
-        self.replace_by_(copy.deepcopy(other).to(device))
+        stays = (self.num_units, *self.unit_shape) == (other.num_units, *other.unit_shape)
+        self.replace_by_(copy.deepcopy(other).to(self.unit_row.device), self.own_wiring if stays else None)
 
-    def replace_by_(self, other: "BlockMask") -> None:
-        """Takes over the tensors of another mask of the same ``shape``, and their device; ``other`` is used up."""
+    def replace_by_(self, other: "BlockMask", wiring: torch.Tensor | None = None) -> None:
+        """Takes over the tensors of another mask of the same ``shape``, and their device; ``other`` is used up.
+
+        Args:
+            wiring: the tensor that is the buffer from now on, and is written; None: a new one.
+        """
         self.block_size, self.rows, self.cols = other.block_size, other.rows, other.cols
         self._register_units(other.unit_row, other.unit_col)
         self.changes += 1
+        if wiring is not None:
+            self.wiring = wiring
+            self._own_wiring()
+            self.write_wiring()
 
     def equals(self, other: "BlockMask") -> bool:
         """Whether both have the same units in the same slots, and the same groups. Waits for the device."""
-        return self.describes(row_of(other))
+        return self.describes(as_row(numbers_of(other)))
 
     # --- the buffer that describes it -----------------------------------------------------------------------------
+
+    @property
+    def is_written(self) -> bool:
+        """Whether something else wrote into the buffer since the mask did."""
+        return version(self.own_wiring) != self.written
 
     def _changed(self) -> None:
         self.changes += 1
         self._tensors = None
+        self.write_wiring()
+
+    def write_wiring(self) -> None:
+        """Has the buffer describe the mask."""
         with torch.no_grad():
-            self.own_wiring.copy_(row_of(self))
+            self.own_wiring.copy_(as_row(numbers_of(self)))
         self.written = version(self.own_wiring)
 
     def _publish(self) -> None:
-        self.register_buffer("wiring", row_of(self), persistent=False)
-        self._own_wiring()
-
-    def publish_in(self, wiring: torch.Tensor) -> None:
-        """Makes ``wiring``, which describes the mask already, its buffer."""
-        self.wiring = wiring
+        self.register_buffer("wiring", as_row(numbers_of(self)))
         self._own_wiring()
 
     def _own_wiring(self) -> None:
@@ -231,8 +244,12 @@ class BlockMask(UnitGrid):
         self.written = version(self.wiring)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "BlockMask":
+        own = self.own_wiring
         super()._apply(fn, recurse)
-        self._publish()  # whole numbers, whatever the dtype of weights
+        if self.wiring.device != own.device:
+            self._publish()
+        elif self.wiring is not own:
+            self.wiring = own  # whole numbers, whatever the dtype of weights
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -280,10 +297,6 @@ class BlockMask(UnitGrid):
         """
         return cls(*read_row(state["wiring"], shape))
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        # a copy: some averages write into what they find here, and DistributedDataParallel into the buffer
-        destination[prefix + "wiring"] = row_of(self)
-
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ):
@@ -301,9 +314,17 @@ class BlockMask(UnitGrid):
         if not self.unit_row.is_meta:
             self.become_(loaded.to(self.unit_row.device))
 
-    def describes(self, wiring: torch.Tensor) -> bool:
-        """Whether a row says what this mask is; false where there are no numbers to compare (``meta``)."""
-        own = row_of(self)
-        if own.is_meta or wiring.is_meta or own.shape != wiring.shape:
+    def describes(self, wiring: torch.Tensor, rounding: float = 0.0) -> bool:
+        """Whether a row says what this mask is, but for its checksums.
+
+        Args:
+            rounding: what its numbers may be off, relative to them.
+
+        Returns:
+            false where there are no numbers to compare (``meta``).
+        """
+        own = numbers_of(self)
+        if own.is_meta or wiring.is_meta or (len(own) + 2,) != wiring.shape:
             return False
-        return bool((own.cpu() == wiring.detach().cpu()).all())
+        own, given = own.cpu(), wiring.detach().cpu()[:-2]
+        return bool((own == given).all() or (rounding and ((given - own).abs() <= rounding * own).all()))

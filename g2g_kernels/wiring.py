@@ -13,6 +13,8 @@ from g2g_kernels.unit_grid import UnitGrid
 
 #: what an average of equal numbers may be off, relative to them
 ROUNDING = 1e-6
+#: and one that was taken again and again, step by step, without the numbers being read
+DRIFT = 2.0**-12
 
 
 class Wiring(NamedTuple):
@@ -25,25 +27,18 @@ class Wiring(NamedTuple):
     block_size: int
 
 
-def row_of(units: UnitGrid) -> torch.Tensor:
-    """The row that describes some units."""
+def numbers_of(units: UnitGrid) -> torch.Tensor:
+    """int64, the row that describes some units without its checksums."""
     # clamp: between to_empty and loading a state, indices are arbitrary
     out_group_of, in_group_of = (
         axis.group_of_unit[axis.unit_of.clamp(0, axis.num_units - 1)] for axis in (units.rows, units.cols)
     )
-    return as_row(units.block_size, out_group_of, in_group_of, units.unit_row, units.unit_col)
+    sizes = out_group_of.new_tensor([len(out_group_of), len(in_group_of), units.block_size])
+    return torch.cat([sizes, out_group_of, in_group_of, units.unit_row.long(), units.unit_col.long()])
 
 
-def as_row(
-    block_size: int,
-    out_group_of: torch.Tensor,
-    in_group_of: torch.Tensor,
-    unit_row: torch.Tensor,
-    unit_col: torch.Tensor,
-) -> torch.Tensor:
-    """The row of these parts of a mask; none of them is checked."""
-    sizes = out_group_of.new_tensor([len(out_group_of), len(in_group_of), block_size])
-    numbers = torch.cat([sizes, out_group_of, in_group_of, unit_row.long(), unit_col.long()])
+def as_row(numbers: torch.Tensor) -> torch.Tensor:
+    """The row of these numbers, of which none is checked."""
     return torch.cat([numbers, _checksums(numbers)]).to(torch.float32)
 
 

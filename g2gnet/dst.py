@@ -9,7 +9,7 @@ import copy
 import logging
 import math
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +29,7 @@ from g2gnet.recording import ActivityRecorder, OneStepLater, Recording, Train, U
 from g2gnet.schedules import SCHEDULES
 from g2gnet.seeding import draw_device, stream
 from g2gnet.stack import SpikingStack
+from g2gnet.ties import has_unknown_copies, rewire_averages, tie_wiring
 
 logger = logging.getLogger("g2gnet")
 
@@ -154,6 +155,8 @@ class DSTScheduler:
             or grows may be larger, so that a few weights more are left. Weights and their optimizer state become new,
             smaller tensors: after such an update make a new DistributedDataParallel (a ``captured`` step notices it).
             None: the number of units stays.
+        averages: averages of the model (EMA, SWA), which are rewired with it: :func:`tie_wiring` is called for each. A
+            copy that nobody tied stays as it is; if one lives in an update, the logger ``g2gnet`` warns once.
         recurrent: if layers are given, those of them that join a layer's neurons to themselves; each comes after its
             layer. Its inputs are the spikes of the step before.
         reset_state: for optimizers whose states differ in shape from the weights (factored, flat): called as
@@ -208,6 +211,7 @@ class DSTScheduler:
         total_steps: int | None = None,
         final_density: float | None = None,
         recurrent: Collection[G2GLinear] = (),
+        averages: Iterable[nn.Module] = (),
         reset_state: ResetState | None = None,
     ) -> None:
         for name, value, known in (
@@ -244,6 +248,9 @@ class DSTScheduler:
         if unknown:
             raise ValueError(f"recurrent has {unknown[0]}, which is none of the layers after the first; give both")
         self._recurrent = set(recurrent)
+        averages = list(averages)
+        if averages and not isinstance(model, nn.Module):
+            raise ValueError("averages= needs the model, not its layers; give it, or call tie_wiring(model, average)")
         if not self.layers:
             raise ValueError("there is no G2GLinear layer to rewire; g2gnet.sparsify(model) creates them")
         if final_density is None and all(layer.mask.is_full for layer in self.layers):
@@ -275,7 +282,15 @@ class DSTScheduler:
         self._gradients: dict[G2GLinear, UnitGradients] = {}
         self._overtaken = False  # by another scheduler, which records the gradient of the same layers now
         self._uncompiled: Uncompiled | None = None
+        self._averages = averages
+        self._tie_averages()
+        self._told_of_copies = False
         self._record_if_due()
+
+    def _tie_averages(self) -> None:
+        for average in self._averages:
+            assert self._model is not None
+            tie_wiring(self._model, average)
 
     @property
     def next_is_due(self) -> bool:
@@ -542,9 +557,7 @@ class DSTScheduler:
         counts = self._counts([seen for _, seen in evidence], finite.all())
         share = self.steps / self._last if self._last else 0.0
         fraction, pruned, grown = self.fraction * SCHEDULES[self.schedule](share), 0, 0
-        with contextlib.ExitStack() as averages, contextlib.ExitStack() as undo:
-            for _, seen in evidence:
-                averages.enter_context(seen.layer.rewired(follow=True))
+        with contextlib.ExitStack() as undo:
             # an error in one layer takes back what was done before it, and no average follows
             for (number, seen), score, kept in zip(evidence, scores, counts, strict=True):
                 draw = stream(self.seed, "dst", self.steps, number, device=draw_device(score[0].device))
@@ -553,9 +566,20 @@ class DSTScheduler:
                 pruned, grown = pruned + before - kept + replaced, grown + replaced
             undo.pop_all()
         for _, seen in evidence:
-            seen.layer.lineage.leave()  # a network that is rewired by itself is no average
+            seen.layer.kin.end_tie("it was rewired by itself")
+            rewire_averages(seen.layer)
+        self._tell_of_copies()
         numbers = [number for number, _ in evidence]
         self._outcomes.append(_Outcome(self.steps, numbers, finite, pruned, grown))
+
+    def _tell_of_copies(self) -> None:
+        if not self._told_of_copies and any(has_unknown_copies(layer) for layer in self.layers):
+            self._told_of_copies = True
+            logger.warning(
+                "the network was rewired, and a copy of it keeps the units that it has. If it is an average, give "
+                "DSTScheduler(averages=[average]) or call g2gnet.tie_wiring(network, average); if it is a network of "
+                "its own, g2gnet.untie_wiring(copy)"
+            )
 
     def _can_change(self, layer: G2GLinear) -> bool:
         """Whether an update prunes or grows units of the layer."""
@@ -636,6 +660,7 @@ class DSTScheduler:
         seen, gradients = state["_recorder"], state["_gradients"]
         self.__dict__.update(state, prune=PRUNE_RULES[state["prune"]], grow=GROW_RULES[state["grow"]], _gradients={})
         self._recorder = seen and ActivityRecorder(seen[0], self.layers)
+        self._tie_averages()
         self._record_if_due()
         if self._recorder is not None and seen[1]:
             self._recorder.stop()

@@ -26,9 +26,8 @@ class Observer(Protocol):
 class G2GLinear(PackedWeights):
     """y = x·Wᵀ + b with a weight of which only the units of ``mask`` exist.
 
-    A ``copy.deepcopy`` of a layer is independent, unless it is an average of this layer (EMA, SWA), which is rewired
-    with it. It then has the units that the network has now, and its average of a grown unit starts anew.
-    :mod:`g2gnet.copies` says what counts as an average.
+    A ``copy.deepcopy`` of a layer is a layer of its own. An average of a network (EMA, SWA) is rewired with it if it is
+    tied to it (:func:`g2gnet.tie_wiring`).
 
     Initial values: the active weights of output neuron i are uniform in ±1/√k_i, where k_i is its active fan-in
     (Kaiming-uniform with a = √5, rescaled to the active fan-in). The bias is uniform in ±1/√(mean k).

@@ -136,7 +136,9 @@ def row_with(mask: BlockMask, **changes: Callable[[torch.Tensor], torch.Tensor])
     layouts = {"out_group_of": mask.rows.layout.group_of, "in_group_of": mask.cols.layout.group_of}
     parts = {"block_size": mask.block_size, **layouts, "unit_row": mask.unit_row, "unit_col": mask.unit_col}
     parts = {name: part.clone() if isinstance(part, torch.Tensor) else part for name, part in parts.items()}
-    return as_row(**{**parts, **{name: change(parts[name]) for name, change in changes.items()}})
+    parts |= {name: change(parts[name]) for name, change in changes.items()}
+    sizes = torch.tensor([len(parts["out_group_of"]), len(parts["in_group_of"]), parts.pop("block_size")])
+    return as_row(torch.cat([sizes, *(part.long() for part in parts.values())]))
 
 
 def units_of(row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,7 +14,6 @@ from torch.nn.parallel import DistributedDataParallel
 from g2g_kernels import Activity
 from g2g_kernels.triton import runtime
 from g2gnet.analysis import Batch
-from g2gnet.copies import tie_wiring
 from g2gnet.cuda_graph import CapturedStep
 from g2gnet.data import ImageData, as_samples, random_crop_and_flip, random_erase
 from g2gnet.distributed import World
@@ -23,6 +22,7 @@ from g2gnet.network import G2GNet
 from g2gnet.regularizer import RateTarget, rate_penalty, rate_target
 from g2gnet.seeding import draw_device, stream
 from g2gnet.settings import SettingsError
+from g2gnet.ties import tie_wiring, untie_wiring
 from g2gnet.training.epochs import EpochTrainer, Progress, StepCallback
 from g2gnet.training.evaluation import autocast, build_network, run_images
 from g2gnet.training.health import LayerWatch, check_counts, check_rates
@@ -243,8 +243,10 @@ class Trainer(EpochTrainer):
         if self.tested is self.net:
             super().load_state_dict(state)
         else:
+            untie_wiring(self.tested)  # until it has the same units
             super().load_state_dict({**state, "model": state["trained"]})
             load_model(self.tested, state["model"])
+            tie_wiring(self.net, self.tested)
         if self.dst:
             if state["dst"]["steps"] != state["step"]:
                 raise ValueError(f"dst/steps={state['dst']['steps']} and step={state['step']} are at odds")

@@ -1,4 +1,4 @@
-"""Averages of the weights of a network that is rewired, by whatever walks over a model and its copy."""
+"""Copies of a network that is rewired: averages that are tied to it follow, all others stay as they are."""
 
 import copy
 import functools
@@ -9,10 +9,11 @@ import pytest
 import torch
 from helpers import seeded
 from networks import small_net
+from torch import nn
 from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from g2gnet import DSTScheduler, copies, sync_wiring, tie_wiring, untie_wiring
+from g2gnet import DSTScheduler, sync_wiring, tie_wiring, untie_wiring
 
 DECAY = 0.8
 
@@ -23,7 +24,7 @@ network = functools.partial(small_net, sizes=(32, 40, 10), p_inter=1 / 7, block_
 def averaged_model(**options):
     def make(net):
         average = AveragedModel(net, **options)
-        return average.module, lambda: average.update_parameters(net)
+        return average, lambda: average.update_parameters(net)
 
     return make
 
@@ -62,10 +63,10 @@ AVERAGES = {
 }
 
 
-def trained(net, steps=11, after_step=lambda: None):
+def trained(net, steps=11, after_step=lambda: None, averages=()):
     """Trains, and rewires every three steps."""
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
-    dst = DSTScheduler(net, optimizer, interval=3, fraction=0.3, grow="random")
+    dst = DSTScheduler(net, optimizer, interval=3, fraction=0.3, grow="random", averages=averages)
     x, labels = torch.rand(8, 32, generator=seeded(1)), torch.arange(8)
     for _ in range(steps):
         optimizer.zero_grad()
@@ -78,7 +79,8 @@ def trained(net, steps=11, after_step=lambda: None):
 @pytest.mark.parametrize("make", AVERAGES.values(), ids=AVERAGES)
 def test_an_average_is_that_of_the_units_that_the_network_has(make):
     net = network()
-    average, step = make(net)
+    wrapper, step = make(net)
+    average = getattr(wrapper, "module", wrapper)
     expected = None
     copies = []
 
@@ -96,7 +98,7 @@ def test_an_average_is_that_of_the_units_that_the_network_has(make):
         torch.testing.assert_close(average.fc2.dense_weight().detach(), expected)
         copies.append(copy.deepcopy(average))
 
-    trained(net, after_step=after_step)
+    trained(net, after_step=after_step, averages=[wrapper])
     for mine, theirs in ((average.fc1, net.fc1), (average.fc2, net.fc2), (average.fc3, net.fc3)):
         assert torch.equal(mine.mask.to_dense(), theirs.mask.to_dense())
         assert torch.equal(mine.mask.row_slot, theirs.mask.row_slot)
@@ -120,60 +122,60 @@ def test_an_average_that_begins_late_gets_the_wiring_with_the_weights(use_buffer
     assert torch.equal(average.module.fc2.mask.to_dense(), net.fc2.mask.to_dense())
 
 
-def test_copies_that_are_no_averages_stay_as_they_are():
-    """One that is put away, one that is read from a file, and one that is trained by itself."""
-    net = network()
-    put_away, loaded, apart = (copy.deepcopy(net) for _ in range(3))
-    loaded.load_state_dict(copy.deepcopy(net.state_dict()))
-    optimizer = torch.optim.SGD(apart.parameters(), lr=0.1)
-    apart(torch.rand(4, 32, generator=seeded(2))).square().sum().backward()
-    optimizer.step()
-    optimizer.zero_grad()  # no trace of it is left but in the weights
-    states = [copy.deepcopy(each.state_dict()) for each in (put_away, loaded, apart)]
-    trained(net)
-    for each, state in zip((put_away, loaded, apart), states, strict=True):
-        assert all(torch.equal(tensor, state[name]) for name, tensor in each.state_dict().items())
-    assert not torch.equal(net.fc2.mask.to_dense(), apart.fc2.mask.to_dense())
-
-
-def rewired(net):
+def rewired(net, **options):
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    DSTScheduler(net, optimizer, interval=1, fraction=0.3, grow="random").step()
+    DSTScheduler(net, optimizer, interval=1, fraction=0.3, grow="random", **options).step()
 
 
 def same_wiring(one, other):
     return torch.equal(one.fc2.mask.flat_unit(), other.fc2.mask.flat_unit())
 
 
-def test_a_copy_that_is_said_to_be_a_network_of_its_own_stays_as_it_is():
-    """A best epoch whose weights are rounded, the population of an evolution strategy."""
+def test_a_copy_is_a_network_of_its_own_whatever_is_written_to_it():
+    """Put away, read from a file, trained, rounded in place, untied again."""
     net = network()
-    rounded, average = (copy.deepcopy(net) for _ in range(2))
-    untie_wiring(rounded)
-    for each in (rounded, average):
-        each.fc2.values.data.mul_(64).round_().div_(64)
-    expected = rounded.fc2.dense_weight().detach().clone()
-    rewired(net)
-    assert torch.equal(rounded.fc2.dense_weight(), expected)
-    assert same_wiring(average, net)
-    assert not same_wiring(rounded, net)
+    put_away, loaded, assigned, apart, rounded, untied = copies = [copy.deepcopy(net) for _ in range(6)]
+    loaded.load_state_dict(copy.deepcopy(net.state_dict()))
+    assigned.load_state_dict(copy.deepcopy(net.state_dict()), assign=True)
+    optimizer = torch.optim.SGD(apart.parameters(), lr=0.1)
+    apart(torch.rand(4, 32, generator=seeded(2))).square().sum().backward()
+    optimizer.step()
+    for layer in (rounded.fc1, rounded.fc2, rounded.fc3):
+        layer.values.data.mul_(64).round_().div_(64)
+    tie_wiring(net, untied)
+    untie_wiring(untied)
+    states = [copy.deepcopy(each.state_dict()) for each in copies]
+    trained(net)
+    for each, state in zip(copies, states, strict=True):
+        assert all(torch.equal(tensor, state[name]) for name, tensor in each.state_dict().items())
+    assert not same_wiring(net, put_away)
 
 
-def test_a_copy_that_counts_as_an_average_is_reported_once(caplog, monkeypatch):
-    monkeypatch.setattr(copies, "_say_that_copies_follow", functools.cache(copies._say_that_copies_follow.__wrapped__))
+def test_a_copy_of_which_nobody_said_what_it_is_is_reported_once_for_each_scheduler(caplog):
+    def reports():
+        return [record for record in caplog.records if "averages=[average]" in record.message]
+
     net = network()
-    average = copy.deepcopy(net)
-    average.fc2.values.data.mul_(0.5)
-    average.fc1.values.data.mul_(0.5)
-    for _ in range(2):
-        rewired(net)
-    assert len([record for record in caplog.records if "untie_wiring" in record.message]) == 1
+    tied, untied, synchronised = (copy.deepcopy(net) for _ in range(3))
+    untie_wiring(untied)
+    sync_wiring(net, synchronised)
+    dead = copy.deepcopy(net)
+    del dead
+    gc.collect()
+    rewired(net, averages=[tied])
+    assert not reports()
+    average = AveragedModel(net)
+    for expected in (1, 2):
+        trained(net)  # three updates
+        assert len(reports()) == expected
+    assert "tie_wiring" in reports()[0].message
+    assert not same_wiring(net, average.module)
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_network_that_is_no_copy_is_kept_in_step_by_hand_or_by_a_tie(tied):
     """A target network that a constructor made, and whose parameters are averaged one by one."""
-    net, target = network(), network()
+    net, target = network(), network(seed=1)
     target.load_state_dict(net.state_dict())
     if tied:
         tie_wiring(net, target)
@@ -190,113 +192,177 @@ def test_a_network_that_is_no_copy_is_kept_in_step_by_hand_or_by_a_tie(tied):
         torch.testing.assert_close(target.fc2.dense_weight(), before.lerp(net.fc2.dense_weight(), 1 - DECAY))
 
 
-def test_copies_that_are_freed_in_the_middle_of_an_update_do_not_disturb_it():
+def test_networks_of_other_groups_share_no_unit():
+    """The same number of a unit means other neurons."""
+    net, target = network(model="random"), network(model="random", seed=1)
+    target.fc2.values.grad = torch.ones_like(target.fc2.values)
+    sync_wiring(net, target)
+    assert torch.equal(target.fc2.dense_weight(), net.fc2.dense_weight())
+    assert not target.fc2.values.grad.any()
+
+
+def state_in_another_order(net):
+    """The same weights, in other slots."""
+    state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    layer = copy.deepcopy(net.fc2)
+    order = torch.randperm(layer.mask.num_units, generator=seeded(3))
+    layer.mask.relabel_(torch.arange(len(order)), layer.mask.unit_row[order], layer.mask.unit_col[order])
+    return state | {"fc2.values": layer.values.detach()[order], "fc2.mask.wiring": layer.mask.state_dict()["wiring"]}
+
+
+@pytest.mark.parametrize("into", ["network", "average"])
+def test_the_same_units_in_another_order_keep_the_average(into):
     net = network()
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    held = []
-    dst = DSTScheduler(
-        net, optimizer, interval=1, fraction=0.3, grow="random", reset_state=lambda *_: (held.clear(), gc.collect())
-    )
-    average, freed = copy.deepcopy(net), copy.deepcopy(net)
-    for each in (average, freed):
-        for layer in (each.fc1, each.fc2, each.fc3):
-            layer.values.data.mul_(0.5)
-    freed.itself = [freed]  # a cycle, which only the garbage collector frees
-    held.append(freed)
-    del freed, each, layer
-    dst.step()
-    assert not held
-    assert dst.pruned > 0
-    assert same_wiring(average, net)
-
-
-def thawed(net):
-    for parameter in net.parameters():
-        parameter.requires_grad_(False)
-    apart = copy.deepcopy(net)
-    for each in (net, apart):
-        for parameter in each.parameters():
-            parameter.requires_grad_(True)
-    return apart
-
-
-def assigned(net):
-    apart = copy.deepcopy(net)
-    apart.load_state_dict(copy.deepcopy(net.state_dict()), assign=True)
-    return apart
-
-
-@pytest.mark.parametrize("make", [copy.deepcopy, thawed, assigned])
-@pytest.mark.parametrize("how", ["backward", "autograd.grad"])
-def test_a_copy_that_is_trained_is_a_network_of_its_own_however_it_was_made(make, how):
-    net = network()
-    apart = make(net)
-    loss = apart(torch.rand(4, 32, generator=seeded(2))).square().sum()
-    if how == "backward":
-        loss.backward()
-        gradients = [parameter.grad for parameter in apart.parameters()]
-    else:
-        gradients = torch.autograd.grad(loss, list(apart.parameters()))
-    with torch.no_grad():
-        for parameter, gradient in zip(apart.parameters(), gradients, strict=True):
-            parameter.sub_(0.1 * gradient)
-    apart.zero_grad()
-    expected = apart.fc2.dense_weight().detach().clone()
+    average = copy.deepcopy(net)
+    tie_wiring(net, average)
+    average.fc2.values.data.mul_(0.5)
+    expected = average.fc2.dense_weight().detach().clone()
+    each = {"network": net, "average": average}[into]
+    each.load_state_dict(state_in_another_order(each))
+    assert torch.equal(average.fc2.dense_weight(), expected)
+    assert same_wiring(net, average)
     rewired(net)
-    assert torch.equal(apart.fc2.dense_weight(), expected)
-    assert not same_wiring(apart, net)
+    assert same_wiring(net, average)
 
 
-def test_a_copy_whose_weights_are_pruned_or_tied_when_they_are_computed():
+@pytest.mark.parametrize("into", ["network", "average"])
+def test_other_units_end_a_tie_with_a_warning_and_leave_the_average_alone(into, caplog):
     net = network()
-    pruned = copy.deepcopy(net)
+    average = copy.deepcopy(net)
+    tie_wiring(net, average)
+    before = copy.deepcopy(average.state_dict())
+    each = {"network": net, "average": average}[into]
+    each.load_state_dict(network(seed=1).state_dict())
+    assert len([record for record in caplog.records if "call tie_wiring again" in record.message]) == 1
+    if into == "network":
+        assert all(torch.equal(tensor, before[name]) for name, tensor in average.state_dict().items())
+    assert not same_wiring(net, average)
+    rewired(net)
+    assert not same_wiring(net, average)
+
+
+def test_a_tie_ends_where_it_cannot_hold(caplog):
+    net = network()
+    pruned, itself = (copy.deepcopy(net) for _ in range(2))
+    for average in (pruned, itself):
+        tie_wiring(net, average)
     prune.l1_unstructured(pruned.fc2, "values", 0.3)
-    expected = pruned.fc2.dense_weight().detach().clone()
+    rewired(itself)
+    expected = [each.fc2.dense_weight().detach().clone() for each in (pruned, itself)]
+    assert "rewired by itself" in caplog.text
     rewired(net)
-    assert torch.equal(pruned.fc2.dense_weight(), expected)
+    assert "something computes its weights" in caplog.text
+    for each, weight in zip((pruned, itself), expected, strict=True):
+        assert torch.equal(each.fc2.dense_weight(), weight)
     with pytest.raises(ValueError, match=r"fc2.*computed"):
         tie_wiring(net, pruned)
 
 
-def test_a_state_whose_tensors_became_the_networks_follows_it():
+def test_a_scheduler_is_copied_and_pickled_with_its_averages():
     net = network()
-    state = copy.deepcopy(net.state_dict())
-    net.load_state_dict(state, assign=True)
+    average = AveragedModel(net)
+    dst = DSTScheduler(
+        net, torch.optim.SGD(net.parameters(), lr=0.1), interval=1, fraction=0.3, grow="random", averages=[average]
+    )
+    everything = net, average, dst
+    for net, average, dst in (copy.deepcopy(everything), pickle.loads(pickle.dumps(everything))):
+        dst.step()
+        assert dst.pruned > 0
+        assert same_wiring(average.module, net)
+    assert not same_wiring(everything[0], net)
+
+
+def test_averages_need_the_model():
+    net = network()
+    with pytest.raises(ValueError, match="averages= needs the model"):
+        DSTScheduler([net.fc1], torch.optim.SGD(net.parameters()), averages=[copy.deepcopy(net)])
+
+
+def test_copies_that_are_freed_in_the_middle_of_an_update_do_not_disturb_it():
+    net = network()
+    average, freed = copy.deepcopy(net), copy.deepcopy(net)
+    for each in (average, freed):
+        tie_wiring(net, each)
+    held = [freed]
+    freed.itself = held  # a cycle, which only the garbage collector frees
+    rewire = net.fc3.rewire_
+    net.fc3.rewire_ = lambda *arguments: (held.clear(), gc.collect(), rewire(*arguments))[2]
+    del freed, each
     rewired(net)
-    again = network(seed=1)
-    again.load_state_dict(state)
-    assert same_wiring(again, net)
-    assert torch.equal(again.fc2.dense_weight(), net.fc2.dense_weight())
+    assert not held
+    assert same_wiring(average, net)
+
+
+def test_a_state_that_someone_keeps_is_one_network_at_any_time():
+    net, other = network(), network(seed=1)
+    kept = net.state_dict()
+    assigned = copy.deepcopy(net.state_dict())
+    for change in (
+        lambda: rewired(net),
+        lambda: net.load_state_dict(other.state_dict()),
+        lambda: net.load_state_dict(assigned, assign=True),  # from here on the state has what was then
+        lambda: rewired(net),
+    ):
+        change()
+        states = [assigned] if net.fc2.values.data_ptr() == assigned["fc2.values"].data_ptr() else [kept]
+        for state in states:
+            again = network(seed=2)
+            again.load_state_dict(state)
+            assert torch.equal(again.fc2.dense_weight(), net.fc2.dense_weight())
 
 
 def test_ties_are_refused_between_networks_that_do_not_correspond():
-    net = network()
+    net, average = network(), network()
     with pytest.raises(ValueError, match="same names"):
-        tie_wiring(net, AveragedModel(net))
+        tie_wiring(net, nn.Sequential(average))
     with pytest.raises(ValueError, match="must be two"):
         sync_wiring(net, net)
     with pytest.raises(ValueError, match=r"fc1.*packed weights"):
         sync_wiring(net, network(block_size=4))
+    with pytest.raises(TypeError, match="a list is no module"):
+        tie_wiring(net, [average])
+    tie_wiring(net, average)
+    with pytest.raises(ValueError, match="untie_wiring"):
+        tie_wiring(average, net)
 
 
-def test_weights_of_another_process_come_with_their_wiring():
-    """As DistributedDataParallel sends parameters and buffers; what is no wiring is ignored."""
-    net, other = network(), network(seed=1)
-    assert net.fc2.mask.num_units == other.fc2.mask.num_units
-    assert not torch.equal(net.fc2.mask.to_dense(), other.fc2.mask.to_dense())
+def copied(target, source):
+    """Parameters and buffers, one by one, as DistributedDataParallel sends them."""
     with torch.no_grad():
         for mine, theirs in zip(
-            [*net.parameters(), *net.buffers()], [*other.parameters(), *other.buffers()], strict=True
+            [*target.parameters(), *target.buffers()], [*source.parameters(), *source.buffers()], strict=True
         ):
             mine.copy_(theirs)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_what_is_written_into_buffers_is_read_at_the_next_call(training):
+    net, other = network(), network().train(training)
     x = torch.rand(8, 32, generator=seeded(2))
-    assert torch.equal(net(x), other(x))
-    before = net.fc2.mask.to_dense()
-    net.eval()
+    for _ in range(3):
+        rewired(net)
+        copied(other, net)
+        assert other.fc2.mask.equals(net.fc2.mask)
+        assert torch.equal(other(x), net(x))
+    before, tensors = other.fc2.mask.changes, other.fc2.mask.tensors()
+    copied(other, net)  # equal content, as in every step of data-parallel training, rebuilds nothing
+    other(x)
+    assert (other.fc2.mask.changes, other.fc2.mask.tensors()) == (before, tensors)
     with torch.no_grad():
-        net.fc2.mask.wiring.lerp_(network(seed=2).fc2.mask.wiring, 0.5)
-    assert torch.equal(net(x), other(x))
-    assert torch.equal(net.fc2.mask.to_dense(), before)
+        other.fc2.mask.wiring.lerp_(network(seed=2).fc2.mask.wiring, 0.5)
+    with pytest.raises(ValueError, match=r"average of networks with different wirings.*averages=\[average\]"):
+        other(x)
+    other.load_state_dict(net.state_dict())
+    assert torch.equal(other(x), net(x))
+
+
+def test_an_average_over_buffers_of_a_network_that_stays_as_it_is_may_round():
+    net = network()
+    average = copy.deepcopy(net)
+    for _ in range(3):
+        average.fc2.mask.wiring.mul_(1 + 1e-4)  # what thousands of steps with a decay of 0.9998 may do to equal numbers
+        assert average.fc2.mask.equals(net.fc2.mask)
+    assert torch.equal(average.state_dict()["fc2.mask.wiring"], net.fc2.mask.wiring)
 
 
 def test_indices_are_no_buffers_and_follow_the_network():

@@ -149,8 +149,8 @@ def test_weights_follow_that_someone_keeps_a_graph_of():
 @pytest.mark.parametrize("fraction", [0.0, 0.3])
 def test_averages_have_the_units_and_keep_their_own_weights(fraction):
     net, optimizer = trained()
-    dst = pruning(net, optimizer, fraction=fraction, grow="random")
     averages = AveragedModel(net, avg_fn=lambda average, now, _: average + (now - average) / 4), AveragedModel(net)
+    dst = pruning(net, optimizer, fraction=fraction, grow="random", averages=averages)
     for _ in range(4):
         train(net, optimizer)
         for average in averages:

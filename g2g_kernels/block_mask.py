@@ -233,6 +233,10 @@ class BlockMask(UnitGrid):
         """Has the buffer describe the mask."""
         with torch.no_grad():
             self.own_wiring.copy_(as_row(numbers_of(self)))
+        self.note_wiring()
+
+    def note_wiring(self) -> None:
+        """Notes that the buffer describes the mask."""
         self.written = version(self.own_wiring)
 
     def _publish(self) -> None:
@@ -241,7 +245,7 @@ class BlockMask(UnitGrid):
 
     def _own_wiring(self) -> None:
         self.__dict__["own_wiring"] = self.wiring  # no second buffer, even if it is an nn.Buffer
-        self.written = version(self.wiring)
+        self.note_wiring()
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "BlockMask":
         own = self.own_wiring

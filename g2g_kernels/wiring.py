@@ -52,6 +52,8 @@ def read_row(row: torch.Tensor, shape: tuple[int, int] | None = None) -> Wiring:
     Raises:
         ValueError: if it is not the row of a mask, or of another shape.
     """
+    if not isinstance(row, torch.Tensor):
+        raise ValueError(f"wiring must be a tensor, not {type(row).__name__}")
     if row.dim() != 1 or row.is_complex() or len(row) < 5:
         raise ValueError(f"wiring must be a row of numbers, not of shape {tuple(row.shape)} and {row.dtype}")
     if shape is not None and len(row) > 5 + sum(shape) + 2 * shape[0] * shape[1]:

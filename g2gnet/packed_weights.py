@@ -74,8 +74,11 @@ class PackedWeights(nn.Module):
         """Has the mask become what was written into its buffer."""
         mask = self._own_mask
         wiring = mask.own_wiring
-        if wiring.is_meta or mask.describes(wiring, DRIFT):
-            mask.write_wiring()  # an average of equal numbers rounds
+        if wiring.is_meta or mask.describes(wiring):
+            mask.note_wiring()
+            return
+        if mask.describes(wiring, DRIFT):  # an average of equal numbers, which rounds
+            mask.write_wiring()
             return
         arrived = _mask_of(wiring, mask.shape, "mask.wiring was written to, and")
         if (arrived.num_units, *arrived.unit_shape) != self.values.shape:

@@ -149,8 +149,9 @@ class LayerWatch:
 
 def check_labels(data: ImageData, limited: bool) -> None:
     """Warns if images are tested of classes that no training image has; ``limited``: perhaps one was left out."""
-    for part, labels in (("test", data.test_labels), ("validation", data.val_labels)):
-        unknown = [] if labels is None else labels[torch.isin(labels, data.train_labels, invert=True)].tolist()
+    parts = {"test": data.test_labels, "validation": data.val_labels}
+    for part, labels in ((part, labels) for part, labels in parts.items() if labels is not None):
+        unknown = labels[torch.isin(labels, data.train_labels, invert=True)].tolist()
         if unknown:
             logger.warning(
                 "%d of %d %s images are of classes without a training image (%s), which cannot be learned; %s",

@@ -43,7 +43,7 @@ def analyze(arguments: argparse.Namespace) -> dict[str, Any]:
     run = read_run(arguments.checkpoint)
     data = cli.load_run_data(arguments, run.settings, machine.device)
     analysis = analyze_run(run, run.network(machine.device, machine.backend), data, arguments.samples)
-    say(f"{run.path}: {run.settings.model} on {run.settings.dataset}, epoch {run.epoch} of {run.settings.epochs}")
+    say(f"{run.path}: {run.settings.model} on {run.settings.dataset}, {run.position}")
     say(f"{headline(analysis)}\n\n{layers_table(analysis)}")
     for layer in analysis.layers:
         say(f"\n{groups_table(layer)}")
@@ -52,6 +52,8 @@ def analyze(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "checkpoint": str(run.path),
         "epoch": run.epoch,
+        "step": run.step,
+        "interrupted": run.interrupted,
         "settings": run.settings.as_dict(),
         **analysis.as_dict(),
     }

@@ -1,5 +1,6 @@
 """The network of a training run, from its checkpoint."""
 
+import logging
 from pathlib import Path
 
 import torch
@@ -8,9 +9,14 @@ from g2g_kernels import select_device
 from g2g_kernels.dispatch import require_backend
 from g2gnet.network import G2GNet
 
+logger = logging.getLogger("g2gnet")
+
 
 def load(checkpoint: Path | str, device: torch.device | str = "cpu", backend: str | None = None) -> G2GNet:
-    """The network that ``train.py`` or ``crossval.py`` saved, after its last finished epoch, in evaluation mode.
+    """The network that ``train.py`` or ``crossval.py`` saved, in evaluation mode.
+
+    It is the one after the last finished epoch. A run that was stopped inside an epoch (Ctrl-C, SIGTERM) has saved the
+    one of that step, which was never tested: then the logger ``g2gnet`` warns and names the step.
 
     Its input is that of training: ``net(x)`` scales, standardises and encodes samples [B, D] as the run did. Images of
     uint8 become samples by :func:`g2gnet.data.as_samples`. It computes in float32: a run with ``precision="bf16"``
@@ -35,4 +41,12 @@ def load(checkpoint: Path | str, device: torch.device | str = "cpu", backend: st
 
     device = select_device(device) if isinstance(device, str) else device
     require_backend(backend)
-    return read_run(checkpoint).network(device, backend).eval()
+    run = read_run(checkpoint)
+    if run.interrupted:
+        logger.warning(
+            "%s was saved %s: no accuracy in its history is that of this network; run its command again to finish the "
+            "epoch",
+            run.path,
+            run.position,
+        )
+    return run.network(device, backend).eval()

@@ -242,6 +242,9 @@ class G2GNet(SpikingStack):
             values = order.flatten().sort().values
             if not torch.equal(values, torch.arange(len(values), device=values.device)):
                 error_msgs.append(f"{name} does not have each value of a sample once")
+        deviation = state_dict.get(f"{prefix}input_deviation")
+        if isinstance(deviation, torch.Tensor) and self.standardize and not (deviation > 0).all():
+            error_msgs.append(f"{prefix}input_deviation is not above 0")
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

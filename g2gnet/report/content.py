@@ -8,6 +8,7 @@ import torch
 from g2gnet import figures
 from g2gnet.analysis import Batch, NetworkAnalysis, analyze_network, groups_table, headline, layers_table
 from g2gnet.data import DATASETS, ImageData
+from g2gnet.grouping import GROUPINGS
 from g2gnet.network import G2GNet
 from g2gnet.report.page import contents, details, heading, page, paragraph, picture, table
 from g2gnet.sweep.results import estimate
@@ -91,9 +92,10 @@ def _run(each: Inspected) -> list[str]:
     rest = {name: value for name, value in settings.items() if name not in own}
     results = _results(each)
     parts = [
-        paragraph(f"{run.path}: {_describe(run)}, after epoch {run.epoch} of {run.settings.epochs}."),
+        paragraph(f"{run.path}: {_describe(run)}, {run.position}."),
         heading(3, "Results"),
         table(list(results), [list(results.values())]),
+        *([paragraph(_interrupted(run))] if run.interrupted else []),
         picture(
             figures.training_curves({"training": [run.history]}),
             "Accuracy on training images (while the network learned from them) and on test images after each epoch.",
@@ -135,12 +137,22 @@ def _own(each: Inspected) -> str:
     """The run's own accuracy, where it is that of more images."""
     if each.images <= each.analysis.samples:
         return ""
-    return f" (the run's own accuracy, on all {each.images:,}: {each.run.history[-1]['test_acc']:.4f})"
+    when = f" after epoch {each.run.epoch}" if each.run.interrupted else ""
+    return f" (the run's own accuracy{when}, on all {each.images:,}: {each.run.history[-1]['test_acc']:.4f})"
+
+
+def _interrupted(run: SavedRun) -> str:
+    """Which of a run's numbers are of which network."""
+    return (
+        f"The run was stopped {run.position}. Accuracies, loss and seconds are those up to epoch {run.epoch}; weights, "
+        "density, firing rate, synaptic operations and all pictures of the network are of that step."
+    )
 
 
 def _connections(each: Inspected) -> list[str]:
     run, net = each.run, each.net
-    if run.settings.model == "dense":
+    pruned = run.settings.final_density is not None
+    if run.settings.model == "dense" and not pruned:
         return [paragraph("Every neuron is connected to every neuron of the next layer: there are no groups to draw.")]
     masks = {"now": {name: connection.mask for name, connection in net.connections().items()}}
     note = "The graph never changes."
@@ -152,7 +164,8 @@ def _connections(each: Inspected) -> list[str]:
     if run.settings.sparsity_mode == "dynamic":
         initial = run.initial_network().connections().items()
         masks = {"before training": {name: connection.mask for name, connection in initial}, "now": masks["now"]}
-        note = "Above: as drawn from the seed. Below: after dynamic sparse training, which keeps the number of weights."
+        effect = "prunes more units than it grows" if pruned else "keeps the number of units"
+        note = f"Above: before training. Below: after dynamic sparse training, which {effect}."
     size = net.fc1.in_features
     inputs = "features" if run.settings.use_resnet else "pixels"
     whole = "whole input"
@@ -166,14 +179,15 @@ def _connections(each: Inspected) -> list[str]:
         ),
         picture(
             figures.group_inputs(net.fc1.mask, figures.input_shape(size), "fc1", inputs),
-            f"Each map is the {whole} and shows which of its {inputs} the neurons of one hidden group see. Index "
-            "and Mixer give each group a band of neighbouring inputs, Random scattered ones; what else is bright comes "
-            "from units between groups.",
+            f"Each map is the {whole} and shows which of its {inputs} the neurons of one hidden group see."
+            + " Index and Mixer give each group a band of neighbouring inputs, Random scattered ones; what else is "
+            "bright comes from units between groups." * (run.settings.model in GROUPINGS),
         ),
         picture(
             figures.group_inputs(net.fc2.mask, figures.input_shape(net.fc2.in_features), "fc2", "hidden-1 neurons"),
-            "The same for the second layer; the hidden-1 neurons are laid out row by row. Index shows bands, Mixer "
-            f"(whose fc2 is interleaved) one neuron in {run.settings.num_groups}, Random a scatter.",
+            "The same for the second layer; the hidden-1 neurons are laid out row by row."
+            + f" Index shows bands, Mixer (whose fc2 is interleaved) one neuron in {run.settings.num_groups}, Random a "
+            "scatter." * (run.settings.model in GROUPINGS),
         ),
     ]
     if run.settings.sparsity_mode == "dynamic":
@@ -181,7 +195,7 @@ def _connections(each: Inspected) -> list[str]:
             picture(
                 figures.turnover(run.history),
                 "Left: the share of a layer's units that existed before an epoch but not after it. Right: the "
-                "share of the units drawn from the seed that still exist; a unit may go and come back.",
+                "share of the units before training that still exist; a unit may go and come back.",
             )
         )
     return parts
@@ -241,7 +255,7 @@ def _results(each: Inspected) -> dict[str, str]:
     weights = sum(mask.num_weights for mask in masks)
     possible = sum(mask.shape[0] * mask.shape[1] for mask in masks)
     return {
-        "epochs": str(each.run.epoch),
+        "epochs": str(each.run.epoch) + ", interrupted" * each.run.interrupted,
         "test accuracy": f"{tests[-1]:.2%}".replace("%", " %"),
         "best (in epoch)": f"{tests[best]:.2%} ({history[best]['epoch']})".replace("%", " %"),
         "training accuracy": f"{history[-1]['train_acc']:.2%}".replace("%", " %"),
@@ -258,7 +272,10 @@ def _describe(run: SavedRun) -> str:
     """A run in a few words."""
     settings = run.settings
     features = " (ResNet features)" if settings.use_resnet else ""
-    dst = f", DST {settings.cp}/{settings.cg}" if settings.sparsity_mode == "dynamic" else ""
+    rules = settings.cp + f"/{settings.cg}" * (settings.dst_fraction > 0)
+    dst = f", DST {rules}" if settings.sparsity_mode == "dynamic" else ""
+    if settings.final_density is not None:
+        dst += f" to {settings.final_density:.4g} of all weights"
     steps = "" if settings.sequence == "none" else f" as sequences ({settings.sequence})"
     return f"{settings.model}{dst} on {settings.dataset}{features}{steps}"
 
@@ -290,7 +307,7 @@ def _groups(inspected: Mapping[str, Inspected]) -> dict[str, list[Inspected]]:
     for each in inspected.values():
         settings = {**each.run.settings.as_dict(), "epochs": each.run.epoch}
         text = ", ".join(f"{name}={settings.get(name, '–')}" for name in shown) or _describe(each.run)
-        if "epochs" not in shown and each.run.epoch != each.run.settings.epochs:
-            text += f", after epoch {each.run.epoch}"
+        if each.run.interrupted or ("epochs" not in shown and each.run.epoch != each.run.settings.epochs):
+            text += f", {each.run.position}"
         groups.setdefault(text, []).append(each)
     return groups

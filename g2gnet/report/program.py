@@ -2,13 +2,15 @@
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 from tqdm import tqdm
 
 from g2gnet import cli
 from g2gnet.data import ImageData
-from g2gnet.messages import say
-from g2gnet.training import read_run
+from g2gnet.messages import say, warn
+from g2gnet.training import CheckpointError, SavedRun, read_run
+from g2gnet.training.run_files import RunFiles
 
 EXAMPLE = """\
 example:
@@ -47,7 +49,7 @@ def make_report(arguments: argparse.Namespace) -> None:
         ) from error
     cli.check_output(arguments.output, arguments)
     machine = cli.machine_from(arguments)
-    runs = [read_run(path) for path in arguments.checkpoints]
+    runs = _read_runs(arguments.checkpoints)
     data: dict[tuple, ImageData] = {}
     inspected = []
     for run in tqdm(runs, desc="inspecting", unit=" runs", leave=False, disable=None):
@@ -58,6 +60,26 @@ def make_report(arguments: argparse.Namespace) -> None:
         inspected.append(content.inspect(run, net, data[key], arguments.samples))
     cli.write_output(arguments.output, content.report(inspected))
     say(f"wrote {arguments.output}")
+
+
+def _read_runs(names: Sequence[str]) -> list[SavedRun]:
+    """The runs of these checkpoints that have a finished epoch, each once; others are named.
+
+    Raises:
+        CheckpointError: if one cannot be read, or none is left.
+    """
+    paths, runs = [Path(name) for name in names], []
+    for path in paths:
+        files = RunFiles.of(path)
+        if path == files.previous and files.checkpoint in paths:
+            warn(f"{path} is left out: {files.checkpoint} is the later checkpoint of this run")
+        elif (run := read_run(path)).history:
+            runs.append(run)
+        else:
+            warn(f"{path} is left out: its run has finished no epoch")
+    if not runs:
+        raise CheckpointError("no run has finished an epoch; run the same command again to resume one")
+    return runs
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -14,6 +14,7 @@ from g2gnet.data import ImageData
 from g2gnet.schedules import SCHEDULES
 from g2gnet.seeding import stream
 from g2gnet.training.health import CHECK_INTERVAL, FiniteWatch
+from g2gnet.training.run_files import check_number
 from g2gnet.training.settings import RunSettings
 from g2gnet.training.state import check_like, check_position, load_model, load_optimizer
 
@@ -53,8 +54,10 @@ class Progress:
             if isinstance(value, dict):
                 value.update({key: check_like(f"progress/{name}/{key}", saved[name][key], value[key]) for key in value})
             elif isinstance(value, torch.Tensor):
-                setattr(self, name, check_like(f"progress/{name}", saved[name], value))
-        self.seconds, self.cpu_seconds = float(saved["seconds"]), float(saved["cpu_seconds"])
+                setattr(self, name, check_like(f"progress/{name}", saved[name], value, low=0))
+            else:
+                check_number(f"progress/{name}", saved[name], low=0)
+                setattr(self, name, saved[name])
 
 
 class EpochTrainer(ABC):
@@ -91,16 +94,21 @@ class EpochTrainer(ABC):
         self._batches = math.ceil(len(self.data.train_labels) / settings.batch_size)
         self._steps = settings.epochs * self._batches
 
-    def _watch(self, lr: float, **others: float) -> None:
+    def _watch(self, lr: float, raised: Mapping[str, float] | None = None) -> None:
         """Follows the loss and the gradients of ``net`` from the first step on.
 
         Args:
             lr: the learning rate then.
-            others: what else can be lowered if they do not stay finite.
+            raised: what may be too large if they do not stay finite, the likeliest first.
         """
-        self._lr = lr
-        remedy = " or ".join(f"`{name}` (now {value})" for name, value in {"lr": lr, **others}.items())
-        self._finite = FiniteWatch(self.net, self.device, f"lower {remedy}")
+        self._lr, self._scales = lr, {**(raised or {}), "lr": lr}
+        self._finite = FiniteWatch(self.net, self.device, self.remedy)
+
+    def remedy(self, updated: bool = True) -> str:
+        """What to do when numbers are not finite; ``updated`` is false where no weight has changed before."""
+        scales = {name: value for name, value in self._scales.items() if updated or name != "lr"}
+        steps = [f"{'lower' if value > 0 else 'raise'} `{name}` (now {value})" for name, value in scales.items()]
+        return " or ".join(steps) or "no weight has changed yet: look for the largest values in the data"
 
     @abstractmethod
     def _train_step(self, index: torch.Tensor) -> StepResult:
@@ -137,7 +145,7 @@ class EpochTrainer(ABC):
         """
         check_position(state, self._batches)
         load_model(self.net, state["model"])
-        load_optimizer(self.optimizer, state["optimizer"], self.optimizer_state)
+        load_optimizer(self.optimizer, state["optimizer"], self.optimizer_state, state["step"])
         self.epoch, self.step = state["epoch"], state["step"]
         self._finite.resume(self.step)
         self.progress = None

@@ -1,7 +1,7 @@
 """Finds and names numbers that go wrong in training, without making the device wait."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -9,6 +9,7 @@ from torch import nn
 from g2gnet.data import ImageData, as_samples
 from g2gnet.neurons import SpikingNeurons
 from g2gnet.settings import NetworkSettings
+from g2gnet.training.settings import TrainSettings
 
 logger = logging.getLogger("g2gnet")
 
@@ -22,8 +23,6 @@ MOSTLY_SILENT = 0.5
 DARKEST_PIXELS = 32
 #: the remedy for learned parameters that drift
 DRIFTING = "that is harmless if it stays near; if it moves on, lower `lr`"
-#: the remedy for silent neurons
-WAKE_NEURONS = "give `standardize`, or raise `init_gain`{}"
 
 _NEVER = torch.iinfo(torch.int64).max
 
@@ -41,10 +40,10 @@ class FiniteWatch:
     Args:
         module: whose parameters' gradients are watched, from input to output.
         device: where they are.
-        remedy: what to do when one is not finite.
+        remedy: what to do when one is not finite, after an update of the parameters (True) or before any.
     """
 
-    def __init__(self, module: nn.Module, device: torch.device, remedy: str) -> None:
+    def __init__(self, module: nn.Module, device: torch.device, remedy: Callable[[bool], str]) -> None:
         self._remedy = remedy
         self._parameters = dict(module.named_parameters())
         self._first = torch.full((1 + len(self._parameters),), _NEVER, device=device)
@@ -74,18 +73,29 @@ class FiniteWatch:
             what = ["the loss"] if loss == step else []
             # the backward pass runs from output to input: the last layer went wrong first
             what += [f"the gradient of {name}" for name in names[-1:]]
-            raise TrainingError(f"in step {step} {' and '.join(what)} became non-finite; {self._remedy}")
+            raise TrainingError(f"in step {step} {' and '.join(what)} became non-finite; {self._remedy(step > 1)}")
 
 
 class LayerWatch:
     """Warns, once for each layer and problem, about neurons that do nothing useful; through the logger ``g2gnet``.
 
-    Args:
-        sequences: whether samples have a length of their own, so that ``T`` is no remedy.
+    What it advises is possible with the run's ``settings``, and not given yet.
     """
 
-    def __init__(self, sequences: bool = False) -> None:
-        self._remedy = WAKE_NEURONS.format(" or `enc_scale`" if sequences else ", `enc_scale` or `T`")
+    def __init__(self, settings: TrainSettings) -> None:
+        wake = ["lower `threshold`"] if "threshold" in settings.raised() else []
+        if not settings.standardize and settings.enc == "current":
+            wake.append("give `standardize`")
+        also = (
+            " or `enc_scale`" if settings.sequence != "none" else ", `enc_scale` or `T`"
+        )  # sequences have their length
+        self._wake = ", or ".join([*wake, f"raise `init_gain`{also}"])
+        self._calm = "lower `enc_scale`" + ", or give `enforce_sparsity`" * (not settings.enforce_sparsity)
+        shares = ["final_density"] if settings.final_density is not None else []
+        if settings.model != "dense":
+            shares += [name for name in ("p_inter", "p_intra") if getattr(settings, name) < 1]
+        connect = ["lower `block_size`"] if settings.block_size > 1 else []
+        self._connect = ", or ".join([*connect, "raise " + " or ".join(f"`{name}`" for name in shares)])
         self._said: set[tuple[str, str]] = set()
 
     def check(
@@ -98,17 +108,17 @@ class LayerWatch:
         """Checks each layer after an epoch: its mean firing rate, its share of silent neurons, and its decays."""
         for name, rate in rates.items():
             if rate < SILENT:
-                self._warn(name, "silent", f"fell silent in epoch {epoch} (firing rate {rate:.2g}); {self._remedy}")
+                self._warn(name, "silent", f"fell silent in epoch {epoch} (firing rate {rate:.2g}); {self._wake}")
             elif silent[name] > MOSTLY_SILENT:
                 share = f"{100 * silent[name]:.0f} % of its neurons"
                 self._warn(
                     name,
                     "silent",
-                    f"is mostly silent: {share} never fired in epoch {epoch}; {self._remedy}",
+                    f"is mostly silent: {share} never fired in epoch {epoch}; {self._wake}",
                 )
             if rate > SATURATED:
                 text = f"saturates in epoch {epoch} (firing rate {rate:.2g})"
-                self._warn(name, "saturated", f"{text}; lower `enc_scale`, or give `enforce_sparsity`")
+                self._warn(name, "saturated", f"{text}; {self._calm}")
         for name, layer in neurons.items():
             for decay in layer.model.decays:
                 values = layer.by_name[decay]
@@ -127,7 +137,7 @@ class LayerWatch:
         if unseen:
             text = (
                 f"has no weights for {unseen} of {len(fan_in)} classes, whose scores therefore do not depend on the "
-                "input; lower `block_size`, or raise `p_inter` or `p_intra`"
+                f"input; {self._connect}"
             )
             self._warn(connection, "classes", text)
 
@@ -135,6 +145,22 @@ class LayerWatch:
         if (layer, problem) not in self._said:
             self._said.add((layer, problem))
             logger.warning("%s %s", layer, text)
+
+
+def check_labels(data: ImageData, limited: bool) -> None:
+    """Warns if images are tested of classes that no training image has; ``limited``: perhaps one was left out."""
+    parts = {"test": data.test_labels, "validation": data.val_labels}
+    for part, labels in ((part, labels) for part, labels in parts.items() if labels is not None):
+        unknown = labels[torch.isin(labels, data.train_labels, invert=True)].tolist()
+        if unknown:
+            logger.warning(
+                "%d of %d %s images are of classes without a training image (%s), which cannot be learned; %s",
+                len(unknown),
+                len(labels),
+                part,
+                ", ".join(map(str, sorted(set(unknown)))),
+                "raise `limit_train`" if limited else "give training images of them",
+            )
 
 
 def check_counts(data: ImageData) -> None:

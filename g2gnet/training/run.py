@@ -16,11 +16,12 @@ from g2gnet.data import ImageData
 from g2gnet.distributed import rank
 from g2gnet.messages import say, warn
 from g2gnet.seeding import make_deterministic
+from g2gnet.tensor_file import TensorFileError
 from g2gnet.training.epochs import EpochTrainer
 from g2gnet.training.health import TrainingError
 from g2gnet.training.interruption import Interrupted, StopSignals
 from g2gnet.training.machine import Machine
-from g2gnet.training.run_files import Checkpoint, CheckpointError, RunFiles, check_record, compared
+from g2gnet.training.run_files import Checkpoint, CheckpointError, RunFiles, check_history, compared
 from g2gnet.training.settings import RunSettings, TrainSettings
 from g2gnet.training.state import UNFIT
 from g2gnet.training.trainer import Trainer
@@ -182,11 +183,8 @@ class _Run(Generic[TrainerT]):
         try:
             trainer.load_state_dict(state)
             self.history = state["history"]
-            for record in self.history:
-                check_record(record)
+            check_history(self.history, trainer.epoch)
             differing = compared(state["versions"], self.versions)
-            if [record["epoch"] for record in self.history] != list(range(1, trainer.epoch + 1)):
-                raise ValueError(f"history does not hold one record for each of {trainer.epoch} epochs")
         except UNFIT as error:
             raise CheckpointError(
                 f"{checkpoint.path} does not fit the network it names ({error}). It was not changed; move it away, "
@@ -215,6 +213,11 @@ class _Run(Generic[TrainerT]):
                 if record is not None:
                     self.history.append(record)
                 self.world.first(functools.partial(self._save, self.snapshot()))
+            except TensorFileError as error:  # of numbers that are not finite
+                raise TrainingError(
+                    f"no checkpoint was written after step {trainer.step}: {error}; {trainer.remedy()}. "
+                    f"{files.last_checkpoint()}"
+                ) from error
             except TrainingError as error:
                 raise TrainingError(f"{error}. {files.last_checkpoint()}") from error
             if record is not None:

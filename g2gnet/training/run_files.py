@@ -71,6 +71,14 @@ def check_record(record: Any) -> None:
         check_number(name, record[name], low=0, whole=name == "epoch")
 
 
+def check_history(history: Any, epochs: int) -> None:
+    """Raises ValueError unless ``history``, from a file, has the record of each of so many epochs."""
+    for record in history:
+        check_record(record)
+    if [record["epoch"] for record in history] != list(range(1, epochs + 1)):
+        raise ValueError(f"history does not hold one record for each of {epochs} epochs")
+
+
 def compared(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
     """One line for each entry that differs."""
     return [
@@ -348,10 +356,6 @@ class RunFiles:
             last = self.last_checkpoint()
             raise CheckpointError(
                 f"cannot write {path} ({reason(error)}). {last} Free space, then run the same command again to resume"
-            ) from error
-        except TensorFileError as error:
-            raise CheckpointError(
-                f"{path} was not written: {error}. {self.last_checkpoint()} Training has diverged: lower `lr`"
             ) from error
 
 

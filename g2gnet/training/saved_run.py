@@ -15,7 +15,7 @@ from g2gnet.network import G2GNet
 from g2gnet.settings import SettingsError
 from g2gnet.training.cross_validation import FoldSettings
 from g2gnet.training.evaluation import build_network
-from g2gnet.training.run_files import CheckpointError, check_number, check_record, read_checkpoint
+from g2gnet.training.run_files import CheckpointError, check_history, check_number, read_checkpoint
 from g2gnet.training.settings import TrainSettings
 from g2gnet.training.state import UNFIT, load_model
 
@@ -43,7 +43,10 @@ class SavedRun:
         path: the checkpoint.
         settings: of the run.
         epoch: the number of finished epochs.
-        history: one record per epoch.
+        step: the number of finished optimizer steps.
+        interrupted: whether the run was stopped inside an epoch; the network is then that after ``step``, to which no
+            record of the history belongs.
+        history: one record per finished epoch.
         state: of the network.
 
     Example:
@@ -59,8 +62,17 @@ class SavedRun:
     path: Path
     settings: TrainSettings
     epoch: int
+    step: int
+    interrupted: bool
     history: list[dict[str, Any]]
     state: dict[str, Any]
+
+    @property
+    def position(self) -> str:
+        """When the network was saved, in words."""
+        if self.interrupted:
+            return f"inside epoch {self.epoch + 1} of {self.settings.epochs}, after step {self.step}"
+        return f"after epoch {self.epoch} of {self.settings.epochs}"
 
     @_as_trained()
     def initial_network(self, backend: str | None = None) -> G2GNet:
@@ -77,7 +89,7 @@ class SavedRun:
         return out_layout.size, in_layout.size
 
     def network(self, device: torch.device | str = "cpu", backend: str | None = None) -> G2GNet:
-        """The network after the last finished epoch."""
+        """The network as it was saved: after the last finished epoch, or after ``step`` of an interrupted one."""
         with _as_trained():
             net = self.initial_network(backend)
             load_model(net, self.state)
@@ -85,7 +97,7 @@ class SavedRun:
 
     @_as_trained()
     def masks(self) -> dict[str, BlockMask]:
-        """The wiring of each connection (``fc1``, ``rec1``, …) after the last finished epoch; no network is drawn."""
+        """The wiring of each connection (``fc1``, ``rec1``, …) of that network, which is not drawn."""
         end = ".mask.wiring"
         wirings = {name.removesuffix(end): row for name, row in self.state.items() if name.endswith(end)}
         return {name: BlockMask.from_state({"wiring": row}) for name, row in wirings.items()}
@@ -110,12 +122,15 @@ def read_run(checkpoint: Path | str) -> SavedRun:
         if later:
             raise ValueError(f"the setting {', '.join(sorted(later))} is unknown; a later version of g2g may know it")
         settings = kind.from_saved(content["settings"])
-        run = SavedRun(path, settings, content["epoch"], content["history"], content["model"])
-        if not run.history:
-            raise ValueError("it holds no finished epoch")
-        check_number("epoch", run.epoch, low=0, whole=True)
+        interrupted = content["progress"] is not None
+        numbers = {name: content[name] for name in ("epoch", "step")}
+        for name, number in numbers.items():
+            check_number(name, number, low=0, whole=True)
+        run = SavedRun(
+            path, settings, **numbers, interrupted=interrupted, history=content["history"], state=content["model"]
+        )
+        check_history(run.history, run.epoch)
         for record in run.history:
-            check_record(record)
             for name in MEASURES_BY_LAYER:
                 for layer, value in record[name].items():
                     check_number(f"{name}/{layer}", value, low=0)

@@ -1,5 +1,6 @@
 """Checks the content of a checkpoint before a trainer loads it."""
 
+import math
 from collections.abc import Collection
 from typing import Any
 
@@ -27,11 +28,17 @@ def check_position(state: dict[str, Any], batches: int) -> None:
         raise ValueError(f"epoch={epoch} and step={step} are at odds: an epoch has {batches} steps")
 
 
-def check_like(name: str, saved: Any, like: torch.Tensor) -> torch.Tensor:
-    """``saved`` on the device of ``like``; raises ValueError unless it is a tensor of the same shape and dtype."""
+def check_like(name: str, saved: Any, like: torch.Tensor, low: float = -math.inf) -> torch.Tensor:
+    """``saved`` on the device of ``like``.
+
+    Raises:
+        ValueError: unless it is a tensor of the same shape and dtype, of values from ``low`` on.
+    """
     if not isinstance(saved, torch.Tensor) or saved.shape != like.shape or saved.dtype != like.dtype:
         what = f"{saved.dtype} {tuple(saved.shape)}" if isinstance(saved, torch.Tensor) else type(saved).__name__
         raise ValueError(f"{name} is {what}, not {like.dtype} {tuple(like.shape)}")
+    if (saved < low).any():
+        raise ValueError(f"{name} has {saved.min().item():.4g}, which is below {low}")
     return saved.to(like.device)
 
 
@@ -48,13 +55,14 @@ def load_model(model: nn.Module, saved: dict[str, Any]) -> None:
     model.load_state_dict(saved)
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], names: Collection[str]) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], names: Collection[str], step: int) -> None:
     """Loads the optimizer's state of each parameter. Its options do not change.
 
     Args:
         optimizer: with the parameters of the saved one.
         saved: its ``state_dict()``.
         names: of the tensors for each parameter, all of its shape except ``step``.
+        step: how many steps it has done, each for all parameters.
 
     Raises:
         ValueError: if the state is not that of these parameters.
@@ -68,5 +76,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], name
             raise ValueError(f"optimizer state {number} has {sorted(state[number])}, not {sorted(names)}")
         for name, value in state[number].items():
             like = torch.zeros(()) if name == "step" else parameter.detach()
-            check_like(f"optimizer state {number}/{name}", value, like)
+            place = f"optimizer state {number}/{name}"
+            check_like(place, value, like, low=0 if name == "exp_avg_sq" else -math.inf)
+            if name == "step" and value != min(step, 1 << 24):  # a float32 counts no further
+                raise ValueError(f"{place} is {value.item():g}, after {step} steps")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

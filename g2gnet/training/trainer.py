@@ -25,12 +25,13 @@ from g2gnet.settings import SettingsError
 from g2gnet.ties import tie_wiring, untie_wiring
 from g2gnet.training.epochs import EpochTrainer, Progress, StepCallback
 from g2gnet.training.evaluation import autocast, build_network, run_images
-from g2gnet.training.health import LayerWatch, check_counts, check_rates
+from g2gnet.training.health import LayerWatch, check_counts, check_labels, check_rates
 from g2gnet.training.machine import Machine
+from g2gnet.training.run_files import check_number
 from g2gnet.training.samples import check_images, order_of
 from g2gnet.training.settings import TrainSettings
 from g2gnet.training.sizes import check_memory
-from g2gnet.training.state import load_model
+from g2gnet.training.state import check_like, load_model
 
 logger = logging.getLogger("g2gnet")
 
@@ -174,6 +175,7 @@ class Trainer(EpochTrainer):
             mean, deviation = self.data.moments()
             self.net.input_mean.fill_(mean)
             self.net.input_deviation.fill_(deviation)
+        check_labels(self.data, settings.limit_train is not None)
         if settings.sequence == "own":
             check_counts(self.data)
         if settings.enc == "rate":
@@ -230,8 +232,8 @@ class Trainer(EpochTrainer):
                 final_density=settings.final_density,
                 recurrent=[connection for connection in self.net.recurrents() if connection is not None],
             )
-        self._watch(settings.lr, **({"rec_gain": settings.rec_gain} if settings.recurrent else {}))
-        self._layers = LayerWatch(order is not None)
+        self._watch(settings.lr, settings.raised())
+        self._layers = LayerWatch(settings)
 
     def state_dict(self) -> dict[str, Any]:
         state = {**super().state_dict(), "dst": self.dst.state_dict() if self.dst else None}
@@ -240,6 +242,11 @@ class Trainer(EpochTrainer):
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        # what training does not change, but reads from the data
+        for buffer, value in self.net.named_buffers(recurse=False):
+            for model in ("model", "trained") if self.tested is not self.net else ("model",):
+                if not torch.equal(check_like(f"{model}/{buffer}", state[model][buffer], value), value):
+                    raise ValueError(f"{model}/{buffer} is not that of the data")
         if self.tested is self.net:
             super().load_state_dict(state)
         else:
@@ -250,6 +257,8 @@ class Trainer(EpochTrainer):
         if self.dst:
             if state["dst"]["steps"] != state["step"]:
                 raise ValueError(f"dst/steps={state['dst']['steps']} and step={state['step']} are at odds")
+            for name in ("pruned", "grown"):
+                check_number(f"dst/{name}", state["dst"][name], low=0, whole=True)
             self.dst.load_state_dict(state["dst"])
         self._follow_weights()
 

@@ -59,6 +59,15 @@ def test_settings_of_a_later_version_are_named(tmp_path):
         g2gnet.load(checkpoint)
 
 
+def test_inputs_are_not_divided_by_what_is_no_deviation(tmp_path):
+    checkpoint = train_tiny(tmp_path, "--model mixer --standardize")
+    content = read_tensors(checkpoint)
+    content["model"]["input_deviation"] = torch.zeros(())
+    write_tensors(checkpoint, content)
+    with pytest.raises(CheckpointError, match=r"input_deviation is not above 0"):
+        g2gnet.load(checkpoint)
+
+
 def test_a_network_that_was_trained_with_reset_to_zero_goes_to_nir_and_back(tmp_path):
     pytest.importorskip("nir")
     from g2gnet.interop import from_nir, to_nir

@@ -169,6 +169,14 @@ CRAFTED = {
         lambda state: saved(replaced(state, "optimizer/state/0/exp_avg", torch.zeros(3))),
         r"optimizer state 0/exp_avg is torch.float32 \(3,\)",
     ),
+    "moments below 0": (
+        lambda state: saved(changed(state, "optimizer/state/0/exp_avg_sq", (0, 0, 0), -0.5)),
+        r"optimizer state 0/exp_avg_sq has -0\.5, which is below 0",
+    ),
+    "moments of a step below 0": (
+        lambda state: saved(replaced(state, "optimizer/state/0/step", torch.tensor(-5.0))),
+        "optimizer state 0/step is -5, after 12 steps",
+    ),
     "moments of another network": (
         lambda state: saved(replaced(state, "optimizer/state", {})),
         "the optimizer's state is of other parameters",
@@ -330,7 +338,7 @@ def test_arbitrary_masks_are_loaded_right_or_refused(data):
 
 
 TRAINER = TrainSettings(
-    **{**SMALL, "limit_train": 64, "limit_test": 8, "T": 2}, sparsity_mode="dynamic", dst_interval=1
+    **{**SMALL, "limit_train": 64, "limit_test": 8, "T": 2}, sparsity_mode="dynamic", dst_interval=1, standardize=True
 )
 
 
@@ -340,6 +348,25 @@ def trained():
     trainer = Trainer(TRAINER, data, Machine(torch.device("cpu")))
     trainer.train_epoch()
     return data, torch.load(io.BytesIO(saved(trainer.state_dict())), weights_only=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("dst/pruned", -7, "dst/pruned=-7 is not a whole number"),
+        ("dst/grown", "x", "dst/grown='x' is not a whole number"),
+        ("model/input_deviation", torch.zeros(()), "model/input_deviation is not that of the data"),
+        ("progress/correct", torch.tensor(-1.0), "progress/correct has -1, which is below 0"),
+        ("progress/seconds", -1.0, "progress/seconds=-1.0 is not a number of at least 0"),
+    ],
+)
+def test_a_resume_believes_no_count_and_no_scale_of_a_file(trained, name, value, message):
+    images, state = trained
+    trainer = Trainer(TRAINER, images, Machine(torch.device("cpu")))
+    inside = {**state, "epoch": 0, "progress": vars(trainer._no_progress())}  # after the only step of the first epoch
+    trainer.load_state_dict(inside)
+    with pytest.raises(ValueError, match=message):
+        trainer.load_state_dict(replaced(inside, name, value))
 
 
 @settings(max_examples=50)

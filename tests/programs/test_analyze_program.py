@@ -36,7 +36,8 @@ def test_the_analysis_of_a_checkpoint_is_that_of_the_finished_run(tmp_path, caps
     assert {name: again[name] for name in after_training} == after_training
     run = read_run(checkpoint)
     assert again["settings"] == run.settings.as_dict()
-    assert (again["epoch"], again["checkpoint"]) == (2, str(checkpoint))
+    assert (again["epoch"], again["step"], again["checkpoint"]) == (2, 8, str(checkpoint))
+    assert not again["interrupted"]
     assert again["samples"] == 100
     # the accuracy on all test images, which the last epoch's record has too
     assert again["accuracy"] == run.history[-1]["test_acc"]
@@ -46,6 +47,14 @@ def test_the_analysis_of_a_checkpoint_is_that_of_the_finished_run(tmp_path, caps
     assert f"{again['layers']['lif2']['firing_rate']:#.3g}" in rows[1]
     assert all(f"{name} group" in printed for name in again["layers"])
     assert ("quantities between groups" in printed) == ("dense" in flags)
+
+
+def test_the_analysis_of_an_interrupted_run_names_the_step(checkpoint, tmp_path, capsys):
+    inside = rewrite(checkpoint, tmp_path / "c.pth", epoch=0, history=[], step=3, progress={})
+    assert analyze.main([str(inside), "--samples", "30", "--json", str(tmp_path / "a.json")]) == 0
+    assert "mixer on fashionmnist-mini, inside epoch 1 of 2, after step 3\n" in capsys.readouterr().out
+    written = json.loads((tmp_path / "a.json").read_text())
+    assert (written["epoch"], written["step"], written["interrupted"]) == (0, 3, True)
 
 
 def test_fewer_samples_give_the_analysis_of_those(checkpoint, tmp_path, capsys):
@@ -91,7 +100,8 @@ def test_a_run_without_rewiring_keeps_all_units(checkpoint):
         (lambda state: {"settings": {**state["settings"], "p_inter": "<script>"}}, "not the checkpoint of"),
         (lambda state: {"settings": {**state["settings"], "colour": 1}}, "colour"),
         (lambda state: {"history": [{"epoch": 1}]}, "lacks train_loss"),
-        (lambda state: {"history": []}, "no finished epoch"),
+        (lambda state: {"history": []}, "history does not hold one record for each of 2 epochs"),
+        (lambda state: {"step": -1}, "step=-1 is not a whole number"),
         (lambda state: {"history": ["<b>"]}, "not the checkpoint of a training run"),
         (
             lambda state: {"history": [{**state["history"][0], "test_acc": "<b>"}]},

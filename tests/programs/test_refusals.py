@@ -431,8 +431,9 @@ def test_a_file_of_data_is_among_the_choices(capsys, no_step):
 def test_divergence_in_the_last_step_has_its_remedy(tmp_path, capsys):
     flags = [*TINY, "--epochs", "1", "--limit_train", "50", "--lr", "1e38", "--checkpoint_dir", tmp_path]
     printed = refused(train, capsys, *flags, status=1)
-    assert "holds values that are not finite. There is no checkpoint of this run. " in printed
-    assert "Training has diverged: lower --lr" in printed
+    assert "no checkpoint was written after step 1: " in printed
+    assert "holds values that are not finite; lower --lr (now 1e+38)" in printed
+    assert printed.rstrip().endswith("There is no checkpoint of this run.")
 
 
 def test_json_says_which_word_it_takes(capsys):

@@ -337,6 +337,49 @@ def test_the_page_of_several_runs_compares_them(checkpoints, tmp_path, monkeypat
         assert f"{read_run(path).history[-1]['train_loss']:.4f}" in text
 
 
+def test_a_folder_gives_each_run_with_a_finished_epoch_once(checkpoints, tmp_path, captions_alone, capsys):
+    run, before, new = (tmp_path / name for name in ("run.pth", "run.previous.pth", "new.pth"))
+    for path in (run, before):
+        rewrite(checkpoints["mixer"], path)
+    rewrite(checkpoints["mixer"], new, epoch=0, history=[], step=3, progress={})
+    target = tmp_path / "report.html"
+    assert report.main([*map(str, (before, new, run)), "--output", str(target), "--samples", "20"]) == 0
+    printed = capsys.readouterr().err
+    assert f"{before} is left out: {run} is the later checkpoint of this run\n" in printed
+    assert f"{new} is left out: its run has finished no epoch\n" in printed
+    text = read_page(target).text
+    assert "report on one run" in text
+    assert f"{run}: mixer on fashionmnist-mini, after epoch 2 of 2." in text
+    target.unlink()
+    assert report.main([str(new), "--output", str(target)]) == 1
+    assert "error: no run has finished an epoch; run the same command again to resume one" in capsys.readouterr().err
+    assert not target.exists()
+
+
+def test_accuracies_of_an_interrupted_run_are_not_those_of_its_network(checkpoints, tmp_path, captions_alone):
+    history = read_run(checkpoints["mixer"]).history[:1]
+    inside = rewrite(checkpoints["mixer"], tmp_path / "run.pth", epoch=1, history=history, step=6, progress={})
+    other = rewrite(checkpoints["mixer"], tmp_path / "other.pth", epoch=1, history=history, step=4)
+    target = tmp_path / "report.html"
+    assert report.main([str(inside), str(other), "--output", str(target), "--samples", "20"]) == 0
+    text = " ".join(read_page(target).text.split())
+    assert "The run was stopped inside epoch 2 of 2, after step 6. Accuracies, loss and seconds are those up to" in text
+    assert f"the run's own accuracy after epoch 1, on all 100: {history[0]['test_acc']:.4f}" in text
+    assert "1, interrupted" in text
+    assert "Mean ± standard error" not in text  # of networks after different steps
+
+
+def test_a_graph_that_was_pruned_is_drawn_and_not_called_full(tmp_path, captions_alone):
+    flags = "--model dense --sparsity_mode dynamic --dst_interval 3 --dst_fraction 0 --final_density 0.3"
+    target = tmp_path / "report.html"
+    assert report.main([str(train_tiny(tmp_path, flags)), "--output", str(target), "--samples", "20"]) == 0
+    text = read_page(target).text
+    assert "dense, DST set to 0.3 of all weights on fashionmnist-mini" in text
+    assert "Below: after dynamic sparse training, which prunes more units than it grows." in text
+    for wrong in ("Every neuron is connected", "keeps the number", "Index and Mixer"):
+        assert wrong not in text
+
+
 def test_runs_that_differ_in_their_seed_are_shown_with_their_mean(tmp_path, captions_alone):
     paths = [
         train_tiny(tmp_path / f"{model}{seed}", f"--model {model} --seed {seed}")

@@ -15,10 +15,20 @@ from helpers import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 from training_runs import SMALL, VARIANTS, assert_equal, flags_of, load, run
 
+import g2gnet
 from g2gnet.data import load_dataset
 from g2gnet.neurons import LIF, Synaptic
 from g2gnet.tensor_file import TensorFileError, read_tensors, write_tensors
-from g2gnet.training import CheckpointError, Interrupted, Machine, Trainer, TrainingError, TrainSettings, run_training
+from g2gnet.training import (
+    CheckpointError,
+    Interrupted,
+    Machine,
+    Trainer,
+    TrainingError,
+    TrainSettings,
+    read_run,
+    run_training,
+)
 from g2gnet.training.health import DRIFTING, FiniteWatch, LayerWatch
 from g2gnet.training.run_files import RunFiles
 
@@ -37,6 +47,25 @@ def signalled(step, number=signal.SIGTERM, train_step=Trainer._train_step):
 
 
 # --- signals ------------------------------------------------------------------------------------------------------
+
+
+@posix
+def test_a_network_from_inside_an_epoch_is_named_by_its_step(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(Trainer, "_train_step", signalled(5))
+    with pytest.raises(Interrupted):
+        run(tmp_path)
+    files = RunFiles(tmp_path, TrainSettings(**SMALL).stem)
+    saved = read_run(files.checkpoint)
+    assert (saved.epoch, saved.step, saved.interrupted, len(saved.history)) == (1, 6, True, 1)
+    caplog.clear()
+    net = g2gnet.load(files.checkpoint)
+    assert_equal(dict(net.state_dict()), dict(load(files)["model"]))
+    (record,) = caplog.records
+    assert record.getMessage().startswith(
+        f"{files.checkpoint} was saved inside epoch 2 of 3, after step 6: no accuracy in its history is that of this"
+    )
+    g2gnet.load(files.previous)  # of the end of the first epoch
+    assert len(caplog.records) == 1
 
 
 @posix
@@ -372,17 +401,36 @@ def test_what_is_not_finite_is_named_and_the_last_good_checkpoint_kept(tmp_path,
         run(tmp_path)
     files = RunFiles(tmp_path, TrainSettings(**SMALL).stem)
     assert str(error.value) == (
-        f"in step 6 {what} became non-finite; lower `lr` (now 0.001). "
+        f"in step 6 {what} became non-finite; lower `enc_scale` (now 3.0) or lower `lr` (now 0.001). "
         f"{files.checkpoint} is the last good checkpoint; it was not changed."
     )
     assert load(files)["epoch"] == 1
 
 
-def test_the_gain_of_recurrent_weights_is_a_remedy_too():
-    trainer = small_trainer(recurrent=True, rec_gain=0.5)
-    spoil_weight(trainer.net)
-    with pytest.raises(TrainingError, match=r"became non-finite; lower `lr` \(now 0.001\) or `rec_gain` \(now 0.5\)$"):
-        trainer.train_epoch()
+@pytest.mark.parametrize(
+    ("options", "where", "remedy"),
+    [
+        # before any update the learning rate cannot be the reason
+        ({"recurrent": True, "rec_gain": 3e38}, "in step 1 ", "lower `rec_gain` (now 3e+38) or lower `enc_scale`"),
+        ({"enc_bias": -3e38}, "in step 1 ", "raise `enc_bias` (now -3e+38) or lower `enc_scale` (now 3.0). "),
+        ({"threshold": 3e38}, "no checkpoint was written after step 4: ", "lower `threshold` (now 3e+38) or "),
+        ({"weight_decay": 1e38}, "no checkpoint was written after step 4: ", "lower `weight_decay` (now 1e+38) or "),
+        ({"lr": 1e30}, "in step 3 ", "lower `lr` (now 1e+30) or lower `enc_scale` (now 3.0). "),
+    ],
+    ids=["rec_gain", "enc_bias", "threshold", "weight_decay", "lr"],
+)
+def test_the_most_unusual_setting_is_the_first_remedy(tmp_path, options, where, remedy):
+    with pytest.raises(TrainingError) as error:
+        run(tmp_path, epochs=1, **options)
+    assert str(error.value).startswith(where)
+    assert f"; {remedy}" in str(error.value)
+    assert ("`lr`" in str(error.value)) == (where != "in step 1 ")
+
+
+def test_usual_settings_are_no_remedy():
+    trainer = small_trainer(enc_scale=1.0, optimizer="adamw", weight_decay=0.1)
+    assert trainer.remedy() == "lower `lr` (now 0.001)"
+    assert trainer.remedy(updated=False) == "no weight has changed yet: look for the largest values in the data"
 
 
 def test_a_loss_that_is_not_finite_is_named():
@@ -419,7 +467,7 @@ def test_no_checkpoint_is_written_of_a_spoiled_network(tmp_path, monkeypatch):
 
 def test_watching_does_not_wait_for_the_device(plain_memory):
     linear = torch.nn.Linear(3, 2)
-    watch = FiniteWatch(linear, torch.device("cpu"), "")
+    watch = FiniteWatch(linear, torch.device("cpu"), str)
     loss = linear(torch.ones(1, 3)).sum()
     loss.backward()
     operators = set()
@@ -436,7 +484,7 @@ def test_watching_does_not_wait_for_the_device(plain_memory):
 
 
 def test_layers_that_do_nothing_useful_are_warned_about_once(caplog):
-    watch = LayerWatch()
+    watch = LayerWatch(TrainSettings())
     neurons = {"lif1": LIF(beta=0.9), "lif2": LIF(3, beta=1.0), "lif3": LIF()}
     silent = {"lif1": 0.5, "lif2": 0.0, "lif3": 0.3}
     watch.check(1, {"lif1": 0.05, "lif2": 0.5, "lif3": 0.001}, silent, neurons)
@@ -491,10 +539,62 @@ def small_trainer(**options):
     return Trainer(settings, load_dataset(settings.dataset), Machine(torch.device("cpu")))
 
 
+@pytest.mark.parametrize(
+    ("options", "wake", "calm"),
+    [
+        (
+            {"standardize": True},
+            "raise `init_gain`, `enc_scale` or `T`",
+            "lower `enc_scale`, or give `enforce_sparsity`",
+        ),
+        ({"enc": "rate"}, "raise `init_gain`, `enc_scale` or `T`", "lower `enc_scale`, or give `enforce_sparsity`"),
+        (
+            {"threshold": 2.0, "sequence": "rows", "enforce_sparsity": True},
+            "lower `threshold`, or give `standardize`, or raise `init_gain` or `enc_scale`",
+            "lower `enc_scale`",
+        ),
+    ],
+    ids=["standardize", "rate", "threshold"],
+)
+def test_what_is_given_or_refused_is_not_advised(caplog, options, wake, calm):
+    LayerWatch(TrainSettings(**options)).check(1, {"lif1": 0.0, "lif2": 1.0}, {"lif1": 1.0, "lif2": 0.0}, {})
+    assert [record.getMessage().partition("; ")[2] for record in caplog.records] == [wake, calm]
+
+
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [
+        ({"model": "mixer", "block_size": 1, "p_intra": 1.0}, "raise `p_inter`"),
+        (
+            {"model": "dense", "sparsity_mode": "dynamic", "final_density": 0.1, "dst_fraction": 0.0},
+            "lower `block_size`, or raise `final_density`",
+        ),
+    ],
+)
+def test_classes_get_weights_by_what_can_be_changed(caplog, options, advice):
+    LayerWatch(TrainSettings(**options)).check_classes("fc3", torch.tensor([3, 0]))
+    (record,) = caplog.records
+    assert record.getMessage().endswith(f"input; {advice}")
+
+
+@pytest.mark.parametrize(
+    ("options", "remedy"), [({}, "give training images of them"), ({"limit_train": 10}, "raise `limit_train`")]
+)
+def test_classes_that_are_tested_but_not_trained_are_warned_about(caplog, options, remedy):
+    settings = TrainSettings(**{**SMALL, "limit_train": None, "limit_test": 6, **options})
+    data = load_dataset(settings.dataset).limited(10, 6)
+    labels = {"train_labels": torch.arange(10) % 8, "test_labels": torch.tensor([9, 1, 2, 3, 9, 8])}
+    Trainer(settings, dataclasses.replace(data, **labels), Machine(torch.device("cpu")))
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        f"3 of 6 test images are of classes without a training image (8, 9), which cannot be learned; {remedy}"
+    )
+
+
 def test_every_decay_of_a_model_is_watched(caplog):
     neurons = {"lif1": Synaptic(neurons=3)}
     neurons["lif1"].syn_decay.data[2] = 1.5
-    LayerWatch().check(4, {"lif1": 0.1}, {"lif1": 0.0}, neurons)
+    LayerWatch(TrainSettings()).check(4, {"lif1": 0.1}, {"lif1": 0.0}, neurons)
     (record,) = caplog.records
     assert record.getMessage() == (
         f"lif1 has learned syn_decay = 1.5 in epoch 4, outside 0 … 1: it counts as 1; {DRIFTING}"

@@ -184,10 +184,9 @@ class RunFiles:
         """
         keep = self.previous if self._whole else None
         with self._writing(self.checkpoint):
-            # those of a finished run that goes on for more epochs: no marker is ever beside another checkpoint
-            for of_finished in (self.marker, self.analysis):
-                of_finished.unlink(missing_ok=True)
             write_tensors(self.checkpoint, {"format": FORMAT, **state}, keep)
+            for of_finished in (self.marker, self.analysis):  # a run that was finished goes on for more epochs
+                of_finished.unlink(missing_ok=True)
         self._whole = True
 
     def load_checkpoint(self, settings: RunSettings) -> Checkpoint | None:
@@ -264,16 +263,17 @@ class RunFiles:
         except CheckpointError as error:
             raise CheckpointError(f"{error} The run is finished; delete {self.names()} to train it again") from error
         self._check_settings(self.checkpoint, state["settings"], settings)
-        try:
-            of_checkpoint = state["settings"]["epochs"], json.loads(json.dumps(state["history"][-1]))
+        epochs = made_with.get("epochs")
+        try:  # the checkpoint is of more epochs where a finished run went on and was killed before the marker was gone
+            record = json.loads(json.dumps(state["history"][epochs - 1]))
         except (LookupError, TypeError, ValueError, RecursionError):  # not what a run writes
-            of_checkpoint = None
-        if of_checkpoint != (made_with.get("epochs"), result):
+            record = None
+        if record != result or result["epoch"] != epochs:
             raise CheckpointError(
                 f"{self.marker} is damaged: {self.checkpoint} holds another result; delete {self.marker}, and the run "
                 "makes it again"
             )
-        return result if made_with["epochs"] == settings.epochs else None
+        return result if epochs == settings.epochs else None
 
     def _check_settings(self, path: Path, theirs: dict[str, Any], ours: RunSettings) -> None:
         """Raises CheckpointError unless a run with settings ``ours`` begins as, or is, the one with ``theirs``."""

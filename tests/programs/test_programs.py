@@ -18,7 +18,7 @@ from training_runs import TIMES
 from g2g_kernels import available_backends
 from g2gnet import __main__ as overview
 from g2gnet import __version__, analyze, cli, crossval, train
-from g2gnet.sweep import program
+from g2gnet.sweep.program import build_parser
 from g2gnet.training import Interrupted, TrainSettings
 
 if sys.version_info >= (3, 11):
@@ -181,7 +181,7 @@ def test_a_full_gpu_is_told_with_what_was_missing_and_the_flags_that_save_memory
 
 
 def test_lists_of_a_sweep_are_no_numbers_that_save_memory():
-    arguments = program.build_parser().parse_args(["--T", "10", "20", "--sequence", "rows", "--hidden_dim", "32"])
+    arguments = build_parser().parse_args(["--T", "10", "20", "--sequence", "rows", "--hidden_dim", "32"])
     message = cli.out_of_memory(MemoryError("full"), arguments)
     assert message.startswith("out of memory: full; lower --batch_size (now 256); give --chunk")
 

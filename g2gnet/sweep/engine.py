@@ -27,7 +27,7 @@ from g2gnet.data import DataError
 from g2gnet.files import locked, make_directory, open_own
 from g2gnet.messages import OutputError, reason
 from g2gnet.settings import SettingsError
-from g2gnet.sweep.grid import Grid, Run, runs_of
+from g2gnet.sweep.grid import LOCK, LOG, Grid, Run, runs_of
 from g2gnet.sweep.results import Row, rows_of, table
 from g2gnet.training import CheckpointError, Interrupted, SavedRun, TrainingError, read_run
 from g2gnet.training.interruption import handled
@@ -56,11 +56,11 @@ def train_run(given: Mapping[str, Any], folder: str) -> None:
     """
     arguments = train.build_parser().parse_args([])
     vars(arguments).update(given, checkpoint_dir=folder)
-    file = Path(folder) / "log.txt"
+    file = Path(folder) / LOG
     with contextlib.ExitStack() as held:
         try:
             make_directory(Path(folder))
-            held.enter_context(locked(Path(folder) / ".sweep.lock", wait=True))
+            held.enter_context(locked(Path(folder) / LOCK, wait=True))
             log = held.enter_context(open(file, "a", encoding="utf-8", opener=open_own))
         except OSError as error:
             raise OutputError(

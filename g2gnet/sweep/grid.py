@@ -31,6 +31,8 @@ ARRAYS = (np.generic, np.ndarray, torch.Tensor)
 
 #: characters of a folder's name that say what differs
 READABLE = 100
+#: in a run's folder: what it printed, and what the process that trains it holds
+LOG, LOCK = "log.txt", ".sweep.lock"
 #: hexadecimal digits of the SHA-256 of a run's settings, which end its folder's name
 DIGITS = 8
 
@@ -160,7 +162,8 @@ def runs_of(grid: Grid, folder: Path | str) -> list[Run]:
         DataError: if a file of data or of weights cannot be read.
     """
     values = values_of(grid)
-    runs, problems, chosen_by = [], [], {}
+    runs, problems = [], []
+    by_digest: dict[str, Mapping[str, Any]] = {}
     order = sorted(values, key=lambda name: name != "seed")
     for combination in itertools.product(*(values[name] for name in order)):
         chosen = dict(zip(order, combination, strict=True))
@@ -173,7 +176,7 @@ def runs_of(grid: Grid, folder: Path | str) -> list[Run]:
             problems += str(error).splitlines()
             continue
         digest = _digest(settings)
-        alike = chosen_by.setdefault(digest, differs)
+        alike = by_digest.setdefault(digest, differs)
         if alike is not differs:  # as a number and its default, which would count as two runs in a mean
             both = [
                 f"{name}={alike[name]} and {name}={differs[name]}" for name in differs if alike[name] != differs[name]

@@ -16,7 +16,7 @@ from g2gnet.files import check_own, make_directory
 from g2gnet.messages import OutputError, reason, say, warn
 from g2gnet.settings import SettingsError
 from g2gnet.sweep.engine import Sweep, run
-from g2gnet.sweep.grid import may_be_none, read_grid, runs_of, values_of
+from g2gnet.sweep.grid import LOCK, LOG, may_be_none, read_grid, runs_of, values_of
 from g2gnet.sweep.results import as_csv
 from g2gnet.training import TrainingError, TrainSettings
 from g2gnet.training.interruption import raised
@@ -114,7 +114,8 @@ def sweep(arguments: argparse.Namespace) -> dict[str, Any]:
     grid, folder = grid_from(arguments), Path(arguments.folder)
     runs = runs_of(grid, folder)
     files = {ending: folder / f"sweep.{ending}" for ending in ("csv", "json", "png")}
-    cli.check_json(arguments, [file for each in runs for file in each.files.files()])
+    own = [file for each in runs for file in (*each.files.files(), each.folder / LOG, each.folder / LOCK)]
+    cli.check_json(arguments, [files["csv"], files["png"], *own])
     if arguments.finished and not os.access(folder, os.W_OK):  # then the results are only shown
         files = {}
     try:

@@ -220,6 +220,13 @@ def test_locks_lie_in_a_directory_of_ones_own(tmp_path, monkeypatch):
         pass
 
 
+def test_what_a_killed_run_left_and_cannot_be_removed_stops_nobody(tmp_path):
+    (tmp_path / ".name.pth.folder").mkdir()
+    (tmp_path / ".name.pth.file").touch()
+    with RunFiles(tmp_path, "name").locked():
+        assert sorted(file.name for file in tmp_path.iterdir()) == [".name.lock", ".name.pth.folder"]
+
+
 # --- streams, the environment, texts ------------------------------------------------------------------------------
 
 TRAIN = ("train", *flags_of({**SMALL, "epochs": 1}))

@@ -359,6 +359,9 @@ def test_the_program_writes_a_table_csv_json_and_a_picture(tmp_path, capsys, mon
     assert made.table() in shown
     assert f"wrote no files: {tmp_path} is read-only" in shown
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == written
+    for name in ("sweep.csv", f"{made.ends[0][0].folder.name}/log.txt"):
+        assert program.main([*flags, "--finished", "--json", str(tmp_path / name)]) == 1
+        assert f"will not replace {tmp_path / name}: it is one of the run's own files" in capsys.readouterr().err
     flags[-1] = str(tmp_path / "nowhere")
     assert program.main([*flags, "--finished"]) == 1
     assert not (tmp_path / "nowhere").exists()

@@ -453,7 +453,7 @@ def run_program(
         if rank() == 0:
             logging.getLogger("g2g_kernels").setLevel(logging.INFO)
         check_json(arguments)
-        with standard_output(json_file):
+        with standard_output(json_file), memory_named(arguments):
             document = program(arguments)
         if json_file and document is not None:
             write_json(json_file, document)
@@ -461,10 +461,6 @@ def run_program(
         return _fail(parser, error, 2)
     except (DataError, CheckpointError, TrainingError, DistributedError, OutputError) as error:
         return _fail(parser, error, 1)
-    except (MemoryError, RuntimeError) as error:
-        if not ran_out(error):
-            raise
-        return _fail(parser, RuntimeError(out_of_memory(error, arguments)), 1)
     except Interrupted as interruption:
         if rank() == 0:
             warn(f"{parser.prog}: {interruption}")
@@ -488,6 +484,17 @@ GROWING = ("batch_size", "T", "hidden_dim")
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
+@contextlib.contextmanager
+def memory_named(arguments: argparse.Namespace) -> Iterator[None]:
+    """Raises TrainingError, which names the flags that save memory, where an allocation fails inside."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not ran_out(error):
+            raise
+        raise TrainingError(out_of_memory(error, arguments)) from error
+
+
 def out_of_memory(error: BaseException, arguments: argparse.Namespace) -> str:
     """What was missing, of PyTorch's message, and the flags of this program that save memory."""
     size = r"([\d.]+) (bytes|[KMGT]iB)"
@@ -501,9 +508,8 @@ def out_of_memory(error: BaseException, arguments: argparse.Namespace) -> str:
             f"{max(0.0, wanted - free):.2f} GiB were missing"
         )
     flags = vars(arguments)
-    growing = [name for name in GROWING if isinstance(flags.get(name), int)]
-    if flags.get("sequence", "none") != "none":  # their length is what it is
-        growing.remove("T")
+    fixed = "T" if flags.get("sequence", "none") != "none" else ""  # the samples have as many steps as they have
+    growing = [name for name in GROWING if isinstance(flags.get(name), int) and name != fixed]
     lower = [f"--{name} (now {flags[name]})" for name in growing]
     remedies = [f"lower {' or '.join(lower)}"] if lower else []
     if "chunk" in flags and flags["chunk"] is None:

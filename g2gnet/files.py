@@ -45,6 +45,26 @@ def read_file(path: Path | str) -> bytes:
         return file.read()
 
 
+def check_own(path: Path) -> None:
+    """Raises OSError if anything but a regular file is at ``path``, where a program has a file of its own.
+
+    Of a link the target would be written to, which somebody else may need; a FIFO would wait for a reader.
+    """
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISREG(mode):
+        what = "a symbolic link" if stat.S_ISLNK(mode) else "not a regular file"
+        raise OSError(errno.EINVAL, f"it is {what}", str(path))
+
+
+def open_own(path: Path | str, flags: int) -> int:
+    """Opens a program's own file, as the ``opener`` of ``open`` or by itself; raises OSError as :func:`check_own`."""
+    check_own(Path(path))
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
+
+
 def make_directory(path: Path) -> None:
     """Makes a directory and those above it, where they are missing.
 
@@ -175,10 +195,9 @@ def locked(path: Path, wait: bool) -> Iterator[None]:
 
     Raises:
         BlockingIOError: if another process has entered it, and ``wait`` is false.
-        OSError: if the file cannot be opened, or is a symbolic link.
+        OSError: if the file cannot be opened, or is a symbolic link or no regular file.
     """
-    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-    descriptor = os.open(path, flags, 0o666)
+    descriptor = open_own(path, os.O_RDWR | os.O_CREAT)
     try:
         try:
             _lock(descriptor, wait)

@@ -21,9 +21,9 @@ from g2gnet.features.weights import RELEASES
 from g2gnet.messages import say
 from g2gnet.seeding import draw_device, stream
 from g2gnet.settings import setting, with_default
-from g2gnet.training import CheckpointError, run_epochs
+from g2gnet.training import run_epochs
 from g2gnet.training.epochs import EpochTrainer, Progress
-from g2gnet.training.run_files import RunFiles
+from g2gnet.training.run_files import RunFiles, read_checkpoint
 from g2gnet.training.settings import RunSettings
 
 
@@ -127,10 +127,8 @@ def pretrain(arguments: argparse.Namespace) -> dict[str, Any]:
         arguments.checkpoint_dir,
         machine,
     )
-    checkpoint = files.load_checkpoint(settings)
-    if checkpoint is None:
-        raise CheckpointError(f"{files.checkpoint} is missing; delete {files.marker} to train again")
-    cli.write_file(weights, lambda file: torch.save(checkpoint.state["model"], file))
+    model = read_checkpoint(files.checkpoint)["model"]
+    cli.write_file(weights, lambda file: torch.save(model, file))
     say(f"wrote {weights}, for train.py --dataset {settings.dataset} --use_resnet --resnet_weights {weights}")
     paths = {**files.paths(), "weights": str(weights)}
     return {"settings": settings.given(), "result": result, "files": paths}

@@ -10,8 +10,8 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,21 +19,23 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from g2g_kernels import BackendError
 from g2g_kernels.numbers import COUNT
 from g2gnet import train
-from g2gnet.cli import FlagError, machine_from
+from g2gnet.cli import FlagError, machine_from, memory_named
 from g2gnet.data import DataError
-from g2gnet.files import locked, make_directory
+from g2gnet.files import locked, make_directory, open_own
 from g2gnet.messages import OutputError, reason
 from g2gnet.settings import SettingsError
-from g2gnet.sweep.grid import Grid, Run, runs_of
+from g2gnet.sweep.grid import LOCK, LOG, Grid, Run, runs_of
 from g2gnet.sweep.results import Row, rows_of, table
 from g2gnet.training import CheckpointError, Interrupted, SavedRun, TrainingError, read_run
+from g2gnet.training.interruption import handled
 
 logger = logging.getLogger("g2gnet")
 
-#: what ends one run and not the others
-FAILURES = (CheckpointError, DataError, OutputError, SettingsError, TrainingError)
+#: failures of a run whose message says everything; of others the traceback is shown too
+EXPLAINED = (BackendError, CheckpointError, DataError, OutputError, SettingsError, TrainingError)
 #: seconds between two looks at the runs' files
 INTERVAL = 0.5
 
@@ -54,22 +56,33 @@ def train_run(given: Mapping[str, Any], folder: str) -> None:
     """
     arguments = train.build_parser().parse_args([])
     vars(arguments).update(given, checkpoint_dir=folder)
-    try:
-        make_directory(Path(folder))
-    except OSError as error:
-        raise OutputError(f"cannot make {folder} ({reason(error)}); give another folder") from error
-    with locked(Path(folder) / ".sweep.lock", wait=True), _training:
+    file = Path(folder) / LOG
+    with contextlib.ExitStack() as held:
+        try:
+            make_directory(Path(folder))
+            held.enter_context(locked(Path(folder) / LOCK, wait=True))
+            log = held.enter_context(open(file, "a", encoding="utf-8", opener=open_own))
+        except OSError as error:
+            raise OutputError(
+                f"cannot write {error.filename or folder} ({reason(error)}); move it away, or give another folder"
+            ) from error
+        held.enter_context(_training)
         if _ended.is_set():
             raise KeyboardInterrupt
-        with (
-            open(Path(folder) / "log.txt", "a", encoding="utf-8") as log,
-            contextlib.redirect_stdout(log),
-            contextlib.redirect_stderr(log),
-        ):
-            try:
+        try:
+            with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log), memory_named(arguments):
                 train.train(arguments)
-            except Interrupted:
-                raise KeyboardInterrupt from None
+        except Interrupted:
+            raise KeyboardInterrupt from None
+        except OutputError as error:  # which names standard output
+            why = reason(error.__cause__ or error)
+            raise OutputError(f"cannot write {file} ({why}); free space, then do the same again to resume") from error
+        except EXPLAINED:
+            raise
+        except Exception as error:  # as text: not every exception can be sent to another process
+            with contextlib.suppress(OSError):
+                traceback.print_exc(file=log)
+            raise TrainingError(f"{type(error).__name__}: {reason(error)}; {file} has the traceback") from None
 
 
 def outcome(run: Run, more: Callable[[SavedRun], dict[str, Any]] = lambda saved: {}) -> dict[str, Any] | None:
@@ -83,10 +96,7 @@ def outcome(run: Run, more: Callable[[SavedRun], dict[str, Any]] = lambda saved:
     last = run.files.load_marker(run.settings)
     if last is None:
         return None
-    try:
-        saved = read_run(run.files.checkpoint)
-    except CheckpointError as error:
-        raise CheckpointError(f"{error} The run is finished; delete {run.folder} to train it again") from error
+    saved = read_run(run.files.checkpoint)
     seconds = {f"train_{name}": sum(record[name] for record in saved.history) for name in ("seconds", "cpu_seconds")}
     weights = sum(mask.num_weights for mask in saved.masks().values())
     return {**last, **seconds, "weights": weights, **more(saved)}
@@ -127,7 +137,9 @@ def processes(jobs: int, threads: int | None = None) -> Iterator[concurrent.futu
         writer.close()
         raise
     finally:
-        pool.shutdown(cancel_futures=True)
+        # the end of this process would show in those that still import as a traceback
+        with handled(signal.SIGINT, signal.SIG_IGN):
+            pool.shutdown(cancel_futures=True)
         writer.close()
         reader.close()
 
@@ -197,15 +209,16 @@ def train_runs(
                     try:
                         future.result()
                         line = on_end(run)
-                    except FAILURES as error:
-                        failed[run.label] = str(error)
+                    except concurrent.futures.BrokenExecutor:
+                        raise
+                    except Exception as error:
                         with bar.external_write_mode(file=stream):
-                            logger.error("%s: failed: %s", run.label, error)
+                            failed[run.label] = _told(run, error)
                     else:
                         bar.write(line, file=stream)
                 bar.set_postfix_str(f"{len(runs) - len(waiting)} of {len(runs)} runs", refresh=False)
                 bar.update(sum(run.epochs() for run in runs) - bar.n)
-        except BrokenProcessPool as error:
+        except concurrent.futures.BrokenExecutor as error:
             raise TrainingError(
                 "a process that trained was killed, as by a system without memory; what it had saved is kept. Lower "
                 "`jobs`, or do the same again to resume"
@@ -215,6 +228,14 @@ def train_runs(
                 future.cancel()
             raise
     return failed
+
+
+def _told(run: Run, error: Exception) -> str:
+    """Logs why a run failed, and returns it."""
+    known = isinstance(error, EXPLAINED)
+    text = str(error) if known else f"{type(error).__name__}: {reason(error)}"
+    logger.error("%s: failed: %s", run.label, text, exc_info=None if known else error)
+    return text
 
 
 @dataclass(frozen=True)
@@ -280,7 +301,7 @@ def run(
     """Trains every combination of a grid's values; finished runs are skipped, stopped ones resume.
 
     Each run is one of ``g2g-train``, with the same result, in a folder of its own; killed at any time, it loses at most
-    the current epoch. A run that fails does not stop the others.
+    the current epoch. A run that fails, or whose files are damaged, does not stop the others.
 
     Args:
         grid: settings of ``g2g-train`` by name, each with one value or an iterable of values; ``seed`` is one of them.
@@ -298,7 +319,6 @@ def run(
             anything is trained.
         TrainingError: if no run is finished, or a process was killed.
         DataError: if a file of data that the grid names cannot be read.
-        CheckpointError: if the files of a finished run are damaged.
 
     A script that calls this without an executor needs ``if __name__ == "__main__":``, since its processes import it.
 
@@ -317,23 +337,30 @@ def run(
         logger.warning("%s", line)
     several = {name for each in runs for name in each.differs}
     machine = {"data_dir": str(data_dir), "device": device, "backend": backend}
-    ends = {}
+    ends, failed, missing = {}, {}, []
     for each in runs:
-        end = outcome(each)
-        if end is not None:
+        try:
+            end = outcome(each)
+        except Exception as error:
+            failed[each.label] = _told(each, error)
+            continue
+        if end is None:
+            missing.append(each)
+        else:
             ends[each.folder] = end
 
     def note(each: Run) -> str:
-        end = ends[each.folder] = outcome(each) or {}
+        end = outcome(each)
+        if end is None:
+            raise CheckpointError(f"{each.files.marker} is gone; do the same again to make it")
+        ends[each.folder] = end
         return f"{each.label}: test accuracy {end['test_acc']:.4f}, {end['train_seconds']:.0f} s"
 
-    missing = [each for each in runs if each.folder not in ends]
-    failed = {}
     if missing and not finished:
         with contextlib.ExitStack() as held:
             if executor is None:
                 executor = held.enter_context(processes(_jobs(jobs, len(missing), machine)))
-            failed = train_runs(missing, executor, machine, "sweep", note)
+            failed |= train_runs(missing, executor, machine, "sweep", note)
     if not ends:
         raise TrainingError("\n".join([f"no run is finished in {folder}", *dict.fromkeys(failed.values())]))
     return Sweep(

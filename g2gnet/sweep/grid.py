@@ -31,6 +31,8 @@ ARRAYS = (np.generic, np.ndarray, torch.Tensor)
 
 #: characters of a folder's name that say what differs
 READABLE = 100
+#: in a run's folder: what it printed, and what the process that trains it holds
+LOG, LOCK = "log.txt", ".sweep.lock"
 #: hexadecimal digits of the SHA-256 of a run's settings, which end its folder's name
 DIGITS = 8
 
@@ -156,11 +158,12 @@ def runs_of(grid: Grid, folder: Path | str) -> list[Run]:
     grows keeps its finished runs. All combinations with the first seed come first.
 
     Raises:
-        SettingsError: for invalid settings, each named; nothing is trained then.
+        SettingsError: for invalid settings, or two runs or folders that are the same, each named.
         DataError: if a file of data or of weights cannot be read.
     """
     values = values_of(grid)
     runs, problems = [], []
+    by_digest: dict[str, Mapping[str, Any]] = {}
     order = sorted(values, key=lambda name: name != "seed")
     for combination in itertools.product(*(values[name] for name in order)):
         chosen = dict(zip(order, combination, strict=True))
@@ -170,15 +173,23 @@ def runs_of(grid: Grid, folder: Path | str) -> list[Run]:
         try:
             settings = settings_from(arguments, TrainSettings)
         except SettingsError as error:
-            problems += [line for line in str(error).splitlines() if line not in problems]
+            problems += str(error).splitlines()
             continue
         digest = _digest(settings)
+        alike = by_digest.setdefault(digest, differs)
+        if alike is not differs:  # as a number and its default, which would count as two runs in a mean
+            both = [
+                f"{name}={alike[name]} and {name}={differs[name]}" for name in differs if alike[name] != differs[name]
+            ]
+            problems.append(f"{', '.join(both)} make the same run; leave one of them out")
         words = "-".join(f"{name}{value}" for name, value in differs.items()) or "run"
         words = re.sub(r"[^A-Za-z0-9._]+", "-", words)[:READABLE]
         existing = sorted(Path(folder).glob(f"*-{digest}"))
+        if len(existing) > 1:
+            problems.append(f"{' and '.join(map(str, existing))} are of the same run; move all but one out of {folder}")
         runs.append(Run(given, settings, differs, existing[0] if existing else Path(folder) / f"{words}-{digest}"))
     if problems:
-        raise SettingsError("\n".join(problems))
+        raise SettingsError("\n".join(dict.fromkeys(problems)))
     return runs
 
 

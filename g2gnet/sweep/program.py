@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import os
 import signal
 import typing
 from collections.abc import Callable, Sequence
@@ -11,11 +12,11 @@ from typing import Any
 
 import g2gnet
 from g2gnet import cli
-from g2gnet.files import make_directory
+from g2gnet.files import check_own, make_directory
 from g2gnet.messages import OutputError, reason, say, warn
 from g2gnet.settings import SettingsError
-from g2gnet.sweep.engine import run
-from g2gnet.sweep.grid import may_be_none, read_grid, runs_of, values_of
+from g2gnet.sweep.engine import Sweep, run
+from g2gnet.sweep.grid import LOCK, LOG, may_be_none, read_grid, runs_of, values_of
 from g2gnet.sweep.results import as_csv
 from g2gnet.training import TrainingError, TrainSettings
 from g2gnet.training.interruption import raised
@@ -113,16 +114,24 @@ def sweep(arguments: argparse.Namespace) -> dict[str, Any]:
     grid, folder = grid_from(arguments), Path(arguments.folder)
     runs = runs_of(grid, folder)
     files = {ending: folder / f"sweep.{ending}" for ending in ("csv", "json", "png")}
-    cli.check_json(arguments, [file for each in runs for file in each.files.files()])
+    own = [file for each in runs for file in (*each.files.files(), each.folder / LOG, each.folder / LOCK)]
+    cli.check_json(arguments, [files["csv"], files["png"], *own])
+    if arguments.finished and not os.access(folder, os.W_OK):  # then the results are only shown
+        files = {}
     try:
-        make_directory(folder)
+        if not arguments.finished:
+            make_directory(folder)
+        for file in files.values():
+            check_own(file)
     except OSError as error:
-        raise OutputError(f"cannot make {folder} ({reason(error)}); give another --folder") from error
+        raise OutputError(
+            f"cannot write {error.filename or folder} ({reason(error)}); give another --folder"
+        ) from error
     for file in files.values():
         cli.check_output(file)
     several = {name: len(values) for name, values in values_of(grid).items() if len(values) > 1}
     shape = " × ".join(f"{several[name]} {name}" for name in sorted(several, key=lambda name: name == "seed"))
-    done = sum(each.files.marker.exists() for each in runs)
+    done = sum(os.path.exists(each.files.marker) for each in runs)
     say(f"g2g {g2gnet.__version__} | {len(runs)} runs{f': {shape}' if shape else ''} | {done} finished | {folder}")
     with raised(signal.SIGTERM, f"interrupted by SIGTERM; {RESUME}"):
         made = run(
@@ -135,9 +144,21 @@ def sweep(arguments: argparse.Namespace) -> dict[str, Any]:
             finished=arguments.finished,
         )
     say(made.table())
-    document = made.as_dict()
+    if files:
+        _write(made, files)
+    else:
+        say(f"wrote no files: {folder} is read-only")
+    say(f"with pictures: python -m g2gnet.report {folder}/*/*.pth")
+    if made.failed:
+        failed = "\n".join(f"{label}: {error}" for label, error in made.failed.items())
+        raise TrainingError(f"{len(made.failed)} of {len(runs)} runs failed:\n{failed}")
+    return made.as_dict()
+
+
+def _write(made: Sweep, files: dict[str, Path]) -> None:
+    """Writes the files of a sweep's results, given by their endings."""
     cli.write_output(files["csv"], as_csv([(each.differs, end) for each, end in made.ends]))
-    cli.write_output(files["json"], json.dumps({"g2g": g2gnet.__version__, **document}, indent=2) + "\n")
+    cli.write_output(files["json"], json.dumps({"g2g": g2gnet.__version__, **made.as_dict()}, indent=2) + "\n")
     try:
         from g2gnet.sweep.picture import draw  # needs matplotlib
     except ImportError as error:
@@ -148,12 +169,6 @@ def sweep(arguments: argparse.Namespace) -> dict[str, Any]:
         figure = draw(made.rows, common)
         cli.write_file(files["png"], lambda file: figure.savefig(file, format="png", dpi=150))
     say(f"wrote {', '.join(map(str, files.values()))}")
-    if made.ends:
-        say(f"with pictures: python -m g2gnet.report {folder}/*/*.pth")
-    if made.failed:
-        failed = "\n".join(f"{label}: {error}" for label, error in made.failed.items())
-        raise TrainingError(f"{len(made.failed)} of {len(runs)} runs failed:\n{failed}")
-    return document
 
 
 def main(argv: Sequence[str] | None = None) -> int:

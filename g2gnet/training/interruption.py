@@ -26,21 +26,26 @@ class Interrupted(Exception):  # noqa: N818  (nothing is wrong)
         self.signal = signal
 
 
-@contextlib.contextmanager
-def raised(number: signal.Signals, message: str) -> Iterator[None]:
-    """While entered, the signal raises :class:`Interrupted` with this message, as Ctrl-C raises KeyboardInterrupt.
-
-    Only the main thread gets signals: elsewhere this does nothing. One that is ignored stays ignored.
-    """
+def raised(number: signal.Signals, message: str) -> contextlib.AbstractContextManager[None]:
+    """While entered, the signal raises :class:`Interrupted` with this message, as Ctrl-C raises KeyboardInterrupt."""
 
     def interrupt(number: int, frame: object) -> None:
         raise Interrupted(message, number)
 
+    return handled(number, interrupt)
+
+
+@contextlib.contextmanager
+def handled(number: signal.Signals, handler: Any) -> Iterator[None]:
+    """While entered, the signal has this handler.
+
+    Only the main thread gets signals: elsewhere this does nothing. One that is ignored stays ignored.
+    """
     before = signal.getsignal(number)
     if threading.current_thread() is not threading.main_thread() or before is signal.SIG_IGN:
         yield
         return
-    signal.signal(number, interrupt)
+    signal.signal(number, handler)
     try:
         yield
     finally:

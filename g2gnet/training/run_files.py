@@ -6,14 +6,13 @@ import errno
 import io
 import json
 import math
-import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from g2g_kernels.numbers import Number
-from g2gnet.files import check_writable, leftovers, locked, make_directory, read_file, replace_file
+from g2gnet.files import check_own, check_writable, leftovers, locked, make_directory, open_own, read_file, replace_file
 from g2gnet.messages import reason, warn
 from g2gnet.tensor_file import TensorFileError, check_plain, read_tensors, write_tensors
 from g2gnet.training.settings import RunSettings
@@ -136,13 +135,14 @@ class RunFiles:
             make_directory(self.directory)
         except OSError as error:
             raise self._unwritable(error) from error
-        for path in self._all():
-            if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
-                what = "a symbolic link" if path.is_symlink() else "not a regular file"
-                raise CheckpointError(
-                    f"{path} is {what}, where a run has its own files; move it away, or give another "
-                    f"`checkpoint_dir` than {self.directory}"
-                )
+        try:
+            for path in self._all():
+                check_own(path)
+        except OSError as error:
+            raise CheckpointError(
+                f"{error.filename} cannot be one of the run's own files ({reason(error)}); move it away, or give "
+                f"another `checkpoint_dir` than {self.directory}"
+            ) from error
         try:
             for path in self._all():
                 check_writable(path)
@@ -181,9 +181,8 @@ class RunFiles:
                 ) from error
             for path in self._all():
                 for leftover in leftovers(path):
-                    leftover.unlink(missing_ok=True)
-            if self.marker.exists():
-                self.previous.unlink(missing_ok=True)
+                    with contextlib.suppress(OSError):  # it is in nobody's way
+                        leftover.unlink()
             yield
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
@@ -234,8 +233,8 @@ class RunFiles:
         Raises:
             CheckpointError: if it cannot be written.
         """
-        self._write_text(self.marker, json.dumps({"settings": settings, "result": result}, indent=2) + "\n")
         self.previous.unlink(missing_ok=True)
+        self._write_text(self.marker, json.dumps({"settings": settings, "result": result}, indent=2) + "\n")
 
     def write_analysis(self, analysis: dict[str, Any]) -> None:
         """Writes the analysis of the trained network.
@@ -248,17 +247,19 @@ class RunFiles:
     def load_marker(self, settings: RunSettings) -> dict[str, Any] | None:
         """The result of the finished run, or None if it is not finished, or if ``settings`` have it go on.
 
+        The marker has no checksum: it is believed only where the checkpoint, which has one, holds the same result.
+
         Raises:
-            CheckpointError: if the marker is damaged or of a run with other settings.
+            CheckpointError: if the marker or the checkpoint is damaged, or of a run with other settings.
         """
-        if not self.marker.exists():
-            return None
         try:
             content = json.loads(read_file(self.marker))
             check_plain(content)
             made_with, result = content["settings"], content["result"]
             made_with.items()
             check_record(result)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
         except KeyError as error:
             raise CheckpointError(f"{self.marker} lacks {error}; delete it to train again") from error
         except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
@@ -266,7 +267,22 @@ class RunFiles:
                 f"{self.marker} cannot be read ({reason(error)}); delete it to train again"
             ) from error
         self._check_settings(self.marker, made_with, settings)
-        return result if made_with.get("epochs") == settings.epochs else None
+        try:
+            state = read_checkpoint(self.checkpoint)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error} The run is finished; delete {self.names()} to train it again") from error
+        self._check_settings(self.checkpoint, state["settings"], settings)
+        epochs = made_with.get("epochs")
+        try:  # the checkpoint is of more epochs where a finished run went on and was killed before the marker was gone
+            record = json.loads(json.dumps(state["history"][epochs - 1]))
+        except (LookupError, TypeError, ValueError, RecursionError):  # not what a run writes
+            record = None
+        if record != result or result["epoch"] != epochs:
+            raise CheckpointError(
+                f"{self.marker} is damaged: {self.checkpoint} holds another result; delete {self.marker}, and the run "
+                "makes it again"
+            )
+        return result if epochs == settings.epochs else None
 
     def _check_settings(self, path: Path, theirs: dict[str, Any], ours: RunSettings) -> None:
         """Raises CheckpointError unless a run with settings ``ours`` begins as, or is, the one with ``theirs``."""
@@ -340,7 +356,7 @@ class RunFiles:
             if before is None or not content.startswith(before):
                 replace_file(path, lambda file: file.write(content))
             else:
-                with path.open("ab") as file:
+                with open(path, "ab", opener=open_own) as file:
                     file.write(content[len(before) :])
 
     def _write_text(self, path: Path, text: str) -> None:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -133,11 +134,12 @@ def test_a_run_takes_no_file_of_its_own_for_another(tmp_path, ending):
     path = tmp_path / "runs" / f"{stem}{ending}"
     path.parent.mkdir()
     path.symlink_to(victim)
-    with pytest.raises(CheckpointError, match=rf"{ending} is a symbolic link, where a run has its own files; move it"):
+    message = rf"{ending} cannot be one of the run's own files \(it is "
+    with pytest.raises(CheckpointError, match=rf"{message}a symbolic link\); move it away"):
         run(path.parent)
     path.unlink()
     os.mkfifo(path)
-    with pytest.raises(CheckpointError, match=rf"{ending} is not a regular file"):
+    with pytest.raises(CheckpointError, match=f"{message}not a regular file"):
         run(path.parent)
     assert victim.read_text() == ""
 
@@ -186,12 +188,16 @@ def test_a_file_system_without_locks_is_said_and_the_run_goes_on(tmp_path, monke
     assert f".name.lock cannot be locked ({os.strerror(number)})" in capsys.readouterr().err
 
 
-def test_a_lock_that_is_a_link_is_refused_and_its_target_left_alone(tmp_path):
-    victim = tmp_path / "victim"
+def test_a_lock_that_is_a_link_or_a_fifo_is_refused_and_the_target_left_alone(tmp_path):
+    victim, lock = tmp_path / "victim", tmp_path / ".name.lock"
     victim.write_text("content")
-    (tmp_path / ".name.lock").symlink_to(victim)
-    with pytest.raises(CheckpointError, match=r"cannot lock .*\.name\.lock"), RunFiles(tmp_path, "name").locked():
-        pass
+    lock.symlink_to(victim)
+    for what in ("a symbolic link", "not a regular file"):
+        message = rf"cannot lock .*\.name\.lock \(it is {what}\)"
+        with pytest.raises(CheckpointError, match=message), RunFiles(tmp_path, "name").locked():
+            pass
+        lock.unlink()
+        os.mkfifo(lock)
     assert victim.read_text() == "content"
 
 
@@ -212,6 +218,13 @@ def test_locks_lie_in_a_directory_of_ones_own(tmp_path, monkeypatch):
     own.chmod(0o777)
     with pytest.raises(PermissionError, match="open to other users"), one_at_a_time(tmp_path / "data"):
         pass
+
+
+def test_what_a_killed_run_left_and_cannot_be_removed_stops_nobody(tmp_path):
+    (tmp_path / ".name.pth.folder").mkdir()
+    (tmp_path / ".name.pth.file").touch()
+    with RunFiles(tmp_path, "name").locked():
+        assert sorted(file.name for file in tmp_path.iterdir()) == [".name.lock", ".name.pth.folder"]
 
 
 # --- streams, the environment, texts ------------------------------------------------------------------------------
@@ -262,6 +275,35 @@ def test_a_marker_that_is_none_is_named(tmp_path, result):
     marker.write_text(result.replace("SETTINGS", json.dumps(settings.as_dict())))
     with pytest.raises(CheckpointError, match="delete it to train again"):
         run(tmp_path)
+
+
+@pytest.mark.parametrize("change", [('"test_acc": 0.', '"test_acc": 0.9'), ('"epochs": 1', '"epochs": 0')])
+def test_a_marker_is_believed_only_where_the_checkpoint_says_the_same(tmp_path, checkpoint, change):
+    """42cb775 showed an accuracy with one flipped bit."""
+    shutil.copytree(checkpoint.directory, tmp_path / "run")
+    files = RunFiles(tmp_path / "run", checkpoint.marker.stem)
+    text = files.marker.read_text()
+    files.marker.write_text(text.replace(*change))
+    assert files.marker.read_text() != text
+    with pytest.raises(CheckpointError, match=r"DONE is damaged: .*\.pth holds another result; delete "):
+        run(files.directory, epochs=1)
+    files.marker.unlink()
+    run(files.directory, epochs=1)  # nothing is left to train
+    assert files.marker.read_text() == text
+    files.checkpoint.write_bytes(files.checkpoint.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"checksum is wrong.* run is finished; delete .*\.pth.*\.DONE to train"):
+        run(files.directory, epochs=1)
+
+
+def test_a_run_that_was_killed_with_the_marker_of_fewer_epochs_goes_on(tmp_path, checkpoint):
+    shutil.copytree(checkpoint.directory, tmp_path / "run")
+    files = RunFiles(tmp_path / "run", checkpoint.marker.stem)
+    of_one = files.marker.read_text()
+    run(files.directory, epochs=2)
+    of_two = files.marker.read_text()
+    files.marker.write_text(of_one)
+    run(files.directory, epochs=2)
+    assert files.marker.read_text() == of_two
 
 
 def test_what_files_say_cannot_move_the_cursor(tmp_path, capsys):

@@ -118,7 +118,9 @@ def test_a_marker_without_its_checkpoint_is_named(run, tmp_path, capsys):
     checkpoint = tmp_path / "run" / "resnet32_cifar10.pth"
     checkpoint.unlink()
     assert run("run", "--epochs", 1) == 1
-    assert f"{checkpoint} is missing; delete {checkpoint.with_suffix('.DONE')}" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert f"{checkpoint} cannot be read (No such file or directory)" in message
+    assert f"{checkpoint.with_suffix('.DONE')} to train it again" in message
 
 
 def test_bad_flags_end_with_status_two(capsys):

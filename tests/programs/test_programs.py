@@ -17,7 +17,8 @@ from training_runs import TIMES
 
 from g2g_kernels import available_backends
 from g2gnet import __main__ as overview
-from g2gnet import __version__, analyze, crossval, train
+from g2gnet import __version__, analyze, cli, crossval, train
+from g2gnet.sweep.program import build_parser
 from g2gnet.training import Interrupted, TrainSettings
 
 if sys.version_info >= (3, 11):
@@ -177,6 +178,12 @@ def test_a_full_gpu_is_told_with_what_was_missing_and_the_flags_that_save_memory
     said = capsys.readouterr().err
     assert "bf16, which" not in said
     assert "a graph keeps" not in said
+
+
+def test_lists_of_a_sweep_are_no_numbers_that_save_memory():
+    arguments = build_parser().parse_args(["--T", "10", "20", "--sequence", "rows", "--hidden_dim", "32"])
+    message = cli.out_of_memory(MemoryError("full"), arguments)
+    assert message.startswith("out of memory: full; lower --batch_size (now 256); give --chunk")
 
 
 def test_json_goes_to_a_file_too_and_the_text_stays(at_work, capsys):

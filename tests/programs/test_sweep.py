@@ -1,6 +1,7 @@
 """Sweeps: which runs a grid consists of, that each is train.py's, that nothing is lost, and the statistics."""
 
 import contextlib
+import errno
 import itertools
 import json
 import math
@@ -20,14 +21,19 @@ from helpers import ROOT
 from processes import SERVER
 from training_runs import SMALL, assert_equal, flags_of, load, run
 
+from g2g_kernels import BackendError
 from g2gnet import sweep
+from g2gnet.messages import OutputError
 from g2gnet.settings import SettingsError
 from g2gnet.sweep import engine, program
 from g2gnet.sweep.grid import read_grid, runs_of
 from g2gnet.sweep.results import estimate
-from g2gnet.training import CheckpointError, TrainingError
+from g2gnet.training import TrainingError
 
 QUICK = {**SMALL, "T": 3, "limit_train": 64, "limit_test": 32, "epochs": 1}
+
+
+posix = pytest.mark.skipif(os.name != "posix", reason="links, FIFOs and devices are those of POSIX")
 
 
 @pytest.fixture
@@ -49,6 +55,17 @@ def test_a_grid_is_every_combination_and_a_larger_one_keeps_its_folders(tmp_path
     larger = runs_of({**grid, "T": [4, 5], "p_inter": [0.1, 0.3, 1]}, tmp_path)
     assert {run.folder for run in runs} == {run.folder for run in larger if run.folder.exists()}
     assert len(larger) == 36
+
+
+def test_two_folders_of_one_run_are_refused_and_so_is_one_run_of_two_values(tmp_path):
+    (run,) = runs_of(QUICK, tmp_path)
+    copy = tmp_path / f"copy-{run.folder.name.rpartition('-')[2]}"
+    for folder in (run.folder, copy):
+        folder.mkdir()
+    with pytest.raises(SettingsError, match=f"^{copy} and {run.folder} are of the same run; move all but one out of"):
+        runs_of(QUICK, tmp_path)
+    with pytest.raises(SettingsError, match=r"^threshold=None and threshold=1.0 make the same run; leave one of them"):
+        runs_of({**QUICK, "threshold": [None, 1.0], "seed": [1, 2]}, tmp_path / "other")
 
 
 @pytest.mark.parametrize(
@@ -146,6 +163,85 @@ def test_a_run_that_fails_does_not_stop_the_others(tmp_path, thread):
         sweep.run({**QUICK, "lr": 1e30, "epochs": 3}, tmp_path, executor=thread)
 
 
+@posix
+def test_a_run_with_files_that_cannot_be_used_fails_by_itself_and_the_others_go_on(tmp_path, thread):
+    victim = tmp_path / "victim"
+    victim.write_text("")
+    runs = runs_of({**QUICK, "seed": range(6)}, tmp_path / "sweep")
+    sweep.run({**QUICK, "seed": [0, 1]}, tmp_path / "sweep", executor=thread)
+    runs[0].files.marker.write_text("{")
+    runs[1].files.checkpoint.write_bytes(b"")
+    for each in runs[2:5]:
+        each.folder.mkdir()
+    (runs[2].folder / ".sweep.lock").symlink_to(victim)
+    (runs[3].folder / "log.txt").symlink_to(victim)
+    os.mkfifo(runs[4].folder / "log.txt")
+    made = sweep.run({**QUICK, "seed": range(6)}, tmp_path / "sweep", executor=thread)
+    assert [each.settings.seed for each, _ in made.ends] == [5]
+    assert list(made.failed) == [f"seed={seed}" for seed in range(5)]
+    messages = (
+        "DONE cannot be read (",
+        "The run is finished; delete ",
+        ".sweep.lock (it is a symbolic link); move it away",
+        "log.txt (it is a symbolic link); move it away",
+        "log.txt (it is not a regular file); move it away",
+    )
+    for message, error in zip(messages, made.failed.values(), strict=True):
+        assert message in error
+    assert victim.read_text() == ""
+    with pytest.raises(TrainingError, match=r"no run is finished in .*\n.*DONE cannot be read"):
+        sweep.run({**QUICK, "seed": 0}, tmp_path / "sweep", executor=thread)
+
+
+def test_whatever_a_run_raises_it_fails_by_itself_and_says_it_in_words(tmp_path, thread, monkeypatch):
+    class UnsendableError(Exception):
+        def __init__(self, one, other):
+            super().__init__(one)
+
+    errors = {
+        0: (MemoryError("all of it"), "out of memory: all of it; lower --batch_size (now 64)"),
+        1: (BackendError("no such kernels"), "no such kernels"),
+        2: (OSError(errno.EIO, "broken"), "OSError: broken; {log} has the traceback"),
+        3: (UnsendableError("strange", 2), "UnsendableError: strange; {log} has the traceback"),
+    }
+    train = engine.train.train
+
+    def failing(arguments):
+        if arguments.seed in errors:
+            raise errors[arguments.seed][0]
+        return train(arguments)
+
+    monkeypatch.setattr(engine.train, "train", failing)
+    runs = runs_of({**QUICK, "seed": range(5)}, tmp_path)
+    made = sweep.run({**QUICK, "seed": range(5)}, tmp_path, executor=thread)
+    assert [each.settings.seed for each, _ in made.ends] == [4]
+    for (seed, (_, message)), each in zip(errors.items(), runs, strict=False):
+        assert made.failed[f"seed={seed}"].startswith(message.format(log=each.folder / "log.txt"))
+    assert "raise errors[" in (runs[3].folder / "log.txt").read_text()
+
+
+@posix
+def test_a_full_disk_names_the_log_and_not_standard_output(tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "open_own", lambda path, flags: os.open("/dev/full", os.O_WRONLY))
+    with pytest.raises(OutputError, match=rf"^cannot write {tmp_path}/log.txt \(No space left on device\); free space"):
+        engine.train_run(QUICK, str(tmp_path))
+
+
+def test_a_second_ctrl_c_does_not_leave_processes_that_still_import(monkeypatch):
+    class Pool:
+        def __init__(self, *arguments):
+            self.ended = False
+
+        def shutdown(self, cancel_futures):
+            signal.raise_signal(signal.SIGINT)
+            self.ended = True
+
+    monkeypatch.setattr(engine.concurrent.futures, "ProcessPoolExecutor", Pool)
+    with pytest.raises(KeyboardInterrupt, match="the first"), engine.processes(1) as pool:
+        raise KeyboardInterrupt("the first")
+    assert pool.ended
+
+
 @pytest.mark.long
 def test_a_sweep_that_is_killed_and_interrupted_resumes_and_ends_as_if_it_had_not_been(tmp_path, thread):
     grid = {**SMALL, "limit_train": 2000, "epochs": 8, "seed": [1, 2, 3]}
@@ -230,17 +326,16 @@ def test_a_failure_is_logged_so_that_the_program_names_its_flags(tmp_path, capsy
 def test_a_finished_run_without_its_checkpoint_can_be_trained_again(tmp_path, thread):
     made = sweep.run(QUICK, tmp_path, executor=thread)
     ((run, end),) = made.ends
-    run.files.checkpoint.write_bytes(b"")
-    with pytest.raises(CheckpointError, match=f"The run is finished; delete {run.folder} to train it again"):
+    run.files.checkpoint.unlink()
+    with pytest.raises(TrainingError, match=r"pth cannot be read \(No such file.* run is finished; delete .*\.DONE"):
         sweep.run(QUICK, tmp_path, executor=thread)
     shutil.rmtree(run.folder)
     ((_, again),) = sweep.run(QUICK, tmp_path, executor=thread).ends
     assert again["test_acc"] == end["test_acc"]
 
 
-def test_the_program_writes_a_table_csv_json_and_a_picture(tmp_path, capsys):
-    sweep.run({**QUICK, "p_inter": [0.1, 0.3], "seed": [1, 2]}, tmp_path, executor=(pool := ThreadPoolExecutor(1)))
-    pool.shutdown()
+def test_the_program_writes_a_table_csv_json_and_a_picture(tmp_path, capsys, monkeypatch, thread):
+    made = sweep.run({**QUICK, "p_inter": [0.1, 0.3], "seed": [1, 2]}, tmp_path, executor=thread)
     flags = [*flags_of(QUICK), "--p_inter", "0.1", "0.3", "--seed", "1", "2", "--folder", str(tmp_path)]
     assert program.main([*flags, "--json", str(tmp_path / "more.json")]) == 0
     printed = capsys.readouterr().out
@@ -256,6 +351,20 @@ def test_the_program_writes_a_table_csv_json_and_a_picture(tmp_path, capsys):
     assert len(lines) == 4
     assert [line.split(",")[:2] for line in lines] == [["0.1", "1"], ["0.3", "1"], ["0.1", "2"], ["0.3", "2"]]
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    # what is finished is shown without being written to
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert program.main([*flags, "--finished"]) == 0
+    shown = capsys.readouterr().out
+    assert made.table() in shown
+    assert f"wrote no files: {tmp_path} is read-only" in shown
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == written
+    for name in ("sweep.csv", f"{made.ends[0][0].folder.name}/log.txt"):
+        assert program.main([*flags, "--finished", "--json", str(tmp_path / name)]) == 1
+        assert f"will not replace {tmp_path / name}: it is one of the run's own files" in capsys.readouterr().err
+    flags[-1] = str(tmp_path / "nowhere")
+    assert program.main([*flags, "--finished"]) == 1
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_a_sweep_of_nothing_is_refused(tmp_path, capsys):

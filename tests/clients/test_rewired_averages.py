@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
 from torch_ema import ExponentialMovingAverage
 
-from g2gnet import DSTScheduler, G2GNet
+from g2gnet import DSTScheduler, G2GNet, tie_wiring
 from g2gnet.data import load_dataset
 
 DECAY, STEPS = 0.9, 80
@@ -49,10 +49,10 @@ def same_wiring(one, other):
     return all(torch.equal(mine, theirs) for (_, mine), (_, theirs) in zip(layers(one), layers(other), strict=True))
 
 
-def train(net, data, after_step):
+def train(net, data, after_step, averages=()):
     (images, labels), _ = data
     optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
-    dst = DSTScheduler(net, optimizer, interval=20, fraction=0.2, grow="random")
+    dst = DSTScheduler(net, optimizer, interval=20, fraction=0.2, grow="random", averages=averages)
     draw = torch.Generator().manual_seed(0)
     for _ in range(STEPS - 5):  # the last update is a while ago, as at the end of most training
         batch = torch.randint(len(images), (64,), generator=draw)
@@ -88,7 +88,7 @@ AVERAGES = {
 
 
 @pytest.mark.parametrize(("make", "kept"), AVERAGES.values(), ids=AVERAGES)
-def test_a_copy_that_is_averaged_is_rewired_with_the_network(make, kept, data):
+def test_an_average_is_rewired_with_the_network(make, kept, data):
     """Each connection has its average weight, where the steps before it grew count as zero.
 
     Accuracies would say less: the average of all steps with equal weights never leaves the first ones behind, and is
@@ -105,7 +105,7 @@ def test_a_copy_that_is_averaged_is_rewired_with_the_network(make, kept, data):
         for (_, mask), mean, weight in zip(layers(net), expected, dense_weights(net), strict=True):
             mean.mul_(mask).lerp_(weight, 1 - share)  # what was pruned is forgotten
 
-    train(net, data, after_step)
+    train(net, data, after_step, [average])
     assert same_wiring(average.module, net)
     for mean, weight in zip(expected, dense_weights(average.module), strict=True):
         torch.testing.assert_close(weight, mean, rtol=1e-5, atol=1e-6)
@@ -143,6 +143,9 @@ class Module(L.LightningModule):
 
     def training_step(self, batch, _):
         return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def on_fit_start(self):
+        tie_wiring(self.net, self.trainer.callbacks[0]._average_model.module.net)
 
     def on_train_batch_end(self, *_):
         self.dst.step()

@@ -95,7 +95,9 @@ class Number(NamedTuple):
         least, most = FLOAT32
         if abs(value) <= most and (abs(value) >= least or self._holds(0)):
             return None
-        return f"{self} that a float32 holds, {least:.3g} to {most:.3g}" if abs(value) < math.inf else str(self)
+        if abs(value) == math.inf:
+            return str(self).replace("a number", "a finite number")
+        return f"{self} that a float32 holds, {least:.3g} to {most:.3g}"
 
     def _number(self, value: Any) -> Any:
         """``value``, as an int if it is whole (of Python or NumPy, or a tensor); None if it is no such number."""

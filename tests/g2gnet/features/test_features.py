@@ -159,7 +159,7 @@ def scaled(path, name, factor):
         (lambda path: changed(path, lambda state: {}), r"Missing key\(s\) in state_dict"),
         (lambda path: changed(path, lambda state: [1, 2]), "Expected state_dict to be dict-like"),
         (lambda path: scaled(path, "bn1.running_var", -1), r"bn1\.running_var, a variance, is below 0"),
-        (lambda path: scaled(path, "conv1.weight", 1j), r"conv1\.weight is torch\.complex64, not torch\.float32"),
+        (lambda path: scaled(path, "conv1.weight", 1j), r"conv1\.weight is torch\.complex\d+, not torch\.float32"),
         (lambda path: scaled(path, "conv1.weight", 1e300), r"conv1\.weight holds numbers that are too large for"),
         (lambda path: path.write_bytes(path.read_bytes()[:1000]), "PytorchStreamReader failed"),
         (lambda path: path.write_text("no weights"), "Unsupported operand|invalid load key|Weights only load failed"),

@@ -151,6 +151,10 @@ def test_a_share_of_steps_and_of_units_is_that_of_the_decimal_number():
     dst = DSTScheduler([layer], torch.optim.SGD(layer.parameters(), lr=0.1), 1, **options)
     assert dst.step()
     assert (mask.num_units, dst.grown) == (100, 29)
+    steps = {"batch_size": 20, "epochs": 10, "dst_interval": 57, "dst_stop": 0.57}  # of 100, which are 57 too
+    settings = TrainSettings(**(SMALL | {"sparsity_mode": "dynamic", **steps}))
+    trainer = Trainer(settings, load_dataset(settings.dataset), Machine(torch.device("cpu")))
+    assert trainer.dst is not None
 
 
 def test_a_full_layer_is_pruned_and_later_grows_by_gradient():

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from g2g_kernels import Activity
 from g2g_kernels.choices import check_choice
-from g2g_kernels.numbers import COUNT, Number
+from g2g_kernels.numbers import COUNT, Number, share_of
 from g2gnet.distributed import World
 from g2gnet.dst_rules import ACTIVITY, GRADIENT, GROW_RULES, PRUNE_RULES, Evidence
 from g2gnet.dst_scores import UnitGradients, layer_adapted, unit_correlation
@@ -59,6 +59,29 @@ def _first(
     for key in (cost,) if last is None else (cost, last.byte()):
         order = order[torch.argsort(key[order], stable=True)]
     return order[:count]
+
+
+def _filled(budget: float, strongest: torch.Tensor, best: torch.Tensor, fraction: float) -> tuple[int, int, float]:
+    """How many units of a layer stay and grow, and what they leave of a ``budget`` of weights: less than a unit.
+
+    As many stay as fit, at least one; a ``fraction`` of these is then replaced by as many weights. Fewer are replaced
+    where units that grow are so much smaller that their slots would not suffice.
+
+    Args:
+        strongest: sizes of the units that there are, those that stay first, int64 [n].
+        best: of the units that can grow, those that do first.
+    """
+    have, get = (
+        torch.cat([torch.zeros(1, dtype=torch.float64), sizes.cpu().double().cumsum(0)]) for sizes in (strongest, best)
+    )
+    kept = max(1, int((have <= budget).sum()) - 1)
+    stay = torch.arange(kept - min(share_of(fraction, kept), len(best)), kept + 1)
+    room = budget - have[stay]
+    grown = torch.searchsorted(get, room, right=True) - 1
+    grown = torch.minimum(grown, len(strongest) - stay).clamp(min=0) * (stay < kept)
+    left = room - get[grown]
+    chosen = int(((left < strongest.max().item()) & (stay + grown > 0)).int().argmax())
+    return int(stay[chosen]), int(grown[chosen]), left[chosen].item()
 
 
 #: the rules that need no spikes
@@ -149,10 +172,10 @@ class DSTScheduler:
                 F + (W₀ − F)·(1 − s/S)³
 
             weights or up to a unit fewer, W₀ being those at first and F the final ones: each update takes what is above
-            F times ((S − s)/(S − s + interval))³. How many units a layer keeps is decided by comparing all
-            (``dst_scores.layer_adapted``), at least one, and which by their prune score. A layer then
-            replaces ``fraction`` (0: none) of the units that it keeps. Where units differ in size, those that it keeps
-            or grows may be larger, so that a few weights more are left. Weights and their optimizer state become new,
+            F times ((S − s)/(S − s + interval))³. How many weights a layer keeps is decided by comparing all units
+            (``dst_scores.layer_adapted``), and which by their prune score, at least one unit. A layer then replaces
+            ``fraction`` (0: none) of the units that it keeps by as many weights, which are more or fewer units where
+            these differ in size. Weights and their optimizer state become new,
             smaller tensors: after such an update make a new DistributedDataParallel (a ``captured`` step notices it).
             None: the number of units stays.
         averages: averages of the model (EMA, SWA), which are rewired with it: :func:`tie_wiring` is called for each. A
@@ -167,11 +190,12 @@ class DSTScheduler:
         pruned, grown: units pruned and grown so far, over all layers.
 
     Raises:
-        ValueError: for an option out of range, no layer, a layer that the optimizer does not hold or of which this
-            process has a part only, an optimizer whose states cannot be reset, a rule by correlation for a stack whose
-            output does not spike, or if every unit is present, so none can grow. With ``final_density``, for one
-            that leaves less than a unit in each layer, a DistributedDataParallel, and for optimizer states that only
-            ``reset_state`` or a table of codes explains.
+        ValueError: for an option out of range, no layer, a layer that the optimizer does not hold, of which this
+            process has a part only, or whose weights something computes (a parametrization, pruning), an optimizer
+            whose states cannot be reset, a rule by correlation for a stack whose output does not spike, or if every
+            unit is present, so none can grow. With ``final_density``, for one that leaves less than a unit in each
+            layer, a DistributedDataParallel, and for optimizer states that only ``reset_state`` or a table of codes
+            explains.
 
     Example:
         >>> net = G2GNet(64, 64, 10, block_size=8, T=5)
@@ -231,7 +255,7 @@ class DSTScheduler:
         self._last: int | None = None  # the step of the last update
         if total_steps is not None:
             COUNT.check("total_steps", total_steps)
-            self._last = int(stop * total_steps) // interval * interval
+            self._last = share_of(stop, total_steps) // interval * interval
             if self._last == 0:
                 raise ValueError(
                     f"interval={interval} leaves no update in the first {stop:.4g} of {total_steps} steps; lower it"
@@ -304,16 +328,9 @@ class DSTScheduler:
         return GRADIENT in self._needs and self.next_is_due
 
     def _trained_layers(self) -> list[tuple[int, G2GLinear]]:
-        """The layers that are not frozen, with their numbers; the optimizer has to hold them.
-
-        Weights that something computes (a parametrization, pruning) are not rewired.
-        """
+        """The layers that are not frozen, with their numbers; the optimizer has to hold them."""
         held = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
-        trained = [
-            (number, layer)
-            for number, layer in enumerate(self.layers)
-            if layer.has_plain_values and layer.values.requires_grad
-        ]
+        trained = [(number, layer) for number, layer in enumerate(self.layers) if layer.values.requires_grad]
         for number, layer in trained:
             if id(layer.values) not in held:
                 raise ValueError(
@@ -506,8 +523,14 @@ class DSTScheduler:
                     yield parameter
 
     def _check_whole(self) -> None:
-        """Raises ValueError if this process has a part of a layer's weights only."""
+        """Raises ValueError unless the weights of each layer are one parameter, and whole in this process."""
         for number, layer in enumerate(self.layers):
+            if not layer.has_plain_values:
+                raise ValueError(
+                    f"the weights of layer {number}, {layer.out_features} × {layer.in_features}, are computed by a "
+                    "parametrization, pruning or a norm, so their units cannot be replaced; remove that, or give "
+                    "DSTScheduler the other layers in place of the model"
+                )
             values, packed = layer.values, (layer.mask.num_units, *layer.mask.unit_shape)
             if type(values.data) is not torch.Tensor or values.shape != packed:
                 raise ValueError(
@@ -554,16 +577,16 @@ class DSTScheduler:
         grow = self.grow if self.fraction else GROW_RULES["random"]  # which needs nothing, and none are taken
         scores = [(self.prune.score(seen), grow.score(seen)) for _, seen in evidence]
         finite = torch.stack([score.isfinite().all() for pair in scores for score in pair])
-        counts = self._counts([seen for _, seen in evidence], finite.all())
+        budgets = self._budgets([seen for _, seen in evidence], finite.all())
         share = self.steps / self._last if self._last else 0.0
-        fraction, pruned, grown = self.fraction * SCHEDULES[self.schedule](share), 0, 0
+        fraction, pruned, grown, spare = self.fraction * SCHEDULES[self.schedule](share), 0, 0, 0.0
         with contextlib.ExitStack() as undo:
             # an error in one layer takes back what was done before it, and no average follows
-            for (number, seen), score, kept in zip(evidence, scores, counts, strict=True):
+            for (number, seen), score, budget in zip(evidence, scores, budgets, strict=True):
                 draw = stream(self.seed, "dst", self.steps, number, device=draw_device(score[0].device))
-                before = seen.mask.num_units
-                replaced = self._replace(seen.layer, kept, fraction, *score, finite.all(), draw, undo)
-                pruned, grown = pruned + before - kept + replaced, grown + replaced
+                room = None if budget is None else budget + spare
+                gone, new, spare = self._replace(seen.layer, room, fraction, *score, finite.all(), draw, undo)
+                pruned, grown = pruned + gone, grown + new
             undo.pop_all()
         for _, seen in evidence:
             seen.layer.kin.end_tie("it was rewired by itself")
@@ -585,17 +608,16 @@ class DSTScheduler:
         """Whether an update prunes or grows units of the layer."""
         return self.final_density is not None or not layer.mask.is_full
 
-    def _counts(self, evidence: list[Evidence], apply: torch.Tensor) -> list[int]:
-        """How many units each layer keeps; all if ``apply``, a bool scalar, is false.
+    def _budgets(self, evidence: list[Evidence], apply: torch.Tensor) -> list[float] | list[None]:
+        """The weights that each layer may keep. None: its number of units stays, also if ``apply``, a bool, is false.
 
         Waits for the device if their number falls.
         """
-        masks = [seen.mask for seen in evidence]
-        counts = [mask.num_units for mask in masks]
         if self.final_density is None or not apply:
-            return counts
+            return [None] * len(evidence)
         assert self._last is not None
-        sizes = torch.cat([mask.unit_sizes for mask in masks]).cpu()
+        of_layers = [seen.mask.unit_sizes.cpu() for seen in evidence]
+        sizes = torch.cat(of_layers)
         total = sum(math.prod(layer.mask.shape) for layer in self.layers)
         frozen = sum(layer.mask.num_weights for layer in self.layers) - int(sizes.sum())
         before, final = int(sizes.sum()), self.final_density * total - frozen
@@ -603,36 +625,42 @@ class DSTScheduler:
         weights = final + max(0.0, before - final) * (left / (left + self.interval)) ** 3
         adapted = torch.cat([layer_adapted(PRUNE_RULES["set"].score(seen)) for seen in evidence])
         order = adapted.argsort(descending=True, stable=True)
-        remain = torch.empty_like(sizes, dtype=torch.bool)
-        remain[order] = sizes[order].cumsum(0) <= weights
-        # a layer without a unit would cut the network in two
-        return [
-            max(int(of_layer.sum()), min(count, 1))
-            for of_layer, count in zip(remain.split(counts), counts, strict=True)
-        ]
+        remain = torch.empty_like(sizes)
+        remain[order] = sizes[order] * (sizes[order].cumsum(0) <= weights)
+        first, *others = [float(of_layer.sum()) for of_layer in remain.split([len(each) for each in of_layers])]
+        return [first + weights - int(remain.sum()), *others]
 
     def _replace(
         self,
         layer: G2GLinear,
-        kept: int,
+        budget: float | None,
         fraction: float,
         prune: torch.Tensor,
         grow: torch.Tensor,
         apply: torch.Tensor,
         draw: torch.Generator,
         undo: contextlib.ExitStack,
-    ) -> int:
-        """Prunes all but ``kept`` units of highest ``prune`` score [num_units], and replaces ``fraction`` of these.
+    ) -> tuple[int, int, float]:
+        """Keeps units of highest ``prune`` score [num_units], and replaces ``fraction`` of these.
 
-        The next lowest scores give their slots to absent units of highest ``grow`` score [grid]. Nothing changes if
-        ``apply``, a bool scalar, is false. Closing ``undo`` takes it back. Returns the number of replaced units.
+        The lowest of them give their slots to absent units of highest ``grow`` score [grid]. All units together have
+        ``budget`` weights or up to a unit fewer; None: their number stays. Nothing changes if ``apply``, a bool scalar,
+        is false. Closing ``undo`` takes it back. Returns the units pruned and grown, and what is left of the budget.
         """
-        mask = layer.mask
+        mask, spare = layer.mask, budget or 0.0
+        absent = len(grow) - mask.num_units
         active = mask.present().flatten()
-        count, removed = min(int(fraction * kept), len(grow) - mask.num_units), mask.num_units - kept
-        weakest = _first(prune, removed + count, draw)
-        slots = weakest[removed:]
-        units = torch.where(apply, _first(-grow, count, draw, last=active), mask.flat_unit()[slots])
+        weakest = _first(prune, mask.num_units, draw)
+        best = _first(-grow, absent, draw, last=active)
+        if budget is None or not mask.num_units:
+            lost = new = min(share_of(fraction, mask.num_units), absent)
+        else:
+            of_grid = (mask.rows.lengths[:, None] * mask.cols.lengths).flatten()
+            stay, new, spare = _filled(budget, mask.unit_sizes[weakest.flip(0)], of_grid[best], fraction)
+            lost = mask.num_units - stay
+        removed = lost - new
+        slots = weakest[removed:lost]
+        units = torch.where(apply, best[:new], mask.flat_unit()[slots])
         undo.callback(layer.rewire_(slots, units, apply))
         undo.callback(self._state.reset_(layer.values, slots, apply))
         if removed:
@@ -640,7 +668,7 @@ class DSTScheduler:
             remain[weakest[:removed]] = False
             undo.callback(self._state.keep_(layer.values, remain))
             undo.callback(layer.keep_(remain))
-        return count
+        return lost, new, spare
 
     def __del__(self) -> None:
         # removes what it set up in the model; if its constructor raised, that is nothing

@@ -21,7 +21,7 @@ import torch
 from g2g_kernels import BlockMask, GroupLayout
 from g2g_kernels.choices import check_choice
 from g2g_kernels.groups import partners
-from g2g_kernels.numbers import COUNT, PROBABILITY, Number
+from g2g_kernels.numbers import COUNT, PROBABILITY, Number, share_of
 from g2g_kernels.ops.checks import DTYPES
 from g2g_kernels.sides import UnitAxis
 from g2g_kernels.tracing import on_cpu
@@ -116,7 +116,7 @@ class SmallWorld:
         distance = ring_distance(_centres(out_groups), _centres(in_groups)).masked_fill(own, torch.inf)
         links = torch.zeros_like(own)
         for row, (others, order) in enumerate(zip((~own).sum(1).tolist(), distance.argsort(stable=True), strict=True)):
-            needed = math.ceil(self.p_inter * others - 1e-9)  # a product that is whole but for rounding is whole
+            needed = others - share_of(1 - self.p_inter, others)
             near = order[: min(others, max(self.neighbours, needed))]
             links[row, near] = True
             for column in near[torch.rand(len(near), generator=generator) < self.rewire].tolist():
@@ -139,7 +139,7 @@ class Distance:
     """Units are the rarer the farther their two sides lie apart: with probability min(1, c·exp(−d / ``scale``)).
 
     The ranges of neurons of each side lie on a ring of length 1, in the order of the groups; d is the shorter way
-    between them, at most 1/2. The constant c makes the mean probability ``density``.
+    between them, at most 1/2. The constant c makes the mean probability of a weight ``density``.
 
     Example:
         >>> from g2gnet import G2GNet
@@ -157,7 +157,7 @@ class Distance:
 
     def __call__(self, out: UnitAxis, into: UnitAxis, generator: torch.Generator | None = None) -> torch.Tensor:
         places = [(side.bounds[1:] + side.bounds[:-1]).double() / (2 * side.size) for side in (out, into)]
-        return _falling(ring_distance(*places), self.density, self.scale)
+        return _falling(ring_distance(*places), _sizes(out, into), self.density, self.scale)
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,8 @@ class Plane(Distance):
     """
 
     def __call__(self, out: UnitAxis, into: UnitAxis, generator: torch.Generator | None = None) -> torch.Tensor:
-        return _falling(torch.cdist(_plane_places(out), _plane_places(into)), self.density, self.scale)
+        places = _plane_places(out), _plane_places(into)
+        return _falling(torch.cdist(*places), _sizes(out, into), self.density, self.scale)
 
 
 def _plane_places(side: UnitAxis) -> torch.Tensor:
@@ -190,16 +191,22 @@ def _plane_places(side: UnitAxis) -> torch.Tensor:
     return sums.diff(dim=0) / bounds.diff()[:, None]
 
 
-def _falling(distance: torch.Tensor, density: float, scale: float) -> torch.Tensor:
-    """Probabilities min(1, c·exp(−distance / scale)) with c so that their mean is ``density``."""
-    weight = (-distance / scale).exp().clamp(min=1e-300)
-    # the k heaviest have probability 1, where c from the others' share is the first that none of them exceeds
-    heaviest = weight.flatten().sort(descending=True).values
-    rest = heaviest.flip(0).cumsum(0).flip(0)
-    taken = torch.arange(heaviest.numel(), dtype=torch.float64)
-    factors = (density * heaviest.numel() - taken) / rest
-    (fits,) = (factors * heaviest <= 1).nonzero(as_tuple=True)
-    return (weight * factors[fits[0] if len(fits) else -1]).clamp(0, 1)
+def _sizes(out: UnitAxis, into: UnitAxis) -> torch.Tensor:
+    """The weights of each unit relative to their mean, float64 [ranges of outputs, ranges of inputs]."""
+    sizes = out.lengths[:, None] * into.lengths.double()
+    return sizes / sizes.mean()
+
+
+def _falling(distance: torch.Tensor, sizes: torch.Tensor, density: float, scale: float) -> torch.Tensor:
+    """Probabilities min(1, c·exp(−distance / scale)), c so that units of ``sizes`` have a ``density`` of weights."""
+    nearness = (-distance / scale).exp().clamp(min=1e-300)
+    # the k nearest have probability 1, where c from the others' share is the first that none of them exceeds
+    nearest, order = nearness.flatten().sort(descending=True)
+    of_sorted = sizes.flatten()[order]
+    rest = (of_sorted * nearest).flip(0).cumsum(0).flip(0)
+    factors = (density * len(order) - (of_sorted.cumsum(0) - of_sorted)) / rest
+    (fits,) = (factors * nearest <= 1).nonzero(as_tuple=True)
+    return (nearness * factors[fits[0] if len(fits) else -1]).clamp(0, 1)
 
 
 def ring_distance(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
@@ -356,8 +363,8 @@ def mask_between(
         return pattern_mask(model, *layouts, block_size, generator)
     if model in GROUPINGS:
         return BlockMask.sample(*layouts, *probabilities, block_size, generator)
-    own = partners(*(layout.num_groups for layout in layouts)).double().mean().item()
-    return pattern_mask(PATTERNS[model](*probabilities, _mean(own, *probabilities)), *layouts, block_size, generator)
+    density = _mean(_inside(*layouts), *probabilities)
+    return pattern_mask(PATTERNS[model](*probabilities, density), *layouts, block_size, generator)
 
 
 def layer_probabilities(
@@ -380,8 +387,7 @@ def layer_probabilities(
     num_groups = COUNT.check("num_groups", num_groups)
     for name, value in (("p_intra", p_intra), ("p_inter", p_inter)):
         PROBABILITY.check(name, value)
-    # the share of units inside groups
-    own = [partners(*(min(num_groups, size) for size in shape)).double().mean().item() for shape in shapes]
+    own = [_inside(*(GroupLayout(size, min(num_groups, size)) for size in shape)) for shape in shapes]
     weights = [
         _mean(of_layer, p_intra, p_inter) * out * into for of_layer, (out, into) in zip(own, shapes, strict=True)
     ]
@@ -406,6 +412,12 @@ def erk(shapes: Sequence[tuple[int, int]], weights: float) -> list[float]:
         if not above:
             return [1.0 if layer in full else densities[layer] for layer in range(len(shapes))]
         full |= above
+
+
+def _inside(out: GroupLayout, into: GroupLayout) -> float:
+    """The share of the weights of a layer that lie inside groups."""
+    weights = out.sizes[:, None] * into.sizes.double()
+    return (weights * partners(out.num_groups, into.num_groups)).sum().item() / weights.sum().item()
 
 
 def _mean(own: float, p_intra: float, p_inter: float) -> float:

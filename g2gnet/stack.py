@@ -240,9 +240,8 @@ class SpikingStack(nn.Module):
         A run may start from a state and gives the last one, in the form of :meth:`step`: two halves in turn are the
         whole, with gradients through the state. If that is detached, this is truncated backpropagation.
 
-        Time comes first. The length of a sequence may differ from the stack's ``T``. But if the batch then has exactly
-        ``T`` samples, the input is probably [B, T, D], and it is refused. If both are ``T``, the order cannot be
-        checked, and one warning says so.
+        Time comes first, and the length of a sequence may differ from the stack's ``T``. Of inputs [B, T, D], which
+        need ``transpose(0, 1)``, each sample would be a step: the output would have T rows, not B.
 
         Args:
             inputs: for all layers.
@@ -262,14 +261,11 @@ class SpikingStack(nn.Module):
             of each layer; and the spikes.
 
         Raises:
-            ValueError: if the inputs have another shape, or seem to have samples before time steps; if the state is
-                not one of these layers and samples; if a chunk is given and spikes or membranes are wanted, or the
-                readout is that of all steps; if a state, a chunk, membranes or a readout is asked of a stack that calls
-                its modules.
+            ValueError: if the inputs have another shape; if the state is not one of these layers and samples; if a
+                chunk is given and spikes or membranes are wanted, or the readout is that of all steps; if a state, a
+                chunk, membranes or a readout is asked of a stack that calls its modules.
         """
         check_input(inputs)
-        if inputs.dim() == 3 and not is_traced():  # where sizes may be unknown
-            self._check_that_time_is_first(*inputs.shape[:2])
         of_layers: list[torch.Tensor | None] | None = None
         if self.training and self.dropout:
             if state is not None and dropped is None:
@@ -478,17 +474,6 @@ class SpikingStack(nn.Module):
         finally:
             self.calls_layers = False
         return trains
-
-    def _check_that_time_is_first(self, steps: int, samples: int) -> None:
-        if samples != self.T:
-            return
-        if steps == self.T:
-            _say_what_is_time(self.T)
-            return
-        raise ValueError(
-            f"inputs of {steps} × {samples} vectors would be {steps} steps of {samples} samples, but T={self.T} here: "
-            f"they seem to be [B, T, D]; give inputs.transpose(0, 1), or if they are [T, B, D] set T={steps}"
-        )
 
     def register_activity_hook(self, hook: ActivityHook) -> RemovableHandle:
         """Calls ``hook(inputs, activity)`` after every :meth:`simulate`, until the handle's ``remove()``."""
@@ -741,10 +726,3 @@ def _say_that_layers_are_called(reason: str) -> None:
 @functools.cache
 def _say_that_steps_pass_by(name: str) -> None:
     logger.warning("hooks on %s are not run by SpikingStack.step, which calls its step; simulate runs them", name)
-
-
-@functools.cache
-def _say_what_is_time(steps: int) -> None:
-    logger.warning(
-        "inputs of %d × %d vectors are taken as [T, B, D], time first; [B, T, D] would look the same", steps, steps
-    )

@@ -34,6 +34,8 @@ SUFFIX = ".npz"
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 #: hexadecimal digits of the SHA-256 that end a name
 DIGITS = 8
+#: what the header of an array may take; NumPy parses no longer ones
+HEADER_BYTES = 10_000
 #: dimensions of arrays of samples, N included; and of those that are sequences, unless a run states something else
 DIMENSIONS, SEQUENCE_DIMENSIONS = (2, 3, 4, 5), (3, 5)
 
@@ -173,6 +175,11 @@ def _header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dt
     """The declared shape and dtype of an array, if they match the size of the archive's member."""
     with archive.open(f"{name}.npy") as member:
         version = np.lib.format.read_magic(member)
+        # NumPy reads a header of any length before it refuses a long one
+        length = int.from_bytes(member.read(2 if version == (1, 0) else 4), "little")
+        if length > HEADER_BYTES:
+            raise ValueError(f"{name} claims a header of {length} bytes; those of arrays have at most {HEADER_BYTES}")
+        member.seek(np.lib.format.MAGIC_LEN)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read(member)
         size = member.tell() + math.prod(shape) * dtype.itemsize

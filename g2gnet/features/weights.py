@@ -85,6 +85,7 @@ def load_resnet(dataset: str, file: Path | str | None = None) -> ResNet32:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         check_plain(state)
         network.load_state_dict(state)
+        _check_loaded(network, state)
     except Exception as error:  # a damaged file can make torch.load raise anything
         raise DataError(
             f"{path} does not hold the weights of a CIFAR ResNet-32 for {dataset}: {_summary(error)}\n"
@@ -92,6 +93,18 @@ def load_resnet(dataset: str, file: Path | str | None = None) -> ResNet32:
             f"--dataset {dataset} makes one."
         ) from error
     return network.eval().requires_grad_(False)
+
+
+def _check_loaded(network: ResNet32, state: dict[str, torch.Tensor]) -> None:
+    """Raises ValueError for tensors that loading has changed, or with which the features would be no numbers."""
+    for name, tensor in network.state_dict().items():
+        given = state[name].dtype
+        if not torch.can_cast(given, tensor.dtype):
+            raise ValueError(f"{name} is {given}, not {tensor.dtype}")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} holds numbers that are too large for {tensor.dtype}")
+        if name.endswith("running_var") and (tensor < 0).any():
+            raise ValueError(f"{name}, a variance, is below 0")
 
 
 def _published(dataset: str) -> Path:

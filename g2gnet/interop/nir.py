@@ -40,15 +40,18 @@ NIR cannot carry
 import itertools
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from g2g_kernels import BlockMask
+from g2g_kernels.choices import check_choice, check_flag
+from g2g_kernels.numbers import SHARPNESS, Number, check_parameter
 from g2g_kernels.ops.neurons import MODELS
-from g2g_kernels.ops.neurons.surrogates import ALPHA, SURROGATE
+from g2g_kernels.ops.neurons.surrogates import ALPHA, SURROGATE, SURROGATES
+from g2gnet.interop.arrays import FINITE, numbers
 from g2gnet.interop.optional import optional_package
 from g2gnet.layers import G2GLinear
 from g2gnet.neurons import NEURONS, SpikingNeurons
@@ -78,6 +81,8 @@ _READ = {
 }
 #: the first version with a reset value of neurons
 _LEAST_NIR = (1, 0, 7)
+#: what time constants and input strengths are
+_POSITIVE = Number(0, open_low=True)
 #: the time step of snnTorch's and most other NIR converters, in seconds
 DEFAULT_DT = 1e-4
 
@@ -117,8 +122,7 @@ def to_nir(stack: SpikingStack, dt: float = DEFAULT_DT) -> Any:
                 f"reset={neurons.reset!r} cannot be written to NIR, whose neurons reset to a value; train the network "
                 "with reset='zero' (train.py --reset zero)"
             )
-    if not dt > 0:
-        raise ValueError(f"dt={dt} must be above 0 seconds")
+    _POSITIVE.check("dt", dt)
     nodes = {"input": _end(nir.Input, layers[0][0].in_features)}
     for number, ((connection, neurons), recurrent) in enumerate(zip(layers, stack.recurrents(), strict=True), 1):
         size = connection.out_features
@@ -162,7 +166,8 @@ def from_nir(
         backend: ``"triton"``, ``"cpu"`` or ``"torch"``; None lets the device decide.
 
     Raises:
-        ValueError: for a graph of another form, or neurons that the stack does not have.
+        ValueError: for a graph of another form, neurons that the stack does not have, or numbers that no network has
+            (NaN, infinite or complex; a time constant or input strength that is not above 0; a threshold below 0).
         ImportError: if the package ``nir``, 1.0.7 or newer, is not installed.
 
     Example:
@@ -172,8 +177,11 @@ def from_nir(
         torch.Size([2, 10])
     """
     nir = optional_package("nir", _LEAST_NIR)
-    if not dt > 0:
-        raise ValueError(f"dt={dt} must be above 0 seconds")
+    _POSITIVE.check("dt", dt)
+    if not isinstance(graph, nir.NIRGraph):
+        raise ValueError(f"the graph is a {type(graph).__name__}; give a nir.NIRGraph, as nir.read(file) returns it")
+    if not isinstance(masks or {}, Mapping):
+        raise ValueError(f"masks is a {type(masks).__name__}; give a dict of masks by the name of their node")
     masks = masks or {}
     chain = _chain(graph, nir)
     linear, neurons = chain[::2], chain[1::2]
@@ -196,17 +204,19 @@ def from_nir(
         raise ValueError(f"masks names {', '.join(sorted(unknown))}, the graph {', '.join(known)}")
     layers: list[Pair | RecurrentLayer] = []
     for (name, node, _), (lif_name, lif_node, recurrent) in zip(linear, neurons, strict=True):
-        ours = _neurons(lif_name, lif_node, dt, backend)
-        bias = _bias(node)
+        weight = numbers(f"node {name}: weight", node.weight)
+        ours = _neurons(lif_name, lif_node, len(weight), dt, backend)
+        bias = _bias(name, node, len(weight))
         if recurrent is None:
-            layers.append((_connection(name, node, bias, masks.get(name), backend), ours))
+            layers.append((_connection(name, node, weight, bias, masks.get(name), backend), ours))
             continue
         rec_name, rec_node = recurrent
-        in_loop = _bias(rec_node)
+        in_loop = _bias(rec_name, rec_node, len(weight))
         if in_loop is not None and in_loop.any():  # tools that know no Linear write an Affine with zeros
             bias = in_loop if bias is None else bias + in_loop
-        connection = _connection(name, node, bias, masks.get(name), backend)
-        layers.append((connection, ours, _connection(rec_name, rec_node, None, masks.get(rec_name), backend)))
+        connection = _connection(name, node, weight, bias, masks.get(name), backend)
+        weight = numbers(f"node {rec_name}: weight", rec_node.weight)
+        layers.append((connection, ours, _connection(rec_name, rec_node, weight, None, masks.get(rec_name), backend)))
     _warn_of_the_hold([name for name, node, _ in neurons if isinstance(node, nir.CubaLIF)])
     return SpikingStack(layers, T, backend)
 
@@ -244,7 +254,10 @@ def _flattened(graph: Any, nir: Any, prefix: str = "") -> tuple[dict[str, Any], 
             ends[name] = (both[0], both[1])
         else:
             nodes[name] = node
-    for source, target in graph.edges:
+    for edge in graph.edges:
+        if len(edge) != 2 or not set(edge) <= set(graph.nodes):
+            raise ValueError(f"the edge {tuple(edge)} does not join two of the nodes {', '.join(graph.nodes)}")
+        source, target = edge
         first, last = prefix + source, prefix + target
         edges.append((ends[first][1] if first in ends else first, ends[last][0] if last in ends else last))
     return nodes, list(dict.fromkeys(edges))
@@ -331,14 +344,31 @@ def _way(start: str, end: str, edges: Sequence[tuple[str, str]]) -> list[str]:
     return []
 
 
-def _bias(node: Any) -> torch.Tensor | None:
+def _bias(name: str, node: Any, size: int) -> np.ndarray | None:
     bias = getattr(node, "bias", None)
-    return None if bias is None else torch.as_tensor(bias).detach().float()
+    return None if bias is None else np.broadcast_to(numbers(f"node {name}: bias", bias, size), size)
 
 
-def _numbers(node: Any, option: str, otherwise: float = 0.0) -> np.ndarray:
-    """An option of a node, an array there, a number, or another tool's tensor."""
-    return _array(torch.as_tensor(getattr(node, option, otherwise))).astype(np.float64)
+def _threshold(name: str, value: float) -> None:
+    """Raises ValueError for a threshold that a membrane of 0 is above."""
+    if check_parameter(name, value) < 0:
+        raise ValueError(f"{name}={value} must be at least 0: below it neurons spike at every step without any input")
+
+
+def _surrogate(key: str, value: Any) -> str:
+    check_choice(key, value, SURROGATES)
+    return value
+
+
+def _said(name: str, node: Any, key: str, otherwise: Any, read: Callable[[str, Any], Any]) -> Any:
+    """What ``read`` makes of an entry of a node's metadata, as :func:`to_nir` writes it."""
+    if not isinstance(node.metadata, Mapping):
+        raise ValueError(f"node {name}: metadata is a {type(node.metadata).__name__}; give a dict, or {{}}")
+    value = node.metadata.get(key, otherwise)
+    try:
+        return read(key, value.item() if getattr(value, "shape", None) == () else value)  # files give NumPy's numbers
+    except ValueError as error:
+        raise ValueError(f"node {name}: metadata: {error}; mend or delete {key!r}") from error
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:
@@ -364,18 +394,27 @@ def _connection_node(connection: G2GLinear) -> Any:
 
 
 def _connection(
-    name: str, node: Any, bias: torch.Tensor | None, mask: BlockMask | torch.Tensor | None, backend: str | None
+    name: str,
+    node: Any,
+    weight: np.ndarray,
+    bias: np.ndarray | None,
+    mask: BlockMask | torch.Tensor | None,
+    backend: str | None,
 ) -> G2GLinear:
-    weight = torch.as_tensor(node.weight).float()
     linear = torch.nn.utils.skip_init(torch.nn.Linear, weight.shape[1], weight.shape[0], bias=bias is not None)
-    linear.weight.data.copy_(weight)
+    linear.weight.data.copy_(torch.from_numpy(weight))
     if bias is not None:
-        linear.bias.data.copy_(bias)
-    if mask is None and "wiring" in node.metadata:
-        mask = BlockMask.from_state(
-            {"wiring": torch.as_tensor(node.metadata["wiring"])}, (weight.shape[0], weight.shape[1])
-        )
-        if weight[~mask.to_dense()].any():
+        linear.bias.data.copy_(torch.tensor(bias))
+
+    def read(key: str, row: Any) -> BlockMask | None:
+        if row is None:
+            return None
+        wiring = torch.from_numpy(numbers(key, row, np.size(row)))
+        return BlockMask.from_state({"wiring": wiring}, (weight.shape[0], weight.shape[1]))
+
+    if mask is None:
+        mask = _said(name, node, "wiring", None, read)
+        if mask is not None and weight[~mask.to_dense().numpy()].any():
             raise ValueError(f"node {name} has weights that its metadata calls absent; give masks={{{name!r}: ...}}")
     return G2GLinear.from_linear(linear, mask, backend)
 
@@ -410,38 +449,45 @@ def _neurons_node(name: str, neurons: SpikingNeurons, size: int, dt: float) -> A
     )
 
 
-def _neurons(name: str, node: Any, dt: float, backend: str | None) -> SpikingNeurons:
+def _neurons(name: str, node: Any, size: int, dt: float, backend: str | None) -> SpikingNeurons:
     model, time_constants = _READ[type(node).__name__]
+
+    def given(option: str, otherwise: float, check: Callable[[str, float], Any]) -> np.ndarray:
+        return numbers(f"node {name}: {option}", getattr(node, option, otherwise), size, check)
+
     for option in ("v_leak", "v_reset"):
-        if _numbers(node, option).any():
+        if given(option, 0.0, FINITE).any():
             raise ValueError(f"node {name} has {option} other than 0, which our neurons do not support")
-    values: dict[str, np.ndarray] = {decay: np.ones(()) for decay in MODELS[model].decays}
-    gain = _numbers(node, "r") * _numbers(node, "w_in", 1.0) * (1.0 if time_constants else dt)
+    values: dict[str, np.ndarray] = {decay: np.ones(1) for decay in MODELS[model].decays}
+    gain = given("r", 1.0, _POSITIVE.check) * given("w_in", 1.0, _POSITIVE.check) * (1.0 if time_constants else dt)
     for decay, constant in time_constants.items():
-        step = dt / _numbers(node, constant)
-        if np.any(step > 1) or np.any(step < 0):
+        step = dt / given(constant, 0.0, _POSITIVE.check)
+        if np.any(step > 1):
             raise ValueError(
                 f"node {name} has a time constant below dt={dt} s; give the dt that the graph was made for"
             )
         values[decay] = 1 - step
         gain = gain * step
-    values["threshold"] = _numbers(node, "v_threshold") / gain
-    about = node.metadata
+    gain = numbers(f"node {name}: gain g", gain, size, _POSITIVE.check)
+    threshold = given("v_threshold", 1.0, _threshold)
+    values["threshold"] = numbers(f"node {name}: v_threshold/g", threshold / gain, size, check_parameter)
     neurons = NEURONS[model](
         reset="zero",
-        surrogate=about.get("surrogate", SURROGATE),
-        alpha=float(about.get("alpha", ALPHA)),
+        surrogate=_said(name, node, "surrogate", SURROGATE, _surrogate),
+        alpha=float(_said(name, node, "alpha", ALPHA, SHARPNESS.check)),
         backend=backend,
         # no leak stays none: NIR cannot express a decay next to 1
         **{
-            f"learn_{parameter}": bool(about.get(f"learn_{parameter}", parameter in ("threshold", *time_constants)))
+            key: _said(name, node, key, parameter in ("threshold", *time_constants), check_flag)
             for parameter in values
+            for key in [f"learn_{parameter}"]
         },
     )
     for parameter, value in values.items():
-        tensor = torch.from_numpy(np.asarray(value)).float()
-        per_neuron = about.get(f"{parameter}_per_neuron", bool((tensor != tensor.flatten()[0]).any()))
-        neurons.by_name[parameter].data = tensor.flatten() if per_neuron else tensor.flatten()[:1]
+        tensor = torch.from_numpy(value).float()
+        differ = bool((tensor != tensor[0]).any())
+        per_neuron = _said(name, node, f"{parameter}_per_neuron", differ, check_flag) or differ
+        neurons.by_name[parameter].data = tensor.expand(size).clone() if per_neuron else tensor[:1]
     return neurons
 
 

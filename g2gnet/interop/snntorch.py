@@ -21,7 +21,10 @@ from torch import nn
 from torch.nn.utils import prune
 
 from g2g_kernels import BlockMask
+from g2g_kernels.numbers import check_parameter
+from g2g_kernels.ops.checks import check_tensor
 from g2g_kernels.ops.neurons.surrogates import SURROGATES, Surrogate
+from g2gnet.interop.arrays import FINITE, numbers
 from g2gnet.interop.optional import optional_package
 from g2gnet.layers import G2GLinear
 from g2gnet.neurons import NEURONS, SpikingNeurons
@@ -113,8 +116,8 @@ def from_snntorch(
         raise ValueError(f"masks names {', '.join(sorted(unknown))}; the linear layers are {known}")
     layers: list[Pair | RecurrentLayer] = []
     for (name, linear), (neurons_name, theirs) in zip(linears.items(), neurons.items(), strict=True):
-        connection = G2GLinear.from_linear(linear, masks.get(name), backend)
-        ours = _neurons_from(neurons_name, theirs, linear.out_features, linear.weight, backend)
+        connection = _connection_from(name, linear, masks.get(name), backend)
+        ours = _neurons_from(neurons_name, theirs, connection, backend)
         recurrent = _recurrent_from(neurons_name, theirs, connection, masks.get(f"{neurons_name}.recurrent"))
         layers.append((connection, ours) if recurrent is None else (connection, ours, recurrent))
     readout = _readout_of(*list(neurons.items())[-1], readout)
@@ -231,8 +234,7 @@ def _recurrent_from(
                 f"{name}: V is one learnable weight for {size} neurons, ours has one for each; give "
                 f"V=torch.full(({size},), {weight.item():g}), or learn_recurrent=False"
             )
-        if weight.numel() not in (1, size):
-            raise ValueError(f"{name}: V has {weight.numel()} entries for {size} neurons")
+        numbers(f"{name}: V", weight, size)
         linear = nn.utils.skip_init(nn.Linear, size, size, bias=False)
         linear.weight.data = torch.diag(weight.detach().float().flatten().expand(size)).to(connection.values)
         linear.weight.requires_grad_(weight.requires_grad)
@@ -242,7 +244,7 @@ def _recurrent_from(
             f"{name}.recurrent joins {linear.in_features} to {linear.out_features} neurons, but the layer has {size}; "
             f"give linear_features={size}"
         )
-    recurrent = G2GLinear.from_linear(linear, mask, connection.backend)
+    recurrent = _connection_from(f"{name}.recurrent", linear, mask, connection.backend)
     if recurrent.bias is not None:
         if connection.bias is None:
             connection.bias = recurrent.bias
@@ -251,6 +253,17 @@ def _recurrent_from(
             connection.bias.requires_grad_(connection.bias.requires_grad or recurrent.bias.requires_grad)
         recurrent.bias = None
     return recurrent
+
+
+def _connection_from(
+    name: str, linear: nn.Linear, mask: BlockMask | torch.Tensor | None, backend: str | None
+) -> G2GLinear:
+    weight: torch.Tensor = getattr(linear, "weight_orig", linear.weight)  # of torch.nn.utils.prune
+    check_tensor("weight", weight, of=f" of {name}")
+    size = len(numbers(f"{name}: weight", weight))
+    if linear.bias is not None:
+        numbers(f"{name}: bias", linear.bias, size)
+    return G2GLinear.from_linear(linear, mask, backend)
 
 
 #: the reset that holds a membrane at zero for a step where that of our neurons decays from zero
@@ -265,7 +278,7 @@ def _warn_of_the_reset(name: str) -> None:
     )
 
 
-def _neurons_from(name: str, theirs: Any, size: int, like: torch.Tensor, backend: str | None) -> SpikingNeurons:
+def _neurons_from(name: str, theirs: Any, connection: G2GLinear, backend: str | None) -> SpikingNeurons:
     snn = optional_package("snntorch")
     model, kind = next(
         (model, kind)
@@ -306,13 +319,12 @@ def _neurons_from(name: str, theirs: Any, size: int, like: torch.Tensor, backend
         **{f"learn_{ours}": isinstance(value, nn.Parameter) for ours, value in values.items()},
     )
     for parameter, value in values.items():
-        if value.numel() not in (1, size):
-            raise ValueError(f"{name}: {parameter} has {value.numel()} entries for {size} neurons")
-        shape = (1,) if value.numel() == 1 else (size,)
+        check = check_parameter if parameter == "threshold" else FINITE
+        shape = numbers(f"{name}: {parameter}", value, connection.out_features, check).shape
         # a whole number would have made it an integer there
         dtype = value.dtype if value.is_floating_point() else torch.float32
         ours = neurons.by_name[parameter]
-        ours.data = value.detach().to(like.device, dtype, copy=True).reshape(shape)
+        ours.data = value.detach().to(connection.values.device, dtype, copy=True).reshape(shape)
         ours.requires_grad_(value.requires_grad)
     return neurons
 

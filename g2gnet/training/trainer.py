@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from g2g_kernels import Activity
+from g2g_kernels.numbers import share_of
 from g2g_kernels.triton import runtime
 from g2gnet.analysis import Batch
 from g2gnet.cuda_graph import CapturedStep
@@ -199,7 +200,7 @@ class Trainer(EpochTrainer):
         if settings.sparsity_mode == "dynamic":
             pruned = settings.final_density is not None
             bounded = settings.dst_schedule != "constant" or settings.dst_stop != 1 or pruned
-            if bounded and settings.dst_interval > settings.dst_stop * self._steps:
+            if bounded and settings.dst_interval > share_of(settings.dst_stop, self._steps):
                 raise SettingsError(
                     f"dst_interval={settings.dst_interval} leaves no update: training takes {self._steps} steps, and "
                     f"nothing is replaced after dst_stop={settings.dst_stop} of them; lower `dst_interval`"

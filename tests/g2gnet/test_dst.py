@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from helpers import backends_of, seeded
+from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
 from g2g_kernels import BlockMask, GroupLayout, lif
@@ -613,3 +614,28 @@ def test_a_full_network_is_refused():
     net = G2GNet(30, 40, 10, "dense")
     with pytest.raises(ValueError, match="none can grow"):
         DSTScheduler(sparse_layers(net), torch.optim.Adam(net.parameters()))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda layer: parametrizations.weight_norm(layer, "values"),
+        lambda layer: prune.l1_unstructured(layer, "values", amount=0.5),
+    ],
+)
+def test_a_layer_whose_weights_something_computes_is_refused_by_name_before_and_in_an_update(wrap):
+    message = "the weights of layer 1, 64 × 64, are computed by a parametrization.*; remove that, or give .* other la"
+    net, late = (G2GNet(64, 64, 10, block_size=8, T=5, generator=seeded(0)) for _ in range(2))
+    options = {"interval": 1, "prune": "random", "grow": "random"}
+    dst = DSTScheduler(late, torch.optim.SGD(late.parameters(), lr=0.1), **options)
+    units = late.fc1.mask.flat_unit().clone()
+    for each in (net, late):
+        wrap(each.fc2)
+    with pytest.raises(ValueError, match=message):
+        DSTScheduler(net, torch.optim.SGD(net.parameters(), lr=0.1), **options)
+    with pytest.raises(ValueError, match=message):
+        dst.step()
+    assert torch.equal(late.fc1.mask.flat_unit(), units)
+    others = DSTScheduler([net.fc1, net.fc3], torch.optim.SGD(net.parameters(), lr=0.1), **options)
+    assert others.step()
+    assert others.grown > 0

@@ -12,7 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from training_runs import SMALL
 
-from g2gnet import DSTScheduler
+from g2g_kernels import BlockMask
+from g2gnet import DSTScheduler, G2GLinear
 from g2gnet.data import load_dataset
 from g2gnet.dst_scores import layer_adapted
 from g2gnet.optimizer_state import OptimizerState
@@ -105,7 +106,7 @@ def test_the_strongest_units_of_a_layer_stay_with_their_weights_and_moments():
 
 
 def test_units_are_replaced_among_those_that_stay():
-    net, optimizer = trained()
+    net, optimizer = trained(sizes=(32, 64, 16))  # each layer's units are of one size
     dst = pruning(net, optimizer, fraction=0.5, grow="gradient", schedule="cosine")
     for update in range(1, 5):
         share = (1 + math.cos(math.pi * update / 4)) / 4
@@ -122,6 +123,38 @@ def test_units_are_replaced_among_those_that_stay():
             grown += len(new)
         assert dst.grown - total == grown
     assert weights_of(net) <= 0.05 * possible(net)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_units_of_different_sizes_are_replaced_by_as_many_weights(seed):
+    """Units have 1 × 4 to 6 × 6 weights: as many units as before would leave more weights, or some units fewer."""
+    net, optimizer = trained(sizes=(30, 44, 10), block_size=8, seed=seed)
+    dst = pruning(net, optimizer, 0.1, fraction=1.0, prune="random", grow="random", seed=seed)
+    for _ in range(4):
+        train(net, optimizer)
+        dst.step()
+    unit = max(int(layer.mask.unit_sizes.max()) for layer in net.connections().values())
+    assert 0.1 * possible(net) - unit < weights_of(net) <= 0.1 * possible(net)
+    assert dst.grown > 0
+
+
+def test_a_share_of_steps_and_of_units_is_that_of_the_decimal_number():
+    """0.57 of 4,700 are 2,679, and 0.29 of 100 units 29, although their products are rounded below that."""
+    net = small_net(sizes=(32, 64, 16))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    options = {"fraction": 0.29, "prune": "random", "grow": "random", "total_steps": 4700, "stop": 0.57}
+    with pytest.raises(ValueError, match=r"interval=2680 leaves no update in the first 0\.57 of 4700"):
+        DSTScheduler(net, optimizer, 2680, **options)
+    assert not DSTScheduler(net, optimizer, 2679, **options).next_is_due
+    mask = BlockMask.from_dense(torch.arange(400).view(20, 20) % 4 == 0)
+    layer = G2GLinear(mask)
+    dst = DSTScheduler([layer], torch.optim.SGD(layer.parameters(), lr=0.1), 1, **options)
+    assert dst.step()
+    assert (mask.num_units, dst.grown) == (100, 29)
+    steps = {"batch_size": 20, "epochs": 10, "dst_interval": 57, "dst_stop": 0.57}  # of 100, which are 57 too
+    settings = TrainSettings(**(SMALL | {"sparsity_mode": "dynamic", **steps}))
+    trainer = Trainer(settings, load_dataset(settings.dataset), Machine(torch.device("cpu")))
+    assert trainer.dst is not None
 
 
 def test_a_full_layer_is_pruned_and_later_grows_by_gradient():

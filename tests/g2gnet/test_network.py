@@ -266,17 +266,16 @@ def test_samples_of_another_dtype_are_named_with_the_remedy(dtype):
             assert net(x.to(dtype)).shape == (4, 10)
 
 
-def test_samples_before_time_steps_are_refused_or_where_nothing_tells_them_apart_said_once(caplog):
-    net, x = small_net(T=12), torch.rand(12, 5, 30, generator=seeded(1))
-    with pytest.raises(ValueError, match=r"5 × 12 vectors would be 5 steps of 12 samples, but T=12 here: .*transp"):
-        net(x.transpose(0, 1))
-    assert torch.equal(net(x.transpose(0, 1).transpose(0, 1)), net(x))
-    assert net(torch.rand(7, 5, 30)).shape == (5, 10), "another number of steps"
+@pytest.mark.parametrize("samples", [12, 5])
+def test_time_comes_first_whatever_the_number_of_samples(samples, caplog):
+    """A last batch of just T samples is one as any other: in halves, as in truncated backpropagation, and whole."""
+    net, x = small_net(T=12, recurrent=True), torch.rand(12, samples, 30, generator=seeded(1)) * 3
+    first = net.simulate(x[:7])
+    second = net.simulate(x[7:], first.state)
+    each = torch.cat([net(x[:, [sample]]) for sample in range(samples)])
+    torch.testing.assert_close(first.output + second.output, each)
+    torch.testing.assert_close(net(x), each)
     assert not caplog.text
-    stack._say_what_is_time.cache_clear()
-    for _ in range(2):
-        assert net(torch.rand(12, 12, 30)).shape == (12, 10)
-    assert caplog.text.count("inputs of 12 × 12 vectors are taken as [T, B, D]") == 1
 
 
 def test_a_state_of_another_number_of_time_steps_is_refused_by_name():

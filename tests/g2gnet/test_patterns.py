@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import statistics
 
 import networkx
 import pytest
@@ -20,6 +21,7 @@ from g2gnet.patterns import (
     SmallWorld,
     erk,
     layer_probabilities,
+    mask_between,
     pattern_mask,
     ring_distance,
 )
@@ -123,13 +125,29 @@ def test_a_small_world_has_the_units_that_its_probabilities_say(p_inter):
     assert dense[:, ~own].mean() == pytest.approx(p_inter, abs=0.01)
 
 
+def weights_of(probability, out, into):
+    """The expected density of weights, not of units."""
+    dense = probability.repeat_interleave(out.lengths, 0).repeat_interleave(into.lengths, 1)
+    return dense.mean().item()
+
+
+@pytest.mark.parametrize("model", ["regular", "plane"])
+def test_groups_of_different_sizes_have_the_weights_of_groups(model):
+    """Of 12 and 12 neurons in 8 groups 20 of 144 weights are inside of groups, but 8 of 64 units."""
+    groups = GroupLayout(12, 8), GroupLayout(12, 8)
+    shares = [mask_between(model, *groups, (1.0, 0.0), 1, seeded(seed)).density for seed in range(DRAWS)]
+    assert statistics.mean(shares) == pytest.approx(20 / 144, abs=4 * statistics.stdev(shares) / DRAWS**0.5)
+    ((p_intra, p_inter),) = layer_probabilities([(12, 12)], 0.8, 0.1, 8, "erk")
+    assert (20 * p_intra + 124 * p_inter) / 144 == pytest.approx((20 * 0.8 + 124 * 0.1) / 144)
+
+
 @pytest.mark.parametrize(
     ("density", "scale"), [(0.05, 0.1), (0.256, 0.1), (0.256, 0.02), (0.9, 0.5), (1.0, 0.1), (0.0, 1)]
 )
 def test_a_distance_rule_falls_exponentially_and_has_its_density(density, scale):
     out, into = grid(60, 90, 3, 1)
     probability = Distance(density, scale)(out, into)
-    assert probability.mean().item() == pytest.approx(density, abs=1e-9)
+    assert weights_of(probability, out, into) == pytest.approx(density, abs=1e-9)
     places = [(torch.arange(units) + 0.5) / units for units in (out.num_units, into.num_units)]
     distance = torch.stack([(places[0][:, None] - places[1] + turn).abs() for turn in (-1, 0, 1)]).amin(0).double()
     weight = torch.exp(-distance / scale).numpy()
@@ -147,7 +165,7 @@ def test_a_distance_on_the_plane_is_that_of_the_means_of_pixels(density, scale):
     """35 neurons fill 6 rows of 6 but for one, in ranges of up to 4; 28 of them 5 rows of 6."""
     out, into = grid(35, 28, 3, 4)
     probability = Plane(density, scale)(out, into)
-    assert probability.mean().item() == pytest.approx(density, abs=1e-9)
+    assert weights_of(probability, out, into) == pytest.approx(density, abs=1e-9)
 
     def places(side, rows, columns):
         found = []

@@ -230,6 +230,21 @@ def test_a_crafted_header_is_refused_by_the_name_of_its_file(tmp_path, header, v
         load_dataset(dataset_name(str(tmp_path / "mine.npz")), tmp_path)
 
 
+def test_a_long_header_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    """Spaces, of which the archive holds a thousandth: a file of 4 MB can claim 4 GB."""
+    arrays, claimed = own_arrays(), 1 << 24
+    del arrays["test_labels"]
+    np.savez(tmp_path / "mine.npz", **arrays)
+    with zipfile.ZipFile(tmp_path / "mine.npz", "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("test_labels.npy", b"\x93NUMPY\2\0" + claimed.to_bytes(4, "little") + b" " * claimed)
+    sizes = []
+    read = zipfile.ZipExtFile.read
+    monkeypatch.setattr(zipfile.ZipExtFile, "read", lambda self, n=-1: sizes.append(n) or read(self, n))
+    with pytest.raises(DataError, match=r"mine\.npz cannot be used .*: test_labels claims a header of 16777216 bytes"):
+        load_dataset(dataset_name(tmp_path / "mine.npz"), tmp_path)
+    assert 0 < min(sizes) <= max(sizes) < 1 << 20
+
+
 def test_the_size_of_arrays_is_known_before_they_are_read(tmp_path, monkeypatch):
     images = {f"{part}_images": np.zeros((n, 5000, 400), np.uint8) for part, n in (("train", 30), ("test", 9))}
     np.savez_compressed(tmp_path / "mine.npz", **own_arrays(**images))

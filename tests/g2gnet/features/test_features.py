@@ -5,6 +5,7 @@ import io
 import re
 import shlex
 
+import numpy as np
 import pytest
 import torch
 from small_data import NOBODY_LISTENS, publish_resnet, write_cifar, write_resnet
@@ -146,17 +147,26 @@ def changed(path, change):
     torch.save(change(state), path)
 
 
+def scaled(path, name, factor):
+    """With all numbers of one tensor multiplied, in a type that holds them."""
+    changed(path, lambda state: {**state, name: torch.from_numpy(state[name].numpy() * np.array(factor))})
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda path: write_resnet(path, "cifar100"), r"size mismatch for fc\.weight"),
         (lambda path: changed(path, lambda state: {}), r"Missing key\(s\) in state_dict"),
         (lambda path: changed(path, lambda state: [1, 2]), "Expected state_dict to be dict-like"),
+        (lambda path: scaled(path, "bn1.running_var", -1), r"bn1\.running_var, a variance, is below 0"),
+        (lambda path: scaled(path, "conv1.weight", 1j), r"conv1\.weight is torch\.complex\d+, not torch\.float32"),
+        (lambda path: scaled(path, "conv1.weight", 1e300), r"conv1\.weight holds numbers that are too large for"),
         (lambda path: path.write_bytes(path.read_bytes()[:1000]), "PytorchStreamReader failed"),
         (lambda path: path.write_text("no weights"), "Unsupported operand|invalid load key|Weights only load failed"),
     ],
-    ids=["of another data set", "empty", "a list", "truncated", "text"],
+    ids=["of another data set", "empty", "a list", "variance", "complex", "large", "truncated", "text"],
 )
+@pytest.mark.filterwarnings("ignore:Casting complex values")
 def test_a_wrong_file_is_refused(tmp_path, damage, message):
     path = write_resnet(tmp_path / "weights.pt", "cifar10")
     damage(path)

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 import sys
 import warnings
 
@@ -451,7 +452,7 @@ def test_what_nir_cannot_carry_is_refused():
         to_nir(small_net(reset="zero", beta=1.2))
     with pytest.raises(ValueError, match="lif1 has syn_decay=1, no leak"):
         to_nir(small_net(neuron="synaptic", reset="zero", syn_decay=1.0))
-    with pytest.raises(ValueError, match="dt=0 must be above 0 seconds"):
+    with pytest.raises(ValueError, match="dt=0 must be a number above 0"):
         to_nir(small_net(reset="zero"), dt=0)
 
 
@@ -473,6 +474,97 @@ def test_graphs_of_another_form_are_refused():
         from_nir(nir.NIRGraph(nodes=graph.nodes, edges=[*graph.edges, ("lif1", "fc3")], type_check=False), T=STEPS)
     with pytest.raises(ValueError, match="masks names fc9"):
         from_nir(graph, masks={"fc9": torch.ones(1, 1)}, T=STEPS)
+
+
+def graph_with(node, **values):
+    """A graph of 3 inputs and 5 neurons, CubaLIF, of whose node ``w`` or ``n`` these values are set unchecked."""
+    one = np.ones(5)
+    nodes = {
+        "w": nir.Affine(np.ones((5, 3)), one),
+        "n": nir.CubaLIF(one * 1e-3, one * 1e-3, one, one * 0, one * 0.5, one * 0, one),
+    }
+    vars(nodes[node]).update(values)
+    ends = nir.Input(input_type={"input": np.array([3])}), nir.Output(output_type={"output": np.array([5])})
+    edges = [("input", "w"), ("w", "n"), ("n", "output")]
+    return nir.NIRGraph(nodes={"input": ends[0], **nodes, "output": ends[1]}, edges=edges, type_check=False)
+
+
+POSITIVE, ANY = ("tau_syn", "tau_mem", "r", "w_in"), ("v_leak", "v_reset", "weight", "bias")
+WRONG = [
+    *[(name, number) for name in (*POSITIVE, *ANY, "v_threshold") for number in (np.nan, 1 + 1j, -np.inf, 1e300)],
+    *[(name, number) for name in POSITIVE for number in (0.0, -1.0, np.inf)],
+    *[(name, np.inf) for name in ANY],
+    ("v_threshold", -1.0),
+]
+
+
+@pytest.mark.parametrize(("name", "number"), WRONG)
+def test_numbers_that_no_network_has_are_refused_by_node_and_name(name, number):
+    node, shape = ("w", (5, 3)) if name == "weight" else ("w" if name == "bias" else "n", (5,))
+    values = np.full(shape, 1e-3 if name in POSITIVE else 0.0, type(number))
+    values.flat[2] = number
+    shown = " is complex128" if isinstance(number, complex) else f"={number}"
+    with pytest.raises(ValueError, match=f"node {node}: {name}{re.escape(shown)}.*(give an array of real|must be) "):
+        from_nir(graph_with(node, **{name: values}), T=STEPS)
+
+
+@pytest.mark.parametrize(
+    ("node", "values", "message"),
+    [
+        ("w", {"weight": np.ones((1, 5, 3))}, r"node w: weight has shape \[1, 5, 3\]; give a matrix"),
+        ("w", {"weight": np.full((5, 3), None)}, r"node w: weight is object \[5, 3\]; give an array of real numbers"),
+        ("w", {"weight": torch.ones(5, 3).to_sparse()}, "node w: weight is a tensor of .*sparse_coo; give an array"),
+        ("w", {"bias": np.ones(4)}, r"node w: bias has 4 numbers, of shape \[4\]; give one, or 5"),
+        ("w", {"metadata": {"wiring": "x"}}, "node w: metadata: wiring is a str; give .*; mend or delete 'wiring'"),
+        ("w", {"metadata": {"wiring": np.ones(7)}}, "node w: metadata: wiring and its checksum do not match"),
+        ("n", {"tau_mem": np.ones(4)}, "node n: tau_mem has 4 numbers"),
+        ("n", {"tau_mem": "1 ms"}, "node n: tau_mem is a str; give an array of real numbers"),
+        ("n", {"r": np.full(5, 1e-30), "w_in": np.full(5, 1e-30)}, "node n: gain g=1.*e-62 must be a number above"),
+        ("n", {"metadata": None}, "node n: metadata is a NoneType; give a dict"),
+        ("n", {"metadata": {"alpha": [1, 2]}}, r"node n: metadata: alpha=\[1, 2\] must be .*; mend or delete 'alpha'"),
+        ("n", {"metadata": {"surrogate": [1]}}, r"node n: metadata: surrogate=\[1\] is unknown; choose one of"),
+        ("n", {"metadata": {"learn_beta": "no"}}, "node n: metadata: learn_beta='no' must be True or False"),
+    ],
+)  # fmt: skip
+def test_arrays_and_metadata_of_another_form_are_refused_by_node_and_name(node, values, message):
+    with pytest.raises(ValueError, match=message):
+        from_nir(graph_with(node, **values), T=STEPS)
+
+
+def test_a_parameter_that_differs_is_one_of_each_neuron_whatever_the_metadata_say():
+    tau = np.linspace(1e-3, 2e-3, 5)
+    stack = from_nir(graph_with("n", tau_mem=tau[:, None], metadata={"beta_per_neuron": False}), T=STEPS)
+    torch.testing.assert_close(stack.lif1.beta.detach(), torch.from_numpy(1 - 1e-4 / tau).float())
+    assert stack.lif1.syn_decay.shape == (1,)
+    never = from_nir(graph_with("n", v_threshold=np.full(5, np.inf)), T=STEPS)
+    assert never.lif1.threshold.isinf().all(), "a threshold that is never reached"
+    assert not never(torch.ones(2, 3)).any()
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("fc1", {"weight": torch.full((40, 30), torch.nan)}, "fc1: weight=nan must be a finite number"),
+        ("fc1", {"weight": torch.ones(40, 30).to(torch.int8)}, "weight of fc1 must be a floating-point tensor, not"),
+        ("fc1", {"weight": torch.ones(40, 30, dtype=torch.complex64)}, "weight of fc1 must be a floating-point tensor"),
+        ("fc1", {"weight": torch.ones(40, 30, 2)}, r"fc1: weight has shape \[40, 30, 2\]; give a matrix"),
+        ("fc1", {"bias": torch.full((40,), torch.inf)}, "fc1: bias=inf must be a finite number"),
+        ("fc1", {"bias": torch.ones(39)}, r"fc1: bias has 39 numbers, of shape \[39\]; give one, or 40"),
+        ("lif1", {"beta": torch.tensor(torch.nan)}, "lif1: beta=nan must be a finite number"),
+        ("lif1", {"threshold": torch.tensor(torch.nan)}, "lif1: threshold=nan must be a number that a float32 holds"),
+        ("lif1", {"threshold": torch.tensor(1 + 1j)}, "lif1: threshold is a tensor of torch.complex64; give an array"),
+        ("lif1", {"beta": torch.full((3,), 0.9)}, r"lif1: beta has 3 numbers, of shape \[3\]; give one, or 40"),
+    ],
+)
+def test_numbers_of_snntorch_that_no_network_has_are_refused_by_name(name, change, message):
+    model = TutorialNet()
+    ((option, value),) = change.items()
+    layer = getattr(model, name)
+    if isinstance(layer, nn.Linear):
+        value = nn.Parameter(value, requires_grad=False)
+    setattr(layer, option, value)
+    with pytest.raises(ValueError, match=message):
+        from_snntorch(model, T=STEPS)
 
 
 CONVERSIONS = [

@@ -163,7 +163,7 @@ def test_one_weight_of_all_neurons_is_a_diagonal_if_it_is_not_learned():
         ValueError, match=r"lif1: V is one learnable weight for 20 neurons.*V=torch.full\(\(20,\), 1.5\)"
     ):
         from_snntorch(Theirs("RLeaky", all_to_all=False, V=0.5), T=STEPS)
-    with pytest.raises(ValueError, match="lif1: V has 3 entries for 20 neurons"):
+    with pytest.raises(ValueError, match=r"lif1: V has 3 numbers, of shape \[3\]; give one, or 20"):
         from_snntorch(Theirs("RLeaky", all_to_all=False, V=torch.rand(3)), T=STEPS)
 
 

@@ -239,7 +239,7 @@ class _Graph(NamedTuple):
     kind: _Kind
     inputs: list[Any]
     result: Any
-    gradients: list[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]]  # of each: what is read and written
+    gradients: list[tuple[torch.Tensor, Any, Any]]  # of each tensor: what is read and written
     tensors: list[torch.Tensor]  # kept, since another one would be taken for one that is gone
 
     @torch.no_grad()
@@ -248,8 +248,9 @@ class _Graph(NamedTuple):
             if isinstance(each, torch.Tensor):
                 here.copy_(each)
         moved = [(read, each.grad) for each, read, _ in self.gradients if each.grad is not read]
-        if moved:  # cleared and made anew since; the step may read or add to them
-            torch._foreach_copy_(*map(list, zip(*moved, strict=True)))
+        if moved:  # made anew since; the step may read them, or add to them
+            read, now = zip(*moved, strict=True)
+            torch._foreach_copy_(read, now)
         self.graph.replay()
         for each, _, written in self.gradients:
             if each.grad is not written:
@@ -273,8 +274,8 @@ def _look(watch: Watch, device: torch.device, arguments: Any) -> tuple[_Kind, li
             modules += module._modules.values()
     for optimizer in watch:
         if isinstance(optimizer, Optimizer):
-            own = vars(optimizer).items()  # schedulers of the learning rate count in two of them
-            _sort({name: each for name, each in own if name not in ("_step_count", "_opt_called")}, constants, found)
+            # schedulers of older versions count in it
+            _sort({name: each for name, each in vars(optimizer).items() if name != "_step_count"}, constants, found)
             for group in optimizer.param_groups:
                 found += group["params"]
                 _sort(group, constants, found)
@@ -294,9 +295,10 @@ def _look(watch: Watch, device: torch.device, arguments: Any) -> tuple[_Kind, li
 def _sort(values: dict[Any, Any], constants: list[tuple[Any, ...]], tensors: list[torch.Tensor | None]) -> None:
     """Adds the constants and tensors of a dictionary, also in its tuples, and nothing else."""
     for name, value in values.items():
-        role = _role(type(value))
+        kind: Any = type(value)
+        role = _role(kind)
         if role is _CONSTANTS:
-            constants.append((name, type(value), value))
+            constants.append((name, kind, value))
         elif role is torch.Tensor:
             tensors.append(value)
         elif role is tuple:
@@ -341,7 +343,7 @@ def _kind_of_argument(given: Any, device: torch.device) -> tuple[Any, ...]:
 
 @contextlib.contextmanager
 def _noticing(waits: list[str]) -> Iterator[None]:
-    """Adds to ``waits`` where the CPU waits for the device while entered."""
+    """Adds to ``waits`` where the CPU waits for the device; other warnings were given in the calls before."""
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
@@ -350,9 +352,4 @@ def _noticing(waits: list[str]) -> Iterator[None]:
             yield
         finally:
             torch.cuda.set_sync_debug_mode(before)
-    for each in seen:
-        text = str(each.message)
-        if "synchronizing CUDA operation" in text:
-            waits.append(f"{each.filename}, line {each.lineno}")
-        elif not text.startswith("Synchronization debug mode is a prototype"):
-            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
+    waits += [f"{each.filename}, line {each.lineno}" for each in seen if "synchronizing CUDA" in str(each.message)]

@@ -217,17 +217,17 @@ class Own:
 
     def __init__(self, device, lr=0.1, optimizer=ADAM):
         torch.manual_seed(0)
-        self.net = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Dropout(0.5), torch.nn.Linear(6, 6))
+        layers = torch.nn.Linear(6, 6), torch.nn.Dropout(0.5), torch.nn.Linear(6, 6), torch.nn.Tanh()
+        self.net = torch.nn.Sequential(*layers)
         self.net.register_buffer("scale", torch.ones(6))
-        self.net.factors = 1.0, 1
         self.optimizer = optimizer(self.net.parameters(), lr)
         self.step = g2gnet.captured(self.learn, device, watch=(self.net, self.optimizer))
 
     def learn(self, x, labels):
-        loss = F.cross_entropy(self.net(x) * self.net.scale * self.net.factors[0], labels)
-        self.optimizer.zero_grad(set_to_none=True)
+        loss = F.cross_entropy(self.net(x) * self.net.scale, labels)
         loss.backward()
         self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
 
@@ -252,32 +252,19 @@ def exchanged(own):
     own.net[0].weight, own.net[2].weight = own.net[2].weight, own.net[0].weight
 
 
-def another_bias(own):
-    """At the same address."""
-    own.net[2].bias = own.optimizer.param_groups[0]["params"][3] = torch.nn.Parameter(own.net[2].bias.detach())
-
-
-def another_moment(own):
-    own.optimizer.state[own.net[2].bias]["exp_avg"] = torch.ones(6)
-
-
 CHANGES = {
     "rate": lambda own: own.optimizer.param_groups[0].update(lr=0.0),
     "betas": lambda own: own.optimizer.param_groups[0].update(betas=(0.5, 0.5)),
     "frozen": lambda own: own.net[0].requires_grad_(False),
     "eval": lambda own: own.net.eval(),
     "attribute": lambda own: setattr(own.net[1], "p", 0.1),
-    "tuple": lambda own: setattr(own.net, "factors", (2.0, 1)),
     "loaded optimizer": lambda own: own.optimizer.load_state_dict(copy.deepcopy(own.optimizer.state_dict())),
-    "cleared state": lambda own: own.optimizer.state.clear(),
-    "moment": another_moment,
+    "moment": lambda own: own.optimizer.state[own.net[2].bias].update(exp_avg=torch.ones(6)),
     "data": lambda own: setattr(own.net[2].bias, "data", torch.zeros(6)),
-    "same address": another_bias,
     "strides": lambda own: setattr(own.net[2].weight, "data", own.net[2].weight.data.t()),
     "dtype": lambda own: setattr(own.net.scale, "data", own.net.scale.data.view(torch.int32)),
     "parameters exchanged": exchanged,
-    "layer": lambda own: own.net.__setitem__(2, copy.deepcopy(own.net[2])),
-    "module": lambda own: own.net.__setitem__(1, torch.nn.Tanh()),
+    "module": lambda own: own.net.__setitem__(3, torch.nn.Sigmoid()),
 }
 
 
@@ -381,13 +368,19 @@ def test_a_buffer_that_is_sparse_or_on_the_host_is_noticed_when_it_is_written_to
     net.register_buffer("kept", make())
     monkeypatch.setattr("g2gnet.cuda_graph._is_on", lambda tensor, device: tensor is not net.kept)
 
+    calls = []
+
     def step(x):
-        return net(torch.sparse.mm(net.kept, x.T).T if net.kept.is_sparse else x * net.kept.item())
+        calls.append(x)
+        return net(x) * (1 if net.kept.is_sparse else net.kept.item())
 
     captured, x = g2gnet.captured(step, CUDA, watch=(net,)), torch.rand(3, 4)
-    check(captured, step, x)
+    for _ in range(6):
+        captured(x)
+    assert len(calls) == CapturedStep.WARM_UP + 1
     net.kept.zero_()
-    check(captured, step, x)
+    assert torch.equal(captured(x), net(x) * net.kept.is_sparse)
+    assert len(calls) == CapturedStep.WARM_UP + 2  # no replay, which would read a sparse tensor where it was
 
 
 class Unreadable(torch.Tensor):
@@ -432,7 +425,13 @@ def test_a_rate_that_changes_at_every_step_is_read_from_a_tensor(stand_ins):
     plain, tensor = Own("cpu", torch.tensor(0.1)), Own(CUDA, torch.tensor(0.1))
     for own in (plain, tensor):
         own.schedule = torch.optim.lr_scheduler.ExponentialLR(own.optimizer, 0.9)
-    train_alike(plain, tensor, 14, lambda number, own: own.schedule.step() if number else None)
+
+    def before(number, own):
+        own.optimizer._step_count = number  # as schedulers of older versions do
+        if number:
+            own.schedule.step()
+
+    train_alike(plain, tensor, 14, before)
     assert len(Graph.captured) == 1
 
 
@@ -482,12 +481,9 @@ def test_recapture_may_be_called_on_any_device():
     assert step(1) == 2
 
 
-@pytest.mark.parametrize("load", [False, True], ids=["written", "loaded"])
-@pytest.mark.parametrize("other", ["random", "index"])
-def test_another_wiring_is_that_of_the_graph_after_recapture(stand_ins, load, other):
+@pytest.mark.parametrize(("other", "load"), [("random", False), ("random", True), ("index", True)])
+def test_another_wiring_is_that_of_the_graph_after_recapture(stand_ins, other, load):
     """With contiguous groups operators do not read the permutation of neurons: the captured launches would not."""
-    if not load and other == "index":
-        pytest.skip("buffers of other groups are not copied")
     nets = [
         G2GNet(16, 16, 4, each, num_groups=4, block_size=4, T=3, p_inter=0.0, backend="torch", generator=seeded(number))
         for number, each in enumerate(("random", other))
@@ -509,50 +505,52 @@ def test_another_wiring_is_that_of_the_graph_after_recapture(stand_ins, load, ot
 # --- gradients ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("accumulated", [1, 3])
 @pytest.mark.parametrize("set_to_none", [True, False])
-def test_gradients_may_be_used_and_reset_outside_the_step(stand_ins, accumulated, set_to_none):
+@pytest.mark.parametrize("accumulated", [0, 1, 3])
+def test_gradients_may_exist_when_a_step_begins(stand_ins, accumulated, set_to_none):
+    """Those of ``accumulated`` steps, used by the loop; 0: of the last step, used by the next one."""
+
     def trained(device):
         torch.manual_seed(0)
         net = torch.nn.Linear(6, 3)
-        optimizer = torch.optim.Adam(net.parameters(), 0.1)
+        optimizer = torch.optim.SGD(net.parameters(), 0.05, momentum=0.5)
+        net(torch.ones(1, 6)).sum().backward()
 
-        def step(x, labels):
-            loss = F.cross_entropy(net(x), labels)
-            loss.backward()
-            return loss.detach()
+        def update():
+            optimizer.step()
+            optimizer.zero_grad(set_to_none)
 
-        step = g2gnet.captured(step, device, watch=(net,))
+        def step(x):
+            if not accumulated:
+                update()
+            net(x).square().sum().backward()
+
+        step, gradients = g2gnet.captured(step, device, watch=(net, optimizer)), []
         for number in range(18):
-            step(torch.randn(5, 6), torch.randint(3, (5,)))
-            if number % accumulated == accumulated - 1:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none)
-        return list(net.parameters())
+            step(torch.randn(5, 6))
+            gradients.append(net.weight.grad.clone())
+            if accumulated and number % accumulated == accumulated - 1:
+                update()
+        return [*net.parameters(), *gradients]
 
     assert all(map(torch.equal, trained("cpu"), trained(CUDA)))
     assert Graph.captured
 
 
-def test_a_step_that_begins_with_the_gradients_of_the_last_reads_these(stand_ins):
-    def trained(device):
-        torch.manual_seed(0)
-        net = torch.nn.Linear(4, 1)
-        optimizer = torch.optim.SGD(net.parameters(), 0.05)
-        net(torch.ones(1, 4)).sum().backward()
+def test_a_parameter_in_place_of_another_at_its_address_has_the_gradient(stand_ins):
+    net = torch.nn.Linear(4, 1)
 
-        def step(x):
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            net(x).square().sum().backward()
+    def step(x):
+        net.zero_grad(set_to_none=True)
+        net(x).sum().backward()
 
-        step = g2gnet.captured(step, device, watch=(net, optimizer))
-        for number in range(12):
-            step(torch.randn(3, 4, generator=seeded(number)))
-        return [*net.parameters(), *(parameter.grad for parameter in net.parameters())]
-
-    assert all(map(torch.equal, trained("cpu"), trained(CUDA)))
-    assert len(Graph.captured) == 1
+    captured, x = g2gnet.captured(step, CUDA, watch=(net,)), torch.ones(3, 4)
+    for _ in range(6):
+        captured(x)
+    net.weight = torch.nn.Parameter(net.weight.detach())
+    net.weight.grad = torch.zeros(1, 4)  # as the other has one
+    captured(x)
+    assert torch.equal(net.weight.grad, torch.full((1, 4), 3.0))
 
 
 # --- steps that cannot be captured --------------------------------------------------------------------------------
@@ -597,8 +595,7 @@ def test_a_step_that_cannot_be_captured_runs_directly_and_the_reason_is_said(sta
             x = torch.tensor(float(number))
             assert captured(x).item() == number + 1
             assert x == number + (step is changing)
-    assert {str(each.message) for each in seen} <= {"of something else"}
-    assert len(seen) == 8 * (step is waiting)
+    assert [str(each.message) for each in seen] == 7 * ["of something else"] * (step is waiting)
     assert len(Graph.captured) == captures
     (line,) = caplog.messages
     assert line.startswith("training steps are not replayed as a CUDA graph, but run directly: ")
@@ -607,26 +604,6 @@ def test_a_step_that_cannot_be_captured_runs_directly_and_the_reason_is_said(sta
         warnings.simplefilter("ignore", UserWarning)
         with pytest.raises(RuntimeError, match=f"cannot be captured in a CUDA graph: {why}"):
             [required(torch.zeros(())) for _ in range(6)]
-
-
-def test_a_step_that_fails_before_the_capture_is_looked_at_again(stand_ins, caplog):
-    calls = []
-
-    def step(x):
-        graph_stand_in.wait()
-        calls.append(x)
-        if len(calls) == 3:
-            raise ValueError("mine")
-
-    captured = g2gnet.captured(step, CUDA, watch=())
-    for _ in range(2):
-        captured(torch.ones(3))
-    with pytest.raises(ValueError, match="mine"):
-        captured(torch.ones(3))
-    captured(torch.ones(3))
-    assert not Graph.captured
-    (line,) = caplog.messages
-    assert "it waits for the device" in line
 
 
 def test_an_error_of_the_step_in_a_capture_is_the_users(stand_ins):
@@ -669,11 +646,7 @@ def test_the_memory_of_a_graph_is_given_to_the_next(stand_ins):
 @pytest.fixture
 def trainer_of(stand_ins, monkeypatch):
     """Makes trainers whose steps are captured, on the CPU."""
-    monkeypatch.setattr(
-        trainer_module,
-        "CapturedStep",
-        lambda step, device, watch, required: CapturedStep(step, CUDA, watch, required),
-    )
+    monkeypatch.setattr(trainer_module, "CapturedStep", lambda step, _, *others: CapturedStep(step, CUDA, *others))
 
     def make(backend="torch", cuda_graph=True, **changes):
         settings = TrainSettings(**{**SMALL, **changes})
@@ -686,7 +659,6 @@ def trainer_of(stand_ins, monkeypatch):
 @pytest.mark.parametrize(
     ("variant", "more", "graphs"),
     [
-        ("static", {}, 1),
         ("regularised", {}, 3),  # a target for each epoch
         ("dynamic", {}, 1),
         ("all schedules", {}, 1),
@@ -730,13 +702,14 @@ def test_a_resumed_run_captures_the_loaded_state(trainer_of):
     state = copy.deepcopy(first.state_dict())
     for _ in range(3):
         through.train_epoch()
-    first.load_state_dict(state)  # into a trainer that has a graph
+    assert first._captured._graph
+    first.load_state_dict(state)
+    assert not first._captured._graph  # the trainer says that masks may be others
     first.train_epoch()
     assert all(map(torch.equal, through.net.state_dict().values(), first.net.state_dict().values()))
 
 
-@pytest.mark.parametrize("changes", [{}, {"enforce_sparsity": True, "warmup_epochs": 1}], ids=["static", "regularised"])
-def test_whatever_is_captured_was_launched_before(trainer_of, monkeypatch, changes):
+def test_whatever_is_captured_was_launched_before(trainer_of, monkeypatch):
     """A kernel that is first loaded while a graph is captured makes that fail."""
     pytest.importorskip("triton", minversion="3.3")
     from g2g_kernels.triton import runtime
@@ -760,10 +733,10 @@ def test_whatever_is_captured_was_launched_before(trainer_of, monkeypatch, chang
     for operator in ("g2g_linear", "g2g_stack", "neurons"):
         monkeypatch.setattr(f"g2g_kernels.ops.{operator}.triton.launch", noted)
     size = {"batch_size": 4, "limit_train": 18, "limit_test": 4, "hidden_dim": 16, "T": 2, "num_groups": 2}
-    trainer = trainer_of("triton", block_size=16, **size, **changes)
+    trainer = trainer_of("triton", block_size=16, enforce_sparsity=True, warmup_epochs=1, **size)
     for _ in range(3):
         trainer.train_epoch()
-    assert len(Graph.captured) >= 1 + bool(changes)
+    assert len(Graph.captured) >= 2  # a target for each epoch
     assert captured
 
 

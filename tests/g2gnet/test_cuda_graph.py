@@ -475,10 +475,13 @@ def test_what_is_not_compared_is_read_after_recapture(stand_ins):
         assert len(Graph.captured) == number
 
 
-def test_recapture_may_be_called_on_any_device():
-    step = g2gnet.captured(lambda x: x + 1, "cpu", watch=())
-    step.recapture()
-    assert step(1) == 2
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_recapture_may_be_called_on_any_device_and_at_any_time(stand_ins, device):
+    captured, x = g2gnet.captured(lambda x: x + 1, device, watch=()), torch.zeros(2)
+    check(captured, lambda x: x + 1, x, calls=2)
+    captured.recapture()
+    check(captured, lambda x: x + 1, x, CapturedStep.WARM_UP)
+    assert not Graph.captured
 
 
 @pytest.mark.parametrize(("other", "load"), [("random", False), ("random", True), ("index", True)])

@@ -137,10 +137,10 @@ def test_a_batch_of_another_size_runs_directly_and_the_graph_stays(stand_ins):
         return 2 * inputs.sum()
 
     captured = g2gnet.captured(step, CUDA, watch=())
-    for number in range(12):
-        size = 2 if number in (5, 9) else 4
+    for number in range(14):
+        size = 2 if number in (5, 7, 9, 11, 13) else 4
         assert captured(torch.full((size,), float(number))).item() == 2 * size * number
-    assert calls == [False, False, False, True, False, False]
+    assert calls == [False, False, False, True, False, False, False, False, False]
 
 
 def test_everything_is_on_the_step_s_device_whatever_is_the_current_one(stand_ins):
@@ -180,9 +180,13 @@ def test_arguments_may_be_named_and_nested_and_are_not_kept(stand_ins):
 def test_constants_of_another_type_are_others_and_not_a_number_is_itself(stand_ins):
     captured = g2gnet.captured(lambda x, many: x + (2 if many is True else 3), CUDA, watch=())
     assert [captured(torch.zeros(()), many).item() for many in 5 * [1] + 5 * [True]] == 5 * [3.0] + 5 * [2.0]
+    net = torch.nn.Identity()
+    captured = g2gnet.captured(lambda x: x + (2 if net.many is True else 3), CUDA, watch=(net,))
+    for net.many in 5 * [1] + 5 * [True]:
+        assert captured(torch.zeros(())).item() == (2 if net.many is True else 3)
     captured = g2gnet.captured(lambda x, factor: factor * x, CUDA, watch=())
     assert all(captured(torch.ones(()), float("nan")).isnan() for _ in range(6))
-    assert len(Graph.captured) == 3
+    assert len(Graph.captured) == 5
 
 
 @pytest.mark.parametrize(
@@ -609,6 +613,21 @@ def test_a_step_that_cannot_be_captured_runs_directly_and_the_reason_is_said(sta
             [required(torch.zeros(())) for _ in range(6)]
 
 
+def test_what_waits_at_the_first_call_alone_is_captured(stand_ins, caplog):
+    """As kernels that are compiled then."""
+    calls = []
+
+    def step(x):
+        if not calls:
+            graph_stand_in.wait()
+        calls.append(x)
+        return x + 1
+
+    check(g2gnet.captured(step, CUDA, watch=()), lambda x: x + 1, torch.zeros(2))
+    assert len(Graph.captured) == 1
+    assert not caplog.messages
+
+
 def test_an_error_of_the_step_in_a_capture_is_the_users(stand_ins):
     net, calls = torch.nn.Linear(4, 1), []
 
@@ -631,10 +650,13 @@ def test_an_error_of_the_step_in_a_capture_is_the_users(stand_ins):
 
 def test_the_memory_of_a_graph_is_given_to_the_next(stand_ins):
     net, alive = torch.nn.Linear(2, 1), []
+    net.register_buffer("scale", torch.ones(1))
     captured = g2gnet.captured(lambda x: net(x).sum().backward(), CUDA, watch=(net,))
     for _ in range(6):
         captured(torch.rand(3, 2))
-    weight = weakref.ref(net.weight)
+    weight, scale = weakref.ref(net.weight), weakref.ref(net.scale)
+    net.scale = torch.ones(1)
+    assert scale() is not None  # another tensor at its address would be taken for it
     net.weight = torch.nn.Parameter(torch.ones(1, 2))
     Graph.captured.clear()
     net.register_forward_pre_hook(lambda *_: alive.append(weight() is not None) if Graph.capturing else None)

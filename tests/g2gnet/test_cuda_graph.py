@@ -278,6 +278,20 @@ def test_a_change_of_what_is_watched_is_followed(stand_ins, change):
     assert len(Graph.captured) == 2
 
 
+def test_a_buffer_that_changes_its_place_is_noticed(stand_ins):
+    net, x = torch.nn.Module(), torch.ones(2)
+    net.register_buffer("factor", torch.tensor([2.0, 3.0]))
+    net.register_buffer("summand", None)
+
+    def step(x):
+        return x * net.factor if net.summand is None else x + net.summand
+
+    captured = g2gnet.captured(step, CUDA, watch=(net,))
+    check(captured, step, x)
+    net.summand, net.factor = net.factor, None
+    check(captured, step, x)
+
+
 def test_modes_of_pytorch_are_noticed(stand_ins):
     net = torch.nn.Linear(2, 1)
     captured, x = g2gnet.captured(lambda x: net(x), CUDA, watch=(net,)), torch.ones(3, 2)

@@ -87,7 +87,7 @@ def replayed(work: Callable[[], Any], device: torch.device) -> Callable[[], Any]
     """``work`` as a CUDA graph; itself on other devices."""
     if device.type != "cuda":
         return work
-    captured, nothing = CapturedStep(lambda *_: work(), device, required=True), torch.empty(0, device=device)
+    captured, nothing = CapturedStep(lambda *_: work(), device, (), required=True), torch.empty(0, device=device)
 
     def replay() -> None:
         captured(nothing, nothing, None)

@@ -94,7 +94,7 @@ class Captured(Network):
         super().__init__(prepared, device, precision, backend)
         for group in self.optimizer.param_groups:
             group["capturable"] = True
-        self._captured = CapturedStep(self._learn, device, required=True)
+        self._captured = CapturedStep(self._learn, device, (self.net, self.optimizer), required=True)
 
     def _learn(self, images: torch.Tensor, labels: torch.Tensor, _: None) -> tuple[torch.Tensor, torch.Tensor]:
         self.images, self.labels = images, labels  # those that the graph reads

@@ -190,7 +190,8 @@ class Trainer(EpochTrainer):
         self.optimizer = self._make_optimizer()
         self._captured: CapturedStep | None = None
         if machine.captures:
-            self._captured = CapturedStep(self._learn, device, bool(machine.cuda_graph))
+            watch = self.net, self.optimizer
+            self._captured = CapturedStep(self._learn, device, watch, bool(machine.cuda_graph))
         self._follow_weights()
         if machine.cuda_graph is None and device.type == "cuda" and world.size > 1:
             logger.info(
@@ -288,7 +289,9 @@ class Trainer(EpochTrainer):
         return torch.optim.AdamW(groups, **options)
 
     def _follow_weights(self) -> None:
-        """Makes what depends on the addresses of weights and on how many there are; a captured step sees for itself."""
+        """Makes what depends on the addresses of weights, on how many there are and on masks that were loaded."""
+        if self._captured:
+            self._captured.recapture()
         parameters = sum(parameter.numel() for parameter in self.net.parameters())
         self._one_thread_updates = self.device.type == "cpu" and parameters <= ONE_THREAD_UPDATE
         self._parallel: DistributedDataParallel | None = None  # the former one first takes its hooks off the parameters

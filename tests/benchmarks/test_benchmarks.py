@@ -147,7 +147,7 @@ def test_a_step_as_one_graph_passes_the_gate(prepared, judges, monkeypatch):
     class Step:
         WARM_UP = 3
 
-        def __init__(self, step, device, required):
+        def __init__(self, step, device, watch, required):
             self.step, self.calls = step, 0
 
         def __call__(self, *batch):

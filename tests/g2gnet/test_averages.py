@@ -194,9 +194,15 @@ def test_copies_that_are_freed_in_the_middle_of_an_update_do_not_disturb_it():
     net = network()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     held = []
-    dst = DSTScheduler(
-        net, optimizer, interval=1, fraction=0.3, grow="random", reset_state=lambda *_: (held.clear(), gc.collect())
-    )
+
+    def frees(weights):
+        held.clear()
+        gc.collect()
+        return weights
+
+    optimizer.state[net.fc1.values]["momentum_buffer"] = torch.zeros_like(net.fc1.values)
+    options = {"fraction": 0.3, "grow": "random", "reset_state": {"momentum_buffer": frees}}
+    dst = DSTScheduler(net, optimizer, interval=1, **options)
     average, freed = copy.deepcopy(net), copy.deepcopy(net)
     for each in (average, freed):
         for layer in (each.fc1, each.fc2, each.fc3):

@@ -120,9 +120,8 @@ class Networks(RuleBasedStateMachine):
         self.net[0].values.requires_grad_(False)  # frozen when the scheduler is made, and not in the optimizer
         self.optimizer = torch.optim.Adam(self.net[1].parameters(), lr=0.1)
         self.fails = 0
-        self.dst = DSTScheduler(
-            self.net, self.optimizer, interval=1, fraction=0.5, prune="random", grow="random", reset_state=self.reset
-        )
+        options = {"prune": "random", "grow": "random", "reset_state": {"exp_avg": self.reset}}
+        self.dst = DSTScheduler(self.net, self.optimizer, interval=1, fraction=0.5, **options)
         self.copies: list[Copy] = []
         self.files: list[tuple[dict, Dense | None]] = []  # a state and what is in it; None: the network as it is
         self.draw = seeded(seed)
@@ -131,13 +130,11 @@ class Networks(RuleBasedStateMachine):
             tie_wiring(self.net, self.copies[0].net)
             self.copies[0].tied, self.copies[0].averaged = True, [True, True]
 
-    def reset(self, optimizer, values, fresh):
+    def reset(self, weights):
         self.fails -= 1
         if self.fails == 0:
             raise ResetError
-        for state in optimizer.state.get(values, {}).values():
-            if state.shape == values.shape:
-                state[fresh] = 0
+        return weights
 
     # --- the rules by which a copy follows, in dense terms ------------------------------------------------------
 

@@ -71,7 +71,6 @@ def test_accelerates_wrapper():
     [
         (lambda p: Lookahead(torch.optim.AdamW(p)), "_base_optimizer"),
         (lambda p: pytorch_optimizer.Lookahead(torch.optim.AdamW(p)), "optimizer"),
-        (lambda p: pytorch_optimizer.SAM(p, torch.optim.AdamW), "base_optimizer"),
     ],
 )
 def test_wrappers_with_a_state_of_their_own_are_given_with_what_they_wrap(make, inner):

@@ -60,7 +60,7 @@ class DeepR(DSTScheduler):
         return self._signs[number][layer.mask.flat_unit()][:, None, None]
 
     def _update(self, evidence: list[tuple[int, Evidence]]) -> None:
-        rate = float(self.optimizer.param_groups[0]["lr"])
+        rate = float(self._state.optimizers[0].param_groups[0]["lr"])
         for number, (layer, *_) in evidence:
             signs = self._signs_of(number, layer)
             layer.values.sub_(rate * self.force * signs)

@@ -9,7 +9,7 @@ import copy
 import logging
 import math
 import sys
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +24,7 @@ from g2gnet.distributed import World
 from g2gnet.dst_rules import ACTIVITY, GRADIENT, GROW_RULES, PRUNE_RULES, Evidence
 from g2gnet.dst_scores import UnitGradients, layer_adapted, unit_correlation
 from g2gnet.layers import G2GLinear
-from g2gnet.optimizer_state import OptimizerState, ResetState
+from g2gnet.optimizer_state import Initial, OptimizerState
 from g2gnet.recording import ActivityRecorder, OneStepLater, Recording, Train, Uncompiled, check_compiled, dense
 from g2gnet.schedules import SCHEDULES
 from g2gnet.seeding import draw_device, stream
@@ -97,16 +97,12 @@ def _check_spikes(model: nn.Module) -> None:
             )
 
 
-def _check_fewer(model: nn.Module | Sequence[G2GLinear], reset_state: ResetState | None) -> None:
+def _check_fewer(model: nn.Module | Sequence[G2GLinear]) -> None:
     """Raises ValueError for what cannot follow weights that become fewer."""
     if isinstance(model, nn.Module) and any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         raise ValueError(
             "final_density= makes weights fewer, but DistributedDataParallel keeps buffers of their first number; give "
             "the layers in place of the model, and wrap the model anew after each update"
-        )
-    if reset_state is not None:
-        raise ValueError(
-            "final_density= makes weights fewer, which reset_state= does not tell an optimizer; leave one of them out"
         )
 
 
@@ -147,7 +143,8 @@ class DSTScheduler:
     Args:
         model: a model: all its :class:`G2GLinear` layers are rewired, and its activity is recorded if a rule needs it
             (:class:`ActivityRecorder`). Or the layers, from input to output; :meth:`step` then takes their activity.
-        optimizer: holds the layers' ``values``; wrapped optimizers are found too.
+        optimizer: holds the layers' ``values``, and in its ``state`` what it keeps of them. Several in a list, if each
+            holds some layers, or one wraps another and each has a state.
         interval: optimizer steps between updates.
         fraction: share of the units replaced in an update, 0 to 1.
         prune: ``"set"`` lowest mean ``|w|`` (Mocanu et al. 2018); ``"random"``; ``"hebb"`` lowest correlation.
@@ -182,9 +179,9 @@ class DSTScheduler:
             copy that nobody tied stays as it is; if one lives in an update, the logger ``g2gnet`` warns once.
         recurrent: if layers are given, those of them that join a layer's neurons to themselves; each comes after its
             layer. Its inputs are the spikes of the step before.
-        reset_state: for optimizers whose states differ in shape from the weights (factored, flat): called as
-            ``reset_state(optimizer, values, fresh)`` for each layer after an update, with its packed weights and a bool
-            tensor [num_units], true for the units whose state must be reset.
+        reset_state: by the name of a state of the optimizer, what it begins with for new units, where
+            :mod:`g2gnet.optimizer_state` does not know the name, or knows another value: a number; a function of the
+            new units' weights [n, unit_rows, unit_cols] that returns their state; or None to leave the state as it is.
 
     Attributes:
         pruned, grown: units pruned and grown so far, over all layers.
@@ -194,8 +191,7 @@ class DSTScheduler:
             process has a part only, or whose weights something computes (a parametrization, pruning), an optimizer
             whose states cannot be reset, a rule by correlation for a stack whose output does not spike, or if every
             unit is present, so none can grow. With ``final_density``, for one that leaves less than a unit in each
-            layer, a DistributedDataParallel, and for optimizer states that only ``reset_state`` or a table of codes
-            explains.
+            layer, a DistributedDataParallel, and for optimizer states that have no number per weight or unit.
 
     Example:
         >>> net = G2GNet(64, 64, 10, block_size=8, T=5)
@@ -222,7 +218,7 @@ class DSTScheduler:
     def __init__(
         self,
         model: nn.Module | Sequence[G2GLinear],
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         interval: int = 1000,
         fraction: float = 0.1,
         prune: str = "set",
@@ -236,7 +232,7 @@ class DSTScheduler:
         final_density: float | None = None,
         recurrent: Collection[G2GLinear] = (),
         averages: Iterable[nn.Module] = (),
-        reset_state: ResetState | None = None,
+        reset_state: Mapping[str, Initial] | None = None,
     ) -> None:
         for name, value, known in (
             ("prune", prune, PRUNE_RULES),
@@ -281,6 +277,7 @@ class DSTScheduler:
             raise ValueError("every unit of every layer is present, so none can grow; lower p_inter or p_intra")
         self._check_whole()
         self.optimizer = optimizer
+        self._state = OptimizerState(optimizer, reset_state, fewer=final_density is not None)
         self.interval = interval
         self.fraction = fraction
         self.prune = PRUNE_RULES[prune]
@@ -289,10 +286,10 @@ class DSTScheduler:
         self.schedule = schedule
         self._process_group = process_group
         if final_density is not None:
-            _check_fewer(model, reset_state)
+            _check_fewer(model)
             self._check_enough_is_left(final_density)
-        weights = [layer.values for _, layer in self._trained_layers()]
-        self._state = OptimizerState(optimizer, weights, reset_state, fewer=final_density is not None)
+        for _, layer in self._trained_layers():
+            self._state.check(layer.values)
         self.steps = 0
         self.final_density = final_density
         self._pruned = self._grown = 0
@@ -329,7 +326,8 @@ class DSTScheduler:
 
     def _trained_layers(self) -> list[tuple[int, G2GLinear]]:
         """The layers that are not frozen, with their numbers; the optimizer has to hold them."""
-        held = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
+        groups = [group for optimizer in self._state.optimizers for group in optimizer.param_groups]
+        held = {id(parameter) for group in groups for parameter in group["params"]}
         trained = [(number, layer) for number, layer in enumerate(self.layers) if layer.values.requires_grad]
         for number, layer in trained:
             if id(layer.values) not in held:
@@ -440,7 +438,7 @@ class DSTScheduler:
             DistributedError: if the processes of the group do not all make this update, have different networks before
                 it, or different units after it.
 
-        After any error but the last, also one of ``reset_state``, no unit is replaced in any layer, and weights,
+        After any error but the last, also one in ``reset_state``, no unit is replaced in any layer, and weights,
         averages and the optimizer's state are as they were.
         """
         if getattr(getattr(self._model, "_join_config", None), "enable", False):

@@ -50,7 +50,7 @@ def test_lookahead():
     net = network()
     inner = torch.optim.AdamW(net.parameters())
     optimizer = Lookahead(inner, k=2)
-    fresh = fresh_units(net, optimizer)
+    fresh = fresh_units(net, optimizer, [optimizer, inner])
     assert fresh.any()
     for state in [inner.state[net.fc1.values]["exp_avg"], inner.state[net.fc1.values]["lookahead_slow_buff"]]:
         assert not state[fresh].any()
@@ -67,65 +67,43 @@ def test_accelerates_wrapper():
 
 
 @pytest.mark.parametrize(
-    "make", [torch.optim.LBFGS, torch.optim.Adafactor, Adafactor, lambda p: Lookahead(torch.optim.Adafactor(p))]
+    ("make", "inner"),
+    [
+        (lambda p: Lookahead(torch.optim.AdamW(p)), "_base_optimizer"),
+        (lambda p: pytorch_optimizer.Lookahead(torch.optim.AdamW(p)), "optimizer"),
+    ],
 )
-def test_factored_and_flat_states_are_refused_when_the_scheduler_is_made(make):
+def test_wrappers_with_a_state_of_their_own_are_given_with_what_they_wrap(make, inner):
+    net = network()
+    optimizer = make(net.parameters())
+    with pytest.raises(ValueError, match=rf"wraps AdamW, .* give .* both: \[optimizer, optimizer\.{inner}\]"):
+        DSTScheduler(net, optimizer)
+    DSTScheduler(net, [optimizer, getattr(optimizer, inner)])
+
+
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [
+        (torch.optim.Adafactor, "col_var, row_var"),
+        (Adafactor, "exp_avg_sq_col, exp_avg_sq_row"),
+        (pytorch_optimizer.ScalableShampoo, "graft, pre_conditioner"),
+        (pytorch_optimizer.AdaShift, "grad_queue"),
+        *((each, "exp_avg, exp_avg_sq") for each in (torchao.optim.AdamW8bit, torchao.optim.AdamWFp8)),
+    ],
+)
+def test_states_that_nobody_knows_are_refused_and_left_if_the_user_says_so(make, names):
+    """Small weights have plain states in torchao's."""
+    draw = torch.Generator().manual_seed(0)
+    net = G2GNet(256, 256, 16, block_size=16, T=4, enc_scale=3.0, generator=draw)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        net = network()
         optimizer = make(net.parameters())
-        with pytest.raises(ValueError, match=r"(LBFGS|Adafactor) keeps .* pass reset_state="):
-            DSTScheduler(net, optimizer)
-
-
-@pytest.mark.parametrize("make", [pytorch_optimizer.ScalableShampoo, pytorch_optimizer.AdaShift])
-def test_states_in_objects_and_queues_are_refused_when_the_scheduler_is_made(make):
-    net = network()
-    with pytest.raises(ValueError, match=r"(ScalableShampoo keeps .*pre_conditioner|AdaShift keeps grad_queue)"):
-        DSTScheduler(net, make(net.parameters()))
-
-
-QUANTISED = [torchao.optim.AdamW8bit, torchao.optim.AdamW4bit, torchao.optim.AdamWFp8]
-
-
-def large_network():
-    """Small weights have plain states there."""
-    draw = torch.Generator().manual_seed(0)
-    return G2GNet(256, 256, 16, block_size=16, T=4, enc_scale=3.0, generator=draw)
-
-
-@pytest.mark.parametrize("make", QUANTISED)
-def test_quantised_states_are_refused_when_the_scheduler_is_made(make):
-    net = large_network()
-    with pytest.raises(ValueError, match=r"AdamW\w+ keeps exp_avg, exp_avg_sq in a form other .*pass reset_state="):
-        DSTScheduler(net, make(net.parameters()))
-
-
-@pytest.mark.parametrize("make", QUANTISED)
-def test_quantised_states_begin_anew_by_the_function_of_the_page(make):
-    def reset_state(optimizer, values, fresh):
-        state = optimizer.state[values]
-        for name in ("exp_avg", "exp_avg_sq"):
-            if type(state[name]) is not torch.Tensor:
-                full = state[name].dequantize()
-                full[fresh] = 0
-                state[name].copy_(full)
-
-    net = large_network()
-    optimizer = make(net.parameters())
-    dst = DSTScheduler(net, optimizer, interval=2, fraction=0.3, grow="random", reset_state=reset_state)
-    for _ in range(2):
-        before = units(net.fc1.mask)
-        net(torch.rand(16, 256)).square().mean().backward()
-        optimizer.step()
-        dst.step()
-        optimizer.zero_grad()
-    fresh = before != units(net.fc1.mask)
-    moment = optimizer.state[net.fc1.values]["exp_avg"]
-    assert type(moment) is not torch.Tensor
-    assert fresh.any()
-    assert not moment.dequantize()[fresh].any()
-    assert moment.dequantize()[~fresh].any()
+        loss = net(torch.rand(16, 256)).square().mean()
+        loss.backward()
+        optimizer.step(lambda: loss)
+    with pytest.raises(ValueError, match=rf"\w+ keeps {names} in a form other .*: value"):
+        DSTScheduler(net, optimizer)
+    DSTScheduler(net, optimizer, reset_state=dict.fromkeys(names.split(", ")))
 
 
 def test_shards_of_fsdp2():

@@ -43,7 +43,7 @@ from .workload import Prepared
 
 ALLOWANCE = 1.5
 FLOOR = {"fp32": 1e-5, "bf16": 6e-3}
-SPREAD = 3.0
+SPREAD = 4.0
 WHOLE_FLOOR = {"fp32": 1e-5, "bf16": 4e-3}
 MEMBRANE_ALLOWANCE = 3.0
 MEMBRANE_FLOOR = {"fp32": 1e-5, "bf16": 1e-2}

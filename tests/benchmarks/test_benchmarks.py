@@ -300,7 +300,7 @@ def test_the_gate_refuses_what_is_off_by_one_in_ten_thousand_or_not_finite(name,
 @pytest.fixture(scope="module")
 def larger(_cache) -> Prepared:
     """Large enough that a hundredth is more than what bfloat16 does to a sum over neurons."""
-    return load(prepare(dataclasses.replace(TINY, batch_size=128, T=10, hidden_dim=128, block_size=16, train_steps=20)))
+    return load(prepare(dataclasses.replace(TINY, batch_size=128, hidden_dim=512, block_size=64, train_steps=10)))
 
 
 @pytest.fixture(scope="module")

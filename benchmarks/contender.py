@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from g2gnet import G2GLinear
 
-from .reference import Results, mean_weights
+from .reference import SPIKES, Results, mean_weights
 from .workload import NeuronInputs, Prepared
 
 
@@ -51,15 +51,23 @@ class Contender(ABC):
 
     @abstractmethod
     def results(self) -> Results:
-        """The results that :mod:`benchmarks.reference` computes, from the code of :meth:`step`."""
+        """The results that :mod:`benchmarks.reference` computes, from the code of :meth:`step`, and the spikes that
+        they follow from, bool [T, B, N] by its names.
+
+        The judge computes everything else from these spikes: they have to be those of the same pass, to the last one.
+        """
 
     def forward(self) -> torch.Tensor:
         """Evaluates the batch without gradients: spike counts [B, C]."""
         raise NotImplementedError
 
-    def firing_rates(self) -> list[float]:
-        """Spikes per neuron, step and sample of each layer."""
+    def forward_results(self) -> Results:
+        """The counts of :meth:`forward`, and the spikes that they follow from."""
         raise NotImplementedError
+
+    def firing_rates(self, results: Results) -> list[float]:
+        """Spikes per neuron, step and sample of each layer, of what :meth:`results` returned."""
+        return [float(tensor.float().mean()) for name, tensor in results.items() if name.endswith("spikes")]
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
@@ -67,13 +75,30 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
 
 
+#: for each layer of a network its spikes [T, B, N], or those of one step after another [B, N]
+Kept = tuple[list[torch.Tensor], ...]
+
+
+def keep(spikes: torch.Tensor, kept: Kept | None, layer: int) -> torch.Tensor:
+    """``spikes``, which are put into ``kept`` if there is one."""
+    if kept is not None:
+        kept[layer].append(spikes.detach())
+    return spikes
+
+
 class NetworkContender(Contender):
     """A network from samples [B, D] to spike counts [B, C], trained with cross-entropy and fused Adam.
 
-    Its modules are called ``fc1``, ``lif1``, … ``lif3``, and ``rec1``, ``rec2`` where they are recurrent; subclasses
-    whose modules are not like ``nn.Linear`` and have no parameters called ``beta`` and ``threshold`` override
-    :meth:`gradients`.
+    It is called with the samples and a :data:`Kept` or None, and gives its spikes to :func:`keep`. Its modules are
+    called ``fc1``, ``lif1``, … ``lif3``, and ``rec1``, ``rec2`` where they are recurrent; subclasses whose modules are
+    not like ``nn.Linear`` and have no parameters called ``beta`` and ``threshold`` override :meth:`gradients`.
+
+    Attributes:
+        apart: whether a call that keeps spikes is not the program that is timed. Then a call without gradients gives
+            the spikes, which have to be the same.
     """
+
+    apart: ClassVar[bool] = False
 
     def __init__(self, prepared: Prepared, device: torch.device, precision: str) -> None:
         self.device = device
@@ -90,14 +115,14 @@ class NetworkContender(Contender):
     def autocast(self) -> contextlib.AbstractContextManager:
         return autocast(self.device, self.precision)
 
-    def counts(self) -> torch.Tensor:
+    def counts(self, kept: Kept | None = None) -> torch.Tensor:
         """The spike counts of the batch [B, C]."""
-        return self.net(self.images)
+        return self.net(self.images, kept)
 
-    def _backward(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _backward(self, kept: Kept | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         self.optimizer.zero_grad(set_to_none=True)
         with self.autocast():
-            counts = self.counts()
+            counts = self.counts(kept)
         loss = F.cross_entropy(counts.float(), self.labels)
         loss.backward()
         return loss.detach(), counts.detach()
@@ -107,15 +132,27 @@ class NetworkContender(Contender):
         self.optimizer.step()
 
     @torch.no_grad()
-    def forward(self) -> torch.Tensor:
+    def forward(self, kept: Kept | None = None) -> torch.Tensor:
         with self.autocast():
-            return self.counts()
+            return self.counts(kept)
 
     def results(self) -> Results:
-        loss, counts = self._backward()
+        kept: Kept = ([], [], [])
+        loss, counts = self._backward(None if self.apart else kept)
         results = {"loss": loss, "counts": counts, **self.gradients()}
         self.optimizer.zero_grad(set_to_none=True)
-        return results
+        return {**results, **self._spikes(kept)}
+
+    def forward_results(self) -> Results:
+        kept: Kept = ([], [], [])
+        counts = self.forward(None if self.apart else kept)
+        return {"counts": counts, **self._spikes(kept)}
+
+    def _spikes(self, kept: Kept) -> Results:
+        if self.apart:
+            self.forward(kept)
+        trains = (layer[0] if layer[0].dim() == 3 else torch.stack(layer) for layer in kept)
+        return {name: train > 0.5 for name, train in zip(SPIKES, trains, strict=True)}
 
     def gradients(self) -> Results:
         """The gradients of the last :meth:`_backward`, those of weights as dense [out, in]."""
@@ -125,23 +162,6 @@ class NetworkContender(Contender):
             for name, parameter in self.net.named_parameters()
             if name.rpartition(".")[2] in kept and parameter.grad is not None
         }
-
-    @torch.no_grad()
-    def firing_rates(self) -> list[float]:
-        seen: dict[str, list[torch.Tensor]] = {}
-
-        def listen(name: str) -> torch.utils.hooks.RemovableHandle:
-            def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-                spikes = output[0] if isinstance(output, tuple) else output
-                seen.setdefault(name, []).append(spikes.float().mean())
-
-            return self.net.get_submodule(name).register_forward_hook(hook)
-
-        handles = [listen(f"lif{number}") for number in (1, 2, 3)]
-        self.forward()
-        for handle in handles:
-            handle.remove()
-        return [float(torch.stack(means).mean()) for _, means in sorted(seen.items())]
 
 
 def dense_linear(connection: G2GLinear, kind: type[nn.Linear] = nn.Linear, **options: Any) -> nn.Linear:
@@ -211,9 +231,6 @@ class NeuronContender(Contender):
         computed = {name: tensor.grad for name, tensor in differentiable.items() if tensor.grad is not None}
         return {"spikes": spikes.detach() > 0.5, **computed}
 
-    def firing_rates(self) -> list[float]:
-        return [float(self.results()["spikes"].float().mean())]
-
 
 class LinearContender(Contender):
     """The second layer's product alone, forward and backward, with the gradients of input, weights and bias.
@@ -264,7 +281,7 @@ class LinearContender(Contender):
         assert bias is not None
         return {"y": y, "x": self.x.grad, "weight": self.weight_gradient(), "bias": bias}
 
-    def firing_rates(self) -> list[float]:
+    def firing_rates(self, results: Results) -> list[float]:
         return [float((self.x != 0).float().mean())]
 
 
@@ -281,6 +298,10 @@ class UpdateContender(Contender):
         self._weights = mean_weights(prepared)
 
     @abstractmethod
+    def spikes(self) -> list[torch.Tensor]:
+        """The spikes of each layer, 0 or 1, that are correlated, [T, B, N]."""
+
+    @abstractmethod
     def correlations(self) -> list[torch.Tensor]:
         """The mean correlation of every unit of each layer computed by :meth:`step`, [block rows, block columns]."""
 
@@ -293,7 +314,7 @@ class UpdateContender(Contender):
         correlations = [correlation.cpu() for correlation in self.correlations()]
         before = [units.cpu() for units in self.units()]
         self.step()
-        results: Results = {}
+        results: Results = {name: spikes > 0.5 for name, spikes in zip(SPIKES, self.spikes(), strict=True)}
         for number, (had, has, correlation, weights) in enumerate(
             zip(before, self.units(), correlations, self._weights, strict=True), 1
         ):

@@ -147,11 +147,11 @@ class _Session:
 
     def results(self) -> dict[str, Any]:
         forward_only = self.job.kernel == "forward"
-        results = {"counts": self.contender.forward()} if forward_only else self.contender.results()
+        results = self.contender.forward_results() if forward_only else self.contender.results()
         # numpy goes through the pipe as it is; tensors would go through shared memory that dies with this process
         return {
             "results": {name: _to_numpy(tensor) for name, tensor in results.items()},
-            "firing_rates": self.contender.firing_rates(),
+            "firing_rates": self.contender.firing_rates(results),
             "reset": self.contender.reset,
             "masked": self.contender.masked,
             "omits": self.contender.omits,

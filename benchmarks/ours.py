@@ -10,7 +10,7 @@ from g2gnet import DSTScheduler, G2GLinear, G2GNet
 from g2gnet.cuda_graph import CapturedStep
 from g2gnet.dst_scores import unit_correlation
 
-from .contender import LinearContender, NetworkContender, NeuronContender, UpdateContender
+from .contender import Kept, LinearContender, NetworkContender, NeuronContender, UpdateContender, keep
 from .reference import UPDATE_FRACTION, Results, is_wide
 from .workload import Prepared
 
@@ -49,11 +49,13 @@ class Network(NetworkContender):
                     gradients[name] = parameter.grad
         return gradients
 
-    @torch.no_grad()
-    def firing_rates(self) -> list[float]:
-        with self.autocast():
-            rates = self.net.simulate(self.net.encode(self.images)).rates
-        return [float(layer.float().mean()) for layer in rates]
+    def counts(self, kept: Kept | None = None) -> torch.Tensor:
+        if kept is None:
+            return self.net(self.images)
+        activity = self.net.simulate(self.net.encode(self.images))  # what the network does when it is called
+        for layer, spikes in enumerate(activity.spikes):
+            keep(spikes.dense(), kept, layer)
+        return activity.counts
 
 
 class FeedForward(Network):
@@ -68,17 +70,22 @@ class FeedForward(Network):
 class Steps(Network):
     """:class:`Network` in a Python loop over :meth:`g2gnet.SpikingStack.step`."""
 
-    def counts(self) -> torch.Tensor:
+    def counts(self, kept: Kept | None = None) -> torch.Tensor:
         x = self.net.encode(self.images)
         counts, state = torch.zeros((), device=self.device), None
         for _ in range(self.net.T):
             spikes, state = self.net.step(x, state)
             counts = counts + spikes
+            for layer, (membrane, (_, neurons)) in enumerate(zip(state, self.net.layers(), strict=True)):
+                assert isinstance(membrane, torch.Tensor)  # of LIF neurons, which spiked where it is above θ
+                keep((membrane > neurons.by_name["threshold"]).float(), kept, layer)
         return counts
 
 
 class Compiled(Network):
     """:class:`Network` through ``torch.compile``."""
+
+    apart = True
 
     def __init__(
         self, prepared: Prepared, device: torch.device, precision: str, backend: str, compiler: str = "inductor"
@@ -90,6 +97,8 @@ class Compiled(Network):
 class Captured(Network):
     """:class:`Network`, its step replayed as one CUDA graph, as ``train.py`` does."""
 
+    apart = True
+
     def __init__(self, prepared: Prepared, device: torch.device, precision: str, backend: str) -> None:
         super().__init__(prepared, device, precision, backend)
         for group in self.optimizer.param_groups:
@@ -98,7 +107,7 @@ class Captured(Network):
 
     def _learn(self, images: torch.Tensor, labels: torch.Tensor, _: None) -> tuple[torch.Tensor, torch.Tensor]:
         self.images, self.labels = images, labels  # those that the graph reads
-        loss, counts = self._backward()
+        loss, counts = super()._backward()
         self.optimizer.step()
         return loss, counts
 
@@ -109,10 +118,10 @@ class Captured(Network):
     def step(self) -> None:
         self._call()
 
-    def results(self) -> Results:
+    def _backward(self, kept: Kept | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         for _ in range(CapturedStep.WARM_UP + 1):  # the last of which is a replay
             loss, counts = self._call()
-        return {"loss": loss, "counts": counts, **self.gradients()}
+        return loss, counts
 
 
 class Neurons(NeuronContender):
@@ -169,8 +178,11 @@ class Update(UpdateContender):
     def step(self) -> None:
         self.scheduler.step(self.images, self.activity)
 
+    def spikes(self) -> list[torch.Tensor]:
+        return [layer.dense() for layer in self.activity.spikes]
+
     def correlations(self) -> list[torch.Tensor]:
-        spikes = [self.images, *(layer.dense() for layer in self.activity.spikes)]
+        spikes = [self.images, *self.spikes()]
         return [
             unit_correlation(pre, post, connection.mask)
             for pre, post, connection in zip(spikes, spikes[1:], self.connections, strict=False)
@@ -178,6 +190,3 @@ class Update(UpdateContender):
 
     def units(self) -> list[torch.Tensor]:
         return [connection.mask.present() for connection in self.connections]
-
-    def firing_rates(self) -> list[float]:
-        return [float(rates.detach().mean()) for rates in self.activity.rates]

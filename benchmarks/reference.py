@@ -5,12 +5,16 @@ dense weights, one loop over time, each surrogate as the derivative of a smooth 
 since samples only meet in sums; this keeps the graph over all time steps small. The weights of a network of more than
 ``DENSE_UP_TO`` neurons in a layer, which would not fit as dense ones, are multiplied unit by unit.
 
+A run may be given spikes: they are what layers receive and what resets, whatever the membranes say, and the surrogate
+is taken at these membranes. So what follows from a contender's spikes is known up to rounding.
+
 β and θ are per neuron here, so their gradients are the terms whose sum is the gradient of a shared β or θ.
 """
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -21,9 +25,28 @@ from .workload import NeuronInputs, Prepared, Workload
 
 #: named tensors; of a network "loss", "counts" [B, C] and the gradients "fc1.weight" [out, in] … "lif3.threshold", of a
 #: recurrent one also "rec1.weight" [N, N] and "rec2.weight", all weights packed where the network :func:`is_wide`; of
-#: neurons alone "spikes" and the gradients "current" [T, B, N] and of the parameters by name, of a product alone "y"
+#: neurons alone the gradients "current" [T, B, N] and of the parameters by name, of a product alone "y"
 #: [T, B, out] and the gradients "x", "weight" and "bias", of an update what :func:`update_results` says
 Results = dict[str, torch.Tensor]
+
+#: the spikes of a network's layers
+SPIKES = ("lif1.spikes", "lif2.spikes", "lif3.spikes")
+
+
+class Run(NamedTuple):
+    """What a computation gives.
+
+    Attributes:
+        results: loss, counts and gradients.
+        spikes: of each layer by name, bool [T, B, N].
+        denied: of each layer by the same name: |U − θ| wherever its membrane is not on the side of its spike. Without
+            given spikes there are none.
+    """
+
+    results: Results
+    spikes: Results
+    denied: Results
+
 
 ATAN_ALPHA = 2.0  # of neurons that are given no other surrogate
 
@@ -52,10 +75,10 @@ def _smooth_step(x: torch.Tensor, surrogate: str, alpha: float) -> torch.Tensor:
     raise ValueError(f"surrogate={surrogate!r} is not measured; choose atan or triangle")
 
 
-def _spike(x: torch.Tensor, surrogate: str, alpha: float) -> torch.Tensor:
-    """1[x > 0], with the derivative of a smooth step."""
+def _spike(fired: torch.Tensor, x: torch.Tensor, surrogate: str, alpha: float) -> torch.Tensor:
+    """``fired`` as numbers, with the derivative of a smooth step at ``x``."""
     smooth = _smooth_step(x, surrogate, alpha)
-    return (x > 0).to(x.dtype) + (smooth - smooth.detach())
+    return fired.to(x.dtype) + (smooth - smooth.detach())
 
 
 def _lif(
@@ -66,23 +89,31 @@ def _lif(
     surrogate: str = "atan",
     alpha: float = ATAN_ALPHA,
     recurrent: Callable[[torch.Tensor], torch.Tensor] | None = None,
-) -> list[torch.Tensor]:
+    given: torch.Tensor | None = None,
+) -> tuple[list[torch.Tensor], torch.Tensor]:
     """The spikes for a list of currents, one per time step, to which ``recurrent`` adds a product of the last spikes.
 
     ``"after decay"``: U_t = β·U_{t−1} + I_t − θ·R_t, as snnTorch and g2g have it; ``"before decay"``:
     U_t = β·(U_{t−1} − θ·R_t) + I_t, as SpikingJelly has it. No gradient passes through R.
+
+    With ``given``, bool [T, B, N], a neuron spikes and is reset where this says so, wherever its membrane is; its
+    surrogate is that of the membrane. Then the distances |U − θ| come back of those spikes that U denies.
     """
     decay = beta.clamp(0, 1)
     taken = theta if reset == "after decay" else decay * theta
     membrane = torch.zeros_like(currents[0])
     spikes: list[torch.Tensor] = []
-    for current in currents:
-        fired = (membrane > theta).to(membrane.dtype)
+    wrong = []
+    fired = torch.zeros_like(membrane, dtype=torch.bool)
+    for step, current in enumerate(currents):
         if recurrent is not None and spikes:
             current = current + recurrent(spikes[-1])
         membrane = decay * membrane + current - taken * fired
-        spikes.append(_spike(membrane - theta, surrogate, alpha))
-    return spikes
+        above = membrane - theta
+        fired = above > 0 if given is None else given[step]
+        wrong.append(above.detach()[fired != (above > 0)].abs())
+        spikes.append(_spike(fired, above, surrogate, alpha))
+    return spikes, torch.cat(wrong)
 
 
 def _filtered(currents: list[torch.Tensor], syn_decay: torch.Tensor) -> list[torch.Tensor]:
@@ -131,8 +162,11 @@ def _simulate(
     reset: str,
     precision: str,
     masks: Mapping[str, BlockMask] | None = None,
-) -> list[list[torch.Tensor]]:
-    """The spikes of the three layers, one [B, N] per time step; of packed weights if their ``masks`` are given."""
+    given: Mapping[str, torch.Tensor] | None = None,
+) -> tuple[list[list[torch.Tensor]], Results]:
+    """The spikes of the three layers, one [B, N] per time step, and the distances of those of the ``given`` ones that
+    membranes deny; of packed weights if their ``masks`` are given.
+    """
 
     def product(name: str, x: torch.Tensor) -> torch.Tensor:
         weight, bias = parameters[f"{name}.weight"], parameters.get(f"{name}.bias")
@@ -141,19 +175,40 @@ def _simulate(
         return y.to(DTYPES[precision])
 
     currents = [product("fc1", images)] * workload.T
-    layers = []
+    layers, denied = [], {}
     for number in (1, 2, 3):
         surrogate = (workload.surrogate, workload.alpha) if number < 3 else ("atan", ATAN_ALPHA)
         beta, theta = parameters[f"lif{number}.beta"], parameters[f"lif{number}.threshold"]
         joined = f"rec{number}.weight" in parameters
         recurrent = functools.partial(product, f"rec{number}") if joined else None
-        layers.append(_lif(currents, beta, theta, reset, *surrogate, recurrent))
+        name = SPIKES[number - 1]
+        spikes, denied[name] = _lif(currents, beta, theta, reset, *surrogate, recurrent, given and given[name])
+        layers.append(spikes)
         if number < 3:
-            currents = list(product(f"fc{number + 1}", torch.stack(layers[-1])))
-    return layers
+            currents = list(product(f"fc{number + 1}", torch.stack(spikes)))
+    return layers, denied
 
 
-def network_results(prepared: Prepared, reset: str = "after decay", precision: str = "float64") -> Results:
+def _pieces(prepared: Prepared, dtype: torch.dtype, given: Results | None, samples: int) -> Iterator[tuple[Any, ...]]:
+    """Images, labels and given spikes of ``samples`` of the batch at a time."""
+    for first in range(0, len(prepared.labels), samples):
+        piece = slice(first, first + samples)
+        spikes = given and {name: each[:, piece] for name, each in given.items()}
+        yield prepared.images[piece].to(dtype), prepared.labels[piece], spikes
+
+
+def _train(layers: list[list[torch.Tensor]]) -> Results:
+    """The spikes of each layer, bool [T, B, N], by name."""
+    return {name: torch.stack(layer).detach() > 0.5 for name, layer in zip(SPIKES, layers, strict=True)}
+
+
+def _joined(pieces: list[Results], dim: int) -> Results:
+    return {name: torch.cat([piece[name] for piece in pieces], dim) for name in pieces[0]}
+
+
+def network_results(
+    prepared: Prepared, reset: str = "after decay", precision: str = "float64", given: Results | None = None
+) -> Run:
     """Loss, spike counts and gradients of the workload's network on its batch."""
     dtype = DTYPES[precision]
     masks, chunk = None, CHUNK
@@ -161,20 +216,25 @@ def network_results(prepared: Prepared, reset: str = "after decay", precision: s
         masks = {name: connection.mask for name, connection in prepared.network("torch").connections().items()}
         chunk = max(1, 2 * CHUNK * DENSE_UP_TO // prepared.workload.hidden_dim)
     parameters = _parameters(prepared, dtype, packed=masks is not None)
-    loss, counts = torch.zeros((), dtype=dtype), []
-    for images, labels in zip(prepared.images.to(dtype).split(chunk), prepared.labels.split(chunk), strict=True):
-        *_, spikes = _simulate(images, parameters, prepared.workload, reset, precision, masks)
-        count = torch.stack(spikes).sum(0)
+    loss, counts, spikes, denied = torch.zeros((), dtype=dtype), [], [], []
+    for images, labels, given_here in _pieces(prepared, dtype, given, chunk):
+        layers, denied_here = _simulate(images, parameters, prepared.workload, reset, precision, masks, given_here)
+        count = torch.stack(layers[-1]).sum(0)
         piece = F.cross_entropy(count, labels, reduction="sum") / len(prepared.labels)
         piece.backward()
         loss += piece.detach()
         counts.append(count.detach())
+        denied.append(denied_here)
+        spikes.append(_train(layers))
     gradients = {name: tensor.grad for name, tensor in parameters.items() if tensor.grad is not None}
-    return {"loss": loss, "counts": torch.cat(counts), **gradients}
+    results = {"loss": loss, "counts": torch.cat(counts), **gradients}
+    return Run(results, _joined(spikes, 1), _joined(denied, 0))
 
 
-def neuron_results(inputs: NeuronInputs, reset: str = "after decay", precision: str = "float64") -> Results:
-    """Spikes and gradients of neurons alone: LIF, or synaptic where there is a γ among the parameters."""
+def neuron_results(
+    inputs: NeuronInputs, reset: str = "after decay", precision: str = "float64", given: Results | None = None
+) -> Run:
+    """Gradients of neurons alone: LIF, or synaptic where there is a γ among the parameters."""
     dtype = DTYPES[precision]
     neurons = inputs.current.shape[-1]
     parameters = {
@@ -182,22 +242,25 @@ def neuron_results(inputs: NeuronInputs, reset: str = "after decay", precision: 
     }
     spikes = torch.empty(inputs.current.shape, dtype=torch.bool)
     gradient = torch.empty(inputs.current.shape)
+    denied = []
     for first in range(0, inputs.current.shape[1], CHUNK):
         part = slice(first, first + CHUNK)
         current = inputs.current[:, part].to(dtype).requires_grad_()
         currents = list(current)
         if "syn_decay" in parameters:
             currents = _filtered(currents, parameters["syn_decay"])
-        fired = _lif(currents, parameters["beta"], parameters["threshold"], reset)
+        given_here = given and given["spikes"][:, part]
+        fired, far = _lif(currents, parameters["beta"], parameters["threshold"], reset, given=given_here)
         torch.autograd.backward(fired, list(inputs.grad_spikes[:, part].to(dtype)))
         assert current.grad is not None
         spikes[:, part] = torch.stack(fired) > 0.5
         gradient[:, part] = current.grad
+        denied.append(far)
     gradients = {name: value.grad for name, value in parameters.items() if value.grad is not None}
-    return {"spikes": spikes, "current": gradient, **gradients}
+    return Run({"current": gradient, **gradients}, {"spikes": spikes}, {"spikes": torch.cat(denied)})
 
 
-def linear_results(prepared: Prepared, inputs: str, precision: str = "float64") -> Results:
+def linear_results(prepared: Prepared, inputs: str, precision: str = "float64") -> Run:
     """Outputs and gradients of the second layer's product alone, for one of the inputs of a :class:`Prepared`."""
     dtype = DTYPES[precision]
     parameters = _parameters(prepared, dtype)
@@ -214,11 +277,14 @@ def linear_results(prepared: Prepared, inputs: str, precision: str = "float64") 
         gradients.append(x.grad.float())
     assert weight.grad is not None
     assert bias.grad is not None
-    return {"y": torch.stack(outputs), "x": torch.stack(gradients), "weight": weight.grad, "bias": bias.grad}
+    results = {"y": torch.stack(outputs), "x": torch.stack(gradients), "weight": weight.grad, "bias": bias.grad}
+    return Run(results, {}, {})
 
 
 @torch.no_grad()
-def update_results(prepared: Prepared, reset: str = "after decay", precision: str = "float64") -> Results:
+def update_results(
+    prepared: Prepared, reset: str = "after decay", precision: str = "float64", given: Results | None = None
+) -> Run:
     """Of an update of dynamic sparse training, for each layer: the mean correlation of every unit "fc1.correlation"
     [block rows, block columns], and the scores of the pruned units "fc1.pruned" and of the grown ones "fc1.grown", in
     the order of pruning and growing.
@@ -229,9 +295,12 @@ def update_results(prepared: Prepared, reset: str = "after decay", precision: st
     products = [torch.zeros(shape, dtype=dtype) for _, shape in shapes]
     squares = [torch.zeros(shape[1], dtype=dtype) for _, shape in shapes]
     squares.append(torch.zeros(shapes[-1][1][0], dtype=dtype))
-    for images in prepared.images.to(dtype).split(CHUNK):
-        layers = [[images] * steps, *_simulate(images, parameters, prepared.workload, reset, precision)]
-        samples = [torch.cat(layer) for layer in layers]
+    spikes, denied = [], []
+    for images, _, given_here in _pieces(prepared, dtype, given, CHUNK):
+        layers, denied_here = _simulate(images, parameters, prepared.workload, reset, precision, given=given_here)
+        spikes.append(_train(layers))
+        denied.append(denied_here)
+        samples = [torch.cat(layer) for layer in ([images] * steps, *layers)]
         for square, sample in zip(squares, samples, strict=True):
             square += sample.square().sum(0)
         for product, pre, post in zip(products, samples, samples[1:], strict=False):
@@ -249,7 +318,7 @@ def update_results(prepared: Prepared, reset: str = "after decay", precision: st
         results[f"{name}.correlation"] = correlation
         results[f"{name}.pruned"] = weights[number][present].sort().values[:count]
         results[f"{name}.grown"] = correlation[~present].sort(descending=True).values[:count]
-    return results
+    return Run(results, _joined(spikes, 1), _joined(denied, 0))
 
 
 def mean_weights(prepared: Prepared) -> list[torch.Tensor]:

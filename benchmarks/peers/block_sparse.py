@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from g2g_kernels import BlockMask
 from g2gnet import LIF, G2GLinear
 
-from ..contender import LinearContender, NetworkContender
+from ..contender import Kept, LinearContender, NetworkContender, keep
 from ..reference import Results
 from ..workload import Prepared
 
@@ -111,10 +111,10 @@ class _Network(nn.Module):
     lif2: LIF
     lif3: LIF
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        x = self.lif1(self.fc1(images), steps=self.steps)
-        x = self.lif2(self.fc2(x))
-        return self.lif3(self.fc3(x)).sum(0, dtype=torch.float32)
+    def forward(self, images: torch.Tensor, kept: Kept | None = None) -> torch.Tensor:
+        x = keep(self.lif1(self.fc1(images), steps=self.steps), kept, 0)
+        x = keep(self.lif2(self.fc2(x)), kept, 1)
+        return keep(self.lif3(self.fc3(x)), kept, 2).sum(0, dtype=torch.float32)
 
 
 class BlockSparseLIF(NetworkContender):

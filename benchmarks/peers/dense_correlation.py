@@ -66,17 +66,20 @@ class Update(UpdateContender):
         with torch.no_grad():
             activity = net.simulate(self.images)
             self.layers = [_Layer(connection.dense_weight(), connection.mask) for connection, _ in net.layers()]
-        self.rates = [float(rates.mean()) for rates in activity.rates]
-        self.spikes = [spikes.dense().flatten(0, 1) for spikes in activity.spikes]
+        self._spikes = [spikes.dense() for spikes in activity.spikes]
 
     def before_turn(self) -> None:
         for layer in self.layers:
             layer.reset()
 
+    def spikes(self) -> list[torch.Tensor]:
+        return self._spikes
+
     def correlations(self) -> list[torch.Tensor]:
         correlations = []
         pre = self.images
-        for number, (post, layer) in enumerate(zip(self.spikes, self.layers, strict=True)):
+        for number, (spikes, layer) in enumerate(zip(self._spikes, self.layers, strict=True)):
+            post = spikes.flatten(0, 1)
             norm_post, norm_pre = post.norm(dim=0), pre.norm(dim=0)
             if number == 0:
                 steps = len(post) // len(pre)
@@ -95,6 +98,3 @@ class Update(UpdateContender):
 
     def units(self) -> list[torch.Tensor]:
         return [layer.units() for layer in self.layers]
-
-    def firing_rates(self) -> list[float]:
-        return self.rates

@@ -8,7 +8,7 @@ from torch import nn
 
 from g2gnet import LIF
 
-from ..contender import NetworkContender, dense_linear
+from ..contender import Kept, NetworkContender, dense_linear, keep
 from ..workload import Prepared
 
 PEERS = (("dense-lif", "DenseLIF", ("step", "forward")),)
@@ -29,10 +29,10 @@ class _Network(nn.Module):
             self.add_module(f"fc{number}", dense_linear(connection))
             self.add_module(f"lif{number}", neurons)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        x = self.lif1(self.fc1(images), steps=self.steps)
-        x = self.lif2(self.fc2(x))
-        return self.lif3(self.fc3(x)).sum(0, dtype=torch.float32)
+    def forward(self, images: torch.Tensor, kept: Kept | None = None) -> torch.Tensor:
+        x = keep(self.lif1(self.fc1(images), steps=self.steps), kept, 0)
+        x = keep(self.lif2(self.fc2(x)), kept, 1)
+        return keep(self.lif3(self.fc3(x)), kept, 2).sum(0, dtype=torch.float32)
 
 
 class DenseLIF(NetworkContender):

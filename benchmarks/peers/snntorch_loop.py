@@ -14,7 +14,7 @@ import snntorch
 import torch
 from torch import nn
 
-from ..contender import NetworkContender, NeuronContender, dense_linear, masked_linear
+from ..contender import Kept, NetworkContender, NeuronContender, dense_linear, keep, masked_linear
 from ..workload import Prepared
 
 PEERS = (
@@ -62,7 +62,7 @@ class Loop(nn.Module):
                 self.add_module(f"rec{number}", recurrent)
             self.add_module(f"lif{number}", leaky(**neurons.by_name, recurrent=recurrent))
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: torch.Tensor, kept: Kept | None = None) -> torch.Tensor:
         layers = [(getattr(self, f"fc{number}"), getattr(self, f"lif{number}")) for number in (1, 2, 3)]
         states = []  # of a recurrent layer spikes and membranes, of another membranes
         for fc, lif in layers:
@@ -74,6 +74,7 @@ class Loop(nn.Module):
             for index, (fc, lif) in enumerate(layers):
                 spikes, membrane = lif(fc(spikes), *states[index])
                 states[index] = (spikes, membrane)[-len(states[index]) :]
+                keep(spikes, kept, index)
             counts = counts + spikes
         return counts
 

@@ -26,7 +26,7 @@ from torch import nn
 
 from g2gnet import G2GLinear
 
-from ..contender import NetworkContender, NeuronContender, dense_linear
+from ..contender import Kept, NetworkContender, NeuronContender, dense_linear, keep
 from ..reference import Results
 from ..workload import Prepared
 
@@ -90,11 +90,11 @@ class _Network(nn.Module):
             self.add_module(f"fc{number}", dense_linear(connection, layer.Linear, step_mode="m"))
             self.add_module(f"lif{number}", _MultiStepLIF(beta, threshold))
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: torch.Tensor, kept: Kept | None = None) -> torch.Tensor:
         x = self.fc1(images).expand(self.steps, -1, -1)
-        x = self.lif1(x)
-        x = self.lif2(self.fc2(x))
-        return self.lif3(self.fc3(x)).sum(0)
+        x = keep(self.lif1(x), kept, 0)
+        x = keep(self.lif2(self.fc2(x)), kept, 1)
+        return keep(self.lif3(self.fc3(x)), kept, 2).sum(0)
 
 
 class MultiStep(NetworkContender):
@@ -151,10 +151,11 @@ class _RecurrentNetwork(nn.Module):
             self.add_module(f"fc{number}", dense_linear(connection, layer.Linear, step_mode="m"))
             self.add_module(f"lif{number}", _MultiStepLIF(beta, threshold))
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: torch.Tensor, kept: Kept | None = None) -> torch.Tensor:
         functional.reset_net(self)
-        x = images.expand(self.steps, -1, -1)
-        return self.lif3(self.fc3(self.lif2(self.lif1(x)))).sum(0)
+        x = keep(self.lif1(images.expand(self.steps, -1, -1)), kept, 0)
+        x = keep(self.lif2(x), kept, 1)
+        return keep(self.lif3(self.fc3(x)), kept, 2).sum(0)
 
 
 class Recurrent(NetworkContender):

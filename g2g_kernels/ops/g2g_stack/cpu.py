@@ -69,8 +69,11 @@ def refuses(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) 
         return f"serves at most {MOST_STEPS} time steps"
     if x.numel() == 0:
         return "needs a batch that is not empty"
-    reasons = [plans.refuses(mask, values) for layer in layers for values, mask in layer.connections()]
-    return next(filter(None, reasons), too_large(samples=x.shape[-2]))
+    for layer in layers:
+        for values, mask in layer.connections():
+            if reason := plans.refuses(mask, values):
+                return reason
+    return too_large(samples=x.shape[-2])
 
 
 def g2g_stack(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> Activity:

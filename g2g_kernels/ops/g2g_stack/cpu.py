@@ -111,7 +111,7 @@ class PackedSpikes:
     def __init__(self, words: torch.Tensor, values: torch.Tensor, mask: MaskTensors) -> None:
         self._packed = PackedWords(words, values, mask)
         # the order of the neurons and the ranges of units, which load_state_dict may change in place
-        self._order, self._bounds = mask.rows_then
+        self._order, self._bounds = mask.rows_then()
 
     def dense(self) -> torch.Tensor:
         """The spikes, 0 or 1, float [T, B, N] in neuron order, without gradient."""

@@ -108,9 +108,7 @@ def g2g_stack(
             raise ValueError(f"layer {number} has {in_size} inputs but receives {size}")
         if layer.dropped is not None:
             check_dropped(suffix, layer.dropped, (x.shape[-2], out_size))
-        population = check_neurons(suffix, layer.population, out_size, x)
-        if population is not layer.population:
-            layer = replaced(layer, population=population)
+        layer = replaced(layer, population=check_neurons(suffix, layer.population, out_size, x))
         if layer.state is not None:
             check_state(suffix, layer.state, layer.population, (x.shape[-2], out_size))
             _check_like(suffix, layer.state, x)

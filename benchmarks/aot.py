@@ -235,7 +235,7 @@ def resources(compiled: Any, target: Target) -> tuple[int, int]:
         file.write(compiled.asm["cubin"])
         file.flush()
         cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        command = [cuobjdump, "-res-usage", file.name]
+        command = [str(cuobjdump), "-res-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack = map(int, re.findall(r"REG:(\d+) STACK:(\d+)", text)[0])
     return registers, stack

@@ -15,7 +15,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from tqdm import tqdm
@@ -161,61 +163,62 @@ HEADINGS = ["step", "kernel", "tile", "factors", "target", "registers", "stack",
             "buffers", "in flight"]  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Source:
-    """A launch's kernel in the form of Triton's compiler; equal for launches that share machine code."""
+    """What a launch hands to Triton's compiler; one object for launches that share machine code."""
 
-    kernel: Any
-    signature: tuple
-    constants: tuple
-    attributes: tuple
-    options: tuple
-    factors: str
-    tile: str
+    ast: Any
+    target: Any
+    options: dict[str, Any]
+
+    def compiled(self) -> Any:
+        """The compiled kernel."""
+        import triton
+
+        return triton.compile(self.ast, target=self.target, options=self.options)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Driver:
+    """Answers what a launch asks of a GPU's driver."""
+
+    target: Target
+
+    def get_current_device(self) -> str:
+        return self.target.name
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget(self.target.backend, self.target.arch, self.target.warp)
 
 
 def source_of(launch: Launch, target: Target) -> Source:
-    """What Triton would compile for a launch on ``target``, with its rules for specialising arguments."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import make_backend
-    from triton.runtime.jit import create_function_from_signature
+    """What a launch on ``target`` compiles: Triton prepares it as it does there, in each version by its own rules.
 
-    kernel, keywords = launch.kernel, {"debug": False, **launch.arguments}
-    backend = make_backend(GPUTarget(target.backend, target.arch, target.warp))
-    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, rest = bind(**keywords)
-    options, signature, constants, attributes = kernel._pack_args(backend, keywords, bound, specialization, rest)
+    From then on this process launches for ``target``, which it does not have: it can compile and no more.
+    """
+    from triton.runtime import driver
+
+    kernel = launch.kernel
+    driver.set_active(_Driver(target))
+    kernel.device_caches[target.name]  # asked for once, it sets the compiler
+    with mock.patch.object(kernel, "compile", Source):
+        return kernel.warmup(grid=launch.grid, **launch.arguments)
+
+
+def tile_of(launch: Launch, source: Source) -> str:
+    sides = [f"{name[6:]}{value}" for name, value in launch.arguments.items() if name.startswith("BLOCK_")]
+    return " ".join([*sides, f"w{source.options['num_warps']}", f"s{source.options['num_stages']}"])
+
+
+def factors_of(launch: Launch) -> str:
     names = {torch.uint8: "u8", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float16: "fp16"}
-    read = [bound.get(name) for name in ("x", "grad_y", "values", "current", "margins", "grad_spikes")]
-    tile = [f"{name[6:]}{value}" for name, value in launch.arguments.items() if name.startswith("BLOCK_")]
-    return Source(
-        kernel,
-        tuple(signature.items()),
-        tuple(constants.items()),
-        tuple((path, tuple(map(tuple, values))) for path, values in attributes.items()),
-        tuple((name, launch.arguments[name]) for name in ("num_warps", "num_stages", "enable_fp_fusion")
-              if name in launch.arguments),
-        " × ".join(names[tensor.dtype] for tensor in read if isinstance(tensor, torch.Tensor)),
-        " ".join([*tile, f"w{options.num_warps}", f"s{options.num_stages}"]),
-    )  # fmt: skip
-
-
-def compile_for(source: Source, target: Target) -> Any:
-    """The compiled kernel."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    return triton.compile(
-        ASTSource(
-            source.kernel,
-            dict(source.signature),
-            dict(source.constants),
-            {path: [list(value) for value in values] for path, values in source.attributes},
-        ),
-        target=GPUTarget(target.backend, target.arch, target.warp),
-        options=dict(source.options),
-    )
+    read = map(launch.arguments.get, ("x", "grad_y", "values", "current", "margins", "grad_spikes"))
+    return " × ".join(names[tensor.dtype] for tensor in read if isinstance(tensor, torch.Tensor))
 
 
 def resources(compiled: Any, target: Target) -> tuple[int, int]:
@@ -226,12 +229,13 @@ def resources(compiled: Any, target: Target) -> tuple[int, int]:
             int(re.findall(rf"\.{name}:\s+(\d+)", text)[-1]) for name in ("vgpr_count", "private_segment_fixed_size")
         )
         return registers, stack
-    from triton import knobs
+    import triton
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        command = [str(cuobjdump), "-res-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack = map(int, re.findall(r"REG:(\d+) STACK:(\d+)", text)[0])
     return registers, stack
@@ -285,24 +289,23 @@ def programs_of_sm(registers: int, shared: int, num_warps: int, target: Target) 
 
 def rows(cases: Sequence[Case], targets: Sequence[Target], kernels: Sequence[str]) -> Iterator[Row]:
     """Each of these kernels of these steps on each target, once."""
-    jobs: dict[tuple[str, Source], tuple[str, str, Target]] = {}
+    jobs: dict[Source, tuple[str, Launch, Target]] = {}
     for case, target in itertools.product(cases, targets):
         if case.precision == "high" and target.backend == "hip":
             continue  # tf32 is NVIDIA's; on AMD's cards nothing asks for it
         for launch in case.launches(target):
-            name = launch.kernel.fn.__name__
-            if name in kernels:
-                jobs.setdefault((target.name, source_of(launch, target)), (case.name, name, target))
+            if launch.kernel.__name__ in kernels:
+                jobs.setdefault(source_of(launch, target), (case.name, launch, target))
     bar = tqdm(jobs.items(), desc="compiling", unit=" kernels", leave=False, disable=None)
-    for (_, source), (case_name, name, target) in bar:
-        compiled = compile_for(source, target)
+    for source, (case_name, launch, target) in bar:
+        compiled = source.compiled()
         registers, stack = resources(compiled, target)
         shared = compiled.metadata.shared
         yield Row(
             case_name,
-            name,
-            source.tile,
-            source.factors,
+            launch.kernel.__name__,
+            tile_of(launch, source),
+            factors_of(launch),
             target.name,
             registers,
             stack,

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 _Function = TypeVar("_Function", bound=Callable)
+_Record = TypeVar("_Record", bound=tuple)
 
 
 def constant_when_traced(function: _Function) -> _Function:
@@ -23,6 +24,17 @@ def constant_when_traced(function: _Function) -> _Function:
 def is_traced() -> bool:
     """Whether calls are being recorded: nothing may depend on values, and only plain operations are understood."""
     return torch.compiler.is_compiling() or torch._C._is_tracing()
+
+
+def is_scripted() -> bool:
+    """Whether torch.jit.trace records; torch.compile before 2.10 cannot ask it, and need not."""
+    return not torch.compiler.is_compiling() and torch._C._is_tracing()
+
+
+def replaced(record: _Record, **fields: Any) -> _Record:
+    """``record._replace(**fields)`` of a named tuple, which torch.compile of PyTorch 2.8 cannot trace."""
+    names = type(record)._fields  # type: ignore[attr-defined]
+    return type(record)(*[fields[name] if name in fields else getattr(record, name) for name in names])
 
 
 def is_transformed() -> bool:

@@ -1,5 +1,6 @@
 """The units of a sparse weight matrix: their coordinates, both indices of them, and their weights, packed or dense."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
@@ -30,11 +31,12 @@ class _MaskTensors(NamedTuple):
     col_place_of: torch.Tensor
 
 
-def _once(function: Callable[["MaskTensors"], ValueT]) -> property:
-    """A property that is computed once, but by every trace anew (functools.cached_property has a lock, which
+def _once(function: Callable[["MaskTensors"], ValueT]) -> Callable[["MaskTensors"], ValueT]:
+    """A method that is computed once, but by every trace anew (functools.cached_property has a lock, which
     torch.compile cannot enter)."""
     name = f"_{function.__name__}"
 
+    @functools.wraps(function)
     def value(self: "MaskTensors") -> ValueT:
         if is_traced():
             return function(self)
@@ -43,7 +45,7 @@ def _once(function: Callable[["MaskTensors"], ValueT]) -> property:
             kept[name] = function(self)
         return kept[name]
 
-    return property(value, doc=function.__doc__)
+    return value
 
 
 class MaskTensors(_MaskTensors):
@@ -53,11 +55,13 @@ class MaskTensors(_MaskTensors):
     keeps as an attribute (``vars(mask)``): the tensors may change in place, but stay the same ones.
     """
 
+    @property
     @_once
     def shape(self) -> tuple[int, int]:
         """(out, in) of the weight matrix."""
         return self.row_order.shape[0], self.col_order.shape[0]
 
+    @property
     @_once
     def grid(self) -> tuple[int, int]:
         """(block rows, block columns) of the unit grid."""
@@ -65,7 +69,10 @@ class MaskTensors(_MaskTensors):
 
     @_once
     def rows_then(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Copies of ``row_order`` and ``row_bounds``, for those who need them after the mask has changed."""
+        """Copies of ``row_order`` and ``row_bounds``, for those who need them after the mask has changed.
+
+        No property, which torch.compile of PyTorch 2.8 and 2.10 cannot trace.
+        """
         return self.row_order.clone(), self.row_bounds.clone()
 
 

@@ -29,7 +29,7 @@ from g2g_kernels.ops.g2g_stack import (
 from g2g_kernels.ops.g2g_stack.layer import Observer
 from g2g_kernels.ops.neurons.checks import check_states
 from g2g_kernels.ops.neurons.step import spikes_of
-from g2g_kernels.tracing import is_traced, is_transformed, symbolic_call
+from g2g_kernels.tracing import is_traced, is_transformed, replaced, symbolic_call
 from g2gnet import graphs
 from g2gnet.layers import G2GLinear
 from g2gnet.neurons import SpikingNeurons
@@ -290,11 +290,11 @@ class SpikingStack(nn.Module):
         if reason is None:
             layers = self._as_layers(pairs, recurrents, of_layers, state)
             if membranes:
-                layers = [layer._replace(membranes=True) for layer in layers]
+                layers = [replaced(layer, membranes=True) for layer in layers]
             if self.readout != "counts":
                 *_, last = layers
-                layers[-1] = last._replace(
-                    population=last.population.integrating(), membranes=membranes or self.readout != "last"
+                layers[-1] = replaced(
+                    last, population=last.population.integrating(), membranes=membranes or self.readout != "last"
                 )
             steps = self.T if inputs.dim() == 2 else None
             activity = g2g_stack(inputs, layers, steps, self.backend, spikes, chunk)
@@ -313,7 +313,7 @@ class SpikingStack(nn.Module):
                 _say_that_layers_are_called(reason)
             activity = activity_of(self._in_turn(inputs, pairs, recurrents, of_layers), None, differentiable=spikes)
             if not is_traced() and all(isinstance(connection, G2GLinear) for connection in self.connections().values()):
-                activity = activity._replace(synapses=self._synapses(inputs, pairs, recurrents, activity))
+                activity = replaced(activity, synapses=self._synapses(inputs, pairs, recurrents, activity))
         self._call(list(self._activity_hooks.values()), inputs, activity, state)
         return activity
 
@@ -374,7 +374,7 @@ class SpikingStack(nn.Module):
             ]
         if state is not None:
             self._check_form(state)
-            layers = [layer._replace(state=_as_one(before)) for layer, before in zip(layers, state, strict=True)]
+            layers = [replaced(layer, state=_as_one(before)) for layer, before in zip(layers, state, strict=True)]
         return layers
 
     def _read(self, activity: Activity, steps: int, membranes: bool) -> Activity:
@@ -388,7 +388,8 @@ class SpikingStack(nn.Module):
             assert isinstance(membrane, torch.Tensor)
             readout = membrane.mean(0) if self.readout == "mean" else membrane.amax(0)
         none = torch.zeros_like(activity.counts)
-        return activity._replace(
+        return replaced(
+            activity,
             counts=none,
             rates=(*activity.rates[:-1], torch.zeros_like(activity.rates[-1])),
             spikes=(*activity.spikes[:-1], DenseSpikes(none.expand(steps, *none.shape))),
@@ -401,13 +402,13 @@ class SpikingStack(nn.Module):
         scale = self._scale
         values, recurrent, (observer, of_recurrent) = layer.values, layer.recurrent, layer.observers
         if recurrent is not None and dropped is not None:
-            recurrent = recurrent._replace(values=recurrent.values * scale)
+            recurrent = replaced(recurrent, values=recurrent.values * scale)
             of_recurrent = of_recurrent and _of_scaled(of_recurrent, scale)
         if number:
             values = values * scale
             observer = observer and _of_scaled(observer, scale)
         observers = observer, of_recurrent
-        return layer._replace(values=values, dropped=dropped, recurrent=recurrent, observers=observers)
+        return replaced(layer, values=values, dropped=dropped, recurrent=recurrent, observers=observers)
 
     def _synapses(
         self, inputs: torch.Tensor, pairs: Sequence[Pair], recurrents: Sequence[G2GLinear | None], activity: Activity

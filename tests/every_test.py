@@ -26,6 +26,7 @@ if not torch.cuda.is_available():
     if importlib.util.find_spec("triton"):
         import triton_interpreter
 
+        triton_interpreter.accept_any_numpy()
         triton_interpreter.quicken()
 
 # Machine code that the compiler keeps lies in a folder that is removed when this process ends.

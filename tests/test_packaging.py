@@ -30,7 +30,7 @@ if not (ROOT / ".git").exists():
 
 
 def test_every_dependency_names_the_oldest_version_that_is_tested():
-    """tests/oldest.sh installs these."""
+    """tests/versions.sh installs these."""
     tomllib = pytest.importorskip("tomllib", reason="Python 3.11 has it")
     from oldest import oldest
 

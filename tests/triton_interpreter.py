@@ -15,6 +15,18 @@ import numpy as np
 from triton.runtime import interpreter
 
 
+def accept_any_numpy() -> None:
+    """Converts tensors of one element to numbers, which before Triton 3.7 it leaves to NumPy, and NumPy 2.4 refuses."""
+    patch = interpreter._patch_lang_tensor
+
+    @functools.wraps(patch)
+    def patch_and_convert(tensor, *scope):
+        patch(tensor, *scope)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_and_convert
+
+
 def quicken() -> None:
     """Changes the interpreter of this process, once; leaves it as it is where its insides are not as expected."""
     names = ("GridExecutor", "_get_np_dtype", "_interpreter", "_patch_attr", "_patch_builtin", "_patch_lang",
@@ -51,7 +63,8 @@ def _look_up_number_formats() -> None:
 
 
 def _patch_the_language_once_a_launch() -> None:
-    """A launch patches the language and restores it; device functions called in between find it patched."""
+    """A launch patches the language and, since Triton 3.6, restores it; device functions called in between find it
+    patched."""
     patched: set[int] = set()  # the globals of functions for which it is, in this launch
     patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
 
@@ -246,19 +259,20 @@ def _compute_at_once() -> None:
 
         return computed
 
+    wrapped = {name: (at_once, *how, False) for name, how in AT_ONCE.items()}
+    wrapped |= {name: (at_once, *how, True) for name, how in REVERSED.items()}
+    wrapped |= {"to": (to_at_once,), "__getitem__": (new_axis_at_once,)}
+    places = [(core.tensor, name, how) for name, how in wrapped.items()]
+    places += [(language, "where", (where_at_once,)), (language, "load", (load_at_once,))]
+
     @functools.wraps(patch)
     def patch_and_compute(function):
         scope = patch(function)
-        if scope:
-            wrapped = {name: (at_once, *how, False) for name, how in AT_ONCE.items()}
-            wrapped |= {name: (at_once, *how, True) for name, how in REVERSED.items()}
-            wrapped |= {"to": (to_at_once,), "__getitem__": (new_axis_at_once,)}
-            places = [(core.tensor, name, how) for name, how in wrapped.items()]
-            places += [(language, "where", (where_at_once,)), (language, "load", (load_at_once,))]
-            for place, name, (wrap, *how) in places:
-                operation = getattr(place, name)
-                if operation.__name__ != "computed":
-                    scope.set_attr(place, name, wrap(operation, *how))
+        set_attribute = scope.set_attr if scope else setattr
+        for place, name, (wrap, *how) in places:
+            operation = getattr(place, name)
+            if operation.__name__ != "computed":
+                set_attribute(place, name, wrap(operation, *how))
         return scope
 
     interpreter._patch_lang = patch_and_compute
@@ -269,13 +283,13 @@ def _find_builtins_once() -> None:
     found: dict = {}
     core = interpreter.tl.core
 
-    def patch_builtin(package, builder, scope):
+    def patch_builtin(package, builder, *scope):
         if package not in found:
             found[package] = [name for name, member in inspect.getmembers(package) if core.is_builtin(member)]
         for name in found[package]:
             member = getattr(package, name)
             if core.is_builtin(member):  # not replaced yet in this launch
-                interpreter._patch_attr(package, name, member, builder, scope)
+                interpreter._patch_attr(package, name, member, builder, *scope)
 
     interpreter._patch_builtin = patch_builtin
 

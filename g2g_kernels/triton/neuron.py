@@ -187,17 +187,8 @@ def store_states(pointer, stride, offsets, inside, tiles):
 
 
 @triton.jit
-def load_dropped(pointer, offsets, inside):
-    """Where a tile's neurons are dropped, bool; None if none is."""
-    if pointer is None:
-        return None
-    else:
-        return tl.load(pointer + offsets, mask=inside, other=0) != 0
-
-
-@triton.jit
 def unless(dropped, values):
-    """Spikes, or their gradients, without those of dropped neurons."""
+    """Spikes, or their gradients, without those of dropped neurons: a tile of bools, or None."""
     if dropped is None:
         return values
     else:

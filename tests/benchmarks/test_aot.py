@@ -153,7 +153,7 @@ for dtype in (torch.bfloat16, torch.float32):
     for fused in (True, False):
         with stack.choose(fused):
             step = of(dataclasses.replace(CASES["default step, bf16"], dtype=dtype).launches(sm_90))
-        print(len(step), *sorted(source.kernel.fn.__name__ for source in step - checked))
+        print(len(step), *sorted(source.ast.name for source in step - checked))
 """
 
 
@@ -168,7 +168,7 @@ def test_the_doctor_checks_every_kernel_of_a_default_step_and_other_batches_need
 
 ON_CHIP = """
 import torch
-from benchmarks.aot import TARGETS, compile_for, source_of
+from benchmarks.aot import TARGETS, source_of
 from benchmarks.launches import training_step
 from g2g_kernels.ops.g2g_linear import tiles
 from g2g_kernels.ops.g2g_stack import triton as stack
@@ -185,7 +185,7 @@ def fused(hidden, side, card):
 print(*[launch.arguments["ON_CHIP"] for units in (9, 10) for launch in fused(64 * units, 64, "a100")])
 (launch,) = [each for each in fused(512, 32, "a100") if each.arguments["BLOCK_N"] == 32][-1:]
 sm_80 = TARGETS["sm_80"]
-shared = compile_for(source_of(launch, sm_80), sm_80).metadata.shared
+shared = source_of(launch, sm_80).compiled().metadata.shared
 print(launch.arguments["ON_CHIP"], shared, stack.on_chip_bytes(16, 32, 32))
 """
 

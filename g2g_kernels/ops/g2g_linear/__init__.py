@@ -9,6 +9,7 @@ from g2g_kernels.dispatch import Operator, forced_backend
 from g2g_kernels.ops.checks import check_connection, check_tensor
 from g2g_kernels.ops.derivatives import has_tangent
 from g2g_kernels.ops.g2g_linear import cpu, reference
+from g2g_kernels.tracing import is_scripted
 
 
 def _triton() -> ModuleType:
@@ -61,6 +62,6 @@ def g2g_linear(
         raise ValueError(f"x has shape {tuple(x.shape)}, its last dimension must be the mask's {mask.shape[1]} inputs")
     if torch.compiler.is_compiling() and has_tangent((x, values, bias)):
         return reference.g2g_linear(x, values, mask, bias)  # whose operations have a forward mode there
-    if torch._C._is_tracing() and forced_backend(backend) is None:  # converters know no operator of ours
+    if is_scripted() and forced_backend(backend) is None:  # converters know no operator of ours
         return reference.g2g_linear(x, values, mask, bias)
     return operator(x, values, mask, bias, backend=backend)

@@ -25,7 +25,7 @@ from g2g_kernels.ops.g2g_stack.reference import activity_of
 from g2g_kernels.ops.g2g_stack.synapses import Border, Synapses, SynapticOperations
 from g2g_kernels.ops.neurons import run_neurons
 from g2g_kernels.ops.neurons.checks import check_neurons, check_state, check_steps
-from g2g_kernels.tracing import is_transformed
+from g2g_kernels.tracing import is_transformed, replaced
 
 __all__ = [
     "Activity", "Border", "DenseSpikes", "NeuronState", "Recurrent", "Spikes", "SpikingLayer", "StackState", "Synapses",
@@ -108,9 +108,7 @@ def g2g_stack(
             raise ValueError(f"layer {number} has {in_size} inputs but receives {size}")
         if layer.dropped is not None:
             check_dropped(suffix, layer.dropped, (x.shape[-2], out_size))
-        population = check_neurons(suffix, layer.population, out_size, x)
-        if population is not layer.population:
-            layer = layer._replace(population=population)
+        layer = replaced(layer, population=check_neurons(suffix, layer.population, out_size, x))
         if layer.state is not None:
             check_state(suffix, layer.state, layer.population, (x.shape[-2], out_size))
             _check_like(suffix, layer.state, x)
@@ -134,7 +132,7 @@ def g2g_stack(
         None if layer.recurrent is None else _border(layer, state)
         for layer, state in zip(checked, activity.states)  # noqa: B905
     ]
-    return activity._replace(synapses=Synapses(x, steps, weights, borders))
+    return replaced(activity, synapses=Synapses(x, steps, weights, borders))
 
 
 def _border(layer: SpikingLayer, last: torch.Tensor) -> Border:
@@ -161,7 +159,7 @@ def _run(
         layers = [
             layer
             if layer.dropped is None or layer.state is None
-            else layer._replace(state=layer.state.masked_fill(layer.dropped, 0))
+            else replaced(layer, state=layer.state.masked_fill(layer.dropped, 0))
             for layer in layers
         ]
     if spikes or is_transformed() or any(layer.membranes or any(layer.observers) for layer in layers):
@@ -176,7 +174,7 @@ def _run(
         state if layer.dropped is None else state.masked_fill(layer.dropped, 0)
         for state, layer in zip(activity.states, layers)  # noqa: B905
     ]
-    return activity._replace(states=tuple(states))
+    return replaced(activity, states=tuple(states))
 
 
 def _neurons_in_float32(current: torch.Tensor, *arguments: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:

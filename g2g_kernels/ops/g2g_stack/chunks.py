@@ -13,7 +13,7 @@ import torch
 from g2g_kernels.ops.derivatives import differentiable_once, for_each
 from g2g_kernels.ops.g2g_stack.activity import Activity, Spikes
 from g2g_kernels.ops.g2g_stack.layer import SpikingLayer
-from g2g_kernels.tracing import is_transformed
+from g2g_kernels.tracing import is_transformed, replaced
 
 #: (x, layers, steps) -> their activity
 Run = Callable[[torch.Tensor, Sequence[SpikingLayer], int | None], Activity]
@@ -45,7 +45,7 @@ def in_chunks(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None
         activity = _recomputed(part, layers, held, run) if recomputes else run(part, layers, held)
         assert activity.states is not None
         layers = [
-            layer._replace(state=state)
+            replaced(layer, state=state)
             for layer, state in zip(layers, activity.states)  # noqa: B905
         ]
         done.append((size, activity))
@@ -106,7 +106,7 @@ def _recomputed(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | No
 class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, chunk, x, *tensors):
-        ctx.chunk = chunk._replace(spikes=[])
+        ctx.chunk = replaced(chunk, spikes=[])
         # what has no gradient, too: PyTorch then refuses the others' if it has changed in place in the meantime
         indices = [index for layer in chunk.layers for _, mask in layer.connections() for index in mask.tensors()]
         dropped = [layer.dropped for layer in chunk.layers if layer.dropped is not None]

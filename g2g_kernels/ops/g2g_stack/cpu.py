@@ -69,8 +69,11 @@ def refuses(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) 
         return f"serves at most {MOST_STEPS} time steps"
     if x.numel() == 0:
         return "needs a batch that is not empty"
-    reasons = [plans.refuses(mask, values) for layer in layers for values, mask in layer.connections()]
-    return next(filter(None, reasons), too_large(samples=x.shape[-2]))
+    for layer in layers:
+        for values, mask in layer.connections():
+            if reason := plans.refuses(mask, values):
+                return reason
+    return too_large(samples=x.shape[-2])
 
 
 def g2g_stack(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> Activity:
@@ -108,7 +111,7 @@ class PackedSpikes:
     def __init__(self, words: torch.Tensor, values: torch.Tensor, mask: MaskTensors) -> None:
         self._packed = PackedWords(words, values, mask)
         # the order of the neurons and the ranges of units, which load_state_dict may change in place
-        self._order, self._bounds = mask.rows_then
+        self._order, self._bounds = mask.rows_then()
 
     def dense(self) -> torch.Tensor:
         """The spikes, 0 or 1, float [T, B, N] in neuron order, without gradient."""

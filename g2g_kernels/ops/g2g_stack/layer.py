@@ -7,6 +7,7 @@ import torch
 
 from g2g_kernels.block_mask import BlockMask
 from g2g_kernels.ops.neurons.models import Neurons
+from g2g_kernels.tracing import replaced
 
 #: called with the inputs of a product and what it gives; returns that
 Observer = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -74,6 +75,6 @@ class SpikingLayer(NamedTuple):
         """The layer with other tensors, in the order of :meth:`tensors`."""
         values = next(tensors)
         bias, state = (None if tensor is None else next(tensors) for tensor in (self.bias, self.state))
-        recurrent = None if self.recurrent is None else self.recurrent._replace(values=next(tensors))
-        population = self.population._replace(parameters=tuple(next(tensors) for _ in self.population.parameters))
-        return self._replace(values=values, bias=bias, state=state, population=population, recurrent=recurrent)
+        recurrent = None if self.recurrent is None else replaced(self.recurrent, values=next(tensors))
+        population = replaced(self.population, parameters=tuple(next(tensors) for _ in self.population.parameters))
+        return replaced(self, values=values, bias=bias, state=state, population=population, recurrent=recurrent)

@@ -19,8 +19,11 @@ from g2g_kernels.ops.neurons.step import spikes_of
 
 def refuses(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> str | None:
     """Why these operations cannot serve a call, or None."""
-    reasons = (mixed_dtypes(x, values, layer.bias) for layer in layers for values, _ in layer.connections())
-    return next(filter(None, reasons), None)
+    for layer in layers:
+        for values, _ in layer.connections():
+            if reason := mixed_dtypes(x, values, layer.bias):
+                return reason
+    return None
 
 
 def g2g_stack(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> Activity:

@@ -69,7 +69,6 @@ from g2g_kernels.triton.neuron import (
     EXACT,
     charge,
     fires,
-    load_dropped,
     load_parameters,
     load_states,
     plus,
@@ -96,30 +95,22 @@ from g2g_kernels.triton.runtime import cdiv, launch
 
 @triton.jit
 def next_states(
-    states, count, current, own, silent, spikes, margins, y_offset, inside, MODEL: tl.constexpr, RESET: tl.constexpr
-):
-    """The states and counts after one more step, whose spikes and margins are stored."""
+    states, count, current, own, silent, spikes, margins, here, y_offset, inside,
+    MODEL: tl.constexpr, RESET: tl.constexpr,
+):  # fmt: skip
+    """The states and counts after one more step, whose spikes and margins are stored ``here``, at its first element."""
     threshold = own[len(own) - 1]
     states = charge(states, fires(states[len(states) - 1], threshold), current, own, MODEL, RESET)
     membrane = states[len(states) - 1]
     spike = unless(silent, fires(membrane, threshold).to(tl.float32))
-    tl.store(spikes + y_offset, spike.to(spikes.dtype.element_ty), mask=inside)
+    tl.store(spikes + here + y_offset, spike.to(spikes.dtype.element_ty), mask=inside)
     if margins is not None:
         margin = membrane - threshold
         if margins.dtype.element_ty == tl.float16:
             # a margin of −∞ would make NaN in the backward pass
             margin = tl.clamp(margin, -65504.0, 65504.0)
-        tl.store(margins + y_offset, margin.to(margins.dtype.element_ty), mask=inside)
+        tl.store(margins + here + y_offset, margin.to(margins.dtype.element_ty), mask=inside)
     return states, count + spike
-
-
-@triton.jit
-def after(pointer, elements):
-    """A pointer so many elements further, or None."""
-    if pointer is not None:
-        return pointer + elements
-    else:
-        return None
 
 
 @triton.jit
@@ -153,7 +144,7 @@ def over_time(
         if turn % tiles_of_step == tiles_of_step - 1:
             here = t * batch * y_size
             states, count = next_states(
-                states, count, current, own, silent, spikes + here, after(margins, here), y_offset, inside, MODEL, RESET
+                states, count, current, own, silent, spikes, margins, here, y_offset, inside, MODEL, RESET
             )
             current = start
     return states, count
@@ -186,7 +177,7 @@ def over_time_on_chip(
             current = tl.dot(x_tile.to(weights[j].dtype), weights[j], current)
         here = step * y_size
         states, count = next_states(
-            states, count, current, own, silent, spikes + here, after(margins, here), y_offset, inside, MODEL, RESET
+            states, count, current, own, silent, spikes, margins, here, y_offset, inside, MODEL, RESET
         )
     return states, count
 
@@ -241,7 +232,9 @@ def fused_forward_kernel(
     start = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if bias is not None:
         start += tl.load(bias + column, mask=n_ok, other=0.0).to(tl.float32)[None, :]
-    silent = load_dropped(dropped, y_offset, inside)
+    silent = dropped
+    if dropped is not None:
+        silent = tl.load(dropped + y_offset, mask=inside, other=0) != 0
 
     first, end = tl.load(row_ptr + row), tl.load(row_ptr + row + 1)
     step = tl.cast(batch, tl.int64) * y_size
@@ -450,7 +443,9 @@ def fused_backward_kernel(
     at_all_steps = tl.where(inside, at_all_steps, 0.0)  # elements that do not exist add nothing to any sum
 
     tl.static_assert(STATES == 1)
-    silent = load_dropped(dropped, offset, inside)
+    silent = dropped
+    if dropped is not None:
+        silent = tl.load(dropped + offset, mask=inside, other=0) != 0
     grads = load_states(grad_last, step, offset, inside, STATES, BLOCK_B, BLOCK_N)
     at_first = load_states(states_before, step, offset, inside, STATES, BLOCK_B, BLOCK_N)[0] - threshold
     totals = zeros(len(own), BLOCK_B, BLOCK_N)

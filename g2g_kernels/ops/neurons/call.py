@@ -9,6 +9,7 @@ import torch
 from g2g_kernels.ops import record
 from g2g_kernels.ops.derivatives import refuse_backward
 from g2g_kernels.ops.neurons.models import MODELS, NeuronModel, Neurons
+from g2g_kernels.tracing import replaced
 
 
 class NeuronsCall(NamedTuple):
@@ -37,7 +38,7 @@ class NeuronsCall(NamedTuple):
         state = None if state is None else state.float().contiguous()
         given = (current, *parameters) if state is None else (current, state, *parameters)
         keep = torch.is_grad_enabled() and any([tensor.requires_grad for tensor in given])
-        return cls(current.contiguous(), population._replace(parameters=parameters), steps or 0, keep, state)
+        return cls(current.contiguous(), replaced(population, parameters=parameters), steps or 0, keep, state)
 
     def flat(self) -> tuple[Any, ...]:
         current, (model, parameters, reset, surrogate, alpha), steps, keep, state = self

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from g2g_kernels.ops.neurons.surrogates import ALPHA, SURROGATE
+from g2g_kernels.tracing import replaced
 
 RESETS = ("subtract", "zero", "none")
 #: of neurons that are given no other
@@ -210,4 +211,4 @@ class Neurons(NamedTuple):
             torch.zeros_like(parameter) if name in model.by_spikes else parameter
             for name, parameter in zip(model.parameters, self.parameters, strict=True)
         )
-        return self._replace(parameters=parameters, reset="none")
+        return replaced(self, parameters=parameters, reset="none")

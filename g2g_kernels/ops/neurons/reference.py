@@ -16,6 +16,7 @@ import torch
 from g2g_kernels.ops.derivatives import differentiable_once, for_each, root
 from g2g_kernels.ops.neurons.models import MODELS, Neurons, Tensors
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
+from g2g_kernels.tracing import replaced
 
 
 def neurons(
@@ -26,7 +27,7 @@ def neurons(
         current, parameters = current.detach(), tuple(parameter.detach() for parameter in parameters)
         state = None if state is None else state.detach()
     origin = root(current) if torch.is_grad_enabled() else None
-    return _Neurons.apply(current, state, steps, population._replace(parameters=()), origin, *parameters)
+    return _Neurons.apply(current, state, steps, replaced(population, parameters=()), origin, *parameters)
 
 
 def _joined(states: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -13,6 +13,7 @@ from g2g_kernels.ops.derivatives import has_tangent
 from g2g_kernels.ops.neurons.checks import as_tensors, check_neurons, check_states
 from g2g_kernels.ops.neurons.models import MODELS, RESET, Neurons, Tensors
 from g2g_kernels.ops.neurons.surrogates import ALPHA, SURROGATE, SURROGATES
+from g2g_kernels.tracing import is_scripted
 
 
 def lif_step(
@@ -185,7 +186,7 @@ def spikes_of(membrane: torch.Tensor, population: Neurons) -> torch.Tensor:
 def _spikes(membrane: torch.Tensor, theta: torch.Tensor, population: Neurons) -> torch.Tensor:
     spikes = (membrane > theta).to(membrane.dtype)
     # a trace must be the same with and without gradients
-    if torch.is_grad_enabled() or torch._C._is_tracing() or has_tangent((membrane, theta)):
+    if torch.is_grad_enabled() or is_scripted() or has_tangent((membrane, theta)):
         smooth = SURROGATES[population.surrogate].primitive(membrane - theta, population.alpha)
         rise = smooth - smooth.detach()  # 0, with the derivative of the surrogate
         spikes = spikes + rise.masked_fill(rise.isnan(), 0)

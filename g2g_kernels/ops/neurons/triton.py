@@ -44,7 +44,6 @@ from g2g_kernels.triton.neuron import (
     EXACT,
     charge,
     fires,
-    load_dropped,
     load_parameters,
     load_states,
     plus,
@@ -108,7 +107,9 @@ def neurons_forward_kernel(
     if HELD:
         same = tl.load(current + offsets, mask=inside, other=0.0).to(tl.float32)
 
-    silent = load_dropped(dropped, offsets, inside)
+    silent = dropped
+    if dropped is not None:
+        silent = tl.load(dropped + offsets, mask=inside, other=0) != 0
     states = load_states(first, step, offsets, inside, STATES, BLOCK_B, BLOCK_N)
     count = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
     for segment in range(tl.cdiv(steps, SEGMENT)):
@@ -194,7 +195,9 @@ def neurons_backward_kernel(
     if grad_rates is not None:
         at_all_steps += tl.load(grad_rates + neuron, mask=exists, other=0.0).to(tl.float32)[None, :] * rate_scale
 
-    silent = load_dropped(dropped, offsets, inside)
+    silent = dropped
+    if dropped is not None:
+        silent = tl.load(dropped + offsets, mask=inside, other=0) != 0
     grads = load_states(grad_last, step, offsets, inside, STATES, BLOCK_B, BLOCK_N)
     totals = zeros(len(values), BLOCK_B, BLOCK_N)
     grad_held = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)

@@ -4,6 +4,7 @@ from g2g_kernels.block_mask import BlockMask
 from g2g_kernels.device import select_device
 from g2g_kernels.dispatch import BackendError, available_backends, backend_status
 from g2g_kernels.groups import GroupLayout
+from g2g_kernels.ops.flops import register_flop_formulas
 from g2g_kernels.ops.g2g_linear import g2g_linear
 from g2g_kernels.ops.g2g_stack import Activity, SpikingLayer, g2g_stack
 from g2g_kernels.ops.neurons import Neurons, adlif, lif, neurons, synaptic
@@ -26,6 +27,7 @@ __all__ = [
     "lif_step",
     "neurons",
     "neurons_step",
+    "register_flop_formulas",
     "select_device",
     "synaptic",
     "synaptic_step",

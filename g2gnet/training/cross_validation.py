@@ -93,6 +93,7 @@ def cross_validate(
         data = functools.partial(_fold_data, whole, settings, fold)
         record = run_training(run, data, checkpoint_dir, alone, on_epoch=on_epoch)
         folds.append({"fold": fold, "seed": run.seed, **{name: record[name] for name in ACCURACIES}})
+    world.stage = "the end of its folds"
     folds = sorted(itertools.chain(*world.gather(folds)), key=lambda result: result["fold"])
     columns = {name: [result[name] for result in folds] for name in ACCURACIES}
     return {

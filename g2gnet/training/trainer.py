@@ -302,6 +302,7 @@ class Trainer(EpochTrainer):
         world, device = self.world, self.device
         if world.size == 1:
             return None
+        world.arrive()
         parallel = DistributedDataParallel(
             _Simulation(self.net, self.settings.chunk),
             device_ids=[device] if device.type == "cuda" else None,
@@ -407,8 +408,7 @@ class Trainer(EpochTrainer):
             rates = [self._whole_batch(share * rates) for rates in activity.rates[:-1]]
             objective = objective + rate_penalty(rates, target)
         self.optimizer.zero_grad(set_to_none=True)  # of a step that was interrupted
-        with self.world.backward():
-            objective.backward()
+        objective.backward()
         with torch.no_grad():
             correct = (activity.output.argmax(1) == labels).sum().to(loss.dtype)
             firing_rates = share * torch.cat(activity.rates)

@@ -6,6 +6,8 @@ Imports inside functions count, those for type checkers do not.
 import ast
 import functools
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -120,3 +122,44 @@ def test_every_named_module_exists(name):
 
 def test_a_circle_is_found():
     assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["a", "b", "c"]
+
+
+#: what an import could change of Python and PyTorch, by name
+STATE = """
+import logging, random, signal, sys, warnings
+import numpy, torch, torch.optim.optimizer
+
+def state():
+    found = {
+        "sys.meta_path": list(sys.meta_path),
+        "sys.path_hooks": list(sys.path_hooks),
+        "sys.excepthook": sys.excepthook,
+        "warnings": list(warnings.filters),
+        "logging": (list(logging.root.handlers), logging.root.level),
+        "torch's RNG": torch.get_rng_state().tolist(),
+        "random's": random.getstate(),
+        "numpy's": [part.tolist() if hasattr(part, "tolist") else part for part in numpy.random.get_state()],
+        "threads": (torch.get_num_threads(), torch.get_num_interop_threads()),
+        "dtype": torch.get_default_dtype(),
+        "denormals": bool(torch.full((), 2e-38) * 0.5 == 0),
+        "signals": [signal.getsignal(number) for number in signal.valid_signals()],
+    }
+    for module in (sys.modules["torch.optim.optimizer"], torch.nn.modules.module):
+        names = [name for name in vars(module) if name.startswith("_global_") and "hooks" in name]
+        assert names
+        found |= {f"{module.__name__}.{name}": dict(getattr(module, name)) for name in names}
+    for name, module in pytorch.items():  # functions and classes that someone replaces
+        found |= {f"{name}.{each}": value for each, value in dict(vars(module)).items() if callable(value)}
+    return found
+
+pytorch = {name: module for name, module in dict(sys.modules).items() if name.partition(".")[0] == "torch"}
+before = state()
+import g2g_kernels, g2gnet
+after = state()
+print(*(name for name in before if before[name] is not after[name] and before[name] != after[name]), sep="\\n")
+"""
+
+
+def test_importing_changes_nothing_of_python_and_pytorch():
+    done = subprocess.run([sys.executable, "-c", STATE], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("\n", "")

@@ -23,8 +23,9 @@ from training_runs import SMALL, VARIANTS, assert_equal, flags_of, load, run
 
 import train
 from g2g_kernels import available_backends
+from g2gnet import distributed
 from g2gnet.data import as_samples, load_dataset
-from g2gnet.distributed import ALONE, DistributedError, Meeting, World, join
+from g2gnet.distributed import ALONE, DistributedError, World, join
 from g2gnet.training import Machine, SettingsError, Trainer, TrainSettings
 from g2gnet.training.cross_validation import FoldSettings, cross_validate
 from g2gnet.training.evaluation import autocast, build_network
@@ -155,7 +156,7 @@ def test_in_bfloat16_shares_are_as_near_to_float32_as_the_whole_batch(backend):
 
 #: train.py with a fault in rank 1, after step 5 (in the second epoch of three, at four steps an epoch)
 FAULTY = """
-import os, signal, sys, time
+import datetime, os, signal, sys, time
 import train
 from g2gnet import cli, distributed, dst
 from g2gnet.data import DataError
@@ -163,19 +164,22 @@ from g2gnet.training import Trainer
 fault, rank = sys.argv.pop(1), int(os.environ["RANK"])
 train_step = Trainer._train_step
 def step(self, index):
+    if rank == 1 and self.step == 6 and fault == "sleep in step 7":
+        time.sleep(4)
     result = train_step(self, index)
     if rank == 1 and self.step == 6:
         if fault == "drift":
             self.net.fc2.bias.data[3] += 1e-7
         elif fault in ("SIGKILL", "SIGTERM"):
             os.kill(os.getpid(), getattr(signal, fault))
-        elif fault == "sleep":
+        elif fault == "sleep at step 6":
             time.sleep(4)
     if rank == 1 and self.step == 8 and fault == "moments":
         next(iter(self.optimizer.state.values()))["exp_avg"][0] += 1e-9
     return result
 Trainer._train_step = step
-distributed.PATIENCE = 0.5 if fault == "sleep" else 10
+if "sleep" in fault:
+    distributed.PATIENCE, distributed.FAREWELL = 0.5, datetime.timedelta(seconds=1)
 if fault == "no data" and rank == 1:
     def load_data(*arguments):
         raise DataError("there are no images here")
@@ -221,7 +225,7 @@ def test_a_signal_to_one_stops_all_after_the_same_step_and_more_go_on(tmp_path, 
     assert_same_course(load(whole), load(files))
 
 
-LOST = "faulty.py, rank 0: error: lost the connection to another process; run the same command again to resume"
+LOST = "faulty.py, rank 0: error: lost the connection to rank 1; run the same command again to resume"
 
 
 def test_where_one_dies_the_other_ends_with_a_message_and_one_goes_on(tmp_path, faulty):
@@ -286,12 +290,13 @@ def test_all_say_why_one_of_them_ended(faulty):
     assert "rank 0: error: rank 1 has ended: there are no images here" in errors
 
 
-def test_where_one_does_not_answer_the_others_say_so_and_give_up(faulty):
-    files, errors = faulty("sleep", peer_timeout=0.03)
-    assert re.search(
-        r"rank 0 of 2 has waited \S+ seconds for another process, at step 6; it gives up after 1.8", errors
-    )
-    assert "rank 0: error: another process has not answered for 1.8 seconds (--peer_timeout); run the same" in errors
+@pytest.mark.parametrize("fault", ["sleep at step 6", "sleep in step 7"])
+def test_where_one_does_not_answer_the_others_say_so_and_give_up(faulty, fault):
+    files, errors = faulty(fault, peer_timeout=0.03)
+    message = f"rank 0 of 2 has waited 0 seconds for another process, at {fault[9:]}; it gives up after 1.8 seconds"
+    assert message in errors
+    assert "rank 0: error: heard nothing from rank 1 for 1.8 seconds: look what became of it" in errors
+    assert "--peer_timeout sets this limit" in errors
     assert load(files)["step"] == 4
 
 
@@ -377,16 +382,24 @@ def test_processes_that_do_not_match_name_what_differs_before_any_work(tmp_path,
     assert not (tmp_path / "run").exists()
 
 
+#: the first of three processes, which nobody joins
+ALONE_OF_THREE = {
+    "WORLD_SIZE": "3",
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "MASTER_ADDR": "localhost",
+    "TORCHELASTIC_USE_AGENT_STORE": "True",
+}
+
+
 @pytest.mark.parametrize("name", ["train", "crossval"])
 def test_a_process_that_stays_alone_says_whom_it_waits_for_and_gives_up(tmp_path, name):
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     program = tmp_path / "alone.py"
     text = "import sys, {0}\nfrom g2gnet import distributed\ndistributed.PATIENCE = 0.5\nsys.exit({0}.main())\n"
     program.write_text(text.format(name))
-    variables = {"WORLD_SIZE": "3", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
-    variables |= {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     flags = [*train_flags(tmp_path / "run"), "--peer_timeout", "0.02"]
-    done = run_program(program, *flags, output=tmp_path / "printed", **variables)
+    done = run_program(program, *flags, output=tmp_path / "printed", **ALONE_OF_THREE, MASTER_PORT=str(store.port))
     assert done.statuses == [1]
     assert re.search(
         r"rank 0 of 3 has heard nothing from ranks 1, 2 for \S+ seconds; it gives up after 1.2", done.stderr
@@ -395,12 +408,92 @@ def test_a_process_that_stays_alone_says_whom_it_waits_for_and_gives_up(tmp_path
     assert not (tmp_path / "run").exists()
 
 
+#: train.py, whose first process gets Ctrl-C while it waits; the second one is late and sees whether the first has ended
+INTERRUPTED = """
+import os, signal, sys, threading, time
+from pathlib import Path
+import train
+from g2gnet import cli, distributed
+number = Path(sys.argv.pop(1))
+distributed.PATIENCE = 0.5
+
+def interrupt(*message):
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+def load_data(*arguments):
+    for _ in range(600):
+        status = Path(f"/proc/{number.read_text()}/stat")
+        if not status.exists() or ") Z " in status.read_text():
+            os._exit(0)
+        time.sleep(0.05)
+    os._exit(3)
+
+if os.environ["RANK"] == "0":
+    number.write_text(str(os.getpid()))
+    distributed.logger.warning = interrupt
+else:
+    cli.load_data = load_data
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs /proc")
+@pytest.mark.parametrize("others", ["never come", "are late"])
+def test_ctrl_c_ends_a_process_that_waits(tmp_path, others):
+    program = tmp_path / "interrupted.py"
+    program.write_text(INTERRUPTED)
+    arguments = [program, tmp_path / "number", *train_flags(tmp_path / "run")]
+    if others == "are late":
+        done = launch(2, *arguments, folder=tmp_path / "printed")
+        assert done.statuses == [130, 0], done.stderr
+    else:
+        store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        variables = {**ALONE_OF_THREE, "MASTER_PORT": str(store.port)}
+        done = run_program(*arguments, output=tmp_path / "printed", **variables)
+        assert done.statuses == [130], done.stderr
+    assert "interrupted.py: interrupted; run the same command again to resume" in done.stderr
+
+
+#: three processes that wait in different places, or the last of which does not answer
+PLACES = """
+import datetime, os, sys, time
+import torch
+from g2gnet import distributed
+distributed.FAREWELL = datetime.timedelta(seconds=2)
+try:
+    with distributed.join(torch.device("cpu"), {}, datetime.timedelta(seconds=1)) as world:
+        if sys.argv[1] == "silent" and world.rank == 2:
+            time.sleep(5)
+        world.stage = f"place {world.rank}"
+        world.largest(0) if world.rank == 0 else world.gather(0)
+except distributed.DistributedError as error:
+    print(f"{os.environ['RANK']}: {error}", flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("elsewhere", "waited for one another: rank 0 at place 0, rank 1 at place 1, rank 2 at place 2; run the same"),
+        ("silent", "heard nothing from rank 2 for 1 seconds: look what became of it"),
+    ],
+)
+def test_those_who_do_not_come_are_named(tmp_path, how, message):
+    program = tmp_path / "places.py"
+    program.write_text(PLACES)
+    done = launch(3, program, how, folder=tmp_path / "printed")
+    said = done.stdout.splitlines()
+    assert len(said) == 3, done.stderr
+    # with the first that gives up all lose their connections, which is what the others may say
+    assert any(line[3:].startswith(message) for line in said), said
+
+
 @pytest.fixture
-def silent_port():
-    """A port at which something listens that never answers."""
+def used_port():
+    """A port at which another program listens."""
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
-        listener.listen(5)
+        listener.listen()
         yield listener.getsockname()[1]
 
 
@@ -412,20 +505,15 @@ def silent_port():
         ({"MASTER_PORT": "abc"}, r"MASTER_PORT is 'abc', where torchrun sets a number"),
         ({"MASTER_PORT": "99999"}, r"MASTER_PORT=99999 is no port; give a number from 1 to 65535"),
         ({"MASTER_PORT": "1"}, r"cannot meet the other processes at .*MASTER_PORT=1 \(Connection refused\)"),
-        ({"MASTER_PORT": "silent"}, r"cannot meet the other processes at .* \(no answer\): give the address"),
-        ({"MASTER_PORT": "silent", "RANK": "0"}, r"cannot meet the other processes at .*(EADDRINUSE|in use)"),
-        (
-            {"GLOO_SOCKET_IFNAME": "lo,none9", "RANK": "0"},
-            r"GLOO_SOCKET_IFNAME=none9 is no network interface .* has lo",
-        ),
+        ({"MASTER_PORT": "used", "RANK": "0"}, r"cannot meet the other processes at .*(EADDRINUSE|in use)"),
+        ({"GLOO_SOCKET_IFNAME": "none9", "RANK": "0"}, r"GLOO_SOCKET_IFNAME names the network interface .* none9"),
     ],
-    ids=["no address", "address", "no number", "no port", "closed port", "silent port", "used port", "interface"],
+    ids=["no address", "address", "no number", "no port", "closed port", "used port", "interface"],
 )
-def test_a_meeting_point_that_is_none_is_named(monkeypatch, as_rank_1_of_2, silent_port, variables, message):
+def test_a_meeting_point_that_is_none_is_named(monkeypatch, as_rank_1_of_2, used_port, variables, message):
     for name, value in {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), **variables}.items():
-        monkeypatch.setenv(name, value.replace("silent", str(silent_port)))
-    if "GLOO_SOCKET_IFNAME" in variables:  # noticed once they have met
-        monkeypatch.setattr(Meeting, "agree", lambda self, about: None)
+        monkeypatch.setenv(name, value.replace("used", str(used_port)))
+    monkeypatch.setattr(distributed.Meeting, "agree", lambda self, about: None)  # there is no other process
     limit = datetime.timedelta(seconds=0.5)
     with pytest.raises(DistributedError, match=message), join(torch.device("cpu"), {}, limit):
         pass
@@ -528,38 +616,38 @@ def test_folds_are_dealt_out(tmp_path):
         assert_equal(*(torch.load(tmp_path / place / stem, weights_only=True) for place in ("one", "two")))
 
 
-#: crossval.py, the second process of which takes longer than the time limit; if it is silent, without a sign of life
+#: crossval.py, whose second process takes longer than the time limit, or is killed
 SLOW_FOLD = """
-import contextlib, os, sys, time
+import os, signal, sys, time
 import crossval
 from g2gnet import distributed
 from g2gnet.training import Trainer
-distributed.PATIENCE, distributed.PULSE = 0.5, 0.2
+distributed.PATIENCE = 0.5
 if os.environ["RANK"] == "1":
     train_epoch = Trainer.train_epoch
     def slow(self, *rest):
         time.sleep(4)
+        if sys.argv[1] == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
         return train_epoch(self, *rest)
     Trainer.train_epoch = slow
-    if sys.argv[1] == "silent":
-        distributed.Meeting.live = lambda self: contextlib.nullcontext()
 sys.exit(crossval.main(sys.argv[2:]))
 """
 
 
-@pytest.mark.parametrize("how", ["alive", "silent"])
+@pytest.mark.parametrize("how", ["alive", "killed"])
 def test_who_has_done_its_folds_waits_for_those_that_are_alive(tmp_path, how):
     program = tmp_path / "slow.py"
     program.write_text(SLOW_FOLD)
     flags = [*flags_of({**SMALL, "k_folds": 2, "epochs": 1, "peer_timeout": 0.03}), "--checkpoint_dir", tmp_path]
     done = launch(2, program, how, *flags, folder=tmp_path / "printed")
+    assert re.search(r"rank 0 of 2 has waited \S+ seconds for another process, at the end of its folds\n", done.stderr)
     if how == "alive":
         assert done.statuses == [0, 0], done.stderr
         assert done.stdout.count("| mean |") == 1
     else:
-        assert done.statuses[0] == 1
-        assert "crossval.py" not in done.stderr
-        assert "rank 0: error: heard nothing from rank 1 for 1.8 seconds: look what became of it" in done.stderr
+        assert done.statuses == [1, -signal.SIGKILL]
+        assert "rank 0: error: lost the connection to rank 1; run the same command again" in done.stderr
 
 
 # --- in one's own loop --------------------------------------------------------------------------------------------

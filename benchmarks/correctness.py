@@ -134,7 +134,7 @@ class Judge:
         """The float64 run with these spikes, which several contenders may have."""
         digest = hashlib.sha256()
         for train in spikes.values():
-            digest.update(train.contiguous().numpy())
+            digest.update(train.contiguous().numpy().tobytes())
         key = reset, digest.digest()
         if key not in self._replays:
             self._replays[key] = self._run(reset, given=spikes)._replace(spikes={})

@@ -17,6 +17,7 @@ from g2gnet.dst import DSTScheduler
 from g2gnet.dst_rules import Evidence
 from g2gnet.layers import G2GLinear
 from g2gnet.seeding import stream
+from g2gnet.ties import rewire_averages
 from g2gnet.training import Machine, Trainer, TrainSettings
 
 from . import own_trainer
@@ -68,8 +69,8 @@ class DeepR(DSTScheduler):
             absent = (~layer.mask.present()).flatten().nonzero().flatten()
             order = torch.randperm(len(absent), generator=stream(self.seed, "dst", self.steps, number))
             slots = crossed[: len(absent)]
-            with layer.rewired(follow=True):
-                layer.rewire_(slots, absent[order[: len(slots)]], torch.tensor(True))
+            layer.rewire_(slots, absent[order[: len(slots)]], torch.tensor(True))
+            rewire_averages(layer)
             self._state.reset_(layer.values, slots, torch.tensor(True))
             self._pruned += len(slots)
             self._grown += len(slots)

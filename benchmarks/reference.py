@@ -182,7 +182,7 @@ def _simulate(
         joined = f"rec{number}.weight" in parameters
         recurrent = functools.partial(product, f"rec{number}") if joined else None
         name = SPIKES[number - 1]
-        spikes, denied[name] = _lif(currents, beta, theta, reset, *surrogate, recurrent, given and given[name])
+        spikes, denied[name] = _lif(currents, beta, theta, reset, *surrogate, recurrent, given[name] if given else None)
         layers.append(spikes)
         if number < 3:
             currents = list(product(f"fc{number + 1}", torch.stack(spikes)))
@@ -249,7 +249,7 @@ def neuron_results(
         currents = list(current)
         if "syn_decay" in parameters:
             currents = _filtered(currents, parameters["syn_decay"])
-        given_here = given and given["spikes"][:, part]
+        given_here = given["spikes"][:, part] if given else None
         fired, far = _lif(currents, parameters["beta"], parameters["threshold"], reset, given=given_here)
         torch.autograd.backward(fired, list(inputs.grad_spikes[:, part].to(dtype)))
         assert current.grad is not None

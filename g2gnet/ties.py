@@ -104,31 +104,37 @@ def after_other_units(layer: "PackedWeights") -> None:
             average.kin.end_tie("a state of other units was loaded into the network")
 
 
-def _same_places(one: "BlockMask", other: "BlockMask") -> bool:
-    """Whether a unit's number means the same neurons in both."""
-    return one.unit_shape == other.unit_shape and all(
-        torch.equal(mine.order.cpu(), theirs.order.cpu()) and torch.equal(mine.bounds.cpu(), theirs.bounds.cpu())
-        for mine, theirs in ((one.rows, other.rows), (one.cols, other.cols))
-    )
+def _same_places(one: "BlockMask", other: "BlockMask") -> torch.Tensor:
+    """Whether a unit's number means the same neurons in both masks, of one grid: a bool scalar."""
+    return torch.stack(
+        [
+            (getattr(mine, name) == getattr(theirs, name).to(getattr(mine, name).device)).all()
+            for mine, theirs in ((one.rows, other.rows), (one.cols, other.cols))
+            for name in ("order", "bounds")
+        ]
+    ).all()
 
 
 def _same_units(one: "BlockMask", other: "BlockMask") -> bool:
     """Whether both masks have the same units, in whatever slots."""
     units = [mask.flat_unit().sort().values.cpu() for mask in (one, other)]
-    return _same_places(one, other) and torch.equal(*units)
+    return one.grid == other.grid and torch.equal(*units) and bool(_same_places(one, other))
 
 
 @torch.no_grad()
 def take_wiring(source: "PackedWeights", target: "PackedWeights") -> None:
-    """Gives ``target`` the units of ``source`` in the same slots; for units that it did not have, source's weights."""
+    """Gives ``target`` the units of ``source`` in the same slots; for units that it did not have, source's weights.
+
+    Does not wait for the device.
+    """
     mine, theirs = target.mask, source.mask
     device = target.values.device
     now = theirs.flat_unit().to(device)
-    slot_of = now.new_full((math.prod(theirs.grid),), -1)
-    if _same_places(mine, theirs):
-        before = mine.flat_unit()
+    slots = torch.full_like(now, -1)
+    if mine.grid == theirs.grid:
+        slot_of, before = now.new_full((math.prod(mine.grid),), -1), mine.flat_unit()
         slot_of[before] = torch.arange(len(before), device=device)
-    slots = slot_of[now]
+        slots = torch.where(_same_places(mine, theirs), slot_of[now], slots)
     new = (slots < 0)[:, None, None]
     values = torch.where(new, source.values.to(target.values), target.values[slots])
     gradient = target.values.grad

@@ -34,7 +34,7 @@ RUN_BY = {
     r"tests/(sanitize|clang)\.sh": ".ci/run",
     r"pytest -n 0 benchmarks|pytest -m quick": "tests/test_commands.py",
     r"pytest( |$)|\.ci/run": ".ci/run",
-    r"tests/(oldest|clients|execute_kernels)\.sh": "by hand",
+    r"tests/(versions|clients|execute_kernels)\.sh|python tests/golden_bits": "by hand",
     r"py -3\.12|g2g-environment|pip install -e \"\.\[directml\]\"": "by hand",
 }
 EXTRAS = {

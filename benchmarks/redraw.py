@@ -51,12 +51,8 @@ PAGES = (
     ROOT / "README.md",
     *(ROOT / "docs" / f"{name}.md" for name in ("index", "performance", "results", "first-run", "other-libraries")),
 )
-#: what is on the picture of a record
-PICTURED = {
-    "scaling-p_inter": "A training step against the density of all weights",
-    "tradeoff_study": "Test accuracy against time and weights",
-    "structure_study, 2 epochs": "Accuracy of each graph minus that of a regular one",
-}
+#: the record whose picture is on a page
+PICTURED = "scaling-p_inter"
 STUDIES = {
     module.STUDY.name: module.STUDY
     for module in (
@@ -106,7 +102,7 @@ class Record(NamedTuple):
     @property
     def picture(self) -> Path | None:
         """The path of its picture, if a page shows it."""
-        return PICTURES / self.path.with_suffix(".png").name if self.name in PICTURED else None
+        return PICTURES / self.path.with_suffix(".png").name if self.name == PICTURED else None
 
 
 def read(path: Path) -> Record:
@@ -474,14 +470,11 @@ def _scaling(record: Record, link: Link) -> str:
         fixed.append(f"hidden {first['surrogate']} of α {alphas}")
     what = "A training step" if content["kernel"] == "step" else "A forward pass"
     header = [content["x_is"], *(plain(place["x"]) for place in places), "begins at", "R²"]
+    picture = f"![{what} against {content['x_is']}]({link(record.picture)})\n\n" if record.picture else ""
     return (
-        f"{_picture(record, link)}{what}: {first['model']}, {', '.join(fixed)}. {_machine(record, link)}.\n\n"
+        f"{picture}{what}: {first['model']}, {', '.join(fixed)}. {_machine(record, link)}.\n\n"
         f"{markdown(header, rows)}{_beside_dense(content)}"
     )
-
-
-def _picture(record: Record, link: Link) -> str:
-    return f"![{PICTURED[record.name]}]({link(record.picture)})\n\n" if record.picture else ""
 
 
 def _beside_dense(content: dict[str, Any]) -> str:
@@ -533,7 +526,7 @@ def _study(record: Record, link: Link, shown: slice = slice(None)) -> str:
 def _of_study(record: Record, link: Link) -> str:
     content = record.content
     return (
-        f"{_picture(record, link)}`{content['settings']} --epochs {content['epochs']}`, {_seeds(content)}, on "
+        f"`{content['settings']} --epochs {content['epochs']}`, {_seeds(content)}, on "
         f"{content['tested_on']}. {_whole(content)}, {_machine(record, link)}."
     )
 

@@ -144,7 +144,7 @@ def test_an_unknown_part_is_refused():
 
 def test_a_scaling_part_says_which_points_have_no_time():
     page = redraw.redrawn("<!-- drawn: scaling-p_inter -->\n<!-- end -->\n", redraw.ROOT / "docs", [record(SCALING)])
-    assert "![A training step against the density of all weights](some-machine.png)" in page
+    assert "![A training step against density of all weights](some-machine.png)" in page
     assert "(../benchmarks/results/some-machine.json)" in page
     assert "| g2g, compiled CPU kernels | 350 ms | 600 ms | 1.1 s | 9 % | 1.000 |" in page
     assert "| snnTorch loop, dense weights × mask | 2 s | – | 2 s | – | – |" in page

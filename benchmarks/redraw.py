@@ -232,13 +232,10 @@ def _step_in_a_line(records: ByName, link: Link) -> str:
     if "step" not in records:
         return ""
     content = records["step"][-1].content
-    ours = _ours(content)
-    times = [
-        f"{seconds(row['median'])} in {name}" for row, name in zip(_peers(content), (_MASKED, _FASTEST), strict=True)
-    ]
+    masked, fastest = (seconds(row["median"]) for row in _peers(content))
     return (
-        f"A training step takes **{seconds(ours['median'])}** on a CPU: {', '.join(times)} "
-        f"([how it was measured]({link(PICTURES / 'performance.md')}))."
+        f"A training step takes **{seconds(_ours(content)['median'])}** on a CPU; {_MASKED} takes {masked}, {_FASTEST} "
+        f"{fastest} ([how it was measured]({link(PICTURES / 'performance.md')}))."
     )
 
 

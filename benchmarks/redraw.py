@@ -227,27 +227,22 @@ def _peers(content: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return baseline, min(others, key=lambda row: float(row[_counted(content)]))
 
 
-def _step_in_a_line(records: ByName, link: Link) -> str:
+def _step_in_a_line(record: Record, link: Link) -> str:
     """Our time of a training step against that of the baseline and of the fastest other contender."""
-    if "step" not in records:
-        return ""
-    content = records["step"][-1].content
+    content = record.content
     masked, fastest = (seconds(row["median"]) for row in _peers(content))
     return (
-        f"A training step takes **{seconds(_ours(content)['median'])}** on a CPU; {_MASKED} takes {masked}, {_FASTEST} "
-        f"{fastest} ([how it was measured]({link(PICTURES / 'performance.md')}))."
+        f"A training step takes **{seconds(_ours(content)['median'])}**; {_MASKED} takes {masked}, {_FASTEST} "
+        f"{fastest} ({_processor(content['machine'])}; [how it was measured]({link(PICTURES / 'performance.md')}))."
     )
 
 
 _MASKED, _FASTEST = "a loop over time with masked weights (snnTorch)", "the fastest dense form in PyTorch"
 
 
-def _readme(records: ByName, link: Link) -> str:
+def _readme(of_step: Record, of_wide: Record, of_recipe: Record, of_few: Record, link: Link) -> str:
     """What a user gets, a line each, and where it comes from."""
-    names = ("step", "scaling-wide", "recipe_study", "few_study")
-    if not records.keys() >= set(names):
-        return ""
-    step, wide, recipe, few = (records[name][-1].content for name in names)
+    step, wide, recipe, few = (record.content for record in (of_step, of_wide, of_recipe, of_few))
     ours, (masked, fastest) = _ours(step), _peers(step)
     largest = wide["workloads"][-1]
     point = wide["contenders"][0]["points"][-1]
@@ -283,7 +278,7 @@ def _readme(records: ByName, link: Link) -> str:
         f"{markdown(['', 'g2g', 'compared with', ''], cells)}\n\nA step is one of {network['batch_size']} samples, "
         f"{network['T']} time steps and two hidden layers of {network['hidden_dim']:,} neurons with "
         f"{_percent(network['density'])} of the weights (in the third line {largest['T']} time steps and groups of 256 "
-        f"neurons), on a CPU: {_processor(step['machine'])}. Accuracy is that on Fashion-MNIST after "
+        f"neurons), on {_processor(step['machine'])}. Accuracy is that on Fashion-MNIST after "
         f"{best['ends'][0]['epoch']} and {few['epochs']} epochs, mean ± standard error over 3 seeds."
     )
 
@@ -344,8 +339,10 @@ def _whole(content: dict[str, Any]) -> str:
     return f"{len(ends)} runs, {sum(end[quantity] for end in ends) / 3600:.1f} hours of {what}"
 
 
-def _command(content: dict[str, Any], row: dict[str, Any]) -> str:
+def _command(record: Record, link: Link, name: str) -> str:
     """The command of a study's row, in lines that a page has room for."""
+    content = record.content
+    row = next(row for row in content["rows"] if row["row"] == name)
     command = f"python train.py {content['settings']} {row['flags']}"
     if "--epochs" not in row["flags"]:
         command += f" --epochs {content['epochs']}"
@@ -354,23 +351,8 @@ def _command(content: dict[str, Any], row: dict[str, Any]) -> str:
     return "```sh\n" + " \\\n  ".join(lines).replace("\0", " ") + "\n```"
 
 
-def _command_of(name: str, row: str) -> Part:
-    """The command of a study's row."""
-
-    def part(records: ByName, link: Link) -> str:
-        if name not in records:
-            return ""
-        content = records[name][-1].content
-        return _command(content, next(each for each in content["rows"] if each["row"] == row))
-
-    return part
-
-
-def _tradeoff(records: ByName, link: Link) -> str:
+def _tradeoff(record: Record, link: Link) -> str:
     """The best dense and the best sparse network with each budget of weights."""
-    if "tradeoff_study" not in records:
-        return ""
-    record = records["tradeoff_study"][-1]
     content = record.content
     quantity, unit, budgets = tradeoff_study.BUDGETS[0]
 
@@ -603,39 +585,39 @@ WHOLE: dict[str, Callable[[Record, Link], str]] = {
 }
 
 
-def _newest(name: str, draw: Callable[[Record, Link], str]) -> Part:
-    """The newest record of a name, drawn."""
-    return lambda records, link: draw(records[name][-1], link) if name in records else ""
+def _newest(draw: Callable[..., str], *names: str, **how: Any) -> Part:
+    """What ``draw`` makes of the newest record of each name; "" if one is missing."""
+    return lambda records, link: (
+        draw(*(records[name][-1] for name in names), link, **how) if records.keys() >= set(names) else ""
+    )
 
 
 #: the parts that a page may contain
 PARTS: dict[str, Part] = {
-    **{
-        name: _newest(name, WHOLE[benchmark])
-        for name, benchmark in (
-            ("step", "throughput"),
-            ("scaling-p_inter", "scaling"),
-            ("scaling-wide", "scaling"),
-            *((name, name) for name in ("chunks", "few_study", "recipe_study", "predictions")),
-        )
-    },
-    "results in short": _readme,
-    "step, in a line": _step_in_a_line,
+    "results in short": _newest(_readme, "step", "scaling-wide", "recipe_study", "few_study"),
+    "step, in a line": _newest(_step_in_a_line, "step"),
+    "step": _newest(_throughput, "step"),
     "other networks": _in_one_table(
         *(f"step, {other}" for other in ("block_size 32", "block_size 1", "model dense")),
         "recurrent",
         "recurrent, hidden_dim 512",
     ),
     "parts of a step": _in_one_table("forward", "linear", "linear-dense", "lif", "dst"),
+    "scaling-p_inter": _newest(_scaling, "scaling-p_inter"),
     "growth": _growths,
-    "chunks, in short": _newest("chunks", _chunks_in_short),
-    "recipe_study, command": _command_of("recipe_study", recipe_study.CHOSEN[-1]),
+    "scaling-wide": _newest(_scaling, "scaling-wide"),
+    "chunks": _newest(_chunks, "chunks"),
+    "chunks, in short": _newest(_chunks_in_short, "chunks"),
+    "recipe_study": _newest(_study, "recipe_study"),
+    "recipe_study, command": _newest(_command, "recipe_study", name=recipe_study.CHOSEN[-1]),
     "recipe_study, by seed": _by_seed,
-    "few_study, command": _command_of("few_study", few_study.EXAMPLE),
-    "tradeoff_study, in short": _tradeoff,
-    "dst_study, in short": _newest("dst_study", functools.partial(_study, shown=slice(1))),
-    "structure_study, in short": _newest("structure_study, 2 epochs", functools.partial(_study, shown=slice(-1, None))),
+    "few_study": _newest(_study, "few_study"),
+    "few_study, command": _newest(_command, "few_study", name=few_study.EXAMPLE),
+    "tradeoff_study, in short": _newest(_tradeoff, "tradeoff_study"),
+    "dst_study, in short": _newest(_study, "dst_study", shown=slice(1)),
+    "structure_study, in short": _newest(_study, "structure_study, 2 epochs", shown=slice(-1, None)),
     "sequence_study": _sequences,
+    "predictions": _newest(_predictions, "predictions"),
 }
 
 

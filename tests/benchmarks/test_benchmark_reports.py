@@ -138,7 +138,7 @@ def test_recurrent_networks_of_two_sizes_have_a_line_each():
 
 
 def test_an_unknown_part_is_refused():
-    with pytest.raises(ValueError, match="part 'speed' is unknown; choose one of step, scaling-p_inter"):
+    with pytest.raises(ValueError, match="part 'speed' is unknown; choose one of results in short, step, in a line"):
         redraw.redrawn("<!-- drawn: speed -->\n<!-- end -->\n", redraw.ROOT, [])
 
 

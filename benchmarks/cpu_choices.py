@@ -2,7 +2,7 @@
 
 Spikes are multiplied by events, by sums of subsets, with vectors over the batch or by matrix tiles, and the gradient
 of the inputs by events, by tiles or, if they are the spikes of a layer below, where that layer needs it
-(docs/cpu-performance.md). Each point is one layer of N → N neurons, T steps of B samples; where gradients pass from a
+(csrc/PERFORMANCE.md). Each point is one layer of N → N neurons, T steps of B samples; where gradients pass from a
 layer to one below, two of them. Forward pass, gradient of the weights, and that with the gradient of the inputs are
 timed by themselves, each way forced in turn and then as the kernels choose: processor time, the least of all turns,
 which other programs disturb least. Sums in another order have other last bits, which tell the chosen way.

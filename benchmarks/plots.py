@@ -1,7 +1,5 @@
 """The pictures of the records: one function per benchmark, all in the same colours."""
 
-import itertools
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,15 +8,11 @@ import matplotlib
 
 from .chunks import usual_chunk
 from .report import curve_title, digest, seconds, title
-from .structure_study import CONTROL, GRAPHS, compared, interval, pooled
-from .study import accuracy, mean, standard_error
-from .tradeoff_study import density, width
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
 OURS = "#1f5a7a"
@@ -37,29 +31,6 @@ COLOURS = {
     "bsr-lif": "#4f8a4a",
 }
 PEER = "#9a9a9a"
-#: what the numbers at the points of a trade-off are
-WIDTHS = "at each point: neurons of a hidden layer"
-#: colour, marker and the side on which the widths stand, so that those of neighbouring lines do not overlap
-TRADEOFF_STYLES = (
-    ("#7a7a7a", "o", "below"),
-    (OURS, "o", "above"),
-    ("#2f8f5b", "s", "left"),
-    ("#c4552d", "^", "right"),
-    ("#7a5195", "v", "above"),
-    ("#b08a2e", "D", "above"),
-    ("#c77ba0", "<", "right"),
-    ("#4c4c9a", ">", "above"),
-    ("#1b9aaa", "P", "above"),
-    ("#8a8f2a", "X", "above"),
-    ("#a23b72", "*", "above"),
-)
-#: of text beside a point: its offset, in points, and its alignment
-SIDES: dict[str, dict[str, Any]] = {
-    "above": {"xytext": (-4, 4), "ha": "right", "va": "bottom"},
-    "below": {"xytext": (3, -4), "ha": "left", "va": "top"},
-    "right": {"xytext": (7, -2), "ha": "left", "va": "center"},
-    "left": {"xytext": (-7, 0), "ha": "right", "va": "center"},
-}
 
 
 def draw(record: dict[str, Any], path: Path | str) -> None:
@@ -153,77 +124,6 @@ def _accuracy(record: dict[str, Any]) -> Figure:
     return figure
 
 
-def _tradeoff(record: dict[str, Any]) -> Figure:
-    figure, axes = plt.subplots(1, 2, figsize=(9.6, 4.1), sharey=True, layout="constrained")
-    for axis, quantity in zip(axes, ("train_cpu_seconds", "weights"), strict=True):
-        draw_tradeoff(axis, record, quantity)
-        _tidy(axis)
-    axes[0].set_xlabel(f"processor seconds of training; {WIDTHS}")
-    axes[1].set_xlabel(f"weights; {WIDTHS}")
-    axes[0].set_ylabel("test accuracy, %")
-    axes[1].legend(frameon=False, loc="lower right", fontsize=8)
-    return figure
-
-
-def draw_tradeoff(
-    axis: Axes, record: dict[str, Any], quantity: str, label: Callable[[dict[str, Any]], str] = width
-) -> None:
-    """Test accuracy against ``weights`` or ``train_cpu_seconds``; one line per density, each point with a label.
-
-    The label is the width, the number of neurons of each hidden layer, unless another is given.
-    """
-    lines: dict[str, list[dict[str, Any]]] = {}
-    for row in record["rows"]:
-        lines.setdefault(density(row), []).append(row)
-    for (name, rows), (colour, marker, side) in zip(lines.items(), itertools.cycle(TRADEOFF_STYLES)):
-        accuracies = [[accuracy(end) for end in row["ends"]] for row in rows]
-        means = [statistics.mean(values) for values in accuracies]
-        errors = [standard_error(values) for values in accuracies]
-        x = [mean(row, quantity) for row in rows]
-        style = f"{marker}{':' if name == 'dense' else '-'}"
-        axis.errorbar(
-            x, means, errors, fmt=style, color=colour, markersize=5, linewidth=1, capsize=2, label=name, zorder=4
-        )
-        for row, place, height in zip(rows, x, means, strict=True):
-            axis.annotate(
-                label(row), (place, height), textcoords="offset points", fontsize=7, color=colour, **SIDES[side]
-            ).set_path_effects([withStroke(linewidth=2, foreground="white")])
-    axis.set_xscale("log")
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    axis.xaxis.set_minor_formatter(NullFormatter())
-    axis.margins(0.1)
-
-
-def _structure(record: dict[str, Any]) -> Figure:
-    """What each graph has more than the control: a bar per size, in the table's order, and those of all sizes."""
-    sizes = compared(record)
-    together = pooled(sizes)
-    units = [size.rpartition(", ")[2] for size in sizes]
-    colours = dict(zip(dict.fromkeys(units), (OURS, "#c4552d"), strict=False))  # one or two
-    colours |= dict(zip(reversed(together), ("black", "dimgrey", "darkgrey"), strict=False))
-    bars = list(zip(units, sizes.values(), strict=True)) + list(together.items())
-    graphs = [graph for graph in GRAPHS if any(graph in of for _, of in bars)]
-    figure, axis = plt.subplots(figsize=(8.2, 1 + (0.6 + 0.04 * len(bars)) * len(graphs)), layout="constrained")
-    for row, graph in enumerate(graphs):
-        for number, (label, of) in enumerate(bars, 1):
-            values = of.get(graph, [])
-            if len(set(values)) > 1:
-                middle, (low, high) = statistics.mean(values), interval(values)
-                errors = [[middle - low], [high - middle]]
-                place = row - 0.4 + 0.8 * number / (len(bars) + 1)
-                axis.errorbar(middle, place, xerr=errors, fmt="o", color=colours[label], markersize=3, linewidth=1)
-    for label, colour in colours.items():
-        axis.plot([], [], "o-", color=colour, markersize=3, linewidth=1, label=label)
-    axis.axvline(0, color="black", linestyle=":", linewidth=1)
-    axis.set_yticks(range(len(graphs)), graphs)
-    axis.invert_yaxis()
-    axis.set_xlabel(f"points more than {CONTROL}: mean and 95 % interval")
-    figure.legend(loc="outside upper center", ncols=3, frameon=False)
-    _tidy(axis)
-    return figure
-
-
 def _chunks(record: dict[str, Any]) -> Figure:
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 4.1), layout="constrained")
     usual = usual_chunk(record)
@@ -261,7 +161,4 @@ DRAWN_BY: dict[str, Callable[[dict[str, Any]], Figure]] = {
     "scaling": _scaling,
     "accuracy": _accuracy,
     "chunks": _chunks,
-    "tradeoff_study": _tradeoff,
-    "structure_study": _structure,
-    "recurrent_structure_study": _structure,
 }

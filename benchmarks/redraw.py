@@ -1,12 +1,10 @@
-"""Redraws every measured table and picture of the documentation from the records: ``python -m benchmarks.redraw``.
+"""Redraws the measured tables and pictures of the documentation from the records: ``python -m benchmarks.redraw``.
 
-A page marks its drawn parts with ``<!-- drawn: NAME -->`` and ``<!-- end -->``. NAME is ``step`` or another kernel of
-the default network (``…, in short`` is a sentence; ``step, block_size 1`` and the like are of other networks),
-``scaling-p_inter`` or another quantity, ``accuracy``, ``model_comparison`` (``…, in short``: a sentence),
-``predictions`` or the name of a study (``recipe_study, validation, by seed``: its records together). A part shows every
-such record in ``benchmarks/results``, whatever machine it is from, and is empty where there is none. Pictures lie in
-``docs``, under the names of their records; ``docs/draw_result.py`` draws one more. Numbers are nowhere else, so a page
-cannot disagree with the measurements; ``tests/benchmarks/test_benchmark_reports.py`` checks that.
+A page marks its drawn parts with ``<!-- drawn: NAME -->`` and ``<!-- end -->``. NAME is one of ``PARTS``: that of a
+record, whose table it shows, or that of a shorter table, perhaps of several records. Of several records of one name the
+newest is shown; a part is empty where there is none. Numbers are nowhere else, so a page cannot disagree with the
+measurements; ``tests/benchmarks/test_benchmark_reports.py`` checks that. ``python -m benchmarks.redraw FILE`` prints
+the whole table of any record. Pictures lie in ``docs``; ``docs/draw_result.py`` draws one more.
 """
 
 import dataclasses
@@ -42,7 +40,7 @@ from . import (
 )
 from .cli import BUSY
 from .first_run import comparison
-from .registry import COMPACT, KERNELS
+from .registry import KERNELS
 from .report import curve_title, of_floor, plain, seconds, title
 from .workload import Workload
 
@@ -51,15 +49,10 @@ RESULTS = ROOT / "benchmarks" / "results"
 PICTURES = ROOT / "docs"
 PAGES = (
     ROOT / "README.md",
-    *(ROOT / "docs" / name for name in ("performance.md", "results.md", "first-run.md", "other-libraries.md")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("index", "performance", "results", "first-run", "other-libraries")),
 )
-#: what is on the picture of a study
-STUDIES_PICTURED = {
-    "tradeoff_study": "Test accuracy against time and weights",
-    "structure_study": "Accuracy of each graph minus that of a regular one",
-    "recurrent_structure_study": "Accuracy of each recurrent graph minus that of a regular one",
-}
-PICTURED = ("scaling", "accuracy", "chunks", *STUDIES_PICTURED)
+#: the record whose picture is on a page
+PICTURED = "scaling-p_inter"
 STUDIES = {
     module.STUDY.name: module.STUDY
     for module in (
@@ -100,19 +93,26 @@ class Record(NamedTuple):
             return self.content["kernel"] + "".join(other)
         if self.content.get("tested_on", study.TEST_IMAGES) != study.TEST_IMAGES:
             return f"{benchmark}, validation"
+        if benchmark == "structure_study":
+            return f"{benchmark}, {self.content['epochs']} epochs"
+        if benchmark == "sequence_study":
+            return f"{benchmark}, {self.content['rows'][0]['row'].partition(',')[0]}"
         return f"scaling-{self.content['quantity']}" if benchmark == "scaling" else benchmark
 
     @property
     def picture(self) -> Path | None:
-        """The path of its picture, if it has one."""
-        if self.content["benchmark"] in PICTURED:
-            return PICTURES / self.path.with_suffix(".png").name
-        return None
+        """The path of its picture, if a page shows it."""
+        return PICTURES / self.path.with_suffix(".png").name if self.name == PICTURED else None
+
+
+def read(path: Path) -> Record:
+    """The record in a file."""
+    return Record(path, json.loads(path.read_text(encoding="utf-8")))
 
 
 def records(folder: Path = RESULTS) -> list[Record]:
     """All records, by the names of their files."""
-    return [Record(path, json.loads(path.read_text(encoding="utf-8"))) for path in sorted(folder.glob("*.json"))]
+    return [read(path) for path in sorted(folder.glob("*.json"))]
 
 
 def redrawn(page: str, folder: Path, kept: Sequence[Record]) -> str:
@@ -121,17 +121,16 @@ def redrawn(page: str, folder: Path, kept: Sequence[Record]) -> str:
     Raises:
         ValueError: for a part of an unknown name.
     """
+    by_name: ByName = {}
+    for record in sorted(kept, key=lambda record: str(record.content["machine"]["date"])):
+        by_name.setdefault(record.name, []).append(record)
 
     def part(found: re.Match[str]) -> str:
         name = found[1]
-        if name in SUMMARIES:
-            wanted, summary = SUMMARIES[name]
-            return f"{name}{found[2]}\n{summary([each.content for each in kept if each.name == wanted])}\n\n"
         if name not in PARTS:
-            raise ValueError(f"part {name!r} is unknown; choose one of {', '.join((*PARTS, *SUMMARIES))}")
-        wanted, draw = PARTS[name]
-        texts = [draw(record, functools.partial(_link, folder)) for record in kept if record.name == wanted]
-        return name + found[2] + "".join(f"\n{text}\n\n" for text in texts)
+            raise ValueError(f"part {name!r} is unknown; choose one of {', '.join(PARTS)}")
+        text = PARTS[name](by_name, functools.partial(_link, folder))
+        return f"{name}{found[2]}\n{text}\n\n" if text else f"{name}{found[2]}"
 
     return _PART.sub(part, page)
 
@@ -141,6 +140,10 @@ def _link(folder: Path, target: Path) -> str:
 
 
 Link = Callable[[Path], str]
+#: the records of each name, the newest last
+ByName = dict[str, list[Record]]
+#: what draws a part
+Part = Callable[[ByName, Link], str]
 
 
 def _range(values: Iterable[Any]) -> str:
@@ -154,25 +157,22 @@ def _machine(record: Record, link: Link) -> str:
     machine = record.content["machine"]
     ends = [end for row in record.content.get("rows", ()) for end in row.get("ends", ())]
     days = _range(when["date"][:10] for when in (machine, *(end["measured"] for end in ends if "measured" in end)))
-    return (
-        f"{_processor(record.content)}, PyTorch {machine['versions']['torch']}, {days}; every number, the versions and "
-        f"the commit are in the [record]({link(record.path)})"
-    )
+    return f"{_processor(machine)}, PyTorch {machine['versions']['torch']}, {days} ([record]({link(record.path)}))"
 
 
-def _processor(content: dict[str, Any]) -> str:
+def _processor(machine: dict[str, Any]) -> str:
     """The name of what computed, and its threads."""
-    machine = content["machine"]
     threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
-    return machine["gpu"] or f"{machine['cpu']} with {threads} ({machine['cpu_capability']})"
+    return machine["gpu"] or f"{machine['cpu']} with {threads}"
 
 
-def _workload(workload: dict[str, Any]) -> str:
-    model = workload["model"] + (", recurrent" if workload.get("recurrent") else "")
+def _network(workload: dict[str, Any]) -> str:
+    side = workload["block_size"]
+    blocks = "single weights" if side == 1 else f"{side} × {side} blocks"
     return (
-        f"{model}, B {workload['batch_size']}, T {workload['T']}, H {workload['hidden_dim']}, p_inter "
-        f"{workload['p_inter']}, units of {workload['block_size']}: {_percent(workload['density'])} of the weights; "
-        f"{workload['dataset']}, after {workload['train_steps']} training steps"
+        f"{workload['model']}{', recurrent' if workload.get('recurrent') else ''}, batch {workload['batch_size']}, "
+        f"{workload['T']} steps, {workload['hidden_dim']:,} neurons per layer, "
+        f"{blocks}, {_percent(workload['density'])} of the weights"
     )
 
 
@@ -183,76 +183,128 @@ def _percent(share: float) -> str:
 def _throughput(record: Record, link: Link) -> str:
     content = record.content
     rows = content["contenders"]
-    timed = [row for row in rows if row["status"] == "timed"]
     counted = _counted(content)
+    timed = sorted((row for row in rows if row["status"] == "timed"), key=lambda row: float(row[counted]))
     baseline = next(row[counted] for row in timed if row["contender"] == content["baseline"])
-    flop = content["workload"]["flop"]
+    busy = _busy(content)
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
         "": lambda row: title(row["contender"]),
         "median": lambda row: seconds(row["median"]),
         "20–80 %": lambda row: f"{seconds(row['p20'])} – {seconds(row['p80'])}",
-        f"against {title(content['baseline'])}": lambda row: f"{baseline / row[counted]:.3g} ×",
         "processor time": lambda row: seconds(row["cpu_median"]) if "cpu_median" in row else "–",
-        "GFLOP/s": lambda row: f"{flop / row[counted] / 1e9:.3g}",
+        "times as fast": lambda row: f"{baseline / row[counted]:.3g}",
         "of the floor": lambda row: f"{100 * of_floor(content, row):.0f} %",
         "peak memory": lambda row: f"{row['peak_bytes'] / 1e6:.0f} MB",
-        "first turn": lambda row: seconds(row["first_seconds"]),
     }
-    busy = _busy(content)
-    left_out = {"GFLOP/s": not flop, "processor time": not busy, "of the floor": busy}
+    left_out = {"processor time": not busy, "of the floor": busy}
     shown = {name: cell for name, cell in columns.items() if not left_out.get(name)}
-    table = markdown(list(shown), [[cell(row) for cell in shown.values()] for row in timed])
-    kernel = KERNELS[content["kernel"]].about
     text = (
-        f"{kernel[0].upper()}{kernel[1:]}: {_workload(content['workload'])}. {len(timed[0]['seconds'])} interleaved "
-        f"repeats on {_machine(record, link)}.\n\n{table}"
+        f"{_about(content)}: {_network(content['workload'])}. {len(timed[0]['seconds'])} interleaved repeats, "
+        f"{_machine(record, link)}. *Times as fast*: as {title(content['baseline'])}.\n\n"
+        f"{markdown(list(shown), [[cell(row) for cell in shown.values()] for row in timed])}{_said_of_others(content)}"
     )
-    text += _said_of_others(content)
-    absent = [f"{title(row['contender'])} ({row['status']}: {row['reason']})" for row in rows if row not in timed]
-    if absent:
-        text += f"\n\nNot timed: {'; '.join(absent)}."
-    return text
-
-
-def _step_in_short(record: Record, link: Link) -> str:
-    """Our time against that of the baseline and of the fastest other contender."""
-    content = record.content
-    timed = {row["contender"]: row["median"] for row in content["contenders"] if row["status"] == "timed"}
-    name = next(name for name in ("g2g-triton", "g2g-cpu", "g2g-torch") if name in timed)
-    ours, compact = timed[name], timed.get(f"{name}-triangle")
-    flags = f"--surrogate {COMPACT['surrogate']} --alpha {COMPACT['alpha']:g}"
-    with_compact = f"; **{seconds(compact)}** with `{flags}`" if compact else ""
-    others = {name: median for name, median in timed.items() if not name.startswith("g2g")}
-    rivals = dict.fromkeys((content["baseline"], min(others, key=lambda name: others[name])))
-    beside = [
-        f"- {title(name)}: {seconds(timed[name])}, **{timed[name] / ours:.3g} times** the {seconds(ours)}"
-        for name in rivals
+    absent = [
+        f"{title(row['contender'])} ({row['reason']})" for row in rows if row["status"] not in ("timed", "skipped")
     ]
-    return "\n".join(
-        [
-            "**Speed** of a training step:\n",
-            f"- g2g: **{seconds(ours)}**{with_compact}",
-            *beside,
-            f"\nThe network: {_workload(content['workload'])}. Measured on {_machine(record, link)}.",
-        ]
-    )
+    return f"{text}\n\nWithout a time: {'; '.join(absent)}." if absent else text
 
 
-def _recurrent_in_short(record: Record, link: Link) -> str:
-    """Our time and memory of a recurrent step against those of the baseline, and of a feed-forward step."""
-    content = record.content
+def _about(content: dict[str, Any]) -> str:
+    about = KERNELS[content["kernel"]].about
+    return f"{about[0].upper()}{about[1:]}"
+
+
+def _ours(content: dict[str, Any]) -> dict[str, Any]:
+    """Our row of a throughput record."""
     timed = {row["contender"]: row for row in content["contenders"] if row["status"] == "timed"}
-    name = next(name for name in ("g2g-triton", "g2g-cpu", "g2g-torch") if name in timed)
-    counted = _counted(content)
-    ours, baseline, plain = timed[name], timed[content["baseline"]], timed[f"{name}-feed-forward"]
+    return next(timed[name] for name in ("g2g-triton", "g2g-cpu", "g2g-torch") if name in timed)
+
+
+def _peers(content: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The baseline's row, and that of the fastest contender that is not ours."""
+    others = [row for row in content["contenders"] if row["status"] == "timed" and "g2g" not in row["contender"]]
+    baseline = next(row for row in others if row["contender"] == content["baseline"])
+    return baseline, min(others, key=lambda row: float(row[_counted(content)]))
+
+
+def _step_in_a_line(record: Record, link: Link) -> str:
+    """Our time of a training step against that of the baseline and of the fastest other contender."""
+    content = record.content
+    masked, fastest = (seconds(row["median"]) for row in _peers(content))
     return (
-        f"On {_processor(content)}, a training step takes **{seconds(ours[counted])}** and "
-        f"{ours['peak_bytes'] / 1e6:.0f} MB. {title(content['baseline'])}: "
-        f"**{baseline[counted] / ours[counted]:.3g} times** as long and "
-        f"{baseline['peak_bytes'] / ours['peak_bytes']:.3g} times the memory. A step of our own feed-forward network "
-        f"of as many weights takes {seconds(plain[counted])}: recurrence takes {ours[counted] / plain[counted]:.2g} "
-        "times as long."
+        f"A training step takes **{seconds(_ours(content)['median'])}**; {_MASKED} takes {masked}, {_FASTEST} "
+        f"{fastest} ({_processor(content['machine'])}; [how it was measured]({link(PICTURES / 'performance.md')}))."
     )
+
+
+_MASKED, _FASTEST = "a loop over time with masked weights (snnTorch)", "the fastest dense form in PyTorch"
+
+
+def _readme(of_step: Record, of_wide: Record, of_recipe: Record, of_few: Record, link: Link) -> str:
+    """What a user gets, a line each, and where it comes from."""
+    step, wide, recipe, few = (record.content for record in (of_step, of_wide, of_recipe, of_few))
+    ours, (masked, fastest) = _ours(step), _peers(step)
+    largest = wide["workloads"][-1]
+    point = wide["contenders"][0]["points"][-1]
+
+    def reached(content: dict[str, Any], name: str) -> str:
+        row = next(row for row in content["rows"] if row["row"] == name)
+        return f"{study.spread(row['ends'], study.accuracy)} %"
+
+    spiking = recipe_study.CHOSEN[-1]
+    best = next(row for row in recipe["rows"] if row["row"] == spiking)
+    dense, sparse = few_study.CHOSEN[:2]
+    rows = [
+        ["A training step", f"**{seconds(ours['median'])}**",
+         f"{seconds(masked['median'])}: {_MASKED}; {seconds(fastest['median'])}: {_FASTEST}",
+         "performance.md#a-training-step"],
+        ["Its memory", f"**{ours['peak_bytes'] / 1e6:.0f} MB**",
+         f"{masked['peak_bytes'] / 1e6:,.0f} MB; {fastest['peak_bytes'] / 1e6:.0f} MB",
+         "performance.md#a-training-step"],
+        [f"A step of {largest['hidden_dim']:,} neurons per layer",
+         f"**{seconds(point['median'])}, {point['peak_bytes'] / 1e9:.1f} GB**",
+         f"{largest['dense_bytes'] / 1e9:.0f} GB (computed): weights, gradients and Adam's moments of a dense network",
+         "performance.md#how-it-grows"],
+        [f"Accuracy, {study.mean(best, 'weights') / 1e6:.1f} million weights", f"**{reached(recipe, spiking)}**",
+         f"{reached(recipe, f'{spiking}, ReLU')}: the same network with ReLU instead of spikes",
+         "results.md#the-recipe"],
+        ["Accuracy, 58,000 weights", f"**{reached(few, sparse)}**",
+         f"{reached(few, dense)}: a dense spiking network of as many weights",
+         "results.md#few-weights"],
+    ]  # fmt: skip
+    cells = [[*row, f"[command]({link(PICTURES / page)})"] for *row, page in rows]
+    network = step["workload"]
+    return (
+        f"{markdown(['', 'g2g', 'compared with', ''], cells)}\n\nA step is one of {network['batch_size']} samples, "
+        f"{network['T']} time steps and two hidden layers of {network['hidden_dim']:,} neurons with "
+        f"{_percent(network['density'])} of the weights (in the third line {largest['T']} time steps and groups of 256 "
+        f"neurons), on {_processor(step['machine'])}. Accuracy is that on Fashion-MNIST after "
+        f"{best['ends'][0]['epoch']} and {few['epochs']} epochs, mean ± standard error over 3 seeds."
+    )
+
+
+def _in_one_table(*names: str) -> Part:
+    """A line for each throughput record of these names: ours, the baseline and the fastest peer."""
+
+    def part(records: ByName, link: Link) -> str:
+        rows = []
+        for record in (records[name][-1] for name in names if name in records):
+            content = record.content
+            counted, ours, (baseline, fastest) = _counted(content), _ours(content), _peers(content)
+            whole = content["kernel"] in ("step", "recurrent")
+            rows.append([
+                _network(content["workload"]) if whole else _about(content),
+                seconds(ours[counted]),
+                f"{seconds(baseline[counted])}: {title(baseline['contender'])}",
+                f"{baseline[counted] / ours[counted]:.3g}",
+                "–" if fastest is baseline else f"{seconds(fastest[counted])}: {title(fastest['contender'])}",
+                f"{ours['peak_bytes'] / 1e6:.0f}, {baseline['peak_bytes'] / 1e6:.0f}",
+                f"[{content['machine']['date'][:10]}]({link(record.path)})",
+            ])  # fmt: skip
+        header = ["", "g2g", "compared with", "times as fast", "a faster peer", "MB of both", "record"]
+        return markdown(header, rows) if rows else ""
+
+    return part
 
 
 def _busy(content: dict[str, Any]) -> bool:
@@ -287,23 +339,10 @@ def _whole(content: dict[str, Any]) -> str:
     return f"{len(ends)} runs, {sum(end[quantity] for end in ends) / 3600:.1f} hours of {what}"
 
 
-def _models_in_short(record: Record, link: Link) -> str:
-    """The accuracies of the four default models."""
-    content = record.content
-    means = [
-        f"{row['row']} {study.spread(row['ends'], study.accuracy)} %"
-        for row in content["rows"]
-        if row["flags"] == f"--model {row['row']}"
-    ]
-    return (
-        f"**Accuracy** on {content['tested_on']}, mean ± standard error over {_seeds(content)}: "
-        f"{', '.join(means)}. The flags: `{content['settings']} --epochs {content['epochs']}`. Measured on "
-        f"{_machine(record, link)}."
-    )
-
-
-def _command(content: dict[str, Any], row: dict[str, Any]) -> str:
+def _command(record: Record, link: Link, name: str) -> str:
     """The command of a study's row, in lines that a page has room for."""
+    content = record.content
+    row = next(row for row in content["rows"] if row["row"] == name)
     command = f"python train.py {content['settings']} {row['flags']}"
     if "--epochs" not in row["flags"]:
         command += f" --epochs {content['epochs']}"
@@ -312,69 +351,73 @@ def _command(content: dict[str, Any], row: dict[str, Any]) -> str:
     return "```sh\n" + " \\\n  ".join(lines).replace("\0", " ") + "\n```"
 
 
-def _recipe_in_short(record: Record, link: Link) -> str:
-    """What the rows that were chosen on held-back images reach, and their commands."""
-    content = record.content
-    return "\n\n\n".join(
-        f"**A recipe.** This command reaches {study.spread(row['ends'], study.accuracy)} % on {content['tested_on']} "
-        f"with {study.mean(row, 'weights'):,.0f} weights (mean ± standard error over {len(row['ends'])} seeds, after "
-        f"the last epoch). Measured on {_machine(record, link)}.\n\n{_command(content, row)}"
-        for row in content["rows"]
-        if row["row"] in recipe_study.CHOSEN
-    )
-
-
-def _few_in_short(record: Record, link: Link) -> str:
-    """The networks of few weights, and the command of one."""
-    content = record.content
-    commands = [
-        f"This command trains *{row['row']}*:\n\n{_command(content, row)}"
-        for row in content["rows"]
-        if row["row"] == few_study.EXAMPLE
-    ]
-    return "\n\n".join(
-        [
-            "**Few weights**: one or two hundredths of those of a dense network with H 2048. Names are explained in "
-            f"the [study](docs/results.md#few-weights). {_seeds(content)}. Measured on {_machine(record, link)}.",
-            markdown(
-                ["at most", "weights", "test accuracy, %", "processor seconds"],
-                [
-                    [
-                        row["row"],
-                        f"{study.mean(row, 'weights'):,.0f}",
-                        study.spread(row["ends"], study.accuracy),
-                        f"{study.mean(row, 'train_cpu_seconds'):.0f}",
-                    ]
-                    for row in content["rows"]
-                ],
-            ),
-            *commands,
-        ]
-    )
-
-
-def _tradeoff_in_short(record: Record, link: Link) -> str:
+def _tradeoff(record: Record, link: Link) -> str:
     """The best dense and the best sparse network with each budget of weights."""
     content = record.content
     quantity, unit, budgets = tradeoff_study.BUDGETS[0]
 
-    def cell(row: dict[str, Any] | None) -> str:
-        time = f"; {study.mean(row, 'train_cpu_seconds'):.0f} s" if row else ""
-        return tradeoff_study.summary(row) + time
+    def cells(kind: str, budget: int) -> tuple[str, str, str]:
+        row = tradeoff_study.best(content, kind, quantity, budget)
+        if row is None:
+            return ("–",) * 3
+        return row["row"], study.spread(row["ends"], study.accuracy), f"{study.mean(row, 'train_cpu_seconds'):.0f}"
 
-    rows = [
-        [
-            f"{budget:,} {unit}",
-            *(cell(tradeoff_study.best(content, kind, quantity, budget)) for kind in tradeoff_study.KINDS),
+    rows = [[f"{budget:,} {unit}", *cells("dense", budget), *cells("sparse", budget)] for budget in budgets]
+    header = ["at most", *(name for kind in ("dense", "sparse") for name in (kind, "accuracy, %", "seconds"))]
+    return f"{_of_study(record, link)}\n\n{markdown(header, rows)}"
+
+
+def _by_seed(records: ByName, link: Link) -> str:
+    """What each part of the recipe gains on held-back images, from all records."""
+    found = records.get("recipe_study, validation", [])
+    if not found:
+        return ""
+    links = ", ".join(f"[{number}]({link(record.path)})" for number, record in enumerate(found, 1))
+    return f"{recipe_study.gains_by_seed([record.content for record in found])}\n\nRecords: {links}."
+
+
+def _sequences(records: ByName, link: Link) -> str:
+    """The accuracy of each network on each kind of sequence, and its weights on the first."""
+    found = [records[name][-1] for kind in SEQUENCES if (name := f"sequence_study, {kind}") in records]
+    if not found:
+        return ""
+    rows: dict[str, list[str]] = {}
+    for record in found:
+        for row in record.content["rows"]:
+            cells = rows.setdefault(row["row"].partition(", ")[2], [f"{study.mean(row, 'weights'):,.0f}"])
+            cells.append(study.spread(row["ends"], study.accuracy))
+    kinds = [record.name.rpartition(" ")[2] for record in found]
+    links = ", ".join(f"[{kind}]({link(record.path)})" for kind, record in zip(kinds, found, strict=True))
+    table = markdown(["", f"weights ({kinds[0]})", *kinds], [[name, *cells] for name, cells in rows.items()])
+    return f"Test accuracy, %, {_seeds(found[0].content)}; records: {links}.\n\n{table}"
+
+
+#: sequences of images, the shortest first
+SEQUENCES = ("rows", "permuted", "pixels")
+
+
+def _growths(records: ByName, link: Link) -> str:
+    """Each quantity from its least to its most: our time, that of the masked loop, and of the fastest dense form."""
+    rows = []
+    for name in GROWING:
+        if f"scaling-{name}" not in records:
+            continue
+        record = records[f"scaling-{name}"][-1]
+        content = record.content
+        points = [one["points"] for one in content["contenders"]]
+        ends = [
+            f"{seconds(timed[0]['median'])} → {seconds(timed[-1]['median'])}"
+            for timed in ([point for point in of if point["status"] == "timed"] for of in points)
         ]
-        for budget in budgets
-    ]
-    return (
-        f"**Accuracy for weights**, with a plainer recipe: the best network within a budget, accuracy in %, neurons "
-        f"of a hidden layer and processor time of {content['epochs']} epochs, {_seeds(content)}. The flags: "
-        f"`{content['settings']}`, and those of the [study](docs/results.md#for-so-much-time-for-so-many-weights). "
-        f"Measured on {_machine(record, link)}.\n\n{markdown(['at most', *tradeoff_study.KINDS], rows)}"
-    )
+        places = [plain(content["workloads"][end]["x"]) for end in (0, -1)]
+        rows.append([f"[{content['x_is']}]({link(record.path)})", " → ".join(places), *ends])
+    if not rows:
+        return ""
+    titles = [curve_title(one["contender"], content["quantity"]) for one in content["contenders"]]
+    return markdown(["", "from → to", *titles], rows)
+
+
+GROWING = ("T", "B", "H", "groups", "block_size")
 
 
 def _scaling(record: Record, link: Link) -> str:
@@ -389,27 +432,26 @@ def _scaling(record: Record, link: Link) -> str:
             fitted = [f"{100 * one['line']['intercept'] / largest:.0f} %", f"{one['line']['r_squared']:.3f}"]
         name = curve_title(one["contender"], content["quantity"])
         rows.append([name, *(seconds(m) if m else "–" for m in medians), *fitted])
-    first = places[0]
+    first, changing = places[0], {"wide": ("H", "p_inter")}.get(content["quantity"], (content["quantity"],))
     fixed = [
-        f"{words} {first[field]}"
+        words.format(first[field])
         for words, field, quantity in (
-            ("B", "batch_size", "B"),
-            ("T", "T", "T"),
-            ("H", "hidden_dim", "H"),
-            ("p_inter", "p_inter", "p_inter"),
-            ("units of", "block_size", "block_size"),
+            ("batch {}", "batch_size", "B"),
+            ("{} steps", "T", "T"),
+            ("{:,} neurons per layer", "hidden_dim", "H"),
+            ("p_inter {}", "p_inter", "p_inter"),
+            ("{0} × {0} blocks", "block_size", "block_size"),
         )
-        if quantity != content["quantity"] and not (content["quantity"] == "wide" and quantity in ("H", "p_inter"))
+        if quantity not in changing
     ]
     if content["quantity"] == "alpha":
         alphas = ", ".join(f"{place['alpha']:g}" for place in places)
-        fixed.append(f"hidden {first['surrogate']} of α = {alphas}")
-    assert record.picture is not None
+        fixed.append(f"hidden {first['surrogate']} of α {alphas}")
     what = "A training step" if content["kernel"] == "step" else "A forward pass"
     header = [content["x_is"], *(plain(place["x"]) for place in places), "begins at", "R²"]
+    picture = f"![{what} against {content['x_is']}]({link(record.picture)})\n\n" if record.picture else ""
     return (
-        f"![{what} against {content['x_is']}]({link(record.picture)})\n\n"
-        f"{what} of {first['model']}, {', '.join(fixed)}, on {_machine(record, link)}.\n\n"
+        f"{picture}{what}: {first['model']}, {', '.join(fixed)}. {_machine(record, link)}.\n\n"
         f"{markdown(header, rows)}{_beside_dense(content)}"
     )
 
@@ -446,25 +488,25 @@ def _accuracy(record: Record, link: Link) -> str:
         for run in content["runs"]
     ]
     dynamic = " ".join(f"--{name} {settings[name]}" for name in accuracy.DYNAMIC)
-    assert record.picture is not None
     return (
-        f"![Test accuracy against training time]({link(record.picture)})\n\n"
-        f"{settings['dataset']}, {settings['limit_train'] or content['images']['train']:,} training images, T "
-        f"{settings['T']}, H {settings['hidden_dim']}, batches of {settings['batch_size']}; dynamic: `{dynamic}`. "
-        f"On {_machine(record, link)}.\n\n"
+        f"{settings['dataset']}, {settings['limit_train'] or content['images']['train']:,} training images, "
+        f"{settings['T']} steps, {settings['hidden_dim']:,} neurons per layer, batch {settings['batch_size']}; "
+        f"dynamic: `{dynamic}`. {_machine(record, link)}.\n\n"
         f"{markdown(['', 'seed', 'time per epoch', f'test accuracy after {last} epochs'], rows)}"
     )
 
 
-def _study(record: Record, link: Link) -> str:
+def _study(record: Record, link: Link, shown: slice = slice(None)) -> str:
+    """A study and its table, or some paragraphs of it."""
+    paragraphs = STUDIES[record.content["benchmark"]].table(record.content).split("\n\n")
+    return "\n\n".join((_of_study(record, link), *paragraphs[shown]))
+
+
+def _of_study(record: Record, link: Link) -> str:
     content = record.content
-    shown = STUDIES_PICTURED.get(content["benchmark"])
-    picture = f"![{shown}]({link(record.picture)})\n\n" if record.picture else ""
     return (
-        f"{picture}`{content['settings']} --epochs {content['epochs']}`, {_seeds(content)}: mean ± standard "
-        f"error of the mean after the last epoch, on {content['tested_on']}. {_whole(content)}, on "
-        f"{_machine(record, link)}.\n\n"
-        f"{STUDIES[content['benchmark']].table(content)}"
+        f"`{content['settings']} --epochs {content['epochs']}`, {_seeds(content)}, on "
+        f"{content['tested_on']}. {_whole(content)}, {_machine(record, link)}."
     )
 
 
@@ -489,19 +531,15 @@ def _host_time(record: Record, link: Link) -> str:
 
 def _cpu_choices(record: Record, link: Link) -> str:
     content = record.content
-    return (
-        f"Processor time of one pass of layers of {content['size']} neurons on {_machine(record, link)}.\n\n"
-        f"{cpu_choices.table(content)}"
-    )
+    return f"Layers of {content['size']} neurons, {_machine(record, link)}. {cpu_choices.table(content)}"
 
 
 def _chunks(record: Record, link: Link) -> str:
     size = record.content["sizes"]
     layers = " → ".join(f"{size[name]:,}" for name in ("input_dim", "hidden_dim", "hidden_dim", "num_classes"))
-    assert record.picture is not None
     return (
-        f"![Memory and time against T]({link(record.picture)})\n\n"
-        f"A training step of index, B {size['batch_size']}, {layers}, varying inputs, on {_machine(record, link)}.\n\n"
+        f"A training step: index, batch {size['batch_size']}, {layers} neurons, varying inputs. "
+        f"{_machine(record, link)}.\n\n"
         f"{chunks.table(record.content)}{_said_of_others(record.content)}"
     )
 
@@ -533,41 +571,65 @@ def _predictions(record: Record, link: Link) -> str:
     )
 
 
-#: the parts that a page may contain: the record's name, and the function that draws it
-PARTS: dict[str, tuple[str, Callable[[Record, Link], str]]] = {
-    **{name: (name, _throughput) for name in KERNELS},
-    "step, in short": ("step", _step_in_short),
-    **{f"step, {other}": (f"step, {other}", _throughput) for other in ("block_size 32", "block_size 1", "model dense")},
-    "recurrent, hidden_dim 512": ("recurrent, hidden_dim 512", _throughput),
-    "recurrent, in short": ("recurrent", _recurrent_in_short),
-    **{
-        f"scaling-{name}": (f"scaling-{name}", _scaling)
-        for name in ("p_inter", "block_size", "groups", "T", "B", "H", "wide", "alpha")
-    },
-    "accuracy": ("accuracy", _accuracy),
-    "chunks": ("chunks", _chunks),
-    "chunks, in short": ("chunks", _chunks_in_short),
-    "flag_costs": ("flag_costs", _flag_costs),
-    "host_time": ("host_time", _host_time),
-    "cpu_choices": ("cpu_choices", _cpu_choices),
-    "model_comparison, in short": ("model_comparison", _models_in_short),
-    "recipe_study, in short": ("recipe_study", _recipe_in_short),
-    "few_study, in short": ("few_study", _few_in_short),
-    "tradeoff_study, in short": ("tradeoff_study", _tradeoff_in_short),
-    **{name: (name, _study) for name in STUDIES},
-    **{f"{name}, validation": (f"{name}, validation", _study) for name in ("recipe_study", "few_study")},
-    "predictions": ("predictions", _predictions),
+#: the whole table of a record, by its benchmark
+WHOLE: dict[str, Callable[[Record, Link], str]] = {
+    "throughput": _throughput,
+    "scaling": _scaling,
+    "accuracy": _accuracy,
+    "chunks": _chunks,
+    "flag_costs": _flag_costs,
+    "host_time": _host_time,
+    "cpu_choices": _cpu_choices,
+    "predictions": _predictions,
+    **dict.fromkeys(STUDIES, _study),
 }
 
-#: those that show all records of a name together
-SUMMARIES: dict[str, tuple[str, Callable[[Sequence[dict[str, Any]]], str]]] = {
-    "recipe_study, validation, by seed": ("recipe_study, validation", recipe_study.gains_by_seed),
-    "recipe_study, validation, second recipe": ("recipe_study, validation", recipe_study.second_by_seed),
+
+def _newest(draw: Callable[..., str], *names: str, **how: Any) -> Part:
+    """What ``draw`` makes of the newest record of each name; "" if one is missing."""
+    return lambda records, link: (
+        draw(*(records[name][-1] for name in names), link, **how) if records.keys() >= set(names) else ""
+    )
+
+
+#: the parts that a page may contain
+PARTS: dict[str, Part] = {
+    "results in short": _newest(_readme, "step", "scaling-wide", "recipe_study", "few_study"),
+    "step, in a line": _newest(_step_in_a_line, "step"),
+    "step": _newest(_throughput, "step"),
+    "other networks": _in_one_table(
+        *(f"step, {other}" for other in ("block_size 32", "block_size 1", "model dense")),
+        "recurrent",
+        "recurrent, hidden_dim 512",
+    ),
+    "parts of a step": _in_one_table("forward", "linear", "linear-dense", "lif", "dst"),
+    "scaling-p_inter": _newest(_scaling, "scaling-p_inter"),
+    "growth": _growths,
+    "scaling-wide": _newest(_scaling, "scaling-wide"),
+    "chunks": _newest(_chunks, "chunks"),
+    "chunks, in short": _newest(_chunks_in_short, "chunks"),
+    "recipe_study": _newest(_study, "recipe_study"),
+    "recipe_study, command": _newest(_command, "recipe_study", name=recipe_study.CHOSEN[-1]),
+    "recipe_study, by seed": _by_seed,
+    "few_study": _newest(_study, "few_study"),
+    "few_study, command": _newest(_command, "few_study", name=few_study.EXAMPLE),
+    "tradeoff_study, in short": _newest(_tradeoff, "tradeoff_study"),
+    "dst_study, in short": _newest(_study, "dst_study", shown=slice(1)),
+    "structure_study, in short": _newest(_study, "structure_study, 2 epochs", shown=slice(-1, None)),
+    "sequence_study": _sequences,
+    "predictions": _newest(_predictions, "predictions"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    Parser(prog="python -m benchmarks.redraw", description=__doc__.split("\n")[0]).parse_args(argv)
+    parser = Parser(prog="python -m benchmarks.redraw", description=__doc__.split("\n")[0])
+    text = "a record whose table to print; without any, the pages and pictures are drawn anew"
+    parser.add_argument("files", type=Path, nargs="*", metavar="FILE", help=text)
+    files = parser.parse_args(argv).files
+    for record in map(read, files):
+        print(WHOLE[record.content["benchmark"]](record, Path.as_posix))
+    if files:
+        return 0
     from . import plots  # needs matplotlib
 
     kept = records()

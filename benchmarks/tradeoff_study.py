@@ -46,11 +46,6 @@ BUDGETS = (
 )
 
 
-def width(row: dict[str, Any]) -> str:
-    """The number of neurons of a hidden layer."""
-    return str(row["row"]).split(", ")[1]
-
-
 def density(row: dict[str, Any]) -> str:
     """``dense``, or the share of the weights, whether they are rewired, and the units."""
     return ", ".join(str(row["row"]).split(", ")[2:]) or "dense"

@@ -31,9 +31,18 @@ include_patterns = [
     "docs/api/**.rst",
     "docs/notebooks/*.ipynb",
     "g2g_kernels/ops/*/README.md",
+    "g2g_kernels/csrc/PERFORMANCE.md",
+    "g2g_kernels/triton/CHECKS.md",
     "benchmarks/*.md",
     "benchmarks/results/*.md",
 ]
+#: of kernels that no GPU has run: links lead to these pages, the menu does not
+OUTSIDE_THE_MENU = (
+    "g2g_kernels/triton/CHECKS",
+    "docs/first-run",
+    "benchmarks/results/aot",
+    "benchmarks/results/roofline",
+)
 exclude_patterns = [".*", "build", "data"]  # folders that need not be searched
 extensions = [
     "myst_nb",
@@ -145,8 +154,15 @@ def skip_field(app: Sphinx, what: str, name: str, member: object, skip: bool, op
     return True if type(member).__name__ == "_tuplegetter" else None
 
 
+def leave_out_of_the_menu(app: Sphinx, doctree: nodes.document) -> None:
+    """Marks a page that is on purpose in no menu."""
+    if app.env.docname in OUTSIDE_THE_MENU:
+        app.env.metadata[app.env.docname]["orphan"] = "true"
+
+
 def setup(app: Sphinx) -> None:
     app.add_transform(FoldersAsText)
     app.connect("missing-reference", find_by_last_name)
     app.connect("doctree-read", add_names_under_modules)
+    app.connect("doctree-read", leave_out_of_the_menu)
     app.connect("autodoc-skip-member", skip_field)

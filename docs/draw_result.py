@@ -3,69 +3,89 @@
 pip install -e ".[plots]" && python docs/draw_result.py
 """
 
+import statistics
 from pathlib import Path
 from typing import Any
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import LogLocator
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from benchmarks.few_study import EXAMPLE
-from benchmarks.plots import draw_tradeoff
 from benchmarks.redraw import records
-from benchmarks.report import seconds, title
-from benchmarks.study import mean
-from benchmarks.tradeoff_study import density, width
+from benchmarks.report import seconds
+from benchmarks.study import accuracy, mean
+from benchmarks.tradeoff_study import density
 
-OURS, PEER = "#1f5a7a", "#b5b5b5"
-CONTENDERS = ("g2g-cpu", "dense-lif", "compiled-dense", "spikingjelly-dense", "snntorch-masked")
-#: densities of the accuracy panel; all are in docs/results.md
-SHOWN = ("dense", "25 %, units of 64", "8 %, units of 1")
+OURS, PEER = "#1f5a7a", "#9a9a9a"
+CONTENDERS = {
+    "g2g-cpu": "g2g",
+    "dense-lif": "dense layers over all steps",
+    "compiled-dense": "snnTorch, dense, torch.compile",
+    "spikingjelly-dense": "SpikingJelly, dense",
+    "snntorch-masked": "snnTorch, weights × mask",
+}
+#: lines of the accuracy panel, all of them rows of docs/results.md: density, name, colour
+LINES = (("dense", "dense, 20 epochs", PEER), ("25 %, units of 64", "sparse, 20 epochs", OURS))
 
 
 def record(name: str) -> dict[str, Any]:
-    """The first record of what is called ``name`` (see :mod:`benchmarks.redraw`)."""
-    return next(record.content for record in records() if record.name == name)
+    """The newest record of what is called ``name`` (see :mod:`benchmarks.redraw`)."""
+    found = [record.content for record in records() if record.name == name]
+    return max(found, key=lambda content: str(content["machine"]["date"]))
 
 
 def draw_times(axis: Axes, content: dict[str, Any]) -> None:
     rows = {row["contender"]: row for row in content["contenders"] if row["status"] == "timed"}
-    shown = [rows[name] for name in CONTENDERS if name in rows]
-    for place, row in enumerate(shown):
-        axis.barh(place, row["median"], color=OURS if row["contender"].startswith("g2g") else PEER, height=0.66)
+    for place, name in enumerate(CONTENDERS):
+        median = rows[name]["median"]
+        axis.barh(place, median, color=OURS if place == 0 else PEER, height=0.62)
         axis.annotate(
-            seconds(row["median"]), (row["median"], place), xytext=(4, 0), textcoords="offset points", va="center"
+            seconds(median), (median, place), xytext=(5, 0), textcoords="offset points", va="center", fontsize=13
         )
-    axis.set_yticks(range(len(shown)), [title(row["contender"]) for row in shown])
+    axis.set_yticks(range(len(CONTENDERS)), list(CONTENDERS.values()))
     axis.invert_yaxis()
-    axis.set_xlim(0, 1.16 * max(row["median"] for row in shown))
-    axis.set_xlabel("seconds per training step, ¼ of the weights active")
+    axis.set_xlim(0, 1.2 * max(rows[name]["median"] for name in CONTENDERS))
+    axis.set_xticks([])
+    axis.spines[["top", "right", "bottom"]].set_visible(False)
+    axis.set_title("Time of a training step", loc="left", fontsize=13)
 
 
-def width_and_time(row: dict[str, Any]) -> str:
-    return f"{width(row)} · {mean(row, 'train_cpu_seconds'):.0f} s"
+def draw_accuracies(axis: Axes) -> None:
+    rows = record("tradeoff_study")["rows"]
+    for name, label, colour in LINES:
+        line = sorted((mean(row, "weights"), _accuracy(row)) for row in rows if density(row) == name)
+        axis.plot(*zip(*line, strict=True), color=colour, marker="o", label=label)
+    pruned = next(row for row in record("few_study")["rows"] if row["row"] == EXAMPLE)
+    axis.plot(
+        mean(pruned, "weights"),
+        _accuracy(pruned),
+        "*",
+        color="#c4552d",
+        markersize=14,
+        label="pruned gradually, 40 epochs",
+    )
+    axis.set_xscale("log")
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.set_xlabel("weights")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, loc="lower right", fontsize=13)
+    axis.set_title("Test accuracy on Fashion-MNIST, %", loc="left", fontsize=13)
 
 
-def pruned() -> dict[str, Any]:
-    """The network that is pruned to the fewest single weights, named as a row of the other study."""
-    row = next(row for row in record("few_study")["rows"] if row["row"] == EXAMPLE)
-    return {**row, "row": "index, 512, pruned, smoothed, 40 epochs"}
+def _accuracy(row: dict[str, Any]) -> float:
+    return statistics.mean(map(accuracy, row["ends"]))
 
 
 def draw(folder: Path) -> None:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10.4, 3.6), layout="constrained", width_ratios=(1, 1.15))
-    draw_times(left, record("step"))
-    study = record("tradeoff_study")
-    shown = [row for row in study["rows"] if density(row) in SHOWN]
-    draw_tradeoff(right, {**study, "rows": [*shown, pruned()]}, "weights", width_and_time)
-    right.set_xlim(left=2000)  # room for a label
-    right.xaxis.set_major_locator(LogLocator())
-    right.set_xlabel("weights; at each point: neurons of a layer, time of training")
-    right.set_ylabel("test accuracy, %")
-    right.legend(frameon=False, loc="lower right", fontsize=9)
-    for axis in (left, right):
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(folder / "result.png", dpi=110)
+    with plt.rc_context({"font.size": 13}):
+        figure = plt.figure(figsize=(7.2, 6.2), layout="constrained")
+        upper, lower = figure.subfigures(2, 1, height_ratios=(1, 1.3))
+        draw_times(upper.subplots(), record("step"))
+        draw_accuracies(lower.subplots())
+        figure.savefig(folder / "result.png", dpi=110)
+        plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Errors of all gradients at M = T·B = 12,800, as ratios to plain PyTorch's: a table of ``docs/kernel-checks.md``.
+"""Errors of all gradients at M = T·B = 12,800, as ratios to plain PyTorch's: a table of ``triton/CHECKS.md``.
 
 ``python tests/gradient_errors.py`` writes it, with the Python of the environment that ``tests/execute_kernels.sh``
 makes. Kernels are executed from the IR, where a float32 product adds one multiply-add after the other as on a card.
@@ -21,7 +21,7 @@ from ttsem import sanitize
 
 from g2g_kernels.ops.g2g_stack import triton as stacks
 
-PAGE = Path(__file__).parents[1] / "docs/kernel-checks.md"
+PAGE = Path(__file__).parents[1] / "g2g_kernels/triton/CHECKS.md"
 T, B = 50, 256
 #: units of one, two and four tiles of 16
 LINEAR = (

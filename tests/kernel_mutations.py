@@ -1,4 +1,4 @@
-"""Faults put into the Triton kernels, and which lane finds each: the table of ``docs/kernel-checks.md``.
+"""Faults put into the Triton kernels, and which lane finds each: the table of ``g2g_kernels/triton/CHECKS.md``.
 
 ``python tests/kernel_mutations.py`` writes it, with the Python of the environment that ``tests/execute_kernels.sh``
 makes. Every fault is put into a copy of the repository, whose tests then run in three lanes: executed from the IR, in
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs/kernel-checks.md"
+PAGE = ROOT / "g2g_kernels/triton/CHECKS.md"
 LINEAR, STACK, NEURONS = (f"g2g_kernels/ops/{name}/triton.py" for name in ("g2g_linear", "g2g_stack", "neurons"))
 NEURON = "g2g_kernels/triton/neuron.py"
 PRODUCTS = "g2g_kernels/triton/products.py"

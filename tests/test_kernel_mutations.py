@@ -1,4 +1,4 @@
-"""The faults of ``kernel_mutations.py`` can be put in, and docs/kernel-checks.md says of each who finds it."""
+"""The faults of ``kernel_mutations.py`` can be put in, and g2g_kernels/triton/CHECKS.md says of each who finds it."""
 
 import pytest
 from kernel_mutations import MUTATIONS, PAGE, ROOT, finding

@@ -184,4 +184,4 @@ def test_the_python_example_runs():
 
 
 def test_the_readme_is_short():
-    assert len(README.splitlines()) <= 200
+    assert len(README.splitlines()) <= 110

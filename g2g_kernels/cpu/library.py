@@ -35,7 +35,7 @@ OPTIONS: dict[str, Iterable[str]] = {}
 TOO_LARGE, UNKNOWN_OPTION = -2, -3
 
 #: Inputs of ``g2g_linear`` that are spikes more often than this are multiplied by the matrix kernels (in float32, under
-#: bfloat16): where the two take equally long (docs/cpu-performance.md). Weight gradients are summed in float32 anyway.
+#: bfloat16): where the two take equally long (csrc/PERFORMANCE.md). Weight gradients are summed in float32 anyway.
 EVENT_LIMIT_FORWARD = {False: 0.5, True: 0.28}
 EVENT_LIMIT_BACKWARD = {False: 0.5, True: 0.5}
 #: Cost of events in a stack, relative to what the kernels assume (``event_cycles`` in ``csrc/stack.h``): spikes are

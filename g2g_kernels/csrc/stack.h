@@ -74,7 +74,7 @@ inline bool any_recurrent(const Stack& s) {
 inline bool are_spikes(Input kind) { return kind == Input::kEvents || kind == Input::kDenseSpikes; }
 
 // Cycles of each way to form a product, of one row (a sample at a step) unless a comment says otherwise: fitted to passes by
-// each way, of the points of benchmarks/cpu_choices.py and of 90 others (docs/cpu-performance.md).
+// each way, of the points of benchmarks/cpu_choices.py and of 90 others (PERFORMANCE.md).
 #if defined(__AVX512F__)
 constexpr double kProductCycles = 0.06;       // a weight of a dense product
 constexpr double kExpandCycles = 60;          // a block of spikes that is written as floats for it

@@ -324,8 +324,8 @@ class Networks(RuleBasedStateMachine):
         for number in (0, 1):
             target.dense.follow(source.dense, number)
 
-    @rule(which=st.integers(0, 3), buffers=st.booleans())
-    def average(self, which, buffers):
+    @rule(which=st.integers(0, 3))
+    def average(self, which):
         """A step of a tied average, over buffers too, which rounds them."""
         twins = self.pick(which)
         if twins.source is None:
@@ -334,7 +334,7 @@ class Networks(RuleBasedStateMachine):
             for mine, theirs in zip(twins.net.parameters(), twins.source.net.parameters(), strict=True):
                 mine.copy_(DECAY * mine + (1 - DECAY) * theirs)
             for mine, theirs in zip(twins.net.buffers(), twins.source.net.buffers(), strict=True):
-                mine.copy_((DECAY + 1e-3) * mine + (1 - DECAY) * theirs if buffers else mine)
+                mine.copy_((DECAY + 1e-3) * mine + (1 - DECAY) * theirs)
         for mine, theirs in ((part(twins), part(twins.source)) for part in (weights, biases)):
             for number in (0, 1):
                 mine[number] = DECAY * mine[number] + (1 - DECAY) * theirs[number]

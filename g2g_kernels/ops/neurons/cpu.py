@@ -21,7 +21,7 @@ OPTIONS.update({"resets": RESETS, "surrogates": SURROGATES, "models": MODELS})
 for _name, _model in MODELS.items():
     OPTIONS.update({f"{_name}.{kind}": getattr(_model, kind) for kind in ("states", "parameters", "decays")})
 
-#: steps from the states that are kept to the next (docs/cpu-performance.md, LIF alone)
+#: steps from the states that are kept to the next (g2g_kernels/csrc/PERFORMANCE.md, LIF alone)
 EVERY = 5
 
 

@@ -424,7 +424,7 @@ def run(sequences: int, derandomize: bool = False) -> None:
 
 
 #: sequences of the default run
-SEQUENCES = 60
+SEQUENCES = 150
 
 
 @pytest.mark.parametrize("sequences", [SEQUENCES, pytest.param(20000, marks=pytest.mark.long)])
@@ -499,5 +499,5 @@ def test_planted_faults_are_found(fault, monkeypatch):
     monkeypatch.setattr(*fault)
     if fault[1] == "rewire_averages":
         monkeypatch.setattr(dst, "rewire_averages", fault[2])
-    with pytest.raises((AssertionError, ValueError, RuntimeError, pytest.fail.Exception)):
+    with pytest.raises(Exception):  # noqa: B017, PT011  (groups of errors, of a rule and of the end)
         run(SEQUENCES, derandomize=True)

@@ -220,9 +220,9 @@ class BlockMask(UnitGrid):
     # --- the buffer that describes it -----------------------------------------------------------------------------
 
     @property
-    def is_written(self) -> bool:
-        """Whether something else wrote into the buffer since the mask did."""
-        return version(self.own_wiring) != self.written
+    def writes(self) -> int:
+        """How often something else wrote into the buffer since the mask did."""
+        return version(self.own_wiring) - self.written
 
     def _changed(self) -> None:
         self.changes += 1
@@ -322,7 +322,7 @@ class BlockMask(UnitGrid):
         """Whether a row says what this mask is, but for its checksums.
 
         Args:
-            rounding: what its numbers may be off, relative to them.
+            rounding: what its numbers may be off, relative to them; its checksums then count, too.
 
         Returns:
             false where there are no numbers to compare (``meta``).
@@ -330,5 +330,8 @@ class BlockMask(UnitGrid):
         own = numbers_of(self)
         if own.is_meta or wiring.is_meta or (len(own) + 2,) != wiring.shape:
             return False
-        own, given = own.cpu(), wiring.detach().cpu()[:-2]
-        return bool((own == given).all() or (rounding and ((given - own).abs() <= rounding * own).all()))
+        own, given = own.cpu(), wiring.detach().cpu()
+        if (own == given[:-2]).all():
+            return True
+        own = as_row(own)
+        return bool(((given - own).abs() <= rounding * own).all())

@@ -10,6 +10,9 @@ import torch
 from g2g_kernels.numbers import SIZE
 from g2g_kernels.tracing import on_cpu
 
+#: what an average of equal numbers may be off, relative to them: that of 200 networks, summed up one by one
+ROUNDING = 2.0**-18
+
 
 def _contiguous(size: int, num_groups: int, generator: torch.Generator | None) -> torch.Tensor:
     sizes = size // num_groups + (torch.arange(num_groups) < size % num_groups).long()
@@ -125,8 +128,9 @@ def as_integers(name: str, tensor: object) -> torch.Tensor:
             apart.
     """
     if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
-        whole = tensor.detach().nan_to_num(0.5)
-        if not bool((whole == whole.round()).all()):
+        given = tensor.detach().nan_to_num(0.5)
+        whole = given.round()
+        if not bool(((given - whole).abs() <= ROUNDING * whole.abs()).all()):
             raise ValueError(
                 f"{name} holds numbers that are not whole, as an average of networks with different wirings does; "
                 "average networks of the same wiring"

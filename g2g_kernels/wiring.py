@@ -8,13 +8,12 @@ from typing import NamedTuple
 
 import torch
 
-from g2g_kernels.groups import GroupLayout
+from g2g_kernels.groups import ROUNDING, GroupLayout
 from g2g_kernels.unit_grid import UnitGrid
 
-#: what an average of equal numbers may be off, relative to them
-ROUNDING = 1e-6
-#: and one that was taken again and again, step by step, without the numbers being read
-DRIFT = 2.0**-12
+#: what a step of an average that is written in place may round, relative to the number. An average with a weight of
+#: 1e-5 of another wiring moves more per step, so it is told from rounding however often the numbers are read.
+DRIFT = 2.0**-22
 
 
 class Wiring(NamedTuple):
@@ -64,9 +63,10 @@ def read_row(row: torch.Tensor, shape: tuple[int, int] | None = None) -> Wiring:
     checked = numbers[:-2]
     rounded = (given - whole).abs() <= ROUNDING * whole.abs()
     if not (rounded.all() and torch.equal(_checksums(checked), numbers[-2:])):
-        raise ValueError(
-            "wiring and its checksum do not match: it is an average of networks with different wirings, or damaged"
-        )
+        why = "it is an average of networks with different wirings, or damaged"
+        if row.is_floating_point() and row.dtype.itemsize < 4:
+            why = f"{row.dtype} rounds its numbers; keep mask.wiring in float32, whatever the dtype of the weights"
+        raise ValueError(f"wiring and its checksum do not match: {why}")
     (out_size, in_size, block_size), lists = checked[:3].tolist(), checked[3:]
     if shape is not None and (out_size, in_size) != shape:
         raise ValueError(f"the saved mask is {(out_size, in_size)}, this layer is {shape}")

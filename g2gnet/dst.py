@@ -268,6 +268,8 @@ class DSTScheduler:
         if unknown:
             raise ValueError(f"recurrent has {unknown[0]}, which is none of the layers after the first; give both")
         self._recurrent = set(recurrent)
+        if isinstance(averages, nn.Module):
+            raise TypeError("averages is a module; give a list of them, averages=[average]")
         averages = list(averages)
         if averages and not isinstance(model, nn.Module):
             raise ValueError("averages= needs the model, not its layers; give it, or call tie_wiring(model, average)")

@@ -4,8 +4,9 @@ They are called, copied, moved, saved, loaded and rewired together, or not at al
 
 - A copy is a layer of its own. :mod:`g2gnet.ties` is about those that are to be rewired with it.
 - What is written into the buffer ``mask.wiring`` (with the weights: DistributedDataParallel does so, ``copy_`` over
-  parameters and buffers) is read when the mask is used next. Writing through ``.data`` is not noticed, nor is anything
-  inside compiled code.
+  parameters and buffers) is read when the mask is used next. What PyTorch does not count as a write (through ``.data``,
+  by ``torch.distributed.broadcast``) is not noticed, nor is anything inside compiled code; ``load_state_dict`` of the
+  network's own ``state_dict()`` reads it.
 - Weights that stand in place of the layer's own (``torch.func.functional_call``) come with their ``mask.wiring``, or
   have the layer's.
 - A ``state_dict`` refers to the weights and the buffer themselves. Both are written in place, or neither is, so a state
@@ -59,7 +60,7 @@ class PackedWeights(nn.Module):
             ValueError: if something was written into the buffer that describes no mask of these weights.
         """
         mask = self._own_mask
-        if not is_traced() and mask.is_written and self.kin.source is None:
+        if not is_traced() and mask.writes and self.kin.source is None:
             self._read_wiring()
         return mask
 
@@ -77,7 +78,7 @@ class PackedWeights(nn.Module):
         if wiring.is_meta or mask.describes(wiring):
             mask.note_wiring()
             return
-        if mask.describes(wiring, DRIFT):  # an average of equal numbers, which rounds
+        if mask.describes(wiring, DRIFT * mask.writes):  # an average of equal numbers, which rounds
             mask.write_wiring()
             return
         arrived = _mask_of(wiring, mask.shape, "mask.wiring was written to, and")
@@ -93,7 +94,7 @@ class PackedWeights(nn.Module):
         """Has mask and buffer agree, before something reads both."""
         if self.kin.source is None:
             _ = self.mask
-        elif self._own_mask.is_written:
+        elif self._own_mask.writes:
             self._own_mask.write_wiring()
 
     def weights(self) -> tuple[torch.Tensor, BlockMask]:

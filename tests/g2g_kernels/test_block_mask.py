@@ -669,6 +669,7 @@ NOT_THIS_ROW = {
     "halves": (lambda row: row + 0.5, "do not match: it is an average of networks with different wirings"),
     "NaN": (lambda row: row * torch.nan, "do not match"),
     "rounded": (lambda row: row.to(torch.float8_e5m2).float(), "do not match"),
+    "in 16 bits": (lambda row: row.bfloat16(), "bfloat16 rounds its numbers; keep mask.wiring in float32"),
     "one number": (lambda row: torch.cat([row[:60], row[60:61] + 1, row[61:]]), "do not match"),
     "a matrix": (lambda row: row[None], r"must be a row of numbers, not of shape \(1, \d+\)"),
     "nothing": (lambda row: row[:0], "must be a row of numbers"),

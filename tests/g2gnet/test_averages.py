@@ -276,6 +276,8 @@ def test_averages_need_the_model():
     net = network()
     with pytest.raises(ValueError, match="averages= needs the model"):
         DSTScheduler([net.fc1], torch.optim.SGD(net.parameters()), averages=[copy.deepcopy(net)])
+    with pytest.raises(TypeError, match=r"averages=\[average\]"):
+        DSTScheduler(net, torch.optim.SGD(net.parameters()), averages=copy.deepcopy(net))
 
 
 def test_copies_that_are_freed_in_the_middle_of_an_update_do_not_disturb_it():
@@ -354,15 +356,36 @@ def test_what_is_written_into_buffers_is_read_at_the_next_call(training):
         other(x)
     other.load_state_dict(net.state_dict())
     assert torch.equal(other(x), net(x))
+    rewired(net)
+    for mine, theirs in zip([*other.parameters(), *other.buffers()], [*net.parameters(), *net.buffers()], strict=True):
+        mine.data.copy_(theirs)  # which is not counted, as in torch.distributed.broadcast
+    other.load_state_dict(other.state_dict())
+    assert torch.equal(other(x), net(x))
 
 
 def test_an_average_over_buffers_of_a_network_that_stays_as_it_is_may_round():
     net = network()
     average = copy.deepcopy(net)
-    for _ in range(3):
-        average.fc2.mask.wiring.mul_(1 + 1e-4)  # what thousands of steps with a decay of 0.9998 may do to equal numbers
+    mine, theirs = average.fc2.mask.wiring, net.fc2.mask.wiring
+    for decay in (0.9998, 0.99999):
+        for _ in range(3000):  # between two calls
+            mine.mul_(decay).add_(theirs, alpha=1 - decay)
+        assert not torch.equal(mine, theirs)
         assert average.fc2.mask.equals(net.fc2.mask)
     assert torch.equal(average.state_dict()["fc2.mask.wiring"], net.fc2.mask.wiring)
+
+
+@pytest.mark.parametrize("decay", [0.99, 0.9999, 0.99999])
+def test_one_unit_of_another_wiring_in_an_average_is_no_rounding(decay):
+    net = network()
+    average, mask = copy.deepcopy(net), net.fc2.mask
+    # to the place beside it, so that the numbers are as alike as they can be
+    units = mask.flat_unit().tolist()
+    slot = next(slot for slot, unit in enumerate(units) if unit % mask.grid[1] in range(1, 5) and unit + 1 not in units)
+    net.fc2.rewire_(torch.tensor([slot]), torch.tensor([units[slot] + 1]), torch.tensor(True))
+    average.fc2.mask.wiring.mul_(decay).add_(mask.wiring, alpha=1 - decay)
+    with pytest.raises(ValueError, match=r"average of networks with different wirings.*averages=\[average\]"):
+        average(torch.rand(8, 32))
 
 
 def test_indices_are_no_buffers_and_follow_the_network():

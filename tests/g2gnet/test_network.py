@@ -318,9 +318,10 @@ def test_time_steps_that_are_no_whole_number_are_refused(steps):
 def test_a_state_averaged_with_equal_ones_is_the_same_network():
     net, again = small_net("mixer"), small_net("mixer")
     state = net.state_dict()
-    again.load_state_dict({name: sum([tensor] * 3) / 3 for name, tensor in state.items()})
-    for name, tensor in again.state_dict().items():
-        torch.testing.assert_close(tensor, state[name])
+    for shares in [[1 / 3] * 3, [1 / 100] * 100, [0.1, 0.2, 0.7]]:  # of the networks of a federation, say
+        again.load_state_dict({name: sum(share * tensor for share in shares) for name, tensor in state.items()})
+        for name, tensor in again.state_dict().items():
+            torch.testing.assert_close(tensor, state[name])
 
 
 def test_averaged_time_steps_that_are_not_whole_are_refused():

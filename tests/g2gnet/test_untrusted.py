@@ -369,6 +369,14 @@ def test_a_resume_believes_no_count_and_no_scale_of_a_file(trained, name, value,
         trainer.load_state_dict(replaced(inside, name, value))
 
 
+def test_a_resume_on_other_threads_keeps_the_scales_of_the_file(trained):
+    images, state = trained
+    trainer = Trainer(TRAINER, images, Machine(torch.device("cpu")))
+    rounded = state["model"]["input_deviation"].nextafter(torch.tensor(9.0))
+    trainer.load_state_dict(replaced(state, "model/input_deviation", rounded))
+    assert torch.equal(trainer.net.input_deviation, rounded)
+
+
 @settings(max_examples=50)
 @given(st.data())
 def test_arbitrary_checkpoints_are_gone_on_from_or_refused(trained, data):

@@ -287,7 +287,7 @@ def test_a_tensor_without_an_address_is_compared_by_how_often_it_was_written_to(
 
     def step(x):
         calls.append(x)
-        return net(x @ net.adjacency.to_dense())
+        return net(x)  # the stand-in knows no sparse operations
 
     captured = g2gnet.captured(step, CUDA, watch=(net,))
     for _ in range(6):

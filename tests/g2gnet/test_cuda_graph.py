@@ -279,6 +279,7 @@ def test_an_optimizer_whose_state_a_graph_cannot_change_trains_as_without_one(
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.filterwarnings("error:The .grad attribute of a Tensor:UserWarning")
 def test_a_tensor_without_an_address_is_compared_by_how_often_it_was_written_to(stand_ins):
     net, x = torch.nn.Linear(4, 1), torch.rand(3, 4)
     net.lazy, net.nested = torch.nn.LazyLinear(2), torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])

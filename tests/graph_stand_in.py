@@ -48,7 +48,6 @@ class Graph:
 
     captured: "list[Graph]" = []  # noqa: RUF012  (emptied by install)
     capturing = False
-    stream: "Stream"
 
     @torch.no_grad()
     def replay(self) -> None:
@@ -59,10 +58,12 @@ class Graph:
 
 
 class Stream:
-    """Stands in for ``torch.cuda.Stream``; knows the device that was current when it was made."""
+    """Stands in for ``torch.cuda.Stream``."""
 
-    def __init__(self) -> None:
-        self.device = Device.current
+    current: "Stream"
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device.index
 
     def wait_stream(self, other: "Stream") -> None:
         pass
@@ -103,12 +104,23 @@ class SyncDebug:
 
 
 @contextlib.contextmanager
+def use(stream: Stream):
+    """Stands in for ``torch.cuda.stream``."""
+    before, Stream.current = Stream.current, stream
+    try:
+        yield
+    finally:
+        Stream.current = before
+
+
+@contextlib.contextmanager
 def capture(graph: Graph, stream: Stream, capture_error_mode: str):
-    """Stands in for ``torch.cuda.graph``."""
+    """Stands in for ``torch.cuda.graph``, of an older version: after an error its stream remains the current one."""
     assert capture_error_mode == "thread_local"
     assert stream.device == Device.current
     Graph.captured.append(graph)
-    Graph.capturing, graph.stream = True, stream
+    Graph.capturing, before = True, Stream.current
+    Stream.current = stream
     try:
         with torch.random.fork_rng(devices=[]), _Recorder() as recorder:
             yield
@@ -117,20 +129,20 @@ def capture(graph: Graph, stream: Stream, capture_error_mode: str):
         with torch.no_grad():
             for tensor, before in recorder.before.values():
                 tensor.copy_(before)
-    graph.operations = recorder.operations
+    graph.operations, Stream.current = recorder.operations, before
 
 
 def install(monkeypatch) -> None:
     """Two CUDA devices of which 0 is current, for the rest of a test; tensors remain on the CPU."""
     Graph.captured.clear()
+    Stream.current = Stream(torch.device("cuda:0"))
     for name, stand_in in {
         "is_available": lambda: True,
         "current_device": lambda: Device.current,
         "device": Device,
         "Stream": Stream,
-        "current_stream": Stream,
-        "set_stream": lambda stream: None,
-        "stream": lambda stream: contextlib.nullcontext(),
+        "current_stream": lambda: Stream.current,
+        "stream": use,
         "get_sync_debug_mode": lambda: SyncDebug.mode,
         "set_sync_debug_mode": SyncDebug.set,
         "CUDAGraph": Graph,

@@ -196,7 +196,7 @@ class Meeting:
         socket.create_connection(self._address, PATIENCE).close()
 
     def collect(self, what: str, value: bytes, limit: datetime.timedelta) -> list[bytes]:
-        """The values that all give, by rank; raises DistributedError if one has ended, or gives none up to the limit."""
+        """The values that all give, by rank; raises DistributedError if one has ended or stays silent."""
         self.store.set(f"{what}/{self.rank}", value)  # type: ignore[arg-type]  # it takes bytes, too
         silent = [*range(self.size)]
         for _ in _until(limit, lambda: f"rank {self.rank} of {self.size} has heard nothing from {_ranks(silent)}"):

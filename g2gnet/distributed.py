@@ -5,7 +5,6 @@ import contextlib
 import datetime
 import gc
 import hashlib
-import importlib
 import logging
 import os
 import pickle
@@ -16,6 +15,7 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before there is a group, which its functions would keep as their default
 
 from g2gnet.messages import reason
 
@@ -67,6 +67,7 @@ class World:
         self.rank = 0 if self.group is None else dist.get_rank(self.group)
         self.size = 1 if self.group is None else dist.get_world_size(self.group)
         self.stage = "start"  # what this process does, for messages
+        self._work: dist.Work | None = None
 
     def apart(self) -> "World":
         """The same processes; they wait for any time for one another, but not for one that has ended."""
@@ -112,7 +113,7 @@ class World:
     def first(self, function: Callable[[], ResultT]) -> ResultT:
         """What ``function`` returns in the first process, the only one that calls it; :func:`join` tells its error."""
         result: Any = [function() if self.leads else None]
-        if self.group is not None and self.size > 1:
+        if self.group is not None:
             self.arrive()
             dist.broadcast_object_list(result, dist.get_global_rank(self.group, 0), self.group)
         return result[0]
@@ -125,8 +126,7 @@ class World:
         for tensor in tensors:
             digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
         values = self.gather((value, digest.digest()))
-        differing = [rank for rank, other in enumerate(values) if other != values[0]]
-        if differing:
+        if differing := [rank for rank, other in enumerate(values) if other != values[0]]:
             raise DistributedError(f"{what} of {_ranks(differing)} differs from that of rank 0")
 
     def arrive(self) -> None:
@@ -136,10 +136,11 @@ class World:
 
     def assemble(self) -> None:
         """Waits for the others; raises DistributedError if some do not come, which the first process names."""
-        if self.size == 1 or "gloo" not in dist.get_backend_config(self.group):  # the next operation waits in any case
+        if self.group is None or "gloo" not in dist.get_backend_config(self.group):  # the next operation waits anyway
             return
+        limit = self.group._get_backend(torch.device("cpu")).options._timeout  # unless told, it waits for half an hour
         try:
-            dist.monitored_barrier(self.group, wait_all_ranks=True)
+            dist.monitored_barrier(self.group, limit, wait_all_ranks=True)
         except RuntimeError as error:
             raise DistributedError(
                 f"some processes did not come to {self.stage}: all must make the same calls, after the same optimizer "
@@ -148,6 +149,9 @@ class World:
 
     def _wait(self, work: dist.Work, device: str = "cpu") -> None:
         """Waits for an operation, a second at a time, so that Ctrl-C is heard; on a GPU only the device waits."""
+        # kept as long as the group: gloo's thread, if it were the last to hold it, would need the interpreter's lock to
+        # release it, and PyTorch 2.6 keeps that lock while it waits for the thread to end
+        self._work = work
         text = f"rank {self.rank} of {self.size} still waits for another process, at {self.stage}"
         for _ in _until(NO_LIMIT, lambda: text) if device == "cpu" else ():  # the group has a limit
             with contextlib.suppress(RuntimeError):  # this second is over, or the operation has failed
@@ -230,8 +234,6 @@ class Meeting:
 
     def connect(self, backend: str) -> World:
         """All processes that have met, as PyTorch's group."""
-        # optimizers import this module, whose functions take the group at the time of that import as their default
-        importlib.import_module("torch.distributed.nn")
         try:
             dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.size, timeout=self.limit)
         except (RuntimeError, ValueError) as error:
@@ -244,8 +246,7 @@ class Meeting:
 
     def hear(self) -> None:
         """Raises DistributedError if others have ended and said why."""
-        ended = [other for other in range(self.size) if self.store.check([f"ended/{other}"])]
-        if ended:
+        if ended := [other for other in range(self.size) if self.store.check([f"ended/{other}"])]:
             told = (f"rank {other} has ended: {self.store.get(f'ended/{other}').decode()}" for other in ended)
             raise DistributedError("; ".join(told))
 
@@ -299,8 +300,7 @@ def join(
         peer_timeout: for how long processes wait for one another.
 
     Raises:
-        DistributedError: for a device without a communication backend, if the processes do not match or do not find
-            one another, or when another process has ended.
+        DistributedError: for a device without a backend, if the processes do not match or meet, or one has ended.
     """
     if not launched():
         yield ALONE

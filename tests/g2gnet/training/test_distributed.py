@@ -283,8 +283,7 @@ def test_two_machines_train_as_one_and_end_the_threads_of_their_group(tmp_path):
     assert ["Epoch 03" in output for output, *_ in done] == [True, False]
     # one that asks for the interpreter's lock while it is torn down aborts the process
     assert [errors.count("at the end: no thread of gloo") for _, errors, _ in done] == [1, 1], done
-    one = run(tmp_path / "one")
-    assert_same_course(load(one), load(RunFiles(tmp_path / "several", one.checkpoint.stem)))
+    assert_same_course(load(run(tmp_path / "one")), load(RunFiles(tmp_path / "several", TrainSettings(**SMALL).stem)))
 
 
 @pytest.mark.parametrize(
@@ -344,7 +343,7 @@ import datetime, os
 import torch
 from g2gnet import distributed
 try:
-    with distributed.join(torch.device("cpu"), {}, datetime.timedelta(seconds=1)) as world:
+    with distributed.join(torch.device("cpu"), {}, datetime.timedelta(seconds=2)) as world:
         world.stage = f"place {world.rank}"
         world.largest(0) if world.rank == 0 else world.gather(0)
 except distributed.DistributedError as error:
@@ -506,7 +505,7 @@ def test_the_scheduler_in_ones_own_loop(tmp_path, several):
 
 
 UNFIT = """
-import datetime, time
+import datetime
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -514,16 +513,15 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from g2gnet import DSTScheduler, G2GNet
 
-dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=3))
+dist.init_process_group("gloo")
 rank = dist.get_rank()
 
 def network(seed=1):
     return G2GNet(16, 32, 4, block_size=4, T=6, num_groups=4, generator=torch.Generator().manual_seed(seed))
 
-def scheduler(model, interval=2, group="world"):
+def scheduler(model, interval=2, group=None):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    options = {"fraction": 0.3, "prune": "set", "grow": "random", "process_group": group}
-    return optimizer, DSTScheduler(model, optimizer, interval=interval, **options)
+    return optimizer, DSTScheduler(model, optimizer, interval=interval, grow="random", process_group=group)
 
 def say(function, *arguments):
     try:
@@ -551,9 +549,9 @@ say(scheduler, net)
 say(scheduler, FullyShardedDataParallel(network(), use_orig_params=True, device_id=torch.device("cpu")))
 
 # calls that are not the same in all
-def train(updates, join=False):
+def train(updates, group="world", join=False):
     model = DistributedDataParallel(network())
-    optimizer, dst = scheduler(model)
+    optimizer, dst = scheduler(model, 2, group)
     with model.join(enable=join):
         for update in updates:
             optimizer.zero_grad()
@@ -562,9 +560,8 @@ def train(updates, join=False):
             if update:
                 dst.step()
 
-say(train, (1 + rank) * [True], True)
-say(train, [True, rank == 0, True, True])
-time.sleep(rank)  # the connection stays until the first process has given up
+say(train, (1 + rank) * [True], "world", True)
+say(train, [True, rank == 0, True, True], dist.new_group(timeout=datetime.timedelta(seconds=2)))
 """
 
 

@@ -30,7 +30,7 @@ from g2gnet.analysis import ANALYSIS_SAMPLES
 from g2gnet.data import DATASETS, DataError, ImageData, MissingDataError, dataset_name, load_dataset, own
 from g2gnet.data.augmentation import SHIFTS
 from g2gnet.data.own import SUFFIX as DATA_SUFFIX
-from g2gnet.distributed import LIMIT, DistributedError, launched, local_rank, rank
+from g2gnet.distributed import LIMIT, DistributedError, launched, rank
 from g2gnet.features import load_features, weights_digest
 from g2gnet.files import check_writable, replace_file, same_file
 from g2gnet.memory import ran_out
@@ -624,7 +624,7 @@ def machine_from(arguments: argparse.Namespace) -> Machine:
         if launched() and device.type == "cuda":
             if device.index is not None:
                 raise FlagError(f"device={device} would serve all processes; give cuda, so that each takes its own")
-            device = select_device(f"cuda:{local_rank()}")
+            device = select_device(f"cuda:{rank('LOCAL_RANK')}")
     except ValueError as error:
         raise FlagError(str(error)) from error
     if device.type not in ("cpu", "cuda") and getattr(arguments, "precision", "fp32") == "bf16":

@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import g2gnet
 from g2gnet import cli
-from g2gnet.distributed import apart
+from g2gnet.distributed import join
 from g2gnet.messages import say
 from g2gnet.tables import markdown
 from g2gnet.training.cross_validation import ACCURACIES, FoldSettings, cross_validate
@@ -60,7 +62,7 @@ def crossval(arguments: argparse.Namespace) -> dict[str, Any] | None:
     machine = cli.machine_from(arguments)
     file = Path(arguments.checkpoint_dir) / f"{settings.summary_stem}.json"
     cli.check_json(arguments, [file, *files_of_fold(arguments, settings)])
-    with apart(cli.about("crossval", settings, machine), cli.peer_limit(arguments)) as world:
+    with join(torch.device("cpu"), cli.about("crossval", settings, machine), cli.peer_limit(arguments)) as world:
         machine = machine._replace(world=world)
         if world.leads:
             cli.announce(settings, machine)

@@ -5,19 +5,17 @@ import contextlib
 import datetime
 import gc
 import hashlib
-import importlib
 import logging
 import os
 import pickle
-import re
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before there is a group, which its functions would keep as their default
 
 from g2gnet.messages import reason
 
@@ -27,6 +25,7 @@ logger = logging.getLogger("g2gnet")
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 #: for how long processes wait for one another, unless told otherwise
 LIMIT = datetime.timedelta(minutes=30)
+NO_LIMIT = datetime.timedelta(days=3650)
 #: seconds after which a process says what it waits for
 PATIENCE = 10.0
 #: the time that a process which gives up has to tell the others, and to hear them
@@ -39,54 +38,40 @@ class DistributedError(RuntimeError):
     """The processes of a run do not match, do not find one another, or diverged; the message says how."""
 
 
-def _in_words(limit: datetime.timedelta) -> str:
-    seconds = limit.total_seconds()
-    return f"{seconds / 60:.4g} minutes" if seconds >= 120 else f"{seconds:.4g} seconds"
-
-
 def _ranks(numbers: Iterable[int]) -> str:
     """``rank 1``, or ``ranks 1, 2``."""
-    texts = [str(number) for number in numbers]
-    return f"rank{'s' if len(texts) > 1 else ''} {', '.join(texts)}"
+    text = ", ".join(map(str, numbers))
+    return f"rank{'s' if ',' in text else ''} {text}"
 
 
-def _seconds(what: Callable[[str], str], limit: datetime.timedelta | None) -> Iterator[float]:
-    """The seconds that a wait has taken, for each look; after :data:`PATIENCE` it says once ``what`` took so long."""
+def _until(limit: datetime.timedelta, what: Callable[[], str]) -> Iterator[None]:
+    """Looks again and again, up to the limit; after :data:`PATIENCE` it says once ``what`` this process waits for."""
     begin, said = time.monotonic(), False
-    while True:
-        waited = time.monotonic() - begin
+    while (waited := time.monotonic() - begin) <= limit.total_seconds():
         if waited > PATIENCE and not said:
             said = True
-            end = f"; it gives up after {_in_words(limit)} (`peer_timeout`)" if limit else ""
-            logger.warning("%s%s", what(f"{PATIENCE:.0f} seconds"), end)
-        yield waited
+            logger.warning("after %.0f seconds, %s", PATIENCE, what())
+        yield
 
 
 class World:
     """The processes that work on one run. All of them must call every method except :meth:`part`.
 
     Args:
-        group: PyTorch's group of these processes; None: a single process, and nothing is sent.
-        limit: for how long they wait for one another, for messages; None: it is not known.
-
-    Attributes:
-        rank: the number of this process, from 0.
-        size: the number of processes.
-        stage: what this process does now, for messages.
+        group: PyTorch's group of these processes; ``"world"``: all that ``torch.distributed`` has joined, if any.
+            None: a single process, and nothing is sent.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None, limit: datetime.timedelta | None = None) -> None:
-        self.group, self.limit = group, limit
-        self.rank = 0 if group is None else dist.get_rank(group)
-        self.size = 1 if group is None else dist.get_world_size(group)
-        self.stage = "start"
+    def __init__(self, group: dist.ProcessGroup | str | None = None) -> None:
+        self.group = dist.group.WORLD if isinstance(group, str) else group
+        self.rank = 0 if self.group is None else dist.get_rank(self.group)
+        self.size = 1 if self.group is None else dist.get_world_size(self.group)
+        self.stage = "start"  # what this process does, for messages
+        self._work: dist.Work | None = None
 
-    @classmethod
-    def of(cls, group: dist.ProcessGroup | str | None) -> "World":
-        """The processes of a group; of ``"world"`` all that ``torch.distributed`` has joined, or this one alone."""
-        if isinstance(group, str):
-            group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
-        return cls(group)
+    def apart(self) -> "World":
+        """The same processes; they wait for any time for one another, but not for one that has ended."""
+        return World(dist.new_group(timeout=NO_LIMIT)) if self.size > 1 else self  # type: ignore[arg-type]  # all are in
 
     @property
     def leads(self) -> bool:
@@ -112,10 +97,9 @@ class World:
 
     def largest(self, value: int) -> int:
         """The largest of the processes' values. Does not wait for a GPU."""
-        if self.size == 1:
-            return value
         tensor = torch.tensor(value)
-        self._wait(dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group, async_op=True))
+        if self.size > 1:
+            self._wait(dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group, async_op=True))
         return int(tensor)
 
     def gather(self, value: Any) -> list[Any]:
@@ -127,54 +111,12 @@ class World:
         return values
 
     def first(self, function: Callable[[], ResultT]) -> ResultT:
-        """What ``function`` returns in the first process, the only one that calls it.
-
-        Raises:
-            Exception: what it raises; in the other processes, DistributedError with its message.
-        """
-        if self.size == 1:
-            return function()
-        sent: list[Any] = [None, None]
-        failure: Exception | None = None
-        if self.leads:
-            try:
-                sent[0] = function()
-            except Exception as error:
-                failure, sent[1] = error, str(error) or type(error).__name__
-        self.arrive()
-        source = 0 if self.group is None else dist.get_global_rank(self.group, 0)
-        dist.broadcast_object_list(sent, source, group=self.group)
-        if failure is not None:
-            raise failure
-        if sent[1] is not None:
-            raise DistributedError(f"rank 0 has ended: {sent[1]}")
-        return sent[0]
-
-    def assemble(self) -> None:
-        """Waits until all processes are here.
-
-        Raises:
-            DistributedError: in the first process, if others do not come within the group's time limit.
-        """
-        if self.size == 1:
-            return
-        # one call of PyTorch's, which says nothing while it waits
-        told = threading.Timer(PATIENCE, lambda: logger.warning("%s", self._awaited(f"{PATIENCE:.0f} seconds")))
-        told.daemon = True
-        told.start()
-        try:
-            dist.monitored_barrier(self.group, self.limit, wait_all_ranks=True)
-        except ValueError:  # a group without gloo, whose next operation waits in any case
-            return
-        except RuntimeError as error:
-            missing = re.search(r"Ranks? ([\d, ]+) failed to pass", str(error))  # the first process's words
-            raise DistributedError(
-                f"{'rank ' + missing[1] if missing else 'another process'} did not come to {self.stage}: all processes "
-                f"must make the same calls, after the same optimizer steps, and have equally many batches. PyTorch "
-                f"says: {reason(error)}"
-            ) from error
-        finally:
-            told.cancel()
+        """What ``function`` returns in the first process, the only one that calls it; :func:`join` tells its error."""
+        result: Any = [function() if self.leads else None]
+        if self.group is not None:
+            self.arrive()
+            dist.broadcast_object_list(result, dist.get_global_rank(self.group, 0), self.group)
+        return result[0]
 
     def check_same(self, what: str, value: Any, tensors: Iterable[torch.Tensor] = ()) -> None:
         """Raises DistributedError, in every process, unless ``value`` and the tensors' bits are the same in all."""
@@ -184,8 +126,7 @@ class World:
         for tensor in tensors:
             digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
         values = self.gather((value, digest.digest()))
-        differing = [rank for rank, other in enumerate(values) if other != values[0]]
-        if differing:
+        if differing := [rank for rank, other in enumerate(values) if other != values[0]]:
             raise DistributedError(f"{what} of {_ranks(differing)} differs from that of rank 0")
 
     def arrive(self) -> None:
@@ -193,20 +134,31 @@ class World:
         if self.size > 1 and "gloo" in dist.get_backend_config(self.group):
             self._wait(dist.barrier(self.group, async_op=True))
 
-    def _wait(self, work: dist.Work, device: str = "cpu") -> None:
-        """Waits for an operation; on the CPU a second at a time, so that Ctrl-C is heard."""
-        if device != "cpu":
-            work.wait()  # only the device waits
+    def assemble(self) -> None:
+        """Waits for the others; raises DistributedError if some do not come, which the first process names."""
+        if self.group is None or "gloo" not in dist.get_backend_config(self.group):  # the next operation waits anyway
             return
-        for _ in _seconds(self._awaited, self.limit):
+        limit = self.group._get_backend(torch.device("cpu")).options._timeout  # unless told, it waits for half an hour
+        try:
+            dist.monitored_barrier(self.group, limit, wait_all_ranks=True)
+        except RuntimeError as error:
+            raise DistributedError(
+                f"some processes did not come to {self.stage}: all must make the same calls, after the same optimizer "
+                f"steps, and have equally many batches. PyTorch says: {reason(error)}"
+            ) from error
+
+    def _wait(self, work: dist.Work, device: str = "cpu") -> None:
+        """Waits for an operation, a second at a time, so that Ctrl-C is heard; on a GPU only the device waits."""
+        # kept as long as the group: gloo's thread, if it were the last to hold it, would need the interpreter's lock to
+        # release it, and PyTorch 2.6 keeps that lock while it waits for the thread to end
+        self._work = work
+        text = f"rank {self.rank} of {self.size} still waits for another process, at {self.stage}"
+        for _ in _until(NO_LIMIT, lambda: text) if device == "cpu" else ():  # the group has a limit
             with contextlib.suppress(RuntimeError):  # this second is over, or the operation has failed
                 work.wait(datetime.timedelta(seconds=1))
             if work.is_completed():
                 break
         work.wait()
-
-    def _awaited(self, time: str) -> str:
-        return f"rank {self.rank} of {self.size} has waited {time} for another process, at {self.stage}"
 
 
 #: one process by itself
@@ -214,161 +166,116 @@ ALONE = World()
 
 
 class Meeting:
-    """The store through which processes find one another: served by ``torchrun``, or else by rank 0.
-
-    Args:
-        limit: for how long to wait for the others.
-
-    Raises:
-        DistributedError: if its address is invalid, or cannot be reached within the limit.
-    """
+    """The store through which processes find one another: served by ``torchrun``, or else by rank 0."""
 
     def __init__(self, limit: datetime.timedelta) -> None:
         self.rank, self.size, self.limit = rank(), _variable("WORLD_SIZE"), limit
-        host, port = os.environ.get("MASTER_ADDR", ""), _variable("MASTER_PORT")
-        if not host:
-            raise DistributedError("the environment variable MASTER_ADDR is not set; give the address of rank 0")
-        if not 0 < port < 1 << 16:
-            raise DistributedError(f"MASTER_PORT={port} is no port; give a number from 1 to {(1 << 16) - 1}")
+        self._address = host, port = os.environ.get("MASTER_ADDR", ""), _variable("MASTER_PORT")
+        self._place = f"MASTER_ADDR={host}, MASTER_PORT={port}"
+        if not host or not 0 < port < 1 << 16:
+            raise DistributedError(f"{self._place} is no address; give that of rank 0, and a port from 1 to 65535")
         serves = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # torchrun's own
-        self._address, place = (host, port), f"MASTER_ADDR={host}, MASTER_PORT={port}"
-        for waited in _seconds(lambda time: f"rank {self.rank} has waited {time} for an answer at {place}", limit):
-            try:
-                if not serves:  # PyTorch's store would try as long without a word, deaf to Ctrl-C
-                    socket.create_connection(self._address, PATIENCE).close()
-                store = dist.TCPStore(
-                    # the server listens at every address, the name of which may lead here from elsewhere only
-                    "localhost" if serves else host,
-                    port,
-                    is_master=serves,
-                    timeout=limit,
-                    wait_for_workers=False,
-                    multi_tenant=True,
-                    use_libuv=os.environ.get("USE_LIBUV", "1") == "1",
-                )
-                break
-            except (OSError, RuntimeError) as error:
-                if waited > limit.total_seconds() or isinstance(error, RuntimeError):
-                    raise DistributedError(
-                        f"cannot meet the other processes at {place} ({reason(error)}): give the address of rank 0's "
-                        "machine and a port that is free there and open to the others"
-                    ) from error
-            time.sleep(0.2)
+        libuv = os.environ.get("USE_LIBUV", "1") == "1"
+        try:
+            if not serves:
+                self._knock(limit)
+            store = dist.TCPStore(
+                host, port, is_master=serves, timeout=limit, wait_for_workers=False, multi_tenant=True, use_libuv=libuv
+            )
+        except (OSError, RuntimeError) as error:
+            raise DistributedError(
+                f"cannot meet the other processes at {self._place} ({reason(error)}): give the address of rank 0's "
+                "machine and a port that is free there and open to the others"
+            ) from error
         # those of an attempt before torchrun started all anew are not asked
         self.store = dist.PrefixStore(f"g2g/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
-    def collect(self, what: str, value: bytes, limit: datetime.timedelta) -> list[bytes]:
-        """The values that all processes give, by rank.
+    def _knock(self, limit: datetime.timedelta) -> None:
+        """Waits for an answer, where PyTorch's store would wait without a word, deaf to Ctrl-C; or raises OSError."""
+        for _ in _until(limit, lambda: f"rank {self.rank} still waits for an answer at {self._place}"):
+            with contextlib.suppress(OSError):
+                socket.create_connection(self._address, PATIENCE).close()
+                return
+            time.sleep(0.2)
+        socket.create_connection(self._address, PATIENCE).close()
 
-        Raises:
-            DistributedError: if one of them has ended, or is not heard of within the limit.
-        """
+    def collect(self, what: str, value: bytes, limit: datetime.timedelta) -> list[bytes]:
+        """The values that all give, by rank; raises DistributedError if one has ended or stays silent."""
         self.store.set(f"{what}/{self.rank}", value)  # type: ignore[arg-type]  # it takes bytes, too
-        missing, pause = [*range(self.size)], 0.005
-        heard = f"rank {self.rank} of {self.size} has heard nothing from"
-        for waited in _seconds(lambda time: f"{heard} {_ranks(missing)} for {time}", limit):
-            missing[:] = [other for other in missing if not self.store.check([f"{what}/{other}"])]
-            if not missing:
-                break
-            if endings := self.endings():
-                raise DistributedError(endings)
-            if waited > limit.total_seconds():
-                raise DistributedError(
-                    f"heard nothing from {_ranks(missing)} for {_in_words(self.limit)}: look what became of it, then "
-                    "run the same command again; `peer_timeout` sets this limit"
-                )
-            time.sleep(pause)
-            pause = min(1.5 * pause, 0.5)
-        return [self.store.get(f"{what}/{other}") for other in range(self.size)]
+        silent = [*range(self.size)]
+        for _ in _until(limit, lambda: f"rank {self.rank} of {self.size} has heard nothing from {_ranks(silent)}"):
+            silent[:] = [other for other in silent if not self.store.check([f"{what}/{other}"])]
+            if not silent:
+                return [self.store.get(f"{what}/{other}") for other in range(self.size)]
+            self.hear()
+            time.sleep(0.05)
+        raise DistributedError(
+            f"heard nothing from {_ranks(silent)} for {self.limit.total_seconds():.4g} seconds: look what became of "
+            "it, then run the same command again; `peer_timeout` sets this limit"
+        )
 
     def agree(self, about: Mapping[str, Any]) -> None:
-        """Raises DistributedError, in every process, unless all say the same about themselves; it names what differs.
-
-        Only ``program`` is named if that differs.
-        """
+        """Raises DistributedError, in every process, unless all say the same of themselves; it names what differs."""
         theirs = [pickle.loads(each) for each in self.collect("about", pickle.dumps(about), self.limit)]
         lines = []
-        for name in dict.fromkeys(name for each in theirs for name in each):
+        for name, value in theirs[0].items():
             ranks: dict[str, list[int]] = {}
-            for number, each in enumerate(theirs):
-                ranks.setdefault(str(each.get(name, "not set")), []).append(number)
+            for number, each in enumerate(theirs):  # who knows no such name has another program or version
+                ranks.setdefault(str(each.get(name, value)), []).append(number)
             if len(ranks) > 1:
-                lines.append(f"  {name}: {', '.join(f'{value} in {_ranks(of)}' for value, of in ranks.items())}")
-                if name == "program":
-                    break
+                lines.append(f"  {name}: {', '.join(f'{value} in {_ranks(of)}' for value, of in ranks.items())}\n")
         if lines:
             with contextlib.suppress(RuntimeError):  # whoever serves the store, or stops torchrun, has to be the last
                 self.collect("leaving", b"", FAREWELL)
-            differing = "\n".join(lines)
             raise DistributedError(
-                f"the processes do not match:\n{differing}\n"
+                f"the processes do not match:\n{''.join(lines)}"
                 "Start all with the same program, flags and versions (G2G_CPU_ISA sets the instruction set)."
             )
 
     def connect(self, backend: str) -> World:
         """All processes that have met, as PyTorch's group."""
-        # optimizers import this module, whose functions take the group at the time of that import as their default
-        importlib.import_module("torch.distributed.nn")
-        store = dist.PrefixStore("group", self.store)
         try:
-            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=self.limit)
+            dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.size, timeout=self.limit)
         except (RuntimeError, ValueError) as error:
+            self.hear()
             raise DistributedError(
                 "the processes have met, but cannot connect to one another; GLOO_SOCKET_IFNAME names the network "
                 f"interface to use. PyTorch says: {reason(error)}"
             ) from error
-        return World(dist.group.WORLD, self.limit)
+        return World("world")
 
-    def tell(self, error: BaseException) -> None:
-        """Lets the others know, if possible, why this process ends."""
-        with contextlib.suppress(RuntimeError):
-            self.store.set(f"ended/{self.rank}", str(error) or type(error).__name__)
+    def hear(self) -> None:
+        """Raises DistributedError if others have ended and said why."""
+        if ended := [other for other in range(self.size) if self.store.check([f"ended/{other}"])]:
+            told = (f"rank {other} has ended: {self.store.get(f'ended/{other}').decode()}" for other in ended)
+            raise DistributedError("; ".join(told))
 
-    def endings(self) -> str:
-        """Why other processes have ended, as far as they said it."""
-        ended = [other for other in range(self.size) if self.store.check([f"ended/{other}"])]
-        return "; ".join(f"rank {other} has ended: {self.store.get(f'ended/{other}').decode()}" for other in ended)
-
-    def lost(self, error: RuntimeError, stage: str) -> DistributedError:
-        """Why a connection ended, or nothing came on it for too long."""
-        others = [other for other in range(self.size) if other != self.rank]
-        what = f"lost the connection to {'another process' if len(others) > 1 else _ranks(others)}"
+    def lost(self, error: RuntimeError, stage: str) -> NoReturn:
+        """Raises DistributedError that says why a connection ended, or nothing came on it for too long."""
+        what = f"lost the connection to {f'rank {1 - self.rank}' if self.size == 2 else 'another process'}"
         try:
-            socket.create_connection(self._address, PATIENCE).close()  # the store would print a traceback if it is gone
+            self._knock(datetime.timedelta())  # the store would print a traceback if it is gone
             self.store.set(f"waits/{self.rank}", stage)
-            if endings := self.endings():
-                return DistributedError(endings)
+            self.hear()
             if "imed out" in str(error):
                 stages = enumerate(self.collect("waits", stage.encode(), FAREWELL))
-                where = ", ".join(f"rank {each} at {text.decode()}" for each, text in stages)
-                what = f"waited for one another: {where}"
-        except DistributedError as silence:
-            return silence
-        except (OSError, RuntimeError):  # the store is gone, too
+                what = f"waited for one another: {', '.join(f'rank {each} at {at.decode()}' for each, at in stages)}"
+        except (OSError, dist.DistError):  # the store is gone, too
             pass
-        return DistributedError(
+        raise DistributedError(
             f"{what}; run the same command again to resume from the last checkpoint, with any number of processes. "
             f"PyTorch says: {reason(error)}"
-        )
+        ) from error
 
 
 def launched() -> bool:
-    """Whether ``torchrun``, or a program that sets the same variables, started this process as one of several.
-
-    Raises:
-        DistributedError: if the variables are not those of ``torchrun``; so do the two functions below.
-    """
+    """Whether ``torchrun``, or a program that sets the same variables, started this process as one of several."""
     return "WORLD_SIZE" in os.environ and _variable("WORLD_SIZE") > 1
 
 
-def rank() -> int:
-    """The number of this process, from 0."""
-    return _variable("RANK") if launched() else 0
-
-
-def local_rank() -> int:
-    """The number of this process on its machine, from 0."""
-    return _variable("LOCAL_RANK") if launched() else 0
+def rank(name: str = "RANK") -> int:
+    """The number of this process, from 0; with ``"LOCAL_RANK"`` that among those on its machine."""
+    return _variable(name) if launched() else 0
 
 
 def _variable(name: str) -> int:
@@ -393,16 +300,13 @@ def join(
         peer_timeout: for how long processes wait for one another.
 
     Raises:
-        DistributedError: for a device without a communication backend, if the processes do not match or do not find
-            one another, or when another process has ended.
+        DistributedError: for a device without a backend, if the processes do not match or meet, or one has ended.
     """
     if not launched():
         yield ALONE
         return
     if device.type not in BACKENDS:
-        raise DistributedError(
-            f"several processes need CPUs or CUDA devices, not {device}; start one, without torchrun"
-        )
+        raise DistributedError(f"several processes need CPUs or CUDA, not {device}; start one, without torchrun")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     meeting, world, interrupted = Meeting(peer_timeout), ALONE, False
@@ -414,8 +318,9 @@ def join(
         interrupted = isinstance(error, KeyboardInterrupt)
         # gloo has no type of its own for lost connections; the process that ended tells why
         if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error)):
-            raise meeting.lost(error, world.stage) from error
-        meeting.tell(error)
+            meeting.lost(error, world.stage)
+        with contextlib.suppress(RuntimeError):  # the others should know
+            meeting.store.set(f"ended/{meeting.rank}", str(error) or type(error).__name__)
         raise
     finally:
         # gloo's threads end with the last reference to the group, which may be in a cycle. One that still runs while
@@ -423,22 +328,3 @@ def join(
         atexit.register(gc.collect)
         if dist.is_initialized() and not interrupted:  # gloo may still wait for the others, and leaving it would, too
             dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def apart(about: Mapping[str, Any], peer_timeout: datetime.timedelta = LIMIT) -> Iterator[World]:
-    """The processes that ``torchrun`` started, while entered, to do work of their own; :data:`ALONE` without it.
-
-    They wait for any time for one another's results, but not for a process that has ended.
-
-    Args:
-        about: what must be the same in all.
-        peer_timeout: for how long to wait for the others at the beginning.
-
-    Raises:
-        DistributedError: as for :func:`join`.
-    """
-    with join(torch.device("cpu"), about, peer_timeout) as world:
-        if world.size > 1:
-            world = World(dist.new_group(timeout=datetime.timedelta(days=3650)))  # type: ignore[arg-type]  # all are in it
-        yield world

@@ -469,7 +469,7 @@ class DSTScheduler:
                 self._check_whole()
                 if self.final_density is not None and len(self._trained_layers()) < len(self.layers):
                     self._check_enough_is_left(self.final_density)  # some may have been frozen since
-                world = World.of(self._process_group)
+                world = World(self._process_group)
                 world.stage = f"the update of the units after step {self.steps}"
                 world.assemble()
                 world.check_same(f"the count of steps at {world.stage}", self.steps)

@@ -22,6 +22,8 @@ from helpers import ROOT
 
 from benchmarks import harness, machine
 
+#: seconds after which a process that still runs is killed, which fails its test
+LIMIT = 200
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
     [
@@ -74,17 +76,29 @@ def wait_for(text: str, process: BaseProcess, file: Path) -> None:
 def run(program: Path | str, *arguments: object, output: Path, **variables: str) -> Ended:
     """Runs a program to its end."""
     process = start(program, *arguments, output=output, **variables)
-    process.join()
+    _join([process])
     return Ended([process.exitcode], *(Path(f"{output}.{name}").read_text() for name in ("out", "err")))
 
 
-def launch(processes: int, program: Path | str, *arguments: object, folder: Path) -> Ended:
-    """Runs a program in several processes that find one another; waits for all."""
+def _join(processes: Sequence[BaseProcess]) -> None:
+    """Waits for all, up to the limit."""
+    end = time.monotonic() + LIMIT
+    for process in processes:
+        process.join(max(0.0, end - time.monotonic()))
+    late = [process for process in processes if process.is_alive()]
+    for process in late:
+        process.kill()
+        process.join()
+    assert not late, f"{len(late)} of {len(processes)} processes still ran after {LIMIT} seconds"
+
+
+def launch(processes: int, program: Path | str, *arguments: object, folder: Path, size: int | None = None) -> Ended:
+    """Runs a program in several processes that find one another; waits for all. With ``size`` they expect that many."""
     folder.mkdir(parents=True, exist_ok=True)
     # as torchrun does, this process answers for their meeting point: no port has to be free later on
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=300))
     common = {
-        "WORLD_SIZE": str(processes),
+        "WORLD_SIZE": str(size or processes),
         "LOCAL_WORLD_SIZE": str(processes),
         "MASTER_ADDR": "localhost",
         "MASTER_PORT": str(store.port),
@@ -95,8 +109,7 @@ def launch(processes: int, program: Path | str, *arguments: object, folder: Path
         start(program, *arguments, output=folder / str(rank), **common, RANK=str(rank), LOCAL_RANK=str(rank))
         for rank in range(processes)
     ]
-    for process in started:
-        process.join()
+    _join(started)
     stdout, stderr = (
         "".join((folder / f"{rank}.{name}").read_text() for rank in range(processes)) for name in ("out", "err")
     )

@@ -85,6 +85,7 @@ def cross_validate(
             f"k_folds={settings.k_folds} leaves some of {world.size} processes without one; start fewer processes, "
             "or give more folds"
         )
+    apart = world.apart()  # nobody knows how long the others' folds take
     whole = functools.cache(lambda: load_data().limited(settings.limit_train, settings.limit_test))
     alone = machine._replace(world=ALONE)
     folds = []
@@ -93,8 +94,8 @@ def cross_validate(
         data = functools.partial(_fold_data, whole, settings, fold)
         record = run_training(run, data, checkpoint_dir, alone, on_epoch=on_epoch)
         folds.append({"fold": fold, "seed": run.seed, **{name: record[name] for name in ACCURACIES}})
-    world.stage = "the end of its folds"
-    folds = sorted(itertools.chain(*world.gather(folds)), key=lambda result: result["fold"])
+    apart.stage = "the end of its folds"
+    folds = sorted(itertools.chain(*apart.gather(folds)), key=lambda result: result["fold"])
     columns = {name: [result[name] for result in folds] for name in ACCURACIES}
     return {
         "folds": folds,

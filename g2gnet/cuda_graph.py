@@ -172,6 +172,12 @@ class CapturedStep:
             return False
         finally:
             written = _exchange(learned, gradients)
+        copies = [
+            each for each in inputs[: form.num_leaves] if isinstance(each, torch.Tensor) and not each.is_inference()
+        ]
+        if any(each._version for each in copies):
+            self._give_up("it changes an argument in place, of which a graph would change a copy; return it instead")
+            return False
 
         @torch.no_grad()
         def replay(now: list[Any]) -> Any:

@@ -368,7 +368,7 @@ def run(
         {name: value for name, value in runs[0].given.items() if name not in several},
         tuple(name for name in runs[0].given if name in several and name != "seed"),
         [(each, ends[each.folder]) for each in runs if each.folder in ends],
-        failed,
+        {each.label: failed[each.label] for each in runs if each.label in failed},
     )
 
 

@@ -261,16 +261,19 @@ class RunFiles:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except KeyError as error:
-            raise CheckpointError(f"{self.marker} lacks {error}; delete it to train again") from error
+            raise CheckpointError(f"{self.marker} lacks {error}; delete it, and the run makes it again") from error
         except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(
-                f"{self.marker} cannot be read ({reason(error)}); delete it to train again"
+                f"{self.marker} cannot be read ({reason(error)}); delete it, and the run makes it again"
             ) from error
         self._check_settings(self.marker, made_with, settings)
         try:
             state = read_checkpoint(self.checkpoint)
         except CheckpointError as error:
-            raise CheckpointError(f"{error} The run is finished; delete {self.names()} to train it again") from error
+            raise CheckpointError(
+                f"{error} The run is finished, and its result is believed beside its checkpoint: put that back, or "
+                f"delete {self.names()} to train it again"
+            ) from error
         self._check_settings(self.checkpoint, state["settings"], settings)
         epochs = made_with.get("epochs")
         try:  # the checkpoint is of more epochs where a finished run went on and was killed before the marker was gone

@@ -307,7 +307,6 @@ class Trainer(EpochTrainer):
             _Simulation(self.net, self.settings.chunk),
             device_ids=[device] if device.type == "cuda" else None,
             process_group=world.group,
-            broadcast_buffers=False,  # they stay as they are, and each mask would be compared in each step
             gradient_as_bucket_view=True,
         )
         # their sum, where DistributedDataParallel itself averages them

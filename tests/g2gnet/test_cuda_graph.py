@@ -366,9 +366,14 @@ def waiting(x):
     return x + 1
 
 
+def changing(x):
+    return x.mul_(1) + 1
+
+
 @pytest.mark.parametrize(
     ("step", "why", "captures"),
     [
+        (changing, "it changes an argument in place", 1),
         (forbidden, "operation not permitted when stream is capturing", 1),
         (waiting, r"it waits for the device in .*test_cuda_graph.py, line \d+", 0),  # a capture may end the process
     ],

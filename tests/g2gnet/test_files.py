@@ -273,7 +273,7 @@ def test_a_marker_that_is_none_is_named(tmp_path, result):
     settings = TrainSettings(**SMALL)
     marker = tmp_path / f"{settings.stem}.DONE"
     marker.write_text(result.replace("SETTINGS", json.dumps(settings.as_dict())))
-    with pytest.raises(CheckpointError, match="delete it to train again"):
+    with pytest.raises(CheckpointError, match="delete it, and the run makes it again"):
         run(tmp_path)
 
 
@@ -291,7 +291,7 @@ def test_a_marker_is_believed_only_where_the_checkpoint_says_the_same(tmp_path, 
     run(files.directory, epochs=1)  # nothing is left to train
     assert files.marker.read_text() == text
     files.checkpoint.write_bytes(files.checkpoint.read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match=r"checksum is wrong.* run is finished; delete .*\.pth.*\.DONE to train"):
+    with pytest.raises(CheckpointError, match=r"checksum is wrong.*put that back, or delete .*\.pth.*\.DONE to train"):
         run(files.directory, epochs=1)
 
 

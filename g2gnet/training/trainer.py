@@ -309,6 +309,7 @@ class Trainer(EpochTrainer):
             process_group=world.group,
             gradient_as_bucket_view=True,
         )
+        parallel.broadcast_buffers = False  # they stay as they are, and each mask would be compared in each step
         # their sum, where DistributedDataParallel itself averages them
         parallel.register_comm_hook(world, World.sum_gradients)
         return parallel

@@ -330,6 +330,7 @@ class Networks(RuleBasedStateMachine):
         twins = self.pick(which)
         if twins.source is None:
             return
+        self.files = [each for each in self.files if each[1] is not twins]  # those have the rounded buffers
         with torch.no_grad():
             for mine, theirs in zip(twins.net.parameters(), twins.source.net.parameters(), strict=True):
                 mine.copy_(DECAY * mine + (1 - DECAY) * theirs)

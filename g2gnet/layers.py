@@ -124,11 +124,11 @@ class G2GLinear(PackedWeights):
 
     @property
     def in_features(self) -> int:
-        return self.mask.shape[1]
+        return self._own_mask.shape[1]
 
     @property
     def out_features(self) -> int:
-        return self.mask.shape[0]
+        return self._own_mask.shape[0]
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:

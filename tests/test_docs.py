@@ -38,7 +38,7 @@ PACKAGES += ("g2gnet.analysis", "g2gnet.sweep")
 
 
 @pytest.mark.parametrize("name", [name for name in WITH_CODE if name not in ELSEWHERE])
-def test_the_code_of_a_page_prints_what_the_page_says(name, tmp_path, monkeypatch):
+def test_the_code_of_a_page_prints_what_the_page_says(name, tmp_path, monkeypatch, plain_memory):
     # backends that a page registers are gone afterwards
     monkeypatch.setattr(dispatch, "BACKENDS", dict(dispatch.BACKENDS))
     monkeypatch.setattr(operator, "_implementations", dict(operator._implementations))

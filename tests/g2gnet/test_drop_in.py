@@ -338,7 +338,7 @@ def exports(test):
 
 @exports
 @pytest.mark.parametrize("backend", STACK_BACKENDS)
-def test_an_exported_network_is_saved_and_takes_other_batches(backend):
+def test_an_exported_network_is_saved_and_takes_other_batches(backend, plain_memory):
     net = small_net(backend=backend, T=2, threshold=0.3)
     with torch.no_grad():  # with gradients on, PyTorch 2.13 cannot load what it exports of an autograd.Function
         program = torch.export.export(net, (SAMPLES,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},))

@@ -177,6 +177,7 @@ def test_an_unknown_state_is_refused_by_name_before_anything_changes(keep, names
         DSTScheduler(net, optimizer)
 
 
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad:UserWarning")  # LBFGS of PyTorch 2.8
 @pytest.mark.parametrize("make", [Flat, torch.optim.LBFGS])
 def test_one_state_of_all_parameters_is_refused_wherever_it_is(make):
     net = network()

@@ -71,7 +71,10 @@ class World:
 
     def apart(self) -> "World":
         """The same processes; they wait for any time for one another, but not for one that has ended."""
-        return World(dist.new_group(timeout=NO_LIMIT)) if self.size > 1 else self  # type: ignore[arg-type]  # all are in
+        if self.size == 1:
+            return self
+        group: Any = dist.new_group(timeout=NO_LIMIT)  # a number for those who are not in it; all are
+        return World(group)
 
     @property
     def leads(self) -> bool:

@@ -1,7 +1,8 @@
 #!/bin/sh
 # Runs the tests with several versions of PyTorch, each in an environment of its own; README names those that pass.
 # "oldest" has the oldest versions that pyproject.toml allows, on the oldest Python; the others are README's command with
-# that PyTorch installed before. By hand and before a release: each takes as long as all tests do, and 6 GB.
+# that PyTorch installed before, and a NumPy that the interpreters of their Tritons know. By hand and before a release: each
+# takes as long as all tests do, and 6 GB.
 # G2G_VERSIONS=FOLDER keeps the environments for the next time; PYTEST_ADDOPTS has arguments of pytest.
 # Usage: tests/versions.sh [oldest] [newest] [2.8] ...
 set -eu
@@ -30,7 +31,7 @@ test_oldest() {
 }
 
 make_with() {
-    "${PYTHON:-python3}" -m venv "$environment" && "$environment/bin/pip" install -q "$1" torchvision
+    "${PYTHON:-python3}" -m venv "$environment" && "$environment/bin/pip" install -q "$1" torchvision "$2"
 }
 
 test_readme() {
@@ -44,8 +45,8 @@ for version; do
     environment=$G2G_VERSIONS/$version
     case $version in
     oldest) make=make_oldest tests=test_oldest ;;
-    newest) make="make_with torch" tests=test_readme ;;
-    *) make="make_with torch==$version.*" tests=test_readme ;;
+    newest) make="make_with torch numpy" tests=test_readme ;;
+    *) make="make_with torch==$version.* numpy<2.4" tests=test_readme ;;
     esac
     if { [ -e "$environment/complete" ] || { $make && touch "$environment/complete"; }; } && $tests; then continue; fi
     failed="$failed $version"

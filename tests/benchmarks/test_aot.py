@@ -195,7 +195,8 @@ def test_weights_stay_on_chip_only_where_the_compiled_kernel_fits():
     chosen, compiled = printed_by(ON_CHIP).splitlines()
     assert chosen == "9 9 0 10"  # fc2 and fc3, whose units are 64 and 10 high
     number, shared, expected = map(int, compiled.split())
-    assert (number, shared) == (16, expected)
+    assert number == 16
+    assert expected - 1024 <= shared <= expected
 
 
 def test_programs_of_a_multiprocessor_by_hand():

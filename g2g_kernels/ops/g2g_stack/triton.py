@@ -291,12 +291,13 @@ def units_on_chip(units: Units, x: torch.dtype, products: torch.dtype, device: t
 
 
 def on_chip_bytes(number: int, height: int, width: int) -> int:
-    """The shared memory of the fused kernel with the weights of ``number`` units, 16 bits each, on chip.
+    """The shared memory of the fused kernel with the weights of ``number`` units, 16 bits each, on chip, at most.
 
-    Beside them, the spikes of two steps, 64 samples of 8 bits for each unit, and of one unit in 16 bits.
+    Beside them, the spikes of two steps, 64 samples of 8 bits for each unit, and of one unit in 16 bits; and 1 KiB that
+    Triton 3.4 adds.
     """
     samples = 64
-    return number * width * (2 * height + 2 * samples) + 2 * width * samples
+    return number * width * (2 * height + 2 * samples) + 2 * width * samples + 1024
 
 
 @functools.lru_cache(maxsize=4096)

@@ -17,9 +17,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from g2g_kernels import Neurons, SpikingLayer
-from g2g_kernels.ops.g2g_linear.call import LinearBackward, LinearCall
-from g2g_kernels.ops.g2g_stack.call import StackBackward, StackCall
-from g2g_kernels.ops.neurons.call import NeuronsBackward, NeuronsCall
+from g2g_kernels.ops.g2g_linear.call import LinearCall
+from g2g_kernels.ops.g2g_stack.call import StackCall
+from g2g_kernels.ops.neurons.call import NeuronsCall
+from g2g_kernels.ops.record import Backward
 from g2g_kernels.triton import costs
 from g2g_kernels.triton.runtime import Launch, recorded
 from g2gnet import G2GLinear, G2GNet
@@ -168,10 +169,10 @@ def training_step(
 
     call = _stack_call(net, batch, input_dim, dtype)
     with _recording(architecture) as recorder:
-        counts, _, _, spikes, kept = stack._forward(call._replace(keep=True))
+        counts, _, _, *made = stack._forward(call, True)
         recorder.begin("backward")
-        none = [None] * len(call.layers)
-        stack._backward(StackBackward(call, spikes, kept, torch.empty_like(counts), none, none, False))
+        given = Backward.of(call, made, [torch.empty_like(counts), *[None] * (2 * len(call.layers))])
+        stack._backward(given._replace(needed=(False, *given.needed[1:])))
     return recorder.operations
 
 
@@ -181,7 +182,7 @@ def forward_pass(net: G2GNet, batch: int, input_dim: int, dtype: torch.dtype) ->
 
     call = _stack_call(net, batch, input_dim, dtype)
     with _recording() as recorder:
-        stack._forward(call._replace(keep=False))
+        stack._forward(call, False)
     return recorder.operations
 
 
@@ -197,10 +198,9 @@ def layer_step(
     x = torch.empty(steps, batch, layer.mask.shape[1], dtype=torch.uint8 if spikes else dtype, device="meta")
     call = StackCall.of(x, [layer], None, dtype)
     with stack.choose(fused), _recording() as recorder:
-        counts, _, _, made, kept = stack._forward(call._replace(keep=True))
+        counts, _, _, *made = stack._forward(call, True)
         recorder.begin("backward")
-        grads = torch.empty_like(counts), [None], [None], not spikes
-        stack._backward(StackBackward(call, made, kept, *grads))
+        stack._backward(Backward.of(call, made, [torch.empty_like(counts), None, None]))
     return recorder.operations
 
 
@@ -214,9 +214,11 @@ def product_step(
     x = torch.empty(samples, connection.in_features, dtype=dtype, device="meta")
     call = LinearCall(x, connection.values, connection.mask.tensors(), connection.bias, dtype)
     with _recording() as recorder:
-        y = linear._forward(call)
+        y = linear._forward(call, True)
         recorder.begin("backward")
-        linear._backward(LinearBackward(call, torch.empty_like(y), wanted))
+        want_x, want_values, want_bias = wanted
+        needed = want_x, want_values, False, *([] if call.bias is None else [want_bias])
+        linear._backward(Backward.of(call, (), [torch.empty_like(y)], needed))
     return recorder.operations
 
 
@@ -224,12 +226,11 @@ def neurons_step(population: Neurons, steps: int, batch: int, neurons: int) -> l
     """Neurons alone in float32, forward and backward; their parameters are on the ``meta`` device."""
     from g2g_kernels.ops.neurons import triton
 
-    call = NeuronsCall(torch.empty(steps, batch, neurons, device="meta"), population, 0, True)
+    call = NeuronsCall(torch.empty(steps, batch, neurons, device="meta"), population, 0)
     with _recording() as recorder:
-        spikes, _, kept = triton._forward(call)
+        spikes, _, kept = triton._forward(call, True)
         recorder.begin("backward")
-        wanted = (True,) * (1 + len(population.parameters))
-        triton._backward(NeuronsBackward(call, kept, torch.empty_like(spikes), wanted))
+        triton._backward(Backward.of(call, [kept], [torch.empty_like(spikes), None]))
     return recorder.operations
 
 

@@ -8,7 +8,7 @@ import torch
 
 from g2g_kernels import packing
 from g2g_kernels.groups import check_integers
-from g2g_kernels.sides import Indices, UnitAxis
+from g2g_kernels.sides import Indices, Side, UnitAxis
 from g2g_kernels.tracing import is_traced
 
 ValueT = TypeVar("ValueT")
@@ -66,6 +66,14 @@ class MaskTensors(_MaskTensors):
     def grid(self) -> tuple[int, int]:
         """(block rows, block columns) of the unit grid."""
         return self.row_bounds.shape[0] - 1, self.col_bounds.shape[0] - 1
+
+    def unpack(self, values: torch.Tensor) -> torch.Tensor:
+        """The dense [out, in] weight of packed ``values``, as :meth:`BlockMask.unpack` has it."""
+        height, width = values.shape[1:]
+        (rows, cols), (out_size, in_size) = self.grid, self.shape
+        place = [tensor if tensor.numel() else None for tensor in self[8:10] + self[12:]]
+        sides = Side(rows, height, out_size, *place[:2]), Side(cols, width, in_size, *place[2:])
+        return packing.unpack(values, packing.View(self.unit_row, self.unit_col, *sides))
 
     @_once
     def rows_then(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -134,9 +134,9 @@ void forward_span(const NeuronLoop& a, const Spans& spans, const ParameterRows& 
     constexpr int S = M::info.states;
     const int64_t row = spans.lanes, current_row = a.held ? 0 : row;
     zero(states, S * spans.span * sizeof(float));
-    if (a.first)
+    if (a.state)
         for (int s = 0; s < S; ++s)
-            __builtin_memcpy(states + s * spans.span, a.first + s * row + place, width * sizeof(float));
+            __builtin_memcpy(states + s * spans.span, a.state + s * row + place, width * sizeof(float));
     for (int64_t first = 0; first < a.steps; first += a.every) {
         const Steps steps{least(a.every, a.steps - first), current_row, row};
         const bool keep = a.kept && first + a.every < a.steps;
@@ -245,7 +245,7 @@ void backward_span(const NeuronLoop& a, const Spans& spans, const ParameterRows&
             backward_bundle<M, R, Surrogate>(
                 lanes, steps, parameters, i, a.neurons.alpha,
                 first     ? a.kept + (first / a.every - 1) * S * row + place + i
-                : a.first ? a.first + place + i
+                : a.state ? a.state + place + i
                           : nullptr,
                 a.current + first * current_row + place + i, states, a.grad_spikes + at, rows ? rows + at : nullptr,
                 sums);
@@ -292,9 +292,9 @@ inline void neurons_backward(NeuronLoop& a, Arena& arena) {
             zero(sums.parameters[k], spans.span * sizeof(float));
         }
         run(a, spans, parameters.of(place), place, width, mine + running_size, sums);
-        if (a.grad_first)
+        if (a.grad_state)
             for (int s = 0; s < model.states; ++s)
-                __builtin_memcpy(a.grad_first + s * spans.lanes + place, mine + s * spans.span, width * sizeof(float));
+                __builtin_memcpy(a.grad_state + s * spans.lanes + place, mine + s * spans.span, width * sizeof(float));
     });
     for (int k = 0; k < model.parameters; ++k)
         parameter_gradient(a.neurons.parameters[k], model.decays[k], {parameter_sums[k], a.samples, a.size, a.size, kLanes},

@@ -100,7 +100,7 @@ struct ForwardSteps {
         const auto step = with_model(layer.neurons, [&](auto model) {
             return with_reset(layer.neurons, [](auto reset) { return &step_forward<decltype(model), decltype(reset)::value>; });
         });
-        for (int64_t block = 0; layer.first && block < B * R; ++block)
+        for (int64_t block = 0; layer.state && block < B * R; ++block)
             begin[block] = first_word(stack, layer, parameters, block / R, block % R);
         for (int64_t t = 0; t < stack.steps; ++t)
             parallel(stack.threads, R * groups, 1, [&](int64_t task, int) {
@@ -127,11 +127,11 @@ struct ForwardSteps {
             }
             if (t)
                 recurrent.sum(recurrent, r, layer.spikes + b * R * T, T, t - 1, start, own);
-            else if (layer.first)
+            else if (layer.state)
                 recurrent.sum(recurrent, r, begin + b * R, 1, 0, start, own);
             else if (start != own)
                 __builtin_memcpy(own, start, kLanes * sizeof(float));
-            if (!t) load_states(stack, layer, layer.first, b, r, initial + i * size);
+            if (!t) load_states(stack, layer, layer.state, b, r, initial + i * size);
         }
         const float* before = t ? now - stack.batch * size : initial;
         uint64_t* const words = layer.spikes + (first * R + r) * T + t;

@@ -286,9 +286,9 @@ inline void store_states(const Stack& s, const Layer& layer, const float* block,
 
 // The spikes of the state before the first step, one word of a block; 0 if the run begins without one.
 inline uint64_t first_word(const Stack& s, const Layer& layer, const LayerParameters& parameters, int64_t b, int64_t r) {
-    if (!layer.first) return 0;
+    if (!layer.state) return 0;
     alignas(64) float states[kMostStates * kLanes];
-    load_states(s, layer, layer.first, b, r, states);
+    load_states(s, layer, layer.state, b, r, states);
     const SampleParameters own(parameters, layer, b, r);
     const ModelInfo& model = model_info(layer.neurons);
     const float *membrane = states + (model.states - 1) * kLanes, *theta = own.block.lanes[model.parameters - 1];

@@ -511,7 +511,7 @@ struct BackwardPass {
         parallel(s.threads, R, 1, [&](int64_t r, int) { begin_steps(x, first, samples, r); });
         bool by_events = v.event_limit > 0;
         v.has_current = false;
-        for (int64_t t = T - 1; t >= (x.layer.first ? -1 : 0); --t) {
+        for (int64_t t = T - 1; t >= (x.layer.state ? -1 : 0); --t) {
             const int after = (t + 1) & 1;
             const bool later = t + 1 < T;
             const float* event_tiles = nullptr;
@@ -568,7 +568,7 @@ struct BackwardPass {
         const int i = t & 1;
         const bool held = x.weights.kind == Input::kHeld;
         alignas(64) float begin[kLanes * kMostStates * kLanes];
-        for (int64_t j = 0; !t && j < samples; ++j) load_states(s, x.layer, x.layer.first, first + b + j, r, begin + j * size);
+        for (int64_t j = 0; !t && j < samples; ++j) load_states(s, x.layer, x.layer.state, first + b + j, r, begin + j * size);
         const BlockGradient sums = x.block_gradient(v.sum_of(first, b), r);
         BackwardStep step{};
         if (!x.last) step.tile = x.arrivals.panel.at(r, b * T + t), step.tile_stride = T * kLanes;
@@ -576,7 +576,7 @@ struct BackwardPass {
         step.later = v.x.at(r, b);
         step.now = step_states(s, x.layer, x.layer.states, r, t, first + b);
         step.before = t ? step.now - s.batch * size : begin;
-        step.begins = !t && !x.layer.first;
+        step.begins = !t && !x.layer.state;
         step.states = v.states + at * size;
         step.sum = sums.current;
         for (int k = 0; k < x.model.parameters; ++k) step.parameters[k] = sums.parameters[k];
@@ -607,13 +607,13 @@ struct BackwardPass {
     void end_steps(const BackwardLayer& x, int64_t first, int64_t b, int64_t r) const {
         const RecurrentBackward& v = *x.recurrent;
         alignas(64) float begin[kMostStates * kLanes];
-        load_states(s, x.layer, x.layer.first, first + b, r, begin);
+        load_states(s, x.layer, x.layer.state, first + b, r, begin);
         float* const grads = v.states + (r * v.samples + b) * x.model.states * kLanes;
         const int64_t membrane = (x.model.states - 1) * kLanes;
         const SampleParameters own(x.parameters, x.layer, first + b, r);
         v.steps.begin(own.block, x.layer.neurons.alpha, begin + membrane, v.x.at(r, b), grads + membrane,
                       x.block_gradient(v.sum_of(first, b), r).parameters[x.model.parameters - 1]);
-        if (x.layer.grad_first) store_states(s, x.layer, grads, first + b, r, x.layer.grad_first);
+        if (x.layer.grad_state) store_states(s, x.layer, grads, first + b, r, x.layer.grad_state);
     }
 
     // The states of block r of a sample at all steps. Those of a layer whose input is held are computed anew, in `room`.
@@ -621,7 +621,7 @@ struct BackwardPass {
         if (x.weights.kind != Input::kHeld) return kept_states(s, x.layer, sample, r);
         const StoredCurrent current{kept_currents(s, x.layer, sample, r), 0};
         alignas(64) float states[kMostStates * kLanes];
-        load_states(s, x.layer, x.layer.first, sample, r, states);
+        load_states(s, x.layer, x.layer.state, sample, r, states);
         forward_sweep<StoredCurrent>(x.layer.neurons)(current, s.steps, own, {nullptr, room, nullptr, states});
         return room;
     }
@@ -652,10 +652,10 @@ struct BackwardPass {
         const int64_t sample = first + b;
         BlockGradient out = x.block_gradient(sample, r);
         alignas(64) float first_states[kMostStates * kLanes], edge[kMostStates * kLanes];
-        if (x.layer.first) load_states(s, x.layer, x.layer.first, sample, r, first_states), out.first = first_states;
-        if (x.layer.grad_last || x.layer.grad_first) load_states(s, x.layer, x.layer.grad_last, sample, r, edge), out.edge = edge;
+        if (x.layer.state) load_states(s, x.layer, x.layer.state, sample, r, first_states), out.first = first_states;
+        if (x.layer.grad_last || x.layer.grad_state) load_states(s, x.layer, x.layer.grad_last, sample, r, edge), out.edge = edge;
         sweep_states(x, b, sample, r, arrived, out, room, states);
-        if (x.layer.grad_first) store_states(s, x.layer, edge, sample, r, x.layer.grad_first);
+        if (x.layer.grad_state) store_states(s, x.layer, edge, sample, r, x.layer.grad_state);
     }
 
     // The same, with everything that the sweep reads and writes.

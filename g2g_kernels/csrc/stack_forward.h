@@ -69,7 +69,7 @@ struct ForwardLayer {
         const int64_t block = b * plan().rows.blocks + r;
         if (layer.recurrent) return store_currents(current, b, r);
         alignas(64) float edge[kMostStates * kLanes];
-        load_states(stack, layer, layer.first, b, r, edge);
+        load_states(stack, layer, layer.state, b, r, edge);
         const SampleParameters own(parameters, layer, b, r);
         sweep(current, stack.steps, own.block,
               {layer.spikes + block * stack.steps, kept_states(stack, layer, b, r), counts + block * kLanes, edge});

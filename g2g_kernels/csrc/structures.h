@@ -59,10 +59,10 @@ struct Layer {
     float *grad_values, *grad_bias;
     const uint8_t* dropped;  // [B][N], 1 where a neuron stays silent in a sample; null: none does
     double input_rate;      // share of ones among its input spikes: set by the forward pass, read by the backward pass
-    const float* first;     // [states][B][N] before the first step; null: zeros
+    const float* state;     // [states][B][N] before the first step; null: zeros
     float* last;            // out: [states][B][N] after the last step; null: not wanted
     const float* grad_last;  // null: zeros
-    float* grad_first;      // out, null: not wanted
+    float* grad_state;      // out, null: not wanted
     float gradient_event_limit;  // 0: its input gradient takes the product; else see gradient_events.h
     int32_t gradient_event_chunks;  // out: chunks of the batch whose input gradient was computed by events
     int32_t gradient_needed;  // out: its input gradient was computed where the layer below needs it (needed_gradient.h)
@@ -105,10 +105,10 @@ struct NeuronLoop {
     int32_t size, steps, threads, held;  // size = N
     int32_t every;          // `kept` has the states after every `every` steps, except the last
     float *spikes, *kept;   // kept: [(T − 1) / every][states][samples][N], null: not wanted
-    const float* first;     // [states][samples][N] before the first step; null: zeros
+    const float* state;     // [states][samples][N] before the first step; null: zeros
     float* last;            // out: [states][samples][N] after the last step; null: not wanted
     const float *grad_spikes, *grad_last;  // grad_last null: zeros
-    float *grad_current, *grad_first;      // grad_first: out, null: not wanted
+    float *grad_current, *grad_state;      // grad_state: out, null: not wanted
 };
 
 )

@@ -1,21 +1,16 @@
-"""Unsupported derivatives of operators are refused by name.
+"""Derivatives that no kernel computes: second ones, forward mode and ``vmap`` are those of plain PyTorch operations.
 
-Without a rule, PyTorch silently gives an operator a tangent of zero and a second derivative of zero.
+One rule for every operator. Inside ``torch.func`` transforms, and where a tensor carries a tangent, plain operations run
+from the start. In a backward pass whose result is to be differentiated again, or that has a batch of gradients, they run
+in place of the kernels: forward once more, and backward by autograd.
 """
 
-import functools
-import itertools
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch.autograd import forward_ad
-
-_NEURONS = "spiking neurons over time (lif, synaptic, adlif, g2g_stack)"
-_REMEDY = (
-    "lif_step, synaptic_step and adlif_step in a loop over time are plain PyTorch operations, which are differentiated "
-    "any number of times and in forward mode; g2g_linear is, too"
-)
 
 
 def has_tangent(tensors: Iterable[torch.Tensor | None]) -> bool:
@@ -25,167 +20,77 @@ def has_tangent(tensors: Iterable[torch.Tensor | None]) -> bool:
     return any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
-def refuse_forward_mode(tensors: Iterable[torch.Tensor | None]) -> None:
-    """Raises NotImplementedError if a tensor that neurons receive carries a tangent."""
-    if has_tangent(tensors):
-        raise NotImplementedError(f"{_NEURONS} have no forward-mode derivative (jvp, jacfwd); {_REMEDY}")
+def needs_plain_operations(grads: Iterable[Any]) -> bool:
+    """Whether a backward pass with these incoming gradients is one that no kernel computes.
 
-
-def refuse_backward(ctx: Any, *grads: Any) -> NoReturn:
-    """For ``torch.library.register_autograd`` of the operators that compute the gradients of neurons."""
-    raise NotImplementedError(f"{_NEURONS} have no second derivative; {_REMEDY}")
-
-
-def refuse_compiled_backward(ctx: Any, *grads: Any) -> NoReturn:
-    """For ``torch.library.register_autograd`` of the operators that compute the gradients of ``g2g_linear``."""
-    raise NotImplementedError(
-        "g2g_linear has no second derivative inside torch.compile; differentiate it twice outside of what is compiled"
+    A batch is the form of ``is_grads_batched`` and ``jacobian(vectorize=True)``, which is older than ``torch.func``.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return (
+        torch.is_grad_enabled()
+        or torch._C._are_functorch_transforms_active()
+        or any([grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads])
     )
 
 
-Results = Sequence[torch.Tensor | None]
+class Autocast(NamedTuple):
+    """The autocast of a forward pass, for what runs it again."""
+
+    device: str
+    dtype: torch.dtype
+    enabled: bool
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> "Autocast":
+        """What is in force where ``tensor`` is."""
+        device = tensor.device.type
+        if not torch.amp.is_autocast_available(device):
+            return cls(device, torch.float32, False)
+        return cls(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+
+    def again(self) -> contextlib.AbstractContextManager:
+        """The context in which it is in force."""
+        if not torch.amp.is_autocast_available(self.device):
+            return contextlib.nullcontext()
+        return torch.autocast(self.device, self.dtype, self.enabled)
 
 
-def for_each(backward: Callable[..., Results]) -> Callable[..., Results]:
-    """Decorates a ``backward(ctx, *grads)`` that takes one gradient at a time: of a batch it computes one by one.
+def gradients_of(
+    function: Callable[..., Sequence[torch.Tensor]],
+    tensors: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor | None],
+    needed: Sequence[bool],
+    autocast: Autocast,
+) -> list[torch.Tensor | None]:
+    """The gradients of ``tensors`` by running ``function`` again; differentiable where gradients are enabled.
 
-    A batch comes from ``is_grads_batched`` and ``jacobian(vectorize=True)``, and from a ``vmap`` over
-    ``torch.autograd.grad``.
+    Args:
+        function: of all ``tensors``; its results have the gradients ``grads``.
+        needed: of which tensors the gradient is.
+        autocast: that of the forward pass.
     """
-
-    @functools.wraps(backward)
-    def each(ctx: Any, *grads: Any) -> Results:
-        if torch.compiler.is_compiling():  # which sees no batches
-            return backward(ctx, *grads)
-        of_one = functools.partial(backward, ctx)
-        if torch._C._are_functorch_transforms_active():
-            return _packed(lambda tensors: _ForEach.apply(tensors, *grads), of_one)
-        return of_one(*grads) if not _is_old_batch(grads) else _of_old_batch(of_one, grads)
-
-    return each
-
-
-def for_each_of_old(backward: Callable[..., Results]) -> Callable[..., Results]:
-    """As :func:`for_each`, for the ``backward`` of a Function that has a rule for ``vmap``, which PyTorch ignores in
-    ``is_grads_batched`` and ``jacobian(vectorize=True)``."""
-
-    @functools.wraps(backward)
-    def each(ctx: Any, *grads: Any) -> Results:
-        if torch.compiler.is_compiling() or not _is_old_batch(grads):
-            return backward(ctx, *grads)
-        return _of_old_batch(functools.partial(backward, ctx), grads)
-
-    return each
-
-
-def _packed(call: Callable[[Callable[..., Results]], Results], function: Callable[..., Results]) -> Results:
-    """``call(function)`` where ``call`` knows no result None."""
-    given: list[bool] = []
-
-    def tensors(*arguments: Any) -> Results:
-        results = function(*arguments)
-        given[:] = [result is not None for result in results]
-        return tuple(result for result in results if result is not None)
-
-    results = iter(call(tensors))
-    return tuple(next(results) if is_given else None for is_given in given)
-
-
-def _is_old_batch(grads: Sequence[Any]) -> bool:
-    """Whether one of them is a batch in the form that autograd makes itself, which is older than ``torch.func``."""
-    return any(grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads)
-
-
-def _of_old_batch(backward: Callable[..., Results], grads: Sequence[Any]) -> Results:
-    level = max(torch._C._vmapmode_increment_nesting() - 1, 1)
-    torch._C._vmapmode_decrement_nesting()
-    # the size is only asked for by gradients that are not batched
-    opened = [None if grad is None else torch._remove_batch_dim(grad, level, 1, 0) for grad in grads]
-    if _is_old_batch(opened):
-        raise NotImplementedError("a batch of batches of gradients (is_grads_batched inside another); use torch.func")
-    size = max(len(grad) for grad in opened if grad is not None)
-    opened = [None if grad is None else grad.expand(size, *grad.shape[1:]) for grad in opened]
-
-    def of_all(tensors: Callable[..., Results]) -> Results:
-        each = zip(*(itertools.repeat(None, size) if grad is None else grad for grad in opened), strict=True)
-        results = [tensors(*of_one) for of_one in each]
-        return [torch._add_batch_dim(torch.stack(stacked), 0, level) for stacked in zip(*results, strict=True)]
-
-    return _packed(of_all, backward)
-
-
-class _ForEach(torch.autograd.Function):
-    """Calls a function of tensors, which returns tensors, for each element of a ``vmap``."""
-
-    @staticmethod
-    def forward(function, *tensors):
-        return function(*tensors)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    backward = staticmethod(refuse_backward)
-
-    @staticmethod
-    def vmap(info, dims, function, *tensors):
-        results = [
-            _ForEach.apply(
-                function,
-                *(
-                    tensor if dim is None else tensor.select(dim, index)
-                    for tensor, dim in zip(tensors, dims[1:], strict=True)
-                ),
-            )
-            for index in range(info.batch_size)
+    again = torch.is_grad_enabled()
+    with torch.enable_grad(), autocast.again():
+        # the gradient of each argument by itself, even if one of them was computed from another
+        inputs = [
+            (tensor.view_as(tensor) if again else tensor.detach().requires_grad_()) if need else tensor.detach()
+            for tensor, need in zip(tensors, needed)  # noqa: B905
         ]
-        stacked = tuple(torch.stack(each) for each in zip(*results, strict=True))
-        return stacked, (0,) * len(stacked)
+        results = function(*inputs)
+        # outputs of a frozen layer have no gradient
+        reached = [(y, grad) for y, grad in zip(results, grads, strict=True) if grad is not None and y.requires_grad]
+        if not reached:
+            return [None] * len(inputs)
+        wanted = [tensor for tensor, need in zip(inputs, needed) if need]  # noqa: B905
+        outputs, outputs_grads = zip(*reached, strict=True)
+        found = iter(torch.autograd.grad(outputs, wanted, outputs_grads, create_graph=again, allow_unused=True))
+    return [next(found) if need else None for need in needed]
 
 
-class _Root(torch.autograd.Function):
-    """An empty tensor that keeps the graph edge of a tensor, but not its data."""
-
-    @staticmethod
-    def forward(ctx, tensor):
-        ctx.set_materialize_grads(False)
-        return tensor.new_empty(0)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return None
-
-
-root = _Root.apply
-
-
-def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorates the ``backward`` of neurons that are an ``autograd.Function``: it has no derivative of its own.
-
-    Everything whose second derivative may be requested must be among the incoming gradients and the saved tensors, at
-    least by its :data:`root`.
-    """
-
-    @functools.wraps(backward)
-    def once(ctx: Any, *grads: Any) -> Any:
-        with torch.no_grad():
-            results = backward(ctx, *grads)
-        if not torch.is_grad_enabled():  # none can be requested
-            return results
-        return tuple(None if result is None else _Once.apply(result, *grads, *ctx.saved_tensors) for result in results)
-
-    return once
-
-
-class _Once(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(result, *sources):
-        return result.view_as(result)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    backward = staticmethod(refuse_backward)
+def refuse_backward(ctx: Any, *grads: Any) -> NoReturn:
+    """For ``torch.library.register_autograd`` of operators that compute gradients, which only compiled code meets."""
+    raise NotImplementedError(
+        "the operators of g2g have no second derivative inside torch.compile; differentiate twice outside of what is "
+        "compiled"
+    )

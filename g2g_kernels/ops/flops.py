@@ -13,17 +13,17 @@ from collections.abc import Callable
 
 import torch
 
-from g2g_kernels.ops.record import RecordOperator
+from g2g_kernels.ops.record import Operator, of_arguments
 from g2g_kernels.unit_grid import MaskTensors
 
 _formulas: dict[torch._ops.OpOverload, Callable[..., int]] = {}
 
 
-def count_flops(operator: RecordOperator, formula: Callable[..., int]) -> None:
+def count_flops(operator: Operator, formula: Callable[..., int]) -> None:
     """Names ``formula(record)`` as the FLOPs of a call of ``operator`` with that record."""
 
     def count(*arguments: object, out_val: object = None, **_: object) -> int:
-        return formula(operator.record.of_flat(*arguments))
+        return formula(of_arguments(*arguments[:5]))
 
     _formulas[operator.overload] = count
 

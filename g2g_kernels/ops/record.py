@@ -1,229 +1,352 @@
-"""Operators of ``torch.library`` that take one record instead of a list of arguments.
+"""Records of tensors, and operators of ``torch.library`` that take one.
+
+A record is a NamedTuple of tensors, numbers, names, None, masks, and of records and tuples of these. Its declaration is
+the only list of its fields. The arguments of its operator, what autograd saves and the gradients that are asked for
+follow from it: :func:`opened` takes a record apart, :func:`built` puts it together again from other tensors.
 
 PyTorch's dispatcher takes longer than a small network. An operator goes through it only where something may look at
 operators (:func:`g2g_kernels.tracing.is_observed`); otherwise its implementation is called, by the same autograd
 formula.
 """
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
-from g2g_kernels.ops.derivatives import for_each
+from g2g_kernels.ops.derivatives import Autocast, gradients_of, needs_plain_operations, refuse_backward
 from g2g_kernels.tracing import is_observed
+from g2g_kernels.unit_grid import MaskTensors
 
 _library = torch.library.Library("g2g", "FRAGMENT")
 
-
-class Record(Protocol):
-    """What an operator takes: a NamedTuple that has another form, the arguments of the operator's schema."""
-
-    def flat(self) -> tuple[Any, ...]:
-        """The arguments in the order of the schema."""
-        ...
-
-    @classmethod
-    def of_flat(cls, *arguments: Any) -> Any:
-        """The record of these arguments."""
-        ...
-
-    def tensors(self) -> Sequence[torch.Tensor | None]:
-        """All that may need a gradient, and more."""
-        ...
+#: in a form, where a record has a tensor
+TENSOR = object()
+#: what a record consists of besides tensors, its parts before itself: values, masks, TENSOR, and (type, length) of each
+#: record or tuple whose parts are before it
+Form = list[Any]
+#: the types of records that operators take, by name
+TYPES: dict[str, type] = {"tuple": tuple, "list": list}
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_MASK = len(MaskTensors._fields)
 
 
-class DifferentiableRecord(Record, Protocol):
-    """What an operator with an autograd formula takes.
+def opened(record: Any) -> tuple[list[Any], Form]:
+    """The tensors of a record in order, and its form. Of a mask in the operators' form it is the first index, which
+    changes whenever another does."""
+    tensors: list[Any] = []
+    form: Form = []
+    left = [record]
+    while left:
+        part = left.pop()
+        if isinstance(part, torch.Tensor):
+            tensors.append(part)
+            form.append(TENSOR)
+        elif isinstance(part, MaskTensors):
+            tensors.append(part.unit_row)
+            form.append(part)
+        elif isinstance(part, (tuple, list)):
+            form.append((type(part), len(part)))
+            left.extend(part)
+        else:
+            form.append(part)
+    return tensors[::-1], form[::-1]
 
-    Its :meth:`tensors` are what autograd saves. Of a mask it is the first index, which changes whenever another does.
-    """
 
-    def with_tensors(self, tensors: Sequence[Any]) -> Any:
-        """The record with these tensors in place of :meth:`tensors`; masks stay."""
-        ...
+def built(form: Form, tensors: Sequence[Any]) -> Any:
+    """The record of this form with these tensors, or whatever else is in their place; masks stay."""
+    given = iter(tensors)
+    parts: list[Any] = []
+    for part in form:
+        if part is TENSOR:
+            parts.append(next(given))
+        elif isinstance(part, MaskTensors):
+            next(given)
+            parts.append(part)
+        elif isinstance(part, tuple):
+            kind, length = part
+            inside = [parts.pop() for _ in range(length)][::-1]
+            parts.append(kind(inside) if kind in (tuple, list) else kind(*inside))
+        else:
+            parts.append(part)
+    return parts[0]
 
 
-class RecordOperator:
-    """An operator that is called with a record.
+# --- the arguments of an operator ---------------------------------------------------------------------------------
+
+_ARGUMENTS = "Tensor[] tensors, Tensor[] masks, str[] names, float[] numbers, int[] form"
+_OF_TENSOR, _OF_MASK, _OF_NONE, _OF_RECORD, _OF_NAME, _OF_NUMBER, _OF_INT, _OF_FLAG, _OF_DTYPE = range(9)
+
+
+def arguments(tensors: Sequence[torch.Tensor], form: Form) -> tuple[Any, ...]:
+    """What an operator takes."""
+    masks: list[torch.Tensor] = []
+    names: list[str] = []
+    numbers: list[float] = []
+    codes: list[int] = []
+    for part in form:
+        if part is TENSOR:
+            codes.append(_OF_TENSOR)
+        elif part is None:
+            codes.append(_OF_NONE)
+        elif isinstance(part, MaskTensors):
+            codes.append(_OF_MASK)
+            masks.extend(part)
+        elif isinstance(part, tuple):
+            codes.extend((_OF_RECORD, part[1]))
+            names.append(part[0].__name__)
+        elif isinstance(part, str):
+            codes.append(_OF_NAME)
+            names.append(part)
+        elif isinstance(part, bool):
+            codes.extend((_OF_FLAG, int(part)))
+        elif isinstance(part, torch.dtype):
+            codes.extend((_OF_DTYPE, _DTYPES.index(part)))
+        elif isinstance(part, (int, torch.SymInt)):
+            codes.extend((_OF_INT, part))
+        else:
+            codes.append(_OF_NUMBER)
+            numbers.append(part)
+    return list(tensors), masks, names, numbers, codes
+
+
+def of_arguments(tensors: Sequence[Any], masks: Any, names: Any, numbers: Any, codes: Any) -> Any:
+    """The record of an operator's arguments."""
+    form: Form = []
+    indices, named, numbered, given = iter(masks), iter(names), iter(numbers), iter(codes)
+    for code in given:
+        if code == _OF_TENSOR:
+            form.append(TENSOR)
+        elif code == _OF_NONE:
+            form.append(None)
+        elif code == _OF_MASK:
+            form.append(MaskTensors(*[next(indices) for _ in range(_MASK)]))
+        elif code == _OF_RECORD:
+            form.append((TYPES[next(named)], next(given)))
+        elif code == _OF_NAME:
+            form.append(next(named))
+        elif code == _OF_FLAG:
+            form.append(bool(next(given)))
+        elif code == _OF_DTYPE:
+            form.append(_DTYPES[next(given)])
+        else:
+            form.append(next(given) if code == _OF_INT else next(numbered))
+    return built(form, tensors)
+
+
+# --- operators ----------------------------------------------------------------------------------------------------
+
+
+class Operator:
+    """An operator that takes a record.
 
     Attributes:
         overload: the operator in ``torch.ops.g2g``.
-        record: the type of the record.
         function: its implementation.
-        differentiated: what to call with a record and its tensors where a gradient may be requested.
     """
 
-    def __init__(self, overload: Any, record: type[Record], function: Callable[[Any], Any]) -> None:
-        self.overload, self.record, self.function = overload, record, function
-        self.differentiated: Callable[..., Any] = lambda record, *_: self.overload(*record.flat())
+    #: arguments of its schema besides those of the record
+    _more = ""
 
-    def __call__(self, record: Record) -> Any:
-        tensors = record.tensors()
+    def __init__(
+        self,
+        name: str,
+        results: str,
+        function: Callable,
+        fake: Callable,
+        keys: Sequence[str] = ("CPU",),
+        check: Callable[[Any], None] = lambda record: None,
+    ) -> None:
+        """Defines it.
+
+        Args:
+            results: those of its schema, ``"(Tensor, Tensor[])"``.
+            function, fake: the implementation and the fake one. Where a list that they return has None, the dispatcher
+                gets a tensor without elements.
+            keys: the dispatch keys that ``function`` serves.
+            check: raises ValueError for records that ``function`` would misread; of calls through the dispatcher.
+        """
+        _library.define(f"{name}({_ARGUMENTS}{self._more}) -> {results}")
+        for key in keys:
+            _library.impl(name, _of_arguments(function, check), key)
+        torch.library.register_fake(f"g2g::{name}", _of_arguments(fake, lambda record: None), lib=_library)
+        self.overload = getattr(torch.ops.g2g, name).default
+        self.function = function
+
+    def __call__(self, record: Any) -> Any:
+        tensors, form = opened(record)
         if is_observed(tensors):
-            return self.overload(*record.flat())
-        if torch.is_grad_enabled() and any([tensor is not None and tensor.requires_grad for tensor in tensors]):
-            return self.differentiated(record, *tensors)
+            return self.overload(*arguments(tensors, form))
         with torch._C._AutoDispatchBelowAutograd():
             return self.function(record)
 
-    def opcheck(self, record: Record) -> None:
+    def opcheck(self, record: Any, *more: Any) -> None:
         """Checks schema, fake and autograd formula on this record (``torch.library.opcheck``)."""
-        torch.library.opcheck(self.overload, record.flat())
+        torch.library.opcheck(self.overload, (*arguments(*opened(record)), *more))
 
 
-def define(
-    schema: str, record: type[Record], function: Callable, fake: Callable, keys: Sequence[str] = ("CPU",)
-) -> RecordOperator:
-    """Registers an operator.
+def _of_arguments(function: Callable, check: Callable[[Any], None]) -> Callable:
+    """A function of a record as one of the operator's arguments."""
 
-    Args:
-        schema: ``"name(Tensor x, int steps) -> (Tensor, Tensor[])"``, as ``record.flat()`` has its arguments.
-        record: the type of its argument.
-        function, fake: implementation and fake implementation; both take the record. A list that they return may have
-            None for a tensor that there is none of, which the dispatcher gets as an empty one.
-        keys: the dispatch keys that ``function`` serves.
-    """
-    name = schema.partition("(")[0]
-    _library.define(schema)
+    def called(tensors: Any, masks: Any, names: Any, numbers: Any, form: Any, *more: Any) -> Any:
+        # where zeros were only noted, the dispatcher has made them of one element
+        tensors, masks = ([tensor.contiguous() for tensor in each] for each in (tensors, masks))
+        record = of_arguments(tensors, masks, names, numbers, form)
+        record.check()
+        check(record)
+        results = function(record, *more)
+        if isinstance(results, list):
+            return [tensors[0].new_empty(0) if result is None else result for result in results]
+        return results
 
-    def implementation(function: Callable) -> Callable:
-        def flat(*arguments: Any) -> Any:
-            # where zeros were only noted, the dispatcher has made them of one element
-            results = function(record.of_flat(*[_contiguous(argument) for argument in arguments]))
-            if isinstance(results, list):
-                like = next(tensor for tensor in results if tensor is not None)
-                return [like.new_empty(0) if tensor is None else tensor for tensor in results]
-            return results
-
-        return flat
-
-    for key in keys:
-        _library.impl(name, implementation(function), key)
-    torch.library.register_fake(f"g2g::{name}", implementation(fake), lib=_library)
-    return RecordOperator(getattr(torch.ops.g2g, name).default, record, function)
+    return called
 
 
-def _contiguous(argument: Any) -> Any:
-    """An operator's argument with its tensor, or the tensors of its list, contiguous."""
-    if isinstance(argument, torch.Tensor):
-        return argument.contiguous()
-    return [_contiguous(each) for each in argument] if isinstance(argument, list) else argument
-
-
-def refuse_derivative(operator: RecordOperator, refuse: Callable) -> None:
-    """Registers a function that raises when the derivative of an operator is requested."""
-    torch.library.register_autograd(operator.overload.name(), refuse, lib=_library)
-
-
-class Gradients(NamedTuple):
-    """The input of a backward pass.
+class Backward(NamedTuple):
+    """What a backward pass takes.
 
     Attributes:
-        record: the record of the forward pass.
+        call: the record of the forward pass.
         kept: its outputs that only the backward pass needs, the tensors of lists one by one.
-        grads: the gradients of its other outputs, contiguous, the tensors of lists one by one; None for one that was
-            not used.
-        needed: whether the gradient of each of ``record.tensors()`` is needed.
+        grads: the gradients of its results, contiguous, the tensors of lists one by one; None for one that was not
+            used.
+        needed: of which tensors of ``call`` the gradient is.
     """
 
-    record: Any
+    call: Any
     kept: tuple[torch.Tensor, ...]
     grads: tuple[torch.Tensor | None, ...]
-    needed: Sequence[bool]
+    needed: tuple[bool, ...]
+
+    @classmethod
+    def of(cls, call: Any, kept: Sequence[Any], grads: Sequence[Any], needed: Sequence[bool] | None = None) -> "Backward":
+        """The input with these outputs and gradients, single ones or lists; None: every gradient is needed."""
+        if needed is None:
+            needed = [tensor.is_floating_point() for tensor in opened(call)[0]]
+        return cls(call, tuple(_each(kept)), tuple(_each(grads)), tuple(needed))
+
+    def check(self) -> None:
+        """Raises ValueError unless sizes match."""
+        self.call.check()
+
+    def empty(self, make: Callable[[torch.Tensor], torch.Tensor] = torch.empty_like) -> tuple[list[Any], Any]:
+        """Uninitialised gradients, None where none is needed: as an operator returns them, and as a record."""
+        tensors, form = opened(self.call)
+        grads = [make(tensor) if need else None for tensor, need in zip(tensors, self.needed, strict=True)]
+        return grads, built([TENSOR if isinstance(part, MaskTensors) else part for part in form], grads)
+
+    def aligned(self, record: Any) -> list[torch.Tensor | None]:
+        """The gradients in a record of the form of ``call`` as an operator returns them."""
+        _, form = opened(self.call)
+        leaves = [part for part in form if isinstance(part, MaskTensors) or not isinstance(part, tuple)]
+        found, left = [], [record]
+        while left:
+            part = left.pop()
+            if isinstance(part, (tuple, list)) and not isinstance(part, MaskTensors):
+                left.extend(part)
+            elif (leaf := leaves.pop()) is TENSOR or isinstance(leaf, MaskTensors):
+                found.append(part if isinstance(part, torch.Tensor) else None)
+        return [grad if need else None for grad, need in zip(found[::-1], self.needed, strict=True)]
 
 
-def differentiate(
-    operator: RecordOperator,
-    inputs: Sequence[str],
-    outputs: int,
-    backward: Callable[[Gradients], Sequence[torch.Tensor | None]],
-) -> None:
-    """Gives an operator its autograd formula.
+class Differentiable(Operator):
+    """An operator with an autograd formula. Its functions are told, too, whether to keep what the backward pass needs.
 
-    Args:
-        operator: what :func:`define` returned.
-        inputs: the arguments of the schema that may need a gradient, in the order of ``record.tensors()``.
-        outputs: the number of outputs that are results; the others are kept for the backward pass.
-        backward: the gradients of ``inputs``, the tensors of lists one by one; of any content where none is needed. It
-            is not called where all of ``grads`` are None.
+    Attributes:
+        apply: the ``autograd.Function`` of calls that nothing observes.
     """
-    arguments = operator.overload._schema.arguments
-    names = [argument.name for argument in arguments]
-    lists = [str(argument.type) == "List[Tensor]" for argument in arguments]
-    nothing = itertools.repeat(None)
 
-    def save(ctx: Any, record: DifferentiableRecord, results: Any) -> None:
-        tensors = record.tensors()
-        kept = _each(results[outputs:]) if isinstance(results, (list, tuple)) else ()
+    _more = ", bool keep"
+
+    def __init__(
+        self,
+        name: str,
+        results: str,
+        outputs: int,
+        function: Callable,
+        fake: Callable,
+        backward: Operator,
+        plain: Callable[[Any], Sequence[torch.Tensor]],
+        keys: Sequence[str] = ("CPU",),
+        check: Callable[[Any], None] = lambda record: None,
+    ) -> None:
+        """Defines it.
+
+        Args:
+            results, function, fake, keys, check: as of :class:`Operator`.
+            outputs: the number of outputs that are results; the others are kept for the backward pass.
+            backward: takes a :class:`Backward` and gives the gradients of the record's tensors. It is not called where
+                no result has a gradient.
+            plain: the results by plain PyTorch operations, the tensors of lists one by one.
+        """
+        super().__init__(name, results, function, fake, keys, check)
+        self._outputs, self._backward, self._plain = outputs, backward, plain
+        torch.library.register_autograd(
+            self.overload.name(), self._formula, setup_context=self._setup_context, lib=_library
+        )
+        torch.library.register_autograd(backward.overload.name(), refuse_backward, lib=_library)
+        # the name is that of the node in the graph
+        methods = {"forward": staticmethod(self._forward), "backward": staticmethod(self._gradients_of_all)}
+        function_of_autograd: Any = type(name, (torch.autograd.Function,), methods)
+        self.apply = function_of_autograd.apply
+
+    def __call__(self, record: Any) -> Any:
+        tensors, form = opened(record)
+        keep = torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors])
+        if is_observed(tensors):
+            return self.overload(*arguments(tensors, form), keep)
+        if not keep:
+            with torch._C._AutoDispatchBelowAutograd():
+                return self.function(record, False)
+        results = self.apply(record, form, *tensors)
+        if isinstance(results, torch.Tensor):
+            return results
+        *results, made = results
+        given = iter(results)
+        of = [[next(given) for _ in value] if isinstance(value, list) else next(given) for value in made[: self._outputs]]
+        return *of, *made[self._outputs :]
+
+    def _forward(self, ctx: Any, record: Any, form: Form, *tensors: torch.Tensor) -> Any:
+        """The results, the tensors of lists one by one; then all outputs as the implementation gave them, if they are
+        several."""
+        with torch._C._AutoDispatchBelowAutograd():
+            made = self.function(record, True)
+        self._save(ctx, tensors, form, made)
+        return made if isinstance(made, torch.Tensor) else (*_each(made[: self._outputs]), made)
+
+    def _save(self, ctx: Any, tensors: Sequence[torch.Tensor], form: Form, made: Any) -> None:
+        kept = () if isinstance(made, torch.Tensor) else _each(made[self._outputs :])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, *kept)
-        ctx.record, ctx.count = record.with_tensors([None] * len(tensors)), len(tensors)
+        ctx.form, ctx.count, ctx.autocast = form, len(tensors), Autocast.of(tensors[0])
 
-    @for_each
-    def gradients(ctx: Any, *grads: Any) -> Sequence[torch.Tensor | None]:
-        """Those of ``inputs``, from those of all results, the tensors of lists one by one."""
+    def _gradients(self, ctx: Any, grads: Sequence[Any], needed: Sequence[bool]) -> list[torch.Tensor | None]:
+        """Those of the record's tensors, from those of all results, the tensors of lists one by one."""
         if all([grad is None for grad in grads]):
-            return [None] * len(ctx.needed)
-        saved = ctx.saved_tensors
-        found = backward(
-            Gradients(
-                ctx.record.with_tensors(saved[: ctx.count]),
-                saved[ctx.count :],
-                tuple([None if grad is None else grad.contiguous() for grad in grads]),
-                ctx.needed,
-            )
-        )
-        return [grad if need else None for grad, need in zip(found, ctx.needed)]  # noqa: B905
+            return [None] * len(needed)
+        saved, form = ctx.saved_tensors, ctx.form
+        tensors, kept = saved[: ctx.count], saved[ctx.count :]
+        if needs_plain_operations(grads):
+            return gradients_of(lambda *given: self._plain(built(form, given)), tensors, grads, needed, ctx.autocast)
+        given = tuple([None if grad is None else grad.contiguous() for grad in grads])
+        found = self._backward(Backward(built(form, tensors), tuple(kept), given, tuple(needed)))
+        return [grad if need else None for grad, need in zip(found, needed)]  # noqa: B905
 
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        save(ctx, operator.record.of_flat(*inputs), output)
-        ctx.lengths = [len(value) if is_list else None for value, is_list in zip(inputs, lists, strict=True)]
+    def _gradients_of_all(self, ctx: Any, *grads: Any) -> tuple[torch.Tensor | None, ...]:
+        return None, None, *self._gradients(ctx, grads if len(grads) == 1 else grads[:-1], ctx.needs_input_grad[2:])
 
-    def of_arguments(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        needed = dict(zip(names, ctx.needs_input_grad, strict=True))
-        ctx.needed = _each([needed[name] for name in inputs])
-        found = iter(gradients(ctx, *_each(grads[:outputs])))
-        lengths = dict(zip(names, ctx.lengths, strict=True))
-        of = {name: _next(found, lengths[name]) for name in inputs}
-        return tuple([of[name] if name in of else _next(nothing, lengths[name]) for name in names])
+    def _setup_context(self, ctx: Any, inputs: Any, output: Any) -> None:
+        tensors, masks, *others = inputs
+        _, form = opened(of_arguments(tensors, masks, *others[:3]))
+        self._save(ctx, tensors, form, output)
+        # PyTorch wants a list for a list of tensors, and for an empty one of anything
+        ctx.others = [None] * len(masks), *[[] if other == [] else None for other in others]
 
-    torch.library.register_autograd(operator.overload.name(), of_arguments, setup_context=setup_context, lib=_library)
-
-    def forward(ctx: Any, record: DifferentiableRecord, *_: torch.Tensor | None) -> tuple[Any, ...]:
-        """The results, the tensors of lists one by one; then all outputs as the implementation gave them."""
-        with torch._C._AutoDispatchBelowAutograd():
-            made = operator.function(record)
-        save(ctx, record, made)
-        return (made, made) if isinstance(made, torch.Tensor) else (*_each(made[:outputs]), made)
-
-    def backward_of_all(ctx: Any, *grads: Any) -> tuple[torch.Tensor | None, ...]:
-        _, *ctx.needed = ctx.needs_input_grad
-        found = gradients(ctx, *grads[:-1])
-        return None, *found, *[None] * (ctx.count - len(found))
-
-    # the name is that of the node in the graph
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward_of_all)}
-    function: Any = type(operator.overload.overloadpacket.__name__, (torch.autograd.Function,), methods)
-
-    def differentiated(record: DifferentiableRecord, *tensors: torch.Tensor | None) -> Any:
-        *results, made = function.apply(record, *tensors)
-        if isinstance(made, torch.Tensor):
-            return results[0]
-        each = iter(results)
-        of = [_next(each, len(value) if isinstance(value, list) else None) for value in made[:outputs]]
-        return *of, *made[outputs:]
-
-    operator.differentiated = differentiated
+    def _formula(self, ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        found = self._gradients(ctx, _each(grads[: self._outputs]), ctx.needs_input_grad[0])
+        return found, *ctx.others
 
 
-def _each(values: Iterable[Any]) -> list[Any]:
+def _each(values: Sequence[Any]) -> list[Any]:
     """The values, those of lists one by one."""
-    lists = [value if isinstance(value, (list, tuple)) else (value,) for value in values]
-    return list(itertools.chain.from_iterable(lists))
-
-
-def _next(values: Iterator[Any], length: int | None) -> Any:
-    """The next value, or a list of the next ones."""
-    return next(values) if length is None else list(itertools.islice(values, length))
+    return [each for value in values for each in (value if isinstance(value, (list, tuple)) else (value,))]

@@ -31,13 +31,14 @@ from g2g_kernels import BlockMask, GroupLayout, Neurons, SpikingLayer, backend_s
 from g2g_kernels.cpu import library, plans
 from g2g_kernels.cpu.workspace import Workspace, workspace
 from g2g_kernels.ops.g2g_linear import cpu as linear
-from g2g_kernels.ops.g2g_linear.call import LinearBackward, LinearCall
+from g2g_kernels.ops.g2g_linear.call import LinearCall
 from g2g_kernels.ops.g2g_stack import cpu as stack
-from g2g_kernels.ops.g2g_stack.call import StackBackward, StackCall
+from g2g_kernels.ops.g2g_stack.call import StackCall
 from g2g_kernels.ops.neurons import MODELS, RESETS
 from g2g_kernels.ops.neurons import cpu as neurons_alone
-from g2g_kernels.ops.neurons.call import NeuronsBackward, NeuronsCall
+from g2g_kernels.ops.neurons.call import NeuronsCall
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
+from g2g_kernels.ops.record import Backward, arguments, opened
 
 pytestmark = pytest.mark.skipif(library.unavailable() is not None, reason=str(library.unavailable()))
 
@@ -307,8 +308,8 @@ def test_without_gradients_nothing_is_kept():
     assert torch.equal(result.spikes[1].dense(), expected["spikes1"])
 
     population = Neurons("lif", (torch.tensor(0.9), torch.rand(10)), "zero")
-    call = NeuronsCall(torch.rand(12, 3, 10), population, 0, True)
-    both = [neurons_alone.FORWARD(call._replace(keep=keep)) for keep in (True, False)]
+    call = NeuronsCall(torch.rand(12, 3, 10), population, 0)
+    both = [neurons_alone.FORWARD.function(call, keep) for keep in (True, False)]
     assert torch.equal(both[0][0], both[1][0])
     assert [kept.shape for *_, kept in both] == [(2, 1, 3, 10), (0,)]
 
@@ -881,10 +882,10 @@ def test_opcheck_of_a_stack(model):
     own = dict(zip(MODELS["lif"].parameters, layers[1].population.parameters, strict=True))
     parameters = tuple(own.get(name, torch.tensor(0.5, requires_grad=True)) for name in MODELS[model].parameters)
     layers[1] = layers[1]._replace(population=Neurons(model, parameters, surrogate="boxcar"), bias=None)
-    stack.FORWARD.opcheck(StackCall.of(leaves["x"], layers, 3, torch.float32))
+    stack.FORWARD.opcheck(StackCall.of(leaves["x"], layers, 3, torch.float32), True)
     call = detached(StackCall.of(leaves["x"], layers, 3, torch.float32))
-    counts, rates, _, spikes, kept = stack.FORWARD(call)
-    stack.BACKWARD.opcheck(StackBackward(call, spikes, kept, counts, rates, [None] * len(layers), True))
+    counts, rates, _, spikes, kept = stack.FORWARD.function(call, True)
+    stack.BACKWARD.opcheck(Backward.of(call, [spikes, kept], [counts, rates, [None] * len(layers)]))
     stack.UNPACK.opcheck(stack.PackedWords(spikes[0], call.layers[0].values, call.layers[0].mask))
 
 
@@ -893,9 +894,9 @@ def test_opcheck_of_a_product():
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in network.tensors.items()}
     arguments = leaves["x"], leaves["values0"], network.masks[0].tensors(), leaves["bias0"]
     for dtype in (torch.float32, torch.bfloat16):
-        linear.FORWARD.opcheck(LinearCall(*arguments, dtype))
+        linear.FORWARD.opcheck(LinearCall(*arguments, dtype), True)
     call = detached(LinearCall(*arguments, torch.float32))
-    linear.BACKWARD.opcheck(LinearBackward(call, torch.randn(2, 200), (True, True, False)))
+    linear.BACKWARD.opcheck(Backward.of(call, (), [torch.randn(2, 200)], (True, True, False, False)))
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -904,11 +905,10 @@ def test_opcheck_of_neurons(model):
     *others, _ = MODELS[model].parameters
     shared = [torch.tensor(0.5, requires_grad=True) for _ in others]
     population = Neurons(model, (*shared, torch.rand(10, requires_grad=True)), "zero", "sigmoid")
-    neurons_alone.FORWARD.opcheck(NeuronsCall.of(current, population, None))
+    neurons_alone.FORWARD.opcheck(NeuronsCall.of(current, population, None), True)
     call = detached(NeuronsCall.of(current, population, None))
-    spikes, _, kept = neurons_alone.FORWARD(call)
-    wanted = (True,) * (1 + len(population.parameters))
-    neurons_alone.BACKWARD.opcheck(NeuronsBackward(call, kept, torch.ones_like(spikes), wanted))
+    spikes, _, kept = neurons_alone.FORWARD.function(call, True)
+    neurons_alone.BACKWARD.opcheck(Backward.of(call, [kept], [torch.ones_like(spikes), None]))
 
 
 def detached(value):
@@ -930,7 +930,7 @@ def test_operators_refuse_what_would_read_out_of_bounds():
         """With another x, or with changes of the first layer."""
         x = changes.pop("x", good.x)
         changed = good._replace(x=x, layers=(good.layers[0]._replace(**changes), *good.layers[1:]))
-        stack.FORWARD.overload(*changed.flat())
+        stack.FORWARD.overload(*arguments(*opened(changed)), True)
 
     call()
     mask = good.layers[0].mask
@@ -964,14 +964,13 @@ def test_operators_refuse_what_would_read_out_of_bounds():
         call(x=good.x.double())
 
     population = Neurons("lif", (torch.tensor(0.9), torch.rand(10)), "zero", "sigmoid")
-    alone = NeuronsCall(torch.rand(12, 3, 10), population, 0, True)
-    spikes, _, kept = neurons_alone.FORWARD(alone)
-    wanted = (True, True, True)
+    alone = NeuronsCall(torch.rand(12, 3, 10), population, 0)
+    spikes, _, kept = neurons_alone.FORWARD.function(alone, True)
     for wrong in (kept[:-1].contiguous(), kept[:, :, :2].contiguous(), kept.double(), torch.empty(0)):
         with pytest.raises(ValueError, match="kept"):
-            neurons_alone.BACKWARD(NeuronsBackward(alone, wrong, spikes, wanted))
+            neurons_alone.BACKWARD(Backward.of(alone, [wrong], [spikes, None]))
     with pytest.raises(ValueError, match="grad_spikes"):
-        neurons_alone.BACKWARD(NeuronsBackward(alone, kept, spikes[..., :9].contiguous(), wanted))
+        neurons_alone.BACKWARD(Backward.of(alone, [kept], [spikes[..., :9].contiguous(), None]))
 
 
 @compiles_whole

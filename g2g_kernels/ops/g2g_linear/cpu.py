@@ -16,8 +16,8 @@ from g2g_kernels.cpu.interface import structures
 from g2g_kernels.cpu.library import bf16_wanted, event_limit, library, pointer, run
 from g2g_kernels.cpu.plans import Plan, plan_for
 from g2g_kernels.cpu.workspace import workspace
-from g2g_kernels.ops.g2g_linear import derivatives
-from g2g_kernels.ops.g2g_linear.call import LinearBackward, LinearCall, operators
+from g2g_kernels.ops.g2g_linear.call import LinearCall, operators, product
+from g2g_kernels.ops.record import Backward
 
 
 def refuses(x: torch.Tensor, values: torch.Tensor, mask: BlockMask, bias: torch.Tensor | None) -> str | None:
@@ -42,20 +42,18 @@ def _converts(dtype: torch.dtype) -> bool:
 def g2g_linear(x: torch.Tensor, values: torch.Tensor, mask: BlockMask, bias: torch.Tensor | None) -> torch.Tensor:
     read = x if x.dtype == torch.bfloat16 else x.to(torch.float32)
     dtype = torch.bfloat16 if bf16_wanted() else torch.float32
-    return derivatives.g2g_linear(FORWARD, BACKWARD, read, values, mask, bias, dtype)
+    return product(FORWARD, read, values, mask, bias, dtype)
 
 
 def _arguments(call: LinearCall) -> tuple[Structure, Plan]:
     """The arguments of a kernel, and the plan that must outlive it."""
     x, values, mask, bias, dtype = call
-    out_size, in_size = mask.shape
     for tensor, dtypes in ((x, (torch.float32, torch.bfloat16)), (values, (torch.float32,)), (bias, (torch.float32,))):
         if tensor is not None and not (
             tensor.dtype in dtypes and tensor.is_contiguous() and tensor.device.type == "cpu"
         ):
             raise ValueError("the compiled kernels need contiguous float32 tensors on the CPU; x may be bfloat16")
-    if x.dim() != 2 or x.shape[1] != in_size or (bias is not None and bias.numel() != out_size):
-        raise ValueError(f"x {tuple(x.shape)} or the bias does not fit a mask of [{out_size}, {in_size}] weights")
+    call.check()
     plan = plan_for(mask, values)
     arguments = structures.Linear(
         plan=plan.address,
@@ -71,7 +69,7 @@ def _arguments(call: LinearCall) -> tuple[Structure, Plan]:
     return arguments, plan
 
 
-def _forward(call: LinearCall) -> torch.Tensor:
+def _forward(call: LinearCall, keep: bool) -> torch.Tensor:
     arguments, _plan = _arguments(call)
     y = workspace.empty((len(call.x), call.mask.shape[0]), call.dtype)
     arguments.y = y.data_ptr()
@@ -80,23 +78,19 @@ def _forward(call: LinearCall) -> torch.Tensor:
     return y
 
 
-def _backward(backward: LinearBackward) -> list[torch.Tensor]:
-    call, grad_y, (want_x, want_values, want_bias) = backward
+def _backward(given: Backward) -> list[torch.Tensor | None]:
+    call, _, (grad_y,), _ = given
     arguments, _plan = _arguments(call)
     out_size = call.mask.shape[0]
     if grad_y.shape != (len(call.x), out_size) or grad_y.dtype != call.dtype or not grad_y.is_contiguous():
         raise ValueError("grad_y must be contiguous and of the output's shape and dtype")
-    to_x, to_values, to_bias = backward.empty_gradients()
-    if want_x:
-        to_x = workspace.empty(tuple(call.x.shape), call.x.dtype)
-    if want_values:
-        to_values = workspace.empty(tuple(call.values.shape))
-    sums = to_bias if want_bias else call.values.new_empty(out_size)  # the kernel always writes them
+    grads, to = given.empty(workspace.like)
+    sums = call.values.new_empty(out_size) if to.bias is None else to.bias  # the kernel always writes them
     arguments.grad_y = grad_y.data_ptr()
     arguments.event_limit = event_limit(arguments.bf16, backward=True)
-    arguments.grad_x, arguments.grad_values, arguments.grad_bias = pointer(to_x), pointer(to_values), sums.data_ptr()
+    arguments.grad_x, arguments.grad_values, arguments.grad_bias = pointer(to.x), pointer(to.values), sums.data_ptr()
     run(library().g2g_linear_backward, arguments)
-    return [to_x, to_values, to_bias]
+    return grads
 
 
 FORWARD, BACKWARD = operators("", ("CPU",), _forward, _backward)

@@ -4,6 +4,7 @@ import torch
 
 from g2g_kernels.block_mask import BlockMask
 from g2g_kernels.ops.checks import mixed_dtypes
+from g2g_kernels.unit_grid import MaskTensors
 
 
 def refuses(x: torch.Tensor, values: torch.Tensor, mask: BlockMask, bias: torch.Tensor | None) -> str | None:
@@ -11,7 +12,9 @@ def refuses(x: torch.Tensor, values: torch.Tensor, mask: BlockMask, bias: torch.
     return mixed_dtypes(values if x.dtype == torch.uint8 else x, values, bias)
 
 
-def g2g_linear(x: torch.Tensor, values: torch.Tensor, mask: BlockMask, bias: torch.Tensor | None) -> torch.Tensor:
+def g2g_linear(
+    x: torch.Tensor, values: torch.Tensor, mask: BlockMask | MaskTensors, bias: torch.Tensor | None
+) -> torch.Tensor:
     if x.dtype == torch.uint8:
         x = x.to(values.dtype)
     return torch.nn.functional.linear(x, mask.unpack(values), bias)

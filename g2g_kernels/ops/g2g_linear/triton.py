@@ -25,8 +25,8 @@ import triton.language as tl
 from torch.nn import functional as F
 
 from g2g_kernels.block_mask import BlockMask
-from g2g_kernels.ops.g2g_linear import derivatives
-from g2g_kernels.ops.g2g_linear.call import LinearBackward, LinearCall, operators
+from g2g_kernels.ops.g2g_linear.call import LinearCall, operators
+from g2g_kernels.ops.g2g_linear.call import product as product_of
 from g2g_kernels.ops.g2g_linear.tiles import (
     Shape,
     dense_pays,
@@ -36,6 +36,7 @@ from g2g_kernels.ops.g2g_linear.tiles import (
     side_of,
     weight_gradient_tiles,
 )
+from g2g_kernels.ops.record import Backward
 from g2g_kernels.packing import assembled, no_tiles, packed
 from g2g_kernels.sides import Side
 from g2g_kernels.triton import runtime
@@ -541,25 +542,26 @@ def refuses(x: torch.Tensor, values: torch.Tensor, mask: BlockMask, bias: torch.
 
 def g2g_linear(x: torch.Tensor, values: torch.Tensor, mask: BlockMask, bias: torch.Tensor | None) -> torch.Tensor:
     dtype = runtime.autocast_dtype(x.device.type) or values.dtype
-    return derivatives.g2g_linear(FORWARD, BACKWARD, x, values, mask, bias, dtype)
+    return product_of(FORWARD, x, values, mask, bias, dtype)
 
 
-def _forward(call: LinearCall) -> torch.Tensor:
+def _forward(call: LinearCall, keep: bool) -> torch.Tensor:
     units = units_of(call.mask, call.values)
     return product(call.x, call.values.to(call.dtype), units, call.bias, call.dtype)
 
 
-def _backward(backward: LinearBackward) -> list[torch.Tensor]:
-    call, grad_y, (want_x, want_values, want_bias) = backward
+def _backward(given: Backward) -> list[torch.Tensor | None]:
+    call, _, (grad_y,), (want_x, want_values, _, *want_bias) = given
     units = units_of(call.mask, call.values)
-    to_x, to_values, to_bias = call.x.new_empty(0), call.values.new_empty(0), None
+    to_x, to_values, to_bias = None, None, None
     if want_x:
         to_x = input_gradient(grad_y, call.values.to(grad_y.dtype), units, call.x.dtype)
     if want_values:
-        to_values, to_bias = weight_gradient(grad_y, call.x, units, call.values.dtype, want_bias)
-    elif want_bias:
+        to_values, to_bias = weight_gradient(grad_y, call.x, units, call.values.dtype, any(want_bias))
+    elif any(want_bias):
         to_bias = grad_y.sum(0, dtype=torch.float32)
-    return [to_x, to_values, call.x.new_empty(0, dtype=torch.float32) if to_bias is None else to_bias]
+    bias = () if call.bias is None else (None if to_bias is None else to_bias.to(call.bias.dtype),)
+    return [to_x, to_values, None, *bias]
 
 
 FORWARD, BACKWARD = operators("triton_", ("CPU", "CUDA"), _forward, _backward)  # CPU: Triton's interpreter

@@ -6,7 +6,6 @@ neurons) and how long each tensor lives.
 
 from collections.abc import Sequence
 from functools import partial
-from itertools import chain
 from types import ModuleType
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from g2g_kernels.dispatch import Operator
 from g2g_kernels.numbers import COUNT
 from g2g_kernels.ops.checks import check_connection, check_tensor
-from g2g_kernels.ops.derivatives import refuse_forward_mode
+from g2g_kernels.ops.derivatives import has_tangent
 from g2g_kernels.ops.g2g_linear import g2g_linear
 from g2g_kernels.ops.g2g_stack import cpu, reference
 from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes, NeuronState, Spikes, StackState
@@ -25,6 +24,7 @@ from g2g_kernels.ops.g2g_stack.reference import activity_of
 from g2g_kernels.ops.g2g_stack.synapses import Border, Synapses, SynapticOperations
 from g2g_kernels.ops.neurons import run_neurons
 from g2g_kernels.ops.neurons.checks import check_neurons, check_state, check_steps
+from g2g_kernels.ops.record import opened
 from g2g_kernels.tracing import is_transformed, replaced
 
 __all__ = [
@@ -71,7 +71,6 @@ def g2g_stack(
     Raises:
         ValueError: for options out of range, or tensors that do not match.
         BackendError: if the forced backend cannot serve the call.
-        NotImplementedError: for a second derivative, or one in forward mode.
 
     Example:
         >>> mask = BlockMask.full(GroupLayout(4, 1), GroupLayout(8, 1), block_size=4)
@@ -121,7 +120,6 @@ def g2g_stack(
                 )
         checked.append(layer)
         size = out_size
-    refuse_forward_mode(chain([x], (tensor for layer in checked for tensor in layer.tensors())))
     run = partial(_run, backend=backend, spikes=spikes)
     activity = run(x, checked, steps) if chunk is None else in_chunks(x, checked, steps, chunk, run)
     if torch.compiler.is_compiling():
@@ -162,7 +160,7 @@ def _run(
             else replaced(layer, state=layer.state.masked_fill(layer.dropped, 0))
             for layer in layers
         ]
-    if spikes or is_transformed() or any(layer.membranes or any(layer.observers) for layer in layers):
+    if spikes or is_transformed() or has_tangent(opened((x, *layers))[0]) or any(layer.membranes or any(layer.observers) for layer in layers):
         linear = partial(g2g_linear, backend=backend)
         population = partial(_neurons_in_float32 if backend == "cpu" else run_neurons, backend=backend)
         activity = activity_of(*reference.in_turn(x, layers, steps, linear, population), differentiable=spikes)

@@ -30,16 +30,16 @@ from g2g_kernels.cpu.library import (
 )
 from g2g_kernels.cpu.plans import Plan, blocks, plan_for
 from g2g_kernels.cpu.workspace import workspace
-from g2g_kernels.ops import record
 from g2g_kernels.ops.g2g_linear.cpu import g2g_linear
 from g2g_kernels.ops.g2g_stack.activity import Activity
-from g2g_kernels.ops.g2g_stack.call import Outputs, StackBackward, StackCall, StackGradients, operators
-from g2g_kernels.ops.g2g_stack.layer import SpikingLayer
+from g2g_kernels.ops.g2g_stack.call import Outputs, StackCall, operators
+from g2g_kernels.ops.g2g_stack.layer import Recurrent, SpikingLayer
 from g2g_kernels.ops.g2g_stack.reference import activity_of, in_turn
 from g2g_kernels.ops.neurons import cpu as neurons_alone
 from g2g_kernels.ops.neurons.cpu import neuron_arguments
 from g2g_kernels.ops.neurons.models import MODELS, Neurons
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
+from g2g_kernels.ops.record import TYPES, Backward, Operator, opened
 from g2g_kernels.tracing import is_traced
 from g2g_kernels.unit_grid import MaskTensors
 
@@ -53,18 +53,24 @@ MOST_STEPS = 1 << 16
 #: kernels scale it by how many (``EventRuns.ratio``).
 GRADIENT_EVENT_LIMIT = {False: 0.35, True: 0.23}
 
+#: fields of a layer that the kernels have under the same name, and those that they do not read
+READ = [name for name in SpikingLayer._fields if hasattr(structures.Layer, name) and name != "recurrent"]
+UNREAD = set(SpikingLayer._fields) - {*READ, "mask", "population", "recurrent", "membranes", "observers"}
+
 Tensors = Sequence[torch.Tensor]
 
 
 def refuses(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> str | None:
     """Why these kernels cannot serve a call, or None."""
-    for tensor in (x, *[tensor for layer in layers for tensor in layer.tensors()]):
+    tensors, _ = opened((x, *layers))
+    for tensor in tensors:
         if not tensor.is_cpu:
             return f"needs tensors on the CPU, not on {tensor.device}"
-        if tensor.dtype != torch.float32:
+        if tensor.dtype not in (torch.float32, torch.bool):
             return f"needs float32 tensors, not {tensor.dtype}"
-    if any([layer.dropped is not None and not layer.dropped.is_cpu for layer in layers]):
-        return "needs tensors on the CPU, dropped among them"
+    for layer in layers:
+        if unread := [name for name in UNREAD if getattr(layer, name) is not None]:
+            return f"does not read {unread[0]} of a layer"
     if (steps or len(x)) > MOST_STEPS:
         return f"serves at most {MOST_STEPS} time steps"
     if x.numel() == 0:
@@ -135,7 +141,7 @@ class _Shapes(NamedTuple):
 def _shapes(call: StackCall) -> _Shapes:
     shapes = _Shapes([], [], [])
     batch, steps = call.batch, call.num_steps
-    for number, (values, mask, _, population, _, _, recurrent) in enumerate(call.layers):
+    for number, (values, mask, _, population, _, _, recurrent, *_) in enumerate(call.layers):
         _, height, width = values.shape
         rows, cols = mask.grid
         rows, cols = blocks(rows, height), blocks(cols, width)
@@ -161,49 +167,42 @@ class _Memory(NamedTuple):
 
 
 class _Arguments:
-    """The arguments of one call of the C kernels, and everything that must outlive it."""
+    """The arguments of one call of the C kernels, and everything that must outlive it.
 
-    def __init__(self, call: StackCall, memory: _Memory, grads: Sequence[Tensors] | None = None) -> None:
+    Args:
+        to: the gradients of the call's tensors, as a record of its form; None in a forward pass.
+    """
+
+    def __init__(self, call: StackCall, memory: _Memory, to: StackCall | None = None) -> None:
         self.plans: list[Plan] = []
         below: Plan | None = None
         self.layers = (structures.Layer * len(call.layers))()
-        for number, (values, mask, bias, population, dropped, state, recurrent) in enumerate(call.layers):
-            joined = None if recurrent is None else recurrent.values
-            for tensor in (call.x, values, bias, state, joined, *population.parameters):
-                if tensor is not None and not (
-                    tensor.dtype == torch.float32 and tensor.is_contiguous() and tensor.is_cpu
-                ):
-                    raise ValueError("the compiled kernels need contiguous float32 tensors on the CPU")
-            plan = plan_for(mask, values)
-            kept = pointer(memory.states[number]) if memory.states else None
-            currents_alone = call.held and number == 0 and recurrent is None
-            self.layers[number] = structures.Layer(
-                plan=plan.address,
-                values=pointer(values),
-                bias=pointer(bias),
-                neurons=neuron_arguments(population, grads[number] if grads else None),
-                spikes=pointer(memory.spikes[number]),
-                inputs=pointer(memory.inputs[number]),
-                states=None if currents_alone else kept,
-                currents=kept if currents_alone else None,
-                dropped=pointer(dropped),
-                first=pointer(state),
-            )
-            if recurrent is not None:
-                self.plans.append(plan_for(recurrent.mask, recurrent.values))
-                if not library().g2g_plans_join(plan.address, self.plans[-1].address):
-                    raise ValueError(
-                        f"the recurrent connection of layer {number} has other groups, or other sizes of units, than "
-                        "the connection to the layer, which compiled code cannot run on backend cpu; give "
-                        "`backend='torch'`, or BlockMask.sample(layout, layout, …) that one's mask.rows.layout and "
-                        "block_size"
-                    )
-                self.layers[number].recurrent = self.plans[-1].address
-                self.layers[number].recurrent_values = pointer(recurrent.values)
-            if below is not None and _aligned(below, plan):
-                self.layers[number].inputs = self.layers[number - 1].spikes
-            below = plan
+        for number, layer in enumerate(call.layers):
+            plan = plan_for(layer.mask, layer.values)
             self.plans.append(plan)
+            grads = None if to is None else to.layers[number]
+            own = structures.Layer(
+                plan=plan.address,
+                neurons=neuron_arguments(layer.population, () if grads is None else grads.population.parameters),
+                spikes=memory.spikes[number].data_ptr(),
+                inputs=memory.inputs[number].data_ptr(),
+            )
+            for name in READ:
+                if (tensor := getattr(layer, name)) is not None:
+                    setattr(own, name, tensor.data_ptr())
+                if grads is not None and (grad := getattr(grads, name)) is not None:
+                    setattr(own, f"grad_{name}", grad.data_ptr())
+            if memory.states:
+                currents_alone = call.held and number == 0 and layer.recurrent is None
+                setattr(own, "currents" if currents_alone else "states", memory.states[number].data_ptr())
+            if layer.recurrent is not None:
+                self._join(own, number, layer.recurrent, plan)
+                if grads is not None:
+                    own.grad_recurrent = pointer(grads.recurrent.values)
+            if below is not None and library().g2g_plans_aligned(below.address, plan.address):
+                own.inputs = memory.spikes[number - 1].data_ptr()
+            self.layers[number] = own
+            below = plan
         self.stack = structures.Stack(
             layers=ctypes.addressof(self.layers),
             count=len(call.layers),
@@ -219,16 +218,32 @@ class _Arguments:
             x=call.x.data_ptr(),
         )
 
+    def _join(self, own: ctypes.Structure, number: int, recurrent: Recurrent, plan: Plan) -> None:
+        """Gives layer ``number`` its recurrent connection."""
+        joined = plan_for(recurrent.mask, recurrent.values)
+        self.plans.append(joined)
+        if not library().g2g_plans_join(plan.address, joined.address):
+            raise ValueError(
+                f"the recurrent connection of layer {number} has other groups, or other sizes of units, than the "
+                "connection to the layer, which compiled code cannot run on backend cpu; give `backend='torch'`, or "
+                "BlockMask.sample(layout, layout, …) that one's mask.rows.layout and block_size"
+            )
+        own.recurrent, own.recurrent_values = joined.address, recurrent.values.data_ptr()
 
-def _aligned(lower: Plan, upper: Plan) -> bool:
-    return bool(library().g2g_plans_aligned(lower.address, upper.address))
+
+def _check(call: StackCall) -> None:
+    """Raises ValueError for tensors that the kernels would misread."""
+    tensors, _ = opened(call)
+    for tensor in tensors:
+        if not (tensor.is_cpu and tensor.is_contiguous() and tensor.dtype in (torch.float32, torch.bool, torch.int32)):
+            raise ValueError("the compiled kernels need contiguous float32 tensors on the CPU")
 
 
-def _forward(call: StackCall) -> Outputs:
+def _forward(call: StackCall, keep: bool) -> Outputs:
     shapes = _shapes(call)
     spikes = [workspace.exactly(shape, torch.int64) for shape in shapes.spikes]
     inputs = [workspace.empty(shape, torch.int64) for shape in shapes.inputs]
-    states = [workspace.empty(shape) for shape in shapes.states] if call.keep else None
+    states = [workspace.empty(shape) for shape in shapes.states] if keep else None
     arguments = _Arguments(call, _Memory(spikes, inputs, states))
     counts = workspace.empty((call.batch, call.layers[-1].size))
     rates = [workspace.empty((layer.size,)) for layer in call.layers]
@@ -243,10 +258,10 @@ def _forward(call: StackCall) -> Outputs:
     return counts, rates, last, spikes, [torch.tensor(header, dtype=torch.float64), *inputs, *states]
 
 
-def _forward_fake(call: StackCall) -> Outputs:
+def _forward_fake(call: StackCall, keep: bool) -> Outputs:
     shapes, x = _shapes(call), call.x
     kept = []
-    if call.keep:
+    if keep:
         kept = [
             x.new_empty(1 + len(call.layers), dtype=torch.float64),
             *(x.new_empty(shape, dtype=torch.int64) for shape in shapes.inputs),
@@ -258,27 +273,27 @@ def _forward_fake(call: StackCall) -> Outputs:
     return x.new_empty(call.batch, call.layers[-1].size), rates, last, spikes, kept
 
 
-def _backward(backward: StackBackward) -> StackGradients:
-    call, shapes, count = backward.call, _shapes(backward.call), len(backward.call.layers)
-    header, inputs, states = backward.kept[0], backward.kept[1 : 1 + count], backward.kept[1 + count :]
-    for tensors, expected in ((backward.spikes, shapes.spikes), (inputs, shapes.inputs), (states, shapes.states)):
+def _backward(given: Backward) -> list[torch.Tensor | None]:
+    call, kept, (grad_counts, *grads_of_layers), needed = given
+    shapes, count = _shapes(call), len(call.layers)
+    spikes, header, inputs, states = kept[:count], kept[count], kept[count + 1 : 2 * count + 1], kept[2 * count + 1 :]
+    for tensors, expected in ((spikes, shapes.spikes), (inputs, shapes.inputs), (states, shapes.states)):
         if [tuple(tensor.shape) for tensor in tensors] != expected:
             raise ValueError("spikes and kept are not those of a forward pass over these tensors")
-    grads = call.empty_gradients(backward.grad_x, workspace.like)
-    arguments = _Arguments(call, _Memory(backward.spikes, inputs, states), grads.parameters)
+    # the kernels always write the gradients of layers
+    every = [needed[0], *[tensor.is_floating_point() for tensor in opened(call.layers)[0]]]
+    grads, to = given._replace(needed=tuple(every)).empty(workspace.like)
+    arguments = _Arguments(call, _Memory(spikes, inputs, states), to)
     x_spikes, *input_rates = header.tolist()
-    of_layers = zip(arguments.layers, backward.grad_rates, backward.grad_last, strict=True)
-    for number, (layer, grad_rates, grad_last) in enumerate(of_layers):
+    for number, layer in enumerate(arguments.layers):
+        grad_rates, grad_last = grads_of_layers[number], grads_of_layers[count + number]
         layer.input_rate = input_rates[number]
         if grad_last is None:  # which reaches the currents through no event
             layer.gradient_event_limit = _gradient_event_limit(call.layers[number].population, arguments.stack.bf16)
-        layer.grad_last, layer.grad_first = pointer(grad_last), pointer(grads.states[number])
-        layer.grad_rates = pointer(grad_rates)
-        layer.grad_values, layer.grad_bias = pointer(grads.values[number]), pointer(grads.biases[number])
-        layer.grad_recurrent = pointer(grads.recurrents[number])
+        layer.grad_last, layer.grad_rates = pointer(grad_last), pointer(grad_rates)
     stack = arguments.stack
     stack.x_spikes = int(x_spikes)
-    stack.grad_counts, stack.grad_x = pointer(backward.grad_counts), pointer(grads.x)
+    stack.grad_counts, stack.grad_x = pointer(grad_counts), pointer(to.x)
     run(library().g2g_stack_backward, stack)
     return grads
 
@@ -314,16 +329,11 @@ class PackedWords(NamedTuple):
     values: torch.Tensor
     mask: MaskTensors
 
-    def flat(self) -> tuple[Any, ...]:
-        return self.words, self.values, list(self.mask)
+    def check(self) -> None:
+        """Nothing: the kernel does."""
 
-    @classmethod
-    def of_flat(cls, words: Any, values: Any, mask: Any) -> "PackedWords":
-        return cls(words, values, MaskTensors(*mask))
 
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        """Those that are not the mask's."""
-        return self.words, self.values
+TYPES["PackedWords"] = PackedWords
 
 
 def _unpack(packed: PackedWords) -> torch.Tensor:
@@ -344,7 +354,5 @@ def _unpack_fake(packed: PackedWords) -> torch.Tensor:
     return packed.values.new_empty(steps, batch, packed.mask.shape[0])
 
 
-FORWARD, BACKWARD = operators("", ("CPU",), _forward, _forward_fake, _backward)
-UNPACK = record.define(
-    "unpack_spikes(Tensor words, Tensor values, Tensor[] mask) -> Tensor", PackedWords, _unpack, _unpack_fake
-)
+FORWARD, BACKWARD = operators("", ("CPU",), _forward, _forward_fake, _backward, _check)
+UNPACK = Operator("unpack_spikes", "Tensor", _unpack, _unpack_fake)

@@ -1,13 +1,14 @@
-"""A spiking layer as ``g2g_stack`` takes it."""
+"""A spiking layer: what modules, operators and backends know of it."""
 
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
 from g2g_kernels.block_mask import BlockMask
 from g2g_kernels.ops.neurons.models import Neurons
-from g2g_kernels.tracing import replaced
+from g2g_kernels.ops.record import TYPES
+from g2g_kernels.unit_grid import MaskTensors
 
 #: called with the inputs of a product and what it gives; returns that
 Observer = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -22,15 +23,19 @@ class Recurrent(NamedTuple):
     """
 
     values: torch.Tensor
-    mask: BlockMask
+    mask: BlockMask | MaskTensors
 
 
 class SpikingLayer(NamedTuple):
     """A connection and its neurons.
 
+    This is the only list of what a layer has: operators take it (:mod:`g2g_kernels.ops.record`), the structure ``Layer``
+    of the C interface is filled from the fields of the same names, and a backend refuses a layer with a field that it
+    does not read.
+
     Attributes:
         values: packed weights [num_units, unit_rows, unit_cols].
-        mask: the units that exist.
+        mask: the units that exist; inside operators its tensors.
         bias: [N], or None.
         population: its neurons, with this layer's own model, reset, surrogate and α.
         dropped: bool [B, N], or None: neurons that stay silent in a sample, so that nothing comes from them and no
@@ -52,7 +57,7 @@ class SpikingLayer(NamedTuple):
     """
 
     values: torch.Tensor
-    mask: BlockMask
+    mask: Any
     bias: torch.Tensor | None
     population: Neurons
     dropped: torch.Tensor | None = None
@@ -61,20 +66,14 @@ class SpikingLayer(NamedTuple):
     membranes: bool = False
     observers: tuple[Observer | None, Observer | None] = (None, None)
 
-    def tensors(self) -> list[torch.Tensor]:
-        """Every tensor that may need a gradient."""
-        optional = [tensor for tensor in (self.bias, self.state) if tensor is not None]
-        recurrent = [] if self.recurrent is None else [self.recurrent.values]
-        return [self.values, *optional, *recurrent, *self.population.parameters]
+    @property
+    def size(self) -> int:
+        """The number of its neurons."""
+        return self.mask.shape[0]
 
-    def connections(self) -> list[tuple[torch.Tensor, BlockMask]]:
+    def connections(self) -> list[tuple[torch.Tensor, Any]]:
         """Weights and mask of what comes from the layer before, and of the recurrent connection where there is one."""
         return [(self.values, self.mask), *([] if self.recurrent is None else [self.recurrent])]
 
-    def with_tensors(self, tensors: Iterator[torch.Tensor]) -> "SpikingLayer":
-        """The layer with other tensors, in the order of :meth:`tensors`."""
-        values = next(tensors)
-        bias, state = (None if tensor is None else next(tensors) for tensor in (self.bias, self.state))
-        recurrent = None if self.recurrent is None else replaced(self.recurrent, values=next(tensors))
-        population = replaced(self.population, parameters=tuple(next(tensors) for _ in self.population.parameters))
-        return replaced(self, values=values, bias=bias, state=state, population=population, recurrent=recurrent)
+
+TYPES |= {"SpikingLayer": SpikingLayer, "Recurrent": Recurrent, "Neurons": Neurons}

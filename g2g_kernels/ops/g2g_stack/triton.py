@@ -47,7 +47,7 @@ from g2g_kernels.ops.g2g_linear.triton import (
     weight_gradient,
 )
 from g2g_kernels.ops.g2g_stack.activity import Activity
-from g2g_kernels.ops.g2g_stack.call import Outputs, StackBackward, StackCall, StackGradients, operators
+from g2g_kernels.ops.g2g_stack.call import Outputs, StackCall, operators
 from g2g_kernels.ops.g2g_stack.layer import SpikingLayer
 from g2g_kernels.ops.g2g_stack.reference import activity_of, in_turn
 from g2g_kernels.ops.neurons import triton as neurons_alone
@@ -64,6 +64,7 @@ from g2g_kernels.ops.neurons.triton import (
     model_options,
     segment_of,
 )
+from g2g_kernels.ops.record import Backward, opened
 from g2g_kernels.triton import costs, runtime
 from g2g_kernels.triton.neuron import (
     EXACT,
@@ -542,7 +543,7 @@ class _Layer(NamedTuple):
 def _layers(call: StackCall) -> list[_Layer]:
     graphs = [units_of(layer.mask, layer.values) for layer in call.layers]
     layers = []
-    for i, (graph, (values, _, bias, population, dropped, state, _)) in enumerate(
+    for i, (graph, (values, _, bias, population, dropped, state, *_)) in enumerate(
         zip(graphs, call.layers, strict=True)
     ):
         neuron = column = None
@@ -691,7 +692,8 @@ def _pair_backward(run: Run, checkpoints: torch.Tensor, upstream: Upstream, dtyp
 
 def refuses(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> str | None:
     """Why these kernels cannot serve a call, or None."""
-    reason = runtime.refuses(x, *(tensor for layer in layers for tensor in layer.tensors()))
+    tensors, _ = opened((x, *layers))
+    reason = runtime.refuses(*[tensor for tensor in tensors if tensor.is_floating_point()])
     if reason is None and runtime.autocast_dtype(x.device.type) is None:
         dtypes = {x.dtype, *(values.dtype for layer in layers for values, _ in layer.connections())}
         if len(dtypes) > 1:
@@ -731,7 +733,7 @@ class ByteSpikes:
         return spikes.float()
 
 
-def _forward(call: StackCall) -> Outputs:
+def _forward(call: StackCall, keep: bool) -> Outputs:
     """Keeps two tensors per layer: currents and checkpoints, or margins and an empty one."""
     num_steps, batch, device = call.num_steps, call.batch, call.x.device
     all_spikes: list[torch.Tensor] = []
@@ -748,7 +750,7 @@ def _forward(call: StackCall) -> Outputs:
         received = received.reshape(-1, received.shape[-1])
         factors = layer.values.to(call.dtype)
         if layer.fused:
-            margins = allocate(shape, dtype=call.dtype, device=device) if call.keep else None
+            margins = allocate(shape, dtype=call.dtype, device=device) if keep else None
             last = allocate((1, *shape[1:]), dtype=torch.float32, device=device)
             _launch_fused(received, factors, layer, spikes, margins, counts, last)
             to_keep = [margins, counts.new_empty(0)]
@@ -756,13 +758,13 @@ def _forward(call: StackCall) -> Outputs:
             current = product(received, factors, layer.units, layer.bias, layer.current_dtype(call.dtype))
             current = current.view(shape[1:] if layer.held else shape)
             checkpoints = None
-            if call.keep:
+            if keep:
                 of = checkpoint_shape(MODELS[layer.population.model], *shape)
                 checkpoints = torch.empty(of, dtype=torch.float32, device=device)
             run = Run(current, layer.population, num_steps, layer.first, layer.dropped)
             last = launch_forward(run, spikes, checkpoints, counts)
             to_keep = [current, checkpoints]
-        kept += [tensor for tensor in to_keep if call.keep and tensor is not None]
+        kept += [tensor for tensor in to_keep if keep and tensor is not None]
         rates.append(layer.to_neurons(counts.sum(0) / (num_steps * batch)))
         states.append(layer.to_neurons(last))
         all_spikes.append(spikes)
@@ -770,12 +772,12 @@ def _forward(call: StackCall) -> Outputs:
     return counts, rates, states, all_spikes, kept
 
 
-def _forward_fake(call: StackCall) -> Outputs:
+def _forward_fake(call: StackCall, keep: bool) -> Outputs:
     spikes, kept = [], []
     for layer in _layers(call):
         shape = (call.num_steps, call.batch, layer.units.rows.size)
         spikes.append(call.x.new_empty(shape, dtype=torch.uint8))
-        if call.keep:
+        if keep:
             of = (0,) if layer.fused else checkpoint_shape(MODELS[layer.population.model], *shape)
             state = shape[1:] if layer.held else shape
             kept += [
@@ -788,15 +790,16 @@ def _forward_fake(call: StackCall) -> Outputs:
     return counts, rates, last, spikes, kept
 
 
-def _backward(backward: StackBackward) -> StackGradients:
-    call, layers = backward.call, _layers(backward.call)
-    grad_x, grad_spikes, grad_counts = None, None, backward.grad_counts
-    values, biases, parameters, states = [], [], [], []  # of the layers, the last one first
-    for i in reversed(range(len(layers))):
-        layer, given, (state, checkpoints) = layers[i], call.layers[i], backward.kept[2 * i : 2 * i + 2]
+def _backward(given: Backward) -> list[torch.Tensor | None]:
+    call, kept, (grad_counts, *grads), (grad_x_needed, *_) = given
+    layers, count = _layers(call), len(call.layers)
+    all_spikes, kept = kept[:count], kept[count:]
+    grad_x, grad_spikes = None, None
+    found = []  # the gradients of the layers, the last one first
+    for i in reversed(range(count)):
+        layer, own, (state, checkpoints) = layers[i], call.layers[i], kept[2 * i : 2 * i + 2]
         rates, last = (
-            None if grad is None else layer.to_columns(grad).contiguous()
-            for grad in (backward.grad_rates[i], backward.grad_last[i])
+            None if grad is None else layer.to_columns(grad).contiguous() for grad in (grads[i], grads[count + i])
         )
         upstream = Upstream(grad_spikes, grad_counts, rates, last)
         if layer.fused:
@@ -805,24 +808,26 @@ def _backward(backward: StackBackward) -> StackGradients:
             run = Run(state, layer.population, call.num_steps, layer.first, layer.dropped)
             through = _pair_backward(run, checkpoints, upstream, call.dtype)
         grad_current = through.current.view(-1, through.current.shape[-1])
-        received = (backward.spikes[i - 1] if i else call.x).view(-1, layer.units.cols.size)
+        received = (all_spikes[i - 1] if i else call.x).view(-1, layer.units.cols.size)
         want_bias = layer.bias is not None and through.bias is None
-        grad_values, summed = weight_gradient(grad_current, received, layer.units, given.values.dtype, want_bias)
-        values.append(grad_values)
-        biases.append(layer.bias_gradient(given.bias, summed if want_bias else through.bias))
-        parameters.append(
-            [layer.like(*pair) for pair in zip(given.population.parameters, through.parameters, strict=True)]
+        grad_values, summed = weight_gradient(grad_current, received, layer.units, own.values.dtype, want_bias)
+        parameters = [layer.like(*pair) for pair in zip(own.population.parameters, through.parameters, strict=True)]
+        found.append(
+            own._replace(
+                values=grad_values,
+                bias=layer.bias_gradient(own.bias, summed if want_bias else through.bias),
+                population=own.population._replace(parameters=tuple(parameters)),
+                state=None if through.first is None else layer.to_neurons(through.first),
+            )
         )
-        states.append(None if through.first is None else layer.to_neurons(through.first))
         grad_counts = None
         if i > 0:
             grad_spikes = input_gradient(grad_current, layer.values.to(call.dtype), layer.units, call.dtype)
-            grad_spikes = grad_spikes.view(backward.spikes[i - 1].shape)
-        elif backward.grad_x:
+            grad_spikes = grad_spikes.view(all_spikes[i - 1].shape)
+        elif grad_x_needed:
             grad_x = input_gradient(grad_current, layer.values.to(call.dtype), layer.units, call.x.dtype)
             grad_x = grad_x.view(call.x.shape)
-    recurrents = [None] * len(layers)  # whose layers run step by step
-    return StackGradients(grad_x, values[::-1], biases[::-1], parameters[::-1], states[::-1], recurrents)
+    return given.aligned(call._replace(x=grad_x, layers=tuple(found[::-1])))
 
 
 FORWARD, BACKWARD = operators("triton_", ("CPU", "CUDA"), _forward, _forward_fake, _backward)  # CPU: the interpreter

@@ -8,7 +8,7 @@ import torch
 
 from g2g_kernels.dispatch import Operator
 from g2g_kernels.ops.checks import check_tensor
-from g2g_kernels.ops.derivatives import refuse_forward_mode
+from g2g_kernels.ops.derivatives import has_tangent
 from g2g_kernels.ops.neurons import cpu, reference, step
 from g2g_kernels.ops.neurons.checks import as_tensors, check_neurons, check_state, check_steps
 from g2g_kernels.ops.neurons.models import MODELS, RESET, RESETS, Neurons
@@ -79,7 +79,6 @@ def lif(
     Raises:
         ValueError: for an option or a shape out of range, or an unknown backend.
         BackendError: if the forced backend cannot serve the call.
-        NotImplementedError: for a second derivative, or one in forward mode.
 
     Example:
         >>> current = torch.full((4, 1, 1), 0.6)  # [T, B, N]
@@ -125,7 +124,6 @@ def synaptic(
     Raises:
         ValueError: for an option or a shape out of range, or an unknown backend.
         BackendError: if the forced backend cannot serve the call.
-        NotImplementedError: for a second derivative, or one in forward mode.
 
     Example:
         >>> synaptic(torch.full((1, 1), 0.4), syn_decay=0.8, beta=0.9, threshold=1.0, steps=4).flatten()
@@ -174,7 +172,6 @@ def adlif(
     Raises:
         ValueError: for an option or a shape out of range, or an unknown backend.
         BackendError: if the forced backend cannot serve the call.
-        NotImplementedError: for a second derivative, or one in forward mode.
 
     Example:
         >>> adaptive = {"adapt_decay": 0.9, "beta": 0.9, "a": 0.0, "b": 0.5, "threshold": 1.0}
@@ -201,7 +198,6 @@ def neurons(
     Raises:
         ValueError: for an option or a shape out of range, or an unknown backend.
         BackendError: if the forced backend cannot serve the call.
-        NotImplementedError: for a second derivative, or one in forward mode.
 
     Example:
         >>> population = Neurons("synaptic", (torch.tensor([0.8]), torch.tensor([0.9]), torch.tensor([1.0])))
@@ -234,8 +230,7 @@ def run_neurons(
     population = check_neurons("", population, current.shape[-1], current)
     if state is not None:
         check_state("", state, population, current.shape if steps is not None else current.shape[1:])
-    refuse_forward_mode((current, state, *population.parameters))
-    if is_transformed():
+    if is_transformed() or has_tangent((current, state, *population.parameters)):
         return in_steps(current, population, steps, state)
     return operator(current, population, steps, state, backend=backend)
 

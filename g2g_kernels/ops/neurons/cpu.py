@@ -13,9 +13,10 @@ import torch
 from g2g_kernels.cpu.interface import structures
 from g2g_kernels.cpu.library import OPTIONS, library, pointer, run, too_large
 from g2g_kernels.cpu.workspace import workspace
-from g2g_kernels.ops.neurons.call import NeuronsBackward, NeuronsCall, operators
+from g2g_kernels.ops.neurons.call import NeuronsCall, check_backward, operators
 from g2g_kernels.ops.neurons.models import MODELS, RESETS, Neurons
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
+from g2g_kernels.ops.record import Backward
 
 OPTIONS.update({"resets": RESETS, "surrogates": SURROGATES, "models": MODELS})
 for _name, _model in MODELS.items():
@@ -35,8 +36,8 @@ def _options(model: str, reset: str, surrogate: str, alpha: float, per_neuron: t
     return options
 
 
-def neuron_arguments(population: Neurons, grads: Sequence[torch.Tensor] | None = None) -> Structure:
-    """A population of neurons, and where the gradients of its parameters go (nowhere for empty ones)."""
+def neuron_arguments(population: Neurons, grads: Sequence[torch.Tensor | None] = ()) -> Structure:
+    """A population of neurons, and where the gradients of its parameters go, if they are wanted."""
     model, parameters, reset, surrogate, alpha = population
     per_neuron = tuple([parameter.numel() > 1 for parameter in parameters])
     arguments = structures.Neurons.from_buffer_copy(_options(model, reset, surrogate, alpha, per_neuron))
@@ -44,8 +45,8 @@ def neuron_arguments(population: Neurons, grads: Sequence[torch.Tensor] | None =
     for k, parameter in enumerate(parameters):
         place = places[k]
         place.value = parameter.data_ptr()
-        if grads:
-            place.grad = pointer(grads[k])
+        if grads and (grad := grads[k]) is not None:
+            place.grad = grad.data_ptr()
     return arguments
 
 
@@ -75,8 +76,8 @@ def _kept_shape(call: NeuronsCall) -> tuple[int, ...]:
     return ((steps - 1) // EVERY, len(call.model.states), *rest)
 
 
-def _arguments(call: NeuronsCall, grads: list[torch.Tensor] | None = None) -> Structure:
-    call.check_parameters()
+def _arguments(call: NeuronsCall, grads: Sequence[torch.Tensor | None] = ()) -> Structure:
+    call.check()
     for tensor in (call.current, *call.population.parameters, *(() if call.state is None else (call.state,))):
         if tensor.dtype != torch.float32 or not tensor.is_contiguous() or tensor.device.type != "cpu":
             raise ValueError("the compiled kernels need contiguous float32 tensors on the CPU")
@@ -84,7 +85,7 @@ def _arguments(call: NeuronsCall, grads: list[torch.Tensor] | None = None) -> St
     return structures.NeuronLoop(
         neurons=neuron_arguments(call.population, grads),
         current=call.current.data_ptr(),
-        first=pointer(call.state),
+        state=pointer(call.state),
         samples=samples,
         size=size,
         steps=steps,
@@ -94,31 +95,30 @@ def _arguments(call: NeuronsCall, grads: list[torch.Tensor] | None = None) -> St
     )
 
 
-def _forward(call: NeuronsCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _forward(call: NeuronsCall, keep: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     arguments = _arguments(call)
     spikes, last = workspace.empty(call.shape), workspace.empty(call.state_shape)
-    kept = workspace.empty(_kept_shape(call) if call.keep else (0,))
+    kept = workspace.empty(_kept_shape(call) if keep else (0,))
     arguments.spikes, arguments.last, arguments.kept = spikes.data_ptr(), last.data_ptr(), pointer(kept)
     run(library().g2g_neurons_forward, arguments)
     return spikes, last, kept
 
 
-def _backward(backward: NeuronsBackward) -> list[torch.Tensor]:
-    call = backward.call
-    backward.check(_kept_shape(call))
-    for name in ("kept", "grad_spikes", "grad_last"):
-        tensor = getattr(backward, name)
+def _backward(given: Backward) -> list[torch.Tensor | None]:
+    call, (kept,), (grad_spikes, grad_last), _ = given
+    check_backward(given, _kept_shape(call))
+    if grad_spikes is None:
+        grad_spikes = call.current.new_zeros(call.shape)
+    for name, tensor in (("kept", kept), ("grad_spikes", grad_spikes), ("grad_last", grad_last)):
         if tensor is not None and tensor.dtype != torch.float32:
             raise ValueError(f"{name} must be float32, not {tensor.dtype}")
-    to_state, to_current, *to_parameters = backward.empty_gradients()
-    if backward.wanted[0]:
-        to_current = workspace.empty(tuple(call.current.shape))
-    arguments = _arguments(call, to_parameters)
-    arguments.grad_spikes, arguments.kept = backward.grad_spikes.data_ptr(), pointer(backward.kept)
-    arguments.grad_current = pointer(to_current)
-    arguments.grad_last, arguments.grad_first = pointer(backward.grad_last), pointer(to_state)
+    grads, to = given.empty(workspace.like)
+    arguments = _arguments(call, to.population.parameters)
+    arguments.grad_spikes, arguments.kept = grad_spikes.data_ptr(), pointer(kept)
+    arguments.grad_current = pointer(to.current)
+    arguments.grad_last, arguments.grad_state = pointer(grad_last), pointer(to.state)
     run(library().g2g_neurons_backward, arguments)
-    return [to_state, to_current, *to_parameters]
+    return grads
 
 
 FORWARD, BACKWARD = operators("", ("CPU",), _forward, _backward, _kept_shape)

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 
 import torch
 
-from g2g_kernels.ops.derivatives import differentiable_once, for_each, root
+from g2g_kernels.ops.derivatives import Autocast, gradients_of, needs_plain_operations
 from g2g_kernels.ops.neurons.models import MODELS, Neurons, Tensors
+from g2g_kernels.ops.neurons.step import in_steps
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
 from g2g_kernels.tracing import replaced
 
@@ -26,8 +27,7 @@ def neurons(
     if not torch.is_grad_enabled():  # the Function would see parameters that require grad, and keep all states
         current, parameters = current.detach(), tuple(parameter.detach() for parameter in parameters)
         state = None if state is None else state.detach()
-    origin = root(current) if torch.is_grad_enabled() else None
-    return _Neurons.apply(current, state, steps, replaced(population, parameters=()), origin, *parameters)
+    return _Neurons.apply(current, state, steps, replaced(population, parameters=()), *parameters)
 
 
 def _joined(states: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -49,7 +49,7 @@ def _as_used(model: str, parameters: Tensors, dtype: torch.dtype) -> Tensors:
 
 class _Neurons(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, current, state, steps, options, origin, *parameters):
+    def forward(ctx, current, state, steps, options, *parameters):
         model = MODELS[options.model]
         held = steps is not None
         num_steps = steps if held else current.shape[0]
@@ -78,20 +78,21 @@ class _Neurons(torch.autograd.Function):
                 for of_all_steps, each in zip(kept, states, strict=True):
                     of_all_steps[t] = each
         if keep:
-            ctx.save_for_backward(*kept, *parameters, state, origin)
-            ctx.call = held, options, current.dtype
+            ctx.save_for_backward(*kept, *parameters, state, current)
+            ctx.call = steps, options
         return spikes, _joined(states)
 
     @staticmethod
-    @for_each
-    @differentiable_once
     def backward(ctx, grad_spikes, grad_last):
-        held, options, current_dtype = ctx.call
+        steps, options = ctx.call
         model = MODELS[options.model]
         derivative = SURROGATES[options.surrogate].derivative
-        *saved, state, _ = ctx.saved_tensors  # read once: non-reentrant checkpoints refuse more
+        *saved, state, current = ctx.saved_tensors  # read once: non-reentrant checkpoints refuse more
         kept, parameters = saved[: len(model.states)], saved[len(model.states) :]
-        need_current, need_state, _, _, _, *need_parameters = ctx.needs_input_grad
+        need_current, need_state, _, _, *need_parameters = ctx.needs_input_grad
+        if needs_plain_operations((grad_spikes, grad_last)):
+            return _again(ctx, current, state, parameters, (grad_spikes, grad_last))
+        held, current_dtype = steps is not None, current.dtype
         membranes = kept[-1]
         dtype, shape = membranes.dtype, membranes.shape[1:]
         used = _as_used(model.name, parameters, dtype)
@@ -127,7 +128,6 @@ class _Neurons(torch.autograd.Function):
             _joined(grads).to(state.dtype) if need_state else None,
             None,
             None,
-            None,
             *(
                 _as_parameter(total, parameter, name in model.decays) if needed else None
                 for name, total, parameter, needed in zip(
@@ -135,6 +135,22 @@ class _Neurons(torch.autograd.Function):
                 )
             ),
         )
+
+
+def _again(ctx, current, state, parameters, grads):
+    """The gradients by plain operations."""
+    steps, options = ctx.call
+    tensors = (current, *parameters) if state is None else (current, state, *parameters)
+
+    def run(current, *rest):
+        before, own = (None, rest) if state is None else (rest[0], rest[1:])
+        return in_steps(current, replaced(options, parameters=tuple(own)), steps, before)
+
+    need_current, need_state, _, _, *need_parameters = ctx.needs_input_grad
+    needed = (need_current, *need_parameters) if state is None else (need_current, need_state, *need_parameters)
+    to_current, *rest = gradients_of(run, tensors, grads, needed, Autocast.of(current))
+    to_state = None if state is None else rest.pop(0)
+    return to_current, to_state, None, None, *rest
 
 
 def _as_parameter(total: torch.Tensor, parameter: torch.Tensor, clamped: bool) -> torch.Tensor:

@@ -37,8 +37,9 @@ import torch
 import triton
 import triton.language as tl
 
-from g2g_kernels.ops.neurons.call import NeuronsBackward, NeuronsCall, operators
+from g2g_kernels.ops.neurons.call import NeuronsCall, check_backward, operators
 from g2g_kernels.ops.neurons.models import MODELS, NeuronModel, Neurons
+from g2g_kernels.ops.record import Backward
 from g2g_kernels.triton import runtime
 from g2g_kernels.triton.neuron import (
     EXACT,
@@ -491,7 +492,7 @@ def neurons(
 
 
 def _run(call: NeuronsCall) -> Run:
-    call.check_parameters()
+    call.check()
     parameters = tuple(parameter.reshape(-1).to(torch.float32) for parameter in call.population.parameters)
     steps, batch, size = call.flat_shape
     current = call.current.view((batch, size) if call.held else (steps, batch, size))
@@ -503,24 +504,23 @@ def _kept_shape(call: NeuronsCall) -> tuple[int, ...]:
     return checkpoint_shape(call.model, *call.flat_shape)
 
 
-def _forward(call: NeuronsCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _forward(call: NeuronsCall, keep: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     spikes = call.current.new_empty(call.shape)
-    checkpoints = call.current.new_empty(_kept_shape(call) if call.keep else 0, dtype=torch.float32)
-    last = launch_forward(_run(call), spikes.view(call.flat_shape), checkpoints if call.keep else None)
+    checkpoints = call.current.new_empty(_kept_shape(call) if keep else 0, dtype=torch.float32)
+    last = launch_forward(_run(call), spikes.view(call.flat_shape), checkpoints if keep else None)
     return spikes, last.view(call.state_shape), checkpoints
 
 
-def _backward(backward: NeuronsBackward) -> list[torch.Tensor]:
-    call = backward.call
-    backward.check(_kept_shape(call))
-    state, *grads = backward.empty_gradients()
-    current, *parameters = [grad if want else None for grad, want in zip(grads, backward.wanted, strict=True)]
-    run, last = _run(call), backward.grad_last
-    upstream = Upstream(
-        backward.grad_spikes.view(call.flat_shape), last=None if last is None else last.view(run.state_shape)
-    )
-    launch_backward(run, backward.kept, upstream, current, parameters, state if backward.state_wanted else None)
-    return [state, *grads]
+def _backward(given: Backward) -> list[torch.Tensor | None]:
+    call, (kept,), (grad_spikes, last), _ = given
+    check_backward(given, _kept_shape(call))
+    if grad_spikes is None:
+        grad_spikes = call.current.new_zeros(call.shape)
+    grads, to = given.empty()
+    run = _run(call)
+    upstream = Upstream(grad_spikes.view(call.flat_shape), last=None if last is None else last.view(run.state_shape))
+    launch_backward(run, kept, upstream, to.current, to.population.parameters, to.state)
+    return grads
 
 
 FORWARD, BACKWARD = operators("triton_", ("CPU", "CUDA"), _forward, _backward, _kept_shape)  # CPU: the interpreter

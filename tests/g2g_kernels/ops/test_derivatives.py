@@ -1,4 +1,4 @@
-"""Derivatives beyond the first: those of ``g2g_linear`` against float64, those of neurons refused by name."""
+"""Derivatives beyond the first: against float64: those of ``g2g_linear``, and those of neurons."""
 
 import warnings
 
@@ -7,7 +7,7 @@ import torch
 from helpers import MASK_CASES, backends_of, packed_randn, row_with, seeded
 from torch.autograd import forward_ad
 
-from g2g_kernels import BackendError, Neurons, SpikingLayer, adlif, g2g_linear, g2g_stack, lif, lif_step, synaptic
+from g2g_kernels import BackendError, Neurons, SpikingLayer, g2g_linear, g2g_stack, lif_step, neurons, neurons_step
 from g2g_kernels.ops import g2g_linear as linear_module
 from g2g_kernels.ops import neurons as neurons_module
 
@@ -130,46 +130,70 @@ def test_a_pass_keeps_the_units_that_it_ran_with_where_a_mask_gets_another_numbe
     assert torch.equal(torch.autograd.grad(y.sum(), values)[0], expected)
 
 
-# --- what neurons do not have -------------------------------------------------------------------------------------
+# --- neurons ------------------------------------------------------------------------------------------------------
 
 
-def stack_counts(backend):
-    mask = MASK_CASES["ten outputs"].mask()
-    values = packed_randn(mask, 0).requires_grad_()
-    layer = SpikingLayer(values, mask, None, Neurons("lif", (torch.tensor(0.9), torch.tensor(0.3))))
-    return lambda x: g2g_stack(x, [layer], backend=backend).counts
+STACK_MASK = MASK_CASES["ten outputs"].mask()
+STACK_VALUES = packed_randn(STACK_MASK, 0)
+PARAMETERS = {"lif": (0.9, 0.3), "synaptic": (0.5, 0.9, 0.3), "adlif": (0.9, 0.9, 0.1, 0.1, 0.3)}
 
 
-NEURONS = {
-    "lif": lambda backend: lambda x: lif(x, torch.tensor(0.9, requires_grad=True), 0.3, backend=backend),
-    "synaptic": lambda backend: lambda x: synaptic(x, 0.5, torch.tensor(0.9, requires_grad=True), 0.3, backend=backend),
-    "adlif": lambda backend: (
-        lambda x: adlif(x, 0.9, 0.9, 0.1, torch.tensor(0.1, requires_grad=True), 0.3, backend=backend)
-    ),
-    "g2g_stack": stack_counts,
-}
+def operator_of(name, backend):
+    """x → spikes, or the counts of a stack."""
+    if name == "g2g_stack":
+        layer = SpikingLayer(STACK_VALUES.clone().requires_grad_(), STACK_MASK, None, Neurons("lif", PARAMETERS["lif"]))
+        return lambda x: g2g_stack(x, [layer], backend=backend).counts
+    decay, *others = PARAMETERS[name]
+    return lambda x: neurons(x, Neurons(name, (torch.tensor(decay, requires_grad=True), *others)), backend=backend)
+
+
+def steps_of(name):
+    """The same by a loop over single steps."""
+    model = "lif" if name == "g2g_stack" else name
+
+    def run(x):
+        if name == "g2g_stack":
+            x = x @ STACK_MASK.unpack(STACK_VALUES.to(x.dtype)).T
+        states, spikes = None, []
+        for current in x:
+            spikes_t, states = neurons_step(current, states, Neurons(model, PARAMETERS[model]))
+            spikes.append(spikes_t)
+        return torch.stack(spikes).sum(0) if name == "g2g_stack" else torch.stack(spikes)
+
+    return run
 
 
 @pytest.mark.parametrize("backend", backends_of(neurons_module.operator))
-@pytest.mark.parametrize("name", NEURONS)
-def test_neurons_refuse_what_they_do_not_have(backend, name):
-    """840b5ea gave zeros on the CPU backend."""
-    function = NEURONS[name](backend)
+@pytest.mark.parametrize("name", [*PARAMETERS, "g2g_stack"])
+def test_derivatives_of_neurons_are_those_of_steps(backend, name):
+    """Second ones, by another backward pass and by ``torch.func``, and those in forward mode."""
+    function = operator_of(name, backend)
     x = torch.randn(5, 2, 43, generator=seeded(0)).requires_grad_()
+    weight = torch.linspace(-1, 1, 10 if name == "g2g_stack" else 43)
+
+    def loss(x, run=function):
+        return ((run(x) + 0.1 * x.sum()) * weight).square().sum()
+
     try:
-        y = function(x)
+        function(x)
     except BackendError as reason:
         pytest.skip(str(reason))
-    (gradient,) = torch.autograd.grad(y.sum(), x, create_graph=True)
-    assert gradient.any()
-    with pytest.raises(NotImplementedError, match="have no second derivative; lif_step"):
-        gradient.square().sum().backward()
-    for second in (torch.autograd.functional.hessian, torch.autograd.functional.jvp):
-        arguments = (x.detach(), x.detach()) if second is torch.autograd.functional.jvp else (x.detach(),)
-        with pytest.raises(NotImplementedError, match="have no second derivative"):
-            second((lambda x: function(x).sum()) if len(arguments) == 1 else function, *arguments)
-    with pytest.raises(NotImplementedError, match="have no forward-mode derivative"):
-        torch.func.jvp(function, (x.detach(),), (x.detach(),))
+    (first,) = torch.autograd.grad(loss(x), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), x)
+    exact = x.detach().double().requires_grad_()
+    of_steps = steps_of(name)
+    (expected_first,) = torch.autograd.grad(loss(exact, of_steps), exact, create_graph=True)
+    (expected,) = torch.autograd.grad(expected_first.square().sum(), exact)
+    torch.testing.assert_close(first.double(), expected_first, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(second.double(), expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+    assert expected.any()
+    tangent = torch.ones_like(x)
+    with torch.no_grad():
+        value, along = torch.func.jvp(loss, (x.detach(),), (tangent,))
+    torch.testing.assert_close(along, (expected_first.float() * tangent).sum(), rtol=1e-3, atol=1e-2)
+    with forward_ad.dual_level():
+        dual = forward_ad.unpack_dual(loss(forward_ad.make_dual(x.detach(), tangent))).tangent
+    torch.testing.assert_close(dual, along)
 
 
 def test_the_remedy_differentiates_twice_and_in_forward_mode():
@@ -197,7 +221,7 @@ def test_the_remedy_differentiates_twice_and_in_forward_mode():
     torch.testing.assert_close(forward, gradient[0].detach())
 
 
-def test_inside_what_is_compiled_a_tangent_is_right_or_refused(plain_memory):
+def test_inside_what_is_compiled_a_tangent_is_right(plain_memory):
     mask, (x, values, bias) = linear_case("ten outputs", torch.float32)
     x = x.detach()
 
@@ -207,6 +231,6 @@ def test_inside_what_is_compiled_a_tangent_is_right_or_refused(plain_memory):
     expected = torch.func.jvp(linear, (x,), (x,))[1]
     compiled = torch.compile(lambda x: torch.func.jvp(linear, (x,), (x,))[1], backend="aot_eager")
     torch.testing.assert_close(compiled(x), expected)
-    compiled = torch.compile(lambda x: torch.func.jvp(NEURONS["lif"](None), (x,), (x,))[1], backend="aot_eager")
-    with pytest.raises(NotImplementedError, match="forward-mode"):
-        compiled(x)
+    of_neurons = operator_of("lif", None)
+    compiled = torch.compile(lambda x: torch.func.jvp(of_neurons, (x,), (x,))[1], backend="aot_eager")
+    torch.testing.assert_close(compiled(x), torch.func.jvp(of_neurons, (x,), (x,))[1])

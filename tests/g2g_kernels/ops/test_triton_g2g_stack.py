@@ -9,9 +9,10 @@ from helpers import ErrorRatios, MaskCase, device_of, lif_layer, rms, seeded
 from stack_cases import STACKS, Stack, check_compact, clear_of_thresholds, clear_stack, clear_stacks, loss, rounded
 
 from g2g_kernels import BackendError, BlockMask, GroupLayout, g2g_stack
-from g2g_kernels.ops.g2g_stack.call import StackBackward, StackCall
+from g2g_kernels.ops.g2g_stack.call import StackCall
 from g2g_kernels.ops.neurons import RESETS
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
+from g2g_kernels.ops.record import Backward
 from g2g_kernels.triton import runtime
 from g2gnet import G2GNet
 
@@ -301,14 +302,14 @@ def test_operator_registration(way, plain_memory):
     layers = stack.layers(leaves)
     for mask in stack.masks:
         mask.to(device)
-    triton.FORWARD.opcheck(StackCall.of(leaves["x"], layers, 2, torch.float32))
+    triton.FORWARD.opcheck(StackCall.of(leaves["x"], layers, 2, torch.float32), True)
     with torch.no_grad():
         call = StackCall.of(
             leaves["x"].detach(), stack.layers({k: t.detach() for k, t in leaves.items()}), 2, torch.float32
         )
-        counts, rates, _, spikes, kept = triton.FORWARD(call._replace(keep=True))
+        counts, rates, _, *made = triton.FORWARD.function(call, True)
         grads = torch.ones_like(counts), list(map(torch.ones_like, rates)), [None] * len(rates)
-        triton.BACKWARD.opcheck(StackBackward(call, spikes, kept, *grads, True))
+        triton.BACKWARD.opcheck(Backward.of(call, made, grads))
 
 
 @pytest.mark.driver

@@ -11,7 +11,7 @@ from snntorch import surrogate as snn_surrogate
 
 from g2g_kernels import BackendError, Neurons, lif
 from g2g_kernels.ops.neurons import MODELS, RESETS
-from g2g_kernels.ops.neurons.call import NeuronsBackward, NeuronsCall
+from g2g_kernels.ops.neurons.call import NeuronsCall
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
 from g2g_kernels.triton.runtime import interpreted
 from g2g_kernels.triton.runtime import unavailable as triton_unavailable
@@ -202,14 +202,14 @@ def test_checkpoints_are_the_membranes_between_segments():
     assert checkpoint_shape(synaptic_model, 50, 2, 3) == (4, 2, 2, 3)
     current = currents(25, 4, 3, dtype=torch.float32).to(DEVICE)
     beta, threshold = torch.tensor(0.9, device=DEVICE), torch.tensor(100.0, device=DEVICE)  # never fires
-    call = NeuronsCall(current, Neurons("lif", (beta, threshold)), 0, True)
-    spikes, _, kept = FORWARD(call)
+    call = NeuronsCall(current, Neurons("lif", (beta, threshold)), 0)
+    spikes, _, kept = FORWARD.function(call, True)
     membrane, membranes = torch.zeros_like(current[0]), []
     for current_t in current:
         membrane = beta * membrane + current_t
         membranes.append(membrane)
     assert torch.equal(kept[:, 0], torch.stack([membranes[8], membranes[17]]))  # three segments of 9 steps
-    without, _, nothing = FORWARD(call._replace(keep=False))
+    without, _, nothing = FORWARD(call)
     assert torch.equal(without, spikes)
     assert nothing.numel() == 0
 
@@ -260,14 +260,14 @@ def test_opcheck(model, steps, plain_memory):
     current = currents(*((4, 3) if steps else (11, 4, 3)), dtype=torch.float32).to(DEVICE)
     own = [torch.full((3,), 0.5, device=DEVICE) for _ in MODELS[model].parameters]
     plain = NeuronsCall.of(current, Neurons(model, tuple(own)), steps)
-    FORWARD.opcheck(plain)
+    FORWARD.opcheck(plain, False)
     for tensor in (current, *own):
         tensor.requires_grad_()
-    FORWARD.opcheck(NeuronsCall.of(current, Neurons(model, tuple(own)), steps))
+    FORWARD.opcheck(NeuronsCall.of(current, Neurons(model, tuple(own)), steps), True)
     with torch.no_grad():
-        spikes, _, kept = FORWARD(plain._replace(keep=True))
+        spikes, _, kept = FORWARD.function(plain, True)
         detached = NeuronsCall.of(current.detach(), Neurons(model, tuple(tensor.detach() for tensor in own)), steps)
-        BACKWARD.opcheck(NeuronsBackward(detached, kept, torch.ones_like(spikes), (True,) * len(own) + (False,)))
+        BACKWARD.opcheck(Backward.of(detached, [kept], [torch.ones_like(spikes), None], (True,) * len(own) + (False,)))
 
 
 @pytest.mark.driver

@@ -10,7 +10,8 @@ from linear_cases import backend_result, dense_result, inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from g2g_kernels import BackendError, BlockMask, GroupLayout, g2g_linear
-from g2g_kernels.ops.g2g_linear.call import LinearBackward, LinearCall
+from g2g_kernels.ops.g2g_linear.call import LinearCall
+from g2g_kernels.ops.record import Backward
 from g2g_kernels.triton import runtime
 
 pytestmark = pytest.mark.skipif(runtime.unavailable() is not None, reason=str(runtime.unavailable()))
@@ -330,10 +331,10 @@ def test_operator_registration(name, plain_memory):
     device = device_of("triton")
     mask = sparse_mask(CASES[name]).to(device)
     x, values, bias = (tensor.to(device).requires_grad_() for tensor in inputs(mask, 3))
-    triton.FORWARD.opcheck(LinearCall(x, values, mask.tensors(), bias, torch.float32))
+    triton.FORWARD.opcheck(LinearCall(x, values, mask.tensors(), bias, torch.float32), True)
     grad_y = torch.randn(3, mask.shape[0], generator=seeded(4)).to(device)
     call = LinearCall(x.detach(), values.detach(), mask.tensors(), None, torch.float32)
-    triton.BACKWARD.opcheck(LinearBackward(call, grad_y, (True, True, True)))
+    triton.BACKWARD.opcheck(Backward.of(call, (), [grad_y]))
 
 
 @pytest.mark.driver

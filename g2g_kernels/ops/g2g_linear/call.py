@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from g2g_kernels.mask.unit_grid import MaskTensors
 from g2g_kernels.ops import record
 from g2g_kernels.ops.derivatives import refuse_compiled_backward
 from g2g_kernels.ops.flops import count_flops, product_flops
-from g2g_kernels.unit_grid import MaskTensors
 
 
 class LinearCall(NamedTuple):

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from g2g_kernels.block_mask import BlockMask
+from g2g_kernels.mask.block_mask import BlockMask
+from g2g_kernels.mask.unit_grid import MaskTensors
 from g2g_kernels.ops.derivatives import for_each_of_old, has_tangent
 from g2g_kernels.ops.g2g_linear.call import LinearCall, gradients
 from g2g_kernels.ops.record import RecordOperator
 from g2g_kernels.tracing import is_traced
-from g2g_kernels.unit_grid import MaskTensors
 
 
 @dataclass(frozen=True, eq=False)

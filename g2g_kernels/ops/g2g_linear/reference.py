@@ -2,7 +2,7 @@
 
 import torch
 
-from g2g_kernels.block_mask import BlockMask
+from g2g_kernels.mask.block_mask import BlockMask
 from g2g_kernels.ops.checks import mixed_dtypes
 
 

@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from g2g_kernels.mask.unit_grid import MaskTensors
 from g2g_kernels.ops import record
 from g2g_kernels.ops.derivatives import refuse_backward
 from g2g_kernels.ops.flops import count_flops, product_flops
 from g2g_kernels.ops.g2g_stack.layer import SpikingLayer
 from g2g_kernels.ops.neurons.models import MODELS, Neurons
-from g2g_kernels.unit_grid import MaskTensors
 
 #: counts [B, N] of the last layer; of each layer rates [N], states after the last step [states, B, N], and spikes; and
 #: what the backward pass needs

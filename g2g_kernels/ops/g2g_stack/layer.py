@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from g2g_kernels.block_mask import BlockMask
+from g2g_kernels.mask.block_mask import BlockMask
 from g2g_kernels.ops.neurons.models import Neurons
 from g2g_kernels.tracing import replaced
 

@@ -15,7 +15,8 @@ from g2gnet.neurons import NEURONS, SpikingNeurons
 from g2gnet.sequences import SEQUENCES, unfold
 from g2gnet.settings import NetworkSettings
 from g2gnet.stack import Pair, RecurrentLayer, SpikingStack, check_input
-from g2gnet.weights.patterns import MODELS, Pattern, layer_mask, layer_probabilities, mask_between
+from g2gnet.weights.densities import layer_probabilities
+from g2gnet.weights.patterns import MODELS, Pattern, layer_mask, mask_between
 
 
 class G2GNet(SpikingStack):
@@ -34,7 +35,7 @@ class G2GNet(SpikingStack):
         T: number of time steps of a sample [B, D].
         num_groups: groups on each side of a sparse layer; on a side with fewer neurons, one per neuron.
         density: ``"uniform"``, or ``"erk"``: small layers keep more of their weights
-            (:func:`g2gnet.weights.patterns.layer_probabilities`).
+            (:func:`g2gnet.weights.densities.layer_probabilities`).
         enc, enc_scale, enc_bias: how samples become input (:func:`g2gnet.encoding.encode`).
         standardize: before that, subtract ``input_mean`` from samples and divide them by ``input_deviation``: two
             scalar buffers, 0 and 1 until they are set, saved with the network. For ``"current"`` only.

@@ -23,9 +23,10 @@ from g2g_kernels.numbers import COUNT, Number, share_of
 from g2gnet.base.distributed import World
 from g2gnet.base.schedules import SCHEDULES
 from g2gnet.base.seeding import draw_device, stream
+from g2gnet.dst.lamp import layer_adapted
 from g2gnet.dst.optimizer_state import Initial, OptimizerState
 from g2gnet.dst.rules import ACTIVITY, GRADIENT, GROW_RULES, PRUNE_RULES, Evidence
-from g2gnet.dst.scores import UnitGradients, layer_adapted, unit_correlation
+from g2gnet.dst.scores import UnitGradients, unit_correlation
 from g2gnet.layers import G2GLinear
 from g2gnet.recording import ActivityRecorder, OneStepLater, Recording, Train, Uncompiled, check_compiled, dense
 from g2gnet.stack import SpikingStack
@@ -170,7 +171,7 @@ class DSTScheduler:
 
             weights or up to a unit fewer, W₀ being those at first and F the final ones: each update takes what is above
             F times ((S − s)/(S − s + interval))³. How many weights a layer keeps is decided by comparing all units
-            (``dst.scores.layer_adapted``), and which by their prune score, at least one unit. A layer then replaces
+            (``dst.lamp.layer_adapted``), and which by their prune score, at least one unit. A layer then replaces
             ``fraction`` (0: none) of the units that it keeps by as many weights, which are more or fewer units where
             these differ in size. Weights and their optimizer state become new,
             smaller tensors: after such an update make a new DistributedDataParallel (a ``captured`` step notices it).

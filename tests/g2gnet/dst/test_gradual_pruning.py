@@ -15,8 +15,8 @@ from training_runs import SMALL
 from g2g_kernels import BlockMask
 from g2gnet import DSTScheduler, G2GLinear
 from g2gnet.data import load_dataset
+from g2gnet.dst.lamp import layer_adapted
 from g2gnet.dst.optimizer_state import OptimizerState
-from g2gnet.dst.scores import layer_adapted
 from g2gnet.training import Machine, SettingsError, Trainer, TrainSettings
 
 PRUNED = {"sparsity_mode": "dynamic", "dst_interval": 2, "dst_fraction": 0.0, "dst_stop": 0.75, "final_density": 0.1}

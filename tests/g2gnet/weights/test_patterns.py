@@ -13,14 +13,13 @@ from torch import nn
 
 from g2g_kernels import BlockMask, GroupLayout
 from g2gnet import G2GNet, sparsify
+from g2gnet.weights.densities import erk, layer_probabilities
 from g2gnet.weights.patterns import (
     PATTERNS,
     Distance,
     ErdosRenyi,
     Plane,
     SmallWorld,
-    erk,
-    layer_probabilities,
     mask_between,
     pattern_mask,
     ring_distance,

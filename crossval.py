@@ -1,8 +1,8 @@
-"""``g2g-crossval`` from a checkout: see :mod:`g2gnet.crossval`."""
+"""``g2g-crossval`` from a checkout: see :mod:`g2gnet.programs.crossval`."""
 
 import sys
 
-from g2gnet.crossval import build_parser, main
+from g2gnet.programs.crossval import build_parser, main
 
 __all__ = ["build_parser", "main"]
 

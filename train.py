@@ -1,8 +1,8 @@
-"""``g2g-train`` from a checkout: see :mod:`g2gnet.train`."""
+"""``g2g-train`` from a checkout: see :mod:`g2gnet.programs.train`."""
 
 import sys
 
-from g2gnet.train import build_parser, main
+from g2gnet.programs.train import build_parser, main
 
 __all__ = ["build_parser", "main"]
 

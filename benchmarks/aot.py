@@ -25,8 +25,8 @@ from tqdm import tqdm
 from g2g_kernels.triton import runtime
 from g2g_kernels.triton.runtime import Launch
 from g2gnet import G2GNet
-from g2gnet.cli import Parser
-from g2gnet.tables import markdown, markdown_row
+from g2gnet.base.tables import markdown, markdown_row
+from g2gnet.programs.cli import Parser
 
 from .launches import training_step
 

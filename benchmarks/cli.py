@@ -13,9 +13,9 @@ from tqdm import tqdm
 import g2gnet
 from g2g_kernels import select_device
 from g2g_kernels.numbers import COUNT
-from g2gnet.cli import METAVARS, FlagError, Parser, add_json_flag, check_output, file_name, run_program
-from g2gnet.patterns import MODELS
+from g2gnet.programs.cli import METAVARS, FlagError, Parser, add_json_flag, check_output, file_name, run_program
 from g2gnet.training import TrainSettings
+from g2gnet.weights.patterns import MODELS
 
 from . import report
 from .registry import PRECISIONS
@@ -164,10 +164,10 @@ def warn_if_busy(machine: dict[str, Any], rates: dict[str, float]) -> None:
 
 
 def run(parser: Parser, benchmark: Callable[[argparse.Namespace], Report], argv: Any) -> int:
-    """Runs ``benchmark`` on the parsed flags as :func:`g2gnet.cli.run_program` does, and writes its reports.
+    """Runs ``benchmark`` on the parsed flags as :func:`g2gnet.programs.cli.run_program` does, and writes its reports.
 
     Returns:
-        The exit status: the report's, or that of :func:`g2gnet.cli.run_program` on an error.
+        The exit status: the report's, or that of :func:`g2gnet.programs.cli.run_program` on an error.
     """
     status = 0
 

@@ -25,8 +25,8 @@ from g2g_kernels import BlockMask, GroupLayout, Neurons, SpikingLayer, g2g_stack
 from g2g_kernels.cpu import library
 from g2g_kernels.numbers import COUNT
 from g2g_kernels.ops.g2g_stack import cpu as stack
-from g2gnet.cli import Parser
-from g2gnet.tables import markdown
+from g2gnet.base.tables import markdown
+from g2gnet.programs.cli import Parser
 
 from . import cli
 from .machine import describe, pytorch_threads

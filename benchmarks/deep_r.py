@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
+from g2gnet.base.seeding import stream
 from g2gnet.data import ImageData
-from g2gnet.dst import DSTScheduler
-from g2gnet.dst_rules import Evidence
+from g2gnet.dst.rules import Evidence
+from g2gnet.dst.scheduler import DSTScheduler
 from g2gnet.layers import G2GLinear
-from g2gnet.seeding import stream
-from g2gnet.ties import rewire_averages
 from g2gnet.training import Machine, Trainer, TrainSettings
+from g2gnet.weights.tied_averages import rewire_averages
 
 from . import own_trainer
 

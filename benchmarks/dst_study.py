@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from g2gnet.tables import markdown
+from g2gnet.base.tables import markdown
 
 from .study import Study, accuracy, of_hidden_layers, run_study, spread, standard_error
 

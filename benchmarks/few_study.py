@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from g2gnet.tables import markdown
+from g2gnet.base.tables import markdown
 
 from . import deep_r, own_trainer
 from .dst_study import REWIRED, density_flags

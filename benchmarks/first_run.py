@@ -27,10 +27,10 @@ from typing import Any
 import torch
 
 from g2g_kernels.triton.costs import CARDS
-from g2gnet.cli import FlagError, Parser, run_program
-from g2gnet.files import replace_file
-from g2gnet.messages import say
-from g2gnet.tables import markdown
+from g2gnet.base.files import replace_file
+from g2gnet.base.messages import say
+from g2gnet.base.tables import markdown
+from g2gnet.programs.cli import FlagError, Parser, run_program
 
 from .machine import describe
 from .predictions import FUSED_BATCHES, FUSED_UNITS, GROWING, OTHERS, RECORD, WAYS, scaling_stage

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from g2gnet.cli import FlagError, Parser, add_json_flag, run_program, settings_from
+from g2gnet.base.tables import markdown
 from g2gnet.data import ImageData, load_dataset
-from g2gnet.tables import markdown
-from g2gnet.train import build_parser as training_parser
+from g2gnet.programs.cli import FlagError, Parser, add_json_flag, run_program, settings_from
+from g2gnet.programs.train import build_parser as training_parser
 from g2gnet.training import Machine, Trainer, TrainSettings
 
 from .machine import describe

@@ -17,14 +17,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from g2gnet import G2GNet
+from g2gnet.base.files import make_directory, replace_file
+from g2gnet.base.schedules import SCHEDULES
+from g2gnet.base.seeding import stream
+from g2gnet.base.tensor_files import read_tensors, write_tensors
 from g2gnet.data import ImageData, as_samples, load_dataset
-from g2gnet.files import make_directory, replace_file
-from g2gnet.schedules import SCHEDULES
-from g2gnet.seeding import stream
 from g2gnet.sequences import unfold
-from g2gnet.tensor_file import read_tensors, write_tensors
 from g2gnet.training import TrainingError, TrainSettings
-from g2gnet.training.run_files import compared
+from g2gnet.training.checkpoints import compared
 from g2gnet.training.samples import order_of
 
 from .machine import flushed_denormals

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from g2gnet.cli import FlagError, Parser, run_program
-from g2gnet.tables import in_columns
+from g2gnet.base.tables import in_columns
+from g2gnet.programs.cli import FlagError, Parser, run_program
 
 from . import cli
 from .machine import describe, synchronize

@@ -24,7 +24,7 @@ from g2g_kernels.ops.record import Backward
 from g2g_kernels.triton import costs
 from g2g_kernels.triton.runtime import Launch, recorded
 from g2gnet import G2GLinear, G2GNet
-from g2gnet.dst_scores import unit_correlation
+from g2gnet.dst.scores import unit_correlation
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,8 +7,8 @@ from torch import nn
 
 from g2g_kernels import lif, synaptic
 from g2gnet import DSTScheduler, G2GLinear, G2GNet
-from g2gnet.cuda_graph import CapturedStep
-from g2gnet.dst_scores import unit_correlation
+from g2gnet.dst.scores import unit_correlation
+from g2gnet.training.captured_step import CapturedStep
 
 from .contender import Kept, LinearContender, NetworkContender, NeuronContender, UpdateContender, keep
 from .reference import UPDATE_FRACTION, Results, is_wide

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from g2gnet.data import load_dataset
-from g2gnet.sweep.engine import outcome
-from g2gnet.sweep.grid import Run
+from g2gnet.programs.sweep.engine import outcome
+from g2gnet.programs.sweep.grid import Run
 from g2gnet.training import Machine, Trainer, TrainSettings, run_epochs
 
 
@@ -46,6 +46,6 @@ def finished(settings: TrainSettings, folder: Path) -> dict[str, Any] | None:
     """The last epoch's record, times of training and weights, or None if it has not finished in this folder.
 
     Raises:
-        CheckpointError: as :func:`g2gnet.sweep.engine.outcome`.
+        CheckpointError: as :func:`g2gnet.programs.sweep.engine.outcome`.
     """
     return outcome(Run({}, settings, {}, folder))

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from g2gnet.cli import FlagError, Parser, add_json_flag, run_program
-from g2gnet.tables import in_columns
+from g2gnet.base.tables import in_columns
+from g2gnet.programs.cli import FlagError, Parser, add_json_flag, run_program
 from g2gnet.training import TrainingError
 
 from .machine import describe
@@ -50,7 +50,7 @@ def epochs(launcher: Sequence[str], flags: str, device: str, folder: Path) -> li
     Raises:
         TrainingError: with its output, if it failed.
     """
-    command = [sys.executable, *launcher, "-m", "g2gnet.train", *shlex.split(flags)]
+    command = [sys.executable, *launcher, "-m", "g2gnet.programs.train", *shlex.split(flags)]
     command += ["--device", device, "--checkpoint_dir", str(folder)]
     done = subprocess.run(command, env={"OMP_NUM_THREADS": "1", **os.environ}, capture_output=True, text=True)
     if done.returncode:

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from g2gnet.tables import markdown
+from g2gnet.base.tables import markdown
 
 from . import own_trainer, relu
 from .dst_study import REWIRED, density_flags

@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from g2gnet.cli import Parser
-from g2gnet.tables import markdown
+from g2gnet.base.tables import markdown
+from g2gnet.programs.cli import Parser
 
 from . import (
     accuracy,

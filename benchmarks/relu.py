@@ -13,7 +13,7 @@ import torch
 from g2g_kernels import Activity
 from g2g_kernels.ops.g2g_stack.synapses import Synapses, SynapticOperations
 from g2gnet import G2GNet
-from g2gnet.seeding import stream
+from g2gnet.base.seeding import stream
 from g2gnet.training import Trainer, TrainSettings
 
 from . import own_trainer

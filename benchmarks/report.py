@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from g2gnet.tables import in_columns
+from g2gnet.base.tables import in_columns
 
 from .harness import Outcome
 from .registry import COMPACT

@@ -17,9 +17,9 @@ import torch
 from g2g_kernels.triton import costs
 from g2g_kernels.triton.costs import CARDS, Card
 from g2gnet import G2GNet
-from g2gnet.cli import Parser, add_settings_flags
+from g2gnet.base.tables import markdown
+from g2gnet.programs.cli import Parser, add_settings_flags
 from g2gnet.settings import with_default
-from g2gnet.tables import markdown
 from g2gnet.training import TrainSettings
 
 from .launches import Operation, training_step

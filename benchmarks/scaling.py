@@ -15,8 +15,8 @@ import numpy as np
 from tqdm import tqdm
 
 from g2g_kernels import available_backends
-from g2gnet.cli import Parser
-from g2gnet.tables import in_columns
+from g2gnet.base.tables import in_columns
+from g2gnet.programs.cli import Parser
 
 from . import cli, report
 from .floor import work

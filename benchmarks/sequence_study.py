@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from g2gnet import G2GNet
-from g2gnet.tables import markdown
+from g2gnet.base.tables import markdown
 from g2gnet.training import TrainSettings
 
 from . import gru

@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from g2gnet import G2GNet
+from g2gnet.base.files import make_directory, replace_file
 from g2gnet.data import DATASETS
-from g2gnet.files import make_directory, replace_file
 from g2gnet.training import TrainSettings
 
 from .machine import PeakMemory, load_lazy_parts, pytorch_threads

@@ -18,7 +18,7 @@ from typing import Any
 
 from scipy import stats
 
-from g2gnet.tables import markdown
+from g2gnet.base.tables import markdown
 
 from .dst_study import density_flags
 from .study import Study, accuracy, differences, mean, run_study, spread

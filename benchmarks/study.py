@@ -1,7 +1,8 @@
 """Shared parts of the training studies: many resumable runs of ``g2g-train``, in parallel.
 
-A study consists of rows of flags, each trained with several seeds by the engine of :mod:`g2gnet.sweep`. Every run has
-its own folder and one thread; there are as many parallel runs as cores. Finished runs are skipped, stopped ones resume.
+A study consists of rows of flags, each trained with several seeds by the engine of :mod:`g2gnet.programs.sweep`. Every
+run has its own folder and one thread; there are as many parallel runs as cores. Finished runs are skipped, stopped ones
+resume.
 A study may be run in parts
 (``--rows``, ``--seeds``); its record contains the finished runs, and those of an earlier record if it is extended
 (``--extend``).
@@ -22,13 +23,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from g2gnet import train
-from g2gnet.cli import Parser, add_json_flag, run_program, settings_from
+from g2gnet.base.files import replace_file
 from g2gnet.data import load_dataset
-from g2gnet.files import replace_file
-from g2gnet.sweep.engine import outcome, processes, train_runs
-from g2gnet.sweep.grid import Run
-from g2gnet.sweep.results import estimate
+from g2gnet.programs import train
+from g2gnet.programs.cli import Parser, add_json_flag, run_program, settings_from
+from g2gnet.programs.sweep.engine import outcome, processes, train_runs
+from g2gnet.programs.sweep.grid import Run
+from g2gnet.programs.sweep.results import estimate
 from g2gnet.training import TrainingError, TrainSettings
 
 from .machine import describe, pytorch_threads

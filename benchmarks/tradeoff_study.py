@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from g2gnet.tables import markdown
+from g2gnet.base.tables import markdown
 
 from .dst_study import REWIRED, density_flags
 from .study import Study, accuracy, mean, run_study, spread

@@ -21,8 +21,8 @@ import g2gnet
 from g2g_kernels.numbers import Number
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
 from g2gnet import G2GNet, Synaptic
+from g2gnet.base.tensor_files import read_tensors, write_tensors
 from g2gnet.data import DATASETS, DataError, ImageData, as_samples, load_dataset
-from g2gnet.tensor_file import read_tensors, write_tensors
 from g2gnet.training import Machine, SettingsError, TrainSettings
 from g2gnet.training.trainer import Trainer
 

@@ -4,10 +4,10 @@ import argparse
 import re
 from pathlib import Path
 
-from g2gnet import analyze, crossval, pretrain, train
-from g2gnet.report import program as report
-from g2gnet.sweep import program as sweep
-from g2gnet.tables import markdown
+from g2gnet.base.tables import markdown
+from g2gnet.programs import analyze, crossval, pretrain, train
+from g2gnet.programs.report import program as report
+from g2gnet.programs.sweep import program as sweep
 
 PAGE = Path(__file__).with_name("flags.md")
 HEAD = """\
@@ -34,9 +34,9 @@ PROGRAMS = (
         "takes one value or several, a switch `true` or `false`; these are added or have other defaults:",
         train,
     ),
-    ("python -m g2gnet.pretrain", pretrain, "Trains a ResNet-32 for `--use_resnet`.", None),
-    ("python -m g2gnet.analyze", analyze, "Analyses the network of a checkpoint.", None),
-    ("python -m g2gnet.report", report, "Writes an HTML page about one or several runs.", None),
+    ("g2g-pretrain", pretrain, "Trains a ResNet-32 for `--use_resnet`.", None),
+    ("g2g-analyze", analyze, "Analyses the network of a checkpoint.", None),
+    ("g2g-report", report, "Writes an HTML page about one or several runs.", None),
 )
 
 

@@ -1,9 +1,9 @@
 """Sparse group-to-group ("g2g") linear layers and fused loops over spiking neurons for PyTorch."""
 
-from g2g_kernels.block_mask import BlockMask
 from g2g_kernels.device import select_device
 from g2g_kernels.dispatch import BackendError, available_backends, backend_status
-from g2g_kernels.groups import GroupLayout
+from g2g_kernels.mask.block_mask import BlockMask
+from g2g_kernels.mask.groups import GroupLayout
 from g2g_kernels.ops.flops import register_flop_formulas
 from g2g_kernels.ops.g2g_linear import g2g_linear
 from g2g_kernels.ops.g2g_stack import Activity, SpikingLayer, g2g_stack

@@ -26,10 +26,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from g2g_kernels.block_mask import BlockMask
 from g2g_kernels.device import select_device
 from g2g_kernels.dispatch import BACKENDS, BackendError, available_backends, backend_status
-from g2g_kernels.groups import GroupLayout
+from g2g_kernels.mask.block_mask import BlockMask
+from g2g_kernels.mask.groups import GroupLayout
 from g2g_kernels.ops.g2g_linear import g2g_linear
 from g2g_kernels.ops.g2g_linear import reference as g2g_linear_reference
 from g2g_kernels.ops.g2g_stack import Recurrent, SpikingLayer, g2g_stack

@@ -1,15 +1,15 @@
 """Sparse, modular spiking networks on top of :mod:`g2g_kernels`: models, dynamic sparse training, data, training."""
 
-from g2gnet.cuda_graph import captured
-from g2gnet.dst import DSTScheduler
+from g2gnet.base.version import __version__ as __version__
+from g2gnet.dst.scheduler import DSTScheduler
 from g2gnet.layers import G2GLinear
-from g2gnet.loading import load
 from g2gnet.network import G2GNet
 from g2gnet.neurons import LIF, AdLIF, SpikingNeurons, Synaptic
 from g2gnet.sparsify import sparsify
 from g2gnet.stack import SpikingStack
-from g2gnet.ties import sync_wiring, tie_wiring, untie_wiring
-from g2gnet.version import __version__ as __version__
+from g2gnet.training.captured_step import captured
+from g2gnet.training.loading import load
+from g2gnet.weights.tied_averages import sync_wiring, tie_wiring, untie_wiring
 
 __all__ = [
     "LIF", "AdLIF", "DSTScheduler", "G2GLinear", "G2GNet", "SpikingNeurons", "SpikingStack", "Synaptic",

@@ -3,9 +3,9 @@
 import sys
 from collections.abc import Sequence
 
-import g2gnet
 from g2g_kernels import backend_status
-from g2gnet import cli
+from g2gnet.base.version import __version__
+from g2gnet.programs import cli
 
 #: each program, and what it does
 PROGRAMS = {
@@ -13,9 +13,9 @@ PROGRAMS = {
     "g2g-crossval": "cross-validates one: k models, each validated on another k-th of the training images",
     "g2g-sweep": "trains every combination of several settings and seeds, in parallel; means and errors",
     "g2g-bench": "times g2g against snnTorch, SpikingJelly and PyTorch's own sparse products",
-    "python -m g2gnet.analyze": "prints what the neurons of a trained network do, by layer and group",
-    "python -m g2gnet.report": "writes a page with settings, results, analysis and pictures of runs",
-    "python -m g2gnet.pretrain": "trains the CIFAR ResNet-32 whose features --use_resnet uses",
+    "g2g-analyze": "prints what the neurons of a trained network do, by layer and group",
+    "g2g-report": "writes a page with settings, results, analysis and pictures of runs",
+    "g2g-pretrain": "trains the CIFAR ResNet-32 whose features --use_resnet uses",
     "python -m g2g_kernels.doctor": "checks every kernel of this machine against the reference",
 }
 
@@ -23,7 +23,7 @@ PROGRAMS = {
 def main(argv: Sequence[str] | None = None) -> int:
     cli.Parser(prog="python -m g2gnet", description=__doc__).parse_args(argv)
     width = max(map(len, PROGRAMS))
-    print(f"g2g {g2gnet.__version__}\n\nPrograms; each explains itself with --help:")
+    print(f"g2g {__version__}\n\nPrograms; each explains itself with --help:")
     for program, purpose in PROGRAMS.items():
         print(f"  {program:{width}}  {purpose}")
     print("\nKernels on this machine:")

@@ -4,7 +4,7 @@ import html
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from g2g_kernels.graph import picture
+from g2g_kernels.mask.conversions import picture
 from g2gnet.layers import G2GLinear
 from g2gnet.neurons import SpikingNeurons
 

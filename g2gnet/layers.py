@@ -9,8 +9,8 @@ from torch import nn
 from g2g_kernels import BlockMask, GroupLayout, g2g_linear
 from g2g_kernels.ops.g2g_stack.layer import Observer as ProductObserver
 from g2g_kernels.tracing import default_device, is_traced, symbolic_call
-from g2gnet.derived import NOT_WRITABLE, DerivedWeight
-from g2gnet.packed_weights import PackedWeights
+from g2gnet.weights.dense_weight import NOT_WRITABLE, DerivedWeight
+from g2gnet.weights.packed_weights import PackedWeights
 
 
 class Observer(Protocol):

@@ -12,10 +12,11 @@ from g2g_kernels.tracing import symbolic_call
 from g2gnet.encoding import ENCODINGS, check_samples, encode
 from g2gnet.layers import G2GLinear
 from g2gnet.neurons import NEURONS, SpikingNeurons
-from g2gnet.patterns import MODELS, Pattern, layer_mask, layer_probabilities, mask_between
 from g2gnet.sequences import SEQUENCES, unfold
 from g2gnet.settings import NetworkSettings
 from g2gnet.stack import Pair, RecurrentLayer, SpikingStack, check_input
+from g2gnet.weights.densities import layer_probabilities
+from g2gnet.weights.patterns import MODELS, Pattern, layer_mask, mask_between
 
 
 class G2GNet(SpikingStack):
@@ -27,14 +28,14 @@ class G2GNet(SpikingStack):
         model: ``"dense"``, or how neurons are grouped. ``"index"``: contiguous ranges. ``"random"``: drawn for
             each side of each layer. ``"mixer"``: contiguous for fc1 and fc3 (spatial mixing), interleaved for fc2
             (feature mixing). ``"erdos_renyi"``, ``"small_world"``, ``"distance"``: contiguous groups, with equally many
-            units in other places (:mod:`g2gnet.patterns`). Or a pattern of your own, a function of that module's form.
+            units in other places (:mod:`g2gnet.weights.patterns`). Or a pattern of your own, a function of its form.
         p_inter, p_intra: the probability of a unit between and inside groups (ignored for dense and a pattern of your
             own).
         block_size: side of a connection unit, in weights.
         T: number of time steps of a sample [B, D].
         num_groups: groups on each side of a sparse layer; on a side with fewer neurons, one per neuron.
         density: ``"uniform"``, or ``"erk"``: small layers keep more of their weights
-            (:func:`g2gnet.patterns.layer_probabilities`).
+            (:func:`g2gnet.weights.densities.layer_probabilities`).
         enc, enc_scale, enc_bias: how samples become input (:func:`g2gnet.encoding.encode`).
         standardize: before that, subtract ``input_mean`` from samples and divide them by ``input_deviation``: two
             scalar buffers, 0 and 1 until they are set, saved with the network. For ``"current"`` only.

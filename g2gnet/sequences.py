@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from g2gnet.seeding import stream
+from g2gnet.base.seeding import stream
 
 #: by name, what a step receives
 SEQUENCES = {

@@ -16,9 +16,10 @@ from g2g_kernels.ops.neurons.models import RESET
 from g2g_kernels.ops.neurons.surrogates import ALPHA, SURROGATE
 from g2gnet.encoding import ENCODINGS
 from g2gnet.neurons import NEURONS
-from g2gnet.patterns import DENSITIES, MODELS, SPARSE
 from g2gnet.sequences import SEQUENCES
 from g2gnet.stack import READOUTS
+from g2gnet.weights.densities import DENSITIES
+from g2gnet.weights.patterns import MODELS, SPARSE
 
 MOST_DROPPED = 0.95
 #: on the initial recurrent weights: on rows of Fashion-MNIST such networks learn fastest at first, and none is better

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from g2g_kernels import Activity, SpikingLayer, g2g_stack, neurons_step
 from g2g_kernels.choices import check_choice
-from g2g_kernels.groups import as_integers
+from g2g_kernels.mask.groups import as_integers
 from g2g_kernels.numbers import COUNT, Number
 from g2g_kernels.ops.g2g_stack import (
     Border,

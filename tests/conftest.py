@@ -7,10 +7,10 @@ from quick import QUICK
 
 #: files whose tests take longest: they begin first, so that no process works long after the others have ended
 SLOWEST = [
-    "g2gnet/test_weights_and_wiring.py",
+    "g2gnet/weights/test_weights_and_wiring.py",
     "g2g_kernels/test_cpu_backend.py",
     "test_packaging.py",
-    "g2gnet/report/test_report.py",
+    "g2gnet/programs/test_report.py",
     "benchmarks/test_benchmarks.py",
     "g2g_kernels/ops/test_triton_*.py",
     "g2gnet/test_states.py",
@@ -21,17 +21,17 @@ SLOWEST = [
     "g2gnet/training/test_distributed.py",
     "test_readme.py",
     "g2gnet/test_untrusted.py",
-    "g2gnet/test_dst.py",
+    "g2gnet/dst/test_dst.py",
     "g2gnet/training/test_training.py",
-    "g2gnet/test_cuda_graph.py",
+    "g2gnet/training/test_captured_step.py",
     "g2g_kernels/ops/test_adlif.py",
     "g2g_kernels/ops/test_record.py",
     "g2g_kernels/ops/test_synaptic.py",
     "benchmarks/test_aot.py",
-    "g2gnet/test_files.py",
+    "g2gnet/base/test_files.py",
     "g2gnet/training/test_reliability.py",
     "test_lint.py",
-    "programs/test_*.py",
+    "g2gnet/programs/test_*.py",
     "benchmarks/test_studies.py",
 ]
 TESTS = Path(__file__).parent

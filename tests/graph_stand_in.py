@@ -152,4 +152,4 @@ def install(monkeypatch) -> None:
     for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):  # new and old PyTorch
         if hasattr(torch.optim.Optimizer, name):
             monkeypatch.setattr(torch.optim.Optimizer, name, lambda self: None)
-    monkeypatch.setattr("g2gnet.cuda_graph._is_on", lambda tensor, device: True)
+    monkeypatch.setattr("g2gnet.training.captured_step._is_on", lambda tensor, device: True)

@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 from g2g_kernels import BackendError, BlockMask, GroupLayout, Neurons, SpikingLayer, available_backends, dispatch
 from g2g_kernels.dispatch import Operator
+from g2g_kernels.mask.wiring import as_row
 from g2g_kernels.ops.neurons import MODELS
 from g2g_kernels.triton.runtime import interpreted
-from g2g_kernels.wiring import as_row
 
 #: the repository
 ROOT = Path(__file__).parents[1]

@@ -19,11 +19,11 @@ from pathlib import Path
 
 import torch
 
+from g2gnet.base.tensor_files import read_tensors
 from g2gnet.data import load_dataset
-from g2gnet.dst import DSTScheduler
-from g2gnet.tensor_file import read_tensors
+from g2gnet.dst.scheduler import DSTScheduler
 from g2gnet.training import Machine, Trainer, TrainSettings, run_training
-from g2gnet.training.run_files import RunFiles
+from g2gnet.training.checkpoints import RunFiles
 from tests.training_runs import SMALL, assert_equal
 
 SETTINGS = TrainSettings(

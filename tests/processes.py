@@ -31,8 +31,8 @@ SERVER.set_forkserver_preload(
         "torch._dynamo",
         "torch.nn.parallel.distributed",
         "sklearn.model_selection",
-        "g2gnet.train",
-        "g2gnet.crossval",
+        "g2gnet.programs.train",
+        "g2gnet.programs.crossval",
     ]
 )
 

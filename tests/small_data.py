@@ -17,7 +17,7 @@ import torch
 from torchvision.datasets import FashionMNIST
 
 from g2gnet.data import cifar, fashion_mnist
-from g2gnet.features import new_resnet, weights
+from g2gnet.data.features import new_resnet, pretrained_weights
 
 NOBODY_LISTENS = "http://127.0.0.1:9/"  # refused at once
 
@@ -141,9 +141,9 @@ def publish_resnet(monkeypatch, hub, name):
     """Puts weights into PyTorch's hub directory ``hub`` as if they were the published ones for ``name``."""
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(hub))
     path = write_resnet(hub / "checkpoints" / "new.pt", name)
-    digest = weights.weights_digest(name, path)
+    digest = pretrained_weights.weights_digest(name, path)
     published = path.with_name(f"{name}_resnet32-{digest}.pt")
     path.rename(published)
-    release = weights.RELEASES[name]._replace(url=NOBODY_LISTENS + published.name)
-    monkeypatch.setitem(weights.RELEASES, name, release)
+    release = pretrained_weights.RELEASES[name]._replace(url=NOBODY_LISTENS + published.name)
+    monkeypatch.setitem(pretrained_weights.RELEASES, name, release)
     return published

@@ -1,6 +1,6 @@
 """Every command of the documentation and every extra are run by something, and the quick lane is there.
 
-Commands of ``train.py``, ``crossval.py`` and ``g2gnet.pretrain`` are run by ``test_readme.py``, blocks of Python by
+Commands of ``train.py``, ``crossval.py`` and ``g2g-pretrain`` are run by ``test_readme.py``, blocks of Python by
 ``test_docs.py``.
 """
 
@@ -17,9 +17,9 @@ from quick import QUICK
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")]
 #: what runs a command, by how the command begins; "by hand" is for what needs hours, other machines or the network
 RUN_BY = {
-    r"python (train|crossval)\.py|python -m g2gnet\.(pretrain|analyze|report)": "tests/test_readme.py",
-    r"python -m g2gnet$": "tests/programs/test_programs.py",
-    r"python -m g2gnet\.sweep|g2g-sweep": "tests/programs/test_sweep.py",
+    r"python (train|crossval)\.py|g2g-(pretrain|analyze|report)": "tests/test_readme.py",
+    r"python -m g2gnet$": "tests/g2gnet/programs/test_programs.py",
+    r"g2g-sweep": "tests/g2gnet/programs/test_sweep.py",
     r"python -m g2g_kernels\.doctor": "tests/g2g_kernels/test_doctor.py",
     r"torchrun": "tests/g2gnet/training/test_distributed.py",
     r"python -m benchmarks\.(throughput|scaling|accuracy)": "tests/benchmarks/test_benchmarks.py",
@@ -41,7 +41,7 @@ EXTRAS = {
     "test": ".ci/run",
     "dev": ".ci/run",
     "interop": "tests/g2gnet/interop/test_interop.py",
-    "plots": "tests/g2gnet/report/test_report.py",
+    "plots": "tests/g2gnet/programs/test_report.py",
     "tensorboard": "tests/g2gnet/training/test_logging.py",
     "bench": "tests/test_commands.py",
     "docs": "tests/test_docs.py",

@@ -136,10 +136,10 @@ TOYS: dict[str, dict[str, Callable[[str], str]]] = {
         ),
     },
     "grouping": {
-        "g2gnet/grouping.py": replace(r"(\nGROUPINGS = {\n)", r'\1    "toy": ("random", "interleaved"),\n'),
+        "g2gnet/weights/groupings.py": replace(r"(\nGROUPINGS = {\n)", r'\1    "toy": ("random", "interleaved"),\n'),
     },
     "sparsity pattern": {
-        "g2gnet/patterns.py": replace(
+        "g2gnet/weights/patterns.py": replace(
             r"(\nPATTERNS: .*\n)",
             r'\1    "toy_ring": lambda inside, between, mean: SmallWorld(inside, between, rewire=0.0),\n',
         )
@@ -154,10 +154,10 @@ TOYS: dict[str, dict[str, Callable[[str], str]]] = {
         ),
     },
     "prune or grow rule": {
-        "g2gnet/dst_rules.py": append('GROW_RULES["toy"] = Rule("toy", "a unit of the toy", _gradient, GRADIENT)')
+        "g2gnet/dst/rules.py": append('GROW_RULES["toy"] = Rule("toy", "a unit of the toy", _gradient, GRADIENT)')
     },
     "flag": {
-        "g2gnet/training/settings.py": replace(
+        "g2gnet/training/run_settings.py": replace(
             r"(\n    precision: str = )", r'\n    toy: int = setting(7, "training", "a toy", low=0)\1'
         )
     },
@@ -213,7 +213,7 @@ assert isinstance(net.lif1, NEURONS["toy"])
 first_row = G2GNet(12, 16, 8, model="toy_ring", num_groups=8, block_size=1).fc3.mask.to_dense()[0]
 assert first_row[:2].all() and not first_row[4:14].any()
 
-from g2gnet.train import main
+from g2gnet.programs.train import main
 
 flags = "--toy_gain 3 --dataset toy --model toy --surrogate toy --neuron toy --sparsity_mode dynamic --cg toy --toy 8"
 sizes = "--hidden_dim 16 --num_groups 2 --block_size 4 --T 3 --epochs 1 --batch_size 4 --dst_interval 5 --p_inter 0.5"

@@ -19,7 +19,7 @@ from PIL import Image
 
 from g2g_kernels import dispatch
 from g2g_kernels.ops.g2g_linear import operator
-from g2gnet import train
+from g2gnet.programs import train
 
 #: pages whose code needs more than a directory to run in, and the tests that give it that
 ELSEWHERE = {"README.md": "test_readme.py", "docs/other-libraries.md": "g2gnet/training/test_logging.py"}
@@ -30,8 +30,8 @@ PAGES = {
 WITH_CODE = [name for name, page in PAGES.items() if BLOCK.search(page.read_text(encoding="utf-8"))]
 
 #: packages whose every public name has an entry in the reference
-PACKAGES = ("g2g_kernels", "g2gnet", "g2gnet.interop", "g2gnet.data", "g2gnet.features", "g2gnet.training")
-PACKAGES += ("g2gnet.analysis", "g2gnet.sweep")
+PACKAGES = ("g2g_kernels", "g2gnet", "g2gnet.interop", "g2gnet.data", "g2gnet.data.features", "g2gnet.training")
+PACKAGES += ("g2gnet.inspect", "g2gnet.programs.sweep")
 
 
 # --- code ---------------------------------------------------------------------------------------------------------
@@ -78,7 +78,7 @@ def test_the_pictures_can_be_drawn_again(name, tmp_path):
 # --- examples -----------------------------------------------------------------------------------------------------
 
 #: packages of which each public class and function has an example
-WITH_EXAMPLES = (*PACKAGES, "g2gnet.figures", "g2gnet.patterns")
+WITH_EXAMPLES = (*PACKAGES, "g2gnet.inspect.figures", "g2gnet.weights.densities", "g2gnet.weights.patterns")
 
 
 def public(package):

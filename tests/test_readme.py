@@ -17,20 +17,20 @@ from code_blocks import run_blocks
 from helpers import ROOT
 from small_data import fashion_mnist_files, publish_resnet, write, write_cifar, write_resnet
 
-from g2gnet import cli, crossval, pretrain, train
-from g2gnet.pretrain import PretrainSettings
+from g2gnet.programs import cli, crossval, pretrain, train
+from g2gnet.programs.pretrain import PretrainSettings
 from g2gnet.training import TrainSettings
 from g2gnet.training.cross_validation import FoldSettings
 
 README = (ROOT / "README.md").read_text()
 PAGES = [README, *(page.read_text() for page in sorted((ROOT / "docs").glob("*.md")))]
-#: every command there and in the programs' help
+#: what is in pages and in the programs' help, each command on one line
+TEXT = re.sub(r"\\\n *", "", "\n".join([*PAGES, train.EXAMPLES, crossval.EXAMPLES]))
+#: every command there
 COMMANDS = [
     *dict.fromkeys(
-        re.findall(
-            r"python ((?:-m (?!tests|build|mpi4py|venv))?[\w.]+(?![\w./])(?: [^`\n]*)?)",
-            re.sub(r"\\\n *", "", "\n".join([*PAGES, train.EXAMPLES, crossval.EXAMPLES])),
-        )
+        re.findall(r"python ((?:-m (?!tests|build|mpi4py|venv))?[\w.]+(?![\w./])(?: [^`\n]*)?)", TEXT)
+        + re.findall(r"(?:^|`)(g2g-(?:analyze|pretrain|report|sweep) [^`\n]+)", TEXT, re.MULTILINE)
     )
 ]
 
@@ -39,7 +39,7 @@ SMALL = "--hidden_dim 64 --batch_size 16 --dst_interval 2 --limit_test 20 --epoc
 PROGRAMS = {
     "train.py": (train, TrainSettings, f"{SMALL} --limit_train 40"),
     "crossval.py": (crossval, FoldSettings, f"{SMALL} --k_folds 2"),
-    "-m g2gnet.pretrain": (pretrain, PretrainSettings, "--epochs 1 --batch_size 16"),
+    "g2g-pretrain": (pretrain, PretrainSettings, "--epochs 1 --batch_size 16"),
 }
 
 
@@ -58,11 +58,15 @@ def small_world(tmp_path_factory):
 
 @pytest.fixture
 def workplace(small_world, tmp_path, monkeypatch):
-    """An empty working directory beside that world, with the weights that ``g2gnet.pretrain`` would have written."""
+    """An empty working directory beside that world, with the weights that ``g2g-pretrain`` would have written."""
     (tmp_path / "data").symlink_to(small_world / "data")
     write_resnet(tmp_path / "checkpoints" / "resnet32_cifar10.pt", "cifar10", seed=1)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+#: the module of each command that is installed
+SCRIPTS = dict(re.findall(r'^(g2g-\w+) = "([\w.]+):main"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE))
 
 
 def split(command):
@@ -116,7 +120,7 @@ def test_each_example_with_checkpoints_runs_after_those_that_make_them(workplace
     for argument in arguments:
         if argument.endswith(".pth"):
             run("train.py", makers[Path(argument).stem])
-    assert importlib.import_module(program.removeprefix("-m ")).main(arguments) == 0
+    assert importlib.import_module(SCRIPTS[program]).main(arguments) == 0
 
 
 def stem_of(arguments):
@@ -128,7 +132,7 @@ def stem_of(arguments):
 def test_other_commands_are_of_programs_that_have_these_flags(capsys, command):
     """Benchmarks run in tests of their own."""
     program, arguments = split(command)
-    name = program.removeprefix("-m ")
+    name = SCRIPTS.get(program, program.removeprefix("-m "))
     module = importlib.import_module(name)
     if not hasattr(module, "main"):
         module = importlib.import_module(f"{name}.__main__")

@@ -3,8 +3,8 @@
 import shlex
 
 import train
-from g2gnet.tensor_file import write_tensors
-from g2gnet.training.run_files import read_checkpoint
+from g2gnet.base.tensor_files import write_tensors
+from g2gnet.training.checkpoints import read_checkpoint
 
 TINY = shlex.split(
     "--dataset fashionmnist-mini --hidden_dim 64 --block_size 8 --T 6 --enc_scale 3 --limit_train 200 --limit_test 100 "

@@ -4,7 +4,7 @@ import torch
 
 from g2gnet.data import load_dataset
 from g2gnet.training import Machine, TrainSettings, run_training
-from g2gnet.training.run_files import RunFiles
+from g2gnet.training.checkpoints import RunFiles
 
 #: what differs between the records of two equal runs
 TIMES = ("seconds", "cpu_seconds", "samples_per_s")

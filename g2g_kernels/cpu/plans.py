@@ -14,10 +14,10 @@ from collections import OrderedDict
 
 import torch
 
-from g2g_kernels.block_mask import BlockMask
 from g2g_kernels.cpu.interface import structures
 from g2g_kernels.cpu.library import library, too_large
-from g2g_kernels.unit_grid import MaskTensors
+from g2g_kernels.mask.block_mask import BlockMask
+from g2g_kernels.mask.unit_grid import MaskTensors
 
 #: number of plans that are always kept, and total units of further plans (a unit costs some 80 bytes)
 _PLANS, _UNITS = 64, 1 << 22

@@ -2,7 +2,7 @@
 
 import torch
 
-from g2g_kernels.block_mask import BlockMask
+from g2g_kernels.mask.block_mask import BlockMask
 
 DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 

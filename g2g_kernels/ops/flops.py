@@ -13,8 +13,8 @@ from collections.abc import Callable
 
 import torch
 
+from g2g_kernels.mask.unit_grid import MaskTensors
 from g2g_kernels.ops.record import Operator, of_arguments
-from g2g_kernels.unit_grid import MaskTensors
 
 _formulas: dict[torch._ops.OpOverload, Callable[..., int]] = {}
 

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from g2g_kernels.mask.unit_grid import MaskTensors
 from g2g_kernels.ops.derivatives import Autocast, gradients_of, needs_plain_operations, refuse_backward
 from g2g_kernels.tracing import is_observed
-from g2g_kernels.unit_grid import MaskTensors
 
 _library = torch.library.Library("g2g", "FRAGMENT")
 

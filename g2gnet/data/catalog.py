@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from g2g_kernels.choices import check_choice
-from g2gnet.data import own
+from g2gnet.data import npz
 from g2gnet.data.image_data import ImageData
 
 
@@ -70,7 +70,7 @@ def dataset_name(given: Path | str) -> str:
         >>> dataset_name("fashionmnist")
         'fashionmnist'
     """
-    return own.name_of(given) if str(given).endswith(own.SUFFIX) else str(given)
+    return npz.name_of(given) if str(given).endswith(npz.SUFFIX) else str(given)
 
 
 def load_dataset(name: str, data_dir: Path | str = "data") -> ImageData:
@@ -87,8 +87,8 @@ def load_dataset(name: str, data_dir: Path | str = "data") -> ImageData:
         >>> data.train_images.shape, data.num_classes
         (torch.Size([6000, 28, 28]), 10)
     """
-    if own.is_name(name):
-        return own.load(name, Path(data_dir))
+    if npz.is_name(name):
+        return npz.load(name, Path(data_dir))
     check_choice("dataset", name, DATASETS, "the name of your own .npz file (dataset_name)")
     module = importlib.import_module(f"{__package__}.{DATASETS[name].module}")
     return module.load(name, Path(data_dir))

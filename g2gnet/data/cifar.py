@@ -8,9 +8,9 @@ import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import check_integrity, extract_archive
 
+from g2gnet.base.files import directory, one_at_a_time
 from g2gnet.data.download import download
 from g2gnet.data.image_data import DataError, ImageData, MissingDataError
-from g2gnet.files import directory, one_at_a_time
 
 #: torchvision's reader of each data set; its class attributes hold the names, checksums and address of the files
 READERS: dict[str, type[CIFAR10]] = {"cifar10": CIFAR10, "cifar100": CIFAR100}

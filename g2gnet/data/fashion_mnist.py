@@ -14,10 +14,10 @@ import torch
 from torchvision.datasets import FashionMNIST
 from torchvision.datasets.utils import extract_archive
 
+from g2gnet.base.files import directory, one_at_a_time, open_file
+from g2gnet.base.messages import reason
 from g2gnet.data.download import download
 from g2gnet.data.image_data import DataError, ImageData, MissingDataError
-from g2gnet.files import directory, one_at_a_time, open_file
-from g2gnet.messages import reason
 
 #: where the Debian package dataset-fashion-mnist puts its files
 SYSTEM_DIR = Path("/usr/share/datasets/fashion-mnist")

@@ -1,13 +1,13 @@
 """The training engine: settings, the optimisation of one network, and a run's files."""
 
 from g2gnet.settings import NetworkSettings, Settings, SettingsError
-from g2gnet.training.health import TrainingError
+from g2gnet.training.checkpoints import CheckpointError
 from g2gnet.training.interruption import Interrupted
 from g2gnet.training.machine import Machine
+from g2gnet.training.numerical_checks import TrainingError
 from g2gnet.training.run import EpochCallback, run_epochs, run_training
-from g2gnet.training.run_files import CheckpointError
+from g2gnet.training.run_settings import RunSettings, TrainSettings
 from g2gnet.training.saved_run import SavedRun, read_run
-from g2gnet.training.settings import RunSettings, TrainSettings
 from g2gnet.training.trainer import Evaluation, Trainer
 
 __all__ = [

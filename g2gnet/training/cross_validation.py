@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from g2gnet.base.distributed import ALONE
 from g2gnet.data import ImageData
-from g2gnet.distributed import ALONE
 from g2gnet.settings import SettingsError, setting, with_default
 from g2gnet.training.machine import Machine
 from g2gnet.training.run import EpochCallback, run_training
-from g2gnet.training.settings import LARGEST_SEED, TrainSettings
+from g2gnet.training.run_settings import LARGEST_SEED, TrainSettings
 from g2gnet.training.trainer import Trainer
 
 ACCURACIES = ("train_acc", "val_acc", "test_acc")

@@ -10,13 +10,13 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import nn
 
+from g2gnet.base.schedules import SCHEDULES
+from g2gnet.base.seeding import stream
 from g2gnet.data import ImageData
-from g2gnet.schedules import SCHEDULES
-from g2gnet.seeding import stream
-from g2gnet.training.health import CHECK_INTERVAL, FiniteWatch
-from g2gnet.training.run_files import check_number
-from g2gnet.training.settings import RunSettings
-from g2gnet.training.state import check_like, check_position, load_model, load_optimizer
+from g2gnet.training.checkpoints import check_number
+from g2gnet.training.numerical_checks import CHECK_INTERVAL, FiniteWatch
+from g2gnet.training.run_settings import RunSettings
+from g2gnet.training.saved_state import check_like, check_position, load_model, load_optimizer
 
 #: called after each training step with the number of images so far in the epoch, and their mean loss and accuracy
 StepCallback = Callable[[int, torch.Tensor, torch.Tensor], None]
@@ -63,7 +63,7 @@ class Progress:
 class EpochTrainer(ABC):
     """Trains a module on images.
 
-    Every random draw comes from a stream named by the seed and a counter (:mod:`g2gnet.seeding`), so that
+    Every random draw comes from a stream named by the seed and a counter (:mod:`g2gnet.base.seeding`), so that
     :meth:`state_dict` restores a run to the last bit.
 
     Args:
@@ -141,7 +141,7 @@ class EpochTrainer(ABC):
         """Resumes from a saved state.
 
         Raises:
-            Exception: of a kind in ``g2gnet.training.state.UNFIT``, if the state does not fit the network.
+            Exception: of a kind in ``g2gnet.training.saved_state.UNFIT``, if the state does not fit the network.
         """
         check_position(state, self._batches)
         load_model(self.net, state["model"])

@@ -5,12 +5,12 @@ from collections.abc import Iterator
 
 import torch
 
-from g2gnet.analysis import Batch
+from g2gnet.base.distributed import ALONE, World
+from g2gnet.base.seeding import draw_device, stream
 from g2gnet.data import ImageData, as_samples
-from g2gnet.distributed import ALONE, World
+from g2gnet.inspect import Batch
 from g2gnet.network import G2GNet
-from g2gnet.seeding import draw_device, stream
-from g2gnet.training.settings import TrainSettings
+from g2gnet.training.run_settings import TrainSettings
 
 
 def build_network(settings: TrainSettings, input_dim: int, num_classes: int, backend: str | None = None) -> G2GNet:

@@ -7,8 +7,8 @@ import torch
 from g2g_kernels import available_backends
 from g2g_kernels.cpu.library import instruction_set
 from g2g_kernels.dispatch import forced_backend
-from g2gnet.distributed import ALONE, World
-from g2gnet.version import __version__
+from g2gnet.base.distributed import ALONE, World
+from g2gnet.base.version import __version__
 
 
 class Machine(NamedTuple):

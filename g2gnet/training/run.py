@@ -11,19 +11,19 @@ from typing import Any, Generic, TypeVar
 import torch
 from tqdm import tqdm
 
-from g2gnet.analysis import ANALYSIS_SAMPLES, NetworkAnalysis, analyze_network
+from g2gnet.base.distributed import rank
+from g2gnet.base.messages import say, warn
+from g2gnet.base.seeding import make_deterministic
+from g2gnet.base.tensor_files import TensorFileError
 from g2gnet.data import ImageData
-from g2gnet.distributed import rank
-from g2gnet.messages import say, warn
-from g2gnet.seeding import make_deterministic
-from g2gnet.tensor_file import TensorFileError
+from g2gnet.inspect import ANALYSIS_SAMPLES, NetworkAnalysis, analyze_network
+from g2gnet.training.checkpoints import Checkpoint, CheckpointError, RunFiles, check_history, compared
 from g2gnet.training.epochs import EpochTrainer
-from g2gnet.training.health import TrainingError
 from g2gnet.training.interruption import Interrupted, StopSignals
 from g2gnet.training.machine import Machine
-from g2gnet.training.run_files import Checkpoint, CheckpointError, RunFiles, check_history, compared
-from g2gnet.training.settings import RunSettings, TrainSettings
-from g2gnet.training.state import UNFIT
+from g2gnet.training.numerical_checks import TrainingError
+from g2gnet.training.run_settings import RunSettings, TrainSettings
+from g2gnet.training.saved_state import UNFIT
 from g2gnet.training.trainer import Trainer
 
 TrainerT = TypeVar("TrainerT", bound=EpochTrainer)

@@ -5,7 +5,7 @@ import torch
 from g2gnet.data import ImageData
 from g2gnet.sequences import input_order
 from g2gnet.settings import SettingsError
-from g2gnet.training.settings import TrainSettings
+from g2gnet.training.run_settings import TrainSettings
 
 
 def check_images(settings: TrainSettings, data: ImageData) -> None:

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 
 from g2g_kernels import BlockMask
-from g2g_kernels.wiring import read_row
+from g2g_kernels.mask.wiring import read_row
 from g2gnet.network import G2GNet
 from g2gnet.settings import SettingsError
+from g2gnet.training.checkpoints import CheckpointError, check_history, check_number, read_checkpoint
 from g2gnet.training.cross_validation import FoldSettings
 from g2gnet.training.evaluation import build_network
-from g2gnet.training.run_files import CheckpointError, check_history, check_number, read_checkpoint
-from g2gnet.training.settings import TrainSettings
-from g2gnet.training.state import UNFIT, load_model
+from g2gnet.training.run_settings import TrainSettings
+from g2gnet.training.saved_state import UNFIT, load_model
 
 #: what every epoch's record must contain besides its measures: a number for each layer
 MEASURES_BY_LAYER = ("units_kept", "initial_units_kept")

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from g2gnet.analysis.connections import group_weight
-from g2gnet.files import make_directory
-from g2gnet.messages import reason, warn
-from g2gnet.training.run_files import numbers
+from g2gnet.base.files import make_directory
+from g2gnet.base.messages import reason, warn
+from g2gnet.inspect.connections import group_weight
+from g2gnet.training.checkpoints import numbers
 from g2gnet.training.trainer import Trainer
 
 #: side of a cell of a heat map, in pixels

@@ -14,25 +14,25 @@ from torch.nn.parallel import DistributedDataParallel
 from g2g_kernels import Activity
 from g2g_kernels.numbers import share_of
 from g2g_kernels.triton import runtime
-from g2gnet.analysis import Batch
-from g2gnet.cuda_graph import CapturedStep
+from g2gnet.base.distributed import World
+from g2gnet.base.seeding import draw_device, stream
 from g2gnet.data import ImageData, as_samples, random_crop_and_flip, random_erase
-from g2gnet.distributed import World
-from g2gnet.dst import DSTScheduler, least_density, mean_density
+from g2gnet.dst.scheduler import DSTScheduler, least_density, mean_density
+from g2gnet.inspect import Batch
 from g2gnet.network import G2GNet
-from g2gnet.regularizer import RateTarget, rate_penalty, rate_target
-from g2gnet.seeding import draw_device, stream
 from g2gnet.settings import SettingsError
-from g2gnet.ties import tie_wiring, untie_wiring
+from g2gnet.training.captured_step import CapturedStep
+from g2gnet.training.checkpoints import check_number
 from g2gnet.training.epochs import EpochTrainer, Progress, StepCallback
 from g2gnet.training.evaluation import autocast, build_network, run_images
-from g2gnet.training.health import LayerWatch, check_counts, check_labels, check_rates
+from g2gnet.training.least_memory import check_memory
 from g2gnet.training.machine import Machine
-from g2gnet.training.run_files import check_number
+from g2gnet.training.numerical_checks import LayerWatch, check_counts, check_labels, check_rates
+from g2gnet.training.regularizer import RateTarget, rate_penalty, rate_target
+from g2gnet.training.run_settings import TrainSettings
 from g2gnet.training.samples import check_images, order_of
-from g2gnet.training.settings import TrainSettings
-from g2gnet.training.sizes import check_memory
-from g2gnet.training.state import check_like, load_model
+from g2gnet.training.saved_state import check_like, load_model
+from g2gnet.weights.tied_averages import tie_wiring, untie_wiring
 
 logger = logging.getLogger("g2gnet")
 

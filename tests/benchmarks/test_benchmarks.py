@@ -28,7 +28,7 @@ from benchmarks.registry import KERNELS, Entry, choose, declared_peers, entries
 from benchmarks.workload import Prepared, Workload, load, prepare
 from g2g_kernels import BackendError, available_backends, lif
 from g2gnet.data import DataError, load_dataset
-from g2gnet.dst_rules import GROW_RULES
+from g2gnet.dst.rules import GROW_RULES
 
 TINY = Workload(batch_size=40, T=6, hidden_dim=48, block_size=8, dataset="fashionmnist-mini", train_steps=3)
 WHOLES = ("", " as a whole")

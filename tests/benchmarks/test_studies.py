@@ -29,10 +29,10 @@ from benchmarks.redraw import STUDIES
 from benchmarks.study import Study, spread
 from g2g_kernels import BlockMask, GroupLayout
 from g2gnet import G2GLinear, G2GNet
+from g2gnet.base.tables import markdown
+from g2gnet.base.tensor_files import read_tensors
 from g2gnet.data import load_dataset
-from g2gnet.data.own import name_of
-from g2gnet.tables import markdown
-from g2gnet.tensor_file import read_tensors
+from g2gnet.data.npz import name_of
 from g2gnet.training import CheckpointError, TrainingError, TrainSettings
 
 SMALL = Study(

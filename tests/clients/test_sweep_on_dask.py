@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from training_runs import SMALL, assert_equal, load
 
-from g2gnet import sweep
+from g2gnet.programs import sweep
 
 distributed = pytest.importorskip("distributed", reason="distributed is not installed (pip install -e '.[clients]')")
 

@@ -5,7 +5,6 @@ Imports inside functions count, those for type checkers do not.
 
 import ast
 import functools
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,21 +13,32 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 
-#: modules of ``g2g_kernels``, or packages of them, from the bottom to the top
-LAYERS = (
-    ("numbers", "choices", "tracing", "device"),
-    ("groups", "sides", "packing", "unit_grid", "graph", "wiring", "sampling", "block_mask", "dispatch"),
-    ("cpu", "triton"),
-    ("backends",),
-    ("ops.derivatives", "ops.checks", "ops.record", "ops.flops"),
-    ("ops.neurons", "ops.g2g_linear"),
-    ("ops.g2g_stack",),
-    ("ops", "doctor", ""),
-)
-
-
-#: parts of ``g2gnet``, each with those above it
-ABOVE = (("stack", "data"), ("network", "data"), ("data", "training"), ("training", "cli"), ("training", "report"))
+#: of each package its modules, or folders of them, from the bottom to the top
+LAYERS = {
+    "g2g_kernels": (
+        ("numbers", "choices", "tracing", "device"),
+        ("mask", "dispatch"),
+        ("cpu", "triton"),
+        ("backends",),
+        ("ops.derivatives", "ops.checks", "ops.record", "ops.flops"),
+        ("ops.neurons", "ops.g2g_linear"),
+        ("ops.g2g_stack",),
+        ("ops", "doctor", ""),
+    ),
+    "g2gnet": (
+        ("base",),
+        ("weights",),
+        ("layers", "neurons", "encoding", "sequences", "data"),
+        ("graphs",),
+        ("stack", "settings"),
+        ("network", "sparsify", "recording", "interop"),
+        ("dst", "inspect"),
+        ("training",),
+        ("programs",),
+        ("__main__", ""),
+    ),
+}
+NAMED = [(package, name) for package, layers in LAYERS.items() for layer in layers for name in layer if name]
 
 
 @functools.cache
@@ -66,9 +76,9 @@ def short(module: str) -> str:
     return module.partition(".")[2]
 
 
-def layer_of(module: str) -> int:
-    """The number of the layer of the longest name that is this module or a package around it."""
-    names = {name: number for number, layer in enumerate(LAYERS) for name in layer}
+def layer_of(package: str, module: str) -> int:
+    """The number of the layer of the longest name that is this module or a folder around it."""
+    names = {name: number for number, layer in enumerate(LAYERS[package]) for name in layer}
     return names[max((name for name in names if f"{module}.".startswith(f"{name}." if name else "")), key=len)]
 
 
@@ -81,43 +91,48 @@ def circle(imports: dict[str, set[str]]) -> list[str]:
     return sorted(left)
 
 
-@pytest.mark.parametrize("package", ["g2g_kernels", "g2gnet"])
+@pytest.mark.parametrize("package", LAYERS)
 def test_no_module_imports_itself_by_others(package):
     assert circle(imports_of(package)) == []
 
 
-def test_kernels_know_nothing_of_networks():
-    files = (ROOT / "g2g_kernels").rglob("*.py")
-    assert not [file for file in files if re.search(r"^\s*(from|import) g2gnet\b", file.read_text("utf-8"), re.M)]
+@pytest.mark.parametrize("package", LAYERS)
+def test_no_folder_imports_itself_by_others(package):
+    folders: dict[str, set[str]] = {}
+    for module, others in imports_of(package).items():
+        folder = module.partition(".")[0]
+        folders.setdefault(folder, set()).update({other.partition(".")[0] for other in others} - {folder})
+    assert circle(folders) == []
 
 
-@pytest.mark.parametrize(("part", "above"), ABOVE)
-def test_a_part_of_g2gnet_imports_nothing_from_above_it(part, above):
+@pytest.mark.parametrize("package", LAYERS)
+def test_modules_import_from_lower_layers_only(package):
+    imports = imports_of(package).items()
+    pairs = [(module, other) for module, others in imports for other in others]
+    assert [f"{a} → {b}" for a, b in pairs if layer_of(package, b) > layer_of(package, a)] == []
+
+
+@pytest.mark.parametrize("part", ["stack", "network"])
+def test_networks_know_nothing_of_data_sets(part):
     networks = imports_of("g2gnet")
-    found, pending = set(), {module for module in networks if f"{module}.".startswith(f"{part}.")}
-    assert pending
+    found, pending = set(), {part}
     while pending:
         found |= pending
         pending = set().union(*(networks[module] for module in pending)) - found
-    assert not [module for module in found if f"{module}.".startswith(f"{above}.")]
-
-
-def test_modules_import_from_lower_layers_only():
-    imports = imports_of("g2g_kernels").items()
-    upwards = [f"{m} → {other}" for m, others in imports for other in others if layer_of(other) > layer_of(m)]
-    assert upwards == []
+    assert not [module for module in found if f"{module}.".startswith("data.")]
 
 
 def test_imports_are_found():
     imports = imports_of("g2g_kernels")
-    assert {"cpu.library", "unit_grid", "ops.record"} <= imports["ops.g2g_stack.cpu"]
+    assert {"cpu.library", "mask.unit_grid", "ops.record"} <= imports["ops.g2g_stack.cpu"]
     assert "ops.neurons.triton" in imports["ops.neurons"], "imported inside a function"
-    assert layer_of("ops.neurons.models") < layer_of("ops.g2g_stack.call") < layer_of("")
+    layers = [layer_of("g2g_kernels", module) for module in ("ops.neurons.models", "ops.g2g_stack.call", "")]
+    assert layers == sorted(set(layers))
 
 
-@pytest.mark.parametrize("name", sorted({name for layer in LAYERS for name in layer if name}))
-def test_every_named_module_exists(name):
-    assert name in imports_of("g2g_kernels")
+@pytest.mark.parametrize(("package", "name"), NAMED)
+def test_every_named_module_exists(package, name):
+    assert name in imports_of(package)
 
 
 def test_a_circle_is_found():

@@ -6,7 +6,7 @@ from helpers import seeded
 
 from g2gnet import G2GNet
 from g2gnet.encoding import encode
-from g2gnet.regularizer import rate_penalty, rate_target
+from g2gnet.training.regularizer import rate_penalty, rate_target
 
 
 def test_current_is_scaled_and_shifted():

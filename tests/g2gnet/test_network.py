@@ -14,8 +14,8 @@ from snntorch import surrogate
 
 from g2g_kernels import BackendError, g2g_stack, lif
 from g2gnet import G2GNet, SpikingStack, Synaptic, stack
-from g2gnet.patterns import MODELS
 from g2gnet.settings import PARAMETERS, NetworkSettings
+from g2gnet.weights.patterns import MODELS
 
 SPARSE = [model for model in MODELS if model != "dense"]
 

@@ -14,7 +14,7 @@ from g2gnet import LIF, AdLIF, DSTScheduler, G2GLinear, SpikingStack
 from g2gnet.data import load_dataset
 from g2gnet.interop import from_snntorch, to_nir, to_snntorch
 from g2gnet.interop.neurobench import to_neurobench
-from g2gnet.report.content import inspect
+from g2gnet.programs.report.content import inspect
 from g2gnet.settings import SettingsError
 from g2gnet.stack import READOUTS
 from g2gnet.training import TrainSettings, read_run

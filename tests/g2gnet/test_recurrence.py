@@ -13,7 +13,7 @@ from g2g_kernels.ops.neurons import RESETS
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
 from g2g_kernels.triton.runtime import interpreted
 from g2gnet import LIF, AdLIF, DSTScheduler, G2GLinear, G2GNet, SpikingStack, Synaptic
-from g2gnet.dst_scores import unit_correlation
+from g2gnet.dst.scores import unit_correlation
 from g2gnet.recording import ActivityRecorder, dense
 from g2gnet.settings import NetworkSettings, SettingsError
 

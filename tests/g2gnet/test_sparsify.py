@@ -13,7 +13,7 @@ from torch.nn.utils import prune
 
 from g2g_kernels import BlockMask, GroupLayout
 from g2gnet import LIF, DSTScheduler, G2GLinear, SpikingStack, sparsify
-from g2gnet.dst_scores import unit_correlation
+from g2gnet.dst.scores import unit_correlation
 
 
 def block_mask(out_size=24, in_size=30, seed=0):
@@ -299,7 +299,7 @@ def recorded_correlations(model, run, monkeypatch):
         seen.append((pre.reshape(-1, pre.shape[-1]), post.reshape(-1, post.shape[-1])))
         return unit_correlation(pre, post, *rest)
 
-    monkeypatch.setattr("g2gnet.dst.unit_correlation", spy)
+    monkeypatch.setattr("g2gnet.dst.scheduler.unit_correlation", spy)
     dst = DSTScheduler(model, torch.optim.SGD(model.parameters(), lr=0.1), interval=1)
     run()
     dst.step()

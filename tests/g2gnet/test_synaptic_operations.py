@@ -11,8 +11,8 @@ from torch import nn
 
 from g2g_kernels.ops.g2g_stack import operator
 from g2gnet import LIF, DSTScheduler, G2GLinear, G2GNet, SpikingStack
-from g2gnet.analysis import Batch, analyze_network
-from g2gnet.analysis.tables import headline, layers_table
+from g2gnet.inspect import Batch, analyze_network
+from g2gnet.inspect.summaries import headline, layers_table
 
 B, T = 3, 5
 

@@ -29,11 +29,11 @@ from g2g_kernels import BackendError, BlockMask, GroupLayout, g2g_linear, g2g_st
 from g2g_kernels.ops import g2g_linear as g2g_linear_module
 from g2g_kernels.ops import g2g_stack as g2g_stack_module
 from g2g_kernels.ops import neurons as neurons_module
+from g2gnet.base.tensor_files import TensorFileError, parse_tensors, with_digest
 from g2gnet.data import load_dataset
 from g2gnet.layers import G2GLinear
-from g2gnet.tensor_file import TensorFileError, parse_tensors, with_digest
 from g2gnet.training import Machine, Trainer, TrainSettings
-from g2gnet.training.state import UNFIT
+from g2gnet.training.saved_state import UNFIT
 
 
 def saved(content):

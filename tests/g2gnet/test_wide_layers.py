@@ -8,9 +8,10 @@ import torch
 from helpers import Largest
 
 from g2g_kernels import GroupLayout, available_backends
-from g2gnet import G2GNet, dst_scores
-from g2gnet.analysis import SpikeSums, coherence, count_correlation, temporal_synchrony
+from g2gnet import G2GNet
 from g2gnet.data import load_dataset
+from g2gnet.dst import scores
+from g2gnet.inspect import SpikeSums, coherence, count_correlation, temporal_synchrony
 from g2gnet.training import Machine, TrainSettings, run_training
 
 H, GROUPS = 512, 64
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.skipif(available_backends() == ["torch"], reason="needs
 
 @pytest.mark.parametrize(("prune", "grow"), [("set", "gradient"), ("hebb", "hebb")])
 def test_training_rewiring_analysis_and_resuming_form_no_dense_weights(prune, grow, tmp_path, monkeypatch):
-    monkeypatch.setattr(dst_scores, "BAND", 1)  # one block row of the gradient at a time
+    monkeypatch.setattr(scores, "BAND", 1)  # one block row of the gradient at a time
     data = load_dataset("fashionmnist-mini").limited(64, 32)
     settings = TrainSettings(
         **WIDE,

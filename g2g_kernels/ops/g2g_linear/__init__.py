@@ -4,8 +4,8 @@ from types import ModuleType
 
 import torch
 
-from g2g_kernels.block_mask import BlockMask
 from g2g_kernels.dispatch import Operator, forced_backend
+from g2g_kernels.mask.block_mask import BlockMask
 from g2g_kernels.ops.checks import check_connection, check_tensor
 from g2g_kernels.ops.derivatives import has_tangent
 from g2g_kernels.ops.g2g_linear import cpu, reference

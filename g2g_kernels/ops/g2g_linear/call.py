@@ -5,11 +5,11 @@ from typing import NamedTuple
 
 import torch
 
-from g2g_kernels.block_mask import BlockMask
+from g2g_kernels.mask.block_mask import BlockMask
+from g2g_kernels.mask.unit_grid import MaskTensors
 from g2g_kernels.ops.flops import count_flops, product_flops
 from g2g_kernels.ops.g2g_linear import reference
 from g2g_kernels.ops.record import TYPES, Backward, Differentiable, Operator
-from g2g_kernels.unit_grid import MaskTensors
 
 
 class LinearCall(NamedTuple):

@@ -10,12 +10,12 @@ from ctypes import Structure
 
 import torch
 
-from g2g_kernels.block_mask import BlockMask
 from g2g_kernels.cpu import plans
 from g2g_kernels.cpu.interface import structures
 from g2g_kernels.cpu.library import bf16_wanted, event_limit, library, pointer, run
 from g2g_kernels.cpu.plans import Plan, plan_for
 from g2g_kernels.cpu.workspace import workspace
+from g2g_kernels.mask.block_mask import BlockMask
 from g2g_kernels.ops.g2g_linear.call import LinearCall, operators, product
 from g2g_kernels.ops.record import Backward
 

@@ -2,9 +2,9 @@
 
 import torch
 
-from g2g_kernels.block_mask import BlockMask
+from g2g_kernels.mask.block_mask import BlockMask
+from g2g_kernels.mask.unit_grid import MaskTensors
 from g2g_kernels.ops.checks import mixed_dtypes
-from g2g_kernels.unit_grid import MaskTensors
 
 
 def refuses(x: torch.Tensor, values: torch.Tensor, mask: BlockMask, bias: torch.Tensor | None) -> str | None:

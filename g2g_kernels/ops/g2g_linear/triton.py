@@ -24,7 +24,10 @@ import triton
 import triton.language as tl
 from torch.nn import functional as F
 
-from g2g_kernels.block_mask import BlockMask
+from g2g_kernels.mask.block_mask import BlockMask
+from g2g_kernels.mask.packing import assembled, no_tiles, packed
+from g2g_kernels.mask.sides import Side
+from g2g_kernels.mask.unit_grid import MaskTensors
 from g2g_kernels.ops.g2g_linear.call import LinearCall, operators
 from g2g_kernels.ops.g2g_linear.call import product as product_of
 from g2g_kernels.ops.g2g_linear.tiles import (
@@ -37,8 +40,6 @@ from g2g_kernels.ops.g2g_linear.tiles import (
     weight_gradient_tiles,
 )
 from g2g_kernels.ops.record import Backward
-from g2g_kernels.packing import assembled, no_tiles, packed
-from g2g_kernels.sides import Side
 from g2g_kernels.triton import runtime
 from g2g_kernels.triton.products import (
     in_parts,
@@ -49,7 +50,6 @@ from g2g_kernels.triton.products import (
     precision_of,
 )
 from g2g_kernels.triton.runtime import cdiv, launch, next_power_of_2
-from g2g_kernels.unit_grid import MaskTensors
 
 # --- the graph as kernels read it -------------------------------------------------------------------------------
 

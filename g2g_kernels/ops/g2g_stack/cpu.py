@@ -30,6 +30,7 @@ from g2g_kernels.cpu.library import (
 )
 from g2g_kernels.cpu.plans import Plan, blocks, plan_for
 from g2g_kernels.cpu.workspace import workspace
+from g2g_kernels.mask.unit_grid import MaskTensors
 from g2g_kernels.ops.g2g_linear.cpu import g2g_linear
 from g2g_kernels.ops.g2g_stack.activity import Activity
 from g2g_kernels.ops.g2g_stack.call import Outputs, StackCall, operators
@@ -41,7 +42,6 @@ from g2g_kernels.ops.neurons.models import MODELS, Neurons
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
 from g2g_kernels.ops.record import TYPES, Backward, Operator, opened
 from g2g_kernels.tracing import is_traced
-from g2g_kernels.unit_grid import MaskTensors
 
 logger = logging.getLogger("g2g_kernels")
 

@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from g2g_kernels.block_mask import BlockMask
+from g2g_kernels.mask.block_mask import BlockMask
+from g2g_kernels.mask.unit_grid import MaskTensors
 from g2g_kernels.ops.neurons.models import Neurons
 from g2g_kernels.ops.record import TYPES
-from g2g_kernels.unit_grid import MaskTensors
 
 #: called with the inputs of a product and what it gives; returns that
 Observer = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

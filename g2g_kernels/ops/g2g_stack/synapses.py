@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from g2g_kernels.block_mask import BlockMask
-from g2g_kernels.wiring import version
+from g2g_kernels.mask.block_mask import BlockMask
+from g2g_kernels.mask.wiring import version
 
 
 class SynapticOperations(NamedTuple):

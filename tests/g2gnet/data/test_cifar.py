@@ -10,9 +10,9 @@ from scipy import stats
 from small_data import cifar_archive, cifar_files, expect_files, write
 from torchvision.transforms import v2
 
+from g2gnet.base.seeding import stream
 from g2gnet.data import DataError, as_samples, cifar, load_dataset, random_crop_and_flip, random_erase
 from g2gnet.data.augmentation import SHIFTS
-from g2gnet.seeding import stream
 
 NAMES = ("cifar10", "cifar100")
 ALL_FILES = {

@@ -14,7 +14,7 @@ import torch
 from small_data import NOBODY_LISTENS, cifar_archive, cifar_files, fashion_mnist_files, write
 from torchvision.datasets import FashionMNIST
 
-from g2gnet.data import DataError, as_samples, cifar, dataset_name, fashion_mnist, load_dataset, own
+from g2gnet.data import DataError, as_samples, cifar, dataset_name, fashion_mnist, load_dataset, npz
 
 
 @pytest.fixture
@@ -167,7 +167,7 @@ def test_data_of_ones_own_are_read_and_named_by_their_content(tmp_path, save, dt
         assert (data.name, data.input_dim, data.num_classes) == (name, 20, 3)
         assert np.array_equal(data.train_images.numpy(), arrays["train_images"])
         assert data.test_labels.tolist() == arrays["test_labels"].tolist()
-        own._paths.clear()  # another process finds it by its name in the folder of data
+        npz._paths.clear()  # another process finds it by its name in the folder of data
     save(tmp_path / "mine.npz", **own_arrays(test_labels=np.zeros(9, np.int64)))
     with pytest.raises(DataError, match=rf"mine.npz is mine-.*, not {name}"):
         load_dataset(name, tmp_path)
@@ -248,7 +248,7 @@ def test_a_long_header_is_refused_before_it_is_read(tmp_path, monkeypatch):
 def test_the_size_of_arrays_is_known_before_they_are_read(tmp_path, monkeypatch):
     images = {f"{part}_images": np.zeros((n, 5000, 400), np.uint8) for part, n in (("train", 30), ("test", 9))}
     np.savez_compressed(tmp_path / "mine.npz", **own_arrays(**images))
-    monkeypatch.setattr(own, "available", lambda: 1 << 20)
+    monkeypatch.setattr(npz, "available", lambda: 1 << 20)
     monkeypatch.setattr(np.lib.format, "read_array", None)
     with pytest.raises(DataError, match=r"its arrays take 0\.1 GB of memory"):
         load_dataset(dataset_name(str(tmp_path / "mine.npz")), tmp_path)

@@ -23,13 +23,13 @@ from training_runs import SMALL, VARIANTS, assert_equal, flags_of, load, run
 
 import train
 from g2g_kernels import available_backends
-from g2gnet import distributed
+from g2gnet.base import distributed
+from g2gnet.base.distributed import DistributedError, World, join
 from g2gnet.data import as_samples, load_dataset
-from g2gnet.distributed import DistributedError, World, join
 from g2gnet.training import Machine, SettingsError, Trainer, TrainSettings
+from g2gnet.training.checkpoints import RunFiles
 from g2gnet.training.cross_validation import FoldSettings, cross_validate
 from g2gnet.training.evaluation import autocast, build_network
-from g2gnet.training.run_files import RunFiles
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available() or os.name != "posix", reason="needs gloo and signals")
 
@@ -41,14 +41,16 @@ EVERYTHING |= {"enforce_sparsity": True, "warmup_epochs": 0}
 PROGRAM = """
 import atexit, datetime, importlib, os, platform, signal, sys, threading, time
 from pathlib import Path
-from g2gnet import cli, distributed, dst
+from g2gnet.programs import cli
+from g2gnet.base import distributed
+from g2gnet.dst import scheduler
 from g2gnet.data import DataError
 from g2gnet.training import Trainer
 
 name, *flags = sys.argv.pop(1).split("|")[int(os.environ["RANK"])].split()
 name, _, fault = name.partition(":")
 distributed.PATIENCE, distributed.FAREWELL = 0.5, datetime.timedelta(seconds=1)
-train_step, stream, number = Trainer._train_step, dst.stream, Path(sys.argv[0] + ".id")
+train_step, stream, number = Trainer._train_step, scheduler.stream, Path(sys.argv[0] + ".id")
 
 def step(self, index):  # of four in each of three epochs
     at = self.step, fault
@@ -84,7 +86,7 @@ Trainer._train_step = step
 if fault in ("no-data", "watches"):
     cli.load_data = no_data if fault == "no-data" else watch
 elif fault == "other-draws":
-    dst.stream = lambda seed, *rest, **options: stream(seed + 1, *rest, **options)
+    scheduler.stream = lambda seed, *rest, **options: stream(seed + 1, *rest, **options)
 elif fault == "other-python":
     platform.python_version = lambda: "2.7.18"
 elif fault == "interrupted":  # by Ctrl-C, while it waits
@@ -341,7 +343,7 @@ def test_ctrl_c_ends_a_process_that_waits(tmp_path, several, ranks, size, status
 PLACES = """
 import datetime, os
 import torch
-from g2gnet import distributed
+from g2gnet.base import distributed
 try:
     with distributed.join(torch.device("cpu"), {}, datetime.timedelta(seconds=2)) as world:
         world.stage = f"place {world.rank}"
@@ -583,7 +585,7 @@ def test_what_the_scheduler_cannot_work_with_is_refused_or_named(tmp_path, sever
 MAKER = """
 import sys, time
 from pathlib import Path
-from g2gnet.files import one_at_a_time
+from g2gnet.base.files import one_at_a_time
 file = Path(sys.argv[1])
 with one_at_a_time(file):
     if not file.exists():

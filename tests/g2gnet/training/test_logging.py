@@ -16,10 +16,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train
 from g2g_kernels import BlockMask, GroupLayout
-from g2gnet.analysis.connections import group_weight
 from g2gnet.data import load_dataset
+from g2gnet.inspect.connections import group_weight
 from g2gnet.training import Machine, TrainSettings, run_training
-from g2gnet.training.run_files import RunFiles
+from g2gnet.training.checkpoints import RunFiles
 from g2gnet.training.tensorboard import TensorBoardLog
 
 SMALL = {

@@ -16,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training_runs import SMALL, VARIANTS, assert_equal, flags_of, load, run
 
 import g2gnet
+from g2gnet.base.tensor_files import TensorFileError, read_tensors, write_tensors
 from g2gnet.data import load_dataset
 from g2gnet.neurons import LIF, Synaptic
-from g2gnet.tensor_file import TensorFileError, read_tensors, write_tensors
 from g2gnet.training import (
     CheckpointError,
     Interrupted,
@@ -29,8 +29,8 @@ from g2gnet.training import (
     read_run,
     run_training,
 )
-from g2gnet.training.health import DRIFTING, FiniteWatch, LayerWatch
-from g2gnet.training.run_files import RunFiles
+from g2gnet.training.checkpoints import RunFiles
+from g2gnet.training.numerical_checks import DRIFTING, FiniteWatch, LayerWatch
 
 posix = pytest.mark.skipif(os.name != "posix", reason="signals and forks are those of POSIX")
 
@@ -318,7 +318,7 @@ def test_a_lock_dies_with_its_owner(tmp_path):
     program.write_text(
         f"""
 import time
-from g2gnet.training.run_files import RunFiles
+from g2gnet.training.checkpoints import RunFiles
 with RunFiles({str(tmp_path)!r}, "name").locked():
     print("locked", flush=True)
     time.sleep(3600)

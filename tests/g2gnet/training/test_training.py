@@ -11,9 +11,9 @@ from training_runs import SMALL, VARIANTS, assert_equal, load, run
 
 from benchmarks.machine import pytorch_threads
 from g2gnet import SpikingStack
+from g2gnet.base.seeding import stream
+from g2gnet.base.tensor_files import write_tensors
 from g2gnet.data import DataError, as_samples, load_dataset, random_crop_and_flip, random_erase
-from g2gnet.seeding import stream
-from g2gnet.tensor_file import write_tensors
 from g2gnet.training import (
     CheckpointError,
     Machine,

@@ -1,0 +1,337 @@
+"""Which blocks of weights exist: the one description of a sparse layer's graph.
+
+Kernels, dynamic sparse training, plots and checkpoints all read a :class:`BlockMask`. It holds indices only; the
+weights themselves are *packed*, one [unit_rows, unit_cols] tile per present unit, in a tensor that the caller owns.
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from g2g_kernels.mask import conversions, packing
+from g2g_kernels.mask.groups import GroupLayout, partners
+from g2g_kernels.mask.sampling import sample_rows
+from g2g_kernels.mask.sides import UnitAxis
+from g2g_kernels.mask.unit_grid import UnitGrid
+from g2g_kernels.mask.wiring import as_row, numbers_of, read_row, version
+from g2g_kernels.numbers import PROBABILITY, SIZE
+from g2g_kernels.tracing import on_cpu
+
+
+class BlockMask(UnitGrid):
+    """The units (blocks of weights) that a sparse [out, in] weight matrix has.
+
+    A unit is a block of at most ``block_size`` × ``block_size`` weights in group-sorted order that never crosses a
+    group's edge: each group is cut into as few ranges as possible, of nearly equal length (:class:`UnitAxis`). Each
+    present unit has a *slot*, its place in the packed values [num_units, unit_rows, unit_cols]. A unit that is one
+    neuron shorter than others is padded; the padding is ignored.
+
+    The mask is an ``nn.Module``, so it moves, copies, pickles and saves with the layer that owns it. Its indices are
+    not buffers, so weight averages leave them alone. :meth:`relabel_` gives slots to other units in place: shapes and
+    addresses never change.
+
+    Its one buffer, ``wiring``, describes the mask in floats (``mask/wiring.py``), so the mask travels wherever
+    parameters and buffers do. A ``state_dict`` has the same row and nothing else. The mask writes that buffer and never
+    reads it; what arrives there is for its owner to find (as ``g2gnet`` does).
+
+    Args:
+        out_layout, in_layout: the groups of the output and input neurons.
+        unit_row, unit_col: integer tensors [num_units], the unit coordinates of each slot.
+        block_size: the longest side of a unit, in weights.
+
+    Attributes:
+        rows, cols: :class:`UnitAxis` of the output and the input side.
+        changes: the number of changes of units so far.
+        own_wiring: the buffer of this mask itself. Inside ``torch.func.functional_call`` another one may stand in its
+            place, as ``wiring``.
+        written: its version (``g2g_kernels.mask.wiring.version``) when the mask wrote it last.
+        unit_row, unit_col: int32 [num_units], the coordinates of the unit in each slot.
+        row_ptr, row_slot: int32 [rows.num_units + 1], int32 [num_units]: the slots of block row r, by column, are
+            ``row_slot[row_ptr[r] : row_ptr[r + 1]]``.
+        col_ptr, col_slot: the same for block columns (the transposed index), by row.
+
+    Raises:
+        ValueError: for coordinates outside the grid, or a unit given twice.
+
+    Example:
+        >>> draw = torch.Generator().manual_seed(0)
+        >>> mask = BlockMask.sample(GroupLayout(32), GroupLayout(64), p_inter=0.15, block_size=4, generator=draw)
+        >>> mask
+        BlockMask(32×64, 8 groups (index), block_size=4, 32 of 128 units, density=0.2500, device=cpu)
+        >>> print(mask.to_string())
+        ██░░░░░░█░░░░░█░
+        ░███░░░░░░░░█░░░
+        █░░░██░░░░█░░░░░
+        ░░░░░░███░░█░░░░
+        █░█░░░░░██░░░░░░
+        ░░░░░█░█░░██░░░░
+        █░░█░░░░░░░░██░░
+        █░░█░░░░░░░░░░██
+    """
+
+    wiring: torch.Tensor
+    own_wiring: torch.Tensor
+    written: int
+
+    @on_cpu
+    def __init__(
+        self,
+        out_layout: GroupLayout,
+        in_layout: GroupLayout,
+        unit_row: torch.Tensor,
+        unit_col: torch.Tensor,
+        block_size: int = 64,
+    ) -> None:
+        super().__init__()
+        self.block_size = SIZE.check("block_size", block_size)
+        self.rows = UnitAxis(out_layout, self.block_size)
+        self.cols = UnitAxis(in_layout, self.block_size)
+        self.changes = 0
+        self._set_units(unit_row, unit_col)
+
+    # --- construction -------------------------------------------------------------------------------------------
+
+    @classmethod
+    @on_cpu
+    def sample(
+        cls,
+        out_layout: GroupLayout,
+        in_layout: GroupLayout,
+        p_intra: float = 1.0,
+        p_inter: float = 0.15,
+        block_size: int = 64,
+        generator: torch.Generator | None = None,
+    ) -> "BlockMask":
+        """Draws a random graph: units inside a group with probability ``p_intra``, between groups ``p_inter``.
+
+        Rows have equal work (``mask/sampling.py``).
+        ``g2g_kernels.mask.groups.partners`` defines which groups of the two sides count as one.
+        """
+        for name, p in (("p_intra", p_intra), ("p_inter", p_inter)):
+            PROBABILITY.check(name, p)
+        empty = torch.zeros(0, dtype=torch.int64)
+        mask = cls(out_layout, in_layout, empty, empty, block_size)
+        own = partners(out_layout.num_groups, in_layout.num_groups)
+        same_group = own[mask.rows.group_of_unit][:, mask.cols.group_of_unit]
+        inside = sample_rows(same_group, p_intra, generator)
+        between = sample_rows(~same_group, p_inter, generator)
+        mask._set_units(*(inside | between).nonzero(as_tuple=True))
+        return mask
+
+    @classmethod
+    @on_cpu
+    def full(cls, out_layout: GroupLayout, in_layout: GroupLayout, block_size: int = 64) -> "BlockMask":
+        """Every unit present: a dense layer in the packed form."""
+        empty = torch.zeros(0, dtype=torch.int64)
+        mask = cls(out_layout, in_layout, empty, empty, block_size)
+        mask._set_units(*torch.ones(mask.grid).nonzero(as_tuple=True))
+        return mask
+
+    @classmethod
+    @on_cpu
+    def from_dense(cls, mask: torch.Tensor, block_size: int = 1) -> "BlockMask":
+        """The mask whose dense form is ``mask``, bool [out, in], with each side in one group (cut as any group is).
+
+        Raises:
+            ValueError: if a unit is only partly true, since a unit is present as a whole.
+        """
+        if mask.dim() != 2:
+            raise ValueError(f"mask must be a matrix [out, in], not of shape {tuple(mask.shape)}")
+        dense = mask.detach().to("cpu", torch.bool)
+        empty = torch.zeros(0, dtype=torch.int64)
+        result = cls(GroupLayout(dense.shape[0], 1), GroupLayout(dense.shape[1], 1), empty, empty, block_size)
+        active = packing.tiles(dense.float(), result._view()).sum((2, 3))
+        size = result.rows.lengths[:, None] * result.cols.lengths[None, :]
+        partial = ((active > 0) & (active < size)).nonzero()
+        if len(partial):
+            row, col = partial[0].tolist()
+            raise ValueError(
+                f"unit ({row}, {col}) of {block_size} × {block_size} weights is only partly present "
+                f"({len(partial)} such units); use a smaller block_size, 1 always works"
+            )
+        result._set_units(*(active > 0).nonzero(as_tuple=True))
+        return result
+
+    def _register_units(self, unit_row: torch.Tensor, unit_col: torch.Tensor) -> None:
+        super()._register_units(unit_row, unit_col)
+        self._publish()
+
+    def relabel_(self, slots: torch.Tensor, unit_row: torch.Tensor, unit_col: torch.Tensor) -> None:
+        """Gives ``slots`` (integer [k]) to the units at these coordinates, in place; the count stays.
+
+        The caller ensures that no unit is named twice (a check would wait for an accelerator).
+        """
+        self.unit_row[slots] = unit_row.to(torch.int32)
+        self.unit_col[slots] = unit_col.to(torch.int32)
+        self._build_index()
+        self._changed()
+
+    def keep_(self, kept: torch.Tensor) -> None:
+        """Keeps the units of the slots where ``kept``, bool [num_units], is true, in their order.
+
+        There are fewer then, so all indices are new tensors.
+        """
+        self._register_units(self.unit_row[kept], self.unit_col[kept])
+        self.changes += 1
+
+    def become_(self, other: "BlockMask") -> None:
+        """Takes over the units of another mask of the same ``shape``, and their slots.
+
+        This happens in place if both have the same numbers of units and ranges, and operators read the same tensors of
+        both, so a captured graph that holds these tensors sees the new units. The buffer stays if the shape of packed
+        weights does.
+        """
+        sides = (self.rows, other.rows), (self.cols, other.cols)
+        mine, theirs = (
+            [*mask.tensors()[:6], *(getattr(axis, name) for axis in (mask.rows, mask.cols) for name in axis.INDICES)]
+            for mask in (self, other)
+        )
+        alike = self.block_size == other.block_size and all(axis.trivial == new.trivial for axis, new in sides)
+        if alike and all(a.shape == b.shape for a, b in zip(mine, theirs, strict=True)):
+            for a, b in zip(mine, theirs, strict=True):
+                a.copy_(b)
+            for axis, new in sides:
+                axis.layout = new.layout
+            self._changed()
+            return
+        stays = (self.num_units, *self.unit_shape) == (other.num_units, *other.unit_shape)
+        self.replace_by_(copy.deepcopy(other).to(self.unit_row.device), self.own_wiring if stays else None)
+
+    def replace_by_(self, other: "BlockMask", wiring: torch.Tensor | None = None) -> None:
+        """Takes over the tensors of another mask of the same ``shape``, and their device; ``other`` is used up.
+
+        Args:
+            wiring: the tensor that is the buffer from now on, and is written; None: a new one.
+        """
+        self.block_size, self.rows, self.cols = other.block_size, other.rows, other.cols
+        self._register_units(other.unit_row, other.unit_col)
+        self.changes += 1
+        if wiring is not None:
+            self.wiring = wiring
+            self._own_wiring()
+            self.write_wiring()
+
+    def equals(self, other: "BlockMask") -> bool:
+        """Whether both have the same units in the same slots, and the same groups. Waits for the device."""
+        return self.describes(as_row(numbers_of(other)))
+
+    # --- the buffer that describes it -----------------------------------------------------------------------------
+
+    @property
+    def writes(self) -> int:
+        """How often something else wrote into the buffer since the mask did."""
+        return version(self.own_wiring) - self.written
+
+    def _changed(self) -> None:
+        self.changes += 1
+        self._tensors = None
+        self.write_wiring()
+
+    def write_wiring(self) -> None:
+        """Has the buffer describe the mask."""
+        with torch.no_grad():
+            self.own_wiring.copy_(as_row(numbers_of(self)))
+        self.note_wiring()
+
+    def note_wiring(self) -> None:
+        """Notes that the buffer describes the mask."""
+        self.written = version(self.own_wiring)
+
+    def _publish(self) -> None:
+        self.register_buffer("wiring", as_row(numbers_of(self)))
+        self._own_wiring()
+
+    def _own_wiring(self) -> None:
+        self.__dict__["own_wiring"] = self.wiring  # no second buffer, even if it is an nn.Buffer
+        self.note_wiring()
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "BlockMask":
+        own = self.own_wiring
+        super()._apply(fn, recurse)
+        if self.wiring.device != own.device:
+            self._publish()
+        elif self.wiring is not own:
+            self.wiring = own  # whole numbers, whatever the dtype of weights
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._own_wiring()
+
+    # --- other libraries' graphs ----------------------------------------------------------------------------------
+
+    edges = conversions.edges
+    to_scipy = conversions.to_scipy
+    to_networkx = conversions.to_networkx
+    to_csr = conversions.to_csr
+    to_bsr = conversions.to_bsr
+
+    # --- pictures -----------------------------------------------------------------------------------------------
+
+    to_string = conversions.to_string
+
+    def _repr_html_(self) -> str:
+        return conversions.to_html(self)
+
+    def _repr_png_(self) -> bytes:
+        return conversions.to_png(self)
+
+    def __repr__(self) -> str:
+        kinds = self.rows.layout.kind
+        if self.cols.layout.kind != kinds:
+            kinds = f"{kinds} ← {self.cols.layout.kind}"
+        density = "unknown" if self.unit_row.is_meta else f"{self.density:.4f}"
+        return (
+            f"BlockMask({self.rows.size}×{self.cols.size}, {self.rows.layout.num_groups} groups ({kinds}), "
+            f"block_size={self.block_size}, {self.num_units} of {self.grid[0] * self.grid[1]} units, "
+            f"density={density}, device={self.unit_row.device})"
+        )
+
+    # --- saving -------------------------------------------------------------------------------------------------
+
+    @classmethod
+    @on_cpu
+    def from_state(cls, state: Mapping[str, torch.Tensor], shape: tuple[int, int] | None = None) -> "BlockMask":
+        """The mask with that ``state_dict`` (one tensor, ``wiring``), on the CPU.
+
+        Raises:
+            ValueError: if it describes no mask, or if its shape (out, in) is not ``shape``.
+        """
+        return cls(*read_row(state["wiring"], shape))
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        wiring = state_dict.get(prefix + "wiring")
+        if wiring is None:
+            missing_keys.append(prefix + "wiring")
+            return
+        if isinstance(wiring, torch.Tensor) and self.describes(wiring):
+            return
+        try:
+            loaded = BlockMask.from_state({"wiring": wiring}, self.shape)
+        except ValueError as error:
+            error_msgs.append(f"{prefix.rstrip('.')}: {error}")
+            return
+        if not self.unit_row.is_meta:
+            self.become_(loaded.to(self.unit_row.device))
+
+    def describes(self, wiring: torch.Tensor, rounding: float = 0.0) -> bool:
+        """Whether a row says what this mask is, but for its checksums.
+
+        Args:
+            rounding: what its numbers may be off, relative to them; its checksums then count, too.
+
+        Returns:
+            false where there are no numbers to compare (``meta``).
+        """
+        own = numbers_of(self)
+        if own.is_meta or wiring.is_meta or (len(own) + 2,) != wiring.shape:
+            return False
+        own, given = own.cpu(), wiring.detach().cpu()
+        if (own == given[:-2]).all():
+            return True
+        own = as_row(own)
+        return bool(((given - own).abs() <= rounding * own).all())

@@ -1,0 +1,151 @@
+"""How the neurons of one population are divided into groups.
+
+Only the assignment lives here; which groups are connected is :mod:`g2g_kernels.mask.block_mask`'s business.
+"""
+
+from typing import Any
+
+import torch
+
+from g2g_kernels.numbers import SIZE
+from g2g_kernels.tracing import on_cpu
+
+#: what an average of equal numbers may be off, relative to them: that of 200 networks, summed up one by one
+ROUNDING = 2.0**-18
+
+
+def _contiguous(size: int, num_groups: int, generator: torch.Generator | None) -> torch.Tensor:
+    sizes = size // num_groups + (torch.arange(num_groups) < size % num_groups).long()
+    return torch.repeat_interleave(torch.arange(num_groups), sizes)
+
+
+def _interleaved(size: int, num_groups: int, generator: torch.Generator | None) -> torch.Tensor:
+    return torch.arange(size) % num_groups
+
+
+def _random(size: int, num_groups: int, generator: torch.Generator | None) -> torch.Tensor:
+    return _contiguous(size, num_groups, generator)[torch.randperm(size, generator=generator)]
+
+
+#: for each kind, the function that gives the group of each neuron, int64 [size]
+GROUP_KINDS = {"index": _contiguous, "interleaved": _interleaved, "random": _random}
+
+
+class GroupLayout:
+    """A balanced division of ``size`` neurons into ``num_groups`` groups.
+
+    Group sizes differ by at most one; the first ``size % num_groups`` groups are the larger ones
+    (10 neurons in 8 groups: 2, 2, 1, 1, 1, 1, 1, 1).
+
+    Args:
+        size: number of neurons, at least ``num_groups``.
+        num_groups: number of groups, at least 1.
+        kind: ``"index"`` gives contiguous ranges, ``"interleaved"`` gives group = i mod ``num_groups``,
+            ``"random"`` a uniformly drawn balanced assignment.
+        generator: source of randomness for ``"random"`` (PyTorch's global one if None).
+
+    Attributes:
+        group_of: int64 tensor [size] on the CPU, the group of each neuron.
+
+    Raises:
+        ValueError: for an unknown kind, or sizes that leave a group without a neuron.
+
+    Example:
+        >>> layout = GroupLayout(6, num_groups=2, kind="interleaved")
+        >>> layout.group_of
+        tensor([0, 1, 0, 1, 0, 1])
+        >>> layout.sizes
+        tensor([3, 3])
+    """
+
+    @on_cpu
+    def __init__(
+        self, size: int, num_groups: int = 8, kind: str = "index", generator: torch.Generator | None = None
+    ) -> None:
+        if kind not in GROUP_KINDS:
+            raise ValueError(f"kind={kind!r} is not a group layout; choose one of {', '.join(GROUP_KINDS)}")
+        size, num_groups = SIZE.check("size", size), SIZE.check("num_groups", num_groups)
+        if size < num_groups:
+            raise ValueError(
+                f"{size} neurons cannot fill num_groups={num_groups} groups; use at most {size} groups or more neurons"
+            )
+        self.size = size
+        self.num_groups = num_groups
+        self.kind = kind
+        self.group_of = GROUP_KINDS[kind](size, num_groups, generator)
+
+    @classmethod
+    @on_cpu
+    def from_assignment(cls, group_of: torch.Tensor) -> "GroupLayout":
+        """The layout with a given assignment, int64 [size] with values 0 … G−1, sizes differing by at most one.
+
+        Raises:
+            ValueError: if the assignment is not balanced or leaves a group empty.
+        """
+        check_integers("group_of", group_of)
+        group_of = group_of.detach().to("cpu", torch.int64)
+        if group_of.dim() != 1 or group_of.numel() == 0 or group_of.min() < 0 or group_of.max() >= group_of.numel():
+            raise ValueError(f"group_of must hold group numbers 0 … G−1 for a row of neurons, not {group_of}")
+        num_groups = int(group_of.max()) + 1
+        sizes = torch.bincount(group_of, minlength=num_groups)
+        if sizes.min() == 0 or sizes.max() - sizes.min() > 1:
+            raise ValueError(f"group sizes {sizes.tolist()} must differ by at most one and none may be 0")
+        layout = cls(group_of.numel(), num_groups)
+        if not torch.equal(layout.group_of, group_of):
+            interleaved = torch.equal(torch.arange(group_of.numel()) % num_groups, group_of)
+            layout.kind = "interleaved" if interleaved else "random"
+            layout.group_of = group_of.clone()
+        return layout
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "GroupLayout":
+        return self  # it never changes
+
+    @property
+    def sizes(self) -> torch.Tensor:
+        """int64 tensor [num_groups], the number of neurons in each group."""
+        return torch.bincount(self.group_of, minlength=self.num_groups)
+
+    def __repr__(self) -> str:
+        return f"GroupLayout({self.size}, num_groups={self.num_groups}, kind={self.kind!r})"
+
+
+def partners(out_groups: int, in_groups: int) -> torch.Tensor:
+    """Which groups of two sides belong together: bool [groups out, groups in].
+
+    Those of the same number, if both sides have equally many. If one side has fewer, G instead of G', its group g
+    belongs to every group g' with ⌊g'·G/G'⌋ = g, so each of the finer groups has one partner.
+    """
+    least = min(out_groups, in_groups)
+    out_group, in_group = (torch.arange(count) * least // count for count in (out_groups, in_groups))
+    return out_group[:, None] == in_group[None, :]
+
+
+def as_integers(name: str, tensor: object) -> torch.Tensor:
+    """An integer tensor, or the integers that a tensor of floats holds: averages of a ``state_dict`` divide them all.
+
+    Raises:
+        ValueError: for anything else; for numbers that are not whole, or too large for the dtype to tell neighbours
+            apart.
+    """
+    if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+        given = tensor.detach().nan_to_num(0.5)
+        whole = given.round()
+        if not bool(((given - whole).abs() <= ROUNDING * whole.abs()).all()):
+            raise ValueError(
+                f"{name} holds numbers that are not whole, as an average of networks with different wirings does; "
+                "average networks of the same wiring"
+            )
+        if not bool((whole.abs() <= 2 / torch.finfo(tensor.dtype).eps).all()):
+            raise ValueError(f"{name} holds integers that {tensor.dtype} has rounded; keep them as integers")
+        tensor = whole.long()
+    check_integers(name, tensor)
+    assert isinstance(tensor, torch.Tensor)
+    return tensor
+
+
+def check_integers(name: str, tensor: object) -> None:
+    """Raises ValueError, naming the argument, unless it is a tensor of integers."""
+    if not isinstance(tensor, torch.Tensor):
+        raise ValueError(f"{name} must be a tensor of integers, not {type(tensor).__name__}")
+    if tensor.dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
+        raise ValueError(f"{name} must be a tensor of integers, not of {tensor.dtype}")

@@ -1,0 +1,148 @@
+"""Converts dense weights to packed units and back, with derivatives: the only module that knows how both lie in memory.
+
+A unit's tile is the rectangle of places (:class:`Side`) of one range of rows and one of columns.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from g2g_kernels.mask.sides import Side
+from g2g_kernels.tracing import is_traced
+
+
+class HasUnits(Protocol):
+    """The units that exist: their coordinates, int32 [num_units], and the two sides."""
+
+    @property
+    def unit_row(self) -> torch.Tensor: ...
+    @property
+    def unit_col(self) -> torch.Tensor: ...
+    @property
+    def rows(self) -> Side: ...
+    @property
+    def cols(self) -> Side: ...
+
+
+def flat_unit(units: HasUnits) -> torch.Tensor:
+    """int64 [num_units], the number of each slot's unit when the grid is counted row by row."""
+    return units.unit_row.long() * units.cols.num_units + units.unit_col.long()
+
+
+def tiles(weight: torch.Tensor, units: HasUnits) -> torch.Tensor:
+    """A dense matrix cut into tiles [grid rows, grid columns, unit rows, unit columns], zero in the padding."""
+    rows, cols = units.rows, units.cols
+    weight = _gathered(_gathered(weight, 0, rows.neuron_at), 1, cols.neuron_at)
+    return weight.reshape(rows.num_units, rows.width, cols.num_units, cols.width).permute(0, 2, 1, 3)
+
+
+def packed(weight: torch.Tensor, units: HasUnits) -> torch.Tensor:
+    """The tiles of a dense matrix that exist: [num_units, unit rows, unit columns]."""
+    grid = tiles(weight, units).reshape(-1, units.rows.width, units.cols.width)
+    return grid.index_select(0, flat_unit(units))
+
+
+def unpacked(values: torch.Tensor, units: HasUnits) -> torch.Tensor:
+    """The dense matrix of packed values, zero where there is no unit: the inverse of :func:`packed`."""
+    grid = no_tiles(values, units)
+    grid.index_copy_(0, flat_unit(units), values)
+    return assembled(grid, units)
+
+
+def no_tiles(values: torch.Tensor, units: HasUnits) -> torch.Tensor:
+    """Zeros for the tiles of the whole grid: [grid rows · grid columns, unit rows, unit columns]."""
+    return values.new_zeros(units.rows.num_units * units.cols.num_units, units.rows.width, units.cols.width)
+
+
+def assembled(grid: torch.Tensor, units: HasUnits) -> torch.Tensor:
+    """The dense matrix of the tiles of the whole grid, in the form of :func:`no_tiles`."""
+    rows, cols = units.rows, units.cols
+    weight = grid.view(rows.num_units, cols.num_units, rows.width, cols.width).permute(0, 2, 1, 3)
+    weight = weight.reshape(rows.num_units * rows.width, cols.num_units * cols.width)
+    return _gathered(_gathered(weight, 0, rows.place_of, rows.holes), 1, cols.place_of, cols.holes)
+
+
+def _gathered(matrix: torch.Tensor, dim: int, index: torch.Tensor | None, past_the_end: bool = True) -> torch.Tensor:
+    """``matrix`` at ``index`` along ``dim``; zeros where the index is ``past_the_end``, if it may be."""
+    if index is None:
+        return matrix
+    if past_the_end:
+        zeros = matrix.new_zeros(1, matrix.shape[1]) if dim == 0 else matrix.new_zeros(matrix.shape[0], 1)
+        matrix = torch.cat([matrix, zeros], dim)
+    return matrix.index_select(dim, index)
+
+
+# --- derivatives ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """What one pass uses of a mask; the tensors are the mask's own.
+
+    A pass saves them for its backward pass, so PyTorch refuses the gradient if the mask has changed in place in the
+    meantime: it would be the gradient of other weights.
+    """
+
+    unit_row: torch.Tensor
+    unit_col: torch.Tensor
+    rows: Side
+    cols: Side
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        sides = self.rows.neuron_at, self.rows.place_of, self.cols.neuron_at, self.cols.place_of
+        return [self.unit_row, self.unit_col, *(tensor for tensor in sides if tensor is not None)]
+
+
+class _Linear(torch.autograd.Function):
+    """Base of the two, each of which is the other's adjoint and its own derivative."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.view = inputs[1]
+        ctx.save_for_backward(*ctx.view.tensors)
+        ctx.save_for_forward(*ctx.view.tensors)  # the same, as a forward mode under vmap asks for
+
+
+class _Pack(_Linear):
+    @staticmethod
+    def forward(weight, view):
+        return packed(weight, view)
+
+    @staticmethod
+    def backward(ctx, grad_values):
+        _ = ctx.saved_tensors  # raises if one of them has changed
+        return _Unpack.apply(grad_values, ctx.view), None
+
+    @staticmethod
+    def jvp(ctx, tangent, _):
+        return _Pack.apply(tangent, ctx.view)
+
+
+class _Unpack(_Linear):
+    @staticmethod
+    def forward(values, view):
+        return unpacked(values, view)
+
+    @staticmethod
+    def backward(ctx, grad_weight):
+        _ = ctx.saved_tensors
+        return _Pack.apply(grad_weight, ctx.view), None
+
+    @staticmethod
+    def jvp(ctx, tangent, _):
+        return _Unpack.apply(tangent, ctx.view)
+
+
+def pack(weight: torch.Tensor, view: View) -> torch.Tensor:
+    """:func:`packed`, differentiable."""
+    # torch.compile does not trace a Function that has a forward mode; it derives gradients of the operations themselves
+    return packed(weight, view) if is_traced() else _Pack.apply(weight, view)
+
+
+def unpack(values: torch.Tensor, view: View) -> torch.Tensor:
+    """:func:`unpacked`, differentiable."""
+    return unpacked(values, view) if is_traced() else _Unpack.apply(values, view)

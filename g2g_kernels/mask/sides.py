@@ -1,0 +1,152 @@
+"""One side of a weight matrix: its neurons sorted by group and cut into ranges, the sides of units."""
+
+import copy
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import nn
+
+from g2g_kernels.mask.groups import GroupLayout
+from g2g_kernels.tracing import on_cpu
+
+
+class Side(NamedTuple):
+    """Where the neurons of a side are: ranges of ``width`` *places* each, the last ones of a shorter range empty.
+
+    Neuron n is row or column n of a matrix in memory.
+
+    Attributes:
+        num_units, width: the number of ranges, and of places in each.
+        size: the number of neurons.
+        neuron_at: int64 [num_units · width], the neuron at each place, ``size`` where there is none; None if place p
+            holds neuron p.
+        place_of: int64 [size], the place of each neuron; None in the same case.
+        bounds: int32 [num_units + 1], as of a :class:`UnitAxis`, if some ranges are shorter than ``width``; else None.
+            Weights beyond a range's length are padding, which is not read.
+        holes: whether there are neurons without a place, for which ``place_of`` is one past the last.
+    """
+
+    num_units: int
+    width: int
+    size: int
+    neuron_at: torch.Tensor | None = None
+    place_of: torch.Tensor | None = None
+    bounds: torch.Tensor | None = None
+    holes: bool = False
+
+
+def deep_copied(attributes: dict[str, Any], memo: dict[int, Any]) -> dict[str, Any]:
+    """``copy.deepcopy`` of a module's attributes, of which a dozen are empty dicts of hooks."""
+    return {
+        name: value.copy() if isinstance(value, dict) and not value else copy.deepcopy(value, memo)
+        for name, value in attributes.items()
+    }
+
+
+class Indices(nn.Module):
+    """A module whose index tensors move with it but are not buffers, so they are never averaged.
+
+    Weight averages (EMA, SWA) average the buffers of a model and its copy, and an average of two indices is no index.
+    """
+
+    INDICES: ClassVar[tuple[str, ...]]
+    #: what operators take of it, until it gets other tensors
+    _tensors: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_tensors"}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Indices":
+        # copy.deepcopy takes ten times as long for a tensor as clone; it finds these in memo
+        for name in self.INDICES:
+            index = self.__dict__[name]
+            memo[id(index)] = index.clone()
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__setstate__(deep_copied(self.__getstate__(), memo))
+        return twin
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "Indices":
+        super()._apply(fn, recurse)
+        for name in self.INDICES:
+            setattr(self, name, fn(getattr(self, name)))
+        self._tensors = None
+        return self
+
+
+class UnitAxis(Indices):
+    """One side of a weight matrix, sorted by group and cut into ranges of at most ``block_size`` neurons.
+
+    A group of n neurons is cut into ⌈n / block_size⌉ ranges whose lengths differ by at most one, the longer ones
+    first: 98 neurons by 16 are seven ranges of 14. So all units have nearly the same size. If the last range of
+    a group were short, the scores of its small units would be noisy, DST would drift towards them, and a layer would
+    lose weights while keeping its number of units. All tensors are derived from the layout.
+
+    Attributes:
+        order: int64 [size], the neuron at each place of the group-sorted order.
+        bounds: int32 [num_units + 1], range u covers places ``bounds[u] … bounds[u + 1] − 1`` of that order.
+        group_of_unit: int64 [num_units], the group that range u belongs to.
+        neuron_at: int64 [num_units · width], the neuron at each place when every range is padded to ``width``
+            places; ``size`` where there is none.
+        place_of: int64 [size], the padded place of each neuron (the inverse of ``neuron_at``).
+    """
+
+    INDICES = ("order", "bounds", "group_of_unit", "neuron_at", "place_of")
+
+    @on_cpu
+    def __init__(self, layout: GroupLayout, block_size: int) -> None:
+        super().__init__()
+        self.layout = layout
+        self.size = layout.size
+        lengths: list[int] = []
+        groups: list[int] = []
+        for group, group_size in enumerate(layout.sizes.tolist()):
+            pieces = -(-group_size // block_size)
+            length, longer = divmod(group_size, pieces)
+            lengths += [length + 1] * longer + [length] * (pieces - longer)
+            groups += [group] * pieces
+        self.num_units = len(lengths)
+        self.width = max(lengths)
+        #: every range is full and neurons already stand in group order, so no permutation or padding is needed
+        self.trivial = min(lengths) == self.width and layout.kind == "index"
+
+        order = torch.argsort(layout.group_of, stable=True)
+        length = torch.tensor(lengths)
+        bounds = torch.cat([torch.zeros(1, dtype=torch.int64), length.cumsum(0)])
+        unit_of_place = torch.repeat_interleave(torch.arange(self.num_units), length)
+        padded_place = unit_of_place * self.width + torch.arange(self.size) - bounds[unit_of_place]
+        self.order = order
+        self.bounds = bounds.to(torch.int32)
+        self.group_of_unit = torch.tensor(groups)
+        self.neuron_at = torch.full((self.num_units * self.width,), self.size)
+        self.neuron_at[padded_place] = order
+        self.place_of = torch.empty(self.size, dtype=torch.int64)
+        self.place_of[order] = padded_place
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """int64 [num_units], the number of neurons in each range."""
+        return self.bounds.diff().long()
+
+    @property
+    def unit_of(self) -> torch.Tensor:
+        """int64 [size], the range that each neuron belongs to."""
+        return self.place_of // self.width
+
+    @property
+    def side(self) -> Side:
+        """Where its neurons are."""
+        neuron_at, place_of = (None, None) if self.trivial else (self.neuron_at, self.place_of)
+        return Side(self.num_units, self.width, self.size, neuron_at, place_of, self.bounds if self.ragged else None)
+
+    @property
+    def ragged(self) -> bool:
+        """Whether some ranges are shorter than ``width``."""
+        return self.size < self.num_units * self.width
+
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What operators take: ``order``, ``bounds``, ``neuron_at`` and ``place_of``, the last two empty if trivial."""
+        nothing = self.order[:0]
+        neuron_at, place_of = (nothing, nothing) if self.trivial else (self.neuron_at, self.place_of)
+        return self.order, self.bounds, neuron_at, place_of

@@ -1,0 +1,250 @@
+"""The units of a sparse weight matrix: their coordinates, both indices of them, and their weights, packed or dense."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+import torch
+
+from g2g_kernels.mask import packing
+from g2g_kernels.mask.groups import check_integers
+from g2g_kernels.mask.sides import Indices, Side, UnitAxis
+from g2g_kernels.tracing import is_traced
+
+ValueT = TypeVar("ValueT")
+
+
+class _MaskTensors(NamedTuple):
+    unit_row: torch.Tensor
+    unit_col: torch.Tensor
+    row_ptr: torch.Tensor
+    row_slot: torch.Tensor
+    col_ptr: torch.Tensor
+    col_slot: torch.Tensor
+    row_order: torch.Tensor
+    row_bounds: torch.Tensor
+    row_neuron_at: torch.Tensor
+    row_place_of: torch.Tensor
+    col_order: torch.Tensor
+    col_bounds: torch.Tensor
+    col_neuron_at: torch.Tensor
+    col_place_of: torch.Tensor
+
+
+def _once(function: Callable[["MaskTensors"], ValueT]) -> Callable[["MaskTensors"], ValueT]:
+    """A method that is computed once, but by every trace anew (functools.cached_property has a lock, which
+    torch.compile cannot enter)."""
+    name = f"_{function.__name__}"
+
+    @functools.wraps(function)
+    def value(self: "MaskTensors") -> ValueT:
+        if is_traced():
+            return function(self)
+        kept = self.__dict__
+        if name not in kept:
+            kept[name] = function(self)
+        return kept[name]
+
+    return value
+
+
+class MaskTensors(_MaskTensors):
+    """The tensors of a :class:`BlockMask` and its sides, for operators; each uses those that it needs.
+
+    ``…_neuron_at`` and ``…_place_of`` are empty where place p holds neuron p. What a backend derives from them once, it
+    keeps as an attribute (``vars(mask)``): the tensors may change in place, but stay the same ones.
+    """
+
+    @property
+    @_once
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the weight matrix."""
+        return self.row_order.shape[0], self.col_order.shape[0]
+
+    @property
+    @_once
+    def grid(self) -> tuple[int, int]:
+        """(block rows, block columns) of the unit grid."""
+        return self.row_bounds.shape[0] - 1, self.col_bounds.shape[0] - 1
+
+    def unpack(self, values: torch.Tensor) -> torch.Tensor:
+        """The dense [out, in] weight of packed ``values``, as :meth:`BlockMask.unpack` has it."""
+        height, width = values.shape[1:]
+        (rows, cols), (out_size, in_size) = self.grid, self.shape
+        place = [tensor if tensor.numel() else None for tensor in self[8:10] + self[12:]]
+        sides = Side(rows, height, out_size, *place[:2]), Side(cols, width, in_size, *place[2:])
+        return packing.unpack(values, packing.View(self.unit_row, self.unit_col, *sides))
+
+    @_once
+    def rows_then(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies of ``row_order`` and ``row_bounds``, for those who need them after the mask has changed.
+
+        No property, which torch.compile of PyTorch 2.8 and 2.10 cannot trace.
+        """
+        return self.row_order.clone(), self.row_bounds.clone()
+
+
+class UnitGrid(Indices):
+    """The geometry of a :class:`BlockMask`, whose base it is."""
+
+    INDICES = ("unit_row", "unit_col", "row_ptr", "row_slot", "col_ptr", "col_slot")
+
+    rows: UnitAxis
+    cols: UnitAxis
+    block_size: int
+    unit_row: torch.Tensor
+    unit_col: torch.Tensor
+    row_ptr: torch.Tensor
+    row_slot: torch.Tensor
+    col_ptr: torch.Tensor
+    col_slot: torch.Tensor
+    #: (out, in) of the weight matrix
+    shape: tuple[int, int]
+    #: (block rows, block columns) of the unit grid
+    grid: tuple[int, int]
+    #: (rows, columns) of a packed tile, the sides of the largest unit
+    unit_shape: tuple[int, int]
+
+    # --- units and slots ----------------------------------------------------------------------------------------
+
+    def _set_units(self, unit_row: torch.Tensor, unit_col: torch.Tensor) -> None:
+        """Checks and stores the coordinates and rebuilds both indices (shapes may change)."""
+        device = self.rows.order.device
+        check_integers("unit_row", unit_row)
+        check_integers("unit_col", unit_col)
+        if unit_row.shape != unit_col.shape or unit_row.dim() != 1:
+            raise ValueError(f"unit_row {tuple(unit_row.shape)} and unit_col {tuple(unit_col.shape)} must match, 1-D")
+        grid = self.rows.num_units, self.cols.num_units
+        if unit_row.numel() > grid[0] * grid[1]:
+            raise ValueError(f"unit_row names {unit_row.numel()} units, but there are only {grid} in the grid")
+        unit_row = unit_row.detach().to(device, torch.int64)
+        unit_col = unit_col.detach().to(device, torch.int64)
+        for name, coordinate, limit in (
+            ("unit_row", unit_row, self.rows.num_units),
+            ("unit_col", unit_col, self.cols.num_units),
+        ):
+            if coordinate.numel() and (coordinate.min() < 0 or coordinate.max() >= limit):
+                raise ValueError(f"{name} must lie in 0 … {limit - 1}, not {coordinate.min()} … {coordinate.max()}")
+        if torch.unique(unit_row * self.cols.num_units + unit_col).numel() != unit_row.numel():
+            raise ValueError("the mask names a unit twice")
+        self._register_units(unit_row, unit_col)
+
+    def _register_units(self, unit_row: torch.Tensor, unit_col: torch.Tensor) -> None:
+        self.shape = self.rows.size, self.cols.size
+        self.grid = self.rows.num_units, self.cols.num_units
+        self.unit_shape = self.rows.width, self.cols.width
+        self._tensors = None
+        self.unit_row, self.unit_col = unit_row.to(torch.int32), unit_col.to(torch.int32)
+        self.row_ptr, self.col_ptr = (unit_row.new_zeros(n + 1, dtype=torch.int32) for n in self.grid)
+        self.row_slot, self.col_slot = (torch.zeros_like(self.unit_row) for _ in range(2))
+        self._build_index()
+
+    def _build_index(self) -> None:
+        """Sorts the slots by (row, column) and by (column, row), into the existing buffers."""
+        row, col = self.unit_row.long(), self.unit_col.long()
+        for major, minor, num_major, num_minor, ptr, slot in (
+            (row, col, self.rows.num_units, self.cols.num_units, self.row_ptr, self.row_slot),
+            (col, row, self.cols.num_units, self.rows.num_units, self.col_ptr, self.col_slot),
+        ):
+            order = torch.argsort(major * num_minor + minor, stable=True)
+            slot.copy_(order)
+            ptr.copy_(torch.searchsorted(major[order], torch.arange(num_major + 1, device=major.device)))
+
+    # --- what is in it ------------------------------------------------------------------------------------------
+
+    @property
+    def num_units(self) -> int:
+        """The number of present units (the number of slots)."""
+        return self.unit_row.numel()
+
+    @property
+    def has_padding(self) -> bool:
+        """True if some units are shorter than others."""
+        return self.rows.ragged or self.cols.ragged
+
+    @property
+    def is_full(self) -> bool:
+        """True if every unit is present."""
+        return self.num_units == self.rows.num_units * self.cols.num_units
+
+    @property
+    def unit_sizes(self) -> torch.Tensor:
+        """int64 [num_units], the number of weights in the unit of each slot."""
+        return self.rows.lengths[self.unit_row.long()] * self.cols.lengths[self.unit_col.long()]
+
+    @property
+    def num_weights(self) -> int:
+        """The weights that exist; reading it waits for an accelerator."""
+        return int(self.unit_sizes.sum())
+
+    @property
+    def density(self) -> float:
+        """The share of the [out, in] weights that exist, 0 to 1."""
+        return self.num_weights / (self.rows.size * self.cols.size)
+
+    def sparsity(self) -> float:
+        """The share of the [out, in] weights that do not exist, 1 − density."""
+        return 1.0 - self.density
+
+    def valid(self) -> torch.Tensor:
+        """bool [num_units, unit_rows, unit_cols], false in the padding of shorter units."""
+        place_row = torch.arange(self.rows.width, device=self.unit_row.device)
+        place_col = torch.arange(self.cols.width, device=self.unit_row.device)
+        row_ok = place_row < self.rows.lengths[self.unit_row.long()][:, None]
+        col_ok = place_col < self.cols.lengths[self.unit_col.long()][:, None]
+        return row_ok[:, :, None] & col_ok[:, None, :]
+
+    def fan_in(self) -> torch.Tensor:
+        """int64 [out], the number of present weights of each output neuron, in neuron order."""
+        per_row = torch.zeros(self.rows.num_units, dtype=torch.int64, device=self.unit_row.device)
+        per_row.index_add_(0, self.unit_row.long(), self.cols.lengths[self.unit_col.long()])
+        return per_row[self.rows.unit_of]
+
+    # --- dense and packed weights -------------------------------------------------------------------------------
+
+    def pack(self, weight: torch.Tensor) -> torch.Tensor:
+        """The present units of a dense [out, in] weight: [num_units, unit_rows, unit_cols]; differentiable."""
+        if tuple(weight.shape) != self.shape:
+            raise ValueError(f"weight has shape {tuple(weight.shape)}, this mask describes {self.shape}")
+        return packing.pack(weight, self._view())
+
+    def unpack(self, values: torch.Tensor) -> torch.Tensor:
+        """The dense [out, in] weight of packed ``values``, zero where there is no unit; differentiable."""
+        self.check_values(values)
+        return packing.unpack(values, self._view())
+
+    def check_values(self, values: torch.Tensor) -> None:
+        """Raises ValueError unless ``values`` has this mask's packed shape."""
+        packed = (self.num_units, *self.unit_shape)
+        if values.shape != packed:
+            raise ValueError(f"values have shape {tuple(values.shape)}, this mask's packed weights {packed}")
+
+    def to_dense(self) -> torch.Tensor:
+        """bool [out, in] in neuron order, true where a weight exists."""
+        ones = torch.ones(self.num_units, *self.unit_shape, device=self.unit_row.device)
+        return self.unpack(ones) > 0
+
+    def flat_unit(self) -> torch.Tensor:
+        """int64 [num_units], the number of each slot's unit when the grid is counted row by row."""
+        return packing.flat_unit(self._view())
+
+    def present(self) -> torch.Tensor:
+        """bool [block rows, block columns], true where a unit exists."""
+        grid = torch.zeros(self.grid[0] * self.grid[1], dtype=torch.bool, device=self.unit_row.device)
+        grid[self.flat_unit()] = True
+        return grid.view(self.grid)
+
+    def tensors(self) -> MaskTensors:
+        """What operators take; the same object until the mask changes."""
+        if is_traced():  # where an attribute would be a side effect, and every trace must be alike
+            return self._as_tensors()
+        if self._tensors is None:
+            self._tensors = self._as_tensors()
+        return self._tensors
+
+    def _as_tensors(self) -> MaskTensors:
+        index = self.unit_row, self.unit_col, self.row_ptr, self.row_slot, self.col_ptr, self.col_slot
+        return MaskTensors(*index, *self.rows.tensors(), *self.cols.tensors())
+
+    def _view(self) -> packing.View:
+        return packing.View(self.unit_row, self.unit_col, self.rows.side, self.cols.side)

@@ -1,0 +1,101 @@
+"""A mask as a row of float32: what is saved of it, and what travels wherever parameters and buffers do.
+
+The numbers are whole: the sizes of both sides, the block size, the group of each neuron, ``unit_row``, ``unit_col``,
+and two checksums, so an average of two wirings is no wiring.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from g2g_kernels.mask.groups import ROUNDING, GroupLayout
+from g2g_kernels.mask.unit_grid import UnitGrid
+
+#: what a step of an average that is written in place may round, relative to the number. An average with a weight of
+#: 1e-5 of another wiring moves more per step, so it is told from rounding however often the numbers are read.
+DRIFT = 2.0**-22
+
+
+class Wiring(NamedTuple):
+    """What a mask is made of (the arguments of :class:`BlockMask`)."""
+
+    out_layout: GroupLayout
+    in_layout: GroupLayout
+    unit_row: torch.Tensor
+    unit_col: torch.Tensor
+    block_size: int
+
+
+def numbers_of(units: UnitGrid) -> torch.Tensor:
+    """int64, the row that describes some units without its checksums."""
+    # clamp: between to_empty and loading a state, indices are arbitrary
+    out_group_of, in_group_of = (
+        axis.group_of_unit[axis.unit_of.clamp(0, axis.num_units - 1)] for axis in (units.rows, units.cols)
+    )
+    sizes = out_group_of.new_tensor([len(out_group_of), len(in_group_of), units.block_size])
+    return torch.cat([sizes, out_group_of, in_group_of, units.unit_row.long(), units.unit_col.long()])
+
+
+def as_row(numbers: torch.Tensor) -> torch.Tensor:
+    """The row of these numbers, of which none is checked."""
+    return torch.cat([numbers, _checksums(numbers)]).to(torch.float32)
+
+
+def read_row(row: torch.Tensor, shape: tuple[int, int] | None = None) -> Wiring:
+    """What a row says, on the CPU.
+
+    Args:
+        row: as :func:`row_of` gives it, on any device and of any dtype that holds its numbers.
+        shape: (out, in) of the weight matrix, if that is known.
+
+    Raises:
+        ValueError: if it is not the row of a mask, or of another shape.
+    """
+    if not isinstance(row, torch.Tensor):
+        raise ValueError(f"wiring must be a tensor, not {type(row).__name__}")
+    if row.dim() != 1 or row.is_complex() or len(row) < 5:
+        raise ValueError(f"wiring must be a row of numbers, not of shape {tuple(row.shape)} and {row.dtype}")
+    if shape is not None and len(row) > 5 + sum(shape) + 2 * shape[0] * shape[1]:
+        raise ValueError(f"wiring has {len(row)} numbers, more than {shape} weights need")
+    given = row.detach().cpu().double().nan_to_num()
+    whole = given.round()
+    numbers = whole.long()
+    checked = numbers[:-2]
+    rounded = (given - whole).abs() <= ROUNDING * whole.abs()
+    if not (rounded.all() and torch.equal(_checksums(checked), numbers[-2:])):
+        why = "it is an average of networks with different wirings, or damaged"
+        if row.is_floating_point() and row.dtype.itemsize < 4:
+            why = f"{row.dtype} rounds its numbers; keep mask.wiring in float32, whatever the dtype of the weights"
+        raise ValueError(f"wiring and its checksum do not match: {why}")
+    (out_size, in_size, block_size), lists = checked[:3].tolist(), checked[3:]
+    if shape is not None and (out_size, in_size) != shape:
+        raise ValueError(f"the saved mask is {(out_size, in_size)}, this layer is {shape}")
+    units, odd = divmod(len(lists) - out_size - in_size, 2)
+    if min(out_size, in_size, units) < 0 or odd:
+        raise ValueError(f"wiring of {out_size} × {in_size} weights has {len(row)} numbers")
+    out_group_of, in_group_of, unit_row, unit_col = lists.split([out_size, in_size, units, units])
+    layouts = GroupLayout.from_assignment(out_group_of), GroupLayout.from_assignment(in_group_of)
+    return Wiring(*layouts, unit_row, unit_col, block_size)
+
+
+def _checksums(numbers: torch.Tensor) -> torch.Tensor:
+    """int64 [2], checksums below 2¹² of whole numbers. Those of an average are not the average of two."""
+    place = torch.arange(1, len(numbers) + 1, device=numbers.device)
+    total = ((numbers + 1) * (place * 7919 % 10007 + 1) % 65521).square().sum()
+    return torch.stack([total % 4096, total // 4096 % 4096])
+
+
+def unwrapped(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor inside the wrappers of ``torch.func``; a dimension of ``vmap`` comes first."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        batched = functorch.is_batchedtensor(tensor)
+        place = functorch.maybe_get_bdim(tensor) if batched else 0
+        tensor = functorch.get_unwrapped(tensor)
+        tensor = tensor.movedim(place, 0) if batched else tensor
+    return tensor
+
+
+def version(tensor: torch.Tensor) -> int:
+    """A number that grows whenever the tensor is written to; −1 for one created in inference mode, which has none."""
+    return -1 if tensor.is_inference() else tensor._version

@@ -1,0 +1,257 @@
+"""Files: read only where they are plain files; written so that a crash leaves the old or the new one whole; locked."""
+
+import contextlib
+import errno
+import glob
+import hashlib
+import os
+import shutil
+import stat
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from g2gnet.base.messages import warn
+
+#: ending of the second name of a file that is being replaced
+KEEP = ".keep"
+#: errors of file systems without locks (mostly network file systems)
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
+
+
+def open_file(path: Path | str) -> BinaryIO:
+    """Opens a file for reading.
+
+    Raises:
+        OSError: if it cannot be opened or is not a regular file: a FIFO would wait for a writer, a device may not end.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(path, flags)
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    return os.fdopen(descriptor, "rb")
+
+
+def read_file(path: Path | str) -> bytes:
+    """The content of a regular file; raises OSError as :func:`open_file` does."""
+    with open_file(path) as file:
+        return file.read()
+
+
+def check_own(path: Path) -> None:
+    """Raises OSError if anything but a regular file is at ``path``, where a program has a file of its own.
+
+    Of a link the target would be written to, which somebody else may need; a FIFO would wait for a reader.
+    """
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISREG(mode):
+        what = "a symbolic link" if stat.S_ISLNK(mode) else "not a regular file"
+        raise OSError(errno.EINVAL, f"it is {what}", str(path))
+
+
+def open_own(path: Path | str, flags: int) -> int:
+    """Opens a program's own file, as the ``opener`` of ``open`` or by itself; raises OSError as :func:`check_own`."""
+    check_own(Path(path))
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
+
+
+def make_directory(path: Path) -> None:
+    """Makes a directory and those above it, where they are missing.
+
+    Raises:
+        OSError: if it cannot be made; NotADirectoryError where something else has its name.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from error
+
+
+@contextlib.contextmanager
+def directory(path: Path) -> Iterator[None]:
+    """Makes a directory as :func:`make_directory`; after an error inside, those that it made and are empty are removed.
+
+    Raises:
+        OSError: as there.
+    """
+    missing = [each for each in (path, *path.parents) if not each.exists()]
+    try:
+        make_directory(path)
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # from the first that is not empty on
+            for each in missing:
+                each.rmdir()
+        raise
+
+
+def same_file(one: Path, other: Path) -> bool:
+    """Whether two names are of one file, be it there or not yet: by ``..``, links, or letters' case."""
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        return os.path.realpath(one) == os.path.realpath(other)
+
+
+def is_special(path: Path) -> bool:
+    """True for a FIFO, a device or a socket: these are written to, not replaced."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return False
+    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
+
+
+def check_writable(path: Path) -> None:
+    """Raises OSError if :func:`replace_file` could not write ``path``; called before there is anything to write."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if is_special(path):
+        if not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return
+    with contextlib.suppress(FileNotFoundError):
+        _check_replaceable(path.stat(), path.resolve().parent.stat())  # links to one another have no status
+    target = Path(os.path.realpath(path))
+    # named as the file that replace_file() writes first and _keep() links, so too long a name is found too
+    descriptor, name = tempfile.mkstemp(KEEP, f".{target.name}.", target.parent)
+    os.close(descriptor)
+    Path(name).unlink(missing_ok=True)  # a run that begins here removes what killed ones left
+
+
+def _check_replaceable(file: os.stat_result, directory: os.stat_result) -> None:
+    """Raises PermissionError if the directory lets nobody but a file's owner replace it, as /tmp does."""
+    user = getattr(os, "geteuid", int)()
+    if directory.st_mode & stat.S_ISVTX and user not in (0, file.st_uid, directory.st_uid):
+        raise PermissionError(errno.EPERM, "it belongs to another user, in a directory where only they can replace it")
+
+
+def replace_file(path: Path, write: Callable[[BinaryIO], Any], keep: Path | None = None) -> None:
+    """Writes a file beside ``path``, flushes it to disk and renames it: at any instant one of the two is complete.
+
+    The target of a symbolic link is replaced, not the link. FIFOs and devices are written to. With ``keep``, the file
+    at ``path`` first gets that name too; a complete file is at ``path`` all the time.
+    """
+    if is_special(path):
+        with path.open("wb") as file:
+            write(file)
+        return
+    path = Path(os.path.realpath(path))
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)  # the only way to read it
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)  # a temporary file is readable by its owner only
+        if keep is not None:
+            _keep(path, keep, Path(f"{name}{KEEP}"))
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+    if os.name == "posix":  # the rename itself is only safe once the directory is on the disk
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
+def _keep(path: Path, keep: Path, scratch: Path) -> None:
+    """Gives the file at ``path`` the second name ``keep``, through ``scratch``: a link never replaces a file."""
+    try:
+        try:
+            os.link(path, scratch)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, scratch)
+        os.replace(scratch, keep)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def leftovers(path: Path) -> list[Path]:
+    """What :func:`replace_file` left behind for ``path`` when its process was killed."""
+    return list(path.parent.glob(f".{glob.escape(path.name)}.*"))
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: bool) -> Iterator[None]:
+    """While entered, no other process can enter it for the lock file ``path``; the lock ends with its process.
+
+    The file stays. On a file system without locks there is a warning and no lock.
+
+    Raises:
+        BlockingIOError: if another process has entered it, and ``wait`` is false.
+        OSError: if the file cannot be opened, or is a symbolic link or no regular file.
+    """
+    descriptor = open_own(path, os.O_RDWR | os.O_CREAT)
+    try:
+        try:
+            _lock(descriptor, wait)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            warn(f"warning: {path} cannot be locked ({error.strerror}): make sure that no other process does the same")
+        yield
+    finally:
+        os.close(descriptor)
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _lock(descriptor: int, wait: bool) -> None:
+        while not _locks(descriptor):
+            if not wait:
+                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+            time.sleep(0.1)
+
+    def _locks(descriptor: int) -> bool:
+        try:
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        except PermissionError:
+            return False
+        return True
+else:
+    import fcntl
+
+    def _lock(descriptor: int, wait: bool) -> None:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+
+
+@contextlib.contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """While entered, the user's other processes on this machine wait to enter it for the same ``path``."""
+    # the lock's file stays, and the directory of path may be a read-only one
+    name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()
+    with locked(_own_directory() / f"{name[:16]}.lock", wait=True):
+        yield
+
+
+def _own_directory() -> Path:
+    """A directory for locks that nobody else can write to: in the user's cache, or else a new one."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "g2g", "locks")
+    with contextlib.suppress(OSError):
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if os.access(cache, os.W_OK):
+            return cache
+    # a home that cannot be written to: one among the temporary files, if it is this user's own
+    own = Path(tempfile.gettempdir(), f"g2g-{getattr(os, 'getuid', int)()}")
+    own.mkdir(mode=0o700, exist_ok=True)
+    about = own.lstat()
+    if hasattr(os, "getuid") and (about.st_uid != os.getuid() or about.st_mode & 0o077 or not own.is_dir()):
+        raise PermissionError(errno.EACCES, f"{own} is open to other users; delete it", str(own))
+    return own

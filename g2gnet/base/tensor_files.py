@@ -1,0 +1,135 @@
+"""Files of tensors: written whole and with a checksum; read without executing or trusting anything in them.
+
+A file is the zip archive that ``torch.save`` writes, so ``torch.load`` reads it too. The archive's comment is the
+SHA-256 of all bytes before it: a truncated file has no such ending, and a flipped bit anywhere changes one of the two.
+"""
+
+import hashlib
+import io
+import os
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from g2gnet.base.files import open_file, read_file, replace_file
+from g2gnet.base.messages import reason
+
+DIGEST_BYTES = 32
+#: of the record that ends a zip archive, before its comment
+END_BYTES = 22
+
+
+class TensorFileError(ValueError):
+    """A file's content cannot be used; the message says why."""
+
+
+def write_tensors(path: Path, content: Any, keep: Path | None = None) -> None:
+    """Replaces ``path`` by a file of ``content``: tensors, numbers, strings, None, and dicts, lists, tuples of them.
+
+    With ``keep``, the file that was at ``path`` gets that name.
+
+    Raises:
+        OSError: if it cannot be written; the old file is unchanged.
+        TensorFileError: for content that :func:`read_tensors` would refuse; likewise.
+    """
+    check_plain(content)
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    replace_file(path, lambda file: file.write(with_digest(buffer.getvalue())), keep)
+
+
+def with_digest(archive: bytes) -> bytes:
+    """A zip archive without comment, with its digest as the comment."""
+    # the last field of an archive is the length of the comment that follows
+    begin = archive[:-2] + struct.pack("<H", DIGEST_BYTES)
+    return begin + hashlib.sha256(begin).digest()
+
+
+def has_digest(path: Path) -> bool:
+    """Whether a file ends as those of :func:`write_tensors` do, even if it is damaged before its end.
+
+    Raises:
+        OSError: if it cannot be read.
+    """
+    with open_file(path) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - END_BYTES - DIGEST_BYTES))
+        end = file.read()[:END_BYTES]
+    return end.startswith(b"PK\5\6") and end.endswith(struct.pack("<H", DIGEST_BYTES))
+
+
+def read_tensors(path: Path) -> Any:
+    """What :func:`write_tensors` wrote, on the CPU.
+
+    Raises:
+        OSError: if the file cannot be opened, or is not a regular one.
+        TensorFileError: if it is damaged, or :func:`parse_tensors` refuses it.
+    """
+    data = read_file(path)
+    if data[-DIGEST_BYTES:] != hashlib.sha256(data[:-DIGEST_BYTES]).digest():
+        raise TensorFileError("its checksum is wrong: the file is damaged, or not one of ours")
+    return parse_tensors(data)
+
+
+def parse_tensors(data: bytes) -> Any:
+    """The content of any file that ``torch.save`` wrote, on the CPU.
+
+    Nothing in it is executed, and no more memory is used than a small multiple of the file's size.
+
+    Raises:
+        TensorFileError: if it is not such a file, if it holds anything but tensors, numbers, strings, None and
+            containers of them, or a tensor that is larger than its data, or a value that is not finite.
+    """
+    try:
+        # neither PyTorch's older formats nor archives that expand are opened
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            records = archive.infolist()
+        if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+            raise TensorFileError("its records are compressed, which PyTorch's never are")
+        if sum(record.file_size for record in records) > len(data):
+            raise TensorFileError("its records overlap")
+        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        check_plain(content)
+    except TensorFileError:
+        raise
+    except Exception as error:  # a damaged file can make zipfile and torch.load raise anything
+        raise TensorFileError(f"it cannot be read ({reason(error)})") from error
+    return content
+
+
+def check_plain(content: Any) -> None:
+    """Raises TensorFileError, naming the place, for anything but finite numbers, strings, None and plain tensors."""
+    pending = [("", content)]
+    seen: set[int] = set()  # containers may hold one another
+    while pending:
+        place, item = pending.pop()
+        name = place.removeprefix("/") or "the content"
+        if isinstance(item, torch.Tensor):
+            _check_tensor(name, item)
+        elif isinstance(item, dict | list | tuple):
+            if id(item) in seen:
+                continue
+            seen.add(id(item))
+            pairs = item.items() if isinstance(item, dict) else enumerate(item)
+            for key, _ in pairs if isinstance(item, dict) else ():
+                if type(key) not in (str, int):
+                    raise TensorFileError(f"{name} has a key that is a {type(key).__name__}, not a string or a number")
+            pending += [(f"{place}/{key}", value) for key, value in pairs]
+        elif isinstance(item, float) and not -float("inf") < item < float("inf"):
+            raise TensorFileError(f"{name} is {item}")
+        elif isinstance(item, int) and item.bit_length() > 63:
+            raise TensorFileError(f"{name} is a whole number of {item.bit_length()} bits, where 63 are the most")
+        elif item is not None and type(item) not in (str, int, float, bool):  # torch.load refuses their subclasses
+            raise TensorFileError(f"{name} is a {type(item).__name__}, which has no place in such a file")
+
+
+def _check_tensor(name: str, tensor: torch.Tensor) -> None:
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_nested:
+        raise TensorFileError(f"{name} is not a plain tensor")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise TensorFileError(f"{name} has shape {tuple(tensor.shape)}, but not as many values")
+    if not torch.isfinite(tensor).all():
+        raise TensorFileError(f"{name} holds values that are not finite")

@@ -1,0 +1,151 @@
+"""The frozen weights of the ResNet-32: the published ones, or a file's."""
+
+import hashlib
+import io
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from g2gnet.base.files import directory, read_file
+from g2gnet.base.messages import reason
+from g2gnet.base.tensor_files import check_plain
+from g2gnet.data import DATASETS, DataError
+from g2gnet.data.features.resnet import ResNet32
+
+#: hexadecimal digits of a file's SHA-256 that name its content, as in the names of the published files
+DIGITS = 8
+
+
+class Release(NamedTuple):
+    """A published file, whose name ends in its digest, and its normalisation of pixels."""
+
+    url: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @property
+    def digest(self) -> str:
+        return self.url.removesuffix(".pt")[-DIGITS:]
+
+
+_RELEASE = "https://github.com/chenyaofo/pytorch-cifar-models/releases/download/resnet"
+#: means and standard deviations are those in the training logs of the release (logs/cifar10*/resnet32/default.log)
+RELEASES = {
+    "cifar10": Release(f"{_RELEASE}/cifar10_resnet32-ef93fc4d.pt", (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "cifar100": Release(
+        f"{_RELEASE}/cifar100_resnet32-84213ce6.pt", (0.5070, 0.4865, 0.4409), (0.2673, 0.2564, 0.2761)
+    ),
+}
+
+
+def new_resnet(dataset: str) -> ResNet32:
+    """A ResNet-32 for ``dataset`` with random weights.
+
+    Example:
+        >>> new_resnet("cifar100")(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).shape
+        torch.Size([2, 100])
+    """
+    return ResNet32(DATASETS[dataset].num_classes, RELEASES[dataset].mean, RELEASES[dataset].std)
+
+
+def weights_digest(dataset: str, file: Path | str | None = None) -> str:
+    """The identifier of the weights: the first eight hexadecimal digits of the file's SHA-256.
+
+    Args:
+        dataset: ``"cifar10"`` or ``"cifar100"``.
+        file: the weights; None for the published ones, which are not read here.
+
+    Raises:
+        DataError: if the file cannot be read.
+
+    Example:
+        >>> weights_digest("cifar10", "checkpoints/resnet32_cifar10.pt")  # doctest: +SKIP
+    """
+    return RELEASES[dataset].digest if file is None else _digest(_read(Path(file)))
+
+
+def load_resnet(dataset: str, file: Path | str | None = None) -> ResNet32:
+    """A ResNet-32 for ``dataset`` in eval mode with the weights in ``file``, or the published ones (None).
+
+    The published file is downloaded into PyTorch's hub directory unless it is there, and is used only if its digest
+    matches.
+
+    Raises:
+        DataError: if the weights are unavailable, or are not those of such a network.
+
+    Example:
+        >>> net = load_resnet("cifar10")  # doctest: +SKIP
+    """
+    path = _published(dataset) if file is None else Path(file)
+    network = new_resnet(dataset)
+    content = _read(path)
+    try:
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        check_plain(state)
+        network.load_state_dict(state)
+        _check_loaded(network, state)
+    except Exception as error:  # a damaged file can make torch.load raise anything
+        raise DataError(
+            f"{path} does not hold the weights of a CIFAR ResNet-32 for {dataset}: {_summary(error)}\n"
+            f"Give another file as `resnet_weights`, or none to use the published weights; g2g-pretrain "
+            f"--dataset {dataset} makes one."
+        ) from error
+    return network.eval().requires_grad_(False)
+
+
+def _check_loaded(network: ResNet32, state: dict[str, torch.Tensor]) -> None:
+    """Raises ValueError for tensors that loading has changed, or with which the features would be no numbers."""
+    for name, tensor in network.state_dict().items():
+        given = state[name].dtype
+        if not torch.can_cast(given, tensor.dtype):
+            raise ValueError(f"{name} is {given}, not {tensor.dtype}")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} holds numbers that are too large for {tensor.dtype}")
+        if name.endswith("running_var") and (tensor < 0).any():
+            raise ValueError(f"{name}, a variance, is below 0")
+
+
+def _published(dataset: str) -> Path:
+    """The path of the published weights, once downloaded and verified."""
+    release = RELEASES[dataset]
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    path = folder / release.url.rpartition("/")[2]
+    if not path.exists():
+        try:
+            with directory(folder):
+                torch.hub.load_state_dict_from_url(
+                    release.url, check_hash=True, weights_only=True, progress=sys.stderr.isatty()
+                )
+        except (OSError, RuntimeError) as error:  # RuntimeError: the hash differs
+            raise DataError(
+                f"the published ResNet-32 for {dataset} is not at {path} and could not be downloaded ({error}). "
+                "Do one of these:\n"
+                "  1. connect to the internet and run this again;\n"
+                f"  2. download {release.url} elsewhere and give it as `resnet_weights`;\n"
+                f"  3. train one (g2g-pretrain --dataset {dataset}) and give it as `resnet_weights`."
+            ) from error
+    # PyTorch's hub checks what it downloads, not what it finds
+    digest = _digest(_read(path))
+    if digest != release.digest:
+        raise DataError(
+            f"{path} is damaged: its SHA-256 begins with {digest}, not {release.digest}; delete it and run this again"
+        )
+    return path
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return read_file(path)
+    except OSError as error:
+        raise DataError(f"resnet_weights={path} cannot be read ({reason(error)}); give the name of a file") from error
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:DIGITS]
+
+
+def _summary(error: Exception) -> str:
+    """The first lines of an error's message."""
+    return "\n".join(line.strip() for line in str(error).splitlines()[:4]) or type(error).__name__

@@ -1,0 +1,188 @@
+"""Your own data: one ``.npz`` file, as ``numpy.savez`` writes it, with four arrays.
+
+    train_images, test_images   uint8 (0 to 255 become 0 to 1), or float32 as they are; float64 becomes float32
+        [N, D]                                              vectors
+        [N, channels, height, width]                        images
+        [N, T, D], [N, T, channels, height, width]          sequences (:data:`SEQUENCE_DIMENSIONS`), unless a run
+                                                            states something else
+    train_labels, test_labels   integers [N], 0 … C − 1
+
+A run names such data by the file's name and the first digits of its SHA-256, as in ``name-1a2b3c4d``, so different
+data have different names even under the same file name. Nothing in a file is executed, and its sizes are checked
+before it is read.
+"""
+
+import hashlib
+import math
+import re
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from g2gnet.base.files import open_file
+from g2gnet.base.memory import available, gigabytes
+from g2gnet.base.messages import reason
+from g2gnet.data.image_data import DataError, ImageData
+
+Content = TypeVar("Content")
+
+SUFFIX = ".npz"
+ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
+#: hexadecimal digits of the SHA-256 that end a name
+DIGITS = 8
+#: what the header of an array may take; NumPy parses no longer ones
+HEADER_BYTES = 10_000
+#: dimensions of arrays of samples, N included; and of those that are sequences, unless a run states something else
+DIMENSIONS, SEQUENCE_DIMENSIONS = (2, 3, 4, 5), (3, 5)
+
+#: the data files given to this process, by name
+_paths: dict[str, Path] = {}
+
+
+def is_name(name: object) -> bool:
+    """Whether ``name`` is one that :func:`name_of` gives."""
+    return isinstance(name, str) and re.fullmatch(rf"[^/]+-[0-9a-f]{{{DIGITS}}}", name) is not None
+
+
+def name_of(path: Path | str) -> str:
+    """The name of the data in a file; :func:`load` finds it under this name.
+
+    Raises:
+        DataError: if the file cannot be read.
+    """
+    path = Path(path)
+    try:
+        with open_file(path) as file:
+            digest = hashlib.sha256()
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise DataError(f"dataset={path} cannot be read ({reason(error)}); give the name of a file") from error
+    name = f"{path.stem}-{digest.hexdigest()[:DIGITS]}"
+    _paths[name] = path
+    return name
+
+
+def load(name: str, data_dir: Path) -> ImageData:
+    """Reads the data of that name, from the given file or the file of that name in ``data_dir``.
+
+    Raises:
+        DataError: if the file is missing, has different content than the name says, or lacks such arrays.
+    """
+    path = _path(name, data_dir)
+    found = name_of(path)
+    if found != name:
+        raise DataError(f"{path} is {found}, not {name}: its content differs from the run's data; give its `data_dir`")
+    arrays = _read_archive(path, _arrays)
+    images = {split: torch.from_numpy(arrays[f"{split}_images"]) for split in ("train", "test")}
+    labels = {split: torch.from_numpy(arrays[f"{split}_labels"].astype(np.int64)) for split in ("train", "test")}
+    return ImageData(
+        name=name,
+        train_images=images["train"],
+        train_labels=labels["train"],
+        test_images=images["test"],
+        test_labels=labels["test"],
+        num_classes=1 + max(int(each.max()) for each in labels.values()),
+    )
+
+
+def holds_sequences(shape: Sequence[int]) -> bool:
+    """Whether samples of this shape are sequences, if nothing else is stated."""
+    return 1 + len(shape) in SEQUENCE_DIMENSIONS
+
+
+def sample_shape(name: str, data_dir: Path) -> tuple[int, ...]:
+    """The shape of a sample of the data of that name, which the head of its file says.
+
+    Raises:
+        DataError: if the file is missing, or lacks such arrays.
+    """
+    return _read_archive(_path(name, data_dir), _headers)["train_images"][0][1:]
+
+
+def _path(name: str, data_dir: Path) -> Path:
+    return _paths.get(name, data_dir / f"{name[: -DIGITS - 1]}{SUFFIX}")
+
+
+def _read_archive(path: Path, read: Callable[[zipfile.ZipFile], Content]) -> Content:
+    """What ``read`` finds in a file.
+
+    Raises:
+        DataError: if it finds something else.
+    """
+    try:
+        with open_file(path) as file, zipfile.ZipFile(file) as archive:
+            return read(archive)
+    except Exception as error:  # zipfile's and NumPy's readers can raise anything at a damaged file
+        raise DataError(f"{path} cannot be used as data: {reason(error)}") from error
+
+
+def _headers(archive: zipfile.ZipFile) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Shape and dtype of the four arrays; raises ValueError if they are not as above."""
+    missing = [name for name in ARRAYS if f"{name}.npy" not in archive.namelist()]
+    if missing:
+        raise ValueError(f"it lacks {', '.join(missing)}")
+    headers = {name: _header(archive, name) for name in ARRAYS}
+    for name, (shape, dtype) in headers.items():
+        kinds = "uint8, float32 or float64" if name.endswith("images") else "integers"
+        fits = dtype in (np.uint8, np.float32, np.float64) if name.endswith("images") else dtype.kind in "iu"
+        if not fits or not shape or 0 in shape or (len(shape) == 1) != name.endswith("labels"):
+            raise ValueError(f"{name} is {dtype} {list(shape)}, not {kinds} [N{', ...' * (kinds != 'integers')}]")
+        if name.endswith("images") and len(shape) not in DIMENSIONS:
+            raise ValueError(
+                f"{name} is {list(shape)}, of {len(shape)} dimensions; give vectors [N, D], images [N, channels, "
+                "height, width], or sequences [N, T, D] or [N, T, channels, height, width]"
+            )
+    for split in ("train", "test"):
+        count, labels = headers[f"{split}_images"][0][0], headers[f"{split}_labels"][0][0]
+        if count != labels:
+            raise ValueError(f"{split}_images are {count}, {split}_labels {labels}")
+    if headers["train_images"][0][1:] != headers["test_images"][0][1:] or (
+        headers["train_images"][1] != headers["test_images"][1]
+    ):
+        raise ValueError("train_images and test_images differ in shape or dtype")
+    return headers
+
+
+def _arrays(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
+    """The four arrays; raises ValueError, before allocating memory for them, if they are not as above."""
+    headers = _headers(archive)
+    needed = sum(math.prod(shape) * dtype.itemsize for shape, dtype in headers.values())
+    free = available()
+    if free is not None and needed > free:
+        raise ValueError(f"its arrays take {gigabytes(needed)} of memory, and there are {gigabytes(free)}")
+    arrays = {}
+    for name in ARRAYS:
+        with archive.open(f"{name}.npy") as member:
+            arrays[name] = np.lib.format.read_array(member, allow_pickle=False)
+        if arrays[name].dtype == np.float64:
+            with np.errstate(over="ignore"):  # infinities are refused below
+                arrays[name] = arrays[name].astype(np.float32)
+        if name.endswith("images") and not np.isfinite(arrays[name]).all():
+            raise ValueError(f"{name} are not finite everywhere")
+        if name.endswith("labels") and arrays[name].min() < 0:
+            raise ValueError(f"{name} are negative")
+        if name.endswith("labels") and arrays[name].max() >= headers[name][0][0]:
+            raise ValueError(f"{name} go up to {arrays[name].max()}, with {headers[name][0][0]} images")
+    return arrays
+
+
+def _header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype]:
+    """The declared shape and dtype of an array, if they match the size of the archive's member."""
+    with archive.open(f"{name}.npy") as member:
+        version = np.lib.format.read_magic(member)
+        # NumPy reads a header of any length before it refuses a long one
+        length = int.from_bytes(member.read(2 if version == (1, 0) else 4), "little")
+        if length > HEADER_BYTES:
+            raise ValueError(f"{name} claims a header of {length} bytes; those of arrays have at most {HEADER_BYTES}")
+        member.seek(np.lib.format.MAGIC_LEN)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(member)
+        size = member.tell() + math.prod(shape) * dtype.itemsize
+    if dtype.hasobject or size != archive.getinfo(f"{name}.npy").file_size:
+        raise ValueError(f"{name} does not have the size that it claims")
+    return shape, dtype

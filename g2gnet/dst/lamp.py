@@ -1,0 +1,20 @@
+"""LAMP, by which one budget of weights is shared out among layers."""
+
+import torch
+
+
+def layer_adapted(size: torch.Tensor) -> torch.Tensor:
+    """By what units of different layers are compared (LAMP: Lee et al. 2021, of units), float64 [num_units] on CPU.
+
+    It is size² / Σ size² over the unit itself and all larger ones of its layer: the share of the layer that would go
+    with it if it were the next to go. Layers of small weights therefore keep their part, and none loses its last unit
+    while others have several. The largest unit has 1 even if all are zero.
+
+    Args:
+        size: mean ``|w|`` of the units of a layer, [num_units].
+    """
+    squares, order = size.cpu().double().square().sort(descending=True)
+    adapted = torch.empty_like(squares)
+    adapted[order] = squares / squares.cumsum(0).clamp(min=torch.finfo(squares.dtype).tiny)
+    adapted[order[:1]] = 1
+    return adapted

@@ -1,0 +1,725 @@
+"""Dynamic sparse training: at regular intervals the weakest units are pruned and new ones are grown, as many or fewer.
+
+Works on :class:`G2GLinear` layers with any optimizer that lets the state of grown units be reset
+(:mod:`g2gnet.dst.optimizer_state`).
+"""
+
+import contextlib
+import copy
+import logging
+import math
+import sys
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from g2g_kernels import Activity
+from g2g_kernels.choices import check_choice
+from g2g_kernels.numbers import COUNT, Number, share_of
+from g2gnet.base.distributed import World
+from g2gnet.base.schedules import SCHEDULES
+from g2gnet.base.seeding import draw_device, stream
+from g2gnet.dst.lamp import layer_adapted
+from g2gnet.dst.optimizer_state import Initial, OptimizerState
+from g2gnet.dst.rules import ACTIVITY, GRADIENT, GROW_RULES, PRUNE_RULES, Evidence
+from g2gnet.dst.scores import UnitGradients, unit_correlation
+from g2gnet.layers import G2GLinear
+from g2gnet.recording import ActivityRecorder, OneStepLater, Recording, Train, Uncompiled, check_compiled, dense
+from g2gnet.stack import SpikingStack
+from g2gnet.weights.tied_averages import has_unknown_copies, rewire_averages, tie_wiring
+
+logger = logging.getLogger("g2gnet")
+
+
+def _samples(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The pre- and postsynaptic samples of all calls of a layer, in the form that :func:`unit_correlation` takes."""
+    if len(pairs) == 1 and pairs[0][1].dim() == 3:
+        return pairs[0]
+    flat_pre, flat_post = [], []
+    for pre, post in pairs:
+        if pre.dim() < post.dim():  # an input that was held for all time steps
+            pre = pre.expand(len(post), *pre.shape)
+        flat_pre.append(pre.reshape(-1, pre.shape[-1]))
+        flat_post.append(post.reshape(-1, post.shape[-1]))
+    return torch.cat(flat_pre)[None], torch.cat(flat_post)[None]
+
+
+def _first(
+    cost: torch.Tensor, count: int, generator: torch.Generator, last: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Indices of the ``count`` entries of least ``cost`` [n]; equal ones in the order of a uniform draw.
+
+    NaN comes after every number. Entries where ``last`` [n] is true come after all others.
+    """
+    order = torch.randperm(len(cost), generator=generator, device=generator.device).to(cost.device)
+    cost = torch.where(cost.isnan(), torch.inf, cost)
+    for key in (cost,) if last is None else (cost, last.byte()):
+        order = order[torch.argsort(key[order], stable=True)]
+    return order[:count]
+
+
+def _filled(budget: float, strongest: torch.Tensor, best: torch.Tensor, fraction: float) -> tuple[int, int, float]:
+    """How many units of a layer stay and grow, and what they leave of a ``budget`` of weights: less than a unit.
+
+    As many stay as fit, at least one; a ``fraction`` of these is then replaced by as many weights. Fewer are replaced
+    where units that grow are so much smaller that their slots would not suffice.
+
+    Args:
+        strongest: sizes of the units that there are, those that stay first, int64 [n].
+        best: of the units that can grow, those that do first.
+    """
+    have, get = (
+        torch.cat([torch.zeros(1, dtype=torch.float64), sizes.cpu().double().cumsum(0)]) for sizes in (strongest, best)
+    )
+    kept = max(1, int((have <= budget).sum()) - 1)
+    stay = torch.arange(kept - min(share_of(fraction, kept), len(best)), kept + 1)
+    room = budget - have[stay]
+    grown = torch.searchsorted(get, room, right=True) - 1
+    grown = torch.minimum(grown, len(strongest) - stay).clamp(min=0) * (stay < kept)
+    left = room - get[grown]
+    chosen = int(((left < strongest.max().item()) & (stay + grown > 0)).int().argmax())
+    return int(stay[chosen]), int(grown[chosen]), left[chosen].item()
+
+
+#: the rules that need no spikes
+_OTHERS = "give prune='set' or 'random', and grow='random' or 'gradient'"
+
+
+def _check_spikes(model: nn.Module) -> None:
+    """Raises ValueError if the neurons behind a layer do not spike: there is nothing to correlate."""
+    for module in model.modules():
+        if isinstance(module, SpikingStack) and module.readout != "counts":
+            raise ValueError(
+                f"a correlation needs output spikes, and with readout={module.readout!r} there are none; {_OTHERS}"
+            )
+
+
+def _check_fewer(model: nn.Module | Sequence[G2GLinear]) -> None:
+    """Raises ValueError for what cannot follow weights that become fewer."""
+    if isinstance(model, nn.Module) and any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        raise ValueError(
+            "final_density= makes weights fewer, but DistributedDataParallel keeps buffers of their first number; give "
+            "the layers in place of the model, and wrap the model anew after each update"
+        )
+
+
+def mean_density(layers: Sequence[G2GLinear]) -> float:
+    """The share of the weights of all layers together that exist."""
+    exist = sum(layer.mask.num_weights for layer in layers)
+    return exist / sum(math.prod(layer.mask.shape) for layer in layers)
+
+
+def least_density(layers: Sequence[G2GLinear], frozen: Collection[G2GLinear] = ()) -> float:
+    """The share of the weights of all layers together that one unit of each, its largest, has; all of frozen ones."""
+    of_layers = [(layer.mask.unit_sizes, layer in frozen) for layer in layers if layer.mask.num_units]
+    left = sum(int(sizes.sum() if all_stay else sizes.max()) for sizes, all_stay in of_layers)
+    return left / sum(math.prod(layer.mask.shape) for layer in layers)
+
+
+class _Outcome(NamedTuple):
+    """The result of an update; it stays on the device until it is read."""
+
+    step: int
+    layers: list[int]
+    finite: torch.Tensor  # bool [2 · layers]: for the prune and grow scores of each layer
+    pruned: int  # units, if all scores are finite
+    grown: int
+
+
+class DSTScheduler:
+    """Prunes and regrows units every ``interval`` optimizer steps; their number stays, or falls to ``final_density``.
+
+    As with a learning-rate scheduler, call :meth:`step` after each ``optimizer.step()``. In an update, each layer loses
+    the ``fraction`` of its units with the lowest prune score and gains as many, with the highest grow score, among
+    those that were inactive before. A unit's score is taken over its weights. Grown weights start at zero, here and in
+    averages of the model (:class:`G2GLinear`), and their optimizer state as for any new weight. Frozen layers do not
+    change. An update whose scores are not finite (for example after a step with a NaN) is skipped; the logger
+    ``g2gnet`` reports it when ``pruned`` or the state is next read. A scheduler can be copied and pickled together with
+    its model and optimizer, at any step.
+
+    Args:
+        model: a model: all its :class:`G2GLinear` layers are rewired, and its activity is recorded if a rule needs it
+            (:class:`ActivityRecorder`). Or the layers, from input to output; :meth:`step` then takes their activity.
+        optimizer: holds the layers' ``values``, and in its ``state`` what it keeps of them. Several in a list, if each
+            holds some layers, or one wraps another and each has a state.
+        interval: optimizer steps between updates.
+        fraction: share of the units replaced in an update, 0 to 1.
+        prune: ``"set"`` lowest mean ``|w|`` (Mocanu et al. 2018); ``"random"``; ``"hebb"`` lowest correlation.
+        grow: ``"hebb"`` highest correlation; ``"random"``; ``"gradient"`` largest root mean square of ∂L/∂W over the
+            unit, in the step of the update (Evci et al. 2020, for units). Only in that step the operators run one after
+            the other, and the gradient of all weights is computed, at the cost of a dense layer's; a part of it at a
+            time is in memory. That step takes no ``create_graph=True`` and no batches of gradients (``vmap``). With
+            ``"hebb"`` and ``"gradient"``, compiled code runs uncompiled in the step before an update.
+        seed: of the draws that break ties and drive the random rules.
+        process_group: the processes of data-parallel training. Each has a scheduler like this one, whole layers, and
+            a part of the samples. Scores are computed over all samples. The processes check that they have the same
+            network before an update, and the same units after it. ``"world"``: all processes of
+            ``torch.distributed``, if it is initialised. None: this process alone.
+        schedule: ``"constant"``, or ``"cosine"``: in step s the fraction is multiplied by ½(1 + cos πs/S), S being the
+            step of the last update.
+        stop: the share of training, above 0 and at most 1, after which no unit is replaced.
+        total_steps: the optimizer steps of the whole training, which ``"cosine"``, ``stop`` and ``final_density`` refer
+            to.
+        final_density: the share of all weights, those of frozen layers among them, above 0 and at most 1, that is left
+            by the last update, in step S: gradual pruning (Zhu and Gupta 2017). After the update in step s there are
+
+                F + (W₀ − F)·(1 − s/S)³
+
+            weights or up to a unit fewer, W₀ being those at first and F the final ones: each update takes what is above
+            F times ((S − s)/(S − s + interval))³. How many weights a layer keeps is decided by comparing all units
+            (``dst.lamp.layer_adapted``), and which by their prune score, at least one unit. A layer then replaces
+            ``fraction`` (0: none) of the units that it keeps by as many weights, which are more or fewer units where
+            these differ in size. Weights and their optimizer state become new,
+            smaller tensors: after such an update make a new DistributedDataParallel (a ``captured`` step notices it).
+            None: the number of units stays.
+        averages: averages of the model (EMA, SWA), which are rewired with it: :func:`tie_wiring` is called for each. A
+            copy that nobody tied stays as it is; if one lives in an update, the logger ``g2gnet`` warns once.
+        recurrent: if layers are given, those of them that join a layer's neurons to themselves; each comes after its
+            layer. Its inputs are the spikes of the step before.
+        reset_state: by the name of a state of the optimizer, what it begins with for new units, where
+            :mod:`g2gnet.dst.optimizer_state` does not know the name, or knows another value: a number; a function of
+            the new units' weights [n, unit_rows, unit_cols] that returns their state; or None to leave it as it is.
+
+    Attributes:
+        pruned, grown: units pruned and grown so far, over all layers.
+
+    Raises:
+        ValueError: for an option out of range, no layer, a layer that the optimizer does not hold, of which this
+            process has a part only, or whose weights something computes (a parametrization, pruning), an optimizer
+            whose states cannot be reset, a rule by correlation for a stack whose output does not spike, or if every
+            unit is present, so none can grow. With ``final_density``, for one that leaves less than a unit in each
+            layer, a DistributedDataParallel, and for optimizer states that have no number per weight or unit.
+
+    Example:
+        >>> net = G2GNet(64, 64, 10, block_size=8, T=5)
+        >>> optimizer = torch.optim.Adam(net.parameters())
+        >>> dst = DSTScheduler(net, optimizer, interval=2, fraction=0.25)
+        >>> for _ in range(4):
+        ...     net(torch.rand(8, 64)).sum().backward()
+        ...     optimizer.step()
+        ...     rewired = dst.step()
+        ...
+        >>> rewired, dst.pruned == dst.grown > 0
+        (True, True)
+        >>> options = {"fraction": 0.0, "final_density": 0.1, "total_steps": 40, "stop": 0.75}
+        >>> pruning = DSTScheduler(net, optimizer, interval=10, **options)  # gradual, in three updates
+        >>> for _ in range(40):
+        ...     net(torch.rand(8, 64)).sum().backward()
+        ...     optimizer.step()
+        ...     pruned = pruning.step()
+        ...
+        >>> pruning.pruned > 0, pruning.grown
+        (True, 0)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Sequence[G2GLinear],
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+        interval: int = 1000,
+        fraction: float = 0.1,
+        prune: str = "set",
+        grow: str = "hebb",
+        seed: int = 42,
+        process_group: dist.ProcessGroup | str | None = "world",
+        *,
+        schedule: str = "constant",
+        stop: float = 1.0,
+        total_steps: int | None = None,
+        final_density: float | None = None,
+        recurrent: Collection[G2GLinear] = (),
+        averages: Iterable[nn.Module] = (),
+        reset_state: Mapping[str, Initial] | None = None,
+    ) -> None:
+        for name, value, known in (
+            ("prune", prune, PRUNE_RULES),
+            ("grow", grow, GROW_RULES),
+            ("schedule", schedule, SCHEDULES),
+        ):
+            check_choice(name, value, known)
+        if isinstance(process_group, str) and process_group != "world":
+            raise ValueError(f"process_group={process_group!r} is unknown; give 'world', a process group or None")
+        COUNT.check("interval", interval)
+        Number(0, whole=True).check("seed", seed)
+        Number(0, 1, open_low=final_density is None).check("fraction", fraction)
+        for name, share in (("stop", stop), ("final_density", final_density)):
+            if share is not None:
+                Number(0, 1, open_low=True).check(name, share)
+        self._last: int | None = None  # the step of the last update
+        if total_steps is not None:
+            COUNT.check("total_steps", total_steps)
+            self._last = share_of(stop, total_steps) // interval * interval
+            if self._last == 0:
+                raise ValueError(
+                    f"interval={interval} leaves no update in the first {stop:.4g} of {total_steps} steps; lower it"
+                )
+        elif schedule != "constant" or stop != 1.0:
+            raise ValueError(f"schedule={schedule!r} and stop={stop} need total_steps, the steps of the whole training")
+        elif final_density is not None:
+            raise ValueError(f"final_density={final_density} needs total_steps, the steps of the whole training")
+        if isinstance(model, nn.Module):
+            self.layers = [module for module in model.modules() if isinstance(module, G2GLinear)]
+        else:
+            self.layers = list(model)
+        unknown = [layer for layer in recurrent if layer not in self.layers[1:]]
+        if unknown:
+            raise ValueError(f"recurrent has {unknown[0]}, which is none of the layers after the first; give both")
+        self._recurrent = set(recurrent)
+        if isinstance(averages, nn.Module):
+            raise TypeError("averages is a module; give a list of them, averages=[average]")
+        averages = list(averages)
+        if averages and not isinstance(model, nn.Module):
+            raise ValueError("averages= needs the model, not its layers; give it, or call tie_wiring(model, average)")
+        if not self.layers:
+            raise ValueError("there is no G2GLinear layer to rewire; g2gnet.sparsify(model) creates them")
+        if final_density is None and all(layer.mask.is_full for layer in self.layers):
+            raise ValueError("every unit of every layer is present, so none can grow; lower p_inter or p_intra")
+        self._check_whole()
+        self.optimizer = optimizer
+        self._state = OptimizerState(optimizer, reset_state, fewer=final_density is not None)
+        self.interval = interval
+        self.fraction = fraction
+        self.prune = PRUNE_RULES[prune]
+        self.grow = GROW_RULES[grow]
+        self.seed = seed
+        self.schedule = schedule
+        self._process_group = process_group
+        if final_density is not None:
+            _check_fewer(model)
+            self._check_enough_is_left(final_density)
+        for _, layer in self._trained_layers():
+            self._state.check(layer.values)
+        self.steps = 0
+        self.final_density = final_density
+        self._pruned = self._grown = 0
+        self._outcomes: list[_Outcome] = []  # not yet counted there
+        self._needs = {self.prune.needs, self.grow.needs if fraction else None}
+        if isinstance(model, nn.Module) and ACTIVITY in self._needs:
+            _check_spikes(model)
+        self._recorder = ActivityRecorder(model, self.layers) if isinstance(model, nn.Module) else None
+        if isinstance(model, nn.Module) and self._needs != {None}:
+            check_compiled(model, " and ".join(sorted(filter(None, self._needs))))
+        self._gradients: dict[G2GLinear, UnitGradients] = {}
+        self._overtaken = False  # by another scheduler, which records the gradient of the same layers now
+        self._uncompiled: Uncompiled | None = None
+        self._averages = averages
+        self._tie_averages()
+        self._told_of_copies = False
+        self._record_if_due()
+
+    def _tie_averages(self) -> None:
+        for average in self._averages:
+            assert self._model is not None
+            tie_wiring(self._model, average)
+
+    @property
+    def next_is_due(self) -> bool:
+        """Whether the next :meth:`step` is to be an update."""
+        step = self.steps + 1
+        return step % self.interval == 0 and (self._last is None or step <= self._last)
+
+    @property
+    def forms_gradient(self) -> bool:
+        """Whether the training step before the next :meth:`step` has to form the gradient of absent units."""
+        return GRADIENT in self._needs and self.next_is_due
+
+    def _trained_layers(self) -> list[tuple[int, G2GLinear]]:
+        """The layers that are not frozen, with their numbers; the optimizer has to hold them."""
+        groups = [group for optimizer in self._state.optimizers for group in optimizer.param_groups]
+        held = {id(parameter) for group in groups for parameter in group["params"]}
+        trained = [(number, layer) for number, layer in enumerate(self.layers) if layer.values.requires_grad]
+        for number, layer in trained:
+            if id(layer.values) not in held:
+                raise ValueError(
+                    f"the optimizer does not hold the weights of layer {number}, {layer.out_features} × "
+                    f"{layer.in_features}, so grown units would stay zero; create the optimizer after the layers, from "
+                    "model.parameters(), or add a layer that was thawed by optimizer.add_param_group"
+                )
+        return trained
+
+    def _check_enough_is_left(self, final_density: float) -> None:
+        """Raises ValueError if pruning to this share of all weights would leave less than a unit in a layer."""
+        frozen = set(self.layers) - {layer for _, layer in self._trained_layers()}
+        if len(frozen) == len(self.layers):
+            raise ValueError(f"final_density={final_density} prunes nothing: all layers are frozen; leave it out")
+        least = least_density(self.layers, frozen)
+        if final_density < least:
+            raise ValueError(
+                f"final_density={final_density} is less than the {least:.4g} of one unit in each layer"
+                f"{', and of all in frozen ones' if frozen else ''}; raise it"
+            )
+
+    def _record_if_due(self) -> None:
+        """Starts recording the next training step if the :meth:`step` after it is an update that needs that."""
+        if not self.next_is_due:
+            return
+        if self._records or GRADIENT in self._needs:
+            self._uncompiled = Uncompiled()
+        if self._recorder is not None and self._records:
+            self._recorder.start()
+        if GRADIENT in self._needs:
+            for layer in self.layers:
+                if layer.values.requires_grad and self._can_change(layer):
+                    self._gradients[layer] = layer.observer = UnitGradients()
+
+    @property
+    def _records(self) -> bool:
+        return self._recorder is not None and ACTIVITY in self._needs
+
+    def _stop_recording(self) -> list[Recording] | None:
+        if self._uncompiled is not None:
+            self._uncompiled.end()
+            self._uncompiled = None
+        mine = [layer for layer, gradients in self._gradients.items() if layer.observer is gradients]
+        self._overtaken = len(mine) < len(self._gradients)
+        for layer in mine:
+            layer.observer = None
+        return self._recorder.stop() if self._recorder is not None else None
+
+    def _forget_gradients(self) -> None:
+        for gradients in self._gradients.values():
+            gradients.close()
+        self._gradients = {}
+
+    def _count(self) -> tuple[int, int]:
+        """Units pruned and grown so far; waits for the device, and logs the updates that were skipped."""
+        outcomes, self._outcomes = self._outcomes, []
+        for outcome in outcomes:
+            finite = outcome.finite.tolist()
+            if all(finite):
+                self._pruned += outcome.pruned
+                self._grown += outcome.grown
+                continue
+            bad = finite.index(False)
+            kind, rule = (("prune", self.prune), ("grow", self.grow))[bad % 2]
+            logger.warning(
+                "step %d: no unit was replaced, because scores of %s=%r in layer %d are not finite",
+                outcome.step, kind, rule.name, outcome.layers[bad // 2],
+            )  # fmt: skip
+        return self._pruned, self._grown
+
+    @property
+    def pruned(self) -> int:
+        return self._count()[0]
+
+    @property
+    def grown(self) -> int:
+        return self._count()[1]
+
+    def state_dict(self) -> dict[str, int]:
+        """The counters; masks and weights are in the layers' own state."""
+        return {"steps": self.steps, "pruned": self.pruned, "grown": self.grown}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._stop_recording()
+        self._forget_gradients()
+        self.steps, self._outcomes = state["steps"], []
+        self._pruned, self._grown = state["pruned"], state["grown"]
+        self._record_if_due()
+
+    @torch.no_grad()
+    def step(self, inputs: torch.Tensor | None = None, activity: Activity | None = None) -> bool:
+        """Counts an optimizer step and, every ``interval`` of them, updates the layers; returns whether it did.
+
+        Args:
+            inputs: what the first layer received in this step, [B, in] or [T, B, in].
+            activity: what the stack of these layers did in this step; its spikes are the samples of the correlation.
+                Recurrent connections received nothing before its first step.
+                Omit both if the scheduler was created with a model, which it then observes itself.
+
+        Raises:
+            RuntimeError: if a rule needs what was neither given nor recorded, or growth by gradient follows a backward
+                pass with ``create_graph=True`` or with batches of gradients.
+            ValueError: in the first step, if there are no more weights than ``final_density``; in an update, if frozen
+                layers leave too few to the others; if the activity is of other layers; if a rule needs the output
+                spikes of an activity that is a readout of membranes; if the optimizer now has a state that cannot be
+                reset, or does not hold a layer.
+            DistributedError: if the processes of the group do not all make this update, have different networks before
+                it, or different units after it.
+
+        After any error but the last, also one in ``reset_state``, no unit is replaced in any layer, and weights,
+        averages and the optimizer's state are as they were.
+        """
+        if getattr(getattr(self._model, "_join_config", None), "enable", False):
+            raise RuntimeError(
+                "DSTScheduler does not work inside model.join(): a process without further batches takes no part in "
+                "the updates; give all processes equally many batches (DistributedSampler, drop_last=True)"
+            )
+        if activity is not None and ACTIVITY in self._needs and self._lacks_spikes(activity):
+            raise ValueError(
+                f"a correlation needs output spikes, and this activity is a readout of membranes; {_OTHERS}"
+            )
+        if self.final_density is not None and self.steps == 0 and self.final_density >= mean_density(self.layers):
+            self._stop_recording()
+            self._forget_gradients()
+            raise ValueError(
+                f"final_density={self.final_density} is no less than the {mean_density(self.layers):.4g} that training "
+                "begins with; lower it, leave it out, or load the state of the scheduler that pruned to it"
+            )
+        due = self.next_is_due
+        self.steps += 1
+        recordings = self._stop_recording()
+        try:
+            if due:
+                if inputs is not None and activity is not None:
+                    recordings = [[pair] for pair in self._trains(inputs.detach(), activity)]
+                self._check_whole()
+                if self.final_density is not None and len(self._trained_layers()) < len(self.layers):
+                    self._check_enough_is_left(self.final_density)  # some may have been frozen since
+                world = World(self._process_group)
+                world.stage = f"the update of the units after step {self.steps}"
+                world.assemble()
+                world.check_same(f"the count of steps at {world.stage}", self.steps)
+                world.check_same(f"the network after step {self.steps}", None, self._network())
+                with torch.autocast(self.layers[0].values.device.type, enabled=False):  # it would round the scores
+                    self._update(list(self._evidence(recordings, world)))
+                world.check_same(f"the wiring after step {self.steps}", None, self._wiring())
+        finally:  # whoever catches an error can go on
+            self._forget_gradients()
+            self._record_if_due()
+        return due
+
+    def _lacks_spikes(self, activity: Activity) -> bool:
+        """Whether the last of these layers is one whose neurons do not spike."""
+        return activity.readout is not None and len(self.layers) - len(self._recurrent) >= len(activity.spikes)
+
+    def _trains(self, inputs: torch.Tensor, activity: Activity) -> Iterator[tuple[Train, Train]]:
+        """What each layer received, and what its neurons did; raises ValueError for the activity of others."""
+        mine = [layer.out_features for layer in self.layers if layer not in self._recurrent]
+        theirs = [len(rates) for rates in activity.rates]
+        if mine != theirs[: len(mine)]:
+            raise ValueError(
+                f"the activity is of layers of {theirs} neurons, those of the scheduler have {mine}; give it the "
+                "layers of the stack from its input on, and name the recurrent connections among them in `recurrent`"
+            )
+        received: Train = inputs
+        posts = iter(activity.spikes)
+        for layer in self.layers:
+            if layer in self._recurrent:
+                yield OneStepLater(received), received
+                continue
+            post = next(posts)
+            yield received, post
+            received = post
+
+    def _wiring(self) -> list[torch.Tensor]:
+        return [units for layer in self.layers for units in (layer.mask.unit_row, layer.mask.unit_col)]
+
+    def _network(self) -> Iterator[torch.Tensor]:
+        """What must be the same in all processes: the wiring, and the parameters of the model, or of the layers."""
+        yield from self._wiring()
+        for layer in self.layers:
+            values = layer.values.detach()
+            # the padding is no weight
+            yield values.masked_fill(~layer.mask.valid(), 0) if layer.mask.has_padding else values
+        of_layers = {id(layer.values) for layer in self.layers}
+        for module in [*self.layers] if self._model is None else [self._model]:
+            ignored = getattr(module, "parameters_to_ignore", ())  # by DistributedDataParallel
+            for name, parameter in module.named_parameters():
+                if id(parameter) not in of_layers and name.removeprefix("module.") not in ignored:
+                    yield parameter
+
+    def _check_whole(self) -> None:
+        """Raises ValueError unless the weights of each layer are one parameter, and whole in this process."""
+        for number, layer in enumerate(self.layers):
+            if not layer.has_plain_values:
+                raise ValueError(
+                    f"the weights of layer {number}, {layer.out_features} × {layer.in_features}, are computed by a "
+                    "parametrization, pruning or a norm, so their units cannot be replaced; remove that, or give "
+                    "DSTScheduler the other layers in place of the model"
+                )
+            values, packed = layer.values, (layer.mask.num_units, *layer.mask.unit_shape)
+            if type(values.data) is not torch.Tensor or values.shape != packed:
+                raise ValueError(
+                    f"the weights of layer {number} are a {type(values.data).__name__} of shape {tuple(values.shape)}, "
+                    f"not a tensor of {packed}: they are sharded, as FSDP does; DSTScheduler needs whole layers, as "
+                    "with DistributedDataParallel"
+                )
+
+    @property
+    def _model(self) -> nn.Module | None:
+        return self._recorder.model if self._recorder is not None else None
+
+    def _evidence(self, recordings: list[Recording] | None, world: World) -> Iterator[tuple[int, Evidence]]:
+        """What the rules need of each layer that can change, with the layer's number."""
+        unpacked: dict[int, torch.Tensor] = {}  # by the train's id; a layer's spikes are the next one's inputs
+        for number, layer in self._trained_layers():
+            if not self._can_change(layer):
+                continue
+            self._state.check(layer.values)
+            correlation = gradient = None
+            if ACTIVITY in self._needs:
+                if not recordings or not recordings[number]:
+                    raise RuntimeError(_nothing_seen("activity", number, self))
+                pairs = recordings[number]
+                trains = {id(train): train for pair in pairs for train in pair}
+                unpacked = {key: unpacked[key] if key in unpacked else dense(train) for key, train in trains.items()}
+                samples = _samples([(unpacked[id(pre)], unpacked[id(post)]) for pre, post in pairs])
+                correlation = unit_correlation(*samples, layer.mask, world).flatten()
+            if GRADIENT in self._needs:
+                gradients = self._gradients.get(layer)
+                if gradients is None or not any(gradients.seen()):
+                    raise RuntimeError(_nothing_seen("gradient", number, self))
+                gradient = gradients.root_mean_squares(layer.mask, world)
+                gradients.close()
+            yield number, Evidence(layer, correlation, gradient)
+
+    def _update(self, evidence: list[tuple[int, Evidence]]) -> None:
+        """Prunes and grows in all layers, or in none of them if a score is not finite.
+
+        Nothing here waits for the device while the number of units stays: one that must stay is replaced by itself.
+        """
+        if not evidence:  # every layer is frozen, or full
+            return
+        grow = self.grow if self.fraction else GROW_RULES["random"]  # which needs nothing, and none are taken
+        scores = [(self.prune.score(seen), grow.score(seen)) for _, seen in evidence]
+        finite = torch.stack([score.isfinite().all() for pair in scores for score in pair])
+        budgets = self._budgets([seen for _, seen in evidence], finite.all())
+        share = self.steps / self._last if self._last else 0.0
+        fraction, pruned, grown, spare = self.fraction * SCHEDULES[self.schedule](share), 0, 0, 0.0
+        with contextlib.ExitStack() as undo:
+            # an error in one layer takes back what was done before it, and no average follows
+            for (number, seen), score, budget in zip(evidence, scores, budgets, strict=True):
+                draw = stream(self.seed, "dst", self.steps, number, device=draw_device(score[0].device))
+                room = None if budget is None else budget + spare
+                gone, new, spare = self._replace(seen.layer, room, fraction, *score, finite.all(), draw, undo)
+                pruned, grown = pruned + gone, grown + new
+            undo.pop_all()
+        for _, seen in evidence:
+            seen.layer.kin.end_tie("it was rewired by itself")
+            rewire_averages(seen.layer)
+        self._tell_of_copies()
+        numbers = [number for number, _ in evidence]
+        self._outcomes.append(_Outcome(self.steps, numbers, finite, pruned, grown))
+
+    def _tell_of_copies(self) -> None:
+        if not self._told_of_copies and any(has_unknown_copies(layer) for layer in self.layers):
+            self._told_of_copies = True
+            logger.warning(
+                "the network was rewired, and a copy of it keeps the units that it has. If it is an average, give "
+                "DSTScheduler(averages=[average]) or call g2gnet.tie_wiring(network, average); if it is a network of "
+                "its own, g2gnet.untie_wiring(copy)"
+            )
+
+    def _can_change(self, layer: G2GLinear) -> bool:
+        """Whether an update prunes or grows units of the layer."""
+        return self.final_density is not None or not layer.mask.is_full
+
+    def _budgets(self, evidence: list[Evidence], apply: torch.Tensor) -> list[float] | list[None]:
+        """The weights that each layer may keep. None: its number of units stays, also if ``apply``, a bool, is false.
+
+        Waits for the device if their number falls.
+        """
+        if self.final_density is None or not apply:
+            return [None] * len(evidence)
+        assert self._last is not None
+        of_layers = [seen.mask.unit_sizes.cpu() for seen in evidence]
+        sizes = torch.cat(of_layers)
+        total = sum(math.prod(layer.mask.shape) for layer in self.layers)
+        frozen = sum(layer.mask.num_weights for layer in self.layers) - int(sizes.sum())
+        before, final = int(sizes.sum()), self.final_density * total - frozen
+        left = self._last - self.steps
+        weights = final + max(0.0, before - final) * (left / (left + self.interval)) ** 3
+        adapted = torch.cat([layer_adapted(PRUNE_RULES["set"].score(seen)) for seen in evidence])
+        order = adapted.argsort(descending=True, stable=True)
+        remain = torch.empty_like(sizes)
+        remain[order] = sizes[order] * (sizes[order].cumsum(0) <= weights)
+        first, *others = [float(of_layer.sum()) for of_layer in remain.split([len(each) for each in of_layers])]
+        return [first + weights - int(remain.sum()), *others]
+
+    def _replace(
+        self,
+        layer: G2GLinear,
+        budget: float | None,
+        fraction: float,
+        prune: torch.Tensor,
+        grow: torch.Tensor,
+        apply: torch.Tensor,
+        draw: torch.Generator,
+        undo: contextlib.ExitStack,
+    ) -> tuple[int, int, float]:
+        """Keeps units of highest ``prune`` score [num_units], and replaces ``fraction`` of these.
+
+        The lowest of them give their slots to absent units of highest ``grow`` score [grid]. All units together have
+        ``budget`` weights or up to a unit fewer; None: their number stays. Nothing changes if ``apply``, a bool scalar,
+        is false. Closing ``undo`` takes it back. Returns the units pruned and grown, and what is left of the budget.
+        """
+        mask, spare = layer.mask, budget or 0.0
+        absent = len(grow) - mask.num_units
+        active = mask.present().flatten()
+        weakest = _first(prune, mask.num_units, draw)
+        best = _first(-grow, absent, draw, last=active)
+        if budget is None or not mask.num_units:
+            lost = new = min(share_of(fraction, mask.num_units), absent)
+        else:
+            of_grid = (mask.rows.lengths[:, None] * mask.cols.lengths).flatten()
+            stay, new, spare = _filled(budget, mask.unit_sizes[weakest.flip(0)], of_grid[best], fraction)
+            lost = mask.num_units - stay
+        removed = lost - new
+        slots = weakest[removed:lost]
+        units = torch.where(apply, best[:new], mask.flat_unit()[slots])
+        undo.callback(layer.rewire_(slots, units, apply))
+        undo.callback(self._state.reset_(layer.values, slots, apply))
+        if removed:
+            remain = torch.ones_like(prune, dtype=torch.bool)
+            remain[weakest[:removed]] = False
+            undo.callback(self._state.keep_(layer.values, remain))
+            undo.callback(layer.keep_(remain))
+        return lost, new, spare
+
+    def __del__(self) -> None:
+        # removes what it set up in the model; if its constructor raised, that is nothing
+        if "_uncompiled" in self.__dict__ and not sys.is_finalizing():
+            self._stop_recording()
+
+    # --- copies and files ---------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {**self.__dict__, "prune": self.prune.name, "grow": self.grow.name, "_uncompiled": None}
+        # what was recorded so far in this step; hooks and attributes of layers are not copied
+        state["_recorder"] = self._recorder and (self._recorder.model, self._recorder.recorded())
+        state["_gradients"] = [(layer, gradients.seen()) for layer, gradients in self._gradients.items()]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        seen, gradients = state["_recorder"], state["_gradients"]
+        self.__dict__.update(state, prune=PRUNE_RULES[state["prune"]], grow=GROW_RULES[state["grow"]], _gradients={})
+        self._recorder = seen and ActivityRecorder(seen[0], self.layers)
+        self._tie_averages()
+        self._record_if_due()
+        if self._recorder is not None and seen[1]:
+            self._recorder.stop()
+            self._recorder.resume(seen[1])
+        for layer, what in gradients:
+            self._gradients[layer].resume(what)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "DSTScheduler":
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        # processes are not copied
+        group = {"_process_group": self._process_group}
+        rest = {name: value for name, value in self.__getstate__().items() if name not in group}
+        twin.__setstate__({**copy.deepcopy(rest, memo), **group})
+        if twin._uncompiled is not None:  # a copy that is never used must not keep compiled code from running
+            twin._uncompiled.end()
+            twin._uncompiled = None
+        return twin
+
+
+def _nothing_seen(what: str, number: int, scheduler: DSTScheduler) -> str:
+    """The message where a rule lacks what it needs."""
+    if what == "gradient" and scheduler._overtaken:
+        return (
+            f"another DSTScheduler with grow='gradient' has taken over layer {number}; a layer has one scheduler: call "
+            "step() of the last one only"
+        )
+    return (
+        f"no {what} of layer {number} was recorded in this step, but prune={scheduler.prune.name!r} with "
+        f"grow={scheduler.grow.name!r} needs it. Pass the inputs and the activity to step(); or create the scheduler "
+        "with the model, and run the model forward and backward in training mode before each step(), not as a CUDA "
+        "graph while next_is_due; or use prune='set' or 'random' with grow='random'"
+    )

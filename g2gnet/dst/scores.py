@@ -1,0 +1,221 @@
+"""What the rules of dynamic sparse training know of a layer: one number for each unit of the grid, whether it exists or
+not. The dense [out, in] matrix behind these numbers is never formed.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from g2g_kernels import BlockMask
+from g2g_kernels.mask.sides import UnitAxis
+from g2g_kernels.ops.g2g_stack.layer import Observer as ProductObserver
+from g2g_kernels.tracing import is_transformed
+from g2gnet.base.distributed import ALONE, World
+
+#: units of at least this many neurons on a side are summed by a matrix product: one pass over the samples, where
+#: scaling, padding and reordering take several; but not of more units, whose product takes longer than that
+PRODUCT_WIDTH, PRODUCT_UNITS = 4, 256
+#: elements of the gradient that are formed at a time (at least a block row): a product of this size runs at full speed
+BAND = 1 << 24
+
+
+def unit_correlation(pre: torch.Tensor, post: torch.Tensor, mask: BlockMask, world: World = ALONE) -> torch.Tensor:
+    """The mean pre/post correlation of every unit of the grid, [block rows, block columns], between −1 and 1.
+
+    The correlation of input j and output i is the uncentred cosine Σ post_i·pre_j / (‖post_i‖·‖pre_j‖) over all T·B
+    samples, 0 where either is silent. Its mean over a unit separates into sums over the unit's normalised outputs and
+    inputs::
+
+        mean over unit (r, c) = Σ_samples (Σ_{i∈r} post_i/‖post_i‖) · (Σ_{j∈c} pre_j/‖pre_j‖) / (|r|·|c|)
+
+    Args:
+        pre: inputs [T, B, in], or [B, in] held at every step.
+        post: output spikes [T, B, out].
+        world: processes, each of which has some of the samples; all get the correlation over all samples.
+    """
+    pre, post = pre.float(), post.float()
+    norm_post = world.sum_(_squares(post)).sqrt()
+    norm_pre = world.sum_(_squares(pre)).sqrt()
+    if pre.dim() == 2:
+        norm_pre = norm_pre * len(post) ** 0.5
+        post = post.sum(0)
+    post_sums = _unit_sums(post.reshape(-1, post.shape[-1]), norm_post, mask.rows)
+    pre_sums = _unit_sums(pre.reshape(-1, pre.shape[-1]), norm_pre, mask.cols)
+    return world.sum_(post_sums.T @ pre_sums) / (mask.rows.lengths[:, None] * mask.cols.lengths[None, :])
+
+
+def _squares(train: torch.Tensor) -> torch.Tensor:
+    """Σ x² over the samples of a train [..., N], for each neuron: [N]; exact for spikes."""
+    total = train.new_zeros(train.shape[-1])
+    for samples in train.reshape(-1, train.shape[-1]).split(512):  # their squares fit into the cache
+        total += samples.square().sum(0)
+    return total
+
+
+def _unit_sums(samples: torch.Tensor, norm: torch.Tensor, axis: UnitAxis) -> torch.Tensor:
+    """Σ over the neurons of each unit range of samples/norm (0 for silent neurons): [M, size] → [M, num_units]."""
+    scale = torch.where(norm > 0, 1 / norm, 0.0)
+    if axis.width < PRODUCT_WIDTH or axis.num_units > PRODUCT_UNITS:
+        return _padded(samples * scale, axis).view(len(samples), axis.num_units, axis.width).sum(2)
+    membership = scale.new_zeros(axis.size, axis.num_units)
+    membership[torch.arange(axis.size, device=scale.device), axis.unit_of] = scale
+    return samples @ membership
+
+
+def _padded(samples: torch.Tensor, axis: UnitAxis) -> torch.Tensor:
+    """Samples [M, size] in the order of the axis' places, 0 at those without a neuron: [M, num_units · width]."""
+    if axis.trivial:
+        return samples
+    if axis.ragged:
+        samples = torch.cat([samples, samples.new_zeros(len(samples), 1)], 1)
+    return samples.index_select(1, axis.neuron_at)
+
+
+def _backward_pass() -> int:
+    """The number of the backward pass that runs now; −1 outside of them."""
+    return torch._C._current_graph_task_id()
+
+
+def _is_batch(gradient: torch.Tensor) -> bool:
+    """Whether it stands for several gradients."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(gradient):
+        if functorch.is_batchedtensor(gradient):
+            return True
+        gradient = functorch.get_unwrapped(gradient)
+    return functorch.is_legacy_batchedtensor(gradient)
+
+
+_BATCHES = "gradients in batches (torch.func.vmap, is_grads_batched, jacobian(vectorize=True))"
+_TWICE = "the gradient of a gradient (create_graph=True)"
+#: what a layer received and the gradient of what it gave, [..., in] and [..., out]
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+class Seen(NamedTuple):
+    """What a :class:`UnitGradients` has seen.
+
+    Attributes:
+        pairs: of products; each adds Σ over samples of g·xᵀ to ∂L/∂W.
+        dense: ∂L/∂W of reads of the dense weight, [out, in].
+        unseen: what the step had of which the gradient is not seen, or None.
+    """
+
+    pairs: list[Pair]
+    dense: list[torch.Tensor]
+    unseen: str | None = None
+
+
+class UnitGradients:
+    """The size of ∂L/∂W in every unit of a layer: the observer of a layer that is trained by several backward passes.
+
+    It keeps what the layer received and the gradient of what it gave, of which ∂L/∂W = Σ over samples of g·xᵀ. They
+    count where a backward pass forms the gradient of the layer's weights; one for the inputs alone adds nothing.
+    """
+
+    def __init__(self) -> None:
+        self._seen = Seen([], [])
+        #: inputs by the number of their product. Graphs that someone keeps refer to them through this object
+        self._inputs: dict[int, torch.Tensor] = {}
+
+    def of_call(self, values: torch.Tensor) -> tuple[torch.Tensor, ProductObserver]:
+        """The packed weights for the products of one call, and what these products are told to."""
+        if not values.requires_grad:
+            return values, lambda _, y: y
+        called_in = _backward_pass()
+        #: by product, with the backward pass, which may not go on to the weights
+        reached: dict[int, tuple[int, Pair]] = {}
+
+        def count(of_weights: torch.Tensor) -> None:
+            this = _backward_pass()
+            if _is_batch(of_weights):
+                reached.clear()
+                self._cannot_see(_BATCHES)
+            self._seen.pairs.extend(pair for of, pair in reached.values() if of == this)
+            reached.clear()
+
+        def observe(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            if not y.requires_grad:  # in the forward pass of chunks
+                return y
+            number = len(self._inputs)
+            self._inputs[number] = x.detach().clone()  # the caller may use the memory for the next samples
+            recomputed_in = _backward_pass()
+
+            def reach(gradients: tuple[torch.Tensor | None, ...]) -> None:
+                received, (gradient,) = self._inputs.get(number), gradients
+                if received is None or gradient is None or _is_batch(gradient):
+                    return
+                # a chunk is computed again, and its gradients are formed, in a pass within that to the weights
+                this = _backward_pass() if recomputed_in == called_in else recomputed_in
+                reached[number] = this, (received, gradient.detach())
+                if torch.is_grad_enabled() and not is_transformed():
+                    self._cannot_see(_TWICE)
+
+            # a node of its own has the gradient after all hooks on y, also if y is changed in place
+            y = y.clone()
+            assert y.grad_fn is not None
+            y.grad_fn.register_prehook(reach)
+            return y
+
+        values = values.view_as(values)
+        values.register_hook(count)
+        return values, observe
+
+    def of_dense(self, weight: torch.Tensor) -> None:
+        """Counts the gradient of a dense weight [out, in] that was read."""
+        if weight.requires_grad:
+            weight.register_hook(self._count_dense)
+
+    def _count_dense(self, gradient: torch.Tensor) -> None:
+        if _is_batch(gradient):
+            self._cannot_see(_BATCHES)
+        else:
+            self._seen.dense.append(gradient.detach())
+
+    def _cannot_see(self, what: str) -> None:
+        self._seen = self._seen._replace(unseen=what)
+
+    def close(self) -> None:
+        """Forgets everything, also what graphs of this step refer to."""
+        self._seen = Seen([], [])
+        self._inputs = {}
+
+    def __reduce__(self) -> tuple:
+        return type(None), ()  # a copy of the layer takes no part in the step
+
+    def seen(self) -> Seen:
+        """What was seen so far."""
+        return Seen([*self._seen.pairs], [*self._seen.dense], self._seen.unseen)
+
+    def resume(self, seen: Seen) -> None:
+        """Goes on after what another one has seen."""
+        self._seen = seen
+
+    def root_mean_squares(self, mask: BlockMask, world: World = ALONE) -> torch.Tensor:
+        """√ of the mean of (∂L/∂W)² over each unit, float32 [block rows · block columns]; something was seen.
+
+        Args:
+            mask: the layer's.
+            world: processes, each of which has some of the samples; the gradient is that of all samples.
+
+        Raises:
+            RuntimeError: if gradients of the weights were formed in batches, or one that has a gradient itself: that of
+                the weights has more parts then.
+        """
+        if self._seen.unseen is not None:
+            raise RuntimeError(
+                f"grow='gradient' does not see {self._seen.unseen}, and this step had it; use grow='random' or 'hebb'"
+            )
+        rows, cols = mask.rows, mask.cols
+        seen = [(x.reshape(-1, cols.size).float(), g.reshape(-1, rows.size).float()) for x, g in self._seen.pairs]
+        # that of a dense weight is its product with the identity
+        seen += [(torch.eye(cols.size, device=weight.device), weight.T.float()) for weight in self._seen.dense]
+        x = _padded(torch.cat([x for x, _ in seen]), cols)
+        g = _padded(torch.cat([g for _, g in seen]), rows)
+        block_rows = max(1, BAND // (x.shape[1] * rows.width))  # at a time
+        squares = [
+            world.sum_(band.T @ x).square_().view(-1, rows.width, cols.num_units, cols.width).sum((1, 3))
+            for band in g.split(block_rows * rows.width, 1)
+        ]
+        sizes = rows.lengths[:, None] * cols.lengths[None, :]
+        return (torch.cat(squares) / sizes).sqrt().flatten()

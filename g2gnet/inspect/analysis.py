@@ -1,0 +1,281 @@
+"""The analysis of a whole network: every quantity of every layer, from one pass over labelled samples."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from g2g_kernels import Activity, GroupLayout
+from g2g_kernels.mask.groups import partners
+from g2g_kernels.ops.g2g_stack.chunks import ChunkedSpikes
+from g2gnet.inspect.connections import cross_group_share, group_density, input_group_entropy
+from g2gnet.inspect.spike_statistics import (
+    CountCorrelation,
+    SpikeSums,
+    chance_coherence,
+    coherence,
+    count_correlation,
+    firing_rates,
+    group_means,
+    pearson,
+    temporal_synchrony,
+)
+from g2gnet.network import G2GNet
+from g2gnet.recording import Train, dense
+
+#: default number of test images to analyse
+ANALYSIS_SAMPLES = 1000
+
+
+class Batch(NamedTuple):
+    """A network's input ([B, D] held, or [T, B, D]), its activity, and the true classes [B].
+
+    Example:
+        >>> from g2gnet import G2GNet
+        >>> net = G2GNet(64, 64, 10, block_size=8, T=20)
+        >>> inputs = net.encode(3 * torch.rand(30, 64))
+        >>> batch = Batch(inputs, net.simulate(inputs), torch.arange(30) % 10)
+        >>> analyze_network(net, [batch], num_classes=10).samples
+        30
+    """
+
+    inputs: torch.Tensor
+    activity: Activity
+    labels: torch.Tensor
+
+
+@dataclass(frozen=True)
+class LayerAnalysis:
+    """One layer: its connection and its neurons' activity, by group. Tensors are float64, NaN: not defined.
+
+    Attributes:
+        name: ``lif1``, ``lif2`` or ``lif3``.
+        group_sizes: int64 [G], neurons in each group.
+        neuron_rates: [N], spikes of each neuron per step (:func:`firing_rates`).
+        group_rates: [G], their mean in each group.
+        synchrony: [G] (:func:`temporal_synchrony`).
+        correlation: three [G, G] (:func:`count_correlation`).
+        coherence: [G, G] between the layer's groups, NaN on the diagonal (:func:`coherence`).
+        chance_coherence: [G, G], what independent neurons would give, NaN on the diagonal (:func:`chance_coherence`).
+        pathway_coherence: [G, G of the inputs] between the layer's groups and those of its inputs, or None if these are
+            no spikes: samples that are held, or sequences with values other than 0 and 1 (encoding ``current``).
+        density: [G, G of the inputs], output by input group (:func:`group_density`).
+        cross_group_share: [G], share of the inputs from other groups (:func:`cross_group_share`).
+        input_entropy, weight_entropy: [G], by connections and by weight (:func:`input_group_entropy`).
+        accumulates, multiplies, dense_operations: synaptic operations of the connection per sample
+            (:class:`~g2g_kernels.ops.g2g_stack.SynapticOperations`).
+
+    Example:
+        >>> from g2gnet import G2GNet
+        >>> net = G2GNet(64, 64, 10, block_size=8, T=20)
+        >>> inputs = net.encode(3 * torch.rand(30, 64))
+        >>> batch = Batch(inputs, net.simulate(inputs), torch.arange(30) % 10)
+        >>> analysis = analyze_network(net, [batch], num_classes=10)
+        >>> layer = analysis.layers[0]
+        >>> layer.group_rates.shape, layer.coherence.shape
+        (torch.Size([8]), torch.Size([8, 8]))
+    """
+
+    name: str
+    group_sizes: torch.Tensor
+    neuron_rates: torch.Tensor
+    group_rates: torch.Tensor
+    synchrony: torch.Tensor
+    correlation: CountCorrelation
+    coherence: torch.Tensor
+    chance_coherence: torch.Tensor
+    pathway_coherence: torch.Tensor | None
+    density: torch.Tensor
+    cross_group_share: torch.Tensor
+    input_entropy: torch.Tensor
+    weight_entropy: torch.Tensor
+    accumulates: float
+    multiplies: float
+    dense_operations: float
+
+    @property
+    def firing_rate(self) -> float:
+        """Spikes per neuron and step, 0 to 1."""
+        return float(self.neuron_rates.mean())
+
+    @property
+    def silent(self) -> float:
+        """The share of neurons that never fired, 0 to 1."""
+        return float((self.neuron_rates == 0).double().mean())
+
+    @property
+    def cross_group_coherence(self) -> torch.Tensor:
+        """[G], the mean coherence of each group with the others of its layer."""
+        return self.coherence.nanmean(1)
+
+    @property
+    def coherence_by_share(self) -> float:
+        """Pearson's r over the G groups, of coherence with the layer's other groups against inputs from others.
+
+        The share hardly differs between groups except with DST or in a small layer, and for eight groups chance alone
+        gives ``|r| > 0.7`` in one of twenty cases; :attr:`coherence_by_pathway` uses more data.
+        """
+        return pearson(self.cross_group_coherence, self.cross_group_share)
+
+    @property
+    def coherence_by_pathway(self) -> float:
+        """Pearson's r over all pairs of a group and an input group that is not its own, of coherence against density.
+
+        That is: is a group coherent with the other groups from which it gets inputs?
+        """
+        if self.pathway_coherence is None:
+            return math.nan
+        other = ~partners(*self.density.shape)
+        return pearson(self.pathway_coherence[other], self.density[other])
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything except single neurons' rates as lists and numbers, None where not defined."""
+        values = {
+            "neurons": len(self.neuron_rates),
+            "group_sizes": self.group_sizes,
+            "firing_rate": self.firing_rate,
+            "silent": self.silent,
+            "group_firing_rate": self.group_rates,
+            "temporal_synchrony": self.synchrony,
+            **{f"{name}_correlation": matrix for name, matrix in self.correlation._asdict().items()},
+            "coherence": self.coherence,
+            "chance_coherence": self.chance_coherence,
+            "pathway_coherence": self.pathway_coherence,
+            "cross_group_coherence": self.cross_group_coherence,
+            "cross_group_share": self.cross_group_share,
+            "coherence_by_share": self.coherence_by_share,
+            "coherence_by_pathway": self.coherence_by_pathway,
+            "density": self.density,
+            "input_entropy": self.input_entropy,
+            "weight_entropy": self.weight_entropy,
+            "accumulates": self.accumulates,
+            "multiplies": self.multiplies,
+            "dense_operations": self.dense_operations,
+        }
+        return {name: _plain(value) for name, value in values.items()}
+
+
+@dataclass(frozen=True)
+class NetworkAnalysis:
+    """What :func:`analyze_network` found.
+
+    Attributes:
+        samples, steps: B and T of what was analysed.
+        accuracy: share of samples classified correctly.
+        layers: from input to output.
+
+    Example:
+        >>> from g2gnet import G2GNet
+        >>> net = G2GNet(64, 64, 10, block_size=8, T=20)
+        >>> inputs = net.encode(3 * torch.rand(30, 64))
+        >>> batch = Batch(inputs, net.simulate(inputs), torch.arange(30) % 10)
+        >>> analysis = analyze_network(net, [batch], num_classes=10)
+        >>> 0 < analysis.firing_rate < 1, analysis.steps
+        (True, 20)
+    """
+
+    samples: int
+    steps: int
+    accuracy: float
+    layers: tuple[LayerAnalysis, ...]
+
+    @property
+    def firing_rate(self) -> float:
+        """Spikes per neuron and step over all layers, 0 to 1."""
+        return float(torch.cat([layer.neuron_rates for layer in self.layers]).mean())
+
+    @property
+    def synaptic_operations(self) -> float:
+        """Additions and multiplications per sample, over all layers."""
+        return sum(layer.accumulates + layer.multiplies for layer in self.layers)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Numbers, lists and strings only, None where a quantity is not defined."""
+        return {
+            "samples": self.samples,
+            "steps": self.steps,
+            "accuracy": self.accuracy,
+            "firing_rate": self.firing_rate,
+            "synaptic_operations": self.synaptic_operations,
+            "layers": {layer.name: layer.as_dict() for layer in self.layers},
+        }
+
+
+@torch.no_grad()
+def analyze_network(net: G2GNet, batches: Iterable[Batch], num_classes: int) -> NetworkAnalysis:
+    """Analyses the activity of ``net`` in ``batches``; spikes are summed batch by batch on the device and not kept.
+
+    A layer's neurons are grouped as the output side of its connection; its inputs as the input side, which may group
+    the same neurons differently.
+
+    Example:
+        >>> from g2gnet import G2GNet
+        >>> net = G2GNet(64, 64, 10, block_size=8, T=20)
+        >>> inputs = net.encode(3 * torch.rand(30, 64))
+        >>> batch = Batch(inputs, net.simulate(inputs), torch.arange(30) % 10)
+        >>> analysis = analyze_network(net, [batch], num_classes=10)
+        >>> [layer.name for layer in analysis.layers]
+        ['lif1', 'lif2', 'lif3']
+    """
+    connections = [connection for connection, _ in net.layers()]
+    outputs: list[list[SpikeSums]] = [[] for _ in connections]
+    inputs: list[list[SpikeSums]] = [[] for _ in connections]
+    correct = 0
+    operations = torch.zeros(len(connections), 3, dtype=torch.float64)
+    for received, activity, labels in batches:
+        over_time = received.dim() == 3 and bool(((received == 0) | (received == 1)).all())
+        pre: Train | None = received if over_time else None
+        correct += int((activity.output.argmax(1) == labels).sum())
+        operations += torch.tensor(activity.synaptic_operations())
+        for number, connection in enumerate(connections):
+            if pre is not None:
+                inputs[number].append(_sums(pre, labels, num_classes, connection.mask.cols.layout))
+            pre = activity.spikes[number]
+            outputs[number].append(_sums(pre, labels, num_classes, connection.mask.rows.layout))
+
+    per_sample = (operations / sum(len(sums.labels) for sums in outputs[0])).tolist()
+    layers = []
+    for number, connection in enumerate(connections):
+        sums = SpikeSums.join(outputs[number])
+        pre_sums = SpikeSums.join(inputs[number]) if len(inputs[number]) == len(outputs[number]) else None
+        rates = firing_rates(sums)
+        layers.append(
+            LayerAnalysis(
+                name=f"lif{number + 1}",
+                group_sizes=sums.layout.sizes,
+                neuron_rates=rates,
+                group_rates=group_means(rates, sums.layout),
+                synchrony=temporal_synchrony(sums),
+                correlation=count_correlation(sums),
+                coherence=coherence(sums, sums).fill_diagonal_(math.nan),
+                chance_coherence=chance_coherence(sums, sums).fill_diagonal_(math.nan),
+                pathway_coherence=None if pre_sums is None else coherence(sums, pre_sums),
+                density=group_density(connection.mask),
+                cross_group_share=cross_group_share(connection.mask),
+                input_entropy=input_group_entropy(connection.mask),
+                weight_entropy=input_group_entropy(connection.mask, connection.values),
+                accumulates=per_sample[number][0],
+                multiplies=per_sample[number][1],
+                dense_operations=per_sample[number][2],
+            )
+        )
+    samples = len(sums.labels)
+    return NetworkAnalysis(samples, sums.steps, correct / samples, tuple(layers))
+
+
+def _sums(train: Train, labels: torch.Tensor, num_classes: int, layout: GroupLayout) -> SpikeSums:
+    """The sums over spikes. Of a long sequence, which came in chunks, one chunk is a float tensor at a time."""
+    if isinstance(train, ChunkedSpikes):
+        return SpikeSums.of_chunks([_sums(part, labels, num_classes, layout) for part in train.chunks])
+    return SpikeSums.of(dense(train), labels, num_classes, layout)
+
+
+def _plain(value: Any) -> Any:
+    """Tensors as lists, NaN as None (JSON has no NaN)."""
+    if isinstance(value, torch.Tensor):
+        value = value.tolist()
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

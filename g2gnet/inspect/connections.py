@@ -1,0 +1,88 @@
+"""How a connection joins the groups of its two sides, from its :class:`BlockMask`, without any activity."""
+
+import math
+
+import torch
+
+from g2g_kernels import BlockMask
+from g2g_kernels.mask.groups import partners
+
+
+def group_density(mask: BlockMask) -> torch.Tensor:
+    """The share of the weights between each pair of groups that exist: float64 [groups out, groups in], 0 to 1.
+
+    density_gh = weights that exist from input group h to output group g / (N_g · N_h)
+
+    Example:
+        >>> from g2g_kernels import BlockMask, GroupLayout
+        >>> group_density(BlockMask.sample(GroupLayout(8, 2), GroupLayout(8, 2), p_inter=0.0, block_size=2))
+        tensor([[1., 0.],
+                [0., 1.]], dtype=torch.float64)
+    """
+    return _mean_between_groups(mask, mask.unit_sizes)
+
+
+def group_weight(mask: BlockMask, values: torch.Tensor) -> torch.Tensor:
+    """The mean ``|w|`` between each pair of groups, absent weights counted as 0: float64 [groups out, groups in].
+
+    Args:
+        values: packed weights [num_units, unit_rows, unit_cols].
+    """
+    return _mean_between_groups(mask, values.detach().abs().sum((1, 2)))
+
+
+def _mean_between_groups(mask: BlockMask, sum_of_unit: torch.Tensor) -> torch.Tensor:
+    """Sums over units, [num_units], as means over all weights between two groups, existing or absent."""
+    row_group, col_group = _groups_of_units(mask)
+    out_sizes, in_sizes = mask.rows.layout.sizes, mask.cols.layout.sizes
+    total = torch.zeros(len(out_sizes) * len(in_sizes), dtype=torch.float64)
+    total.index_add_(0, row_group * len(in_sizes) + col_group, sum_of_unit.cpu().double())
+    return total.view(len(out_sizes), len(in_sizes)) / (out_sizes[:, None] * in_sizes)
+
+
+def cross_group_share(mask: BlockMask) -> torch.Tensor:
+    """The share of each output group's inputs that come from other input groups than its own: float64 [groups], 0 to 1.
+
+    NaN for a group without inputs. Its own groups: ``g2g_kernels.mask.groups.partners``.
+
+    Example:
+        >>> from g2g_kernels import BlockMask, GroupLayout
+        >>> cross_group_share(BlockMask.full(GroupLayout(8, 2), GroupLayout(8, 2), block_size=2))
+        tensor([0.5000, 0.5000], dtype=torch.float64)
+    """
+    inputs = group_density(mask) * mask.cols.layout.sizes
+    return 1 - (inputs * partners(*inputs.shape)).sum(1) / inputs.sum(1)
+
+
+def input_group_entropy(mask: BlockMask, values: torch.Tensor | None = None) -> torch.Tensor:
+    """How evenly a neuron draws on the input groups, the mean over each output group: float64 [groups], 0 to 1.
+
+    H_i = −Σ_h p_ih·ln p_ih / ln G with p_ih = d_ih / Σ_h d_ih, where d_ih is the share of the weights from input group
+    h to neuron i that exist, or with packed ``values`` [num_units, unit_rows, unit_cols] their mean ``|w|`` over all of
+    the group. 0: all inputs come from one group; 1: equally from every group, as in a dense layer.
+
+    Shares d, not numbers of inputs, make 1 mean "as in a dense layer" when groups differ in size. The entropy is taken
+    per neuron: pooled over a group it would near 1 even if each of its neurons saw only two input groups. Neurons
+    without inputs are skipped; NaN where no neuron is left, and for a single input group.
+
+    Example:
+        >>> from g2g_kernels import BlockMask, GroupLayout
+        >>> input_group_entropy(BlockMask.full(GroupLayout(8, 2), GroupLayout(8, 2), block_size=2))
+        tensor([1., 1.], dtype=torch.float64)
+    """
+    strength = (mask.valid() if values is None else values.detach().abs()).sum(2).cpu().double()
+    row, (_, col_group) = mask.unit_row.long().cpu(), _groups_of_units(mask)
+    in_sizes = mask.cols.layout.sizes
+    share = torch.zeros(mask.rows.num_units, len(in_sizes), mask.rows.width, dtype=torch.float64)
+    share.index_put_((row, col_group), strength, accumulate=True)
+    share = share.transpose(1, 2).reshape(-1, len(in_sizes))[mask.rows.place_of.cpu()] / in_sizes
+    p = share / share.sum(1, keepdim=True)
+    entropy = torch.special.entr(p).sum(1) / (math.log(len(in_sizes)) or math.nan)
+    return torch.stack([entropy[mask.rows.layout.group_of == g].nanmean() for g in range(mask.rows.layout.num_groups)])
+
+
+def _groups_of_units(mask: BlockMask) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output and the input group of the unit in each slot, int64 [num_units] each, on the CPU."""
+    row_group = mask.rows.group_of_unit[mask.unit_row.long()]
+    col_group = mask.cols.group_of_unit[mask.unit_col.long()]
+    return row_group.cpu(), col_group.cpu()

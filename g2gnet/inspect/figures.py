@@ -1,0 +1,387 @@
+"""Pictures of networks and their training, each a matplotlib figure: ``figure.savefig("name.png")``.
+
+Nothing here touches pyplot's global state or needs a display; the extra ``plots`` has what they need.
+
+Colours are Okabe and Ito's for lines and viridis for maps, which colour-blind readers can tell apart.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.animation import FuncAnimation
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from g2g_kernels import Activity, BlockMask, GroupLayout
+from g2gnet.inspect import NetworkAnalysis, group_density
+from g2gnet.network import G2GNet
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "os^DvP*"
+WIDTH = 9.6  # inches, the width of the page
+#: at most this many groups of a layer are drawn, and neurons of a raster, of which more could not be told apart
+SHOWN_GROUPS, SHOWN_NEURONS = 8, 4096
+
+#: how much of a spike's light is left one step later
+FADE = 0.6
+
+History = Sequence[Mapping[str, Any]]
+
+
+class Raster(NamedTuple):
+    """Spikes [T, N] of one layer for one sample, on the CPU, and the groups of its neurons (:func:`rasters`).
+
+    Example:
+        >>> from g2g_kernels import GroupLayout
+        >>> raster = Raster("lif1", (torch.rand(20, 16) < 0.2).float(), GroupLayout(16, 4))
+        >>> spike_rasters([raster], "one layer").savefig("raster.png")
+    """
+
+    name: str
+    spikes: torch.Tensor
+    layout: GroupLayout
+
+
+def style(number: int) -> dict[str, Any]:
+    """Colour and marker of a line; no two of the first 49 are alike.
+
+    Example:
+        >>> style(0), style(7)
+        ({'color': '#0072B2', 'marker': 'o'}, {'color': '#0072B2', 'marker': 's'})
+    """
+    return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number // len(COLOURS) % len(MARKERS)]}
+
+
+def rasters(net: G2GNet, activity: Activity, sample: int = 0) -> list[Raster]:
+    """The spikes of one sample of a batch, layer by layer, as pictures show them.
+
+    Args:
+        net: the network.
+        activity: what ``net.simulate`` gave.
+        sample: its number in the batch.
+
+    Example:
+        >>> from g2gnet import G2GNet
+        >>> net = G2GNet(64, 64, 10, block_size=8, T=5)
+        >>> [raster.name for raster in rasters(net, net.simulate(torch.rand(3, 64)), sample=2)]
+        ['lif1', 'lif2', 'lif3']
+    """
+    return [
+        Raster(f"lif{number}", spikes.dense()[:, sample].detach().cpu(), connection.mask.rows.layout)
+        for number, (spikes, (connection, _)) in enumerate(zip(activity.spikes, net.layers(), strict=True), 1)
+    ]
+
+
+def training_curves(histories: Mapping[str, Sequence[History]]) -> Figure:
+    """Accuracy and loss after each epoch, one colour and marker per label; test accuracy solid, training dotted.
+
+    Args:
+        histories: of one run, or of several that differ in their seed: then their mean, and its standard error as a
+            band, as far as all of them have come.
+
+    Example:
+        >>> history = [{"epoch": n, "train_acc": 0.5, "test_acc": 0.4 + n / 10, "train_loss": 1 / n} for n in (1, 2, 3)]
+        >>> training_curves({"mixer": [history]}).savefig("curves.png")
+    """
+    several = len(histories) > 1
+    figure, axes = _figure(1, 2, 3.2 + (0.22 * -(-len(histories) // 2) if several else 0))
+    accuracy, loss = axes.flat
+    for number, (label, seeds) in enumerate(histories.items()):
+        epochs = [record["epoch"] for record in min(seeds, key=len)]
+        look = {"markersize": 3, **style(number)}
+        for axis, quantity, line in (
+            (accuracy, "test_acc", {"label": "test"}),
+            (accuracy, "train_acc", {"label": "training", "ls": ":"}),
+            (loss, "train_loss", {"label": label}),
+        ):
+            values = np.array([[record[quantity] for record in history[: len(epochs)]] for history in seeds])
+            mean = values.mean(0)
+            axis.plot(epochs, mean, **look, **line)
+            if len(seeds) > 1:
+                error = values.std(0, ddof=1) / len(seeds) ** 0.5
+                axis.fill_between(epochs, mean - error, mean + error, color=look["color"], alpha=0.2, linewidth=0)
+    accuracy.set(title="Accuracy", xlabel="epoch", ylabel="classified correctly")
+    accuracy.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+    loss.set(title="Training loss", xlabel="epoch", ylabel="cross-entropy (nats)")
+    for axis in (accuracy, loss):
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    if several:
+        figure.legend(*loss.get_legend_handles_labels(), loc="outside lower left", ncols=2, frameon=False)
+    else:
+        accuracy.legend(frameon=False)
+    return figure
+
+
+def connection_density(masks: Mapping[str, Mapping[str, BlockMask]]) -> Figure:
+    """The share of the weights between each pair of groups that exist: one row per state, one column per connection.
+
+    Args:
+        masks: for each state, the masks by the names of the connections: ``{"now": {"fc1": net.fc1.mask}}``.
+
+    Example:
+        >>> from g2gnet import G2GNet
+        >>> net = G2GNet(64, 64, 10, block_size=8)
+        >>> masks = {name: connection.mask for name, connection in net.connections().items()}
+        >>> connection_density({"now": masks}).savefig("density.png")
+    """
+    connections = len(next(iter(masks.values())))
+    figure, axes = _figure(len(masks), connections, 3.4 * len(masks))
+    for row, (state, by_name) in enumerate(masks.items()):
+        for column, (name, mask) in enumerate(by_name.items()):
+            axis = axes[row, column]
+            density = group_density(mask)
+            outputs, inputs = density.shape
+            aspect = "equal" if max(density.shape) <= 4 * min(density.shape) else "auto"
+            image = axis.imshow(density.numpy(), vmin=0, vmax=1, cmap="viridis", aspect=aspect)
+            axis.set(title=f"{name}, {state}", xlabel="input group", ylabel="output group")
+            for set_ticks, groups in ((axis.set_xticks, inputs), (axis.set_yticks, outputs)):
+                ticks = range(0, groups, 1 if groups <= 16 else groups // 8)
+                set_ticks(ticks, [str(tick + 1) for tick in ticks])
+            if max(density.shape) <= 10:
+                for g, h in torch.cartesian_prod(torch.arange(outputs), torch.arange(inputs)).tolist():
+                    value = 100 * float(density[g, h])
+                    if value > 0:
+                        colour = "black" if value > 60 else "white"
+                        axis.text(h, g, f"{value:.0f}", ha="center", va="center", fontsize=7, color=colour)
+    bar = figure.colorbar(image, ax=axes, shrink=0.8, pad=0.02)
+    bar.set_label("weights that exist (%)")
+    bar.ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
+    return figure
+
+
+def group_inputs(mask: BlockMask, shape: tuple[int, ...], name: str, inputs: str) -> Figure:
+    """Which inputs the neurons of each group see: one map of the inputs per group, at most eight.
+
+    Args:
+        mask: of the connection.
+        shape: in which the inputs are laid out: (rows, columns), or (3, rows, columns) for the planes of a colour
+            image, which are drawn side by side.
+        name: of the connection.
+        inputs: the inputs, in words.
+
+    Example:
+        >>> from g2gnet import G2GNet
+        >>> net = G2GNet(784, 64, 10, block_size=8)
+        >>> group_inputs(net.fc1.mask, (28, 28), "fc1", "pixels").savefig("inputs.png")
+    """
+    layout = mask.rows.layout
+    row, col = mask.unit_row.long().cpu(), mask.unit_col.long().cpu()
+    seeing = torch.zeros(layout.num_groups, mask.cols.num_units)  # neurons of each group, by range of inputs
+    seeing.index_put_((mask.rows.group_of_unit.cpu()[row], col), mask.rows.lengths.cpu()[row].float(), accumulate=True)
+    shares = (seeing / layout.sizes[:, None])[:, mask.cols.unit_of.cpu()]
+    groups = min(layout.num_groups, SHOWN_GROUPS)
+    columns = min(4, groups)
+    rows = -(-groups // columns)
+    height, width = shape[-2], shape[-1] * (shape[0] if len(shape) == 3 else 1)
+    cell = WIDTH / 4.6
+    figure, axes = _figure(rows, columns, rows * (cell * min(1.2, height / width) + 0.35) + 0.5)
+    for group, axis in enumerate(axes.flat):
+        if group >= groups:
+            axis.set_axis_off()
+            continue
+        share = shares[group].reshape(shape)
+        picture = torch.cat(list(share), 1) if len(shape) == 3 else share
+        image = axis.imshow(picture.numpy(), vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
+        axis.set_title(f"group {group + 1}")
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+        if len(shape) == 3:
+            for plane in range(1, shape[0]):
+                axis.axvline(plane * shape[-1] - 0.5, color="white", linewidth=1)
+            axis.set_xticks([(plane + 0.5) * shape[-1] for plane in range(3)], ["red", "green", "blue"])
+    bar = figure.colorbar(image, ax=axes, pad=0.02, aspect=25)
+    bar.set_label("neurons that see it (%)")
+    bar.ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
+    shown = "each group" if groups == layout.num_groups else f"the first {groups} of {layout.num_groups} groups"
+    figure.suptitle(f"{name}: {inputs} seen by the neurons of {shown}", fontsize=10)
+    return figure
+
+
+def spike_rasters(rasters: Sequence[Raster], title: str) -> Figure:
+    """One dash per spike; neurons are sorted by group, neighbouring groups in two colours.
+
+    Of a layer of more than 4,096 neurons, only the first are drawn, as its label says.
+
+    Example:
+        >>> from g2gnet import G2GNet
+        >>> net = G2GNet(64, 64, 10, block_size=8, T=5)
+        >>> activity = net.simulate(3 * torch.rand(1, 64))
+        >>> spike_rasters(rasters(net, activity), "a sample").savefig("raster.png")
+    """
+    heights = [1.0 if raster.spikes.shape[1] > 20 else 0.45 for raster in rasters]
+    figure, axes = _figure(len(rasters), 1, 2.6 * sum(heights) + 0.7, height_ratios=heights, sharex=True)
+    for axis, raster, height in zip(axes.flat, rasters, heights, strict=True):
+        steps, whole = raster.spikes.shape
+        order = torch.argsort(raster.layout.group_of, stable=True)[:SHOWN_NEURONS]
+        neurons, sizes = len(order), torch.bincount(raster.layout.group_of[order])
+        step, place = raster.spikes[:, order].nonzero(as_tuple=True)
+        shades = [COLOURS[group % 2] for group in raster.layout.group_of[order][place].tolist()]
+        start = (step + 0.6).numpy()  # steps count from 1
+        points = 72 * 2.6 * height / neurons  # of each neuron's line, in typographic points
+        axis.hlines(place.numpy(), start, start + 0.8, colors=shades, linewidth=min(4.0, max(0.6, 0.8 * points)))
+        edges = sizes.cumsum(0)
+        if neurons > 20:
+            shown = slice(None, None, -(-len(sizes) // 16))
+            labels = [str(group + 1) for group in range(len(sizes))]
+            axis.set_yticks((edges - sizes / 2)[shown].tolist(), labels[shown])
+            axis.tick_params(axis="y", length=0)
+            count = str(whole) if neurons == whole else f"{neurons:,} of {whole:,}"
+            axis.set_ylabel(f"{raster.name} ({count} neurons)\ngroup")
+            for edge in edges[:-1].tolist():
+                axis.axhline(edge - 0.5, color="0.85", linewidth=0.6, zorder=0)
+        else:
+            axis.set_ylabel(f"{raster.name}\nneuron")
+            axis.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axis.set_ylim(neurons - 0.25, -0.75)
+        axis.set_xlim(0.5, steps + 0.5)
+    axes[-1, 0].set_xlabel("time step")
+    axes[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    figure.align_ylabels(list(axes.flat))
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def spike_animation(rasters: Sequence[Raster], title: str = "", interval: int = 150) -> FuncAnimation:
+    """Spikes over time: each neuron is a cell, group after group, that lights up when it fires and then fades.
+
+    ``.save("spikes.gif", writer="pillow")`` writes a GIF, and ``.to_jshtml()`` gives an HTML page with buttons.
+
+    Args:
+        rasters: of one sample (:func:`rasters`).
+        title: above the picture.
+        interval: milliseconds per time step.
+
+    Example:
+        >>> from g2gnet import G2GNet
+        >>> net = G2GNet(64, 64, 10, block_size=8, T=5)
+        >>> activity = net.simulate(3 * torch.rand(1, 64))
+        >>> spike_animation(rasters(net, activity), "a sample").save("spikes.gif", writer="pillow")
+    """
+    figure, axes = _figure(1, len(rasters), 3.6)
+    images, cells = [], []
+    for axis, raster in zip(axes.flat, rasters, strict=True):
+        order = torch.argsort(raster.layout.group_of, stable=True)
+        glow, shown = torch.zeros(raster.spikes.shape[1]), []
+        for spikes in raster.spikes[:, order].float():
+            glow = torch.maximum(spikes, FADE * glow)
+            shown.append(glow.reshape(input_shape(len(glow))).numpy())
+        cells.append(shown)
+        images.append(axis.imshow(shown[0], vmin=0, vmax=1, cmap="inferno", interpolation="nearest"))
+        axis.set(title=f"{raster.name} ({len(glow)} neurons)", xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+    heading = figure.suptitle(title, fontsize=10)
+
+    def show(step: int) -> list[Any]:
+        for image, shown in zip(images, cells, strict=True):
+            image.set_data(shown[step])
+        heading.set_text(f"{title}{', ' if title else ''}time step {step + 1} of {len(cells[0])}")
+        return [*images, heading]
+
+    return FuncAnimation(figure, show, frames=len(cells[0]), interval=interval)
+
+
+def confusion(matrix: torch.Tensor, classes: Sequence[str]) -> Figure:
+    """Which classes are taken for which: images, int64 [C, C] by true and found class, as shares of the true ones.
+
+    Example:
+        >>> confusion(torch.tensor([[8, 2], [1, 9]]), ("shirt", "coat")).savefig("confusion.png")
+    """
+    count = len(matrix)
+    share = matrix.double() / matrix.sum(1, keepdim=True).clamp(min=1)
+    many = count > 25  # names in small letters, on a picture to be enlarged
+    side = 14 if many else min(WIDTH, 3.5 + 0.35 * count)
+    figure = Figure(figsize=(side, 0.85 * side), layout="constrained")
+    axis = figure.subplots()
+    image = axis.imshow(share.numpy(), vmin=0, vmax=1, cmap="viridis")
+    axis.set_xticks(range(count), classes, rotation=90 if count > 5 else 0, fontsize=6 if many else None)
+    axis.set_yticks(range(count), classes, fontsize=6 if many else None)
+    axis.set(xlabel="classified as", ylabel="true class")
+    if count <= 12:
+        for true, found in matrix.nonzero().tolist():
+            colour = "black" if share[true, found] > 0.6 else "white"
+            axis.text(found, true, str(int(matrix[true, found])), ha="center", va="center", fontsize=7, color=colour)
+    bar = figure.colorbar(image, ax=axis, shrink=0.8)
+    bar.set_label("images of the true class (%)")
+    bar.ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
+    return figure
+
+
+def rate_histograms(analysis: NetworkAnalysis) -> Figure:
+    """Histograms of each layer's firing rates.
+
+    Example:
+        >>> from g2gnet import G2GNet
+        >>> from g2gnet.inspect import Batch, analyze_network
+        >>> net = G2GNet(64, 64, 10, block_size=8, T=20)
+        >>> inputs = net.encode(3 * torch.rand(30, 64))
+        >>> batch = Batch(inputs, net.simulate(inputs), torch.arange(30) % 10)
+        >>> analysis = analyze_network(net, [batch], num_classes=10)
+        >>> rate_histograms(analysis).savefig("rates.png")
+    """
+    figure, axes = _figure(1, len(analysis.layers), 2.9)
+    for axis, layer in zip(axes.flat, analysis.layers, strict=True):
+        rates = layer.neuron_rates
+        bins = min(40, max(10, len(rates) // 12))
+        fires = rates[rates > 0]
+        top = float(rates.max()) or 1.0
+        axis.hist(fires.numpy(), bins=bins, range=(0, top), color=COLOURS[0])
+        axis.axvline(float(rates.mean()), color=COLOURS[1], linestyle="--", label=f"mean {float(rates.mean()):.3f}")
+        axis.set(
+            title=f"{layer.name}: {layer.silent:.1%} of {len(rates)} silent".replace("%", " %"),
+            xlabel="firing rate (spikes per step)",
+            ylabel="neurons that fire",
+        )
+        axis.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axis.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def turnover(history: History) -> Figure:
+    """What dynamic sparse training replaced: in each epoch, and of the initial units.
+
+    Example:
+        >>> kept = [{"units_kept": {"fc1": 0.9}, "initial_units_kept": {"fc1": 1 - n / 10}} for n in (1, 2, 3)]
+        >>> turnover([{"epoch": n, **record} for n, record in enumerate(kept, 1)]).savefig("turnover.png")
+    """
+    figure, axes = _figure(1, 2, 3.0)
+    replaced, kept = axes.flat
+    epochs = [record["epoch"] for record in history]
+    for number, name in enumerate(history[0]["units_kept"]):
+        look = {**style(number), "markersize": 4, "label": name}
+        replaced.plot(epochs, [1 - record["units_kept"][name] for record in history], **look)
+        kept.plot([0, *epochs], [1, *(record["initial_units_kept"][name] for record in history)], **look)
+    replaced.set(title="Replaced in each epoch", xlabel="epoch", ylabel="units of the layer")
+    kept.set(title="Initial units still there", xlabel="epoch", ylabel="units of the layer")
+    for axis in (replaced, kept):
+        axis.set_ylim(0, None)
+        axis.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    kept.set_ylim(0, 1.05)
+    kept.legend(frameon=False)
+    return figure
+
+
+def input_shape(size: int) -> tuple[int, ...]:
+    """How ``size`` inputs are laid out: 28 × 28 and 3 × 32 × 32 images as they are, anything else roughly square.
+
+    Example:
+        >>> input_shape(784), input_shape(3072)
+        ((28, 28), (3, 32, 32))
+    """
+    if size == 784:
+        return 28, 28
+    if size == 3072:
+        return 3, 32, 32
+    rows = max(divisor for divisor in range(1, int(size**0.5) + 1) if size % divisor == 0)
+    return rows, size // rows
+
+
+def _figure(rows: int, columns: int, height: float, **options: Any) -> tuple[Figure, np.ndarray]:
+    """A figure as wide as the page and its axes, [rows, columns]."""
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, **options)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes

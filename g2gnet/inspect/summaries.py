@@ -1,0 +1,171 @@
+"""The analysis as tables: rows of text for a page, or columns for a terminal."""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from g2gnet.base.tables import in_columns
+from g2gnet.inspect.analysis import LayerAnalysis, NetworkAnalysis
+
+
+class Table(NamedTuple):
+    """A heading for each column, and rows of as many cells.
+
+    Example:
+        >>> print(Table(("layer", "rate"), [("lif1", "0.12"), ("lif2", "0.3")]))
+        layer  rate
+        ─────  ────
+        lif1   0.12
+        lif2    0.3
+    """
+
+    header: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+    def __str__(self) -> str:
+        return in_columns(self.header, self.rows)
+
+
+def headline(analysis: NetworkAnalysis, images: int | None = None) -> str:
+    """What was analysed, of ``images`` in all, and the three main numbers of the network.
+
+    Example:
+        >>> from g2gnet import G2GNet
+        >>> net = G2GNet(64, 64, 10, block_size=8, T=20)
+        >>> inputs = net.encode(3 * torch.rand(30, 64))
+        >>> batch = Batch(inputs, net.simulate(inputs), torch.arange(30) % 10)
+        >>> analysis = analyze_network(net, [batch], num_classes=10)
+        >>> headline(analysis, images=100).partition(":")[0]
+        '30 of 100 test images, 20 steps'
+    """
+    part = "" if images is None or images <= analysis.samples else f" of {images:,}"
+    return (
+        f"{analysis.samples:,}{part} test images, {analysis.steps} steps: accuracy {analysis.accuracy:.4f}, "
+        f"firing rate {analysis.firing_rate:.3g} spikes per neuron and step, "
+        f"{round(analysis.synaptic_operations):,} synaptic operations per image"
+    )
+
+
+def summary_table(analysis: NetworkAnalysis) -> Table:
+    """The main quantities, one row per layer: means over neurons or groups.
+
+    Example:
+        >>> from g2gnet import G2GNet
+        >>> net = G2GNet(64, 64, 10, block_size=8, T=20)
+        >>> inputs = net.encode(3 * torch.rand(30, 64))
+        >>> batch = Batch(inputs, net.simulate(inputs), torch.arange(30) % 10)
+        >>> analysis = analyze_network(net, [batch], num_classes=10)
+        >>> summary_table(analysis).header[:3]
+        ('', 'rate', 'silent')
+    """
+    header = ("", "rate", "silent", "synchrony", "signal corr.", "noise corr.", "coherence", "other inputs", "entropy")
+    rows: list[tuple[str, ...]] = [
+        (
+            layer.name,
+            number(layer.firing_rate),
+            percent(layer.silent),
+            _mean(layer.synchrony),
+            _mean(layer.correlation.signal.diagonal()),
+            _mean(layer.correlation.noise.diagonal()),
+            _mean(layer.cross_group_coherence),
+            percent(float(layer.cross_group_share.nanmean())),
+            _mean(layer.input_entropy),
+        )
+        for layer in analysis.layers
+    ]
+    return Table(header, rows)
+
+
+def layers_table(analysis: NetworkAnalysis) -> Table:
+    """One column per layer; quantities of groups as means over them. – where not defined.
+
+    Example:
+        >>> from g2gnet import G2GNet
+        >>> net = G2GNet(64, 64, 10, block_size=8, T=20)
+        >>> inputs = net.encode(3 * torch.rand(30, 64))
+        >>> batch = Batch(inputs, net.simulate(inputs), torch.arange(30) % 10)
+        >>> analysis = analyze_network(net, [batch], num_classes=10)
+        >>> layers_table(analysis).header
+        ('', 'lif1', 'lif2', 'lif3')
+    """
+    layers = analysis.layers
+    rows = {
+        "neurons": [str(len(layer.neuron_rates)) for layer in layers],
+        "groups": [str(len(layer.group_sizes)) for layer in layers],
+        "firing rate (spikes per neuron and step)": [number(layer.firing_rate) for layer in layers],
+        "neurons that never fired": [percent(layer.silent) for layer in layers],
+        "synaptic operations per image: additions": [f"{round(layer.accumulates):,}" for layer in layers],
+        "synaptic operations per image: multiplications": [f"{round(layer.multiplies):,}" for layer in layers],
+        "of those of a dense layer whose inputs are never zero": [
+            percent((layer.accumulates + layer.multiplies) / layer.dense_operations) for layer in layers
+        ],
+        "temporal synchrony within groups": [_mean(layer.synchrony) for layer in layers],
+        **{
+            f"correlation of spike counts within groups, {part}": [
+                _mean(getattr(layer.correlation, part).diagonal()) for layer in layers
+            ]
+            for part in ("total", "signal", "noise")
+        },
+        "correlation of spike counts between groups, noise": [
+            _mean(layer.correlation.noise[~torch.eye(len(layer.group_sizes), dtype=torch.bool)]) for layer in layers
+        ],
+        "coherence between groups": [_mean(layer.cross_group_coherence) for layer in layers],
+        "coherence between groups by chance alone": [_mean(layer.chance_coherence) for layer in layers],
+        "inputs from other groups": [percent(float(layer.cross_group_share.nanmean())) for layer in layers],
+        "r: coherence of a group, its inputs from others": [number(layer.coherence_by_share) for layer in layers],
+        "r: coherence with an input group, density": [number(layer.coherence_by_pathway) for layer in layers],
+        "entropy of input groups, by connections": [_mean(layer.input_entropy) for layer in layers],
+        "entropy of input groups, by weight": [_mean(layer.weight_entropy) for layer in layers],
+    }
+    return Table(("", *(layer.name for layer in layers)), [(label, *cells) for label, cells in rows.items()])
+
+
+def groups_table(layer: LayerAnalysis) -> Table:
+    """One row per group.
+
+    Example:
+        >>> from g2gnet import G2GNet
+        >>> net = G2GNet(64, 64, 10, block_size=8, T=20)
+        >>> inputs = net.encode(3 * torch.rand(30, 64))
+        >>> batch = Batch(inputs, net.simulate(inputs), torch.arange(30) % 10)
+        >>> analysis = analyze_network(net, [batch], num_classes=10)
+        >>> len(groups_table(analysis.layers[0]).rows)
+        8
+    """
+    columns = {
+        f"{layer.name} group": [str(group + 1) for group in range(len(layer.group_sizes))],
+        "neurons": [str(size) for size in layer.group_sizes.tolist()],
+        "rate": _numbers(layer.group_rates),
+        "synchrony": _numbers(layer.synchrony),
+        "corr. total": _numbers(layer.correlation.total.diagonal()),
+        "signal": _numbers(layer.correlation.signal.diagonal()),
+        "noise": _numbers(layer.correlation.noise.diagonal()),
+        "coherence": _numbers(layer.cross_group_coherence),
+        "other inputs": [percent(share) for share in layer.cross_group_share.tolist()],
+        "entropy": _numbers(layer.input_entropy),
+        "by weight": _numbers(layer.weight_entropy),
+    }
+    return Table(tuple(columns), list(zip(*columns.values(), strict=True)))
+
+
+def number(value: float) -> str:
+    """Three digits, or – for NaN."""
+    if math.isnan(value):
+        return "–"
+    if abs(value) < 1e-9:  # zero except for rounding
+        return "0"
+    return f"{value:.1e}" if abs(value) < 1e-3 else f"{value:#.3g}"
+
+
+def percent(share: float) -> str:
+    """A share of 1 in per cent, or – for NaN."""
+    return "–" if math.isnan(share) else f"{100 * share:.1f} %"
+
+
+def _numbers(values: torch.Tensor) -> list[str]:
+    return [number(value) for value in values.tolist()]
+
+
+def _mean(values: torch.Tensor) -> str:
+    return number(float(values.nanmean()))

@@ -1,0 +1,1 @@
+"""The programs: the flags of each, and what it prints and writes."""

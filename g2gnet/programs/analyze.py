@@ -1,0 +1,67 @@
+"""Prints what the neurons of a trained network do, layer by layer and group by group."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from g2gnet.base.messages import say
+from g2gnet.data import ImageData
+from g2gnet.inspect import NetworkAnalysis, analyze_network, groups_table, headline, layers_table
+from g2gnet.network import G2GNet
+from g2gnet.programs import cli
+from g2gnet.training import SavedRun, read_run
+from g2gnet.training.evaluation import run_images
+
+EXAMPLE = """\
+example:
+  g2g-analyze checkpoints/fashionmnist_mixer_p0.15_T50_current.pth --json analysis.json
+"""
+
+
+def build_parser() -> cli.Parser:
+    parser = cli.Parser(
+        prog="g2g-analyze",
+        description=__doc__,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    text = "the .pth file of a training run, finished or not"
+    parser.add_argument("checkpoint", type=cli.file_name, metavar="CHECKPOINT", help=text)
+    cli.add_json_flag(cli.add_inspection_flags(parser), "all quantities, including matrices between groups,")
+    return parser
+
+
+def analyze_run(run: SavedRun, net: G2GNet, data: ImageData, samples: int) -> NetworkAnalysis:
+    """Analyses ``net``, the network of ``run``, on its first ``samples`` test images."""
+    batches = run_images(net, run.settings, run.epoch, data, count=samples)
+    return analyze_network(net, batches, data.num_classes)
+
+
+def analyze(arguments: argparse.Namespace) -> dict[str, Any]:
+    machine = cli.machine_from(arguments)
+    run = read_run(arguments.checkpoint)
+    data = cli.load_run_data(arguments, run.settings, machine.device)
+    analysis = analyze_run(run, run.network(machine.device, machine.backend), data, arguments.samples)
+    say(f"{run.path}: {run.settings.model} on {run.settings.dataset}, {run.position}")
+    say(f"{headline(analysis)}\n\n{layers_table(analysis)}")
+    for layer in analysis.layers:
+        say(f"\n{groups_table(layer)}")
+    if len(analysis.layers[0].group_sizes) == 1:
+        say("\nEach layer is one group: quantities between groups and the entropy of input groups are not defined.")
+    return {
+        "checkpoint": str(run.path),
+        "epoch": run.epoch,
+        "step": run.step,
+        "interrupted": run.interrupted,
+        "settings": run.settings.as_dict(),
+        **analysis.as_dict(),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.run_program(build_parser(), analyze, argv, interrupted="nothing was written")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""Cross-validates a spiking network: k models, each trained without one k-th of the training images."""
+
+import argparse
+import dataclasses
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from g2gnet.base.distributed import join
+from g2gnet.base.messages import say
+from g2gnet.base.tables import markdown
+from g2gnet.base.version import __version__
+from g2gnet.programs import cli
+from g2gnet.training.checkpoints import RunFiles
+from g2gnet.training.cross_validation import ACCURACIES, FoldSettings, cross_validate
+
+EXAMPLES = """\
+examples:
+  python crossval.py --dataset fashionmnist --model mixer --p_inter 0.15 --epochs 5 --k_folds 5
+  python crossval.py --dataset cifar10 --model index --sparsity_mode dynamic
+"""
+
+
+def build_parser() -> cli.Parser:
+    parser = cli.Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli.add_settings_flags(parser, FoldSettings)
+    group = cli.add_machine_flags(parser)
+    cli.add_peer_flag(group)
+    cli.add_graph_flags(group)
+    cli.add_log_flag(group)
+    cli.add_json_flag(group, "the settings, the results of all folds and the files' names")
+    parser.add_argument("--version", action="version", version=f"g2g {__version__}")
+    return parser
+
+
+def table(results: dict[str, Any]) -> str:
+    """The accuracies of each fold, their mean and standard deviation, as a Markdown table."""
+    rows = [(str(result["fold"]), str(result["seed"]), result) for result in results["folds"]]
+    rows += [("mean", "", results["mean"]), ("std", "", results["std"])]
+    return markdown(
+        ["fold", "seed", *ACCURACIES],
+        [[name, seed, *(f"{values[accuracy]:.4f}" for accuracy in ACCURACIES)] for name, seed, values in rows],
+    )
+
+
+def files_of_fold(arguments: argparse.Namespace, settings: FoldSettings) -> Sequence[Path]:
+    """The files of the one fold that the target of ``--json`` could be a file of, by its name."""
+    numbers = re.findall(r"_fold(\d{1,18})of", Path(arguments.json or "").resolve().name)
+    if not numbers or not 1 <= int(numbers[-1]) <= settings.k_folds:
+        return ()
+    fold = dataclasses.replace(settings, fold=int(numbers[-1]))
+    return RunFiles(arguments.checkpoint_dir, fold.stem).files()
+
+
+def crossval(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    settings = cli.settings_from(arguments, FoldSettings)
+    machine = cli.machine_from(arguments)
+    file = Path(arguments.checkpoint_dir) / f"{settings.summary_stem}.json"
+    cli.check_json(arguments, [file, *files_of_fold(arguments, settings)])
+    with join(torch.device("cpu"), cli.about("crossval", settings, machine), cli.peer_limit(arguments)) as world:
+        machine = machine._replace(world=world)
+        if world.leads:
+            cli.announce(settings, machine)
+            RunFiles(arguments.checkpoint_dir, dataclasses.replace(settings, fold=settings.k_folds).stem).check()
+            cli.check_output(file, arguments)
+        results = cross_validate(
+            settings,
+            lambda: cli.load_data(arguments, settings, machine.device),
+            arguments.checkpoint_dir,
+            machine,
+            cli.log_from(arguments),
+        )
+        if not world.leads:
+            return None
+    say(table(results))
+    document = {"settings": settings.given(), **results}
+    cli.write_output(file, json.dumps(document, indent=2) + "\n")
+    say(f"wrote {file}")
+    folds = [dataclasses.replace(settings, fold=result["fold"]).stem for result in results["folds"]]
+    files = {"results": str(file), "folds": [RunFiles(arguments.checkpoint_dir, stem).paths() for stem in folds]}
+    return {**document, "files": files}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.run_program(build_parser(), crossval, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

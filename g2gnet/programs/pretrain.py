@@ -1,0 +1,142 @@
+"""``g2g-pretrain`` trains a CIFAR ResNet-32, whose features ``train.py --use_resnet`` can use.
+
+SGD with momentum and cosine decay, random crops and flips: the recipe and the values of the published weights
+(chenyaofo/pytorch-cifar-models, logs/cifar10/resnet32/default.log).
+"""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from g2gnet.base.messages import say
+from g2gnet.base.seeding import draw_device, stream
+from g2gnet.data import ImageData, load_dataset, random_crop_and_flip
+from g2gnet.data.features import new_resnet
+from g2gnet.data.features.pretrained_weights import RELEASES
+from g2gnet.programs import cli
+from g2gnet.settings import setting, with_default
+from g2gnet.training import run_epochs
+from g2gnet.training.checkpoints import RunFiles, read_checkpoint
+from g2gnet.training.epochs import EpochTrainer, Progress
+from g2gnet.training.run_settings import RunSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainSettings(RunSettings):
+    """The settings of one training of a ResNet-32."""
+
+    dataset: str = setting("cifar10", "data", "data set", choices=tuple(RELEASES))
+    epochs: int = with_default(RunSettings, "epochs", 200)
+    lr: float = setting(0.1, "training", "initial learning rate; it falls to 0 along a cosine", low=0, open_low=True)
+    momentum: float = setting(0.9, "training", "Nesterov momentum", low=0, open_low=True, high=1)
+    weight_decay: float = setting(5e-4, "training", "L2 penalty", low=0)
+
+    @property
+    def stem(self) -> str:
+        return f"resnet32_{self.dataset}"
+
+
+class _StepResult(NamedTuple):
+    loss: torch.Tensor
+    correct: torch.Tensor
+
+
+class PretrainTrainer(EpochTrainer):
+    """Trains one ResNet-32; the learning rate falls along a cosine (Loshchilov & Hutter 2017, without restarts).
+
+    Args:
+        settings: what to train and how.
+        data: CIFAR images, on any device; they are moved to ``device``.
+        device: where to compute.
+    """
+
+    optimizer_state = ("momentum_buffer",)
+    lr_schedule = "cosine"
+
+    def __init__(self, settings: PretrainSettings, data: ImageData, device: torch.device) -> None:
+        super().__init__(settings, data, device)
+        self.settings = settings
+        self.net = new_resnet(settings.dataset).to(device)
+        self.optimizer = torch.optim.SGD(
+            self.net.parameters(),
+            lr=settings.lr,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+            nesterov=True,
+        )
+        self._watch(settings.lr)
+
+    def _no_progress(self) -> Progress:
+        zero = torch.zeros((), device=self.device)
+        return Progress(zero, zero.clone())
+
+    def _train_step(self, index: torch.Tensor) -> _StepResult:
+        generator = stream(self.settings.seed, "augment", self.step, device=draw_device(self.device))
+        labels = self.data.train_labels[index]
+        logits = self.net(random_crop_and_flip(self.data.train_images[index], generator))
+        loss = F.cross_entropy(logits, labels)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self._finite.note(loss.detach())
+        self.optimizer.step()
+        self._stepped()
+        return _StepResult(loss.detach(), (logits.argmax(1) == labels).sum())
+
+    def _measures(self, progress: Progress) -> tuple[dict[str, float], dict[str, Any]]:
+        return {"test_acc": self.evaluate()}, {}
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """The share of test images that are classified correctly."""
+        self.net.eval()
+        correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        size = self.settings.batch_size
+        for images, labels in zip(self.data.test_images.split(size), self.data.test_labels.split(size), strict=True):
+            correct += (self.net(images).argmax(1) == labels).sum()
+        return correct.item() / len(self.data.test_labels)
+
+
+def build_parser() -> cli.Parser:
+    parser = cli.Parser(
+        prog="g2g-pretrain",
+        description="Trains a CIFAR ResNet-32, whose features train.py --use_resnet --resnet_weights FILE can use.",
+    )
+    cli.add_settings_flags(parser, PretrainSettings)
+    group = cli.add_machine_flags(parser, kernels=False)
+    cli.add_json_flag(group, "the settings, the last epoch's results and the files' names")
+    return parser
+
+
+def pretrain(arguments: argparse.Namespace) -> dict[str, Any]:
+    settings = cli.settings_from(arguments, PretrainSettings)
+    weights = Path(arguments.checkpoint_dir) / f"{settings.stem}.pt"
+    files = RunFiles(arguments.checkpoint_dir, settings.stem)
+    cli.check_json(arguments, [weights, *files.files()])
+    machine = cli.machine_from(arguments)
+    files.check()
+    cli.check_output(weights)
+    result = run_epochs(
+        settings,
+        lambda: PretrainTrainer(settings, load_dataset(settings.dataset, arguments.data_dir), machine.device),
+        arguments.checkpoint_dir,
+        machine,
+    )
+    model = read_checkpoint(files.checkpoint)["model"]
+    cli.write_file(weights, lambda file: torch.save(model, file))
+    say(f"wrote {weights}, for train.py --dataset {settings.dataset} --use_resnet --resnet_weights {weights}")
+    paths = {**files.paths(), "weights": str(weights)}
+    return {"settings": settings.given(), "result": result, "files": paths}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.run_program(build_parser(), pretrain, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""A page with settings, results, analysis and pictures of training runs."""

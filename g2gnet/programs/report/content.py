@@ -1,0 +1,312 @@
+"""The content of a report: settings, results, analysis and pictures of each run, and a comparison of several."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from g2gnet.data import DATASETS, ImageData
+from g2gnet.inspect import Batch, NetworkAnalysis, analyze_network, figures, groups_table, headline, layers_table
+from g2gnet.network import G2GNet
+from g2gnet.programs.report.page import contents, details, heading, page, paragraph, picture, table
+from g2gnet.programs.sweep.results import estimate
+from g2gnet.training import SavedRun
+from g2gnet.training.evaluation import run_images
+from g2gnet.weights.groupings import GROUPINGS
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """A run and its activity on test images.
+
+    Attributes:
+        run: the content of its checkpoint.
+        net: its current network, on the device.
+        analysis: of the network.
+        rasters: the spikes of one test image, layer by layer.
+        example: that image, in words.
+        confusion: int64 [C, C], images by true and predicted class.
+        images: the number of all test images.
+    """
+
+    run: SavedRun
+    net: G2GNet
+    analysis: NetworkAnalysis
+    rasters: Sequence[figures.Raster]
+    example: str
+    confusion: torch.Tensor
+    images: int
+
+
+def inspect(run: SavedRun, net: G2GNet, data: ImageData, samples: int) -> Inspected:
+    """Runs ``net``, the network of ``run``, on the first ``samples`` test images; all on one device."""
+    seen: list[Batch] = []
+    confusion = torch.zeros(data.num_classes, data.num_classes, dtype=torch.int64)
+
+    def watched() -> Iterator[Batch]:
+        for batch in run_images(net, run.settings, run.epoch, data, count=samples):
+            if not seen:
+                seen.append(batch)
+            pairs = torch.stack((batch.labels, batch.activity.output.argmax(1))).cpu()
+            confusion.index_put_(tuple(pairs), torch.ones((), dtype=torch.int64), accumulate=True)
+            yield batch
+
+    analysis = analyze_network(net, watched(), data.num_classes)
+    first = seen[0]
+    output = first.activity.output
+    right = (output.argmax(1) == first.labels) & output.any(1)
+    shown = int(right.long().argmax())  # the first that is classified correctly, or the first of all
+    rasters = figures.rasters(net, first.activity, shown)
+    classes = _classes(run, data.num_classes)
+    true, found = classes[int(first.labels[shown])], classes[int(output[shown].argmax())]
+    example = f"test image {shown + 1} (class {true}, classified as {found})"
+    return Inspected(run, net, analysis, rasters, example, confusion, len(data.test_labels))
+
+
+def _classes(run: SavedRun, count: int) -> Sequence[str]:
+    """The names of the classes, or their numbers."""
+    known = DATASETS.get(run.settings.dataset)
+    return known.classes if known and known.classes else [str(number) for number in range(count)]
+
+
+def report(inspected: Sequence[Inspected]) -> str:
+    """The whole page."""
+    labels = _labels([each.run for each in inspected])
+    parts = []
+    if len(inspected) > 1:
+        anchors = {"comparison": "Comparison", **{f"run{number}": label for number, label in enumerate(labels, 1)}}
+        parts += [contents(anchors), heading(2, "Comparison", "comparison")]
+        parts += _comparison(dict(zip(labels, inspected, strict=True)))
+    for number, (label, each) in enumerate(zip(labels, inspected, strict=True), 1):
+        parts += [heading(2, label if len(inspected) > 1 else _describe(each.run), f"run{number}"), *_run(each)]
+    runs = "one run" if len(inspected) == 1 else f"{len(inspected)} runs"
+    return page(f"g2g: report on {runs}", parts)
+
+
+def _run(each: Inspected) -> list[str]:
+    run, analysis = each.run, each.analysis
+    defaults = type(run.settings)(neuron=run.settings.neuron).as_dict()
+    settings = run.settings.as_dict()
+    own = {name: value for name, value in settings.items() if value != defaults[name]}
+    rest = {name: value for name, value in settings.items() if name not in own}
+    results = _results(each)
+    parts = [
+        paragraph(f"{run.path}: {_describe(run)}, {run.position}."),
+        heading(3, "Results"),
+        table(list(results), [list(results.values())]),
+        *([paragraph(_interrupted(run))] if run.interrupted else []),
+        picture(
+            figures.training_curves({"training": [run.history]}),
+            "Accuracy on training images (while the network learned from them) and on test images after each epoch.",
+        ),
+        heading(3, "Settings"),
+        paragraph("Settings that differ from the defaults:" if own else "All settings are the defaults."),
+        *([table(("setting", "value"), [(name, str(value)) for name, value in own.items()])] if own else []),
+        details("Settings left at the default", [table(("setting", "value"), [(n, str(v)) for n, v in rest.items()])]),
+        heading(3, "What its neurons do"),
+        paragraph(
+            f"{headline(analysis, each.images)}"
+            f"{_own(each)}. – means not defined: no pairs, no spikes, one group or a constant input."
+            + " The output neurons do not spike: their membranes are read."
+            * (run.settings.readout != "counts")
+        ),
+        table(*layers_table(analysis)),
+        details("By group", [table(*groups_table(layer)) for layer in analysis.layers]),
+        picture(
+            figures.spike_rasters(each.rasters, f"Spikes for {each.example}"),
+            "Each dash is a spike. Neurons are sorted by group, from top to bottom; the two colours only tell "
+            "neighbouring groups apart. At a synchronous step, many neurons of a group fire in one column.",
+        ),
+        picture(
+            figures.rate_histograms(analysis),
+            f"Firing rates of single neurons over {analysis.samples} test images. Neurons that never fired are counted "
+            "in the title, not in the bars.",
+        ),
+        picture(
+            figures.confusion(each.confusion, _classes(run, len(each.confusion))),
+            "Rows: the true class of these images; columns: what they were classified as."
+            + " An image without output spikes counts as the first class." * (run.settings.readout == "counts"),
+        ),
+        heading(3, "Who is connected to whom"),
+    ]
+    return parts + _connections(each)
+
+
+def _own(each: Inspected) -> str:
+    """The run's own accuracy, where it is that of more images."""
+    if each.images <= each.analysis.samples:
+        return ""
+    when = f" after epoch {each.run.epoch}" if each.run.interrupted else ""
+    return f" (the run's own accuracy{when}, on all {each.images:,}: {each.run.history[-1]['test_acc']:.4f})"
+
+
+def _interrupted(run: SavedRun) -> str:
+    """Which of a run's numbers are of which network."""
+    return (
+        f"The run was stopped {run.position}. Accuracies, loss and seconds are those up to epoch {run.epoch}; weights, "
+        "density, firing rate, synaptic operations and all pictures of the network are of that step."
+    )
+
+
+def _connections(each: Inspected) -> list[str]:
+    run, net = each.run, each.net
+    pruned = run.settings.final_density is not None
+    if run.settings.model == "dense" and not pruned:
+        return [paragraph("Every neuron is connected to every neuron of the next layer: there are no groups to draw.")]
+    masks = {"now": {name: connection.mask for name, connection in net.connections().items()}}
+    note = "The graph never changes."
+    recurrent = ""
+    if run.settings.recurrent:
+        recurrent = (
+            " rec1 and rec2 join the neurons of a hidden layer to one another; spikes reach them one step later."
+        )
+    if run.settings.sparsity_mode == "dynamic":
+        initial = run.initial_network().connections().items()
+        masks = {"before training": {name: connection.mask for name, connection in initial}, "now": masks["now"]}
+        effect = "prunes more units than it grows" if pruned else "keeps the number of units"
+        note = f"Above: before training. Below: after dynamic sparse training, which {effect}."
+    size = net.fc1.in_features
+    inputs = "features" if run.settings.use_resnet else "pixels"
+    whole = "whole input"
+    if run.settings.sequence != "none":
+        inputs, whole = "inputs", "input of one time step"
+    parts = [
+        picture(
+            figures.connection_density(masks),
+            f"Share of the weights from each input group (column) to each output group (row) that exist. {note}"
+            f"{recurrent}",
+        ),
+        picture(
+            figures.group_inputs(net.fc1.mask, figures.input_shape(size), "fc1", inputs),
+            f"Each map is the {whole} and shows which of its {inputs} the neurons of one hidden group see."
+            + " Index and Mixer give each group a band of neighbouring inputs, Random scattered ones; what else is "
+            "bright comes from units between groups." * (run.settings.model in GROUPINGS),
+        ),
+        picture(
+            figures.group_inputs(net.fc2.mask, figures.input_shape(net.fc2.in_features), "fc2", "hidden-1 neurons"),
+            "The same for the second layer; the hidden-1 neurons are laid out row by row."
+            + f" Index shows bands, Mixer (whose fc2 is interleaved) one neuron in {run.settings.num_groups}, Random a "
+            "scatter." * (run.settings.model in GROUPINGS),
+        ),
+    ]
+    if run.settings.sparsity_mode == "dynamic":
+        parts.append(
+            picture(
+                figures.turnover(run.history),
+                "Left: the share of a layer's units that existed before an epoch but not after it. Right: the "
+                "share of the units before training that still exist; a unit may go and come back.",
+            )
+        )
+    return parts
+
+
+def _comparison(inspected: Mapping[str, Inspected]) -> list[str]:
+    settings = {label: each.run.settings.as_dict() for label, each in inspected.items()}
+    differing = _differing([each.run for each in inspected.values()])
+    results = {label: _results(each) for label, each in inspected.items()}
+    header = ["run", *next(iter(results.values()))]
+    groups = _groups(inspected)
+    means = []
+    if len(groups) < len(inspected):
+        quantities = {
+            "test accuracy (%)": (2, lambda each: 100 * each.run.history[-1]["test_acc"]),
+            "training accuracy (%)": (2, lambda each: 100 * each.run.history[-1]["train_acc"]),
+            "firing rate": (4, lambda each: each.analysis.firing_rate),
+            "synaptic operations per image": (0, lambda each: each.analysis.synaptic_operations),
+        }
+        rows = [
+            (
+                label,
+                ", ".join(str(each.run.settings.seed) for each in runs),
+                *(estimate([value(each) for each in runs]).text(digits) for digits, value in quantities.values()),
+            )
+            for label, runs in groups.items()
+        ]
+        means = [
+            heading(3, "Mean ± standard error over seeds"),
+            table(("settings", "seeds", *quantities), rows),
+            heading(3, "Each run"),
+        ]
+    return [
+        *means,
+        table(header, [(label, *result.values()) for label, result in results.items()]),
+        heading(3, "Settings that differ"),
+        table(
+            ("setting", *(label.partition(":")[0] for label in settings)),
+            [(name, *(str(values.get(name, "–")) for values in settings.values())) for name in differing],
+        )
+        if differing
+        else paragraph("None."),
+        picture(
+            figures.training_curves({label: [each.run.history for each in runs] for label, runs in groups.items()}),
+            "All runs together: test accuracy solid, training accuracy dotted. Runs that differ only in their seed are "
+            "one line, their mean, with its standard error as a band.",
+        ),
+    ]
+
+
+def _results(each: Inspected) -> dict[str, str]:
+    """The main numbers of a run by their headings."""
+    history, net = each.run.history, each.net
+    tests = [record["test_acc"] for record in history]
+    best = max(range(len(tests)), key=tests.__getitem__)
+    masks = [connection.mask for connection in net.connections().values()]
+    weights = sum(mask.num_weights for mask in masks)
+    possible = sum(mask.shape[0] * mask.shape[1] for mask in masks)
+    return {
+        "epochs": str(each.run.epoch) + ", interrupted" * each.run.interrupted,
+        "test accuracy": f"{tests[-1]:.2%}".replace("%", " %"),
+        "best (in epoch)": f"{tests[best]:.2%} ({history[best]['epoch']})".replace("%", " %"),
+        "training accuracy": f"{history[-1]['train_acc']:.2%}".replace("%", " %"),
+        "training loss": f"{history[-1]['train_loss']:.4f}",
+        "weights": f"{weights:,}",
+        "density": f"{weights / possible:.1%}".replace("%", " %"),
+        "firing rate": f"{each.analysis.firing_rate:.3f}",
+        "synaptic operations per image": f"{round(each.analysis.synaptic_operations):,}",
+        "seconds": f"{sum(record['seconds'] for record in history):.0f}",
+    }
+
+
+def _describe(run: SavedRun) -> str:
+    """A run in a few words."""
+    settings = run.settings
+    features = " (ResNet features)" if settings.use_resnet else ""
+    rules = settings.cp + f"/{settings.cg}" * (settings.dst_fraction > 0)
+    dst = f", DST {rules}" if settings.sparsity_mode == "dynamic" else ""
+    if settings.final_density is not None:
+        dst += f" to {settings.final_density:.4g} of all weights"
+    steps = "" if settings.sequence == "none" else f" as sequences ({settings.sequence})"
+    return f"{settings.model}{dst} on {settings.dataset}{features}{steps}"
+
+
+def _differing(runs: Sequence[SavedRun]) -> list[str]:
+    """The settings in which runs differ; the seed comes last."""
+    settings = [run.settings.as_dict() for run in runs]
+    names = dict.fromkeys(name for each in settings for name in each)
+    differing = [name for name in names if len({str(each.get(name)) for each in settings}) > 1]
+    return sorted(differing, key=lambda name: name == "seed")
+
+
+def _labels(runs: Sequence[SavedRun]) -> list[str]:
+    """A different name for each run, by the settings that differ."""
+    names = _differing(runs)
+    described = [
+        ", ".join(f"{name}={getattr(run.settings, name)}" for name in names if hasattr(run.settings, name))
+        for run in runs
+    ]
+    return [
+        f"{number}: {text or _describe(run)}" for number, (text, run) in enumerate(zip(described, runs, strict=True), 1)
+    ]
+
+
+def _groups(inspected: Mapping[str, Inspected]) -> dict[str, list[Inspected]]:
+    """The runs that differ only in seed and name, by what sets them apart from the others."""
+    shown = [name for name in _differing([each.run for each in inspected.values()]) if name not in ("seed", "name")]
+    groups: dict[str, list[Inspected]] = {}
+    for each in inspected.values():
+        settings = {**each.run.settings.as_dict(), "epochs": each.run.epoch}
+        text = ", ".join(f"{name}={settings.get(name, '–')}" for name in shown) or _describe(each.run)
+        if each.run.interrupted or ("epochs" not in shown and each.run.epoch != each.run.settings.epochs):
+            text += f", {each.run.position}"
+        groups.setdefault(text, []).append(each)
+    return groups

@@ -1,0 +1,91 @@
+"""``g2g-report``: from checkpoints to a page."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from g2gnet.base.messages import say, warn
+from g2gnet.data import ImageData
+from g2gnet.programs import cli
+from g2gnet.training import CheckpointError, SavedRun, read_run
+from g2gnet.training.checkpoints import RunFiles
+
+EXAMPLE = """\
+example:
+  g2g-report checkpoints/*.pth --output report.html
+"""
+
+
+def build_parser() -> cli.Parser:
+    parser = cli.Parser(
+        prog="g2g-report",
+        description="Writes one HTML page with the settings, results, analysis and pictures of training runs.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "checkpoints",
+        type=cli.file_name,
+        nargs="+",
+        metavar="CHECKPOINT",
+        help="the .pth files of training runs, finished or not",
+    )
+    text = "the page (default: report.html)"
+    parser.add_argument("--output", type=cli.file_name, default="report.html", metavar="FILE", help=text)
+    cli.add_inspection_flags(parser)
+    return parser
+
+
+def make_report(arguments: argparse.Namespace) -> None:
+    try:
+        from g2gnet.programs.report import content  # the only part that needs matplotlib
+    except ImportError as error:
+        raise cli.FlagError(f'the report needs matplotlib ({error}); pip install -e ".[plots]"') from error
+    except ValueError as error:  # of its own settings
+        raise cli.FlagError(
+            f"matplotlib cannot be imported ({error}); correct MPLBACKEND or its matplotlibrc"
+        ) from error
+    cli.check_output(arguments.output, arguments)
+    machine = cli.machine_from(arguments)
+    runs = _read_runs(arguments.checkpoints)
+    data: dict[tuple, ImageData] = {}
+    inspected = []
+    for run in tqdm(runs, desc="inspecting", unit=" runs", leave=False, disable=None):
+        key = (run.settings.dataset, run.settings.use_resnet, run.settings.resnet_weights, run.settings.limit_test)
+        if key not in data:
+            data[key] = cli.load_run_data(arguments, run.settings, machine.device)
+        net = run.network(machine.device, machine.backend)
+        inspected.append(content.inspect(run, net, data[key], arguments.samples))
+    cli.write_output(arguments.output, content.report(inspected))
+    say(f"wrote {arguments.output}")
+
+
+def _read_runs(names: Sequence[str]) -> list[SavedRun]:
+    """The runs of these checkpoints that have a finished epoch, each once; others are named.
+
+    Raises:
+        CheckpointError: if one cannot be read, or none is left.
+    """
+    paths, runs = [Path(name) for name in names], []
+    for path in paths:
+        files = RunFiles.of(path)
+        if path == files.previous and files.checkpoint in paths:
+            warn(f"{path} is left out: {files.checkpoint} is the later checkpoint of this run")
+        elif (run := read_run(path)).history:
+            runs.append(run)
+        else:
+            warn(f"{path} is left out: its run has finished no epoch")
+    if not runs:
+        raise CheckpointError("no run has finished an epoch; run the same command again to resume one")
+    return runs
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.run_program(build_parser(), make_report, argv, interrupted="nothing was written")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,389 @@
+"""Trains the runs of a sweep on an executor, and collects what they reached."""
+
+import concurrent.futures
+import contextlib
+import logging
+import multiprocessing
+import multiprocessing.connection
+import multiprocessing.context
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from g2g_kernels import BackendError
+from g2g_kernels.numbers import COUNT
+from g2gnet.base.files import locked, make_directory, open_own
+from g2gnet.base.messages import OutputError, reason
+from g2gnet.data import DataError
+from g2gnet.programs import train
+from g2gnet.programs.cli import FlagError, machine_from, memory_named
+from g2gnet.programs.sweep.grid import LOCK, LOG, Grid, Run, runs_of
+from g2gnet.programs.sweep.results import Row, rows_of, table
+from g2gnet.settings import SettingsError
+from g2gnet.training import CheckpointError, Interrupted, SavedRun, TrainingError, read_run
+from g2gnet.training.interruption import handled
+
+logger = logging.getLogger("g2gnet")
+
+#: failures of a run whose message says everything; of others the traceback is shown too
+EXPLAINED = (BackendError, CheckpointError, DataError, OutputError, SettingsError, TrainingError)
+#: seconds between two looks at the runs' files
+INTERVAL = 0.5
+
+#: held by the run that trains in this process: PyTorch's seeds and modes, and standard output, are the process's
+_training = threading.Lock()
+#: set when this process is to train no more
+_ended = threading.Event()
+
+
+def train_run(given: Mapping[str, Any], folder: str) -> None:
+    """Trains one run, or resumes it, in this process; what it prints goes to ``log.txt`` in its folder.
+
+    If another process trains this run, it waits for that to end.
+
+    Args:
+        given: flags of ``g2g-train`` by name; the others have their defaults.
+        folder: of the run, seen by all processes under this name.
+    """
+    arguments = train.build_parser().parse_args([])
+    vars(arguments).update(given, checkpoint_dir=folder)
+    file = Path(folder) / LOG
+    with contextlib.ExitStack() as held:
+        try:
+            make_directory(Path(folder))
+            held.enter_context(locked(Path(folder) / LOCK, wait=True))
+            log = held.enter_context(open(file, "a", encoding="utf-8", opener=open_own))
+        except OSError as error:
+            raise OutputError(
+                f"cannot write {error.filename or folder} ({reason(error)}); move it away, or give another folder"
+            ) from error
+        held.enter_context(_training)
+        if _ended.is_set():
+            raise KeyboardInterrupt
+        try:
+            with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log), memory_named(arguments):
+                train.train(arguments)
+        except Interrupted:
+            raise KeyboardInterrupt from None
+        except OutputError as error:  # which names standard output
+            why = reason(error.__cause__ or error)
+            raise OutputError(f"cannot write {file} ({why}); free space, then do the same again to resume") from error
+        except EXPLAINED:
+            raise
+        except Exception as error:  # as text: not every exception can be sent to another process
+            with contextlib.suppress(OSError):
+                traceback.print_exc(file=log)
+            raise TrainingError(f"{type(error).__name__}: {reason(error)}; {file} has the traceback") from None
+
+
+def outcome(run: Run, more: Callable[[SavedRun], dict[str, Any]] = lambda saved: {}) -> dict[str, Any] | None:
+    """What a finished run reached: its last epoch's record, wall-clock and processor seconds of training, its weights.
+
+    ``more`` gives further values from its checkpoint. None if it is not finished.
+
+    Raises:
+        CheckpointError: if its files are damaged, or of other settings.
+    """
+    last = run.files.load_marker(run.settings)
+    if last is None:
+        return None
+    saved = read_run(run.files.checkpoint)
+    seconds = {f"train_{name}": sum(record[name] for record in saved.history) for name in ("seconds", "cpu_seconds")}
+    weights = sum(mask.num_weights for mask in saved.masks().values())
+    return {**last, **seconds, "weights": weights, **more(saved)}
+
+
+class _Process(multiprocessing.context.SpawnProcess):
+    """A process that gets no Ctrl-C, which reaches every process of a terminal, before :func:`_begin`.
+
+    It would end with a traceback while it imports.
+    """
+
+    def start(self) -> None:
+        if not hasattr(signal, "pthread_sigmask"):  # on Windows
+            return super().start()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            super().start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class _Spawning(multiprocessing.context.SpawnContext):
+    Process = _Process
+
+
+@contextlib.contextmanager
+def processes(jobs: int, threads: int | None = None) -> Iterator[concurrent.futures.Executor]:
+    """An executor with ``jobs`` processes of ``threads`` threads; None: they share the cores.
+
+    They end when this process does, however it ends: a run then finishes its step and saves it.
+    """
+    threads = threads or max(1, (os.cpu_count() or 1) // jobs)
+    reader, writer = multiprocessing.Pipe(duplex=False)
+    pool = concurrent.futures.ProcessPoolExecutor(jobs, _Spawning(), _begin, (reader, threads))
+    try:
+        yield pool
+    except BaseException:
+        writer.close()
+        raise
+    finally:
+        # the end of this process would show in those that still import as a traceback
+        with handled(signal.SIGINT, signal.SIG_IGN):
+            pool.shutdown(cancel_futures=True)
+        writer.close()
+        reader.close()
+
+
+def _begin(reader: multiprocessing.connection.Connection, threads: int) -> None:
+    """What a process of the pool does first. ``reader`` ends when the process that has the other end closes it."""
+    torch.set_num_threads(threads)
+    tqdm.set_lock(threading.RLock())  # the usual one is shared with other processes, and would be left behind
+    # that of the terminal is not meant for these processes: the end of the pipe tells what to do
+    signal.signal(signal.SIGINT, _end_if_told)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    threading.Thread(target=_end_with, args=(reader,), daemon=True).start()
+
+
+def _end_if_told(number: int, frame: object) -> None:
+    """Ends a run that has no step to save yet: while it trains, SIGINT has another handler."""
+    if _ended.is_set() and _training.locked():
+        raise KeyboardInterrupt
+
+
+def _end_with(reader: multiprocessing.connection.Connection) -> None:
+    with contextlib.suppress(OSError):
+        reader.poll(None)
+    _ended.set()
+    # a run finishes its step, saves it and ends
+    if sys.platform == "win32":
+        signal.raise_signal(signal.SIGINT)
+    else:
+        os.kill(os.getpid(), signal.SIGINT)  # the main thread gets it, even while it waits for the system
+    with _training:
+        os._exit(128 + signal.SIGINT)
+
+
+def train_runs(
+    runs: Sequence[Run],
+    executor: concurrent.futures.Executor,
+    machine: Mapping[str, Any],
+    name: str,
+    on_end: Callable[[Run], str],
+) -> dict[str, str]:
+    """Trains runs on ``executor``, with one progress bar on a terminal; a run that fails does not stop the others.
+
+    Args:
+        runs: that are not finished.
+        executor: where :func:`train_run` is called.
+        machine: further flags of ``g2g-train`` by name.
+        name: of the bar.
+        on_end: gives the line that is printed when a run is finished.
+
+    Returns:
+        The errors of those that failed, by their labels.
+
+    Raises:
+        TrainingError: if a process of the executor was killed.
+    """
+    stream, failed = sys.stderr, {}
+    total = sum(run.settings.epochs for run in runs)
+    with tqdm(total=total, desc=name, unit=" epochs", leave=False, disable=None, file=stream) as bar:
+        futures = {executor.submit(train_run, {**run.given, **machine}, str(run.folder)): run for run in runs}
+        waiting = set(futures)
+        try:
+            while waiting:
+                done, waiting = concurrent.futures.wait(waiting, INTERVAL, concurrent.futures.FIRST_COMPLETED)
+                for future in done:
+                    run = futures[future]
+                    try:
+                        future.result()
+                        line = on_end(run)
+                    except concurrent.futures.BrokenExecutor:
+                        raise
+                    except Exception as error:
+                        with bar.external_write_mode(file=stream):
+                            failed[run.label] = _told(run, error)
+                    else:
+                        bar.write(line, file=stream)
+                bar.set_postfix_str(f"{len(runs) - len(waiting)} of {len(runs)} runs", refresh=False)
+                bar.update(sum(run.epochs() for run in runs) - bar.n)
+        except concurrent.futures.BrokenExecutor as error:
+            raise TrainingError(
+                "a process that trained was killed, as by a system without memory; what it had saved is kept. Lower "
+                "`jobs`, or do the same again to resume"
+            ) from error
+        except BaseException:
+            for future in waiting:
+                future.cancel()
+            raise
+    return failed
+
+
+def _told(run: Run, error: Exception) -> str:
+    """Logs why a run failed, and returns it."""
+    known = isinstance(error, EXPLAINED)
+    text = str(error) if known else f"{type(error).__name__}: {reason(error)}"
+    logger.error("%s: failed: %s", run.label, text, exc_info=None if known else error)
+    return text
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep reached.
+
+    Attributes:
+        folder: of its runs.
+        common: the settings of the grid with one value.
+        varied: the names of those with several, without the seed.
+        ends: what each finished run reached (:func:`outcome`), by the run.
+        failed: the errors of the runs that failed, by the settings that differ.
+        rows: mean and standard error over the seeds, one per combination of the varied settings.
+
+    Example:
+        >>> from concurrent.futures import ThreadPoolExecutor
+        >>> small = {"hidden_dim": 32, "block_size": 8, "T": 3, "epochs": 1, "limit_train": 64}
+        >>> grid = {"dataset": "fashionmnist-mini", "model": "mixer", "seed": [1, 2], **small}
+        >>> with ThreadPoolExecutor(1) as executor:
+        ...     made = run(grid, executor=executor)
+        ...
+        >>> made.rows[0].seeds, sorted(made.as_dict())
+        ([1, 2], ['failed', 'rows', 'runs', 'settings'])
+    """
+
+    folder: Path
+    common: dict[str, Any]
+    varied: tuple[str, ...]
+    ends: list[tuple[Run, dict[str, Any]]]
+    failed: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> list[Row]:
+        return rows_of(self.varied, [(run.settings, end) for run, end in self.ends])
+
+    def table(self) -> str:
+        """The rows as a Markdown table."""
+        return table(self.varied, self.rows)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, as plain numbers and strings."""
+        return {
+            "settings": self.common,
+            "rows": [row.as_dict() for row in self.rows],
+            "runs": [
+                {"settings": dict(run.differs), "folder": str(run.folder), "result": end} for run, end in self.ends
+            ],
+            "failed": self.failed,
+        }
+
+
+def run(
+    grid: Grid,
+    folder: Path | str = "sweep",
+    *,
+    executor: concurrent.futures.Executor | None = None,
+    jobs: int | None = None,
+    data_dir: Path | str = "data",
+    device: str = "auto",
+    backend: str = "auto",
+    finished: bool = False,
+) -> Sweep:
+    """Trains every combination of a grid's values; finished runs are skipped, stopped ones resume.
+
+    Each run is one of ``g2g-train``, with the same result, in a folder of its own; killed at any time, it loses at most
+    the current epoch. A run that fails, or whose files are damaged, does not stop the others.
+
+    Args:
+        grid: settings of ``g2g-train`` by name, each with one value or an iterable of values; ``seed`` is one of them.
+        folder: of the runs. On several machines it is one that all of them see, and so is ``data_dir``.
+        executor: where to train; None: processes of this machine. Each call is one run, on the threads that PyTorch has
+            there. In threads of one process, runs train one after another.
+        jobs: processes, without an executor; None: one per core on a CPU, one in all on another device.
+        data_dir: directory of the data sets.
+        device: where to compute; ``"auto"`` takes the fastest.
+        backend: of the kernels; ``"auto"`` lets the device decide.
+        finished: train nothing, and return what is there.
+
+    Raises:
+        SettingsError: for invalid settings, a device that this machine does not have, or ``jobs`` out of range, before
+            anything is trained.
+        TrainingError: if no run is finished, or a process was killed.
+        DataError: if a file of data that the grid names cannot be read.
+
+    A script that calls this without an executor needs ``if __name__ == "__main__":``, since its processes import it.
+
+    Example:
+        >>> from concurrent.futures import ThreadPoolExecutor
+        >>> small = {"hidden_dim": 32, "block_size": 8, "T": 3, "epochs": 1, "limit_train": 64}
+        >>> grid = {"dataset": "fashionmnist-mini", "model": ["index", "mixer"], "seed": [1, 2], **small}
+        >>> with ThreadPoolExecutor(1) as executor:
+        ...     made = run(grid, "models", executor=executor)
+        ...
+        >>> [(row.settings, row.seeds) for row in made.rows]
+        [({'model': 'index'}, [1, 2]), ({'model': 'mixer'}, [1, 2])]
+    """
+    runs = runs_of(grid, folder)
+    for line in dict.fromkeys(line for each in runs for line in each.settings.without_effect()):
+        logger.warning("%s", line)
+    several = {name for each in runs for name in each.differs}
+    machine = {"data_dir": str(data_dir), "device": device, "backend": backend}
+    ends, failed, missing = {}, {}, []
+    for each in runs:
+        try:
+            end = outcome(each)
+        except Exception as error:
+            failed[each.label] = _told(each, error)
+            continue
+        if end is None:
+            missing.append(each)
+        else:
+            ends[each.folder] = end
+
+    def note(each: Run) -> str:
+        end = outcome(each)
+        if end is None:
+            raise CheckpointError(f"{each.files.marker} is gone; do the same again to make it")
+        ends[each.folder] = end
+        return f"{each.label}: test accuracy {end['test_acc']:.4f}, {end['train_seconds']:.0f} s"
+
+    if missing and not finished:
+        with contextlib.ExitStack() as held:
+            if executor is None:
+                executor = held.enter_context(processes(_jobs(jobs, len(missing), machine)))
+            failed |= train_runs(missing, executor, machine, "sweep", note)
+    if not ends:
+        raise TrainingError("\n".join([f"no run is finished in {folder}", *dict.fromkeys(failed.values())]))
+    return Sweep(
+        Path(folder),
+        {name: value for name, value in runs[0].given.items() if name not in several},
+        tuple(name for name in runs[0].given if name in several and name != "seed"),
+        [(each, ends[each.folder]) for each in runs if each.folder in ends],
+        {each.label: failed[each.label] for each in runs if each.label in failed},
+    )
+
+
+def _jobs(jobs: int | None, runs: int, machine: Mapping[str, Any]) -> int:
+    """The number of processes."""
+    arguments = train.build_parser().parse_args([])
+    vars(arguments).update(machine)
+    cores = os.cpu_count() or 1
+    try:
+        device = machine_from(arguments).device
+    except FlagError as error:
+        raise SettingsError(str(error)) from error
+    if jobs is None:
+        jobs = cores if device.type == "cpu" else 1
+    wanted = COUNT.refuses(jobs)
+    if wanted:
+        raise SettingsError(f"jobs={jobs!r} is out of range; give {wanted}")
+    return min(jobs, runs)

@@ -1,0 +1,201 @@
+"""The grid of a sweep: each setting has one value or several; and the runs that it consists of."""
+
+import argparse
+import dataclasses
+import difflib
+import hashlib
+import itertools
+import json
+import re
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from g2gnet.base.files import read_file
+from g2gnet.base.messages import reason
+from g2gnet.programs import train
+from g2gnet.programs.cli import settings_from
+from g2gnet.settings import SettingsError
+from g2gnet.training import TrainSettings
+from g2gnet.training.checkpoints import RunFiles
+
+#: settings of ``g2g-train`` by name, each with one value or an iterable of values
+Grid = Mapping[str, Any]
+
+#: whose numbers become Python's
+ARRAYS = (np.generic, np.ndarray, torch.Tensor)
+
+#: characters of a folder's name that say what differs
+READABLE = 100
+#: in a run's folder: what it printed, and what the process that trains it holds
+LOG, LOCK = "log.txt", ".sweep.lock"
+#: hexadecimal digits of the SHA-256 of a run's settings, which end its folder's name
+DIGITS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run of a sweep.
+
+    Attributes:
+        given: the settings of the grid, as flags give them.
+        settings: all of them.
+        differs: those that have several values in the grid, its seed included.
+        folder: of its files and of what it printed, ``log.txt``.
+
+    Example:
+        >>> from g2gnet.programs.sweep.grid import runs_of
+        >>> first = runs_of({"p_inter": [0.1, 0.3], "model": "mixer"}, "sweep")[0]
+        >>> first.label, first.settings.p_inter
+        ('p_inter=0.1', 0.1)
+    """
+
+    given: Mapping[str, Any]
+    settings: TrainSettings
+    differs: Mapping[str, Any]
+    folder: Path
+
+    @property
+    def label(self) -> str:
+        """What differs, in words."""
+        return ", ".join(f"{name}={value}" for name, value in self.differs.items()) or "the run"
+
+    @property
+    def files(self) -> RunFiles:
+        """The files that the trainer writes."""
+        return RunFiles(self.folder, self.settings.stem)
+
+    def epochs(self) -> int:
+        """The number of epochs that are finished."""
+        try:
+            return min(read_file(self.files.history).count(b"\n"), self.settings.epochs)
+        except OSError:
+            return 0
+
+
+def read_grid(path: Path | str) -> dict[str, Any]:
+    """The grid in a TOML or JSON file: a table of settings, each with a value or a list of values.
+
+    Raises:
+        SettingsError: if it cannot be read.
+    """
+    path = Path(path)
+    try:
+        text = read_file(path).decode("utf-8")
+        if path.suffix == ".json":
+            grid = json.loads(text, object_pairs_hook=_table)
+        else:
+            import tomllib  # since Python 3.11
+
+            grid = tomllib.loads(text)
+        if not isinstance(grid, dict):
+            raise ValueError(f"it holds a {type(grid).__name__}, not a table of settings")
+    except ImportError as error:
+        raise SettingsError(f"grid={path}: TOML needs Python 3.11 or newer; give the same as a .json file") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise SettingsError(f"grid={path} cannot be read ({reason(error)})") from error
+    return grid
+
+
+def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A table of a JSON file, whose reader takes the last of equal names; that of TOML refuses them."""
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"it gives {name} twice")
+    return dict(pairs)
+
+
+def may_be_none(kind: Any) -> bool:
+    """Whether a setting of this type is a number or None."""
+    kinds = typing.get_args(kind)
+    return type(None) in kinds and str not in kinds
+
+
+def values_of(grid: Grid) -> dict[str, list[Any]]:
+    """The values of each setting of a grid, as a list; a whole number for a setting with a fraction becomes a float.
+
+    The word ``none`` is None for a number that may be left out.
+
+    Raises:
+        SettingsError: for an unknown name, a setting without a value, or a value that is listed twice.
+    """
+    types_of = typing.get_type_hints(TrainSettings)
+    known = [field.name for field in dataclasses.fields(TrainSettings) if field.metadata["group"]]
+    found: dict[str, list[Any]] = {}
+    problems = []
+    for name, given in grid.items():
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, 1)
+            problems.append(
+                f"{name} is not a setting; {f'did you mean {near[0]}?' if near else 'see g2g-train --help'}"
+            )
+            continue
+        given = given.tolist() if isinstance(given, ARRAYS) else given
+        values = list(given) if isinstance(given, Iterable) and not isinstance(given, str | Mapping) else [given]
+        values = [value.tolist() if isinstance(value, ARRAYS) else value for value in values]
+        if may_be_none(types_of[name]):  # which neither flags nor TOML can say in another way
+            values = [None if value == "none" else value for value in values]
+        if float in (types_of[name], *typing.get_args(types_of[name])):
+            values = [float(value) if type(value) is int else value for value in values]
+        if not values:
+            problems.append(f"{name} has no value; give one, or leave it out")
+        problems += [f"{name}={value} is given twice" for n, value in enumerate(values) if value in values[:n]]
+        found[name] = values
+    if problems:
+        raise SettingsError("\n".join(problems))
+    return found
+
+
+def runs_of(grid: Grid, folder: Path | str) -> list[Run]:
+    """The runs of a grid, one per combination of its values.
+
+    A run's folder is found by the settings that differ from the defaults, however the grid was written: a grid that
+    grows keeps its finished runs. All combinations with the first seed come first.
+
+    Raises:
+        SettingsError: for invalid settings, or two runs or folders that are the same, each named.
+        DataError: if a file of data or of weights cannot be read.
+    """
+    values = values_of(grid)
+    runs, problems = [], []
+    by_digest: dict[str, Mapping[str, Any]] = {}
+    order = sorted(values, key=lambda name: name != "seed")
+    for combination in itertools.product(*(values[name] for name in order)):
+        chosen = dict(zip(order, combination, strict=True))
+        given = {name: chosen[name] for name in sorted(values, key=lambda name: name == "seed")}
+        differs = {name: value for name, value in given.items() if len(values[name]) > 1}
+        arguments = argparse.Namespace(**{**vars(train.build_parser().parse_args([])), **given})
+        try:
+            settings = settings_from(arguments, TrainSettings)
+        except SettingsError as error:
+            problems += str(error).splitlines()
+            continue
+        digest = _digest(settings)
+        alike = by_digest.setdefault(digest, differs)
+        if alike is not differs:  # as a number and its default, which would count as two runs in a mean
+            both = [
+                f"{name}={alike[name]} and {name}={differs[name]}" for name in differs if alike[name] != differs[name]
+            ]
+            problems.append(f"{', '.join(both)} make the same run; leave one of them out")
+        words = "-".join(f"{name}{value}" for name, value in differs.items()) or "run"
+        words = re.sub(r"[^A-Za-z0-9._]+", "-", words)[:READABLE]
+        existing = sorted(Path(folder).glob(f"*-{digest}"))
+        if len(existing) > 1:
+            problems.append(f"{' and '.join(map(str, existing))} are of the same run; move all but one out of {folder}")
+        runs.append(Run(given, settings, differs, existing[0] if existing else Path(folder) / f"{words}-{digest}"))
+    if problems:
+        raise SettingsError("\n".join(dict.fromkeys(problems)))
+    return runs
+
+
+def _digest(settings: TrainSettings) -> str:
+    """What tells settings apart; those of a later version do not change it while they have their defaults."""
+    default = TrainSettings(neuron=settings.neuron).as_dict()
+    own = {name: value for name, value in settings.as_dict().items() if value != default[name]}
+    text = json.dumps({**own, "neuron": settings.neuron}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:DIGITS]

@@ -1,0 +1,180 @@
+"""``g2g-sweep``: a grid from flags or a file, and the results as a table, CSV, JSON and a picture."""
+
+import argparse
+import dataclasses
+import json
+import os
+import signal
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from g2gnet.base.files import check_own, make_directory
+from g2gnet.base.messages import OutputError, reason, say, warn
+from g2gnet.base.version import __version__
+from g2gnet.programs import cli
+from g2gnet.programs.sweep.engine import Sweep, run
+from g2gnet.programs.sweep.grid import LOCK, LOG, may_be_none, read_grid, runs_of, values_of
+from g2gnet.programs.sweep.results import as_csv
+from g2gnet.settings import SettingsError
+from g2gnet.training import TrainingError, TrainSettings
+from g2gnet.training.interruption import raised
+
+DESCRIPTION = """\
+Trains every combination of several values of settings, each with several seeds, in parallel; prints mean and standard
+error. Finished runs are skipped and stopped ones resume.
+"""
+EXAMPLES = """\
+examples:
+  g2g-sweep --dataset fashionmnist-mini --model mixer --epochs 5 --p_inter 0.05 0.15 0.3 --seed 1 2 3
+  g2g-sweep --grid density.toml --epochs 20
+"""
+TRUTH = {"true": True, "false": False}
+RESUME = "run the same command again to resume with the remaining runs"
+
+
+def truth(text: str) -> bool:
+    """The type of a setting that is on or off.
+
+    Raises:
+        ArgumentTypeError: unless it is ``true`` or ``false``.
+    """
+    if text not in TRUTH:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return TRUTH[text]
+
+
+def number_or_none(kind: type) -> Callable[[str], Any]:
+    """The type of a setting that is a number or ``none``."""
+
+    def read(text: str) -> Any:
+        return text if text == "none" else kind(text)
+
+    read.__name__ = f"{kind.__name__} or none"  # which argparse names in an error
+    return read
+
+
+def build_parser() -> cli.Parser:
+    parser = cli.Parser(
+        prog="g2g-sweep",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    group = parser.add_argument_group("the grid")
+    text = "a TOML or JSON file: settings, each with a value or a list of values; flags replace what it says"
+    group.add_argument("--grid", type=cli.file_name, metavar="FILE", help=text)
+    _add_settings(parser)
+    group = cli.add_machine_flags(parser, results=False)
+    text = "folder of the runs and the results (default: sweep)"
+    group.add_argument("--folder", type=cli.file_name, default="sweep", metavar="DIR", help=text)
+    text = "runs at a time (default: one per core on a CPU, one on another device)"
+    group.add_argument("--jobs", type=int, metavar="N", help=text)
+    text = "train nothing; show the runs that are finished"
+    group.add_argument("--finished", action="store_true", help=text)
+    cli.add_json_flag(group, "the results of all runs, and their means and errors")
+    parser.add_argument("--version", action="version", version=f"g2g {__version__}")
+    return parser
+
+
+def _add_settings(parser: cli.Parser) -> None:
+    """The flags of ``g2g-train``, each with one value or several."""
+    types_of, hints = cli.flag_types(TrainSettings), typing.get_type_hints(TrainSettings)
+    group = parser.add_argument_group("settings of g2g-train, each with one value or several")
+    for field in dataclasses.fields(TrainSettings):
+        about, kind = field.metadata, types_of[field.name]
+        if about["group"] is None:
+            continue
+        group.add_argument(
+            f"--{field.name}",
+            nargs="*" if kind is bool else "+",  # --standardize alone turns it on
+            type=truth if kind is bool else number_or_none(kind) if may_be_none(hints[field.name]) else kind,
+            default=field.default,
+            metavar="true|false" if kind is bool else cli.METAVARS[kind] if kind is not str else "NAME",
+            help=parser.in_flags(about["text"]),
+        )
+
+
+def grid_from(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The grid of the file and the flags.
+
+    Raises:
+        SettingsError: if the file cannot be read, or there is no setting at all.
+    """
+    grid = read_grid(arguments.grid) if arguments.grid else {}
+    flags = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(TrainSettings)}
+    grid |= {name: values or [True] for name, values in flags.items() if isinstance(values, list)}
+    if not grid:
+        raise SettingsError("a sweep needs a setting; give one several values, as in `seed=1 2 3`, or a file as `grid`")
+    return grid
+
+
+def sweep(arguments: argparse.Namespace) -> dict[str, Any]:
+    grid, folder = grid_from(arguments), Path(arguments.folder)
+    runs = runs_of(grid, folder)
+    files = {ending: folder / f"sweep.{ending}" for ending in ("csv", "json", "png")}
+    own = [file for each in runs for file in (*each.files.files(), each.folder / LOG, each.folder / LOCK)]
+    cli.check_json(arguments, [files["csv"], files["png"], *own])
+    if arguments.finished and not os.access(folder, os.W_OK):  # then the results are only shown
+        files = {}
+    try:
+        if not arguments.finished:
+            make_directory(folder)
+        for file in files.values():
+            check_own(file)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {error.filename or folder} ({reason(error)}); give another --folder"
+        ) from error
+    for file in files.values():
+        cli.check_output(file)
+    several = {name: len(values) for name, values in values_of(grid).items() if len(values) > 1}
+    shape = " × ".join(f"{several[name]} {name}" for name in sorted(several, key=lambda name: name == "seed"))
+    done = sum(os.path.exists(each.files.marker) for each in runs)
+    say(f"g2g {__version__} | {len(runs)} runs{f': {shape}' if shape else ''} | {done} finished | {folder}")
+    with raised(signal.SIGTERM, f"interrupted by SIGTERM; {RESUME}"):
+        made = run(
+            grid,
+            folder,
+            jobs=arguments.jobs,
+            data_dir=arguments.data_dir,
+            device=arguments.device,
+            backend=arguments.backend,
+            finished=arguments.finished,
+        )
+    say(made.table())
+    if files:
+        _write(made, files)
+    else:
+        say(f"wrote no files: {folder} is read-only")
+    say(f"with pictures: g2g-report {folder}/*/*.pth")
+    if made.failed:
+        failed = "\n".join(f"{label}: {error}" for label, error in made.failed.items())
+        raise TrainingError(f"{len(made.failed)} of {len(runs)} runs failed:\n{failed}")
+    return made.as_dict()
+
+
+def _write(made: Sweep, files: dict[str, Path]) -> None:
+    """Writes the files of a sweep's results, given by their endings."""
+    cli.write_output(files["csv"], as_csv([(each.differs, end) for each, end in made.ends]))
+    cli.write_output(files["json"], json.dumps({"g2g": __version__, **made.as_dict()}, indent=2) + "\n")
+    try:
+        from g2gnet.programs.sweep.picture import draw  # needs matplotlib
+    except ImportError as error:
+        del files["png"]
+        warn(f'no picture: matplotlib is missing ({error}); pip install -e ".[plots]"')
+    else:
+        common = ", ".join(f"{name}={value}" for name, value in made.common.items())
+        figure = draw(made.rows, common)
+        cli.write_file(files["png"], lambda file: figure.savefig(file, format="png", dpi=150))
+    say(f"wrote {', '.join(map(str, files.values()))}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.run_program(build_parser(), sweep, argv, RESUME)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""Means and standard errors over the seeds of a sweep, as a table, CSV and a picture."""
+
+import csv
+import io
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from g2gnet.base.tables import markdown
+from g2gnet.training import TrainSettings
+from g2gnet.training.checkpoints import numbers
+
+
+class Estimate(NamedTuple):
+    """The mean of independent values, and its standard error, which is unknown (None) for one value."""
+
+    mean: float
+    error: float | None
+
+    def text(self, digits: int) -> str:
+        """Mean ± standard error."""
+        error = "" if self.error is None else f" ± {self.error:.{digits}f}"
+        return f"{self.mean:.{digits}f}{error}"
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """The mean of some values, and its standard error."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return Estimate(statistics.mean(values), error)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One combination of the varied settings.
+
+    Attributes:
+        settings: the combination.
+        seeds: of its finished runs.
+        ends: what each of these reached.
+    """
+
+    settings: dict[str, Any]
+    seeds: list[int]
+    ends: list[dict[str, Any]]
+
+    @property
+    def label(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in self.settings.items())
+
+    def estimate(self, quantity: str) -> Estimate:
+        """Mean and error over the seeds of a number in the runs' results, as ``"test_acc"``."""
+        return estimate([end[quantity] for end in self.ends])
+
+    def as_dict(self) -> dict[str, Any]:
+        quantities = [dict(numbers(end)) for end in self.ends]
+        shared = [name for name in quantities[0] if all(name in each for each in quantities)]
+        estimates = {name: estimate([each[name] for each in quantities])._asdict() for name in shared}
+        return {"settings": self.settings, "seeds": self.seeds, "results": estimates}
+
+
+def rows_of(varied: Sequence[str], ends: Sequence[tuple[TrainSettings, dict[str, Any]]]) -> list[Row]:
+    """The runs in groups that differ in nothing but the seed."""
+    rows: dict[tuple, Row] = {}
+    for settings, end in ends:
+        values = {name: getattr(settings, name) for name in varied}
+        row = rows.setdefault(tuple(values.values()), Row(values, [], []))
+        row.seeds.append(settings.seed)
+        row.ends.append(end)
+    return list(rows.values())
+
+
+def table(varied: Sequence[str], rows: Sequence[Row]) -> str:
+    """One line per row: settings, number of runs, and what they reached on average."""
+    header = [*varied, "runs", "test accuracy, %", "training accuracy, %", "weights", "seconds"]
+    return markdown(
+        header,
+        [
+            [
+                *(str(value) for value in row.settings.values()),
+                str(len(row.ends)),
+                *(estimate([100 * end[name] for end in row.ends]).text(2) for name in ("test_acc", "train_acc")),
+                f"{row.estimate('weights').mean:,.0f}",
+                row.estimate("train_seconds").text(1),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def as_csv(runs: Sequence[tuple[Mapping[str, Any], dict[str, Any]]]) -> str:
+    """A header and one row per run: the settings that differ, and every number that it reached."""
+    lines = [{**differs, **dict(numbers(end))} for differs, end in runs]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for line in lines for name in line)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()

@@ -1,0 +1,77 @@
+"""Trains a spiking network: the Dense baseline or a G2GNet, statically sparse or with dynamic sparse training."""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from g2gnet.base.distributed import join, launched
+from g2gnet.base.messages import say
+from g2gnet.base.version import __version__
+from g2gnet.inspect import NetworkAnalysis, headline, summary_table
+from g2gnet.programs import cli
+from g2gnet.training import TrainSettings, run_training
+from g2gnet.training.checkpoints import RunFiles
+
+EXAMPLES = """\
+examples:
+  python train.py --dataset fashionmnist-mini --model mixer --epochs 5
+  python train.py --model index --p_inter 0.15
+  python train.py --model mixer --sparsity_mode dynamic --cp set --cg hebb
+"""
+
+
+def build_parser() -> cli.Parser:
+    parser = cli.Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli.add_settings_flags(parser)
+    group = cli.add_machine_flags(parser)
+    cli.add_peer_flag(group)
+    cli.add_graph_flags(group)
+    cli.add_log_flag(group)
+    cli.add_json_flag(group, "the settings, the last epoch's results and the files' names")
+    parser.add_argument("--version", action="version", version=f"g2g {__version__}")
+    return parser
+
+
+def train(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    settings = cli.settings_from(arguments, TrainSettings)
+    files = RunFiles(arguments.checkpoint_dir, settings.stem)
+    cli.check_json(arguments, files.files())
+    machine = cli.machine_from(arguments)
+    if machine.cuda_graph and launched():
+        raise cli.FlagError("--cuda_graph is of one process; leave it out, or start one without torchrun")
+    with join(machine.device, cli.about("train", settings, machine), cli.peer_limit(arguments)) as world:
+        machine = machine._replace(world=world)
+        if world.leads:
+            cli.announce(settings, machine)
+        result = run_training(
+            settings,
+            lambda: cli.load_data(arguments, settings, machine.device),
+            arguments.checkpoint_dir,
+            machine,
+            show_analysis,
+            cli.log_from(arguments) if world.leads else (),
+        )
+        if not world.leads:
+            return None
+    return {"settings": settings.given(), "result": result, "files": files.paths()}
+
+
+def show_analysis(analysis: NetworkAnalysis, images: int, path: Path) -> None:
+    checkpoint = shlex.quote(str(path).removesuffix(".analysis.json") + ".pth")
+    say(
+        f"{headline(analysis, images)}\n{summary_table(analysis)}\n"
+        "rate: spikes per neuron and step; synchrony, corr., coherence: 0 at chance; other inputs: from other groups; "
+        "entropy: 1 if all\ngroups feed a neuron alike (docs/analysis.md). In full: "
+        f"{path}\nwith pictures: g2g-report {checkpoint}"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.run_program(build_parser(), train, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,5 +1,0 @@
-"""Sweeps: every combination of some settings and seeds, trained in parallel, resumable, with means and errors."""
-
-from g2gnet.sweep.engine import Run, Sweep, run
-
-__all__ = ["Run", "Sweep", "run"]

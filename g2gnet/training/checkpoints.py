@@ -1,0 +1,408 @@
+"""The files of a run: checkpoint, history and marker. A crash leaves either the old or the new one complete."""
+
+import contextlib
+import csv
+import errno
+import io
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from g2g_kernels.numbers import Number
+from g2gnet.base.files import (
+    check_own,
+    check_writable,
+    leftovers,
+    locked,
+    make_directory,
+    open_own,
+    read_file,
+    replace_file,
+)
+from g2gnet.base.messages import reason, warn
+from g2gnet.base.tensor_files import TensorFileError, check_plain, read_tensors, write_tensors
+from g2gnet.training.run_settings import RunSettings
+
+#: version of the checkpoint's structure
+FORMAT = 5
+#: the numbers that an epoch's record and a marker's result must contain
+MEASURES = ("epoch", "train_loss", "train_acc", "test_acc", "seconds", "cpu_seconds")
+
+
+class CheckpointError(RuntimeError):
+    """A run's files are unusable or not writable; the message says why, and what to do. The files are not changed."""
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The state that :meth:`RunFiles.save_checkpoint` wrote, on the CPU. Nothing in the file is executed.
+
+    Raises:
+        CheckpointError: if it is missing, damaged or not from g2g.
+    """
+    try:
+        state = read_tensors(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({reason(error)}).") from error
+    except TensorFileError as error:
+        raise CheckpointError(f"{path} cannot be read ({error}).") from error
+    settings = state.get("settings") if isinstance(state, dict) else None
+    if (
+        not isinstance(settings, dict)
+        or state.get("format") != FORMAT
+        or not all(type(name) is str for name in settings)
+    ):
+        raise CheckpointError(f"{path} is not a checkpoint of this version of g2g.")
+    return state
+
+
+def check_number(name: str, value: Any, low: float = -math.inf, whole: bool = False) -> None:
+    """Raises ValueError unless ``value``, from a file, is a number of at least ``low`` that float32 can hold.
+
+    With ``whole``, it is a whole number that int64 can hold.
+    """
+    number = Number(low, whole=whole)
+    wanted = number.refuses(value) if isinstance(value, int | float) else str(number)  # a tensor is none in a file
+    if wanted:
+        raise ValueError(f"{name}={value!r:.40} is not {wanted}")
+
+
+def check_record(record: Any) -> None:
+    """Raises ValueError unless ``record``, from a file, is an epoch's."""
+    if not isinstance(record, dict):
+        raise ValueError(f"the record of an epoch is a {type(record).__name__}")
+    for name in MEASURES:
+        if name not in record:
+            raise ValueError(f"the record of an epoch lacks {name}")
+        check_number(name, record[name], low=0, whole=name == "epoch")
+
+
+def check_history(history: Any, epochs: int) -> None:
+    """Raises ValueError unless ``history``, from a file, has the record of each of so many epochs."""
+    for record in history:
+        check_record(record)
+    if [record["epoch"] for record in history] != list(range(1, epochs + 1)):
+        raise ValueError(f"history does not hold one record for each of {epochs} epochs")
+
+
+def compared(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    """One line for each entry that differs."""
+    return [
+        f"  {name}: {theirs.get(name, 'not set')} there, {ours.get(name, 'not set')} now"
+        for name in sorted({*theirs, *ours})
+        if theirs.get(name, "not set") != ours.get(name, "not set")
+    ]
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint and the file it was read from."""
+
+    path: Path
+    state: dict[str, Any]
+
+
+class RunFiles:
+    """``<directory>/<stem>`` with the endings .pth (checkpoint), .jsonl and .csv (history), .analysis.json and .DONE
+    (marker).
+
+    Until the run is finished, .previous.pth is the checkpoint before the last one: it is used if the last is damaged.
+    """
+
+    def __init__(self, directory: Path | str, stem: str) -> None:
+        self.directory = Path(directory)
+        self.checkpoint = self.directory / f"{stem}.pth"
+        self.previous = self.directory / f"{stem}.previous.pth"
+        self.history = self.directory / f"{stem}.jsonl"
+        self.table = self.directory / f"{stem}.csv"
+        self.analysis = self.directory / f"{stem}.analysis.json"
+        self.marker = self.directory / f"{stem}.DONE"
+        self._whole = False  # whether self.checkpoint is known to be intact, so it may replace self.previous
+        self.lock = self.directory / f".{stem}.lock"
+
+    @classmethod
+    def of(cls, checkpoint: Path) -> "RunFiles":
+        """The files of the run that has this checkpoint, or this previous one."""
+        return cls(checkpoint.parent, checkpoint.name.removesuffix(".pth").removesuffix(".previous"))
+
+    def files(self) -> tuple[Path, ...]:
+        """Every file of the run, be it there or not."""
+        return *self._all(), self.lock
+
+    def _all(self) -> tuple[Path, ...]:
+        """Every file that the run itself reads and writes."""
+        return self.checkpoint, self.previous, self.history, self.table, self.analysis, self.marker
+
+    def check(self) -> None:
+        """Makes the directory if it is missing.
+
+        Raises:
+            CheckpointError: if one of the files could not be written when the run has something to write.
+        """
+        try:
+            make_directory(self.directory)
+        except OSError as error:
+            raise self._unwritable(error) from error
+        try:
+            for path in self._all():
+                check_own(path)
+        except OSError as error:
+            raise CheckpointError(
+                f"{error.filename} cannot be one of the run's own files ({reason(error)}); move it away, or give "
+                f"another `checkpoint_dir` than {self.directory}"
+            ) from error
+        try:
+            for path in self._all():
+                check_writable(path)
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> CheckpointError:
+        """What to raise where a file of the run cannot be made."""
+        remedy = "give another `checkpoint_dir`"
+        if error.errno == errno.ENAMETOOLONG:
+            remedy = f"give the data a file of a shorter name than that in {self.checkpoint.name}"
+        return CheckpointError(f"cannot write to the checkpoint directory {self.directory} ({reason(error)}); {remedy}")
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """While entered, no other process can enter it for these files; the lock ends with its process.
+
+        The directory is made if it is missing; leftovers of a killed process are removed.
+
+        Raises:
+            CheckpointError: as :meth:`check` does, or if another run has entered.
+        """
+        self.check()
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(locked(self.lock, wait=False))
+            except BlockingIOError as error:
+                raise CheckpointError(
+                    f"another run of this name is using {self.checkpoint} (it holds {self.lock}); "
+                    f"wait until it ends, or give another `checkpoint_dir` than {self.directory}"
+                ) from error
+            except OSError as error:
+                raise CheckpointError(
+                    f"cannot lock {self.lock} ({reason(error)}); delete it, or give another `checkpoint_dir` than "
+                    f"{self.directory}"
+                ) from error
+            for path in self._all():
+                for leftover in leftovers(path):
+                    with contextlib.suppress(OSError):  # it is in nobody's way
+                        leftover.unlink()
+            yield
+
+    def save_checkpoint(self, state: dict[str, Any]) -> None:
+        """Replaces the checkpoint by ``state`` (tensors, numbers, strings and containers of them).
+
+        Raises:
+            CheckpointError: if it cannot be written (a full disk, say); the previous checkpoint is still there.
+        """
+        keep = self.previous if self._whole else None
+        with self._writing(self.checkpoint):
+            write_tensors(self.checkpoint, {"format": FORMAT, **state}, keep)
+            for of_finished in (self.marker, self.analysis):  # a run that was finished goes on for more epochs
+                of_finished.unlink(missing_ok=True)
+        self._whole = True
+
+    def load_checkpoint(self, settings: RunSettings) -> Checkpoint | None:
+        """The checkpoint on the CPU; if it is damaged or missing, the previous one; None if there is none.
+
+        What the settings of an earlier version lack takes its default.
+
+        Raises:
+            CheckpointError: if neither is usable, or it was made with different settings.
+        """
+        problems = []
+        for path in (self.checkpoint, self.previous):
+            if not path.exists():
+                continue
+            try:
+                state = read_checkpoint(path)
+            except CheckpointError as error:
+                problems.append(str(error))
+                continue
+            self._check_settings(path, state["settings"], settings)
+            self._whole = path == self.checkpoint
+            if problems:
+                warn(f"{problems[0]} Using the previous checkpoint.")
+            return Checkpoint(path, state)
+        if problems:
+            raise CheckpointError(
+                f"{' '.join(problems)} Nothing was changed; move {self.names()} away to start over, or give another "
+                f"`checkpoint_dir` than {self.directory}."
+            )
+        return None
+
+    def mark_done(self, settings: dict[str, Any], result: dict[str, Any]) -> None:
+        """Writes the marker of a finished run, which no longer needs a second checkpoint.
+
+        Raises:
+            CheckpointError: if it cannot be written.
+        """
+        self.previous.unlink(missing_ok=True)
+        self._write_text(self.marker, json.dumps({"settings": settings, "result": result}, indent=2) + "\n")
+
+    def write_analysis(self, analysis: dict[str, Any]) -> None:
+        """Writes the analysis of the trained network.
+
+        Raises:
+            CheckpointError: if it cannot be written.
+        """
+        self._write_text(self.analysis, json.dumps(analysis) + "\n")
+
+    def load_marker(self, settings: RunSettings) -> dict[str, Any] | None:
+        """The result of the finished run, or None if it is not finished, or if ``settings`` have it go on.
+
+        The marker has no checksum: it is believed only where the checkpoint, which has one, holds the same result.
+
+        Raises:
+            CheckpointError: if the marker or the checkpoint is damaged, or of a run with other settings.
+        """
+        try:
+            content = json.loads(read_file(self.marker))
+            check_plain(content)
+            made_with, result = content["settings"], content["result"]
+            made_with.items()
+            check_record(result)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except KeyError as error:
+            raise CheckpointError(f"{self.marker} lacks {error}; delete it, and the run makes it again") from error
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(
+                f"{self.marker} cannot be read ({reason(error)}); delete it, and the run makes it again"
+            ) from error
+        self._check_settings(self.marker, made_with, settings)
+        try:
+            state = read_checkpoint(self.checkpoint)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error} The run is finished, and its result is believed beside its checkpoint: put that back, or "
+                f"delete {self.names()} to train it again"
+            ) from error
+        self._check_settings(self.checkpoint, state["settings"], settings)
+        epochs = made_with.get("epochs")
+        try:  # the checkpoint is of more epochs where a finished run went on and was killed before the marker was gone
+            record = json.loads(json.dumps(state["history"][epochs - 1]))
+        except (LookupError, TypeError, ValueError, RecursionError):  # not what a run writes
+            record = None
+        if record != result or result["epoch"] != epochs:
+            raise CheckpointError(
+                f"{self.marker} is damaged: {self.checkpoint} holds another result; delete {self.marker}, and the run "
+                "makes it again"
+            )
+        return result if epochs == settings.epochs else None
+
+    def _check_settings(self, path: Path, theirs: dict[str, Any], ours: RunSettings) -> None:
+        """Raises CheckpointError unless a run with settings ``ours`` begins as, or is, the one with ``theirs``."""
+        was, now = ours.complete(theirs), ours.as_dict()
+        # what has no effect in either run may have had another default
+        for name in ours.idle(was).keys() & ours.idle(now).keys():
+            was[name] = now[name]
+        differing = compared(was, now)
+        fewer = type(was.get("epochs")) is int and was["epochs"] < ours.epochs
+        tied = ours.tied_to_epochs()
+        if not differing or (fewer and not tied and not compared({**was, "epochs": ours.epochs}, now)):
+            return
+        if fewer and tied and len(differing) == 1:
+            differing.append(
+                f"The run cannot go on for more epochs: with {' and '.join(tied)} each of its "
+                f"{was['epochs']} epochs depended on their number, and {ours.epochs} from the start are another run."
+            )
+        beside = ""
+        if hasattr(ours, "name"):
+            own = [name for name in now if name != "name" and was.get(name) != now[name]]
+            example = re.sub(r"[^\w.+=-]+", "-", "-".join(f"{name}{now[name]}" for name in own))[:64] or "other"
+            beside = f"`name=NAME` to train another run beside it (as in `name={example}`), "
+        raise CheckpointError(
+            f"{path} belongs to a run with different settings:\n" + "\n".join(differing) + "\n"
+            f"Give the settings that it was made with, {beside}another `checkpoint_dir` than {self.directory}, "
+            f"or delete {self.names()} to start over."
+        )
+
+    def check_data(self, checkpoint: Checkpoint, fingerprint: str) -> None:
+        """Raises CheckpointError unless the checkpoint is that of a run on the data with this fingerprint."""
+        theirs = checkpoint.state.get("data")
+        if theirs != fingerprint:
+            raise CheckpointError(
+                f"{checkpoint.path} belongs to a run on different data: their SHA-256 is {theirs} there, "
+                f"{fingerprint} now.\n"
+                f"Give the directory with the original data as `data_dir`, give another `checkpoint_dir` "
+                f"than {self.directory}, or delete {self.names()} to start over."
+            )
+
+    def names(self) -> str:
+        """The files that exist, in words."""
+        return ", ".join(self.paths().values())
+
+    def paths(self) -> dict[str, str]:
+        """The files that exist, by kind."""
+        files = ("checkpoint", "previous", "history", "table", "analysis", "marker")
+        return {name: str(getattr(self, name)) for name in files if getattr(self, name).exists()}
+
+    def last_checkpoint(self) -> str:
+        """Where the last good checkpoint is, in a sentence."""
+        for path in (self.checkpoint, self.previous):
+            if path.exists():
+                return f"{path} is the last good checkpoint; it was not changed."
+        return "There is no checkpoint of this run."
+
+    def write_history(self, records: Sequence[dict[str, Any]]) -> None:
+        """Makes the history contain exactly these records: one line of JSON each, and the same as CSV.
+
+        Existing lines do not change, so a program can follow the growing file.
+
+        Raises:
+            CheckpointError: if it cannot be written.
+        """
+        self._write_lines(self.history, "".join(json.dumps(record) + "\n" for record in records))
+        self._write_lines(self.table, as_csv(records))
+
+    def _write_lines(self, path: Path, text: str) -> None:
+        """Makes ``text`` the content of the file, by appending where possible."""
+        with self._writing(path):
+            content, before = text.encode(), read_file(path) if path.exists() else None
+            if before is None or not content.startswith(before):
+                replace_file(path, lambda file: file.write(content))
+            else:
+                with open(path, "ab", opener=open_own) as file:
+                    file.write(content[len(before) :])
+
+    def _write_text(self, path: Path, text: str) -> None:
+        with self._writing(path):
+            replace_file(path, lambda file: file.write(text.encode()))
+
+    @contextlib.contextmanager
+    def _writing(self, path: Path) -> Iterator[None]:
+        """Turns the failures of a write into CheckpointError."""
+        try:
+            yield
+        except OSError as error:
+            last = self.last_checkpoint()
+            raise CheckpointError(
+                f"cannot write {path} ({reason(error)}). {last} Free space, then run the same command again to resume"
+            ) from error
+
+
+def numbers(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers of an epoch's record, those of dictionaries inside it as ``name/key``."""
+    for name, value in record.items():
+        if isinstance(value, dict):
+            yield from numbers(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float):
+            yield f"{prefix}{name}", value
+
+
+def as_csv(records: Sequence[dict[str, Any]]) -> str:
+    """A header and one row per record; empty where a record lacks a value that another has."""
+    rows = [dict(numbers(record)) for record in records]
+    columns = dict.fromkeys(name for row in rows for name in row)
+    text = io.StringIO()
+    if rows:
+        writer = csv.DictWriter(text, list(columns), restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return text.getvalue()

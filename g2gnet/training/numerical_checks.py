@@ -1,0 +1,190 @@
+"""Finds and names numbers that go wrong in training, without making the device wait."""
+
+import logging
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+
+from g2gnet.data import ImageData, as_samples
+from g2gnet.neurons import SpikingNeurons
+from g2gnet.settings import NetworkSettings
+from g2gnet.training.run_settings import TrainSettings
+
+logger = logging.getLogger("g2gnet")
+
+#: steps between two readings of a :class:`FiniteWatch`
+CHECK_INTERVAL = 100
+#: mean firing rates below and above which a layer carries almost no information
+SILENT, SATURATED = 1e-4, 0.99
+#: share of a layer's neurons that never fire, above which there is a warning
+MOSTLY_SILENT = 0.5
+#: uint8 data whose largest value is below this may be counts of events; pixels are hardly so dark
+DARKEST_PIXELS = 32
+#: the remedy for learned parameters that drift
+DRIFTING = "that is harmless if it stays near; if it moves on, lower `lr`"
+
+_NEVER = torch.iinfo(torch.int64).max
+
+
+class TrainingError(RuntimeError):
+    """Training cannot continue; the message says why and what to do."""
+
+
+class FiniteWatch:
+    """Records on the device the first step in which the loss and each gradient were not finite.
+
+    Recording costs one pass over the gradients; only :meth:`check` waits for the device. The number of the step is on
+    the device too, and everything is written in place, so :meth:`note` can be part of a captured step.
+
+    Args:
+        module: whose parameters' gradients are watched, from input to output.
+        device: where they are.
+        remedy: what to do when one is not finite, after an update of the parameters (True) or before any.
+    """
+
+    def __init__(self, module: nn.Module, device: torch.device, remedy: Callable[[bool], str]) -> None:
+        self._remedy = remedy
+        self._parameters = dict(module.named_parameters())
+        self._first = torch.full((1 + len(self._parameters),), _NEVER, device=device)
+        self._step = torch.zeros((), dtype=torch.int64, device=device)
+
+    def resume(self, step: int) -> None:
+        """The next step to be recorded is the one after ``step``."""
+        self._step.fill_(step)
+
+    @torch.no_grad()
+    def note(self, loss: torch.Tensor) -> None:
+        """Records the loss (a scalar) and the gradients of the next step."""
+        self._step.add_(1)
+        # 0·∞ and 0·NaN are NaN
+        zeros = [loss * 0]
+        for parameter in self._parameters.values():
+            zeros.append(zeros[0] if parameter.grad is None else (parameter.grad * 0).sum())
+        fine = torch.stack(zeros) == 0
+        self._first.copy_(torch.where(fine, self._first, torch.minimum(self._first, self._step)))
+
+    def check(self) -> None:
+        """Raises TrainingError, naming the step and the layer, if anything recorded so far was not finite."""
+        loss, *gradients = self._first.tolist()
+        step = min(loss, *gradients)
+        if step < _NEVER:
+            names = [name for name, bad in zip(self._parameters, gradients, strict=True) if bad == step]
+            what = ["the loss"] if loss == step else []
+            # the backward pass runs from output to input: the last layer went wrong first
+            what += [f"the gradient of {name}" for name in names[-1:]]
+            raise TrainingError(f"in step {step} {' and '.join(what)} became non-finite; {self._remedy(step > 1)}")
+
+
+class LayerWatch:
+    """Warns, once for each layer and problem, about neurons that do nothing useful; through the logger ``g2gnet``.
+
+    What it advises is possible with the run's ``settings``, and not given yet.
+    """
+
+    def __init__(self, settings: TrainSettings) -> None:
+        wake = ["lower `threshold`"] if "threshold" in settings.raised() else []
+        if not settings.standardize and settings.enc == "current":
+            wake.append("give `standardize`")
+        also = (
+            " or `enc_scale`" if settings.sequence != "none" else ", `enc_scale` or `T`"
+        )  # sequences have their length
+        self._wake = ", or ".join([*wake, f"raise `init_gain`{also}"])
+        self._calm = "lower `enc_scale`" + ", or give `enforce_sparsity`" * (not settings.enforce_sparsity)
+        shares = ["final_density"] if settings.final_density is not None else []
+        if settings.model != "dense":
+            shares += [name for name in ("p_inter", "p_intra") if getattr(settings, name) < 1]
+        connect = ["lower `block_size`"] if settings.block_size > 1 else []
+        self._connect = ", or ".join([*connect, "raise " + " or ".join(f"`{name}`" for name in shares)])
+        self._said: set[tuple[str, str]] = set()
+
+    def check(
+        self,
+        epoch: int,
+        rates: Mapping[str, float],
+        silent: Mapping[str, float],
+        neurons: Mapping[str, SpikingNeurons],
+    ) -> None:
+        """Checks each layer after an epoch: its mean firing rate, its share of silent neurons, and its decays."""
+        for name, rate in rates.items():
+            if rate < SILENT:
+                self._warn(name, "silent", f"fell silent in epoch {epoch} (firing rate {rate:.2g}); {self._wake}")
+            elif silent[name] > MOSTLY_SILENT:
+                share = f"{100 * silent[name]:.0f} % of its neurons"
+                self._warn(
+                    name,
+                    "silent",
+                    f"is mostly silent: {share} never fired in epoch {epoch}; {self._wake}",
+                )
+            if rate > SATURATED:
+                text = f"saturates in epoch {epoch} (firing rate {rate:.2g})"
+                self._warn(name, "saturated", f"{text}; {self._calm}")
+        for name, layer in neurons.items():
+            for decay in layer.model.decays:
+                values = layer.by_name[decay]
+                low, high = values.min().item(), values.max().item()
+                if low < 0 or high > 1:
+                    value = f"{low:.4g}" if low < 0 else f"{high:.4g}"
+                    text = (
+                        f"has learned {decay} = {value} in epoch {epoch}, outside 0 … 1: it counts as {int(low >= 0)}; "
+                        f"{DRIFTING}"
+                    )
+                    self._warn(name, decay, text)
+
+    def check_classes(self, connection: str, fan_in: torch.Tensor) -> None:
+        """Checks that the last connection has weights for every class: ``fan_in``, int64 [classes]."""
+        unseen = int((fan_in == 0).sum())
+        if unseen:
+            text = (
+                f"has no weights for {unseen} of {len(fan_in)} classes, whose scores therefore do not depend on the "
+                f"input; {self._connect}"
+            )
+            self._warn(connection, "classes", text)
+
+    def _warn(self, layer: str, problem: str, text: str) -> None:
+        if (layer, problem) not in self._said:
+            self._said.add((layer, problem))
+            logger.warning("%s %s", layer, text)
+
+
+def check_labels(data: ImageData, limited: bool) -> None:
+    """Warns if images are tested of classes that no training image has; ``limited``: perhaps one was left out."""
+    parts = {"test": data.test_labels, "validation": data.val_labels}
+    for part, labels in ((part, labels) for part, labels in parts.items() if labels is not None):
+        unknown = labels[torch.isin(labels, data.train_labels, invert=True)].tolist()
+        if unknown:
+            logger.warning(
+                "%d of %d %s images are of classes without a training image (%s), which cannot be learned; %s",
+                len(unknown),
+                len(labels),
+                part,
+                ", ".join(map(str, sorted(set(unknown)))),
+                "raise `limit_train`" if limited else "give training images of them",
+            )
+
+
+def check_counts(data: ImageData) -> None:
+    """Warns if the values of sequences seem to be counts of events, which as uint8 are divided by 255."""
+    largest = int(data.train_images.max()) if data.train_images.dtype == torch.uint8 else DARKEST_PIXELS
+    if largest < DARKEST_PIXELS:
+        logger.warning(
+            "the sequences of %s are uint8 up to %d and become inputs up to %.2g: uint8 is taken for pixels; give "
+            "counts of events as float32, or raise `enc_scale`",
+            data.name,
+            largest,
+            largest / 255,
+        )
+
+
+def check_rates(settings: NetworkSettings, data: ImageData) -> None:
+    """Warns if training samples are no spike probabilities, which ``enc="rate"`` clips."""
+    outside = 0
+    for images in data.train_images.split(1024):
+        rates = as_samples(images) * settings.enc_scale + settings.enc_bias
+        outside += int(((rates < 0) | (rates > 1)).sum())
+    if outside:
+        logger.warning(
+            "%.3g %% of the inputs are below 0 or above 1 and are clipped, since `enc=rate` takes them for spike "
+            "probabilities; change `enc_scale` and `enc_bias`, or give `enc=current`",
+            100 * outside / data.train_images.numel(),
+        )

@@ -1,0 +1,377 @@
+"""The settings that decide a training run's results: of its data, its network, its optimisation and its rewiring."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from g2g_kernels.numbers import FLOAT32
+from g2gnet.base.schedules import SCHEDULES
+from g2gnet.data import DATASETS, npz
+from g2gnet.data.augmentation import SHIFTS
+from g2gnet.data.features.pretrained_weights import RELEASES
+from g2gnet.dst.rules import GROW_RULES, PRUNE_RULES, Rule
+from g2gnet.neurons import NEURONS
+from g2gnet.sequences import sequence_length
+from g2gnet.settings import Default, DefaultName, Need, NetworkSettings, Others, Settings, setting, with_default
+from g2gnet.weights.patterns import SPARSE
+
+SPARSITY_MODES = ("static", "dynamic")
+PRECISIONS = ("fp32", "bf16")
+OPTIMIZERS = ("adam", "adamw")
+AUGMENTATIONS = ("auto", *SHIFTS, "none")
+LARGEST_SEED = (1 << 63) - 1
+#: what numbers of a training step are multiplied by, or grow with
+SCALES = ("lr", "weight_decay", "init_gain", "rec_gain", "enc_scale", "enc_bias", "threshold", "a", "b", "alpha")
+DYNAMIC = Need("sparsity_mode", ("dynamic",))
+
+
+def _texts(rules: Mapping[str, Rule]) -> str:
+    return ", ".join(rule.text for rule in rules.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSettings(Settings):
+    """What every training run has: its data, the length of training and the seed.
+
+    Example:
+        >>> RunSettings(dataset="fashionmnist-mini", epochs=3).seed
+        42
+    """
+
+    dataset: str = setting(
+        "fashionmnist",
+        "data",
+        "data set",
+        choices=tuple(DATASETS),
+        others=Others(f"a file NAME{npz.SUFFIX}", npz.is_name),
+    )
+    limit_train: int | None = setting(None, "data", "use only the first N training images", low=1)
+    limit_test: int | None = setting(None, "data", "use only the first N test images", low=1)
+    epochs: int = setting(20, "training", "passes over the training images", low=1)
+    batch_size: int = setting(256, "training", "images per step", low=1)
+    seed: int = setting(42, "training", "seed of every random draw", low=0, high=LARGEST_SEED)
+
+    @property
+    def stem(self) -> str:
+        """The name of the run's files. It omits some settings; the files store them all."""
+        raise NotImplementedError
+
+    def tied_to_epochs(self) -> list[str]:
+        """The settings with which every epoch depends on how many there are, as in an error message.
+
+        Without them the first epochs of a longer run are a shorter run.
+        """
+        return ["its schedule"]
+
+    @property
+    def label(self) -> str:
+        """Prefix of this run's lines when several runs are printed together."""
+        return ""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings(NetworkSettings, RunSettings):
+    """The settings of one training run; two runs with equal settings on one machine give equal weights.
+
+    ``resnet_weights`` stands for the content of that file: the first eight hexadecimal digits of its SHA-256
+    (:func:`g2gnet.data.features.weights_digest`).
+
+    ``T`` is 50 unless it is given, and of images that unfold over time their number of steps. Of data of your own that
+    are sequences it must be given here; programs look into the file.
+
+    Example:
+        >>> settings = TrainSettings(dataset="fashionmnist-mini", model="mixer", T=10)
+        >>> settings.stem  # names its files
+        'fashionmnist-mini_mixer_p0.15_T10_current'
+        >>> TrainSettings(T=0)
+        Traceback (most recent call last):
+            ...
+        g2gnet.settings.SettingsError: T=0 is out of range; give a whole number from 1 to 65536
+    """
+
+    NEEDS: ClassVar[Mapping[str, tuple[Need, ...]]] = {
+        **NetworkSettings.NEEDS,
+        **dict.fromkeys(
+            ("cp", "cg", "dst_interval", "dst_fraction", "dst_schedule", "dst_stop", "final_density"), (DYNAMIC,)
+        ),
+        "warmup_epochs": (Need("enforce_sparsity", (True,)),),
+        "resnet_weights": (Need("use_resnet", (True,)),),
+        "sequence_step": (Need("sequence", ("pixels", "permuted", "rows")),),
+        "sequence_seed": (Need("sequence", ("permuted",)),),
+    }
+    TOLD: ClassVar[tuple[str, ...]] = (
+        *NetworkSettings.TOLD,
+        "cp",
+        "cg",
+        "dst_interval",
+        "dst_fraction",
+        "warmup_epochs",
+    )
+
+    augment: str = setting(
+        "auto",
+        "data",
+        "mirror half of the training images (flip), and shift them by up to 1 (shift-flip) or 4 pixels (crop-flip); "
+        "auto: crop-flip for raw CIFAR images, none for others",
+        choices=AUGMENTATIONS,
+    )
+    erase: float = setting(
+        0.0,
+        "data",
+        "probability that a rectangle of a training image, a fiftieth to a third of it, is set to zero",
+        low=0,
+        high=1,
+    )
+    sequence: str = with_default(NetworkSettings, "sequence", DefaultName(NetworkSettings.sequence))
+    sequence_step: int = setting(1, "data", "rows or pixels in a time step of such a `sequence`", low=1)
+    sequence_seed: int = setting(
+        0, "data", "seed of the order of `sequence=permuted`, whatever the seed of the run", low=0, high=LARGEST_SEED
+    )
+    use_resnet: bool = setting(False, "data", "train on the features of a frozen ResNet-32 (CIFAR only)")
+    resnet_weights: str | None = setting(None, "data", "weights of that ResNet-32 (default: the published ones)")
+
+    model: str = with_default(NetworkSettings, "model", "dense")
+    T: int = with_default(NetworkSettings, "T", Default(NetworkSettings.T))
+
+    name: str | None = setting(
+        None,
+        "training",
+        "ends the names of the run's files, beside those of a run that differs in what they do not name",
+        metavar="NAME",
+    )
+
+    lr: float = setting(1e-3, "training", "Adam's learning rate", low=0, open_low=True)
+    lr_schedule: str = setting(
+        "constant",
+        "training",
+        "keep the learning rate, or let it fall to zero over all steps",
+        choices=tuple(SCHEDULES),
+    )
+    lr_warmup: int = setting(
+        0, "training", "first optimizer steps, after which the learning rate has risen in equal steps to `lr`", low=0
+    )
+    optimizer: str = setting(
+        "adam",
+        "training",
+        "Adam; or AdamW, whose weight decay is of connections alone, and not scaled by their gradients",
+        choices=OPTIMIZERS,
+    )
+    weight_decay: float = setting(
+        1e-4, "training", "Adam's L2 penalty; of adamw the share of a weight that a step would take at lr=1", low=0
+    )
+    label_smoothing: float = setting(
+        0.0,
+        "training",
+        "share of each label that is spread over all classes, in training",
+        low=0,
+        high=1,
+        open_high=True,
+    )
+    clip_grad_norm: float | None = setting(
+        None,
+        "training",
+        "largest norm of the gradient of all parameters together; a larger one is scaled down to it",
+        low=0,
+        open_low=True,
+    )
+    average: int | None = setting(
+        None,
+        "training",
+        "test, analyse and save averaged weights: the mean over all steps, after N steps an exponential average with "
+        "decay 1 - 1/N",
+        low=2,
+    )
+    precision: str = setting("fp32", "training", "precision of the matrix products", choices=PRECISIONS)
+    chunk: int | None = setting(
+        None,
+        "training",
+        "time steps computed at a time; the backward pass computes them again, so that memory hardly grows with T",
+        low=1,
+    )
+    enforce_sparsity: bool = setting(False, "training", "pull firing rates down after the warm-up")
+    warmup_epochs: int = setting(10, "training", "epochs before `enforce_sparsity` begins", low=0)
+
+    sparsity_mode: str = setting(
+        "static", "dynamic sparse training", "keep or rewire the units", choices=SPARSITY_MODES
+    )
+    cp: str = setting(
+        "set", "dynamic sparse training", f"prune rule: {_texts(PRUNE_RULES)}", choices=tuple(PRUNE_RULES)
+    )
+    cg: str = setting("hebb", "dynamic sparse training", f"grow rule: {_texts(GROW_RULES)}", choices=tuple(GROW_RULES))
+    dst_interval: int = setting(1000, "dynamic sparse training", "optimizer steps between updates", low=1)
+    dst_fraction: float = setting(0.1, "dynamic sparse training", "share of units replaced in an update", low=0, high=1)
+    dst_schedule: str = setting(
+        "constant",
+        "dynamic sparse training",
+        "keep that share, or let it fall to zero by the last update",
+        choices=tuple(SCHEDULES),
+    )
+    dst_stop: float = setting(
+        1.0,
+        "dynamic sparse training",
+        "share of training after which nothing is replaced",
+        low=0,
+        high=1,
+        open_low=True,
+    )
+    final_density: float | None = setting(
+        None,
+        "dynamic sparse training",
+        "share of all weights left by the last update: more are pruned than grown, fast at first and ever slower",
+        low=0,
+        high=1,
+        open_low=True,
+    )
+
+    def __post_init__(self) -> None:
+        # the files store plain values, as of any other setting
+        if isinstance(self.sequence, DefaultName):
+            own = self.dataset in DATASETS and DATASETS[self.dataset].sequences
+            object.__setattr__(self, "sequence", "own" if own else str(self.sequence))
+        if isinstance(self.T, Default):
+            object.__setattr__(self, "T", self._steps() or int(self.T))
+        super().__post_init__()
+
+    def _steps(self) -> int | None:
+        """The time steps of a sample of the data set as a sequence; None if there are none, or they are unknown."""
+        if self.sequence == "none":
+            return None
+        try:
+            return sequence_length(self.sequence, DATASETS[self.dataset].shape, self.sequence_step)
+        except (LookupError, ValueError, TypeError, ZeroDivisionError):  # what is wrong is found with other problems
+            return None
+
+    def _at_odds(self) -> list[str]:
+        problems = super()._at_odds()
+        problems += self._no_sequence()
+        # a point before a letter could make it the name of another run's file, as that of x.previous.pth
+        if self.name is not None and not re.fullmatch(r"([\w+=-]|\.(?=\d)){1,64}", self.name):
+            problems.append(
+                f"name={self.name!r} is no part of a file's name; give up to 64 letters, digits, _ + = -, and points "
+                "before digits"
+            )
+        if self.use_resnet and self.dataset not in RELEASES:
+            problems.append(
+                f"use_resnet needs {' or '.join(f'`dataset={name}`' for name in RELEASES)}, not {self.dataset}"
+            )
+        if self.use_resnet:
+            problems += [
+                f"{name}={value} needs images, but use_resnet trains on features; leave one of them out"
+                for name, value in self.of_images().items()
+            ]
+        if self.optimizer == "adamw" and self.weight_decay == 0:
+            problems.append(
+                "optimizer=adamw has no effect with weight_decay=0; give a `weight_decay`, or leave `optimizer` out"
+            )
+        if self.optimizer == "adamw" and self.lr * self.weight_decay >= 1:
+            problems.append(
+                f"lr={self.lr} times weight_decay={self.weight_decay} is the share of each weight that a step of adamw "
+                f"takes, {self.lr * self.weight_decay:.4g}, and must be below 1; lower one of them"
+            )
+        if self.chunk is not None and self.readout in ("mean", "max"):
+            problems.append(
+                f"chunk={self.chunk} does not keep the membranes of all steps that readout={self.readout} is taken "
+                "from; leave it out, or give `readout=last`"
+            )
+        used = {"cp": self.cp, "cg": self.cg} if self.dst_fraction else {"cp": self.cp}
+        rules = [f"{name}={rule}" for name, rule in used.items() if rule == "hebb"]
+        if self.sparsity_mode == "dynamic" and self.readout != "counts" and rules:
+            problems.append(
+                f"{' and '.join(rules)}: a correlation needs output spikes, and with readout={self.readout} there are "
+                "none; give `cp=set` or `cp=random`, and `cg=random` or `cg=gradient`"
+            )
+        return problems + self._no_rewiring()
+
+    def _no_rewiring(self) -> list[str]:
+        """What is wrong with the settings of dynamic sparse training."""
+        problems, usual = [], self._defaults()
+        if self.sparsity_mode == "static":
+            if self.cg == "gradient":
+                problems.append(
+                    f"cg=gradient has no effect with sparsity_mode=static; {DYNAMIC.remedy()}, or leave it out"
+                )
+        elif self.final_density is None:
+            if self.dst_fraction < FLOAT32[0]:  # which may be flushed to 0
+                problems.append(
+                    f"dst_fraction={self.dst_fraction} replaces nothing; raise it, or give a `final_density`"
+                )
+            if self.model == "dense":
+                problems.append(
+                    f"sparsity_mode=dynamic needs a sparse model; give `model={', '.join(SPARSE)}`, or a "
+                    "`final_density` to prune to"
+                )
+            elif self.p_inter == 1 and self.p_intra == 1:
+                problems.append("sparsity_mode=dynamic has nothing to grow at p_inter=1 and p_intra=1; lower p_inter")
+        elif self.dst_fraction == 0:
+            problems += [
+                f"{name}={getattr(self, name)} has no effect with dst_fraction={self.dst_fraction}; raise "
+                "`dst_fraction`, or leave it out"
+                for name in ("cg", "dst_schedule")
+                if getattr(self, name) != usual[name]
+            ]
+        return problems
+
+    def _no_sequence(self) -> list[str]:
+        """What is wrong with the settings of sequences."""
+        if self.sequence == "none" or self._without_effect().keys() & {"sequence_step", "sequence_seed"}:
+            return []
+        if self.use_resnet:
+            return [f"sequence={self.sequence} needs images, but use_resnet trains on features; leave one of them out"]
+        if self.dataset not in DATASETS:
+            return []  # the trainer has the shape of their samples
+        if self.sequence == "own" and not DATASETS[self.dataset].sequences:
+            return [
+                f"sequence=own is of data of your own, but {self.dataset} has images; give `sequence=rows`, "
+                "`sequence=pixels` or `sequence=permuted`"
+            ]
+        try:
+            steps = sequence_length(self.sequence, DATASETS[self.dataset].shape, self.sequence_step)
+        except ValueError as error:
+            return [str(error)]
+        if steps != self.T:
+            return [f"T={self.T} is at odds with sequence={self.sequence}, which has {steps} steps; leave `T` out"]
+        return []
+
+    @property
+    def shift(self) -> int | None:
+        """By at most how many pixels training images are shifted before half are mirrored; None for neither."""
+        crops = self.dataset in DATASETS and DATASETS[self.dataset].crops and not self.use_resnet
+        return SHIFTS.get("crop-flip" if self.augment == "auto" and crops else self.augment)
+
+    def raised(self) -> dict[str, float]:
+        """The settings in ``SCALES`` that are larger than their default, the most unusual first."""
+        usual = {**self._defaults(), **NEURONS[self.neuron].initial}
+        times = {name: abs(getattr(self, name) or 0) / (abs(usual[name] or 0) or 1) for name in SCALES}
+        if self.optimizer == "adamw":
+            del times["weight_decay"]  # which takes a share of a weight, and adds nothing to gradients
+        names = sorted(times, key=times.__getitem__, reverse=True)
+        return {name: getattr(self, name) for name in names if times[name] > 1}
+
+    def of_images(self) -> dict[str, Any]:
+        """The settings that change training images, of those that were given."""
+        changes = {"augment": self.augment in SHIFTS, "erase": self.erase > 0}
+        return {name: getattr(self, name) for name, given in changes.items() if given}
+
+    @property
+    def stem(self) -> str:
+        resnet = "resnet_" if self.use_resnet else ""
+        neuron = "" if self.neuron == "lif" else f"_{self.neuron}"
+        for name, value in self.neuron_parameters().items():
+            if value != NEURONS[self.neuron].initial[name]:
+                neuron += f"_{name}{value}"
+        rules = f"_cp{self.cp}_cg{self.cg}" if self.sparsity_mode == "dynamic" else ""
+        name = "" if self.name is None else f"_{self.name}"
+        sequence = "" if self.sequence == "none" else f"_{self.sequence}"
+        network = f"{self.model}_p{self.p_inter}_T{self.T}_{self.enc}{neuron}"
+        return f"{resnet}{self.dataset}{sequence}_{network}{rules}{name}"
+
+    def tied_to_epochs(self) -> list[str]:
+        tied = {
+            f"`lr_schedule={self.lr_schedule}`": self.lr_schedule != "constant",
+            "`enforce_sparsity`": self.enforce_sparsity,
+            f"`dst_schedule={self.dst_schedule}`": self.dst_schedule != "constant",
+            f"`dst_stop={self.dst_stop}`": self.dst_stop != 1,
+            f"`final_density={self.final_density}`": self.final_density is not None,
+        }
+        return [setting for setting, depends in tied.items() if depends]

@@ -1,0 +1,83 @@
+"""Checks the content of a checkpoint before a trainer loads it."""
+
+import math
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import nn
+
+from g2gnet.training.checkpoints import check_number
+
+#: what a trainer's ``load_state_dict`` raises for a state that does not fit
+UNFIT = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
+
+
+def check_position(state: dict[str, Any], batches: int) -> None:
+    """Raises ValueError unless the finished ``epoch``\\ s and optimizer ``step``\\ s fit each other.
+
+    Args:
+        state: of a trainer; its ``progress`` is None between two epochs.
+        batches: steps in an epoch.
+    """
+    epoch, step = state["epoch"], state["step"]
+    for name in ("epoch", "step"):
+        check_number(name, state[name], low=0, whole=True)
+    inside = step - epoch * batches
+    if inside != 0 if state["progress"] is None else not 0 < inside <= batches:
+        raise ValueError(f"epoch={epoch} and step={step} are at odds: an epoch has {batches} steps")
+
+
+def check_like(name: str, saved: Any, like: torch.Tensor, low: float = -math.inf) -> torch.Tensor:
+    """``saved`` on the device of ``like``.
+
+    Raises:
+        ValueError: unless it is a tensor of the same shape and dtype, of values from ``low`` on.
+    """
+    if not isinstance(saved, torch.Tensor) or saved.shape != like.shape or saved.dtype != like.dtype:
+        what = f"{saved.dtype} {tuple(saved.shape)}" if isinstance(saved, torch.Tensor) else type(saved).__name__
+        raise ValueError(f"{name} is {what}, not {like.dtype} {tuple(like.shape)}")
+    if (saved < low).any():
+        raise ValueError(f"{name} has {saved.min().item():.4g}, which is below {low}")
+    return saved.to(like.device)
+
+
+def load_model(model: nn.Module, saved: dict[str, Any]) -> None:
+    """Loads the state of ``model``, which PyTorch would convert to the dtypes of the model in silence.
+
+    Raises:
+        Exception: of a kind in ``UNFIT``, if it is not the state of such a model, to the dtypes.
+    """
+    for name, like in model.state_dict().items():
+        tensor = saved.get(name)
+        if isinstance(tensor, torch.Tensor) and tensor.dtype != like.dtype:
+            raise ValueError(f"{name} is {tensor.dtype}, not {like.dtype}")
+    model.load_state_dict(saved)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], names: Collection[str], step: int) -> None:
+    """Loads the optimizer's state of each parameter. Its options do not change.
+
+    Args:
+        optimizer: with the parameters of the saved one.
+        saved: its ``state_dict()``.
+        names: of the tensors for each parameter, all of its shape except ``step``.
+        step: how many steps it has done, each for all parameters.
+
+    Raises:
+        ValueError: if the state is not that of these parameters.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state = saved["state"]
+    if state.keys() != set(range(len(parameters))):
+        raise ValueError(f"the optimizer's state is of other parameters than the {len(parameters)} of the network")
+    for number, parameter in enumerate(parameters):
+        if state[number].keys() != set(names):
+            raise ValueError(f"optimizer state {number} has {sorted(state[number])}, not {sorted(names)}")
+        for name, value in state[number].items():
+            like = torch.zeros(()) if name == "step" else parameter.detach()
+            place = f"optimizer state {number}/{name}"
+            check_like(place, value, like, low=0 if name == "exp_avg_sq" else -math.inf)
+            if name == "step" and value != min(step, 1 << 24):  # a float32 counts no further
+                raise ValueError(f"{place} is {value.item():g}, after {step} steps")
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,0 +1,320 @@
+"""Packed weights and their mask, which mean nothing without one another: a layer owns both.
+
+They are called, copied, moved, saved, loaded and rewired together, or not at all:
+
+- A copy is a layer of its own. :mod:`g2gnet.weights.tied_averages` is about those that are to be rewired with it.
+- What is written into the buffer ``mask.wiring`` (with the weights: DistributedDataParallel does so, ``copy_`` over
+  parameters and buffers) is read when the mask is used next. What PyTorch does not count as a write (through ``.data``,
+  by ``torch.distributed.broadcast``) is not noticed, nor is anything inside compiled code; ``load_state_dict`` of the
+  network's own ``state_dict()`` reads it.
+- Weights that stand in place of the layer's own (``torch.func.functional_call``) come with their ``mask.wiring``, or
+  have the layer's.
+- A ``state_dict`` refers to the weights and the buffer themselves. Both are written in place, or neither is, so a state
+  that someone keeps is one network at any time.
+"""
+
+import contextlib
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from g2g_kernels import BlockMask
+from g2g_kernels.mask.sides import deep_copied
+from g2g_kernels.mask.wiring import DRIFT, read_row, unwrapped
+from g2g_kernels.tracing import is_traced
+from g2gnet.weights.tied_averages import Kin, after_other_units
+
+
+class PackedWeights(nn.Module):
+    """The weights of the units of a mask; the base of :class:`g2gnet.G2GLinear`.
+
+    Args:
+        mask: the units that exist; the module owns it from now on.
+        values: their packed weights [num_units, unit_rows, unit_cols].
+
+    Example:
+        >>> from g2g_kernels import BlockMask, GroupLayout
+        >>> layer = G2GLinear(BlockMask.full(GroupLayout(8), GroupLayout(8), block_size=1))
+        >>> values, mask = layer.weights()  # that a kernel takes
+        >>> mask.unpack(values).shape
+        torch.Size([8, 8])
+    """
+
+    def __init__(self, mask: BlockMask, values: nn.Parameter) -> None:
+        super().__init__()
+        #: its averages and copies; a copy begins with its own
+        self.kin = Kin()
+        self._modules["mask"] = mask  # the class has a property of that name
+        self.values = values
+
+    # --- the weights of a step ----------------------------------------------------------------------------------
+
+    @property
+    def mask(self) -> BlockMask:
+        """The units that exist: what the buffer ``mask.wiring`` says; of a tied average, what the tie says.
+
+        Raises:
+            ValueError: if something was written into the buffer that describes no mask of these weights.
+        """
+        mask = self._own_mask
+        if not is_traced() and mask.writes and self.kin.source is None:
+            self._read_wiring()
+        return mask
+
+    @property
+    def _own_mask(self) -> BlockMask:
+        """The mask as it was read last."""
+        mask = self._modules["mask"]
+        assert isinstance(mask, BlockMask)
+        return mask
+
+    def _read_wiring(self) -> None:
+        """Has the mask become what was written into its buffer."""
+        mask = self._own_mask
+        wiring = mask.own_wiring
+        if wiring.is_meta or mask.describes(wiring):
+            mask.note_wiring()
+            return
+        if mask.describes(wiring, DRIFT * mask.writes):  # an average of equal numbers, which rounds
+            mask.write_wiring()
+            return
+        arrived = _mask_of(wiring, mask.shape, "mask.wiring was written to, and")
+        if (arrived.num_units, *arrived.unit_shape) != self.values.shape:
+            raise ValueError(
+                f"mask.wiring was written to and has units {(arrived.num_units, *arrived.unit_shape)}, but values "
+                f"have shape {tuple(self.values.shape)}; load the state of one network, which has both"
+            )
+        mask.become_(arrived.to(mask.unit_row.device))
+        after_other_units(self)
+
+    def settle(self) -> None:
+        """Has mask and buffer agree, before something reads both."""
+        if self.kin.source is None:
+            _ = self.mask
+        elif self._own_mask.writes:
+            self._own_mask.write_wiring()
+
+    def weights(self) -> tuple[torch.Tensor, BlockMask]:
+        """The packed weights and their mask for the kernels in this step.
+
+        Inside ``torch.func.functional_call`` they may be those of another layer.
+        """
+        mask = self.mask
+        if is_traced() or mask.wiring is mask.own_wiring:
+            return self.values, mask
+        return self.values, _mask_in_place_of(mask)
+
+    @property
+    def has_plain_values(self) -> bool:
+        """Whether ``values`` is a parameter, and not what a parametrization, pruning or a norm computes."""
+        return "values" in self._parameters
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "parametrizations":  # torch.nn.utils.parametrize puts it there, empty
+            value = _Parametrizations()
+        super().__setattr__(name, value)
+
+    # --- changes of the mask ------------------------------------------------------------------------------------
+
+    def rewire_(self, slots: torch.Tensor, units: torch.Tensor, apply: torch.Tensor) -> Callable[[], None]:
+        """Gives slots to other units, whose weights (and gradients, if any) start at zero.
+
+        Args:
+            slots: integer [k].
+            units: int64 [k], the units, counted row by row (:meth:`BlockMask.flat_unit`).
+            apply: bool scalar; if it is false, ``units`` are those that the slots have now, and nothing changes.
+
+        Returns:
+            a function that takes it back. If an error is raised, nothing has changed.
+        """
+        with torch.no_grad(), contextlib.ExitStack() as undo:
+            undo.callback(self.mask.relabel_, slots, self.mask.unit_row[slots], self.mask.unit_col[slots])
+            self.mask.relabel_(slots, units // self.mask.grid[1], units % self.mask.grid[1])
+            for tensor in (self.values, self.values.grad):
+                if tensor is not None:
+                    rows = tensor[slots].detach()
+                    undo.callback(tensor.detach().index_copy_, 0, slots, rows)
+                    tensor[slots] = torch.where(apply, 0.0, rows)
+            return undo.pop_all().close
+
+    def keep_(self, kept: torch.Tensor) -> Callable[[], None]:
+        """Keeps the units of the slots where ``kept``, bool [num_units], is true.
+
+        Returns:
+            a function that takes it back. If an error is raised, nothing has changed.
+        """
+        before, values, gradient = copy.deepcopy(self.mask), self.values.data, self.values.grad
+        wiring = self.mask.own_wiring
+        fewer = values[kept]
+        self.mask.keep_(kept)
+        self._hold(fewer, None if gradient is None else gradient[kept])
+
+        def undo() -> None:
+            self.mask.replace_by_(before, wiring)
+            self._hold(values, gradient)
+
+        return undo
+
+    def write_(self, values: torch.Tensor, gradient: torch.Tensor | None = None) -> None:
+        """Writes weights, of any number of units, and their gradient; in place if the shape stays."""
+        if self.values.shape == values.shape:
+            self.values.data.copy_(values)
+            self.values.grad = gradient
+        else:
+            self._hold(values, gradient)
+
+    def _hold(self, values: torch.Tensor, gradient: torch.Tensor | None = None) -> None:
+        """Makes ``values``, of any number of units, the data of the same parameter, and ``gradient`` its gradient."""
+        self.values.grad = None
+        # a graph that someone keeps has the node that accumulates gradients of the old shape; PyTorch makes another one
+        # only for another dtype
+        self.values.data = values.new_empty(0, dtype=torch.float if values.dtype == torch.half else torch.half)
+        self.values.data = values
+        self.values.grad = gradient
+
+    # --- copies, devices and dtypes -----------------------------------------------------------------------------
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PackedWeights":
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__setstate__(deep_copied(self._state(), memo))
+        self.kin.copies.add(twin)
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self._state()
+
+    def _state(self) -> dict[str, Any]:
+        """What a copy begins with. (``torch.nn.utils.parametrize`` replaces ``__getstate__`` by a refusal.)"""
+        self.settle()
+        return {**self.__dict__, "kin": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.kin = Kin()
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "PackedWeights":
+        self.settle()
+        return super()._apply(fn, recurse)
+
+    # --- states -------------------------------------------------------------------------------------------------
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        self.settle()
+        # Zero the padding, which is ignored, so equal networks give equal files. A tensor of another type (an FSDP
+        # shard) has none.
+        plain = self.has_plain_values and type(self.values.data) is torch.Tensor and not self.values.is_inference()
+        if plain and self.mask.has_padding:
+            self.values.data.masked_fill_(~self.mask.valid(), 0)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        """Loads mask and weights together or not at all."""
+        key, place = f"{prefix}values", f"{prefix}mask.wiring"
+        mine = self._own_mask
+        given = key in state_dict
+        mask: BlockMask | None = None
+        try:
+            mask = _mask_to_load(self, state_dict, prefix)
+        except ValueError as error:
+            error_msgs.append(str(error))
+            if self.has_plain_values:
+                state_dict.pop(key, None)
+        missing: list[str] = []
+        assign = mask is not None and local_metadata.get("assign_to_params_buffers", False)
+        if mask is not None:
+            values = state_dict[key]
+            if assign:
+                mine.replace_by_(mask.to(values.device), state_dict[place].to(values.device))
+            elif not self.values.is_meta:
+                mine.become_(mask.to(mine.unit_row.device))
+            if self.values.shape != values.shape:
+                self._hold(self.values.new_zeros(values.shape))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
+        missing_keys += [name for name in missing if name != key or not given]
+        if mask is not None:
+            after_other_units(self)
+        if place in state_dict:  # the mask is a child and is loaded next: it finds what it has
+            state_dict[place] = mine.own_wiring
+
+
+class _Parametrizations(nn.ModuleDict):
+    """The parametrizations of a layer by parameter: ``values`` is one, and a method of every other ModuleDict."""
+
+    def __setitem__(self, key: str, module: nn.Module) -> None:
+        self._modules[key] = module
+
+
+def _mask_of(wiring: torch.Tensor, shape: tuple[int, int], where: str) -> BlockMask:
+    """The mask that a buffer describes; raises ValueError, which begins with ``where``, if that is none."""
+    try:
+        return BlockMask(*read_row(wiring, shape))
+    except ValueError as error:
+        raise ValueError(
+            f"{where} describes no mask of this layer ({error}); give parameters and buffers of one network, and tie "
+            "an average to its network: DSTScheduler(averages=[average]) or tie_wiring(network, average)"
+        ) from error
+
+
+def _mask_in_place_of(mask: BlockMask) -> BlockMask:
+    """What the buffer that stands in place of the mask's own describes, in ``torch.func.functional_call``.
+
+    Raises:
+        ValueError: if that is no mask, or under ``torch.func.vmap`` several.
+    """
+    rows = unwrapped(mask.wiring).detach()
+    sent = rows.reshape(-1, rows.shape[-1]).cpu()
+    if not (sent == sent[:1]).all():
+        raise ValueError(
+            "networks with different wirings cannot run in one torch.func.vmap, whose networks share their indices; "
+            "call them one by one"
+        )
+    if mask.describes(sent[0]):
+        return mask
+    return _mask_of(sent[0], mask.shape, "the buffer in place of mask.wiring").to(mask.wiring.device)
+
+
+def _mask_to_load(layer: PackedWeights, state: Mapping[str, Any], prefix: str) -> BlockMask | None:
+    """The mask of a layer ``prefix`` in a state, if it fits that layer and the weights beside it; None if it stays.
+
+    Raises:
+        ValueError: if it does not fit.
+    """
+    plain = layer.has_plain_values
+    wiring, values = (state.get(f"{prefix}{name}") for name in ("mask.wiring", "values"))
+    if plain and (wiring is None) != (values is None):
+        there, lacks = ("values", "mask.wiring") if wiring is None else ("mask.wiring", "values")
+        raise ValueError(
+            f"{prefix}values and its mask are loaded together or not at all, and the state has {prefix}{there} but "
+            f"lacks {prefix}{lacks}; save the whole state_dict() of the layer"
+        )
+    if wiring is None:
+        return None
+    for name, tensor in (("values", values), ("mask.wiring", wiring)):
+        if isinstance(tensor, torch.Tensor) and tensor.is_meta:
+            raise ValueError(f"{prefix}{name} is on the device meta, which has no numbers to load")
+    try:
+        mask = BlockMask.from_state({"wiring": wiring}, layer._own_mask.shape)
+    except ValueError as error:
+        raise ValueError(f"{prefix}mask: {error}") from error
+    if plain:
+        packed = (mask.num_units, *mask.unit_shape)
+        if not isinstance(values, torch.Tensor) or not values.is_floating_point():
+            kind = values.dtype if isinstance(values, torch.Tensor) else type(values).__name__
+            raise ValueError(f"{prefix}values must be a floating-point tensor, not {kind}")
+        if tuple(values.shape) != packed:
+            raise ValueError(
+                f"size mismatch for {prefix}values: {tuple(values.shape)}, but its mask has units {packed}"
+            )
+        return mask
+    if not mask.equals(layer.mask):
+        raise ValueError(
+            f"{prefix}mask differs from the layer's, whose weights a parametrization (or pruning, or a norm) computes; "
+            "load the state into a layer of the same wiring, or before that was registered"
+        )
+    return None

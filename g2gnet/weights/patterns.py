@@ -1,0 +1,366 @@
+"""Which units of a sparse layer exist at first: patterns by name or of one's own.
+
+A pattern of one's own is a function of the two sides of a layer::
+
+    def neighbours(out, into, generator):
+        return (out.group_of_unit[:, None] - into.group_of_unit).abs() <= 1
+
+    net = G2GNet(784, 2048, 10, model=neighbours)
+
+``out`` and ``into`` are the :class:`~g2g_kernels.mask.block_mask.UnitAxis` of the outputs and the inputs. The result is
+[ranges of outputs, ranges of inputs]: bool, which units exist, or float, the probability of each. It only decides how a
+layer begins; dynamic sparse training moves units to other places.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from g2g_kernels import BlockMask, GroupLayout
+from g2g_kernels.mask.groups import partners
+from g2g_kernels.mask.sides import UnitAxis
+from g2g_kernels.numbers import COUNT, PROBABILITY, Number, share_of
+from g2g_kernels.ops.checks import DTYPES
+from g2g_kernels.tracing import on_cpu
+from g2gnet.weights.densities import mean_probability, share_inside
+from g2gnet.weights.groupings import GROUPINGS, group_layouts
+
+#: from the output and the input side of a layer, and a source of randomness, to its units
+Pattern = Callable[[UnitAxis, UnitAxis, torch.Generator | None], torch.Tensor]
+#: a share of a side
+SCALE = Number(0, open_low=True)
+
+
+@dataclass(frozen=True)
+class ErdosRenyi:
+    """Each unit exists with the same probability, independently of all others (Erdős and Rényi 1959): no modules.
+
+    Example:
+        >>> from g2gnet import G2GNet
+        >>> net = G2GNet(64, 64, 10, model=ErdosRenyi(density=0.25), block_size=4)
+        >>> 0.1 < net.fc2.mask.density < 0.4
+        True
+    """
+
+    density: float
+
+    def __post_init__(self) -> None:
+        PROBABILITY.check("density", self.density)
+
+    def __call__(self, out: UnitAxis, into: UnitAxis, generator: torch.Generator | None = None) -> torch.Tensor:
+        return torch.rand(out.num_units, into.num_units, generator=generator, dtype=torch.float64) < self.density
+
+
+@dataclass(frozen=True)
+class Regular:
+    """Each unit exists with the same probability, and each row has equally many, rounded: no modules, equal fan-in.
+
+    It differs from :class:`ErdosRenyi` in that no neuron is left without inputs by chance, and from groups in nothing
+    but where units lie.
+
+    Example:
+        >>> from g2gnet import G2GNet
+        >>> net = G2GNet(64, 64, 10, model=Regular(density=0.25), block_size=4)
+        >>> net.fc2.mask.to_dense().sum(1).unique()
+        tensor([16])
+    """
+
+    density: float
+
+    def __post_init__(self) -> None:
+        PROBABILITY.check("density", self.density)
+
+    def __call__(self, out: UnitAxis, into: UnitAxis, generator: torch.Generator | None = None) -> torch.Tensor:
+        return torch.full((out.num_units, into.num_units), self.density, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class SmallWorld:
+    """A small world of groups (Watts and Strogatz 1998): each is linked to its neighbours on a ring, and to few others.
+
+    Each group of outputs is linked to the ``neighbours`` nearest of the other groups of inputs, nearer ones first. Each
+    link goes, with probability ``rewire``, to a group drawn from those without one. Units exist with probability
+    ``p_intra`` inside groups, between linked groups with one probability, and between others never.
+
+    Args:
+        p_intra: the probability of a unit inside a group.
+        p_inter: that of a unit between groups, in the mean over all other groups.
+        neighbours: links per group of outputs; as many more as ``p_inter`` needs, and at most all others.
+        rewire: the probability that a link is moved.
+
+    Example:
+        >>> world = SmallWorld(p_intra=1.0, p_inter=0.2, neighbours=2, rewire=0.0)
+        >>> world.links(5, 5, None).int()
+        tensor([[0, 1, 0, 0, 1],
+                [1, 0, 1, 0, 0],
+                [0, 1, 0, 1, 0],
+                [0, 0, 1, 0, 1],
+                [1, 0, 0, 1, 0]], dtype=torch.int32)
+    """
+
+    p_intra: float = 1.0
+    p_inter: float = 0.15
+    neighbours: int = 2
+    rewire: float = 0.1
+
+    def __post_init__(self) -> None:
+        COUNT.check("neighbours", self.neighbours)
+        for name in ("p_intra", "p_inter", "rewire"):
+            PROBABILITY.check(name, getattr(self, name))
+
+    def links(self, out_groups: int, in_groups: int, generator: torch.Generator | None = None) -> torch.Tensor:
+        """The groups of inputs that each group of outputs is linked to: bool [groups out, groups in]."""
+        own = partners(out_groups, in_groups)
+        distance = ring_distance(_centres(out_groups), _centres(in_groups)).masked_fill(own, torch.inf)
+        links = torch.zeros_like(own)
+        for row, (others, order) in enumerate(zip((~own).sum(1).tolist(), distance.argsort(stable=True), strict=True)):
+            needed = others - share_of(1 - self.p_inter, others)
+            near = order[: min(others, max(self.neighbours, needed))]
+            links[row, near] = True
+            for column in near[torch.rand(len(near), generator=generator) < self.rewire].tolist():
+                free = (~links[row] & ~own[row]).nonzero()[:, 0]
+                if len(free):
+                    links[row, column] = False
+                    links[row, free[torch.randint(len(free), (), generator=generator)]] = True
+        return links
+
+    def __call__(self, out: UnitAxis, into: UnitAxis, generator: torch.Generator | None = None) -> torch.Tensor:
+        groups = out.layout.num_groups, into.layout.num_groups
+        own, links = partners(*groups), self.links(*groups, generator)
+        between = self.p_inter * (~own).sum(1) / links.sum(1).clamp(min=1)
+        probability = torch.where(own, self.p_intra, links * between.double()[:, None].clamp(max=1))
+        return probability[out.group_of_unit][:, into.group_of_unit]
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Units are the rarer the farther their two sides lie apart: with probability min(1, c·exp(−d / ``scale``)).
+
+    The ranges of neurons of each side lie on a ring of length 1, in the order of the groups; d is the shorter way
+    between them, at most 1/2. The constant c makes the mean probability of a weight ``density``.
+
+    Example:
+        >>> from g2gnet import G2GNet
+        >>> net = G2GNet(64, 64, 10, model=Distance(density=0.3, scale=0.15), block_size=4)
+        >>> 0.2 < net.fc2.mask.density < 0.4
+        True
+    """
+
+    density: float
+    scale: float = 0.1
+
+    def __post_init__(self) -> None:
+        PROBABILITY.check("density", self.density)
+        SCALE.check("scale", self.scale)
+
+    def __call__(self, out: UnitAxis, into: UnitAxis, generator: torch.Generator | None = None) -> torch.Tensor:
+        places = [(side.bounds[1:] + side.bounds[:-1]).double() / (2 * side.size) for side in (out, into)]
+        return _falling(ring_distance(*places), _sizes(out, into), self.density, self.scale)
+
+
+@dataclass(frozen=True)
+class Plane(Distance):
+    """The same with distances on the plane of an image, in sides of the image.
+
+    The neurons of each side, in the order of the groups, fill a square row by row, as pixels fill a square image. A
+    range of neurons lies at their mean place.
+
+    Example:
+        >>> from g2gnet import G2GNet
+        >>> net = G2GNet(64, 64, 10, model=Plane(density=0.1, scale=0.1), block_size=1)
+        >>> place = torch.cartesian_prod(torch.arange(8.0), torch.arange(8.0))
+        >>> torch.cdist(place, place)[net.fc1.mask.to_dense()].mean() < 3  # pixels; 4.1 between any two
+        tensor(True)
+    """
+
+    def __call__(self, out: UnitAxis, into: UnitAxis, generator: torch.Generator | None = None) -> torch.Tensor:
+        places = _plane_places(out), _plane_places(into)
+        return _falling(torch.cdist(*places), _sizes(out, into), self.density, self.scale)
+
+
+def _plane_places(side: UnitAxis) -> torch.Tensor:
+    """The mean place of the neurons of each range of a side in the unit square: [ranges, 2]."""
+    width = math.ceil(math.sqrt(side.size))
+    neuron = torch.arange(side.size)
+    places = torch.stack([neuron // width, neuron % width], 1).double()
+    places = (places + 0.5) / torch.tensor([math.ceil(side.size / width), width])
+    bounds = side.bounds.long()
+    sums = torch.cat([torch.zeros(1, 2, dtype=torch.float64), places.cumsum(0)])[bounds]
+    return sums.diff(dim=0) / bounds.diff()[:, None]
+
+
+def _sizes(out: UnitAxis, into: UnitAxis) -> torch.Tensor:
+    """The weights of each unit relative to their mean, float64 [ranges of outputs, ranges of inputs]."""
+    sizes = out.lengths[:, None] * into.lengths.double()
+    return sizes / sizes.mean()
+
+
+def _falling(distance: torch.Tensor, sizes: torch.Tensor, density: float, scale: float) -> torch.Tensor:
+    """Probabilities min(1, c·exp(−distance / scale)), c so that units of ``sizes`` have a ``density`` of weights."""
+    nearness = (-distance / scale).exp().clamp(min=1e-300)
+    # the k nearest have probability 1, where c from the others' share is the first that none of them exceeds
+    nearest, order = nearness.flatten().sort(descending=True)
+    of_sorted = sizes.flatten()[order]
+    rest = (of_sorted * nearest).flip(0).cumsum(0).flip(0)
+    factors = (density * len(order) - (of_sorted.cumsum(0) - of_sorted)) / rest
+    (fits,) = (factors * nearest <= 1).nonzero(as_tuple=True)
+    return (nearness * factors[fits[0] if len(fits) else -1]).clamp(0, 1)
+
+
+def ring_distance(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """The shorter way between each two places on a ring of length 1: [len(first), len(second)].
+
+    Example:
+        >>> ring_distance(torch.tensor([0.0]), torch.tensor([0.25, 0.5, 0.75]))
+        tensor([[0.2500, 0.5000, 0.2500]])
+    """
+    way = (first[:, None] - second).abs()
+    return torch.minimum(way, 1 - way)
+
+
+def _centres(groups: int) -> torch.Tensor:
+    return (torch.arange(groups, dtype=torch.float64) + 0.5) / groups
+
+
+#: what makes a layer's pattern, with contiguous groups, of the probabilities inside and between groups, and their mean
+PATTERNS: dict[str, Callable[[float, float, float], Pattern]] = {
+    "erdos_renyi": lambda p_intra, p_inter, density: ErdosRenyi(density),
+    "regular": lambda p_intra, p_inter, density: Regular(density),
+    "small_world": lambda p_intra, p_inter, density: SmallWorld(p_intra, p_inter),
+    "distance": lambda p_intra, p_inter, density: Distance(density),
+    "plane": lambda p_intra, p_inter, density: Plane(density),
+}
+#: the patterns by name, which are the sparse models of a network
+SPARSE = (*GROUPINGS, *PATTERNS)
+#: all models
+MODELS = ("dense", *SPARSE)
+
+
+@on_cpu
+def pattern_mask(
+    pattern: Pattern,
+    out_layout: GroupLayout,
+    in_layout: GroupLayout,
+    block_size: int = 64,
+    generator: torch.Generator | None = None,
+) -> BlockMask:
+    """The mask with the units of ``pattern``.
+
+    Of probabilities, each row of units gets ⌊Σp⌋ or ⌈Σp⌉ units, so that rows whose sums are equal have equal work;
+    each unit exists with exactly its probability.
+
+    Raises:
+        ValueError: if the pattern returns anything but units or probabilities.
+        TypeError: for a class of patterns in place of one of its objects.
+
+    Example:
+        >>> from g2g_kernels import GroupLayout
+        >>> def diagonal(out, into, generator):
+        ...     return torch.eye(out.num_units, into.num_units, dtype=torch.bool)
+        ...
+        >>> print(pattern_mask(diagonal, GroupLayout(8, 2), GroupLayout(8, 2), block_size=2).to_string())
+        █░░░
+        ░█░░
+        ░░█░
+        ░░░█
+    """
+    if isinstance(pattern, type):
+        raise TypeError(f"the pattern {pattern.__name__} is a class; give one of its objects, {pattern.__name__}(…)")
+    empty = torch.zeros(0, dtype=torch.int64)
+    grid = BlockMask(out_layout, in_layout, empty, empty, block_size)
+    units = pattern(grid.rows, grid.cols, generator)
+    _check_units(pattern, units, (grid.rows.num_units, grid.cols.num_units))
+    units = units.detach().cpu()
+    if units.dtype != torch.bool:
+        units = _drawn(units.double(), generator)
+    unit_row, unit_col = units.nonzero(as_tuple=True)
+    return BlockMask(out_layout, in_layout, unit_row, unit_col, block_size)
+
+
+def _check_units(pattern: Pattern, units: object, shape: tuple[int, int]) -> None:
+    what = f"of type {type(units).__name__}"
+    if isinstance(units, torch.Tensor):
+        what = f"{units.dtype} {list(units.shape)}"
+        if units.layout != torch.strided or units.is_meta:
+            what += f" of layout {units.layout} on {units.device}"
+        elif tuple(units.shape) == shape and units.dtype in (torch.bool, *DTYPES):
+            if units.dtype == torch.bool or bool(((units >= 0) & (units <= 1)).all()):
+                return
+            what += " with numbers that are not from 0 to 1"
+    name = getattr(pattern, "__name__", type(pattern).__name__)
+    raise ValueError(
+        f"the pattern {name} returned {what}; it must return a dense tensor [{shape[0]}, {shape[1]}], bool "
+        "(which units exist) or float (with which probability, from 0 to 1)"
+    )
+
+
+def _drawn(probability: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+    """Systematic samples (Madow 1949): a unit exists where the sum of its row, in random order, passes u + whole."""
+    order = torch.rand(probability.shape, generator=generator).argsort(dim=1)
+    start = torch.rand(len(probability), 1, generator=generator, dtype=torch.float64)
+    passed = (probability.gather(1, order).cumsum(1) + start).floor()
+    chosen = passed.diff(dim=1, prepend=torch.zeros_like(start)) > 0
+    return torch.zeros_like(chosen).scatter_(1, order, chosen) & (probability > 0) | (probability >= 1)
+
+
+def layer_mask(
+    pattern: str | Pattern,
+    number: int,
+    shape: tuple[int, int],
+    probabilities: tuple[float, float],
+    num_groups: int,
+    block_size: int,
+    generator: torch.Generator | None,
+) -> BlockMask:
+    """Draws the units of layer ``number`` (from 0), whose weight has ``shape`` (out, in).
+
+    Args:
+        pattern: a name in ``SPARSE``, or a function, whose groups are then contiguous.
+        probabilities: of a unit inside and between groups (:func:`~g2gnet.weights.densities.layer_probabilities`); a
+            function knows its own.
+        num_groups, block_size, generator: as for :class:`g2gnet.G2GNet`.
+
+    Example:
+        >>> draw = torch.Generator().manual_seed(0)
+        >>> layer_mask("mixer", 1, (64, 64), (1.0, 0.15), num_groups=8, block_size=4, generator=draw)  # of fc2
+        BlockMask(64×64, 8 groups (interleaved), block_size=4, 66 of 256 units, density=0.2578, device=cpu)
+    """
+    grouping = pattern if isinstance(pattern, str) and pattern in GROUPINGS else "index"
+    layouts = group_layouts(grouping, number, shape, num_groups, generator)
+    return mask_between(pattern, *layouts, probabilities, block_size, generator)
+
+
+def mask_between(
+    model: str | Pattern,
+    out_layout: GroupLayout,
+    in_layout: GroupLayout,
+    probabilities: tuple[float, float],
+    block_size: int,
+    generator: torch.Generator | None,
+) -> BlockMask:
+    """Draws the units between groups that are there already: recurrent connections have those of their layer.
+
+    Args:
+        model: ``"dense"``, or a pattern.
+        probabilities, block_size, generator: as for :func:`layer_mask`.
+
+    Example:
+        >>> from g2g_kernels import GroupLayout
+        >>> groups = GroupLayout(8, 2)
+        >>> print(mask_between("index", groups, groups, (1.0, 0.0), block_size=2, generator=None).to_string())
+        ██░░
+        ██░░
+        ░░██
+        ░░██
+    """
+    layouts = out_layout, in_layout
+    if model == "dense":
+        return BlockMask.full(*layouts, block_size)
+    if not isinstance(model, str):
+        return pattern_mask(model, *layouts, block_size, generator)
+    if model in GROUPINGS:
+        return BlockMask.sample(*layouts, *probabilities, block_size, generator)
+    density = mean_probability(share_inside(*layouts), *probabilities)
+    return pattern_mask(PATTERNS[model](*probabilities, density), *layouts, block_size, generator)

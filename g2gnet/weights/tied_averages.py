@@ -1,0 +1,264 @@
+"""Ties: an average of a network's weights is rewired with the network, if someone says that it is one.
+
+Packed weights mean nothing without their mask. An average whose network was rewired would mix the weights of different
+connections in its next step. A copy is a network of its own, so nothing but a tie makes it follow.
+"""
+
+import logging
+import math
+import weakref
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from g2g_kernels import BlockMask
+    from g2gnet.weights.packed_weights import PackedWeights
+
+logger = logging.getLogger("g2gnet")
+
+#: modules around a network that its layers' names are given without: averages and data parallelism, torch.compile
+WRAPPERS = {"module", "_orig_mod"}
+
+
+class Tie:
+    """What holds between a network and an average of it, until it ends."""
+
+    def __init__(self) -> None:
+        self.ended = False
+        self._averages: weakref.WeakSet[PackedWeights] = weakref.WeakSet()
+
+    def join(self, source: "PackedWeights", average: "PackedWeights") -> None:
+        """Ties one more layer."""
+        self._averages.add(average)
+        source.kin.averages.add(average)
+        average.kin.declared, average.kin.tie = True, (self, weakref.ref(source))
+
+    def end(self, why: str | None = None) -> None:
+        """Ends it for all its layers, with a warning if there is a reason."""
+        if self.ended:
+            return
+        for average in list(self._averages):
+            average.settle()  # from now on its buffer is read, whatever was averaged there
+        self.ended = True
+        if why is not None:
+            logger.warning("an average is no longer rewired with its network: %s; call tie_wiring again", why)
+
+
+class Kin:
+    """The layers that a layer has to do with: its averages, the layer that it is an average of, and its copies."""
+
+    def __init__(self) -> None:
+        self.averages: weakref.WeakSet[PackedWeights] = weakref.WeakSet()
+        self.copies: weakref.WeakSet[PackedWeights] = weakref.WeakSet()
+        #: of a copy: whether someone said what it is
+        self.declared = False
+        #: the tie that makes the layer an average, and of which
+        self.tie: tuple[Tie, weakref.ref[PackedWeights]] | None = None
+
+    @property
+    def source(self) -> "PackedWeights | None":
+        """The layer that this one is an average of."""
+        return None if self.tie is None or self.tie[0].ended else self.tie[1]()
+
+    def end_tie(self, why: str | None = None) -> None:
+        if self.tie is not None:
+            self.tie[0].end(why)
+
+
+def averages_of(layer: "PackedWeights") -> "Iterator[PackedWeights]":
+    """The averages of a layer that live and are still tied to it."""
+    return (average for average in list(layer.kin.averages) if average.kin.source is layer)
+
+
+def has_unknown_copies(layer: "PackedWeights") -> bool:
+    """Whether a copy of the layer lives of which nobody said whether it is an average."""
+    return any(not copy.kin.declared for copy in layer.kin.copies)
+
+
+def rewire_averages(layer: "PackedWeights") -> None:
+    """Gives the averages of a layer its present units."""
+    for average in averages_of(layer):
+        if not average.has_plain_values:
+            average.kin.end_tie("something computes its weights now")
+            continue
+        take_wiring(layer, average)
+        rewire_averages(average)
+
+
+def after_other_units(layer: "PackedWeights") -> None:
+    """Sees to the ties of a layer that was given a mask from outside: equal units get equal slots, others end a tie."""
+    source = layer.kin.source
+    if source is not None and not layer.mask.equals(source.mask):
+        if not _same_units(layer.mask, source.mask):
+            layer.kin.end_tie("a state of other units was loaded into it")
+            return
+        take_wiring(source, layer)
+    for average in averages_of(layer):
+        if _same_units(layer.mask, average.mask):
+            take_wiring(layer, average)
+            rewire_averages(average)
+        else:
+            average.kin.end_tie("a state of other units was loaded into the network")
+
+
+def _same_places(one: "BlockMask", other: "BlockMask") -> torch.Tensor:
+    """Whether a unit's number means the same neurons in both masks, of one grid: a bool scalar."""
+    return torch.stack(
+        [
+            (getattr(mine, name) == getattr(theirs, name).to(getattr(mine, name).device)).all()
+            for mine, theirs in ((one.rows, other.rows), (one.cols, other.cols))
+            for name in ("order", "bounds")
+        ]
+    ).all()
+
+
+def _same_units(one: "BlockMask", other: "BlockMask") -> bool:
+    """Whether both masks have the same units, in whatever slots."""
+    units = [mask.flat_unit().sort().values.cpu() for mask in (one, other)]
+    return one.grid == other.grid and torch.equal(*units) and bool(_same_places(one, other))
+
+
+@torch.no_grad()
+def take_wiring(source: "PackedWeights", target: "PackedWeights") -> None:
+    """Gives ``target`` the units of ``source`` in the same slots; for units that it did not have, source's weights.
+
+    Does not wait for the device.
+    """
+    mine, theirs = target.mask, source.mask
+    device = target.values.device
+    now = theirs.flat_unit().to(device)
+    slots = torch.full_like(now, -1)
+    if mine.grid == theirs.grid:
+        slot_of, before = now.new_full((math.prod(mine.grid),), -1), mine.flat_unit()
+        slot_of[before] = torch.arange(len(before), device=device)
+        slots = torch.where(_same_places(mine, theirs), slot_of[now], slots)
+    new = (slots < 0)[:, None, None]
+    values = torch.where(new, source.values.to(target.values), target.values[slots])
+    gradient = target.values.grad
+    gradient = None if gradient is None else torch.where(new, 0, gradient[slots])
+    mine.become_(theirs)
+    target.write_(values, gradient)
+
+
+def _layers(model: nn.Module) -> "dict[str, PackedWeights]":
+    """The packed layers of a model, by their names without the wrappers around the network."""
+    found: dict[str, PackedWeights] = {}
+    for path, module in model.named_modules():
+        if isinstance(getattr(module, "kin", None), Kin):
+            name = ".".join(part for part in path.split(".") if part not in WRAPPERS)
+            if name in found:
+                raise ValueError(f"two sparse layers are called {name!r}; pass modules that correspond")
+            found[name] = cast("PackedWeights", module)
+    return found
+
+
+def _pairs(source: nn.Module, target: nn.Module) -> "list[tuple[PackedWeights, PackedWeights]]":
+    for model in (source, target):
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"a {type(model).__name__} is no module; pass the network, or the module that averages it")
+    theirs, mine = _layers(source), _layers(target)
+    if not theirs or theirs.keys() != mine.keys():
+        raise ValueError(
+            f"the sparse layers of the two networks ({', '.join(theirs) or 'none'} and {', '.join(mine) or 'none'}) "
+            "must have the same names; pass modules that correspond, for example average.module.net"
+        )
+    for name, layer in theirs.items():
+        if not (layer.has_plain_values and mine[name].has_plain_values):
+            raise ValueError(
+                f"the weights of layer {name!r} are computed by a parametrization, pruning or a norm, and belong to "
+                "its own wiring; tie or synchronise the networks before that is registered"
+            )
+        if layer is mine[name]:
+            raise ValueError(f"layer {name!r} is in both networks, which must be two")
+        if layer.values.shape != mine[name].values.shape or layer.mask.shape != mine[name].mask.shape:
+            raise ValueError(
+                f"layer {name!r} has packed weights {tuple(layer.values.shape)} of {layer.mask.shape} in one network "
+                f"and {tuple(mine[name].values.shape)} of {mine[name].mask.shape} in the other; build both alike"
+            )
+    return [(layer, mine[name]) for name, layer in theirs.items()]
+
+
+def sync_wiring(source: nn.Module, target: nn.Module) -> None:
+    """Gives the sparse layers of ``target`` the units that those of ``source`` have now, in the same slots.
+
+    A unit that target has already keeps its weights; the others get the source's. For networks whose parameters are
+    then copied or averaged one by one and that are not tied: call it before, and after each update of source's graph.
+
+    Args:
+        source, target: networks, or wrappers of them (``AveragedModel``, DistributedDataParallel).
+
+    Raises:
+        TypeError: if one is no module.
+        ValueError: if layers differ in name or size.
+
+    Example:
+        >>> net, other = (G2GNet(64, 64, 10, block_size=8) for _ in range(2))
+        >>> other.load_state_dict(net.state_dict())
+        <All keys matched successfully>
+        >>> sync_wiring(net, other)
+        >>> other.fc2.mask.equals(net.fc2.mask)
+        True
+    """
+    for theirs, mine in _pairs(source, target):
+        if mine.kin.source is not theirs:
+            mine.kin.end_tie("it was given the wiring of another network")
+        take_wiring(theirs, mine)
+        mine.kin.declared = True
+        rewire_averages(mine)
+
+
+def tie_wiring(source: nn.Module, average: nn.Module) -> None:
+    """Says that ``average`` is an average of ``source``: from now on it is rewired whenever source is.
+
+    It begins with :func:`sync_wiring`. When DST gives slots to other units, those that stay keep their averaged
+    weights, and new ones get the source's. A state of the same units in another order, loaded into either, is brought
+    into the order of the source; a state of other units ends the tie, with a warning. The average's ``mask.wiring`` is
+    written by the tie and not read. A tie is between these two networks: copies, pickles and files do not have it.
+
+    Args:
+        source: the network that is trained and rewired.
+        average: a network of the same layers, or a wrapper of one (``torch.optim.swa_utils.AveragedModel``, timm's
+            ``ModelEmaV3``).
+
+    Raises:
+        TypeError: if one is no module.
+        ValueError: if layers differ in name or size, or source is itself an average of ``average``.
+
+    Example:
+        >>> from torch.optim.swa_utils import AveragedModel
+        >>> net = G2GNet(64, 64, 10, block_size=8)
+        >>> average = AveragedModel(net)
+        >>> tie_wiring(net, average)  # DST of net now rewires average too
+    """
+    pairs = _pairs(source, average)
+    for theirs, mine in pairs:
+        above: PackedWeights | None = theirs
+        while above is not None:
+            if above is mine:
+                raise ValueError("the source is tied to this average; untie_wiring(source) first")
+            above = above.kin.source
+    tie = Tie()
+    for theirs, mine in pairs:
+        mine.kin.end_tie()
+        take_wiring(theirs, mine)
+        tie.join(theirs, mine)
+        rewire_averages(mine)
+
+
+def untie_wiring(model: nn.Module) -> None:
+    """Says that ``model`` is a network of its own; it is rewired with no other.
+
+    That is so for every copy which nobody tied. Said of one, it is not reported when the network is rewired.
+
+    Example:
+        >>> import copy
+        >>> net = G2GNet(64, 64, 10, block_size=8)
+        >>> start = copy.deepcopy(net)
+        >>> untie_wiring(start)  # no average of net: no warning when net is rewired
+    """
+    for layer in _layers(model).values():
+        layer.kin.end_tie()
+        layer.kin.declared = True

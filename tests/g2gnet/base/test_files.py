@@ -1,0 +1,366 @@
+"""What a program opens: links, FIFOs, devices, streams that are closed or full, names and texts that mean harm."""
+
+import errno
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import threading
+
+import pytest
+from helpers import ROOT
+from training_runs import SMALL, flags_of, load, run
+
+from g2gnet.base import files
+from g2gnet.base.files import locked, one_at_a_time, open_file, replace_file
+from g2gnet.base.messages import printable
+from g2gnet.base.tensor_files import TensorFileError, read_tensors, write_tensors
+from g2gnet.programs import cli, train
+from g2gnet.training import CheckpointError, TrainSettings
+from g2gnet.training.checkpoints import RunFiles, read_checkpoint
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="links, FIFOs and devices are those of POSIX")
+
+
+def program(*arguments, redirect="", **environment):
+    """A program in a shell, whose streams may be closed or full."""
+    command = [sys.executable, "-m", *map(str, arguments)]
+    quoted = " ".join(f"'{part}'" for part in command)
+    return subprocess.run(
+        ["bash", "-c", f"{quoted} {redirect}"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_a_directory_for_what_could_not_be_had_is_not_left_behind(tmp_path):
+    def fail_in(path, name=None):
+        def act():
+            if name is not None:
+                (path / name).touch()
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt), files.directory(path):
+            act()
+
+    fail_in(tmp_path / "a/b/c")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "a").mkdir()
+    fail_in(tmp_path / "a/b")
+    assert [each.name for each in tmp_path.rglob("*")] == ["a"]  # which was there before
+    fail_in(tmp_path / "a/b", "kept")
+    assert (tmp_path / "a/b/kept").exists()
+    with files.directory(tmp_path / "d/e"):
+        pass
+    assert (tmp_path / "d/e").is_dir()
+    with pytest.raises(NotADirectoryError), files.directory(tmp_path / "a/b/kept"):
+        pytest.fail("entered")
+    assert (tmp_path / "a/b/kept").is_file()
+
+
+# --- what is written ----------------------------------------------------------------------------------------------
+
+
+def test_a_fifo_and_a_device_are_written_into_and_stay_what_they_are(tmp_path):
+    """840b5ea, as root, replaced /dev/null by a file."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    read = []
+    reader = threading.Thread(target=lambda: read.append(fifo.read_bytes()))
+    reader.start()
+    cli.check_output(fifo)
+    cli.write_json(str(fifo), {"a": 1})
+    reader.join(300)
+    assert json.loads(read[0])["a"] == 1
+    assert stat.S_ISFIFO(fifo.stat().st_mode)
+    link = tmp_path / "null"
+    link.symlink_to("/dev/null")
+    for path in (link, "/dev/null"):
+        cli.check_output(path)
+        cli.write_output(path, "text")
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+    assert link.is_symlink()
+    with pytest.raises(cli.OutputError, match=r"full \(No space left on device\)"):
+        cli.write_output("/dev/full", "text")
+
+
+def test_of_a_symbolic_link_the_target_is_replaced(tmp_path):
+    target, link = tmp_path / "there" / "target.json", tmp_path / "link.json"
+    target.parent.mkdir()
+    link.symlink_to(target)
+    for text in ("first", "second"):
+        cli.check_output(link)
+        cli.write_output(link, text)
+        assert link.is_symlink()
+        assert target.read_text() == text
+    assert [path.name for path in target.parent.iterdir()] == ["target.json"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_reader_always_finds_a_whole_checkpoint(tmp_path, monkeypatch, links):
+    """840b5ea had no file of that name between two renames."""
+    path, previous = tmp_path / "c.pth", tmp_path / "c.previous.pth"
+    write_tensors(path, {"number": 0})
+    if not links:
+
+        def no_links(*arguments):
+            raise OSError(errno.EPERM, "no hard links here")
+
+        monkeypatch.setattr(os, "link", no_links)
+    replace, seen = os.replace, []
+
+    def watched(source, target):
+        seen.append(read_tensors(path)["number"])
+        replace(source, target)
+        seen.append(read_tensors(path)["number"])
+
+    monkeypatch.setattr(os, "replace", watched)
+    write_tensors(path, {"number": 1}, keep=previous)
+    assert seen == [0, 0, 0, 1]
+    assert read_tensors(previous)["number"] == 0
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["c.previous.pth", "c.pth"]
+
+
+@pytest.mark.parametrize("ending", [".pth", ".jsonl", ".csv", ".DONE"])
+def test_a_run_takes_no_file_of_its_own_for_another(tmp_path, ending):
+    """840b5ea added to what a link named .jsonl pointed to, and hung on a FIFO named .pth."""
+    victim = tmp_path / "victim"
+    victim.write_text("")
+    stem = TrainSettings(**SMALL).stem
+    path = tmp_path / "runs" / f"{stem}{ending}"
+    path.parent.mkdir()
+    path.symlink_to(victim)
+    message = rf"{ending} cannot be one of the run's own files \(it is "
+    with pytest.raises(CheckpointError, match=rf"{message}a symbolic link\); move it away"):
+        run(path.parent)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(CheckpointError, match=f"{message}not a regular file"):
+        run(path.parent)
+    assert victim.read_text() == ""
+
+
+def test_a_fifo_or_a_device_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "fifo.pth")
+    for path in (tmp_path / "fifo.pth", "/dev/zero"):
+        with pytest.raises(OSError, match="it is not a regular file"):
+            open_file(path)
+    with pytest.raises(CheckpointError, match=r"fifo.pth cannot be read \(it is not a regular file\)"):
+        read_checkpoint(tmp_path / "fifo.pth")
+
+
+def test_a_name_that_is_no_utf_8_is_written_as_escapes(tmp_path):
+    name = os.fsdecode(b"caf\xe9.pth")
+    cli.write_json(str(tmp_path / "out.json"), {"file": name})
+    assert json.loads((tmp_path / "out.json").read_bytes())["file"] == name
+    assert printable(name) == r"caf\udce9.pth"
+
+
+def test_no_checkpoint_is_promised_where_there_is_none(tmp_path, monkeypatch):
+    """840b5ea said that every epoch was kept in the last one."""
+    stem = TrainSettings(**SMALL).stem
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CheckpointError, match=r"\(No space left on device\)\. There is no checkpoint of this run"):
+        RunFiles(tmp_path, stem).save_checkpoint({"settings": {}})
+
+
+# --- locks --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_said_and_the_run_goes_on(tmp_path, monkeypatch, capsys, number):
+    import fcntl
+
+    def no_locks(*arguments):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with RunFiles(tmp_path, "name").locked():
+        pass
+    assert f".name.lock cannot be locked ({os.strerror(number)})" in capsys.readouterr().err
+
+
+def test_a_lock_that_is_a_link_or_a_fifo_is_refused_and_the_target_left_alone(tmp_path):
+    victim, lock = tmp_path / "victim", tmp_path / ".name.lock"
+    victim.write_text("content")
+    lock.symlink_to(victim)
+    for what in ("a symbolic link", "not a regular file"):
+        message = rf"cannot lock .*\.name\.lock \(it is {what}\)"
+        with pytest.raises(CheckpointError, match=message), RunFiles(tmp_path, "name").locked():
+            pass
+        lock.unlink()
+        os.mkfifo(lock)
+    assert victim.read_text() == "content"
+
+
+def test_locks_lie_in_a_directory_of_ones_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with one_at_a_time(tmp_path / "data"):
+        (lock,) = (tmp_path / "cache/g2g/locks").iterdir()
+        assert lock.parent.stat().st_mode & 0o777 == 0o700
+        with pytest.raises(BlockingIOError), locked(lock, wait=False):
+            pass
+    # without a cache: a directory among the temporary files, unless somebody else has made it
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    monkeypatch.setattr(files.tempfile, "gettempdir", lambda: str(tmp_path))
+    with one_at_a_time(tmp_path / "data"):
+        pass
+    own = tmp_path / f"g2g-{os.getuid()}"
+    assert own.stat().st_mode & 0o777 == 0o700
+    own.chmod(0o777)
+    with pytest.raises(PermissionError, match="open to other users"), one_at_a_time(tmp_path / "data"):
+        pass
+
+
+def test_what_a_killed_run_left_and_cannot_be_removed_stops_nobody(tmp_path):
+    (tmp_path / ".name.pth.folder").mkdir()
+    (tmp_path / ".name.pth.file").touch()
+    with RunFiles(tmp_path, "name").locked():
+        assert sorted(file.name for file in tmp_path.iterdir()) == [".name.lock", ".name.pth.folder"]
+
+
+# --- streams, the environment, texts ------------------------------------------------------------------------------
+
+TRAIN = ("train", *flags_of({**SMALL, "epochs": 1}))
+
+
+@pytest.mark.parametrize("redirect", ["1>&- 2>&-", "2>/dev/full"])
+def test_training_needs_nobody_to_listen(tmp_path, redirect):
+    done = program(*TRAIN, "--checkpoint_dir", tmp_path, redirect=redirect)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.glob("*.DONE"))
+
+
+def test_a_full_standard_output_is_named_before_any_work(tmp_path):
+    done = program(*TRAIN, "--checkpoint_dir", tmp_path / "runs", redirect=">/dev/full")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].endswith(
+        "error: cannot write to standard output (No space left on device); redirect it to another file"
+    )
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("variables", [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": "two"}, {"WORLD_SIZE": "2", "RANK": "x"}])
+def test_variables_that_are_not_torchruns_are_named(tmp_path, monkeypatch, capsys, variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert train.main([*TRAIN[1:], "--checkpoint_dir", str(tmp_path)]) == 1
+    message = "where torchrun sets a number; start several processes by torchrun, or unset WORLD_SIZE"
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        "{}",
+        '{"settings": {}, "result": 5}',
+        '{"settings": SETTINGS, "result": {}}',
+        '{"settings": SETTINGS, "result": {"epoch": 1, "train_loss": NaN, "train_acc": 1}}',
+        f'{{"settings": SETTINGS, "result": {{"epoch": 1{"0" * 400}}}}}',
+        "[" * 100000,
+    ],
+)
+def test_a_marker_that_is_none_is_named(tmp_path, result):
+    settings = TrainSettings(**SMALL)
+    marker = tmp_path / f"{settings.stem}.DONE"
+    marker.write_text(result.replace("SETTINGS", json.dumps(settings.as_dict())))
+    with pytest.raises(CheckpointError, match="delete it, and the run makes it again"):
+        run(tmp_path)
+
+
+@pytest.mark.parametrize("change", [('"test_acc": 0.', '"test_acc": 0.9'), ('"epochs": 1', '"epochs": 0')])
+def test_a_marker_is_believed_only_where_the_checkpoint_says_the_same(tmp_path, checkpoint, change):
+    """42cb775 showed an accuracy with one flipped bit."""
+    shutil.copytree(checkpoint.directory, tmp_path / "run")
+    files = RunFiles(tmp_path / "run", checkpoint.marker.stem)
+    text = files.marker.read_text()
+    files.marker.write_text(text.replace(*change))
+    assert files.marker.read_text() != text
+    with pytest.raises(CheckpointError, match=r"DONE is damaged: .*\.pth holds another result; delete "):
+        run(files.directory, epochs=1)
+    files.marker.unlink()
+    run(files.directory, epochs=1)  # nothing is left to train
+    assert files.marker.read_text() == text
+    files.checkpoint.write_bytes(files.checkpoint.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"checksum is wrong.*put that back, or delete .*\.pth.*\.DONE to train"):
+        run(files.directory, epochs=1)
+
+
+def test_a_run_that_was_killed_with_the_marker_of_fewer_epochs_goes_on(tmp_path, checkpoint):
+    shutil.copytree(checkpoint.directory, tmp_path / "run")
+    files = RunFiles(tmp_path / "run", checkpoint.marker.stem)
+    of_one = files.marker.read_text()
+    run(files.directory, epochs=2)
+    of_two = files.marker.read_text()
+    files.marker.write_text(of_one)
+    run(files.directory, epochs=2)
+    assert files.marker.read_text() == of_two
+
+
+def test_what_files_say_cannot_move_the_cursor(tmp_path, capsys):
+    settings = TrainSettings(**SMALL)
+    marker = tmp_path / f"{settings.stem}.DONE"
+    record = dict.fromkeys(("epoch", "train_loss", "train_acc", "test_acc", "seconds", "cpu_seconds"), 1)
+    marker.write_text(json.dumps({"settings": {"model": "\x1b[2J\x9b\u202e"}, "result": record}))
+    from g2gnet.programs import train
+
+    assert train.main([*flags_of(SMALL), "--checkpoint_dir", str(tmp_path)]) == 1
+    message = capsys.readouterr().err
+    assert r"\x1b[2J\x9b\x202e" in message
+    assert not set("\x1b\x9b\u202e") & set(message)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"epoch": -1}, "epoch=-1 is not a whole number of at least 0"),
+        ({"settings/T": 5.5}, "T=5.5 is not a whole number"),
+        ({"settings/T": 10**9}, "T=1000000000 is out of range"),
+        ({"settings/hidden_dim": True}, "hidden_dim=True is not a whole number"),
+        ({"settings/lr": "x"}, "lr='x' is not a number"),
+    ],
+)
+def test_numbers_of_a_checkpoint_are_checked_before_they_are_used(tmp_path, checkpoint, change, message):
+    from g2gnet.programs import analyze
+
+    state = dict(load(checkpoint))
+    for name, value in change.items():
+        first, _, rest = name.partition("/")
+        state[first] = {**state[first], rest: value} if rest else value
+    path = tmp_path / "crafted.pth"
+    write_tensors(path, state)
+    with pytest.raises(CheckpointError) as error:
+        analyze.read_run(path)
+    assert message in str(error.value)
+
+
+def test_a_number_of_any_length_is_no_number_of_ours(tmp_path):
+    with pytest.raises(TensorFileError, match="T is a whole number of 1329 bits, where 63 are the most"):
+        write_tensors(tmp_path / "c.pth", {"T": 10**400})
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("run"), epochs=1)
+
+
+def test_replacing_leaves_nothing_behind_where_it_fails(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def write(file):
+        raise OSError(errno.ENOSPC, "full")
+
+    with pytest.raises(OSError, match="full"):
+        replace_file(path, write, keep=tmp_path / "kept")
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("file", "old")]

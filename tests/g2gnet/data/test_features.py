@@ -1,0 +1,326 @@
+"""ResNet-32 features: the network, its weights from every source, the cache, and runs that train on them."""
+
+import email.message
+import io
+import re
+import shlex
+
+import numpy as np
+import pytest
+import torch
+from small_data import NOBODY_LISTENS, publish_resnet, write_cifar, write_resnet
+from torch.nn import functional as F
+
+import train
+from g2gnet.data import DataError, load_dataset
+from g2gnet.data.features import (
+    FEATURES,
+    cache,
+    load_features,
+    load_resnet,
+    new_resnet,
+    pretrained_weights,
+    weights_digest,
+)
+
+FLAGS = shlex.split("--dataset cifar10 --use_resnet --hidden_dim 16 --T 3 --epochs 1 --batch_size 16")
+
+
+# --- the network --------------------------------------------------------------------------------------------------
+
+
+def by_names(state, images):
+    """The second stage's output in float64, from the published names alone: conv, batch norm in eval mode, shortcut."""
+    state = {name: tensor.double() for name, tensor in state.items()}
+
+    def convolution(x, name, norm, stride=1):
+        weight = state[f"{name}.weight"]
+        x = F.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2)
+        mean, var, scale, shift = (
+            state[f"{norm}.{part}"][:, None, None] for part in ("running_mean", "running_var", "weight", "bias")
+        )
+        return (x - mean) / (var + 1e-5).sqrt() * scale + shift
+
+    mean, std = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+    x = (images.double() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    x = convolution(x, "conv1", "bn1").relu()
+    for stage in (1, 2):
+        for block in range(5):
+            name = f"layer{stage}.{block}"
+            stride = 2 if (stage, block) == (2, 0) else 1
+            shortcut = convolution(x, f"{name}.downsample.0", f"{name}.downsample.1", 2) if stride == 2 else x
+            inner = convolution(x, f"{name}.conv1", f"{name}.bn1", stride).relu()
+            x = (convolution(inner, f"{name}.conv2", f"{name}.bn2") + shortcut).relu()
+    return x
+
+
+def test_features_are_the_scaled_means_of_the_second_stage(tmp_path):
+    path = write_resnet(tmp_path / "weights.pt", "cifar10")
+    images = torch.randint(256, (5, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    features = load_resnet("cifar10", path).features(images)
+    maps = by_names(torch.load(path, weights_only=True), images)
+    assert maps.shape == (5, 32, 16, 16)
+    means = maps.view(5, 32, 4, 4, 4, 4).mean((3, 5)).view(5, FEATURES)
+    low, high = means.amin(1, True), means.amax(1, True)
+    assert (high - low).min() > 0.1
+    # float32 through 21 convolutions
+    torch.testing.assert_close(features.double(), (means - low) / (high - low), rtol=0, atol=2e-5)
+    assert features.amin(1).tolist() == [0.0] * 5
+    assert features.amax(1).tolist() == [1.0] * 5
+
+
+def test_the_state_dict_has_the_published_names_and_sizes():
+    network = new_resnet("cifar100")
+    names = set(network.state_dict())
+    norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    expected = {"conv1.weight", "fc.weight", "fc.bias", *(f"bn1.{part}" for part in norm)}
+    for stage in (1, 2, 3):
+        for block in range(5):
+            for number in (1, 2):
+                expected.add(f"layer{stage}.{block}.conv{number}.weight")
+                expected.update(f"layer{stage}.{block}.bn{number}.{part}" for part in norm)
+        if stage > 1:
+            expected.add(f"layer{stage}.0.downsample.0.weight")
+            expected.update(f"layer{stage}.0.downsample.1.{part}" for part in norm)
+    assert names == expected
+    # 0.47 M, as the release has it
+    assert sum(parameter.numel() for parameter in new_resnet("cifar10").parameters()) == 466_906
+    assert network(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).shape == (2, 100)
+
+
+def test_the_features_of_a_sample_that_is_equal_everywhere_are_zero():
+    network = new_resnet("cifar10").eval()
+    for parameter in network.parameters():
+        torch.nn.init.zeros_(parameter)
+    assert torch.equal(network.features(torch.ones(2, 3, 32, 32, dtype=torch.uint8)), torch.zeros(2, FEATURES))
+
+
+# --- weights ------------------------------------------------------------------------------------------------------
+
+
+def test_the_published_files():
+    assert pretrained_weights.RELEASES["cifar10"].digest == "ef93fc4d"
+    assert pretrained_weights.RELEASES["cifar100"].digest == "84213ce6"
+    for name, release in pretrained_weights.RELEASES.items():
+        assert release.url.startswith("https://github.com/chenyaofo/pytorch-cifar-models/releases/download/resnet/")
+        assert torch.hub.HASH_REGEX.search(release.url.rpartition("/")[2]).group(1) == release.digest
+        assert weights_digest(name) == release.digest
+
+
+def test_the_published_weights_load_from_the_hub_directory(tmp_path, monkeypatch):
+    path = publish_resnet(monkeypatch, tmp_path / "hub", "cifar10")
+    network = load_resnet("cifar10")
+    assert not network.training
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+    for name, tensor in torch.load(path, weights_only=True).items():
+        assert torch.equal(network.state_dict()[name], tensor)
+    # the same file by its name is the same setting
+    assert weights_digest("cifar10", path) == weights_digest("cifar10")
+
+
+def test_the_published_weights_are_downloaded_with_their_hash_checked(tmp_path, monkeypatch):
+    content = publish_resnet(monkeypatch, tmp_path / "server", "cifar10").read_bytes()
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+
+    class Answer(io.BytesIO):
+        def info(self):
+            return email.message.Message()
+
+    monkeypatch.setattr(torch.hub, "urlopen", lambda request: Answer(content[:-1]))
+    with pytest.raises(DataError, match="invalid hash value"):
+        load_resnet("cifar10")
+    assert not (tmp_path / "hub").exists()
+    monkeypatch.setattr(torch.hub, "urlopen", lambda request: Answer(content))
+    assert load_resnet("cifar10").fc.out_features == 10
+
+
+def test_without_the_published_weights_one_message_lists_the_remedies(tmp_path, monkeypatch):
+    publish_resnet(monkeypatch, tmp_path / "hub", "cifar100").unlink()
+    with pytest.raises(DataError) as error:
+        load_resnet("cifar100")
+    for remedy in (
+        "connect to the internet",
+        f"download {NOBODY_LISTENS}",
+        "`resnet_weights`",
+        "g2g-pretrain",
+    ):
+        assert remedy in str(error.value)
+
+
+def test_a_damaged_download_is_refused_by_its_hash(tmp_path, monkeypatch):
+    path = publish_resnet(monkeypatch, tmp_path / "hub", "cifar10")
+    expected = weights_digest("cifar10")
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DataError, match=f"{path} is damaged: its SHA-256 begins with .*, not {expected}; delete it"):
+        load_resnet("cifar10")
+
+
+def changed(path, change):
+    state = torch.load(path, weights_only=True)
+    torch.save(change(state), path)
+
+
+def scaled(path, name, factor):
+    """With all numbers of one tensor multiplied, in a type that holds them."""
+    changed(path, lambda state: {**state, name: torch.from_numpy(state[name].numpy() * np.array(factor))})
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: write_resnet(path, "cifar100"), r"size mismatch for fc\.weight"),
+        (lambda path: changed(path, lambda state: {}), r"Missing key\(s\) in state_dict"),
+        (lambda path: changed(path, lambda state: [1, 2]), "Expected state_dict to be dict-like"),
+        (lambda path: scaled(path, "bn1.running_var", -1), r"bn1\.running_var, a variance, is below 0"),
+        (lambda path: scaled(path, "conv1.weight", 1j), r"conv1\.weight is torch\.complex\d+, not torch\.float32"),
+        (lambda path: scaled(path, "conv1.weight", 1e300), r"conv1\.weight holds numbers that are too large for"),
+        (lambda path: path.write_bytes(path.read_bytes()[:1000]), "PytorchStreamReader failed"),
+        (lambda path: path.write_text("no weights"), "Unsupported operand|invalid load key|Weights only load failed"),
+    ],
+    ids=["of another data set", "empty", "a list", "variance", "complex", "large", "truncated", "text"],
+)
+@pytest.mark.filterwarnings("ignore:Casting complex values")
+def test_a_wrong_file_is_refused(tmp_path, damage, message):
+    path = write_resnet(tmp_path / "weights.pt", "cifar10")
+    damage(path)
+    with pytest.raises(DataError, match=message) as error:
+        load_resnet("cifar10", path)
+    assert f"{path} does not hold the weights of a CIFAR ResNet-32 for cifar10" in str(error.value)
+    assert "`resnet_weights`" in str(error.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    for path in (tmp_path / "none.pt", tmp_path):
+        with pytest.raises(DataError, match=re.escape(f"resnet_weights={path} cannot be read")):
+            weights_digest("cifar10", path)
+
+
+# --- the cache ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def data_dir(tmp_path, monkeypatch):
+    write_cifar(monkeypatch, tmp_path / "data", "cifar10")
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def weights_file(tmp_path):
+    return write_resnet(tmp_path / "weights.pt", "cifar10")
+
+
+def test_features_are_computed_once(data_dir, weights_file, monkeypatch, capsys):
+    first = load_features("cifar10", data_dir, weights_file)
+    assert "computing" in capsys.readouterr().out
+    images = load_dataset("cifar10", data_dir)
+    network = load_resnet("cifar10", weights_file)
+    assert (first.input_dim, first.num_classes) == (512, 10)
+    for part in ("train", "test"):
+        expected = network.features(getattr(images, f"{part}_images"))
+        # a convolution may add in another order in another memory format
+        torch.testing.assert_close(getattr(first, f"{part}_images"), expected, rtol=0, atol=1e-5)
+        assert torch.equal(getattr(first, f"{part}_labels"), getattr(images, f"{part}_labels"))
+
+    def unused(*args):
+        raise AssertionError("the cache holds everything")
+
+    monkeypatch.setattr(cache, "load_dataset", unused)
+    monkeypatch.setattr(cache, "load_resnet", unused)
+    again = load_features("cifar10", data_dir, weights_file)
+    (file,) = (data_dir / "features").iterdir()
+    assert f"reading the ResNet-32 features from {file}" in capsys.readouterr().out
+    for name in cache.PARTS:
+        assert torch.equal(getattr(first, name), getattr(again, name))
+
+
+def test_features_are_computed_in_batches(data_dir, weights_file, monkeypatch):
+    whole = load_features("cifar10", data_dir, weights_file)
+    monkeypatch.setattr(cache, "BATCH", 16)
+    monkeypatch.setattr(cache, "CUT", "in batches of 16")
+    parts = load_features("cifar10", data_dir, weights_file)
+    # a convolution may add in another order for another batch size
+    torch.testing.assert_close(parts.train_images, whole.train_images, rtol=0, atol=1e-5)
+
+
+def test_other_data_weights_or_cut_are_other_features(data_dir, weights_file, tmp_path, monkeypatch):
+    load_features("cifar10", data_dir, weights_file)
+    load_features("cifar10", data_dir, write_resnet(tmp_path / "other.pt", "cifar10", seed=1))
+    monkeypatch.setattr(cache, "CUT", "another")
+    load_features("cifar10", data_dir, weights_file)
+    (data_dir / "cifar-10-batches-py").rename(data_dir / "old")
+    write_cifar(monkeypatch, data_dir, "cifar10", train=45)
+    assert len(load_features("cifar10", data_dir, weights_file).train_labels) == 45
+    assert len(list((data_dir / "features").iterdir())) == 4
+
+
+def test_another_kind_of_device_has_other_features(data_dir, weights_file, monkeypatch):
+    """Its arithmetic differs in the last bits, and a run on one must not go on with the features of the other."""
+    used = []
+
+    def compute(network, images, device):
+        used.append(device)
+        return {name: getattr(images, name) for name in cache.PARTS}
+
+    monkeypatch.setattr(cache, "load_resnet", lambda *_: torch.nn.Identity())
+    monkeypatch.setattr(cache, "_compute", compute)
+    for device in ("cpu", "meta", torch.device("cpu"), "cpu:0"):
+        load_features("cifar10", data_dir, weights_file, device)
+    assert used == ["cpu", "meta"]
+    assert len(list((data_dir / "features").iterdir())) == 2
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[: len(content) // 2], lambda content: b""])
+def test_a_damaged_cache_is_written_anew(data_dir, weights_file, capsys, damage):
+    first = load_features("cifar10", data_dir, weights_file)
+    (file,) = (data_dir / "features").iterdir()
+    file.write_bytes(damage(file.read_bytes()))
+    again = load_features("cifar10", data_dir, weights_file)
+    assert f"{file} is damaged" in capsys.readouterr().err
+    assert torch.equal(first.train_images, again.train_images)
+    load_features("cifar10", data_dir, weights_file)
+    assert "reading" in capsys.readouterr().out
+
+
+def test_a_data_directory_that_cannot_be_written_only_costs_the_cache(data_dir, weights_file, capsys):
+    (data_dir / "features").write_text("in the way")
+    assert len(load_features("cifar10", data_dir, weights_file).train_labels) == 50
+    assert "the next run computes them again" in capsys.readouterr().err
+
+
+# --- runs ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_remembers_the_hash_of_its_weights_and_leaves_them_out(data_dir, weights_file, tmp_path, capsys):
+    flags = [*FLAGS, "--data_dir", str(data_dir), "--checkpoint_dir", str(tmp_path)]
+    assert train.main([*flags, "--resnet_weights", str(weights_file)]) == 0
+    checkpoint = torch.load(tmp_path / "resnet_cifar10_dense_p0.15_T3_current.pth", weights_only=True)
+    digest = weights_digest("cifar10", weights_file)
+    assert checkpoint["settings"]["resnet_weights"] == digest
+    assert checkpoint["model"]["fc1.values"].shape[1:] == (16, 64)
+    assert not any("conv" in name for name in checkpoint["model"])
+    # the same content under another name is the same run
+    copy = weights_file.with_name("copy.pt")
+    copy.write_bytes(weights_file.read_bytes())
+    assert train.main([*flags, "--resnet_weights", str(copy)]) == 0
+    assert "is finished" in capsys.readouterr().out
+    # other weights are another
+    other = write_resnet(tmp_path / "other.pt", "cifar10", seed=1)
+    assert train.main([*flags, "--resnet_weights", str(other)]) == 1
+    message = f"resnet_weights: {digest} there, {weights_digest('cifar10', other)} now"
+    assert message in capsys.readouterr().err
+    assert train.main(flags) == 1
+    assert f"resnet_weights: {digest} there, ef93fc4d now" in capsys.readouterr().err
+
+
+def test_a_run_with_the_published_weights_remembers_their_hash(data_dir, tmp_path, monkeypatch):
+    publish_resnet(monkeypatch, tmp_path / "hub", "cifar10")
+    flags = [*FLAGS, "--data_dir", str(data_dir), "--checkpoint_dir", str(tmp_path)]
+    assert train.main(flags) == 0
+    checkpoint = torch.load(tmp_path / "resnet_cifar10_dense_p0.15_T3_current.pth", weights_only=True)
+    assert checkpoint["settings"]["resnet_weights"] == weights_digest("cifar10")
+
+
+def test_a_missing_weights_file_stops_before_any_work(tmp_path, capsys):
+    assert train.main([*FLAGS, "--checkpoint_dir", str(tmp_path / "c"), "--resnet_weights", "none.pt"]) == 1
+    assert "resnet_weights=none.pt cannot be read (No such file or directory)" in capsys.readouterr().err
+    assert not (tmp_path / "c").exists()

@@ -1,0 +1,642 @@
+"""Dynamic sparse training against a slow description of its rules, weight by weight."""
+
+import copy
+import itertools
+import math
+import pickle
+
+import pytest
+import torch
+from helpers import backends_of, seeded
+from torch.nn.utils import parametrizations, prune
+from torch.utils.checkpoint import checkpoint
+
+from g2g_kernels import BlockMask, GroupLayout, lif
+from g2g_kernels.ops.g2g_stack import operator
+from g2gnet import DSTScheduler, G2GLinear, G2GNet, sparsify
+from g2gnet.dst import scores as scores_module
+from g2gnet.dst.rules import GROW_RULES, PRUNE_RULES
+from g2gnet.dst.scheduler import _first
+from g2gnet.dst.scores import UnitGradients, unit_correlation
+from g2gnet.training.regularizer import rate_penalty, rate_target
+
+RULES = list(itertools.product(PRUNE_RULES, GROW_RULES))
+
+
+def correlation_by_weight(pre, post):
+    """Σ post_i·pre_j / (‖post_i‖·‖pre_j‖) over all samples, [out, in], 0 where either is silent; in float64."""
+    if pre.dim() == 2:
+        pre = pre.expand(len(post), *pre.shape)
+    pre, post = pre.reshape(-1, pre.shape[-1]).double(), post.reshape(-1, post.shape[-1]).double()
+    product = post.T @ pre
+    norms = post.norm(dim=0)[:, None] * pre.norm(dim=0)[None, :]
+    return torch.where(norms > 0, product / norms, 0.0)
+
+
+def mean_by_unit(matrix, mask):
+    """The mean of a dense [out, in] matrix over each unit of the grid, clipped units over the weights they have."""
+    means = torch.zeros(mask.grid, dtype=torch.float64)
+    rows = [mask.rows.order[a:b] for a, b in itertools.pairwise(mask.rows.bounds.tolist())]
+    cols = [mask.cols.order[a:b] for a, b in itertools.pairwise(mask.cols.bounds.tolist())]
+    for r, c in itertools.product(range(len(rows)), range(len(cols))):
+        means[r, c] = matrix[rows[r][:, None], cols[c][None, :]].double().mean()
+    return means
+
+
+def spikes(*shape, seed=0, rate=0.2):
+    drawn = (torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < rate).float()
+    drawn[..., :2] = 0  # two silent neurons
+    return drawn
+
+
+@pytest.mark.parametrize("block_size", [1, 5, 16])
+@pytest.mark.parametrize("held", [True, False])
+def test_unit_correlation_is_the_mean_over_the_units_weights(block_size, held):
+    generator = torch.Generator().manual_seed(0)
+    layouts = GroupLayout(30, 4, "random", generator), GroupLayout(42, 4, "interleaved")
+    mask = BlockMask.sample(*layouts, block_size=block_size, generator=generator)
+    pre = torch.rand(6, 42, generator=generator) - 0.3 if held else spikes(9, 6, 42, seed=1)
+    post = spikes(9, 6, 30)
+    expected = mean_by_unit(correlation_by_weight(pre, post), mask)
+    # float32 sums of up to 54 samples
+    torch.testing.assert_close(unit_correlation(pre, post, mask).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_correlation_of_identical_trains_is_one_and_with_a_silent_neuron_zero():
+    train = spikes(9, 6, 8)
+    mask = BlockMask.from_dense(torch.ones(8, 8))
+    correlation = unit_correlation(train, train, mask)
+    expected = torch.ones(8)
+    expected[:2] = 0
+    torch.testing.assert_close(correlation.diagonal(), expected)
+
+
+def trained_net(seed=0, p_inter=0.3, **options):
+    """A net, its optimizer with state in every weight, and the last step's input and activity."""
+    net = G2GNet(
+        30, 40, 10, "mixer", p_inter, block_size=3, T=8, generator=torch.Generator().manual_seed(seed), **options
+    )
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2, weight_decay=1e-4)
+    x = torch.rand(6, 30, generator=torch.Generator().manual_seed(seed)) * 3
+    for _ in range(2):
+        activity = train_step(net, optimizer, x)
+    return net, optimizer, x, activity
+
+
+def train_step(net, optimizer, x, target=None):
+    activity = net.simulate(x)
+    loss = torch.nn.functional.cross_entropy(activity.counts, torch.arange(len(x)))
+    if target:
+        loss = loss + rate_penalty(activity.rates[:-1], target)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return activity
+
+
+def dense_gradients(net, x):
+    """∂L/∂W of each layer with a dense weight, [out, in], for the loss of :func:`train_step`."""
+    weights, spikes, steps = [], x, net.T
+    for connection, neurons in net.layers():
+        weights.append(connection.dense_weight().detach().requires_grad_())
+        current = torch.nn.functional.linear(spikes, weights[-1], connection.bias)
+        options = neurons.reset, neurons.surrogate, neurons.alpha
+        spikes, steps = lif(current, neurons.beta, neurons.threshold, steps, *options, backend="torch"), None
+    loss = torch.nn.functional.cross_entropy(spikes.sum(0), torch.arange(len(x)))
+    return torch.autograd.grad(loss, weights)
+
+
+def sparse_layers(net):
+    return [connection for connection, _ in net.layers()]
+
+
+def units_of(mask):
+    return set(zip(mask.unit_row.tolist(), mask.unit_col.tolist(), strict=True))
+
+
+@pytest.mark.parametrize(("prune", "grow"), RULES)
+def test_an_update_follows_its_rules(prune, grow):
+    net, optimizer, x, _ = trained_net()
+    layers = sparse_layers(net)
+    scheduler = DSTScheduler(layers, optimizer, interval=1, fraction=0.2, prune=prune, grow=grow)
+    gradients = [
+        mean_by_unit(g.square(), layer.mask).sqrt() for g, layer in zip(dense_gradients(net, x), layers, strict=True)
+    ]
+    activity = train_step(net, optimizer, x)
+    before = [(units_of(layer.mask), layer.dense_weight().detach().clone(), layer.mask.density) for layer in layers]
+    trains = [x, *(record.dense() for record in activity.spikes)]
+    correlations = [
+        mean_by_unit(correlation_by_weight(trains[i], trains[i + 1]), layer.mask) for i, layer in enumerate(layers)
+    ]
+    weights = [mean_by_unit(layer.dense_weight().detach().abs(), layer.mask) for layer in layers]
+
+    assert scheduler.step(x, activity)
+
+    replaced = 0
+    for layer, (old, old_weight, _), correlation, weight, gradient in zip(
+        layers, before, correlations, weights, gradients, strict=True
+    ):
+        new = units_of(layer.mask)
+        pruned, grown = old - new, new - old
+        count = min(int(0.2 * len(old)), layer.mask.grid[0] * layer.mask.grid[1] - len(old))
+        replaced += count
+        assert len(new) == len(old)
+        assert len(pruned) == len(grown) == count > 0
+        inactive = set(itertools.product(range(layer.mask.grid[0]), range(layer.mask.grid[1]))) - old
+        assert grown <= inactive
+        if prune != "random":
+            score = weight if prune == "set" else correlation
+            kept = old - pruned
+            # a tie may go either way; float32 scores are compared with float64 ones
+            assert max(score[unit] for unit in pruned) <= min(score[unit] for unit in kept) + 1e-6
+        if grow != "random":
+            score = correlation if grow == "hebb" else gradient
+            passed_over = inactive - grown
+            assert min(score[unit] for unit in grown) >= max(score[unit] for unit in passed_over) - 1e-6
+
+        # kept weights are untouched, pruned and grown ones are zero, and so is the grown ones' optimizer state
+        kept_mask = unit_mask(layer.mask, old & new)
+        assert torch.equal(layer.dense_weight().detach(), old_weight * kept_mask)
+        for name in ("exp_avg", "exp_avg_sq"):
+            moment = layer.mask.unpack(optimizer.state[layer.values][name])
+            assert (moment[unit_mask(layer.mask, grown)] == 0).all()
+            assert (moment[kept_mask] != 0).any()
+    assert scheduler.pruned == scheduler.grown == replaced
+
+
+def unit_mask(mask, units):
+    """bool [out, in], true in the given units."""
+    dense = torch.zeros(mask.shape, dtype=torch.bool)
+    rows, cols = mask.rows.bounds.tolist(), mask.cols.bounds.tolist()
+    for r, c in units:
+        dense[mask.rows.order[rows[r] : rows[r + 1], None], mask.cols.order[None, cols[c] : cols[c + 1]]] = True
+    return dense
+
+
+@pytest.mark.parametrize(("prune", "grow"), RULES)
+@pytest.mark.parametrize("block_size", [64, pytest.param(16, marks=pytest.mark.long)])
+def test_no_rule_drifts_towards_small_units(prune, grow, block_size):
+    """25 updates of a fifth leave the density within 1 %, with groups of 98 inputs, which neither 64 nor 16 divides."""
+    net = G2GNet(
+        784, 512, 10, "mixer", block_size=block_size, T=4, generator=torch.Generator().manual_seed(0), enc_scale=3.0
+    )
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3, weight_decay=1e-4)
+    x = torch.rand(10, 784, generator=torch.Generator().manual_seed(0))
+    scheduler = DSTScheduler(net, optimizer, interval=1, fraction=0.2, prune=prune, grow=grow)
+    before = [layer.mask.density for layer in sparse_layers(net)]
+    for _ in range(25):
+        train_step(net, optimizer, net.encode(x))
+        scheduler.step()
+    assert scheduler.pruned > 0
+    for layer, density in zip(sparse_layers(net)[:2], before, strict=False):
+        assert layer.mask.density == pytest.approx(density, rel=0.01)
+
+
+def test_ties_are_broken_by_a_uniform_seeded_draw():
+    """With all weights equal every unit is pruned equally often, and the same seed prunes the same units."""
+    mask = BlockMask.sample(GroupLayout(16, 2), GroupLayout(16, 2), p_inter=0.5, block_size=4)
+    times_pruned = torch.zeros(mask.num_units)
+    for seed in range(300):
+        layer = G2GLinear(BlockMask(GroupLayout(16, 2), GroupLayout(16, 2), mask.unit_row, mask.unit_col, 4))
+        torch.nn.init.ones_(layer.values)
+        scheduler = DSTScheduler([layer], torch.optim.SGD([layer.values]), 1, 0.25, "set", "random", seed)
+        scheduler.step(torch.rand(2, 16), None)
+        times_pruned += (layer.values == 0).all(2).all(1)
+    expected = 300 * int(0.25 * mask.num_units) / mask.num_units
+    assert (times_pruned - expected).abs().max() < 5 * expected**0.5
+
+
+def test_the_seed_decides_and_different_updates_draw_differently():
+    drawn = []
+    for seed in (1, 1, 2):
+        net, optimizer, x, activity = trained_net()
+        scheduler = DSTScheduler(sparse_layers(net), optimizer, 1, 0.2, "random", "random", seed)
+        scheduler.step(x, activity)
+        first = units_of(net.fc2.mask)
+        scheduler.step(x, activity)
+        drawn.append((first, units_of(net.fc2.mask)))
+    assert drawn[0] == drawn[1]
+    assert drawn[0] != drawn[2]
+    assert drawn[0][0] != drawn[0][1]
+
+
+def test_updates_come_every_interval_steps_and_reuse_the_same_memory():
+    net, optimizer, x, activity = trained_net()
+    scheduler = DSTScheduler(sparse_layers(net), optimizer, interval=3)
+    tensors = [net.fc2.values, net.fc2.mask.unit_row, net.fc2.mask.row_ptr, net.fc2.mask.col_slot]
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    assert [scheduler.step(x, activity) for _ in range(7)] == [False, False, True, False, False, True, False]
+    assert [tensor.data_ptr() for tensor in tensors] == addresses
+
+
+@pytest.mark.parametrize("target", [None, rate_target(20, 20, 10)], ids=["plain", "with regulariser"])
+def test_training_goes_on_through_updates_and_a_resume(target):
+    """Ten steps with updates equal five, a save into fresh objects, and five more, to the last bit."""
+
+    def build():
+        net, optimizer, x, _ = trained_net()
+        return net, optimizer, x, DSTScheduler(sparse_layers(net), optimizer, interval=2, prune="hebb")
+
+    def train(parts, steps):
+        net, optimizer, x, scheduler = parts
+        for _ in range(steps):
+            scheduler.step(x, train_step(net, optimizer, x, target))
+
+    through = build()
+    train(through, 10)
+    first, second = build(), build()
+    train(first, 5)
+    for old, new in zip((first[0], first[1], first[3]), (second[0], second[1], second[3]), strict=True):
+        new.load_state_dict(old.state_dict())
+    train(second, 5)
+    for name, tensor in through[0].state_dict().items():
+        assert torch.equal(tensor, second[0].state_dict()[name]), name
+    assert second[3].state_dict() == through[3].state_dict()
+    assert through[3].pruned > 0
+
+
+# --- the gradient of absent units ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", backends_of(operator))
+@pytest.mark.parametrize("varying", [False, True], ids=["held", "varying"])
+def test_absent_units_get_the_gradient_of_a_dense_layer_and_nothing_else_changes(backend, varying):
+    net, _, x, _ = trained_net(backend=backend)
+    if varying:
+        x = (torch.rand(8, 6, 30, generator=torch.Generator().manual_seed(3)) < 0.5).float()
+    labels = torch.arange(6)
+
+    def run():
+        net.zero_grad()
+        counts = net.simulate(x).counts
+        torch.nn.functional.cross_entropy(counts, labels).backward()
+        return counts.detach(), [parameter.grad for parameter in net.parameters()]
+
+    without = run()
+    for layer in sparse_layers(net):
+        layer.observer = UnitGradients()
+    counts, gradients = run()
+    assert torch.equal(counts, without[0])
+    for one, other in zip(gradients, without[1], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)  # sums in another order
+    if not varying:
+        for layer, expected in zip(sparse_layers(net), dense_gradients(net, x), strict=True):
+            found = layer.observer.root_mean_squares(layer.mask).view(layer.mask.grid)
+            size = mean_by_unit(expected.square(), layer.mask).sqrt()
+            torch.testing.assert_close(found.double(), size, rtol=1e-4, atol=1e-7)
+    # neither in evaluation nor without gradients
+    before = [len(layer.observer.seen().pairs) for layer in sparse_layers(net)]
+    with torch.no_grad():
+        net.simulate(x)
+    net.eval().simulate(x).counts.sum().backward()
+    assert [len(layer.observer.seen().pairs) for layer in sparse_layers(net)] == before
+
+
+@pytest.mark.parametrize("backend", backends_of(operator))
+@pytest.mark.parametrize("chunk", [None, 3])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_gradients_of_units_are_those_of_the_network_with_every_unit(backend, dropout, chunk, monkeypatch):
+    monkeypatch.setattr(scores_module, "BAND", 100)  # one block row at a time
+    options = {"model": "random", "num_groups": 3, "block_size": 4, "T": 7, "recurrent": True, "rec_gain": 1.0}
+    net = G2GNet(20, 26, 7, p_inter=0.3, backend=backend, dropout=dropout, generator=seeded(1), **options)
+    dense = copy.deepcopy(net).double()
+    x = torch.rand(7, 5, 20, generator=seeded(2)) * 2
+    dropped = net.drop(5, seeded(3)) if dropout else None
+    for name, layer in net.connections().items():
+        mask = layer.mask
+        every = BlockMask.full(mask.rows.layout, mask.cols.layout, 4)
+        twin = G2GLinear(every, layer.bias is not None, backend="torch").double()
+        twin.values.data = every.pack(mask.unpack(layer.values.detach().double()))
+        if layer.bias is not None:
+            twin.bias.data = layer.bias.detach().double()
+        setattr(dense, name, twin)
+        layer.observer = UnitGradients()
+    dense.backend = "torch"
+    for stack, inputs in ((net, x), (dense, x.double())):
+        for part in inputs.split(3, 1):  # gradients of two backward passes
+            of_part = dropped and [each[: part.shape[1]] for each in dropped]
+            part = part.detach().requires_grad_()
+            loss = stack.simulate(part, chunk=chunk, dropped=of_part).counts.square().sum()
+            torch.autograd.grad(loss, part, retain_graph=True)  # a pass for inputs alone does not count
+            loss.backward()
+    for name, layer in net.connections().items():
+        gradient = dense.connections()[name].mask.unpack(dense.connections()[name].values.grad)
+        expected = mean_by_unit(gradient.square(), layer.mask).sqrt().flatten()
+        assert expected.max() > 0
+        found = layer.observer.root_mean_squares(layer.mask).double()
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.max()))
+
+
+def own_model(**options):
+    """A user's model of linear layers, sparse, with an optimizer and a scheduler."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(20, 24), torch.nn.Tanh(), torch.nn.Linear(24, 12))
+    sparsify(model, 0.3, num_groups=4, block_size=3, generator=torch.Generator().manual_seed(1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return model, optimizer, DSTScheduler(model, optimizer, **options)
+
+
+def test_in_ones_own_loop_the_units_of_the_largest_gradient_grow_and_only_when_due():
+    model, optimizer, scheduler = own_model(interval=2, fraction=0.2, grow="gradient")
+    x = torch.randn(16, 20, generator=torch.Generator().manual_seed(2))
+    for step in range(1, 5):
+        weights = [model[place].dense_weight().detach().requires_grad_() for place in (0, 2)]
+        hidden = torch.nn.functional.linear(x, weights[0], model[0].bias).tanh()
+        loss = torch.nn.functional.linear(hidden, weights[1], model[2].bias).square().sum()
+        expected = torch.autograd.grad(loss, weights)
+        old = [units_of(model[place].mask) for place in (0, 2)]
+        assert (model[0].observer is not None) == (step % 2 == 0)
+        for half in x.split(8):  # gradients are accumulated over two backward passes
+            model(half).square().sum().backward()
+        optimizer.step()
+        assert scheduler.step() == (step % 2 == 0)
+        optimizer.zero_grad()
+        for place, gradient, before in zip((0, 2), expected, old, strict=True):
+            mask = model[place].mask
+            grown = units_of(mask) - before
+            assert bool(grown) == (step % 2 == 0)
+            score = mean_by_unit(gradient.square(), mask)
+            passed_over = set(itertools.product(*map(range, mask.grid))) - before - grown
+            assert not grown or min(score[u] for u in grown) >= max(score[u] for u in passed_over) * (1 - 1e-5)
+
+
+def test_a_step_without_a_backward_pass_has_no_gradient():
+    _, _, scheduler = own_model(interval=1, grow="gradient")
+    with pytest.raises(RuntimeError, match=r"no gradient of layer 0 was recorded .* grow='gradient' needs it"):
+        scheduler.step()
+
+
+def train(model, optimizer, *schedulers, steps=1):
+    """Training steps, after each of which all the schedulers step."""
+    for number in range(steps):
+        optimizer.zero_grad()
+        model(torch.rand(8, 20, generator=torch.Generator().manual_seed(number))).square().sum().backward()
+        optimizer.step()
+        for scheduler in schedulers:
+            scheduler.step()
+
+
+def test_of_two_schedulers_that_need_the_gradient_the_first_names_the_other():
+    model, optimizer, first = own_model(interval=1, grow="gradient")
+    second = DSTScheduler(model, optimizer, interval=1, grow="gradient")
+    with pytest.raises(RuntimeError, match=r"another DSTScheduler .* has taken over layer 0; .* the last one only"):
+        train(model, optimizer, first, second)
+
+
+def test_a_scheduler_made_again_replaces_the_one_before():
+    """As in a notebook whose cell is run twice: the first is deleted when the second exists."""
+    model, optimizer, scheduler = own_model(interval=1, grow="gradient")
+    scheduler = DSTScheduler(model, optimizer, interval=1, grow="gradient")
+    train(model, optimizer, scheduler, steps=2)
+    assert scheduler.grown > 0
+
+
+def reuses_a_buffer(model, x):
+    buffer = torch.empty_like(x[:4])
+    for part in x.split(4):
+        model(buffer.copy_(part)).square().sum().backward()
+
+
+def changes_a_gradient(model, x):
+    hidden = model[0](x)
+    hidden.register_hook(lambda gradient: gradient.clamp(-0.1, 0.1))
+    model[2](hidden.relu_()).square().sum().backward()
+
+
+def wants_gradients_of_inputs_first(model, x):
+    x = x.clone().requires_grad_()
+    hidden = model[0](x)
+    y = model[2](hidden.tanh()).square().sum()
+    direction = torch.autograd.grad(y, (x, hidden), retain_graph=True)[0].sign()
+    y.backward(retain_graph=True)
+    model((x + 0.1 * direction).detach()).square().sum().backward()
+
+
+def penalizes_the_dense_weight(model, x):
+    (model(x).square().sum() + (model[0].weight @ model[0].weight.T).square().sum()).backward()
+
+
+@pytest.mark.parametrize(
+    "step", [reuses_a_buffer, changes_a_gradient, wants_gradients_of_inputs_first, penalizes_the_dense_weight]
+)
+def test_the_gradient_by_which_units_grow_is_the_one_that_trains(step):
+    model, _, _ = own_model(interval=1, grow="gradient")
+    x = torch.rand(16, model[0].in_features, generator=seeded(3))
+    dense = copy.deepcopy(model).double()
+    for place in (0, 2):
+        dense[place] = dense[place].to_linear()
+    step(model, x)
+    step(dense, x.double())
+    for place in (0, 2):
+        expected = mean_by_unit(dense[place].weight.grad.square(), model[place].mask).sqrt().flatten()
+        found = model[place].observer.root_mean_squares(model[place].mask).double()
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.max()))
+
+
+def penalizes_the_gradient(model, x):
+    (of_inputs,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+    of_inputs.square().sum().backward()
+
+
+def wants_the_gradients_of_samples(model, x):
+    def loss(parameters, sample):
+        return torch.func.functional_call(model, parameters, (sample,)).square().sum()
+
+    torch.func.vmap(torch.func.grad(loss), (None, 0))(dict(model.named_parameters()), x)
+
+
+def wants_a_jacobian_of_the_weights(model, x):
+    y = model(x)[0]
+    torch.autograd.grad(y, model[0].values, torch.eye(len(y)), is_grads_batched=True)
+
+
+@pytest.mark.parametrize(
+    ("step", "named"),
+    [
+        (penalizes_the_gradient, r"the gradient of a gradient \(create_graph=True\)"),
+        (wants_the_gradients_of_samples, r"gradients in batches \(torch.func.vmap, "),
+        (wants_a_jacobian_of_the_weights, r"gradients in batches \(torch.func.vmap, "),
+    ],
+)
+def test_gradients_that_are_not_seen_are_refused(step, named):
+    model, _, scheduler = own_model(interval=1, grow="gradient")
+    step(model, torch.rand(4, model[0].in_features).requires_grad_())
+    model(torch.rand(4, model[0].in_features)).sum().backward()
+    with pytest.raises(RuntimeError, match=named):
+        scheduler.step()
+
+
+def test_a_jacobian_of_the_inputs_does_not_count():
+    model, _, scheduler = own_model(interval=1, grow="gradient")
+    x = torch.rand(4, model[0].in_features)
+    jacobian = torch.autograd.functional.jacobian(model, x, vectorize=True)
+    dense = torch.nn.Sequential(model[0].to_linear(), model[1], model[2].to_linear())
+    torch.testing.assert_close(jacobian, torch.autograd.functional.jacobian(dense, x))
+    assert not any(model[0].observer.seen())
+    model(x).sum().backward()
+    assert scheduler.step()
+
+
+def test_scores_are_not_rounded_by_autocast_and_graphs_that_are_kept_hold_no_samples():
+    scores = []
+    for autocast in (False, True):
+        model, _, scheduler = own_model(interval=1, grow="gradient")
+        observer = model[0].observer
+        scheduler.grow = scheduler.grow._replace(score=lambda seen: scores.append(seen.gradient) or seen.gradient)
+        model(torch.rand(16, model[0].in_features, generator=seeded(3))).square().sum().backward()
+        with torch.autocast("cpu", torch.bfloat16, autocast):
+            scheduler.step()
+        assert not any(observer.seen())
+        assert not observer._inputs
+    for exact, found in zip(scores[:2], scores[2:], strict=True):
+        assert torch.equal(exact, found)
+
+
+def test_a_copy_of_a_layer_forms_no_gradient_of_absent_units():
+    model, _, scheduler = own_model(interval=1, grow="gradient")
+    assert scheduler.forms_gradient
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert model[0].observer is not None
+        assert twin[0].observer is None
+
+
+# --- numbers that are not finite ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(("prune", "grow"), RULES)
+def test_an_update_with_a_number_that_is_not_finite_is_left_out_and_said(prune, grow, bad, caplog):
+    model, optimizer, scheduler = own_model(interval=1, fraction=0.3, prune=prune, grow=grow)
+    x = torch.randn(16, 20, generator=torch.Generator().manual_seed(2))
+    x[3, 5] = bad
+    units = [units_of(model[place].mask) for place in (0, 2)]
+    model(x).square().sum().backward()
+    optimizer.step()
+    assert scheduler.step()
+    uses_it = (prune, grow) != ("random", "random")
+    assert (scheduler.pruned == 0) == uses_it
+    assert ("no unit was replaced, because scores of" in caplog.text) == uses_it
+    for place, before in zip((0, 2), units, strict=True):
+        assert (units_of(model[place].mask) == before) == uses_it
+    state = model.state_dict()
+    state = {name: tensor.nan_to_num() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    copy.deepcopy(model).load_state_dict(state)  # no unit is named twice
+
+
+def test_what_is_not_a_number_comes_last_but_before_what_is_excluded():
+    draw = torch.Generator().manual_seed(0)
+    cost = torch.tensor([2.0, math.nan, -math.inf, 1.0, math.inf, 0.0])
+    last = torch.tensor([False, False, False, False, False, True])
+    order = _first(cost, 6, draw, last).tolist()
+    assert order[:3] == [2, 3, 0]
+    assert set(order[3:5]) == {1, 4}
+    assert order[5] == 5
+
+
+# --- parts of a model that run again in the backward pass ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize(("prune", "grow"), [("hebb", "hebb"), ("set", "gradient")])
+def test_a_checkpointed_model_is_rewired_as_any_other(prune, grow, use_reentrant):
+    wired = []
+    for checkpointed in (False, True):
+        model, optimizer, scheduler = own_model(interval=1, fraction=0.3, prune=prune, grow=grow)
+        for step in range(3):
+            x = torch.randn(16, 20, generator=torch.Generator().manual_seed(step)).requires_grad_()
+            y = checkpoint(model, x, use_reentrant=use_reentrant) if checkpointed else model(x)
+            optimizer.zero_grad()
+            y.square().sum().backward()
+            optimizer.step()
+            scheduler.step()
+        wired.append([units_of(model[place].mask) for place in (0, 2)])
+    assert wired[0] == wired[1]
+
+
+# --- schedules ----------------------------------------------------------------------------------------------------
+
+
+def test_the_share_falls_as_a_cosine_up_to_the_last_update():
+    """S is the last multiple of 10 in the first 75 % of 100 steps; there the cosine is zero."""
+    net, optimizer, _, _ = trained_net()
+    scheduler = DSTScheduler(
+        [net.fc2], optimizer, 10, 0.4, "random", "random", schedule="cosine", stop=0.75, total_steps=100
+    )
+    replaced = {}
+    for step in range(1, 101):
+        before = scheduler.pruned
+        if scheduler.step():
+            replaced[step] = scheduler.pruned - before
+    units = net.fc2.mask.num_units
+    assert replaced == {s: int(0.4 * (1 + math.cos(math.pi * s / 70)) / 2 * units) for s in range(10, 71, 10)}
+    assert replaced[70] == 0 < replaced[60] < replaced[10]
+
+
+def test_a_nearly_full_layer_grows_no_more_than_there_is_room_for():
+    net, optimizer, x, activity = trained_net(p_inter=0.97)
+    before = [layer.mask.num_units for layer in sparse_layers(net)]
+    DSTScheduler(sparse_layers(net), optimizer, 1, fraction=1.0).step(x, activity)
+    for layer, count in zip(sparse_layers(net), before, strict=True):
+        assert len(units_of(layer.mask)) == layer.mask.num_units == count
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prune": "magnitude"}, "prune='magnitude' is unknown; choose one of set, random, hebb"),
+        ({"grow": "set"}, "grow='set' is unknown; choose one of hebb, random, gradient"),
+        ({"interval": 0}, "interval=0 must be a whole number of at least 1"),
+        ({"interval": math.nan}, "interval=nan must be a whole number"),
+        ({"interval": math.inf}, "interval=inf must be a whole number"),
+        ({"interval": 1.5}, "interval=1.5 must be a whole number"),
+        ({"interval": True}, "interval=True must be a whole number"),
+        ({"interval": 10**26}, "interval=1000.* must be a whole number of at least 1, at most"),
+        ({"total_steps": -5}, "total_steps=-5 must be a whole number of at least 1"),
+        ({"total_steps": 2.5}, "total_steps=2.5 must be a whole number"),
+        ({"seed": 1.5}, "seed=1.5 must be a whole number"),
+        ({"fraction": math.nan}, "fraction=nan must be a number above 0 and at most 1"),
+        ({"fraction": 1e-310}, "fraction=1e-310 must be .* that a float32 holds"),
+        ({"fraction": 0.0}, "fraction=0.0 must be a number above 0"),
+        ({"fraction": 1.1}, "fraction=1.1 must be a number above 0 and at most 1"),
+        ({"stop": 0.0, "total_steps": 9}, "stop=0.0 must be a number above 0 and at most 1"),
+        ({"schedule": "linear"}, "schedule='linear' is unknown; choose one of constant, cosine"),
+        ({"schedule": "cosine"}, "schedule='cosine' and stop=1.0 need total_steps"),
+        ({"stop": 0.5}, "stop=0.5 need total_steps"),
+        ({"stop": 0.5, "total_steps": 1999}, "interval=1000 leaves no update in the first 0.5 of 1999 steps"),
+    ],
+)
+def test_options_out_of_range_are_named(options, message):
+    net, optimizer, _, _ = trained_net()
+    with pytest.raises(ValueError, match=message):
+        DSTScheduler(sparse_layers(net), optimizer, **options)
+
+
+def test_a_full_network_is_refused():
+    net = G2GNet(30, 40, 10, "dense")
+    with pytest.raises(ValueError, match="none can grow"):
+        DSTScheduler(sparse_layers(net), torch.optim.Adam(net.parameters()))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda layer: parametrizations.weight_norm(layer, "values"),
+        lambda layer: prune.l1_unstructured(layer, "values", amount=0.5),
+    ],
+)
+def test_a_layer_whose_weights_something_computes_is_refused_by_name_before_and_in_an_update(wrap):
+    message = "the weights of layer 1, 64 × 64, are computed by a parametrization.*; remove that, or give .* other la"
+    net, late = (G2GNet(64, 64, 10, block_size=8, T=5, generator=seeded(0)) for _ in range(2))
+    options = {"interval": 1, "prune": "random", "grow": "random"}
+    dst = DSTScheduler(late, torch.optim.SGD(late.parameters(), lr=0.1), **options)
+    units = late.fc1.mask.flat_unit().clone()
+    for each in (net, late):
+        wrap(each.fc2)
+    with pytest.raises(ValueError, match=message):
+        DSTScheduler(net, torch.optim.SGD(net.parameters(), lr=0.1), **options)
+    with pytest.raises(ValueError, match=message):
+        dst.step()
+    assert torch.equal(late.fc1.mask.flat_unit(), units)
+    others = DSTScheduler([net.fc1, net.fc3], torch.optim.SGD(net.parameters(), lr=0.1), **options)
+    assert others.step()
+    assert others.grown > 0

@@ -1,0 +1,511 @@
+"""Gradual pruning: which weights are left after each update, and that everything that belongs to them follows."""
+
+import copy
+import itertools
+import math
+import pickle
+
+import pytest
+import torch
+from networks import small_net
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+from training_runs import SMALL
+
+from g2g_kernels import BlockMask
+from g2gnet import DSTScheduler, G2GLinear
+from g2gnet.data import load_dataset
+from g2gnet.dst.lamp import layer_adapted
+from g2gnet.dst.optimizer_state import OptimizerState
+from g2gnet.training import Machine, SettingsError, Trainer, TrainSettings
+
+PRUNED = {"sparsity_mode": "dynamic", "dst_interval": 2, "dst_fraction": 0.0, "dst_stop": 0.75, "final_density": 0.1}
+
+
+def weights_of(net):
+    return sum(layer.mask.num_weights for layer in net.connections().values())
+
+
+def possible(net):
+    return sum(math.prod(layer.mask.shape) for layer in net.connections().values())
+
+
+def trained(model="mixer", steps=1, optimizer=torch.optim.Adam, **options):
+    net = small_net(model, **options)
+    made = optimizer(net.parameters(), lr=1e-2)
+    for _ in range(steps):
+        train(net, made)
+    return net, made
+
+
+def train(net, optimizer):
+    inputs = torch.rand(8, net.fc1.in_features, generator=torch.Generator().manual_seed(1)) * 3
+    loss = torch.nn.functional.cross_entropy(net(inputs), torch.arange(8))
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss
+
+
+def pruning(net, optimizer, final=0.05, **options):
+    """Updates after steps 1 to 4 of 5, of the lowest weights alone."""
+    settings = {"interval": 1, "fraction": 0.0, "stop": 0.8, "total_steps": 5, "final_density": final, **options}
+    return DSTScheduler(net, optimizer, **settings)
+
+
+@pytest.mark.parametrize("model", ["dense", "mixer"])
+def test_the_number_of_weights_falls_by_the_cubic_schedule(model):
+    """In quarters of the way what is above the final number is 27/64, 8/64, 1/64 and nothing of what it was."""
+    net, optimizer = trained(model, sizes=(80, 100, 10), block_size=1)
+    dst = pruning(net, optimizer)
+    first, final = weights_of(net), 0.05 * possible(net)
+    counts = []
+    for _ in range(5):
+        train(net, optimizer)
+        dst.step()
+        counts.append(weights_of(net))
+    for count, left in zip(counts, (27, 8, 1, 0, 0), strict=True):
+        assert final + (first - final) * left / 64 - 2 < count <= final + (first - final) * left / 64
+    assert dst.pruned == first - counts[-1]
+    assert dst.grown == 0
+
+
+def test_the_strongest_units_of_a_layer_stay_with_their_weights_and_moments():
+    net, optimizer = trained(steps=2)
+    layers = list(net.connections().values())
+    dst = pruning(net, optimizer)
+    train(net, optimizer)
+    before = [
+        {
+            unit: (values.abs().double().sum() / size, values, mean, square)
+            for unit, size, values, mean, square in zip(
+                layer.mask.flat_unit().tolist(),
+                layer.mask.unit_sizes.tolist(),
+                layer.values.detach().clone(),
+                *(optimizer.state[layer.values][name].clone() for name in ("exp_avg", "exp_avg_sq")),
+                strict=True,
+            )
+        }
+        for layer in layers
+    ]
+    parameters = [id(parameter) for parameter in net.parameters()]
+    dst.step()
+    assert [id(parameter) for parameter in net.parameters()] == parameters
+    for layer, units in zip(layers, before, strict=True):
+        kept = []
+        now = layer.mask.flat_unit().tolist()
+        assert layer.values.shape[0] == layer.mask.num_units == len(now) < len(units)
+        state = optimizer.state[layer.values]
+        for slot, unit in enumerate(now):
+            score, *tensors = units.pop(unit)
+            kept.append(score)
+            for tensor, was in zip((layer.values, state["exp_avg"], state["exp_avg_sq"]), tensors, strict=True):
+                assert torch.equal(tensor[slot], was)
+        assert max(score for score, *_ in units.values()) <= min(kept)
+    assert train(net, optimizer).isfinite()
+
+
+def test_units_are_replaced_among_those_that_stay():
+    net, optimizer = trained(sizes=(32, 64, 16))  # each layer's units are of one size
+    dst = pruning(net, optimizer, fraction=0.5, grow="gradient", schedule="cosine")
+    for update in range(1, 5):
+        share = (1 + math.cos(math.pi * update / 4)) / 4
+        before = {name: set(layer.mask.flat_unit().tolist()) for name, layer in net.connections().items()}
+        total = dst.grown
+        train(net, optimizer)
+        dst.step()
+        grown = 0
+        for name, layer in net.connections().items():
+            now = set(layer.mask.flat_unit().tolist())
+            new = now - before[name]
+            room = math.prod(layer.mask.grid) - len(before[name])
+            assert len(new) == min(int(share * len(now)), room)
+            grown += len(new)
+        assert dst.grown - total == grown
+    assert weights_of(net) <= 0.05 * possible(net)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_units_of_different_sizes_are_replaced_by_as_many_weights(seed):
+    """Units have 1 × 4 to 6 × 6 weights: as many units as before would leave more weights, or some units fewer."""
+    net, optimizer = trained(sizes=(30, 44, 10), block_size=8, seed=seed)
+    dst = pruning(net, optimizer, 0.1, fraction=1.0, prune="random", grow="random", seed=seed)
+    for _ in range(4):
+        train(net, optimizer)
+        dst.step()
+    unit = max(int(layer.mask.unit_sizes.max()) for layer in net.connections().values())
+    assert 0.1 * possible(net) - unit < weights_of(net) <= 0.1 * possible(net)
+    assert dst.grown > 0
+
+
+def test_a_share_of_steps_and_of_units_is_that_of_the_decimal_number():
+    """0.57 of 4,700 are 2,679, and 0.29 of 100 units 29, although their products are rounded below that."""
+    net = small_net(sizes=(32, 64, 16))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    options = {"fraction": 0.29, "prune": "random", "grow": "random", "total_steps": 4700, "stop": 0.57}
+    with pytest.raises(ValueError, match=r"interval=2680 leaves no update in the first 0\.57 of 4700"):
+        DSTScheduler(net, optimizer, 2680, **options)
+    assert not DSTScheduler(net, optimizer, 2679, **options).next_is_due
+    mask = BlockMask.from_dense(torch.arange(400).view(20, 20) % 4 == 0)
+    layer = G2GLinear(mask)
+    dst = DSTScheduler([layer], torch.optim.SGD(layer.parameters(), lr=0.1), 1, **options)
+    assert dst.step()
+    assert (mask.num_units, dst.grown) == (100, 29)
+    steps = {"batch_size": 20, "epochs": 10, "dst_interval": 57, "dst_stop": 0.57}  # of 100, which are 57 too
+    settings = TrainSettings(**(SMALL | {"sparsity_mode": "dynamic", **steps}))
+    trainer = Trainer(settings, load_dataset(settings.dataset), Machine(torch.device("cpu")))
+    assert trainer.dst is not None
+
+
+def test_a_full_layer_is_pruned_and_later_grows_by_gradient():
+    net, optimizer = trained("dense")
+    dst = pruning(net, optimizer, fraction=0.5, grow="gradient")
+    for grows in (False, True):
+        train(net, optimizer)
+        dst.step()
+        assert (dst.grown > 0) == grows
+
+
+def test_weights_follow_that_someone_keeps_a_graph_of():
+    """PyTorch accumulates gradients in a node that a kept graph keeps, with the shape that it had."""
+    net, optimizer = trained()
+    dst = pruning(net, optimizer)
+    kept = []
+    for _ in range(4):
+        kept.append(train(net, optimizer))
+        dst.step()
+    assert net.fc1.values.grad is None or net.fc1.values.grad.shape == net.fc1.values.shape
+    kept.append(train(net, optimizer))
+    assert net.fc1.values.grad.shape == net.fc1.values.shape
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.3])
+def test_averages_have_the_units_and_keep_their_own_weights(fraction):
+    net, optimizer = trained()
+    averages = AveragedModel(net, avg_fn=lambda average, now, _: average + (now - average) / 4), AveragedModel(net)
+    dst = pruning(net, optimizer, fraction=fraction, grow="random", averages=averages)
+    for _ in range(4):
+        train(net, optimizer)
+        for average in averages:
+            average.update_parameters(net)
+        dense = [[layer.dense_weight() for layer in average.module.connections().values()] for average in averages]
+        old = [layer.mask.to_dense() for layer in net.connections().values()]
+        dst.step()
+        for average, weights in zip(averages, dense, strict=True):
+            for mine, theirs, weight, before in zip(
+                average.module.connections().values(), net.connections().values(), weights, old, strict=True
+            ):
+                assert mine.mask.equals(theirs.mask)
+                assert torch.equal(mine.dense_weight(), weight * theirs.mask.to_dense() * before)
+
+
+def test_tensors_that_stand_in_for_the_weights_keep_their_units():
+    """Of tensors that someone else owns nobody can change the shape."""
+    net, optimizer = trained()
+    inputs = torch.rand(8, net.fc1.in_features) * 3
+    tensors = {
+        name: tensor.detach().clone() for name, tensor in itertools.chain(net.named_parameters(), net.named_buffers())
+    }
+
+    def answer():
+        return torch.func.functional_call(net, tensors, (inputs,))
+
+    dst = pruning(net, optimizer)
+    answer()
+    train(net, optimizer)
+    for name, parameter in net.named_parameters():  # an average, which would be rewired with the network
+        tensors[name].lerp_(parameter.detach(), 0.5)
+    before = answer()
+    for _ in range(2):
+        dst.step()
+        assert torch.equal(answer(), before)
+        train(net, optimizer)
+
+
+def test_copies_and_pickles_go_on_alike():
+    net, optimizer = trained()
+    dst = pruning(net, optimizer)
+    train(net, optimizer)
+    dst.step()
+    made = [
+        (net, optimizer, dst),
+        copy.deepcopy((net, optimizer, dst)),
+        pickle.loads(pickle.dumps((net, optimizer, dst))),
+    ]
+    for each in made:
+        train(*each[:2])
+        each[2].step()
+    for other, _, _ in made[1:]:
+        assert all(map(torch.equal, other.parameters(), net.parameters()))
+        assert other.fc2.mask.equals(net.fc2.mask)
+
+
+def test_a_state_goes_into_a_network_that_has_more_weights():
+    net, optimizer = trained()
+    dst = pruning(net, optimizer)
+    train(net, optimizer)
+    dst.step()
+    other, other_optimizer = trained(seed=1)
+    other_dst = pruning(other, other_optimizer)
+    other.load_state_dict(net.state_dict())
+    other_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    other_dst.load_state_dict(dst.state_dict())
+    for each in ((net, optimizer, dst), (other, other_optimizer, other_dst)):
+        train(*each[:2])
+        each[2].step()
+    assert all(map(torch.equal, other.parameters(), net.parameters()))
+    assert dst.state_dict() == other_dst.state_dict()
+
+
+MISMATCH = r"has \w+ of shape \[\d+, 3, 4\] for weights of shape \[\d+, 3, 4\].*load both"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda parameters: torch.optim.Adam(parameters, 1e-2, fused=True),
+        lambda parameters: torch.optim.SGD(parameters, 1e-2, momentum=0.9, fused=True),
+    ],
+)
+@pytest.mark.parametrize("fewer", [True, False])
+def test_states_of_other_weights_are_refused_before_a_step(make, fewer):
+    """Fused optimizers would write past the end of their states, or step some units with those of others."""
+    states, net = [], small_net("mixer")
+    optimizer = make(net.parameters())
+    dst = pruning(net, optimizer)
+    for _ in range(4):
+        train(net, optimizer)
+        dst.step()
+        states.append(copy.deepcopy([net.state_dict(), optimizer.state_dict(), dst.state_dict()]))
+    if fewer:  # forward in time
+        for each, state in zip((net, optimizer, dst), states[0], strict=True):
+            each.load_state_dict(state)
+    then = states[-1 if fewer else 0]
+    net.load_state_dict(then[0])
+    copies = [copy.deepcopy([net, optimizer, dst]), pickle.loads(pickle.dumps([net, optimizer, dst]))]
+    for each in (*copies, [net, optimizer, dst]):
+        with pytest.raises(ValueError, match=MISMATCH):
+            train(*each[:2])
+    assert all(torch.equal(value, then[0][name]) for name, value in net.state_dict().items())
+    other, other_optimizer = trained(seed=1)  # another network's optimizer goes on, as does a new one
+    train(other, other_optimizer)
+    optimizer.load_state_dict(then[1])
+    dst.load_state_dict(then[2])
+    twin = small_net("mixer", seed=1)
+    twin.load_state_dict(then[0])
+    twin_optimizer = make(twin.parameters())
+    twin_optimizer.load_state_dict(copy.deepcopy(then[1]))
+    train(net, optimizer)
+    train(twin, twin_optimizer)
+    assert all(map(torch.equal, net.parameters(), twin.parameters()))
+
+
+def test_only_the_optimizers_of_living_schedulers_are_asked():
+    net = small_net("mixer")
+    optimizer, other = (torch.optim.Adam(net.parameters(), 1e-2, fused=True) for _ in range(2))
+    dst, before = pruning(net, optimizer), copy.deepcopy(net)
+    train(net, optimizer)
+    dst.step()
+    of_before = torch.optim.Adam(before.parameters(), 1e-2, fused=True)
+    dst_of_before = pruning(before, of_before)
+    of_before.load_state_dict(optimizer.state_dict())
+    with pytest.raises(ValueError, match=MISMATCH):
+        train(before, of_before)
+    for layer in before.connections().values():
+        layer.values.requires_grad_(False)
+    train(before, of_before)  # which steps none of them
+    assert not other._optimizer_step_pre_hooks
+    del dst, dst_of_before
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not of_before._optimizer_step_pre_hooks
+
+
+def test_frozen_weights_count_as_weights():
+    net, optimizer = trained(steps=0)
+    net.fc1.values.requires_grad_(False)
+    dst, frozen = pruning(net, optimizer, final=0.2), net.fc1.mask.num_weights
+    for _ in range(5):
+        train(net, optimizer)
+        dst.step()
+    assert net.fc1.mask.num_weights == frozen
+    unit = max(int(layer.mask.unit_sizes.max()) for layer in net.connections().values())
+    assert 0.2 * possible(net) - unit < weights_of(net) <= 0.2 * possible(net)
+    with pytest.raises(ValueError, match=r"final_density=0\.05 is less than the .* of all in frozen ones; raise it"):
+        pruning(net, optimizer, final=0.05)
+
+
+def test_layers_that_are_frozen_later_leave_the_others_what_they_have():
+    net, optimizer = trained(steps=0)
+    dst = pruning(net, optimizer)
+    net.fc1.values.requires_grad_(False)
+    train(net, optimizer)
+    units = [layer.mask.num_units for layer in net.connections().values()]
+    with pytest.raises(ValueError, match=r"final_density=0\.05 is less than .* of all in frozen ones; raise it"):
+        dst.step()
+    assert [layer.mask.num_units for layer in net.connections().values()] == units
+    for layer in net.connections().values():
+        layer.values.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"final_density=0\.05 prunes nothing: all layers are frozen"):
+        dst.step()
+    rewiring = DSTScheduler(net, optimizer, 1, 0.5, "random", "random")
+    assert rewiring.step()
+    assert rewiring.pruned == 0
+
+
+def test_nothing_to_prune_is_refused_in_the_first_step():
+    net, optimizer = trained()
+    dst = pruning(net, optimizer, final=0.9)
+    with pytest.raises(ValueError, match=r"final_density=0\.9 is no less than the 0\.\d+ that training begins with"):
+        dst.step()
+    done = pruning(net, optimizer, final=0.9)  # of a run that was stopped when it had that many
+    done.load_state_dict({"steps": 1, "pruned": 9, "grown": 0})
+    done.step()
+    assert done.pruned == 9
+
+
+def test_an_error_in_one_layer_leaves_all_as_they_were(monkeypatch):
+    net, optimizer = trained()
+    dst = pruning(net, optimizer, fraction=0.2, grow="random")
+    average = copy.deepcopy(net)
+    train(net, optimizer)
+    before = copy.deepcopy((net.state_dict(), optimizer.state_dict()))
+
+    def fails(self, parameter, kept, keep=OptimizerState.keep_):
+        if parameter is net.fc3.values:
+            raise RuntimeError("no memory")
+        return keep(self, parameter, kept)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OptimizerState, "keep_", fails)
+        with pytest.raises(RuntimeError, match="no memory"):
+            dst.step()
+    after = net.state_dict(), optimizer.state_dict()
+    assert all(torch.equal(after[0][name], tensor) for name, tensor in before[0].items())
+    for number, state in before[1]["state"].items():
+        assert all(torch.equal(after[1]["state"][number][name], tensor) for name, tensor in state.items())
+    assert average.fc1.mask.num_units == net.fc1.mask.num_units
+    train(net, optimizer)
+    dst.step()
+    assert weights_of(net) < weights_of(average)
+
+
+def test_scores_that_are_no_numbers_prune_nothing_until_the_next_update(caplog):
+    net, optimizer = trained()
+    dst = pruning(net, optimizer)
+    first, final = weights_of(net), 0.05 * possible(net)
+    train(net, optimizer)
+    weight = net.fc2.values.data[0, 0, 0].clone()
+    net.fc2.values.data[0, 0, 0] = torch.nan
+    dst.step()
+    assert weights_of(net) == first
+    assert dst.pruned == 0
+    assert "are not finite" in caplog.text
+    net.fc2.values.data[0, 0, 0] = weight
+    for _ in range(3):
+        train(net, optimizer)
+        dst.step()
+    assert final - 16 < weights_of(net) <= final
+
+
+def adapted_by_hand(size):
+    """size² over the sum of squares of the units at least as large."""
+    return [x * x / sum(y * y for y in size if y >= x) for x in size]
+
+
+def test_units_of_different_layers_are_compared_by_their_share_of_the_rest():
+    assert layer_adapted(torch.tensor([1.0, 3.0, 2.0])).tolist() == [1 / 14, 9 / 9, 4 / 13]
+    assert sorted(layer_adapted(torch.zeros(3)).tolist()) == [0, 0, 1]
+    size = torch.rand(40, generator=torch.Generator().manual_seed(0)).double()
+    torch.testing.assert_close(layer_adapted(size), torch.tensor(adapted_by_hand(size.tolist()), dtype=torch.double))
+
+
+@pytest.mark.parametrize("prune", ["set", "random"])
+def test_layers_keep_as_many_as_stand_out_in_them_whatever_their_scale(prune):
+    kept = []
+    for scale in (1.0, 0.01):
+        net, _ = trained("dense", sizes=(20, 24, 10), block_size=1)
+        net.fc2.values.data *= scale
+        layers = list(net.connections().values())
+        scores = [adapted_by_hand(layer.values.detach().abs().flatten().tolist()) for layer in layers]
+        pruning(net, torch.optim.SGD(net.parameters()), final=0.1, prune=prune).step()
+        least = sorted(itertools.chain(*scores), reverse=True)[weights_of(net) - 1]
+        assert [layer.mask.num_units for layer in layers] == [sum(x >= least for x in of_layer) for of_layer in scores]
+        kept.append([layer.mask.flat_unit().tolist() for layer in layers])
+    assert kept[0] == kept[1]
+
+
+@pytest.mark.parametrize("prune", ["set", "random", "hebb"])
+def test_no_layer_loses_its_last_unit(prune):
+    """Not even one whose units are all zero, as those that have just grown are until a gradient reaches them."""
+    net, _ = trained("dense", sizes=(20, 24, 10), block_size=4)
+    layers = list(net.connections().values())
+    layers[-1].values.data.zero_()
+    least = sum(int(layer.mask.unit_sizes.max()) for layer in layers) / possible(net)
+    with pytest.raises(ValueError, match=f"is less than the {least:.4g} of one unit in each layer; raise it"):
+        pruning(net, torch.optim.SGD(net.parameters()), final=0.9 * least)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    dst = pruning(net, optimizer, final=1.1 * least, prune=prune)
+    for _ in range(4):
+        train(net, optimizer)
+        dst.step()
+    assert [layer.mask.num_units for layer in layers] == [1] * len(layers)
+
+
+def test_layers_in_place_of_a_model_and_recurrent_ones():
+    net, optimizer = trained(recurrent=True)
+    layers = list(net.connections().values())
+    joined = [layer for layer in net.recurrents() if layer is not None]
+    dst = pruning(layers, optimizer, recurrent=joined)
+    for _ in range(4):
+        train(net, optimizer)
+        dst.step()
+    assert weights_of(net) <= 0.05 * possible(net)
+    assert train(net, optimizer).isfinite()
+
+
+def test_a_run_records_what_is_left():
+    settings = TrainSettings(**SMALL, **PRUNED)
+    trainer = Trainer(settings, load_dataset(settings.dataset), Machine(torch.device("cpu")))
+    first = {name: layer.mask.num_units for name, layer in trainer.net.connections().items()}
+    for _ in range(settings.epochs):
+        began = {name: layer.mask.num_units for name, layer in trainer.net.connections().items()}
+        record = trainer.train_epoch()
+        for name, units in record["units"].items():
+            assert record["units_kept"][name] == units / began[name]
+            assert record["initial_units_kept"][name] == units / first[name]
+    assert record["units_pruned"] == sum(first.values()) - sum(record["units"].values())
+    for final, message in (
+        (0.9, r"final_density=0\.9 is no less than the 0\.2"),
+        (1e-6, "one unit in each layer; raise it"),
+    ):
+        settings = TrainSettings(**SMALL, **(PRUNED | {"final_density": final}))
+        with pytest.raises(SettingsError, match=message):
+            Trainer(settings, trainer.data, Machine(torch.device("cpu")))
+
+
+class Factored(torch.optim.SGD):
+    """An optimizer with a state whose units nobody knows."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for parameter in itertools.chain.from_iterable(group["params"] for group in self.param_groups):
+            self.state[parameter]["blocks"] = torch.zeros(1 + parameter.numel() // 8)
+        return super().step(closure)
+
+
+def test_what_cannot_follow_is_refused(monkeypatch):
+    net, optimizer = trained()
+    with pytest.raises(ValueError, match=r"final_density=0\.1 needs total_steps"):
+        DSTScheduler(net, optimizer, final_density=0.1)
+    for share in (0.0, 1.5):
+        with pytest.raises(ValueError, match="final_density"):
+            pruning(net, optimizer, final=share)
+    factored = Factored(net.parameters(), lr=0.1)
+    train(net, factored)
+    with pytest.raises(ValueError, match=r"keeps blocks in a form.*reset_state=\{'blocks': value\}.*weights; or"):
+        pruning(net, factored, reset_state={"blocks": None})
+    with pytest.raises(ValueError, match="fraction"):
+        DSTScheduler(net, optimizer, fraction=0.0)
+    monkeypatch.setattr(DistributedDataParallel, "__init__", lambda self, net: torch.nn.Module.__init__(self))
+    with pytest.raises(ValueError, match="DistributedDataParallel keeps buffers"):
+        pruning(torch.nn.Sequential(net, DistributedDataParallel(net)), optimizer)

@@ -1,0 +1,179 @@
+"""What a finished run says of its network, and ``g2g-analyze`` on its checkpoint."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from small_data import publish_resnet, write_cifar, write_resnet
+from tiny_checkpoints import TINY, VARIANTS, rewrite, train_tiny
+from training_runs import assert_equal
+
+import crossval
+import train
+from g2gnet.base.seeding import stream
+from g2gnet.data import as_samples, load_dataset
+from g2gnet.inspect import analyze_network, layers_table
+from g2gnet.programs import analyze
+from g2gnet.training import CheckpointError, read_run
+from g2gnet.training.checkpoints import read_checkpoint
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return train_tiny(tmp_path_factory.mktemp("mixer"))
+
+
+@pytest.mark.parametrize("flags", VARIANTS.values(), ids=VARIANTS)
+def test_the_analysis_of_a_checkpoint_is_that_of_the_finished_run(tmp_path, capsys, flags):
+    checkpoint = train_tiny(tmp_path, flags)
+    of_run = capsys.readouterr().out
+    after_training = json.loads(checkpoint.with_suffix(".analysis.json").read_text())
+    assert analyze.main([str(checkpoint), "--json", str(tmp_path / "again.json")]) == 0
+    printed = capsys.readouterr().out
+    again = json.loads((tmp_path / "again.json").read_text())
+    assert {name: again[name] for name in after_training} == after_training
+    run = read_run(checkpoint)
+    assert again["settings"] == run.settings.as_dict()
+    assert (again["epoch"], again["step"], again["checkpoint"]) == (2, 8, str(checkpoint))
+    assert not again["interrupted"]
+    assert again["samples"] == 100
+    # the accuracy on all test images, which the last epoch's record has too
+    assert again["accuracy"] == run.history[-1]["test_acc"]
+    assert f"accuracy {again['accuracy']:.4f}" in of_run
+    rows = [line for line in of_run.splitlines() if line.startswith("lif")]
+    assert [row.split()[0] for row in rows] == ["lif1", "lif2", "lif3"]
+    assert f"{again['layers']['lif2']['firing_rate']:#.3g}" in rows[1]
+    assert all(f"{name} group" in printed for name in again["layers"])
+    assert ("quantities between groups" in printed) == ("dense" in flags)
+
+
+def test_the_analysis_of_an_interrupted_run_names_the_step(checkpoint, tmp_path, capsys):
+    inside = rewrite(checkpoint, tmp_path / "c.pth", epoch=0, history=[], step=3, progress={})
+    assert analyze.main([str(inside), "--samples", "30", "--json", str(tmp_path / "a.json")]) == 0
+    assert "mixer on fashionmnist-mini, inside epoch 1 of 2, after step 3\n" in capsys.readouterr().out
+    written = json.loads((tmp_path / "a.json").read_text())
+    assert (written["epoch"], written["step"], written["interrupted"]) == (0, 3, True)
+
+
+def test_fewer_samples_give_the_analysis_of_those(checkpoint, tmp_path, capsys):
+    assert analyze.main([str(checkpoint), "--samples", "30", "--json", str(tmp_path / "a.json")]) == 0
+    run = read_run(checkpoint)
+    net = run.network()
+    data = load_dataset("fashionmnist-mini")
+    inputs = net.encode(as_samples(data.test_images[:30]), stream(42, "encode_test", 2, 0))
+    expected = analyze_network(net, [(inputs, net.simulate(inputs), data.test_labels[:30])], 10)
+    written = json.loads((tmp_path / "a.json").read_text())
+    assert {name: written[name] for name in expected.as_dict()} == expected.as_dict()
+    assert str(layers_table(expected)) in capsys.readouterr().out
+
+
+def test_a_saved_run_has_the_network_before_and_after(tmp_path):
+    flags = "--model index --recurrent --sparsity_mode dynamic --dst_interval 3 --dst_fraction 0.3"
+    run = read_run(train_tiny(tmp_path, flags))
+    before, after = run.initial_network(), run.network()
+    kept = {
+        name: (before.get_submodule(name).mask.to_dense() & after.get_submodule(name).mask.to_dense()).sum().item()
+        / before.get_submodule(name).mask.to_dense().sum().item()
+        for name in ("fc1", "fc2")
+    }
+    # in units of one size, the share of the weights that are still there is that of the units
+    assert run.history[-1]["initial_units_kept"]["fc2"] == pytest.approx(kept["fc2"])
+    assert kept["fc2"] < 1
+    assert run.history[0]["initial_units_kept"] == run.history[0]["units_kept"]
+    assert run.history[1]["units_kept"]["fc2"] < 1
+    masks = {name: connection.mask.to_dense() for name, connection in after.connections().items()}
+    assert "rec2" in masks
+    assert_equal({name: mask.to_dense() for name, mask in run.masks().items()}, masks)
+
+
+def test_a_run_without_rewiring_keeps_all_units(checkpoint):
+    record = read_run(checkpoint).history[-1]
+    assert record["units_kept"] == record["initial_units_kept"] == {"fc1": 1.0, "fc2": 1.0, "fc3": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: {"settings": {**state["settings"], "model": "<script>"}}, "model='<script>' is unknown"),
+        (lambda state: {"settings": {**state["settings"], "p_inter": "<script>"}}, "not the checkpoint of"),
+        (lambda state: {"settings": {**state["settings"], "colour": 1}}, "colour"),
+        (lambda state: {"history": [{"epoch": 1}]}, "lacks train_loss"),
+        (lambda state: {"history": []}, "history does not hold one record for each of 2 epochs"),
+        (lambda state: {"step": -1}, "step=-1 is not a whole number"),
+        (lambda state: {"history": ["<b>"]}, "not the checkpoint of a training run"),
+        (
+            lambda state: {"history": [{**state["history"][0], "test_acc": "<b>"}]},
+            "test_acc=.<b>. is not a number of at least 0",
+        ),
+        (lambda state: {"model": {}}, "fc1"),
+        (lambda state: {"model": {**state["model"], "fc1.bias": torch.zeros(3)}}, "fc1.bias"),
+        (lambda state: {"format": 0}, "not a checkpoint of this version"),
+    ],
+)
+def test_foreign_checkpoints_are_refused(checkpoint, tmp_path, change, message):
+    with pytest.raises(CheckpointError, match=message):
+        read_run(rewrite(checkpoint, tmp_path / "c.pth", **change(read_checkpoint(checkpoint))))
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "message"),
+    [
+        ("nowhere.pth", 1, "nowhere.pth cannot be read (No such file or directory)"),
+        (".", 1, ". cannot be read (Is a directory)"),
+        ("CHECKPOINT --samples 0", 2, "samples=0 is out of range"),
+        ("CHECKPOINT --device tpu", 2, "device='tpu' is unknown"),
+        ("CHECKPOINT --json nowhere/a.json", 1, "cannot write nowhere/a.json (No such file or directory)"),
+    ],
+)
+def test_errors_are_named(checkpoint, capsys, flags, status, message):
+    assert analyze.main(shlex.split(flags.replace("CHECKPOINT", str(checkpoint)))) == status
+    error = capsys.readouterr().err
+    assert error.startswith("g2g-analyze: error: ")
+    assert message in error
+
+
+def test_damaged_checkpoints_are_named(checkpoint, tmp_path, capsys):
+    damaged = tmp_path / "damaged.pth"
+    damaged.write_bytes(checkpoint.read_bytes()[:1000])
+    assert analyze.main([str(damaged)]) == 1
+    assert f"{damaged} cannot be read" in capsys.readouterr().err
+
+
+def test_a_fold_of_a_cross_validation_is_a_run_too(tmp_path, capsys):
+    flags = [*TINY, "--model", "mixer", "--k_folds", "2", "--checkpoint_dir", str(tmp_path)]
+    assert crossval.main(flags) == 0
+    (checkpoint,) = tmp_path.glob("*_fold2of2.pth")
+    run = read_run(checkpoint)
+    assert (run.settings.fold, run.settings.k_folds) == (2, 2)
+    capsys.readouterr()
+    assert analyze.main([str(checkpoint), "--json", str(tmp_path / "a.json")]) == 0
+    assert json.loads((tmp_path / "a.json").read_text())["accuracy"] == run.history[-1]["test_acc"]
+
+
+def test_a_run_on_features_needs_the_weights_that_it_had(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_cifar(monkeypatch, tmp_path / "data", "cifar10", train=50, test=20)
+    publish_resnet(monkeypatch, tmp_path / "hub", "cifar10")
+    write_resnet(tmp_path / "own.pt", "cifar10", seed=1)
+    flags = "--dataset cifar10 --use_resnet --model index --hidden_dim 16 --T 3 --epochs 1 --resnet_weights own.pt"
+    assert train.main(shlex.split(flags)) == 0
+    (checkpoint,) = Path("checkpoints").glob("*.pth")
+    capsys.readouterr()
+    assert analyze.main([str(checkpoint)]) == 2
+    assert "give the file with the run's weights by --resnet_weights" in capsys.readouterr().err
+    assert analyze.main([str(checkpoint), "--resnet_weights", "own.pt", "--json", "a.json"]) == 0
+    again, after_training = (
+        json.loads(Path(name).read_text()) for name in ("a.json", f"checkpoints/{checkpoint.stem}.analysis.json")
+    )
+    assert {name: again[name] for name in after_training} == after_training
+
+
+def test_ctrl_c_ends_without_a_traceback(checkpoint, capsys, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(analyze, "analyze_run", interrupt)
+    assert analyze.main([str(checkpoint)]) == 130
+    assert "interrupted; nothing was written" in capsys.readouterr().err

@@ -1,0 +1,243 @@
+"""What the programs have in common: names, the list that ``python -m g2gnet`` prints, ``--json``, exit statuses."""
+
+import importlib
+import io
+import json
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import processes
+import pytest
+import torch
+from helpers import ROOT
+from training_runs import TIMES
+
+from g2g_kernels import available_backends
+from g2gnet import __main__ as overview
+from g2gnet import __version__
+from g2gnet.programs import analyze, cli, crossval, train
+from g2gnet.programs.sweep.program import build_parser
+from g2gnet.training import Interrupted, TrainSettings
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    tomllib = pytest.importorskip("tomli")
+
+SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+
+
+def module_of(program):
+    """What runs when a console script or ``python -m MODULE`` is called."""
+    name = SCRIPTS[program].removesuffix(":main") if program in SCRIPTS else program.removeprefix("python -m ")
+    return importlib.import_module(name.replace("g2g_benchmarks", "benchmarks"))  # installed it has another name
+
+
+@pytest.mark.parametrize("program", overview.PROGRAMS)
+def test_each_listed_program_explains_itself(program, capsys):
+    with pytest.raises(SystemExit) as stop:
+        module_of(program).main(["--help"])
+    assert stop.value.code == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith("usage: ")
+    assert captured.err == ""
+
+
+def test_the_version_is_told(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"g2g {__version__}\n"
+
+
+def test_the_list_names_every_script_and_backend(capsys):
+    assert set(SCRIPTS) <= set(overview.PROGRAMS)
+    assert overview.main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for program, purpose in overview.PROGRAMS.items():
+        assert any(line.split("  ")[1] == program and line.endswith(purpose) for line in lines if "  " in line), program
+    for backend in available_backends():
+        assert any(line.split() == [backend, "yes"] for line in lines), backend
+
+
+@pytest.mark.parametrize("name", ["train", "crossval"])
+def test_a_file_of_the_checkout_is_the_console_script(name, tmp_path):
+    file, script = importlib.import_module(name), module_of(f"g2g-{name}")
+    assert file.main is script.main
+    result = processes.run(ROOT / f"{name}.py", "--epochs", "0", output=tmp_path / "printed")
+    assert result.statuses == [2]
+    assert result.stdout == ""
+    assert result.stderr.startswith(f"{name}.py: error: epochs=0 is out of range")
+
+
+SMALL = shlex.split(
+    "--dataset fashionmnist-mini --model mixer --hidden_dim 32 --block_size 4 --T 3 --limit_train 60 --limit_test 20 "
+    "--epochs 2"
+)
+STEM = "fashionmnist-mini_mixer_p0.15_T3_current"
+
+
+@pytest.fixture
+def at_work(tmp_path, monkeypatch):
+    """An empty directory to work in."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def document(capsys):
+    """The JSON document that is all of standard output; and standard error."""
+    captured = capsys.readouterr()
+    return json.loads(captured.out), captured.err
+
+
+def test_json_is_all_that_stands_on_standard_output(at_work, capsys):
+    assert train.main([*SMALL, "--json"]) == 0
+    told, text = document(capsys)
+    assert list(told) == ["g2g", "settings", "result", "files"]
+    assert told["g2g"] == __version__
+    asked = vars(train.build_parser().parse_args(SMALL))
+    assert told["settings"] == {**{name: asked[name] for name in TrainSettings().given()}, "beta": 0.9, "threshold": 1}
+    history = [json.loads(line) for line in (at_work / f"checkpoints/{STEM}.jsonl").read_text().splitlines()]
+    assert told["result"] == history[-1]
+    endings = {
+        "checkpoint": ".pth", "history": ".jsonl", "table": ".csv", "analysis": ".analysis.json", "marker": ".DONE",
+    }  # fmt: skip
+    assert told["files"] == {name: f"checkpoints/{STEM}{ending}" for name, ending in endings.items()}
+    assert all(Path(name).is_file() for name in told["files"].values())
+    # what people read is on standard error, all of it
+    assert text.startswith("g2g ")
+    assert "Epoch 02 | train_acc=" in text
+    assert "In full: " in text
+    assert "g2g-report checkpoints/" in text
+    # a finished run says the same again
+    assert train.main([*SMALL, "--json"]) == 0
+    again, text = document(capsys)
+    assert again == told
+    assert "is finished" in text
+
+
+def test_a_resumed_run_tells_what_an_uninterrupted_one_does(at_work, capsys, monkeypatch):
+    def stop(record, trainer):
+        raise Interrupted("stopped", signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("g2gnet.programs.cli.log_from", lambda arguments: [stop])
+        assert train.main([*SMALL, "--json"]) == 128 + signal.SIGTERM
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "stopped" in captured.err
+    assert train.main([*SMALL, "--json"]) == 0
+    resumed, text = document(capsys)
+    assert "resuming" in text
+    assert train.main([*SMALL, "--json", "--checkpoint_dir", "whole"]) == 0
+    whole, _ = document(capsys)
+    for told in (resumed, whole):
+        del told["files"]
+        for name in TIMES:
+            del told["result"][name]
+    assert resumed == whole
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "message"),
+    [
+        ("--T 0", 2, "T=0 is out of range"),
+        ("--dataset cifar10 --use_resnet --resnet_weights no.pt", 1, "resnet_weights=no.pt cannot be read"),
+        ("--json nowhere/a.json", 1, "cannot write nowhere/a.json (No such file or directory)"),
+    ],
+)
+def test_errors_go_to_standard_error_and_no_json_is_written(at_work, capsys, flags, status, message):
+    assert train.main([*SMALL, "--json", *shlex.split(flags)]) == status
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert message in captured.err
+    assert not (at_work / "checkpoints").exists()
+
+
+FULL = (
+    "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 23.64 GiB of which 512.00 MiB is "
+    "free. Including non-PyTorch memory, this process has 23.10 GiB memory in use."
+)
+
+
+def test_a_full_gpu_is_told_with_what_was_missing_and_the_flags_that_save_memory(at_work, capsys, monkeypatch):
+    def full(*arguments):
+        raise getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)(FULL)
+
+    monkeypatch.setattr(train, "run_training", full)
+    assert train.main(SMALL) == 1
+    said = capsys.readouterr().err
+    assert "2.50 GiB more were needed and 0.50 of 23.64 GiB free, so 2.00 GiB were missing" in said
+    assert "lower --batch_size (now 256) or --T (now 3) or --hidden_dim (now 32)" in said
+    assert "--precision bf16" in said
+    assert "--no_cuda_graph" in said
+    assert "Traceback" not in said
+    assert train.main([*SMALL, "--precision", "bf16", "--no_cuda_graph"]) == 1
+    said = capsys.readouterr().err
+    assert "bf16, which" not in said
+    assert "a graph keeps" not in said
+
+
+def test_lists_of_a_sweep_are_no_numbers_that_save_memory():
+    arguments = build_parser().parse_args(["--T", "10", "20", "--sequence", "rows", "--hidden_dim", "32"])
+    message = cli.out_of_memory(MemoryError("full"), arguments)
+    assert message.startswith("out of memory: full; lower --batch_size (now 256); give --chunk")
+
+
+def test_json_goes_to_a_file_too_and_the_text_stays(at_work, capsys):
+    assert train.main([*SMALL, "--json", "a.json"]) == 0
+    captured = capsys.readouterr()
+    assert "Epoch 02" in captured.out
+    assert json.loads((at_work / "a.json").read_text())["result"]["epoch"] == 2
+    assert analyze.main([f"checkpoints/{STEM}.pth", "--json"]) == 0
+    told, text = document(capsys)
+    assert told["checkpoint"] == f"checkpoints/{STEM}.pth"
+    assert "lif3" in text
+
+
+def test_what_a_code_page_lacks_is_replaced(at_work, monkeypatch):
+    """As in a pipe on Windows: the rules of tables are not in its code page."""
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        assert train.main(SMALL) == 0
+    stream.seek(0)
+    assert "\nlif1  " in stream.read()
+    assert (at_work / f"checkpoints/{STEM}.DONE").exists()
+
+
+def test_cross_validation_tells_the_files_of_every_fold(at_work, capsys):
+    assert crossval.main([*SMALL, "--k_folds", "2", "--json"]) == 0
+    told, text = document(capsys)
+    assert "| mean |" in text
+    results = json.loads((at_work / told["files"]["results"]).read_text())
+    assert {name: told[name] for name in results} == results
+    for fold, files in enumerate(told["files"]["folds"], 1):
+        assert files["checkpoint"] == f"checkpoints/{STEM}_fold{fold}of2.pth"
+        last = json.loads(Path(files["history"]).read_text().splitlines()[-1])
+        assert last["val_acc"] == told["folds"][fold - 1]["val_acc"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no signals from pipes")
+def test_a_reader_that_leaves_ends_the_program_without_a_traceback(tmp_path):
+    """As ``train.py … | head -1`` does."""
+    command = [sys.executable, "train.py", *SMALL, "--epochs", "1000", "--checkpoint_dir", tmp_path]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline().startswith("g2g ")
+        process.stdout.close()
+        assert process.stderr.read().count("Error") == 0
+    assert process.returncode == 141
+    assert (tmp_path / f"{STEM}.pth").exists()
+
+
+def test_the_first_line_names_what_differs_from_the_defaults_and_no_more(at_work, capsys):
+    assert train.main([*SMALL, "--epochs", "1", "--neuron", "adlif"]) == 0
+    line = capsys.readouterr().out.splitlines()[0]
+    different = "dataset=fashionmnist-mini", "model=mixer", "hidden_dim=32", "block_size=4", "epochs=1", "neuron=adlif"
+    for name in (*different, "seed=42"):
+        assert f" {name}" in line
+    for name in ("p_inter", "alpha", "adapt_decay"):
+        assert name not in line

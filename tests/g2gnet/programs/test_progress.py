@@ -1,0 +1,129 @@
+"""Long work shows on a terminal where it is and how long is left, and nothing of that in a pipe."""
+
+import fcntl
+import functools
+import io
+import json
+import os
+import pty
+import re
+import shlex
+import shutil
+import struct
+import sys
+import termios
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import matplotlib.figure
+import pytest
+from processes import fork_contenders
+from small_data import publish_resnet, write_cifar
+from tqdm import tqdm
+
+import benchmarks.study
+import benchmarks.workload
+import g2gnet.programs.sweep.engine
+from benchmarks import accuracy, model_comparison, throughput
+from g2gnet.data.features import load_features
+from g2gnet.programs import crossval, pretrain, train
+from g2gnet.programs.report import program as report
+
+SIZES = "--dataset fashionmnist-mini --hidden_dim 16 --T 2 --block_size 4"
+TRAIN = f"{SIZES} --model mixer --limit_train 64 --limit_test 20 --batch_size 16 --epochs 2"
+BENCH = f"{SIZES} --batch_size 16 --train_steps 3 --device cpu --contenders g2g-torch --repeats 2"
+#: a share, then: seconds gone < seconds left
+TIME_LEFT = r"\d+%\|[^\r]*\[\d\d:\d\d<\d\d:\d\d"
+
+
+def calls(program, flags):
+    return lambda: program.main(shlex.split(flags))
+
+
+#: work, and what the bar is called
+WORK = {
+    "train": (calls(train, TRAIN), "Epoch 02/2"),
+    "train, DST": (calls(train, f"{TRAIN} --sparsity_mode dynamic --dst_interval 1"), "Epoch 02/2"),
+    "crossval": (calls(crossval, f"{TRAIN} --k_folds 2"), "Epoch 02/2"),
+    "pretrain": (calls(pretrain, "--epochs 1 --batch_size 16"), "Epoch 01/1"),
+    "features": (lambda: load_features("cifar10"), "features"),
+    "report": (
+        lambda: calls(train, TRAIN)() or report.main([*map(str, Path("checkpoints").glob("*.pth"))]),
+        "inspecting",
+    ),
+    "throughput": (calls(throughput, f"{BENCH} --kernel forward"), "g2g-torch"),
+    "accuracy": (calls(accuracy, f"{TRAIN} --model index"), "index, fixed graph, seed 42"),
+    "model comparison": (calls(model_comparison, "--seeds 1 --rows dense index"), "model_comparison"),
+}
+
+
+class Stream(io.StringIO):
+    """Standard error, a terminal or not."""
+
+    def __init__(self, terminal):
+        super().__init__()
+        self.terminal = terminal
+
+    def isatty(self):
+        return self.terminal
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """An empty directory with CIFAR-10, where bars are drawn at every step."""
+    write_cifar(monkeypatch, tmp_path / "data", "cifar10", train=50, test=20)
+    publish_resnet(monkeypatch, tmp_path / "hub", "cifar10")
+    monkeypatch.chdir(tmp_path)
+    fork_contenders(monkeypatch)
+    monkeypatch.setattr(benchmarks.workload, "cache_dir", lambda: tmp_path / "workloads")
+    monkeypatch.setattr(tqdm, "__init__", functools.partialmethod(tqdm.__init__, mininterval=0, miniters=1))
+    end = {"test_acc": 0.5, "train_acc": 0.5, "density": {"fc2": 1}, "train_seconds": 1.0}
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda *_, **__: None)  # takes most of the time
+    monkeypatch.setattr(benchmarks.study, "processes", lambda jobs, threads: ThreadPoolExecutor(jobs))
+    monkeypatch.setattr(g2gnet.programs.sweep.engine, "train_run", lambda settings, folder: None)
+    monkeypatch.setattr(g2gnet.programs.sweep.engine.Run, "epochs", lambda run: 1)
+    for name in ("outcome", "result"):
+        monkeypatch.setattr(benchmarks.study, name, lambda run: end)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", WORK)
+def test_work_shows_the_time_left_on_a_terminal_and_nothing_in_a_pipe(name, workplace, monkeypatch):
+    work, bar = WORK[name]
+    for terminal in (True, False):
+        shutil.rmtree("checkpoints", ignore_errors=True)
+        shutil.rmtree("data/features", ignore_errors=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stderr", Stream(terminal))
+            assert work() != 1
+            text = sys.stderr.getvalue()
+        if terminal:
+            drawn = re.findall(r"\r([^\r]*?): *(" + TIME_LEFT + ")", text)
+            assert any(bar in description for description, _ in drawn), text
+        else:
+            assert "\r" not in text
+            assert "%|" not in text
+
+
+def test_the_program_draws_on_a_true_terminal_and_leaves_its_output_clean(workplace, monkeypatch, capsys):
+    ours, its = pty.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))  # of no rows and columns it draws nothing
+    seen = bytearray()
+
+    def read():
+        try:
+            while part := os.read(ours, 1024):
+                seen.extend(part)
+        except OSError:  # the other end is closed
+            pass
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    with open(its, "w", buffering=1) as terminal, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", terminal)
+        assert train.main([*shlex.split(TRAIN), "--json"]) == 0
+    reader.join()
+    os.close(ours)
+    assert re.search(r"\rEpoch 02/2: *" + TIME_LEFT, seen.decode())
+    assert json.loads(capsys.readouterr().out)["result"]["epoch"] == 2

@@ -1,0 +1,510 @@
+"""The pictures show what they are given; ``g2g-report`` writes a page that is whole, safe and right."""
+
+import base64
+import html.parser
+import os
+import re
+import shlex
+import statistics
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import MASK_CASES, ROOT, Largest, seeded
+from PIL import Image
+from small_data import publish_resnet, write_cifar
+from tiny_checkpoints import VARIANTS, rewrite, train_tiny
+
+import train
+from g2g_kernels import BlockMask, GroupLayout
+from g2gnet.data.catalog import DATASETS
+from g2gnet.inspect import figures, group_density
+from g2gnet.programs import analyze
+from g2gnet.programs import report as package
+from g2gnet.programs.report import content, page
+from g2gnet.programs.report import program as report
+from g2gnet.training import TrainSettings, read_run
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = (ROOT / "docs" / "commands.md").read_text()
+
+
+def drawn_images(figure):
+    return [np.asarray(axis.images[0].get_array()) for axis in figure.axes if axis.images]
+
+
+# --- pictures -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["784 to 2048, an eighth", "single weights", "one group"])
+def test_the_density_picture_shows_the_density(case):
+    masks = [MASK_CASES[case].mask(p_inter) for p_inter in (0.1, 0.4, 0.8)]
+    names = ("fc1", "fc2", "fc3")
+    states = {
+        "before training": dict(zip(names, masks, strict=True)),
+        "now": dict(zip(names, masks[::-1], strict=True)),
+    }
+    figure = figures.connection_density(states)
+    for image, mask in zip(drawn_images(figure), masks + masks[::-1], strict=True):
+        np.testing.assert_array_equal(image, group_density(mask))
+    assert [axis.get_title() for axis in figure.axes[:4]] == [
+        "fc1, before training",
+        "fc2, before training",
+        "fc3, before training",
+        "fc1, now",
+    ]
+    percent = {text.get_text() for text in figure.axes[1].texts}
+    assert percent == {f"{100 * value:.0f}" for value in group_density(masks[1]).flatten().tolist() if value > 0}
+
+
+def test_the_input_maps_show_who_sees_what():
+    mask = BlockMask.sample(GroupLayout(20, 4, "interleaved"), GroupLayout(28 * 28, 4), 1.0, 0.3, 4, seeded(0))
+    images = drawn_images(figures.group_inputs(mask, (28, 28), "fc1", "pixels"))
+    dense = mask.to_dense().float()
+    assert len(images) == 4
+    for group, image in enumerate(images):
+        expected = dense[group::4].mean(0).view(28, 28)  # interleaved: every fourth neuron
+        np.testing.assert_allclose(image, expected, atol=1e-6)
+
+
+def test_the_input_maps_of_a_wide_layer_form_no_dense_weights():
+    mask = BlockMask.sample(GroupLayout(1000, 60), GroupLayout(900, 60, "random"), 1.0, 0.05, 8, seeded(0))  # ragged
+    with Largest() as largest:
+        images = drawn_images(figures.group_inputs(mask, (30, 30), "fc2", "neurons"))
+    assert largest.numel < 1000 * 900 / 8
+    dense, group_of = mask.to_dense().float(), mask.rows.layout.group_of
+    for group, image in enumerate(images):
+        np.testing.assert_allclose(image, dense[group_of == group].mean(0).view(30, 30), atol=1e-6)
+
+
+def test_colour_images_are_drawn_plane_by_plane_and_at_most_eight_groups():
+    mask = BlockMask.sample(GroupLayout(48, 12), GroupLayout(3072, 12), 1.0, 0.0, 64)
+    figure = figures.group_inputs(mask, figures.input_shape(3072), "fc1", "pixels")
+    assert "the first 8 of 12 groups" in figure.get_suptitle()
+    images = drawn_images(figure)
+    assert len(images) == 8
+    # group 4 of 12 sees the last quarter of the red plane
+    expected = np.zeros((32, 96))
+    expected[24:, :32] = 1
+    np.testing.assert_array_equal(images[3], expected)
+
+
+@pytest.mark.parametrize(
+    ("size", "shape"), [(784, (28, 28)), (3072, (3, 32, 32)), (512, (16, 32)), (2048, (32, 64)), (13, (1, 13))]
+)
+def test_inputs_are_laid_out_as_images_where_they_are(size, shape):
+    assert figures.input_shape(size) == shape
+
+
+def test_the_density_of_few_output_groups_among_many_inputs_is_labelled_by_both():
+    mask = BlockMask.sample(GroupLayout(10, 10), GroupLayout(512, 64), 1.0, 0.1, 8, seeded(0))
+    axis = figures.connection_density({"now": {"fc3": mask}}).axes[0]
+    assert [label.get_text() for label in axis.get_yticklabels()] == [str(group + 1) for group in range(10)]
+    assert [label.get_text() for label in axis.get_xticklabels()] == [str(group + 1) for group in range(0, 64, 8)]
+    assert not axis.texts  # 640 numbers would lie one over the other
+
+
+def test_a_raster_of_a_wide_layer_says_what_it_leaves_out(monkeypatch):
+    monkeypatch.setattr(figures, "SHOWN_NEURONS", 40)
+    spikes = torch.ones(2, 60)
+    layout = GroupLayout(60, 4, "interleaved")
+    axis = figures.spike_rasters([figures.Raster("lif1", spikes, layout)], "title").axes[0]
+    assert axis.get_ylabel() == "lif1 (40 of 60 neurons)\ngroup"
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["1", "2", "3"]
+    (dashes,) = axis.collections
+    assert len(dashes.get_segments()) == 2 * 40
+
+
+def test_a_raster_has_a_dash_at_each_spike():
+    layout = GroupLayout(24, 3, "interleaved")
+    spikes = (torch.rand(7, 24, generator=seeded(0)) < 0.2).float()
+    silent = figures.Raster("lif3", torch.zeros(7, 5), GroupLayout(5, 1))
+    figure = figures.spike_rasters([figures.Raster("lif1", spikes, layout), silent], "title")
+    (dashes,) = figure.axes[0].collections
+    found = {(round(path.vertices[:, 0].mean()), round(path.vertices[0, 1])) for path in dashes.get_paths()}
+    # group after group: the neuron i of group i mod 3 stands at place 8·(i mod 3) + i // 3
+    expected = {(t + 1, 8 * (i % 3) + i // 3) for t, i in spikes.nonzero().tolist()}
+    assert found == expected
+    assert figure.axes[0].get_ylabel() == "lif1 (24 neurons)\ngroup"
+
+
+def test_turnover_and_curves_show_the_records():
+    history = [
+        {
+            "epoch": epoch,
+            "train_loss": 1 / epoch,
+            "train_acc": 0.5,
+            "test_acc": 0.1 * epoch,
+            "units_kept": {"fc1": 0.9, "fc2": 0.75, "fc3": 1.0, "fc4": 1.0},
+            "initial_units_kept": {"fc1": 0.9**epoch, "fc2": 0.75**epoch, "fc3": 1.0, "fc4": 1.0},
+        }
+        for epoch in (1, 2, 3)
+    ]
+    replaced, kept = figures.turnover(history).axes
+    assert [line.get_ydata()[1] for line in replaced.lines] == pytest.approx([0.1, 0.25, 0.0, 0.0])
+    assert list(kept.lines[1].get_xdata()) == [0, 1, 2, 3]
+    assert list(kept.lines[1].get_ydata()) == pytest.approx([1, 0.75, 0.75**2, 0.75**3])
+    figure = figures.training_curves({"first": [history], "second": [history[:1]]})
+    accuracy, loss = figure.axes
+    assert list(accuracy.lines[0].get_ydata()) == pytest.approx([0.1, 0.2, 0.3])
+    assert list(loss.lines[0].get_ydata()) == pytest.approx([1, 1 / 2, 1 / 3])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["first", "second"]
+    colours = [line.get_color() for line in loss.lines]
+    assert len(set(colours)) == 2
+    assert [line.get_color() for line in accuracy.lines] == [colours[0], colours[0], colours[1], colours[1]]
+
+
+def test_seeds_are_one_curve_with_a_band_of_the_standard_error():
+    def history(accuracies):
+        return [
+            {"epoch": epoch, "train_loss": 1, "train_acc": 0.5, "test_acc": accuracy}
+            for epoch, accuracy in enumerate(accuracies, 1)
+        ]
+
+    figure = figures.training_curves({"seeds": [history([0.1, 0.3]), history([0.3, 0.5, 0.7]), history([0.2, 0.7])]})
+    accuracy, _ = figure.axes
+    assert list(accuracy.lines[0].get_xdata()) == [1, 2]  # as far as all have come
+    assert list(accuracy.lines[0].get_ydata()) == pytest.approx([0.2, 0.5])
+    bounds = accuracy.collections[0].get_paths()[0].get_extents()
+    assert (bounds.y0, bounds.y1) == pytest.approx((0.2 - 0.1 / 3**0.5, 0.5 + 0.2 / 3**0.5))
+
+
+def test_no_two_lines_of_many_look_alike():
+    looks = [tuple(figures.style(number).values()) for number in range(49)]
+    assert len(set(looks)) == 49
+
+
+def test_the_confusion_picture_has_names_and_shares():
+    matrix = torch.tensor([[3, 1, 0], [0, 2, 0], [0, 0, 0]])
+    figure = figures.confusion(matrix, ("shirt", "shoe", "bag"))
+    np.testing.assert_allclose(drawn_images(figure)[0], [[0.75, 0.25, 0], [0, 1, 0], [0, 0, 0]])
+    axis = figure.axes[0]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["shirt", "shoe", "bag"]
+    assert {text.get_text() for text in axis.texts} == {"3", "1", "2"}
+
+
+def test_each_of_a_hundred_classes_has_its_name():
+    classes = DATASETS["cifar100"].classes
+    assert len(set(classes)) == 100
+    axis = figures.confusion(torch.eye(100, dtype=torch.int64), classes).axes[0]
+    assert [label.get_text() for label in axis.get_yticklabels()] == list(classes)
+
+
+def test_an_animation_lights_up_the_neurons_that_fire_and_lets_them_fade(tmp_path):
+    layout = GroupLayout(6, 2, "interleaved")
+    spikes = torch.zeros(3, 6)
+    spikes[1, 3] = 1  # neuron 3 is the second of group 1, at place 4 of 2 × 3 cells
+    animation = figures.spike_animation([figures.Raster("lif1", spikes, layout)], "one image")
+    image, heading = animation._func(0)
+    assert image.get_array().sum() == 0
+    animation._func(1)
+    expected = np.zeros((2, 3))
+    expected[1, 1] = 1
+    np.testing.assert_array_equal(image.get_array(), expected)
+    animation._func(2)
+    np.testing.assert_allclose(image.get_array(), figures.FADE * expected)
+    assert heading.get_text() == "one image, time step 3 of 3"
+    animation.save(tmp_path / "spikes.gif", writer="pillow")
+    with Image.open(tmp_path / "spikes.gif") as file:
+        assert file.n_frames >= 2  # frames that are alike are one
+    assert "<img" in animation.to_jshtml()
+
+
+# --- the page -----------------------------------------------------------------------------------------------------
+
+
+class Reader(html.parser.HTMLParser):
+    """Collects a page's tags, images and visible text; every tag has to be closed in its place."""
+
+    VOID = ("meta", "img")
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.images, self.text = [], set(), [], ""
+        self.attributes = []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        self.attributes += attributes
+        if tag == "img":
+            self.images.append(dict(attributes))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data + " "
+
+
+@pytest.fixture(autouse=True)
+def _coarse_pictures(monkeypatch):
+    monkeypatch.setattr(page, "DPI", 40)
+
+
+@pytest.fixture
+def captions_alone(monkeypatch):
+    """Pages without pictures, which take most of the time."""
+    monkeypatch.setattr(content, "picture", lambda figure, caption: page.paragraph(caption))
+
+
+def read_page(path):
+    text = path.read_text()
+    reader = Reader(text)
+    assert not re.search(r"https?:|//", re.sub(r"base64,[^\"]*", "", text)), "the page must need nothing from outside"
+    assert "script" not in reader.tags
+    assert not [name for name, _ in reader.attributes if name.startswith("on")]
+    places = {value for name, value in reader.attributes if name == "id"}
+    assert {value for name, value in reader.attributes if name == "href"} <= {f"#{place}" for place in places}
+    for image in reader.images:
+        kind, _, data = image["src"].partition(",")
+        assert kind == "data:image/png;base64"
+        assert base64.b64decode(data, validate=True).startswith(b"\x89PNG")
+        assert len(image["alt"]) > 30
+    return reader
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """One finished run of each kind."""
+    return {name: train_tiny(tmp_path_factory.mktemp("run"), flags) for name, flags in VARIANTS.items()}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_page_of_one_run_shows_its_settings_results_and_pictures(checkpoints, tmp_path, capsys, name):
+    target = tmp_path / "report.html"
+    assert report.main([str(checkpoints[name]), "--output", str(target)]) == 0
+    assert capsys.readouterr().out.endswith(f"wrote {target}\n")
+    reader = read_page(target)
+    run = read_run(checkpoints[name])
+    for value in (run.settings.model, str(checkpoints[name]), f"{run.history[-1]['test_acc']:.2%}".replace("%", " %")):
+        assert value in reader.text
+    for setting in run.settings.as_dict():
+        assert setting in reader.text
+    # curves, rasters, histograms, confusion; of sparse networks density and two kinds of inputs; with DST the turnover
+    assert len(reader.images) == (4 if name == "dense" else 8 if "dynamic" in name else 7)
+    assert ("before an epoch but not after it" in reader.text) == ("dynamic" in name)
+    assert ("after dynamic sparse training" in reader.text) == ("dynamic" in name)
+    assert "Comparison" not in reader.text
+
+
+@pytest.mark.parametrize(
+    ("flags", "pictures", "words"),
+    [
+        ("--dataset cifar10 --use_resnet --model index --sparsity_mode dynamic --dst_interval 1", 8, "ResNet features"),
+        ("--dataset cifar10 --model mixer --num_groups 10 --enc rate", 7, "one neuron in 10"),
+        ("--dataset cifar10 --model index --num_groups 1 --p_intra 0.2", 7, "which of its pixels"),
+    ],
+)
+def test_every_kind_of_data_and_grouping_can_be_drawn(tmp_path, monkeypatch, flags, pictures, words):
+    """T = 1 in all of them, and untrained networks of which many neurons are silent."""
+    monkeypatch.chdir(tmp_path)
+    write_cifar(monkeypatch, tmp_path / "data", "cifar10", train=50, test=20)
+    publish_resnet(monkeypatch, tmp_path / "hub", "cifar10")
+    assert train.main([*shlex.split(flags), *shlex.split("--hidden_dim 32 --block_size 4 --T 1 --epochs 1")]) == 0
+    assert report.main([str(path) for path in Path("checkpoints").glob("*.pth")]) == 0
+    reader = read_page(Path("report.html"))
+    assert len(reader.images) == pictures
+    assert words in reader.text
+
+
+def test_the_page_of_several_runs_compares_them(checkpoints, tmp_path, monkeypatch):
+    """Here with the picture that pages of one run do not have alone."""
+    draw = content.picture
+
+    def picture(figure, caption):
+        return draw(figure, caption) if caption.startswith("All runs together") else page.paragraph(caption)
+
+    monkeypatch.setattr(content, "picture", picture)
+    target = tmp_path / "report.html"
+    paths = [str(checkpoints[name]) for name in ("mixer", "dense", "index, dynamic")]
+    assert report.main([*paths, "--output", str(target), "--samples", "20"]) == 0
+    reader = read_page(target)
+    assert len(reader.images) == 1
+    text = " ".join(reader.text.split())
+    assert "Comparison" in text
+    assert "setting 1 2 3 model mixer dense index sparsity_mode static static dynamic dst_interval 1000 1000 3" in text
+    for label in ("1: model=mixer, sparsity_mode=static", "2: model=dense", "3: model=index, sparsity_mode=dynamic"):
+        assert text.count(label) == 3  # in the contents, the table and the heading
+    assert "20 of 100 test images" in text
+    assert "the run's own accuracy, on all 100: " in text
+    assert "Mean ± standard error over seeds" not in text
+    for path in paths:
+        assert f"{read_run(path).history[-1]['train_loss']:.4f}" in text
+
+
+def test_a_folder_gives_each_run_with_a_finished_epoch_once(checkpoints, tmp_path, captions_alone, capsys):
+    run, before, new = (tmp_path / name for name in ("run.pth", "run.previous.pth", "new.pth"))
+    for path in (run, before):
+        rewrite(checkpoints["mixer"], path)
+    rewrite(checkpoints["mixer"], new, epoch=0, history=[], step=3, progress={})
+    target = tmp_path / "report.html"
+    assert report.main([*map(str, (before, new, run)), "--output", str(target), "--samples", "20"]) == 0
+    printed = capsys.readouterr().err
+    assert f"{before} is left out: {run} is the later checkpoint of this run\n" in printed
+    assert f"{new} is left out: its run has finished no epoch\n" in printed
+    text = read_page(target).text
+    assert "report on one run" in text
+    assert f"{run}: mixer on fashionmnist-mini, after epoch 2 of 2." in text
+    target.unlink()
+    assert report.main([str(new), "--output", str(target)]) == 1
+    assert "error: no run has finished an epoch; run the same command again to resume one" in capsys.readouterr().err
+    assert not target.exists()
+
+
+def test_accuracies_of_an_interrupted_run_are_not_those_of_its_network(checkpoints, tmp_path, captions_alone):
+    history = read_run(checkpoints["mixer"]).history[:1]
+    inside = rewrite(checkpoints["mixer"], tmp_path / "run.pth", epoch=1, history=history, step=6, progress={})
+    other = rewrite(checkpoints["mixer"], tmp_path / "other.pth", epoch=1, history=history, step=4)
+    target = tmp_path / "report.html"
+    assert report.main([str(inside), str(other), "--output", str(target), "--samples", "20"]) == 0
+    text = " ".join(read_page(target).text.split())
+    assert "The run was stopped inside epoch 2 of 2, after step 6. Accuracies, loss and seconds are those up to" in text
+    assert f"the run's own accuracy after epoch 1, on all 100: {history[0]['test_acc']:.4f}" in text
+    assert "1, interrupted" in text
+    assert "Mean ± standard error" not in text  # of networks after different steps
+
+
+def test_a_graph_that_was_pruned_is_drawn_and_not_called_full(tmp_path, captions_alone):
+    flags = "--model dense --sparsity_mode dynamic --dst_interval 3 --dst_fraction 0 --final_density 0.3"
+    target = tmp_path / "report.html"
+    assert report.main([str(train_tiny(tmp_path, flags)), "--output", str(target), "--samples", "20"]) == 0
+    text = read_page(target).text
+    assert "dense, DST set to 0.3 of all weights on fashionmnist-mini" in text
+    assert "Below: after dynamic sparse training, which prunes more units than it grows." in text
+    for wrong in ("Every neuron is connected", "keeps the number", "Index and Mixer"):
+        assert wrong not in text
+
+
+def test_runs_that_differ_in_their_seed_are_shown_with_their_mean(tmp_path, captions_alone):
+    paths = [
+        train_tiny(tmp_path / f"{model}{seed}", f"--model {model} --seed {seed}")
+        for model in ("index", "mixer")
+        for seed in (1, 2, 3)
+    ]
+    assert report.main([*map(str, paths), "--output", str(tmp_path / "report.html"), "--samples", "20"]) == 0
+    text = " ".join(read_page(tmp_path / "report.html").text.split())
+    found = [100 * read_run(path).history[-1]["test_acc"] for path in paths]
+    for number, model in enumerate(("index", "mixer")):
+        values = found[3 * number : 3 * number + 3]
+        mean, error = statistics.mean(values), statistics.stdev(values) / 3**0.5
+        assert f"model={model} 1, 2, 3 {mean:.2f} ± {error:.2f}" in text
+    assert "4: model=mixer, seed=1" in text
+
+
+def test_what_comes_from_files_is_text_on_the_page(checkpoints, tmp_path, captions_alone):
+    """A checkpoint can have any name; text in place of a number is refused."""
+    settings = read_run(checkpoints["dense"]).settings.as_dict()
+    folder = tmp_path / "<img src=x onerror=alert(1)><script>"
+    folder.mkdir()
+    foreign = rewrite(checkpoints["dense"], folder / "'\"><b>.pth", settings={**settings, "lr": "<script>"})
+    target = tmp_path / "report.html"
+    assert report.main([str(foreign), "--output", str(target)]) == 1
+    rewrite(checkpoints["dense"], foreign)
+    assert report.main([str(foreign), str(checkpoints["dense"]), "--output", str(target)]) == 0
+    reader = read_page(target)
+    assert str(foreign) in reader.text
+    assert "b" not in reader.tags
+    assert "<script" not in target.read_text()
+
+
+def test_every_part_of_a_page_escapes_its_text():
+    from matplotlib.figure import Figure
+
+    attack = "</td><script>\"'&"
+    parts = [
+        page.heading(2, attack),
+        page.paragraph(attack),
+        page.table((attack,), [(attack,)]),
+        page.details(attack, []),
+        page.picture(Figure(), attack),
+    ]
+    for part in [*parts, page.page(attack, [])]:
+        assert "<script" not in part
+        assert attack in Reader(part).text
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "message"),
+    [
+        ("nowhere.pth", 1, "nowhere.pth cannot be read (No such file or directory)"),
+        ("CHECKPOINT nowhere.pth", 1, "nowhere.pth cannot be read"),
+        ("CHECKPOINT --output .", 1, "cannot write . (Is a directory); give another file"),
+        ("CHECKPOINT --output nowhere/report.html", 1, "cannot write nowhere/report.html (No such file or directory)"),
+        ("CHECKPOINT --samples -3", 2, "samples=-3 is out of range"),
+    ],
+)
+def test_errors_are_named(checkpoints, tmp_path, monkeypatch, capsys, flags, status, message):
+    monkeypatch.chdir(tmp_path)
+    assert report.main(shlex.split(flags.replace("CHECKPOINT", str(checkpoints["mixer"])))) == status
+    error = capsys.readouterr().err
+    assert error.startswith("g2g-report: error: ")
+    assert message in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_damaged_checkpoints_are_named(checkpoints, tmp_path, capsys):
+    damaged = tmp_path / "damaged.pth"
+    damaged.write_bytes(checkpoints["mixer"].read_bytes()[:5000])
+    assert report.main([str(checkpoints["mixer"]), str(damaged), "--output", str(tmp_path / "report.html")]) == 1
+    assert f"{damaged} cannot be read" in capsys.readouterr().err
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_failed_write_leaves_the_old_page(checkpoints, tmp_path, monkeypatch, capsys, captions_alone):
+    target = tmp_path / "report.html"
+    target.write_text("old")
+
+    def disk_full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", disk_full)
+    assert report.main([str(checkpoints["dense"]), "--output", str(target), "--samples", "5"]) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_without_matplotlib_the_report_says_what_to_install(checkpoints, tmp_path, monkeypatch, capsys):
+    for name in ("content", "page"):
+        monkeypatch.delitem(sys.modules, f"g2gnet.programs.report.{name}", raising=False)
+        monkeypatch.delattr(package, name, raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert report.main([str(checkpoints["mixer"]), "--output", str(tmp_path / "report.html")]) == 2
+    assert 'pip install -e ".[plots]"' in capsys.readouterr().err
+
+
+def test_a_page_may_be_read_by_others_as_the_umask_says(checkpoints, tmp_path, captions_alone):
+    if os.name != "posix":
+        pytest.skip("file modes are POSIX's")
+    target = tmp_path / "report.html"
+    before = os.umask(0o027)
+    try:
+        assert report.main([str(checkpoints["dense"]), "--output", str(target), "--samples", "5"]) == 0
+    finally:
+        os.umask(before)
+    assert target.stat().st_mode & 0o777 == 0o640
+
+
+# --- the commands ---------------------------------------------------------------------------------------------------
+
+
+def test_the_commands_of_the_readme_run_on_what_its_first_command_leaves(checkpoints, tmp_path, monkeypatch):
+    (first,) = re.findall(r"&& python train\.py (.*)", README)
+    asked = vars(train.build_parser().parse_args(shlex.split(first)))
+    settings = TrainSettings(**{name: asked[name] for name in TrainSettings().given()})
+    (section,) = re.findall(r"^## Look inside\n(.*?)^## ", COMMANDS, flags=re.DOTALL | re.MULTILINE)
+    commands = re.findall(r"g2g-(\w+) (.*)", section)
+    assert [program for program, _ in commands] == ["analyze", "report"]
+    monkeypatch.chdir(tmp_path)
+    Path("checkpoints").mkdir()
+    Path(f"checkpoints/{settings.stem}.pth").write_bytes(checkpoints["mixer"].read_bytes())
+    for program, arguments in commands:
+        files = [str(path) for word in shlex.split(arguments) for path in sorted(Path().glob(word)) or [word]]
+        assert {"analyze": analyze, "report": report}[program].main(files) == 0
+    read_page(Path("report.html"))

@@ -1,0 +1,141 @@
+"""Programs on sequences: data of one's own, and images that unfold over time, from flags to reports."""
+
+import dataclasses
+import json
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import crossval
+import train
+from g2gnet import load
+from g2gnet.data import DATASETS, ImageData, as_samples, load_dataset
+from g2gnet.data.catalog import Dataset
+from g2gnet.programs import analyze
+from g2gnet.programs.report import program as report
+from g2gnet.sequences import input_order
+from g2gnet.training import TrainSettings, read_run
+
+SMALL = ["--hidden_dim", "16", "--batch_size", "20", "--block_size", "4", "--epochs", "1", "--model", "mixer"]
+LABELS = np.arange(60) % 4
+
+
+def write_data(path, *shape, dtype=np.float32):
+    """40 training and 20 test samples of that shape, of four classes."""
+    images = (np.random.default_rng(0).random((60, *shape)) * (1 if dtype == np.float32 else 255)).astype(dtype)
+    train_part, test_part = slice(40), slice(40, None)
+    np.savez(
+        path,
+        train_images=images[train_part],
+        train_labels=LABELS[train_part],
+        test_images=images[test_part],
+        test_labels=LABELS[test_part],
+    )
+    return path
+
+
+def trained(program, folder, *flags):
+    """The JSON of a program that succeeds."""
+    arguments = [*SMALL, *flags, "--checkpoint_dir", folder, "--json", folder / "out.json"]
+    assert program.main([str(argument) for argument in arguments]) == 0
+    return json.loads((folder / "out.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("shape", "inputs", "dtype"),
+    [((6, 5), 5, np.float32), ((6, 5), 5, np.uint8), ((6, 2, 3, 4), 24, np.uint8)],
+    ids=["vectors", "counts", "frames"],
+)
+def test_sequences_of_ones_own_have_their_own_length(tmp_path, shape, inputs, dtype):
+    document = trained(train, tmp_path, "--dataset", write_data(tmp_path / "mine.npz", *shape, dtype=dtype))
+    settings, checkpoint = document["settings"], document["files"]["checkpoint"]
+    assert (settings["T"], settings["sequence"]) == (6, "own")
+    assert "_own_mixer_p0.15_T6_current" in checkpoint
+    net = load(checkpoint)
+    assert (net.T, net.fc1.in_features) == (6, inputs)
+    samples = as_samples(load_dataset(settings["dataset"]).test_images)
+    assert torch.equal(net.encode(samples), samples.view(20, 6, inputs).transpose(0, 1))
+    accuracy = (net(samples).argmax(1) == torch.from_numpy(LABELS[40:])).double().mean()
+    assert float(accuracy) == document["result"]["test_acc"]
+
+
+def test_a_named_data_set_of_event_frames_is_an_entry_and_a_module(tmp_path, monkeypatch):
+    frames, labels = torch.rand(60, 6, 2, 3, 4), torch.from_numpy(LABELS)
+    data = ImageData("events", frames[:40], labels[:40], frames[40:], labels[40:], 4)
+    monkeypatch.setitem(DATASETS, "events", Dataset((6, 2, 3, 4), 4, "events", sequences=True))
+    monkeypatch.setitem(sys.modules, "g2gnet.data.events", SimpleNamespace(load=lambda name, data_dir: data))
+    flag = next(each for each in dataclasses.fields(TrainSettings) if each.name == "dataset")
+    monkeypatch.setattr(flag, "metadata", {**flag.metadata, "choices": (*flag.metadata["choices"], "events")})
+    document = trained(train, tmp_path, "--dataset", "events")
+    assert (document["settings"]["T"], document["settings"]["sequence"]) == (6, "own")
+    assert load(document["files"]["checkpoint"]).fc1.in_features == 24
+    assert TrainSettings(dataset="events", sequence="none", T=9).T == 9
+
+
+def test_counts_of_events_in_uint8_are_noticed(tmp_path, caplog):
+    counts = np.random.default_rng(0).integers(0, 5, (40, 6, 5), dtype=np.uint8)
+    arrays = {f"{part}_images": counts for part in ("train", "test")}
+    labels = {f"{part}_labels": LABELS[:40] for part in ("train", "test")}
+    np.savez(tmp_path / "mine.npz", **arrays, **labels)
+    trained(train, tmp_path, "--dataset", tmp_path / "mine.npz")
+    said = "are uint8 up to 4 and become inputs up to 0.016: uint8 is taken for pixels; give counts of events as f"
+    assert said in caplog.text
+
+
+@pytest.mark.parametrize(
+    "flags", [["--sequence", "none"], ["--augment", "flip"], ["--erase", "0.5"]], ids=["stated", "mirrored", "erased"]
+)
+def test_images_of_ones_own_are_held_if_that_is_stated(tmp_path, flags, caplog):
+    document = trained(train, tmp_path, "--dataset", write_data(tmp_path / "mine.npz", 6, 5), "--T", "3", *flags)
+    assert (document["settings"]["T"], document["settings"]["sequence"]) == (3, "none")
+    assert load(document["files"]["checkpoint"]).fc1.in_features == 30
+    # another flag changes what the samples are
+    assert ("of shape 6 × 5, are read as images, as augment=" in caplog.text) == ("--sequence" not in flags)
+
+
+@pytest.mark.parametrize("flags", [["--augment", "flip"], ["--erase", "0.5"]], ids=["mirrored", "erased"])
+def test_frames_that_are_changed_as_images_stay_sequences(tmp_path, flags):
+    document = trained(train, tmp_path, "--dataset", write_data(tmp_path / "mine.npz", 6, 2, 3, 4), *flags)
+    assert (document["settings"]["T"], document["settings"]["sequence"]) == (6, "own")
+
+
+def test_images_of_ones_own_unfold_as_known_ones_do(tmp_path):
+    data = write_data(tmp_path / "mine.npz", 2, 6, 5)
+    document = trained(train, tmp_path, "--dataset", data, "--sequence", "rows", "--sequence_step", "2")
+    net = load(document["files"]["checkpoint"])
+    assert (net.T, net.fc1.in_features) == (3, 20)
+
+
+def test_the_checkpoint_has_the_order_of_permuted_pixels(tmp_path):
+    flags = ["--dataset", "fashionmnist-mini", "--limit_train", "60", "--limit_test", "40", "--enc", "rate"]
+    flags += ["--sequence", "permuted", "--sequence_step", "98", "--sequence_seed", "5", "--chunk", "3"]
+    checkpoint = trained(train, tmp_path, *flags)["files"]["checkpoint"]
+    run = read_run(checkpoint)
+    assert torch.equal(run.network().input_order, input_order("permuted", (28, 28), 98, 5))
+    # whatever the seed of the run is
+    other = trained(train, tmp_path, *flags, "--seed", "7", "--name", "other")["files"]["checkpoint"]
+    assert torch.equal(read_run(other).network().input_order, run.network().input_order)
+    assert analyze.main([checkpoint, "--json", str(tmp_path / "again.json")]) == 0
+    again = json.loads((tmp_path / "again.json").read_text())
+    assert again["accuracy"] == run.history[-1]["test_acc"]
+    assert again["layers"]["lif1"]["pathway_coherence"] is not None  # its inputs are spikes
+    page = tmp_path / "report.html"
+    assert report.main([checkpoint, "--output", str(page)]) == 0
+    assert "fashionmnist-mini as sequences (permuted)" in page.read_text()
+
+
+def test_inputs_that_are_no_spikes_have_no_coherence_with_spikes(tmp_path):
+    document = trained(train, tmp_path, "--dataset", write_data(tmp_path / "mine.npz", 6, 5))
+    analysis = json.loads((tmp_path / f"{document['files']['analysis'].rpartition('/')[2]}").read_text())
+    assert analysis["layers"]["lif1"]["pathway_coherence"] is None
+    assert analysis["layers"]["lif2"]["pathway_coherence"] is not None
+
+
+def test_folds_of_sequences(tmp_path):
+    data = write_data(tmp_path / "mine.npz", 6, 5)
+    document = trained(crossval, tmp_path, "--dataset", data, "--k_folds", "2", "--standardize")
+    assert document["settings"]["T"] == 6
+    assert len(document["folds"]) == 2

@@ -1,0 +1,385 @@
+"""Sweeps: which runs a grid consists of, that each is train.py's, that nothing is lost, and the statistics."""
+
+import contextlib
+import errno
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT
+from processes import SERVER
+from training_runs import SMALL, assert_equal, flags_of, load, run
+
+from g2g_kernels import BackendError
+from g2gnet.base.messages import OutputError
+from g2gnet.programs import sweep
+from g2gnet.programs.sweep import engine, program
+from g2gnet.programs.sweep.grid import read_grid, runs_of
+from g2gnet.programs.sweep.results import estimate
+from g2gnet.settings import SettingsError
+from g2gnet.training import TrainingError
+
+QUICK = {**SMALL, "T": 3, "limit_train": 64, "limit_test": 32, "epochs": 1}
+
+
+posix = pytest.mark.skipif(os.name != "posix", reason="links, FIFOs and devices are those of POSIX")
+
+
+@pytest.fixture
+def thread():
+    with ThreadPoolExecutor(1) as executor:
+        yield executor
+
+
+def test_a_grid_is_every_combination_and_a_larger_one_keeps_its_folders(tmp_path):
+    grid = {"p_inter": [0.1, 0.3], "model": ("index", "mixer"), "seed": range(3), "T": 4}
+    runs = runs_of(grid, tmp_path)
+    found = [(run.settings.seed, run.settings.p_inter, run.settings.model) for run in runs]
+    assert found == list(itertools.product(range(3), (0.1, 0.3), ("index", "mixer")))
+    assert {run.settings.T for run in runs} == {4}
+    assert runs[0].label == "p_inter=0.1, model=index, seed=0"
+    assert len({run.folder for run in runs}) == 12
+    for each in runs:
+        each.folder.mkdir()
+    larger = runs_of({**grid, "T": [4, 5], "p_inter": [0.1, 0.3, 1]}, tmp_path)
+    assert {run.folder for run in runs} == {run.folder for run in larger if run.folder.exists()}
+    assert len(larger) == 36
+
+
+def test_two_folders_of_one_run_are_refused_and_so_is_one_run_of_two_values(tmp_path):
+    (run,) = runs_of(QUICK, tmp_path)
+    copy = tmp_path / f"copy-{run.folder.name.rpartition('-')[2]}"
+    for folder in (run.folder, copy):
+        folder.mkdir()
+    with pytest.raises(SettingsError, match=f"^{copy} and {run.folder} are of the same run; move all but one out of"):
+        runs_of(QUICK, tmp_path)
+    with pytest.raises(SettingsError, match=r"^threshold=None and threshold=1.0 make the same run; leave one of them"):
+        runs_of({**QUICK, "threshold": [None, 1.0], "seed": [1, 2]}, tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("grid", "messages"),
+    [
+        ({"p_intr": 1}, ["p_intr is not a setting; did you mean p_intra?"]),
+        ({"seed": [1, 2, 1]}, ["seed=1 is given twice"]),
+        ({"seed": []}, ["seed has no value"]),
+        ({3: 1}, ["3 is not a setting"]),
+        ({"seed": np.ones((2, 2), int)}, ["seed=[1, 1] is given twice"]),
+        (
+            {"model": ["index", "ring"], "T": [0, 3]},
+            ["model='ring' is unknown; choose one of", "T=0 is out of range"],
+        ),
+        ({"model": ["dense", "index"], "sparsity_mode": "dynamic"}, ["needs a sparse model"]),
+    ],
+)
+def test_what_is_wrong_with_a_grid_is_said_before_anything_is_trained(tmp_path, grid, messages):
+    with pytest.raises(SettingsError) as error:
+        sweep.run(grid, tmp_path / "sweep")
+    for message in messages:
+        assert message in str(error.value)
+    assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.parametrize("values", [range(2), {0, 1}, np.arange(2), torch.arange(2), [np.int64(0), torch.tensor(1)]])
+def test_values_may_be_numbers_of_numpy_and_tensors(tmp_path, values):
+    runs = runs_of({"seed": values, "T": np.array(3), "p_inter": torch.tensor(0.25)}, tmp_path)
+    assert [(run.settings.seed, run.settings.T, run.settings.p_inter) for run in runs] == [(0, 3, 0.25), (1, 3, 0.25)]
+
+
+def test_a_number_that_may_be_left_out_may_be_none(tmp_path, capsys):
+    flags = ["--average", "none", "5", "--name", "none"]
+    grid = program.grid_from(program.build_parser().parse_args(flags))
+    assert [(run.settings.average, run.settings.name) for run in runs_of(grid, tmp_path)] == [
+        (None, "none"),
+        (5, "none"),
+    ]
+    with pytest.raises(SystemExit):
+        program.build_parser().parse_args(["--average", "nil"])
+    assert "--average: invalid int or none value: 'nil'" in capsys.readouterr().err
+    with pytest.raises(SettingsError, match="seed='none' is not a whole number"):
+        runs_of({"seed": "none"}, tmp_path)
+
+
+def test_a_grid_comes_from_a_file_and_flags_replace_what_it_says(tmp_path):
+    (tmp_path / "grid.json").write_text('{"seed": [1, 2], "p_inter": 1}')
+    assert read_grid(tmp_path / "grid.json") == {"seed": [1, 2], "p_inter": 1}
+    if sys.version_info >= (3, 11):
+        (tmp_path / "grid.toml").write_text("seed = [1, 2]\np_inter = 1\n")
+        assert read_grid(tmp_path / "grid.toml") == {"seed": [1, 2], "p_inter": 1}
+    flags = ["--grid", str(tmp_path / "grid.json"), "--seed", "3", "4", "--standardize", "--T", "7"]
+    grid = program.grid_from(program.build_parser().parse_args(flags))
+    assert grid == {"seed": [3, 4], "p_inter": 1, "standardize": [True], "T": [7]}
+    (tmp_path / "grid.json").write_text("[]")
+    with pytest.raises(SettingsError, match="holds a list, not a table of settings"):
+        read_grid(tmp_path / "grid.json")
+    (tmp_path / "grid.json").write_text('{"seed": [1, 2], "T": 3, "seed": 1}')
+    with pytest.raises(SettingsError, match="it gives seed twice"):
+        read_grid(tmp_path / "grid.json")
+
+
+def test_each_run_is_that_of_train_and_a_finished_one_is_not_trained_again(tmp_path, thread):
+    grid = {**QUICK, "p_inter": [0.1, 0.3], "seed": [1, 2]}
+    made = sweep.run(grid, tmp_path / "sweep", executor=thread)
+    assert made.varied == ("p_inter",)
+    assert made.common == QUICK | {"enc_scale": 3.0}
+    for each, end in made.ends:
+        alone = run(tmp_path / each.folder.name, **{**QUICK, **each.differs})
+        assert_equal(load(each.files)["model"], load(alone)["model"])
+        assert end["test_acc"] == load(alone)["history"][-1]["test_acc"]
+        assert "Epoch 01 | train_acc=" in (each.folder / "log.txt").read_text()
+    again = sweep.run(grid, tmp_path / "sweep", executor=None)  # needs no processes
+    assert again.ends == made.ends
+
+
+def test_means_have_standard_errors_over_seeds(tmp_path, thread):
+    assert estimate([1.0, 2.0, 6.0]) == (3.0, pytest.approx(math.sqrt((4 + 1 + 9) / 2 / 3)))
+    assert estimate([4.0]) == (4.0, None)
+    made = sweep.run({**QUICK, "model": ["index", "random"], "seed": [1, 2, 3]}, tmp_path, executor=thread)
+    for row in made.rows:
+        found = [100 * end["test_acc"] for each, end in made.ends if each.settings.model == row.settings["model"]]
+        assert row.seeds == [1, 2, 3]
+        mean = sum(found) / 3
+        error = math.sqrt(sum((value - mean) ** 2 for value in found) / 2 / 3)
+        assert f"| {row.settings['model']} | 3 | {mean:.2f} ± {error:.2f} |" in made.table()
+        assert row.as_dict()["results"]["test_acc"]["mean"] == pytest.approx(mean / 100)
+
+
+def test_a_run_that_fails_does_not_stop_the_others(tmp_path, thread):
+    made = sweep.run({**QUICK, "lr": [1e-3, 1e30], "epochs": 3}, tmp_path, executor=thread)
+    assert [each.settings.lr for each, _ in made.ends] == [1e-3]
+    assert list(made.failed) == ["lr=1e+30"]
+    with pytest.raises(TrainingError, match="no run is finished in"):
+        sweep.run({**QUICK, "lr": 1e30, "epochs": 3}, tmp_path, executor=thread)
+
+
+@posix
+def test_a_run_with_files_that_cannot_be_used_fails_by_itself_and_the_others_go_on(tmp_path, thread):
+    victim = tmp_path / "victim"
+    victim.write_text("")
+    runs = runs_of({**QUICK, "seed": range(6)}, tmp_path / "sweep")
+    sweep.run({**QUICK, "seed": [0, 1]}, tmp_path / "sweep", executor=thread)
+    runs[0].files.marker.write_text("{")
+    runs[1].files.checkpoint.write_bytes(b"")
+    for each in runs[2:5]:
+        each.folder.mkdir()
+    (runs[2].folder / ".sweep.lock").symlink_to(victim)
+    (runs[3].folder / "log.txt").symlink_to(victim)
+    os.mkfifo(runs[4].folder / "log.txt")
+    made = sweep.run({**QUICK, "seed": range(6)}, tmp_path / "sweep", executor=thread)
+    assert [each.settings.seed for each, _ in made.ends] == [5]
+    assert list(made.failed) == [f"seed={seed}" for seed in range(5)]
+    messages = (
+        "DONE cannot be read (",
+        "put that back, or delete ",
+        ".sweep.lock (it is a symbolic link); move it away",
+        "log.txt (it is a symbolic link); move it away",
+        "log.txt (it is not a regular file); move it away",
+    )
+    for message, error in zip(messages, made.failed.values(), strict=True):
+        assert message in error
+    assert victim.read_text() == ""
+    with pytest.raises(TrainingError, match=r"no run is finished in .*\n.*DONE cannot be read"):
+        sweep.run({**QUICK, "seed": 0}, tmp_path / "sweep", executor=thread)
+
+
+def test_whatever_a_run_raises_it_fails_by_itself_and_says_it_in_words(tmp_path, thread, monkeypatch):
+    class UnsendableError(Exception):
+        def __init__(self, one, other):
+            super().__init__(one)
+
+    errors = {
+        0: (MemoryError("all of it"), "out of memory: all of it; lower --batch_size (now 64)"),
+        1: (BackendError("no such kernels"), "no such kernels"),
+        2: (OSError(errno.EIO, "broken"), "OSError: broken; {log} has the traceback"),
+        3: (UnsendableError("strange", 2), "UnsendableError: strange; {log} has the traceback"),
+    }
+    train = engine.train.train
+
+    def failing(arguments):
+        if arguments.seed in errors:
+            raise errors[arguments.seed][0]
+        return train(arguments)
+
+    monkeypatch.setattr(engine.train, "train", failing)
+    runs = runs_of({**QUICK, "seed": range(5)}, tmp_path)
+    made = sweep.run({**QUICK, "seed": range(5)}, tmp_path, executor=thread)
+    assert [each.settings.seed for each, _ in made.ends] == [4]
+    for (seed, (_, message)), each in zip(errors.items(), runs, strict=False):
+        assert made.failed[f"seed={seed}"].startswith(message.format(log=each.folder / "log.txt"))
+    assert "raise errors[" in (runs[3].folder / "log.txt").read_text()
+
+
+@posix
+def test_a_full_disk_names_the_log_and_not_standard_output(tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "open_own", lambda path, flags: os.open("/dev/full", os.O_WRONLY))
+    with pytest.raises(OutputError, match=rf"^cannot write {tmp_path}/log.txt \(No space left on device\); free space"):
+        engine.train_run(QUICK, str(tmp_path))
+
+
+def test_a_second_ctrl_c_does_not_leave_processes_that_still_import(monkeypatch):
+    class Pool:
+        def __init__(self, *arguments):
+            self.ended = False
+
+        def shutdown(self, cancel_futures):
+            signal.raise_signal(signal.SIGINT)
+            self.ended = True
+
+    monkeypatch.setattr(engine.concurrent.futures, "ProcessPoolExecutor", Pool)
+    with pytest.raises(KeyboardInterrupt, match="the first"), engine.processes(1) as pool:
+        raise KeyboardInterrupt("the first")
+    assert pool.ended
+
+
+@pytest.mark.long
+def test_a_sweep_that_is_killed_and_interrupted_resumes_and_ends_as_if_it_had_not_been(tmp_path, thread):
+    grid = {**SMALL, "limit_train": 2000, "epochs": 8, "seed": [1, 2, 3]}
+    folder = tmp_path / "killed"
+    lists = {name: [value] for name, value in SMALL.items()} | {"limit_train": [2000], "epochs": [8], "seed": [1, 2, 3]}
+    flags = [text for name, values in lists.items() for text in (f"--{name}", *map(str, values))]
+    command = [sys.executable, "-m", "g2gnet.programs.sweep.program", *flags, "--jobs", "2", "--folder", str(folder)]
+
+    def epochs():
+        return sum(path.read_text().count("\n") for path in folder.glob("*/*.jsonl"))
+
+    for number in (signal.SIGKILL, signal.SIGINT):
+        before = epochs()
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ}
+        )
+        while epochs() < before + 2 and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, said = process.communicate()
+        assert process.returncode == (130 if number == signal.SIGINT else -number), said
+    assert "run the same command again to resume" in said
+    assert "Traceback" not in said
+    assert len(list(folder.glob("*/*.DONE"))) < 3
+    assert epochs() < 24
+    resumed = sweep.run(grid, folder, executor=thread)
+    assert any("resuming" in path.read_text() for path in folder.glob("*/log.txt"))
+    whole = sweep.run(grid, tmp_path / "whole", executor=thread)
+    for (one, _), (other, _) in zip(resumed.ends, whole.ends, strict=True):
+        assert_equal(load(one.files), load(other.files))
+
+
+def test_runs_that_are_alike_since_a_setting_has_no_effect_are_told(tmp_path, thread, caplog):
+    sweep.run({**QUICK, "model": ["dense", "index"], "p_inter": [0.15, 0.3]}, tmp_path, executor=thread)
+    told = [message for message in caplog.messages if "has no effect" in message]
+    assert told[0] == "`p_inter=0.3` has no effect with `model=dense`"
+
+
+def loses_its_sweep_while_it_loads(folder):
+    """What a process of a sweep does that ends before the first step."""
+    reader, writer = multiprocessing.Pipe(duplex=False)
+
+    def load(arguments):
+        writer.close()
+        time.sleep(60)
+
+    engine.train.train = load
+    engine._begin(reader, 1)
+    with contextlib.suppress(KeyboardInterrupt):
+        engine.train_run(QUICK, folder)
+    time.sleep(60)  # the pool's process waits for its next run
+
+
+def test_a_process_whose_sweep_ends_before_its_first_step_ends_too(tmp_path):
+    process = SERVER.Process(target=loses_its_sweep_while_it_loads, args=(str(tmp_path / "run"),))
+    process.start()
+    process.join(50)
+    assert process.exitcode == 130
+
+
+def test_sigterm_ends_a_sweep_as_ctrl_c_does(tmp_path, capsys, monkeypatch):
+    def interrupted(*runs, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    monkeypatch.setattr(program, "run", interrupted)
+    assert program.main([*flags_of(QUICK), "--folder", str(tmp_path)]) == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == f"g2g-sweep: interrupted by SIGTERM; {program.RESUME}\n"
+
+
+def test_a_failure_is_logged_so_that_the_program_names_its_flags(tmp_path, capsys, caplog, monkeypatch, thread):
+    monkeypatch.setattr(engine, "processes", lambda jobs: contextlib.nullcontext(thread))
+    flags = [*flags_of({**QUICK, "lr": 1e30, "epochs": 3}), "--folder", str(tmp_path / "sweep")]
+    assert program.main(flags) == 1
+    (failure,) = [message for message in caplog.messages if message.startswith("the run: failed: ")]
+    assert "lower `lr`" in failure
+    said = capsys.readouterr().err
+    assert "lower --lr" in said
+    assert "`" not in said
+
+
+def test_a_finished_run_without_its_checkpoint_can_be_trained_again(tmp_path, thread):
+    made = sweep.run(QUICK, tmp_path, executor=thread)
+    ((run, end),) = made.ends
+    run.files.checkpoint.unlink()
+    with pytest.raises(TrainingError, match=r"pth cannot be read \(No such file.*put that back, or delete .*\.DONE"):
+        sweep.run(QUICK, tmp_path, executor=thread)
+    shutil.rmtree(run.folder)
+    ((_, again),) = sweep.run(QUICK, tmp_path, executor=thread).ends
+    assert again["test_acc"] == end["test_acc"]
+
+
+def test_the_program_writes_a_table_csv_json_and_a_picture(tmp_path, capsys, monkeypatch, thread):
+    made = sweep.run({**QUICK, "p_inter": [0.1, 0.3], "seed": [1, 2]}, tmp_path, executor=thread)
+    flags = [*flags_of(QUICK), "--p_inter", "0.1", "0.3", "--seed", "1", "2", "--folder", str(tmp_path)]
+    assert program.main([*flags, "--json", str(tmp_path / "more.json")]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("g2g ")
+    assert "4 runs: 2 p_inter × 2 seed | 4 finished" in printed.splitlines()[0]
+    assert "| p_inter | runs | test accuracy, % |" in printed
+    assert printed.endswith(f"with pictures: g2g-report {tmp_path}/*/*.pth\n")
+    told = json.loads((tmp_path / "sweep.json").read_text())
+    assert told == json.loads((tmp_path / "more.json").read_text())
+    assert [row["settings"] for row in told["rows"]] == [{"p_inter": 0.1}, {"p_inter": 0.3}]
+    header, *lines = (tmp_path / "sweep.csv").read_text().splitlines()
+    assert header.startswith("p_inter,seed,epoch,train_loss,")
+    assert len(lines) == 4
+    assert [line.split(",")[:2] for line in lines] == [["0.1", "1"], ["0.3", "1"], ["0.1", "2"], ["0.3", "2"]]
+    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    # what is finished is shown without being written to
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert program.main([*flags, "--finished"]) == 0
+    shown = capsys.readouterr().out
+    assert made.table() in shown
+    assert f"wrote no files: {tmp_path} is read-only" in shown
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == written
+    for name in ("sweep.csv", f"{made.ends[0][0].folder.name}/log.txt"):
+        assert program.main([*flags, "--finished", "--json", str(tmp_path / name)]) == 1
+        assert f"will not replace {tmp_path / name}: it is one of the run's own files" in capsys.readouterr().err
+    flags[-1] = str(tmp_path / "nowhere")
+    assert program.main([*flags, "--finished"]) == 1
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_sweep_of_nothing_is_refused(tmp_path, capsys):
+    assert program.main(["--folder", str(tmp_path / "sweep")]) == 2
+    assert "a sweep needs a setting; give one several values, as in --seed 1 2 3" in capsys.readouterr().err
+    assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.parametrize("jobs", [0, 1.5, "2"])
+def test_a_number_of_jobs_that_is_not_whole_is_refused(tmp_path, jobs):
+    with pytest.raises(SettingsError, match=f"jobs={jobs!r} is out of range; give a whole number of at least 1"):
+        sweep.run(QUICK, tmp_path, jobs=jobs)
+
+
+@pytest.mark.parametrize("jobs", ["0", "-1"])
+def test_a_number_of_jobs_below_one_is_refused(tmp_path, capsys, jobs):
+    assert program.main([*flags_of(QUICK), "--folder", str(tmp_path / "sweep"), "--jobs", jobs]) == 2
+    assert f"jobs={jobs} is out of range; give a whole number of at least 1" in capsys.readouterr().err

@@ -1,0 +1,152 @@
+"""``train.py`` as its users meet it: help, flags, messages and exit statuses."""
+
+import os
+import shlex
+
+import processes
+import pytest
+from helpers import ROOT
+from training_runs import DEFAULTS, MACHINE_FLAGS
+
+from g2gnet.programs import train
+from g2gnet.programs.cli import Parser
+
+TINY = shlex.split(
+    "--dataset fashionmnist-mini --model mixer --hidden_dim 64 --block_size 8 --T 3 --limit_train 100 --limit_test 50 "
+    "--epochs 1"
+)
+
+
+def test_the_flags_and_their_defaults_are_the_documented_ones():
+    arguments = vars(train.build_parser().parse_args([]))
+    assert arguments == {**DEFAULTS, **MACHINE_FLAGS}
+
+
+def test_help_groups_the_flags_and_explains_each(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for heading in ("data:", "model:", "training:", "dynamic sparse training:", "machine and files:", "examples:"):
+        assert f"\n{heading}\n" in text
+    for action in train.build_parser()._actions:
+        assert action.help, action.dest
+
+
+def test_a_flags_text_may_have_a_per_cent_sign(capsys):
+    parser = Parser()
+    parser.add_argument_group("all").add_argument("--share", help="5 % of (all)")
+    parser.print_help()
+    assert "5 % of (all)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flag", "answer"),
+    [
+        ("--hidden 12", "unknown flag --hidden; did you mean --hidden_dim?"),
+        ("--hidden-dim=12", "unknown flag --hidden-dim; did you mean --hidden_dim?"),
+        ("--t 3", "unknown flag --t; did you mean --T?"),
+        ("--epoch 3", "unknown flag --epoch; did you mean --epochs?"),
+        ("--pinter 0.1", "unknown flag --pinter; did you mean --p_inter?"),
+        ("--dst_s cosine", "unknown flag --dst_s; did you mean --dst_schedule or --dst_stop?"),
+        ("-T 3", "unknown flag -T; did you mean --T?"),
+        ("--colour red", "unknown flag --colour; --help lists the flags"),
+        ("index", "unknown arguments index; --help lists what this program takes"),
+    ],
+)
+def test_an_unknown_flag_is_refused_with_the_one_that_was_meant(capsys, flag, answer):
+    with pytest.raises(SystemExit) as stop:
+        train.main([*TINY, *shlex.split(flag)])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.endswith(f"error: {answer}\n")
+
+
+def test_a_run_from_the_command_line(tmp_path, capsys):
+    assert train.main([*TINY, "--checkpoint_dir", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("g2g ")
+    assert "model=mixer" in lines[0]
+    assert lines[1].startswith("Epoch 01 | train_acc=")
+    stem = "fashionmnist-mini_mixer_p0.15_T3_current"
+    assert sorted(path.name for path in tmp_path.glob("[!.]*")) == [
+        f"{stem}{ending}" for ending in (".DONE", ".analysis.json", ".csv", ".jsonl", ".pth")
+    ]
+    assert train.main([*TINY, "--checkpoint_dir", str(tmp_path)]) == 0
+    assert "is finished" in capsys.readouterr().out
+    assert train.main([*TINY, "--lr", "0.1", "--checkpoint_dir", str(tmp_path)]) == 1
+    assert "lr: 0.001 there, 0.1 now" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--p_inter 1.5", "p_inter=1.5 is out of range"),
+        ("--T 0", "T=0 is out of range"),
+        ("--model index --num_groups 0", "num_groups=0 is out of range"),
+        ("--sparsity_mode dynamic", "needs a sparse model"),
+        ("--use_resnet", "use_resnet needs"),
+        ("--device cuda:99", "cuda"),
+        ("--device tpu", "device='tpu' is unknown"),
+        ("--device directml", "torch-directml"),
+        ("--backend triton", "backend 'triton' is unavailable here"),
+    ],
+)
+def test_bad_flags_end_with_status_two_and_a_message_before_any_work(tmp_path, capsys, monkeypatch, flags, message):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # with it Triton could be used, and a run would begin
+    directory = tmp_path / "checkpoints"
+    assert train.main([*flags.split(), "--checkpoint_dir", str(directory)]) == 2
+    assert message in capsys.readouterr().err
+    assert not directory.exists()
+
+
+def test_unknown_choices_list_the_known_ones(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--backend", "jax"])
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert all(name in message for name in ("jax", "auto", "triton", "cpu", "torch"))
+
+
+def test_an_unknown_backend_in_the_environment_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("G2G_BACKEND", "jax")
+    assert train.main(["--checkpoint_dir", str(tmp_path)]) == 2
+    assert "G2G_BACKEND='jax' is not a backend" in capsys.readouterr().err
+
+
+def test_missing_data_ends_with_status_one(tmp_path, capsys, monkeypatch):
+    from torchvision.datasets import FashionMNIST
+
+    from g2gnet.data import fashion_mnist
+
+    monkeypatch.setattr(fashion_mnist, "SYSTEM_DIR", tmp_path)
+    monkeypatch.setattr(FashionMNIST, "mirrors", ["http://127.0.0.1:9/"])  # nobody listens: refused at once
+    assert train.main(["--data_dir", str(tmp_path / "none"), "--checkpoint_dir", str(tmp_path / "c")]) == 1
+    assert "apt-get install dataset-fashion-mnist" in capsys.readouterr().err
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "run_training", interrupt)
+    assert train.main([*TINY, "--checkpoint_dir", str(tmp_path)]) == 130
+    assert "run the same command again to resume" in capsys.readouterr().err
+
+
+def test_a_regulariser_that_never_begins_is_warned_about(tmp_path, capsys):
+    assert train.main([*TINY, "--enforce_sparsity", "--checkpoint_dir", str(tmp_path)]) == 0
+    assert "--enforce_sparsity never begins: warmup_epochs=10" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")
+def test_a_directory_without_write_permission_is_named(tmp_path, capsys):
+    tmp_path.chmod(0o500)
+    assert train.main([*TINY, "--checkpoint_dir", str(tmp_path)]) == 1
+    assert "cannot write to the checkpoint directory" in capsys.readouterr().err
+
+
+def test_output_in_a_file_has_no_progress_bar(tmp_path):
+    result = processes.run(ROOT / "train.py", *TINY, "--checkpoint_dir", tmp_path, output=tmp_path / "printed")
+    assert result.statuses == [0]
+    assert "\r" not in result.stdout + result.stderr
+    assert "samples/s" not in result.stderr

@@ -1,0 +1,504 @@
+"""Training steps as CUDA graphs, as far as they can be tested without a GPU: refusal, purity, and what is replayed."""
+
+import copy
+import functools
+import gc
+import types
+import warnings
+import weakref
+
+import graph_stand_in
+import numpy as np
+import pytest
+import torch
+from graph_stand_in import Graph
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from training_runs import SMALL, TIMES, VARIANTS
+
+import g2gnet
+import train
+from g2gnet import G2GNet
+from g2gnet.data import load_dataset
+from g2gnet.training import Machine, Trainer, TrainingError, TrainSettings
+from g2gnet.training import trainer as trainer_module
+from g2gnet.training.captured_step import CapturedStep
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_without_a_cuda_device_it_is_refused_before_anything_is_done(tmp_path, capsys):
+    arguments = ["--dataset", "fashionmnist-mini", "--cuda_graph", "--checkpoint_dir", str(tmp_path / "out")]
+    assert train.main(arguments) == 2
+    assert "--cuda_graph needs a CUDA device, not cpu; leave it out, or give --device cuda" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="a CUDA graph needs a CUDA device, not cpu; leave `cuda_graph` out"):
+        CapturedStep(lambda inputs: None, torch.device("cpu"), (), required=True)
+
+
+# --- nothing in a step waits for the device -----------------------------------------------------------------------
+
+#: operations whose result the CPU has to know before it can go on, or whose result's shape depends on numbers
+WAITING = {
+    "_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "_unique", "_unique2", "unique_dim",
+    "unique_consecutive", "repeat_interleave.Tensor", "bincount", "_assert_async",
+}  # fmt: skip
+
+
+class NeverWaiting(TorchDispatchMode):
+    """Raises for an operation for which the CPU would have to wait for an accelerator."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name().removeprefix("aten::")
+        indices = args[1] if name.startswith(("index.", "index_put")) else ()
+        by_mask = any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices)
+        if by_mask or name in WAITING or name.split(".")[0] in WAITING:
+            raise AssertionError(f"{name} would wait for the device")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("wait", [torch.Tensor.item, lambda one: one[one > 0]])
+def test_waiting_is_noticed(wait):
+    with NeverWaiting(), pytest.raises(AssertionError, match="would wait for the device"):
+        wait(torch.ones(1))
+
+
+@pytest.mark.parametrize("variant", ["rate", "bf16", "permuted pixels, chunks", "regularised", "all schedules"])
+def test_no_step_and_no_update_of_the_masks_waits_for_the_device(variant):
+    settings = TrainSettings(**{**SMALL, **VARIANTS[variant]})
+    trainer = Trainer(settings, load_dataset(settings.dataset), Machine(torch.device("cpu"), "torch"))
+    trainer.epoch = settings.epochs
+    for number in range(2):
+        with NeverWaiting():
+            trainer._train_step(torch.arange(64 * number, 64 * number + 64))
+    assert trainer.step == 2
+    assert trainer.dst is None or trainer.dst.grown > 0
+
+
+@pytest.mark.parametrize(("model", "block_size"), [("random", 16), ("mixer", 1)])
+def test_no_launch_of_the_triton_stack_depends_on_numbers_on_the_device(model, block_size):
+    """Tensors on the ``meta`` device have none: reading one is an error."""
+    pytest.importorskip("triton", minversion="3.3")
+    from benchmarks.launches import training_step
+
+    net = G2GNet(40, 96, 10, model, block_size=block_size, T=4)
+    assert training_step(net, 6, 40, torch.bfloat16)
+
+
+# --- what is replayed ---------------------------------------------------------------------------------------------
+
+CUDA = torch.device("cuda:1")
+
+
+@pytest.fixture
+def stand_ins(monkeypatch):
+    graph_stand_in.install(monkeypatch)
+
+
+def check(captured, step, *args, calls=6):
+    """Every call gives what ``step`` gives."""
+    for number in range(calls):
+        assert torch.equal(captured(*args), step(*args)), number
+
+
+def test_the_fourth_call_is_captured_and_replayed_on_new_arguments(stand_ins):
+    total, runs, alive = torch.zeros(()), [], []
+
+    def step(batch, *, factor):
+        if len(runs) < CapturedStep.WARM_UP - 1:
+            graph_stand_in.wait()  # as for kernels that are compiled at first
+        runs.append((Graph.capturing, torch.cuda.current_device()))
+        (x, (y,)), extra = batch
+        total.add_(x.sum())
+        return (2 if factor is True else 3) * (x.sum() + y.sum() + extra.get("z", x).sum())
+
+    captured = g2gnet.captured(step, CUDA, watch=())
+    for k in range(18):
+        factor, name, times = [(1, "z", 24), (True, "z", 16), (True, "w", 12)][k // 6]  # another constant, another form
+        x, y, z = (torch.full((2,), float(each)) for each in (k, k, 2 * k))
+        assert captured([(x, [y]), {name: z}], factor=factor) == times * k
+        assert [x[0], y[0], z[0]] == [k, k, 2 * k]  # the caller's tensors are left alone
+        alive += map(weakref.ref, (x, y, z))
+    assert runs == 3 * [(False, 1), (False, 1), (False, 1), (True, 1)]
+    assert torch.cuda.current_device() == 0
+    assert total == 2 * sum(range(18))  # each batch once: capturing itself does nothing
+    del x, y, z
+    gc.collect()
+    assert not any(reference() is not None for reference in alive)
+
+
+def test_a_batch_of_another_size_runs_directly_and_the_graph_stays(stand_ins, caplog):
+    sizes = []
+
+    def step(x):
+        sizes.append(len(x))
+        return 2 * x.sum()
+
+    captured = g2gnet.captured(step, CUDA, watch=())
+    for number in range(120):
+        x = torch.full((4 if number % 3 else 2,), float(number))
+        assert torch.equal(captured(x), 2 * x.sum())
+    assert sizes.count(4) == 4
+    assert len(Graph.captured) == 1
+    assert not caplog.messages  # though many calls are direct
+
+
+def test_the_device_without_a_number_is_the_one_that_is_current(stand_ins):
+    with torch.cuda.device(CUDA):
+        captured = g2gnet.captured(lambda x: x + torch.cuda.current_device(), "cuda", watch=())
+    assert captured(torch.zeros(())) == 1
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        (np.zeros(2), "an argument of the step is a ndarray, and a graph reads copies of tensors on cuda:1"),
+        (torch.zeros(2, requires_grad=True), "is a Tensor on cpu with requires_grad=True"),
+        (torch.zeros(2), "is a Tensor on cpu with requires_grad=False.* move or detach it"),
+    ],
+    ids=["array", "gradient", "device"],
+)
+def test_arguments_that_a_graph_cannot_read_are_refused(stand_ins, monkeypatch, argument, message):
+    monkeypatch.setattr("g2gnet.training.captured_step._is_on", lambda tensor, device: tensor.requires_grad)
+    with pytest.raises(ValueError, match=message):
+        g2gnet.captured(lambda x: x, CUDA, watch=())(argument)
+
+
+@pytest.mark.parametrize("watch", [torch.nn.Sequential(), (torch.nn.Identity(), torch.zeros(2)), None])
+def test_what_cannot_be_watched_is_refused(watch):
+    with pytest.raises(TypeError, match=r"watch=(Sequential|tuple|NoneType) must be a tuple of all modules"):
+        g2gnet.captured(lambda x: x, "cpu", watch)
+
+
+# --- what is noticed ----------------------------------------------------------------------------------------------
+
+ADAM = functools.partial(torch.optim.Adam, capturable=True, fused=True)
+
+
+class Own:
+    """A loop of one's own whose step is a method, of a network with dropout."""
+
+    def __init__(self, device, optimizer=ADAM):
+        torch.manual_seed(0)
+        layers = torch.nn.Linear(6, 6), torch.nn.Dropout(0.5), torch.nn.Linear(6, 6), torch.nn.Tanh()
+        self.net = torch.nn.Sequential(*layers)
+        self.net.register_buffer("scale", torch.full((6,), 2.0))
+        self.net[2].bias.requires_grad_(False)
+        self.optimizer = optimizer(self.net.parameters(), torch.tensor(0.1))
+        self.step = g2gnet.captured(self.learn, device, watch=(self.net, self.optimizer))
+
+    def learn(self, x, labels):
+        loss = F.cross_entropy(self.net(x) * self.net.scale, labels)
+        if torch.is_grad_enabled():
+            loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+
+def train_alike(steps, change=lambda own: None, **options):
+    """Steps with and without a graph give the same losses and weights, also after a change."""
+    plain, graph = Own("cpu", **options), Own(CUDA, **options)
+    for number in range(steps):
+        x, labels, losses = torch.randn(5, 6), torch.randint(6, (5,)), []
+        for own in (plain, graph):
+            if number == 6:
+                change(own)
+            torch.manual_seed(number)  # dropout draws anew in replays
+            losses.append(own.step(x, labels).item())
+        assert losses[0] == losses[1], number
+        assert all(map(torch.equal, plain.net.parameters(), graph.net.parameters())), number
+
+
+def test_a_loop_of_ones_own_trains_as_without_a_graph(stand_ins):
+    train_alike(10, lambda own: own.optimizer.param_groups[0]["lr"].fill_(0.05))
+    assert len(Graph.captured) == 1  # also with another learning rate in the same tensor
+
+
+CHANGES = {
+    "rate": lambda own: own.optimizer.param_groups[0].update(lr=0.0),
+    "betas": lambda own: own.optimizer.param_groups[0].update(betas=(0.5, 0.5)),
+    "frozen": lambda own: (own.net[0].bias.requires_grad_(False), own.net[2].bias.requires_grad_(True)),
+    "eval": lambda own: own.net.eval(),
+    "attribute": lambda own: setattr(own.net[1], "p", 0.1),
+    "type": lambda own: own.optimizer.param_groups[0].update(weight_decay=0.0),
+    "loaded optimizer": lambda own: own.optimizer.load_state_dict(copy.deepcopy(own.optimizer.state_dict())),
+    "moment": lambda own: own.optimizer.state[own.net[0].bias].update(exp_avg=torch.ones(6)),
+    "address": lambda own: setattr(own.net[2].bias, "data", torch.zeros(6)),
+    "shape": lambda own: setattr(own.net.scale, "data", own.net.scale.data[:1]),
+    "strides": lambda own: setattr(own.net[2].weight, "data", own.net[2].weight.data.t()),
+    "dtype": lambda own: setattr(own.net.scale, "data", own.net.scale.data.view(torch.int32)),
+    "parameter at its address": lambda own: setattr(own.net[0], "bias", torch.nn.Parameter(own.net[0].bias.detach())),
+    "buffer": lambda own: setattr(own.net, "scale", torch.ones(6)),
+    "order": lambda own: own.net._modules.update({"0": own.net[2], "2": own.net[0]}),
+    "module": lambda own: own.net.__setitem__(3, torch.nn.Sigmoid()),
+    "no_grad": lambda own: setattr(own, "step", torch.no_grad()(own.step)),
+    "autocast": lambda own: setattr(own, "step", torch.autocast("cuda", torch.float16)(own.step)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_change_is_followed(stand_ins, change):
+    train_alike(12, change)
+    assert len(Graph.captured) == 2
+
+
+class Counting(torch.optim.Optimizer):
+    """Counts its steps, up to ``last``, where a graph does not: in an attribute, or from ``first`` in the state."""
+
+    def __init__(self, parameters, lr, first=None, last=100):
+        super().__init__(parameters, {"lr": lr})
+        self.first, self.last = first, last
+
+    @torch.no_grad()
+    def step(self):
+        for parameter in (each for each in self.param_groups[0]["params"] if each.grad is not None):
+            where = vars(self) if self.first is None else self.state[parameter]
+            where["steps"] = where.get("steps", self.first or 0) % self.last + 1
+            parameter -= 0.1 / where["steps"] * parameter.grad
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        Counting,
+        functools.partial(Counting, first=0),
+        functools.partial(Counting, first=0, last=2),
+        functools.partial(Counting, first=torch.ones(1)),
+        functools.partial(torch.optim.Adagrad, lr_decay=0.1),
+    ],
+    ids=["attribute", "number", "number by turns", "new tensor", "on the host"],
+)
+def test_an_optimizer_whose_state_a_graph_cannot_change_trains_as_without_one(
+    stand_ins, monkeypatch, caplog, optimizer
+):
+    monkeypatch.setattr("g2gnet.training.captured_step._is_on", lambda tensor, device: tensor.ndim > 0)
+    train_alike(CapturedStep.PATIENCE + 4, optimizer=optimizer)
+    assert not Graph.captured
+    (line,) = caplog.messages
+    assert line.startswith("training steps are seldom replayed as a CUDA graph, since what is compared changes")
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.filterwarnings("error:The .grad attribute of a Tensor:UserWarning")
+def test_a_tensor_without_an_address_is_compared_by_how_often_it_was_written_to(stand_ins):
+    net, x = torch.nn.Linear(4, 1), torch.rand(3, 4)
+    net.lazy, net.nested = torch.nn.LazyLinear(2), torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    net.register_buffer("adjacency", torch.eye(4).to_sparse().coalesce())
+    net.state, calls = net(x), []  # whose gradient is not asked for
+
+    def step(x):
+        calls.append(x)
+        return net(x)  # the stand-in knows no sparse operations
+
+    captured = g2gnet.captured(step, CUDA, watch=(net,))
+    for _ in range(6):
+        captured(x)
+    assert len(calls) == CapturedStep.WARM_UP + 1
+    net.adjacency.zero_()  # which gives it other values and indices
+    captured(x)
+    assert len(calls) == CapturedStep.WARM_UP + 2  # no replay
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_what_is_not_compared_is_read_after_recapture(stand_ins, device):
+    net, factor, x = torch.nn.Linear(4, 1), [1.0], torch.rand(3, 4)
+    net.items = [1.0]
+    step = lambda x: net(x) * net.items[0] * factor[0]  # noqa: E731
+    captured = g2gnet.captured(step, device, watch=(net,))
+    captured.recapture()  # at any time
+    check(captured, step, x)
+    for change in (
+        lambda: factor.__setitem__(0, 2.0),
+        lambda: net.items.__setitem__(0, 3.0),
+        lambda: net.register_forward_hook(lambda module, inputs, output: -output),
+    ):
+        change()
+        assert torch.equal(captured(x), step(x)) == (device == "cpu")  # else it should be in the contract
+        captured.recapture()
+        check(captured, step, x)
+    assert len(Graph.captured) == 4 * (device != "cpu")
+
+
+# --- gradients ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("accumulated", [0, 3])
+def test_gradients_may_exist_when_a_step_begins(stand_ins, accumulated, set_to_none):
+    """Those of ``accumulated`` steps, used by the loop; 0: of the last step, used by the next one."""
+
+    def trained(device):
+        torch.manual_seed(0)
+        net, gradients = torch.nn.Linear(6, 3), []
+        optimizer = torch.optim.SGD(net.parameters(), 0.05, momentum=0.5)
+        net(torch.ones(1, 6)).sum().backward()
+
+        def step(x, update):
+            if update:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none)
+            if x is not None:
+                net(x).square().sum().backward()
+
+        captured = g2gnet.captured(step, device, watch=(optimizer,))
+        for number in range(18):
+            captured(torch.randn(5, 6), accumulated == 0)
+            gradients.append(net.weight.grad.clone())
+            if accumulated and number % accumulated == accumulated - 1:
+                step(None, True)
+        return [*net.parameters(), *gradients]
+
+    assert all(map(torch.equal, trained("cpu"), trained(CUDA)))
+    assert Graph.captured
+
+
+# --- steps that cannot be captured --------------------------------------------------------------------------------
+
+
+def forbidden(x):
+    if Graph.capturing:
+        raise RuntimeError("operation not permitted when stream is capturing")
+    return x + 1
+
+
+def waiting(x):
+    graph_stand_in.wait()
+    return x + 1
+
+
+def changing(x):
+    return x.mul_(1) + 1
+
+
+@pytest.mark.parametrize(
+    ("step", "why", "captures"),
+    [
+        (changing, "it changes an argument in place", 1),
+        (forbidden, "operation not permitted when stream is capturing", 1),
+        (waiting, r"it waits for the device in .*test_captured_step.py, line \d+", 0),  # a capture may end the process
+    ],
+)
+def test_a_step_that_cannot_be_captured_runs_directly_and_the_reason_is_said(stand_ins, caplog, step, why, captures):
+    captured, stream = g2gnet.captured(step, CUDA, watch=()), torch.cuda.current_stream()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # those of PyTorch's mode are not for the user
+        check(captured, lambda x: x + 1, torch.zeros(2))
+        assert torch.cuda.current_stream() is stream
+        assert len(Graph.captured) == captures
+        (line,) = caplog.messages
+        assert line.startswith("training steps are not replayed as a CUDA graph, but run directly: ")
+        required = CapturedStep(step, CUDA, (), required=True)
+        with pytest.raises(RuntimeError, match=f"cannot be captured in a CUDA graph: {why}"):
+            check(required, lambda x: x + 1, torch.zeros(2))
+
+
+def test_an_error_of_the_step_in_a_capture_is_the_users(stand_ins):
+    net, x = torch.nn.Linear(4, 1), torch.ones(3, 4)
+    net(x).sum().backward()
+
+    def step(x):
+        net(x).sum().backward()
+        if Graph.capturing:
+            raise ValueError("mine")
+
+    captured = g2gnet.captured(step, CUDA, watch=(net,))
+    for _ in range(3):
+        captured(x)
+    gradient = net.weight.grad
+    with pytest.raises(ValueError, match="mine"):
+        captured(x)
+    assert net.weight.grad is gradient
+    assert torch.equal(gradient, torch.full((1, 4), 12.0))
+
+
+def test_the_memory_of_a_graph_is_free_when_the_next_is_captured(stand_ins):
+    net, alive, graphs = torch.nn.Identity(), [], []
+    net.register_buffer("scale", torch.ones(1))
+
+    def step(x):
+        if Graph.capturing:
+            alive.append([graph() is not None for graph in graphs])
+        return x + 1
+
+    captured = g2gnet.captured(step, CUDA, watch=(net,))
+    for size in (2, 3):
+        check(captured, step, torch.zeros(size))
+        graphs.append(weakref.ref(Graph.captured.pop()))
+    assert alive == [[], [False]]
+    scale, net.scale = weakref.ref(net.scale), None
+    assert scale() is not None  # another tensor at its address would be taken for it
+
+
+# --- in the trainer -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trainer_of(stand_ins, monkeypatch):
+    """Makes trainers whose steps are captured, on the CPU."""
+    monkeypatch.setattr(trainer_module, "CapturedStep", lambda step, _, *others: CapturedStep(step, CUDA, *others))
+
+    def make(cuda_graph=True, **changes):
+        settings = TrainSettings(**{**SMALL, **changes})
+        machine = Machine(torch.device("cpu"), "torch", cuda_graph=cuda_graph)
+        return Trainer(settings, load_dataset(settings.dataset), machine)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("variant", "more", "graphs"),
+    [
+        ("regularised", {}, 3),  # a target for each epoch
+        ("dynamic", {}, 1),
+        ("all schedules", {}, 1),
+        ("pruned from a dense start", {"dst_interval": 6}, 3),  # two updates, each after a capture
+    ],
+)
+def test_training_is_the_same_with_and_without_a_graph(trainer_of, variant, more, graphs):
+    """Batches that are not full, masks that change, weights that become fewer, targets that change, dropout."""
+    changes = {"batch_size": 32, **VARIANTS[variant], **more}
+    graph, plain = trainer_of(**changes), trainer_of(cuda_graph=False, **changes)
+    for _ in range(graph.settings.epochs):
+        records = [trainer.train_epoch() for trainer in (graph, plain)]
+        records = [{name: value for name, value in each.items() if name not in TIMES} for each in records]
+        assert records[0] == records[1]
+    assert len(Graph.captured) == graphs
+    # a learning rate that falls is read from a float32 tensor
+    rounding = 1e-6 if "lr_schedule" in changes else 0.0
+    for name, value in plain.net.state_dict().items():
+        torch.testing.assert_close(graph.net.state_dict()[name], value, rtol=rounding, atol=rounding)
+
+
+def test_a_weight_that_is_not_finite_is_found_in_replays_after_a_batch_that_is_not_full(trainer_of):
+    trainer = trainer_of()
+    for _ in range(2):
+        trainer.train_epoch()
+    with torch.no_grad():
+        trainer.net.fc2.values.view(-1)[0] = torch.nan
+    with pytest.raises(TrainingError, match=r"in step 9 .* became non-finite"):
+        trainer.train_epoch()
+    assert len(Graph.captured) == 1  # these were replays
+
+
+def test_a_resumed_run_captures_the_loaded_state(trainer_of):
+    through, first = trainer_of(), trainer_of()
+    first.train_epoch()
+    first.train_epoch()
+    state = copy.deepcopy(first.state_dict())
+    for _ in range(3):
+        through.train_epoch()
+    assert first._captured._replay
+    first.load_state_dict(state)
+    assert not first._captured._replay  # the trainer says that masks may be others
+    first.train_epoch()
+    assert all(map(torch.equal, through.net.state_dict().values(), first.net.state_dict().values()))
+
+
+def test_on_a_cuda_device_steps_are_captured_unless_said_otherwise():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda:0")
+    assert Machine(cuda).captures
+    assert not Machine(cpu).captures
+    assert not Machine(cuda, world=types.SimpleNamespace(size=2)).captures
+    assert not Machine(cuda, cuda_graph=False).captures
+    parse = train.build_parser().parse_args
+    assert [parse(flags).cuda_graph for flags in ([], ["--cuda_graph"], ["--no_cuda_graph"])] == [None, True, False]

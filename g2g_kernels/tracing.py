@@ -37,15 +37,12 @@ def replaced(record: _Record, **fields: Any) -> _Record:
     return type(record)(*[fields[name] if name in fields else getattr(record, name) for name in names])
 
 
-def transforms() -> bool:
-    """Whether torch.func transforms (grad, vmap, …) are at work, which cannot look into an operator whose gradient is an
-    operator, too. (torch.compile can.)"""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-
-
 def is_transformed() -> bool:
-    """Whether :func:`transforms` or torch.jit.trace are at work, which need plain operations."""
-    return transforms() or is_scripted()
+    """Whether torch.func transforms (grad, vmap, …) or torch.jit.trace are at work, which need plain operations.
+
+    Neither can look into an operator whose gradient is an operator, too. (torch.compile can.)
+    """
+    return not torch.compiler.is_compiling() and (torch._C._are_functorch_transforms_active() or torch._C._is_tracing())
 
 
 def is_observed(tensors: Sequence[torch.Tensor | None]) -> bool:

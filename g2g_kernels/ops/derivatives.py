@@ -1,7 +1,7 @@
-"""Derivatives that no kernel computes: second ones, forward mode and ``vmap`` are those of plain PyTorch operations.
+"""Derivatives that no kernel computes (second ones, forward mode, ``vmap``) are those of plain PyTorch operations.
 
-One rule for every operator. Inside ``torch.func`` transforms, and where a tensor carries a tangent, plain operations run
-from the start. In a backward pass whose result is to be differentiated again, or that has a batch of gradients, they run
+One rule for every operator. Inside ``torch.func`` transforms and ``torch.jit.trace``, and where a tensor carries a
+tangent, plain operations run from the start. In a backward pass whose result is to be differentiated again, or that has a batch of gradients, they run
 in place of the kernels: forward once more, and backward by autograd.
 """
 
@@ -74,7 +74,7 @@ def gradients_of(
     with torch.enable_grad(), autocast.again():
         # the gradient of each argument by itself, even if one of them was computed from another
         inputs = [
-            (tensor.view_as(tensor) if again else tensor.detach().requires_grad_()) if need else tensor.detach()
+            tensor.view_as(tensor) if need else tensor.detach()
             for tensor, need in zip(tensors, needed)  # noqa: B905
         ]
         results = function(*inputs)

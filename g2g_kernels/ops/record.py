@@ -219,7 +219,9 @@ class Backward(NamedTuple):
     needed: tuple[bool, ...]
 
     @classmethod
-    def of(cls, call: Any, kept: Sequence[Any], grads: Sequence[Any], needed: Sequence[bool] | None = None) -> "Backward":
+    def of(
+        cls, call: Any, kept: Sequence[Any], grads: Sequence[Any], needed: Sequence[bool] | None = None
+    ) -> "Backward":
         """The input with these outputs and gradients, single ones or lists; None: every gradient is needed."""
         if needed is None:
             needed = [tensor.is_floating_point() for tensor in opened(call)[0]]
@@ -303,7 +305,9 @@ class Differentiable(Operator):
             return results
         *results, made = results
         given = iter(results)
-        of = [[next(given) for _ in value] if isinstance(value, list) else next(given) for value in made[: self._outputs]]
+        of = [
+            [next(given) for _ in value] if isinstance(value, list) else next(given) for value in made[: self._outputs]
+        ]
         return *of, *made[self._outputs :]
 
     def _forward(self, ctx: Any, record: Any, form: Form, *tensors: torch.Tensor) -> Any:

@@ -33,7 +33,9 @@ class LinearCall(NamedTuple):
         """Raises ValueError unless sizes match."""
         out_size, in_size = self.mask.shape
         if self.x.dim() != 2 or self.x.shape[1] != in_size or (self.bias is not None and self.bias.numel() != out_size):
-            raise ValueError(f"x {tuple(self.x.shape)} or the bias does not fit a mask of {[out_size, in_size]} weights")
+            raise ValueError(
+                f"x {tuple(self.x.shape)} or the bias does not fit a mask of {[out_size, in_size]} weights"
+            )
 
 
 TYPES["LinearCall"] = LinearCall
@@ -73,7 +75,14 @@ def operators(
     return forward_operator, backward_operator
 
 
-def product(operator: Differentiable, x: torch.Tensor, values: torch.Tensor, mask: BlockMask, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+def product(
+    operator: Differentiable,
+    x: torch.Tensor,
+    values: torch.Tensor,
+    mask: BlockMask,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
     """y [..., out] of ``dtype`` by the operator of a backend."""
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     bias = None if bias is None else bias.contiguous()

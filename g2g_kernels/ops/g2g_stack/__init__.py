@@ -160,7 +160,12 @@ def _run(
             else replaced(layer, state=layer.state.masked_fill(layer.dropped, 0))
             for layer in layers
         ]
-    if spikes or is_transformed() or has_tangent(opened((x, *layers))[0]) or any(layer.membranes or any(layer.observers) for layer in layers):
+    if (
+        spikes
+        or is_transformed()
+        or has_tangent(opened((x, *layers))[0])
+        or any(layer.membranes or any(layer.observers) for layer in layers)
+    ):
         linear = partial(g2g_linear, backend=backend)
         population = partial(_neurons_in_float32 if backend == "cpu" else run_neurons, backend=backend)
         activity = activity_of(*reference.in_turn(x, layers, steps, linear, population), differentiable=spikes)

@@ -189,7 +189,7 @@ def test_derivatives_of_neurons_are_those_of_steps(backend, name):
     assert expected.any()
     tangent = torch.ones_like(x)
     with torch.no_grad():
-        value, along = torch.func.jvp(loss, (x.detach(),), (tangent,))
+        _, along = torch.func.jvp(loss, (x.detach(),), (tangent,))
     torch.testing.assert_close(along, (expected_first.float() * tangent).sum(), rtol=1e-3, atol=1e-2)
     with forward_ad.dual_level():
         dual = forward_ad.unpack_dual(loss(forward_ad.make_dual(x.detach(), tangent))).tangent

@@ -13,6 +13,7 @@ from g2g_kernels import BackendError, Neurons, lif
 from g2g_kernels.ops.neurons import MODELS, RESETS
 from g2g_kernels.ops.neurons.call import NeuronsCall
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
+from g2g_kernels.ops.record import Backward
 from g2g_kernels.triton.runtime import interpreted
 from g2g_kernels.triton.runtime import unavailable as triton_unavailable
 from g2gnet.neurons import LIF

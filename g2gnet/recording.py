@@ -9,8 +9,9 @@ from torch.utils.hooks import RemovableHandle
 
 from g2g_kernels import Activity
 from g2g_kernels.ops.g2g_stack import Spikes
+from g2gnet.called_layers import OwnHook
 from g2gnet.layers import G2GLinear
-from g2gnet.stack import OwnHook, SpikingStack
+from g2gnet.stack import SpikingStack
 
 #: the activity of one population over some steps and samples, [..., N], or spikes whose ``dense()`` gives that
 Train = torch.Tensor | Spikes

@@ -1,15 +1,12 @@
 """A stack of spiking layers, each a connection and its neurons: all time steps in one call, or step by step."""
 
-import functools
 import itertools
-import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules import module as every_module
 from torch.utils.hooks import RemovableHandle
 
 from g2g_kernels import Activity, SpikingLayer, g2g_stack, neurons_step
@@ -24,17 +21,15 @@ from g2g_kernels.ops.g2g_stack import (
     StackState,
     Synapses,
     activity_of,
-    check_dropped,
 )
 from g2g_kernels.ops.g2g_stack.layer import Observer
 from g2g_kernels.ops.neurons.checks import check_states
 from g2g_kernels.ops.neurons.step import spikes_of
 from g2g_kernels.tracing import is_traced, is_transformed, replaced, symbolic_call
 from g2gnet import graphs
+from g2gnet.called_layers import OwnHook, Triple, check_steps_of, spikes_of_called, why_called
 from g2gnet.layers import G2GLinear
 from g2gnet.neurons import SpikingNeurons
-
-logger = logging.getLogger("g2gnet")
 
 #: a dropped neuron is drawn by 16 random bits
 DRAWS = 1 << 16
@@ -46,24 +41,6 @@ READOUTS = ("counts", "last", "mean", "max")
 ActivityHook = Callable[[torch.Tensor, Activity], None]
 Pair = tuple[G2GLinear, SpikingNeurons]
 RecurrentLayer = tuple[G2GLinear, SpikingNeurons, G2GLinear]
-
-
-class OwnHook:
-    """A hook that needs no call of its module, and is dropped when that is copied or pickled: a stack that carries only
-    such hooks runs in one call."""
-
-    def __init__(self, function: Callable[..., None], *first: Any) -> None:
-        self._function, self._first = function, first
-
-    def __call__(self, *arguments: Any) -> None:
-        self._function(*self._first, *arguments)
-
-    def __reduce__(self) -> tuple:
-        return OwnHook, (_nothing,)
-
-
-def _nothing(*arguments: Any) -> None:
-    pass
 
 
 class SpikingStack(nn.Module):
@@ -197,6 +174,11 @@ class SpikingStack(nn.Module):
         modules: dict[str, Any] = self._modules
         return [modules.get(f"rec{number}") for number in range(1, self.depth + 1)]
 
+    def _triples(self) -> list[Triple]:
+        """(connection, neurons, recurrent connection or None) of each layer."""
+        modules, numbers = self._modules, range(1, self.depth + 1)
+        return [(modules[f"fc{n}"], modules[f"lif{n}"], modules.get(f"rec{n}")) for n in numbers]
+
     def connections(self) -> dict[str, G2GLinear]:
         """All connections by name: ``fc1``, ``rec1`` where there is one, ``fc2``, …."""
         names = [f"{kind}{number}" for number in range(1, self.depth + 1) for kind in ("fc", "rec")]
@@ -266,58 +248,81 @@ class SpikingStack(nn.Module):
                 chunk, membranes or a readout is asked of a stack that calls its modules.
         """
         check_input(inputs)
-        of_layers: list[torch.Tensor | None] | None = None
-        if self.training and self.dropout:
-            if state is not None and dropped is None:
-                raise ValueError(
-                    "a run that continues from a state drops the neurons that were dropped before it: call "
-                    f"dropped = stack.drop({inputs.shape[-2]}) once, and give it to every part of the run"
-                )
-            of_layers = [*(self.drop(inputs.shape[-2]) if dropped is None else dropped), None]
-            if len(of_layers) != self.depth:
-                raise ValueError(
-                    f"dropped is of {len(of_layers) - 1} layers, this stack has {self.depth - 1} hidden ones; give "
-                    f"what drop({inputs.shape[-2]}) returns"
-                )
-        if chunk is not None and self.readout in ("mean", "max"):
+        of_layers = self._of_layers(inputs, state, dropped) if self.training and self._dropout else None
+        if chunk is not None and self._readout in ("mean", "max"):
             raise ValueError(
                 f"chunk={chunk} does not keep the membranes of all steps that readout={self.readout!r} is taken from; "
                 "leave it out, or make the stack with readout='last'"
             )
-        pairs = list(self.layers())
-        recurrents = self.recurrents()
-        reason = _why_called(pairs, recurrents)
+        steps = self.T if inputs.dim() == 2 else None
+        reason = why_called(self._triples())
         if reason is None:
-            layers = self._as_layers(pairs, recurrents, of_layers, state)
-            if membranes:
-                layers = [replaced(layer, membranes=True) for layer in layers]
-            if self.readout != "counts":
-                *_, last = layers
-                layers[-1] = replaced(
-                    last, population=last.population.integrating(), membranes=membranes or self.readout != "last"
-                )
-            steps = self.T if inputs.dim() == 2 else None
+            layers = self._records(of_layers, state, membranes)
             activity = g2g_stack(inputs, layers, steps, self.backend, spikes, chunk)
-            if self.readout != "counts":
-                activity = self._read(activity, self.T if inputs.dim() == 2 else len(inputs), membranes)
+            if self._readout != "counts":
+                activity = self._read(activity, len(inputs) if steps is None else steps, membranes)
         else:
-            if state is not None or chunk is not None or membranes or self.readout != "counts":
-                given = "a state" if state is not None else f"chunk={chunk}"
-                if membranes or self.readout != "counts":
-                    given = "membranes=True" if membranes else f"readout={self.readout!r}"
-                raise ValueError(
-                    f"{given} was given to a stack whose layers are called in turn, and modules return spikes only "
-                    f"({reason}); take single steps with step(x, state)"
-                )
-            if not is_traced():
-                _say_that_layers_are_called(reason)
-            activity = activity_of(self._in_turn(inputs, pairs, recurrents, of_layers), None, differentiable=spikes)
-            if not is_traced() and all(isinstance(connection, G2GLinear) for connection in self.connections().values()):
-                activity = replaced(activity, synapses=self._synapses(inputs, pairs, recurrents, activity))
-        self._call(list(self._activity_hooks.values()), inputs, activity, state)
+            for asked, what in (
+                (membranes, "membranes=True"),
+                (self._readout != "counts", f"readout={self._readout!r}"),
+                (state is not None, "a state"),
+                (chunk is not None, f"chunk={chunk}"),
+            ):
+                if asked:
+                    raise ValueError(
+                        f"{what} was given to a stack whose layers are called in turn, and modules return spikes only "
+                        f"({reason}); take single steps with step(x, state)"
+                    )
+            activity = self._of_called(inputs, of_layers, steps, reason, spikes)
+        if self._activity_hooks:
+            self._call_hooks(list(self._activity_hooks.values()), inputs, activity, state)
         return activity
 
-    def _call(
+    def _of_layers(
+        self, inputs: torch.Tensor, state: StackState | None, dropped: Sequence[torch.Tensor] | None
+    ) -> list[torch.Tensor | None]:
+        """The neurons that each layer drops."""
+        if state is not None and dropped is None:
+            raise ValueError(
+                "a run that continues from a state drops the neurons that were dropped before it: call "
+                f"dropped = stack.drop({inputs.shape[-2]}) once, and give it to every part of the run"
+            )
+        of_layers = [*(self.drop(inputs.shape[-2]) if dropped is None else dropped), None]
+        if len(of_layers) != self.depth:
+            raise ValueError(
+                f"dropped is of {len(of_layers) - 1} layers, this stack has {self.depth - 1} hidden ones; give what "
+                f"drop({inputs.shape[-2]}) returns"
+            )
+        return of_layers
+
+    def _records(
+        self, dropped: Sequence[torch.Tensor | None] | None, state: StackState | None, membranes: bool
+    ) -> list[SpikingLayer]:
+        """The layers as the operator takes them. What kept neurons send is scaled: the weights that it meets are."""
+        if state is not None:
+            self._check_form(state)
+        records = []
+        for number, (connection, neurons, recurrent) in enumerate(self._triples()):
+            (values, mask), observer = connection.observed_weights()
+            population, gives, silent = neurons.population, membranes, None if dropped is None else dropped[number]
+            if number and dropped is not None:
+                values, observer = values * self._scale, observer and _of_scaled(observer, self._scale)
+            joined, of_recurrent = None, None
+            if recurrent is not None:
+                (own, own_mask), of_recurrent = recurrent.observed_weights()
+                if silent is not None:
+                    own, of_recurrent = own * self._scale, of_recurrent and _of_scaled(of_recurrent, self._scale)
+                joined = Recurrent(own, own_mask)
+            if self._readout != "counts" and number + 1 == self.depth:
+                population, gives = population.integrating(), membranes or self._readout != "last"
+            before = None if state is None else _as_one(state[number])
+            observers = observer, of_recurrent
+            records.append(
+                SpikingLayer(values, mask, connection.bias, population, silent, before, joined, gives, observers)
+            )
+        return records
+
+    def _call_hooks(
         self,
         hooks: Sequence[ActivityHook],
         inputs: torch.Tensor,
@@ -325,8 +330,6 @@ class SpikingStack(nn.Module):
         state: Sequence[NeuronState | None] | None,
     ) -> None:
         """Calls hooks after a run that continues ``state``."""
-        if not hooks:
-            return
         self._continued = state
         try:
             for hook in hooks:
@@ -349,34 +352,6 @@ class SpikingStack(nn.Module):
             spikes.append(membrane.detach() > neurons.population.parameters[-1].detach())
         return spikes
 
-    def _as_layers(
-        self,
-        pairs: Sequence[Pair],
-        recurrents: Sequence[G2GLinear | None],
-        dropped: Sequence[torch.Tensor | None] | None,
-        state: StackState | None,
-    ) -> list[SpikingLayer]:
-        """The layers in the operator's form."""
-        layers = []
-        for (connection, neurons), recurrent in zip(pairs, recurrents, strict=True):
-            weights, observer = connection.observed_weights()
-            joined, of_recurrent = None, None
-            if recurrent is not None:
-                recurrent_weights, of_recurrent = recurrent.observed_weights()
-                joined = Recurrent(*recurrent_weights)
-            observers = observer, of_recurrent
-            layers.append(
-                SpikingLayer(*weights, connection.bias, neurons.population, recurrent=joined, observers=observers)
-            )
-        if dropped is not None:
-            layers = [
-                self._with_dropped(number, *each) for number, each in enumerate(zip(layers, dropped, strict=True))
-            ]
-        if state is not None:
-            self._check_form(state)
-            layers = [replaced(layer, state=_as_one(before)) for layer, before in zip(layers, state, strict=True)]
-        return layers
-
     def _read(self, activity: Activity, steps: int, membranes: bool) -> Activity:
         """The activity of a run whose last layer integrates: its readout, and no spikes."""
         states, over_time = activity.states, activity.membranes
@@ -397,32 +372,6 @@ class SpikingStack(nn.Module):
             readout=readout,
         )
 
-    def _with_dropped(self, number: int, layer: SpikingLayer, dropped: torch.Tensor | None) -> SpikingLayer:
-        """The layer with neurons dropped; what kept neurons send it, from below and from itself, is scaled."""
-        scale = self._scale
-        values, recurrent, (observer, of_recurrent) = layer.values, layer.recurrent, layer.observers
-        if recurrent is not None and dropped is not None:
-            recurrent = replaced(recurrent, values=recurrent.values * scale)
-            of_recurrent = of_recurrent and _of_scaled(of_recurrent, scale)
-        if number:
-            values = values * scale
-            observer = observer and _of_scaled(observer, scale)
-        observers = observer, of_recurrent
-        return replaced(layer, values=values, dropped=dropped, recurrent=recurrent, observers=observers)
-
-    def _synapses(
-        self, inputs: torch.Tensor, pairs: Sequence[Pair], recurrents: Sequence[G2GLinear | None], activity: Activity
-    ) -> Synapses:
-        """What the synaptic operations of a run that called the modules are counted from."""
-        weights = [[connection.weights()] for connection, _ in pairs]
-        borders: list[Border | None] = [None] * self.depth
-        for number, recurrent in enumerate(recurrents):
-            if recurrent is not None:
-                weights[number].append(recurrent.weights())
-                spikes = activity.spikes[number].dense().detach()[-1]
-                borders[number] = Border(None, spikes, torch.zeros_like(spikes[0]))
-        return Synapses(inputs, self.T if inputs.dim() == 2 else None, weights, borders)
-
     def _check_form(self, state: StackState) -> None:
         """Raises unless there is one entry per layer, each a tensor, several or None."""
         if type(state) not in (tuple, list):
@@ -437,44 +386,30 @@ class SpikingStack(nn.Module):
             if before is not None and not all(isinstance(each, torch.Tensor) for each in tensors):
                 raise TypeError(f"state of layer {number} is a {type(before).__name__}, not a tensor or several")
 
-    def _in_turn(
+    def _of_called(
         self,
-        x: torch.Tensor,
-        pairs: Sequence[Pair],
-        recurrents: Sequence[G2GLinear | None],
+        inputs: torch.Tensor,
         dropped: Sequence[torch.Tensor | None] | None,
-    ) -> list[torch.Tensor]:
-        """The spikes [T, B, N] of each layer, by calls of its modules. A held input passes the first connection once.
-
-        Connections receive what is sent to them: with dropout, spikes divided by 1 − ``dropout``. A recurrent one is
-        called at every step but the first, its neurons take steps.
-        """
-        steps = self.T if x.dim() == 2 else None
-        scale = 1.0 if dropped is None else self._scale
-        trains: list[torch.Tensor] = []
+        steps: int | None,
+        reason: str,
+        spikes: bool,
+    ) -> Activity:
+        """The activity of a run by calls of the modules (:mod:`g2gnet.called_layers`)."""
+        layers = self._triples()
         self.calls_layers = True
         try:
-            of_layers = [None] * self.depth if dropped is None else dropped
-            for number, ((connection, neurons), of_layer) in enumerate(zip(pairs, of_layers, strict=True), 1):
-                current = _output_of(f"fc{number}", connection, x, (*x.shape[:-1], None))
-                if steps is not None:
-                    current, steps = current.expand(steps, *current.shape), None
-                if of_layer is not None:
-                    check_dropped(f" of layer {number - 1}", of_layer, tuple(current.shape[1:]))
-                    current = current.masked_fill(of_layer, 0)  # hooks of the neurons see them silent
-                recurrent = recurrents[number - 1]
-                if recurrent is None:
-                    spikes = _output_of(f"lif{number}", neurons, current, current.shape)
-                    if of_layer is not None:
-                        spikes = spikes.masked_fill(of_layer, 0)
-                else:
-                    factor = 1.0 if of_layer is None else scale
-                    spikes = _steps_in_turn(f"rec{number}", recurrent, neurons, current, of_layer, factor)
-                trains.append(spikes)
-                x = spikes if dropped is None else spikes * scale
+            trains = spikes_of_called(inputs, layers, dropped, self._scale, steps, reason)
         finally:
             self.calls_layers = False
-        return trains
+        activity = activity_of(trains, None, differentiable=spikes)
+        if is_traced() or not all(isinstance(connection, G2GLinear) for connection in self.connections().values()):
+            return activity
+        weights, borders = [], []
+        for train, (connection, _, recurrent) in zip(trains, layers, strict=True):
+            weights.append([each.weights() for each in (connection, recurrent) if each is not None])
+            last = train.detach()[-1]
+            borders.append(None if recurrent is None else Border(None, last, torch.zeros_like(last[0])))
+        return replaced(activity, synapses=Synapses(inputs, steps, weights, borders))
 
     def register_activity_hook(self, hook: ActivityHook) -> RemovableHandle:
         """Calls ``hook(inputs, activity)`` after every :meth:`simulate`, until the handle's ``remove()``."""
@@ -506,7 +441,9 @@ class SpikingStack(nn.Module):
             output, trains, afters = self._one_step(x, befores)
         finally:
             self.calls_layers = False
-        self._call(recorders, x, activity_of([spikes[None] for spikes in trains], None, differentiable=False), state)
+        self._call_hooks(
+            recorders, x, activity_of([spikes[None] for spikes in trains], None, differentiable=False), state
+        )
         return output, afters
 
     def _one_step(
@@ -516,7 +453,7 @@ class SpikingStack(nn.Module):
         trains, afters = [], []
         layers = zip(self.layers(), self.recurrents(), befores, strict=True)
         for number, ((connection, neurons), recurrent, before) in enumerate(layers, 1):
-            _check_steps_of(f"lif{number}", neurons)
+            check_steps_of(f"lif{number}", neurons)
             current = connection(x)
             states = (before,) if isinstance(before, torch.Tensor) else before
             if recurrent is not None and states is not None:
@@ -604,74 +541,10 @@ def _check_integrates(readout: str, connection: nn.Module, neurons: nn.Module, *
         )
 
 
-def _why_called(pairs: Sequence[Pair], recurrents: Sequence[G2GLinear | None]) -> str | None:
-    """What would be left out unless the modules are called; None: nothing. (It costs every step some microseconds.)"""
-    if (
-        every_module._global_forward_hooks
-        or every_module._global_forward_pre_hooks
-        or every_module._global_backward_hooks
-        or every_module._global_backward_pre_hooks
-    ):
-        return "hooks are registered for every module"
-    for number, (connection, neurons) in enumerate(pairs, 1):
-        reason = _why_call(connection, G2GLinear.forward)
-        if reason is not None:
-            return f"fc{number} {reason}"
-        reason = _why_call(neurons, SpikingNeurons.forward)
-        if reason is not None:
-            return f"lif{number} {reason}"
-    for number, recurrent in enumerate(recurrents, 1):
-        reason = None if recurrent is None else _why_call(recurrent, G2GLinear.forward)
-        if reason is not None:
-            return f"rec{number} {reason}"
-    return None
-
-
-def _why_call(module: nn.Module, forward: Callable) -> str | None:
-    """What of a module only a call would run; ``forward`` is the one that needs none."""
-    if (
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    ) and _has_hooks(module):
-        return "carries hooks"
-    if type(module).forward is not forward or "forward" in module.__dict__:
-        return f"({type(module).__name__}) has a forward of its own"
-    return None
-
-
 def check_input(x: object) -> None:
     """Raises TypeError unless the input of a stack is a tensor."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"the input is a {type(x).__name__}, not a tensor")
-
-
-def _steps_in_turn(
-    name: str,
-    recurrent: G2GLinear,
-    neurons: SpikingNeurons,
-    current: torch.Tensor,
-    dropped: torch.Tensor | None,
-    scale: float,
-) -> torch.Tensor:
-    """The spikes [T, B, N] of a recurrent layer by calls of its connection and steps of its neurons.
-
-    Raises:
-        TypeError: if a hook on the neurons, or a forward of their own, would be left out.
-    """
-    lif = name.replace("rec", "lif")
-    reason = _why_call(neurons, SpikingNeurons.forward)
-    if reason is not None:
-        raise TypeError(
-            f"{lif} {reason}, which would not be run: the neurons of a recurrent layer take steps. Use {name} for "
-            "hooks, or take steps with SpikingStack.step"
-        )
-    state: NeuronState | None = None
-    spikes: list[torch.Tensor] = []
-    for now in current.unbind():
-        if spikes:
-            now = now + _output_of(name, recurrent, spikes[-1] * scale, now.shape)
-        train, state = neurons.step(now, state)
-        spikes.append(train if dropped is None else train.masked_fill(dropped, 0))
-    return torch.stack(spikes)
 
 
 def _of_scaled(observer: Observer, scale: float) -> Observer:
@@ -684,46 +557,3 @@ def _as_one(state: NeuronState | None) -> torch.Tensor | None:
     if state is None:
         return None
     return state.unsqueeze(0) if isinstance(state, torch.Tensor) else torch.stack(tuple(state))
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    every = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return any(not isinstance(hook, OwnHook) for hooks in every for hook in hooks.values())
-
-
-def _check_steps_of(name: str, neurons: nn.Module) -> None:
-    """Raises TypeError unless a step of these neurons is one of their run, and says what hooks do not see."""
-    kind = type(neurons)
-    step = getattr(kind, "step", None)
-    if step is None:
-        raise TypeError(f"{name} ({kind.__name__}) has no step(current, state); give it one, or call simulate")
-    if step is SpikingNeurons.step and (kind.forward is not SpikingNeurons.forward or "forward" in neurons.__dict__):
-        raise TypeError(
-            f"{name} ({kind.__name__}) has a forward of its own, but not a step that follows it; give it a "
-            "step(current, state), or call simulate"
-        )
-    if _has_hooks(neurons) and not is_traced():
-        _say_that_steps_pass_by(name)
-
-
-def _output_of(name: str, module: nn.Module, x: torch.Tensor, shape: Sequence[int | None]) -> torch.Tensor:
-    """The output of a module of the stack; raises TypeError unless it is a tensor of that shape (None: any size)."""
-    output = module(x)
-    is_tensor = isinstance(output, torch.Tensor)
-    if is_tensor and len(output.shape) == len(shape):
-        sizes = zip(output.shape, shape, strict=True)
-        if all([expected is None or size == expected for size, expected in sizes]):
-            return output
-    what = f"a tensor {list(output.shape)}" if is_tensor else f"a {type(output).__name__}"
-    sides = ", ".join("N" if size is None else str(size) for size in shape)
-    raise TypeError(f"{name} ({type(module).__name__}) returned {what}; in a stack it must return a tensor [{sides}]")
-
-
-@functools.cache
-def _say_that_layers_are_called(reason: str) -> None:
-    logger.warning("a SpikingStack calls its layers in turn, which is slower than one call for all: %s", reason)
-
-
-@functools.cache
-def _say_that_steps_pass_by(name: str) -> None:
-    logger.warning("hooks on %s are not run by SpikingStack.step, which calls its step; simulate runs them", name)

@@ -11,6 +11,7 @@ import os
 import threading
 import weakref
 from collections import OrderedDict
+from collections.abc import Callable
 
 import torch
 
@@ -36,9 +37,13 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_lock)
 
 
-def blocks(units: int, width: int) -> int:
-    """The number of 64-lane blocks of an axis with that many unit ranges of that width."""
-    return units * -(-width // 64) if width > 64 else -(-units // (64 // width))
+def blocks(grid: tuple[int, int], packed: tuple[int, ...]) -> tuple[int, int]:
+    """The numbers of 64-lane blocks of rows and of columns of a unit grid with packed weights of that shape."""
+    rows, cols = [
+        units * -(-width // 64) if width > 64 else -(-units // (64 // width))
+        for units, width in zip(grid, packed[1:], strict=True)
+    ]
+    return rows, cols
 
 
 class Plan:
@@ -64,12 +69,12 @@ class Plan:
         if not address:
             raise ValueError("the mask's indices do not describe a valid mask")
         self.address: int = address
+        #: whether this is still the plan of the mask whose tensors it was built from, in place
+        self.matches: Callable[[], int] = functools.partial(
+            lib.g2g_plan_matches, address, *[tensor.data_ptr() for tensor in _sources(mask)]
+        )
         self.units = max(len(mask.unit_row), _LEAST_UNITS)
         weakref.finalize(self, lib.g2g_plan_free, address).atexit = False
-
-    def matches(self, mask: MaskTensors) -> int:
-        """Whether this is still the plan of that mask."""
-        return library().g2g_plan_matches(self.address, *[tensor.data_ptr() for tensor in _sources(mask)])
 
 
 def _sources(mask: MaskTensors) -> tuple[torch.Tensor, ...]:
@@ -84,7 +89,7 @@ def refuses(mask: BlockMask, values: torch.Tensor) -> str | None:
 
 @functools.lru_cache(1024)
 def _refuses(grid: tuple[int, int], packed: tuple[int, int, int]) -> str | None:
-    rows, cols = (blocks(units, width) for units, width in zip(grid, packed[1:], strict=True))
+    rows, cols = blocks(grid, packed)
     return too_large(
         **{"weights in a layer": math.prod(packed), "blocks of 64 × 64 weights in the matrix of a layer": rows * cols},
         **{"places for the neurons of a layer, in blocks of 64": 64 * max(rows, cols)},
@@ -101,7 +106,7 @@ def plan_for(mask: MaskTensors, values: torch.Tensor) -> Plan:
     if key is None or key[:3] != values.shape:
         key = mask.__dict__["plan_key"] = _key(mask, values)
     plan = _plans.get(key)
-    if plan is not None and plan.matches(mask):
+    if plan is not None and plan.matches():
         try:  # noqa: SIM105  (contextlib.suppress takes as long as the comparison)
             _plans.move_to_end(key)  # most recently used last
         except KeyError:

@@ -16,7 +16,7 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -81,18 +81,37 @@ class Workspace:
             return torch.empty(shape, dtype=dtype)
         return self.bytes(count * dtype.itemsize).view(dtype).view(shape)
 
-    def like(self, tensor: torch.Tensor) -> torch.Tensor:
-        """An uninitialised tensor like a contiguous one."""
-        if not self.poison and tensor.nbytes < SMALL:
-            return torch.empty_like(tensor)
-        return self.empty(tuple(tensor.shape), tensor.dtype)
+    def each(self, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+        """As :meth:`empty`, one tensor for each shape."""
+        made = []
+        for shape in shapes:
+            small = not self.poison and math.prod(shape) * dtype.itemsize < SMALL
+            made.append(torch.empty(shape, dtype=dtype) if small else self.empty(shape, dtype))
+        return made
 
-    def exactly(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """As :meth:`empty`, for one of many that are kept for long: up to a few maps' size it takes no whole map."""
-        if math.prod(shape) * dtype.itemsize >= 4 * PAGE:
-            return self.empty(shape, dtype)
-        tensor = torch.empty(shape, dtype=dtype)
-        return tensor.view(torch.uint8).fill_(0xFF).view(dtype) if self.poison and tensor.numel() else tensor
+    def alike(self, tensors: Sequence[torch.Tensor], needed: Sequence[bool]) -> list[torch.Tensor | None]:
+        """An uninitialised tensor like each contiguous one that is ``needed``, None for the others."""
+        made: list[torch.Tensor | None] = []
+        for tensor, need in zip(tensors, needed, strict=True):
+            if not need:
+                made.append(None)
+            elif not self.poison and tensor.nbytes < SMALL:
+                made.append(torch.empty_like(tensor))
+            else:
+                made.append(self.empty(tuple(tensor.shape), tensor.dtype))
+        return made
+
+    def exactly(self, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+        """As :meth:`each`, for those of many that are kept for long: up to a few maps' size they take no whole map."""
+        made = []
+        for shape in shapes:
+            if math.prod(shape) * dtype.itemsize >= 4 * PAGE:
+                made.append(self.empty(shape, dtype))
+                continue
+            tensor = torch.empty(shape, dtype=dtype)
+            poisoned = self.poison and tensor.numel()
+            made.append(tensor.view(torch.uint8).fill_(0xFF).view(dtype) if poisoned else tensor)
+        return made
 
     def clear(self) -> None:
         """Returns unused memory to the system."""

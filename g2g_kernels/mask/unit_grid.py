@@ -1,8 +1,6 @@
 """The units of a sparse weight matrix: their coordinates, both indices of them, and their weights, packed or dense."""
 
-import functools
-from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 
@@ -10,8 +8,6 @@ from g2g_kernels.mask import packing
 from g2g_kernels.mask.groups import check_integers
 from g2g_kernels.mask.sides import Indices, Side, UnitAxis
 from g2g_kernels.tracing import is_traced
-
-ValueT = TypeVar("ValueT")
 
 
 class _MaskTensors(NamedTuple):
@@ -31,23 +27,6 @@ class _MaskTensors(NamedTuple):
     col_place_of: torch.Tensor
 
 
-def _once(function: Callable[["MaskTensors"], ValueT]) -> Callable[["MaskTensors"], ValueT]:
-    """A method that is computed once, but by every trace anew (functools.cached_property has a lock, which
-    torch.compile cannot enter)."""
-    name = f"_{function.__name__}"
-
-    @functools.wraps(function)
-    def value(self: "MaskTensors") -> ValueT:
-        if is_traced():
-            return function(self)
-        kept = self.__dict__
-        if name not in kept:
-            kept[name] = function(self)
-        return kept[name]
-
-    return value
-
-
 class MaskTensors(_MaskTensors):
     """The tensors of a :class:`BlockMask` and its sides, for operators; each uses those that it needs.
 
@@ -56,13 +35,11 @@ class MaskTensors(_MaskTensors):
     """
 
     @property
-    @_once
     def shape(self) -> tuple[int, int]:
         """(out, in) of the weight matrix."""
         return self.row_order.shape[0], self.col_order.shape[0]
 
     @property
-    @_once
     def grid(self) -> tuple[int, int]:
         """(block rows, block columns) of the unit grid."""
         return self.row_bounds.shape[0] - 1, self.col_bounds.shape[0] - 1
@@ -75,13 +52,14 @@ class MaskTensors(_MaskTensors):
         sides = Side(rows, height, out_size, *place[:2]), Side(cols, width, in_size, *place[2:])
         return packing.unpack(values, packing.View(self.unit_row, self.unit_col, *sides))
 
-    @_once
     def rows_then(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Copies of ``row_order`` and ``row_bounds``, for those who need them after the mask has changed.
-
-        No property, which torch.compile of PyTorch 2.8 and 2.10 cannot trace.
-        """
-        return self.row_order.clone(), self.row_bounds.clone()
+        """Copies of ``row_order`` and ``row_bounds``, for those who need them after the mask has changed."""
+        if is_traced():  # every trace anew
+            return self.row_order.clone(), self.row_bounds.clone()
+        then = self.__dict__.get("then")
+        if then is None:
+            then = self.__dict__["then"] = self.row_order.clone(), self.row_bounds.clone()
+        return then
 
 
 class UnitGrid(Indices):

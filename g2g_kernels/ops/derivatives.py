@@ -1,8 +1,8 @@
 """Derivatives that no kernel computes (second ones, forward mode, ``vmap``) are those of plain PyTorch operations.
 
 One rule for every operator. Inside ``torch.func`` transforms and ``torch.jit.trace``, and where a tensor carries a
-tangent, plain operations run from the start. In a backward pass whose result is to be differentiated again, or that has a batch of gradients, they run
-in place of the kernels: forward once more, and backward by autograd.
+tangent, plain operations run from the start. In a backward pass whose result is to be differentiated again, or that has
+a batch of gradients, they run in place of the kernels: forward once more, and backward by autograd.
 """
 
 import contextlib

@@ -65,8 +65,9 @@ def built(form: Form, tensors: Sequence[Any]) -> Any:
             parts.append(part)
         elif isinstance(part, tuple):
             kind, length = part
-            inside = [parts.pop() for _ in range(length)][::-1]
-            parts.append(kind(inside) if kind in (tuple, list) else kind(*inside))
+            begin = len(parts) - length
+            inside = parts[begin:]
+            parts[begin:] = [kind(inside) if kind in (tuple, list) else kind(*inside)]
         else:
             parts.append(part)
     return parts[0]
@@ -231,11 +232,15 @@ class Backward(NamedTuple):
         """Raises ValueError unless sizes match."""
         self.call.check()
 
-    def empty(self, make: Callable[[torch.Tensor], torch.Tensor] = torch.empty_like) -> tuple[list[Any], Any]:
-        """Uninitialised gradients, None where none is needed: as an operator returns them, and as a record."""
-        tensors, form = opened(self.call)
-        grads = [make(tensor) if need else None for tensor, need in zip(tensors, self.needed, strict=True)]
-        return grads, built([TENSOR if isinstance(part, MaskTensors) else part for part in form], grads)
+    def empty(self) -> list[Any]:
+        """Uninitialised gradients as an operator returns them, None where none is needed."""
+        tensors, _ = opened(self.call)
+        return [torch.empty_like(tensor) if need else None for tensor, need in zip(tensors, self.needed, strict=True)]
+
+    def record(self, grads: Sequence[torch.Tensor | None]) -> Any:
+        """Such gradients as a record of the form of ``call``."""
+        _, form = opened(self.call)
+        return built([TENSOR if isinstance(part, MaskTensors) else part for part in form], grads)
 
     def aligned(self, record: Any) -> list[torch.Tensor | None]:
         """The gradients in a record of the form of ``call`` as an operator returns them."""

@@ -12,7 +12,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize, prune
 
 from g2g_kernels.ops.g2g_stack import operator
-from g2gnet import LIF, DSTScheduler, G2GLinear, SpikingStack, stack
+from g2gnet import LIF, DSTScheduler, G2GLinear, SpikingStack, called_layers, stack
 
 STACK_BACKENDS = backends_of(operator)
 STEPS = 6
@@ -299,7 +299,7 @@ def test_a_stack_with_hooks_compiles_to_equal_results(plain_memory):
 
 
 def test_it_is_said_once_which_layers_are_called(caplog):
-    stack._say_that_layers_are_called.cache_clear()
+    called_layers._say_that_layers_are_called.cache_clear()
     net = net_of()
     net(SAMPLES)
     assert not caplog.text
@@ -314,7 +314,7 @@ def test_steps_follow_hooks_on_connections_and_say_what_they_cannot_follow(caplo
     net.fc2.register_forward_hook(lambda module, args, output: seen.append(output))
     net.step(SAMPLES)
     assert [output.shape for output in seen] == [(5, 40)]
-    stack._say_that_steps_pass_by.cache_clear()
+    called_layers._say_that_steps_pass_by.cache_clear()
     net.lif2.register_forward_hook(nothing)
     net.step(SAMPLES)
     assert "hooks on lif2 are not run by SpikingStack.step" in caplog.text

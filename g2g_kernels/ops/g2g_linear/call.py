@@ -64,7 +64,7 @@ def operators(
         return (reference.g2g_linear(call.x, call.values, call.mask, call.bias),)
 
     name = f"{prefix}linear"
-    backward_operator = Operator(f"{name}_backward", "Tensor[]", backward, lambda given: given.empty()[0], keys)
+    backward_operator = Operator(f"{name}_backward", "Tensor[]", backward, Backward.empty, keys)
     forward_operator = Differentiable(f"{name}_forward", "Tensor", 1, forward, fake, backward_operator, plain, keys)
 
     def flops(call: LinearCall) -> int:

@@ -17,7 +17,7 @@ from g2g_kernels.cpu.plans import Plan, plan_for
 from g2g_kernels.cpu.workspace import workspace
 from g2g_kernels.mask.block_mask import BlockMask
 from g2g_kernels.ops.g2g_linear.call import LinearCall, operators, product
-from g2g_kernels.ops.record import Backward
+from g2g_kernels.ops.record import Backward, opened
 
 
 def refuses(x: torch.Tensor, values: torch.Tensor, mask: BlockMask, bias: torch.Tensor | None) -> str | None:
@@ -84,7 +84,8 @@ def _backward(given: Backward) -> list[torch.Tensor | None]:
     out_size = call.mask.shape[0]
     if grad_y.shape != (len(call.x), out_size) or grad_y.dtype != call.dtype or not grad_y.is_contiguous():
         raise ValueError("grad_y must be contiguous and of the output's shape and dtype")
-    grads, to = given.empty(workspace.like)
+    grads = workspace.alike(opened(call)[0], given.needed)
+    to = given.record(grads)
     sums = call.values.new_empty(out_size) if to.bias is None else to.bias  # the kernel always writes them
     arguments.grad_y = grad_y.data_ptr()
     arguments.event_limit = event_limit(arguments.bf16, backward=True)

@@ -4,14 +4,16 @@ One operator for the whole stack lets a backend choose what passes between the l
 neurons) and how long each tensor lives.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import partial
+from operator import is_
 from types import ModuleType
 from typing import Any
 
 import torch
 
 from g2g_kernels.dispatch import Operator
+from g2g_kernels.mask.block_mask import BlockMask
 from g2g_kernels.numbers import COUNT
 from g2g_kernels.ops.checks import check_connection, check_tensor
 from g2g_kernels.ops.derivatives import has_tangent
@@ -24,8 +26,8 @@ from g2g_kernels.ops.g2g_stack.reference import activity_of
 from g2g_kernels.ops.g2g_stack.synapses import Border, Synapses, SynapticOperations
 from g2g_kernels.ops.neurons import run_neurons
 from g2g_kernels.ops.neurons.checks import check_neurons, check_state, check_steps
-from g2g_kernels.ops.record import opened
-from g2g_kernels.tracing import is_transformed, replaced
+from g2g_kernels.ops.record import Form, opened
+from g2g_kernels.tracing import is_traced, is_transformed, replaced
 
 __all__ = [
     "Activity", "Border", "DenseSpikes", "NeuronState", "Recurrent", "Spikes", "SpikingLayer", "StackState", "Synapses",
@@ -80,6 +82,52 @@ def g2g_stack(
         >>> activity.counts.shape, activity.rates[0].shape
         (torch.Size([2, 4]), torch.Size([4]))
     """
+    tensors, form = opened((x, *layers))
+    signature = None if is_traced() else _signature(tensors, form, steps, chunk, spikes)
+    if signature not in _passed:
+        checked = _checked(x, layers, steps, spikes, chunk)
+        if signature is not None and type(steps) in (int, type(None)) and all(map(is_, checked, layers)):
+            if len(_passed) > 1000:
+                _passed.clear()
+            _passed.add(signature)
+        layers = checked
+    steps = None if steps is None else int(steps)
+    turn = spikes or is_transformed() or has_tangent(tensors)
+    run = partial(_run, backend=backend, spikes=spikes, turn=turn)
+    activity = run(x, layers, steps) if chunk is None else in_chunks(x, layers, steps, chunk, run)
+    if torch.compiler.is_compiling():
+        return activity
+    assert activity.states is not None
+    borders = [
+        None if layer.recurrent is None else _border(layer, state)
+        for layer, state in zip(layers, activity.states)  # noqa: B905
+    ]
+    return activity._replace(synapses=Synapses(x, steps, [layer.connections() for layer in layers], borders))
+
+
+#: calls that have passed :func:`_checked`, which looks at nothing but what a signature has
+_passed: set[Hashable] = set()
+
+
+def _signature(tensors: Sequence[torch.Tensor], form: Form, *options: Any) -> Hashable:
+    """Shapes, dtypes, devices and options of a call; None if they have no fixed number."""
+    of_tensors = [(tensor.shape, tensor.dtype, tensor.device, tensor.layout) for tensor in tensors]
+    others = [
+        (part.shape, part.unit_shape, part.unit_row.shape) if isinstance(part, BlockMask) else part for part in form
+    ]
+    # the types too: True is 1, but no number of steps
+    signature = *of_tensors, *others, *options, *map(type, others), *map(type, options)
+    try:
+        hash(signature)
+    except TypeError:
+        return None
+    return signature
+
+
+def _checked(
+    x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None, spikes: bool, chunk: int | None
+) -> Sequence[SpikingLayer]:
+    """The layers of a call with numbers as tensors; raises ValueError for a call that does not match."""
     steps = check_steps(steps)
     if chunk is not None:
         COUNT.check("chunk", chunk)
@@ -107,9 +155,9 @@ def g2g_stack(
             raise ValueError(f"layer {number} has {in_size} inputs but receives {size}")
         if layer.dropped is not None:
             check_dropped(suffix, layer.dropped, (x.shape[-2], out_size))
-        layer = replaced(layer, population=check_neurons(suffix, layer.population, out_size, x))
+        population = check_neurons(suffix, layer.population, out_size, x)
         if layer.state is not None:
-            check_state(suffix, layer.state, layer.population, (x.shape[-2], out_size))
+            check_state(suffix, layer.state, population, (x.shape[-2], out_size))
             _check_like(suffix, layer.state, x)
         if layer.recurrent is not None:
             check_connection(f" of the recurrent connection of layer {number}", *layer.recurrent, None)
@@ -118,19 +166,9 @@ def g2g_stack(
                     f"the recurrent connection of layer {number} joins {layer.recurrent.mask.shape[1]} neurons to "
                     f"{layer.recurrent.mask.shape[0]}, but the layer has {out_size}"
                 )
-        checked.append(layer)
+        checked.append(layer if population is layer.population else replaced(layer, population=population))
         size = out_size
-    run = partial(_run, backend=backend, spikes=spikes)
-    activity = run(x, checked, steps) if chunk is None else in_chunks(x, checked, steps, chunk, run)
-    if torch.compiler.is_compiling():
-        return activity
-    weights = [layer.connections() for layer in checked]
-    assert activity.states is not None
-    borders = [
-        None if layer.recurrent is None else _border(layer, state)
-        for layer, state in zip(checked, activity.states)  # noqa: B905
-    ]
-    return replaced(activity, synapses=Synapses(x, steps, weights, borders))
+    return checked
 
 
 def _border(layer: SpikingLayer, last: torch.Tensor) -> Border:
@@ -149,23 +187,22 @@ def _check_like(suffix: str, state: torch.Tensor, x: torch.Tensor) -> None:
 
 
 def _run(
-    x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None, backend: str | None, spikes: bool
+    x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None, backend: str | None, spikes: bool, turn: bool
 ) -> Activity:
-    """:func:`g2g_stack` without its checks. A dropped neuron's state is 0."""
-    drops = any(layer.dropped is not None for layer in layers)
+    """:func:`g2g_stack` without its checks: the operators in ``turn``, also if something of each layer is wanted.
+
+    A dropped neuron's state is 0.
+    """
+    dropped = [layer.dropped for layer in layers]
+    drops = any([each is not None for each in dropped])
     if drops:
         layers = [
             layer
-            if layer.dropped is None or layer.state is None
-            else replaced(layer, state=layer.state.masked_fill(layer.dropped, 0))
-            for layer in layers
+            if silent is None or layer.state is None
+            else replaced(layer, state=layer.state.masked_fill(silent, 0))
+            for layer, silent in zip(layers, dropped)  # noqa: B905
         ]
-    if (
-        spikes
-        or is_transformed()
-        or has_tangent(opened((x, *layers))[0])
-        or any(layer.membranes or any(layer.observers) for layer in layers)
-    ):
+    if turn or any([layer.membranes or layer.observers != (None, None) for layer in layers]):
         linear = partial(g2g_linear, backend=backend)
         population = partial(_neurons_in_float32 if backend == "cpu" else run_neurons, backend=backend)
         activity = activity_of(*reference.in_turn(x, layers, steps, linear, population), differentiable=spikes)
@@ -174,8 +211,8 @@ def _run(
     if not drops or activity.states is None:
         return activity
     states = [
-        state if layer.dropped is None else state.masked_fill(layer.dropped, 0)
-        for state, layer in zip(activity.states, layers)  # noqa: B905
+        state if silent is None else state.masked_fill(silent, 0)
+        for state, silent in zip(activity.states, dropped)  # noqa: B905
     ]
     return replaced(activity, states=tuple(states))
 

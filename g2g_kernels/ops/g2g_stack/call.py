@@ -9,7 +9,7 @@ from g2g_kernels.ops.flops import count_flops, product_flops
 from g2g_kernels.ops.g2g_linear import reference as linear
 from g2g_kernels.ops.g2g_stack.layer import Recurrent, SpikingLayer
 from g2g_kernels.ops.g2g_stack.reference import activity_of, in_turn
-from g2g_kernels.ops.neurons.models import MODELS
+from g2g_kernels.ops.neurons.models import MODELS, Neurons
 from g2g_kernels.ops.neurons.step import in_steps
 from g2g_kernels.ops.record import TYPES, Backward, Differentiable, Operator
 
@@ -38,13 +38,14 @@ class StackCall(NamedTuple):
         """The call with these arguments of the public function."""
         called = []
         for values, mask, bias, population, dropped, state, recurrent, *_ in layers:
-            flat = tuple([p.contiguous() if p.dim() == 1 else p.reshape(-1) for p in population.parameters])
+            model, parameters, *options = population
+            flat = [p.contiguous() if p.dim() == 1 else p.reshape(-1) for p in parameters]
             called.append(
                 SpikingLayer(
                     values.contiguous(),
                     mask.tensors(),
                     None if bias is None else bias.contiguous(),
-                    population.with_parameters(flat),
+                    Neurons(model, tuple(flat), *options),
                     None if dropped is None else dropped.contiguous(),
                     None if state is None else state.float().contiguous(),
                     None if recurrent is None else Recurrent(recurrent[0].contiguous(), recurrent[1].tensors()),
@@ -116,7 +117,7 @@ def operators(
     """
     name = f"{prefix}stack"
     backward_operator = Operator(
-        f"{name}_backward", "Tensor[]", backward, lambda given: given.empty()[0], keys, lambda given: check(given.call)
+        f"{name}_backward", "Tensor[]", backward, Backward.empty, keys, lambda given: check(given.call)
     )
     results = "(Tensor counts, Tensor[] rates, Tensor[] last, Tensor[] spikes, Tensor[] kept)"
     forward_operator = Differentiable(

@@ -14,7 +14,7 @@ import ctypes
 import functools
 import logging
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -68,9 +68,9 @@ def refuses(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) 
             return f"needs tensors on the CPU, not on {tensor.device}"
         if tensor.dtype not in (torch.float32, torch.bool):
             return f"needs float32 tensors, not {tensor.dtype}"
-    for layer in layers:
-        if unread := [name for name in UNREAD if getattr(layer, name) is not None]:
-            return f"does not read {unread[0]} of a layer"
+    for name in UNREAD:
+        if any(getattr(layer, name) is not None for layer in layers):
+            return f"does not read {name} of a layer"
     if (steps or len(x)) > MOST_STEPS:
         return f"serves at most {MOST_STEPS} time steps"
     if x.numel() == 0:
@@ -83,7 +83,7 @@ def refuses(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) 
 
 
 def g2g_stack(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> Activity:
-    if any(layer.recurrent is not None and _in_other_order(layer) for layer in layers):
+    if any([layer.recurrent is not None and _in_other_order(layer) for layer in layers]):
         _say_that_it_takes_steps()
         return activity_of(*in_turn(x, layers, steps, g2g_linear, neurons_alone.neurons), differentiable=False)
     call = StackCall.of(x, layers, steps, torch.bfloat16 if bf16_wanted() else torch.float32)
@@ -133,19 +133,22 @@ class PackedSpikes:
 class _Shapes(NamedTuple):
     """Shapes of the tensors of a call, from those of its tensors alone: they are also asked for while compiling."""
 
+    rates: list[tuple[int, ...]]
+    last: list[tuple[int, ...]]
     spikes: list[tuple[int, ...]]
     inputs: list[tuple[int, ...]]
     states: list[tuple[int, ...]]
 
 
 def _shapes(call: StackCall) -> _Shapes:
-    shapes = _Shapes([], [], [])
-    batch, steps = call.batch, call.num_steps
+    shapes = _Shapes([], [], [], [], [])
+    batch, steps, call_held = call.batch, call.num_steps, call.held
     for number, (values, mask, _, population, _, _, recurrent, *_) in enumerate(call.layers):
-        _, height, width = values.shape
-        rows, cols = mask.grid
-        rows, cols = blocks(rows, height), blocks(cols, width)
-        held = call.held and number == 0
+        rows, cols = blocks(mask.grid, values.shape)
+        held = call_held and number == 0
+        size, _ = mask.shape
+        shapes.rates.append((size,))
+        shapes.last.append((len(MODELS[population.model].states), batch, size))
         shapes.spikes.append((batch, rows, steps))
         shapes.inputs.append((0,) if held else (batch, cols, steps))
         states = len(MODELS[population.model].states)
@@ -166,6 +169,26 @@ class _Memory(NamedTuple):
     states: Tensors | None
 
 
+@functools.lru_cache(256)
+def _options(
+    count: int, batch: int, steps: int, threads: int, bf16: bool, held: bool, costs: tuple
+) -> ctypes.Structure:
+    """The numbers of a call, whose ranges are checked here."""
+    event_cost, batch_cost, subset_cost, needed_cost = costs
+    return structures.Stack(
+        count=count,
+        batch=batch,
+        steps=steps,
+        threads=threads,
+        bf16=bf16,
+        held=held,
+        event_cost=event_cost,
+        batch_cost=batch_cost,
+        subset_cost=subset_cost,
+        needed_cost=needed_cost,
+    )
+
+
 class _Arguments:
     """The arguments of one call of the C kernels, and everything that must outlive it.
 
@@ -177,6 +200,7 @@ class _Arguments:
         self.plans: list[Plan] = []
         below: Plan | None = None
         self.layers = (structures.Layer * len(call.layers))()
+        lib, currents_alone = library(), call.held
         for number, layer in enumerate(call.layers):
             plan = plan_for(layer.mask, layer.values)
             self.plans.append(plan)
@@ -193,30 +217,23 @@ class _Arguments:
                 if grads is not None and (grad := getattr(grads, name)) is not None:
                     setattr(own, f"grad_{name}", grad.data_ptr())
             if memory.states:
-                currents_alone = call.held and number == 0 and layer.recurrent is None
-                setattr(own, "currents" if currents_alone else "states", memory.states[number].data_ptr())
+                kept = "currents" if currents_alone and number == 0 and layer.recurrent is None else "states"
+                setattr(own, kept, memory.states[number].data_ptr())
             if layer.recurrent is not None:
                 self._join(own, number, layer.recurrent, plan)
                 if grads is not None:
                     own.grad_recurrent = pointer(grads.recurrent.values)
-            if below is not None and library().g2g_plans_aligned(below.address, plan.address):
+            if below is not None and lib.g2g_plans_aligned(below.address, plan.address):
                 own.inputs = memory.spikes[number - 1].data_ptr()
             self.layers[number] = own
             below = plan
-        self.stack = structures.Stack(
-            layers=ctypes.addressof(self.layers),
-            count=len(call.layers),
-            batch=call.batch,
-            steps=call.num_steps,
-            threads=torch.get_num_threads(),
-            bf16=call.dtype == torch.bfloat16 and library().g2g_has_bf16(),
-            held=call.held,
-            event_cost=cpu_library.EVENT_COST,
-            batch_cost=cpu_library.BATCH_COST,
-            subset_cost=cpu_library.SUBSET_COST,
-            needed_cost=cpu_library.NEEDED_COST,
-            x=call.x.data_ptr(),
+        bf16 = call.dtype == torch.bfloat16 and bool(lib.g2g_has_bf16())
+        costs = cpu_library.EVENT_COST, cpu_library.BATCH_COST, cpu_library.SUBSET_COST, cpu_library.NEEDED_COST
+        options = _options(
+            len(call.layers), call.batch, call.num_steps, torch.get_num_threads(), bf16, call.held, costs
         )
+        self.stack = structures.Stack.from_buffer_copy(options)
+        self.stack.layers, self.stack.x = ctypes.addressof(self.layers), call.x.data_ptr()
 
     def _join(self, own: ctypes.Structure, number: int, recurrent: Recurrent, plan: Plan) -> None:
         """Gives layer ``number`` its recurrent connection."""
@@ -241,20 +258,18 @@ def _check(call: StackCall) -> None:
 
 def _forward(call: StackCall, keep: bool) -> Outputs:
     shapes = _shapes(call)
-    spikes = [workspace.exactly(shape, torch.int64) for shape in shapes.spikes]
-    inputs = [workspace.empty(shape, torch.int64) for shape in shapes.inputs]
-    states = [workspace.empty(shape) for shape in shapes.states] if keep else None
+    spikes, inputs = workspace.exactly(shapes.spikes, torch.int64), workspace.each(shapes.inputs, torch.int64)
+    states = workspace.each(shapes.states) if keep else None
     arguments = _Arguments(call, _Memory(spikes, inputs, states))
-    counts = workspace.empty((call.batch, call.layers[-1].size))
-    rates = [workspace.empty((layer.size,)) for layer in call.layers]
-    last = [workspace.exactly(call.state_shape(layer)) for layer in call.layers]
+    *rates, counts = workspace.each([*shapes.rates, shapes.last[-1][1:]])
+    last = workspace.exactly(shapes.last)
     for layer, of_layer, after in zip(arguments.layers, rates, last, strict=True):
         layer.rates, layer.last = of_layer.data_ptr(), after.data_ptr()
     arguments.stack.counts = counts.data_ptr()
     run(library().g2g_stack_forward, arguments.stack)
     if states is None:
         return counts, rates, last, spikes, []
-    header = [arguments.stack.x_spikes, *(layer.input_rate for layer in arguments.layers)]
+    header = [arguments.stack.x_spikes, *[layer.input_rate for layer in arguments.layers]]
     return counts, rates, last, spikes, [torch.tensor(header, dtype=torch.float64), *inputs, *states]
 
 
@@ -268,9 +283,8 @@ def _forward_fake(call: StackCall, keep: bool) -> Outputs:
             *(x.new_empty(shape) for shape in shapes.states),
         ]
     spikes = [x.new_empty(shape, dtype=torch.int64) for shape in shapes.spikes]
-    rates = [x.new_empty(layer.size) for layer in call.layers]
-    last = [x.new_empty(call.state_shape(layer)) for layer in call.layers]
-    return x.new_empty(call.batch, call.layers[-1].size), rates, last, spikes, kept
+    rates, last = ([x.new_empty(shape) for shape in each] for each in (shapes.rates, shapes.last))
+    return x.new_empty(shapes.last[-1][1:]), rates, last, spikes, kept
 
 
 def _backward(given: Backward) -> list[torch.Tensor | None]:
@@ -281,8 +295,10 @@ def _backward(given: Backward) -> list[torch.Tensor | None]:
         if [tuple(tensor.shape) for tensor in tensors] != expected:
             raise ValueError("spikes and kept are not those of a forward pass over these tensors")
     # the kernels always write the gradients of layers
-    every = [needed[0], *[tensor.is_floating_point() for tensor in opened(call.layers)[0]]]
-    grads, to = given._replace(needed=tuple(every)).empty(workspace.like)
+    tensors_of_call, _ = opened(call)
+    every = [needed[0], *[tensor.is_floating_point() for tensor in tensors_of_call[1:]]]
+    grads = workspace.alike(tensors_of_call, every)
+    to = given.record(grads)
     arguments = _Arguments(call, _Memory(spikes, inputs, states), to)
     x_spikes, *input_rates = header.tolist()
     for number, layer in enumerate(arguments.layers):

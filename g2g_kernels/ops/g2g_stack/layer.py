@@ -29,9 +29,9 @@ class Recurrent(NamedTuple):
 class SpikingLayer(NamedTuple):
     """A connection and its neurons.
 
-    This is the only list of what a layer has: operators take it (:mod:`g2g_kernels.ops.record`), the structure ``Layer``
-    of the C interface is filled from the fields of the same names, and a backend refuses a layer with a field that it
-    does not read.
+    This is the only list of what a layer has. Operators take it (:mod:`g2g_kernels.ops.record`), the structure
+    ``Layer`` of the C interface is filled from the fields of the same names, and a backend refuses a layer with a field
+    that it does not read.
 
     Attributes:
         values: packed weights [num_units, unit_rows, unit_cols].

@@ -6,6 +6,7 @@ so does a layer whose membranes over time are wanted.
 
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -30,29 +31,64 @@ def g2g_stack(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None
     return activity_of(*in_turn(x, layers, steps, g2g_linear, neurons), differentiable=False)
 
 
+class Parts(NamedTuple):
+    """A layer as functions, which are called one after the other.
+
+    Attributes:
+        product: of its inputs [..., in], gives its current [..., N] (with their bias).
+        recurrent: of its spikes in one step [B, N], gives what they add to the current of the next; or None.
+        neurons: of the current [T, B, N], or [B, N] held for a number of steps, that number or None, and the states
+            before, gives spikes [T, B, N] and the states after.
+    """
+
+    product: Callable[[torch.Tensor], torch.Tensor]
+    recurrent: Callable[[torch.Tensor], torch.Tensor] | None
+    neurons: Callable[[torch.Tensor, int | None, Any], tuple[torch.Tensor, Any]]
+
+
+#: the spikes [T, B, N] of each layer, its last states, and the membranes [T, B, N] that it is to give
+Turn = tuple[list[torch.Tensor], list[Any], list[torch.Tensor | None]]
+
+
 def in_turn(
     x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None, linear: Callable, neurons: Callable
-) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor | None]]:
-    """The spikes [T, B, N] of each layer, its last states, and the membranes [T, B, N] that it is to give.
+) -> Turn:
+    """What the layers do by two operators, ``linear`` and ``neurons``."""
+    return in_parts(x, layers, [_parts_of(layer, linear, neurons) for layer in layers], steps)
 
-    Args:
-        linear, neurons: implementations of the two operators.
-    """
+
+def _parts_of(layer: SpikingLayer, linear: Callable, neurons: Callable) -> Parts:
+    of_inputs, of_recurrent = layer.observers
+
+    def product(x: torch.Tensor) -> torch.Tensor:
+        y = linear(x, layer.values, layer.mask, layer.bias)
+        return y if of_inputs is None else of_inputs(x, y)
+
+    def recurrent(spikes: torch.Tensor) -> torch.Tensor:
+        assert layer.recurrent is not None
+        y = linear(spikes, *layer.recurrent, None)
+        return y if of_recurrent is None else of_recurrent(spikes, y)
+
+    def run(current: torch.Tensor, steps: int | None, state: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        return neurons(current, layer.population, steps, state=state)
+
+    return Parts(product, None if layer.recurrent is None else recurrent, run)
+
+
+def in_parts(x: torch.Tensor, layers: Sequence[SpikingLayer], parts: Sequence[Parts], steps: int | None) -> Turn:
+    """What the layers do by their parts; of ``layers`` it reads what is not in them."""
     spikes: list[torch.Tensor] = []
-    states: list[torch.Tensor] = []
+    states: list[Any] = []
     membranes: list[torch.Tensor | None] = []
-    for layer in layers:
-        current = linear(x, layer.values, layer.mask, layer.bias)
-        observer, _ = layer.observers
-        if observer is not None:
-            current = observer(x, current)
+    for layer, part in zip(layers, parts, strict=True):
+        current = part.product(x)
         of_layer = None
-        if layer.recurrent is None and not layer.membranes:
-            x, last = neurons(current, layer.population, steps, state=layer.state)
+        if part.recurrent is None and not layer.membranes:
+            x, last = part.neurons(current, steps, layer.state)
             if layer.dropped is not None:
                 x = x.masked_fill(layer.dropped, 0)
         else:
-            x, last, of_layer = in_steps(current, layer, steps, linear, neurons)
+            x, last, of_layer = _in_steps(current, layer, part, steps)
         spikes.append(x)
         states.append(last)
         membranes.append(of_layer)
@@ -60,36 +96,25 @@ def in_turn(
     return spikes, states, membranes
 
 
-def in_steps(
-    current: torch.Tensor, layer: SpikingLayer, steps: int | None, linear: Callable, neurons: Callable
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """A layer step by step, with I_t = W·x_t + b + V·S_{t−1} if it is recurrent.
+def _in_steps(
+    current: torch.Tensor, layer: SpikingLayer, part: Parts, steps: int | None
+) -> tuple[torch.Tensor, Any, torch.Tensor | None]:
+    """A layer step by step, with I_t = W·x_t + b + V·S_{t−1} if it is recurrent: its spikes, last states, membranes.
 
     Gradients pass through S_{t−1} by the surrogate.
-
-    Args:
-        current: W·x_t + b, [T, B, N], or [B, N] held for ``steps`` steps.
-        linear, neurons: implementations of the two operators.
-
-    Returns:
-        its spikes [T, B, N], its last states, and its membranes [T, B, N], or None if it is not to give them.
     """
     state = layer.state
     before = None
-    if layer.recurrent is not None and state is not None:
+    if part.recurrent is not None and state is not None:
         before = spikes_of(state[-1], layer.population).to(current.dtype)
         if layer.dropped is not None:
             before = before.masked_fill(layer.dropped, 0)
     spikes: list[torch.Tensor] = []
     membranes: list[torch.Tensor] = []
     for now in current.unbind() if steps is None else itertools.repeat(current, steps):
-        if layer.recurrent is not None and before is not None:
-            received = linear(before, *layer.recurrent, None)
-            _, observer = layer.observers
-            if observer is not None:
-                received = observer(before, received)
-            now = now + received
-        train, state = neurons(now[None], layer.population, None, state=state)
+        if part.recurrent is not None and before is not None:
+            now = now + part.recurrent(before)
+        train, state = part.neurons(now[None], None, state)
         if layer.dropped is not None:
             train = train.masked_fill(layer.dropped, 0)
         before = train[0]
@@ -97,7 +122,6 @@ def in_steps(
         if layer.membranes:
             membrane = state[-1]
             membranes.append(membrane if layer.dropped is None else membrane.masked_fill(layer.dropped, 0))
-    assert state is not None
     return torch.cat(spikes), state, torch.stack(membranes) if layer.membranes else None
 
 

@@ -5,14 +5,12 @@ meets and that is not zero, at every time step. An input held for all steps meet
 is computed once. Biases and neurons count as nothing.
 """
 
-import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from g2g_kernels.mask.block_mask import BlockMask
-from g2g_kernels.mask.wiring import version
 
 
 class SynapticOperations(NamedTuple):
@@ -74,17 +72,22 @@ class Synapses:
         self._x = x.detach()
         self._samples = x.shape[-2]
         self._steps = len(x) if steps is None else steps
-        self._weights = [[(values.detach(), mask) for values, mask in of_layer] for of_layer in weights]
         self._borders = borders
+        self._weights: list[list[tuple[torch.Tensor, BlockMask]]] = []
+        #: what is counted, and the numbers that differ after it has changed
+        self._counted = [self._x]
+        for connections in weights:
+            own = [(values.detach(), mask) for values, mask in connections]
+            self._weights.append(own)
+            self._counted += [values for values, _ in own]
+        for border in borders:
+            if border is not None:
+                self._counted += [tensor for tensor in border if tensor is not None]
         self._then = self._now()
 
     def _now(self) -> list[int]:
-        """Numbers that differ after a change of what is counted."""
-        connections = list(itertools.chain.from_iterable(self._weights))
-        at_borders = [tensor for border in self._borders if border is not None for tensor in border]
-        tensors = [self._x, *(values for values, _ in connections), *at_borders]
-        changes = [version(tensor) for tensor in tensors if tensor is not None]
-        return changes + [mask.changes for _, mask in connections]
+        versions = [-1 if tensor.is_inference() else tensor._version for tensor in self._counted]
+        return versions + [mask.changes for connections in self._weights for _, mask in connections]
 
     def operations(self, rates: Sequence[torch.Tensor]) -> tuple[SynapticOperations, ...]:
         """Of each layer, its recurrent connection included, given the firing rates of each, [N]; waits for the device.

@@ -113,7 +113,7 @@ def operators(
         return in_steps(call.current, call.population, call.steps or None, call.state)
 
     name = f"{prefix}neurons"
-    backward_operator = Operator(f"{name}_backward", "Tensor[]", backward, lambda given: given.empty()[0], keys)
+    backward_operator = Operator(f"{name}_backward", "Tensor[]", backward, Backward.empty, keys)
     results = "(Tensor spikes, Tensor last, Tensor kept)"
     forward_operator = Differentiable(f"{name}_forward", results, 2, forward, fake, backward_operator, plain, keys)
     return forward_operator, backward_operator

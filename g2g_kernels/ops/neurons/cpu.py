@@ -16,7 +16,7 @@ from g2g_kernels.cpu.workspace import workspace
 from g2g_kernels.ops.neurons.call import NeuronsCall, check_backward, operators
 from g2g_kernels.ops.neurons.models import MODELS, RESETS, Neurons
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
-from g2g_kernels.ops.record import Backward
+from g2g_kernels.ops.record import Backward, opened
 
 OPTIONS.update({"resets": RESETS, "surrogates": SURROGATES, "models": MODELS})
 for _name, _model in MODELS.items():
@@ -112,7 +112,8 @@ def _backward(given: Backward) -> list[torch.Tensor | None]:
     for name, tensor in (("kept", kept), ("grad_spikes", grad_spikes), ("grad_last", grad_last)):
         if tensor is not None and tensor.dtype != torch.float32:
             raise ValueError(f"{name} must be float32, not {tensor.dtype}")
-    grads, to = given.empty(workspace.like)
+    grads = workspace.alike(opened(call)[0], given.needed)
+    to = given.record(grads)
     arguments = _arguments(call, to.population.parameters)
     arguments.grad_spikes, arguments.kept = grad_spikes.data_ptr(), pointer(kept)
     arguments.grad_current = pointer(to.current)

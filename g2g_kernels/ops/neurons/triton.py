@@ -516,7 +516,8 @@ def _backward(given: Backward) -> list[torch.Tensor | None]:
     check_backward(given, _kept_shape(call))
     if grad_spikes is None:
         grad_spikes = call.current.new_zeros(call.shape)
-    grads, to = given.empty()
+    grads = given.empty()
+    to = given.record(grads)
     run = _run(call)
     upstream = Upstream(grad_spikes.view(call.flat_shape), last=None if last is None else last.view(run.state_shape))
     launch_backward(run, kept, upstream, to.current, to.population.parameters, to.state)

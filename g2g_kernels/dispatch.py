@@ -134,7 +134,11 @@ class Operator:
         self.register(backend, function, refuses)
 
     def __call__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> Any:
-        """Runs the operator on the forced backend, or on the first that serves this call.
+        """Runs the operator on the backend that :meth:`choose` gives."""
+        return self.choose(*args, backend=backend, **kwargs)(*args, **kwargs)
+
+    def choose(self, *args: Any, backend: str | None = None, **kwargs: Any) -> Callable:
+        """The implementation of the forced backend, or of the first that serves this call.
 
         Raises:
             BackendError: if none does, with every backend's reason.
@@ -152,7 +156,7 @@ class Operator:
                     if reason is None:
                         if not is_traced():
                             _log_choice(self.name, name, tuple(reasons.items()))
-                        return function(*args, **kwargs)
+                        return function
                 else:
                     reason = f"has no {self.name}"
             reasons[name] = reason

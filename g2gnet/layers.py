@@ -155,24 +155,17 @@ class G2GLinear(PackedWeights):
     def observed_weights(self) -> tuple[tuple[torch.Tensor, BlockMask], ProductObserver | None]:
         """:meth:`weights`, and what is to be told of the products with them."""
         values, mask = self.weights()
-        observer = self._active_observer
-        if observer is None:
+        if self.observer is None or not (self.training and torch.is_grad_enabled()):
             return (values, mask), None
-        values, of_products = observer.of_call(values)
+        values, of_products = self.observer.of_call(values)
         return (values, mask), of_products
-
-    @property
-    def _active_observer(self) -> Observer | None:
-        """The observer, in training mode with gradients."""
-        return self.observer if self.training and torch.is_grad_enabled() else None
 
     def dense_weight(self) -> torch.Tensor:
         """The weight in dense form, [out, in], zero where nothing exists; differentiable."""
         values, mask = self.weights()
         weight = mask.unpack(values)
-        observer = self._active_observer
-        if observer is not None:
-            observer.of_dense(weight)
+        if self.observer is not None and self.training and torch.is_grad_enabled():
+            self.observer.of_dense(weight)
         return weight
 
     @property

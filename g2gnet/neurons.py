@@ -81,7 +81,8 @@ class SpikingNeurons(nn.Module):
     @property
     def population(self) -> Neurons:
         """These neurons as operators take them."""
-        return Neurons(self.model.name, tuple(self.by_name.values()), self.reset, self.surrogate, self.alpha)
+        parameters = tuple([getattr(self, name) for name in self.model.parameters])
+        return Neurons(self.model.name, parameters, self.reset, self.surrogate, self.alpha)
 
     def forward(self, current: torch.Tensor, steps: int | None = None) -> torch.Tensor:
         """Currents [T, ..., N], or one current [..., N] held for ``steps`` steps → spikes [T, ..., N]."""

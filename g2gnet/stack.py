@@ -255,9 +255,10 @@ class SpikingStack(nn.Module):
                 "leave it out, or make the stack with readout='last'"
             )
         steps = self.T if inputs.dim() == 2 else None
-        reason = why_called(self._triples())
+        triples = self._triples()
+        reason = why_called(triples)
         if reason is None:
-            layers = self._records(of_layers, state, membranes)
+            layers = self._records(triples, of_layers, state, membranes)
             activity = g2g_stack(inputs, layers, steps, self.backend, spikes, chunk)
             if self._readout != "counts":
                 activity = self._read(activity, len(inputs) if steps is None else steps, membranes)
@@ -296,13 +297,17 @@ class SpikingStack(nn.Module):
         return of_layers
 
     def _records(
-        self, dropped: Sequence[torch.Tensor | None] | None, state: StackState | None, membranes: bool
+        self,
+        triples: Sequence[Triple],
+        dropped: Sequence[torch.Tensor | None] | None,
+        state: StackState | None,
+        membranes: bool,
     ) -> list[SpikingLayer]:
         """The layers as the operator takes them. What kept neurons send is scaled: the weights that it meets are."""
         if state is not None:
             self._check_form(state)
         records = []
-        for number, (connection, neurons, recurrent) in enumerate(self._triples()):
+        for number, (connection, neurons, recurrent) in enumerate(triples):
             (values, mask), observer = connection.observed_weights()
             population, gives, silent = neurons.population, membranes, None if dropped is None else dropped[number]
             if number and dropped is not None:

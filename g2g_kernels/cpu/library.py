@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from g2g_kernels.cpu.interface import declarations, fields, lengths
-from g2g_kernels.cpu.workspace import workspace
+from g2g_kernels.cpu.workspace import SMALL, address_of, workspace
 from g2g_kernels.numbers import INT32
 from g2g_kernels.tracing import constant_when_traced
 
@@ -190,8 +190,16 @@ def run(kernel: Callable[..., int], arguments: Structure) -> None:
     """
     address = ctypes.addressof(arguments)
     size = _checked(kernel(address, None))
-    with workspace.scratch(size) as scratch:
-        _checked(kernel(address, scratch))
+    if size < SMALL:
+        size = max(size, 1)
+        scratch = workspace.bytes(size) if workspace.poison else torch.empty(size, dtype=torch.uint8)
+        _checked(kernel(address, scratch.data_ptr()))
+        return
+    memory = workspace.borrow(size)
+    try:
+        _checked(kernel(address, address_of(memory)))
+    finally:
+        workspace.give_back(memory)
 
 
 def _checked(answer: int) -> int:

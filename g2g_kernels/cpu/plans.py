@@ -39,10 +39,9 @@ if hasattr(os, "register_at_fork"):
 
 def blocks(grid: tuple[int, int], packed: tuple[int, ...]) -> tuple[int, int]:
     """The numbers of 64-lane blocks of rows and of columns of a unit grid with packed weights of that shape."""
-    rows, cols = [
-        units * -(-width // 64) if width > 64 else -(-units // (64 // width))
-        for units, width in zip(grid, packed[1:], strict=True)
-    ]
+    (row_ranges, col_ranges), (_, height, width) = grid, packed
+    rows = row_ranges * -(-height // 64) if height > 64 else -(-row_ranges // (64 // height))
+    cols = col_ranges * -(-width // 64) if width > 64 else -(-col_ranges // (64 // width))
     return rows, cols
 
 

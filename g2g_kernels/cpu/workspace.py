@@ -16,7 +16,7 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -58,21 +58,16 @@ class Workspace:
             tensor.fill_(0xFF)
         return tensor
 
-    @contextlib.contextmanager
-    def scratch(self, size: int) -> Iterator[int]:
-        """The address of ``size`` uninitialised bytes, aligned to 64, while entered: perhaps in a far larger map."""
-        if size < SMALL:
-            tensor = self.bytes(max(size, 1))
-            yield tensor.data_ptr()
-            return
+    def borrow(self, size: int) -> mmap.mmap:
+        """A map of ``size`` uninitialised bytes, perhaps a far larger one, until it is given back."""
         memory = self._take(size, briefly=True)
-        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         if self.poison:
-            ctypes.memset(address, 0xFF, size)
-        try:
-            yield address
-        finally:
-            self._returned.append(memory)
+            ctypes.memset(address_of(memory), 0xFF, size)
+        return memory
+
+    def give_back(self, memory: mmap.mmap) -> None:
+        """Takes a map back that :meth:`borrow` gave."""
+        self._returned.append(memory)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """An uninitialised contiguous tensor."""
@@ -144,6 +139,11 @@ class Workspace:
             memory = self._returned.popleft()
             self._in_use -= len(memory)
             self._free.append(memory)
+
+
+def address_of(memory: mmap.mmap) -> int:
+    """Where a map begins."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
 
 
 def _map(length: int) -> mmap.mmap:

@@ -222,7 +222,8 @@ class BlockMask(UnitGrid):
     @property
     def writes(self) -> int:
         """How often something else wrote into the buffer since the mask did."""
-        return version(self.own_wiring) - self.written
+        wiring = self.own_wiring
+        return (-1 if wiring.is_inference() else wiring._version) - self.written
 
     def _changed(self) -> None:
         self.changes += 1

@@ -358,4 +358,7 @@ class Differentiable(Operator):
 
 def _each(values: Sequence[Any]) -> list[Any]:
     """The values, those of lists one by one."""
-    return [each for value in values for each in (value if isinstance(value, (list, tuple)) else (value,))]
+    found: list[Any] = []
+    for value in values:
+        found.extend(value if isinstance(value, (list, tuple)) else (value,))
+    return found

@@ -102,8 +102,12 @@ class PackedWeights(nn.Module):
 
         Inside ``torch.func.functional_call`` they may be those of another layer.
         """
-        mask = self.mask
-        if is_traced() or mask.wiring is mask.own_wiring:
+        mask: Any = self._modules["mask"]
+        if is_traced():
+            return self.values, mask
+        if mask.writes and self.kin.source is None:
+            self._read_wiring()
+        if mask.wiring is mask.own_wiring:
             return self.values, mask
         return self.values, _mask_in_place_of(mask)
 

@@ -29,7 +29,7 @@ from stack_cases import Stack, loss
 from benchmarks.machine import pytorch_threads
 from g2g_kernels import BlockMask, GroupLayout, Neurons, SpikingLayer, backend_status, g2g_linear, g2g_stack, lif
 from g2g_kernels.cpu import library, plans
-from g2g_kernels.cpu.workspace import Workspace, workspace
+from g2g_kernels.cpu.workspace import Workspace, address_of, workspace
 from g2g_kernels.ops.g2g_linear import cpu as linear
 from g2g_kernels.ops.g2g_linear.call import LinearCall
 from g2g_kernels.ops.g2g_stack import cpu as stack
@@ -1021,8 +1021,9 @@ def test_scratch_of_two_sizes_in_turn_is_one_map():
     addresses = set()
     for _ in range(3):
         for megabytes in (8, 30):
-            with pool.scratch(megabytes << 20) as address:
-                addresses.add((megabytes, address))
+            memory = pool.borrow(megabytes << 20)
+            addresses.add((megabytes, address_of(memory)))
+            pool.give_back(memory)
     assert len({address for megabytes, address in addresses if megabytes == 30}) == 1
     assert sum(map(len, pool._free)) <= 40 << 20
     del kept

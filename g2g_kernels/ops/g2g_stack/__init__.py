@@ -4,7 +4,7 @@ One operator for the whole stack lets a backend choose what passes between the l
 neurons) and how long each tensor lives.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from operator import is_
 from types import ModuleType
@@ -93,8 +93,11 @@ def g2g_stack(
         layers = checked
     steps = None if steps is None else int(steps)
     turn = spikes or is_transformed() or has_tangent(tensors)
-    run = partial(_run, backend=backend, spikes=spikes, turn=turn)
-    activity = run(x, layers, steps) if chunk is None else in_chunks(x, layers, steps, chunk, run)
+    choose = partial(_chosen, backend=backend, turn=turn, differentiable=spikes)
+    if chunk is None:
+        activity = choose(x, layers, steps)(x, layers, steps)
+    else:
+        activity = in_chunks(x, layers, steps, chunk, lambda *arguments: choose(*arguments)(*arguments))
     if torch.compiler.is_compiling():
         return activity
     assert activity.states is not None
@@ -186,33 +189,45 @@ def _check_like(suffix: str, state: torch.Tensor, x: torch.Tensor) -> None:
         raise ValueError(f"state{suffix} is {state.dtype}, those of x in {x.dtype} are {dtype}; give state.to({dtype})")
 
 
-def _run(
-    x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None, backend: str | None, spikes: bool, turn: bool
-) -> Activity:
-    """:func:`g2g_stack` without its checks: the operators in ``turn``, also if something of each layer is wanted.
-
-    A dropped neuron's state is 0.
-    """
-    dropped = [layer.dropped for layer in layers]
-    drops = any([each is not None for each in dropped])
-    if drops:
-        layers = [
-            layer
-            if silent is None or layer.state is None
-            else replaced(layer, state=layer.state.masked_fill(silent, 0))
-            for layer, silent in zip(layers, dropped)  # noqa: B905
-        ]
-    if turn or any([layer.membranes or layer.observers != (None, None) for layer in layers]):
+def _chosen(
+    x: torch.Tensor,
+    layers: Sequence[SpikingLayer],
+    steps: int | None,
+    backend: str | None,
+    turn: bool,
+    differentiable: bool,
+) -> Callable[[torch.Tensor, Sequence[SpikingLayer], int | None], Activity]:
+    """What runs a call: all layers at once, or the operators in ``turn``, also if something of each layer is wanted."""
+    observed, drops = turn, False
+    for layer in layers:
+        observed = observed or layer.membranes or layer.observers != (None, None)
+        drops = drops or layer.dropped is not None
+    if observed:
         linear = partial(g2g_linear, backend=backend)
         population = partial(_neurons_in_float32 if backend == "cpu" else run_neurons, backend=backend)
-        activity = activity_of(*reference.in_turn(x, layers, steps, linear, population), differentiable=spikes)
+
+        def run(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> Activity:
+            return activity_of(*reference.in_turn(x, layers, steps, linear, population), differentiable=differentiable)
+
     else:
-        activity = operator(x, layers, steps, backend=backend)
-    if not drops or activity.states is None:
+        run = operator.choose(x, layers, steps, backend=backend)
+    return partial(_silent, run) if drops else run
+
+
+def _silent(run: Callable, x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> Activity:
+    """A run in which the states of dropped neurons are 0."""
+    started = [
+        layer
+        if layer.dropped is None or layer.state is None
+        else replaced(layer, state=layer.state.masked_fill(layer.dropped, 0))
+        for layer in layers
+    ]
+    activity = run(x, started, steps)
+    if activity.states is None:
         return activity
     states = [
-        state if silent is None else state.masked_fill(silent, 0)
-        for state, silent in zip(activity.states, dropped)  # noqa: B905
+        state if layer.dropped is None else state.masked_fill(layer.dropped, 0)
+        for state, layer in zip(activity.states, layers)  # noqa: B905
     ]
     return replaced(activity, states=tuple(states))
 

@@ -76,9 +76,11 @@ def refuses(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) 
     if x.numel() == 0:
         return "needs a batch that is not empty"
     for layer in layers:
-        for values, mask in layer.connections():
-            if reason := plans.refuses(mask, values):
-                return reason
+        reason = plans.refuses(layer.mask, layer.values)
+        if reason is None and layer.recurrent is not None:
+            reason = plans.refuses(layer.recurrent.mask, layer.recurrent.values)
+        if reason is not None:
+            return reason
     return too_large(samples=x.shape[-2])
 
 
@@ -142,11 +144,12 @@ class _Shapes(NamedTuple):
 
 def _shapes(call: StackCall) -> _Shapes:
     shapes = _Shapes([], [], [], [], [])
-    batch, steps, call_held = call.batch, call.num_steps, call.held
+    x, call_held = call.x, call.steps > 0
+    batch, steps = x.shape[-2], call.steps or x.shape[0]
     for number, (values, mask, _, population, _, _, recurrent, *_) in enumerate(call.layers):
         rows, cols = blocks(mask.grid, values.shape)
         held = call_held and number == 0
-        size, _ = mask.shape
+        size = mask.row_order.shape[0]
         shapes.rates.append((size,))
         shapes.last.append((len(MODELS[population.model].states), batch, size))
         shapes.spikes.append((batch, rows, steps))

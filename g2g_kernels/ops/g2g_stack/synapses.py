@@ -77,9 +77,10 @@ class Synapses:
         #: what is counted, and the numbers that differ after it has changed
         self._counted = [self._x]
         for connections in weights:
-            own = [(values.detach(), mask) for values, mask in connections]
-            self._weights.append(own)
-            self._counted += [values for values, _ in own]
+            self._weights.append([])
+            for values, mask in connections:
+                self._weights[-1].append((values.detach(), mask))
+                self._counted.append(self._weights[-1][-1][0])
         for border in borders:
             if border is not None:
                 self._counted += [tensor for tensor in border if tensor is not None]

@@ -27,20 +27,20 @@ EVERY = 5
 
 
 @functools.lru_cache(1024)
-def _options(model: str, reset: str, surrogate: str, alpha: float, per_neuron: tuple[bool, ...]) -> Structure:
-    """A population's options, without its parameters."""
+def _options(model: str, reset: str, surrogate: str, alpha: float, entries: tuple[int, ...]) -> Structure:
+    """A population's options, without its parameters, which have so many ``entries``."""
     numbers = list(MODELS).index(model), RESETS.index(reset), list(SURROGATES).index(surrogate)
     options = structures.Neurons(**dict(zip(("model", "reset", "surrogate"), numbers, strict=True)), alpha=alpha)
-    for parameter, one_each in zip(options.parameters, per_neuron):  # noqa: B905  # of the models with the most
-        parameter.per_neuron = one_each
+    for parameter, count in zip(options.parameters, entries):  # noqa: B905  # of the models with the most
+        parameter.per_neuron = count > 1
     return options
 
 
 def neuron_arguments(population: Neurons, grads: Sequence[torch.Tensor | None] = ()) -> Structure:
     """A population of neurons, and where the gradients of its parameters go, if they are wanted."""
     model, parameters, reset, surrogate, alpha = population
-    per_neuron = tuple([parameter.numel() > 1 for parameter in parameters])
-    arguments = structures.Neurons.from_buffer_copy(_options(model, reset, surrogate, alpha, per_neuron))
+    entries = tuple(map(torch.Tensor.numel, parameters))
+    arguments = structures.Neurons.from_buffer_copy(_options(model, reset, surrogate, alpha, entries))
     places = arguments.parameters
     for k, parameter in enumerate(parameters):
         place = places[k]

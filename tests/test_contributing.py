@@ -161,6 +161,15 @@ TOYS: dict[str, dict[str, Callable[[str], str]]] = {
             r"(\n    precision: str = )", r'\n    toy: int = setting(7, "training", "a toy", low=0)\1'
         )
     },
+    "field of a layer": {
+        "g2g_kernels/ops/g2g_stack/layer.py": replace(
+            r"(\n    observers: .* = \(None, None\)\n)", r"\1    toy_gain: torch.Tensor | None = None\n"
+        ),
+        "g2g_kernels/ops/g2g_stack/reference.py": replace(
+            r"(\n        y = linear\(x, layer.values, layer.mask, layer.bias\)\n)",
+            r"\1        y = y if layer.toy_gain is None else y * layer.toy_gain\n",
+        ),
+    },
 }
 
 #: what is tried with the toys; both passes of the toy neuron are LIF's with twice the current
@@ -169,7 +178,7 @@ import sys
 
 import torch
 
-from g2g_kernels import BlockMask, GroupLayout, Neurons, SpikingLayer, g2g_stack, neurons
+from g2g_kernels import BackendError, BlockMask, GroupLayout, Neurons, SpikingLayer, g2g_stack, neurons
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
 from g2gnet.neurons import NEURONS
 from g2gnet.network import G2GNet
@@ -200,6 +209,25 @@ for operator in (alone, stacked):
     for backend in sys.argv[1:]:
         for ours, wanted in zip(run(operator, "toy", 1, "toy", backend), expected):
             torch.testing.assert_close(ours, wanted)
+
+weights = torch.eye(5).unsqueeze(0)
+layer = SpikingLayer(weights, mask, None, Neurons("lif", (0.9, 0.5)))
+gain = torch.full((5,), 1.5, requires_grad=True)
+scaled = layer._replace(values=(weights * 1.5).requires_grad_())
+with_gain, without = (g2g_stack(x, [each], backend="torch").counts for each in (layer._replace(toy_gain=gain), scaled))
+assert torch.equal(with_gain, without)
+(of_gain,) = torch.autograd.grad((with_gain * upstream[0]).sum(), gain)
+(of_values,) = torch.autograd.grad((without * upstream[0]).sum(), scaled.values)
+torch.testing.assert_close(of_gain, (of_values[0] * torch.eye(5)).sum(1))
+assert torch.equal(g2g_stack(x, [layer._replace(toy_gain=gain)]).counts, with_gain)  # of the one that reads it
+for backend in sys.argv[2:]:
+    try:
+        g2g_stack(x, [layer._replace(toy_gain=gain)], backend=backend)
+    except BackendError as error:
+        assert "does not read 'toy_gain' of a layer" in str(error), error
+    else:
+        raise AssertionError(backend)
+
 first = torch.linspace(-1, 1, 9).unsqueeze(0)
 for backend in sys.argv[1:]:
     one_step = first.clone().requires_grad_()

@@ -34,7 +34,7 @@ from g2g_kernels.mask.unit_grid import MaskTensors
 from g2g_kernels.ops.g2g_linear.cpu import g2g_linear
 from g2g_kernels.ops.g2g_stack.activity import Activity
 from g2g_kernels.ops.g2g_stack.call import Outputs, StackCall, operators
-from g2g_kernels.ops.g2g_stack.layer import Recurrent, SpikingLayer
+from g2g_kernels.ops.g2g_stack.layer import Recurrent, SpikingLayer, refuses_fields, unread
 from g2g_kernels.ops.g2g_stack.reference import activity_of, in_turn
 from g2g_kernels.ops.neurons import cpu as neurons_alone
 from g2g_kernels.ops.neurons.cpu import neuron_arguments
@@ -55,7 +55,7 @@ GRADIENT_EVENT_LIMIT = {False: 0.35, True: 0.23}
 
 #: fields of a layer that the kernels have under the same name, and those that they do not read
 READ = [name for name in SpikingLayer._fields if hasattr(structures.Layer, name) and name != "recurrent"]
-UNREAD = set(SpikingLayer._fields) - {*READ, "mask", "population", "recurrent", "membranes", "observers"}
+UNREAD = unread([*READ, "mask", "population", "recurrent", "membranes", "observers"])
 
 Tensors = Sequence[torch.Tensor]
 
@@ -68,9 +68,8 @@ def refuses(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) 
             return f"needs tensors on the CPU, not on {tensor.device}"
         if tensor.dtype not in (torch.float32, torch.bool):
             return f"needs float32 tensors, not {tensor.dtype}"
-    for name in UNREAD:
-        if any(getattr(layer, name) is not None for layer in layers):
-            return f"does not read {name} of a layer"
+    if UNREAD and (reason := refuses_fields(UNREAD, layers)):
+        return reason
     if (steps or len(x)) > MOST_STEPS:
         return f"serves at most {MOST_STEPS} time steps"
     if x.numel() == 0:
@@ -314,7 +313,7 @@ def _backward(given: Backward) -> list[torch.Tensor | None]:
     stack.x_spikes = int(x_spikes)
     stack.grad_counts, stack.grad_x = pointer(grad_counts), pointer(to.x)
     run(library().g2g_stack_backward, stack)
-    return grads
+    return [grad if need else None for grad, need in zip(grads, needed)]  # noqa: B905
 
 
 def _gradient_event_limit(population: Neurons, bf16: bool) -> float:

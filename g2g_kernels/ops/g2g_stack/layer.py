@@ -1,6 +1,6 @@
 """A spiking layer: what modules, operators and backends know of it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -74,6 +74,19 @@ class SpikingLayer(NamedTuple):
     def connections(self) -> list[tuple[torch.Tensor, Any]]:
         """Weights and mask of what comes from the layer before, and of the recurrent connection where there is one."""
         return [(self.values, self.mask), *([] if self.recurrent is None else [self.recurrent])]
+
+
+def unread(read: Iterable[str]) -> list[str]:
+    """The fields of a layer that a backend which reads only these must refuse where they are given."""
+    return [name for name in SpikingLayer._fields if name not in set(read)]
+
+
+def refuses_fields(names: Sequence[str], layers: Sequence[SpikingLayer]) -> str | None:
+    """Why a backend that does not read the fields ``names`` cannot serve a call, or None."""
+    for name in names:
+        if any(getattr(layer, name) is not SpikingLayer._field_defaults[name] for layer in layers):
+            return f"does not read {name!r} of a layer"
+    return None
 
 
 TYPES |= {"SpikingLayer": SpikingLayer, "Recurrent": Recurrent, "Neurons": Neurons}

@@ -48,7 +48,7 @@ from g2g_kernels.ops.g2g_linear.triton import (
 )
 from g2g_kernels.ops.g2g_stack.activity import Activity
 from g2g_kernels.ops.g2g_stack.call import Outputs, StackCall, operators
-from g2g_kernels.ops.g2g_stack.layer import SpikingLayer
+from g2g_kernels.ops.g2g_stack.layer import SpikingLayer, refuses_fields, unread
 from g2g_kernels.ops.g2g_stack.reference import activity_of, in_turn
 from g2g_kernels.ops.neurons import triton as neurons_alone
 from g2g_kernels.ops.neurons.models import MODELS, Neurons
@@ -687,12 +687,18 @@ def _pair_backward(run: Run, checkpoints: torch.Tensor, upstream: Upstream, dtyp
     return _NeuronGradients(grad_current, None, grads, grad_first)
 
 
+#: fields of a layer that the kernels do not read
+UNREAD = unread(("values", "mask", "bias", "population", "dropped", "state", "recurrent", "membranes", "observers"))
+
+
 # --- operators --------------------------------------------------------------------------------------------------
 
 
 def refuses(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> str | None:
     """Why these kernels cannot serve a call, or None."""
     tensors, _ = opened((x, *layers))
+    if UNREAD and (unread_field := refuses_fields(UNREAD, layers)):
+        return unread_field
     reason = runtime.refuses(*[tensor for tensor in tensors if tensor.is_floating_point()])
     if reason is None and runtime.autocast_dtype(x.device.type) is None:
         dtypes = {x.dtype, *(values.dtype for layer in layers for values, _ in layer.connections())}

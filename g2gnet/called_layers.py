@@ -113,7 +113,7 @@ def _called(
     return call
 
 
-def _called_neurons(number: int, neurons: nn.Module, silent: torch.Tensor | None, recurrent: bool) -> Callable:
+def _called_neurons(number: int, neurons: Any, silent: torch.Tensor | None, recurrent: bool) -> Callable:
     """The neurons of a layer that are called or, of a recurrent one, take steps.
 
     Raises:

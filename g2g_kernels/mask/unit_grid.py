@@ -48,8 +48,11 @@ class MaskTensors(_MaskTensors):
         """The dense [out, in] weight of packed ``values``, as :meth:`BlockMask.unpack` has it."""
         height, width = values.shape[1:]
         (rows, cols), (out_size, in_size) = self.grid, self.shape
-        place = [tensor if tensor.numel() else None for tensor in self[8:10] + self[12:]]
-        sides = Side(rows, height, out_size, *place[:2]), Side(cols, width, in_size, *place[2:])
+        of_rows, of_cols = (
+            [tensor if tensor.numel() else None for tensor in places]
+            for places in ((self.row_neuron_at, self.row_place_of), (self.col_neuron_at, self.col_place_of))
+        )
+        sides = Side(rows, height, out_size, of_rows[0], of_rows[1]), Side(cols, width, in_size, of_cols[0], of_cols[1])
         return packing.unpack(values, packing.View(self.unit_row, self.unit_col, *sides))
 
     def rows_then(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,6 +10,7 @@ Importing g2g does not register the formulas: it would import the counter, and w
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -22,7 +23,7 @@ _formulas: dict[torch._ops.OpOverload, Callable[..., int]] = {}
 def count_flops(operator: Operator, formula: Callable[..., int]) -> None:
     """Names ``formula(record)`` as the FLOPs of a call of ``operator`` with that record."""
 
-    def count(*arguments: object, out_val: object = None, **_: object) -> int:
+    def count(*arguments: Any, out_val: object = None, **_: object) -> int:
         return formula(of_arguments(*arguments[:5]))
 
     _formulas[operator.overload] = count

@@ -84,7 +84,7 @@ def arguments(tensors: Sequence[torch.Tensor], form: Form) -> tuple[Any, ...]:
     masks: list[torch.Tensor] = []
     names: list[str] = []
     numbers: list[float] = []
-    codes: list[int] = []
+    codes: list[Any] = []
     for part in form:
         if part is TENSOR:
             codes.append(_OF_TENSOR)
@@ -254,6 +254,9 @@ class Backward(NamedTuple):
             elif (leaf := leaves.pop()) is TENSOR or isinstance(leaf, MaskTensors):
                 found.append(part if isinstance(part, torch.Tensor) else None)
         return [grad if need else None for grad, need in zip(found[::-1], self.needed, strict=True)]
+
+
+TYPES["Backward"] = Backward
 
 
 class Differentiable(Operator):

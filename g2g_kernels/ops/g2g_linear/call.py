@@ -39,7 +39,6 @@ class LinearCall(NamedTuple):
 
 
 TYPES["LinearCall"] = LinearCall
-TYPES["Backward"] = Backward
 
 
 def operators(

@@ -7,6 +7,7 @@ written as such.
 """
 
 from ctypes import Structure
+from typing import Any
 
 import torch
 
@@ -79,6 +80,7 @@ def _forward(call: LinearCall, keep: bool) -> torch.Tensor:
 
 
 def _backward(given: Backward) -> list[torch.Tensor | None]:
+    grad_y: Any
     call, _, (grad_y,), _ = given
     arguments, _plan = _arguments(call)
     out_size = call.mask.shape[0]

@@ -17,7 +17,7 @@ the padded group order of a :class:`BlockMask` (*places*); these kernels transla
 separate pass.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -551,6 +551,7 @@ def _forward(call: LinearCall, keep: bool) -> torch.Tensor:
 
 
 def _backward(given: Backward) -> list[torch.Tensor | None]:
+    grad_y: Any
     call, _, (grad_y,), (want_x, want_values, _, *want_bias) = given
     units = units_of(call.mask, call.values)
     to_x, to_values, to_bias = None, None, None

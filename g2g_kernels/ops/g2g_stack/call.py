@@ -38,14 +38,13 @@ class StackCall(NamedTuple):
         """The call with these arguments of the public function."""
         called = []
         for values, mask, bias, population, dropped, state, recurrent, *_ in layers:
-            model, parameters, *options = population
-            flat = [p.contiguous() if p.dim() == 1 else p.reshape(-1) for p in parameters]
+            flat = [p.contiguous() if p.dim() == 1 else p.reshape(-1) for p in population.parameters]
             called.append(
                 SpikingLayer(
                     values.contiguous(),
                     mask.tensors(),
                     None if bias is None else bias.contiguous(),
-                    Neurons(model, tuple(flat), *options),
+                    Neurons(population.model, tuple(flat), population.reset, population.surrogate, population.alpha),
                     None if dropped is None else dropped.contiguous(),
                     None if state is None else state.float().contiguous(),
                     None if recurrent is None else Recurrent(recurrent[0].contiguous(), recurrent[1].tensors()),
@@ -94,7 +93,7 @@ class StackCall(NamedTuple):
                     raise ValueError(f"{name} of layer {number} has {parameter.numel()} entries, expected 1 or {size}")
 
 
-TYPES |= {"StackCall": StackCall, "Backward": Backward}
+TYPES["StackCall"] = StackCall
 
 
 def operators(
@@ -149,4 +148,4 @@ def _recurrent_flops(call: StackCall) -> int:
 
 def _backward_flops(given: Backward) -> int:
     first, *rest = _flops(given.call)
-    return first * (1 + given.needed[0]) + 2 * (sum(rest) + _recurrent_flops(given.call))
+    return first * (1 + int(given.needed[0])) + 2 * (sum(rest) + _recurrent_flops(given.call))

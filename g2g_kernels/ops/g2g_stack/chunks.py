@@ -69,7 +69,8 @@ def _recomputed(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | No
     spikes: list[Spikes] = []
 
     def again(*given: torch.Tensor) -> list[torch.Tensor]:
-        activity = run(*built(form, given), steps)
+        x, layers = built(form, given)
+        activity = run(x, layers, steps)
         assert activity.states is not None
         spikes[:] = activity.spikes
         return [activity.counts, *activity.rates, *activity.states]

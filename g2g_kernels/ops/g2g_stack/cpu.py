@@ -223,7 +223,7 @@ class _Arguments:
                 setattr(own, kept, memory.states[number].data_ptr())
             if layer.recurrent is not None:
                 self._join(own, number, layer.recurrent, plan)
-                if grads is not None:
+                if grads is not None and grads.recurrent is not None:
                     own.grad_recurrent = pointer(grads.recurrent.values)
             if below is not None and lib.g2g_plans_aligned(below.address, plan.address):
                 own.inputs = memory.spikes[number - 1].data_ptr()

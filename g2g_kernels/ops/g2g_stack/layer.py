@@ -5,8 +5,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from g2g_kernels.mask.block_mask import BlockMask
-from g2g_kernels.mask.unit_grid import MaskTensors
 from g2g_kernels.ops.neurons.models import Neurons
 from g2g_kernels.ops.record import TYPES
 
@@ -23,7 +21,7 @@ class Recurrent(NamedTuple):
     """
 
     values: torch.Tensor
-    mask: BlockMask | MaskTensors
+    mask: Any  # inside operators its tensors
 
 
 class SpikingLayer(NamedTuple):
@@ -89,4 +87,4 @@ def refuses_fields(names: Sequence[str], layers: Sequence[SpikingLayer]) -> str 
     return None
 
 
-TYPES |= {"SpikingLayer": SpikingLayer, "Recurrent": Recurrent, "Neurons": Neurons}
+TYPES |= {"SpikingLayer": SpikingLayer, "Recurrent": Recurrent}

@@ -70,7 +70,7 @@ class NeuronsCall(NamedTuple):
             raise ValueError(f"state has shape {tuple(self.state.shape)}, expected {self.state_shape}")
 
 
-TYPES |= {"NeuronsCall": NeuronsCall, "Neurons": Neurons, "Backward": Backward}
+TYPES |= {"NeuronsCall": NeuronsCall, "Neurons": Neurons}
 
 
 def check_backward(given: Backward, kept_shape: tuple[int, ...]) -> None:

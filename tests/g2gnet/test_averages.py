@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from helpers import seeded
+from helpers import row_with, seeded
 from networks import small_net
 from torch import nn
 from torch.nn.utils import prune
@@ -132,11 +132,8 @@ def test_networks_of_other_groups_share_no_unit():
 
 def state_in_another_order(net):
     """The same weights, in other slots."""
-    state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    layer = copy.deepcopy(net.fc2)
-    order = torch.randperm(layer.mask.num_units, generator=seeded(3))
-    layer.mask.relabel_(torch.arange(len(order)), layer.mask.unit_row[order], layer.mask.unit_col[order])
-    return state | {"fc2.values": layer.values.detach()[order], "fc2.mask.wiring": layer.mask.state_dict()["wiring"]}
+    wiring = row_with(net.fc2.mask, unit_row=lambda row: row.flip(0), unit_col=lambda col: col.flip(0))
+    return {**copy.deepcopy(net.state_dict()), "fc2.values": net.fc2.values.detach().flip(0), "fc2.mask.wiring": wiring}
 
 
 @pytest.mark.parametrize("into", [0, 1], ids=["network", "average"])

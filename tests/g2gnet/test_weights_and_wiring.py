@@ -4,6 +4,7 @@ After every rule the dense weights and masks of all networks are those of their 
 nothing changed. The faults at the end, planted one by one, are found.
 """
 
+import contextlib
 import copy
 import functools
 import io
@@ -51,12 +52,11 @@ def network(seed: int) -> nn.Sequential:
 
 def in_another_order(net: nn.Sequential, draw: torch.Generator) -> dict[str, torch.Tensor]:
     """The state of a network with the same units in other slots."""
-    state = {}
+    state = copy.deepcopy(net.state_dict())
     for number, layer in enumerate(net):
         order = torch.randperm(layer.mask.num_units, generator=draw)
+        changes = dict.fromkeys(("unit_row", "unit_col"), lambda index, order=order: index[order])
         state[f"{number}.values"] = layer.values.detach()[order]
-        state[f"{number}.bias"] = layer.bias.detach().clone()
-        changes = {name: lambda index, order=order: index[order] for name in ("unit_row", "unit_col")}
         state[f"{number}.mask.wiring"] = row_with(layer.mask, **changes)
     return state
 
@@ -198,12 +198,10 @@ class Networks(RuleBasedStateMachine):
 
     # --- files --------------------------------------------------------------------------------------------------
 
-    @rule(which=WHICH, how=st.sampled_from(["kept", "copied", "written", "another order"]))
+    @rule(which=WHICH, how=st.sampled_from(["kept", "written", "another order"]))
     def save(self, which, how):
         twins = self.pick(which)
         state = twins.net.state_dict() if how != "another order" else in_another_order(twins.net, self.draw)
-        if how == "copied":
-            state = copy.deepcopy(state)
         if how == "written":
             file = io.BytesIO()
             torch.save(state, file)
@@ -341,7 +339,7 @@ class Networks(RuleBasedStateMachine):
     def teardown(self):
         for number, each in enumerate(getattr(self, "nets", ())):
             torch.testing.assert_close(each.net(INPUTS), each.outputs())
-            self.save(number, "copied")
+            self.save(number, "written")
         for state, layers in getattr(self, "files", ()):
             for found, should in zip(layers_of(state), layers, strict=True):
                 compare(found.weight, found.slots, should)
@@ -369,6 +367,10 @@ def test_weights_and_wiring_never_come_apart(sequences):
     run(sequences)
 
 
+TAKE_WIRING, DEEPCOPY, MASK_TO_LOAD = ties.take_wiring, G2GLinear.__deepcopy__, packed_weights._mask_to_load
+READ_WIRING, REWIRE = G2GLinear._read_wiring, G2GLinear.rewire_
+
+
 def keeps_what_is_in_the_slot(source, target):
     """New units have the weights of those that had their slots, as if packed weights were averaged blindly."""
     values = target.values.detach().clone()
@@ -377,31 +379,16 @@ def keeps_what_is_in_the_slot(source, target):
         target.write_(values)
 
 
-def takes_the_mask_only(source, target):
-    target.mask.become_(source.mask)
-
-
 def shares_the_mask(self, memo):
     twin = DEEPCOPY(self, memo)
     twin._modules["mask"] = self._own_mask
     return twin
 
 
-def reads_in_evaluation_mode_only(self):
-    if not self.training:
-        READ_WIRING(self)
-
-
-def publishes_anew(self, other):
-    self.replace_by_(copy.deepcopy(other))
-
-
 def loads_what_is_there(layer, state, prefix):
     """Without a look at what is missing or does not fit."""
-    try:
+    with contextlib.suppress(ValueError):
         return MASK_TO_LOAD(layer, state, prefix)
-    except ValueError:
-        return None
 
 
 def forgets_to_undo(self, slots, units, apply):
@@ -414,21 +401,22 @@ def rewires_its_averages_only(layer):
         ties.take_wiring(layer, average)
 
 
-TAKE_WIRING, DEEPCOPY, MASK_TO_LOAD = ties.take_wiring, G2GLinear.__deepcopy__, packed_weights._mask_to_load
-READ_WIRING, REWIRE = G2GLinear._read_wiring, G2GLinear.rewire_
-
 FAULTS = {
     "an average keeps what is in the slot": (ties, "take_wiring", keeps_what_is_in_the_slot),
-    "an average takes the mask only": (ties, "take_wiring", takes_the_mask_only),
+    "an average takes the mask only": (ties, "take_wiring", lambda source, target: target.mask.become_(source.mask)),
     "a copy shares the mask": (G2GLinear, "__deepcopy__", shares_the_mask),
-    "the wiring is read in evaluation mode only": (G2GLinear, "_read_wiring", reads_in_evaluation_mode_only),
+    "the wiring is read in evaluation mode only": (
+        G2GLinear, "_read_wiring", lambda self: None if self.training else READ_WIRING(self),
+    ),
     "ties take no notice of a load": (packed_weights, "after_other_units", lambda layer: None),
     "an average is saved as it drifted": (G2GLinear, "settle", lambda self: None),
-    "a new buffer for the same weights": (BlockMask, "become_", publishes_anew),
+    "a new buffer for the same weights": (
+        BlockMask, "become_", lambda self, other: self.replace_by_(copy.deepcopy(other)),
+    ),
     "half a state is loaded": (packed_weights, "_mask_to_load", loads_what_is_there),
     "an update that failed is not undone": (G2GLinear, "rewire_", forgets_to_undo),
     "the average of an average stays": (ties, "rewire_averages", rewires_its_averages_only),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
@@ -436,5 +424,7 @@ def test_planted_faults_are_found(fault, monkeypatch):
     monkeypatch.setattr(*fault)
     if fault[1] == "rewire_averages":
         monkeypatch.setattr(dst, "rewire_averages", fault[2])
-    with pytest.raises((AssertionError, ValueError, Flaky)):  # Flaky: one that damages what later sequences begin with
+    with pytest.raises(
+        (AssertionError, ValueError, RuntimeError, Flaky)
+    ):  # Flaky: it damages what later sequences copy
         run(SEQUENCES, derandomize=True)

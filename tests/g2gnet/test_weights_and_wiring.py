@@ -311,7 +311,8 @@ class Networks(RuleBasedStateMachine):
     def copy_parameters_and_buffers(self, which, to):
         """A hard update, and what DistributedDataParallel does; of a tied average, from its network."""
         source, target = self.pick(which), self.pick(which + to)
-        if source is target or target.source not in (None, source) or not source.is_like(target):
+        tied = source.source is not None or target.source not in (None, source)  # their buffers say nothing
+        if source is target or tied or not source.is_like(target):
             return
         with torch.no_grad():
             for mine, theirs in zip(target.tensors(), source.tensors(), strict=True):

@@ -186,21 +186,6 @@ def test_a_scheduler_is_copied_and_pickled_with_its_averages():
         assert not same_wiring(net, twin)
 
 
-def test_copies_that_are_freed_in_the_middle_of_an_update_do_not_disturb_it():
-    net = network()
-    average, freed = copy.deepcopy(net), copy.deepcopy(net)
-    for each in (average, freed):
-        tie_wiring(net, each)
-    held = [freed]
-    freed.itself = held  # a cycle, which only the garbage collector frees
-    rewire = net.fc3.rewire_
-    net.fc3.rewire_ = lambda *arguments: (held.clear(), gc.collect(), rewire(*arguments))[2]
-    del freed, each
-    rewired(net)
-    assert not held
-    assert same_wiring(average, net)
-
-
 def test_ties_are_refused_between_networks_that_do_not_correspond():
     net, average = network(), network()
     for tie, one, other, error, message in (
@@ -272,12 +257,8 @@ def test_one_unit_of_another_wiring_in_an_average_is_no_rounding(decay):
         average(X)
 
 
-def test_indices_are_no_buffers_and_follow_the_network():
+def test_indices_are_no_buffers_and_keep_their_dtype():
     net = network()
     assert all(buffer.is_floating_point() for buffer in net.buffers())
     net.to(torch.bfloat16)
-    assert net.fc2.mask.unit_row.dtype == torch.int32
-    assert net.fc2.mask.wiring.dtype == torch.float32
-    net.to("meta").to_empty(device="cpu")
-    net.load_state_dict(network(seed=3).state_dict())
-    assert torch.equal(net.fc2.mask.to_dense(), network(seed=3).fc2.mask.to_dense())
+    assert (net.fc2.mask.unit_row.dtype, net.fc2.mask.wiring.dtype) == (torch.int32, torch.float32)

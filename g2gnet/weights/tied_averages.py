@@ -92,10 +92,10 @@ def after_other_units(layer: "PackedWeights") -> None:
     """Sees to the ties of a layer that was given a mask from outside: equal units get equal slots, others end a tie."""
     source = layer.kin.source
     if source is not None and not layer.mask.equals(source.mask):
-        if not _same_units(layer.mask, source.mask):
+        if _same_units(layer.mask, source.mask):
+            take_wiring(source, layer)
+        else:
             layer.kin.end_tie("a state of other units was loaded into it")
-            return
-        take_wiring(source, layer)
     for average in averages_of(layer):
         if _same_units(layer.mask, average.mask):
             take_wiring(layer, average)

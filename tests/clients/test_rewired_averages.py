@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from timm.utils import ModelEmaV2, ModelEmaV3
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
 from torch_ema import ExponentialMovingAverage
 
@@ -37,16 +37,14 @@ def accuracy(model, test):
     return 100 * (model(images).argmax(1) == labels).float().mean().item()
 
 
-def layers(model):
-    return [(name, layer.mask.to_dense()) for name, layer in model.named_children() if name.startswith("fc")]
-
-
 def dense_weights(model):
-    return [layer.dense_weight().detach().double() for name, layer in model.named_children() if name.startswith("fc")]
+    return [layer.dense_weight().detach().double() for layer, _ in model.layers()]
 
 
 def same_wiring(one, other):
-    return all(torch.equal(mine, theirs) for (_, mine), (_, theirs) in zip(layers(one), layers(other), strict=True))
+    return all(
+        mine.mask.equals(theirs.mask) for (mine, _), (theirs, _) in zip(one.layers(), other.layers(), strict=True)
+    )
 
 
 def train(net, data, after_step, averages=()):
@@ -64,23 +62,12 @@ def train(net, data, after_step, averages=()):
     assert dst.pruned > 0
 
 
-#: averages, and the share that update k of each keeps of what it was
+#: averages, and the share that update k of each keeps of what it was; PyTorch's others are in test_averages.py
 AVERAGES = {
-    "AveragedModel": (
-        lambda net: AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(DECAY)),
-        lambda k: DECAY if k else 0,
-    ),
-    "AveragedModel, buffers": (
-        lambda net: AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(DECAY), use_buffers=True),
-        lambda k: DECAY if k else 0,
-    ),
-    "AveragedModel, equal weights, buffers": (
-        lambda net: AveragedModel(net, use_buffers=True),
-        lambda k: k / (k + 1),
-    ),
-    "timm ModelEmaV2": (lambda net: ModelEmaV2(net, decay=DECAY), lambda k: DECAY),
-    "timm ModelEmaV3": (lambda net: ModelEmaV3(net, decay=DECAY), lambda k: DECAY),
-    "timm ModelEmaV3, one by one, without buffers": (
+    "AveragedModel": (lambda net: AveragedModel(net, use_buffers=True), lambda k: k / (k + 1)),
+    "ModelEmaV2": (lambda net: ModelEmaV2(net, decay=DECAY), lambda k: DECAY),
+    "ModelEmaV3": (lambda net: ModelEmaV3(net, decay=DECAY), lambda k: DECAY),
+    "ModelEmaV3, one by one, without buffers": (
         lambda net: ModelEmaV3(net, decay=DECAY, foreach=False, exclude_buffers=True),
         lambda k: DECAY,
     ),
@@ -102,8 +89,8 @@ def test_an_average_is_rewired_with_the_network(make, kept, data):
     def after_step():
         update(net)
         share = kept(next(updates))
-        for (_, mask), mean, weight in zip(layers(net), expected, dense_weights(net), strict=True):
-            mean.mul_(mask).lerp_(weight, 1 - share)  # what was pruned is forgotten
+        for (layer, _), mean, weight in zip(net.layers(), expected, dense_weights(net), strict=True):
+            mean.mul_(layer.mask.to_dense()).lerp_(weight, 1 - share)  # what was pruned is forgotten
 
     train(net, data, after_step, [average])
     assert same_wiring(average.module, net)
@@ -157,16 +144,8 @@ class Module(L.LightningModule):
 def test_lightnings_average_is_validated_and_saved(data):
     train_data, test_data = (TensorDataset(images, labels) for images, labels in data)
     module, callback = Module(), EMAWeightAveraging(decay=DECAY)
-    trainer = L.Trainer(
-        max_steps=STEPS,
-        accelerator="cpu",
-        devices=1,
-        callbacks=[callback],
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-    )
+    silent = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+    trainer = L.Trainer(max_steps=STEPS, accelerator="cpu", devices=1, callbacks=[callback], **silent)
     trainer.fit(
         module,
         DataLoader(train_data, 64, shuffle=True, generator=torch.Generator().manual_seed(0)),

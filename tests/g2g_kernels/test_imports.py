@@ -147,6 +147,7 @@ import numpy, torch, torch.optim.optimizer
 def state():
     found = {
         "sys.meta_path": list(sys.meta_path),
+        "what takes long to import": [name for name in ("torch.utils.flop_counter", "triton") if name in sys.modules],
         "sys.path_hooks": list(sys.path_hooks),
         "sys.excepthook": sys.excepthook,
         "warnings": list(warnings.filters),

@@ -14,7 +14,7 @@ import torch
 from graph_stand_in import Graph
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from training_runs import SMALL, TIMES, VARIANTS
+from training_runs import SMALL, VARIANTS, assert_equal
 
 import g2gnet
 import train
@@ -109,9 +109,10 @@ def test_the_fourth_call_is_captured_and_replayed_on_new_arguments(stand_ins):
         runs.append((Graph.capturing, torch.cuda.current_device()))
         (x, (y,)), extra = batch
         total.add_(x.sum())
-        return (2 if factor is True else 3) * (x.sum() + y.sum() + extra.get("z", x).sum())
+        return (2 if factor is True else 3) * (x + y + extra.get("z", x)).sum()
 
-    captured = g2gnet.captured(step, CUDA, watch=())
+    with torch.cuda.device(CUDA):
+        captured = g2gnet.captured(step, "cuda", watch=())  # the device that is current
     for k in range(18):
         factor, name, times = [(1, "z", 24), (True, "z", 16), (True, "w", 12)][k // 6]  # another constant, another form
         x, y, z = (torch.full((2,), float(each)) for each in (k, k, 2 * k))
@@ -127,25 +128,12 @@ def test_the_fourth_call_is_captured_and_replayed_on_new_arguments(stand_ins):
 
 
 def test_a_batch_of_another_size_runs_directly_and_the_graph_stays(stand_ins, caplog):
-    sizes = []
-
-    def step(x):
-        sizes.append(len(x))
-        return 2 * x.sum()
-
-    captured = g2gnet.captured(step, CUDA, watch=())
+    captured = g2gnet.captured(lambda x: 2 * x.sum(), CUDA, watch=())
     for number in range(120):
         x = torch.full((4 if number % 3 else 2,), float(number))
-        assert torch.equal(captured(x), 2 * x.sum())
-    assert sizes.count(4) == 4
+        assert captured(x) == 2 * len(x) * number
     assert len(Graph.captured) == 1
     assert not caplog.messages  # though many calls are direct
-
-
-def test_the_device_without_a_number_is_the_one_that_is_current(stand_ins):
-    with torch.cuda.device(CUDA):
-        captured = g2gnet.captured(lambda x: x + torch.cuda.current_device(), "cuda", watch=())
-    assert captured(torch.zeros(())) == 1
 
 
 @pytest.mark.parametrize(
@@ -243,34 +231,30 @@ def test_a_change_is_followed(stand_ins, change):
 
 
 class Counting(torch.optim.Optimizer):
-    """Counts its steps, up to ``last``, where a graph does not: in an attribute, or from ``first`` in the state."""
+    """Counts its steps where a graph does not: in an attribute, or from ``first`` in the state."""
 
-    def __init__(self, parameters, lr, first=None, last=100):
+    def __init__(self, parameters, lr, first=None):
         super().__init__(parameters, {"lr": lr})
-        self.first, self.last = first, last
+        self.first = first
 
     @torch.no_grad()
     def step(self):
         for parameter in (each for each in self.param_groups[0]["params"] if each.grad is not None):
             where = vars(self) if self.first is None else self.state[parameter]
-            where["steps"] = where.get("steps", self.first or 0) % self.last + 1
+            where["steps"] = where.get("steps", self.first or 0) + 1
             parameter -= 0.1 / where["steps"] * parameter.grad
 
 
-@pytest.mark.parametrize(
-    "optimizer",
-    [
-        Counting,
-        functools.partial(Counting, first=0),
-        functools.partial(Counting, first=0, last=2),
-        functools.partial(Counting, first=torch.ones(1)),
-        functools.partial(torch.optim.Adagrad, lr_decay=0.1),
-    ],
-    ids=["attribute", "number", "number by turns", "new tensor", "on the host"],
-)
-def test_an_optimizer_whose_state_a_graph_cannot_change_trains_as_without_one(
-    stand_ins, monkeypatch, caplog, optimizer
-):
+OPTIMIZERS = {
+    "attribute": Counting,
+    "number": functools.partial(Counting, first=0),
+    "new tensor": functools.partial(Counting, first=torch.ones(1)),
+    "on the host": functools.partial(torch.optim.Adagrad, lr_decay=0.1),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_an_optimizer_whose_state_a_graph_cannot_change_trains_directly(stand_ins, monkeypatch, caplog, optimizer):
     monkeypatch.setattr("g2gnet.training.captured_step._is_on", lambda tensor, device: tensor.ndim > 0)
     train_alike(CapturedStep.PATIENCE + 4, optimizer=optimizer)
     assert not Graph.captured
@@ -284,19 +268,13 @@ def test_a_tensor_without_an_address_is_compared_by_how_often_it_was_written_to(
     net, x = torch.nn.Linear(4, 1), torch.rand(3, 4)
     net.lazy, net.nested = torch.nn.LazyLinear(2), torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
     net.register_buffer("adjacency", torch.eye(4).to_sparse().coalesce())
-    net.state, calls = net(x), []  # whose gradient is not asked for
-
-    def step(x):
-        calls.append(x)
-        return net(x)  # the stand-in knows no sparse operations
-
-    captured = g2gnet.captured(step, CUDA, watch=(net,))
-    for _ in range(6):
-        captured(x)
-    assert len(calls) == CapturedStep.WARM_UP + 1
+    net.state = net(x)  # whose gradient is not asked for
+    captured = g2gnet.captured(net, CUDA, watch=(net,))  # the stand-in knows no sparse operations
+    check(captured, net, x)
+    assert captured._replay
     net.adjacency.zero_()  # which gives it other values and indices
     captured(x)
-    assert len(calls) == CapturedStep.WARM_UP + 2  # no replay
+    assert not captured._replay
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
@@ -322,8 +300,7 @@ def test_what_is_not_compared_is_read_after_recapture(stand_ins, device):
 # --- gradients ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("set_to_none", [True, False])
-@pytest.mark.parametrize("accumulated", [0, 3])
+@pytest.mark.parametrize(("accumulated", "set_to_none"), [(0, True), (0, False), (3, True), (3, False)])
 def test_gradients_may_exist_when_a_step_begins(stand_ins, accumulated, set_to_none):
     """Those of ``accumulated`` steps, used by the loop; 0: of the last step, used by the next one."""
 
@@ -333,19 +310,21 @@ def test_gradients_may_exist_when_a_step_begins(stand_ins, accumulated, set_to_n
         optimizer = torch.optim.SGD(net.parameters(), 0.05, momentum=0.5)
         net(torch.ones(1, 6)).sum().backward()
 
-        def step(x, update):
-            if update:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none)
-            if x is not None:
-                net(x).square().sum().backward()
+        def update():
+            optimizer.step()
+            optimizer.zero_grad(set_to_none)
+
+        def step(x):
+            if not accumulated:
+                update()
+            net(x).square().sum().backward()
 
         captured = g2gnet.captured(step, device, watch=(optimizer,))
         for number in range(18):
-            captured(torch.randn(5, 6), accumulated == 0)
+            captured(torch.randn(5, 6))
             gradients.append(net.weight.grad.clone())
             if accumulated and number % accumulated == accumulated - 1:
-                step(None, True)
+                update()
         return [*net.parameters(), *gradients]
 
     assert all(map(torch.equal, trained("cpu"), trained(CUDA)))
@@ -366,14 +345,10 @@ def waiting(x):
     return x + 1
 
 
-def changing(x):
-    return x.mul_(1) + 1
-
-
 @pytest.mark.parametrize(
     ("step", "why", "captures"),
     [
-        (changing, "it changes an argument in place", 1),
+        (lambda x: x.mul_(1) + 1, "it changes an argument in place", 1),
         (forbidden, "operation not permitted when stream is capturing", 1),
         (waiting, r"it waits for the device in .*test_captured_step.py, line \d+", 0),  # a capture may end the process
     ],
@@ -387,14 +362,12 @@ def test_a_step_that_cannot_be_captured_runs_directly_and_the_reason_is_said(sta
         assert len(Graph.captured) == captures
         (line,) = caplog.messages
         assert line.startswith("training steps are not replayed as a CUDA graph, but run directly: ")
-        required = CapturedStep(step, CUDA, (), required=True)
         with pytest.raises(RuntimeError, match=f"cannot be captured in a CUDA graph: {why}"):
-            check(required, lambda x: x + 1, torch.zeros(2))
+            check(CapturedStep(step, CUDA, (), required=True), lambda x: x + 1, torch.zeros(2))
 
 
 def test_an_error_of_the_step_in_a_capture_is_the_users(stand_ins):
     net, x = torch.nn.Linear(4, 1), torch.ones(3, 4)
-    net(x).sum().backward()
 
     def step(x):
         net(x).sum().backward()
@@ -402,7 +375,7 @@ def test_an_error_of_the_step_in_a_capture_is_the_users(stand_ins):
             raise ValueError("mine")
 
     captured = g2gnet.captured(step, CUDA, watch=(net,))
-    for _ in range(3):
+    for _ in range(4):  # the first one without a gradient
         captured(x)
     gradient = net.weight.grad
     with pytest.raises(ValueError, match="mine"):
@@ -417,14 +390,14 @@ def test_the_memory_of_a_graph_is_free_when_the_next_is_captured(stand_ins):
 
     def step(x):
         if Graph.capturing:
-            alive.append([graph() is not None for graph in graphs])
+            alive.append([graph() for graph in graphs])
         return x + 1
 
     captured = g2gnet.captured(step, CUDA, watch=(net,))
     for size in (2, 3):
         check(captured, step, torch.zeros(size))
         graphs.append(weakref.ref(Graph.captured.pop()))
-    assert alive == [[], [False]]
+    assert alive == [[], [None]]
     scale, net.scale = weakref.ref(net.scale), None
     assert scale() is not None  # another tensor at its address would be taken for it
 
@@ -460,38 +433,33 @@ def test_training_is_the_same_with_and_without_a_graph(trainer_of, variant, more
     graph, plain = trainer_of(**changes), trainer_of(cuda_graph=False, **changes)
     for _ in range(graph.settings.epochs):
         records = [trainer.train_epoch() for trainer in (graph, plain)]
-        records = [{name: value for name, value in each.items() if name not in TIMES} for each in records]
-        assert records[0] == records[1]
+        assert_equal(*records)
     assert len(Graph.captured) == graphs
     # a learning rate that falls is read from a float32 tensor
     rounding = 1e-6 if "lr_schedule" in changes else 0.0
-    for name, value in plain.net.state_dict().items():
-        torch.testing.assert_close(graph.net.state_dict()[name], value, rtol=rounding, atol=rounding)
+    torch.testing.assert_close(dict(graph.net.state_dict()), dict(plain.net.state_dict()), rtol=rounding, atol=rounding)
 
 
 def test_a_weight_that_is_not_finite_is_found_in_replays_after_a_batch_that_is_not_full(trainer_of):
     trainer = trainer_of()
     for _ in range(2):
         trainer.train_epoch()
-    with torch.no_grad():
-        trainer.net.fc2.values.view(-1)[0] = torch.nan
+    trainer.net.fc2.values.data.view(-1)[0] = torch.nan
     with pytest.raises(TrainingError, match=r"in step 9 .* became non-finite"):
         trainer.train_epoch()
     assert len(Graph.captured) == 1  # these were replays
 
 
 def test_a_resumed_run_captures_the_loaded_state(trainer_of):
-    through, first = trainer_of(), trainer_of()
-    first.train_epoch()
-    first.train_epoch()
-    state = copy.deepcopy(first.state_dict())
+    trainer, states = trainer_of(), []
     for _ in range(3):
-        through.train_epoch()
-    assert first._captured._replay
-    first.load_state_dict(state)
-    assert not first._captured._replay  # the trainer says that masks may be others
-    first.train_epoch()
-    assert all(map(torch.equal, through.net.state_dict().values(), first.net.state_dict().values()))
+        trainer.train_epoch()
+        states.append(copy.deepcopy(trainer.state_dict()))
+    assert trainer._captured._replay
+    trainer.load_state_dict(states[1])
+    assert not trainer._captured._replay  # the trainer says that masks may be others
+    trainer.train_epoch()
+    assert_equal(dict(trainer.net.state_dict()), dict(states[2]["model"]))
 
 
 def test_on_a_cuda_device_steps_are_captured_unless_said_otherwise():

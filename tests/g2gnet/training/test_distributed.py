@@ -100,14 +100,17 @@ sys.exit(importlib.import_module(name).main([*sys.argv[1:], *flags]))
 
 @pytest.fixture
 def several(tmp_path):
-    """Runs a program, a file or its text, in several processes."""
+    """Runs a program, a file or its text, in several processes, which end with these statuses, or all with 0."""
     numbers = itertools.count(1)
 
-    def run_several(processes, program, *arguments, **options):
+    def run_several(program, *arguments, processes=2, statuses=None, **options):
         if isinstance(program, str):
             (tmp_path / "program.py").write_text(program)
             program = tmp_path / "program.py"
-        return launch(processes, program, *arguments, folder=tmp_path / f"printed {next(numbers)}", **options)
+        folder, statuses = tmp_path / f"printed {next(numbers)}", statuses or [0] * processes
+        done = launch(len(statuses), program, *arguments, folder=folder, **options)
+        assert done.statuses == statuses, done.stderr
+        return done
 
     return run_several
 
@@ -175,11 +178,11 @@ def assert_same_course(one, several):
 )
 def test_processes_train_as_one(tmp_path, several, processes, options):
     one = run(tmp_path / "one", **options)
-    done = several(processes, ROOT / "train.py", *train_flags(tmp_path / "several", **options))
-    assert done.statuses == [0] * processes, done.stderr
+    done = several(ROOT / "train.py", *train_flags(tmp_path / "several", **options), processes=processes)
     files = RunFiles(tmp_path / "several", one.checkpoint.stem)
     assert_same_course(load(one), load(files))
-    assert [path.exists() for path in (files.marker, files.analysis)] == [True, True]
+    assert files.marker.exists()
+    assert files.analysis.exists()
     # one of them prints
     assert f"processes={processes}" in done.stdout
     assert [line[:9] for line in done.stdout.splitlines() if "Epoch" in line] == ["Epoch 01 ", "Epoch 02 ", "Epoch 03 "]
@@ -218,21 +221,17 @@ def test_after_a_death_and_a_signal_any_number_goes_on_and_only_the_first_needs_
     dynamic = VARIANTS["dynamic"]
     whole, flags = run(tmp_path / "whole", **dynamic), train_flags(tmp_path / "run", **dynamic)
     files = RunFiles(tmp_path / "run", whole.checkpoint.stem)
-    done = several(2, PROGRAM, "train|train:SIGKILL", *flags)
-    assert done.statuses == [1, -signal.SIGKILL]
-    assert LOST in done.stderr
+    assert LOST in several(PROGRAM, "train|train:SIGKILL", *flags, statuses=[1, -signal.SIGKILL]).stderr
     assert load(files)["step"] == 4
-    done = several(2, PROGRAM, f"train|train:SIGTERM --checkpoint_dir {tmp_path / 'own'}", *flags)
-    assert done.statuses == [128 + signal.SIGTERM] * 2, done.stderr
-    message = "program.py: stopped by SIGTERM after step 6, with 1 of 3 epochs done; saved in"
-    assert done.stderr.count(message) == 1, done.stderr
+    programs = f"train|train:SIGTERM --checkpoint_dir {tmp_path / 'own'}"
+    done = several(PROGRAM, programs, *flags, statuses=[128 + signal.SIGTERM] * 2)
+    assert done.stderr.count("program.py: stopped by SIGTERM after step 6, with 1 of 3 epochs done; saved in") == 1
     assert load(files)["step"] == 6
     assert not files.marker.exists()
     shutil.copytree(tmp_path / "run", tmp_path / "alone")
     assert_same_course(load(whole), load(run(tmp_path / "alone", **dynamic)))
-    done = several(3, PROGRAM, "train|train --checkpoint_dir /proc/none|train --checkpoint_dir /proc/none", *flags)
-    assert done.stdout.count("resuming") == 1
-    assert "after epoch 1, step 6" in done.stdout
+    done = several(PROGRAM, "train" + 2 * "|train --checkpoint_dir /proc/none", *flags, processes=3)
+    assert done.stdout.count("resuming") == done.stdout.count("after epoch 1, step 6") == 1
     assert files.marker.exists()
     assert not (tmp_path / "own").exists()
     assert_same_course(load(whole), load(files))
@@ -255,10 +254,8 @@ FAULTS = [
 
 @pytest.mark.parametrize(("ranks", "options", "step", "said"), FAULTS, ids=[ranks for ranks, *_ in FAULTS])
 def test_a_fault_in_one_is_named_and_the_checkpoint_is_that_before(tmp_path, several, ranks, options, step, said):
-    done = several(2, PROGRAM, ranks, *train_flags(tmp_path / "run", **options))
-    assert done.statuses == [1, 1], done.stderr
-    for text in said:
-        assert text in done.stderr
+    done = several(PROGRAM, ranks, *train_flags(tmp_path / "run", **options), statuses=[1, 1])
+    assert [text for text in said if text not in done.stderr] == [], done.stderr
     checkpoints = list((tmp_path / "run").glob("*.pth"))
     assert [torch.load(each, weights_only=True)["step"] for each in checkpoints] == [step] * (step > 0)
     assert not list((tmp_path / "run").glob("*.DONE"))
@@ -308,13 +305,11 @@ def test_two_machines_train_as_one_and_end_the_threads_of_their_group(tmp_path):
 )
 def test_processes_that_do_not_match_name_what_differs_before_any_work(tmp_path, several, ranks, lines):
     count = ranks.count("|") + 1
-    done = several(count, PROGRAM, ranks, *train_flags(tmp_path / "run"))
-    assert done.statuses == [1] * count, done.stderr
+    several(PROGRAM, ranks, *train_flags(tmp_path / "run"), statuses=[1] * count)
     for rank in range(count):
         errors = (tmp_path / "printed 1" / f"{rank}.err").read_text()
         assert f", rank {rank}: error: the processes do not match:\n" in errors
-        for line in lines:
-            assert f"\n  {line}" in errors
+        assert [line for line in lines if f"\n  {line}" not in errors] == [], errors
         backends = any(line.startswith("backend") for line in lines)
         assert errors.count("\n  ") == len(lines) + backends, errors  # a backend implies the instruction set
     assert not (tmp_path / "run").exists()
@@ -322,8 +317,8 @@ def test_processes_that_do_not_match_name_what_differs_before_any_work(tmp_path,
 
 @pytest.mark.parametrize("name", ["train", "crossval"])
 def test_a_process_that_stays_alone_says_whom_it_waits_for_and_gives_up(tmp_path, several, name):
-    done = several(1, PROGRAM, name, *train_flags(tmp_path / "run"), "--peer_timeout", "0.02", size=3)
-    assert done.statuses == [1]
+    flags = train_flags(tmp_path / "run", peer_timeout=0.02)
+    done = several(PROGRAM, name, *flags, statuses=[1], size=3)
     assert "after 0 seconds, rank 0 of 3 has heard nothing from ranks 1, 2\n" in done.stderr
     assert "rank 0: error: heard nothing from ranks 1, 2 for 1.2 seconds: look what became of it" in done.stderr
     assert not (tmp_path / "run").exists()
@@ -334,8 +329,7 @@ def test_a_process_that_stays_alone_says_whom_it_waits_for_and_gives_up(tmp_path
     [("train:interrupted", 3, [130]), ("train:interrupted|train:watches", 2, [130, 0])],
 )
 def test_ctrl_c_ends_a_process_that_waits(tmp_path, several, ranks, size, statuses):
-    done = several(len(statuses), PROGRAM, ranks, *train_flags(tmp_path / "run"), size=size)
-    assert done.statuses == statuses, done.stderr
+    done = several(PROGRAM, ranks, *train_flags(tmp_path / "run"), statuses=statuses, size=size)
     assert "program.py: interrupted; run the same command again to resume" in done.stderr
 
 
@@ -354,9 +348,8 @@ except distributed.DistributedError as error:
 
 
 def test_processes_that_wait_in_different_places_are_told(several):
-    done = several(3, PLACES)
-    said = done.stdout.splitlines()
-    assert len(said) == 3, done.stderr
+    said = several(PLACES, processes=3).stdout.splitlines()
+    assert len(said) == 3
     # with the first that gives up all lose their connections, which is what the others may say
     message = "waited for one another: rank 0 at place 0, rank 1 at place 1, rank 2 at place 2; run the same"
     assert any(line.startswith(message) for line in said), said
@@ -442,8 +435,7 @@ def test_folds_are_dealt_out(tmp_path, several):
     expected = cross_validate(settings, lambda: load_dataset(settings.dataset), tmp_path / "one", machine)
     for again in (False, True):
         flags = train_flags(tmp_path / "two", **options, peer_timeout=0.03)
-        done = several(2, PROGRAM, "crossval|crossval:slow", *flags)
-        assert done.statuses == [0, 0], done.stderr
+        done = several(PROGRAM, "crossval|crossval:slow", *flags)
         results = json.loads((tmp_path / "two" / f"{settings.summary_stem}.json").read_text())
         assert {name: results[name] for name in expected} == expected
         assert done.stdout.count("| mean |") == 1
@@ -458,9 +450,8 @@ def test_folds_are_dealt_out(tmp_path, several):
 
 
 def test_who_has_done_its_folds_does_not_wait_for_one_that_died(tmp_path, several):
-    done = several(2, PROGRAM, "crossval|crossval:SIGKILL", *train_flags(tmp_path, k_folds=2))
-    assert done.statuses == [1, -signal.SIGKILL]
-    assert LOST in done.stderr
+    flags = train_flags(tmp_path, k_folds=2)
+    assert LOST in several(PROGRAM, "crossval|crossval:SIGKILL", *flags, statuses=[1, -signal.SIGKILL]).stderr
 
 
 OWN_LOOP = """
@@ -494,16 +485,13 @@ def test_the_scheduler_in_ones_own_loop(tmp_path, several):
     (shown,) = re.findall(r"```py\n(.*?)```", (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8"), re.S)
     assert shown.replace("interval=1000", 'interval=2, fraction=0.3, prune="hebb"') in OWN_LOOP
     for processes in (1, 2):
-        done = several(processes, OWN_LOOP, tmp_path)
-        assert done.statuses == [0] * processes, done.stderr
+        several(OWN_LOOP, tmp_path, processes=processes)
     one, first, second = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1"))
     assert (one["fc2.values"] == 0).flatten(1).all(1).any()  # a unit has just grown
     for name, tensor in one.items():
         assert torch.equal(first[name], second[name]), name
-        if tensor.is_floating_point():
-            torch.testing.assert_close(first[name], tensor, rtol=1e-5, atol=1e-6)  # another order of sums
-        else:
-            assert torch.equal(first[name], tensor), name
+        close = 1e-6 if name != "fc2.mask.wiring" else 0  # another order of sums
+        torch.testing.assert_close(first[name], tensor, rtol=10 * close, atol=close)
 
 
 UNFIT = """
@@ -568,7 +556,7 @@ say(train, [True, rank == 0, True, True], dist.new_group(timeout=datetime.timede
 
 
 def test_what_the_scheduler_cannot_work_with_is_refused_or_named(tmp_path, several):
-    done = several(2, UNFIT)
+    several(UNFIT)
     said = (tmp_path / "printed 1" / "0.out").read_text()
     patterns = [
         *4 * [r"the network after step 1 of rank 1 differs from that of rank 0\nas before"],
@@ -579,7 +567,7 @@ def test_what_the_scheduler_cannot_work_with_is_refused_or_named(tmp_path, sever
         r"some processes did not come to the update of the units after step 2: .* Ranks? 1 failed to pass.*",
     ]
     lines = [line for line in said.splitlines(keepends=True) if not line.startswith("[Gloo]")]  # PyTorch 2.8 tells more
-    assert re.fullmatch("\n".join(patterns) + "\n", "".join(lines)), done
+    assert re.fullmatch("\n".join(patterns) + "\n", "".join(lines)), said
 
 
 MAKER = """
@@ -597,6 +585,5 @@ with one_at_a_time(file):
 
 def test_processes_that_need_the_same_file_make_it_once(tmp_path, several):
     (tmp_path / "made").mkdir()
-    done = several(3, MAKER, tmp_path / "made" / "file")
-    assert (done.statuses, done.stdout) == ([0, 0, 0], "made\n"), done.stderr
+    assert several(MAKER, tmp_path / "made" / "file", processes=3).stdout == "made\n"
     assert [path.name for path in (tmp_path / "made").iterdir()] == ["file"]

@@ -29,7 +29,7 @@ LAYERS = {
         ("base",),
         ("weights",),
         ("layers", "neurons", "encoding", "sequences", "data"),
-        ("graphs",),
+        ("graphs", "called_layers"),
         ("stack", "settings"),
         ("network", "sparsify", "recording", "interop"),
         ("dst", "inspect"),

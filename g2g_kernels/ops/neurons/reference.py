@@ -27,7 +27,8 @@ def neurons(
     if not torch.is_grad_enabled():  # the Function would see parameters that require grad, and keep all states
         current, parameters = current.detach(), tuple(parameter.detach() for parameter in parameters)
         state = None if state is None else state.detach()
-    return _Neurons.apply(current, state, steps, replaced(population, parameters=()), *parameters)
+    edge = _Edge.apply(current) if torch.is_grad_enabled() and current.requires_grad else None
+    return _Neurons.apply(current, state, steps, replaced(population, parameters=()), edge, *parameters)
 
 
 def _joined(states: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -49,7 +50,7 @@ def _as_used(model: str, parameters: Tensors, dtype: torch.dtype) -> Tensors:
 
 class _Neurons(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, current, state, steps, options, *parameters):
+    def forward(ctx, current, state, steps, options, edge, *parameters):
         model = MODELS[options.model]
         held = steps is not None
         num_steps = steps if held else current.shape[0]
@@ -78,21 +79,21 @@ class _Neurons(torch.autograd.Function):
                 for of_all_steps, each in zip(kept, states, strict=True):
                     of_all_steps[t] = each
         if keep:
-            ctx.save_for_backward(*kept, *parameters, state, current)
-            ctx.call = steps, options
+            ctx.save_for_backward(*kept, *parameters, state, edge)
+            ctx.call = steps, options, current.dtype
         return spikes, _joined(states)
 
     @staticmethod
     def backward(ctx, grad_spikes, grad_last):
-        steps, options = ctx.call
+        steps, options, current_dtype = ctx.call
         model = MODELS[options.model]
         derivative = SURROGATES[options.surrogate].derivative
-        *saved, state, current = ctx.saved_tensors  # read once: non-reentrant checkpoints refuse more
+        *saved, state, edge = ctx.saved_tensors  # read once: non-reentrant checkpoints refuse more
         kept, parameters = saved[: len(model.states)], saved[len(model.states) :]
-        need_current, need_state, _, _, *need_parameters = ctx.needs_input_grad
+        need_current, need_state, _, _, _, *need_parameters = ctx.needs_input_grad
         if needs_plain_operations((grad_spikes, grad_last)):
-            return _again(ctx, current, state, parameters, (grad_spikes, grad_last))
-        held, current_dtype = steps is not None, current.dtype
+            return _again(ctx, edge, state, kept, parameters, (grad_spikes, grad_last))
+        held = steps is not None
         membranes = kept[-1]
         dtype, shape = membranes.dtype, membranes.shape[1:]
         used = _as_used(model.name, parameters, dtype)
@@ -128,6 +129,7 @@ class _Neurons(torch.autograd.Function):
             _joined(grads).to(state.dtype) if need_state else None,
             None,
             None,
+            None,
             *(
                 _as_parameter(total, parameter, name in model.decays) if needed else None
                 for name, total, parameter, needed in zip(
@@ -137,20 +139,35 @@ class _Neurons(torch.autograd.Function):
         )
 
 
-def _again(ctx, current, state, parameters, grads):
-    """The gradients by plain operations."""
-    steps, options = ctx.call
-    tensors = (current, *parameters) if state is None else (current, state, *parameters)
+class _Edge(torch.autograd.Function):
+    """Zeros of a tensor's shape that take no memory, and have its gradient."""
+
+    @staticmethod
+    def forward(ctx, tensor):
+        return tensor.new_zeros(()).expand(tensor.shape)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+def _again(ctx, edge, state, kept, parameters, grads):
+    """The gradients by plain operations. The states are known, so that the current, in which they are linear, is not
+    needed: only where its gradient goes."""
+    steps, options, current_dtype = ctx.call
+    if edge is None:
+        edge = kept[-1].new_zeros((), dtype=current_dtype).expand(kept[-1].shape[0 if steps is None else 1 :])
+    given = (edge, *parameters) if state is None else (edge, state, *parameters)
 
     def run(current, *rest):
         before, own = (None, rest) if state is None else (rest[0], rest[1:])
-        return in_steps(current, replaced(options, parameters=tuple(own)), steps, before)
+        return in_steps(current, replaced(options, parameters=tuple(own)), steps, before, kept)
 
-    need_current, need_state, _, _, *need_parameters = ctx.needs_input_grad
+    need_current, need_state, _, _, _, *need_parameters = ctx.needs_input_grad
     needed = (need_current, *need_parameters) if state is None else (need_current, need_state, *need_parameters)
-    to_current, *rest = gradients_of(run, tensors, grads, needed, Autocast.of(current))
+    to_current, *rest = gradients_of(run, given, grads, needed, Autocast.of(edge))
     to_state = None if state is None else rest.pop(0)
-    return to_current, to_state, None, None, *rest
+    return to_current, to_state, None, None, None, *rest
 
 
 def _as_parameter(total: torch.Tensor, parameter: torch.Tensor, clamped: bool) -> torch.Tensor:

@@ -5,6 +5,7 @@ Plain PyTorch operations on every device, differentiated by autograd. Over a who
 """
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 
@@ -150,6 +151,13 @@ def neurons_step(current: torch.Tensor, states: Tensors | None, population: Neur
         >>> len(states)  # the current and the membrane
         2
     """
+    return _step(current, states, population, None)
+
+
+def _step(
+    current: torch.Tensor, states: Tensors | None, population: Neurons, known: Tensors | None
+) -> tuple[torch.Tensor, Tensors]:
+    """:func:`neurons_step`; the values of the states after it are ``known`` where only their derivatives are wanted."""
     check_tensor("current", current)
     if current.dim() < 1:
         raise ValueError(f"current has shape {tuple(current.shape)}; expected [..., N]")
@@ -175,6 +183,8 @@ def neurons_step(current: torch.Tensor, states: Tensors | None, population: Neur
     fired = states[-1] > theta  # R_t: a comparison, so no gradient passes through it
     spike_before = constant_spike if begins else spike
     states = model.charge(states, fired, spike_before, current.to(dtype), parameters, population.reset)
+    if known is not None:
+        states = tuple([value + _rise(state) for value, state in zip(known, states, strict=True)])
     return spike(states[-1]).to(current.dtype), states
 
 
@@ -187,20 +197,32 @@ def _spikes(membrane: torch.Tensor, theta: torch.Tensor, population: Neurons) ->
     spikes = (membrane > theta).to(membrane.dtype)
     # a trace must be the same with and without gradients
     if torch.is_grad_enabled() or is_scripted() or has_tangent((membrane, theta)):
-        smooth = SURROGATES[population.surrogate].primitive(membrane - theta, population.alpha)
-        rise = smooth - smooth.detach()  # 0, with the derivative of the surrogate
-        spikes = spikes + rise.masked_fill(rise.isnan(), 0)
+        spikes = spikes + _rise(SURROGATES[population.surrogate].primitive(membrane - theta, population.alpha))
     return spikes
 
 
+def _rise(tensor: torch.Tensor) -> torch.Tensor:
+    """0, with the derivative of ``tensor``."""
+    rise = tensor - tensor.detach()
+    return rise.masked_fill(rise.isnan(), 0)
+
+
 def in_steps(
-    current: torch.Tensor, population: Neurons, steps: int | None, state: torch.Tensor | None
+    current: torch.Tensor,
+    population: Neurons,
+    steps: int | None,
+    state: torch.Tensor | None,
+    known: Sequence[torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``run`` as such steps, for what understands only plain operations: torch.func transforms, torch.jit.trace."""
+    """``run`` as such steps, for what understands only plain operations: torch.func transforms, torch.jit.trace.
+
+    ``known``: the values [T, ..., N] of each state, where only the derivatives are wanted.
+    """
     states: Tensors | None = None if state is None else state.unbind()
     spikes = []
-    for current_t in current.unbind() if steps is None else itertools.repeat(current, steps):
-        spikes_t, states = neurons_step(current_t, states, population)
+    for t, current_t in enumerate(current.unbind() if steps is None else itertools.repeat(current, steps)):
+        values = None if known is None else tuple([of_all_steps[t] for of_all_steps in known])
+        spikes_t, states = _step(current_t, states, population, values)
         spikes.append(spikes_t)
     assert states is not None
     return torch.stack(spikes), torch.stack(states)

@@ -147,16 +147,21 @@ def operator_of(name, backend):
     return lambda x: neurons(x, Neurons(name, (torch.tensor(decay, requires_grad=True), *others)), backend=backend)
 
 
+def function_of_parameter(name, backend):
+    """(x, decay) → spikes."""
+    return lambda x, decay: neurons(x, Neurons(name, (decay, *PARAMETERS[name][1:])), backend=backend)
+
+
 def steps_of(name):
     """The same by a loop over single steps."""
     model = "lif" if name == "g2g_stack" else name
 
-    def run(x):
+    def run(x, decay=PARAMETERS[model][0]):
         if name == "g2g_stack":
             x = x @ STACK_MASK.unpack(STACK_VALUES.to(x.dtype)).T
         states, spikes = None, []
         for current in x:
-            spikes_t, states = neurons_step(current, states, Neurons(model, PARAMETERS[model]))
+            spikes_t, states = neurons_step(current, states, Neurons(model, (decay, *PARAMETERS[model][1:])))
             spikes.append(spikes_t)
         return torch.stack(spikes).sum(0) if name == "g2g_stack" else torch.stack(spikes)
 
@@ -187,6 +192,14 @@ def test_derivatives_of_neurons_are_those_of_steps(backend, name):
     torch.testing.assert_close(first.double(), expected_first, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(second.double(), expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
     assert expected.any()
+    if name in PARAMETERS:  # of a parameter, where the input has no gradient
+        of_parameter = []
+        for dtype, run in ((torch.float32, function_of_parameter(name, backend)), (torch.float64, steps_of(name))):
+            decay = torch.tensor(PARAMETERS[name][0], dtype=dtype, requires_grad=True)
+            value = (run(x.detach().to(dtype), decay) * weight).square().sum()
+            (one,) = torch.autograd.grad(value, decay, create_graph=True)
+            of_parameter.append(torch.autograd.grad(one.square(), decay)[0].double())
+        torch.testing.assert_close(*of_parameter, rtol=1e-3, atol=1e-3)
     tangent = torch.ones_like(x)
     with torch.no_grad():
         _, along = torch.func.jvp(loss, (x.detach(),), (tangent,))

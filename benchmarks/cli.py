@@ -117,7 +117,7 @@ def repeats_from(arguments: argparse.Namespace) -> int:
         return QUICK_REPEATS if arguments.quick else arguments.usual_repeats
     wanted = COUNT.refuses(arguments.repeats)
     if wanted:
-        raise ValueError(f"repeats={arguments.repeats} is out of range; give {wanted}")
+        raise ValueError(f"repeats={arguments.repeats} must be {wanted}")
     return arguments.repeats
 
 

@@ -13,7 +13,6 @@ import platform
 import re
 import sys
 import threading
-import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
@@ -37,7 +36,7 @@ from g2gnet.data.features import load_features, weights_digest
 from g2gnet.data.npz import SUFFIX as DATA_SUFFIX
 from g2gnet.inspect import ANALYSIS_SAMPLES
 from g2gnet.sequences import sequence_length
-from g2gnet.settings import Default, DefaultName, SettingsError, number_of
+from g2gnet.settings import SettingsError, number_of, types_of
 from g2gnet.training import (
     CheckpointError,
     EpochCallback,
@@ -71,11 +70,6 @@ def file_name(text: str) -> str:
     """
     if not text:
         raise argparse.ArgumentTypeError("the name is empty; give one (the current directory is .)")
-    return text
-
-
-def as_it_is(text: str) -> str:
-    """The type of a flag with choices; ``str`` would make another string of a :class:`DefaultName`."""
     return text
 
 
@@ -129,22 +123,14 @@ class Parser(argparse.ArgumentParser):
         return f"; did you mean {' or '.join(near)}?" if near else "; --help lists the flags"
 
 
-def flag_types(settings: type) -> dict[str, Any]:
-    """The type of a value of each field: of ``int | None`` it is int."""
-    hints = typing.get_type_hints(settings)
-    return {
-        name: typing.get_args(kind)[0] if isinstance(kind, types.UnionType) else kind for name, kind in hints.items()
-    }
-
-
 def add_settings_flags(parser: Parser, settings: type = TrainSettings, names: Collection[str] | None = None) -> None:
     """Adds one flag for each field of ``settings`` that has a group, in these groups; with ``names`` only for these."""
-    types_of = flag_types(settings)
+    kinds_of = types_of(settings)
     fields = [field for field in dataclasses.fields(settings) if names is None or field.name in names]
     present = {field.metadata["group"] for field in fields}
     groups = {title: parser.add_argument_group(title) for title in GROUPS if title in present}
     for field in fields:
-        about, flag_type = field.metadata, types_of[field.name]
+        about, (flag_type, *_) = field.metadata, kinds_of[field.name]
         if about["group"] is None:
             continue
         group = groups[about["group"]]
@@ -154,14 +140,14 @@ def add_settings_flags(parser: Parser, settings: type = TrainSettings, names: Co
             continue
         if about["others"]:
             text += f": {', '.join(about['choices'])}, or {about['others'].text} of your own"
-        number = number_of(about, flag_type)
+        number = number_of(about, kinds_of[field.name])
         if number and number.range:
             text += f"; {number.range}"
         if field.default is not None:
             text += f" (default: {field.default})"
         group.add_argument(
             f"--{field.name}",
-            type=flag_type if flag_type is not str else as_it_is if about["choices"] else file_name,
+            type=file_name if flag_type is str and not about["choices"] else flag_type,
             default=field.default,
             choices=None if about["others"] else about["choices"],
             metavar=about["metavar"]
@@ -203,7 +189,7 @@ def peer_limit(arguments: argparse.Namespace) -> datetime.timedelta:
     """
     wanted = Number(0.01, 365 * 24 * 60).refuses(arguments.peer_timeout)
     if wanted:
-        raise FlagError(f"peer_timeout={arguments.peer_timeout} is out of range; give {wanted}")
+        raise FlagError(f"peer_timeout={arguments.peer_timeout} must be {wanted}")
     return datetime.timedelta(minutes=arguments.peer_timeout)
 
 
@@ -269,7 +255,7 @@ def settings_from(arguments: argparse.Namespace, settings_type: type[SettingsT])
         shape = npz.sample_shape(given["dataset"], Path(arguments.data_dir))
         # only images can be mirrored or lose a rectangle, which states what they are; frames are images in any case
         changed = len(shape) == 2 and (given["augment"] in SHIFTS or given["erase"] > 0)
-        if npz.holds_sequences(shape) and isinstance(given["sequence"], DefaultName):
+        if npz.holds_sequences(shape) and given["sequence"] is None:
             if not changed:
                 given["sequence"] = "own"
             else:
@@ -298,9 +284,9 @@ def _length(settings: TrainSettings, shape: tuple[int, ...], arguments: argparse
         steps = sequence_length(settings.sequence, shape, settings.sequence_step)
     except ValueError as error:
         raise SettingsError(str(error)) from error
-    if not isinstance(arguments.T, Default):
+    if arguments.T is not None:
         held = ""
-        if isinstance(arguments.sequence, DefaultName):
+        if arguments.sequence is None:
             held = f", or give `sequence=none` if they are images of {' × '.join(map(str, shape))}, held for `T` steps"
         raise SettingsError(
             f"T={arguments.T} cannot be chosen: with sequence={settings.sequence} the samples of {settings.dataset} "
@@ -368,7 +354,7 @@ def load_run_data(arguments: argparse.Namespace, settings: TrainSettings, device
     """
     wanted = COUNT.refuses(arguments.samples)
     if wanted:
-        raise FlagError(f"samples={arguments.samples} is out of range; give {wanted}")
+        raise FlagError(f"samples={arguments.samples} must be {wanted}")
     if settings.use_resnet:
         given = weights_digest(settings.dataset, arguments.resnet_weights)
         if given != settings.resnet_weights:
@@ -508,9 +494,11 @@ def out_of_memory(error: BaseException, arguments: argparse.Namespace) -> str:
             f"{max(0.0, wanted - free):.2f} GiB were missing"
         )
     flags = vars(arguments)
-    fixed = "T" if flags.get("sequence", "none") != "none" else ""  # the samples have as many steps as they have
-    growing = [name for name in GROWING if isinstance(flags.get(name), int) and name != fixed]
-    lower = [f"--{name} (now {flags[name]})" for name in growing]
+    fixed = "T" if flags.get("sequence") not in (None, "none") else ""  # the samples have as many steps as they have
+    growing = {name: flags.get(name, "") for name in GROWING if name != fixed}
+    lower = [
+        f"--{name}{f' (now {now})' if now else ''}" for name, now in growing.items() if isinstance(now, int | None)
+    ]
     remedies = [f"lower {' or '.join(lower)}"] if lower else []
     if "chunk" in flags and flags["chunk"] is None:
         remedies.append("give --chunk, so that a step keeps less for each of many time steps")

@@ -385,5 +385,5 @@ def _jobs(jobs: int | None, runs: int, machine: Mapping[str, Any]) -> int:
         jobs = cores if device.type == "cpu" else 1
     wanted = COUNT.refuses(jobs)
     if wanted:
-        raise SettingsError(f"jobs={jobs!r} is out of range; give {wanted}")
+        raise SettingsError(f"jobs={jobs!r} must be {wanted}")
     return min(jobs, runs)

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import sys
-import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from g2gnet.programs import cli
 from g2gnet.programs.sweep.engine import Sweep, run
 from g2gnet.programs.sweep.grid import LOCK, LOG, may_be_none, read_grid, runs_of, values_of
 from g2gnet.programs.sweep.results import as_csv
-from g2gnet.settings import SettingsError
+from g2gnet.settings import SettingsError, types_of
 from g2gnet.training import TrainingError, TrainSettings
 from g2gnet.training.interruption import raised
 
@@ -81,16 +80,16 @@ def build_parser() -> cli.Parser:
 
 def _add_settings(parser: cli.Parser) -> None:
     """The flags of ``g2g-train``, each with one value or several."""
-    types_of, hints = cli.flag_types(TrainSettings), typing.get_type_hints(TrainSettings)
+    kinds_of = types_of(TrainSettings)
     group = parser.add_argument_group("settings of g2g-train, each with one value or several")
     for field in dataclasses.fields(TrainSettings):
-        about, kind = field.metadata, types_of[field.name]
+        about, (kind, *_) = field.metadata, kinds_of[field.name]
         if about["group"] is None:
             continue
         group.add_argument(
             f"--{field.name}",
             nargs="*" if kind is bool else "+",  # --standardize alone turns it on
-            type=truth if kind is bool else number_or_none(kind) if may_be_none(hints[field.name]) else kind,
+            type=truth if kind is bool else number_or_none(kind) if may_be_none(kinds_of[field.name]) else kind,
             default=field.default,
             metavar="true|false" if kind is bool else cli.METAVARS[kind] if kind is not str else "NAME",
             help=parser.in_flags(about["text"]),

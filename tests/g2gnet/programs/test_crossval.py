@@ -7,7 +7,7 @@ import statistics
 import pytest
 import torch
 from small_data import write_cifar
-from training_runs import DEFAULTS, MACHINE_FLAGS, assert_equal
+from training_runs import DEFAULTS, DERIVED, MACHINE_FLAGS, assert_equal
 
 import crossval
 from g2gnet.data import load_dataset
@@ -27,7 +27,7 @@ def load(directory, fold):
 
 def test_the_flags_are_those_of_train_py_with_other_defaults():
     arguments = vars(crossval.build_parser().parse_args([]))
-    expected = {**DEFAULTS, **MACHINE_FLAGS, "epochs": 5, "warmup_epochs": 2, "k_folds": 5}
+    expected = {**DEFAULTS, **DERIVED, **MACHINE_FLAGS, "epochs": 5, "warmup_epochs": 2, "k_folds": 5}
     assert arguments == expected
 
 
@@ -156,7 +156,7 @@ def test_other_settings_are_refused_by_name(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--k_folds 1", "k_folds=1 is out of range; give a whole number of at least 2"),
+        ("--k_folds 1", "k_folds=1 must be a whole number of at least 2"),
         ("--dataset fashionmnist-mini --limit_train 40 --k_folds 5", "k_folds=5 is out of range: class "),
         ("--sparsity_mode dynamic", "needs a sparse model"),
     ],

@@ -437,7 +437,7 @@ def test_every_part_of_a_page_escapes_its_text():
         ("CHECKPOINT nowhere.pth", 1, "nowhere.pth cannot be read"),
         ("CHECKPOINT --output .", 1, "cannot write . (Is a directory); give another file"),
         ("CHECKPOINT --output nowhere/report.html", 1, "cannot write nowhere/report.html (No such file or directory)"),
-        ("CHECKPOINT --samples -3", 2, "samples=-3 is out of range"),
+        ("CHECKPOINT --samples -3", 2, "samples=-3 must be"),
     ],
 )
 def test_errors_are_named(checkpoints, tmp_path, monkeypatch, capsys, flags, status, message):

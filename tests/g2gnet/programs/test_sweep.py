@@ -78,7 +78,7 @@ def test_two_folders_of_one_run_are_refused_and_so_is_one_run_of_two_values(tmp_
         ({"seed": np.ones((2, 2), int)}, ["seed=[1, 1] is given twice"]),
         (
             {"model": ["index", "ring"], "T": [0, 3]},
-            ["model='ring' is unknown; choose one of", "T=0 is out of range"],
+            ["model='ring' is unknown; choose one of", "T=0 must be"],
         ),
         ({"model": ["dense", "index"], "sparsity_mode": "dynamic"}, ["needs a sparse model"]),
     ],
@@ -107,7 +107,7 @@ def test_a_number_that_may_be_left_out_may_be_none(tmp_path, capsys):
     with pytest.raises(SystemExit):
         program.build_parser().parse_args(["--average", "nil"])
     assert "--average: invalid int or none value: 'nil'" in capsys.readouterr().err
-    with pytest.raises(SettingsError, match="seed='none' is not a whole number"):
+    with pytest.raises(SettingsError, match="seed='none' must be a whole number"):
         runs_of({"seed": "none"}, tmp_path)
 
 
@@ -375,11 +375,11 @@ def test_a_sweep_of_nothing_is_refused(tmp_path, capsys):
 
 @pytest.mark.parametrize("jobs", [0, 1.5, "2"])
 def test_a_number_of_jobs_that_is_not_whole_is_refused(tmp_path, jobs):
-    with pytest.raises(SettingsError, match=f"jobs={jobs!r} is out of range; give a whole number of at least 1"):
+    with pytest.raises(SettingsError, match=f"jobs={jobs!r} must be a whole number of at least 1"):
         sweep.run(QUICK, tmp_path, jobs=jobs)
 
 
 @pytest.mark.parametrize("jobs", ["0", "-1"])
 def test_a_number_of_jobs_below_one_is_refused(tmp_path, capsys, jobs):
     assert program.main([*flags_of(QUICK), "--folder", str(tmp_path / "sweep"), "--jobs", jobs]) == 2
-    assert f"jobs={jobs} is out of range; give a whole number of at least 1" in capsys.readouterr().err
+    assert f"jobs={jobs} must be a whole number of at least 1" in capsys.readouterr().err

@@ -26,7 +26,8 @@ import torch
 from g2gnet.base.files import replace_file
 from g2gnet.data import load_dataset
 from g2gnet.programs import train
-from g2gnet.programs.cli import Parser, add_json_flag, run_program, settings_from
+from g2gnet.programs.flags import Parser, add_json_flag, settings_from
+from g2gnet.programs.main import run_program
 from g2gnet.programs.sweep.engine import outcome, processes, train_runs
 from g2gnet.programs.sweep.grid import Run
 from g2gnet.programs.sweep.results import estimate

@@ -17,7 +17,8 @@ from code_blocks import run_blocks
 from helpers import ROOT
 from small_data import fashion_mnist_files, publish_resnet, write, write_cifar, write_resnet
 
-from g2gnet.programs import cli, crossval, pretrain, train
+from g2gnet.programs import crossval, pretrain, train
+from g2gnet.programs.flags import settings_from
 from g2gnet.programs.pretrain import PretrainSettings
 from g2gnet.training import TrainSettings
 from g2gnet.training.cross_validation import FoldSettings
@@ -80,7 +81,7 @@ def run(program, arguments):
     arguments = [*arguments, *shlex.split(small)]
     parser = module.build_parser()
     assert module.main(arguments) == 0
-    return cli.settings_from(parser.parse_args(arguments), kind)
+    return settings_from(parser.parse_args(arguments), kind)
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if split(command)[0] in PROGRAMS])

@@ -25,7 +25,8 @@ from g2gnet.base.files import locked, make_directory, open_own
 from g2gnet.base.messages import OutputError, reason
 from g2gnet.data import DataError
 from g2gnet.programs import train
-from g2gnet.programs.cli import FlagError, machine_from, memory_named
+from g2gnet.programs.flags import FlagError, machine_from
+from g2gnet.programs.main import memory_named
 from g2gnet.programs.sweep.grid import LOCK, LOG, Grid, Run, runs_of
 from g2gnet.programs.sweep.results import Row, rows_of, table
 from g2gnet.settings import SettingsError

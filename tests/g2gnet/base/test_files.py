@@ -17,7 +17,7 @@ from g2gnet.base import files
 from g2gnet.base.files import locked, one_at_a_time, open_file, replace_file
 from g2gnet.base.messages import printable
 from g2gnet.base.tensor_files import TensorFileError, read_tensors, write_tensors
-from g2gnet.programs import cli, train
+from g2gnet.programs import output, train
 from g2gnet.training import CheckpointError, TrainSettings
 from g2gnet.training.checkpoints import RunFiles, read_checkpoint
 
@@ -73,20 +73,20 @@ def test_a_fifo_and_a_device_are_written_into_and_stay_what_they_are(tmp_path):
     read = []
     reader = threading.Thread(target=lambda: read.append(fifo.read_bytes()))
     reader.start()
-    cli.check_output(fifo)
-    cli.write_json(str(fifo), {"a": 1})
+    output.check_output(fifo)
+    output.write_json(str(fifo), {"a": 1})
     reader.join(300)
     assert json.loads(read[0])["a"] == 1
     assert stat.S_ISFIFO(fifo.stat().st_mode)
     link = tmp_path / "null"
     link.symlink_to("/dev/null")
     for path in (link, "/dev/null"):
-        cli.check_output(path)
-        cli.write_output(path, "text")
+        output.check_output(path)
+        output.write_output(path, "text")
     assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
     assert link.is_symlink()
-    with pytest.raises(cli.OutputError, match=r"full \(No space left on device\)"):
-        cli.write_output("/dev/full", "text")
+    with pytest.raises(output.OutputError, match=r"full \(No space left on device\)"):
+        output.write_output("/dev/full", "text")
 
 
 def test_of_a_symbolic_link_the_target_is_replaced(tmp_path):
@@ -94,8 +94,8 @@ def test_of_a_symbolic_link_the_target_is_replaced(tmp_path):
     target.parent.mkdir()
     link.symlink_to(target)
     for text in ("first", "second"):
-        cli.check_output(link)
-        cli.write_output(link, text)
+        output.check_output(link)
+        output.write_output(link, text)
         assert link.is_symlink()
         assert target.read_text() == text
     assert [path.name for path in target.parent.iterdir()] == ["target.json"]
@@ -156,7 +156,7 @@ def test_a_fifo_or_a_device_is_not_read(tmp_path):
 
 def test_a_name_that_is_no_utf_8_is_written_as_escapes(tmp_path):
     name = os.fsdecode(b"caf\xe9.pth")
-    cli.write_json(str(tmp_path / "out.json"), {"file": name})
+    output.write_json(str(tmp_path / "out.json"), {"file": name})
     assert json.loads((tmp_path / "out.json").read_bytes())["file"] == name
     assert printable(name) == r"caf\udce9.pth"
 

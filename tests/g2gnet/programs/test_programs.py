@@ -18,9 +18,10 @@ from training_runs import TIMES
 from g2g_kernels import available_backends
 from g2gnet import __main__ as overview
 from g2gnet import __version__
-from g2gnet.programs import analyze, cli, crossval, train
+from g2gnet.programs import analyze, crossval, train
+from g2gnet.programs.main import memory_named
 from g2gnet.programs.sweep.program import build_parser
-from g2gnet.training import Interrupted, TrainSettings
+from g2gnet.training import Interrupted, TrainingError, TrainSettings
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -124,7 +125,7 @@ def test_a_resumed_run_tells_what_an_uninterrupted_one_does(at_work, capsys, mon
         raise Interrupted("stopped", signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr("g2gnet.programs.cli.log_from", lambda arguments: [stop])
+        patch.setattr("g2gnet.programs.flags.log_from", lambda arguments: [stop])
         assert train.main([*SMALL, "--json"]) == 128 + signal.SIGTERM
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -163,14 +164,14 @@ FULL = (
 )
 
 
-def test_a_full_gpu_is_told_with_what_was_missing_and_the_flags_that_save_memory(at_work, capsys, monkeypatch):
+def test_a_full_gpu_is_told_in_pytorchs_words_and_the_flags_that_save_memory(at_work, capsys, monkeypatch):
     def full(*arguments):
         raise getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)(FULL)
 
     monkeypatch.setattr(train, "run_training", full)
     assert train.main(SMALL) == 1
     said = capsys.readouterr().err
-    assert "2.50 GiB more were needed and 0.50 of 23.64 GiB free, so 2.00 GiB were missing" in said
+    assert "out of memory: CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 23.64" in said
     assert "lower --batch_size (now 256) or --T (now 3) or --hidden_dim (now 32)" in said
     assert "--precision bf16" in said
     assert "--no_cuda_graph" in said
@@ -183,8 +184,9 @@ def test_a_full_gpu_is_told_with_what_was_missing_and_the_flags_that_save_memory
 
 def test_lists_of_a_sweep_are_no_numbers_that_save_memory():
     arguments = build_parser().parse_args(["--T", "10", "20", "--sequence", "rows", "--hidden_dim", "32"])
-    message = cli.out_of_memory(MemoryError("full"), arguments)
-    assert message.startswith("out of memory: full; lower --batch_size (now 256); give --chunk")
+    message = r"^out of memory: full; lower --batch_size \(now 256\); give --chunk"
+    with pytest.raises(TrainingError, match=message), memory_named(arguments):
+        raise MemoryError("full")
 
 
 def test_json_goes_to_a_file_too_and_the_text_stays(at_work, capsys):

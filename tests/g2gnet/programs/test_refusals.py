@@ -17,7 +17,8 @@ import train
 from benchmarks import cli as benchmarks_cli
 from g2gnet.base import memory
 from g2gnet.base.files import check_writable
-from g2gnet.programs import analyze, cli, pretrain
+from g2gnet.programs import analyze, pretrain
+from g2gnet.programs.flags import Parser, settings_from
 from g2gnet.programs.report import program as report
 from g2gnet.training import CheckpointError, SettingsError, Trainer, TrainSettings, least_memory
 from g2gnet.training.checkpoints import RunFiles
@@ -192,7 +193,7 @@ def test_a_longest_name_that_is_accepted_can_be_written_to_the_end(tmp_path):
 
 def test_results_that_cannot_be_written_are_found_before_training(tmp_path, capsys, no_step, monkeypatch):
     settings = crossval.build_parser().parse_args([*TINY])
-    stem = cli.settings_from(settings, FoldSettings).summary_stem
+    stem = settings_from(settings, FoldSettings).summary_stem
     (tmp_path / "c" / f"{stem}.json").mkdir(parents=True)
     assert "Is a directory" in refused(crossval, capsys, *TINY, "--checkpoint_dir", tmp_path / "c", status=1)
     (tmp_path / "p" / "resnet32_cifar10.pt").mkdir(parents=True)
@@ -312,7 +313,7 @@ def test_settings_of_matplotlib_that_it_refuses_are_named(tmp_path):
 
 
 def test_repeats_of_a_benchmark_are_a_count():
-    parser = cli.Parser()
+    parser = Parser()
     benchmarks_cli.add_flags(parser, 3)
     for value in (0, MANY):
         with pytest.raises(ValueError, match=f"repeats={value} must be a whole number of at least 1"):
@@ -334,7 +335,7 @@ def contents(folder):
 
 
 def own_stem(*flags):
-    return cli.settings_from(train.build_parser().parse_args([*TINY, *flags]), TrainSettings).stem
+    return settings_from(train.build_parser().parse_args([*TINY, *flags]), TrainSettings).stem
 
 
 @pytest.mark.parametrize(("program", "flag"), [(report, "--output"), (analyze, "--json")], ids=["report", "analyze"])
@@ -375,7 +376,7 @@ def test_a_run_does_not_replace_its_own_files_by_its_json(tmp_path, capsys, no_s
 
 def test_neither_do_a_cross_validation_nor_a_pretraining(tmp_path, capsys, no_step, monkeypatch):
     monkeypatch.setattr(pretrain, "load_dataset", lambda *arguments: pytest.fail("data were read"))
-    settings = cli.settings_from(crossval.build_parser().parse_args([*TINY]), FoldSettings)
+    settings = settings_from(crossval.build_parser().parse_args([*TINY]), FoldSettings)
     flags = ["--checkpoint_dir", tmp_path, "--json"]
     for name in (f"{settings.summary_stem}.json", f"{own_stem()}_fold2of5.pth", f".{own_stem()}_fold5of5.lock"):
         assert "one of the run's own files" in refused(crossval, capsys, *TINY, *flags, tmp_path / name, status=1)

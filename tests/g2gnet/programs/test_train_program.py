@@ -9,7 +9,7 @@ from helpers import ROOT
 from training_runs import DEFAULTS, DERIVED, MACHINE_FLAGS
 
 from g2gnet.programs import train
-from g2gnet.programs.cli import Parser
+from g2gnet.programs.flags import Parser
 
 TINY = shlex.split(
     "--dataset fashionmnist-mini --model mixer --hidden_dim 64 --block_size 8 --T 3 --limit_train 100 --limit_test 50 "

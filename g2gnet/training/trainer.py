@@ -17,7 +17,8 @@ from g2g_kernels.triton import runtime
 from g2gnet.base.distributed import World
 from g2gnet.base.seeding import draw_device, stream
 from g2gnet.data import ImageData, as_samples, random_crop_and_flip, random_erase
-from g2gnet.dst.scheduler import DSTScheduler, least_density, mean_density
+from g2gnet.dst.gradual_pruning import least_density, mean_density
+from g2gnet.dst.scheduler import DSTScheduler
 from g2gnet.inspect import Batch
 from g2gnet.network import G2GNet
 from g2gnet.settings import SettingsError

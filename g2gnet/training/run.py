@@ -21,7 +21,7 @@ from g2gnet.training.checkpoints import Checkpoint, CheckpointError, RunFiles, c
 from g2gnet.training.epochs import EpochTrainer
 from g2gnet.training.interruption import Interrupted, StopSignals
 from g2gnet.training.machine import Machine
-from g2gnet.training.numerical_checks import TrainingError
+from g2gnet.training.numerical_checks import LOWER, TrainingError
 from g2gnet.training.run_settings import RunSettings, TrainSettings
 from g2gnet.training.saved_state import UNFIT
 from g2gnet.training.trainer import Trainer
@@ -215,8 +215,7 @@ class _Run(Generic[TrainerT]):
                 self.world.first(functools.partial(self._save, self.snapshot()))
             except TensorFileError as error:  # of numbers that are not finite
                 raise TrainingError(
-                    f"no checkpoint was written after step {trainer.step}: {error}; {trainer.remedy()}. "
-                    f"{files.last_checkpoint()}"
+                    f"no checkpoint was written after step {trainer.step}: {error}; {LOWER}. {files.last_checkpoint()}"
                 ) from error
             except TrainingError as error:
                 raise TrainingError(f"{error}. {files.last_checkpoint()}") from error

@@ -23,8 +23,6 @@ AUGMENTATIONS = ("auto", *SHIFTS, "none")
 LARGEST_SEED = (1 << 63) - 1
 #: of a sample; the compiled kernels number them in 16 bits
 MOST_STEPS = 1 << 16
-#: what numbers of a training step are multiplied by, or grow with
-SCALES = ("lr", "weight_decay", "init_gain", "rec_gain", "enc_scale", "enc_bias", "threshold", "a", "b", "alpha")
 DYNAMIC = Need("sparsity_mode", ("dynamic",))
 
 
@@ -346,15 +344,6 @@ class TrainSettings(NetworkSettings, RunSettings):
         """By at most how many pixels training images are shifted before half are mirrored; None for neither."""
         crops = self.dataset in DATASETS and DATASETS[self.dataset].crops and not self.use_resnet
         return SHIFTS.get("crop-flip" if self.augment == "auto" and crops else self.augment)
-
-    def raised(self) -> dict[str, float]:
-        """The settings in ``SCALES`` that are larger than their default, the most unusual first."""
-        usual = {**self.defaults(), **NEURONS[self.neuron].initial}
-        times = {name: abs(getattr(self, name) or 0) / (abs(usual[name] or 0) or 1) for name in SCALES}
-        if self.optimizer == "adamw":
-            del times["weight_decay"]  # which takes a share of a weight, and adds nothing to gradients
-        names = sorted(times, key=times.__getitem__, reverse=True)
-        return {name: getattr(self, name) for name in names if times[name] > 1}
 
     def of_images(self) -> dict[str, Any]:
         """The settings that change training images, of those that were given."""

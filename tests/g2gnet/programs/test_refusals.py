@@ -435,7 +435,7 @@ def test_divergence_in_the_last_step_has_its_remedy(tmp_path, capsys):
     flags = [*TINY, "--epochs", "1", "--limit_train", "50", "--lr", "1e38", "--checkpoint_dir", tmp_path]
     printed = refused(train, capsys, *flags, status=1)
     assert "no checkpoint was written after step 1: " in printed
-    assert "holds values that are not finite; lower --lr (now 1e+38)" in printed
+    assert "holds values that are not finite; lower --lr, or" in printed
     assert printed.rstrip().endswith("There is no checkpoint of this run.")
 
 

@@ -169,7 +169,7 @@ def test_a_run_with_files_that_cannot_be_used_fails_by_itself_and_the_others_go_
     victim.write_text("")
     runs = runs_of({**QUICK, "seed": range(6)}, tmp_path / "sweep")
     sweep.run({**QUICK, "seed": [0, 1]}, tmp_path / "sweep", executor=thread)
-    runs[0].files.marker.write_text("{")
+    runs[0].files.checkpoint.unlink()
     runs[1].files.checkpoint.write_bytes(b"")
     for each in runs[2:5]:
         each.folder.mkdir()
@@ -180,7 +180,7 @@ def test_a_run_with_files_that_cannot_be_used_fails_by_itself_and_the_others_go_
     assert [each.settings.seed for each, _ in made.ends] == [5]
     assert list(made.failed) == [f"seed={seed}" for seed in range(5)]
     messages = (
-        "DONE cannot be read (",
+        "pth cannot be read (",
         "put that back, or delete ",
         ".sweep.lock (it is a symbolic link); move it away",
         "log.txt (it is a symbolic link); move it away",
@@ -189,7 +189,7 @@ def test_a_run_with_files_that_cannot_be_used_fails_by_itself_and_the_others_go_
     for message, error in zip(messages, made.failed.values(), strict=True):
         assert message in error
     assert victim.read_text() == ""
-    with pytest.raises(TrainingError, match=r"no run is finished in .*\n.*DONE cannot be read"):
+    with pytest.raises(TrainingError, match=r"no run is finished in .*\n.*pth cannot be read"):
         sweep.run({**QUICK, "seed": 0}, tmp_path / "sweep", executor=thread)
 
 

@@ -58,7 +58,7 @@ def accuracy(arguments: argparse.Namespace) -> cli.Report:
         "benchmark": "accuracy",
         "machine": machine,
         "backend": where.backend or "auto",
-        "settings": common.given(),
+        "settings": common.flag_values(),
         "images": {"train": len(data.train_labels), "test": len(data.test_labels)},
         "runs": [],
     }

@@ -77,7 +77,7 @@ def run_of(study: Study, row: str, epochs: int, seed: int, root: Path, dataset: 
         flags = ["--sequence", "none", *flags, "--dataset", str(dataset)]
     arguments = train.build_parser().parse_args(flags)
     settings = settings_from(arguments, TrainSettings)
-    given = {name: value for name, value in vars(arguments).items() if name in settings.given()}
+    given = {name: value for name, value in vars(arguments).items() if name in settings.flag_values()}
     return Run(given, settings, {"row": row, "seed": seed}, folder_of(root, study, row, epochs, seed))
 
 

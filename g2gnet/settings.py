@@ -123,10 +123,10 @@ class Settings:
         True
     """
 
-    #: what settings need that do not always have an effect, the most telling first
+    #: what settings need to have an effect, by their names, the most telling first
     NEEDS: ClassVar[Mapping[str, tuple[Need, ...]]] = {}
-    #: those of which programs warn where they have none; others are then refused, unless they have their default
-    TOLD: ClassVar[tuple[str, ...]] = ()
+    #: of which programs warn where they have no effect; others are then refused, unless they have their default
+    WARNED: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         problems = self._out_of_range() or self._at_odds()
@@ -161,7 +161,7 @@ class Settings:
         return [
             f"{name}={values[name]} has no effect {need.unmet(values)}; {need.remedy()}, or leave it out"
             for name, need in self._without_effect().items()
-            if name not in self.TOLD
+            if name not in self.WARNED
         ]
 
     @classmethod
@@ -190,7 +190,7 @@ class Settings:
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
-    def given(self) -> dict[str, Any]:
+    def flag_values(self) -> dict[str, Any]:
         """The settings that users give by flags."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.metadata["group"]}
 
@@ -204,7 +204,7 @@ class Settings:
         Raises:
             SettingsError: if they are no settings of ours.
         """
-        idle = cls.idle({**cls.defaults(), **saved}).keys() - set(cls.TOLD)
+        idle = cls.idle({**cls.defaults(), **saved}).keys() - set(cls.WARNED)
         return cls(**{name: value for name, value in saved.items() if name not in idle})
 
     @classmethod
@@ -261,7 +261,7 @@ class NetworkSettings(Settings):
         "p_rec_inter": (RECURRENT, SPARSE_MODEL, Need("density", ("uniform",))),
         "rec_gain": (RECURRENT,),
     }
-    TOLD: ClassVar[tuple[str, ...]] = ("num_groups", "p_inter", "p_intra")
+    WARNED: ClassVar[tuple[str, ...]] = ("num_groups", "p_inter", "p_intra")
 
     model: str | Pattern = setting(  # noqa: RUF009  (a function is as immutable as text)
         "index",

@@ -126,7 +126,7 @@ def test_each_example_with_checkpoints_runs_after_those_that_make_them(workplace
 
 def stem_of(arguments):
     asked = vars(train.build_parser().parse_args(arguments))
-    return TrainSettings(**{name: asked[name] for name in TrainSettings().given()}).stem
+    return TrainSettings(**{name: asked[name] for name in TrainSettings().flag_values()}).stem
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if split(command)[0] not in PROGRAMS])
@@ -153,7 +153,7 @@ def test_the_examples_are_complete():
         if program in ("train.py", "crossval.py"):
             module, kind, _ = PROGRAMS[program]
             asked = vars(module.build_parser().parse_args(arguments))
-            settings = kind(**{name: asked[name] for name in kind().given()})
+            settings = kind(**{name: asked[name] for name in kind().flag_values()})
             seen.add((program, settings.dataset, settings.model, settings.use_resnet))
             if settings.sparsity_mode == "dynamic":
                 seen |= {(settings.cp, settings.cg), ("dynamic", settings.model), ("dynamic", settings.dataset)}

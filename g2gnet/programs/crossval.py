@@ -70,7 +70,7 @@ def crossval(arguments: argparse.Namespace) -> dict[str, Any] | None:
         if not world.leads:
             return None
     say(table(results))
-    document = {"settings": settings.given(), **results}
+    document = {"settings": settings.flag_values(), **results}
     output.write_output(file, json.dumps(document, indent=2) + "\n")
     say(f"wrote {file}")
     folds = [dataclasses.replace(settings, fold=result["fold"]).stem for result in results["folds"]]

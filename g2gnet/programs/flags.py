@@ -188,22 +188,22 @@ def settings_from(arguments: argparse.Namespace, settings_type: type[SettingsT])
         DataError: if the file cannot be read.
     """
     fields = dataclasses.fields(settings_type)
-    given = {field.name: getattr(arguments, field.name) for field in fields if field.metadata["group"]}
-    given["dataset"] = dataset_name(given["dataset"])
-    if issubclass(settings_type, TrainSettings) and npz.is_name(given["dataset"]):
-        shape = npz.sample_shape(given["dataset"], Path(arguments.data_dir))
+    values = {field.name: getattr(arguments, field.name) for field in fields if field.metadata["group"]}
+    values["dataset"] = dataset_name(values["dataset"])
+    if issubclass(settings_type, TrainSettings) and npz.is_name(values["dataset"]):
+        shape = npz.sample_shape(values["dataset"], Path(arguments.data_dir))
         # only images can be mirrored or lose a rectangle, which states what they are; frames are images in any case
-        changed = len(shape) == 2 and (given["augment"] in SHIFTS or given["erase"] > 0)
-        if npz.holds_sequences(shape) and given["sequence"] is None:
+        changed = len(shape) == 2 and (values["augment"] in SHIFTS or values["erase"] > 0)
+        if npz.holds_sequences(shape) and values["sequence"] is None:
             if not changed:
-                given["sequence"] = "own"
+                values["sequence"] = "own"
             else:
                 logger.warning(
                     "the samples of %s, of shape %s, are read as images, as augment=%s and erase=%s say; without these "
                     "they are sequences. Give sequence=none to say so in either case",
-                    given["dataset"], " × ".join(map(str, shape)), given["augment"], given["erase"],
+                    values["dataset"], " × ".join(map(str, shape)), values["augment"], values["erase"],
                 )  # fmt: skip
-    settings = settings_type(**given)
+    settings = settings_type(**values)
     if isinstance(settings, TrainSettings) and settings.sequence != "none":
         known = DATASETS.get(settings.dataset)
         settings = dataclasses.replace(settings, T=_length(settings, known.shape if known else shape, arguments))
@@ -337,10 +337,10 @@ def load_run_data(arguments: argparse.Namespace, settings: TrainSettings, device
     if wanted:
         raise FlagError(f"samples={arguments.samples} must be {wanted}")
     if settings.use_resnet:
-        given = weights_digest(settings.dataset, arguments.resnet_weights)
-        if given != settings.resnet_weights:
+        digest = weights_digest(settings.dataset, arguments.resnet_weights)
+        if digest != settings.resnet_weights:
             raise FlagError(
-                f"the run had the ResNet weights {settings.resnet_weights}, these are {given}; give the file with the "
+                f"the run had the ResNet weights {settings.resnet_weights}, these are {digest}; give the file with the "
                 "run's weights by --resnet_weights"
             )
     return load_data(arguments, settings, device).limited(settings.limit_train, settings.limit_test).to(device)
@@ -355,10 +355,10 @@ def announce(settings: TrainSettings, machine: Machine) -> None:
             f"warning: --enforce_sparsity never begins: warmup_epochs={settings.warmup_epochs} is not below "
             f"epochs={settings.epochs}"
         )
-    default = {**type(settings)(neuron=settings.neuron).given(), "neuron": type(settings).neuron}
+    default = {**type(settings)(neuron=settings.neuron).flag_values(), "neuron": type(settings).neuron}
     always = ("dataset", "model", "epochs", "seed")
     shown = " ".join(
-        f"{name}={value}" for name, value in settings.given().items() if name in always or value != default[name]
+        f"{name}={value}" for name, value in settings.flag_values().items() if name in always or value != default[name]
     )
     where = f"device={machine.device} backend={machine.backend or 'auto'}"
     if machine.world.size > 1:

@@ -21,14 +21,14 @@ STDOUT = "-"
 KEPT = (".pth", DATA_SUFFIX)
 
 
-def check_output(path: Path | str, arguments: argparse.Namespace | None = None, own: Iterable[Path] = ()) -> None:
+def check_output(path: Path | str, arguments: argparse.Namespace | None = None, own_files: Iterable[Path] = ()) -> None:
     """Checks a file that is to be written, before there is anything to write.
 
     Args:
         path: the file.
         arguments: the parsed flags; neither the files that they have the program read nor those of the runs whose
             checkpoints these are become its output.
-        own: other files that the program itself reads or writes.
+        own_files: other files that the program itself reads or writes.
 
     Raises:
         OutputError: if it cannot be written, is one of these, or holds a checkpoint or data.
@@ -36,7 +36,7 @@ def check_output(path: Path | str, arguments: argparse.Namespace | None = None, 
     path = Path(path)
     try:
         check_writable(path)
-        lost = _what_is_lost(path, arguments, own)
+        lost = _what_is_lost(path, arguments, own_files)
     except OSError as error:
         raise OutputError(f"cannot write {path} ({reason(error)}); give another file") from error
     if lost:
@@ -46,7 +46,7 @@ def check_output(path: Path | str, arguments: argparse.Namespace | None = None, 
         )
 
 
-def _what_is_lost(path: Path, arguments: argparse.Namespace | None, own: Iterable[Path]) -> str | None:
+def _what_is_lost(path: Path, arguments: argparse.Namespace | None, own_files: Iterable[Path]) -> str | None:
     """What the file at ``path`` is, in words, if output must not replace it."""
     flags = {} if arguments is None else vars(arguments)
     checkpoints = [name for name in (flags.get("checkpoint"), *flags.get("checkpoints", ())) if name]
@@ -56,7 +56,7 @@ def _what_is_lost(path: Path, arguments: argparse.Namespace | None, own: Iterabl
     if any(same_file(path, Path(name)) for name in inputs):
         return "a file that this program reads"
     runs = (RunFiles.of(Path(name)) for name in checkpoints)
-    if any(same_file(path, file) for file in [*own, *(file for run in runs for file in run.files())]):
+    if any(same_file(path, file) for file in [*own_files, *(file for run in runs for file in run.files())]):
         return "one of the run's own files"
     target = path.resolve()
     if target.is_file() and (target.suffix.lower() in KEPT or has_digest(target)):
@@ -64,11 +64,11 @@ def _what_is_lost(path: Path, arguments: argparse.Namespace | None, own: Iterabl
     return None
 
 
-def check_json(arguments: argparse.Namespace, own: Iterable[Path] = ()) -> None:
+def check_json(arguments: argparse.Namespace, own_files: Iterable[Path] = ()) -> None:
     """Checks the target of ``--json``, where there is one, as :func:`check_output` does."""
     json_file = getattr(arguments, "json", None)
     if json_file not in (None, STDOUT):
-        check_output(json_file, arguments, own)
+        check_output(json_file, arguments, own_files)
 
 
 @contextlib.contextmanager

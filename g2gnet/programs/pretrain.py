@@ -132,7 +132,7 @@ def pretrain(arguments: argparse.Namespace) -> dict[str, Any]:
     output.write_file(weights, lambda file: torch.save(model, file))
     say(f"wrote {weights}, for train.py --dataset {settings.dataset} --use_resnet --resnet_weights {weights}")
     paths = {**files.paths(), "weights": str(weights)}
-    return {"settings": settings.given(), "result": result, "files": paths}
+    return {"settings": settings.flag_values(), "result": result, "files": paths}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -49,7 +49,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any] | None:
         )
         if not world.leads:
             return None
-    return {"settings": settings.given(), "result": result, "files": files.paths()}
+    return {"settings": settings.flag_values(), "result": result, "files": files.paths()}
 
 
 def show_analysis(analysis: NetworkAnalysis, images: int, path: Path) -> None:

@@ -80,7 +80,7 @@ class LayerWatch:
     """Warns, once for each layer and problem, about neurons that do nothing useful; through the logger ``g2gnet``."""
 
     def __init__(self) -> None:
-        self._said: set[tuple[str, str]] = set()
+        self._warned: set[tuple[str, str]] = set()
 
     def check(
         self,
@@ -121,8 +121,8 @@ class LayerWatch:
             self._warn(connection, "classes", text)
 
     def _warn(self, layer: str, problem: str, text: str) -> None:
-        if (layer, problem) not in self._said:
-            self._said.add((layer, problem))
+        if (layer, problem) not in self._warned:
+            self._warned.add((layer, problem))
             logger.warning("%s %s", layer, text)
 
 

@@ -145,7 +145,7 @@ def run_epochs(
         checkpoint = world.first(lambda: files.load_checkpoint(settings))
         world.stage = "the loading of the data"
         make_deterministic(settings.seed)
-        run = _Run(settings, make_trainer(), files, machine)
+        run = _UnfinishedRun(settings, make_trainer(), files, machine)
         if checkpoint is not None:
             run.resume(checkpoint)
         world.first(lambda: files.write_history(run.history))
@@ -167,7 +167,7 @@ def _denormals_flushed() -> Iterator[None]:
         torch.set_flush_denormal(before)
 
 
-class _Run(Generic[TrainerT]):
+class _UnfinishedRun(Generic[TrainerT]):
     """A run that has something to train: its trainer, its files, and a record of each finished epoch."""
 
     def __init__(self, settings: RunSettings, trainer: TrainerT, files: RunFiles, machine: Machine) -> None:

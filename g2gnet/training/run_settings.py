@@ -100,8 +100,8 @@ class TrainSettings(NetworkSettings, RunSettings):
         "sequence_step": (Need("sequence", ("pixels", "permuted", "rows")),),
         "sequence_seed": (Need("sequence", ("permuted",)),),
     }
-    TOLD: ClassVar[tuple[str, ...]] = (
-        *NetworkSettings.TOLD,
+    WARNED: ClassVar[tuple[str, ...]] = (
+        *NetworkSettings.WARNED,
         "cp",
         "cg",
         "dst_interval",

@@ -214,7 +214,7 @@ def train_runs(
                         raise
                     except Exception as error:
                         with bar.external_write_mode(file=stream):
-                            failed[run.label] = _told(run, error)
+                            failed[run.label] = _log_failure(run, error)
                     else:
                         bar.write(line, file=stream)
                 bar.set_postfix_str(f"{len(runs) - len(waiting)} of {len(runs)} runs", refresh=False)
@@ -231,7 +231,7 @@ def train_runs(
     return failed
 
 
-def _told(run: Run, error: Exception) -> str:
+def _log_failure(run: Run, error: Exception) -> str:
     """Logs why a run failed, and returns it."""
     known = isinstance(error, EXPLAINED)
     text = str(error) if known else f"{type(error).__name__}: {reason(error)}"
@@ -343,7 +343,7 @@ def run(
         try:
             end = outcome(each)
         except Exception as error:
-            failed[each.label] = _told(each, error)
+            failed[each.label] = _log_failure(each, error)
             continue
         if end is None:
             missing.append(each)

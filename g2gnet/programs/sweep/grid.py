@@ -194,6 +194,6 @@ def runs_of(grid: Grid, folder: Path | str) -> list[Run]:
 def _digest(settings: TrainSettings) -> str:
     """What tells settings apart; those of a later version do not change it while they have their defaults."""
     default = TrainSettings(neuron=settings.neuron).as_dict()
-    own = {name: value for name, value in settings.as_dict().items() if value != default[name]}
-    text = json.dumps({**own, "neuron": settings.neuron}, sort_keys=True)
+    changed = {name: value for name, value in settings.as_dict().items() if value != default[name]}
+    text = json.dumps({**changed, "neuron": settings.neuron}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:DIGITS]

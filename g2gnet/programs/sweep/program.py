@@ -115,8 +115,8 @@ def sweep(arguments: argparse.Namespace) -> dict[str, Any]:
     grid, folder = grid_from(arguments), Path(arguments.folder)
     runs = runs_of(grid, folder)
     files = {ending: folder / f"sweep.{ending}" for ending in ("csv", "json", "png")}
-    own = [file for each in runs for file in (*each.files.files(), each.folder / LOG, each.folder / LOCK)]
-    output.check_json(arguments, [files["csv"], files["png"], *own])
+    own_files = [file for each in runs for file in (*each.files.files(), each.folder / LOG, each.folder / LOCK)]
+    output.check_json(arguments, [files["csv"], files["png"], *own_files])
     if arguments.finished and not os.access(folder, os.W_OK):  # then the results are only shown
         files = {}
     try:

@@ -107,7 +107,7 @@ def test_the_results_are_printed_and_written(tmp_path, capsys):
     assert lines[1:-1] == expected
     assert lines[-1] == f"wrote {tmp_path / f'{STEM}_3folds.json'}"
     assert [fold["test_acc"] for fold in results["folds"]] == columns["test_acc"]
-    assert results["settings"] == {**FoldSettings().given(), **{
+    assert results["settings"] == {**FoldSettings().flag_values(), **{
         "dataset": "fashionmnist-mini", "model": "mixer", "hidden_dim": 64, "block_size": 8, "T": 5, "enc_scale": 3.0,
         "limit_train": 150, "limit_test": 60, "epochs": 2, "k_folds": 3,
     }}  # fmt: skip

@@ -100,7 +100,9 @@ def test_json_is_all_that_stands_on_standard_output(at_work, capsys):
     assert list(told) == ["g2g", "settings", "result", "files"]
     assert told["g2g"] == __version__
     asked = vars(train.build_parser().parse_args(SMALL))
-    assert told["settings"] == TrainSettings(**{name: asked[name] for name in TrainSettings().given()}).given()
+    assert (
+        told["settings"] == TrainSettings(**{name: asked[name] for name in TrainSettings().flag_values()}).flag_values()
+    )
     history = [json.loads(line) for line in (at_work / f"checkpoints/{STEM}.jsonl").read_text().splitlines()]
     assert told["result"] == history[-1]
     endings = {

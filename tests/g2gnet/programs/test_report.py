@@ -497,7 +497,7 @@ def test_a_page_may_be_read_by_others_as_the_umask_says(checkpoints, tmp_path, c
 def test_the_commands_of_the_readme_run_on_what_its_first_command_leaves(checkpoints, tmp_path, monkeypatch):
     (first,) = re.findall(r"&& python train\.py (.*)", README)
     asked = vars(train.build_parser().parse_args(shlex.split(first)))
-    settings = TrainSettings(**{name: asked[name] for name in TrainSettings().given()})
+    settings = TrainSettings(**{name: asked[name] for name in TrainSettings().flag_values()})
     (section,) = re.findall(r"^## Look inside\n(.*?)^## ", COMMANDS, flags=re.DOTALL | re.MULTILINE)
     commands = re.findall(r"g2g-(\w+) (.*)", section)
     assert [program for program, _ in commands] == ["analyze", "report"]

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-import g2gnet.programs.cli
+import g2gnet.programs.flags
 from g2g_kernels.dispatch import BACKENDS
 from g2gnet.base.seeding import make_deterministic
 from g2gnet.base.tables import in_columns
@@ -32,9 +32,9 @@ DEFAULTS = {"model": "index", "T": 10, "epochs": 5, **DYNAMIC}
 KINDS = ("dense", "static", "dynamic")
 
 
-def build_parser() -> g2gnet.programs.cli.Parser:
-    parser = g2gnet.programs.cli.Parser(prog=f"python -m {__package__}.accuracy", description=__doc__)
-    g2gnet.programs.cli.add_settings_flags(parser)
+def build_parser() -> g2gnet.programs.flags.Parser:
+    parser = g2gnet.programs.flags.Parser(prog=f"python -m {__package__}.accuracy", description=__doc__)
+    g2gnet.programs.flags.add_settings_flags(parser)
     parser.set_defaults(**DEFAULTS)
     group = parser.add_argument_group("comparison")
     group.add_argument("--kinds", default=",".join(KINDS), metavar="A,B,...", help="which of dense, static, dynamic")
@@ -48,17 +48,17 @@ def build_parser() -> g2gnet.programs.cli.Parser:
 
 
 def accuracy(arguments: argparse.Namespace) -> cli.Report:
-    where = g2gnet.programs.cli.machine_from(arguments)
+    where = g2gnet.programs.flags.machine_from(arguments)
     runs = planned(arguments)
     machine = describe(where.device)
     print(cli.headline(machine))
     common = runs[-1].settings
-    data = g2gnet.programs.cli.load_data(arguments, common, where.device)
+    data = g2gnet.programs.flags.load_data(arguments, common, where.device)
     record: dict[str, Any] = {
         "benchmark": "accuracy",
         "machine": machine,
         "backend": where.backend or "auto",
-        "settings": common.given(),
+        "settings": common.flag_values(),
         "images": {"train": len(data.train_labels), "test": len(data.test_labels)},
         "runs": [],
     }
@@ -110,7 +110,7 @@ def planned(arguments: argparse.Namespace) -> list[Planned]:
 
     def settings(kind: str, seed: int) -> TrainSettings:
         own = argparse.Namespace(**{**vars(arguments), **changes[kind], "seed": seed})
-        return g2gnet.programs.cli.settings_from(own, TrainSettings)
+        return g2gnet.programs.flags.settings_from(own, TrainSettings)
 
     return [Planned(kind, settings(kind, seed)) for seed in seeds for kind in kinds]
 

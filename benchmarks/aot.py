@@ -26,7 +26,7 @@ from g2g_kernels.triton import runtime
 from g2g_kernels.triton.runtime import Launch
 from g2gnet import G2GNet
 from g2gnet.base.tables import markdown, markdown_row
-from g2gnet.programs.cli import Parser
+from g2gnet.programs.flags import Parser
 
 from .launches import training_step
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from g2g_kernels.numbers import COUNT
 from g2gnet import G2GNet
 from g2gnet.base.tables import markdown
-from g2gnet.programs.cli import Parser
+from g2gnet.programs.flags import Parser
 
 from . import cli
 from .harness import Worker, WorkerError

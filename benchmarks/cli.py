@@ -13,7 +13,9 @@ from tqdm import tqdm
 import g2gnet
 from g2g_kernels import select_device
 from g2g_kernels.numbers import COUNT
-from g2gnet.programs.cli import METAVARS, FlagError, Parser, add_json_flag, check_output, file_name, run_program
+from g2gnet.programs.flags import METAVARS, FlagError, Parser, add_json_flag, file_name
+from g2gnet.programs.main import run_program
+from g2gnet.programs.output import check_output
 from g2gnet.training import TrainSettings
 from g2gnet.weights.patterns import MODELS
 
@@ -33,6 +35,7 @@ def add_flags(parser: Parser, repeats: int) -> None:
     default = {field.name: field.default for field in dataclasses.fields(Workload)}
     group = parser.add_argument_group("workload")
     texts = {field.name: field.metadata["text"] for field in dataclasses.fields(TrainSettings)}
+    texts["T"] = "time steps per sample"
     texts["train_steps"] = "optimizer steps before anything is measured"
     for name in ("batch_size", "T", "hidden_dim", "p_inter", "block_size", "num_groups", "train_steps", "seed"):
         quick = f", {QUICK[name]} with --quick" if name in QUICK else ""
@@ -117,7 +120,7 @@ def repeats_from(arguments: argparse.Namespace) -> int:
         return QUICK_REPEATS if arguments.quick else arguments.usual_repeats
     wanted = COUNT.refuses(arguments.repeats)
     if wanted:
-        raise ValueError(f"repeats={arguments.repeats} is out of range; give {wanted}")
+        raise ValueError(f"repeats={arguments.repeats} must be {wanted}")
     return arguments.repeats
 
 
@@ -164,10 +167,10 @@ def warn_if_busy(machine: dict[str, Any], rates: dict[str, float]) -> None:
 
 
 def run(parser: Parser, benchmark: Callable[[argparse.Namespace], Report], argv: Any) -> int:
-    """Runs ``benchmark`` on the parsed flags as :func:`g2gnet.programs.cli.run_program` does, and writes its reports.
+    """Runs ``benchmark`` on the parsed flags as :func:`g2gnet.programs.main.run_program` does, and writes its reports.
 
     Returns:
-        The exit status: the report's, or that of :func:`g2gnet.programs.cli.run_program` on an error.
+        The exit status: the report's, or that of :func:`g2gnet.programs.main.run_program` on an error.
     """
     status = 0
 

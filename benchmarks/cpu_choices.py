@@ -26,7 +26,7 @@ from g2g_kernels.cpu import library
 from g2g_kernels.numbers import COUNT
 from g2g_kernels.ops.g2g_stack import cpu as stack
 from g2gnet.base.tables import markdown
-from g2gnet.programs.cli import Parser
+from g2gnet.programs.flags import Parser
 
 from . import cli
 from .machine import describe, pytorch_threads

@@ -30,7 +30,8 @@ from g2g_kernels.triton.costs import CARDS
 from g2gnet.base.files import replace_file
 from g2gnet.base.messages import say
 from g2gnet.base.tables import markdown
-from g2gnet.programs.cli import FlagError, Parser, run_program
+from g2gnet.programs.flags import FlagError, Parser
+from g2gnet.programs.main import run_program
 
 from .machine import describe
 from .predictions import FUSED_BATCHES, FUSED_UNITS, GROWING, OTHERS, RECORD, WAYS, scaling_stage

@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from g2gnet.base.tables import markdown
 from g2gnet.data import ImageData, load_dataset
-from g2gnet.programs.cli import FlagError, Parser, add_json_flag, run_program, settings_from
+from g2gnet.programs.flags import FlagError, Parser, add_json_flag, settings_from
+from g2gnet.programs.main import run_program
 from g2gnet.programs.train import build_parser as training_parser
 from g2gnet.training import Machine, Trainer, TrainSettings
 

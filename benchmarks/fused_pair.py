@@ -18,7 +18,8 @@ from g2g_kernels import BlockMask, GroupLayout, Neurons, SpikingLayer, g2g_stack
 from g2g_kernels.numbers import COUNT
 from g2g_kernels.triton import runtime
 from g2gnet.base.tables import in_columns
-from g2gnet.programs.cli import FlagError, Parser, add_json_flag, run_program
+from g2gnet.programs.flags import FlagError, Parser, add_json_flag
+from g2gnet.programs.main import run_program
 from g2gnet.training.captured_step import CapturedStep
 
 from . import cli

@@ -29,7 +29,8 @@ from g2g_kernels.numbers import COUNT
 from g2g_kernels.triton import runtime
 from g2gnet import LIF, G2GLinear, G2GNet, SpikingStack
 from g2gnet.base.tables import in_columns
-from g2gnet.programs.cli import FlagError, Parser, add_json_flag, run_program
+from g2gnet.programs.flags import FlagError, Parser, add_json_flag
+from g2gnet.programs.main import run_program
 
 from .contender import autocast
 from .launcher import launcher_seconds

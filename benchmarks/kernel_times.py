@@ -13,7 +13,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from g2gnet.base.tables import in_columns
-from g2gnet.programs.cli import FlagError, Parser, run_program
+from g2gnet.programs.flags import FlagError, Parser
+from g2gnet.programs.main import run_program
 
 from . import cli
 from .machine import describe, synchronize

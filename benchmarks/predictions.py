@@ -23,7 +23,8 @@ import torch
 from g2g_kernels import Neurons, SpikingLayer
 from g2g_kernels.triton import costs
 from g2gnet import G2GNet
-from g2gnet.programs.cli import Parser, add_json_flag, run_program
+from g2gnet.programs.flags import Parser, add_json_flag
+from g2gnet.programs.main import run_program
 
 from . import report
 from .launches import (

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from g2gnet.base.tables import in_columns
-from g2gnet.programs.cli import FlagError, Parser, add_json_flag, run_program
+from g2gnet.programs.flags import FlagError, Parser, add_json_flag
+from g2gnet.programs.main import run_program
 from g2gnet.training import TrainingError
 
 from .machine import describe

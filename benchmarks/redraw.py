@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from g2gnet.base.tables import markdown
-from g2gnet.programs.cli import Parser
+from g2gnet.programs.flags import Parser
 
 from . import (
     accuracy,

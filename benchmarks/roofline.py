@@ -18,7 +18,7 @@ from g2g_kernels.triton import costs
 from g2g_kernels.triton.costs import CARDS, Card
 from g2gnet import G2GNet
 from g2gnet.base.tables import markdown
-from g2gnet.programs.cli import Parser, add_settings_flags
+from g2gnet.programs.flags import Parser, add_settings_flags
 from g2gnet.settings import with_default
 from g2gnet.training import TrainSettings
 

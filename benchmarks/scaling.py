@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from g2g_kernels import available_backends
 from g2gnet.base.tables import in_columns
-from g2gnet.programs.cli import Parser
+from g2gnet.programs.flags import Parser
 
 from . import cli, report
 from .floor import work

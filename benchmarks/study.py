@@ -26,7 +26,8 @@ import torch
 from g2gnet.base.files import replace_file
 from g2gnet.data import load_dataset
 from g2gnet.programs import train
-from g2gnet.programs.cli import Parser, add_json_flag, run_program, settings_from
+from g2gnet.programs.flags import Parser, add_json_flag, settings_from
+from g2gnet.programs.main import run_program
 from g2gnet.programs.sweep.engine import outcome, processes, train_runs
 from g2gnet.programs.sweep.grid import Run
 from g2gnet.programs.sweep.results import estimate
@@ -76,7 +77,7 @@ def run_of(study: Study, row: str, epochs: int, seed: int, root: Path, dataset: 
         flags = ["--sequence", "none", *flags, "--dataset", str(dataset)]
     arguments = train.build_parser().parse_args(flags)
     settings = settings_from(arguments, TrainSettings)
-    given = {name: value for name, value in vars(arguments).items() if name in settings.given()}
+    given = {name: value for name, value in vars(arguments).items() if name in settings.flag_values()}
     return Run(given, settings, {"row": row, "seed": seed}, folder_of(root, study, row, epochs, seed))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from g2gnet.programs.cli import Parser
+from g2gnet.programs.flags import Parser
 
 from . import cli, report
 from .floor import floor_seconds, work

@@ -23,7 +23,7 @@ from g2g_kernels.ops.neurons.surrogates import SURROGATES
 from g2gnet import G2GNet, Synaptic
 from g2gnet.base.tensor_files import read_tensors, write_tensors
 from g2gnet.data import DATASETS, DataError, ImageData, as_samples, load_dataset
-from g2gnet.training import Machine, SettingsError, TrainSettings
+from g2gnet.training import Machine, NetworkSettings, SettingsError, TrainSettings
 from g2gnet.training.trainer import Trainer
 
 #: replaces Fashion-MNIST if that is unavailable
@@ -41,7 +41,7 @@ class Workload:
     """
 
     batch_size: int = TrainSettings.batch_size
-    T: int = int(TrainSettings.T)
+    T: int = NetworkSettings.T
     hidden_dim: int = TrainSettings.hidden_dim
     p_inter: float = TrainSettings.p_inter
     block_size: int = TrainSettings.block_size
@@ -57,7 +57,7 @@ class Workload:
     def __post_init__(self) -> None:
         wanted = Number(0, whole=True).refuses(self.train_steps)
         if wanted:
-            raise SettingsError(f"train_steps={self.train_steps} is out of range; give {wanted}")
+            raise SettingsError(f"train_steps={self.train_steps} must be {wanted}")
         self.settings()
 
     def settings(self) -> TrainSettings:

@@ -1,9 +1,9 @@
 """Which kernels this machine can use, and whether their results are correct: ``python -m g2g_kernels.doctor``.
 
 Shows versions, devices and backends, then runs every operator of every available backend forward and backward and
-compares with a float64 reference; on Triton with fused layers too. It takes seconds; on a GPU the first run also
-compiles the kernels, a minute or two. The exit status is 0 if everything checked is right, 1 if something is wrong, 2
-for a missing device.
+compares with backend ``torch`` in float64; on Triton with fused layers too. It takes seconds; on a GPU the first run
+also compiles the kernels, a minute or two. The exit status is 0 if everything checked is right, 1 if something is
+wrong, 2 for a missing device.
 
 The numbers are chosen to reveal a single wrong spike: inputs of neurons are multiples of powers of two, so currents
 (also in bfloat16) and float32 membranes are exact for any order of summation. Spikes and counts must therefore *equal*
@@ -31,12 +31,8 @@ from g2g_kernels.dispatch import BACKENDS, BackendError, available_backends, bac
 from g2g_kernels.mask.block_mask import BlockMask
 from g2g_kernels.mask.groups import GroupLayout
 from g2g_kernels.ops.g2g_linear import g2g_linear
-from g2g_kernels.ops.g2g_linear import reference as g2g_linear_reference
 from g2g_kernels.ops.g2g_stack import Recurrent, SpikingLayer, g2g_stack
-from g2g_kernels.ops.g2g_stack import reference as g2g_stack_reference
 from g2g_kernels.ops.neurons import MODELS, Neurons, neurons
-from g2g_kernels.ops.neurons import reference as neurons_reference
-from g2g_kernels.triton import runtime
 
 #: the largest root-mean-square error relative to the reference, in either precision
 ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
@@ -58,20 +54,19 @@ class Check:
     Attributes:
         operator, case: what is checked, in words.
         leaves: float64 tensors on the CPU, whose gradients are compared.
-        run: calls the operator on such leaves and the backend of that name, or the reference for None; returns the
-            outputs.
+        run: calls the operator on such leaves and the backend of that name, and returns the outputs.
         fused: with kernels that compute a layer's product and its neurons together, which Triton alone has.
     """
 
     operator: str
     case: str
     leaves: Tensors
-    run: Callable[[Tensors, str | None], Tensors]
+    run: Callable[[Tensors, str], Tensors]
     fused: bool = False
 
     @functools.cached_property
     def reference(self) -> Tensors:
-        return self._results(None, torch.device("cpu"), torch.float64)
+        return self._results("torch", torch.device("cpu"), torch.float64)
 
     def errors(self, backend: str, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
         """The error of every output and gradient, relative to its size; infinite for an output that wrongly differs."""
@@ -86,7 +81,7 @@ class Check:
                 errors[name] = difference / size if math.isfinite(difference) and size else math.inf
         return errors
 
-    def _results(self, backend: str | None, device: torch.device, dtype: torch.dtype) -> Tensors:
+    def _results(self, backend: str, device: torch.device, dtype: torch.dtype) -> Tensors:
         """Outputs, and gradients of a fixed weighted sum of them, in float64 on the CPU.
 
         Leaves are float32 for 16 bits too: ``torch.autocast`` casts them down.
@@ -96,7 +91,7 @@ class Check:
             name: leaf.to(torch.float32 if low else dtype, copy=True).to(device).requires_grad_()
             for name, leaf in self.leaves.items()
         }
-        with self._way() if backend == "triton" else contextlib.nullcontext():
+        with self._chosen(backend):
             with torch.autocast(device.type, dtype) if low else torch.enable_grad():
                 outputs = self.run(leaves, backend)
             draw = torch.Generator().manual_seed(1)
@@ -108,8 +103,10 @@ class Check:
             for name, tensor in {**outputs, **gradients}.items()
         }
 
-    def _way(self) -> contextlib.AbstractContextManager[None]:
-        """Layers fused or as pairs of kernels, whatever the cost model says of so small ones."""
+    def _chosen(self, backend: str) -> contextlib.AbstractContextManager[None]:
+        """On Triton, layers fused or as pairs of kernels, whatever the cost model says of so small ones."""
+        if backend != "triton":
+            return contextlib.nullcontext()
         from g2g_kernels.ops.g2g_stack import triton  # imports Triton, which is optional
 
         return triton.choose(self.fused)
@@ -164,7 +161,7 @@ def checks() -> Iterator[Check]:
     yield from _default_step(draw, multiples)
 
 
-#: the neurons of the default network, whose kernels are compiled for these sizes
+#: the sizes of the default network, for which its kernels are compiled
 DEFAULT_SIZES = (784, 2048, 2048, 10)
 
 
@@ -188,38 +185,33 @@ def _on_device(mask: BlockMask, like: torch.Tensor) -> BlockMask:
     return copy.deepcopy(mask).to(like.device)
 
 
-def _linear(mask: BlockMask, leaves: Tensors, backend: str | None) -> Tensors:
-    arguments = leaves["x"], leaves["values"], _on_device(mask, leaves["x"]), leaves["bias"]
-    if backend is None:
-        return {"y": g2g_linear_reference.g2g_linear(*arguments)}
-    return {"y": g2g_linear(*arguments, backend=backend)}
+def _linear(mask: BlockMask, leaves: Tensors, backend: str) -> Tensors:
+    x, values, bias = leaves.values()
+    return {"y": g2g_linear(x, values, _on_device(mask, x), bias, backend)}
 
 
-def _neurons(model: str, reset: str, surrogate: str, leaves: Tensors, backend: str | None) -> Tensors:
+def _neurons(model: str, reset: str, surrogate: str, leaves: Tensors, backend: str) -> Tensors:
     current, *parameters = leaves.values()
     if torch.is_autocast_enabled(current.device.type):
         current = current.to(torch.get_autocast_dtype(current.device.type))
-    population = Neurons(model, tuple(parameters), reset, surrogate)
-    if backend is None:
-        return {"spikes": neurons_reference.neurons(current, population, None)[0]}
-    return {"spikes": neurons(current, population, backend=backend)}
+    return {"spikes": neurons(current, Neurons(model, tuple(parameters), reset, surrogate), backend=backend)}
 
 
-def _stack(mask: BlockMask, leaves: Tensors, backend: str | None) -> Tensors:
+def _stack(mask: BlockMask, leaves: Tensors, backend: str) -> Tensors:
     """Two layers of the same weights: the second reads neurons in a different order than the first writes them."""
     x, values, bias, *parameters = leaves.values()
     layers = [SpikingLayer(values, _on_device(mask, x), bias, Neurons("lif", tuple(parameters)))] * 2
     return _activity(x, layers, backend)
 
 
-def _recurrent(mask: BlockMask, own: BlockMask, leaves: Tensors, backend: str | None) -> Tensors:
+def _recurrent(mask: BlockMask, own: BlockMask, leaves: Tensors, backend: str) -> Tensors:
     """One recurrent layer."""
     joined, x, values, bias, *parameters = leaves.values()
     layer = SpikingLayer(values, _on_device(mask, x), bias, Neurons("lif", tuple(parameters)))
     return _activity(x, [layer._replace(recurrent=Recurrent(joined, _on_device(own, x)))], backend)
 
 
-def _network(masks: Sequence[BlockMask], leaves: Tensors, backend: str | None) -> Tensors:
+def _network(masks: Sequence[BlockMask], leaves: Tensors, backend: str) -> Tensors:
     """A stack of layers, each with its own weights, and what the default loss uses of it."""
     x, *rest = leaves.values()
     layers = [
@@ -229,11 +221,8 @@ def _network(masks: Sequence[BlockMask], leaves: Tensors, backend: str | None) -
     return {"counts": _activity(x, layers, backend)["counts"]}
 
 
-def _activity(x: torch.Tensor, layers: Sequence[SpikingLayer], backend: str | None) -> Tensors:
-    if backend is None:
-        activity = g2g_stack_reference.g2g_stack(x, layers, STEPS)
-    else:
-        activity = g2g_stack(x, layers, STEPS, backend=backend)
+def _activity(x: torch.Tensor, layers: Sequence[SpikingLayer], backend: str) -> Tensors:
+    activity = g2g_stack(x, layers, STEPS, backend=backend)
     return {"counts": activity.counts, **{f"rates {i}": rates for i, rates in enumerate(activity.rates, 1)}}
 
 
@@ -283,8 +272,6 @@ def examine(device: torch.device) -> Iterator[tuple[str, list[str]]]:
         if BACKENDS[backend].device_type not in (None, device.type) or BACKENDS[backend].only_by_name():
             continue
         served = [check for check in known if backend == "triton" or not check.fused]
-        if backend == "triton":
-            print(f"compiling Triton kernels for {device} …", flush=True)
         for operator in dict.fromkeys(check.operator for check in served):
             for dtype, allowed in ALLOWED.items():
                 if dtype != torch.float32 and device.type not in ("cpu", "cuda"):
@@ -352,8 +339,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     for backend in available_backends():
         if reason := BACKENDS[backend].only_by_name():
             print(f"{backend}: not checked, {reason}")
-    if runtime.compiled().kernels:
-        print(f"compiled {runtime.compiled()}")
     seconds = time.perf_counter() - began
     print(f"\n{f'{findings} cases are WRONG' if findings else 'All checks passed'} ({seconds:.1f} s)")
     return 1 if findings else 0

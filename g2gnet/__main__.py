@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from g2g_kernels import backend_status
 from g2gnet.base.version import __version__
-from g2gnet.programs import cli
+from g2gnet.programs import flags
 
 #: each program, and what it does
 PROGRAMS = {
@@ -21,7 +21,7 @@ PROGRAMS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    cli.Parser(prog="python -m g2gnet", description=__doc__).parse_args(argv)
+    flags.Parser(prog="python -m g2gnet", description=__doc__).parse_args(argv)
     width = max(map(len, PROGRAMS))
     print(f"g2g {__version__}\n\nPrograms; each explains itself with --help:")
     for program, purpose in PROGRAMS.items():

@@ -1,22 +1,21 @@
 """G2GNet: three layers of spiking neurons joined by dense or group-sparse connections, recurrent ones if wanted."""
 
 import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from g2g_kernels import BlockMask, GroupLayout
-from g2g_kernels.choices import check_choice, check_flag
-from g2g_kernels.numbers import PROBABILITY, Number
 from g2g_kernels.tracing import symbolic_call
-from g2gnet.encoding import ENCODINGS, check_samples, encode
+from g2gnet.encoding import check_samples, encode
 from g2gnet.layers import G2GLinear
 from g2gnet.neurons import NEURONS, SpikingNeurons
-from g2gnet.sequences import SEQUENCES, unfold
+from g2gnet.sequences import unfold
 from g2gnet.settings import NetworkSettings
 from g2gnet.stack import Pair, RecurrentLayer, SpikingStack, check_input
 from g2gnet.weights.densities import layer_probabilities
-from g2gnet.weights.patterns import MODELS, Pattern, layer_mask, mask_between
+from g2gnet.weights.patterns import Pattern, layer_mask, mask_between
 
 
 class G2GNet(SpikingStack):
@@ -115,79 +114,29 @@ class G2GNet(SpikingStack):
         generator: torch.Generator | None = None,
         **parameters: float,
     ) -> None:
-        for name, flag in (("standardize", standardize), ("recurrent", recurrent), ("per_neuron", per_neuron)):
-            check_flag(name, flag)
-        if not callable(model):
-            check_choice("model", model, MODELS, "give a pattern")
-        for name, value, known in (
-            ("enc", enc, ENCODINGS),
-            ("sequence", sequence, SEQUENCES),
-            ("neuron", neuron, NEURONS),
-        ):
-            check_choice(name, value, known)
-        if density != "uniform" and (callable(model) or model == "dense"):
-            raise ValueError(
-                f"density={density!r} has no effect on a dense network or a pattern of your own; leave it out"
-            )
-        if standardize and enc == "rate":
-            raise ValueError("standardize makes values that are not spike probabilities; give enc='current'")
+        arguments = locals()  # whose names are those of the settings
         if isinstance(hidden_dim, list | tuple):
             raise TypeError(
                 f"hidden_dim={hidden_dim!r} is not a whole number: both hidden layers have one size. For others, or "
                 "another depth, make a SpikingStack of G2GLinear and LIF"
             )
-        for name, gain in (("init_gain", init_gain), ("rec_gain", rec_gain)):
-            Number(0, open_low=True).check(name, gain)
-        if p_rec_inter is not None and (callable(model) or model == "dense" or density != "uniform" or not recurrent):
-            raise ValueError(
-                f"p_rec_inter={p_rec_inter!r:.40} has no effect without recurrent=True, on a dense network, with a "
-                f"density of its own, or beside a pattern of your own; leave it out"
-            )
-        for name, number in (("enc_scale", enc_scale), ("enc_bias", enc_bias)):
-            Number().check(name, number)
-        sizes = (input_dim, hidden_dim, hidden_dim, num_classes)
-        shapes = [(out_size, in_size) for in_size, out_size in itertools.pairwise(sizes)]
-        recurrent_shapes = [(hidden_dim, hidden_dim)] * (len(shapes) - 1 if recurrent else 0)
-        probabilities = layer_probabilities(shapes + recurrent_shapes, p_intra, p_inter, num_groups, density)
-        layers: list[Pair | RecurrentLayer] = []
-        for number, (out_size, in_size) in enumerate(shapes):
-            if model == "dense":
-                mask = BlockMask.full(GroupLayout(out_size, 1), GroupLayout(in_size, 1), block_size)
-            else:
-                mask = layer_mask(
-                    model, number, (out_size, in_size), probabilities[number], num_groups, block_size, generator
-                )
-            of_hidden = {"surrogate": surrogate, "alpha": alpha} if number < len(shapes) - 1 else {}
-            options: dict[str, Any] = {"reset": reset, "backend": backend, **of_hidden, **parameters}
-            if number == len(shapes) - 1 and readout != "counts":
-                options["reset"] = "none"
-                for name in (*NEURONS[neuron].model.by_spikes, "threshold"):  # nothing reaches them
-                    options[f"learn_{name}"] = False
-                options |= dict.fromkeys(NEURONS[neuron].model.by_spikes, 0.0)
-            neurons = NEURONS[neuron](out_size if per_neuron else None, **options)
-            connection = G2GLinear(mask, backend=backend, generator=generator)
-            if number > 0:
-                with torch.no_grad():
-                    connection.values.mul_(init_gain)
-            layers.append((connection, neurons))
-        of_recurrents = probabilities[len(shapes) :]
-        if p_rec_inter is not None:
-            of_recurrents = [(p_intra, PROBABILITY.check("p_rec_inter", p_rec_inter))] * len(recurrent_shapes)
-        for number, of_layer in enumerate(of_recurrents):  # after all others, which are the same without them
-            connection, neurons, *_ = layers[number]
-            layers[number] = connection, neurons, _recurrent(model, connection, of_layer, rec_gain, generator)
-        super().__init__(layers, T, backend, dropout, readout)
-        self.model = model
-        self.enc = enc
-        self.enc_scale = enc_scale
-        self.enc_bias = enc_bias
-        if standardize:
+        settings = NetworkSettings(
+            **{name: arguments[name] for name in NetworkSettings.defaults() if name in arguments}
+        )
+        sizes = (input_dim, settings.hidden_dim, settings.hidden_dim, num_classes)
+        layers = _layers(settings, sizes, backend, generator, parameters)
+        super().__init__(layers, settings.T, backend, settings.dropout, settings.readout)
+        self.model = settings.model
+        self.enc = settings.enc
+        self.enc_scale = settings.enc_scale
+        self.enc_bias = settings.enc_bias
+        self.standardize = settings.standardize
+        self.sequence = settings.sequence
+        if self.standardize:
             self.register_buffer("input_mean", torch.zeros(()))
             self.register_buffer("input_deviation", torch.ones(()))
-        self.standardize = standardize
-        if sequence != "none":
+        if self.sequence != "none":
             self.register_buffer("input_order", torch.arange(self.T * input_dim).view(self.T, input_dim))
-        self.sequence = sequence
 
     @classmethod
     def from_settings(
@@ -251,22 +200,51 @@ class G2GNet(SpikingStack):
         )
 
 
-def _recurrent(
-    model: str | Pattern,
-    connection: G2GLinear,
-    probabilities: tuple[float, float],
-    gain: float,
+def _layers(
+    settings: NetworkSettings,
+    sizes: Sequence[int],
+    backend: str | None,
     generator: torch.Generator | None,
-) -> G2GLinear:
-    """Draws the recurrent connection of the neurons that ``connection`` feeds, with their groups.
-
-    Args:
-        probabilities: of a unit inside and between groups.
-        gain: factor on the initial weights.
-    """
-    groups = connection.mask.rows.layout
-    mask = mask_between(model, groups, groups, probabilities, connection.mask.block_size, generator)
-    recurrent = G2GLinear(mask, bias=False, backend=connection.backend, generator=generator)
-    with torch.no_grad():
-        recurrent.values.mul_(gain)
-    return recurrent
+    parameters: Mapping[str, float],
+) -> list[Pair | RecurrentLayer]:
+    """Draws the layers between populations of these ``sizes``; ``parameters`` are arguments of the neurons."""
+    model, kind = settings.model, NEURONS[settings.neuron]
+    shapes = [(out_size, in_size) for in_size, out_size in itertools.pairwise(sizes)]
+    recurrent_shapes = [(size, size) for size in sizes[1:-1]] if settings.recurrent else []
+    probabilities = layer_probabilities(
+        shapes + recurrent_shapes, settings.p_intra, settings.p_inter, settings.num_groups, settings.density
+    )
+    layers: list[Pair | RecurrentLayer] = []
+    for number, shape in enumerate(shapes):
+        if model == "dense":
+            out_layout, in_layout = (GroupLayout(size, 1) for size in shape)
+            mask = BlockMask.full(out_layout, in_layout, settings.block_size)
+        else:
+            mask = layer_mask(
+                model, number, shape, probabilities[number], settings.num_groups, settings.block_size, generator
+            )
+        options: dict[str, Any] = {"reset": settings.reset, "backend": backend, **parameters}
+        if number < len(shapes) - 1:
+            options |= {"surrogate": settings.surrogate, "alpha": settings.alpha}
+        elif settings.readout != "counts":
+            options["reset"] = "none"
+            for name in (*kind.model.by_spikes, "threshold"):  # nothing reaches them
+                options[f"learn_{name}"] = False
+            options |= dict.fromkeys(kind.model.by_spikes, 0.0)
+        connection = G2GLinear(mask, backend=backend, generator=generator)
+        if number > 0:
+            with torch.no_grad():
+                connection.values.mul_(settings.init_gain)
+        layers.append((connection, kind(shape[0] if settings.per_neuron else None, **options)))
+    of_recurrent = probabilities[len(shapes) :]
+    if settings.p_rec_inter is not None:
+        of_recurrent = [(settings.p_intra, settings.p_rec_inter)] * len(recurrent_shapes)
+    for number, probability in enumerate(of_recurrent):  # after all others, which are the same without them
+        connection, neurons, *_ = layers[number]
+        groups = connection.mask.rows.layout
+        mask = mask_between(model, groups, groups, probability, settings.block_size, generator)
+        recurrent = G2GLinear(mask, bias=False, backend=backend, generator=generator)
+        with torch.no_grad():
+            recurrent.values.mul_(settings.rec_gain)
+        layers[number] = connection, neurons, recurrent
+    return layers

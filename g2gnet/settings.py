@@ -6,10 +6,10 @@ Constructors, command-line flags, help texts, checks and checkpoints all read th
 import dataclasses
 import math
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
-from g2g_kernels.choices import unknown
+from g2g_kernels.choices import check_choice, check_flag
 from g2g_kernels.numbers import SHARPNESS, SIZE, Number
 from g2g_kernels.ops.neurons import RESETS, SURROGATES
 from g2g_kernels.ops.neurons.models import RESET
@@ -17,28 +17,17 @@ from g2g_kernels.ops.neurons.surrogates import ALPHA, SURROGATE
 from g2gnet.encoding import ENCODINGS
 from g2gnet.neurons import NEURONS
 from g2gnet.sequences import SEQUENCES
-from g2gnet.stack import READOUTS
+from g2gnet.stack import DROPOUT, READOUTS
 from g2gnet.weights.densities import DENSITIES
-from g2gnet.weights.patterns import MODELS, SPARSE
+from g2gnet.weights.patterns import MODELS, SPARSE, Pattern
 
-MOST_DROPPED = 0.95
 #: on the initial recurrent weights: on rows of Fashion-MNIST such networks learn fastest at first, and none is better
 #: at the end (docs/over-time.md)
 REC_GAIN = 0.2
-#: of a sample; the compiled kernels number them in 16 bits
-MOST_STEPS = 1 << 16
 
 
 class SettingsError(ValueError):
     """Settings out of range or in conflict; the message names each value, its range and a remedy."""
-
-
-class Default(int):
-    """A whole number that nobody gave: a setting's default where other settings, or the data, may decide its value."""
-
-
-class DefaultName(str):
-    """The same for a name."""
 
 
 class Need(NamedTuple):
@@ -60,7 +49,7 @@ class Need(NamedTuple):
 
     def unmet(self, settings: Mapping[str, Any], quote: str = "") -> str:
         """Why a setting has no effect beside these."""
-        value = settings[self.name]
+        value = getattr(settings[self.name], "__name__", settings[self.name])  # a pattern may be a function
         return f"without {quote}{self.name}{quote}" if value is False else f"with {quote}{self.name}={value}{quote}"
 
     def remedy(self) -> str:
@@ -102,15 +91,19 @@ def setting(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def with_default(settings: type, name: str, default: Any) -> Any:
-    """The field ``name`` of ``settings`` with another default."""
+def with_default(settings: type, name: str, default: Any, **changes: Any) -> Any:
+    """The field ``name`` of ``settings`` with another default, and with ``changes`` of its description."""
     (field,) = [field for field in dataclasses.fields(settings) if field.name == name]
-    return dataclasses.field(default=default, metadata=field.metadata)
+    return dataclasses.field(default=default, metadata={**field.metadata, **changes})
 
 
-def number_of(about: Mapping[str, Any], expected: Any) -> Number | None:
-    """The kind of number that a field with metadata ``about`` and type ``expected`` holds; None: it holds none."""
-    kinds = typing.get_args(expected) or (expected,)
+def types_of(settings: type) -> dict[str, tuple[Any, ...]]:
+    """The types that the value of each field may have: of ``int | None`` they are int and None's."""
+    return {name: typing.get_args(kind) or (kind,) for name, kind in typing.get_type_hints(settings).items()}
+
+
+def number_of(about: Mapping[str, Any], kinds: Collection[Any]) -> Number | None:
+    """The kind of number that a field with metadata ``about`` and these types holds; None: it holds none."""
     return about["number"]._replace(whole=int in kinds) if int in kinds or float in kinds else None
 
 
@@ -130,10 +123,10 @@ class Settings:
         True
     """
 
-    #: what settings need that do not always have an effect, the most telling first
+    #: what settings need to have an effect, by their names, the most telling first
     NEEDS: ClassVar[Mapping[str, tuple[Need, ...]]] = {}
-    #: those of which programs warn where they have none; others are then refused, unless they have their default
-    TOLD: ClassVar[tuple[str, ...]] = ()
+    #: of which programs warn where they have no effect; others are then refused, unless they have their default
+    WARNED: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         problems = self._out_of_range() or self._at_odds()
@@ -141,19 +134,25 @@ class Settings:
             raise SettingsError("\n".join(problems))
 
     def _out_of_range(self) -> list[str]:
+        """What is wrong with single values; whole numbers of NumPy and PyTorch become ints."""
         problems = []
-        types_of = typing.get_type_hints(type(self))
+        kinds_of = types_of(type(self))
         for field in dataclasses.fields(self):
-            value, about = getattr(self, field.name), field.metadata
-            expected, number = _kind(types_of[field.name], value), number_of(about, types_of[field.name])
-            if expected:
-                problems.append(f"{field.name}={value!r:.40} is not {expected}")
-            elif about["choices"]:
-                if value not in about["choices"] and not (about["others"] and about["others"].accepts(value)):
-                    more = about["others"].text if about["others"] else ""
-                    problems.append(unknown(field.name, value, about["choices"], more))
-            elif number and value is not None and (wanted := number.refuses(value)):
-                problems.append(f"{field.name}={value!r:.40} is out of range; give {wanted}")
+            name, value, about, kinds = field.name, getattr(self, field.name), field.metadata, kinds_of[field.name]
+            others: Others | None = about["others"]
+            try:
+                if (value is None and type(None) in kinds) or (others and others.accepts(value)):
+                    continue
+                if number := number_of(about, kinds):
+                    object.__setattr__(self, name, number.check(name, value))
+                elif bool in kinds:
+                    check_flag(name, value)
+                elif about["choices"]:
+                    check_choice(name, value, about["choices"], others.text if others else "")
+                elif not isinstance(value, str):
+                    raise ValueError(f"{name}={value!r:.40} must be text")
+            except ValueError as error:
+                problems.append(str(error))
         return problems
 
     def _at_odds(self) -> list[str]:
@@ -162,7 +161,7 @@ class Settings:
         return [
             f"{name}={values[name]} has no effect {need.unmet(values)}; {need.remedy()}, or leave it out"
             for name, need in self._without_effect().items()
-            if name not in self.TOLD
+            if name not in self.WARNED
         ]
 
     @classmethod
@@ -173,7 +172,7 @@ class Settings:
 
     def _without_effect(self) -> dict[str, Need]:
         """The idle settings that differ from their default."""
-        values, usual = vars(self), self._defaults()
+        values, usual = vars(self), self.defaults()
         return {name: need for name, need in self.idle(values).items() if values[name] != usual[name]}
 
     def without_effect(self) -> list[str]:
@@ -185,13 +184,13 @@ class Settings:
         ]
 
     @classmethod
-    def _defaults(cls) -> dict[str, Any]:
+    def defaults(cls) -> dict[str, Any]:
         return {field.name: field.default for field in dataclasses.fields(cls)}
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
-    def given(self) -> dict[str, Any]:
+    def flag_values(self) -> dict[str, Any]:
         """The settings that users give by flags."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.metadata["group"]}
 
@@ -205,7 +204,7 @@ class Settings:
         Raises:
             SettingsError: if they are no settings of ours.
         """
-        idle = cls.idle({**cls._defaults(), **saved}).keys() - set(cls.TOLD)
+        idle = cls.idle({**cls.defaults(), **saved}).keys() - set(cls.WARNED)
         return cls(**{name: value for name, value in saved.items() if name not in idle})
 
     @classmethod
@@ -214,22 +213,12 @@ class Settings:
 
         Names that are unknown here stay.
         """
-        names = cls._defaults().keys()
+        names = cls.defaults().keys()
         try:
             known = cls.from_saved({name: value for name, value in saved.items() if name in names})
         except SettingsError:  # no settings of ours, whatever else they lack
             return dict(saved)
         return {**known.as_dict(), **saved}
-
-
-def _kind(expected: Any, value: Any) -> str | None:
-    """The type ``expected`` in words, if ``value`` is not of that type."""
-    kinds = typing.get_args(expected) or (expected,)
-    if float in kinds:
-        kinds = (*kinds, int)
-    if isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool)):
-        return None
-    return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kinds[0]]
 
 
 #: the parameters of neurons whose initial values are settings
@@ -272,9 +261,15 @@ class NetworkSettings(Settings):
         "p_rec_inter": (RECURRENT, SPARSE_MODEL, Need("density", ("uniform",))),
         "rec_gain": (RECURRENT,),
     }
-    TOLD: ClassVar[tuple[str, ...]] = ("num_groups", "p_inter", "p_intra")
+    WARNED: ClassVar[tuple[str, ...]] = ("num_groups", "p_inter", "p_intra")
 
-    model: str = setting("index", "model", "fully connected, or how groups of neurons are connected", choices=MODELS)
+    model: str | Pattern = setting(  # noqa: RUF009  (a function is as immutable as text)
+        "index",
+        "model",
+        "fully connected, or how groups of neurons are connected",
+        choices=MODELS,
+        others=Others("a pattern of your own", callable),
+    )
     hidden_dim: int = setting(2048, "model", "neurons in each of the two hidden layers", low=1, high=SIZE.high)
     num_groups: int = setting(8, "model", "groups on each side of a sparse layer (at most one per neuron)", low=1)
     p_inter: float = setting(0.15, "model", "probability of a connection unit between groups", low=0, high=1)
@@ -292,7 +287,7 @@ class NetworkSettings(Settings):
         "(which a file of sequences says itself)",
         choices=tuple(SEQUENCES),
     )
-    T: int = setting(50, "model", "time steps per sample, where `sequence` does not say it", low=1, high=MOST_STEPS)
+    T: int = setting(50, "model", "time steps per sample", low=1)
     enc: str = setting("current", "model", "input held as a current, or Bernoulli spikes", choices=ENCODINGS)
     enc_scale: float = setting(1.0, "model", "input x becomes enc_scale*x + enc_bias")
     enc_bias: float = setting(0.0, "model", "see enc_scale")
@@ -343,7 +338,7 @@ class NetworkSettings(Settings):
         choices=READOUTS,
     )
     dropout: float = setting(
-        0.0, "model", "probability that a hidden neuron stays silent for a training image", low=0, high=MOST_DROPPED
+        0.0, "model", "probability that a hidden neuron stays silent for a training image", low=0, high=DROPOUT.high
     )
     init_gain: float = setting(1.0, "model", "factor on the initial weights of fc2 and fc3", low=0, open_low=True)
 

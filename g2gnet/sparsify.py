@@ -147,8 +147,8 @@ def _reason_to_stay(name: str, linear: nn.Linear, holders: dict[nn.Parameter, li
         return "parametrized, as by weight_norm"
     if type(linear) is not nn.Linear:
         return f"of the class {type(linear).__name__}"
-    own = [*linear._parameters, *linear._buffers, *linear._modules]
-    more = [each for each in own if each not in ("weight", "bias")]
+    names = [*linear._parameters, *linear._buffers, *linear._modules]
+    more = [each for each in names if each not in ("weight", "bias")]
     if more:
         return f"with {', '.join(more)} of its own; G2GLinear.from_linear keeps a pruned mask"
     for parameter in linear.parameters():

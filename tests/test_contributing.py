@@ -150,7 +150,7 @@ TOYS: dict[str, dict[str, Callable[[str], str]]] = {
         ),
         "g2gnet/network.py": both(
             replace(r"(\n        init_gain: float = .*)", r"\1\n        toy_gain: float = NetworkSettings.toy_gain,"),
-            replace(r"(\n        self.enc = enc\n)", r"\1        self.toy_gain = toy_gain\n"),
+            replace(r"(\n        self.enc = settings.enc\n)", r"\1        self.toy_gain = settings.toy_gain\n"),
         ),
     },
     "prune or grow rule": {

@@ -17,7 +17,8 @@ from code_blocks import run_blocks
 from helpers import ROOT
 from small_data import fashion_mnist_files, publish_resnet, write, write_cifar, write_resnet
 
-from g2gnet.programs import cli, crossval, pretrain, train
+from g2gnet.programs import crossval, pretrain, train
+from g2gnet.programs.flags import settings_from
 from g2gnet.programs.pretrain import PretrainSettings
 from g2gnet.training import TrainSettings
 from g2gnet.training.cross_validation import FoldSettings
@@ -80,7 +81,7 @@ def run(program, arguments):
     arguments = [*arguments, *shlex.split(small)]
     parser = module.build_parser()
     assert module.main(arguments) == 0
-    return cli.settings_from(parser.parse_args(arguments), kind)
+    return settings_from(parser.parse_args(arguments), kind)
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if split(command)[0] in PROGRAMS])
@@ -125,7 +126,7 @@ def test_each_example_with_checkpoints_runs_after_those_that_make_them(workplace
 
 def stem_of(arguments):
     asked = vars(train.build_parser().parse_args(arguments))
-    return TrainSettings(**{name: asked[name] for name in TrainSettings().given()}).stem
+    return TrainSettings(**{name: asked[name] for name in TrainSettings().flag_values()}).stem
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if split(command)[0] not in PROGRAMS])
@@ -152,7 +153,7 @@ def test_the_examples_are_complete():
         if program in ("train.py", "crossval.py"):
             module, kind, _ = PROGRAMS[program]
             asked = vars(module.build_parser().parse_args(arguments))
-            settings = kind(**{name: asked[name] for name in kind().given()})
+            settings = kind(**{name: asked[name] for name in kind().flag_values()})
             seen.add((program, settings.dataset, settings.model, settings.use_resnet))
             if settings.sparsity_mode == "dynamic":
                 seen |= {(settings.cp, settings.cg), ("dynamic", settings.model), ("dynamic", settings.dataset)}

@@ -74,6 +74,8 @@ DEFAULTS = {
     "limit_train": None,
     "limit_test": None,
 }
+#: of flags that were not given, where data or other settings decide
+DERIVED = {"T": None, "sequence": None}
 MACHINE_FLAGS = {
     "data_dir": "data",
     "checkpoint_dir": "checkpoints",

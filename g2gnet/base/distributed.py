@@ -250,8 +250,8 @@ class Meeting:
     def hear(self) -> None:
         """Raises DistributedError if others have ended and said why."""
         if ended := [other for other in range(self.size) if self.store.check([f"ended/{other}"])]:
-            told = (f"rank {other} has ended: {self.store.get(f'ended/{other}').decode()}" for other in ended)
-            raise DistributedError("; ".join(told))
+            reasons = (f"rank {other} has ended: {self.store.get(f'ended/{other}').decode()}" for other in ended)
+            raise DistributedError("; ".join(reasons))
 
     def lost(self, error: RuntimeError, stage: str) -> NoReturn:
         """Raises DistributedError that says why a connection ended, or nothing came on it for too long."""

@@ -1,7 +1,4 @@
-"""Fashion-MNIST (Xiao et al. 2017): the full set, verified by checksums, and the subset in the package.
-
-``python -m g2gnet.data.fashion_mnist`` rebuilds the subset from the full set.
-"""
+"""Fashion-MNIST (Xiao et al. 2017): the full set, verified by checksums, and the subset in the package."""
 
 import gzip
 import hashlib
@@ -22,7 +19,6 @@ from g2gnet.data.image_data import DataError, ImageData, MissingDataError
 #: where the Debian package dataset-fashion-mnist puts its files
 SYSTEM_DIR = Path("/usr/share/datasets/fashion-mnist")
 MINI_FILE = Path(__file__).with_name("fashion_mnist_mini.npz")
-MINI_TRAIN, MINI_TEST, MINI_SEED = 6000, 1000, 0
 
 #: images in each part, and the SHA-256 of the four IDX files once they are unpacked (they are gzipped in several ways)
 COUNTS = {"train": 60000, "t10k": 10000}
@@ -124,31 +120,3 @@ def load_mini() -> ImageData:
         tensors = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
     labels = {name: tensors[name].long() for name in ("train_labels", "test_labels")}
     return ImageData(name="fashionmnist-mini", num_classes=10, **{**tensors, **labels})
-
-
-def balanced_subset(labels: torch.Tensor, size: int, seed: int) -> torch.Tensor:
-    """Indices, ascending, of ``size`` samples with equally many of each of the ten classes, drawn uniformly."""
-    generator = torch.Generator().manual_seed(seed)
-    chosen = []
-    for label in range(10):
-        members = (labels == label).nonzero()[:, 0]
-        chosen.append(members[torch.randperm(len(members), generator=generator)[: size // 10]])
-    return torch.cat(chosen).sort().values
-
-
-def write_mini(full: ImageData, path: Path = MINI_FILE) -> None:
-    """Writes the subset of ``full`` that :func:`load_mini` reads."""
-    train = balanced_subset(full.train_labels, MINI_TRAIN, MINI_SEED)
-    test = balanced_subset(full.test_labels, MINI_TEST, MINI_SEED)
-    np.savez_compressed(
-        path,
-        train_images=full.train_images[train].numpy(),
-        train_labels=full.train_labels[train].to(torch.uint8).numpy(),
-        test_images=full.test_images[test].numpy(),
-        test_labels=full.test_labels[test].to(torch.uint8).numpy(),
-    )
-
-
-if __name__ == "__main__":
-    write_mini(load("fashionmnist", Path("data")))
-    print(f"wrote {MINI_FILE}")

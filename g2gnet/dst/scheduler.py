@@ -23,101 +23,15 @@ from g2g_kernels.numbers import COUNT, Number, share_of
 from g2gnet.base.distributed import World
 from g2gnet.base.schedules import SCHEDULES
 from g2gnet.base.seeding import draw_device, stream
-from g2gnet.dst.lamp import layer_adapted
+from g2gnet.dst.evidence import StepRecorder
+from g2gnet.dst.gradual_pruning import layer_budgets, least_density, mean_density
 from g2gnet.dst.optimizer_state import Initial, OptimizerState
-from g2gnet.dst.rules import ACTIVITY, GRADIENT, GROW_RULES, PRUNE_RULES, Evidence
-from g2gnet.dst.scores import UnitGradients, unit_correlation
+from g2gnet.dst.replacement import replace_units
+from g2gnet.dst.rules import GRADIENT, GROW_RULES, PRUNE_RULES, Evidence
 from g2gnet.layers import G2GLinear
-from g2gnet.recording import ActivityRecorder, OneStepLater, Recording, Train, Uncompiled, check_compiled, dense
-from g2gnet.stack import SpikingStack
 from g2gnet.weights.tied_averages import has_unknown_copies, rewire_averages, tie_wiring
 
 logger = logging.getLogger("g2gnet")
-
-
-def _samples(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The pre- and postsynaptic samples of all calls of a layer, in the form that :func:`unit_correlation` takes."""
-    if len(pairs) == 1 and pairs[0][1].dim() == 3:
-        return pairs[0]
-    flat_pre, flat_post = [], []
-    for pre, post in pairs:
-        if pre.dim() < post.dim():  # an input that was held for all time steps
-            pre = pre.expand(len(post), *pre.shape)
-        flat_pre.append(pre.reshape(-1, pre.shape[-1]))
-        flat_post.append(post.reshape(-1, post.shape[-1]))
-    return torch.cat(flat_pre)[None], torch.cat(flat_post)[None]
-
-
-def _first(
-    cost: torch.Tensor, count: int, generator: torch.Generator, last: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Indices of the ``count`` entries of least ``cost`` [n]; equal ones in the order of a uniform draw.
-
-    NaN comes after every number. Entries where ``last`` [n] is true come after all others.
-    """
-    order = torch.randperm(len(cost), generator=generator, device=generator.device).to(cost.device)
-    cost = torch.where(cost.isnan(), torch.inf, cost)
-    for key in (cost,) if last is None else (cost, last.byte()):
-        order = order[torch.argsort(key[order], stable=True)]
-    return order[:count]
-
-
-def _filled(budget: float, strongest: torch.Tensor, best: torch.Tensor, fraction: float) -> tuple[int, int, float]:
-    """How many units of a layer stay and grow, and what they leave of a ``budget`` of weights: less than a unit.
-
-    As many stay as fit, at least one; a ``fraction`` of these is then replaced by as many weights. Fewer are replaced
-    where units that grow are so much smaller that their slots would not suffice.
-
-    Args:
-        strongest: sizes of the units that there are, those that stay first, int64 [n].
-        best: of the units that can grow, those that do first.
-    """
-    have, get = (
-        torch.cat([torch.zeros(1, dtype=torch.float64), sizes.cpu().double().cumsum(0)]) for sizes in (strongest, best)
-    )
-    kept = max(1, int((have <= budget).sum()) - 1)
-    stay = torch.arange(kept - min(share_of(fraction, kept), len(best)), kept + 1)
-    room = budget - have[stay]
-    grown = torch.searchsorted(get, room, right=True) - 1
-    grown = torch.minimum(grown, len(strongest) - stay).clamp(min=0) * (stay < kept)
-    left = room - get[grown]
-    chosen = int(((left < strongest.max().item()) & (stay + grown > 0)).int().argmax())
-    return int(stay[chosen]), int(grown[chosen]), left[chosen].item()
-
-
-#: the rules that need no spikes
-_OTHERS = "give prune='set' or 'random', and grow='random' or 'gradient'"
-
-
-def _check_spikes(model: nn.Module) -> None:
-    """Raises ValueError if the neurons behind a layer do not spike: there is nothing to correlate."""
-    for module in model.modules():
-        if isinstance(module, SpikingStack) and module.readout != "counts":
-            raise ValueError(
-                f"a correlation needs output spikes, and with readout={module.readout!r} there are none; {_OTHERS}"
-            )
-
-
-def _check_fewer(model: nn.Module | Sequence[G2GLinear]) -> None:
-    """Raises ValueError for what cannot follow weights that become fewer."""
-    if isinstance(model, nn.Module) and any(isinstance(module, DistributedDataParallel) for module in model.modules()):
-        raise ValueError(
-            "final_density= makes weights fewer, but DistributedDataParallel keeps buffers of their first number; give "
-            "the layers in place of the model, and wrap the model anew after each update"
-        )
-
-
-def mean_density(layers: Sequence[G2GLinear]) -> float:
-    """The share of the weights of all layers together that exist."""
-    exist = sum(layer.mask.num_weights for layer in layers)
-    return exist / sum(math.prod(layer.mask.shape) for layer in layers)
-
-
-def least_density(layers: Sequence[G2GLinear], frozen: Collection[G2GLinear] = ()) -> float:
-    """The share of the weights of all layers together that one unit of each, its largest, has; all of frozen ones."""
-    of_layers = [(layer.mask.unit_sizes, layer in frozen) for layer in layers if layer.mask.num_units]
-    left = sum(int(sizes.sum() if all_stay else sizes.max()) for sizes, all_stay in of_layers)
-    return left / sum(math.prod(layer.mask.shape) for layer in layers)
 
 
 class _Outcome(NamedTuple):
@@ -289,7 +203,13 @@ class DSTScheduler:
         self.schedule = schedule
         self._process_group = process_group
         if final_density is not None:
-            _check_fewer(model)
+            if isinstance(model, nn.Module) and any(
+                isinstance(each, DistributedDataParallel) for each in model.modules()
+            ):
+                raise ValueError(
+                    "final_density= makes weights fewer, but DistributedDataParallel keeps buffers of their first "
+                    "number; give the layers in place of the model, and wrap the model anew after each update"
+                )
             self._check_enough_is_left(final_density)
         for _, layer in self._trained_layers():
             self._state.check(layer.values)
@@ -297,15 +217,9 @@ class DSTScheduler:
         self.final_density = final_density
         self._pruned = self._grown = 0
         self._outcomes: list[_Outcome] = []  # not yet counted there
-        self._needs = {self.prune.needs, self.grow.needs if fraction else None}
-        if isinstance(model, nn.Module) and ACTIVITY in self._needs:
-            _check_spikes(model)
-        self._recorder = ActivityRecorder(model, self.layers) if isinstance(model, nn.Module) else None
-        if isinstance(model, nn.Module) and self._needs != {None}:
-            check_compiled(model, " and ".join(sorted(filter(None, self._needs))))
-        self._gradients: dict[G2GLinear, UnitGradients] = {}
-        self._overtaken = False  # by another scheduler, which records the gradient of the same layers now
-        self._uncompiled: Uncompiled | None = None
+        self._model = model if isinstance(model, nn.Module) else None
+        grows = self.grow if fraction else None
+        self._recorder = StepRecorder(self._model, self.layers, self._recurrent, self.prune, grows)
         self._averages = averages
         self._tie_averages()
         self._told_of_copies = False
@@ -325,7 +239,7 @@ class DSTScheduler:
     @property
     def forms_gradient(self) -> bool:
         """Whether the training step before the next :meth:`step` has to form the gradient of absent units."""
-        return GRADIENT in self._needs and self.next_is_due
+        return GRADIENT in self._recorder.needs and self.next_is_due
 
     def _trained_layers(self) -> list[tuple[int, G2GLinear]]:
         """The layers that are not frozen, with their numbers; the optimizer has to hold them."""
@@ -354,36 +268,9 @@ class DSTScheduler:
             )
 
     def _record_if_due(self) -> None:
-        """Starts recording the next training step if the :meth:`step` after it is an update that needs that."""
-        if not self.next_is_due:
-            return
-        if self._records or GRADIENT in self._needs:
-            self._uncompiled = Uncompiled()
-        if self._recorder is not None and self._records:
-            self._recorder.start()
-        if GRADIENT in self._needs:
-            for layer in self.layers:
-                if layer.values.requires_grad and self._can_change(layer):
-                    self._gradients[layer] = layer.observer = UnitGradients()
-
-    @property
-    def _records(self) -> bool:
-        return self._recorder is not None and ACTIVITY in self._needs
-
-    def _stop_recording(self) -> list[Recording] | None:
-        if self._uncompiled is not None:
-            self._uncompiled.end()
-            self._uncompiled = None
-        mine = [layer for layer, gradients in self._gradients.items() if layer.observer is gradients]
-        self._overtaken = len(mine) < len(self._gradients)
-        for layer in mine:
-            layer.observer = None
-        return self._recorder.stop() if self._recorder is not None else None
-
-    def _forget_gradients(self) -> None:
-        for gradients in self._gradients.values():
-            gradients.close()
-        self._gradients = {}
+        """Starts recording the next training step if the :meth:`step` after it is an update."""
+        if self.next_is_due:
+            self._recorder.start([each for each in self.layers if each.values.requires_grad and self._can_change(each)])
 
     def _count(self) -> tuple[int, int]:
         """Units pruned and grown so far; waits for the device, and logs the updates that were skipped."""
@@ -415,8 +302,8 @@ class DSTScheduler:
         return {"steps": self.steps, "pruned": self.pruned, "grown": self.grown}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self._stop_recording()
-        self._forget_gradients()
+        self._recorder.stop()
+        self._recorder.forget()
         self.steps, self._outcomes = state["steps"], []
         self._pruned, self._grown = state["pruned"], state["grown"]
         self._record_if_due()
@@ -449,24 +336,22 @@ class DSTScheduler:
                 "DSTScheduler does not work inside model.join(): a process without further batches takes no part in "
                 "the updates; give all processes equally many batches (DistributedSampler, drop_last=True)"
             )
-        if activity is not None and ACTIVITY in self._needs and self._lacks_spikes(activity):
-            raise ValueError(
-                f"a correlation needs output spikes, and this activity is a readout of membranes; {_OTHERS}"
-            )
+        if activity is not None:
+            self._recorder.check(activity)
         if self.final_density is not None and self.steps == 0 and self.final_density >= mean_density(self.layers):
-            self._stop_recording()
-            self._forget_gradients()
+            self._recorder.stop()
+            self._recorder.forget()
             raise ValueError(
                 f"final_density={self.final_density} is no less than the {mean_density(self.layers):.4g} that training "
                 "begins with; lower it, leave it out, or load the state of the scheduler that pruned to it"
             )
         due = self.next_is_due
         self.steps += 1
-        recordings = self._stop_recording()
+        self._recorder.stop()
         try:
             if due:
                 if inputs is not None and activity is not None:
-                    recordings = [[pair] for pair in self._trains(inputs.detach(), activity)]
+                    self._recorder.give(inputs, activity)
                 self._check_whole()
                 if self.final_density is not None and len(self._trained_layers()) < len(self.layers):
                     self._check_enough_is_left(self.final_density)  # some may have been frozen since
@@ -475,36 +360,16 @@ class DSTScheduler:
                 world.assemble()
                 world.check_same(f"the count of steps at {world.stage}", self.steps)
                 world.check_same(f"the network after step {self.steps}", None, self._network())
+                changing = [(number, layer) for number, layer in self._trained_layers() if self._can_change(layer)]
+                for _, layer in changing:
+                    self._state.check(layer.values)
                 with torch.autocast(self.layers[0].values.device.type, enabled=False):  # it would round the scores
-                    self._update(list(self._evidence(recordings, world)))
+                    self._update(list(self._recorder.evidence(changing, world)))
                 world.check_same(f"the wiring after step {self.steps}", None, self._wiring())
         finally:  # whoever catches an error can go on
-            self._forget_gradients()
+            self._recorder.forget()
             self._record_if_due()
         return due
-
-    def _lacks_spikes(self, activity: Activity) -> bool:
-        """Whether the last of these layers is one whose neurons do not spike."""
-        return activity.readout is not None and len(self.layers) - len(self._recurrent) >= len(activity.spikes)
-
-    def _trains(self, inputs: torch.Tensor, activity: Activity) -> Iterator[tuple[Train, Train]]:
-        """What each layer received, and what its neurons did; raises ValueError for the activity of others."""
-        mine = [layer.out_features for layer in self.layers if layer not in self._recurrent]
-        theirs = [len(rates) for rates in activity.rates]
-        if mine != theirs[: len(mine)]:
-            raise ValueError(
-                f"the activity is of layers of {theirs} neurons, those of the scheduler have {mine}; give it the "
-                "layers of the stack from its input on, and name the recurrent connections among them in `recurrent`"
-            )
-        received: Train = inputs
-        posts = iter(activity.spikes)
-        for layer in self.layers:
-            if layer in self._recurrent:
-                yield OneStepLater(received), received
-                continue
-            post = next(posts)
-            yield received, post
-            received = post
 
     def _wiring(self) -> list[torch.Tensor]:
         return [units for layer in self.layers for units in (layer.mask.unit_row, layer.mask.unit_col)]
@@ -540,34 +405,6 @@ class DSTScheduler:
                     "with DistributedDataParallel"
                 )
 
-    @property
-    def _model(self) -> nn.Module | None:
-        return self._recorder.model if self._recorder is not None else None
-
-    def _evidence(self, recordings: list[Recording] | None, world: World) -> Iterator[tuple[int, Evidence]]:
-        """What the rules need of each layer that can change, with the layer's number."""
-        unpacked: dict[int, torch.Tensor] = {}  # by the train's id; a layer's spikes are the next one's inputs
-        for number, layer in self._trained_layers():
-            if not self._can_change(layer):
-                continue
-            self._state.check(layer.values)
-            correlation = gradient = None
-            if ACTIVITY in self._needs:
-                if not recordings or not recordings[number]:
-                    raise RuntimeError(_nothing_seen("activity", number, self))
-                pairs = recordings[number]
-                trains = {id(train): train for pair in pairs for train in pair}
-                unpacked = {key: unpacked[key] if key in unpacked else dense(train) for key, train in trains.items()}
-                samples = _samples([(unpacked[id(pre)], unpacked[id(post)]) for pre, post in pairs])
-                correlation = unit_correlation(*samples, layer.mask, world).flatten()
-            if GRADIENT in self._needs:
-                gradients = self._gradients.get(layer)
-                if gradients is None or not any(gradients.seen()):
-                    raise RuntimeError(_nothing_seen("gradient", number, self))
-                gradient = gradients.root_mean_squares(layer.mask, world)
-                gradients.close()
-            yield number, Evidence(layer, correlation, gradient)
-
     def _update(self, evidence: list[tuple[int, Evidence]]) -> None:
         """Prunes and grows in all layers, or in none of them if a score is not finite.
 
@@ -578,7 +415,9 @@ class DSTScheduler:
         grow = self.grow if self.fraction else GROW_RULES["random"]  # which needs nothing, and none are taken
         scores = [(self.prune.score(seen), grow.score(seen)) for _, seen in evidence]
         finite = torch.stack([score.isfinite().all() for pair in scores for score in pair])
-        budgets = self._budgets([seen for _, seen in evidence], finite.all())
+        budgets: Sequence[float | None] = [None] * len(evidence)  # their number of units stays
+        if self.final_density is not None and finite.all():
+            budgets = self._budgets([seen for _, seen in evidence], self.final_density)
         share = self.steps / self._last if self._last else 0.0
         fraction, pruned, grown, spare = self.fraction * SCHEDULES[self.schedule](share), 0, 0, 0.0
         with contextlib.ExitStack() as undo:
@@ -586,7 +425,9 @@ class DSTScheduler:
             for (number, seen), score, budget in zip(evidence, scores, budgets, strict=True):
                 draw = stream(self.seed, "dst", self.steps, number, device=draw_device(score[0].device))
                 room = None if budget is None else budget + spare
-                gone, new, spare = self._replace(seen.layer, room, fraction, *score, finite.all(), draw, undo)
+                gone, new, spare = replace_units(
+                    seen.layer, room, fraction, *score, finite.all(), draw, self._state, undo
+                )
                 pruned, grown = pruned + gone, grown + new
             undo.pop_all()
         for _, seen in evidence:
@@ -605,97 +446,34 @@ class DSTScheduler:
                 "its own, g2gnet.untie_wiring(copy)"
             )
 
+    def _budgets(self, evidence: list[Evidence], final_density: float) -> list[float]:
+        """The weights that each layer may keep; waits for the device."""
+        assert self._last is not None
+        sizes = [seen.mask.unit_sizes for seen in evidence]
+        frozen = sum(layer.mask.num_weights for layer in self.layers) - sum(int(each.sum()) for each in sizes)
+        final = final_density * sum(math.prod(layer.mask.shape) for layer in self.layers) - frozen
+        scores = [PRUNE_RULES["set"].score(seen) for seen in evidence]
+        return layer_budgets(sizes, scores, final, self._last - self.steps, self.interval)
+
     def _can_change(self, layer: G2GLinear) -> bool:
         """Whether an update prunes or grows units of the layer."""
         return self.final_density is not None or not layer.mask.is_full
 
-    def _budgets(self, evidence: list[Evidence], apply: torch.Tensor) -> list[float] | list[None]:
-        """The weights that each layer may keep. None: its number of units stays, also if ``apply``, a bool, is false.
-
-        Waits for the device if their number falls.
-        """
-        if self.final_density is None or not apply:
-            return [None] * len(evidence)
-        assert self._last is not None
-        of_layers = [seen.mask.unit_sizes.cpu() for seen in evidence]
-        sizes = torch.cat(of_layers)
-        total = sum(math.prod(layer.mask.shape) for layer in self.layers)
-        frozen = sum(layer.mask.num_weights for layer in self.layers) - int(sizes.sum())
-        before, final = int(sizes.sum()), self.final_density * total - frozen
-        left = self._last - self.steps
-        weights = final + max(0.0, before - final) * (left / (left + self.interval)) ** 3
-        adapted = torch.cat([layer_adapted(PRUNE_RULES["set"].score(seen)) for seen in evidence])
-        order = adapted.argsort(descending=True, stable=True)
-        remain = torch.empty_like(sizes)
-        remain[order] = sizes[order] * (sizes[order].cumsum(0) <= weights)
-        first, *others = [float(of_layer.sum()) for of_layer in remain.split([len(each) for each in of_layers])]
-        return [first + weights - int(remain.sum()), *others]
-
-    def _replace(
-        self,
-        layer: G2GLinear,
-        budget: float | None,
-        fraction: float,
-        prune: torch.Tensor,
-        grow: torch.Tensor,
-        apply: torch.Tensor,
-        draw: torch.Generator,
-        undo: contextlib.ExitStack,
-    ) -> tuple[int, int, float]:
-        """Keeps units of highest ``prune`` score [num_units], and replaces ``fraction`` of these.
-
-        The lowest of them give their slots to absent units of highest ``grow`` score [grid]. All units together have
-        ``budget`` weights or up to a unit fewer; None: their number stays. Nothing changes if ``apply``, a bool scalar,
-        is false. Closing ``undo`` takes it back. Returns the units pruned and grown, and what is left of the budget.
-        """
-        mask, spare = layer.mask, budget or 0.0
-        absent = len(grow) - mask.num_units
-        active = mask.present().flatten()
-        weakest = _first(prune, mask.num_units, draw)
-        best = _first(-grow, absent, draw, last=active)
-        if budget is None or not mask.num_units:
-            lost = new = min(share_of(fraction, mask.num_units), absent)
-        else:
-            of_grid = (mask.rows.lengths[:, None] * mask.cols.lengths).flatten()
-            stay, new, spare = _filled(budget, mask.unit_sizes[weakest.flip(0)], of_grid[best], fraction)
-            lost = mask.num_units - stay
-        removed = lost - new
-        slots = weakest[removed:lost]
-        units = torch.where(apply, best[:new], mask.flat_unit()[slots])
-        undo.callback(layer.rewire_(slots, units, apply))
-        undo.callback(self._state.reset_(layer.values, slots, apply))
-        if removed:
-            remain = torch.ones_like(prune, dtype=torch.bool)
-            remain[weakest[:removed]] = False
-            undo.callback(self._state.keep_(layer.values, remain))
-            undo.callback(layer.keep_(remain))
-        return lost, new, spare
-
     def __del__(self) -> None:
         # removes what it set up in the model; if its constructor raised, that is nothing
-        if "_uncompiled" in self.__dict__ and not sys.is_finalizing():
-            self._stop_recording()
+        if "_recorder" in self.__dict__ and not sys.is_finalizing():
+            self._recorder.stop()
 
     # --- copies and files ---------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {**self.__dict__, "prune": self.prune.name, "grow": self.grow.name, "_uncompiled": None}
-        # what was recorded so far in this step; hooks and attributes of layers are not copied
-        state["_recorder"] = self._recorder and (self._recorder.model, self._recorder.recorded())
-        state["_gradients"] = [(layer, gradients.seen()) for layer, gradients in self._gradients.items()]
-        return state
+        return {**self.__dict__, "prune": self.prune.name, "grow": self.grow.name}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        seen, gradients = state["_recorder"], state["_gradients"]
-        self.__dict__.update(state, prune=PRUNE_RULES[state["prune"]], grow=GROW_RULES[state["grow"]], _gradients={})
-        self._recorder = seen and ActivityRecorder(seen[0], self.layers)
+        self.__dict__.update(state, prune=PRUNE_RULES[state["prune"]], grow=GROW_RULES[state["grow"]])
         self._tie_averages()
         self._record_if_due()
-        if self._recorder is not None and seen[1]:
-            self._recorder.stop()
-            self._recorder.resume(seen[1])
-        for layer, what in gradients:
-            self._gradients[layer].resume(what)
+        self._recorder.resume()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DSTScheduler":
         twin = type(self).__new__(type(self))
@@ -704,22 +482,5 @@ class DSTScheduler:
         group = {"_process_group": self._process_group}
         rest = {name: value for name, value in self.__getstate__().items() if name not in group}
         twin.__setstate__({**copy.deepcopy(rest, memo), **group})
-        if twin._uncompiled is not None:  # a copy that is never used must not keep compiled code from running
-            twin._uncompiled.end()
-            twin._uncompiled = None
+        twin._recorder.run_compiled()  # a copy that is never used must not keep compiled code from running
         return twin
-
-
-def _nothing_seen(what: str, number: int, scheduler: DSTScheduler) -> str:
-    """The message where a rule lacks what it needs."""
-    if what == "gradient" and scheduler._overtaken:
-        return (
-            f"another DSTScheduler with grow='gradient' has taken over layer {number}; a layer has one scheduler: call "
-            "step() of the last one only"
-        )
-    return (
-        f"no {what} of layer {number} was recorded in this step, but prune={scheduler.prune.name!r} with "
-        f"grow={scheduler.grow.name!r} needs it. Pass the inputs and the activity to step(); or create the scheduler "
-        "with the model, and run the model forward and backward in training mode before each step(), not as a CUDA "
-        "graph while next_is_due; or use prune='set' or 'random' with grow='random'"
-    )

@@ -1,4 +1,17 @@
-"""A look inside trained networks: how groups are connected and what their neurons do together."""
+"""A look inside trained networks: how groups are connected and what their neurons do together.
+
+All examples in this package begin with this one.
+
+Example:
+    >>> from g2g_kernels import BlockMask, GroupLayout
+    >>> from g2gnet import G2GNet
+    >>> net = G2GNet(64, 64, 10, block_size=8, T=20)
+    >>> inputs, labels = net.encode(3 * torch.rand(30, 64)), torch.arange(30) % 10
+    >>> activity = net.simulate(inputs)
+    >>> batch = Batch(inputs, activity, labels)
+    >>> analysis = analyze_network(net, [batch], num_classes=10)
+    >>> sums = SpikeSums.of(activity.spikes[0].dense(), labels, 10, net.fc1.mask.rows.layout)
+"""
 
 from g2gnet.inspect.analysis import ANALYSIS_SAMPLES, Batch, LayerAnalysis, NetworkAnalysis, analyze_network
 from g2gnet.inspect.connections import cross_group_share, group_density, input_group_entropy

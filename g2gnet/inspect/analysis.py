@@ -33,10 +33,6 @@ class Batch(NamedTuple):
     """A network's input ([B, D] held, or [T, B, D]), its activity, and the true classes [B].
 
     Example:
-        >>> from g2gnet import G2GNet
-        >>> net = G2GNet(64, 64, 10, block_size=8, T=20)
-        >>> inputs = net.encode(3 * torch.rand(30, 64))
-        >>> batch = Batch(inputs, net.simulate(inputs), torch.arange(30) % 10)
         >>> analyze_network(net, [batch], num_classes=10).samples
         30
     """
@@ -68,11 +64,6 @@ class LayerAnalysis:
             (:class:`~g2g_kernels.ops.g2g_stack.SynapticOperations`).
 
     Example:
-        >>> from g2gnet import G2GNet
-        >>> net = G2GNet(64, 64, 10, block_size=8, T=20)
-        >>> inputs = net.encode(3 * torch.rand(30, 64))
-        >>> batch = Batch(inputs, net.simulate(inputs), torch.arange(30) % 10)
-        >>> analysis = analyze_network(net, [batch], num_classes=10)
         >>> layer = analysis.layers[0]
         >>> layer.group_rates.shape, layer.coherence.shape
         (torch.Size([8]), torch.Size([8, 8]))
@@ -167,11 +158,6 @@ class NetworkAnalysis:
         layers: from input to output.
 
     Example:
-        >>> from g2gnet import G2GNet
-        >>> net = G2GNet(64, 64, 10, block_size=8, T=20)
-        >>> inputs = net.encode(3 * torch.rand(30, 64))
-        >>> batch = Batch(inputs, net.simulate(inputs), torch.arange(30) % 10)
-        >>> analysis = analyze_network(net, [batch], num_classes=10)
         >>> 0 < analysis.firing_rate < 1, analysis.steps
         (True, 20)
     """
@@ -211,10 +197,6 @@ def analyze_network(net: G2GNet, batches: Iterable[Batch], num_classes: int) -> 
     the same neurons differently.
 
     Example:
-        >>> from g2gnet import G2GNet
-        >>> net = G2GNet(64, 64, 10, block_size=8, T=20)
-        >>> inputs = net.encode(3 * torch.rand(30, 64))
-        >>> batch = Batch(inputs, net.simulate(inputs), torch.arange(30) % 10)
         >>> analysis = analyze_network(net, [batch], num_classes=10)
         >>> [layer.name for layer in analysis.layers]
         ['lif1', 'lif2', 'lif3']

@@ -14,7 +14,6 @@ def group_density(mask: BlockMask) -> torch.Tensor:
     density_gh = weights that exist from input group h to output group g / (N_g · N_h)
 
     Example:
-        >>> from g2g_kernels import BlockMask, GroupLayout
         >>> group_density(BlockMask.sample(GroupLayout(8, 2), GroupLayout(8, 2), p_inter=0.0, block_size=2))
         tensor([[1., 0.],
                 [0., 1.]], dtype=torch.float64)
@@ -46,7 +45,6 @@ def cross_group_share(mask: BlockMask) -> torch.Tensor:
     NaN for a group without inputs. Its own groups: ``g2g_kernels.mask.groups.partners``.
 
     Example:
-        >>> from g2g_kernels import BlockMask, GroupLayout
         >>> cross_group_share(BlockMask.full(GroupLayout(8, 2), GroupLayout(8, 2), block_size=2))
         tensor([0.5000, 0.5000], dtype=torch.float64)
     """
@@ -66,7 +64,6 @@ def input_group_entropy(mask: BlockMask, values: torch.Tensor | None = None) -> 
     without inputs are skipped; NaN where no neuron is left, and for a single input group.
 
     Example:
-        >>> from g2g_kernels import BlockMask, GroupLayout
         >>> input_group_entropy(BlockMask.full(GroupLayout(8, 2), GroupLayout(8, 2), block_size=2))
         tensor([1., 1.], dtype=torch.float64)
     """

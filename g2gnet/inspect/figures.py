@@ -34,7 +34,6 @@ class Raster(NamedTuple):
     """Spikes [T, N] of one layer for one sample, on the CPU, and the groups of its neurons (:func:`rasters`).
 
     Example:
-        >>> from g2g_kernels import GroupLayout
         >>> raster = Raster("lif1", (torch.rand(20, 16) < 0.2).float(), GroupLayout(16, 4))
         >>> spike_rasters([raster], "one layer").savefig("raster.png")
     """
@@ -63,8 +62,6 @@ def rasters(net: G2GNet, activity: Activity, sample: int = 0) -> list[Raster]:
         sample: its number in the batch.
 
     Example:
-        >>> from g2gnet import G2GNet
-        >>> net = G2GNet(64, 64, 10, block_size=8, T=5)
         >>> [raster.name for raster in rasters(net, net.simulate(torch.rand(3, 64)), sample=2)]
         ['lif1', 'lif2', 'lif3']
     """
@@ -121,8 +118,6 @@ def connection_density(masks: Mapping[str, Mapping[str, BlockMask]]) -> Figure:
         masks: for each state, the masks by the names of the connections: ``{"now": {"fc1": net.fc1.mask}}``.
 
     Example:
-        >>> from g2gnet import G2GNet
-        >>> net = G2GNet(64, 64, 10, block_size=8)
         >>> masks = {name: connection.mask for name, connection in net.connections().items()}
         >>> connection_density({"now": masks}).savefig("density.png")
     """
@@ -162,7 +157,6 @@ def group_inputs(mask: BlockMask, shape: tuple[int, ...], name: str, inputs: str
         inputs: the inputs, in words.
 
     Example:
-        >>> from g2gnet import G2GNet
         >>> net = G2GNet(784, 64, 10, block_size=8)
         >>> group_inputs(net.fc1.mask, (28, 28), "fc1", "pixels").savefig("inputs.png")
     """
@@ -205,9 +199,6 @@ def spike_rasters(rasters: Sequence[Raster], title: str) -> Figure:
     Of a layer of more than 4,096 neurons, only the first are drawn, as its label says.
 
     Example:
-        >>> from g2gnet import G2GNet
-        >>> net = G2GNet(64, 64, 10, block_size=8, T=5)
-        >>> activity = net.simulate(3 * torch.rand(1, 64))
         >>> spike_rasters(rasters(net, activity), "a sample").savefig("raster.png")
     """
     heights = [1.0 if raster.spikes.shape[1] > 20 else 0.45 for raster in rasters]
@@ -254,9 +245,6 @@ def spike_animation(rasters: Sequence[Raster], title: str = "", interval: int = 
         interval: milliseconds per time step.
 
     Example:
-        >>> from g2gnet import G2GNet
-        >>> net = G2GNet(64, 64, 10, block_size=8, T=5)
-        >>> activity = net.simulate(3 * torch.rand(1, 64))
         >>> spike_animation(rasters(net, activity), "a sample").save("spikes.gif", writer="pillow")
     """
     figure, axes = _figure(1, len(rasters), 3.6)
@@ -312,12 +300,6 @@ def rate_histograms(analysis: NetworkAnalysis) -> Figure:
     """Histograms of each layer's firing rates.
 
     Example:
-        >>> from g2gnet import G2GNet
-        >>> from g2gnet.inspect import Batch, analyze_network
-        >>> net = G2GNet(64, 64, 10, block_size=8, T=20)
-        >>> inputs = net.encode(3 * torch.rand(30, 64))
-        >>> batch = Batch(inputs, net.simulate(inputs), torch.arange(30) % 10)
-        >>> analysis = analyze_network(net, [batch], num_classes=10)
         >>> rate_histograms(analysis).savefig("rates.png")
     """
     figure, axes = _figure(1, len(analysis.layers), 2.9)

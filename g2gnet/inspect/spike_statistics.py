@@ -37,11 +37,10 @@ class SpikeSums:
         activity: float64 [T, B, G], spikes of each group at each step.
 
     Example:
-        >>> from g2g_kernels import GroupLayout
-        >>> spikes = (torch.rand(50, 20, 16) < 0.2).float()  # [T, B, N]
-        >>> sums = SpikeSums.of(spikes, torch.arange(20) % 2, num_classes=2, layout=GroupLayout(16, 4))
+        >>> spikes = activity.spikes[0].dense()  # [T, B, N]
+        >>> sums = SpikeSums.of(spikes, labels, num_classes=10, layout=net.fc1.mask.rows.layout)
         >>> firing_rates(sums).shape, temporal_synchrony(sums).shape
-        (torch.Size([16]), torch.Size([4]))
+        (torch.Size([64]), torch.Size([8]))
     """
 
     layout: GroupLayout
@@ -90,7 +89,6 @@ def firing_rates(sums: SpikeSums) -> torch.Tensor:
     """Spikes of each neuron per step and sample: float64 [N], 0 to 1.
 
     Example:
-        >>> from g2g_kernels import GroupLayout
         >>> spikes = torch.ones(10, 4, 8)
         >>> firing_rates(SpikeSums.of(spikes, torch.arange(4) % 2, 2, GroupLayout(8, 2)))[:3]
         tensor([1., 1., 1.], dtype=torch.float64)
@@ -102,7 +100,6 @@ def group_means(values: torch.Tensor, layout: GroupLayout) -> torch.Tensor:
     """The mean of ``values`` [N] over the neurons of each group, [G].
 
     Example:
-        >>> from g2g_kernels import GroupLayout
         >>> group_means(torch.tensor([1.0, 3.0, 5.0, 7.0]), GroupLayout(4, 2))
         tensor([2., 6.])
     """
@@ -130,7 +127,6 @@ def temporal_synchrony(sums: SpikeSums) -> torch.Tensor:
     one neuron, or where e = 0 throughout: silent neurons, T = 1, one sample per class.
 
     Example:
-        >>> from g2g_kernels import GroupLayout
         >>> one = (torch.rand(100, 20, 1) < 0.3).float()
         >>> same = one.expand(-1, -1, 8).contiguous()  # all neurons do the same
         >>> sums = SpikeSums.of(same, torch.zeros(20, dtype=torch.int64), 1, GroupLayout(8, 2))
@@ -160,11 +156,8 @@ def coherence(first: SpikeSums, second: SpikeSums) -> torch.Tensor:
     throughout a group.
 
     Example:
-        >>> from g2g_kernels import GroupLayout
-        >>> spikes = (torch.rand(50, 20, 16) < 0.2).float()
-        >>> sums = SpikeSums.of(spikes, torch.arange(20) % 2, 2, GroupLayout(16, 4))
         >>> coherence(sums, sums).shape
-        torch.Size([4, 4])
+        torch.Size([8, 8])
     """
     steps = first.steps
     # the real transform omits frequencies above one half, equal to those below: these count twice
@@ -184,11 +177,8 @@ def chance_coherence(first: SpikeSums, second: SpikeSums) -> torch.Tensor:
     n = B − classes for the subtracted means; NaN for one sample per class.
 
     Example:
-        >>> from g2g_kernels import GroupLayout
-        >>> spikes = (torch.rand(50, 20, 16) < 0.2).float()
-        >>> sums = SpikeSums.of(spikes, torch.arange(20) % 2, 2, GroupLayout(16, 4))
         >>> chance_coherence(sums, sums).shape
-        torch.Size([4, 4])
+        torch.Size([8, 8])
     """
     free = len(first.labels) - len(first.labels.unique())
     pairs = (first.layout.sizes[:, None] * second.layout.sizes).double()
@@ -199,11 +189,8 @@ class CountCorrelation(NamedTuple):
     """Mean Pearson correlation of spike counts over pairs of two groups, three float64 [G, G], −1 to 1.
 
     Example:
-        >>> from g2g_kernels import GroupLayout
-        >>> spikes = (torch.rand(50, 20, 16) < 0.2).float()
-        >>> correlation = count_correlation(SpikeSums.of(spikes, torch.arange(20) % 2, 2, GroupLayout(16, 4)))
-        >>> correlation.signal.shape
-        torch.Size([4, 4])
+        >>> count_correlation(sums).signal.shape
+        torch.Size([8, 8])
     """
 
     total: torch.Tensor
@@ -221,11 +208,8 @@ def count_correlation(sums: SpikeSums) -> CountCorrelation:
     count never changes (silent ones) have no correlation and are skipped; NaN where no pair is left.
 
     Example:
-        >>> from g2g_kernels import GroupLayout
-        >>> spikes = (torch.rand(50, 20, 16) < 0.2).float()
-        >>> sums = SpikeSums.of(spikes, torch.arange(20) % 2, 2, GroupLayout(16, 4))
         >>> count_correlation(sums).noise.shape  # by pairs of groups
-        torch.Size([4, 4])
+        torch.Size([8, 8])
     """
     labels, counts = sums.labels, sums.counts
     per_class = torch.bincount(labels, minlength=sums.class_sums.shape[1])

@@ -31,11 +31,6 @@ def headline(analysis: NetworkAnalysis, images: int | None = None) -> str:
     """What was analysed, of ``images`` in all, and the three main numbers of the network.
 
     Example:
-        >>> from g2gnet import G2GNet
-        >>> net = G2GNet(64, 64, 10, block_size=8, T=20)
-        >>> inputs = net.encode(3 * torch.rand(30, 64))
-        >>> batch = Batch(inputs, net.simulate(inputs), torch.arange(30) % 10)
-        >>> analysis = analyze_network(net, [batch], num_classes=10)
         >>> headline(analysis, images=100).partition(":")[0]
         '30 of 100 test images, 20 steps'
     """
@@ -51,11 +46,6 @@ def summary_table(analysis: NetworkAnalysis) -> Table:
     """The main quantities, one row per layer: means over neurons or groups.
 
     Example:
-        >>> from g2gnet import G2GNet
-        >>> net = G2GNet(64, 64, 10, block_size=8, T=20)
-        >>> inputs = net.encode(3 * torch.rand(30, 64))
-        >>> batch = Batch(inputs, net.simulate(inputs), torch.arange(30) % 10)
-        >>> analysis = analyze_network(net, [batch], num_classes=10)
         >>> summary_table(analysis).header[:3]
         ('', 'rate', 'silent')
     """
@@ -81,11 +71,6 @@ def layers_table(analysis: NetworkAnalysis) -> Table:
     """One column per layer; quantities of groups as means over them. – where not defined.
 
     Example:
-        >>> from g2gnet import G2GNet
-        >>> net = G2GNet(64, 64, 10, block_size=8, T=20)
-        >>> inputs = net.encode(3 * torch.rand(30, 64))
-        >>> batch = Batch(inputs, net.simulate(inputs), torch.arange(30) % 10)
-        >>> analysis = analyze_network(net, [batch], num_classes=10)
         >>> layers_table(analysis).header
         ('', 'lif1', 'lif2', 'lif3')
     """
@@ -125,11 +110,6 @@ def groups_table(layer: LayerAnalysis) -> Table:
     """One row per group.
 
     Example:
-        >>> from g2gnet import G2GNet
-        >>> net = G2GNet(64, 64, 10, block_size=8, T=20)
-        >>> inputs = net.encode(3 * torch.rand(30, 64))
-        >>> batch = Batch(inputs, net.simulate(inputs), torch.arange(30) % 10)
-        >>> analysis = analyze_network(net, [batch], num_classes=10)
         >>> len(groups_table(analysis.layers[0]).rows)
         8
     """

@@ -360,7 +360,7 @@ def _surrogate(key: str, value: Any) -> str:
     return value
 
 
-def _said(name: str, node: Any, key: str, otherwise: Any, read: Callable[[str, Any], Any]) -> Any:
+def _metadata_entry(name: str, node: Any, key: str, otherwise: Any, read: Callable[[str, Any], Any]) -> Any:
     """What ``read`` makes of an entry of a node's metadata, as :func:`to_nir` writes it."""
     if not isinstance(node.metadata, Mapping):
         raise ValueError(f"node {name}: metadata is a {type(node.metadata).__name__}; give a dict, or {{}}")
@@ -413,7 +413,7 @@ def _connection(
         return BlockMask.from_state({"wiring": wiring}, (weight.shape[0], weight.shape[1]))
 
     if mask is None:
-        mask = _said(name, node, "wiring", None, read)
+        mask = _metadata_entry(name, node, "wiring", None, read)
         if mask is not None and weight[~mask.to_dense().numpy()].any():
             raise ValueError(f"node {name} has weights that its metadata calls absent; give masks={{{name!r}: ...}}")
     return G2GLinear.from_linear(linear, mask, backend)
@@ -452,16 +452,16 @@ def _neurons_node(name: str, neurons: SpikingNeurons, size: int, dt: float) -> A
 def _neurons(name: str, node: Any, size: int, dt: float, backend: str | None) -> SpikingNeurons:
     model, time_constants = _READ[type(node).__name__]
 
-    def given(option: str, otherwise: float, check: Callable[[str, float], Any]) -> np.ndarray:
+    def of_node(option: str, otherwise: float, check: Callable[[str, float], Any]) -> np.ndarray:
         return numbers(f"node {name}: {option}", getattr(node, option, otherwise), size, check)
 
     for option in ("v_leak", "v_reset"):
-        if given(option, 0.0, FINITE).any():
+        if of_node(option, 0.0, FINITE).any():
             raise ValueError(f"node {name} has {option} other than 0, which our neurons do not support")
     values: dict[str, np.ndarray] = {decay: np.ones(1) for decay in MODELS[model].decays}
-    gain = given("r", 1.0, _POSITIVE.check) * given("w_in", 1.0, _POSITIVE.check) * (1.0 if time_constants else dt)
+    gain = of_node("r", 1.0, _POSITIVE.check) * of_node("w_in", 1.0, _POSITIVE.check) * (1.0 if time_constants else dt)
     for decay, constant in time_constants.items():
-        step = dt / given(constant, 0.0, _POSITIVE.check)
+        step = dt / of_node(constant, 0.0, _POSITIVE.check)
         if np.any(step > 1):
             raise ValueError(
                 f"node {name} has a time constant below dt={dt} s; give the dt that the graph was made for"
@@ -469,16 +469,16 @@ def _neurons(name: str, node: Any, size: int, dt: float, backend: str | None) ->
         values[decay] = 1 - step
         gain = gain * step
     gain = numbers(f"node {name}: gain g", gain, size, _POSITIVE.check)
-    threshold = given("v_threshold", 1.0, _threshold)
+    threshold = of_node("v_threshold", 1.0, _threshold)
     values["threshold"] = numbers(f"node {name}: v_threshold/g", threshold / gain, size, check_parameter)
     neurons = NEURONS[model](
         reset="zero",
-        surrogate=_said(name, node, "surrogate", SURROGATE, _surrogate),
-        alpha=float(_said(name, node, "alpha", ALPHA, SHARPNESS.check)),
+        surrogate=_metadata_entry(name, node, "surrogate", SURROGATE, _surrogate),
+        alpha=float(_metadata_entry(name, node, "alpha", ALPHA, SHARPNESS.check)),
         backend=backend,
         # no leak stays none: NIR cannot express a decay next to 1
         **{
-            key: _said(name, node, key, parameter in ("threshold", *time_constants), check_flag)
+            key: _metadata_entry(name, node, key, parameter in ("threshold", *time_constants), check_flag)
             for parameter in values
             for key in [f"learn_{parameter}"]
         },
@@ -486,7 +486,7 @@ def _neurons(name: str, node: Any, size: int, dt: float, backend: str | None) ->
     for parameter, value in values.items():
         tensor = torch.from_numpy(value).float()
         differ = bool((tensor != tensor[0]).any())
-        per_neuron = _said(name, node, f"{parameter}_per_neuron", differ, check_flag) or differ
+        per_neuron = _metadata_entry(name, node, f"{parameter}_per_neuron", differ, check_flag) or differ
         neurons.by_name[parameter].data = tensor.expand(size).clone() if per_neuron else tensor[:1]
     return neurons
 

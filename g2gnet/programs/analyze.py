@@ -9,7 +9,8 @@ from g2gnet.base.messages import say
 from g2gnet.data import ImageData
 from g2gnet.inspect import NetworkAnalysis, analyze_network, groups_table, headline, layers_table
 from g2gnet.network import G2GNet
-from g2gnet.programs import cli
+from g2gnet.programs import flags
+from g2gnet.programs.main import run_program
 from g2gnet.training import SavedRun, read_run
 from g2gnet.training.evaluation import run_images
 
@@ -19,16 +20,16 @@ example:
 """
 
 
-def build_parser() -> cli.Parser:
-    parser = cli.Parser(
+def build_parser() -> flags.Parser:
+    parser = flags.Parser(
         prog="g2g-analyze",
         description=__doc__,
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     text = "the .pth file of a training run, finished or not"
-    parser.add_argument("checkpoint", type=cli.file_name, metavar="CHECKPOINT", help=text)
-    cli.add_json_flag(cli.add_inspection_flags(parser), "all quantities, including matrices between groups,")
+    parser.add_argument("checkpoint", type=flags.file_name, metavar="CHECKPOINT", help=text)
+    flags.add_json_flag(flags.add_inspection_flags(parser), "all quantities, including matrices between groups,")
     return parser
 
 
@@ -39,9 +40,9 @@ def analyze_run(run: SavedRun, net: G2GNet, data: ImageData, samples: int) -> Ne
 
 
 def analyze(arguments: argparse.Namespace) -> dict[str, Any]:
-    machine = cli.machine_from(arguments)
+    machine = flags.machine_from(arguments)
     run = read_run(arguments.checkpoint)
-    data = cli.load_run_data(arguments, run.settings, machine.device)
+    data = flags.load_run_data(arguments, run.settings, machine.device)
     analysis = analyze_run(run, run.network(machine.device, machine.backend), data, arguments.samples)
     say(f"{run.path}: {run.settings.model} on {run.settings.dataset}, {run.position}")
     say(f"{headline(analysis)}\n\n{layers_table(analysis)}")
@@ -60,7 +61,7 @@ def analyze(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return cli.run_program(build_parser(), analyze, argv, interrupted="nothing was written")
+    return run_program(build_parser(), analyze, argv, interrupted="nothing was written")
 
 
 if __name__ == "__main__":

@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 
-from g2gnet.base.distributed import join
 from g2gnet.base.messages import say
 from g2gnet.base.tables import markdown
-from g2gnet.base.version import __version__
-from g2gnet.programs import cli
+from g2gnet.programs import flags, output
+from g2gnet.programs.main import run_program
 from g2gnet.training.checkpoints import RunFiles
 from g2gnet.training.cross_validation import ACCURACIES, FoldSettings, cross_validate
 
@@ -26,16 +25,9 @@ examples:
 """
 
 
-def build_parser() -> cli.Parser:
-    parser = cli.Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cli.add_settings_flags(parser, FoldSettings)
-    group = cli.add_machine_flags(parser)
-    cli.add_peer_flag(group)
-    cli.add_graph_flags(group)
-    cli.add_log_flag(group)
-    cli.add_json_flag(group, "the settings, the results of all folds and the files' names")
-    parser.add_argument("--version", action="version", version=f"g2g {__version__}")
-    return parser
+def build_parser() -> flags.Parser:
+    document = "the settings, the results of all folds and the files' names"
+    return flags.training_parser(__doc__ or "", EXAMPLES, FoldSettings, document)
 
 
 def table(results: dict[str, Any]) -> str:
@@ -58,28 +50,28 @@ def files_of_fold(arguments: argparse.Namespace, settings: FoldSettings) -> Sequ
 
 
 def crossval(arguments: argparse.Namespace) -> dict[str, Any] | None:
-    settings = cli.settings_from(arguments, FoldSettings)
-    machine = cli.machine_from(arguments)
+    settings = flags.settings_from(arguments, FoldSettings)
+    machine = flags.machine_from(arguments)
     file = Path(arguments.checkpoint_dir) / f"{settings.summary_stem}.json"
-    cli.check_json(arguments, [file, *files_of_fold(arguments, settings)])
-    with join(torch.device("cpu"), cli.about("crossval", settings, machine), cli.peer_limit(arguments)) as world:
+    output.check_json(arguments, [file, *files_of_fold(arguments, settings)])
+    with flags.join_peers(arguments, "crossval", settings, machine, torch.device("cpu")) as world:
         machine = machine._replace(world=world)
         if world.leads:
-            cli.announce(settings, machine)
+            flags.announce(settings, machine)
             RunFiles(arguments.checkpoint_dir, dataclasses.replace(settings, fold=settings.k_folds).stem).check()
-            cli.check_output(file, arguments)
+            output.check_output(file, arguments)
         results = cross_validate(
             settings,
-            lambda: cli.load_data(arguments, settings, machine.device),
+            lambda: flags.load_data(arguments, settings, machine.device),
             arguments.checkpoint_dir,
             machine,
-            cli.log_from(arguments),
+            flags.log_from(arguments),
         )
         if not world.leads:
             return None
     say(table(results))
-    document = {"settings": settings.given(), **results}
-    cli.write_output(file, json.dumps(document, indent=2) + "\n")
+    document = {"settings": settings.flag_values(), **results}
+    output.write_output(file, json.dumps(document, indent=2) + "\n")
     say(f"wrote {file}")
     folds = [dataclasses.replace(settings, fold=result["fold"]).stem for result in results["folds"]]
     files = {"results": str(file), "folds": [RunFiles(arguments.checkpoint_dir, stem).paths() for stem in folds]}
@@ -87,7 +79,7 @@ def crossval(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return cli.run_program(build_parser(), crossval, argv)
+    return run_program(build_parser(), crossval, argv)
 
 
 if __name__ == "__main__":

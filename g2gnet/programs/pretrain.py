@@ -19,7 +19,8 @@ from g2gnet.base.seeding import draw_device, stream
 from g2gnet.data import ImageData, load_dataset, random_crop_and_flip
 from g2gnet.data.features import new_resnet
 from g2gnet.data.features.pretrained_weights import RELEASES
-from g2gnet.programs import cli
+from g2gnet.programs import flags, output
+from g2gnet.programs.main import run_program
 from g2gnet.settings import setting, with_default
 from g2gnet.training import run_epochs
 from g2gnet.training.checkpoints import RunFiles, read_checkpoint
@@ -102,25 +103,25 @@ class PretrainTrainer(EpochTrainer):
         return correct.item() / len(self.data.test_labels)
 
 
-def build_parser() -> cli.Parser:
-    parser = cli.Parser(
+def build_parser() -> flags.Parser:
+    parser = flags.Parser(
         prog="g2g-pretrain",
         description="Trains a CIFAR ResNet-32, whose features train.py --use_resnet --resnet_weights FILE can use.",
     )
-    cli.add_settings_flags(parser, PretrainSettings)
-    group = cli.add_machine_flags(parser, kernels=False)
-    cli.add_json_flag(group, "the settings, the last epoch's results and the files' names")
+    flags.add_settings_flags(parser, PretrainSettings)
+    group = flags.add_machine_flags(parser, kernels=False)
+    flags.add_json_flag(group, "the settings, the last epoch's results and the files' names")
     return parser
 
 
 def pretrain(arguments: argparse.Namespace) -> dict[str, Any]:
-    settings = cli.settings_from(arguments, PretrainSettings)
+    settings = flags.settings_from(arguments, PretrainSettings)
     weights = Path(arguments.checkpoint_dir) / f"{settings.stem}.pt"
     files = RunFiles(arguments.checkpoint_dir, settings.stem)
-    cli.check_json(arguments, [weights, *files.files()])
-    machine = cli.machine_from(arguments)
+    output.check_json(arguments, [weights, *files.files()])
+    machine = flags.machine_from(arguments)
     files.check()
-    cli.check_output(weights)
+    output.check_output(weights)
     result = run_epochs(
         settings,
         lambda: PretrainTrainer(settings, load_dataset(settings.dataset, arguments.data_dir), machine.device),
@@ -128,14 +129,14 @@ def pretrain(arguments: argparse.Namespace) -> dict[str, Any]:
         machine,
     )
     model = read_checkpoint(files.checkpoint)["model"]
-    cli.write_file(weights, lambda file: torch.save(model, file))
+    output.write_file(weights, lambda file: torch.save(model, file))
     say(f"wrote {weights}, for train.py --dataset {settings.dataset} --use_resnet --resnet_weights {weights}")
     paths = {**files.paths(), "weights": str(weights)}
-    return {"settings": settings.given(), "result": result, "files": paths}
+    return {"settings": settings.flag_values(), "result": result, "files": paths}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return cli.run_program(build_parser(), pretrain, argv)
+    return run_program(build_parser(), pretrain, argv)
 
 
 if __name__ == "__main__":

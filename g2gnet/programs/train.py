@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from g2gnet.base.distributed import join, launched
+from g2gnet.base.distributed import launched
 from g2gnet.base.messages import say
-from g2gnet.base.version import __version__
 from g2gnet.inspect import NetworkAnalysis, headline, summary_table
-from g2gnet.programs import cli
+from g2gnet.programs import flags, output
+from g2gnet.programs.main import run_program
 from g2gnet.training import TrainSettings, run_training
 from g2gnet.training.checkpoints import RunFiles
 
@@ -23,40 +23,33 @@ examples:
 """
 
 
-def build_parser() -> cli.Parser:
-    parser = cli.Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cli.add_settings_flags(parser)
-    group = cli.add_machine_flags(parser)
-    cli.add_peer_flag(group)
-    cli.add_graph_flags(group)
-    cli.add_log_flag(group)
-    cli.add_json_flag(group, "the settings, the last epoch's results and the files' names")
-    parser.add_argument("--version", action="version", version=f"g2g {__version__}")
-    return parser
+def build_parser() -> flags.Parser:
+    document = "the settings, the last epoch's results and the files' names"
+    return flags.training_parser(__doc__ or "", EXAMPLES, TrainSettings, document)
 
 
 def train(arguments: argparse.Namespace) -> dict[str, Any] | None:
-    settings = cli.settings_from(arguments, TrainSettings)
+    settings = flags.settings_from(arguments, TrainSettings)
     files = RunFiles(arguments.checkpoint_dir, settings.stem)
-    cli.check_json(arguments, files.files())
-    machine = cli.machine_from(arguments)
+    output.check_json(arguments, files.files())
+    machine = flags.machine_from(arguments)
     if machine.cuda_graph and launched():
-        raise cli.FlagError("--cuda_graph is of one process; leave it out, or start one without torchrun")
-    with join(machine.device, cli.about("train", settings, machine), cli.peer_limit(arguments)) as world:
+        raise flags.FlagError("--cuda_graph is of one process; leave it out, or start one without torchrun")
+    with flags.join_peers(arguments, "train", settings, machine, machine.device) as world:
         machine = machine._replace(world=world)
         if world.leads:
-            cli.announce(settings, machine)
+            flags.announce(settings, machine)
         result = run_training(
             settings,
-            lambda: cli.load_data(arguments, settings, machine.device),
+            lambda: flags.load_data(arguments, settings, machine.device),
             arguments.checkpoint_dir,
             machine,
             show_analysis,
-            cli.log_from(arguments) if world.leads else (),
+            flags.log_from(arguments) if world.leads else (),
         )
         if not world.leads:
             return None
-    return {"settings": settings.given(), "result": result, "files": files.paths()}
+    return {"settings": settings.flag_values(), "result": result, "files": files.paths()}
 
 
 def show_analysis(analysis: NetworkAnalysis, images: int, path: Path) -> None:
@@ -70,7 +63,7 @@ def show_analysis(analysis: NetworkAnalysis, images: int, path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return cli.run_program(build_parser(), train, argv)
+    return run_program(build_parser(), train, argv)
 
 
 if __name__ == "__main__":

@@ -120,20 +120,20 @@ class CapturedStep:
             if watched != self._watched:  # by the step itself, if that happens at every call
                 self.recapture()
                 self._watched = watched
-            given, form = tree_flatten((args, kwargs))
-            arguments = [_kind_of(each, self._device) for each in given]
+            inputs, form = tree_flatten((args, kwargs))
+            arguments = [_kind_of(each, self._device) for each in inputs]
             modes = torch.is_grad_enabled(), torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
             kind = form, arguments, [each.grad is None for each in learned], modes
-            given += [each.grad for each in learned]
+            inputs += [each.grad for each in learned]
             if self._replay is None or kind != self._kind:
                 warmed = self._warmed.count(kind)
-                if warmed < self.WARM_UP or not self._capture(given, form, learned):
+                if warmed < self.WARM_UP or not self._capture(inputs, form, learned):
                     self._warmed.append(kind)
                     return self._directly(args, kwargs, last=warmed == self.WARM_UP - 1)
                 self._kind, self._kept = kind, kept
             self._warmed.clear()
             self._replays += 1
-            return self._replay(given)
+            return self._replay(inputs)
 
     def _directly(self, args: tuple[Any, ...], kwargs: dict[str, Any], last: bool) -> Any:
         """A call on the stream on which the step will be captured, as autograd needs it."""
@@ -155,10 +155,10 @@ class CapturedStep:
             )
         return result
 
-    def _capture(self, given: list[Any], form: Any, learned: list[torch.Tensor]) -> bool:
+    def _capture(self, now: list[Any], form: Any, learned: list[torch.Tensor]) -> bool:
         """Captures a step with copies of arguments and gradients; nothing is computed. Returns whether it could."""
         self.recapture()  # gives the memory of the last graph to this one
-        inputs = [each.clone() if isinstance(each, torch.Tensor) else each for each in given]
+        inputs = [each.clone() if isinstance(each, torch.Tensor) else each for each in now]
         args, kwargs = tree_unflatten(inputs[: form.num_leaves], form)
         gradients = _exchange(learned, inputs[form.num_leaves :])
         graph = torch.cuda.CUDAGraph()
@@ -256,14 +256,14 @@ def _is_on(tensor: torch.Tensor, device: torch.device) -> bool:
     return tensor.device == device
 
 
-def _kind_of(given: Any, device: torch.device) -> tuple[Any, ...]:
-    if isinstance(given, torch.Tensor) and _is_on(given, device) and not given.requires_grad:
-        return given.shape, given.dtype
-    if isinstance(given, _PLAIN):
-        return type(given), given
-    where = f" on {given.device} with requires_grad={given.requires_grad}" if isinstance(given, torch.Tensor) else ""
+def _kind_of(value: Any, device: torch.device) -> tuple[Any, ...]:
+    if isinstance(value, torch.Tensor) and _is_on(value, device) and not value.requires_grad:
+        return value.shape, value.dtype
+    if isinstance(value, _PLAIN):
+        return type(value), value
+    where = f" on {value.device} with requires_grad={value.requires_grad}" if isinstance(value, torch.Tensor) else ""
     raise ValueError(
-        f"an argument of the step is a {type(given).__name__}{where}, and a graph reads copies of tensors on {device} "
+        f"an argument of the step is a {type(value).__name__}{where}, and a graph reads copies of tensors on {device} "
         "that need no gradient, and plain values; move or detach it, make it in the step, or give it in `watch`"
     )
 

@@ -23,7 +23,7 @@ from g2gnet.base.files import (
     replace_file,
 )
 from g2gnet.base.messages import reason, warn
-from g2gnet.base.tensor_files import TensorFileError, check_plain, read_tensors, write_tensors
+from g2gnet.base.tensor_files import TensorFileError, read_tensors, write_tensors
 from g2gnet.training.run_settings import RunSettings
 
 #: version of the checkpoint's structure
@@ -202,9 +202,9 @@ class RunFiles:
         """
         keep = self.previous if self._whole else None
         with self._writing(self.checkpoint):
-            write_tensors(self.checkpoint, {"format": FORMAT, **state}, keep)
             for of_finished in (self.marker, self.analysis):  # a run that was finished goes on for more epochs
                 of_finished.unlink(missing_ok=True)
+            write_tensors(self.checkpoint, {"format": FORMAT, **state}, keep)
         self._whole = True
 
     def load_checkpoint(self, settings: RunSettings) -> Checkpoint | None:
@@ -256,45 +256,25 @@ class RunFiles:
     def load_marker(self, settings: RunSettings) -> dict[str, Any] | None:
         """The result of the finished run, or None if it is not finished, or if ``settings`` have it go on.
 
-        The marker has no checksum: it is believed only where the checkpoint, which has one, holds the same result.
+        The marker only says that there is one: the result is the checkpoint's, which has a checksum.
 
         Raises:
-            CheckpointError: if the marker or the checkpoint is damaged, or of a run with other settings.
+            CheckpointError: if the checkpoint is missing, damaged, or of a run with other settings.
         """
-        try:
-            content = json.loads(read_file(self.marker))
-            check_plain(content)
-            made_with, result = content["settings"], content["result"]
-            made_with.items()
-            check_record(result)
-        except (FileNotFoundError, NotADirectoryError):
+        if not self.marker.exists():
             return None
-        except KeyError as error:
-            raise CheckpointError(f"{self.marker} lacks {error}; delete it, and the run makes it again") from error
-        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise CheckpointError(
-                f"{self.marker} cannot be read ({reason(error)}); delete it, and the run makes it again"
-            ) from error
-        self._check_settings(self.marker, made_with, settings)
         try:
             state = read_checkpoint(self.checkpoint)
-        except CheckpointError as error:
+            history = state["history"]
+            check_history(history, len(history))
+            result = history[-1]
+        except (CheckpointError, LookupError, TypeError, ValueError) as error:
             raise CheckpointError(
-                f"{error} The run is finished, and its result is believed beside its checkpoint: put that back, or "
-                f"delete {self.names()} to train it again"
+                f"{reason(error)} The run is finished, and its result is in its checkpoint: put that back, or delete "
+                f"{self.names()} to train it again"
             ) from error
         self._check_settings(self.checkpoint, state["settings"], settings)
-        epochs = made_with.get("epochs")
-        try:  # the checkpoint is of more epochs where a finished run went on and was killed before the marker was gone
-            record = json.loads(json.dumps(state["history"][epochs - 1]))
-        except (LookupError, TypeError, ValueError, RecursionError):  # not what a run writes
-            record = None
-        if record != result or result["epoch"] != epochs:
-            raise CheckpointError(
-                f"{self.marker} is damaged: {self.checkpoint} holds another result; delete {self.marker}, and the run "
-                "makes it again"
-            )
-        return result if epochs == settings.epochs else None
+        return result if result["epoch"] == settings.epochs else None
 
     def _check_settings(self, path: Path, theirs: dict[str, Any], ours: RunSettings) -> None:
         """Raises CheckpointError unless a run with settings ``ours`` begins as, or is, the one with ``theirs``."""

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -94,21 +94,10 @@ class EpochTrainer(ABC):
         self._batches = math.ceil(len(self.data.train_labels) / settings.batch_size)
         self._steps = settings.epochs * self._batches
 
-    def _watch(self, lr: float, raised: Mapping[str, float] | None = None) -> None:
-        """Follows the loss and the gradients of ``net`` from the first step on.
-
-        Args:
-            lr: the learning rate then.
-            raised: what may be too large if they do not stay finite, the likeliest first.
-        """
-        self._lr, self._scales = lr, {**(raised or {}), "lr": lr}
-        self._finite = FiniteWatch(self.net, self.device, self.remedy)
-
-    def remedy(self, updated: bool = True) -> str:
-        """What to do when numbers are not finite; ``updated`` is false where no weight has changed before."""
-        scales = {name: value for name, value in self._scales.items() if updated or name != "lr"}
-        steps = [f"{'lower' if value > 0 else 'raise'} `{name}` (now {value})" for name, value in scales.items()]
-        return " or ".join(steps) or "no weight has changed yet: look for the largest values in the data"
+    def _watch(self, lr: float) -> None:
+        """Follows the loss and the gradients of ``net`` from the first step on, whose learning rate is ``lr``."""
+        self._lr = lr
+        self._finite = FiniteWatch(self.net, self.device)
 
     @abstractmethod
     def _train_step(self, index: torch.Tensor) -> StepResult:

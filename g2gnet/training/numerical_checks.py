@@ -1,7 +1,7 @@
 """Finds and names numbers that go wrong in training, without making the device wait."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -9,7 +9,6 @@ from torch import nn
 from g2gnet.data import ImageData, as_samples
 from g2gnet.neurons import SpikingNeurons
 from g2gnet.settings import NetworkSettings
-from g2gnet.training.run_settings import TrainSettings
 
 logger = logging.getLogger("g2gnet")
 
@@ -19,8 +18,10 @@ CHECK_INTERVAL = 100
 SILENT, SATURATED = 1e-4, 0.99
 #: share of a layer's neurons that never fire, above which there is a warning
 MOSTLY_SILENT = 0.5
-#: uint8 data whose largest value is below this may be counts of events; pixels are hardly so dark
-DARKEST_PIXELS = 32
+#: the remedies for silent and for saturated layers
+WAKE, CALM = "raise `init_gain` or `enc_scale`, or give `standardize`", "lower `enc_scale`, or give `enforce_sparsity`"
+#: the remedy for numbers that grow without bound
+LOWER = "lower `lr`, or the settings that scale inputs, weights or thresholds"
 #: the remedy for learned parameters that drift
 DRIFTING = "that is harmless if it stays near; if it moves on, lower `lr`"
 
@@ -40,11 +41,9 @@ class FiniteWatch:
     Args:
         module: whose parameters' gradients are watched, from input to output.
         device: where they are.
-        remedy: what to do when one is not finite, after an update of the parameters (True) or before any.
     """
 
-    def __init__(self, module: nn.Module, device: torch.device, remedy: Callable[[bool], str]) -> None:
-        self._remedy = remedy
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
         self._parameters = dict(module.named_parameters())
         self._first = torch.full((1 + len(self._parameters),), _NEVER, device=device)
         self._step = torch.zeros((), dtype=torch.int64, device=device)
@@ -73,30 +72,15 @@ class FiniteWatch:
             what = ["the loss"] if loss == step else []
             # the backward pass runs from output to input: the last layer went wrong first
             what += [f"the gradient of {name}" for name in names[-1:]]
-            raise TrainingError(f"in step {step} {' and '.join(what)} became non-finite; {self._remedy(step > 1)}")
+            remedy = LOWER if step > 1 else "no weight has changed yet: look for the largest values in the data"
+            raise TrainingError(f"in step {step} {' and '.join(what)} became non-finite; {remedy}")
 
 
 class LayerWatch:
-    """Warns, once for each layer and problem, about neurons that do nothing useful; through the logger ``g2gnet``.
+    """Warns, once for each layer and problem, about neurons that do nothing useful; through the logger ``g2gnet``."""
 
-    What it advises is possible with the run's ``settings``, and not given yet.
-    """
-
-    def __init__(self, settings: TrainSettings) -> None:
-        wake = ["lower `threshold`"] if "threshold" in settings.raised() else []
-        if not settings.standardize and settings.enc == "current":
-            wake.append("give `standardize`")
-        also = (
-            " or `enc_scale`" if settings.sequence != "none" else ", `enc_scale` or `T`"
-        )  # sequences have their length
-        self._wake = ", or ".join([*wake, f"raise `init_gain`{also}"])
-        self._calm = "lower `enc_scale`" + ", or give `enforce_sparsity`" * (not settings.enforce_sparsity)
-        shares = ["final_density"] if settings.final_density is not None else []
-        if settings.model != "dense":
-            shares += [name for name in ("p_inter", "p_intra") if getattr(settings, name) < 1]
-        connect = ["lower `block_size`"] if settings.block_size > 1 else []
-        self._connect = ", or ".join([*connect, "raise " + " or ".join(f"`{name}`" for name in shares)])
-        self._said: set[tuple[str, str]] = set()
+    def __init__(self) -> None:
+        self._warned: set[tuple[str, str]] = set()
 
     def check(
         self,
@@ -108,17 +92,12 @@ class LayerWatch:
         """Checks each layer after an epoch: its mean firing rate, its share of silent neurons, and its decays."""
         for name, rate in rates.items():
             if rate < SILENT:
-                self._warn(name, "silent", f"fell silent in epoch {epoch} (firing rate {rate:.2g}); {self._wake}")
+                self._warn(name, "silent", f"fell silent in epoch {epoch} (firing rate {rate:.2g}); {WAKE}")
             elif silent[name] > MOSTLY_SILENT:
                 share = f"{100 * silent[name]:.0f} % of its neurons"
-                self._warn(
-                    name,
-                    "silent",
-                    f"is mostly silent: {share} never fired in epoch {epoch}; {self._wake}",
-                )
+                self._warn(name, "silent", f"is mostly silent: {share} never fired in epoch {epoch}; {WAKE}")
             if rate > SATURATED:
-                text = f"saturates in epoch {epoch} (firing rate {rate:.2g})"
-                self._warn(name, "saturated", f"{text}; {self._calm}")
+                self._warn(name, "saturated", f"saturates in epoch {epoch} (firing rate {rate:.2g}); {CALM}")
         for name, layer in neurons.items():
             for decay in layer.model.decays:
                 values = layer.by_name[decay]
@@ -137,13 +116,13 @@ class LayerWatch:
         if unseen:
             text = (
                 f"has no weights for {unseen} of {len(fan_in)} classes, whose scores therefore do not depend on the "
-                f"input; {self._connect}"
+                "input; lower `block_size`, or keep more weights"
             )
             self._warn(connection, "classes", text)
 
     def _warn(self, layer: str, problem: str, text: str) -> None:
-        if (layer, problem) not in self._said:
-            self._said.add((layer, problem))
+        if (layer, problem) not in self._warned:
+            self._warned.add((layer, problem))
             logger.warning("%s %s", layer, text)
 
 
@@ -161,19 +140,6 @@ def check_labels(data: ImageData, limited: bool) -> None:
                 ", ".join(map(str, sorted(set(unknown)))),
                 "raise `limit_train`" if limited else "give training images of them",
             )
-
-
-def check_counts(data: ImageData) -> None:
-    """Warns if the values of sequences seem to be counts of events, which as uint8 are divided by 255."""
-    largest = int(data.train_images.max()) if data.train_images.dtype == torch.uint8 else DARKEST_PIXELS
-    if largest < DARKEST_PIXELS:
-        logger.warning(
-            "the sequences of %s are uint8 up to %d and become inputs up to %.2g: uint8 is taken for pixels; give "
-            "counts of events as float32, or raise `enc_scale`",
-            data.name,
-            largest,
-            largest / 255,
-        )
 
 
 def check_rates(settings: NetworkSettings, data: ImageData) -> None:

@@ -21,7 +21,7 @@ from g2gnet.training.checkpoints import Checkpoint, CheckpointError, RunFiles, c
 from g2gnet.training.epochs import EpochTrainer
 from g2gnet.training.interruption import Interrupted, StopSignals
 from g2gnet.training.machine import Machine
-from g2gnet.training.numerical_checks import TrainingError
+from g2gnet.training.numerical_checks import LOWER, TrainingError
 from g2gnet.training.run_settings import RunSettings, TrainSettings
 from g2gnet.training.saved_state import UNFIT
 from g2gnet.training.trainer import Trainer
@@ -145,7 +145,7 @@ def run_epochs(
         checkpoint = world.first(lambda: files.load_checkpoint(settings))
         world.stage = "the loading of the data"
         make_deterministic(settings.seed)
-        run = _Run(settings, make_trainer(), files, machine)
+        run = _UnfinishedRun(settings, make_trainer(), files, machine)
         if checkpoint is not None:
             run.resume(checkpoint)
         world.first(lambda: files.write_history(run.history))
@@ -167,7 +167,7 @@ def _denormals_flushed() -> Iterator[None]:
         torch.set_flush_denormal(before)
 
 
-class _Run(Generic[TrainerT]):
+class _UnfinishedRun(Generic[TrainerT]):
     """A run that has something to train: its trainer, its files, and a record of each finished epoch."""
 
     def __init__(self, settings: RunSettings, trainer: TrainerT, files: RunFiles, machine: Machine) -> None:
@@ -215,8 +215,7 @@ class _Run(Generic[TrainerT]):
                 self.world.first(functools.partial(self._save, self.snapshot()))
             except TensorFileError as error:  # of numbers that are not finite
                 raise TrainingError(
-                    f"no checkpoint was written after step {trainer.step}: {error}; {trainer.remedy()}. "
-                    f"{files.last_checkpoint()}"
+                    f"no checkpoint was written after step {trainer.step}: {error}; {LOWER}. {files.last_checkpoint()}"
                 ) from error
             except TrainingError as error:
                 raise TrainingError(f"{error}. {files.last_checkpoint()}") from error

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from g2g_kernels.numbers import FLOAT32
+from g2g_kernels.numbers import FLOAT32, Number
 from g2gnet.base.schedules import SCHEDULES
 from g2gnet.data import DATASETS, npz
 from g2gnet.data.augmentation import SHIFTS
@@ -13,7 +13,7 @@ from g2gnet.data.features.pretrained_weights import RELEASES
 from g2gnet.dst.rules import GROW_RULES, PRUNE_RULES, Rule
 from g2gnet.neurons import NEURONS
 from g2gnet.sequences import sequence_length
-from g2gnet.settings import Default, DefaultName, Need, NetworkSettings, Others, Settings, setting, with_default
+from g2gnet.settings import Need, NetworkSettings, Others, Settings, setting, with_default
 from g2gnet.weights.patterns import SPARSE
 
 SPARSITY_MODES = ("static", "dynamic")
@@ -21,8 +21,8 @@ PRECISIONS = ("fp32", "bf16")
 OPTIMIZERS = ("adam", "adamw")
 AUGMENTATIONS = ("auto", *SHIFTS, "none")
 LARGEST_SEED = (1 << 63) - 1
-#: what numbers of a training step are multiplied by, or grow with
-SCALES = ("lr", "weight_decay", "init_gain", "rec_gain", "enc_scale", "enc_bias", "threshold", "a", "b", "alpha")
+#: of a sample; the compiled kernels number them in 16 bits
+MOST_STEPS = 1 << 16
 DYNAMIC = Need("sparsity_mode", ("dynamic",))
 
 
@@ -87,7 +87,7 @@ class TrainSettings(NetworkSettings, RunSettings):
         >>> TrainSettings(T=0)
         Traceback (most recent call last):
             ...
-        g2gnet.settings.SettingsError: T=0 is out of range; give a whole number from 1 to 65536
+        g2gnet.settings.SettingsError: T=0 must be a whole number from 1 to 65536
     """
 
     NEEDS: ClassVar[Mapping[str, tuple[Need, ...]]] = {
@@ -100,8 +100,8 @@ class TrainSettings(NetworkSettings, RunSettings):
         "sequence_step": (Need("sequence", ("pixels", "permuted", "rows")),),
         "sequence_seed": (Need("sequence", ("permuted",)),),
     }
-    TOLD: ClassVar[tuple[str, ...]] = (
-        *NetworkSettings.TOLD,
+    WARNED: ClassVar[tuple[str, ...]] = (
+        *NetworkSettings.WARNED,
         "cp",
         "cg",
         "dst_interval",
@@ -123,7 +123,7 @@ class TrainSettings(NetworkSettings, RunSettings):
         low=0,
         high=1,
     )
-    sequence: str = with_default(NetworkSettings, "sequence", DefaultName(NetworkSettings.sequence))
+    sequence: str = with_default(NetworkSettings, "sequence", None)
     sequence_step: int = setting(1, "data", "rows or pixels in a time step of such a `sequence`", low=1)
     sequence_seed: int = setting(
         0, "data", "seed of the order of `sequence=permuted`, whatever the seed of the run", low=0, high=LARGEST_SEED
@@ -131,8 +131,14 @@ class TrainSettings(NetworkSettings, RunSettings):
     use_resnet: bool = setting(False, "data", "train on the features of a frozen ResNet-32 (CIFAR only)")
     resnet_weights: str | None = setting(None, "data", "weights of that ResNet-32 (default: the published ones)")
 
-    model: str = with_default(NetworkSettings, "model", "dense")
-    T: int = with_default(NetworkSettings, "T", Default(NetworkSettings.T))
+    model: str = with_default(NetworkSettings, "model", "dense", others=None)
+    T: int = with_default(
+        NetworkSettings,
+        "T",
+        None,
+        number=Number(1, MOST_STEPS),
+        text=f"time steps per sample, where `sequence` does not say it (default: {NetworkSettings.T})",
+    )
 
     name: str | None = setting(
         None,
@@ -225,12 +231,12 @@ class TrainSettings(NetworkSettings, RunSettings):
     )
 
     def __post_init__(self) -> None:
-        # the files store plain values, as of any other setting
-        if isinstance(self.sequence, DefaultName):
+        # the files store values, as of any other setting
+        if self.sequence is None:
             own = self.dataset in DATASETS and DATASETS[self.dataset].sequences
-            object.__setattr__(self, "sequence", "own" if own else str(self.sequence))
-        if isinstance(self.T, Default):
-            object.__setattr__(self, "T", self._steps() or int(self.T))
+            object.__setattr__(self, "sequence", "own" if own else NetworkSettings.sequence)
+        if self.T is None:
+            object.__setattr__(self, "T", self._steps() or NetworkSettings.T)
         super().__post_init__()
 
     def _steps(self) -> int | None:
@@ -285,7 +291,7 @@ class TrainSettings(NetworkSettings, RunSettings):
 
     def _no_rewiring(self) -> list[str]:
         """What is wrong with the settings of dynamic sparse training."""
-        problems, usual = [], self._defaults()
+        problems, usual = [], self.defaults()
         if self.sparsity_mode == "static":
             if self.cg == "gradient":
                 problems.append(
@@ -338,15 +344,6 @@ class TrainSettings(NetworkSettings, RunSettings):
         """By at most how many pixels training images are shifted before half are mirrored; None for neither."""
         crops = self.dataset in DATASETS and DATASETS[self.dataset].crops and not self.use_resnet
         return SHIFTS.get("crop-flip" if self.augment == "auto" and crops else self.augment)
-
-    def raised(self) -> dict[str, float]:
-        """The settings in ``SCALES`` that are larger than their default, the most unusual first."""
-        usual = {**self._defaults(), **NEURONS[self.neuron].initial}
-        times = {name: abs(getattr(self, name) or 0) / (abs(usual[name] or 0) or 1) for name in SCALES}
-        if self.optimizer == "adamw":
-            del times["weight_decay"]  # which takes a share of a weight, and adds nothing to gradients
-        names = sorted(times, key=times.__getitem__, reverse=True)
-        return {name: getattr(self, name) for name in names if times[name] > 1}
 
     def of_images(self) -> dict[str, Any]:
         """The settings that change training images, of those that were given."""

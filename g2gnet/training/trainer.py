@@ -17,7 +17,8 @@ from g2g_kernels.triton import runtime
 from g2gnet.base.distributed import World
 from g2gnet.base.seeding import draw_device, stream
 from g2gnet.data import ImageData, as_samples, random_crop_and_flip, random_erase
-from g2gnet.dst.scheduler import DSTScheduler, least_density, mean_density
+from g2gnet.dst.gradual_pruning import mean_density
+from g2gnet.dst.scheduler import DSTScheduler
 from g2gnet.inspect import Batch
 from g2gnet.network import G2GNet
 from g2gnet.settings import SettingsError
@@ -27,7 +28,7 @@ from g2gnet.training.epochs import EpochTrainer, Progress, StepCallback
 from g2gnet.training.evaluation import autocast, build_network, run_images
 from g2gnet.training.least_memory import check_memory
 from g2gnet.training.machine import Machine
-from g2gnet.training.numerical_checks import LayerWatch, check_counts, check_labels, check_rates
+from g2gnet.training.numerical_checks import LayerWatch, check_labels, check_rates
 from g2gnet.training.regularizer import RateTarget, rate_penalty, rate_target
 from g2gnet.training.run_settings import TrainSettings
 from g2gnet.training.samples import check_images, order_of
@@ -177,8 +178,6 @@ class Trainer(EpochTrainer):
             self.net.input_mean.fill_(mean)
             self.net.input_deviation.fill_(deviation)
         check_labels(self.data, settings.limit_train is not None)
-        if settings.sequence == "own":
-            check_counts(self.data)
         if settings.enc == "rate":
             check_rates(settings, self.data)
         self.tested = self.net
@@ -213,29 +212,26 @@ class Trainer(EpochTrainer):
                     f"final_density={settings.final_density} is no less than the {density:.4g} that training begins "
                     "with; lower it, or begin with more weights, as with a higher `p_inter`"
                 )
-            least = least_density(connections)
-            if settings.final_density is not None and settings.final_density < least:
-                raise SettingsError(
-                    f"final_density={settings.final_density} is less than the {least:.4g} of one unit in each layer; "
-                    "raise it, or lower `block_size`"
+            try:
+                self.dst = DSTScheduler(
+                    connections,
+                    self.optimizer,
+                    settings.dst_interval,
+                    settings.dst_fraction,
+                    settings.cp,
+                    settings.cg,
+                    settings.seed,
+                    world.group,
+                    schedule=settings.dst_schedule,
+                    stop=settings.dst_stop,
+                    total_steps=self._steps if bounded else None,
+                    final_density=settings.final_density,
+                    recurrent=[connection for connection in self.net.recurrents() if connection is not None],
                 )
-            self.dst = DSTScheduler(
-                connections,
-                self.optimizer,
-                settings.dst_interval,
-                settings.dst_fraction,
-                settings.cp,
-                settings.cg,
-                settings.seed,
-                world.group,
-                schedule=settings.dst_schedule,
-                stop=settings.dst_stop,
-                total_steps=self._steps if bounded else None,
-                final_density=settings.final_density,
-                recurrent=[connection for connection in self.net.recurrents() if connection is not None],
-            )
-        self._watch(settings.lr, settings.raised())
-        self._layers = LayerWatch(settings)
+            except ValueError as error:
+                raise SettingsError(str(error)) from error
+        self._watch(settings.lr)
+        self._layers = LayerWatch()
 
     def state_dict(self) -> dict[str, Any]:
         state = {**super().state_dict(), "dst": self.dst.state_dict() if self.dst else None}

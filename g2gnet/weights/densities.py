@@ -31,12 +31,12 @@ def layer_probabilities(
     num_groups = COUNT.check("num_groups", num_groups)
     for name, value in (("p_intra", p_intra), ("p_inter", p_inter)):
         PROBABILITY.check(name, value)
-    own = [share_inside(*(GroupLayout(size, min(num_groups, size)) for size in shape)) for shape in shapes]
+    inside = [share_inside(*(GroupLayout(size, min(num_groups, size)) for size in shape)) for shape in shapes]
     weights = [
         mean_probability(of_layer, p_intra, p_inter) * out * into
-        for of_layer, (out, into) in zip(own, shapes, strict=True)
+        for of_layer, (out, into) in zip(inside, shapes, strict=True)
     ]
-    return [_inside_and_between(*of_layer, p_intra) for of_layer in zip(erk(shapes, sum(weights)), own, strict=True)]
+    return [_inside_and_between(*of_layer, p_intra) for of_layer in zip(erk(shapes, sum(weights)), inside, strict=True)]
 
 
 def erk(shapes: Sequence[tuple[int, int]], weights: float) -> list[float]:
@@ -70,19 +70,19 @@ def share_inside(out: GroupLayout, into: GroupLayout) -> float:
     return (weights * partners(out.num_groups, into.num_groups)).sum().item() / weights.sum().item()
 
 
-def mean_probability(own: float, p_intra: float, p_inter: float) -> float:
-    """The expected density of a layer with a share ``own`` of its weights inside groups.
+def mean_probability(inside: float, p_intra: float, p_inter: float) -> float:
+    """The expected density of a layer with a share ``inside`` of its weights inside groups.
 
     Example:
         >>> mean_probability(0.125, p_intra=1.0, p_inter=0.15)
         0.25625
     """
-    return own * p_intra + (1 - own) * p_inter
+    return inside * p_intra + (1 - inside) * p_inter
 
 
-def _inside_and_between(density: float, own: float, p_intra: float) -> tuple[float, float]:
+def _inside_and_between(density: float, inside: float, p_intra: float) -> tuple[float, float]:
     """Probabilities whose mean is ``density``, inside groups as near to ``p_intra`` as possible."""
-    least, most = max(0.0, (density - (1 - own)) / own), min(1.0, density / own)
+    least, most = max(0.0, (density - (1 - inside)) / inside), min(1.0, density / inside)
     p_intra = min(max(p_intra, least), most)
-    p_inter = (density - own * p_intra) / (1 - own) if own < 1 else 0.0
+    p_inter = (density - inside * p_intra) / (1 - inside) if inside < 1 else 0.0
     return p_intra, min(max(p_inter, 0.0), 1.0)

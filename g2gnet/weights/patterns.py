@@ -112,15 +112,15 @@ class SmallWorld:
 
     def links(self, out_groups: int, in_groups: int, generator: torch.Generator | None = None) -> torch.Tensor:
         """The groups of inputs that each group of outputs is linked to: bool [groups out, groups in]."""
-        own = partners(out_groups, in_groups)
-        distance = ring_distance(_centres(out_groups), _centres(in_groups)).masked_fill(own, torch.inf)
-        links = torch.zeros_like(own)
-        for row, (others, order) in enumerate(zip((~own).sum(1).tolist(), distance.argsort(stable=True), strict=True)):
+        same = partners(out_groups, in_groups)
+        distance = ring_distance(_centres(out_groups), _centres(in_groups)).masked_fill(same, torch.inf)
+        links = torch.zeros_like(same)
+        for row, (others, order) in enumerate(zip((~same).sum(1).tolist(), distance.argsort(stable=True), strict=True)):
             needed = others - share_of(1 - self.p_inter, others)
             near = order[: min(others, max(self.neighbours, needed))]
             links[row, near] = True
             for column in near[torch.rand(len(near), generator=generator) < self.rewire].tolist():
-                free = (~links[row] & ~own[row]).nonzero()[:, 0]
+                free = (~links[row] & ~same[row]).nonzero()[:, 0]
                 if len(free):
                     links[row, column] = False
                     links[row, free[torch.randint(len(free), (), generator=generator)]] = True

@@ -287,7 +287,7 @@ def test_accuracy_records_every_epoch_of_every_run(tmp_path, capsys):
         ("--model dense", "--model names the sparse network"),
         ("--sparsity_mode dynamic", "choose dense, static or dynamic by --kinds"),
         ("--kinds dense,sparse", "kind 'sparse' is unknown; choose among dense, static, dynamic"),
-        ("--epochs 0", "epochs=0 is out of range"),
+        ("--epochs 0", "epochs=0 must be"),
     ],
 )
 def test_unusable_flags_of_accuracy_are_refused(flags, message, capsys):

@@ -613,9 +613,9 @@ def test_the_line_is_the_least_squares_line():
         ("--backend cpu,gpu", "backend 'gpu' is unknown; g2g has triton, cpu, torch"),
         ("--kernel lif --precision bf16", "precision='bf16': --kernel lif is measured in fp32 only"),
         ("--contenders g2g-torch --backend cpu", "contenders='g2g-torch' already names backend and precision"),
-        ("--p_inter 1.5", "p_inter=1.5 is out of range"),
-        ("--repeats 0", "repeats=0 is out of range"),
-        ("--train_steps -1", "train_steps=-1 is out of range"),
+        ("--p_inter 1.5", "p_inter=1.5 must be"),
+        ("--repeats 0", "repeats=0 must be"),
+        ("--train_steps -1", "train_steps=-1 must be"),
         ("--device tpu", "device='tpu' is unknown"),
     ],
 )

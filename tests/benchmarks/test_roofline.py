@@ -147,6 +147,6 @@ def test_sizes_precision_and_card_matter():
 
 def test_what_is_out_of_range_is_refused(capsys):
     assert roofline.main(["--batch_size", "0"]) == 2
-    assert "batch_size=0 is out of range; give a whole number of at least 1" in capsys.readouterr().err
+    assert "batch_size=0 must be a whole number of at least 1" in capsys.readouterr().err
     assert roofline.main(["--p_inter", "2"]) == 2
-    assert "p_inter=2.0 is out of range; give a number from 0 to 1" in capsys.readouterr().err
+    assert "p_inter=2.0 must be a number from 0 to 1" in capsys.readouterr().err

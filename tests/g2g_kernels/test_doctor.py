@@ -14,14 +14,14 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def only_lif(monkeypatch):
-    """The checks of ``lif`` alone, on the backend ``torch`` alone."""
+    """The checks of ``lif`` alone, on the backend ``cpu`` alone."""
     cases = [check for check in doctor.checks() if check.operator == "lif"]
     monkeypatch.setattr(doctor, "checks", lambda: iter(cases))
-    monkeypatch.setattr(doctor, "available_backends", lambda: ["torch"])
+    monkeypatch.setattr(doctor, "available_backends", lambda: ["cpu"])
 
 
 def replace_lif(monkeypatch, function):
-    monkeypatch.setitem(neurons_operator._implementations, "torch", (function, lambda *args: None))
+    monkeypatch.setitem(neurons_operator._implementations, "cpu", (function, lambda *args: None))
 
 
 def test_everything_on_this_machine_is_right(capsys):
@@ -129,11 +129,11 @@ def test_what_a_backend_declines_is_told_and_is_no_failure(monkeypatch, capsys, 
     def refuses(current, *rest):
         return "only in float32" if current.dtype != torch.float32 else None
 
-    monkeypatch.setitem(neurons_operator._implementations, "torch", (neurons_package.reference.neurons, refuses))
+    monkeypatch.setitem(neurons_operator._implementations, "cpu", (neurons_package.reference.neurons, refuses))
     assert doctor.main(["--device", "cpu"]) == 0
     assert "bfloat16  not served: only in float32" in capsys.readouterr().out
     with pytest.raises(BackendError):
-        neurons_package.lif(torch.zeros(2, 3, dtype=torch.float16), 0.9, 1.0, backend="torch")
+        neurons_package.lif(torch.zeros(2, 3, dtype=torch.float16), 0.9, 1.0, backend="cpu")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")

@@ -430,5 +430,5 @@ def test_numbers_that_no_kernel_can_hold_are_named(options, message):
 
 
 def test_a_network_of_any_size_is_refused_by_it():
-    with pytest.raises(ValueError, match=r"size=1000.* must be a whole number from 1 to 2147483647"):
+    with pytest.raises(ValueError, match=r"hidden_dim=1000.* must be a whole number from 1 to 2147483647"):
         G2GNet(20, 10**12, 10)

@@ -13,7 +13,6 @@ from g2g_kernels.ops.g2g_stack import operator
 from g2gnet import LIF, AdLIF, DSTScheduler, G2GLinear, SpikingStack
 from g2gnet.data import load_dataset
 from g2gnet.interop import from_snntorch, to_nir, to_snntorch
-from g2gnet.interop.neurobench import to_neurobench
 from g2gnet.programs.report.content import inspect
 from g2gnet.settings import SettingsError
 from g2gnet.stack import READOUTS
@@ -182,8 +181,6 @@ def test_what_cannot_be_read_is_refused_by_name():
         net.simulate(X, chunk=2)
     with pytest.raises(ValueError, match="readout='mean' cannot be written to NIR"):
         to_nir(net)
-    with pytest.raises(ValueError, match="readout='mean' has no output spikes, which NeuroBench takes"):
-        to_neurobench(net)
     optimizer = torch.optim.Adam(net.parameters())
     with pytest.raises(ValueError, match="a correlation needs output spikes"):
         DSTScheduler(net, optimizer, prune="set", grow="hebb")

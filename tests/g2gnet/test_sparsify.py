@@ -299,7 +299,7 @@ def recorded_correlations(model, run, monkeypatch):
         seen.append((pre.reshape(-1, pre.shape[-1]), post.reshape(-1, post.shape[-1])))
         return unit_correlation(pre, post, *rest)
 
-    monkeypatch.setattr("g2gnet.dst.scheduler.unit_correlation", spy)
+    monkeypatch.setattr("g2gnet.dst.evidence.unit_correlation", spy)
     dst = DSTScheduler(model, torch.optim.SGD(model.parameters(), lr=0.1), interval=1)
     run()
     dst.step()

@@ -87,8 +87,8 @@ def _run(each: Inspected) -> list[str]:
     run, analysis = each.run, each.analysis
     defaults = type(run.settings)(neuron=run.settings.neuron).as_dict()
     settings = run.settings.as_dict()
-    own = {name: value for name, value in settings.items() if value != defaults[name]}
-    rest = {name: value for name, value in settings.items() if name not in own}
+    changed = {name: value for name, value in settings.items() if value != defaults[name]}
+    rest = {name: value for name, value in settings.items() if name not in changed}
     results = _results(each)
     parts = [
         paragraph(f"{run.path}: {_describe(run)}, {run.position}."),
@@ -100,8 +100,8 @@ def _run(each: Inspected) -> list[str]:
             "Accuracy on training images (while the network learned from them) and on test images after each epoch.",
         ),
         heading(3, "Settings"),
-        paragraph("Settings that differ from the defaults:" if own else "All settings are the defaults."),
-        *([table(("setting", "value"), [(name, str(value)) for name, value in own.items()])] if own else []),
+        paragraph("Settings that differ from the defaults:" if changed else "All settings are the defaults."),
+        *([table(("setting", "value"), [(name, str(value)) for name, value in changed.items()])] if changed else []),
         details("Settings left at the default", [table(("setting", "value"), [(n, str(v)) for n, v in rest.items()])]),
         heading(3, "What its neurons do"),
         paragraph(

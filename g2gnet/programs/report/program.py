@@ -9,7 +9,8 @@ from tqdm import tqdm
 
 from g2gnet.base.messages import say, warn
 from g2gnet.data import ImageData
-from g2gnet.programs import cli
+from g2gnet.programs import flags, output
+from g2gnet.programs.main import run_program
 from g2gnet.training import CheckpointError, SavedRun, read_run
 from g2gnet.training.checkpoints import RunFiles
 
@@ -19,8 +20,8 @@ example:
 """
 
 
-def build_parser() -> cli.Parser:
-    parser = cli.Parser(
+def build_parser() -> flags.Parser:
+    parser = flags.Parser(
         prog="g2g-report",
         description="Writes one HTML page with the settings, results, analysis and pictures of training runs.",
         epilog=EXAMPLE,
@@ -28,14 +29,14 @@ def build_parser() -> cli.Parser:
     )
     parser.add_argument(
         "checkpoints",
-        type=cli.file_name,
+        type=flags.file_name,
         nargs="+",
         metavar="CHECKPOINT",
         help="the .pth files of training runs, finished or not",
     )
     text = "the page (default: report.html)"
-    parser.add_argument("--output", type=cli.file_name, default="report.html", metavar="FILE", help=text)
-    cli.add_inspection_flags(parser)
+    parser.add_argument("--output", type=flags.file_name, default="report.html", metavar="FILE", help=text)
+    flags.add_inspection_flags(parser)
     return parser
 
 
@@ -43,23 +44,23 @@ def make_report(arguments: argparse.Namespace) -> None:
     try:
         from g2gnet.programs.report import content  # the only part that needs matplotlib
     except ImportError as error:
-        raise cli.FlagError(f'the report needs matplotlib ({error}); pip install -e ".[plots]"') from error
+        raise flags.FlagError(f'the report needs matplotlib ({error}); pip install -e ".[plots]"') from error
     except ValueError as error:  # of its own settings
-        raise cli.FlagError(
+        raise flags.FlagError(
             f"matplotlib cannot be imported ({error}); correct MPLBACKEND or its matplotlibrc"
         ) from error
-    cli.check_output(arguments.output, arguments)
-    machine = cli.machine_from(arguments)
+    output.check_output(arguments.output, arguments)
+    machine = flags.machine_from(arguments)
     runs = _read_runs(arguments.checkpoints)
     data: dict[tuple, ImageData] = {}
     inspected = []
     for run in tqdm(runs, desc="inspecting", unit=" runs", leave=False, disable=None):
         key = (run.settings.dataset, run.settings.use_resnet, run.settings.resnet_weights, run.settings.limit_test)
         if key not in data:
-            data[key] = cli.load_run_data(arguments, run.settings, machine.device)
+            data[key] = flags.load_run_data(arguments, run.settings, machine.device)
         net = run.network(machine.device, machine.backend)
         inspected.append(content.inspect(run, net, data[key], arguments.samples))
-    cli.write_output(arguments.output, content.report(inspected))
+    output.write_output(arguments.output, content.report(inspected))
     say(f"wrote {arguments.output}")
 
 
@@ -84,7 +85,7 @@ def _read_runs(names: Sequence[str]) -> list[SavedRun]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return cli.run_program(build_parser(), make_report, argv, interrupted="nothing was written")
+    return run_program(build_parser(), make_report, argv, interrupted="nothing was written")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ from g2gnet.base.files import locked, make_directory, open_own
 from g2gnet.base.messages import OutputError, reason
 from g2gnet.data import DataError
 from g2gnet.programs import train
-from g2gnet.programs.cli import FlagError, machine_from, memory_named
+from g2gnet.programs.flags import FlagError, machine_from
+from g2gnet.programs.main import memory_named
 from g2gnet.programs.sweep.grid import LOCK, LOG, Grid, Run, runs_of
 from g2gnet.programs.sweep.results import Row, rows_of, table
 from g2gnet.settings import SettingsError
@@ -213,7 +214,7 @@ def train_runs(
                         raise
                     except Exception as error:
                         with bar.external_write_mode(file=stream):
-                            failed[run.label] = _told(run, error)
+                            failed[run.label] = _log_failure(run, error)
                     else:
                         bar.write(line, file=stream)
                 bar.set_postfix_str(f"{len(runs) - len(waiting)} of {len(runs)} runs", refresh=False)
@@ -230,7 +231,7 @@ def train_runs(
     return failed
 
 
-def _told(run: Run, error: Exception) -> str:
+def _log_failure(run: Run, error: Exception) -> str:
     """Logs why a run failed, and returns it."""
     known = isinstance(error, EXPLAINED)
     text = str(error) if known else f"{type(error).__name__}: {reason(error)}"
@@ -342,7 +343,7 @@ def run(
         try:
             end = outcome(each)
         except Exception as error:
-            failed[each.label] = _told(each, error)
+            failed[each.label] = _log_failure(each, error)
             continue
         if end is None:
             missing.append(each)
@@ -385,5 +386,5 @@ def _jobs(jobs: int | None, runs: int, machine: Mapping[str, Any]) -> int:
         jobs = cores if device.type == "cpu" else 1
     wanted = COUNT.refuses(jobs)
     if wanted:
-        raise SettingsError(f"jobs={jobs!r} is out of range; give {wanted}")
+        raise SettingsError(f"jobs={jobs!r} must be {wanted}")
     return min(jobs, runs)

@@ -7,8 +7,7 @@ import hashlib
 import itertools
 import json
 import re
-import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,8 @@ import torch
 from g2gnet.base.files import read_file
 from g2gnet.base.messages import reason
 from g2gnet.programs import train
-from g2gnet.programs.cli import settings_from
-from g2gnet.settings import SettingsError
+from g2gnet.programs.flags import settings_from
+from g2gnet.settings import SettingsError, types_of
 from g2gnet.training import TrainSettings
 from g2gnet.training.checkpoints import RunFiles
 
@@ -110,9 +109,8 @@ def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def may_be_none(kind: Any) -> bool:
-    """Whether a setting of this type is a number or None."""
-    kinds = typing.get_args(kind)
+def may_be_none(kinds: Collection[Any]) -> bool:
+    """Whether a setting of these types is a number or None."""
     return type(None) in kinds and str not in kinds
 
 
@@ -124,7 +122,7 @@ def values_of(grid: Grid) -> dict[str, list[Any]]:
     Raises:
         SettingsError: for an unknown name, a setting without a value, or a value that is listed twice.
     """
-    types_of = typing.get_type_hints(TrainSettings)
+    kinds_of = types_of(TrainSettings)
     known = [field.name for field in dataclasses.fields(TrainSettings) if field.metadata["group"]]
     found: dict[str, list[Any]] = {}
     problems = []
@@ -138,9 +136,9 @@ def values_of(grid: Grid) -> dict[str, list[Any]]:
         given = given.tolist() if isinstance(given, ARRAYS) else given
         values = list(given) if isinstance(given, Iterable) and not isinstance(given, str | Mapping) else [given]
         values = [value.tolist() if isinstance(value, ARRAYS) else value for value in values]
-        if may_be_none(types_of[name]):  # which neither flags nor TOML can say in another way
+        if may_be_none(kinds_of[name]):  # which neither flags nor TOML can say in another way
             values = [None if value == "none" else value for value in values]
-        if float in (types_of[name], *typing.get_args(types_of[name])):
+        if float in kinds_of[name]:
             values = [float(value) if type(value) is int else value for value in values]
         if not values:
             problems.append(f"{name} has no value; give one, or leave it out")
@@ -196,6 +194,6 @@ def runs_of(grid: Grid, folder: Path | str) -> list[Run]:
 def _digest(settings: TrainSettings) -> str:
     """What tells settings apart; those of a later version do not change it while they have their defaults."""
     default = TrainSettings(neuron=settings.neuron).as_dict()
-    own = {name: value for name, value in settings.as_dict().items() if value != default[name]}
-    text = json.dumps({**own, "neuron": settings.neuron}, sort_keys=True)
+    changed = {name: value for name, value in settings.as_dict().items() if value != default[name]}
+    text = json.dumps({**changed, "neuron": settings.neuron}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:DIGITS]

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import sys
-import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,12 @@ from typing import Any
 from g2gnet.base.files import check_own, make_directory
 from g2gnet.base.messages import OutputError, reason, say, warn
 from g2gnet.base.version import __version__
-from g2gnet.programs import cli
+from g2gnet.programs import flags, output
+from g2gnet.programs.main import run_program
 from g2gnet.programs.sweep.engine import Sweep, run
 from g2gnet.programs.sweep.grid import LOCK, LOG, may_be_none, read_grid, runs_of, values_of
 from g2gnet.programs.sweep.results import as_csv
-from g2gnet.settings import SettingsError
+from g2gnet.settings import SettingsError, types_of
 from g2gnet.training import TrainingError, TrainSettings
 from g2gnet.training.interruption import raised
 
@@ -56,8 +56,8 @@ def number_or_none(kind: type) -> Callable[[str], Any]:
     return read
 
 
-def build_parser() -> cli.Parser:
-    parser = cli.Parser(
+def build_parser() -> flags.Parser:
+    parser = flags.Parser(
         prog="g2g-sweep",
         description=DESCRIPTION,
         epilog=EXAMPLES,
@@ -65,34 +65,34 @@ def build_parser() -> cli.Parser:
     )
     group = parser.add_argument_group("the grid")
     text = "a TOML or JSON file: settings, each with a value or a list of values; flags replace what it says"
-    group.add_argument("--grid", type=cli.file_name, metavar="FILE", help=text)
+    group.add_argument("--grid", type=flags.file_name, metavar="FILE", help=text)
     _add_settings(parser)
-    group = cli.add_machine_flags(parser, results=False)
+    group = flags.add_machine_flags(parser, results=False)
     text = "folder of the runs and the results (default: sweep)"
-    group.add_argument("--folder", type=cli.file_name, default="sweep", metavar="DIR", help=text)
+    group.add_argument("--folder", type=flags.file_name, default="sweep", metavar="DIR", help=text)
     text = "runs at a time (default: one per core on a CPU, one on another device)"
     group.add_argument("--jobs", type=int, metavar="N", help=text)
     text = "train nothing; show the runs that are finished"
     group.add_argument("--finished", action="store_true", help=text)
-    cli.add_json_flag(group, "the results of all runs, and their means and errors")
+    flags.add_json_flag(group, "the results of all runs, and their means and errors")
     parser.add_argument("--version", action="version", version=f"g2g {__version__}")
     return parser
 
 
-def _add_settings(parser: cli.Parser) -> None:
+def _add_settings(parser: flags.Parser) -> None:
     """The flags of ``g2g-train``, each with one value or several."""
-    types_of, hints = cli.flag_types(TrainSettings), typing.get_type_hints(TrainSettings)
+    kinds_of = types_of(TrainSettings)
     group = parser.add_argument_group("settings of g2g-train, each with one value or several")
     for field in dataclasses.fields(TrainSettings):
-        about, kind = field.metadata, types_of[field.name]
+        about, (kind, *_) = field.metadata, kinds_of[field.name]
         if about["group"] is None:
             continue
         group.add_argument(
             f"--{field.name}",
             nargs="*" if kind is bool else "+",  # --standardize alone turns it on
-            type=truth if kind is bool else number_or_none(kind) if may_be_none(hints[field.name]) else kind,
+            type=truth if kind is bool else number_or_none(kind) if may_be_none(kinds_of[field.name]) else kind,
             default=field.default,
-            metavar="true|false" if kind is bool else cli.METAVARS[kind] if kind is not str else "NAME",
+            metavar="true|false" if kind is bool else flags.METAVARS[kind] if kind is not str else "NAME",
             help=parser.in_flags(about["text"]),
         )
 
@@ -104,8 +104,8 @@ def grid_from(arguments: argparse.Namespace) -> dict[str, Any]:
         SettingsError: if the file cannot be read, or there is no setting at all.
     """
     grid = read_grid(arguments.grid) if arguments.grid else {}
-    flags = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(TrainSettings)}
-    grid |= {name: values or [True] for name, values in flags.items() if isinstance(values, list)}
+    named = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(TrainSettings)}
+    grid |= {name: values or [True] for name, values in named.items() if isinstance(values, list)}
     if not grid:
         raise SettingsError("a sweep needs a setting; give one several values, as in `seed=1 2 3`, or a file as `grid`")
     return grid
@@ -115,8 +115,8 @@ def sweep(arguments: argparse.Namespace) -> dict[str, Any]:
     grid, folder = grid_from(arguments), Path(arguments.folder)
     runs = runs_of(grid, folder)
     files = {ending: folder / f"sweep.{ending}" for ending in ("csv", "json", "png")}
-    own = [file for each in runs for file in (*each.files.files(), each.folder / LOG, each.folder / LOCK)]
-    cli.check_json(arguments, [files["csv"], files["png"], *own])
+    own_files = [file for each in runs for file in (*each.files.files(), each.folder / LOG, each.folder / LOCK)]
+    output.check_json(arguments, [files["csv"], files["png"], *own_files])
     if arguments.finished and not os.access(folder, os.W_OK):  # then the results are only shown
         files = {}
     try:
@@ -129,7 +129,7 @@ def sweep(arguments: argparse.Namespace) -> dict[str, Any]:
             f"cannot write {error.filename or folder} ({reason(error)}); give another --folder"
         ) from error
     for file in files.values():
-        cli.check_output(file)
+        output.check_output(file)
     several = {name: len(values) for name, values in values_of(grid).items() if len(values) > 1}
     shape = " × ".join(f"{several[name]} {name}" for name in sorted(several, key=lambda name: name == "seed"))
     done = sum(os.path.exists(each.files.marker) for each in runs)
@@ -158,8 +158,8 @@ def sweep(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _write(made: Sweep, files: dict[str, Path]) -> None:
     """Writes the files of a sweep's results, given by their endings."""
-    cli.write_output(files["csv"], as_csv([(each.differs, end) for each, end in made.ends]))
-    cli.write_output(files["json"], json.dumps({"g2g": __version__, **made.as_dict()}, indent=2) + "\n")
+    output.write_output(files["csv"], as_csv([(each.differs, end) for each, end in made.ends]))
+    output.write_output(files["json"], json.dumps({"g2g": __version__, **made.as_dict()}, indent=2) + "\n")
     try:
         from g2gnet.programs.sweep.picture import draw  # needs matplotlib
     except ImportError as error:
@@ -168,12 +168,12 @@ def _write(made: Sweep, files: dict[str, Path]) -> None:
     else:
         common = ", ".join(f"{name}={value}" for name, value in made.common.items())
         figure = draw(made.rows, common)
-        cli.write_file(files["png"], lambda file: figure.savefig(file, format="png", dpi=150))
+        output.write_file(files["png"], lambda file: figure.savefig(file, format="png", dpi=150))
     say(f"wrote {', '.join(map(str, files.values()))}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return cli.run_program(build_parser(), sweep, argv, RESUME)
+    return run_program(build_parser(), sweep, argv, RESUME)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import re
 import sys
 import zipfile
 
+import fashion_mnist_mini
 import numpy as np
 import pytest
 import torch
@@ -282,7 +283,7 @@ def test_the_subset_is_made_of_the_real_images(tmp_path):
     """Writing it anew from the full set gives what is in the package."""
     full = load_dataset("fashionmnist", tmp_path)
     assert full.train_images.shape == (60000, 28, 28)
-    fashion_mnist.write_mini(full, tmp_path / "mini.npz")
+    fashion_mnist_mini.write_mini(full, tmp_path / "mini.npz")
     with np.load(tmp_path / "mini.npz") as new, np.load(fashion_mnist.MINI_FILE) as shipped:
         assert set(new.files) == set(shipped.files)
         for name in new.files:

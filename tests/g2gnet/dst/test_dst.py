@@ -15,8 +15,8 @@ from g2g_kernels import BlockMask, GroupLayout, lif
 from g2g_kernels.ops.g2g_stack import operator
 from g2gnet import DSTScheduler, G2GLinear, G2GNet, sparsify
 from g2gnet.dst import scores as scores_module
+from g2gnet.dst.replacement import lowest
 from g2gnet.dst.rules import GROW_RULES, PRUNE_RULES
-from g2gnet.dst.scheduler import _first
 from g2gnet.dst.scores import UnitGradients, unit_correlation
 from g2gnet.training.regularizer import rate_penalty, rate_target
 
@@ -527,7 +527,7 @@ def test_what_is_not_a_number_comes_last_but_before_what_is_excluded():
     draw = torch.Generator().manual_seed(0)
     cost = torch.tensor([2.0, math.nan, -math.inf, 1.0, math.inf, 0.0])
     last = torch.tensor([False, False, False, False, False, True])
-    order = _first(cost, 6, draw, last).tolist()
+    order = lowest(cost, 6, draw, last).tolist()
     assert order[:3] == [2, 3, 0]
     assert set(order[3:5]) == {1, 4}
     assert order[5] == 5

@@ -122,7 +122,7 @@ def test_foreign_checkpoints_are_refused(checkpoint, tmp_path, change, message):
     [
         ("nowhere.pth", 1, "nowhere.pth cannot be read (No such file or directory)"),
         (".", 1, ". cannot be read (Is a directory)"),
-        ("CHECKPOINT --samples 0", 2, "samples=0 is out of range"),
+        ("CHECKPOINT --samples 0", 2, "samples=0 must be"),
         ("CHECKPOINT --device tpu", 2, "device='tpu' is unknown"),
         ("CHECKPOINT --json nowhere/a.json", 1, "cannot write nowhere/a.json (No such file or directory)"),
     ],

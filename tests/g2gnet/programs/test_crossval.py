@@ -7,7 +7,7 @@ import statistics
 import pytest
 import torch
 from small_data import write_cifar
-from training_runs import DEFAULTS, MACHINE_FLAGS, assert_equal
+from training_runs import DEFAULTS, DERIVED, MACHINE_FLAGS, assert_equal
 
 import crossval
 from g2gnet.data import load_dataset
@@ -27,7 +27,7 @@ def load(directory, fold):
 
 def test_the_flags_are_those_of_train_py_with_other_defaults():
     arguments = vars(crossval.build_parser().parse_args([]))
-    expected = {**DEFAULTS, **MACHINE_FLAGS, "epochs": 5, "warmup_epochs": 2, "k_folds": 5}
+    expected = {**DEFAULTS, **DERIVED, **MACHINE_FLAGS, "epochs": 5, "warmup_epochs": 2, "k_folds": 5}
     assert arguments == expected
 
 
@@ -107,7 +107,7 @@ def test_the_results_are_printed_and_written(tmp_path, capsys):
     assert lines[1:-1] == expected
     assert lines[-1] == f"wrote {tmp_path / f'{STEM}_3folds.json'}"
     assert [fold["test_acc"] for fold in results["folds"]] == columns["test_acc"]
-    assert results["settings"] == {**FoldSettings().given(), **{
+    assert results["settings"] == {**FoldSettings().flag_values(), **{
         "dataset": "fashionmnist-mini", "model": "mixer", "hidden_dim": 64, "block_size": 8, "T": 5, "enc_scale": 3.0,
         "limit_train": 150, "limit_test": 60, "epochs": 2, "k_folds": 3,
     }}  # fmt: skip
@@ -156,7 +156,7 @@ def test_other_settings_are_refused_by_name(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--k_folds 1", "k_folds=1 is out of range; give a whole number of at least 2"),
+        ("--k_folds 1", "k_folds=1 must be a whole number of at least 2"),
         ("--dataset fashionmnist-mini --limit_train 40 --k_folds 5", "k_folds=5 is out of range: class "),
         ("--sparsity_mode dynamic", "needs a sparse model"),
     ],

@@ -5,7 +5,7 @@ import re
 
 from helpers import ROOT
 
-from g2gnet.programs.cli import Parser, add_settings_flags
+from g2gnet.programs.flags import Parser, add_settings_flags
 
 PROGRAMS = {"__main__", *(f"programs/{name}" for name in ("analyze", "cli", "crossval", "pretrain", "train"))}
 PROGRAMS |= {f"programs/{name}/program" for name in ("report", "sweep")}

@@ -125,4 +125,4 @@ def test_a_marker_without_its_checkpoint_is_named(run, tmp_path, capsys):
 
 def test_bad_flags_end_with_status_two(capsys):
     assert pretrain.main(["--momentum", "0"]) == 2
-    assert "momentum=0.0 is out of range; give a number above 0 and at most 1" in capsys.readouterr().err
+    assert "momentum=0.0 must be a number above 0 and at most 1" in capsys.readouterr().err

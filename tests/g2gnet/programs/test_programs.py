@@ -18,9 +18,10 @@ from training_runs import TIMES
 from g2g_kernels import available_backends
 from g2gnet import __main__ as overview
 from g2gnet import __version__
-from g2gnet.programs import analyze, cli, crossval, train
+from g2gnet.programs import analyze, crossval, train
+from g2gnet.programs.main import memory_named
 from g2gnet.programs.sweep.program import build_parser
-from g2gnet.training import Interrupted, TrainSettings
+from g2gnet.training import Interrupted, TrainingError, TrainSettings
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -70,7 +71,7 @@ def test_a_file_of_the_checkout_is_the_console_script(name, tmp_path):
     result = processes.run(ROOT / f"{name}.py", "--epochs", "0", output=tmp_path / "printed")
     assert result.statuses == [2]
     assert result.stdout == ""
-    assert result.stderr.startswith(f"{name}.py: error: epochs=0 is out of range")
+    assert result.stderr.startswith(f"{name}.py: error: epochs=0 must be")
 
 
 SMALL = shlex.split(
@@ -99,7 +100,9 @@ def test_json_is_all_that_stands_on_standard_output(at_work, capsys):
     assert list(told) == ["g2g", "settings", "result", "files"]
     assert told["g2g"] == __version__
     asked = vars(train.build_parser().parse_args(SMALL))
-    assert told["settings"] == {**{name: asked[name] for name in TrainSettings().given()}, "beta": 0.9, "threshold": 1}
+    assert (
+        told["settings"] == TrainSettings(**{name: asked[name] for name in TrainSettings().flag_values()}).flag_values()
+    )
     history = [json.loads(line) for line in (at_work / f"checkpoints/{STEM}.jsonl").read_text().splitlines()]
     assert told["result"] == history[-1]
     endings = {
@@ -124,7 +127,7 @@ def test_a_resumed_run_tells_what_an_uninterrupted_one_does(at_work, capsys, mon
         raise Interrupted("stopped", signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr("g2gnet.programs.cli.log_from", lambda arguments: [stop])
+        patch.setattr("g2gnet.programs.flags.log_from", lambda arguments: [stop])
         assert train.main([*SMALL, "--json"]) == 128 + signal.SIGTERM
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -144,7 +147,7 @@ def test_a_resumed_run_tells_what_an_uninterrupted_one_does(at_work, capsys, mon
 @pytest.mark.parametrize(
     ("flags", "status", "message"),
     [
-        ("--T 0", 2, "T=0 is out of range"),
+        ("--T 0", 2, "T=0 must be"),
         ("--dataset cifar10 --use_resnet --resnet_weights no.pt", 1, "resnet_weights=no.pt cannot be read"),
         ("--json nowhere/a.json", 1, "cannot write nowhere/a.json (No such file or directory)"),
     ],
@@ -163,14 +166,14 @@ FULL = (
 )
 
 
-def test_a_full_gpu_is_told_with_what_was_missing_and_the_flags_that_save_memory(at_work, capsys, monkeypatch):
+def test_a_full_gpu_is_told_in_pytorchs_words_and_the_flags_that_save_memory(at_work, capsys, monkeypatch):
     def full(*arguments):
         raise getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)(FULL)
 
     monkeypatch.setattr(train, "run_training", full)
     assert train.main(SMALL) == 1
     said = capsys.readouterr().err
-    assert "2.50 GiB more were needed and 0.50 of 23.64 GiB free, so 2.00 GiB were missing" in said
+    assert "out of memory: CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 23.64" in said
     assert "lower --batch_size (now 256) or --T (now 3) or --hidden_dim (now 32)" in said
     assert "--precision bf16" in said
     assert "--no_cuda_graph" in said
@@ -183,8 +186,9 @@ def test_a_full_gpu_is_told_with_what_was_missing_and_the_flags_that_save_memory
 
 def test_lists_of_a_sweep_are_no_numbers_that_save_memory():
     arguments = build_parser().parse_args(["--T", "10", "20", "--sequence", "rows", "--hidden_dim", "32"])
-    message = cli.out_of_memory(MemoryError("full"), arguments)
-    assert message.startswith("out of memory: full; lower --batch_size (now 256); give --chunk")
+    message = r"^out of memory: full; lower --batch_size \(now 256\); give --chunk"
+    with pytest.raises(TrainingError, match=message), memory_named(arguments):
+        raise MemoryError("full")
 
 
 def test_json_goes_to_a_file_too_and_the_text_stays(at_work, capsys):

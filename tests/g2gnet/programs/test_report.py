@@ -437,7 +437,7 @@ def test_every_part_of_a_page_escapes_its_text():
         ("CHECKPOINT nowhere.pth", 1, "nowhere.pth cannot be read"),
         ("CHECKPOINT --output .", 1, "cannot write . (Is a directory); give another file"),
         ("CHECKPOINT --output nowhere/report.html", 1, "cannot write nowhere/report.html (No such file or directory)"),
-        ("CHECKPOINT --samples -3", 2, "samples=-3 is out of range"),
+        ("CHECKPOINT --samples -3", 2, "samples=-3 must be"),
     ],
 )
 def test_errors_are_named(checkpoints, tmp_path, monkeypatch, capsys, flags, status, message):
@@ -497,7 +497,7 @@ def test_a_page_may_be_read_by_others_as_the_umask_says(checkpoints, tmp_path, c
 def test_the_commands_of_the_readme_run_on_what_its_first_command_leaves(checkpoints, tmp_path, monkeypatch):
     (first,) = re.findall(r"&& python train\.py (.*)", README)
     asked = vars(train.build_parser().parse_args(shlex.split(first)))
-    settings = TrainSettings(**{name: asked[name] for name in TrainSettings().given()})
+    settings = TrainSettings(**{name: asked[name] for name in TrainSettings().flag_values()})
     (section,) = re.findall(r"^## Look inside\n(.*?)^## ", COMMANDS, flags=re.DOTALL | re.MULTILINE)
     commands = re.findall(r"g2g-(\w+) (.*)", section)
     assert [program for program, _ in commands] == ["analyze", "report"]

@@ -75,16 +75,6 @@ def test_a_named_data_set_of_event_frames_is_an_entry_and_a_module(tmp_path, mon
     assert TrainSettings(dataset="events", sequence="none", T=9).T == 9
 
 
-def test_counts_of_events_in_uint8_are_noticed(tmp_path, caplog):
-    counts = np.random.default_rng(0).integers(0, 5, (40, 6, 5), dtype=np.uint8)
-    arrays = {f"{part}_images": counts for part in ("train", "test")}
-    labels = {f"{part}_labels": LABELS[:40] for part in ("train", "test")}
-    np.savez(tmp_path / "mine.npz", **arrays, **labels)
-    trained(train, tmp_path, "--dataset", tmp_path / "mine.npz")
-    said = "are uint8 up to 4 and become inputs up to 0.016: uint8 is taken for pixels; give counts of events as f"
-    assert said in caplog.text
-
-
 @pytest.mark.parametrize(
     "flags", [["--sequence", "none"], ["--augment", "flip"], ["--erase", "0.5"]], ids=["stated", "mirrored", "erased"]
 )

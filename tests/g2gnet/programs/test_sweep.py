@@ -78,7 +78,7 @@ def test_two_folders_of_one_run_are_refused_and_so_is_one_run_of_two_values(tmp_
         ({"seed": np.ones((2, 2), int)}, ["seed=[1, 1] is given twice"]),
         (
             {"model": ["index", "ring"], "T": [0, 3]},
-            ["model='ring' is unknown; choose one of", "T=0 is out of range"],
+            ["model='ring' is unknown; choose one of", "T=0 must be"],
         ),
         ({"model": ["dense", "index"], "sparsity_mode": "dynamic"}, ["needs a sparse model"]),
     ],
@@ -107,7 +107,7 @@ def test_a_number_that_may_be_left_out_may_be_none(tmp_path, capsys):
     with pytest.raises(SystemExit):
         program.build_parser().parse_args(["--average", "nil"])
     assert "--average: invalid int or none value: 'nil'" in capsys.readouterr().err
-    with pytest.raises(SettingsError, match="seed='none' is not a whole number"):
+    with pytest.raises(SettingsError, match="seed='none' must be a whole number"):
         runs_of({"seed": "none"}, tmp_path)
 
 
@@ -169,7 +169,7 @@ def test_a_run_with_files_that_cannot_be_used_fails_by_itself_and_the_others_go_
     victim.write_text("")
     runs = runs_of({**QUICK, "seed": range(6)}, tmp_path / "sweep")
     sweep.run({**QUICK, "seed": [0, 1]}, tmp_path / "sweep", executor=thread)
-    runs[0].files.marker.write_text("{")
+    runs[0].files.checkpoint.unlink()
     runs[1].files.checkpoint.write_bytes(b"")
     for each in runs[2:5]:
         each.folder.mkdir()
@@ -180,7 +180,7 @@ def test_a_run_with_files_that_cannot_be_used_fails_by_itself_and_the_others_go_
     assert [each.settings.seed for each, _ in made.ends] == [5]
     assert list(made.failed) == [f"seed={seed}" for seed in range(5)]
     messages = (
-        "DONE cannot be read (",
+        "pth cannot be read (",
         "put that back, or delete ",
         ".sweep.lock (it is a symbolic link); move it away",
         "log.txt (it is a symbolic link); move it away",
@@ -189,7 +189,7 @@ def test_a_run_with_files_that_cannot_be_used_fails_by_itself_and_the_others_go_
     for message, error in zip(messages, made.failed.values(), strict=True):
         assert message in error
     assert victim.read_text() == ""
-    with pytest.raises(TrainingError, match=r"no run is finished in .*\n.*DONE cannot be read"):
+    with pytest.raises(TrainingError, match=r"no run is finished in .*\n.*pth cannot be read"):
         sweep.run({**QUICK, "seed": 0}, tmp_path / "sweep", executor=thread)
 
 
@@ -375,11 +375,11 @@ def test_a_sweep_of_nothing_is_refused(tmp_path, capsys):
 
 @pytest.mark.parametrize("jobs", [0, 1.5, "2"])
 def test_a_number_of_jobs_that_is_not_whole_is_refused(tmp_path, jobs):
-    with pytest.raises(SettingsError, match=f"jobs={jobs!r} is out of range; give a whole number of at least 1"):
+    with pytest.raises(SettingsError, match=f"jobs={jobs!r} must be a whole number of at least 1"):
         sweep.run(QUICK, tmp_path, jobs=jobs)
 
 
 @pytest.mark.parametrize("jobs", ["0", "-1"])
 def test_a_number_of_jobs_below_one_is_refused(tmp_path, capsys, jobs):
     assert program.main([*flags_of(QUICK), "--folder", str(tmp_path / "sweep"), "--jobs", jobs]) == 2
-    assert f"jobs={jobs} is out of range; give a whole number of at least 1" in capsys.readouterr().err
+    assert f"jobs={jobs} must be a whole number of at least 1" in capsys.readouterr().err

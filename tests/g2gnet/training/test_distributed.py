@@ -41,7 +41,7 @@ EVERYTHING |= {"enforce_sparsity": True, "warmup_epochs": 0}
 PROGRAM = """
 import atexit, datetime, importlib, os, platform, signal, sys, threading, time
 from pathlib import Path
-from g2gnet.programs import cli
+from g2gnet.programs import flags as program_flags
 from g2gnet.base import distributed
 from g2gnet.dst import scheduler
 from g2gnet.data import DataError
@@ -84,7 +84,7 @@ def report():
 
 Trainer._train_step = step
 if fault in ("no-data", "watches"):
-    cli.load_data = no_data if fault == "no-data" else watch
+    program_flags.load_data = no_data if fault == "no-data" else watch
 elif fault == "other-draws":
     scheduler.stream = lambda seed, *rest, **options: stream(seed + 1, *rest, **options)
 elif fault == "other-python":

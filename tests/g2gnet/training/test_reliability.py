@@ -30,7 +30,7 @@ from g2gnet.training import (
     run_training,
 )
 from g2gnet.training.checkpoints import RunFiles
-from g2gnet.training.numerical_checks import DRIFTING, FiniteWatch, LayerWatch
+from g2gnet.training.numerical_checks import CALM, DRIFTING, LOWER, WAKE, FiniteWatch, LayerWatch
 
 posix = pytest.mark.skipif(os.name != "posix", reason="signals and forks are those of POSIX")
 
@@ -401,7 +401,7 @@ def test_what_is_not_finite_is_named_and_the_last_good_checkpoint_kept(tmp_path,
         run(tmp_path)
     files = RunFiles(tmp_path, TrainSettings(**SMALL).stem)
     assert str(error.value) == (
-        f"in step 6 {what} became non-finite; lower `enc_scale` (now 3.0) or lower `lr` (now 0.001). "
+        f"in step 6 {what} became non-finite; {LOWER}. "
         f"{files.checkpoint} is the last good checkpoint; it was not changed."
     )
     assert load(files)["epoch"] == 1
@@ -411,26 +411,17 @@ def test_what_is_not_finite_is_named_and_the_last_good_checkpoint_kept(tmp_path,
     ("options", "where", "remedy"),
     [
         # before any update the learning rate cannot be the reason
-        ({"recurrent": True, "rec_gain": 3e38}, "in step 1 ", "lower `rec_gain` (now 3e+38) or lower `enc_scale`"),
-        ({"enc_bias": -3e38}, "in step 1 ", "raise `enc_bias` (now -3e+38) or lower `enc_scale` (now 3.0). "),
-        ({"threshold": 3e38}, "no checkpoint was written after step 4: ", "lower `threshold` (now 3e+38) or "),
-        ({"weight_decay": 1e38}, "no checkpoint was written after step 4: ", "lower `weight_decay` (now 1e+38) or "),
-        ({"lr": 1e30}, "in step 3 ", "lower `lr` (now 1e+30) or lower `enc_scale` (now 3.0). "),
+        ({"enc_bias": -3e38}, "in step 1 ", "no weight has changed yet"),
+        ({"threshold": 3e38}, "no checkpoint was written after step 4: ", LOWER),
+        ({"lr": 1e30}, "in step 3 ", LOWER),
     ],
-    ids=["rec_gain", "enc_bias", "threshold", "weight_decay", "lr"],
+    ids=["enc_bias", "threshold", "lr"],
 )
-def test_the_most_unusual_setting_is_the_first_remedy(tmp_path, options, where, remedy):
+def test_numbers_that_are_not_finite_have_a_remedy(tmp_path, options, where, remedy):
     with pytest.raises(TrainingError) as error:
         run(tmp_path, epochs=1, **options)
     assert str(error.value).startswith(where)
     assert f"; {remedy}" in str(error.value)
-    assert ("`lr`" in str(error.value)) == (where != "in step 1 ")
-
-
-def test_usual_settings_are_no_remedy():
-    trainer = small_trainer(enc_scale=1.0, optimizer="adamw", weight_decay=0.1)
-    assert trainer.remedy() == "lower `lr` (now 0.001)"
-    assert trainer.remedy(updated=False) == "no weight has changed yet: look for the largest values in the data"
 
 
 def test_a_loss_that_is_not_finite_is_named():
@@ -467,7 +458,7 @@ def test_no_checkpoint_is_written_of_a_spoiled_network(tmp_path, monkeypatch):
 
 def test_watching_does_not_wait_for_the_device(plain_memory):
     linear = torch.nn.Linear(3, 2)
-    watch = FiniteWatch(linear, torch.device("cpu"), str)
+    watch = FiniteWatch(linear, torch.device("cpu"))
     loss = linear(torch.ones(1, 3)).sum()
     loss.backward()
     operators = set()
@@ -484,7 +475,7 @@ def test_watching_does_not_wait_for_the_device(plain_memory):
 
 
 def test_layers_that_do_nothing_useful_are_warned_about_once(caplog):
-    watch = LayerWatch(TrainSettings())
+    watch = LayerWatch()
     neurons = {"lif1": LIF(beta=0.9), "lif2": LIF(3, beta=1.0), "lif3": LIF()}
     silent = {"lif1": 0.5, "lif2": 0.0, "lif3": 0.3}
     watch.check(1, {"lif1": 0.05, "lif2": 0.5, "lif3": 0.001}, silent, neurons)
@@ -494,10 +485,9 @@ def test_layers_that_do_nothing_useful_are_warned_about_once(caplog):
     for epoch in (2, 3):
         watch.check(epoch, {"lif1": 0.0, "lif2": 0.995, "lif3": 0.001}, {**silent, "lif3": 0.534}, neurons)
     assert [record.getMessage() for record in caplog.records] == [
-        "lif1 fell silent in epoch 2 (firing rate 0); give `standardize`, or raise `init_gain`, `enc_scale` or `T`",
-        "lif2 saturates in epoch 2 (firing rate 0.99); lower `enc_scale`, or give `enforce_sparsity`",
-        "lif3 is mostly silent: 53 % of its neurons never fired in epoch 2; give `standardize`, or raise "
-        "`init_gain`, `enc_scale` or `T`",
+        f"lif1 fell silent in epoch 2 (firing rate 0); {WAKE}",
+        f"lif2 saturates in epoch 2 (firing rate 0.99); {CALM}",
+        f"lif3 is mostly silent: 53 % of its neurons never fired in epoch 2; {WAKE}",
         f"lif2 has learned beta = 1.25 in epoch 2, outside 0 … 1: it counts as 1; {DRIFTING}",
         f"lif3 has learned beta = -0.5 in epoch 2, outside 0 … 1: it counts as 0; {DRIFTING}",
     ]
@@ -525,7 +515,7 @@ def test_classes_without_weights_are_warned_about_before_training(caplog):
     (message,) = (record.getMessage() for record in caplog.records if "classes" in record.getMessage())
     assert message == (
         f"fc3 has no weights for {unseen} of 10 classes, whose scores therefore do not depend on the input; lower "
-        "`block_size`, or raise `p_inter` or `p_intra`"
+        "`block_size`, or keep more weights"
     )
     caplog.clear()
     other = small_trainer(block_size=4, p_intra=0.4, p_inter=0.2)
@@ -537,44 +527,6 @@ def test_classes_without_weights_are_warned_about_before_training(caplog):
 def small_trainer(**options):
     settings = TrainSettings(**{**SMALL, **options})
     return Trainer(settings, load_dataset(settings.dataset), Machine(torch.device("cpu")))
-
-
-@pytest.mark.parametrize(
-    ("options", "wake", "calm"),
-    [
-        (
-            {"standardize": True},
-            "raise `init_gain`, `enc_scale` or `T`",
-            "lower `enc_scale`, or give `enforce_sparsity`",
-        ),
-        ({"enc": "rate"}, "raise `init_gain`, `enc_scale` or `T`", "lower `enc_scale`, or give `enforce_sparsity`"),
-        (
-            {"threshold": 2.0, "sequence": "rows", "enforce_sparsity": True},
-            "lower `threshold`, or give `standardize`, or raise `init_gain` or `enc_scale`",
-            "lower `enc_scale`",
-        ),
-    ],
-    ids=["standardize", "rate", "threshold"],
-)
-def test_what_is_given_or_refused_is_not_advised(caplog, options, wake, calm):
-    LayerWatch(TrainSettings(**options)).check(1, {"lif1": 0.0, "lif2": 1.0}, {"lif1": 1.0, "lif2": 0.0}, {})
-    assert [record.getMessage().partition("; ")[2] for record in caplog.records] == [wake, calm]
-
-
-@pytest.mark.parametrize(
-    ("options", "advice"),
-    [
-        ({"model": "mixer", "block_size": 1, "p_intra": 1.0}, "raise `p_inter`"),
-        (
-            {"model": "dense", "sparsity_mode": "dynamic", "final_density": 0.1, "dst_fraction": 0.0},
-            "lower `block_size`, or raise `final_density`",
-        ),
-    ],
-)
-def test_classes_get_weights_by_what_can_be_changed(caplog, options, advice):
-    LayerWatch(TrainSettings(**options)).check_classes("fc3", torch.tensor([3, 0]))
-    (record,) = caplog.records
-    assert record.getMessage().endswith(f"input; {advice}")
 
 
 @pytest.mark.parametrize(
@@ -594,7 +546,7 @@ def test_classes_that_are_tested_but_not_trained_are_warned_about(caplog, option
 def test_every_decay_of_a_model_is_watched(caplog):
     neurons = {"lif1": Synaptic(neurons=3)}
     neurons["lif1"].syn_decay.data[2] = 1.5
-    LayerWatch(TrainSettings()).check(4, {"lif1": 0.1}, {"lif1": 0.0}, neurons)
+    LayerWatch().check(4, {"lif1": 0.1}, {"lif1": 0.0}, neurons)
     (record,) = caplog.records
     assert record.getMessage() == (
         f"lif1 has learned syn_decay = 1.5 in epoch 4, outside 0 … 1: it counts as 1; {DRIFTING}"

@@ -1,0 +1,187 @@
+"""Evidence for the rules: what the layers do in the training step before an update, recorded or given by the caller."""
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from g2g_kernels import Activity
+from g2gnet.base.distributed import World
+from g2gnet.dst.rules import ACTIVITY, GRADIENT, Evidence, Rule
+from g2gnet.dst.scores import UnitGradients, unit_correlation
+from g2gnet.layers import G2GLinear
+from g2gnet.recording import ActivityRecorder, OneStepLater, Recording, Train, Uncompiled, check_compiled, dense
+from g2gnet.stack import SpikingStack
+
+#: the rules that need no spikes
+_OTHERS = "give prune='set' or 'random', and grow='random' or 'gradient'"
+
+
+class StepRecorder:
+    """Records in one training step what the rules need of it, from :meth:`start` to :meth:`stop`.
+
+    Args:
+        model: runs the layers, and its activity is recorded; None if the caller gives the activity (:meth:`give`).
+        layers, recurrent: as for :class:`g2gnet.DSTScheduler`.
+        prune, grow: the rules; None if nothing grows.
+
+    Raises:
+        ValueError: for a model whose output does not spike, or that is compiled and cannot run uncompiled.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None,
+        layers: Sequence[G2GLinear],
+        recurrent: Collection[G2GLinear],
+        prune: Rule,
+        grow: Rule | None,
+    ) -> None:
+        self._layers, self._recurrent = layers, recurrent
+        self.needs = {rule.needs for rule in (prune, grow) if rule and rule.needs}
+        self._rules = f"prune={prune.name!r} with grow={grow.name if grow else 'random'!r}"
+        if model is not None and ACTIVITY in self.needs:
+            for module in model.modules():
+                if isinstance(module, SpikingStack) and module.readout != "counts":
+                    raise ValueError(
+                        f"a correlation needs output spikes, and with readout={module.readout!r} there are none; "
+                        f"{_OTHERS}"
+                    )
+        if model is not None and self.needs:
+            check_compiled(model, " and ".join(sorted(self.needs)))
+        recorded = model is not None and ACTIVITY in self.needs
+        self._activity = ActivityRecorder(model, layers) if model is not None and recorded else None
+        self._recordings: list[Recording] | None = None
+        self._gradients: dict[G2GLinear, UnitGradients] = {}
+        self._overtaken = False  # by another scheduler, which records the gradient of the same layers now
+        self._uncompiled: Uncompiled | None = None
+
+    def start(self, layers: Sequence[G2GLinear]) -> None:
+        """Starts recording; ``layers`` are those whose gradient may be needed."""
+        if self._activity is not None or GRADIENT in self.needs:
+            self._uncompiled = Uncompiled()
+        if self._activity is not None:
+            self._activity.start()
+        if GRADIENT in self.needs:
+            for layer in layers:
+                self._gradients[layer] = layer.observer = UnitGradients()
+
+    def stop(self) -> None:
+        """Stops recording, if it was started; what was recorded stays until :meth:`forget`."""
+        self.run_compiled()
+        mine = [layer for layer, gradients in self._gradients.items() if layer.observer is gradients]
+        self._overtaken = len(mine) < len(self._gradients)
+        for layer in mine:
+            layer.observer = None
+        self._recordings = self._activity.stop() if self._activity is not None else None
+
+    def run_compiled(self) -> None:
+        """Lets compiled code run again, which records nothing."""
+        if self._uncompiled is not None:
+            self._uncompiled.end()
+            self._uncompiled = None
+
+    def forget(self) -> None:
+        """Forgets the step, also what graphs refer to."""
+        for gradients in self._gradients.values():
+            gradients.close()
+        self._gradients, self._recordings = {}, None
+
+    def check(self, activity: Activity) -> None:
+        """Raises ValueError for an activity without the spikes that a rule needs."""
+        last_is_mine = len(self._layers) - len(self._recurrent) >= len(activity.spikes)
+        if ACTIVITY in self.needs and activity.readout is not None and last_is_mine:
+            raise ValueError(
+                f"a correlation needs output spikes, and this activity is a readout of membranes; {_OTHERS}"
+            )
+
+    def give(self, inputs: torch.Tensor, activity: Activity) -> None:
+        """Takes what the first layer received and what the stack did; ValueError for the activity of other layers."""
+        mine = [layer.out_features for layer in self._layers if layer not in self._recurrent]
+        theirs = [len(rates) for rates in activity.rates]
+        if mine != theirs[: len(mine)]:
+            raise ValueError(
+                f"the activity is of layers of {theirs} neurons, those of the scheduler have {mine}; give it the "
+                "layers of the stack from its input on, and name the recurrent connections among them in `recurrent`"
+            )
+        received: Train = inputs.detach()
+        self._recordings, posts = [], iter(activity.spikes)
+        for layer in self._layers:
+            if layer in self._recurrent:
+                self._recordings.append([(OneStepLater(received), received)])
+                continue
+            post = next(posts)
+            self._recordings.append([(received, post)])
+            received = post
+
+    def evidence(self, layers: Sequence[tuple[int, G2GLinear]], world: World) -> Iterator[tuple[int, Evidence]]:
+        """What is known of each of these layers, with its number.
+
+        Raises:
+            RuntimeError: for what is needed and was neither given nor recorded.
+        """
+        unpacked: dict[int, torch.Tensor] = {}  # by the train's id; a layer's spikes are the next one's inputs
+        for number, layer in layers:
+            correlation = gradient = None
+            if ACTIVITY in self.needs:
+                if not self._recordings or not self._recordings[number]:
+                    raise RuntimeError(self._nothing_seen("activity", number))
+                pairs = self._recordings[number]
+                trains = {id(train): train for pair in pairs for train in pair}
+                unpacked = {key: unpacked[key] if key in unpacked else dense(train) for key, train in trains.items()}
+                samples = _samples([(unpacked[id(pre)], unpacked[id(post)]) for pre, post in pairs])
+                correlation = unit_correlation(*samples, layer.mask, world).flatten()
+            if GRADIENT in self.needs:
+                gradients = self._gradients.get(layer)
+                if gradients is None or not any(gradients.seen()):
+                    raise RuntimeError(self._nothing_seen("gradient", number))
+                gradient = gradients.root_mean_squares(layer.mask, world)
+                gradients.close()
+            yield number, Evidence(layer, correlation, gradient)
+
+    def _nothing_seen(self, what: str, number: int) -> str:
+        if what == GRADIENT and self._overtaken:
+            return (
+                f"another DSTScheduler with grow='gradient' has taken over layer {number}; a layer has one scheduler: "
+                "call step() of the last one only"
+            )
+        return (
+            f"no {what} of layer {number} was recorded in this step, but {self._rules} needs it. Pass the inputs and "
+            "the activity to step(); or create the scheduler with the model, and run the model forward and backward in "
+            "training mode before each step(), not as a CUDA graph while next_is_due; or use prune='set' or 'random' "
+            "with grow='random'"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # what was recorded so far in this step; hooks and attributes of layers are not copied
+        activity = self._activity and (self._activity.model, self._activity.recorded())
+        gradients = [(layer, gradients.seen()) for layer, gradients in self._gradients.items()]
+        return {**self.__dict__, "_uncompiled": None, "_activity": activity, "_gradients": gradients}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        activity = state["_activity"]
+        self.__dict__.update(state, _activity=activity and ActivityRecorder(activity[0], state["_layers"]))
+        self._gradients, self._seen_before = {}, (activity and activity[1], state["_gradients"])
+
+    def resume(self) -> None:
+        """After :meth:`start` of a copy: goes on after what the original had recorded."""
+        activity, gradients = self.__dict__.pop("_seen_before")
+        if activity and self._activity is not None:
+            self._activity.stop()
+            self._activity.resume(activity)
+        for layer, seen in gradients:
+            self._gradients[layer].resume(seen)
+
+
+def _samples(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The pre- and postsynaptic samples of all calls of a layer, in the form that :func:`unit_correlation` takes."""
+    if len(pairs) == 1 and pairs[0][1].dim() == 3:
+        return pairs[0]
+    flat_pre, flat_post = [], []
+    for pre, post in pairs:
+        if pre.dim() < post.dim():  # an input that was held for all time steps
+            pre = pre.expand(len(post), *pre.shape)
+        flat_pre.append(pre.reshape(-1, pre.shape[-1]))
+        flat_post.append(post.reshape(-1, post.shape[-1]))
+    return torch.cat(flat_pre)[None], torch.cat(flat_post)[None]

@@ -1,0 +1,366 @@
+"""Command-line flags: how they are parsed, and what they say of settings, machine and data. All programs share them."""
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import difflib
+import logging
+import platform
+import re
+import typing
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from g2g_kernels import select_device
+from g2g_kernels.dispatch import BACKENDS, require_backend
+from g2g_kernels.numbers import COUNT, Number
+from g2gnet.base.distributed import LIMIT, World, join, launched, rank
+from g2gnet.base.messages import reason, say, warn
+from g2gnet.base.version import __version__
+from g2gnet.data import DATASETS, ImageData, MissingDataError, dataset_name, load_dataset, npz
+from g2gnet.data.augmentation import SHIFTS
+from g2gnet.data.features import load_features, weights_digest
+from g2gnet.inspect import ANALYSIS_SAMPLES
+from g2gnet.programs.output import STDOUT
+from g2gnet.sequences import sequence_length
+from g2gnet.settings import SettingsError, number_of, types_of
+from g2gnet.training import EpochCallback, Machine, RunSettings, Trainer, TrainSettings
+from g2gnet.training.tensorboard import TensorBoardLog
+
+logger = logging.getLogger("g2gnet")
+SettingsT = typing.TypeVar("SettingsT", bound=RunSettings)
+
+#: of settings, in the order of the help
+GROUPS = ("data", "model", "training", "dynamic sparse training", "cross-validation")
+#: what stands for a flag's value in the help
+METAVARS = {int: "N", float: "X", str: "FILE"}
+
+
+class FlagError(ValueError):
+    """A flag that is invalid on this machine."""
+
+
+def file_name(text: str) -> str:
+    """The type of a flag that names a file or a directory.
+
+    Raises:
+        ArgumentTypeError: for an empty name, as of a shell's unset variable: it would be the current directory.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty; give one (the current directory is .)")
+    return text
+
+
+class _Plain(argparse.HelpFormatter):
+    """Shows a flag's text as it is, where argparse takes a per cent sign for the begin of a format."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = super()._get_help_string(action)
+        return text and text.replace("%", "%%")
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that takes no abbreviations; of an unknown flag it says which one may have been meant.
+
+    Everything below the programs names settings and arguments, in backticks where it says what to give;
+    :meth:`in_flags` makes this program's flags of them.
+    """
+
+    def __init__(self, formatter_class: Any = argparse.HelpFormatter, **options: Any) -> None:
+        plain: Any = type("Plain", (_Plain, formatter_class), {})
+        super().__init__(allow_abbrev=False, formatter_class=plain, **options)
+        # what begins with - and is a value; argparse's own takes -1e-3 for a flag
+        self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$|-(inf|infinity|nan)$", re.I)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        arguments, unknown = self.parse_known_args(args, namespace)
+        flags = [word.partition("=")[0] for word in unknown if word.startswith("-")]
+        if flags:
+            self.error(f"unknown flag {flags[0]}{self._suggestion(flags[0])}")
+        if unknown:
+            self.error(f"unknown arguments {' '.join(unknown)}; --help lists what this program takes")
+        return arguments
+
+    def in_flags(self, text: str) -> str:
+        """``text`` with what is in backticks as flags: ```neuron=synaptic``` as ``--neuron synaptic``."""
+
+        def flag(found: re.Match[str]) -> str:
+            name, value = f"--{found[1]}", found[2]
+            if name not in self._option_string_actions:
+                return found[0]
+            return name if value is None else f"{name} {value}"
+
+        return re.sub(r"`(\w+)(?:=([^`]*))?`", flag, text)
+
+    def _suggestion(self, flag: str) -> str:
+        known = [name for name in self._option_string_actions if name.startswith("--")]
+        name = "--" + flag.lstrip("-").replace("-", "_")
+        near = [each for each in known if each.lower() == name.lower()]
+        near = near or [each for each in known if len(name) > 2 and each.startswith(name)]
+        near = near or [f"--{each}" for each in difflib.get_close_matches(name[2:], [flag[2:] for flag in known], 1)]
+        return f"; did you mean {' or '.join(near)}?" if near else "; --help lists the flags"
+
+
+def add_settings_flags(parser: Parser, settings: type = TrainSettings, names: Collection[str] | None = None) -> None:
+    """Adds one flag for each field of ``settings`` that has a group, in these groups; with ``names`` only for these."""
+    kinds_of = types_of(settings)
+    fields = [field for field in dataclasses.fields(settings) if names is None or field.name in names]
+    present = {field.metadata["group"] for field in fields}
+    groups = {title: parser.add_argument_group(title) for title in GROUPS if title in present}
+    for field in fields:
+        about, (flag_type, *_) = field.metadata, kinds_of[field.name]
+        if about["group"] is None:
+            continue
+        group = groups[about["group"]]
+        text = parser.in_flags(about["text"])
+        if flag_type is bool:
+            group.add_argument(f"--{field.name}", action="store_true", help=text)
+            continue
+        if about["others"]:
+            text += f": {', '.join(about['choices'])}, or {about['others'].text} of your own"
+        number = number_of(about, kinds_of[field.name])
+        if number and number.range:
+            text += f"; {number.range}"
+        if field.default is not None:
+            text += f" (default: {field.default})"
+        group.add_argument(
+            f"--{field.name}",
+            type=file_name if flag_type is str and not about["choices"] else flag_type,
+            default=field.default,
+            choices=None if about["others"] else about["choices"],
+            metavar=about["metavar"]
+            or ("NAME" if about["others"] else None if about["choices"] else METAVARS[flag_type]),
+            help=text,
+        )
+
+
+def add_machine_flags(parser: argparse.ArgumentParser, kernels: bool = True, results: bool = True) -> Any:
+    """Adds the flags that say where to compute (``kernels``: and with which kernels) and where files lie.
+
+    They do not change what is computed. ``results``: the program writes checkpoints. Returns their group.
+    """
+    group = parser.add_argument_group("machine and files")
+    text = "directory of the data sets (default: data)"
+    group.add_argument("--data_dir", type=file_name, default="data", metavar="DIR", help=text)
+    if results:
+        text = "directory for results (default: checkpoints)"
+        group.add_argument("--checkpoint_dir", type=file_name, default="checkpoints", metavar="DIR", help=text)
+    text = "auto (DirectML, then CUDA, then CPU), cpu, cuda, cuda:N, directml, mps, xpu or xpu:N"
+    group.add_argument("--device", default="auto", help=text)
+    if kernels:
+        text = "kernels to use (default: the device decides)"
+        group.add_argument("--backend", default="auto", choices=("auto", *BACKENDS), help=text)
+    return group
+
+
+def add_json_flag(parser: Any, content: str) -> None:
+    """Adds the flag that writes ``content``, what a program returns, as JSON."""
+    text = (
+        f"write {content} as JSON to FILE, the word after this flag; without FILE to standard output, and all other "
+        "output to standard error"
+    )
+    parser.add_argument("--json", type=file_name, nargs="?", const=STDOUT, metavar="FILE", help=text)
+
+
+def add_inspection_flags(parser: argparse.ArgumentParser) -> Any:
+    """Adds the flags of the programs that run a trained network on test images; returns the last group of them."""
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=ANALYSIS_SAMPLES,
+        metavar="N",
+        help=f"run the network on the first N test images (default: {ANALYSIS_SAMPLES})",
+    )
+    text = "weights used by a run with --use_resnet, if not the published ones"
+    parser.add_argument("--resnet_weights", type=file_name, metavar="FILE", help=text)
+    return add_machine_flags(parser, results=False)
+
+
+def settings_from(arguments: argparse.Namespace, settings_type: type[SettingsT]) -> SettingsT:
+    """The settings that the flags gave, with the content of a file of weights or of data in place of its name.
+
+    Raises:
+        SettingsError: if they are out of range or in conflict.
+        DataError: if the file cannot be read.
+    """
+    fields = dataclasses.fields(settings_type)
+    values = {field.name: getattr(arguments, field.name) for field in fields if field.metadata["group"]}
+    values["dataset"] = dataset_name(values["dataset"])
+    if issubclass(settings_type, TrainSettings) and npz.is_name(values["dataset"]):
+        shape = npz.sample_shape(values["dataset"], Path(arguments.data_dir))
+        # only images can be mirrored or lose a rectangle, which states what they are; frames are images in any case
+        changed = len(shape) == 2 and (values["augment"] in SHIFTS or values["erase"] > 0)
+        if npz.holds_sequences(shape) and values["sequence"] is None:
+            if not changed:
+                values["sequence"] = "own"
+            else:
+                logger.warning(
+                    "the samples of %s, of shape %s, are read as images, as augment=%s and erase=%s say; without these "
+                    "they are sequences. Give sequence=none to say so in either case",
+                    values["dataset"], " × ".join(map(str, shape)), values["augment"], values["erase"],
+                )  # fmt: skip
+    settings = settings_type(**values)
+    if isinstance(settings, TrainSettings) and settings.sequence != "none":
+        known = DATASETS.get(settings.dataset)
+        settings = dataclasses.replace(settings, T=_length(settings, known.shape if known else shape, arguments))
+    if isinstance(settings, TrainSettings) and settings.use_resnet:
+        digest = weights_digest(settings.dataset, settings.resnet_weights)
+        settings = dataclasses.replace(settings, resnet_weights=digest)
+    return settings
+
+
+def _length(settings: TrainSettings, shape: tuple[int, ...], arguments: argparse.Namespace) -> int:
+    """The time steps of samples of that shape, which are sequences.
+
+    Raises:
+        SettingsError: if they have no such steps, or their number is given.
+    """
+    try:
+        steps = sequence_length(settings.sequence, shape, settings.sequence_step)
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+    if arguments.T is not None:
+        held = ""
+        if arguments.sequence is None:
+            held = f", or give `sequence=none` if they are images of {' × '.join(map(str, shape))}, held for `T` steps"
+        raise SettingsError(
+            f"T={arguments.T} cannot be chosen: with sequence={settings.sequence} the samples of {settings.dataset} "
+            f"have {steps} steps; leave `T` out{held}"
+        )
+    return steps
+
+
+def machine_from(arguments: argparse.Namespace) -> Machine:
+    """The device and the backend that the flags ask for; the process works alone until it joins others.
+
+    Raises:
+        FlagError: for a device that this machine does not have.
+        BackendError: for a backend that cannot be used here.
+    """
+    backend = getattr(arguments, "backend", "auto")
+    backend = None if backend == "auto" else backend
+    try:
+        require_backend(backend)
+        device = select_device(arguments.device)
+        if launched() and device.type == "cuda":
+            if device.index is not None:
+                raise FlagError(f"device={device} would serve all processes; give cuda, so that each takes its own")
+            device = select_device(f"cuda:{rank('LOCAL_RANK')}")
+    except ValueError as error:
+        raise FlagError(str(error)) from error
+    if device.type not in ("cpu", "cuda") and getattr(arguments, "precision", "fp32") == "bf16":
+        raise FlagError(f"precision=bf16 needs a CPU or CUDA device, not {arguments.device}; give --precision fp32")
+    cuda_graph = getattr(arguments, "cuda_graph", None)
+    if cuda_graph and device.type != "cuda":
+        raise FlagError(f"--cuda_graph needs a CUDA device, not {device}; leave it out, or give --device cuda")
+    return Machine(device, backend, cuda_graph=cuda_graph)
+
+
+def training_parser(description: str, examples: str, settings: type[TrainSettings], document: str) -> Parser:
+    """The parser of a program that trains networks with ``settings``; ``document`` is what it writes as JSON."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=description, epilog=examples, formatter_class=raw)
+    add_settings_flags(parser, settings)
+    group = add_machine_flags(parser)
+    text = "minutes that processes started by torchrun wait for one another (default: 30)"
+    group.add_argument("--peer_timeout", type=float, default=LIMIT.total_seconds() / 60, metavar="MINUTES", help=text)
+    text = "replay each training step as a CUDA graph (default: on a CUDA device, in one process); not run on a GPU yet"
+    group.add_argument("--cuda_graph", action="store_true", default=None, help=text)
+    text = "launch every kernel of a training step anew"
+    group.add_argument("--no_cuda_graph", action="store_false", dest="cuda_graph", default=None, help=text)
+    text = "write scalars, histograms and heat maps for TensorBoard to DIR (default: none)"
+    group.add_argument("--log_dir", type=file_name, metavar="DIR", help=text)
+    add_json_flag(group, document)
+    parser.add_argument("--version", action="version", version=f"g2g {__version__}")
+    return parser
+
+
+def join_peers(
+    arguments: argparse.Namespace, program: str, settings: RunSettings, machine: Machine, device: torch.device
+) -> contextlib.AbstractContextManager[World]:
+    """The processes of a run (:func:`g2gnet.base.distributed.join`), which must have the same settings and versions.
+
+    Raises:
+        FlagError: if they are to wait for one another less than some moments, or more than a year.
+    """
+    wanted = Number(0.01, 365 * 24 * 60).refuses(arguments.peer_timeout)
+    if wanted:
+        raise FlagError(f"peer_timeout={arguments.peer_timeout} must be {wanted}")
+    same = {"program": program, "python": platform.python_version(), **machine.versions()}
+    if machine.device.type == "cpu":
+        same["PyTorch's instruction set"] = torch.backends.cpu.get_cpu_capability()
+    return join(device, {**same, **settings.as_dict()}, datetime.timedelta(minutes=arguments.peer_timeout))
+
+
+def log_from(arguments: argparse.Namespace) -> list[EpochCallback[Trainer]]:
+    """The callbacks after each epoch, according to the flags.
+
+    Raises:
+        FlagError: if TensorBoard's package is missing, or the directory cannot be made.
+    """
+    if arguments.log_dir is None:
+        return []
+    try:
+        return [TensorBoardLog(arguments.log_dir)]
+    except (ImportError, OSError) as error:
+        raise FlagError(f"log_dir={arguments.log_dir}: {reason(error)}") from error
+
+
+def load_data(arguments: argparse.Namespace, settings: TrainSettings, device: torch.device) -> ImageData:
+    """The images or features that the flags ask for.
+
+    Raises:
+        DataError: if they are unavailable.
+    """
+    if settings.use_resnet:
+        return load_features(settings.dataset, arguments.data_dir, arguments.resnet_weights, device)
+    try:
+        return load_dataset(settings.dataset, arguments.data_dir)
+    except MissingDataError as error:
+        if "dataset" not in arguments:  # it is that of a checkpoint
+            raise
+        raise MissingDataError(f"{error}\n--dataset fashionmnist-mini needs no files at all.") from error
+
+
+def load_run_data(arguments: argparse.Namespace, settings: TrainSettings, device: torch.device) -> ImageData:
+    """The images or features of a run that was made with ``settings``, as far as it used them, on ``device``.
+
+    Raises:
+        FlagError: if ``--samples`` is not at least 1, or ``--resnet_weights`` are not those of the run.
+        DataError: if they are unavailable.
+    """
+    wanted = COUNT.refuses(arguments.samples)
+    if wanted:
+        raise FlagError(f"samples={arguments.samples} must be {wanted}")
+    if settings.use_resnet:
+        digest = weights_digest(settings.dataset, arguments.resnet_weights)
+        if digest != settings.resnet_weights:
+            raise FlagError(
+                f"the run had the ResNet weights {settings.resnet_weights}, these are {digest}; give the file with the "
+                "run's weights by --resnet_weights"
+            )
+    return load_data(arguments, settings, device).limited(settings.limit_train, settings.limit_test).to(device)
+
+
+def announce(settings: TrainSettings, machine: Machine) -> None:
+    """Prints what is trained and the settings that differ from the defaults; warns of settings without effect."""
+    for line in settings.without_effect():
+        logger.warning("%s", line)
+    if settings.enforce_sparsity and settings.warmup_epochs >= settings.epochs:
+        warn(
+            f"warning: --enforce_sparsity never begins: warmup_epochs={settings.warmup_epochs} is not below "
+            f"epochs={settings.epochs}"
+        )
+    default = {**type(settings)(neuron=settings.neuron).flag_values(), "neuron": type(settings).neuron}
+    always = ("dataset", "model", "epochs", "seed")
+    shown = " ".join(
+        f"{name}={value}" for name, value in settings.flag_values().items() if name in always or value != default[name]
+    )
+    where = f"device={machine.device} backend={machine.backend or 'auto'}"
+    if machine.world.size > 1:
+        where += f" processes={machine.world.size}"
+    say(f"g2g {__version__} | {where} | {shown}")

@@ -1,0 +1,140 @@
+"""What the ``main`` of each program does: run it on its flags, and turn errors into messages and an exit status."""
+
+import argparse
+import contextlib
+import io
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from tqdm import tqdm
+
+from g2g_kernels import BackendError
+from g2gnet.base.distributed import DistributedError, launched, rank
+from g2gnet.base.memory import ran_out
+from g2gnet.base.messages import OutputError, discard, reason, warn
+from g2gnet.data import DataError
+from g2gnet.programs.flags import FlagError, Parser
+from g2gnet.programs.output import check_json, standard_output, write_json
+from g2gnet.settings import SettingsError
+from g2gnet.training import CheckpointError, Interrupted, TrainingError
+
+#: exit status of a program whose reader has closed the pipe, as ``head`` does: 128 + SIGPIPE, absent on Windows
+READER_LEFT = 128 + 13
+#: settings with which the memory of a training step grows
+GROWING = ("batch_size", "T", "hidden_dim")
+
+
+def run_program(
+    parser: Parser,
+    program: Callable[[argparse.Namespace], dict[str, Any] | None],
+    argv: Any,
+    interrupted: str = "run the same command again to resume after the last finished epoch",
+) -> int:
+    """Runs ``program`` on the parsed flags; user errors become a message and an exit status.
+
+    Args:
+        parser: the program's flags.
+        program: takes the parsed flags; returns what ``--json`` writes, where there is that flag.
+        argv: the flags as given.
+        interrupted: what to say after Ctrl-C.
+
+    Returns:
+        0 on success, 1 if data, files, memory or training failed, 2 for invalid flags, 128 + the number of the signal
+        that ended it (130 after Ctrl-C, 141 when nobody reads its output).
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started this
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  (until the process ends)
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a pipe on Windows has a code page without the lines of our tables
+    arguments = parser.parse_args(argv)
+    tqdm.set_lock(threading.RLock())  # the usual one is the system's, and left behind by a process that is killed
+    handler = _BesideBars()
+    handler.setFormatter(_InFlags(parser))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    json_file = getattr(arguments, "json", None)
+    try:
+        if rank() == 0:
+            logging.getLogger("g2g_kernels").setLevel(logging.INFO)
+        check_json(arguments)
+        with standard_output(json_file), memory_named(arguments):
+            document = program(arguments)
+        if json_file and document is not None:
+            write_json(json_file, document)
+    except (SettingsError, BackendError, FlagError) as error:
+        return _fail(parser, error, 2)
+    except (DataError, CheckpointError, TrainingError, DistributedError, OutputError) as error:
+        return _fail(parser, error, 1)
+    except Interrupted as interruption:
+        if rank() == 0:
+            warn(f"{parser.prog}: {interruption}")
+        return 128 + interruption.signal
+    except BrokenPipeError:
+        discard(sys.stdout)
+        return READER_LEFT
+    except KeyboardInterrupt:
+        warn(f"\n{parser.prog}: interrupted; {interrupted}")
+        return 130
+    finally:
+        try:
+            sys.stderr.flush()
+        except OSError:
+            discard(sys.stderr)
+    return 0
+
+
+@contextlib.contextmanager
+def memory_named(arguments: argparse.Namespace) -> Iterator[None]:
+    """Raises TrainingError, which names the flags of this program that save memory, where an allocation fails."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not ran_out(error):
+            raise
+        flags = vars(arguments)
+        fixed = "T" if flags.get("sequence") not in (None, "none") else ""  # samples have as many steps as they have
+        growing = {name: flags.get(name, "") for name in GROWING if name != fixed}
+        lower = [
+            f"--{name}{f' (now {now})' if now else ''}" for name, now in growing.items() if isinstance(now, int | None)
+        ]
+        remedies = [f"lower {' or '.join(lower)}"] if lower else []
+        if "chunk" in flags and flags["chunk"] is None:
+            remedies.append("give --chunk, so that a step keeps less for each of many time steps")
+        if flags.get("precision") == "fp32":
+            remedies.append("give --precision bf16, which halves what a step keeps")
+        if "cuda_graph" in flags and flags["cuda_graph"] is not False:
+            remedies.append("give --no_cuda_graph, since a graph keeps its memory between steps")
+        raise TrainingError("; ".join([f"out of memory: {reason(error)}", *remedies])) from error
+
+
+def _fail(parser: Parser, error: Exception, status: int) -> int:
+    try:
+        speaker = f"{parser.prog}, rank {rank()}" if launched() else parser.prog
+    except DistributedError:  # which is what this error says
+        speaker = parser.prog
+    warn(f"{speaker}: error: {parser.in_flags(str(error))}")
+    return status
+
+
+class _BesideBars(logging.StreamHandler):
+    """Messages of loggers on lines of their own, where a progress bar is on the terminal too."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with tqdm.external_write_mode(file=self.stream):
+            super().emit(record)
+
+
+class _InFlags(logging.Formatter):
+    """The messages of loggers in a program's flags."""
+
+    def __init__(self, parser: Parser) -> None:
+        super().__init__()
+        self._parser = parser
+
+    def format(self, record: logging.LogRecord) -> str:
+        return self._parser.in_flags(super().format(record))

@@ -1,0 +1,113 @@
+"""What programs write: ``--json``, and files that are checked before there is anything to write."""
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from g2gnet.base.files import check_writable, replace_file, same_file
+from g2gnet.base.messages import OutputError, reason, say
+from g2gnet.base.tensor_files import has_digest
+from g2gnet.base.version import __version__
+from g2gnet.data.npz import SUFFIX as DATA_SUFFIX
+from g2gnet.training.checkpoints import RunFiles
+
+#: in place of a file's name: standard output
+STDOUT = "-"
+#: endings of files that no program replaces by its output: checkpoints and data
+KEPT = (".pth", DATA_SUFFIX)
+
+
+def check_output(path: Path | str, arguments: argparse.Namespace | None = None, own_files: Iterable[Path] = ()) -> None:
+    """Checks a file that is to be written, before there is anything to write.
+
+    Args:
+        path: the file.
+        arguments: the parsed flags; neither the files that they have the program read nor those of the runs whose
+            checkpoints these are become its output.
+        own_files: other files that the program itself reads or writes.
+
+    Raises:
+        OutputError: if it cannot be written, is one of these, or holds a checkpoint or data.
+    """
+    path = Path(path)
+    try:
+        check_writable(path)
+        lost = _what_is_lost(path, arguments, own_files)
+    except OSError as error:
+        raise OutputError(f"cannot write {path} ({reason(error)}); give another file") from error
+    if lost:
+        raise OutputError(
+            f"will not replace {path}: it is {lost}. Give another file; the one to write is the word that follows "
+            "--json or --output"
+        )
+
+
+def _what_is_lost(path: Path, arguments: argparse.Namespace | None, own_files: Iterable[Path]) -> str | None:
+    """What the file at ``path`` is, in words, if output must not replace it."""
+    flags = {} if arguments is None else vars(arguments)
+    checkpoints = [name for name in (flags.get("checkpoint"), *flags.get("checkpoints", ())) if name]
+    inputs = [*checkpoints, *filter(None, [flags.get("resnet_weights")])]
+    if str(flags.get("dataset")).endswith(DATA_SUFFIX):
+        inputs.append(flags["dataset"])
+    if any(same_file(path, Path(name)) for name in inputs):
+        return "a file that this program reads"
+    runs = (RunFiles.of(Path(name)) for name in checkpoints)
+    if any(same_file(path, file) for file in [*own_files, *(file for run in runs for file in run.files())]):
+        return "one of the run's own files"
+    target = path.resolve()
+    if target.is_file() and (target.suffix.lower() in KEPT or has_digest(target)):
+        return "a checkpoint or a file of data"
+    return None
+
+
+def check_json(arguments: argparse.Namespace, own_files: Iterable[Path] = ()) -> None:
+    """Checks the target of ``--json``, where there is one, as :func:`check_output` does."""
+    json_file = getattr(arguments, "json", None)
+    if json_file not in (None, STDOUT):
+        check_output(json_file, arguments, own_files)
+
+
+@contextlib.contextmanager
+def standard_output(json_file: str | None) -> Iterator[None]:
+    """While entered, output goes to standard error if ``--json`` needs standard output for itself."""
+    with contextlib.redirect_stdout(sys.stderr) if json_file == STDOUT else contextlib.nullcontext():
+        yield
+
+
+def write_json(json_file: str, document: dict[str, Any]) -> None:
+    """Writes one JSON document, with the version of g2g, to the target of ``--json``.
+
+    Raises:
+        OutputError: if the file cannot be written.
+    """
+    document = {"g2g": __version__, **document}
+    text = json.dumps(document, indent=2, ensure_ascii=json_file == STDOUT) + "\n"
+    if json_file == STDOUT:
+        say(text.removesuffix("\n"))
+    else:
+        write_output(json_file, text)
+
+
+def write_file(path: Path | str, write: Callable[[BinaryIO], Any]) -> None:
+    """Calls ``write`` to write a file completely or not at all (:func:`g2gnet.base.files.replace_file`).
+
+    Raises:
+        OutputError: if it cannot be written.
+    """
+    try:
+        replace_file(Path(path), write)
+    except OSError as error:
+        raise OutputError(f"cannot write {path} ({reason(error)}); give another file, or free some space") from error
+
+
+def write_output(path: Path | str, text: str) -> None:
+    """Writes ``text`` to a file as UTF-8; bytes of file names that are not characters become escapes.
+
+    Raises:
+        OutputError: if it cannot be written.
+    """
+    write_file(path, lambda file: file.write(text.encode("utf-8", "backslashreplace")))

@@ -88,7 +88,7 @@ class _Plain(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that takes no abbreviations; of an unknown flag it says which one may have been meant.
+    """A parser that takes no abbreviations; an error is one line, with the flag that may have been meant.
 
     Everything below the programs names settings and arguments, in backticks where it says what to give;
     :meth:`in_flags` makes this program's flags of them.
@@ -108,6 +108,21 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             self.error(f"unknown arguments {' '.join(unknown)}; --help lists what this program takes")
         return arguments
+
+    def error(self, message: str) -> typing.NoReturn:
+        """Ends the program with one line: what is wrong and what to do; argparse prints all flags before it."""
+        kinds = {"int": "a whole number", "float": "a number"}
+        bad = re.fullmatch(r"argument (\S+): invalid (int|float) value: (.*)", message)
+        text = f"{bad[1]} {bad[3]} is not {kinds[bad[2]]}" if bad else message
+        known = ("--help", "did you mean", "choose from", "; give ")  # says what to do
+        remedy = "" if any(word in text for word in known) else "; --help says what it takes"
+        self.exit(2, f"{self.prog}: error: {text}{remedy}\n")
+
+    def format_help(self) -> str:
+        """The help, whose first line does not repeat its flags."""
+        named = [str(action.metavar or action.dest) for action in self._actions if not action.option_strings]
+        self.usage = " ".join(["%(prog)s [flags]", *named])
+        return super().format_help()
 
     def in_flags(self, text: str) -> str:
         """``text`` with what is in backticks as flags: ```neuron=synaptic``` as ``--neuron synaptic``."""

@@ -551,10 +551,10 @@ def _chunks_in_short(record: Record, link: Link) -> str:
     size = record.content["sizes"]
     ratio, what = ("cpu_times", "processor time") if _busy(record.content) else ("times", "time")
     return (
-        f"At T = {chunks.USUAL:,} (B {size['batch_size']}, {size['input_dim']} → {size['hidden_dim']:,} → "
-        f"{size['hidden_dim']:,} → {size['num_classes']}) a training step in chunks of {chunk} takes "
-        f"{part['peak_bytes'] / 1e6:.0f} MB above the process instead of {whole['peak_bytes'] / 1e6:.0f}, and "
-        f"{part[ratio]:.2f} times the {what} (`python -m benchmarks.chunks`, on {_machine(record, link)})."
+        f"For {chunks.USUAL:,} time steps (batch {size['batch_size']}, {size['input_dim']} inputs, two layers of "
+        f"{size['hidden_dim']:,} neurons), a training step in chunks of {chunk} steps takes "
+        f"{part['peak_bytes'] / 1e6:.0f} MB instead of {whole['peak_bytes'] / 1e6:.0f} MB and {part[ratio]:.2f} times "
+        f"the {what} (`python -m benchmarks.chunks`, [record]({link(record.path)}))."
     )
 
 

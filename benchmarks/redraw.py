@@ -364,7 +364,7 @@ def _tradeoff(record: Record, link: Link) -> str:
 
     rows = [[f"{budget:,} {unit}", *cells("dense", budget), *cells("sparse", budget)] for budget in budgets]
     header = ["at most", *(name for kind in ("dense", "sparse") for name in (kind, "accuracy, %", "seconds"))]
-    return f"{_of_study(record, link)}\n\n{markdown(header, rows)}"
+    return f"{_of_study(record, link)}\n\n{_in_words(markdown(header, rows))}"
 
 
 def _by_seed(records: ByName, link: Link) -> str:
@@ -373,7 +373,7 @@ def _by_seed(records: ByName, link: Link) -> str:
     if not found:
         return ""
     links = ", ".join(f"[{number}]({link(record.path)})" for number, record in enumerate(found, 1))
-    return f"{recipe_study.gains_by_seed([record.content for record in found])}\n\nRecords: {links}."
+    return f"{_in_words(recipe_study.gains_by_seed([record.content for record in found]))}\n\nRecords: {links}."
 
 
 def _sequences(records: ByName, link: Link) -> str:
@@ -496,9 +496,29 @@ def _accuracy(record: Record, link: Link) -> str:
     )
 
 
+#: what the names of rows say in short, and in words
+WORDS = {
+    r"\bH (\d+)": lambda found: f"{int(found[1]):,} neurons",
+    r"\b(dense|index|mixer), (\d+)": lambda found: f"{found[1]}, {int(found[2]):,} neurons",
+    r"\bB (\d+)": r"batch \1",
+    r"\bT (\d+)": r"\1 steps",
+    r"\bunits of 1\b": "single weights",
+    r"\bunits of (\d+)": r"\1 × \1 blocks",
+    r"\bgradual\b": "gradual pruning",
+    r"\bsmoothed\b": "label smoothing",
+    r"\bshifted\b( and mirrored)?": r"shifted\1 images",
+}
+
+
+def _in_words(table: str) -> str:
+    for short, words in WORDS.items():
+        table = re.sub(short, words, table)
+    return table
+
+
 def _study(record: Record, link: Link, shown: slice = slice(None)) -> str:
     """A study and its table, or some paragraphs of it."""
-    paragraphs = STUDIES[record.content["benchmark"]].table(record.content).split("\n\n")
+    paragraphs = _in_words(STUDIES[record.content["benchmark"]].table(record.content)).split("\n\n")
     return "\n\n".join((_of_study(record, link), *paragraphs[shown]))
 
 
@@ -566,7 +586,7 @@ def _predictions(record: Record, link: Link) -> str:
     assumed = markdown(["assumed", ""], [[name, f"{value:g}"] for name, value in content["assumed"].items()])
     return (
         f"Written down on {content['written']} for an H100; those for H200 and A100 "
-        f"are in the [record]({link(record.path)}).\n\n{comparison(content, {}, 'h100', tiny=False)}\n\n"
+        f"are in the [record]({link(record.path)}).\n\n{_in_words(comparison(content, {}, 'h100', tiny=False))}\n\n"
         f"{nexts}\n\n{assumed}"
     )
 

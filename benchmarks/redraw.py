@@ -275,11 +275,12 @@ def _readme(of_step: Record, of_wide: Record, of_recipe: Record, of_few: Record,
     cells = [[*row, f"[command]({link(PICTURES / page)})"] for *row, page in rows]
     network = step["workload"]
     return (
-        f"{markdown(['', 'g2g', 'compared with', ''], cells)}\n\nA step is one of {network['batch_size']} samples, "
-        f"{network['T']} time steps and two hidden layers of {network['hidden_dim']:,} neurons with "
-        f"{_percent(network['density'])} of the weights (in the third line {largest['T']} time steps and groups of 256 "
-        f"neurons), on {_processor(step['machine'])}. Accuracy is that on Fashion-MNIST after "
-        f"{best['ends'][0]['epoch']} and {few['epochs']} epochs, mean ± standard error over 3 seeds."
+        f"{markdown(['', 'g2g', 'compared with', ''], cells)}\n\nTraining steps have batches of "
+        f"{network['batch_size']} samples, {network['T']} time steps and two hidden layers of "
+        f"{network['hidden_dim']:,} neurons with {_percent(network['density'])} of the weights (third row: "
+        f"{largest['T']} time steps, groups of 256 neurons). They were measured on {_processor(step['machine'])}. "
+        f"Accuracies are those on the test images of Fashion-MNIST, after {best['ends'][0]['epoch']} epochs (58,000 "
+        f"weights: {few['epochs']}), mean ± standard error over 3 seeds."
     )
 
 

@@ -644,7 +644,7 @@ PARTS: dict[str, Part] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m benchmarks.redraw", description=__doc__.split("\n")[0])
-    text = "a record whose table to print; without any, the pages and pictures are drawn anew"
+    text = "a record whose table to print; without any, the pages and pictures are redrawn"
     parser.add_argument("files", type=Path, nargs="*", metavar="FILE", help=text)
     files = parser.parse_args(argv).files
     for record in map(read, files):

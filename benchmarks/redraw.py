@@ -232,7 +232,8 @@ def _step_in_a_line(record: Record, link: Link) -> str:
     content = record.content
     masked, fastest = (seconds(row["median"]) for row in _peers(content))
     return (
-        f"A training step takes **{seconds(_ours(content)['median'])}**; {_MASKED} takes {masked}, {_FASTEST} "
+        f"A training step with {content['workload']['hidden_dim']:,} neurons per layer takes "
+        f"**{seconds(_ours(content)['median'])}**; {_MASKED} takes {masked}, {_FASTEST} "
         f"{fastest} ({_processor(content['machine'])}; [how it was measured]({link(PICTURES / 'performance.md')}))."
     )
 

@@ -499,7 +499,7 @@ def _accuracy(record: Record, link: Link) -> str:
 
 
 #: what the names of rows say in short, and in words
-WORDS = {
+WORDS: dict[str, str | Callable[[re.Match[str]], str]] = {
     r"\bH (\d+)": lambda found: f"{int(found[1]):,} neurons",
     r"\b(dense|index|mixer), (\d+)": lambda found: f"{found[1]}, {int(found[2]):,} neurons",
     r"\bB (\d+)": r"batch \1",

@@ -232,7 +232,8 @@ def _step_in_a_line(record: Record, link: Link) -> str:
     content = record.content
     masked, fastest = (seconds(row["median"]) for row in _peers(content))
     return (
-        f"A training step takes **{seconds(_ours(content)['median'])}**; {_MASKED} takes {masked}, {_FASTEST} "
+        f"A training step with {content['workload']['hidden_dim']:,} neurons per layer takes "
+        f"**{seconds(_ours(content)['median'])}**; {_MASKED} takes {masked}, {_FASTEST} "
         f"{fastest} ({_processor(content['machine'])}; [how it was measured]({link(PICTURES / 'performance.md')}))."
     )
 
@@ -275,11 +276,12 @@ def _readme(of_step: Record, of_wide: Record, of_recipe: Record, of_few: Record,
     cells = [[*row, f"[command]({link(PICTURES / page)})"] for *row, page in rows]
     network = step["workload"]
     return (
-        f"{markdown(['', 'g2g', 'compared with', ''], cells)}\n\nA step is one of {network['batch_size']} samples, "
-        f"{network['T']} time steps and two hidden layers of {network['hidden_dim']:,} neurons with "
-        f"{_percent(network['density'])} of the weights (in the third line {largest['T']} time steps and groups of 256 "
-        f"neurons), on {_processor(step['machine'])}. Accuracy is that on Fashion-MNIST after "
-        f"{best['ends'][0]['epoch']} and {few['epochs']} epochs, mean ± standard error over 3 seeds."
+        f"{markdown(['', 'g2g', 'compared with', ''], cells)}\n\nTraining steps have batches of "
+        f"{network['batch_size']} samples, {network['T']} time steps and two hidden layers of "
+        f"{network['hidden_dim']:,} neurons with {_percent(network['density'])} of the weights (third row: "
+        f"{largest['T']} time steps, groups of 256 neurons). They were measured on {_processor(step['machine'])}. "
+        f"Accuracies are those on the test images of Fashion-MNIST, after {best['ends'][0]['epoch']} epochs (58,000 "
+        f"weights: {few['epochs']}), mean ± standard error over 3 seeds."
     )
 
 
@@ -364,7 +366,7 @@ def _tradeoff(record: Record, link: Link) -> str:
 
     rows = [[f"{budget:,} {unit}", *cells("dense", budget), *cells("sparse", budget)] for budget in budgets]
     header = ["at most", *(name for kind in ("dense", "sparse") for name in (kind, "accuracy, %", "seconds"))]
-    return f"{_of_study(record, link)}\n\n{markdown(header, rows)}"
+    return f"{_of_study(record, link)}\n\n{_in_words(markdown(header, rows))}"
 
 
 def _by_seed(records: ByName, link: Link) -> str:
@@ -373,7 +375,7 @@ def _by_seed(records: ByName, link: Link) -> str:
     if not found:
         return ""
     links = ", ".join(f"[{number}]({link(record.path)})" for number, record in enumerate(found, 1))
-    return f"{recipe_study.gains_by_seed([record.content for record in found])}\n\nRecords: {links}."
+    return f"{_in_words(recipe_study.gains_by_seed([record.content for record in found]))}\n\nRecords: {links}."
 
 
 def _sequences(records: ByName, link: Link) -> str:
@@ -496,9 +498,29 @@ def _accuracy(record: Record, link: Link) -> str:
     )
 
 
+#: what the names of rows say in short, and in words
+WORDS: dict[str, str | Callable[[re.Match[str]], str]] = {
+    r"\bH (\d+)": lambda found: f"{int(found[1]):,} neurons",
+    r"\b(dense|index|mixer), (\d+)": lambda found: f"{found[1]}, {int(found[2]):,} neurons",
+    r"\bB (\d+)": r"batch \1",
+    r"\bT (\d+)": r"\1 steps",
+    r"\bunits of 1\b": "single weights",
+    r"\bunits of (\d+)": r"\1 × \1 blocks",
+    r"\bgradual\b": "gradual pruning",
+    r"\bsmoothed\b": "label smoothing",
+    r"\bshifted\b( and mirrored)?": r"shifted\1 images",
+}
+
+
+def _in_words(table: str) -> str:
+    for short, words in WORDS.items():
+        table = re.sub(short, words, table)
+    return table
+
+
 def _study(record: Record, link: Link, shown: slice = slice(None)) -> str:
     """A study and its table, or some paragraphs of it."""
-    paragraphs = STUDIES[record.content["benchmark"]].table(record.content).split("\n\n")
+    paragraphs = _in_words(STUDIES[record.content["benchmark"]].table(record.content)).split("\n\n")
     return "\n\n".join((_of_study(record, link), *paragraphs[shown]))
 
 
@@ -551,10 +573,10 @@ def _chunks_in_short(record: Record, link: Link) -> str:
     size = record.content["sizes"]
     ratio, what = ("cpu_times", "processor time") if _busy(record.content) else ("times", "time")
     return (
-        f"At T = {chunks.USUAL:,} (B {size['batch_size']}, {size['input_dim']} → {size['hidden_dim']:,} → "
-        f"{size['hidden_dim']:,} → {size['num_classes']}) a training step in chunks of {chunk} takes "
-        f"{part['peak_bytes'] / 1e6:.0f} MB above the process instead of {whole['peak_bytes'] / 1e6:.0f}, and "
-        f"{part[ratio]:.2f} times the {what} (`python -m benchmarks.chunks`, on {_machine(record, link)})."
+        f"For {chunks.USUAL:,} time steps (batch {size['batch_size']}, {size['input_dim']} inputs, two layers of "
+        f"{size['hidden_dim']:,} neurons), a training step in chunks of {chunk} steps takes "
+        f"{part['peak_bytes'] / 1e6:.0f} MB instead of {whole['peak_bytes'] / 1e6:.0f} MB and {part[ratio]:.2f} times "
+        f"the {what} (`python -m benchmarks.chunks`, [record]({link(record.path)}))."
     )
 
 
@@ -566,7 +588,7 @@ def _predictions(record: Record, link: Link) -> str:
     assumed = markdown(["assumed", ""], [[name, f"{value:g}"] for name, value in content["assumed"].items()])
     return (
         f"Written down on {content['written']} for an H100; those for H200 and A100 "
-        f"are in the [record]({link(record.path)}).\n\n{comparison(content, {}, 'h100', tiny=False)}\n\n"
+        f"are in the [record]({link(record.path)}).\n\n{_in_words(comparison(content, {}, 'h100', tiny=False))}\n\n"
         f"{nexts}\n\n{assumed}"
     )
 
@@ -623,7 +645,7 @@ PARTS: dict[str, Part] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m benchmarks.redraw", description=__doc__.split("\n")[0])
-    text = "a record whose table to print; without any, the pages and pictures are drawn anew"
+    text = "a record whose table to print; without any, the pages and pictures are redrawn"
     parser.add_argument("files", type=Path, nargs="*", metavar="FILE", help=text)
     files = parser.parse_args(argv).files
     for record in map(read, files):

@@ -48,7 +48,9 @@ def draw_times(axis: Axes, content: dict[str, Any]) -> None:
     axis.set_xlim(0, 1.2 * max(rows[name]["median"] for name in CONTENDERS))
     axis.set_xticks([])
     axis.spines[["top", "right", "bottom"]].set_visible(False)
-    axis.set_title("Time of a training step", loc="left", fontsize=13)
+    network = content["workload"]
+    size = f"2 × {network['hidden_dim']:,} neurons, {network['T']} steps, batch {network['batch_size']}"
+    axis.set_title(f"Time of a training step\n({size})", loc="left", fontsize=13)
 
 
 def draw_accuracies(axis: Axes) -> None:

@@ -2,7 +2,8 @@
 
 Every operator (``g2g_kernels/ops/*``) registers one implementation per backend, with a function that says *why* it
 cannot serve a given call. A call goes to the first backend in :data:`BACKENDS` that serves it, or to the one forced by
-the ``backend`` argument or the environment variable ``G2G_BACKEND``; the choice is logged once.
+the ``backend`` argument or the environment variable ``G2G_BACKEND``. The log names each backend once; the operators
+and what was passed over are at debug level.
 """
 
 import functools
@@ -36,6 +37,7 @@ class Backend(NamedTuple):
         device_type: of the tensors that it serves; None: any.
         package: the Python package that it needs besides PyTorch, or None.
         detail: further information, if it is available.
+        title: what the log calls it; the name if empty.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Backend(NamedTuple):
     device_type: str | None = None
     package: str | None = None
     detail: Callable[[], str | None] = _nothing
+    title: str = ""
 
 
 #: the backends by name, in order of preference (``g2g_kernels.backends`` has those of this library)
@@ -167,5 +170,15 @@ class Operator:
 
 @functools.cache
 def _log_choice(operator: str, backend: str, reasons: tuple[tuple[str, str], ...]) -> None:
-    passed_over = "".join(f" ({name}: {reason})" for name, reason in reasons)
-    logger.info("%s runs on backend %s%s", operator, backend, passed_over)
+    passed_over = "; ".join(f"{name}: {reason}" for name, reason in reasons)
+    logger.debug("%s runs on backend %s%s", operator, backend, f" ({passed_over})" if reasons else "")
+    chosen = BACKENDS[backend]
+    if reasons and not chosen.preference:  # nothing faster is left, which the reader may be able to mend
+        logger.info("Backend of %s: %s, which is slower (%s)", operator, chosen.title or backend, passed_over)
+    else:
+        _name_backend(chosen.title or backend)
+
+
+@functools.cache
+def _name_backend(title: str) -> None:
+    logger.info("Backend: %s", title)

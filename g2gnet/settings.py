@@ -275,28 +275,31 @@ class NetworkSettings(Settings):
     p_inter: float = setting(0.15, "model", "probability of a connection unit between groups", low=0, high=1)
     p_intra: float = setting(1.0, "model", "probability of a connection unit inside a group", low=0, high=1)
     density: str = setting(
-        "uniform", "model", "share of weights in each layer: the same, or more in small ones (erk)", choices=DENSITIES
+        "uniform",
+        "model",
+        "share of weights that exist: the same in each layer, or more in small ones (erk)",
+        choices=DENSITIES,
     )
     block_size: int = setting(
-        64, "model", "side of a connection unit in weights; 1 is one weight", low=1, high=SIZE.high
+        64, "model", "weights exist in blocks of N × N, the connection units; 1: single weights", low=1, high=SIZE.high
     )
     sequence: str = setting(
         "none",
         "data",
         f"what a time step receives; {'; '.join(f'{name}: {text}' for name, text in SEQUENCES.items())} "
-        "(which a file of sequences says itself)",
+        "(the default for files of sequences)",
         choices=tuple(SEQUENCES),
     )
     T: int = setting(50, "model", "time steps per sample", low=1)
     enc: str = setting("current", "model", "input held as a current, or Bernoulli spikes", choices=ENCODINGS)
     enc_scale: float = setting(1.0, "model", "input x becomes enc_scale*x + enc_bias")
-    enc_bias: float = setting(0.0, "model", "see enc_scale")
+    enc_bias: float = setting(0.0, "model", "see `enc_scale`")
     standardize: bool = setting(
         False, "data", "subtract the training images' mean from all pixels (or features), and divide by their deviation"
     )
     neuron: str = setting("lif", "model", "neuron model", choices=tuple(NEURONS))
     recurrent: bool = setting(
-        False, "model", "join the neurons of each hidden layer to one another: spikes reach them one step later"
+        False, "model", "recurrent connections in each hidden layer; spikes arrive one step later"
     )
     p_rec_inter: float | None = setting(
         None,
@@ -334,7 +337,7 @@ class NetworkSettings(Settings):
     readout: str = setting(
         "counts",
         "model",
-        "what the output neurons answer: their spike counts, or without spikes their last, mean or largest membrane",
+        "logits: spike counts, or the last, mean or largest membrane of output neurons that do not spike",
         choices=READOUTS,
     )
     dropout: float = setting(

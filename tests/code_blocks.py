@@ -4,7 +4,7 @@ import contextlib
 import doctest
 import io
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +12,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 #: a block of Python, and the block of text behind it, which is what it prints
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```$)?", flags=re.DOTALL | re.MULTILINE)
-HEADING = re.compile(r"^## (.*)$", flags=re.MULTILINE)
-
-#: sections of docs/other-libraries.md that need the extra ``clients``: tests/clients runs these, and nothing else does
-CLIENTS = (
-    "Lightning", "Hugging Face Trainer", "accelerate", "skorch and scikit-learn", "Optuna",
-    "NeuroBench", "captum", "ONNX",
-)  # fmt: skip
 
 
-def run_blocks(
-    page: Path, smaller: Mapping[str, str] | None = None, only: Collection[str] = (), without: Collection[str] = ()
-) -> dict[str, Any]:
+def run_blocks(page: Path, smaller: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Runs the blocks of a page in order; raises AssertionError if one prints something else than the page says.
 
     Args:
         page: a Markdown file. ``...`` in what it says a block prints stands for anything.
         smaller: what is replaced in the code, by what, to have it run in seconds.
-        only: headings of the sections that are run; empty: all of them.
-        without: headings of sections that are not.
 
     Returns:
         The names that the blocks defined.
@@ -38,9 +27,6 @@ def run_blocks(
     names: dict[str, Any] = {"__name__": "__main__"}
     text = page.read_text(encoding="utf-8")
     for block in BLOCK.finditer(text):
-        heading = (HEADING.findall(text, 0, block.start()) or [""])[-1]
-        if heading in without or (only and heading not in only):
-            continue
         code, expected = block.groups()
         for large, small in (smaller or {}).items():
             code = code.replace(large, small)

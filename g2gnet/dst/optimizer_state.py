@@ -178,6 +178,6 @@ def _refuse_states_of_other_weights(optimizer: torch.optim.Optimizer, args: Any,
                 if isinstance(state, torch.Tensor) and state.dim() == 3 and state.shape != weights.shape:
                     raise ValueError(
                         f"{type(optimizer).__name__} has {name} of shape {list(state.shape)} for weights of shape "
-                        f"{list(weights.shape)}: one was loaded without the other, or is of another time; load both "
-                        "(state_dict), or make a new optimizer"
+                        f"{list(weights.shape)}: one was loaded without the other, or both at different steps; load "
+                        "both (state_dict), or make a new optimizer"
                     )

@@ -279,8 +279,9 @@ def confusion(matrix: torch.Tensor, classes: Sequence[str]) -> Figure:
     count = len(matrix)
     share = matrix.double() / matrix.sum(1, keepdim=True).clamp(min=1)
     many = count > 25  # names in small letters, on a picture to be enlarged
-    side = 14 if many else min(WIDTH, 3.5 + 0.35 * count)
-    figure = Figure(figsize=(side, 0.85 * side), layout="constrained")
+    width = 14 if many else WIDTH
+    height = 0.85 * width if many else min(0.85 * WIDTH, 1.8 + 0.3 * count)
+    figure = Figure(figsize=(width, height), layout="compressed")
     axis = figure.subplots()
     image = axis.imshow(share.numpy(), vmin=0, vmax=1, cmap="viridis")
     axis.set_xticks(range(count), classes, rotation=90 if count > 5 else 0, fontsize=6 if many else None)

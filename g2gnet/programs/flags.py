@@ -64,7 +64,7 @@ class _Plain(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that takes no abbreviations; of an unknown flag it says which one may have been meant.
+    """A parser that takes no abbreviations; an error is one line, with the flag that may have been meant.
 
     Everything below the programs names settings and arguments, in backticks where it says what to give;
     :meth:`in_flags` makes this program's flags of them.
@@ -84,6 +84,21 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             self.error(f"unknown arguments {' '.join(unknown)}; --help lists what this program takes")
         return arguments
+
+    def error(self, message: str) -> typing.NoReturn:
+        """Ends the program with one line: what is wrong and what to do; argparse prints all flags before it."""
+        kinds = {"int": "a whole number", "float": "a number"}
+        bad = re.fullmatch(r"argument (\S+): invalid (int|float) value: (.*)", message)
+        text = f"{bad[1]} {bad[3]} is not {kinds[bad[2]]}" if bad else message
+        known = ("--help", "did you mean", "choose from", "; give ")  # says what to do
+        remedy = "" if any(word in text for word in known) else "; --help says what it takes"
+        self.exit(2, f"{self.prog}: error: {text}{remedy}\n")
+
+    def format_help(self) -> str:
+        """The help, whose first line does not repeat its flags."""
+        named = [str(action.metavar or action.dest) for action in self._actions if not action.option_strings]
+        self.usage = " ".join(["%(prog)s [flags]", *named])
+        return super().format_help()
 
     def in_flags(self, text: str) -> str:
         """``text`` with what is in backticks as flags: ```neuron=synaptic``` as ``--neuron synaptic``."""
@@ -270,7 +285,7 @@ def training_parser(description: str, examples: str, settings: type[TrainSetting
     group.add_argument("--peer_timeout", type=float, default=LIMIT.total_seconds() / 60, metavar="MINUTES", help=text)
     text = "replay each training step as a CUDA graph (default: on a CUDA device, in one process); not run on a GPU yet"
     group.add_argument("--cuda_graph", action="store_true", default=None, help=text)
-    text = "launch every kernel of a training step anew"
+    text = "launch each kernel of a training step by itself"
     group.add_argument("--no_cuda_graph", action="store_false", dest="cuda_graph", default=None, help=text)
     text = "write scalars, histograms and heat maps for TensorBoard to DIR (default: none)"
     group.add_argument("--log_dir", type=file_name, metavar="DIR", help=text)

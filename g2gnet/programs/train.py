@@ -56,9 +56,9 @@ def show_analysis(analysis: NetworkAnalysis, images: int, path: Path) -> None:
     checkpoint = shlex.quote(str(path).removesuffix(".analysis.json") + ".pth")
     say(
         f"{headline(analysis, images)}\n{summary_table(analysis)}\n"
-        "rate: spikes per neuron and step; synchrony, corr., coherence: 0 at chance; other inputs: from other groups; "
-        "entropy: 1 if all\ngroups feed a neuron alike (docs/analysis.md). In full: "
-        f"{path}\nwith pictures: g2g-report {checkpoint}"
+        "rate: spikes per neuron and step; synchrony, corr., coherence: 0 at chance; other inputs: share of inputs "
+        "from other\ngroups; entropy: 1 if all groups feed a neuron alike (docs/analysis.md).\nIn full: "
+        f"{path}\nWith pictures: g2g-report {checkpoint}"
     )
 
 

@@ -270,8 +270,8 @@ class RunFiles:
             result = history[-1]
         except (CheckpointError, LookupError, TypeError, ValueError) as error:
             raise CheckpointError(
-                f"{reason(error)} The run is finished, and its result is in its checkpoint: put that back, or delete "
-                f"{self.names()} to train it again"
+                f"{reason(error)} The run is finished, but its result counts only with its checkpoint: restore that "
+                f"file, or delete {self.names()} to train it again"
             ) from error
         self._check_settings(self.checkpoint, state["settings"], settings)
         return result if result["epoch"] == settings.epochs else None

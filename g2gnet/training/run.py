@@ -250,10 +250,10 @@ class _UnfinishedRun(Generic[TrainerT]):
         self.files.write_history(self.history)
 
     def _report(self, record: dict[str, Any], on_epoch: Sequence[EpochCallback[TrainerT]]) -> None:
-        """Prints an epoch's accuracies, and calls ``on_epoch`` in the first process."""
+        """Prints an epoch's results and its training time, and calls ``on_epoch`` in the first process."""
         names = [name for name in ("train_acc", "val_acc", "test_acc") if name in record]
-        accuracies = [f"{name}={record[name]:.4f}" for name in names]
-        say(f"{self.settings.label}Epoch {record['epoch']:02d} | {' | '.join(accuracies)}")
+        results = " | ".join(f"{name}={record[name]:.4f}" for name in [*names, "train_loss"])
+        say(f"{self.settings.label}Epoch {record['epoch']:02d} | {results} | {record['seconds']:.1f} s")
         if self.world.leads:
             for callback in on_epoch:
                 callback(record, self.trainer)
@@ -271,13 +271,11 @@ class _Stopped(Exception):  # noqa: N818  (nothing is wrong)
 def _epoch(trainer: EpochTrainer, epochs: int, told_to_stop: Callable[[], Any]) -> dict[str, Any] | None:
     """One epoch with a progress bar on a terminal; None if it was stopped before its end."""
     images = len(trainer.data.train_labels)
-    name = f"Epoch {trainer.epoch + 1:02d}/{epochs}"
     later = (epochs - trainer.epoch - 1) * images  # in the epochs after this one
     with tqdm(
         total=images,
-        desc=name,
-        unit=" samples",
-        unit_scale=True,
+        desc=f"Epoch {trainer.epoch + 1:02d}/{epochs}",
+        bar_format="{l_bar}{bar}| [{elapsed}<{remaining}{postfix}]",  # of 80 columns, with room for the bar
         leave=False,
         disable=rank() > 0 or not sys.stderr.isatty(),
     ) as bar:
@@ -286,9 +284,10 @@ def _epoch(trainer: EpochTrainer, epochs: int, told_to_stop: Callable[[], Any]) 
             # reading the loss waits for the device: only as often as the bar is redrawn
             if bar.update(seen - bar.n):
                 left = bar.format_interval((later + images - seen) * bar.format_dict["elapsed"] / seen)
-                bar.set_postfix(loss=f"{loss.item():.3f}", acc=f"{accuracy.item():.3f}", run_left=left, refresh=False)
+                measured = f"loss {loss.item():.3f}, acc {accuracy.item():.3f}"
+                bar.set_postfix_str(f"{measured}, run left {left}", refresh=False)
             if seen == images:
-                bar.set_description(f"{name}, testing")
+                bar.set_postfix_str("testing")
             if told_to_stop():
                 raise _Stopped
 

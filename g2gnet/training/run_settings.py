@@ -27,7 +27,7 @@ DYNAMIC = Need("sparsity_mode", ("dynamic",))
 
 
 def _texts(rules: Mapping[str, Rule]) -> str:
-    return ", ".join(rule.text for rule in rules.values())
+    return "; ".join(name if rule.text == name else f"{name}: {rule.text}" for name, rule in rules.items())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,12 +119,12 @@ class TrainSettings(NetworkSettings, RunSettings):
     erase: float = setting(
         0.0,
         "data",
-        "probability that a rectangle of a training image, a fiftieth to a third of it, is set to zero",
+        "probability that a rectangle of a training image, 2–33 % of its area, is set to zero",
         low=0,
         high=1,
     )
     sequence: str = with_default(NetworkSettings, "sequence", None)
-    sequence_step: int = setting(1, "data", "rows or pixels in a time step of such a `sequence`", low=1)
+    sequence_step: int = setting(1, "data", "rows or pixels that a time step receives, for `sequence`", low=1)
     sequence_seed: int = setting(
         0, "data", "seed of the order of `sequence=permuted`, whatever the seed of the run", low=0, high=LARGEST_SEED
     )
@@ -143,7 +143,7 @@ class TrainSettings(NetworkSettings, RunSettings):
     name: str | None = setting(
         None,
         "training",
-        "ends the names of the run's files, beside those of a run that differs in what they do not name",
+        "added to the names of the run's files, to tell it from a run whose files would have the same names",
         metavar="NAME",
     )
 
@@ -154,17 +154,15 @@ class TrainSettings(NetworkSettings, RunSettings):
         "keep the learning rate, or let it fall to zero over all steps",
         choices=tuple(SCHEDULES),
     )
-    lr_warmup: int = setting(
-        0, "training", "first optimizer steps, after which the learning rate has risen in equal steps to `lr`", low=0
-    )
+    lr_warmup: int = setting(0, "training", "optimizer steps in which the learning rate rises linearly to `lr`", low=0)
     optimizer: str = setting(
         "adam",
         "training",
-        "Adam; or AdamW, whose weight decay is of connections alone, and not scaled by their gradients",
+        "Adam, or AdamW, which decays only the weights of connections, independently of their gradients",
         choices=OPTIMIZERS,
     )
     weight_decay: float = setting(
-        1e-4, "training", "Adam's L2 penalty; of adamw the share of a weight that a step would take at lr=1", low=0
+        1e-4, "training", "Adam's L2 penalty; AdamW's decay of a weight per step, times the learning rate", low=0
     )
     label_smoothing: float = setting(
         0.0,
@@ -177,14 +175,14 @@ class TrainSettings(NetworkSettings, RunSettings):
     clip_grad_norm: float | None = setting(
         None,
         "training",
-        "largest norm of the gradient of all parameters together; a larger one is scaled down to it",
+        "gradient clipping: largest norm of the gradient of all parameters together",
         low=0,
         open_low=True,
     )
     average: int | None = setting(
         None,
         "training",
-        "test, analyse and save averaged weights: the mean over all steps, after N steps an exponential average with "
+        "test, analyse and save averaged weights: the mean over the first N steps, then an exponential average with "
         "decay 1 - 1/N",
         low=2,
     )
@@ -192,7 +190,7 @@ class TrainSettings(NetworkSettings, RunSettings):
     chunk: int | None = setting(
         None,
         "training",
-        "time steps computed at a time; the backward pass computes them again, so that memory hardly grows with T",
+        "time steps per chunk; the backward pass recomputes each chunk, so that memory hardly grows with T",
         low=1,
     )
     enforce_sparsity: bool = setting(False, "training", "pull firing rates down after the warm-up")
@@ -224,7 +222,7 @@ class TrainSettings(NetworkSettings, RunSettings):
     final_density: float | None = setting(
         None,
         "dynamic sparse training",
-        "share of all weights left by the last update: more are pruned than grown, fast at first and ever slower",
+        "gradual pruning: share of all weights left by the last update; most are pruned early",
         low=0,
         high=1,
         open_low=True,

@@ -194,7 +194,7 @@ class Trainer(EpochTrainer):
         self._follow_weights()
         if machine.cuda_graph is None and device.type == "cuda" and world.size > 1:
             logger.info(
-                "training steps are not replayed as a CUDA graph: each of %d processes sends in them", world.size
+                "training steps are not replayed as a CUDA graph: the %d processes communicate in them", world.size
             )
         self.dst: DSTScheduler | None = None
         if settings.sparsity_mode == "dynamic":

@@ -54,7 +54,7 @@ class PackedWeights(nn.Module):
 
     @property
     def mask(self) -> BlockMask:
-        """The units that exist: what the buffer ``mask.wiring`` says; of a tied average, what the tie says.
+        """The units that exist, as the buffer ``mask.wiring`` has them or, of a tied average, the tie.
 
         Raises:
             ValueError: if something was written into the buffer that describes no mask of these weights.

@@ -633,7 +633,7 @@ def test_the_log_says_once_what_computes_input_gradients(caplog):
         network = Network("index", 64, **{"per_neuron": False, "surrogate": "triangle", **options})
         for call in range(2):
             caplog.clear()
-            with caplog.at_level("INFO", "g2g_kernels"):
+            with caplog.at_level("DEBUG", "g2g_kernels"):
                 network.run(torch.float32, "cpu")
             said = [record.getMessage() for record in caplog.records if "input gradients" in record.getMessage()]
             assert said == ([] if call else [f"input gradients are computed by {text}"])

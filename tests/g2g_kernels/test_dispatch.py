@@ -216,17 +216,30 @@ def test_require_backend(monkeypatch, available):
 @pytest.fixture
 def log(caplog):
     """The messages of g2g_kernels, as if nothing had been told yet."""
-    dispatch._log_choice.cache_clear()
-    with caplog.at_level(logging.INFO, logger="g2g_kernels"):
-        yield lambda: [record.getMessage() for record in caplog.records if record.name == "g2g_kernels"]
-    dispatch._log_choice.cache_clear()
+
+    def forget():
+        for told in (dispatch._log_choice, dispatch._name_backend):
+            told.cache_clear()
+
+    forget()
+    with caplog.at_level(logging.DEBUG, logger="g2g_kernels"):
+        yield lambda level=logging.INFO: [
+            record.getMessage() for record in caplog.records if (record.name, record.levelno) == ("g2g_kernels", level)
+        ]
+    forget()
 
 
-def test_the_choice_is_logged_once_with_what_was_passed_over(monkeypatch, available, double, log):
+def test_a_choice_is_logged_once_and_why_it_is_slow_only_where_nothing_is_compiled(monkeypatch, available, double, log):
+    unavailable(monkeypatch, triton="no GPU here")
+    for x in range(5):
+        double(x)
+    assert log() == ["Backend: compiled CPU kernels"]
+    assert log(logging.DEBUG) == ["double runs on backend cpu (triton: no GPU here)"]
     unavailable(monkeypatch, triton="no GPU here", cpu="no compiler")
     for x in range(5):
         double(x)
-    assert log() == ["double runs on backend torch (triton: no GPU here) (cpu: no compiler)"]
+    slow = "Backend of double: plain PyTorch, which is slower (triton: no GPU here; cpu: no compiler)"
+    assert log()[1:] == [slow]
 
 
 def test_each_operator_and_each_change_of_choice_is_logged(monkeypatch, available, double, log):
@@ -236,7 +249,8 @@ def test_each_operator_and_each_change_of_choice_is_logged(monkeypatch, availabl
     other(1)
     double(1, backend="torch")
     double(2)
-    assert log() == [
+    assert log() == ["Backend: compiled Triton kernels", "Backend: compiled CPU kernels", "Backend: plain PyTorch"]
+    assert log(logging.DEBUG) == [
         "double runs on backend triton",
         "other runs on backend cpu (triton: has no other)",
         "double runs on backend torch",
@@ -246,4 +260,4 @@ def test_each_operator_and_each_change_of_choice_is_logged(monkeypatch, availabl
 def test_public_operators_log_their_choice(log):
     for _ in range(2):
         lif(torch.zeros(2, 3), 0.9, 1.0, backend="torch")
-    assert log() == ["neurons runs on backend torch"]
+    assert log(logging.DEBUG) == ["neurons runs on backend torch"]

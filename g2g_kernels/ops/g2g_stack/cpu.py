@@ -336,7 +336,7 @@ def _why_product(model: str, reset: str, surrogate: str, per_neuron: bool) -> st
     }
     reason = next((reason for reason, applies in reasons.items() if applies), None)
     path = f"the product: {reason}" if reason else "events where these are few"
-    logger.info("input gradients are computed by %s", path)
+    logger.debug("input gradients are computed by %s", path)
     return reason
 
 

@@ -78,27 +78,32 @@ def report(inspected: Sequence[Inspected]) -> str:
         parts += [contents(anchors), heading(2, "Comparison", "comparison")]
         parts += _comparison(dict(zip(labels, inspected, strict=True)))
     for number, (label, each) in enumerate(zip(labels, inspected, strict=True), 1):
-        parts += [heading(2, label if len(inspected) > 1 else _describe(each.run), f"run{number}"), *_run(each)]
+        parts += [heading(2, label if len(inspected) > 1 else _describe(each.run), f"run{number}")]
+        parts += _run(each, alone=len(inspected) == 1)
     runs = "one run" if len(inspected) == 1 else f"{len(inspected)} runs"
     return page(f"g2g: report on {runs}", parts)
 
 
-def _run(each: Inspected) -> list[str]:
+def _run(each: Inspected, alone: bool) -> list[str]:
+    """The section of a run; what the comparison shows of several is left out of each."""
     run, analysis = each.run, each.analysis
     defaults = type(run.settings)(neuron=run.settings.neuron).as_dict()
     settings = run.settings.as_dict()
     changed = {name: value for name, value in settings.items() if value != defaults[name]}
     rest = {name: value for name, value in settings.items() if name not in changed}
     results = _results(each)
-    parts = [
-        paragraph(f"{run.path}: {_describe(run)}, {run.position}."),
-        heading(3, "Results"),
-        table(list(results), [list(results.values())]),
+    parts = [paragraph(f"{run.path}: {_describe(run)}, {run.position}.")]
+    if alone:
+        parts += [
+            heading(3, "Results"),
+            table(list(results), [list(results.values())]),
+            picture(
+                figures.training_curves({"training": [run.history]}),
+                "Accuracy on training images, while the network learned from them, and on test images after the epoch.",
+            ),
+        ]
+    parts += [
         *([paragraph(_interrupted(run))] if run.interrupted else []),
-        picture(
-            figures.training_curves({"training": [run.history]}),
-            "Accuracy on training images (while the network learned from them) and on test images after each epoch.",
-        ),
         heading(3, "Settings"),
         paragraph("Settings that differ from the defaults:" if changed else "All settings are the defaults."),
         *([table(("setting", "value"), [(name, str(value)) for name, value in changed.items()])] if changed else []),

@@ -21,7 +21,13 @@ th:first-child, td:first-child { text-align: left; }
 td:first-child { min-width: 9rem; } td + td { white-space: nowrap; }
 thead th { border-bottom: 2px solid #888; vertical-align: bottom; }
 div.wide { overflow-x: auto; margin: 1rem 0; }
-figure { margin: 1.5rem 0; } img { max-width: 100%; }
+/* what goes on beyond an edge shows there as a shadow, and the bar below it stays */
+div.wide { background: linear-gradient(90deg, #fff 40%, #fff0) left, linear-gradient(270deg, #fff 40%, #fff0) right,
+  linear-gradient(90deg, #0006, #0000) left, linear-gradient(270deg, #0006, #0000) right; background-repeat: no-repeat;
+  background-size: 3rem 100%, 3rem 100%, 0.8rem 100%, 0.8rem 100%;
+  background-attachment: local, local, scroll, scroll; }
+div.wide::-webkit-scrollbar { height: 0.5rem; } div.wide::-webkit-scrollbar-thumb { background: #888; }
+figure { margin: 1.5rem 0; } img { display: block; width: 100%; min-width: 40rem; }
 figcaption { font-size: 0.875rem; color: #444; max-width: 50rem; }
 nav ul { padding-left: 1.2rem; } a { color: #0072b2; }
 details { margin: 1rem 0; } summary { cursor: pointer; color: #0072b2; }
@@ -75,9 +81,10 @@ def details(summary: str, parts: Iterable[str]) -> str:
 def picture(figure: Figure, caption: str) -> str:
     """A figure with its caption, which says how to read it."""
     content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=DPI)
+    figure.savefig(content, format="png", dpi=DPI, transparent=True)  # the shadow at an edge is behind it
     data = base64.b64encode(content.getvalue()).decode()
     text = html.escape(caption)
     return (
-        f'<figure>\n<img alt="{text}" src="data:image/png;base64,{data}">\n<figcaption>{text}</figcaption>\n</figure>'
+        f'<figure>\n<div class="wide"><img alt="{text}" src="data:image/png;base64,{data}"></div>\n'
+        f"<figcaption>{text}</figcaption>\n</figure>"
     )

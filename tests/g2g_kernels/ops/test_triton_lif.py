@@ -308,7 +308,7 @@ def test_what_it_cannot_serve_is_refused_with_the_reason(changed, reason):
 
 @pytest.mark.skipif(not interpreted(), reason="on a GPU Triton is the first choice")
 def test_the_interpreter_serves_nobody_who_did_not_ask_for_it(caplog):
-    with caplog.at_level("INFO", "g2g_kernels"):
+    with caplog.at_level("DEBUG", "g2g_kernels"):
         spikes = lif(currents(3, 2, 5, dtype=torch.float32), 0.9, 1.0)
     assert spikes.grad_fn is None
     assert not any("runs on backend triton" in message for message in caplog.messages)

@@ -265,7 +265,9 @@ def test_the_result_of_a_finished_run_is_that_of_its_checkpoint(tmp_path, checkp
     files.marker.write_text("{")
     assert files.load_marker(TrainSettings(**{**SMALL, "epochs": 1})) == load(files)["history"][0]
     files.checkpoint.write_bytes(files.checkpoint.read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match=r"checksum is wrong.*put that back, or delete .*\.pth.*\.DONE to train"):
+    with pytest.raises(
+        CheckpointError, match=r"checksum is wrong.*restore that file, or delete .*\.pth.*\.DONE to train"
+    ):
         run(files.directory, epochs=1)
 
 

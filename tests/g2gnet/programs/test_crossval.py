@@ -94,8 +94,10 @@ def test_the_results_are_printed_and_written(tmp_path, capsys):
     expected = []
     for fold, history in enumerate(histories, 1):
         for record in history:
-            accuracies = " | ".join(f"{name}={record[name]:.4f}" for name in ("train_acc", "val_acc", "test_acc"))
-            expected.append(f"Fold {fold}/3, seed {41 + fold} | Epoch {record['epoch']:02d} | {accuracies}")
+            names = ("train_acc", "val_acc", "test_acc", "train_loss")
+            printed = [f"{name}={record[name]:.4f}" for name in names] + [f"{record['seconds']:.1f} s"]
+            label = f"Fold {fold}/3, seed {41 + fold} | Epoch {record['epoch']:02d}"
+            expected.append(" | ".join([label, *printed]))
     expected += ["| fold | seed | train_acc | val_acc | test_acc |", "| --- | --- | --- | --- | --- |"]
     columns = {name: [history[-1][name] for history in histories] for name in ("train_acc", "val_acc", "test_acc")}
     for fold in range(3):

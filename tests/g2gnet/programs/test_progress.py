@@ -108,7 +108,7 @@ def test_work_shows_the_time_left_on_a_terminal_and_nothing_in_a_pipe(name, work
 
 def test_the_program_draws_on_a_true_terminal_and_leaves_its_output_clean(workplace, monkeypatch, capsys):
     ours, its = pty.openpty()
-    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))  # of no rows and columns it draws nothing
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))  # of no rows and columns it draws nothing
     seen = bytearray()
 
     def read():
@@ -125,5 +125,6 @@ def test_the_program_draws_on_a_true_terminal_and_leaves_its_output_clean(workpl
         assert train.main([*shlex.split(TRAIN), "--json"]) == 0
     reader.join()
     os.close(ours)
-    assert re.search(r"\rEpoch 02/2: *" + TIME_LEFT, seen.decode())
+    measured = r", loss \d\.\d{3}, acc \d\.\d{3}, run left \d\d:\d\d\]"  # whole, in 80 columns
+    assert re.search(r"\rEpoch 02/2: *" + TIME_LEFT + measured, seen.decode())
     assert json.loads(capsys.readouterr().out)["result"]["epoch"] == 2

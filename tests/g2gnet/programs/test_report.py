@@ -179,6 +179,7 @@ def test_no_two_lines_of_many_look_alike():
 def test_the_confusion_picture_has_names_and_shares():
     matrix = torch.tensor([[3, 1, 0], [0, 2, 0], [0, 0, 0]])
     figure = figures.confusion(matrix, ("shirt", "shoe", "bag"))
+    assert figure.get_figwidth() == figures.WIDTH, "on a page, its letters are as large as those of other pictures"
     np.testing.assert_allclose(drawn_images(figure)[0], [[0.75, 0.25, 0], [0, 1, 0], [0, 0, 0]])
     axis = figure.axes[0]
     assert [label.get_text() for label in axis.get_yticklabels()] == ["shirt", "shoe", "bag"]
@@ -315,11 +316,12 @@ def test_every_kind_of_data_and_grouping_can_be_drawn(tmp_path, monkeypatch, fla
 
 
 def test_the_page_of_several_runs_compares_them(checkpoints, tmp_path, monkeypatch):
-    """Here with the picture that pages of one run do not have alone."""
+    """Here with the picture of training curves, which is drawn once for all."""
     draw = content.picture
 
     def picture(figure, caption):
-        return draw(figure, caption) if caption.startswith("All runs together") else page.paragraph(caption)
+        curves = any(axis.get_title() == "Training loss" for axis in figure.axes)
+        return draw(figure, caption) if curves else page.paragraph(caption)
 
     monkeypatch.setattr(content, "picture", picture)
     target = tmp_path / "report.html"

@@ -51,14 +51,15 @@ def test_a_flags_text_may_have_a_per_cent_sign(capsys):
         ("--dst_s cosine", "unknown flag --dst_s; did you mean --dst_schedule or --dst_stop?"),
         ("-T 3", "unknown flag -T; did you mean --T?"),
         ("--colour red", "unknown flag --colour; --help lists the flags"),
+        ("--epochs ten", "--epochs 'ten' is not a whole number; --help says what it takes"),
         ("index", "unknown arguments index; --help lists what this program takes"),
     ],
 )
-def test_an_unknown_flag_is_refused_with_the_one_that_was_meant(capsys, flag, answer):
+def test_an_unknown_flag_is_refused_in_one_line_with_the_one_that_was_meant(capsys, flag, answer):
     with pytest.raises(SystemExit) as stop:
         train.main([*TINY, *shlex.split(flag)])
     assert stop.value.code == 2
-    assert capsys.readouterr().err.endswith(f"error: {answer}\n")
+    assert capsys.readouterr().err == f"{train.build_parser().prog}: error: {answer}\n"
 
 
 def test_a_run_from_the_command_line(tmp_path, capsys):

@@ -9,7 +9,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from code_blocks import CLIENTS, run_blocks
+from code_blocks import run_blocks
 from helpers import ROOT, packed_randn, seeded
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -188,7 +188,7 @@ def test_the_examples_of_the_documentation_run(tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, listener.__name__, listener)
     monkeypatch.chdir(tmp_path)
     smaller = {'dataset="fashionmnist-mini", model="mixer", epochs=5': small}
-    names = run_blocks(ROOT / "docs" / "other-libraries.md", smaller, without=CLIENTS)
+    names = run_blocks(ROOT / "docs" / "other-libraries.md", smaller)
     for listener in listeners:
         assert [step for step, _ in listener.heard] == [1, 2]
     state, again = names["net"].state_dict(), names["again"].state_dict()

@@ -258,7 +258,8 @@ def test_an_epoch_is_printed_and_recorded(tmp_path, capsys):
     assert [record["epoch"] for record in records] == [1, 2, 3]
     for line, record in zip(lines, records, strict=True):
         expected = f"Epoch {record['epoch']:02d} | train_acc={record['train_acc']:.4f}"
-        assert line == f"{expected} | test_acc={record['test_acc']:.4f}"
+        expected += f" | test_acc={record['test_acc']:.4f} | train_loss={record['train_loss']:.4f}"
+        assert line == f"{expected} | {record['seconds']:.1f} s"
     last = records[-1]
     assert set(last) == {
         "epoch",

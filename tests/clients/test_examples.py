@@ -1,4 +1,4 @@
-"""The sections of docs/other-libraries.md that need these libraries."""
+"""The programs in ``examples`` that need these libraries."""
 
 import os
 import subprocess
@@ -6,34 +6,36 @@ import sys
 
 import pytest
 import torch
-from code_blocks import BLOCK, CLIENTS, HEADING, ROOT, run_blocks
+from code_blocks import ROOT
 
 from g2gnet.data import as_samples
 
-PAGE = ROOT / "docs" / "other-libraries.md"
 SMALL = {'load_dataset("fashionmnist-mini")': 'load_dataset("fashionmnist-mini").limited(1000, 200)'}
-#: what else is replaced in a section to have it run in seconds
+#: what else is replaced in a program to have it run in seconds
 SMALLER = {
-    "Hugging Face Trainer": {"checkpoint-60": "checkpoint-10", "interval=20": "interval=5"},
-    "Lightning": {"interval=20": "interval=5", "decay=0.99": "decay=0.5"},  # an average of few of so few steps
-    "accelerate": {"interval=20": "interval=5"},
-    "skorch and scikit-learn": {".limited(2000, 500)": "", "cv=3": "cv=2", "max_epochs=2": "max_epochs=1"},
-    "Optuna": {"n_trials=10": "n_trials=2"},
+    "hugging_face_training": {"checkpoint-60": "checkpoint-10", "interval=20": "interval=5"},
+    "lightning_training": {"interval=20": "interval=5", "decay=0.99": "decay=0.5"},  # an average of few of so few steps
+    "accelerate_training": {"interval=20": "interval=5"},
+    "scikit_learn_search": {".limited(2000, 500)": "", "cv=3": "cv=2", "max_epochs=2": "max_epochs=1"},
+    "optuna_search": {"n_trials=10": "n_trials=2"},
 }
 
 
-def run(section):
-    return run_blocks(PAGE, {**SMALLER.get(section, {}), **SMALL}, only=[section])
+def code_of(name, smaller):
+    code = (ROOT / "examples" / f"{name}.py").read_text(encoding="utf-8")
+    for large, small in {**smaller, **SMALL}.items():
+        code = code.replace(large, small)
+    return code
 
 
-def test_every_section_is_tested():
-    headings = HEADING.findall(PAGE.read_text(encoding="utf-8"))
-    assert set(CLIENTS) <= set(headings)
-    assert tuple(headings[-len(CLIENTS) :]) == CLIENTS, "they come last, as the page says"
+def run(name):
+    names = {"__name__": "__main__"}
+    exec(compile(code_of(name, SMALLER.get(name, {})), f"{name}.py", "exec"), names)
+    return names
 
 
 def test_lightning_resumes_and_averages():
-    names = run("Lightning")
+    names = run("lightning_training")
     assert names["rewire"].dst.steps == 20
     assert names["rewire"].dst.grown > 0
     again = names["again"].callbacks[0].dst
@@ -48,10 +50,8 @@ def test_lightning_resumes_and_averages():
 
 def test_lightning_trains_data_parallel(tmp_path):
     """Two processes, five steps each, after the last of which they rewire: as one network by the samples of both."""
-    section = PAGE.read_text(encoding="utf-8").split("\n## Lightning\n")[1]
-    code, _ = BLOCK.search(section)[1].split("\n    # resume")
-    for large, small in {**SMALL, "interval=20": "interval=5", "devices=1": 'devices=2, strategy="ddp"'}.items():
-        code = code.replace(large, small)
+    smaller = {"interval=20": "interval=5", "devices=1": 'devices=2, strategy="ddp"'}
+    code, _ = code_of("lightning_training", smaller).split("\n    # resume")
     code += """
     units = torch.cat([layer.mask.flat_unit() for layer, _ in module.net.layers()])
     weights = torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
@@ -68,30 +68,30 @@ def test_lightning_trains_data_parallel(tmp_path):
 
 
 def test_hugging_faces_trainer_resumes():
-    names = run("Hugging Face Trainer")
+    names = run("hugging_face_training")
     dst = names["rewire"].dst
     assert dst.steps == names["trainer"].state.global_step == 20
     assert dst.grown > 0
 
 
 def test_accelerate_saves_the_scheduler():
-    names = run("accelerate")
+    names = run("accelerate_training")
     assert names["dst"].steps == 10
     assert names["dst"].grown > 0
 
 
 def test_scikit_learn_searches():
-    names = run("skorch and scikit-learn")
+    names = run("scikit_learn_search")
     assert names["search"].best_score_ > 0.2
     assert names["search"].best_estimator_.callbacks[0].interval == 20
 
 
 def test_optuna_searches():
-    assert len(run("Optuna")["study"].trials) == 2
+    assert len(run("optuna_search")["study"].trials) == 2
 
 
 def test_neurobench_counts_the_operations_that_we_count():
-    names = run("NeuroBench")
+    names = run("neurobench_counts")
     net, inputs, found = names["net"], names["inputs"], names["benchmark"].results
     activity = net.simulate(inputs.transpose(0, 1))
     ours = activity.synaptic_operations()
@@ -108,12 +108,13 @@ def test_neurobench_counts_the_operations_that_we_count():
     assert found["ActivationSparsity"] == pytest.approx(1 - spikes.mean().item())
 
 
-def test_captum_explains():
-    run("captum")
+def test_captum_explains(capsys):
+    run("captum_attribution")
+    assert capsys.readouterr().out == "torch.Size([8, 10, 256])\n"
 
 
 def test_onnx_computes_the_same():
-    names = run("ONNX")
+    names = run("onnx_inference")
     x = names["x"]
     (counts,) = names["session"].run(None, {"x": x.numpy()})
     expected = names["net"](x)

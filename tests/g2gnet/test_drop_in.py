@@ -332,14 +332,13 @@ def test_compiled_steps_are_one_graph_with_equal_results(plain_memory):
 
 
 def exports(test):
-    """Marks a test that exports. PyTorch warns of what it does itself: of every custom operator and of how it loads
-    (2.4), of constants, which are no buffers (2.6), and of bytes that it reads (2.12).
+    """Marks a test that exports. PyTorch warns of every custom operator and of how it loads by itself (2.4), and of
+    constants, which are no buffers (2.6).
     """
     for message in (
         "At pre-dispatch tracing.*:UserWarning",
         "You are using `torch.load`.*:FutureWarning",
         ".*get_attr:UserWarning",
-        "The given buffer is not writable:UserWarning",
     ):
         test = pytest.mark.filterwarnings(f"ignore:{message}")(test)
     return compiles_whole(dynamo(test))

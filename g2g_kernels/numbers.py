@@ -101,15 +101,17 @@ class Number(NamedTuple):
 
     def _number(self, value: Any) -> Any:
         """``value``, as an int if it is whole (of Python or NumPy, or a tensor); None if it is no such number."""
+        if type(value) is int:  # first: what stands for one in torch.compile of PyTorch 2.6 cannot be asked for a dtype
+            return value
         if isinstance(value, bool) or getattr(value, "dtype", None) in (bool, torch.bool):
             return None
         if not self.whole:
-            if type(value) in (float, int, torch.SymFloat):
+            if type(value) in (float, torch.SymFloat):
                 return value
             # NumPy compares a number of few bits with few bits
             return float(value) if isinstance(value, numbers.Real) else None
         try:
-            return value if type(value) is int else operator.index(value)
+            return operator.index(value)
         except TypeError:
             return None
 

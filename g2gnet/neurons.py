@@ -76,13 +76,15 @@ class SpikingNeurons(nn.Module):
     @property
     def by_name(self) -> dict[str, torch.Tensor]:
         """The parameters by name, in the model's order, each [1] or [N]."""
-        return {name: getattr(self, name) for name in self.model.parameters}
+        # of the type: from an instance, torch.export of PyTorch 2.6 takes only numbers and strings of its class
+        return {name: getattr(self, name) for name in type(self).model.parameters}
 
     @property
     def population(self) -> Neurons:
         """These neurons as operators take them."""
-        parameters = tuple([getattr(self, name) for name in self.model.parameters])
-        return Neurons(self.model.name, parameters, self.reset, self.surrogate, self.alpha)
+        model = type(self).model
+        parameters = tuple([getattr(self, name) for name in model.parameters])
+        return Neurons(model.name, parameters, self.reset, self.surrogate, self.alpha)
 
     def forward(self, current: torch.Tensor, steps: int | None = None) -> torch.Tensor:
         """Currents [T, ..., N], or one current [..., N] held for ``steps`` steps → spikes [T, ..., N]."""

@@ -314,6 +314,8 @@ def test_a_compiled_network_is_one_graph_with_equal_results(backend, plain_memor
     expected.square().sum().backward()
     for one, other in zip(net.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad)
+    with torch.no_grad():
+        assert torch.equal(compiled(SAMPLES), expected)
 
 
 @compiles_whole
@@ -330,8 +332,14 @@ def test_compiled_steps_are_one_graph_with_equal_results(plain_memory):
 
 
 def exports(test):
-    """Marks a test that exports: PyTorch 2.4 warns of every custom operator, and of how it loads by itself."""
-    for message in ("At pre-dispatch tracing.*:UserWarning", "You are using `torch.load`.*:FutureWarning"):
+    """Marks a test that exports. PyTorch warns of every custom operator and of how it loads by itself (2.4), and of
+    constants, which are no buffers (2.6).
+    """
+    for message in (
+        "At pre-dispatch tracing.*:UserWarning",
+        "You are using `torch.load`.*:FutureWarning",
+        ".*get_attr:UserWarning",
+    ):
         test = pytest.mark.filterwarnings(f"ignore:{message}")(test)
     return compiles_whole(dynamo(test))
 

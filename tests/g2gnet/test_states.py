@@ -321,7 +321,7 @@ def test_what_changes_before_the_backward_pass_is_refused(chunk, changed):
 
 @compiles_whole
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo's own, PyTorch 2.8
-def test_a_compiled_run_takes_and_gives_states():
+def test_a_compiled_run_takes_and_gives_states(plain_memory):
     net = G2GNet(D, 16, 3, num_groups=2, block_size=4, T=T, generator=seeded(1), backend="torch")
     x = inputs_of(held=False).detach()
     state = net.simulate(x[:6]).state

@@ -50,7 +50,10 @@ def _as_used(model: str, parameters: Tensors, dtype: torch.dtype) -> Tensors:
 
 class _Neurons(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, current, state, steps, options, edge, *parameters):
+    def forward(ctx, *args):
+        # not by name: without gradients, torch.compile of PyTorch 2.6 to 2.12 leaves ctx out of a call that has as many
+        # arguments as the signature has names
+        current, state, steps, options, edge, *parameters = args
         model = MODELS[options.model]
         held = steps is not None
         num_steps = steps if held else current.shape[0]

@@ -27,6 +27,7 @@ def linear_case(case, dtype):
     return mask, [tensor.to(dtype).requires_grad_() for tensor in tensors]
 
 
+@pytest.mark.filterwarnings("ignore:Please use `torch.vmap`:FutureWarning")  # gradcheck's own, PyTorch 2.6
 def test_the_oracle_is_differentiable_twice_and_in_forward_mode():
     mask, tensors = linear_case("single weights", torch.float64)
 

@@ -74,6 +74,8 @@ def same(one, other):
     return all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
+# PyTorch 2.12 says so of whatever is told to run uncompiled
+pytestmark = pytest.mark.filterwarnings("ignore:torch.compile with fullgraph=True found no compiled:UserWarning")
 needs_stance = pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="PyTorch before 2.6")
 
 

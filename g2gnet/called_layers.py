@@ -13,9 +13,11 @@ import torch
 from torch import nn
 from torch.nn.modules import module as every_module
 
-from g2g_kernels import SpikingLayer
-from g2g_kernels.ops.g2g_stack import check_dropped
+from g2g_kernels import SpikingLayer, neurons_step
+from g2g_kernels.ops.g2g_stack import Border, NeuronState, StackState, Synapses, check_dropped
 from g2g_kernels.ops.g2g_stack.reference import Parts, in_parts
+from g2g_kernels.ops.neurons.checks import check_states
+from g2g_kernels.ops.neurons.step import spikes_of
 from g2g_kernels.tracing import is_traced
 from g2gnet.layers import G2GLinear
 from g2gnet.neurons import SpikingNeurons
@@ -102,6 +104,53 @@ def spikes_of_called(
     return in_parts(x, records, parts, steps)[0]
 
 
+def synapses_of_called(
+    x: torch.Tensor, layers: Sequence[Triple], trains: Sequence[torch.Tensor], steps: int | None
+) -> Synapses | None:
+    """What the synaptic operations of such a run are counted from; None where they cannot be."""
+    weights, borders = [], []
+    for train, (connection, _, recurrent) in zip(trains, layers, strict=True):
+        if is_traced() or not isinstance(connection, G2GLinear):
+            return None
+        weights.append([each.weights() for each in (connection, recurrent) if each is not None])
+        last = train.detach()[-1]
+        borders.append(None if recurrent is None else Border(None, last, torch.zeros_like(last[0])))
+    return Synapses(x, steps, weights, borders)
+
+
+def step_of_called(
+    x: torch.Tensor, layers: Sequence[Triple], befores: Sequence[NeuronState | None], spiking: bool
+) -> tuple[torch.Tensor, list[torch.Tensor], StackState]:
+    """One step by calls of connections and steps of neurons.
+
+    Args:
+        x: [B, D].
+        befores: the states of each layer before the step.
+        spiking: whether the last neurons spike, too.
+
+    Returns:
+        the output, the spikes [B, N] of each layer, and the states after the step.
+    """
+    trains: list[torch.Tensor] = []
+    afters: list[NeuronState] = []
+    for number, ((connection, neurons, recurrent), before) in enumerate(zip(layers, befores, strict=True), 1):
+        _check_steps_of(f"lif{number}", neurons)
+        current = connection(x)
+        states = (before,) if isinstance(before, torch.Tensor) else before
+        if recurrent is not None and states is not None:
+            check_states(states, neurons.population, tuple(current.shape))  # a sum would broadcast
+            current = current + recurrent(spikes_of(states[-1], neurons.population).to(current.dtype))
+        if number == len(layers) and not spiking:
+            _, last = neurons_step(current, states, neurons.population.integrating())
+            x, after = last[-1], last[0] if len(last) == 1 else last
+            trains.append(torch.zeros_like(x))
+        else:
+            x, after = neurons.step(current, before)
+            trains.append(x)
+        afters.append(after)
+    return x, trains, tuple(afters)
+
+
 def _called(
     name: str, connection: nn.Module, scale: float, size: int | None = None
 ) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -145,7 +194,7 @@ def _has_hooks(module: nn.Module) -> bool:
     return any(not isinstance(hook, OwnHook) for hooks in every for hook in hooks.values())
 
 
-def check_steps_of(name: str, neurons: nn.Module) -> None:
+def _check_steps_of(name: str, neurons: nn.Module) -> None:
     """Raises TypeError unless a step of these neurons is one of their run, and says what hooks do not see."""
     kind = type(neurons)
     step = getattr(kind, "step", None)

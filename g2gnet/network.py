@@ -13,7 +13,8 @@ from g2gnet.layers import G2GLinear
 from g2gnet.neurons import NEURONS, SpikingNeurons
 from g2gnet.sequences import unfold
 from g2gnet.settings import NetworkSettings
-from g2gnet.stack import Pair, RecurrentLayer, SpikingStack, check_input
+from g2gnet.stack import Pair, RecurrentLayer, SpikingStack
+from g2gnet.stack_checks import check_input
 from g2gnet.weights.densities import layer_probabilities
 from g2gnet.weights.patterns import Pattern, layer_mask, mask_between
 

@@ -1,6 +1,5 @@
 """A stack of spiking layers, each a connection and its neurons: all time steps in one call, or step by step."""
 
-import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -9,27 +8,24 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from g2g_kernels import Activity, SpikingLayer, g2g_stack, neurons_step
+from g2g_kernels import Activity, SpikingLayer, g2g_stack
 from g2g_kernels.choices import check_choice
 from g2g_kernels.mask.groups import as_integers
 from g2g_kernels.numbers import COUNT, Number
 from g2g_kernels.ops.g2g_stack import (
-    Border,
     DenseSpikes,
     NeuronState,
     Recurrent,
     StackState,
-    Synapses,
     activity_of,
 )
 from g2g_kernels.ops.g2g_stack.layer import Observer
-from g2g_kernels.ops.neurons.checks import check_states
-from g2g_kernels.ops.neurons.step import spikes_of
-from g2g_kernels.tracing import is_traced, is_transformed, replaced, symbolic_call
+from g2g_kernels.tracing import is_transformed, replaced, symbolic_call
 from g2gnet import graphs
-from g2gnet.called_layers import OwnHook, Triple, check_steps_of, spikes_of_called, why_called
+from g2gnet.called_layers import OwnHook, Triple, spikes_of_called, step_of_called, synapses_of_called, why_called
 from g2gnet.layers import G2GLinear
 from g2gnet.neurons import SpikingNeurons
+from g2gnet.stack_checks import check_input, check_layers, check_state_form
 
 #: a dropped neuron is drawn by 16 random bits
 DRAWS = 1 << 16
@@ -100,23 +96,7 @@ class SpikingStack(nn.Module):
         super().__init__()
         DROPOUT.check("dropout", dropout)
         check_choice("readout", readout, READOUTS)
-        if not layers:
-            raise ValueError("layers is empty; give at least one pair of a G2GLinear and its neurons")
-        for number, (connection, neurons, *recurrent) in enumerate(layers, 1):
-            if not hasattr(connection, "in_features"):
-                raise TypeError(
-                    f"fc{number} is a {type(connection).__name__}; a stack joins G2GLinear layers. Put others, as "
-                    "convolutions, into a module of your own with LIF layers behind them (docs/limits.md)"
-                )
-            if recurrent:
-                _check_recurrent(number, connection, neurons, recurrent)
-        for number, ((lower, *_), (upper, *_)) in enumerate(itertools.pairwise(layers), 1):
-            if lower.out_features != upper.in_features:
-                raise ValueError(
-                    f"fc{number} has {lower.out_features} outputs, but fc{number + 1} {upper.in_features} inputs"
-                )
-        if readout != "counts":
-            _check_integrates(readout, *layers[-1])
+        check_layers(layers, readout)
         self.T = COUNT.check("T", T)
         self._readout = readout
         self.backend = backend
@@ -165,14 +145,12 @@ class SpikingStack(nn.Module):
 
     def layers(self) -> Iterator[Pair]:
         """The pairs (connection, neurons), from input to output."""
-        modules: dict[str, Any] = self._modules
-        for number in range(1, self.depth + 1):
-            yield modules[f"fc{number}"], modules[f"lif{number}"]
+        for connection, neurons, _ in self._triples():
+            yield connection, neurons
 
     def recurrents(self) -> list[G2GLinear | None]:
         """The recurrent connection of each layer, or None."""
-        modules: dict[str, Any] = self._modules
-        return [modules.get(f"rec{number}") for number in range(1, self.depth + 1)]
+        return [recurrent for *_, recurrent in self._triples()]
 
     def _triples(self) -> list[Triple]:
         """(connection, neurons, recurrent connection or None) of each layer."""
@@ -305,7 +283,7 @@ class SpikingStack(nn.Module):
     ) -> list[SpikingLayer]:
         """The layers as the operator takes them. What kept neurons send is scaled: the weights that it meets are."""
         if state is not None:
-            self._check_form(state)
+            check_state_form(state, self.depth)
         records = []
         for number, (connection, neurons, recurrent) in enumerate(triples):
             (values, mask), observer = connection.observed_weights()
@@ -377,20 +355,6 @@ class SpikingStack(nn.Module):
             readout=readout,
         )
 
-    def _check_form(self, state: StackState) -> None:
-        """Raises unless there is one entry per layer, each a tensor, several or None."""
-        if type(state) not in (tuple, list):
-            raise TypeError(
-                f"state is a {type(state).__name__}, not a tuple of the layers' states; give activity.state of a run, "
-                "or what step(x, state) returned"
-            )
-        if len(state) != self.depth:
-            raise ValueError(f"state is of {len(state)} layers, this stack has {self.depth}")
-        for number, before in enumerate(state):
-            tensors = before if type(before) in (tuple, list) else (before,)
-            if before is not None and not all(isinstance(each, torch.Tensor) for each in tensors):
-                raise TypeError(f"state of layer {number} is a {type(before).__name__}, not a tensor or several")
-
     def _of_called(
         self,
         inputs: torch.Tensor,
@@ -407,14 +371,7 @@ class SpikingStack(nn.Module):
         finally:
             self.calls_layers = False
         activity = activity_of(trains, None, differentiable=spikes)
-        if is_traced() or not all(isinstance(connection, G2GLinear) for connection in self.connections().values()):
-            return activity
-        weights, borders = [], []
-        for train, (connection, _, recurrent) in zip(trains, layers, strict=True):
-            weights.append([each.weights() for each in (connection, recurrent) if each is not None])
-            last = train.detach()[-1]
-            borders.append(None if recurrent is None else Border(None, last, torch.zeros_like(last[0])))
-        return replaced(activity, synapses=Synapses(inputs, steps, weights, borders))
+        return replaced(activity, synapses=synapses_of_called(inputs, layers, trains, steps))
 
     def register_activity_hook(self, hook: ActivityHook) -> RemovableHandle:
         """Calls ``hook(inputs, activity)`` after every :meth:`simulate`, until the handle's ``remove()``."""
@@ -436,43 +393,19 @@ class SpikingStack(nn.Module):
         """
         befores: tuple[NeuronState | None, ...] = (None,) * self.depth if state is None else state
         if state is not None:
-            self._check_form(state)
+            check_state_form(state, self.depth)
         recorders = [hook for hook in self._activity_hooks.values() if isinstance(hook, OwnHook)]
-        if not recorders:
-            output, _, afters = self._one_step(x, befores)
-            return output, afters
-        self.calls_layers = True  # what they do is recorded here
+        self.calls_layers = bool(recorders)  # what they do is recorded here
         try:
-            output, trains, afters = self._one_step(x, befores)
+            output, trains, afters = step_of_called(x, self._triples(), befores, self._readout == "counts")
         finally:
             self.calls_layers = False
+        if not recorders:
+            return output, afters
         self._call_hooks(
             recorders, x, activity_of([spikes[None] for spikes in trains], None, differentiable=False), state
         )
         return output, afters
-
-    def _one_step(
-        self, x: torch.Tensor, befores: Sequence[NeuronState | None]
-    ) -> tuple[torch.Tensor, list[torch.Tensor], StackState]:
-        """The output of one step, the spikes [B, N] of each layer, and the states after it."""
-        trains, afters = [], []
-        layers = zip(self.layers(), self.recurrents(), befores, strict=True)
-        for number, ((connection, neurons), recurrent, before) in enumerate(layers, 1):
-            check_steps_of(f"lif{number}", neurons)
-            current = connection(x)
-            states = (before,) if isinstance(before, torch.Tensor) else before
-            if recurrent is not None and states is not None:
-                check_states(states, neurons.population, tuple(current.shape))  # a sum would broadcast
-                current = current + recurrent(spikes_of(states[-1], neurons.population).to(current.dtype))
-            if number == self.depth and self.readout != "counts":
-                _, last = neurons_step(current, states, neurons.population.integrating())
-                x, after = last[-1], last[0] if len(last) == 1 else last
-                trains.append(torch.zeros_like(x))
-            else:
-                x, after = neurons.step(current, before)
-                trains.append(x)
-            afters.append(after)
-        return x, trains, tuple(afters)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Inputs [B, D] held for T steps, or [T, B, D] → spike counts of the output neurons, or their readout, [B, C]
@@ -513,43 +446,6 @@ class SpikingStack(nn.Module):
                 f"{key}: saved by a network with {saved} time steps, this one has {self.T}; load it into one with "
                 f"T={saved}, whose T can be changed afterwards, or remove {key!r} from the state"
             )
-
-
-def _check_recurrent(number: int, connection: nn.Module, neurons: nn.Module, recurrent: Sequence[Any]) -> None:
-    """Raises unless what follows the neurons of layer ``number`` is one recurrent connection of these neurons."""
-    name, size = f"rec{number}", connection.out_features
-    if len(recurrent) > 1 or not isinstance(recurrent[0], G2GLinear):
-        what = " and ".join(type(each).__name__ for each in recurrent)
-        raise TypeError(f"{name} is {what}; give one G2GLinear from the layer's neurons to themselves")
-    (own,) = recurrent
-    if (own.out_features, own.in_features) != (size, size):
-        raise ValueError(f"{name} joins {own.in_features} neurons to {own.out_features}, but lif{number} has {size}")
-    if own.bias is not None:
-        raise ValueError(f"{name} has a bias; give G2GLinear(mask, bias=False): fc{number} has the layer's bias")
-    if not isinstance(neurons, SpikingNeurons):
-        raise TypeError(
-            f"lif{number} is a {type(neurons).__name__}; a recurrent layer takes steps of the neurons of g2gnet"
-        )
-
-
-def _check_integrates(readout: str, connection: nn.Module, neurons: nn.Module, *recurrent: nn.Module) -> None:
-    """Raises unless the last layer can have this readout."""
-    if recurrent:
-        raise ValueError(
-            f"readout={readout!r} is of neurons that do not spike, but the last layer is recurrent; leave its "
-            "recurrent connection out, or give readout='counts'"
-        )
-    if not isinstance(neurons, SpikingNeurons):
-        raise TypeError(
-            f"readout={readout!r} is of the membranes of the neurons of g2gnet, and the last are "
-            f"{type(neurons).__name__}; give readout='counts'"
-        )
-
-
-def check_input(x: object) -> None:
-    """Raises TypeError unless the input of a stack is a tensor."""
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"the input is a {type(x).__name__}, not a tensor")
 
 
 def _of_scaled(observer: Observer, scale: float) -> Observer:

@@ -29,7 +29,7 @@ LAYERS = {
         ("base",),
         ("weights",),
         ("layers", "neurons", "encoding", "sequences", "data"),
-        ("graphs", "called_layers"),
+        ("graphs", "called_layers", "stack_checks"),
         ("stack", "settings"),
         ("network", "sparsify", "recording", "interop"),
         ("dst", "inspect"),

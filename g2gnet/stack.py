@@ -413,7 +413,8 @@ class SpikingStack(nn.Module):
         """
         if not isinstance(x, torch.Tensor) and (node := symbolic_call(self, x)) is not None:
             return node
-        return self.simulate(x).output
+        activity = self.simulate(x)  # not its property: torch.export of PyTorch 2.6 leaves that out of its graph
+        return activity.counts if activity.readout is None else activity.readout
 
     def to_networkx(self) -> Any:
         """The whole network as a ``networkx.DiGraph`` (:func:`g2gnet.graphs.to_networkx`)."""

@@ -332,14 +332,8 @@ def test_compiled_steps_are_one_graph_with_equal_results(plain_memory):
 
 
 def exports(test):
-    """Marks a test that exports. PyTorch warns of every custom operator and of how it loads by itself (2.4), and of
-    constants, which are no buffers (2.6).
-    """
-    for message in (
-        "At pre-dispatch tracing.*:UserWarning",
-        "You are using `torch.load`.*:FutureWarning",
-        ".*get_attr:UserWarning",
-    ):
+    """Marks a test that exports: PyTorch 2.4 warns of every custom operator, and of how it loads by itself."""
+    for message in ("At pre-dispatch tracing.*:UserWarning", "You are using `torch.load`.*:FutureWarning"):
         test = pytest.mark.filterwarnings(f"ignore:{message}")(test)
     return compiles_whole(dynamo(test))
 

@@ -53,7 +53,7 @@ class _Neurons(torch.autograd.Function):
     def forward(ctx, *args):
         # not by name: without gradients, torch.compile of PyTorch 2.6 to 2.12 leaves ctx out of a call that has as many
         # arguments as the signature has names
-        current, state, steps, options, edge, *parameters = args
+        (current, state, steps, options, edge), parameters = args[:5], args[5:]
         model = MODELS[options.model]
         held = steps is not None
         num_steps = steps if held else current.shape[0]

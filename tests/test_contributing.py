@@ -166,8 +166,8 @@ TOYS: dict[str, dict[str, Callable[[str], str]]] = {
             r"(\n    observers: .* = \(None, None\)\n)", r"\1    toy_gain: torch.Tensor | None = None\n"
         ),
         "g2g_kernels/ops/g2g_stack/reference.py": replace(
-            r"(\n        y = linear\(x, layer.values, layer.mask, layer.bias\)\n)",
-            r"\1        y = y if layer.toy_gain is None else y * layer.toy_gain\n",
+            r"(\ndef _neurons\(.*\n)",
+            r"\1    current = current if layer.toy_gain is None else current * layer.toy_gain\n",
         ),
     },
 }

@@ -22,7 +22,7 @@ _library = torch.library.Library("g2g", "FRAGMENT")
 
 #: in a form, where a record has a tensor
 TENSOR = object()
-#: what a record consists of besides tensors, its parts before itself: values, masks, TENSOR, and (type, length) of each
+#: what a record consists of besides tensors, its parts before itself: values, masks, TENSOR, and (name, length) of each
 #: record or tuple whose parts are before it
 Form = list[Any]
 #: the types of records that operators take, by name
@@ -46,11 +46,16 @@ def opened(record: Any) -> tuple[list[Any], Form]:
             tensors.append(part.unit_row)
             form.append(part)
         elif isinstance(part, (tuple, list)):
-            form.append((type(part), len(part)))
+            form.append((_name(part), len(part)))
             left.extend(part)
         else:
             form.append(part)
     return tensors[::-1], form[::-1]
+
+
+def _name(record: Any) -> str:
+    """The name of its type in :data:`TYPES`. (torch.compile of PyTorch 2.6 and 2.8 knows none of a built-in type.)"""
+    return "tuple" if type(record) is tuple else "list" if type(record) is list else type(record).__name__
 
 
 def built(form: Form, tensors: Sequence[Any]) -> Any:
@@ -64,7 +69,7 @@ def built(form: Form, tensors: Sequence[Any]) -> Any:
             next(given)
             parts.append(part)
         elif isinstance(part, tuple):
-            kind, length = part
+            kind, length = TYPES[part[0]], part[1]
             begin = len(parts) - length
             inside = parts[begin:]
             parts[begin:] = [kind(inside) if kind in (tuple, list) else kind(*inside)]
@@ -95,7 +100,7 @@ def arguments(tensors: Sequence[torch.Tensor], form: Form) -> tuple[Any, ...]:
             masks.extend(part)
         elif isinstance(part, tuple):
             codes.extend((_OF_RECORD, part[1]))
-            names.append(part[0].__name__)
+            names.append(part[0])
         elif isinstance(part, str):
             codes.append(_OF_NAME)
             names.append(part)
@@ -123,7 +128,7 @@ def of_arguments(tensors: Sequence[Any], masks: Any, names: Any, numbers: Any, c
         elif code == _OF_MASK:
             form.append(MaskTensors(*[next(indices) for _ in range(_MASK)]))
         elif code == _OF_RECORD:
-            form.append((TYPES[next(named)], next(given)))
+            form.append((next(named), next(given)))
         elif code == _OF_NAME:
             form.append(next(named))
         elif code == _OF_FLAG:

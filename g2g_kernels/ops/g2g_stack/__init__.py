@@ -6,7 +6,6 @@ neurons) and how long each tensor lives.
 
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from operator import is_
 from types import ModuleType
 from typing import Any
 
@@ -83,14 +82,18 @@ def g2g_stack(
         (torch.Size([2, 4]), torch.Size([4]))
     """
     tensors, form = opened((x, *layers))
-    signature = None if is_traced() else _signature(tensors, form, steps, chunk, spikes)
-    if signature not in _passed:
-        checked = _checked(x, layers, steps, spikes, chunk)
-        if signature is not None and type(steps) in (int, type(None)) and all(map(is_, checked, layers)):
-            if len(_passed) > 1000:
-                _passed.clear()
-            _passed.add(signature)
-        layers = checked
+    if is_traced():
+        layers = _checked(x, layers, steps, spikes, chunk)
+    else:
+        signature = _signature(tensors, form, steps, chunk, spikes)
+        if signature not in _passed:
+            given = [parameter for layer in layers for parameter in layer.population.parameters]
+            layers = _checked(x, layers, steps, spikes, chunk)
+            # numbers are made tensors each time
+            if signature is not None and all(isinstance(parameter, torch.Tensor) for parameter in given):
+                if len(_passed) > 1000:
+                    _passed.clear()
+                _passed.add(signature)
     steps = None if steps is None else int(steps)
     turn = spikes or is_transformed() or has_tangent(tensors)
     choose = partial(_chosen, backend=backend, turn=turn, differentiable=spikes)
@@ -169,7 +172,7 @@ def _checked(
                     f"the recurrent connection of layer {number} joins {layer.recurrent.mask.shape[1]} neurons to "
                     f"{layer.recurrent.mask.shape[0]}, but the layer has {out_size}"
                 )
-        checked.append(layer if population is layer.population else replaced(layer, population=population))
+        checked.append(replaced(layer, population=population))
         size = out_size
     return checked
 

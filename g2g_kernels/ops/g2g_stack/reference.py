@@ -6,6 +6,7 @@ so does a layer whose membranes over time are wanted.
 
 import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ import torch
 from g2g_kernels.ops.checks import mixed_dtypes
 from g2g_kernels.ops.g2g_linear.reference import g2g_linear
 from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes
-from g2g_kernels.ops.g2g_stack.layer import SpikingLayer
+from g2g_kernels.ops.g2g_stack.layer import Observer, SpikingLayer
 from g2g_kernels.ops.neurons.reference import neurons
 from g2g_kernels.ops.neurons.step import spikes_of
 
@@ -59,20 +60,22 @@ def in_turn(
 
 def _parts_of(layer: SpikingLayer, linear: Callable, neurons: Callable) -> Parts:
     of_inputs, of_recurrent = layer.observers
+    recurrent = None
+    if layer.recurrent is not None:
+        recurrent = partial(_product, linear, *layer.recurrent, None, of_recurrent)
+    product = partial(_product, linear, layer.values, layer.mask, layer.bias, of_inputs)
+    return Parts(product, recurrent, partial(_neurons, neurons, layer))
 
-    def product(x: torch.Tensor) -> torch.Tensor:
-        y = linear(x, layer.values, layer.mask, layer.bias)
-        return y if of_inputs is None else of_inputs(x, y)
 
-    def recurrent(spikes: torch.Tensor) -> torch.Tensor:
-        assert layer.recurrent is not None
-        y = linear(spikes, *layer.recurrent, None)
-        return y if of_recurrent is None else of_recurrent(spikes, y)
+def _product(
+    linear: Callable, values: torch.Tensor, mask: Any, bias: Any, observer: Observer | None, x: torch.Tensor
+) -> torch.Tensor:
+    y = linear(x, values, mask, bias)
+    return y if observer is None else observer(x, y)
 
-    def run(current: torch.Tensor, steps: int | None, state: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        return neurons(current, layer.population, steps, state=state)
 
-    return Parts(product, None if layer.recurrent is None else recurrent, run)
+def _neurons(neurons: Callable, layer: SpikingLayer, current: torch.Tensor, steps: int | None, state: Any) -> Any:
+    return neurons(current, layer.population, steps, state=state)
 
 
 def in_parts(x: torch.Tensor, layers: Sequence[SpikingLayer], parts: Sequence[Parts], steps: int | None) -> Turn:

@@ -23,7 +23,7 @@ from g2gnet.base.files import (
     replace_file,
 )
 from g2gnet.base.messages import reason, warn
-from g2gnet.base.tensor_files import TensorFileError, read_tensors, write_tensors
+from g2gnet.base.tensor_files import TensorFileError, check_plain, read_tensors, write_tensors
 from g2gnet.training.run_settings import RunSettings
 
 #: version of the checkpoint's structure
@@ -256,13 +256,21 @@ class RunFiles:
     def load_marker(self, settings: RunSettings) -> dict[str, Any] | None:
         """The result of the finished run, or None if it is not finished, or if ``settings`` have it go on.
 
-        The marker only says that there is one: the result is the checkpoint's, which has a checksum.
+        The marker says that there is one, and of which settings; it is the checkpoint's, which has a checksum.
 
         Raises:
-            CheckpointError: if the checkpoint is missing, damaged, or of a run with other settings.
+            CheckpointError: if the marker or the checkpoint is damaged, or of a run with other settings.
         """
-        if not self.marker.exists():
+        try:
+            made_with = json.loads(read_file(self.marker))["settings"]
+            check_plain(made_with)
+            self._check_settings(self.marker, dict(made_with), settings)
+        except (FileNotFoundError, NotADirectoryError):
             return None
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+            raise CheckpointError(
+                f"{self.marker} cannot be read ({reason(error)}); delete it, and the run makes it again"
+            ) from error
         try:
             state = read_checkpoint(self.checkpoint)
             history = state["history"]

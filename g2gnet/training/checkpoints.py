@@ -202,9 +202,9 @@ class RunFiles:
         """
         keep = self.previous if self._whole else None
         with self._writing(self.checkpoint):
+            write_tensors(self.checkpoint, {"format": FORMAT, **state}, keep)
             for of_finished in (self.marker, self.analysis):  # a run that was finished goes on for more epochs
                 of_finished.unlink(missing_ok=True)
-            write_tensors(self.checkpoint, {"format": FORMAT, **state}, keep)
         self._whole = True
 
     def load_checkpoint(self, settings: RunSettings) -> Checkpoint | None:
@@ -262,9 +262,9 @@ class RunFiles:
             CheckpointError: if the marker or the checkpoint is damaged, or of a run with other settings.
         """
         try:
-            made_with = json.loads(read_file(self.marker))["settings"]
+            made_with = dict(json.loads(read_file(self.marker))["settings"])
             check_plain(made_with)
-            self._check_settings(self.marker, dict(made_with), settings)
+            self._check_settings(self.marker, made_with, settings)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
@@ -282,7 +282,8 @@ class RunFiles:
                 f"{self.names()} to train it again"
             ) from error
         self._check_settings(self.checkpoint, state["settings"], settings)
-        return result if result["epoch"] == settings.epochs else None
+        # killed before it was gone, a marker is of fewer epochs than the checkpoint
+        return result if made_with.get("epochs") == result["epoch"] == settings.epochs else None
 
     def _check_settings(self, path: Path, theirs: dict[str, Any], ours: RunSettings) -> None:
         """Raises CheckpointError unless a run with settings ``ours`` begins as, or is, the one with ``theirs``."""

@@ -234,7 +234,7 @@ def add_graph_flags(group: Any) -> None:
     """Adds the flags for training steps as CUDA graphs."""
     text = "replay each training step as a CUDA graph (default: on a CUDA device, in one process); not run on a GPU yet"
     group.add_argument("--cuda_graph", action="store_true", default=None, help=text)
-    text = "launch every kernel of a training step anew"
+    text = "launch each kernel of a training step by itself"
     group.add_argument("--no_cuda_graph", action="store_false", dest="cuda_graph", default=None, help=text)
 
 

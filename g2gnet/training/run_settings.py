@@ -124,7 +124,7 @@ class TrainSettings(NetworkSettings, RunSettings):
         high=1,
     )
     sequence: str = with_default(NetworkSettings, "sequence", DefaultName(NetworkSettings.sequence))
-    sequence_step: int = setting(1, "data", "rows or pixels in a time step of such a `sequence`", low=1)
+    sequence_step: int = setting(1, "data", "rows or pixels that a time step receives, for `sequence`", low=1)
     sequence_seed: int = setting(
         0, "data", "seed of the order of `sequence=permuted`, whatever the seed of the run", low=0, high=LARGEST_SEED
     )

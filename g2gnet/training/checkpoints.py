@@ -280,7 +280,7 @@ class RunFiles:
             state = read_checkpoint(self.checkpoint)
         except CheckpointError as error:
             raise CheckpointError(
-                f"{error} The run is finished, and its result is believed beside its checkpoint: put that back, or "
+                f"{error} The run is finished, but its result counts only with its checkpoint: restore that file, or "
                 f"delete {self.names()} to train it again"
             ) from error
         self._check_settings(self.checkpoint, state["settings"], settings)

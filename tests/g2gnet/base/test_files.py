@@ -292,7 +292,7 @@ def test_a_marker_is_believed_only_where_the_checkpoint_says_the_same(tmp_path, 
     run(files.directory, epochs=1)  # nothing is left to train
     assert files.marker.read_text() == text
     files.checkpoint.write_bytes(files.checkpoint.read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match=r"checksum is wrong.*put that back, or delete .*\.pth.*\.DONE to train"):
+    with pytest.raises(CheckpointError, match=r"checksum is wrong.*restore that file, or delete .*\.pth.*\.DONE"):
         run(files.directory, epochs=1)
 
 

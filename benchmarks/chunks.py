@@ -170,7 +170,7 @@ def measure(size: Size, steps: int, compared: Sequence[int | None], repeats: int
     with contextlib.ExitStack() as stack:
         racers, expected = [], None
         for chunk in compared:
-            bar.set_description(f"T {steps}, {'whole' if chunk is None else f'chunks of {chunk}'}")
+            bar.set_description(f"{steps} steps, {'whole' if chunk is None else f'chunks of {chunk}'}")
             bar.update()
             point: dict[str, Any] = {"T": steps, "chunk": chunk, "status": "timed"}
             points.append(point)

@@ -62,12 +62,12 @@ def table(record: dict[str, Any]) -> str:
             graphs += [[f"{side}", f"{percent} %", growth, *_graph(runs)] for growth, runs in grown.items() if runs]
     others = [[name, spread(runs, accuracy)] for name, runs in ends.items() if "default schedule" in name]
     parts = [
-        markdown(["units of", "density", *GROWTH, "best growth − static"], accuracies) if accuracies else "",
+        markdown(["block size", "density", *GROWTH, "best growth − static"], accuracies) if accuracies else "",
         markdown(["", "test accuracy, %"], others) if others else "",
         "The graphs that came of it. Never fires: neurons of hidden layers 1 and 2 silent over the last epoch. Spread: "
         "standard deviation over mean of the units of a block row of fc2, and of a block column. Inside: units of "
         "fc2 that join neurons of one group.",
-        markdown(["units of", "density", "growth", "never fires, %", "spread", "rows empty", "inside"], graphs),
+        markdown(["block size", "density", "growth", "never fires, %", "spread", "rows empty", "inside"], graphs),
     ]
     return "\n\n".join(part for part in parts if part)
 

@@ -64,7 +64,7 @@ class FeedForward(Network):
     def __init__(self, prepared: Prepared, device: torch.device, precision: str, backend: str) -> None:
         super().__init__(prepared, device, precision, backend)
         weights = sum(prepared.active_weights().values())
-        self.differs = f"feed-forward, H {prepared.workload.hidden_dim}: {weights:,} weights"
+        self.differs = f"feed-forward, {prepared.workload.hidden_dim:,} neurons per layer, {weights:,} weights"
 
 
 class Steps(Network):

@@ -149,8 +149,9 @@ def roofline(arguments: argparse.Namespace) -> str:
 
 A model, not a measurement: these kernels have not been run on a GPU. `python -m benchmarks.roofline` prints it.
 
-{arguments.model}, B {arguments.batch_size}, T {arguments.T}, H {arguments.hidden_dim}, p_inter {arguments.p_inter}, \
-units of {arguments.block_size}, {arguments.precision}: {weights:,} weights, {density:.1%} of the dense network's.
+{arguments.model}, batch {arguments.batch_size}, {settings.T} steps, {arguments.hidden_dim:,} neurons per layer, \
+p_inter {arguments.p_inter}, {arguments.block_size} × {arguments.block_size} blocks, {arguments.precision}: \
+{weights:,} weights, {density:.1%} of the dense network's.
 {card.source}: {card.flop_per_s[arguments.precision] / 1e12:.0f} TFLOP/s, {card.bytes_per_s / 1e12:.1f} TB/s.
 
 {table(operations, card)}

@@ -118,9 +118,9 @@ def about(prepared: Prepared) -> str:
     """The workload in one line."""
     w = prepared.workload
     return (
-        f"{w.model}{', recurrent' * w.recurrent}, B {w.batch_size}, T {w.T}, H {w.hidden_dim}, p_inter {w.p_inter}, "
-        f"units of {w.block_size}: {prepared.density():.1%} of the weights; {w.dataset}, after {w.train_steps} "
-        f"training steps (test accuracy {prepared.test_accuracy:.2f})"
+        f"{w.model}{', recurrent' * w.recurrent}, batch {w.batch_size}, {w.T} steps, {w.hidden_dim:,} neurons per "
+        f"layer, {w.block_size} × {w.block_size} blocks, {prepared.density():.1%} of the weights; {w.dataset}, after "
+        f"{w.train_steps} training steps (test accuracy {prepared.test_accuracy:.2f})"
     )
 
 

@@ -154,7 +154,7 @@ def openmp() -> int | None:
     try:  # looks only through what PyTorch is linked with, and loads nothing
         return ctypes.cast(ctypes.CDLL(torch._C.__file__).GOMP_parallel, c_void_p).value
     except (OSError, AttributeError):
-        logger.info("PyTorch has no OpenMP runtime, so the compiled CPU kernels start threads of their own")
+        logger.debug("PyTorch has no OpenMP runtime, so the compiled CPU kernels start threads of their own")
         return None
 
 

@@ -23,7 +23,7 @@ from g2gnet.base.files import (
     replace_file,
 )
 from g2gnet.base.messages import reason, warn
-from g2gnet.base.tensor_files import TensorFileError, read_tensors, write_tensors
+from g2gnet.base.tensor_files import TensorFileError, check_plain, read_tensors, write_tensors
 from g2gnet.training.run_settings import RunSettings
 
 #: version of the checkpoint's structure
@@ -202,9 +202,9 @@ class RunFiles:
         """
         keep = self.previous if self._whole else None
         with self._writing(self.checkpoint):
+            write_tensors(self.checkpoint, {"format": FORMAT, **state}, keep)
             for of_finished in (self.marker, self.analysis):  # a run that was finished goes on for more epochs
                 of_finished.unlink(missing_ok=True)
-            write_tensors(self.checkpoint, {"format": FORMAT, **state}, keep)
         self._whole = True
 
     def load_checkpoint(self, settings: RunSettings) -> Checkpoint | None:
@@ -256,13 +256,21 @@ class RunFiles:
     def load_marker(self, settings: RunSettings) -> dict[str, Any] | None:
         """The result of the finished run, or None if it is not finished, or if ``settings`` have it go on.
 
-        The marker only says that there is one: the result is the checkpoint's, which has a checksum.
+        The marker says that there is one, and of which settings; it is the checkpoint's, which has a checksum.
 
         Raises:
-            CheckpointError: if the checkpoint is missing, damaged, or of a run with other settings.
+            CheckpointError: if the marker or the checkpoint is damaged, or of a run with other settings.
         """
-        if not self.marker.exists():
+        try:
+            made_with = dict(json.loads(read_file(self.marker))["settings"])
+            check_plain(made_with)
+            self._check_settings(self.marker, made_with, settings)
+        except (FileNotFoundError, NotADirectoryError):
             return None
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+            raise CheckpointError(
+                f"{self.marker} cannot be read ({reason(error)}); delete it, and the run makes it again"
+            ) from error
         try:
             state = read_checkpoint(self.checkpoint)
             history = state["history"]
@@ -274,7 +282,8 @@ class RunFiles:
                 f"file, or delete {self.names()} to train it again"
             ) from error
         self._check_settings(self.checkpoint, state["settings"], settings)
-        return result if result["epoch"] == settings.epochs else None
+        # killed before it was gone, a marker is of fewer epochs than the checkpoint
+        return result if made_with.get("epochs") == result["epoch"] == settings.epochs else None
 
     def _check_settings(self, path: Path, theirs: dict[str, Any], ours: RunSettings) -> None:
         """Raises CheckpointError unless a run with settings ``ours`` begins as, or is, the one with ``theirs``."""

@@ -39,32 +39,21 @@ def run_training(
     show_analysis: Callable[[NetworkAnalysis, int, Path], None] | None = None,
     on_epoch: Sequence[EpochCallback[Trainer]] = (),
 ) -> dict[str, Any]:
-    """Trains with ``settings``, or resumes from the run's checkpoint, or skips a finished run.
+    """Trains a network, or resumes from the run's checkpoint, or skips a finished run, as :func:`run_epochs` does.
 
-    The data is loaded only when there is something to train. The trained network is analysed on some of the
-    test images; the analysis is written, and passed with the number of all test images and the file's name to
-    ``show_analysis``. Each of ``on_epoch`` is
-    called after each epoch. All processes of ``machine.world`` call this; the first one writes, prints and calls.
-
-    Returns:
-        The record of the last epoch.
+    The data is loaded only when there is something to train. The trained network is analysed on some of the test
+    images. The analysis is written, and ``show_analysis`` gets it, with the number of all test images and the file.
 
     Raises:
-        CheckpointError: if the run's files cannot be used.
         DataError: if the data are unavailable.
-        TrainingError: if the loss or a gradient is not finite any more.
-        SettingsError: if there are too many processes for a batch.
-        DistributedError: if the states of the processes diverged.
-        Interrupted: after a signal, when everything is saved.
+        SettingsError: if the settings do not fit the data, the number of processes or the memory.
+        CheckpointError, TrainingError, DistributedError, Interrupted: as :func:`run_epochs`.
 
     Example:
         >>> from g2gnet.data import load_dataset
-        >>> small = {"hidden_dim": 32, "block_size": 8, "T": 4, "epochs": 1}
-        >>> settings = TrainSettings(dataset="fashionmnist-mini", model="mixer", **small)
-        >>> def load_data():
-        ...     return load_dataset("fashionmnist-mini").limited(256, 100)
-        ...
-        >>> record = run_training(settings, load_data, "checkpoints", Machine(torch.device("cpu")))
+        >>> settings = TrainSettings(dataset="fashionmnist-mini", hidden_dim=32, T=4, epochs=1)
+        >>> data = load_dataset("fashionmnist-mini").limited(256, 100)
+        >>> record = run_training(settings, lambda: data, "checkpoints", Machine(torch.device("cpu")))
         Epoch 01 | train_acc=0...
         >>> record["epoch"]
         1
@@ -113,17 +102,14 @@ def run_epochs(
         CheckpointError: if the run's files are unusable, belong to a run on different data, or are in use by another
             process.
         TrainingError: if the loss or a gradient is not finite any more.
+        DistributedError: if the states of the processes diverged.
         Interrupted: after a signal, when everything is saved.
 
     Example:
         >>> from g2gnet.data import load_dataset
-        >>> small = {"hidden_dim": 32, "block_size": 8, "T": 3, "epochs": 1}
-        >>> settings = TrainSettings(dataset="fashionmnist-mini", model="mixer", **small)
-        >>> machine = Machine(torch.device("cpu"))
-        >>> def make_trainer():
-        ...     return Trainer(settings, load_dataset("fashionmnist-mini").limited(256, 100), machine)
-        ...
-        >>> record = run_epochs(settings, make_trainer, "checkpoints", machine)
+        >>> settings = TrainSettings(dataset="fashionmnist-mini", hidden_dim=32, T=3, epochs=1)
+        >>> machine, data = Machine(torch.device("cpu")), load_dataset("fashionmnist-mini").limited(256, 100)
+        >>> record = run_epochs(settings, lambda: Trainer(settings, data, machine), "checkpoints", machine)
         Epoch 01 | train_acc=0...
         >>> record["epoch"]
         1

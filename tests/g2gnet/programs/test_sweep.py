@@ -181,7 +181,7 @@ def test_a_run_with_files_that_cannot_be_used_fails_by_itself_and_the_others_go_
     assert list(made.failed) == [f"seed={seed}" for seed in range(5)]
     messages = (
         "pth cannot be read (",
-        "put that back, or delete ",
+        "restore that file, or delete ",
         ".sweep.lock (it is a symbolic link); move it away",
         "log.txt (it is a symbolic link); move it away",
         "log.txt (it is not a regular file); move it away",
@@ -327,7 +327,7 @@ def test_a_finished_run_without_its_checkpoint_can_be_trained_again(tmp_path, th
     made = sweep.run(QUICK, tmp_path, executor=thread)
     ((run, end),) = made.ends
     run.files.checkpoint.unlink()
-    with pytest.raises(TrainingError, match=r"pth cannot be read \(No such file.*put that back, or delete .*\.DONE"):
+    with pytest.raises(TrainingError, match=r"pth cannot be read.*restore that file, or delete .*\.DONE"):
         sweep.run(QUICK, tmp_path, executor=thread)
     shutil.rmtree(run.folder)
     ((_, again),) = sweep.run(QUICK, tmp_path, executor=thread).ends

@@ -64,7 +64,7 @@ def check_input(x: object) -> None:
         raise TypeError(f"the input is a {type(x).__name__}, not a tensor")
 
 
-def check_state_form(state: object, depth: int) -> None:
+def check_state_form(state: Any, depth: int) -> None:
     """Raises unless there is one entry per layer, each a tensor, several or None."""
     if type(state) not in (tuple, list):
         raise TypeError(

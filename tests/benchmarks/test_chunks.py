@@ -28,7 +28,7 @@ def test_steps_in_chunks_are_timed_and_weighed_beside_the_whole(tmp_path, capsys
     table = capsys.readouterr().out
     assert "| 12 | 4 |" in table
     for draw in (redraw._chunks, redraw._chunks_in_short):
-        assert "([record](record.json))" in draw(redraw.Record(file, record), lambda path: path.name)
+        assert "[record](record.json)" in draw(redraw.Record(file, record), lambda path: path.name)
 
 
 def test_another_result_is_wrong():

@@ -7,7 +7,10 @@ from helpers import ROOT
 
 from g2gnet.programs.flags import Parser, add_settings_flags
 
-PROGRAMS = {"__main__", *(f"programs/{name}" for name in ("analyze", "cli", "crossval", "pretrain", "train"))}
+PROGRAMS = {
+    "__main__",
+    *(f"programs/{name}" for name in ("analyze", "crossval", "flags", "main", "output", "pretrain", "train")),
+}
 PROGRAMS |= {f"programs/{name}/program" for name in ("report", "sweep")}
 
 

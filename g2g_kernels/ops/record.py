@@ -46,16 +46,13 @@ def opened(record: Any) -> tuple[list[Any], Form]:
             tensors.append(part.unit_row)
             form.append(part)
         elif isinstance(part, (tuple, list)):
-            form.append((_name(part), len(part)))
+            kind = type(part)  # (torch.compile of PyTorch 2.6 and 2.8 knows no name of a built-in type)
+            name = "tuple" if kind is tuple else "list" if kind is list else kind.__name__
+            form.append((name, len(part)))
             left.extend(part)
         else:
             form.append(part)
     return tensors[::-1], form[::-1]
-
-
-def _name(record: Any) -> str:
-    """The name of its type in :data:`TYPES`. (torch.compile of PyTorch 2.6 and 2.8 knows none of a built-in type.)"""
-    return "tuple" if type(record) is tuple else "list" if type(record) is list else type(record).__name__
 
 
 def built(form: Form, tensors: Sequence[Any]) -> Any:

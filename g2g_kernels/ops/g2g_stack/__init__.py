@@ -118,8 +118,14 @@ _passed: set[Hashable] = set()
 def _signature(tensors: Sequence[torch.Tensor], form: Form, *options: Any) -> Hashable:
     """Shapes, dtypes, devices and options of a call; None if they have no fixed number."""
     of_tensors = [(tensor.shape, tensor.dtype, tensor.device, tensor.layout) for tensor in tensors]
+    # of an observer, of which every call has another, nothing is kept
     others = [
-        (part.shape, part.unit_shape, part.unit_row.shape) if isinstance(part, BlockMask) else part for part in form
+        (part.shape, part.unit_shape, part.unit_row.shape)
+        if isinstance(part, BlockMask)
+        else type(part)
+        if callable(part)
+        else part
+        for part in form
     ]
     # the types too: True is 1, but no number of steps
     signature = *of_tensors, *others, *options, *map(type, others), *map(type, options)

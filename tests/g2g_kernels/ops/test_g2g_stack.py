@@ -1,7 +1,10 @@
 """g2g_stack: the stack equals its parts, an snnTorch network of masked layers, and float64 on every backend."""
 
+import gc
 import itertools
+import weakref
 
+import numpy as np
 import pytest
 import snntorch
 import torch
@@ -442,6 +445,32 @@ def test_autocast_to_bfloat16(backend):
 
 
 # --- errors -------------------------------------------------------------------------------------------------------
+
+
+def test_a_call_that_was_right_keeps_nothing_alive_and_lets_nothing_else_pass():
+    stack = Stack(STACKS["one unit a group"], None)
+    layers = stack.layers(stack.tensors)
+    x = stack.tensors["x"]
+
+    class Observer:
+        def __call__(self, x, y):
+            return y
+
+    observer = Observer()
+    g2g_stack(x, [layers[0]._replace(observers=(observer, None)), *layers[1:]], backend="torch")
+    kept = weakref.ref(observer)
+    del observer
+    gc.collect()
+    assert kept() is None
+    right = layers[0]._replace(population=layers[0].population._replace(alpha=np.float32(1.0)))
+    g2g_stack(x, [right, *layers[1:]], backend="torch")
+    for wrong in (np.float32(-1.0), True, float("nan")):
+        population = right.population._replace(alpha=wrong)
+        with pytest.raises(ValueError, match="alpha"):
+            g2g_stack(x, [right._replace(population=population), *layers[1:]], backend="torch")
+    g2g_stack(x[0], layers, 1, backend="torch")
+    with pytest.raises(ValueError, match="steps=True"):
+        g2g_stack(x[0], layers, True, backend="torch")
 
 
 def change(stack: Stack, number: int, name: str, value: torch.Tensor) -> list[SpikingLayer]:

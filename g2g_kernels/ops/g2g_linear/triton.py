@@ -301,8 +301,10 @@ def product(
     """y [M, out] of ``dtype``: x [M, in] (floats, or spikes in uint8), ``bias`` [out] in the order of y's columns."""
     precision = precision_of(values.dtype, x.device)
     if dense_pays(units.shape, "forward", x, dtype, values.dtype, precision):  # cuBLAS, with the zeros stored
-        weight = dense_weight(values, units)
-        return F.linear(x.to(values.dtype), weight, None if bias is None else bias.to(values.dtype)).to(dtype)
+        weight, x = dense_weight(values, units), x.to(values.dtype)
+        if dtype.itemsize > values.dtype.itemsize:  # a held current: factors are rounded, their sum is not
+            weight, x = weight.to(dtype), x.to(dtype)
+        return F.linear(x, weight, None if bias is None else bias.to(weight.dtype)).to(dtype)
     # nothing is stored to columns without a neuron
     allocate = torch.zeros if units.rows.holes else torch.empty
     y = allocate((x.shape[0], units.rows.size), dtype=dtype, device=x.device)

@@ -55,6 +55,20 @@ def test_the_cases_are_what_they_should_be():
     assert empty_columns
 
 
+@pytest.mark.parametrize("name", ["single weights", "units of 16, ragged"])
+def test_a_wider_output_than_factors_is_not_rounded_to_them(name):
+    """That of a held current, by dense weights and by units: a rounding error would add up over the steps."""
+    from g2g_kernels.ops.g2g_linear import triton
+
+    device = device_of("triton")
+    mask = sparse_mask(CASES[name]).to(device)
+    x, values, bias = (tensor.to(device) for tensor in inputs(mask, 7))
+    values = values.half()
+    y = triton.product(x.half(), values, triton.units_of(mask.tensors(), values), bias, torch.float32)
+    exact = x.half().double() @ mask.unpack(values).double().T + bias.double()
+    assert rms(y.double() - exact) < 1e-6 * rms(exact)
+
+
 class NeverSorting(TorchDispatchMode):
     """Raises for an operation that sorts its indices on a GPU under deterministic algorithms."""
 

@@ -30,6 +30,7 @@ def needs_plain_operations(grads: Iterable[Any]) -> bool:
     return (
         torch.is_grad_enabled()
         or torch._C._are_functorch_transforms_active()
+        or has_tangent(grads)
         or any([grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads])
     )
 

@@ -248,3 +248,16 @@ def test_inside_what_is_compiled_a_tangent_is_right(plain_memory):
     of_neurons = operator_of("lif", None)
     compiled = torch.compile(lambda x: torch.func.jvp(of_neurons, (x,), (x,))[1], backend="aot_eager")
     torch.testing.assert_close(compiled(x), torch.func.jvp(of_neurons, (x,), (x,))[1])
+
+
+@pytest.mark.parametrize("backend", backends_of(linear_module.operator))
+def test_tangents_of_incoming_gradients(backend):
+    """Where only what follows the operator carries one; the backward pass is linear in it."""
+    mask, (x, values, bias) = linear_case(CASES[0], torch.float32)
+    y = g2g_linear(x, values, mask, bias, backend=backend)
+    tangent = torch.randn(y.shape, generator=seeded(3))
+    expected = torch.autograd.grad(y, (x, values), tangent, retain_graph=True)
+    with forward_ad.dual_level():
+        grads = torch.autograd.grad(y, (x, values), forward_ad.make_dual(torch.ones_like(y), tangent))
+        for grad, of_tangent in zip(grads, expected, strict=True):
+            torch.testing.assert_close(forward_ad.unpack_dual(grad).tangent, of_tangent)

@@ -5,10 +5,11 @@ import itertools
 
 import pytest
 import torch
-from helpers import compiles_whole, rms, seeded
+from helpers import backends_of, compiles_whole, rms, seeded
 from networks import sparse_stack
 
 from g2g_kernels import Activity, available_backends
+from g2g_kernels.ops.g2g_stack import operator
 from g2gnet import LIF, G2GNet, SpikingStack, Synaptic
 
 T, B, D = 10, 3, 12
@@ -288,6 +289,21 @@ def test_a_stack_that_calls_its_layers_says_that_it_has_no_state():
     for given in ({"state": state}, {"chunk": 4}):
         with pytest.raises(ValueError, match="fc1 carries hooks"):
             stack.simulate(x, **given)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of PyTorch's loop over a batch
+@pytest.mark.parametrize("backend", backends_of(operator))
+def test_a_batch_of_gradients_of_chunks_is_that_of_one_after_the_other(backend):
+    stack, x = stack_of(backend=backend), inputs_of(held=False)
+    counts = stack.simulate(x, chunk=4).counts
+    many = torch.randn(3, *counts.shape, generator=seeded(3))
+
+    def gradient(upstream):
+        return torch.autograd.grad(counts, x, upstream, retain_graph=True)[0]
+
+    expected = torch.stack([gradient(each) for each in many])
+    torch.testing.assert_close(torch.vmap(gradient)(many), expected, rtol=1e-3, atol=1e-3)
+    assert expected.any()
 
 
 def test_second_derivatives_of_chunks_are_those_of_the_whole():

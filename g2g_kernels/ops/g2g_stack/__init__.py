@@ -81,6 +81,7 @@ def g2g_stack(
         >>> activity.counts.shape, activity.rates[0].shape
         (torch.Size([2, 4]), torch.Size([4]))
     """
+    layers = tuple(layers or ())
     tensors, form = opened((x, *layers))
     if is_traced():
         layers = _checked(x, layers, steps, spikes, chunk)
@@ -95,12 +96,10 @@ def g2g_stack(
                     _passed.clear()
                 _passed.add(signature)
     steps = None if steps is None else int(steps)
-    turn = spikes or is_transformed() or has_tangent(tensors)
-    choose = partial(_chosen, backend=backend, turn=turn, differentiable=spikes)
     if chunk is None:
-        activity = choose(x, layers, steps)(x, layers, steps)
+        activity = _chosen(x, layers, steps, tensors, backend, spikes)(x, layers, steps)
     else:
-        activity = in_chunks(x, layers, steps, chunk, lambda *arguments: choose(*arguments)(*arguments))
+        activity = in_chunks(x, layers, steps, chunk, partial(_run, backend))
     if torch.compiler.is_compiling():
         return activity
     assert activity.states is not None
@@ -111,29 +110,22 @@ def g2g_stack(
     return activity._replace(synapses=Synapses(x, steps, [layer.connections() for layer in layers], borders))
 
 
+#: the types of what a signature keeps; that of TENSOR is the last
+_PLAIN = {type(None), bool, int, float, str, tuple, object}
 #: calls that have passed :func:`_checked`, which looks at nothing but what a signature has
 _passed: set[Hashable] = set()
 
 
 def _signature(tensors: Sequence[torch.Tensor], form: Form, *options: Any) -> Hashable:
-    """Shapes, dtypes, devices and options of a call; None if they have no fixed number."""
+    """Shapes, dtypes, devices and options of a call; None if it has others than plain values, which may change."""
     of_tensors = [(tensor.shape, tensor.dtype, tensor.device, tensor.layout) for tensor in tensors]
-    # of an observer, of which every call has another, nothing is kept
     others = [
-        (part.shape, part.unit_shape, part.unit_row.shape)
-        if isinstance(part, BlockMask)
-        else type(part)
-        if callable(part)
-        else part
-        for part in form
+        (part.shape, part.unit_shape, part.unit_row.shape) if isinstance(part, BlockMask) else part for part in form
     ]
-    # the types too: True is 1, but no number of steps
-    signature = *of_tensors, *others, *options, *map(type, others), *map(type, options)
-    try:
-        hash(signature)
-    except TypeError:
+    types = [*map(type, others), *map(type, options)]  # True is 1, but no number of steps
+    if not _PLAIN.issuperset(types):
         return None
-    return signature
+    return *of_tensors, *others, *options, *types
 
 
 def _checked(
@@ -202,25 +194,40 @@ def _chosen(
     x: torch.Tensor,
     layers: Sequence[SpikingLayer],
     steps: int | None,
+    tensors: Sequence[torch.Tensor],
     backend: str | None,
-    turn: bool,
-    differentiable: bool,
+    spikes: bool = False,
 ) -> Callable[[torch.Tensor, Sequence[SpikingLayer], int | None], Activity]:
-    """What runs a call: all layers at once, or the operators in ``turn``, also if something of each layer is wanted."""
-    observed, drops = turn, False
+    """What runs a call with these ``tensors``: all layers at once, or the operators in turn if something of each layer
+    is wanted, or a derivative that no kernel computes."""
+    observed, drops = spikes or is_transformed() or has_tangent(tensors), False
     for layer in layers:
         observed = observed or layer.membranes or layer.observers != (None, None)
         drops = drops or layer.dropped is not None
+    run: Callable[..., Activity]
     if observed:
         linear = partial(g2g_linear, backend=backend)
         population = partial(_neurons_in_float32 if backend == "cpu" else run_neurons, backend=backend)
-
-        def run(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> Activity:
-            return activity_of(*reference.in_turn(x, layers, steps, linear, population), differentiable=differentiable)
-
+        run = partial(_in_turn, linear, population, spikes)
     else:
         run = operator.choose(x, layers, steps, backend=backend)
     return partial(_silent, run) if drops else run
+
+
+def _run(backend: str | None, x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> Activity:
+    """A part of a run, which is chosen anew: where it runs again, other derivatives may be wanted."""
+    return _chosen(x, layers, steps, opened((x, *layers))[0], backend)(x, layers, steps)
+
+
+def _in_turn(
+    linear: Callable,
+    population: Callable,
+    spikes: bool,
+    x: torch.Tensor,
+    layers: Sequence[SpikingLayer],
+    steps: int | None,
+) -> Activity:
+    return activity_of(*reference.in_turn(x, layers, steps, linear, population), differentiable=spikes)
 
 
 def _silent(run: Callable, x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> Activity:

@@ -468,9 +468,18 @@ def test_a_call_that_was_right_keeps_nothing_alive_and_lets_nothing_else_pass():
         population = right.population._replace(alpha=wrong)
         with pytest.raises(ValueError, match="alpha"):
             g2g_stack(x, [right._replace(population=population), *layers[1:]], backend="torch")
-    g2g_stack(x[0], layers, 1, backend="torch")
-    with pytest.raises(ValueError, match="steps=True"):
-        g2g_stack(x[0], layers, True, backend="torch")
+    steps = torch.tensor(1)
+    for given in (1, steps):
+        g2g_stack(x[0], layers, given, backend="torch")
+    steps.fill_(0)
+    for wrong in (True, steps):
+        with pytest.raises(ValueError, match="steps="):
+            g2g_stack(x[0], layers, wrong, backend="torch")
+    counts = g2g_stack(x[0], (layer for layer in layers), 1, backend="torch").counts
+    assert torch.equal(counts, g2g_stack(x[0], layers, 1, backend="torch").counts)
+    for nothing in (iter(()), [], None):
+        with pytest.raises(ValueError, match="layers is empty"):
+            g2g_stack(x[0], nothing, 1, backend="torch")
 
 
 def change(stack: Stack, number: int, name: str, value: torch.Tensor) -> list[SpikingLayer]:

@@ -7,6 +7,7 @@ Hooks on a layer (which also rewrite its weights), a ``forward`` of its own, ano
 import functools
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -89,6 +90,9 @@ def spikes_of_called(
     Args:
         dropped: the neurons that each layer drops; what the others send is multiplied by ``scale``.
         reason: why they are called, which is logged once.
+
+    Raises:
+        TypeError: if a hook on neurons that take steps, or a forward of their own, would be left out.
     """
     if not is_traced():
         _say_that_layers_are_called(reason)
@@ -96,11 +100,17 @@ def spikes_of_called(
     for number, (connection, neurons, recurrent) in enumerate(layers, 1):
         silent = None if dropped is None else dropped[number - 1]
         records.append(SpikingLayer(None, None, None, None, silent))  # type: ignore[arg-type]  # the rest is in modules
-        joined = None
-        if recurrent is not None:
-            joined = _called(f"rec{number}", recurrent, 1.0 if silent is None else scale, connection.out_features)
-        of_inputs = _called(f"fc{number}", connection, 1.0 if number == 1 or dropped is None else scale)
-        parts.append(Parts(of_inputs, joined, _called_neurons(number, neurons, silent, recurrent is not None)))
+        of_inputs = partial(_call, f"fc{number}", connection, 1.0 if number == 1 or dropped is None else scale, None)
+        if recurrent is None:
+            parts.append(Parts(of_inputs, None, partial(_call_neurons, number, neurons, silent)))
+            continue
+        if unrun := _why_call(neurons, SpikingNeurons.forward):
+            raise TypeError(
+                f"lif{number} {unrun}, which would not be run: the neurons of a recurrent layer take steps. Use "
+                f"rec{number} for hooks, or take steps with SpikingStack.step"
+            )
+        joined = partial(_call, f"rec{number}", recurrent, 1.0 if silent is None else scale, connection.out_features)
+        parts.append(Parts(of_inputs, joined, partial(_step_neurons, neurons)))
     return in_parts(x, records, parts, steps)[0]
 
 
@@ -151,42 +161,29 @@ def step_of_called(
     return x, trains, tuple(afters)
 
 
-def _called(
-    name: str, connection: nn.Module, scale: float, size: int | None = None
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A connection of the stack that is called with inputs times ``scale``, and has ``size`` outputs."""
-
-    def call(x: torch.Tensor) -> torch.Tensor:
-        return _output_of(name, connection, x if scale == 1 else x * scale, (*x.shape[:-1], size))
-
-    return call
+def _call(name: str, connection: nn.Module, scale: float, size: int | None, x: torch.Tensor) -> torch.Tensor:
+    """The output of a connection, which has ``size`` (None: any number), of inputs times ``scale``."""
+    return _output_of(name, connection, x if scale == 1 else x * scale, (*x.shape[:-1], size))
 
 
-def _called_neurons(number: int, neurons: Any, silent: torch.Tensor | None, recurrent: bool) -> Callable:
-    """The neurons of a layer that are called or, of a recurrent one, take steps.
+def _call_neurons(
+    number: int, neurons: nn.Module, silent: torch.Tensor | None, current: torch.Tensor, steps: int | None, state: None
+) -> tuple[torch.Tensor, None]:
+    """The spikes of the neurons of a layer, which are called."""
+    if steps is not None:
+        current = current.expand(steps, *current.shape)
+    if silent is not None:
+        check_dropped(f" of layer {number - 1}", silent, tuple(current.shape[1:]))
+        current = current.masked_fill(silent, 0)  # hooks of the neurons see them silent
+    return _output_of(f"lif{number}", neurons, current, current.shape), None
 
-    Raises:
-        TypeError: if a hook on neurons that take steps, or a forward of their own, would be left out.
-    """
-    name = f"lif{number}"
-    if recurrent and (reason := _why_call(neurons, SpikingNeurons.forward)):
-        raise TypeError(
-            f"{name} {reason}, which would not be run: the neurons of a recurrent layer take steps. Use rec{number} "
-            "for hooks, or take steps with SpikingStack.step"
-        )
 
-    def call(current: torch.Tensor, steps: int | None, state: Any) -> tuple[torch.Tensor, Any]:
-        if recurrent:
-            spikes, state = neurons.step(current[0], state)
-            return spikes[None], state
-        if steps is not None:
-            current = current.expand(steps, *current.shape)
-        if silent is not None:
-            check_dropped(f" of layer {number - 1}", silent, tuple(current.shape[1:]))
-            current = current.masked_fill(silent, 0)  # hooks of the neurons see them silent
-        return _output_of(name, neurons, current, current.shape), None
-
-    return call
+def _step_neurons(
+    neurons: SpikingNeurons, current: torch.Tensor, steps: None, state: NeuronState | None
+) -> tuple[torch.Tensor, NeuronState]:
+    """The spikes [1, B, N] of the neurons of a recurrent layer, which take one step."""
+    spikes, state = neurons.step(current[0], state)
+    return spikes[None], state
 
 
 def _has_hooks(module: nn.Module) -> bool:

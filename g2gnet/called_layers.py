@@ -4,10 +4,9 @@ Hooks on a layer (which also rewrite its weights), a ``forward`` of its own, ano
 :class:`g2gnet.SpikingStack` that carries any of these calls its layers one after the other.
 """
 
-import functools
 import logging
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -219,11 +218,11 @@ def _output_of(name: str, module: nn.Module, x: torch.Tensor, shape: Sequence[in
     raise TypeError(f"{name} ({type(module).__name__}) returned {what}; in a stack it must return a tensor [{sides}]")
 
 
-@functools.cache
+@cache
 def _say_that_layers_are_called(reason: str) -> None:
     logger.warning("a SpikingStack calls its layers in turn, which is slower than one call for all: %s", reason)
 
 
-@functools.cache
+@cache
 def _say_that_steps_pass_by(name: str) -> None:
     logger.warning("hooks on %s are not run by SpikingStack.step, which calls its step; simulate runs them", name)

@@ -181,8 +181,7 @@ class G2GNet(SpikingStack):
         """
         if not isinstance(x, torch.Tensor) and (node := symbolic_call(self, x, generator)) is not None:
             return node
-        activity = self.simulate(self.encode(x, generator))
-        return activity.counts if activity.readout is None else activity.readout
+        return super().forward(self.encode(x, generator))
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs

@@ -252,7 +252,7 @@ class SpikingStack(nn.Module):
                         f"{what} was given to a stack whose layers are called in turn, and modules return spikes only "
                         f"({reason}); take single steps with step(x, state)"
                     )
-            activity = self._of_called(inputs, of_layers, steps, reason, spikes)
+            activity = self._of_called(inputs, triples, of_layers, steps, reason, spikes)
         if self._activity_hooks:
             self._call_hooks(list(self._activity_hooks.values()), inputs, activity, state)
         return activity
@@ -358,13 +358,13 @@ class SpikingStack(nn.Module):
     def _of_called(
         self,
         inputs: torch.Tensor,
+        layers: Sequence[Triple],
         dropped: Sequence[torch.Tensor | None] | None,
         steps: int | None,
         reason: str,
         spikes: bool,
     ) -> Activity:
         """The activity of a run by calls of the modules (:mod:`g2gnet.called_layers`)."""
-        layers = self._triples()
         self.calls_layers = True
         try:
             trains = spikes_of_called(inputs, layers, dropped, self._scale, steps, reason)

@@ -71,17 +71,15 @@ class Workspace:
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """An uninitialised contiguous tensor."""
-        count = math.prod(shape)
-        if not self.poison and count * dtype.itemsize < SMALL:
-            return torch.empty(shape, dtype=dtype)
-        return self.bytes(count * dtype.itemsize).view(dtype).view(shape)
+        return self.each([shape], dtype)[0]
 
     def each(self, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
         """As :meth:`empty`, one tensor for each shape."""
         made = []
         for shape in shapes:
-            small = not self.poison and math.prod(shape) * dtype.itemsize < SMALL
-            made.append(torch.empty(shape, dtype=dtype) if small else self.empty(shape, dtype))
+            size = math.prod(shape) * dtype.itemsize
+            small = size < SMALL and not self.poison
+            made.append(torch.empty(shape, dtype=dtype) if small else self.bytes(size).view(dtype).view(shape))
         return made
 
     def alike(self, tensors: Sequence[torch.Tensor], needed: Sequence[bool]) -> list[torch.Tensor | None]:

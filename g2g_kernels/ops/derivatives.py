@@ -59,7 +59,7 @@ class Autocast(NamedTuple):
 
 def gradients_of(
     function: Callable[..., Sequence[torch.Tensor]],
-    tensors: Sequence[torch.Tensor],
+    tensors: Sequence[torch.Tensor | None],
     grads: Sequence[torch.Tensor | None],
     needed: Sequence[bool],
     autocast: Autocast,
@@ -75,7 +75,7 @@ def gradients_of(
     with torch.enable_grad(), autocast.again():
         # the gradient of each argument by itself, even if one of them was computed from another
         inputs = [
-            tensor.view_as(tensor) if need else tensor.detach()
+            tensor if tensor is None else tensor.view_as(tensor) if need else tensor.detach()
             for tensor, need in zip(tensors, needed)  # noqa: B905
         ]
         results = function(*inputs)
@@ -83,7 +83,7 @@ def gradients_of(
         reached = [(y, grad) for y, grad in zip(results, grads, strict=True) if grad is not None and y.requires_grad]
         if not reached:
             return [None] * len(inputs)
-        wanted = [tensor for tensor, need in zip(inputs, needed) if need]  # noqa: B905
+        wanted = [tensor for tensor, need in zip(inputs, needed) if need and tensor is not None]  # noqa: B905
         outputs, outputs_grads = zip(*reached, strict=True)
         found = iter(torch.autograd.grad(outputs, wanted, outputs_grads, create_graph=again, allow_unused=True))
     return [next(found) if need else None for need in needed]

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 
 from g2g_kernels.mask.unit_grid import MaskTensors
-from g2g_kernels.ops.record import Operator, of_arguments
+from g2g_kernels.ops.record import RecordOperator, of_arguments
 
 _formulas: dict[torch._ops.OpOverload, Callable[..., int]] = {}
 
 
-def count_flops(operator: Operator, formula: Callable[..., int]) -> None:
+def count_flops(operator: RecordOperator, formula: Callable[..., int]) -> None:
     """Names ``formula(record)`` as the FLOPs of a call of ``operator`` with that record."""
 
     def count(*arguments: Any, out_val: object = None, **_: object) -> int:

@@ -75,6 +75,11 @@ def built(form: Form, tensors: Sequence[Any]) -> Any:
     return parts[0]
 
 
+def _has_tensor(part: Any) -> bool:
+    """Whether :func:`opened` gives a tensor for this part of a form."""
+    return part is TENSOR or isinstance(part, MaskTensors)
+
+
 # --- the arguments of an operator ---------------------------------------------------------------------------------
 
 _ARGUMENTS = "Tensor[] tensors, Tensor[] masks, str[] names, float[] numbers, int[] form"
@@ -140,7 +145,7 @@ def of_arguments(tensors: Sequence[Any], masks: Any, names: Any, numbers: Any, c
 # --- operators ----------------------------------------------------------------------------------------------------
 
 
-class Operator:
+class RecordOperator:
     """An operator that takes a record.
 
     Attributes:
@@ -247,21 +252,20 @@ class Backward(NamedTuple):
     def aligned(self, record: Any) -> list[torch.Tensor | None]:
         """The gradients in a record of the form of ``call`` as an operator returns them."""
         _, form = opened(self.call)
-        leaves = [part for part in form if isinstance(part, MaskTensors) or not isinstance(part, tuple)]
-        found, left = [], [record]
-        while left:
-            part = left.pop()
-            if isinstance(part, (tuple, list)) and not isinstance(part, MaskTensors):
-                left.extend(part)
-            elif (leaf := leaves.pop()) is TENSOR or isinstance(leaf, MaskTensors):
-                found.append(part if isinstance(part, torch.Tensor) else None)
-        return [grad if need else None for grad, need in zip(found[::-1], self.needed, strict=True)]
+        tensors, theirs = opened(record)
+        given = iter(tensors)
+        grads = [
+            next(given) if _has_tensor(there) else None
+            for here, there in zip(form, theirs, strict=True)
+            if _has_tensor(here)
+        ]
+        return [grad if need else None for grad, need in zip(grads, self.needed, strict=True)]
 
 
 TYPES["Backward"] = Backward
 
 
-class Differentiable(Operator):
+class Differentiable(RecordOperator):
     """An operator with an autograd formula. Its functions are told, too, whether to keep what the backward pass needs.
 
     Attributes:
@@ -277,7 +281,7 @@ class Differentiable(Operator):
         outputs: int,
         function: Callable,
         fake: Callable,
-        backward: Operator,
+        backward: RecordOperator,
         plain: Callable[[Any], Sequence[torch.Tensor]],
         keys: Sequence[str] = ("CPU",),
         check: Callable[[Any], None] = lambda record: None,
@@ -285,7 +289,7 @@ class Differentiable(Operator):
         """Defines it.
 
         Args:
-            results, function, fake, keys, check: as of :class:`Operator`.
+            results, function, fake, keys, check: as of :class:`RecordOperator`.
             outputs: the number of outputs that are results; the others are kept for the backward pass.
             backward: takes a :class:`Backward` and gives the gradients of the record's tensors. It is not called where
                 no result has a gradient.

@@ -9,7 +9,7 @@ from g2g_kernels.mask.block_mask import BlockMask
 from g2g_kernels.mask.unit_grid import MaskTensors
 from g2g_kernels.ops.flops import count_flops, product_flops
 from g2g_kernels.ops.g2g_linear import reference
-from g2g_kernels.ops.record import TYPES, Backward, Differentiable, Operator
+from g2g_kernels.ops.record import TYPES, Backward, Differentiable, RecordOperator
 
 
 class LinearCall(NamedTuple):
@@ -46,7 +46,7 @@ def operators(
     keys: Sequence[str],
     forward: Callable[[LinearCall, bool], torch.Tensor],
     backward: Callable[[Backward], list[torch.Tensor | None]],
-) -> tuple[Differentiable, Operator]:
+) -> tuple[Differentiable, RecordOperator]:
     """Registers and returns ``g2g::{prefix}linear_forward``, with its autograd formula, and ``…_backward``.
 
     Args:
@@ -63,7 +63,7 @@ def operators(
         return (reference.g2g_linear(call.x, call.values, call.mask, call.bias),)
 
     name = f"{prefix}linear"
-    backward_operator = Operator(f"{name}_backward", "Tensor[]", backward, Backward.empty, keys)
+    backward_operator = RecordOperator(f"{name}_backward", "Tensor[]", backward, Backward.empty, keys)
     forward_operator = Differentiable(f"{name}_forward", "Tensor", 1, forward, fake, backward_operator, plain, keys)
 
     def flops(call: LinearCall) -> int:

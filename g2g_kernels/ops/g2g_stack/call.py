@@ -11,7 +11,7 @@ from g2g_kernels.ops.g2g_stack.layer import Recurrent, SpikingLayer
 from g2g_kernels.ops.g2g_stack.reference import activity_of, in_turn
 from g2g_kernels.ops.neurons.models import MODELS, Neurons
 from g2g_kernels.ops.neurons.step import in_steps
-from g2g_kernels.ops.record import TYPES, Backward, Differentiable, Operator
+from g2g_kernels.ops.record import TYPES, Backward, Differentiable, RecordOperator
 
 #: counts [B, N] of the last layer; of each layer rates [N], states after the last step [states, B, N], and spikes; and
 #: what the backward pass needs
@@ -103,7 +103,7 @@ def operators(
     fake: Callable[[StackCall, bool], Outputs],
     backward: Callable[[Backward], list[torch.Tensor | None]],
     check: Callable[[StackCall], None] = lambda call: None,
-) -> tuple[Differentiable, Operator]:
+) -> tuple[Differentiable, RecordOperator]:
     """Registers and returns ``g2g::{prefix}stack_forward``, with its autograd formula, and ``…_backward``.
 
     Args:
@@ -115,7 +115,7 @@ def operators(
         check: raises ValueError for calls through the dispatcher that ``forward`` would misread.
     """
     name = f"{prefix}stack"
-    backward_operator = Operator(
+    backward_operator = RecordOperator(
         f"{name}_backward", "Tensor[]", backward, Backward.empty, keys, lambda given: check(given.call)
     )
     results = "(Tensor counts, Tensor[] rates, Tensor[] last, Tensor[] spikes, Tensor[] kept)"

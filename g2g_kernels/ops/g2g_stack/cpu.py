@@ -40,7 +40,7 @@ from g2g_kernels.ops.neurons import cpu as neurons_alone
 from g2g_kernels.ops.neurons.cpu import neuron_arguments
 from g2g_kernels.ops.neurons.models import MODELS, Neurons
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
-from g2g_kernels.ops.record import TYPES, Backward, Operator, opened
+from g2g_kernels.ops.record import TYPES, Backward, RecordOperator, opened
 from g2g_kernels.tracing import is_traced
 
 logger = logging.getLogger("g2g_kernels")
@@ -148,12 +148,11 @@ def _shapes(call: StackCall) -> _Shapes:
     for number, (values, mask, _, population, _, _, recurrent, *_) in enumerate(call.layers):
         rows, cols = blocks(mask.grid, values.shape)
         held = call_held and number == 0
-        size = mask.row_order.shape[0]
+        size, states = mask.row_order.shape[0], len(MODELS[population.model].states)
         shapes.rates.append((size,))
-        shapes.last.append((len(MODELS[population.model].states), batch, size))
+        shapes.last.append((states, batch, size))
         shapes.spikes.append((batch, rows, steps))
         shapes.inputs.append((0,) if held else (batch, cols, steps))
-        states = len(MODELS[population.model].states)
         of_all_steps = (batch, rows, steps) if recurrent is None else (rows, steps, batch)
         currents_alone = held and recurrent is None
         shapes.states.append((rows, batch, 64) if currents_alone else (*of_all_steps, states, 64))
@@ -373,4 +372,4 @@ def _unpack_fake(packed: PackedWords) -> torch.Tensor:
 
 
 FORWARD, BACKWARD = operators("", ("CPU",), _forward, _forward_fake, _backward, _check)
-UNPACK = Operator("unpack_spikes", "Tensor", _unpack, _unpack_fake)
+UNPACK = RecordOperator("unpack_spikes", "Tensor", _unpack, _unpack_fake)

@@ -76,13 +76,14 @@ class SpikingLayer(NamedTuple):
 
 def unread(read: Iterable[str]) -> list[str]:
     """The fields of a layer that a backend which reads only these must refuse where they are given."""
-    return [name for name in SpikingLayer._fields if name not in set(read)]
+    known = set(read)
+    return [name for name in SpikingLayer._fields if name not in known]
 
 
 def refuses_fields(names: Sequence[str], layers: Sequence[SpikingLayer]) -> str | None:
     """Why a backend that does not read the fields ``names`` cannot serve a call, or None."""
     for name in names:
-        if any(getattr(layer, name) is not SpikingLayer._field_defaults[name] for layer in layers):
+        if any(getattr(layer, name) is not SpikingLayer._field_defaults.get(name) for layer in layers):
             return f"does not read {name!r} of a layer"
     return None
 

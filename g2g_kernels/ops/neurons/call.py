@@ -8,7 +8,7 @@ import torch
 
 from g2g_kernels.ops.neurons.models import MODELS, NeuronModel, Neurons
 from g2g_kernels.ops.neurons.step import in_steps
-from g2g_kernels.ops.record import TYPES, Backward, Differentiable, Operator
+from g2g_kernels.ops.record import TYPES, Backward, Differentiable, RecordOperator
 
 
 class NeuronsCall(NamedTuple):
@@ -92,7 +92,7 @@ def operators(
     forward: Callable[[NeuronsCall, bool], tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
     backward: Callable[[Backward], list[torch.Tensor | None]],
     kept_shape: Callable[[NeuronsCall], tuple[int, ...]],
-) -> tuple[Differentiable, Operator]:
+) -> tuple[Differentiable, RecordOperator]:
     """Registers and returns ``g2g::{prefix}neurons_forward``, with its autograd formula, and ``…_backward``.
 
     Args:
@@ -113,7 +113,7 @@ def operators(
         return in_steps(call.current, call.population, call.steps or None, call.state)
 
     name = f"{prefix}neurons"
-    backward_operator = Operator(f"{name}_backward", "Tensor[]", backward, Backward.empty, keys)
+    backward_operator = RecordOperator(f"{name}_backward", "Tensor[]", backward, Backward.empty, keys)
     results = "(Tensor spikes, Tensor last, Tensor kept)"
     forward_operator = Differentiable(f"{name}_forward", results, 2, forward, fake, backward_operator, plain, keys)
     return forward_operator, backward_operator

@@ -160,17 +160,14 @@ def _again(ctx, edge, state, kept, parameters, grads):
     steps, options, current_dtype = ctx.call
     if edge is None:
         edge = kept[-1].new_zeros((), dtype=current_dtype).expand(kept[-1].shape[0 if steps is None else 1 :])
-    given = (edge, *parameters) if state is None else (edge, state, *parameters)
 
-    def run(current, *rest):
-        before, own = (None, rest) if state is None else (rest[0], rest[1:])
-        return in_steps(current, replaced(options, parameters=tuple(own)), steps, before, kept)
+    def run(current, before, *own):
+        return in_steps(current, replaced(options, parameters=own), steps, before, kept)
 
     need_current, need_state, _, _, _, *need_parameters = ctx.needs_input_grad
-    needed = (need_current, *need_parameters) if state is None else (need_current, need_state, *need_parameters)
-    to_current, *rest = gradients_of(run, given, grads, needed, Autocast.of(edge))
-    to_state = None if state is None else rest.pop(0)
-    return to_current, to_state, None, None, None, *rest
+    needed = need_current, need_state, *need_parameters
+    found = gradients_of(run, (edge, state, *parameters), grads, needed, Autocast.of(edge))
+    return *found[:2], None, None, None, *found[2:]
 
 
 def _as_parameter(total: torch.Tensor, parameter: torch.Tensor, clamped: bool) -> torch.Tensor:

@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from g2g_kernels import available_backends, g2g_linear, g2g_stack, lif
-from g2g_kernels.ops.record import Differentiable, Operator
+from g2g_kernels.ops.record import Differentiable, RecordOperator
 
 COMPILED = [backend for backend in available_backends() if backend != "torch"]
 
@@ -89,7 +89,7 @@ def test_who_looks_at_operators_sees_them_and_the_same_bits(backend, observer, p
 @pytest.mark.parametrize("backend", COMPILED)
 def test_where_nobody_looks_nothing_is_dispatched(backend, monkeypatch):
     called = []
-    for kind in (Operator, Differentiable):
+    for kind in (RecordOperator, Differentiable):
 
         def noted(operator, record, direct=kind.__call__):
             monkeypatch.setattr(operator, "overload", None)

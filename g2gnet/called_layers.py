@@ -7,25 +7,45 @@ Hooks on a layer (which also rewrite its weights), a ``forward`` of its own, ano
 import logging
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.modules import module as every_module
 
 from g2g_kernels import SpikingLayer, neurons_step
-from g2g_kernels.ops.g2g_stack import Border, NeuronState, StackState, Synapses, check_dropped
-from g2g_kernels.ops.g2g_stack.reference import Parts, in_parts
+from g2g_kernels.ops.g2g_stack import Connection, Delay, NeuronState, StackState, Synapses, check_dropped
+from g2g_kernels.ops.g2g_stack.reference import Parts, graph_of, in_parts
+from g2g_kernels.ops.g2g_stack.schedule import parts_of
+from g2g_kernels.ops.g2g_stack.synapses import Border
 from g2g_kernels.ops.neurons.checks import check_states
-from g2g_kernels.ops.neurons.step import spikes_of
 from g2g_kernels.tracing import is_traced
 from g2gnet.layers import G2GLinear
 from g2gnet.neurons import SpikingNeurons
 
 logger = logging.getLogger("g2gnet")
 
-#: (connection, neurons, recurrent connection or None) of a layer
-Triple = tuple[Any, Any, Any]
+
+class Called(NamedTuple):
+    """A population as modules.
+
+    Attributes:
+        name: of its neurons.
+        neurons: the module.
+        size: the number of neurons.
+        connections: (name, module, number of the source, delay or None) of each connection to them.
+    """
+
+    name: str
+    neurons: Any
+    size: int
+    connections: list[tuple[str, Any, int, Delay | None]]
+
+
+class _Sizes(NamedTuple):
+    """Stands for a mask where modules have the weights."""
+
+    shape: tuple[int, int]
 
 
 class OwnHook:
@@ -46,8 +66,8 @@ def _nothing(*arguments: Any) -> None:
     pass
 
 
-def why_called(layers: Sequence[Triple]) -> str | None:
-    """What would be left out unless the layers are called; None: nothing."""
+def why_called(populations: Sequence[Called]) -> str | None:
+    """What would be left out unless the modules are called; None: nothing."""
     if (
         every_module._global_forward_hooks
         or every_module._global_forward_pre_hooks
@@ -55,13 +75,12 @@ def why_called(layers: Sequence[Triple]) -> str | None:
         or every_module._global_backward_pre_hooks
     ):
         return "hooks are registered for every module"
-    for number, (connection, neurons, recurrent) in enumerate(layers, 1):
-        if reason := _why_call(connection, G2GLinear.forward):
-            return f"fc{number} {reason}"
-        if reason := _why_call(neurons, SpikingNeurons.forward):
-            return f"lif{number} {reason}"
-        if recurrent is not None and (reason := _why_call(recurrent, G2GLinear.forward)):
-            return f"rec{number} {reason}"
+    for population in populations:
+        for name, connection, _, _ in population.connections:
+            if reason := _why_call(connection, G2GLinear.forward):
+                return f"{name} {reason}"
+        if reason := _why_call(population.neurons, SpikingNeurons.forward):
+            return f"{population.name} {reason}"
     return None
 
 
@@ -78,16 +97,16 @@ def _why_call(module: nn.Module, forward: Callable) -> str | None:
 
 def spikes_of_called(
     x: torch.Tensor,
-    layers: Sequence[Triple],
+    populations: Sequence[Called],
     dropped: Sequence[torch.Tensor | None] | None,
     scale: float,
     steps: int | None,
     reason: str,
 ) -> list[torch.Tensor]:
-    """The spikes [T, B, N] of each layer by calls of its modules, of which the recurrent ones are called at every step.
+    """The spikes [T, B, N] of each population by calls of its modules; those on a cycle are called at every step.
 
     Args:
-        dropped: the neurons that each layer drops; what the others send is multiplied by ``scale``.
+        dropped: the neurons that each drops; what the others send is multiplied by ``scale``.
         reason: why they are called, which is logged once.
 
     Raises:
@@ -95,94 +114,142 @@ def spikes_of_called(
     """
     if not is_traced():
         _say_that_layers_are_called(reason)
-    records, parts = [], []
-    for number, (connection, neurons, recurrent) in enumerate(layers, 1):
-        silent = None if dropped is None else dropped[number - 1]
-        records.append(SpikingLayer(None, None, None, None, silent))  # type: ignore[arg-type]  # the rest is in modules
-        of_inputs = partial(_call, f"fc{number}", connection, 1.0 if number == 1 or dropped is None else scale, None)
-        if recurrent is None:
-            parts.append(Parts(of_inputs, None, partial(_call_neurons, number, neurons, silent)))
+    records = _records(populations, dropped)
+    stepping = {number for part in parts_of(graph_of(records)) if part.period for number in part.members}
+    parts = []
+    for number, (population, record) in enumerate(zip(populations, records, strict=True)):
+        products = [
+            partial(_call, name, connection, 1.0 if source < 0 or dropped is None else scale, population.size)
+            for name, connection, source, _ in population.connections
+        ]
+        if number not in stepping:
+            parts.append(Parts(products, partial(_call_neurons, number, population, record.dropped)))
             continue
-        if unrun := _why_call(neurons, SpikingNeurons.forward):
+        if unrun := _why_call(population.neurons, SpikingNeurons.forward):
             raise TypeError(
-                f"lif{number} {unrun}, which would not be run: the neurons of a recurrent layer take steps. Use "
-                f"rec{number} for hooks, or take steps with SpikingStack.step"
+                f"{population.name} {unrun}, which would not be run: neurons on a cycle take steps. Put hooks on a "
+                f"connection, as {population.connections[-1][0]}, or take steps with step(x, state)"
             )
-        joined = partial(_call, f"rec{number}", recurrent, 1.0 if silent is None else scale, connection.out_features)
-        parts.append(Parts(of_inputs, joined, partial(_step_neurons, neurons)))
-    return in_parts(x, records, parts, steps)[0]
+        parts.append(Parts(products, partial(_step_neurons, population.neurons)))
+    return in_parts(x, records, parts, steps).spikes
+
+
+def _records(
+    populations: Sequence[Called],
+    dropped: Sequence[torch.Tensor | None] | None,
+    states: Sequence[Any] | None = None,
+    sent: Sequence[torch.Tensor | None] | None = None,
+) -> list[SpikingLayer]:
+    """What of the populations is not in modules."""
+    records = []
+    for number, (_, neurons, size, connections) in enumerate(populations):
+        first, *more = [
+            Connection(None, _Sizes((size, 0)), source, delay, getattr(module, "bias", True))  # type: ignore[arg-type]
+            for _, module, source, delay in connections
+        ]
+        records.append(
+            SpikingLayer(
+                None,  # type: ignore[arg-type]  # in the modules
+                first.mask,
+                first.bias,
+                getattr(neurons, "population", None),
+                None if dropped is None else dropped[number],
+                None if states is None else states[number],
+                source=first.source,
+                delay=first.delay,
+                more=tuple(more),
+                sent=None if sent is None else sent[number],
+            )
+        )
+    return records
 
 
 def synapses_of_called(
-    x: torch.Tensor, layers: Sequence[Triple], trains: Sequence[torch.Tensor], steps: int | None
+    x: torch.Tensor, populations: Sequence[Called], trains: Sequence[torch.Tensor], steps: int | None
 ) -> Synapses | None:
     """What the synaptic operations of such a run are counted from; None where they cannot be."""
-    weights, borders = [], []
-    for train, (connection, _, recurrent) in zip(trains, layers, strict=True):
-        if is_traced() or not isinstance(connection, G2GLinear):
-            return None
-        weights.append([each.weights() for each in (connection, recurrent) if each is not None])
-        last = train.detach()[-1]
-        borders.append(None if recurrent is None else Border(None, last, torch.zeros_like(last[0])))
-    return Synapses(x, steps, weights, borders)
+    layers, borders = [], [None] * (len(populations) + 1)
+    sources = [*trains, x if steps is None else x.expand(steps, *x.shape)]
+    for population in populations:
+        layers.append([])
+        for _, connection, source, delay in population.connections:
+            if is_traced() or not isinstance(connection, G2GLinear):
+                return None
+            layers[-1].append(Connection(*connection.weights(), source, delay))
+            if delay is not None:
+                borders[source] = Border(None, sources[source].detach())
+    return Synapses(x, steps, layers, borders)
 
 
 def step_of_called(
-    x: torch.Tensor, layers: Sequence[Triple], befores: Sequence[NeuronState | None], spiking: bool
+    x: torch.Tensor,
+    populations: Sequence[Called],
+    states: Sequence[NeuronState | None],
+    sent: Sequence[torch.Tensor | None],
+    spiking: bool,
 ) -> tuple[torch.Tensor, list[torch.Tensor], StackState]:
     """One step by calls of connections and steps of neurons.
 
     Args:
         x: [B, D].
-        befores: the states of each layer before the step.
+        states, sent: of each population before the step, and at the end of ``sent`` the inputs.
         spiking: whether the last neurons spike, too.
 
     Returns:
-        the output, the spikes [B, N] of each layer, and the states after the step.
+        the output, the spikes [1, B, N] of each population, and the state after the step.
     """
-    trains: list[torch.Tensor] = []
-    afters: list[NeuronState] = []
-    for number, ((connection, neurons, recurrent), before) in enumerate(zip(layers, befores, strict=True), 1):
-        _check_steps_of(f"lif{number}", neurons)
-        current = connection(x)
-        states = (before,) if isinstance(before, torch.Tensor) else before
-        if recurrent is not None and states is not None:
-            check_states(states, neurons.population, tuple(current.shape))  # a sum would broadcast
-            current = current + recurrent(spikes_of(states[-1], neurons.population).to(current.dtype))
-        if number == len(layers) and not spiking:
-            _, last = neurons_step(current, states, neurons.population.integrating())
-            x, after = last[-1], last[0] if len(last) == 1 else last
-            trains.append(torch.zeros_like(x))
-        else:
-            x, after = neurons.step(current, before)
-            trains.append(x)
-        afters.append(after)
-    return x, trains, tuple(afters)
+    parts = []
+    before = [(each,) if isinstance(each, torch.Tensor) else each for each in states]
+    for number, (name, neurons, size, connections) in enumerate(populations, 1):
+        _check_steps_of(name, neurons)
+        if before[number - 1] is not None and isinstance(neurons, SpikingNeurons):  # a sum would broadcast
+            check_states(before[number - 1], neurons.population, (len(x), size))
+        step = partial(_step_neurons if spiking or number < len(populations) else _step_silently, neurons)
+        parts.append(Parts([partial(_call_at_a_step, connection) for _, connection, _, _ in connections], step))
+    turn = in_parts(x[None], _records(populations, None, before, sent), parts, None, sent[-1])
+    after = [each[0] if isinstance(each, tuple) and len(each) == 1 else each for each in turn.states]
+    output = turn.spikes[-1][0] if spiking else turn.states[-1][-1]
+    return output, turn.spikes, (*after, *[each for each in turn.sent if each is not None])
+
+
+def _call_at_a_step(connection: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The output of a connection of inputs [1, B, N], which it sees without the axis of time."""
+    return connection(x[0])[None] if x.dim() == 3 else connection(x)
 
 
 def _call(name: str, connection: nn.Module, scale: float, size: int | None, x: torch.Tensor) -> torch.Tensor:
-    """The output of a connection, which has ``size`` (None: any number), of inputs times ``scale``."""
+    """The output of a connection, which has ``size``, of inputs times ``scale``."""
     return _output_of(name, connection, x if scale == 1 else x * scale, (*x.shape[:-1], size))
 
 
 def _call_neurons(
-    number: int, neurons: nn.Module, silent: torch.Tensor | None, current: torch.Tensor, steps: int | None, state: None
+    number: int, called: Called, silent: torch.Tensor | None, current: torch.Tensor, steps: int | None, state: None
 ) -> tuple[torch.Tensor, None]:
-    """The spikes of the neurons of a layer, which are called."""
+    """The spikes of neurons, which are called."""
     if steps is not None:
         current = current.expand(steps, *current.shape)
     if silent is not None:
-        check_dropped(f" of layer {number - 1}", silent, tuple(current.shape[1:]))
+        check_dropped(f" of layer {number}", silent, tuple(current.shape[1:]))
         current = current.masked_fill(silent, 0)  # hooks of the neurons see them silent
-    return _output_of(f"lif{number}", neurons, current, current.shape), None
+    return _output_of(called.name, called.neurons, current, current.shape), None
 
 
 def _step_neurons(
-    neurons: SpikingNeurons, current: torch.Tensor, steps: None, state: NeuronState | None
-) -> tuple[torch.Tensor, NeuronState]:
-    """The spikes [1, B, N] of the neurons of a recurrent layer, which take one step."""
-    spikes, state = neurons.step(current[0], state)
-    return spikes[None], state
+    neurons: SpikingNeurons, current: torch.Tensor, steps: int | None, state: Any
+) -> tuple[torch.Tensor, Any]:
+    """The spikes [T, B, N] of neurons that take steps, and their states as a tuple."""
+    spikes = []
+    for now in current.unbind() if steps is None else [current] * steps:
+        out, state = neurons.step(now, state[0] if isinstance(state, tuple) and len(state) == 1 else state)
+        state = (state,) if isinstance(state, torch.Tensor) else state
+        spikes.append(out)
+    return torch.stack(spikes), state
+
+
+def _step_silently(neurons: SpikingNeurons, current: torch.Tensor, steps: None, state: Any) -> tuple[torch.Tensor, Any]:
+    """A step of neurons that integrate, and send nothing."""
+    _, states = neurons_step(current[0], state, neurons.population.integrating())
+    return torch.zeros_like(current), states
 
 
 def _has_hooks(module: nn.Module) -> bool:

@@ -1,68 +1,81 @@
 """A network of spiking layers as one graph, and as a table with pictures for notebooks."""
 
 import html
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
 
 from g2g_kernels.mask.conversions import picture
 from g2gnet.layers import G2GLinear
 from g2gnet.neurons import SpikingNeurons
 
-Layers = Iterable[tuple[G2GLinear, SpikingNeurons]]
-Recurrents = Sequence[G2GLinear | None]
+
+class Network(Protocol):
+    """What is drawn: a :class:`g2gnet.SpikingNetwork`."""
+
+    populations: Sequence[str]
+
+    def connections(self) -> dict[str, G2GLinear]: ...
+    def neurons(self) -> dict[str, SpikingNeurons]: ...
+    def routes(self) -> Sequence[Any]: ...
+    def delays(self, name: str) -> torch.Tensor: ...
 
 
-def to_networkx(layers: Layers, recurrents: Recurrents = ()) -> Any:
-    """A ``networkx.DiGraph`` of all neurons: nodes ("input", j), ("lif1", i), ("lif2", i), …, edges with ``weight``.
+def to_networkx(net: Network) -> Any:
+    """A ``networkx.DiGraph`` of all neurons: nodes ("input", j), ("lif1", i), ("lif2", i), …, edges with ``weight``,
+    and where spikes arrive later with ``delay``, in steps. A ``MultiDiGraph`` if two projections join the same pair.
 
-    The ``group`` of a neuron is its group as an output; of inputs, that on the input side of ``fc1``.
-
-    Args:
-        layers: ``stack.layers()``.
-        recurrents: ``stack.recurrents()``, whose edges lead from the neurons of a layer to the same neurons.
+    The ``group`` of a neuron is its group as an output of its first connection; of inputs, as an input.
 
     Example:
         >>> from g2gnet import G2GNet
-        >>> graph = to_networkx(G2GNet(64, 64, 10, block_size=8).layers())
+        >>> graph = to_networkx(G2GNet(64, 64, 10, block_size=8))
         >>> graph.number_of_nodes()
         202
     """
-    graph: Any = None
-    source = "input"
-    for number, (connection, _) in enumerate(layers, 1):
-        target = f"lif{number}"
-        part = connection.mask.to_networkx(connection.values, source, target)
-        if graph is None:
-            graph = part
-        else:
-            graph.add_nodes_from((node, data) for node, data in part.nodes(data=True) if node[0] == target)
-            graph.add_edges_from(part.edges(data=True))
-        source = target
-    for number, recurrent in enumerate(recurrents, 1):
-        if recurrent is not None:
-            name = f"lif{number}"
-            graph.add_edges_from(recurrent.mask.to_networkx(recurrent.values, name, name).edges(data=True))
+    import networkx  # which is optional
+
+    connections, names, routes = net.connections(), [*net.populations, "input"], net.routes()
+    pairs = {(route.source, route.target) for route in routes}
+    graph = networkx.DiGraph() if len(pairs) == len(routes) else networkx.MultiDiGraph()
+    for number in (-1, *range(len(net.populations))):
+        first = next(route.name for route in routes if number == (route.source if number < 0 else route.target))
+        mask = connections[first].mask
+        groups = (mask.cols if number < 0 else mask.rows).layout.group_of.tolist()
+        graph.add_nodes_from(((names[number], neuron), {"group": group}) for neuron, group in enumerate(groups))
+    for route in routes:
+        connection, delays = connections[route.name], net.delays(route.name).tolist()
+        part = connection.mask.to_networkx(connection.values, names[route.source], names[route.target])
+        late = {"delay": delays} if route.most else {}
+        graph.add_edges_from(
+            (pre, post, data | {name: steps[pre[1]] for name, steps in late.items()})
+            for pre, post, data in part.edges(data=True)
+        )
     return graph
 
 
-def to_html(layers: Layers, recurrents: Recurrents = ()) -> str:
-    """One row per connection: its groups, the units that exist, the neurons that it leads to.
-
-    Args:
-        layers, recurrents: as for :func:`to_networkx`. A recurrent connection has the row below that of its layer.
+def to_html(net: Network) -> str:
+    """One row per connection: its groups, the units that exist, the neurons that it leads to, and when.
 
     Example:
         >>> from g2gnet import G2GNet
-        >>> "<img" in to_html(G2GNet(64, 64, 10, block_size=8).layers())
+        >>> "<img" in to_html(G2GNet(64, 64, 10, block_size=8))
         True
     """
-    joined = dict(enumerate(recurrents, 1))
-    rows = []
-    for number, (connection, neurons) in enumerate(layers, 1):
-        rows.append(_row(f"fc{number}, lif{number}", connection, repr(neurons)))
-        recurrent = joined.get(number)
-        if recurrent is not None:
-            rows.append(_row(f"rec{number}", recurrent, f"lif{number}, one step later"))
+    connections, neurons = net.connections(), [*net.neurons().items()]
+    rows, seen = [], set()
+    for route in net.routes():
+        name, module = neurons[route.target]
+        later = ""
+        if route.most:
+            delays = net.delays(route.name)
+            least, most = int(delays.min()), int(delays.max())
+            steps = "one step" if most == 1 else f"{most} steps"
+            later = f", {least} to {most} steps later" if least < most else f", {steps} later"
+        label, text = (route.name, name) if route.target in seen else (f"{route.name}, {name}", repr(module))
+        seen.add(route.target)
+        rows.append(_row(label, connections[route.name], text + later))
     names = ("layer", "neurons", "groups", "units", "density", "model", "units that exist")
     header = "".join(f"<th>{name}</th>" for name in names)
     return f"<table><tr>{header}</tr>{''.join(rows)}</table>"

@@ -1,10 +1,11 @@
-"""G2GNet: three layers of spiking neurons joined by dense or group-sparse connections, recurrent ones if wanted."""
+"""G2GNet: layers of spiking neurons joined by dense or group-sparse connections, with recurrence and delays."""
 
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from g2g_kernels import BlockMask, GroupLayout
 from g2g_kernels.tracing import symbolic_call
@@ -13,8 +14,8 @@ from g2gnet.layers import G2GLinear
 from g2gnet.neurons import NEURONS, SpikingNeurons
 from g2gnet.sequences import unfold
 from g2gnet.settings import NetworkSettings
-from g2gnet.stack import Pair, RecurrentLayer, SpikingStack
-from g2gnet.stack_checks import check_input
+from g2gnet.spiking_network import Projection, SpikingNetwork, check_input
+from g2gnet.stack import SpikingStack
 from g2gnet.weights.densities import layer_probabilities
 from g2gnet.weights.patterns import Pattern, layer_mask, mask_between
 
@@ -23,11 +24,11 @@ class G2GNet(SpikingStack):
     """Input → hidden 1 → hidden 2 → output, each connection a :class:`G2GLinear`, each population of one model.
 
     Args:
-        input_dim, hidden_dim, num_classes: the sizes of the populations; the two hidden ones are equal.
-            ``input_dim`` counts the inputs of one time step.
+        input_dim, hidden_dim, num_classes: the sizes of the populations. ``input_dim`` counts the inputs of one time
+            step; ``hidden_dim`` is the size of each of two hidden layers, or a list of the size of each.
         model: ``"dense"``, or how neurons are grouped. ``"index"``: contiguous ranges. ``"random"``: drawn for
-            each side of each layer. ``"mixer"``: contiguous for fc1 and fc3 (spatial mixing), interleaved for fc2
-            (feature mixing). ``"erdos_renyi"``, ``"small_world"``, ``"distance"``: contiguous groups, with equally many
+            each side of each layer. ``"mixer"``: in turns contiguous (fc1: spatial mixing) and interleaved (fc2:
+            feature mixing). ``"erdos_renyi"``, ``"small_world"``, ``"distance"``: contiguous groups, with equally many
             units in other places (:mod:`g2gnet.weights.patterns`). Or a pattern of your own, a function of its form.
         p_inter, p_intra: the probability of a unit between and inside groups (ignored for dense and a pattern of your
             own).
@@ -42,10 +43,15 @@ class G2GNet(SpikingStack):
         sequence: a name in :data:`g2gnet.sequences.SEQUENCES`. Other than ``"none"``, samples [B, T·input_dim] unfold
             over T steps as the buffer ``input_order``, int64 [T, input_dim], says: where the inputs of each step lie in
             a sample. It is 0, 1, 2, … until it is set (:func:`g2gnet.sequences.input_order`), saved with the network.
-        recurrent: whether the neurons of each hidden layer are joined to one another, by ``rec1`` and ``rec2``: spikes
-            reach them one step later. The groups are those of the layer's neurons.
+        recurrent: whether the neurons of each hidden layer are joined to one another, by ``rec1``, ``rec2``, …: spikes
+            reach them one step later. Or a list of hidden layers, numbered from 1. The groups are those of the layer's
+            neurons.
+        feedback: whether each hidden layer is joined to the one below it, by ``fb1`` to ``lif1``, …, one step later.
+        delay: N: what each neuron sends arrives later by a whole number of steps, drawn once for each projection and
+            each neuron of its source from 0 to N, from 1 for ``rec`` and ``fb``. They are buffers ``fc1_delay``, ….
+        learn_delay: whether these are parameters, which stay from 0 to N (:class:`Projection`).
         p_rec_inter: the probability of a recurrent unit between groups; None: ``p_inter``.
-        rec_gain: factor on the initial recurrent weights, above 0.
+        rec_gain: factor on the initial recurrent (and feedback) weights, above 0.
         neuron: model of all neurons: ``"lif"`` (:class:`LIF`), ``"synaptic"`` (:class:`Synaptic`) or ``"adlif"``
             (:class:`AdLIF`).
         per_neuron: one value of each of the neurons' parameters per neuron instead of one per layer.
@@ -85,7 +91,7 @@ class G2GNet(SpikingStack):
     def __init__(
         self,
         input_dim: int,
-        hidden_dim: int,
+        hidden_dim: int | Sequence[int],
         num_classes: int,
         model: str | Pattern = NetworkSettings.model,
         p_inter: float = NetworkSettings.p_inter,
@@ -101,7 +107,10 @@ class G2GNet(SpikingStack):
         standardize: bool = NetworkSettings.standardize,
         sequence: str = NetworkSettings.sequence,
         neuron: str = NetworkSettings.neuron,
-        recurrent: bool = NetworkSettings.recurrent,
+        recurrent: bool | Sequence[int] = NetworkSettings.recurrent,
+        feedback: bool = NetworkSettings.feedback,
+        delay: int = NetworkSettings.delay,
+        learn_delay: bool = NetworkSettings.learn_delay,
         p_rec_inter: float | None = NetworkSettings.p_rec_inter,
         rec_gain: float = NetworkSettings.rec_gain,
         per_neuron: bool = NetworkSettings.per_neuron,
@@ -116,17 +125,15 @@ class G2GNet(SpikingStack):
         **parameters: float,
     ) -> None:
         arguments = locals()  # whose names are those of the settings
-        if isinstance(hidden_dim, list | tuple):
-            raise TypeError(
-                f"hidden_dim={hidden_dim!r} is not a whole number: both hidden layers have one size. For others, or "
-                "another depth, make a SpikingStack of G2GLinear and LIF"
-            )
         settings = NetworkSettings(
             **{name: arguments[name] for name in NetworkSettings.defaults() if name in arguments}
         )
-        sizes = (input_dim, settings.hidden_dim, settings.hidden_dim, num_classes)
-        layers = _layers(settings, sizes, backend, generator, parameters)
-        super().__init__(layers, settings.T, backend, settings.dropout, settings.readout)
+        sizes = (input_dim, *settings.hidden_sizes, num_classes)
+        populations, projections = _projections(settings, sizes, backend, generator, parameters)
+        output = f"lif{len(sizes) - 1}"
+        SpikingNetwork.__init__(
+            self, populations, projections, output, settings.T, settings.dropout, settings.readout, backend
+        )
         self.model = settings.model
         self.enc = settings.enc
         self.enc_scale = settings.enc_scale
@@ -201,21 +208,28 @@ class G2GNet(SpikingStack):
         )
 
 
-def _layers(
+def _projections(
     settings: NetworkSettings,
     sizes: Sequence[int],
     backend: str | None,
     generator: torch.Generator | None,
     parameters: Mapping[str, float],
-) -> list[Pair | RecurrentLayer]:
-    """Draws the layers between populations of these ``sizes``; ``parameters`` are arguments of the neurons."""
-    model, kind = settings.model, NEURONS[settings.neuron]
+) -> tuple[dict[str, nn.Module], dict[str, Projection]]:
+    """Draws populations of these ``sizes``, of which the first are inputs, and what joins them; ``parameters`` are
+    arguments of the neurons."""
+    model, kind, count = settings.model, NEURONS[settings.neuron], len(sizes) - 1
+    back = [(f"rec{n}", n, n) for n in range(1, count) if settings.is_recurrent(n)]
+    back += [(f"fb{n}", n + 1, n) for n in range(1, count - 1) if settings.feedback]
     shapes = [(out_size, in_size) for in_size, out_size in itertools.pairwise(sizes)]
-    recurrent_shapes = [(size, size) for size in sizes[1:-1]] if settings.recurrent else []
     probabilities = layer_probabilities(
-        shapes + recurrent_shapes, settings.p_intra, settings.p_inter, settings.num_groups, settings.density
+        shapes + [(sizes[target], sizes[source]) for _, source, target in back],
+        settings.p_intra,
+        settings.p_inter,
+        settings.num_groups,
+        settings.density,
     )
-    layers: list[Pair | RecurrentLayer] = []
+    populations: dict[str, nn.Module] = {}
+    connections: dict[str, tuple[int, int, G2GLinear]] = {}
     for number, shape in enumerate(shapes):
         if model == "dense":
             out_layout, in_layout = (GroupLayout(size, 1) for size in shape)
@@ -236,16 +250,26 @@ def _layers(
         if number > 0:
             with torch.no_grad():
                 connection.values.mul_(settings.init_gain)
-        layers.append((connection, kind(shape[0] if settings.per_neuron else None, **options)))
-    of_recurrent = probabilities[len(shapes) :]
-    if settings.p_rec_inter is not None:
-        of_recurrent = [(settings.p_intra, settings.p_rec_inter)] * len(recurrent_shapes)
-    for number, probability in enumerate(of_recurrent):  # after all others, which are the same without them
-        connection, neurons, *_ = layers[number]
-        groups = connection.mask.rows.layout
-        mask = mask_between(model, groups, groups, probability, settings.block_size, generator)
-        recurrent = G2GLinear(mask, bias=False, backend=backend, generator=generator)
+        connections[f"fc{number + 1}"] = number, number + 1, connection
+        populations[f"lif{number + 1}"] = kind(shape[0] if settings.per_neuron else None, **options)
+    # after all others, which are the same without them
+    for (name, source, target), probability in zip(back, probabilities[len(shapes) :], strict=True):
+        if source == target and settings.p_rec_inter is not None:
+            probability = settings.p_intra, settings.p_rec_inter
+        out, into = (connections[f"fc{number}"][2].mask.rows.layout for number in (target, source))
+        mask = mask_between(model, out, into, probability, settings.block_size, generator)
+        connection = G2GLinear(mask, bias=False, backend=backend, generator=generator)
         with torch.no_grad():
-            recurrent.values.mul_(settings.rec_gain)
-        layers[number] = connection, neurons, recurrent
-    return layers
+            connection.values.mul_(settings.rec_gain)
+        connections[name] = source, target, connection
+    projections = {}
+    names = ["input", *populations]
+    for name, (source, target, connection) in connections.items():
+        delay: int | torch.Tensor = int(source >= target)
+        learned: dict[str, Any] = {}
+        if settings.delay:
+            shape = connection.in_features
+            delay = torch.randint(delay, settings.delay + 1, (shape,), generator=generator)
+            learned = {"learn_delay": settings.learn_delay, "max_delay": settings.delay}
+        projections[name] = Projection(names[source], names[target], connection, delay, **learned)
+    return populations, projections

@@ -8,33 +8,12 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from g2g_kernels import Activity
-from g2g_kernels.ops.g2g_stack import Spikes
 from g2gnet.called_layers import OwnHook
 from g2gnet.layers import G2GLinear
-from g2gnet.stack import SpikingStack
+from g2gnet.spiking_network import SpikingNetwork, Train
 
-#: the activity of one population over some steps and samples, [..., N], or spikes whose ``dense()`` gives that
-Train = torch.Tensor | Spikes
 #: pairs (pre, post) of one layer, one per call; pre without the time dimension of post was held at every step
 Recording = list[tuple[Train, Train]]
-
-
-class OneStepLater:
-    """Spikes [T, B, N] as they reach a recurrent connection, each one step later.
-
-    Args:
-        train: the spikes.
-        before: bool [B, N], those of the step before the first; None: there were none.
-    """
-
-    def __init__(self, train: Train, before: torch.Tensor | None = None) -> None:
-        self._train, self._before = train, before
-
-    def dense(self) -> torch.Tensor:
-        """The spikes, float [T, B, N]."""
-        spikes = dense(self._train)
-        before = torch.zeros_like(spikes[:1]) if self._before is None else self._before[None].to(spikes)
-        return torch.cat([before, spikes[:-1]])
 
 
 def dense(train: Train) -> torch.Tensor:
@@ -48,7 +27,7 @@ class ActivityRecorder:
     The postsynaptic activity is the output of the module that receives a layer's output (a :class:`LIF`, an
     ``snn.Leaky``, an ``nn.ReLU``); of a tuple, its first element. If no module receives it, as for the last layer of a
     classifier, it is the layer's output itself. Calls in evaluation mode or without gradients are not recorded. In a
-    :class:`SpikingStack` the spikes come from :meth:`~SpikingStack.simulate` and :meth:`~SpikingStack.step`.
+    :class:`SpikingNetwork` the spikes come from :meth:`~SpikingNetwork.simulate` and :meth:`~SpikingNetwork.step`.
 
     Code that ``torch.compile`` has compiled ignores hooks registered later; ``Uncompiled`` makes it run them.
 
@@ -65,17 +44,17 @@ class ActivityRecorder:
         # outputs of layers that no module has taken yet: (number of the layer, its input, its output)
         self._open: list[tuple[int, torch.Tensor, torch.Tensor]] = []
         self._seen_forwards: set[G2GLinear] = set()
-        #: the layers that :meth:`_stack_hook` records, each in its stack
-        self._in_stack: dict[nn.Module, SpikingStack] = {}
+        #: the layers that :meth:`_network_hook` records, each in its network
+        self._in_network: dict[nn.Module, SpikingNetwork] = {}
 
     def start(self) -> None:
         """Starts recording."""
         self._recordings = [[] for _ in self._number]
         for module in self.model.modules():
-            if isinstance(module, SpikingStack):
+            if isinstance(module, SpikingNetwork):
                 layers = [self._layer_in(connection) for connection in module.connections().values()]
-                self._in_stack.update((layer, module) for layer in layers if layer is not None)
-                self._handles.append(module.register_activity_hook(OwnHook(self._stack_hook, module)))
+                self._in_network.update((layer, module) for layer in layers if layer is not None)
+                self._handles.append(module.register_activity_hook(OwnHook(self._network_hook, module)))
             self._handles.append(module.register_forward_hook(OwnHook(self._module_hook)))
 
     def stop(self) -> list[Recording]:
@@ -99,8 +78,8 @@ class ActivityRecorder:
         self._recordings = recorded
 
     def _module_hook(self, module: nn.Module, args: tuple, output: Any) -> None:
-        stack = self._in_stack.get(module)
-        if not self._records(module) or (stack is not None and stack.calls_layers):
+        net = self._in_network.get(module)
+        if not self._records(module) or (net is not None and net.calls_layers):
             return
         for taken in args:
             for place, (number, pre, current) in enumerate(self._open):
@@ -113,24 +92,16 @@ class ActivityRecorder:
         if isinstance(module, G2GLinear) and module in self._number and self._is_new(module):
             self._open.append((self._number[module], args[0].detach(), output))
 
-    def _stack_hook(self, stack: SpikingStack, inputs: torch.Tensor, activity: Activity) -> None:
-        if not self._records(stack):
+    def _network_hook(self, net: SpikingNetwork, inputs: torch.Tensor, activity: Activity) -> None:
+        if not self._records(net):
             return
-        pre: Train = inputs.detach()
-        befores = stack.spikes_before()
-        layers = zip(stack.layers(), stack.recurrents(), activity.spikes, befores, strict=True)
-        for (connection, _), recurrent, post, before in layers:
-            received = [(connection, pre)]
-            if recurrent is not None:
-                received.append((recurrent, OneStepLater(post, before)))
-            for each, train in received:
-                layer = self._layer_in(each)
-                if layer is not None and self._is_new(layer):
-                    self._recordings[self._number[layer]].append((train, post))
-            pre = post
+        for connection, pre, post in net.received(inputs, activity):
+            layer = self._layer_in(connection)
+            if layer is not None and self._is_new(layer):
+                self._recordings[self._number[layer]].append((pre, post))
 
     def _layer_in(self, connection: nn.Module) -> G2GLinear | None:
-        """The recorded layer that is a connection of a stack, or the only one in a module that wraps it."""
+        """The recorded layer that is a connection of a network, or the only one in a module that wraps it."""
         layers = [layer for layer in connection.modules() if isinstance(layer, G2GLinear) and layer in self._number]
         return layers[0] if len(layers) == 1 else None
 

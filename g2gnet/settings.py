@@ -6,7 +6,7 @@ Constructors, command-line flags, help texts, checks and checkpoints all read th
 import dataclasses
 import math
 import typing
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from g2g_kernels.choices import check_choice, check_flag
@@ -17,7 +17,7 @@ from g2g_kernels.ops.neurons.surrogates import ALPHA, SURROGATE
 from g2gnet.encoding import ENCODINGS
 from g2gnet.neurons import NEURONS
 from g2gnet.sequences import SEQUENCES
-from g2gnet.stack import DROPOUT, READOUTS
+from g2gnet.spiking_network import DROPOUT, READOUTS
 from g2gnet.weights.densities import DENSITIES
 from g2gnet.weights.patterns import MODELS, SPARSE, Pattern
 
@@ -45,6 +45,8 @@ class Need(NamedTuple):
     def is_met(self, settings: Mapping[str, Any]) -> bool:
         """Whether a setting has an effect beside these."""
         value = settings.get(self.name)  # from a file it may be anything
+        if True in self.values and isinstance(value, int | tuple | list):
+            value = bool(value)
         return isinstance(value, str | bool) and value in self.values
 
     def unmet(self, settings: Mapping[str, Any], quote: str = "") -> str:
@@ -79,15 +81,17 @@ def setting(
     open_low: bool = False,
     open_high: bool = False,
     metavar: str | None = None,
+    several: bool = False,
 ) -> Any:
     """A field with its description, and for numbers their range: ``low`` and ``high`` count unless they are open.
 
     Whole numbers fit an int64, others a float32 (:class:`g2g_kernels.numbers.Number`). Programs make a flag of each
-    field, in the help's ``group``; None: it has no flag. ``metavar`` stands for its value there.
+    field, in the help's ``group``; None: it has no flag. ``metavar`` stands for its value there. With ``several`` it
+    may also be a tuple of whole numbers in that range, or a list, as files have it.
     """
     number = Number(-math.inf if low is None else low, math.inf if high is None else high, open_low, open_high)
     metadata = {"group": group, "text": text, "choices": choices, "others": others, "number": number}
-    metadata["metavar"] = metavar
+    metadata |= {"metavar": metavar, "several": several}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -143,7 +147,9 @@ class Settings:
             try:
                 if (value is None and type(None) in kinds) or (others and others.accepts(value)):
                     continue
-                if number := number_of(about, kinds):
+                if about["several"] and isinstance(value, tuple | list):
+                    object.__setattr__(self, name, _several(name, value, about["number"]._replace(whole=True)))
+                elif number := number_of(about, kinds):
                     object.__setattr__(self, name, number.check(name, value))
                 elif bool in kinds:
                     check_flag(name, value)
@@ -221,6 +227,13 @@ class Settings:
         return {**known.as_dict(), **saved}
 
 
+def _several(name: str, values: Sequence[Any], number: Number) -> tuple[int, ...]:
+    """The values as a tuple of whole numbers; ValueError naming one that is none."""
+    if not values:
+        raise ValueError(f"{name}={values!r} is empty; give at least one number, or leave it out")
+    return tuple([number.check(name, value) for value in values])
+
+
 #: the parameters of neurons whose initial values are settings
 PARAMETERS = ("syn_decay", "adapt_decay", "beta", "a", "b", "threshold")
 
@@ -240,6 +253,8 @@ def _initial(parameter: str, text: str) -> str:
 
 SPARSE_MODEL = Need("model", tuple(SPARSE))
 RECURRENT = Need("recurrent", (True,))
+#: steps of a delay, which the CPU kernels number in 16 bits
+MOST_DELAY = (1 << 16) - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,6 +275,7 @@ class NetworkSettings(Settings):
         **dict.fromkeys(("num_groups", "p_inter", "p_intra", "density"), (SPARSE_MODEL,)),
         "p_rec_inter": (RECURRENT, SPARSE_MODEL, Need("density", ("uniform",))),
         "rec_gain": (RECURRENT,),
+        "learn_delay": (Need("delay", (True,)),),
     }
     WARNED: ClassVar[tuple[str, ...]] = ("num_groups", "p_inter", "p_intra")
 
@@ -270,7 +286,14 @@ class NetworkSettings(Settings):
         choices=MODELS,
         others=Others("a pattern of your own", callable),
     )
-    hidden_dim: int = setting(2048, "model", "neurons in each of the two hidden layers", low=1, high=SIZE.high)
+    hidden_dim: int | tuple[int, ...] = setting(
+        2048,
+        "model",
+        "neurons in each of the two hidden layers; several numbers: in each of so many",
+        low=1,
+        high=SIZE.high,
+        several=True,
+    )
     num_groups: int = setting(8, "model", "groups on each side of a sparse layer (at most one per neuron)", low=1)
     p_inter: float = setting(0.15, "model", "probability of a connection unit between groups", low=0, high=1)
     p_intra: float = setting(1.0, "model", "probability of a connection unit inside a group", low=0, high=1)
@@ -298,9 +321,25 @@ class NetworkSettings(Settings):
         False, "data", "subtract the training images' mean from all pixels (or features), and divide by their deviation"
     )
     neuron: str = setting("lif", "model", "neuron model", choices=tuple(NEURONS))
-    recurrent: bool = setting(
-        False, "model", "recurrent connections in each hidden layer; spikes arrive one step later"
+    recurrent: bool | tuple[int, ...] = setting(
+        False,
+        "model",
+        "recurrent connections in each hidden layer, or in those with these numbers, from 1; spikes arrive one step "
+        "later",
+        low=1,
+        several=True,
     )
+    feedback: bool = setting(
+        False, "model", "connections from each hidden layer back to the one below; spikes arrive one step later"
+    )
+    delay: int = setting(
+        0,
+        "model",
+        "spikes and inputs arrive up to N steps later, each neuron's after its own delay, drawn once",
+        low=0,
+        high=MOST_DELAY,
+    )
+    learn_delay: bool = setting(False, "model", "learn these delays, each from 0 to `delay`")
     p_rec_inter: float | None = setting(
         None,
         "model",
@@ -352,8 +391,22 @@ class NetworkSettings(Settings):
                 object.__setattr__(self, name, kind.initial[name])  # the files store the value, as of any other setting
         super().__post_init__()
 
+    @property
+    def hidden_sizes(self) -> tuple[int, ...]:
+        """The neurons of each hidden layer."""
+        return self.hidden_dim if isinstance(self.hidden_dim, tuple) else (self.hidden_dim,) * 2
+
+    def is_recurrent(self, layer: int) -> bool:
+        """Whether hidden layer ``layer`` (from 1) has recurrent connections."""
+        return self.recurrent if isinstance(self.recurrent, bool) else layer in self.recurrent
+
     def _at_odds(self) -> list[str]:
         problems = super()._at_odds()
+        count = len(self.hidden_sizes)
+        if not isinstance(self.recurrent, bool) and max(self.recurrent) > count:
+            problems.append(f"recurrent={self.recurrent}: there are {count} hidden layers, numbered from 1")
+        if self.feedback and count < 2:
+            problems.append("feedback joins a hidden layer to the one below it, and there is one; leave `feedback` out")
         if self.standardize and self.enc == "rate":
             problems.append(
                 "standardize makes values below 0 and above 1, which are not spike probabilities for enc=rate; "

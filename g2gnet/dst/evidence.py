@@ -7,12 +7,14 @@ import torch
 from torch import nn
 
 from g2g_kernels import Activity
+from g2g_kernels.ops.g2g_stack.delays import Later
+from g2g_kernels.ops.g2g_stack.layer import ONE_STEP
 from g2gnet.base.distributed import World
 from g2gnet.dst.rules import ACTIVITY, GRADIENT, Evidence, Rule
 from g2gnet.dst.scores import UnitGradients, unit_correlation
 from g2gnet.layers import G2GLinear
-from g2gnet.recording import ActivityRecorder, OneStepLater, Recording, Train, Uncompiled, check_compiled, dense
-from g2gnet.stack import SpikingStack
+from g2gnet.recording import ActivityRecorder, Recording, Uncompiled, check_compiled, dense
+from g2gnet.spiking_network import SpikingNetwork, Train
 
 #: the rules that need no spikes
 _OTHERS = "give prune='set' or 'random', and grow='random' or 'gradient'"
@@ -43,7 +45,7 @@ class StepRecorder:
         self._rules = f"prune={prune.name!r} with grow={grow.name if grow else 'random'!r}"
         if model is not None and ACTIVITY in self.needs:
             for module in model.modules():
-                if isinstance(module, SpikingStack) and module.readout != "counts":
+                if isinstance(module, SpikingNetwork) and module.readout != "counts":
                     raise ValueError(
                         f"a correlation needs output spikes, and with readout={module.readout!r} there are none; "
                         f"{_OTHERS}"
@@ -109,7 +111,7 @@ class StepRecorder:
         self._recordings, posts = [], iter(activity.spikes)
         for layer in self._layers:
             if layer in self._recurrent:
-                self._recordings.append([(OneStepLater(received), received)])
+                self._recordings.append([(Later(received, ONE_STEP, None), received)])
                 continue
             post = next(posts)
             self._recordings.append([(received, post)])

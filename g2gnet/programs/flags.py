@@ -120,6 +120,14 @@ class Parser(argparse.ArgumentParser):
         return f"; did you mean {' or '.join(near)}?" if near else "; --help lists the flags"
 
 
+class _Several(argparse.Action):
+    """Takes one number as it is, several as a tuple, and none as True."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        alone = len(values) == 1 and self.nargs == "+"
+        setattr(namespace, self.dest, values[0] if alone else tuple(values) or True)
+
+
 def add_settings_flags(parser: Parser, settings: type = TrainSettings, names: Collection[str] | None = None) -> None:
     """Adds one flag for each field of ``settings`` that has a group, in these groups; with ``names`` only for these."""
     kinds_of = types_of(settings)
@@ -132,8 +140,21 @@ def add_settings_flags(parser: Parser, settings: type = TrainSettings, names: Co
             continue
         group = groups[about["group"]]
         text = parser.in_flags(about["text"])
-        if flag_type is bool:
+        if flag_type is bool and not about["several"]:
             group.add_argument(f"--{field.name}", action="store_true", help=text)
+            continue
+        if about["several"]:
+            some = "*" if flag_type is bool else "+"
+            default = "" if field.default is False else f" (default: {field.default})"
+            group.add_argument(
+                f"--{field.name}",
+                type=int,
+                nargs=some,
+                default=field.default,
+                metavar="N",
+                action=_Several,
+                help=text + default,
+            )
             continue
         if about["others"]:
             text += f": {', '.join(about['choices'])}, or {about['others'].text} of your own"

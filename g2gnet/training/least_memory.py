@@ -27,7 +27,7 @@ def least_bytes(settings: TrainSettings, input_dim: int, num_classes: int, sampl
         samples: images of a step in this process.
         device: the kind of device; on a CPU the states of all time steps (of a chunk) are kept for the backward pass.
     """
-    sizes = input_dim, settings.hidden_dim, settings.hidden_dim, num_classes
+    sizes = input_dim, *settings.hidden_sizes, num_classes
     sparse, drawn, total = settings.model != "dense", 0, 0
     of_weight = WEIGHT if settings.average is None else WEIGHT + AVERAGE
     for below, size in itertools.pairwise(sizes):
@@ -38,10 +38,9 @@ def least_bytes(settings: TrainSettings, input_dim: int, num_classes: int, sampl
             density = inside * settings.p_intra + (1 - inside) * settings.p_inter
             drawn = max(drawn, grid * DRAWN_UNIT)
         total += int(density * (weights * of_weight + grid * UNIT))
-    if settings.recurrent:  # of those between groups there may be none
-        joined = settings.hidden_dim**2
-        share = settings.p_intra / settings.num_groups if sparse else 1
-        total += int(2 * joined * of_weight * share)
+    share = settings.p_intra / settings.num_groups if sparse else 1  # of those between groups there may be none
+    for number, size in enumerate(settings.hidden_sizes, 1):
+        total += int(settings.is_recurrent(number) * size**2 * of_weight * share)
     words = sum(-(-size // 64) * 8 for size in sizes[1:])  # a bit for each spike
     kept = 4 * len(NEURONS[settings.neuron].model.states) * sum(sizes[2:]) if device == "cpu" else 0
     recomputed = settings.T if settings.chunk is None else min(settings.chunk, settings.T)

@@ -77,10 +77,12 @@ class SavedRun:
     @_as_trained()
     def initial_network(self, backend: str | None = None) -> G2GNet:
         """The network before the first step, on the CPU."""
-        hidden_dim, input_dim = self._sizes("fc1")
-        num_classes, _ = self._sizes("fc3")
-        if hidden_dim != self.settings.hidden_dim:  # the settings alone could require any amount of memory
-            raise ValueError(f"hidden_dim is {self.settings.hidden_dim}, the network has {hidden_dim}")
+        hidden = self.settings.hidden_sizes
+        (*found, num_classes), (input_dim, *_) = zip(
+            *[self._sizes(f"fc{n}") for n in range(1, len(hidden) + 2)], strict=True
+        )
+        if tuple(found) != hidden:  # the settings alone could require any amount of memory
+            raise ValueError(f"hidden_dim is {self.settings.hidden_dim}, the network has {', '.join(map(str, found))}")
         return build_network(self.settings, input_dim, num_classes, backend)
 
     def _sizes(self, layer: str) -> tuple[int, int]:

@@ -276,12 +276,17 @@ class Trainer(EpochTrainer):
             "capturable": machine.captures,
         }
         learned = [parameter for parameter in self.net.parameters() if parameter.requires_grad]
+        groups: list[dict[str, Any]]
         if settings.optimizer == "adam":
-            return torch.optim.Adam(learned, **options)
+            # a penalty would draw delays to zero
+            delays = [each for name, each in self.net.named_parameters() if name.endswith("_delay")]
+            others = [each for each in learned if all(each is not delay for delay in delays)]
+            groups = [{"params": others}, *([{"params": delays, "weight_decay": 0.0}] if delays else [])]
+            return torch.optim.Adam(groups, **options)
         # a decay that no gradient scales would draw decays and thresholds of neurons to zero
         weights = [connection.values for connection in self.net.connections().values()]
         others = [each for each in learned if all(each is not weight for weight in weights)]
-        groups: list[dict[str, Any]] = [{"params": weights}, {"params": others, "weight_decay": 0.0}]
+        groups = [{"params": weights}, {"params": others, "weight_decay": 0.0}]
         return torch.optim.AdamW(groups, **options)
 
     def _follow_weights(self) -> None:

@@ -12,7 +12,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize, prune
 
 from g2g_kernels.ops.g2g_stack import operator
-from g2gnet import LIF, DSTScheduler, G2GLinear, SpikingStack, called_layers, stack
+from g2gnet import LIF, DSTScheduler, G2GLinear, SpikingStack, called_layers, spiking_network
 
 STACK_BACKENDS = backends_of(operator)
 STEPS = 6
@@ -48,8 +48,8 @@ def assert_alike(one, other):
 def one_call(monkeypatch):
     """Counts the calls of the operator of a whole stack."""
     calls = []
-    inner = stack.g2g_stack
-    monkeypatch.setattr(stack, "g2g_stack", lambda *args: calls.append(1) or inner(*args))
+    inner = spiking_network.g2g_stack
+    monkeypatch.setattr(spiking_network, "g2g_stack", lambda *args: calls.append(1) or inner(*args))
     return calls
 
 
@@ -335,5 +335,5 @@ def test_what_a_layer_may_not_return_is_named():
     ):
         net(SAMPLES)
     net.fc1.register_forward_hook(lambda module, args, output: output[0])
-    with pytest.raises(TypeError, match=r"fc1 \(G2GLinear\) returned a tensor \[40\]; .* a tensor \[5, N\]"):
+    with pytest.raises(TypeError, match=r"fc1 \(G2GLinear\) returned a tensor \[40\]; .* a tensor \[5, 40\]"):
         net(SAMPLES)

@@ -105,7 +105,7 @@ def test_wrong_states_are_named():
         LIF().step(torch.rand(3, 7), torch.zeros(4, 7))
     with pytest.raises(ValueError, match="1 states given, synaptic neurons have synaptic_current, membrane"):
         Synaptic().step(torch.rand(3, 7), torch.zeros(3, 7))
-    with pytest.raises(ValueError, match="state is of 1 layers, this stack has 3"):
+    with pytest.raises(ValueError, match="state has 1 entries, this network has 3 layers"):
         small_net().step(SAMPLES, (torch.zeros(5, 40),))
 
 
@@ -179,7 +179,7 @@ def test_a_stack_of_any_depth():
 
 def test_stacks_that_cannot_be_are_named():
     pair = (small_layer(), LIF())
-    with pytest.raises(ValueError, match="fc1 has 40 outputs, but fc2 30 inputs"):
+    with pytest.raises(ValueError, match="fc2 has 30 inputs, but lif1 has 40 neurons for fc1"):
         SpikingStack([pair, pair])
     with pytest.raises(ValueError, match="layers is empty"):
         SpikingStack([])

@@ -54,21 +54,21 @@ def test_a_notebook_shows_one_row_per_layer():
 
 def test_recurrent_connections_are_edges_among_the_neurons_of_a_layer():
     net = network(recurrent=True)
-    graph = graphs.to_networkx(net.layers(), net.recurrents())
-    forward = graphs.to_networkx(net.layers())
+    graph, forward = net.to_networkx(), network().to_networkx()
     assert list(graph.nodes(data=True)) == list(forward.nodes(data=True))
     for name, recurrent in (("lif1", net.rec1), ("lif2", net.rec2)):
         nodes = [(name, neuron) for neuron in range(16)]
         weight = networkx.to_numpy_array(graph, nodes).T  # [target, source]
         assert np.array_equal(weight, recurrent.dense_weight().detach().numpy())
         assert weight.any()
+        assert {delay for *_, delay in graph.subgraph(nodes).edges(data="delay")} == {1}
         graph.remove_edges_from(list(graph.subgraph(nodes).edges))
     assert set(graph.edges(data="weight")) == set(forward.edges(data="weight"))
 
 
 def test_a_recurrent_connection_has_a_row_and_a_picture_of_its_own():
     net = network(recurrent=True)
-    page = graphs.to_html(net.layers(), net.recurrents())
+    page = net._repr_html_()
     rows = page.split("<tr>")[2:]
     assert [row[4 : row.index("</td>")] for row in rows] == ["fc1, lif1", "rec1", "fc2, lif2", "rec2", "fc3, lif3"]
     for row, connection in zip(rows, net.connections().values(), strict=True):

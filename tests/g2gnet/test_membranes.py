@@ -120,7 +120,7 @@ def test_membranes_are_refused_where_they_cannot_be_had():
     with pytest.raises(ValueError, match=r"chunk=2 does not keep the membranes that a layer is to give; leave it out"):
         net.simulate(X, chunk=2, membranes=True)
     net.lif2.register_forward_hook(lambda *_: None)
-    with pytest.raises(ValueError, match="membranes=True was given to a stack whose layers are called in turn"):
+    with pytest.raises(ValueError, match="membranes=True was given to a network whose modules are called in turn"):
         net.simulate(X, membranes=True)
 
 

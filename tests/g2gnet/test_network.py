@@ -13,7 +13,7 @@ from helpers import seeded
 from snntorch import surrogate
 
 from g2g_kernels import BackendError, g2g_stack, lif
-from g2gnet import G2GNet, SpikingStack, Synaptic, stack
+from g2gnet import G2GNet, SpikingStack, Synaptic, spiking_network
 from g2gnet.settings import PARAMETERS, NetworkSettings
 from g2gnet.weights.patterns import MODELS
 
@@ -213,7 +213,7 @@ def test_current_input_reaches_the_first_layer_once_not_once_a_step(monkeypatch)
         shapes.append(tuple(x.shape))
         return g2g_stack(x, *args, **kwargs)
 
-    monkeypatch.setattr("g2gnet.stack.g2g_stack", spy)
+    monkeypatch.setattr("g2gnet.spiking_network.g2g_stack", spy)
     small_net()(torch.rand(5, 30))
     small_net(enc="rate")(torch.rand(5, 30))
     assert shapes == [(5, 30), (12, 5, 30)]
@@ -401,7 +401,7 @@ def test_what_the_kept_neurons_send_makes_up_for_those_that_are_dropped(dropout)
     kept = 1 - ((bits - (1 << 15)) < round(dropout * (1 << 16)) - (1 << 15)).double().mean().item()
     seen = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stack, "g2g_stack", lambda x, layers, *rest: seen.extend(layers))
+        patch.setattr(spiking_network, "g2g_stack", lambda x, layers, *rest: seen.extend(layers))
         net.simulate(torch.rand(4, 20))
     values = dict(net.named_parameters())["fc2.values"]
     torch.testing.assert_close(seen[1].values * kept, values, rtol=1e-5, atol=0)

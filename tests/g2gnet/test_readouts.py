@@ -15,7 +15,7 @@ from g2gnet.data import load_dataset
 from g2gnet.interop import from_snntorch, to_nir, to_snntorch
 from g2gnet.programs.report.content import inspect
 from g2gnet.settings import SettingsError
-from g2gnet.stack import READOUTS
+from g2gnet.spiking_network import READOUTS
 from g2gnet.training import TrainSettings, read_run
 
 STEPS = 5
@@ -194,10 +194,10 @@ def test_what_cannot_be_read_is_refused_by_name():
     with pytest.raises(AttributeError):
         net.readout = "largest"
     net.fc3.register_forward_hook(lambda *_: None)
-    with pytest.raises(ValueError, match="readout='mean' was given to a stack whose layers are called in turn"):
+    with pytest.raises(ValueError, match="readout='mean' was given to a network whose modules are called in turn"):
         net(X)
     mask = BlockMask.full(GroupLayout(8, 1), GroupLayout(8, 1), 4)
-    with pytest.raises(ValueError, match="readout='last' is of neurons that do not spike, but the last layer is recur"):
+    with pytest.raises(ValueError, match="readout='last' is of neurons that do not spike, but rec1 sends the spikes of lif1"):
         SpikingStack([(G2GLinear(mask), LIF(), G2GLinear(mask, bias=False))], 5, readout="last")
     with pytest.raises(TypeError, match="and the last are ReLU"):
         SpikingStack([(G2GLinear(mask), nn.ReLU())], 5, readout="last")

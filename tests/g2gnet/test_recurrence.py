@@ -441,7 +441,7 @@ def test_what_is_no_recurrent_connection_is_refused():
         return G2GLinear(BlockMask.full(GroupLayout(out, 1), GroupLayout(size, 1)), **options)
 
     for recurrent, error, message in (
-        (layer(4, 5, bias=False), ValueError, "rec1 joins 5 neurons to 4, but lif1 has 4"),
+        (layer(4, 5, bias=False), ValueError, "rec1 has 5 inputs, but lif1 has 4 neurons"),
         (layer(4, 4), ValueError, "rec1 has a bias"),
         (torch.nn.Linear(4, 4), TypeError, "rec1 is Linear; give one G2GLinear"),
     ):

@@ -238,7 +238,7 @@ def test_a_run_that_continues_another_is_given_what_it_dropped():
 def test_states_that_do_not_fit_are_refused_by_name():
     stack, x = stack_of(), inputs_of(held=False)
     state = stack.simulate(x).state
-    with pytest.raises(ValueError, match="state is of 2 layers, this stack has 3"):
+    with pytest.raises(ValueError, match="state has 2 entries, this network has 3 layers"):
         stack.simulate(x, state[:2])
     with pytest.raises(ValueError, match=r"state of layer 0 has shape \(1, 3, 22\); expected \(1, 2, 22\)"):
         stack.simulate(x[:, :2], state)
@@ -266,7 +266,7 @@ def test_states_that_do_not_fit_are_refused_by_name():
     with pytest.raises(ValueError, match="give one of them"):
         stack.simulate(x, chunk=4, spikes=True)
     drops = stack_of(dropout=0.5).train()
-    with pytest.raises(ValueError, match=r"dropped is of 1 layers, this stack has 2 hidden ones; give what drop\(3\)"):
+    with pytest.raises(ValueError, match=r"dropped is of 1 populations, but 2 can drop neurons; give what drop\(3\)"):
         drops.simulate(x, dropped=drops.drop(B)[:1])
 
 

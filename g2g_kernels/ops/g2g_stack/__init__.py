@@ -20,17 +20,19 @@ from g2g_kernels.ops.g2g_linear import g2g_linear
 from g2g_kernels.ops.g2g_stack import cpu, reference
 from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes, NeuronState, Spikes, StackState
 from g2g_kernels.ops.g2g_stack.chunks import in_chunks
-from g2g_kernels.ops.g2g_stack.layer import Recurrent, SpikingLayer
+from g2g_kernels.ops.g2g_stack.delays import Delay, check_delay
+from g2g_kernels.ops.g2g_stack.layer import Connection, Recurrent, SpikingLayer, is_chain
 from g2g_kernels.ops.g2g_stack.reference import activity_of
-from g2g_kernels.ops.g2g_stack.synapses import Border, Synapses, SynapticOperations
+from g2g_kernels.ops.g2g_stack.schedule import parts_of
+from g2g_kernels.ops.g2g_stack.synapses import Synapses, SynapticOperations
 from g2g_kernels.ops.neurons import run_neurons
 from g2g_kernels.ops.neurons.checks import check_neurons, check_state, check_steps
 from g2g_kernels.ops.record import Form, opened
 from g2g_kernels.tracing import is_traced, is_transformed, replaced
 
 __all__ = [
-    "Activity", "Border", "DenseSpikes", "NeuronState", "Recurrent", "Spikes", "SpikingLayer", "StackState", "Synapses",
-    "SynapticOperations", "activity_of", "check_dropped", "g2g_stack",
+    "Activity", "Connection", "Delay", "DenseSpikes", "NeuronState", "Recurrent", "Spikes", "SpikingLayer",
+    "StackState", "Synapses", "SynapticOperations", "activity_of", "check_dropped", "g2g_stack",
 ]  # fmt: skip
 
 
@@ -53,14 +55,17 @@ def g2g_stack(
     backend: str | None = None,
     spikes: bool = False,
     chunk: int | None = None,
+    before: torch.Tensor | None = None,
 ) -> Activity:
-    """Runs ``neurons(g2g_linear(·))`` for each layer in turn; differentiable in x and in every tensor of the layers.
+    """Runs ``neurons(g2g_linear(·))`` for each layer; differentiable in x and in every tensor of the layers.
+
+    Layers are a stack, or any graph: ``source`` and ``more`` of a layer say what else it receives, and how much later.
 
     Args:
         x: [T, B, in], or with ``steps`` given [B, in], held for that many steps (the first product is then
             computed once).
-        layers: the layers, each one's outputs the next one's inputs. Each layer has its own model, reset, surrogate and
-            α.
+        layers: the layers, each one's outputs the next one's inputs unless it says otherwise; the last is the output.
+            Each layer has its own model, reset, surrogate and α.
         steps, backend: as for :func:`g2g_kernels.lif`.
         spikes: whether spikes over time need a gradient, for a loss on when neurons fire. The operators then run one
             after the other, and spikes and currents of all layers are in memory. So they do if one of the ``layers`` is
@@ -68,6 +73,7 @@ def g2g_stack(
         chunk: for long runs: so many steps at a time are computed, and in the backward pass computed again. Gradients
             are the same, and memory grows with T by spikes and the states between chunks only. (Inside
             ``torch.compile`` and ``torch.func`` nothing is computed again, so that no memory is saved.)
+        before: [D, B, in], the inputs of the D steps before the first, if a delay reads them; None: zeros.
 
     Raises:
         ValueError: for options out of range, or tensors that do not match.
@@ -82,14 +88,14 @@ def g2g_stack(
         (torch.Size([2, 4]), torch.Size([4]))
     """
     layers = tuple(layers or ())
-    tensors, form = opened((x, *layers))
+    tensors, form = opened((x, before, *layers))
     if is_traced():
-        layers = _checked(x, layers, steps, spikes, chunk)
+        layers = _checked(x, layers, steps, spikes, chunk, before)
     else:
         signature = _signature(tensors, form, steps, chunk, spikes)
         if signature not in _passed:
             given = [parameter for layer in layers for parameter in layer.population.parameters]
-            layers = _checked(x, layers, steps, spikes, chunk)
+            layers = _checked(x, layers, steps, spikes, chunk, before)
             # numbers are made tensors each time
             if signature is not None and all(isinstance(parameter, torch.Tensor) for parameter in given):
                 if len(_passed) > 1000:
@@ -97,17 +103,14 @@ def g2g_stack(
                 _passed.add(signature)
     steps = None if steps is None else int(steps)
     if chunk is None:
-        activity = _chosen(x, layers, steps, tensors, backend, spikes)(x, layers, steps)
+        activity = _chosen(x, layers, steps, tensors, backend, spikes, before)(x, layers, steps)
     else:
-        activity = in_chunks(x, layers, steps, chunk, partial(_run, backend))
+        activity = in_chunks(x, layers, steps, chunk, partial(_run, backend), before)
     if torch.compiler.is_compiling():
         return activity
     assert activity.states is not None
-    borders = [
-        None if layer.recurrent is None else _border(layer, state)
-        for layer, state in zip(layers, activity.states)  # noqa: B905
-    ]
-    return activity._replace(synapses=Synapses(x, steps, [layer.connections() for layer in layers], borders))
+    synapses = Synapses.of_run(x, layers, steps, before, activity.states, activity.sent)
+    return activity._replace(synapses=synapses)
 
 
 #: the types of what a signature keeps; that of TENSOR is the last
@@ -129,7 +132,12 @@ def _signature(tensors: Sequence[torch.Tensor], form: Form, *options: Any) -> Ha
 
 
 def _checked(
-    x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None, spikes: bool, chunk: int | None
+    x: torch.Tensor,
+    layers: Sequence[SpikingLayer],
+    steps: int | None,
+    spikes: bool,
+    chunk: int | None,
+    before: torch.Tensor | None,
 ) -> Sequence[SpikingLayer]:
     """The layers of a call with numbers as tensors; raises ValueError for a call that does not match."""
     steps = check_steps(steps)
@@ -149,45 +157,68 @@ def _checked(
         raise ValueError(f"x has shape {tuple(x.shape)}; expected [T, B, in], or [B, in] with steps")
     if steps is None and len(x) == 0:
         raise ValueError(f"x has shape {tuple(x.shape)}: there must be at least one time step")
-    size = x.shape[-1]
+    sizes = [*(layer.mask.shape[0] if isinstance(layer.mask, BlockMask) else None for layer in layers), x.shape[-1]]
     checked = []
     for number, layer in enumerate(layers):
         suffix = f" of layer {number}"
         check_connection(suffix, layer.values, layer.mask, layer.bias)
-        out_size, in_size = layer.mask.shape
-        if in_size != size:
-            raise ValueError(f"layer {number} has {in_size} inputs but receives {size}")
+        size = sizes[number]
         if layer.dropped is not None:
-            check_dropped(suffix, layer.dropped, (x.shape[-2], out_size))
-        population = check_neurons(suffix, layer.population, out_size, x)
+            check_dropped(suffix, layer.dropped, (x.shape[-2], size))
+        population = check_neurons(suffix, layer.population, size, x)
         if layer.state is not None:
-            check_state(suffix, layer.state, population, (x.shape[-2], out_size))
-            _check_like(suffix, layer.state, x)
+            check_state(suffix, layer.state, population, (x.shape[-2], size))
+            _check_like(f"state{suffix}", layer.state, x)
         if layer.recurrent is not None:
             check_connection(f" of the recurrent connection of layer {number}", *layer.recurrent, None)
-            if layer.recurrent.mask.shape != (out_size, out_size):
+            if layer.recurrent.mask.shape != (size, size):
                 raise ValueError(
                     f"the recurrent connection of layer {number} joins {layer.recurrent.mask.shape[1]} neurons to "
-                    f"{layer.recurrent.mask.shape[0]}, but the layer has {out_size}"
+                    f"{layer.recurrent.mask.shape[0]}, but the layer has {size}"
                 )
+        for connection in layer.connections(number):
+            _check_route(suffix, connection, sizes, size)
+        _check_sent(f"sent{suffix}", layer.sent, x, size)
         checked.append(replaced(layer, population=population))
-        size = out_size
+    _check_sent("before", before, x, x.shape[-1])
+    parts_of(reference.graph_of(checked))
     return checked
 
 
-def _border(layer: SpikingLayer, last: torch.Tensor) -> Border:
-    """The ends of a run of a layer; ``last``: its states after it."""
-    before = None if layer.state is None else layer.state.detach()[-1]
-    return Border(before, last.detach()[-1], layer.population.parameters[-1].detach(), layer.dropped)
+def _check_route(suffix: str, connection: Connection, sizes: Sequence[int], size: int) -> None:
+    """Raises ValueError unless a connection joins its source to ``size`` neurons; sizes: of all, the inputs' last."""
+    source, delay = connection.source, connection.delay
+    if not -1 <= source < len(sizes) - 1:
+        raise ValueError(
+            f"a connection{suffix} has the source {source}; give a layer's number below {len(sizes) - 1}, or −1"
+        )
+    check_connection(suffix, connection.values, connection.mask, connection.bias)
+    if connection.mask.shape != (size, sizes[source]):
+        outputs, inputs = connection.mask.shape
+        if outputs != size:
+            raise ValueError(f"a connection{suffix} has {outputs} outputs, but there are {size} neurons")
+        raise ValueError(f"{suffix[4:]} has {inputs} inputs but receives {sizes[source]}")
+    if delay is not None:
+        check_delay(suffix, delay, sizes[source])
 
 
-def _check_like(suffix: str, state: torch.Tensor, x: torch.Tensor) -> None:
+def _check_sent(name: str, sent: torch.Tensor | None, x: torch.Tensor, size: int) -> None:
+    """Raises ValueError unless ``sent`` is [D, B, N], or None."""
+    if sent is None:
+        return
+    check_tensor(name, sent)
+    if sent.dim() != 3 or tuple(sent.shape[1:]) != (x.shape[-2], size):
+        raise ValueError(f"{name} has shape {tuple(sent.shape)}; expected [D, {x.shape[-2]}, {size}]")
+    _check_like(name, sent, x)
+
+
+def _check_like(name: str, state: torch.Tensor, x: torch.Tensor) -> None:
     """Raises ValueError for a state on another device than x, or of more bits than this run's states."""
     if state.device != x.device:
-        raise ValueError(f"state{suffix} is on {state.device}, x on {x.device}; give state.to(x.device)")
+        raise ValueError(f"{name} is on {state.device}, x on {x.device}; give state.to(x.device)")
     dtype = torch.promote_types(x.dtype, torch.float32)
     if torch.promote_types(state.dtype, dtype) != dtype:
-        raise ValueError(f"state{suffix} is {state.dtype}, those of x in {x.dtype} are {dtype}; give state.to({dtype})")
+        raise ValueError(f"{name} is {state.dtype}, those of x in {x.dtype} are {dtype}; give state.to({dtype})")
 
 
 def _chosen(
@@ -197,37 +228,44 @@ def _chosen(
     tensors: Sequence[torch.Tensor],
     backend: str | None,
     spikes: bool = False,
+    before: torch.Tensor | None = None,
 ) -> Callable[[torch.Tensor, Sequence[SpikingLayer], int | None], Activity]:
     """What runs a call with these ``tensors``: all layers at once, or the operators in turn if something of each layer
-    is wanted, or a derivative that no kernel computes."""
-    observed, drops = spikes or is_transformed() or has_tangent(tensors), False
+    is wanted, a derivative that no kernel computes, or a graph that is no chain."""
+    observed, drops = (
+        spikes or before is not None or is_transformed() or has_tangent(tensors) or not is_chain(layers),
+        False,
+    )
     for layer in layers:
-        observed = observed or layer.membranes or layer.observers != (None, None)
+        observed = observed or layer.membranes or layer.observers != (None, None) or layer.delay is not None
         drops = drops or layer.dropped is not None
     run: Callable[..., Activity]
     if observed:
         linear = partial(g2g_linear, backend=backend)
         population = partial(_neurons_in_float32 if backend == "cpu" else run_neurons, backend=backend)
-        run = partial(_in_turn, linear, population, spikes)
+        run = partial(_in_turn, linear, population, spikes, before)
     else:
         run = operator.choose(x, layers, steps, backend=backend)
     return partial(_silent, run) if drops else run
 
 
-def _run(backend: str | None, x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> Activity:
+def _run(
+    backend: str | None, x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None, before: torch.Tensor | None
+) -> Activity:
     """A part of a run, which is chosen anew: where it runs again, other derivatives may be wanted."""
-    return _chosen(x, layers, steps, opened((x, *layers))[0], backend)(x, layers, steps)
+    return _chosen(x, layers, steps, opened((x, before, *layers))[0], backend, before=before)(x, layers, steps)
 
 
 def _in_turn(
     linear: Callable,
     population: Callable,
     spikes: bool,
+    before: torch.Tensor | None,
     x: torch.Tensor,
     layers: Sequence[SpikingLayer],
     steps: int | None,
 ) -> Activity:
-    return activity_of(*reference.in_turn(x, layers, steps, linear, population), differentiable=spikes)
+    return activity_of(*reference.in_turn(x, layers, steps, linear, population, before), differentiable=spikes)
 
 
 def _silent(run: Callable, x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> Activity:

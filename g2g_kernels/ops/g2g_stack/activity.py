@@ -8,7 +8,7 @@ from g2g_kernels.ops.g2g_stack.synapses import Synapses, SynapticOperations
 
 #: of a layer's neurons: the membrane [B, N] of a model with no other state, else its states in order, the membrane last
 NeuronState = torch.Tensor | tuple[torch.Tensor, ...]
-#: that of every layer, from input to output
+#: that of every layer, from input to output; behind them what delays need
 StackState = tuple[NeuronState, ...]
 
 
@@ -46,6 +46,8 @@ class Activity(NamedTuple):
             differentiable. None for a layer that was not asked for them, or instead of all.
         readout: [B, N] of the last layer, if its neurons do not spike: what is read from their membranes;
             differentiable.
+        sent: what delays of more than one step need to continue the run: [D, B, N] of each layer in the last D steps,
+            and at the end of the inputs; None where no delay reads it; differentiable.
 
     Example:
         >>> from g2gnet import G2GNet
@@ -63,6 +65,7 @@ class Activity(NamedTuple):
     states: tuple[torch.Tensor, ...] | None = None
     membranes: tuple[torch.Tensor | None, ...] | None = None
     readout: torch.Tensor | None = None
+    sent: tuple[torch.Tensor | None, ...] = ()
 
     @property
     def output(self) -> torch.Tensor:
@@ -73,6 +76,8 @@ class Activity(NamedTuple):
     def state(self) -> "StackState":
         """The state after the last step, as :meth:`g2gnet.SpikingStack.step` returns it: what continues the run.
 
+        One entry per layer, and behind them :attr:`sent` where it is not None.
+
         Raises:
             RuntimeError: if it is unknown.
         """
@@ -81,7 +86,8 @@ class Activity(NamedTuple):
                 "the state of this run is unknown: the stack called its modules (hooks, or a forward of their own), "
                 "which return only spikes; take steps with SpikingStack.step"
             )
-        return tuple(each[0] if len(each) == 1 else each.unbind() for each in self.states)
+        of_neurons = [each[0] if len(each) == 1 else each.unbind() for each in self.states]
+        return (*of_neurons, *(each for each in self.sent if each is not None))
 
     def synaptic_operations(self) -> tuple[SynapticOperations, ...]:
         """The additions and multiplications that spikes (and inputs) caused in each layer, over all steps and samples.

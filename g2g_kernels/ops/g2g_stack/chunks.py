@@ -14,8 +14,8 @@ from g2g_kernels.ops.g2g_stack.layer import SpikingLayer
 from g2g_kernels.ops.record import built, opened
 from g2g_kernels.tracing import is_transformed, replaced
 
-#: (x, layers, steps) -> their activity
-Run = Callable[[torch.Tensor, Sequence[SpikingLayer], int | None], Activity]
+#: (x, layers, steps, inputs before the first step) -> their activity
+Run = Callable[[torch.Tensor, Sequence[SpikingLayer], int | None, torch.Tensor | None], Activity]
 
 
 class ChunkedSpikes:
@@ -33,19 +33,27 @@ class ChunkedSpikes:
         return torch.cat([chunk.dense() for chunk in self.chunks])
 
 
-def in_chunks(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None, chunk: int, run: Run) -> Activity:
+def in_chunks(
+    x: torch.Tensor,
+    layers: Sequence[SpikingLayer],
+    steps: int | None,
+    chunk: int,
+    run: Run,
+    before: torch.Tensor | None = None,
+) -> Activity:
     """The activity of ``run`` over all steps, ``chunk`` of them at a time (the last may be shorter)."""
     total = len(x) if steps is None else steps
-    plain = torch.compiler.is_compiling() or is_transformed() or has_tangent(opened((x, tuple(layers)))[0])
+    plain = torch.compiler.is_compiling() or is_transformed() or has_tangent(opened((x, before, tuple(layers)))[0])
     done: list[tuple[int, Activity]] = []
     for first in range(0, total, chunk):
         size = min(chunk, total - first)
         part, held = (x[first : first + size], None) if steps is None else (x, size)
-        activity = run(part, layers, held) if plain else _recomputed(part, layers, held, run)
+        activity = run(part, layers, held, before) if plain else _recomputed(part, layers, held, before, run)
         assert activity.states is not None
+        *sent, before = activity.sent or (None,) * (len(layers) + 1)
         layers = [
-            replaced(layer, state=state)
-            for layer, state in zip(layers, activity.states)  # noqa: B905
+            replaced(layer, state=state, sent=of_layer)
+            for layer, state, of_layer in zip(layers, activity.states, sent)  # noqa: B905
         ]
         done.append((size, activity))
     shares = [size / total for size, _ in done]
@@ -58,29 +66,44 @@ def in_chunks(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None
         ),
         spikes=tuple(ChunkedSpikes(of_layer) for of_layer in zip(*(each.spikes for each in activities))),  # noqa: B905
         states=activities[-1].states,
+        sent=activities[-1].sent,
     )
 
 
-def _recomputed(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None, run: Run) -> Activity:
-    """``run(x, layers, steps)``, nothing of which is kept for the backward pass."""
-    tensors, form = opened((x, tuple(layers)))
+def _recomputed(
+    x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None, before: torch.Tensor | None, run: Run
+) -> Activity:
+    """``run(x, layers, steps, before)``, nothing of which is kept for the backward pass."""
+    tensors, form = opened((x, before, tuple(layers)))
     if not (torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors])):
-        return run(x, layers, steps)
+        return run(x, layers, steps, before)
     spikes: list[Spikes] = []
+    is_sent: list[bool] = []
 
     def again(*given: torch.Tensor) -> list[torch.Tensor]:
-        x, layers = built(form, given)
-        activity = run(x, layers, steps)
+        x, before, layers = built(form, given)
+        activity = run(x, layers, steps, before)
         assert activity.states is not None
-        spikes[:] = activity.spikes
-        return [activity.counts, *activity.rates, *activity.states]
+        spikes[:], is_sent[:] = activity.spikes, [each is not None for each in activity.sent]
+        return [
+            activity.counts,
+            *activity.rates,
+            *activity.states,
+            *[each for each in activity.sent if each is not None],
+        ]
 
     # what has no gradient, too: PyTorch then refuses the others' if it has changed in place in the meantime
-    indices = [index for layer in layers for _, mask in layer.connections() for index in mask.tensors()]
+    indices = [
+        index
+        for number, layer in enumerate(layers)
+        for connection in layer.connections(number)
+        for index in connection.mask.tensors()
+    ]
     counts, *results = _Recomputed.apply(again, indices, *tensors)
-    made = tuple(spikes)
+    made, count, rest = tuple(spikes), len(layers), iter(results[2 * len(layers) :])
     spikes.clear()  # which the graph would keep alive
-    return Activity(counts, tuple(results[: len(layers)]), made, states=tuple(results[len(layers) :]))
+    sent = tuple(next(rest) if is_one else None for is_one in is_sent)
+    return Activity(counts, tuple(results[:count]), made, states=tuple(results[count : 2 * count]), sent=sent)
 
 
 class _Recomputed(torch.autograd.Function):

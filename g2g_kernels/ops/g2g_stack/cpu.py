@@ -55,7 +55,7 @@ GRADIENT_EVENT_LIMIT = {False: 0.35, True: 0.23}
 
 #: fields of a layer that the kernels have under the same name, and those that they do not read
 READ = [name for name in SpikingLayer._fields if hasattr(structures.Layer, name) and name != "recurrent"]
-UNREAD = unread([*READ, "mask", "population", "recurrent", "membranes", "observers"])
+UNREAD = unread([*READ, "mask", "population", "recurrent", "membranes", "observers", "source"])
 
 Tensors = Sequence[torch.Tensor]
 

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from g2g_kernels.ops.g2g_stack.delays import Delay
 from g2g_kernels.ops.neurons.models import Neurons
 from g2g_kernels.ops.record import TYPES
 
@@ -22,6 +23,27 @@ class Recurrent(NamedTuple):
 
     values: torch.Tensor
     mask: Any  # inside operators its tensors
+
+
+class Connection(NamedTuple):
+    """What else reaches the neurons of a layer.
+
+    Attributes:
+        values: packed weights [num_units, unit_rows, unit_cols].
+        mask: the units that exist.
+        source: the number of the layer whose spikes it receives, which may be a later one or the layer itself; −1: it
+            receives the inputs of the whole stack.
+        delay: by how many steps they arrive later; None: in the same step.
+        bias: [N], which acts at every step; or None.
+        observer: as those of a layer.
+    """
+
+    values: torch.Tensor
+    mask: Any
+    source: int
+    delay: Delay | None = None
+    bias: torch.Tensor | None = None
+    observer: Observer | None = None
 
 
 class SpikingLayer(NamedTuple):
@@ -45,6 +67,12 @@ class SpikingLayer(NamedTuple):
         observers: of the connection and of the recurrent one, or None: called with x and W·x + b, and at each step with
             S_{t−1} and V·S_{t−1}. They return the latter, perhaps by a node that finds its gradient. The operators then
             run one after the other; in chunks, what is called in the backward pass is what has gradients.
+        source: the number of the layer whose spikes the connection receives; −1: the inputs of the whole stack; None:
+            the layer before.
+        delay: by how many steps they arrive later; None: in the same step.
+        more: other connections to the same neurons.
+        sent: float [D, B, N], what the neurons sent in the D steps before the first, if a delay of more than one step
+            reads it; None: nothing.
 
     Example:
         >>> mask = BlockMask.full(GroupLayout(4, 1), GroupLayout(8, 1), block_size=4)
@@ -63,15 +91,33 @@ class SpikingLayer(NamedTuple):
     recurrent: Recurrent | None = None
     membranes: bool = False
     observers: tuple[Observer | None, Observer | None] = (None, None)
+    source: int | None = None
+    delay: Delay | None = None
+    more: tuple[Connection, ...] = ()
+    sent: torch.Tensor | None = None
 
     @property
     def size(self) -> int:
         """The number of its neurons."""
         return self.mask.shape[0]
 
-    def connections(self) -> list[tuple[torch.Tensor, Any]]:
-        """Weights and mask of what comes from the layer before, and of the recurrent connection where there is one."""
-        return [(self.values, self.mask), *([] if self.recurrent is None else [self.recurrent])]
+    def connections(self, number: int) -> list[Connection]:
+        """What reaches layer ``number``, which this is: its connection, the recurrent one, and the others."""
+        of_input, of_recurrent = self.observers
+        source = number - 1 if self.source is None else self.source
+        first = Connection(self.values, self.mask, source, self.delay, self.bias, of_input)
+        if self.recurrent is None:
+            return [first, *self.more]
+        return [first, Connection(*self.recurrent, number, ONE_STEP, None, of_recurrent), *self.more]
+
+
+#: the delay of a recurrent connection
+ONE_STEP = Delay(1, 1)
+
+
+def is_chain(layers: Sequence[SpikingLayer]) -> bool:
+    """Whether each layer receives the spikes of the one before it, and nothing else but its own of the last step."""
+    return all([not layer.more and layer.source in (None, number - 1) for number, layer in enumerate(layers)])
 
 
 def unread(read: Iterable[str]) -> list[str]:
@@ -88,4 +134,4 @@ def refuses_fields(names: Sequence[str], layers: Sequence[SpikingLayer]) -> str 
     return None
 
 
-TYPES |= {"SpikingLayer": SpikingLayer, "Recurrent": Recurrent}
+TYPES |= {"SpikingLayer": SpikingLayer, "Recurrent": Recurrent, "Connection": Connection}

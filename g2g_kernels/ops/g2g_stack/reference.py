@@ -1,7 +1,7 @@
 """Plain PyTorch ``g2g_stack``: the two operators one after the other, layer by layer. The oracle for every backend.
 
-A recurrent layer needs its own last spikes and takes one step after the other, its product with the inputs excepted;
-so does a layer whose membranes over time are wanted.
+Layers that reach one another take turns, as many steps at a time as their delays allow: a recurrent layer takes one
+step after the other, its product with the inputs excepted. So do the neurons of a layer whose membranes are wanted.
 """
 
 import itertools
@@ -14,7 +14,9 @@ import torch
 from g2g_kernels.ops.checks import mixed_dtypes
 from g2g_kernels.ops.g2g_linear.reference import g2g_linear
 from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes
-from g2g_kernels.ops.g2g_stack.layer import Observer, SpikingLayer
+from g2g_kernels.ops.g2g_stack.delays import Train, arrived, reaches_of
+from g2g_kernels.ops.g2g_stack.layer import Connection, SpikingLayer
+from g2g_kernels.ops.g2g_stack.schedule import Graph, Part, parts_of
 from g2g_kernels.ops.neurons.reference import neurons
 from g2g_kernels.ops.neurons.step import spikes_of
 
@@ -22,8 +24,8 @@ from g2g_kernels.ops.neurons.step import spikes_of
 def refuses(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> str | None:
     """Why these operations cannot serve a call, or None."""
     for layer in layers:
-        for values, _ in layer.connections():
-            if reason := mixed_dtypes(x, values, layer.bias):
+        for connection in layer.connections(0):
+            if reason := mixed_dtypes(x, connection.values, connection.bias):
                 return reason
     return None
 
@@ -36,102 +38,201 @@ class Parts(NamedTuple):
     """A layer as functions, which are called one after the other.
 
     Attributes:
-        product: of its inputs [..., in], gives its current [..., N] (with their bias).
-        recurrent: of its spikes in one step [B, N], gives what they add to the current of the next; or None.
+        products: of each connection in the order of :meth:`SpikingLayer.connections`: of what it receives [..., in],
+            gives what it adds to the current [..., N], its bias included.
         neurons: of the current [T, B, N], or [B, N] held for a number of steps, that number or None, and the states
             before, gives spikes [T, B, N] and the states after.
     """
 
-    product: Callable[[torch.Tensor], torch.Tensor]
-    recurrent: Callable[[torch.Tensor], torch.Tensor] | None
+    products: Sequence[Callable[[torch.Tensor], torch.Tensor]]
     neurons: Callable[[torch.Tensor, int | None, Any], tuple[torch.Tensor, Any]]
 
 
-#: the spikes [T, B, N] of each layer, its last states, and the membranes [T, B, N] that it is to give
-Turn = tuple[list[torch.Tensor], list[Any], list[torch.Tensor | None]]
+class Turn(NamedTuple):
+    """What layers did one after the other.
+
+    Attributes:
+        spikes: [T, B, N] of each.
+        states: the last ones of each.
+        membranes: [T, B, N] of each that is to give them.
+        sent: [D, B, N], what each sent in the last D steps, and at the end the inputs; None where no delay reads it.
+    """
+
+    spikes: list[torch.Tensor]
+    states: list[Any]
+    membranes: list[torch.Tensor | None]
+    sent: list[torch.Tensor | None]
 
 
 def in_turn(
-    x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None, linear: Callable, neurons: Callable
+    x: torch.Tensor,
+    layers: Sequence[SpikingLayer],
+    steps: int | None,
+    linear: Callable,
+    neurons: Callable,
+    before: torch.Tensor | None = None,
 ) -> Turn:
     """What the layers do by two operators, ``linear`` and ``neurons``."""
-    return in_parts(x, layers, [_parts_of(layer, linear, neurons) for layer in layers], steps)
+    parts = []
+    for number, layer in enumerate(layers):
+        products = [partial(_product, linear, connection) for connection in layer.connections(number)]
+        parts.append(Parts(products, partial(_neurons, neurons, layer)))
+    return in_parts(x, layers, parts, steps, before)
 
 
-def _parts_of(layer: SpikingLayer, linear: Callable, neurons: Callable) -> Parts:
-    of_inputs, of_recurrent = layer.observers
-    recurrent = None
-    if layer.recurrent is not None:
-        recurrent = partial(_product, linear, *layer.recurrent, None, of_recurrent)
-    product = partial(_product, linear, layer.values, layer.mask, layer.bias, of_inputs)
-    return Parts(product, recurrent, partial(_neurons, neurons, layer))
-
-
-def _product(
-    linear: Callable, values: torch.Tensor, mask: Any, bias: Any, observer: Observer | None, x: torch.Tensor
-) -> torch.Tensor:
-    y = linear(x, values, mask, bias)
-    return y if observer is None else observer(x, y)
+def _product(linear: Callable, connection: Connection, x: torch.Tensor) -> torch.Tensor:
+    y = linear(x, connection.values, connection.mask, connection.bias)
+    return y if connection.observer is None else connection.observer(x, y)
 
 
 def _neurons(neurons: Callable, layer: SpikingLayer, current: torch.Tensor, steps: int | None, state: Any) -> Any:
     return neurons(current, layer.population, steps, state=state)
 
 
-def in_parts(x: torch.Tensor, layers: Sequence[SpikingLayer], parts: Sequence[Parts], steps: int | None) -> Turn:
+def graph_of(layers: Sequence[SpikingLayer]) -> Graph:
+    """The connections of layers, and the least delay of each."""
+    return tuple(
+        [
+            tuple([(each.source, 0 if each.delay is None else each.delay.least) for each in layer.connections(number)])
+            for number, layer in enumerate(layers)
+        ]
+    )
+
+
+def reaches(layers: Sequence[SpikingLayer]) -> list[int]:
+    """:func:`g2g_kernels.ops.g2g_stack.delays.reaches_of` these layers."""
+    connections = [each for number, layer in enumerate(layers) for each in layer.connections(number)]
+    return reaches_of([(each.source, each.delay) for each in connections], len(layers))
+
+
+def in_parts(
+    x: torch.Tensor,
+    layers: Sequence[SpikingLayer],
+    parts: Sequence[Parts],
+    steps: int | None,
+    before: torch.Tensor | None = None,
+) -> Turn:
     """What the layers do by their parts; of ``layers`` it reads what is not in them."""
-    spikes: list[torch.Tensor] = []
-    states: list[Any] = []
-    membranes: list[torch.Tensor | None] = []
-    for layer, part in zip(layers, parts, strict=True):
-        current = part.product(x)
-        of_layer = None
-        if part.recurrent is None and not layer.membranes:
-            x, last = part.neurons(current, steps, layer.state)
-            if layer.dropped is not None:
-                x = x.masked_fill(layer.dropped, 0)
-        else:
-            x, last, of_layer = _in_steps(current, layer, part, steps)
-        spikes.append(x)
-        states.append(last)
-        membranes.append(of_layer)
-        steps = None
-    return spikes, states, membranes
+    run = _Run(x, layers, parts, steps, before)
+    for together in parts_of(graph_of(layers)):
+        run.part(together)
+    return run.turn()
 
 
-def _in_steps(
-    current: torch.Tensor, layer: SpikingLayer, part: Parts, steps: int | None
-) -> tuple[torch.Tensor, Any, torch.Tensor | None]:
-    """A layer step by step, with I_t = W·x_t + b + V·S_{t−1} if it is recurrent: its spikes, last states, membranes.
+class _Run:
+    """A run of layers, of which those that reach one another take turns (:mod:`g2g_kernels.ops.g2g_stack.schedule`)."""
 
-    Gradients pass through S_{t−1} by the surrogate.
-    """
-    state = layer.state
-    before = None
-    if part.recurrent is not None and state is not None:
-        before = spikes_of(state[-1], layer.population).to(current.dtype)
-        if layer.dropped is not None:
-            before = before.masked_fill(layer.dropped, 0)
-    spikes: list[torch.Tensor] = []
-    membranes: list[torch.Tensor] = []
-    for now in current.unbind() if steps is None else itertools.repeat(current, steps):
-        if part.recurrent is not None and before is not None:
-            now = now + part.recurrent(before)
-        train, state = part.neurons(now[None], None, state)
-        if layer.dropped is not None:
-            train = train.masked_fill(layer.dropped, 0)
-        before = train[0]
-        spikes.append(train)
-        if layer.membranes:
-            membrane = state[-1]
-            membranes.append(membrane if layer.dropped is None else membrane.masked_fill(layer.dropped, 0))
-    return torch.cat(spikes), state, torch.stack(membranes) if layer.membranes else None
+    def __init__(
+        self,
+        x: torch.Tensor,
+        layers: Sequence[SpikingLayer],
+        parts: Sequence[Parts],
+        steps: int | None,
+        before: torch.Tensor | None,
+    ) -> None:
+        self.x, self.layers, self.parts, self.held = x, layers, parts, steps is not None
+        self.steps = len(x) if steps is None else steps
+        self.connections = [layer.connections(number) for number, layer in enumerate(layers)]
+        self.reaches = reaches(layers)
+        inputs = Train(x if self.held else x[0], before)
+        inputs.append(x.expand(self.steps, *x.shape) if self.held else x)
+        #: what each layer sends, and at the end the inputs
+        self.trains = [Train(x.new_zeros(x.shape[-2], layer.size), self._before(n)) for n, layer in enumerate(layers)]
+        self.trains.append(inputs)
+        self.spikes: list[list[torch.Tensor]] = [[] for _ in layers]
+        self.states: list[Any] = [layer.state for layer in layers]
+        self.membranes: list[list[torch.Tensor]] = [[] for _ in layers]
+
+    def _before(self, number: int) -> torch.Tensor | None:
+        """[D, B, N], what a layer sent before the run, as far as it is read; None: nothing."""
+        layer = self.layers[number]
+        if self.reaches[number]:
+            return layer.sent
+        delayed = [each for of_layer in self.connections for each in of_layer if each.source == number and each.delay]
+        if layer.state is None or not delayed:
+            return None
+        spikes = spikes_of(layer.state[-1], layer.population).to(self.x.dtype)
+        return (spikes if layer.dropped is None else spikes.masked_fill(layer.dropped, 0))[None]
+
+    def part(self, part: Part) -> None:
+        """Runs layers that reach one another, or one that does not reach itself."""
+        blocks, inside, pieces = list(part.blocks(self.steps)), set(part.members), {}
+        for number in part.members:
+            current = self._current(number, 0, self.steps, lambda source: source not in inside)
+            if not part.period:
+                return self._advance(number, current, self.steps)
+            sizes = [last - first for which, first, last in blocks if which == number]
+            is_held = current is None or current.dim() == 2
+            pieces[number] = itertools.repeat(current) if is_held else iter(current.split(sizes))
+        for number, first, last in blocks:
+            current, own = next(pieces[number]), self._current(number, first, last, inside.__contains__)
+            if own is not None:
+                current = own if current is None else current + own
+            if current is not None and current.dim() == 2:
+                current = current.expand(last - first, *current.shape)
+            self._advance(number, current, last - first)
+
+    def _current(self, number: int, first: int, last: int, chosen: Callable[[int], bool]) -> torch.Tensor | None:
+        """What the connections from the chosen sources add to the current of a layer, [n, B, N], or [B, N] if it is the
+        same at all steps; None: nothing."""
+        current = None
+        for connection, product in zip(self.connections[number], self.parts[number].products, strict=True):
+            source, delay = connection.source, connection.delay
+            if not chosen(source):
+                continue
+            if source < 0 and self.held and delay is None:
+                added = product(self.x)
+            elif (received := arrived(self.trains[source], delay, first, last)) is not None:
+                # where layers take single steps, what they receive has no time axis
+                added = product(received) if delay is None or len(received) > 1 else product(received[0])[None]
+            elif connection.bias is not None:
+                added = product(self.trains[source].nothing())
+            else:
+                continue
+            current = added if current is None else current + added
+        return current
+
+    def _advance(self, number: int, current: torch.Tensor | None, count: int) -> None:
+        """The next ``count`` steps of the neurons of a layer."""
+        layer, part = self.layers[number], self.parts[number]
+        if current is None:
+            current = part.products[0](self.trains[self.connections[number][0].source].nothing())
+        held = count if current.dim() == 2 else None
+        if not layer.membranes:
+            spikes, self.states[number] = part.neurons(current, held, self.states[number])
+            self._send(number, spikes)
+            return
+        for now in current.unbind() if held is None else itertools.repeat(current, held):
+            spikes, self.states[number] = part.neurons(now[None], None, self.states[number])
+            self._send(number, spikes)
+            membrane = self.states[number][-1]
+            self.membranes[number].append(membrane if layer.dropped is None else membrane.masked_fill(layer.dropped, 0))
+
+    def _send(self, number: int, spikes: torch.Tensor) -> None:
+        dropped = self.layers[number].dropped
+        if dropped is not None:
+            spikes = spikes.masked_fill(dropped, 0)
+        self.trains[number].append(spikes)
+        self.spikes[number].append(spikes)
+
+    def turn(self) -> Turn:
+        """What the layers have done."""
+        return Turn(
+            [each[0] if len(each) == 1 else torch.cat(each) for each in self.spikes],
+            self.states,
+            [torch.stack(each) if each else None for each in self.membranes],
+            [
+                train.window(self.steps - reach, self.steps) if reach else None
+                for train, reach in zip(self.trains, self.reaches, strict=True)
+            ],
+        )
 
 
 def activity_of(
     spikes: Sequence[torch.Tensor],
     states: Sequence[torch.Tensor] | None,
     membranes: Sequence[torch.Tensor | None] = (None,),
+    sent: Sequence[torch.Tensor | None] = (),
     *,
     differentiable: bool,
 ) -> Activity:
@@ -142,4 +243,5 @@ def activity_of(
         spikes=tuple(DenseSpikes(each if differentiable else each.detach()) for each in spikes),
         states=None if states is None else tuple(states),
         membranes=None if all(each is None for each in membranes) else tuple(membranes),
+        sent=tuple(sent),
     )

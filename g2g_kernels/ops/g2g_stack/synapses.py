@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 
 from g2g_kernels.mask.block_mask import BlockMask
+from g2g_kernels.ops.g2g_stack.delays import Delay
+from g2g_kernels.ops.g2g_stack.layer import Connection, SpikingLayer
 
 
 class SynapticOperations(NamedTuple):
@@ -28,27 +30,32 @@ class SynapticOperations(NamedTuple):
 
 
 class Border(NamedTuple):
-    """The ends of a run: where the spikes that a recurrent connection receives are not those of the run. No gradients.
+    """The ends of a run of a source that delays are read from: there, what arrives is not what it sends in the run.
 
     Attributes:
-        before, after: [B, N] membranes before the first step (None: no spikes) and after the last.
-        threshold: that a membrane exceeds in a spike.
+        before, after: [D, B, N], what was sent in the last steps before the run (None: nothing), and in its last ones.
+            No gradients.
+        threshold: None; or they are membranes [1, B, N], and exceed it in a spike.
         dropped: bool [B, N], the neurons that are silent; or None.
     """
 
     before: torch.Tensor | None
     after: torch.Tensor
-    threshold: torch.Tensor
+    threshold: torch.Tensor | None = None
     dropped: torch.Tensor | None = None
 
-    def sent_beyond(self) -> torch.Tensor:
-        """int64 [N], the spikes that enter from before the run, less those of its last step, over all samples."""
-        first = 0 if self.before is None else self._spikes(self.before)
-        return first - self._spikes(self.after)
+    def sent_beyond(self, delay: Delay) -> torch.Tensor:
+        """int64 [N], the spikes that arrive from before the run, less those that arrive after it, over all samples."""
+        first = 0 if self.before is None else self._late(self.before, delay)
+        return first - self._late(self.after, delay)
 
-    def _spikes(self, membrane: torch.Tensor) -> torch.Tensor:
-        spikes = membrane > self.threshold
-        return (spikes if self.dropped is None else spikes & ~self.dropped).sum(0)
+    def _late(self, train: torch.Tensor, delay: Delay) -> torch.Tensor:
+        """How many arrive after the last step of ``train``."""
+        spikes = train != 0 if self.threshold is None else train > self.threshold
+        if self.dropped is not None:
+            spikes = spikes & ~self.dropped
+        left = torch.arange(len(train), 0, -1, device=train.device)[:, None]  # steps from here to the end
+        return (spikes.sum(1) * (left <= (delay.most if delay.steps is None else delay.steps))).sum(0)
 
 
 class Synapses:
@@ -57,46 +64,69 @@ class Synapses:
     Args:
         x: [T, B, in], or [B, in] held at every step.
         steps: for which x is held, or None.
-        weights: for each layer, packed values and mask of its connections: what comes from the layer before, and the
-            recurrent one where there is one.
-        borders: for each layer, both ends of the run where it has a recurrent connection, else None.
+        layers: the connections to each layer.
+        borders: of each layer, and at the end of the inputs, where delays are read from it; else None.
     """
 
     def __init__(
         self,
         x: torch.Tensor,
         steps: int | None,
-        weights: Sequence[Sequence[tuple[torch.Tensor, BlockMask]]],
+        layers: Sequence[Sequence[Connection]],
         borders: Sequence[Border | None],
     ) -> None:
         self._x = x.detach()
         self._samples = x.shape[-2]
         self._steps = len(x) if steps is None else steps
         self._borders = borders
-        self._weights: list[list[tuple[torch.Tensor, BlockMask]]] = []
+        self._layers = [
+            [each._replace(values=each.values.detach(), observer=None) for each in connections]
+            for connections in layers
+        ]
         #: what is counted, and the numbers that differ after it has changed
-        self._counted = [self._x]
-        for connections in weights:
-            self._weights.append([])
-            for values, mask in connections:
-                self._weights[-1].append((values.detach(), mask))
-                self._counted.append(self._weights[-1][-1][0])
+        self._counted = [self._x, *(each.values for connections in self._layers for each in connections)]
         for border in borders:
             if border is not None:
                 self._counted += [tensor for tensor in border if tensor is not None]
         self._then = self._now()
 
+    @classmethod
+    def of_run(
+        cls,
+        x: torch.Tensor,
+        layers: Sequence[SpikingLayer],
+        steps: int | None,
+        before: torch.Tensor | None,
+        states: Sequence[torch.Tensor],
+        sent: Sequence[torch.Tensor | None],
+    ) -> "Synapses":
+        """Those of a run with these layers and ``before``, after which they have these states and have sent this."""
+        connections = [layer.connections(number) for number, layer in enumerate(layers)]
+        delayed = {each.source for of_layer in connections for each in of_layer if each.delay is not None}
+        borders: list[Border | None] = [None] * (len(layers) + 1)
+        for source in delayed:
+            known = sent[source] if sent else None
+            earlier = before if source < 0 else layers[source].sent
+            if known is not None:
+                borders[source] = Border(None if earlier is None else earlier.detach(), known.detach())
+                continue
+            layer = layers[source]
+            state = None if layer.state is None else layer.state.detach()[-1:]
+            threshold = layer.population.parameters[-1].detach()
+            borders[source] = Border(state, states[source].detach()[-1:], threshold, layer.dropped)
+        return cls(x, steps, connections, borders)
+
     def _now(self) -> list[int]:
         versions = [-1 if tensor.is_inference() else tensor._version for tensor in self._counted]
-        return versions + [mask.changes for connections in self._weights for _, mask in connections]
+        return versions + [each.mask.changes for connections in self._layers for each in connections]
 
     def operations(self, rates: Sequence[torch.Tensor]) -> tuple[SynapticOperations, ...]:
-        """Of each layer, its recurrent connection included, given the firing rates of each, [N]; waits for the device.
+        """Of each layer, all connections to it included, given the firing rates of each, [N]; waits for the device.
         Exact up to 2²³ spikes per neuron.
 
         Raises:
-            RuntimeError: if inputs, weights or masks have changed in the meantime, or of a recurrent layer its
-                thresholds or its states at both ends of the run.
+            RuntimeError: if inputs, weights or masks have changed in the meantime, or where delays are read the
+                thresholds, states or spikes at both ends of the run.
         """
         if self._now() != self._then:
             raise RuntimeError(
@@ -105,23 +135,24 @@ class Synapses:
                 "scheduler's"
             )
         x = self._x.reshape(-1, self._x.shape[-1])
-        received = [(x != 0).sum(0)]
         vectors = self._steps * self._samples
-        received += [(of.detach().double() * vectors).nan_to_num().round().long() for of in rates]
+        sent = [(of.detach().double() * vectors).nan_to_num().round().long() for of in rates]
+        sent.append((x != 0).sum(0))
         spiking = bool(((x == 0) | (x.abs() == 1)).all())
         counted = []
-        for number, ((values, mask), *recurrent) in enumerate(self._weights):
-            operations = int((received[number] * _fan_out(values, mask)).sum())
-            accumulates = operations if spiking or number else 0
-            multiplies = operations - accumulates
-            dense = (vectors if number else len(x)) * mask.shape[0] * mask.shape[1]
-            for values, mask in recurrent:
-                border = self._borders[number]
-                assert border is not None
-                sent = received[number + 1] + border.sent_beyond()
-                accumulates += int((sent * _fan_out(values, mask)).sum())
-                dense += vectors * mask.shape[0] * mask.shape[1]
-            counted.append(SynapticOperations(accumulates, multiplies, dense))
+        for connections in self._layers:
+            totals = [0, 0, 0]
+            for values, mask, source, delay, *_ in connections:
+                received, border, rows = sent[source], self._borders[source], vectors
+                if source < 0 and delay is None:
+                    rows = len(x)
+                elif source < 0:  # a held input that arrives later is another one at each step
+                    received = received * (vectors // len(x))
+                if delay is not None and border is not None:
+                    received = received + border.sent_beyond(delay)
+                totals[int(source < 0 and not spiking)] += int((received * _fan_out(values, mask)).sum())
+                totals[2] += rows * mask.shape[0] * mask.shape[1]
+            counted.append(SynapticOperations(*totals))
         return tuple(counted)
 
 

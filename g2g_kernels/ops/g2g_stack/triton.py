@@ -688,7 +688,9 @@ def _pair_backward(run: Run, checkpoints: torch.Tensor, upstream: Upstream, dtyp
 
 
 #: fields of a layer that the kernels do not read
-UNREAD = unread(("values", "mask", "bias", "population", "dropped", "state", "recurrent", "membranes", "observers"))
+UNREAD = unread(
+    ("values", "mask", "bias", "population", "dropped", "state", "recurrent", "membranes", "observers", "source")
+)
 
 
 # --- operators --------------------------------------------------------------------------------------------------
@@ -701,7 +703,7 @@ def refuses(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) 
         return unread_field
     reason = runtime.refuses(*[tensor for tensor in tensors if tensor.is_floating_point()])
     if reason is None and runtime.autocast_dtype(x.device.type) is None:
-        dtypes = {x.dtype, *(values.dtype for layer in layers for values, _ in layer.connections())}
+        dtypes = {x.dtype, *(values.dtype for layer in layers for values, *_ in layer.connections(0))}
         if len(dtypes) > 1:
             reason = f"needs x and values of one dtype (or autocast), not {', '.join(sorted(map(str, dtypes)))}"
     if reason is None and x.numel() == 0:
@@ -713,7 +715,7 @@ def refuses(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) 
 
 def _widest(layer: SpikingLayer) -> int:
     """The most columns that a layer's inputs or outputs can have in memory."""
-    axes = [axis for _, mask in layer.connections() for axis in (mask.rows, mask.cols)]
+    axes = [axis for _, mask, *_ in layer.connections(0) for axis in (mask.rows, mask.cols)]
     return max(axis.num_units * axis.width for axis in axes)
 
 

@@ -1,0 +1,196 @@
+"""Delays: what a connection receives is what its source sent some whole steps before, S̃_j[t] = S_j[t − d_j].
+
+A learned delay is a float d̂_j, rounded to d_j after it is clamped. Its gradient is a central difference:
+
+    ∂L/∂d̂_j = −½ Σ_{t,b} ∂L/∂S̃_j[t] · (S_j[t − d_j + 1] − S_j[t − d_j − 1])
+
+with S = 0 after the run, and before it what the run continues. It passes the clamp unchanged.
+"""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+
+from g2g_kernels.ops.record import TYPES
+
+
+class Delay(NamedTuple):
+    """By how many steps what a connection receives is later than what its source sends.
+
+    Attributes:
+        least, most: the bounds of all delays.
+        steps: int64 [N], one for each neuron of the source; None: ``least`` for all.
+        learned: float [N] that ``steps`` are rounded from, or None; it has the gradient.
+    """
+
+    least: int
+    most: int
+    steps: torch.Tensor | None = None
+    learned: torch.Tensor | None = None
+
+    @property
+    def reach(self) -> int:
+        """How many steps before a step are read, for the gradient, too."""
+        return self.most + (self.learned is not None)
+
+
+TYPES["Delay"] = Delay
+
+
+class Train:
+    """What a source sends in a run, block after block.
+
+    Args:
+        like: a step, [B, N].
+        before: [D, B, N] of the D steps before the run; None: it sent nothing, zeros.
+    """
+
+    def __init__(self, like: torch.Tensor, before: torch.Tensor | None) -> None:
+        self._like = like
+        self._blocks: list[torch.Tensor] = []
+        self._starts = [0]
+        if before is not None and len(before):
+            self._blocks.append(before)
+            self._starts = [-len(before), 0]
+
+    @property
+    def length(self) -> int:
+        """The number of steps so far."""
+        return self._starts[-1]
+
+    @property
+    def begin(self) -> int:
+        """The first step that is known, 0 or below."""
+        return self._starts[0]
+
+    def append(self, block: torch.Tensor) -> None:
+        """Adds the next steps, [n, B, N]."""
+        self._blocks.append(block)
+        self._starts.append(self.length + len(block))
+
+    def window(self, first: int, last: int) -> torch.Tensor:
+        """[last − first, B, N], the steps from ``first`` to before ``last``; 0 where nothing is known."""
+        pieces: list[torch.Tensor] = []
+        if last > self.length:
+            pieces.append(self._zeros(last - max(first, self.length)))
+            last = max(first, self.length)
+        number = len(self._blocks)
+        while first < last and last > self.begin:
+            number -= 1
+            start, block = self._starts[number], self._blocks[number]
+            if start >= last:
+                continue
+            begin = max(first, start)
+            pieces.append(block if last - begin == len(block) else block[begin - start : last - start])
+            last = begin
+        if first < last:
+            pieces.append(self._zeros(last - first))
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces[::-1])
+
+    def nothing(self) -> torch.Tensor:
+        """A step in which nothing is sent, zeros [B, N]."""
+        return torch.zeros_like(self._blocks[-1][0] if self._blocks else self._like)
+
+    def _zeros(self, count: int) -> torch.Tensor:
+        return self.nothing().expand(count, *self._like.shape)
+
+
+class Later:
+    """Spikes of a source as they arrive.
+
+    Args:
+        spikes: what it sends in the run, [T, B, N], [B, N] held for ``steps``, or an object whose ``dense()`` is that.
+        before: [D, B, N], what it sent in the D steps before; None: nothing.
+    """
+
+    def __init__(self, spikes: Any, delay: Delay, before: torch.Tensor | None, steps: int | None = None) -> None:
+        self._spikes, self._delay, self._before, self._steps = spikes, delay, before, steps
+
+    def dense(self) -> torch.Tensor:
+        """[T, B, N], without gradient."""
+        spikes = self._spikes if isinstance(self._spikes, torch.Tensor) else self._spikes.dense()
+        spikes = spikes.detach() if self._steps is None else spikes.detach().expand(self._steps, *spikes.shape)
+        train = Train(spikes[0], None if self._before is None else self._before.detach().to(spikes.dtype))
+        train.append(spikes)
+        received = arrived(train, self._delay._replace(learned=None), 0, len(spikes))
+        return torch.zeros_like(spikes) if received is None else received
+
+
+def arrived(train: Train, delay: Delay | None, first: int, last: int) -> torch.Tensor | None:
+    """What arrives at the steps from ``first`` to before ``last``, [n, B, N]; None: nothing was sent yet."""
+    if delay is None:
+        return train.window(first, last)
+    if last - delay.least <= train.begin:
+        return None
+    if delay.steps is None:
+        return train.window(first - delay.least, last - delay.least)
+    window = train.window(first - delay.most, last - delay.least)
+    if delay.learned is None:
+        return _gathered(window, delay.steps, delay.most, last - first)
+    return _Learned.apply(window, delay.learned, delay, train, first, last)
+
+
+def _gathered(window: torch.Tensor, steps: torch.Tensor, most: int, count: int) -> torch.Tensor:
+    """Of each source neuron the ``count`` rows that begin ``most − steps`` rows after the first."""
+    rows = torch.arange(most, most + count, device=steps.device)[:, None] - steps
+    return window.gather(0, rows[:, None].expand(count, *window.shape[1:]))
+
+
+class _Learned(torch.autograd.Function):
+    """What arrives by learned delays."""
+
+    @staticmethod
+    def forward(ctx: Any, window: torch.Tensor, learned: torch.Tensor, delay: Delay, train: Train, *steps: int) -> Any:
+        assert delay.steps is not None
+        ctx.delay, ctx.train, ctx.steps, ctx.rows = delay._replace(learned=None), train, steps, len(window)
+        return _gathered(window, delay.steps, delay.most, steps[1] - steps[0])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        delay, (first, last) = ctx.delay, ctx.steps
+        of_window = of_learned = None
+        if ctx.needs_input_grad[0]:
+            rows = torch.arange(delay.most, delay.most + last - first, device=grad.device)[:, None] - delay.steps
+            of_window = grad.new_zeros(ctx.rows, *grad.shape[1:])
+            of_window.scatter_(0, rows[:, None].expand(grad.shape), grad)
+        if ctx.needs_input_grad[1]:
+            # by now the whole run is known, what was sent after `last`, too
+            around = ctx.train.window(first - delay.most - 1, last - delay.least + 1).detach()
+            earlier = _gathered(around, delay.steps, delay.most, last - first)
+            later = _gathered(around[2:], delay.steps, delay.most, last - first)
+            of_learned = (grad * (earlier - later)).sum(
+                (0, 1), dtype=torch.promote_types(grad.dtype, torch.float32)
+            ) / 2
+        return of_window, of_learned, None, None, None, None
+
+
+def check_delay(suffix: str, delay: Any, size: int) -> None:
+    """Raises ValueError unless these are delays of a source of ``size`` neurons."""
+    if not isinstance(delay, Delay) or not 0 <= delay.least <= delay.most:
+        raise ValueError(f"the delay{suffix} is {delay!r}; give Delay(least, most), 0 ≤ least ≤ most")
+    for name, tensor in (("steps", delay.steps), ("learned", delay.learned)):
+        if tensor is not None and (not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != (size,)):
+            raise ValueError(f"{name} of the delay{suffix} must be a tensor [{size}], one of each source neuron")
+    if delay.steps is None and (delay.learned is not None or delay.least != delay.most):
+        raise ValueError(
+            f"the delay{suffix} has no steps, but differs from neuron to neuron; give them, int64 [{size}]"
+        )
+    if delay.steps is not None and delay.steps.dtype != torch.int64:
+        raise ValueError(f"steps of the delay{suffix} are {delay.steps.dtype}; give int64")
+
+
+def reaches_of(connections: Iterable[tuple[int, Delay | None]], count: int) -> list[int]:
+    """How many steps before a run must be known of what each of ``count`` layers sends, and at the end of the inputs.
+
+    Spikes of the last step follow from the states: of a layer whose delays are at most one step, it is 0.
+
+    Args:
+        connections: the source (−1: the inputs) and the delay of each.
+    """
+    reaches = [0] * (count + 1)
+    for source, delay in connections:
+        if delay is not None:
+            reaches[source] = max(reaches[source], delay.reach)
+    return [*(0 if reach < 2 else reach for reach in reaches[:-1]), reaches[-1]]

@@ -1,0 +1,130 @@
+"""In which order the populations of a graph run, and how many steps at a time.
+
+What has no cycle runs population by population, over all steps. A cycle runs block by block. In an order of its
+populations, connections lead forward, to a later population, or back. Block k of population p ends at step
+(k + 1)·L + φ_p. Population q then finds what it reads, if for each connection from p with delay d
+
+    φ_q − φ_p ≤ d  (forward),    φ_q − φ_p ≤ d − L  (back)
+
+Such φ exist for every L up to the least sum of delays of a cycle, divided by its connections that lead back
+(Leiserson and Saxe 1991 move delays in circuits so). Delays of 0 lead forward: they form no cycle.
+"""
+
+import functools
+import graphlib
+from collections.abc import Iterator, Sequence
+from graphlib import TopologicalSorter
+from typing import NamedTuple
+
+import numpy as np
+from scipy.sparse.csgraph import connected_components
+
+#: for each population the connections to it, as (source, least delay); the source −1 is the input
+Graph = tuple[tuple[tuple[int, int], ...], ...]
+
+
+class Part(NamedTuple):
+    """Populations that run together.
+
+    Attributes:
+        members: their numbers, in the order in which they run.
+        period: L, the steps of a block; 0: all at once, since nothing leads back.
+        ahead: φ of each.
+    """
+
+    members: tuple[int, ...]
+    period: int
+    ahead: tuple[int, ...]
+
+    def blocks(self, total: int) -> Iterator[tuple[int, int, int]]:
+        """(population, first step, step after the last) of each block, in the order in which they run."""
+        if not self.period:
+            yield self.members[0], 0, total
+            return
+        done = dict.fromkeys(self.members, 0)
+        end = -(max(self.ahead) // self.period) * self.period
+        while min(done.values()) < total:
+            for number, ahead in zip(self.members, self.ahead):  # noqa: B905
+                last = min(end + ahead, total)
+                if last > done[number]:
+                    yield number, done[number], last
+                    done[number] = last
+            end += self.period
+
+
+class CycleError(ValueError):
+    """A cycle of connections without delay.
+
+    Attributes:
+        cycle: its populations, in order.
+    """
+
+    def __init__(self, cycle: Sequence[int]) -> None:
+        self.cycle = tuple(cycle)
+        super().__init__(
+            f"the populations {list(cycle)} form a cycle without delay; give one of its connections a delay"
+        )
+
+
+def parts_of(graph: Graph) -> Sequence[Part]:
+    """The parts of a graph, each after those that it reads.
+
+    Raises:
+        CycleError: for a cycle whose delays are 0.
+    """
+    parts = []
+    for number, sources in enumerate(graph):
+        own = [delay for source, delay in sources if source == number]
+        if any([source > number for source, _ in sources]) or 0 in own:
+            return _parts_of_any(graph)
+        parts.append(Part((number,), min(own) if own else 0, (0,)))
+    return parts
+
+
+@functools.lru_cache(256)
+def _parts_of_any(graph: Graph) -> tuple[Part, ...]:
+    """The same for a graph whose populations are not in order."""
+    inside = [{source for source, _ in sources if source >= 0} for sources in graph]
+    instant = [{source for source, delay in sources if source >= 0 and delay == 0} for sources in graph]
+    matrix = np.zeros((len(graph), len(graph)), dtype=bool)
+    for number, sources in enumerate(inside):
+        matrix[number, list(sources)] = True
+    component = connected_components(matrix, connection="strong")[1].tolist()
+    of_components: dict[int, set[int]] = {each: set() for each in component}
+    for number, sources in enumerate(inside):
+        of_components[component[number]] |= {component[source] for source in sources} - {component[number]}
+    parts = []
+    for own in TopologicalSorter(of_components).static_order():
+        members = [number for number in range(len(graph)) if component[number] == own]
+        if len(members) == 1 and members[0] not in inside[members[0]]:
+            parts.append(Part(tuple(members), 0, (0,)))
+            continue
+        try:
+            order = [*TopologicalSorter({each: instant[each] & set(members) for each in members}).static_order()]
+        except graphlib.CycleError as error:
+            raise CycleError(error.args[1][:-1]) from None
+        place = {number: position for position, number in enumerate(order)}
+        edges = [(place[p], place[q], delay) for q in order for p, delay in graph[q] if p in place]
+        period, ahead = 1, [0] * len(order)
+        for candidate in range(2, sum(delay for _, _, delay in edges) + 1):
+            found = _ahead(len(order), edges, candidate)
+            if found is None:
+                break
+            period, ahead = candidate, found
+        parts.append(Part(tuple(order), period, tuple(ahead)))
+    return tuple(parts)
+
+
+def _ahead(count: int, edges: Sequence[tuple[int, int, int]], period: int) -> list[int] | None:
+    """φ of each population, the least of them 0; None if there are none for this period (Bellman and Ford)."""
+    ahead = [0] * count
+    for _ in range(count + 1):
+        changed = False
+        for p, q, delay in edges:
+            most = ahead[p] + delay - (0 if p < q else period)
+            if ahead[q] > most:
+                ahead[q], changed = most, True
+        if not changed:
+            least = min(ahead)
+            return [each - least for each in ahead]
+    return None

@@ -1,0 +1,797 @@
+"""Networks of spiking populations, joined by connections with delays: all time steps in one call, or step by step."""
+
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from g2g_kernels import Activity, SpikingLayer, g2g_stack
+from g2g_kernels.choices import check_choice, check_flag
+from g2g_kernels.mask.groups import as_integers
+from g2g_kernels.numbers import COUNT, Number
+from g2g_kernels.ops.g2g_stack import (
+    Connection,
+    Delay,
+    DenseSpikes,
+    NeuronState,
+    Recurrent,
+    Spikes,
+    StackState,
+    activity_of,
+)
+from g2g_kernels.ops.g2g_stack.delays import Later, reaches_of
+from g2g_kernels.ops.g2g_stack.layer import ONE_STEP, Observer
+from g2g_kernels.ops.g2g_stack.schedule import CycleError, parts_of
+from g2g_kernels.tracing import is_transformed, replaced, symbolic_call
+from g2gnet import graphs
+from g2gnet.called_layers import Called, OwnHook, spikes_of_called, step_of_called, synapses_of_called, why_called
+from g2gnet.layers import G2GLinear
+from g2gnet.neurons import SpikingNeurons
+
+#: a dropped neuron is drawn by 16 random bits
+DRAWS = 1 << 16
+#: at least one of the draws keeps a neuron
+DROPOUT = Number(0, 1 - 1 / DRAWS)
+#: what the output population answers: its spike counts, or of neurons that do not spike the last, mean or largest
+#: membrane
+READOUTS = ("counts", "last", "mean", "max")
+#: called with the inputs and the activity of a run over all time steps
+ActivityHook = Callable[[torch.Tensor, Activity], None]
+#: the activity of one population over some steps and samples, [..., N], or spikes whose ``dense()`` gives that
+Train = torch.Tensor | Spikes
+#: steps of a delay
+DELAY = Number(0, (1 << 16) - 1, whole=True)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Projection:
+    """A connection from one population to another, or to itself, and how much later spikes arrive.
+
+    Args:
+        source: the name of a population, or ``"input"``.
+        target: the name of a population.
+        connection: from the source's neurons to the target's.
+        delay: whole steps, one for all or int64 [N_src], one for each neuron of the source.
+        learn_delay: whether the delays are learned: d = round(clamp(d̂, 0, max_delay)) of a float parameter d̂ [N_src],
+            for which ``delay`` is the initial value. On a cycle the clamp begins at 1.
+        max_delay: the largest delay that can be learned, or loaded; None: the largest in ``delay``.
+
+    Raises:
+        ValueError: for delays out of range, or of another number of neurons; if delays are learned without max_delay.
+
+    Example:
+        >>> from g2g_kernels import BlockMask, GroupLayout
+        >>> mask = BlockMask.sample(GroupLayout(32), GroupLayout(64), block_size=4)
+        >>> Projection("v1", "lm", G2GLinear(mask), delay=3).most
+        3
+    """
+
+    source: str
+    target: str
+    connection: nn.Module
+    delay: int | float | torch.Tensor = 0
+    learn_delay: bool = False
+    max_delay: int | None = None
+
+    def __post_init__(self) -> None:
+        name = f"{self.source} → {self.target}"
+        check_flag("learn_delay", self.learn_delay)
+        if self.max_delay is not None:
+            DELAY.check("max_delay", self.max_delay)
+        elif self.learn_delay:
+            raise ValueError(f"the delays of {name} are learned: give max_delay, the largest that they may become")
+        delays = torch.as_tensor(self.delay, device="cpu")
+        neurons = getattr(self.connection, "in_features", None)
+        if delays.dim() and tuple(delays.shape) != (neurons,):
+            raise ValueError(
+                f"the delays of {name} have shape {list(delays.shape)}; give one number, or one for each of the "
+                f"{neurons} neurons of the source"
+            )
+        if (
+            delays.dtype.is_complex
+            or delays.dtype == torch.bool
+            or (delays.dtype.is_floating_point and not self.learn_delay)
+        ):
+            raise ValueError(f"the delays of {name} are {delays.dtype}; give whole numbers of steps, int64")
+        most = DELAY.high if self.max_delay is None else self.max_delay
+        if not ((delays >= 0) & (delays <= most)).all():
+            raise ValueError(f"the delays of {name} must be from 0 to {most:g} steps; these are {_extremes(delays)}")
+
+    @property
+    def most(self) -> int:
+        """The largest delay that it may have."""
+        return int(torch.as_tensor(self.delay, device="cpu").max()) if self.max_delay is None else self.max_delay
+
+
+def _extremes(delays: torch.Tensor) -> str:
+    return f"{delays.item():g}" if not delays.dim() else f"from {delays.min():g} to {delays.max():g}"
+
+
+class Route(NamedTuple):
+    """A projection inside a network: the names of its modules, and the numbers of its populations.
+
+    Attributes:
+        name: of the connection.
+        source, target: the numbers of populations; −1: the input.
+        least, most: the bounds of its delays; both 0: none.
+        per_neuron: whether ``{name}_delay`` has a delay for each neuron of the source.
+    """
+
+    name: str
+    source: int
+    target: int
+    least: int
+    most: int
+    per_neuron: bool
+
+
+class SpikingNetwork(nn.Module):
+    """Populations of spiking neurons, and projections between them with delays.
+
+    The current of population p is I_p[t] = Σ_k (W_k·S_src(k)[t − d_k] + b_k), over the projections k to it. Before the
+    first step S is 0, or what the state continues; the input is 0 before it. Biases act at every step. Gradients pass
+    through spikes by the surrogate.
+
+    Populations that form a chain (each receives the one before, and its own spikes one step later) run in one call
+    (:func:`g2g_kernels.g2g_stack`), which reads their weights and parameters. What only a call of a module would run
+    (hooks on one of them, which also rewrite its weights; a ``forward`` of its own; another module in its place) is not
+    left out: modules are then called in turn, on their own ``backend``. That is slower, gives the same results, and is
+    logged once. Other graphs run population by population over all steps; populations on a cycle together, as many
+    steps at a time as the delays of the cycle allow.
+
+    Args:
+        populations: their neurons by name. Sizes follow from the projections.
+        projections: between them; two may join the same pair. The connection from a to b is the module ``a_to_b``, the
+            next one of the same pair ``a_to_b_2``; delays of single neurons are ``a_to_b_delay``, int64 [N_src], saved
+            with the network, or a float parameter if they are learned. Or a dict, whose keys name the connections.
+        output: the name of the population whose counts or readout are the answer.
+        T: number of time steps for which inputs [B, D] are held.
+        dropout: probability with which a neuron (but of the output) is dropped in a sample, in training mode: it stays
+            silent at all steps of that sample, and what the others send is divided by the probability that they are
+            kept. For :meth:`simulate`; :meth:`step` drops nothing.
+        readout: what the network returns of the output: ``"counts"``, spikes over all steps. With ``"last"``,
+            ``"mean"`` or ``"max"`` its neurons do not spike and are not reset, whatever their threshold and reset: they
+            integrate, and the answer is their membrane after the last step, its mean, or its largest value over all
+            steps. Their spikes, counts and rates are 0. ``"last"`` costs what counts do; for the others the operators
+            run one after the other, and the output takes steps.
+        backend: ``"triton"``, ``"cpu"`` or ``"torch"``; None lets the device decide.
+
+    Raises:
+        ValueError: for names that are unknown or taken, sizes that do not match, a population that nothing reaches, a
+            cycle without delay, an unknown readout, or one of a population that sends spikes; T below 1, or a dropout
+            outside [0, 1 − 2⁻¹⁶].
+        TypeError: for connections or neurons that are no such modules.
+
+    Example:
+        >>> from g2g_kernels import BlockMask, GroupLayout
+        >>> from g2gnet import LIF, AdLIF
+        >>> def joined(into, out, **options):
+        ...     return G2GLinear(BlockMask.sample(GroupLayout(out), GroupLayout(into), block_size=4), **options)
+        >>> net = SpikingNetwork(
+        ...     {"l4": LIF(), "l23": AdLIF(), "out": LIF()},
+        ...     [
+        ...         Projection("input", "l4", joined(64, 32)),
+        ...         Projection("l4", "l23", joined(32, 48), delay=2),
+        ...         Projection("l23", "l4", joined(48, 32, bias=False), delay=3),
+        ...         Projection("l23", "out", joined(48, 10)),
+        ...     ],
+        ...     output="out",
+        ... )
+        >>> activity = net.simulate(torch.rand(20, 5, 64))
+        >>> activity.counts.shape, activity.rates["l23"].shape
+        (torch.Size([5, 10]), torch.Size([48]))
+    """
+
+    #: whether :meth:`simulate` or :meth:`step` is calling the modules at the moment
+    calls_layers = False
+    #: while hooks are called, the state that the run continues
+    _continued: Sequence[Any] | None = None
+
+    def __init__(
+        self,
+        populations: Mapping[str, nn.Module],
+        projections: Sequence[Projection] | Mapping[str, Projection],
+        output: str,
+        T: int = 50,  # noqa: N803  (the field's name for it)
+        dropout: float = 0.0,
+        readout: str = "counts",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        DROPOUT.check("dropout", dropout)
+        check_choice("readout", readout, READOUTS)
+        self.T = COUNT.check("T", T)
+        self._readout = readout
+        self.backend = backend
+        self.dropout = dropout
+        self._activity_hooks: OrderedDict[int, ActivityHook] = OrderedDict()
+        named = dict(projections) if isinstance(projections, Mapping) else _named(projections)
+        sizes = _checked_sizes(populations, named, output, readout)
+        #: the names of the populations, in the order in which a chain runs, the output last
+        self.populations = _in_order([*populations], named.values(), output)
+        self.depth = len(self.populations)
+        place = {name: number for number, name in enumerate(self.populations)} | {"input": -1}
+        #: the number of neurons of each, and at the end of inputs
+        self.sizes = tuple([sizes[name] for name in (*self.populations, "input")])
+        routes = []
+        for target in self.populations:
+            names = [name for name, each in named.items() if each.target == target]
+            for name in names:
+                self._add(name, named[name].connection)
+                routes.append(self._add_delay(name, named[name], place))
+                if name == names[0]:
+                    self._add(target, populations[target])
+        self._set_routes(routes)
+
+    def _add(self, name: str, module: nn.Module) -> None:
+        if hasattr(self, name):
+            raise ValueError(f"{name!r} is already an attribute of the network; choose another name")
+        self.add_module(name, module)
+
+    def _add_delay(self, name: str, projection: Projection, place: Mapping[str, int]) -> Route:
+        """Registers the delays of a projection, and returns it as a route; ``place``: the numbers of populations."""
+        delays = torch.as_tensor(projection.delay, device="cpu")
+        per_neuron = bool(delays.dim()) or projection.learn_delay
+        if projection.learn_delay:
+            start = delays.float().expand(projection.connection.in_features).clone()
+            self.register_parameter(f"{name}_delay", nn.Parameter(start))
+        elif per_neuron:
+            self.register_buffer(f"{name}_delay", delays.clone())
+        least = 0 if projection.learn_delay else int(delays.min())
+        return Route(name, place[projection.source], place[projection.target], least, projection.most, per_neuron)
+
+    def _set_routes(self, routes: list[Route]) -> None:
+        """Takes the routes, with learned delays of at least 1 on cycles; ValueError for a cycle without delay."""
+        together = parts_of(_graph_of([route._replace(least=1) for route in routes], self.depth))
+        for number, route in enumerate(routes):
+            on_cycle = any(part.period and {route.source, route.target} <= {*part.members} for part in together)
+            if on_cycle and isinstance(getattr(self, f"{route.name}_delay", None), nn.Parameter):
+                routes[number] = route._replace(least=1)
+        try:
+            parts_of(_graph_of(routes, self.depth))
+        except CycleError as error:
+            names = [self.populations[number] for number in (*error.cycle, error.cycle[0])]
+            raise ValueError(
+                f"{' → '.join(names)} is a cycle without delay; give one of its projections a delay of at least 1"
+            ) from None
+        for route in routes:
+            if route.least > route.most:
+                raise ValueError(f"{route.name} is on a cycle, and max_delay={route.most}; give at least 1")
+        self._routes = tuple(routes)
+        self._to = [[route for route in routes if route.target == number] for number in range(self.depth)]
+
+    @property
+    def steps(self) -> torch.Tensor:
+        """``T`` as it is saved, int64 []. ``torch.func.functional_call`` sets it for the length of a call."""
+        return torch.tensor(self.T)
+
+    @steps.setter
+    def steps(self, value: torch.Tensor) -> None:
+        self.T = COUNT.check("T", int(as_integers("steps", value)))
+
+    @property
+    def readout(self) -> str:
+        """What the last layer answers; its neurons were made for it, so it stays."""
+        return self._readout
+
+    @property
+    def dropout(self) -> float:
+        """The probability with which a hidden neuron is dropped; it may be changed."""
+        return self._dropout
+
+    @dropout.setter
+    def dropout(self, value: float) -> None:
+        DROPOUT.check("dropout", value)
+        self._dropout = value
+
+    @property
+    def _drops(self) -> int:
+        """In how many of ``DRAWS`` equally likely draws a neuron is dropped."""
+        return round(self.dropout * DRAWS)
+
+    @property
+    def _scale(self) -> float:
+        """What the output of kept neurons is multiplied by."""
+        return DRAWS / (DRAWS - self._drops)
+
+    def connections(self) -> dict[str, G2GLinear]:
+        """All connections by name, from the input to the output."""
+        modules: dict[str, Any] = self._modules
+        return {route.name: modules[route.name] for route in self._routes}
+
+    def neurons(self) -> dict[str, SpikingNeurons]:
+        """The neurons of each population by name, the output last."""
+        modules: dict[str, Any] = self._modules
+        return {name: modules[name] for name in self.populations}
+
+    def routes(self) -> list[Route]:
+        """The projections, as numbers of populations and bounds of delays."""
+        return list(self._routes)
+
+    def delays(self, name: str) -> torch.Tensor:
+        """The delays of the connection ``name`` as they act, int64 [N_src]."""
+        (route,) = [route for route in self._routes if route.name == name]
+        delay = self._delay(route)
+        if delay is not None and delay.steps is not None:
+            return delay.steps
+        return torch.full((self.sizes[route.source],), route.most)
+
+    def _delay(self, route: Route) -> Delay | None:
+        """The delays of a projection as operators take them; None: none."""
+        if not route.most:
+            return None
+        if not route.per_neuron:
+            return Delay(route.least, route.most)
+        delays: torch.Tensor = getattr(self, f"{route.name}_delay")
+        if not delays.dtype.is_floating_point:
+            return Delay(route.least, route.most, delays)
+        steps = delays.detach().clamp(route.least, route.most).round().long()
+        # what is not a number has some delay
+        return Delay(route.least, route.most, steps.clamp(route.least, route.most), delays)
+
+    def drop(self, samples: int, generator: torch.Generator | None = None) -> list[torch.Tensor]:
+        """Draws the neurons that are dropped in each sample: bool [samples, N] for each population but the output.
+
+        From ``generator``, or PyTorch's global one, on its own device. Each has 16 random bits: the probability is
+        ``dropout``, rounded to a multiple of 2⁻¹⁶.
+        """
+        last: Any = self._modules[self._to[-1][0].name]
+        device = next(last.parameters()).device if generator is None else generator.device
+        least = self._drops - DRAWS // 2
+        drawn = []
+        for neurons in self.sizes[: self.depth - 1]:
+            if is_transformed():  # vmap draws for every element, but not into a tensor that is there already
+                shape = samples, neurons
+                drawn.append(torch.rand(shape, generator=generator, device=device) < self._drops / DRAWS)
+                continue
+            size = samples * neurons
+            # four numbers per draw: PyTorch's own bernoulli_ takes five times as long on a CPU
+            words = torch.empty(-(-size // 4), dtype=torch.int64, device=device)
+            words.random_(-(1 << 63), None, generator=generator)
+            drawn.append(words.view(torch.int16)[:size].view(samples, -1) < least)
+        return drawn
+
+    def simulate(
+        self,
+        inputs: torch.Tensor,
+        state: StackState | None = None,
+        chunk: int | None = None,
+        *,
+        dropped: Sequence[torch.Tensor] | None = None,
+        spikes: bool = False,
+        membranes: bool = False,
+    ) -> Activity:
+        """Runs the network on inputs [B, D] held for T steps, or [T, B, D].
+
+        A run may start from a state and gives the last one, in the form of :meth:`step`: two halves in turn are the
+        whole, with gradients through the state. If that is detached, this is truncated backpropagation.
+
+        Time comes first, and the length of a sequence may differ from the network's ``T``. Of inputs [B, T, D], which
+        need ``transpose(0, 1)``, each sample would be a step: the output would have T rows, not B.
+
+        Args:
+            inputs: of all samples.
+            state: ``activity.state`` of the run that this one continues, or what :meth:`step` returned; None, for all
+                or for one population: its states are 0.
+            chunk: how many steps are computed at a time. The backward pass computes them again, from the states between
+                chunks: the same gradients, and memory that grows with T by spikes and those states only.
+            dropped: in training mode with ``dropout``, what :meth:`drop` returns; None: drawn here, once for all steps.
+                A run that continues another drops the same neurons, and must be given them.
+            spikes: whether the spikes over time have a gradient too (:func:`g2g_kernels.g2g_stack`).
+            membranes: whether ``activity.membranes`` has the membranes over time [T, B, N] of every population, with a
+                gradient. All neurons then take one step after the other, which is slower, and currents, spikes and
+                membranes of all are in memory.
+
+        Returns:
+            Activity: differentiable ``output`` [B, C], spike counts of the output or its readout, and firing rates; and
+            the spikes. ``spikes``, ``rates`` and ``membranes`` are dicts by the populations' names.
+
+        Raises:
+            ValueError: if the inputs have another shape; if the state is not one of this network and these samples; if
+                a chunk is given and spikes or membranes are wanted, or the readout is that of all steps; if a state, a
+                chunk, membranes or a readout is asked of a network that calls its modules.
+        """
+        check_input(inputs)
+        of_layers = self._of_layers(inputs, state, dropped) if self.training and self._dropout else None
+        if chunk is not None and self._readout in ("mean", "max"):
+            raise ValueError(
+                f"chunk={chunk} does not keep the membranes of all steps that readout={self.readout!r} is taken from; "
+                "leave it out, or make the network with readout='last'"
+            )
+        steps = self.T if inputs.dim() == 2 else None
+        called = self._called()
+        reason = why_called(called)
+        if reason is None:
+            layers, before = self._records(of_layers, state, membranes)
+            activity = g2g_stack(inputs, layers, steps, self.backend, spikes, chunk, before)
+            if self._readout != "counts":
+                activity = self._read(activity, len(inputs) if steps is None else steps, membranes)
+        else:
+            for asked, what in (
+                (membranes, "membranes=True"),
+                (self._readout != "counts", f"readout={self._readout!r}"),
+                (state is not None, "a state"),
+                (chunk is not None, f"chunk={chunk}"),
+            ):
+                if asked:
+                    raise ValueError(
+                        f"{what} was given to a network whose modules are called in turn, and they return spikes only "
+                        f"({reason}); take single steps with step(x, state)"
+                    )
+            activity = self._of_called(inputs, called, of_layers, steps, reason, spikes)
+        if self._activity_hooks:
+            self._call_hooks(list(self._activity_hooks.values()), inputs, activity, state)
+        return self._by_name(activity)
+
+    def _by_name(self, activity: Activity) -> Activity:
+        """The activity with dicts by the populations' names."""
+        fields = {"spikes": activity.spikes, "rates": activity.rates, "membranes": activity.membranes}
+        by_name = {
+            field: None if value is None else dict(zip(self.populations, value, strict=True))
+            for field, value in fields.items()
+        }
+        return replaced(activity, **by_name)
+
+    def _of_layers(
+        self, inputs: torch.Tensor, state: StackState | None, dropped: Sequence[torch.Tensor] | None
+    ) -> list[torch.Tensor | None]:
+        """The neurons that each population drops."""
+        if state is not None and dropped is None:
+            raise ValueError(
+                "a run that continues from a state drops the neurons that were dropped before it: call "
+                f"dropped = net.drop({inputs.shape[-2]}) once, and give it to every part of the run"
+            )
+        of_layers = [*(self.drop(inputs.shape[-2]) if dropped is None else dropped), None]
+        if len(of_layers) != self.depth:
+            raise ValueError(
+                f"dropped is of {len(of_layers) - 1} populations, but {self.depth - 1} can drop neurons; give what "
+                f"drop({inputs.shape[-2]}) returns"
+            )
+        return of_layers
+
+    def _called(self) -> list[Called]:
+        """The populations and their connections as modules."""
+        modules: dict[str, Any] = self._modules
+        return [
+            Called(
+                name,
+                modules[name],
+                size,
+                [(route.name, modules[route.name], route.source, self._delay(route)) for route in routes],
+            )
+            for name, size, routes in zip(self.populations, self.sizes, self._to)  # noqa: B905  (sizes has the input's)
+        ]
+
+    def _records(
+        self, dropped: Sequence[torch.Tensor | None] | None, state: StackState | None, membranes: bool
+    ) -> tuple[list[SpikingLayer], torch.Tensor | None]:
+        """The populations as the operator takes them, and the inputs before the run. What kept neurons send is scaled:
+        the weights that it meets are."""
+        states, sent = self._divided(state)
+        records = []
+        modules: dict[str, Any] = self._modules
+        for number, name in enumerate(self.populations):
+            first, recurrent, more = None, None, []
+            for route in self._to[number]:
+                connection = modules[route.name]
+                (values, mask), observer = connection.observed_weights()
+                if dropped is not None and route.source >= 0:
+                    values, observer = values * self._scale, observer and _of_scaled(observer, self._scale)
+                each = Connection(values, mask, route.source, self._delay(route), connection.bias, observer)
+                if first is None:
+                    first = each
+                elif recurrent is None and each.source == number and each.delay == ONE_STEP and each.bias is None:
+                    recurrent = each
+                else:
+                    more.append(each)
+            assert first is not None
+            population, gives = modules[name].population, membranes
+            if self._readout != "counts" and number + 1 == self.depth:
+                population, gives = population.integrating(), membranes or self._readout != "last"
+            records.append(
+                SpikingLayer(
+                    first.values,
+                    first.mask,
+                    first.bias,
+                    population,
+                    None if dropped is None else dropped[number],
+                    _as_one(states[number]),
+                    None if recurrent is None else Recurrent(recurrent.values, recurrent.mask),
+                    gives,
+                    (first.observer, None if recurrent is None else recurrent.observer),
+                    first.source,
+                    first.delay,
+                    tuple(more),
+                    sent[number],
+                )
+            )
+        return records, sent[-1]
+
+    def _divided(self, state: StackState | None) -> tuple[Sequence[NeuronState | None], list[torch.Tensor | None]]:
+        """The states of the neurons; and what each population, and at the end the input, sent before."""
+        if state is None:
+            return (None,) * self.depth, [None] * (self.depth + 1)
+        reaches = self._reaches()
+        _check_state_form(state, self.depth, sum(map(bool, reaches)))
+        rest = iter(state[self.depth :])
+        return state[: self.depth], [next(rest) if reach else None for reach in reaches]  # type: ignore[misc]
+
+    def _reaches(self) -> list[int]:
+        """How many steps of each population, and at the end of the input, are part of a state."""
+        return reaches_of([(route.source, self._delay(route)) for route in self._routes], self.depth)
+
+    def _call_hooks(
+        self,
+        hooks: Sequence[ActivityHook],
+        inputs: torch.Tensor,
+        activity: Activity,
+        state: Sequence[NeuronState | None] | None,
+    ) -> None:
+        """Calls hooks after a run that continues ``state``."""
+        self._continued = state
+        try:
+            for hook in hooks:
+                hook(inputs, activity)
+        finally:
+            self._continued = None
+
+    def received(self, inputs: torch.Tensor, activity: Activity) -> list[tuple[nn.Module, Train, Train]]:
+        """For hooks: each connection, what it received in a run, and the spikes of the neurons that it leads to."""
+        spikes: list[Any] = [*activity.spikes, inputs.detach()]
+        states, sent = self._divided(self._continued)
+        modules: dict[str, Any] = self._modules
+        received = []
+        for route in self._routes:
+            train, delay = spikes[route.source], self._delay(route)
+            if delay is not None:
+                before = sent[route.source]
+                if before is None and route.source >= 0 and states[route.source] is not None:
+                    membrane = _as_one(states[route.source])[-1].detach()
+                    neurons = modules[self.populations[route.source]]
+                    before = (membrane > neurons.population.parameters[-1].detach())[None]
+                held = self.T if route.source < 0 and inputs.dim() == 2 else None
+                train = Later(train, delay, before, held)
+            received.append((modules[route.name], train, spikes[route.target]))
+        return received
+
+    def _read(self, activity: Activity, steps: int, membranes: bool) -> Activity:
+        """The activity of a run whose last layer integrates: its readout, and no spikes."""
+        states, over_time = activity.states, activity.membranes
+        assert states is not None
+        if self.readout == "last":
+            readout = states[-1][-1]
+        else:
+            membrane = over_time and over_time[-1]
+            assert isinstance(membrane, torch.Tensor)
+            readout = membrane.mean(0) if self.readout == "mean" else membrane.amax(0)
+        none = torch.zeros_like(activity.counts)
+        return replaced(
+            activity,
+            counts=none,
+            rates=(*activity.rates[:-1], torch.zeros_like(activity.rates[-1])),
+            spikes=(*activity.spikes[:-1], DenseSpikes(none.expand(steps, *none.shape))),
+            membranes=over_time if membranes else None,
+            readout=readout,
+        )
+
+    def _of_called(
+        self,
+        inputs: torch.Tensor,
+        called: Sequence[Called],
+        dropped: Sequence[torch.Tensor | None] | None,
+        steps: int | None,
+        reason: str,
+        spikes: bool,
+    ) -> Activity:
+        """The activity of a run by calls of the modules (:mod:`g2gnet.called_layers`)."""
+        self.calls_layers = True
+        try:
+            trains = spikes_of_called(inputs, called, dropped, self._scale, steps, reason)
+        finally:
+            self.calls_layers = False
+        activity = activity_of(trains, None, differentiable=spikes)
+        return replaced(activity, synapses=synapses_of_called(inputs, called, trains, steps))
+
+    def register_activity_hook(self, hook: ActivityHook) -> RemovableHandle:
+        """Calls ``hook(inputs, activity)`` after every :meth:`simulate`, until the handle's ``remove()``."""
+        handle = RemovableHandle(self._activity_hooks)
+        self._activity_hooks[handle.id] = hook
+        return handle
+
+    def step(self, x: torch.Tensor, state: StackState | None = None) -> tuple[torch.Tensor, StackState]:
+        """Runs the network for one time step; T steps give the spikes of :meth:`simulate`.
+
+        For online input and recurrent use. Over a whole sequence :meth:`simulate` computes the same, faster.
+
+        Args:
+            x: inputs of this step [B, D].
+            state: what the last step returned, or ``activity.state`` of a run; None at the first.
+
+        Returns:
+            output spikes of this step [B, C], or the membranes that the readout is taken from; and the state.
+        """
+        states, sent = self._divided(state)
+        recorders = [hook for hook in self._activity_hooks.values() if isinstance(hook, OwnHook)]
+        self.calls_layers = bool(recorders)  # what they do is recorded here
+        try:
+            output, trains, after = step_of_called(x, self._called(), states, sent, self._readout == "counts")
+        finally:
+            self.calls_layers = False
+        if recorders:
+            self._call_hooks(recorders, x[None], activity_of(trains, None, differentiable=False), state)
+        return output, after
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Inputs [B, D] held for T steps, or [T, B, D] → spike counts of the output neurons, or their readout, [B, C]
+        (the logits).
+        """
+        if not isinstance(x, torch.Tensor) and (node := symbolic_call(self, x)) is not None:
+            return node
+        activity = self.simulate(x)  # not its property: torch.export of PyTorch 2.6 leaves that out of its graph
+        return activity.counts if activity.readout is None else activity.readout
+
+    def to_networkx(self) -> Any:
+        """The whole network as a ``networkx.MultiDiGraph`` (:func:`g2gnet.graphs.to_networkx`)."""
+        return graphs.to_networkx(self)
+
+    def _repr_html_(self) -> str:
+        return graphs.to_html(self)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "steps"] = self.steps
+
+    def _as_loaded(self, route: Route) -> Route:
+        """A route whose least delay is that of the delays that it has now."""
+        delays = getattr(self, f"{route.name}_delay", None)
+        if delays is None or delays.dtype.is_floating_point or delays.is_meta:
+            return route
+        return route._replace(least=int(delays.min()))
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        for route in self._routes:
+            _check_saved(state_dict, f"{prefix}{route.name}_delay", route, error_msgs)
+        # it is no parameter: what was saved without it is loaded, and what was saved with another one is not
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if not error_msgs:
+            self._set_routes([self._as_loaded(route) for route in self._routes])
+        key = prefix + "steps"
+        if key in unexpected_keys:
+            unexpected_keys.remove(key)
+        try:
+            saved = int(as_integers(key, torch.as_tensor(state_dict.get(key, self.T))))
+        except ValueError as error:
+            error_msgs.append(str(error))
+            return
+        if saved != self.T:
+            error_msgs.append(
+                f"{key}: saved by a network with {saved} time steps, this one has {self.T}; load it into one with "
+                f"T={saved}, whose T can be changed afterwards, or remove {key!r} from the state"
+            )
+
+
+def _check_saved(state_dict: Mapping[str, Any], key: str, route: Route, error_msgs: list[str]) -> None:
+    """Notes what is wrong with saved delays, which are used as indices."""
+    saved = state_dict.get(key)
+    if not isinstance(saved, torch.Tensor) or saved.is_meta or saved.dtype.is_floating_point or not saved.numel():
+        return
+    if int(saved.min()) < 0 or int(saved.max()) > route.most:
+        error_msgs.append(f"{key} is from {saved.min()} to {saved.max()}; this network has room for 0 to {route.most}")
+
+
+def _named(projections: Sequence[Projection]) -> dict[str, Projection]:
+    """The projections by the names of their connections: ``a_to_b``, ``a_to_b_2``."""
+    named: dict[str, Projection] = {}
+    for each in projections:
+        if not isinstance(each, Projection):
+            raise TypeError(f"{type(each).__name__} is no Projection; give Projection(source, target, connection)")
+        name, count = f"{each.source}_to_{each.target}", 1
+        while name in named:
+            count += 1
+            name = f"{each.source}_to_{each.target}_{count}"
+        named[name] = each
+    return named
+
+
+def _graph_of(routes: Sequence[Route], count: int) -> tuple[tuple[tuple[int, int], ...], ...]:
+    """The graph of ``count`` populations, as :mod:`g2g_kernels.ops.g2g_stack.schedule` takes it."""
+    return tuple([tuple([(each.source, each.least) for each in routes if each.target == n]) for n in range(count)])
+
+
+def _in_order(names: list[str], projections: Collection[Projection], output: str) -> tuple[str, ...]:
+    """The populations, each after those that it receives unless they are on one cycle, the output last."""
+    place = {name: number for number, name in enumerate(names)} | {"input": -1}
+    routes = [Route("", place[each.source], place[each.target], 1, 1, False) for each in projections]
+    order = [names[number] for part in parts_of(_graph_of(routes, len(names))) for number in part.members]
+    return (*[name for name in order if name != output], output)
+
+
+def _checked_sizes(
+    populations: Mapping[str, nn.Module], projections: Mapping[str, Projection], output: str, readout: str
+) -> dict[str, int]:
+    """The number of neurons of each population, and of inputs; raises unless these are the parts of a network."""
+    if not populations:
+        raise ValueError("populations is empty; give the neurons of at least one by name")
+    if "input" in populations:
+        raise ValueError("'input' is the name of the network's input; call the population otherwise")
+    if output not in populations:
+        raise ValueError(f"output={output!r} is none of the populations {', '.join(populations)}")
+    sizes: dict[str, tuple[str, int]] = {}  # of each population, and the connection that says it
+    for name, each in projections.items():
+        for end, known in ((each.source, ["input", *populations]), (each.target, [*populations])):
+            if end not in known:
+                raise ValueError(
+                    f"{name} joins {each.source!r} and {each.target!r}; {end!r} is none of {', '.join(known)}"
+                )
+        if not hasattr(each.connection, "in_features"):
+            raise TypeError(
+                f"{name} is a {type(each.connection).__name__}; a network joins G2GLinear layers. Put others, as "
+                "convolutions, into a module of your own with LIF layers behind them (docs/limits.md)"
+            )
+        for end, side in ((each.target, "outputs"), (each.source, "inputs")):
+            size = each.connection.out_features if side == "outputs" else each.connection.in_features
+            which, expected = sizes.setdefault(end, (name, size))
+            if size != expected:
+                raise ValueError(f"{name} has {size} {side}, but {end} has {expected} neurons for {which}")
+    for name in populations:
+        if not any(each.target == name and each.source != name for each in projections.values()):
+            raise ValueError(f"no projection leads to {name!r} from elsewhere; give one, or leave the population out")
+    if "input" not in sizes:
+        raise ValueError("no projection has the source 'input', so the inputs would have no effect; give one")
+    found = {name: size for name, (_, size) in sizes.items()}
+    if readout == "counts":
+        return found
+    if sender := next((name for name, each in projections.items() if each.source == output), None):
+        raise ValueError(
+            f"readout={readout!r} is of neurons that do not spike, but {sender} sends the spikes of {output}; leave it "
+            "out, or give readout='counts'"
+        )
+    if not isinstance(populations[output], SpikingNeurons):
+        raise TypeError(
+            f"readout={readout!r} is of the membranes of the neurons of g2gnet, and {output} is a "
+            f"{type(populations[output]).__name__}; give readout='counts'"
+        )
+    return found
+
+
+def check_input(x: object) -> None:
+    """Raises TypeError unless the input of a network is a tensor."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"the input is a {type(x).__name__}, not a tensor")
+
+
+def _check_state_form(state: Any, depth: int, sent: int) -> None:
+    """Raises unless there is one entry per population, each a tensor, several or None, and one for each source that
+    delays are read from."""
+    if type(state) not in (tuple, list):
+        raise TypeError(
+            f"state is a {type(state).__name__}, not a tuple of the populations' states; give activity.state of a run, "
+            "or what step(x, state) returned"
+        )
+    if len(state) != depth + sent:
+        behind = f", and {sent} entries of what delays need" if sent else ""
+        raise ValueError(f"state has {len(state)} entries, this network has {depth} layers{behind}")
+    for number, before in enumerate(state):
+        tensors = before if type(before) in (tuple, list) else (before,)
+        if before is not None and not all(isinstance(each, torch.Tensor) for each in tensors):
+            raise TypeError(f"state of layer {number} is a {type(before).__name__}, not a tensor or several")
+
+
+def _of_scaled(observer: Observer, scale: float) -> Observer:
+    """An observer that is told of scaled inputs where the weights are scaled instead."""
+    return lambda x, y: observer(x * scale, y)
+
+
+def _as_one(state: NeuronState | None) -> torch.Tensor | None:
+    """The states of a layer's neurons as one tensor [states, B, N]."""
+    if state is None:
+        return None
+    return state.unsqueeze(0) if isinstance(state, torch.Tensor) else torch.stack(tuple(state))

@@ -1,5 +1,7 @@
 """How the tests are dealt out to processes; what holds for each of them is in ``every_test.py``."""
 
+import datetime
+import os
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,9 @@ SLOWEST = [
     "benchmarks/test_studies.py",
 ]
 TESTS = Path(__file__).parent
+os.environ.setdefault(
+    "G2G_CASES", f"{datetime.date.today()}"
+)  # which cases covering.py gives, the same in every process
 collect_ignore = ["clients"]  # they need other libraries, in an environment of their own: tests/clients.sh
 
 
@@ -65,3 +70,7 @@ def pytest_configure(config):
     """The process that only deals the tests out does without PyTorch, and begins so much earlier."""
     if config.option.dist == "no" or config.option.collectonly:
         config.pluginmanager.import_plugin("every_test")
+
+
+def pytest_terminal_summary(terminalreporter):
+    terminalreporter.write_line(f"G2G_CASES={os.environ['G2G_CASES']} pytest runs the same cases on any day")

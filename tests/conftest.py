@@ -49,8 +49,12 @@ def pytest_xdist_auto_num_workers(config):
 
 
 def pytest_ignore_collect(collection_path, config):
-    """``-m quick`` reads only the files that it has tests in."""
-    if config.option.markexpr == "quick" and collection_path.suffix == ".py":
+    """``-m quick`` and ``-m ci`` read only the files that they have tests in."""
+    if collection_path.suffix != ".py":
+        return None
+    if config.option.markexpr == "ci":
+        return "pytest.mark.ci" not in collection_path.read_text(encoding="utf-8")
+    if config.option.markexpr == "quick":
         return str(collection_path.relative_to(TESTS).as_posix()) not in {name.partition("::")[0] for name in QUICK}
     return None
 

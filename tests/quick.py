@@ -14,7 +14,7 @@ QUICK = [
     "g2g_kernels/test_dispatch.py::test_backends_are_preferred_in_the_order_triton_cpu_torch",
     "g2g_kernels/test_doctor.py::test_a_wrong_gradient_is_reported",
     "g2g_kernels/test_cpu_library.py::test_the_library_says_what_is_mirrored",
-    "g2g_kernels/test_cpu_backend.py::test_every_unit_size_and_order_of_neurons",
+    "g2g_kernels/test_cpu_backend.py::test_errors_are_at_most_1_5_times_those_of_plain_pytorch",
     "g2g_kernels/ops/test_g2g_linear.py::test_errors_are_at_most_1_5_times_those_of_plain_pytorch",
     "g2g_kernels/ops/test_lif.py::test_spikes_equal_snntorch_in_float32",
     "g2g_kernels/ops/test_lif.py::test_backend_against_float64",

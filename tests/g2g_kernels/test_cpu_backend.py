@@ -152,7 +152,7 @@ class Network(Stack):
 def of_model(layer: SpikingLayer, model: str) -> SpikingLayer:
     """The layer of LIF neurons with neurons of another model."""
     own = dict(zip(MODELS["lif"].parameters, layer.population.parameters, strict=True))
-    parameters = tuple(own.get(name, torch.tensor(0.5)) for name in MODELS[model].parameters)
+    parameters = tuple(own.get(name, torch.tensor(0.5, requires_grad=True)) for name in MODELS[model].parameters)
     return layer._replace(population=layer.population._replace(model=model, parameters=parameters))
 
 
@@ -431,7 +431,7 @@ def test_each_chunk_of_the_batch_chooses(bf16, monkeypatch):
     network = compact("mixer", 32, (13, 280)).in_parts(silent=70, loud=200)
     results = []
     for share in (0.45, math.inf, 0.0):
-        monkeypatch.setattr(stack, "GRADIENT_EVENT_LIMIT", {bf16: share})
+        monkeypatch.setattr(stack, "GRADIENT_EVENT_LIMIT", dict.fromkeys((False, True), share))
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             results.append(network.run(torch.float32, "cpu"))
     for name, tensor in results[0].items():
@@ -671,15 +671,12 @@ def test_bits_of_lif_alone_do_not_depend_on_the_threads(shape, per_neuron):
 # --- operators ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model", [name for name in MODELS if name != "lif"])
-def test_opcheck_of_a_stack(model):
-    """Of LIF neurons, and others in their midst, without a bias."""
+def test_opcheck_of_a_stack():
+    """Of neurons of every model, one layer without a bias."""
     network = Network("mixer", 16, (3, 2))
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in network.tensors.items()}
-    layers = network.layers(leaves)
-    own = dict(zip(MODELS["lif"].parameters, layers[1].population.parameters, strict=True))
-    parameters = tuple(own.get(name, torch.tensor(0.5, requires_grad=True)) for name in MODELS[model].parameters)
-    layers[1] = layers[1]._replace(population=Neurons(model, parameters, surrogate="boxcar"), bias=None)
+    layers = [of_model(layer, model) for layer, model in zip(network.layers(leaves), MODELS, strict=True)]
+    layers[1] = layers[1]._replace(bias=None)
     stack.FORWARD.opcheck(StackCall.of(leaves["x"], layers, 3, torch.float32), True)
     call = detached(StackCall.of(leaves["x"], layers, 3, torch.float32))
     counts, rates, _, spikes, kept = stack.FORWARD.function(call, True)

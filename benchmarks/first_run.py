@@ -55,7 +55,7 @@ TINY_GROWING: Mapping[str, Sequence[float]] = {"p_inter": (0.0, 0.5), "B": (2, 8
 #: the GPU lane of the tests, and what of each a rehearsal runs
 TESTS = {
     "tests-linear": ("test_triton_linear.py test_g2g_linear.py", "rows_and_columns_without_units"),
-    "tests-neurons": ("test_triton_lif.py test_lif.py test_synaptic.py", "one_step_by_hand"),
+    "tests-neurons": ("test_triton_lif.py test_lif.py test_models.py", "one_step_by_hand"),
     "tests-stack": ("test_triton_g2g_stack.py test_g2g_stack.py", "single_weights"),
 }
 

@@ -51,7 +51,8 @@ def covering(
 
 
 def name_of(case: Case) -> str:
-    return " ".join(value if isinstance(value, str) else f"{argument}={value}" for argument, value in case.items())
+    names = ((argument, getattr(value, "id", value)) for argument, value in case.items())
+    return " ".join(name if isinstance(name, str) else f"{argument}={name}" for argument, name in names)
 
 
 def of_today(
@@ -64,6 +65,10 @@ def of_today(
 def every_pair(
     possible: Callable[[Case], bool] = lambda case: True, /, **options: Iterable[Any]
 ) -> pytest.MarkDecorator:
-    """Parametrizes a test by covering cases of these arguments."""
-    cases = of_today(options, possible)
-    return pytest.mark.parametrize(list(options), [tuple(case.values()) for case in cases.values()], ids=list(cases))
+    """Parametrizes a test by covering cases of these arguments, whose values may be ``pytest.param`` with marks."""
+    cases = []
+    for name, case in of_today(options, possible).items():
+        each = [value if isinstance(value, type(pytest.param())) else pytest.param(value) for value in case.values()]
+        marks = [mark for value in each for mark in value.marks]
+        cases.append(pytest.param(*(value for of in each for value in of.values), id=name, marks=marks))
+    return pytest.mark.parametrize(list(options), cases)

@@ -191,6 +191,9 @@ CRAFTED = {
     ),
     "a history that is too short": (lambda state: saved({**state, "history": []}), "history does not hold one record"),
     "another format": (lambda state: saved({**state, "format": 99}), "not a checkpoint of this version"),
+    "a list": (lambda state: saved([1, 2]), "not a checkpoint of this version"),
+    "no weights": (lambda state: saved({**state, "model": {}}), "does not fit"),
+    "no network": (lambda state: saved({k: v for k, v in state.items() if k != "model"}), "does not fit"),
 }
 
 PROGRAM = """

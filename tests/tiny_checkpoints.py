@@ -14,10 +14,8 @@ TINY = shlex.split(
 
 VARIANTS = {
     "mixer": "--model mixer",
-    "dense": "--model dense",
-    "random, rate-coded": "--model random --enc rate",
-    "index, dynamic": "--model index --sparsity_mode dynamic --dst_interval 3",
-    "bf16": "--model index --precision bf16",
+    "dense": "--model dense --precision bf16",
+    "index, dynamic": "--model index --enc rate --sparsity_mode dynamic --dst_interval 3",
 }
 
 

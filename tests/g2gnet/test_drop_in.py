@@ -286,16 +286,6 @@ def test_frozen_networks_and_layers_get_no_gradients():
     assert without == {"fc2.values", "fc2.bias"}
 
 
-def test_parameters_can_be_substituted():
-    net = small_net()
-    doubled = {name: 2 * parameter.detach() for name, parameter in net.fc1.named_parameters(prefix="fc1")}
-    expected = copy.deepcopy(net)
-    expected.fc1.load_state_dict({**net.fc1.state_dict(), **{name[4:]: value for name, value in doubled.items()}})
-    counts = torch.func.functional_call(net, doubled, (SAMPLES,))
-    assert torch.equal(counts, expected(SAMPLES))
-    assert not torch.equal(counts, net(SAMPLES))
-
-
 # Dynamo itself makes an object of torch.autograd.Function, which PyTorch deprecates
 dynamo = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 

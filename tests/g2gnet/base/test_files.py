@@ -202,11 +202,13 @@ def test_locks_lie_in_a_directory_of_ones_own(tmp_path, monkeypatch):
         pass
 
 
-def test_what_a_killed_run_left_and_cannot_be_removed_stops_nobody(tmp_path):
+def test_what_a_killed_process_was_writing_is_cleared_away_if_it_can_be(tmp_path):
     (tmp_path / ".name.pth.folder").mkdir()
-    (tmp_path / ".name.pth.file").touch()
+    (tmp_path / ".name.pth.abcdefgh").write_text("half a checkpoint")
+    (tmp_path / ".other.pth.abcdefgh").write_text("another run's")
     with RunFiles(tmp_path, "name").locked():
-        assert sorted(file.name for file in tmp_path.iterdir()) == [".name.lock", ".name.pth.folder"]
+        left = [".name.lock", ".name.pth.folder", ".other.pth.abcdefgh"]
+        assert sorted(file.name for file in tmp_path.iterdir()) == left
 
 
 # --- streams, the environment, texts ------------------------------------------------------------------------------

@@ -358,9 +358,9 @@ def test_the_program_writes_a_table_csv_json_and_a_picture(made, tmp_path, capsy
 def test_a_sweep_of_nothing_or_by_no_number_of_jobs_is_refused(tmp_path, capsys):
     assert program.main(["--folder", str(tmp_path / "sweep")]) == 2
     assert "a sweep needs a setting; give one several values, as in --seed 1 2 3" in capsys.readouterr().err
+    assert not (tmp_path / "sweep").exists()
     assert program.main([*flags_of(QUICK), "--folder", str(tmp_path / "sweep"), "--jobs", "-1"]) == 2
     assert "jobs=-1 must be a whole number of at least 1" in capsys.readouterr().err
     for jobs in (0, 1.5, "2"):
         with pytest.raises(SettingsError, match=f"jobs={jobs!r} must be a whole number of at least 1"):
             sweep.run(QUICK, tmp_path / "sweep", jobs=jobs)
-    assert not (tmp_path / "sweep").exists()

@@ -11,7 +11,6 @@ import processes
 import pytest
 import torch
 from helpers import ROOT
-from torch.utils._python_dispatch import TorchDispatchMode
 from training_runs import SMALL, VARIANTS, assert_equal, flags_of, load, run, small_trainer
 
 import g2gnet
@@ -29,7 +28,7 @@ from g2gnet.training import (
     run_training,
 )
 from g2gnet.training.checkpoints import RunFiles
-from g2gnet.training.numerical_checks import CALM, DRIFTING, LOWER, WAKE, FiniteWatch, LayerWatch
+from g2gnet.training.numerical_checks import CALM, DRIFTING, LOWER, WAKE, LayerWatch
 
 posix = pytest.mark.skipif(os.name != "posix", reason="signals and forks are those of POSIX")
 
@@ -264,16 +263,6 @@ def test_where_both_are_damaged_nothing_is_touched(tmp_path, monkeypatch):
 
 
 @posix
-def test_what_a_killed_process_was_writing_is_cleared_away(tmp_path):
-    stem = TrainSettings(**SMALL).stem
-    (tmp_path / f".{stem}.pth.abcdefgh").write_text("half a checkpoint")
-    (tmp_path / ".other.pth.abcdefgh").write_text("another run's")
-    run(tmp_path)
-    hidden = sorted(path.name for path in tmp_path.glob(".*"))
-    assert hidden == [f".{stem}.lock", ".other.pth.abcdefgh"]
-
-
-@posix
 def test_a_full_disk_is_named_and_costs_no_checkpoint(tmp_path):
     """A limit on the size of files stands for the full disk: the checkpoint of the third epoch does not fit."""
     program = f"""
@@ -450,24 +439,6 @@ def test_no_checkpoint_is_written_of_a_spoiled_network(tmp_path, monkeypatch):
     with pytest.raises(TrainingError, match=r"in step 6 the gradient of fc2\.values"):
         run(tmp_path)
     assert load(RunFiles(tmp_path, TrainSettings(**SMALL).stem))["step"] == 4
-
-
-def test_watching_does_not_wait_for_the_device(plain_memory):
-    linear = torch.nn.Linear(3, 2)
-    watch = FiniteWatch(linear, torch.device("cpu"))
-    loss = linear(torch.ones(1, 3)).sum()
-    loss.backward()
-    operators = set()
-
-    class Recorder(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            operators.add(str(function))
-            return function(*args, **(kwargs or {}))
-
-    with Recorder():
-        watch.note(loss)
-    assert "aten.where.self" in operators
-    assert not [name for name in operators if "_local_scalar_dense" in name or "nonzero" in name or "equal" in name]
 
 
 def test_layers_that_do_nothing_useful_are_warned_about_once(caplog):

@@ -116,10 +116,8 @@ class StepRecorder:
             received = post
 
     def evidence(self, layers: Sequence[tuple[int, G2GLinear]], world: World) -> Iterator[tuple[int, Evidence]]:
-        """What is known of each of these layers, with its number.
-
-        Raises:
-            RuntimeError: for what is needed and was neither given nor recorded.
+        """What is known of each of these layers, with its number. Raises RuntimeError for what is needed and was
+        neither given nor recorded.
         """
         unpacked: dict[int, torch.Tensor] = {}  # by the train's id; a layer's spikes are the next one's inputs
         for number, layer in layers:

@@ -198,9 +198,8 @@ class UnitGradients:
             mask: the layer's.
             world: processes, each of which has some of the samples; the gradient is that of all samples.
 
-        Raises:
-            RuntimeError: if gradients of the weights were formed in batches, or one that has a gradient itself: that of
-                the weights has more parts then.
+        Raises RuntimeError if gradients of the weights were formed in batches, or one that has a gradient itself: that
+        of the weights has more parts then.
         """
         if self._seen.unseen is not None:
             raise RuntimeError(

@@ -291,10 +291,8 @@ def _chain(graph: Any, nir: Any) -> list[tuple[str, Any, tuple[str, Any] | None]
 
 
 def _loop_of(name: str, nodes: Mapping[str, Any], edges: Sequence[tuple[str, str]], nir: Any) -> str | None:
-    """The linear node by which a node leads back to itself; None: it does not.
-
-    Raises:
-        ValueError: for more than one, or a loop of other nodes.
+    """The linear node by which a node leads back to itself; None: it does not. Raises ValueError for more than one, or
+    a loop of other nodes.
     """
     ways = [_way(target, name, edges) for source, target in edges if source == name]
     loops = [way for way in ways if way]

@@ -276,11 +276,11 @@ def test_absent_units_get_the_gradient_of_a_dense_layer_and_nothing_else_changes
             size = mean_by_unit(expected.square(), layer.mask).sqrt()
             torch.testing.assert_close(found.double(), size, rtol=1e-4, atol=1e-7)
     # neither in evaluation nor without gradients
-    before = [len(layer.observer.seen().pairs) for layer in sparse_layers(net)]
+    before = [len(layer.observer.pairs) for layer in sparse_layers(net)]
     with torch.no_grad():
         net.simulate(x)
     net.eval().simulate(x).counts.sum().backward()
-    assert [len(layer.observer.seen().pairs) for layer in sparse_layers(net)] == before
+    assert [len(layer.observer.pairs) for layer in sparse_layers(net)] == before
 
 
 @pytest.mark.parametrize("backend", backends_of(operator))
@@ -462,7 +462,7 @@ def test_a_jacobian_of_the_inputs_does_not_count():
     jacobian = torch.autograd.functional.jacobian(model, x, vectorize=True)
     dense = torch.nn.Sequential(model[0].to_linear(), model[1], model[2].to_linear())
     torch.testing.assert_close(jacobian, torch.autograd.functional.jacobian(dense, x))
-    assert not any(model[0].observer.seen())
+    assert not model[0].observer.has_seen
     model(x).sum().backward()
     assert scheduler.step()
 
@@ -476,7 +476,7 @@ def test_scores_are_not_rounded_by_autocast_and_graphs_that_are_kept_hold_no_sam
         model(torch.rand(16, model[0].in_features, generator=seeded(3))).square().sum().backward()
         with torch.autocast("cpu", torch.bfloat16, autocast):
             scheduler.step()
-        assert not any(observer.seen())
+        assert not observer.has_seen
         assert not observer._inputs
     for exact, found in zip(scores[:2], scores[2:], strict=True):
         assert torch.equal(exact, found)
@@ -580,8 +580,8 @@ def test_a_nearly_full_layer_grows_no_more_than_there_is_room_for():
         ({"fraction": 1.1}, "fraction=1.1 must be a number above 0 and at most 1"),
         ({"stop": 0.0, "total_steps": 9}, "stop=0.0 must be a number above 0 and at most 1"),
         ({"schedule": "linear"}, "schedule='linear' is unknown; choose one of constant, cosine"),
-        ({"schedule": "cosine"}, "schedule='cosine' and stop=1.0 need total_steps"),
-        ({"stop": 0.5}, "stop=0.5 need total_steps"),
+        ({"schedule": "cosine"}, "schedule='cosine', stop=1.0 and final_density=None need total_steps"),
+        ({"stop": 0.5}, "stop=0.5 and final_density=None need total_steps"),
         ({"stop": 0.5, "total_steps": 1999}, "interval=1000 leaves no update in the first 0.5 of 1999 steps"),
     ],
 )

@@ -468,7 +468,7 @@ class Factored(torch.optim.SGD):
 
 def test_what_cannot_follow_is_refused(monkeypatch):
     net, optimizer = trained()
-    with pytest.raises(ValueError, match=r"final_density=0\.1 needs total_steps"):
+    with pytest.raises(ValueError, match=r"final_density=0\.1 need total_steps"):
         DSTScheduler(net, optimizer, final_density=0.1)
     for share in (0.0, 1.5):
         with pytest.raises(ValueError, match="final_density"):

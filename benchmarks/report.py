@@ -79,6 +79,7 @@ TITLES = {
     "compiled-dense": "torch.compile of the snnTorch loop, dense",
     "spikingjelly-dense": "SpikingJelly 2, multi-step, dense",
     "spikingjelly-container": "SpikingJelly 2, recurrent container, dense",
+    "jax-masked": "JAX, jit and scan, dense weights × mask",
     "dense-lif": "nn.Linear over all T with our LIF, dense",
     "bsr-lif": "PyTorch's block-sparse product with our LIF",
     "masked": "nn.Linear, weight × mask",
